@@ -1,0 +1,37 @@
+"""Eleven published vision models behind timm's habits; ``backbones.create_model`` is the door."""
+
+from __future__ import annotations
+
+import ops as _ops
+
+if not hasattr(_ops, "OPS_OF_VISION_BACKBONES"):
+    raise ImportError(
+        f"`backbones` needs its own package `ops`, but `import ops` finds {_ops.__file__}. "
+        "Uninstall that package, or put the folder of vision-backbones first on sys.path."
+    )
+
+from backbones._base import Stage, StagedBackbone
+from backbones._checkpoint import CheckpointError, LoadReport, load_checkpoint
+from backbones._registry import create_model, fuse, list_families, list_models
+
+# Importing a family registers its models, here and with timm.
+from backbones import efficientvit, favit, inception_next, shvit, van  # isort: skip
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "CheckpointError",
+    "LoadReport",
+    "Stage",
+    "StagedBackbone",
+    "create_model",
+    "efficientvit",
+    "favit",
+    "fuse",
+    "inception_next",
+    "list_families",
+    "list_models",
+    "load_checkpoint",
+    "shvit",
+    "van",
+]

@@ -1,0 +1,350 @@
+"""The one implementation of timm's model protocol, shared by every family.
+
+A family assembles ``stem``, ``stages`` (of :class:`Stage`), ``norm`` and ``head`` and calls
+:meth:`StagedBackbone.describe_features`; all that timm, its feature extractors, its optimizers
+and our checkpoint loader ask of a model follows from those.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+from timm.models import adapt_input_conv
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ops.reparam import fuse_children
+
+__all__ = ["Stage", "StagedBackbone"]
+
+
+class Stage(nn.Module):
+    """One resolution of a backbone: downsample, blocks, norm. NCHW comes in and goes out.
+
+    A family whose blocks want another layout, or tables that they share, overrides
+    :meth:`forward` and passes them through :meth:`run_blocks`.
+    """
+
+    def __init__(
+        self,
+        blocks: Iterable[nn.Module],
+        downsample: nn.Module | None = None,
+        norm: nn.Module | None = None,
+    ) -> None:
+        super().__init__()
+        self.downsample = downsample if downsample is not None else nn.Identity()
+        self.blocks = nn.Sequential(*blocks)
+        self.norm = norm if norm is not None else nn.Identity()
+        self.grad_checkpointing = False
+        self.fused = False
+
+    def run_blocks(self, x: Tensor, *shared: Any) -> Tensor:
+        """The blocks in turn, each called with ``(x, *shared)``; recomputed in backward if set."""
+        for block in self.blocks:
+            if self.grad_checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, *shared, use_reentrant=False)
+            else:
+                x = block(x, *shared)
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.run_blocks(self.downsample(x)))
+
+    def fuse(self) -> Stage:
+        """Fold what can be folded inside; changes the stage in place."""
+        if not self.fused:
+            fuse_children(self)
+            self.fused = True
+        return self
+
+
+class StagedBackbone(nn.Module):
+    """Stem → stages → norm → head.
+
+    Subclasses set ``stem``, ``stages``, ``norm`` and ``head`` (with ``reset(num_classes,
+    pool_type)`` and ``forward(x, pre_logits=False)``, as timm's ``ClassifierHead``), then call
+    :meth:`describe_features`.
+
+    Class attributes:
+        classifier: path of the last linear layer (a tuple of paths where there are several).
+        first_conv: path of the convolution that sees the image; ``in_chans`` is adapted there.
+        undecayed: last parts of the names of parameters that weight decay must spare, beyond
+            the vectors that timm's optimizers spare anyway.
+    """
+
+    classifier: str | tuple[str, ...] = "head.fc"
+    first_conv: str = "stem.conv"
+    undecayed: tuple[str, ...] = ()
+
+    stem: nn.Module
+    stages: nn.Sequential
+    norm: nn.Module
+    head: Any
+
+    def __init__(self, *, num_classes: int = 1000, in_chans: int = 3) -> None:
+        super().__init__()
+        if num_classes < 0 or in_chans < 1:
+            raise ValueError(
+                f"num_classes must be ≥ 0 and in_chans ≥ 1, got {num_classes} and {in_chans}"
+            )
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.out_norms = nn.ModuleDict()
+        self.stem_taps: tuple[int, ...] = ()
+
+    # -- what a family declares ------------------------------------------------------------------
+
+    def describe_features(
+        self,
+        dims: Sequence[int],
+        reductions: Sequence[int],
+        *,
+        head_hidden_size: int | None = None,
+        stem_features: Sequence[tuple[int, int, int]] = (),
+        out_norms: bool | Sequence[int] = False,
+        out_norm_layer: Callable[[int], nn.Module] | None = None,
+    ) -> None:
+        """State what the maps look like; call it once all submodules are there.
+
+        Args:
+            dims: channels of each stage.
+            reductions: stride of each stage relative to the image.
+            head_hidden_size: width before the classifier; default that of the last stage.
+            stem_features: ``(child of stem, channels, reduction)`` of maps inside the stem that
+                come first among the features, so that a stride-16 network offers a pyramid.
+            out_norms: normalise the maps that are returned (not those that go on), as detectors
+                do: all of them, none, or the listed stages.
+            out_norm_layer: makes such a norm from a number of channels.
+
+        Raises:
+            ValueError: ``out_norms`` names a stage that is not there, or no norm is known.
+        """
+        self.stem_taps = tuple(child for child, _, _ in stem_features)
+        self.feature_info: list[dict[str, Any]] = [
+            {"num_chs": chs, "reduction": stride, "module": f"stem.{child}"}
+            for child, chs, stride in stem_features
+        ]
+        self.feature_info += [
+            {"num_chs": chs, "reduction": stride, "module": f"stages.{i}"}
+            for i, (chs, stride) in enumerate(zip(dims, reductions, strict=True))
+        ]
+        self.num_features = dims[-1]
+        self.head_hidden_size = head_hidden_size or dims[-1]
+        chosen = _chosen_stages(out_norms, len(dims))
+        if chosen and out_norm_layer is None:
+            raise ValueError(f"{type(self).__name__} has no output norms; leave out_norms unset")
+        for i in chosen:
+            assert out_norm_layer is not None
+            self.out_norms[str(i)] = out_norm_layer(dims[i])
+
+    def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Rename a published checkpoint's tensors to ours; ours must come through unchanged."""
+        return state_dict
+
+    def resize_tensor(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
+        """``tensor`` made to fit ``shape``, or None where that makes no sense.
+
+        The first convolution takes another number of input channels; families add tables that
+        can be interpolated.
+        """
+        if (
+            name == f"{self.first_conv}.weight"
+            and tensor.ndim == 4
+            and (tensor.shape[0], *tensor.shape[2:]) == (shape[0], *shape[2:])
+        ):
+            return adapt_input_conv(shape[1], tensor)
+        return None
+
+    # -- running ---------------------------------------------------------------------------------
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The last map, normalised: (B, in_chans, H, W) → (B, num_features, h, w)."""
+        return self.norm(self.stages(self.stem(x)))
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Logits (B, num_classes) of the last map, or with ``pre_logits`` what they come from."""
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.forward_head(self.forward_features(x))
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """The maps of chosen stages, and the last one normalised.
+
+        Args:
+            x: (B, in_chans, H, W).
+            indices: which of ``feature_info``: the last n (int), all (None) or those listed;
+                negative ones count from the end.
+            norm: apply the final norm to the last stage's map.
+            stop_early: leave out the stages after the last one asked for; the first value
+                returned is then that stage's map.
+            output_fmt: ``"NCHW"`` or ``"NHWC"``.
+            intermediates_only: return the list alone.
+
+        Raises:
+            ValueError: an index that is not there, or an unknown format.
+        """
+        if output_fmt not in ("NCHW", "NHWC"):
+            raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
+        taken = self._take_indices(indices)
+        last = len(self.stages) - 1
+        first_stage = len(self.stem_taps)
+        maps = []
+        if any(i < first_stage for i in taken):
+            assert isinstance(self.stem, nn.Sequential)
+            for child, layer in enumerate(self.stem):
+                x = layer(x)
+                if child in self.stem_taps and self.stem_taps.index(child) in taken:
+                    maps.append(x)
+        else:
+            x = self.stem(x)
+        ran_all = not (stop_early or intermediates_only)
+        for i, stage in enumerate(self.stages):
+            if not ran_all and first_stage + i > max(taken):
+                break
+            x = stage(x)
+            if first_stage + i in taken:
+                if str(i) in self.out_norms:
+                    maps.append(self.out_norms[str(i)](x))
+                else:
+                    maps.append(self.norm(x) if norm and i == last else x)
+        else:
+            ran_all = True
+        if output_fmt == "NHWC":
+            maps = [m.permute(0, 2, 3, 1) for m in maps]
+        if intermediates_only:
+            return maps
+        return (self.norm(x) if ran_all else x), maps
+
+    def _take_indices(self, indices: int | Sequence[int] | None) -> list[int]:
+        """Absolute indices into ``feature_info``, ascending."""
+        count = len(self.stem_taps) + len(self.stages)
+        if indices is None:
+            return list(range(count))
+        wanted = range(count - indices, count) if isinstance(indices, int) else indices
+        taken = sorted({i + count if i < 0 else i for i in wanted})
+        if not taken or taken[0] < 0 or taken[-1] >= count:
+            raise ValueError(
+                f"{type(self).__name__} has {count} feature maps (indices 0 … {count - 1}, or "
+                f"-{count} … -1; an int means the last n ≥ 1), got {indices!r}"
+            )
+        return taken
+
+    def prune_intermediate_layers(
+        self,
+        indices: int | Sequence[int] = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
+    ) -> list[int]:
+        """Drop what the chosen maps do not need; returns their absolute indices."""
+        taken = self._take_indices(indices)
+        first_stage = len(self.stem_taps)
+        kept = max(1, taken[-1] + 1 - first_stage)
+        cut = kept < len(self.stages)
+        self.stages = nn.Sequential(*list(self.stages)[:kept])
+        for key in list(self.out_norms):
+            if int(key) + first_stage not in taken:
+                del self.out_norms[key]
+        if prune_norm or cut:
+            self.norm = nn.Identity()
+        if prune_head or cut:
+            self.reset_classifier(0, "")
+        if cut:
+            self.num_features = self.feature_info[first_stage + kept - 1]["num_chs"]
+            self.head_hidden_size = self.num_features
+        return taken
+
+    # -- classifier ------------------------------------------------------------------------------
+
+    def get_classifier(self) -> nn.Module | tuple[nn.Module, ...]:
+        """The last linear layer, or a tuple of them."""
+        if isinstance(self.classifier, str):
+            return self.get_submodule(self.classifier)
+        return tuple(self.get_submodule(path) for path in self.classifier)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Give the model a new, untrained classifier; 0 classes leave the pooled features.
+
+        Args:
+            num_classes: ≥ 0.
+            global_pool: new pooling (``"avg"``, ``"max"``, …, ``""`` for none); default unchanged.
+        """
+        if num_classes < 0:
+            raise ValueError(f"num_classes must be ≥ 0, got {num_classes}")
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool)
+
+    # -- training --------------------------------------------------------------------------------
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute each block in the backward pass instead of keeping its activations."""
+        for stage in self.stages:
+            assert isinstance(stage, Stage)
+            stage.grad_checkpointing = enable
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """Groups of parameters for layer-wise learning-rate decay: stem, each block, the tail.
+
+        ``coarse`` makes a group of each stage. A downsampling goes with the first block after it.
+        """
+        tail = (99999,)
+        if coarse:
+            blocks: Any = r"^stages\.(\d+)"
+        else:
+            blocks = [
+                (r"^stages\.(\d+)\.downsample", (0,)),
+                (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+                (r"^stages\.(\d+)", tail),
+                (r"^(?:norm|out_norms)\b", tail),
+            ]
+        return {"stem": r"^stem\b", "blocks": blocks}
+
+    def no_weight_decay(self) -> set[str]:
+        """Names of the parameters that weight decay must spare."""
+        return {n for n, _ in self.named_parameters() if n.rsplit(".", 1)[-1] in self.undecayed}
+
+    # -- inference -------------------------------------------------------------------------------
+
+    def fuse(self) -> StagedBackbone:
+        """Fold norms, branches and scales into their neighbours, for inference only.
+
+        Changes the model in place, puts it in eval mode and returns it; a second call does
+        nothing. Afterwards ``train()`` raises.
+        """
+        if not self.fused:
+            self.eval()
+            fuse_children(self)
+        return self
+
+    @property
+    def fused(self) -> bool:
+        """Whether :meth:`fuse` (or timm's ``reparameterize_model``) has been here."""
+        return any(stage.fused for stage in self.stages)
+
+    def train(self, mode: bool = True) -> StagedBackbone:
+        """As ``nn.Module.train``; a fused model refuses, since its norms are gone."""
+        if mode and self.fused:
+            raise RuntimeError(
+                f"{type(self).__name__} has been fused for inference and cannot be trained; "
+                "create the model again, or keep a copy.deepcopy from before fuse()"
+            )
+        return super().train(mode)
+
+
+def _chosen_stages(out_norms: bool | Sequence[int], count: int) -> list[int]:
+    if isinstance(out_norms, bool):
+        return list(range(count)) if out_norms else []
+    chosen = sorted(set(out_norms))
+    if chosen and not 0 <= chosen[0] <= chosen[-1] < count:
+        raise ValueError(f"out_norms must name stages 0 … {count - 1}, got {tuple(out_norms)}")
+    return chosen

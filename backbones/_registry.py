@@ -1,0 +1,223 @@
+"""The table of models, the factory that reads it, and the names that timm receives from us."""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+import inspect
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import timm.models
+from timm.models import DefaultCfg, PretrainedCfg
+from timm.models._features import FeatureGetterNet
+from torch import nn
+
+from backbones._base import StagedBackbone
+from backbones._checkpoint import fetch_pretrained, load_checkpoint
+
+__all__ = ["build_model", "create_model", "fuse", "list_families", "list_models", "register"]
+
+Entrypoint = TypeVar("Entrypoint", bound=Callable[..., nn.Module])
+
+
+@dataclass(frozen=True)
+class _Entry:
+    """One registered architecture."""
+
+    entrypoint: Callable[..., nn.Module]
+    family: str
+    cfgs: DefaultCfg
+
+
+_entries: dict[str, _Entry] = {}
+
+
+def register(entrypoint: Entrypoint) -> Entrypoint:
+    """Register a model under its function's name, with the ``default_cfgs`` of its module.
+
+    timm receives the name too, unless it has a model of that name itself.
+
+    Raises:
+        ValueError: the name is taken, or ``default_cfgs`` says nothing about it.
+    """
+    name = entrypoint.__name__
+    module = sys.modules[entrypoint.__module__]
+    if name in _entries:
+        raise ValueError(f"a model named {name!r} is already registered ({_entries[name].family})")
+    cfgs = getattr(module, "default_cfgs", {}).get(name)
+    if cfgs is None:
+        raise ValueError(f"default_cfgs in {module.__name__} has no entry for {name!r}")
+    _entries[name] = _Entry(entrypoint, module.__name__.rsplit(".", 1)[-1], cfgs)
+    if not timm.models.is_model(name):
+        timm.models.register_model(entrypoint)
+    return entrypoint
+
+
+def list_models(
+    filter: str | Sequence[str] = "",
+    *,
+    pretrained: bool = False,
+    family: str | None = None,
+) -> list[str]:
+    """Names of the models, sorted.
+
+    Args:
+        filter: shell pattern or patterns, such as ``"van*"``; empty for all.
+        pretrained: only those whose weights can be downloaded, as ``name.tag``.
+        family: only those of one family, see :func:`list_families`.
+
+    Raises:
+        ValueError: an unknown family.
+    """
+    if family is not None and family not in list_families():
+        raise ValueError(_unknown("family", family, list_families()))
+    patterns = [filter] if isinstance(filter, str) else list(filter)
+    names = []
+    for name, entry in _entries.items():
+        if family is not None and entry.family != family:
+            continue
+        if any(patterns) and not any(fnmatch.fnmatch(name, p) for p in patterns):
+            continue
+        if pretrained:
+            names += [f"{name}.{tag}" for tag, cfg in entry.cfgs.cfgs.items() if cfg.has_weights]
+        else:
+            names.append(name)
+    return sorted(names)
+
+
+def list_families() -> list[str]:
+    """Names of the families, sorted: each is a module of ``backbones``."""
+    return sorted({entry.family for entry in _entries.values()})
+
+
+def create_model(
+    name: str,
+    pretrained: bool = False,
+    checkpoint_path: str | None = None,
+    **kwargs: Any,
+) -> Any:
+    """Create a model by name.
+
+    Args:
+        name: a name of :func:`list_models`, or ``name.tag`` for certain weights.
+        pretrained: download the published weights (once; they are cached) and load them.
+        checkpoint_path: load this file instead, see :func:`backbones.load_checkpoint`.
+        features_only: return a model that maps an image to a list of feature maps.
+        out_indices: which maps, with ``features_only``; default all of them.
+        pretrained_cfg, pretrained_cfg_overlay: replace, or partly replace, the default cfg.
+        **kwargs: arguments of the architecture: ``num_classes``, ``in_chans``, ``drop_rate``,
+            ``drop_path_rate``, ``global_pool``, … A value of None means the default, as in timm.
+
+    Raises:
+        ValueError: an unknown name or tag.
+        TypeError: a keyword that the architecture does not take.
+        CheckpointError: weights that do not fit, see :func:`backbones.load_checkpoint`.
+    """
+    architecture, _, tag = name.partition(".")
+    if architecture not in _entries:
+        raise ValueError(_unknown("model", architecture, list(_entries)))
+    if tag:
+        kwargs["pretrained_cfg"] = kwargs.get("pretrained_cfg") or tag
+    kwargs = {key: value for key, value in kwargs.items() if value is not None}
+    entrypoint = _entries[architecture].entrypoint
+    return entrypoint(pretrained=pretrained, checkpoint_path=checkpoint_path, **kwargs)
+
+
+def build_model(
+    model_class: type[StagedBackbone],
+    name: str,
+    pretrained: bool,
+    defaults: dict[str, Any],
+    kwargs: dict[str, Any],
+) -> Any:
+    """What every entrypoint returns: ``model_class(**defaults, **kwargs)``, loaded and wrapped.
+
+    Args:
+        model_class: the family's class.
+        name: the registered name.
+        pretrained: load the published weights.
+        defaults: the variant's arguments.
+        kwargs: the caller's: the factory's own (see :func:`create_model`) and the class's.
+    """
+    options = dict(kwargs)
+    checkpoint_path = options.pop("checkpoint_path", None)
+    features_only = options.pop("features_only", False)
+    out_indices = options.pop("out_indices", None)
+    cache_dir = options.pop("cache_dir", None)
+    cfg = _resolve_cfg(
+        name, options.pop("pretrained_cfg", None), options.pop("pretrained_cfg_overlay", None)
+    )
+    if out_indices is not None and not features_only:
+        raise TypeError("out_indices goes with features_only=True")
+    _check_keywords(model_class, name, options)
+
+    arguments = {"num_classes": cfg.num_classes, "in_chans": cfg.input_size[0], **defaults}
+    model = model_class(**{**arguments, **options})
+    model.pretrained_cfg = model.default_cfg = cfg.to_dict()
+    if checkpoint_path:
+        load_checkpoint(model, checkpoint_path)
+    elif pretrained:
+        load_checkpoint(model, fetch_pretrained(name, cfg, published_weights(name), cache_dir))
+    if not features_only:
+        return model
+    if out_indices is None:
+        out_indices = tuple(range(len(model.feature_info)))
+    features = FeatureGetterNet(model, out_indices=out_indices)
+    features.pretrained_cfg = features.default_cfg = model.pretrained_cfg
+    return features
+
+
+def published_weights(name: str) -> dict[str, PretrainedCfg]:
+    """The cfgs of a model by tag, with and without a URL."""
+    return dict(_entries[name].cfgs.cfgs)
+
+
+def fuse(model: nn.Module) -> nn.Module:
+    """Fuse every backbone inside ``model`` for inference, see :meth:`StagedBackbone.fuse`.
+
+    Changes ``model`` in place and returns it.
+
+    Raises:
+        ValueError: there is no backbone of ours inside.
+    """
+    backbones = [m for m in model.modules() if isinstance(m, StagedBackbone)]
+    if not backbones:
+        raise ValueError(f"{type(model).__name__} holds no backbone of this library to fuse")
+    for backbone in backbones:
+        backbone.fuse()
+    return model
+
+
+def _resolve_cfg(
+    name: str,
+    given: str | dict[str, Any] | PretrainedCfg | None,
+    overlay: dict[str, Any] | None,
+) -> PretrainedCfg:
+    """The cfg to use: the default one, that of a tag, or the caller's; then its overlay."""
+    cfgs = _entries[name].cfgs
+    if given is None:
+        tag, cfg = cfgs.default_with_tag
+        cfg = replace(cfg, tag=tag or None)
+    elif isinstance(given, str):
+        if given not in cfgs.cfgs:
+            raise ValueError(_unknown(f"tag of {name}", given, [t for t in cfgs.tags if t]))
+        cfg = replace(cfgs.cfgs[given], tag=given)
+    else:
+        cfg = PretrainedCfg(**given) if isinstance(given, dict) else given
+    return replace(cfg, architecture=name, **(overlay or {}))
+
+
+def _check_keywords(model_class: type[StagedBackbone], name: str, keywords: dict[str, Any]) -> None:
+    """Refuse what the class does not take, as Python would, but with the nearest valid name."""
+    valid = list(inspect.signature(model_class).parameters)
+    for keyword in keywords:
+        if keyword not in valid:
+            raise TypeError(f"{name}: {_unknown('keyword', keyword, valid)}")
+
+
+def _unknown(kind: str, value: str, valid: Sequence[str]) -> str:
+    near = difflib.get_close_matches(value, valid, n=4, cutoff=0.5) or sorted(valid)
+    return f"unknown {kind} {value!r}; did you mean {', '.join(map(repr, near))}?"

@@ -1,0 +1,268 @@
+"""InceptionNeXt: ConvNeXt whose large depthwise kernel is split as an Inception.
+
+Weihao Yu et al., "InceptionNeXt: When Inception Meets ConvNeXt", https://arxiv.org/abs/2303.16900.
+
+Any size from 32×32; stem and downsampling do not pad, so the stage at stride s has ⌊H/s⌋ rows.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.layers import ConvMlp, DropPath, SelectAdaptivePool2d, calculate_drop_path_rates
+from timm.models import generate_default_cfgs
+from torch import Tensor, nn
+
+from backbones._base import Stage, StagedBackbone
+from backbones._registry import build_model, register
+from ops.conv import ConvNorm, InceptionDWConv2d
+from ops.init import init_trunc_normal
+from ops.reparam import fold_norm_before, fold_scale_after
+
+__all__ = ["InceptionNeXt"]
+
+
+class Block(nn.Module):
+    """Inception depthwise convolution, norm, MLP, scale: (B, dim, H, W) → (B, dim, H, W)."""
+
+    norm: nn.Module
+    gamma: nn.Parameter | None
+
+    def __init__(
+        self,
+        dim: int,
+        mlp_ratio: float,
+        band_kernel_size: int,
+        branch_ratio: float,
+        drop_path: float,
+        layer_scale: float,
+    ) -> None:
+        super().__init__()
+        self.token_mixer = InceptionDWConv2d(
+            dim, band_kernel_size=band_kernel_size, branch_ratio=branch_ratio
+        )
+        self.norm = nn.BatchNorm2d(dim)
+        self.mlp = ConvMlp(dim, int(dim * mlp_ratio), act_layer=nn.GELU)
+        self.gamma = nn.Parameter(layer_scale * torch.ones(dim))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        mixed = self.mlp(self.norm(self.token_mixer(x)))
+        if self.gamma is not None:
+            mixed = mixed * self.gamma.view(1, -1, 1, 1)
+        return x + self.drop_path(mixed)
+
+    def fuse(self) -> nn.Module:
+        """The norm goes into the MLP's first convolution, the scale into its second."""
+        if isinstance(self.norm, nn.BatchNorm2d) and self.gamma is not None:
+            self.mlp.fc1 = fold_norm_before(self.norm, self.mlp.fc1)
+            self.mlp.fc2 = fold_scale_after(self.mlp.fc2, self.gamma)
+            self.norm = nn.Identity()
+            self.register_parameter("gamma", None)
+        return self
+
+
+class Downsample(nn.Sequential):
+    """Norm and a 2×2 convolution of stride 2: (B, dim, H, W) → (B, out_dim, ⌊H/2⌋, ⌊W/2⌋)."""
+
+    def __init__(self, dim: int, out_dim: int) -> None:
+        super().__init__(nn.BatchNorm2d(dim), nn.Conv2d(dim, out_dim, 2, 2))
+
+    def fuse(self) -> nn.Module:
+        """The convolution alone."""
+        norm, conv = self
+        assert isinstance(norm, nn.BatchNorm2d) and isinstance(conv, nn.Conv2d)
+        return fold_norm_before(norm, conv)
+
+
+class MlpHead(nn.Module):
+    """Pool, linear, GELU, norm, linear: (B, dim, H, W) → (B, num_classes).
+
+    Args:
+        mlp_ratio: width inside, relative to ``dim``.
+        num_classes: 0 leaves the normalised hidden features.
+    """
+
+    def __init__(
+        self, dim: int, num_classes: int, pool_type: str, mlp_ratio: float, drop_rate: float
+    ) -> None:
+        super().__init__()
+        self.num_features = int(mlp_ratio * dim)
+        self.fc1: nn.Module
+        self.act: nn.Module
+        self.norm: nn.Module
+        self.global_pool = SelectAdaptivePool2d(pool_type=pool_type, flatten=True)
+        self.fc1 = nn.Linear(dim * self.global_pool.feat_mult(), self.num_features)
+        self.act = nn.GELU()
+        self.norm = nn.LayerNorm(self.num_features, eps=1e-6)
+        self.drop = nn.Dropout(drop_rate)
+        self.reset(num_classes)
+
+    def reset(self, num_classes: int, pool_type: str | None = None) -> None:
+        """A new classifier; ``pool_type=""`` takes the whole head away, to leave the map.
+
+        Raises:
+            ValueError: a pooling of another width, which would need a new hidden layer.
+        """
+        if pool_type == "":
+            if num_classes:
+                raise ValueError("this head classifies vectors; without pooling use 0 classes")
+            self.global_pool, self.fc1 = nn.Identity(), nn.Identity()
+            self.act, self.norm = nn.Identity(), nn.Identity()
+        elif pool_type is not None:
+            pool = SelectAdaptivePool2d(pool_type=pool_type, flatten=True)
+            if pool.feat_mult() != self.global_pool.feat_mult():
+                raise ValueError(
+                    f"pooling {pool_type!r} changes the width that the head's hidden layer was "
+                    "made for; give it as global_pool when the model is created"
+                )
+            self.global_pool = pool
+        self.fc2 = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
+
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = self.drop(self.norm(self.act(self.fc1(self.global_pool(x)))))
+        return x if pre_logits else self.fc2(x)
+
+
+class InceptionNeXt(StagedBackbone):
+    """InceptionNeXt.
+
+    Args:
+        dims, depths, mlp_ratios: of the four stages.
+        band_kernel_size: length of the 1×k and k×1 kernels.
+        branch_ratio: share of the channels that each convolution branch takes.
+        num_classes, in_chans, global_pool: of classifier, image and pooling.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: of the last block; it grows linearly from 0.
+        layer_scale: initial value of the residual scales.
+    """
+
+    classifier = "head.fc2"
+
+    def __init__(
+        self,
+        dims: Sequence[int] = (96, 192, 384, 768),
+        depths: Sequence[int] = (3, 3, 9, 3),
+        mlp_ratios: Sequence[float] = (4, 4, 4, 3),
+        *,
+        band_kernel_size: int = 11,
+        branch_ratio: float = 0.125,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        layer_scale: float = 1e-6,
+    ) -> None:
+        super().__init__(num_classes=num_classes, in_chans=in_chans)
+        rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
+        self.stem = ConvNorm(in_chans, dims[0], 4, 4, padding=0, bias=True)
+        self.stages = nn.Sequential(
+            *(
+                Stage(
+                    [
+                        Block(
+                            dims[i],
+                            mlp_ratios[i],
+                            band_kernel_size,
+                            branch_ratio,
+                            next(rates),
+                            layer_scale,
+                        )
+                        for _ in range(depths[i])
+                    ],
+                    downsample=Downsample(dims[i - 1], dims[i]) if i else None,
+                )
+                for i in range(len(dims))
+            )
+        )
+        self.norm = nn.Identity()
+        self.head = MlpHead(dims[-1], num_classes, global_pool, mlp_ratio=3, drop_rate=drop_rate)
+        self.describe_features(
+            dims,
+            [4 * 2**i for i in range(len(dims))],
+            head_hidden_size=self.head.num_features,
+        )
+        self.apply(init_trunc_normal)
+
+    def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """From the names of the original, which timm shares."""
+        places = {"stem.0.": "stem.conv.", "stem.1.": "stem.norm."}
+        return {
+            places.get(key[:7], key[:7]) + key[7:]: tensor for key, tensor in state_dict.items()
+        }
+
+
+def _cfg(variant: str, size: int = 224, crop_pct: float = 0.875) -> dict[str, Any]:
+    release = "https://github.com/sail-sg/inceptionnext/releases/download/model/"
+    return {
+        "url": f"{release}inceptionnext_{variant}.pth",
+        "num_classes": 1000,
+        "input_size": (3, size, size),
+        "crop_pct": crop_pct,
+        "interpolation": "bicubic",
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+        "first_conv": InceptionNeXt.first_conv,
+        "classifier": InceptionNeXt.classifier,
+        "license": "apache-2.0",
+        "origin_url": "https://github.com/sail-sg/inceptionnext",
+        "paper_name": "InceptionNeXt: When Inception Meets ConvNeXt",
+        "paper_ids": "arXiv:2303.16900",
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "inception_next_atto.sail_in1k": _cfg("atto"),
+        "inception_next_tiny.sail_in1k": _cfg("tiny"),
+        "inception_next_small.sail_in1k": _cfg("small"),
+        "inception_next_base.sail_in1k": _cfg("base"),
+        "inception_next_base_384.sail_in1k": _cfg("base_384", size=384, crop_pct=1.0),
+    }
+)
+
+
+@register
+def inception_next_atto(pretrained: bool = False, **kwargs: Any) -> InceptionNeXt:
+    """InceptionNeXt-A, 4.2 M parameters."""
+    variant = dict(
+        dims=(40, 80, 160, 320),
+        depths=(2, 2, 6, 2),
+        band_kernel_size=9,
+        branch_ratio=0.25,
+        drop_path_rate=0.1,
+    )
+    return build_model(InceptionNeXt, "inception_next_atto", pretrained, variant, kwargs)
+
+
+@register
+def inception_next_tiny(pretrained: bool = False, **kwargs: Any) -> InceptionNeXt:
+    """InceptionNeXt-T, 28.1 M parameters."""
+    variant = dict(dims=(96, 192, 384, 768), depths=(3, 3, 9, 3), drop_path_rate=0.1)
+    return build_model(InceptionNeXt, "inception_next_tiny", pretrained, variant, kwargs)
+
+
+@register
+def inception_next_small(pretrained: bool = False, **kwargs: Any) -> InceptionNeXt:
+    """InceptionNeXt-S, 49.4 M parameters."""
+    variant = dict(dims=(96, 192, 384, 768), depths=(3, 3, 27, 3), drop_path_rate=0.3)
+    return build_model(InceptionNeXt, "inception_next_small", pretrained, variant, kwargs)
+
+
+@register
+def inception_next_base(pretrained: bool = False, **kwargs: Any) -> InceptionNeXt:
+    """InceptionNeXt-B, 86.7 M parameters."""
+    variant = dict(dims=(128, 256, 512, 1024), depths=(3, 3, 27, 3), drop_path_rate=0.4)
+    return build_model(InceptionNeXt, "inception_next_base", pretrained, variant, kwargs)
+
+
+@register
+def inception_next_base_384(pretrained: bool = False, **kwargs: Any) -> InceptionNeXt:
+    """InceptionNeXt-B fine-tuned at 384×384, 86.7 M parameters."""
+    variant = dict(
+        dims=(128, 256, 512, 1024), depths=(3, 3, 27, 3), drop_path_rate=0.7, drop_rate=0.5
+    )
+    return build_model(InceptionNeXt, "inception_next_base_384", pretrained, variant, kwargs)

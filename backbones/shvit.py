@@ -1,0 +1,219 @@
+"""SHViT: memory-efficient macro design with single-head attention on part of the channels.
+
+Seokju Yun, Youngmin Ro, "SHViT: Single-Head Vision Transformer with Memory Efficient Macro
+Design", https://arxiv.org/abs/2401.16456.
+
+Any size (from 1×1); the stage at stride s has ⌈H/s⌉ rows. Stages start at stride 16; with
+``stem_features=True`` the stem's maps at strides 2, 4 and 8 come first among the features.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from timm.layers import calculate_drop_path_rates
+from timm.models import generate_default_cfgs
+from torch import Tensor, nn
+
+from backbones._base import Stage, StagedBackbone
+from backbones._registry import build_model, register
+from ops.attention.single_head import SingleHeadAttention
+from ops.conv import ConvResidual
+from ops.mobile import ConvFFN, ExpandMerging, NormLinearHead, Residual, conv_stem
+
+__all__ = ["SHViT"]
+
+
+class Block(nn.Module):
+    """Depthwise residual, single-head attention, feed-forward: (B, dim, H, W) → the same.
+
+    Args:
+        attn_dim: channels that attend; 0 leaves attention out, as in the first stage.
+    """
+
+    def __init__(self, dim: int, attn_dim: int, qk_dim: int, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.conv = ConvResidual(dim, drop_path=drop_path)
+        self.mixer = (
+            Residual(SingleHeadAttention(dim, attn_dim, qk_dim), drop_path)
+            if attn_dim
+            else nn.Identity()
+        )
+        self.ffn = Residual(ConvFFN(dim, 2 * dim), drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ffn(self.mixer(self.conv(x)))
+
+
+def _downsample(dim: int, out_dim: int) -> nn.Sequential:
+    """Residual convolution and feed-forward on both sides of the merging."""
+    return nn.Sequential(
+        ConvResidual(dim, norm_scale=1.0),
+        Residual(ConvFFN(dim, 2 * dim)),
+        ExpandMerging(dim, out_dim),
+        ConvResidual(out_dim, norm_scale=1.0),
+        Residual(ConvFFN(out_dim, 2 * out_dim)),
+    )
+
+
+class SHViT(StagedBackbone):
+    """Single-head vision transformer.
+
+    Args:
+        dims, depths: of the three stages.
+        attn_dims: channels of each stage that attend; 0 for none.
+        qk_dim: width of query and key.
+        num_classes, in_chans, global_pool: of classifier, image and pooling.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: of the last block; it grows linearly from 0.
+        distilled: a second classifier for a teacher's labels, see
+            :class:`ops.mobile.NormLinearHead`.
+        stem_features: offer the stem's maps at strides 2, 4 and 8 as features too.
+    """
+
+    classifier: str | tuple[str, ...] = "head.fc"
+    first_conv = "stem.0.conv"
+
+    def __init__(
+        self,
+        dims: Sequence[int] = (128, 224, 320),
+        depths: Sequence[int] = (2, 4, 5),
+        attn_dims: Sequence[int] = (0, 48, 68),
+        qk_dim: int = 16,
+        *,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        distilled: bool = False,
+        stem_features: bool = False,
+    ) -> None:
+        super().__init__(num_classes=num_classes, in_chans=in_chans)
+        rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
+        self.stem = conv_stem(in_chans, dims[0])
+        self.stages = nn.Sequential(
+            *(
+                Stage(
+                    [Block(dims[i], attn_dims[i], qk_dim, next(rates)) for _ in range(depths[i])],
+                    downsample=_downsample(dims[i - 1], dims[i]) if i else None,
+                )
+                for i in range(len(dims))
+            )
+        )
+        self.norm = nn.Identity()
+        self.head = NormLinearHead(
+            dims[-1], num_classes, global_pool, drop_rate, distilled=distilled
+        )
+        if distilled:
+            self.classifier = ("head.fc", "head.fc_dist")
+        taps = [(i, dims[0] // 2 ** (3 - i), 2 ** (i + 1)) for i in range(3)]
+        self.describe_features(
+            dims, [16 * 2**i for i in range(len(dims))], stem_features=taps if stem_features else ()
+        )
+
+    def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """From the names of the original, fused or not, and of timm."""
+        return {_convert_key(key): tensor for key, tensor in state_dict.items()}
+
+
+_RENAMES = (
+    (r"^blocks1\.", "stages.0.blocks."),
+    (r"\.token_mixer\.", ".mixer."),
+    (r"\.m\.", ".fn."),
+    (r"\.(?:c|conv)\.(?=weight|bias)", ".conv."),
+    (r"\.bn\.", ".norm."),
+    (r"\.pre_norm\.", ".norm."),
+    (r"\.pw([12])\.", r".fc\1."),
+    (r"\.proj\.1\.", ".proj."),
+    (r"^head\.norm\.", "head.fc.norm."),
+    (r"^head_dist\.norm\.", "head.fc_dist.norm."),
+    (r"^head\.l\.", "head.fc.linear."),
+    (r"^head_dist\.l\.", "head.fc_dist.linear."),
+    (r"^head\.(weight|bias)$", r"head.fc.\1"),
+    (r"^head_dist\.(weight|bias)$", r"head.fc_dist.\1"),
+)
+_MERGING = {"conv1": "expand", "conv2": "reduce", "conv3": "project", "se": "se"}
+
+
+def _convert_key(key: str) -> str:
+    for pattern, name in _RENAMES:
+        key = re.sub(pattern, name, key)
+    if match := re.match(r"patch_embed\.(\d)\.", key):
+        # Convolutions stand at even places, activations between them.
+        child, rest = int(match[1]) // 2, key[match.end() :]
+        fused = "." not in rest and child < 3
+        return f"stem.{child}.conv.{rest}" if fused else f"stem.{child}.{rest}"
+    if match := re.match(r"blocks([23])\.(\d+)\.", key):
+        key = _convert_stage(int(match[1]) - 1, int(match[2]), key[match.end() :])
+    if match := re.match(r"(stages\.\d\.downsample\.2\.)(conv[123])\.", key):
+        key = match[1] + _MERGING[match[2]] + key[match.end() - 1 :]
+    return key
+
+
+def _convert_stage(stage: int, place: int, rest: str) -> str:
+    """The original's stages 2 and 3 hold their downsampling in places 0, 1 and 2."""
+    if place >= 3:
+        return f"stages.{stage}.blocks.{place - 3}.{rest}"
+    if place == 1:
+        return f"stages.{stage}.downsample.2.{rest}"
+    inner, _, rest = rest.partition(".")
+    return f"stages.{stage}.downsample.{int(inner) + (0 if place == 0 else 3)}.{rest}"
+
+
+def _cfg(variant: str, size: int = 224) -> dict[str, Any]:
+    return {
+        "url": f"https://github.com/ysj9909/SHViT/releases/download/v1.0/{variant}.pth",
+        "num_classes": 1000,
+        "input_size": (3, size, size),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+        "first_conv": SHViT.first_conv,
+        "classifier": SHViT.classifier,
+        "license": "mit",
+        "origin_url": "https://github.com/ysj9909/SHViT",
+        "paper_name": "SHViT: Single-Head Vision Transformer with Memory Efficient Macro Design",
+        "paper_ids": "arXiv:2401.16456",
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "shvit_s1.in1k": _cfg("shvit_s1"),
+        "shvit_s2.in1k": _cfg("shvit_s2"),
+        "shvit_s3.in1k": _cfg("shvit_s3"),
+        "shvit_s4.in1k": _cfg("shvit_s4", 256),
+    }
+)
+
+
+@register
+def shvit_s1(pretrained: bool = False, **kwargs: Any) -> SHViT:
+    """SHViT-S1, 6.3 M parameters."""
+    variant = dict(dims=(128, 224, 320), depths=(2, 4, 5), attn_dims=(0, 48, 68))
+    return build_model(SHViT, "shvit_s1", pretrained, variant, kwargs)
+
+
+@register
+def shvit_s2(pretrained: bool = False, **kwargs: Any) -> SHViT:
+    """SHViT-S2, 11.5 M parameters."""
+    variant = dict(dims=(128, 308, 448), depths=(2, 4, 5), attn_dims=(0, 66, 96))
+    return build_model(SHViT, "shvit_s2", pretrained, variant, kwargs)
+
+
+@register
+def shvit_s3(pretrained: bool = False, **kwargs: Any) -> SHViT:
+    """SHViT-S3, 14.2 M parameters."""
+    variant = dict(dims=(192, 352, 448), depths=(3, 5, 5), attn_dims=(0, 75, 96))
+    return build_model(SHViT, "shvit_s3", pretrained, variant, kwargs)
+
+
+@register
+def shvit_s4(pretrained: bool = False, **kwargs: Any) -> SHViT:
+    """SHViT-S4, 16.6 M parameters, made for 256×256."""
+    variant = dict(dims=(224, 336, 448), depths=(4, 7, 6), attn_dims=(0, 72, 96))
+    return build_model(SHViT, "shvit_s4", pretrained, variant, kwargs)

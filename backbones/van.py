@@ -1,0 +1,277 @@
+"""Visual Attention Network: a convolutional transformer whose attention is a large-kernel gate.
+
+Meng-Hao Guo et al., "Visual Attention Network", https://arxiv.org/abs/2202.09741.
+
+Any size from 32×32 (smaller works down to 1×1); the stage at stride s has ⌈H/s⌉ rows. The
+normalised map of a stage is both its feature and the next stage's input. Detectors and segmenters
+of the paper use ``norm_eps=1e-5``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from timm.layers import (
+    ClassifierHead,
+    DropPath,
+    LayerNorm2d,
+    LayerScale2d,
+    calculate_drop_path_rates,
+)
+from timm.models import generate_default_cfgs
+from torch import Tensor, nn
+
+from backbones._base import Stage, StagedBackbone
+from backbones._registry import build_model, register
+from ops.attention.large_kernel import LargeKernelAttention
+from ops.conv import ConvNorm
+from ops.init import init_fan_out
+from ops.reparam import fold_norm_before, fold_scale_after
+
+__all__ = ["VAN"]
+
+
+class Attention(nn.Module):
+    """Pointwise, GELU, large-kernel gate, pointwise, and a shortcut around them.
+
+    (B, dim, H, W) → (B, dim, H, W).
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.proj_in = nn.Conv2d(dim, dim, 1)
+        self.act = nn.GELU()
+        self.lka = LargeKernelAttention(dim)
+        self.proj_out = nn.Conv2d(dim, dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.proj_out(self.lka(self.act(self.proj_in(x))))
+
+
+class ConvMlp(nn.Module):
+    """Pointwise, 3×3 depthwise, GELU, pointwise: (B, dim, H, W) → (B, dim, H, W)."""
+
+    def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0) -> None:
+        super().__init__()
+        self.fc1 = nn.Conv2d(dim, hidden_dim, 1)
+        self.dwconv = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim)
+        self.act = nn.GELU()
+        self.fc2 = nn.Conv2d(hidden_dim, dim, 1)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.drop(self.act(self.dwconv(self.fc1(x))))
+        return self.drop(self.fc2(x))
+
+
+class Block(nn.Module):
+    """Attention, then MLP, each normalised before, scaled after and added.
+
+    (B, dim, H, W) → (B, dim, H, W).
+    """
+
+    norm2: nn.Module
+    ls2: nn.Module
+
+    def __init__(
+        self, dim: int, mlp_ratio: float, drop: float, drop_path: float, layer_scale: float
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(dim)
+        self.attn = Attention(dim)
+        self.ls1 = LayerScale2d(dim, layer_scale)
+        self.norm2 = nn.BatchNorm2d(dim)
+        self.mlp = ConvMlp(dim, int(dim * mlp_ratio), drop)
+        self.ls2 = LayerScale2d(dim, layer_scale)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.ls1(self.attn(self.norm1(x))))
+        return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
+
+    def fuse(self) -> nn.Module:
+        """Norm and layer scale of the MLP go into its pointwise convolutions.
+
+        Those of the attention stay: its shortcut carries them too.
+        """
+        if isinstance(self.norm2, nn.BatchNorm2d) and isinstance(self.ls2, LayerScale2d):
+            self.mlp.fc1 = fold_norm_before(self.norm2, self.mlp.fc1)
+            self.mlp.fc2 = fold_scale_after(self.mlp.fc2, self.ls2.gamma)
+            self.norm2, self.ls2 = nn.Identity(), nn.Identity()
+        return self
+
+
+class VAN(StagedBackbone):
+    """Visual Attention Network.
+
+    Args:
+        dims, depths, mlp_ratios: of the four stages.
+        num_classes, in_chans, global_pool: of classifier, image and pooling.
+        drop_rate: dropout before the classifier.
+        proj_drop_rate: dropout inside the MLPs.
+        drop_path_rate: of the last block; it grows linearly from 0.
+        layer_scale: initial value of the residual scales.
+        norm_eps: of the norm after each stage; the paper's dense networks use 1e-5.
+    """
+
+    def __init__(
+        self,
+        dims: Sequence[int] = (64, 128, 320, 512),
+        depths: Sequence[int] = (3, 3, 12, 3),
+        mlp_ratios: Sequence[float] = (8, 8, 4, 4),
+        *,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        layer_scale: float = 0.01,
+        norm_eps: float = 1e-6,
+    ) -> None:
+        super().__init__(num_classes=num_classes, in_chans=in_chans)
+        rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
+        self.stem = ConvNorm(in_chans, dims[0], 7, 4, bias=True)
+        self.stages = nn.Sequential(
+            *(
+                Stage(
+                    [
+                        Block(dims[i], mlp_ratios[i], proj_drop_rate, next(rates), layer_scale)
+                        for _ in range(depths[i])
+                    ],
+                    downsample=ConvNorm(dims[i - 1], dims[i], 3, 2, bias=True) if i else None,
+                    norm=LayerNorm2d(dims[i], eps=norm_eps),
+                )
+                for i in range(len(dims))
+            )
+        )
+        self.norm = nn.Identity()
+        self.head = ClassifierHead(dims[-1], num_classes, global_pool, drop_rate)
+        self.describe_features(dims, [4 * 2**i for i in range(len(dims))])
+        self.apply(init_fan_out)
+
+    def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """From the names of the original (which counts from 1) and of mmpretrain."""
+        return {_convert_key(key): tensor for key, tensor in state_dict.items()}
+
+
+_RENAMES = (
+    (r"\.projection\.", ".proj."),
+    (r"\.DW_conv\.", ".conv0."),
+    (r"\.DW_D_conv\.", ".conv_spatial."),
+    (r"^patch_embed1\.proj\.", "stem.conv."),
+    (r"^patch_embed1\.norm\.", "stem.norm."),
+    (r"\.proj_1\.", ".proj_in."),
+    (r"\.proj_2\.", ".proj_out."),
+    (r"\.spatial_gating_unit\.conv0\.", ".lka.dw."),
+    (r"\.spatial_gating_unit\.conv_spatial\.", ".lka.dw_dilated."),
+    (r"\.spatial_gating_unit\.conv1\.", ".lka.pw."),
+    (r"\.dwconv\.dwconv\.", ".dwconv."),
+    (r"\.layer_scale_([12])$", r".ls\1.gamma"),
+    (r"^head\.(weight|bias)$", r"head.fc.\1"),
+)
+_STAGE_RENAMES = (
+    (r"^patch_embed(\d)\.proj\.", "stages.{}.downsample.conv."),
+    (r"^patch_embed(\d)\.norm\.", "stages.{}.downsample.norm."),
+    (r"^blocks?(\d)\.", "stages.{}.blocks."),
+    (r"^norm(\d)\.", "stages.{}.norm."),
+)
+
+
+def _convert_key(key: str) -> str:
+    for pattern, name in _RENAMES:
+        key = re.sub(pattern, name, key)
+    for pattern, name in _STAGE_RENAMES:
+        if match := re.match(pattern, key):
+            return name.format(int(match[1]) - 1) + key[match.end() :]
+    return key
+
+
+def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
+    return {
+        "url": url,
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "crop_pct": 0.9,
+        "interpolation": "bicubic",
+        "mean": (0.5, 0.5, 0.5),
+        "std": (0.5, 0.5, 0.5),
+        "first_conv": VAN.first_conv,
+        "classifier": VAN.classifier,
+        "license": "apache-2.0",
+        "origin_url": "https://github.com/Visual-Attention-Network/VAN-Classification",
+        "paper_name": "Visual Attention Network",
+        "paper_ids": "arXiv:2202.09741",
+        **kwargs,
+    }
+
+
+_HUB = "https://huggingface.co/Visual-Attention-Network/"
+_MM = "https://download.openmmlab.com/mmclassification/v0/van/"
+
+default_cfgs = generate_default_cfgs(
+    {
+        "van_b0.in1k": _cfg(_HUB + "VAN-Tiny-original/resolve/main/van_tiny_754.pth.tar"),
+        "van_b1.in1k": _cfg(_HUB + "VAN-Small-original/resolve/main/van_small_811.pth.tar"),
+        "van_b2.in1k": _cfg(_HUB + "VAN-Base-original/resolve/main/van_base_828.pth.tar"),
+        "van_b3.in1k": _cfg(_HUB + "VAN-Large-original/resolve/main/van_large_839.pth.tar"),
+        "van_b4.in22k_ft_in1k": _cfg(_MM + "van-b4_3rdparty_in1k_20220909-f4665b92.pth"),
+        # Published as backbones. Without a tag these two are untrained: the * puts that first.
+        "van_b4.in22k": _cfg(_MM + "van-b4_3rdparty_in21k_20220909-db926b18.pth", num_classes=0),
+        "van_b5.in22k": _cfg(_MM + "van-b5_3rdparty_in21k_20220909-18e904e3.pth", num_classes=0),
+        "van_b5.untrained*": _cfg(),
+        "van_b6.in22k": _cfg(_MM + "van-b6_3rdparty_in21k_20220909-96c2cb3a.pth", num_classes=0),
+        "van_b6.untrained*": _cfg(),
+    }
+)
+
+
+@register
+def van_b0(pretrained: bool = False, **kwargs: Any) -> VAN:
+    """VAN-B0 (Tiny), 4.1 M parameters."""
+    variant = dict(dims=(32, 64, 160, 256), depths=(3, 3, 5, 2), drop_path_rate=0.1)
+    return build_model(VAN, "van_b0", pretrained, variant, kwargs)
+
+
+@register
+def van_b1(pretrained: bool = False, **kwargs: Any) -> VAN:
+    """VAN-B1 (Small), 13.9 M parameters."""
+    variant = dict(dims=(64, 128, 320, 512), depths=(2, 2, 4, 2), drop_path_rate=0.1)
+    return build_model(VAN, "van_b1", pretrained, variant, kwargs)
+
+
+@register
+def van_b2(pretrained: bool = False, **kwargs: Any) -> VAN:
+    """VAN-B2 (Base), 26.6 M parameters."""
+    variant = dict(dims=(64, 128, 320, 512), depths=(3, 3, 12, 3), drop_path_rate=0.1)
+    return build_model(VAN, "van_b2", pretrained, variant, kwargs)
+
+
+@register
+def van_b3(pretrained: bool = False, **kwargs: Any) -> VAN:
+    """VAN-B3 (Large), 44.8 M parameters."""
+    variant = dict(dims=(64, 128, 320, 512), depths=(3, 5, 27, 3), drop_path_rate=0.2)
+    return build_model(VAN, "van_b3", pretrained, variant, kwargs)
+
+
+@register
+def van_b4(pretrained: bool = False, **kwargs: Any) -> VAN:
+    """VAN-B4, 60.3 M parameters."""
+    variant = dict(dims=(64, 128, 320, 512), depths=(3, 6, 40, 3), drop_path_rate=0.2)
+    return build_model(VAN, "van_b4", pretrained, variant, kwargs)
+
+
+@register
+def van_b5(pretrained: bool = False, **kwargs: Any) -> VAN:
+    """VAN-B5, 90.0 M parameters."""
+    variant = dict(dims=(96, 192, 480, 768), depths=(3, 3, 24, 3), drop_path_rate=0.2)
+    return build_model(VAN, "van_b5", pretrained, variant, kwargs)
+
+
+@register
+def van_b6(pretrained: bool = False, **kwargs: Any) -> VAN:
+    """VAN-B6, 199.8 M parameters; 384 wide in stage 3."""
+    variant = dict(dims=(96, 192, 384, 768), depths=(6, 6, 90, 6), drop_path_rate=0.3)
+    return build_model(VAN, "van_b6", pretrained, variant, kwargs)

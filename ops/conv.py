@@ -1,0 +1,143 @@
+"""Convolutions that the backbones share: with a norm, as a residual, and split as an Inception."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from ops.reparam import fold_norm_after, fold_norm_before
+
+__all__ = ["ConvNorm", "ConvResidual", "InceptionDWConv2d", "NormLinear"]
+
+
+class ConvNorm(nn.Module):
+    """A convolution, its batch norm and, if asked for, an activation.
+
+    (B, in_chs, H, W) → (B, out_chs, H', W').
+
+    Args:
+        padding: default ``dilation * (kernel_size - 1) // 2``, which keeps the size at stride 1.
+        bias: of the convolution; off, since the norm has one.
+        norm_scale: initial weight of the norm; 0 starts a residual branch silent.
+        act_layer: class of the activation; none by default.
+    """
+
+    def __init__(
+        self,
+        in_chs: int,
+        out_chs: int,
+        kernel_size: int = 1,
+        stride: int = 1,
+        *,
+        padding: int | None = None,
+        dilation: int = 1,
+        groups: int = 1,
+        bias: bool = False,
+        norm_scale: float = 1.0,
+        act_layer: type[nn.Module] | None = None,
+    ) -> None:
+        super().__init__()
+        if padding is None:
+            padding = dilation * (kernel_size - 1) // 2
+        self.conv = nn.Conv2d(
+            in_chs, out_chs, kernel_size, stride, padding, dilation, groups, bias=bias
+        )
+        self.norm = nn.BatchNorm2d(out_chs)
+        nn.init.constant_(self.norm.weight, norm_scale)
+        self.act = act_layer() if act_layer is not None else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.act(self.norm(self.conv(x)))
+
+    def fuse(self) -> nn.Module:
+        """The convolution alone, or followed by the activation in a ``Sequential``."""
+        conv = fold_norm_after(self.conv, self.norm)
+        if isinstance(self.act, nn.Identity):
+            return conv
+        return nn.Sequential(OrderedDict(conv=conv, act=self.act))
+
+
+class ConvResidual(nn.Module):
+    """``x + drop_path(ConvNorm(x))`` with a depthwise convolution; fuses into one convolution.
+
+    (B, dim, H, W) → (B, dim, H, W).
+    """
+
+    def __init__(
+        self, dim: int, kernel_size: int = 3, *, drop_path: float = 0.0, norm_scale: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.fn = ConvNorm(dim, dim, kernel_size, groups=dim, norm_scale=norm_scale)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop_path(self.fn(x))
+
+    @torch.no_grad()
+    def fuse(self) -> nn.Module:
+        """One depthwise convolution whose centre tap carries the identity."""
+        conv = fold_norm_after(self.fn.conv, self.fn.norm)
+        centre = conv.kernel_size[0] // 2
+        conv.weight[:, 0, centre, centre] += 1
+        return conv
+
+
+class NormLinear(nn.Module):
+    """A batch norm, then a linear layer: (B, in_features) → (B, out_features)."""
+
+    def __init__(self, in_features: int, out_features: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm1d(in_features)
+        self.linear = nn.Linear(in_features, out_features)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(self.norm(x))
+
+    def fuse(self) -> nn.Module:
+        """The linear layer alone."""
+        return fold_norm_before(self.norm, self.linear)
+
+
+class InceptionDWConv2d(nn.Module):
+    """Depthwise convolution in four branches: identity, square, 1×band and band×1.
+
+    Of InceptionNeXt, https://arxiv.org/abs/2303.16900. The first channels pass untouched, then
+    ``int(dim * branch_ratio)`` channels go to each of the three convolutions.
+    (B, dim, H, W) → (B, dim, H, W).
+
+    Raises:
+        ValueError: even kernel sizes, or a ratio that leaves no channel to a branch.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        square_kernel_size: int = 3,
+        band_kernel_size: int = 11,
+        branch_ratio: float = 0.125,
+    ) -> None:
+        super().__init__()
+        if square_kernel_size % 2 == 0 or band_kernel_size % 2 == 0:
+            raise ValueError(
+                f"kernel sizes must be odd to keep the map's size, got {square_kernel_size} "
+                f"and {band_kernel_size}"
+            )
+        width = int(dim * branch_ratio)
+        if not 0 < 3 * width <= dim:
+            raise ValueError(
+                f"branch_ratio {branch_ratio} of {dim} channels gives branches of {width}; "
+                f"use one from {1 / dim:.3g} to {1 / 3:.3g}"
+            )
+        square, band = square_kernel_size, band_kernel_size
+        self.dwconv_hw = nn.Conv2d(width, width, square, padding=square // 2, groups=width)
+        self.dwconv_w = nn.Conv2d(width, width, (1, band), padding=(0, band // 2), groups=width)
+        self.dwconv_h = nn.Conv2d(width, width, (band, 1), padding=(band // 2, 0), groups=width)
+        self.splits = (dim - 3 * width, width, width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        identity, square, row, column = x.split(self.splits, dim=1)
+        branches = (identity, self.dwconv_hw(square), self.dwconv_w(row), self.dwconv_h(column))
+        return torch.cat(branches, dim=1)

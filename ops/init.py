@@ -1,0 +1,33 @@
+"""Initial weights that several families share; pass them to ``model.apply``."""
+
+from __future__ import annotations
+
+import math
+
+from timm.layers import trunc_normal_
+from torch import nn
+
+__all__ = ["init_fan_out", "init_trunc_normal"]
+
+
+def _zero_bias(module: nn.Conv2d | nn.Linear) -> None:
+    if module.bias is not None:
+        nn.init.zeros_(module.bias)
+
+
+def init_fan_out(module: nn.Module) -> None:
+    """Linear layers truncated normal (std 0.02), convolutions normal with variance 2 / fan-out."""
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        _zero_bias(module)
+    elif isinstance(module, nn.Conv2d):
+        fan_out = module.out_channels * math.prod(module.kernel_size) / module.groups
+        nn.init.normal_(module.weight, std=math.sqrt(2 / fan_out))
+        _zero_bias(module)
+
+
+def init_trunc_normal(module: nn.Module) -> None:
+    """Linear layers and convolutions truncated normal (std 0.02), biases zero."""
+    if isinstance(module, nn.Linear | nn.Conv2d):
+        trunc_normal_(module.weight, std=0.02)
+        _zero_bias(module)

@@ -1,0 +1,151 @@
+"""Parts of the stride-16 networks made for latency: EfficientViT and SHViT.
+
+https://arxiv.org/abs/2305.07027 and https://arxiv.org/abs/2401.16456. All convolutions carry batch
+norms that fold away; residual branches start at zero.
+"""
+
+from __future__ import annotations
+
+import torch
+from timm.layers import DropPath, SelectAdaptivePool2d, SqueezeExcite, trunc_normal_
+from torch import Tensor, nn
+
+from ops.conv import ConvNorm, ConvResidual, NormLinear
+
+__all__ = [
+    "ConvFFN",
+    "ExpandMerging",
+    "NormLinearHead",
+    "Residual",
+    "conv_stem",
+    "residual_merging",
+]
+
+
+def conv_stem(in_chans: int, dim: int) -> nn.Sequential:
+    """Four 3×3 convolutions of stride 2: (B, in_chans, H, W) → (B, dim, ⌈H/16⌉, ⌈W/16⌉).
+
+    Child i has stride ``2 ** (i + 1)`` and ``dim // 2 ** (3 - i)`` channels.
+    """
+    dims = (in_chans, dim // 8, dim // 4, dim // 2, dim)
+    return nn.Sequential(
+        *(
+            ConvNorm(dims[i], dims[i + 1], 3, 2, act_layer=nn.ReLU if i < 3 else None)
+            for i in range(4)
+        )
+    )
+
+
+class Residual(nn.Module):
+    """``x + drop_path(fn(x))``."""
+
+    def __init__(self, fn: nn.Module, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.fn = fn
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.drop_path(self.fn(x))
+
+
+class ConvFFN(nn.Module):
+    """Pointwise, ReLU, pointwise: (B, dim, H, W) → (B, dim, H, W)."""
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.fc1 = ConvNorm(dim, hidden_dim)
+        self.act = nn.ReLU()
+        self.fc2 = ConvNorm(hidden_dim, dim, norm_scale=0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.act(self.fc1(x)))
+
+
+class ExpandMerging(nn.Module):
+    """Halve the map inside an inverted bottleneck with squeeze-and-excitation.
+
+    (B, dim, H, W) → (B, out_dim, ⌈H/2⌉, ⌈W/2⌉); ``4 * dim`` channels inside.
+    """
+
+    def __init__(self, dim: int, out_dim: int) -> None:
+        super().__init__()
+        hidden_dim = 4 * dim
+        self.expand = ConvNorm(dim, hidden_dim)
+        self.act = nn.ReLU()
+        self.reduce = ConvNorm(hidden_dim, hidden_dim, 3, 2, groups=hidden_dim)
+        self.se = SqueezeExcite(hidden_dim, rd_ratio=0.25)
+        self.project = ConvNorm(hidden_dim, out_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.reduce(self.act(self.expand(x))))
+        return self.project(self.se(x))
+
+
+def residual_merging(dim: int, out_dim: int) -> nn.Sequential:
+    """:class:`ExpandMerging` between residual pairs of depthwise convolution and feed-forward.
+
+    (B, dim, H, W) → (B, out_dim, ⌈H/2⌉, ⌈W/2⌉).
+    """
+    return nn.Sequential(
+        ConvResidual(dim, norm_scale=1.0),
+        Residual(ConvFFN(dim, 2 * dim)),
+        ExpandMerging(dim, out_dim),
+        ConvResidual(out_dim, norm_scale=1.0),
+        Residual(ConvFFN(out_dim, 2 * out_dim)),
+    )
+
+
+class NormLinearHead(nn.Module):
+    """Pool, then a classifier of batch norm and linear layer.
+
+    (B, in_features, H, W) → (B, num_classes).
+
+    Args:
+        num_classes: 0 leaves the pooled features.
+        pool_type: of timm's ``SelectAdaptivePool2d``; ``""`` for none.
+        drop_rate: dropout before the classifier.
+        distilled: a second classifier ``fc_dist`` for a teacher's labels. Training then gives
+            the pair of logits and evaluation their mean.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        num_classes: int,
+        pool_type: str = "avg",
+        drop_rate: float = 0.0,
+        *,
+        distilled: bool = False,
+    ) -> None:
+        super().__init__()
+        self.in_features = in_features
+        self.distilled = distilled
+        self.drop = nn.Dropout(drop_rate)
+        self.reset(num_classes, pool_type)
+
+    def reset(self, num_classes: int, pool_type: str | None = None) -> None:
+        """New classifiers, and a new pooling if one is named."""
+        if pool_type is not None:
+            self.global_pool = SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type))
+        width = self.in_features * self.global_pool.feat_mult()
+        self.fc = _classifier(width, num_classes)
+        if self.distilled:
+            self.fc_dist = _classifier(width, num_classes)
+
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+        x = self.drop(self.global_pool(x))
+        if pre_logits:
+            return x
+        if not self.distilled:
+            return self.fc(x)
+        logits = torch.stack((self.fc(x), self.fc_dist(x)))
+        return (logits[0], logits[1]) if self.training else logits.mean(0)
+
+
+def _classifier(in_features: int, num_classes: int) -> nn.Module:
+    if num_classes == 0:
+        return nn.Identity()
+    classifier = NormLinear(in_features, num_classes)
+    trunc_normal_(classifier.linear.weight, std=0.02)
+    nn.init.zeros_(classifier.linear.bias)
+    return classifier

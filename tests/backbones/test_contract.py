@@ -1,0 +1,344 @@
+"""What every registered model promises, whatever its family."""
+
+from __future__ import annotations
+
+import copy
+import math
+import pickle
+import re
+from pathlib import Path
+
+import pytest
+import timm
+import torch
+from golden import reference, variants
+from safetensors.torch import load_file, save_file
+from timm.models import group_parameters
+from torch import Tensor, nn
+from zoo import CLASSIFIERS, FAMILIES, RESTORATION, SMALL, STRIDE_16, images, randomise, small
+
+import backbones
+
+SIZES = [(32, 32), (64, 64), (96, 160), (225, 223)]
+# Published stochastic depth, where the figures state it.
+DROP_PATH = {
+    variant: reference(family, variant)["drop_path_train"]
+    for family, variant in variants()
+    if isinstance(reference(family, variant).get("drop_path_train"), float)
+}
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
+every_classifier = pytest.mark.parametrize("family", CLASSIFIERS)
+
+
+def _relative(value: Tensor, expected: Tensor) -> float:
+    return ((value - expected).abs().max() / expected.abs().max()).item()
+
+
+def _uncalled(model: nn.Module, name: str) -> bool:
+    """Whether the original carries this parameter without ever using it."""
+    return any(re.search(pattern, name) for pattern in getattr(model, "uncalled", ()))
+
+
+# -- every variant, without its weights --------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", backbones.list_models())
+def test_shapes_and_protocol(name: str) -> None:
+    with torch.device("meta"):
+        model = backbones.create_model(name)
+        x = torch.empty(2, 3, 96, 160)
+    assert model.num_classes == model.default_cfg["num_classes"]
+    assert model.default_cfg["architecture"] == name
+    for key in ("input_size", "mean", "std", "interpolation", "license", "paper_ids", "origin_url"):
+        assert model.default_cfg[key], key
+    assert model.get_submodule(model.first_conv).weight.shape[1] == 3
+    maps = model.forward_intermediates(x, intermediates_only=True)
+    assert len(maps) == len(model.feature_info)
+    for info, feature in zip(model.feature_info, maps, strict=True):
+        assert feature.shape[:2] == (2, info["num_chs"])
+        for rows, size in zip(feature.shape[2:], (96, 160), strict=True):
+            exact = size / info["reduction"]
+            assert rows in (math.floor(exact), math.ceil(exact))
+    if model.num_classes:
+        assert model(x).shape == (2, model.num_classes)
+        assert model.forward_head(maps[-1], pre_logits=True).shape == (2, model.head_hidden_size)
+    assert len(group_parameters(model, model.group_matcher(), reverse=True)) == len(
+        list(model.parameters())
+    )
+    assert model.no_weight_decay() <= {n for n, _ in model.named_parameters()}
+
+
+@pytest.mark.parametrize("name", sorted(DROP_PATH))
+def test_published_drop_path_is_the_default(name: str) -> None:
+    with torch.device("meta"):
+        model = backbones.create_model(name)
+    rates = [m.drop_prob for m in model.modules() if type(m).__name__ == "DropPath"]
+    assert max(rates, default=0.0) == pytest.approx(DROP_PATH[name])
+
+
+# -- one small model a family --------------------------------------------------------------------
+
+
+@every_family
+@pytest.mark.parametrize("size", SIZES, ids=lambda s: f"{s[0]}x{s[1]}")
+@torch.no_grad()
+def test_any_size(family: str, size: tuple[int, int]) -> None:
+    if family in RESTORATION:
+        size = (min(size[0], 65), min(size[1], 63))
+    model = small(family).eval()
+    last, maps = model.forward_intermediates(images(1, 3, *size))
+    for info, feature in zip(model.feature_info, maps, strict=True):
+        assert feature.isfinite().all()
+        for rows, full in zip(feature.shape[2:], size, strict=True):
+            # A family that floors does so at every stride.
+            assert rows in (full // info["reduction"], math.ceil(full / info["reduction"]))
+    out = model.forward_head(last) if model.num_classes else model(images(1, 3, *size))
+    assert out.isfinite().all()
+
+
+@every_family
+def test_every_parameter_gets_a_finite_gradient(family: str) -> None:
+    model = randomise(small(family, drop_path_rate=0.0)).train()
+    out = model(images(2, 3, 64, 64))
+    out = sum(out) if isinstance(out, tuple) else out
+    (out * images(*out.shape, seed=1)).sum().backward()
+    for name, parameter in model.named_parameters():
+        if _uncalled(model, name):
+            assert parameter.grad is None, name
+            continue
+        assert parameter.grad is not None, name
+        assert parameter.grad.isfinite().all(), name
+        assert parameter.grad.abs().max() > 0, name
+
+
+@every_family
+def test_gradients_agree_with_float64(family: str) -> None:
+    """A detached or approximated shortcut would show here."""
+    gradients = []
+    for dtype in (torch.float32, torch.float64):
+        model = randomise(small(family)).eval().to(dtype)
+        x = images(1, 3, 64, 64).to(dtype).requires_grad_()
+        out = model(x)
+        (out * images(*out.shape, seed=1).to(dtype)).mean().backward()
+        named = [(n, p.grad) for n, p in model.named_parameters() if p.grad is not None]
+        gradients.append(dict(named, x=x.grad))
+    # Tiny gradients drown in the rounding of large ones: scale by what is typical in the model.
+    typical = torch.stack([g.abs().max() for g in gradients[1].values()]).median()
+    for name, exact in gradients[1].items():
+        error = (gradients[0][name].double() - exact).abs().max()
+        assert error <= 2e-3 * max(exact.abs().max(), typical), name
+
+
+@every_family
+def test_grad_checkpointing_changes_nothing(family: str) -> None:
+    outputs = []
+    for enable in (False, True):
+        model = randomise(small(family)).eval()
+        model.set_grad_checkpointing(enable)
+        x = images(1, 3, 64, 64).requires_grad_()
+        out = model(x)
+        out.square().mean().backward()
+        outputs.append((out.detach(), x.grad))
+    torch.testing.assert_close(outputs[0], outputs[1])
+
+
+@every_family
+@torch.no_grad()
+def test_intermediates_are_those_of_forward(family: str) -> None:
+    model = small(family).eval()
+    x = images(1, 3, 64, 64)
+    last, maps = model.forward_intermediates(x)
+    torch.testing.assert_close(last, model.forward_features(x))
+    two = model.forward_intermediates(x, indices=[0, -1], intermediates_only=True)
+    torch.testing.assert_close(two, [maps[0], maps[-1]])
+    nhwc = model.forward_intermediates(x, indices=1, output_fmt="NHWC", intermediates_only=True)
+    torch.testing.assert_close(nhwc[0], maps[-1].permute(0, 2, 3, 1))
+    early, _ = model.forward_intermediates(x, indices=[0], stop_early=True)
+    torch.testing.assert_close(early, maps[0])
+    normed = model.forward_intermediates(x, indices=1, norm=True, intermediates_only=True)
+    torch.testing.assert_close(normed[0], last)
+    for wrong in ([len(maps)], [-len(maps) - 1], 0, []):
+        with pytest.raises(ValueError, match="feature maps"):
+            model.forward_intermediates(x, indices=wrong)
+    with pytest.raises(ValueError, match="NLC"):
+        model.forward_intermediates(x, output_fmt="NLC")
+
+
+@every_family
+@torch.no_grad()
+def test_features_only_as_timm_makes_it(family: str) -> None:
+    name, arguments = SMALL[family]
+    x = images(1, 3, 64, 64)
+    maker = timm if name not in _timms_own() else backbones
+    model = maker.create_model(name, features_only=True, **arguments).eval()
+    maps = model(x)
+    assert [m.shape[1] for m in maps] == model.feature_info.channels()
+    for reduction, feature in zip(model.feature_info.reduction(), maps, strict=True):
+        assert feature.shape[2] in (64 // reduction, math.ceil(64 / reduction))
+    first = backbones.create_model(name, features_only=True, out_indices=(0,), **arguments)
+    assert len(first.model.stages) == 1
+    assert first.feature_info.channels() == model.feature_info.channels()[:1]
+    assert len(first.eval()(x)) == 1
+
+
+def _timms_own() -> set[str]:
+    return {n for n in backbones.list_models() if _is_timms(n)}
+
+
+def _is_timms(name: str) -> bool:
+    return timm.models.model_entrypoint(name).__module__.startswith("timm.")
+
+
+@pytest.mark.parametrize("family", STRIDE_16)
+@torch.no_grad()
+def test_stem_features_complete_the_pyramid(family: str) -> None:
+    name, arguments = SMALL[family]
+    x = images(1, 3, 64, 64)
+    model = backbones.create_model(name, features_only=True, stem_features=True, **arguments)
+    maps = model.eval()(x)
+    assert model.feature_info.reduction() == [2, 4, 8, 16, 32, 64]
+    assert [m.shape[1] for m in maps] == model.feature_info.channels()
+    assert [64 // m.shape[2] for m in maps] == [2, 4, 8, 16, 32, 64]
+    plain = backbones.create_model(name, features_only=True, **arguments).eval()
+    plain.load_state_dict(model.state_dict())
+    torch.testing.assert_close(maps[3:], plain(x))
+    stem = backbones.create_model(
+        name, features_only=True, stem_features=True, out_indices=(0, 2), **arguments
+    )
+    assert [m.shape[2] for m in stem.eval()(x)] == [32, 8]
+
+
+@every_classifier
+@torch.no_grad()
+def test_classifier_can_be_changed(family: str) -> None:
+    x = images(2, 3, 64, 64)
+    model = small(family, num_classes=7).eval()
+    assert model(x).shape == (2, 7)
+    classifier = model.get_classifier()
+    assert isinstance(classifier, nn.Module)
+    assert list(classifier.parameters())
+    model.reset_classifier(5)
+    assert model(x).shape == (2, 5)
+    model.reset_classifier(0)
+    assert model(x).shape == (2, model.head_hidden_size)
+    model.reset_classifier(0, "")
+    assert model(x).shape == model.forward_features(x).shape
+    assert small(family, global_pool="max").eval()(x).isfinite().all()
+    assert small(family, num_classes=0).eval()(x).ndim == 2
+    with pytest.raises(ValueError, match="-1"):
+        model.reset_classifier(-1)
+
+
+@every_family
+@pytest.mark.parametrize("in_chans", [1, 4])
+@torch.no_grad()
+def test_other_images(family: str, in_chans: int) -> None:
+    assert small(family, in_chans=in_chans).eval()(images(1, in_chans, 64, 64)).isfinite().all()
+
+
+@every_family
+@torch.no_grad()
+def test_round_trip_through_safetensors(family: str, tmp_path: Path) -> None:
+    model = randomise(small(family)).eval()
+    save_file(model.state_dict(), tmp_path / "model.safetensors")
+    name, arguments = SMALL[family]
+    loaded = backbones.create_model(
+        name, checkpoint_path=str(tmp_path / "model.safetensors"), **arguments
+    ).eval()
+    x = images(1, 3, 64, 64)
+    assert torch.equal(model(x), loaded(x))
+
+
+@every_family
+@torch.no_grad()
+def test_copies(family: str) -> None:
+    model = randomise(small(family)).eval()
+    x = images(1, 3, 64, 64)
+    for copied in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert torch.equal(copied(x), model(x))
+
+
+@every_family
+@pytest.mark.parametrize("how", ["method", "function", "timm"])
+@torch.no_grad()
+def test_fuse_keeps_the_output(family: str, how: str, tmp_path: Path) -> None:
+    model = randomise(small(family)).eval()
+    sizes = ((1, 3, 64, 64), (2, 3, 96, 72))
+    expected = [model(images(*size)) for size in sizes]
+    if how == "method":
+        fused = model.fuse()
+        assert fused is model
+        model.fuse()
+    elif how == "function":
+        fused = backbones.fuse(model)
+    else:
+        fused = timm.models.reparameterize_model(model)
+        assert torch.equal(model(images(*sizes[0])), expected[0])
+    for size, value in zip(sizes, expected, strict=True):
+        assert _relative(fused(images(*size)), value) <= 1e-4
+    assert not any(isinstance(m, nn.BatchNorm1d) for m in fused.modules())
+    with pytest.raises(RuntimeError, match="fused"):
+        fused.train()
+    name, arguments = SMALL[family]
+    save_file(fused.state_dict(), tmp_path / "fused.safetensors")
+    again = backbones.create_model(
+        name, checkpoint_path=str(tmp_path / "fused.safetensors"), **arguments
+    ).eval()
+    assert load_file(tmp_path / "fused.safetensors").keys() == again.state_dict().keys()
+    assert torch.equal(again(images(*sizes[0])), fused(images(*sizes[0])))
+
+
+@every_family
+@torch.no_grad()
+def test_fuse_keeps_features_only(family: str) -> None:
+    name, arguments = SMALL[family]
+    model = backbones.create_model(name, features_only=True, **arguments).eval()
+    randomise(model)
+    expected = model(images(1, 3, 64, 64))
+    for feature, value in zip(backbones.fuse(model)(images(1, 3, 64, 64)), expected, strict=True):
+        assert _relative(feature, value) <= 1e-4
+
+
+@every_family
+@torch.no_grad()
+def test_half_precision(family: str) -> None:
+    model = small(family).eval()
+    x = images(1, 3, 64, 64)
+    exact = model(x)
+    assert _relative(model.bfloat16()(x.bfloat16()).float(), exact) < 0.3
+
+
+@every_family
+def test_export(family: str) -> None:
+    model = small(family).eval()
+    batch = torch.export.Dim("batch", min=1, max=16)
+    program = torch.export.export(
+        model, (images(2, 3, 64, 64),), dynamic_shapes=({0: batch},), strict=False
+    )
+    x = images(3, 3, 64, 64)
+    torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-4)
+
+
+@every_family
+def test_compiles_into_one_graph(family: str) -> None:
+    torch.compiler.reset()
+    model = small(family).eval()
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    x = images(1, 3, 64, 64).requires_grad_()
+    out = compiled(x)
+    torch.testing.assert_close(out, model(x), rtol=1e-4, atol=1e-4)
+    out.sum().backward()
+    assert x.grad is not None
+
+
+@pytest.mark.slow
+@every_family
+@torch.no_grad()
+def test_compiles_with_inductor(family: str) -> None:
+    torch.compiler.reset()
+    model = small(family).eval()
+    x = images(1, 3, 64, 64)
+    torch.testing.assert_close(
+        torch.compile(model, fullgraph=True)(x), model(x), rtol=1e-3, atol=1e-3
+    )

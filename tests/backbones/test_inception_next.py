@@ -1,0 +1,42 @@
+"""InceptionNeXt beyond the contract: its head and its initial weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+from zoo import images
+
+import backbones
+
+
+def test_initial_weights() -> None:
+    torch.manual_seed(0)
+    model = backbones.create_model("inception_next_tiny")
+    block = model.stages[2].blocks[0]
+    for layer in (block.mlp.fc1, block.token_mixer.dwconv_w, model.head.fc1, model.stem.conv):
+        assert layer.weight.std().item() == pytest.approx(0.02, rel=0.1)
+        assert not layer.bias.any()
+    assert torch.equal(block.gamma, torch.full((384,), 1e-6))
+
+
+def test_published_defaults() -> None:
+    with torch.device("meta"):
+        model = backbones.create_model("inception_next_base_384")
+        atto = backbones.create_model("inception_next_atto")
+    rates = (model.head.drop.p, model.stages[-1].blocks[-1].drop_path.drop_prob)
+    assert rates == pytest.approx((0.5, 0.7))
+    assert model.default_cfg["input_size"] == (3, 384, 384)
+    assert atto.stages[0].blocks[0].token_mixer.dwconv_w.kernel_size == (1, 9)
+
+
+@torch.no_grad()
+def test_head_keeps_its_width() -> None:
+    model = backbones.create_model("inception_next_atto").eval()
+    model.reset_classifier(4, "max")
+    assert model(images(1, 3, 64, 64)).shape == (1, 4)
+    with pytest.raises(ValueError, match="'catavgmax' changes the width"):
+        model.reset_classifier(4, "catavgmax")
+    with pytest.raises(ValueError, match="0 classes"):
+        model.reset_classifier(4, "")
+    assert isinstance(model.get_classifier(), nn.Linear)

@@ -1,0 +1,41 @@
+"""VAN beyond the contract: its dense form and its initial weights."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from golden import checkpoint, image, reference, summary_error
+from torch import nn
+
+import backbones
+
+
+@torch.no_grad()
+def test_dense_copy() -> None:
+    figures = reference("van", "van_b0")
+    model = backbones.create_model("van_b0", features_only=True, norm_eps=1e-5).eval()
+    dense = {k: v for k, v in checkpoint(figures).items() if k not in figures["dense_missing"]}
+    backbones.load_checkpoint(model, dense)
+    for case in figures["cases"]:
+        maps = model(image(case["input"], case["seed"]))
+        for feature, expected in zip(maps, case["features"], strict=True):
+            assert summary_error(feature, expected) < 1e-5
+
+
+def test_initial_weights() -> None:
+    torch.manual_seed(0)
+    model = backbones.create_model("van_b1")
+    block = model.stages[2].blocks[0]
+    for conv in (block.mlp.fc1, block.mlp.dwconv, block.attn.lka.dw_dilated, model.stem.conv):
+        fan_out = conv.out_channels * math.prod(conv.kernel_size) / conv.groups
+        assert conv.weight.std().item() == pytest.approx(math.sqrt(2 / fan_out), rel=0.05)
+        assert not conv.bias.any()
+    assert 0.018 < model.head.fc.weight.std() < 0.022
+    assert torch.equal(block.ls1.gamma, torch.full((320,), 0.01))
+    assert all(
+        torch.equal(m.weight, torch.ones_like(m.weight))
+        for m in model.modules()
+        if isinstance(m, nn.BatchNorm2d)
+    )

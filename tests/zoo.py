@@ -1,0 +1,51 @@
+"""Which models stand for their family in the quick tests, made shallow and awkward."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import nn
+
+import backbones
+
+# The smallest variant of each family, and the arguments that make it shallow.
+SMALL: dict[str, tuple[str, dict[str, Any]]] = {
+    "inception_next": ("inception_next_atto", {"depths": (1, 1, 2, 1)}),
+    "shvit": ("shvit_s1", {"depths": (1, 1, 1)}),
+    "van": ("van_b0", {"depths": (1, 1, 2, 1)}),
+}
+FAMILIES = sorted(SMALL)
+# Image to image: no classifier and no pyramid.
+RESTORATION = {"hat"}
+CLASSIFIERS = [family for family in FAMILIES if family not in RESTORATION]
+# The families whose first stage is at stride 16, and which can show their stem.
+STRIDE_16 = [family for family in FAMILIES if family in ("efficientvit", "shvit")]
+
+
+def small(family: str, **kwargs: Any) -> Any:
+    """A shallow model of the family, the same on every call."""
+    name, arguments = SMALL[family]
+    torch.manual_seed(0)
+    return backbones.create_model(name, **{**arguments, **kwargs})
+
+
+@torch.no_grad()
+def randomise(model: nn.Module) -> nn.Module:
+    """Give norms, scales and zero-initialised tensors values that hide no branch; returns it."""
+    generator = torch.Generator().manual_seed(1)
+    for module in model.modules():
+        if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):
+            module.running_mean.normal_(0, 0.2, generator=generator)
+            module.running_var.uniform_(0.5, 2, generator=generator)
+            module.weight.uniform_(0.5, 1.5, generator=generator)
+            module.bias.normal_(0, 0.2, generator=generator)
+    for parameter in model.parameters():
+        if parameter.abs().max() < 1e-2:
+            parameter.normal_(0, 0.2, generator=generator)
+    return model
+
+
+def images(*shape: int, seed: int = 0) -> torch.Tensor:
+    """Standard normal images (B, C, H, W)."""
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
