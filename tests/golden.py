@@ -18,6 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+import backbones
+
 FOLDER = Path(__file__).parent / "reference"
 TOLERANCE = {"litv2": 1e-4, "medvitv2": 1e-4, "efficientvit": 1e-4}
 
@@ -109,3 +111,37 @@ def summary_error(value: Tensor, figures: dict[str, Any]) -> float:
         abs(value.norm().item() / figures["l2"] - 1),
     ]
     return max(errors)
+
+
+@torch.no_grad()
+def case_errors(family: str, variant: str, number: int) -> tuple[float, list[float]]:
+    """Load the published names into a fresh model and run one case.
+
+    Returns:
+        The relative error of the output (logits, or the image), and that of each stage's map.
+    """
+    figures = reference(family, variant)
+    case = figures["cases"][number]
+    chosen = {k: v for k, v in case.get("kwargs", {}).items() if k == "n_win"}
+    model = backbones.create_model(variant, **chosen).eval()
+    report = backbones.load_checkpoint(model, checkpoint(figures))
+    assert not (report.missing or report.unexpected or report.resized or report.reinitialised)
+
+    x = image(case["input"], case["seed"])
+    if "image" in case:
+        maps = model.forward_intermediates(x, intermediates_only=True)
+        error = summary_error(model(x), case["image"])
+    else:
+        last, maps = model.forward_intermediates(x)
+        error = relative_error(model.forward_head(last), case["logits"])
+    # The maps that go from stage to stage; some figures are of output norms that come after them.
+    stages = case.get("features_eps1e-6") or case.get("stage_outputs") or case["features"]
+    return error, [
+        summary_error(_like(stage, expected), expected)
+        for stage, expected in zip(maps, stages, strict=True)
+    ]
+
+
+def _like(value: Tensor, figures: dict[str, Any]) -> Tensor:
+    """``value`` as tokens (B, HW, C) where the figures are of tokens."""
+    return value if len(figures["shape"]) == value.ndim else value.flatten(2).transpose(1, 2)
