@@ -15,7 +15,19 @@ from backbones._checkpoint import CheckpointError, LoadReport, load_checkpoint
 from backbones._registry import create_model, fuse, list_families, list_models
 
 # Importing a family registers its models, here and with timm.
-from backbones import efficientvit, favit, inception_next, shvit, van  # isort: skip
+from backbones import (  # isort: skip
+    biformer,
+    efficientvit,
+    favit,
+    hat,
+    inception_next,
+    litv2,
+    medvitv2,
+    ravlt,
+    shvit,
+    unireplknet,
+    van,
+)
 
 __version__ = "0.1.0"
 
@@ -24,14 +36,20 @@ __all__ = [
     "LoadReport",
     "Stage",
     "StagedBackbone",
+    "biformer",
     "create_model",
     "efficientvit",
     "favit",
     "fuse",
+    "hat",
     "inception_next",
     "list_families",
     "list_models",
+    "litv2",
     "load_checkpoint",
+    "medvitv2",
+    "ravlt",
     "shvit",
+    "unireplknet",
     "van",
 ]

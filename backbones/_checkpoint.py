@@ -123,19 +123,20 @@ def load_checkpoint(
     name = "state dict" if isinstance(source, Mapping) else str(source)
     tensors, ignored = _strip_prefixes(read_checkpoint(source))
     tensors = backbone.convert_state_dict(tensors)
-    target = _fused_like(backbone, tensors) or backbone
+    heads = (backbone.classifier,) if isinstance(backbone.classifier, str) else backbone.classifier
+    absent = tuple(f"{head}." for head in heads) if backbone.num_classes == 0 else ()
+    if pruned:
+        cut = range(len(backbone.stages), len(backbone.feature_info))
+        absent += ("head.", "norm.", "out_norms.", *(f"stages.{i}." for i in cut))
+    target = _fused_like(backbone, tensors, absent) or backbone
     own = target.state_dict()
     report = LoadReport(name, ignored=ignored)
 
     fitted: dict[str, Tensor] = {}
-    heads = (target.classifier,) if isinstance(target.classifier, str) else target.classifier
     for key, tensor in tensors.items():
         is_classifier = any(key.startswith(f"{head}.") for head in heads)
         if key not in own:
-            if is_classifier and target.num_classes == 0:
-                report.ignored.append(key)
-            elif not (pruned and not key.startswith("stem.")):
-                report.unexpected.append(key)
+            (report.ignored if key.startswith(absent) else report.unexpected).append(key)
         elif tensor.shape == own[key].shape:
             fitted[key] = tensor
         elif (resized := target.resize_tensor(key, tensor, own[key].shape)) is not None:
@@ -293,12 +294,18 @@ def _strip_prefixes(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list
     return tensors, ignored
 
 
-def _fused_like(model: StagedBackbone, tensors: dict[str, Tensor]) -> StagedBackbone | None:
-    """A fused copy of ``model`` if the tensors belong to that form, else None."""
-    if model.fused or tensors.keys() <= model.state_dict().keys():
+def _fused_like(
+    model: StagedBackbone, tensors: dict[str, Tensor], absent: tuple[str, ...]
+) -> StagedBackbone | None:
+    """A fused copy of ``model`` if the tensors belong to that form, else None.
+
+    ``absent`` are the beginnings of names that the model may lack.
+    """
+    names = {key for key in tensors if not key.startswith(absent)}
+    if model.fused or names <= model.state_dict().keys():
         return None
     fused = copy.deepcopy(model).fuse()
-    return fused if tensors.keys() <= fused.state_dict().keys() else None
+    return fused if names <= fused.state_dict().keys() else None
 
 
 def _some(names: list[str]) -> str:

@@ -21,7 +21,7 @@ from backbones._base import Stage, StagedBackbone
 from backbones._registry import build_model, register
 from ops.attention.single_head import SingleHeadAttention
 from ops.conv import ConvResidual
-from ops.mobile import ConvFFN, ExpandMerging, NormLinearHead, Residual, conv_stem
+from ops.mobile import ConvFFN, NormLinearHead, Residual, conv_stem, residual_merging
 
 __all__ = ["SHViT"]
 
@@ -45,17 +45,6 @@ class Block(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.ffn(self.mixer(self.conv(x)))
-
-
-def _downsample(dim: int, out_dim: int) -> nn.Sequential:
-    """Residual convolution and feed-forward on both sides of the merging."""
-    return nn.Sequential(
-        ConvResidual(dim, norm_scale=1.0),
-        Residual(ConvFFN(dim, 2 * dim)),
-        ExpandMerging(dim, out_dim),
-        ConvResidual(out_dim, norm_scale=1.0),
-        Residual(ConvFFN(out_dim, 2 * out_dim)),
-    )
 
 
 class SHViT(StagedBackbone):
@@ -98,7 +87,7 @@ class SHViT(StagedBackbone):
             *(
                 Stage(
                     [Block(dims[i], attn_dims[i], qk_dim, next(rates)) for _ in range(depths[i])],
-                    downsample=_downsample(dims[i - 1], dims[i]) if i else None,
+                    downsample=residual_merging(dims[i - 1], dims[i]) if i else None,
                 )
                 for i in range(len(dims))
             )

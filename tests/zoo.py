@@ -11,8 +11,14 @@ import backbones
 
 # The smallest variant of each family, and the arguments that make it shallow.
 SMALL: dict[str, tuple[str, dict[str, Any]]] = {
+    "biformer": ("biformer_tiny", {"depths": (1, 1, 2, 1)}),
+    "efficientvit": ("efficientvit_m0", {"depths": (1, 1, 1)}),
+    "favit": ("favit_b0", {"depths": (1, 1, 2, 1)}),
     "inception_next": ("inception_next_atto", {"depths": (1, 1, 2, 1)}),
+    "medvitv2": ("medvitv2_tiny", {"depths": (1, 2, 3, 1)}),
+    "ravlt": ("ravlt_t", {"depths": (1, 1, 2, 1)}),
     "shvit": ("shvit_s1", {"depths": (1, 1, 1)}),
+    "unireplknet": ("unireplknet_a", {"depths": (1, 1, 2, 1)}),
     "van": ("van_b0", {"depths": (1, 1, 2, 1)}),
 }
 FAMILIES = sorted(SMALL)

@@ -108,6 +108,8 @@ def test_a_detector_around_the_backbone(official: dict[str, Tensor]) -> None:
 def test_features_only_takes_the_whole_checkpoint(official: dict[str, Tensor]) -> None:
     features = _van(features_only=True, out_indices=(0, 1))
     load_checkpoint(features, official)
+    with pytest.raises(CheckpointError, match="surplus"):
+        load_checkpoint(features, {**official, "block1.9.surplus": torch.zeros(1)})
     whole = _van()
     load_checkpoint(whole, official)
     x = images(1, 3, 64, 64)
@@ -158,6 +160,11 @@ def test_fused_shvit_of_the_original_loads() -> None:
     assert fresh.fused
     assert relative_error(fresh(x), expected) < 1e-5
     assert sum(p.numel() for p in fresh.parameters()) == figures["fused"]["params"]
+    headless = backbones.create_model("shvit_s1", num_classes=0).eval()
+    assert len(load_checkpoint(headless, published).ignored) == 2
+    features = backbones.create_model("shvit_s1", features_only=True, out_indices=(0, 1)).eval()
+    load_checkpoint(features, published)
+    assert headless.fused and features.model.fused
 
 
 # -- what must not -------------------------------------------------------------------------------

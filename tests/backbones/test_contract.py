@@ -100,7 +100,9 @@ def test_any_size(family: str, size: tuple[int, int]) -> None:
 @every_family
 def test_every_parameter_gets_a_finite_gradient(family: str) -> None:
     model = randomise(small(family, drop_path_rate=0.0)).train()
-    out = model(images(2, 3, 64, 64))
+    # On a map of one pixel a softmax has no gradient: stride 64 needs more than 64 pixels.
+    side = 64 if family in RESTORATION else 128
+    out = model(images(2, 3, side, side))
     out = sum(out) if isinstance(out, tuple) else out
     (out * images(*out.shape, seed=1)).sum().backward()
     for name, parameter in model.named_parameters():
@@ -303,7 +305,7 @@ def test_fuse_keeps_features_only(family: str) -> None:
 @every_family
 @torch.no_grad()
 def test_half_precision(family: str) -> None:
-    model = small(family).eval()
+    model = randomise(small(family)).eval()
     x = images(1, 3, 64, 64)
     exact = model(x)
     assert _relative(model.bfloat16()(x.bfloat16()).float(), exact) < 0.3
@@ -333,6 +335,8 @@ def test_compiles_into_one_graph(family: str) -> None:
 
 
 @pytest.mark.slow
+# torch's own inductor decorates with the deprecated torch.jit when it is first imported.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @every_family
 @torch.no_grad()
 def test_compiles_with_inductor(family: str) -> None:

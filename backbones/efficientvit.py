@@ -1,0 +1,268 @@
+"""EfficientViT (MSRA): sandwiches of feed-forwards around cascaded group attention in windows.
+
+Xinyu Liu et al., "EfficientViT: Memory Efficient Vision Transformer with Cascaded Group
+Attention", https://arxiv.org/abs/2305.07027.
+
+Any size (from 1×1); the stage at stride s has ⌈H/s⌉ rows. The original's classifier runs only at
+the size that it was built for, and its dense copy fails where the last map is smaller than a
+window: here the biases are interpolated to the window at hand. Where the originals run, the outputs
+are theirs. The dense networks of the paper are ``img_size=448`` (their tables are 7×7 in all
+stages), and for M0 ``kernel_sizes=(7, 5, 3, 3)``. Stages start at stride 16; with
+``stem_features=True`` the stem's maps at strides 2, 4 and 8 come first among the features.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from timm.layers import calculate_drop_path_rates
+from timm.models import generate_default_cfgs
+from torch import Tensor, nn
+
+from backbones._base import Stage, StagedBackbone
+from backbones._registry import build_model, register
+from ops.attention.cascaded import CascadedGroupAttention, resize_distance_table
+from ops.conv import ConvResidual
+from ops.mobile import ConvFFN, NormLinearHead, Residual, conv_stem, residual_merging
+
+__all__ = ["EfficientViT"]
+
+
+class Block(nn.Module):
+    """Attention between two pairs of depthwise convolution and feed-forward, all residual.
+
+    (B, dim, H, W) → (B, dim, H, W).
+    """
+
+    def __init__(self, dim: int, attn: nn.Module, drop_path: float = 0.0) -> None:
+        super().__init__()
+        self.conv1 = ConvResidual(dim, drop_path=drop_path)
+        self.ffn1 = Residual(ConvFFN(dim, 2 * dim), drop_path)
+        self.attn = Residual(attn, drop_path)
+        self.conv2 = ConvResidual(dim, drop_path=drop_path)
+        self.ffn2 = Residual(ConvFFN(dim, 2 * dim), drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ffn2(self.conv2(self.attn(self.ffn1(self.conv1(x)))))
+
+
+class EfficientViT(StagedBackbone):
+    """EfficientViT.
+
+    Args:
+        dims, depths, num_heads: of the three stages.
+        kernel_sizes: of the depthwise convolutions on the queries, one a head.
+        qk_dim: width of query and key of a head.
+        window_size: side of the attention windows.
+        img_size: square size that the bias tables are made for; a table's side is that of the
+            stage's map, at most ``window_size``. Any other size still runs, on interpolated
+            biases, and tables of other checkpoints are interpolated when they are loaded.
+        num_classes, in_chans, global_pool: of classifier, image and pooling.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: of the last block; it grows linearly from 0.
+        distilled: a second classifier for a teacher's labels, see
+            :class:`ops.mobile.NormLinearHead`.
+        stem_features: offer the stem's maps at strides 2, 4 and 8 as features too.
+
+    Raises:
+        ValueError: ``img_size`` below 1, or what
+            :class:`ops.attention.cascaded.CascadedGroupAttention` refuses.
+    """
+
+    classifier: str | tuple[str, ...] = "head.fc"
+    first_conv = "stem.0.conv"
+    undecayed = ("attention_biases",)
+
+    def __init__(
+        self,
+        dims: Sequence[int] = (64, 128, 192),
+        depths: Sequence[int] = (1, 2, 3),
+        num_heads: Sequence[int] = (4, 4, 4),
+        kernel_sizes: Sequence[int] = (7, 5, 3, 3),
+        *,
+        qk_dim: int = 16,
+        window_size: int = 7,
+        img_size: int = 224,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        distilled: bool = False,
+        stem_features: bool = False,
+    ) -> None:
+        super().__init__(num_classes=num_classes, in_chans=in_chans)
+        if img_size < 1:
+            raise ValueError(f"img_size must be ≥ 1, got {img_size}")
+        rates: Iterator[Any] = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
+        reductions = [16 * 2**i for i in range(len(dims))]
+        self.stem = conv_stem(in_chans, dims[0])
+        stages = []
+        for i, dim in enumerate(dims):
+            table_size = min(window_size, -(-img_size // reductions[i]))
+            blocks = [
+                Block(
+                    dim,
+                    CascadedGroupAttention(
+                        dim, num_heads[i], qk_dim, window_size, kernel_sizes, table_size
+                    ),
+                    next(rates),
+                )
+                for _ in range(depths[i])
+            ]
+            stages.append(Stage(blocks, residual_merging(dims[i - 1], dim) if i else None))
+        self.stages = nn.Sequential(*stages)
+        self.norm = nn.Identity()
+        self.head = NormLinearHead(
+            dims[-1], num_classes, global_pool, drop_rate, distilled=distilled
+        )
+        if distilled:
+            self.classifier = ("head.fc", "head.fc_dist")
+        taps = [(i, dims[0] // 2 ** (3 - i), 2 ** (i + 1)) for i in range(3)]
+        self.describe_features(dims, reductions, stem_features=taps if stem_features else ())
+
+    def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """From the names of the original, fused or not, and of timm."""
+        converted = {}
+        for key, tensor in state_dict.items():
+            if key.endswith("attention_bias_idxs"):
+                continue
+            key = _convert_place(key)
+            if re.search(r"\.(?:dw[01]|downsample\.[03])\.m\.weight$", key):
+                # The original fuses the norm only; ours has the identity in the kernel too.
+                tensor = _add_identity(tensor)
+            for pattern, name in _RENAMES:
+                key = re.sub(pattern, name, key)
+            converted[key] = tensor
+        return converted
+
+    def resize_tensor(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
+        """Also tables of attention biases, bicubically as the paper's detectors do."""
+        if name.endswith(".attention_biases") and tensor.ndim == 2 and len(tensor) == shape[0]:
+            old, new = (round(n**0.5) for n in (tensor.shape[1], shape[1]))
+            if old * old == tensor.shape[1]:
+                table = tensor.unflatten(1, (old, old))
+                return resize_distance_table(table, new, new).flatten(1)
+        return super().resize_tensor(name, tensor, shape)
+
+
+_RENAMES = (
+    (r"\.(dw[01]|downsample\.[03])\.m\.(?=weight$|bias$)", r".\1."),
+    (r"\.c\.", ".conv."),
+    (r"\.bn\.", ".norm."),
+    (r"\.dw0\.", ".conv1."),
+    (r"\.dw1\.", ".conv2."),
+    (r"\.ffn0\.m\.", ".ffn1.fn."),
+    (r"\.ffn1\.m\.", ".ffn2.fn."),
+    (r"\.mixer\.m\.attn\.", ".attn.fn."),
+    (r"\.m\.", ".fn."),
+    (r"\.pw([12])\.", r".fc\1."),
+    (r"\.qkvs\.(\d+)\.", r".heads.\1.qkv."),
+    (r"\.dws\.(\d+)\.", r".heads.\1.dwconv."),
+    (r"\.proj\.1\.", ".proj."),
+    (r"\.downsample\.2\.conv1\.", ".downsample.2.expand."),
+    (r"\.downsample\.2\.conv2\.", ".downsample.2.reduce."),
+    (r"\.downsample\.2\.conv3\.", ".downsample.2.project."),
+    (r"^stem\.([012])\.(weight|bias)$", r"stem.\1.conv.\2"),
+    (r"^head\.norm\.", "head.fc.norm."),
+    (r"^head_dist\.norm\.", "head.fc_dist.norm."),
+    (r"^head\.l(?:inear)?\.", "head.fc.linear."),
+    (r"^head_dist\.l(?:inear)?\.", "head.fc_dist.linear."),
+    (r"^head\.(weight|bias)$", r"head.fc.\1"),
+    (r"^head_dist\.(weight|bias)$", r"head.fc_dist.\1"),
+)
+
+
+def _convert_place(key: str) -> str:
+    """Where a block stands: the original counts a stage's downsampling among its blocks."""
+    if match := re.match(r"patch_embed\.(?:conv)?(\d)\.", key):
+        # timm counts convolutions from 1, the original also the activations between them.
+        child = int(match[1]) - 1 if "conv" in match[0] else int(match[1]) // 2
+        return f"stem.{child}.{key[match.end() :]}"
+    if match := re.match(r"blocks(\d)\.(\d+)\.", key):
+        stage, place, rest = int(match[1]) - 1, int(match[2]), key[match.end() :]
+        parts = ("res1.", "patchmerge.", "res2.")
+        if stage == 0 or place >= len(parts):
+            place -= len(parts) if stage else 0
+            return f"stages.{stage}.blocks.{place}.{rest}"
+        key = f"stages.{stage}.downsample.{parts[place]}{rest}"
+    key = re.sub(r"\.downsample\.res1\.", ".downsample.", key)
+    key = re.sub(r"\.downsample\.patchmerge\.", ".downsample.2.", key)
+    return re.sub(r"\.downsample\.res2\.(\d)\.", lambda m: f".downsample.{int(m[1]) + 3}.", key)
+
+
+def _add_identity(kernel: Tensor) -> Tensor:
+    identity = torch.zeros_like(kernel)
+    identity[:, :, kernel.shape[2] // 2, kernel.shape[3] // 2] = 1
+    return kernel + identity
+
+
+def _cfg(variant: str) -> dict[str, Any]:
+    releases = "https://github.com/xinyuliu-jeffrey/EfficientViT_Model_Zoo/releases/download/v1.0/"
+    return {
+        "url": f"{releases}{variant}.pth",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+        "first_conv": EfficientViT.first_conv,
+        "classifier": EfficientViT.classifier,
+        "license": "mit",
+        "origin_url": "https://github.com/microsoft/Cream/tree/main/EfficientViT",
+        "paper_name": (
+            "EfficientViT: Memory Efficient Vision Transformer with Cascaded Group Attention"
+        ),
+        "paper_ids": "arXiv:2305.07027",
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {f"efficientvit_m{i}.in1k": _cfg(f"efficientvit_m{i}") for i in range(6)}
+)
+
+
+@register
+def efficientvit_m0(pretrained: bool = False, **kwargs: Any) -> EfficientViT:
+    """EfficientViT-M0, 2.3 M parameters."""
+    variant = dict(dims=(64, 128, 192), num_heads=(4, 4, 4), kernel_sizes=(5, 5, 5, 5))
+    return build_model(EfficientViT, "efficientvit_m0", pretrained, variant, kwargs)
+
+
+@register
+def efficientvit_m1(pretrained: bool = False, **kwargs: Any) -> EfficientViT:
+    """EfficientViT-M1, 3.0 M parameters."""
+    variant = dict(dims=(128, 144, 192), num_heads=(2, 3, 3))
+    return build_model(EfficientViT, "efficientvit_m1", pretrained, variant, kwargs)
+
+
+@register
+def efficientvit_m2(pretrained: bool = False, **kwargs: Any) -> EfficientViT:
+    """EfficientViT-M2, 4.2 M parameters."""
+    variant = dict(dims=(128, 192, 224), num_heads=(4, 3, 2))
+    return build_model(EfficientViT, "efficientvit_m2", pretrained, variant, kwargs)
+
+
+@register
+def efficientvit_m3(pretrained: bool = False, **kwargs: Any) -> EfficientViT:
+    """EfficientViT-M3, 6.9 M parameters."""
+    variant = dict(dims=(128, 240, 320), num_heads=(4, 3, 4), kernel_sizes=(5, 5, 5, 5))
+    return build_model(EfficientViT, "efficientvit_m3", pretrained, variant, kwargs)
+
+
+@register
+def efficientvit_m4(pretrained: bool = False, **kwargs: Any) -> EfficientViT:
+    """EfficientViT-M4, 8.8 M parameters."""
+    variant = dict(dims=(128, 256, 384), num_heads=(4, 4, 4))
+    return build_model(EfficientViT, "efficientvit_m4", pretrained, variant, kwargs)
+
+
+@register
+def efficientvit_m5(pretrained: bool = False, **kwargs: Any) -> EfficientViT:
+    """EfficientViT-M5, 12.5 M parameters."""
+    variant = dict(dims=(192, 288, 384), depths=(1, 3, 4), num_heads=(3, 3, 4))
+    return build_model(EfficientViT, "efficientvit_m5", pretrained, variant, kwargs)

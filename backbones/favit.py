@@ -1,0 +1,247 @@
+"""Factorization Vision Transformer: long-range attention at the cost of local windows.
+
+Haolin Qin et al., "Factorization Vision Transformer: Modeling Long Range Dependency with Local
+Window Cost", https://arxiv.org/abs/2312.08614. Written from the paper and a description of its
+checkpoints, since the published code states no licence.
+
+Any size (from 1×1); the stage at stride s has ⌈H/s⌉ rows. The original needs more than 96 pixels a
+side, since it cannot reflect a map by more than its size; here the reflection goes on back and
+forth. The normalised map of a stage is both its feature and the next stage's input, in detectors
+and segmenters too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from timm.layers import ClassifierHead, DropPath, LayerNorm2d, calculate_drop_path_rates
+from timm.models import generate_default_cfgs
+from torch import Tensor, nn
+
+from backbones._base import Stage, StagedBackbone
+from backbones._registry import build_model, register
+from ops.attention.factorized import FactorizedAttention
+from ops.init import init_fan_out
+
+__all__ = ["FaViT"]
+
+
+class PatchEmbed(nn.Module):
+    """Overlapping patches: a strided convolution and its norm.
+
+    (B, in_chs, H, W) → (B, dim, ⌈H/stride⌉, ⌈W/stride⌉).
+    """
+
+    def __init__(self, in_chs: int, dim: int, kernel_size: int, stride: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_chs, dim, kernel_size, stride, kernel_size // 2)
+        self.norm = LayerNorm2d(dim, eps=1e-5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x))
+
+
+class DWMlp(nn.Module):
+    """Linear, 3×3 depthwise, GELU, linear: (B, H, W, dim) → (B, H, W, dim)."""
+
+    def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.dwconv = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.dwconv(self.fc1(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.drop(self.fc2(self.drop(self.act(x))))
+
+
+class Block(nn.Module):
+    """Attention, then MLP, each normalised before and added: (B, H, W, dim) → the same."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        sr_ratio: int,
+        mlp_ratio: float,
+        window_size: int,
+        drop: float,
+        drop_path: float,
+    ) -> None:
+        super().__init__()
+        # Local windows are dilated as far as the global map is shrunk.
+        dilations = (1, sr_ratio) if sr_ratio > 1 else (1,)
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = FactorizedAttention(dim, num_heads, sr_ratio, dilations, window_size)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = DWMlp(dim, int(dim * mlp_ratio), drop)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class FaViTStage(Stage):
+    """A stage whose blocks and norm want channels last."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.downsample(x).permute(0, 2, 3, 1)
+        return self.norm(self.run_blocks(x)).permute(0, 3, 1, 2)
+
+
+class FaViT(StagedBackbone):
+    """Factorization vision transformer.
+
+    Args:
+        dims, depths, num_heads, mlp_ratios: of the four stages.
+        sr_ratios: how much each stage shrinks the map of its global branch, and how far it
+            dilates the second of its local branches; 1 leaves that one out.
+        window_size: taps a side of the local windows.
+        num_classes, in_chans, global_pool: of classifier, image and pooling.
+        drop_rate: dropout before the classifier.
+        proj_drop_rate: dropout inside the MLPs.
+        drop_path_rate: of the last block; it grows linearly from 0.
+    """
+
+    def __init__(
+        self,
+        dims: Sequence[int] = (64, 128, 256, 512),
+        depths: Sequence[int] = (2, 2, 6, 2),
+        num_heads: Sequence[int] = (1, 2, 4, 8),
+        mlp_ratios: Sequence[float] = (8, 6, 4, 4),
+        sr_ratios: Sequence[int] = (8, 4, 2, 1),
+        window_size: int = 7,
+        *,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        super().__init__(num_classes=num_classes, in_chans=in_chans)
+        rates: Iterator[Any] = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
+        self.stem = PatchEmbed(in_chans, dims[0], 7, 4)
+        self.stages = nn.Sequential(
+            *(
+                FaViTStage(
+                    [
+                        Block(
+                            dims[i],
+                            num_heads[i],
+                            sr_ratios[i],
+                            mlp_ratios[i],
+                            window_size,
+                            proj_drop_rate,
+                            next(rates),
+                        )
+                        for _ in range(depths[i])
+                    ],
+                    downsample=PatchEmbed(dims[i - 1], dims[i], 3, 2) if i else None,
+                    norm=nn.LayerNorm(dims[i], eps=1e-6),
+                )
+                for i in range(len(dims))
+            )
+        )
+        self.norm = nn.Identity()
+        self.head = ClassifierHead(dims[-1], num_classes, global_pool, drop_rate)
+        self.describe_features(dims, [4 * 2**i for i in range(len(dims))])
+        self.apply(init_fan_out)
+
+    def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """From the names of the original, which counts stages from 1."""
+        return {_convert_key(key): tensor for key, tensor in state_dict.items()}
+
+
+_RENAMES = (
+    (r"^patch_embed1\.proj\.", "stem.conv."),
+    (r"^patch_embed1\.norm\.", "stem.norm."),
+    (r"\.attn\.(sr|norm)\.", r".attn.global_branch.\1."),
+    (r"\.attn\.kv_g\.", ".attn.global_branch.kv."),
+    (r"\.attn\.local_conv_g\.", ".attn.global_branch.local_conv.conv."),
+    (r"\.attn\.kv_l\.depth_conv\.", ".attn.kv_dw."),
+    (r"\.attn\.kv_l\.point_conv\.", ".attn.kv_pw."),
+    (r"\.attn\.fcs\.(\d)\.", r".attn.local_branches.\1.fc."),
+    (r"\.attn\.single_heads\.(\d)\.", r".attn.local_branches.\1.kv."),
+    (r"\.attn\.local_convs\.(\d)\.", r".attn.local_branches.\1.local_conv.conv."),
+    (r"\.dwconv\.dwconv\.", ".dwconv."),
+    (r"^head\.(weight|bias)$", r"head.fc.\1"),
+)
+_STAGE_RENAMES = (
+    (r"^patch_embed(\d)\.proj\.", "stages.{}.downsample.conv."),
+    (r"^patch_embed(\d)\.norm\.", "stages.{}.downsample.norm."),
+    (r"^block(\d)\.", "stages.{}.blocks."),
+    (r"^norm(\d)\.", "stages.{}.norm."),
+)
+
+
+def _convert_key(key: str) -> str:
+    for pattern, name in _RENAMES:
+        key = re.sub(pattern, name, key)
+    for pattern, name in _STAGE_RENAMES:
+        if match := re.match(pattern, key):
+            return name.format(int(match[1]) - 1) + key[match.end() :]
+    return key
+
+
+def _cfg(**kwargs: Any) -> dict[str, Any]:
+    return {
+        "url": "",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+        "first_conv": FaViT.first_conv,
+        "classifier": FaViT.classifier,
+        "license": "none stated",
+        "origin_url": "https://github.com/q2479036243/FaViT",
+        "paper_name": "Factorization Vision Transformer: Modeling Long Range Dependency with "
+        "Local Window Cost",
+        "paper_ids": "arXiv:2312.08614",
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "favit_b0.untrained": _cfg(),
+        "favit_b1.untrained": _cfg(),
+        "favit_b2.untrained": _cfg(),
+        "favit_b3.untrained": _cfg(),
+    }
+)
+
+
+@register
+def favit_b0(pretrained: bool = False, **kwargs: Any) -> FaViT:
+    """FaViT-B0, 3.4 M parameters."""
+    variant = {"dims": (32, 64, 128, 256), "depths": (2, 2, 6, 2), "drop_path_rate": 0.1}
+    return build_model(FaViT, "favit_b0", pretrained, variant, kwargs)
+
+
+@register
+def favit_b1(pretrained: bool = False, **kwargs: Any) -> FaViT:
+    """FaViT-B1, 13.0 M parameters."""
+    variant = {"dims": (64, 128, 256, 512), "depths": (2, 2, 6, 2), "drop_path_rate": 0.1}
+    return build_model(FaViT, "favit_b1", pretrained, variant, kwargs)
+
+
+@register
+def favit_b2(pretrained: bool = False, **kwargs: Any) -> FaViT:
+    """FaViT-B2, 24.9 M parameters."""
+    variant = {"dims": (64, 128, 256, 512), "depths": (2, 3, 18, 3), "drop_path_rate": 0.1}
+    return build_model(FaViT, "favit_b2", pretrained, variant, kwargs)
+
+
+@register
+def favit_b3(pretrained: bool = False, **kwargs: Any) -> FaViT:
+    """FaViT-B3, 48.7 M parameters."""
+    variant = {"dims": (96, 192, 384, 768), "depths": (2, 3, 14, 3), "drop_path_rate": 0.1}
+    return build_model(FaViT, "favit_b3", pretrained, variant, kwargs)

@@ -1,0 +1,440 @@
+"""MedViTV2: neighborhood attention and Kolmogorov-Arnold layers for medical images.
+
+Omid Nejati Manzari et al., "Medical Image Classification with KAN-Integrated Transformers and
+Dilated Neighborhood Attention", https://arxiv.org/abs/2502.13693.
+
+Any size from 32×32 (smaller works in eval mode), square or not; the stage at stride s has ⌈H/s⌉
+rows. The original takes square images of 97 pixels and more. On a map smaller than the window of
+neighborhood attention, first the dilation shrinks and then the window, until it is the whole map.
+
+Three things are as in the published code, for the sake of its weights, not as in the paper. There
+is no dilation, unless ``dilation`` asks for it. The layers that want channels last get the memory
+of a map with channels first, so that what they take for a pixel's channels is a run of the map.
+And a residual branch of the local blocks adds its normalised input too.
+"""
+
+from __future__ import annotations
+
+import re
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from timm.layers import (
+    ClassifierHead,
+    DropPath,
+    SqueezeExcite,
+    calculate_drop_path_rates,
+    make_divisible,
+)
+from timm.models import generate_default_cfgs
+from torch import Tensor, nn
+
+from backbones._base import Stage, StagedBackbone
+from backbones._registry import build_model, register
+from ops.attention.pooled import PooledAttention
+from ops.conv import ConvNorm
+from ops.init import init_trunc_normal
+from ops.kan import KAN
+from ops.neighborhood import NeighborhoodAttention2D, na2d
+
+__all__ = ["MedViTV2"]
+
+
+class WindowedAttention(NeighborhoodAttention2D):
+    """Neighborhood attention with a position bias, whose window fits every map.
+
+    (B, H, W, embed_dim) → (B, H, W, embed_dim).
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        assert self.rpb is not None
+        kernel_size, dilation = [], []
+        rpb: Tensor = self.rpb
+        for axis, size in enumerate(x.shape[1:3]):
+            whole, wide = self.kernel_size[axis], self.dilation[axis]
+            fitted = min(whole, size)
+            kernel_size.append(fitted)
+            dilation.append(min(wide, size // fitted))
+            # The table is of offsets around its centre.
+            rpb = rpb.narrow(axis + 1, whole - fitted, 2 * fitted - 1)
+        query, key, value = self.qkv(x).unflatten(3, (3, self.num_heads, -1)).unbind(3)
+        out = na2d(query, key, value, kernel_size, dilation=dilation, scale=self.scale, rpb=rpb)
+        assert isinstance(out, Tensor)
+        return self.proj(out.flatten(3))
+
+
+class ConvFFN(nn.Module):
+    """Expand, depthwise, squeeze-and-excitation, project: (B, dim, H, W) → (B, dim, H, W)."""
+
+    def __init__(self, dim: int, hidden_dim: int, kernel_size: int = 3) -> None:
+        super().__init__()
+        self.expand = ConvNorm(dim, hidden_dim, act_layer=nn.Hardswish)
+        self.dwconv = ConvNorm(
+            hidden_dim, hidden_dim, kernel_size, groups=hidden_dim, act_layer=nn.Hardswish
+        )
+        self.se = SqueezeExcite(
+            hidden_dim, rd_channels=hidden_dim // dim, gate_layer="hard_sigmoid"
+        )
+        self.project = ConvNorm(hidden_dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.project(self.se(self.dwconv(self.expand(x))))
+
+
+class LocalBlock(nn.Module):
+    """Neighborhood attention, then a convolutional feed-forward.
+
+    (B, dim, H, W) → (B, dim, H, W).
+    """
+
+    def __init__(
+        self, dim: int, head_dim: int, window_size: int, dilation: int, ffn_kernel: int, drop: float
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.BatchNorm2d(dim)
+        self.attn = WindowedAttention(
+            dim, dim // head_dim, window_size, dilation=dilation, rel_pos_bias=True
+        )
+        self.drop_path = DropPath(drop)
+        self.norm2 = nn.BatchNorm2d(dim)
+        self.ffn = ConvFFN(dim, 3 * dim, ffn_kernel)
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, dim, height, width = x.shape
+        mixed = self.attn(self.norm1(x).reshape(batch, height, width, dim))
+        x = x + self.drop_path(mixed.reshape(x.shape))
+        normed = self.norm2(x)
+        return x + normed + self.ffn(normed)
+
+
+class GroupedConv(nn.Module):
+    """Multi-head convolutional attention: a grouped 3×3 convolution and a pointwise one.
+
+    (B, dim, H, W) → (B, dim, H, W).
+    """
+
+    def __init__(self, dim: int, head_dim: int) -> None:
+        super().__init__()
+        self.conv = ConvNorm(dim, dim, 3, groups=dim // head_dim, act_layer=nn.ReLU)
+        self.proj = nn.Conv2d(dim, dim, 1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(self.conv(x))
+
+
+class GlobalBlock(nn.Module):
+    """Pooled attention, a convolution of what it gives beside it, then a KAN.
+
+    (B, in_dim, H, W) → (B, dim, H, W); ``mix_ratio`` of the channels attend.
+    """
+
+    def __init__(
+        self,
+        in_dim: int,
+        dim: int,
+        head_dim: int,
+        sr_ratio: int,
+        mix_ratio: float,
+        drop: float,
+        *,
+        project_input: bool,
+    ) -> None:
+        super().__init__()
+        attn_dim = make_divisible(int(dim * mix_ratio), 32)
+        conv_dim = dim - attn_dim
+        if conv_dim < head_dim or conv_dim % head_dim or attn_dim % head_dim:
+            raise ValueError(
+                f"heads of {head_dim} do not divide {dim} channels that are split into {attn_dim} "
+                f"for attention and {conv_dim} for convolution (mix_ratio {mix_ratio})"
+            )
+        self.embed = (
+            ConvNorm(in_dim, attn_dim) if project_input or in_dim != attn_dim else nn.Identity()
+        )
+        self.norm1: nn.Module = nn.BatchNorm2d(attn_dim)
+        self.attn = PooledAttention(attn_dim, attn_dim // head_dim, sr_ratio)
+        self.attn_drop_path = DropPath(drop * mix_ratio)
+        self.proj = ConvNorm(attn_dim, conv_dim) if conv_dim != attn_dim else nn.Identity()
+        self.conv = GroupedConv(conv_dim, head_dim)
+        self.conv_drop_path = DropPath(drop * (1 - mix_ratio))
+        self.norm2 = nn.BatchNorm2d(dim)
+        # In the checkpoints, but nothing calls it. Frozen, so that data-parallel training does not
+        # wait for its gradients.
+        self.unused: nn.Module = ConvFFN(dim, 2 * dim).requires_grad_(False)
+        self.kan = KAN((dim, 2 * dim, dim))
+        self.drop_path = DropPath(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.embed(x)
+        mixed = self.attn(self.norm1(x).flatten(2).transpose(1, 2))
+        x = x + self.attn_drop_path(mixed.transpose(1, 2).reshape(x.shape))
+        beside = self.proj(x)
+        beside = beside + self.conv_drop_path(self.conv(beside))
+        x = torch.cat((x, beside), dim=1)
+        batch, dim, height, width = x.shape
+        mixed = self.kan(self.norm2(x).reshape(batch, height * width, dim))
+        return x + self.drop_path(mixed.reshape(x.shape))
+
+    def fuse(self) -> nn.Module:
+        """The first norm goes into the attention; what is never called goes away."""
+        if isinstance(self.norm1, nn.BatchNorm2d):
+            self.attn.fold_norm(self.norm1)
+            self.norm1 = nn.Identity()
+            self.unused = nn.Identity()
+        return self
+
+
+def _stem(in_chans: int, dims: Sequence[int]) -> nn.Sequential:
+    """Four 3×3 convolutions: (B, in_chans, H, W) → (B, dims[-1], ⌈H/4⌉, ⌈W/4⌉)."""
+    widths = (in_chans, *dims, dims[-1])
+    return nn.Sequential(
+        *(
+            ConvNorm(widths[i], widths[i + 1], 3, stride, act_layer=nn.ReLU)
+            for i, stride in enumerate((2, 1, 1, 2))
+        )
+    )
+
+
+def _downsample(in_dim: int, dim: int | None, stride: int) -> nn.Module:
+    """Average pooling that keeps odd edges, then a pointwise convolution, each where needed.
+
+    ``dim`` None leaves the convolution to the block that follows.
+    """
+    layers: OrderedDict[str, nn.Module] = OrderedDict()
+    if stride > 1:
+        layers["pool"] = nn.AvgPool2d(stride, ceil_mode=True, count_include_pad=False)
+    if dim is not None and (stride > 1 or dim != in_dim):
+        layers["proj"] = ConvNorm(in_dim, dim)
+    return nn.Sequential(layers)
+
+
+class MedViTV2(StagedBackbone):
+    """Medical vision transformer, second version.
+
+    Stage 1 is of local blocks, stage 2 ends with a global one, of stage 3 every third block is
+    global, and stage 4 is of global ones.
+
+    Args:
+        dims, depths: of the four stages; multiples of ``head_dim``.
+        stem_dims: of the first three convolutions; the fourth has the last.
+        sr_ratios: of the global blocks' attention in each stage, see
+            :class:`ops.attention.pooled.PooledAttention`.
+        head_dim: channels of a head.
+        mix_ratio: share of a global block's channels that attend.
+        window_size: of neighborhood attention.
+        dilation: of neighborhood attention: one for all stages, or one each. The published
+            weights have none.
+        num_classes, in_chans, global_pool: of classifier, image and pooling.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: of the last block; it grows linearly from 0.
+
+    Raises:
+        ValueError: sequences that do not name as many stages, widths that heads do not divide, a
+            dilation below 1.
+    """
+
+    first_conv = "stem.0.conv"
+    # Without a gradient: the grids of the KANs are constants, and published checkpoints carry a
+    # feed-forward in every global block that nothing calls.
+    uncalled: tuple[str, ...] = (r"\.kan\.\d+\.grid$", r"\.unused\.")
+
+    def __init__(
+        self,
+        dims: Sequence[int] = (64, 128, 256, 512),
+        depths: Sequence[int] = (2, 2, 6, 2),
+        stem_dims: Sequence[int] = (64, 32, 64),
+        sr_ratios: Sequence[int] = (8, 4, 2, 1),
+        *,
+        head_dim: int = 32,
+        mix_ratio: float = 0.75,
+        window_size: int = 7,
+        dilation: int | Sequence[int] = 1,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        super().__init__(num_classes=num_classes, in_chans=in_chans)
+        count = len(dims)
+        dilations = (dilation,) * count if isinstance(dilation, int) else tuple(dilation)
+        if not len(depths) == len(sr_ratios) == len(dilations) == count:
+            raise ValueError(
+                f"dims, depths, sr_ratios and dilation must name as many stages, got {dims}, "
+                f"{depths}, {sr_ratios} and {dilation}"
+            )
+        if any(dim % head_dim for dim in dims):
+            raise ValueError(f"dims must be multiples of head_dim {head_dim}, got {tuple(dims)}")
+        self.depths = tuple(depths)
+        rates: Iterator[Any] = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
+        self.stem = _stem(in_chans, stem_dims)
+        stages = []
+        in_dim = stem_dims[-1]
+        for i, dim in enumerate(dims):
+            stride = 2 if i else 1
+            starts_global = _is_global(i, 0, depths[i])
+            downsample = _downsample(in_dim, None if starts_global else dim, stride)
+            blocks: list[nn.Module] = []
+            for j in range(depths[i]):
+                if _is_global(i, j, depths[i]):
+                    blocks.append(
+                        GlobalBlock(
+                            dim if j else in_dim,
+                            dim,
+                            head_dim,
+                            sr_ratios[i],
+                            mix_ratio,
+                            next(rates),
+                            project_input=j == 0 and stride > 1,
+                        )
+                    )
+                else:
+                    ffn_kernel = 3 if i else 7
+                    blocks.append(
+                        LocalBlock(
+                            dim, head_dim, window_size, dilations[i], ffn_kernel, next(rates)
+                        )
+                    )
+            stages.append(Stage(blocks, downsample=downsample))
+            in_dim = dim
+        self.stages = nn.Sequential(*stages)
+        self.norm = nn.BatchNorm2d(dims[-1])
+        self.head = ClassifierHead(dims[-1], num_classes, global_pool, drop_rate)
+        self.describe_features(dims, [4 * 2**i for i in range(count)])
+        self.apply(init_trunc_normal)
+
+    def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """From the names of the original, which counts blocks through all stages.
+
+        Its squeeze-and-excitation is of linear layers. Grids that are left out are the constants
+        that the model has.
+        """
+        converted = {}
+        for key, tensor in state_dict.items():
+            name = _convert_key(key, self.depths)
+            if re.search(r"\.se\.fc[12]\.weight$", name) and tensor.ndim == 2:
+                tensor = tensor[:, :, None, None]
+            converted[name] = tensor
+        for name, parameter in self.named_parameters():
+            if name.endswith(".grid") and name.replace(".grid", ".linear.weight") in converted:
+                converted.setdefault(name, parameter.detach())
+        return converted
+
+
+def _is_global(stage: int, block: int, depth: int) -> bool:
+    """Where the paper puts global blocks."""
+    return (False, block == depth - 1, block % 3 == 2, True)[stage]
+
+
+_LOCAL_RENAMES = ((r"^conv\.conv\.", "ffn."),)
+_GLOBAL_RENAMES = (
+    (r"^conv\.conv\.", "unused."),
+    (r"^patch_embed\.", "embed."),
+    (r"^e_mhsa\.", "attn."),
+    (r"^projection\.", "proj."),
+    (r"^mhca\.group_conv3x3\.", "conv.conv.conv."),
+    (r"^mhca\.norm\.", "conv.conv.norm."),
+    (r"^mhca\.projection\.", "conv.proj."),
+    (r"^kan\.layers\.(\d+)\.layernorm\.", r"kan.\1.norm."),
+    (r"^kan\.layers\.(\d+)\.rbf\.", r"kan.\1."),
+    (r"^kan\.layers\.(\d+)\.spline_linear\.", r"kan.\1.linear."),
+)
+_FFN_RENAMES = (
+    (r"^(ffn|unused)\.0\.", r"\1.expand.conv."),
+    (r"^(ffn|unused)\.1\.", r"\1.expand.norm."),
+    (r"^(ffn|unused)\.3\.", r"\1.dwconv.conv."),
+    (r"^(ffn|unused)\.4\.", r"\1.dwconv.norm."),
+    (r"^(ffn|unused)\.6\.fc\.0\.", r"\1.se.fc1."),
+    (r"^(ffn|unused)\.6\.fc\.2\.", r"\1.se.fc2."),
+    (r"^(ffn|unused)\.7\.", r"\1.project.conv."),
+    (r"^(ffn|unused)\.8\.", r"\1.project.norm."),
+)
+
+
+def _convert_key(key: str, depths: Sequence[int]) -> str:
+    if key.startswith("proj_head.0."):
+        return "head.fc." + key.removeprefix("proj_head.0.")
+    match = re.match(r"features\.(\d+)\.", key)
+    if match is None or int(match[1]) >= sum(depths):
+        return key
+    stage, block, name = 0, int(match[1]), key[match.end() :]
+    while block >= depths[stage]:
+        block -= depths[stage]
+        stage += 1
+    is_global = _is_global(stage, block, depths[stage])
+    if name.startswith("patch_embed.") and not is_global:
+        return f"stages.{stage}.downsample.proj." + name.removeprefix("patch_embed.")
+    for pattern, ours in (_GLOBAL_RENAMES if is_global else _LOCAL_RENAMES) + _FFN_RENAMES:
+        name = re.sub(pattern, ours, name)
+    return f"stages.{stage}.blocks.{block}.{name}"
+
+
+def _cfg(link: str = "") -> dict[str, Any]:
+    return {
+        "url": f"https://dl.dropbox.com/scl/fi/{link}&dl=1",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "crop_pct": 1.0,
+        "crop_mode": "squash",
+        "interpolation": "bilinear",
+        "mean": (0.5, 0.5, 0.5),
+        "std": (0.5, 0.5, 0.5),
+        "first_conv": MedViTV2.first_conv,
+        "classifier": MedViTV2.classifier,
+        "license": "mit",
+        "origin_url": "https://github.com/Omid-Nejati/MedViTV2",
+        "paper_name": "Medical Image Classification with KAN-Integrated Transformers and Dilated "
+        "Neighborhood Attention",
+        "paper_ids": "arXiv:2502.13693",
+        "notes": (
+            "weights for each MedMNIST data set: https://github.com/Omid-Nejati/MedViTV2#readme",
+        ),
+    }
+
+
+# Where the authors start from; what these weights were trained on is not stated.
+default_cfgs = generate_default_cfgs(
+    {
+        "medvitv2_tiny.pretrain": _cfg(
+            "496jbihqp360jacpji554/MedViT_tiny.pth?rlkey=6hb9froxugvtg8l639jmspxfv&st=p9ef06j8"
+        ),
+        "medvitv2_small.pretrain": _cfg(
+            "6nnec8hxcn5da6vov7h2a/MedViT_small.pth?rlkey=yf5twra1cv6ep2oqr79tbzyg5&st=rwx5hy8z"
+        ),
+        "medvitv2_base.pretrain": _cfg(
+            "q5c0u515dd4oc8j55bhi9/MedViT_base.pth?rlkey=5duw3uomnsyjr80wykvedjhas&st=incconx4"
+        ),
+        "medvitv2_large.pretrain": _cfg(
+            "owujijpsl6vwd481hiydd/MedViT_large.pth?rlkey=cx9lqb4a1288nv4xlmux13zoe&st=kcehwbrb"
+        ),
+    }
+)
+
+
+@register
+def medvitv2_tiny(pretrained: bool = False, **kwargs: Any) -> MedViTV2:
+    """MedViTV2-Tiny, 11.7 M parameters."""
+    variant = {"dims": (64, 128, 192, 384), "depths": (2, 2, 6, 1), "drop_path_rate": 0.1}
+    return build_model(MedViTV2, "medvitv2_tiny", pretrained, variant, kwargs)
+
+
+@register
+def medvitv2_small(pretrained: bool = False, **kwargs: Any) -> MedViTV2:
+    """MedViTV2-Small, 30.1 M parameters."""
+    variant = {"dims": (64, 128, 256, 512), "depths": (2, 2, 6, 2), "drop_path_rate": 0.1}
+    return build_model(MedViTV2, "medvitv2_small", pretrained, variant, kwargs)
+
+
+@register
+def medvitv2_base(pretrained: bool = False, **kwargs: Any) -> MedViTV2:
+    """MedViTV2-Base, 67.0 M parameters."""
+    variant = {"dims": (96, 192, 384, 768), "depths": (2, 2, 6, 2), "drop_path_rate": 0.2}
+    return build_model(MedViTV2, "medvitv2_base", pretrained, variant, kwargs)
+
+
+@register
+def medvitv2_large(pretrained: bool = False, **kwargs: Any) -> MedViTV2:
+    """MedViTV2-Large, 118.3 M parameters."""
+    variant = {"dims": (96, 256, 512, 1024), "depths": (2, 2, 6, 2), "drop_path_rate": 0.2}
+    return build_model(MedViTV2, "medvitv2_large", pretrained, variant, kwargs)

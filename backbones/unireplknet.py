@@ -1,0 +1,366 @@
+"""UniRepLKNet: a few large kernels, re-parameterised from dilated ones, among many small ones.
+
+Xiaohan Ding et al., "UniRepLKNet: A Universal Perception Large-Kernel ConvNet for Audio, Video,
+Point Cloud, Time-Series and Image Recognition", https://arxiv.org/abs/2311.15599.
+
+Any size (from 1×1); the stage at stride s has ⌈H/s⌉ rows. The paper counts parameters and
+operations after merging, which is ``fuse()`` here; merged checkpoints load into a new model, and
+fuse it, or into a fused one. Its dense networks are ``num_classes=0, out_norms=True``; merging
+those fails in the original and works here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from timm.layers import (
+    DropPath,
+    LayerNorm2d,
+    NormMlpClassifierHead,
+    SqueezeExcite,
+    calculate_drop_path_rates,
+)
+from timm.models import generate_default_cfgs
+from torch import Tensor, nn
+
+from backbones._base import Stage, StagedBackbone
+from backbones._registry import build_model, register
+from ops.init import init_trunc_normal
+from ops.large_kernel import DilatedReparamConv2d
+from ops.reparam import fold_norm_after, fold_scale_after, norm_affine
+
+__all__ = ["UniRepLKNet"]
+
+
+class GlobalResponseNorm(nn.Module):
+    """Weigh each channel by its share in the map's energy: (B, H, W, C) → (B, H, W, C).
+
+    Of ConvNeXt V2, https://arxiv.org/abs/2301.00808. The parameters have four dimensions, so that
+    weight decay takes them as in the original; timm's have one. Merging takes the bias away.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.zeros(1, 1, 1, dim))
+        self.bias: nn.Parameter | None = nn.Parameter(torch.zeros(1, 1, 1, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        energy = x.norm(p=2, dim=(1, 2), keepdim=True)
+        share = energy / (energy.mean(dim=-1, keepdim=True) + self.eps)
+        x = x * (1 + self.weight * share)
+        return x if self.bias is None else x + self.bias
+
+
+class Block(nn.Module):
+    """Depthwise convolution, squeeze-and-excitation, MLP with response norm, scale; residual.
+
+    (B, dim, H, W) → (B, dim, H, W). Kernels from 7 on are re-parameterised.
+    """
+
+    gamma: nn.Parameter | None
+
+    def __init__(self, dim: int, kernel_size: int, drop_path: float, layer_scale: float) -> None:
+        super().__init__()
+        if kernel_size < 1 or kernel_size % 2 == 0:
+            raise ValueError(f"kernel sizes must be odd, got {kernel_size}")
+        self.dwconv: nn.Module = (
+            DilatedReparamConv2d(dim, kernel_size)
+            if kernel_size >= 7
+            else nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, bias=False)
+        )
+        self.norm1: nn.Module = nn.BatchNorm2d(dim)
+        self.se = SqueezeExcite(dim, rd_channels=dim // 4)
+        self.fc1 = nn.Linear(dim, 4 * dim)
+        self.act = nn.GELU()
+        self.grn = GlobalResponseNorm(4 * dim)
+        self.fc2 = nn.Linear(4 * dim, dim, bias=False)
+        self.norm2: nn.Module = nn.BatchNorm2d(dim)
+        self.gamma = nn.Parameter(layer_scale * torch.ones(dim))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.se(self.norm1(self.dwconv(x))).permute(0, 2, 3, 1)
+        y = self.fc2(self.grn(self.act(self.fc1(y)))).permute(0, 3, 1, 2)
+        y = self.norm2(y)
+        if self.gamma is not None:
+            y = y * self.gamma.view(1, -1, 1, 1)
+        return x + self.drop_path(y)
+
+    @torch.no_grad()
+    def fuse(self) -> nn.Module:
+        """One depthwise convolution, and one linear layer after the response norm."""
+        if isinstance(self.norm1, nn.BatchNorm2d):
+            if isinstance(self.dwconv, DilatedReparamConv2d):
+                self.dwconv = self.dwconv.fuse()
+            assert isinstance(self.dwconv, nn.Conv2d)
+            self.dwconv = fold_norm_after(self.dwconv, self.norm1)
+            self.norm1 = nn.Identity()
+        if isinstance(self.norm2, nn.BatchNorm2d):
+            assert self.grn.bias is not None and self.gamma is not None
+            scale, shift = norm_affine(self.norm2)
+            shift = shift + scale * (self.fc2.weight @ self.grn.bias.flatten())
+            fc2 = fold_scale_after(self.fc2, scale, shift)
+            self.fc2 = fold_scale_after(fc2, self.gamma)
+            self.norm2 = nn.Identity()
+            self.gamma = None
+            self.grn.bias = None
+        return self
+
+
+def _stem(in_chans: int, dim: int) -> nn.Sequential:
+    """(B, in_chans, H, W) → (B, dim, ⌈H/4⌉, ⌈W/4⌉)."""
+    return nn.Sequential(
+        nn.Conv2d(in_chans, dim // 2, 3, 2, 1),
+        LayerNorm2d(dim // 2),
+        nn.GELU(),
+        nn.Conv2d(dim // 2, dim, 3, 2, 1),
+        LayerNorm2d(dim),
+    )
+
+
+class UniRepLKNet(StagedBackbone):
+    """UniRepLKNet.
+
+    Args:
+        dims, depths: of the four stages.
+        kernel_sizes: of each stage: one for all of its blocks, or a pattern that they repeat.
+        num_classes, in_chans, global_pool: of classifier, image and pooling.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: of the last block; it grows linearly from 0.
+        layer_scale: initial value of the residual scales.
+        head_init_scale: factor on the classifier's initial weights, 0.001 for fine-tuning.
+        out_norms: normalise the returned maps, see
+            :meth:`backbones.StagedBackbone.describe_features`. Without a classifier, the norm
+            before it is left out then, as in the paper's dense networks.
+
+    Raises:
+        ValueError: even kernel sizes, or a large one without published branches, see
+            :class:`ops.large_kernel.DilatedReparamConv2d`.
+    """
+
+    first_conv = "stem.0"
+
+    def __init__(
+        self,
+        dims: Sequence[int] = (96, 192, 384, 768),
+        depths: Sequence[int] = (3, 3, 27, 3),
+        kernel_sizes: Sequence[int | Sequence[int]] = (3, 13, (13, 3, 3), 13),
+        *,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        layer_scale: float = 1e-6,
+        head_init_scale: float = 1.0,
+        out_norms: bool | Sequence[int] = False,
+    ) -> None:
+        super().__init__(num_classes=num_classes, in_chans=in_chans)
+        rates: Iterator[Any] = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
+        self.stem = _stem(in_chans, dims[0])
+        stages = []
+        for i, (dim, kernels) in enumerate(zip(dims, kernel_sizes, strict=True)):
+            pattern = (kernels,) if isinstance(kernels, int) else tuple(kernels)
+            blocks = [
+                Block(dim, pattern[j % len(pattern)], next(rates), layer_scale)
+                for j in range(depths[i])
+            ]
+            downsample = (
+                nn.Sequential(nn.Conv2d(dims[i - 1], dim, 3, 2, 1), LayerNorm2d(dim)) if i else None
+            )
+            stages.append(Stage(blocks, downsample))
+        self.stages = nn.Sequential(*stages)
+        self.norm = nn.Identity()
+        self.head = NormMlpClassifierHead(
+            dims[-1], num_classes, pool_type=global_pool, drop_rate=drop_rate
+        )
+        if num_classes == 0 and out_norms:
+            self.head.norm = nn.Identity()
+        self.describe_features(
+            dims,
+            [4 * 2**i for i in range(len(dims))],
+            out_norms=out_norms,
+            out_norm_layer=LayerNorm2d,
+        )
+        self.apply(init_trunc_normal)
+        if num_classes:
+            with torch.no_grad():
+                self.head.fc.weight *= head_init_scale
+                self.head.fc.bias *= head_init_scale
+
+    def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
+        """As the base's, but three blocks count as one layer, as in the published fine-tuning."""
+        matcher = super().group_matcher(coarse)
+        if not coarse:
+            depths = [len(list(stage.get_submodule("blocks").children())) for stage in self.stages]
+            threes = [
+                (rf"^stages\.({i})\.blocks\.(?:{j}|{j + 1}|{j + 2})\.", (j // 3,))
+                for i, depth in enumerate(depths)
+                for j in range(0, depth, 3)
+            ]
+            matcher["blocks"] = threes + matcher["blocks"]
+        return matcher
+
+    def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """From the names of the original, merged or not."""
+        converted = {}
+        for key, tensor in state_dict.items():
+            for pattern, name in _RENAMES:
+                key = re.sub(pattern, name, key)
+            converted[key] = tensor
+        if any(key.endswith(".lk_origin.bias") for key in converted):
+            return {key.replace(".lk_origin.", "."): t for key, t in converted.items()}
+        return {key.replace(".lk_origin.", ".large.conv."): t for key, t in converted.items()}
+
+
+_RENAMES = (
+    (r"^downsample_layers\.0\.", "stem."),
+    (r"^downsample_layers\.(\d)\.", r"stages.\1.downsample."),
+    (r"^stages\.(\d)\.(\d+)\.", r"stages.\1.blocks.\2."),
+    (r"^(stages\.\d\.blocks\.\d+)\.norm\.", r"\1.norm1."),
+    (r"\.dwconv\.origin_bn\.", ".dwconv.large.norm."),
+    (r"\.dwconv\.dil_conv_k(\d+)_(\d+)\.", r".dwconv.branches.k\1_d\2.conv."),
+    (r"\.dwconv\.dil_bn_k(\d+)_(\d+)\.", r".dwconv.branches.k\1_d\2.norm."),
+    (r"\.se\.down\.", ".se.fc1."),
+    (r"\.se\.up\.", ".se.fc2."),
+    (r"\.pwconv1\.1\.", ".fc1."),
+    (r"\.act\.1\.gamma$", ".grn.weight"),
+    (r"\.act\.1\.beta$", ".grn.bias"),
+    (r"\.pwconv2\.0\.", ".fc2."),
+    (r"\.pwconv2\.2\.", ".norm2."),
+    (r"^norm(\d)\.", r"out_norms.\1."),
+    (r"^norm\.", "head.norm."),
+    (r"^head\.(weight|bias)$", r"head.fc.\1"),
+)
+
+
+def _cfg(weights: str, **kwargs: Any) -> dict[str, Any]:
+    return {
+        "url": f"https://huggingface.co/DingXiaoH/UniRepLKNet/resolve/main/unireplknet_{weights}.pth",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+        "first_conv": UniRepLKNet.first_conv,
+        "classifier": UniRepLKNet.classifier,
+        "license": "apache-2.0",
+        "origin_url": "https://github.com/AILab-CVC/UniRepLKNet",
+        "paper_name": (
+            "UniRepLKNet: A Universal Perception Large-Kernel ConvNet for Audio, Video, Point "
+            "Cloud, Time-Series and Image Recognition"
+        ),
+        "paper_ids": "arXiv:2311.15599",
+        **kwargs,
+    }
+
+
+def _cfg_384(weights: str) -> dict[str, Any]:
+    return _cfg(weights, input_size=(3, 384, 384), crop_pct=1.0, crop_mode="squash")
+
+
+def _cfg_22k(weights: str, size: int = 224) -> dict[str, Any]:
+    return _cfg(weights, input_size=(3, size, size), num_classes=21841)
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "unireplknet_a.in1k": _cfg("a_in1k_224_acc77.03"),
+        "unireplknet_f.in1k": _cfg("f_in1k_224_acc78.58"),
+        "unireplknet_p.in1k": _cfg("p_in1k_224_acc80.23"),
+        "unireplknet_n.in1k": _cfg("n_in1k_224_acc81.64"),
+        "unireplknet_t.in1k": _cfg("t_in1k_224_acc83.21"),
+        "unireplknet_s.in1k": _cfg("s_in1k_224_acc83.91"),
+        "unireplknet_s.in22k_ft_in1k_384": _cfg_384("s_in22k_to_in1k_384_acc86.44"),
+        "unireplknet_s.in22k": _cfg_22k("s_in22k_pretrain"),
+        "unireplknet_b.in22k_ft_in1k_384": _cfg_384("b_in22k_to_in1k_384_acc87.40"),
+        "unireplknet_b.in22k": _cfg_22k("b_in22k_pretrain"),
+        "unireplknet_l.in22k_ft_in1k_384": _cfg_384("l_in22k_to_in1k_384_acc87.88"),
+        "unireplknet_l.in22k": _cfg_22k("l_in22k_pretrain", 192),
+        "unireplknet_xl.in22k_ft_in1k_384": _cfg_384("xl_in22k_to_in1k_384_acc87.96"),
+        "unireplknet_xl.in22k": _cfg_22k("xl_in22k_pretrain", 192),
+    }
+)
+
+
+@register
+def unireplknet_a(pretrained: bool = False, **kwargs: Any) -> UniRepLKNet:
+    """UniRepLKNet-A, 4.6 M parameters (4.4 M fused)."""
+    variant = dict(dims=(40, 80, 160, 320), depths=(2, 2, 6, 2), kernel_sizes=(3, 13, 13, 13))
+    return build_model(UniRepLKNet, "unireplknet_a", pretrained, variant, kwargs)
+
+
+@register
+def unireplknet_f(pretrained: bool = False, **kwargs: Any) -> UniRepLKNet:
+    """UniRepLKNet-F, 6.5 M parameters (6.2 M fused)."""
+    variant = dict(dims=(48, 96, 192, 384), depths=(2, 2, 6, 2), kernel_sizes=(3, 13, 13, 13))
+    return build_model(UniRepLKNet, "unireplknet_f", pretrained, variant, kwargs)
+
+
+@register
+def unireplknet_p(pretrained: bool = False, **kwargs: Any) -> UniRepLKNet:
+    """UniRepLKNet-P, 11.1 M parameters (10.7 M fused)."""
+    variant = dict(
+        dims=(64, 128, 256, 512),
+        depths=(2, 2, 6, 2),
+        kernel_sizes=(3, 13, 13, 13),
+        drop_path_rate=0.1,
+    )
+    return build_model(UniRepLKNet, "unireplknet_p", pretrained, variant, kwargs)
+
+
+@register
+def unireplknet_n(pretrained: bool = False, **kwargs: Any) -> UniRepLKNet:
+    """UniRepLKNet-N, 18.8 M parameters (18.3 M fused)."""
+    variant = dict(
+        dims=(80, 160, 320, 640),
+        depths=(2, 2, 8, 2),
+        kernel_sizes=(3, 13, 13, 13),
+        drop_path_rate=0.1,
+    )
+    return build_model(UniRepLKNet, "unireplknet_n", pretrained, variant, kwargs)
+
+
+@register
+def unireplknet_t(pretrained: bool = False, **kwargs: Any) -> UniRepLKNet:
+    """UniRepLKNet-T, 31.7 M parameters (31.0 M fused)."""
+    variant = dict(
+        dims=(80, 160, 320, 640),
+        depths=(3, 3, 18, 3),
+        kernel_sizes=(3, 13, (13, 3), 13),
+        drop_path_rate=0.2,
+    )
+    return build_model(UniRepLKNet, "unireplknet_t", pretrained, variant, kwargs)
+
+
+@register
+def unireplknet_s(pretrained: bool = False, **kwargs: Any) -> UniRepLKNet:
+    """UniRepLKNet-S, 56.5 M parameters (55.6 M fused)."""
+    variant = dict(dims=(96, 192, 384, 768), drop_path_rate=0.4)
+    return build_model(UniRepLKNet, "unireplknet_s", pretrained, variant, kwargs)
+
+
+@register
+def unireplknet_b(pretrained: bool = False, **kwargs: Any) -> UniRepLKNet:
+    """UniRepLKNet-B, 99.1 M parameters; 384×384, stochastic depth of the fine-tuning."""
+    variant = dict(dims=(128, 256, 512, 1024), drop_path_rate=0.2)
+    return build_model(UniRepLKNet, "unireplknet_b", pretrained, variant, kwargs)
+
+
+@register
+def unireplknet_l(pretrained: bool = False, **kwargs: Any) -> UniRepLKNet:
+    """UniRepLKNet-L, 220.1 M parameters; 384×384, stochastic depth of the fine-tuning."""
+    variant = dict(dims=(192, 384, 768, 1536), drop_path_rate=0.3)
+    return build_model(UniRepLKNet, "unireplknet_l", pretrained, variant, kwargs)
+
+
+@register
+def unireplknet_xl(pretrained: bool = False, **kwargs: Any) -> UniRepLKNet:
+    """UniRepLKNet-XL, 388.7 M parameters; 384×384, stochastic depth of the fine-tuning."""
+    variant = dict(dims=(256, 512, 1024, 2048), drop_path_rate=0.3)
+    return build_model(UniRepLKNet, "unireplknet_xl", pretrained, variant, kwargs)

@@ -1,0 +1,185 @@
+"""Cascaded group attention, of EfficientViT: each head sees its channels plus the head before.
+
+https://arxiv.org/abs/2305.07027
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ops.conv import ConvNorm
+
+__all__ = [
+    "CascadedGroupAttention",
+    "cascaded_group_attention",
+    "distance_bias",
+    "resize_distance_table",
+]
+
+Projection = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
+
+
+def cascaded_group_attention(
+    x: Tensor, projections: Sequence[Projection], bias: Tensor | None = None
+) -> Tensor:
+    """Attention over all positions of a map, head after head.
+
+    Head i attends within its share of the channels, to which the output of head i − 1 is added
+    before the projection: softmax(q·kᵀ / √qk_dim + bias)·v.
+
+    Args:
+        x: (B, dim, H, W).
+        projections: one a head, from a share (B, dim / heads, H, W) to query and key, both
+            (B, qk_dim, H, W), and value (B, dim / heads, H, W).
+        bias: (heads, HW, HW), added to the logits.
+
+    Returns:
+        (B, dim, H, W): the outputs of the heads in turn.
+
+    Raises:
+        ValueError: the channels cannot be shared out equally.
+    """
+    heads = len(projections)
+    if heads == 0 or x.shape[1] % heads:
+        raise ValueError(f"{x.shape[1]} channels cannot be shared out to {heads} heads")
+    outputs: list[Tensor] = []
+    for head, (share, project) in enumerate(zip(x.chunk(heads, dim=1), projections, strict=True)):
+        query, key, value = project(share + outputs[-1] if outputs else share)
+        q, k, v = (t.flatten(2) for t in (query, key, value))  # (B, width, HW)
+        # Windows are small: two plain products without copies are faster than the fused
+        # attention, which wants positions before channels.
+        scale = q.shape[1] ** -0.5
+        if bias is None:
+            logits = (scale * q).transpose(1, 2) @ k
+        else:
+            logits = torch.baddbmm(bias[head], q.transpose(1, 2), k, alpha=scale)
+        outputs.append((v @ logits.softmax(dim=-1).transpose(1, 2)).reshape(value.shape))
+    return torch.cat(outputs, dim=1)
+
+
+def resize_distance_table(table: Tensor, height: int, width: int) -> Tensor:
+    """(heads, h, w) → (heads, height, width), bicubically; the same tensor if it fits."""
+    if table.shape[1:] == (height, width):
+        return table
+    return F.interpolate(table.unsqueeze(0), size=(height, width), mode="bicubic").squeeze(0)
+
+
+def distance_bias(table: Tensor) -> Tensor:
+    """The bias between all pairs of positions, from a table by distance.
+
+    Args:
+        table: (heads, H, W), for row and column distances 0 … H − 1 and 0 … W − 1.
+
+    Returns:
+        (heads, HW, HW): entry (i, j) belongs to query i and key j, in row-major order.
+    """
+    rows, columns = (torch.arange(n, device=table.device) for n in table.shape[1:])
+    row_distance = (rows[:, None] - rows).abs()
+    column_distance = (columns[:, None] - columns).abs()
+    bias = table[:, row_distance[:, None, :, None], column_distance[None, :, None, :]]
+    return bias.flatten(3).flatten(1, 2)  # (heads, H, W, H, W) → (heads, HW, HW)
+
+
+class _HeadProjection(nn.Module):
+    """Query, key and value of one head; the query also passes a depthwise convolution.
+
+    (B, dim, H, W) → (B, qk_dim, H, W) twice and (B, dim, H, W).
+    """
+
+    def __init__(self, dim: int, qk_dim: int, kernel_size: int) -> None:
+        super().__init__()
+        self.splits = (qk_dim, qk_dim, dim)
+        self.qkv = ConvNorm(dim, 2 * qk_dim + dim)
+        self.dwconv = ConvNorm(qk_dim, qk_dim, kernel_size, groups=qk_dim)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        query, key, value = self.qkv(x).split(self.splits, dim=1)
+        return self.dwconv(query), key, value
+
+
+class CascadedGroupAttention(nn.Module):
+    """See :func:`cascaded_group_attention`, within windows; a ReLU and a projection follow.
+
+    (B, dim, H, W) → (B, dim, H, W). A map that is no larger than a window is one window. A larger
+    one is padded with zeros at the bottom and right to whole windows; as in the original, padded
+    positions are not masked. Where the table's side is not the window's, it is interpolated.
+
+    Args:
+        dim: channels of the map.
+        num_heads: heads; each gets ``dim / num_heads`` channels.
+        qk_dim: width of query and key of a head.
+        window_size: side of the windows.
+        kernel_sizes: of the depthwise convolution on the query of each head; further ones are
+            ignored.
+        table_size: side of the table of biases by distance; default ``window_size``.
+
+    Raises:
+        ValueError: channels that cannot be shared out, too few or even kernel sizes, a window or
+            table without entries.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        qk_dim: int = 16,
+        window_size: int = 7,
+        kernel_sizes: Sequence[int] = (5, 5, 5, 5),
+        table_size: int | None = None,
+    ) -> None:
+        super().__init__()
+        table_size = window_size if table_size is None else table_size
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"dim must be a multiple of num_heads ≥ 1, got {dim} and {num_heads}")
+        if window_size < 1 or table_size < 1:
+            raise ValueError(
+                f"window_size and table_size must be ≥ 1, got {window_size} and {table_size}"
+            )
+        if len(kernel_sizes) < num_heads or any(k % 2 == 0 for k in kernel_sizes):
+            raise ValueError(
+                f"kernel_sizes must be {num_heads} odd numbers, one a head, got {kernel_sizes}"
+            )
+        self.window_size = window_size
+        self.table_size = table_size
+        self.attention_biases = nn.Parameter(torch.zeros(num_heads, table_size**2))
+        self.heads = nn.ModuleList(
+            _HeadProjection(dim // num_heads, qk_dim, kernel_sizes[i]) for i in range(num_heads)
+        )
+        self.act = nn.ReLU()
+        self.proj = ConvNorm(dim, dim, norm_scale=0.0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[2:]
+        size = self.window_size
+        if height <= size and width <= size:
+            return self._attend(x)
+        padded = F.pad(x, (0, -width % size, 0, -height % size))
+        windows = self._attend(_to_windows(padded, size))
+        return _from_windows(windows, *padded.shape[2:])[:, :, :height, :width]
+
+    def _attend(self, x: Tensor) -> Tensor:
+        """Within whole maps: (N, dim, h, w) → (N, dim, h, w)."""
+        table = self.attention_biases.unflatten(1, (self.table_size, self.table_size))
+        bias = distance_bias(resize_distance_table(table, *x.shape[2:]))
+        return self.proj(self.act(cascaded_group_attention(x, list(self.heads), bias)))
+
+    def extra_repr(self) -> str:
+        return f"window_size={self.window_size}, table_size={self.table_size}"
+
+
+def _to_windows(x: Tensor, size: int) -> Tensor:
+    """(B, C, H, W) → (B · H/size · W/size, C, size, size)."""
+    _, channels, height, width = x.shape
+    x = x.reshape(-1, channels, height // size, size, width // size, size)
+    return x.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels, size, size)
+
+
+def _from_windows(windows: Tensor, height: int, width: int) -> Tensor:
+    """The inverse of :func:`_to_windows`, for a map of ``height`` × ``width``."""
+    _, channels, size, _ = windows.shape
+    x = windows.reshape(-1, height // size, width // size, channels, size, size)
+    return x.permute(0, 3, 1, 4, 2, 5).reshape(-1, channels, height, width)

@@ -1,0 +1,226 @@
+"""Factorized attention: every pixel sees tokens fused across dilated windows, and a coarse map.
+
+Of FaViT, https://arxiv.org/abs/2312.08614: the attention matrix is factorized into sparse ones, a
+local group for each dilation and one global group, at the cost of attention inside windows.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["FactorizedAttention", "cross_window_fusion"]
+
+
+def cross_window_fusion(
+    x: Tensor, num_heads: int, window_size: int = 7, dilation: int = 1
+) -> Tensor:
+    """One token for each tap of a dilated window, averaged over all windows of the map.
+
+    The map is cut into windows that span ``dilation * (window_size - 1) + 1`` pixels a side, of
+    which ``window_size`` a side, the taps, are read; what windows lack at the bottom and on the
+    right is reflected, however small the map. The average mixes channels, as in the published
+    model: of each tap, the windows' channels form one sequence (the channel counts fastest), and
+    token channel j is the mean of its j-th run of as many entries as there are windows.
+
+    Args:
+        x: (B, H, W, dim).
+        num_heads: channels are split into so many heads before they are mixed.
+        window_size: taps a side.
+        dilation: pixels from tap to tap.
+
+    Returns:
+        (B, num_heads, window_size², dim // num_heads).
+
+    Raises:
+        ValueError: ``dim`` is not a multiple of ``num_heads``.
+    """
+    batch, height, width, dim = x.shape
+    if dim % num_heads:
+        raise ValueError(f"{dim} channels do not divide into {num_heads} heads")
+    rows = _tap_positions(height, window_size, dilation, x.device)
+    columns = _tap_positions(width, window_size, dilation, x.device)
+    taps = x.index_select(1, rows.flatten()).index_select(2, columns.flatten())
+    split = (batch, *rows.shape, *columns.shape, num_heads, dim // num_heads)
+    taps = taps.view(split).permute(0, 5, 2, 4, 1, 3, 6)  # (B, heads, k, k, n_y, n_x, head_dim)
+    runs = (batch, num_heads, window_size**2, dim // num_heads, rows.shape[0] * columns.shape[0])
+    return taps.reshape(runs).mean(-1)
+
+
+def _tap_positions(size: int, window_size: int, dilation: int, device: torch.device) -> Tensor:
+    """Where along a side the taps of each window lie: (windows, window_size)."""
+    span = dilation * (window_size - 1) + 1
+    starts = torch.arange(-(-size // span), device=device) * span
+    positions = starts[:, None] + torch.arange(window_size, device=device) * dilation
+    return _reflect(positions, size)
+
+
+def _reflect(positions: Tensor, size: int) -> Tensor:
+    """Fold positions from 0 up into 0 … size - 1 at both edges, without repeating an edge."""
+    period = max(2 * (size - 1), 1)
+    positions = positions % period
+    return torch.minimum(positions, period - positions).clamp(max=size - 1)
+
+
+class ShortcutConv(nn.Module):
+    """``x + conv(x)`` with a 3×3 depthwise convolution; fuses into one convolution.
+
+    (B, dim, H, W) → (B, dim, H, W).
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.conv(x)
+
+    @torch.no_grad()
+    def fuse(self) -> nn.Module:
+        """The convolution, with the identity in its centre tap."""
+        conv = copy.deepcopy(self.conv)
+        conv.weight[:, 0, 1, 1] += 1
+        return conv
+
+
+class GlobalBranch(nn.Module):
+    """Single-head attention to a map shrunk ``sr_ratio`` times.
+
+    Query (B, N, dim) and map (B, H, W, dim) → (B, N, dim). Sides below ``sr_ratio`` are reflected
+    up to it; otherwise rows and columns left over are not seen.
+    """
+
+    def __init__(self, dim: int, sr_ratio: int) -> None:
+        super().__init__()
+        self.sr_ratio = sr_ratio
+        self.sr = nn.Conv2d(dim, dim, sr_ratio, sr_ratio)
+        self.norm = nn.LayerNorm(dim)
+        self.kv = nn.Linear(dim, 2 * dim)
+        self.local_conv = ShortcutConv(dim)
+
+    def forward(self, query: Tensor, x: Tensor) -> Tensor:
+        for axis in (1, 2):
+            if (size := x.shape[axis]) < self.sr_ratio:
+                positions = torch.arange(self.sr_ratio, device=x.device)
+                x = x.index_select(axis, _reflect(positions, size))
+        reduced = self.sr(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # (B, h, w, dim)
+        key, value = self.kv(self.norm(reduced)).chunk(2, dim=-1)
+        value = self.local_conv(value.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        query, key, value = (t.flatten(1, -2).unsqueeze(1) for t in (query, key, value))
+        return F.scaled_dot_product_attention(query, key, value).squeeze(1)
+
+
+class LocalBranch(nn.Module):
+    """Multi-head attention to the tokens that :func:`cross_window_fusion` makes of a map.
+
+    Query (B, heads, N, head_dim) and map (B, H, W, dim) → (B, N, dim).
+    """
+
+    def __init__(self, dim: int, num_heads: int, window_size: int, dilation: int) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.window_size = window_size
+        self.dilation = dilation
+        head_dim = dim // num_heads
+        self.fc: nn.Module = nn.Linear(head_dim, head_dim)
+        self.kv = nn.Linear(head_dim, 2 * head_dim)
+        self.local_conv = ShortcutConv(dim)
+
+    def forward(self, query: Tensor, x: Tensor) -> Tensor:
+        tokens = cross_window_fusion(x, self.num_heads, self.window_size, self.dilation)
+        key, value = self.kv(self.fc(tokens)).chunk(2, dim=-1)  # (B, heads, k², head_dim)
+        taps = value.transpose(2, 3).reshape(x.shape[0], -1, self.window_size, self.window_size)
+        value = self.local_conv(taps).reshape(value.transpose(2, 3).shape).transpose(2, 3)
+        out = F.scaled_dot_product_attention(query, key, value)
+        return out.transpose(1, 2).flatten(2)
+
+    def fuse(self) -> nn.Module:
+        """The two linear layers have nothing between them: they become one."""
+        if isinstance(self.fc, nn.Linear):
+            self.kv = _chain(self.fc, self.kv)
+            self.fc = nn.Identity()
+        return self
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, dilation={self.dilation}"
+
+
+class FactorizedAttention(nn.Module):
+    """Self-attention in sparse factors: (B, H, W, dim) → (B, H, W, dim).
+
+    An eighth of the channels attends globally, see :class:`GlobalBranch`; the others are shared
+    out to one :class:`LocalBranch` for each dilation. All queries come from one projection. Those
+    of the local branches are split by head first, then by branch, and keys and values the other
+    way round, as in the published model.
+
+    Args:
+        dim: channels.
+        num_heads: of each local branch; the global one has a single head.
+        sr_ratio: how much coarser the global branch's map is.
+        dilations: of the windows of the local branches.
+        window_size: taps a side of those windows.
+
+    Raises:
+        ValueError: ``dim`` does not divide into these branches and heads.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        sr_ratio: int = 1,
+        dilations: Sequence[int] = (1,),
+        window_size: int = 7,
+    ) -> None:
+        super().__init__()
+        self.global_dim = dim // 8
+        self.local_dim = dim - self.global_dim
+        if dim % 8 or self.local_dim % (len(dilations) * num_heads):
+            raise ValueError(
+                f"dim must be a multiple of 8 whose 7/8 divide into {len(dilations)} branches of "
+                f"{num_heads} heads, got {dim}"
+            )
+        self.num_heads = num_heads
+        self.group_dim = self.local_dim // len(dilations)
+        self.q = nn.Linear(dim, dim)
+        self.global_branch = GlobalBranch(self.global_dim, sr_ratio)
+        self.kv_dw = nn.Conv2d(self.local_dim, self.local_dim, 3, padding=1, groups=self.local_dim)
+        self.kv_pw = nn.Conv2d(self.local_dim, self.local_dim, 1)
+        self.local_branches = nn.ModuleList(
+            LocalBranch(self.group_dim, num_heads, window_size, d) for d in dilations
+        )
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        splits = (self.global_dim, self.local_dim)
+        global_query, local_query = self.q(x).flatten(1, 2).split(splits, dim=2)
+        global_map, local_map = x.split(splits, dim=3)
+        outs = [self.global_branch(global_query, global_map)]
+        local_map = self.kv_pw(self.kv_dw(local_map.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        heads = local_query.unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, N, …)
+        for branch, query, kv_map in zip(
+            self.local_branches,
+            heads.split(self.group_dim // self.num_heads, dim=3),
+            local_map.split(self.group_dim, dim=3),
+            strict=True,
+        ):
+            outs.append(branch(query, kv_map))
+        return self.proj(torch.cat(outs, dim=2)).view(x.shape)
+
+
+@torch.no_grad()
+def _chain(first: nn.Linear, second: nn.Linear) -> nn.Linear:
+    """A new layer that computes ``second(first(x))``."""
+    merged = nn.Linear(
+        first.in_features,
+        second.out_features,
+        device=second.weight.device,
+        dtype=second.weight.dtype,
+    )
+    merged.weight.copy_(second.weight @ first.weight)
+    merged.bias.copy_(second(first.bias))
+    return merged.requires_grad_(second.weight.requires_grad)

@@ -1,0 +1,93 @@
+"""FaViT beyond the contract: stage outputs, dense checkpoints, initial weights, small images."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from golden import checkpoint, image, reference, summary_error, tolerance
+from torch import Tensor, nn
+from zoo import images
+
+import backbones
+
+
+@torch.no_grad()
+def test_features_are_normalised_stage_outputs() -> None:
+    figures = reference("favit", "favit_b0")
+    model = backbones.create_model("favit_b0").eval()
+    backbones.load_checkpoint(model, checkpoint(figures))
+    raw: list[Tensor] = []
+    for stage in model.stages:
+        stage.blocks[-1].register_forward_hook(lambda _module, _inputs, out: raw.append(out))
+    case = figures["cases"][2]  # sides that divide by nothing
+    maps = model.forward_intermediates(image(case["input"], case["seed"]), intermediates_only=True)
+    for value, expected in zip(maps, case["features"], strict=True):
+        assert summary_error(value, expected) <= tolerance("favit")
+    for value, expected in zip(raw, case["stage_outputs"], strict=True):
+        assert summary_error(value.permute(0, 3, 1, 2), expected) <= tolerance("favit")
+
+
+@torch.no_grad()
+def test_dense_checkpoint_loads() -> None:
+    """The dense code has the same names without the head, wrapped by its trainer."""
+    figures = reference("favit", "favit_b0")
+    assert not figures["dense_extra"]
+    whole = checkpoint(figures)
+    dense = {key: t for key, t in whole.items() if key not in figures["dense_missing"]}
+    model = backbones.create_model("favit_b0", num_classes=0).eval()
+    report = backbones.load_checkpoint(
+        model, {"state_dict": {f"backbone.{key}": t for key, t in dense.items()}}
+    )
+    assert not (report.missing or report.unexpected)
+    other = backbones.create_model("favit_b0").eval()
+    backbones.load_checkpoint(other, {"model": whole})
+    x = images(1, 3, 64, 96)
+    assert torch.equal(model.forward_features(x), other.forward_features(x))
+    with pytest.raises(backbones.CheckpointError, match="head"):
+        backbones.load_checkpoint(other, dense)
+
+
+def test_initial_weights() -> None:
+    torch.manual_seed(0)
+    model = backbones.create_model("favit_b1")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear) and module.weight.numel() > 4000:
+            assert module.weight.std().item() == pytest.approx(0.02, rel=0.1), name
+        if isinstance(module, nn.Conv2d) and module.weight.numel() > 4000:
+            fan_out = math.prod(module.kernel_size) * module.out_channels / module.groups
+            assert module.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.1)
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            assert not module.bias.any()
+
+
+def test_epsilons() -> None:
+    """Of patches and of the reduced map 1e-5, of blocks and stages 1e-6."""
+    model = backbones.create_model("favit_b0")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.LayerNorm):
+            inner = name == "stem.norm" or "downsample" in name or "global_branch" in name
+            assert module.eps == (1e-5 if inner else 1e-6), name
+
+
+@pytest.mark.parametrize("size", [(32, 32), (33, 70), (96, 96), (97, 40), (4, 4)])
+@torch.no_grad()
+def test_below_the_originals_sizes(size: tuple[int, int]) -> None:
+    model = backbones.create_model("favit_b0", depths=(1, 1, 1, 1)).eval()
+    maps = model.forward_intermediates(images(1, 3, *size), intermediates_only=True)
+    for i, value in enumerate(maps):
+        assert value.isfinite().all()
+        assert value.shape[2:] == tuple(math.ceil(side / 2 ** (i + 2)) for side in size)
+
+
+@torch.no_grad()
+def test_fuse_leaves_nothing_between_linear_layers() -> None:
+    model = backbones.create_model("favit_b0", depths=(1, 1, 1, 1)).eval()
+    assert any(name.endswith(".fc") for name, _ in model.named_modules())
+    model.fuse()
+    for name, module in model.named_modules():
+        if name.endswith("branches.0.fc"):
+            assert isinstance(module, nn.Identity)
+        if name.endswith(".local_conv"):
+            assert isinstance(module, nn.Conv2d)

@@ -1,0 +1,194 @@
+"""MedViTV2 beyond the contract: double precision, dilation, small maps, what is never called."""
+
+from __future__ import annotations
+
+import copy
+import math
+import re
+
+import pytest
+import torch
+from golden import checkpoint, image, reference, relative_error, summary_error
+from torch import Tensor, nn
+from zoo import images, randomise
+
+import backbones
+from backbones.medvitv2 import GlobalBlock, LocalBlock, MedViTV2, WindowedAttention
+from ops.neighborhood import na2d
+
+SHALLOW = {"depths": (1, 2, 3, 1)}
+
+
+@pytest.mark.parametrize(
+    "variant",
+    ["medvitv2_tiny"]
+    + [pytest.param(f"medvitv2_{v}", marks=pytest.mark.slow) for v in ("small", "base", "large")],
+)
+@torch.no_grad()
+def test_double_precision(variant: str) -> None:
+    """Weights that leave single precision no digit: the meaning alone is compared."""
+    figures = {k: v for k, v in reference("medvitv2", variant).items() if k != "synth_scale"}
+    model = backbones.create_model(variant).eval()
+    backbones.load_checkpoint(model, checkpoint(figures))
+    model.double()
+    for case in figures["cases_f64"]:
+        last, maps = model.forward_intermediates(image(case["input"], case["seed"]).double())
+        assert relative_error(model.forward_head(last), case["logits"]) < 1e-9
+        for value, expected in zip(maps, case["features"], strict=True):
+            assert summary_error(value, expected) < 1e-9
+
+
+def test_grids_of_checkpoints() -> None:
+    """Published files hold the KANs' grids; the figures' do not, since they are constants."""
+    figures = reference("medvitv2", "medvitv2_tiny")
+    names = figures["derived"]
+    model = backbones.create_model("medvitv2_tiny")
+    backbones.load_checkpoint(model, checkpoint(figures))
+    grid = model.stages[3].blocks[0].kan[0].grid
+    torch.testing.assert_close(grid, torch.linspace(-2, 2, 8), rtol=0, atol=0)
+    held = checkpoint(figures) | {name: torch.full((8,), 0.5) for name in names}
+    backbones.load_checkpoint(model, held)
+    assert (grid == 0.5).all()
+    # Another model's file is still refused.
+    with pytest.raises(backbones.CheckpointError):
+        backbones.load_checkpoint(model, {"conv1.weight": torch.zeros(64, 3, 7, 7)}, strict=False)
+
+
+def test_another_number_of_classes() -> None:
+    figures = reference("medvitv2", "medvitv2_tiny")
+    model = backbones.create_model("medvitv2_tiny", num_classes=7)
+    report = backbones.load_checkpoint(model, {"model": checkpoint(figures)})
+    assert report.reinitialised == ["head.fc.weight", "head.fc.bias"]
+
+
+def test_what_is_never_called() -> None:
+    model = randomise(backbones.create_model("medvitv2_tiny", **SHALLOW)).train()
+    unused = [n for n, _ in model.named_parameters() if ".unused." in n]
+    assert unused
+    frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
+    assert frozen == [
+        n for n, _ in model.named_parameters() if any(re.search(p, n) for p in model.uncalled)
+    ]
+    before = {n: b.clone() for n, b in model.named_buffers() if ".unused." in n}
+    model(images(2, 3, 64, 64)).sum().backward()
+    for name, buffer in model.named_buffers():
+        if name in before:
+            assert torch.equal(buffer, before[name])
+    assert not any(".unused." in n for n, _ in model.eval().fuse().named_parameters())
+
+
+@pytest.mark.parametrize("size", [(32, 32), (40, 72), (33, 97), (225, 112)])
+def test_sizes_that_the_original_refuses(size: tuple[int, int]) -> None:
+    model = randomise(backbones.create_model("medvitv2_tiny", **SHALLOW)).train()
+    maps = model.forward_intermediates(images(2, 3, *size), intermediates_only=True)
+    for i, value in enumerate(maps):
+        assert value.isfinite().all()
+        assert value.shape[2:] == tuple(math.ceil(side / 2 ** (i + 2)) for side in size)
+    (maps[-1] * images(*maps[-1].shape)).sum().backward()
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad and not name.startswith(("head", "norm")):
+            assert parameter.grad is not None and parameter.grad.isfinite().all(), name
+
+
+def naive_window(layer: WindowedAttention, x: Tensor, table: Tensor) -> Tensor:
+    """Attention to the whole map, with the bias of each offset looked up in the whole table."""
+    _, height, width, dim = x.shape
+    query, key, value = layer.qkv(x).view(-1, 3, layer.num_heads, dim // layer.num_heads).unbind(1)
+    centre = table.shape[1] // 2
+    places = [(i, j) for i in range(height) for j in range(width)]
+    rows = []
+    for n, (i, j) in enumerate(places):
+        heads = []
+        for h in range(layer.num_heads):
+            bias = torch.stack([table[h, centre + y - i, centre + z - j] for y, z in places])
+            logits = key[:, h] @ query[n, h] * layer.scale + bias
+            heads.append(logits.softmax(0) @ value[:, h])
+        rows.append(torch.cat(heads))
+    return layer.proj(torch.stack(rows)).view(x.shape)
+
+
+@pytest.mark.parametrize("size", [(7, 7), (3, 5), (2, 2), (1, 6), (4, 7)])
+@pytest.mark.parametrize("dilation", [1, 2, 3])
+def test_window_of_a_small_map_is_the_map(size: tuple[int, int], dilation: int) -> None:
+    torch.manual_seed(0)
+    layer = WindowedAttention(8, 2, 7, dilation=dilation, rel_pos_bias=True).double()
+    x = torch.randn(1, *size, 8, dtype=torch.float64)
+    with torch.no_grad():
+        layer.rpb.normal_()
+    torch.testing.assert_close(layer(x), naive_window(layer, x, layer.rpb))
+
+
+def test_dilation_shrinks_before_the_window() -> None:
+    torch.manual_seed(0)
+    layer = WindowedAttention(8, 2, 3, dilation=4, rel_pos_bias=True).double()
+    x = torch.randn(1, 12, 7, 8, dtype=torch.float64)  # room for a dilation of 4 by 2
+    query, key, value = layer.qkv(x).view(1, 12, 7, 3, 2, 4).unbind(3)
+    out = na2d(query, key, value, 3, dilation=(4, 2), rpb=layer.rpb)
+    torch.testing.assert_close(layer(x), layer.proj(out.flatten(3)))
+
+
+@torch.no_grad()
+def test_dilation_of_each_stage() -> None:
+    model = backbones.create_model("medvitv2_tiny", dilation=(4, 2, 1, 1), **SHALLOW).eval()
+    found = [
+        block.attn.dilation
+        for stage in model.stages
+        for block in stage.blocks
+        if isinstance(block, LocalBlock)
+    ]
+    assert found == [(4, 4), (2, 2), (1, 1), (1, 1)]
+    plain = backbones.create_model("medvitv2_tiny", **SHALLOW).eval()
+    randomise(plain)
+    model.load_state_dict(plain.state_dict())
+    x = images(1, 3, 128, 128)
+    dilated, undilated = model.forward_features(x), plain.forward_features(x)
+    assert dilated.shape == undilated.shape
+    assert not torch.allclose(dilated, undilated)
+
+
+def test_design() -> None:
+    model = backbones.create_model("medvitv2_tiny")
+    kinds = ["".join("LG"[isinstance(b, GlobalBlock)] for b in s.blocks) for s in model.stages]
+    assert kinds == ["LL", "LG", "LLGLLG", "G"]
+    block = model.stages[2].blocks[2]
+    assert (block.attn.proj.out_features, block.conv.proj.out_channels) == (160, 32)
+    assert model.stages[0].blocks[0].ffn.dwconv.conv.kernel_size == (7, 7)
+    assert model.stages[1].blocks[0].ffn.dwconv.conv.kernel_size == (3, 3)
+    assert model.stages[1].blocks[0].ffn.se.fc1.out_channels == 3
+
+
+def test_initial_weights() -> None:
+    torch.manual_seed(0)
+    model = backbones.create_model("medvitv2_tiny")
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            if module.weight.numel() > 4000:
+                assert module.weight.std().item() == pytest.approx(0.02, rel=0.1), name
+            assert module.bias is None or not module.bias.any()
+    tables = torch.cat([p.flatten() for n, p in model.named_parameters() if n.endswith("rpb")])
+    assert tables.std().item() == pytest.approx(0.02, rel=0.1)
+
+
+@torch.no_grad()
+def test_fuse_leaves_the_norms_that_shortcuts_carry() -> None:
+    model = randomise(backbones.create_model("medvitv2_tiny", **SHALLOW)).eval()
+    whole = copy.deepcopy(model)
+    model.fuse()
+    kept = {n.rsplit(".", 1)[-1] for n, m in model.named_modules() if isinstance(m, nn.BatchNorm2d)}
+    assert kept == {"norm", "norm1", "norm2"}
+    for stage in model.stages:
+        for block in stage.blocks:
+            assert isinstance(block.norm1, nn.BatchNorm2d) == isinstance(block, LocalBlock)
+    x = images(1, 3, 40, 72)
+    torch.testing.assert_close(model(x), whole(x), rtol=1e-4, atol=1e-4)
+
+
+def test_errors() -> None:
+    with pytest.raises(ValueError, match="as many stages"):
+        MedViTV2(dilation=(1, 1))
+    with pytest.raises(ValueError, match="multiples of head_dim 32"):
+        MedViTV2(dims=(64, 128, 200, 512))
+    with pytest.raises(ValueError, match="dilation"):
+        MedViTV2(dilation=0)
+    with pytest.raises(ValueError, match="split into 64"):
+        MedViTV2(dims=(64, 64, 128, 256), mix_ratio=1.0)

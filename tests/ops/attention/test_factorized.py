@@ -1,0 +1,174 @@
+"""Factorized attention against the loops that describe it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from ops.attention.factorized import FactorizedAttention, cross_window_fusion
+
+
+def reflect(position: int, size: int) -> int:
+    """Walk back and forth between the edges."""
+    place, step = 0, 1
+    for _ in range(position if size > 1 else 0):
+        if not 0 <= place + step < size:
+            step = -step
+        place += step
+    return place
+
+
+def naive_fusion(x: Tensor, num_heads: int, window_size: int, dilation: int) -> Tensor:
+    """One head and one tap at a time."""
+    batch, height, width, dim = x.shape
+    head_dim, span = dim // num_heads, dilation * (window_size - 1) + 1
+    tokens = x.new_empty(batch, num_heads, window_size**2, head_dim)
+    corners = [(i, j) for i in range(0, height, span) for j in range(0, width, span)]
+    for head in range(num_heads):
+        channels = slice(head * head_dim, (head + 1) * head_dim)
+        for tap in range(window_size**2):
+            down, right = (dilation * t for t in divmod(tap, window_size))
+            line = [
+                x[:, reflect(i + down, height), reflect(j + right, width), channels]
+                for i, j in corners
+            ]
+            flat = torch.cat(line, dim=1)  # (B, windows * head_dim), channels fastest
+            for j in range(head_dim):
+                run = flat[:, j * len(corners) : (j + 1) * len(corners)]
+                tokens[:, head, tap, j] = run.mean(1)
+    return tokens
+
+
+def randomised(layer: nn.Module) -> nn.Module:
+    """Every branch counts."""
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.normal_(0, 0.5)
+    return layer.double().eval()
+
+
+@given(
+    height=st.integers(1, 15),
+    width=st.integers(1, 15),
+    num_heads=st.integers(1, 3),
+    window_size=st.integers(1, 3),
+    dilation=st.integers(1, 4),
+)
+@settings(max_examples=40, deadline=None)
+def test_fusion_is_its_definition(
+    height: int, width: int, num_heads: int, window_size: int, dilation: int
+) -> None:
+    x = torch.randn(1, height, width, 4 * num_heads, dtype=torch.float64)
+    tokens = cross_window_fusion(x, num_heads, window_size, dilation)
+    torch.testing.assert_close(tokens, naive_fusion(x, num_heads, window_size, dilation))
+
+
+def test_average_mixes_channels() -> None:
+    """Three windows of two channels: the two averages are of runs of three entries."""
+    x = torch.tensor([[[[0.0, 1.0], [10.0, 11.0], [20.0, 21.0]]]])
+    tokens = cross_window_fusion(x, num_heads=1, window_size=1)
+    torch.testing.assert_close(tokens.flatten(), torch.tensor([11 / 3, 52 / 3]))
+
+
+def test_reflection_is_that_of_torch_where_it_can_reflect() -> None:
+    x = torch.randn(2, 9, 8, 6)
+    padded = F.pad(x.permute(0, 3, 1, 2), (0, 6, 0, 5), mode="reflect").permute(0, 2, 3, 1)
+    expected = cross_window_fusion(padded, 2, 4, 2)
+    torch.testing.assert_close(cross_window_fusion(x, 2, 4, 2), expected)
+
+
+def test_one_window_is_read_as_it_is() -> None:
+    x = torch.randn(2, 7, 7, 6)
+    tokens = cross_window_fusion(x, 3)
+    torch.testing.assert_close(tokens, x.flatten(1, 2).unflatten(2, (3, 2)).transpose(1, 2))
+
+
+def naive_attention(layer: FactorizedAttention, x: Tensor) -> Tensor:
+    """One query, one head, one branch at a time; x (1, H, W, dim)."""
+    _, height, width, dim = x.shape
+    queries = layer.q(x).reshape(height * width, dim)
+    wide, heads = layer.global_dim, layer.num_heads
+
+    branch = layer.global_branch
+    reduced = branch.sr(x[..., :wide].permute(0, 3, 1, 2))
+    key, value = branch.kv(branch.norm(reduced.permute(0, 2, 3, 1))).split(wide, dim=3)
+    value = value + branch.local_conv.conv(value.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+    key, value = key.reshape(-1, wide), value.reshape(-1, wide)
+    outs = [torch.stack([(key @ q * wide**-0.5).softmax(0) @ value for q in queries[:, :wide]])]
+
+    source = layer.kv_pw(layer.kv_dw(x[..., wide:].permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+    count = len(layer.local_branches)
+    head_dim = (dim - wide) // count // heads
+    for g, branch in enumerate(layer.local_branches):
+        share = source[..., g * heads * head_dim : (g + 1) * heads * head_dim]
+        taps = naive_fusion(share, heads, branch.window_size, branch.dilation)
+        key, value = branch.kv(branch.fc(taps)).split(head_dim, dim=3)
+        grid = value[0].transpose(1, 2).reshape(1, -1, branch.window_size, branch.window_size)
+        grid = grid + branch.local_conv.conv(grid)
+        for m in range(heads):
+            start = wide + m * count * head_dim + g * head_dim
+            value_of_head = grid[0, m * head_dim : (m + 1) * head_dim].flatten(1).T
+            rows = [
+                (key[0, m] @ q * head_dim**-0.5).softmax(0) @ value_of_head
+                for q in queries[:, start : start + head_dim]
+            ]
+            outs.append(torch.stack(rows))
+    return layer.proj(torch.cat(outs, dim=1)).reshape(x.shape)
+
+
+@pytest.mark.parametrize(("sr_ratio", "dilations"), [(2, (1, 2)), (1, (1,))])
+def test_layer_is_its_definition_with_its_gradients(
+    sr_ratio: int, dilations: tuple[int, ...]
+) -> None:
+    torch.manual_seed(0)
+    layer = randomised(FactorizedAttention(32, 2, sr_ratio, dilations, window_size=3))
+    x = torch.randn(1, 7, 5, 32, dtype=torch.float64, requires_grad=True)
+    weight = torch.randn_like(x)
+    tensors = [x, *layer.parameters()]
+    ours, theirs = layer(x), naive_attention(layer, x)
+    torch.testing.assert_close(ours, theirs)
+    torch.testing.assert_close(
+        torch.autograd.grad((ours * weight).sum(), tensors),
+        torch.autograd.grad((theirs * weight).sum(), tensors),
+    )
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 9), (3, 1)])
+def test_maps_smaller_than_the_reduction(size: tuple[int, int]) -> None:
+    layer = randomised(FactorizedAttention(32, 2, 4, (1, 4)))
+    x = torch.randn(2, *size, 32, dtype=torch.float64)
+    assert layer(x).isfinite().all()
+    # The global branch sees the map reflected up to the reduction.
+    columns = [reflect(i, size[1]) for i in range(max(size[1], 4))]
+    rows = [reflect(i, size[0]) for i in range(max(size[0], 4))]
+    query = torch.randn(2, 5, 4, dtype=torch.float64)
+    small, grown = x[..., :4], x[:, rows][:, :, columns][..., :4]
+    torch.testing.assert_close(layer.global_branch(query, small), layer.global_branch(query, grown))
+
+
+def test_fuse_keeps_the_output_and_what_it_came_from() -> None:
+    layer = randomised(FactorizedAttention(32, 2, 2, (1, 2)))
+    x = torch.randn(1, 6, 6, 32, dtype=torch.float64)
+    expected = layer(x)
+    before = layer.local_branches[0].local_conv
+    weight = before.conv.weight.clone()
+    for branch in layer.local_branches:
+        branch.local_conv = branch.local_conv.fuse()
+        assert branch.fuse().fuse() is branch
+        assert isinstance(branch.fc, nn.Identity)
+    layer.global_branch.local_conv = layer.global_branch.local_conv.fuse()
+    torch.testing.assert_close(layer(x), expected)
+    assert torch.equal(before.conv.weight, weight)
+
+
+def test_errors() -> None:
+    with pytest.raises(ValueError, match="5 channels do not divide into 2 heads"):
+        cross_window_fusion(torch.zeros(1, 4, 4, 5), 2)
+    with pytest.raises(ValueError, match="dim must be a multiple of 8.*got 36"):
+        FactorizedAttention(36, 1)
+    with pytest.raises(ValueError, match="2 branches of 3 heads, got 32"):
+        FactorizedAttention(32, 3, 2, (1, 2))
