@@ -70,7 +70,8 @@ class LoadReport:
         missing: tensors of the model that the checkpoint lacks.
         unexpected: tensors of the checkpoint that the model lacks.
         resized: tensors that were fitted to another number of input channels or table size.
-        reinitialised: classifier tensors left as they were made, for another number of classes.
+        reinitialised: tensors left as they were made: a classifier for another number of classes,
+            output norms where a classification checkpoint has none.
         ignored: tensors of parts around the backbone (a detector's heads).
     """
 
@@ -124,10 +125,7 @@ def load_checkpoint(
     tensors, ignored = _strip_prefixes(read_checkpoint(source))
     tensors = backbone.convert_state_dict(tensors)
     heads = (backbone.classifier,) if isinstance(backbone.classifier, str) else backbone.classifier
-    absent = tuple(f"{head}." for head in heads) if backbone.num_classes == 0 else ()
-    if pruned:
-        cut = range(len(backbone.stages), len(backbone.feature_info))
-        absent += ("head.", "norm.", "out_norms.", *(f"stages.{i}." for i in cut))
+    absent = _absent_parts(backbone, pruned)
     target = _fused_like(backbone, tensors, absent) or backbone
     own = target.state_dict()
     report = LoadReport(name, ignored=ignored)
@@ -149,6 +147,8 @@ def load_checkpoint(
                 f"{name}: {key} has shape {tuple(tensor.shape)}, but the model's is "
                 f"{tuple(own[key].shape)}; is it a checkpoint of another variant?"
             )
+    if not any(key.startswith("out_norms.") for key in tensors):
+        report.reinitialised.extend(key for key in own if key.startswith("out_norms."))
     spared = {*fitted, *report.reinitialised}
     report.missing.extend(
         key for key in own if key not in spared and not key.endswith("num_batches_tracked")
@@ -292,6 +292,23 @@ def _strip_prefixes(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list
                 kept[key] = tensor
         tensors = kept
     return tensors, ignored
+
+
+def _absent_parts(model: StagedBackbone, pruned: bool) -> tuple[str, ...]:
+    """Beginnings of names that a whole checkpoint has and this model does without.
+
+    Those are what stands as an identity after the stages (a dense network has no final norm, one
+    without classes no classifier) and what ``features_only`` cut off.
+    """
+    absent = [
+        f"{name}."
+        for name, module in model.named_modules()
+        if isinstance(module, nn.Identity) and name.split(".")[0] in ("norm", "head")
+    ]
+    if pruned:
+        cut = range(len(model.stages), len(model.feature_info))
+        absent += ["head.", "norm.", "out_norms.", *(f"stages.{i}." for i in cut)]
+    return tuple(absent)
 
 
 def _fused_like(

@@ -7,6 +7,7 @@ Any size from 32×32; stem and downsampling do not pad, so the stage at stride s
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -17,7 +18,7 @@ from torch import Tensor, nn
 
 from backbones._base import Stage, StagedBackbone
 from backbones._registry import build_model, register
-from ops.conv import ConvNorm, InceptionDWConv2d
+from ops.conv import ConvNorm, InceptionDWConv2d, NormConv
 from ops.init import init_trunc_normal
 from ops.reparam import fold_norm_before, fold_scale_after
 
@@ -62,19 +63,6 @@ class Block(nn.Module):
             self.norm = nn.Identity()
             self.register_parameter("gamma", None)
         return self
-
-
-class Downsample(nn.Sequential):
-    """Norm and a 2×2 convolution of stride 2: (B, dim, H, W) → (B, out_dim, ⌊H/2⌋, ⌊W/2⌋)."""
-
-    def __init__(self, dim: int, out_dim: int) -> None:
-        super().__init__(nn.BatchNorm2d(dim), nn.Conv2d(dim, out_dim, 2, 2))
-
-    def fuse(self) -> nn.Module:
-        """The convolution alone."""
-        norm, conv = self
-        assert isinstance(norm, nn.BatchNorm2d) and isinstance(conv, nn.Conv2d)
-        return fold_norm_before(norm, conv)
 
 
 class MlpHead(nn.Module):
@@ -173,7 +161,7 @@ class InceptionNeXt(StagedBackbone):
                         )
                         for _ in range(depths[i])
                     ],
-                    downsample=Downsample(dims[i - 1], dims[i]) if i else None,
+                    downsample=NormConv(dims[i - 1], dims[i]) if i else None,
                 )
                 for i in range(len(dims))
             )
@@ -189,10 +177,16 @@ class InceptionNeXt(StagedBackbone):
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """From the names of the original, which timm shares."""
-        places = {"stem.0.": "stem.conv.", "stem.1.": "stem.norm."}
         return {
-            places.get(key[:7], key[:7]) + key[7:]: tensor for key, tensor in state_dict.items()
+            re.sub(r"(^stem|\.downsample)\.([01])\.", _convert_place, key): tensor
+            for key, tensor in state_dict.items()
         }
+
+
+def _convert_place(match: re.Match[str]) -> str:
+    """The stem is convolution and norm, the downsampling norm and convolution."""
+    names = ("conv", "norm") if match[1] == "stem" else ("norm", "conv")
+    return f"{match[1]}.{names[int(match[2])]}."
 
 
 def _cfg(variant: str, size: int = 224, crop_pct: float = 0.875) -> dict[str, Any]:

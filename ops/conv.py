@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ops.reparam import fold_norm_after, fold_norm_before
 
-__all__ = ["ConvNorm", "ConvResidual", "InceptionDWConv2d", "NormLinear"]
+__all__ = ["ConvNorm", "ConvResidual", "InceptionDWConv2d", "NormConv", "NormLinear"]
 
 
 class ConvNorm(nn.Module):
@@ -83,6 +83,25 @@ class ConvResidual(nn.Module):
         centre = conv.kernel_size[0] // 2
         conv.weight[:, 0, centre, centre] += 1
         return conv
+
+
+class NormConv(nn.Module):
+    """A batch norm and a 2×2 convolution of stride 2.
+
+    (B, dim, H, W) → (B, out_dim, ⌊H/2⌋, ⌊W/2⌋).
+    """
+
+    def __init__(self, dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(dim)
+        self.conv = nn.Conv2d(dim, out_dim, 2, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(self.norm(x))
+
+    def fuse(self) -> nn.Module:
+        """The convolution alone."""
+        return fold_norm_before(self.norm, self.conv)
 
 
 class NormLinear(nn.Module):

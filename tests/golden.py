@@ -41,7 +41,7 @@ def tolerance(family: str) -> float:
     return TOLERANCE.get(family, 1e-5)
 
 
-def _uniform(key: str, shape: Iterable[int]) -> np.ndarray:
+def uniform(key: str, shape: Iterable[int]) -> np.ndarray:
     """Uniform values in [-1, 1), seeded by ``key`` alone."""
     stream = np.random.RandomState(zlib.crc32(key.encode()))
     return stream.random_sample(tuple(shape)).astype(np.float32) * 2 - 1
@@ -49,7 +49,7 @@ def _uniform(key: str, shape: Iterable[int]) -> np.ndarray:
 
 def _tensor(name: str, shape: list[int]) -> Tensor:
     """Unit-gain matrices, norms near the identity, positive variances."""
-    u = _uniform(name, shape)
+    u = uniform(name, shape)
     if name.endswith("running_var"):
         v = 1 + 0.5 * np.abs(u)
     elif name.endswith(("running_mean", "bias")):
@@ -86,7 +86,7 @@ def checkpoint(
 
 def image(shape: Iterable[int], seed: int = 0) -> Tensor:
     """Input batch (B, C, H, W), float32 in [-1, 1)."""
-    return torch.from_numpy(_uniform(f"image-{seed}", shape))
+    return torch.from_numpy(uniform(f"image-{seed}", shape))
 
 
 def relative_error(value: Tensor, expected: Any) -> float:
@@ -134,8 +134,10 @@ def case_errors(family: str, variant: str, number: int) -> tuple[float, list[flo
     else:
         last, maps = model.forward_intermediates(x)
         error = relative_error(model.forward_head(last), case["logits"])
-    # The maps that go from stage to stage; some figures are of output norms that come after them.
-    stages = case.get("features_eps1e-6") or case.get("stage_outputs") or case["features"]
+    # The maps that go from stage to stage. Where the dense copy has norms of its own for what it
+    # puts out (dense_extra), `features` are those, and `stage_outputs` are ours.
+    has_norms = figures.get("dense_extra") and "stage_outputs" in case
+    stages = case.get("features_eps1e-6") or case["stage_outputs" if has_norms else "features"]
     return error, [
         summary_error(_like(stage, expected), expected)
         for stage, expected in zip(maps, stages, strict=True)

@@ -134,6 +134,23 @@ def test_another_number_of_classes_or_channels(
     ]
 
 
+def test_output_norms_start_new_on_a_classification_checkpoint() -> None:
+    figures = reference("biformer", "biformer_tiny")
+    tensors = checkpoint(figures)
+    model = backbones.create_model("biformer_tiny", out_norms=(0, 3), num_classes=0)
+    report = load_checkpoint(model, tensors)
+    assert set(report.reinitialised) == {
+        f"out_norms.{i}.{name}" for i in (0, 3) for name in ("weight", "bias")
+    }
+    halves = {
+        **tensors,
+        "extra_norms.0.weight": torch.ones(64),
+        "extra_norms.0.bias": torch.ones(64),
+    }
+    with pytest.raises(CheckpointError, match="missing.*out_norms.3.weight"):
+        load_checkpoint(model, halves)
+
+
 def test_not_strict_reports(official: dict[str, Tensor]) -> None:
     partial = {k: v for k, v in official.items() if not k.startswith("block4")}
     partial["block1.0.surplus.weight"] = torch.zeros(1)

@@ -1,0 +1,306 @@
+"""BiFormer: a vision transformer whose regions choose, by content, which regions to attend to.
+
+Lei Zhu et al., "BiFormer: Vision Transformer with Bi-Level Routing Attention",
+https://arxiv.org/abs/2303.08810.
+
+Any size from 32×32. The stage at stride s has ⌈H/s⌉ rows; the STL variants (Swin's layout) do not
+pad in their strided convolutions and have ⌊H/s⌋. Where ``n_win`` does not divide a map, it is
+padded as by the original's ``auto_pad=True``; where it does, nothing is padded. ``biformer_stl``
+has no such option in the original, and ``biformer_stl_nchw`` fails there on maps below ``n_win``;
+here the first pads as the others do, and the second has regions of at least one token.
+Detectors and segmenters of the paper use ``out_norms=True, num_classes=0`` with ``n_win=16`` (COCO)
+or ``n_win=8`` (ADE20K).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch.nn.functional as F
+from timm.layers import (
+    ClassifierHead,
+    DropPath,
+    LayerNorm2d,
+    Mlp,
+    calculate_drop_path_rates,
+    trunc_normal_,
+)
+from timm.models import generate_default_cfgs
+from torch import Tensor, nn
+
+from backbones._base import Stage, StagedBackbone
+from backbones._registry import build_model, register
+from ops.attention.bilevel import BiLevelRoutingAttention
+from ops.conv import ConvNorm, NormConv
+from ops.position import ConvPosition
+
+__all__ = ["BiFormer"]
+
+
+class GlobalAttention(nn.Module):
+    """Attention of all tokens plus a 5×5 depthwise convolution: (B, H, W, dim) → the same.
+
+    Args:
+        lepe_on_value: the convolution sees the values rather than the input.
+    """
+
+    def __init__(self, dim: int, num_heads: int = 8, *, lepe_on_value: bool = False) -> None:
+        super().__init__()
+        if dim % num_heads:
+            raise ValueError(f"num_heads must divide dim {dim}, got {num_heads}")
+        self.num_heads = num_heads
+        self.lepe_on_value = lepe_on_value
+        self.qkv = nn.Linear(dim, 3 * dim, bias=False)
+        self.lepe = nn.Conv2d(dim, dim, 5, padding=2, groups=dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        qkv = self.qkv(x)
+        heads = qkv.flatten(1, 2).unflatten(-1, (3, self.num_heads, -1))  # (B, HW, 3, heads, d)
+        query, key, value = heads.permute(2, 0, 3, 1, 4).unbind()
+        out = F.scaled_dot_product_attention(query, key, value)  # (B, heads, HW, d)
+        out = out.transpose(1, 2).reshape(x.shape)
+        source = qkv.chunk(3, dim=-1)[2] if self.lepe_on_value else x
+        return self.proj(out + self.lepe(source.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+
+
+class Block(nn.Module):
+    """Depthwise position term, attention, MLP, each added: (B, dim, H, W) → (B, dim, H, W).
+
+    Args:
+        attn: (B, H, W, dim) → (B, H, W, dim).
+        pos_embed: whether there is the 3×3 position term.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        attn: nn.Module,
+        mlp_ratio: float,
+        pos_embed: bool,
+        drop: float,
+        drop_path: float,
+    ) -> None:
+        super().__init__()
+        self.pos_embed = ConvPosition(dim) if pos_embed else nn.Identity()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = attn
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), drop=drop)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.pos_embed(x).permute(0, 2, 3, 1)
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        x = x + self.drop_path(self.mlp(self.norm2(x)))
+        return x.permute(0, 3, 1, 2)
+
+
+class BiFormer(StagedBackbone):
+    """BiFormer.
+
+    Args:
+        dims, depths, mlp_ratios: of the four stages.
+        topks: regions that each region attends to, by stage; None for attention of all tokens.
+        n_win: regions a side.
+        head_dim: width of the routed attention's heads; attention of all tokens has 8 heads.
+        swin_layout: non-overlapping stem and downsampling, no position terms (the STL variants).
+        nchw: the authors' second form. Regions have ⌊H/n_win⌋ rows, so that their number varies;
+            padding follows the projection and does not count in the routing; the convolution
+            beside the attention of all tokens sees the values; the blocks' linear layers start as
+            PyTorch's convolutions do.
+        num_classes, in_chans, global_pool: of classifier, image and pooling.
+        drop_rate: dropout before the classifier.
+        proj_drop_rate: dropout inside the MLPs.
+        drop_path_rate: of the last block; it grows linearly from 0.
+        out_norms: normalise the maps returned, as detectors do: all, none, or the listed stages.
+            With ``num_classes=0`` there is no final norm then, as in the paper's dense networks.
+    """
+
+    first_conv = "stem.0.conv"
+
+    def __init__(
+        self,
+        dims: Sequence[int] = (64, 128, 256, 512),
+        depths: Sequence[int] = (2, 2, 8, 2),
+        mlp_ratios: Sequence[float] = (3, 3, 3, 3),
+        topks: Sequence[int | None] = (1, 4, 16, None),
+        n_win: int = 7,
+        head_dim: int = 32,
+        *,
+        swin_layout: bool = False,
+        nchw: bool = False,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        out_norms: bool | Sequence[int] = False,
+    ) -> None:
+        super().__init__(num_classes=num_classes, in_chans=in_chans)
+        rates: Iterator[Any] = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
+
+        def attention(dim: int, topk: int | None) -> nn.Module:
+            if topk is None:
+                return GlobalAttention(dim, lepe_on_value=nchw)
+            return BiLevelRoutingAttention(dim, dim // head_dim, n_win, topk, pad_input=not nchw)
+
+        def downsample(dim: int, out_dim: int) -> nn.Module:
+            if swin_layout:
+                return NormConv(dim, out_dim)
+            return ConvNorm(dim, out_dim, 3, 2, bias=True)
+
+        self.swin_layout = swin_layout
+        self.stem = (
+            nn.Sequential(ConvNorm(in_chans, dims[0], 4, 4, padding=0, bias=True))
+            if swin_layout
+            else nn.Sequential(
+                ConvNorm(in_chans, dims[0] // 2, 3, 2, bias=True, act_layer=nn.GELU),
+                ConvNorm(dims[0] // 2, dims[0], 3, 2, bias=True),
+            )
+        )
+        self.stages = nn.Sequential(
+            *(
+                Stage(
+                    [
+                        Block(
+                            dims[i],
+                            attention(dims[i], topks[i]),
+                            mlp_ratios[i],
+                            not swin_layout,
+                            proj_drop_rate,
+                            next(rates),
+                        )
+                        for _ in range(depths[i])
+                    ],
+                    downsample=downsample(dims[i - 1], dims[i]) if i else None,
+                )
+                for i in range(len(dims))
+            )
+        )
+        dense = num_classes == 0 and out_norms not in (False, (), [])
+        self.norm = nn.Identity() if dense else nn.BatchNorm2d(dims[-1])
+        self.head = ClassifierHead(dims[-1], num_classes, global_pool, drop_rate)
+        self.describe_features(
+            dims,
+            [4 * 2**i for i in range(len(dims))],
+            out_norms=out_norms,
+            out_norm_layer=LayerNorm2d,
+        )
+        (self.head if nchw else self).apply(_init_linear)
+
+    def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """From the names of the original's five variants and of its dense networks."""
+        converted = {}
+        for key, tensor in state_dict.items():
+            if tensor.shape[2:] == (1, 1) and not key.startswith("downsample_layers."):
+                tensor = tensor.flatten(1)  # the NCHW form has convolutions for linear layers
+            converted[_convert_key(key, self.swin_layout)] = tensor
+        return converted
+
+
+def _init_linear(module: nn.Module) -> None:
+    """Linear layers truncated normal (std 0.02), biases zero; convolutions stay as PyTorch's."""
+    if isinstance(module, nn.Linear):
+        trunc_normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+_RENAMES = (
+    (r"^stages\.(\d)\.(\d+)\.pos_embed\.", r"stages.\1.\2.pos_embed.conv."),
+    (r"^stages\.(\d)\.(\d+)\.", r"stages.\1.blocks.\2."),
+    (r"\.attn\.(?:qkv\.qkv|qkv_linear)\.", ".attn.qkv."),
+    (r"\.attn\.(?:wo|output_linear)\.", ".attn.proj."),
+    (r"\.mlp\.0\.", ".mlp.fc1."),
+    (r"\.mlp\.[23]\.", ".mlp.fc2."),
+    (r"^extra_norms\.", "out_norms."),
+    (r"^head\.(weight|bias)$", r"head.fc.\1"),
+)
+
+
+def _convert_key(key: str, swin_layout: bool) -> str:
+    for pattern, name in _RENAMES:
+        key = re.sub(pattern, name, key)
+    if match := re.match(r"downsample_layers\.(\d)\.(\d)\.", key):
+        stage, place = int(match[1]), int(match[2])
+        rest = key[match.end() :]
+        if stage == 0:  # convolution, norm, activation, convolution, norm
+            return f"stem.{place // 3}.{('conv', 'norm')[place % 3]}.{rest}"
+        parts = ("norm", "conv") if swin_layout else ("conv", "norm")
+        return f"stages.{stage}.downsample.{parts[place]}.{rest}"
+    return key
+
+
+def _cfg(item: str) -> dict[str, Any]:
+    return {
+        "url": f"https://api.onedrive.com/v1.0/shares/{item}/root/content",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+        "first_conv": BiFormer.first_conv,
+        "classifier": BiFormer.classifier,
+        "license": "mit",
+        "origin_url": "https://github.com/rayleizhu/BiFormer",
+        "paper_name": "BiFormer: Vision Transformer with Bi-Level Routing Attention",
+        "paper_ids": "arXiv:2303.08810",
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "biformer_tiny.in1k": _cfg("s!AkBbczdRlZvChHEOoGkgwgQzEDlM"),
+        "biformer_small.in1k": _cfg("s!AkBbczdRlZvChHDyM-x9KWRBZ832"),
+        "biformer_base.in1k": _cfg("s!AkBbczdRlZvChHI_XPhoadjaNxtO"),
+        "biformer_stl.in1k": _cfg("s!AkBbczdRlZvChSf-m7ujkvx9lIQ1"),
+        "biformer_stl_nchw.in1k": _cfg("s!AkBbczdRlZvChWYrKbWbMgqd2Ai0"),
+    }
+)
+
+
+@register
+def biformer_tiny(pretrained: bool = False, **kwargs: Any) -> BiFormer:
+    """BiFormer-T, 13.1 M parameters; its drop path is the training command's default."""
+    variant = dict(dims=(64, 128, 256, 512), depths=(2, 2, 8, 2), drop_path_rate=0.1)
+    return build_model(BiFormer, "biformer_tiny", pretrained, variant, kwargs)
+
+
+@register
+def biformer_small(pretrained: bool = False, **kwargs: Any) -> BiFormer:
+    """BiFormer-S, 25.5 M parameters."""
+    variant = dict(dims=(64, 128, 256, 512), depths=(4, 4, 18, 4), drop_path_rate=0.15)
+    return build_model(BiFormer, "biformer_small", pretrained, variant, kwargs)
+
+
+@register
+def biformer_base(pretrained: bool = False, **kwargs: Any) -> BiFormer:
+    """BiFormer-B, 56.8 M parameters; its drop path is the training command's default."""
+    variant = dict(dims=(96, 192, 384, 768), depths=(4, 4, 18, 4), drop_path_rate=0.1)
+    return build_model(BiFormer, "biformer_base", pretrained, variant, kwargs)
+
+
+_STL: dict[str, Any] = dict(
+    dims=(96, 192, 384, 768),
+    depths=(2, 2, 6, 2),
+    mlp_ratios=(4, 4, 4, 4),
+    swin_layout=True,
+    drop_path_rate=0.1,
+)
+
+
+@register
+def biformer_stl(pretrained: bool = False, **kwargs: Any) -> BiFormer:
+    """BiFormer in Swin-T's layout, 28.4 M parameters."""
+    return build_model(BiFormer, "biformer_stl", pretrained, _STL, kwargs)
+
+
+@register
+def biformer_stl_nchw(pretrained: bool = False, **kwargs: Any) -> BiFormer:
+    """BiFormer in Swin-T's layout and the authors' second form, 28.4 M parameters."""
+    return build_model(BiFormer, "biformer_stl_nchw", pretrained, {**_STL, "nchw": True}, kwargs)

@@ -1,0 +1,370 @@
+"""RAVLT: a vision transformer of linear attention whose state and output have full rank.
+
+Qihang Fan, Huaibo Huang, Ran He, "Breaking the Low-Rank Dilemma of Linear Attention",
+https://arxiv.org/abs/2411.07635. Written from the paper and a description of its checkpoints, since
+the published code states no licence.
+
+Any size (from 1×1); the stage at stride s has ⌈H/s⌉ rows. Detectors and segmenters of the paper use
+``out_norms=True, num_classes=0``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from timm.layers import DropPath, LayerNorm2d, SelectAdaptivePool2d, calculate_drop_path_rates
+from timm.models import generate_default_cfgs
+from torch import Tensor, nn
+
+from backbones._base import Stage, StagedBackbone
+from backbones._registry import build_model, register
+from ops.attention.rank_augmented import RankAugmentedAttention, rotary_table
+from ops.conv import ConvNorm
+from ops.init import init_trunc_normal
+from ops.position import ConvPosition
+from ops.reparam import fold_scale_after
+
+__all__ = ["RAVLT"]
+
+
+class ConvMlp(nn.Module):
+    """Linear, GELU, 3×3 depthwise with a shortcut, linear: (B, H, W, dim) → (B, H, W, dim)."""
+
+    def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.act = nn.GELU()
+        self.dwconv = ConvPosition(hidden_dim)
+        self.fc2 = nn.Linear(hidden_dim, dim)
+        self.drop = nn.Dropout(drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.fc1(x)).permute(0, 3, 1, 2)
+        return self.drop(self.fc2(self.drop(self.dwconv(x).permute(0, 2, 3, 1))))
+
+
+class Block(nn.Module):
+    """Position term, attention, MLP, the latter two scaled: (B, H, W, dim) → (B, H, W, dim).
+
+    Args:
+        linear: whether attention is linear.
+        layer_scale: initial value of the residual scales.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        linear: bool,
+        mlp_ratio: float,
+        drop: float,
+        drop_path: float,
+        layer_scale: float,
+    ) -> None:
+        super().__init__()
+        self.pos = ConvPosition(dim)
+        self.norm1 = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = RankAugmentedAttention(dim, num_heads, linear=linear)
+        self.norm2 = nn.LayerNorm(dim, eps=1e-6)
+        self.mlp = ConvMlp(dim, int(dim * mlp_ratio), drop)
+        # Four dimensions, because optimizers spare vectors and the authors decayed these.
+        self.gamma1 = nn.Parameter(torch.full((1, 1, 1, dim), float(layer_scale)))
+        self.gamma2 = nn.Parameter(torch.full((1, 1, 1, dim), float(layer_scale)))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, sin: Tensor, cos: Tensor) -> Tensor:
+        x = self.pos(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        branch = self.attn(self.norm1(x), (sin, cos))
+        x = x + self.drop_path(branch if self.gamma1 is None else branch * self.gamma1)
+        branch = self.mlp(self.norm2(x))
+        return x + self.drop_path(branch if self.gamma2 is None else branch * self.gamma2)
+
+    def fuse(self) -> nn.Module:
+        """The scales go into the projections before them."""
+        if self.gamma1 is not None:
+            self.attn.proj = fold_scale_after(self.attn.proj, self.gamma1.flatten())
+            self.mlp.fc2 = fold_scale_after(self.mlp.fc2, self.gamma2.flatten())
+            self.register_parameter("gamma1", None)
+            self.register_parameter("gamma2", None)
+        return self
+
+
+class RAVLTStage(Stage):
+    """A stage whose blocks want channels last and share the table of rotations.
+
+    Args:
+        head_dim: width of a head, for the table.
+    """
+
+    def __init__(self, blocks: list[Block], downsample: nn.Module | None, head_dim: int) -> None:
+        super().__init__(blocks, downsample)
+        self.head_dim = head_dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.downsample(x).permute(0, 2, 3, 1)
+        height, width = x.shape[1:3]
+        table = rotary_table(height, width, self.head_dim, device=x.device, dtype=x.dtype)
+        return self.run_blocks(x, *table).permute(0, 3, 1, 2)
+
+
+class ConvHead(nn.Module):
+    """Pointwise convolution, norm, swish, pool, linear: (B, dim, H, W) → (B, num_classes).
+
+    Args:
+        hidden_dim: width after the convolution.
+        num_classes: 0 leaves the pooled hidden features.
+    """
+
+    proj: nn.Module
+    global_pool: nn.Module
+    fc: nn.Module
+
+    def __init__(
+        self, dim: int, hidden_dim: int, num_classes: int, pool_type: str, drop_rate: float
+    ) -> None:
+        super().__init__()
+        self.dim = dim
+        self.hidden_dim = hidden_dim
+        self.proj = self.global_pool = nn.Identity()
+        self.drop = nn.Dropout(drop_rate)
+        self.reset(num_classes, pool_type)
+
+    def reset(self, num_classes: int, pool_type: str | None = None) -> None:
+        """A new classifier; ``pool_type=""`` takes the whole head away, to leave the map.
+
+        Any other pooling brings it back, untrained.
+
+        Raises:
+            ValueError: classes without pooling.
+        """
+        if pool_type == "":
+            self.proj = self.global_pool = nn.Identity()
+        elif pool_type is not None:
+            self.global_pool = SelectAdaptivePool2d(pool_type=pool_type, flatten=True)
+            if isinstance(self.proj, nn.Identity):
+                self.proj = ConvNorm(self.dim, self.hidden_dim, bias=True, act_layer=nn.SiLU)
+                self.proj.apply(init_trunc_normal)
+        self.fc = nn.Identity()
+        if num_classes:
+            if not isinstance(self.global_pool, SelectAdaptivePool2d):
+                raise ValueError(
+                    f"this head classifies vectors; {num_classes} classes need a pooling, such as "
+                    "global_pool='avg'"
+                )
+            self.fc = nn.Linear(self.hidden_dim * self.global_pool.feat_mult(), num_classes)
+            init_trunc_normal(self.fc)
+
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = self.drop(self.global_pool(self.proj(x)))
+        return x if pre_logits else self.fc(x)
+
+
+class RAVLT(StagedBackbone):
+    """Rank-augmented vision linear transformer.
+
+    Args:
+        dims, depths, num_heads: of the four stages.
+        layer_scales: initial value of the residual scales, by stage.
+        linear: whether attention is linear, by stage; softmax attention where it is not.
+        mlp_ratio: width of the MLPs.
+        head_hidden_dim: width of the classifier's hidden layer.
+        num_classes, in_chans, global_pool: of classifier, image and pooling.
+        drop_rate: dropout before the classifier.
+        proj_drop_rate: dropout inside the MLPs.
+        drop_path_rate: of the last block; it grows linearly from 0.
+        out_norms: normalise the maps returned, as detectors do: all, none, or the listed stages.
+            With ``num_classes=0`` the classifier's hidden layer is left out then, as in the paper's
+            dense networks.
+    """
+
+    first_conv = "stem.0.conv"
+
+    def __init__(
+        self,
+        dims: Sequence[int] = (64, 128, 256, 512),
+        depths: Sequence[int] = (2, 2, 6, 2),
+        num_heads: Sequence[int] = (1, 2, 4, 8),
+        layer_scales: Sequence[float] = (1, 1, 1, 1),
+        linear: Sequence[bool] = (True, True, False, False),
+        mlp_ratio: float = 3.5,
+        *,
+        head_hidden_dim: int = 1024,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        out_norms: bool | Sequence[int] = False,
+    ) -> None:
+        super().__init__(num_classes=num_classes, in_chans=in_chans)
+        rates: Iterator[Any] = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
+        half = dims[0] // 2
+        self.stem = nn.Sequential(
+            ConvNorm(in_chans, half, 3, 2, bias=True, act_layer=nn.GELU),
+            ConvNorm(half, half, 3, bias=True, act_layer=nn.GELU),
+            ConvNorm(half, half, 3, bias=True, act_layer=nn.GELU),
+            ConvNorm(half, dims[0], 3, 2, bias=True),
+        )
+        self.stages = nn.Sequential(
+            *(
+                RAVLTStage(
+                    [
+                        Block(
+                            dims[i],
+                            num_heads[i],
+                            linear[i],
+                            mlp_ratio,
+                            proj_drop_rate,
+                            next(rates),
+                            layer_scales[i],
+                        )
+                        for _ in range(depths[i])
+                    ],
+                    ConvNorm(dims[i - 1], dims[i], 3, 2, bias=True) if i else None,
+                    dims[i] // num_heads[i],
+                )
+                for i in range(len(dims))
+            )
+        )
+        self.norm = nn.Identity()
+        self.head = ConvHead(dims[-1], head_hidden_dim, num_classes, global_pool, drop_rate)
+        self.describe_features(
+            dims,
+            [4 * 2**i for i in range(len(dims))],
+            head_hidden_size=head_hidden_dim,
+            out_norms=out_norms,
+            out_norm_layer=LayerNorm2d,
+        )
+        if self.out_norms and num_classes == 0:
+            self.head.reset(0, "")
+        self.apply(init_trunc_normal)
+
+    def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """From the names of the original's classifiers and dense networks.
+
+        Its pointwise convolutions are linear layers here, and its tables of angles follow from the
+        width of a head.
+        """
+        converted = {}
+        for key, tensor in state_dict.items():
+            if key.endswith(".RoPE.angle"):
+                continue
+            if re.search(r"\.gamma_[12]$", key):
+                tensor = tensor.view(1, 1, 1, -1)
+            elif key == "head.weight" or re.search(r"\.(?:qkvo|attn\.proj|fc[12])\.weight$", key):
+                tensor = tensor.flatten(1)
+            converted[_convert_key(key)] = tensor
+        return converted
+
+
+_RENAMES = (
+    (r"^layers\.(\d)\.blocks\.", r"stages.\1.blocks."),
+    (r"\.pos\.(?=weight|bias)", ".pos.conv."),
+    (r"\.(norm[12])\.norm\.", r".\1."),
+    (r"\.gamma_([12])$", r".gamma\1"),
+    (r"\.ffn\.dwconv\.", ".mlp.dwconv.conv."),
+    (r"\.ffn\.", ".mlp."),
+    (r"^extra_norms\.(\d)\.norm\.", r"out_norms.\1."),
+    (r"^proj\.", "head.proj.conv."),
+    (r"^norm\.", "head.proj.norm."),
+    (r"^head\.(weight|bias)$", r"head.fc.\1"),
+)
+
+
+def _convert_key(key: str) -> str:
+    """Ours pass: nothing of the original's names begins with ``stem`` or ``stages``."""
+    if key.startswith(("stem.", "stages.")):
+        return key
+    for pattern, name in _RENAMES:
+        key = re.sub(pattern, name, key)
+    if match := re.match(r"patch_embed\.proj\.(\d+)\.", key):
+        # Convolution, norm, activation, again and again.
+        layer, part = divmod(int(match[1]), 3)
+        return f"stem.{layer}.{('conv', 'norm')[part]}.{key[match.end() :]}"
+    if match := re.match(r"layers\.(\d)\.downsample\.(reduction|norm)\.", key):
+        # The original keeps the downsampling with the stage that it leaves.
+        name = match[2].replace("reduction", "conv")
+        return f"stages.{int(match[1]) + 1}.downsample.{name}.{key[match.end() :]}"
+    return key
+
+
+def _cfg(variant: str) -> dict[str, Any]:
+    return {
+        "url": f"https://huggingface.co/aldjalkdf/RAVLT/resolve/main/RAVLT_{variant}.pth",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+        "first_conv": RAVLT.first_conv,
+        "classifier": RAVLT.classifier,
+        "license": "mit",  # of the weights, says their model card; the code states none
+        "origin_url": "https://github.com/qhfan/RALA",
+        "paper_name": "Breaking the Low-Rank Dilemma of Linear Attention",
+        "paper_ids": "arXiv:2411.07635",
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "ravlt_t.in1k": _cfg("T"),
+        "ravlt_s.in1k": _cfg("S"),
+        "ravlt_b.in1k": _cfg("B"),
+        "ravlt_l.in1k": _cfg("L"),
+    }
+)
+
+
+@register
+def ravlt_t(pretrained: bool = False, **kwargs: Any) -> RAVLT:
+    """RAVLT-T, 14.9 M parameters."""
+    variant = dict(
+        dims=(64, 128, 256, 512),
+        depths=(2, 2, 6, 2),
+        num_heads=(1, 2, 4, 8),
+        drop_path_rate=0.1,
+    )
+    return build_model(RAVLT, "ravlt_t", pretrained, variant, kwargs)
+
+
+@register
+def ravlt_s(pretrained: bool = False, **kwargs: Any) -> RAVLT:
+    """RAVLT-S, 25.6 M parameters."""
+    variant = dict(
+        dims=(64, 128, 320, 512),
+        depths=(3, 5, 9, 3),
+        num_heads=(1, 2, 5, 8),
+        drop_path_rate=0.15,
+    )
+    return build_model(RAVLT, "ravlt_s", pretrained, variant, kwargs)
+
+
+@register
+def ravlt_b(pretrained: bool = False, **kwargs: Any) -> RAVLT:
+    """RAVLT-B, 48.2 M parameters."""
+    variant = dict(
+        dims=(96, 192, 384, 512),
+        depths=(4, 6, 12, 6),
+        num_heads=(1, 2, 6, 8),
+        layer_scales=(1, 1, 1e-6, 1e-6),
+        drop_path_rate=0.4,
+    )
+    return build_model(RAVLT, "ravlt_b", pretrained, variant, kwargs)
+
+
+@register
+def ravlt_l(pretrained: bool = False, **kwargs: Any) -> RAVLT:
+    """RAVLT-L, 95.2 M parameters."""
+    variant = dict(
+        dims=(96, 192, 448, 640),
+        depths=(4, 7, 19, 8),
+        num_heads=(1, 2, 7, 10),
+        layer_scales=(1e-6, 1e-6, 1e-6, 1e-6),
+        drop_path_rate=0.55,
+    )
+    return build_model(RAVLT, "ravlt_l", pretrained, variant, kwargs)

@@ -1,0 +1,194 @@
+"""Bi-level routing attention: regions choose regions, then tokens attend to the chosen ones.
+
+Of BiFormer, https://arxiv.org/abs/2303.08810.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+__all__ = ["BiLevelRoutingAttention", "bilevel_routing_attention", "route_regions"]
+
+
+def bilevel_routing_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    num_heads: int,
+    region_size: tuple[int, int],
+    topk: int,
+    scale: float | None = None,
+) -> Tensor:
+    """Each region's tokens attend to all tokens of the ``topk`` regions nearest to it.
+
+    Keys and values are gathered once a region, so memory grows with H·W·topk·T (T tokens a
+    region), not with (H·W)². A map that ``region_size`` does not divide is continued by zeros at
+    the bottom and on the right; those are keys and values too, but do not count in the routing.
+
+    Args:
+        query, key: (B, H, W, qk_dim).
+        value: (B, H, W, dim).
+        num_heads: divides qk_dim and dim.
+        region_size: rows and columns of a region.
+        topk: regions to attend to; more than there are means all of them.
+        scale: of the logits; default qk_dim^-0.5, not the heads' own width, as published.
+
+    Returns:
+        (B, H, W, dim). The choice of regions has no gradient.
+
+    Raises:
+        ValueError: shapes, heads, region or ``topk`` that do not go together.
+    """
+    _check(query, key, value, num_heads, region_size, topk)
+    batch, height, width, qk_dim = query.shape
+    scale = qk_dim**-0.5 if scale is None else scale
+    rows, columns = -(-height // region_size[0]), -(-width // region_size[1])
+    regions, tokens = rows * columns, region_size[0] * region_size[1]
+    routes = route_regions(query, key, region_size, topk) if topk < regions else None
+    query, key, value = (_split_regions(t, region_size) for t in (query, key, value))
+    if routes is None:
+        # Everyone sees everyone, in whatever order: nothing to gather.
+        query, key, value = (t.flatten(1, 2) for t in (query, key, value))  # (B, R·T, …)
+    else:
+        # Regions are the rows of a table: a look-up copies them faster than gather, and its
+        # gradient is many times faster.
+        routes = routes + torch.arange(batch, device=routes.device).view(-1, 1, 1) * regions
+        query = query.flatten(0, 1)  # (B·R, T, qk_dim)
+        key, value = (
+            F.embedding(routes, t.flatten(2).flatten(0, 1)).view(-1, topk * tokens, t.shape[-1])
+            for t in (key, value)
+        )  # (B·R, topk·T, …)
+    query, key, value = (
+        t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (query, key, value)
+    )
+    out = F.scaled_dot_product_attention(query, key, value, scale=scale)  # (B·R, heads, T, …)
+    out = out.transpose(1, 2).reshape(batch, rows, columns, *region_size, -1).transpose(2, 3)
+    out = out.reshape(batch, rows * region_size[0], columns * region_size[1], -1)
+    return out[:, :height, :width]
+
+
+def route_regions(query: Tensor, key: Tensor, region_size: tuple[int, int], topk: int) -> Tensor:
+    """The ``topk`` regions whose mean key is nearest to a region's mean query.
+
+    Args:
+        query, key: (B, H, W, qk_dim).
+        region_size: rows and columns of a region; those at the border may be cut off.
+        topk: at most the number of regions R = ⌈H/rows⌉·⌈W/columns⌉.
+
+    Returns:
+        (B, R, topk) indices of regions, counted row by row, in no particular order.
+    """
+    query_mean, key_mean = (
+        F.avg_pool2d(
+            t.detach().permute(0, 3, 1, 2), region_size, ceil_mode=True, count_include_pad=False
+        ).flatten(2)
+        for t in (query, key)
+    )  # (B, qk_dim, R)
+    # The factor changes no order; it keeps half precision from overflowing.
+    affinity = (query_mean * query.shape[-1] ** -0.5).transpose(1, 2) @ key_mean
+    return affinity.topk(topk, dim=-1, sorted=False).indices
+
+
+def _split_regions(x: Tensor, region_size: tuple[int, int]) -> Tensor:
+    """(B, H, W, C) → (B, regions, tokens of a region, C), zeros where the map ends early."""
+    x = _pad_to_multiple(x, region_size)
+    batch, height, width, _ = x.shape
+    rows, columns = region_size
+    x = x.reshape(batch, height // rows, rows, width // columns, columns, -1)
+    return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
+
+
+def _pad_to_multiple(x: Tensor, multiple: tuple[int, int]) -> Tensor:
+    """Zeros at the bottom and on the right of (B, H, W, C)."""
+    bottom, right = -x.shape[1] % multiple[0], -x.shape[2] % multiple[1]
+    return F.pad(x, (0, 0, 0, right, 0, bottom)) if bottom or right else x
+
+
+def _check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    num_heads: int,
+    region_size: tuple[int, int],
+    topk: int,
+) -> None:
+    if query.ndim != 4 or key.shape != query.shape or value.shape[:-1] != query.shape[:-1]:
+        raise ValueError(
+            "query and key must be (B, H, W, qk_dim) and value (B, H, W, dim), got "
+            f"{tuple(query.shape)}, {tuple(key.shape)} and {tuple(value.shape)}"
+        )
+    if num_heads < 1 or query.shape[-1] % num_heads or value.shape[-1] % num_heads:
+        raise ValueError(
+            f"num_heads must divide qk_dim {query.shape[-1]} and dim {value.shape[-1]}, "
+            f"got {num_heads}"
+        )
+    if min(region_size) < 1 or topk < 1:
+        raise ValueError(
+            f"region_size and topk must be at least 1, got {tuple(region_size)} and {topk}"
+        )
+
+
+class BiLevelRoutingAttention(nn.Module):
+    """See :func:`bilevel_routing_attention`; a depthwise convolution of the values is added.
+
+    (B, H, W, dim) → (B, H, W, dim), any H and W.
+
+    Args:
+        dim: channels.
+        num_heads: divides ``dim``.
+        n_win: regions a side.
+        topk: regions that each region attends to.
+        lepe_kernel_size: of the convolution of the values (odd), the positional term.
+        pad_input: what happens where ``n_win`` does not divide the map. True: zeros continue the
+            input to n_win × n_win regions of equal size, and become tokens (they equal the
+            projection's bias) that count as any other. False: regions have ⌊H/n_win⌋ × ⌊W/n_win⌋
+            tokens (at least one), there are as many as it takes, and zeros continue query, key
+            and value.
+
+    Raises:
+        ValueError: ``num_heads`` that does not divide ``dim``, an even kernel, or ``n_win`` or
+            ``topk`` below 1.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        n_win: int = 7,
+        topk: int = 4,
+        *,
+        lepe_kernel_size: int = 5,
+        pad_input: bool = True,
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"num_heads must divide dim {dim}, got {num_heads}")
+        if n_win < 1 or topk < 1:
+            raise ValueError(f"n_win and topk must be at least 1, got {n_win} and {topk}")
+        if lepe_kernel_size % 2 == 0:
+            raise ValueError(f"lepe_kernel_size must be odd, got {lepe_kernel_size}")
+        self.num_heads = num_heads
+        self.n_win = n_win
+        self.topk = topk
+        self.pad_input = pad_input
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.lepe = nn.Conv2d(dim, dim, lepe_kernel_size, padding=lepe_kernel_size // 2, groups=dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[1:3]
+        if self.pad_input:
+            x = _pad_to_multiple(x, (self.n_win, self.n_win))
+        region_size = (max(1, x.shape[1] // self.n_win), max(1, x.shape[2] // self.n_win))
+        query, key, value = self.qkv(x).chunk(3, dim=-1)
+        out = bilevel_routing_attention(query, key, value, self.num_heads, region_size, self.topk)
+        out = out + self.lepe(value.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.proj(out[:, :height, :width])
+
+    def extra_repr(self) -> str:
+        return (
+            f"num_heads={self.num_heads}, n_win={self.n_win}, topk={self.topk}, "
+            f"pad_input={self.pad_input}"
+        )

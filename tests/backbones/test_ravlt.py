@@ -1,0 +1,150 @@
+"""RAVLT: dense networks, angles, initial weights, weight decay, half precision."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from golden import checkpoint, image, reference, summary_error, tolerance
+from timm.optim import param_groups_weight_decay
+from torch import Tensor, nn
+from zoo import images, randomise
+
+import backbones
+
+TOLERANCE = tolerance("ravlt")
+SHALLOW = {"depths": (1, 1, 1, 1)}
+VARIANTS = [f"ravlt_{size}" for size in "tsbl"]
+
+
+def dense_form(variant: str) -> tuple[Any, dict[str, Tensor], dict[str, Any]]:
+    """Model, checkpoint and figures of the paper's dense networks' backbone."""
+    figures = reference("ravlt", variant)
+    rows = [row for row in figures["state_dict"] if row[0] not in figures["dense_missing"]]
+    tensors = checkpoint(figures, rows + figures["dense_extra"])
+    model = backbones.create_model(variant, out_norms=True, num_classes=0)
+    return model.eval(), tensors, figures
+
+
+@pytest.mark.parametrize(
+    "variant",
+    [pytest.param(v, marks=pytest.mark.slow if v[-1] in "bl" else ()) for v in VARIANTS],
+)
+@torch.no_grad()
+def test_dense_networks(variant: str) -> None:
+    model, tensors, figures = dense_form(variant)
+    report = backbones.load_checkpoint(model, {f"backbone.{k}": v for k, v in tensors.items()})
+    assert not (report.missing or report.unexpected or report.resized)
+    for case in figures["dense_cases"]:
+        x = image(case["input"], case["seed"])
+        maps = model.forward_intermediates(x, intermediates_only=True)
+        for value, expected in zip(maps, case["features"], strict=True):
+            assert summary_error(value, expected) <= TOLERANCE
+
+
+@torch.no_grad()
+def test_stored_angles_are_accepted_and_not_needed() -> None:
+    figures = reference("ravlt", "ravlt_t")
+    without = checkpoint(figures)
+    stored = {name: torch.full((32,), torch.nan) for name in figures["derived"]}
+    assert stored
+    outputs = []
+    for tensors in (without, {**without, **stored}):
+        model = backbones.create_model("ravlt_t").eval()
+        report = backbones.load_checkpoint(model, {"model": {}, "model_ema": tensors})
+        assert not (report.missing or report.unexpected)
+        outputs.append(model(images(1, 3, 32, 32)))
+    assert torch.equal(*outputs)
+
+
+def test_classifiers_weights_serve_dense_networks() -> None:
+    model, _, figures = dense_form("ravlt_t")
+    report = backbones.load_checkpoint(model, checkpoint(figures), strict=False)
+    assert all(name.startswith("out_norms.") for name in report.missing)
+    assert all(name.startswith("head.proj.") for name in report.unexpected)
+    for norm in model.out_norms.values():
+        assert norm.eps == 1e-6
+        assert bool((norm.weight == 1).all())
+        assert not norm.bias.any()
+
+
+@torch.no_grad()
+def test_dense_network_becomes_a_classifier() -> None:
+    model = backbones.create_model("ravlt_t", out_norms=True, num_classes=0, **SHALLOW).eval()
+    assert model(images(1, 3, 64, 64)).shape == (1, 512, 2, 2)
+    with pytest.raises(ValueError, match="5 classes need a pooling"):
+        model.reset_classifier(5)
+    model.reset_classifier(5, "avg")
+    assert model(images(1, 3, 64, 64)).shape == (1, 5)
+    assert backbones.create_model("ravlt_t", num_classes=0, **SHALLOW).head_hidden_size == 1024
+
+
+@pytest.mark.parametrize("size", [(97, 131), (33, 50), (5, 3), (1, 1)])
+@torch.no_grad()
+def test_sizes_round_up_stage_by_stage(size: tuple[int, int]) -> None:
+    model = randomise(backbones.create_model("ravlt_t", **SHALLOW)).eval()
+    maps = model.forward_intermediates(images(1, 3, *size), intermediates_only=True)
+    rows, columns = size
+    for stage, value in enumerate(maps):
+        for _ in range(1 if stage else 2):
+            rows, columns = -(-rows // 2), -(-columns // 2)
+        assert value.shape[2:] == (rows, columns)
+        assert value.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("variant", "scales", "rate"),
+    [
+        ("ravlt_t", (1, 1, 1, 1), 0.1),
+        ("ravlt_s", (1, 1, 1, 1), 0.15),
+        ("ravlt_b", (1, 1, 1e-6, 1e-6), 0.4),
+        ("ravlt_l", (1e-6, 1e-6, 1e-6, 1e-6), 0.55),
+    ],
+)
+def test_scales_and_drop_path(variant: str, scales: tuple[float, ...], rate: float) -> None:
+    depths = [1, 2, 2, 1]
+    model = backbones.create_model(variant, depths=depths)
+    rates = []
+    for stage, scale in zip(model.stages, scales, strict=True):
+        for block in stage.blocks:
+            rates.append(block.drop_path.drop_prob)
+            for gamma in (block.gamma1, block.gamma2):
+                assert bool((gamma == scale).all())
+    assert rates == pytest.approx([rate * b / 5 for b in range(6)])
+
+
+def test_initial_weights_and_weight_decay() -> None:
+    torch.manual_seed(0)
+    model = backbones.create_model("ravlt_t", **SHALLOW)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            count = module.weight.numel()
+            assert module.weight.std().item() == pytest.approx(0.02, rel=4 * count**-0.5), name
+            assert not module.bias.any(), name
+        elif isinstance(module, nn.LayerNorm):
+            assert module.eps == 1e-6, name
+    spared, decayed = param_groups_weight_decay(
+        model, 0.05, no_weight_decay_list=model.no_weight_decay()
+    )
+    names = {id(p): n for n, p in model.named_parameters()}
+    assert all(p.ndim == 1 for p in spared["params"])
+    in_decay = {names[id(p)] for p in decayed["params"]}
+    assert {n for n in names.values() if "gamma" in n} <= in_decay
+
+
+@torch.no_grad()
+def test_autocast() -> None:
+    model = randomise(backbones.create_model("ravlt_t", **SHALLOW)).eval()
+    x = images(2, 3, 64, 64)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        out = model(x).float()
+    exact = model(x)
+    assert ((out - exact).abs().max() / exact.abs().max()).item() < 0.1
+
+
+def test_softmax_attention_everywhere() -> None:
+    plain = backbones.create_model("ravlt_t", linear=(False,) * 4, **SHALLOW)
+    mixed = backbones.create_model("ravlt_t", **SHALLOW)
+    assert plain.state_dict().keys() == mixed.state_dict().keys()
+    assert not any(getattr(m, "linear", False) for m in plain.modules())

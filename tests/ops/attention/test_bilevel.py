@@ -1,0 +1,242 @@
+"""Bi-level routing attention against its definition, written out region by region."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ops.attention.bilevel import (
+    BiLevelRoutingAttention,
+    bilevel_routing_attention,
+    route_regions,
+)
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def inputs(height: int, width: int, qk_dim: int = 8, dim: int = 12, batch: int = 2) -> list[Tensor]:
+    shapes = (qk_dim, qk_dim, dim)
+    return [random(batch, height, width, c, seed=seed) for seed, c in enumerate(shapes)]
+
+
+def defined(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    num_heads: int,
+    region_size: tuple[int, int],
+    topk: int,
+) -> Tensor:
+    """The definition: a softmax for each region and head, over the regions chosen by hand."""
+    height, width, dim = value.shape[1:]
+    rows, columns = region_size
+    starts = [(y, x) for y in range(0, height, rows) for x in range(0, width, columns)]
+
+    def tokens(t: Tensor, start: tuple[int, int]) -> Tensor:
+        region = t[start[0] : start[0] + rows, start[1] : start[1] + columns]
+        missing = (0, 0, 0, columns - region.shape[1], 0, rows - region.shape[0])
+        return F.pad(region, missing).flatten(0, 1)
+
+    def mean(t: Tensor, start: tuple[int, int]) -> Tensor:
+        region = t[start[0] : start[0] + rows, start[1] : start[1] + columns]
+        return region.detach().flatten(0, 1).mean(0)
+
+    outputs = []
+    for q, k, v in zip(query, key, value, strict=True):
+        out = torch.zeros(height + rows, width + columns, dim, dtype=value.dtype)
+        for start in starts:
+            near = [(mean(q, start) @ mean(k, other)).item() for other in starts]
+            chosen = sorted(range(len(starts)), key=lambda r, n=near: -n[r])[:topk]
+            seen_k = torch.cat([tokens(k, starts[r]) for r in chosen])
+            seen_v = torch.cat([tokens(v, starts[r]) for r in chosen])
+            parts = []
+            for qh, kh, vh in zip(
+                tokens(q, start).chunk(num_heads, -1),
+                seen_k.chunk(num_heads, -1),
+                seen_v.chunk(num_heads, -1),
+                strict=True,
+            ):
+                parts.append((qh @ kh.T * q.shape[-1] ** -0.5).softmax(-1) @ vh)
+            region = torch.cat(parts, -1).view(rows, columns, dim)
+            out[start[0] : start[0] + rows, start[1] : start[1] + columns] = region
+        outputs.append(out[:height, :width])
+    return torch.stack(outputs)
+
+
+CASES = [
+    # height, width, region_size, topk, num_heads
+    (6, 8, (3, 2), 3, 2),
+    (6, 8, (3, 2), 1, 1),
+    (7, 9, (3, 2), 2, 4),
+    (5, 5, (2, 3), 100, 2),
+    (3, 4, (1, 1), 5, 2),
+    (4, 6, (7, 9), 1, 2),
+]
+
+
+@pytest.mark.parametrize(("height", "width", "region_size", "topk", "num_heads"), CASES)
+def test_is_what_it_is_defined_to_be(
+    height: int, width: int, region_size: tuple[int, int], topk: int, num_heads: int
+) -> None:
+    maps = [t.requires_grad_() for t in inputs(height, width)]
+    out = bilevel_routing_attention(*maps, num_heads, region_size, topk)
+    expected = defined(*maps, num_heads, region_size, topk)
+    torch.testing.assert_close(out, expected)
+
+    weight = random(*out.shape, seed=9)
+    exact = torch.autograd.grad((expected * weight).sum(), maps)
+    torch.testing.assert_close(torch.autograd.grad((out * weight).sum(), maps), exact)
+    single = [t.detach().float().requires_grad_() for t in maps]
+    value = bilevel_routing_attention(*single, num_heads, region_size, topk)
+    rounded = torch.autograd.grad((value * weight.float()).sum(), single)
+    for gradient, wanted in zip(rounded, exact, strict=True):
+        torch.testing.assert_close(gradient.double(), wanted, rtol=1e-4, atol=1e-5)
+
+
+def test_scale() -> None:
+    maps = inputs(4, 4)
+    uniform = bilevel_routing_attention(*maps, 2, (2, 2), 2, scale=0.0)
+    routes = route_regions(maps[0], maps[1], (2, 2), 2)
+    regions = maps[2].unflatten(1, (2, 2)).unflatten(3, (2, 2)).transpose(2, 3).reshape(2, 4, 4, 12)
+    expected = torch.stack([v[r].mean((1, 2)) for v, r in zip(regions, routes, strict=True)])
+    torch.testing.assert_close(uniform[:, ::2, ::2].flatten(1, 2), expected)
+
+
+@settings(deadline=None, max_examples=25)
+@given(
+    rows=st.integers(1, 4),
+    columns=st.integers(1, 4),
+    height=st.integers(1, 9),
+    width=st.integers(1, 9),
+)
+def test_enough_regions_make_it_plain_attention(
+    rows: int, columns: int, height: int, width: int
+) -> None:
+    """Laws: seeing all regions is attention of the padded map, and so is one region of it all."""
+    maps = inputs(height, width, batch=1)
+    padded = [F.pad(t, (0, 0, 0, -width % columns, 0, -height % rows)) for t in maps]
+    q, k, v = (t.flatten(1, 2).unflatten(-1, (2, -1)).transpose(1, 2) for t in padded)
+    plain = F.scaled_dot_product_attention(q, k, v, scale=8**-0.5)
+    plain = plain.transpose(1, 2).reshape(padded[2].shape)[:, :height, :width]
+    count = -(-height // rows) * -(-width // columns)
+    for topk in (count, count + 3):
+        out = bilevel_routing_attention(*maps, 2, (rows, columns), topk)
+        torch.testing.assert_close(out, plain)
+    if count > 1:
+        routes = route_regions(*maps[:2], (rows, columns), count)
+        assert routes.sort(-1).values.eq(torch.arange(count)).all()
+
+
+@settings(deadline=None, max_examples=20)
+@given(st.permutations(range(6)), st.integers(1, 6))
+def test_regions_have_no_place(order: list[int], topk: int) -> None:
+    """Law: moving whole regions about moves the output along."""
+    maps = inputs(4, 9, batch=1)
+
+    def moved(t: Tensor) -> Tensor:
+        regions = t.reshape(1, 2, 2, 3, 3, -1).transpose(2, 3).reshape(1, 6, 2, 3, -1)[:, order]
+        return regions.reshape(1, 2, 3, 2, 3, -1).transpose(2, 3).reshape(t.shape)
+
+    out = bilevel_routing_attention(*maps, 2, (2, 3), topk)
+    other = bilevel_routing_attention(*map(moved, maps), 2, (2, 3), topk)
+    torch.testing.assert_close(other, moved(out))
+
+
+class Largest(TorchDispatchMode):
+    """Remembers the size of the largest tensor that any operator returns."""
+
+    numel = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for value in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(value, Tensor) and not func.is_view:
+                self.numel = max(self.numel, value.numel())
+        return out
+
+
+def test_no_tensor_of_all_pairs() -> None:
+    """Memory is that of the gathered keys, for the backward pass too."""
+    side, dim, topk = 42, 8, 2
+    maps = [t.float().requires_grad_() for t in inputs(side, side, dim, dim, batch=1)]
+    with Largest() as largest:
+        bilevel_routing_attention(*maps, 1, (6, 6), topk).sum().backward()
+    assert largest.numel <= topk * side**2 * dim
+    assert largest.numel < side**4 / 100
+
+
+def test_half_precision_and_meta() -> None:
+    maps = [t.bfloat16() for t in inputs(6, 6)]
+    assert bilevel_routing_attention(*maps, 2, (2, 2), 9).dtype == torch.bfloat16
+    assert bilevel_routing_attention(*maps, 2, (2, 2), 3).isfinite().all()
+    empty = [torch.empty_like(t, device="meta") for t in maps]
+    assert bilevel_routing_attention(*empty, 2, (4, 4), 1).shape == maps[2].shape
+
+
+def test_bad_arguments_are_named() -> None:
+    query, key, value = inputs(4, 4)
+    for wrong, message in (
+        ((query, key[:, :2], value, 2, (2, 2), 1), r"\(2, 2, 4, 8\)"),
+        ((query, key, value[:1], 2, (2, 2), 1), r"\(1, 4, 4, 12\)"),
+        ((query[0], key[0], value[0], 2, (2, 2), 1), r"\(B, H, W, qk_dim\)"),
+        ((query, key, value, 8, (2, 2), 1), "num_heads.*got 8"),
+        ((query, key, value, 0, (2, 2), 1), "num_heads.*got 0"),
+        ((query, key, value, 2, (0, 2), 1), r"\(0, 2\) and 1"),
+        ((query, key, value, 2, (2, 2), 0), r"\(2, 2\) and 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            bilevel_routing_attention(*wrong)
+    for arguments, message in (
+        ({"num_heads": 5}, "num_heads.*got 5"),
+        ({"n_win": 0}, "n_win.*got 0"),
+        ({"topk": 0}, "and 0"),
+        ({"lepe_kernel_size": 4}, "odd, got 4"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            BiLevelRoutingAttention(16, **arguments)
+
+
+# -- the layer ---------------------------------------------------------------------------------
+
+
+def layer(**kwargs: Any) -> BiLevelRoutingAttention:
+    torch.manual_seed(0)
+    return BiLevelRoutingAttention(8, 2, 3, 2, **kwargs).double()
+
+
+def by_hand(attn: BiLevelRoutingAttention, x: Tensor, region_size: tuple[int, int]) -> Tensor:
+    query, key, value = F.linear(x, attn.qkv.weight, attn.qkv.bias).chunk(3, -1)
+    out = defined(query, key, value, attn.num_heads, region_size, attn.topk)
+    lepe = F.conv2d(value.movedim(-1, 1), attn.lepe.weight, attn.lepe.bias, padding=2, groups=8)
+    return F.linear(out + lepe.movedim(1, -1), attn.proj.weight, attn.proj.bias)
+
+
+@pytest.mark.parametrize("pad_input", [True, False])
+def test_both_forms_agree_where_the_map_divides(pad_input: bool) -> None:
+    attn, x = layer(pad_input=pad_input), random(2, 6, 9, 8)
+    torch.testing.assert_close(attn(x), by_hand(attn, x, (2, 3)))
+
+
+@pytest.mark.parametrize("size", [(7, 9), (5, 4), (2, 1), (1, 1)])
+def test_input_is_padded_to_equal_regions(size: tuple[int, int]) -> None:
+    attn, x = layer(), random(2, *size, 8)
+    height, width = (-(-n // 3) * 3 for n in size)
+    padded = F.pad(x, (0, 0, 0, width - size[1], 0, height - size[0]))
+    expected = by_hand(attn, padded, (height // 3, width // 3))[:, : size[0], : size[1]]
+    torch.testing.assert_close(attn(x), expected)
+
+
+@pytest.mark.parametrize("size", [(7, 9), (5, 4), (11, 6), (2, 1), (1, 1)])
+def test_regions_of_the_second_form(size: tuple[int, int]) -> None:
+    attn, x = layer(pad_input=False), random(2, *size, 8)
+    region_size = (max(1, size[0] // 3), max(1, size[1] // 3))
+    torch.testing.assert_close(attn(x), by_hand(attn, x, region_size))

@@ -1,0 +1,182 @@
+"""Rank-augmented linear attention against the paper's formula, one token at a time."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ops.attention.rank_augmented import (
+    RankAugmentedAttention,
+    rank_augmented_linear_attention,
+    rotary_table,
+)
+
+
+def heads(*shape: int, count: int = 3) -> list[Tensor]:
+    generator = torch.Generator().manual_seed(sum(shape))
+    return [torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(count)]
+
+
+def rotated(x: Tensor, row: int, column: int) -> Tensor:
+    """One head's channels, turned pair by pair."""
+    quarter = x.shape[-1] // 4
+    turned = []
+    for pair, (a, b) in enumerate(zip(x[::2], x[1::2], strict=True)):
+        frequency = 10000 ** -(pair % quarter / max(1, quarter - 1))
+        angle = (row if pair < quarter else column) * frequency
+        turned += [
+            a * math.cos(angle) - b * math.sin(angle),
+            b * math.cos(angle) + a * math.sin(angle),
+        ]
+    return torch.stack(turned)
+
+
+def published(query: Tensor, key: Tensor, value: Tensor, width: int) -> Tensor:
+    """The formula with its factors of N, for tokens (N, d) of one head on a map of ``width``."""
+    count, dim = query.shape
+    q = torch.where(query > 0, query + 1, query.exp())
+    k = torch.where(key > 0, key + 1, key.exp())
+    weights = ((q.mean(0) * dim**-0.5) @ k.T).softmax(0)
+    k = count * weights[:, None] * k
+    places = [divmod(t, width) for t in range(count)]
+    state = sum(
+        torch.outer(rotated(k[t], *places[t]) * count**-0.5, value[t] * count**-0.5)
+        for t in range(count)
+    )
+    return torch.stack(
+        [rotated(q[t], *places[t]) @ state / (q[t] @ k.mean(0) + 1e-6) for t in range(count)]
+    )
+
+
+@pytest.mark.parametrize(("height", "width", "dim"), [(3, 4, 8), (5, 2, 12), (1, 1, 4)])
+def test_is_the_published_formula_with_its_gradients(height: int, width: int, dim: int) -> None:
+    maps = [t.requires_grad_() for t in heads(2, 3, height * width, dim)]
+    table = rotary_table(height, width, dim, dtype=torch.float64)
+    out = rank_augmented_linear_attention(*maps, table)
+    expected = torch.stack(
+        [
+            torch.stack([published(q[h], k[h], v[h], width) for h in range(3)])
+            for q, k, v in zip(*maps, strict=True)
+        ]
+    )
+    torch.testing.assert_close(out, expected)
+
+    weight = heads(*out.shape, count=1)[0].cos()
+    exact = torch.autograd.grad((expected * weight).sum(), maps)
+    torch.testing.assert_close(torch.autograd.grad((out * weight).sum(), maps), exact)
+    single = [t.detach().float().requires_grad_() for t in maps]
+    value = rank_augmented_linear_attention(*single, [t.float() for t in table])
+    rounded = torch.autograd.grad((value * weight.float()).sum(), single)
+    for gradient, wanted in zip(rounded, exact, strict=True):
+        torch.testing.assert_close(gradient.double(), wanted, rtol=1e-4, atol=1e-5)
+
+
+@settings(deadline=None, max_examples=25)
+@given(count=st.integers(1, 12), seed=st.integers(0, 99))
+def test_tokens_have_no_order_without_rotation(count: int, seed: int) -> None:
+    """Laws: moving tokens moves the output along; it is linear in the values; 1 stays 1."""
+    query, key, value = heads(1, 2, count, 8)
+    order = torch.randperm(count, generator=torch.Generator().manual_seed(seed))
+    out = rank_augmented_linear_attention(query, key, value)
+    moved = rank_augmented_linear_attention(*(t[:, :, order] for t in (query, key, value)))
+    torch.testing.assert_close(moved, out[:, :, order])
+    other = heads(1, 2, count, 8, count=1)[0].sin()
+    both = rank_augmented_linear_attention(query, key, 2 * value - other)
+    torch.testing.assert_close(both, 2 * out - rank_augmented_linear_attention(query, key, other))
+    ones = rank_augmented_linear_attention(query, key, torch.ones_like(value))
+    torch.testing.assert_close(ones, torch.ones_like(value), rtol=0, atol=1e-5)
+
+
+@settings(deadline=None, max_examples=15)
+@given(down=st.integers(0, 5), right=st.integers(0, 5))
+def test_rotation_sees_only_distances(down: int, right: int) -> None:
+    """Law: shifting the whole map's coordinates changes nothing."""
+    maps = heads(1, 2, 6, 8)
+    big = [t.view(2 + down, 3 + right, 8) for t in rotary_table(2 + down, 3 + right, 8)]
+    shifted = [t[down:, right:].reshape(6, 8).double() for t in big]
+    torch.testing.assert_close(
+        rank_augmented_linear_attention(*maps, shifted),
+        rank_augmented_linear_attention(*maps, rotary_table(2, 3, 8)),
+        rtol=1e-5,
+        atol=1e-5,
+    )
+
+
+def test_table() -> None:
+    sin, cos = rotary_table(3, 5, 16, dtype=torch.float64)
+    assert sin.shape == cos.shape == (15, 16)
+    x = heads(15, 16, count=1)[0]
+    for token in range(15):
+        turned = torch.stack((-x[token, 1::2], x[token, ::2]), -1).flatten()
+        expected = rotated(x[token], *divmod(token, 5))
+        torch.testing.assert_close(x[token] * cos[token] + turned * sin[token], expected)
+    assert rotary_table(2, 2, 8, dtype=torch.bfloat16)[0].dtype == torch.float32
+    assert rotary_table(2, 2, 8, device="meta")[1].is_meta
+    assert rotary_table(1, 2, 4)[0][1].tolist() == pytest.approx([0, 0, math.sin(1), math.sin(1)])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_computed_in_single(dtype: torch.dtype) -> None:
+    """No sum overflows, though there are more tokens than float16 can count."""
+    query, key, value = (t.to(dtype) for t in heads(1, 1, 70000, 4))
+    table = rotary_table(250, 280, 4)
+    out = rank_augmented_linear_attention(query, key, value, table)
+    assert out.dtype == dtype
+    exact = rank_augmented_linear_attention(
+        query.double(), key.double(), value.double(), [t.double() for t in table]
+    )
+    torch.testing.assert_close(out, exact.to(dtype), rtol=2e-2, atol=1e-3)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(rank_augmented_linear_attention(query, key, value, table), out)
+
+
+def test_memory_grows_with_the_tokens() -> None:
+    """As many as would need 160 GB if all pairs were made."""
+    maps = [t.float() for t in heads(1, 1, 200000, 4)]
+    assert rank_augmented_linear_attention(*maps).isfinite().all()
+
+
+@pytest.mark.parametrize("linear", [True, False])
+def test_layer(linear: bool) -> None:
+    torch.manual_seed(0)
+    layer = RankAugmentedAttention(16, 2, linear=linear).double()
+    x = torch.randn(2, 3, 5, 16, dtype=torch.float64)
+    q, k, v, gate = F.linear(x, layer.qkvo.weight, layer.qkvo.bias).split(16, dim=-1)
+    attended = torch.zeros_like(x).flatten(1, 2)
+    for b in range(2):
+        for h in range(2):
+            part = slice(8 * h, 8 * h + 8)
+            qh, kh, vh = (t[b].flatten(0, 1)[:, part] for t in (q, k, v))
+            if linear:
+                attended[b, :, part] = published(qh, kh, vh, 5)
+            else:
+                qr, kr = (
+                    torch.stack([rotated(t[i], *divmod(i, 5)) for i in range(15)]) for t in (qh, kh)
+                )
+                attended[b, :, part] = (qr @ kr.T * 8**-0.5).softmax(-1) @ vh
+    lepe = F.conv2d(v.movedim(-1, 1), layer.lepe.weight, layer.lepe.bias, padding=2, groups=16)
+    total = (attended.view(x.shape) + lepe.movedim(1, -1)) * gate
+    expected = F.linear(total, layer.proj.weight, layer.proj.bias)
+    torch.testing.assert_close(layer(x), expected)
+    table = rotary_table(3, 5, 8, dtype=torch.float64)
+    torch.testing.assert_close(layer(x, table), expected)
+
+
+def test_bad_arguments_are_named() -> None:
+    query, key, value = heads(1, 2, 6, 8)
+    with pytest.raises(ValueError, match=r"\(1, 2, 5, 8\)"):
+        rank_augmented_linear_attention(query, key[:, :, :5], value)
+    with pytest.raises(ValueError, match=r"\(2, 6, 8\)"):
+        rank_augmented_linear_attention(query[0], key[0], value[0])
+    with pytest.raises(ValueError, match=r"two tables \(6, 8\), got \(4, 8\)"):
+        rank_augmented_linear_attention(query, key, value, rotary_table(2, 2, 8))
+    with pytest.raises(ValueError, match="multiple of 4, got 6"):
+        rotary_table(2, 2, 6)
+    with pytest.raises(ValueError, match="num_heads, got 3"):
+        RankAugmentedAttention(64, 3)
