@@ -24,6 +24,7 @@ from backbones._base import Stage, StagedBackbone
 from backbones._registry import build_model, register
 from ops.attention.factorized import FactorizedAttention
 from ops.init import init_fan_out
+from ops.mlp import DWMlp
 
 __all__ = ["FaViT"]
 
@@ -41,22 +42,6 @@ class PatchEmbed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return self.norm(self.conv(x))
-
-
-class DWMlp(nn.Module):
-    """Linear, 3×3 depthwise, GELU, linear: (B, H, W, dim) → (B, H, W, dim)."""
-
-    def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0) -> None:
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden_dim)
-        self.dwconv = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim)
-        self.act = nn.GELU()
-        self.fc2 = nn.Linear(hidden_dim, dim)
-        self.drop = nn.Dropout(drop)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.dwconv(self.fc1(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.drop(self.fc2(self.drop(self.act(x))))
 
 
 class Block(nn.Module):

@@ -14,7 +14,22 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     "biformer": ("biformer_tiny", {"depths": (1, 1, 2, 1)}),
     "efficientvit": ("efficientvit_m0", {"depths": (1, 1, 1)}),
     "favit": ("favit_b0", {"depths": (1, 1, 2, 1)}),
+    "hat": (
+        "hat_s_x2",
+        {
+            "dim": 24,
+            "depths": (2, 1),
+            "num_heads": (2, 2),
+            "window_size": 8,
+            "compress_ratio": 3,
+            "squeeze_factor": 8,
+        },
+    ),
     "inception_next": ("inception_next_atto", {"depths": (1, 1, 2, 1)}),
+    "litv2": (
+        "litv2_s_alpha_0_5",
+        {"dims": (32, 48, 64, 96), "num_heads": (0, 0, 4, 6), "depths": (1, 1, 2, 1)},
+    ),
     "medvitv2": ("medvitv2_tiny", {"depths": (1, 2, 3, 1)}),
     "ravlt": ("ravlt_t", {"depths": (1, 1, 2, 1)}),
     "shvit": ("shvit_s1", {"depths": (1, 1, 1)}),

@@ -6,12 +6,14 @@ local group for each dilation and one global group, at the cost of attention ins
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ops.padding import reflected_positions
+from ops.position import ConvPosition
 
 __all__ = ["FactorizedAttention", "cross_window_fusion"]
 
@@ -56,35 +58,7 @@ def _tap_positions(size: int, window_size: int, dilation: int, device: torch.dev
     span = dilation * (window_size - 1) + 1
     starts = torch.arange(-(-size // span), device=device) * span
     positions = starts[:, None] + torch.arange(window_size, device=device) * dilation
-    return _reflect(positions, size)
-
-
-def _reflect(positions: Tensor, size: int) -> Tensor:
-    """Fold positions from 0 up into 0 … size - 1 at both edges, without repeating an edge."""
-    period = max(2 * (size - 1), 1)
-    positions = positions % period
-    return torch.minimum(positions, period - positions).clamp(max=size - 1)
-
-
-class ShortcutConv(nn.Module):
-    """``x + conv(x)`` with a 3×3 depthwise convolution; fuses into one convolution.
-
-    (B, dim, H, W) → (B, dim, H, W).
-    """
-
-    def __init__(self, dim: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.conv(x)
-
-    @torch.no_grad()
-    def fuse(self) -> nn.Module:
-        """The convolution, with the identity in its centre tap."""
-        conv = copy.deepcopy(self.conv)
-        conv.weight[:, 0, 1, 1] += 1
-        return conv
+    return reflected_positions(positions, size)
 
 
 class GlobalBranch(nn.Module):
@@ -100,13 +74,13 @@ class GlobalBranch(nn.Module):
         self.sr = nn.Conv2d(dim, dim, sr_ratio, sr_ratio)
         self.norm = nn.LayerNorm(dim)
         self.kv = nn.Linear(dim, 2 * dim)
-        self.local_conv = ShortcutConv(dim)
+        self.local_conv = ConvPosition(dim)
 
     def forward(self, query: Tensor, x: Tensor) -> Tensor:
         for axis in (1, 2):
             if (size := x.shape[axis]) < self.sr_ratio:
                 positions = torch.arange(self.sr_ratio, device=x.device)
-                x = x.index_select(axis, _reflect(positions, size))
+                x = x.index_select(axis, reflected_positions(positions, size))
         reduced = self.sr(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # (B, h, w, dim)
         key, value = self.kv(self.norm(reduced)).chunk(2, dim=-1)
         value = self.local_conv(value.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
@@ -128,7 +102,7 @@ class LocalBranch(nn.Module):
         head_dim = dim // num_heads
         self.fc: nn.Module = nn.Linear(head_dim, head_dim)
         self.kv = nn.Linear(head_dim, 2 * head_dim)
-        self.local_conv = ShortcutConv(dim)
+        self.local_conv = ConvPosition(dim)
 
     def forward(self, query: Tensor, x: Tensor) -> Tensor:
         tokens = cross_window_fusion(x, self.num_heads, self.window_size, self.dilation)

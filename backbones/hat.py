@@ -1,0 +1,452 @@
+"""Hybrid Attention Transformer: image restoration by windows, overlapping windows and channels.
+
+Xiangyu Chen et al., "Activating More Pixels in Image Super-Resolution Transformer",
+https://arxiv.org/abs/2205.04437; also "HAT: Hybrid Attention Transformer for Image Restoration",
+https://arxiv.org/abs/2309.05239.
+
+Image to image, RGB in 0 … ``img_range``: the model has neither a pyramid nor a classifier. Any size
+from 1×1: the image is reflected at the right and at the bottom up to a multiple of the window, and
+the result is cropped. Where the original fails, since the padding is as large as the image or
+larger, the reflection goes on back and forth. For big images see :func:`ops.tiling.run_tiled`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from timm.layers import DropPath, LayerNorm2d, Mlp, SqueezeExcite, calculate_drop_path_rates
+from timm.models import generate_default_cfgs
+from torch import Tensor, nn
+
+from backbones._base import Stage, StagedBackbone
+from backbones._registry import build_model, register
+from ops.attention.window import (
+    OverlappingWindowAttention,
+    WindowAttention,
+    overlap_position_index,
+    relative_position_index,
+    shift_masks,
+)
+from ops.init import init_trunc_normal
+from ops.padding import reflect_pad_to_multiple
+
+__all__ = ["HAT"]
+
+# Of the training images, DIV2K.
+_RGB_MEAN = (0.4488, 0.4371, 0.4040)
+_CONV_SCALE = 0.01
+
+
+class Stem(nn.Module):
+    """Centre the image, 3×3 convolution, norm: (B, in_chs, H, W) → (B, dim, H, W).
+
+    Attributes:
+        mean: (1, in_chs, 1, 1), of RGB images; zeros for others.
+    """
+
+    mean: Tensor
+
+    def __init__(self, in_chs: int, dim: int, img_range: float) -> None:
+        super().__init__()
+        self.img_range = img_range
+        mean = torch.tensor(_RGB_MEAN) if in_chs == 3 else torch.zeros(in_chs)
+        self.register_buffer("mean", mean.view(1, in_chs, 1, 1), persistent=False)
+        self.conv = nn.Conv2d(in_chs, dim, 3, padding=1)
+        self.norm = LayerNorm2d(dim, eps=1e-5)
+
+    def shallow(self, x: Tensor) -> Tensor:
+        """What goes past all stages: the map before the norm."""
+        return self.conv((x - self.mean) * self.img_range)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.shallow(x))
+
+
+class ChannelAttentionConv(nn.Module):
+    """Two 3×3 convolutions with a bottleneck, then a gate for each channel.
+
+    (B, dim, H, W) → (B, dim, H, W).
+
+    Args:
+        compress_ratio, squeeze_factor: how much narrower bottleneck and gate are inside.
+    """
+
+    def __init__(self, dim: int, compress_ratio: int, squeeze_factor: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(dim, dim // compress_ratio, 3, padding=1)
+        self.act = nn.GELU()
+        self.conv2 = nn.Conv2d(dim // compress_ratio, dim, 3, padding=1)
+        self.se = SqueezeExcite(dim, rd_channels=dim // squeeze_factor)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.se(self.conv2(self.act(self.conv1(x))))
+
+
+class HybridBlock(nn.Module):
+    """Window attention and channel attention side by side, then MLP: (B, H, W, dim) → the same."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        window_size: int,
+        shift_size: int,
+        compress_ratio: int,
+        squeeze_factor: int,
+        mlp_ratio: float,
+        drop_path: float,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = WindowAttention(dim, window_size, num_heads, shift_size)
+        self.conv = ChannelAttentionConv(dim, compress_ratio, squeeze_factor)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, index: Tensor, masks: Tensor, overlap_index: Tensor) -> Tensor:
+        normed = self.norm1(x)
+        gated = self.conv(normed.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        x = x + self.drop_path(self.attn(normed, index, masks)) + gated * _CONV_SCALE
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class OverlapBlock(nn.Module):
+    """Attention to overlapping windows, then MLP: (B, H, W, dim) → the same."""
+
+    def __init__(
+        self, dim: int, num_heads: int, window_size: int, overlap_ratio: float, mlp_ratio: float
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim)
+        self.attn = OverlappingWindowAttention(dim, window_size, num_heads, overlap_ratio)
+        self.norm2 = nn.LayerNorm(dim)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio))
+
+    def forward(self, x: Tensor, index: Tensor, masks: Tensor, overlap_index: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x), overlap_index)
+        return x + self.mlp(self.norm2(x))
+
+
+class ResidualGroup(Stage):
+    """Hybrid blocks, an overlap block and a 3×3 convolution, with a shortcut around them."""
+
+    def __init__(
+        self, blocks: Sequence[HybridBlock], overlap_block: OverlapBlock, dim: int
+    ) -> None:
+        super().__init__([*blocks, overlap_block])
+        self.conv = nn.Conv2d(dim, dim, 3, padding=1)
+        self.window_size = overlap_block.attn.window_size
+        self.overlap_size = overlap_block.attn.overlap_size
+
+    def forward(self, x: Tensor) -> Tensor:
+        size, device = self.window_size, x.device
+        deep = self.run_blocks(
+            x.permute(0, 2, 3, 1),
+            relative_position_index(size, device),
+            shift_masks(size, size // 2, x.dtype, device),
+            overlap_position_index(size, self.overlap_size, device),
+        )
+        return x + self.conv(deep.permute(0, 3, 1, 2))
+
+
+class Reconstruction(nn.Module):
+    """From features to a larger image: (B, dim, H, W) → (B, out_chs, H·upscale, W·upscale)."""
+
+    def __init__(self, dim: int, out_chs: int, upscale: int, width: int = 64) -> None:
+        super().__init__()
+        self.conv_in = nn.Conv2d(dim, width, 3, padding=1)
+        self.act = nn.LeakyReLU(0.01)
+        self.upsample = nn.Sequential()
+        for factor in {1: (), 2: (2,), 3: (3,), 4: (2, 2)}[upscale]:
+            self.upsample.append(nn.Conv2d(width, factor**2 * width, 3, padding=1))
+            self.upsample.append(nn.PixelShuffle(factor))
+        self.conv_out = nn.Conv2d(width, out_chs, 3, padding=1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv_out(self.upsample(self.act(self.conv_in(x))))
+
+
+class HAT(StagedBackbone):
+    """Hybrid attention transformer: (B, in_chans, H, W) → (B, in_chans, H·upscale, W·upscale).
+
+    Its stages are the residual groups, all at the image's resolution.
+
+    Args:
+        dim: channels of the body.
+        depths, num_heads: hybrid blocks, and heads of their attention, in each group.
+        window_size: side of the windows; every second block shifts them by half.
+        overlap_ratio: how much larger the windows of keys are in a group's last block.
+        compress_ratio, squeeze_factor: see :class:`ChannelAttentionConv`.
+        mlp_ratio: width of the MLPs relative to ``dim``.
+        upscale: 1 … 4; 1 restores an image at its size.
+        in_chans: of the image. Of three, the mean of RGB training images is subtracted.
+        img_range: factor between the images and what the network works on.
+        num_classes: 0; there is no classifier.
+        drop_path_rate: of the last hybrid block; it grows linearly from 0.
+
+    Raises:
+        ValueError: another ``upscale``, or a number of classes.
+    """
+
+    classifier = ()
+    undecayed = ("relative_position_bias_table",)
+
+    stem: Stem
+
+    def __init__(
+        self,
+        dim: int = 180,
+        depths: Sequence[int] = (6, 6, 6, 6, 6, 6),
+        num_heads: Sequence[int] = (6, 6, 6, 6, 6, 6),
+        window_size: int = 16,
+        overlap_ratio: float = 0.5,
+        compress_ratio: int = 3,
+        squeeze_factor: int = 30,
+        mlp_ratio: float = 2,
+        *,
+        upscale: int = 4,
+        in_chans: int = 3,
+        img_range: float = 1.0,
+        num_classes: int = 0,
+        drop_path_rate: float = 0.0,
+    ) -> None:
+        if upscale not in (1, 2, 3, 4):
+            raise ValueError(f"upscale must be 1, 2, 3 or 4, got {upscale}")
+        super().__init__(num_classes=num_classes, in_chans=in_chans)
+        self._refuse_classes(num_classes)
+        self.upscale = upscale
+        self.window_size = window_size
+        rates: Iterator[Any] = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
+        self.stem = Stem(in_chans, dim, img_range)
+        self.stages = nn.Sequential(
+            *(
+                ResidualGroup(
+                    [
+                        HybridBlock(
+                            dim,
+                            heads,
+                            window_size,
+                            window_size // 2 if block % 2 else 0,
+                            compress_ratio,
+                            squeeze_factor,
+                            mlp_ratio,
+                            next(rates),
+                        )
+                        for block in range(depth)
+                    ],
+                    OverlapBlock(dim, heads, window_size, overlap_ratio, mlp_ratio),
+                    dim,
+                )
+                for depth, heads in zip(depths, num_heads, strict=True)
+            )
+        )
+        self.norm = LayerNorm2d(dim, eps=1e-5)
+        self.body_conv: nn.Module = nn.Conv2d(dim, dim, 3, padding=1)
+        self.head: nn.Module = Reconstruction(dim, in_chans, upscale)
+        self.describe_features([dim] * len(depths), [1] * len(depths))
+        for module in self.modules():
+            # Convolutions start as PyTorch's do.
+            if isinstance(module, nn.Linear):
+                init_trunc_normal(module)
+
+    def forward(self, x: Tensor) -> Tensor:
+        height, width = x.shape[2] * self.upscale, x.shape[3] * self.upscale
+        shallow = self.stem.shallow(reflect_pad_to_multiple(x, self.window_size))
+        deep = self.norm(self.stages(self.stem.norm(shallow)))
+        x = self.head(shallow + self.body_conv(deep))
+        return (x / self.stem.img_range + self.stem.mean)[:, :, :height, :width]
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """The last group's map, normalised: (B, in_chans, H, W) → (B, dim, H, W)."""
+        padded = reflect_pad_to_multiple(x, self.window_size)
+        return super().forward_features(padded)[:, :, : x.shape[2], : x.shape[3]]
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """There is none.
+
+        Raises:
+            NotImplementedError: always.
+        """
+        raise NotImplementedError(
+            "HAT makes images and has no classifier; call the model for the image, "
+            "forward_features for the last map"
+        )
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: int | Sequence[int] | None = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
+        """As in the base class; the maps are cropped to the size of the image."""
+        height, width = x.shape[2:]
+        last, maps = super().forward_intermediates(
+            reflect_pad_to_multiple(x, self.window_size),
+            indices,
+            norm,
+            stop_early or intermediates_only,
+            output_fmt,
+        )
+        rows = 2 if output_fmt == "NCHW" else 1
+        maps = [m.narrow(rows, 0, height).narrow(rows + 1, 0, width) for m in maps]
+        return maps if intermediates_only else (last[:, :, :height, :width], maps)
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """There is none; ``global_pool=""`` takes the reconstruction away, to leave the features.
+
+        Raises:
+            ValueError: a number of classes.
+        """
+        self._refuse_classes(num_classes)
+        if global_pool == "":
+            self.body_conv, self.head = nn.Identity(), nn.Identity()
+
+    @staticmethod
+    def _refuse_classes(num_classes: int) -> None:
+        if num_classes:
+            raise ValueError(f"HAT has no classifier: num_classes must be 0, got {num_classes}")
+
+    def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """From the names of the original; its tables of positions are left out."""
+        hybrid = r"layers\.(\d+)\.residual_group\.blocks\.(\d+)\."
+        depths: dict[str, int] = {}
+        for key in state_dict:
+            if match := re.match(hybrid, key):
+                depths[match[1]] = max(depths.get(match[1], 0), int(match[2]) + 1)
+        return {
+            _convert_key(key, depths): tensor
+            for key, tensor in state_dict.items()
+            if not key.startswith("relative_position_index_")
+        }
+
+
+_RENAMES = (
+    (r"^conv_first\.", "stem.conv."),
+    (r"^patch_embed\.norm\.", "stem.norm."),
+    (r"^conv_after_body\.", "body_conv."),
+    (r"^conv_before_upsample\.0\.", "head.conv_in."),
+    (r"^upsample\.", "head.upsample."),
+    (r"^conv_last\.", "head.conv_out."),
+    (r"^layers\.(\d+)\.residual_group\.", r"stages.\1."),
+    (r"^layers\.", "stages."),
+    (r"\.conv_block\.cab\.0\.", ".conv.conv1."),
+    (r"\.conv_block\.cab\.2\.", ".conv.conv2."),
+    (r"\.conv_block\.cab\.3\.attention\.1\.", ".conv.se.fc1."),
+    (r"\.conv_block\.cab\.3\.attention\.3\.", ".conv.se.fc2."),
+)
+
+
+def _convert_key(key: str, depths: dict[str, int]) -> str:
+    """``depths`` says how many hybrid blocks come before a group's overlap block."""
+    for pattern, name in _RENAMES:
+        key = re.sub(pattern, name, key)
+    if match := re.match(r"stages\.(\d+)\.overlap_attn\.", key):
+        rest = re.sub(r"^(qkv|proj|relative_position)", r"attn.\1", key[match.end() :])
+        return f"stages.{match[1]}.blocks.{depths.get(match[1], 0)}.{rest}"
+    return key
+
+
+def _cfg(file: str) -> dict[str, Any]:
+    folder = "https://drive.google.com/drive/folders/1HpmReFfoUqUbnAOQ7rvOeNU3uf_m69w0"
+    return {
+        "url": "",
+        "num_classes": 0,
+        "input_size": (3, 64, 64),
+        "crop_pct": 1.0,
+        "interpolation": "bicubic",
+        "mean": (0.0, 0.0, 0.0),
+        "std": (1.0, 1.0, 1.0),
+        "first_conv": HAT.first_conv,
+        "classifier": HAT.classifier,
+        "license": "apache-2.0",
+        "origin_url": "https://github.com/XPixelGroup/HAT",
+        "paper_name": "Activating More Pixels in Image Super-Resolution Transformer",
+        "paper_ids": "arXiv:2205.04437",
+        "notes": (f"{file}.pth in {folder}",),
+    }
+
+
+# df2k: DIV2K and Flickr2K; in1k_df2k: ImageNet first; real_gan: for photographs as they are.
+default_cfgs = generate_default_cfgs(
+    {
+        "hat_s_x2.df2k": _cfg("HAT-S_SRx2"),
+        "hat_s_x3.df2k": _cfg("HAT-S_SRx3"),
+        "hat_s_x4.df2k": _cfg("HAT-S_SRx4"),
+        "hat_x2.in1k_df2k": _cfg("HAT_SRx2_ImageNet-pretrain"),
+        "hat_x2.df2k": _cfg("HAT_SRx2"),
+        "hat_x3.in1k_df2k": _cfg("HAT_SRx3_ImageNet-pretrain"),
+        "hat_x3.df2k": _cfg("HAT_SRx3"),
+        "hat_x4.in1k_df2k": _cfg("HAT_SRx4_ImageNet-pretrain"),
+        "hat_x4.df2k": _cfg("HAT_SRx4"),
+        "hat_x4.real_gan": _cfg("Real_HAT_GAN_SRx4"),
+        "hat_x4.real_gan_sharper": _cfg("Real_HAT_GAN_SRx4_sharper"),
+        "hat_l_x2.in1k_df2k": _cfg("HAT-L_SRx2_ImageNet-pretrain"),
+        "hat_l_x3.in1k_df2k": _cfg("HAT-L_SRx3_ImageNet-pretrain"),
+        "hat_l_x4.in1k_df2k": _cfg("HAT-L_SRx4_ImageNet-pretrain"),
+    }
+)
+
+_SMALL = {"dim": 144, "compress_ratio": 24, "squeeze_factor": 24, "drop_path_rate": 0.1}
+_BASE = {"dim": 180, "drop_path_rate": 0.1}
+_LARGE = {"depths": (6,) * 12, "num_heads": (6,) * 12, **_BASE}
+
+
+@register
+def hat_s_x2(pretrained: bool = False, **kwargs: Any) -> HAT:
+    """HAT-S for 2 times larger images, 9.5 M parameters."""
+    return build_model(HAT, "hat_s_x2", pretrained, {**_SMALL, "upscale": 2}, kwargs)
+
+
+@register
+def hat_s_x3(pretrained: bool = False, **kwargs: Any) -> HAT:
+    """HAT-S for 3 times larger images, 9.7 M parameters."""
+    return build_model(HAT, "hat_s_x3", pretrained, {**_SMALL, "upscale": 3}, kwargs)
+
+
+@register
+def hat_s_x4(pretrained: bool = False, **kwargs: Any) -> HAT:
+    """HAT-S for 4 times larger images, 9.6 M parameters."""
+    return build_model(HAT, "hat_s_x4", pretrained, {**_SMALL, "upscale": 4}, kwargs)
+
+
+@register
+def hat_x2(pretrained: bool = False, **kwargs: Any) -> HAT:
+    """HAT for 2 times larger images, 20.6 M parameters."""
+    return build_model(HAT, "hat_x2", pretrained, {**_BASE, "upscale": 2}, kwargs)
+
+
+@register
+def hat_x3(pretrained: bool = False, **kwargs: Any) -> HAT:
+    """HAT for 3 times larger images, 20.8 M parameters."""
+    return build_model(HAT, "hat_x3", pretrained, {**_BASE, "upscale": 3}, kwargs)
+
+
+@register
+def hat_x4(pretrained: bool = False, **kwargs: Any) -> HAT:
+    """HAT for 4 times larger images, 20.8 M parameters."""
+    return build_model(HAT, "hat_x4", pretrained, {**_BASE, "upscale": 4}, kwargs)
+
+
+@register
+def hat_l_x2(pretrained: bool = False, **kwargs: Any) -> HAT:
+    """HAT-L for 2 times larger images, 40.7 M parameters."""
+    return build_model(HAT, "hat_l_x2", pretrained, {**_LARGE, "upscale": 2}, kwargs)
+
+
+@register
+def hat_l_x3(pretrained: bool = False, **kwargs: Any) -> HAT:
+    """HAT-L for 3 times larger images, 40.9 M parameters."""
+    return build_model(HAT, "hat_l_x3", pretrained, {**_LARGE, "upscale": 3}, kwargs)
+
+
+@register
+def hat_l_x4(pretrained: bool = False, **kwargs: Any) -> HAT:
+    """HAT-L for 4 times larger images, 40.8 M parameters."""
+    return build_model(HAT, "hat_l_x4", pretrained, {**_LARGE, "upscale": 4}, kwargs)

@@ -1,0 +1,369 @@
+"""LITv2: convolutional feed-forward stages, then HiLo attention; maps are halved deformably.
+
+Zizheng Pan et al., "Fast Vision Transformers with HiLo Attention",
+https://arxiv.org/abs/2205.13213. Deformable merging is that of its forerunner LIT,
+https://arxiv.org/abs/2105.14217.
+
+Any size from 29×29. The stem pads to a multiple of 4 and merging drops an odd row: the stage at
+stride s has ⌈H/4⌉ rows halved and rounded down from stage to stage, as in the original's dense
+code. The original's classifier takes the one square size that it was built for; here it is its
+norm, average pool and head on top of that. The paper's segmenters use ``out_norms=True,
+num_classes=0``, its detectors ``out_norms=(1, 2, 3), num_classes=0``.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import ClassifierHead, DropPath, LayerNorm2d, calculate_drop_path_rates
+from timm.models import generate_default_cfgs
+from torch import Tensor, nn
+from torchvision.ops import deform_conv2d
+
+from backbones._base import Stage, StagedBackbone
+from backbones._registry import build_model, register
+from ops.attention.hilo import HiLoAttention
+from ops.init import init_fan_out
+from ops.mlp import DWMlp
+from ops.reparam import fold_norm_after
+
+__all__ = ["LITv2"]
+
+
+class PatchEmbed(nn.Module):
+    """Patches of 4×4, normalised: (B, in_chs, H, W) → (B, dim, ⌈H/4⌉, ⌈W/4⌉)."""
+
+    def __init__(self, in_chs: int, dim: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_chs, dim, 4, 4)
+        self.norm = LayerNorm2d(dim, eps=1e-5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = F.pad(x, (0, -x.shape[3] % 4, 0, -x.shape[2] % 4))
+        return self.norm(self.conv(x))
+
+
+class DeformableConv2d(nn.Conv2d):
+    """A 2×2 convolution of stride 2 whose taps move to where another convolution says.
+
+    (B, in_chs, H, W) → (B, out_chs, ⌊H/2⌋, ⌊W/2⌋). Half precision is too coarse for positions:
+    all is computed in float32 at least, under autocast too.
+    """
+
+    def __init__(self, in_chs: int, out_chs: int) -> None:
+        super().__init__(in_chs, out_chs, 2, 2)
+        # Its channels are (tap, y and x).
+        self.offset = nn.Conv2d(in_chs, 8, 2, 2)
+        for parameter in self.offset.parameters():
+            nn.init.zeros_(parameter)
+
+    def forward(self, x: Tensor) -> Tensor:
+        device = x.device.type
+        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return self._convolve(x)
+        return self._convolve(x)
+
+    def _convolve(self, x: Tensor) -> Tensor:
+        exact = torch.promote_types(x.dtype, torch.float32)
+        assert self.bias is not None and self.offset.bias is not None
+        weight, bias, offset_weight, offset_bias = (
+            parameter.to(exact)
+            for parameter in (self.weight, self.bias, self.offset.weight, self.offset.bias)
+        )
+        taken = x.to(exact)
+        offset = F.conv2d(taken, offset_weight, offset_bias, stride=2)
+        return deform_conv2d(taken, offset, weight, bias, stride=2).to(x.dtype)
+
+
+class DeformableMerging(nn.Module):
+    """Halve a map: deformable convolution, norm, GELU.
+
+    (B, dim, H, W) → (B, out_dim, ⌊H/2⌋, ⌊W/2⌋).
+
+    Raises:
+        ValueError: a side of less than 2.
+    """
+
+    def __init__(self, dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.conv = DeformableConv2d(dim, out_dim)
+        self.norm = nn.BatchNorm2d(out_dim)
+        self.act = nn.GELU()
+
+    def forward(self, x: Tensor) -> Tensor:
+        if min(x.shape[2:]) < 2:
+            raise ValueError(
+                f"a map of {x.shape[2]}×{x.shape[3]} cannot be halved; LITv2 needs images of at "
+                "least 29×29"
+            )
+        return self.act(self.norm(self.conv(x)))
+
+    def fuse(self) -> nn.Module:
+        """The convolution, with the norm inside, and the activation."""
+        return nn.Sequential(fold_norm_after(self.conv, self.norm), self.act)
+
+
+class Block(nn.Module):
+    """Attention, if there is any, then MLP, each normalised before and added.
+
+    (B, H, W, dim) → (B, H, W, dim).
+
+    Args:
+        num_heads: 0 leaves attention out.
+        window_size, alpha: see :class:`ops.attention.hilo.HiLoAttention`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        mlp_ratio: float,
+        window_size: int,
+        alpha: float,
+        drop: float,
+        drop_path: float,
+    ) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(dim, eps=1e-5) if num_heads else None
+        self.attn = HiLoAttention(dim, num_heads, window_size, alpha) if num_heads else None
+        self.norm2 = nn.LayerNorm(dim, eps=1e-5)
+        self.mlp = DWMlp(dim, int(dim * mlp_ratio), drop)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.norm1 is not None and self.attn is not None:
+            x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class LITv2Stage(Stage):
+    """A stage whose blocks want channels last."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.downsample(x).permute(0, 2, 3, 1)
+        return self.norm(self.run_blocks(x).permute(0, 3, 1, 2))
+
+
+class LITv2(StagedBackbone):
+    """LITv2.
+
+    Args:
+        dims, depths: of the four stages.
+        num_heads: attention heads of each stage; 0 for none.
+        window_sizes: of HiLo attention in each stage; with 1 all heads attend to all tokens.
+        alpha: share of the heads that attend to averages of windows.
+        mlp_ratio: width of the MLPs relative to the stage.
+        num_classes, in_chans, global_pool: of classifier, image and pooling.
+        drop_rate: dropout before the classifier.
+        proj_drop_rate: dropout inside the MLPs.
+        drop_path_rate: of the last block; it grows linearly from 0.
+        out_norms: normalise the maps returned, as detectors do: all, none, or the listed stages.
+            With ``num_classes=0`` there is no final norm then, as in the paper's dense networks.
+    """
+
+    def __init__(
+        self,
+        dims: Sequence[int] = (96, 192, 384, 768),
+        depths: Sequence[int] = (2, 2, 6, 2),
+        num_heads: Sequence[int] = (0, 0, 12, 24),
+        window_sizes: Sequence[int] = (1, 1, 2, 1),
+        alpha: float = 0.9,
+        mlp_ratio: float = 4,
+        *,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        out_norms: bool | Sequence[int] = False,
+    ) -> None:
+        super().__init__(num_classes=num_classes, in_chans=in_chans)
+        rates: Iterator[Any] = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
+        self.stem = PatchEmbed(in_chans, dims[0])
+        self.stages = nn.Sequential(
+            *(
+                LITv2Stage(
+                    [
+                        Block(
+                            dims[i],
+                            num_heads[i],
+                            mlp_ratio,
+                            window_sizes[i],
+                            alpha,
+                            proj_drop_rate,
+                            next(rates),
+                        )
+                        for _ in range(depths[i])
+                    ],
+                    downsample=DeformableMerging(dims[i - 1], dims[i]) if i else None,
+                )
+                for i in range(len(dims))
+            )
+        )
+        self.describe_features(
+            dims,
+            [4 * 2**i for i in range(len(dims))],
+            out_norms=out_norms,
+            out_norm_layer=_layer_norm,
+        )
+        dense = num_classes == 0 and len(self.out_norms) > 0
+        self.norm = nn.Identity() if dense else _layer_norm(dims[-1])
+        self.head = ClassifierHead(dims[-1], num_classes, global_pool, drop_rate)
+        for module in self.modules():
+            # Convolutions outside the MLPs start as PyTorch's do.
+            if isinstance(module, nn.Linear | DWMlp):
+                module.apply(init_fan_out)
+
+    def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """From the names of the original's classifier, detector and segmenter."""
+        return {_convert_key(key): tensor for key, tensor in state_dict.items()}
+
+
+def _layer_norm(dim: int) -> nn.Module:
+    return LayerNorm2d(dim, eps=1e-5)
+
+
+_RENAMES = (
+    (r"^patch_embed\.proj\.", "stem.conv."),
+    (r"^patch_embed\.norm\.", "stem.norm."),
+    (r"\.downsample\.dconv\.conv_offset\.", ".downsample.conv.offset."),
+    (r"\.downsample\.dconv\.", ".downsample.conv."),
+    (r"\.downsample\.norm_layer\.", ".downsample.norm."),
+    (r"\.attn\.h_", ".attn.high."),
+    (r"\.attn\.l_", ".attn.low."),
+    (r"\.dwconv\.dwconv\.", ".dwconv."),
+    (r"^norm(\d)\.", r"out_norms.\1."),
+    (r"^head\.(weight|bias)$", r"head.fc.\1"),
+)
+
+
+def _convert_key(key: str) -> str:
+    for pattern, name in _RENAMES:
+        key = re.sub(pattern, name, key)
+    # The original counts a merging to the stage before it.
+    if match := re.match(r"layers\.(\d)\.downsample\.", key):
+        return f"stages.{int(match[1]) + 1}.downsample.{key[match.end() :]}"
+    return re.sub(r"^layers\.", "stages.", key)
+
+
+def _cfg(file: str, **kwargs: Any) -> dict[str, Any]:
+    return {
+        "url": f"https://github.com/ziplab/LITv2/releases/download/{file}.pth",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+        "first_conv": LITv2.first_conv,
+        "classifier": LITv2.classifier,
+        "license": "apache-2.0",
+        "origin_url": "https://github.com/ziplab/LITv2",
+        "paper_name": "Fast Vision Transformers with HiLo Attention",
+        "paper_ids": "arXiv:2205.13213",
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "litv2_s.in1k": _cfg("v1.0/litv2_s"),
+        "litv2_m.in1k": _cfg("v1.0/litv2_m"),
+        "litv2_b.in1k": _cfg("v1.0/litv2_b"),
+        "litv2_b_384.in1k": _cfg(
+            "v1.0/litv2_b_384", input_size=(3, 384, 384), crop_pct=1.0, crop_mode="squash"
+        ),
+        "litv2_s_alpha_0_0.in1k": _cfg("v1.1/alpha_0"),
+        "litv2_s_alpha_0_2.in1k": _cfg("v1.1/alpha_0.2"),
+        "litv2_s_alpha_0_4.in1k": _cfg("v1.1/alpha_0.4"),
+        "litv2_s_alpha_0_5.in1k": _cfg("v1.1/alpha_0.5"),
+        "litv2_s_alpha_0_7.in1k": _cfg("v1.1/alpha_0.7"),
+        "litv2_s_alpha_0_9.in1k": _cfg("v1.1/alpha_0.9"),
+        "litv2_s_alpha_1_0.in1k": _cfg("v1.1/alpha_1"),
+    }
+)
+
+_BASE = {"dims": (128, 256, 512, 1024), "depths": (2, 2, 18, 2), "num_heads": (0, 0, 16, 32)}
+
+
+@register
+def litv2_s(pretrained: bool = False, **kwargs: Any) -> LITv2:
+    """LITv2-S, 27.8 M parameters."""
+    variant = {"alpha": 0.9, "drop_path_rate": 0.2}
+    return build_model(LITv2, "litv2_s", pretrained, variant, kwargs)
+
+
+@register
+def litv2_m(pretrained: bool = False, **kwargs: Any) -> LITv2:
+    """LITv2-M, 48.8 M parameters."""
+    variant = {"depths": (2, 2, 18, 2), "alpha": 0.9, "drop_path_rate": 0.3}
+    return build_model(LITv2, "litv2_m", pretrained, variant, kwargs)
+
+
+@register
+def litv2_b(pretrained: bool = False, **kwargs: Any) -> LITv2:
+    """LITv2-B, 86.5 M parameters."""
+    variant = {**_BASE, "alpha": 0.9, "drop_path_rate": 0.5}
+    return build_model(LITv2, "litv2_b", pretrained, variant, kwargs)
+
+
+@register
+def litv2_b_384(pretrained: bool = False, **kwargs: Any) -> LITv2:
+    """LITv2-B fine-tuned at 384×384, 86.5 M parameters."""
+    variant = {**_BASE, "alpha": 0.9, "drop_path_rate": 0.5}
+    return build_model(LITv2, "litv2_b_384", pretrained, variant, kwargs)
+
+
+@register
+def litv2_s_alpha_0_0(pretrained: bool = False, **kwargs: Any) -> LITv2:
+    """LITv2-S with alpha 0.0: none attends to averages, 28.1 M parameters."""
+    variant = {"alpha": 0.0, "drop_path_rate": 0.2}
+    return build_model(LITv2, "litv2_s_alpha_0_0", pretrained, variant, kwargs)
+
+
+@register
+def litv2_s_alpha_0_2(pretrained: bool = False, **kwargs: Any) -> LITv2:
+    """LITv2-S with alpha 0.2: 27.8 M parameters."""
+    variant = {"alpha": 0.2, "drop_path_rate": 0.2}
+    return build_model(LITv2, "litv2_s_alpha_0_2", pretrained, variant, kwargs)
+
+
+@register
+def litv2_s_alpha_0_4(pretrained: bool = False, **kwargs: Any) -> LITv2:
+    """LITv2-S with alpha 0.4: 27.7 M parameters."""
+    variant = {"alpha": 0.4, "drop_path_rate": 0.2}
+    return build_model(LITv2, "litv2_s_alpha_0_4", pretrained, variant, kwargs)
+
+
+@register
+def litv2_s_alpha_0_5(pretrained: bool = False, **kwargs: Any) -> LITv2:
+    """LITv2-S with alpha 0.5: 27.6 M parameters."""
+    variant = {"alpha": 0.5, "drop_path_rate": 0.2}
+    return build_model(LITv2, "litv2_s_alpha_0_5", pretrained, variant, kwargs)
+
+
+@register
+def litv2_s_alpha_0_7(pretrained: bool = False, **kwargs: Any) -> LITv2:
+    """LITv2-S with alpha 0.7: 27.7 M parameters."""
+    variant = {"alpha": 0.7, "drop_path_rate": 0.2}
+    return build_model(LITv2, "litv2_s_alpha_0_7", pretrained, variant, kwargs)
+
+
+@register
+def litv2_s_alpha_0_9(pretrained: bool = False, **kwargs: Any) -> LITv2:
+    """LITv2-S with alpha 0.9: the paper's choice, trained anew, 27.8 M parameters."""
+    variant = {"alpha": 0.9, "drop_path_rate": 0.2}
+    return build_model(LITv2, "litv2_s_alpha_0_9", pretrained, variant, kwargs)
+
+
+@register
+def litv2_s_alpha_1_0(pretrained: bool = False, **kwargs: Any) -> LITv2:
+    """LITv2-S with alpha 1.0: all attend to averages, 28.1 M parameters."""
+    variant = {"alpha": 1.0, "drop_path_rate": 0.2}
+    return build_model(LITv2, "litv2_s_alpha_1_0", pretrained, variant, kwargs)

@@ -1,0 +1,294 @@
+"""Self-attention within windows, plain or shifted, and to windows that overlap.
+
+Of Swin Transformer (https://arxiv.org/abs/2103.14030) and HAT (https://arxiv.org/abs/2205.04437).
+A window is added one term to its scores, the same for all windows of a kind: the bias of relative
+positions, plus the mask of the shift for those at the end of a row or column.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from timm.layers import trunc_normal_
+from torch import Tensor, nn
+
+__all__ = [
+    "OverlappingWindowAttention",
+    "WindowAttention",
+    "overlap_position_index",
+    "overlapping_windows",
+    "relative_position_index",
+    "shift_masks",
+    "window_attention",
+    "window_merge",
+    "window_partition",
+]
+
+
+def window_partition(x: Tensor, window_size: int) -> Tensor:
+    """Cut a map into windows that do not overlap.
+
+    Args:
+        x: (B, H, W, C).
+        window_size: side of a window.
+
+    Returns:
+        (B, H // window_size, W // window_size, window_size², C).
+
+    Raises:
+        ValueError: a side that is no multiple of ``window_size``.
+    """
+    batch, height, width, dim = x.shape
+    if height % window_size or width % window_size:
+        raise ValueError(
+            f"a map of {height}×{width} does not divide into windows of {window_size}; pad it first"
+        )
+    rows, columns = height // window_size, width // window_size
+    x = x.reshape(batch, rows, window_size, columns, window_size, dim).transpose(2, 3)
+    return x.reshape(batch, rows, columns, window_size**2, dim)
+
+
+def window_merge(windows: Tensor, window_size: int) -> Tensor:
+    """Undo :func:`window_partition`: (B, rows, columns, window_size², C) → (B, H, W, C)."""
+    batch, rows, columns, _, dim = windows.shape
+    x = windows.reshape(batch, rows, columns, window_size, window_size, dim).transpose(2, 3)
+    return x.reshape(batch, rows * window_size, columns * window_size, dim)
+
+
+def overlapping_windows(x: Tensor, window_size: int, overlap_size: int) -> Tensor:
+    """The windows of :func:`window_partition`, grown on all sides into each other and into zeros.
+
+    Args:
+        x: (B, H, W, C); sides are multiples of ``window_size``.
+        overlap_size: side of the grown windows; more than ``window_size`` by an even number.
+
+    Returns:
+        (B, H // window_size, W // window_size, overlap_size², C).
+    """
+    margin = (overlap_size - window_size) // 2
+    x = F.pad(x, (0, 0, margin, margin, margin, margin))
+    x = x.unfold(1, overlap_size, window_size).unfold(2, overlap_size, window_size)
+    return x.permute(0, 1, 2, 4, 5, 3).flatten(3, 4)
+
+
+def _differences(size: int, other: int, device: torch.device | None) -> tuple[Tensor, Tensor]:
+    """Row and column of each token of a window less those of each token of another window."""
+    own, others = torch.arange(size, device=device), torch.arange(other, device=device)
+    difference = own[:, None] - others
+    rows = difference[:, None, :, None].expand(size, size, other, other)
+    columns = difference[None, :, None, :].expand(size, size, other, other)
+    return rows.reshape(size**2, other**2), columns.reshape(size**2, other**2)
+
+
+def relative_position_index(window_size: int, device: torch.device | None = None) -> Tensor:
+    """Where in a table of (2·window_size - 1)² rows the bias of each pair of tokens stands.
+
+    Returns:
+        int64 (window_size², window_size²), for query and key.
+    """
+    rows, columns = _differences(window_size, window_size, device)
+    last = window_size - 1
+    return (rows + last) * (2 * window_size - 1) + columns + last
+
+
+def overlap_position_index(
+    window_size: int, overlap_size: int, device: torch.device | None = None
+) -> Tensor:
+    """The same for keys in a window of ``overlap_size``, in (window_size + overlap_size - 1)² rows.
+
+    The published model counts from where the index is negative for some pairs and so takes their
+    bias from the end of the table: its weights were trained that way.
+
+    Returns:
+        int64 (window_size², overlap_size²).
+    """
+    rows, columns = _differences(window_size, overlap_size, device)
+    first, side = window_size - overlap_size + 1, window_size + overlap_size - 1
+    return ((first - rows) * side + first - columns).remainder(side**2)
+
+
+def shift_masks(
+    window_size: int,
+    shift_size: int,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | None = None,
+) -> Tensor:
+    """What keeps tokens apart that only the cyclic shift brought together.
+
+    Returns:
+        (3, window_size², window_size²), -100 where query and key come from different ends of the
+        map: in the windows of the last column, of the last row, and in the last window of both.
+    """
+    wrapped = (torch.arange(window_size, device=device) + shift_size) // window_size  # 0 or 1
+    row = wrapped[:, None].expand(window_size, window_size).flatten()
+    column = wrapped.repeat(window_size)
+    apart_rows, apart_columns = row[:, None] != row, column[:, None] != column
+    apart = torch.stack((apart_columns, apart_rows, apart_rows | apart_columns))
+    return torch.zeros(apart.shape, dtype=dtype, device=device).masked_fill(apart, -100.0)
+
+
+def window_attention(
+    query: Tensor, key: Tensor, value: Tensor, bias: Tensor, masks: Tensor | None = None
+) -> Tensor:
+    """Attention of each window to its own keys.
+
+    Args:
+        query: (B, rows, columns, N, heads, head_dim).
+        key, value: (B, rows, columns, M, heads, head_dim).
+        bias: (heads, N, M), added to the scores of every window.
+        masks: (3, N, M), added to those of the last column, row and window,
+            see :func:`shift_masks`.
+
+    Returns:
+        (B, rows, columns, N, heads · head_dim).
+    """
+    if masks is None:
+        return _attend(query, key, value, bias)
+    inner, last = slice(None, -1), slice(-1, None)
+    bands = []
+    for row, in_column, in_corner in ((inner, None, masks[0]), (last, masks[1], masks[2])):
+        parts = []
+        for column, mask in ((inner, in_column), (last, in_corner)):
+            q, k, v = (t[:, row, column] for t in (query, key, value))
+            if q.numel():
+                parts.append(_attend(q, k, v, bias if mask is None else bias + mask))
+        if parts:
+            bands.append(torch.cat(parts, dim=2))
+    return torch.cat(bands, dim=1)
+
+
+def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
+    """Attention of windows that share their term, (heads, N, M)."""
+    # (B · rows · columns, heads, N or M, head_dim)
+    q, k, v = (t.flatten(0, 2).transpose(1, 2) for t in (query, key, value))
+    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.unsqueeze(0))
+    return out.transpose(1, 2).reshape(*query.shape[:4], -1)
+
+
+class _BiasedAttention(nn.Module):
+    """Projections and bias table that both kinds of window attention have."""
+
+    def __init__(self, dim: int, window_size: int, key_size: int, num_heads: int) -> None:
+        super().__init__()
+        if num_heads < 1 or dim % num_heads:
+            raise ValueError(f"num_heads must divide dim {dim}, got {num_heads}")
+        self.window_size = window_size
+        self.num_heads = num_heads
+        self.relative_position_bias_table = nn.Parameter(
+            torch.zeros((window_size + key_size - 1) ** 2, num_heads)
+        )
+        trunc_normal_(self.relative_position_bias_table, std=0.02)
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def bias(self, index: Tensor) -> Tensor:
+        """(N, M) places in the table → (heads, N, M)."""
+        table = self.relative_position_bias_table.t().contiguous()
+        return table.index_select(1, index.flatten()).view(-1, *index.shape)
+
+
+class WindowAttention(_BiasedAttention):
+    """Multi-head self-attention in windows, see :func:`window_attention`.
+
+    (B, H, W, dim) → (B, H, W, dim).
+
+    Args:
+        dim: channels.
+        window_size: side of a window; H and W are multiples of it.
+        num_heads: heads.
+        shift_size: rows and columns that the map is rolled by before it is cut into windows.
+
+    Raises:
+        ValueError: heads that do not divide the channels, or a shift of a window or more.
+    """
+
+    def __init__(self, dim: int, window_size: int, num_heads: int, shift_size: int = 0) -> None:
+        super().__init__(dim, window_size, window_size, num_heads)
+        if not 0 <= shift_size < window_size:
+            raise ValueError(
+                f"shift_size must lie in 0 … {window_size - 1} (below window_size), "
+                f"got {shift_size}"
+            )
+        self.shift_size = shift_size
+
+    def forward(
+        self, x: Tensor, index: Tensor | None = None, masks: Tensor | None = None
+    ) -> Tensor:
+        """``index`` and ``masks`` may be given where several layers share them.
+
+        Args:
+            x: (B, H, W, dim).
+            index: :func:`relative_position_index` of the window.
+            masks: :func:`shift_masks` of window and shift; unused without a shift.
+        """
+        if index is None:
+            index = relative_position_index(self.window_size, x.device)
+        shift = self.shift_size
+        if not shift:
+            masks = None
+        elif masks is None:
+            masks = shift_masks(self.window_size, shift, x.dtype, x.device)
+        if shift:
+            x = x.roll((-shift, -shift), (1, 2))
+        qkv = window_partition(self.qkv(x), self.window_size)
+        query, key, value = qkv.unflatten(4, (3, self.num_heads, -1)).unbind(4)
+        x = self.proj(window_attention(query, key, value, self.bias(index), masks))
+        x = window_merge(x, self.window_size)
+        return x.roll((shift, shift), (1, 2)) if shift else x
+
+    def extra_repr(self) -> str:
+        return (
+            f"window_size={self.window_size}, num_heads={self.num_heads}, "
+            f"shift_size={self.shift_size}"
+        )
+
+
+class OverlappingWindowAttention(_BiasedAttention):
+    """Multi-head attention of windows to larger windows around them, of HAT.
+
+    (B, H, W, dim) → (B, H, W, dim). Keys and values beyond the map are zero: they take part in the
+    softmax, with their bias.
+
+    Args:
+        dim: channels.
+        window_size: side of the queries' window; H and W are multiples of it.
+        num_heads: heads.
+        overlap_ratio: how much larger the keys' window is, as a part of ``window_size``.
+
+    Raises:
+        ValueError: heads that do not divide the channels, or windows that cannot be concentric.
+    """
+
+    def __init__(
+        self, dim: int, window_size: int, num_heads: int, overlap_ratio: float = 0.5
+    ) -> None:
+        overlap_size = window_size + int(window_size * overlap_ratio)
+        if overlap_ratio < 0 or (overlap_size - window_size) % 2:
+            raise ValueError(
+                f"overlap_ratio {overlap_ratio} grows windows of {window_size} to {overlap_size}; "
+                "they must grow by an even number"
+            )
+        super().__init__(dim, window_size, overlap_size, num_heads)
+        self.overlap_size = overlap_size
+
+    def forward(self, x: Tensor, index: Tensor | None = None) -> Tensor:
+        """``index`` may be given where several layers share it.
+
+        Args:
+            x: (B, H, W, dim).
+            index: :func:`overlap_position_index` of the windows.
+        """
+        if index is None:
+            index = overlap_position_index(self.window_size, self.overlap_size, x.device)
+        query, key_value = self.qkv(x).tensor_split((x.shape[3],), dim=3)
+        query = window_partition(query, self.window_size).unflatten(4, (self.num_heads, -1))
+        key_value = overlapping_windows(key_value, self.window_size, self.overlap_size)
+        key, value = key_value.unflatten(4, (2, self.num_heads, -1)).unbind(4)
+        x = window_attention(query, key, value, self.bias(index))
+        return window_merge(self.proj(x), self.window_size)
+
+    def extra_repr(self) -> str:
+        return (
+            f"window_size={self.window_size}, overlap_size={self.overlap_size}, "
+            f"num_heads={self.num_heads}"
+        )

@@ -1,0 +1,20 @@
+"""C++ kernels, compiled on first use with the system's compiler and loaded through ctypes.
+
+A kernel is one ``.cpp`` file of this folder together with the headers beside it. It has a plain C
+interface and includes nothing of torch, so that it compiles in seconds and outlives torch versions.
+:func:`load` gives its library, or ``None`` where it cannot be built; the caller then takes its
+path in pure torch, and :func:`unavailable_reason` tells people why.
+
+Environment variables:
+
+- ``VISION_BACKBONES_NATIVE=0``: never compile or load a kernel.
+- ``VISION_BACKBONES_NATIVE_ISA=avx512|avx2|portable``: use at most this instruction set.
+- ``VISION_BACKBONES_CACHE_DIR``: where compiled kernels are kept (a ``native`` folder in it).
+- ``CXX``: the compiler, tried before ``c++``, ``g++`` and ``clang++``.
+"""
+
+from __future__ import annotations
+
+from ops.native.build import Kernel, cache_dir, instruction_set, load, status, unavailable_reason
+
+__all__ = ["Kernel", "cache_dir", "instruction_set", "load", "status", "unavailable_reason"]

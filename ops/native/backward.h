@@ -1,0 +1,339 @@
+// Backward in one pass over the queries: the probabilities are recomputed from lse; each tile sums
+// its dQ in scratch and adds its share of dK and dV to arrays that belong to the unit of work
+// alone. Where units overlap, their arrays are then added in a fixed order. So there are no
+// atomics, and the result depends neither on timing nor on the thread count. (A second, key-centric
+// pass over inverse windows would need seven products where this needs five.)
+#pragma once
+#include "tile.h"
+
+namespace na {
+
+struct BackwardTensors {
+  Tensor query, key, value, additional_key, additional_value;
+  const float* rpb;
+  Tensor out, lse, grad_out, grad_lse;  // grad_lse.data may be null
+  Tensor grad_query, grad_key, grad_value, grad_additional_key, grad_additional_value;
+  float* grad_rpb;
+};
+
+// One unit's share of a gradient that other units also contribute to.
+struct KeyGradients {
+  Buffer keys, values;  // [plane][key row][key column][channel] of the unit's region
+  Buffer additional_keys, additional_values;
+  Buffer bias;  // [head of the group][rpb]
+};
+
+template <class T>
+struct BackwardScratch : UnitScratch<T> {
+  Buffer query_rows, query, grad_rows, grad, score, grad_score, sum, out_rows, out, bias_lanes;
+};
+
+static float* zeroed(Buffer& b, size_t n) {
+  float* p = b.get(n);
+  std::memset(p, 0, n * sizeof(float));
+  return p;
+}
+
+// score -> p, grad_score -> ds = p (dp - delta), for the query rows and keys of one slice.
+static void softmax_backward(const Slice& s, const Lanes& lanes, const float (*lse)[W],
+                             const float (*delta)[W], float* score, float* grad_score) {
+  const int n = s.rows * s.width;
+  for (int r = s.row; r < s.row + s.row_count; r++) {
+    const F l = simd::load(lse[r]), d = simd::load(delta[r]);
+    float* p = score + r * SCORE_PITCH + static_cast<size_t>(s.slot) * W;
+    float* g = grad_score + r * SCORE_PITCH + static_cast<size_t>(s.slot) * W;
+    for (int i = 0; i < n; i++, p += W, g += W) {
+      const F x = simd::exp2(simd::load(p) - l);
+      simd::store(p, x);
+      simd::store(g, x * (simd::load(g) - d));
+    }
+    if (lanes.ragged) {  // keys beyond a lane's window must not reach the bias
+      g -= static_cast<size_t>(n) * W;
+      for (int i = 0; i < n; i++, g += W) {
+        simd::store(
+            g, simd::keep_below(simd::load(g), lanes.count, s.offset + i % s.width, simd::zero()));
+      }
+    }
+  }
+}
+
+// sums[rpb][lane] += ds; the lanes have a column each, so that they never collide.
+static void add_bias_gradient(const Bias& bias, const TilePlace& place, const Slice& s,
+                              const float* grad_score, float* sums) {
+  if (s.plane < 0) return;
+  const Lanes& lanes = place.lanes;
+  for (int r = s.row; r < s.row + s.row_count; r++) {
+    const float* g = grad_score + r * SCORE_PITCH + static_cast<size_t>(s.slot) * W;
+    for (int y = 0; y < s.rows; y++) {
+      float* line = sums + bias_index(bias, place, s, s.key_row + y, r, bias.columns) * W;
+      for (int k = 0; k < s.width; k++, g += W, line += W) {
+        if (lanes.bias_uniform && lanes.valid == W && !lanes.ragged) {
+          simd::store(line, simd::load(line) + simd::load(g));
+        } else {
+          for (int l = 0; l < lanes.valid; l++) {
+            if (s.offset + k < lanes.count[l]) line[lanes.bias[l] * W + l] += g[l];
+          }
+        }
+      }
+    }
+  }
+}
+
+template <class T>
+static void backward_tile(const Problem& p, const BackwardTensors& t, const TilePlace& place,
+                          const KeyRing<T>& ring, const Unit& unit, const Bias& bias,
+                          const Lanes& shared, BackwardScratch<T>& scratch, KeyGradients& grads) {
+  const int rows = place.tile.rows, dim = static_cast<int>(p.dim),
+            value_dim = static_cast<int>(p.value_dim);
+  const int pitch = round_up(dim, W), value_pitch = round_up(value_dim, W);
+  float* query_rows = scratch.query_rows.get(static_cast<size_t>(MAX_ROWS) * W * pitch);
+  float* query = scratch.query.get(static_cast<size_t>(MAX_ROWS) * W * dim);
+  float* grad_rows = scratch.grad_rows.get(static_cast<size_t>(MAX_ROWS) * W * value_pitch);
+  float* grad = scratch.grad.get(static_cast<size_t>(MAX_ROWS) * W * value_dim);
+  float* score = scratch.score.get(MAX_ROWS * SCORE_PITCH);
+  float* grad_score = scratch.grad_score.get(MAX_ROWS * SCORE_PITCH);
+  float* sum = scratch.sum.get(static_cast<size_t>(MAX_ROWS) * W * pitch);
+  float* out_rows = scratch.out_rows.get(static_cast<size_t>(W) * value_pitch);
+  float* out = scratch.out.get(static_cast<size_t>(W) * value_dim);
+
+  float lse[MAX_ROWS][W], delta[MAX_ROWS][W];
+  for (int r = 0; r < rows; r++) {
+    float* q = query_rows + static_cast<size_t>(r) * W * pitch;
+    float* g = grad_rows + static_cast<size_t>(r) * W * value_pitch;
+    float* grad_columns = grad + static_cast<size_t>(r) * W * value_dim;
+    load_queries<T>(place, t.query, r, dim, static_cast<float>(p.scale) * LOG2E, q);
+    rows_to_columns(q, W, dim, query + static_cast<size_t>(r) * W * dim, W);
+    load_queries<T>(place, t.grad_out, r, value_dim, 1.f, g);
+    rows_to_columns(g, W, value_dim, grad_columns, W);
+    load_queries<T>(place, t.out, r, value_dim, 1.f, out_rows);
+    rows_to_columns(out_rows, W, value_dim, out, W);
+    F d = simd::zero();
+    for (int c = 0; c < value_dim; c++)
+      d = simd::fma(simd::load(out + c * W), simd::load(grad_columns + c * W), d);
+    simd::store(delta[r], d);
+    load_lanes(place, t.lse, r, lse[r]);
+    simd::store(lse[r], simd::load(lse[r]) * simd::set1(LOG2E));
+    if (t.grad_lse.data) {
+      float grad_lse[W];
+      load_lanes(place, t.grad_lse, r, grad_lse);
+      simd::store(delta[r], simd::load(delta[r]) - simd::load(grad_lse));
+    }
+  }
+
+  const int valid = place.lanes.valid, low = unit.segment.low, slot = place.kv_slot;
+  const Additional *more_keys = nullptr, *more_values = nullptr;
+  if (p.additional) {
+    more_keys = &scratch.additional_keys[slot];
+    more_values = &scratch.additional_values[slot];
+  }
+  const Slice* first = scratch.plan.slices.data();
+  bool fresh = true;
+  for (int block_end : scratch.plan.blocks) {
+    const Slice* last = scratch.plan.slices.data() + block_end;
+    for (const Slice* s = first; s < last; s++) {
+      if (s->plane < 0) {
+        score_slice(*s, shared, 0, dim, more_keys->column_pitch, query, score,
+                    [&](int) { return more_keys->columns.data(); });
+        score_slice(*s, shared, 0, value_dim, more_values->column_pitch, grad, grad_score,
+                    [&](int) { return more_values->columns.data(); });
+        softmax_backward(*s, shared, lse, delta, score, grad_score);
+        continue;
+      }
+      score_slice(*s, place.lanes, low, dim, ring.column_pitch(), query, score, [&](int y) {
+        return ring.columns(scratch.keys, slot, s->plane, s->key_row + y);
+      });
+      if (bias) add_bias(bias, place, *s, score);
+      score_slice(
+          *s, place.lanes, low, value_dim, ring.column_pitch(), grad, grad_score,
+          [&](int y) { return ring.columns(scratch.values, slot, s->plane, s->key_row + y); });
+      softmax_backward(*s, place.lanes, lse, delta, score, grad_score);
+      clear_unseen(*s, rows, score);
+      clear_unseen(*s, rows, grad_score);
+      if (t.grad_rpb) {
+        const size_t head = place.head - unit.first_head * (p.heads / p.kv_heads);
+        add_bias_gradient(bias, place, *s, grad_score,
+                          scratch.bias_lanes.data() + head * bias.per_head() * W);
+      }
+    }
+    for_each_group(first, last, [&](const SliceGroup& group) {
+      if (group.first->plane < 0) {
+        const auto at = [](const Buffer& b) {
+          return [&b](const Slice&, int) { return b.data(); };
+        };
+        mix_group(group, place, shared, 0, pitch, grad_score, sum, fresh, at(more_keys->rows));
+        spread_group(group, place, shared, 0, pitch, grad_score, query_rows,
+                     at(grads.additional_keys));
+        spread_group(group, place, shared, 0, value_pitch, score, grad_rows,
+                     at(grads.additional_values));
+      } else {
+        const auto region_row = [&](const Buffer& b, int row_pitch) {
+          return [&b, &unit, row_pitch](const Slice& s, int y) {
+            const size_t rows_per_plane = unit.chunk.high - unit.chunk.low;
+            const size_t row = s.plane * rows_per_plane + (s.key_row + y - unit.chunk.low);
+            return b.data() + row * unit.segment.columns * row_pitch;
+          };
+        };
+        mix_group(group, place, place.lanes, low, pitch, grad_score, sum, fresh,
+                  [&](const Slice& s, int y) {
+                    return ring.rows(scratch.keys, slot, s.plane, s.key_row + y);
+                  });
+        spread_group(group, place, place.lanes, low, pitch, grad_score, query_rows,
+                     region_row(grads.keys, pitch));
+        spread_group(group, place, place.lanes, low, value_pitch, score, grad_rows,
+                     region_row(grads.values, value_pitch));
+      }
+      fresh = false;
+    });
+    first = last;
+  }
+  for (int r = 0; r < rows; r++) {
+    T* line = place.line<T>(t.grad_query, r);
+    for (int l = 0; l < valid; l++) {
+      store_channels(sum + static_cast<size_t>(r * W + l) * pitch, dim, static_cast<float>(p.scale),
+                     line + place.order()[l] * t.grad_query.x);
+    }
+  }
+}
+
+// Adds the units' shares of one tensor over the whole map and stores them; `share(unit)` is a
+// unit's array.
+template <class T, class Share>
+static void store_key_gradient(const Layout& layout, const Tensor& t, int batch, int head,
+                               int channels, float scale, const Share& share) {
+  const int pitch = round_up(channels, W);
+  const Chunk& only = layout.chunks[0];
+  const bool whole = layout.units_per_head == 1 && only.high - only.low == layout.y.size &&
+                     layout.segments[0].columns == layout.x.size;
+  Buffer line;
+  for (int z = 0; z < layout.z.size; z++) {
+    for (int y = 0; y < layout.y.size; y++) {
+      const float* row = nullptr;
+      if (whole) {
+        row = share(0) + (static_cast<size_t>(z) * layout.y.size + y) * layout.x.size * pitch;
+      } else {
+        float* sum = zeroed(line, static_cast<size_t>(layout.x.size) * pitch);
+        int unit = 0;
+        for (const Chunk& c : layout.chunks) {
+          for (const Segment& s : layout.segments) {
+            const float* region = share(unit++);
+            if (y < c.low || y >= c.high) continue;
+            const float* from = region + (static_cast<size_t>(z) * (c.high - c.low) + (y - c.low)) *
+                                             s.columns * pitch;
+            float* to = sum + static_cast<size_t>(s.low) * pitch;
+            for (int i = 0; i < s.columns * pitch; i += W)
+              simd::store(to + i, simd::load(to + i) + simd::load(from + i));
+          }
+        }
+        row = sum;
+      }
+      T* out = static_cast<T*>(t.data) + t.at(batch, layout.z.order[z], layout.y.order[y], head);
+      for (int x = 0; x < layout.x.size; x++) {
+        store_channels(row + static_cast<size_t>(x) * pitch, channels, scale,
+                       out + layout.x.order[x] * t.x);
+      }
+    }
+  }
+}
+
+template <class T, class Share>
+static void store_additional_gradient(const Tensor& t, int n, int units, int batch, int head,
+                                      int channels, float scale, const Share& share) {
+  if (!n) return;
+  const int pitch = round_up(channels, W);
+  Buffer line;
+  float* sum = zeroed(line, static_cast<size_t>(n) * pitch);
+  for (int u = 0; u < units; u++) {
+    const float* from = share(u);
+    for (size_t i = 0; i < static_cast<size_t>(n) * pitch; i++) sum[i] += from[i];
+  }
+  for (int i = 0; i < n; i++) {
+    store_channels(sum + static_cast<size_t>(i) * pitch, channels, scale,
+                   static_cast<T*>(t.data) + t.at(batch, 0, 0, head) + i * t.x);
+  }
+}
+
+template <class T>
+static void backward(const Problem& p, const BackwardTensors& t) {
+  const Layout layout(p);
+  const Bias bias(p, t.rpb, LOG2E);
+  const int groups = static_cast<int>(p.heads / p.kv_heads),
+            additional = static_cast<int>(p.additional);
+  const int dim = static_cast<int>(p.dim), value_dim = static_cast<int>(p.value_dim);
+  const int pitch = round_up(dim, W), value_pitch = round_up(value_dim, W);
+  const Lanes shared = make_shared_lanes(additional);
+  const int per_head = layout.units_per_head, block = layout.head_block;
+  const int64_t blocks = p.batch * layout.head_blocks, threads = layout.threads(p);
+  // The blocks of heads are taken in waves, just large enough to keep the threads busy, so that few
+  // shares are kept.
+  const int64_t wave = std::min(blocks, threads > 1 ? (4 * threads + per_head - 1) / per_head : 1);
+  // shares[(block of the wave * heads + head) * units per head + unit]
+  static thread_local std::vector<KeyGradients> kept;
+  const size_t kept_count = static_cast<size_t>(wave) * block * per_head;
+  if (kept.size() < kept_count) kept = std::vector<KeyGradients>(kept_count);
+  KeyGradients* shares = kept.data();
+  const size_t bias_size = t.grad_rpb ? groups * bias.per_head() : 0;
+  std::fill(t.grad_rpb, t.grad_rpb + p.kv_heads * bias_size, 0.f);
+
+  const auto run_unit = [&](int64_t index, KeyGradients* block_shares) {
+    static thread_local BackwardScratch<T> scratch;
+    const Unit unit(p, layout, index);
+    scratch.keys.set(t.key, dim, true, true);
+    scratch.values.set(t.value, value_dim, false, true);
+    KeyRing<T> ring(layout, unit.segment, unit.batch, unit.first_head, unit.heads, scratch.keys,
+                    scratch.values);
+    scratch.pack_additional(p, unit, t.additional_key, t.additional_value);
+    const size_t region = static_cast<size_t>(layout.z.size) * (unit.chunk.high - unit.chunk.low) *
+                          unit.segment.columns;
+    for (int h = 0; h < unit.heads; h++) {
+      KeyGradients& g = block_shares[h * per_head + unit.index];
+      zeroed(g.keys, region * pitch);
+      zeroed(g.values, region * value_pitch);
+      zeroed(g.additional_keys, static_cast<size_t>(additional) * pitch);
+      zeroed(g.additional_values, static_cast<size_t>(additional) * value_pitch);
+    }
+    zeroed(scratch.bias_lanes, unit.heads * bias_size * W);
+    for_each_tile(p, layout, unit, ring, scratch, [&](const TilePlace& place) {
+      backward_tile<T>(p, t, place, ring, unit, bias, shared, scratch,
+                       block_shares[place.kv_slot * per_head + unit.index]);
+    });
+    for (int h = 0; bias_size && h < unit.heads; h++) {
+      float* sums = block_shares[h * per_head + unit.index].bias.get(bias_size);
+      const float* lanes = scratch.bias_lanes.data() + h * bias_size * W;
+      for (size_t i = 0; i < bias_size; i++) sums[i] = simd::reduce_add(simd::load(lanes + i * W));
+    }
+  };
+  const auto store_head = [&](int b, int h, const KeyGradients* g) {
+    store_key_gradient<T>(layout, t.grad_key, b, h, dim, LN2,
+                          [&](int u) { return g[u].keys.data(); });
+    store_key_gradient<T>(layout, t.grad_value, b, h, value_dim, 1.f,
+                          [&](int u) { return g[u].values.data(); });
+    store_additional_gradient<T>(t.grad_additional_key, additional, per_head, b, h, dim, LN2,
+                                 [&](int u) { return g[u].additional_keys.data(); });
+    store_additional_gradient<T>(t.grad_additional_value, additional, per_head, b, h, value_dim,
+                                 1.f, [&](int u) { return g[u].additional_values.data(); });
+  };
+
+  for (int64_t first = 0; first < blocks; first += wave) {
+    const int64_t count = std::min(wave, blocks - first);
+    parallel_for(count * per_head, threads, [&](int64_t i) {
+      run_unit(first * per_head + i, shares + i / per_head * block * per_head);
+    });
+    parallel_for(count * block, threads, [&](int64_t i) {
+      const int64_t head = (first + i / block) % layout.head_blocks * block + i % block;
+      if (head >= p.kv_heads) return;
+      store_head(static_cast<int>((first + i / block) / layout.head_blocks), static_cast<int>(head),
+                 shares + i * per_head);
+    });
+    for (int64_t i = 0; bias_size && i < count * block; i++) {
+      const int64_t head = (first + i / block) % layout.head_blocks * block + i % block;
+      if (head >= p.kv_heads) continue;
+      float* out = t.grad_rpb + head * bias_size;
+      for (int u = 0; u < per_head; u++) {
+        const float* share = shares[i * per_head + u].bias.data();
+        for (size_t k = 0; k < bias_size; k++) out[k] += share[k];
+      }
+    }
+  }
+}
+
+}  // namespace na

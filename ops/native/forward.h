@@ -1,0 +1,179 @@
+// Forward: for each tile of queries, the scores of a block of keys, an online softmax, and the
+// weighted sum of values
+// ("FlashAttention", Dao et al. 2022, with the window of "Neighborhood Attention Transformer",
+// Hassani et al. 2023).
+#pragma once
+#include "tile.h"
+
+namespace na {
+
+struct ForwardTensors {
+  Tensor query, key, value, additional_key, additional_value;
+  const float* rpb;
+  Tensor out, lse;
+};
+
+template <class T>
+struct ForwardScratch : UnitScratch<T> {
+  Buffer query_rows, query, score, sum;
+};
+
+// Scores -> unnormalised probabilities in place; `top` and `total` carry each lane's maximum and
+// sum from block to block, and the sums of values so far are rescaled where the maximum has grown.
+static void online_softmax(const Slice* first, const Slice* last, const TilePlace& place,
+                           const Lanes& shared, float* score, float (*top)[W], float (*total)[W],
+                           float* sum, int pitch) {
+  for (int r = 0; r < place.tile.rows; r++) {
+    const F before = simd::load(top[r]);
+    F a = before, b = before;
+    bool seen = false;
+    for (const Slice* s = first; s < last; s++) {
+      if (r < s->row || r >= s->row + s->row_count) continue;
+      seen = true;
+      float* p = score + r * SCORE_PITCH + static_cast<size_t>(s->slot) * W;
+      const Lanes& lanes = s->plane < 0 ? shared : place.lanes;
+      if (lanes.ragged) {
+        for (int y = 0; y < s->rows; y++) {
+          for (int k = 0; k < s->width; k++, p += W) {
+            const F x =
+                simd::keep_below(simd::load(p), lanes.count, s->offset + k, simd::set1(-INFINITY));
+            simd::store(p, x);
+            a = simd::max(a, x);
+          }
+        }
+        continue;
+      }
+      const int n = s->rows * s->width;
+      int i = 0;
+      for (; i + 1 < n; i += 2, p += 2 * W) {
+        a = simd::max(a, simd::load(p));
+        b = simd::max(b, simd::load(p + W));
+      }
+      if (i < n) a = simd::max(a, simd::load(p));
+    }
+    if (!seen) continue;
+    const F now = simd::max(a, b);
+    a = b = simd::zero();
+    for (const Slice* s = first; s < last; s++) {
+      if (r < s->row || r >= s->row + s->row_count) continue;
+      float* p = score + r * SCORE_PITCH + static_cast<size_t>(s->slot) * W;
+      const int n = s->rows * s->width;
+      int i = 0;
+      for (; i + 1 < n; i += 2, p += 2 * W) {
+        const F x = simd::exp2(simd::load(p) - now), y = simd::exp2(simd::load(p + W) - now);
+        simd::store(p, x);
+        simd::store(p + W, y);
+        a = a + x;
+        b = b + y;
+      }
+      if (i < n) {
+        const F x = simd::exp2(simd::load(p) - now);
+        simd::store(p, x);
+        a = a + x;
+      }
+    }
+    F so_far = simd::load(total[r]);
+    if (!simd::all_equal(so_far, simd::zero()) && !simd::all_equal(before, now)) {
+      float factor[W];
+      const F f = simd::exp2(before - now);
+      simd::store(factor, f);
+      so_far = so_far * f;
+      float* row = sum + static_cast<size_t>(r) * W * pitch;
+      for (int l = 0; l < W; l++) {
+        for (int c = 0; c < pitch; c += W, row += W)
+          simd::store(row, simd::load(row) * simd::set1(factor[l]));
+      }
+    }
+    simd::store(total[r], so_far + (a + b));
+    simd::store(top[r], now);
+  }
+}
+
+template <class T>
+static void forward_tile(const Problem& p, const ForwardTensors& t, const TilePlace& place,
+                         const KeyRing<T>& ring, int low, const Bias& bias, const Lanes& shared,
+                         ForwardScratch<T>& scratch) {
+  const int rows = place.tile.rows, dim = static_cast<int>(p.dim),
+            value_dim = static_cast<int>(p.value_dim);
+  const int pitch = round_up(value_dim, W);
+  float* query_rows = scratch.query_rows.get(static_cast<size_t>(W) * round_up(dim, W));
+  float* query = scratch.query.get(static_cast<size_t>(MAX_ROWS) * W * dim);
+  float* score = scratch.score.get(MAX_ROWS * SCORE_PITCH);
+  float* sum = scratch.sum.get(static_cast<size_t>(MAX_ROWS) * W * pitch);
+  for (int r = 0; r < rows; r++) {
+    load_queries<T>(place, t.query, r, dim, static_cast<float>(p.scale) * LOG2E, query_rows);
+    rows_to_columns(query_rows, W, dim, query + static_cast<size_t>(r) * W * dim, W);
+  }
+  float top[MAX_ROWS][W], total[MAX_ROWS][W] = {};
+  std::fill(&top[0][0], &top[0][0] + MAX_ROWS * W, -INFINITY);
+
+  const Additional *more_keys = nullptr, *more_values = nullptr;
+  if (p.additional) {
+    more_keys = &scratch.additional_keys[place.kv_slot];
+    more_values = &scratch.additional_values[place.kv_slot];
+  }
+  const Slice* first = scratch.plan.slices.data();
+  bool fresh = true;
+  for (int block_end : scratch.plan.blocks) {
+    const Slice* last = scratch.plan.slices.data() + block_end;
+    for (const Slice* s = first; s < last; s++) {
+      if (s->plane < 0) {
+        score_slice(*s, shared, 0, dim, more_keys->column_pitch, query, score,
+                    [&](int) { return more_keys->columns.data(); });
+        continue;
+      }
+      score_slice(*s, place.lanes, low, dim, ring.column_pitch(), query, score, [&](int y) {
+        return ring.columns(scratch.keys, place.kv_slot, s->plane, s->key_row + y);
+      });
+      if (bias) add_bias(bias, place, *s, score);
+    }
+    online_softmax(first, last, place, shared, score, top, total, sum, pitch);
+    for_each_group(first, last, [&](const SliceGroup& group) {
+      if (group.first->plane < 0) {
+        mix_group(group, place, shared, 0, pitch, score, sum, fresh,
+                  [&](const Slice&, int) { return more_values->rows.data(); });
+      } else {
+        mix_group(group, place, place.lanes, low, pitch, score, sum, fresh,
+                  [&](const Slice& s, int y) {
+                    return ring.rows(scratch.values, place.kv_slot, s.plane, s.key_row + y);
+                  });
+      }
+      fresh = false;
+    });
+    first = last;
+  }
+
+  for (int r = 0; r < rows; r++) {
+    float lse[W];
+    simd::store(lse, (simd::load(top[r]) + simd::log2(simd::load(total[r]))) * simd::set1(LN2));
+    float* lse_line = place.line<float>(t.lse, r);
+    T* out_line = place.line<T>(t.out, r);
+    for (int l = 0; l < place.lanes.valid; l++) {
+      const int x = place.order()[l];
+      lse_line[x * t.lse.x] = lse[l];
+      store_channels(sum + static_cast<size_t>(r * W + l) * pitch, value_dim, 1.f / total[r][l],
+                     out_line + x * t.out.x);
+    }
+  }
+}
+
+template <class T>
+static void forward(const Problem& p, const ForwardTensors& t) {
+  const Layout layout(p);
+  const Bias bias(p, t.rpb, LOG2E);
+  const Lanes shared = make_shared_lanes(static_cast<int>(p.additional));
+  parallel_for(layout.units(p), layout.threads(p), [&](int64_t index) {
+    static thread_local ForwardScratch<T> scratch;
+    const Unit unit(p, layout, index);
+    scratch.keys.set(t.key, p.dim, false, true);
+    scratch.values.set(t.value, p.value_dim, true, false);
+    KeyRing<T> ring(layout, unit.segment, unit.batch, unit.first_head, unit.heads, scratch.keys,
+                    scratch.values);
+    scratch.pack_additional(p, unit, t.additional_key, t.additional_value);
+    for_each_tile(p, layout, unit, ring, scratch, [&](const TilePlace& place) {
+      forward_tile<T>(p, t, place, ring, unit.segment.low, bias, shared, scratch);
+    });
+  });
+}
+
+}  // namespace na

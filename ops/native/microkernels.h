@@ -1,0 +1,260 @@
+// The three register-blocked products that neighborhood attention consists of. All the arithmetic
+// that counts is here.
+#pragma once
+#include <array>
+#include <utility>
+
+#include "geometry.h"
+
+namespace na {
+
+using simd::F;
+using simd::W;
+
+// ---- scores: s = q . k -------------------------------------------------------------------------
+// One lane a query. For R query rows and K keys: score[r][k] = sum over c of query[r][c] *
+// column[c][offset + k], where `query` is [R][dim][W] and `column` is [dim][pitch]. Each key is
+// fetched once for the R rows.
+struct ScoreArgs {
+  const float* query;
+  int dim;
+  const float* column;
+  size_t pitch;
+  const int32_t* offset;
+  float* score;
+  size_t score_pitch;  // from one query row to the next
+};
+
+template <int R, int K, int FETCH>
+static void score_kernel(const ScoreArgs& args) {
+  const ScoreArgs a = args;  // a copy, which stores through float pointers cannot change
+  F sum[R][K];
+  VB_UNROLL
+  for (int r = 0; r < R; r++) {
+    VB_UNROLL
+    for (int k = 0; k < K; k++) sum[r][k] = simd::zero();
+  }
+  const float* column = a.column;
+  const float* query = a.query;
+  for (int c = 0; c < a.dim; c++, column += a.pitch, query += W) {
+    F low = simd::zero(), high = low, q[R];
+    if (FETCH == PERMUTE) {
+      low = simd::load(column);
+      high = simd::load(column + W);
+    }
+    VB_UNROLL
+    for (int r = 0; r < R; r++) q[r] = simd::load(query + static_cast<size_t>(r) * a.dim * W);
+    VB_UNROLL
+    for (int k = 0; k < K; k++) {
+      const F key = simd::in_register(FETCH == DIRECT    ? simd::load(column + k)
+                                      : FETCH == PERMUTE ? simd::permute(low, high, a.offset, k)
+                                      : FETCH == GATHER  ? simd::gather(column + k, a.offset)
+                                                         : simd::set1(column[k]));
+      VB_UNROLL
+      for (int r = 0; r < R; r++) sum[r][k] = simd::fma(q[r], key, sum[r][k]);
+    }
+  }
+  VB_UNROLL
+  for (int r = 0; r < R; r++) {
+    VB_UNROLL
+    for (int k = 0; k < K; k++) simd::store(a.score + r * a.score_pitch + k * W, sum[r][k]);
+  }
+}
+
+// ---- weighted sum of keys: o += p . v ----------------------------------------------------------
+// One lane a channel. For L neighbouring queries of each of R query rows, C vectors of channels:
+// sum[r][l] += sum over the key rows that r sees, and their keys, of
+//              weight[r][key row][key][lane l] * values[start(l) + key].
+// The weights are scalars that are broadcast from the score buffer, so neither v nor o is ever
+// transposed.
+struct KeyRow {
+  const float* values;   // [position][channel]
+  const float* weights;  // of query row 0: [key][W]
+  int row, row_count;    // the query rows that see it
+};
+struct MixArgs {
+  const KeyRow* rows;
+  int row_count;
+  int channel;      // the first of the channels wanted
+  size_t pitch;     // from one position to the next
+  size_t start[4];  // element offset of the first key, for each of the L lanes
+  int keys;
+  int lane;                 // the first of the lanes
+  size_t weight_row_pitch;  // from one query row to the next
+  float* sum;               // [R][L][channel]
+  size_t sum_row_pitch;     // from one query row to the next
+  bool fresh;               // start from zero instead of from `sum`
+};
+
+// One key row for the query rows FIRST .. FIRST + COUNT - 1.
+template <int FIRST, int COUNT, int R, int C, int L>
+static VB_INLINE void mix_row(const MixArgs& a, const KeyRow& row, F (&sum)[L][R][C]) {
+  const float* weight = row.weights + a.lane;
+  const float* value[L];
+  VB_UNROLL
+  for (int l = 0; l < L; l++) value[l] = row.values + a.channel + a.start[l];
+  for (int k = 0; k < a.keys; k++, weight += W) {
+    VB_UNROLL
+    for (int l = 0; l < L; l++) {
+      F v[C];
+      VB_UNROLL
+      for (int c = 0; c < C; c++) v[c] = simd::in_register(simd::load(value[l] + c * W));
+      value[l] += a.pitch;
+      VB_UNROLL
+      for (int r = FIRST; r < FIRST + COUNT; r++) {
+        const F p = simd::in_register(simd::set1(weight[r * a.weight_row_pitch + l]));
+        VB_UNROLL
+        for (int c = 0; c < C; c++) sum[l][r][c] = simd::fma(p, v[c], sum[l][r][c]);
+      }
+    }
+  }
+}
+
+template <int R, int C, int L>
+static void mix_kernel(const MixArgs& args) {
+  const MixArgs a = args;
+  F sum[L][R][C];
+  VB_UNROLL
+  for (int l = 0; l < L; l++) {
+    VB_UNROLL
+    for (int r = 0; r < R; r++) {
+      VB_UNROLL
+      for (int c = 0; c < C; c++) {
+        sum[l][r][c] =
+            a.fresh ? simd::zero() : simd::load(a.sum + r * a.sum_row_pitch + l * a.pitch + c * W);
+      }
+    }
+  }
+  for (const KeyRow *row = a.rows, *end = row + a.row_count; row < end; row++) {
+    switch (row->row * 4 + row->row_count) {
+      case 1:
+        mix_row<0, 1, R, C, L>(a, *row, sum);
+        break;
+      case 2:
+        if constexpr (R >= 2) mix_row<0, 2, R, C, L>(a, *row, sum);
+        break;
+      case 3:
+        if constexpr (R >= 3) mix_row<0, 3, R, C, L>(a, *row, sum);
+        break;
+      case 5:
+        if constexpr (R >= 2) mix_row<1, 1, R, C, L>(a, *row, sum);
+        break;
+      case 6:
+        if constexpr (R >= 3) mix_row<1, 2, R, C, L>(a, *row, sum);
+        break;
+      case 9:
+        if constexpr (R >= 3) mix_row<2, 1, R, C, L>(a, *row, sum);
+        break;
+    }
+  }
+  VB_UNROLL
+  for (int l = 0; l < L; l++) {
+    VB_UNROLL
+    for (int r = 0; r < R; r++) {
+      VB_UNROLL
+      for (int c = 0; c < C; c++)
+        simd::store(a.sum + r * a.sum_row_pitch + l * a.pitch + c * W, sum[l][r][c]);
+    }
+  }
+}
+
+// ---- the transposed sum: dv += p^T . do --------------------------------------------------------
+// One lane a channel. For N keys, the query rows and the lanes that see them:
+// sum[n] += sum over r and l of weight[r][n][lane] * row[r][l].
+// The keys are those of one column in N key rows (a query row that does not see one of them has
+// zero weights there), or N neighbouring ones of a row.
+struct SpreadArgs {
+  const float* row;  // [query row][lane][channel], at the channels wanted
+  size_t row_pitch;  // from one query row to the next
+  size_t pitch;      // from one lane to the next
+  int row_count;
+  int lane, lane_end;
+  const float* weight;  // such that [lane_offset[l]] is the weight of lane l
+  const int32_t* lane_offset;
+  size_t weight_row_pitch;  // from one query row to the next
+  size_t weight_key_pitch;  // from one key to the next
+  float* const* sums;       // for each key, its channels
+};
+
+template <int N, int C>
+static void spread_kernel(const SpreadArgs& args) {
+  const SpreadArgs a = args;
+  F sum[N][C];
+  VB_UNROLL
+  for (int n = 0; n < N; n++) {
+    VB_UNROLL
+    for (int c = 0; c < C; c++) sum[n][c] = simd::load(a.sums[n] + c * W);
+  }
+  for (int r = 0; r < a.row_count; r++) {
+    const float* weights = a.weight + r * a.weight_row_pitch;
+    const float* row = a.row + r * a.row_pitch + a.lane * a.pitch;
+    for (int l = a.lane; l < a.lane_end; l++, row += a.pitch) {
+      const float* weight = weights + a.lane_offset[l];
+      F v[C];
+      VB_UNROLL
+      for (int c = 0; c < C; c++) v[c] = simd::in_register(simd::load(row + c * W));
+      VB_UNROLL
+      for (int n = 0; n < N; n++) {
+        const F p = simd::in_register(simd::set1(weight[n * a.weight_key_pitch]));
+        VB_UNROLL
+        for (int c = 0; c < C; c++) sum[n][c] = simd::fma(p, v[c], sum[n][c]);
+      }
+    }
+  }
+  VB_UNROLL
+  for (int n = 0; n < N; n++) {
+    VB_UNROLL
+    for (int c = 0; c < C; c++) simd::store(a.sums[n] + c * W, sum[n][c]);
+  }
+}
+
+// ---- dispatch tables ---------------------------------------------------------------------------
+constexpr int MAX_CHANNELS = simd::REGISTERS == 32 ? 4 : 2;  // vectors of channels at once in `mix`
+constexpr int MAX_SPREAD_CHANNELS = 2;                       // and in `spread`
+constexpr int MAX_SPREAD_KEYS = simd::REGISTERS == 32 ? 10 : 6;
+
+// Lanes at once in `mix`: enough sums to hide the latency of the arithmetic.
+static constexpr int mix_lanes(int rows) { return rows == 1 ? 4 : 2; }
+
+using ScoreKernel = void (*)(const ScoreArgs&);
+using MixKernel = void (*)(const MixArgs&);
+using SpreadKernel = void (*)(const SpreadArgs&);
+
+template <int R, int FETCH, int... K>
+static constexpr std::array<ScoreKernel, MAX_KEYS> score_row(std::integer_sequence<int, K...>) {
+  return {score_kernel<R, K + 1, FETCH>...};
+}
+template <int FETCH>
+static constexpr std::array<std::array<ScoreKernel, MAX_KEYS>, MAX_ROWS> score_rows() {
+  constexpr auto keys = std::make_integer_sequence<int, MAX_KEYS>();
+  return {score_row<1, FETCH>(keys), score_row<2, FETCH>(keys), score_row<3, FETCH>(keys)};
+}
+// [fetch][query rows - 1][keys - 1]
+static constexpr std::array<std::array<std::array<ScoreKernel, MAX_KEYS>, MAX_ROWS>, 4> SCORE = {
+    score_rows<DIRECT>(), score_rows<PERMUTE>(), score_rows<GATHER>(), score_rows<BROADCAST>()};
+
+template <int R, int L, int... C>
+static constexpr std::array<MixKernel, MAX_CHANNELS> mix_channels(
+    std::integer_sequence<int, C...>) {
+  return {mix_kernel<R, C + 1, L>...};
+}
+template <int R>
+static constexpr std::array<std::array<MixKernel, MAX_CHANNELS>, 2> mix_lane_counts() {
+  constexpr auto channels = std::make_integer_sequence<int, MAX_CHANNELS>();
+  return {mix_channels<R, 1>(channels), mix_channels<R, mix_lanes(R)>(channels)};
+}
+// [query rows - 1][several lanes][channel vectors - 1]
+static constexpr std::array<std::array<std::array<MixKernel, MAX_CHANNELS>, 2>, MAX_ROWS> MIX = {
+    mix_lane_counts<1>(), mix_lane_counts<2>(), mix_lane_counts<3>()};
+
+template <int C, int... N>
+static constexpr std::array<SpreadKernel, MAX_SPREAD_KEYS> spread_keys(
+    std::integer_sequence<int, N...>) {
+  return {spread_kernel<N + 1, C>...};
+}
+// [channel vectors - 1][keys - 1]
+static constexpr std::array<std::array<SpreadKernel, MAX_SPREAD_KEYS>, MAX_SPREAD_CHANNELS> SPREAD =
+    {spread_keys<1>(std::make_integer_sequence<int, MAX_SPREAD_KEYS>()),
+     spread_keys<2>(std::make_integer_sequence<int, MAX_SPREAD_KEYS>())};
+
+}  // namespace na

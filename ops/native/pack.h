@@ -1,0 +1,97 @@
+// Between the caller's tensors (any strides, float32 or bfloat16) and the two float32 layouts that
+// the kernels read: "rows", [position][channel] with the channels padded to whole vectors, and
+// "columns", [channel][position].
+#pragma once
+#include <new>
+
+#include "simd.h"
+
+namespace na {
+
+// A [B, Z, Y, X, H, C] tensor whose last stride is 1; the strides count elements.
+struct Tensor {
+  void* data;
+  int64_t batch, z, y, x, head;
+
+  int64_t at(int b, int iz, int iy, int h) const { return b * batch + iz * z + iy * y + h * head; }
+};
+
+// A growing scratch buffer, aligned to cache lines. New memory is zero, so that padding never holds
+// NaN or denormals.
+class Buffer {
+ public:
+  Buffer() = default;
+  Buffer(const Buffer&) = delete;
+  Buffer& operator=(const Buffer&) = delete;
+  ~Buffer() { release(); }
+
+  float* get(size_t floats) {
+    if (floats > size_) {
+      release();
+      data_ = static_cast<float*>(::operator new(floats * sizeof(float), ALIGNMENT));
+      std::memset(data_, 0, floats * sizeof(float));
+      size_ = floats;
+    }
+    return data_;
+  }
+  float* data() const { return data_; }
+
+ private:
+  void release() {
+    ::operator delete(data_, ALIGNMENT);
+    data_ = nullptr;
+    size_ = 0;
+  }
+  static constexpr std::align_val_t ALIGNMENT{64};
+  float* data_ = nullptr;
+  size_t size_ = 0;
+};
+
+static inline int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
+
+// One position's channels, times `scale`, zero-padded to whole vectors.
+template <class T>
+static VB_INLINE void load_channels(const T* in, int channels, float scale, float* out) {
+  const simd::F factor = simd::set1(scale);
+  int c = 0;
+  for (; c + simd::W <= channels; c += simd::W)
+    simd::store(out + c, simd::load_as_float(in + c) * factor);
+  if (c < channels) {
+    float tail[simd::W] = {};
+    for (int i = c; i < channels; i++) tail[i - c] = simd::to_float(in[i]) * scale;
+    simd::store(out + c, simd::load(tail));
+  }
+}
+
+template <class T>
+static VB_INLINE void store_channels(const float* in, int channels, float scale, T* out) {
+  const simd::F factor = simd::set1(scale);
+  int c = 0;
+  for (; c + simd::W <= channels; c += simd::W)
+    simd::store_from_float(out + c, simd::load(in + c) * factor);
+  for (; c < channels; c++) simd::assign(out + c, in[c] * scale);
+}
+
+// Positions order[0..n-1] of one line of a tensor -> rows.
+template <class T>
+static void load_rows(const T* line, int64_t stride, const int* order, int n, int channels,
+                      float scale, float* rows) {
+  const int pitch = round_up(channels, simd::W);
+  for (int i = 0; i < n; i++)
+    load_channels(line + order[i] * stride, channels, scale, rows + static_cast<size_t>(i) * pitch);
+}
+
+// rows -> columns. Reads up to W - 1 positions, writes up to W - 1 columns more than n.
+static inline void rows_to_columns(const float* rows, int n, int channels, float* columns,
+                                   size_t column_pitch) {
+  const int pitch = round_up(channels, simd::W);
+  for (int x = 0; x < n; x += simd::W) {
+    for (int c = 0; c < channels; c += simd::W) {
+      simd::transpose(rows + static_cast<size_t>(x) * pitch + c, pitch,
+                      columns + c * column_pitch + x, column_pitch,
+                      std::min(simd::W, channels - c));
+    }
+  }
+}
+
+}  // namespace na

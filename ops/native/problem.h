@@ -1,0 +1,269 @@
+// One call's sizes, and how its work is cut into units that threads take one by one. The map is cut
+// by its sizes alone, never by the number of threads, so that results do not depend on that either.
+#pragma once
+#include <atomic>
+#include <exception>
+
+#include "geometry.h"
+#include "pack.h"
+
+#ifdef _OPENMP
+#include <omp.h>
+#endif
+
+namespace na {
+
+// Mirrored by the ctypes structure in ops/neighborhood/cpu.py. Lower ranks are padded with axes of
+// length 1 in front.
+struct Problem {
+  int64_t batch, heads, kv_heads, dim, value_dim, additional;
+  int64_t size[3], kernel[3], stride[3], dilation[3], causal[3];
+  int64_t bfloat16, threads;
+  double scale;
+};
+
+// A stretch of the last axis: the lane groups [first, end) and the key columns [low, low + columns)
+// that they see.
+struct Segment {
+  int first, end;
+  int low, columns;
+};
+
+// A stretch of query row tiles [first, end) and the key rows [low, high) that they see.
+struct Chunk {
+  int first, end;
+  int low, high;
+};
+
+struct Layout {
+  Axis z, y, x;
+  std::vector<Lanes> lanes;
+  std::vector<RowTile> tiles;
+  std::vector<Segment> segments;
+  std::vector<Chunk> chunks;
+  int ring_rows = 0;    // most key rows that one tile sees
+  int max_columns = 0;  // most key columns of a segment
+  int units_per_head = 0;
+  // Key heads that one unit takes: neighbours in memory, so that fetching one helps the others.
+  // Each head is computed by itself, so this may depend on the number of threads.
+  int head_block = 1;
+  int head_blocks = 1;
+
+  explicit Layout(const Problem& p) : z(axis(p, 0)), y(axis(p, 1)), x(axis(p, 2)) {
+    lanes = make_lanes(x);
+    tiles = make_row_tiles(y);
+    for (const RowTile& t : tiles) ring_rows = std::max(ring_rows, t.high - t.low);
+
+    const int lane_groups = static_cast<int>(lanes.size()),
+              tile_count = static_cast<int>(tiles.size());
+    const int64_t heads = std::max<int64_t>(1, p.batch * p.kv_heads);
+    // Enough units to keep many threads busy, but each large beside the border of keys that
+    // neighbours pack again.
+    constexpr int64_t WANTED_UNITS = 64;
+    const bool small = flops(p) < SMALL_FLOPS;
+    int64_t wanted = small ? 1 : (WANTED_UNITS + heads - 1) / heads;
+    const int min_tiles = std::max(2, (2 * y.max_count + MAX_ROWS - 1) / MAX_ROWS);
+    const int chunk_count =
+        static_cast<int>(std::min<int64_t>(wanted, std::max(1, tile_count / min_tiles)));
+    for (int c = 0; c < chunk_count; c++) {
+      Chunk k{tile_count * c / chunk_count, tile_count * (c + 1) / chunk_count, INT32_MAX, 0};
+      for (int t = k.first; t < k.end; t++) {
+        k.low = std::min(k.low, tiles[t].low);
+        k.high = std::max(k.high, tiles[t].high);
+      }
+      chunks.push_back(k);
+    }
+    // A segment's packed keys should stay in the second-level cache.
+    constexpr int64_t CACHE_BYTES = 768 << 10;
+    const int64_t column_bytes =
+        static_cast<int64_t>(z.size) * ring_rows * (p.dim + p.value_dim) * 4;
+    const int64_t min_groups = std::max(2, (2 * x.max_count + simd::W - 1) / simd::W);
+    wanted = (wanted + chunk_count - 1) / chunk_count;
+    const int64_t fit = CACHE_BYTES / column_bytes / simd::W;
+    const int64_t per_segment =
+        std::max(min_groups, std::min(fit, (lane_groups + wanted - 1) / wanted));
+    const int segment_count = static_cast<int>(std::max<int64_t>(1, lane_groups / per_segment));
+    for (int i = 0; i < segment_count; i++) {
+      Segment s{lane_groups * i / segment_count, lane_groups * (i + 1) / segment_count, INT32_MAX,
+                0};
+      int high = 0;
+      for (int g = s.first; g < s.end; g++) {
+        s.low = std::min(s.low, lanes[g].base);
+        high = std::max(high, lanes[g].last);
+      }
+      s.columns = high - s.low;
+      max_columns = std::max(max_columns, s.columns);
+      segments.push_back(s);
+    }
+    units_per_head = chunk_count * segment_count;
+
+    const int64_t head_bytes = column_bytes * (max_columns + 3 * simd::W);
+    head_block =
+        static_cast<int>(std::min(p.kv_heads, std::max<int64_t>(1, CACHE_BYTES / head_bytes)));
+    const int64_t busy = small || p.threads == 1 ? 1 : 4 * p.threads;
+    const auto blocks = [&] {
+      return static_cast<int>((p.kv_heads + head_block - 1) / head_block);
+    };
+    while (head_block > 1 && p.batch * blocks() * units_per_head < busy) head_block--;
+    head_blocks = blocks();
+  }
+  int64_t units(const Problem& p) const { return p.batch * head_blocks * units_per_head; }
+
+  static constexpr double SMALL_FLOPS = 50e6;  // below it one thread is quicker than waking others
+  int64_t threads(const Problem& p) const { return flops(p) < SMALL_FLOPS ? 1 : p.threads; }
+  static double flops(const Problem& p) {
+    double n = 2. * p.batch * p.heads * (p.dim + p.value_dim);
+    double keys = 1.;
+    for (int i = 0; i < 3; i++) {
+      n *= p.size[i];
+      keys *= p.kernel[i];
+    }
+    return n * (keys + p.additional);
+  }
+
+ private:
+  static Axis axis(const Problem& p, int i) {
+    return Axis(static_cast<int>(p.size[i]), static_cast<int>(p.kernel[i]),
+                static_cast<int>(p.stride[i]), static_cast<int>(p.dilation[i]), p.causal[i] != 0);
+  }
+};
+
+// body(i) for i in 0..n-1, in any order. An exception (no memory) stops the rest and is thrown
+// again here.
+template <class Body>
+static void parallel_for(int64_t n, int64_t threads, const Body& body) {
+#ifdef _OPENMP
+  if (threads > 1 && n > 1) {
+    std::exception_ptr error;
+    std::atomic<bool> failed{false};
+#pragma omp parallel for schedule(dynamic, 1) num_threads(static_cast<int>(std::min(threads, n)))
+    for (int64_t i = 0; i < n; i++) {
+      if (failed) continue;
+      try {
+        body(i);
+      } catch (...) {
+        if (!failed.exchange(true)) error = std::current_exception();
+      }
+    }
+    if (failed) std::rethrow_exception(error);
+    return;
+  }
+#endif
+  (void)threads;
+  for (int64_t i = 0; i < n; i++) body(i);
+}
+
+// The additive bias per head, [heads][2 kz - 1][2 ky - 1][2 kx - 1], times log2(e), its rows padded
+// for vector loads.
+struct Bias {
+  int rows[2] = {0, 0}, columns = 0;
+  size_t pitch = 0;
+  Buffer table;
+
+  Bias(const Problem& p, const float* rpb, float factor) {
+    if (!rpb) return;
+    for (int i = 0; i < 2; i++) rows[i] = static_cast<int>(2 * p.kernel[i] - 1);
+    columns = static_cast<int>(2 * p.kernel[2] - 1);
+    pitch = round_up(columns + 3 * simd::W, simd::W);
+    const size_t lines = p.heads * rows[0] * rows[1];
+    float* out = table.get(lines * pitch);
+    for (size_t i = 0; i < lines; i++) {
+      for (int c = 0; c < columns; c++) out[i * pitch + c] = rpb[i * columns + c] * factor;
+    }
+  }
+  explicit operator bool() const { return pitch != 0; }
+  size_t per_head() const { return static_cast<size_t>(rows[0]) * rows[1] * columns; }
+};
+
+// The keys and values of a block of heads around the current query rows, packed; a ring of rows for
+// each plane. Rows enter as the queries advance, so every row is packed once a unit.
+template <class T>
+class KeyRing {
+ public:
+  struct Field {
+    bool want_rows, want_columns;
+    Tensor tensor;
+    int channels;
+    int row_pitch;
+    Buffer rows, columns;
+
+    void set(const Tensor& t, int64_t channel_count, bool rows_wanted, bool columns_wanted) {
+      want_rows = rows_wanted;
+      want_columns = columns_wanted;
+      tensor = t;
+      channels = static_cast<int>(channel_count);
+      row_pitch = round_up(channels, simd::W);
+    }
+  };
+
+  KeyRing(const Layout& layout, const Segment& segment, int batch, int first_head, int heads,
+          Field& keys, Field& values)
+      : layout_(layout),
+        segment_(segment),
+        batch_(batch),
+        first_head_(first_head),
+        heads_(heads),
+        fields_{&keys, &values} {
+    column_pitch_ = round_up(segment.columns + 3 * simd::W + MAX_KEYS, 16);
+    if (column_pitch_ / 16 % 2 == 0)
+      column_pitch_ += 16;  // neighbouring channels fall into different cache sets
+    const size_t slots = static_cast<size_t>(heads) * layout.z.size * layout.ring_rows;
+    for (Field* f : fields_) {
+      f->rows.get((f->want_rows ? slots : 1) * row_size(*f));
+      if (f->want_columns) f->columns.get(slots * column_size(*f));
+    }
+  }
+
+  void advance(int low, int high) {
+    for (int y = std::max(next_, low); y < high; y++) {
+      for (int z = 0; z < layout_.z.size; z++) {
+        for (Field* f : fields_) {
+          for (int h = 0; h < heads_; h++) pack(*f, h, z, y);
+        }
+      }
+    }
+    next_ = std::max(next_, high);
+  }
+
+  // `head` counts from the first head of the block.
+  const float* rows(const Field& f, int head, int z, int y) const {
+    return f.rows.data() + slot(head, z, y) * row_size(f);
+  }
+  const float* columns(const Field& f, int head, int z, int y) const {
+    return f.columns.data() + slot(head, z, y) * column_size(f);
+  }
+  size_t column_pitch() const { return column_pitch_; }
+
+ private:
+  size_t slot(int head, int z, int y) const {
+    return (static_cast<size_t>(head) * layout_.z.size + z) * layout_.ring_rows +
+           y % layout_.ring_rows;
+  }
+  size_t row_size(const Field& f) const {
+    return static_cast<size_t>(segment_.columns + simd::W) * f.row_pitch;
+  }
+  size_t column_size(const Field& f) const {
+    return static_cast<size_t>(f.channels) * column_pitch_;
+  }
+
+  void pack(Field& f, int head, int z, int y) {
+    float* rows = f.rows.data() + (f.want_rows ? slot(head, z, y) * row_size(f) : 0);
+    const T* line = static_cast<const T*>(f.tensor.data) +
+                    f.tensor.at(batch_, layout_.z.order[z], layout_.y.order[y], first_head_ + head);
+    load_rows(line, f.tensor.x, layout_.x.order.data() + segment_.low, segment_.columns, f.channels,
+              1.f, rows);
+    if (f.want_columns) {
+      rows_to_columns(rows, segment_.columns, f.channels,
+                      f.columns.data() + slot(head, z, y) * column_size(f), column_pitch_);
+    }
+  }
+
+  const Layout& layout_;
+  const Segment& segment_;
+  int batch_, first_head_, heads_;
+  Field* fields_[2];
+  size_t column_pitch_;
+  int next_ = 0;
+};
+
+}  // namespace na

@@ -1,0 +1,342 @@
+// What forward and backward share: a tile of up to MAX_ROWS x W queries, and the three products
+// applied to a slice of keys.
+#pragma once
+#include "microkernels.h"
+#include "problem.h"
+
+namespace na {
+
+constexpr float LOG2E = 1.4426950408889634f;
+constexpr float LN2 = 0.6931471805599453f;
+
+// Distance between the scores of two query rows; the extra vector keeps rows out of each other's
+// cache sets.
+constexpr size_t SCORE_PITCH = (BLOCK_KEYS + 1) * W;
+
+// The queries of one tile, and where they are in the caller's tensors.
+struct TilePlace {
+  const Layout& layout;
+  const RowTile& tile;
+  const Lanes& lanes;
+  int batch, z, head;
+  int kv_slot;  // its key head, counted from the first one of the unit
+
+  template <class T>
+  T* line(const Tensor& t, int row) const {
+    return static_cast<T*>(t.data) +
+           t.at(batch, layout.z.order[z], layout.y.order[tile.first + row], head);
+  }
+  const int* order() const { return layout.x.order.data() + lanes.first; }
+};
+
+// One row of queries -> [lane][channel]; unused lanes repeat the last one.
+template <class T>
+static void load_queries(const TilePlace& place, const Tensor& t, int row, int channels,
+                         float scale, float* rows) {
+  const int pitch = round_up(channels, W), valid = place.lanes.valid;
+  load_rows(place.line<const T>(t, row), t.x, place.order(), valid, channels, scale, rows);
+  const float* last = rows + static_cast<size_t>(valid - 1) * pitch;
+  for (int l = valid; l < W; l++)
+    std::memcpy(rows + static_cast<size_t>(l) * pitch, last, pitch * sizeof(float));
+}
+
+// One number for each query of a row; unused lanes repeat the last one.
+static inline void load_lanes(const TilePlace& place, const Tensor& t, int row, float* out) {
+  const float* line = place.line<const float>(t, row);
+  for (int l = 0; l < W; l++)
+    out[l] = line[place.order()[std::min(l, place.lanes.valid - 1)] * t.x];
+}
+
+// Scores of the slice's keys. `query` is [row][channel][lane] of the whole tile, `columns_of(i)`
+// the slice's i-th key row, [channel][position] from column `low`.
+template <class ColumnsOf>
+static void score_slice(const Slice& s, const Lanes& lanes, int low, int dim, size_t column_pitch,
+                        const float* query, float* score, const ColumnsOf& columns_of) {
+  const int parts = (s.width + MAX_KEYS - 1) / MAX_KEYS, step = (s.width + parts - 1) / parts;
+  ScoreArgs a;
+  a.query = query + static_cast<size_t>(s.row) * dim * W;
+  a.dim = dim;
+  a.pitch = column_pitch;
+  a.offset = lanes.offset;
+  a.score_pitch = SCORE_PITCH;
+  const auto& kernels = SCORE[lanes.fetch][s.row_count - 1];
+  for (int y = 0; y < s.rows; y++) {
+    const float* column = columns_of(y) + (lanes.base + s.offset - low);
+    float* out = score + s.row * SCORE_PITCH + static_cast<size_t>(s.slot + y * s.width) * W;
+    for (int k = 0; k < s.width; k += step) {
+      a.column = column + k;
+      a.score = out + k * W;
+      kernels[std::min(step, s.width - k) - 1](a);
+    }
+  }
+}
+
+// Slices of one block that lie side by side in the score buffer and share lanes and offsets:
+// [first, last).
+struct SliceGroup {
+  const Slice* first;
+  const Slice* last;
+  int rows() const {
+    int n = 0;
+    for (const Slice* s = first; s < last; s++) n += s->rows;
+    return n;
+  }
+};
+
+// Calls body(group) for the groups of a block; the additional keys are a group of their own.
+template <class Body>
+static void for_each_group(const Slice* first, const Slice* last, const Body& body) {
+  while (first < last) {
+    const Slice* end = first + 1;
+    while (end < last && (end->plane < 0) == (first->plane < 0) && end->offset == first->offset &&
+           end->width == first->width) {
+      end++;
+    }
+    body(SliceGroup{first, end});
+    first = end;
+  }
+}
+
+// sum[row][lane][channel] += weight * keys. `rows_of(slice, i)` is the slice's i-th key row, from
+// column `low`.
+template <class RowsOf>
+static void mix_group(const SliceGroup& group, const TilePlace& place, const Lanes& lanes, int low,
+                      int pitch, const float* weight, float* sum, bool fresh,
+                      const RowsOf& rows_of) {
+  KeyRow rows[BLOCK_KEYS];
+  MixArgs a;
+  a.rows = rows;
+  a.row_count = 0;
+  const int width = group.first->width, offset = group.first->offset, valid = place.lanes.valid;
+  for (const Slice* s = group.first; s < group.last; s++) {
+    for (int i = 0; i < s->rows; i++) {
+      rows[a.row_count++] = {rows_of(*s, i), weight + static_cast<size_t>(s->slot + i * width) * W,
+                             s->row, s->row_count};
+    }
+  }
+  a.pitch = pitch;
+  a.weight_row_pitch = SCORE_PITCH;
+  a.sum_row_pitch = static_cast<size_t>(W) * pitch;
+  a.fresh = fresh;
+  const int vectors = pitch / W, together = mix_lanes(place.tile.rows);
+  const auto& kernels = MIX[place.tile.rows - 1];
+  const auto keys_of = [&](int l) { return std::min(lanes.count[l] - offset, width); };
+  for (int l = 0, n; l < valid; l += n) {
+    a.keys = std::max(0, keys_of(l));
+    n = l + together <= valid ? together : 1;
+    for (int i = 1; i < n; i++) {
+      if (keys_of(l + i) != a.keys) n = 1;
+    }
+    a.lane = l;
+    for (int i = 0; i < n; i++)
+      a.start[i] = static_cast<size_t>(lanes.start[l + i] + offset - low) * pitch;
+    for (a.channel = 0; a.channel < pitch;) {
+      const int step = std::min(MAX_CHANNELS, vectors - a.channel / W);
+      a.sum = sum + l * pitch + a.channel;
+      kernels[n > 1][step - 1](a);
+      a.channel += step * W;
+    }
+  }
+}
+
+// Zero scores where a query row does not see a key row of its group, as `spread_group` wants it.
+static inline void clear_unseen(const Slice& s, int rows, float* score) {
+  for (int r = 0; r < rows; r++) {
+    if (r >= s.row && r < s.row + s.row_count) continue;
+    std::memset(score + r * SCORE_PITCH + static_cast<size_t>(s.slot) * W, 0,
+                sizeof(float) * s.rows * s.width * W);
+  }
+}
+
+// The transpose of `mix_group`: sums[key row][key column][channel] += weight * queries, where
+// `queries` is [row][lane][channel] and `sums_of(slice, i)` is the slice's i-th key row, from
+// column `low`.
+template <class SumsOf>
+static void spread_group(const SliceGroup& group, const TilePlace& place, const Lanes& lanes,
+                         int low, int pitch, const float* weight, const float* queries,
+                         const SumsOf& sums_of) {
+  float* sums[BLOCK_KEYS];
+  int first_row[BLOCK_KEYS], end_row[BLOCK_KEYS];  // the query rows that see the key row
+  int key_rows = 0;
+  for (const Slice* s = group.first; s < group.last; s++) {
+    for (int i = 0; i < s->rows; i++, key_rows++) {
+      sums[key_rows] = sums_of(*s, i);
+      first_row[key_rows] = s->row;
+      end_row[key_rows] = s->row + s->row_count;
+    }
+  }
+  const int width = group.first->width, offset = group.first->offset, valid = place.lanes.valid;
+  int32_t lane_offset[W];
+  for (int l = 0; l < W; l++) lane_offset[l] = l - lanes.offset[l] * W;
+  SpreadArgs a;
+  a.row_pitch = static_cast<size_t>(W) * pitch;
+  a.pitch = pitch;
+  a.lane_offset = lane_offset;
+  a.weight_row_pitch = SCORE_PITCH;
+  float* at[MAX_SPREAD_KEYS];
+  a.sums = at;
+  const int vectors = pitch / W, first = lanes.base + offset;
+  const int parts = (key_rows + MAX_SPREAD_KEYS - 1) / MAX_SPREAD_KEYS,
+            row_step = (key_rows + parts - 1) / parts;
+  weight += static_cast<size_t>(group.first->slot) * W;
+
+  // The lanes that see a column; both ends only ever move up.
+  int lane = 0, lane_end = 0;
+  const auto move_lanes = [&](int column) {
+    while (lane < valid && std::min(lanes.end(lane), lanes.start[lane] + offset + width) <= column)
+      lane++;
+    while (lane_end < valid && lanes.start[lane_end] + offset <= column) lane_end++;
+  };
+  move_lanes(first);
+  for (int column = first, columns; column < lanes.last; column += columns) {
+    if (lane == valid) break;
+    a.lane = lane;
+    a.lane_end = lane_end;
+    columns = 1;
+    move_lanes(column + 1);
+    if (key_rows == 1) {  // neighbouring columns that the same lanes see go together
+      while (columns < MAX_SPREAD_KEYS && lane == a.lane && lane_end == a.lane_end)
+        move_lanes(column + ++columns);
+    }
+    if (a.lane >= a.lane_end) continue;
+    for (int y = 0; y < key_rows; y += row_step) {
+      const int rows = std::min(row_step, key_rows - y), keys = std::max(rows, columns);
+      int low_row = MAX_ROWS, high_row = 0;
+      for (int i = y; i < y + rows; i++) {
+        low_row = std::min(low_row, first_row[i]);
+        high_row = std::max(high_row, end_row[i]);
+      }
+      a.row_count = high_row - low_row;
+      a.weight_key_pitch = columns > 1 ? W : static_cast<size_t>(width) * W;
+      a.weight = weight + low_row * SCORE_PITCH +
+                 (static_cast<ptrdiff_t>(y) * width + (column - first)) * W;
+      for (int c = 0, step; c < vectors; c += step) {
+        step = std::min(MAX_SPREAD_CHANNELS, vectors - c);
+        for (int i = 0; i < keys; i++) {
+          at[i] = (columns > 1 ? sums[y] + static_cast<size_t>(column + i - low) * pitch
+                               : sums[y + i] + static_cast<size_t>(column - low) * pitch) +
+                  c * W;
+        }
+        a.row = queries + low_row * a.row_pitch + c * W;
+        SPREAD[step - 1][keys - 1](a);
+      }
+    }
+  }
+}
+
+// The bias that the lanes see beyond one key: line[bias[l] + offset], for increasing offsets.
+static VB_INLINE F bias_at(const Lanes& lanes, const float* line) {
+  if (lanes.bias_uniform) return simd::set1(*line);
+  if (simd::HAS_PERMUTE && lanes.bias_reach < 2 * W) {
+    return simd::permute(simd::load(line), simd::load(line + W), lanes.bias, 0);
+  }
+  return simd::gather(line, lanes.bias);
+}
+
+// Index of the bias of (key row, query row) and the first key of the slice, in lines of `pitch`.
+static inline size_t bias_index(const Bias& bias, const TilePlace& place, const Slice& s,
+                                int key_row, int row, size_t pitch) {
+  const int dz = s.plane - place.z + bias.rows[0] / 2,
+            dy = key_row - (place.tile.first + row) + bias.rows[1] / 2;
+  return (static_cast<size_t>(dz) * bias.rows[1] + dy) * pitch +
+         (place.lanes.bias_base + bias.columns / 2 + s.offset);
+}
+
+static void add_bias(const Bias& bias, const TilePlace& place, const Slice& s, float* score) {
+  if (s.plane < 0) return;
+  const float* table = bias.table.data() +
+                       static_cast<size_t>(place.head) * bias.rows[0] * bias.rows[1] * bias.pitch;
+  for (int r = s.row; r < s.row + s.row_count; r++) {
+    float* out = score + r * SCORE_PITCH + static_cast<size_t>(s.slot) * W;
+    for (int y = 0; y < s.rows; y++) {
+      const float* line = table + bias_index(bias, place, s, s.key_row + y, r, bias.pitch);
+      for (int k = 0; k < s.width; k++, out += W)
+        simd::store(out, simd::load(out) + bias_at(place.lanes, line + k));
+    }
+  }
+}
+
+// The packed additional keys or values of one head.
+struct Additional {
+  Buffer rows, columns;
+  size_t column_pitch = 0;
+  int row_pitch = 0, channels = 0;
+
+  template <class T>
+  void pack(const Tensor& t, int n, int channel_count, int batch, int head) {
+    if (!n) return;
+    channels = channel_count;
+    row_pitch = round_up(channels, W);
+    column_pitch = round_up(n + W, W);
+    std::vector<int> order(n);
+    for (int i = 0; i < n; i++) order[i] = i;
+    float* r = rows.get(static_cast<size_t>(n + W) * row_pitch);
+    load_rows(static_cast<const T*>(t.data) + t.at(batch, 0, 0, head), t.x, order.data(), n,
+              channels, 1.f, r);
+    rows_to_columns(r, n, channels, columns.get(channels * column_pitch), column_pitch);
+  }
+};
+
+// One unit of work: a chunk of query rows and a segment of the last axis, for a block of key heads
+// and their query heads.
+struct Unit {
+  const Segment& segment;
+  const Chunk& chunk;
+  int index;  // among the units of a head
+  int batch, first_head, heads;
+
+  Unit(const Problem& p, const Layout& layout, int64_t i)
+      : segment(layout.segments[i % layout.segments.size()]),
+        chunk(layout.chunks[i / layout.segments.size() % layout.chunks.size()]),
+        index(static_cast<int>(i % layout.units_per_head)),
+        batch(static_cast<int>(i / layout.units_per_head / layout.head_blocks)),
+        first_head(static_cast<int>(i / layout.units_per_head % layout.head_blocks) *
+                   layout.head_block),
+        heads(std::min(layout.head_block, static_cast<int>(p.kv_heads) - first_head)) {}
+};
+
+// What a thread keeps from unit to unit.
+template <class T>
+struct UnitScratch {
+  typename KeyRing<T>::Field keys, values;
+  std::vector<Additional> additional_keys, additional_values;  // for each key head of the unit
+  Plan plan;
+
+  void pack_additional(const Problem& p, const Unit& unit, const Tensor& key, const Tensor& value) {
+    const int n = static_cast<int>(p.additional);
+    if (additional_keys.size() < static_cast<size_t>(unit.heads)) {
+      additional_keys = std::vector<Additional>(unit.heads);
+      additional_values = std::vector<Additional>(unit.heads);
+    }
+    for (int h = 0; h < unit.heads; h++) {
+      additional_keys[h].template pack<T>(key, n, static_cast<int>(p.dim), unit.batch,
+                                          unit.first_head + h);
+      additional_values[h].template pack<T>(value, n, static_cast<int>(p.value_dim), unit.batch,
+                                            unit.first_head + h);
+    }
+  }
+};
+
+// Calls body(place) for each tile of the unit, with the tile's plan made and its keys in the ring.
+template <class T, class Body>
+static void for_each_tile(const Problem& p, const Layout& layout, const Unit& unit,
+                          KeyRing<T>& ring, UnitScratch<T>& scratch, const Body& body) {
+  const int groups = static_cast<int>(p.heads / p.kv_heads);
+  for (int row = unit.chunk.first; row < unit.chunk.end; row++) {
+    const RowTile& tile = layout.tiles[row];
+    ring.advance(tile.low, tile.high);
+    for (int z = 0; z < layout.z.size; z++) {
+      for (int g = unit.segment.first; g < unit.segment.end; g++) {
+        const Lanes& lanes = layout.lanes[g];
+        make_plan(layout.z.start[z], layout.z.count[z], tile, lanes.width,
+                  static_cast<int>(p.additional), scratch.plan);
+        for (int h = 0; h < unit.heads * groups; h++) {
+          body(TilePlace{layout, tile, lanes, unit.batch, z, unit.first_head * groups + h,
+                         h / groups});
+        }
+      }
+    }
+  }
+}
+
+}  // namespace na

@@ -1,0 +1,164 @@
+"""Argument checks of neighborhood attention: a refusal names the value and what would be right."""
+
+from __future__ import annotations
+
+import numbers
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ops.neighborhood._geometry import NAParams
+
+__all__ = ["check_rpb", "check_tensors", "per_axis_bool", "per_axis_int", "resolve_params"]
+
+
+def per_axis_int(name: str, value: int | Sequence[int], rank: int) -> tuple[int, ...]:
+    """One positive integer an axis, from one for all axes or a sequence of ``rank``.
+
+    Raises:
+        ValueError: anything else.
+    """
+    values = tuple(value) if isinstance(value, Sequence) else (value,) * rank
+    if len(values) != rank or not all(_is_int(v) and v >= 1 for v in values):
+        raise ValueError(
+            f"{name} must be an integer of 1 or more, or one for each of {rank} axes, got {value!r}"
+        )
+    return tuple(int(v) for v in values)
+
+
+def per_axis_bool(name: str, value: bool | Sequence[bool] | None, rank: int) -> tuple[bool, ...]:
+    """One bool an axis, from one for all axes or a sequence of ``rank``; ``None`` is false.
+
+    Raises:
+        ValueError: anything else.
+    """
+    values = tuple(value) if isinstance(value, Sequence) else (value or False,) * rank
+    if len(values) != rank or not all(isinstance(v, bool) for v in values):
+        raise ValueError(f"{name} must be a bool, or one for each of {rank} axes, got {value!r}")
+    return values
+
+
+def resolve_params(
+    size: Sequence[int],
+    head_dim: int,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int],
+    dilation: int | Sequence[int],
+    is_causal: bool | Sequence[bool] | None,
+    scale: float | None,
+    return_lse: bool,
+) -> NAParams:
+    """The parameters of a call on a map of ``size``, one entry an axis.
+
+    Raises:
+        ValueError: a parameter of the wrong type or length, a window that does not fit the map
+            (kernel_size · dilation > size), a stride above the kernel size.
+    """
+    rank = len(size)
+    kernel_sizes = per_axis_int("kernel_size", kernel_size, rank)
+    strides = per_axis_int("stride", stride, rank)
+    dilations = per_axis_int("dilation", dilation, rank)
+    for axis, (n, k, s, d) in enumerate(zip(size, kernel_sizes, strides, dilations, strict=True)):
+        if k * d > n:
+            raise ValueError(
+                f"kernel_size · dilation must not exceed the size of the map, got {k} · {d} = "
+                f"{k * d} > {n} along axis {axis}"
+            )
+        if s > k:
+            raise ValueError(f"stride must not exceed kernel_size, got {s} > {k} along axis {axis}")
+    if scale is not None and not isinstance(scale, numbers.Real):
+        raise ValueError(f"scale must be a number or None, got {scale!r}")
+    return NAParams(
+        kernel_sizes,
+        strides,
+        dilations,
+        per_axis_bool("is_causal", is_causal, rank),
+        head_dim**-0.5 if scale is None else float(scale),
+        return_lse,
+    )
+
+
+def check_tensors(
+    rank: int,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+) -> None:
+    """Raise ValueError unless the tensors fit each other and a map of ``rank`` axes."""
+    axes = ("length", "height, width", "depth, height, width")[rank - 1]
+    for name, tensor in (("query", query), ("key", key), ("value", value)):
+        if tensor.dim() != rank + 3:
+            raise ValueError(
+                f"{name} must be (batch, {axes}, heads, dim), got {tuple(tensor.shape)}"
+            )
+    if not query.is_floating_point():
+        raise ValueError(f"query must be floating-point, got {query.dtype}")
+    _same_kind("key", key, query)
+    _same_kind("value", value, query)
+    if key.shape[:-2] != query.shape[:-2] or value.shape[:-2] != query.shape[:-2]:
+        raise ValueError(
+            "query, key and value must agree in batch and map, got "
+            f"{tuple(query.shape)}, {tuple(key.shape)}, {tuple(value.shape)}"
+        )
+    if key.shape[-1] != query.shape[-1]:
+        raise ValueError(
+            f"query and key must have the same dim, got {query.shape[-1]} and {key.shape[-1]}"
+        )
+    if key.shape[-2] != value.shape[-2]:
+        raise ValueError(
+            f"key and value must have the same heads, got {key.shape[-2]} and {value.shape[-2]}"
+        )
+    if key.shape[-2] == 0 or query.shape[-2] % key.shape[-2] != 0:
+        raise ValueError(
+            f"the heads of key and value must divide those of query, got {key.shape[-2]} and "
+            f"{query.shape[-2]}"
+        )
+    if (additional_keys is None) != (additional_values is None):
+        raise ValueError("additional_keys and additional_values must be given both or neither")
+    if additional_keys is not None and additional_values is not None:
+        _check_additional("additional_keys", additional_keys, key)
+        _check_additional("additional_values", additional_values, value)
+        if additional_keys.shape[1] != additional_values.shape[1]:
+            raise ValueError(
+                "additional_keys and additional_values must be equally many, got "
+                f"{additional_keys.shape[1]} and {additional_values.shape[1]}"
+            )
+
+
+def check_rpb(rpb: Tensor, query: Tensor, params: NAParams) -> None:
+    """Raise ValueError unless ``rpb`` is a floating (heads, 2·k₁−1, …) on the query's device."""
+    expected = (query.shape[-2], *(2 * k - 1 for k in params.kernel_size))
+    if tuple(rpb.shape) != expected:
+        raise ValueError(
+            f"rpb must be (heads, 2·kernel_size−1 of each axis) = {expected}, got "
+            f"{tuple(rpb.shape)}"
+        )
+    if not rpb.is_floating_point() or rpb.device != query.device:
+        raise ValueError(
+            f"rpb must be floating-point on {query.device}, got {rpb.dtype} on {rpb.device}"
+        )
+
+
+def _check_additional(name: str, tensor: Tensor, beside: Tensor) -> None:
+    expected = (beside.shape[0], *beside.shape[-2:])
+    if tensor.dim() != 4 or (tensor.shape[0], *tensor.shape[2:]) != expected:
+        batch, heads, dim = expected
+        raise ValueError(
+            f"{name} must be ({batch}, any number, {heads}, {dim}), got {tuple(tensor.shape)}"
+        )
+    _same_kind(name, tensor, beside)
+
+
+def _same_kind(name: str, tensor: Tensor, query: Tensor) -> None:
+    if tensor.dtype != query.dtype or tensor.device != query.device:
+        raise ValueError(
+            f"{name} must have the dtype and device of query, {query.dtype} on {query.device}, "
+            f"got {tensor.dtype} on {tensor.device}"
+        )
+
+
+def _is_int(value: object) -> bool:
+    return isinstance(value, numbers.Integral | torch.SymInt) and not isinstance(value, bool)

@@ -1,0 +1,110 @@
+"""Which keys a query sees, axis by axis: the windows of neighborhood attention.
+
+Neighborhood attention: https://arxiv.org/abs/2204.07143, its dilation: https://arxiv.org/abs/2209.15001,
+its stride and causal axes: https://arxiv.org/abs/2504.16922.
+
+An axis of n positions falls into ``dilation`` groups. Position i lies in group g = i mod d at place
+p = i div d; the group has L = ceil((n − g) / d) places and place j of it is position j·d + g.
+Windows never leave a group, so all windows are given in places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+__all__ = ["NAParams", "axis_windows", "cross_index", "cross_mask", "window_of"]
+
+IntOrTensor = TypeVar("IntOrTensor", int, Tensor)
+
+
+@dataclass(frozen=True)
+class NAParams:
+    """The checked, per-axis parameters of one call; every tuple has one entry an axis.
+
+    ``scale`` is already resolved: ``None`` of the public functions has become head_dim ** -0.5.
+    Where ``return_lse`` is false a backend may skip the lse and return ``None`` for it.
+    """
+
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    is_causal: tuple[bool, ...]
+    scale: float
+    return_lse: bool = True
+
+    @property
+    def rank(self) -> int:
+        """How many axes the map has: 1, 2 or 3."""
+        return len(self.kernel_size)
+
+
+def window_of(
+    place: IntOrTensor, group_size: IntOrTensor, kernel_size: int, stride: int, is_causal: bool
+) -> tuple[IntOrTensor, IntOrTensor]:
+    """First place and number of places that the query at ``place`` of its group sees.
+
+    Neither end of a window moves back as the query moves on, no window is empty, and together the
+    windows of a group see every place of it.
+    """
+    # The queries of one stride share the window of their leader.
+    first = place // stride * stride
+    if is_causal:
+        leader = _at_most(first + stride - 1, group_size - 1)
+        start = _at_least_zero(leader - kernel_size + 1)
+        return start, place - start + 1
+    leader = _at_most(first + stride // 2, group_size - 1)
+    start = _at_most(_at_least_zero(leader - kernel_size // 2), group_size - kernel_size)
+    return start, start * 0 + kernel_size
+
+
+def axis_windows(
+    size: int,
+    kernel_size: int,
+    stride: int,
+    dilation: int,
+    is_causal: bool,
+    device: torch.device | None = None,
+) -> tuple[Tensor, Tensor]:
+    """:func:`window_of` for every query of an axis; ``size`` may be symbolic.
+
+    Returns:
+        start, length: int64 (size,); query i sees the places start[i] … start[i] + length[i] − 1
+        of its own group, which are the positions place · dilation + i mod dilation.
+    """
+    position = torch.arange(size, device=device)
+    group_size = (size - position % dilation + dilation - 1) // dilation
+    return window_of(position // dilation, group_size, kernel_size, stride, is_causal)
+
+
+def cross_index(outer: Tensor, inner: Tensor, size: int) -> Tensor:
+    """Row-major indices over two axes from indices over each: (A, B) and (C, D) → (A·C, B·D).
+
+    ``size`` is that of the inner axis.
+    """
+    return _cross(outer * size, inner, torch.add)
+
+
+def cross_mask(outer: Tensor, inner: Tensor) -> Tensor:
+    """What is allowed along both axes: (A, B) and (C, D) → (A·C, B·D)."""
+    return _cross(outer, inner, torch.logical_and)
+
+
+def _cross(outer: Tensor, inner: Tensor, combine: Callable[[Tensor, Tensor], Tensor]) -> Tensor:
+    return combine(outer[:, None, :, None], inner[None, :, None, :]).flatten(2).flatten(0, 1)
+
+
+def _at_most(value: IntOrTensor, limit: IntOrTensor) -> IntOrTensor:
+    if isinstance(value, Tensor):
+        return torch.minimum(value, limit)
+    return min(value, limit)
+
+
+def _at_least_zero(value: IntOrTensor) -> IntOrTensor:
+    if isinstance(value, Tensor):
+        return value.clamp(min=0)
+    return max(value, 0)

@@ -1,0 +1,145 @@
+"""How the tiled backend of neighborhood attention cuts a map: tiles that lie alike share a mask.
+
+Neighborhood attention: https://arxiv.org/abs/2204.07143.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ops.neighborhood._geometry import cross_index, cross_mask, window_of
+
+__all__ = ["Tiles", "tiles_of_map"]
+
+# Queries of a tile along each axis, by the rank of the map. Larger tiles share more keys, smaller
+# ones mask fewer.
+_TILE_SIZE = {1: (64,), 2: (8, 8), 3: (2, 4, 4)}
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """Tiles whose queries and keys lie alike, so that one mask and one bias serve them all.
+
+    Attributes:
+        queries: (tiles, T) tokens of the map.
+        keys: (tiles, U) tokens of the map, the union of the queries' windows.
+        visible: (T, U) bool, which of them a query sees.
+        offsets: (T, U) entries of the flattened relative position bias; any where not visible.
+        all_visible: whether every query sees every key of its tile, so that no mask is needed.
+    """
+
+    queries: Tensor
+    keys: Tensor
+    visible: Tensor
+    offsets: Tensor
+    all_visible: bool = False
+
+    def split(self, tiles: int) -> Iterator[Tiles]:
+        """Pieces of up to so many tiles."""
+        for queries, keys in zip(self.queries.split(tiles), self.keys.split(tiles), strict=True):
+            yield replace(self, queries=queries, keys=keys)
+
+
+@functools.lru_cache(maxsize=32)
+def tiles_of_map(
+    size: tuple[int, ...],
+    kernel_size: tuple[int, ...],
+    stride: tuple[int, ...],
+    dilation: tuple[int, ...],
+    is_causal: tuple[bool, ...],
+    device: torch.device,
+) -> tuple[Tiles, ...]:
+    """All tiles of a map; every query lies in exactly one."""
+    tile_size = _TILE_SIZE[len(size)]
+    along_axes = [
+        _tiles_of_axis(n, k, s, d, causal, tile, device)
+        for n, k, s, d, causal, tile in zip(
+            size, kernel_size, stride, dilation, is_causal, tile_size, strict=True
+        )
+    ]
+    return tuple(_cross(tiles, size, kernel_size) for tiles in itertools.product(*along_axes))
+
+
+def _cross(
+    along_axes: tuple[Tiles, ...], size: tuple[int, ...], kernel_size: tuple[int, ...]
+) -> Tiles:
+    """The tiles of a map that lie so along each axis."""
+    first, *others = along_axes
+    queries, keys, visible, offsets = first.queries, first.keys, first.visible, first.offsets
+    for tiles, n, k in zip(others, size[1:], kernel_size[1:], strict=True):
+        queries = cross_index(queries, tiles.queries, n)
+        keys = cross_index(keys, tiles.keys, n)
+        visible = cross_mask(visible, tiles.visible)
+        offsets = cross_index(offsets, tiles.offsets, 2 * k - 1)
+    return Tiles(queries, keys, visible, offsets, all_visible=bool(visible.all()))
+
+
+def _tiles_of_axis(
+    n: int,
+    kernel_size: int,
+    stride: int,
+    dilation: int,
+    is_causal: bool,
+    tile_size: int,
+    device: torch.device,
+) -> list[Tiles]:
+    """The tiles of one axis; none crosses a dilation group."""
+    alike: dict[tuple, list[tuple[int, int]]] = {}
+    for group in range(dilation):
+        group_size = (n - group + dilation - 1) // dilation
+        step = _even_tile_size(group_size, tile_size, stride)
+        for first in range(0, group_size, step):
+            windows = [
+                window_of(place, group_size, kernel_size, stride, is_causal)
+                for place in range(first, min(first + step, group_size))
+            ]
+            first_key = windows[0][0]
+            looks = tuple((start - first_key, length) for start, length in windows)
+            position = (first * dilation + group, first_key * dilation + group)
+            alike.setdefault((first_key - first, looks), []).append(position)
+    return [
+        _axis_tiles(positions, shift, looks, kernel_size, dilation, device)
+        for (shift, looks), positions in alike.items()
+    ]
+
+
+def _axis_tiles(
+    positions: list[tuple[int, int]],
+    shift: int,
+    looks: tuple[tuple[int, int], ...],
+    kernel_size: int,
+    dilation: int,
+    device: torch.device,
+) -> Tiles:
+    """Tiles from the positions of their first query and key, and from how a tile looks inside.
+
+    ``shift`` is the place of the first key less that of the first query, ``looks`` the window of
+    every query, counted from the first key.
+    """
+    first_query, first_key = torch.tensor(positions, device=device).T.unsqueeze(-1)
+    start, length = torch.tensor(looks, device=device).T.unsqueeze(-1)
+    query = torch.arange(len(looks), device=device)
+    key = torch.arange(sum(looks[-1]), device=device)
+    return Tiles(
+        first_query + query * dilation,
+        first_key + key * dilation,
+        (key >= start) & (key < start + length),
+        (shift + key - query[:, None] + kernel_size - 1).clamp(0, 2 * kernel_size - 2),
+    )
+
+
+def _even_tile_size(group_size: int, tile_size: int, stride: int) -> int:
+    """A whole number of strides near ``tile_size`` that cuts the group into like pieces.
+
+    Whole strides, because only then the tiles look alike.
+    """
+    strides = -(-group_size // stride)
+    strides_of_tile = max(1, round(tile_size / stride))
+    pieces = max(1, round(strides / strides_of_tile))
+    return -(-strides // pieces) * stride

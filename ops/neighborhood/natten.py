@@ -1,0 +1,155 @@
+"""The kernels of NATTEN, where the user has installed it and it can do the call.
+
+Generalized neighborhood attention: https://arxiv.org/abs/2504.16922. NATTEN is imported on first
+use; without it this backend says so.
+"""
+
+from __future__ import annotations
+
+import functools
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ops.neighborhood._geometry import NAParams
+
+__all__ = ["attend", "is_fused", "supports"]
+
+
+def is_fused(query: Tensor, key: Tensor, value: Tensor) -> bool:
+    """Whether NATTEN has a compiled kernel for these; what PyPI installs has none at all."""
+    if _library() is None:
+        return False
+    kernel = _kernel("choose_backend", query, key, value)
+    return kernel is not None and not kernel.startswith("flex")
+
+
+def supports(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    rpb: Tensor | None,
+    params: NAParams,
+) -> str | None:
+    """``None`` if NATTEN can do this call on this device, else the reason."""
+    if _library() is None:
+        return "natten is not installed; `pip install natten`"
+    if rpb is not None:
+        return "natten has no relative position bias"
+    if 1 in params.kernel_size:
+        return f"natten needs kernel sizes of 2 or more, got {params.kernel_size}"
+    if params.scale == 0:
+        return "natten takes a scale of 0 for its default"
+    tensors = (query, key, value, additional_keys, additional_values)
+    if query.device.type == "cpu":
+        # There NATTEN runs on torch's flex attention.
+        if any(tensor is not None and tensor.requires_grad for tensor in tensors):
+            return "natten has no backward on CPU and takes nothing that requires a gradient there"
+        if torch.compiler.is_compiling():
+            return "natten cannot be compiled on CPU"
+    whole_map = params.kernel_size == tuple(query.shape[1:-2])
+    if not whole_map and _kernel("choose_backend", query, key, value) is None:
+        return _no_kernel(query, value)
+    # Additional keys and windows as large as the map go to its attention of whole sequences.
+    if whole_map or additional_keys is not None:
+        flat = (tensor.flatten(1, -3) for tensor in (query, key, value))
+        causal = whole_map and params.is_causal == (True,)
+        if _kernel("choose_fmha_backend", *flat, is_causal=causal, is_varlen=False) is None:
+            return _no_kernel(query, value)
+    return None
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    rpb: Tensor | None,
+    params: NAParams,
+) -> tuple[Tensor, Tensor]:
+    """Neighborhood attention and its lse; shapes as in :mod:`ops.neighborhood`."""
+    out, lse = _run(query, key, value, additional_keys, additional_values, params)
+    differentiable = (query, key, additional_keys)
+    if params.return_lse and any(t is not None and t.requires_grad for t in differentiable):
+        lse = _with_gradient(lse, query, key, additional_keys, params)
+    return out, lse
+
+
+def _with_gradient(
+    lse: Tensor, query: Tensor, key: Tensor, additional_keys: Tensor | None, params: NAParams
+) -> Tensor:
+    """The lse with its gradient, which NATTEN's kernels leave out.
+
+    With the weights p of the attention held constant, scale · query · Σ p·key has the gradient of
+    the lse in query and in key; and Σ p·key is the attention with the keys for values.
+    """
+    mean_key, _ = _run(
+        query.detach(),
+        key.detach(),
+        key,
+        None if additional_keys is None else additional_keys.detach(),
+        additional_keys,
+        params,
+    )
+    same_gradient = params.scale * (query.to(lse.dtype) * mean_key).sum(-1)
+    return lse.detach() + (same_gradient - same_gradient.detach())
+
+
+def _run(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    params: NAParams,
+) -> tuple[Tensor, Tensor]:
+    library = _library()
+    assert library is not None
+    attention = (library.na1d, library.na2d, library.na3d)[params.rank - 1]
+    # NATTEN refuses a query with strides where there are additional keys.
+    return attention(
+        query.contiguous(),
+        key.contiguous(),
+        value.contiguous(),
+        kernel_size=params.kernel_size,
+        stride=params.stride,
+        dilation=params.dilation,
+        is_causal=params.is_causal,
+        scale=params.scale,
+        additional_keys=additional_keys,
+        additional_values=additional_values,
+        return_lse=True,
+    )
+
+
+@torch.compiler.assume_constant_result
+def _library() -> ModuleType | None:
+    return _import_natten()
+
+
+@functools.cache
+def _import_natten() -> ModuleType | None:
+    try:
+        import natten
+    except ImportError:
+        return None
+    return natten
+
+
+def _kernel(chooser: str, *tensors: Tensor, **options: bool) -> str | None:
+    """Which kernel NATTEN itself would take, or ``None``."""
+    from natten import backends
+
+    try:
+        return getattr(backends, chooser)(*tensors, torch_compile=False, **options)
+    except NotImplementedError:
+        return None
+
+
+def _no_kernel(query: Tensor, value: Tensor) -> str:
+    dims = f"head dims {query.shape[-1]} and {value.shape[-1]}"
+    return f"natten has no kernel for {dims} in {query.dtype} on {query.device}"

@@ -1,0 +1,93 @@
+"""What neighborhood attention means, in the fewest lines: gather the window, then softmax.
+
+Neighborhood attention: https://arxiv.org/abs/2204.07143. Any device, dtype and size, symbolic sizes
+included; memory grows with the number of keys in a window.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ops.neighborhood._geometry import NAParams, axis_windows, cross_index, cross_mask
+
+__all__ = ["attend", "supports"]
+
+
+def supports(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    rpb: Tensor | None,
+    params: NAParams,
+) -> str | None:
+    """``None``: there is no call that this backend cannot do."""
+    return None
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    rpb: Tensor | None,
+    params: NAParams,
+) -> tuple[Tensor, Tensor]:
+    """Neighborhood attention and its lse; shapes as in :mod:`ops.neighborhood`."""
+    size, dtype = query.shape[1:-2], query.dtype
+    precise = torch.promote_types(dtype, torch.float32)
+    repeats = query.shape[-2] // key.shape[-2]
+    keys, offsets, visible = _windows(size, params, query.device)
+
+    def tokens(tensor: Tensor, repeats: int) -> Tensor:  # (B, N, H, D)
+        return tensor.to(precise).flatten(1, -3).repeat_interleave(repeats, dim=-2)
+
+    query = tokens(query, 1) * params.scale
+    key, value = tokens(key, repeats)[:, keys], tokens(value, repeats)[:, keys]  # (B, N, K, H, D)
+    scores = torch.einsum("bnhd,bnkhd->bhnk", query, key)
+    if rpb is not None:
+        scores = scores + rpb.flatten(1)[:, offsets]
+    scores = scores.masked_fill(~visible, -math.inf)
+    if additional_keys is not None:
+        extra = torch.einsum("bnhd,bmhd->bhnm", query, tokens(additional_keys, repeats))
+        scores = torch.cat([scores, extra], dim=-1)
+    weights = scores.softmax(dim=-1)
+    out = torch.einsum("bhnk,bnkhd->bnhd", weights[..., : keys.shape[1]], value)
+    if additional_values is not None:
+        extra = weights[..., keys.shape[1] :]
+        out = out + torch.einsum("bhnm,bmhd->bnhd", extra, tokens(additional_values, repeats))
+    lse = scores.logsumexp(dim=-1).transpose(1, 2)
+    return out.to(dtype).unflatten(1, size), lse.unflatten(1, size)
+
+
+def _windows(
+    size: Sequence[int], params: NAParams, device: torch.device
+) -> tuple[Tensor, Tensor, Tensor]:
+    """For every query (N) and key of its window (K), flat over the axes, both (N, K).
+
+    Returns:
+        keys: which token it is. offsets: which entry of the flattened rpb belongs to it.
+        visible: whether it is there at all; only causal windows are not full.
+    """
+    keys = offsets = torch.zeros(1, 1, dtype=torch.long, device=device)
+    visible = torch.ones(1, 1, dtype=torch.bool, device=device)
+
+    for n, k, s, d, causal in zip(
+        size, params.kernel_size, params.stride, params.dilation, params.is_causal, strict=True
+    ):
+        start, length = axis_windows(n, k, s, d, causal, device)
+        position, step = torch.arange(n, device=device), torch.arange(k, device=device)
+        place = start[:, None] + step  # (n, k)
+        # A place beyond a causal window must still be an index; it is masked.
+        seen = step < length[:, None]
+        place = torch.where(seen, place, start[:, None])
+        keys = cross_index(keys, place * d + position[:, None] % d, n)
+        offsets = cross_index(offsets, place - position[:, None] // d + k - 1, 2 * k - 1)
+        visible = cross_mask(visible, seen)
+    return keys, offsets, visible

@@ -1,0 +1,281 @@
+"""Neighborhood attention as one fused Triton kernel for one, two and three axes, with gradients.
+
+Hassani et al., "Neighborhood Attention Transformer" (CVPR 2023, https://arxiv.org/abs/2204.07143),
+strides and causal axes as in https://arxiv.org/abs/2504.16922. See :mod:`ops.neighborhood` for
+what a backend takes and returns.
+
+The kernels run on NVIDIA GPUs from compute capability 8.0 on, and on any device in Triton's
+interpreter (``TRITON_INTERPRET=1`` when triton is first imported), which is how they are tested
+without a GPU. Tiles are tuned on first use, once for each kind of call (so call once before
+capturing a CUDA graph); under ``torch.use_deterministic_algorithms(True)`` fixed ones are taken
+instead. Either way nothing is summed by atomics, and repeated calls give equal bits. float32
+products follow torch's setting for CUDA (``torch.set_float32_matmul_precision``): three TF32
+products each, which is as exact as float32, unless it allows TF32.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ops.neighborhood._geometry import NAParams
+
+__all__ = ["attend", "supports"]
+
+_MAX_HEAD_DIM = 256
+_OLDEST_TRITON = (3, 4)
+
+
+def _triton_problem() -> str | None:
+    """Why the installed triton will not do; found out without importing it."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        # Nightly builds ship it under other names, and are new.
+        return None
+    if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST_TRITON:
+        return f"triton 3.4 or newer is needed, found {version}"
+    return None
+
+
+_TRITON_PROBLEM = _triton_problem()
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+def supports(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    rpb: Tensor | None,
+    params: NAParams,
+) -> str | None:
+    """None if the kernels can do this call, else the reason in words."""
+    if _TRITON_PROBLEM is not None:
+        return _TRITON_PROBLEM
+    if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+        return f"the kernels compute in float32, float16 or bfloat16, got {query.dtype}"
+    if query.device.type != "cuda" and not (query.device.type == "cpu" and _interpreting()):
+        return (
+            f"the kernels need a CUDA device, got {query.device.type} "
+            "(on the CPU they run only in the interpreter, with TRITON_INTERPRET=1)"
+        )
+    if query.device.type == "cuda":
+        if torch.version.hip is not None:
+            return "the kernels are written for NVIDIA's GPUs"
+        if torch.cuda.get_device_properties(query.device).major < 8:
+            return f"the kernels need compute capability 8.0 or newer, {query.device} has less"
+    widest = max(query.shape[-1], value.shape[-1])
+    if widest > _MAX_HEAD_DIM:
+        return f"head dims go up to {_MAX_HEAD_DIM}, got {widest}"
+    # Within one head of one image the kernels count in 32 bits. Under export the sizes are
+    # symbols, on which such a limit would be a constraint.
+    if not torch.compiler.is_compiling() and any(_span(t) >= 2**31 for t in (query, key, value)):
+        return "one head of one image spans 2^31 elements or more"
+    return None
+
+
+def _span(tensor: Tensor) -> int:
+    """Distance in elements from the first to the last token of a head of an image."""
+    return sum(
+        (n - 1) * stride
+        for n, stride in zip(tensor.shape[1:-2], tensor.stride()[1:-2], strict=True)
+    )
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    rpb: Tensor | None,
+    params: NAParams,
+) -> tuple[Tensor, Tensor]:
+    """Neighborhood attention and its log-sum-exp, differentiable in every tensor.
+
+    Shapes as in :mod:`ops.neighborhood`. Gradients of gradients are not available.
+    """
+    out: Tensor
+    lse: Tensor
+    out, lse = _attend_op(
+        query,
+        key,
+        value,
+        additional_keys,
+        additional_values,
+        rpb,
+        params.kernel_size,
+        params.stride,
+        params.dilation,
+        params.is_causal,
+        params.scale,
+    )
+    return out, lse
+
+
+_PARAMS = "int[] kernel_size, int[] stride, int[] dilation, bool[] is_causal, float scale"
+_INPUTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? additional_keys, Tensor? additional_values, "
+    "Tensor? rpb"
+)
+
+
+def _params(
+    kernel_size: list[int],
+    stride: list[int],
+    dilation: list[int],
+    is_causal: list[bool],
+    scale: float,
+) -> NAParams:
+    return NAParams(tuple(kernel_size), tuple(stride), tuple(dilation), tuple(is_causal), scale)
+
+
+@torch.library.custom_op(
+    "vision_backbones::triton_neighborhood",
+    mutates_args=(),
+    schema=f"({_INPUTS}, {_PARAMS}) -> (Tensor, Tensor)",
+)
+def _attend_op(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    rpb: Tensor | None,
+    kernel_size: list[int],
+    stride: list[int],
+    dilation: list[int],
+    is_causal: list[bool],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    # Imported on first use, because triton need not be installed.
+    from ops.neighborhood.triton import launch
+
+    return launch.forward(
+        query,
+        key,
+        value,
+        additional_keys,
+        additional_values,
+        None if rpb is None else rpb.contiguous(),
+        _params(kernel_size, stride, dilation, is_causal, scale),
+    )
+
+
+@_attend_op.register_fake
+def _(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    rpb: Tensor | None,
+    kernel_size: list[int],
+    stride: list[int],
+    dilation: list[int],
+    is_causal: list[bool],
+    scale: float,
+) -> tuple[Tensor, Tensor]:
+    out = query.new_empty(*query.shape[:-1], value.shape[-1])
+    return out, query.new_empty(query.shape[:-1], dtype=torch.float32)
+
+
+@torch.library.custom_op(
+    "vision_backbones::triton_neighborhood_backward",
+    mutates_args=(),
+    schema=(
+        f"(Tensor grad_out, Tensor? grad_lse, {_INPUTS}, Tensor out, Tensor lse, {_PARAMS}, "
+        "bool[] needed) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+    ),
+)
+def _backward_op(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    rpb: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    dilation: list[int],
+    is_causal: list[bool],
+    scale: float,
+    needed: list[bool],
+) -> tuple[Tensor, ...]:
+    from ops.neighborhood.triton import launch
+
+    grads = launch.backward(
+        grad_out,
+        grad_lse,
+        query,
+        key,
+        value,
+        additional_keys,
+        additional_values,
+        None if rpb is None else rpb.contiguous(),
+        out,
+        lse,
+        _params(kernel_size, stride, dilation, is_causal, scale),
+        needed,
+    )
+    # An operator returns tensors always; an empty one stands for a gradient that is not needed.
+    return tuple(query.new_empty(0) if grad is None else grad for grad in grads)
+
+
+@_backward_op.register_fake
+def _(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    rpb: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    kernel_size: list[int],
+    stride: list[int],
+    dilation: list[int],
+    is_causal: list[bool],
+    scale: float,
+    needed: list[bool],
+) -> tuple[Tensor, ...]:
+    inputs = (query, key, value, additional_keys, additional_values, rpb)
+    wanted = (needed[0], needed[1], needed[1], needed[2], needed[2], needed[3])
+    return tuple(
+        tensor.new_empty(tensor.shape) if tensor is not None and want else query.new_empty(0)
+        for tensor, want in zip(inputs, wanted, strict=True)
+    )
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:6], *output)
+    ctx.params = inputs[6:]
+
+
+def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Any, ...]:
+    needs = ctx.needs_input_grad
+    needed = [needs[0], needs[1] or needs[2], needs[3] or needs[4], needs[5]]
+    grads = _backward_op(grad_out, grad_lse, *ctx.saved_tensors, *ctx.params, needed)
+    used = (grad if need else None for grad, need in zip(grads, needs, strict=False))
+    return (*used, None, None, None, None, None)
+
+
+_attend_op.register_autograd(_backward, setup_context=_setup_context)

@@ -1,0 +1,229 @@
+"""Triton kernels of neighborhood attention, backward: what all queries share, without atomics.
+
+Hassani et al., "Neighborhood Attention Transformer" (CVPR 2023, https://arxiv.org/abs/2204.07143),
+with the recomputed scores of Dao, "FlashAttention-2" (2023, https://arxiv.org/abs/2307.08691).
+"""
+
+# The annotations of a kernel are Triton's, not Python's.
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+
+import triton
+import triton.language as tl
+
+from ops.neighborhood.triton.geometry import (
+    LOG2_E,
+    dot,
+    end_key,
+    first_key,
+    head_start,
+    in_window,
+    load_rows,
+    store_rows,
+    token_offsets,
+)
+
+
+@triton.jit
+def grad_extra_kernel(
+    q_ptr,
+    extra_k_ptr,
+    extra_v_ptr,
+    grad_out_ptr,
+    lse_ptr,
+    delta_ptr,
+    partial_k_ptr,
+    partial_v_ptr,
+    q_strides,
+    extra_k_strides,
+    extra_v_strides,
+    grad_out_strides,
+    lse_strides,
+    size,
+    batches,
+    kv_heads,
+    heads_per_kv,
+    num_extra,
+    splits,
+    scale,
+    DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    PADDED_VALUE_DIM: tl.constexpr,
+    PRECISION: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLUMNS: tl.constexpr,
+):
+    """Gradients of the additional keys and values, which every query sees.
+
+    There are few of them and many queries, so the queries are split among programs; the partial
+    sums, [splits, B, N, H_kv, D] and contiguous, are added afterwards in a fixed order.
+    """
+    pid = tl.program_id(0)
+    tiles = tl.cdiv(num_extra, ROWS)
+    extra = pid % tiles * ROWS + tl.arange(0, ROWS)
+    split = pid // tiles % splits
+    kv_head = pid // tiles // splits % kv_heads
+    batch = pid // tiles // splits // kv_heads
+    valid = extra < num_extra
+    extra_k_ptr += batch.to(tl.int64) * extra_k_strides[0] + kv_head * extra_k_strides[2]
+    extra_v_ptr += batch.to(tl.int64) * extra_v_strides[0] + kv_head * extra_v_strides[2]
+    k = load_rows(
+        extra_k_ptr, extra * extra_k_strides[1], extra_k_strides[3], valid, DIM, PADDED_DIM
+    )
+    v = load_rows(
+        extra_v_ptr, extra * extra_v_strides[1], extra_v_strides[3], valid,
+        VALUE_DIM, PADDED_VALUE_DIM,
+    )  # fmt: skip
+    tokens = size[0] * size[1] * size[2]
+    blocks = tl.cdiv(tl.cdiv(tokens, COLUMNS), splits)
+    acc_k = tl.zeros([ROWS, PADDED_DIM], tl.float32)
+    acc_v = tl.zeros([ROWS, PADDED_VALUE_DIM], tl.float32)
+    for index in range(heads_per_kv * blocks):
+        head = kv_head * heads_per_kv + index // blocks
+        token = (split * blocks + index % blocks) * COLUMNS + tl.arange(0, COLUMNS)
+        token_valid = token < tokens
+        z = token // (size[1] * size[2])
+        y = token // size[2] % size[1]
+        x = token % size[2]
+        s = q_strides
+        q_at = z * s[1] + y * s[2] + x * s[3]
+        q_head = q_ptr + head_start(s, batch, head)
+        q = load_rows(q_head, q_at, s[5], token_valid, DIM, PADDED_DIM)
+        s = grad_out_strides
+        grad_at = z * s[1] + y * s[2] + x * s[3]
+        grad_head = grad_out_ptr + head_start(s, batch, head)
+        grad_out = load_rows(grad_head, grad_at, s[5], token_valid, VALUE_DIM, PADDED_VALUE_DIM)
+        s = lse_strides
+        lse_at = head_start(s, batch, head) + z * s[1] + y * s[2] + x * s[3]
+        lse = tl.load(lse_ptr + lse_at, mask=token_valid, other=0.0) * LOG2_E
+        delta = tl.load(delta_ptr + lse_at, mask=token_valid, other=0.0)
+        scores = dot(k, tl.trans(q), PRECISION) * (scale * LOG2_E)
+        scores = tl.where(valid[:, None] & token_valid[None, :], scores, float("-inf"))
+        p = tl.math.exp2(scores - lse[None, :])
+        acc_v += dot(p.to(grad_out.dtype), grad_out, PRECISION)
+        grad_scores = p * (dot(v, tl.trans(grad_out), PRECISION) - delta[None, :])
+        acc_k += dot(grad_scores.to(q.dtype), q, PRECISION)
+    row = ((split * batches + batch).to(tl.int64) * num_extra + extra) * kv_heads + kv_head
+    store_rows(partial_k_ptr, row * DIM, 1, valid, acc_k * scale, DIM, PADDED_DIM)
+    store_rows(partial_v_ptr, row * VALUE_DIM, 1, valid, acc_v, VALUE_DIM, PADDED_VALUE_DIM)
+
+
+@triton.jit
+def grad_bias_kernel(
+    q_ptr,
+    k_ptr,
+    v_ptr,
+    bias_ptr,
+    grad_out_ptr,
+    lse_ptr,
+    delta_ptr,
+    partial_ptr,
+    q_strides,
+    k_strides,
+    v_strides,
+    grad_out_strides,
+    lse_strides,
+    size,
+    batches,
+    heads,
+    heads_per_kv,
+    splits,
+    scale,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    DILATION: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    DIM: tl.constexpr,
+    VALUE_DIM: tl.constexpr,
+    PADDED_DIM: tl.constexpr,
+    PADDED_VALUE_DIM: tl.constexpr,
+    PRECISION: tl.constexpr,
+    SPAN: tl.constexpr,
+):
+    """Gradient of the relative position bias, summed without atomics in a fixed order.
+
+    A program fixes the head, the distance from query to key along z and y, and how far a span of
+    keys lies from its span of queries along x. Over all lines of all images the distances along x
+    are then the same [SPAN, SPAN] matrix, so the gradients of the scores are added up in place,
+    and only at the end does one sum a diagonal give the table's entries. Entry l of a program's
+    2 * SPAN partial sums belongs to the distance (spans_away - 1) * SPAN + l - (KERNEL_x - 1).
+    """
+    wide_z: tl.constexpr = 2 * KERNEL[0] - 1
+    wide_y: tl.constexpr = 2 * KERNEL[1] - 1
+    wide_x: tl.constexpr = 2 * KERNEL[2] - 1
+    SPANS: tl.constexpr = (wide_x - 1 + SPAN + SPAN - 1) // SPAN
+    pid = tl.program_id(0)
+    spans_away = pid % SPANS
+    table_y = pid // SPANS % wide_y
+    table_z = pid // (SPANS * wide_y) % wide_z
+    head = pid // (SPANS * wide_y * wide_z) % heads
+    split = pid // (SPANS * wide_y * wide_z) // heads
+    kv_head = head // heads_per_kv
+    bias_ptr += ((head * wide_z + table_z) * wide_y + table_y) * wide_x
+
+    tiles = tl.cdiv(tl.cdiv(size[2], DILATION[2]), SPAN)
+    lines = batches * size[0] * size[1] * DILATION[2] * tiles
+    per_split = tl.cdiv(lines, splits)
+    span = tl.arange(0, SPAN)
+    acc = tl.zeros([SPAN, SPAN], tl.float32)
+    for line in range(split * per_split, tl.minimum((split + 1) * per_split, lines)):
+        query_x0 = line % tiles * SPAN
+        key_x0 = query_x0 - (KERNEL[2] - 1) + spans_away * SPAN
+        image_line = line // (tiles * DILATION[2])
+        z = image_line // size[1] % size[0]
+        y = image_line % size[1]
+        batch = image_line // size[1] // size[0]
+        group = (z % DILATION[0], y % DILATION[1], line // tiles % DILATION[2])
+        length = (
+            (size[0] - group[0] + DILATION[0] - 1) // DILATION[0],
+            (size[1] - group[1] + DILATION[1] - 1) // DILATION[1],
+            (size[2] - group[2] + DILATION[2] - 1) // DILATION[2],
+        )
+        query_z = z // DILATION[0]
+        query_y = y // DILATION[1]
+        key_z = query_z + table_z - (KERNEL[0] - 1)
+        key_y = query_y + table_y - (KERNEL[1] - 1)
+        last_x = tl.minimum(query_x0 + SPAN, length[2]) - 1
+        low_x = first_key(query_x0, length[2], KERNEL[2], STRIDE[2], CAUSAL[2])
+        end_x = end_key(last_x, length[2], KERNEL[2], STRIDE[2], CAUSAL[2])
+        meets = in_window(query_z, key_z, length[0], KERNEL[0], STRIDE[0], CAUSAL[0])
+        meets &= in_window(query_y, key_y, length[1], KERNEL[1], STRIDE[1], CAUSAL[1])
+        meets &= (last_x >= query_x0) & (low_x < key_x0 + SPAN) & (end_x > key_x0)
+        if meets:
+            query = (query_z, query_y, query_x0 + span)
+            key = (key_z, key_y, key_x0 + span)
+            query_valid = query[2] < length[2]
+            key_valid = (key[2] >= 0) & (key[2] < length[2])
+            q_at = token_offsets(q_strides, query, group, DILATION)
+            q_head = q_ptr + head_start(q_strides, batch, head)
+            q = load_rows(q_head, q_at, q_strides[5], query_valid, DIM, PADDED_DIM)
+            k_at = token_offsets(k_strides, key, group, DILATION)
+            k_head = k_ptr + head_start(k_strides, batch, kv_head)
+            k = load_rows(k_head, k_at, k_strides[5], key_valid, DIM, PADDED_DIM)
+            v_at = token_offsets(v_strides, key, group, DILATION)
+            v_head = v_ptr + head_start(v_strides, batch, kv_head)
+            v = load_rows(v_head, v_at, v_strides[5], key_valid, VALUE_DIM, PADDED_VALUE_DIM)
+            grad_at = token_offsets(grad_out_strides, query, group, DILATION)
+            grad_head = grad_out_ptr + head_start(grad_out_strides, batch, head)
+            grad_out = load_rows(
+                grad_head, grad_at, grad_out_strides[5], query_valid, VALUE_DIM, PADDED_VALUE_DIM
+            )
+            lse_at = head_start(lse_strides, batch, head)
+            lse_at += token_offsets(lse_strides, query, group, DILATION)
+            lse = tl.load(lse_ptr + lse_at, mask=query_valid, other=0.0)
+            delta = tl.load(delta_ptr + lse_at, mask=query_valid, other=0.0)
+
+            query_x = query[2][:, None]
+            key_x = key[2][None, :]
+            seen = in_window(query_x, key_x, length[2], KERNEL[2], STRIDE[2], CAUSAL[2])
+            bias_at = bias_ptr + (key_x - query_x + (KERNEL[2] - 1))
+            bias = tl.load(bias_at, mask=seen, other=0.0).to(tl.float32)
+            scores = dot(q, tl.trans(k), PRECISION) * scale + bias
+            scores = tl.where(seen, scores, float("-inf"))
+            p = tl.math.exp2((scores - lse[:, None]) * LOG2_E)
+            acc += p * (dot(grad_out, tl.trans(v), PRECISION) - delta[:, None])
+
+    partial_ptr += pid.to(tl.int64) * (2 * SPAN)
+    diagonal = span[None, :] - span[:, None] + SPAN
+    for entry in range(2 * SPAN):
+        tl.store(partial_ptr + entry, tl.sum(tl.where(diagonal == entry, acc, 0.0)))

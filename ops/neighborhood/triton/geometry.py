@@ -1,0 +1,342 @@
+"""What the Triton kernels of neighborhood attention share: windows, tiles, masks, memory.
+
+Hassani et al., "Neighborhood Attention Transformer" (CVPR 2023, https://arxiv.org/abs/2204.07143);
+strides and causal axes as in https://arxiv.org/abs/2504.16922.
+
+Every map has three axes here (shorter ranks are padded in front with axes of length 1). A program
+owns a tile of one dilation group of one head: `TILE` positions whose rows it keeps in registers,
+and it walks over the positions that they meet in blocks of `BLOCK`. Because windows move
+monotonically along an axis, the positions that a tile meets form a box whose corners follow from
+the first and the last position of the tile. The walk starts at the box's low corner, aligned to
+nothing, which is what keeps the number of blocks small for small windows.
+
+Coordinates are counted within the dilation group, in triples (z, y, x). Strides are those of
+[B, Z, Y, X, H, D] tensors, in elements. Scores live in units of log2, so that exp2 serves.
+"""
+# The annotations of a kernel are Triton's, not Python's.
+# mypy: disable-error-code="no-untyped-def, no-untyped-call"
+
+import triton
+import triton.language as tl
+
+# Triton's interpreter computes on NumPy arrays, which know no bfloat16.
+_INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+LOG2_E = tl.constexpr(1.4426950408889634)
+LN_2 = tl.constexpr(0.6931471805599453)
+# Where the running maximum starts: finite, so that a row that has met no key yet yields no NaN.
+LOWEST = tl.constexpr(-1.0e38)
+
+
+@triton.jit
+def dot(a, b, PRECISION: tl.constexpr):
+    if _INTERPRETED:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32))
+    else:
+        return tl.dot(a, b, input_precision=PRECISION)
+
+
+# ---------------------------------------------------------------- windows along one axis
+
+
+@triton.jit
+def first_key(query, length, KERNEL: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr):
+    """First key that `query` sees; never decreases with `query`."""
+    if CAUSAL:
+        leader = tl.minimum(query // STRIDE * STRIDE + (STRIDE - 1), length - 1)
+        return tl.maximum(leader - (KERNEL - 1), 0)
+    else:
+        leader = tl.minimum(query // STRIDE * STRIDE + STRIDE // 2, length - 1)
+        return tl.minimum(tl.maximum(leader - KERNEL // 2, 0), length - KERNEL)
+
+
+@triton.jit
+def end_key(query, length, KERNEL: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr):
+    """One past the last key that `query` sees; never decreases with `query`."""
+    if CAUSAL:
+        return query + 1
+    else:
+        return first_key(query, length, KERNEL, STRIDE, CAUSAL) + KERNEL
+
+
+@triton.jit
+def first_query(key, length, KERNEL: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr):
+    """First query whose window ends after `key` (`length` if there is none)."""
+    if CAUSAL:
+        return key
+    else:
+        # The window must start at key - KERNEL + 1 or later, which bounds the leader from below.
+        leader = key - (KERNEL - 1) + KERNEL // 2
+        stride_block = (tl.maximum(leader - STRIDE // 2, 0) + (STRIDE - 1)) // STRIDE
+        return tl.where(key < KERNEL, 0, tl.minimum(stride_block * STRIDE, length))
+
+
+@triton.jit
+def end_query(key, length, KERNEL: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr):
+    """One past the last query whose window starts at `key` or before."""
+    # The window must start at `key` or before, which bounds the leader from above; the last
+    # leader and the last window are clamped to the axis and then nothing bounds the query.
+    if CAUSAL:
+        leader = key + (KERNEL - 1)
+        stride_block = (leader - (STRIDE - 1)) // STRIDE
+        unbounded = leader >= length - 1
+    else:
+        leader = key + KERNEL // 2
+        stride_block = (leader - STRIDE // 2) // STRIDE
+        unbounded = (leader >= length - 1) | (key >= length - KERNEL)
+    return tl.where(unbounded, length, tl.minimum((stride_block + 1) * STRIDE, length))
+
+
+@triton.jit
+def in_window(query, key, length, KERNEL: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr):
+    """Whether `query` sees `key`; no query beyond the axis sees anything."""
+    first = first_key(query, length, KERNEL, STRIDE, CAUSAL)
+    count = end_key(query, length, KERNEL, STRIDE, CAUSAL) - first
+    count = tl.where(query < length, count, 0)
+    # Unsigned, one comparison tests both ends.
+    return (key - first).to(tl.uint32) < count.to(tl.uint32)
+
+
+# ---------------------------------------------------------------- triples of axes
+
+
+@triton.jit
+def program(size, heads, DILATION: tl.constexpr, TILE: tl.constexpr):
+    """Batch, head, dilation group, first position of the tile, lengths of the group's axes."""
+    tiles_z = tl.cdiv(tl.cdiv(size[0], DILATION[0]), TILE[0])
+    tiles_y = tl.cdiv(tl.cdiv(size[1], DILATION[1]), TILE[1])
+    tiles_x = tl.cdiv(tl.cdiv(size[2], DILATION[2]), TILE[2])
+    groups = DILATION[0] * DILATION[1] * DILATION[2]
+    # Tiles run fastest, so that programs which share keys are near each other in time.
+    in_head = tl.program_id(0) % (tiles_z * tiles_y * tiles_x * groups)
+    batch_head = tl.program_id(0) // (tiles_z * tiles_y * tiles_x * groups)
+    g = in_head % groups
+    group = (
+        g // (DILATION[1] * DILATION[2]),
+        g // DILATION[2] % DILATION[1],
+        g % DILATION[2],
+    )
+    t = in_head // groups
+    origin = (
+        t // (tiles_y * tiles_x) * TILE[0],
+        t // tiles_x % tiles_y * TILE[1],
+        t % tiles_x * TILE[2],
+    )
+    length = (
+        (size[0] - group[0] + DILATION[0] - 1) // DILATION[0],
+        (size[1] - group[1] + DILATION[1] - 1) // DILATION[1],
+        (size[2] - group[2] + DILATION[2] - 1) // DILATION[2],
+    )
+    return batch_head // heads, batch_head % heads, group, origin, length
+
+
+@triton.jit
+def positions(origin, BOX: tl.constexpr):
+    i = tl.arange(0, BOX[0] * BOX[1] * BOX[2])
+    return (
+        origin[0] + i // (BOX[1] * BOX[2]),
+        origin[1] + i // BOX[2] % BOX[1],
+        origin[2] + i % BOX[2],
+    )
+
+
+@triton.jit
+def below(position, end):
+    return (position[0] < end[0]) & (position[1] < end[1]) & (position[2] < end[2])
+
+
+@triton.jit
+def last_of(origin, length, BOX: tl.constexpr):
+    return (
+        tl.minimum(origin[0] + BOX[0], length[0]) - 1,
+        tl.minimum(origin[1] + BOX[1], length[1]) - 1,
+        tl.minimum(origin[2] + BOX[2], length[2]) - 1,
+    )
+
+
+@triton.jit
+def first_keys(query, length, KERNEL: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr):
+    return (
+        first_key(query[0], length[0], KERNEL[0], STRIDE[0], CAUSAL[0]),
+        first_key(query[1], length[1], KERNEL[1], STRIDE[1], CAUSAL[1]),
+        first_key(query[2], length[2], KERNEL[2], STRIDE[2], CAUSAL[2]),
+    )
+
+
+@triton.jit
+def end_keys(query, length, KERNEL: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr):
+    return (
+        end_key(query[0], length[0], KERNEL[0], STRIDE[0], CAUSAL[0]),
+        end_key(query[1], length[1], KERNEL[1], STRIDE[1], CAUSAL[1]),
+        end_key(query[2], length[2], KERNEL[2], STRIDE[2], CAUSAL[2]),
+    )
+
+
+@triton.jit
+def first_queries(key, length, KERNEL: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr):
+    return (
+        first_query(key[0], length[0], KERNEL[0], STRIDE[0], CAUSAL[0]),
+        first_query(key[1], length[1], KERNEL[1], STRIDE[1], CAUSAL[1]),
+        first_query(key[2], length[2], KERNEL[2], STRIDE[2], CAUSAL[2]),
+    )
+
+
+@triton.jit
+def end_queries(key, length, KERNEL: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr):
+    return (
+        end_query(key[0], length[0], KERNEL[0], STRIDE[0], CAUSAL[0]),
+        end_query(key[1], length[1], KERNEL[1], STRIDE[1], CAUSAL[1]),
+        end_query(key[2], length[2], KERNEL[2], STRIDE[2], CAUSAL[2]),
+    )
+
+
+@triton.jit
+def block_counts(low, end, BLOCK: tl.constexpr):
+    """Blocks along each axis of the box from `low` to `end`, none where the box is empty."""
+    return (
+        tl.cdiv(tl.maximum(end[0] - low[0], 0), BLOCK[0]),
+        tl.cdiv(tl.maximum(end[1] - low[1], 0), BLOCK[1]),
+        tl.cdiv(tl.maximum(end[2] - low[2], 0), BLOCK[2]),
+    )
+
+
+@triton.jit
+def block_origin(index, low, counts, BLOCK: tl.constexpr):
+    return (
+        low[0] + index // (counts[1] * counts[2]) * BLOCK[0],
+        low[1] + index // counts[2] % counts[1] * BLOCK[1],
+        low[2] + index % counts[2] * BLOCK[2],
+    )
+
+
+@triton.jit
+def covers(low, end, origin, BLOCK: tl.constexpr):
+    """Whether the box from `low` to `end` holds all of the block at `origin`."""
+    return (
+        (origin[0] >= low[0])
+        & (origin[1] >= low[1])
+        & (origin[2] >= low[2])
+        & (origin[0] + BLOCK[0] <= end[0])
+        & (origin[1] + BLOCK[1] <= end[1])
+        & (origin[2] + BLOCK[2] <= end[2])
+    )
+
+
+@triton.jit
+def visible(
+    query,
+    key,
+    length,
+    RANK: tl.constexpr,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    ROWS_ARE_QUERIES: tl.constexpr,
+):
+    """Mask of the score matrix; axes that only pad the rank cost nothing."""
+    if ROWS_ARE_QUERIES:
+        q = (query[0][:, None], query[1][:, None], query[2][:, None])
+        k = (key[0][None, :], key[1][None, :], key[2][None, :])
+    else:
+        q = (query[0][None, :], query[1][None, :], query[2][None, :])
+        k = (key[0][:, None], key[1][:, None], key[2][:, None])
+    seen = in_window(q[2], k[2], length[2], KERNEL[2], STRIDE[2], CAUSAL[2])
+    if RANK >= 2:
+        seen &= in_window(q[1], k[1], length[1], KERNEL[1], STRIDE[1], CAUSAL[1])
+    if RANK == 3:
+        seen &= in_window(q[0], k[0], length[0], KERNEL[0], STRIDE[0], CAUSAL[0])
+    return seen
+
+
+@triton.jit
+def bias_offset(
+    query, key, RANK: tl.constexpr, KERNEL: tl.constexpr, ROWS_ARE_QUERIES: tl.constexpr
+):
+    """Where each pair's entry lies in a head's table: linear in key and query, hence separable."""
+    wide_y: tl.constexpr = 2 * KERNEL[1] - 1
+    wide_x: tl.constexpr = 2 * KERNEL[2] - 1
+    centre: tl.constexpr = ((KERNEL[0] - 1) * wide_y + KERNEL[1] - 1) * wide_x + KERNEL[2] - 1
+    q = query[2]
+    k = key[2]
+    if RANK >= 2:
+        q += (query[0] * wide_y + query[1]) * wide_x
+        k += (key[0] * wide_y + key[1]) * wide_x
+    if ROWS_ARE_QUERIES:
+        return (k + centre)[None, :] - q[:, None]
+    else:
+        return (k + centre)[:, None] - q[None, :]
+
+
+@triton.jit
+def finish_scores(
+    scores,
+    bias_ptr,
+    query,
+    key,
+    length,
+    interior,
+    RANK: tl.constexpr,
+    KERNEL: tl.constexpr,
+    STRIDE: tl.constexpr,
+    CAUSAL: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    MAY_FILL: tl.constexpr,
+    ROWS_ARE_QUERIES: tl.constexpr,
+):
+    """Add the bias and hide what is outside of the windows, unless the block is interior."""
+    if HAS_BIAS:
+        bias_at = bias_ptr + bias_offset(query, key, RANK, KERNEL, ROWS_ARE_QUERIES)
+    if MAY_FILL:
+        if interior:
+            if HAS_BIAS:
+                scores += tl.load(bias_at).to(tl.float32) * LOG2_E
+        else:
+            seen = visible(query, key, length, RANK, KERNEL, STRIDE, CAUSAL, ROWS_ARE_QUERIES)
+            if HAS_BIAS:
+                scores += tl.load(bias_at, mask=seen, other=0.0).to(tl.float32) * LOG2_E
+            scores = tl.where(seen, scores, float("-inf"))
+    else:
+        seen = visible(query, key, length, RANK, KERNEL, STRIDE, CAUSAL, ROWS_ARE_QUERIES)
+        if HAS_BIAS:
+            scores += tl.load(bias_at, mask=seen, other=0.0).to(tl.float32) * LOG2_E
+        scores = tl.where(seen, scores, float("-inf"))
+    return scores
+
+
+# ---------------------------------------------------------------- memory
+
+
+@triton.jit
+def head_start(strides, batch, head):
+    # 64 bits: a whole tensor may be larger than 2^31 elements, one head of one image is not.
+    return batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[4]
+
+
+@triton.jit
+def token_offsets(strides, position, group, DILATION: tl.constexpr):
+    return (
+        (position[0] * DILATION[0] + group[0]) * strides[1]
+        + (position[1] * DILATION[1] + group[1]) * strides[2]
+        + (position[2] * DILATION[2] + group[2]) * strides[3]
+    )
+
+
+@triton.jit
+def rows_mask(valid, DIM: tl.constexpr, PADDED: tl.constexpr):
+    if DIM == PADDED:
+        return valid[:, None]
+    else:
+        return valid[:, None] & (tl.arange(0, PADDED) < DIM)[None, :]
+
+
+@triton.jit
+def load_rows(ptr, offsets, dim_stride, valid, DIM: tl.constexpr, PADDED: tl.constexpr):
+    columns = tl.arange(0, PADDED) * dim_stride
+    mask = rows_mask(valid, DIM, PADDED)
+    return tl.load(ptr + offsets[:, None] + columns[None, :], mask=mask, other=0.0)
+
+
+@triton.jit
+def store_rows(ptr, offsets, dim_stride, valid, rows, DIM: tl.constexpr, PADDED: tl.constexpr):
+    columns = tl.arange(0, PADDED) * dim_stride
+    mask = rows_mask(valid, DIM, PADDED)
+    tl.store(ptr + offsets[:, None] + columns[None, :], rows.to(ptr.dtype.element_ty), mask=mask)

@@ -1,0 +1,341 @@
+"""Launching the Triton kernels of neighborhood attention: tiles, autotuning and buffers.
+
+Neighborhood attention: https://arxiv.org/abs/2204.07143.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+import triton
+from torch import Tensor
+
+from ops.neighborhood._geometry import NAParams
+from ops.neighborhood.triton.backward import delta_kernel, grad_key_value_kernel, grad_query_kernel
+from ops.neighborhood.triton.backward_shared import grad_bias_kernel, grad_extra_kernel
+from ops.neighborhood.triton.forward import forward_kernel
+from ops.neighborhood.triton.tiles import (
+    configs,
+    fitting,
+    may_fill_keys,
+    may_fill_queries,
+    padded,
+)
+
+__all__ = ["backward", "forward", "run"]
+
+# Programs that fill a large GPU, for sums that must be split because their results are few.
+_PROGRAMS = 1024
+
+
+def _fixed(arguments: dict[str, Any]) -> triton.Config | None:
+    """The tiles to take without measuring, or None where tuning is due."""
+    if triton.knobs.runtime.interpret:
+        return configs(arguments["RANK"])[-1]
+    if torch.are_deterministic_algorithms_enabled():
+        return fitting(arguments["RANK"], arguments)[0]
+    return None
+
+
+_forward = triton.heuristics({"MAY_FILL": may_fill_queries})(forward_kernel)
+_grad_query = triton.heuristics({"MAY_FILL": may_fill_queries})(grad_query_kernel)
+_grad_key_value = triton.heuristics({"MAY_FILL": may_fill_keys})(grad_key_value_kernel)
+
+
+@functools.cache
+def _tuned(kernel: Any, rank: int) -> Any:
+    def prune(
+        candidates: list[triton.Config], named: dict[str, Any], **keywords: Any
+    ) -> list[triton.Config]:
+        return fitting(rank, keywords)
+
+    return triton.autotune(
+        configs=configs(rank),
+        key=[
+            "work", "heads_per_kv", "KERNEL", "STRIDE", "DILATION", "CAUSAL",
+            "PADDED_DIM", "PADDED_VALUE_DIM", "HAS_BIAS", "PRECISION",
+        ],
+        prune_configs_by={"early_config_prune": prune},
+    )(kernel)  # fmt: skip
+
+
+def run(kernel: Any, grid: Any, arguments: dict[str, Any], config: triton.Config | None) -> None:
+    """Start a kernel, with tiles that autotuning finds where ``config`` is None."""
+    if config is None:
+        _tuned(kernel, arguments["RANK"])[grid](**arguments)
+    else:
+        kernel[grid](**arguments, **config.all_kwargs())
+
+
+def _run_tiles(kernel: Any, batch_heads: int, arguments: dict[str, Any]) -> None:
+    """Start a kernel whose programs own tiles of all the dilation groups of all the heads."""
+    size, dilation = arguments["size"], arguments["DILATION"]
+
+    def grid(meta: dict[str, Any]) -> tuple[int]:
+        programs = batch_heads
+        for n, d, tile in zip(size, dilation, meta["TILE"], strict=True):
+            programs *= triton.cdiv(triton.cdiv(n, d), tile) * d
+        return (programs,)
+
+    # Shapes of about the same work share their tuning.
+    work = (batch_heads * math.prod(size)).bit_length()
+    run(kernel, grid, {**arguments, "work": work}, _fixed(arguments))
+
+
+def _triple(values: Sequence[Any], fill: Any) -> tuple[Any, Any, Any]:
+    first, second, third = (fill,) * (3 - len(values)) + tuple(values)
+    return first, second, third
+
+
+def _strides(tensor: Tensor, rank: int) -> tuple[int, ...]:
+    """Strides of [B, Z, Y, X, H, ...] from a tensor of `rank` axes between batch and heads."""
+    strides = tensor.stride()
+    return (strides[0], *_triple(strides[1 : 1 + rank], 0), *strides[1 + rank :])
+
+
+def _precision() -> str:
+    # torch before 2.9 knows only allow_tf32; asking newer ones for it may be an error.
+    matmul = torch.backends.cuda.matmul
+    allowed = getattr(matmul, "fp32_precision", None) or ("tf32" if matmul.allow_tf32 else "ieee")
+    # Three TF32 products are as exact as float32 and much faster than its scalar arithmetic.
+    return "tf32" if allowed == "tf32" else "tf32x3"
+
+
+def _common(query: Tensor, key: Tensor, value: Tensor, params: NAParams) -> dict[str, Any]:
+    """What every kernel but the one for delta takes."""
+    rank = params.rank
+    return {
+        "q_ptr": query,
+        "q_strides": _strides(query, rank),
+        "size": _triple(query.shape[1 : 1 + rank], 1),
+        "heads_per_kv": query.shape[-2] // key.shape[-2],
+        "scale": params.scale,
+        "DIM": query.shape[-1],
+        "VALUE_DIM": value.shape[-1],
+        "PADDED_DIM": padded(query.shape[-1]),
+        "PADDED_VALUE_DIM": padded(value.shape[-1]),
+        "PRECISION": _precision(),
+    }
+
+
+def _windows(key: Tensor, value: Tensor, rpb: Tensor | None, params: NAParams) -> dict[str, Any]:
+    """What the kernels that look through the windows take on top."""
+    return {
+        "k_ptr": key,
+        "v_ptr": value,
+        "bias_ptr": rpb,
+        "k_strides": _strides(key, params.rank),
+        "v_strides": _strides(value, params.rank),
+        "KERNEL": _triple(params.kernel_size, 1),
+        "STRIDE": _triple(params.stride, 1),
+        "DILATION": _triple(params.dilation, 1),
+        "CAUSAL": _triple(params.is_causal, False),
+    }
+
+
+def _extra(additional_keys: Tensor | None, additional_values: Tensor | None) -> dict[str, Any]:
+    absent = (0, 0, 0, 0)
+    return {
+        "extra_k_ptr": additional_keys,
+        "extra_v_ptr": additional_values,
+        "extra_k_strides": absent if additional_keys is None else additional_keys.stride(),
+        "extra_v_strides": absent if additional_values is None else additional_values.stride(),
+        "num_extra": 0 if additional_keys is None else additional_keys.shape[1],
+    }
+
+
+def forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    rpb: Tensor | None,
+    params: NAParams,
+) -> tuple[Tensor, Tensor]:
+    """Output [B, *S, H, D_v] and natural log-sum-exp [B, *S, H], both contiguous."""
+    rank = params.rank
+    out = query.new_empty(*query.shape[:-1], value.shape[-1])
+    lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
+    arguments = {
+        **_common(query, key, value, params),
+        **_windows(key, value, rpb, params),
+        **_extra(additional_keys, additional_values),
+        "out_ptr": out,
+        "lse_ptr": lse,
+        "out_strides": _strides(out, rank),
+        "lse_strides": _strides(lse, rank),
+        "heads": query.shape[-2],
+        "RANK": rank,
+        "HAS_EXTRA": additional_keys is not None,
+        "HAS_BIAS": rpb is not None,
+    }
+    with torch.cuda.device_of(query):
+        _run_tiles(_forward, query.shape[0] * query.shape[-2], arguments)
+    return out, lse
+
+
+def _delta(out: Tensor, grad_out: Tensor, grad_lse: Tensor | None, params: NAParams) -> Tensor:
+    rank = params.rank
+    delta = out.new_empty(out.shape[:-1], dtype=torch.float32)
+    rows = max(1, 4096 // padded(out.shape[-1]))
+    arguments = {
+        "out_ptr": out,
+        "grad_out_ptr": grad_out,
+        "grad_lse_ptr": grad_lse,
+        "delta_ptr": delta,
+        "grad_out_strides": _strides(grad_out, rank),
+        "grad_lse_strides": (0,) * 5 if grad_lse is None else _strides(grad_lse, rank),
+        "size": _triple(out.shape[1 : 1 + rank], 1),
+        "heads": out.shape[-2],
+        "rows": delta.numel(),
+        "VALUE_DIM": out.shape[-1],
+        "PADDED_VALUE_DIM": padded(out.shape[-1]),
+        "HAS_GRAD_LSE": grad_lse is not None,
+    }
+    grid = (triton.cdiv(delta.numel(), rows),)
+    run(delta_kernel, grid, arguments, triton.Config({"ROWS": rows}))
+    return delta
+
+
+def backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    rpb: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    params: NAParams,
+    needed: Sequence[bool],
+) -> tuple[Tensor | None, ...]:
+    """Gradients of query, key, value, additional keys, additional values and rpb.
+
+    ``out`` and ``lse`` are those that :func:`forward` returned. ``needed`` says for query, key or
+    value, additional keys or values, and rpb which gradients to compute; the others are None.
+    """
+    rank = params.rank
+    batches, heads, kv_heads = query.shape[0], query.shape[-2], key.shape[-2]
+    out, lse = out.contiguous(), lse.contiguous()
+    grad_query = grad_key = grad_value = grad_extra_keys = grad_extra_values = grad_rpb = None
+    with torch.cuda.device_of(query):
+        common = {
+            **_common(query, key, value, params),
+            "grad_out_ptr": grad_out,
+            "lse_ptr": lse,
+            "delta_ptr": _delta(out, grad_out, grad_lse, params),
+            "grad_out_strides": _strides(grad_out, rank),
+            "lse_strides": _strides(lse, rank),
+        }
+        windows = _windows(key, value, rpb, params)
+        extra = _extra(additional_keys, additional_values)
+        shape = {"RANK": rank, "HAS_BIAS": rpb is not None}
+        if needed[0]:
+            grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
+            arguments = {
+                **common,
+                **windows,
+                **extra,
+                **shape,
+                "grad_q_ptr": grad_query,
+                "grad_q_strides": _strides(grad_query, rank),
+                "heads": heads,
+                "HAS_EXTRA": additional_keys is not None,
+            }
+            _run_tiles(_grad_query, batches * heads, arguments)
+        if needed[1]:
+            grad_key = torch.empty_like(key, memory_format=torch.contiguous_format)
+            grad_value = torch.empty_like(value, memory_format=torch.contiguous_format)
+            arguments = {
+                **common,
+                **windows,
+                **shape,
+                "grad_k_ptr": grad_key,
+                "grad_v_ptr": grad_value,
+                "grad_k_strides": _strides(grad_key, rank),
+                "grad_v_strides": _strides(grad_value, rank),
+                "kv_heads": kv_heads,
+            }
+            _run_tiles(_grad_key_value, batches * kv_heads, arguments)
+        if needed[2] and additional_keys is not None and additional_values is not None:
+            grad_extra_keys, grad_extra_values = _grad_extra(
+                additional_keys, additional_values, {**common, **extra}
+            )
+        if needed[3] and rpb is not None:
+            grad_rpb = _grad_rpb(rpb, batches, {**common, **windows})
+    return grad_query, grad_key, grad_value, grad_extra_keys, grad_extra_values, grad_rpb
+
+
+def _grad_extra(
+    additional_keys: Tensor, additional_values: Tensor, arguments: dict[str, Any]
+) -> tuple[Tensor, Tensor]:
+    batches, num_extra, kv_heads, _ = additional_keys.shape
+    tokens = math.prod(arguments["size"])
+    dims = arguments["PADDED_DIM"] + arguments["PADDED_VALUE_DIM"]
+    row_bytes = dims * additional_keys.element_size()
+    rows = columns = 32 if row_bytes <= 512 else 16
+    programs = triton.cdiv(num_extra, rows) * batches * kv_heads
+    # Each program should have a few blocks to walk. The same on any GPU, so that the sums are too.
+    splits = max(1, min(triton.cdiv(_PROGRAMS, programs), tokens // (4 * columns)))
+    lse = arguments["lse_ptr"]
+    partial_keys = lse.new_empty(splits, *additional_keys.shape)
+    partial_values = lse.new_empty(splits, *additional_values.shape)
+    arguments = {
+        **arguments,
+        "partial_k_ptr": partial_keys,
+        "partial_v_ptr": partial_values,
+        "batches": batches,
+        "kv_heads": kv_heads,
+        "splits": splits,
+    }
+    config = triton.Config({"ROWS": rows, "COLUMNS": columns}, num_warps=4, num_stages=1)
+    run(grad_extra_kernel, (programs * splits,), arguments, config)
+    return (
+        partial_keys.sum(0).to(additional_keys.dtype),
+        partial_values.sum(0).to(additional_values.dtype),
+    )
+
+
+def _bias_span(size: int, row_bytes: int) -> int:
+    """Queries and keys along the last axis that a program of the bias's gradient takes at once."""
+    span = min(64, padded(size))
+    # Beyond that, the rows do not fit in the registers.
+    while span > 16 and span * row_bytes > 8 * 1024:
+        span //= 2
+    return span
+
+
+def _grad_rpb(rpb: Tensor, batches: int, arguments: dict[str, Any]) -> Tensor:
+    heads = rpb.shape[0]
+    size, dilation = arguments["size"], arguments["DILATION"]
+    wide = _triple(rpb.shape[1:], 1)
+    dims = arguments["PADDED_DIM"] + arguments["PADDED_VALUE_DIM"]
+    per_group = triton.cdiv(size[2], dilation[2])
+    span = _bias_span(per_group, dims * arguments["q_ptr"].element_size())
+    spans = triton.cdiv(wide[2] - 1 + span, span)
+    programs = heads * wide[0] * wide[1] * spans
+    lines = batches * size[0] * size[1] * dilation[2] * triton.cdiv(per_group, span)
+    splits = max(1, min(triton.cdiv(_PROGRAMS, programs), lines))
+    partial = arguments["lse_ptr"].new_empty(splits, heads, wide[0] * wide[1], spans, 2, span)
+    arguments = {
+        **arguments,
+        "partial_ptr": partial,
+        "batches": batches,
+        "heads": heads,
+        "splits": splits,
+    }
+    config = triton.Config({"SPAN": span}, num_warps=4, num_stages=1)
+    run(grad_bias_kernel, (programs * splits,), arguments, config)
+    # The upper half of a span's sums belongs to the same entries as the lower half of the next's.
+    sums = partial.sum(0)
+    table = F.pad(sums[..., 0, :], (0, 0, 0, 1)) + F.pad(sums[..., 1, :], (0, 0, 1, 0))
+    table = table.flatten(-2)[..., span : span + wide[2]]
+    return torch.empty_like(rpb).copy_(table.reshape(rpb.shape))

@@ -1,0 +1,117 @@
+"""Which tiles the Triton kernels of neighborhood attention may take, and which fit a GPU.
+
+Neighborhood attention: https://arxiv.org/abs/2204.07143.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import triton
+
+__all__ = ["configs", "fitting", "may_fill_keys", "may_fill_queries", "padded"]
+
+# More than this of shared memory for each program leaves too few of them on a multiprocessor.
+_SHARED_BYTES = 96 * 1024
+
+Triple = tuple[int, int, int]
+
+
+def padded(dim: int) -> int:
+    """The smallest width a matrix product takes that holds ``dim`` columns."""
+    return max(16, triton.next_power_of_2(dim))
+
+
+def may_fill_queries(keywords: dict[str, Any]) -> bool:
+    """Whether some block can lie within all the windows of a tile, away from the borders.
+
+    Else the branch for unmasked blocks is not compiled. The windows of neighbours move by one
+    stride an axis, or by one position if the axis is causal, where a window ends at its query.
+    """
+    return _may_fill(keywords, keywords["TILE"], keywords["BLOCK"])
+
+
+def may_fill_keys(keywords: dict[str, Any]) -> bool:
+    """The same where the tile holds keys and the blocks hold queries."""
+    return _may_fill(keywords, keywords["BLOCK"], keywords["TILE"])
+
+
+def _may_fill(keywords: dict[str, Any], queries: Triple, keys: Triple) -> bool:
+    axes = zip(
+        keywords["KERNEL"], keywords["STRIDE"], keywords["CAUSAL"], queries, keys, strict=True
+    )
+    return all(
+        kernel - (near - 1 if causal else (near - 1) // stride * stride) >= far
+        for kernel, stride, causal, near, far in axes
+    )
+
+
+def configs(rank: int) -> list[triton.Config]:
+    """The tiles, blocks, warps and stages that autotuning tries, from the safest on."""
+    shapes: list[tuple[Triple, Triple, int, int]]
+    if rank == 1:
+        shapes = [
+            ((1, 1, 64), (1, 1, 64), 4, 2),
+            ((1, 1, 64), (1, 1, 32), 4, 3),
+            ((1, 1, 64), (1, 1, 64), 8, 1),
+            ((1, 1, 128), (1, 1, 64), 8, 2),
+            ((1, 1, 128), (1, 1, 32), 4, 3),
+            ((1, 1, 32), (1, 1, 32), 4, 2),
+            ((1, 1, 32), (1, 1, 32), 8, 1),
+            ((1, 1, 16), (1, 1, 16), 4, 1),
+        ]
+    elif rank == 2:
+        shapes = [
+            ((1, 8, 8), (1, 8, 8), 4, 2),
+            ((1, 8, 8), (1, 8, 8), 4, 3),
+            ((1, 8, 8), (1, 8, 8), 8, 1),
+            ((1, 8, 8), (1, 4, 8), 4, 3),
+            ((1, 8, 16), (1, 8, 8), 8, 2),
+            ((1, 8, 16), (1, 4, 8), 4, 3),
+            ((1, 4, 8), (1, 4, 8), 2, 3),
+            ((1, 4, 8), (1, 4, 8), 4, 2),
+            ((1, 4, 8), (1, 4, 8), 8, 1),
+            ((1, 4, 4), (1, 4, 4), 4, 1),
+        ]
+    else:
+        shapes = [
+            ((4, 4, 4), (4, 4, 4), 4, 2),
+            ((4, 4, 4), (4, 4, 4), 8, 1),
+            ((2, 4, 8), (2, 4, 8), 4, 2),
+            ((2, 8, 8), (2, 4, 8), 8, 2),
+            ((4, 4, 8), (4, 4, 4), 8, 2),
+            ((2, 4, 4), (2, 4, 4), 4, 2),
+            ((2, 4, 4), (2, 4, 4), 8, 1),
+            ((2, 2, 4), (2, 2, 4), 4, 1),
+        ]
+    return [
+        triton.Config({"TILE": tile, "BLOCK": block}, num_warps=warps, num_stages=stages)
+        for tile, block, warps, stages in shapes
+    ]
+
+
+def fitting(rank: int, arguments: dict[str, Any]) -> list[triton.Config]:
+    """Those that fit in shared memory, and first those that also fit in the registers.
+
+    Both are estimates that ``tools/triton_report.py`` confirms; the smallest always counts.
+    """
+    item_size = arguments["q_ptr"].element_size()
+    dims = arguments["PADDED_DIM"] + arguments["PADDED_VALUE_DIM"]
+    candidates = configs(rank)
+    chosen: list[tuple[bool, triton.Config]] = []
+    for config in candidates:
+        rows, columns = math.prod(config.kwargs["TILE"]), math.prod(config.kwargs["BLOCK"])
+        items = (rows + config.num_stages * columns) * dims
+        held = (rows + columns) * dims + rows * columns
+        if item_size == 4:
+            # Operands are split for their three products, in more than four warps many times over.
+            items += 3 * rows * columns
+            crowded = held > 72 * 32 * min(config.num_warps, 4)
+        else:
+            items += 2 * rows * columns
+            crowded = held > 168 * 32 * config.num_warps
+        if items * item_size <= _SHARED_BYTES:
+            chosen.append((crowded, config))
+    chosen.sort(key=lambda crowded_config: crowded_config[0])
+    return [config for _, config in chosen] or [candidates[-1]]

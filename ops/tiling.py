@@ -1,0 +1,127 @@
+"""Run a network on an image piece by piece, so that memory does not grow with the image.
+
+As in the published code of HAT (https://arxiv.org/abs/2205.04437): tiles are read with what lies
+around them, and of the result only the tile is kept; or neighbours are blended where they meet.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+__all__ = ["Tile", "run_tiled", "tile_spans"]
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A tile along one side, in pixels: it covers ``start … stop`` and reads ``first … last``."""
+
+    start: int
+    stop: int
+    first: int
+    last: int
+
+
+def tile_spans(size: int, tile_size: int, overlap: int) -> list[Tile]:
+    """Cut a side into tiles; the last one takes what is left.
+
+    Args:
+        size: of the side.
+        tile_size: of the tiles.
+        overlap: what each reads beyond its ends, within the image.
+    """
+    return [
+        Tile(
+            start,
+            min(start + tile_size, size),
+            max(start - overlap, 0),
+            min(start + tile_size + overlap, size),
+        )
+        for start in range(0, size, tile_size)
+    ]
+
+
+def run_tiled(
+    network: Callable[[Tensor], Tensor],
+    x: Tensor,
+    *,
+    tile_size: int,
+    overlap: int,
+    scale: int = 1,
+    blend: int = 0,
+) -> Tensor:
+    """``network(x)``, computed tile by tile.
+
+    It differs from the whole where the network sees further than ``overlap``. Networks that pad to
+    a multiple of a window want ``tile_size`` and ``overlap`` to be such multiples, so that tiles
+    and the whole image have their windows in the same places.
+
+    Args:
+        network: maps (B, C, H, W) to (B, C', H·scale, W·scale).
+        x: (B, C, H, W).
+        tile_size: side of a tile, in pixels of ``x``.
+        overlap: what is read around it.
+        scale: how much larger the result is.
+        blend: pixels of ``x`` on both sides of a seam over which the neighbours change places,
+            linearly; 0 keeps a hard seam, as published.
+
+    Returns:
+        (B, C', H·scale, W·scale).
+
+    Raises:
+        ValueError: sizes that make no tiles, or a network with another ``scale``.
+    """
+    if tile_size < 1 or overlap < 0 or scale < 1:
+        raise ValueError(
+            "tile_size and scale must be at least 1 and overlap at least 0, "
+            f"got {tile_size}, {scale} and {overlap}"
+        )
+    if not 0 <= blend <= min(overlap, tile_size // 2):
+        raise ValueError(
+            f"blend must lie in 0 … {min(overlap, tile_size // 2)} (overlap, and half of "
+            f"tile_size), got {blend}"
+        )
+    height, width = x.shape[2:]
+    out: Tensor | None = None
+    for row in tile_spans(height, tile_size, overlap):
+        for column in tile_spans(width, tile_size, overlap):
+            result = network(x[:, :, row.first : row.last, column.first : column.last])
+            expected = ((row.last - row.first) * scale, (column.last - column.first) * scale)
+            if tuple(result.shape[2:]) != expected:
+                raise ValueError(
+                    f"with scale {scale} a tile should become {expected[0]}×{expected[1]}, but "
+                    f"the network made {result.shape[2]}×{result.shape[3]}"
+                )
+            if out is None:
+                out = result.new_zeros(*result.shape[:2], height * scale, width * scale)
+            top, bottom, down = _weights(row, height, scale, blend, result)
+            left, right, across = _weights(column, width, scale, blend, result)
+            kept = result[
+                :,
+                :,
+                top - row.first * scale : bottom - row.first * scale,
+                left - column.first * scale : right - column.first * scale,
+            ]
+            out[:, :, top:bottom, left:right] += kept * down[:, None] * across
+    if out is None:
+        raise ValueError(f"an image of {height}×{width} has no pixels")
+    return out
+
+
+def _weights(
+    tile: Tile, size: int, scale: int, blend: int, like: Tensor
+) -> tuple[int, int, Tensor]:
+    """Where a tile counts, in pixels of the result, and how much: those of neighbours add to 1."""
+    begin, end = max(tile.start - blend, 0), min(tile.stop + blend, size)
+    weights = torch.ones((end - begin) * scale, dtype=like.dtype, device=like.device)
+    if blend:
+        places = torch.arange(begin * scale, end * scale, device=like.device)
+        places = (places.to(like.dtype) + 0.5) / scale
+        if tile.start > 0:
+            weights = weights * ((places - tile.start) / (2 * blend) + 0.5).clamp(0, 1)
+        if tile.stop < size:
+            weights = weights * ((tile.stop - places) / (2 * blend) + 0.5).clamp(0, 1)
+    return begin * scale, end * scale, weights

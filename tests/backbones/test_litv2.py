@@ -1,0 +1,166 @@
+"""LITv2: dense networks, deformable merging, initial weights, small images."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from golden import checkpoint, image, reference, summary_error, tolerance
+from torch import Tensor, nn
+from zoo import images, randomise
+
+import backbones
+from backbones.litv2 import DeformableConv2d, DeformableMerging
+from ops.mlp import DWMlp
+
+TOLERANCE = tolerance("litv2")
+SMALL: dict[str, Any] = {
+    "dims": (32, 48, 64, 96),
+    "num_heads": (0, 0, 4, 6),
+    "depths": (1, 1, 1, 1),
+}
+
+
+def dense_checkpoint(figures: dict[str, Any], norms: tuple[int, ...]) -> dict[str, Tensor]:
+    """The names of the dense code, inside a detector, with the output norms of these stages."""
+    rows = [row for row in figures["state_dict"] if row[0] not in figures["dense_missing"]]
+    rows += [row for row in figures["dense_extra"] if int(row[0][4]) in norms]
+    return {f"backbone.{key}": tensor for key, tensor in checkpoint(figures, rows).items()}
+
+
+@pytest.mark.parametrize(
+    ("variant", "number"),
+    [
+        ("litv2_s", 2),
+        *(
+            pytest.param(f"litv2_{size}", number, marks=pytest.mark.slow)
+            for size in "smb"
+            for number in (0, 1, 2)
+            if (size, number) != ("s", 2)
+        ),
+    ],
+)
+@torch.no_grad()
+def test_segmenters(variant: str, number: int) -> None:
+    figures = reference("litv2", variant)
+    case = figures["cases"][number]
+    model = backbones.create_model(variant, out_norms=True, num_classes=0).eval()
+    report = backbones.load_checkpoint(model, dense_checkpoint(figures, (0, 1, 2, 3)))
+    assert not (report.missing or report.unexpected or report.resized)
+    maps = model.forward_intermediates(image(case["input"], case["seed"]), intermediates_only=True)
+    for value, expected in zip(maps, case["features"], strict=True):
+        assert summary_error(value, expected) <= TOLERANCE
+
+
+@torch.no_grad()
+def test_detectors_leave_the_first_map_alone() -> None:
+    figures = reference("litv2", "litv2_s")
+    case = figures["cases"][0]
+    model = backbones.create_model("litv2_s", out_norms=(1, 2, 3), num_classes=0).eval()
+    report = backbones.load_checkpoint(model, dense_checkpoint(figures, (1, 2, 3)))
+    assert not (report.missing or report.unexpected or report.resized)
+    maps = model.forward_intermediates(image(case["input"], case["seed"]), intermediates_only=True)
+    expected = [case["stage_outputs"][0], *case["features"][1:]]
+    for value, figure in zip(maps, expected, strict=True):
+        assert summary_error(value, figure) <= TOLERANCE
+
+
+def test_classifiers_want_their_norm() -> None:
+    model = backbones.create_model("litv2_s", **SMALL)
+    trunk = {k: v for k, v in model.state_dict().items() if not k.startswith(("norm.", "head."))}
+    with pytest.raises(backbones.CheckpointError, match=r"4 tensors missing \(norm\.weight"):
+        backbones.load_checkpoint(model, trunk)
+
+
+@torch.no_grad()
+def test_merging_starts_as_a_plain_convolution() -> None:
+    merging = DeformableMerging(6, 8).eval()
+    x = images(2, 6, 10, 7)
+    conv = merging.conv
+    plain = F.conv2d(x, conv.weight, conv.bias, stride=2)
+    torch.testing.assert_close(conv(x), plain)
+    torch.testing.assert_close(merging(x), F.gelu(merging.norm(plain)))
+
+
+@torch.no_grad()
+def test_taps_move_by_whole_pixels() -> None:
+    """An offset of (+1 row, +2 columns) everywhere sees the map shifted, with zeros beyond it."""
+    conv = DeformableConv2d(3, 4)
+    assert conv.offset.bias is not None
+    conv.offset.bias.copy_(torch.tensor([1.0, 2.0]).repeat(4))
+    x = images(1, 3, 8, 8)
+    shifted = F.pad(x[:, :, 1:, 2:], (0, 2, 0, 1))
+    torch.testing.assert_close(conv(x), F.conv2d(shifted, conv.weight, conv.bias, stride=2))
+
+
+@torch.no_grad()
+def test_positions_are_exact_in_low_precision() -> None:
+    conv = randomise(DeformableConv2d(8, 8))
+    x = images(2, 8, 12, 12)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.equal(conv(x), conv(x.float()))
+        assert conv(x).dtype == torch.float32
+    exact = conv(x)
+    conv.bfloat16()
+    low = conv(x.bfloat16())
+    assert low.dtype == torch.bfloat16
+    assert (low.float() - exact).abs().mean() < 0.02 * exact.abs().mean()
+
+
+def test_initial_weights() -> None:
+    torch.manual_seed(0)
+    model = backbones.create_model("litv2_s", depths=(1, 1, 1, 1))
+    in_mlps = {
+        id(conv)
+        for mlp in model.modules()
+        if isinstance(mlp, DWMlp)
+        for conv in mlp.modules()
+        if isinstance(conv, nn.Conv2d)
+    }
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear):
+            assert module.weight.std().item() == pytest.approx(0.02, rel=0.05), name
+            assert not module.bias.any(), name
+        elif isinstance(module, nn.Conv2d) and name.endswith(".offset"):
+            assert not module.weight.any() and not module.bias.any(), name
+        elif isinstance(module, nn.Conv2d) and id(module) in in_mlps:
+            fan_out = math.prod(module.kernel_size)
+            assert module.weight.std().item() == pytest.approx((2 / fan_out) ** 0.5, rel=0.1), name
+            assert not module.bias.any(), name
+        elif isinstance(module, nn.Conv2d):
+            fan_in = module.weight[0].numel()  # PyTorch's uniform within ±fan_in^-0.5
+            assert module.weight.std().item() == pytest.approx((3 * fan_in) ** -0.5, rel=0.1), name
+            assert module.bias.any(), name
+        elif isinstance(module, nn.LayerNorm | nn.BatchNorm2d):
+            assert module.eps == 1e-5, name
+    assert not model.no_weight_decay()
+
+
+@pytest.mark.parametrize("size", [(29, 29), (33, 70), (30, 101)])
+@torch.no_grad()
+def test_sides_are_halved_downwards(size: tuple[int, int]) -> None:
+    model = randomise(backbones.create_model("litv2_s", **SMALL)).eval()
+    x = images(2, 3, *size)
+    maps = model.forward_intermediates(x, intermediates_only=True)
+    for i, value in enumerate(maps):
+        assert value.shape[2:] == tuple(math.ceil(side / 4) // 2**i for side in size)
+    torch.testing.assert_close(model(x)[1:], model(x[1:]), rtol=1e-4, atol=1e-4)
+
+
+def test_too_small_an_image_is_named() -> None:
+    model = backbones.create_model("litv2_s", **SMALL).eval()
+    with pytest.raises(ValueError, match="1×16 cannot be halved.*29×29"):
+        model(images(1, 3, 28, 256))
+
+
+@torch.no_grad()
+def test_fuse_leaves_no_norm_behind_merging() -> None:
+    model = randomise(backbones.create_model("litv2_s", **SMALL)).eval()
+    x = images(1, 3, 64, 96)
+    expected = model(x)
+    model.fuse()
+    assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
+    torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)

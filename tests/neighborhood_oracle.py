@@ -1,0 +1,292 @@
+"""Neighborhood attention by brute force in float64, random cases for it, and the comparison.
+
+Nothing here uses the code under test: the windows are spelled out query by query from the
+definition, then one dense masked softmax over all pairs does the attention.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+import random
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+
+import torch
+from torch import Tensor
+
+from ops.neighborhood import na1d, na2d, na3d
+
+NA: dict[int, Callable] = {1: na1d, 2: na2d, 3: na3d}
+
+# Largest error over max(1, largest true value), of outputs and of gradients.
+TOLERANCE = {
+    torch.float64: (1e-12, 1e-11),
+    torch.float32: (5e-6, 2e-5),
+    torch.bfloat16: (8e-3, 2e-2),
+    torch.float16: (1e-3, 4e-3),
+}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call: sizes and parameters, everything but the numbers in the tensors."""
+
+    size: tuple[int, ...]
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    is_causal: tuple[bool, ...]
+    batch: int = 1
+    heads: int = 1
+    kv_heads: int = 1
+    dim: int = 8
+    value_dim: int = 8
+    extra: int = 0  # how many additional keys
+    has_rpb: bool = False
+    scale: float | None = None
+    packed: bool = False  # query, key and value are strided views
+    return_lse: bool = True
+    seed: int = 0
+
+    @property
+    def rank(self) -> int:
+        return len(self.size)
+
+    @property
+    def arguments(self) -> dict:
+        """Keyword arguments of na1d, na2d and na3d."""
+        names = ("kernel_size", "stride", "dilation", "is_causal", "scale")
+        return {name: getattr(self, name) for name in names}
+
+
+@dataclass
+class Inputs:
+    """The tensors of a case, named as the arguments of na1d, na2d and na3d."""
+
+    query: Tensor
+    key: Tensor
+    value: Tensor
+    additional_keys: Tensor | None = None
+    additional_values: Tensor | None = None
+    rpb: Tensor | None = None
+
+    def present(self) -> dict[str, Tensor]:
+        """The tensors that are there, by name."""
+        named = {f.name: getattr(self, f.name) for f in fields(self)}
+        return {name: tensor for name, tensor in named.items() if tensor is not None}
+
+    def map(self, function: Callable[[Tensor], Tensor]) -> Inputs:
+        return Inputs(**{name: function(tensor) for name, tensor in self.present().items()})
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the random cases may contain; narrow it for a backend that cannot do everything."""
+
+    ranks: tuple[int, ...] = (1, 2, 3)
+    dims: tuple[int, ...] = (1, 2, 3, 5, 7, 8, 13, 16, 17, 24, 31, 32, 33, 48, 64, 80, 127, 128)
+    max_size: dict[int, int] = field(default_factory=lambda: {1: 70, 2: 15, 3: 7})
+    value_dim_differs: bool = True
+    grouped: bool = True
+    extra: bool = True
+    rpb: bool = True
+
+
+def random_case(seed: int, limits: Limits | None = None) -> Case:
+    """The case of this seed, the same on every machine."""
+    limits = limits or Limits()
+    rng = random.Random(seed)
+    rank = rng.choice(limits.ranks)
+    axes = [_random_axis(rng, limits.max_size[rank]) for _ in range(rank)]
+    size, kernel_size, stride, dilation, is_causal = (tuple(a) for a in zip(*axes, strict=True))
+    dim = rng.choice(limits.dims)
+    kv_heads = rng.choice((1, 1, 2, 3))
+    differs = limits.value_dim_differs and rng.random() < 0.25
+    return Case(
+        size,
+        kernel_size,
+        stride,
+        dilation,
+        is_causal,
+        batch=rng.choice((1, 1, 2, 3)),
+        heads=kv_heads * (rng.choice((2, 3)) if limits.grouped and rng.random() < 0.25 else 1),
+        kv_heads=kv_heads,
+        dim=dim,
+        value_dim=rng.choice(limits.dims) if differs else dim,
+        extra=rng.choice((1, 3, 18)) if limits.extra and rng.random() < 0.25 else 0,
+        has_rpb=limits.rpb and rng.random() < 0.3,
+        scale=rng.choice((None, None, 0.3, -0.5, 0.0)),
+        packed=rng.random() < 0.4,
+        return_lse=rng.random() < 0.5,
+        seed=seed,
+    )
+
+
+def _random_axis(rng: random.Random, max_size: int) -> tuple[int, int, int, int, bool]:
+    size = rng.choice((1, 2, max_size, rng.randint(1, max_size), rng.randint(1, max_size)))
+    kernel_size = rng.choice((1, size, rng.randint(1, size), rng.randint(1, min(size, 7))))
+    most = size // kernel_size
+    dilation = rng.choice((1, 1, most, rng.randint(1, most)))
+    stride = rng.choice((1, 1, kernel_size, rng.randint(1, kernel_size)))
+    return size, kernel_size, stride, dilation, rng.random() < 0.3
+
+
+def make_inputs(
+    case: Case, dtype: torch.dtype = torch.float64, device: str | torch.device = "cpu"
+) -> Inputs:
+    """Normal random tensors; with ``packed``, views into one wider tensor with a permuted map."""
+    generator = torch.Generator().manual_seed(case.seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64).to(device, dtype)
+
+    def mapped(heads: int, dim: int) -> Tensor:
+        if not case.packed:
+            return normal(case.batch, *case.size, heads, dim)
+        wide = normal(case.batch, heads, *case.size, dim + 3)
+        return wide.narrow(-1, 2, dim).movedim(1, -2)
+
+    inputs = Inputs(
+        mapped(case.heads, case.dim),
+        mapped(case.kv_heads, case.dim),
+        mapped(case.kv_heads, case.value_dim),
+    )
+    if case.extra:
+        inputs.additional_keys = normal(case.batch, case.extra, case.kv_heads, case.dim)
+        inputs.additional_values = normal(case.batch, case.extra, case.kv_heads, case.value_dim)
+    if case.has_rpb:
+        inputs.rpb = normal(case.heads, *(2 * k - 1 for k in case.kernel_size))
+    return inputs
+
+
+def window(
+    i: int, n: int, kernel_size: int, stride: int, dilation: int, is_causal: bool
+) -> list[int]:
+    """Positions of an axis of n that its query i sees, in order."""
+    g, p = i % dilation, i // dilation
+    group_size = math.ceil((n - g) / dilation)
+    if is_causal:
+        leader = min((p // stride) * stride + stride - 1, group_size - 1)
+        places = range(max(0, leader - kernel_size + 1), p + 1)
+    else:
+        leader = min((p // stride) * stride + stride // 2, group_size - 1)
+        start = min(max(leader - kernel_size // 2, 0), group_size - kernel_size)
+        places = range(start, start + kernel_size)
+    return [j * dilation + g for j in places]
+
+
+def brute_force(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor]:
+    """Out (B, *S, H, D_v) and lse (B, *S, H), by every pair of positions, in the inputs' dtype."""
+    n = math.prod(case.size)
+    device = inputs.query.device
+    mask = torch.zeros(n, n, dtype=torch.bool)
+    # Which entry of the flattened rpb belongs to a pair; 0 where the pair is masked anyway.
+    offset = torch.zeros(n, n, dtype=torch.long)
+    axes = list(
+        zip(case.size, case.kernel_size, case.stride, case.dilation, case.is_causal, strict=True)
+    )
+    for row, query in enumerate(itertools.product(*(range(size) for size in case.size))):
+        windows = [window(i, *axis) for i, axis in zip(query, axes, strict=True)]
+        for key in itertools.product(*windows):
+            column = entry = 0
+            for i, j, (size, kernel_size, _, dilation, _) in zip(query, key, axes, strict=True):
+                column = column * size + j
+                entry = entry * (2 * kernel_size - 1) + (j - i) // dilation + kernel_size - 1
+            mask[row, column] = True
+            offset[row, column] = entry
+
+    # (B, *S, H, D) → (B, H, n, D); a key head serves heads // kv_heads query heads.
+    def dense(tensor: Tensor, repeats: int) -> Tensor:
+        return tensor.flatten(1, -3).transpose(1, 2).repeat_interleave(repeats, dim=1)
+
+    repeats = case.heads // case.kv_heads
+    query, key, value = (
+        dense(inputs.query, 1),
+        dense(inputs.key, repeats),
+        dense(inputs.value, repeats),
+    )
+    scale = case.dim**-0.5 if case.scale is None else case.scale
+    scores = query @ key.transpose(-2, -1) * scale
+    if inputs.rpb is not None:
+        scores = scores + inputs.rpb.flatten(1)[:, offset.to(device)]
+    scores = scores.masked_fill(~mask.to(device), -math.inf)
+    if inputs.additional_keys is not None and inputs.additional_values is not None:
+        extra = dense(inputs.additional_keys, repeats)
+        scores = torch.cat([scores, query @ extra.transpose(-2, -1) * scale], dim=-1)
+        value = torch.cat([value, dense(inputs.additional_values, repeats)], dim=-2)
+    out = scores.softmax(-1) @ value
+    shape = (case.batch, *case.size, case.heads)
+    return (
+        out.transpose(1, 2).reshape(*shape, case.value_dim),
+        scores.logsumexp(-1).transpose(1, 2).reshape(shape),
+    )
+
+
+def error(got: Tensor, true: Tensor) -> float:
+    """Largest absolute error over max(1, largest true value)."""
+    assert got.shape == true.shape, (got.shape, true.shape)
+    if true.numel() == 0:
+        return 0.0
+    largest = max(1.0, true.abs().max().item())
+    return (got.to(true).sub(true).abs().max() / largest).item()
+
+
+def errors(
+    case: Case,
+    backend: str | None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    gradients: bool = True,
+    attention: Callable | None = None,
+) -> dict[str, float]:
+    """Error of the output, the lse and every gradient, by name ("out", "lse", "grad query", …).
+
+    Both sides see the same numbers, those that ``dtype`` can hold. The gradient is that of a
+    random weighting of the output and, with ``return_lse``, of the lse at once.
+    """
+    attention = attention or NA[case.rank]
+    inputs = make_inputs(case, dtype, device).map(lambda t: t.detach().requires_grad_(gradients))
+    true_inputs = inputs.map(lambda t: t.detach().double().requires_grad_(gradients))
+    got = attention(
+        **inputs.present(), **case.arguments, return_lse=case.return_lse, backend=backend
+    )
+    got = got if case.return_lse else (got,)
+    true = brute_force(case, true_inputs)[: len(got)]
+    expected = (dtype, torch.float64 if dtype == torch.float64 else torch.float32)
+    assert tuple(tensor.dtype for tensor in got) == expected[: len(got)]
+    result = {name: error(a, b) for name, a, b in zip(("out", "lse"), got, true, strict=False)}
+    if not gradients:
+        return result
+
+    generator = torch.Generator().manual_seed(case.seed + 1)
+    weights = [
+        torch.randn(t.shape, generator=generator, dtype=torch.float64).to(device, t.dtype)
+        for t in got
+    ]
+    got_grads = torch.autograd.grad(got, tuple(inputs.present().values()), weights)
+    true_grads = torch.autograd.grad(
+        true,
+        tuple(true_inputs.present().values()),
+        [w.double() for w in weights],
+        allow_unused=True,
+        materialize_grads=True,
+    )
+    for name, a, b in zip(inputs.present(), got_grads, true_grads, strict=True):
+        assert a.dtype == dtype, name
+        result[f"grad {name}"] = error(a, b)
+    return result
+
+
+def assert_exact(
+    case: Case,
+    backend: str | None,
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    gradients: bool = True,
+) -> None:
+    """The backend agrees with brute force within :data:`TOLERANCE`."""
+    output_tolerance, gradient_tolerance = TOLERANCE[dtype]
+    for name, value in errors(case, backend, dtype, device, gradients).items():
+        tolerance = gradient_tolerance if name.startswith("grad") else output_tolerance
+        assert value <= tolerance, f"{name} is off by {value:.3g} > {tolerance:g} in {case}"

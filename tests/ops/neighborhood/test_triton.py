@@ -1,0 +1,124 @@
+"""The Triton backend of neighborhood attention, interpreted or on a GPU, and compiled for GPUs.
+
+Triton decides on its first import whether it interprets, so its tests run in their own processes.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from ops.neighborhood import na1d, triton
+from ops.neighborhood._geometry import NAParams
+
+ROOT = Path(__file__).parents[3]
+CASES = Path(__file__).with_name("triton_cases.py")
+
+
+def run(*command: str, interpret: bool) -> subprocess.CompletedProcess[str]:
+    # What an outer pytest leaves in the environment is not meant for an inner one.
+    outer = ("PYTEST", "TRITON_INTERPRET")
+    environment = {k: v for k, v in os.environ.items() if not k.startswith(outer)}
+    if interpret:
+        environment["TRITON_INTERPRET"] = "1"
+    return subprocess.run(
+        [sys.executable, "-m", *command],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def run_cases(marks: str) -> None:
+    options = ("-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-x", "-m", marks)
+    done = run("pytest", str(CASES), *options, interpret=not torch.cuda.is_available())
+    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
+    assert " passed" in done.stdout
+
+
+def test_kernels():
+    run_cases("not slow")
+
+
+@pytest.mark.slow
+def test_kernels_in_many_cases():
+    run_cases("slow")
+
+
+def call(**changes) -> str | None:
+    """What `supports` says about a small call, changed as told."""
+    query = torch.zeros(1, 8, 1, changes.pop("dim", 8), **changes)
+    params = NAParams((3,), (1,), (1,), (False,), 1.0)
+    return triton.supports(query, query, query, None, None, None, params)
+
+
+def test_says_why_it_cannot(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    assert "need a CUDA device, got cpu" in call()
+    assert "need a CUDA device, got meta" in call(device="meta")
+    assert "float64" in call(dtype=torch.float64)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    assert call() is None
+    assert "got 257" in call(dim=257)
+    assert triton._span(torch.empty(1, 2**16, 2**16, 1, 2, device="meta")) == 2 * (2**32 - 1)
+    monkeypatch.setattr(triton, "_span", lambda tensor: 2**31)
+    assert "2^31" in call()
+
+
+def test_says_what_triton_it_needs(monkeypatch):
+    monkeypatch.setattr(triton.importlib.metadata, "version", lambda name: "3.3.1")
+    monkeypatch.setattr(triton, "_TRITON_PROBLEM", triton._triton_problem())
+    assert call() == "triton 3.4 or newer is needed, found 3.3.1"
+    monkeypatch.setattr(triton.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(triton, "_TRITON_PROBLEM", triton._triton_problem())
+    assert call() == "triton is not installed"
+
+
+def test_forced_backend_names_the_reason(monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    query = torch.zeros(1, 8, 1, 8, dtype=torch.float64)
+    with pytest.raises(NotImplementedError, match="'triton' cannot.*float64"):
+        na1d(query, query, query, 3, backend="triton")
+
+
+def report(*options: str) -> list[dict[str, str]]:
+    """Rows of the table that the report writes."""
+    done = run("tools.triton_report", *options, interpret=False)
+    assert done.returncode == 0, done.stdout + done.stderr
+    lines = [[c.strip() for c in line.strip("|").split("|")] for line in done.stdout.splitlines()]
+    return [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
+
+
+def test_compiles_ahead_of_time():
+    rows = report("--arch", "90", "--dtype", "bfloat16", "--head-dim", "64", "--first")
+    assert {row["kernel"] for row in rows} == {
+        "forward_kernel",
+        "delta_kernel",
+        "grad_query_kernel",
+        "grad_key_value_kernel",
+    }
+    for row in rows:
+        assert int(row["registers"]) <= 255, row
+        assert int(row["spilled"]) == 0, row
+        assert int(row["shared"]) <= 100 * 1024, row
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["80", "90"])
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_every_kernel_compiles_for(arch, dtype):
+    options = ("--head-dim", "32", "64", "128", "--rank", "1", "2", "3", "--extra", "--rpb")
+    rows = report("--arch", arch, "--dtype", dtype, *options, "--first")
+    assert len(rows) == 3 * 3 * 6
+    for row in rows:
+        assert int(row["registers"]) <= 255, row
+        assert int(row["shared"]) <= 100 * 1024, row
+        # A register or two for each warp's thread, not a loop's working set.
+        assert int(row["spilled"]) <= 128, row

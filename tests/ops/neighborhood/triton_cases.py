@@ -1,0 +1,315 @@
+"""The Triton kernels of neighborhood attention against brute force in float64.
+
+pytest does not collect this file by its name. Without a GPU, Triton must be told to interpret the
+kernels before anything imports it, so ``test_triton.py`` runs this file in a process of its own.
+On a GPU, run all of it, autotuned, by::
+
+    python -m pytest tests/ops/neighborhood/triton_cases.py -m "slow or not slow"
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import types
+
+import neighborhood_oracle as oracle
+import pytest
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ops.neighborhood import triton as backend
+from ops.neighborhood._geometry import NAParams
+from ops.neighborhood.triton import launch, tiles
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+# The interpreter takes milliseconds for each block of each tile: maps must be small there.
+LIMITS = (
+    oracle.Limits()
+    if DEVICE == "cuda"
+    else oracle.Limits(max_size={1: 40, 2: 10, 3: 5}, dims=(1, 2, 3, 7, 8, 16, 17, 24, 32, 48, 128))
+)
+
+pytestmark = pytest.mark.filterwarnings(
+    # Triton 3.7 imports a module that Python 3.12 and later warn about.
+    "ignore::DeprecationWarning:triton"
+)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quick_interpreter():
+    """Spare the interpreter what makes up nine tenths of its time here.
+
+    It patches triton.language anew for every call of a device function, with the same effect each
+    time, and checks every integer operation for overflow.
+    """
+    if not triton.knobs.runtime.interpret:
+        yield
+        return
+    from triton.runtime import interpreter
+
+    patch_lang, patched = interpreter._patch_lang, set()
+
+    def patch_once(function):
+        names = {n for n, m in function.__globals__.items() if m is tl or m is tl.core}
+        if frozenset(names) not in patched:
+            patch_lang(function)
+            patched.add(frozenset(names))
+        return types.SimpleNamespace(restore=lambda: None)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(interpreter, "_patch_lang", patch_once)
+        quick = dataclasses.replace(interpreter.interpreter_builder.options)
+        object.__setattr__(quick, "sanitize_overflow", False)
+        patch.setattr(interpreter.interpreter_builder, "options", quick)
+        # There is no GPU to fill.
+        patch.setattr(launch, "_PROGRAMS", 6)
+        yield
+
+
+def small(seed: int) -> oracle.Case:
+    """A random case, with fewer heads and images than usual where it must be interpreted."""
+    case = oracle.random_case(seed, LIMITS)
+    if DEVICE == "cuda":
+        return case
+    group = case.heads // case.kv_heads
+    kv_heads = 1 if case.batch > 1 or group > 1 else min(case.kv_heads, 2)
+    return dataclasses.replace(
+        case, batch=min(case.batch, 2), kv_heads=kv_heads, heads=kv_heads * min(group, 2)
+    )
+
+
+def check(case: oracle.Case, dtype: torch.dtype = torch.float32, gradients: bool = True) -> None:
+    oracle.assert_exact(case, "triton", dtype, DEVICE, gradients)
+
+
+# A case of each kind: bias, additional keys, groups, strides, causal axes, unequal groups.
+PLAIN = oracle.Case((5, 6), (5, 3), (1, 1), (1, 1), (False, False), batch=2, heads=2, kv_heads=2)
+RICH = oracle.Case(
+    (5, 6),
+    (2, 4),
+    (2, 1),
+    (2, 1),
+    (False, True),
+    heads=2,
+    dim=7,
+    value_dim=20,
+    extra=3,
+    has_rpb=True,
+    packed=True,
+)
+# Windows so wide that some blocks lie within all the windows of the smallest tiles.
+WIDE = [
+    oracle.Case((64,), (47,), (1,), (1,), (False,), has_rpb=True),
+    oracle.Case((64,), (47,), (1,), (1,), (True,)),
+    oracle.Case((12, 14), (8, 7), (1, 1), (1, 1), (False, False)),
+    oracle.Case((16, 8), (8, 8), (8, 8), (1, 1), (False, False)),
+    oracle.Case((4, 4, 10), (3, 3, 7), (1, 1, 1), (1, 1, 1), (False, False, False)),
+    # The last tile reaches beyond the axis, where the bias has no entries.
+    oracle.Case((57,), (47,), (1,), (1,), (False,), has_rpb=True),
+]
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_random_cases_are_exact(seed):
+    check(small(seed))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("seed", range(8, 520))
+def test_many_random_cases_are_exact(seed):
+    check(small(seed))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision(dtype):
+    check(RICH, dtype)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("seed", range(600, 640))
+def test_random_cases_in_half_precision(seed, dtype):
+    """As exact as asked, or, where the sums are that long, as brute force in the same precision."""
+    case = small(seed)
+
+    def brute_force(return_lse: bool, backend: None, **given) -> tuple[Tensor, ...] | Tensor:
+        tensors = {name: t for name, t in given.items() if isinstance(t, Tensor)}
+        out, lse = oracle.brute_force(case, oracle.Inputs(**tensors))
+        return (out, lse.float()) if return_lse else out
+
+    plain = oracle.errors(case, None, dtype, DEVICE, attention=brute_force)
+    for name, error in oracle.errors(case, "triton", dtype, DEVICE).items():
+        tolerance = oracle.TOLERANCE[dtype][name.startswith("grad")]
+        assert error <= max(tolerance, plain[name]), (name, error, plain[name], case)
+
+
+@pytest.mark.parametrize("case", WIDE, ids=lambda case: f"{case.rank}d-{case.kernel_size}")
+def test_blocks_without_a_mask(case):
+    check(case)
+
+
+def arguments_of(case: oracle.Case, kernel) -> dict:
+    """What the launcher would give `kernel` for this case."""
+    seen = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(
+            launch, "run", lambda kernel, grid, given, config: seen.append((kernel, given))
+        )
+        inputs = oracle.make_inputs(case, torch.float32)
+        run(case, inputs, lambda *given: launch.forward(*given))
+    (found,) = (given for started, given in seen if started is kernel)
+    return found
+
+
+def run(case: oracle.Case, inputs: oracle.Inputs, attend=backend.attend) -> tuple[Tensor, Tensor]:
+    scale = case.dim**-0.5 if case.scale is None else case.scale
+    params = NAParams(case.kernel_size, case.stride, case.dilation, case.is_causal, scale)
+    return attend(
+        inputs.query,
+        inputs.key,
+        inputs.value,
+        inputs.additional_keys,
+        inputs.additional_values,
+        inputs.rpb,
+        params,
+    )
+
+
+@pytest.mark.parametrize("case", WIDE, ids=lambda case: f"{case.rank}d-{case.kernel_size}")
+def test_wide_windows_compile_the_branch_without_a_mask(case):
+    arguments = arguments_of(case, launch._forward)
+    (rule,) = launch._forward.values.values()
+    assert rule({**arguments, **tiles.configs(case.rank)[-1].kwargs})
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("rank", "index"), [(rank, i) for rank in (1, 2, 3) for i in range(len(tiles.configs(rank)))]
+)
+def test_every_tile_that_tuning_tries_is_exact(rank, index, monkeypatch):
+    monkeypatch.setattr(launch, "_fixed", lambda arguments: tiles.configs(rank)[index])
+    sizes, kernels = {1: (150,), 2: (11, 18), 3: (5, 6, 9)}, {1: (90,), 2: (5, 9), 3: (3, 4, 5)}
+    for causal, dilation, rpb in ((False, 1, True), (True, 1, False), (False, 0, False)):
+        case = oracle.Case(
+            sizes[rank],
+            kernels[rank],
+            (1,) * rank,
+            tuple(dilation or n // k for n, k in zip(sizes[rank], kernels[rank], strict=True)),
+            (causal,) * rank,
+            has_rpb=rpb,
+        )
+        check(case)
+
+
+def test_wide_windows_compile_the_branch_of_the_keys_too():
+    arguments = arguments_of(WIDE[2], launch._forward)
+    (rule,) = launch._grad_key_value.values.values()
+    assert rule({**arguments, **tiles.configs(2)[-1].kwargs})
+
+
+@pytest.mark.parametrize("which", ["query", "key", "additional_keys", "rpb"])
+def test_gradients_of_some_inputs_alone(which):
+    inputs = oracle.make_inputs(RICH, torch.float32, DEVICE)
+    everything = inputs.map(lambda t: t.detach().requires_grad_())
+    out, lse = run(RICH, everything)
+    both = out.sum() + lse.sum()
+    expected = torch.autograd.grad(both, getattr(everything, which))
+    getattr(inputs, which).requires_grad_()
+    out, lse = run(RICH, inputs)
+    (out.sum() + lse.sum()).backward()
+    assert torch.equal(getattr(inputs, which).grad, expected[0])
+    others = [t for name, t in inputs.present().items() if name != which]
+    assert all(t.grad is None for t in others)
+
+
+def test_gradient_through_lse_alone():
+    inputs = oracle.make_inputs(RICH, torch.float32, DEVICE).map(lambda t: t.requires_grad_())
+    true = inputs.map(lambda t: t.detach().double().requires_grad_())
+    lse, true_lse = run(RICH, inputs)[1], oracle.brute_force(RICH, true)[1]
+    names = ("query", "key", "additional_keys", "rpb")
+    got = torch.autograd.grad(lse.square().sum(), [getattr(inputs, n) for n in names])
+    expected = torch.autograd.grad(true_lse.square().sum(), [getattr(true, n) for n in names])
+    for name, a, b in zip(names, got, expected, strict=True):
+        assert oracle.error(a, b) <= 2e-5, name
+
+
+def test_repeated_runs_are_bitwise_equal():
+    def grads() -> list[Tensor]:
+        inputs = oracle.make_inputs(RICH, torch.float32, DEVICE).map(lambda t: t.requires_grad_())
+        out, lse = run(RICH, inputs)
+        got = torch.autograd.grad((out * out).sum() + lse.sum(), list(inputs.present().values()))
+        return [out, lse, *got]
+
+    assert all(torch.equal(a, b) for a, b in zip(grads(), grads(), strict=True))
+
+
+def test_huge_logits():
+    """Whole numbers, so that the logits are exact: one key wins, or several in equal parts."""
+    inputs = oracle.make_inputs(PLAIN, torch.float32, DEVICE).map(lambda t: t.mul(3).round())
+    case = dataclasses.replace(PLAIN, scale=1024.0)
+    out, lse = run(case, inputs)
+    true_out, true_lse = oracle.brute_force(case, inputs.map(Tensor.double))
+    assert oracle.error(out, true_out) <= 1e-6
+    assert oracle.error(lse, true_lse) <= 1e-6
+
+
+def test_keys_outside_of_the_windows_get_no_gradient():
+    case = oracle.Case((20,), (5,), (5,), (1,), (True,))
+    inputs = oracle.make_inputs(case, torch.float32, DEVICE).map(lambda t: t.requires_grad_())
+    out, _ = run(case, inputs)
+    out[:, :5].sum().backward()
+    assert torch.equal(inputs.key.grad[:, 5:], torch.zeros_like(inputs.key.grad[:, 5:]))
+    assert torch.equal(inputs.value.grad[:, 5:], torch.zeros_like(inputs.value.grad[:, 5:]))
+    assert inputs.value.grad[:, :5].abs().min() > 0
+
+
+@pytest.mark.parametrize(
+    "case", [dataclasses.replace(PLAIN, batch=1, heads=1, kv_heads=1), RICH], ids=["plain", "rich"]
+)
+def test_opcheck(case):
+    inputs = oracle.make_inputs(case, torch.float32, DEVICE).map(lambda t: t.requires_grad_())
+    tensors = (
+        inputs.query,
+        inputs.key,
+        inputs.value,
+        inputs.additional_keys,
+        inputs.additional_values,
+        inputs.rpb,
+    )
+    windows = (case.kernel_size, case.stride, case.dilation, case.is_causal)
+    parameters = (*map(list, windows), 0.3)
+    torch.library.opcheck(backend._attend_op, (*tensors, *parameters))
+    detached = [None if t is None else t.detach() for t in tensors]
+    out, lse = backend._attend_op(*detached, *parameters)
+    needed = [True, True, inputs.additional_keys is not None, inputs.rpb is not None]
+    torch.library.opcheck(
+        backend._backward_op,
+        (torch.randn_like(out), torch.randn_like(lse), *detached, out, lse, *parameters, needed),
+    )
+
+
+def test_compiles_into_one_graph():
+    inputs = oracle.make_inputs(RICH, torch.float32, DEVICE).map(lambda t: t.requires_grad_())
+
+    def loss() -> Tensor:
+        attention = oracle.NA[RICH.rank](**inputs.present(), **RICH.arguments, backend="triton")
+        return attention.square().sum()
+
+    expected = torch.autograd.grad(loss(), list(inputs.present().values()))
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    got = torch.autograd.grad(compiled(), list(inputs.present().values()))
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-6)
+
+
+def test_fixed_tiles_under_deterministic_algorithms(monkeypatch):
+    """Nothing is measured then, and the tiles fit in shared memory."""
+    arguments = arguments_of(PLAIN, launch._forward)
+    monkeypatch.setattr(triton.knobs.runtime, "interpret", False)
+    assert launch._fixed(arguments) is None
+    monkeypatch.setattr(torch, "are_deterministic_algorithms_enabled", lambda: True)
+    assert launch._fixed(arguments) in tiles.fitting(2, arguments)
+    wide = {**arguments, "PADDED_DIM": 256, "PADDED_VALUE_DIM": 256}
+    assert tiles.fitting(2, wide)[0].kwargs == tiles.configs(2)[-1].kwargs

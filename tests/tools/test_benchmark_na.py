@@ -1,0 +1,73 @@
+"""The benchmark of neighborhood attention measures what it says and writes what it measured."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+PATH = Path(__file__).parents[2] / "tools" / "benchmark_na.py"
+
+
+@pytest.fixture(scope="module")
+def tool() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("benchmark_na", PATH)
+    module = importlib.util.module_from_spec(spec)
+    # Its dataclasses look themselves up there.
+    sys.modules["benchmark_na"] = module
+    spec.loader.exec_module(module)
+    yield module
+    del sys.modules["benchmark_na"]
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel_size", "dilation"),
+    [((11,), (4,), 2), ((8, 7), (3, 3), 2), ((3, 5, 4), (2, 3, 4), 1)],
+)
+def test_contenders_compute_the_same(tool: ModuleType, size, kernel_size, dilation) -> None:
+    setting = tool.Setting(size, kernel_size, 8, dilation)
+    tensors = torch.randn(3, 2, *size, tool.NUM_HEADS, 8)
+    device = torch.device("cpu")
+    true = tool.contender("gather", setting, device)(*tensors)
+    for name in ("tiled", "sdpa-mask"):
+        torch.testing.assert_close(tool.contender(name, setting, device)(*tensors), true)
+
+
+def test_writes_figures_and_a_picture(tool: ModuleType, tmp_path: Path, monkeypatch) -> None:
+    setting = tool.Setting((9, 8), (3, 3), 8)
+    monkeypatch.setattr(tool, "SETTINGS", [setting])
+    output = tmp_path / "runs" / "na"
+    tool.main(
+        ["--batch", "1", "--dtype", "float32", "--rounds", "3", "--output", str(output)]
+        + ["--contenders", "tiled", "gather", "triton", "sdpa-mask", "--max-gib", "1e-4"]
+    )
+    report = json.loads(output.with_suffix(".json").read_text())
+    assert [row["backward"] for row in report["results"]] == [False, True]
+    for row in report["results"]:
+        contenders = row["contenders"]
+        assert contenders["tiled"]["speedup_over_tiled"] == 1
+        assert contenders["tiled"]["milliseconds"] > 0
+        assert contenders["tiled"]["rounds"] == 3
+        assert "CUDA" in contenders["triton"]["skipped"]
+        assert "GiB" in contenders["gather"]["skipped"]
+    assert output.with_suffix(".png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.suffix for p in output.parent.iterdir()) == [".json", ".png"]
+
+
+def test_counts_operations(tool: ModuleType) -> None:
+    setting = tool.Setting((4,), (3,), 5)
+    assert setting.flops(batch=2, backward=False) == 2 * 2 * 2 * tool.NUM_HEADS * 4 * 3 * 5
+
+
+def test_sees_memory_that_is_held_for_a_moment(tool: ModuleType) -> None:
+    with tool.PeakMemory(torch.device("cpu")) as memory:
+        torch.ones(1 << 24)
+    if sys.platform == "linux":
+        assert 0.9 * (1 << 26) < memory.bytes < 1.5 * (1 << 26)
+    else:
+        assert memory.bytes is None
