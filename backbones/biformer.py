@@ -25,7 +25,6 @@ from timm.layers import (
     LayerNorm2d,
     Mlp,
     calculate_drop_path_rates,
-    trunc_normal_,
 )
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
@@ -34,6 +33,7 @@ from backbones._base import Stage, StagedBackbone
 from backbones._registry import build_model, register
 from ops.attention.bilevel import BiLevelRoutingAttention
 from ops.conv import ConvNorm, NormConv
+from ops.init import trunc_normal
 from ops.position import ConvPosition
 
 __all__ = ["BiFormer"]
@@ -205,7 +205,7 @@ class BiFormer(StagedBackbone):
 def _init_linear(module: nn.Module) -> None:
     """Linear layers truncated normal (std 0.02), biases zero; convolutions stay as PyTorch's."""
     if isinstance(module, nn.Linear):
-        trunc_normal_(module.weight, std=0.02)
+        trunc_normal(module.weight)
         if module.bias is not None:
             nn.init.zeros_(module.bias)
 

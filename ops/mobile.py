@@ -7,7 +7,7 @@ norms that fold away; residual branches start at zero.
 from __future__ import annotations
 
 import torch
-from timm.layers import DropPath, SelectAdaptivePool2d, SqueezeExcite, trunc_normal_
+from timm.layers import DropPath, SelectAdaptivePool2d, SqueezeExcite
 from torch import Tensor, nn
 
 from ops.conv import ConvNorm, ConvResidual, NormLinear
@@ -146,6 +146,6 @@ def _classifier(in_features: int, num_classes: int) -> nn.Module:
     if num_classes == 0:
         return nn.Identity()
     classifier = NormLinear(in_features, num_classes)
-    trunc_normal_(classifier.linear.weight, std=0.02)
+    trunc_normal(classifier.linear.weight)
     nn.init.zeros_(classifier.linear.bias)
     return classifier

@@ -303,9 +303,20 @@ def measure(
     }
 
 
+def processor_name() -> str:
+    """What the processor calls itself, with its number of cores."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text().splitlines()
+        model = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        name = next(model, name)
+    return f"{name}, {os.cpu_count()} cores"
+
+
 def machine(device: torch.device) -> dict[str, Any]:
     """What the figures depend on."""
-    name = torch.cuda.get_device_name() if device.type == "cuda" else platform.machine()
+    name = torch.cuda.get_device_name() if device.type == "cuda" else processor_name()
     return {
         "device": device.type,
         "name": name,

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from timm.layers import trunc_normal_
 from torch import Tensor, nn
+
+from ops.init import trunc_normal
 
 __all__ = [
     "OverlappingWindowAttention",
@@ -177,7 +178,7 @@ class _BiasedAttention(nn.Module):
         self.relative_position_bias_table = nn.Parameter(
             torch.zeros((window_size + key_size - 1) ** 2, num_heads)
         )
-        trunc_normal_(self.relative_position_bias_table, std=0.02)
+        trunc_normal(self.relative_position_bias_table)
         self.qkv = nn.Linear(dim, 3 * dim)
         self.proj = nn.Linear(dim, dim)
 

@@ -9,10 +9,10 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
 from ops import neighborhood
+from ops.init import trunc_normal
 from ops.neighborhood._checks import per_axis_bool, per_axis_int
 
 __all__ = ["NeighborhoodAttention1D", "NeighborhoodAttention2D", "NeighborhoodAttention3D"]
@@ -56,7 +56,7 @@ class _NeighborhoodAttention(nn.Module):
         self.rpb: nn.Parameter | None = None
         if rel_pos_bias:
             self.rpb = nn.Parameter(torch.empty(num_heads, *(2 * k - 1 for k in self.kernel_size)))
-            trunc_normal_(self.rpb, std=0.02)
+            trunc_normal(self.rpb)
         self.proj = nn.Linear(embed_dim, embed_dim)
         self.proj_drop = nn.Dropout(proj_drop)
 

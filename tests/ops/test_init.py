@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from ops.init import init_fan_out, init_trunc_normal
+from ops.init import init_fan_out, init_trunc_normal, trunc_normal
 
 
 def test_spread() -> None:
@@ -30,3 +30,11 @@ def test_spread() -> None:
     norm = nn.BatchNorm2d(3)
     init_fan_out(norm)
     assert torch.equal(norm.weight, torch.ones(3))
+
+
+def test_no_draw_falls_on_a_far_cut() -> None:
+    torch.manual_seed(0)
+    weights = torch.empty(50_000_000)
+    trunc_normal(weights)
+    assert weights.abs().max() <= 0.1
+    assert weights.std().item() == pytest.approx(0.02, rel=1e-3)

@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from golden import _uniform, checkpoint, reference, relative_error
+from golden import checkpoint, reference, relative_error, uniform
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -51,7 +51,7 @@ def test_published_figures() -> None:
             layer.norm.weight.copy_(tensors[f"kan.layers.{i}.layernorm.weight"])
             layer.norm.bias.copy_(tensors[f"kan.layers.{i}.layernorm.bias"])
             layer.linear.weight.copy_(tensors[f"kan.layers.{i}.spline_linear.weight"])
-        out = kan(torch.from_numpy(_uniform("kan-x", (5, 6))))
+        out = kan(torch.from_numpy(uniform("kan-x", (5, 6))))
     assert relative_error(out.flatten(), case["out"]) < 1e-5
 
 

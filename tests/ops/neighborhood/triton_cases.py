@@ -131,18 +131,37 @@ def test_half_precision(dtype):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("seed", range(600, 640))
 def test_random_cases_in_half_precision(seed, dtype):
-    """As exact as asked, or, where the sums are that long, as brute force in the same precision."""
     case = small(seed)
-
-    def brute_force(return_lse: bool, backend: None, **given) -> tuple[Tensor, ...] | Tensor:
-        tensors = {name: t for name, t in given.items() if isinstance(t, Tensor)}
-        out, lse = oracle.brute_force(case, oracle.Inputs(**tensors))
-        return (out, lse.float()) if return_lse else out
-
-    plain = oracle.errors(case, None, dtype, DEVICE, attention=brute_force)
+    moved = moved_by_the_output(case, dtype)
     for name, error in oracle.errors(case, "triton", dtype, DEVICE).items():
-        tolerance = oracle.TOLERANCE[dtype][name.startswith("grad")]
-        assert error <= max(tolerance, plain[name]), (name, error, plain[name], case)
+        tolerance = oracle.TOLERANCE[dtype][name.startswith("grad")] + moved.get(name, 0.0)
+        assert error <= tolerance, (name, error, tolerance, case)
+
+
+def moved_by_the_output(case: oracle.Case, dtype: torch.dtype) -> dict[str, float]:
+    """How far true gradients move if the backward pass starts from the output that was computed.
+
+    Fused attention keeps no better one (FlashAttention-2, section 3.1). An error e of the output,
+    which the tests bound, takes e * grad_out from every score's gradient, as a gradient of the lse
+    would.
+    """
+    inputs = oracle.make_inputs(case, dtype, DEVICE)
+    got, _ = run(case, inputs)
+    inputs = inputs.map(lambda t: t.double().requires_grad_())
+    out, lse = oracle.brute_force(case, inputs)
+    generator = torch.Generator().manual_seed(case.seed + 1)
+    weight = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(DEVICE, dtype)
+    weight = weight.double()
+    tensors = inputs.present()
+    error = (got.double() - out.detach()) * weight
+    options = {"retain_graph": True, "allow_unused": True, "materialize_grads": True}
+    moves = torch.autograd.grad(lse, list(tensors.values()), error.sum(-1), **options)
+    grads = torch.autograd.grad(out, list(tensors.values()), weight, **options)
+    largest = [max(1.0, grad.abs().max().item()) for grad in grads]
+    return {
+        f"grad {name}": move.abs().max().item() / scale
+        for name, move, scale in zip(tensors, moves, largest, strict=True)
+    }
 
 
 @pytest.mark.parametrize("case", WIDE, ids=lambda case: f"{case.rank}d-{case.kernel_size}")
