@@ -11,6 +11,7 @@ from timm.layers import DropPath, SelectAdaptivePool2d, SqueezeExcite
 from torch import Tensor, nn
 
 from ops.conv import ConvNorm, ConvResidual, NormLinear
+from ops.init import trunc_normal
 
 __all__ = [
     "ConvFFN",
