@@ -1,0 +1,40 @@
+# `make train` on a machine with nothing but Python and a package index; `make test` likewise.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+TEST_WORKERS ?= 2
+# One thread a process: on a busy machine two are several times slower.
+TEST_ENV := OMP_NUM_THREADS=1
+
+.PHONY: venv train test test-slow check format
+
+venv: $(VENV)/train.stamp
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/train.stamp: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[data,log]'
+	touch $@
+
+$(VENV)/test.stamp: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
+	touch $@ $(VENV)/train.stamp
+
+train: $(VENV)/train.stamp
+	$(BIN)/python train_cls.py --config configs/cls/quickstart.yaml
+
+test: $(VENV)/test.stamp
+	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(TEST_WORKERS)
+
+test-slow: $(VENV)/test.stamp
+	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(TEST_WORKERS) -m slow
+
+check: $(VENV)/test.stamp
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(VENV)/test.stamp
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .

@@ -1,0 +1,1 @@
+"""What ``train_cls.py`` is made of; never imported by ``import backbones``."""

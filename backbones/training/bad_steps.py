@@ -1,0 +1,47 @@
+"""Updates whose loss is not finite are skipped and counted; too many in a row end the run."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from backbones.training.checkpoint import write_atomically
+from backbones.training.errors import DivergedError
+
+__all__ = ["BadSteps"]
+
+
+class BadSteps:
+    """Count of skipped updates.
+
+    Args:
+        allowed: how many in a row are survived.
+
+    Attributes:
+        in_a_row: epoch and step of those that came one after the other, up to now.
+    """
+
+    def __init__(self, allowed: int) -> None:
+        self.allowed = allowed
+        self.in_a_row: list[tuple[int, int]] = []
+
+    def note(self, bad: bool, epoch: int, step: int) -> bool:
+        """Note how an update went; whether these were too many in a row."""
+        if not bad:
+            self.in_a_row.clear()
+            return False
+        self.in_a_row.append((epoch, step))
+        return len(self.in_a_row) >= self.allowed
+
+    def error(self, images: Sequence[str], folder: Path, write: bool) -> DivergedError:
+        """What to raise; the names of the ``images`` go to a file in ``folder``."""
+        path = folder / "bad_batches.txt"
+        if write:
+            listing = "".join(f"{name}\n" for name in images)
+            write_atomically(path, lambda file: file.write(listing.encode()))
+        first = ", ".join(images[:3])
+        return DivergedError(
+            f"the loss was not finite in {len(self.in_a_row)} updates in a row; their "
+            f"{len(images)} images ({first}, …) are listed in {path}. last.pt has the weights "
+            "from before; a lower lr or clip_grad may help"
+        )

@@ -1,0 +1,255 @@
+"""From a recipe to the parts of a run: preprocessing, batch augmentation, loss, optimizer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import timm.optim
+import torch
+from timm.data import Mixup, resolve_data_config
+from timm.data.random_erasing import RandomErasing
+from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
+from timm.scheduler import create_scheduler_v2
+from torch import nn
+
+import backbones
+from backbones.training.errors import RecipeError
+from backbones.training.recipe import Recipe
+
+__all__ = [
+    "BatchAugmentation",
+    "RunningStatsGuard",
+    "build_loss",
+    "build_model",
+    "build_optimizer",
+    "build_scheduler",
+    "images_per_update",
+    "learning_rate",
+    "preprocessing",
+    "resolved_recipe",
+]
+
+Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
+
+
+def build_model(recipe: Recipe, num_classes: int) -> Any:
+    """The network of the recipe.
+
+    Raises:
+        RecipeError: no such model or weights, or it does not take one of the arguments.
+    """
+    if not recipe.model:
+        raise RecipeError("no model: give --model one of backbones.list_models()")
+    try:
+        model = backbones.create_model(
+            recipe.model,
+            pretrained=recipe.pretrained,
+            checkpoint_path=recipe.checkpoint,
+            num_classes=num_classes,
+            in_chans=recipe.in_chans,
+            drop_rate=recipe.drop,
+            drop_path_rate=recipe.drop_path,
+            global_pool=recipe.global_pool,
+            **recipe.model_args,
+        )
+    except (TypeError, ValueError, OSError) as error:
+        raise RecipeError(str(error)) from error
+    if recipe.channels_last:
+        model = model.to(memory_format=torch.channels_last)
+    if recipe.grad_checkpointing:
+        model.set_grad_checkpointing(True)
+    return model
+
+
+def preprocessing(recipe: Recipe, model: nn.Module) -> dict[str, Any]:
+    """``input_size``, ``mean``, ``std``, ``interpolation``, ``crop_pct``, ``crop_mode``.
+
+    The recipe's, and where it is silent those of the model's ``pretrained_cfg``.
+    """
+    size = recipe.img_size or model.pretrained_cfg["input_size"][-1]  # type: ignore[index]
+    wishes = {
+        "input_size": (recipe.in_chans, size, size),
+        "mean": recipe.mean,
+        "std": recipe.std,
+        "interpolation": recipe.interpolation,
+        "crop_pct": recipe.crop_pct,
+        "crop_mode": recipe.crop_mode,
+    }
+    config = resolve_data_config(wishes, model=model)
+    for key in ("mean", "std"):
+        if len(config[key]) != recipe.in_chans:
+            average = sum(config[key]) / len(config[key])
+            config[key] = (average,) * recipe.in_chans
+    return config
+
+
+class BatchAugmentation:
+    """Random erasing, then mixup or CutMix, on a batch that is on the device.
+
+    Both draw from the global generators, whose states a checkpoint holds.
+
+    Args:
+        recipe: probabilities and strengths.
+        num_classes: for the soft labels.
+        device: of the batches.
+    """
+
+    def __init__(self, recipe: Recipe, num_classes: int, device: torch.device) -> None:
+        self.off_epoch = recipe.mixup_off_epoch
+        self.erase = self.mix = None
+        if recipe.reprob > 0:
+            self.erase = RandomErasing(
+                recipe.reprob, mode=recipe.remode, max_count=recipe.recount, device=device
+            )
+        if _mixes(recipe):
+            self.mix = Mixup(
+                mixup_alpha=recipe.mixup,
+                cutmix_alpha=recipe.cutmix,
+                cutmix_minmax=recipe.cutmix_minmax,
+                prob=recipe.mixup_prob,
+                switch_prob=recipe.mixup_switch_prob,
+                mode=recipe.mixup_mode,
+                label_smoothing=recipe.smoothing,
+                num_classes=num_classes,
+            )
+
+    def __call__(
+        self, images: torch.Tensor, labels: torch.Tensor, epoch: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Images (B, C, H, W) and labels (B,) → images and labels (B,), (B, classes) if mixed."""
+        if self.erase is not None:
+            images = self.erase(images)
+        if self.mix is not None:
+            self.mix.mixup_enabled = not self.off_epoch or epoch < self.off_epoch
+            images, labels = self.mix(images, labels)
+        return images, labels
+
+
+def resolved_recipe(
+    recipe: Recipe, config: dict[str, Any], num_classes: int, lr: float, name: str
+) -> Recipe:
+    """The recipe with all that was left open filled in; it starts the same run once more."""
+    return dataclasses.replace(
+        recipe,
+        img_size=config["input_size"][-1],
+        mean=tuple(config["mean"]),
+        std=tuple(config["std"]),
+        interpolation=config["interpolation"],
+        crop_pct=config["crop_pct"],
+        num_classes=num_classes,
+        lr=lr,
+        name=name,
+        resume=None,
+        overwrite=False,
+    )
+
+
+def build_loss(recipe: Recipe) -> Loss:
+    """The training loss: logits (B, classes) and labels, hard or soft → scalar."""
+    if recipe.bce_loss:
+        return BinaryCrossEntropy(
+            # Mixed labels are smoothed already.
+            smoothing=0.0 if _mixes(recipe) else recipe.smoothing,
+            target_threshold=recipe.bce_target_thresh,
+            sum_classes=recipe.bce_sum,
+        )
+    if _mixes(recipe):
+        return SoftTargetCrossEntropy()
+    if recipe.smoothing:
+        return LabelSmoothingCrossEntropy(smoothing=recipe.smoothing)
+    return nn.CrossEntropyLoss()
+
+
+def images_per_update(recipe: Recipe, world_size: int) -> int:
+    """How many images one update of the weights sees, over all processes."""
+    return recipe.batch_size * recipe.accum_steps * world_size
+
+
+def learning_rate(recipe: Recipe, world_size: int) -> float:
+    """``lr``, or ``lr_base`` scaled to the number of images that an update sees."""
+    if recipe.lr is not None:
+        return recipe.lr
+    ratio = images_per_update(recipe, world_size) / recipe.lr_base_size
+    return recipe.lr_base * (ratio**0.5 if recipe.lr_base_scale == "sqrt" else ratio)
+
+
+def build_optimizer(recipe: Recipe, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """Any of timm's optimizers.
+
+    Raises:
+        RecipeError: timm has no such optimizer, or it does not take one of the arguments.
+    """
+    wishes = {"eps": recipe.opt_eps, "betas": recipe.opt_betas, **recipe.opt_args}
+    try:
+        optimizer: torch.optim.Optimizer = timm.optim.create_optimizer_v2(
+            model,
+            opt=recipe.opt,
+            lr=lr,
+            weight_decay=recipe.weight_decay,
+            momentum=recipe.momentum,
+            layer_decay=recipe.layer_decay,
+            **{key: value for key, value in wishes.items() if value is not None},
+        )
+    except (ValueError, TypeError, AssertionError) as error:
+        raise RecipeError(f"optimizer opt={recipe.opt!r}: {error}") from error
+    return optimizer
+
+
+def build_scheduler(
+    recipe: Recipe, optimizer: torch.optim.Optimizer, updates_per_epoch: int
+) -> tuple[Any, int]:
+    """Any of timm's schedulers, and the number of epochs that it asks for.
+
+    It moves with every update, only "plateau" with every epoch; "none" gives None.
+    """
+    try:
+        scheduler, epochs = create_scheduler_v2(
+            optimizer,
+            sched=recipe.sched,
+            num_epochs=recipe.epochs,
+            decay_epochs=recipe.decay_epochs,
+            decay_milestones=list(recipe.decay_milestones),
+            cooldown_epochs=recipe.cooldown_epochs,
+            patience_epochs=recipe.patience_epochs,
+            decay_rate=recipe.decay_rate,
+            min_lr=recipe.min_lr,
+            warmup_lr=recipe.warmup_lr,
+            warmup_epochs=recipe.warmup_epochs,
+            warmup_prefix=recipe.warmup_prefix,
+            cycle_mul=recipe.lr_cycle_mul,
+            cycle_decay=recipe.lr_cycle_decay,
+            cycle_limit=recipe.lr_cycle_limit,
+            k_decay=recipe.lr_k_decay,
+            step_on_epochs=recipe.sched == "plateau",
+            updates_per_epoch=updates_per_epoch,
+        )
+    except (ValueError, AssertionError) as error:
+        raise RecipeError(f"schedule sched={recipe.sched!r}: {error}") from error
+    return scheduler, int(epochs)
+
+
+class RunningStatsGuard:
+    """Keeps a copy of a model's buffers, so that a bad step leaves no trace in them.
+
+    A forward pass over a batch with a NaN spoils BatchNorm's running statistics for good.
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        self.buffers = list(model.buffers())
+        self.copies = [b.clone() for b in self.buffers]
+
+    def keep(self) -> None:
+        """Copy the buffers."""
+        if self.buffers:
+            torch._foreach_copy_(self.copies, self.buffers)
+
+    def restore(self) -> None:
+        """Put the copies back."""
+        if self.buffers:
+            torch._foreach_copy_(self.buffers, self.copies)
+
+
+def _mixes(recipe: Recipe) -> bool:
+    return recipe.mixup > 0 or recipe.cutmix > 0 or recipe.cutmix_minmax is not None

@@ -1,0 +1,88 @@
+"""The command line of a training script: every recipe key is a flag."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import typing
+from collections.abc import Sequence
+from typing import Any
+
+from backbones.training.errors import RecipeError
+from backbones.training.recipe import (
+    FIELDS,
+    HINTS,
+    Recipe,
+    inner_type,
+    load_recipe,
+    nearest,
+)
+
+__all__ = ["parse_command_line"]
+
+
+def parse_command_line(
+    argv: Sequence[str] | None = None, description: str = ""
+) -> tuple[Recipe, argparse.Namespace]:
+    """The recipe that a command line asks for, and the options that are not recipe keys.
+
+    Every key is a flag: ``batch_size`` is ``--batch-size`` (or ``--batch_size``), a true/false key
+    is ``--ema`` or ``--no-ema``, ``null`` is ``none``, a list takes several words, and a mapping
+    is YAML in quotes. ``--config FILE`` and ``--print-config`` come on top.
+
+    Raises:
+        RecipeError: as :func:`load_recipe`.
+    """
+    parser = argparse.ArgumentParser(
+        description=description,
+        allow_abbrev=False,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--config", metavar="FILE", help="YAML recipe, such as configs/cls/*.yaml")
+    parser.add_argument(
+        "--print-config", action="store_true", help="print the resolved recipe and stop"
+    )
+    groups: dict[str, Any] = {}
+    for f in FIELDS.values():
+        name = f.metadata["group"]
+        group = groups.get(name) or groups.setdefault(name, parser.add_argument_group(name))
+        _add_flag(group, f)
+    options, unknown = parser.parse_known_args(argv)
+    for word in unknown:
+        if word.startswith("--"):
+            flags = [flag for a in parser._actions for flag in a.option_strings if "_" not in flag]
+            raise RecipeError(nearest("option", word.split("=")[0], flags))
+        raise RecipeError(f"unexpected {word!r} on the command line")
+    given = {k: v for k, v in vars(options).items() if k in FIELDS}
+    return load_recipe(options.config, given), options
+
+
+def _add_flag(group: Any, f: dataclasses.Field[Any]) -> None:
+    flags = [f"--{f.name.replace('_', '-')}"]
+    if "_" in f.name:
+        flags.append(f"--{f.name}")
+    inner = inner_type(HINTS[f.name])
+    default = "…" if f.default is dataclasses.MISSING else f.default
+    text = f"{f.metadata['help']} (default: {default})".replace("%", "%%")
+    if inner is bool:
+        group.add_argument(
+            *flags,
+            nargs="?",
+            const=True,
+            default=argparse.SUPPRESS,
+            help=text,
+            metavar="true|false",
+        )
+        negated = [flag.replace("--", "--no-", 1) for flag in flags if f.name != "no_aug"]
+        if negated:
+            group.add_argument(
+                *negated,
+                dest=f.name,
+                action="store_false",
+                default=argparse.SUPPRESS,
+                help=argparse.SUPPRESS,
+            )
+        return
+    nargs = "+" if typing.get_origin(inner) is tuple else None
+    metavar = "X" if nargs else f.name.upper()
+    group.add_argument(*flags, nargs=nargs, default=argparse.SUPPRESS, metavar=metavar, help=text)

@@ -1,0 +1,323 @@
+"""From ``--data`` to checked training and validation images."""
+
+from __future__ import annotations
+
+import os
+import tarfile
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.hub
+from timm.data import create_dataset
+from timm.data.readers import create_reader
+from timm.data.readers.img_extensions import get_img_extensions
+
+from backbones.training.errors import DataError
+from backbones.training.recipe import Recipe
+from backbones.training.sources import (
+    ArraySource,
+    File,
+    FileSource,
+    ImageSource,
+    ReaderSource,
+    TorchvisionSource,
+)
+
+__all__ = ["Splits", "open_splits"]
+
+_MEDMNIST_URL = "https://zenodo.org/records/10519652/files/{}.npz"
+_FOLDER_NAMES = {
+    "train": ("train", "training"),
+    "validation": ("validation", "val", "valid", "eval", "test"),
+}
+
+
+@dataclass
+class Splits:
+    """The two halves of a data set.
+
+    Attributes:
+        train, validation: an :class:`ImageSource`, or for streams a function that opens the
+            stream afresh (a timm ``IterableImageDataset``).
+        classes: their names, by class number.
+        train_size, validation_size: number of images.
+    """
+
+    train: ImageSource | Callable[[], Any]
+    validation: ImageSource | Callable[[], Any]
+    classes: list[str]
+    train_size: int
+    validation_size: int
+
+
+def open_splits(recipe: Recipe) -> Splits:
+    """Open ``recipe.data`` and check it.
+
+    Raises:
+        DataError: nothing there, a split is missing, a class folder is empty, a label lies
+            outside the classes, or the splits disagree about the classes.
+    """
+    kind, _, rest = recipe.data.partition("/")
+    if not recipe.data:
+        raise DataError("no data: give --data a folder, digits, medmnist/NAME, torch/NAME, …")
+    if kind == "digits" and not rest:
+        splits = _digits()
+    elif kind == "medmnist":
+        splits = _medmnist(recipe, rest)
+    elif kind in ("torch", "torchvision"):
+        splits = _torchvision(recipe, rest)
+    elif kind == "hfds":
+        splits = _hugging_face(recipe)
+    elif kind in ("wds", "hfids"):
+        return _streams(recipe, kind, rest)
+    else:
+        splits = _folder(recipe, Path(recipe.data))
+    _check(splits, recipe)
+    return splits
+
+
+def _from_sources(train: ImageSource, validation: ImageSource, classes: Sequence[str]) -> Splits:
+    return Splits(train, validation, list(classes), len(train), len(validation))
+
+
+def _digits() -> Splits:
+    """scikit-learn's 1797 handwritten digits of 8×8 pixels; every fifth of a class held out."""
+    try:
+        from sklearn.datasets import load_digits
+    except ImportError:
+        raise DataError("--data digits needs scikit-learn: pip install scikit-learn") from None
+    digits = load_digits()
+    images = np.round(digits.images * (255 / 16)).astype(np.uint8)  # (1797, 8, 8), from 0..16
+    labels = digits.target.astype(np.int64)
+    rank_in_class = np.zeros(len(labels), dtype=np.int64)
+    for number in range(10):
+        rank_in_class[labels == number] = np.arange((labels == number).sum())
+    held_out = rank_in_class % 5 == 4
+    return _from_sources(
+        ArraySource(images[~held_out], labels[~held_out], "digits/train"),
+        ArraySource(images[held_out], labels[held_out], "digits/validation"),
+        [str(number) for number in range(10)],
+    )
+
+
+def _medmnist(recipe: Recipe, name: str) -> Splits:
+    """The official splits of a MedMNIST set, from the ``.npz`` that its authors publish."""
+    path = Path(recipe.data_dir or "data") / f"{name}.npz"
+    url = _MEDMNIST_URL.format(name)
+    if not path.exists():
+        if not recipe.download:
+            raise DataError(f"{path} is missing: fetch it from {url}, or add --download")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            torch.hub.download_url_to_file(url, str(path))
+        except OSError as error:
+            raise DataError(f"cannot download {url}: {error}") from error
+    try:
+        with np.load(path, allow_pickle=False) as archive:
+            arrays = {key: archive[key] for key in archive.files}
+    except (OSError, ValueError, EOFError) as error:
+        raise DataError(f"{path} is no MedMNIST file: {error}") from error
+    sources = []
+    for split in (recipe.train_split, recipe.val_split):
+        short = "val" if split in _FOLDER_NAMES["validation"][:4] else split
+        if f"{short}_images" not in arrays or f"{short}_labels" not in arrays:
+            raise DataError(f"{path} has no split {split!r}; it has train, val and test")
+        images, labels = arrays[f"{short}_images"], arrays[f"{short}_labels"]
+        if labels.ndim == 2 and labels.shape[1] > 1:
+            raise DataError(f"{name} gives an image several labels; this trains on one an image")
+        if images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] != 3):
+            raise DataError(f"{name} holds images of shape {images.shape[1:]}, not 2D ones")
+        sources.append(ArraySource(images, labels.reshape(-1).astype(np.int64), f"{name}/{short}"))
+    classes = range(int(arrays["train_labels"].max()) + 1)
+    return _from_sources(sources[0], sources[1], [str(number) for number in classes])
+
+
+def _torchvision(recipe: Recipe, name: str) -> Splits:
+    """A set of ``torchvision.datasets``, by timm's short names such as ``cifar10``."""
+    sources: list[ImageSource] = []
+    classes: list[str] = []
+    root = recipe.data_dir or "data"
+    for split in (recipe.train_split, recipe.val_split):
+        try:
+            dataset = create_dataset(
+                f"torch/{name}", root=root, split=split, download=recipe.download
+            )
+        except (AssertionError, RuntimeError, OSError) as error:
+            raise DataError(
+                f"torch/{name}, split {split!r}: {error} (looked in {root}, see --data-dir)"
+            ) from error
+        sources.append(TorchvisionSource(dataset, f"{name}/{split}"))
+        classes = [str(c) for c in getattr(dataset, "classes", [])] or classes
+    return _from_sources(sources[0], sources[1], classes)
+
+
+def _hugging_face(recipe: Recipe) -> Splits:
+    """A set of the Hugging Face hub, or a folder in its formats, through timm's reader."""
+    readers = [_reader(recipe, split) for split in (recipe.train_split, recipe.val_split)]
+    names = {number: str(name) for name, number in readers[0].class_to_idx.items()}
+    train, validation = (ReaderSource(reader) for reader in readers)
+    assert train.labels is not None
+    count = max(names, default=int(train.labels.max())) + 1
+    return _from_sources(train, validation, [names.get(i, str(i)) for i in range(count)])
+
+
+def _reader(recipe: Recipe, split: str) -> Any:
+    options = {"input_key": recipe.input_key, "target_key": recipe.target_key}
+    try:
+        return create_reader(
+            recipe.data, root=recipe.data_dir, split=split, class_map=recipe.class_map, **options
+        )
+    except ImportError as error:
+        raise DataError(f"{recipe.data} needs a package: {error}") from error
+    except (OSError, ValueError, RuntimeError) as error:
+        raise DataError(f"{recipe.data}, split {split!r}: {error}") from error
+
+
+def _streams(recipe: Recipe, kind: str, rest: str) -> Splits:
+    """WebDataset shards or a streamed hub set: read in order, never by number."""
+    if kind == "wds":
+        name, root = "wds/", os.path.join(recipe.data_dir or "", rest)
+    else:
+        name, root = recipe.data, recipe.data_dir  # type: ignore[assignment]
+
+    def opener(split: str, training: bool, size: int | None) -> Callable[[], Any]:
+        def open_stream() -> Any:
+            return create_dataset(
+                name,
+                root=root,
+                split=split,
+                is_training=training,
+                batch_size=recipe.batch_size,
+                num_samples=size,
+                seed=recipe.seed,
+                class_map=recipe.class_map,
+                input_img_mode="L" if recipe.in_chans == 1 else "RGB",
+                input_key=recipe.input_key,
+                target_key=recipe.target_key,
+                download=recipe.download and kind == "hfids",
+            )
+
+        return open_stream
+
+    train = opener(recipe.train_split, True, recipe.num_samples)
+    validation = opener(recipe.val_split, False, recipe.val_num_samples)
+    sizes = []
+    for split, stream in ((recipe.train_split, train), (recipe.val_split, validation)):
+        try:
+            reader = stream().reader
+        except ImportError as error:
+            raise DataError(f"{recipe.data} needs a package: {error}") from error
+        except (AssertionError, OSError, ValueError, RuntimeError, TypeError) as error:
+            raise DataError(f"{recipe.data}, split {split!r}: {error}") from error
+        if not reader.num_samples:
+            raise DataError(
+                f"{recipe.data}, split {split!r}: unknown length; write it after the shards as "
+                f"'{split}|COUNT', or give num_samples and val_num_samples"
+            )
+        sizes.append(int(reader.num_samples))
+    names = {number: str(name) for name, number in (reader.class_to_idx or {}).items()}
+    if not names and recipe.num_classes is None:
+        raise DataError(f"{recipe.data} does not say how many classes it has: give --num-classes")
+    count = max(names) + 1 if names else int(recipe.num_classes or 0)
+    classes = [names.get(number, str(number)) for number in range(count)]
+    return Splits(train, validation, classes, sizes[0], sizes[1])
+
+
+def _folder(recipe: Recipe, root: Path) -> Splits:
+    """``root/train/CLASS/…`` and ``root/validation/CLASS/…``, or ``train.tar`` and so on."""
+    if not root.is_dir():
+        raise DataError(f"no data at {root}: it must be a folder that holds train and validation")
+    class_to_idx: dict[str, int] | None = None
+    if recipe.class_map is not None:
+        class_to_idx = _read_class_map(Path(recipe.class_map))
+    sources = []
+    for split in (recipe.train_split, recipe.val_split):
+        path = _find_split(root, split)
+        files = _list_tar(path) if path.is_file() else _list_folder(path)
+        if not files:
+            raise DataError(f"no image below {path} ({', '.join(get_img_extensions())})")
+        if class_to_idx is None:
+            class_to_idx = {name: i for i, name in enumerate(sorted({c for c, _ in files}))}
+        unknown = sorted({c for c, _ in files} - set(class_to_idx))
+        if unknown:
+            raise DataError(f"{path} has classes that training lacks: {', '.join(unknown[:5])}")
+        labels = np.array([class_to_idx[c] for c, _ in files])
+        sources.append(FileSource(path, [file for _, file in files], labels))
+    assert class_to_idx is not None
+    names = {number: name for name, number in class_to_idx.items()}
+    classes = [names.get(number, str(number)) for number in range(max(names) + 1)]
+    return _from_sources(sources[0], sources[1], classes)
+
+
+def _find_split(root: Path, split: str) -> Path:
+    names = next((names for names in _FOLDER_NAMES.values() if split in names), (split,))
+    for name in dict.fromkeys((split, *names)):
+        for path in (root / name, root / f"{name}.tar"):
+            if path.exists():
+                return path
+    raise DataError(f"{root} has no split {split!r}: there is neither {' nor '.join(names)} in it")
+
+
+def _list_folder(root: Path) -> list[tuple[str, File]]:
+    extensions = get_img_extensions(as_set=True)
+    folders = sorted(p for p in root.iterdir() if p.is_dir() and not p.name.startswith("."))
+    files: list[tuple[str, File]] = []
+    for folder in folders:
+        paths = sorted(p for p in folder.rglob("*") if p.suffix.lower() in extensions)
+        if not paths:
+            raise DataError(f"the class folder {folder} is empty")
+        files += [(folder.name, (str(path), 0, 0)) for path in paths]
+    return files
+
+
+def _list_tar(path: Path) -> list[tuple[str, File]]:
+    """The images of an uncompressed archive; the folder that holds one is its class."""
+    extensions = get_img_extensions(as_set=True)
+    files = []
+    try:
+        with tarfile.open(path, "r:") as archive:
+            for member in archive:
+                inner = Path(member.name)
+                if member.isfile() and inner.suffix.lower() in extensions:
+                    files.append(
+                        (inner.parent.name, (member.name, member.offset_data, member.size))
+                    )
+    except (tarfile.TarError, OSError) as error:
+        raise DataError(f"{path} is no uncompressed tar file: {error}") from error
+    return sorted(files, key=lambda entry: entry[1][0])
+
+
+def _read_class_map(path: Path) -> dict[str, int]:
+    """One class a line, in the order of their numbers."""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise DataError(f"cannot read class_map {path}: {error.strerror}") from None
+    return {name.strip(): number for number, name in enumerate(lines) if name.strip()}
+
+
+def _check(splits: Splits, recipe: Recipe) -> None:
+    count = recipe.num_classes or len(splits.classes)
+    if len(splits.classes) > count:
+        raise DataError(
+            f"{recipe.data} has {len(splits.classes)} classes, the model's head only {count}: "
+            "leave num_classes out, or raise it"
+        )
+    for split, source in (("training", splits.train), ("validation", splits.validation)):
+        if not isinstance(source, ImageSource):
+            continue
+        if len(source) == 0:
+            raise DataError(f"{recipe.data}: the {split} split is empty")
+        if source.labels is None:
+            continue
+        wrong = np.flatnonzero((source.labels < 0) | (source.labels >= count))
+        if len(wrong):
+            i = int(wrong[0])
+            raise DataError(
+                f"{recipe.data}: {source.name(i)} has label {source.labels[i]}, outside the "
+                f"{count} classes 0..{count - 1}"
+            )

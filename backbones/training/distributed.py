@@ -1,0 +1,107 @@
+"""One or many processes behind one object; torchrun's environment says which."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+__all__ = ["Verdict", "World", "world_of_processes"]
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all: ``rank`` of ``size``, on ``device``."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process prints and writes files."""
+        return self.rank == 0
+
+    def sum(self, values: torch.Tensor) -> torch.Tensor:
+        """``values`` added over all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(values)
+        return values
+
+    def max(self, values: torch.Tensor) -> torch.Tensor:
+        """The largest ``values`` of all processes, in place."""
+        if self.size > 1:
+            dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        return values
+
+    def gather(self, value: Any) -> list[Any]:
+        """``value`` of every process, by rank."""
+        if self.size == 1:
+            return [value]
+        values = [None] * self.size
+        dist.all_gather_object(values, value)
+        return values
+
+    def wait(self) -> None:
+        """Wait until every process is here."""
+        if self.size > 1:
+            dist.barrier()
+
+
+class Verdict:
+    """What the processes agree on at every step: was a loss bad, must we stop, shall we save.
+
+    Asked before the backward pass and read after it was queued, so that a GPU is never idle.
+    """
+
+    def __init__(self, world: World) -> None:
+        self.world = world
+        self._on_gpu = world.device.type == "cuda"
+        self._answer = torch.zeros(3, pin_memory=self._on_gpu)
+        self._arrived = torch.cuda.Event() if self._on_gpu else None
+
+    def ask(self, loss: torch.Tensor, signal: int, save: bool) -> None:
+        """Put this process's view to the others."""
+        others = torch.tensor([float(signal), float(save)])
+        if self._on_gpu:
+            others = others.pin_memory().to(loss.device, non_blocking=True)
+        view = torch.cat([(~torch.isfinite(loss.detach())).float().view(1), others])
+        self._answer.copy_(self.world.max(view), non_blocking=self._on_gpu)
+        if self._arrived is not None:
+            self._arrived.record()
+
+    def read(self) -> tuple[bool, int, bool]:
+        """Whether any loss was not finite, the signal that came (0: none), whether to save."""
+        if self._arrived is not None:
+            self._arrived.synchronize()
+        bad, signal, save = self._answer.tolist()
+        return bool(bad), int(signal), bool(save)
+
+
+@contextmanager
+def world_of_processes(device: str | None) -> Iterator[World]:
+    """Join the processes that torchrun started, or be alone; leave them at the end.
+
+    Args:
+        device: ``cpu``, ``cuda``, ``cuda:1``, …; None for a GPU where there is one.
+    """
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    name = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if name == "cuda" and size > 1:
+        name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
+    target = torch.device(name)
+    if target.type == "cuda":
+        torch.cuda.set_device(target)
+    if size == 1:
+        yield World(0, 1, target)
+        return
+    dist.init_process_group("nccl" if target.type == "cuda" else "gloo")
+    try:
+        yield World(dist.get_rank(), dist.get_world_size(), target)
+    finally:
+        dist.destroy_process_group()

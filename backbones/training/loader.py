@@ -1,0 +1,382 @@
+"""Batches whose content depends on seed, epoch and position alone, so that a run can be resumed."""
+
+from __future__ import annotations
+
+import random
+import signal
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from types import FrameType
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_transform
+from timm.data.loader import PrefetchLoader, fast_collate
+from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+
+from backbones.training.checkpoint import get_rng_state, set_rng_state
+from backbones.training.corrupt import CorruptImages
+from backbones.training.distributed import World
+from backbones.training.errors import DataError
+from backbones.training.recipe import Recipe
+from backbones.training.sampler import NO_LABEL, Key, TrainSampler, ValidationSampler, mix_seed
+from backbones.training.sources import ImageSource
+
+__all__ = ["TrainLoader", "ValidationLoader"]
+
+_GRACE_SECONDS = 20
+
+
+class TrainLoader:
+    """Endless supply of shuffled, augmented training batches, by epoch.
+
+    Every process gets the same number of batches of the same size; what does not fill a batch is
+    left out, and differs from epoch to epoch.
+
+    Args:
+        source: the images, or a function that opens a stream of them.
+        size: number of images.
+        config: ``input_size``, ``mean``, ``std``, ``interpolation`` as timm resolves them.
+        recipe: augmentation, batch size, workers.
+        world: this process among all.
+        corrupt: where unreadable images are noted.
+
+    Raises:
+        DataError: fewer images than one batch a process.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource | Callable[[], Any],
+        size: int,
+        config: dict[str, Any],
+        recipe: Recipe,
+        world: World,
+        corrupt: CorruptImages,
+    ) -> None:
+        self.source, self.size, self.config = source, size, config
+        self.recipe, self.world, self.corrupt = recipe, world, corrupt
+        self.batches = size // (recipe.batch_size * world.size)
+        if self.batches < recipe.accum_steps:
+            raise DataError(
+                f"{size} images do not fill {recipe.accum_steps} batch(es) of {recipe.batch_size} "
+                f"for {world.size} process(es): lower batch_size or accum_steps"
+            )
+        self._sampler = TrainSampler(size, recipe, world)
+        self._loaders: dict[int, DataLoader[Any]] = {}
+        self._current: _Sized | None = None
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Normalised images (B, C, H, W) and labels (B,) of one epoch, on the device.
+
+        Args:
+            epoch: which; the order and the augmentation follow from it.
+            start: batches to leave out at the beginning, when a run is resumed.
+        """
+        if isinstance(self.source, ImageSource):
+            self._sampler.epoch, self._sampler.start = epoch, start
+            loader = self._map_loader(self._image_size(epoch))
+            self._current = _Sized(loader, self.batches - start)
+        else:
+            loader = self._stream_loader(epoch)
+            self._current = _Sized(loader, self.batches, skip=start)
+        return iter(_on_device(self._current, self.config, self.world.device))
+
+    def close(self) -> None:
+        """End the loader processes."""
+        if self._current is not None:
+            self._current.close()
+
+    def names(self, epoch: int, update: int) -> list[str]:
+        """What this process's images of one update are called; streams cannot tell."""
+        if not isinstance(self.source, ImageSource):
+            return ["(a stream does not name its images)"]
+        accum = self.recipe.accum_steps
+        batches = range(update * accum, (update + 1) * accum)
+        keys = [key for batch in batches for key in self._sampler.batch(epoch, batch)]
+        return [self.source.name(index) for index, _ in keys]
+
+    def _image_size(self, epoch: int) -> int:
+        """The side of the images: the schedule's last entry that has begun, or the model's."""
+        begun = [e for e in self.recipe.img_size_schedule if e <= epoch]
+        if begun:
+            return self.recipe.img_size_schedule[max(begun)]
+        return int(self.config["input_size"][-1])
+
+    def _map_loader(self, image_size: int) -> DataLoader[Any]:
+        if image_size not in self._loaders:
+            self._loaders.clear()  # ends the workers of the size before
+            assert isinstance(self.source, ImageSource)
+            transform = _train_transform(image_size, self.config, self.recipe)
+            images = _Images(self.source, transform, self.recipe.in_chans, self.corrupt, True)
+            self._loaders[image_size] = DataLoader(
+                images,
+                batch_sampler=self._sampler,
+                generator=torch.Generator(),
+                **_loader_options(self.recipe, self.world, persistent=True),
+            )
+        return self._loaders[image_size]
+
+    def _stream_loader(self, epoch: int) -> DataLoader[Any]:
+        # A stream's readers keep state from epoch to epoch: fresh ones make an epoch repeatable.
+        assert not isinstance(self.source, ImageSource)
+        stream = self.source()
+        stream.set_epoch(epoch)
+        stream.set_loader_cfg(num_workers=self.recipe.workers)
+        transform = _train_transform(self._image_size(epoch), self.config, self.recipe)
+        seed = mix_seed(self.recipe.seed, epoch, self.world.rank)
+        return DataLoader(
+            _Stream(stream, transform, seed),
+            batch_size=self.recipe.batch_size,
+            drop_last=True,
+            generator=torch.Generator().manual_seed(seed),
+            **_loader_options(self.recipe, self.world, persistent=False),
+        )
+
+
+class ValidationLoader:
+    """Every validation image exactly once over all processes, in order.
+
+    Every process gets the same number of batches; positions that only fill them up carry the
+    label :data:`NO_LABEL`, as do images that cannot be read. (Only for a stream can the number
+    differ by one, which ``equal_batches`` tells.)
+
+    Args: as :class:`TrainLoader`.
+    """
+
+    def __init__(
+        self,
+        source: ImageSource | Callable[[], Any],
+        size: int,
+        config: dict[str, Any],
+        recipe: Recipe,
+        world: World,
+        corrupt: CorruptImages,
+    ) -> None:
+        self.source, self.config, self.recipe, self.world = source, config, recipe, world
+        self.batch_size = recipe.val_batch_size or recipe.batch_size
+        self.batches = -(-size // (self.batch_size * world.size))
+        self._current: _Sized | None = None
+        self.equal_batches = isinstance(source, ImageSource) or world.size == 1
+        self._transform = create_transform(
+            config["input_size"],
+            is_training=False,
+            interpolation=config["interpolation"],
+            crop_pct=config["crop_pct"],
+            crop_mode=config["crop_mode"],
+            use_prefetcher=True,
+        )
+        if isinstance(source, ImageSource):
+            images = _Images(source, self._transform, recipe.in_chans, corrupt, False)
+            self._loader: DataLoader[Any] = DataLoader(
+                images,
+                batch_sampler=ValidationSampler(size, self.batch_size, self.batches, world),
+                generator=torch.Generator(),
+                **_loader_options(recipe, world, persistent=True),
+            )
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def close(self) -> None:
+        """End the loader processes."""
+        if self._current is not None:
+            self._current.close()
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        if isinstance(self.source, ImageSource):
+            self._current = _Sized(self._loader, self.batches)
+            return iter(_on_device(self._current, self.config, self.world.device))
+        stream = self.source()
+        # Every process reads all and keeps its share: shards do not split into equal parts.
+        stream.reader.dist_rank, stream.reader.dist_num_replicas = 0, 1
+        stream.set_loader_cfg(num_workers=1)
+        loader: DataLoader[Any] = DataLoader(
+            _Stream(stream, self._transform, None, self.world),
+            batch_size=self.batch_size,
+            generator=torch.Generator(),
+            **{**_loader_options(self.recipe, self.world, persistent=False), "num_workers": 0},
+        )
+        return iter(_on_device(loader, self.config, self.world.device))
+
+
+class _Images(Dataset[tuple[torch.Tensor, int]]):
+    """Decode, convert, augment. An unreadable training image gives way to another one."""
+
+    def __init__(
+        self,
+        source: ImageSource,
+        transform: Callable[[Any], torch.Tensor],
+        in_chans: int,
+        corrupt: CorruptImages,
+        training: bool,
+    ) -> None:
+        self.source, self.transform, self.corrupt = source, transform, corrupt
+        self.mode = "L" if in_chans == 1 else "RGB"
+        self.training = training
+
+    def __getitem__(self, key: Key) -> tuple[torch.Tensor, int]:
+        index, seed = key
+        if not self.training:
+            image, label = self._read(index) or (self._blank(), NO_LABEL)
+            return self.transform(image), NO_LABEL if seed == NO_LABEL else label
+        with _seeded(seed):
+            sample = self._read(index)
+            while sample is None:
+                sample = self._read(random.randrange(len(self.source)))
+            image, label = sample
+            return self.transform(image), label
+
+    def _read(self, index: int) -> tuple[Any, int] | None:
+        try:
+            image, label = self.source.load(index)
+            return image.convert(self.mode), label
+        except (OSError, SyntaxError, ValueError, EOFError) as error:  # all that PIL raises
+            self.corrupt.add(self.source.name(index), error)
+            self.corrupt.check(len(self.source))
+            return None
+
+    def _blank(self) -> Any:
+        return Image.new(self.mode, (256, 256))
+
+
+class _Stream(IterableDataset[tuple[torch.Tensor, int]]):
+    """A timm stream with augmentation seeded by position, or with every n-th sample kept."""
+
+    def __init__(
+        self,
+        stream: Any,
+        transform: Callable[[Any], torch.Tensor],
+        seed: int | None,
+        share: World | None = None,
+    ) -> None:
+        self.stream, self.transform, self.seed, self.share = stream, transform, seed, share
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, int]]:
+        worker = get_worker_info()
+        worker_id = worker.id if worker else 0
+        for position, (image, label) in enumerate(self.stream):
+            if self.share is not None and position % self.share.size != self.share.rank:
+                continue
+            if self.seed is None:
+                yield self.transform(image), int(label)
+                continue
+            with _seeded(mix_seed(self.seed, worker_id, position)):
+                sample = self.transform(image)
+            yield sample, int(label)
+
+
+class _Sized:
+    """The first ``length`` batches of a loader, of which ``skip`` are read and dropped."""
+
+    def __init__(self, loader: DataLoader[Any], length: int, skip: int = 0) -> None:
+        self.loader, self.length, self.skip = loader, length, skip
+        self.iterator: Iterator[Any] = iter(())
+
+    def close(self) -> None:
+        """End the loader processes now.
+
+        After an error, its traceback and the iterator refer to each other, and the garbage
+        collector takes the queues before it can tell the processes to leave.
+        """
+        shutdown = getattr(self.iterator, "_shutdown_workers", None)
+        if shutdown is not None:
+            shutdown()
+
+    def __len__(self) -> int:
+        return self.length
+
+    def __iter__(self) -> Iterator[Any]:
+        number = 0
+        self.iterator = iter(self.loader)
+        try:
+            for number, batch in zip(range(1, self.length + 1), self.iterator, strict=False):
+                if number > self.skip:
+                    yield batch
+        except DataError as error:  # torch puts the traceback of a loader process before it
+            raise DataError(str(error).strip().rpartition("DataError: ")[2]) from None
+        if number < self.length:
+            raise DataError(
+                f"the data ended after {number} of {self.length} batches: is its stated "
+                "number of images right?"
+            )
+
+
+def _train_transform(
+    image_size: int, config: dict[str, Any], recipe: Recipe
+) -> Callable[[Any], torch.Tensor]:
+    """timm's training transform up to uint8; normalisation and erasing happen on the device."""
+    return create_transform(
+        (recipe.in_chans, image_size, image_size),
+        is_training=True,
+        no_aug=recipe.no_aug,
+        train_crop_mode=recipe.train_crop_mode,
+        scale=recipe.scale,
+        ratio=recipe.ratio,
+        hflip=recipe.hflip,
+        vflip=recipe.vflip,
+        color_jitter=recipe.color_jitter if recipe.in_chans == 3 else 0.0,
+        grayscale_prob=recipe.grayscale_prob,
+        gaussian_blur_prob=recipe.gaussian_blur_prob,
+        auto_augment=recipe.aa,
+        interpolation=recipe.train_interpolation,
+        mean=config["mean"],
+        std=config["std"],
+        use_prefetcher=True,
+    )
+
+
+def _on_device(batches: Any, config: dict[str, Any], device: torch.device) -> PrefetchLoader:
+    return PrefetchLoader(
+        batches,
+        mean=config["mean"],
+        std=config["std"],
+        channels=config["input_size"][0],
+        device=device,
+    )
+
+
+def _loader_options(recipe: Recipe, world: World, persistent: bool) -> dict[str, Any]:
+    return {
+        "num_workers": recipe.workers,
+        "collate_fn": fast_collate,
+        "pin_memory": recipe.pin_memory and world.device.type == "cuda",
+        "worker_init_fn": _quiet_worker,
+        "persistent_workers": persistent and recipe.workers > 0,
+    }
+
+
+def _quiet_worker(worker_id: int) -> None:
+    """A signal that asks a run to stop often reaches its workers too; they must serve the step.
+
+    Ending them is the main process's business; where it cannot, they end themselves.
+    """
+    for name in ("SIGINT", "SIGUSR1"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, _end_soon)
+
+
+def _end_soon(number: int, frame: FrameType | None) -> None:
+    if hasattr(signal, "alarm"):
+        signal.alarm(_GRACE_SECONDS)
+    else:
+        sys.exit(0)
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """Seed Python's, NumPy's and torch's CPU generators; put them back if others use them."""
+    shared = get_worker_info() is None
+    before = get_rng_state(cuda=False) if shared else None
+    random.seed(seed)
+    np.random.seed(seed % 2**32)
+    torch.default_generator.manual_seed(seed)
+    try:
+        yield
+    finally:
+        if before is not None:
+            set_rng_state(before)

@@ -1,0 +1,211 @@
+"""Two pictures of a run: how loss and accuracy went, and what the model says of some images."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from backbones.training.checkpoint import write_atomically
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
+
+__all__ = ["Prediction", "draw_curves", "draw_predictions", "pick_predictions"]
+
+_TRAIN, _VALIDATION, _AVERAGE = "#8a94a6", "#1f5fbf", "#d9822b"
+_RIGHT, _WRONG = "#2e7d4f", "#c62828"
+_INK, _GRID = "#222b38", "#e4e8ee"
+
+
+@dataclass
+class Prediction:
+    """One validation image and what the model said.
+
+    Attributes:
+        image: (H, W, 3) in 0..1.
+        truth, answer: class numbers.
+        confidence: probability of ``answer``.
+    """
+
+    image: np.ndarray
+    truth: int
+    answer: int
+    confidence: float
+
+
+@torch.inference_mode()
+def pick_predictions(
+    model: nn.Module,
+    batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
+    config: dict[str, Any],
+    autocast: Callable[[], Any],
+    count: int = 32,
+    looked_at: int = 2000,
+) -> list[Prediction]:
+    """Choose ``count`` images to show: at most a quarter mistakes, the surest first.
+
+    Args:
+        model: in evaluation mode.
+        batches: normalised images (B, C, H, W) and labels (B,).
+        config: ``mean`` and ``std`` of the normalisation.
+        autocast: makes the context to call the model in.
+        count, looked_at: how many to choose, out of how many.
+    """
+    right: list[Prediction] = []
+    wrong: list[Prediction] = []
+    for images, labels in batches:
+        with autocast():
+            confidence, answers = model(images).float().softmax(dim=1).max(dim=1)
+        mean, std = (torch.tensor(config[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
+        pixels = (images.cpu().float() * std + mean).clamp(0, 1).permute(0, 2, 3, 1).numpy()
+        for i, truth in enumerate(labels.tolist()):
+            if truth < 0:
+                continue
+            item = Prediction(pixels[i], truth, int(answers[i]), float(confidence[i]))
+            (right if item.answer == truth else wrong).append(item)
+        if len(right) + len(wrong) >= looked_at:
+            break
+    wrong.sort(key=lambda item: -item.confidence)
+    chosen = wrong[: count // 4]
+    places = np.linspace(0, max(len(right) - 1, 0), min(count - len(chosen), len(right)))
+    return chosen + [right[int(place)] for place in places]
+
+
+def draw_curves(path: Path, history: Sequence[dict[str, Any]], title: str) -> None:
+    """Draw loss and top-1 accuracy over the epochs.
+
+    Args:
+        path: the PNG.
+        history: rows with ``epoch``, ``train_loss``, ``train_top1`` and, where it was validated,
+            ``val_loss``, ``val_top1``, ``ema_loss``, ``ema_top1``.
+        title: above it.
+    """
+    figure = _figure(10.5, 4.2)
+    figure.subplots_adjust(left=0.07, right=0.985, bottom=0.13, top=0.9, wspace=0.18)
+    axes = figure.subplots(1, 2)
+    for axis, key, label in zip(axes, ("loss", "top1"), ("loss", "accuracy, %"), strict=True):
+        for prefix, name, color in (
+            ("train", "training, augmented", _TRAIN),
+            ("val", "validation", _VALIDATION),
+            ("ema", "validation, averaged weights", _AVERAGE),
+        ):
+            points = [
+                (row["epoch"] + 1, row[f"{prefix}_{key}"])
+                for row in history
+                if row.get(f"{prefix}_{key}") is not None
+            ]
+            if points:
+                x, y = zip(*points, strict=True)
+                mark = "o" if len(points) <= 40 else None
+                axis.plot(x, y, color=color, label=name, linewidth=2, marker=mark, markersize=4)
+        _style(axis, label)
+    axes[1].axhline(100, color=_GRID, linewidth=1)
+    _mark_best(axes[1], history)
+    axes[0].legend(frameon=False, fontsize=10, labelcolor=_INK)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=13, color=_INK, fontweight="bold")
+    _save(figure, path)
+
+
+def draw_predictions(
+    path: Path, shown: Sequence[Prediction], classes: Sequence[str], title: str
+) -> None:
+    """Draw a grid of images, each with the answer and its confidence; mistakes stand out.
+
+    Args:
+        path: the PNG.
+        shown: the images.
+        classes: names by number.
+        title: above it.
+    """
+    columns = min(8, max(4, len(shown)))
+    rows = max(1, -(-len(shown) // columns))
+    # Long names leave no room for the confidence beside them.
+    long = max(len(name) for name in classes) > 6
+    width, height = 1.62 * columns + 0.3, (2.3 if long else 2.1) * rows + 0.55
+    figure = _figure(width, height)
+    figure.subplots_adjust(
+        left=0.15 / width,
+        right=1 - 0.15 / width,
+        bottom=0.35 / height,
+        top=1 - (0.95 if long else 0.8) / height,
+        wspace=0.08,
+        hspace=0.48 if long else 0.34,
+    )
+    axes = np.atleast_1d(figure.subplots(rows, columns)).ravel()
+    for axis in axes:
+        axis.set_axis_off()
+    for axis, item in zip(axes, shown, strict=False):
+        right = item.truth == item.answer
+        color = _RIGHT if right else _WRONG
+        axis.imshow(item.image, interpolation="nearest")
+        axis.set_axis_on()
+        axis.set_xticks([])
+        axis.set_yticks([])
+        for spine in axis.spines.values():
+            spine.set_edgecolor(color)
+            spine.set_linewidth(1.0 if right else 3.5)
+        mark = "✓" if right else "✗"
+        sure = f"{100 * item.confidence:.0f} %"
+        answer = f"{mark} {_short(classes[item.answer])}{chr(10) if long else '  '}{sure}"
+        truth = f"truth: {_short(classes[item.truth])}"
+        weight = "normal" if right else "bold"
+        axis.set_title(answer, fontsize=10 if long else 11, color=color, pad=4, fontweight=weight)
+        axis.set_xlabel(
+            truth, fontsize=9 if long else 9.5, color=_INK if right else _WRONG, labelpad=3
+        )
+    figure.suptitle(title, x=0.01, ha="left", fontsize=13, color=_INK, fontweight="bold")
+    _save(figure, path)
+
+
+def _figure(width: float, height: float) -> Figure:
+    # Figure itself, not pyplot: no global state, no display.
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), dpi=110, facecolor="white")
+
+
+def _style(axis: Any, label: str) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axis.set_xlabel("epoch", fontsize=11, color=_INK)
+    axis.set_ylabel(label, fontsize=11, color=_INK)
+    axis.grid(color=_GRID)
+    axis.set_axisbelow(True)
+    axis.tick_params(colors=_INK, labelsize=10, length=0)
+    axis.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axis.spines[side].set_color(_GRID)
+
+
+def _mark_best(axis: Any, history: Sequence[dict[str, Any]]) -> None:
+    points = [
+        (row[key], row["epoch"] + 1)
+        for row in history
+        for key in ("val_top1", "ema_top1")
+        if row.get(key) is not None
+    ]
+    if not points:
+        return
+    accuracy, epoch = max(points, key=lambda point: point[0])
+    axis.plot(epoch, accuracy, "o", color=_INK, markersize=7, fillstyle="none", markeredgewidth=1.6)
+    text = f"best {accuracy:.1f} %, epoch {epoch}"
+    axis.set_title(text, loc="right", fontsize=11, color=_INK)
+
+
+def _short(name: str) -> str:
+    return name if len(name) <= 15 else name[:14] + "…"
+
+
+def _save(figure: Figure, path: Path) -> None:
+    data = io.BytesIO()
+    figure.savefig(data, format="png")
+    write_atomically(path, lambda file: file.write(data.getvalue()))

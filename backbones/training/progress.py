@@ -1,0 +1,282 @@
+"""What a run tells: a live bar or plain lines, metrics.jsonl, summary.csv, TensorBoard, W&B."""
+
+from __future__ import annotations
+
+import csv
+import importlib
+import io
+import json
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+from tqdm import tqdm
+
+from backbones.training.checkpoint import write_atomically
+from backbones.training.distributed import World
+from backbones.training.errors import RecipeError
+from backbones.training.recipe import Recipe
+
+__all__ = ["RESULTS", "Meter", "Progress", "RunLog", "describe_epoch", "duration", "peak_memory"]
+
+RESULTS = {
+    "best.safetensors": "the weights of the best epoch",
+    "last.pt": "all that --resume needs; weights under `model`",
+    "summary.csv": "a row for each epoch",
+    "metrics.jsonl": "an entry every few updates",
+    "curves.png": "loss and accuracy",
+    "predictions.png": "validation images, answers and truth",
+    "config.yaml": "the recipe, fully resolved",
+    "bad_batches.txt": "images whose loss was not finite",
+    "corrupt_train.txt": "training images that could not be read",
+    "corrupt_validation.txt": "validation images that could not be read",
+}
+"""The files of a run, and what is in them."""
+
+_BAR = "{desc} {percentage:3.0f}% {bar} {n}/{total}  {postfix}"
+
+
+class Meter:
+    """Sums of loss, right answers and images, kept on the device until they are read.
+
+    Args:
+        device: where the losses are.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(4, dtype=torch.float64, device=device)
+
+    def add(self, loss_sum: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            loss_sum: over its images.
+            logits: (B, classes).
+            labels: (B,); negative ones are not counted.
+        """
+        best = logits.detach().topk(min(5, logits.shape[1]), dim=1).indices  # (B, 5)
+        right = best == labels[:, None]
+        counts = torch.stack([right[:, 0].sum(), right.sum(), (labels >= 0).sum()])
+        self.sums += torch.cat([loss_sum.detach().view(1), counts])
+
+    def read(self, world: World | None = None) -> dict[str, float]:
+        """Means ``loss``, ``top1`` and ``top5`` (in percent), and the ``count`` behind them.
+
+        Args:
+            world: over all of its processes; None for this one alone.
+        """
+        sums = self.sums if world is None else world.sum(self.sums.clone())
+        loss, top1, top5, count = sums.tolist()
+        images = max(count, 1.0)
+        return {
+            "loss": loss / images,
+            "top1": 100 * top1 / images,
+            "top5": 100 * top5 / images,
+            "count": count,
+        }
+
+
+class Progress:
+    """One bar for each epoch on a terminal, and now and then a line where there is none.
+
+    Args:
+        world: only the main process shows anything.
+        stream: where; None for standard output.
+        seconds_between_lines: without a terminal.
+    """
+
+    def __init__(
+        self, world: World, stream: TextIO | None = None, seconds_between_lines: float = 10.0
+    ) -> None:
+        self.stream = stream or sys.stdout
+        self.active = world.is_main
+        self.live = self.active and self.stream.isatty()
+        self.pause = 0.2 if self.live else seconds_between_lines
+        self._bar: Any = None
+        self._title, self._total, self._shown = "", 0, time.monotonic()
+
+    def say(self, text: str) -> None:
+        """Print a line, above the bar if there is one."""
+        if self.active:
+            tqdm.write(text, file=self.stream)
+            self.stream.flush()
+
+    def begin(self, title: str, total: int, done: int = 0) -> None:
+        """Start a bar of ``total`` steps."""
+        self.end()
+        self._title, self._total = title, total
+        if self.live:
+            self._bar = tqdm(
+                total=total,
+                initial=done,
+                desc=title,
+                bar_format=_BAR,
+                file=self.stream,
+                leave=False,
+                dynamic_ncols=True,
+                mininterval=0.0,
+            )
+
+    def due(self) -> bool:
+        """Whether it is time for new figures; reading them makes a GPU wait."""
+        return self.active and time.monotonic() - self._shown >= self.pause
+
+    def show(self, done: int, text: str) -> None:
+        """Move the bar to ``done`` and set the text beside it."""
+        self._shown = time.monotonic()
+        if self._bar is not None:
+            self._bar.n = done
+            self._bar.set_postfix_str(text, refresh=True)
+        elif self.active:
+            self.say(f"{self._title}  {done}/{self._total}  {text}")
+
+    def say_results(self, folder: Path) -> None:
+        """List the files of a finished run."""
+        self.say(f"in {folder}:")
+        for name, meaning in RESULTS.items():
+            if (folder / name).exists():
+                self.say(f"  {name:<18} {meaning}")
+
+    def end(self) -> None:
+        """Remove the bar."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+class RunLog:
+    """The files that record a run; only the main process writes.
+
+    Args:
+        folder: ``metrics.jsonl`` (an entry every ``log_every`` updates and every epoch) and
+            ``summary.csv`` (a row an epoch) go there.
+        recipe: says whether TensorBoard and W&B hear of it too.
+        active: False makes every method do nothing.
+
+    Raises:
+        RecipeError: TensorBoard or W&B is asked for and not installed.
+    """
+
+    def __init__(self, folder: Path, recipe: Recipe, active: bool) -> None:
+        self.folder, self.active = folder, active
+        self._board = self._wandb = None
+        if active and recipe.tensorboard:
+            self._board = _open_tensorboard(folder)
+        if active and recipe.wandb:
+            self._wandb = _open_wandb(folder, recipe)
+
+    def rewind(self, updates: int) -> None:
+        """Forget what was logged after ``updates``: a resumed run does that part again."""
+        path = self.folder / "metrics.jsonl"
+        if not self.active or not path.exists():
+            return
+        kept = []
+        for line in path.read_text(encoding="utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:  # the last line of a killed run
+                continue
+            if entry["update"] <= updates:
+                kept.append(line + "\n")
+        write_atomically(path, lambda file: file.write("".join(kept).encode()))
+
+    def add(self, entry: dict[str, Any]) -> None:
+        """Append one entry; it needs the key ``update``."""
+        if not self.active:
+            return
+        entry = {key: _rounded(value) for key, value in entry.items()}
+        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
+            file.write(json.dumps(entry) + "\n")
+        numbers = {k: v for k, v in entry.items() if isinstance(v, (int, float)) and k != "update"}
+        if self._board is not None:
+            for key, value in numbers.items():
+                self._board.add_scalar(key, value, entry["update"])
+        if self._wandb is not None:
+            self._wandb.log(numbers, step=entry["update"])
+
+    def summarize(self, history: Sequence[dict[str, Any]]) -> None:
+        """Rewrite ``summary.csv``: one row for each epoch."""
+        if not self.active or not history:
+            return
+        text = io.StringIO()
+        columns = list(dict.fromkeys(key for row in history for key in row))
+        writer = csv.DictWriter(text, columns, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows({k: _rounded(v) for k, v in row.items()} for row in history)
+        data = text.getvalue().encode()
+        write_atomically(self.folder / "summary.csv", lambda file: file.write(data))
+
+    def close(self) -> None:
+        """Flush what other programs are told."""
+        if self._board is not None:
+            self._board.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def duration(seconds: float) -> str:
+    """``75`` as ``1:15``, ``7384`` as ``2:03:04``."""
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def describe_epoch(row: dict[str, Any], epochs: int, seconds_left: float) -> str:
+    """A finished epoch as a line."""
+    width = len(str(epochs))
+    parts = [
+        f"epoch {row['epoch'] + 1:{width}}/{epochs}",
+        f"loss {row['train_loss']:.3f}",
+        f"accuracy {row['train_top1']:5.1f} %",
+    ]
+    for prefix, name in (("val", "validation"), ("ema", "averaged")):
+        if f"{prefix}_top1" in row:
+            parts.append(f"{name} {row[f'{prefix}_top1']:6.2f} %")
+    parts.append(f"{row['images_per_second']:.0f} images/s")
+    if row["data_wait"] > 0.1:
+        parts.append(f"{100 * row['data_wait']:.0f} % waiting for data")
+    if row["skipped"]:
+        parts.append(f"{row['skipped']} updates skipped")
+    return "  ".join([*parts, f"{duration(seconds_left)} left"])
+
+
+def peak_memory(device: torch.device) -> float:
+    """MiB that were in use at most: of the GPU, or of the process."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    try:
+        import resource
+    except ImportError:  # Windows
+        return 0.0
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**20
+
+
+def _rounded(value: Any) -> Any:
+    return float(f"{value:.6g}") if isinstance(value, float) else value
+
+
+def _open_tensorboard(folder: Path) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        raise RecipeError("tensorboard: true needs pip install tensorboard") from None
+    return SummaryWriter(str(folder))
+
+
+def _open_wandb(folder: Path, recipe: Recipe) -> Any:
+    try:
+        wandb = importlib.import_module("wandb")
+    except ImportError:
+        raise RecipeError("wandb needs pip install wandb") from None
+    return wandb.init(
+        project=recipe.wandb,
+        name=folder.name,
+        id=folder.name,
+        dir=str(folder),
+        config=vars(recipe),
+        resume="allow",
+    )

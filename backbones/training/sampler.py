@@ -1,0 +1,78 @@
+"""The order of the images: a function of seed and epoch, shared out to the processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch.utils.data import Sampler
+
+from backbones.training.distributed import World
+from backbones.training.recipe import Recipe
+
+__all__ = ["NO_LABEL", "Key", "TrainSampler", "ValidationSampler", "mix_seed"]
+
+NO_LABEL = -1
+"""Label of a position that must not be counted: padding, or an image that cannot be read."""
+
+Key = tuple[int, int]  # number of an image; seed of its augmentation, or NO_LABEL for padding
+
+
+def mix_seed(*numbers: int) -> int:
+    """One well-spread seed of several numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(2))
+
+
+class TrainSampler(Sampler[list[Key]]):
+    """Batches of keys: a permutation drawn from seed and epoch, dealt out to the processes."""
+
+    def __init__(self, size: int, recipe: Recipe, world: World) -> None:
+        self.size, self.world = size, world
+        self.batch_size, self.seed = recipe.batch_size, recipe.seed
+        self.repeats = max(1, recipe.aug_repeats)
+        self.batches = size // (recipe.batch_size * world.size)
+        self.epoch, self.start = 0, 0
+
+    def __len__(self) -> int:
+        return self.batches - self.start
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        order, seeds = self._epoch_order(self.epoch)
+        for number in range(self.start, self.batches):
+            yield self._keys(order, seeds, number)
+
+    def batch(self, epoch: int, number: int) -> list[Key]:
+        """The keys of one batch."""
+        return self._keys(*self._epoch_order(epoch), number)
+
+    def _epoch_order(self, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
+        generator = torch.Generator().manual_seed(mix_seed(self.seed, epoch))
+        order = torch.randperm(self.size, generator=generator)
+        # The copies of repeated augmentation go to different processes, each with its own seed.
+        order = order.repeat_interleave(self.repeats)[: self.size]
+        seeds = torch.randint(2**62, (self.size,), generator=generator)
+        share = slice(self.world.rank, None, self.world.size)
+        return order[share], seeds[share]
+
+    def _keys(self, order: torch.Tensor, seeds: torch.Tensor, number: int) -> list[Key]:
+        part = slice(number * self.batch_size, (number + 1) * self.batch_size)
+        return list(zip(order[part].tolist(), seeds[part].tolist(), strict=True))
+
+
+class ValidationSampler(Sampler[list[Key]]):
+    """Batches of keys in order; process r has the images r, r + world, r + 2 world, …"""
+
+    def __init__(self, size: int, batch_size: int, batches: int, world: World) -> None:
+        self.size, self.batch_size, self.batches, self.world = size, batch_size, batches, world
+
+    def __len__(self) -> int:
+        return self.batches
+
+    def __iter__(self) -> Iterator[list[Key]]:
+        mine = list(range(self.world.rank, self.size, self.world.size))
+        for number in range(self.batches):
+            keys = [(i, 0) for i in mine[number * self.batch_size : (number + 1) * self.batch_size]]
+            if len(keys) < self.batch_size and self.world.size > 1:
+                keys += [(0, NO_LABEL)] * (self.batch_size - len(keys))
+            yield keys

@@ -1,0 +1,125 @@
+"""Where images come from: arrays, files, archives, other libraries; one interface."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from PIL import Image
+
+__all__ = [
+    "ArraySource",
+    "File",
+    "FileSource",
+    "ImageSource",
+    "ReaderSource",
+    "TorchvisionSource",
+]
+
+File = tuple[str, int, int]  # name; offset and length within an archive
+
+
+class ImageSource:
+    """Images that can be asked for by number.
+
+    Attributes:
+        labels: class number of each image, where that is known without opening it.
+    """
+
+    labels: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        raise NotImplementedError
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        """The image, in any mode, and its class. OSError if it cannot be decoded."""
+        raise NotImplementedError
+
+    def name(self, index: int) -> str:
+        """What to call the image in a message."""
+        raise NotImplementedError
+
+
+class ArraySource(ImageSource):
+    """Images (N, H, W) or (N, H, W, 3) of uint8 in memory."""
+
+    def __init__(self, images: np.ndarray, labels: np.ndarray, title: str) -> None:
+        self.images, self.labels, self.title = images, labels, title
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        assert self.labels is not None
+        return Image.fromarray(self.images[index]), int(self.labels[index])
+
+    def name(self, index: int) -> str:
+        return f"{self.title}[{index}]"
+
+
+class FileSource(ImageSource):
+    """Image files, or members of an uncompressed tar archive."""
+
+    def __init__(self, path: Path, files: list[File], labels: np.ndarray) -> None:
+        self.archive = path if path.is_file() else None
+        self.files, self.labels = files, labels
+
+    def __len__(self) -> int:
+        return len(self.files)
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        name, offset, length = self.files[index]
+        # Opened each time: a handle shared by forked loader processes shares its position too.
+        with open(self.archive or name, "rb") as file:
+            file.seek(offset)
+            data = file.read(length) if self.archive else file.read()
+        assert self.labels is not None
+        return _decode(io.BytesIO(data)), int(self.labels[index])
+
+    def name(self, index: int) -> str:
+        return self.files[index][0]
+
+
+class ReaderSource(ImageSource):
+    """A timm reader."""
+
+    def __init__(self, reader: Any) -> None:
+        self.reader = reader
+        self.labels = np.fromiter(reader.iter_targets(), np.int64, len(reader))
+
+    def __len__(self) -> int:
+        return len(self.reader)
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        file, label = self.reader[index]
+        return _decode(file), int(label)
+
+    def name(self, index: int) -> str:
+        return f"{self.reader.filename(index) or self.reader.split}[{index}]"
+
+
+class TorchvisionSource(ImageSource):
+    """A set of ``torchvision.datasets``."""
+
+    def __init__(self, dataset: Any, title: str) -> None:
+        self.dataset, self.title = dataset, title
+        if hasattr(dataset, "targets"):
+            self.labels = np.asarray(dataset.targets)
+
+    def __len__(self) -> int:
+        return len(self.dataset)
+
+    def load(self, index: int) -> tuple[Image.Image, int]:
+        image, label = self.dataset[index]
+        return image, int(label)
+
+    def name(self, index: int) -> str:
+        return f"{self.title}[{index}]"
+
+
+def _decode(file: IO[bytes]) -> Image.Image:
+    with file, Image.open(file) as image:
+        image.load()
+        return image

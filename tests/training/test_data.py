@@ -1,0 +1,214 @@
+"""Every kind of ``--data``, and the mistakes in them that are found before training starts."""
+
+import io
+import tarfile
+
+import numpy as np
+import pytest
+from PIL import Image
+from training_runs import make_images, train
+
+from backbones.training.data import open_splits
+from backbones.training.errors import DataError
+from backbones.training.recipe import Recipe
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_images(tmp_path_factory.mktemp("images"), {"train": 12, "val": 6})
+
+
+def colour(source, index):
+    """Which channel is brightest on average: the class, in these images."""
+    image, label = source.load(index)
+    return int(np.asarray(image).mean((0, 1)).argmax()), label
+
+
+def assert_usable(splits, train_size=12, validation_size=6, classes=3):
+    assert (splits.train_size, splits.validation_size) == (train_size, validation_size)
+    assert len(splits.classes) == classes
+    for source in (splits.train, splits.validation):
+        for index in range(len(source)):
+            seen, label = colour(source, index)
+            assert seen == label
+        assert source.name(0)
+
+
+def test_folders(folder):
+    splits = open_splits(Recipe(data=str(folder)))
+    assert splits.classes == ["class0", "class1", "class2"]
+    assert_usable(splits)
+
+
+def test_tar_archives(folder, tmp_path):
+    for split in ("train", "val"):
+        with tarfile.open(tmp_path / f"{split}.tar", "w") as archive:
+            archive.add(folder / split, arcname=".")
+    assert_usable(open_splits(Recipe(data=str(tmp_path))))
+    with tarfile.open(tmp_path / "val.tar", "w:gz") as archive:
+        archive.add(folder / "val", arcname=".")
+    with pytest.raises(DataError, match=r"val\.tar is no uncompressed tar"):
+        open_splits(Recipe(data=str(tmp_path)))
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_hugging_face_folders(folder, tmp_path):
+    recipe = Recipe(data=f"hfds/{folder}", data_dir=str(tmp_path), val_split="validation")
+    splits = open_splits(recipe)
+    assert splits.classes == ["class0", "class1", "class2"]
+    assert_usable(splits)
+
+
+def test_torchvision_sets(folder):
+    recipe = Recipe(data="torchvision/image_folder", data_dir=str(folder))
+    assert_usable(open_splits(recipe))
+    with pytest.raises(DataError, match="torch/cifar10"):
+        open_splits(Recipe(data="torch/cifar10", data_dir=str(folder)))
+
+
+def write_medmnist(path, labels=None, shape=(28, 28, 3)):
+    generator = np.random.default_rng(0)
+    arrays = {}
+    for split, count in (("train", 12), ("val", 6), ("test", 9)):
+        numbers = np.arange(count)[:, None] % 3 if labels is None else labels[:count]
+        images = generator.integers(0, 99, (count, *shape), dtype=np.uint8)
+        for i in range(count):
+            images[i, ..., int(numbers[i, 0]) % shape[-1]] += 100
+        arrays |= {f"{split}_images": images, f"{split}_labels": numbers.astype(np.uint8)}
+    np.savez(path, **arrays)
+
+
+def test_medmnist(tmp_path):
+    write_medmnist(tmp_path / "pathmnist.npz")
+    recipe = Recipe(data="medmnist/pathmnist", data_dir=str(tmp_path))
+    assert_usable(open_splits(recipe))
+    recipe.val_split = "test"
+    assert_usable(open_splits(recipe), validation_size=9)
+    recipe.val_split = "holdout"
+    with pytest.raises(DataError, match="no split 'holdout'; it has train, val and test"):
+        open_splits(recipe)
+
+
+def test_medmnist_sets_that_do_not_suit(tmp_path):
+    recipe = Recipe(data="medmnist/chestmnist", data_dir=str(tmp_path))
+    with pytest.raises(DataError, match=r"chestmnist\.npz is missing: fetch it from https://"):
+        open_splits(recipe)
+    write_medmnist(tmp_path / "chestmnist.npz", labels=np.ones((12, 14)))
+    with pytest.raises(DataError, match="several labels"):
+        open_splits(recipe)
+    write_medmnist(tmp_path / "chestmnist.npz", shape=(8, 8, 8, 1))
+    with pytest.raises(DataError, match="not 2D"):
+        open_splits(recipe)
+    (tmp_path / "chestmnist.npz").write_bytes(b"PK no")
+    with pytest.raises(DataError, match="no MedMNIST file"):
+        open_splits(recipe)
+
+
+def write_shards(folder, split, count, shards):
+    folder.mkdir(exist_ok=True)
+    source = open_splits_of_noise(count)
+    for shard in range(shards):
+        with tarfile.open(folder / f"{split}-{shard:04}.tar", "w") as archive:
+            for number in range(shard, count, shards):
+                for suffix, data in (("png", source[number]), ("cls", str(number % 3).encode())):
+                    member = tarfile.TarInfo(f"{number:05}.{suffix}")
+                    member.size = len(data)
+                    archive.addfile(member, io.BytesIO(data))
+    return folder
+
+
+def open_splits_of_noise(count):
+    generator = np.random.default_rng(0)
+    images = []
+    for number in range(count):
+        pixels = generator.integers(0, 150, (20, 20, 3), dtype=np.uint8)
+        pixels[..., number % 3] += 100
+        data = io.BytesIO()
+        Image.fromarray(pixels).save(data, "png")
+        images.append(data.getvalue())
+    return images
+
+
+STREAM = ["--num-classes=3", "--epochs=1", "--val-num-samples=10"]
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::ResourceWarning")
+@pytest.mark.parametrize("form", ["braces", "pipe"])
+def test_webdataset_shards(form, tmp_path):
+    shards = write_shards(tmp_path / "shards", "train", 32, 4)
+    write_shards(shards, "val", 10, 2)
+    start = f"pipe:cat {shards}/" if form == "pipe" else ""
+    arguments = [
+        *(f"--data=wds/{'' if form == 'pipe' else shards}", f"--output={tmp_path}", "--name=run"),
+        *(f"--train-split={start}train-{{0000..0003}}.tar|32", *STREAM),
+        f"--val-split={start}val-{{0000..0001}}.tar|10",
+    ]
+    assert train(*arguments) == 0
+    row = (tmp_path / "run" / "summary.csv").read_text().splitlines()[1]
+    assert row.startswith("0,4,")  # epoch 0, 32 / 8 updates
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_hugging_face_streams(folder, tmp_path):
+    arguments = [
+        *(f"--data=hfids/{folder}", f"--data-dir={tmp_path / 'cache'}", f"--output={tmp_path}"),
+        *("--name=run", "--num-samples=12", "--val-num-samples=6", "--epochs=1"),
+        *("--val-split=validation", "--batch-size=4", "--download"),
+    ]
+    assert train(*arguments) == 0
+    assert (tmp_path / "run" / "summary.csv").read_text().splitlines()[1].startswith("0,3,")
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_a_stream_of_unknown_length(tmp_path):
+    write_shards(tmp_path / "shards", "train", 8, 1)
+    recipe = Recipe(data=f"wds/{tmp_path}/shards", train_split="train-{0000..0000}.tar")
+    with pytest.raises(DataError, match="num_samples"):
+        open_splits(recipe)
+    recipe.num_samples = recipe.val_num_samples = 8
+    recipe.val_split = recipe.train_split
+    with pytest.raises(DataError, match="give --num-classes"):
+        open_splits(recipe)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda d: (d / "train" / "class9").mkdir(), "the class folder .*class9 is empty"),
+        (lambda d: (d / "val").rename(d / "elsewhere"), "no split 'validation'"),
+        (lambda d: (d / "val" / "class1").rename(d / "val" / "dog"), "training lacks: dog"),
+        (lambda d: None, "has 3 classes, the model's head only 2"),
+    ],
+)
+def test_folders_that_do_not_suit(change, message, tmp_path):
+    make_images(tmp_path, {"train": 9, "val": 6})
+    change(tmp_path)
+    with pytest.raises(DataError, match=message):
+        open_splits(Recipe(data=str(tmp_path), num_classes=2 if "head" in message else None))
+
+
+def test_data_that_is_not_there(tmp_path):
+    with pytest.raises(DataError, match="no data at .*nowhere"):
+        open_splits(Recipe(data=str(tmp_path / "nowhere")))
+    with pytest.raises(DataError, match="no data: give --data"):
+        open_splits(Recipe())
+
+
+def test_labels_out_of_range(tmp_path):
+    write_medmnist(tmp_path / "set.npz")
+    with np.load(tmp_path / "set.npz") as archive:
+        arrays = dict(archive)
+    arrays["val_labels"][2] = 7
+    np.savez(tmp_path / "set.npz", **arrays)
+    with pytest.raises(DataError, match=r"set/val\[2\] has label 7, outside the 3 classes"):
+        open_splits(Recipe(data="medmnist/set", data_dir=str(tmp_path)))
+
+
+def test_a_class_map(folder, tmp_path):
+    path = tmp_path / "classes.txt"
+    path.write_text("class2\nclass1\nclass0\n")
+    splits = open_splits(Recipe(data=str(folder), class_map=str(path)))
+    assert splits.classes == ["class2", "class1", "class0"]
+    seen, label = colour(splits.train, 0)
+    assert label == 2 - seen

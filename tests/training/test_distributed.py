@@ -1,0 +1,114 @@
+"""Two gloo processes train as one does: same gradients, same validation, same way back."""
+
+import os
+import signal
+import socket
+import time
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+from training_runs import final_state, kill, make_images, same, start
+
+SGD = [
+    "--opt=momentum",
+    "--momentum=0",
+    "--lr=0.1",
+    "--weight-decay=0",
+    "--sched=none",
+    "--epochs=2",
+]
+RANDOM = ["--epochs=2", "--mixup=0.2", "--reprob=0.3", "--drop=0.1", "--ema", "--ema-decay=0.9"]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return make_images(tmp_path_factory.mktemp("images"), {"train": 50, "val": 11})
+
+
+def start_two(*arguments, before=(None, None)):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [
+        start(
+            *arguments,
+            before=before[rank],
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+
+
+def join(processes):
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
+
+
+def freeze_batch_norm():
+    """Batch statistics of a half batch differ from those of the whole: take the running ones."""
+
+    def train(self, mode=True):
+        return nn.Module.train(self, False)
+
+    nn.modules.batchnorm._BatchNorm.train = train
+
+
+def test_two_processes_and_accumulation_equal_one_big_batch(images, tmp_path):
+    arguments = (f"--data={images}", f"--output={tmp_path}", *SGD)
+    runs = {
+        "whole": [start(*arguments, "--name=whole", "--batch-size=16", before=freeze_batch_norm)],
+        "parts": [start(*arguments, "--name=parts", "--accum-steps=2", before=freeze_batch_norm)],
+        "two": start_two(*arguments, "--name=two", before=(freeze_batch_norm,) * 2),
+    }
+    for processes in runs.values():
+        assert set(join(processes)) == {0}
+    states = {name: final_state(tmp_path / name) for name in runs}
+    start_of_all = states["whole"]["model"]
+    for name in ("parts", "two"):
+        state = states[name]
+        assert state["updates"] == 6
+        for key, value in state["model"].items():
+            torch.testing.assert_close(value, start_of_all[key], rtol=1e-4, atol=1e-5)
+        for row, whole in zip(state["history"], states["whole"]["history"], strict=True):
+            for key in ("train_loss", "train_top1", "val_loss", "val_top1", "val_top5"):
+                assert row[key] == pytest.approx(whole[key], rel=1e-4)
+
+
+def _kill_at_link(number):
+    calls, link = iter(range(number)), os.link
+
+    def call(*args, **kwargs):
+        if next(calls, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return link(*args, **kwargs)
+
+    os.link = call
+
+
+def test_two_processes_go_on_bit_for_bit(images, tmp_path):
+    arguments = (f"--data={images}", f"--output={tmp_path}", "--save-every-steps=1", *RANDOM)
+    assert join(start_two(*arguments, "--name=undisturbed")) == [0, 0]
+    processes = start_two(*arguments, "--name=killed", before=(partial(_kill_at_link, 2), None))
+    processes[0].join()
+    kill(processes[1])
+    assert processes[0].exitcode == -signal.SIGKILL
+    assert join(start_two(*arguments, "--name=killed", "--resume=auto")) == [0, 0]
+    states = [final_state(tmp_path / name) for name in ("undisturbed", "killed")]
+    assert len(states[0]["ranks"]) == 2
+    assert same(*states)
+
+
+def test_a_signal_to_one_stops_both_and_one_can_go_on_alone(images, tmp_path):
+    arguments = (f"--data={images}", f"--output={tmp_path}", "--save-every-steps=1", *RANDOM)
+    processes = start_two(*arguments, "--name=run")
+    while not (tmp_path / "run" / "last.pt").exists():
+        time.sleep(0.01)
+    os.kill(processes[1].pid, signal.SIGTERM)
+    assert join(processes) == [128 + signal.SIGTERM] * 2
+    alone = start(*arguments, "--name=run", "--resume=auto", "--batch-size=16")
+    assert join([alone]) == [0]
+    assert final_state(tmp_path / "run")["updates"] == 6

@@ -1,0 +1,155 @@
+"""Batches: repeatable, shared out evenly, counted once, and undisturbed by broken files."""
+
+import numpy as np
+import pytest
+import torch
+from training_runs import make_images, train
+
+from backbones.training.corrupt import CorruptImages
+from backbones.training.data import open_splits
+from backbones.training.distributed import World
+from backbones.training.errors import DataError
+from backbones.training.loader import TrainLoader, ValidationLoader
+from backbones.training.recipe import Recipe
+from backbones.training.sampler import TrainSampler, ValidationSampler
+
+CPU = torch.device("cpu")
+ALONE = World(0, 1, CPU)
+CONFIG = {
+    "input_size": (3, 32, 32),
+    "mean": (0.5, 0.5, 0.5),
+    "std": (0.25, 0.25, 0.25),
+    "interpolation": "bilinear",
+    "crop_pct": 1.0,
+    "crop_mode": "center",
+}
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_images(tmp_path_factory.mktemp("images"), {"train": 23, "val": 11})
+
+
+@pytest.fixture
+def make(folder, tmp_path):
+    loaders = []
+
+    def make(world=ALONE, kind=TrainLoader, folder=folder, allowed=0.0, **keys):
+        recipe = Recipe(data=str(folder), **{"batch_size": 4, "workers": 0, **keys})
+        splits = open_splits(recipe)
+        source = splits.train if kind is TrainLoader else splits.validation
+        corrupt = CorruptImages(tmp_path / "corrupt.txt", allowed)
+        loaders.append(kind(source, len(source), CONFIG, recipe, world, corrupt))
+        return loaders[-1]
+
+    yield make
+    for loader in loaders:
+        loader.close()
+
+
+def equal(first, second):
+    pairs = zip(first, second, strict=True)
+    return all(torch.equal(a, c) and torch.equal(b, d) for (a, b), (c, d) in pairs)
+
+
+def test_an_epoch_is_repeatable_and_differs_from_the_next(make):
+    loader = make(aa="rand-m9-mstd0.5-inc1", reprob=0.5)
+    first = list(loader.epoch(1))
+    state = torch.get_rng_state()
+    assert equal(first, loader.epoch(1))
+    assert equal(first[3:], loader.epoch(1, start=3))
+    assert torch.equal(torch.get_rng_state(), state)  # the loop's own randomness is not touched
+    assert not equal(first, loader.epoch(2))
+    assert not equal(first, make(seed=1, aa="rand-m9-mstd0.5-inc1").epoch(1))
+    assert first[0][0].shape == (4, 3, 32, 32) and len(first) == 5
+
+
+def test_loader_processes_make_the_same_batches(make):
+    options = {"aa": "rand-m9-mstd0.5-inc1"}
+    assert equal(make(**options).epoch(0), make(workers=2, **options).epoch(0))
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+@pytest.mark.parametrize("repeats", [0, 3])
+def test_processes_share_an_epoch_in_equal_parts(size, repeats):
+    recipe = Recipe(batch_size=5, aug_repeats=repeats)
+    parts = []
+    for rank in range(size):
+        sampler = TrainSampler(61, recipe, World(rank, size, CPU))
+        sampler.epoch = 7
+        parts.append([key for batch in sampler for key in batch])
+    assert {len(part) for part in parts} == {61 // (5 * size) * 5}
+    keys = [key for part in parts for key in part]
+    assert len({seed for _, seed in keys}) == len(keys)
+    _, copies = np.unique([index for index, _ in keys], return_counts=True)
+    assert copies.max() == max(1, repeats)
+
+
+@pytest.mark.parametrize("size", [1, 2, 3])
+def test_validation_sees_every_image_once(size, make):
+    labels = []
+    for rank in range(size):
+        sampler = ValidationSampler(11, 4, -(-11 // (4 * size)), World(rank, size, CPU))
+        assert len(list(sampler)) == len(sampler)
+        loader = make(World(rank, size, CPU), ValidationLoader)
+        batches = [batch_labels for _, batch_labels in loader]
+        assert len(batches) == len(loader)
+        labels += torch.cat(batches).tolist()
+    counted = [label for label in labels if label >= 0]
+    assert sorted(counted) == sorted(i % 3 for i in range(11))
+
+
+def test_image_sizes_that_grow(make):
+    loader = make(img_size_schedule={0: 16, 2: 24, 4: 32})
+    sizes = [next(iter(loader.epoch(epoch)))[0].shape[-1] for epoch in range(5)]
+    assert sizes == [16, 16, 24, 24, 32]
+
+
+def test_too_few_images(make):
+    with pytest.raises(DataError, match="23 images do not fill 1 batch"):
+        make(batch_size=24)
+    with pytest.raises(DataError, match=r"for 2 process\(es\)"):
+        make(World(0, 2, CPU), batch_size=12)
+
+
+@pytest.fixture
+def broken(tmp_path):
+    folder = make_images(tmp_path / "broken", {"train": 30, "val": 12})
+    for split, names in (("train", ("000", "001")), ("val", ("003",))):
+        for name in names:
+            (path,) = (folder / split).glob(f"*/{name}.png")
+            path.write_bytes(path.read_bytes()[:200])
+    return folder
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_broken_training_images_are_replaced_and_named(workers, make, broken, tmp_path):
+    loader = make(folder=broken, allowed=0.1, batch_size=10, workers=workers)
+    batches = [batch for epoch in range(2) for batch in loader.epoch(epoch)]
+    assert [len(labels) for _, labels in batches] == [10] * 6
+    assert loader.corrupt.count() == 2
+    names = (tmp_path / "corrupt.txt").read_text()
+    assert "000.png" in names and "001.png" in names
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_too_many_broken_images_end_the_run(workers, make, broken):
+    loader = make(folder=broken, allowed=0.01, batch_size=10, workers=workers)
+    with pytest.raises(
+        DataError, match=r"of 30 images cannot be read, more than max_corrupt=0\.01"
+    ):
+        list(loader.epoch(0))
+
+
+def test_broken_validation_images_are_not_counted(make, broken):
+    loader = make(kind=ValidationLoader, folder=broken, allowed=0.1)
+    labels = torch.cat([labels for _, labels in loader]).tolist()
+    assert len(labels) == 12 and labels.count(-1) == 1
+
+
+def test_a_run_over_broken_images(broken, tmp_path, capsys):
+    arguments = (f"--data={broken}", f"--output={tmp_path}", "--epochs=1")
+    assert train(*arguments, "--name=a", "--max-corrupt=0.1") == 0
+    assert "corrupt_train.txt" in capsys.readouterr().out
+    assert train(*arguments, "--name=b", "--max-corrupt=0") == 1
+    assert "cannot be read, more than max_corrupt" in capsys.readouterr().err

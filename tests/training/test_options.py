@@ -1,0 +1,145 @@
+"""Every option of a recipe runs, and those whose effect can be seen have it."""
+
+import json
+import sys
+import types
+
+import pytest
+import timm.optim
+import torch
+from torch import nn
+from training_runs import final_state, make_images, train
+
+from backbones.training import build
+from backbones.training.errors import RecipeError
+from backbones.training.recipe import Recipe
+
+OPTIONS = {
+    "bf16": ["--amp=bf16"],
+    "fp16": ["--amp=fp16", "--clip-grad=1"],
+    "channels_last": ["--channels-last"],
+    "checkpointing": ["--grad-checkpointing"],
+    "grey": ["--in-chans=1", "--reprob=0.5", "--remode=const"],
+    "value clipping": ["--clip-grad=0.1", "--clip-mode=value"],
+    "adaptive clipping": ["--clip-grad=0.01", "--clip-mode=agc"],
+    "layer decay": ["--layer-decay=0.7"],
+    "bce": ["--bce-loss", "--cutmix=1", "--bce-target-thresh=0.2", "--bce-sum"],
+    "hard bce": ["--bce-loss"],
+    "no smoothing": ["--smoothing=0"],
+    "cutmix boxes": ["--cutmix-minmax", "0.2", "0.8", "--mixup-mode=elem", "--mixup-off-epoch=1"],
+    "repeats": ["--aug-repeats=3"],
+    "three augment": ["--aa=3a", "--train-crop-mode=rkrc", "--vflip=0.5"],
+    "augmix": ["--aa=augmix-m3-w2"],
+    "plain": ["--no-aug"],
+    "growing": ["--img-size-schedule={0: 16, 1: 32}"],
+    "ema warm-up": ["--ema", "--ema-warmup", "--eval-every=2"],
+    "accumulation": ["--accum-steps=2", "--lr-base-scale=sqrt"],
+    "plateau": ["--sched=plateau", "--patience-epochs=0"],
+    **{name: [f"--opt={name}"] for name in ("sgd", "lamb", "lion", "muon", "lookahead_adam")},
+    **{
+        f"{name} schedule": [f"--sched={name}", "--warmup-epochs=0.5", "--decay-epochs=1"]
+        for name in ("tanh", "step", "multistep", "poly", "constant")
+    },
+    **{
+        name: [f"--sched={name}", "--warmup-epochs=0.2", "--decay-epochs=0.5"]
+        for name in ("wsd", "rsqrt")
+    },
+}
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return make_images(tmp_path_factory.mktemp("images"), {"train": 26, "val": 7})
+
+
+@pytest.mark.filterwarnings("ignore:PlateauLRScheduler is deprecated")
+@pytest.mark.parametrize("words", OPTIONS.values(), ids=OPTIONS)
+def test_an_option_runs_and_resumes(words, images, tmp_path):
+    arguments = (f"--data={images}", f"--output={tmp_path}", "--name=run", *words)
+    assert train(*arguments, "--epochs=1") == 0
+    before = final_state(tmp_path / "run")
+    assert train(*arguments, "--epochs=2", "--resume=auto") == 0
+    after = final_state(tmp_path / "run")
+    assert (before["epoch"], after["epoch"]) == (1, 2)
+    assert all(torch.isfinite(value).all() for value in after["model"].values())
+    assert after["skipped"] == 0
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
+def test_compile(images, tmp_path):
+    arguments = (f"--data={images}", f"--output={tmp_path}", "--name=run", "--epochs=1")
+    assert train(*arguments, "--compile", "--ema") == 0
+    assert not any("orig_mod" in key for key in final_state(tmp_path / "run")["model"])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--opt=adamx"], "opt='adamx'"),
+        (["--opt-args={momentun: 1}"], "momentun"),
+        (["--sched=wsd", "--decay-epochs=99", "--epochs=2"], "sched='wsd'"),
+        (["--model=shvit_s9"], "shvit_s9"),
+        (["--model-args={dimm: 3}"], "unknown keyword 'dimm'"),
+        (["--checkpoint=nowhere.pt"], "nowhere.pt"),
+        (["--resume=nowhere.pt"], "there is no checkpoint nowhere.pt"),
+        (["--num-classes=2"], "3 classes, the model's head only 2"),
+    ],
+)
+def test_options_that_cannot_work(words, message, images, tmp_path, capsys):
+    assert train(f"--data={images}", f"--output={tmp_path}", *words) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_the_learning_rate_follows_the_batch():
+    recipe = Recipe(lr_base=1e-3, lr_base_size=1024, batch_size=64, accum_steps=2)
+    assert build.learning_rate(recipe, world_size=4) == pytest.approx(0.5e-3)
+    recipe.lr_base_scale = "sqrt"
+    assert build.learning_rate(recipe, world_size=4) == pytest.approx(1e-3 * 0.5**0.5)
+    recipe.lr = 0.1
+    assert build.learning_rate(recipe, world_size=4) == 0.1
+
+
+@pytest.mark.filterwarnings("ignore:.*opt_einsum")
+def test_every_optimizer_of_timm_is_reachable():
+    refused = []
+    for name in timm.optim.list_optimizers():
+        try:
+            build.build_optimizer(Recipe(opt=name), nn.Linear(4, 4), 1e-3)
+        except RecipeError as error:
+            refused.append(f"{name}: {error}")
+    # These need another package or a GPU.
+    assert all(line.startswith(("fused", "bnb")) for line in refused), refused
+
+
+def test_biases_and_norms_do_not_decay():
+    model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
+    optimizer = build.build_optimizer(Recipe(weight_decay=0.3), model, 1e-3)
+    decays = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
+    assert [decays[id(p)] for p in model.parameters()] == [0.3, 0.0, 0.0, 0.0]
+
+
+def test_reports_to_other_programs(images, tmp_path, monkeypatch, capsys):
+    arguments = (f"--data={images}", f"--output={tmp_path}", "--epochs=1", "--log-every=1")
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)
+    for words in (["--wandb=project"], ["--tensorboard"]):
+        assert train(*arguments, *words) == 1
+        assert "pip install" in capsys.readouterr().err
+
+    seen = {}
+    run = types.SimpleNamespace(
+        log=lambda numbers, step: seen.setdefault(step, numbers), finish=lambda: None
+    )
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=lambda **_: run))
+    written = []
+    board = types.SimpleNamespace(add_scalar=lambda *a: written.append(a), close=lambda: None)
+    module = types.SimpleNamespace(SummaryWriter=lambda folder: board)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    assert train(*arguments, "--name=run", "--wandb=project", "--tensorboard") == 0
+    entries = [
+        json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    ]
+    assert sorted(seen) == [1, 2, 3]
+    assert seen[1]["loss"] == entries[0]["loss"]
+    assert ("loss", entries[0]["loss"], 1) in written

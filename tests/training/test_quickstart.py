@@ -1,0 +1,103 @@
+"""What `make train` does, and what it leaves behind."""
+
+import csv
+import io
+import json
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import yaml
+from PIL import Image
+from training_runs import QUICK, make_images, train
+
+import backbones
+import train_cls
+from backbones.training.data import open_splits
+from backbones.training.distributed import World
+from backbones.training.progress import RESULTS, Progress, duration
+from backbones.training.recipe import Recipe
+
+QUICKSTART = Path(train_cls.__file__).parent / "configs" / "cls" / "quickstart.yaml"
+MODEL_ARGS = {"dims": [16, 24, 32], "depths": [1, 1, 1], "attn_dims": [0, 8, 8]}
+
+
+def read_summary(folder):
+    return list(csv.DictReader((folder / "summary.csv").read_text().splitlines()))
+
+
+def test_the_digits_are_split_evenly():
+    splits = open_splits(Recipe(data="digits"))
+    assert (splits.train_size, splits.validation_size) == (1442, 355)
+    for source, share in ((splits.train, 0.8), (splits.validation, 0.2)):
+        counts = [int((source.labels == number).sum()) for number in range(10)]
+        assert all(abs(count / (179.7 * share) - 1) < 0.06 for count in counts)
+
+
+def test_it_learns_and_leaves_its_files(tmp_path, capsys):
+    arguments = ["--config", str(QUICKSTART), f"--output={tmp_path}", "--epochs=2", "--img-size=32"]
+    model = [word for word in QUICK if word.startswith("--model-args")]
+    assert train_cls.main([*arguments, *model, "--log-every=2"]) == 0
+    folder = tmp_path / "quickstart"
+    wanted = {name for name in RESULTS if not name.startswith(("corrupt", "bad"))}
+    assert wanted <= {path.name for path in folder.iterdir()}
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in wanted) and str(folder) in printed
+
+    rows = read_summary(folder)
+    assert [row["epoch"] for row in rows] == ["0", "1"]
+    assert float(rows[1]["train_top1"]) > float(rows[0]["train_top1"]) > 10  # per cent: chance
+    entries = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [e["update"] for e in entries if "loss" in e] == list(range(2, 45, 2))
+    for name in ("curves.png", "predictions.png"):
+        with Image.open(folder / name) as picture:
+            assert picture.size[0] > 1000
+
+    recipe = yaml.safe_load((folder / "config.yaml").read_text())
+    assert (recipe["num_classes"], recipe["img_size"], recipe["mean"][0]) == (10, 32, 0.485)
+    weights = safetensors.torch.load_file(folder / "best.safetensors")
+    for file in ("best.safetensors", "last.pt"):
+        model = backbones.create_model(
+            "shvit_s1", checkpoint_path=str(folder / file), num_classes=10, **MODEL_ARGS
+        )
+        assert weights.keys() == model.state_dict().keys()
+
+
+def test_a_second_run_does_not_replace_the_first(tmp_path):
+    images = make_images(tmp_path / "images", {"train": 9, "val": 3})
+    arguments = (f"--data={images}", f"--output={tmp_path / 'runs'}", "--epochs=1")
+    for _ in range(2):
+        assert train(*arguments) == 0
+    assert train(*arguments, "--resume=auto", "--epochs=2") == 0
+    assert sorted(p.name for p in (tmp_path / "runs").iterdir()) == ["shvit_s1", "shvit_s1-2"]
+    summaries = [(tmp_path / "runs" / n / "summary.csv") for n in ("shvit_s1", "shvit_s1-2")]
+    assert [len(path.read_text().splitlines()) for path in summaries] == [2, 3]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize("kind", [Terminal, io.StringIO])
+def test_progress_on_a_terminal_and_in_a_file(kind):
+    stream = kind()
+    progress = Progress(World(0, 1, None), stream, seconds_between_lines=0.0)
+    progress.begin("epoch 1/2", 20)
+    progress.show(5, "loss 1.000  accuracy 50.0 %  100 images/s  1:15 left")
+    progress.end()
+    text = stream.getvalue()
+    assert "5/20" in text and "1:15 left" in text and "epoch 1/2" in text
+    assert ("25%" in text) == (kind is Terminal)
+    assert ("\r" in text) == (kind is Terminal)
+
+
+def test_durations():
+    assert [duration(s) for s in (5, 75.4, 7384)] == ["0:05", "1:15", "2:03:04"]
+
+
+@pytest.mark.slow
+def test_the_promised_accuracy(tmp_path):
+    assert train_cls.main(["--config", str(QUICKSTART), f"--output={tmp_path}"]) == 0
+    rows = read_summary(tmp_path / "quickstart")
+    assert max(float(row["val_top1"]) for row in rows) >= 98.5

@@ -1,0 +1,143 @@
+"""A run that was killed and resumed ends as one that was not, bit for bit."""
+
+import os
+import random
+import signal
+import time
+from functools import partial
+
+import pytest
+from training_runs import final_state, kill, make_images, same, start, train
+
+# Everything random is on: dropout, drop path, erasing, mixing, an averaged model.
+RECIPE = [
+    *("--epochs=3", "--save-every-steps=1", "--log-every=2", "--clip-grad=1.0", "--drop=0.1"),
+    *("--mixup=0.2", "--cutmix=1.0", "--reprob=0.3", "--drop-path=0.1", "--aa=rand-m5-inc1"),
+    *("--ema", "--ema-decay=0.9"),
+]
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return make_images(tmp_path_factory.mktemp("images"), {"train": 52, "val": 13})
+
+
+@pytest.fixture(scope="module")
+def undisturbed(images, tmp_path_factory):
+    output = tmp_path_factory.mktemp("undisturbed")
+    assert train(f"--data={images}", f"--output={output}", "--name=run", *RECIPE) == 0
+    return final_state(output / "run"), (output / "run" / "metrics.jsonl").read_text()
+
+
+def finish(output, images):
+    process = start(
+        f"--data={images}", f"--output={output}", "--name=run", "--resume=auto", *RECIPE
+    )
+    process.join()
+    assert process.exitcode == 0
+    return final_state(output / "run")
+
+
+def test_killed_at_random_moments(images, undisturbed, tmp_path):
+    arguments = (f"--data={images}", f"--output={tmp_path}", "--name=run", "--resume=auto", *RECIPE)
+    last, delays, kills = tmp_path / "run" / "last.pt", random.Random(0), 0
+    while True:
+        before = last.stat().st_mtime_ns if last.exists() else 0
+        process = start(*arguments)
+        while process.is_alive() and (not last.exists() or last.stat().st_mtime_ns == before):
+            time.sleep(0.005)
+        process.join(delays.uniform(0, 0.1))
+        if process.exitcode is not None:
+            break
+        kill(process)
+        kills += 1
+    assert process.exitcode == 0
+    assert kills >= 5
+    assert same(final_state(tmp_path / "run"), undisturbed[0])
+
+
+def _kill_at_call(name, number):
+    """SIGKILL to this process at the ``number``-th call of ``os.<name>``."""
+    original, calls = getattr(os, name), iter(range(number))
+
+    def call(*args, **kwargs):
+        if next(calls, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    setattr(os, name, call)
+
+
+# A save calls fsync (twice for the file, once for the folder), link, and replace (the previous
+# file, then the last one). The first of a row runs always, the others in the slow suite.
+CALLS = {"fsync": (5, 9, 20), "link": (7, 0, 3), "replace": (5, 2, 10, 15)}
+KILLS = [
+    pytest.param(name, number, marks=[pytest.mark.slow] if number != numbers[0] else [])
+    for name, numbers in CALLS.items()
+    for number in numbers
+]
+
+
+@pytest.mark.parametrize(("name", "number"), KILLS)
+def test_killed_during_a_save(name, number, images, undisturbed, tmp_path):
+    arguments = (f"--data={images}", f"--output={tmp_path}", "--name=run", *RECIPE)
+    process = start(*arguments, before=partial(_kill_at_call, name, number))
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert same(finish(tmp_path, images), undisturbed[0])
+
+
+@pytest.mark.parametrize(
+    "name", ["SIGTERM"] + [pytest.param(n, marks=pytest.mark.slow) for n in ("SIGINT", "SIGUSR1")]
+)
+def test_signals_save_and_leave(name, images, undisturbed, tmp_path):
+    arguments = (f"--data={images}", f"--output={tmp_path}", "--name=run", *RECIPE)
+    process = start(*arguments)
+    while not (tmp_path / "run" / "last.pt").exists():
+        time.sleep(0.01)
+    os.kill(process.pid, getattr(signal, name))
+    process.join()
+    assert process.exitcode == 128 + getattr(signal, name)
+    assert same(finish(tmp_path, images), undisturbed[0])
+    entries = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert len(entries) == len(undisturbed[1].splitlines())
+
+
+def test_a_signal_to_the_whole_group_spares_the_loaders(images, undisturbed, tmp_path):
+    arguments = (f"--data={images}", f"--output={tmp_path}", "--name=run", *RECIPE)
+    process = start(*arguments, "--workers=2", before=os.setsid)
+    while not (tmp_path / "run" / "last.pt").exists():
+        time.sleep(0.01)
+    os.killpg(process.pid, signal.SIGTERM)
+    process.join()
+    assert process.exitcode == 128 + signal.SIGTERM
+    assert same(finish(tmp_path, images), undisturbed[0])
+
+
+def test_a_corrupt_checkpoint_falls_back(images, undisturbed, tmp_path, capsys):
+    arguments = (f"--data={images}", f"--output={tmp_path}", "--name=run", *RECIPE)
+    process = start(*arguments, before=partial(_kill_at_call, "replace", 12))
+    process.join()
+    last = tmp_path / "run" / "last.pt"
+    last.write_bytes(last.read_bytes()[:5000])
+    assert train(*arguments, "--resume=auto") == 0
+    assert "falling back to" in capsys.readouterr().out
+    assert same(final_state(tmp_path / "run"), undisturbed[0])
+
+
+@pytest.mark.slow
+def test_loader_processes_change_nothing(images, undisturbed, tmp_path):
+    arguments = (f"--data={images}", f"--output={tmp_path}", "--name=run", *RECIPE)
+    process = start(*arguments, "--workers=2")
+    process.join()
+    assert process.exitcode == 0
+    assert same(final_state(tmp_path / "run"), undisturbed[0])
+
+
+def test_another_model_is_refused(images, tmp_path, capsys):
+    arguments = (f"--data={images}", f"--output={tmp_path}", "--name=run")
+    assert train(*arguments, "--epochs=1") == 0
+    assert train(*arguments, "--epochs=2", "--resume=auto", "--model-args={}") == 1
+    assert "does not fit this recipe" in capsys.readouterr().err
+    assert train(*arguments, "--epochs=2") == 1
+    assert "holds an earlier run" in capsys.readouterr().err

@@ -1,0 +1,108 @@
+"""Small trainings for the tests: a folder of images, a tiny model, runs that can be killed."""
+
+from __future__ import annotations
+
+import multiprocessing
+import os
+import signal
+import sys
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from typing import Any
+from unittest.mock import patch
+
+import numpy as np
+import torch
+from PIL import Image
+
+import train_cls
+from backbones.training.checkpoint import load_state
+
+TINY = [
+    "--model=shvit_s1",
+    "--model-args={dims: [16, 24, 32], depths: [1, 1, 1], attn_dims: [0, 8, 8]}",
+]
+QUICK = [
+    *TINY,
+    *("--img-size=32", "--batch-size=8", "--workers=0", "--threads=1", "--device=cpu"),
+    *("--lr=1e-3", "--warmup-epochs=1", "--save-every-minutes=0"),
+]
+
+# The server is a Python of its own and reads sys.path from here.
+_folders = [str(Path(__file__).parent), str(Path(train_cls.__file__).parent)]
+os.environ["PYTHONPATH"] = os.pathsep.join([*_folders, os.environ.get("PYTHONPATH", "")])
+# One server imports torch and the library; every run is forked from it, in milliseconds.
+_context = multiprocessing.get_context("forkserver")
+_context.set_forkserver_preload(["training_runs"])
+
+
+def make_images(folder: Path, counts: dict[str, int], classes: int = 3) -> Path:
+    """``folder/SPLIT/CLASS/N.png``: noise whose colour tells the class."""
+    generator = np.random.default_rng(0)
+    for split, count in counts.items():
+        for number in range(count):
+            label = number % classes
+            place = folder / split / f"class{label}"
+            place.mkdir(parents=True, exist_ok=True)
+            pixels = generator.integers(0, 150, (40, 36, 3), dtype=np.uint8)
+            pixels[..., label % 3] += 100
+            Image.fromarray(pixels).save(place / f"{number:03}.png")
+    return folder
+
+
+def train(*arguments: str, pictures: bool = False) -> int:
+    """``train_cls.py`` in this process; drawing takes longer than these trainings."""
+    if pictures:
+        return train_cls.main([*QUICK, *arguments])
+    with (
+        patch.object(train_cls.pictures, "draw_curves"),
+        patch.object(train_cls.pictures, "draw_predictions"),
+    ):
+        return train_cls.main([*QUICK, *arguments])
+
+
+def start(
+    *arguments: str, before: Callable[[], None] | None = None, env: dict[str, str] | None = None
+) -> BaseProcess:
+    """``train_cls.py`` in a process of its own; ``before`` runs in it first."""
+    process = _context.Process(target=_run, args=(arguments, before, env or {}))
+    process.start()
+    return process
+
+
+def _run(argv: tuple[str, ...], before: Callable[[], None] | None, env: dict[str, str]) -> None:
+    os.environ.update(env)
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for the life of the process
+    if before is not None:
+        before()
+    os._exit(train(*argv))
+
+
+def kill(process: BaseProcess) -> None:
+    """SIGKILL, and wait."""
+    if process.pid is not None and process.is_alive():
+        os.kill(process.pid, signal.SIGKILL)
+    process.join()
+
+
+def final_state(folder: Path) -> dict[str, Any]:
+    """What ``last.pt`` says, without what differs from run to run: clocks and options."""
+    state = load_state(folder / "last.pt")
+    for row in state["history"]:
+        for key in ("images_per_second", "data_wait", "memory_mb", "seconds"):
+            del row[key]
+    for key in ("recipe", "seconds", "waited"):
+        del state[key]
+    return state
+
+
+def same(a: Any, b: Any) -> bool:
+    """Whether two nested states are equal, bit for bit."""
+    if isinstance(a, torch.Tensor):
+        return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
+    if isinstance(a, dict):
+        return isinstance(b, dict) and a.keys() == b.keys() and all(same(a[k], b[k]) for k in a)
+    if isinstance(a, (list, tuple)):
+        return len(a) == len(b) and all(same(x, y) for x, y in zip(a, b, strict=True))
+    return bool(a == b)
