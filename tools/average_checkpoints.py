@@ -1,0 +1,71 @@
+"""Average the weights of several checkpoints of one architecture: a uniform model soup.
+
+    python tools/average_checkpoints.py runs/a/best.safetensors runs/b/best.safetensors \\
+        --output soup.safetensors
+
+https://arxiv.org/abs/2203.05482. The files may be of any kind that
+:func:`backbones.load_checkpoint` reads; of a ``last.pt`` with averaged weights, those are taken.
+Floating tensors are averaged in float64, others (counters) come from the first file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from backbones._checkpoint import CheckpointError, read_checkpoint
+from backbones.training.checkpoint import save_weights
+from backbones.training.errors import CheckpointFileError
+
+
+def average(paths: Sequence[Path]) -> dict[str, Tensor]:
+    """The mean of the checkpoints at ``paths``, in the types of the first.
+
+    Raises:
+        FileNotFoundError, CheckpointError: a file is missing or unreadable, or its tensors differ
+            from those of the first in name or shape.
+    """
+    first = read_checkpoint(paths[0])
+    sums = {k: v.double() for k, v in first.items() if v.is_floating_point()}
+    for path in paths[1:]:
+        tensors = read_checkpoint(path)
+        unlike = sorted(tensors.keys() ^ first.keys())
+        unlike += [k for k in first if k in tensors and tensors[k].shape != first[k].shape]
+        if unlike:
+            names = ", ".join(unlike[:3])
+            raise CheckpointError(f"{path} is of another architecture than {paths[0]}: {names}")
+        for key in sums:
+            sums[key] += tensors[key]
+    return {
+        key: (sums[key] / len(paths)).to(value.dtype) if key in sums else value
+        for key, value in first.items()
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run from a command line; the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("checkpoints", nargs="+", type=Path, metavar="FILE")
+    parser.add_argument("--output", type=Path, required=True, help="a .safetensors file")
+    options = parser.parse_args(argv)
+    try:
+        with torch.inference_mode():
+            mean = average(options.checkpoints)
+        sources = ", ".join(path.name for path in options.checkpoints)
+        save_weights(options.output, mean, {"average_of": sources})
+    except (FileNotFoundError, CheckpointError, CheckpointFileError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    sys.stdout.write(f"the mean of {len(options.checkpoints)} checkpoints is {options.output}\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
