@@ -1,0 +1,50 @@
+"""What the command-line tools for mmdet and mmseg share: arguments, and the config they make."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import torch
+from mmengine.config import Config, DictAction
+
+from backbones.openmmlab import check_channels, without_sync_norm
+
+__all__ = ["load_config", "shared_arguments"]
+
+
+def shared_arguments(description: str) -> argparse.ArgumentParser:
+    """The arguments that training and testing have in common."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("config", help="a file of configs/det or configs/seg")
+    parser.add_argument("--work-dir", help="default: runs/mm/<name of the config>")
+    parser.add_argument("--launcher", choices=("none", "pytorch", "slurm", "mpi"), default="none")
+    parser.add_argument(
+        "--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="overrides"
+    )
+    return parser
+
+
+def load_config(args: argparse.Namespace) -> Config:
+    """The config with its overrides, its folder, and norms that the devices at hand can run.
+
+    Raises:
+        FileNotFoundError: no such config.
+        ValueError: the parts of the model do not fit together, or a launcher without CUDA.
+    """
+    cfg = Config.fromfile(args.config)
+    if args.cfg_options:
+        cfg.merge_from_dict(args.cfg_options)
+    cfg.work_dir = args.work_dir or cfg.get("work_dir") or f"runs/mm/{Path(args.config).stem}"
+    cfg.launcher = args.launcher
+    check_channels(cfg.model)
+    if args.launcher == "none":
+        without_sync_norm(cfg.model)
+    elif not torch.cuda.is_available():
+        raise ValueError(
+            f"--launcher {args.launcher} needs CUDA, as mmengine's launchers do; on a CPU use "
+            "--launcher none"
+        )
+    return cfg

@@ -1,0 +1,159 @@
+"""mmcv's compiled operators, as far as torchvision has them, for an mmcv without a compiler.
+
+``mmcv-lite`` is mmcv without its extension ``mmcv._ext``, which mmdet imports all the same. What
+stands in for it here computes the same numbers; operators that torchvision lacks raise only when
+they are called.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+from collections.abc import Callable
+from importlib.machinery import ModuleSpec
+from types import ModuleType
+from typing import Any
+
+import torch
+import torchvision.ops
+from torch import Tensor
+from torch.nn import functional as F
+
+__all__ = ["install"]
+
+_NAME = "mmcv._ext"
+
+
+def install() -> bool:
+    """Put the stand-in in place of ``mmcv._ext`` unless the compiled one is there.
+
+    Call it before ``mmcv.ops`` is imported.
+
+    Returns:
+        Whether the stand-in is in use.
+    """
+    present = sys.modules.get(_NAME)
+    if present is None and importlib.util.find_spec(_NAME) is None:
+        present = sys.modules[_NAME] = _StandIn(_NAME, __doc__)
+        # mmengine asks for the loader to know whether mmcv is compiled: it is not.
+        present.__spec__ = ModuleSpec(_NAME, None)
+    return isinstance(present, _StandIn)
+
+
+def nms(bboxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
+    """Indices of the boxes (N, 4) that stay, best first; ``offset`` 1 counts edges as inside."""
+    if offset:
+        bboxes = bboxes + bboxes.new_tensor([0, 0, offset, offset])
+    return torchvision.ops.nms(bboxes, scores, iou_threshold)
+
+
+def roi_align_forward(
+    input: Tensor,
+    rois: Tensor,
+    output: Tensor,
+    argmax_y: Tensor,
+    argmax_x: Tensor,
+    aligned_height: int,
+    aligned_width: int,
+    spatial_scale: float,
+    sampling_ratio: int,
+    pool_mode: int,
+    aligned: bool,
+) -> None:
+    """Average of each cell of each region (K, 5) of ``input`` (B, C, H, W), into ``output``."""
+    _only_average(pool_mode)
+    size = (aligned_height, aligned_width)
+    output.copy_(
+        torchvision.ops.roi_align(input, rois, size, spatial_scale, sampling_ratio, aligned)
+    )
+
+
+def roi_align_backward(
+    grad_output: Tensor,
+    rois: Tensor,
+    argmax_y: Tensor,
+    argmax_x: Tensor,
+    grad_input: Tensor,
+    aligned_height: int,
+    aligned_width: int,
+    spatial_scale: float,
+    sampling_ratio: int,
+    pool_mode: int,
+    aligned: bool,
+) -> None:
+    """Gradient of :func:`roi_align_forward`, into ``grad_input``."""
+    _only_average(pool_mode)
+    size = (aligned_height, aligned_width)
+    grad_input.copy_(
+        torch.ops.torchvision._roi_align_backward(
+            grad_output, rois, spatial_scale, *size, *grad_input.shape, sampling_ratio, aligned
+        )
+    )
+
+
+def sigmoid_focal_loss_forward(
+    input: Tensor, target: Tensor, weight: Tensor, output: Tensor, gamma: float, alpha: float
+) -> None:
+    """Focal loss of logits (N, C) and classes (N,), where class C is background; into ``output``.
+
+    ``weight`` (C,) or empty multiplies the rows of its class; background counts once.
+    """
+    output.copy_(_focal_loss(input, target, weight, gamma, alpha))
+
+
+def sigmoid_focal_loss_backward(
+    input: Tensor, target: Tensor, weight: Tensor, grad_input: Tensor, gamma: float, alpha: float
+) -> None:
+    """Gradient of the sum of :func:`sigmoid_focal_loss_forward`, into ``grad_input``."""
+    with torch.enable_grad():
+        logits = input.detach().requires_grad_()
+        loss = _focal_loss(logits, target, weight, gamma, alpha).sum()
+        grad_input.copy_(torch.autograd.grad(loss, logits)[0])
+
+
+def _focal_loss(logits: Tensor, target: Tensor, weight: Tensor, gamma: float, alpha: float) -> Any:
+    classes = logits.shape[1]
+    one_hot = F.one_hot(target, classes + 1)[:, :classes].to(logits.dtype)
+    loss = torchvision.ops.sigmoid_focal_loss(logits, one_hot, alpha, gamma)
+    if weight.numel():
+        loss = loss * F.pad(weight, (0, 1), value=1.0)[target].unsqueeze(1)
+    return loss
+
+
+def _only_average(pool_mode: int) -> None:
+    if pool_mode != 1:
+        raise NotImplementedError(
+            "RoIAlign with pool_mode='max' needs mmcv's compiled operators; use pool_mode='avg'"
+        )
+
+
+class _StandIn(ModuleType):
+    """The module: what is above, and an explanation in place of everything else."""
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(f"module {self.__name__!r} has no attribute {name!r}")
+        return _OPERATORS.get(name) or _Missing(name)
+
+
+class _Missing:
+    """An operator that nothing stands in for."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+
+    def __call__(self, *args: Any, **kwargs: Any) -> None:
+        raise NotImplementedError(
+            f"mmcv's operator {self.name!r} needs its compiled extension, and this mmcv has none. "
+            f"Without it there are {', '.join(sorted(_OPERATORS))}; for the others install a "
+            "compiled mmcv (the package onedl-mmcv, or a wheel of mmcv for your PyTorch)."
+        )
+
+
+_OPERATORS: dict[str, Callable[..., Any]] = {
+    "nms": nms,
+    "roi_align_forward": roi_align_forward,
+    "roi_align_backward": roi_align_backward,
+    "sigmoid_focal_loss_forward": sigmoid_focal_loss_forward,
+    "sigmoid_focal_loss_backward": sigmoid_focal_loss_backward,
+}

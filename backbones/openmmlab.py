@@ -1,0 +1,368 @@
+"""Every backbone under mmdet and mmseg: one type, layer-wise learning rates, an FPN from stride 16.
+
+In a config: ``custom_imports = dict(imports=["backbones.openmmlab"])``. Importing this module
+registers :class:`VisionBackbone` and :class:`TransposedFPN` as models and
+:class:`LayerDecayConstructor` as optimizer-wrapper constructor in mmengine's registries, which
+mmdet and mmseg share; stands in for mmcv's compiled operators where they are absent; and tells
+PyTorch's weights-only loading which of mmengine's own classes a checkpoint may hold.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from mmengine.logging import HistoryBuffer
+from mmengine.model import BaseModule
+from mmengine.optim import DefaultOptimWrapperConstructor
+from mmengine.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS
+from timm.models import group_parameters
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from backbones import _mmcv_ops
+from backbones._checkpoint import fetch_pretrained, load_checkpoint
+from backbones._registry import create_model, list_models, published_weights
+
+__all__ = [
+    "LayerDecayConstructor",
+    "TransposedFPN",
+    "VisionBackbone",
+    "allow_mmengine_checkpoints",
+    "check_channels",
+    "without_sync_norm",
+]
+
+
+@MODELS.register_module()
+class VisionBackbone(BaseModule):
+    """A backbone of this library for a detector or segmenter: images → tuple of maps (B, C, h, w).
+
+    Args:
+        name: of :func:`backbones.list_models`.
+        out_indices: which maps to return; default all.
+        drop_path_rate: of the last block; default the variant's.
+        frozen_stages: −1 trains everything, 0 freezes the stem, k also the first k stages; their
+            norms then use running statistics.
+        norm_eval: keep every batch norm on its running statistics while training.
+        out_norms: normalise the returned maps: all (True) or the listed stages; for the families
+            whose published detectors do.
+        with_cp: recompute each block in the backward pass, to save memory.
+        in_channels: of the image.
+        init_cfg: ``dict(type="Pretrained", checkpoint=...)``: a file or URL of a classification
+            or dense checkpoint, the original's or ours, or the name of published weights, such as
+            ``"van_b2.in1k"``. Read by :meth:`init_weights`.
+        **arguments: further arguments of the architecture (``img_size``, ``n_win``,
+            ``norm_eps``, …); an unknown one raises.
+
+    Attributes:
+        channels: of the returned maps; what a neck or head wants as ``in_channels``.
+        reductions: their strides.
+
+    Raises:
+        ValueError: an unknown name, ``out_indices`` or ``frozen_stages`` that are not there, or an
+            ``init_cfg`` that is not ``Pretrained``.
+        TypeError: an argument that the architecture does not take.
+    """
+
+    _is_init: bool
+
+    def __init__(
+        self,
+        name: str,
+        out_indices: Sequence[int] | None = None,
+        drop_path_rate: float | None = None,
+        frozen_stages: int = -1,
+        norm_eval: bool = False,
+        out_norms: bool | Sequence[int] | None = None,
+        with_cp: bool = False,
+        in_channels: int = 3,
+        init_cfg: Mapping[str, Any] | None = None,
+        **arguments: Any,
+    ) -> None:
+        if init_cfg is not None and (
+            init_cfg.get("type") != "Pretrained" or set(init_cfg) != {"type", "checkpoint"}
+        ):
+            raise ValueError(
+                "init_cfg must be dict(type='Pretrained', checkpoint=...), which looks for the "
+                f"backbone inside a detector by itself, got {init_cfg}"
+            )
+        super().__init__(dict(init_cfg) if init_cfg is not None else None)
+        self.model = create_model(
+            name,
+            features_only=True,
+            out_indices=None if out_indices is None else tuple(out_indices),
+            num_classes=0,
+            in_chans=in_channels,
+            drop_path_rate=drop_path_rate,
+            out_norms=out_norms,
+            **arguments,
+        )
+        # Nothing after the maps: a parameter without a gradient stops distributed training.
+        self.model.model.head = nn.Identity()
+        stages = len(self.model.model.stages)
+        if not -1 <= frozen_stages <= stages:
+            raise ValueError(
+                f"frozen_stages must be −1 (none), 0 (the stem) … {stages}, got {frozen_stages}"
+            )
+        self.name = name
+        self.frozen_stages = frozen_stages
+        self.norm_eval = norm_eval
+        self.channels: list[int] = self.model.feature_info.channels()
+        self.reductions: list[int] = self.model.feature_info.reduction()
+        self.model.model.set_grad_checkpointing(with_cp)
+        for part in self._frozen_parts():
+            part.requires_grad_(False)
+
+    def init_weights(self) -> None:
+        """Load what ``init_cfg`` names; a backbone without one stays as it was made."""
+        if self.init_cfg and not self._is_init:
+            load_checkpoint(self.model, _resolve(self.init_cfg["checkpoint"]))
+        self._is_init = True
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return tuple(self.model(x))
+
+    def train(self, mode: bool = True) -> VisionBackbone:
+        """As ``nn.Module.train``, but what is frozen stays in eval mode."""
+        super().train(mode)
+        if mode:
+            for part in self._frozen_parts():
+                part.eval()
+            if self.norm_eval:
+                for module in self.modules():
+                    if isinstance(module, _BatchNorm):
+                        module.eval()
+        return self
+
+    def _frozen_parts(self) -> list[nn.Module]:
+        if self.frozen_stages < 0:
+            return []
+        return [self.model.model.stem, *list(self.model.model.stages)[: self.frozen_stages]]
+
+
+@OPTIM_WRAPPER_CONSTRUCTORS.register_module()
+class LayerDecayConstructor(DefaultOptimWrapperConstructor):
+    """Learning rates that shrink from the backbone's last layer to its stem.
+
+    Layers are those of the backbone's ``group_matcher``; the parameters outside the backbone have
+    the full rate, its last layer ``decay_rate`` times that, the one before ``decay_rate``² times.
+    Vectors, biases and what the backbone's ``no_weight_decay`` names have no weight decay.
+
+    ``paramwise_cfg`` holds ``decay_rate``, in (0, 1]; 1 for equal rates. Nothing else.
+
+    Raises:
+        ValueError: another key, a rate out of bounds, or a model without a
+            :class:`VisionBackbone`.
+    """
+
+    def add_params(
+        self,
+        params: list[dict[str, Any]],
+        module: nn.Module,
+        prefix: str = "",
+        is_dcn_module: int | float | None = None,
+    ) -> None:
+        if set(self.paramwise_cfg) != {"decay_rate"}:
+            raise ValueError(
+                f"paramwise_cfg must be dict(decay_rate=...), got {dict(self.paramwise_cfg)}"
+            )
+        rate = self.paramwise_cfg["decay_rate"]
+        if not 0 < rate <= 1:
+            raise ValueError(f"decay_rate must be in (0, 1], got {rate}")
+        scales, spared = _layer_scales(module, rate)
+        groups: dict[tuple[float, bool], list[nn.Parameter]] = {}
+        for name, parameter in module.named_parameters():
+            if parameter.requires_grad:
+                plain = parameter.ndim <= 1 or name.endswith(".bias") or name in spared
+                groups.setdefault((scales.get(name, 1.0), plain), []).append(parameter)
+        for (scale, plain), members in sorted(groups.items(), key=_order):
+            group: dict[str, Any] = {"params": members, "lr": self.base_lr * scale}
+            if plain:
+                group["weight_decay"] = 0.0
+            params.append(group)
+
+
+def _order(item: tuple[tuple[float, bool], list[nn.Parameter]]) -> tuple[float, bool]:
+    return item[0]
+
+
+def _layer_scales(module: nn.Module, rate: float) -> tuple[dict[str, float], set[str]]:
+    """Factor on the learning rate of each of the backbone's parameters, and the undecayed ones."""
+    scales: dict[str, float] = {}
+    spared: set[str] = set()
+    for prefix, child in module.named_modules():
+        if isinstance(child, VisionBackbone):
+            inner = f"{prefix}.model.model." if prefix else "model.model."
+            network = child.model.model
+            layers = group_parameters(network, network.group_matcher(), reverse=True)
+            outside = max(layers.values()) + 1
+            scales |= {inner + name: rate ** (outside - layer) for name, layer in layers.items()}
+            spared |= {inner + name for name in network.no_weight_decay()}
+    if not scales:
+        raise ValueError(
+            f"{type(module).__name__} has no VisionBackbone; for others use mmengine's own "
+            "optimizer-wrapper constructor"
+        )
+    return scales, spared
+
+
+@MODELS.register_module()
+class TransposedFPN(BaseModule):
+    """Feature pyramid that grows finer levels by transposed convolution.
+
+    For backbones that start at stride 16, as the detectors of Liu et al., "EfficientViT",
+    https://arxiv.org/abs/2305.07027, and Yun and Ro, "SHViT", https://arxiv.org/abs/2401.16456, do:
+    1×1 laterals, then 2×2 transposed convolutions of stride 2 from the finest lateral on, then the
+    top-down sums, a 3×3 convolution a level, and coarser levels by subsampling.
+
+    Args:
+        in_channels: of the backbone's maps, fine to coarse.
+        out_channels: of every level.
+        num_outs: number of levels returned.
+        num_transposed: how many of them come first, finer than the backbone's finest: 1 for
+            RetinaNet (from stride 8), 2 for Mask R-CNN (from stride 4).
+        init_cfg: mmengine's initialisation.
+
+    Raises:
+        ValueError: fewer levels than there are, or maps that do not have ``in_channels``.
+    """
+
+    def __init__(
+        self,
+        in_channels: Sequence[int],
+        out_channels: int = 256,
+        num_outs: int = 5,
+        num_transposed: int = 1,
+        init_cfg: Mapping[str, Any] | None = None,
+    ) -> None:
+        super().__init__(
+            dict(init_cfg or {"type": "Xavier", "layer": "Conv2d", "distribution": "uniform"})
+        )
+        levels = num_transposed + len(in_channels)
+        if num_transposed < 0 or num_outs < levels:
+            raise ValueError(
+                f"num_transposed must be ≥ 0 and num_outs ≥ {levels} (the backbone's maps and the "
+                f"transposed ones), got {num_transposed} and {num_outs}"
+            )
+        self.in_channels = list(in_channels)
+        self.num_outs = num_outs
+        self.laterals = nn.ModuleList(nn.Conv2d(c, out_channels, 1) for c in in_channels)
+        self.transposed = nn.ModuleList(
+            nn.ConvTranspose2d(out_channels, out_channels, 2, 2) for _ in range(num_transposed)
+        )
+        self.outputs = nn.ModuleList(
+            nn.Conv2d(out_channels, out_channels, 3, padding=1) for _ in range(levels)
+        )
+
+    def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
+        """(B, in_channels[i], h, w), fine to coarse → num_outs maps (B, out_channels, …)."""
+        given = [x.shape[1] for x in inputs]
+        if given != self.in_channels:
+            raise ValueError(f"the maps have {given} channels; write in_channels={given}")
+        levels = [lateral(x) for lateral, x in zip(self.laterals, inputs, strict=True)]
+        for transposed in self.transposed:
+            levels.insert(0, transposed(levels[0]))
+        for i in range(len(levels) - 1, 0, -1):
+            size = levels[i - 1].shape[-2:]
+            levels[i - 1] = levels[i - 1] + F.interpolate(levels[i], size=size, mode="nearest")
+        maps = [output(x) for output, x in zip(self.outputs, levels, strict=True)]
+        while len(maps) < self.num_outs:
+            maps.append(F.max_pool2d(maps[-1], 1, stride=2))
+        return tuple(maps)
+
+
+def check_channels(model: Mapping[str, Any]) -> None:
+    """Whether the parts of a model's config fit its backbone, before it is built.
+
+    Args:
+        model: the config's ``model``.
+
+    Raises:
+        ValueError: the backbone's arguments are wrong, or the neck (without one, the decode
+            heads) expects other maps; the message says what to write.
+    """
+    backbone = model.get("backbone", {})
+    if backbone.get("type") != "VisionBackbone":
+        return
+    arguments = {key: value for key, value in backbone.items() if key not in ("type", "init_cfg")}
+    with torch.device("meta"):
+        channels = VisionBackbone(**arguments).channels
+    if model.get("neck"):
+        parts = {"neck": model["neck"]}
+    else:
+        heads = {key: model.get(key) or [] for key in ("decode_head", "auxiliary_head")}
+        parts = {key: head for key, head in heads.items() if isinstance(head, Mapping)}
+    for part, cfg in parts.items():
+        wanted, index = cfg.get("in_channels"), cfg.get("in_index")
+        if isinstance(wanted, int):
+            index = -1 if index is None else index
+            if not -len(channels) <= index < len(channels):
+                raise ValueError(
+                    f"{part}.in_index={index}, but {backbone['name']} returns {len(channels)} maps"
+                )
+            fitting: Any = channels[index]
+        else:
+            fitting = channels if index is None else [channels[i] for i in index]
+            wanted = list(wanted or ())
+        if wanted != fitting:
+            raise ValueError(
+                f"{part}.in_channels={wanted} does not fit {backbone['name']}, whose maps at "
+                f"out_indices={backbone.get('out_indices')} have {channels} channels; write "
+                f"in_channels={fitting}"
+            )
+
+
+def without_sync_norm(cfg: Any) -> Any:
+    """A config, or a part of one, with plain batch norms for synchronised ones.
+
+    Those need several processes and a GPU. Changes ``cfg`` in place and returns it.
+    """
+    if isinstance(cfg, dict):
+        if cfg.get("type") == "SyncBN":
+            cfg["type"] = "BN"
+        for value in cfg.values():
+            without_sync_norm(value)
+    elif isinstance(cfg, list | tuple):
+        for value in cfg:
+            without_sync_norm(value)
+    return cfg
+
+
+def allow_mmengine_checkpoints() -> None:
+    """Let ``torch.load(weights_only=True)`` read what mmengine saves beside the tensors.
+
+    That is its log buffers: NumPy arrays, and names of the buffer's own methods. Nothing else
+    that a pickle could name is allowed by this.
+    """
+    kinds = [type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "u1", "?")]
+    # NumPy 2 moved these; a checkpoint holds the name of the version that wrote it.
+    named: list[Any] = [
+        (made.__reduce__()[0], f"{module}.multiarray.{name}")
+        for made, name in ((np.empty(0), "_reconstruct"), (np.float64(0), "scalar"))
+        for module in ("numpy.core", "numpy._core")
+    ]
+    torch.serialization.add_safe_globals(
+        [HistoryBuffer, np.ndarray, np.dtype, *kinds, *named, (_buffer_method, "builtins.getattr")]
+    )
+
+
+def _buffer_method(owner: Any, name: str) -> Any:
+    """What a pickle's ``getattr`` may do: take a statistic of the log buffer."""
+    if owner is not HistoryBuffer or name not in ("min", "max", "current", "mean"):
+        raise ValueError(f"a checkpoint may not read {name!r} of {owner!r}")
+    return getattr(owner, name)
+
+
+def _resolve(checkpoint: str) -> Any:
+    """A file or URL as it is; the name of published weights becomes the weights."""
+    name, _, tag = checkpoint.partition(".")
+    published = published_weights(name) if name in list_models() else {}
+    return fetch_pretrained(name, published[tag], published) if tag in published else checkpoint
+
+
+_mmcv_ops.install()
+allow_mmengine_checkpoints()

@@ -1,0 +1,8 @@
+"""RetinaNet 1x on COCO with FaViT-B3: no published weights or number to compare with.
+Qin et al., "FaViT", https://arxiv.org/abs/2306.05682."""
+
+_base_ = ["../_base_/retinanet.py", "../_base_/coco_box_1x.py"]
+model = dict(
+    backbone=dict(name="favit_b3"),
+    neck=dict(in_channels=[96, 192, 384, 768]),
+)

@@ -1,0 +1,18 @@
+"""RetinaNet with a small VAN on coins: about a minute on a CPU; box AP50 above 0.4.
+
+    python tools/make_mm_quickstart.py --out runs/quickstart
+    python tools/train_mm.py configs/det/quickstart_retinanet.py
+    python tools/infer_mm.py runs/quickstart/images/val/000.png --out runs/pictures \
+        --config configs/det/quickstart_retinanet.py \
+        --checkpoint runs/mm/quickstart_retinanet/epoch_10.pth
+"""
+
+_base_ = ["./_base_/retinanet.py", "./_base_/quickstart.py"]
+
+_norm = dict(norm_cfg=dict(type="BN"))
+model = dict(
+    backbone=dict(name="van_b0", depths=(1, 1, 2, 1)),
+    neck=dict(in_channels=[32, 64, 160, 256], out_channels=64, **_norm),
+    bbox_head=dict(num_classes=1, in_channels=64, feat_channels=64, stacked_convs=2, **_norm),
+)
+optim_wrapper = dict(optimizer=dict(lr=2e-3, weight_decay=0.01))

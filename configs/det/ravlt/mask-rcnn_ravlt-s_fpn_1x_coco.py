@@ -1,0 +1,10 @@
+"""Mask R-CNN 1x on COCO with RAVLT-S: box AP 49.8.
+Fan et al., "Breaking the Low-Rank Dilemma of Linear Attention", https://arxiv.org/abs/2411.07635."""
+
+_base_ = ["../_base_/mask_rcnn.py", "../_base_/coco_mask_1x.py"]
+model = dict(
+    backbone=dict(
+        name="ravlt_s", out_norms=True, init_cfg=dict(type="Pretrained", checkpoint="ravlt_s.in1k")
+    ),
+    neck=dict(in_channels=[64, 128, 320, 512]),
+)

@@ -1,0 +1,13 @@
+"""Cascade Mask R-CNN 3x on COCO with UniRepLKNet-B: box AP 54.8.
+Ding et al., "UniRepLKNet", https://arxiv.org/abs/2311.15599."""
+
+_base_ = ["../_base_/cascade_mask_rcnn_decay.py", "../_base_/coco_mask_3x.py"]
+model = dict(
+    backbone=dict(
+        name="unireplknet_b",
+        out_norms=True,
+        init_cfg=dict(type="Pretrained", checkpoint="unireplknet_b.in22k"),
+    ),
+    neck=dict(in_channels=[128, 256, 512, 1024]),
+)
+optim_wrapper = dict(paramwise_cfg=dict(decay_rate=0.8))

@@ -1,0 +1,10 @@
+"""Mask R-CNN 1x on COCO with VAN-B3: the number is in the paper's tables and not repeated here.
+Guo et al., "Visual Attention Network", https://arxiv.org/abs/2202.09741."""
+
+_base_ = ["../_base_/mask_rcnn.py", "../_base_/coco_mask_1x.py"]
+model = dict(
+    backbone=dict(
+        name="van_b3", norm_eps=1e-5, init_cfg=dict(type="Pretrained", checkpoint="van_b3.in1k")
+    ),
+    neck=dict(in_channels=[64, 128, 320, 512]),
+)

@@ -1,0 +1,10 @@
+"""RetinaNet 1x on COCO with VAN-B2: the number is in the paper's tables and not repeated here.
+Guo et al., "Visual Attention Network", https://arxiv.org/abs/2202.09741."""
+
+_base_ = ["../_base_/retinanet.py", "../_base_/coco_box_1x.py"]
+model = dict(
+    backbone=dict(
+        name="van_b2", norm_eps=1e-5, init_cfg=dict(type="Pretrained", checkpoint="van_b2.in1k")
+    ),
+    neck=dict(in_channels=[64, 128, 320, 512]),
+)

@@ -1,0 +1,5 @@
+"""80 000 iterations, polynomial decay."""
+
+train_cfg = dict(type="IterBasedTrainLoop", max_iters=80000, val_interval=8000)
+val_cfg = dict(type="ValLoop")
+test_cfg = dict(type="TestLoop")

@@ -1,0 +1,8 @@
+"""Semantic FPN 80k on ADE20K with FaViT-B3: no published weights or number to compare with.
+Qin et al., "FaViT", https://arxiv.org/abs/2306.05682."""
+
+_base_ = ["../_base_/fpn.py", "../_base_/ade20k.py", "../_base_/schedule_80k.py"]
+model = dict(
+    backbone=dict(name="favit_b3"),
+    neck=dict(in_channels=[96, 192, 384, 768]),
+)

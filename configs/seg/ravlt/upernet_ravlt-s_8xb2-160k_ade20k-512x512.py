@@ -1,0 +1,11 @@
+"""UPerNet 160k on ADE20K with RAVLT-S: mIoU 50.7.
+Fan et al., "Breaking the Low-Rank Dilemma of Linear Attention", https://arxiv.org/abs/2411.07635."""
+
+_base_ = ["../_base_/upernet.py", "../_base_/ade20k.py", "../_base_/schedule_160k.py"]
+model = dict(
+    backbone=dict(
+        name="ravlt_s", out_norms=True, init_cfg=dict(type="Pretrained", checkpoint="ravlt_s.in1k")
+    ),
+    decode_head=dict(in_channels=[64, 128, 320, 512]),
+    auxiliary_head=dict(in_channels=320),
+)

@@ -1,0 +1,245 @@
+"""The adapter: maps, frozen parts, weights, learning rates, the transposed pyramid, messages."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import ConfigDict
+from mmengine.logging import HistoryBuffer
+from mmengine.optim import build_optim_wrapper
+from mmengine.registry import MODELS
+from torch import nn
+from zoo import CLASSIFIERS, SMALL
+
+import backbones
+from backbones.openmmlab import (
+    TransposedFPN,
+    VisionBackbone,
+    check_channels,
+    without_sync_norm,
+)
+
+
+def _build(**kwargs: Any) -> VisionBackbone:
+    torch.manual_seed(0)
+    arguments = {"name": "van_b0", "depths": (1, 1, 2, 1), **kwargs}
+    return MODELS.build({"type": "VisionBackbone", **arguments})
+
+
+@pytest.mark.parametrize("family", CLASSIFIERS)
+def test_maps_are_those_of_the_backbone(family: str) -> None:
+    name, arguments = SMALL[family]
+    model = MODELS.build({"type": "VisionBackbone", "name": name, **arguments})
+    x = torch.randn(2, 3, 128, 128)
+    maps = model(x)
+    assert [m.shape[1] for m in maps] == model.channels
+    assert [128 // m.shape[2] for m in maps] == model.reductions
+    sum(m.mean() for m in maps).backward()
+    silent = [n for n, p in model.named_parameters() if p.requires_grad and p.grad is None]
+    uncalled = getattr(model.model.model, "uncalled", ())
+    assert [n for n in silent if not uncalled] == []
+
+
+def test_out_indices() -> None:
+    model = _build(out_indices=(1, 2))
+    assert model.channels == [64, 160]
+    assert len(model.model.model.stages) == 3
+    assert [m.shape[1] for m in model(torch.randn(1, 3, 64, 64))] == [64, 160]
+    with pytest.raises(ValueError, match="4 feature maps"):
+        _build(out_indices=(0, 4))
+
+
+def test_out_norms_normalise_the_maps() -> None:
+    model = MODELS.build(
+        dict(type="VisionBackbone", name="unireplknet_a", depths=(1, 1, 2, 1), out_norms=True)
+    )
+    for m in model(torch.randn(1, 3, 64, 64)):
+        torch.testing.assert_close(m.mean(1), torch.zeros_like(m[:, 0]), atol=1e-5, rtol=0)
+
+
+def test_unknown_names_and_arguments() -> None:
+    with pytest.raises(ValueError, match="did you mean.*'van_b2'"):
+        VisionBackbone("van_b22")
+    with pytest.raises(TypeError, match="did you mean 'norm_eps'"):
+        VisionBackbone("van_b0", norm_epss=1e-5)
+    with pytest.raises(ValueError, match="frozen_stages must be −1"):
+        _build(frozen_stages=5)
+    with pytest.raises(ValueError, match="init_cfg must be dict"):
+        _build(init_cfg=dict(type="Kaiming", layer="Conv2d"))
+
+
+def test_frozen_stages_stay_frozen() -> None:
+    model = _build(frozen_stages=1).train()
+    network = model.model.model
+    before = copy.deepcopy(network.state_dict())
+    sum(m.mean() for m in model(torch.randn(2, 3, 64, 64))).backward()
+    for name, parameter in network.named_parameters():
+        frozen = name.startswith(("stem.", "stages.0."))
+        assert parameter.requires_grad == (not frozen) == (parameter.grad is not None)
+    moved = {n for n, b in network.named_buffers() if not torch.equal(b, before[n])}
+    assert moved and not any(n.startswith(("stem.", "stages.0.")) for n in moved)
+
+
+def test_norm_eval_keeps_running_statistics() -> None:
+    model = _build(norm_eval=True).train()
+    before = copy.deepcopy(dict(model.named_buffers()))
+    model(torch.randn(2, 3, 64, 64))
+    assert all(torch.equal(b, before[n]) for n, b in model.named_buffers())
+    assert model.model.model.stages[0].blocks[0].training
+
+
+def test_with_cp_gives_the_same_gradients() -> None:
+    x = torch.randn(2, 3, 64, 64)
+    gradients = []
+    for with_cp in (False, True):
+        model = _build(with_cp=with_cp, drop_path_rate=0.0, norm_eval=True).train()
+        assert model.model.model.stages[0].grad_checkpointing == with_cp
+        sum(m.mean() for m in model(x)).backward()
+        gradients.append([p.grad for p in model.parameters()])
+    for plain, again in zip(*gradients, strict=True):
+        torch.testing.assert_close(plain, again)
+
+
+def test_init_cfg_loads_classifiers_and_detectors(tmp_path: Path) -> None:
+    classifier = backbones.create_model("van_b0", depths=(1, 1, 2, 1))
+    path = tmp_path / "classifier.pth"
+    torch.save({"state_dict": classifier.state_dict()}, path)
+    model = _build(init_cfg=dict(type="Pretrained", checkpoint=str(path)))
+    model.init_weights()
+    for name, tensor in model.model.model.state_dict().items():
+        assert torch.equal(tensor, classifier.state_dict()[name])
+
+    detector = nn.ModuleDict({"backbone": model, "neck": nn.Conv2d(3, 3, 1)})
+    torch.save({"state_dict": detector.state_dict(), "log": HistoryBuffer([1.0], [1])}, path)
+    again = _build(init_cfg=dict(type="Pretrained", checkpoint=str(path)))
+    again.init_weights()
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name])
+
+
+def test_init_cfg_names_published_weights() -> None:
+    model = MODELS.build(
+        dict(
+            type="VisionBackbone",
+            name="favit_b0",
+            depths=(1, 1, 1, 1),
+            init_cfg=dict(type="Pretrained", checkpoint="favit_b0.untrained"),
+        )
+    )
+    with pytest.raises(backbones.CheckpointError, match="favit_b0 has no weights"):
+        model.init_weights()
+
+
+def test_mmengine_checkpoints_and_nothing_more_are_read(tmp_path: Path) -> None:
+    buffer = HistoryBuffer([np.float64(1.0), 3.0], [1, 1])
+    torch.save({"log": buffer, "best": np.float64(0.5)}, tmp_path / "a.pth")
+    assert torch.load(tmp_path / "a.pth", weights_only=True)["log"].mean() == 2.0
+
+    torch.save({"evil": _Getattr()}, tmp_path / "b.pth")
+    with pytest.raises((pickle.UnpicklingError, ValueError)):
+        torch.load(tmp_path / "b.pth", weights_only=True)
+
+
+class _Getattr:
+    """Pickles as a read of an attribute of a class that weights-only loading knows."""
+
+    def __reduce__(self) -> tuple[Any, tuple[Any, str]]:
+        return getattr, (HistoryBuffer, "__init__")
+
+
+def _rates(decay_rate: float, backbone: nn.Module) -> dict[str, tuple[float, float]]:
+    model = nn.ModuleDict({"backbone": backbone, "head": nn.Conv2d(4, 4, 1)})
+    wrapper = build_optim_wrapper(
+        model,
+        ConfigDict(
+            type="OptimWrapper",
+            constructor="LayerDecayConstructor",
+            optimizer=dict(type="AdamW", lr=1.0, weight_decay=0.05),
+            paramwise_cfg=dict(decay_rate=decay_rate),
+        ),
+    )
+    groups = wrapper.optimizer.param_groups
+    found = {id(p): (g["lr"], g["weight_decay"]) for g in groups for p in g["params"]}
+    assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
+    return {n: found[id(p)] for n, p in model.named_parameters()}
+
+
+def test_layer_decay() -> None:
+    """Stem, five blocks (the norm of a stage goes with its last one), then what is outside."""
+    rates = _rates(0.5, _build())
+    inside = "backbone.model.model."
+    assert rates["head.weight"] == (1.0, 0.05)
+    assert rates["head.bias"] == (1.0, 0.0)
+    assert rates[f"{inside}stages.3.blocks.0.attn.proj_in.weight"] == (0.5, 0.05)
+    assert rates[f"{inside}stages.3.norm.weight"] == (0.5, 0.0)
+    assert rates[f"{inside}stages.3.downsample.conv.weight"] == (0.5, 0.05)
+    assert rates[f"{inside}stages.2.blocks.1.mlp.fc1.weight"] == (0.25, 0.05)
+    assert rates[f"{inside}stages.2.blocks.0.mlp.fc1.weight"] == (0.125, 0.05)
+    assert rates[f"{inside}stages.0.blocks.0.mlp.fc1.weight"] == (0.5**5, 0.05)
+    assert rates[f"{inside}stem.conv.weight"] == (0.5**6, 0.05)
+
+
+def test_unireplknet_counts_three_blocks_as_a_layer() -> None:
+    model = MODELS.build(dict(type="VisionBackbone", name="unireplknet_a", depths=(1, 1, 6, 1)))
+    rates = _rates(0.5, model)
+    found = [rates[f"backbone.model.model.stages.2.blocks.{i}.fc1.weight"][0] for i in range(6)]
+    assert found == [0.125] * 3 + [0.25] * 3
+
+
+def test_layer_decay_spares_what_the_backbone_names() -> None:
+    model = MODELS.build(
+        dict(type="VisionBackbone", name="efficientvit_m0", depths=(1, 1, 1), img_size=448)
+    )
+    biases = {n: r for n, r in _rates(1.0, model).items() if n.endswith("attention_biases")}
+    assert biases and set(biases.values()) == {(1.0, 0.0)}
+
+
+@pytest.mark.parametrize("paramwise", [dict(decay_rate=0.0), dict(decay_rate=0.5, other=1)])
+def test_layer_decay_refuses(paramwise: dict[str, float]) -> None:
+    cfg = ConfigDict(
+        type="OptimWrapper",
+        constructor="LayerDecayConstructor",
+        optimizer=dict(type="AdamW", lr=1.0),
+        paramwise_cfg=paramwise,
+    )
+    with pytest.raises(ValueError, match="decay_rate"):
+        build_optim_wrapper(nn.ModuleDict({"backbone": _build()}), cfg)
+
+
+def test_transposed_fpn() -> None:
+    neck = TransposedFPN([8, 16, 24], 4, num_outs=5, num_transposed=2)
+    neck.init_weights()
+    sides = (6, 3, 2)
+    inputs = [torch.randn(1, c, s, s) for c, s in zip((8, 16, 24), sides, strict=True)]
+    outs = neck(inputs)
+    assert [tuple(o.shape) for o in outs] == [(1, 4, s, s) for s in (24, 12, 6, 3, 2)]
+    sum(o.mean() for o in outs).backward()
+    assert all(p.grad is not None for p in neck.parameters())
+    assert len(TransposedFPN([8, 16, 24], 4, num_transposed=1)(inputs)) == 5
+    with pytest.raises(ValueError, match=r"write in_channels=\[8, 16, 24\]"):
+        TransposedFPN([8, 16, 32], 4)(inputs)
+    with pytest.raises(ValueError, match="num_outs ≥ 5"):
+        TransposedFPN([8, 16, 24], 4, num_outs=4, num_transposed=2)
+
+
+def test_check_channels() -> None:
+    backbone = dict(type="VisionBackbone", name="van_b0")
+    check_channels(dict(backbone=backbone, neck=dict(in_channels=[32, 64, 160, 256])))
+    with pytest.raises(ValueError, match=r"neck.in_channels=\[64\].*write in_channels=\[32, 64"):
+        check_channels(dict(backbone=backbone, neck=dict(in_channels=[64])))
+    head = dict(in_channels=64, in_index=2)
+    with pytest.raises(ValueError, match="auxiliary_head.in_channels=64.*write in_channels=160"):
+        check_channels(dict(backbone=backbone, auxiliary_head=head))
+    with pytest.raises(ValueError, match="returns 4 maps"):
+        check_channels(dict(backbone=backbone, auxiliary_head=dict(in_channels=1, in_index=4)))
+
+
+def test_without_sync_norm() -> None:
+    cfg = ConfigDict(a=[dict(norm_cfg=dict(type="SyncBN"))], b=dict(type="BN"))
+    assert without_sync_norm(cfg).a[0].norm_cfg.type == "BN"

@@ -1,0 +1,198 @@
+"""The command-line tools on coins: write the set, train, resume, evaluate, draw."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from mmengine.config import Config
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+QUICKSTARTS = [
+    "det/quickstart_retinanet",
+    "det/quickstart_mask-rcnn",
+    "seg/quickstart_fpn",
+    "seg/quickstart_upernet",
+]
+
+
+def _tool(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, ROOT / "tools" / f"{name}.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def _config(name: str) -> str:
+    return str(ROOT / "configs" / f"{name}.py")
+
+
+def _pixels(path: Path) -> np.ndarray:
+    with Image.open(path) as picture:
+        return np.asarray(picture)
+
+
+def _inside(monkeypatch: pytest.MonkeyPatch, folder: Path, train: int, val: int) -> None:
+    """Work in a folder that has the set, as the configs expect."""
+    monkeypatch.chdir(folder)
+    _tool("make_mm_quickstart").main(["--train", str(train), "--val", str(val)])
+
+
+def test_the_set(tmp_path: Path) -> None:
+    _tool("make_mm_quickstart").main(["--out", str(tmp_path), "--train", "6", "--val", "2"])
+    coco = json.loads((tmp_path / "train.json").read_text())
+    assert len(coco["images"]) == 6 and len(coco["annotations"]) >= 12
+    from pycocotools import mask as masks
+
+    for image in coco["images"]:
+        assert _pixels(tmp_path / "images/train" / image["file_name"]).shape == (128, 128, 3)
+        shown = _pixels(tmp_path / "masks/train" / image["file_name"])
+        drawn = np.zeros_like(shown)
+        for note in coco["annotations"]:
+            if note["image_id"] != image["id"]:
+                continue
+            x, y, width, height = note["bbox"]
+            assert min(width, height) > 0 and x + width <= 128 and y + height <= 128
+            inside = masks.decode(masks.merge(masks.frPyObjects(note["segmentation"], 128, 128)))
+            rows, columns = np.nonzero(inside)
+            # The outline rounds corners: at most a pixel less a side.
+            assert abs(rows.min() - y) <= 1 and abs(columns.max() + 1 - x - width) <= 1
+            drawn |= inside
+        assert (drawn & shown).sum() / (drawn | shown).sum() > 0.9
+
+
+@pytest.mark.parametrize("name", QUICKSTARTS)
+def test_train_resume_evaluate_draw(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _inside(monkeypatch, tmp_path, train=8, val=2)
+    detects = name.startswith("det")
+    # Two steps each time.
+    length, last = ("max_epochs", "epoch_{}.pth") if detects else ("max_iters", "iter_{}.pth")
+    ends = (1, 2) if detects else (2, 4)
+
+    def options(end: int, run: str) -> list[str]:
+        return [
+            "--cfg-options",
+            f"train_cfg.{length}={end}",
+            "train_cfg.val_interval=100",
+            f"default_hooks.checkpoint.interval={ends[0]}",
+            f"experiment_name={tmp_path.name}-{run}",
+        ]
+
+    train = _tool("train_mm")
+    first = train.main([_config(name), *options(ends[0], "first")])
+    folder = tmp_path / "runs/mm" / Path(name).name
+    assert Path(first.work_dir) == folder
+    assert first.iter == 2 and (folder / last.format(ends[0])).is_file()
+
+    second = train.main([_config(name), "--resume", *options(ends[1], "second")])
+    assert second.iter == 4
+    saved = torch.load(folder / last.format(ends[1]), weights_only=True)
+    moments = saved["optimizer"]["state"][0]["step"]
+    assert float(moments) == 4
+
+    checkpoint = str(folder / last.format(ends[1]))
+    last_options = [f"experiment_name={tmp_path.name}-test"]
+    if name.endswith("retinanet"):
+        # After four steps no score is above the usual threshold.
+        last_options.append("model.test_cfg.score_thr=0.0")
+    metrics = _tool("test_mm").main([_config(name), checkpoint, "--cfg-options", *last_options])
+    wanted = {"coco/bbox_mAP"} if detects else {"mIoU"}
+    if "mask" in name:
+        wanted.add("coco/segm_mAP")
+    assert wanted <= set(metrics)
+
+    picture = tmp_path / "runs/quickstart/images/val/000.png"
+    arguments = ["--config", _config(name), "--checkpoint", checkpoint, "--out", "pictures"]
+    if name.endswith("retinanet"):
+        low = tmp_path / "low.py"
+        low.write_text(
+            f"_base_ = [{_config(name)!r}]\nmodel = dict(test_cfg=dict(score_thr=0.0))\n"
+        )
+        arguments[1] = str(low)
+    written = _tool("infer_mm").main([str(picture), *arguments, "--score-thr", "0"])
+    assert written == [Path("pictures/000.png")]
+    assert not np.array_equal(_pixels(written[0])[..., :3], _pixels(picture))
+
+
+def test_infer_refuses(tmp_path: Path) -> None:
+    infer = _tool("infer_mm")
+    end = ["--config", _config(QUICKSTARTS[0]), "--out", str(tmp_path)]
+    with pytest.raises(FileNotFoundError, match="no file at missing.png"):
+        infer.main(["missing.png", *end, "--checkpoint", "missing.pth"])
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        (tmp_path / folder / "x.png").touch()
+    (tmp_path / "c.pth").touch()
+    pair = [str(tmp_path / folder / "x.png") for folder in ("a", "b")]
+    with pytest.raises(ValueError, match="same name"):
+        infer.main([*pair, *end, "--checkpoint", str(tmp_path / "c.pth")])
+
+
+def test_missing_checkpoint_is_named(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="no checkpoint at nowhere.pth"):
+        _tool("test_mm").main([_config(QUICKSTARTS[0]), "nowhere.pth"])
+
+
+def test_options_reach_the_config(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Config] = []
+    tool = _tool("train_mm")
+    monkeypatch.setattr(tool.Runner, "from_cfg", lambda cfg: seen.append(cfg) or _NoRun())
+    tool.main(
+        [_config("seg/van/upernet_van-b0_8xb2-160k_ade20k-512x512"), "--amp"]
+        + ["--work-dir", str(tmp_path), "--resume", "x.pth"]
+        + ["--cfg-options", "train_dataloader.batch_size=3"]
+    )
+    (cfg,) = seen
+    assert cfg.optim_wrapper.type == "AmpOptimWrapper"
+    assert cfg.optim_wrapper.loss_scale == "dynamic"
+    assert cfg.resume and cfg.load_from == "x.pth"
+    assert cfg.work_dir == str(tmp_path)
+    assert cfg.train_dataloader.batch_size == 3
+    assert cfg.model.decode_head.norm_cfg.type == "BN"
+    with pytest.raises(ValueError, match=r"write in_channels=\[32, 64, 160, 256\]"):
+        tool.main([cfg.filename, "--cfg-options", "model.decode_head.in_channels=[1,2,3,4]"])
+
+
+def test_launchers_need_cuda(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="--launcher pytorch needs CUDA"):
+        _tool("train_mm").main([_config(QUICKSTARTS[0]), "--launcher", "pytorch"])
+
+
+class _NoRun:
+    def train(self) -> None:
+        """Instead of mmengine's runner."""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "metric", "floor"),
+    [
+        ("det/quickstart_retinanet", "coco/bbox_mAP_50", 0.4),
+        ("det/quickstart_mask-rcnn", "coco/segm_mAP_50", 0.5),
+        ("seg/quickstart_fpn", "mIoU", 85),
+        ("seg/quickstart_upernet", "mIoU", 85),
+    ],
+)
+def test_quickstart_learns(
+    name: str, metric: str, floor: float, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _inside(monkeypatch, tmp_path, train=64, val=8)
+    runner: Any = _tool("train_mm").main(
+        [_config(name), "--cfg-options", f"experiment_name={tmp_path.name}"]
+    )
+    losses, _ = runner.message_hub.get_scalar("train/loss").data
+    assert np.mean(losses[-8:]) < 0.5 * np.mean(losses[:8])
+    assert runner.message_hub.get_scalar(f"val/{metric}").current() > floor
+    assert os.listdir(runner.work_dir)

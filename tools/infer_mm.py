@@ -1,0 +1,77 @@
+"""Draw what a trained detector or segmenter finds in pictures.
+
+    python tools/infer_mm.py IMAGE… --config CONFIG --checkpoint CHECKPOINT --out FOLDER
+
+One picture an image is written to the folder, under the image's name.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Sequence
+from pathlib import Path
+
+import mmcv
+import torch
+from mmengine.config import Config
+from mmengine.registry import VISUALIZERS, init_default_scope
+
+
+def main(argv: Sequence[str] | None = None) -> list[Path]:
+    """Draw as the command line says; returns the pictures written.
+
+    Raises:
+        FileNotFoundError: an image or the checkpoint is not there.
+        ValueError: two images of one name, which would overwrite each other.
+    """
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
+    parser.add_argument("--config", required=True, help="a file of configs/det or configs/seg")
+    parser.add_argument("--checkpoint", required=True, type=Path, help="a .pth of training")
+    parser.add_argument("--out", required=True, type=Path, help="folder of the pictures")
+    parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--score-thr", type=float, default=0.3, help="boxes below are not drawn")
+    args = parser.parse_args(argv)
+    for path in (*args.images, args.checkpoint):
+        if not path.is_file():
+            raise FileNotFoundError(f"no file at {path}")
+    if len({path.stem for path in args.images}) < len(args.images):
+        raise ValueError("two images have the same name; draw them into different folders")
+
+    # First the config, which imports backbones.openmmlab: mmdet needs what that puts in place.
+    cfg = Config.fromfile(args.config)
+    init_default_scope(cfg.default_scope)
+    detects = cfg.default_scope == "mmdet"
+    if detects:
+        from mmdet.apis import inference_detector as infer
+        from mmdet.apis import init_detector as init
+    else:
+        from mmseg.apis import inference_model as infer
+        from mmseg.apis import init_model as init
+
+        steps = cfg.test_dataloader.dataset.pipeline
+        cfg.test_pipeline = [step for step in steps if step.type != "LoadAnnotations"]
+    model = init(cfg, str(args.checkpoint), device=args.device)
+    visualizer = VISUALIZERS.build({**cfg.visualizer, "name": "infer_mm", "vis_backends": None})
+    visualizer.dataset_meta = model.dataset_meta
+    args.out.mkdir(parents=True, exist_ok=True)
+    written = []
+    for path in args.images:
+        target = args.out / f"{path.stem}.png"
+        options = {"pred_score_thr": args.score_thr} if detects else {}
+        visualizer.add_datasample(
+            path.stem,
+            mmcv.imread(str(path), channel_order="rgb"),
+            data_sample=infer(model, str(path)),
+            draw_gt=False,
+            out_file=str(target),
+            **options,
+        )
+        written.append(target)
+    return written
+
+
+if __name__ == "__main__":
+    main()

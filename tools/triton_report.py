@@ -1,0 +1,238 @@
+"""Compile the Triton kernels of neighborhood attention ahead of time and report what they need.
+
+No GPU is needed. For every kernel that a call would start, in all the tiles that autotuning would
+try, the table says how many registers a thread takes, how many bytes it spills to memory, and how
+much shared memory a program takes::
+
+    python -m tools.triton_report --arch 80 90 --dtype float32 bfloat16 --head-dim 32 64 128
+
+Spills and shared memory are of one program; a thread has at most 255 registers.
+"""
+
+from __future__ import annotations
+
+import argparse
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from unittest import mock
+
+import torch
+import triton
+from torch import Tensor
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from ops.neighborhood._geometry import NAParams
+from ops.neighborhood.triton import launch, tiles
+
+__all__ = ["Need", "Start", "compile_start", "report", "starts"]
+
+_POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+# Kernel sizes that a report is made for, by rank.
+_KERNEL_SIZES = {1: (63,), 2: (7, 7), 3: (3, 7, 7)}
+_SIZES = {1: (4096,), 2: (56, 56), 3: (8, 28, 28)}
+
+
+@dataclass(frozen=True)
+class Start:
+    """A kernel with the arguments it would be started with; ``config`` is one of its tiles."""
+
+    kernel: Any
+    arguments: dict[str, Any]
+    config: triton.Config
+
+
+@dataclass(frozen=True)
+class Need:
+    """What a compiled kernel needs: registers a thread, spilled bytes, shared bytes a program."""
+
+    kernel: str
+    arch: int
+    dtype: str
+    head_dim: int
+    rank: int
+    tile: str
+    warps: int
+    stages: int
+    registers: int
+    spilled: int
+    shared: int
+
+
+def starts(
+    rank: int,
+    head_dim: int,
+    dtype: torch.dtype,
+    *,
+    extra: bool = False,
+    rpb: bool = False,
+    first: bool = False,
+) -> Iterator[Start]:
+    """Yield every kernel of a forward and backward call in every tile that would be tried.
+
+    With ``first``, only in the tiles that are taken where nothing is measured.
+
+    The launcher itself names them: it is given tensors on the meta device, and what it would start
+    is recorded instead.
+    """
+    recorded: list[tuple[Any, dict[str, Any], triton.Config | None]] = []
+
+    def record(kernel: Any, grid: Any, arguments: dict[str, Any], config: Any) -> None:
+        recorded.append((kernel, arguments, config))
+
+    def tensor(*shape: int, dtype: torch.dtype = dtype) -> Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    kernel_size = _KERNEL_SIZES[rank]
+    params = NAParams(kernel_size, (1,) * rank, (1,) * rank, (False,) * rank, head_dim**-0.5)
+    heads = 4
+    query = tensor(2, *_SIZES[rank], heads, head_dim)
+    additional = tensor(2, 16, heads, head_dim) if extra else None
+    table = tensor(heads, *(2 * k - 1 for k in kernel_size), dtype=torch.float32) if rpb else None
+    inputs = (query, query, query, additional, additional, table)
+    with mock.patch.object(launch, "run", record):
+        out, lse = launch.forward(*inputs, params)
+        launch.backward(out, lse, *inputs, out, lse, params, (True, True, True, True))
+    for kernel, arguments, config in recorded:
+        tried = tiles.fitting(rank, arguments) if config is None else [config]
+        for chosen in tried[:1] if first else tried:
+            yield Start(kernel, arguments, chosen)
+
+
+def compile_start(start: Start, arch: int) -> Need:
+    """Compile for ``sm_<arch>`` with Triton's own ptxas."""
+    function = start.kernel
+    constants = {**start.arguments, **start.config.kwargs}
+    if isinstance(function, triton.runtime.Heuristics):
+        constants |= {name: rule(constants) for name, rule in function.values.items()}
+        function = function.fn
+    signature: dict[str, Any] = {}
+    constexprs: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], Any] = {}
+    for index, parameter in enumerate(function.params):
+        value = constants[parameter.name]
+        if parameter.is_constexpr:
+            signature[parameter.name] = "constexpr"
+            constexprs[(index,)] = value
+            continue
+        signature[parameter.name] = _specialize(
+            (index,), value, constexprs, attributes, fixed=not parameter.do_not_specialize
+        )
+    source = ASTSource(function, signature, constexprs, attributes)
+    options = {"num_warps": start.config.num_warps, "num_stages": start.config.num_stages}
+    compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
+    registers, spilled = _assemble(compiled.asm["ptx"])
+    # The kernel for delta sees no query, but its output is of the same rank and type.
+    query = start.arguments["q_ptr" if "q_ptr" in start.arguments else "out_ptr"]
+    tile = "x".join(map(str, start.config.kwargs.values())).replace(" ", "")
+    return Need(
+        kernel=function.__name__,
+        arch=arch,
+        dtype=str(query.dtype).removeprefix("torch."),
+        head_dim=query.shape[-1],
+        rank=query.dim() - 3,
+        tile=tile,
+        warps=start.config.num_warps,
+        stages=start.config.num_stages,
+        registers=registers,
+        spilled=spilled,
+        shared=compiled.metadata.shared,
+    )
+
+
+def _specialize(
+    path: tuple[int, ...],
+    value: Any,
+    constexprs: dict[tuple[int, ...], Any],
+    attributes: dict[tuple[int, ...], Any],
+    *,
+    fixed: bool,
+) -> Any:
+    """Type of an argument, with the assumptions that a launch would make from its value."""
+    if isinstance(value, tuple):
+        return tuple(
+            _specialize((*path, i), item, constexprs, attributes, fixed=fixed)
+            for i, item in enumerate(value)
+        )
+    if value is None or (fixed and isinstance(value, int) and value == 1):
+        constexprs[path] = value
+        return "constexpr"
+    if isinstance(value, Tensor):
+        attributes[path] = [["tt.divisibility", 16]]
+        return _POINTERS[value.dtype]
+    if isinstance(value, float):
+        return "fp32"
+    if fixed and value % 16 == 0:
+        attributes[path] = [["tt.divisibility", 16]]
+    return "i32" if abs(value) < 2**31 else "i64"
+
+
+def _assemble(ptx: str) -> tuple[int, int]:
+    """Registers a thread and spilled bytes, as ptxas states them."""
+    target = re.search(r"\.target (\w+)", ptx)
+    if target is None:
+        raise ValueError("the PTX names no target")
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.ptx"
+        path.write_text(ptx)
+        ptxas = triton.knobs.nvidia.ptxas.path
+        command = [ptxas, "-v", f"--gpu-name={target[1]}", str(path), "-o", f"{folder}/kernel.o"]
+        said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
+    registers = re.search(r"Used (\d+) registers", said)
+    spilled = re.findall(r"(\d+) bytes spill (?:stores|loads)", said)
+    if registers is None or not spilled:
+        raise ValueError(f"ptxas reports no registers: {said!r}")
+    return int(registers[1]), sum(map(int, spilled))
+
+
+def report(needs: Sequence[Need]) -> str:
+    """A Markdown table, one row a kernel."""
+    columns = list(Need.__dataclass_fields__)
+    rows = [[str(getattr(need, name)) for name in columns] for need in needs]
+    widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
+    lines = [columns, ["-" * width for width in widths], *rows]
+    return "\n".join(
+        "| " + " | ".join(f"{cell:{w}}" for cell, w in zip(line, widths, strict=True)) + " |"
+        for line in lines
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Write the report to standard output; 1 if a kernel exceeds what a GPU has."""
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], help="default: 80 90")
+    parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])
+    parser.add_argument("--head-dim", type=int, nargs="+", default=[32, 64])
+    parser.add_argument("--rank", type=int, nargs="+", default=[2], choices=[1, 2, 3])
+    parser.add_argument("--extra", action="store_true", help="with additional keys and values")
+    parser.add_argument("--rpb", action="store_true", help="with a relative position bias")
+    parser.add_argument("--first", action="store_true", help="only the tiles taken untuned")
+    parser.add_argument("--shared-limit", type=int, default=100, help="KiB a program, default 100")
+    options = parser.parse_args(arguments)
+    needs = [
+        compile_start(start, arch)
+        for arch in options.arch
+        for dtype in options.dtype
+        for head_dim in options.head_dim
+        for rank in options.rank
+        for start in starts(
+            rank,
+            head_dim,
+            getattr(torch, dtype),
+            extra=options.extra,
+            rpb=options.rpb,
+            first=options.first,
+        )
+    ]
+    sys.stdout.write(report(needs) + "\n")
+    return int(any(need.shared > options.shared_limit * 1024 for need in needs))
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
