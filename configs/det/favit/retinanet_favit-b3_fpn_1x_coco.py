@@ -1,5 +1,5 @@
 """RetinaNet 1x on COCO with FaViT-B3: no published weights or number to compare with.
-Qin et al., "FaViT", https://arxiv.org/abs/2306.05682."""
+Qin et al., "Factorization Vision Transformer", https://arxiv.org/abs/2312.08614."""
 
 _base_ = ["../_base_/retinanet.py", "../_base_/coco_box_1x.py"]
 model = dict(
