@@ -19,7 +19,7 @@ from zoo import CLASSIFIERS, FAMILIES, RESTORATION, SMALL, STRIDE_16, images, ra
 
 import backbones
 
-SIZES = [(32, 32), (64, 64), (96, 160), (225, 223)]
+SIZES = [(32, 32), (64, 64), (96, 160), (224, 224), (225, 223)]
 # Published stochastic depth, where the figures state it.
 DROP_PATH = {
     variant: reference(family, variant)["drop_path_train"]
