@@ -15,6 +15,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from PIL import Image
+from torch import nn
 
 import train_cls
 from backbones.training.checkpoint import load_state
@@ -77,6 +78,31 @@ def _run(argv: tuple[str, ...], before: Callable[[], None] | None, env: dict[str
     if before is not None:
         before()
     os._exit(train(*argv))
+
+
+def kill_at_call(name: str, number: int) -> None:
+    """SIGKILL to this process at the ``number``-th call of ``os.<name>``.
+
+    What a run does first stands here, and not beside the test that wants it: the run imports it
+    by the name of its module.
+    """
+    original, calls = getattr(os, name), iter(range(number))
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        if next(calls, None) is None:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return original(*args, **kwargs)
+
+    setattr(os, name, call)
+
+
+def freeze_batch_norm() -> None:
+    """Batch statistics of a half batch differ from those of the whole: take the running ones."""
+
+    def train(self: nn.Module, mode: bool = True) -> nn.Module:
+        return nn.Module.train(self, False)
+
+    nn.modules.batchnorm._BatchNorm.train = train
 
 
 def kill(process: BaseProcess) -> None:

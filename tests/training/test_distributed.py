@@ -8,8 +8,15 @@ from functools import partial
 
 import pytest
 import torch
-from torch import nn
-from training_runs import final_state, kill, make_images, same, start
+from training_runs import (
+    final_state,
+    freeze_batch_norm,
+    kill,
+    kill_at_call,
+    make_images,
+    same,
+    start,
+)
 
 SGD = [
     "--opt=momentum",
@@ -48,15 +55,6 @@ def join(processes):
     return [process.exitcode for process in processes]
 
 
-def freeze_batch_norm():
-    """Batch statistics of a half batch differ from those of the whole: take the running ones."""
-
-    def train(self, mode=True):
-        return nn.Module.train(self, False)
-
-    nn.modules.batchnorm._BatchNorm.train = train
-
-
 def test_two_processes_and_accumulation_equal_one_big_batch(images, tmp_path):
     arguments = (f"--data={images}", f"--output={tmp_path}", *SGD)
     runs = {
@@ -78,21 +76,12 @@ def test_two_processes_and_accumulation_equal_one_big_batch(images, tmp_path):
                 assert row[key] == pytest.approx(whole[key], rel=1e-4)
 
 
-def _kill_at_link(number):
-    calls, link = iter(range(number)), os.link
-
-    def call(*args, **kwargs):
-        if next(calls, None) is None:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return link(*args, **kwargs)
-
-    os.link = call
-
-
 def test_two_processes_go_on_bit_for_bit(images, tmp_path):
     arguments = (f"--data={images}", f"--output={tmp_path}", "--save-every-steps=1", *RANDOM)
     assert join(start_two(*arguments, "--name=undisturbed")) == [0, 0]
-    processes = start_two(*arguments, "--name=killed", before=(partial(_kill_at_link, 2), None))
+    processes = start_two(
+        *arguments, "--name=killed", before=(partial(kill_at_call, "link", 2), None)
+    )
     processes[0].join()
     kill(processes[1])
     assert processes[0].exitcode == -signal.SIGKILL

@@ -7,7 +7,7 @@ import time
 from functools import partial
 
 import pytest
-from training_runs import final_state, kill, make_images, same, start, train
+from training_runs import final_state, kill, kill_at_call, make_images, same, start, train
 
 # Everything random is on: dropout, drop path, erasing, mixing, an averaged model.
 RECIPE = [
@@ -56,18 +56,6 @@ def test_killed_at_random_moments(images, undisturbed, tmp_path):
     assert same(final_state(tmp_path / "run"), undisturbed[0])
 
 
-def _kill_at_call(name, number):
-    """SIGKILL to this process at the ``number``-th call of ``os.<name>``."""
-    original, calls = getattr(os, name), iter(range(number))
-
-    def call(*args, **kwargs):
-        if next(calls, None) is None:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return original(*args, **kwargs)
-
-    setattr(os, name, call)
-
-
 # A save calls fsync (twice for the file, once for the folder), link, and replace (the previous
 # file, then the last one). The first of a row runs always, the others in the slow suite.
 CALLS = {"fsync": (5, 9, 20), "link": (7, 0, 3), "replace": (5, 2, 10, 15)}
@@ -81,7 +69,7 @@ KILLS = [
 @pytest.mark.parametrize(("name", "number"), KILLS)
 def test_killed_during_a_save(name, number, images, undisturbed, tmp_path):
     arguments = (f"--data={images}", f"--output={tmp_path}", "--name=run", *RECIPE)
-    process = start(*arguments, before=partial(_kill_at_call, name, number))
+    process = start(*arguments, before=partial(kill_at_call, name, number))
     process.join()
     assert process.exitcode == -signal.SIGKILL
     assert same(finish(tmp_path, images), undisturbed[0])
@@ -116,7 +104,7 @@ def test_a_signal_to_the_whole_group_spares_the_loaders(images, undisturbed, tmp
 
 def test_a_corrupt_checkpoint_falls_back(images, undisturbed, tmp_path, capsys):
     arguments = (f"--data={images}", f"--output={tmp_path}", "--name=run", *RECIPE)
-    process = start(*arguments, before=partial(_kill_at_call, "replace", 12))
+    process = start(*arguments, before=partial(kill_at_call, "replace", 12))
     process.join()
     last = tmp_path / "run" / "last.pt"
     last.write_bytes(last.read_bytes()[:5000])
