@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
+import math
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -179,7 +181,8 @@ def build_optimizer(recipe: Recipe, model: nn.Module, lr: float) -> torch.optim.
     """Any of timm's optimizers.
 
     Raises:
-        RecipeError: timm has no such optimizer, or it does not take one of the arguments.
+        RecipeError: timm has no such optimizer, or it does not take one of the arguments; a
+            pattern of ``lr_factors`` that fits no parameter, or a factor that is no number > 0.
     """
     wishes = {"eps": recipe.opt_eps, "betas": recipe.opt_betas, **recipe.opt_args}
     try:
@@ -194,7 +197,37 @@ def build_optimizer(recipe: Recipe, model: nn.Module, lr: float) -> torch.optim.
         )
     except (ValueError, TypeError, AssertionError) as error:
         raise RecipeError(f"optimizer opt={recipe.opt!r}: {error}") from error
+    _split_groups(optimizer, _lr_factors(recipe.lr_factors, model))
     return optimizer
+
+
+def _lr_factors(patterns: dict[str, Any], model: nn.Module) -> dict[int, float]:
+    """``id`` of each parameter that a pattern fits → its factor."""
+    factors: dict[int, float] = {}
+    for pattern, factor in patterns.items():
+        try:
+            number, expression = float(factor), re.compile(pattern)
+        except (TypeError, ValueError, re.error) as error:
+            raise RecipeError(f"lr_factors: {pattern!r}: {factor!r}: {error}") from error
+        chosen = [p for name, p in model.named_parameters() if expression.search(name)]
+        if not chosen or not 0 < number < math.inf:
+            raise RecipeError(
+                f"lr_factors: {pattern!r}: {factor!r} fits {len(chosen)} parameters; give a "
+                "pattern of names in model.named_parameters() and a factor > 0"
+            )
+        factors.update((id(p), number) for p in chosen)
+    return factors
+
+
+def _split_groups(optimizer: torch.optim.Optimizer, factors: dict[int, float]) -> None:
+    """Give the parameters with a factor groups of their own; timm's schedulers heed lr_scale."""
+    for group in list(optimizer.param_groups):
+        for factor in sorted({factors[id(p)] for p in group["params"] if id(p) in factors}):
+            chosen = [p for p in group["params"] if factors.get(id(p)) == factor]
+            group["params"] = [p for p in group["params"] if factors.get(id(p)) != factor]
+            scale = factor * group.get("lr_scale", 1.0)
+            # Not add_param_group: those of wrappers such as Lookahead leave the lists as they are.
+            optimizer.param_groups.append({**group, "params": chosen, "lr_scale": scale})
 
 
 def build_scheduler(
@@ -227,6 +260,9 @@ def build_scheduler(
         )
     except (ValueError, AssertionError) as error:
         raise RecipeError(f"schedule sched={recipe.sched!r}: {error}") from error
+    if scheduler is None:
+        for group in optimizer.param_groups:
+            group["lr"] *= group.get("lr_scale", 1.0)
     return scheduler, int(epochs)
 
 

@@ -146,6 +146,9 @@ class Recipe:
     opt_betas: tuple[float, ...] | None = _key("optimizer", None, "None: the optimizer's own")
     opt_args: dict[str, Any] = _key("optimizer", {}, "further keywords of the optimizer")
     layer_decay: float | None = _key("optimizer", None, "learning rate factor from layer to layer")
+    lr_factors: dict[str, Any] = _key(
+        "optimizer", {}, "pattern of parameter names (re.search): factor on their learning rate"
+    )
     clip_grad: float | None = _key("optimizer", None, "None: gradients are not clipped")
     clip_mode: str = _key("optimizer", "norm", "what clip_grad limits", ("norm", "value", "agc"))
     accum_steps: int = _key("optimizer", 1, "batches per update")

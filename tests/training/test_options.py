@@ -1,8 +1,10 @@
 """Every option of a recipe runs, and those whose effect can be seen have it."""
 
+import dataclasses
 import json
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import timm.optim
@@ -10,10 +12,12 @@ import torch
 from torch import nn
 from training_runs import final_state, make_images, train
 
+import backbones
 from backbones.training import build
 from backbones.training.errors import RecipeError
-from backbones.training.recipe import Recipe
+from backbones.training.recipe import Recipe, load_recipe
 
+FOLDER = Path(__file__).parents[2] / "configs" / "cls"
 OPTIONS = {
     "bf16": ["--amp=bf16"],
     "fp16": ["--amp=fp16", "--clip-grad=1"],
@@ -117,6 +121,47 @@ def test_biases_and_norms_do_not_decay():
     optimizer = build.build_optimizer(Recipe(weight_decay=0.3), model, 1e-3)
     decays = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
     assert [decays[id(p)] for p in model.parameters()] == [0.3, 0.0, 0.0, 0.0]
+
+
+@pytest.mark.parametrize("sched", ["cosine", "none"])
+@pytest.mark.parametrize("opt", ["adamw", "lookahead_sgd", "muon"])
+@pytest.mark.parametrize("layer_decay", [None, 0.5])
+def test_some_parameters_learn_slower(sched, opt, layer_decay):
+    recipe = load_recipe(
+        FOLDER / "litv2.yaml",
+        {
+            "model": "litv2_s",
+            "data": "x",
+            "sched": sched,
+            "opt": opt,
+            "layer_decay": layer_decay,
+            "warmup_epochs": 0,
+            "opt_eps": None,
+        },
+    )
+    model = backbones.create_model("litv2_s", depths=(1, 1, 1, 1))
+
+    def rates(recipe):
+        optimizer = build.build_optimizer(recipe, model, 1.0)
+        build.build_scheduler(recipe, optimizer, 10)
+        groups = optimizer.param_groups
+        assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
+        by_id = {id(p): g["lr"] for g in groups for p in g["params"]}
+        return {name: by_id[id(p)] for name, p in model.named_parameters()}
+
+    common = rates(dataclasses.replace(recipe, lr_factors={}))
+    own = rates(recipe)
+    slow = {n for n in own if own[n] != common[n]}
+    assert slow == {f"stages.{i}.downsample.conv.offset.weight" for i in (1, 2, 3)}
+    assert all(own[n] == pytest.approx(0.01 * common[n]) for n in slow)
+    if layer_decay:
+        assert len(set(common.values())) > 4
+
+
+@pytest.mark.parametrize("factors", [{"nothing": 0.1}, {"(": 0.1}, {"0": 0.0}, {"0": "much"}])
+def test_factors_that_fit_nothing_are_refused(factors):
+    with pytest.raises(RecipeError, match="lr_factors"):
+        build.build_optimizer(Recipe(lr_factors=factors), nn.Linear(4, 4), 1e-3)
 
 
 def test_reports_to_other_programs(images, tmp_path, monkeypatch, capsys):
