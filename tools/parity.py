@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import re
 import sys
 import tempfile
 from pathlib import Path
@@ -56,7 +57,7 @@ def row(family: str, variant: str, errors: dict[str, float]) -> str:
         f"{errors['stages']:.1e}",
         _reported(figures["reported"]),
         _weights(figures["weights"]),
-        figures["licence"].split(" (")[0],
+        re.sub(r" \([^)]*\)", "", figures["licence"]),
     ]
     return "| " + " | ".join(cells) + " |"
 
