@@ -37,7 +37,7 @@ from ops.attention.pooled import PooledAttention
 from ops.conv import ConvNorm
 from ops.init import init_trunc_normal
 from ops.kan import KAN
-from ops.neighborhood import NeighborhoodAttention2D, na2d
+from ops.neighborhood import BACKENDS, NAParams, NeighborhoodAttention2D, na2d
 
 __all__ = ["MedViTV2"]
 
@@ -54,13 +54,18 @@ class WindowedAttention(NeighborhoodAttention2D):
         rpb: Tensor = self.rpb
         for axis, size in enumerate(x.shape[1:3]):
             whole, wide = self.kernel_size[axis], self.dilation[axis]
-            fitted = min(whole, size)
+            fitted = torch.sym_min(whole, size)
             kernel_size.append(fitted)
-            dilation.append(min(wide, size // fitted))
+            dilation.append(1 if wide == 1 else torch.sym_min(wide, size // fitted))
             # The table is of offsets around its centre.
             rpb = rpb.narrow(axis + 1, whole - fitted, 2 * fitted - 1)
         query, key, value = self.qkv(x).unflatten(3, (3, self.num_heads, -1)).unbind(3)
-        out = na2d(query, key, value, kernel_size, dilation=dilation, scale=self.scale, rpb=rpb)
+        if isinstance(kernel_size[0], int) and isinstance(kernel_size[1], int):
+            out = na2d(query, key, value, kernel_size, dilation=dilation, scale=self.scale, rpb=rpb)
+        else:  # a window that depends on open sizes; `na2d` would bind it to a number
+            window = (tuple(kernel_size), (1, 1), tuple(dilation), (False, False))
+            params = NAParams(*window, self.scale, return_lse=False)
+            out, _ = BACKENDS["reference"].attend(query, key, value, None, None, rpb, params)
         assert isinstance(out, Tensor)
         return self.proj(out.flatten(3))
 

@@ -15,9 +15,10 @@ def reflected_positions(positions: Tensor, size: int) -> Tensor:
         positions: integers of any shape.
         size: length of the side, at least 1; on one of length 1 everything is position 0.
     """
-    period = max(2 * (size - 1), 1)
+    # A tensor, since the size may be symbolic.
+    period = torch.full_like(positions[:1], torch.sym_max(2 * (size - 1), 1))
     positions = positions.remainder(period)
-    return torch.minimum(positions, period - positions).clamp(max=size - 1)
+    return torch.minimum(positions, period - positions)
 
 
 def reflect_pad_to_multiple(x: Tensor, multiple: int) -> Tensor:

@@ -7,8 +7,16 @@ each taken within one turn.
     python tools/benchmark_na.py --threads 1 --output runs/benchmark_na
     python tools/benchmark_na.py --device cuda --dtype bfloat16 --settings 56x56-k7-d64
 
-writes ``<output>.json`` and ``<output>.png``. A contender that cannot do a setting, or would need
-more than ``--max-gib`` of memory for it, is listed with the reason instead of a time.
+writes ``<output>.json`` after every row and ``<output>.png`` at the end. A contender that cannot do
+a setting, or would need more than ``--max-gib`` of memory for it, is listed with the reason instead
+of a time.
+
+The whole sweep takes long. Runs with the same ``--output`` add to one file, so that it can be made
+in pieces (``--settings``); a row that is measured again replaces the old one, and ``--resume``
+measures only those that are missing:
+
+    python tools/benchmark_na.py --threads 1 --settings 56x56-k7-d32 28x28-k7-d32
+    python tools/benchmark_na.py --threads 1 --resume
 """
 
 from __future__ import annotations
@@ -16,6 +24,7 @@ from __future__ import annotations
 import argparse
 import ctypes
 import functools
+import itertools
 import json
 import logging
 import math
@@ -158,6 +167,7 @@ def contender(name: str, setting: Setting, device: torch.device) -> Attention:
     return backend("reference" if name == "gather" else name, setting)
 
 
+DTYPES = ("float32", "bfloat16", "float16")
 CONTENDERS = ("cpu", "triton", "tiled", "gather", "sdpa-mask", "flex", "natten")
 
 
@@ -326,13 +336,46 @@ def machine(device: torch.device) -> dict[str, Any]:
     }
 
 
+def row_key(row: dict[str, Any]) -> tuple[str, int, str, bool]:
+    """What a row measures."""
+    return row["setting"], row["batch"], row["dtype"], row["backward"]
+
+
+def load_report(path: Path, current: dict[str, Any]) -> dict[str, Any]:
+    """The report of earlier runs into ``path``, or an empty one.
+
+    Raises:
+        ValueError: if they ran on another machine, or not as this one does.
+    """
+    if not path.exists():
+        return {"machine": current, "results": []}
+    report: dict[str, Any] = json.loads(path.read_text())
+    if report["machine"] != current:
+        raise ValueError(
+            f"{path} was measured on {report['machine']}, this is {current}; choose another "
+            "--output, or delete it"
+        )
+    return report
+
+
+def add_row(report: dict[str, Any], row: dict[str, Any]) -> None:
+    """Put a row in its place, in the order of the settings, instead of an older one."""
+    order = [setting.name for setting in SETTINGS]
+    others = [other for other in report["results"] if row_key(other) != row_key(row)]
+
+    def place(row: dict[str, Any]) -> tuple[int, int, int, bool]:
+        name, batch, dtype, backward = row_key(row)
+        return order.index(name), batch, DTYPES.index(dtype), backward
+
+    report["results"] = sorted([*others, row], key=place)
+
+
 def write(path: Path, save: Callable[[Path], object]) -> None:
     """Write a file under another name first, so that it is never seen half-written."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{os.getpid()}-{path.name}")
     save(unfinished)
     unfinished.replace(path)
-    logger.info("wrote %s", path)
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
@@ -375,14 +418,21 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     names = [setting.name for setting in SETTINGS]
-    parser.add_argument("--settings", nargs="+", default=names, choices=names, metavar="NAME")
+    parser.add_argument(
+        *("--settings", "--shapes"),
+        nargs="+",
+        default=names,
+        choices=names,
+        metavar="NAME",
+        help=f"default all of {', '.join(names)}",
+    )
     parser.add_argument("--contenders", nargs="+", default=list(CONTENDERS), choices=CONTENDERS)
     parser.add_argument("--batch", nargs="+", type=int, default=[1, 8])
     parser.add_argument(
         "--dtype",
         nargs="+",
         default=["float32", "bfloat16"],
-        choices=["float32", "bfloat16", "float16"],
+        choices=DTYPES,
     )
     parser.add_argument(
         "--direction", nargs="+", default=["forward", "both"], choices=["forward", "both"]
@@ -392,6 +442,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=15, help="turns of every contender")
     parser.add_argument("--seconds", type=float, default=60, help="stop a setting's turns after")
     parser.add_argument("--max-gib", type=float, default=4, help="leave out what needs more memory")
+    parser.add_argument(
+        "--resume", action="store_true", help="leave out what the output already holds"
+    )
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark_na"))
     return parser.parse_args(arguments)
 
@@ -402,30 +455,34 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.threads:
         torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    report: dict[str, Any] = {"machine": machine(device), "results": []}
-    for setting in SETTINGS:
-        if setting.name not in args.settings:
+    output = args.output.with_suffix(".json")
+    report = load_report(output, machine(device))
+    done = {row_key(row) for row in report["results"]} if args.resume else set()
+    wanted = [setting for setting in SETTINGS if setting.name in args.settings]
+    rows = itertools.product(wanted, args.batch, args.dtype, args.direction)
+    for setting, batch, dtype, direction in rows:
+        if (setting.name, batch, dtype, direction == "both") in done:
             continue
-        for batch in args.batch:
-            for dtype in args.dtype:
-                for direction in args.direction:
-                    row = measure(
-                        setting,
-                        batch,
-                        getattr(torch, dtype),
-                        direction == "both",
-                        args.contenders,
-                        device,
-                        args.rounds,
-                        args.seconds,
-                        args.max_gib,
-                    )
-                    report["results"].append(row)
-                    logger.info("%s batch %d %s %s", setting.name, batch, dtype, direction)
-                    for name, result in row["contenders"].items():
-                        logger.info("    %-10s %s", name, describe(result))
-    write(args.output.with_suffix(".json"), lambda p: p.write_text(json.dumps(report, indent=1)))
-    write(args.output.with_suffix(".png"), lambda p: draw(report, p))
+        row = measure(
+            setting,
+            batch,
+            getattr(torch, dtype),
+            direction == "both",
+            args.contenders,
+            device,
+            args.rounds,
+            args.seconds,
+            args.max_gib,
+        )
+        add_row(report, row)
+        text = json.dumps(report, indent=1)
+        write(output, lambda path, text=text: path.write_text(text))
+        logger.info("%s batch %d %s %s", setting.name, batch, dtype, direction)
+        for name, result in row["contenders"].items():
+            logger.info("    %-10s %s", name, describe(result))
+    picture = args.output.with_suffix(".png")
+    write(picture, lambda path: draw(report, path))
+    logger.info("wrote %s and %s", output, picture)
 
 
 def describe(result: dict[str, Any]) -> str:

@@ -1,6 +1,7 @@
 """Write ``docs/performance.md`` from the measurements that lie in ``docs/performance/``.
 
     python tools/benchmark_na.py --threads 1 --output docs/performance/neighborhood_attention
+    python tools/benchmark.py --dtypes float32 bfloat16 --output docs/performance/models
     python tools/performance_page.py
 
 Nothing is measured here: every number of the page is one of the JSON files'.
@@ -15,6 +16,7 @@ from typing import Any
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 NEIGHBORHOOD = "neighborhood_attention"
+MODELS = "models"
 OURS = "cpu"
 HEADER = """# Performance
 
@@ -23,11 +25,62 @@ row took turns in one process; times are medians, and what counts are the ratios
 """
 
 
-def page(report: dict[str, Any]) -> str:
-    """The whole page from one report of ``tools/benchmark_na.py``."""
+def page(neighborhood: dict[str, Any], models: dict[str, Any] | None) -> str:
+    """The whole page from reports of ``tools/benchmark_na.py`` and ``tools/benchmark.py``."""
+    parts = [HEADER]
+    if models is not None:
+        parts.append(of_models(models))
+    return "\n".join([*parts, of_neighborhood(neighborhood)])
+
+
+def of_models(report: dict[str, Any]) -> str:
+    """Every model: fused in ms, and how many times longer than the fused one all others took."""
     machine = report["machine"]
     lines = [
-        HEADER,
+        "## Models",
+        "",
+        f"Measured on {machine['name']} ({machine['cpu_capability']}), torch {machine['torch']}. "
+        "`fuse()` in ms, its share of the rate of a 1024³ matrix product in the same turns, its "
+        "peak of extra memory, and how many times longer the others took. A dash: there is no such "
+        "model, or it failed; the JSON says why.",
+        "",
+        f"![Speed over eager](performance/{MODELS}.png)",
+    ]
+    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    for row in report["results"]:
+        if "milliseconds" in row["contenders"].get("fused", {}):
+            key = tuple(row[k] for k in ("direction", "dtype", "batch", "threads"))
+            groups.setdefault(key, []).append(row)
+    for (direction, dtype, batch, threads), rows in groups.items():
+        named = (name for row in rows for name in row["contenders"] if name != "fused")
+        others = list(dict.fromkeys(named))
+        lines += [
+            "",
+            f"### {direction.capitalize()}, {dtype}, batch {batch}, {threads} thread(s)",
+            "",
+            "| Model | size | fused, ms | of matmul | memory, MiB | " + " | ".join(others) + " |",
+            "|---|" + "---:|" * (4 + len(others)),
+        ]
+        lines += [model_row(row, others) for row in rows]
+    return "\n".join(lines) + "\n"
+
+
+def model_row(row: dict[str, Any], others: list[str]) -> str:
+    """One model: fused in absolute terms, the others as multiples of it."""
+    fused = row["contenders"]["fused"]
+    cells = [f"`{row['model']}`", str(row["size"]), f"{fused['milliseconds']:.1f}"]
+    cells.append(f"{100 * fused['fraction_of_matmul']:.0f} %")
+    cells.append("–" if fused["peak_bytes"] is None else str(fused["peak_bytes"] >> 20))
+    for name in others:
+        time = row["contenders"].get(name, {}).get("milliseconds")
+        cells.append("–" if time is None else f"{time / fused['milliseconds']:.2f}×")
+    return "| " + " | ".join(cells) + " |"
+
+
+def of_neighborhood(report: dict[str, Any]) -> str:
+    """Every setting of neighborhood attention."""
+    machine = report["machine"]
+    lines = [
         "## Neighborhood attention",
         "",
         f"Measured on {machine['name']} ({machine['cpu_capability']}), {machine['threads']} "
@@ -69,10 +122,13 @@ def table_row(row: dict[str, Any], others: list[str]) -> str:
 
 
 def main() -> None:
-    report = json.loads((DOCS / "performance" / f"{NEIGHBORHOOD}.json").read_text())
+    folder = DOCS / "performance"
+    neighborhood = json.loads((folder / f"{NEIGHBORHOOD}.json").read_text())
+    measured = folder / f"{MODELS}.json"
+    models = json.loads(measured.read_text()) if measured.is_file() else None
     path = DOCS / "performance.md"
     unfinished = path.with_name(f".{os.getpid()}-{path.name}")
-    unfinished.write_text(page(report))
+    unfinished.write_text(page(neighborhood, models))
     unfinished.replace(path)
 
 

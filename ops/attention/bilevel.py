@@ -8,6 +8,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 __all__ = ["BiLevelRoutingAttention", "bilevel_routing_attention", "route_regions"]
 
@@ -44,9 +45,12 @@ def bilevel_routing_attention(
     _check(query, key, value, num_heads, region_size, topk)
     batch, height, width, qk_dim = query.shape
     scale = qk_dim**-0.5 if scale is None else scale
-    rows, columns = -(-height // region_size[0]), -(-width // region_size[1])
+    rows, columns = _parts(height, region_size[0]), _parts(width, region_size[1])
     regions, tokens = rows * columns, region_size[0] * region_size[1]
-    routes = route_regions(query, key, region_size, topk) if topk < regions else None
+    # Their number may be symbolic, as in an export, and is then not asked for.
+    everyone = statically_known_true(topk >= regions)
+    topk = torch.sym_min(topk, regions)
+    routes = None if everyone else route_regions(query, key, region_size, topk)
     query, key, value = (_split_regions(t, region_size) for t in (query, key, value))
     if routes is None:
         # Everyone sees everyone, in whatever order: nothing to gather.
@@ -80,30 +84,45 @@ def route_regions(query: Tensor, key: Tensor, region_size: tuple[int, int], topk
     Returns:
         (B, R, topk) indices of regions, counted row by row, in no particular order.
     """
-    query_mean, key_mean = (
-        F.avg_pool2d(
-            t.detach().permute(0, 3, 1, 2), region_size, ceil_mode=True, count_include_pad=False
-        ).flatten(2)
-        for t in (query, key)
-    )  # (B, qk_dim, R)
+    query_mean, key_mean = (_region_means(t.detach(), region_size) for t in (query, key))
     # The factor changes no order; it keeps half precision from overflowing.
     affinity = (query_mean * query.shape[-1] ** -0.5).transpose(1, 2) @ key_mean
     return affinity.topk(topk, dim=-1, sorted=False).indices
 
 
+def _region_means(x: Tensor, region_size: tuple[int, int]) -> Tensor:
+    """(B, H, W, C) → (B, C, regions): of what belongs to the map."""
+    if all(isinstance(side, int) for side in region_size):
+        return F.avg_pool2d(
+            x.permute(0, 3, 1, 2), region_size, ceil_mode=True, count_include_pad=False
+        ).flatten(2)
+    # Pooling takes no symbolic size.
+    sums = _split_regions(x, region_size).sum(2)
+    counts = _split_regions(x.new_ones(1, *x.shape[1:3], 1), region_size).sum(2)
+    return (sums / counts).transpose(1, 2)
+
+
 def _split_regions(x: Tensor, region_size: tuple[int, int]) -> Tensor:
     """(B, H, W, C) → (B, regions, tokens of a region, C), zeros where the map ends early."""
-    x = _pad_to_multiple(x, region_size)
-    batch, height, width, _ = x.shape
-    rows, columns = region_size
-    x = x.reshape(batch, height // rows, rows, width // columns, columns, -1)
+    rows, columns = (_parts(n, side) for n, side in zip(x.shape[1:3], region_size, strict=True))
+    x = _pad_to(x, rows * region_size[0], columns * region_size[1])
+    x = x.unflatten(2, (columns, region_size[1])).unflatten(1, (rows, region_size[0]))
     return x.transpose(2, 3).flatten(3, 4).flatten(1, 2)
 
 
-def _pad_to_multiple(x: Tensor, multiple: tuple[int, int]) -> Tensor:
+def _parts(size: int, part: int) -> int:
+    """⌈size / part⌉, by a division of no negative number: exporters round those to zero."""
+    if statically_known_true(size % part == 0):
+        return size // part
+    return (size + part - 1) // part
+
+
+def _pad_to(x: Tensor, height: int, width: int) -> Tensor:
     """Zeros at the bottom and on the right of (B, H, W, C)."""
-    bottom, right = -x.shape[1] % multiple[0], -x.shape[2] % multiple[1]
-    return F.pad(x, (0, 0, 0, right, 0, bottom)) if bottom or right else x
+    bottom, right = height - x.shape[1], width - x.shape[2]
+    if statically_known_true(bottom == 0) and statically_known_true(right == 0):
+        return x
+    return F.pad(x, (0, 0, 0, right, 0, bottom))
 
 
 def _check(
@@ -179,9 +198,12 @@ class BiLevelRoutingAttention(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[1:3]
+        n_win = self.n_win
         if self.pad_input:
-            x = _pad_to_multiple(x, (self.n_win, self.n_win))
-        region_size = (max(1, x.shape[1] // self.n_win), max(1, x.shape[2] // self.n_win))
+            region_size = (_parts(height, n_win), _parts(width, n_win))
+            x = _pad_to(x, n_win * region_size[0], n_win * region_size[1])
+        else:
+            region_size = (torch.sym_max(1, height // n_win), torch.sym_max(1, width // n_win))
         query, key, value = self.qkv(x).chunk(3, dim=-1)
         out = bilevel_routing_attention(query, key, value, self.num_heads, region_size, self.topk)
         out = out + self.lepe(value.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)

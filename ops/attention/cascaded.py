@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ops.conv import ConvNorm
 
@@ -63,7 +64,10 @@ def cascaded_group_attention(
 
 def resize_distance_table(table: Tensor, height: int, width: int) -> Tensor:
     """(heads, h, w) → (heads, height, width), bicubically; the same tensor if it fits."""
-    if table.shape[1:] == (height, width):
+    # To interpolate to the same size changes nothing; a symbolic size is not compared.
+    if all(
+        statically_known_true(n == m) for n, m in zip(table.shape[1:], (height, width), strict=True)
+    ):
         return table
     return F.interpolate(table.unsqueeze(0), size=(height, width), mode="bicubic").squeeze(0)
 
@@ -155,11 +159,19 @@ class CascadedGroupAttention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[2:]
         size = self.window_size
-        if height <= size and width <= size:
+        rows, columns = (height + size - 1) // size, (width + size - 1) // size
+        if statically_known_true(rows * columns == 1):
             return self._attend(x)
-        padded = F.pad(x, (0, -width % size, 0, -height % size))
-        windows = self._attend(_to_windows(padded, size))
-        return _from_windows(windows, *padded.shape[2:])[:, :, :height, :width]
+        padded = F.pad(x, (0, columns * size - width, 0, rows * size - height))
+        windows = self._attend(_to_windows(padded, rows, columns))
+        out = _from_windows(windows, rows, columns)[:, :, :height, :width]
+        if isinstance(height, int) and isinstance(width, int):
+            return out
+        # A symbolic size may be either: the first window alone is taken where it is the map.
+        first = self._attend(x[:, :, : torch.sym_min(height, size), : torch.sym_min(width, size)])
+        first = F.pad(first, (0, width - first.shape[3], 0, height - first.shape[2]))
+        is_map = 1 // (rows * columns)
+        return first * is_map + out * (1 - is_map)
 
     def _attend(self, x: Tensor) -> Tensor:
         """Within whole maps: (N, dim, h, w) → (N, dim, h, w)."""
@@ -171,15 +183,13 @@ class CascadedGroupAttention(nn.Module):
         return f"window_size={self.window_size}, table_size={self.table_size}"
 
 
-def _to_windows(x: Tensor, size: int) -> Tensor:
-    """(B, C, H, W) → (B · H/size · W/size, C, size, size)."""
-    _, channels, height, width = x.shape
-    x = x.reshape(-1, channels, height // size, size, width // size, size)
-    return x.permute(0, 2, 4, 1, 3, 5).reshape(-1, channels, size, size)
+def _to_windows(x: Tensor, rows: int, columns: int) -> Tensor:
+    """(B, C, H, W) → (B · rows · columns, C, H / rows, W / columns)."""
+    x = x.unflatten(3, (columns, -1)).unflatten(2, (rows, -1))
+    return x.permute(0, 2, 4, 1, 3, 5).flatten(0, 2)
 
 
-def _from_windows(windows: Tensor, height: int, width: int) -> Tensor:
-    """The inverse of :func:`_to_windows`, for a map of ``height`` × ``width``."""
-    _, channels, size, _ = windows.shape
-    x = windows.reshape(-1, height // size, width // size, channels, size, size)
-    return x.permute(0, 3, 1, 4, 2, 5).reshape(-1, channels, height, width)
+def _from_windows(windows: Tensor, rows: int, columns: int) -> Tensor:
+    """The inverse of :func:`_to_windows`."""
+    x = windows.unflatten(0, (-1, rows, columns))
+    return x.permute(0, 3, 1, 4, 2, 5).flatten(4, 5).flatten(2, 3)

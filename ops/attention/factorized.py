@@ -11,6 +11,7 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ops.padding import reflected_positions
 from ops.position import ConvPosition
@@ -56,7 +57,7 @@ def cross_window_fusion(
 def _tap_positions(size: int, window_size: int, dilation: int, device: torch.device) -> Tensor:
     """Where along a side the taps of each window lie: (windows, window_size)."""
     span = dilation * (window_size - 1) + 1
-    starts = torch.arange(-(-size // span), device=device) * span
+    starts = torch.arange((size + span - 1) // span, device=device) * span
     positions = starts[:, None] + torch.arange(window_size, device=device) * dilation
     return reflected_positions(positions, size)
 
@@ -78,8 +79,10 @@ class GlobalBranch(nn.Module):
 
     def forward(self, query: Tensor, x: Tensor) -> Tensor:
         for axis in (1, 2):
-            if (size := x.shape[axis]) < self.sr_ratio:
-                positions = torch.arange(self.sr_ratio, device=x.device)
+            size = x.shape[axis]
+            # A size that is symbolic, as in an export, may be either: taking positions suits both.
+            if not statically_known_true(size >= self.sr_ratio):
+                positions = torch.arange(torch.sym_max(size, self.sr_ratio), device=x.device)
                 x = x.index_select(axis, reflected_positions(positions, size))
         reduced = self.sr(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # (B, h, w, dim)
         key, value = self.kv(self.norm(reduced)).chunk(2, dim=-1)

@@ -5,6 +5,7 @@ https://arxiv.org/abs/2207.05501, https://arxiv.org/abs/2302.09462, https://arxi
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -31,7 +32,7 @@ def pool_tokens(x: Tensor, length: int) -> Tensor:
     """
     if length < 1:
         raise ValueError(f"length must be 1 or more, got {length}")
-    length = min(length, x.shape[1])
+    length = torch.sym_min(length, x.shape[1])
     count = x.shape[1] // length
     return x[:, : count * length].unflatten(1, (count, length)).mean(2)
 

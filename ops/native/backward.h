@@ -25,7 +25,7 @@ struct KeyGradients {
 
 template <class T>
 struct BackwardScratch : UnitScratch<T> {
-  Buffer query_rows, query, grad_rows, grad, score, grad_score, sum, out_rows, out, bias_lanes;
+  Buffer query_rows, query, grad_rows, grad, score, grad_score, sum, out, bias_lanes;
 };
 
 static float* zeroed(Buffer& b, size_t n) {
@@ -82,7 +82,7 @@ static void add_bias_gradient(const Bias& bias, const TilePlace& place, const Sl
 template <class T>
 static void backward_tile(const Problem& p, const BackwardTensors& t, const TilePlace& place,
                           const KeyRing<T>& ring, const Unit& unit, const Bias& bias,
-                          const Lanes& shared, BackwardScratch<T>& scratch, KeyGradients& grads) {
+                          const Lanes& shared, Ahead& ahead, BackwardScratch<T>& scratch, KeyGradients& grads) {
   const int rows = place.tile.rows, dim = static_cast<int>(p.dim),
             value_dim = static_cast<int>(p.value_dim);
   const int pitch = round_up(dim, W), value_pitch = round_up(value_dim, W);
@@ -93,7 +93,6 @@ static void backward_tile(const Problem& p, const BackwardTensors& t, const Tile
   float* score = scratch.score.get(MAX_ROWS * SCORE_PITCH);
   float* grad_score = scratch.grad_score.get(MAX_ROWS * SCORE_PITCH);
   float* sum = scratch.sum.get(static_cast<size_t>(MAX_ROWS) * W * pitch);
-  float* out_rows = scratch.out_rows.get(static_cast<size_t>(W) * value_pitch);
   float* out = scratch.out.get(static_cast<size_t>(W) * value_dim);
 
   float lse[MAX_ROWS][W], delta[MAX_ROWS][W];
@@ -105,8 +104,7 @@ static void backward_tile(const Problem& p, const BackwardTensors& t, const Tile
     rows_to_columns(q, W, dim, query + static_cast<size_t>(r) * W * dim, W);
     load_queries<T>(place, t.grad_out, r, value_dim, 1.f, g);
     rows_to_columns(g, W, value_dim, grad_columns, W);
-    load_queries<T>(place, t.out, r, value_dim, 1.f, out_rows);
-    rows_to_columns(out_rows, W, value_dim, out, W);
+    load_query_columns<T>(place, t.out, r, value_dim, 1.f, out);
     F d = simd::zero();
     for (int c = 0; c < value_dim; c++)
       d = simd::fma(simd::load(out + c * W), simd::load(grad_columns + c * W), d);
@@ -132,19 +130,19 @@ static void backward_tile(const Problem& p, const BackwardTensors& t, const Tile
     const Slice* last = scratch.plan.slices.data() + block_end;
     for (const Slice* s = first; s < last; s++) {
       if (s->plane < 0) {
-        score_slice(*s, shared, 0, dim, more_keys->column_pitch, query, score,
+        score_slice(*s, shared, 0, dim, more_keys->column_pitch, query, score, ahead,
                     [&](int) { return more_keys->columns.data(); });
-        score_slice(*s, shared, 0, value_dim, more_values->column_pitch, grad, grad_score,
+        score_slice(*s, shared, 0, value_dim, more_values->column_pitch, grad, grad_score, ahead,
                     [&](int) { return more_values->columns.data(); });
         softmax_backward(*s, shared, lse, delta, score, grad_score);
         continue;
       }
-      score_slice(*s, place.lanes, low, dim, ring.column_pitch(), query, score, [&](int y) {
+      score_slice(*s, place.lanes, low, dim, ring.column_pitch(), query, score, ahead, [&](int y) {
         return ring.columns(scratch.keys, slot, s->plane, s->key_row + y);
       });
       if (bias) add_bias(bias, place, *s, score);
       score_slice(
-          *s, place.lanes, low, value_dim, ring.column_pitch(), grad, grad_score,
+          *s, place.lanes, low, value_dim, ring.column_pitch(), grad, grad_score, ahead,
           [&](int y) { return ring.columns(scratch.values, slot, s->plane, s->key_row + y); });
       softmax_backward(*s, place.lanes, lse, delta, score, grad_score);
       clear_unseen(*s, rows, score);
@@ -160,7 +158,7 @@ static void backward_tile(const Problem& p, const BackwardTensors& t, const Tile
         const auto at = [](const Buffer& b) {
           return [&b](const Slice&, int) { return b.data(); };
         };
-        mix_group(group, place, shared, 0, pitch, grad_score, sum, fresh, at(more_keys->rows));
+        mix_group(group, place, shared, 0, pitch, grad_score, sum, fresh, ahead, at(more_keys->rows));
         spread_group(group, place, shared, 0, pitch, grad_score, query_rows,
                      at(grads.additional_keys));
         spread_group(group, place, shared, 0, value_pitch, score, grad_rows,
@@ -173,7 +171,7 @@ static void backward_tile(const Problem& p, const BackwardTensors& t, const Tile
             return b.data() + row * unit.segment.columns * row_pitch;
           };
         };
-        mix_group(group, place, place.lanes, low, pitch, grad_score, sum, fresh,
+        mix_group(group, place, place.lanes, low, pitch, grad_score, sum, fresh, ahead,
                   [&](const Slice& s, int y) {
                     return ring.rows(scratch.keys, slot, s.plane, s.key_row + y);
                   });
@@ -254,7 +252,7 @@ static void store_additional_gradient(const Tensor& t, int n, int units, int bat
 
 template <class T>
 static void backward(const Problem& p, const BackwardTensors& t) {
-  const Layout layout(p);
+  const Layout layout(p, true);
   const Bias bias(p, t.rpb, LOG2E);
   const int groups = static_cast<int>(p.heads / p.kv_heads),
             additional = static_cast<int>(p.additional);
@@ -292,8 +290,8 @@ static void backward(const Problem& p, const BackwardTensors& t) {
       zeroed(g.additional_values, static_cast<size_t>(additional) * value_pitch);
     }
     zeroed(scratch.bias_lanes, unit.heads * bias_size * W);
-    for_each_tile(p, layout, unit, ring, scratch, [&](const TilePlace& place) {
-      backward_tile<T>(p, t, place, ring, unit, bias, shared, scratch,
+    for_each_tile(p, layout, unit, t.query, ring, scratch, [&](const TilePlace& place, Ahead& ahead) {
+      backward_tile<T>(p, t, place, ring, unit, bias, shared, ahead, scratch,
                        block_shares[place.kv_slot * per_head + unit.index]);
     });
     for (int h = 0; bias_size && h < unit.heads; h++) {

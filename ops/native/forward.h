@@ -10,12 +10,12 @@ namespace na {
 struct ForwardTensors {
   Tensor query, key, value, additional_key, additional_value;
   const float* rpb;
-  Tensor out, lse;
+  Tensor out, lse;  // lse.data may be null
 };
 
 template <class T>
 struct ForwardScratch : UnitScratch<T> {
-  Buffer query_rows, query, score, sum;
+  Buffer query, score, sum;
 };
 
 // Scores -> unnormalised probabilities in place; `top` and `total` carry each lane's maximum and
@@ -92,18 +92,18 @@ static void online_softmax(const Slice* first, const Slice* last, const TilePlac
 template <class T>
 static void forward_tile(const Problem& p, const ForwardTensors& t, const TilePlace& place,
                          const KeyRing<T>& ring, int low, const Bias& bias, const Lanes& shared,
-                         ForwardScratch<T>& scratch) {
+                         Ahead& ahead, ForwardScratch<T>& scratch) {
   const int rows = place.tile.rows, dim = static_cast<int>(p.dim),
             value_dim = static_cast<int>(p.value_dim);
   const int pitch = round_up(value_dim, W);
-  float* query_rows = scratch.query_rows.get(static_cast<size_t>(W) * round_up(dim, W));
   float* query = scratch.query.get(static_cast<size_t>(MAX_ROWS) * W * dim);
   float* score = scratch.score.get(MAX_ROWS * SCORE_PITCH);
   float* sum = scratch.sum.get(static_cast<size_t>(MAX_ROWS) * W * pitch);
   for (int r = 0; r < rows; r++) {
-    load_queries<T>(place, t.query, r, dim, static_cast<float>(p.scale) * LOG2E, query_rows);
-    rows_to_columns(query_rows, W, dim, query + static_cast<size_t>(r) * W * dim, W);
+    load_query_columns<T>(place, t.query, r, dim, static_cast<float>(p.scale) * LOG2E,
+                          query + static_cast<size_t>(r) * W * dim);
   }
+  for (int r = 0; r < rows; r++) ahead.add(place.line<const T>(t.out, r), t.out.x, value_dim);
   float top[MAX_ROWS][W], total[MAX_ROWS][W] = {};
   std::fill(&top[0][0], &top[0][0] + MAX_ROWS * W, -INFINITY);
 
@@ -118,11 +118,11 @@ static void forward_tile(const Problem& p, const ForwardTensors& t, const TilePl
     const Slice* last = scratch.plan.slices.data() + block_end;
     for (const Slice* s = first; s < last; s++) {
       if (s->plane < 0) {
-        score_slice(*s, shared, 0, dim, more_keys->column_pitch, query, score,
+        score_slice(*s, shared, 0, dim, more_keys->column_pitch, query, score, ahead,
                     [&](int) { return more_keys->columns.data(); });
         continue;
       }
-      score_slice(*s, place.lanes, low, dim, ring.column_pitch(), query, score, [&](int y) {
+      score_slice(*s, place.lanes, low, dim, ring.column_pitch(), query, score, ahead, [&](int y) {
         return ring.columns(scratch.keys, place.kv_slot, s->plane, s->key_row + y);
       });
       if (bias) add_bias(bias, place, *s, score);
@@ -130,10 +130,10 @@ static void forward_tile(const Problem& p, const ForwardTensors& t, const TilePl
     online_softmax(first, last, place, shared, score, top, total, sum, pitch);
     for_each_group(first, last, [&](const SliceGroup& group) {
       if (group.first->plane < 0) {
-        mix_group(group, place, shared, 0, pitch, score, sum, fresh,
+        mix_group(group, place, shared, 0, pitch, score, sum, fresh, ahead,
                   [&](const Slice&, int) { return more_values->rows.data(); });
       } else {
-        mix_group(group, place, place.lanes, low, pitch, score, sum, fresh,
+        mix_group(group, place, place.lanes, low, pitch, score, sum, fresh, ahead,
                   [&](const Slice& s, int y) {
                     return ring.rows(scratch.values, place.kv_slot, s.plane, s.key_row + y);
                   });
@@ -143,23 +143,27 @@ static void forward_tile(const Problem& p, const ForwardTensors& t, const TilePl
     first = last;
   }
 
+  const int* order = place.order();
+  const int valid = place.lanes.valid;
   for (int r = 0; r < rows; r++) {
+    float factor[W];
+    simd::store(factor, simd::set1(1.f) / simd::load(total[r]));
+    T* out_line = place.line<T>(t.out, r);
+    for (int l = 0; l < valid; l++) {
+      store_channels(sum + static_cast<size_t>(r * W + l) * pitch, value_dim, factor[l],
+                     out_line + order[l] * t.out.x);
+    }
+    if (!t.lse.data) continue;
     float lse[W];
     simd::store(lse, (simd::load(top[r]) + simd::log2(simd::load(total[r]))) * simd::set1(LN2));
     float* lse_line = place.line<float>(t.lse, r);
-    T* out_line = place.line<T>(t.out, r);
-    for (int l = 0; l < place.lanes.valid; l++) {
-      const int x = place.order()[l];
-      lse_line[x * t.lse.x] = lse[l];
-      store_channels(sum + static_cast<size_t>(r * W + l) * pitch, value_dim, 1.f / total[r][l],
-                     out_line + x * t.out.x);
-    }
+    for (int l = 0; l < valid; l++) lse_line[order[l] * t.lse.x] = lse[l];
   }
 }
 
 template <class T>
 static void forward(const Problem& p, const ForwardTensors& t) {
-  const Layout layout(p);
+  const Layout layout(p, false);
   const Bias bias(p, t.rpb, LOG2E);
   const Lanes shared = make_shared_lanes(static_cast<int>(p.additional));
   parallel_for(layout.units(p), layout.threads(p), [&](int64_t index) {
@@ -170,8 +174,8 @@ static void forward(const Problem& p, const ForwardTensors& t) {
     KeyRing<T> ring(layout, unit.segment, unit.batch, unit.first_head, unit.heads, scratch.keys,
                     scratch.values);
     scratch.pack_additional(p, unit, t.additional_key, t.additional_value);
-    for_each_tile(p, layout, unit, ring, scratch, [&](const TilePlace& place) {
-      forward_tile<T>(p, t, place, ring, unit.segment.low, bias, shared, scratch);
+    for_each_tile(p, layout, unit, t.query, ring, scratch, [&](const TilePlace& place, Ahead& ahead) {
+      forward_tile<T>(p, t, place, ring, unit.segment.low, bias, shared, ahead, scratch);
     });
   });
 }

@@ -2,7 +2,9 @@
 // the kernels read: "rows", [position][channel] with the channels padded to whole vectors, and
 // "columns", [channel][position].
 #pragma once
+#include <algorithm>
 #include <new>
+#include <type_traits>
 
 #include "simd.h"
 
@@ -79,6 +81,35 @@ static void load_rows(const T* line, int64_t stride, const int* order, int n, in
   const int pitch = round_up(channels, simd::W);
   for (int i = 0; i < n; i++)
     load_channels(line + order[i] * stride, channels, scale, rows + static_cast<size_t>(i) * pitch);
+}
+
+// Positions order[0..n-1] of one line of a tensor -> columns, without the way over rows. Writes up
+// to W - 1 columns more than n, which repeat the last position.
+template <class T>
+static void load_columns(const T* line, int64_t stride, const int* order, int n, int channels,
+                         float* columns, size_t column_pitch) {
+  for (int x = 0; x < n; x += simd::W) {
+    const T* position[simd::W];
+    for (int l = 0; l < simd::W; l++) position[l] = line + order[std::min(x + l, n - 1)] * stride;
+    for (int c = 0; c < channels; c += simd::W) {
+      const int count = std::min(simd::W, channels - c);
+      float* out = columns + c * column_pitch + x;
+      const float* rows[simd::W];
+      if constexpr (std::is_same_v<T, float>) {
+        if (count == simd::W) {
+          for (int l = 0; l < simd::W; l++) rows[l] = position[l] + c;
+          simd::transpose(rows, out, column_pitch, count);
+          continue;
+        }
+      }
+      float tile[simd::W][simd::W];
+      for (int l = 0; l < simd::W; l++) {
+        load_channels(position[l] + c, count, 1.f, tile[l]);
+        rows[l] = tile[l];
+      }
+      simd::transpose(rows, out, column_pitch, count);
+    }
+  }
 }
 
 // rows -> columns. Reads up to W - 1 positions, writes up to W - 1 columns more than n.

@@ -49,7 +49,7 @@ struct Layout {
   int head_block = 1;
   int head_blocks = 1;
 
-  explicit Layout(const Problem& p) : z(axis(p, 0)), y(axis(p, 1)), x(axis(p, 2)) {
+  Layout(const Problem& p, bool sums_over_units) : z(axis(p, 0)), y(axis(p, 1)), x(axis(p, 2)) {
     lanes = make_lanes(x);
     tiles = make_row_tiles(y);
     for (const RowTile& t : tiles) ring_rows = std::max(ring_rows, t.high - t.low);
@@ -61,7 +61,8 @@ struct Layout {
     // neighbours pack again.
     constexpr int64_t WANTED_UNITS = 64;
     const bool small = flops(p) < SMALL_FLOPS;
-    int64_t wanted = small ? 1 : (WANTED_UNITS + heads - 1) / heads;
+    const bool alone = small || (!sums_over_units && p.threads == 1);
+    int64_t wanted = alone ? 1 : (WANTED_UNITS + heads - 1) / heads;
     const int min_tiles = std::max(2, (2 * y.max_count + MAX_ROWS - 1) / MAX_ROWS);
     const int chunk_count =
         static_cast<int>(std::min<int64_t>(wanted, std::max(1, tile_count / min_tiles)));
@@ -181,17 +182,17 @@ template <class T>
 class KeyRing {
  public:
   struct Field {
-    bool want_rows, want_columns;
+    bool pack_rows, pack_columns;
     Tensor tensor;
     int channels;
     int row_pitch;
     Buffer rows, columns;
 
     void set(const Tensor& t, int64_t channel_count, bool rows_wanted, bool columns_wanted) {
-      want_rows = rows_wanted;
-      want_columns = columns_wanted;
-      tensor = t;
       channels = static_cast<int>(channel_count);
+      pack_rows = rows_wanted;
+      pack_columns = columns_wanted;
+      tensor = t;
       row_pitch = round_up(channels, simd::W);
     }
   };
@@ -209,8 +210,8 @@ class KeyRing {
       column_pitch_ += 16;  // neighbouring channels fall into different cache sets
     const size_t slots = static_cast<size_t>(heads) * layout.z.size * layout.ring_rows;
     for (Field* f : fields_) {
-      f->rows.get((f->want_rows ? slots : 1) * row_size(*f));
-      if (f->want_columns) f->columns.get(slots * column_size(*f));
+      if (f->pack_rows) f->rows.get(slots * row_size(*f));
+      if (f->pack_columns) f->columns.get(slots * column_size(*f));
     }
   }
 
@@ -225,6 +226,14 @@ class KeyRing {
     next_ = std::max(next_, high);
   }
 
+  // The key rows that enter next.
+  template <class Ahead>
+  void add_rows(Ahead& ahead, int head, int z, int low, int high) const {
+    for (int y = low; y < high; y++) {
+      for (const Field* f : fields_) ahead.add(line(*f, head, z, y), f->tensor.x, f->channels);
+    }
+  }
+
   // `head` counts from the first head of the block.
   const float* rows(const Field& f, int head, int z, int y) const {
     return f.rows.data() + slot(head, z, y) * row_size(f);
@@ -235,6 +244,10 @@ class KeyRing {
   size_t column_pitch() const { return column_pitch_; }
 
  private:
+  const T* line(const Field& f, int head, int z, int y) const {
+    return static_cast<const T*>(f.tensor.data) +
+           f.tensor.at(batch_, layout_.z.order[z], layout_.y.order[y], first_head_ + head);
+  }
   size_t slot(int head, int z, int y) const {
     return (static_cast<size_t>(head) * layout_.z.size + z) * layout_.ring_rows +
            y % layout_.ring_rows;
@@ -247,14 +260,15 @@ class KeyRing {
   }
 
   void pack(Field& f, int head, int z, int y) {
-    float* rows = f.rows.data() + (f.want_rows ? slot(head, z, y) * row_size(f) : 0);
-    const T* line = static_cast<const T*>(f.tensor.data) +
-                    f.tensor.at(batch_, layout_.z.order[z], layout_.y.order[y], first_head_ + head);
-    load_rows(line, f.tensor.x, layout_.x.order.data() + segment_.low, segment_.columns, f.channels,
-              1.f, rows);
-    if (f.want_columns) {
-      rows_to_columns(rows, segment_.columns, f.channels,
-                      f.columns.data() + slot(head, z, y) * column_size(f), column_pitch_);
+    const T* line = this->line(f, head, z, y);
+    const int* order = layout_.x.order.data() + segment_.low;
+    if (f.pack_rows) {
+      load_rows(line, f.tensor.x, order, segment_.columns, f.channels, 1.f,
+                f.rows.data() + slot(head, z, y) * row_size(f));
+    }
+    if (f.pack_columns) {
+      load_columns(line, f.tensor.x, order, segment_.columns, f.channels,
+                   f.columns.data() + slot(head, z, y) * column_size(f), column_pitch_);
     }
   }
 

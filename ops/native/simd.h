@@ -268,9 +268,10 @@ static VB_INLINE void store_from_float(BFloat16* p, F v) {
 }
 
 // ---- transposition -----------------------------------------------------------------------------
-// out[i * out_pitch + l] = in[l * in_pitch + i] for l in 0..W-1 and i in 0..rows-1, rows <= W.
-static VB_INLINE void transpose(const float* in, size_t in_pitch, float* out, size_t out_pitch,
-                                int rows) {
+// out[i * out_pitch + l] = rows[l][i] for l in 0..W-1 and i in 0..count-1, count <= W. Reads W
+// elements of each row.
+static VB_INLINE void transpose(const float* const (&rows)[W], float* out, size_t out_pitch,
+                                int count) {
 #if VB_AVX512
   // Each register takes the same four columns of lanes l, l+4, l+8, l+12, so that two rounds of
   // unpacking finish it.
@@ -279,11 +280,10 @@ static VB_INLINE void transpose(const float* in, size_t in_pitch, float* out, si
   for (int c = 0; c < 4; c++) {
     VB_UNROLL
     for (int l = 0; l < 4; l++) {
-      const float* p = in + l * in_pitch + 4 * c;
-      F v = _mm512_castps128_ps512(_mm_loadu_ps(p));
-      v = _mm512_insertf32x4(v, _mm_loadu_ps(p + 4 * in_pitch), 1);
-      v = _mm512_insertf32x4(v, _mm_loadu_ps(p + 8 * in_pitch), 2);
-      t[l] = _mm512_insertf32x4(v, _mm_loadu_ps(p + 12 * in_pitch), 3);
+      F v = _mm512_castps128_ps512(_mm_loadu_ps(rows[l] + 4 * c));
+      v = _mm512_insertf32x4(v, _mm_loadu_ps(rows[l + 4] + 4 * c), 1);
+      v = _mm512_insertf32x4(v, _mm_loadu_ps(rows[l + 8] + 4 * c), 2);
+      t[l] = _mm512_insertf32x4(v, _mm_loadu_ps(rows[l + 12] + 4 * c), 3);
     }
     const __m512d a = _mm512_castps_pd(_mm512_unpacklo_ps(t[0], t[1])),
                   b = _mm512_castps_pd(_mm512_unpackhi_ps(t[0], t[1]));
@@ -294,23 +294,14 @@ static VB_INLINE void transpose(const float* in, size_t in_pitch, float* out, si
     r[4 * c + 2] = _mm512_castpd_ps(_mm512_unpacklo_pd(b, e));
     r[4 * c + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, e));
   }
-  if (rows == W) {
-    VB_UNROLL
-    for (int i = 0; i < 16; i++) store(out + i * out_pitch, r[i]);
-  } else {
-    float spill[16][16];
-    for (int i = 0; i < 16; i++) store(spill[i], r[i]);
-    for (int i = 0; i < rows; i++) store(out + i * out_pitch, load(spill[i]));
-  }
 #elif VB_AVX2
-  F t[8], r[8];
+  F t[4], r[8];
   VB_UNROLL
   for (int c = 0; c < 2; c++) {
     VB_UNROLL
     for (int l = 0; l < 4; l++) {
-      const float* p = in + l * in_pitch + 4 * c;
-      t[l] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(p)),
-                                  _mm_loadu_ps(p + 4 * in_pitch), 1);
+      t[l] = _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(rows[l] + 4 * c)),
+                                  _mm_loadu_ps(rows[l + 4] + 4 * c), 1);
     }
     const __m256d a = _mm256_castps_pd(_mm256_unpacklo_ps(t[0], t[1])),
                   b = _mm256_castps_pd(_mm256_unpackhi_ps(t[0], t[1]));
@@ -321,19 +312,29 @@ static VB_INLINE void transpose(const float* in, size_t in_pitch, float* out, si
     r[4 * c + 2] = _mm256_castpd_ps(_mm256_unpacklo_pd(b, e));
     r[4 * c + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(b, e));
   }
-  if (rows == W) {
-    VB_UNROLL
-    for (int i = 0; i < 8; i++) store(out + i * out_pitch, r[i]);
-  } else {
-    float spill[8][8];
-    for (int i = 0; i < 8; i++) store(spill[i], r[i]);
-    for (int i = 0; i < rows; i++) store(out + i * out_pitch, load(spill[i]));
-  }
 #else
-  for (int i = 0; i < rows; i++) {
-    for (int l = 0; l < W; l++) out[i * out_pitch + l] = in[l * in_pitch + i];
+  F r[W];
+  for (int i = 0; i < W; i++) {
+    for (int l = 0; l < W; l++) r[i][l] = rows[l][i];
   }
 #endif
+  if (count == W) {
+    VB_UNROLL
+    for (int i = 0; i < W; i++) store(out + i * out_pitch, r[i]);
+  } else {
+    float spill[W][W];
+    for (int i = 0; i < W; i++) store(spill[i], r[i]);
+    for (int i = 0; i < count; i++) store(out + i * out_pitch, load(spill[i]));
+  }
+}
+
+// The same for rows that lie `in_pitch` apart.
+static VB_INLINE void transpose(const float* in, size_t in_pitch, float* out, size_t out_pitch,
+                                int count) {
+  const float* rows[W];
+  VB_UNROLL
+  for (int l = 0; l < W; l++) rows[l] = in + l * in_pitch;
+  transpose(rows, out, out_pitch, count);
 }
 
 }  // namespace simd

@@ -29,6 +29,43 @@ struct TilePlace {
   const int* order() const { return layout.x.order.data() + lanes.first; }
 };
 
+// Memory that is needed soon, asked for in small portions while the current tile is computed. Heads
+// lie between each other's positions, so that the hardware does not foresee which lines come next.
+class Ahead {
+ public:
+  // The lines will be asked for in `portions` calls of `fetch`.
+  Ahead(const int* order, int positions, int portions)
+      : next_(order), end_(order + positions), portion_((positions + portions - 1) / portions) {}
+
+  // `channels` at each of the positions in the row that starts at `line`.
+  template <class T>
+  void add(const T* line, int64_t stride, int64_t channels) {
+    if (count_ == MAX_LINES) return;
+    lines_[count_++] = {reinterpret_cast<const char*>(line), stride * int64_t{sizeof(T)},
+                        channels * int64_t{sizeof(T)}};
+  }
+  void fetch() {
+    for (int n = 0; n < portion_ && next_ < end_; n++, next_++) {
+      for (int i = 0; i < count_; i++) {
+        const char* p = lines_[i].start + *next_ * lines_[i].stride;
+        for (int64_t b = 0; b < lines_[i].bytes; b += CACHE_LINE) __builtin_prefetch(p + b, 0, 2);
+      }
+    }
+  }
+
+ private:
+  static constexpr int MAX_LINES = 24;
+  static constexpr int64_t CACHE_LINE = 64;
+  struct Line {
+    const char* start;
+    int64_t stride, bytes;
+  };
+  Line lines_[MAX_LINES];
+  int count_ = 0;
+  const int *next_, *end_;
+  int portion_;
+};
+
 // One row of queries -> [lane][channel]; unused lanes repeat the last one.
 template <class T>
 static void load_queries(const TilePlace& place, const Tensor& t, int row, int channels,
@@ -38,6 +75,17 @@ static void load_queries(const TilePlace& place, const Tensor& t, int row, int c
   const float* last = rows + static_cast<size_t>(valid - 1) * pitch;
   for (int l = valid; l < W; l++)
     std::memcpy(rows + static_cast<size_t>(l) * pitch, last, pitch * sizeof(float));
+}
+
+// One row of queries -> [channel][lane]; unused lanes repeat the last one.
+template <class T>
+static void load_query_columns(const TilePlace& place, const Tensor& t, int row, int channels,
+                               float scale, float* columns) {
+  load_columns(place.line<const T>(t, row), t.x, place.order(), place.lanes.valid, channels, columns,
+               W);
+  const F factor = simd::set1(scale);
+  for (int c = 0; c < channels; c++)
+    simd::store(columns + c * W, simd::load(columns + c * W) * factor);
 }
 
 // One number for each query of a row; unused lanes repeat the last one.
@@ -51,7 +99,8 @@ static inline void load_lanes(const TilePlace& place, const Tensor& t, int row, 
 // the slice's i-th key row, [channel][position] from column `low`.
 template <class ColumnsOf>
 static void score_slice(const Slice& s, const Lanes& lanes, int low, int dim, size_t column_pitch,
-                        const float* query, float* score, const ColumnsOf& columns_of) {
+                        const float* query, float* score, Ahead& ahead,
+                        const ColumnsOf& columns_of) {
   const int parts = (s.width + MAX_KEYS - 1) / MAX_KEYS, step = (s.width + parts - 1) / parts;
   ScoreArgs a;
   a.query = query + static_cast<size_t>(s.row) * dim * W;
@@ -68,6 +117,7 @@ static void score_slice(const Slice& s, const Lanes& lanes, int low, int dim, si
       a.score = out + k * W;
       kernels[std::min(step, s.width - k) - 1](a);
     }
+    ahead.fetch();
   }
 }
 
@@ -101,7 +151,7 @@ static void for_each_group(const Slice* first, const Slice* last, const Body& bo
 // column `low`.
 template <class RowsOf>
 static void mix_group(const SliceGroup& group, const TilePlace& place, const Lanes& lanes, int low,
-                      int pitch, const float* weight, float* sum, bool fresh,
+                      int pitch, const float* weight, float* sum, bool fresh, Ahead& ahead,
                       const RowsOf& rows_of) {
   KeyRow rows[BLOCK_KEYS];
   MixArgs a;
@@ -130,6 +180,7 @@ static void mix_group(const SliceGroup& group, const TilePlace& place, const Lan
     a.lane = l;
     for (int i = 0; i < n; i++)
       a.start[i] = static_cast<size_t>(lanes.start[l + i] + offset - low) * pitch;
+    ahead.fetch();
     for (a.channel = 0; a.channel < pitch;) {
       const int step = std::min(MAX_CHANNELS, vectors - a.channel / W);
       a.sum = sum + l * pitch + a.channel;
@@ -320,7 +371,8 @@ struct UnitScratch {
 // Calls body(place) for each tile of the unit, with the tile's plan made and its keys in the ring.
 template <class T, class Body>
 static void for_each_tile(const Problem& p, const Layout& layout, const Unit& unit,
-                          KeyRing<T>& ring, UnitScratch<T>& scratch, const Body& body) {
+                          const Tensor& query, KeyRing<T>& ring, UnitScratch<T>& scratch,
+                          const Body& body) {
   const int groups = static_cast<int>(p.heads / p.kv_heads);
   for (int row = unit.chunk.first; row < unit.chunk.end; row++) {
     const RowTile& tile = layout.tiles[row];
@@ -331,8 +383,18 @@ static void for_each_tile(const Problem& p, const Layout& layout, const Unit& un
         make_plan(layout.z.start[z], layout.z.count[z], tile, lanes.width,
                   static_cast<int>(p.additional), scratch.plan);
         for (int h = 0; h < unit.heads * groups; h++) {
-          body(TilePlace{layout, tile, lanes, unit.batch, z, unit.first_head * groups + h,
-                         h / groups});
+          const TilePlace place{layout, tile, lanes, unit.batch, z, unit.first_head * groups + h,
+                                h / groups};
+          Ahead ahead(place.order(), lanes.valid, tile.high - tile.low + lanes.valid / 2);
+          if (row + 1 < unit.chunk.end) {
+            const RowTile& next = layout.tiles[row + 1];
+            if (h % groups == 0) ring.add_rows(ahead, place.kv_slot, z, tile.high, next.high);
+            const TilePlace next_place{layout, next, lanes, unit.batch, z, place.head, place.kv_slot};
+            for (int r = 0; r < next.rows; r++) {
+              ahead.add(next_place.line<const T>(query, r), query.x, p.dim);
+            }
+          }
+          body(place, ahead);
         }
       }
     }

@@ -190,12 +190,8 @@ def _attend(
             return _attend(rank, tensors, window, return_lse, backend)
 
     query, key, value, additional_keys, additional_values, rpb = tensors
-    check_tensors(rank, query, key, value, additional_keys, additional_values)
-    kernel_size, stride, dilation, is_causal, scale = window
-    size, dim = query.shape[1:-2], query.shape[-1]
-    params = resolve_params(size, dim, kernel_size, stride, dilation, is_causal, scale, return_lse)
+    params = _checked(rank, tensors, window, return_lse)
     if rpb is not None:
-        check_rpb(rpb, query, params)
         rpb = rpb.to(torch.promote_types(query.dtype, torch.float32))
     if additional_keys is not None and additional_keys.shape[1] == 0:
         additional_keys = additional_values = None
@@ -211,6 +207,44 @@ def _attend(
         module = reference
     out, lse = module.attend(*tensors, params)
     return (out, lse) if return_lse else out
+
+
+def _checked(rank: int, tensors: Tensors, window: tuple, return_lse: bool) -> NAParams:
+    """The parameters of a call whose arguments fit each other; raises ValueError if they do not.
+
+    What was found right is remembered: models repeat their calls, and with cold caches the checks
+    take as long as the attention of a small map.
+    """
+    if torch.compiler.is_compiling():
+        return _check(rank, tensors, window, return_lse)
+    kinds = tuple([None if t is None else (t.shape, t.dtype, t.device) for t in tensors])
+    # As text, so that 7, 7.0 and True are told apart and lists will do.
+    call = (rank, kinds, repr(window), return_lse)
+    try:
+        params = _known_calls.get(call)
+    except TypeError:  # symbolic sizes
+        return _check(rank, tensors, window, return_lse)
+    if params is None:
+        params = _check(rank, tensors, window, return_lse)
+        if len(_known_calls) >= _MAX_KNOWN_CALLS:
+            _known_calls.clear()
+        _known_calls[call] = params
+    return params
+
+
+_known_calls: dict[tuple, NAParams] = {}
+_MAX_KNOWN_CALLS = 256
+
+
+def _check(rank: int, tensors: Tensors, window: tuple, return_lse: bool) -> NAParams:
+    query, key, value, additional_keys, additional_values, rpb = tensors
+    check_tensors(rank, query, key, value, additional_keys, additional_values)
+    kernel_size, stride, dilation, is_causal, scale = window
+    size, dim = query.shape[1:-2], query.shape[-1]
+    params = resolve_params(size, dim, kernel_size, stride, dilation, is_causal, scale, return_lse)
+    if rpb is not None:
+        check_rpb(rpb, query, params)
+    return params
 
 
 def _autocast(tensors: Tensors, dtype: torch.dtype) -> Tensors:

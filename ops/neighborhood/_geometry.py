@@ -17,7 +17,7 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-__all__ = ["NAParams", "axis_windows", "cross_index", "cross_mask", "window_of"]
+__all__ = ["NAParams", "axis_windows", "cross_index", "cross_mask", "group_of", "window_of"]
 
 IntOrTensor = TypeVar("IntOrTensor", int, Tensor)
 
@@ -62,6 +62,14 @@ def window_of(
     return start, start * 0 + kernel_size
 
 
+def group_of(position: Tensor, dilation: int) -> Tensor:
+    """The dilation group of every position, position mod dilation.
+
+    Spelled out, as the ONNX exporter has no remainder by a dilation that is symbolic.
+    """
+    return position - position // dilation * dilation
+
+
 def axis_windows(
     size: int,
     kernel_size: int,
@@ -77,7 +85,7 @@ def axis_windows(
         of its own group, which are the positions place · dilation + i mod dilation.
     """
     position = torch.arange(size, device=device)
-    group_size = (size - position % dilation + dilation - 1) // dilation
+    group_size = (size - group_of(position, dilation) + dilation - 1) // dilation
     return window_of(position // dilation, group_size, kernel_size, stride, is_causal)
 
 

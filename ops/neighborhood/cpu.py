@@ -7,6 +7,8 @@ tensors, float32 arithmetic. Memory beyond the tensors does not grow with the wi
 from __future__ import annotations
 
 import ctypes
+import functools
+import struct
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ops import native
+from ops.native.eager import is_plain_call
 from ops.neighborhood._geometry import NAParams
 
 __all__ = ["attend", "supports"]
@@ -22,54 +25,15 @@ _KERNEL = "neighborhood"
 _MAX_DIM = 512
 
 
-class _Problem(ctypes.Structure):
-    """``na::Problem`` of ops/native/problem.h."""
-
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("batch", "heads", "kv_heads", "dim", "value_dim")),
-        ("additional", ctypes.c_int64),
-        *(
-            (name, ctypes.c_int64 * 3)
-            for name in ("size", "kernel", "stride", "dilation", "is_causal")
-        ),
-        ("bfloat16", ctypes.c_int64),
-        ("threads", ctypes.c_int64),
-        ("scale", ctypes.c_double),
-    ]
-
-
-class _Tensor(ctypes.Structure):
-    """``na::Tensor`` of ops/native/pack.h."""
-
-    _fields_ = [
-        ("data", ctypes.c_void_p),
-        *((name, ctypes.c_int64) for name in ("batch", "z", "y", "x", "head")),
-    ]
-
-
-_INPUTS = ("query", "key", "value", "additional_key", "additional_value")
-
-
-class _ForwardTensors(ctypes.Structure):
-    """``na::ForwardTensors`` of ops/native/forward.h."""
-
-    _fields_ = [
-        *((name, _Tensor) for name in _INPUTS),
-        ("rpb", ctypes.c_void_p),
-        *((name, _Tensor) for name in ("out", "lse")),
-    ]
-
-
-class _BackwardTensors(ctypes.Structure):
-    """``na::BackwardTensors`` of ops/native/backward.h."""
-
-    _fields_ = [
-        *((name, _Tensor) for name in _INPUTS),
-        ("rpb", ctypes.c_void_p),
-        *((name, _Tensor) for name in ("out", "lse", "grad_out", "grad_lse")),
-        *((f"grad_{name}", _Tensor) for name in _INPUTS),
-        ("grad_rpb", ctypes.c_void_p),
-    ]
+# na::Problem of ops/native/problem.h: sizes and the window, in 8 bytes each, then the scale.
+_PROBLEM = struct.Struct("=23qd")
+# na::Tensor of ops/native/pack.h: an address and strides, in 8 bytes each.
+_TENSOR_FIELDS = 6
+# na::ForwardTensors of ops/native/forward.h: 5 inputs, rpb, out, lse.
+_FORWARD_TENSORS = struct.Struct(f"={5 * _TENSOR_FIELDS + 1 + 2 * _TENSOR_FIELDS}q")
+# na::BackwardTensors of ops/native/backward.h: 5 inputs, rpb, out, lse, grad_out, grad_lse, the
+# gradients of the inputs, that of rpb.
+_BACKWARD_TENSORS = struct.Struct(f"={5 * _TENSOR_FIELDS + 1 + 9 * _TENSOR_FIELDS + 1}q")
 
 
 def supports(
@@ -108,7 +72,7 @@ def attend(
     additional_values: Tensor | None,
     rpb: Tensor | None,
     params: NAParams,
-) -> tuple[Tensor, Tensor]:
+) -> tuple[Tensor, Tensor | None]:
     """Neighborhood attention, differentiable in every tensor; shapes as in ``ops.neighborhood``.
 
     Results do not depend on the number of threads, which is that of ``torch.get_num_threads()``;
@@ -117,23 +81,16 @@ def attend(
     Raises:
         RuntimeError: if the kernel cannot be built here (:func:`supports` tells beforehand).
     """
-    inputs = (
-        query,
-        key,
-        value,
-        additional_keys,
-        additional_values,
-        rpb,
-        list(params.kernel_size),
-        list(params.stride),
-        list(params.dilation),
-        list(params.is_causal),
-        params.scale,
+    inputs: tuple[Any, ...] = (
+        *(query, key, value, additional_keys, additional_values, rpb),
+        *(params.kernel_size, params.stride, params.dilation, params.is_causal, params.scale),
     )
-    if torch.compiler.is_compiling() or _needs_grad(inputs):
+    if not is_plain_call(inputs[:6]):
         return _forward(*inputs)
-    with torch._C._AutoDispatchBelowAutograd():  # a shorter way to the same kernel
-        return _forward(*inputs)
+    if _needs_grad(inputs):
+        return _Differentiable.apply(*inputs)
+    lse = _empty_lse(query) if params.return_lse else None
+    return _run_forward(lse, *inputs), lse
 
 
 def _needs_grad(inputs: Sequence[Any]) -> bool:
@@ -158,7 +115,13 @@ _backward = torch.ops.vision_backbones.na_cpu_backward.default
 
 
 @torch.library.impl(_library, "na_cpu_forward", "CPU")
-def _forward_kernel(
+def _forward_kernel(*inputs: Any) -> tuple[Tensor, Tensor]:
+    lse = _empty_lse(inputs[0])
+    return _run_forward(lse, *inputs), lse
+
+
+def _run_forward(
+    lse: Tensor | None,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -170,23 +133,24 @@ def _forward_kernel(
     dilation: Sequence[int],
     is_causal: Sequence[bool],
     scale: float,
-) -> tuple[Tensor, Tensor]:
-    out, lse = _empty_outputs(query, value)
+) -> Tensor:
+    """The output; ``lse`` is filled where there is one."""
+    out = _empty_out(query, value)
     if out.numel() == 0:
-        return out, lse
+        return out
     inputs = _Inputs(query, key, value, additional_keys, additional_values, rpb)
     problem = inputs.problem(kernel_size, stride, dilation, is_causal, scale)
-    tensors = _ForwardTensors(*inputs.fields, _with_channels(out), _per_query(lse))
-    if _kernel().na_forward(ctypes.byref(problem), ctypes.byref(tensors)):
+    tensors = _FORWARD_TENSORS.pack(*inputs.fields, *_with_channels(out), *_per_query(lse))
+    if _kernel().na_forward(problem, tensors):
         raise MemoryError("no memory for the scratch of neighborhood attention")
-    return out, lse
+    return out
 
 
 @torch.library.register_fake("vision_backbones::na_cpu_forward", lib=_library)
 def _forward_shapes(
     query: Tensor, key: Tensor, value: Tensor, *rest: Any, **named: Any
 ) -> tuple[Tensor, Tensor]:
-    return _empty_outputs(query, value)
+    return _empty_out(query, value), _empty_lse(query)
 
 
 @torch.library.impl(_library, "na_cpu_backward", "CPU")
@@ -215,16 +179,16 @@ def _backward_kernel(
     grad_out, out, lse = _inner_contiguous(grad_out), _inner_contiguous(out), lse.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     grad_rpb = None if rpb is None else torch.empty(rpb.shape, dtype=torch.float32)
-    tensors = _BackwardTensors(
+    tensors = _BACKWARD_TENSORS.pack(
         *inputs.fields,
-        _with_channels(out),
-        _per_query(lse),
-        _with_channels(grad_out),
-        _ABSENT if grad_lse is None else _per_query(grad_lse),
-        *(_with_channels(grad) if grad.numel() else _ABSENT for grad in grads[:5]),
-        None if grad_rpb is None else grad_rpb.data_ptr(),
+        *_with_channels(out),
+        *_per_query(lse),
+        *_with_channels(grad_out),
+        *_per_query(grad_lse),
+        *(field for grad in grads[:5] for field in _with_channels(grad if grad.numel() else None)),
+        0 if grad_rpb is None else grad_rpb.data_ptr(),
     )
-    if _kernel().na_backward(ctypes.byref(problem), ctypes.byref(tensors)):
+    if _kernel().na_backward(problem, tensors):
         raise MemoryError("no memory for the scratch of neighborhood attention")
     return (*grads[:5], grads[5] if grad_rpb is None else grad_rpb.to(grads[5].dtype))
 
@@ -250,8 +214,11 @@ def _backward_shapes(
 class _Differentiable(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, *inputs: Any) -> tuple[Tensor, Tensor]:
-        with torch._C._AutoDispatchBelowAutograd():
-            out, lse = _forward(*inputs)
+        if is_plain_call(inputs[:6]):
+            out, lse = _forward_kernel(*inputs)
+        else:
+            with torch._C._AutoDispatchBelowAutograd():
+                out, lse = _forward(*inputs)
         ctx.save_for_backward(*inputs[:6], out, lse)
         ctx.geometry = inputs[6:]
         ctx.set_materialize_grads(False)
@@ -289,9 +256,12 @@ def _kernel() -> ctypes.CDLL:
     return library
 
 
-def _empty_outputs(query: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-    out = query.new_empty((*query.shape[:-1], value.shape[-1]))
-    return out, query.new_empty(query.shape[:-1], dtype=torch.float32)
+def _empty_out(query: Tensor, value: Tensor) -> Tensor:
+    return query.new_empty((*query.shape[:-1], value.shape[-1]))
+
+
+def _empty_lse(query: Tensor) -> Tensor:
+    return query.new_empty(query.shape[:-1], dtype=torch.float32)
 
 
 def _empty_gradients(
@@ -315,20 +285,24 @@ def _inner_contiguous(t: Tensor) -> Tensor:
     return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
-def _with_channels(t: Tensor) -> _Tensor:
-    """[B, *S, H, C], or [B, N, H, C], with the axes of S that are missing as Z and Y."""
-    batch, *spatial, head, _ = t.stride()
-    return _Tensor(t.data_ptr(), batch, *_PADDING[len(spatial)], *spatial, head)
-
-
-def _per_query(t: Tensor) -> _Tensor:
-    """[B, *S, H]."""
-    batch, *spatial, head = t.stride()
-    return _Tensor(t.data_ptr(), batch, *_PADDING[len(spatial)], *spatial, head)
-
-
+_ABSENT = (0,) * _TENSOR_FIELDS
 _PADDING = ((0, 0, 0), (0, 0), (0,), ())
-_ABSENT = _Tensor()
+
+
+def _with_channels(t: Tensor | None) -> tuple[int, ...]:
+    """[B, *S, H, C], or [B, N, H, C], with the axes of S that are missing as Z and Y."""
+    if t is None:
+        return _ABSENT
+    batch, *spatial, head, _ = t.stride()
+    return (t.data_ptr(), batch, *_PADDING[len(spatial)], *spatial, head)
+
+
+def _per_query(t: Tensor | None) -> tuple[int, ...]:
+    """[B, *S, H]."""
+    if t is None:
+        return _ABSENT
+    batch, *spatial, head = t.stride()
+    return (t.data_ptr(), batch, *_PADDING[len(spatial)], *spatial, head)
 
 
 class _Inputs:
@@ -346,15 +320,18 @@ class _Inputs:
         self.query = _inner_contiguous(query)
         self.key = _inner_contiguous(key)
         self.value = _inner_contiguous(value)
-        self.additional = [
+        self.additional_keys, self.additional_values = (
             None if t is None else _inner_contiguous(t)
             for t in (additional_keys, additional_values)
-        ]
+        )
         self.rpb = None if rpb is None else rpb.float().contiguous()
-        self.fields: tuple[Any, ...] = (
-            *map(_with_channels, (self.query, self.key, self.value)),
-            *(_ABSENT if t is None else _with_channels(t) for t in self.additional),
-            None if self.rpb is None else self.rpb.data_ptr(),
+        self.fields = (
+            *_with_channels(self.query),
+            *_with_channels(self.key),
+            *_with_channels(self.value),
+            *_with_channels(self.additional_keys),
+            *_with_channels(self.additional_values),
+            0 if self.rpb is None else self.rpb.data_ptr(),
         )
 
     def problem(
@@ -364,23 +341,41 @@ class _Inputs:
         dilation: Sequence[int],
         is_causal: Sequence[bool],
         scale: float,
-    ) -> _Problem:
-        batch, *size, heads, dim = self.query.shape
-        additional_keys = self.additional[0]
-        ones = (1,) * (3 - len(size))
-        return _Problem(
-            batch,
-            heads,
+    ) -> bytes:
+        return _problem(
+            self.query.shape,
             self.key.shape[-2],
-            dim,
             self.value.shape[-1],
-            0 if additional_keys is None else additional_keys.shape[1],
-            (*ones, *size),
-            (*ones, *kernel_size),
-            (*ones, *stride),
-            (*ones, *dilation),
-            (*(False for _ in ones), *is_causal),
-            self.query.dtype == torch.bfloat16,
+            0 if self.additional_keys is None else self.additional_keys.shape[1],
+            (tuple(kernel_size), tuple(stride), tuple(dilation), tuple(is_causal)),
+            self.query.dtype,
             torch.get_num_threads(),
             scale,
         )
+
+
+@functools.lru_cache(maxsize=256)
+def _problem(
+    query_shape: Sequence[int],
+    kv_heads: int,
+    value_dim: int,
+    additional: int,
+    window: tuple[Sequence[int], ...],
+    dtype: torch.dtype,
+    threads: int,
+    scale: float,
+) -> bytes:
+    batch, *size, heads, dim = query_shape
+    padding = (3 - len(size)) * (1,)
+    kernel_size, stride, dilation, is_causal = window
+    return _PROBLEM.pack(
+        *(batch, heads, kv_heads, dim, value_dim, additional),
+        *(*padding, *size),
+        *(*padding, *kernel_size),
+        *(*padding, *stride),
+        *(*padding, *dilation),
+        *(*(False for _ in padding), *is_causal),
+        dtype == torch.bfloat16,
+        threads,
+        scale,
+    )

@@ -12,7 +12,13 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ops.neighborhood._geometry import NAParams, axis_windows, cross_index, cross_mask
+from ops.neighborhood._geometry import (
+    NAParams,
+    axis_windows,
+    cross_index,
+    cross_mask,
+    group_of,
+)
 
 __all__ = ["attend", "supports"]
 
@@ -87,7 +93,7 @@ def _windows(
         # A place beyond a causal window must still be an index; it is masked.
         seen = step < length[:, None]
         place = torch.where(seen, place, start[:, None])
-        keys = cross_index(keys, place * d + position[:, None] % d, n)
+        keys = cross_index(keys, place * d + group_of(position, d)[:, None], n)
         offsets = cross_index(offsets, place - position[:, None] // d + k - 1, 2 * k - 1)
         visible = cross_mask(visible, seen)
     return keys, offsets, visible

@@ -59,6 +59,43 @@ def test_writes_figures_and_a_picture(tool: ModuleType, tmp_path: Path, monkeypa
     assert sorted(p.suffix for p in output.parent.iterdir()) == [".json", ".png"]
 
 
+def test_runs_in_pieces_add_up(tool: ModuleType, tmp_path: Path, monkeypatch) -> None:
+    large, small = (tool.Setting((n, n), (3, 3), 4) for n in (6, 4))
+    monkeypatch.setattr(tool, "SETTINGS", [large, small])
+    measured = []
+
+    def measure(setting, batch, dtype, backward, *rest):
+        measured.append(setting.name)
+        row = {"setting": setting.name, "batch": batch, "dtype": "float32", "backward": backward}
+        # What is measured so far is in the file already.
+        known = json.loads(file.read_text())["results"] if file.exists() else []
+        return row | {"contenders": {}, "known": len(known)}
+
+    monkeypatch.setattr(tool, "measure", measure)
+    monkeypatch.setattr(tool, "draw", lambda report, path: path.write_bytes(b""))
+    file = tmp_path / "na.json"
+    once = ["--batch", "1", "--dtype", "float32", "--output", str(tmp_path / "na")]
+    tool.main([*once, "--settings", small.name])
+    tool.main([*once, "--settings", large.name, "--direction", "both"])
+    tool.main([*once, "--resume"])
+    assert measured == [small.name] * 2 + [large.name] * 2
+    rows = json.loads(file.read_text())["results"]
+    assert [tool.row_key(row)[::3] for row in rows] == [
+        (large.name, False),
+        (large.name, True),
+        (small.name, False),
+        (small.name, True),
+    ]
+    assert [row["known"] for row in rows] == [3, 2, 0, 1]
+    tool.main([*once, "--settings", small.name])
+    assert len(json.loads(file.read_text())["results"]) == 4
+
+    report = json.loads(file.read_text())
+    file.write_text(json.dumps(report | {"machine": {"name": "another"}}))
+    with pytest.raises(ValueError, match="another --output"):
+        tool.main(once)
+
+
 def test_counts_operations(tool: ModuleType) -> None:
     setting = tool.Setting((4,), (3,), 5)
     assert setting.flops(batch=2, backward=False) == 2 * 2 * 2 * tool.NUM_HEADS * 4 * 3 * 5

@@ -1,0 +1,40 @@
+"""Whether a call may go past torch's dispatcher straight to a native kernel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+__all__ = ["is_plain_call"]
+
+
+def _key_set(*names: str) -> int:
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined)
+    for name in names:
+        keys = keys.add(getattr(torch._C.DispatchKey, name))
+    return keys.raw_repr()
+
+
+_PLAIN_TENSOR = _key_set("CPU", "AutogradCPU", "AutocastCPU", "ADInplaceOrView")
+_PLAIN_MODE = _key_set("BackendSelect", "ADInplaceOrView")
+
+
+def is_plain_call(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether the dispatcher would do nothing with these CPU tensors but call the kernel.
+
+    The way through it and back into Python takes as long as some kernels do on a small map.
+    Compilation, subclasses, modes, functorch's transforms, tracers and the profiler need it.
+    """
+    if torch.compiler.is_compiling() or torch.autograd._profiler_enabled():
+        return False
+    modes: int = torch._C._dispatch_tls_local_include_set().raw_repr()
+    if modes | _PLAIN_MODE != _PLAIN_MODE:
+        return False
+    return all(
+        t is None
+        or type(t) in (Tensor, torch.nn.Parameter)
+        and torch._C._dispatch_keys(t).raw_repr() | _PLAIN_TENSOR == _PLAIN_TENSOR
+        for t in tensors
+    )
