@@ -8,7 +8,7 @@ and our checkpoint loader ask of a model follows from those.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from timm.models import adapt_input_conv
@@ -315,15 +315,43 @@ class StagedBackbone(nn.Module):
 
     # -- inference -------------------------------------------------------------------------------
 
-    def fuse(self) -> StagedBackbone:
-        """Fold norms, branches and scales into their neighbours, for inference only.
+    def fuse(
+        self, dtype: torch.dtype | None = None, channels_last: bool | Literal["auto"] = "auto"
+    ) -> StagedBackbone:
+        """Make the model fast for inference: fold, then pick memory format and kernels.
 
-        Changes the model in place, puts it in eval mode and returns it; a second call does
-        nothing. Afterwards ``train()`` raises.
+        Norms, branches and scales are folded into their neighbours. Then, on a CPU with oneDNN,
+        the layers get their inference forms (:mod:`ops.inference`), which work on maps with
+        channels last. Names and state dict are those of the folded model; the outputs are the
+        model's, up to rounding. Gradients of the images still exist, those of the parameters do
+        not. ``torch.compile`` and ``torch.export`` see the folded model in its plain form.
+
+        Changes the model in place, puts it in eval mode and returns it; a second call finds
+        nothing left to do. Afterwards ``train()`` raises.
+
+        Args:
+            dtype: convert the parameters after folding, to ``torch.bfloat16`` say; images must
+                then have that dtype too. Default: leave them.
+            channels_last: False only folds. True puts channels last on any device; ``"auto"``
+                where this was measured to be faster, which is on the CPU.
+
+        Raises:
+            ValueError: a ``dtype`` that is not floating-point, another ``channels_last``.
         """
+        if dtype is not None and not dtype.is_floating_point:
+            raise ValueError(f"dtype must be floating-point, such as torch.bfloat16, got {dtype}")
+        if channels_last not in (True, False, "auto"):
+            raise ValueError(f"channels_last must be True, False or 'auto', got {channels_last!r}")
         if not self.fused:
             self.eval()
             fuse_children(self)
+        if dtype is not None:
+            self.to(dtype)
+        # The inference forms of the families need the families, which need this class.
+        from backbones._fuse import put_channels_last
+
+        if channels_last is not False:
+            put_channels_last(self, always=channels_last is True)
         return self
 
     @property

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
+import functools
 import inspect
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from types import ModuleType
+from typing import Any, Literal, TypeVar
 
 import timm.models
+import torch
 from timm.models import DefaultCfg, PretrainedCfg
 from timm.models._features import FeatureGetterNet
 from torch import nn
@@ -38,7 +41,9 @@ _entries: dict[str, _Entry] = {}
 def register(entrypoint: Entrypoint) -> Entrypoint:
     """Register a model under its function's name, with the ``default_cfgs`` of its module.
 
-    timm receives the name too, unless it has a model of that name itself.
+    timm receives the name too, unless it has a model of that name itself. A model that can show its
+    stem (``stem_features``) goes to timm a second time with it shown, as ``<name>_pyramid``: for
+    libraries that make their encoders through timm and want a pyramid from stride 2 on.
 
     Raises:
         ValueError: the name is taken, or ``default_cfgs`` says nothing about it.
@@ -53,7 +58,37 @@ def register(entrypoint: Entrypoint) -> Entrypoint:
     _entries[name] = _Entry(entrypoint, module.__name__.rsplit(".", 1)[-1], cfgs)
     if not timm.models.is_model(name):
         timm.models.register_model(entrypoint)
+    if _shows_stem(entrypoint, module):
+        pyramid = _with_stem_features(entrypoint)
+        module.default_cfgs[pyramid.__name__] = cfgs
+        setattr(module, pyramid.__name__, pyramid)
+        timm.models.register_model(pyramid)
     return entrypoint
+
+
+def _shows_stem(entrypoint: Callable[..., nn.Module], module: ModuleType) -> bool:
+    """Whether the class that the entrypoint says it returns takes ``stem_features``."""
+    returned = entrypoint.__annotations__.get("return")
+    model_class = getattr(module, returned, None) if isinstance(returned, str) else returned
+    return (
+        isinstance(model_class, type)
+        and issubclass(model_class, StagedBackbone)
+        and "stem_features" in inspect.signature(model_class).parameters
+    )
+
+
+def _with_stem_features(entrypoint: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+    """The entrypoint of ``<name>_pyramid``."""
+
+    @functools.wraps(entrypoint)
+    def pyramid(pretrained: bool = False, **kwargs: Any) -> nn.Module:
+        model: Any = entrypoint(pretrained=pretrained, **{"stem_features": True, **kwargs})
+        # What timm's hub files call it; the plain name may be a model of timm's.
+        model.pretrained_cfg["architecture"] = pyramid.__name__
+        return model
+
+    pyramid.__name__ = pyramid.__qualname__ = f"{entrypoint.__name__}_pyramid"
+    return pyramid
 
 
 def list_models(
@@ -147,6 +182,8 @@ def build_model(
     features_only = options.pop("features_only", False)
     out_indices = options.pop("out_indices", None)
     cache_dir = options.pop("cache_dir", None)
+    # With what timm's hub files were saved; timm asks the model for it afterwards.
+    saved_with: Any = options.pop("pretrained_model_args", {})
     cfg = _resolve_cfg(
         name, options.pop("pretrained_cfg", None), options.pop("pretrained_cfg_overlay", None)
     )
@@ -157,6 +194,7 @@ def build_model(
     arguments = {"num_classes": cfg.num_classes, "in_chans": cfg.input_size[0], **defaults}
     model = model_class(**{**arguments, **options})
     model.pretrained_cfg = model.default_cfg = cfg.to_dict()
+    model.pretrained_model_args = saved_with
     if checkpoint_path:
         load_checkpoint(model, checkpoint_path)
     elif pretrained:
@@ -175,19 +213,25 @@ def published_weights(name: str) -> dict[str, PretrainedCfg]:
     return dict(_entries[name].cfgs.cfgs)
 
 
-def fuse(model: nn.Module) -> nn.Module:
-    """Fuse every backbone inside ``model`` for inference, see :meth:`StagedBackbone.fuse`.
+def fuse(
+    model: nn.Module,
+    dtype: torch.dtype | None = None,
+    channels_last: bool | Literal["auto"] = "auto",
+) -> nn.Module:
+    """Make every backbone inside ``model`` fast for inference.
 
-    Changes ``model`` in place and returns it.
+    Changes ``model`` in place and returns it. For the arguments see
+    :meth:`StagedBackbone.fuse`; ``dtype`` converts the backbones alone.
 
     Raises:
-        ValueError: there is no backbone of ours inside.
+        ValueError: there is no backbone of ours inside, or what :meth:`StagedBackbone.fuse`
+            refuses.
     """
     backbones = [m for m in model.modules() if isinstance(m, StagedBackbone)]
     if not backbones:
         raise ValueError(f"{type(model).__name__} holds no backbone of this library to fuse")
     for backbone in backbones:
-        backbone.fuse()
+        backbone.fuse(dtype, channels_last)
     return model
 
 

@@ -288,7 +288,8 @@ def test_fuse_keeps_the_output(family: str, how: str, tmp_path: Path) -> None:
         name, checkpoint_path=str(tmp_path / "fused.safetensors"), **arguments
     ).eval()
     assert load_file(tmp_path / "fused.safetensors").keys() == again.state_dict().keys()
-    assert torch.equal(again(images(*sizes[0])), fused(images(*sizes[0])))
+    # Loading fuses a model whose names differ then, so that one of the two may be the faster form.
+    assert _relative(again(images(*sizes[0])), fused(images(*sizes[0]))) <= 1e-5
 
 
 @every_family

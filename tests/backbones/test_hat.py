@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from zoo import images
 
 import backbones
-from backbones import hat
+from backbones import _hat_blocks
 from ops.attention.window import relative_position_index
 from ops.padding import reflect_pad_to_multiple
 from ops.tiling import run_tiled
@@ -180,9 +180,9 @@ def test_features_have_the_size_of_the_image() -> None:
 def test_tables_are_computed_once_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     for name in ("relative_position_index", "overlap_position_index", "shift_masks"):
-        original = getattr(hat, name)
+        original = getattr(_hat_blocks, name)
         monkeypatch.setattr(
-            hat, name, lambda *args, _o=original, _n=name: calls.append(_n) or _o(*args)
+            _hat_blocks, name, lambda *args, _o=original, _n=name: calls.append(_n) or _o(*args)
         )
     tiny(depths=(3, 2))(images(1, 3, 8, 8))
     assert len(calls) == 3 * 2
@@ -205,6 +205,21 @@ def test_initial_weights() -> None:
     for name, table in tables.items():
         assert table.std().item() == pytest.approx(0.02, rel=0.1), name
     assert model.no_weight_decay() == set(tables)
+
+
+@torch.no_grad()
+def test_nano_starts_as_bicubic_and_learns_the_rest() -> None:
+    model = backbones.create_model("hat_nano_x2").eval()
+    assert model.residual and sum(p.numel() for p in model.parameters()) < 1_000_000
+    x = torch.rand((1, 3, 20, 13), generator=torch.Generator().manual_seed(0))
+    padded = reflect_pad_to_multiple(x, 8)
+    bicubic = F.interpolate(padded, scale_factor=2, mode="bicubic")[:, :, :40, :26]
+    assert torch.equal(model(x), bicubic)
+    nn.init.normal_(model.head.conv_out.weight, std=0.1)
+    assert (model(x) - bicubic).abs().max() > 1e-2
+    # The published models have neither the shortcut nor a narrow head.
+    published = backbones.create_model("hat_s_x2", depths=(1,), num_heads=(6,))
+    assert not published.residual and published.head.conv_in.out_channels == 64
 
 
 def test_published_stochastic_depth_is_that_of_hybrid_blocks() -> None:

@@ -1,0 +1,274 @@
+"""Depthwise convolution of channels-last maps on the CPU, for inference.
+
+The kernel (``ops/native/depthwise.cpp``) is for what torch is slow at: large windows, dilated ones,
+1×k and k×1, and every one of them with an activation behind it. There are no gradients.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from ops import native
+
+__all__ = ["ACTIVATIONS", "depthwise_branches", "depthwise_conv2d", "taps_first", "unsupported"]
+
+# The order is that of `activation::Kind` in ops/native/activation.h.
+ACTIVATIONS = ("none", "relu", "gelu", "silu", "hardswish")
+
+_KERNEL = "depthwise"
+_SMALL_MACS = 2e6  # below it one thread is quicker than waking others
+
+
+class _Problem(ctypes.Structure):
+    """``depthwise::Problem`` of ops/native/depthwise.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("batch", "channels")),
+        *(
+            (name, ctypes.c_int64 * 2)
+            for name in ("size", "out_size", "kernel", "stride", "padding", "dilation")
+        ),
+        *((name, ctypes.c_int64 * 3) for name in ("in_stride", "out_stride")),
+        *((name, ctypes.c_int64) for name in ("activation", "bfloat16", "threads")),
+    ]
+
+
+class _Tensors(ctypes.Structure):
+    """``depthwise::Tensors`` of ops/native/depthwise.h."""
+
+    _fields_ = [(name, ctypes.c_void_p) for name in ("input", "weight", "bias", "output")]
+
+
+def taps_first(weight: Tensor) -> Tensor:
+    """The weight of a depthwise convolution as the kernel wants it.
+
+    Args:
+        weight: (C, 1, kh, kw).
+
+    Returns:
+        (kh, kw, C), contiguous, float32.
+    """
+    return weight.detach().squeeze(1).permute(1, 2, 0).to(torch.float32).contiguous()
+
+
+def unsupported(stride: Sequence[int], device: torch.device, dtype: torch.dtype) -> str | None:
+    """``None`` if the kernel takes such a convolution, else the reason in words.
+
+    The first call on a machine compiles the kernel, which takes some seconds.
+    """
+    if device.type != "cpu":
+        return f"the kernel runs on the CPU, the tensors are on {device.type}"
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"the kernel takes float32 and bfloat16, not {dtype}"
+    if not 1 <= stride[1] <= 2:
+        return f"the kernel takes strides of 1 and 2, not {stride[1]}"
+    return native.unavailable_reason(_KERNEL)
+
+
+def depthwise_conv2d(
+    x: Tensor,
+    taps: Tensor,
+    bias: Tensor | None = None,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    activation: str = "none",
+) -> Tensor:
+    """Convolve each channel with its own window, then apply an activation. No gradients.
+
+    Args:
+        x: (B, C, H, W), float32 or bfloat16; another memory format than channels-last is copied.
+        taps: (kh, kw, C) float32, see :func:`taps_first`.
+        bias: (C,) float32.
+        stride: of rows and columns; that of columns 1 or 2.
+        padding: zeros at both sides of rows and columns.
+        dilation: of rows and columns.
+        activation: one of :data:`ACTIVATIONS`; GELU is the exact one.
+
+    Returns:
+        (B, C, H', W'), channels-last, in the dtype of ``x``; sums are of float32.
+
+    Raises:
+        ValueError: shapes that do not go together, or an unknown activation.
+        RuntimeError: the kernel is not available here (:func:`unsupported` tells beforehand).
+    """
+    return torch.ops.vision_backbones.depthwise_conv2d(
+        x, taps, bias, stride, padding, dilation, activation
+    )
+
+
+def depthwise_branches(x: Tensor, taps: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+    """Convolve the last channels, a group with each kernel; the first channels pass. No gradients.
+
+    Args:
+        x: (B, C, H, W), as for :func:`depthwise_conv2d`.
+        taps: (kh, kw, c) each, with odd kernels, float32; their channels add up to C at most.
+        biases: (c,) each, float32.
+
+    Returns:
+        (B, C, H, W), channels-last.
+
+    Raises:
+        ValueError, RuntimeError: see :func:`depthwise_conv2d`.
+    """
+    return torch.ops.vision_backbones.depthwise_branches(x, taps, biases)
+
+
+_library = torch.library.Library("vision_backbones", "FRAGMENT")
+_library.define(
+    "depthwise_conv2d(Tensor x, Tensor taps, Tensor? bias, int[2] stride, int[2] padding, "
+    "int[2] dilation, str activation) -> Tensor"
+)
+_library.define("depthwise_branches(Tensor x, Tensor[] taps, Tensor[] biases) -> Tensor")
+
+
+@torch.library.impl(_library, "depthwise_conv2d", "CPU")
+def _depthwise_conv2d(
+    x: Tensor,
+    taps: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str,
+) -> Tensor:
+    out = _empty_output(x, taps, bias, stride, padding, dilation, activation)
+    _run(_channels_last(x), taps, bias, stride, padding, dilation, activation, out)
+    return out
+
+
+@torch.library.register_fake("vision_backbones::depthwise_conv2d", lib=_library)
+def _empty_output(
+    x: Tensor,
+    taps: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str,
+) -> Tensor:
+    if x.ndim != 4 or taps.ndim != 3 or taps.shape[2] != x.shape[1]:
+        raise ValueError(
+            "x must be (B, C, H, W) and taps (kh, kw, C), got "
+            f"{tuple(x.shape)} and {tuple(taps.shape)}"
+        )
+    if bias is not None and bias.shape != x.shape[1:2]:
+        raise ValueError(f"bias must be ({x.shape[1]},), got {tuple(bias.shape)}")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
+    size = []
+    for axis in range(2):
+        reach = dilation[axis] * (taps.shape[axis] - 1)
+        free = x.shape[2 + axis] + 2 * padding[axis] - reach - 1
+        if free < 0:
+            raise ValueError(
+                f"a map of {x.shape[2]}×{x.shape[3]}, padded by {tuple(padding)}, is smaller than "
+                f"a window of {taps.shape[0]}×{taps.shape[1]} with dilation {tuple(dilation)}"
+            )
+        size.append(free // stride[axis] + 1)
+    return _empty(x, (x.shape[0], x.shape[1], *size))
+
+
+@torch.library.impl(_library, "depthwise_branches", "CPU")
+def _depthwise_branches(x: Tensor, taps: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+    x = _channels_last(x)
+    out = x.clone()
+    start = x.shape[1] - sum(t.shape[2] for t in taps)
+    for kernel, bias in zip(taps, biases, strict=True):
+        rows, columns, width = kernel.shape
+        part, place = (t.narrow(1, start, width) for t in (x, out))
+        padding = (rows // 2, columns // 2)
+        _run(part, kernel, bias, (1, 1), padding, (1, 1), "none", place)
+        start += width
+    return out
+
+
+@torch.library.register_fake("vision_backbones::depthwise_branches", lib=_library)
+def _branches_output(x: Tensor, taps: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
+    return _empty(x, x.shape)
+
+
+def _empty(like: Tensor, shape: Sequence[int]) -> Tensor:
+    return torch.empty(
+        shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last
+    )
+
+
+def _channels_last(x: Tensor) -> Tensor:
+    """``x`` with neighbouring channels side by side: itself, a copy where it is otherwise."""
+    if x.stride(1) == 1 or x.shape[1] == 1:
+        return x
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _run(
+    x: Tensor,
+    taps: Tensor,
+    bias: Tensor | None,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str,
+    out: Tensor,
+) -> None:
+    """Into ``out``; the channels of both maps lie side by side."""
+    library = native.load(_KERNEL)
+    reason = unsupported(stride, x.device, x.dtype)
+    if library is None or reason is not None:
+        raise RuntimeError(f"the depthwise kernel is not available: {reason}")
+    if out.numel() == 0:
+        return
+    problem = _problem(
+        (*x.shape, *taps.shape[:2], *out.shape[2:]),
+        (*stride, *padding, *dilation),
+        _strides(x),
+        _strides(out),
+        ACTIVATIONS.index(activation),
+        x.dtype == torch.bfloat16,
+        torch.get_num_threads(),
+    )
+    tensors = _Tensors(
+        x.data_ptr(), taps.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr()
+    )
+    if library.depthwise_forward(ctypes.byref(problem), ctypes.byref(tensors)):
+        raise MemoryError("no memory for the scratch of a depthwise convolution")
+
+
+@functools.lru_cache(maxsize=1024)  # a network has few different ones, and filling them in is slow
+def _problem(
+    sizes: tuple[int, ...],
+    steps: tuple[int, ...],
+    in_strides: tuple[int, int, int],
+    out_strides: tuple[int, int, int],
+    activation: int,
+    bfloat16: bool,
+    threads: int,
+) -> _Problem:
+    batch, channels, height, width, rows, columns, out_height, out_width = sizes
+    macs = batch * channels * out_height * out_width * rows * columns
+    return _Problem(
+        batch,
+        channels,
+        (height, width),
+        (out_height, out_width),
+        (rows, columns),
+        steps[:2],
+        steps[2:4],
+        steps[4:],
+        in_strides,
+        out_strides,
+        activation,
+        bfloat16,
+        1 if macs < _SMALL_MACS else threads,
+    )
+
+
+def _strides(x: Tensor) -> tuple[int, int, int]:
+    """Of image, row and pixel."""
+    batch, _, row, pixel = x.stride()
+    return batch, row, pixel

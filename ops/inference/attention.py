@@ -1,0 +1,90 @@
+"""Inference forms of attention layers: cached tables, fewer passes, shortcuts added on the way."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ops.attention.bilevel import BiLevelRoutingAttention, bilevel_routing_attention
+from ops.attention.large_kernel import LargeKernelAttention
+from ops.attention.rank_augmented import RankAugmentedAttention, Rotary, rotary_table
+from ops.inference.layers import runs_fast
+
+__all__ = [
+    "FastBiLevelRoutingAttention",
+    "FastLargeKernelAttention",
+    "FastRankAugmentedAttention",
+]
+
+
+class FastLargeKernelAttention(LargeKernelAttention):
+    """The gate is overwritten."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        gate = self.pw(self.dw_dilated(self.dw(x)))
+        return x * gate if gate.requires_grad else gate.mul_(x)
+
+
+class FastBiLevelRoutingAttention(BiLevelRoutingAttention):
+    """The positional term is added in place and the shortcut by the projection."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        height, width = x.shape[1:3]
+        bottom, right = -height % self.n_win, -width % self.n_win
+        if self.pad_input and (bottom or right):
+            x = F.pad(x, (0, 0, 0, right, 0, bottom))
+        region_size = (max(1, x.shape[1] // self.n_win), max(1, x.shape[2] // self.n_win))
+        query, key, value = self.qkv(x).chunk(3, dim=-1)
+        out = bilevel_routing_attention(query, key, value, self.num_heads, region_size, self.topk)
+        out = self.lepe(value.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) + out
+        return self.proj(out[:, :height, :width], residual)
+
+
+@functools.lru_cache(maxsize=8)
+def _turns(height: int, width: int, head_dim: int) -> Tensor:
+    """The rotations as complex numbers: (height · width, head_dim / 2)."""
+    sin, cos = rotary_table(height, width, head_dim)
+    return torch.complex(cos[:, ::2].contiguous(), sin[:, ::2].contiguous())
+
+
+class FastRankAugmentedAttention(RankAugmentedAttention):
+    """Rotations as products of complex numbers, whose table is made once."""
+
+    def forward(
+        self, x: Tensor, rotary: Rotary | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        if not runs_fast(x, self.qkvo.weight) or x.dtype == torch.float64:
+            out = super().forward(x, rotary)
+            return out if residual is None else out + residual
+        height, width, dim = x.shape[1:]
+        turns = _turns(height, width, dim // self.num_heads)
+        *qkv, gate = self.qkvo(x).chunk(4, dim=-1)
+        query, key, value = (
+            t.flatten(1, 2).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in qkv
+        )  # (B, heads, HW, head_dim)
+        if self.linear:
+            out = _linear_attention(query.float(), key.float(), value.float(), turns).to(x.dtype)
+        else:
+            query, key = (_rotate(t.float(), turns).to(x.dtype) for t in (query, key))
+            out = F.scaled_dot_product_attention(query, key, value)
+        out = out.transpose(1, 2).reshape(x.shape)
+        out = self.lepe(qkv[2].permute(0, 3, 1, 2)).permute(0, 2, 3, 1).add_(out).mul_(gate)
+        return self.proj(out, residual)
+
+
+def _rotate(x: Tensor, turns: Tensor) -> Tensor:
+    pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turns).flatten(-2)
+
+
+def _linear_attention(query: Tensor, key: Tensor, value: Tensor, turns: Tensor) -> Tensor:
+    """As :func:`ops.attention.rank_augmented.rank_augmented_linear_attention`, in float32."""
+    q, k = (F.elu(t).add_(1) for t in (query, key))
+    logits = (q.shape[-1] ** -0.5 * q.mean(dim=2, keepdim=True)) @ k.transpose(2, 3)
+    k.mul_(logits.softmax(dim=-1).transpose(2, 3))
+    total = (q @ k.sum(dim=2).unsqueeze(-1)).add_(1e-6)  # (B, heads, N, 1)
+    state = _rotate(k, turns).transpose(2, 3) @ value  # (B, heads, head_dim, head_dim)
+    return (_rotate(q, turns) @ state).div_(total)

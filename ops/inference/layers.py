@@ -1,0 +1,280 @@
+"""Linear layers and convolutions with packed weights, activation and residual add in one pass.
+
+Maps are channels-last, so that a pointwise convolution is a linear layer on the last axis. The
+calls to oneDNN are the ones that torch's own compiler makes; they are private, hence the checks.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ops.depthwise import depthwise_conv2d, taps_first, unsupported
+
+__all__ = [
+    "FastConv2d",
+    "FastDepthwiseConv2d",
+    "FastLayer",
+    "FastLinear",
+    "FastPointwiseConv2d",
+    "activate",
+    "activation_kind",
+    "can_activate",
+    "convert",
+    "has_onednn",
+    "runs_fast",
+]
+
+Module = TypeVar("Module", bound=nn.Module)
+
+# Names of ops.depthwise.ACTIVATIONS → (attribute, scalars, algorithm) of oneDNN's.
+_ONEDNN: dict[str, tuple[str, list[float | None], str]] = {
+    "none": ("none", [], ""),
+    "relu": ("relu", [], ""),
+    "gelu": ("gelu", [], "none"),
+    "silu": ("swish", [], ""),
+    "hardswish": ("hardswish", [], ""),
+}
+_PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "hardswish": F.hardswish,
+}
+_CALLS = (
+    "_linear_pointwise",
+    "_reorder_linear_weight",
+    "_convolution_pointwise",
+    "_reorder_convolution_weight",
+)
+# From this many taps on, or with other than square, dense windows, our kernel is the faster one.
+_LARGE_WINDOW = 49
+
+
+@functools.cache
+def has_onednn(dtype: torch.dtype) -> bool:
+    """Whether this torch on this CPU has oneDNN's linear layers and convolutions for ``dtype``."""
+    if not torch.backends.mkldnn.is_available():
+        return False
+    ops = torch.ops.mkldnn
+    if not all(hasattr(ops, name) for name in _CALLS):
+        return False
+    if dtype == torch.bfloat16:
+        return ops._is_mkldnn_bf16_supported()
+    return dtype == torch.float32
+
+
+def convert(layer: nn.Module, fast: type[Module]) -> Module:
+    """Turn ``layer``, in place, into an instance of ``fast``, a subclass of its class.
+
+    Raises:
+        TypeError: ``fast`` is not a subclass.
+    """
+    if not issubclass(fast, type(layer)):
+        raise TypeError(f"{fast.__name__} does not stand for a {type(layer).__name__}")
+    layer.__class__ = fast
+    assert isinstance(layer, fast)
+    return layer
+
+
+def runs_fast(x: Tensor, weight: Tensor) -> bool:
+    """Whether a layer with this weight may take its fast way for ``x``, else its plain one."""
+    return (
+        x.dtype == weight.dtype
+        and x.is_cpu
+        and not torch.compiler.is_compiling()
+        and type(x) is Tensor
+        and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
+    )
+
+
+class FastLayer(nn.Module):
+    """What inference layers share: things derived from their parameters, made when needed.
+
+    They are in no state dict, copy or pickle, and are made anew when the parameters change.
+    """
+
+    _derived: Any = None
+    # The parameters that they were made from, and the versions that those had.
+    _made_from: tuple[list[Tensor], list[int]] | None = None
+
+    def derived(self, x: Tensor) -> Any:
+        """What :meth:`derive` gave, or None where the plain form must do for ``x``."""
+        if torch.compiler.is_compiling():
+            return None
+        sources, versions = self._made_from or (self.sources(), [])
+        if not runs_fast(x, sources[0]):
+            return None
+        now = [0 if p.is_inference() else p._version for p in sources]
+        if now != versions:
+            with torch.no_grad():
+                self._derived = self.derive(x) if has_onednn(x.dtype) else None
+            self._made_from = sources, now
+        return self._derived
+
+    def sources(self) -> list[Tensor]:
+        """The parameters that things are derived from; they share dtype and device."""
+        return [p for p in self._parameters.values() if p is not None]
+
+    def derive(self, x: Tensor) -> Any:
+        """From the parameters, with ``x`` as an example of the inputs."""
+        raise NotImplementedError
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        self._made_from = None
+        super().register_parameter(name, param)
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
+        self._made_from = None
+        return super()._apply(fn, recurse)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        self._made_from = None
+        super()._load_from_state_dict(*args, **kwargs)
+
+    def __getstate__(self) -> dict[str, Any]:
+        state = self.__dict__.copy()
+        state.pop("_derived", None)
+        state.pop("_made_from", None)
+        return state
+
+
+class _Activated(FastLayer):
+    """A layer that applies an activation to what it computes."""
+
+    activation: str = "none"
+    forward: Callable[..., Tensor]
+
+    def _finish(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        if self.activation != "none":
+            x = _PLAIN[self.activation](x)
+        return x if residual is None else x + residual
+
+    def extra_repr(self) -> str:
+        return f"{super().extra_repr()}, activation={self.activation}"
+
+
+def activation_kind(act: nn.Module) -> str | None:
+    """The name that layers here know an activation by, if they do."""
+    if isinstance(act, nn.GELU):
+        return "gelu" if act.approximate == "none" else None
+    kinds = {nn.ReLU: "relu", nn.SiLU: "silu", nn.Hardswish: "hardswish"}
+    return kinds.get(type(act))
+
+
+def can_activate(layer: nn.Module) -> bool:
+    """Whether a layer can still take an activation."""
+    return isinstance(layer, _Activated) and layer.activation == "none"
+
+
+def activate(layer: nn.Module, kind: str) -> None:
+    """Let a layer that :func:`can_activate` apply an activation to what it computes."""
+    assert isinstance(layer, _Activated)
+    layer.activation = kind
+
+
+class FastLinear(_Activated, nn.Linear):
+    """``activation(linear(x)) + residual``, (…, in_features) → (…, out_features)."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        packed = self.derived(x)
+        if packed is None:
+            return self._finish(super().forward(x), residual)
+        return _linear(x, packed, self.bias, self.activation, residual)
+
+    def derive(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._reorder_linear_weight(
+            self.weight.detach().contiguous(), x.numel() // max(1, x.shape[-1])
+        )
+
+
+def _linear(
+    x: Tensor, packed: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None
+) -> Tensor:
+    linear = torch.ops.mkldnn._linear_pointwise
+    if residual is None:
+        return linear.default(x, packed, bias, *_ONEDNN[activation])
+    if activation == "none" and residual.is_contiguous():
+        return linear.binary(x, residual, packed, bias, "add")
+    return linear.default(x, packed, bias, *_ONEDNN[activation]).add_(residual)
+
+
+class FastPointwiseConv2d(_Activated, nn.Conv2d):
+    """``activation(conv(x)) + residual`` with a 1×1 window, (B, C, H, W) → (B, C', H, W)."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        packed = self.derived(x)
+        if packed is None:
+            return self._finish(super().forward(x), residual)
+        if residual is not None:
+            residual = residual.permute(0, 2, 3, 1)
+        out = _linear(x.permute(0, 2, 3, 1), packed, self.bias, self.activation, residual)
+        return out.permute(0, 3, 1, 2)
+
+    def on_last(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """The same for channels in the last place: (..., C) → (..., C')."""
+        packed = self.derived(x)
+        if packed is None:
+            return self._finish(F.linear(x, self.weight.flatten(1), self.bias), residual)
+        return _linear(x, packed, self.bias, self.activation, residual)
+
+    def derive(self, x: Tensor) -> Tensor:
+        weight = self.weight.detach().flatten(1).contiguous()
+        return torch.ops.mkldnn._reorder_linear_weight(weight, max(1, x.numel() // weight.shape[1]))
+
+
+class FastConv2d(_Activated, nn.Conv2d):
+    """``activation(conv(x))`` in channels-last, (B, C, H, W) → (B, C', H', W')."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        packed = self.derived(x)
+        if packed is None:
+            return self._finish(super().forward(x))
+        return torch.ops.mkldnn._convolution_pointwise.default(
+            x.contiguous(memory_format=torch.channels_last),
+            packed,
+            self.bias,
+            self.padding,
+            self.stride,
+            self.dilation,
+            self.groups,
+            *_ONEDNN[self.activation],
+        )
+
+    def derive(self, x: Tensor) -> Tensor:
+        return torch.ops.mkldnn._reorder_convolution_weight(
+            self.weight.detach().contiguous(memory_format=torch.channels_last),
+            self.padding,
+            self.stride,
+            self.dilation,
+            self.groups,
+            x.shape,
+        )
+
+
+class FastDepthwiseConv2d(FastConv2d):
+    """As :class:`FastConv2d`, by our own kernel where that is the faster one."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        derived = self.derived(x)
+        if not isinstance(derived, tuple):
+            return super().forward(x)
+        assert not isinstance(self.padding, str)
+        taps, bias = derived
+        return depthwise_conv2d(
+            x, taps, bias, self.stride, self.padding, self.dilation, self.activation
+        )
+
+    def derive(self, x: Tensor) -> Any:
+        rows, columns = self.kernel_size
+        simple = rows == columns and self.dilation == (1, 1) and rows * columns < _LARGE_WINDOW
+        # oneDNN would copy a part of the channels; our kernel reads it where it lies.
+        simple &= x.is_contiguous(memory_format=torch.channels_last)
+        if simple or unsupported(self.stride, x.device, x.dtype) is not None:
+            return super().derive(x)
+        return taps_first(self.weight), None if self.bias is None else self.bias.detach().float()

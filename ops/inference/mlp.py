@@ -1,0 +1,130 @@
+"""Feed-forwards for inference: some tokens go through both layers while they are in the cache."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, ClassVar
+
+import torch
+from timm.layers import ConvMlp, Mlp
+from torch import Tensor
+
+from ops.inference.layers import FastLayer
+from ops.kan import KANLayer, reflectional_switch
+from ops.mlp import DWMlp
+
+__all__ = ["FastConvMlp", "FastDWMlp", "FastKANLayer", "FastMlp", "feed_forward"]
+
+# Of the map between the two layers: what a core's second-level cache holds; but no fewer rows than
+# make it worth to read the weights again.
+_CHUNK_BYTES = 1 << 20
+_CHUNK_ROWS = 384
+
+
+def feed_forward(
+    x: Tensor,
+    expand: Callable[[Tensor], Tensor],
+    project: Callable[[Tensor, Tensor | None], Tensor],
+    hidden_dim: int,
+    residual: Tensor | None = None,
+) -> Tensor:
+    """``project(expand(x), residual)``, some rows at a time where the map between is large.
+
+    Args:
+        x: (..., dim).
+        expand: (n, dim) → (n, hidden_dim).
+        project: (n, hidden_dim) and, or None, (n, out_dim) to add → (n, out_dim).
+        hidden_dim: of the map between.
+        residual: (..., out_dim), added to the result.
+
+    Returns:
+        (..., out_dim).
+    """
+    rows = x.numel() // max(1, x.shape[-1])
+    chunk = max(_CHUNK_ROWS, _CHUNK_BYTES // (hidden_dim * x.element_size()))
+    if torch.compiler.is_compiling() or x.requires_grad or rows < 2 * chunk:
+        return project(expand(x), residual)
+    x_rows = x.reshape(rows, -1)
+    residuals = None if residual is None else residual.reshape(rows, -1)
+    out: Tensor | None = None
+    for start in range(0, rows, chunk):
+        part = slice(start, start + chunk)
+        result = project(expand(x_rows[part]), None if residuals is None else residuals[part])
+        if out is None:
+            out = result.new_empty(rows, result.shape[-1])
+        out[part] = result
+    assert out is not None
+    return out.view(*x.shape[:-1], -1)
+
+
+class FastMlp(Mlp):
+    """On tokens, (..., dim) → (..., out_dim)."""
+
+    followed: ClassVar = {"act": ("fc1",)}
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        return feed_forward(x, self._expand, self.fc2, self.fc1.out_features, residual)
+
+    def _expand(self, x: Tensor) -> Tensor:
+        return self.norm(self.act(self.fc1(x)))
+
+
+class FastConvMlp(ConvMlp):
+    """(B, dim, H, W) → (B, out_dim, H, W), channels-last, without a norm inside."""
+
+    followed: ClassVar = {"act": ("fc1",)}
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        tokens = x.permute(0, 2, 3, 1)
+        shortcut = None if residual is None else residual.permute(0, 2, 3, 1)
+        out = feed_forward(tokens, self._expand, self._project, self.fc1.out_channels, shortcut)
+        return out.permute(0, 3, 1, 2)
+
+    def _expand(self, x: Tensor) -> Tensor:
+        return self.act(self.fc1.on_last(x))
+
+    def _project(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        return self.fc2.on_last(x, residual)
+
+
+class FastDWMlp(DWMlp):
+    """The depthwise convolution applies the activation, the last layer adds the shortcut."""
+
+    followed: ClassVar = {"act": ("dwconv",)}
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        x = self.dwconv(self.fc1(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.fc2(self.act(x), residual)
+
+
+class FastKANLayer(FastLayer, KANLayer):
+    """``W (1 - t) = W 1 - W t`` with t = tanh², in place, some rows at a time."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        derived = self.derived(x)
+        if derived is None:
+            switched = reflectional_switch(self.norm(x), self.grid, self.width)
+            return self.linear(switched.flatten(-2))
+        rows = self.norm(x).flatten(0, -2)
+        parts = [self._map(part, *derived) for part in rows.split(self._chunk(x))]
+        return torch.cat(parts).view(*x.shape[:-1], -1)
+
+    def _map(self, x: Tensor, grid: Tensor, packed: Tensor, bias: Tensor) -> Tensor:
+        # Grid points first, so that channels lie side by side.
+        squares = (x.unsqueeze(1) * (1 / self.width) - grid).tanh_()
+        return torch.ops.mkldnn._linear_pointwise.default(
+            squares.mul_(squares).flatten(1), packed, bias, "none", [], ""
+        )
+
+    def _chunk(self, x: Tensor) -> int:
+        return max(_CHUNK_ROWS, _CHUNK_BYTES // (self.linear.in_features * x.element_size()))
+
+    def sources(self) -> list[Tensor]:
+        return [self.linear.weight, self.grid]
+
+    def derive(self, x: Tensor) -> Any:
+        weight = self.linear.weight.detach()
+        by_grid = weight.unflatten(1, (-1, len(self.grid))).transpose(1, 2).flatten(1)
+        packed = torch.ops.mkldnn._reorder_linear_weight(-by_grid, self._chunk(x))
+        grid = (self.grid.detach() / self.width).view(-1, 1)
+        return grid, packed, weight.sum(1)

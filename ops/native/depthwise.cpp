@@ -1,0 +1,24 @@
+// Depthwise convolution on the CPU: the plain C interface, without any header of torch, so that it
+// compiles in seconds and one library serves every version of torch. Called through ctypes from
+// ops/depthwise.py.
+#include <new>
+
+#include "depthwise.h"
+
+extern "C" {
+
+// Returns 0, or 1 where memory ran out.
+int depthwise_forward(const depthwise::Problem* problem, const depthwise::Tensors* tensors) {
+  try {
+    if (problem->bfloat16) {
+      depthwise::forward<BFloat16>(*problem, *tensors);
+    } else {
+      depthwise::forward<float>(*problem, *tensors);
+    }
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+  return 0;
+}
+
+}  // extern "C"

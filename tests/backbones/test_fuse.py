@@ -1,0 +1,193 @@
+"""The fast forms that fuse() gives: equal outputs, the same names, and the plain form where due."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from zoo import FAMILIES, RESTORATION, images, randomise, small
+
+import backbones
+from backbones._fuse import fast_form
+from ops.inference import layers
+from ops.inference.mlp import FastMlp, feed_forward
+from ops.native import build
+
+every_family = pytest.mark.parametrize("family", FAMILIES)
+
+
+def _relative(value: Tensor, expected: Tensor) -> float:
+    return ((value - expected).abs().max() / expected.abs().max()).item()
+
+
+def _fast_layers(model: nn.Module) -> list[nn.Module]:
+    return [m for m in model.modules() if isinstance(m, layers.FastLayer)]
+
+
+@every_family
+@torch.no_grad()
+def test_all_dtypes_and_paths(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One model all the way, since a random one is slow to make."""
+    model = randomise(small(family)).eval()
+    folded = copy.deepcopy(model).fuse(channels_last=False)
+    assert not _fast_layers(folded)
+    fused = copy.deepcopy(folded).fuse()
+    assert _fast_layers(fused) and not any(p.requires_grad for p in fused.parameters())
+    names = [name for name, _ in fused.named_modules()]
+    assert fused.fuse() is fused and [name for name, _ in fused.named_modules()] == names
+    assert fused.state_dict().keys() == folded.state_dict().keys()
+
+    sizes = ((1, 3, 70, 45), (3, 3, 40, 64))
+    expected = [model(images(*size)) for size in sizes]
+    for size, value in zip(sizes, expected, strict=True):
+        assert _relative(fused(images(*size)), value) <= 1e-5
+        # Whatever the memory format of the image.
+        last = images(*size).contiguous(memory_format=torch.channels_last)
+        assert _relative(fused(last), value) <= 1e-5
+
+    for copied in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        assert torch.equal(copied(images(*sizes[0])), fused(images(*sizes[0])))
+
+    half = copy.deepcopy(fused).fuse(dtype=torch.bfloat16)
+    out = half(images(*sizes[0]).bfloat16())
+    assert out.dtype == torch.bfloat16
+    plain = copy.deepcopy(folded).bfloat16()(images(*sizes[0]).bfloat16()).float()
+    # As far from the truth as the plain form in that precision, which chooses other regions or
+    # rounds at other places.
+    error = _relative(plain, expected[0])
+    assert _relative(out.float(), expected[0]) <= 2 * error + 1e-2
+
+    double = copy.deepcopy(fused).double()
+    assert _relative(double(images(*sizes[0]).double()).float(), expected[0]) <= 1e-5
+
+    monkeypatch.setenv("VISION_BACKBONES_NATIVE", "0")
+    monkeypatch.setattr(build, "_kernels", {})
+    assert _relative(copy.deepcopy(fused)(images(*sizes[0])), expected[0]) <= 1e-5
+
+
+@every_family
+def test_gradients_of_the_image(family: str) -> None:
+    folded = randomise(small(family)).eval().double().fuse(channels_last=False)
+    fused = copy.deepcopy(folded).fuse()
+    grads = []
+    for m in (folded, fused):
+        x = images(1, 3, 40, 40).double().requires_grad_()
+        m(x).square().sum().backward()
+        grads.append(x.grad)
+    assert _relative(grads[1], grads[0]) <= 1e-6
+
+
+def test_gradients_in_single_precision() -> None:
+    model = randomise(small("unireplknet")).eval().fuse()  # without kinks
+    x = images(1, 3, 40, 40).requires_grad_()
+    model(x).square().sum().backward()
+    exact = images(1, 3, 40, 40).double().requires_grad_()
+    model.double()(exact).square().sum().backward()
+    assert _relative(x.grad, exact.grad.float()) <= 1e-4
+
+
+@every_family
+@torch.no_grad()
+def test_state_dicts_move_between_fused_models(family: str) -> None:
+    source, target = randomise(small(family)).eval().fuse(), small(family).eval().fuse()
+    x = images(1, 3, 40, 40)
+    before = target(x)
+    target.load_state_dict(source.state_dict())
+    assert torch.equal(target(x), source(x)) and not torch.equal(target(x), before)
+    assigned = small(family).eval().fuse()
+    assigned(x)
+    assigned.load_state_dict(source.state_dict(), assign=True)
+    assert torch.equal(assigned(x), source(x))
+    # Also what is changed behind the model's back.
+    for parameter in target.parameters():
+        parameter.zero_()
+    assert not torch.equal(target(x), source(x))
+
+
+@pytest.mark.parametrize("family", ["inception_next", "unireplknet"])
+@torch.no_grad()
+def test_torch_export_takes_the_plain_form(family: str) -> None:
+    model = randomise(small(family)).eval().fuse()
+    x = images(1, 3, 64, 64)
+    expected = model(x)
+    program = torch.export.export(model, (x,))
+    assert not [n for n in program.graph.nodes if "mkldnn" in str(n.target)]
+    assert _relative(program.module()(x), expected) <= 1e-5
+
+
+@pytest.mark.slow
+@every_family
+@torch.no_grad()
+def test_torch_compile_takes_the_plain_form(family: str) -> None:
+    model = randomise(small(family)).eval().fuse()
+    x = images(1, 3, 64, 64)
+    compiled = torch.compile(model, fullgraph=family != "medvitv2")
+    assert _relative(compiled(x), model(x)) <= 1e-4
+
+
+def test_without_onednn_it_only_folds(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(layers, "has_onednn", lambda dtype: False)
+    model = small("van").eval().fuse()
+    assert model.fused and not _fast_layers(model)
+    forced = small("van").eval().fuse(channels_last=True)
+    weight = forced.stem.conv.weight if hasattr(forced.stem, "conv") else forced.stem.weight
+    assert weight.is_contiguous(memory_format=torch.channels_last)
+
+
+def test_meta_models_fold() -> None:
+    with torch.device("meta"):
+        model = small("shvit").eval()
+    assert model.fuse()(torch.empty(1, 3, 64, 64, device="meta")).shape == (1, 1000)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"dtype": torch.int8}, "floating-point.*torch.int8"),
+        ({"channels_last": "always"}, "'auto', got 'always'"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments: dict[str, object], message: str) -> None:
+    model = small("shvit")
+    with pytest.raises(ValueError, match=message):
+        model.fuse(**arguments)
+    assert not model.fused
+
+
+def test_autocast_keeps_working() -> None:
+    model = small("shvit").eval().fuse()
+    with torch.no_grad(), torch.autocast("cpu", dtype=torch.bfloat16):
+        out = model(images(1, 3, 64, 64))
+    assert out.isfinite().all()
+
+
+def test_only_the_exact_class_is_replaced(tmp_path: Path) -> None:
+    class Other(nn.Linear):
+        pass
+
+    assert fast_form(nn.Linear(1, 1)) is layers.FastLinear
+    assert fast_form(Other(1, 1)) is None
+    assert fast_form(nn.Conv2d(4, 4, 3, padding="same")) is None
+    assert fast_form(nn.Conv2d(4, 4, 3, padding_mode="reflect", padding=1)) is None
+    with pytest.raises(TypeError, match="does not stand for"):
+        layers.convert(nn.Conv2d(1, 1, 1), layers.FastLinear)
+
+
+@torch.no_grad()
+def test_feed_forward_in_pieces() -> None:
+    mlp = FastMlp(64, 512)
+    x = torch.randn(3, 30, 40, 64)
+    expected = x + mlp.fc2(nn.functional.gelu(mlp.fc1(x)))
+    mlp.fc1, mlp.fc2 = (layers.convert(m, layers.FastLinear) for m in (mlp.fc1, mlp.fc2))
+    mlp.requires_grad_(False)
+    torch.testing.assert_close(mlp(x, x), expected)
+    whole = feed_forward(x, mlp.fc1, mlp.fc2, 512)
+    torch.testing.assert_close(whole, mlp.fc2(mlp.fc1(x)))
+
+
+def test_every_family_is_seen() -> None:
+    assert set(FAMILIES) >= RESTORATION and len(FAMILIES) == len(backbones.list_families())

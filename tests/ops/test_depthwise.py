@@ -1,0 +1,193 @@
+"""The depthwise kernel against torch's convolution in float64, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ops import native
+from ops.depthwise import (
+    ACTIVATIONS,
+    depthwise_branches,
+    depthwise_conv2d,
+    taps_first,
+    unsupported,
+)
+from ops.native import build
+
+_PLAIN = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "hardswish": F.hardswish,
+}
+
+
+def _random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def _relative(value: Tensor, expected: Tensor) -> float:
+    return ((value - expected).abs().max() / expected.abs().max().clamp(min=1e-3)).item()
+
+
+pair = st.tuples(st.integers(1, 2), st.integers(1, 2))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    batch=st.integers(1, 2),
+    channels=st.sampled_from([1, 3, 8, 16, 24, 40]),
+    size=st.tuples(st.integers(1, 33), st.integers(1, 33)),
+    kernel=st.tuples(*[st.sampled_from([1, 2, 3, 5, 7, 11, 13])] * 2),
+    stride=pair,
+    dilation=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    padding=st.tuples(st.integers(0, 13), st.integers(0, 13)),
+    activation=st.sampled_from(ACTIVATIONS),
+    has_bias=st.booleans(),
+)
+def test_is_the_convolution(
+    batch, channels, size, kernel, stride, dilation, padding, activation, has_bias
+) -> None:
+    padding = tuple(
+        max(p, -(-(d * (k - 1) + 1 - n) // 2))  # so that the window fits
+        for p, d, k, n in zip(padding, dilation, kernel, size, strict=True)
+    )
+    x = _random(batch, channels, *size)
+    weight, bias = _random(channels, 1, *kernel, seed=1), _random(channels, seed=2)
+    bias = bias if has_bias else None
+    expected = F.conv2d(x, weight, bias, stride, padding, dilation, channels)
+    out = depthwise_conv2d(
+        x.float(),
+        taps_first(weight),
+        None if bias is None else bias.float(),
+        stride,
+        padding,
+        dilation,
+        activation,
+    )
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    # Relative to the sums without cancellation.
+    scale = F.conv2d(x.abs(), weight.abs(), None, stride, padding, dilation, channels).max() + 1
+    assert (out - _PLAIN[activation](expected)).abs().max() < 1e-6 * scale
+
+
+@pytest.mark.parametrize("instructions", ["avx2", "portable"])
+def test_other_instruction_sets(instructions: str, monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("VISION_BACKBONES_NATIVE_ISA", instructions)
+    monkeypatch.setenv("CXX", "c++ -O1")  # compiles in half the time
+    monkeypatch.setattr(build, "_COMMON_FLAGS", ["-std=c++17", "-O1", "-fPIC", "-shared"])
+    monkeypatch.setattr(build, "_kernels", {})
+    for size, kernel, stride, dilation in (((17, 14), 7, 1, 3), ((9, 15), 3, 2, 1)):
+        x, weight, bias = _random(2, 20, *size), _random(20, 1, kernel, kernel), _random(20)
+        padding = dilation * (kernel // 2)
+        expected = F.gelu(F.conv2d(x, weight, bias, stride, padding, dilation, 20))
+        arguments = ((stride,) * 2, (padding,) * 2, (dilation,) * 2, "gelu")
+        out = depthwise_conv2d(x.float(), taps_first(weight), bias.float(), *arguments)
+        assert _relative(out, expected) < 2e-6
+        half = depthwise_conv2d(x.bfloat16(), taps_first(weight), bias.float(), *arguments)
+        assert half.dtype == torch.bfloat16 and _relative(half, expected) < 2e-2
+    assert native.status("depthwise").instruction_set == instructions
+
+
+def test_bfloat16_rounds_only_at_the_end() -> None:
+    x, weight = _random(1, 24, 20, 20).bfloat16(), _random(24, 1, 13, 13)
+    expected = F.conv2d(x.double(), weight, None, 1, 6, 1, 24)
+    out = depthwise_conv2d(x, taps_first(weight), None, (1, 1), (6, 6))
+    assert _relative(out.double(), expected) < 4e-3
+
+
+def test_a_slice_of_channels_is_read_where_it_lies() -> None:
+    wide = _random(2, 40, 9, 9).float().contiguous(memory_format=torch.channels_last)
+    x, weight = wide[:, 8:24], _random(16, 1, 5, 5)
+    expected = F.conv2d(x.double(), weight, None, 1, 2, 1, 16)
+    out = depthwise_conv2d(x, taps_first(weight), None, (1, 1), (2, 2))
+    assert _relative(out, expected) < 2e-6
+
+
+def test_threads_change_nothing() -> None:
+    x, weight = _random(2, 48, 40, 40).float(), _random(48, 1, 7, 7)
+    threads = torch.get_num_threads()
+    outs = []
+    try:
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            outs.append(depthwise_conv2d(x, taps_first(weight), None, (1, 1), (3, 3)))
+    finally:
+        torch.set_num_threads(threads)
+    assert torch.equal(*outs)
+
+
+def test_nan_and_infinity_pass() -> None:
+    x = torch.zeros(1, 16, 5, 5)
+    x[0, 3, 2, 2], x[0, 4, 2, 2] = float("nan"), float("inf")
+    taps = torch.ones(3, 3, 16)
+    for activation in ("relu", "gelu", "silu"):
+        out = depthwise_conv2d(x, taps, None, (1, 1), (1, 1), activation=activation)
+        assert out[0, 3, 1:4, 1:4].isnan().all()
+        assert out[0, 5:].eq(0).all()
+    assert depthwise_conv2d(x, taps, None, (1, 1), (1, 1))[0, 4, 1:4, 1:4].isinf().all()
+
+
+def test_branches() -> None:
+    x = _random(2, 40, 13, 10)
+    kernels = ((3, 3), (1, 11), (11, 1))
+    weights = [_random(6, 1, *k, seed=i) for i, k in enumerate(kernels)]
+    biases = [_random(6, seed=i) for i in range(3)]
+    parts = [x[:, :22]]
+    for i, (rows, columns) in enumerate(kernels):
+        part = x[:, 22 + 6 * i : 28 + 6 * i]
+        padding = (rows // 2, columns // 2)
+        parts.append(F.conv2d(part, weights[i], biases[i], 1, padding, 1, 6))
+    out = depthwise_branches(
+        x.float(), [taps_first(w) for w in weights], [b.float() for b in biases]
+    )
+    assert _relative(out, torch.cat(parts, 1)) < 2e-6
+
+
+def test_no_images_give_no_maps() -> None:
+    assert depthwise_conv2d(torch.empty(0, 4, 8, 8), torch.ones(3, 3, 4)).shape == (0, 4, 6, 6)
+
+
+@pytest.mark.parametrize(
+    ("shape", "taps", "activation", "message"),
+    [
+        ((1, 4, 8, 8), (3, 3, 5), "none", "got .1, 4, 8, 8. and .3, 3, 5."),
+        ((1, 4, 2, 8), (3, 3, 4), "none", "a map of 2×8"),
+        ((1, 4, 8, 8), (3, 3, 4), "tanh", "activation must be one of"),
+    ],
+)
+def test_what_does_not_fit_is_refused(shape, taps, activation, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        depthwise_conv2d(torch.zeros(shape), torch.zeros(taps), activation=activation)
+
+
+def test_unsupported_says_why() -> None:
+    cpu = torch.device("cpu")
+    assert unsupported((1, 1), cpu, torch.float32) is None
+    assert "cuda" in unsupported((1, 1), torch.device("cuda"), torch.float32)
+    assert "float64" in unsupported((1, 1), cpu, torch.float64)
+    assert "strides" in unsupported((3, 3), cpu, torch.float32)
+
+
+def test_without_the_kernel(monkeypatch) -> None:
+    monkeypatch.setenv("VISION_BACKBONES_NATIVE", "0")
+    monkeypatch.setattr(build, "_kernels", {})
+    assert "VISION_BACKBONES_NATIVE=0" in unsupported((1, 1), torch.device("cpu"), torch.float32)
+    with pytest.raises(RuntimeError, match="switched off"):
+        depthwise_conv2d(torch.zeros(1, 4, 8, 8), torch.zeros(3, 3, 4))
+
+
+def test_compiles_and_has_a_fake() -> None:
+    x, taps = torch.zeros(1, 16, 8, 8), torch.zeros(3, 3, 16)
+    arguments = (x, taps, None, [1, 1], [1, 1], [1, 1], "relu")
+    torch.library.opcheck(torch.ops.vision_backbones.depthwise_conv2d.default, arguments)
+    torch.library.opcheck(
+        torch.ops.vision_backbones.depthwise_branches.default,
+        (x, [taps[:, :, :4]], [taps[0, 0, :4]]),
+    )
