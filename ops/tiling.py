@@ -6,13 +6,13 @@ around them, and of the result only the tile is kept; or neighbours are blended 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-__all__ = ["Tile", "run_tiled", "tile_spans"]
+__all__ = ["Tile", "run_tiled", "tile_spans", "tiled_strips"]
 
 
 @dataclass(frozen=True)
@@ -74,6 +74,33 @@ def run_tiled(
     Raises:
         ValueError: sizes that make no tiles, or a network with another ``scale``.
     """
+    strips = tiled_strips(
+        network, x, tile_size=tile_size, overlap=overlap, scale=scale, blend=blend
+    )
+    return torch.cat(list(strips), dim=2)
+
+
+def tiled_strips(
+    network: Callable[[Tensor], Tensor],
+    x: Tensor,
+    *,
+    tile_size: int,
+    overlap: int,
+    scale: int = 1,
+    blend: int = 0,
+) -> Iterator[Tensor]:
+    """The result of :func:`run_tiled` from top to bottom, each strip as soon as it is finished.
+
+    Only a row of tiles is in memory at a time.
+
+    Args: as :func:`run_tiled`.
+
+    Yields:
+        (B, C', rows, W·scale).
+
+    Raises:
+        ValueError: as :func:`run_tiled`.
+    """
     if tile_size < 1 or overlap < 0 or scale < 1:
         raise ValueError(
             "tile_size and scale must be at least 1 and overlap at least 0, "
@@ -85,8 +112,11 @@ def run_tiled(
             f"tile_size), got {blend}"
         )
     height, width = x.shape[2:]
-    out: Tensor | None = None
+    if not height or not width:
+        raise ValueError(f"an image of {height}×{width} has no pixels")
+    carried: Tensor | None = None  # rows that the next row of tiles has a share in
     for row in tile_spans(height, tile_size, overlap):
+        strip: Tensor | None = None
         for column in tile_spans(width, tile_size, overlap):
             result = network(x[:, :, row.first : row.last, column.first : column.last])
             expected = ((row.last - row.first) * scale, (column.last - column.first) * scale)
@@ -95,20 +125,24 @@ def run_tiled(
                     f"with scale {scale} a tile should become {expected[0]}×{expected[1]}, but "
                     f"the network made {result.shape[2]}×{result.shape[3]}"
                 )
-            if out is None:
-                out = result.new_zeros(*result.shape[:2], height * scale, width * scale)
             top, bottom, down = _weights(row, height, scale, blend, result)
             left, right, across = _weights(column, width, scale, blend, result)
+            if strip is None:
+                strip = result.new_zeros(*result.shape[:2], bottom - top, width * scale)
+                if carried is not None:
+                    strip[:, :, : carried.shape[2]] = carried
             kept = result[
                 :,
                 :,
                 top - row.first * scale : bottom - row.first * scale,
                 left - column.first * scale : right - column.first * scale,
             ]
-            out[:, :, top:bottom, left:right] += kept * down[:, None] * across
-    if out is None:
-        raise ValueError(f"an image of {height}×{width} has no pixels")
-    return out
+            strip[:, :, :, left:right] += kept * down[:, None] * across
+        assert strip is not None
+        finished = height * scale if row.stop == height else (row.stop - blend) * scale
+        # A copy: a view would keep the whole strip alive.
+        carried = strip[:, :, finished - top :].clone()
+        yield strip[:, :, : finished - top]
 
 
 def _weights(

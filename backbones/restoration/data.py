@@ -1,0 +1,235 @@
+"""Pairs of spoilt and true patches, cut while training; what they are follows from a seed."""
+
+from __future__ import annotations
+
+import glob
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Dataset
+
+from backbones.restoration.degrade import add_noise, compress, real_world, sharpen
+from backbones.restoration.images import SUFFIXES, PictureError, read_picture
+from backbones.restoration.metrics import quantize
+from backbones.restoration.photographs import TRAINING, VALIDATION, find_photographs
+from backbones.restoration.recipe import RestorationRecipe
+from backbones.restoration.resize import resize_bicubic
+from backbones.training.corrupt import CorruptImages
+from backbones.training.distributed import World
+from backbones.training.errors import DataError
+from backbones.training.loader import _loader_options as loader_options
+from backbones.training.loader import _Sized as SizedBatches
+from backbones.training.sampler import Key, TrainSampler, mix_seed
+
+__all__ = ["PatchLoader", "Patches", "find_pictures", "load_truth", "spoil_whole", "to_tensor"]
+
+Pair = tuple[Tensor, Tensor]
+
+
+def find_pictures(what: str, training: bool) -> list[Path]:
+    """The files of a folder and what lies below it, of a glob, or of ``photographs``.
+
+    Raises:
+        DataError: there are none.
+    """
+    if what == "photographs":
+        try:
+            return find_photographs(TRAINING if training else VALIDATION)
+        except FileNotFoundError as error:
+            raise DataError(str(error)) from error
+    key = "train_pictures" if training else "val_pictures"
+    if not what:
+        raise DataError(f"no pictures: give --{key.replace('_', '-')} a folder or a glob")
+    folder = Path(what)
+    found = folder.rglob("*") if folder.is_dir() else map(Path, glob.glob(what, recursive=True))
+    paths = sorted(p for p in found if p.suffix.lower() in SUFFIXES and p.is_file())
+    if not paths:
+        raise DataError(f"{key}: no picture at {what} ({', '.join(SUFFIXES)})")
+    return paths
+
+
+def to_tensor(pixels: np.ndarray, channels: int) -> Tensor:
+    """uint8 or uint16 (H, W, 1 or 3) → float32 (channels, H, W) in 0 … 1."""
+    limit = float(np.iinfo(pixels.dtype).max)
+    x = torch.from_numpy(pixels.astype(np.float32)).permute(2, 0, 1) / limit
+    if x.shape[0] < channels:
+        x = x.expand(channels, -1, -1)
+    elif x.shape[0] > channels:
+        weights = torch.tensor((0.299, 0.587, 0.114)).view(3, 1, 1)
+        x = (x * weights).sum(0, keepdim=True)
+    return x.contiguous()
+
+
+def load_truth(path: Path, channels: int, scale: int) -> Tensor:
+    """A picture as (channels, H, W) in 0 … 1, cut to multiples of ``scale``.
+
+    Raises:
+        PictureError: it cannot be read, or is smaller than ``scale``.
+    """
+    truth = to_tensor(read_picture(path).pixels, channels)
+    height, width = (side - side % scale for side in truth.shape[1:])
+    if not height or not width:
+        raise PictureError(f"{path} is smaller than {scale}×{scale}")
+    return truth[:, :height, :width]
+
+
+def spoil_whole(recipe: RestorationRecipe, truth: Tensor, scale: int, number: int) -> Pair:
+    """What the model gets to see of a validation picture, and what it should make of it.
+
+    The same at every call. Of several noises or qualities the pictures get one in turn.
+
+    Args:
+        truth: (C, H, W) in 0 … 1, sides multiples of ``scale``.
+        number: of the picture.
+    """
+    generator = np.random.default_rng(mix_seed(0, number))
+    if recipe.task == "denoise":
+        return add_noise(truth, recipe.sigma[number % len(recipe.sigma)], generator), truth
+    if recipe.task == "jpeg":
+        low, high = recipe.quality
+        return compress(truth, low + (high - low) * (number % 4) // 3), truth
+    return _spoil(recipe, truth, scale, generator)
+
+
+def _spoil(
+    recipe: RestorationRecipe, truth: Tensor, scale: int, generator: np.random.Generator
+) -> Pair:
+    if recipe.task == "sr":
+        return quantize(resize_bicubic(truth, 1 / scale)), truth
+    if recipe.task == "denoise":
+        return add_noise(truth, float(generator.choice(recipe.sigma)), generator), truth
+    if recipe.task == "jpeg":
+        low, high = recipe.quality
+        return compress(truth, int(generator.integers(low, high + 1))), truth
+    spoilt = real_world(truth, scale, generator)
+    return spoilt, sharpen(truth) if recipe.usm else truth
+
+
+class Patches(Dataset[Pair]):
+    """Pairs (C, p, p) and (C, p·scale, p·scale); an unreadable picture gives way to another.
+
+    Args:
+        paths: the pictures.
+        recipe: the task and the size of the patches.
+        scale: of the model.
+        corrupt: where unreadable pictures are noted.
+    """
+
+    def __init__(
+        self, paths: list[Path], recipe: RestorationRecipe, scale: int, corrupt: CorruptImages
+    ) -> None:
+        self.paths, self.recipe, self.scale, self.corrupt = paths, recipe, scale, corrupt
+        self._kept: dict[int, np.ndarray] = {}
+
+    def __getitem__(self, key: Key) -> Pair:
+        index, seed = key
+        generator = np.random.default_rng(seed)
+        pixels = self._read(index % len(self.paths))
+        while pixels is None:
+            pixels = self._read(int(generator.integers(len(self.paths))))
+        return self.cut(pixels, generator)
+
+    def cut(self, pixels: np.ndarray, generator: np.random.Generator) -> Pair:
+        """A patch at random from (H, W, C) of integers, spoilt at random."""
+        scale, side = self.scale, self.recipe.patch_size * self.scale
+        rows, columns = ((n // scale) * scale for n in pixels.shape[:2])
+        top = int(generator.integers((rows - side) // scale + 1)) * scale
+        left = int(generator.integers((columns - side) // scale + 1)) * scale
+        # The kernel of the bicubic reaches two pixels of the result, and half a pixel more.
+        margin = 3 * scale if self.recipe.task == "sr" else 0
+        first_row, first_column = max(top - margin, 0), max(left - margin, 0)
+        region = pixels[
+            first_row : min(top + side + margin, rows),
+            first_column : min(left + side + margin, columns),
+        ]
+        truth = to_tensor(region, self.recipe.in_chans)
+        inner = (top - first_row, left - first_column)
+        patch = truth[:, inner[0] : inner[0] + side, inner[1] : inner[1] + side]
+        if self.recipe.task == "sr":
+            start = (inner[0] // scale, inner[1] // scale)
+            end = (start[0] + self.recipe.patch_size, start[1] + self.recipe.patch_size)
+            pair = quantize(resize_bicubic(truth, 1 / scale, window=(*start, *end))), patch
+            flips = self._flips(generator)
+            return _flip(pair[0], flips), _flip(pair[1], flips)
+        patch = _flip(patch, self._flips(generator))
+        return _spoil(self.recipe, patch, scale, generator)
+
+    def _flips(self, generator: np.random.Generator) -> int:
+        return int(generator.integers(8)) if self.recipe.symmetries else 0
+
+    def _read(self, number: int) -> np.ndarray | None:
+        if number in self._kept:
+            return self._kept[number]
+        path, side = self.paths[number], self.recipe.patch_size * self.scale
+        try:
+            pixels = read_picture(path).pixels
+            if min(pixels.shape[:2]) < side:
+                raise PictureError(f"smaller than a patch of {side}×{side}")
+        except PictureError as error:
+            self.corrupt.add(str(path), error)
+            self.corrupt.check(len(self.paths))
+            return None
+        if self.recipe.cache:
+            self._kept[number] = pixels
+        return pixels
+
+
+def _flip(x: Tensor, which: int) -> Tensor:
+    """One of the 8 symmetries of the square: bits for rows, columns, diagonal."""
+    axes = [axis for bit, axis in ((1, 1), (2, 2)) if which & bit]
+    x = x.flip(axes) if axes else x
+    return (x.transpose(1, 2) if which & 4 else x).contiguous()
+
+
+class PatchLoader:
+    """Batches of patches, by epoch; what is in them depends on seed, epoch and position alone.
+
+    Args: as :class:`Patches`, and
+        world: this process among all.
+    """
+
+    def __init__(
+        self,
+        paths: list[Path],
+        recipe: RestorationRecipe,
+        scale: int,
+        world: World,
+        corrupt: CorruptImages,
+    ) -> None:
+        self.paths, self.recipe, self.world = paths, recipe, world
+        self.batches = batches = recipe.updates_per_epoch * recipe.accum_steps
+        # The sampler draws without putting back: as many numbers as patches, modulo the pictures.
+        self._sampler = TrainSampler(
+            batches * recipe.batch_size * world.size, replace(recipe, aug_repeats=0), world
+        )
+        self._loader: DataLoader[Pair] = DataLoader(
+            Patches(paths, recipe, scale, corrupt),
+            batch_sampler=self._sampler,
+            generator=torch.Generator(),
+            **{**loader_options(recipe, world, persistent=True), "collate_fn": None},
+        )
+        self._current: SizedBatches | None = None
+
+    def epoch(self, epoch: int, start: int = 0) -> Iterator[Pair]:
+        """Pairs (B, C, p, p) and (B, C, p·scale, p·scale) on the device, from ``start`` on."""
+        self._sampler.epoch, self._sampler.start = epoch, start
+        device = self.world.device
+        self._current = SizedBatches(self._loader, self.batches - start)
+        for spoilt, truth in self._current:
+            yield spoilt.to(device, non_blocking=True), truth.to(device, non_blocking=True)
+
+    def close(self) -> None:
+        """End the loader processes."""
+        if self._current is not None:
+            self._current.close()
+
+    def names(self, epoch: int, update: int) -> list[str]:
+        """What this process's pictures of one update are called."""
+        accum = self.recipe.accum_steps
+        batches = range(update * accum, (update + 1) * accum)
+        keys = [key for batch in batches for key in self._sampler.batch(epoch, batch)]
+        return [str(self.paths[index % len(self.paths)]) for index, _ in keys]

@@ -1,0 +1,261 @@
+"""How training images are spoilt: noise, JPEG, and the chain of Real-ESRGAN for real photographs.
+
+Xintao Wang et al., "Real-ESRGAN: Training Real-World Blind Super-Resolution with Pure Synthetic
+Data", https://arxiv.org/abs/2107.10833: blur, resize, noise and JPEG, twice, and a sinc filter for
+ringing. Everything random comes from the generator that is given.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from torch import Tensor
+
+from backbones.restoration.resize import resize_bicubic
+
+__all__ = [
+    "FIRST_PASS",
+    "SECOND_PASS",
+    "Pass",
+    "add_noise",
+    "blur",
+    "compress",
+    "gaussian_kernel",
+    "real_world",
+    "sharpen",
+    "sinc_kernel",
+]
+
+
+def add_noise(image: Tensor, sigma: float, generator: np.random.Generator) -> Tensor:
+    """Add Gaussian noise; the result is neither rounded nor clipped.
+
+    Args:
+        image: (C, H, W) in 0 … 1.
+        sigma: standard deviation, on the scale of 0 … 255.
+    """
+    noise = generator.standard_normal(tuple(image.shape), dtype=np.float32)
+    return image + torch.from_numpy(noise) * (sigma / 255)
+
+
+def compress(image: Tensor, quality: int) -> Tensor:
+    """What is left of (C, H, W) in 0 … 1 after JPEG of ``quality`` 1 … 100; C is 1 or 3.
+
+    Colour is halved in resolution, as Pillow and most cameras do.
+    """
+    pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).squeeze(2).numpy()
+    data = io.BytesIO()
+    Image.fromarray(pixels).save(data, format="JPEG", quality=int(quality))
+    with Image.open(data) as decoded:
+        array = np.array(decoded, dtype=np.float32) / 255
+    return torch.from_numpy(array.reshape(*array.shape[:2], -1)).permute(2, 0, 1).contiguous()
+
+
+def blur(image: Tensor, kernel: Tensor) -> Tensor:
+    """Convolve each channel of (C, H, W) with (k, k), k odd; edges are mirrored."""
+    margin = kernel.shape[0] // 2
+    padded = F.pad(image.unsqueeze(1), (margin,) * 4, mode="reflect")
+    return F.conv2d(padded, kernel.to(image)[None, None]).squeeze(1)
+
+
+def gaussian_kernel(
+    size: int,
+    sigmas: tuple[float, float],
+    angle: float = 0.0,
+    shape: float = 1.0,
+    plateau: bool = False,
+) -> Tensor:
+    """A Gaussian of (size, size), or one of its two generalisations.
+
+    Args:
+        sigmas: along both axes, in pixels.
+        angle: that the first axis is turned by.
+        shape: β; with r² the squared distance in sigmas the density is exp(-r²^β / 2), or with
+            ``plateau`` 1 / (1 + r²^β).
+    """
+    places = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
+    y, x = torch.meshgrid(places, places, indexing="ij")
+    along = (x * math.cos(angle) + y * math.sin(angle)) / sigmas[0]
+    across = (y * math.cos(angle) - x * math.sin(angle)) / sigmas[1]
+    distance = (along**2 + across**2) ** shape
+    density = 1 / (1 + distance) if plateau else torch.exp(-distance / 2)
+    return (density / density.sum()).float()
+
+
+def sinc_kernel(size: int, cutoff: float) -> Tensor:
+    """A circular low-pass filter of (size, size) that rings; ``cutoff`` in radians a pixel."""
+    places = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
+    radius = (places[:, None] ** 2 + places**2).sqrt()
+    centre = radius == 0
+    safe = radius.masked_fill(centre, 1.0)
+    values = cutoff * torch.special.bessel_j1(cutoff * safe) / (2 * math.pi * safe)
+    values = values.masked_fill(centre, cutoff**2 / (4 * math.pi))
+    return (values / values.sum()).float()
+
+
+def sharpen(image: Tensor, weight: float = 0.5, radius: int = 50, threshold: float = 10) -> Tensor:
+    """Unsharp masking where edges are stronger than ``threshold`` of 255, softly blended."""
+    radius += 1 - radius % 2
+    # OpenCV's rule for the sigma of a Gaussian that is given by its size.
+    sigma = 0.3 * ((radius - 1) * 0.5 - 1) + 0.8
+    taps = gaussian_kernel(radius, (sigma, sigma)).sum(0)
+    residual = image - _blur_separably(image, taps)
+    mask = (residual.abs() * 255 > threshold).to(image)
+    sharp = (image + weight * residual).clamp(0, 1)
+    soft = _blur_separably(mask, taps)
+    return soft * sharp + (1 - soft) * image
+
+
+def _blur_separably(image: Tensor, taps: Tensor) -> Tensor:
+    """With edges mirrored back and forth, so that the kernel may be larger than the image."""
+    margin = len(taps) // 2
+    for axis in (1, 2):
+        size = image.shape[axis]
+        places = torch.arange(-margin, size + margin).remainder(max(2 * size - 2, 1))
+        places = torch.minimum(places, (2 * size - 2 - places).abs()).clamp(max=size - 1)
+        padded = image.index_select(axis, places).unfold(axis, len(taps), 1)
+        image = padded @ taps.to(image)
+    return image
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Ranges of one of the two passes, from the paper's supplement.
+
+    Attributes:
+        blur: probability of it.
+        sigma: of the blur, in pixels.
+        resize: probabilities of growing, shrinking, keeping the size.
+        factor: smallest and largest.
+        noise: σ of Gaussian noise, of 255.
+        shot: scale of Poisson noise.
+    """
+
+    blur: float
+    sigma: tuple[float, float]
+    resize: tuple[float, float, float]
+    factor: tuple[float, float]
+    noise: tuple[float, float]
+    shot: tuple[float, float]
+
+
+FIRST_PASS = Pass(1.0, (0.2, 3.0), (0.2, 0.7, 0.1), (0.15, 1.5), (1, 30), (0.05, 3.0))
+SECOND_PASS = Pass(0.8, (0.2, 1.5), (0.3, 0.4, 0.3), (0.3, 1.2), (1, 25), (0.05, 2.5))
+_QUALITY = (30, 95)
+_KERNELS = ("iso", "aniso", "general iso", "general aniso", "plateau iso", "plateau aniso")
+_KERNEL_SHARES = (0.45, 0.25, 0.12, 0.03, 0.12, 0.03)
+_SINC, _FINAL_SINC, _GREY_NOISE, _GAUSSIAN_NOISE = 0.1, 0.8, 0.4, 0.5
+
+
+def real_world(image: Tensor, scale: int, generator: np.random.Generator) -> Tensor:
+    """Spoil an image as cameras, editors and the internet do.
+
+    Args:
+        image: (3, H, W) in 0 … 1; sides are multiples of ``scale``.
+        scale: how much smaller the result is.
+
+    Returns:
+        (3, H / scale, W / scale) in 0 … 1, with 8 bits.
+    """
+    height, width = image.shape[1:]
+    x = _half(image, FIRST_PASS, (height, width), generator)
+    x = compress(x, int(generator.integers(_QUALITY[0], _QUALITY[1] + 1)))
+    x = _half(x, SECOND_PASS, (height // scale, width // scale), generator)
+    last = None
+    if generator.random() < _FINAL_SINC:
+        last = sinc_kernel(_odd(generator), float(generator.uniform(math.pi / 3, math.pi)))
+    jpeg = int(generator.integers(_QUALITY[0], _QUALITY[1] + 1))
+    compress_first = generator.random() < 0.5
+    if compress_first:
+        x = compress(x, jpeg)
+    x = _resize(x, (height // scale, width // scale), generator)
+    if last is not None:
+        x = _fitting_blur(x, last)
+    if not compress_first:
+        x = compress(x, jpeg)
+    return (x.clamp(0, 1) * 255).round() / 255
+
+
+def _half(
+    x: Tensor, ranges: Pass, reference: tuple[int, int], generator: np.random.Generator
+) -> Tensor:
+    """Blur, resize to a random share of ``reference``, noise."""
+    if generator.random() < ranges.blur:
+        x = _fitting_blur(x, _random_kernel(ranges.sigma, generator))
+    kind = generator.choice(3, p=ranges.resize)
+    low, high = ranges.factor
+    factor = (generator.uniform(1, high), generator.uniform(low, 1), 1.0)[kind]
+    x = _resize(x, tuple(max(int(side * factor), 1) for side in reference), generator)
+    grey = generator.random() < _GREY_NOISE
+    if generator.random() < _GAUSSIAN_NOISE:
+        channels = 1 if grey else 3
+        flat = torch.zeros(channels, *x.shape[1:])
+        x = x + add_noise(flat, generator.uniform(*ranges.noise), generator)
+    else:
+        x = x + _shot_noise(x, grey, generator.uniform(*ranges.shot), generator)
+    return x.clamp(0, 1)
+
+
+def _shot_noise(x: Tensor, grey: bool, scale: float, generator: np.random.Generator) -> Tensor:
+    """Poisson noise as if the image had been counted with as many photons as it has grey levels."""
+    if grey:
+        x = (0.299 * x[0] + 0.587 * x[1] + 0.114 * x[2]).unsqueeze(0)
+    x = (x.clamp(0, 1) * 255).round() / 255
+    levels = 2.0 ** math.ceil(math.log2(max(len(x.unique()), 2)))
+    counts = generator.poisson(x.double().numpy() * levels) / levels
+    return (torch.from_numpy(counts).float() - x) * scale
+
+
+def _random_kernel(sigma: tuple[float, float], generator: np.random.Generator) -> Tensor:
+    size = _odd(generator)
+    if generator.random() < _SINC:
+        lowest = math.pi / 3 if size < 13 else math.pi / 5
+        return sinc_kernel(size, float(generator.uniform(lowest, math.pi)))
+    kind = str(generator.choice(_KERNELS, p=_KERNEL_SHARES))
+    first = float(generator.uniform(*sigma))
+    even = not kind.endswith("aniso")
+    second, angle = (first, 0.0) if even else (float(generator.uniform(*sigma)), 0.0)
+    if not even:
+        angle = float(generator.uniform(-math.pi, math.pi))
+    shape = 1.0
+    if kind.startswith("general"):
+        shape = _around_one(0.5, 4.0, generator)
+    elif kind.startswith("plateau"):
+        shape = _around_one(1.0, 2.0, generator)
+    return gaussian_kernel(size, (first, second), angle, shape, kind.startswith("plateau"))
+
+
+def _around_one(low: float, high: float, generator: np.random.Generator) -> float:
+    """Below and above 1 equally often."""
+    bounds = (low, 1.0) if generator.random() < 0.5 else (1.0, high)
+    return float(generator.uniform(*bounds))
+
+
+def _odd(generator: np.random.Generator) -> int:
+    """Side of a kernel: 7, 9, …, 21."""
+    return 2 * int(generator.integers(3, 11)) + 1
+
+
+def _fitting_blur(x: Tensor, kernel: Tensor) -> Tensor:
+    """:func:`blur`; a kernel larger than the image loses its rim."""
+    most = 2 * min(x.shape[1:]) - 1
+    if (extra := kernel.shape[0] - most) > 0:
+        kernel = kernel[extra // 2 : kernel.shape[0] - extra // 2]
+        kernel = kernel[:, extra // 2 : kernel.shape[1] - extra // 2]
+        kernel = kernel / kernel.sum()
+    return blur(x, kernel)
+
+
+def _resize(x: Tensor, size: tuple[int, ...], generator: np.random.Generator) -> Tensor:
+    """By areas, bilinearly or bicubically: real tools differ."""
+    mode = str(generator.choice(("area", "bilinear", "bicubic")))
+    if mode == "bicubic":
+        return resize_bicubic(x, size=(size[0], size[1]), antialias=False)
+    options = {} if mode == "area" else {"align_corners": False}
+    return F.interpolate(x.unsqueeze(0), size=size, mode=mode, **options).squeeze(0)

@@ -1,0 +1,319 @@
+"""Picture files as arrays in 0 … 1 and back: every mode, 8 and 16 bits, nothing half-written."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import ExifTags, Image, UnidentifiedImageError
+
+from backbones.training.checkpoint import write_atomically
+from backbones.training.errors import DataError
+
+__all__ = ["SUFFIXES", "Picture", "PictureError", "read_picture", "read_size", "write_picture"]
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
+"""Endings of the files that a folder is searched for."""
+_DEEP = (".png", ".tif", ".tiff")
+# A TIFF's own notes are EXIF too, and most of them say how the old file is built.
+_KEPT_TAGS = {
+    *(ExifTags.Base.ImageDescription, ExifTags.Base.Make, ExifTags.Base.Model),
+    *(ExifTags.Base.Software, ExifTags.Base.DateTime, ExifTags.Base.Artist),
+    *(ExifTags.Base.Copyright, ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo),
+}
+_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, OverflowError)
+
+
+class PictureError(DataError):
+    """A file that is no picture we can read, or cannot be written; the message names it."""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture upright, with what its file said of it.
+
+    Attributes:
+        pixels: uint8 or uint16 (H, W, 3), or (H, W, 1) of a grey one.
+        alpha: opacity, (H, W) of the same type; None where all is opaque.
+        icc: the colour profile.
+        exif: the camera's notes, without the orientation and what describes the old file.
+        note: what was left out, for people; "" if nothing.
+    """
+
+    pixels: np.ndarray
+    alpha: np.ndarray | None = None
+    icc: bytes | None = None
+    exif: bytes | None = None
+    note: str = ""
+
+    @property
+    def bits(self) -> int:
+        """8 or 16."""
+        return 8 * self.pixels.dtype.itemsize
+
+    @property
+    def is_grey(self) -> bool:
+        """Whether there is a single channel."""
+        return self.pixels.shape[2] == 1
+
+    def with_pixels(self, pixels: np.ndarray, alpha: np.ndarray | None) -> Picture:
+        """The same file with other contents."""
+        return replace(self, pixels=pixels, alpha=alpha)
+
+    def show(self) -> Image.Image:
+        """As a Pillow image of 8 bits, alpha included."""
+        return _to_pillow(self, 8)
+
+
+def read_size(path: Path) -> tuple[int, int]:
+    """Height and width of the upright picture, from the file's head.
+
+    Raises:
+        PictureError: no picture.
+    """
+    try:
+        with Image.open(path) as image:
+            width, height = image.size
+            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
+    except _ERRORS as error:
+        raise PictureError(_explain(path, error)) from error
+    return (width, height) if turned else (height, width)
+
+
+def read_picture(path: Path) -> Picture:
+    """Read PNG, JPEG, WebP, TIFF or whatever else Pillow decodes.
+
+    Palettes become RGB, CMYK and the like too; the camera's orientation is applied. 16 bits stay
+    16 bits (PNG; TIFF in colour if ``tifffile`` is installed). Of several frames the first is
+    taken, and :attr:`Picture.note` says so.
+
+    Raises:
+        PictureError: missing, damaged, or of a kind that has no place here.
+    """
+    try:
+        with Image.open(path) as image:
+            image.load()
+            frames = getattr(image, "n_frames", 1)
+            icc, exif = image.info.get("icc_profile"), image.getexif()
+            turn = exif.get(ExifTags.Base.Orientation, 1)
+            pixels, alpha = _arrays(image, path)
+    except _ERRORS as error:
+        if isinstance(error, PictureError):
+            raise
+        raise PictureError(_explain(path, error)) from error
+    for tag in set(exif) - _KEPT_TAGS:
+        del exif[tag]
+    note = f"only the first of its {frames} frames" if frames > 1 else ""
+    return Picture(
+        np.ascontiguousarray(_upright(pixels, turn)),
+        None if alpha is None else np.ascontiguousarray(_upright(alpha, turn)),
+        icc,
+        exif.tobytes() if len(exif) else None,
+        note,
+    )
+
+
+def write_picture(path: Path, picture: Picture, quality: int = 95) -> None:
+    """Write the format of the ending; the file appears whole or not at all.
+
+    16 bits are kept in PNG and TIFF, alpha in PNG, WebP and TIFF.
+
+    Args:
+        quality: of JPEG and WebP, 1 … 100.
+
+    Raises:
+        PictureError: an ending that means no format we write, a format that cannot hold the
+            picture, or a disk that cannot.
+    """
+    suffix = path.suffix.lower()
+    if suffix not in SUFFIXES:
+        raise PictureError(f"{path}: pictures are written as {', '.join(SUFFIXES)}")
+    data = io.BytesIO()
+    try:
+        if picture.bits == 16 and suffix in _DEEP:
+            data.write((_deep_png if suffix == ".png" else _deep_tiff)(picture))
+        else:
+            image = _to_pillow(picture, 8)
+            if suffix in (".jpg", ".jpeg", ".bmp") and picture.alpha is not None:
+                image = image.convert("L" if picture.is_grey else "RGB")
+            options: dict[str, Any] = {"icc_profile": picture.icc, "exif": picture.exif}
+            options = {key: value for key, value in options.items() if value}
+            if suffix in (".jpg", ".jpeg"):
+                options |= {"quality": quality, "subsampling": 0}
+            elif suffix == ".webp":
+                options |= {"quality": quality}
+            elif suffix in (".tif", ".tiff"):
+                options |= {"compression": "tiff_adobe_deflate"}
+            elif suffix == ".bmp":
+                options = {}
+            image.save(data, format=Image.registered_extensions()[suffix], **options)
+        view = data.getbuffer()
+        write_atomically(path, lambda file: file.write(view))
+    except (*_ERRORS, RuntimeError) as error:
+        raise PictureError(f"cannot write {path}: {error}") from error
+
+
+def _explain(path: Path, error: BaseException) -> str:
+    if isinstance(error, FileNotFoundError):
+        return f"there is no file {path}"
+    if isinstance(error, UnidentifiedImageError):
+        return f"{path} is no picture that can be read (damaged, or another kind of file)"
+    return f"{path} cannot be read: {error}"
+
+
+def _arrays(image: Image.Image, path: Path) -> tuple[np.ndarray, np.ndarray | None]:
+    """Pixels (H, W, C) and alpha (H, W) as they lie in the file."""
+    if _is_deep_colour(image):
+        array = _deep_array(path, str(image.format))
+        if array.ndim == 2:
+            array = array[:, :, None]
+        colours = array.shape[2] - (array.shape[2] in (2, 4))
+        return array[:, :, :colours], array[:, :, colours] if colours < array.shape[2] else None
+    if image.mode in ("I", "I;16", "I;16B", "I;16L"):
+        array = np.asarray(image)
+        if array.min() < 0 or array.max() > 65535:
+            raise PictureError(f"{path} has values outside 16 bits")
+        return array.astype(np.uint16)[:, :, None], None
+    if image.mode == "F":
+        raise PictureError(f"{path} holds floating-point values; save it with 8 or 16 bits")
+    if image.mode in ("P", "PA", "1", "L", "LA") or "transparency" in image.info:
+        clear = "transparency" in image.info or image.mode in ("PA", "LA")
+        grey = image.mode in ("1", "L", "LA")
+        image = image.convert("RGBA" if clear or not grey else "L")
+        array = np.asarray(image)
+        if image.mode == "L":
+            return array[:, :, None], None
+        colour = array[:, :, :1] if grey else array[:, :, :3]
+        return colour, array[:, :, 3] if clear else None
+    if image.mode in ("RGBA", "RGBa"):
+        array = np.asarray(image.convert("RGBA"))
+        return array[:, :, :3], array[:, :, 3]
+    return np.asarray(image.convert("RGB")), None
+
+
+def _is_deep_colour(image: Image.Image) -> bool:
+    """Whether the file has 16 bits of several channels, of which Pillow would keep 8."""
+    if image.format == "PNG":
+        with open(image.filename, "rb") as file:  # type: ignore[attr-defined]
+            head = file.read(26)
+        return head[24] == 16 and head[25] in (2, 4, 6)
+    if image.format == "TIFF":
+        bits = image.tag_v2.get(258, (8,))  # type: ignore[attr-defined]
+        bits = bits if isinstance(bits, tuple) else (bits,)
+        return len(bits) > 1 and set(bits) == {16}
+    return False
+
+
+def _deep_array(path: Path, kind: str) -> np.ndarray:
+    """uint16 (H, W, C) of a PNG or TIFF."""
+    if kind == "PNG":
+        from torchvision.io import ImageReadMode, decode_image, read_file
+
+        tensor = decode_image(read_file(str(path)), ImageReadMode.UNCHANGED)
+        return tensor.permute(1, 2, 0).numpy()
+    try:
+        import tifffile
+    except ImportError:
+        raise PictureError(f"{path} is a colour TIFF of 16 bits: pip install tifffile") from None
+    array = tifffile.imread(path, key=0)
+    if array.ndim == 3 and array.shape[0] in (3, 4) and array.shape[2] not in (3, 4):
+        array = array.transpose(1, 2, 0)  # plane after plane
+    return array.astype(np.uint16)
+
+
+def _upright(array: np.ndarray, orientation: int) -> np.ndarray:
+    """Turn and mirror as EXIF's orientation 1 … 8 asks."""
+    if orientation >= 5:
+        array = array.swapaxes(0, 1)
+    if orientation in (3, 4, 7, 8):
+        array = array[::-1]
+    if orientation in (2, 3, 6, 7):
+        array = array[:, ::-1]
+    return array
+
+
+def _to_pillow(picture: Picture, bits: int) -> Image.Image:
+    planes = [picture.pixels] + ([] if picture.alpha is None else [picture.alpha[:, :, None]])
+    array = np.concatenate(planes, 2) if len(planes) > 1 else planes[0]
+    if picture.bits > bits:
+        array = ((array.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
+    return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
+
+
+def _planes(picture: Picture, order: str) -> np.ndarray:
+    """(H, W, C) of 16 bits in the byte order ``<`` or ``>``, alpha last."""
+    planes = [picture.pixels] + ([] if picture.alpha is None else [picture.alpha[:, :, None]])
+    return np.concatenate(planes, 2).astype(f"{order}u2")
+
+
+def _deep_png(picture: Picture) -> bytes:
+    """A PNG of 16 bits, which Pillow cannot write in colour (RFC 2083)."""
+    array = _planes(picture, ">")
+    height, width, channels = array.shape
+    colour_type = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
+    rows = array.reshape(height, -1).view(np.uint8)
+    # Filter 2 of the format: each byte less the one above it.
+    above = np.concatenate([np.zeros_like(rows[:1]), rows[:-1]])
+    filtered = np.concatenate([np.full((height, 1), 2, np.uint8), rows - above], 1)
+    chunks = [(b"IHDR", struct.pack(">IIBBBBB", width, height, 16, colour_type, 0, 0, 0))]
+    if picture.icc:
+        chunks.append((b"iCCP", b"ICC profile\0\0" + zlib.compress(picture.icc)))
+    if picture.exif:
+        chunks.append((b"eXIf", picture.exif.removeprefix(b"Exif\0\0")))
+    chunks += [(b"IDAT", zlib.compress(filtered.tobytes(), 6)), (b"IEND", b"")]
+    out = [b"\x89PNG\r\n\x1a\n"]
+    for name, data in chunks:
+        out += [struct.pack(">I", len(data)), name, data, struct.pack(">I", _crc(name, data))]
+    return b"".join(out)
+
+
+def _crc(name: bytes, data: bytes) -> int:
+    return zlib.crc32(data, zlib.crc32(name))
+
+
+def _deep_tiff(picture: Picture) -> bytes:
+    """A little-endian TIFF of 16 bits in one deflated strip (TIFF 6.0)."""
+    if picture.is_grey and picture.alpha is not None:  # hardly any reader knows this kind
+        picture = replace(picture, pixels=np.repeat(picture.pixels, 3, 2))
+    array = _planes(picture, "<")
+    height, width, channels = array.shape
+    strip = zlib.compress(array.tobytes(), 6)
+    # Tag, type (3: 16 bits, 4: 32 bits, 7: bytes) and values, in the order of the tags.
+    entries: list[tuple[int, int, Sequence[int] | bytes]] = [
+        (256, 4, [width]),
+        (257, 4, [height]),
+        (258, 3, [16] * channels),
+        (259, 3, [8]),
+        (262, 3, [1 if picture.is_grey else 2]),
+        (273, 4, [8]),
+        (277, 3, [channels]),
+        (278, 4, [height]),
+        (279, 4, [len(strip)]),
+        (284, 3, [1]),
+    ]
+    if picture.alpha is not None:
+        entries.append((338, 3, [2]))
+    if picture.icc:
+        entries.append((34675, 7, picture.icc))
+    body = strip + b"\0" * (len(strip) % 2)
+    directory_at = 8 + len(body)
+    extra_at = directory_at + 2 + 12 * len(entries) + 4
+    directory, extra = struct.pack("<H", len(entries)), b""
+    for tag, kind, values in entries:
+        data = (
+            bytes(values) if kind == 7 else struct.pack(f"<{len(values)}{'_HI'[kind - 2]}", *values)
+        )
+        count = len(values)
+        if len(data) > 4:
+            place = struct.pack("<I", extra_at + len(extra))
+            extra += data + b"\0" * (len(data) % 2)
+        else:
+            place = data.ljust(4, b"\0")
+        directory += struct.pack("<HHI", tag, kind, count) + place
+    return b"II*\0" + struct.pack("<I", directory_at) + body + directory + b"\0" * 4 + extra

@@ -1,0 +1,105 @@
+"""How much memory a network needs for a tile: measured on a small one, then scaled by its area."""
+
+from __future__ import annotations
+
+import sys
+import weakref
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from backbones.training.progress import peak_memory
+
+__all__ = ["available_memory", "bytes_per_pixel", "used_memory"]
+
+# Measured: what kernels take for themselves and, above all, what the allocator keeps of tensors
+# below 32 MiB after they are freed make almost twice of what is alive.
+_MARGIN = 2.0
+# oneDNN and cuDNN may repack what goes in and what comes out.
+_REPACKING = ("aten::convolution", "aten::mkldnn_convolution", "aten::_convolution")
+
+
+class _LiveTensors(TorchDispatchMode):
+    """Counts the bytes of the tensors that were made inside and are still alive."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = 0
+        self._known: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        before = {
+            id(leaf.untyped_storage())
+            for leaf in tree_leaves((args, kwargs))
+            if isinstance(leaf, Tensor)
+        }
+        out = func(*args, **(kwargs or {}))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor):
+                self._see(leaf.untyped_storage(), before)
+        if func._schema.name in _REPACKING:
+            packed = args[0].untyped_storage().nbytes() + out.untyped_storage().nbytes()
+            self.peak = max(self.peak, self.now + packed)
+        return out
+
+    def _see(self, storage: torch.UntypedStorage, before: set[int]) -> None:
+        if id(storage) in before or storage in self._known:
+            return
+        size = storage.nbytes()
+        self._known[storage] = size
+        self.now += size
+        self.peak = max(self.peak, self.now)
+        weakref.finalize(storage, self._forget, size)
+
+    def _forget(self, size: int) -> None:
+        self.now -= size
+
+
+@torch.inference_mode()
+def bytes_per_pixel(network: Callable[[Tensor], Tensor], x: Tensor) -> float:
+    """Peak memory of ``network(x)`` over the pixels of ``x``, with a margin.
+
+    Args:
+        network: whose memory grows as its input does, as that of windows and convolutions.
+        x: (B, C, H, W), small but as large as two windows.
+    """
+    live = _LiveTensors()
+    with live:
+        network(x)
+    return _MARGIN * live.peak / (x.shape[0] * x.shape[2] * x.shape[3])
+
+
+def used_memory(device: torch.device) -> int:
+    """Bytes that this process has on the device now; for a CPU, of the machine's memory."""
+    if device.type == "cuda":
+        return torch.cuda.memory_reserved(device)
+    try:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+    except OSError:  # not Linux: what it had at most
+        return int(peak_memory(device) * 2**20)
+    import resource
+
+    return pages * resource.getpagesize()
+
+
+def available_memory(device: torch.device) -> int:
+    """Bytes that could still be taken: of the GPU; of the machine and its control group."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    sizes = []
+    try:
+        for line in Path("/proc/meminfo").read_text().splitlines():
+            if line.startswith("MemAvailable:"):
+                sizes.append(1024 * int(line.split()[1]))
+        limit = Path("/sys/fs/cgroup/memory.max").read_text().strip()
+        used = int(Path("/sys/fs/cgroup/memory.current").read_text())
+        if limit != "max":
+            sizes.append(max(int(limit) - used, 0))
+    except (OSError, ValueError):
+        pass
+    return min(sizes, default=sys.maxsize if sys.maxsize < 2**32 else 4 * 2**30)

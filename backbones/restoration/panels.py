@@ -1,0 +1,103 @@
+"""Pictures side by side with captions, all showing the same detail at the same size."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch.nn.functional as F
+from PIL import Image, ImageDraw, ImageFont
+from torch import Tensor
+
+from backbones.training.checkpoint import write_atomically
+
+__all__ = ["Panel", "draw_panels", "most_detailed"]
+
+_INK, _FAINT, _PAPER = "#222b38", "#5c6675", "#ffffff"
+_MARGIN, _TITLE = 14, 40
+
+Window = tuple[int, int, int, int]
+
+
+@dataclass(frozen=True)
+class Panel:
+    """One of the pictures.
+
+    Attributes:
+        name: above it.
+        image: (C, H, W) in 0 … 1, C 1 or 3; smaller ones than the others are enlarged pixel by
+            pixel.
+        text: in a second line.
+    """
+
+    name: str
+    image: Tensor
+    text: str = ""
+
+
+def most_detailed(image: Tensor, side: int, step: int) -> Window:
+    """Top, left, bottom, right of the square with the most contrast between neighbours.
+
+    Args:
+        image: (C, H, W).
+        side: of the square; smaller images are taken whole.
+        step: the square begins and ends at multiples of it.
+    """
+    grey = image.mean(0, keepdim=True)
+    height, width = grey.shape[1:]
+    side -= side % step
+    tall, wide = min(side, height - height % step), min(side, width - width % step)
+    change = grey.diff(dim=1).abs()[:, :, :-1] + grey.diff(dim=2).abs()[:, :-1]
+    # Averages over cells of step × step, then over windows of them.
+    cells = F.avg_pool2d(change, step, ceil_mode=True)
+    windows = F.avg_pool2d(
+        cells,
+        (max(min(tall // step, cells.shape[1]), 1), max(min(wide // step, cells.shape[2]), 1)),
+        1,
+    )[0]
+    best = int(windows.argmax())
+    top, left = best // windows.shape[1] * step, best % windows.shape[1] * step
+    top, left = min(top, height - height % step - tall), min(left, width - width % step - wide)
+    return top, left, top + tall, left + wide
+
+
+def draw_panels(
+    path: Path, panels: Sequence[Panel], window: Window, title: str, least: int = 320
+) -> None:
+    """Write a PNG with the panels in a row.
+
+    Args:
+        path: the file; it appears whole or not at all.
+        panels: the largest of them sets the measure; the others are a whole number smaller.
+        window: top, left, bottom, right in pixels of the largest.
+        title: above all.
+        least: width of a panel; smaller details are enlarged by a whole factor.
+    """
+    largest = max(panel.image.shape[2] for panel in panels)
+    top, left, bottom, right = window
+    zoom = max(1, -(-least // (right - left)))
+    wide, tall = (right - left) * zoom, (bottom - top) * zoom
+    big, small = ImageFont.load_default(19), ImageFont.load_default(15)
+    head = _TITLE + 52
+    sheet = Image.new(
+        "RGB",
+        (_MARGIN + (wide + _MARGIN) * len(panels), head + tall + _MARGIN),
+        _PAPER,
+    )
+    draw = ImageDraw.Draw(sheet)
+    draw.text((_MARGIN, 10), title, fill=_INK, font=big)
+    for number, panel in enumerate(panels):
+        x = _MARGIN + number * (wide + _MARGIN)
+        draw.text((x, _TITLE + 2), panel.name, fill=_INK, font=small)
+        draw.text((x, _TITLE + 24), panel.text, fill=_FAINT, font=small)
+        factor = round(largest / panel.image.shape[2])
+        detail = panel.image[:, top // factor : bottom // factor, left // factor : right // factor]
+        pixels = (detail.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).cpu().numpy()
+        picture = Image.fromarray(np.broadcast_to(pixels, (*pixels.shape[:2], 3)).copy())
+        sheet.paste(picture.resize((wide, tall), Image.Resampling.NEAREST), (x, head))
+    data = io.BytesIO()
+    sheet.save(data, format="PNG")
+    write_atomically(path, lambda file: file.write(data.getbuffer()))

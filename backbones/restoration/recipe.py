@@ -1,0 +1,102 @@
+"""The recipe of a restoration training: the keys that any training has, and what to restore."""
+
+from __future__ import annotations
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+from backbones.training.errors import RecipeError
+from backbones.training.recipe import Recipe
+from backbones.training.recipe import _key as key
+
+__all__ = ["RestorationRecipe"]
+
+_GROUPS = ("optimizer", "schedule", "ema", "run")
+_KEYS = (
+    *("model", "pretrained", "checkpoint", "in_chans", "drop_path", "model_args"),
+    *("batch_size", "workers", "pin_memory", "max_corrupt"),
+    *("device", "threads", "amp", "compile", "grad_checkpointing"),
+)
+
+
+def _classifiers_own() -> frozenset[str]:
+    fields = dataclasses.fields(Recipe)
+    return frozenset(
+        f.name for f in fields if f.metadata["group"] not in _GROUPS and f.name not in _KEYS
+    )
+
+
+@dataclass
+class RestorationRecipe(Recipe):
+    """Every key of a restoration recipe, with its default: L1, Adam, as HAT was trained.
+
+    ``python tools/train_sr.py --help`` prints this list.
+    """
+
+    refused: ClassVar[frozenset[str]] = _classifiers_own()
+
+    # --- other defaults than a classifier's
+    batch_size: int = key("data", 4, "patches per step and process")
+    opt: str = key("optimizer", "adam", "any of timm.optim.list_optimizers()")
+    opt_betas: tuple[float, ...] | None = key("optimizer", (0.9, 0.99), "as HAT")
+    lr: float | None = key("optimizer", 2e-4, "learning rate; None: from lr_base")
+    weight_decay: float = key("optimizer", 0.0, "not applied to biases and norms")
+    epochs: int = key("schedule", 100, "each of updates_per_epoch updates")
+    sched: str = key(
+        "schedule",
+        "multistep",
+        "how the learning rate falls",
+        ("cosine", "multistep", "step", "poly", "constant", "plateau", "none"),
+    )
+    warmup_epochs: float = key("schedule", 0.0, "linear rise at the start")
+    min_lr: float = key("schedule", 1e-7, "where a cosine schedule ends")
+    decay_milestones: tuple[int, ...] = key("schedule", (50, 80, 90, 95), "multistep, in epochs")
+    decay_rate: float = key("schedule", 0.5, "step, multistep, plateau: factor; poly: power")
+    ema: bool = key("ema", True, "keep one, validate it and save it as the best weights")
+    ema_decay: float = key("ema", 0.999, "share of the old average that an update keeps")
+    eval_every: int = key("run", 1, "epochs between two validations")
+
+    # --- what is restored
+    task: str = key(
+        "task",
+        "sr",
+        "sr: smaller by the model's upscale (bicubic, as MATLAB); denoise: Gaussian noise; jpeg: "
+        "its artifacts; real: the chain of Real-ESRGAN",
+        ("sr", "denoise", "jpeg", "real"),
+    )
+    sigma: tuple[float, ...] = key("task", (25.0,), "denoise: σ of 255; of several, one at random")
+    quality: tuple[int, ...] = key("task", (10, 40), "jpeg: lowest and highest quality")
+    usm: bool = key("task", True, "real: the truth is sharpened, as published")
+
+    # --- the pictures
+    train_pictures: str = key(
+        "pictures", "", "folder of pictures, a glob, or photographs: those inside scikit-image"
+    )
+    val_pictures: str = key("pictures", "", "the same for validation")
+    patch_size: int = key("pictures", 64, "side of the patches that the model sees, in pixels")
+    updates_per_epoch: int = key("pictures", 5000, "length of an epoch")
+    symmetries: bool = key("pictures", True, "flip and turn patches at random")
+    cache: bool = key("pictures", False, "keep decoded pictures in memory")
+    val_tile: int = key("pictures", 0, "validate in tiles of this side, to save memory; 0: whole")
+
+    def __post_init__(self) -> None:
+        """Refuse what contradicts itself.
+
+        Raises:
+            RecipeError: naming the key.
+        """
+        wrong: list[tuple[str, Any, str]] = []
+        if self.patch_size < 1 or self.updates_per_epoch < 1 or self.val_tile < 0:
+            for name in ("patch_size", "updates_per_epoch", "val_tile"):
+                wrong.append((name, getattr(self, name), "at least 1 (val_tile: 0)"))
+        if not self.sigma or min(self.sigma) < 0:
+            wrong.append(("sigma", self.sigma, "one or more numbers from 0 on"))
+        if len(self.quality) != 2 or not 1 <= self.quality[0] <= self.quality[1] <= 100:
+            wrong.append(("quality", self.quality, "two numbers within 1 … 100, in order"))
+        if self.in_chans not in (1, 3):
+            wrong.append(("in_chans", self.in_chans, "1 (grey) or 3"))
+        if self.task == "real" and self.in_chans != 3:
+            wrong.append(("in_chans", self.in_chans, "3 with task: real"))
+        for name, value, right in wrong:
+            raise RecipeError(f"{name} must be {right}, not {value!r}")

@@ -1,0 +1,293 @@
+"""Training of restoration models, as HAT was trained (https://arxiv.org/abs/2205.04437): L1."""
+
+from __future__ import annotations
+
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import backbones
+from backbones.restoration.data import (
+    Pair,
+    PatchLoader,
+    find_pictures,
+    load_truth,
+    spoil_whole,
+)
+from backbones.restoration.images import PictureError
+from backbones.restoration.metrics import quality, quantize
+from backbones.restoration.panels import Panel, draw_panels, most_detailed
+from backbones.restoration.recipe import RestorationRecipe
+from backbones.restoration.resize import resize_bicubic
+from backbones.training import checkpoint
+from backbones.training.command_line import parse_command_line
+from backbones.training.corrupt import CorruptImages
+from backbones.training.distributed import World, world_of_processes
+from backbones.training.errors import DataError, RecipeError, TrainingError
+from backbones.training.folder import choose_folder
+from backbones.training.interrupt import StopRequest, stop_on_signals
+from backbones.training.loop import TrainingLoop
+from backbones.training.progress import RESULTS, Progress, duration
+from backbones.training.recipe import dump_recipe
+from ops.tiling import run_tiled
+
+__all__ = ["RestorationTrainer", "build_restorer", "main"]
+
+_RESULTS = {
+    **{name: RESULTS[name] for name in ("best.safetensors", "last.pt", "summary.csv")},
+    **{name: RESULTS[name] for name in ("metrics.jsonl", "config.yaml", "bad_batches.txt")},
+    "comparison.png": "a validation picture before, after, and the truth",
+    "corrupt_train.txt": RESULTS["corrupt_train.txt"],
+}
+_VAL_OVERLAP = 32
+
+
+def build_restorer(recipe: RestorationRecipe) -> Any:
+    """The network of the recipe.
+
+    Raises:
+        RecipeError: no such model, a classifier, or a scale that does not fit the task.
+    """
+    if not recipe.model:
+        raise RecipeError("no model: give --model one of backbones.list_models('hat*')")
+    arguments = {"in_chans": recipe.in_chans, "drop_path_rate": recipe.drop_path}
+    try:
+        model = backbones.create_model(
+            recipe.model,
+            pretrained=recipe.pretrained,
+            checkpoint_path=recipe.checkpoint,
+            **{**arguments, **recipe.model_args},
+        )
+    except (TypeError, ValueError, OSError) as error:
+        raise RecipeError(str(error)) from error
+    scale = getattr(model, "upscale", None)
+    if scale is None:
+        raise RecipeError(f"{recipe.model} makes no images: take one of list_models('hat*')")
+    if recipe.task in ("denoise", "jpeg") and scale != 1:
+        raise RecipeError(
+            f"task {recipe.task} keeps the size, {recipe.model} makes it {scale} times larger: "
+            "give --model-args '{upscale: 1}'"
+        )
+    if recipe.task == "sr" and scale == 1:
+        raise RecipeError("task sr needs a model whose upscale is 2, 3 or 4, not 1")
+    if recipe.grad_checkpointing:
+        model.set_grad_checkpointing(True)
+    return model
+
+
+class Sums:
+    """Loss and number of patches, kept on the device until they are read."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.sums = torch.zeros(2, dtype=torch.float64, device=device)
+
+
+class RestorationTrainer(TrainingLoop):
+    """L1 between what the model makes of spoilt patches and the truth; PSNR-Y decides.
+
+    Args: as :class:`TrainingLoop`.
+    """
+
+    score_key = "psnr_y"
+    recipe: RestorationRecipe
+
+    def __init__(
+        self,
+        recipe: RestorationRecipe,
+        folder: Path,
+        world: World,
+        stop: StopRequest,
+        progress: Progress,
+    ) -> None:
+        super().__init__(recipe, folder, world, stop, progress)
+        model = build_restorer(recipe).to(self.device)
+        self.scale: int = model.upscale
+        self.loader = PatchLoader(
+            find_pictures(recipe.train_pictures, True),
+            recipe,
+            self.scale,
+            world,
+            CorruptImages(folder / "corrupt_train.txt", recipe.max_corrupt),
+        )
+        self.val_paths = find_pictures(recipe.val_pictures, False)
+        self.input_quality: dict[str, float] = {}
+        self.set_up(model, recipe.updates_per_epoch)
+
+    # --- what the loop asks for
+
+    def new_meter(self) -> Sums:
+        return Sums(self.device)
+
+    def batches(self) -> Iterator[Pair]:
+        return self.loader.epoch(self.epoch, self.step * self.recipe.accum_steps)
+
+    def names(self, epoch: int, step: int) -> list[str]:
+        return self.loader.names(epoch, step)
+
+    def compute(self, batch: Pair) -> tuple[Tensor, int]:
+        spoilt, truth = batch
+        return F.l1_loss(self.net(spoilt).float(), truth), len(truth)
+
+    def note(self, loss: Tensor, seen: int) -> None:
+        self.meter.sums += torch.stack([loss.double() * seen, loss.new_tensor(seen).double()])
+
+    def training_figures(self, world: World | None = None) -> dict[str, float]:
+        sums = self.meter.sums if world is None else world.sum(self.meter.sums.clone())
+        loss, count = sums.tolist()
+        return {"loss": loss / max(count, 1.0)}
+
+    @torch.inference_mode()
+    def validate(self, model: nn.Module) -> tuple[dict[str, float], int]:
+        """PSNR and SSIM on the luma, the mean over whole pictures, each on one process."""
+        model.eval()
+        self.progress.begin("validation", len(self.val_paths))
+        first = not self.input_quality  # what is put in stays the same: measured once
+        sums = torch.zeros(5, dtype=torch.float64, device=self.device)
+        rounds = math.ceil(len(self.val_paths) / self.world.size)
+        for number in range(self.world.rank, rounds * self.world.size, self.world.size):
+            if number < len(self.val_paths):
+                spoilt, truth = self.pair(number)
+                after = quality(self.restore(model, spoilt), truth, self.scale)
+                values = [1.0, *after.values(), 0.0, 0.0]
+                if first:
+                    before = resize_bicubic(spoilt, size=(truth.shape[1], truth.shape[2]))
+                    values[3:] = quality(before, truth, self.scale).values()
+                sums += torch.tensor(values, dtype=torch.float64, device=self.device)
+            signal = int(self.world.max(torch.tensor(self.stop.signal, device=self.device)))
+            if signal:
+                return {}, signal
+            if self.progress.live and self.progress.due():
+                self.progress.show(number + 1, "")
+        count, *figures = self.world.sum(sums).tolist()
+        psnr, ssim, *before_it = (value / count for value in figures)
+        if first:
+            self.input_quality = dict(zip(("psnr_y", "ssim_y"), before_it, strict=True))
+        self.net.train()
+        return {"psnr_y": psnr, "ssim_y": ssim}, 0
+
+    def pair(self, number: int) -> Pair:
+        """A validation picture, spoilt and true, as (C, H, W).
+
+        Raises:
+            DataError: it cannot be read.
+        """
+        try:
+            truth = load_truth(self.val_paths[number], self.recipe.in_chans, self.scale)
+        except PictureError as error:
+            raise DataError(f"val_pictures: {error}") from error
+        return spoil_whole(self.recipe, truth, self.scale, number)
+
+    def restore(self, model: nn.Module, spoilt: Tensor) -> Tensor:
+        """What the model makes of (C, H, W), on the CPU."""
+        x = spoilt.unsqueeze(0).to(self.device)
+        tile = self.recipe.val_tile or max(x.shape[2:])
+        overlap = _VAL_OVERLAP if self.recipe.val_tile else 0
+        with self.autocast():
+            out = run_tiled(model, x, tile_size=tile, overlap=overlap, scale=self.scale)
+        return out.squeeze(0).float().cpu()
+
+    def close(self) -> None:
+        self.loader.close()
+        super().close()
+
+    # --- for people
+
+    def describe(self) -> str:
+        now = self.figures()
+        return (
+            f"L1 {now['loss']:.4f}  {now['images_per_second']:.0f} patches/s  "
+            f"{duration(self.seconds_left())} left"
+        )
+
+    def describe_epoch(self, row: dict[str, Any]) -> str:
+        parts = [f"epoch {row['epoch'] + 1:{len(str(self.epochs))}}/{self.epochs}"]
+        parts.append(f"L1 {row['train_loss']:.4f}")
+        for prefix, name in (("val", "validation"), ("ema", "averaged")):
+            if f"{prefix}_psnr_y" in row:
+                parts.append(f"{name} {row[f'{prefix}_psnr_y']:.2f} dB")
+        parts.append(f"{row['images_per_second']:.0f} patches/s")
+        if row["data_wait"] > 0.1:
+            parts.append(f"{100 * row['data_wait']:.0f} % waiting for data")
+        if row["skipped"]:
+            parts.append(f"{row['skipped']} updates skipped")
+        return "  ".join([*parts, f"{duration(self.seconds_left())} left"])
+
+    def show_results(self) -> None:
+        """Draw a validation picture with the best weights and say where everything is."""
+        if not self.world.is_main:
+            return
+        model, best = list(self.models().values())[-1], self.folder / "best.safetensors"
+        if best.exists():
+            model.load_state_dict(safetensors.torch.load_file(best))
+        self.draw_comparison(model.eval(), self.folder / "comparison.png")
+        self.progress.say(f"best {self.best:.2f} dB after {self.spent()}{self.gain()}")
+        self.progress.say_results(self.folder, _RESULTS)
+
+    def spent(self) -> str:
+        """How long this process trained."""
+        return duration(time.monotonic() - self.begun)
+
+    def gain(self) -> str:
+        """How much better than the input, or than bicubic."""
+        before = self.input_quality.get("psnr_y")
+        if before is None:
+            return ""
+        what = "bicubic" if self.scale > 1 else "the input"
+        return f": {self.best - before:+.2f} dB over {what} ({before:.2f} dB)"
+
+    @torch.inference_mode()
+    def draw_comparison(self, model: nn.Module, path: Path, side: int = 128) -> None:
+        """Input, bicubic (where sizes differ), ours and the truth of a detail, with the numbers.
+
+        The numbers are of the whole picture.
+        """
+        spoilt, truth = self.pair(0)
+        ours = self.restore(model, spoilt)
+        before = quantize(resize_bicubic(spoilt, size=(truth.shape[1], truth.shape[2])))
+        panels = [Panel("low resolution", spoilt)] if self.scale > 1 else []
+        for name, image in (("bicubic" if panels else "input", before), ("ours", ours)):
+            figures = quality(image, truth, self.scale)
+            text = f"{figures['psnr_y']:.2f} dB, SSIM {figures['ssim_y']:.4f}"
+            panels.append(Panel(name, image, text))
+        panels.append(Panel("truth", truth))
+        window = most_detailed(truth, side, self.scale)
+        draw_panels(path, panels, window, f"{self.val_paths[0].name}, {self.recipe.model}")
+
+
+def main(argv: Sequence[str] | None = None, description: str = "") -> int:
+    """Run from a command line; the exit status."""
+    try:
+        recipe, options = parse_command_line(argv, description, RestorationRecipe)
+        if options.print_config:
+            sys.stdout.write(dump_recipe(recipe))
+            return 0
+        if recipe.threads is not None:
+            torch.set_num_threads(recipe.threads)
+        with stop_on_signals() as stop, world_of_processes(recipe.device) as world:
+            folder = world.gather(choose_folder(recipe, options) if world.is_main else None)[0]
+            return _train(recipe, folder, world, stop)
+    except (TrainingError, backbones.CheckpointError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+
+
+def _train(recipe: RestorationRecipe, folder: Path, world: World, stop: StopRequest) -> int:
+    progress = Progress(world)
+    trainer = RestorationTrainer(recipe, folder, world, stop, progress)
+    if world.is_main:
+        text = dump_recipe(recipe).encode()
+        checkpoint.write_atomically(folder / "config.yaml", lambda file: file.write(text))
+    try:
+        trainer.take_up()
+        return trainer.run()
+    finally:
+        progress.end()
+        trainer.close()

@@ -1,0 +1,302 @@
+"""A restoration model from picture to picture: in tiles that fit the memory, with whatever alpha,
+palette and depth the picture has.
+
+Tiles and seams: :mod:`ops.tiling`. Self-ensemble over the 8 symmetries of the square: Radu Timofte
+et al., "Seven ways to improve example-based single image super resolution",
+https://arxiv.org/abs/1511.02228.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from backbones.restoration.images import Picture, PictureError, read_picture
+from backbones.restoration.memory import available_memory, bytes_per_pixel, used_memory
+from backbones.restoration.resize import resize_bicubic
+from ops.tiling import tile_spans, tiled_strips
+
+__all__ = ["Upscaler", "upscale"]
+
+_DEFAULT_SHARE = 0.5
+"""Of the memory that is free, without ``max_memory``."""
+
+
+class Upscaler:
+    """Restores pictures with a model, and keeps to a memory limit.
+
+    Args:
+        model: maps (B, C, H, W) in 0 … 1 to (B, C, H·upscale, W·upscale), with ``upscale`` and
+            ``in_chans`` (1 or 3) as HAT; it is set to evaluation mode. One of a single channel
+            gets the three of a picture in colour one by one.
+        tile: side of the tiles in pixels of the input, a multiple of the model's window; "auto"
+            for the largest that fit; None for the picture as a whole.
+        overlap: what tiles read around them; half of it is blended.
+        tta: average over flips and quarter turns; 8 times slower.
+        amp: bfloat16 where it does no harm.
+        max_memory: bytes that this process may have at most (on a GPU: of its memory); None for
+            half of what is free. It decides on "auto" tiles only.
+
+    Raises:
+        ValueError: a model that makes no images, or sizes that make no tiles.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        *,
+        tile: int | str | None = "auto",
+        overlap: int = 32,
+        tta: bool = False,
+        amp: bool = False,
+        max_memory: int | None = None,
+    ) -> None:
+        self.scale, self.channels = (getattr(model, n, 0) for n in ("upscale", "in_chans"))
+        if not self.scale or self.channels not in (1, 3):
+            raise ValueError(f"{type(model).__name__} makes no images of 1 or 3 channels")
+        if isinstance(tile, str) and tile != "auto":
+            raise ValueError(f"tile must be a number of pixels, 'auto' or None, got {tile!r}")
+        self.window = int(getattr(model, "window_size", 16))
+        for name, value in (("tile", tile), ("overlap", overlap)):
+            if isinstance(value, int) and (value < 0 or value % self.window):
+                raise ValueError(
+                    f"{name} must be a multiple of the model's window of {self.window}, got {value}"
+                )
+        if tile == 0:
+            raise ValueError("tile must be positive, 'auto', or None for the picture as a whole")
+        self.model = model.eval()
+        self.device = next(model.parameters()).device
+        self.dtype = next(model.parameters()).dtype
+        self.tile, self.overlap = tile, overlap
+        self.tta, self.amp, self.max_memory = tta, amp, max_memory
+        self._budget: tuple[float, float] | None = None
+
+    def __call__(
+        self,
+        picture: Picture | Image.Image | np.ndarray,
+        on_tile: Callable[[], object] | None = None,
+    ) -> Any:
+        """Restore a picture.
+
+        Args:
+            picture: a :class:`Picture`, a Pillow image of 8 bits, or an array (H, W), (H, W, 1) or
+                (H, W, 3) of uint8 or uint16; the result is the same kind of thing.
+            on_tile: called after each tile.
+
+        Raises:
+            ValueError: another kind of picture, or ``max_memory`` does not suffice.
+        """
+        if isinstance(picture, Picture):
+            return self._restore(picture, on_tile)
+        if isinstance(picture, Image.Image):
+            return self._restore(_from_pillow(picture), on_tile).show()
+        array = picture[:, :, None] if picture.ndim == 2 else picture
+        if array.ndim != 3 or array.shape[2] not in (1, 3) or array.dtype.name not in _INTEGERS:
+            raise ValueError(
+                "arrays must be (H, W), (H, W, 1) or (H, W, 3) of uint8 or uint16, got "
+                f"{picture.shape} of {picture.dtype}"
+            )
+        out = self._restore(Picture(array), on_tile).pixels
+        return out[:, :, 0] if picture.ndim == 2 else out
+
+    def tiles(self, height: int, width: int) -> int:
+        """How many tiles a picture of this size is cut into."""
+        side = self.tile_side(height, width)
+        return math.prod(len(tile_spans(n, side, self.overlap)) for n in (height, width))
+
+    def tile_side(self, height: int, width: int, depth: int = 1) -> int:
+        """Side of the tiles of a picture, the picture's own if it is not cut.
+
+        Args:
+            depth: bytes of a value in the file, 1 or 2.
+
+        Raises:
+            ValueError: ``max_memory`` does not suffice for the smallest tile.
+        """
+        whole = max(height, width)
+        if self.tile != "auto":
+            return whole if self.tile is None else int(self.tile)
+        if self.max_memory is None and whole <= self._probe_side():
+            return whole  # no more than measuring would take
+        per_pixel, for_all = self._measure()
+        budget = for_all - self._held(height, width, depth)
+        if self._fits(max(self._padded(height), self._padded(width)), height, width, budget):
+            return whole
+        side = min(math.isqrt(max(int(budget / per_pixel), 0)), whole)
+        side -= side % self.window
+        while side >= self.window and not self._fits(side, height, width, budget):
+            side -= self.window
+        if side < self.window:
+            least = self._needs(self.window, height, width) - budget
+            limit = "the memory that is free" if self.max_memory is None else "max_memory"
+            raise ValueError(
+                f"{limit} does not suffice for {height}×{width} pixels in tiles of {self.window} "
+                f"with an overlap of {self.overlap}: {least / 2**20:.0f} MiB are missing"
+            )
+        return side
+
+    # --- memory
+
+    def _padded(self, side: int) -> int:
+        return -(-side // self.window) * self.window
+
+    def _probe_side(self) -> int:
+        """At least two windows, for there are inner and shifted ones; and so many pixels that the
+        tables of positions weigh little beside them."""
+        return max(32, 3 * self.window)
+
+    def _measure(self) -> tuple[float, float]:
+        """Bytes that a pixel of a tile takes, and those that pictures and tiles may; found once."""
+        if self._budget is None:
+            side = self._probe_side()
+            probe = torch.zeros(1, self.channels, side, side, device=self.device, dtype=self.dtype)
+            per_pixel = bytes_per_pixel(self._network, probe)
+            if self.max_memory is None:
+                self._budget = per_pixel, _DEFAULT_SHARE * available_memory(self.device)
+            else:
+                self._budget = per_pixel, self.max_memory - used_memory(self.device)
+        return self._budget
+
+    def _needs(self, side: int, height: int, width: int) -> float:
+        """Bytes for a tile of ``side`` with what it reads around it, and for a row of them."""
+        per_pixel, _ = self._measure()
+        rows, columns = (min(side + 2 * self.overlap, self._padded(n)) for n in (height, width))
+        # A strip of the result, the next one's share in it, and two copies while it is rounded.
+        strip = 4 * 12 * rows * width * self.scale**2
+        return per_pixel * rows * columns + strip
+
+    def _fits(self, side: int, height: int, width: int, budget: float) -> bool:
+        return self._needs(side, height, width) <= budget
+
+    def _held(self, height: int, width: int, depth: int) -> float:
+        """Bytes of the picture, its result, and the files made of it."""
+        if self.device.type != "cpu":
+            return 0.0  # strips leave the GPU as they are finished
+        before, after = height * width, height * width * self.scale**2
+        # As read and as float; the result, Pillow's four bytes a pixel or a copy, and the file.
+        return before * (4 * depth + 12) + after * (3 * depth + 4 * depth + 3 * depth)
+
+    # --- the picture
+
+    @torch.inference_mode()
+    def _restore(self, picture: Picture, on_tile: Callable[[], object] | None) -> Picture:
+        limit = np.iinfo(picture.pixels.dtype).max
+        height, width, colours = picture.pixels.shape
+        x = torch.from_numpy(picture.pixels.astype(np.float32)).permute(2, 0, 1) / float(limit)
+        # (1, 3, H, W); grey becomes colour for models of colour, colours become grey pictures.
+        x = x.unsqueeze(1) if self.channels == 1 else x.expand(3, -1, -1).unsqueeze(0)
+        out = np.empty((height * self.scale, width * self.scale, colours), picture.pixels.dtype)
+        side, row = self.tile_side(height, width, picture.bits // 8), 0
+        cut = side < max(height, width)
+        overlap = self.overlap if cut else 0
+        strips = tiled_strips(
+            _Counted(self._network, on_tile),
+            x,
+            tile_size=side,
+            overlap=overlap,
+            scale=self.scale,
+            blend=min(overlap, side) // 2,
+        )
+        for strip in strips:
+            values = strip.squeeze(0 if self.channels == 3 else 1)  # (3 or colours, rows, W)
+            if len(values) > colours:
+                values = values.mean(0, keepdim=True)
+            whole = (values.clamp(0, 1) * limit).round().permute(1, 2, 0).cpu().numpy()
+            out[row : row + len(whole)] = whole
+            row += len(whole)
+        return picture.with_pixels(out, self._enlarge_alpha(picture.alpha))
+
+    def _network(self, x: Tensor) -> Tensor:
+        """The model on a tile, float32 in and out; averaged over the symmetries if asked."""
+        x = x.to(self.device, self.dtype)
+        if not self.tta:
+            return self._model(x)
+        total: Tensor | None = None
+        for turns in range(4):
+            for mirror in (False, True):
+                seen = x.rot90(turns, (2, 3))
+                seen = self._model(seen.flip(3) if mirror else seen)
+                seen = (seen.flip(3) if mirror else seen).rot90(-turns, (2, 3))
+                total = seen if total is None else total.add_(seen)
+        assert total is not None
+        return total.div_(8)
+
+    def _model(self, x: Tensor) -> Tensor:
+        with torch.autocast(self.device.type, torch.bfloat16, enabled=self.amp):
+            return self.model(x).float()
+
+    def _enlarge_alpha(self, alpha: np.ndarray | None) -> np.ndarray | None:
+        """Opacity is no photograph: bicubic."""
+        if alpha is None or self.scale == 1:
+            return alpha
+        limit = np.iinfo(alpha.dtype).max
+        large = resize_bicubic(torch.from_numpy(alpha.astype(np.float32)), self.scale)
+        return large.round().clamp(0, float(limit)).numpy().astype(alpha.dtype)
+
+
+_INTEGERS = ("uint8", "uint16")
+
+
+class _Counted:
+    """A network, and something to call after each call of it."""
+
+    def __init__(
+        self, network: Callable[[Tensor], Tensor], after: Callable[[], object] | None
+    ) -> None:
+        self.network, self.after = network, after
+
+    def __call__(self, x: Tensor) -> Tensor:
+        out = self.network(x)
+        if self.after is not None:
+            self.after()
+        return out
+
+
+def upscale(
+    model: nn.Module, picture: str | Path | Image.Image | np.ndarray, **options: Any
+) -> Any:
+    """Restore one picture.
+
+    ::
+
+        model = backbones.create_model("hat_x4", checkpoint_path="HAT_SRx4.pth")
+        upscale(model, "photo.jpg").save("photo_x4.png")
+
+    Args:
+        model: see :class:`Upscaler`.
+        picture: a path, a Pillow image, or an array (H, W), (H, W, 1) or (H, W, 3) of uint8 or
+            uint16.
+        options: of :class:`Upscaler`.
+
+    Returns:
+        An array for an array, otherwise a Pillow image of 8 bits.
+
+    Raises:
+        PictureError: a file that cannot be read.
+        ValueError: see :class:`Upscaler`.
+    """
+    upscaler = Upscaler(model, **options)
+    if isinstance(picture, (str, Path)):
+        return upscaler(read_picture(Path(picture))).show()
+    return upscaler(picture)
+
+
+def _from_pillow(image: Image.Image) -> Picture:
+    if image.mode.startswith(("I", "F")):
+        raise PictureError(
+            f"Pillow images of mode {image.mode} lose bits: pass the path or an array"
+        )
+    clear = "transparency" in image.info or image.mode in ("LA", "PA", "RGBA", "RGBa", "La")
+    if image.mode in ("1", "L"):
+        return Picture(np.array(image.convert("L"))[:, :, None])
+    if not clear:
+        return Picture(np.array(image.convert("RGB")))
+    array = np.array(image.convert("RGBA"))
+    return Picture(array[:, :, :3], array[:, :, 3])

@@ -1,0 +1,390 @@
+"""``upscale``: files, folders and globs of pictures through a restoration model, into a folder."""
+
+from __future__ import annotations
+
+import argparse
+import glob
+import re
+import sys
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import yaml
+from torch import nn
+
+import backbones
+from backbones.restoration.data import to_tensor
+from backbones.restoration.images import (
+    SUFFIXES,
+    Picture,
+    PictureError,
+    read_picture,
+    read_size,
+    write_picture,
+)
+from backbones.restoration.panels import Panel, draw_panels, most_detailed
+from backbones.restoration.resize import resize_bicubic
+from backbones.restoration.upscale import Upscaler
+from backbones.training.distributed import World
+from backbones.training.errors import DataError, TrainingError
+from backbones.training.progress import Progress, duration
+
+__all__ = [
+    "EXAMPLE",
+    "Job",
+    "Report",
+    "add_arguments",
+    "add_model_arguments",
+    "load_restorer",
+    "main",
+    "parse_size",
+    "plan_jobs",
+    "run",
+    "upscale_files",
+]
+
+EXAMPLE = "photos/ --model hat_x4 --checkpoint HAT_SRx4.pth --out enlarged"
+
+
+@dataclass(frozen=True)
+class Job:
+    """A picture to read and the file to write."""
+
+    source: Path
+    target: Path
+
+
+@dataclass
+class Report:
+    """What became of the pictures.
+
+    Attributes:
+        written: the new files.
+        failed: the pictures that could not be read or written, and why.
+        skipped: those whose result was there already.
+    """
+
+    written: list[Path] = field(default_factory=list)
+    failed: list[tuple[Path, str]] = field(default_factory=list)
+    skipped: list[Path] = field(default_factory=list)
+
+
+def plan_jobs(
+    inputs: Iterable[str | Path], out: Path, suffix: str, format: str | None = None
+) -> list[Job]:
+    """Which files to read, and where the results go.
+
+    Args:
+        inputs: files, folders (with all below them, in the same order of folders in ``out``), and
+            globs. What lies in ``out`` is never taken for an input of a folder.
+        out: the folder for the results.
+        suffix: between the name of a picture and its ending.
+        format: ending of all results, such as ``png``; None for that of the picture, or PNG where
+            we write no such kind.
+
+    Raises:
+        DataError: nothing there, two results with one name, or a result that would replace its
+            own picture.
+    """
+    found: dict[Path, Path] = {}  # picture → place below out
+    for item in map(str, inputs):
+        path = Path(item)
+        if path.is_dir():
+            pictures = sorted(
+                p
+                for p in path.rglob("*")
+                if p.suffix.lower() in SUFFIXES and p.is_file() and not _below(p, out)
+            )
+            if not pictures:
+                raise DataError(f"no picture below {path} ({', '.join(SUFFIXES)})")
+            found |= {p: p.relative_to(path) for p in pictures if p not in found}
+        elif path.exists() or not glob.has_magic(item):
+            found.setdefault(path, Path(path.name))
+        else:
+            matches = [Path(m) for m in sorted(glob.glob(item, recursive=True))]
+            matches = [m for m in matches if m.is_file()]
+            if not matches:
+                raise DataError(f"nothing matches {item}")
+            for match in matches:
+                found.setdefault(match, Path(match.name))
+    jobs: list[Job] = []
+    taken: dict[Path, Path] = {}
+    for source, place in found.items():
+        ending = f".{format}" if format else place.suffix
+        if ending.lower() not in SUFFIXES:
+            ending = ".png"
+        target = out / place.with_name(f"{place.stem}{suffix}{ending}")
+        if target in taken:
+            raise DataError(
+                f"{taken[target]} and {source} would both become {target}: call them one by one "
+                "with another --out"
+            )
+        if target.resolve() == source.resolve():
+            raise DataError(f"{source} would be replaced: give another --out, or a --suffix")
+        taken[target] = source
+        jobs.append(Job(source, target))
+    return jobs
+
+
+def upscale_files(
+    upscaler: Upscaler,
+    jobs: Sequence[Job],
+    *,
+    quality: int = 95,
+    compare: bool = False,
+    skip_existing: bool = False,
+    progress: Progress | None = None,
+    on_error: Callable[[str], object] | None = None,
+) -> Report:
+    """Restore pictures one after the other; one that cannot be read does not stop the others.
+
+    Args:
+        upscaler: the model and how to use it.
+        jobs: of :func:`plan_jobs`.
+        quality: of JPEG and WebP.
+        compare: write ``NAME_compare.png`` beside each result: a detail before and after.
+        skip_existing: leave out pictures whose result is there.
+        progress: where to show how far it is, and the time left.
+        on_error: told of every picture that failed.
+
+    Raises:
+        ValueError: the memory does not suffice.
+    """
+    report = Report()
+
+    def fail(path: Path, error: Exception) -> None:
+        report.failed.append((path, str(error)))
+        if on_error is not None:
+            on_error(str(error))
+
+    planned: list[tuple[Job, int]] = []
+    for job in jobs:
+        if skip_existing and job.target.exists():
+            report.skipped.append(job.source)
+            continue
+        try:
+            planned.append((job, upscaler.tiles(*read_size(job.source))))
+        except PictureError as error:
+            fail(job.source, error)
+    clock = _Clock(progress, sum(tiles for _, tiles in planned), len(planned))
+    for job, tiles in planned:
+        clock.next(job.source.name, tiles)
+        try:
+            before = read_picture(job.source)
+            after: Picture = upscaler(before, clock.tick)
+            job.target.parent.mkdir(parents=True, exist_ok=True)
+            write_picture(job.target, after, quality)
+            if compare:
+                _draw(job.target.with_name(f"{job.target.stem}_compare.png"), job, before, after)
+        except (TrainingError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+            clock.give_up()
+            fail(job.source, error)
+            continue
+        report.written.append(job.target)
+        if progress is not None:
+            sizes = (f"{p.pixels.shape[1]}×{p.pixels.shape[0]}" for p in (before, after))
+            note = f" ({before.note})" if before.note else ""
+            progress.say(f"{job.target}  {' → '.join(sizes)}{note}")
+    if progress is not None:
+        progress.end()
+    return report
+
+
+class _Clock:
+    """Tiles done of all tiles, and the time left."""
+
+    def __init__(self, progress: Progress | None, total: int, pictures: int) -> None:
+        self.progress, self.total, self.begun = progress, total, time.monotonic()
+        self.done = self.until = 0
+        self.number, self.pictures, self.name = 0, pictures, ""
+        if progress is not None and total:
+            progress.begin("tiles", total)
+
+    def next(self, name: str, tiles: int) -> None:
+        """Go to the next picture."""
+        self.name, self.number, self.until = name, self.number + 1, self.until + tiles
+
+    def tick(self) -> None:
+        """A tile is done."""
+        self.done = min(self.done + 1, self.until)
+        if self.progress is not None and (self.progress.live or self.progress.due()):
+            left = (time.monotonic() - self.begun) / self.done * (self.total - self.done)
+            text = f"{self.name} ({self.number}/{self.pictures})  {duration(left)} left"
+            self.progress.show(self.done, text)
+
+    def give_up(self) -> None:
+        """The tiles of this picture will not come."""
+        self.done = self.until
+
+
+def _draw(path: Path, job: Job, before: Picture, after: Picture) -> None:
+    result = to_tensor(after.pixels, 3)
+    source = to_tensor(before.pixels, 3)
+    size = (result.shape[1], result.shape[2])
+    enlarged = source if source.shape == result.shape else resize_bicubic(source, size=size)
+    step = size[0] // source.shape[1]
+    panels = [
+        Panel("before" if step == 1 else "before (bicubic)", enlarged),
+        Panel("after", result),
+    ]
+    draw_panels(path, panels, most_detailed(result, 480, step), job.source.name)
+
+
+def _below(path: Path, folder: Path) -> bool:
+    return path.resolve().is_relative_to(folder.resolve())
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that say which model to use, and how."""
+    parser.add_argument("--model", required=True, help="one of backbones.list_models('hat*')")
+    parser.add_argument("--checkpoint", metavar="FILE", help="its weights")
+    parser.add_argument(
+        "--model-args", default="{}", metavar="YAML", help="further keywords, as '{upscale: 1}'"
+    )
+    parser.add_argument(
+        "--max-memory", metavar="SIZE", help="such as 2G or 800M (default: half of what is free)"
+    )
+    parser.add_argument("--tta", action="store_true", help="average over 8 flips and turns")
+    parser.add_argument("--amp", action="store_true", help="bfloat16 where it does no harm")
+    parser.add_argument("--device", help="cpu, cuda, … (default: a GPU if there is one)")
+    parser.add_argument("--threads", type=int, help="CPU threads")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("inputs", nargs="+", metavar="IN", help="picture, folder, or glob")
+    add_model_arguments(parser)
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the results")
+    parser.add_argument(
+        "--tile", default="auto", help="side in pixels, auto, or none (default: auto)"
+    )
+    parser.add_argument(
+        "--overlap", type=int, default=32, help="what tiles read around them (default: 32)"
+    )
+    parser.add_argument("--compare", action="store_true", help="a picture of before and after too")
+    parser.add_argument("--suffix", help="after the name of a picture (default: _x4, …)")
+    endings = [s[1:] for s in SUFFIXES]
+    parser.add_argument("--format", choices=endings, help="of the results (default: as the input)")
+    parser.add_argument("--quality", type=int, default=95, help="of JPEG and WebP (default: 95)")
+    parser.add_argument(
+        "--skip-existing", action="store_true", help="leave out what is there already"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do it; 0, or 1 where a picture failed.
+
+    Raises:
+        TrainingError, backbones.CheckpointError: nothing can be done; the message says why.
+    """
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    memory = parse_size(options.max_memory) if options.max_memory else None
+    if not 1 <= options.quality <= 100:
+        raise DataError(f"--quality must lie in 1 … 100, not {options.quality}")
+    model = load_restorer(options.model, options.checkpoint, options.model_args).to(device)
+    suffix = options.suffix
+    if suffix is None:
+        suffix = "_restored" if model.upscale == 1 else f"_x{model.upscale}"
+    jobs = plan_jobs(options.inputs, Path(options.out), suffix, options.format)
+    progress = Progress(World(0, 1, device))
+    begun = time.monotonic()
+    try:
+        upscaler = Upscaler(
+            model,
+            tile=_parse_tile(options.tile),
+            overlap=options.overlap,
+            tta=options.tta,
+            amp=options.amp,
+            max_memory=memory,
+        )
+        report = upscale_files(
+            upscaler,
+            jobs,
+            quality=options.quality,
+            compare=options.compare,
+            skip_existing=options.skip_existing,
+            progress=progress,
+            on_error=_tell,
+        )
+    except ValueError as error:
+        raise DataError(str(error)) from error
+    finally:
+        progress.end()
+    parts = [f"{len(report.written)} of {len(jobs)} pictures in {options.out}"]
+    if report.skipped:
+        parts.append(f"{len(report.skipped)} were there already")
+    if report.failed:
+        parts.append(f"{len(report.failed)} failed")
+    progress.say(f"{', '.join(parts)}, {duration(time.monotonic() - begun)}")
+    return 1 if report.failed else 0
+
+
+def main(argv: Sequence[str] | None = None, description: str = "") -> int:
+    """Run from a command line: 0, 1 where a picture failed, 2 where nothing could be done."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_arguments(parser)
+    options = parser.parse_args(argv)
+    try:
+        return run(options)
+    except (TrainingError, backbones.CheckpointError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2
+    except KeyboardInterrupt:
+        sys.stderr.write("\ninterrupted; the pictures that are listed are complete\n")
+        return 130
+
+
+def load_restorer(name: str, checkpoint: str | None, arguments: str = "{}") -> nn.Module:
+    """A model that makes images, with its weights.
+
+    Args:
+        arguments: further keywords of :func:`backbones.create_model`, as YAML.
+
+    Raises:
+        DataError: another kind of model, or keywords that it does not take.
+        CheckpointError: no weights, or those of another model.
+    """
+    try:
+        keywords = yaml.safe_load(arguments) or {}
+        if checkpoint is not None and not Path(checkpoint).is_file():
+            raise DataError(f"there is no checkpoint {checkpoint}")
+        # Without a file this says where the published one is.
+        model: nn.Module = backbones.create_model(
+            name, pretrained=checkpoint is None, checkpoint_path=checkpoint, **keywords
+        )
+    except (TypeError, ValueError, yaml.YAMLError) as error:
+        raise DataError(str(error)) from error
+    if not hasattr(model, "upscale"):
+        raise DataError(f"{name} makes no images: take one of list_models('hat*')")
+    return model.eval()
+
+
+def parse_size(text: str) -> int:
+    """``800M`` or ``1.5G`` as bytes; a bare number counts MiB.
+
+    Raises:
+        DataError: anything else.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise DataError(f"--max-memory must be such as 800M or 2G, not {text!r}")
+    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or "M"))
+
+
+def _parse_tile(text: str) -> int | str | None:
+    if text in ("auto", "none"):
+        return None if text == "none" else text
+    if not text.isdigit():
+        raise DataError(f"--tile must be a number of pixels, auto or none, not {text!r}")
+    return int(text)
+
+
+def _tell(message: str) -> None:
+    sys.stderr.write(f"error: {message}\n")

@@ -1,0 +1,232 @@
+"""``validate_sr``: PSNR and SSIM over the folders of Set5, Set14, BSD100, Urban100, Manga109."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import re
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+import backbones
+from backbones.restoration.data import load_truth, to_tensor
+from backbones.restoration.images import SUFFIXES, Picture, PictureError, read_picture
+from backbones.restoration.metrics import quality, quantize
+from backbones.restoration.resize import resize_bicubic
+from backbones.restoration.upscale import Upscaler
+from backbones.restoration.upscale_files import (
+    add_model_arguments,
+    load_restorer,
+    parse_size,
+)
+from backbones.training.checkpoint import write_atomically
+from backbones.training.distributed import World
+from backbones.training.errors import DataError, TrainingError
+from backbones.training.progress import Progress
+
+__all__ = ["EXAMPLE", "Score", "add_arguments", "find_pairs", "main", "run", "validate"]
+
+EXAMPLE = "Set5 Urban100 --model hat_x4 --checkpoint HAT_SRx4.pth --csv scores.csv"
+_TRUTHS = ("HR", "GT", "GTmod12", "GTmod{}", "original", "image_SRF_{}")
+_INPUTS = ("LR", "LR/X{}", "LRbicx{}", "LR_bicubic/X{}", "X{}", "image_SRF_{}")
+
+
+@dataclass(frozen=True)
+class Score:
+    """One picture: what the model makes of it, and what bicubic does."""
+
+    dataset: str
+    picture: str
+    height: int
+    width: int
+    psnr_y: float
+    ssim_y: float
+    bicubic_psnr_y: float
+    bicubic_ssim_y: float
+
+
+def find_pairs(folder: Path, scale: int) -> list[tuple[Path, Path | None]]:
+    """The true pictures of a folder, each with its smaller one where there is one.
+
+    True ones are in ``HR``, ``GT``, ``GTmod12``, ``GTmod4``, ``original`` or ``image_SRF_4`` (of
+    scale 4), or in the folder itself; smaller ones in ``LR``, ``LR/X4``, ``LRbicx4``,
+    ``LR_bicubic/X4``, ``X4`` or ``image_SRF_4``. They belong together if their names are the same
+    but for ``x4``, ``_SRF_4``, ``_HR``, ``_LR`` at the end.
+
+    Raises:
+        DataError: no picture, or a folder of smaller ones that has none for a true one.
+    """
+    if not folder.is_dir():
+        raise DataError(f"there is no folder {folder}")
+    places = (folder / name.format(scale) for name in _TRUTHS)
+    root = next((p for p in places if p.is_dir()), folder)
+    truths = [p for p in _pictures(root) if not p.stem.upper().endswith("_LR")]
+    if not truths:
+        raise DataError(f"no picture in {root} ({', '.join(SUFFIXES)})")
+    candidates = [folder / name.format(scale) for name in _INPUTS]
+    inputs: dict[str, Path] = {}
+    for place in candidates:
+        found = _pictures(place) if place.is_dir() else []
+        if place == root:
+            found = [p for p in found if p.stem.upper().endswith("_LR")]
+        if found:
+            inputs = {_key(p): p for p in found}
+            break
+    if not inputs:
+        return [(truth, None) for truth in truths]
+    missing = [t.name for t in truths if _key(t) not in inputs]
+    if missing:
+        raise DataError(f"{folder}: no low-resolution picture for {', '.join(missing[:5])}")
+    return [(truth, inputs[_key(truth)]) for truth in truths]
+
+
+def validate(
+    upscaler: Upscaler, folder: Path, on_picture: Callable[[str], object] | None = None
+) -> list[Score]:
+    """Score the model on a folder; the border of ``scale`` pixels does not count.
+
+    Smaller pictures that are not there are made from the true ones as the papers did, bicubically
+    (see :mod:`backbones.restoration.resize`), and rounded to 8 bits.
+
+    Raises:
+        DataError: see :func:`find_pairs`; a picture that cannot be read, or two that do not fit.
+    """
+    scale, scores = upscaler.scale, []
+    for truth_path, input_path in find_pairs(folder, scale):
+        truth = load_truth(truth_path, 3, scale)
+        height, width = truth.shape[1:]
+        if input_path is None:
+            small = _to_picture(resize_bicubic(truth, 1 / scale))
+        else:
+            small = read_picture(input_path)
+            if small.is_grey:
+                small = Picture(small.pixels.repeat(3, axis=2))
+            if tuple(n * scale for n in small.pixels.shape[:2]) != (height, width):
+                raise PictureError(
+                    f"{input_path} of {small.pixels.shape[1]}×{small.pixels.shape[0]} is no "
+                    f"{scale} times smaller {truth_path} of {width}×{height}"
+                )
+        ours = to_tensor(upscaler(small).pixels, 3)
+        bicubic = resize_bicubic(to_tensor(small.pixels, 3), scale)
+        after, before = quality(ours, truth, scale), quality(bicubic, truth, scale)
+        scores.append(
+            Score(
+                folder.name,
+                truth_path.name,
+                height,
+                width,
+                **after,
+                **{f"bicubic_{key}": value for key, value in before.items()},
+            )
+        )
+        if on_picture is not None:
+            on_picture(truth_path.name)
+    return scores
+
+
+def mean_score(scores: Sequence[Score]) -> Score:
+    """The mean of a dataset, as papers report it: over its pictures."""
+    means = [
+        sum(getattr(score, name) for score in scores) / len(scores)
+        for name in ("psnr_y", "ssim_y", "bicubic_psnr_y", "bicubic_ssim_y")
+    ]
+    return Score(scores[0].dataset, "mean", 0, 0, *means)
+
+
+def write_csv(path: Path, scores: Sequence[Score]) -> None:
+    """A row for each picture, and one for the mean of each dataset; whole or not at all."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(asdict(scores[0])), lineterminator="\n")
+    writer.writeheader()
+    for score in scores:
+        row = asdict(score)
+        for key, value in row.items():
+            if isinstance(value, float):
+                row[key] = f"{value:.4f}"
+        writer.writerow(row)
+    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+
+
+def _pictures(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.iterdir() if p.suffix.lower() in SUFFIXES)
+
+
+def _key(path: Path) -> str:
+    return re.sub(r"(_SRF_\d|_HR|_LR|_?x\d)+$", "", path.stem, flags=re.IGNORECASE)
+
+
+def _to_picture(image: Tensor) -> Picture:
+    pixels = (quantize(image) * 255).round().byte().permute(1, 2, 0).contiguous().numpy()
+    return Picture(pixels)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options of the command."""
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="a data set each")
+    add_model_arguments(parser)
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="a row for each picture")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Do it and print a line for each data set; 0.
+
+    Raises:
+        TrainingError, backbones.CheckpointError: it cannot be done; the message says why.
+    """
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
+    memory = parse_size(options.max_memory) if options.max_memory else None
+    model = load_restorer(options.model, options.checkpoint, options.model_args).to(device)
+    if model.upscale == 1:
+        raise DataError("a model that keeps the size has no super-resolution to validate")
+    upscaler = Upscaler(model, tta=options.tta, amp=options.amp, max_memory=memory)
+    pairs = {folder: find_pairs(folder, upscaler.scale) for folder in options.folders}
+    progress = Progress(World(0, 1, device))
+    scores: list[Score] = []
+    for folder in options.folders:
+        bar = _Bar(progress, folder.name, len(pairs[folder]))
+        of_folder = validate(upscaler, folder, bar.next)
+        mean = mean_score(of_folder)
+        scores += [*of_folder, mean]
+        progress.end()
+        progress.say(
+            f"{folder.name:<12} {len(of_folder):4} pictures  PSNR-Y {mean.psnr_y:6.2f} dB  "
+            f"SSIM-Y {mean.ssim_y:.4f}  (bicubic {mean.bicubic_psnr_y:6.2f}  "
+            f"{mean.bicubic_ssim_y:.4f})"
+        )
+    if options.csv is not None:
+        write_csv(options.csv, scores)
+    return 0
+
+
+class _Bar:
+    """How many pictures are done."""
+
+    def __init__(self, progress: Progress, title: str, total: int) -> None:
+        self.progress, self.done = progress, 0
+        progress.begin(title, total)
+
+    def next(self, name: str) -> None:
+        self.done += 1
+        if self.progress.live or self.progress.due():
+            self.progress.show(self.done, name)
+
+
+def main(argv: Sequence[str] | None = None, description: str = "") -> int:
+    """Run from a command line: 0, or 2 where it could not be done."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add_arguments(parser)
+    try:
+        return run(parser.parse_args(argv))
+    except (TrainingError, backbones.CheckpointError) as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 2

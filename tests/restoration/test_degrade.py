@@ -1,0 +1,96 @@
+"""Noise, JPEG, and the chain of Real-ESRGAN."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from backbones.restoration import degrade
+
+
+def generator(seed: int = 0) -> np.random.Generator:
+    return np.random.default_rng(seed)
+
+
+def smooth(height: int = 48, width: int = 64, channels: int = 3) -> Tensor:
+    rows, columns = torch.arange(height)[:, None] / height, torch.arange(width) / width
+    waves = [0.5 + 0.4 * torch.sin(7 * rows + (3 + c) * columns + c) for c in range(channels)]
+    return torch.stack(waves)
+
+
+@pytest.mark.parametrize("sigma", [15.0, 25.0, 50.0])
+def test_noise(sigma: float) -> None:
+    image = torch.full((3, 100, 100), 0.5)
+    noisy = degrade.add_noise(image, sigma, generator())
+    assert (noisy - image).std().item() * 255 == pytest.approx(sigma, rel=0.02)
+    assert (noisy - image).mean().item() * 255 == pytest.approx(0, abs=0.03 * sigma)
+    assert torch.equal(noisy, degrade.add_noise(image, sigma, generator()))
+
+
+@pytest.mark.parametrize("channels", [1, 3])
+def test_jpeg(channels: int) -> None:
+    image = smooth(channels=channels)
+    errors = [(degrade.compress(image, q) - image).abs().mean().item() for q in (10, 40, 95)]
+    assert errors[0] > errors[1] > errors[2] > 0
+    assert errors[2] < 0.01
+    out = degrade.compress(image, 10)
+    assert out.shape == image.shape and torch.equal(out, (out * 255).round() / 255)
+
+
+def test_kernels() -> None:
+    even = degrade.gaussian_kernel(21, (2.0, 2.0))
+    places = torch.arange(21.0) - 10
+    taps = torch.exp(-(places**2) / 8)
+    torch.testing.assert_close(even, torch.outer(taps, taps) / taps.sum() ** 2)
+    long = degrade.gaussian_kernel(21, (3.0, 1.0), angle=math.pi / 2)
+    assert long.sum(1)[0] > 5 * long.sum(0)[0]  # the first axis has been turned upright
+    for kernel in (
+        long,
+        degrade.gaussian_kernel(9, (2, 2), shape=0.7),
+        degrade.gaussian_kernel(9, (2, 2), shape=1.5, plateau=True),
+        degrade.sinc_kernel(9, 1.2),
+    ):
+        assert kernel.sum().item() == pytest.approx(1, abs=1e-6)
+        torch.testing.assert_close(kernel, kernel.flip(0, 1))
+    assert degrade.sinc_kernel(21, math.pi / 3).min() < 0  # it rings
+
+
+def test_a_kernel_of_one_point_changes_nothing() -> None:
+    image, kernel = smooth(), torch.zeros(7, 7)
+    kernel[3, 3] = 1
+    torch.testing.assert_close(degrade.blur(image, kernel), image)
+
+
+def test_sharpen() -> None:
+    """Flat parts stay, edges get steeper."""
+    image = torch.full((3, 40, 80), 0.3)
+    torch.testing.assert_close(degrade.sharpen(image), image)
+    image[:, :, 40:] = 0.7
+    sharp = degrade.sharpen(image)
+    assert sharp[:, :, 39].mean() < 0.28 and sharp[:, :, 40].mean() > 0.72
+    assert sharp.min() >= 0 and sharp.max() <= 1
+
+
+@pytest.mark.parametrize("scale", [1, 2, 4])
+def test_real_world(scale: int) -> None:
+    image = smooth(64, 96)
+    results = []
+    for seed in range(12):
+        out = degrade.real_world(image, scale, generator(seed))
+        assert out.shape == (3, 64 // scale, 96 // scale)
+        assert out.min() >= 0 and out.max() <= 1
+        torch.testing.assert_close(out * 255, (out * 255).round(), atol=1e-4, rtol=0)
+        # It remains the same picture, however spoilt.
+        assert (out.mean((1, 2)) - image.mean((1, 2))).abs().max() < 0.1
+        results.append(out)
+    assert len({round(float(r.std()), 6) for r in results}) == 12
+    assert torch.equal(results[0], degrade.real_world(image, scale, generator(0)))
+
+
+def test_real_world_of_small_patches() -> None:
+    for seed in range(20):
+        assert degrade.real_world(smooth(8, 8), 2, generator(seed)).shape == (3, 4, 4)

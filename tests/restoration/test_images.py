@@ -1,0 +1,180 @@
+"""Picture files of every kind come in right and go out whole."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import tifffile
+from PIL import Image, ImageOps
+
+from backbones.restoration.images import (
+    Picture,
+    PictureError,
+    read_picture,
+    read_size,
+    write_picture,
+)
+
+ORIENTATION = 0x0112
+RANDOM = np.random.default_rng(0)
+
+
+def pixels(*shape: int, kind: Any = np.uint8) -> np.ndarray:
+    return RANDOM.integers(0, np.iinfo(kind).max + 1, shape, dtype=kind)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif", ".webp"])
+@pytest.mark.parametrize("alpha", [False, True])
+def test_colour_and_alpha(suffix: str, alpha: bool, tmp_path: Path) -> None:
+    array = pixels(6, 9, 4 if alpha else 3)
+    Image.fromarray(array).save(
+        tmp_path / f"a{suffix}", **({"lossless": True, "exact": True} if suffix == ".webp" else {})
+    )
+    picture = read_picture(tmp_path / f"a{suffix}")
+    assert picture.bits == 8 and not picture.is_grey and not picture.note
+    assert np.array_equal(picture.pixels, array[:, :, :3])
+    assert (picture.alpha is not None) == alpha
+    if alpha:
+        assert np.array_equal(picture.alpha, array[:, :, 3])
+    if suffix != ".webp":
+        write_picture(tmp_path / f"b{suffix}", picture)
+        assert np.array_equal(np.asarray(Image.open(tmp_path / f"b{suffix}")), array)
+
+
+def test_palette(tmp_path: Path) -> None:
+    image = Image.fromarray(pixels(8, 8, 3)).quantize(16)
+    image.save(tmp_path / "p.png")
+    assert np.array_equal(read_picture(tmp_path / "p.png").pixels, np.asarray(image.convert("RGB")))
+    image.save(tmp_path / "t.png", transparency=3)
+    picture = read_picture(tmp_path / "t.png")
+    expected = np.where(np.asarray(image) == 3, 0, 255)
+    assert picture.alpha is not None and np.array_equal(picture.alpha, expected)
+
+
+@pytest.mark.parametrize("mode", ["L", "LA", "1", "I;16", "CMYK"])
+def test_other_modes(mode: str, tmp_path: Path) -> None:
+    path = tmp_path / ("a.tif" if mode == "CMYK" else "a.png")
+    if mode == "I;16":
+        image = Image.fromarray(pixels(5, 7, kind=np.uint16))
+    else:
+        image = Image.fromarray(pixels(5, 7, 3)).convert(mode)
+    image.save(path)
+    picture = read_picture(path)
+    assert picture.is_grey == (mode != "CMYK")
+    assert picture.bits == (16 if mode == "I;16" else 8)
+    assert (picture.alpha is not None) == (mode == "LA")
+    if mode in ("L", "I;16"):
+        assert np.array_equal(picture.pixels[:, :, 0], np.asarray(image))
+    if mode == "CMYK":
+        assert np.array_equal(picture.pixels, np.asarray(image.convert("RGB")))
+    assert read_size(path) == (5, 7)
+
+
+@pytest.mark.parametrize("suffix", [".png", ".tif"])
+@pytest.mark.parametrize("channels", [1, 3])
+@pytest.mark.parametrize("alpha", [False, True])
+def test_sixteen_bits(suffix: str, channels: int, alpha: bool, tmp_path: Path) -> None:
+    array = pixels(5, 8, channels, kind=np.uint16)
+    opacity = pixels(5, 8, kind=np.uint16) if alpha else None
+    path = tmp_path / f"a{suffix}"
+    write_picture(path, Picture(array, opacity, icc=b"profile"))
+    back = read_picture(path)
+    assert back.bits == 16 and back.icc == b"profile"
+    # A grey TIFF with alpha is written as colour, which readers know.
+    expected = array.repeat(3, 2) if suffix == ".tif" and alpha and channels == 1 else array
+    assert np.array_equal(back.pixels, expected)
+    assert (back.alpha is None) == (opacity is None)
+    if opacity is not None:
+        assert np.array_equal(back.alpha, opacity)
+    if suffix == ".tif":
+        other = tifffile.imread(path)
+        assert np.array_equal(other[..., :3] if other.ndim == 3 else other[..., None], expected)
+
+
+def test_sixteen_bits_become_eight_where_the_format_has_no_more(tmp_path: Path) -> None:
+    array = np.array([[[0], [128], [257], [65535]]], dtype=np.uint16)
+    write_picture(tmp_path / "a.webp", Picture(array.repeat(3, 2)), quality=100)
+    assert Picture(array).show().tobytes() == bytes([0, 0, 1, 255])
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_orientation(orientation: int, tmp_path: Path) -> None:
+    image = Image.fromarray(pixels(5, 8, 3))
+    exif = image.getexif()
+    exif[ORIENTATION], exif[0x010F] = orientation, "a maker"
+    image.save(tmp_path / "a.png", exif=exif)
+    picture = read_picture(tmp_path / "a.png")
+    with Image.open(tmp_path / "a.png") as opened:
+        assert np.array_equal(picture.pixels, np.asarray(ImageOps.exif_transpose(opened)))
+    assert read_size(tmp_path / "a.png") == picture.pixels.shape[:2]
+    write_picture(tmp_path / "b.jpg", picture)
+    with Image.open(tmp_path / "b.jpg") as written:
+        assert ORIENTATION not in written.getexif() and written.getexif()[0x010F] == "a maker"
+
+
+def test_notes_of_a_tiff_do_not_describe_the_new_one(tmp_path: Path) -> None:
+    image = Image.fromarray(pixels(5, 8, 3))
+    exif = image.getexif()
+    exif[ORIENTATION], exif[0x010F] = 6, "a maker"
+    image.save(tmp_path / "a.tif", exif=exif)
+    picture = read_picture(tmp_path / "a.tif")
+    assert picture.pixels.shape == (8, 5, 3)
+    larger = picture.with_pixels(pixels(16, 10, 3), None)
+    for suffix in (".tif", ".png", ".jpg"):
+        write_picture(tmp_path / f"b{suffix}", larger)
+        assert read_picture(tmp_path / f"b{suffix}").pixels.shape == (16, 10, 3)
+        with Image.open(tmp_path / f"b{suffix}") as written:
+            assert written.getexif()[0x010F] == "a maker"
+
+
+def test_formats_without_alpha(tmp_path: Path) -> None:
+    picture = Picture(pixels(6, 6, 3), pixels(6, 6))
+    for suffix in (".jpg", ".bmp"):
+        write_picture(tmp_path / f"a{suffix}", picture)
+        assert read_picture(tmp_path / f"a{suffix}").alpha is None
+
+
+def test_frames(tmp_path: Path) -> None:
+    frames = [Image.fromarray(pixels(4, 4, 3)) for _ in range(3)]
+    frames[0].save(tmp_path / "a.tif", save_all=True, append_images=frames[1:])
+    picture = read_picture(tmp_path / "a.tif")
+    assert np.array_equal(picture.pixels, np.asarray(frames[0]))
+    assert picture.note == "only the first of its 3 frames"
+
+
+def test_damage_is_reported(tmp_path: Path) -> None:
+    whole = tmp_path / "whole.png"
+    Image.fromarray(pixels(64, 64, 3)).save(whole)
+    data = whole.read_bytes()
+    for name, content in {"cut": data[:3000], "text": b"hello", "empty": b""}.items():
+        path = tmp_path / f"{name}.png"
+        path.write_bytes(content)
+        with pytest.raises(PictureError, match=f"{name}.png"):
+            read_picture(path)
+    with pytest.raises(PictureError, match="there is no file"):
+        read_picture(tmp_path / "missing.png")
+    with pytest.raises(PictureError, match="there is no file"):
+        read_size(tmp_path / "missing.png")
+    Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "f.tif")
+    with pytest.raises(PictureError, match="floating-point"):
+        read_picture(tmp_path / "f.tif")
+
+
+def test_nothing_is_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "a.png"
+    path.write_bytes(b"what was there")
+
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    with pytest.raises(PictureError, match="No space left"):
+        write_picture(path, Picture(pixels(4, 4, 3)))
+    assert [p.name for p in tmp_path.iterdir()] == ["a.png"]
+    assert path.read_bytes() == b"what was there"
+    with pytest.raises(PictureError, match="written as .png"):
+        write_picture(tmp_path / "a.gif", Picture(pixels(4, 4, 3)))

@@ -1,0 +1,179 @@
+"""``tools/train_sr.py``: it learns, goes on bit for bit, alone and in two processes."""
+
+from __future__ import annotations
+
+import csv
+import signal
+from functools import partial
+from pathlib import Path
+
+import pytest
+import safetensors.torch
+import torch
+import yaml
+from PIL import Image
+from restoration_runs import TINY, make_pictures, start, start_two, train
+from training_runs import final_state, kill, kill_at_call, same
+
+import backbones
+from backbones.restoration.recipe import RestorationRecipe
+from backbones.restoration.train import build_restorer
+from backbones.training.errors import RecipeError
+from backbones.training.recipe import load_recipe
+
+CONFIGS = Path(__file__).parents[2] / "configs" / "sr"
+# Everything random is on, and the average too.
+RECIPE = [
+    "--epochs=3",
+    "--save-every-steps=1",
+    "--log-every=2",
+    "--model-args",
+    TINY[:-1] + ", drop_path_rate: 0.2}",
+    "--ema-decay=0.9",
+]
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    root = tmp_path_factory.mktemp("pictures")
+    folders = (make_pictures(root / "train", 5), make_pictures(root / "val", 3))
+    return f"--train-pictures={folders[0]}", f"--val-pictures={folders[1]}"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(pictures, tmp_path_factory):
+    output = tmp_path_factory.mktemp("undisturbed")
+    assert train(*pictures, f"--output={output}", "--name=run", *RECIPE) == 0
+    return final_state(output / "run")
+
+
+def test_it_leaves_its_files(pictures, tmp_path, capsys):
+    arguments = (*pictures, f"--output={tmp_path}", "--name=run", "--epochs=2", "--ema-decay=0.5")
+    assert train(*arguments, "--updates-per-epoch=15", "--lr=5e-3", pictures=True) == 0
+    folder, printed = tmp_path / "run", capsys.readouterr().out
+    wanted = {"best.safetensors", "last.pt", "summary.csv", "metrics.jsonl", "comparison.png"}
+    assert wanted <= {path.name for path in folder.iterdir()}
+    assert all(name in printed for name in wanted) and "dB over bicubic" in printed
+    rows = list(csv.DictReader((folder / "summary.csv").read_text().splitlines()))
+    assert float(rows[1]["train_loss"]) < float(rows[0]["train_loss"]) < 0.1
+    assert 0.5 < float(rows[1]["ema_ssim_y"]) < 1 and 20 < float(rows[1]["val_psnr_y"]) < 60
+    with Image.open(folder / "comparison.png") as picture:
+        assert picture.size[0] > 4 * 320  # input, bicubic, ours, truth
+    recipe = yaml.safe_load((folder / "config.yaml").read_text())
+    assert recipe["task"] == "sr" and "mixup" not in recipe
+    weights = safetensors.torch.load_file(folder / "best.safetensors")
+    for file in ("best.safetensors", "last.pt"):
+        model = backbones.create_model(
+            "hat_nano_x2", checkpoint_path=str(folder / file), **yaml.safe_load(TINY)
+        )
+        assert weights.keys() == model.state_dict().keys()
+
+
+@pytest.mark.parametrize(
+    ("name", "number"), [("link", 4), pytest.param("fsync", 7, marks=pytest.mark.slow)]
+)
+def test_a_killed_run_goes_on_bit_for_bit(name, number, pictures, undisturbed, tmp_path):
+    arguments = (*pictures, f"--output={tmp_path}", "--name=run", *RECIPE)
+    process = start(*arguments, before=partial(kill_at_call, name, number))
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+    assert train(*arguments, "--resume=auto") == 0
+    assert same(final_state(tmp_path / "run"), undisturbed)
+
+
+@pytest.mark.slow
+def test_loader_processes_change_nothing(pictures, undisturbed, tmp_path):
+    process = start(*pictures, f"--output={tmp_path}", "--name=run", *RECIPE, "--workers=2")
+    process.join()
+    assert process.exitcode == 0
+    assert same(final_state(tmp_path / "run"), undisturbed)
+
+
+def test_two_processes_equal_one_with_the_double_batch(pictures, tmp_path):
+    plain = ["--opt=momentum", "--momentum=0", "--sched=none", "--epochs=2", "--lr=0.1", "--no-ema"]
+    arguments = (*pictures, f"--output={tmp_path}", *plain)
+    processes = start_two(*arguments, "--name=two")
+    assert train(*arguments, "--name=one", "--batch-size=4") == 0
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+    one, two = (final_state(tmp_path / name) for name in ("one", "two"))
+    assert one["updates"] == two["updates"] == 8
+    for key, value in two["model"].items():
+        torch.testing.assert_close(value, one["model"][key], rtol=1e-4, atol=1e-6)
+    for row, other in zip(two["history"], one["history"], strict=True):
+        for key in ("train_loss", "val_psnr_y", "val_ssim_y"):
+            assert row[key] == pytest.approx(other[key], rel=1e-4)
+
+
+def test_two_processes_go_on_bit_for_bit(pictures, tmp_path):
+    arguments = (*pictures, f"--output={tmp_path}", *RECIPE)
+    for process in start_two(*arguments, "--name=undisturbed"):
+        process.join()
+    processes = start_two(*arguments, "--name=run", before=(partial(kill_at_call, "link", 3), None))
+    processes[0].join()
+    kill(processes[1])
+    assert processes[0].exitcode == -signal.SIGKILL
+    for process in start_two(*arguments, "--name=run", "--resume=auto"):
+        process.join()
+        assert process.exitcode == 0
+    states = [final_state(tmp_path / name) for name in ("undisturbed", "run")]
+    assert len(states[0]["ranks"]) == 2 and same(*states)
+
+
+@pytest.mark.parametrize("task", ["denoise", "jpeg", "real"])
+def test_other_tasks(task, pictures, tmp_path):
+    model = "--model-args=" + (TINY if task == "real" else TINY[:-1] + ", upscale: 1}")
+    more = ["--epochs=1", "--updates-per-epoch=2", f"--task={task}", model]
+    assert train(*pictures, f"--output={tmp_path}", "--name=run", *more) == 0
+    row = final_state(tmp_path / "run")["history"][0]
+    assert 5 < row["val_psnr_y"] < 60
+
+
+def test_mistakes_are_named(pictures, tmp_path, capsys):
+    def error(*arguments: str) -> str:
+        assert train(*pictures, f"--output={tmp_path}", *arguments) == 1
+        return capsys.readouterr().err
+
+    assert "unknown option '--mixup'" in error("--mixup=0.2")
+    assert "task denoise keeps the size, hat_nano_x2 makes it 2" in error("--task=denoise")
+    assert "needs a model whose upscale is 2, 3 or 4" in error("--model-args={upscale: 1}")
+    assert "van_b0 makes no images" in error("--model=van_b0", "--model-args={}")
+    assert "sigma must be one or more numbers" in error("--sigma", "-1")
+    assert "quality must be two numbers" in error("--quality", "40", "10")
+    assert "no picture at /nowhere" in error("--train-pictures=/nowhere")
+    assert "cannot be read, more than max_corrupt" in error("--patch-size=40", "--name=large")
+    listed = (tmp_path / "large" / "corrupt_train.txt").read_text()
+    assert "smaller than a patch of 80×80" in listed
+    assert train(*pictures, f"--output={tmp_path}", "--name=a", "--epochs=1") == 0
+    again = ("--name=a", "--resume=auto", "--epochs=2", "--model-args", TINY.replace("8", "16", 1))
+    assert "does not fit this recipe" in error(*again)
+
+
+@pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)
+def test_configs(path: Path) -> None:
+    """Every one can be read, and its model does its task."""
+    variants = yaml.safe_load(path.read_text()).get("variants")
+    for variant in variants or [None]:
+        overrides = {} if variant is None else {"model": variant}
+        recipe = load_recipe(path, overrides, RestorationRecipe)
+        recipe.checkpoint = None
+        with torch.device("meta"):
+            build_restorer(recipe)
+
+
+def test_quickstart_has_no_original_and_is_small() -> None:
+    model = backbones.create_model("hat_nano_x2")
+    assert sum(p.numel() for p in model.parameters()) <= 1_000_000
+    with pytest.raises(RecipeError, match="no model"):
+        build_restorer(RestorationRecipe())
+
+
+@pytest.mark.slow
+def test_the_promised_gain(tmp_path):
+    """At least 0.3 dB over bicubic on held-out photographs."""
+    from backbones.restoration.train import main
+
+    assert main(["--config", str(CONFIGS / "quickstart.yaml"), f"--output={tmp_path}"]) == 0
+    rows = list(csv.DictReader((tmp_path / "quickstart" / "summary.csv").read_text().splitlines()))
+    assert max(float(row["ema_psnr_y"] or 0) for row in rows) >= 34.06 + 0.3

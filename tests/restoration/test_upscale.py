@@ -1,0 +1,243 @@
+"""Pictures through a model: tiles, memory, self-ensemble, grey, alpha, 16 bits."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+import backbones
+from backbones.restoration.images import Picture
+from backbones.restoration.memory import bytes_per_pixel
+from backbones.restoration.resize import resize_bicubic
+from backbones.restoration.upscale import Upscaler, upscale
+from ops.tiling import run_tiled
+
+ROOT = Path(__file__).parents[2]
+
+
+class Bicubic(nn.Module):
+    """Sees two pixels around; counts what it is called with."""
+
+    upscale, window_size = 2, 8
+
+    def __init__(self, in_chans: int = 3) -> None:
+        super().__init__()
+        self.in_chans = in_chans
+        self.weight = nn.Parameter(torch.ones(()))
+        self.seen: list[tuple[int, ...]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.seen.append(tuple(x.shape))
+        return resize_bicubic(x, 2.0) * self.weight
+
+
+def pixels(*shape: int, kind: Any = np.uint8) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, np.iinfo(kind).max + 1, shape, dtype=kind)
+
+
+def expected(array: np.ndarray) -> np.ndarray:
+    limit = float(np.iinfo(array.dtype).max)
+    x = torch.from_numpy(array.astype(np.float32)).permute(2, 0, 1) / limit
+    large = resize_bicubic(x, 2.0).clamp(0, 1).permute(1, 2, 0)
+    return (large * limit).round().numpy().astype(array.dtype)
+
+
+def difference(a: np.ndarray, b: np.ndarray) -> int:
+    return int(np.abs(a.astype(int) - b.astype(int)).max())
+
+
+@pytest.mark.parametrize("kind", [np.uint8, np.uint16])
+@pytest.mark.parametrize("in_chans", [1, 3])
+@pytest.mark.parametrize("colours", [1, 3])
+def test_channels_and_depth(kind: Any, in_chans: int, colours: int) -> None:
+    array = pixels(20, 31, colours, kind=kind)
+    out = Upscaler(Bicubic(in_chans))(array)
+    assert out.dtype == kind and difference(out, expected(array)) <= 1
+    flat = Upscaler(Bicubic(in_chans))(array[:, :, 0])
+    assert flat.shape == (40, 62)
+
+
+def test_alpha_and_kinds() -> None:
+    array, alpha = pixels(10, 12, 3), np.full((10, 12), 255, np.uint8)
+    alpha[:, :6] = 0
+    picture = Upscaler(Bicubic())(Picture(array, alpha, icc=b"x"))
+    assert picture.icc == b"x" and picture.alpha.shape == (20, 24)
+    assert set(picture.alpha[:, :8].flatten()) == {0}
+    assert set(picture.alpha[:, -8:].flatten()) == {255}
+    image = upscale(Bicubic(), Image.fromarray(np.dstack([array, alpha])))
+    assert image.mode == "RGBA" and np.array_equal(np.asarray(image)[:, :, :3], picture.pixels)
+    grey = upscale(Bicubic(), Image.fromarray(array[:, :, 0]))
+    assert grey.mode == "L" and grey.size == (24, 20)
+    kept = Upscaler(backbones.create_model("hat_nano_x2", upscale=1))(Picture(array, alpha))
+    assert kept.alpha is alpha and kept.pixels.shape == array.shape
+
+
+def test_tiles_of_a_model_that_sees_less_than_the_overlap() -> None:
+    """They change nothing, whatever way they are blended."""
+    array = pixels(50, 70, 3)
+    model = Bicubic()
+    calls: list[int] = []
+    upscaler = Upscaler(model, tile=16, overlap=8)
+    out = upscaler(array, lambda: calls.append(1))
+    assert difference(out, expected(array)) == 0
+    assert len(calls) == len(model.seen) == upscaler.tiles(50, 70) == 4 * 5
+    assert max(max(shape[2:]) for shape in model.seen) == 16 + 2 * 8
+
+
+@torch.no_grad()
+def test_tiles_of_hat_without_its_global_gate() -> None:
+    """Its channel attention sees the whole image; without that nothing differs within reach."""
+    torch.manual_seed(0)
+    model = backbones.create_model("hat_nano_x2", depths=(2,), num_heads=(2,)).eval()
+    nn.init.normal_(model.head.conv_out.weight, std=0.1)
+    for name, parameter in model.named_parameters():
+        if ".se.fc2.weight" in name:
+            parameter.zero_()
+    x = torch.rand(1, 3, 96, 64)
+    whole = model(x)
+    # Reach: a window of 8 shifted by 4, twice, overlapping windows, and convolutions.
+    tiled = run_tiled(model, x, tile_size=32, overlap=32, scale=2, blend=8)
+    torch.testing.assert_close(tiled, whole, rtol=1e-5, atol=1e-5)
+    assert (run_tiled(model, x, tile_size=32, overlap=8, scale=2) - whole).abs().max() > 1e-4
+
+
+@torch.no_grad()
+def test_tiles_of_hat() -> None:
+    """With the gate they agree to less than a level of 8 bits, away from the image's border."""
+    torch.manual_seed(0)
+    model = backbones.create_model("hat_nano_x2").eval()
+    nn.init.normal_(model.head.conv_out.weight, std=0.02)
+    array = expected(expected(pixels(24, 32, 3)))  # smooth, 96×128
+    whole = Upscaler(model, tile=None)(array).astype(int)
+    assert difference(whole, expected(array)) > 3  # the network does something
+    tiled = Upscaler(model, tile=32, overlap=32)(array).astype(int)
+    inner = np.abs(tiled - whole)[16:-16, 16:-16]
+    assert inner.max() <= 1 and (inner > 0).mean() < 0.2
+
+
+def test_self_ensemble() -> None:
+    class Shift(Bicubic):
+        def forward(self, x: Tensor) -> Tensor:
+            out = super().forward(x)
+            return out + torch.linspace(0, 0.1, out.shape[3])
+
+    model = Shift()
+    array = np.full((16, 16, 3), 100, np.uint8)
+    out = upscale(model, array, tta=True, tile=None)
+    assert len(model.seen) == 8
+    assert set(out.flatten()) == {round(100 + 0.05 * 255)}  # slopes of all directions cancel
+
+
+def test_autocast() -> None:
+    torch.manual_seed(0)
+    model = backbones.create_model("hat_nano_x2")
+    array = pixels(16, 16, 3)
+    assert difference(upscale(model, array, amp=True), upscale(model, array)) <= 2
+
+
+def test_bytes_per_pixel() -> None:
+    """Two tensors of 4 bytes live at once, then one is dropped before the next is made."""
+
+    def chain(x: Tensor) -> Tensor:
+        for _ in range(5):
+            x = x + 1
+        return x
+
+    per_pixel = bytes_per_pixel(chain, torch.zeros(1, 1, 64, 64))
+    assert per_pixel == pytest.approx(2 * 8)
+
+
+def test_auto_tiles_follow_the_limit() -> None:
+    model = backbones.create_model("hat_nano_x2")
+    plenty = Upscaler(model, max_memory=2**40)
+    assert plenty.tile_side(2000, 3000) == 3000 and plenty.tiles(2000, 3000) == 1
+    sides = []
+    for mebibytes in (100, 300, 1000):
+        upscaler = Upscaler(model, max_memory=2**40)
+        per_pixel, _ = upscaler._measure()
+        upscaler._budget = (per_pixel, mebibytes * 2**20 + upscaler._held(2000, 3000, 1))
+        side = upscaler.tile_side(2000, 3000)
+        assert side % 8 == 0 and upscaler._needs(side, 2000, 3000) <= mebibytes * 2**20
+        assert upscaler._needs(side + 8, 2000, 3000) > mebibytes * 2**20
+        sides.append(side)
+    assert sides == sorted(sides) and sides[0] < sides[-1]
+    with pytest.raises(ValueError, match=r"max_memory does not suffice .* MiB are missing"):
+        Upscaler(model, max_memory=2**20)(pixels(64, 64, 3))
+
+
+_PEAK = """
+import resource, sys
+import numpy as np
+import torch
+from torch import nn
+import backbones
+from backbones.restoration.upscale import Upscaler
+from backbones.restoration.memory import used_memory
+
+class Wide(nn.Sequential):
+    upscale, in_chans, window_size = 2, 3, 16
+
+torch.set_num_threads(1)
+if sys.argv[1] == "wide":
+    wide = nn.Conv2d(3, 64, 1), nn.GELU(), nn.Conv2d(64, 12, 3, padding=1), nn.PixelShuffle(2)
+    model = Wide(*wide)
+else:
+    model = backbones.create_model(sys.argv[1])
+side, spare = int(sys.argv[2]), int(sys.argv[3]) * 2**20
+array = np.zeros((side, side, 3), np.uint8)
+Upscaler(model, tile=None)(array[:32, :32])  # what torch loads at its first call is no tile's
+limit = used_memory(torch.device("cpu")) + spare
+upscaler = Upscaler(model, max_memory=limit)
+tiles = upscaler.tiles(side, side)
+upscaler(array)
+peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+print(tiles, limit, peak)
+"""
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss counts kilobytes on Linux")
+@pytest.mark.parametrize(
+    ("model", "side", "spares"),
+    [
+        ("wide", 640, (80, 1000)),
+        pytest.param("hat_nano_x2", 256, (80, 1000), marks=pytest.mark.slow),
+    ],
+)
+def test_peak_memory_stays_below_the_limit(model: str, side: int, spares: tuple[int, int]) -> None:
+    """Measured in processes of their own: less memory, more tiles, and never above it."""
+    found = []
+    for spare in spares:
+        words = [sys.executable, "-c", _PEAK, model, str(side), str(spare)]
+        run = subprocess.run(words, cwd=ROOT, check=True, capture_output=True, text=True)
+        tiles, limit, peak = map(int, run.stdout.split())
+        assert peak <= limit
+        found.append((tiles, peak))
+    assert found[0][0] > 1 == found[1][0]
+    assert found[1][1] - found[0][1] > 50 * 2**20  # without tiles it takes far more
+
+
+def test_bad_arguments_are_named() -> None:
+    model = Bicubic()
+    for keywords, message in (
+        ({"tile": 12}, "tile must be a multiple of the model's window of 8, got 12"),
+        ({"overlap": -8}, "overlap must be a multiple .* got -8"),
+        ({"tile": 0}, "tile must be positive"),
+        ({"tile": "all"}, "'auto' or None, got 'all'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            Upscaler(model, **keywords)
+    with pytest.raises(ValueError, match="Linear makes no images"):
+        Upscaler(nn.Linear(2, 2))
+    for array in (pixels(4, 4, 2), pixels(4, 4, 3).astype(np.float32)):
+        with pytest.raises(ValueError, match="of uint8 or uint16, got"):
+            Upscaler(model)(array)
+    with pytest.raises(ValueError, match="mode I;16 lose bits"):
+        upscale(model, Image.fromarray(pixels(4, 4, kind=np.uint16)))

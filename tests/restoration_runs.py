@@ -1,0 +1,79 @@
+"""Small trainings of restoration models for the tests: pictures, a tiny model, runs to kill."""
+
+from __future__ import annotations
+
+import os
+import socket
+import sys
+from collections.abc import Callable
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+from unittest.mock import patch
+
+import numpy as np
+import training_runs
+from PIL import Image
+
+from backbones.restoration import train as restoration
+
+TINY = (
+    "{dim: 8, depths: [1], num_heads: [2], window_size: 4, compress_ratio: 2, squeeze_factor: 4,"
+    " head_width: 8}"
+)
+QUICK = [
+    *("--model=hat_nano_x2", f"--model-args={TINY}", "--patch-size=8", "--batch-size=2"),
+    *("--workers=0", "--threads=1", "--device=cpu", "--lr=1e-3", "--save-every-minutes=0"),
+    *("--updates-per-epoch=4",),
+]
+
+
+def make_pictures(folder: Path, count: int, side: int = 40) -> Path:
+    """``folder/N.png``: smooth colours with some edges."""
+    folder.mkdir(parents=True, exist_ok=True)
+    generator = np.random.default_rng(count)
+    for number in range(count):
+        small = generator.integers(0, 256, (5, 6, 3), dtype=np.uint8)
+        picture = Image.fromarray(small).resize((side + 4, side), Image.Resampling.BICUBIC)
+        array = np.array(picture)
+        array[side // 2 :, side // 3 : side // 2] = generator.integers(0, 256, 3)
+        Image.fromarray(array).save(folder / f"{number}.png")
+    return folder
+
+
+def train(*arguments: str, pictures: bool = False) -> int:
+    """``tools/train_sr.py`` in this process; the picture only if wanted."""
+    if pictures:
+        return restoration.main([*QUICK, *arguments])
+    with patch.object(restoration.RestorationTrainer, "draw_comparison"):
+        return restoration.main([*QUICK, *arguments])
+
+
+def start(
+    *arguments: str, before: Callable[[], None] | None = None, env: dict[str, str] | None = None
+) -> BaseProcess:
+    """The same in a process of its own; ``before`` runs in it first."""
+    process = training_runs._context.Process(target=_run, args=(arguments, before, env or {}))
+    process.start()
+    return process
+
+
+def start_two(
+    *arguments: str, before: tuple[Callable[[], None] | None, ...] = (None, None)
+) -> list[BaseProcess]:
+    """Two processes of one run, as torchrun starts them."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [
+        start(*arguments, before=before[r], env={**shared, "RANK": str(r), "LOCAL_RANK": str(r)})
+        for r in range(2)
+    ]
+
+
+def _run(argv: tuple[str, ...], before: Callable[[], None] | None, env: dict[str, str]) -> None:
+    os.environ.update(env)
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for the life of the process
+    if before is not None:
+        before()
+    os._exit(train(*argv))

@@ -1,0 +1,230 @@
+"""``tools/upscale.py`` and ``tools/validate_sr.py``, as they are called."""
+
+from __future__ import annotations
+
+import csv
+import io
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import backbones
+from backbones.restoration import upscale_files, validate
+from backbones.restoration.images import read_picture
+from backbones.restoration.metrics import quality
+from backbones.restoration.resize import resize_bicubic
+from backbones.training.distributed import World
+from backbones.training.errors import DataError
+from backbones.training.progress import Progress
+
+ROOT = Path(__file__).parents[2]
+ARGS = "{dim: 8, depths: [1], num_heads: [2], compress_ratio: 2, squeeze_factor: 4, head_width: 8}"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A tiny model that enlarges bicubically, and a bit more."""
+    torch.manual_seed(0)
+    keywords: dict[str, Any] = {"dim": 8, "depths": (1,), "num_heads": (2,), "compress_ratio": 2}
+    model = backbones.create_model("hat_nano_x2", squeeze_factor=4, head_width=8, **keywords)
+    torch.nn.init.normal_(model.head.conv_out.weight, std=0.01)
+    path = tmp_path_factory.mktemp("weights") / "tiny.pt"
+    torch.save({"model": model.state_dict()}, path)
+    return str(path)
+
+
+def make(path: Path, mode: str = "RGB", size: tuple[int, int] = (20, 14)) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    array = np.random.default_rng(0).integers(0, 256, (4, 5, 3), dtype=np.uint8)
+    image = Image.fromarray(array).resize(size, Image.Resampling.BICUBIC)
+    (image.quantize(8) if mode == "P" else image.convert(mode)).save(path)
+    return path
+
+
+def upscale(weights: str, *words: str | Path) -> int:
+    options = ["--model=hat_nano_x2", f"--model-args={ARGS}", f"--checkpoint={weights}"]
+    return upscale_files.main([*map(str, words), *options, "--device=cpu"])
+
+
+def test_folders_globs_and_a_corrupt_picture(weights, tmp_path, capsys):
+    make(tmp_path / "in/a.png")
+    make(tmp_path / "in/deep/b.jpg")
+    make(tmp_path / "in/deep/p.png", "P")
+    make(tmp_path / "more/g.tif", "L")
+    (tmp_path / "in/notes.txt").write_text("no picture")
+    (tmp_path / "in/cut.png").write_bytes((tmp_path / "in/a.png").read_bytes()[:150])
+    out = tmp_path / "out"
+    words = (tmp_path / "in", f"{tmp_path}/more/*.tif", "--out", out)
+    assert upscale(weights, *words) == 1
+    printed = capsys.readouterr()
+    assert "cut.png" in printed.err and "a.png" not in printed.err
+    assert "4 of 5 pictures" in printed.out and "1 failed" in printed.out
+    assert "20×14 → 40×28" in printed.out
+    written = sorted(str(p.relative_to(out)) for p in out.rglob("*") if p.is_file())
+    assert written == ["a_x2.png", "deep/b_x2.jpg", "deep/p_x2.png", "g_x2.tif"]
+    for path in written:
+        picture = read_picture(out / path)
+        assert picture.pixels.shape[:2] == (28, 40) and picture.is_grey == path.endswith(".tif")
+    (tmp_path / "in/cut.png").unlink()
+    assert upscale(weights, *words, "--skip-existing") == 0
+    assert "0 of 4 pictures" in capsys.readouterr().out
+
+
+def test_the_picture_is_right(weights, tmp_path):
+    source = make(tmp_path / "a.png", size=(40, 30))
+    more = ("--tile=16", "--overlap=8", "--tta", "--compare", "--suffix=", "--format=webp")
+    assert upscale(weights, source, "--out", tmp_path / "out", *more) == 0
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.webp", "a_compare.png"]
+    ours = torch.from_numpy(read_picture(tmp_path / "out/a.webp").pixels.copy())
+    x = torch.from_numpy(read_picture(source).pixels.copy()).permute(2, 0, 1) / 255
+    figures = quality(ours.permute(2, 0, 1) / 255, resize_bicubic(x, 2.0), border=4)
+    assert figures["psnr_y"] > 30
+    with Image.open(tmp_path / "out/a_compare.png") as picture:
+        assert picture.size[0] > 2 * 320
+
+
+def test_a_full_disk_leaves_nothing_half_written(weights, tmp_path, monkeypatch, capsys):
+    source = make(tmp_path / "a.png")
+    monkeypatch.setattr("os.fsync", lambda descriptor: (_ for _ in ()).throw(OSError(28, "full")))
+    assert upscale(weights, source, "--out", tmp_path / "out") == 1
+    assert list((tmp_path / "out").iterdir()) == []
+    assert "full" in capsys.readouterr().err
+
+
+def test_mistakes_are_named(weights, tmp_path, capsys):
+    source = make(tmp_path / "a.png")
+    make(tmp_path / "b/a.png")
+
+    def error(*words: Any) -> str:
+        assert upscale(weights, *words) == 2
+        return capsys.readouterr().err
+
+    out = ("--out", tmp_path / "out")
+    assert "nothing matches" in error(f"{tmp_path}/*.gif", *out)
+    assert "would both become" in error(source, tmp_path / "b/a.png", *out)
+    assert "would be replaced" in error(source, "--out", tmp_path, "--suffix=")
+    assert "multiple of the model's window of 8, got 12" in error(source, *out, "--tile=12")
+    assert "--tile must be a number" in error(source, *out, "--tile=big")
+    assert "such as 800M or 2G, not 'lots'" in error(source, *out, "--max-memory=lots")
+    assert "MiB are missing" in error(source, *out, "--max-memory=1M")
+    assert "--quality must lie in 1 … 100" in error(source, *out, "--quality=0")
+    words = [str(source), "--out", str(tmp_path / "out")]
+    assert upscale_files.main([*words, "--model=hat_x4"]) == 2
+    assert "HAT_SRx4_ImageNet-pretrain.pth in http" in capsys.readouterr().err
+    assert upscale_files.main([*words, "--model=hat_x4", "--checkpoint=/none.pth"]) == 2
+    assert "there is no checkpoint /none.pth" in capsys.readouterr().err
+    # A missing picture is one picture: the rest go on.
+    assert upscale(weights, source, tmp_path / "none.png", *out) == 1
+    assert "there is no file" in capsys.readouterr().err
+
+
+def test_sizes_of_memory():
+    assert upscale_files.parse_size("800M") == 800 * 2**20
+    assert upscale_files.parse_size("1.5 GiB") == 1.5 * 2**30
+    assert upscale_files.parse_size("64") == 64 * 2**20
+
+
+def test_what_lies_in_out_is_no_input(tmp_path):
+    make(tmp_path / "a.png")
+    make(tmp_path / "out/a_x2.png")
+    jobs = upscale_files.plan_jobs([tmp_path], tmp_path / "out", "_x2")
+    assert [job.source for job in jobs] == [tmp_path / "a.png"]
+    with pytest.raises(DataError, match="no picture below"):
+        upscale_files.plan_jobs([tmp_path / "out"], tmp_path / "out", "_x2")
+
+
+def test_progress_has_the_time_left(tmp_path):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    stream = Terminal()
+    model = backbones.create_model("hat_nano_x2", depths=(1,), num_heads=(2,))
+    upscaler = upscale_files.Upscaler(model, tile=8, overlap=8)
+    jobs = [upscale_files.Job(make(tmp_path / "a.png"), tmp_path / "out/a.png")]
+    progress = Progress(World(0, 1, torch.device("cpu")), stream)
+    assert upscale_files.upscale_files(upscaler, jobs, progress=progress).written == [
+        jobs[0].target
+    ]
+    text = stream.getvalue()
+    assert "3/6" in text and "a.png (1/1)" in text and "left" in text
+
+
+@pytest.mark.parametrize("tool", ["upscale", "validate_sr", "train_sr"])
+def test_help(tool, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", [f"{tool}.py", "--help"])
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(ROOT / "tools" / f"{tool}.py"), run_name="__main__")
+    printed = capsys.readouterr().out
+    assert f"python tools/{tool}.py" in printed and "--model" in printed
+
+
+# --- validation
+
+
+def scores(path: Path) -> list[dict[str, str]]:
+    return list(csv.DictReader(path.read_text().splitlines()))
+
+
+def test_validation_makes_what_is_absent(weights, tmp_path, capsys):
+    """A folder of true pictures alone, and one with both halves made the same way."""
+    for number, size in enumerate([(40, 32), (37, 51)]):
+        make(tmp_path / f"Set5/img_{number}.png", size=size)
+        truth = Image.open(tmp_path / f"Set5/img_{number}.png")
+        for place in ("Both/GTmod2", "Both/LRbicx2"):
+            (tmp_path / place).mkdir(parents=True, exist_ok=True)
+        truth.save(tmp_path / f"Both/GTmod2/img_{number}.png")
+        x = torch.from_numpy(np.array(truth)).permute(2, 0, 1) / 255
+        x = x[:, : x.shape[1] // 2 * 2, : x.shape[2] // 2 * 2]
+        small = (resize_bicubic(x, 0.5).clamp(0, 1) * 255).round().byte().permute(1, 2, 0)
+        Image.fromarray(small.numpy()).save(tmp_path / f"Both/LRbicx2/img_{number}x2.png")
+    options = ["--model=hat_nano_x2", f"--model-args={ARGS}", f"--checkpoint={weights}"]
+    folders = [str(tmp_path / "Set5"), str(tmp_path / "Both")]
+    table = tmp_path / "scores.csv"
+    assert validate.main([*folders, *options, "--device=cpu", f"--csv={table}"]) == 0
+    printed = capsys.readouterr().out
+    assert "Set5" in printed and "2 pictures" in printed and "bicubic" in printed
+    rows = scores(table)
+    assert [row["picture"] for row in rows] == ["img_0.png", "img_1.png", "mean"] * 2
+    for alone, both in zip(rows[:3], rows[3:], strict=True):
+        assert {**alone, "dataset": ""} == {**both, "dataset": ""}
+    assert (rows[1]["height"], rows[1]["width"]) == ("50", "36")
+    mean = (float(rows[0]["psnr_y"]) + float(rows[1]["psnr_y"])) / 2
+    assert float(rows[2]["psnr_y"]) == pytest.approx(mean, abs=1e-3)
+    assert 20 < float(rows[2]["bicubic_psnr_y"]) < 60
+
+
+@pytest.mark.parametrize(
+    ("truth", "small"),
+    [
+        ("HR/0801.png", "LR_bicubic/X2/0801x2.png"),
+        ("image_SRF_2/img_001_SRF_2_HR.png", "image_SRF_2/img_001_SRF_2_LR.png"),
+        ("GT/baby.png", "X2/baby.png"),
+    ],
+)
+def test_pairs_by_name(truth, small, tmp_path):
+    make(tmp_path / truth, size=(40, 40))
+    make(tmp_path / small)
+    assert validate.find_pairs(tmp_path, 2) == [(tmp_path / truth, tmp_path / small)]
+
+
+def test_validation_names_what_does_not_fit(weights, tmp_path, capsys):
+    options = ["--model=hat_nano_x2", f"--model-args={ARGS}", f"--checkpoint={weights}"]
+
+    def error(folder: str) -> str:
+        assert validate.main([str(tmp_path / folder), *options, "--device=cpu"]) == 2
+        return capsys.readouterr().err
+
+    assert "there is no folder" in error("none")
+    make(tmp_path / "a/HR/x.png")
+    make(tmp_path / "a/LR/y.png")
+    assert "no low-resolution picture for x.png" in error("a")
+    make(tmp_path / "a/LR/x.png")
+    assert "is no 2 times smaller" in error("a")

@@ -1,0 +1,23 @@
+"""Train a restoration model: super-resolution, denoising, JPEG artifacts, real photographs.
+
+    python tools/train_sr.py --config configs/sr/quickstart.yaml
+    python tools/train_sr.py --config configs/sr/hat_x2.yaml --train-pictures DF2K/HR \\
+        --val-pictures Set5/HR
+    torchrun --nproc-per-node 8 tools/train_sr.py --config …
+
+Any key of the recipe is a flag; ``--print-config`` shows what is resolved. Results go to
+``OUTPUT/NAME/``: ``best.safetensors``, ``last.pt`` (everything needed to go on), ``summary.csv``,
+``metrics.jsonl``, ``comparison.png``, ``config.yaml``. ``--resume auto`` goes on after a crash.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from backbones.restoration.train import main  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(main(description=__doc__ or ""))
