@@ -17,14 +17,18 @@ from timm.scheduler import create_scheduler_v2
 from torch import nn
 
 import backbones
+from backbones.training.distillation import Distillation, StudentWithExits, build_teacher
 from backbones.training.errors import RecipeError
 from backbones.training.recipe import Recipe
 
 __all__ = [
     "BatchAugmentation",
+    "LabelLoss",
     "RunningStatsGuard",
+    "add_exits_to_optimizer",
     "build_loss",
     "build_model",
+    "build_objective",
     "build_optimizer",
     "build_scheduler",
     "images_per_update",
@@ -36,8 +40,8 @@ __all__ = [
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
-def build_model(recipe: Recipe, num_classes: int) -> Any:
-    """The network of the recipe.
+def build_model(recipe: Recipe, num_classes: int, weights: bool = True) -> Any:
+    """The network of the recipe, with the weights that the recipe starts from if wanted.
 
     Raises:
         RecipeError: no such model or weights, or it does not take one of the arguments.
@@ -47,8 +51,8 @@ def build_model(recipe: Recipe, num_classes: int) -> Any:
     try:
         model = backbones.create_model(
             recipe.model,
-            pretrained=recipe.pretrained,
-            checkpoint_path=recipe.checkpoint,
+            pretrained=recipe.pretrained and weights,
+            checkpoint_path=recipe.checkpoint if weights else None,
             num_classes=num_classes,
             in_chans=recipe.in_chans,
             drop_rate=recipe.drop,
@@ -164,6 +168,58 @@ def build_loss(recipe: Recipe) -> Loss:
     return nn.CrossEntropyLoss()
 
 
+class LabelLoss:
+    """What is minimised without a teacher.
+
+    Args:
+        loss: logits (B, classes) and targets → scalar.
+    """
+
+    def __init__(self, loss: Loss) -> None:
+        self.loss = loss
+
+    def __call__(
+        self, net: nn.Module, images: torch.Tensor, targets: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Loss and logits (B, classes) of ``net``."""
+        logits = net(images).float()
+        return self.loss(logits, targets), logits
+
+
+def build_objective(
+    recipe: Recipe,
+    num_classes: int,
+    config: dict[str, Any],
+    multi_label: bool,
+    device: torch.device,
+) -> LabelLoss | Distillation:
+    """What is minimised: called with the network, images and targets, it gives loss and logits.
+
+    Args:
+        recipe: loss and teacher.
+        num_classes, config: of the student, see :func:`preprocessing`.
+        multi_label: targets are (B, classes) of 0 and 1.
+        device: of the batches.
+
+    Raises:
+        RecipeError: the recipe wants what several labels an image do not allow, or a teacher
+            that there is not.
+    """
+    if multi_label:
+        if _mixes(recipe) or recipe.distill is not None:
+            raise RecipeError("several labels an image go with neither mixup, cutmix nor distill")
+        return LabelLoss(_MultiLabelLoss())
+    loss = build_loss(recipe)
+    if recipe.distill is None:
+        return LabelLoss(loss)
+    return Distillation(build_teacher(recipe, num_classes, config).to(device), loss, recipe)
+
+
+class _MultiLabelLoss(nn.BCEWithLogitsLoss):
+    def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
+        return super().forward(input, target.to(input.dtype))
+
+
 def images_per_update(recipe: Recipe, world_size: int) -> int:
     """How many images one update of the weights sees, over all processes."""
     return recipe.batch_size * recipe.accum_steps * world_size
@@ -199,6 +255,20 @@ def build_optimizer(recipe: Recipe, model: nn.Module, lr: float) -> torch.optim.
         raise RecipeError(f"optimizer opt={recipe.opt!r}: {error}") from error
     _split_groups(optimizer, _lr_factors(recipe.lr_factors, model))
     return optimizer
+
+
+def add_exits_to_optimizer(
+    recipe: Recipe, optimizer: torch.optim.Optimizer, network: nn.Module, lr: float
+) -> None:
+    """Let the optimizer train the exits of ``network`` too, if it has any."""
+    if not isinstance(network, StudentWithExits):
+        return
+    parameters = list(network.exits.parameters())
+    for decay, chosen in (
+        (0.0, [p for p in parameters if p.ndim <= 1]),
+        (recipe.weight_decay, [p for p in parameters if p.ndim > 1]),
+    ):
+        optimizer.add_param_group({"params": chosen, "lr": lr, "weight_decay": decay})
 
 
 def _lr_factors(patterns: dict[str, Any], model: nn.Module) -> dict[int, float]:

@@ -10,9 +10,9 @@ from typing import Any
 
 from backbones.training.errors import RecipeError
 from backbones.training.recipe import (
-    FIELDS,
-    HINTS,
+    AnyRecipe,
     Recipe,
+    fields_of,
     inner_type,
     load_recipe,
     nearest,
@@ -22,8 +22,10 @@ __all__ = ["parse_command_line"]
 
 
 def parse_command_line(
-    argv: Sequence[str] | None = None, description: str = ""
-) -> tuple[Recipe, argparse.Namespace]:
+    argv: Sequence[str] | None = None,
+    description: str = "",
+    recipe_class: type[AnyRecipe] = Recipe,  # type: ignore[assignment]
+) -> tuple[AnyRecipe, argparse.Namespace]:
     """The recipe that a command line asks for, and the options that are not recipe keys.
 
     Every key is a flag: ``batch_size`` is ``--batch-size`` (or ``--batch_size``), a true/false key
@@ -43,25 +45,25 @@ def parse_command_line(
         "--print-config", action="store_true", help="print the resolved recipe and stop"
     )
     groups: dict[str, Any] = {}
-    for f in FIELDS.values():
+    fields, hints = fields_of(recipe_class), typing.get_type_hints(recipe_class)
+    for f in fields.values():
         name = f.metadata["group"]
         group = groups.get(name) or groups.setdefault(name, parser.add_argument_group(name))
-        _add_flag(group, f)
+        _add_flag(group, f, inner_type(hints[f.name]))
     options, unknown = parser.parse_known_args(argv)
     for word in unknown:
         if word.startswith("--"):
             flags = [flag for a in parser._actions for flag in a.option_strings if "_" not in flag]
             raise RecipeError(nearest("option", word.split("=")[0], flags))
         raise RecipeError(f"unexpected {word!r} on the command line")
-    given = {k: v for k, v in vars(options).items() if k in FIELDS}
-    return load_recipe(options.config, given), options
+    given = {k: v for k, v in vars(options).items() if k in fields}
+    return load_recipe(options.config, given, recipe_class), options
 
 
-def _add_flag(group: Any, f: dataclasses.Field[Any]) -> None:
+def _add_flag(group: Any, f: dataclasses.Field[Any], inner: Any) -> None:
     flags = [f"--{f.name.replace('_', '-')}"]
     if "_" in f.name:
         flags.append(f"--{f.name}")
-    inner = inner_type(HINTS[f.name])
     default = "…" if f.default is dataclasses.MISSING else f.default
     text = f"{f.metadata['help']} (default: {default})".replace("%", "%%")
     if inner is bool:

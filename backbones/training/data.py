@@ -45,6 +45,7 @@ class Splits:
             stream afresh (a timm ``IterableImageDataset``).
         classes: their names, by class number.
         train_size, validation_size: number of images.
+        multi_label: labels are (N, classes) of 0 and 1.
     """
 
     train: ImageSource | Callable[[], Any]
@@ -52,6 +53,7 @@ class Splits:
     classes: list[str]
     train_size: int
     validation_size: int
+    multi_label: bool = False
 
 
 def open_splits(recipe: Recipe) -> Splits:
@@ -127,13 +129,16 @@ def _medmnist(recipe: Recipe, name: str) -> Splits:
         if f"{short}_images" not in arrays or f"{short}_labels" not in arrays:
             raise DataError(f"{path} has no split {split!r}; it has train, val and test")
         images, labels = arrays[f"{short}_images"], arrays[f"{short}_labels"]
-        if labels.ndim == 2 and labels.shape[1] > 1:
-            raise DataError(f"{name} gives an image several labels; this trains on one an image")
         if images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] != 3):
             raise DataError(f"{name} holds images of shape {images.shape[1:]}, not 2D ones")
-        sources.append(ArraySource(images, labels.reshape(-1).astype(np.int64), f"{name}/{short}"))
-    classes = range(int(arrays["train_labels"].max()) + 1)
-    return _from_sources(sources[0], sources[1], [str(number) for number in classes])
+        if labels.ndim != 2 or labels.shape[1] == 1:
+            labels = labels.reshape(-1)
+        sources.append(ArraySource(images, labels.astype(np.int64), f"{name}/{short}"))
+    several = labels.ndim == 2
+    count = labels.shape[1] if several else int(arrays["train_labels"].max()) + 1
+    splits = _from_sources(sources[0], sources[1], [str(number) for number in range(count)])
+    splits.multi_label = several
+    return splits
 
 
 def _torchvision(recipe: Recipe, name: str) -> Splits:
@@ -313,6 +318,10 @@ def _check(splits: Splits, recipe: Recipe) -> None:
         if len(source) == 0:
             raise DataError(f"{recipe.data}: the {split} split is empty")
         if source.labels is None:
+            continue
+        if splits.multi_label:
+            if set(np.unique(source.labels)) - {0, 1}:
+                raise DataError(f"{recipe.data}: the {split} split has labels other than 0 and 1")
             continue
         wrong = np.flatnonzero((source.labels < 0) | (source.labels >= count))
         if len(wrong):

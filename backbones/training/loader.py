@@ -21,6 +21,7 @@ from backbones.training.checkpoint import get_rng_state, set_rng_state
 from backbones.training.corrupt import CorruptImages
 from backbones.training.distributed import World
 from backbones.training.errors import DataError
+from backbones.training.posterize import allow_no_bits
 from backbones.training.recipe import Recipe
 from backbones.training.sampler import NO_LABEL, Key, TrainSampler, ValidationSampler, mix_seed
 from backbones.training.sources import ImageSource
@@ -144,7 +145,8 @@ class ValidationLoader:
     label :data:`NO_LABEL`, as do images that cannot be read. (Only for a stream can the number
     differ by one, which ``equal_batches`` tells.)
 
-    Args: as :class:`TrainLoader`.
+    Args: as :class:`TrainLoader`, and
+        spoil: applied to every image once it has its final size, such as a corruption.
     """
 
     def __init__(
@@ -155,6 +157,7 @@ class ValidationLoader:
         recipe: Recipe,
         world: World,
         corrupt: CorruptImages,
+        spoil: Callable[[Image.Image], Image.Image] | None = None,
     ) -> None:
         self.source, self.config, self.recipe, self.world = source, config, recipe, world
         self.batch_size = recipe.val_batch_size or recipe.batch_size
@@ -169,6 +172,8 @@ class ValidationLoader:
             crop_mode=config["crop_mode"],
             use_prefetcher=True,
         )
+        if spoil is not None:
+            self._transform.transforms.insert(-1, spoil)  # before the image becomes an array
         if isinstance(source, ImageSource):
             images = _Images(source, self._transform, recipe.in_chans, corrupt, False)
             self._loader: DataLoader[Any] = DataLoader(
@@ -218,11 +223,11 @@ class _Images(Dataset[tuple[torch.Tensor, int]]):
         self.mode = "L" if in_chans == 1 else "RGB"
         self.training = training
 
-    def __getitem__(self, key: Key) -> tuple[torch.Tensor, int]:
+    def __getitem__(self, key: Key) -> tuple[torch.Tensor, Any]:
         index, seed = key
         if not self.training:
-            image, label = self._read(index) or (self._blank(), NO_LABEL)
-            return self.transform(image), NO_LABEL if seed == NO_LABEL else label
+            image, label = self._read(index) or (self._blank(), self._no_label())
+            return self.transform(image), self._no_label() if seed == NO_LABEL else label
         with _seeded(seed):
             sample = self._read(index)
             while sample is None:
@@ -230,7 +235,11 @@ class _Images(Dataset[tuple[torch.Tensor, int]]):
             image, label = sample
             return self.transform(image), label
 
-    def _read(self, index: int) -> tuple[Any, int] | None:
+    def _no_label(self) -> Any:
+        labels = self.source.labels
+        return NO_LABEL if labels is None or labels.ndim == 1 else np.full_like(labels[0], NO_LABEL)
+
+    def _read(self, index: int) -> tuple[Any, Any] | None:
         try:
             image, label = self.source.load(index)
             return image.convert(self.mode), label
@@ -309,7 +318,7 @@ def _train_transform(
     image_size: int, config: dict[str, Any], recipe: Recipe
 ) -> Callable[[Any], torch.Tensor]:
     """timm's training transform up to uint8; normalisation and erasing happen on the device."""
-    return create_transform(
+    transform: Callable[[Any], torch.Tensor] = create_transform(
         (recipe.in_chans, image_size, image_size),
         is_training=True,
         no_aug=recipe.no_aug,
@@ -327,6 +336,8 @@ def _train_transform(
         std=config["std"],
         use_prefetcher=True,
     )
+    allow_no_bits(transform)
+    return transform
 
 
 def _on_device(batches: Any, config: dict[str, Any], device: torch.device) -> PrefetchLoader:

@@ -17,11 +17,21 @@ from backbones.training.checkpoint import write_atomically
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-__all__ = ["Prediction", "draw_curves", "draw_predictions", "pick_predictions"]
+__all__ = [
+    "GRID",
+    "INK",
+    "Prediction",
+    "draw_curves",
+    "draw_predictions",
+    "new_figure",
+    "pick_predictions",
+    "save_figure",
+    "style_axis",
+]
 
 _TRAIN, _VALIDATION, _AVERAGE = "#8a94a6", "#1f5fbf", "#d9822b"
 _RIGHT, _WRONG = "#2e7d4f", "#c62828"
-_INK, _GRID = "#222b38", "#e4e8ee"
+INK, GRID = "#222b38", "#e4e8ee"
 
 
 @dataclass
@@ -87,7 +97,7 @@ def draw_curves(path: Path, history: Sequence[dict[str, Any]], title: str) -> No
             ``val_loss``, ``val_top1``, ``ema_loss``, ``ema_top1``.
         title: above it.
     """
-    figure = _figure(10.5, 4.2)
+    figure = new_figure(10.5, 4.2)
     figure.subplots_adjust(left=0.07, right=0.985, bottom=0.13, top=0.9, wspace=0.18)
     axes = figure.subplots(1, 2)
     for axis, key, label in zip(axes, ("loss", "top1"), ("loss", "accuracy, %"), strict=True):
@@ -105,12 +115,12 @@ def draw_curves(path: Path, history: Sequence[dict[str, Any]], title: str) -> No
                 x, y = zip(*points, strict=True)
                 mark = "o" if len(points) <= 40 else None
                 axis.plot(x, y, color=color, label=name, linewidth=2, marker=mark, markersize=4)
-        _style(axis, label)
-    axes[1].axhline(100, color=_GRID, linewidth=1)
+        style_axis(axis, label)
+    axes[1].axhline(100, color=GRID, linewidth=1)
     _mark_best(axes[1], history)
-    axes[0].legend(frameon=False, fontsize=10, labelcolor=_INK)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=13, color=_INK, fontweight="bold")
-    _save(figure, path)
+    axes[0].legend(frameon=False, fontsize=10, labelcolor=INK)
+    figure.suptitle(title, x=0.01, ha="left", fontsize=13, color=INK, fontweight="bold")
+    save_figure(figure, path)
 
 
 def draw_predictions(
@@ -122,14 +132,14 @@ def draw_predictions(
         path: the PNG.
         shown: the images.
         classes: names by number.
-        title: above it.
+        title: above it; where they are, it adds that mistakes come first.
     """
     columns = min(8, max(4, len(shown)))
     rows = max(1, -(-len(shown) // columns))
     # Long names leave no room for the confidence beside them.
     long = max(len(name) for name in classes) > 6
     width, height = 1.62 * columns + 0.3, (2.3 if long else 2.1) * rows + 0.55
-    figure = _figure(width, height)
+    figure = new_figure(width, height)
     figure.subplots_adjust(
         left=0.15 / width,
         right=1 - 0.15 / width,
@@ -158,32 +168,36 @@ def draw_predictions(
         weight = "normal" if right else "bold"
         axis.set_title(answer, fontsize=10 if long else 11, color=color, pad=4, fontweight=weight)
         axis.set_xlabel(
-            truth, fontsize=9 if long else 9.5, color=_INK if right else _WRONG, labelpad=3
+            truth, fontsize=9 if long else 9.5, color=INK if right else _WRONG, labelpad=3
         )
-    figure.suptitle(title, x=0.01, ha="left", fontsize=13, color=_INK, fontweight="bold")
-    _save(figure, path)
+    if shown and shown[0].answer != shown[0].truth:
+        title += ", mistakes first"
+    figure.suptitle(title, x=0.01, ha="left", fontsize=13, color=INK, fontweight="bold")
+    save_figure(figure, path)
 
 
-def _figure(width: float, height: float) -> Figure:
+def new_figure(width: float, height: float) -> Figure:
+    """An empty picture of so many inches."""
     # Figure itself, not pyplot: no global state, no display.
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=110, facecolor="white")
 
 
-def _style(axis: Any, label: str) -> None:
+def style_axis(axis: Any, label: str) -> None:
+    """An axis over epochs with ``label`` at its side."""
     from matplotlib.ticker import MaxNLocator
 
-    axis.set_xlabel("epoch", fontsize=11, color=_INK)
-    axis.set_ylabel(label, fontsize=11, color=_INK)
-    axis.grid(color=_GRID)
+    axis.set_xlabel("epoch", fontsize=11, color=INK)
+    axis.set_ylabel(label, fontsize=11, color=INK)
+    axis.grid(color=GRID)
     axis.set_axisbelow(True)
-    axis.tick_params(colors=_INK, labelsize=10, length=0)
+    axis.tick_params(colors=INK, labelsize=10, length=0)
     axis.xaxis.set_major_locator(MaxNLocator(integer=True))
     for side in ("top", "right"):
         axis.spines[side].set_visible(False)
     for side in ("left", "bottom"):
-        axis.spines[side].set_color(_GRID)
+        axis.spines[side].set_color(GRID)
 
 
 def _mark_best(axis: Any, history: Sequence[dict[str, Any]]) -> None:
@@ -196,16 +210,17 @@ def _mark_best(axis: Any, history: Sequence[dict[str, Any]]) -> None:
     if not points:
         return
     accuracy, epoch = max(points, key=lambda point: point[0])
-    axis.plot(epoch, accuracy, "o", color=_INK, markersize=7, fillstyle="none", markeredgewidth=1.6)
+    axis.plot(epoch, accuracy, "o", color=INK, markersize=7, fillstyle="none", markeredgewidth=1.6)
     text = f"best {accuracy:.1f} %, epoch {epoch}"
-    axis.set_title(text, loc="right", fontsize=11, color=_INK)
+    axis.set_title(text, loc="right", fontsize=11, color=INK)
 
 
 def _short(name: str) -> str:
     return name if len(name) <= 15 else name[:14] + "…"
 
 
-def _save(figure: Figure, path: Path) -> None:
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a PNG, whole or not at all."""
     data = io.BytesIO()
     figure.savefig(data, format="png")
     write_atomically(path, lambda file: file.write(data.getvalue()))

@@ -8,7 +8,7 @@ import io
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -18,6 +18,7 @@ from tqdm import tqdm
 from backbones.training.checkpoint import write_atomically
 from backbones.training.distributed import World
 from backbones.training.errors import RecipeError
+from backbones.training.multilabel import mean_auc
 from backbones.training.recipe import Recipe
 
 __all__ = ["RESULTS", "Meter", "Progress", "RunLog", "describe_epoch", "duration", "peak_memory"]
@@ -44,10 +45,12 @@ class Meter:
 
     Args:
         device: where the losses are.
+        keep_scores: keep all logits and labels too, for the area under the ROC curve.
     """
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, keep_scores: bool = False) -> None:
         self.sums = torch.zeros(4, dtype=torch.float64, device=device)
+        self._scores: list[tuple[torch.Tensor, torch.Tensor]] | None = [] if keep_scores else None
 
     def add(self, loss_sum: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
         """Add a batch.
@@ -55,8 +58,16 @@ class Meter:
         Args:
             loss_sum: over its images.
             logits: (B, classes).
-            labels: (B,); negative ones are not counted.
+            labels: (B,), or (B, classes) of 0 and 1; images with negative ones are not counted.
         """
+        if labels.ndim == 2:
+            counted = labels[:, 0] >= 0
+            share = ((logits.detach() > 0) == (labels > 0)).double().mean(dim=1)
+            counts = torch.stack([(share * counted).sum(), share.new_zeros(()), counted.sum()])
+            self.sums += torch.cat([loss_sum.detach().view(1), counts])
+            if self._scores is not None:
+                self._scores.append((logits.detach()[counted].cpu(), labels[counted].cpu()))
+            return
         best = logits.detach().topk(min(5, logits.shape[1]), dim=1).indices  # (B, 5)
         right = best == labels[:, None]
         counts = torch.stack([right[:, 0].sum(), right.sum(), (labels >= 0).sum()])
@@ -65,18 +76,22 @@ class Meter:
     def read(self, world: World | None = None) -> dict[str, float]:
         """Means ``loss``, ``top1`` and ``top5`` (in percent), and the ``count`` behind them.
 
+        With several labels an image ``top1`` is the share of right yes or no answers, and ``auc``
+        comes with kept scores.
+
         Args:
             world: over all of its processes; None for this one alone.
         """
         sums = self.sums if world is None else world.sum(self.sums.clone())
         loss, top1, top5, count = sums.tolist()
         images = max(count, 1.0)
-        return {
-            "loss": loss / images,
-            "top1": 100 * top1 / images,
-            "top5": 100 * top5 / images,
-            "count": count,
-        }
+        means = {"loss": loss / images, "top1": 100 * top1 / images, "top5": 100 * top5 / images}
+        if self._scores is not None:
+            mine = tuple(torch.cat(parts) for parts in zip(*self._scores, strict=True))
+            everyone = [mine] if world is None else world.gather(mine)
+            scores, labels = (torch.cat(parts) for parts in zip(*everyone, strict=True))
+            means["auc"] = 100 * mean_auc(scores, labels)
+        return {**means, "count": count}
 
 
 class Progress:
@@ -133,10 +148,10 @@ class Progress:
         elif self.active:
             self.say(f"{self._title}  {done}/{self._total}  {text}")
 
-    def say_results(self, folder: Path) -> None:
-        """List the files of a finished run."""
+    def say_results(self, folder: Path, results: Mapping[str, str] = RESULTS) -> None:
+        """List the files of a finished run, of those in ``results``."""
         self.say(f"in {folder}:")
-        for name, meaning in RESULTS.items():
+        for name, meaning in results.items():
             if (folder / name).exists():
                 self.say(f"  {name:<18} {meaning}")
 
@@ -235,6 +250,8 @@ def describe_epoch(row: dict[str, Any], epochs: int, seconds_left: float) -> str
     for prefix, name in (("val", "validation"), ("ema", "averaged")):
         if f"{prefix}_top1" in row:
             parts.append(f"{name} {row[f'{prefix}_top1']:6.2f} %")
+        if f"{prefix}_auc" in row:
+            parts.append(f"AUC {row[f'{prefix}_auc']:6.2f} %")
     parts.append(f"{row['images_per_second']:.0f} images/s")
     if row["data_wait"] > 0.1:
         parts.append(f"{100 * row['data_wait']:.0f} % waiting for data")

@@ -9,7 +9,7 @@ import typing
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar, TypeVar
 
 import yaml
 
@@ -17,10 +17,10 @@ from backbones.training.errors import RecipeError
 
 __all__ = [
     "FIELDS",
-    "HINTS",
     "Recipe",
     "differences",
     "dump_recipe",
+    "fields_of",
     "inner_type",
     "load_recipe",
     "nearest",
@@ -39,7 +39,12 @@ class Recipe:
     """Every key of a classification recipe, with its default. Names follow timm's ``train.py``.
 
     ``python train_cls.py --help`` prints this list. "None" stands for YAML's ``null``.
+
+    Class attributes:
+        refused: inherited keys that a recipe of another kind does not have.
     """
+
+    refused: ClassVar[frozenset[str]] = frozenset()
 
     # --- the model
     model: str = _key("model", "", "name of the model, see backbones.list_models()")
@@ -132,6 +137,27 @@ class Recipe:
     bce_target_thresh: float | None = _key("loss", None, "soft targets above it become 1")
     bce_sum: bool = _key("loss", False, "sum over the classes instead of the mean")
 
+    # --- a teacher
+    distill: str | None = _key(
+        "distillation",
+        None,
+        "learn from a teacher: its soft labels, its hard ones, or One-for-All with exits",
+        (None, "soft", "hard", "ofa"),
+    )
+    teacher: str | None = _key("distillation", None, "a model of this library, or timm/NAME")
+    teacher_checkpoint: str | None = _key("distillation", None, "its weights: a file")
+    teacher_pretrained: bool = _key("distillation", False, "its weights: the published ones")
+    teacher_args: dict[str, Any] = _key("distillation", {}, "further keywords of its create_model")
+    teacher_img_size: int | None = _key(
+        "distillation", None, "side of its images; None: its own where fixed, else the student's"
+    )
+    distill_alpha: float = _key("distillation", 0.5, "share of the teacher's loss, 0 … 1")
+    distill_temperature: float = _key("distillation", 1.0, "softens both predictions (soft, ofa)")
+    ofa_gamma: float = _key("distillation", 1.5, "how much a sure teacher enhances the truth, ≥ 1")
+    ofa_stages: tuple[int, ...] | None = _key(
+        "distillation", None, "stages of the student with an exit; None: all"
+    )
+
     # --- the optimizer
     opt: str = _key("optimizer", "adamw", "any of timm.optim.list_optimizers()")
     lr: float | None = _key("optimizer", None, "learning rate; None: from lr_base")
@@ -199,6 +225,7 @@ class Recipe:
     compile: bool = _key("speed", False, "torch.compile")
     grad_checkpointing: bool = _key("speed", False, "recompute activations, to save memory")
     sync_bn: bool = _key("speed", False, "BatchNorm statistics over all processes")
+    fsdp: bool = _key("speed", False, "share out weights, gradients and averages (FSDP2)")
 
     # --- the run
     output: str = _key("run", "runs", "folder of all runs")
@@ -215,30 +242,42 @@ class Recipe:
     wandb: str | None = _key("run", None, "Weights & Biases project to report to")
 
 
-HINTS = typing.get_type_hints(Recipe)
-FIELDS = {f.name: f for f in dataclasses.fields(Recipe)}
+AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
+
+
+def fields_of(recipe_class: type[Recipe]) -> dict[str, dataclasses.Field[Any]]:
+    """The keys of a kind of recipe, by name."""
+    fields = dataclasses.fields(recipe_class)
+    return {f.name: f for f in fields if f.name not in recipe_class.refused}
+
+
+FIELDS = fields_of(Recipe)
 
 
 def load_recipe(
-    path: str | Path | None = None, overrides: Mapping[str, Any] | None = None
-) -> Recipe:
+    path: str | Path | None = None,
+    overrides: Mapping[str, Any] | None = None,
+    recipe_class: type[AnyRecipe] = Recipe,  # type: ignore[assignment]
+) -> AnyRecipe:
     """Read a recipe: defaults, then the file, then its row for the model, then ``overrides``.
 
     Args:
         path: a YAML file of keys. Its ``variants`` maps model names to keys that differ; where it
             has one, the model must be in it.
         overrides: keys that win, values as in YAML or as strings from a command line.
+        recipe_class: the kind of recipe.
 
     Raises:
         RecipeError: an unknown key (the nearest are named), a value of the wrong type, a model
             that ``variants`` lacks, a file that is missing or no YAML mapping, values that
             contradict each other.
     """
+    fields = fields_of(recipe_class)
     overrides = dict(overrides or {})
     keys = _read_yaml(Path(path)) if path is not None else {}
     variants = keys.pop("variants", None)
     where = str(path)
-    _refuse_unknown(keys, where)
+    _refuse_unknown(keys, where, fields)
     if variants is not None:
         if not isinstance(variants, dict):
             raise RecipeError(f"{where}: variants must map model names to keys")
@@ -246,10 +285,12 @@ def load_recipe(
         if model not in variants:
             raise RecipeError(f"{where}: {nearest('model', str(model), variants)}")
         row = variants[model] or {}
-        _refuse_unknown(row, f"{where}, variant {model}")
+        _refuse_unknown(row, f"{where}, variant {model}", fields)
         keys = {**keys, "model": model, **row}
-    _refuse_unknown(overrides, "command line")
-    recipe = Recipe(**{k: _coerce(k, v) for k, v in {**keys, **overrides}.items()})
+    _refuse_unknown(overrides, "command line", fields)
+    hints = typing.get_type_hints(recipe_class)
+    values = {k: _coerce(fields[k], hints[k], v) for k, v in {**keys, **overrides}.items()}
+    recipe = recipe_class(**values)
     _check(recipe)
     return recipe
 
@@ -258,7 +299,7 @@ def dump_recipe(recipe: Recipe) -> str:
     """The recipe as YAML that :func:`load_recipe` reads back: every key, grouped and explained."""
     lines: list[str] = []
     group = ""
-    for name, f in FIELDS.items():
+    for name, f in fields_of(type(recipe)).items():
         if f.metadata["group"] != group:
             group = f.metadata["group"]
             lines += ["", f"# --- {group}"] if lines else [f"# --- {group}"]
@@ -273,7 +314,7 @@ def dump_recipe(recipe: Recipe) -> str:
 def differences(recipe: Recipe, earlier: Mapping[str, Any]) -> list[str]:
     """The keys that change a result and differ from those of an earlier run, for people."""
     lines = []
-    for name, f in FIELDS.items():
+    for name, f in fields_of(type(recipe)).items():
         before, now = earlier.get(name), getattr(recipe, name)
         if f.metadata["group"] != "run" and before != now:
             lines.append(f"{name}: {before} → {now}")
@@ -292,10 +333,10 @@ def _read_yaml(path: Path) -> dict[str, Any]:
     return keys
 
 
-def _refuse_unknown(keys: Mapping[str, Any], where: str) -> None:
+def _refuse_unknown(keys: Mapping[str, Any], where: str, fields: Mapping[str, Any]) -> None:
     for key in keys:
-        if key not in FIELDS:
-            raise RecipeError(f"{where}: {nearest('key', str(key), FIELDS)}")
+        if key not in fields:
+            raise RecipeError(f"{where}: {nearest('key', str(key), fields)}")
 
 
 def nearest(kind: str, value: str, valid: Iterable[str]) -> str:
@@ -312,10 +353,9 @@ def inner_type(hint: Any) -> Any:
     return hint
 
 
-def _coerce(name: str, value: Any) -> Any:
-    """``value`` as the type of key ``name``. YAML 1.1 reads 1e-3 as a string; flags all are."""
-    hint = HINTS[name]
-    inner = inner_type(hint)
+def _coerce(f: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
+    """``value`` as the type ``hint`` of a key. YAML 1.1 reads 1e-3 as a string; flags all are."""
+    name, inner = f.name, inner_type(hint)
     if inner is not hint and (value is None or str(value).lower() in ("none", "null")):
         converted: Any = None
     else:
@@ -324,7 +364,7 @@ def _coerce(name: str, value: Any) -> Any:
         except (TypeError, ValueError, yaml.YAMLError):
             label = getattr(inner, "__name__", str(inner)) if inner in _SCALARS else str(inner)
             raise RecipeError(f"{name} must be {label}, not {value!r}") from None
-    choices = FIELDS[name].metadata["choices"]
+    choices = f.metadata["choices"]
     if choices and converted not in choices:
         raise RecipeError(f"{name} must be one of {', '.join(map(str, choices))}, not {value!r}")
     return converted
@@ -383,9 +423,45 @@ def _check(recipe: Recipe) -> None:
         _require(recipe, name, good, f"{recipe.in_chans} numbers, one a channel")
     if recipe.pretrained and recipe.checkpoint:
         raise RecipeError("pretrained and checkpoint exclude each other: give one of them")
+    _check_teacher(recipe)
+    _check_fsdp(recipe)
     mixes = recipe.mixup > 0 or recipe.cutmix > 0 or recipe.cutmix_minmax is not None
     if mixes and recipe.batch_size % 2:
         raise RecipeError(f"mixup and cutmix need an even batch_size, not {recipe.batch_size}")
+
+
+def _check_teacher(recipe: Recipe) -> None:
+    if recipe.distill is None:
+        if recipe.teacher:
+            raise RecipeError(f"teacher {recipe.teacher!r} without distill: soft, hard or ofa?")
+        return
+    weights = (recipe.teacher_checkpoint is not None) + recipe.teacher_pretrained
+    if not recipe.teacher or weights != 1:
+        raise RecipeError(
+            f"distill {recipe.distill!r} needs a teacher and its weights: either "
+            "teacher_checkpoint or teacher_pretrained"
+        )
+    _require(recipe, "distill_alpha", 0 <= recipe.distill_alpha <= 1, "within 0 and 1")
+    _require(recipe, "distill_temperature", recipe.distill_temperature > 0, "above 0")
+    _require(recipe, "ofa_gamma", recipe.ofa_gamma >= 1, "at least 1")
+
+
+_FSDP_OPTIMIZERS = ("adam", "adamw", "lion", "momentum", "nadamw", "sgd")
+
+
+def _check_fsdp(recipe: Recipe) -> None:
+    """Refuse what needs whole weights, or values of all processes that it does not ask for."""
+    if not recipe.fsdp:
+        return
+    _require(recipe, "opt", recipe.opt in _FSDP_OPTIMIZERS, f"of {_FSDP_OPTIMIZERS} with fsdp")
+    for name, good, instead in (
+        ("clip_mode", recipe.clip_mode != "agc" or recipe.clip_grad is None, "norm or value"),
+        ("amp", recipe.amp != "fp16", "bf16"),
+        ("channels_last", not recipe.channels_last, "false"),
+        ("compile", not recipe.compile, "false"),
+        ("distill", recipe.distill != "ofa", "soft or hard"),
+    ):
+        _require(recipe, name, good, f"{instead} with fsdp")
 
 
 def _require(recipe: Recipe, name: str, good: bool, what: str) -> None:

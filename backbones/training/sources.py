@@ -25,7 +25,8 @@ class ImageSource:
     """Images that can be asked for by number.
 
     Attributes:
-        labels: class number of each image, where that is known without opening it.
+        labels: class number of each image, where that is known without opening it; (N, classes)
+            of 0 and 1 where an image has several.
     """
 
     labels: np.ndarray | None = None
@@ -33,8 +34,8 @@ class ImageSource:
     def __len__(self) -> int:
         raise NotImplementedError
 
-    def load(self, index: int) -> tuple[Image.Image, int]:
-        """The image, in any mode, and its class. OSError if it cannot be decoded."""
+    def load(self, index: int) -> tuple[Image.Image, Any]:
+        """The image, in any mode, and its class or labels. OSError if it cannot be decoded."""
         raise NotImplementedError
 
     def name(self, index: int) -> str:
@@ -51,9 +52,10 @@ class ArraySource(ImageSource):
     def __len__(self) -> int:
         return len(self.images)
 
-    def load(self, index: int) -> tuple[Image.Image, int]:
+    def load(self, index: int) -> tuple[Image.Image, Any]:
         assert self.labels is not None
-        return Image.fromarray(self.images[index]), int(self.labels[index])
+        label = self.labels[index]
+        return Image.fromarray(self.images[index]), label if label.ndim else int(label)
 
     def name(self, index: int) -> str:
         return f"{self.title}[{index}]"

@@ -2,12 +2,14 @@
 
 import io
 import tarfile
+from functools import partial
 
 import numpy as np
 import pytest
 from PIL import Image
-from training_runs import make_images, train
+from training_runs import final_state, kill_at_call, make_images, same, start, train
 
+from backbones.training.checkpoint import load_state
 from backbones.training.data import open_splits
 from backbones.training.errors import DataError
 from backbones.training.recipe import Recipe
@@ -93,8 +95,8 @@ def test_medmnist_sets_that_do_not_suit(tmp_path):
     recipe = Recipe(data="medmnist/chestmnist", data_dir=str(tmp_path))
     with pytest.raises(DataError, match=r"chestmnist\.npz is missing: fetch it from https://"):
         open_splits(recipe)
-    write_medmnist(tmp_path / "chestmnist.npz", labels=np.ones((12, 14)))
-    with pytest.raises(DataError, match="several labels"):
+    write_medmnist(tmp_path / "chestmnist.npz", labels=np.full((12, 14), 2))
+    with pytest.raises(DataError, match="labels other than 0 and 1"):
         open_splits(recipe)
     write_medmnist(tmp_path / "chestmnist.npz", shape=(8, 8, 8, 1))
     with pytest.raises(DataError, match="not 2D"):
@@ -127,6 +129,45 @@ def open_splits_of_noise(count):
         Image.fromarray(pixels).save(data, "png")
         images.append(data.getvalue())
     return images
+
+
+def run_and_resume(arguments, folder):
+    """Whether a run that was killed within an epoch ends as one that was not."""
+    assert train(*arguments, "--name=undisturbed") == 0
+    process = start(*arguments, "--name=killed", before=partial(kill_at_call, "link", 4))
+    process.join()
+    state = load_state(folder / "killed" / "last.pt")
+    assert state["step"] > 0
+    process = start(*arguments, "--name=killed", "--resume=auto")
+    process.join()
+    assert process.exitcode == 0
+    return same(*(final_state(folder / name) for name in ("undisturbed", "killed")))
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::ResourceWarning")
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_webdataset_shards_go_on_within_an_epoch(workers, tmp_path):
+    shards = write_shards(tmp_path / "shards", "train", 40, 4)
+    write_shards(shards, "val", 10, 2)
+    arguments = [
+        *(f"--data=wds/{shards}", f"--output={tmp_path}", f"--workers={workers}"),
+        *("--train-split=train-{0000..0003}.tar|40", "--val-split=val-{0000..0001}.tar|10"),
+        *("--num-classes=3", "--epochs=2", "--save-every-steps=1", "--drop=0.1", "--reprob=0.3"),
+    ]
+    assert run_and_resume(arguments, tmp_path)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+@pytest.mark.filterwarnings("ignore::ResourceWarning")
+def test_hugging_face_streams_go_on_within_an_epoch(tmp_path):
+    folder = make_images(tmp_path / "images", {"train": 24, "val": 6})
+    arguments = [
+        *(f"--data=hfids/{folder}", f"--data-dir={tmp_path / 'cache'}", f"--output={tmp_path}"),
+        *("--num-samples=24", "--val-num-samples=6", "--val-split=validation", "--download"),
+        *("--batch-size=4", "--epochs=2", "--save-every-steps=1", "--drop=0.1"),
+    ]
+    assert run_and_resume(arguments, tmp_path)
 
 
 STREAM = ["--num-classes=3", "--epochs=1", "--val-num-samples=10"]

@@ -3,6 +3,8 @@
 import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 from functools import partial
 
@@ -76,6 +78,11 @@ def test_two_processes_and_accumulation_equal_one_big_batch(images, tmp_path):
                 assert row[key] == pytest.approx(whole[key], rel=1e-4)
 
 
+def test_batch_norm_over_processes_without_a_gpu(images, tmp_path):
+    processes = start_two(f"--data={images}", f"--output={tmp_path}", "--name=run", "--sync-bn")
+    assert join(processes) == [1, 1]
+
+
 def test_two_processes_go_on_bit_for_bit(images, tmp_path):
     arguments = (f"--data={images}", f"--output={tmp_path}", "--save-every-steps=1", *RANDOM)
     assert join(start_two(*arguments, "--name=undisturbed")) == [0, 0]
@@ -101,3 +108,87 @@ def test_a_signal_to_one_stops_both_and_one_can_go_on_alone(images, tmp_path):
     alone = start(*arguments, "--name=run", "--resume=auto", "--batch-size=16")
     assert join([alone]) == [0]
     assert final_state(tmp_path / "run")["updates"] == 6
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["--opt=adamw", "--lr=1e-3", "--weight-decay=0.05", "--clip-grad=0.5"],
+        [*SGD, "--accum-steps=2", "--batch-size=4"],
+    ],
+    ids=["adamw", "sgd in two steps"],
+)
+def test_shared_out_weights_equal_whole_ones(words, images, tmp_path):
+    arguments = (f"--data={images}", f"--output={tmp_path}", *words, "--epochs=2")
+    arguments += ("--ema", "--ema-decay=0.9", "--save-every-steps=2")
+    size = "8" if "--batch-size=4" in words else "16"
+    runs = {
+        "whole": [
+            start(*arguments, "--name=whole", f"--batch-size={size}", before=freeze_batch_norm)
+        ],
+        "shared": start_two(*arguments, "--name=shared", "--fsdp", before=(freeze_batch_norm,) * 2),
+    }
+    for processes in runs.values():
+        assert set(join(processes)) == {0}
+    whole, shared = (final_state(tmp_path / name) for name in runs)
+    assert shared["updates"] == whole["updates"] == 6
+    for part in ("model", "model_ema"):
+        assert shared[part].keys() == whole[part].keys()
+        for key, value in shared[part].items():
+            torch.testing.assert_close(value, whole[part][key], rtol=1e-4, atol=1e-5)
+    for key, values in whole["optimizer"]["state"].items():
+        for name, value in values.items():
+            torch.testing.assert_close(
+                shared["optimizer"]["state"][key][name], value, rtol=1e-3, atol=1e-5
+            )
+    for row, wanted in zip(shared["history"], whole["history"], strict=True):
+        for key in ("train_loss", "train_top1", "val_loss", "val_top1", "ema_top1"):
+            assert row[key] == pytest.approx(wanted[key], rel=1e-3)
+    # Both steps that saved within an epoch and what came after are the same again.
+    kept = tmp_path / "shared" / "last.prev.pt"
+    kept.replace(tmp_path / "shared" / "last.pt")
+    again = start_two(
+        *arguments, "--name=shared", "--fsdp", "--resume=auto", before=(freeze_batch_norm,) * 2
+    )
+    assert join(again) == [0, 0]
+    assert same(final_state(tmp_path / "shared"), shared)
+    # The file is that of a whole network: a single process goes on from it.
+    alone = start(
+        *arguments, "--name=shared", "--resume=auto", "--epochs=3", f"--batch-size={size}"
+    )
+    assert join([alone]) == [0]
+    assert final_state(tmp_path / "shared")["updates"] == 9
+
+
+WORKER = """
+import os, sys
+from functools import partial
+from training_runs import QUICK, kill_at_call
+import train_cls
+from unittest.mock import patch
+if os.environ["TORCHELASTIC_RESTART_COUNT"] == "0" and os.environ["RANK"] == "0":
+    kill_at_call("link", 2)
+with patch.object(train_cls.pictures, "draw_curves"), patch.object(
+    train_cls.pictures, "draw_predictions"
+):
+    sys.exit(train_cls.main([*QUICK, *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.slow
+def test_an_elastic_torchrun_restarts_a_killed_worker(images, tmp_path):
+    """``--nnodes 1:2 --max-restarts``: the others leave, all begin again and go on bit for bit."""
+    worker = tmp_path / "worker.py"
+    worker.write_text(WORKER)
+    arguments = (f"--data={images}", f"--output={tmp_path}", "--save-every-steps=1", *RANDOM)
+    assert join(start_two(*arguments, "--name=undisturbed")) == [0, 0]
+    command = [
+        *(sys.executable, "-m", "torch.distributed.run", "--nnodes=1:2", "--nproc-per-node=2"),
+        *("--max-restarts=2", "--rdzv-backend=c10d", "--rdzv-endpoint=127.0.0.1:0"),
+        *("--rdzv-conf=last_call_timeout=1,join_timeout=60", "--monitor-interval=0.2"),
+        *(str(worker), *arguments, "--name=elastic", "--resume=auto"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    assert done.returncode == 0, done.stderr
+    assert "going on from" in done.stdout
+    assert same(*(final_state(tmp_path / name) for name in ("undisturbed", "elastic")))

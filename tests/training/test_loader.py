@@ -3,13 +3,14 @@
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from training_runs import make_images, train
 
 from backbones.training.corrupt import CorruptImages
 from backbones.training.data import open_splits
 from backbones.training.distributed import World
 from backbones.training.errors import DataError
-from backbones.training.loader import TrainLoader, ValidationLoader
+from backbones.training.loader import TrainLoader, ValidationLoader, _train_transform
 from backbones.training.recipe import Recipe
 from backbones.training.sampler import TrainSampler, ValidationSampler
 
@@ -97,6 +98,22 @@ def test_validation_sees_every_image_once(size, make):
         labels += torch.cat(batches).tolist()
     counted = [label for label in labels if label >= 0]
     assert sorted(counted) == sorted(i % 3 for i in range(11))
+
+
+@pytest.mark.parametrize("aa", ["rand-m10-inc1", "rand-m10", "original", "augmix-m10", "3a"])
+def test_augmentation_at_its_highest_magnitude(aa):
+    """Pillow 13 refuses to posterize to 0 bits, which one image in a thousand is to be."""
+    transform = _train_transform(16, CONFIG, Recipe(aa=aa))
+    steps = [step for step in transform.transforms if hasattr(step, "ops")]
+    steps = [op for step in steps for op in step.ops]
+    image = Image.new("RGB", (20, 20), (200, 100, 50))
+    for operation in steps:
+        operation.prob = 1.0
+        assert operation(image).size == (20, 20)
+    if aa == "rand-m10-inc1":
+        (operation,) = (op for op in steps if op.name == "PosterizeIncreasing")
+        assert operation(image).getextrema() == ((0, 0),) * 3
+    assert transform(image).shape == (3, 16, 16)
 
 
 def test_image_sizes_that_grow(make):

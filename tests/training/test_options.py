@@ -164,6 +164,22 @@ def test_factors_that_fit_nothing_are_refused(factors):
         build.build_optimizer(Recipe(lr_factors=factors), nn.Linear(4, 4), 1e-3)
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_events_for_tensorboard(images, tmp_path):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    arguments = (f"--data={images}", f"--output={tmp_path}", "--name=run", "--log-every=1")
+    assert train(*arguments, "--epochs=2", "--tensorboard") == 0
+    events = EventAccumulator(str(tmp_path / "run"))
+    events.Reload()
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    entries = [json.loads(line) for line in lines]
+    for key in ("loss", "lr", "val_top1", "images_per_second"):
+        written = [(event.step, event.value) for event in events.Scalars(key)]
+        wanted = [(entry["update"], entry[key]) for entry in entries if key in entry]
+        assert written == [(step, pytest.approx(value, rel=1e-5)) for step, value in wanted]
+
+
 def test_reports_to_other_programs(images, tmp_path, monkeypatch, capsys):
     arguments = (f"--data={images}", f"--output={tmp_path}", "--epochs=1", "--log-every=1")
     monkeypatch.setitem(sys.modules, "wandb", None)

@@ -1,0 +1,117 @@
+"""What a classifier answers to a whole set of images, and how right that is."""
+
+from __future__ import annotations
+
+import importlib.resources
+import json
+import re
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from backbones.training.errors import DataError
+from backbones.training.loader import ValidationLoader
+from backbones.training.multilabel import validation_loss
+from backbones.training.sources import ImageSource
+
+__all__ = ["Answers", "answer_all", "read_real_labels", "real_accuracy"]
+
+_IMAGENET_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
+
+
+@dataclass
+class Answers:
+    """What a model said of every image that could be read, in the order of the data.
+
+    Attributes:
+        top5: (N, ≤ 5) classes, the likeliest first.
+        labels: (N,) the truth.
+        place: (N,) number of each image in the data.
+        loss: mean cross-entropy.
+        seconds: of the whole pass.
+    """
+
+    top5: np.ndarray
+    labels: np.ndarray
+    place: np.ndarray
+    loss: float
+    seconds: float
+
+    def accuracy(self, k: int) -> float:
+        """Share of the images, in percent, whose class is among the ``k`` likeliest."""
+        return 100 * float((self.top5[:, :k] == self.labels[:, None]).any(1).mean())
+
+
+@torch.inference_mode()
+def answer_all(
+    model: nn.Module, loader: ValidationLoader, amp: str | None, show: Callable[[int], object]
+) -> Answers:
+    """Run ``model`` over every image.
+
+    Args:
+        model: in evaluation mode, on the loader's device.
+        loader: of one process.
+        amp: None, "bf16" or "fp16".
+        show: told the number of batches done.
+    """
+    device = loader.world.device
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp or "")
+    tops, labels_seen, losses, begun = [], [], [], time.monotonic()
+    for number, (images, labels) in enumerate(loader):
+        if labels.ndim == 2:
+            raise DataError("the images have several labels each; accuracy is not defined there")
+        with torch.autocast(device.type, dtype, enabled=dtype is not None):
+            logits = model(images).float()  # (B, classes)
+        tops.append(logits.topk(min(5, logits.shape[1]), dim=1).indices.cpu())
+        losses.append(validation_loss(logits, labels).cpu())
+        labels_seen.append(labels.cpu())
+        show(number + 1)
+    top5, truth = torch.cat(tops).numpy(), torch.cat(labels_seen).numpy()
+    place = np.flatnonzero(truth >= 0)
+    loss = float(torch.stack(losses).sum()) / max(len(place), 1)
+    return Answers(top5[place], truth[place], place, loss, time.monotonic() - begun)
+
+
+def read_real_labels(path: str) -> list[list[int]]:
+    """The acceptable classes of each of ImageNet's validation images; timm's copy for "".
+
+    Raises:
+        DataError: no such file, or no list of lists of numbers.
+    """
+    try:
+        if path:
+            text = Path(path).read_text(encoding="utf-8")
+        else:
+            folder = importlib.resources.files("timm.data") / "_info"
+            text = (folder / "imagenet_real_labels.json").read_text(encoding="utf-8")
+        labels = json.loads(text)
+    except (OSError, ValueError) as error:
+        raise DataError(f"cannot read real labels {path}: {error}") from error
+    if not isinstance(labels, list) or not all(isinstance(entry, list) for entry in labels):
+        raise DataError(f"{path}: real labels must be a list of a list of classes for each image")
+    return labels
+
+
+def real_accuracy(answers: Answers, source: ImageSource, real: list[list[int]]) -> float:
+    """Share of the images with real labels, in percent, whose first answer is one of them.
+
+    Raises:
+        DataError: the images are not named as ImageNet's validation images are.
+    """
+    right = []
+    for place, answer in zip(answers.place.tolist(), answers.top5[:, 0].tolist(), strict=True):
+        found = _IMAGENET_NAME.search(source.name(place))
+        number = int(found[1]) if found else 0
+        if not 1 <= number <= len(real):
+            raise DataError(
+                f"real labels go by the name ILSVRC2012_val_00000001.JPEG … {len(real):08d}.JPEG, "
+                f"which {source.name(place)} is not"
+            )
+        if real[number - 1]:
+            right.append(answer in real[number - 1])
+    return 100 * sum(right) / max(len(right), 1)

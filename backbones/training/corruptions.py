@@ -1,0 +1,93 @@
+"""ImageNet-C's corruptions (https://arxiv.org/abs/1903.12261), by the package imagecorruptions."""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Mapping, Sequence
+
+import numpy as np
+from PIL import Image
+
+from backbones.training.errors import RecipeError
+
+__all__ = ["ALEXNET_ERROR", "CORRUPTIONS", "Corruption", "mean_corruption_error"]
+
+ALEXNET_ERROR = {
+    "gaussian_noise": 88.6428,
+    "shot_noise": 89.4468,
+    "impulse_noise": 92.2640,
+    "defocus_blur": 81.9880,
+    "glass_blur": 82.6268,
+    "motion_blur": 78.5948,
+    "zoom_blur": 79.8360,
+    "snow": 86.6816,
+    "frost": 82.6572,
+    "fog": 81.9324,
+    "brightness": 56.4592,
+    "contrast": 85.3204,
+    "elastic_transform": 64.6056,
+    "pixelate": 71.7840,
+    "jpeg_compression": 60.6500,
+}
+"""AlexNet's top-1 error in percent, mean of the five severities: the measure of the paper."""
+
+CORRUPTIONS = tuple(ALEXNET_ERROR)
+"""The fifteen of the benchmark."""
+
+
+class Corruption:
+    """One corruption of RGB images from 32×32 pixels on.
+
+    The same image is spoilt the same way each time (but for impulse_noise and glass_blur, whose
+    randomness the package does not let one seed).
+
+    Args:
+        name: one of :data:`CORRUPTIONS`, or speckle_noise, gaussian_blur, spatter, saturate.
+        severity: 1 … 5.
+
+    Raises:
+        RecipeError: imagecorruptions is not installed, or has no such corruption.
+    """
+
+    def __init__(self, name: str, severity: int) -> None:
+        try:
+            from imagecorruptions import get_corruption_names
+        except ImportError:
+            raise RecipeError("corruptions need pip install imagecorruptions-imaug") from None
+        known = get_corruption_names("all")
+        if name not in known or not 1 <= severity <= 5:
+            raise RecipeError(
+                f"no corruption {name!r} of severity {severity}: there are severities 1 … 5 of "
+                f"{', '.join(known)}"
+            )
+        self.name, self.severity = name, severity
+
+    def __call__(self, image: Image.Image) -> Image.Image:
+        from imagecorruptions import corrupt
+
+        pixels = np.asarray(image.convert("RGB"))
+        if min(pixels.shape[:2]) < 32:
+            raise RecipeError(f"corruptions need images from 32×32 pixels on, not {image.size}")
+        before = np.random.get_state()
+        np.random.seed(zlib.crc32(pixels.tobytes()))
+        try:
+            spoilt = corrupt(pixels, corruption_name=self.name, severity=self.severity)
+        finally:
+            np.random.set_state(before)
+        return Image.fromarray(spoilt).convert(image.mode)
+
+
+def mean_corruption_error(
+    errors: Mapping[str, Sequence[float]], baseline: Mapping[str, float] | None = None
+) -> float:
+    """The mean over the corruptions of the mean error over the severities, in percent.
+
+    Args:
+        errors: top-1 errors in percent by corruption, one for each severity.
+        baseline: errors in percent to divide each corruption's by, :data:`ALEXNET_ERROR` for the
+            mCE of the paper; None for the plain mean.
+    """
+    means = {name: sum(values) / len(values) for name, values in errors.items()}
+    if baseline is not None:
+        means = {name: 100 * value / baseline[name] for name, value in means.items()}
+    return sum(means.values()) / len(means)

@@ -1,0 +1,288 @@
+"""A student learns from a teacher: soft or hard labels, and One-for-All through exits.
+
+Soft labels: https://arxiv.org/abs/1503.02531. Hard labels: https://arxiv.org/abs/2012.12877.
+One-for-All (OFA-KD), for pairs of unlike architectures: https://arxiv.org/abs/2310.19444; written
+from the paper.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import trunc_normal_
+from torch import Tensor, nn
+
+from backbones.training.errors import RecipeError
+from backbones.training.recipe import Recipe
+from backbones.training.trained import load_trained
+
+__all__ = [
+    "Distillation",
+    "Exit",
+    "StudentWithExits",
+    "Teacher",
+    "add_exits",
+    "build_teacher",
+    "hard_label_loss",
+    "ofa_loss",
+    "soft_label_loss",
+]
+
+Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def soft_label_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
+    """Kullback-Leibler divergence of the softened predictions, times the temperature squared.
+
+    Args:
+        student, teacher: logits (B, classes).
+        temperature: above 1 shows more of what the teacher holds for unlikely.
+
+    Returns:
+        Mean over the batch; at every temperature of the scale of a cross-entropy's gradients.
+    """
+    log_p = F.log_softmax(student / temperature, dim=1)
+    log_q = F.log_softmax(teacher / temperature, dim=1)
+    return F.kl_div(log_p, log_q, reduction="batchmean", log_target=True) * temperature**2
+
+
+def hard_label_loss(student: Tensor, teacher: Tensor) -> Tensor:
+    """Cross-entropy with the class that the teacher finds likeliest; logits (B, classes)."""
+    return F.cross_entropy(student, teacher.argmax(dim=1))
+
+
+def ofa_loss(
+    student: Tensor, teacher: Tensor, labels: Tensor, gamma: float = 1.0, temperature: float = 1.0
+) -> Tensor:
+    r"""Distillation with adaptive target enhancement, equation 4 of OFA-KD.
+
+    With :math:`p` the probabilities, s the student, t the teacher and ĉ the true class,
+
+    .. math:: -(1 + p^t_ĉ)^γ \log p^s_ĉ - \sum_{c ≠ ĉ} p^t_c \log p^s_c
+
+    The surer the teacher is of the truth, the more the truth counts; at γ = 1 this is the sum of
+    the cross-entropies with the label and with the teacher.
+
+    Args:
+        student, teacher: logits (B, classes).
+        labels: classes (B,), or their shares (B, classes) after mixup: then the mean over the
+            labels that they stand for.
+        gamma: ≥ 1.
+        temperature: of both predictions; the paper has 1.
+
+    Returns:
+        Mean over the batch.
+    """
+    if labels.ndim == 1:
+        labels = F.one_hot(labels, student.shape[1])
+    truth = labels.to(student.dtype)
+    p = torch.softmax(teacher / temperature, dim=1)
+    weights = truth * (1 + p) ** gamma + (1 - truth) * p  # (B, classes)
+    log_p = F.log_softmax(student / temperature, dim=1)
+    return -(weights * log_p).sum(dim=1).mean() * temperature**2
+
+
+class Exit(nn.Module):
+    """A branch from the map of a stage to logits; only training has it.
+
+    Depthwise-separable convolutions halve the map until it is as coarse as the student's last
+    one (at least one of them works on it), then mean, norm and a linear layer. (B, in_chs, H, W)
+    → (B, num_classes).
+
+    Args:
+        in_chs: channels of the stage.
+        out_chs: channels before the classifier, those of the student's last stage.
+        halvings: how often the map is halved.
+        num_classes: of the logits.
+    """
+
+    def __init__(self, in_chs: int, out_chs: int, halvings: int, num_classes: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        steps = max(halvings, 1)
+        for step in range(steps):
+            # Widths grow geometrically from the stage's to the last one's.
+            width = round(in_chs * (out_chs / in_chs) ** ((step + 1) / steps))
+            layers += [
+                nn.Conv2d(
+                    in_chs,
+                    in_chs,
+                    3,
+                    stride=2 if halvings else 1,
+                    padding=1,
+                    groups=in_chs,
+                    bias=False,
+                ),
+                nn.BatchNorm2d(in_chs),
+                nn.Conv2d(in_chs, width, 1, bias=False),
+                nn.BatchNorm2d(width),
+                nn.GELU(),
+            ]
+            in_chs = width
+        self.project = nn.Sequential(*layers)
+        self.norm = nn.LayerNorm(out_chs)
+        self.fc = nn.Linear(out_chs, num_classes)
+        trunc_normal_(self.fc.weight, std=0.02)
+        nn.init.zeros_(self.fc.bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.norm(self.project(x).mean((2, 3))))
+
+
+class StudentWithExits(nn.Module):
+    """A backbone that answers at several depths: images → logits, and those of each exit.
+
+    Args:
+        student: a backbone of this library, with a classifier.
+        stages: which of its stages have an exit; negative ones count from the end.
+
+    Raises:
+        RecipeError: there is no such stage.
+    """
+
+    def __init__(self, student: Any, stages: Sequence[int] | None = None) -> None:
+        super().__init__()
+        # The maps inside a stem that some families show come before those of the stages.
+        first, count = len(student.stem_taps), len(student.stages)
+        wanted = range(count) if stages is None else stages
+        chosen = sorted({i + count if i < 0 else i for i in wanted})
+        if not chosen or chosen[0] < 0 or chosen[-1] >= count:
+            raise RecipeError(
+                f"ofa_stages must name some of the stages 0 … {count - 1}, not {tuple(wanted)}"
+            )
+        self.student = student
+        self.indices = [first + i for i in chosen]
+        info, last = student.feature_info, student.feature_info[-1]
+        self.exits = nn.ModuleList(
+            Exit(
+                info[i]["num_chs"],
+                last["num_chs"],
+                round(math.log2(last["reduction"] / info[i]["reduction"])),
+                student.num_classes,
+            )
+            for i in self.indices
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, list[Tensor]]:
+        last, maps = self.student.forward_intermediates(x, indices=self.indices)
+        logits = self.student.forward_head(last)
+        return logits, [branch(m) for branch, m in zip(self.exits, maps, strict=True)]
+
+
+class Teacher(nn.Module):
+    """A frozen network that is shown the student's batches, normalised and sized as it is used to.
+
+    Args:
+        network: images → logits.
+        seen, wanted: mean and std of the student's images and of the teacher's, per channel.
+        img_size: side of the teacher's images; None for the student's.
+    """
+
+    def __init__(
+        self,
+        network: nn.Module,
+        seen: tuple[Sequence[float], Sequence[float]],
+        wanted: tuple[Sequence[float], Sequence[float]],
+        img_size: int | None,
+    ) -> None:
+        super().__init__()
+        self.network = network.eval().requires_grad_(False)
+        self.img_size = img_size
+        means, stds = (
+            [torch.tensor(v).view(1, -1, 1, 1) for v in pair]
+            for pair in zip(seen, wanted, strict=True)
+        )
+        self.scale: Tensor
+        self.shift: Tensor
+        self.register_buffer("scale", stds[0] / stds[1])
+        self.register_buffer("shift", (means[0] - means[1]) / stds[1])
+
+    def train(self, mode: bool = True) -> Teacher:
+        """Do nothing: a teacher does not learn."""
+        return self
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        images = images * self.scale + self.shift
+        if self.img_size is not None and images.shape[-1] != self.img_size:
+            images = F.interpolate(
+                images, size=self.img_size, mode="bicubic", antialias=True, align_corners=False
+            )
+        return self.network(images).float()
+
+
+class Distillation:
+    """The loss of the labels and of a teacher: (1 - alpha) · labels + alpha · teacher.
+
+    Args:
+        teacher: images → logits.
+        labels_loss: logits and targets → scalar.
+        recipe: ``distill`` (what is learnt from the teacher), ``distill_alpha``,
+            ``distill_temperature``, ``ofa_gamma``. For ``ofa`` the student's answer is a pair of
+            logits and a list of those at its exits, and the losses of all of them add up.
+    """
+
+    def __init__(self, teacher: Teacher, labels_loss: Loss, recipe: Recipe) -> None:
+        self.teacher, self.labels_loss = teacher, labels_loss
+        self.kind, self.alpha = recipe.distill, recipe.distill_alpha
+        self.temperature, self.gamma = recipe.distill_temperature, recipe.ofa_gamma
+
+    def __call__(self, net: nn.Module, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+        """Loss and logits (B, classes) of the student ``net``."""
+        answer, wisdom = net(images), self.teacher(images)
+        if self.kind == "ofa":
+            logits, branches = answer[0].float(), [branch.float() for branch in answer[1]]
+            learnt = torch.stack(
+                [
+                    ofa_loss(branch, wisdom, targets, self.gamma, self.temperature)
+                    for branch in [logits, *branches]
+                ]
+            ).sum()
+        else:
+            logits = answer.float()
+            if self.kind == "hard":
+                learnt = hard_label_loss(logits, wisdom)
+            else:
+                learnt = soft_label_loss(logits, wisdom, self.temperature)
+        loss = (1 - self.alpha) * self.labels_loss(logits, targets) + self.alpha * learnt
+        return loss, logits
+
+
+def add_exits(recipe: Recipe, student: Any) -> nn.Module:
+    """The student with the exits that the recipe's distillation needs, if it needs any."""
+    if recipe.distill != "ofa":
+        return student
+    return StudentWithExits(student, recipe.ofa_stages)
+
+
+def build_teacher(recipe: Recipe, num_classes: int, config: dict[str, Any]) -> Teacher:
+    """The recipe's teacher: a model of this library, or ``timm/NAME`` or any other of timm.
+
+    Args:
+        recipe: ``teacher``, ``teacher_checkpoint`` or ``teacher_pretrained``, ``teacher_args``,
+            ``teacher_img_size``.
+        num_classes: of the student.
+        config: ``mean`` and ``std`` of the student's images.
+
+    Raises:
+        RecipeError: no such model or weights, or weights for other classes.
+    """
+    network = load_trained(
+        recipe.teacher or "",
+        recipe.teacher_checkpoint,
+        num_classes,
+        recipe.in_chans,
+        recipe.teacher_args,
+    )
+    own = dict(getattr(network, "pretrained_cfg", None) or {})
+    wanted = own.get("mean", config["mean"]), own.get("std", config["std"])
+    if len(wanted[0]) != recipe.in_chans:
+        wanted = config["mean"], config["std"]
+    size = recipe.teacher_img_size
+    if size is None and own.get("fixed_input_size"):
+        size = own["input_size"][-1]
+    return Teacher(network, (config["mean"], config["std"]), wanted, size)

@@ -1,0 +1,390 @@
+"""The loop of a training: updates that can be skipped, checkpoints, signals, resuming."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NoReturn
+
+import torch
+from timm.layers import convert_sync_batchnorm
+from timm.models import model_parameters
+from timm.utils import ModelEmaV3, dispatch_clip_grad, random_seed
+from torch import Tensor, nn
+
+from backbones.training import build, checkpoint, parallel
+from backbones.training.bad_steps import BadSteps
+from backbones.training.distillation import StudentWithExits
+from backbones.training.distributed import Verdict, World
+from backbones.training.errors import CheckpointFileError, RecipeError
+from backbones.training.interrupt import StopRequest
+from backbones.training.progress import Progress, RunLog, peak_memory
+from backbones.training.recipe import Recipe, differences
+
+__all__ = ["TrainingLoop"]
+
+_COUNTERS = ("epoch", "step", "updates", "skipped", "history", "best", "seconds", "waited")
+
+
+class TrainingLoop(ABC):
+    """All that a run consists of, and the loop over it; a task fills in what it trains on.
+
+    A subclass builds its data, calls :meth:`set_up` at the end of its ``__init__``, and implements
+    the abstract methods.
+
+    Attributes:
+        model: the bare network. ``network`` has around it what only training needs (exits for
+            distillation), if anything; ``net`` is what a step calls, the same or its DDP wrapper.
+        meter: sums of the epoch so far, with ``sums`` (a tensor).
+        epoch, step, updates: the position: updates within the epoch, and since the beginning.
+        history: a row for each finished epoch.
+    """
+
+    score_key: str
+    """Which figure of a validation says how good the weights are; more is better."""
+
+    model: nn.Module
+    meter: Any
+
+    def __init__(
+        self, recipe: Recipe, folder: Path, world: World, stop: StopRequest, progress: Progress
+    ) -> None:
+        self.recipe, self.folder, self.world = recipe, folder, world
+        self.stop, self.progress = stop, progress
+        self.device = world.device
+        self.amp = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(recipe.amp or "")
+        random_seed(recipe.seed)
+
+    def set_up(
+        self, model: nn.Module, updates_per_epoch: int, network: nn.Module | None = None
+    ) -> None:
+        """Optimizer, schedule, average and everything else around the network.
+
+        Args:
+            model: what the run is about, on the device.
+            updates_per_epoch: number of updates.
+            network: ``model`` with what only training needs around it.
+        """
+        recipe, world = self.recipe, self.world
+        self.model, self.updates_per_epoch = model, updates_per_epoch
+        self.network = model if network is None else network
+        if recipe.sync_bn and world.size > 1:
+            if self.device.type == "cpu":
+                raise RecipeError("sync_bn needs GPUs: torch has no CPU form of it")
+            convert_sync_batchnorm(self.network)
+        self.guard = build.RunningStatsGuard(self.network)
+        self.ema = None
+        if recipe.ema:
+            # Shared-out weights and whole buffers do not go into one foreach call.
+            self.ema = ModelEmaV3(
+                model, recipe.ema_decay, use_warmup=recipe.ema_warmup, foreach=not recipe.fsdp
+            )
+        if recipe.compile:
+            self.network.compile()
+        if recipe.fsdp:
+            self.net = parallel.shard(self.network, world)
+            if self.ema is not None:
+                parallel.shard(self.ema.module, world)
+        else:
+            self.net = parallel.replicate(self.network, world)
+        self.lr = build.learning_rate(recipe, world.size)
+        self.optimizer = build.build_optimizer(recipe, model, self.lr)
+        build.add_exits_to_optimizer(recipe, self.optimizer, self.network, self.lr)
+        self.scheduler, self.epochs = build.build_scheduler(
+            recipe, self.optimizer, updates_per_epoch
+        )
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.amp == "fp16")
+        self.verdict = Verdict(world)
+
+        self.epoch = self.step = self.updates = self.skipped = 0
+        self.bad_steps = BadSteps(recipe.max_bad_steps)
+        self.history: list[dict[str, Any]] = []
+        self.best = -math.inf
+        self.seconds = self.waited = 0.0
+        self.meter = self.new_meter()
+        self.log = RunLog(self.folder, recipe, world.is_main)
+        self.begun = self.saved = time.monotonic()
+        self.done_before = 0  # updates of earlier processes of this run
+        random_seed(recipe.seed, world.rank)
+
+    # --- what a task fills in
+
+    @abstractmethod
+    def new_meter(self) -> Any:
+        """An empty meter for an epoch."""
+
+    @abstractmethod
+    def batches(self) -> Iterator[Any]:
+        """The batches of ``epoch`` from ``step`` on."""
+
+    @abstractmethod
+    def names(self, epoch: int, step: int) -> list[str]:
+        """What this process's images of one update are called."""
+
+    @abstractmethod
+    def compute(self, batch: Any) -> tuple[Tensor, Any]:
+        """The loss of a batch, by ``net``, and whatever :meth:`note` wants to know."""
+
+    @abstractmethod
+    def note(self, loss: Tensor, seen: Any) -> None:
+        """Add a batch to the meter."""
+
+    @abstractmethod
+    def training_figures(self, world: World | None = None) -> dict[str, float]:
+        """What the meter says, of this process or of all; ``loss`` among it."""
+
+    @abstractmethod
+    def validate(self, model: nn.Module) -> tuple[dict[str, float], int]:
+        """Figures over every validation image once, and the signal that came meanwhile, or 0."""
+
+    @abstractmethod
+    def describe_epoch(self, row: dict[str, Any]) -> str:
+        """A finished epoch as a line for people."""
+
+    @abstractmethod
+    def show_results(self) -> None:
+        """What a finished run leaves for people."""
+
+    def close(self) -> None:
+        """End the loader processes and the logs."""
+        self.log.close()
+
+    # --- the loop
+
+    def run(self) -> int:
+        """Train to the end; 0, or 128 + the number of the signal that stopped it."""
+        self.begun, self.done_before = time.monotonic(), self.updates
+        while self.epoch < self.epochs:
+            signal = self.train_epoch() or self.finish_epoch()
+            if signal:
+                self.progress.end()
+                self.progress.say(
+                    f"stopped by signal {signal} after {self.updates} updates, saved in "
+                    f"{self.folder / 'last.pt'}; --resume auto goes on"
+                )
+                return 128 + signal
+        self.progress.end()
+        self.show_results()
+        return 0
+
+    def train_epoch(self) -> int:
+        """Train from ``step`` to the end of the epoch; the signal that came, or 0."""
+        self.net.train()
+        title = f"epoch {self.epoch + 1:{len(str(self.epochs))}}/{self.epochs}"
+        self.progress.begin(title, self.updates_per_epoch, self.step)
+        batches = self.batches()
+        while self.step < self.updates_per_epoch:
+            started = time.monotonic()
+            bad, signal, save = self.update(batches)
+            self.seconds += time.monotonic() - started
+            self.step += 1
+            self.updates += 1
+            if self.scheduler is not None:
+                self.scheduler.step_update(self.updates)
+            self.skipped += bad
+            if self.bad_steps.note(bad, self.epoch, self.step - 1):
+                self.give_up()
+            if self.updates % self.recipe.log_every == 0:
+                self.log.add({"epoch": self.epoch, "update": self.updates, **self.figures()})
+            if self.progress.due():
+                self.progress.show(self.step, self.describe())
+            if save or signal:
+                self.save()
+            if signal:
+                return signal
+        return 0
+
+    def update(self, batches: Iterator[Any]) -> tuple[bool, int, bool]:
+        """One update from ``accum_steps`` batches: was it skipped, the signal, shall we save."""
+        accum, bad, signal, save = self.recipe.accum_steps, False, 0, False
+        self.guard.keep()
+        for micro in range(accum):
+            waiting = time.monotonic()
+            batch = next(batches)
+            self.waited += time.monotonic() - waiting
+            with parallel.synchronized_gradients(self.net, last=micro == accum - 1):
+                with self.autocast():
+                    loss, seen = self.compute(batch)
+                self.verdict.ask(loss, self.stop.signal, self.due_to_save())
+                self.scaler.scale(loss / accum).backward()
+            bad_now, signal_now, save_now = self.verdict.read()
+            bad, signal, save = bad or bad_now, max(signal, signal_now), save or save_now
+            if not bad_now:
+                self.note(loss.detach(), seen)
+        if bad:
+            self.guard.restore()
+        else:
+            self.apply_gradients()
+        self.optimizer.zero_grad(set_to_none=True)
+        return bad, signal, save
+
+    def apply_gradients(self) -> None:
+        """Clip, step, average."""
+        recipe = self.recipe
+        if recipe.clip_grad is not None:
+            self.scaler.unscale_(self.optimizer)
+            parameters = model_parameters(self.network, exclude_head=recipe.clip_mode == "agc")
+            dispatch_clip_grad(parameters, recipe.clip_grad, mode=recipe.clip_mode)
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        if self.ema is not None:
+            self.ema.update(self.model, step=self.updates + 1)
+
+    def finish_epoch(self) -> int:
+        """Validate, record, keep the best, save; the signal that came meanwhile, or 0."""
+        train, score = self.training_figures(self.world), None
+        row: dict[str, Any] = {"epoch": self.epoch, "update": self.updates}
+        row |= {f"train_{key}": value for key, value in train.items()}
+        if (self.epoch + 1) % self.recipe.eval_every == 0 or self.epoch + 1 == self.epochs:
+            for name, model in self.models().items():
+                figures, signal = self.validate(model)
+                if signal:  # the checkpoint says "epoch trained"; a resumed run validates it
+                    self.save()
+                    return signal
+                row |= {f"{name}_{key}": value for key, value in figures.items()}
+                score = figures[self.score_key]  # that of the average, if there is one
+        row |= {key: value for key, value in self.figures().items() if key not in train}
+        self.history.append(row)
+        self.epoch, self.step = self.epoch + 1, 0
+        if self.recipe.sched == "plateau" and score is not None:
+            self.scheduler.step(self.epoch, score)
+        if score is not None and score > self.best:
+            self.best = score
+            metadata = {"model": self.recipe.model, "epoch": str(self.epoch)}
+            weights = parallel.whole(dict(list(self.models().values())[-1].state_dict()))
+            if self.world.is_main:
+                checkpoint.save_weights(self.folder / "best.safetensors", weights, metadata)
+        self.meter, self.seconds, self.waited = self.new_meter(), 0.0, 0.0
+        self.save()
+        self.log.add(row)
+        self.log.summarize(self.history)
+        self.progress.end()
+        self.progress.say(self.describe_epoch(row))
+        return 0
+
+    # --- parts of the loop
+
+    def models(self) -> dict[str, nn.Module]:
+        """The networks to validate; the last one is what the run is about."""
+        return {"val": self.model} | ({"ema": self.ema.module} if self.ema is not None else {})
+
+    def autocast(self) -> Any:
+        """Mixed precision, if the recipe wants it."""
+        return torch.autocast(self.device.type, self.amp, enabled=self.amp is not None)
+
+    def give_up(self) -> NoReturn:
+        """Stop after too many bad updates in a row, with the weights from before them saved."""
+        names = [name for place in self.bad_steps.in_a_row for name in self.names(*place)]
+        everyone: list[str] = sum(self.world.gather(names), [])
+        self.save()
+        raise self.bad_steps.error(everyone, self.folder, self.world.is_main)
+
+    def due_to_save(self) -> bool:
+        """Whether the checkpoint within the epoch is due after this update."""
+        steps, minutes = self.recipe.save_every_steps, self.recipe.save_every_minutes
+        by_clock = minutes > 0 and time.monotonic() - self.saved > 60 * minutes
+        return (steps > 0 and (self.updates + 1) % steps == 0) or by_clock
+
+    # --- what can be taken up again
+
+    def save(self) -> None:
+        """Write ``last.pt``."""
+        mine = {"rng": checkpoint.get_rng_state(), "meter": self.meter.sums.cpu()}
+        ranks = self.world.gather(mine)
+        self.saved = time.monotonic()
+        if not (self.world.is_main or self.recipe.fsdp):  # shares are collected from everyone
+            return
+        state = {name: getattr(self, name) for name in _COUNTERS}
+        state |= {name: parallel.whole(part.state_dict()) for name, part in self.parts().items()}
+        state |= {"ranks": ranks, "recipe": dataclasses.asdict(self.recipe)}
+        if self.world.is_main:
+            checkpoint.save_state(self.folder / "last.pt", state)
+
+    def parts(self) -> dict[str, Any]:
+        """All that has a ``state_dict``, by its name in the checkpoint."""
+        parts: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer}
+        parts["scaler"] = self.scaler
+        if self.scheduler is not None:
+            parts["scheduler"] = self.scheduler
+        if self.recipe.sched == "plateau":
+            parts["plateau"] = self.scheduler.lr_scheduler  # timm leaves its counters out
+        if self.ema is not None:
+            parts["model_ema"] = self.ema.module
+        if isinstance(self.network, StudentWithExits):
+            parts["exits"] = self.network.exits
+        return parts
+
+    def take_up(self) -> None:
+        """Go on as ``recipe.resume`` says; the latest whole checkpoint, or a certain one.
+
+        Raises:
+            CheckpointFileError: unreadable, or of another model or recipe.
+        """
+        if self.recipe.resume == "auto":
+            found = checkpoint.load_latest(self.folder / "last.pt")
+            if found is not None:
+                state, path, problem = found
+                if problem:
+                    self.progress.say(f"{problem}; falling back to {path}")
+                self.resume(state, path)
+        elif self.recipe.resume is not None:
+            path = Path(self.recipe.resume)
+            self.resume(checkpoint.load_state(path), path)
+
+    def resume(self, state: dict[str, Any], path: Path) -> None:
+        """Continue from ``state``, bit for bit if the processes are as many as before.
+
+        Raises:
+            CheckpointFileError: it belongs to another model or recipe.
+        """
+        try:
+            for name, part in self.parts().items():
+                parallel.load_whole(part, state[name])
+            for name in _COUNTERS:
+                setattr(self, name, state[name])
+        except (KeyError, RuntimeError, ValueError) as error:
+            raise CheckpointFileError(f"{path} does not fit this recipe: {error}") from error
+        ranks, mine = state["ranks"], self.world.rank
+        if len(ranks) == self.world.size:
+            checkpoint.set_rng_state(ranks[mine]["rng"])
+            self.meter.sums.copy_(ranks[mine]["meter"])
+        elif self.world.is_main:
+            self.meter.sums.copy_(sum(rank["meter"] for rank in ranks))
+        before = build.images_per_update(type(self.recipe)(**state["recipe"]), len(ranks))
+        now = build.images_per_update(self.recipe, self.world.size)
+        if before != now:  # go on with the image where it stopped, as nearly as batches allow
+            self.step = min(self.step * before // now, self.updates_per_epoch)
+            self.updates = self.epoch * self.updates_per_epoch + self.step
+        self.log.rewind(self.updates)
+        self.progress.say(f"going on from {path}: epoch {self.epoch + 1}, update {self.updates}")
+        for line in differences(self.recipe, state["recipe"]):
+            self.progress.say(f"  changed since: {line}")
+
+    # --- what goes on, for people
+
+    def figures(self) -> dict[str, float]:
+        """This process's figures of the epoch so far."""
+        images = self.step * build.images_per_update(self.recipe, self.world.size)
+        return {
+            **self.training_figures(),
+            "lr": max(group["lr"] for group in self.optimizer.param_groups),
+            "images_per_second": images / max(self.seconds, 1e-9),
+            "data_wait": self.waited / max(self.seconds, 1e-9),
+            "memory_mb": peak_memory(self.device),
+            "seconds": self.seconds,
+            "skipped": self.skipped,
+        }
+
+    def seconds_left(self) -> float:
+        """Of the whole run, at the pace of this process so far."""
+        left = self.epochs * self.updates_per_epoch - self.updates
+        pace = (time.monotonic() - self.begun) / max(self.updates - self.done_before, 1)
+        return left * pace
+
+    @abstractmethod
+    def describe(self) -> str:
+        """The figures of the epoch so far as the text beside the bar."""

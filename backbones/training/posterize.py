@@ -1,0 +1,34 @@
+"""Posterizing to 0 bits, which RandAugment at its highest magnitude asks for and Pillow 13 refuses.
+
+The published recipes were trained where it made a black image; so it does here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from PIL import Image, ImageOps
+from timm.data.auto_augment import AugmentOp, AugMixAugment, AutoAugment, RandAugment
+
+__all__ = ["allow_no_bits"]
+
+
+def allow_no_bits(transform: Any) -> None:
+    """Let every posterizing operation in a timm transform (a ``Compose``) accept 0 bits."""
+    for step in getattr(transform, "transforms", []):
+        if isinstance(step, (RandAugment, AugMixAugment)):
+            operations = list(step.ops)
+        elif isinstance(step, AutoAugment):
+            operations = [op for policy in step.policy for op in policy]
+        else:
+            continue
+        for operation in operations:
+            if isinstance(operation, AugmentOp) and operation.name.startswith("Posterize"):
+                operation.aug_fn = _posterize
+
+
+def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
+    """As timm's operation of this name, whose further keywords it does not use either."""
+    if bits >= 8:
+        return image
+    return ImageOps.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)

@@ -1,0 +1,104 @@
+"""What a classifier gets right and what it takes for what: a table by class, and a picture."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from backbones.training.pictures import GRID, INK, new_figure, save_figure
+
+__all__ = ["class_report", "confusion_matrix", "draw_confusion"]
+
+_NAMED, _NUMBERED = 40, 20  # so many classes still leave room for their names and counts
+
+
+def confusion_matrix(truth: np.ndarray, answers: np.ndarray, count: int) -> np.ndarray:
+    """Number of images by true class (rows) and answer (columns): (N,), (N,) → (count, count)."""
+    return np.bincount(truth * count + answers, minlength=count * count).reshape(count, count)
+
+
+def class_report(matrix: np.ndarray, classes: Sequence[str]) -> list[dict[str, Any]]:
+    """A row for each class: how many of its images were found, and what they were taken for.
+
+    Args:
+        matrix: (classes, classes), see :func:`confusion_matrix`.
+        classes: their names.
+
+    Returns:
+        Rows with ``class``, ``images``, ``recall``, ``precision``, ``f1`` (percent; "" where it
+        is 0/0), ``taken_for`` and ``taken_for_images``: the most frequent mistake.
+    """
+    rows = []
+    for number, name in enumerate(classes):
+        right, images = int(matrix[number, number]), int(matrix[number].sum())
+        said = int(matrix[:, number].sum())
+        mistakes = matrix[number].copy()
+        mistakes[number] = 0
+        worst = int(mistakes.argmax())
+        rows.append(
+            {
+                "class": name,
+                "images": images,
+                "recall": _percent(right, images),
+                "precision": _percent(right, said),
+                "f1": _percent(2 * right, images + said),
+                "taken_for": classes[worst] if mistakes[worst] else "",
+                "taken_for_images": int(mistakes[worst]),
+            }
+        )
+    return rows
+
+
+def draw_confusion(path: Path, matrix: np.ndarray, classes: Sequence[str], title: str) -> None:
+    """Draw the matrix, each row as shares of its class; mistakes stand out from the diagonal.
+
+    Args:
+        path: the PNG.
+        matrix: (classes, classes), see :func:`confusion_matrix`.
+        classes: their names.
+        title: above it.
+    """
+    count = len(classes)
+    side = float(np.clip(2.6 + 0.42 * count, 5.5, 11.0))
+    figure = new_figure(side + 0.9, side + 0.4)
+    axis = figure.add_subplot()
+    shares = 100 * matrix / np.maximum(matrix.sum(axis=1, keepdims=True), 1)
+    # Few mistakes would vanish on a linear scale.
+    image = axis.imshow(np.sqrt(shares), cmap="Blues", vmin=0, vmax=10, interpolation="nearest")
+    bar = figure.colorbar(image, ax=axis, fraction=0.045, pad=0.03)
+    ticks = np.array([0, 1, 5, 10, 25, 50, 75, 100])
+    bar.set_ticks(list(np.sqrt(ticks)), labels=[f"{tick} %" for tick in ticks])
+    bar.ax.tick_params(colors=INK, labelsize=9, length=0)
+    bar.outline.set_visible(False)
+    axis.set_xlabel("answer", fontsize=11, color=INK)
+    axis.set_ylabel("truth", fontsize=11, color=INK)
+    axis.tick_params(colors=INK, labelsize=9, length=0)
+    for spine in axis.spines.values():
+        spine.set_color(GRID)
+    if count <= _NAMED:
+        short = [name if len(name) <= 18 else name[:17] + "…" for name in classes]
+        turned = max(len(name) for name in short) > 3
+        axis.set_xticks(range(count), short, rotation=90 if turned else 0)
+        axis.set_yticks(range(count), short)
+    if count <= _NUMBERED:
+        for row, column in zip(*np.nonzero(matrix), strict=True):
+            dark = shares[row, column] > 30
+            axis.text(
+                column,
+                row,
+                str(matrix[row, column]),
+                ha="center",
+                va="center",
+                fontsize=9,
+                color="white" if dark else INK,
+            )
+    axis.set_title(title, loc="left", fontsize=12, color=INK, fontweight="bold", pad=12)
+    figure.tight_layout()
+    save_figure(figure, path)
+
+
+def _percent(part: int, of: int) -> float | str:
+    return round(100 * part / of, 2) if of else ""

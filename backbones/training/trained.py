@@ -1,0 +1,66 @@
+"""A network whose every weight is trained, of this library or of timm: for teaching, for tests."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import timm
+from torch import nn
+
+import backbones
+from backbones.training.errors import RecipeError
+
+__all__ = ["load_trained"]
+
+
+def load_trained(
+    name: str,
+    checkpoint: str | None,
+    num_classes: int,
+    in_chans: int = 3,
+    arguments: dict[str, Any] | None = None,
+) -> nn.Module:
+    """Create a network and load all of its weights, the classifier's too.
+
+    Args:
+        name: a model of this library, or any other of timm; ``timm/NAME`` for timm's own where
+            both have one of that name.
+        checkpoint: file of the weights; None for the published ones.
+        num_classes, in_chans: what it must take and tell apart.
+        arguments: further keywords of ``create_model``.
+
+    Raises:
+        RecipeError: no such model or weights, or weights for other classes.
+    """
+    options = {"num_classes": num_classes, "in_chans": in_chans, **(arguments or {})}
+    published = checkpoint is None
+    if checkpoint is not None and not Path(checkpoint).is_file():
+        raise RecipeError(f"{name}: there is no checkpoint {checkpoint}")
+    try:
+        if name.partition(".")[0] in backbones.list_models():
+            network: nn.Module = backbones.create_model(name, published, **options)
+            report = backbones.load_checkpoint(network, checkpoint) if checkpoint else None
+            if report is not None and report.reinitialised:
+                raise RecipeError(
+                    f"{name}: the weights in {checkpoint} are not for {num_classes} classes: "
+                    f"{', '.join(report.reinitialised)} would stay untrained"
+                )
+        else:
+            network = timm.create_model(
+                name.removeprefix("timm/"),
+                pretrained=published,
+                checkpoint_path=checkpoint or "",
+                **options,
+            )
+    except (TypeError, ValueError, OSError, RuntimeError) as error:
+        if isinstance(error, RecipeError):
+            raise
+        raise RecipeError(f"{name}: {error}") from error
+    known = (getattr(network, "pretrained_cfg", None) or {}).get("num_classes", num_classes)
+    if published and known != num_classes:
+        raise RecipeError(
+            f"{name}: the published weights tell {known} classes apart, not {num_classes}: give a "
+            "checkpoint that was trained on these"
+        )
+    return network

@@ -1,0 +1,87 @@
+"""The page on what every family learns: from the JSON alone, and from a training."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+from zoo import CLASSIFIERS
+
+import backbones
+
+PATH = Path(__file__).parents[2] / "tools" / "learning_page.py"
+
+
+@pytest.fixture
+def tool():
+    spec = importlib.util.spec_from_file_location("learning_page", PATH)
+    module = sys.modules["learning_page"] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def result(family, accuracies):
+    keys = {"train_loss": 0.5, "train_top1": 90.0, "val_loss": 0.4}
+    return {
+        "family": family,
+        "parameters": 4_200_000,
+        "cpu_seconds": 61.5,
+        "updates_per_epoch": 45,
+        "history": [{**keys, "val_top1": accuracy} for accuracy in accuracies],
+    }
+
+
+def test_the_smallest_variant_of_every_family_takes_part(tool):
+    variants = list(yaml.safe_load(tool.CONFIG.read_text())["variants"])
+    families = {m: f for f in backbones.list_families() for m in backbones.list_models(family=f)}
+    assert sorted(families[variant] for variant in variants) == CLASSIFIERS
+
+
+def test_page_and_picture(tool, tmp_path):
+    report = {
+        "machine": "a machine",
+        "recipe": {"img_size": 64},
+        "results": {
+            "van_b0": result("van", [80.0, 97.25]),
+            "shvit_s1": result("shvit", [50.0, 90.0]),
+        },
+    }
+    (tmp_path / "learning.json").write_text(json.dumps(report))
+    tool.main(["--folder", str(tmp_path)])
+    text = (tmp_path / "learning.md").read_text()
+    assert "| van | `van_b0` | 4.2 | 80.0 % | 97.25 | 0.500 | 62 |" in text
+    assert "2 epochs of 45 updates" in text.replace("\n", " ")
+    with Image.open(tmp_path / "learning.png") as picture:
+        assert picture.size[0] > 400
+
+
+def test_results_of_another_recipe_do_not_stay(tool, tmp_path, monkeypatch):
+    old = {"recipe": {"img_size": 1}, "results": {"van_b0": result("van", [1.0])}}
+    (tmp_path / "learning.json").write_text(json.dumps(old))
+    trained = []
+
+    def train(model):
+        trained.append(model)
+        return result(model.split("_")[0], [90.0, 95.0])
+
+    monkeypatch.setattr(tool, "train", train)
+    tool.main(["--folder", str(tmp_path), "--train", "shvit_s1", "van_b0"])
+    report = json.loads((tmp_path / "learning.json").read_text())
+    assert trained == list(report["results"]) == ["shvit_s1", "van_b0"]
+    tool.main(["--folder", str(tmp_path), "--train"])
+    assert len(trained) == len(set(trained)) == 10
+
+
+def test_without_results_there_is_no_page(tool, tmp_path):
+    with pytest.raises(SystemExit, match="add --train"):
+        tool.main(["--folder", str(tmp_path)])
+
+
+@pytest.mark.slow
+def test_a_training(tool):
+    result = tool.train("shvit_s1")
+    assert result["family"] == "shvit" and len(result["history"]) == 4
+    assert result["history"][-1]["val_top1"] > 95

@@ -1,0 +1,101 @@
+"""Several labels an image: loss, accuracy, AUC and a MedMNIST run."""
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from sklearn.metrics import roc_auc_score
+from training_runs import final_state, train
+
+from backbones.training.data import open_splits
+from backbones.training.multilabel import mean_auc, validation_loss
+from backbones.training.progress import Meter
+from backbones.training.recipe import Recipe
+
+CPU = torch.device("cpu")
+
+
+def test_auc_by_hand():
+    """Of the four pairs one is wrong and one is a tie."""
+    scores = torch.tensor([[0.1], [0.4], [0.4], [0.8]])
+    labels = torch.tensor([[0], [0], [1], [1]])
+    assert mean_auc(scores, labels) == pytest.approx(3.5 / 4)
+    assert mean_auc(-scores, labels) == pytest.approx(0.5 / 4)
+
+
+@pytest.mark.parametrize("decimals", [1, 8])
+def test_auc_equals_that_of_scikit_learn(decimals):
+    generator = torch.Generator().manual_seed(0)
+    scores = torch.randn(200, 6, generator=generator).round(decimals=decimals)
+    labels = (scores + torch.randn(200, 6, generator=generator) > 0.5).long()
+    wanted = roc_auc_score(labels.numpy(), scores.numpy())
+    assert mean_auc(scores, labels) == pytest.approx(wanted, rel=1e-12)
+
+
+def test_auc_leaves_out_what_is_all_one_kind():
+    scores = torch.tensor([[0.1, 0.3], [0.2, 0.1]])
+    assert mean_auc(scores, torch.tensor([[0, 1], [1, 1]])) == 1.0
+    assert np.isnan(mean_auc(scores, torch.ones(2, 2)))
+
+
+def test_loss_and_accuracy_leave_padding_out():
+    logits = torch.tensor([[2.0, -1.0], [0.5, 3.0], [9.0, 9.0]])
+    labels = torch.tensor([[1, 1], [0, 1], [-1, -1]])
+    losses = F.binary_cross_entropy_with_logits(logits[:2], labels[:2].float())
+    loss = validation_loss(logits, labels)
+    torch.testing.assert_close(loss, 2 * losses)
+    meter = Meter(CPU, keep_scores=True)
+    meter.add(loss, logits, labels)
+    figures = meter.read()
+    assert (figures["count"], figures["top1"]) == (2.0, 50.0)
+    assert figures["loss"] == pytest.approx(losses.item())
+    assert figures["auc"] == pytest.approx(100.0)  # of the first class; the other has no negative
+
+
+def test_loss_of_single_labels():
+    logits, labels = torch.randn(4, 3), torch.tensor([0, 2, -1, 1])
+    wanted = F.cross_entropy(logits[[0, 1, 3]], labels[[0, 1, 3]], reduction="sum")
+    torch.testing.assert_close(validation_loss(logits, labels), wanted)
+
+
+@pytest.fixture(scope="module")
+def chest(tmp_path_factory):
+    """A MedMNIST file in which each of three labels is the brightness of a colour."""
+    folder = tmp_path_factory.mktemp("medmnist")
+    generator = np.random.default_rng(0)
+    arrays = {}
+    for split, count in (("train", 240), ("val", 17), ("test", 9)):
+        labels = generator.integers(0, 2, (count, 3))
+        images = generator.integers(0, 100, (count, 28, 28, 3)) + 120 * labels[:, None, None]
+        arrays |= {f"{split}_images": images.astype(np.uint8)}
+        arrays |= {f"{split}_labels": labels.astype(np.uint8)}
+    np.savez(folder / "chestmnist.npz", **arrays)
+    return folder
+
+
+def test_the_labels_of_a_set(chest):
+    splits = open_splits(Recipe(data="medmnist/chestmnist", data_dir=str(chest)))
+    assert splits.multi_label and len(splits.classes) == 3
+    image, label = splits.train.load(0)
+    assert image.size == (28, 28) and label.shape == (3,)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_a_run_learns_them(workers, chest, tmp_path, capsys):
+    arguments = ("--data=medmnist/chestmnist", f"--data-dir={chest}", f"--output={tmp_path}")
+    words = ("--name=run", f"--workers={workers}", "--no-aug", "--lr=3e-3")
+    assert train(*arguments, *words, "--epochs=4", "--ema", "--ema-decay=0.5") == 0
+    rows = final_state(tmp_path / "run")["history"]
+    assert rows[-1]["ema_auc"] > 80 and rows[-1]["val_top1"] > 50
+    printed = capsys.readouterr().out
+    assert "AUC" in printed and "best AUC" in printed
+    assert train(*arguments, *words, "--epochs=5", "--resume=auto", "--ema") == 0
+
+
+@pytest.mark.parametrize(
+    "words", [["--mixup=0.2"], ["--distill=soft", "--teacher=van_b0", "--teacher-pretrained"]]
+)
+def test_what_several_labels_do_not_allow(words, chest, tmp_path, capsys):
+    arguments = ("--data=medmnist/chestmnist", f"--data-dir={chest}", f"--output={tmp_path}")
+    assert train(*arguments, *words) == 1
+    assert "several labels an image go with neither" in capsys.readouterr().err

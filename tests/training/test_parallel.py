@@ -1,0 +1,92 @@
+"""Weights shared out to processes: every family runs so, and its state is whole again."""
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch.distributed.tensor import DTensor
+from training_runs import make_images, same, train
+from zoo import CLASSIFIERS, small
+
+from backbones.training import parallel
+from backbones.training.command_line import parse_command_line
+from backbones.training.distributed import World
+from backbones.training.errors import RecipeError
+
+ALONE = World(0, 1, torch.device("cpu"))
+
+
+@pytest.fixture
+def group():
+    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    yield
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("family", CLASSIFIERS)
+def test_every_family_can_be_shared_out(family, group):
+    model, images = small(family, num_classes=3).eval(), torch.randn(2, 3, 64, 64)
+    logits = model(images)
+    logits.square().sum().backward()
+    grads = {name: p.grad for name, p in model.named_parameters()}
+    shared = parallel.shard(small(family, num_classes=3).eval(), ALONE)
+    assert all(isinstance(p, DTensor) for p in shared.parameters())
+    answer = shared(images)
+    torch.testing.assert_close(answer, logits)
+    answer.square().sum().backward()
+    for name, parameter in shared.named_parameters():
+        if grads[name] is not None:
+            torch.testing.assert_close(parallel.whole(parameter.grad), grads[name])
+    assert same(parallel.whole(dict(shared.state_dict())), dict(model.state_dict()))
+
+
+@pytest.mark.parametrize("name", ["adamw", "sgd", "lion"])
+def test_states_go_from_whole_to_shared_and_back(name, group):
+    import timm.optim
+
+    states = []
+    for spread in (False, True):
+        model = small("van", num_classes=3)
+        if spread:
+            parallel.shard(model, ALONE)
+        optimizer = timm.optim.create_optimizer_v2(model, name, lr=1e-3, momentum=0.9)
+        if states:
+            parallel.load_whole(model, states[0][0])
+            parallel.load_whole(optimizer, states[0][1])
+            moments = [v for s in optimizer.state.values() for v in s.values() if v is not None]
+            assert any(isinstance(value, DTensor) for value in moments)
+        else:
+            model(torch.randn(2, 3, 32, 32)).sum().backward()
+            optimizer.step()
+        states.append([parallel.whole(part.state_dict()) for part in (model, optimizer)])
+    assert same([dict(states[0][0]), states[0][1]], [dict(states[1][0]), states[1][1]])
+
+
+def test_weights_of_another_model_are_refused(group):
+    shared = parallel.shard(small("van", num_classes=3), ALONE)
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        parallel.load_whole(shared, small("van", num_classes=4).state_dict())
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("--opt lamb", "opt must be of .*adamw.* with fsdp, not 'lamb'"),
+        ("--clip-grad 0.1 --clip-mode agc", "clip_mode must be norm or value with fsdp"),
+        ("--amp fp16", "amp must be bf16 with fsdp"),
+        ("--channels-last", "channels_last must be false with fsdp"),
+        ("--compile", "compile must be false with fsdp"),
+        (
+            "--distill ofa --teacher van_b0 --teacher-checkpoint x.pt",
+            "distill must be soft or hard with fsdp",
+        ),
+    ],
+)
+def test_what_does_not_go_with_shared_weights(words, message):
+    with pytest.raises(RecipeError, match=message):
+        parse_command_line(["--fsdp", *words.split()])
+
+
+def test_alone_there_is_nobody_to_share_with(tmp_path, capsys):
+    images = make_images(tmp_path / "images", {"train": 9, "val": 3})
+    assert train(f"--data={images}", f"--output={tmp_path}", "--fsdp", "--epochs=1") == 1
+    assert "fsdp needs torchrun" in capsys.readouterr().err

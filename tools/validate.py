@@ -1,0 +1,353 @@
+"""Measure trained classifiers: accuracy, real labels, robustness, and what is taken for what.
+
+    python tools/validate.py --data /path/to/imagenet --model van_b0 'shvit_*' timm/resnet18
+    python tools/validate.py --data /path/to/images --model van_b0 --checkpoint best.safetensors
+    python tools/validate.py --data digits --run runs/quickstart --report report --corrupt
+
+ImageNet's protocol: resize so that the centre crop is ``crop_pct`` of the shorter side, with the
+size, interpolation and normalisation that each model's ``pretrained_cfg`` (or its run's
+``config.yaml``) states. ``--real-labels`` adds the accuracy on the reassessed labels
+(https://arxiv.org/abs/2006.07159), ``--corrupt`` that on ImageNet-C's corruptions at 5 severities
+(https://arxiv.org/abs/1903.12261). A row for each model goes to ``--output`` as soon as it is
+measured; a model that fails has its error there, the others go on, and the exit status is 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import io
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+import backbones
+from backbones.training import build
+from backbones.training.answers import Answers, answer_all, read_real_labels, real_accuracy
+from backbones.training.checkpoint import write_atomically
+from backbones.training.corrupt import CorruptImages
+from backbones.training.corruptions import (
+    ALEXNET_ERROR,
+    CORRUPTIONS,
+    Corruption,
+    mean_corruption_error,
+)
+from backbones.training.data import Splits, open_splits
+from backbones.training.distributed import World
+from backbones.training.errors import RecipeError, TrainingError
+from backbones.training.loader import ValidationLoader
+from backbones.training.progress import Progress, duration
+from backbones.training.recipe import Recipe, load_recipe
+from backbones.training.report import class_report, confusion_matrix, draw_confusion
+from backbones.training.sources import ImageSource
+from backbones.training.trained import load_trained
+
+
+@dataclass
+class Candidate:
+    """A model to measure: its name, its weights (None: the published ones), what it wants."""
+
+    name: str
+    checkpoint: str | None
+    recipe: Recipe
+
+
+class Validator:
+    """Measures one model after the other on the same images.
+
+    Args:
+        options: the command line.
+    """
+
+    def __init__(self, options: argparse.Namespace) -> None:
+        self.options = options
+        device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+        self.world = World(0, 1, torch.device(device))
+        self.progress = Progress(self.world)
+        self.data_recipe = Recipe(
+            data=options.data,
+            data_dir=options.data_dir,
+            download=options.download,
+            class_map=options.class_map,
+            train_split=options.split,
+            val_split=options.split,
+            batch_size=options.batch_size,
+            workers=options.workers,
+        )
+        if options.data == "digits":  # has its splits by itself
+            self.data_recipe.train_split = "train"
+        self.splits: Splits = open_splits(self.data_recipe)
+        self.real = None
+        if options.real_labels is not None:
+            self.real = read_real_labels(options.real_labels)
+        self.corruptions = (
+            list(options.corrupt or CORRUPTIONS) if options.corrupt is not None else []
+        )
+        self.severities = sorted(set(options.severity))
+        for name in self.corruptions:
+            for severity in self.severities:
+                Corruption(name, severity)  # an unknown name is told before anything runs
+        self.spoilt_rows: list[dict[str, Any]] = []
+
+    def measure(self, candidate: Candidate) -> dict[str, Any]:
+        """One row of the results.
+
+        Raises:
+            TrainingError, CheckpointError, OSError, RuntimeError: whatever goes wrong.
+        """
+        options, recipe = self.options, candidate.recipe
+        model = load_trained(
+            candidate.name,
+            candidate.checkpoint,
+            len(self.splits.classes),
+            recipe.in_chans,
+            recipe.model_args,
+        )
+        parameters = sum(p.numel() for p in model.parameters())
+        config = build.preprocessing(recipe, model)
+        if options.fuse:
+            backbones.fuse(model.eval())
+        model = model.eval().to(self.world.device)
+        answers = self.answers(model, recipe, config, candidate.name, None)
+        row = {
+            "model": candidate.name,
+            "checkpoint": candidate.checkpoint or "published",
+            "images": len(answers.labels),
+            "top1": round(answers.accuracy(1), 3),
+            "top5": round(answers.accuracy(5), 3),
+            "loss": round(answers.loss, 4),
+        }
+        if self.real is not None:
+            assert isinstance(self.splits.validation, ImageSource)
+            accuracy = real_accuracy(answers, self.splits.validation, self.real)
+            row["real_top1"] = round(accuracy, 3)
+        if self.corruptions:
+            row |= self.spoil(model, recipe, config, candidate.name)
+        row |= {
+            "parameters_m": round(parameters / 1e6, 3),
+            "img_size": config["input_size"][-1],
+            "crop_pct": round(config["crop_pct"], 4),
+            "interpolation": config["interpolation"],
+            "images_per_second": round(len(answers.labels) / max(answers.seconds, 1e-9), 1),
+        }
+        if options.report is not None:
+            self.report(candidate, answers)
+        return row
+
+    def answers(
+        self,
+        model: nn.Module,
+        recipe: Recipe,
+        config: dict[str, Any],
+        title: str,
+        spoil: Callable[[Any], Any] | None,
+    ) -> Answers:
+        """What ``model`` says of the images, spoilt or as they are."""
+        with tempfile.TemporaryDirectory() as folder:
+            corrupt = CorruptImages(Path(folder) / "corrupt.txt", self.options.max_corrupt)
+            recipe.batch_size, recipe.val_batch_size = self.options.batch_size, None
+            recipe.workers = self.options.workers
+            loader = ValidationLoader(
+                self.splits.validation,
+                self.splits.validation_size,
+                config,
+                recipe,
+                self.world,
+                corrupt,
+                spoil,
+            )
+            self.progress.begin(title, len(loader))
+
+            def show(done: int) -> None:
+                if self.progress.due():
+                    self.progress.show(done, "")
+
+            try:
+                answers = answer_all(model, loader, self.options.amp, show)
+            finally:
+                loader.close()
+                self.progress.end()
+            if corrupt.count():
+                self.progress.say(f"{title}: {corrupt.count()} images cannot be read, left out")
+        return answers
+
+    def spoil(
+        self, model: nn.Module, recipe: Recipe, config: dict[str, Any], title: str
+    ) -> dict[str, float]:
+        """Accuracy under each corruption and severity, and the means of the errors."""
+        errors: dict[str, list[float]] = {}
+        for name in self.corruptions:
+            for severity in self.severities:
+                where = f"{title}, {name} {severity}"
+                spoil = Corruption(name, severity)
+                answers = self.answers(model, recipe, config, where, spoil)
+                errors.setdefault(name, []).append(100 - answers.accuracy(1))
+                entry: dict[str, Any] = {"model": title, "corruption": name, "severity": severity}
+                entry |= {"top1": round(answers.accuracy(1), 3)}
+                self.spoilt_rows.append(entry | {"error": round(errors[name][-1], 3)})
+            self.progress.say(f"{title}  {name:<18} error {np.mean(errors[name]):6.2f} %")
+            write_table(corruption_path(self.options.output), self.spoilt_rows)
+        row = {"corruption_error": round(mean_corruption_error(errors), 3)}
+        whole = set(CORRUPTIONS) <= set(errors) and self.severities == [1, 2, 3, 4, 5]
+        if whole and len(self.splits.classes) == 1000:
+            own = {name: errors[name] for name in CORRUPTIONS}
+            row["mce"] = round(mean_corruption_error(own, ALEXNET_ERROR), 3)
+        return row
+
+    def report(self, candidate: Candidate, answers: Answers) -> None:
+        """``NAME.classes.csv`` and ``NAME.confusion.png``."""
+        folder = Path(self.options.report)
+        folder.mkdir(parents=True, exist_ok=True)
+        classes, name = self.splits.classes, candidate.name.replace("/", "_")
+        matrix = confusion_matrix(answers.labels, answers.top5[:, 0], len(classes))
+        write_table(folder / f"{name}.classes.csv", class_report(matrix, classes))
+        title = (
+            f"{candidate.name}: {answers.accuracy(1):.2f} % of {len(answers.labels)} images right"
+        )
+        draw_confusion(folder / f"{name}.confusion.png", matrix, classes, title)
+        self.progress.say(f"{name}.classes.csv and {name}.confusion.png are in {folder}")
+
+
+def corruption_path(output: str) -> Path:
+    """``results.csv`` → ``results.corruptions.csv``."""
+    return Path(output).with_suffix(".corruptions.csv")
+
+
+def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
+    """Write rows as CSV, whole or not at all; their keys may differ."""
+    text = io.StringIO()
+    writer = csv.DictWriter(text, list(dict.fromkeys(k for row in rows for k in row)), restval="")
+    writer.writeheader()
+    writer.writerows(rows)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+
+
+def find_candidates(options: argparse.Namespace) -> list[Candidate]:
+    """The models of the command line: names, patterns, lists in files, and runs.
+
+    Raises:
+        RecipeError: there is none, or a list or run cannot be read.
+    """
+    wishes = {"img_size": options.img_size, "crop_pct": options.crop_pct}
+    wishes |= {"interpolation": options.interpolation, "in_chans": options.in_chans}
+    wishes |= {"model_args": options.model_args}
+    given = {key: value for key, value in wishes.items() if value is not None}
+    found = []
+    for word in options.model:
+        names = backbones.list_models(word, pretrained=True) if set("*?[") & set(word) else [word]
+        if not names:
+            raise RecipeError(f"no model with published weights fits {word!r}")
+        found += [Candidate(name, options.checkpoint, load_recipe(None, given)) for name in names]
+    for path in options.list:
+        for line in _lines(path):
+            name, *rest = line.split(maxsplit=1)
+            found.append(Candidate(name, rest[0] if rest else None, load_recipe(None, given)))
+    for folder in map(Path, options.run):
+        recipe = load_recipe(folder / "config.yaml", given, Recipe)
+        found.append(Candidate(recipe.model, str(folder / "best.safetensors"), recipe))
+    if not found:
+        raise RecipeError("no model: give --model NAME …, --list FILE or --run FOLDER")
+    if options.checkpoint and len(found) > 1:
+        raise RecipeError(f"--checkpoint goes with one model, not {len(found)}: use --list")
+    return found
+
+
+def _lines(path: str) -> list[str]:
+    try:
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
+    except OSError as error:
+        raise RecipeError(f"cannot read the list {path}: {error.strerror}") from error
+    return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    add = parser.add_argument
+    add("--data", required=True, help="as train_cls.py; only the split to measure is needed")
+    add("--data-dir", help="where medmnist/, torch/, hfds/, hfids/ keep files")
+    add("--download", action="store_true", help="let the source download its files")
+    add("--split", default="validation", help="the split to measure")
+    add("--class-map", help="file that maps class names to numbers")
+    add("--model", nargs="+", default=[], help="names, or patterns such as 'van_*'")
+    add("--checkpoint", help="weights of the one model; without, the published ones")
+    add("--list", nargs="+", default=[], metavar="FILE", help="lines of NAME [CHECKPOINT]")
+    add("--run", nargs="+", default=[], metavar="FOLDER", help="what train_cls.py left")
+    add("--model-args", metavar="YAML", help="further keywords of create_model")
+    add("--in-chans", type=int, help="channels of the input")
+    add("--img-size", type=int, help="instead of the model's own")
+    add("--crop-pct", type=float, help="instead of the model's own")
+    add("--interpolation", help="instead of the model's own")
+    add("--batch-size", type=int, default=128)
+    add("--workers", type=int, default=4)
+    add("--device", help="default: a GPU if there is one")
+    add("--amp", choices=("bf16", "fp16"))
+    add("--threads", type=int, help="CPU threads")
+    add("--fuse", action="store_true", help="fold norms and branches first")
+    add("--max-corrupt", type=float, default=0.001, help="stop when more cannot be decoded")
+    real = "ImageNet's reassessed labels; without a file, timm's copy"
+    add("--real-labels", nargs="?", const="", metavar="FILE", help=real)
+    spoil = "apply these corruptions; without names, ImageNet-C's fifteen"
+    add("--corrupt", nargs="*", metavar="NAME", help=spoil)
+    add("--severity", nargs="+", type=int, default=[1, 2, 3, 4, 5])
+    add("--output", default="validation.csv", help="a row for each model")
+    add("--report", metavar="FOLDER", help="a table by class and a confusion matrix go there")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run from a command line; the exit status: 1 if any model failed."""
+    options = parse(argv)
+    if options.threads is not None:
+        torch.set_num_threads(options.threads)
+    try:
+        candidates, validator = find_candidates(options), Validator(options)
+    except TrainingError as error:
+        sys.stderr.write(f"error: {error}\n")
+        return 1
+    rows: list[dict[str, Any]] = []
+    failed: list[str] = []
+    for candidate in candidates:
+        begun = time.monotonic()
+        try:
+            row = validator.measure(candidate)
+            spent = duration(time.monotonic() - begun)
+            text = "  ".join(
+                f"{key} {row[key]:.2f} %" for key in ("top1", "top5", "real_top1") if key in row
+            )
+            text += "".join(
+                f"  {key} {row[key]:.2f}" for key in ("corruption_error", "mce") if key in row
+            )
+            validator.progress.say(f"{candidate.name}  {text}  ({row['images']} images, {spent})")
+        except (
+            TrainingError,
+            backbones.CheckpointError,
+            OSError,
+            RuntimeError,
+            ValueError,
+        ) as error:
+            row = {"model": candidate.name, "checkpoint": candidate.checkpoint or "published"}
+            row["error"] = str(error).splitlines()[0] if str(error) else type(error).__name__
+            failed.append(candidate.name)
+            sys.stderr.write(f"error: {candidate.name}: {row['error']}; going on\n")
+        rows.append(row)
+        write_table(Path(options.output), rows)
+    validator.progress.say(f"results are in {options.output}")
+    if failed:
+        sys.stderr.write(f"{len(failed)} of {len(candidates)} failed: {', '.join(failed)}\n")
+    return 1 if failed else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
