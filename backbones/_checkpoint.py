@@ -10,22 +10,25 @@ import pickle
 import urllib.error
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlparse
 
+import numpy as np
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from timm.models import PretrainedCfg
+from timm.models import PretrainedCfg, load_state_dict_from_hf
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 from backbones._base import StagedBackbone
 
 __all__ = [
+    "HARMLESS",
+    "LOG_BUFFER",
     "CheckpointError",
     "LoadReport",
     "fetch_pretrained",
@@ -47,13 +50,8 @@ _WRAPPERS = (
     "params",
 )
 _PREFIXES = ("module.", "_orig_mod.", "backbone.", "model.")
-# Plain values that training scripts leave in their checkpoints beside the tensors.
-_HARMLESS: list[Any] = [
-    argparse.Namespace,
-    pathlib.PurePosixPath,
-    pathlib.PosixPath,
-    pathlib.PureWindowsPath,
-]
+# What timm's ``save_for_hf`` writes into a folder, the better first.
+_HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 _SHOWN = 5
 
 
@@ -89,6 +87,38 @@ class LoadReport:
             if kind != "source" and names
         ]
         return f"loaded {self.source}" + (": " + "; ".join(parts) if parts else "")
+
+
+class _LogBuffer:
+    """In place of mmengine's log buffers, whose content is of no use here."""
+
+    def __setstate__(self, state: Any) -> None:
+        """Forget it."""
+
+
+def _statistic(owner: Any, name: str) -> Any:
+    """What a pickle's ``getattr`` may do: name a statistic of a log buffer."""
+    if name not in ("min", "max", "current", "mean"):
+        raise ValueError(f"a checkpoint may not read {name!r} of {owner!r}")
+    return getattr(owner, name, None)
+
+
+def _harmless() -> Iterator[Any]:
+    """Plain values that training scripts leave in their checkpoints beside the tensors."""
+    yield from (argparse.Namespace, pathlib.PurePosixPath, pathlib.PosixPath)
+    yield pathlib.PureWindowsPath
+    yield from (np.ndarray, np.dtype)
+    yield from (type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "u1", "?"))
+    for made, name in ((np.empty(0), "_reconstruct"), (np.float64(0), "scalar")):
+        # NumPy 2 moved these; a checkpoint holds the name of the version that wrote it.
+        for module in ("numpy.core", "numpy._core"):
+            yield made.__reduce__()[0], f"{module}.multiarray.{name}"
+    yield _statistic, "builtins.getattr"
+
+
+# What weights-only loading may meet besides tensors: all that mmengine saves but its log buffers.
+HARMLESS: tuple[Any, ...] = tuple(_harmless())
+LOG_BUFFER = "mmengine.logging.history_buffer.HistoryBuffer"
 
 
 def load_checkpoint(
@@ -197,7 +227,8 @@ def fetch_pretrained(
 
     Args:
         name: of the model, for messages and the cache.
-        cfg: names a ``file``, a ``state_dict`` or a ``url``.
+        cfg: names a ``file`` (or the folder that timm's ``save_for_hf`` wrote), a ``state_dict``,
+            a ``url`` or a ``hf_hub_id``.
         published: all cfgs of the model by tag, for the message where ``cfg`` has no weights.
         cache_dir: default torch hub's.
 
@@ -208,7 +239,10 @@ def fetch_pretrained(
     if cfg.state_dict is not None:
         return cfg.state_dict
     if cfg.file:
-        return Path(cfg.file)
+        path = Path(cfg.file)
+        return next((path / file for file in _HUB_FILES if (path / file).is_file()), path)
+    if cfg.hf_hub_id:
+        return load_state_dict_from_hf(cfg.hf_hub_id, weights_only=True, cache_dir=cache_dir)
     if cfg.url:
         url = cfg.url if isinstance(cfg.url, str) else cfg.url[0]
         return _download(url, f"{name}-{Path(urlparse(url).path).name}", cache_dir)
@@ -247,7 +281,10 @@ def _read_file(path: Path) -> Any:
         except SafetensorError as error:
             raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
     try:
-        with torch.serialization.safe_globals(_HARMLESS), warnings.catch_warnings():
+        # Not what is allowed anyway: leaving the context would forbid it.
+        always = torch.serialization.get_safe_globals()
+        allowed = [k for k in (*HARMLESS, (_LogBuffer, LOG_BUFFER)) if k not in always]
+        with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
             # Protocols other than 2 load as well, or fail with an error of their own.
             warnings.filterwarnings("ignore", "Detected pickle protocol")
             return torch.load(path, map_location="cpu", weights_only=True)

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import atexit
+import os
 from pathlib import Path
 
 import torch
+import torch.distributed
 from mmengine.config import Config, DictAction
 
 from backbones.openmmlab import check_channels, without_sync_norm
@@ -32,7 +35,7 @@ def load_config(args: argparse.Namespace) -> Config:
 
     Raises:
         FileNotFoundError: no such config.
-        ValueError: the parts of the model do not fit together, or a launcher without CUDA.
+        ValueError: the parts of the model do not fit together, or a launcher that needs CUDA.
     """
     cfg = Config.fromfile(args.config)
     if args.cfg_options:
@@ -43,8 +46,24 @@ def load_config(args: argparse.Namespace) -> Config:
     if args.launcher == "none":
         without_sync_norm(cfg.model)
     elif not torch.cuda.is_available():
-        raise ValueError(
-            f"--launcher {args.launcher} needs CUDA, as mmengine's launchers do; on a CPU use "
-            "--launcher none"
-        )
+        _join_cpus(cfg, args.launcher)
     return cfg
+
+
+def _join_cpus(cfg: Config, launcher: str) -> None:
+    """Join the processes that torchrun started where there is no GPU.
+
+    mmengine's own launchers would ask for one; it leaves a group alone that is there already.
+    """
+    if launcher != "pytorch" or "RANK" not in os.environ:
+        raise ValueError(
+            f"--launcher {launcher} needs CUDA here; on CPUs use --launcher none, or --launcher "
+            "pytorch under torchrun"
+        )
+    without_sync_norm(cfg.model)
+    cfg.model_wrapper_cfg = dict(
+        type="MMDistributedDataParallel", broadcast_buffers=False, device_ids=None
+    )
+    if not torch.distributed.is_initialized():
+        torch.distributed.init_process_group("gloo")
+        atexit.register(torch.distributed.destroy_process_group)

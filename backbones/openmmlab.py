@@ -12,7 +12,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import numpy as np
 import torch
 from mmengine.logging import HistoryBuffer
 from mmengine.model import BaseModule
@@ -24,7 +23,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from backbones import _mmcv_ops
-from backbones._checkpoint import fetch_pretrained, load_checkpoint
+from backbones._checkpoint import HARMLESS, LOG_BUFFER, fetch_pretrained, load_checkpoint
 from backbones._registry import create_model, list_models, published_weights
 
 __all__ = [
@@ -216,8 +215,9 @@ class TransposedFPN(BaseModule):
 
     For backbones that start at stride 16, as the detectors of Liu et al., "EfficientViT",
     https://arxiv.org/abs/2305.07027, and Yun and Ro, "SHViT", https://arxiv.org/abs/2401.16456, do:
-    1×1 laterals, then 2×2 transposed convolutions of stride 2 from the finest lateral on, then the
-    top-down sums, a 3×3 convolution a level, and coarser levels by subsampling.
+    1×1 laterals and their top-down sums, as in any FPN; 2×2 transposed convolutions of stride 2
+    that go on from the finest sum; a 3×3 convolution a level; coarser levels by subsampling. That
+    is what both papers' published detectors compute with their ``EfficientViTFPN``.
 
     Args:
         in_channels: of the backbone's maps, fine to coarse.
@@ -264,11 +264,11 @@ class TransposedFPN(BaseModule):
         if given != self.in_channels:
             raise ValueError(f"the maps have {given} channels; write in_channels={given}")
         levels = [lateral(x) for lateral, x in zip(self.laterals, inputs, strict=True)]
-        for transposed in self.transposed:
-            levels.insert(0, transposed(levels[0]))
         for i in range(len(levels) - 1, 0, -1):
             size = levels[i - 1].shape[-2:]
             levels[i - 1] = levels[i - 1] + F.interpolate(levels[i], size=size, mode="nearest")
+        for transposed in self.transposed:
+            levels.insert(0, transposed(levels[0]))
         maps = [output(x) for output, x in zip(self.outputs, levels, strict=True)]
         while len(maps) < self.num_outs:
             maps.append(F.max_pool2d(maps[-1], 1, stride=2))
@@ -335,26 +335,11 @@ def without_sync_norm(cfg: Any) -> Any:
 def allow_mmengine_checkpoints() -> None:
     """Let ``torch.load(weights_only=True)`` read what mmengine saves beside the tensors.
 
-    That is its log buffers: NumPy arrays, and names of the buffer's own methods. Nothing else
-    that a pickle could name is allowed by this.
+    That is its log buffers: NumPy arrays, and names of the buffer's own statistics; and the plain
+    values that :func:`backbones.load_checkpoint` takes anyway, such as paths. Nothing else that a
+    pickle could name is allowed by this.
     """
-    kinds = [type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "u1", "?")]
-    # NumPy 2 moved these; a checkpoint holds the name of the version that wrote it.
-    named: list[Any] = [
-        (made.__reduce__()[0], f"{module}.multiarray.{name}")
-        for made, name in ((np.empty(0), "_reconstruct"), (np.float64(0), "scalar"))
-        for module in ("numpy.core", "numpy._core")
-    ]
-    torch.serialization.add_safe_globals(
-        [HistoryBuffer, np.ndarray, np.dtype, *kinds, *named, (_buffer_method, "builtins.getattr")]
-    )
-
-
-def _buffer_method(owner: Any, name: str) -> Any:
-    """What a pickle's ``getattr`` may do: take a statistic of the log buffer."""
-    if owner is not HistoryBuffer or name not in ("min", "max", "current", "mean"):
-        raise ValueError(f"a checkpoint may not read {name!r} of {owner!r}")
-    return getattr(owner, name)
+    torch.serialization.add_safe_globals([*HARMLESS, (HistoryBuffer, LOG_BUFFER)])
 
 
 def _resolve(checkpoint: str) -> Any:

@@ -1,17 +1,20 @@
-"""Write a small detection and segmentation set from the picture of coins inside scikit-image.
+"""Write a small detection and segmentation set from two pictures inside scikit-image.
 
     python tools/make_mm_quickstart.py --out runs/quickstart
 
-The left 242 columns of the picture give the training images, the others those of validation, so
-that no pixel is in both (of one coin, each side has a half). Boxes and masks are the picture's own
-segmentation: a watershed of its gradient from dark and bright markers, holes filled, parts
-labelled. The folder holds ``images/{train,val}/*.png``, their COCO
-annotations ``{train,val}.json`` and, for mmseg, ``masks/{train,val}/*.png`` with 1 on coins.
+Coins (the greek ones of Pompeii) and galaxies (Hubble's deep field, enlarged twice) take turns. The
+left part of each picture gives the training images, the right one those of validation, so that no
+pixel is in both (of one coin, each side may have a half). Boxes and masks are the pictures' own
+segmentations: for coins a watershed of the gradient from dark and bright markers, holes filled; for
+galaxies what is brighter than a threshold after smoothing; then the parts are labelled. The folder
+holds ``images/{train,val}/*.png``, their COCO annotations ``{train,val}.json`` and, for mmseg,
+``masks/{train,val}/*.png`` with 1 on coins and 2 on galaxies.
 """
 
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 from collections.abc import Sequence
 from pathlib import Path
@@ -20,65 +23,85 @@ from typing import Any
 import numpy as np
 from PIL import Image
 from scipy import ndimage
-from skimage import data, filters, measure, morphology, segmentation
+from skimage import color, data, filters, measure, morphology, segmentation
 
+CLASSES = ("coin", "galaxy")
 SIDE = 128
-SPLIT = 242
-SMALLEST = 150
+# Columns left of this share of the width are for training.
+SPLIT = 0.63
+SMALLEST = 300
 
 
 def label_coins() -> tuple[np.ndarray, np.ndarray]:
-    """The picture (H, W) in 8 bits, and the number of the coin at each pixel, 0 for none."""
+    """The picture (H, W, 3) in 8 bits, and the number of the coin at each pixel, 0 for none."""
     picture = data.coins()
     markers = np.zeros(picture.shape, dtype=np.int32)
     markers[picture < 30] = 1
     markers[picture > 150] = 2
     coins = segmentation.watershed(filters.sobel(picture), markers) == 2
     coins = morphology.opening(ndimage.binary_fill_holes(coins), morphology.disk(3))
-    return picture, measure.label(coins)
+    return np.stack([picture] * 3, -1), measure.label(coins)
+
+
+def label_galaxies() -> tuple[np.ndarray, np.ndarray]:
+    """The same for galaxies (and the few bright stars among them)."""
+    picture = Image.fromarray(data.hubble_deep_field())
+    large = np.asarray(picture.resize((2 * picture.width, 2 * picture.height), Image.BILINEAR))
+    bright = filters.gaussian(color.rgb2gray(large), 3) > 0.2
+    return large, measure.label(ndimage.binary_fill_holes(bright))
 
 
 def make_crops(
     picture: np.ndarray, labels: np.ndarray, count: int, rng: np.random.Generator
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """``count`` crops of SIDE×SIDE, turned and mirrored, of the picture and its labels."""
-    crops = []
-    for _ in range(count):
-        top, left = (rng.integers(0, extent - SIDE + 1) for extent in picture.shape)
+    """``count`` crops of SIDE×SIDE, turned and mirrored, of the picture and its labels.
+
+    Each holds at least one object.
+    """
+    crops: list[tuple[np.ndarray, np.ndarray]] = []
+    while len(crops) < count:
+        top, left = (rng.integers(0, extent - SIDE + 1) for extent in labels.shape)
         window = np.s_[top : top + SIDE, left : left + SIDE]
+        if np.bincount(labels[window].ravel(), minlength=2)[1:].max() < SMALLEST:
+            continue
         turns, mirror = rng.integers(4), rng.integers(2)
         pair = [np.rot90(part[window], turns) for part in (picture, labels)]
-        crops.append(tuple(np.ascontiguousarray(p[:, ::-1] if mirror else p) for p in pair))
+        image, numbers = (np.ascontiguousarray(p[:, ::-1] if mirror else p) for p in pair)
+        crops.append((image, numbers))
     return crops
 
 
 def write_split(
-    folder: Path, split: str, crops: Sequence[tuple[np.ndarray, np.ndarray]]
+    folder: Path, split: str, crops: Sequence[tuple[int, np.ndarray, np.ndarray]]
 ) -> dict[str, Any]:
-    """Write images, masks and annotations of a split; returns the annotations."""
+    """Write images, masks and annotations of a split; returns the annotations.
+
+    Args:
+        crops: category (from 1), picture and labels of each.
+    """
     coco: dict[str, Any] = {
         "images": [],
         "annotations": [],
-        "categories": [{"id": 1, "name": "coin"}],
+        "categories": [{"id": i, "name": name} for i, name in enumerate(CLASSES, 1)],
     }
     for kind in ("images", "masks"):
         (folder / kind / split).mkdir(parents=True, exist_ok=True)
-    for number, (picture, labels) in enumerate(crops):
+    for number, (category, picture, labels) in enumerate(crops):
         name = f"{number:03d}.png"
-        Image.fromarray(np.stack([picture] * 3, -1)).save(folder / "images" / split / name)
+        Image.fromarray(picture).save(folder / "images" / split / name)
         shown = np.zeros_like(labels, dtype=np.uint8)
         coco["images"].append({"id": number, "file_name": name, "height": SIDE, "width": SIDE})
         for region in measure.regionprops(labels):
             if region.area < SMALLEST:
                 continue
             mask = labels == region.label
-            shown[mask] = 1
+            shown[mask] = category
             top, left, bottom, right = region.bbox
             coco["annotations"].append(
                 {
                     "id": len(coco["annotations"]) + 1,
                     "image_id": number,
-                    "category_id": 1,
+                    "category_id": category,
                     "bbox": [int(left), int(top), int(right - left), int(bottom - top)],
                     "area": int(region.area),
                     "iscrowd": 0,
@@ -104,15 +127,20 @@ def main(argv: Sequence[str] | None = None) -> None:
     )
     parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="the folder")
     parser.add_argument("--train", type=int, default=64, help="training images")
-    parser.add_argument("--val", type=int, default=8, help="validation images")
+    parser.add_argument("--val", type=int, default=12, help="validation images")
     args = parser.parse_args(argv)
-    picture, labels = label_coins()
-    for split, count, part in (
-        ("train", args.train, np.s_[:, :SPLIT]),
-        ("val", args.val, np.s_[:, SPLIT:]),
-    ):
-        rng = np.random.default_rng(0)
-        write_split(args.out, split, make_crops(picture[part], labels[part], count, rng))
+    rng = np.random.default_rng(0)
+    sources = [label_coins(), label_galaxies()]
+    for split, count in (("train", args.train), ("val", args.val)):
+        crops = []
+        for category, (picture, labels) in enumerate(sources, 1):
+            border = int(SPLIT * labels.shape[1])
+            part = np.s_[:, :border] if split == "train" else np.s_[:, border:]
+            share = -(-count // len(sources))
+            made = make_crops(picture[part], labels[part], share, rng)
+            crops.append([(category, *crop) for crop in made])
+        taking_turns = itertools.chain.from_iterable(zip(*crops, strict=True))
+        write_split(args.out, split, list(taking_turns)[:count])
 
 
 if __name__ == "__main__":

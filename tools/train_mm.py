@@ -2,6 +2,7 @@
 
     python tools/train_mm.py configs/det/quickstart_retinanet.py
     torchrun --nproc-per-node 8 tools/train_mm.py CONFIG --launcher pytorch --amp
+    torchrun --nproc-per-node 2 tools/train_mm.py CONFIG --launcher pytorch  # also without a GPU
     srun --ntasks 16 … python tools/train_mm.py CONFIG --launcher slurm
 
 Logs and checkpoints go to ``--work-dir``, by default ``runs/mm/<name of the config>``. Learning

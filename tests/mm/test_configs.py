@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ast
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -85,7 +86,8 @@ def test_data_steps_and_hooks_exist(path: Path) -> None:
         assert all(known(TRANSFORMS, step.type) for step in loader.dataset.pipeline)
         assert loader.dataset.pipeline[-1].type.startswith("Pack")
         assert known(DATASETS, loader.dataset.type)
-    assert all(known(HOOKS, hook.type) for hook in cfg.default_hooks.values())
+    hooks = [*cfg.default_hooks.values(), *cfg.get("custom_hooks", [])]
+    assert all(known(HOOKS, hook.type) for hook in hooks)
     assert known(METRICS, cfg.val_evaluator.type)
     constructor = cfg.optim_wrapper.get("constructor", "DefaultOptimWrapperConstructor")
     assert OPTIM_WRAPPER_CONSTRUCTORS.get(constructor) is not None
@@ -158,6 +160,22 @@ def test_forward_and_backward(path: Path) -> None:
 @pytest.mark.parametrize("path", [p for p in LEAVES if _key(p) not in QUICK], ids=_ids)
 def test_forward_and_backward_of_the_others(path: Path) -> None:
     _train_once(path)
+
+
+def test_averaged_weights_can_be_made() -> None:
+    """The hook of UniRepLKNet's larger detectors, on a small model."""
+    init_default_scope("mmdet")
+    (cfg,) = Config.fromfile(ROOT / "det/_base_/ema.py").custom_hooks
+    assert cfg.pop("priority") == 49  # which the runner takes out, too
+    hook = HOOKS.build(cfg)
+    model = torch.nn.BatchNorm2d(2)
+    runner = SimpleNamespace(model=model, _resume=False, _load_from=None)
+    hook.before_run(runner)
+    with torch.no_grad():
+        model.running_mean += 1
+    hook.ema_model.update_parameters(model)
+    hook.ema_model.update_parameters(model)
+    assert 0 < hook.ema_model.module.running_mean[0] <= 1
 
 
 def test_every_quick_name_exists() -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import copy
 import pickle
+import re
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +27,8 @@ from backbones.openmmlab import (
     check_channels,
     without_sync_norm,
 )
+
+ROOT = Path(__file__).parents[2]
 
 
 def _build(**kwargs: Any) -> VisionBackbone:
@@ -146,6 +151,50 @@ def test_mmengine_checkpoints_and_nothing_more_are_read(tmp_path: Path) -> None:
         torch.load(tmp_path / "b.pth", weights_only=True)
 
 
+_WITHOUT_MMENGINE = """
+import sys
+
+class Absent:
+    def find_spec(self, name, *rest):
+        if name.split(".")[0] in ("mmengine", "mmcv", "mmdet", "mmseg"):
+            raise ModuleNotFoundError(name)
+
+sys.meta_path.insert(0, Absent())
+import backbones
+
+model = backbones.create_model("van_b0", features_only=True, depths=(1, 1, 2, 1))
+report = backbones.load_checkpoint(model, sys.argv[1])
+assert report.ignored == ["neck.weight"], report
+"""
+
+
+def test_mmengine_checkpoints_are_read_without_mmengine(tmp_path: Path) -> None:
+    """A detector's file with its log, as training writes it, where OpenMMLab is not installed."""
+    model = nn.ModuleDict({"backbone": _build()})
+    log = {"loss": HistoryBuffer([np.float64(1.0), 3.0], [1, 1]), "best": np.float64(0.5)}
+    weights = {**model.state_dict(), "neck.weight": torch.zeros(1)}
+    path = tmp_path / "epoch_1.pth"
+    torch.save({"state_dict": weights, "message_hub": {"log_scalars": log}}, path)
+    subprocess.run(
+        [sys.executable, "-c", _WITHOUT_MMENGINE, str(path)], cwd=ROOT, check=True, timeout=120
+    )
+
+
+def test_reading_weights_forbids_nothing_that_was_allowed(tmp_path: Path) -> None:
+    """mmengine resumes after the backbone's weights were loaded."""
+    path = tmp_path / "a.pth"
+    torch.save({"state_dict": backbones.create_model("van_b0").state_dict()}, path)
+    backbones.load_checkpoint(backbones.create_model("van_b0"), path)
+    torch.save({"log": HistoryBuffer([1.0], [1])}, path)
+    assert isinstance(torch.load(path, weights_only=True)["log"], HistoryBuffer)
+
+
+def test_other_classes_are_still_refused(tmp_path: Path) -> None:
+    torch.save({"state_dict": {"a": torch.zeros(1)}, "evil": _Getattr()}, tmp_path / "a.pth")
+    with pytest.raises(backbones.CheckpointError):
+        backbones.load_checkpoint(backbones.create_model("van_b0"), tmp_path / "a.pth")
+
+
 class _Getattr:
     """Pickles as a read of an attribute of a class that weights-only loading knows."""
 
@@ -192,6 +241,23 @@ def test_unireplknet_counts_three_blocks_as_a_layer() -> None:
     assert found == [0.125] * 3 + [0.25] * 3
 
 
+def test_layers_of_unireplknet_are_the_published_ones() -> None:
+    """Of a backbone with 27 blocks in its third stage, which has 12 layers behind the stem."""
+    with torch.device("meta"):
+        backbone = MODELS.build(dict(type="VisionBackbone", name="unireplknet_s"))
+    rates = _rates(0.9, backbone)
+    stage_layers = {0: 1, 1: 2, 3: 12}
+    for name, _ in backbone.named_parameters():
+        inner = name.removeprefix("model.model.")
+        if inner.startswith("stem."):
+            layer = 0
+        else:
+            stage, kind, block = re.match(r"stages\.(\d)\.(\w+)\.(\d+)", inner).groups()
+            first = 0 if kind == "downsample" else int(block) // 3
+            layer = 3 + first if stage == "2" else stage_layers[int(stage)]
+        assert rates[f"backbone.{name}"][0] == pytest.approx(0.9 ** (13 - layer)), name
+
+
 def test_layer_decay_spares_what_the_backbone_names() -> None:
     model = MODELS.build(
         dict(type="VisionBackbone", name="efficientvit_m0", depths=(1, 1, 1), img_size=448)
@@ -226,6 +292,44 @@ def test_transposed_fpn() -> None:
         TransposedFPN([8, 16, 32], 4)(inputs)
     with pytest.raises(ValueError, match="num_outs ≥ 5"):
         TransposedFPN([8, 16, 24], 4, num_outs=4, num_transposed=2)
+
+
+@pytest.mark.parametrize("count", [1, 2])
+def test_transposed_fpn_is_the_published_one(count: int) -> None:
+    """The formula of the papers' detectors: sums over the backbone's maps, then transposed levels.
+
+    These go on from the finest sum and receive nothing from above; then a 3×3 convolution a level,
+    and what is coarser is every other pixel of the coarsest.
+    """
+    torch.manual_seed(0)
+    neck = TransposedFPN([8, 16, 24], 4, num_outs=5, num_transposed=count)
+    inputs = [torch.randn(2, c, s, s) for c, s in ((8, 12), (16, 6), (24, 3))]
+    lateral = [layer(x) for layer, x in zip(neck.laterals, inputs, strict=True)]
+    low = lateral[2]
+    middle = lateral[1] + low.repeat_interleave(2, 2).repeat_interleave(2, 3)
+    sums = [lateral[0] + middle.repeat_interleave(2, 2).repeat_interleave(2, 3), middle, low]
+    for layer in neck.transposed:
+        weight, bias = layer.weight, layer.bias
+        # Stride 2 and kernel 2: each pixel becomes a patch of its own.
+        patches = torch.einsum("bihw,iokl->bohkwl", sums[0], weight)
+        b, o, h, _, w, _ = patches.shape
+        sums.insert(0, patches.reshape(b, o, 2 * h, 2 * w) + bias[:, None, None])
+    expected = [layer(x) for layer, x in zip(neck.outputs, sums, strict=True)]
+    while len(expected) < 5:
+        expected.append(expected[-1][:, :, ::2, ::2])
+    for given, wanted in zip(neck(inputs), expected, strict=True):
+        torch.testing.assert_close(given, wanted)
+
+
+@pytest.mark.parametrize("name", ["efficientvit_m4", "shvit_s4"])
+@pytest.mark.parametrize(("count", "finest"), [(1, 8), (2, 4)])
+def test_transposed_fpn_has_the_detectors_strides(name: str, count: int, finest: int) -> None:
+    """Strides 8 … 128 for RetinaNet, 4 … 64 for Mask R-CNN, as their anchors expect."""
+    with torch.device("meta"):
+        backbone = VisionBackbone(name)
+        neck = TransposedFPN(backbone.channels, num_transposed=count)
+        sides = [m.shape[-1] for m in neck(backbone(torch.randn(1, 3, 256, 256)))]
+    assert sides == [256 // (finest * 2**i) for i in range(5)]
 
 
 def test_check_channels() -> None:

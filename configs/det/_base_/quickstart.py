@@ -1,9 +1,9 @@
-"""Coins out of scikit-image in COCO's format, written by tools/make_mm_quickstart.py."""
+"""Coins and galaxies in COCO's format, written by tools/make_mm_quickstart.py."""
 
 _base_ = ["./runtime.py"]
 
 data_root = "runs/quickstart/"
-_dataset = dict(type="CocoDataset", data_root=data_root, metainfo=dict(classes=("coin",)))
+_dataset = dict(type="CocoDataset", data_root=data_root, metainfo=dict(classes=("coin", "galaxy")))
 train_dataloader = dict(
     batch_size=4,
     num_workers=0,

@@ -1,12 +1,12 @@
-"""RetinaNet 1x on COCO with EfficientViT-M4: box AP 32.7.
+"""RetinaNet 1x on COCO with EfficientViT-M4: box AP 32.7 (its code's README).
 Liu et al., "EfficientViT", https://arxiv.org/abs/2305.07027."""
 
-_base_ = ["../_base_/retinanet.py", "../_base_/coco_box_1x.py"]
+_base_ = ["../_base_/retinanet_transposed.py", "../_base_/coco_box_1x.py"]
 model = dict(
     backbone=dict(
         name="efficientvit_m4",
         img_size=448,
         init_cfg=dict(type="Pretrained", checkpoint="efficientvit_m4.in1k"),
     ),
-    neck=dict(_delete_=True, type="TransposedFPN", in_channels=[128, 256, 384], num_transposed=1),
+    neck=dict(in_channels=[128, 256, 384]),
 )

@@ -1,8 +1,8 @@
-"""Mask R-CNN 1x on COCO with SHViT-S4: box AP 39.0, mask AP 35.9.
+"""Mask R-CNN 1x on COCO with SHViT-S4: box AP 39.0, mask AP 35.9 (its code's README).
 Yun and Ro, "SHViT", https://arxiv.org/abs/2401.16456."""
 
-_base_ = ["../_base_/mask_rcnn.py", "../_base_/coco_mask_1x.py"]
+_base_ = ["../_base_/mask_rcnn_transposed.py", "../_base_/coco_mask_1x.py"]
 model = dict(
     backbone=dict(name="shvit_s4", init_cfg=dict(type="Pretrained", checkpoint="shvit_s4.in1k")),
-    neck=dict(_delete_=True, type="TransposedFPN", in_channels=[224, 336, 448], num_transposed=2),
+    neck=dict(in_channels=[224, 336, 448]),
 )

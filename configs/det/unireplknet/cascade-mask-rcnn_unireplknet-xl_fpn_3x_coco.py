@@ -1,11 +1,11 @@
-"""Cascade Mask R-CNN 3x on COCO with UniRepLKNet-XL: box AP 56.4.
-Ding et al., "UniRepLKNet", https://arxiv.org/abs/2311.15599."""
+"""Cascade Mask R-CNN 3x on COCO with UniRepLKNet-XL from ImageNet-22k: box AP 56.4, mask AP 49.0
+(its code's README). Ding et al., "UniRepLKNet", https://arxiv.org/abs/2311.15599."""
 
-_base_ = ["../_base_/cascade_mask_rcnn_decay.py", "../_base_/coco_mask_3x.py"]
+_base_ = ["../_base_/cascade_mask_rcnn_decay.py", "../_base_/coco_mask_3x.py", "../_base_/ema.py"]
 model = dict(
     backbone=dict(
         name="unireplknet_xl",
-        out_norms=True,
+        drop_path_rate=0.7,
         init_cfg=dict(type="Pretrained", checkpoint="unireplknet_xl.in22k"),
     ),
     neck=dict(in_channels=[256, 512, 1024, 2048]),

@@ -1,4 +1,4 @@
-"""Mask R-CNN 1x on COCO with VAN-B1: the number is in the paper's tables and not repeated here.
+"""Mask R-CNN 1x on COCO with VAN-B1: box AP 42.6, mask AP 38.9 (table 10 of the paper).
 Guo et al., "Visual Attention Network", https://arxiv.org/abs/2202.09741."""
 
 _base_ = ["../_base_/mask_rcnn.py", "../_base_/coco_mask_1x.py"]

@@ -1,4 +1,4 @@
-"""RetinaNet 1x on COCO with VAN-B2: the number is in the paper's tables and not repeated here.
+"""RetinaNet 1x on COCO with VAN-B2: box AP 44.9 (table 9 of the paper).
 Guo et al., "Visual Attention Network", https://arxiv.org/abs/2202.09741."""
 
 _base_ = ["../_base_/retinanet.py", "../_base_/coco_box_1x.py"]
@@ -8,3 +8,4 @@ model = dict(
     ),
     neck=dict(in_channels=[64, 128, 320, 512]),
 )
+optim_wrapper = dict(optimizer=dict(weight_decay=0.05))

@@ -1,10 +1,13 @@
-"""Coins out of scikit-image in mmseg's layout, written by tools/make_mm_quickstart.py."""
+"""Coins and galaxies in mmseg's layout, written by tools/make_mm_quickstart.py."""
 
 _base_ = ["./runtime.py"]
 
 _dataset = dict(
     type="BaseSegDataset",
-    metainfo=dict(classes=("background", "coin"), palette=[[0, 0, 0], [255, 200, 0]]),
+    metainfo=dict(
+        classes=("background", "coin", "galaxy"),
+        palette=[[0, 0, 0], [255, 200, 0], [0, 160, 255]],
+    ),
     data_root="runs/quickstart",
     img_suffix=".png",
     seg_map_suffix=".png",
@@ -43,10 +46,10 @@ test_dataloader = val_dataloader
 val_evaluator = dict(type="IoUMetric", iou_metrics=["mIoU"])
 test_evaluator = val_evaluator
 
-train_cfg = dict(type="IterBasedTrainLoop", max_iters=80, val_interval=80)
+train_cfg = dict(type="IterBasedTrainLoop", max_iters=160, val_interval=160)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
 default_hooks = dict(
-    logger=dict(interval=8), checkpoint=dict(interval=40, save_best=None, max_keep_ckpts=2)
+    logger=dict(interval=8), checkpoint=dict(interval=80, save_best=None, max_keep_ckpts=2)
 )
 randomness = dict(seed=0)

@@ -1,0 +1,14 @@
+"""Semantic FPN 40k on ADE20K with InceptionNeXt-Tiny: mIoU 43.1 (table 7 of the paper).
+Yu et al., "InceptionNeXt", https://arxiv.org/abs/2303.16900."""
+
+_base_ = ["../_base_/fpn.py", "../_base_/ade20k.py", "../_base_/schedule_40k.py"]
+model = dict(
+    backbone=dict(
+        name="inception_next_tiny",
+        drop_path_rate=0.1,
+        init_cfg=dict(type="Pretrained", checkpoint="inception_next_tiny.sail_in1k"),
+    ),
+    neck=dict(in_channels=[96, 192, 384, 768]),
+)
+train_dataloader = dict(batch_size=4)
+optim_wrapper = dict(optimizer=dict(lr=2e-4))

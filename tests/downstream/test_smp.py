@@ -1,0 +1,83 @@
+"""segmentation-models-pytorch: every family as a ``tu-`` encoder, and the page's models, learn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import segmentation_models_pytorch as smp
+import timm
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from zoo import CLASSIFIERS, SMALL, STRIDE_16
+
+import backbones
+
+Train = Callable[..., list[float]]
+Page = Callable[[str], dict[str, Any]]
+Pictures = tuple[Tensor, Tensor, Tensor]
+
+
+def _learn(model: nn.Module, pictures: Pictures, train: Train) -> None:
+    images, masks, _ = pictures
+    losses = train(model, lambda: F.cross_entropy(model(images), masks), 8, lr=1e-3)
+    assert sum(losses[-2:]) < 0.7 * sum(losses[:2])
+
+
+@pytest.mark.parametrize("family", CLASSIFIERS)
+def test_unet_over_every_family_learns(family: str, rectangles: Pictures, train: Train) -> None:
+    name, arguments = SMALL[family]
+    if family in STRIDE_16:
+        name += "_pyramid"
+    torch.manual_seed(0)
+    model = smp.Unet(
+        f"tu-{name}",
+        encoder_weights=None,
+        classes=2,
+        decoder_channels=(64, 32, 16, 16, 8),
+        # The plain names of these families are timm's own models, which cannot be made shallow.
+        **({} if family == "inception_next" else arguments),
+    )
+    strides = [64 // x.shape[-1] for x in model.encoder(rectangles[0])]
+    assert strides == [1, 2, 4, 8, 16, 32]
+    _learn(model, rectangles, train)
+
+
+@pytest.mark.parametrize("name", ["unet", "fpn", "upernet"])
+def test_models_of_the_page_learn(
+    name: str, run_page: Page, rectangles: Pictures, train: Train
+) -> None:
+    model = run_page("segmentation-models-pytorch")[name]
+    inside = model.encoder.model.model
+    assert type(inside).__module__.startswith("backbones.")
+    _learn(model, rectangles, train)
+
+
+@pytest.mark.parametrize("family", STRIDE_16)
+def test_smp_accepts_every_pyramid(family: str) -> None:
+    for name in backbones.list_models(family=family):
+        with torch.device("meta"):
+            encoder = smp.encoders.get_encoder(f"tu-{name}_pyramid", weights=None)
+        assert len(encoder.out_channels) == 6
+
+
+def test_the_pyramid_is_the_same_network() -> None:
+    torch.manual_seed(0)
+    plain = backbones.create_model("shvit_s1", features_only=True, stem_features=True)
+    torch.manual_seed(0)
+    pyramid = timm.create_model("shvit_s1_pyramid", features_only=True)
+    assert pyramid.feature_info.reduction() == [2, 4, 8, 16, 32, 64]
+    x = torch.randn(1, 3, 64, 64)
+    for a, b in zip(plain.eval()(x), pyramid.eval()(x), strict=True):
+        assert torch.equal(a, b)
+    assert timm.models.is_model_pretrained("shvit_s1_pyramid.in1k")
+    assert "shvit_s1_pyramid" not in backbones.list_models()
+
+
+def test_what_has_no_pyramid_is_refused() -> None:
+    with pytest.raises(ValueError, match="Unsupported model downsampling pattern"):
+        smp.Unet("tu-hat_s_x2", encoder_weights=None)
+    with pytest.raises(ValueError, match="Unsupported model downsampling pattern"):
+        smp.Unet("tu-shvit_s1", encoder_weights=None)

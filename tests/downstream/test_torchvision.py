@@ -1,0 +1,56 @@
+"""torchvision's detectors over our pyramids: the page's models learn boxes and masks."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
+from zoo import CLASSIFIERS, SMALL, STRIDE_16
+
+Train = Callable[..., list[float]]
+Page = Callable[[str], dict[str, Any]]
+Pictures = tuple[Tensor, Tensor, Tensor]
+
+
+def _loss(model: Any, pictures: Pictures) -> Callable[[], Tensor]:
+    images, masks, boxes = pictures
+    targets = [
+        {"boxes": box[None], "labels": torch.tensor([1]), "masks": mask[None].to(torch.uint8)}
+        for mask, box in zip(masks, boxes, strict=True)
+    ]
+    return lambda: sum(model(list(images), targets).values())
+
+
+@pytest.mark.parametrize("name", ["mask_rcnn", "retinanet"])
+def test_detectors_of_the_page_learn(
+    name: str, run_page: Page, rectangles: Pictures, train: Train
+) -> None:
+    model = run_page("torchvision")[name]
+    model.transform.min_size = (64,)
+    if name == "mask_rcnn":
+        # Fewer regions, as befits one object an image.
+        model.rpn._pre_nms_top_n = {"training": 100, "testing": 50}
+        model.roi_heads.fg_bg_sampler.batch_size_per_image = 16
+    losses = train(model, _loss(model, rectangles), 8, lr=1e-4)
+    assert sum(losses[-2:]) < 0.8 * sum(losses[:2])
+    found = model.eval()(list(rectangles[0]))
+    assert len(found) == 4 and all(f["boxes"].shape[1:] == (4,) for f in found)
+    if name == "mask_rcnn":
+        assert all(f["masks"].shape[1:] == (1, 64, 64) for f in found)
+
+
+@pytest.mark.parametrize("family", CLASSIFIERS)
+def test_every_family_makes_a_pyramid(family: str, run_page: Page) -> None:
+    name, arguments = SMALL[family]
+    if family in STRIDE_16:
+        arguments = {**arguments, "stem_features": True, "out_indices": (1, 2, 3, 4)}
+    pyramid = run_page("torchvision")["Pyramid"](name, LastLevelMaxPool(), **arguments)
+    maps = pyramid(torch.randn(2, 3, 64, 64))
+    assert [x.shape[1:] for x in maps.values()] == [(256, s, s) for s in (16, 8, 4, 2, 1)]
+    sum(x.mean() for x in maps.values()).backward()
+    stem = [p for n, p in pyramid.named_parameters() if ".stem." in n]
+    assert stem and all(p.grad is not None for p in stem)

@@ -1,0 +1,123 @@
+"""transformers: UPerNet and classifiers over our names learn, are saved, pushed and loaded."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from transformers import (
+    AutoModelForImageClassification,
+    TimmBackbone,
+    TimmBackboneConfig,
+    TimmWrapperConfig,
+    TimmWrapperForImageClassification,
+    UperNetConfig,
+    UperNetForSemanticSegmentation,
+)
+from transformers.utils import hub
+from zoo import CLASSIFIERS, SMALL
+
+import backbones
+
+Train = Callable[..., list[float]]
+Page = Callable[[str], dict[str, Any]]
+Pictures = tuple[Tensor, Tensor, Tensor]
+# timm has models of these names itself, of another depth than the shallow ones of the tests.
+TIMMS_OWN = ("efficientvit", "inception_next", "shvit")
+
+
+def test_segmenter_of_the_page_learns(run_page: Page, rectangles: Pictures, train: Train) -> None:
+    model = run_page("transformers")["segmenter"]
+    assert type(model.backbone) is TimmBackbone
+    assert type(model.backbone._backbone.model).__module__ == "backbones.van"
+    images, masks, _ = rectangles
+    losses = train(model, lambda: model(pixel_values=images, labels=masks).loss, 8, lr=3e-4)
+    assert sum(losses[-2:]) < 0.8 * sum(losses[:2])
+
+
+def test_classifier_of_the_page_learns(run_page: Page, rectangles: Pictures, train: Train) -> None:
+    model = run_page("transformers")["classifier"]
+    assert type(model.timm_model).__module__ == "backbones.van"
+    images, labels = rectangles[0], torch.tensor([0, 0, 1, 1])
+    images = images * torch.tensor([1.0, 1, -1, -1])[:, None, None, None]
+    losses = train(model, lambda: model(pixel_values=images, labels=labels).loss, 8, lr=1e-3)
+    assert sum(losses[-2:]) < 0.6 * sum(losses[:2])
+
+
+@pytest.mark.parametrize("family", CLASSIFIERS)
+def test_round_trip_of_every_family(family: str, tmp_path: Path) -> None:
+    name, arguments = SMALL[family]
+    if family in TIMMS_OWN:
+        arguments = {}
+    torch.manual_seed(0)
+    x = torch.randn(2, 3, 64, 64)
+    config = TimmWrapperConfig(architecture=name, num_labels=3, model_args=arguments)
+    classifier = TimmWrapperForImageClassification(config).eval()
+    classifier.save_pretrained(tmp_path)
+    again = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    assert torch.equal(again(x).logits, classifier(x).logits)
+
+    maps = TimmBackbone(TimmBackboneConfig(backbone=name, out_indices=[1, 2])).eval()
+    assert [m.shape[1] for m in maps(x).feature_maps] == maps.channels
+
+
+def test_push_to_hub_into_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The hub's end of the line is a folder here: what would be uploaded is what can be loaded."""
+    monkeypatch.setattr(hub, "hf_api", lambda: _Folder(tmp_path))
+    monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *_, **__: _Card())
+    backbone = TimmBackboneConfig(backbone="van_b0", out_indices=[0, 1, 2, 3])
+    config = UperNetConfig(backbone_config=backbone, num_labels=2, hidden_size=32)
+    model = UperNetForSemanticSegmentation(config).eval()
+    model.push_to_hub("you/segmenter")
+    again = UperNetForSemanticSegmentation.from_pretrained(tmp_path / "you/segmenter").eval()
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(again(x).logits, model(x).logits)
+
+
+class _Folder:
+    """The hub's client, as far as ``push_to_hub`` needs it."""
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+
+    def create_repo(self, repo_id: str, **_: Any) -> SimpleNamespace:
+        (self.root / repo_id).mkdir(parents=True)
+        return SimpleNamespace(repo_id=repo_id)
+
+    def create_commit(self, repo_id: str, operations: list[Any], **_: Any) -> str:
+        for operation in operations:
+            shutil.copy(operation.path_or_fileobj, self.root / repo_id / operation.path_in_repo)
+        return repo_id
+
+
+class _Card:
+    """The hub's description of a model, which would ask the network for a template."""
+
+    def save(self, path: str) -> None:
+        Path(path).write_text("")
+
+
+def test_weights_reach_the_models_inside(tmp_path: Path) -> None:
+    """As the page says: official weights go into the model that is inside."""
+    weights = backbones.create_model("van_b0", num_classes=2).state_dict()
+    config = TimmWrapperConfig(architecture="van_b0", num_labels=2)
+    classifier = TimmWrapperForImageClassification(config)
+    backbones.load_checkpoint(classifier.timm_model, weights)
+    assert torch.equal(
+        classifier.timm_model.state_dict()["stem.conv.weight"], weights["stem.conv.weight"]
+    )
+    maps = TimmBackbone(TimmBackboneConfig(backbone="van_b0", out_indices=[0, 1, 2, 3]))
+    backbones.load_checkpoint(maps._backbone, weights)
+    loaded = maps._backbone.model.state_dict()
+    assert torch.equal(loaded["stem.conv.weight"], weights["stem.conv.weight"])
+
+
+def test_restoration_is_refused() -> None:
+    with pytest.raises(ValueError, match="HAT has no classifier"):
+        TimmWrapperForImageClassification(TimmWrapperConfig(architecture="hat_s_x2", num_labels=2))
