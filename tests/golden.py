@@ -1,152 +1,29 @@
-"""Figures of the published models, and the deterministic checkpoints and images they belong to.
+"""The figures of the originals, under the name that the tests know them by."""
 
-Only NumPy's frozen ``RandomState`` stream is used, so that values never change between versions.
-"""
+from backbones.cli.parity import (
+    FOLDER,
+    TOLERANCE,
+    case_errors,
+    checkpoint,
+    image,
+    reference,
+    relative_error,
+    summary_error,
+    tolerance,
+    uniform,
+    variants,
+)
 
-from __future__ import annotations
-
-import functools
-import gzip
-import json
-import re
-import zlib
-from collections.abc import Iterable
-from pathlib import Path
-from typing import Any
-
-import numpy as np
-import torch
-from torch import Tensor
-
-import backbones
-from ops.padding import reflect_pad_to_multiple
-
-FOLDER = Path(__file__).parent / "reference"
-TOLERANCE = {"litv2": 1e-4, "medvitv2": 1e-4, "efficientvit": 1e-4}
-
-
-def variants() -> list[tuple[str, str]]:
-    """All ``(family, variant)`` with figures."""
-    files = sorted(FOLDER.glob("*/*.json.gz"))
-    return [(f.parent.name, f.name.removesuffix(".json.gz")) for f in files]
-
-
-@functools.cache
-def reference(family: str, variant: str) -> dict[str, Any]:
-    """The figures of one variant."""
-    return json.loads(gzip.decompress((FOLDER / family / f"{variant}.json.gz").read_bytes()))
-
-
-def tolerance(family: str) -> float:
-    """Greatest relative error allowed against the figures."""
-    return TOLERANCE.get(family, 1e-5)
-
-
-def uniform(key: str, shape: Iterable[int]) -> np.ndarray:
-    """Uniform values in [-1, 1), seeded by ``key`` alone."""
-    stream = np.random.RandomState(zlib.crc32(key.encode()))
-    return stream.random_sample(tuple(shape)).astype(np.float32) * 2 - 1
-
-
-def _tensor(name: str, shape: list[int]) -> Tensor:
-    """Unit-gain matrices, norms near the identity, positive variances."""
-    u = uniform(name, shape)
-    if name.endswith("running_var"):
-        v = 1 + 0.5 * np.abs(u)
-    elif name.endswith(("running_mean", "bias")):
-        v = 0.1 * u
-    elif len(shape) >= 2 and "relative_position_bias" not in name:
-        v = u * np.float32(np.sqrt(3.0 / max(1, int(np.prod(shape[1:])))))
-    elif len(shape) >= 2:
-        v = 0.5 * u
-    else:
-        v = 1 + 0.2 * u
-    return torch.from_numpy(np.ascontiguousarray(v, dtype=np.float32).reshape(tuple(shape)))
-
-
-def checkpoint(
-    figures: dict[str, Any], rows: list[tuple[str, list[int], str]] | None = None
-) -> dict[str, Tensor]:
-    """The state dict, with the original's names, that ``figures`` were measured with.
-
-    ``rows`` replaces ``figures["state_dict"]``, for another form of the same model. Integer rows
-    are left out: a model derives those itself.
-    """
-    derived = set(figures.get("derived", ()))
-    tensors = {
-        name: _tensor(name, shape)
-        for name, shape, dtype in (figures["state_dict"] if rows is None else rows)
-        if dtype.removeprefix("torch.").startswith(("float", "bfloat")) and name not in derived
-    }
-    for pattern, factor in figures.get("synth_scale", ()):
-        for name in tensors:
-            if re.search(pattern, name):
-                tensors[name] = tensors[name] * factor
-    return tensors
-
-
-def image(shape: Iterable[int], seed: int = 0) -> Tensor:
-    """Input batch (B, C, H, W), float32 in [-1, 1)."""
-    return torch.from_numpy(uniform(f"image-{seed}", shape))
-
-
-def relative_error(value: Tensor, expected: Any) -> float:
-    """Greatest difference over the greatest expected magnitude."""
-    expected = torch.as_tensor(expected, dtype=torch.float64)
-    difference = (value.detach().double().reshape(expected.shape) - expected).abs().max()
-    return (difference / expected.abs().max()).item()
-
-
-def summary_error(value: Tensor, figures: dict[str, Any]) -> float:
-    """Greatest relative error of a map against its summary; the shape must be equal.
-
-    The standard deviation only sets the scale: mean and norm determine it.
-    """
-    assert list(value.shape) == figures["shape"], (value.shape, figures["shape"])
-    value = value.detach().double()
-    first = torch.tensor(figures.get("first8") or figures["first64"], dtype=torch.float64)
-    scale = max(first.abs().max().item(), figures["std"])
-    errors = [
-        (value.flatten()[: len(first)] - first).abs().max().item() / scale,
-        abs(value.mean().item() - figures["mean"]) / scale,
-        abs(value.norm().item() / figures["l2"] - 1),
-    ]
-    return max(errors)
-
-
-@torch.no_grad()
-def case_errors(family: str, variant: str, number: int) -> tuple[float, list[float]]:
-    """Load the published names into a fresh model and run one case.
-
-    Returns:
-        The relative error of the output (logits, or the image), and that of each stage's map.
-    """
-    figures = reference(family, variant)
-    case = figures["cases"][number]
-    chosen = {k: v for k, v in case.get("kwargs", {}).items() if k == "n_win"}
-    model = backbones.create_model(variant, **chosen).eval()
-    report = backbones.load_checkpoint(model, checkpoint(figures))
-    assert not (report.missing or report.unexpected or report.resized or report.reinitialised)
-
-    x = image(case["input"], case["seed"])
-    if "image" in case:
-        # These maps were measured on the padded image; ours have the size of the image.
-        padded = reflect_pad_to_multiple(x, model.window_size)
-        maps = model.forward_intermediates(padded, intermediates_only=True)
-        error = summary_error(model(x), case["image"])
-    else:
-        last, maps = model.forward_intermediates(x)
-        error = relative_error(model.forward_head(last), case["logits"])
-    # The maps that go from stage to stage. Where the dense copy has norms of its own for what it
-    # puts out (dense_extra), `features` are those, and `stage_outputs` are ours.
-    has_norms = figures.get("dense_extra") and "stage_outputs" in case
-    stages = case.get("features_eps1e-6") or case["stage_outputs" if has_norms else "features"]
-    return error, [
-        summary_error(_like(stage, expected), expected)
-        for stage, expected in zip(maps, stages, strict=True)
-    ]
-
-
-def _like(value: Tensor, figures: dict[str, Any]) -> Tensor:
-    """``value`` as tokens (B, HW, C) where the figures are of tokens."""
-    return value if len(figures["shape"]) == value.ndim else value.flatten(2).transpose(1, 2)
+__all__ = [
+    "FOLDER",
+    "TOLERANCE",
+    "case_errors",
+    "checkpoint",
+    "image",
+    "reference",
+    "relative_error",
+    "summary_error",
+    "tolerance",
+    "uniform",
+    "variants",
+]

@@ -1,0 +1,1 @@
+"""The `vision-backbones` command; the library is `backbones`, imported once it is needed."""

@@ -1,0 +1,236 @@
+"""What the commands share: their error, models with a user's weights, tables of text."""
+
+from __future__ import annotations
+
+import json
+from argparse import ArgumentParser
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from backbones.training.recipe import Recipe
+
+__all__ = [
+    "CommandError",
+    "Loaded",
+    "add_size_argument",
+    "create",
+    "load",
+    "quiet",
+    "table",
+]
+
+_LONGEST = 300
+
+
+class CommandError(ValueError):
+    """What a user can mend; the message is one line that says how."""
+
+
+@dataclass
+class Loaded:
+    """A model in eval mode, and what lies around its checkpoint.
+
+    Attributes:
+        name: of the architecture.
+        recipe: what ``train_cls.py`` left beside the checkpoint, or None.
+        report: what loading did, a :class:`backbones.LoadReport`; None without a checkpoint.
+        classes: names by number; as many as the model has, or none.
+    """
+
+    model: Any
+    name: str
+    recipe: Recipe | None = None
+    classes: list[str] = field(default_factory=list)
+    report: Any = None
+
+
+def add_size_argument(parser: ArgumentParser, help: str) -> None:
+    """``--size S`` or ``--size H W``; see :func:`two_sides`."""
+    parser.add_argument("--size", type=int, nargs="+", metavar="PX", help=help)
+
+
+def two_sides(size: Sequence[int] | None, model: Any) -> tuple[int, int]:
+    """Height and width: those asked for, or what the model was made for.
+
+    Raises:
+        CommandError: not one or two numbers of 1 or more.
+    """
+    if size is None:
+        return tuple(model.pretrained_cfg["input_size"][1:])
+    if len(size) > 2 or min(size) < 1:
+        raise CommandError(f"--size takes one side, or height and width, got {list(size)}")
+    return size[0], size[-1]
+
+
+def create(name: str, **kwargs: Any) -> Any:
+    """A model in eval mode.
+
+    Raises:
+        CommandError: no such model (the nearest names follow), or an argument that it lacks.
+    """
+    import backbones
+
+    try:
+        return backbones.create_model(name, **kwargs).eval()
+    except backbones.CheckpointError:
+        raise
+    except (TypeError, ValueError) as error:
+        message = str(error)
+        if len(message) > _LONGEST:  # nothing is near, and all models are listed
+            families = ", ".join(backbones.list_families())
+            message = f"unknown model {name!r}; the families are {families}"
+        raise CommandError(message) from error
+
+
+def load(name: str | None, checkpoint: Path | None) -> Loaded:
+    """The model ``name`` with the weights of ``checkpoint``, which may name it.
+
+    A checkpoint of ``train_cls.py`` brings its recipe (``config.yaml`` beside it) and the names
+    of its classes. Any other one only says how many classes there are.
+
+    Raises:
+        CommandError: no model is named, or there is none of that name.
+        FileNotFoundError, backbones.CheckpointError: see :func:`backbones.load_checkpoint`.
+    """
+    import backbones
+    from backbones._checkpoint import read_checkpoint
+
+    if checkpoint is None:
+        if name is None:
+            raise CommandError("give --model NAME, or a --checkpoint of train_cls.py")
+        model = create(name)
+        return Loaded(model, name, classes=_imagenet_names(model))
+    if not checkpoint.is_file():
+        raise FileNotFoundError(f"no checkpoint at {checkpoint}")
+    metadata = _metadata(checkpoint)
+    recipe = _recipe_beside(checkpoint)
+    name = name or metadata.get("model") or (recipe.model if recipe else None)
+    if name is None:
+        raise CommandError(f"{checkpoint} does not say what model it is of; give --model NAME")
+    if recipe is not None and recipe.model.partition(".")[0] != name.partition(".")[0]:
+        recipe = None
+    arguments: dict[str, Any] = {}
+    if recipe is not None:
+        arguments = {
+            "in_chans": recipe.in_chans,
+            "global_pool": recipe.global_pool,
+            **recipe.model_args,
+        }
+    model = create(name, **arguments)
+    tensors = read_checkpoint(checkpoint)
+    with quiet():
+        count = class_count(model, tensors)
+        if count is not None and count != model.num_classes:
+            model.reset_classifier(count)
+        report = backbones.load_checkpoint(model.eval(), checkpoint)
+    classes = json.loads(metadata["classes"]) if "classes" in metadata else []
+    if len(classes) != model.num_classes:
+        classes = [] if recipe is not None else _imagenet_names(model)
+    return Loaded(model, name, recipe, classes, report)
+
+
+def class_count(model: Any, tensors: dict[str, Any]) -> int | None:
+    """How many classes the classifier in ``tensors`` has; None if there is no classifier."""
+    from backbones._checkpoint import _strip_prefixes
+
+    if isinstance(model.classifier, tuple) and not model.classifier:
+        return None
+    path = model.classifier if isinstance(model.classifier, str) else model.classifier[0]
+    converted = model.convert_state_dict(_strip_prefixes(tensors)[0])
+    for name in (f"{path}.weight", f"{path}.linear.weight"):
+        if name in converted:
+            return len(converted[name])
+    return None
+
+
+def read_labels(path: Path, count: int) -> list[str]:
+    """Names of classes: a text file with one a line, or JSON (a list, or names by number).
+
+    Raises:
+        CommandError: it is neither, or too short for ``count`` classes.
+    """
+    text = path.read_text(encoding="utf-8")
+    if path.suffix == ".json":
+        try:
+            content = json.loads(text)
+            if isinstance(content, dict):
+                content = [content[str(number)] for number in range(len(content))]
+            names = [n[-1] if isinstance(n, list) else str(n) for n in content]
+        except (ValueError, KeyError, TypeError) as error:
+            raise CommandError(f"{path} is no JSON list of names, nor names by number") from error
+    else:
+        names = [line.strip() for line in text.splitlines() if line.strip()]
+    if len(names) < count:
+        raise CommandError(f"{path} names {len(names)} classes, but the model has {count}")
+    return names
+
+
+@contextmanager
+def quiet() -> Iterator[None]:
+    """Nothing from the log of loading: the command says in its own words what matters."""
+    import logging
+
+    log = logging.getLogger("backbones._checkpoint")
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
+    """Columns of text, aligned; the first ``left`` to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
+    lines = []
+    for row in (head, ["─" * width for width in widths], *rows):
+        cells = [
+            cell.ljust(width) if i < left else cell.rjust(width)
+            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(cells).rstrip())
+    return "\n".join(lines) + "\n"
+
+
+def count_text(number: float) -> str:
+    """Three or four digits and a letter: ``4.11 M``."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if number >= size:
+            return f"{number / size:.2f} {letter}"
+    return f"{number:g}"
+
+
+def _metadata(checkpoint: Path) -> dict[str, str]:
+    """What a safetensors file says beside its tensors."""
+    from safetensors import SafetensorError, safe_open
+
+    from backbones import CheckpointError
+
+    if checkpoint.suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(checkpoint, "pt") as file:
+            return file.metadata() or {}
+    except SafetensorError as error:
+        raise CheckpointError(f"{checkpoint} is not a whole safetensors file: {error}") from error
+
+
+def _recipe_beside(checkpoint: Path) -> Recipe | None:
+    from backbones.training.recipe import load_recipe
+
+    path = checkpoint.with_name("config.yaml")
+    return load_recipe(str(path), {}) if path.is_file() else None
+
+
+def _imagenet_names(model: Any) -> list[str]:
+    """What timm calls the classes of a model for ImageNet."""
+    from timm.data import ImageNetInfo
+
+    if model.num_classes != 1000:
+        return []
+    info = ImageNetInfo("imagenet-1k")
+    return [info.index_to_description(number).partition(",")[0] for number in range(1000)]

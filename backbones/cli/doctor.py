@@ -1,0 +1,362 @@
+"""``vision-backbones doctor``: what this machine has, what clashes, and what mends it."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import shlex
+import shutil
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+__all__ = ["EXAMPLE", "Finding", "add_arguments", "examine", "run"]
+
+EXAMPLE = ""
+
+_MARKS = {"ok": "✓", "note": "·", "warning": "!", "error": "✗"}
+_PACKAGES = (
+    *("torch", "torchvision", "timm", "numpy", "pillow", "safetensors", "triton", "natten"),
+    *("mmengine", "onedl-mmengine", "mmcv", "mmcv-lite", "onedl-mmcv", "mmdet", "mmsegmentation"),
+    *("onnx", "onnxscript", "onnxruntime"),
+)
+_SCARCE_BYTES = 1_000_000_000
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that was looked at.
+
+    Attributes:
+        topic: what it is about.
+        severity: ``"ok"``; ``"note"``, nothing needs doing; ``"warning"``, something is slower or
+            missing; ``"error"``, something will fail.
+        text: what was found.
+        fix: the command that mends it; "" where there is nothing to mend.
+    """
+
+    topic: str
+    severity: str
+    text: str
+    fix: str = ""
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The command line of ``doctor``."""
+    parser.add_argument("--json", action="store_true", help="print the findings as JSON")
+
+
+def run(options: Namespace) -> int:
+    """Run ``doctor``; 1 if something will fail."""
+    findings = examine()
+    if options.json:
+        text = json.dumps([asdict(finding) for finding in findings], indent=1, ensure_ascii=False)
+        sys.stdout.write(text + "\n")
+    else:
+        sys.stdout.write(_report(findings))
+    return int(any(finding.severity == "error" for finding in findings))
+
+
+def examine() -> list[Finding]:
+    """Look at everything."""
+    versions = _installed()
+    findings: list[Finding] = []
+    looks: tuple[Callable[[], list[Finding]], ...] = (
+        lambda: examine_packages(versions),
+        examine_cpu,
+        examine_gpu,
+        examine_compiler,
+        examine_attention,
+        lambda: examine_mm(versions, importlib.util.find_spec("pkg_resources") is not None),
+        lambda: examine_export(versions),
+        examine_caches,
+    )
+    for look in looks:
+        findings += look()
+    return findings
+
+
+def examine_packages(versions: Mapping[str, str]) -> list[Finding]:
+    """Whether what this library needs is there, in versions that fit it and each other."""
+    from packaging.requirements import Requirement
+
+    shown = ", ".join(f"{name} {versions[name]}" for name in _PACKAGES[:6] if name in versions)
+    findings = [Finding("python", "ok", f"{platform.python_version()} on {platform.platform()}")]
+    problems = []
+    for line in importlib.metadata.requires("vision-backbones") or ():
+        wanted = Requirement(line)
+        if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
+            continue
+        found = versions.get(wanted.name.lower())
+        if found is None:
+            found = _version(wanted.name)
+        if found is None or not wanted.specifier.contains(found, prereleases=True):
+            problems.append(
+                Finding(
+                    "packages",
+                    "error",
+                    f"{wanted.name} {found or 'is missing'}; {wanted} is needed",
+                    f"pip install {shlex.quote(f'{wanted.name}{wanted.specifier}')}",
+                )
+            )
+    findings += problems or [Finding("packages", "ok", shown)]
+    return findings + _torchvision(versions)
+
+
+def _torchvision(versions: Mapping[str, str]) -> list[Finding]:
+    """Whether torchvision's operators were built for the torch that is installed."""
+    import torch
+
+    try:
+        import torchvision.ops
+
+        torchvision.ops.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
+    except (ImportError, RuntimeError) as error:
+        pinned = next(
+            (r for r in importlib.metadata.requires("torchvision") or () if r.startswith("torch=")),
+            "torch",
+        )
+        return [
+            Finding(
+                "packages",
+                "error",
+                f"torchvision {versions.get('torchvision')} does not fit torch "
+                f"{versions.get('torch')}: {str(error).splitlines()[0]}",
+                f"pip install --force-reinstall {shlex.quote(pinned.partition(';')[0].strip())} "
+                f"torchvision=={(versions.get('torchvision') or '').partition('+')[0]}",
+            )
+        ]
+    return []
+
+
+def examine_cpu() -> list[Finding]:
+    """Instruction set, cores and threads."""
+    import torch
+
+    from ops import native
+
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    threads = torch.get_num_threads()
+    onednn = "with" if torch.backends.mkldnn.is_available() else "without"
+    text = (
+        f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {cores} cores, "
+        f"{threads} threads, torch {onednn} oneDNN"
+    )
+    try:
+        text += f", kernels for {native.instruction_set()}"
+    except ValueError as error:
+        return [Finding("cpu", "error", str(error), "unset VISION_BACKBONES_NATIVE_ISA")]
+    if cores is not None and threads > cores:
+        fix = f"export OMP_NUM_THREADS={cores}"
+        return [Finding("cpu", "warning", f"{text}: more threads than cores are slow", fix)]
+    return [Finding("cpu", "ok", text)]
+
+
+def examine_gpu() -> list[Finding]:
+    """Whether torch can use the GPU that there is."""
+    import torch
+
+    present = Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi") is not None
+    reinstall = "pip install --force-reinstall torch torchvision"
+    build = torch.version.cuda
+    if torch.version.hip is not None:
+        return [
+            Finding("gpu", "note", f"torch for ROCm {torch.version.hip}; the kernels are CUDA's")
+        ]
+    if build is None:
+        if present:
+            text = f"there is an NVIDIA GPU, but torch {torch.__version__} is a build without CUDA"
+            return [Finding("gpu", "error", text, reinstall)]
+        return [Finding("gpu", "note", f"none, and torch {torch.__version__} is for the CPU")]
+    if not torch.cuda.is_available():
+        if present:
+            text = (
+                f"torch for CUDA {build} cannot use the GPU: its driver is too old or not running"
+            )
+            return [
+                Finding("gpu", "error", text, "nvidia-smi  # its driver must be as new as CUDA")
+            ]
+        return [Finding("gpu", "note", f"none; torch is for CUDA {build}")]
+    findings = []
+    for number in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(number)
+        text = f"{torch.cuda.get_device_name(number)}, sm_{major}{minor}, CUDA {build}"
+        known = [name for name in torch.cuda.get_arch_list() if name.startswith("sm_")]
+        if known and not any(name.startswith(f"sm_{major}") for name in known):
+            text += f": this torch was built for {', '.join(known)} only"
+            findings.append(Finding("gpu", "error", text, reinstall))
+        else:
+            findings.append(Finding("gpu", "ok", text))
+    return findings
+
+
+def examine_compiler() -> list[Finding]:
+    """Whether the C++ kernels can be had."""
+    from ops import native
+    from ops.native import build
+
+    command = shlex.split(os.environ.get("CXX", ""))
+    found = next(
+        (p for c in (*command[:1], "c++", "g++", "clang++") if (p := shutil.which(c))), None
+    )
+    findings = []
+    if command and shutil.which(command[0]) is None:
+        text = f"CXX names {command[0]!r}, which is not there"
+        findings.append(Finding("compiler", "warning", text, "unset CXX"))
+    names = sorted(path.stem for path in Path(build.__file__).parent.glob("*.cpp"))
+    reasons = {name: native.unavailable_reason(name) for name in names}
+    missing = {name: reason for name, reason in reasons.items() if reason is not None}
+    for name, reason in missing.items():
+        if os.environ.get("VISION_BACKBONES_NATIVE") == "0":
+            fix = "unset VISION_BACKBONES_NATIVE"
+        elif found is None:
+            fix = (
+                "sudo apt-get install g++" if sys.platform == "linux" else "xcode-select --install"
+            )
+        else:
+            fix = f"rm -rf {shlex.quote(str(native.cache_dir()))}"
+        text = f"no compiled {name} kernel, slower paths are taken: {reason}"
+        findings.append(Finding("compiler", "warning", text, fix))
+    if not missing:
+        text = f"{found or 'none'}; compiled kernels: {', '.join(names)}"
+        findings.append(Finding("compiler", "ok", text))
+    return findings
+
+
+def examine_attention() -> list[Finding]:
+    """Which backends of neighborhood attention do an ordinary call here, and why others do not."""
+    import torch
+
+    from ops.neighborhood import BACKENDS, NAParams
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    query = torch.zeros(1, 14, 14, 2, 32, device=device)
+    params = NAParams((7, 7), (1, 1), (1, 1), (False, False), 32**-0.5, False)
+    findings = []
+    for name, backend in BACKENDS.items():
+        reason = backend.supports(query, query, query, None, None, None, params)
+        if reason is None:
+            findings.append(Finding("attention", "ok", f"{name}: usable on {device}"))
+            continue
+        fix = f"pip install {name}" if "not installed" in reason else ""
+        findings.append(Finding("attention", "note", f"{name}: {reason}", fix))
+    return findings
+
+
+def examine_mm(versions: Mapping[str, str], has_pkg_resources: bool = True) -> list[Finding]:
+    """Whether OpenMMLab's packages fit each other."""
+    findings = []
+    pairs = (
+        ("mmengine", "onedl-mmengine"),
+        ("mmcv", "mmcv-lite"),
+        ("mmcv", "onedl-mmcv"),
+        ("mmcv-lite", "onedl-mmcv"),
+    )
+    for kept, other in pairs:
+        if kept in versions and other in versions:
+            # Both own the same folder: removing one takes files of the other away.
+            text = f"{kept} and {other} write the same folder, and break each other"
+            wanted = f"{kept}=={versions[kept]}"
+            fix = f"pip uninstall -y {kept} {other} && pip install {wanted}"
+            findings.append(Finding("openmmlab", "error", text, fix))
+    mmcv = versions.get("mmcv") or versions.get("mmcv-lite")
+    if "mmdet" in versions and mmcv is not None and _above(mmcv, (2, 2)):
+        text = f"mmdet {versions['mmdet']} refuses mmcv {mmcv}: it must be older than 2.2.0"
+        fix = "pip uninstall -y mmcv && pip install mmcv-lite==2.1.0"
+        findings.append(Finding("openmmlab", "error", text, fix))
+    if "mmengine" in versions and not has_pkg_resources:
+        text = f"mmengine {versions['mmengine']} needs pkg_resources, which newer setuptools lack"
+        findings.append(Finding("openmmlab", "error", text, "pip install 'setuptools<81'"))
+    if "mmcv" in versions and _has_no_extension():
+        text = f"mmcv {versions['mmcv']} has no compiled operators (mmcv._ext)"
+        fix = "pip uninstall -y mmcv && pip install mmcv-lite==2.1.0"
+        findings.append(Finding("openmmlab", "error", text, fix))
+    elif "mmcv-lite" in versions:
+        text = "mmcv-lite has no operators; torchvision's stand in for those that it has"
+        findings.append(Finding("openmmlab", "note", text))
+    if findings and any(finding.severity == "error" for finding in findings):
+        return findings
+    mm = [name for name in _PACKAGES if name.startswith(("mm", "onedl")) and name in versions]
+    if mm:
+        shown = ", ".join(f"{name} {versions[name]}" for name in mm)
+        return [Finding("openmmlab", "ok", shown), *findings]
+    text = "not installed: mmdet and mmseg need it"
+    return [Finding("openmmlab", "note", text, "pip install 'vision-backbones[mm]'")]
+
+
+def examine_export(versions: Mapping[str, str]) -> list[Finding]:
+    """Whether ``export`` can write and check ONNX files."""
+    wanted = ("onnx", "onnxscript", "onnxruntime")
+    missing = [name for name in wanted if name not in versions]
+    if missing:
+        text = f"{', '.join(missing)} missing: ONNX files cannot be written"
+        return [Finding("export", "note", text, "pip install 'vision-backbones[export]'")]
+    shown = ", ".join(f"{name} {versions[name]}" for name in wanted)
+    return [Finding("export", "ok", shown)]
+
+
+def examine_caches() -> list[Finding]:
+    """Where files are kept between runs, and whether they can be."""
+    import torch
+
+    from ops import native
+
+    findings = []
+    for what, folder, variable in (
+        ("compiled kernels", native.cache_dir(), "VISION_BACKBONES_CACHE_DIR"),
+        ("downloaded weights", Path(torch.hub.get_dir()), "TORCH_HOME"),
+    ):
+        there = next(p for p in (folder, *folder.parents) if p.exists())
+        fix = f"export {variable}=/a/folder/that/is/yours"
+        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+            text = f"{what}: {folder} cannot be written"
+            findings.append(Finding("cache", "error", text, fix))
+            continue
+        free = shutil.disk_usage(there).free
+        text = f"{what}: {folder}, {free / 1e9:.1f} GB free"
+        severity = "warning" if free < _SCARCE_BYTES else "ok"
+        findings.append(Finding("cache", severity, text, fix if severity == "warning" else ""))
+    return findings
+
+
+def _installed() -> dict[str, str]:
+    return {name: found for name in _PACKAGES if (found := _version(name)) is not None}
+
+
+def _version(name: str) -> str | None:
+    try:
+        return importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _above(version: str, least: tuple[int, int]) -> bool:
+    numbers = version.split(".")[:2]
+    return all(n.isdigit() for n in numbers) and tuple(map(int, numbers)) >= least
+
+
+def _has_no_extension() -> bool:
+    try:
+        return importlib.util.find_spec("mmcv._ext") is None
+    except (ImportError, ValueError):
+        return True
+
+
+def _report(findings: list[Finding]) -> str:
+    lines = []
+    width = max(len(finding.topic) for finding in findings)
+    previous = ""
+    for finding in findings:
+        topic = finding.topic if finding.topic != previous else ""
+        previous = finding.topic
+        lines.append(f"{_MARKS[finding.severity]} {topic:<{width}}  {finding.text}")
+        if finding.fix:
+            lines.append(f"  {'':<{width}}  → {finding.fix}")
+    counts = {kind: sum(f.severity == kind for f in findings) for kind in ("error", "warning")}
+    told = " and ".join(f"{n} {kind}{'s' if n > 1 else ''}" for kind, n in counts.items() if n)
+    return "\n".join([*lines, "", told or "nothing to mend", ""])

@@ -1,0 +1,171 @@
+"""``vision-backbones export``: a model as an ONNX or torch.export file, checked before it counts.
+
+The file is compared with the model itself, at three sizes where sizes are open.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Any
+
+from backbones.cli.common import (
+    CommandError,
+    Loaded,
+    add_size_argument,
+    load,
+    two_sides,
+)
+
+__all__ = ["EXAMPLE", "add_arguments", "export", "run"]
+
+EXAMPLE = "van_b0 --checkpoint van_b0.pth --dynamic --out van.onnx"
+
+# Greatest error, relative to the greatest output. Kernels sum in another order, which costs about
+# 1e-6; what is wrong differs by far more.
+TOLERANCE = 1e-4
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The command line of ``export``."""
+    parser.add_argument("model", help="name of the architecture")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE")
+    parser.add_argument(
+        "--format", choices=("onnx", "pt2"), help="default: by the ending of --out, else onnx"
+    )
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="default: untrained")
+    parser.add_argument("--dynamic", action="store_true", help="leave batch and size open")
+    add_size_argument(parser, "size to trace at (default: the model's)")
+    parser.add_argument("--batch", type=int, default=1, help="of a file that is not dynamic")
+    parser.add_argument("--fused", action="store_true", help="fold norms and branches first")
+    parser.add_argument("--int8", action="store_true", help="quantise the ONNX file (QDQ)")
+    parser.add_argument(
+        "--calibration", type=Path, metavar="FOLDER", help="of images, for --int8 (default: noise)"
+    )
+    parser.add_argument("--calibration-images", type=int, default=64, metavar="N")
+
+
+def run(options: Namespace) -> int:
+    """Run ``export``; 0 if the file is written and right."""
+    format = options.format or ("pt2" if options.out.suffix == ".pt2" else "onnx")
+    if options.int8 and format != "onnx":
+        raise CommandError("--int8 makes ONNX files; leave --format pt2 out")
+    if not options.out.parent.is_dir():
+        raise CommandError(f"there is no folder {options.out.parent} to write to")
+    if options.batch < 1:
+        raise CommandError(f"--batch must be 1 or more, got {options.batch}")
+    loaded = load(options.model, options.checkpoint)
+    if options.checkpoint is None:
+        sys.stderr.write(f"note: without --checkpoint, {loaded.name} is exported untrained\n")
+    if options.fused:
+        loaded.model.fuse(channels_last=False)  # only folds: kernels are the other runtime's
+    size = two_sides(options.size, loaded.model)
+    export(loaded, options.out, format, size, options.batch, options.dynamic, options)
+    return 0
+
+
+def export(
+    loaded: Loaded,
+    path: Path,
+    format: str,
+    size: tuple[int, int],
+    batch: int = 1,
+    dynamic: bool = False,
+    options: Namespace | None = None,
+) -> None:
+    """Write ``path`` if what it gives is what the model gives, and say so.
+
+    Args:
+        format: ``"onnx"`` or ``"pt2"``.
+        size: of the images it is traced with.
+        batch: their number; open with ``dynamic``, as the size is.
+        options: ``int8``, ``calibration`` and ``calibration_images``; None for no int8.
+
+    Raises:
+        CommandError: it cannot be exported, or differs; ``path`` is as before then.
+    """
+    from backbones.cli import exporting
+
+    model, name = loaded.model, loaded.name
+    shape = (batch, model.in_chans, *size)
+    _say(f"{name}: tracing at {_sizes(shape)}")
+    try:
+        program = exporting.trace(model, shape, dynamic)
+        with exporting.replace_whole(path) as scratch:
+            if format == "onnx":
+                _say(f"{name}: writing ONNX")
+                exporting.save_onnx(program, scratch, _metadata(loaded))
+                runner = exporting.onnx_runner(scratch)
+            else:
+                exporting.save_program(program, scratch)
+                runner = exporting.program_runner(scratch)
+            worst = 0.0
+            for checked, error in exporting.check(
+                model, runner, exporting.check_shapes(shape, dynamic)
+            ):
+                _say(f"  {_sizes(checked):<16} error {error:.1e}")
+                worst = max(worst, error)
+            if worst > TOLERANCE:
+                raise CommandError(
+                    f"the file differs from the model by {worst:.1e} of the greatest output "
+                    f"(allowed: {TOLERANCE:.0e}); it was not written"
+                )
+            if options is not None and options.int8:
+                _quantize(loaded, scratch, size, options)
+            total = sum(part.stat().st_size for part in scratch.parent.iterdir())
+    except CommandError as error:
+        raise CommandError(f"{name}: {error}") from error
+    except OSError as error:
+        raise CommandError(f"cannot write {path}: {error.strerror or error}") from error
+    where = "any batch and size" if dynamic else f"images {_sizes(shape)}"
+    precision = " in int8" if options is not None and options.int8 else ""
+    _say(f"{path}: {name}{precision} for {where}, {total / 1e6:.1f} MB, max error {worst:.1e}")
+
+
+def _quantize(loaded: Loaded, path: Path, size: tuple[int, int], options: Namespace) -> None:
+    from backbones.cli import quantizing
+    from backbones.cli.exporting import onnx_runner
+
+    model = loaded.model
+    images = quantizing.calibration_images(
+        loaded, options.calibration, options.calibration_images, size
+    )
+    if options.calibration is None:
+        _say(
+            "  no --calibration FOLDER: the ranges come from noise, which real images do not "
+            "resemble; use such a file for timing only"
+        )
+    quantizing.quantize(path, images)
+    agreement = quantizing.agreement(model, onnx_runner(path), images)
+    if agreement.top1 is not None:
+        _say(
+            f"  int8 agrees with float in {100 * agreement.top1:.1f} % of {len(images)} answers; "
+            f"signal to noise {agreement.decibels:.1f} dB"
+        )
+    else:
+        _say(f"  int8 against float: signal to noise {agreement.decibels:.1f} dB")
+
+
+def _metadata(loaded: Loaded) -> dict[str, str]:
+    """What whoever runs the file must know, as strings."""
+    import torch
+
+    from backbones.cli.predict import preprocessing
+
+    config: dict[str, Any] = preprocessing(loaded)
+    facts = {"model": loaded.name, "torch": torch.__version__}
+    facts["preprocessing"] = json.dumps(config, default=list)
+    if loaded.classes:
+        facts["classes"] = json.dumps(loaded.classes)
+    return facts
+
+
+def _sizes(shape: tuple[int, ...]) -> str:
+    return "×".join(map(str, shape))
+
+
+def _say(line: str) -> None:
+    sys.stdout.write(line + "\n")
+    sys.stdout.flush()

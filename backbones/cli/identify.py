@@ -1,0 +1,98 @@
+"""Which published checkpoint a file is, by the names and shapes of its tensors and its checksum."""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from backbones.cli.parity import reference, variants
+
+__all__ = ["Match", "closest", "released_file", "sha256_of", "signature"]
+
+Signature = dict[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class Match:
+    """How a file's tensors compare with those that a published model has.
+
+    Attributes:
+        missing: names of the model's that the file lacks.
+        unexpected: names of the file's that the model lacks.
+        reshaped: names that both have, with other shapes.
+    """
+
+    family: str
+    variant: str
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    reshaped: list[str] = field(default_factory=list)
+
+    @property
+    def differences(self) -> int:
+        """Tensors that do not fit."""
+        return len(self.missing) + len(self.unexpected) + len(self.reshaped)
+
+
+def signature(tensors: Mapping[str, Tensor]) -> Signature:
+    """Names and shapes of floating tensors; counters and tables of indices follow from those."""
+    return {
+        name: tuple(tensor.shape) for name, tensor in tensors.items() if tensor.is_floating_point()
+    }
+
+
+def closest(tensors: Mapping[str, Tensor]) -> list[Match]:
+    """The published models whose tensors differ in the fewest places, all of them that tie.
+
+    Args:
+        tensors: of a checkpoint, with the originals' names.
+    """
+    own = signature(tensors)
+    matches = [_match(own, family, variant) for family, variant in variants()]
+    least = min(match.differences for match in matches)
+    return [match for match in matches if match.differences == least]
+
+
+def released_file(variant_figures: Mapping[str, Any], path: Path, digest: str) -> str | None:
+    """The address of the release that ``path`` is byte for byte, where a release says its checksum.
+
+    OpenMMLab's files do: their names end with the first eight digits of it.
+    """
+    for weights in variant_figures.get("weights") or ():
+        name = re.search(r"-([0-9a-f]{8})\.pth", weights.get("url") or "")
+        if name is not None and digest.startswith(name[1]):
+            return str(weights["url"])
+    return None
+
+
+def sha256_of(path: Path) -> str:
+    """The checksum of a file."""
+    with open(path, "rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _match(own: Signature, family: str, variant: str) -> Match:
+    figures = reference(family, variant)
+    derived = set(figures.get("derived", ()))
+    theirs: Signature = {
+        name: tuple(shape)
+        for name, shape, dtype in figures["state_dict"]
+        if dtype.removeprefix("torch.").startswith(("float", "bfloat")) and name not in derived
+    }
+    shared = own.keys() & theirs.keys()
+    return Match(
+        family,
+        variant,
+        sorted(theirs.keys() - shared),
+        sorted(own.keys() - shared - derived),
+        sorted(name for name in shared if own[name] != theirs[name]),
+    )

@@ -1,0 +1,230 @@
+"""What a model costs, part by part: parameters, multiply-accumulates, and its share of the time."""
+
+from __future__ import annotations
+
+import copy
+import math
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torchvision
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from backbones._base import StagedBackbone
+from backbones.cli.receptive_field import ReceptiveField, reach_of
+from ops.neighborhood import NeighborhoodAttention2D
+
+__all__ = ["Part", "count_macs", "measure", "time_shares"]
+
+
+@dataclass
+class Part:
+    """A stem, a stage, or what comes after the stages.
+
+    Attributes:
+        shape: (C, H, W) of the map that it gives, without the batch; the output's for ``head``.
+        params: parameters.
+        macs: multiply-accumulates for one image, of convolutions and matrix products.
+        receptive_field: side in pixels; infinite for the whole image; None after the stages.
+        share: of the time of a forward pass; None if it was not measured.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    params: int
+    macs: int
+    receptive_field: float | None = None
+    share: float | None = None
+
+
+@torch.no_grad()
+def measure(model: StagedBackbone, height: int, width: int, runs: int = 0) -> list[Part]:
+    """Parts of a model in the order in which they run.
+
+    All but the time is found on the meta device, where nothing is computed.
+
+    Args:
+        height, width: of the image.
+        runs: forward passes that the shares of time are medians of; 0 leaves them out.
+    """
+    shadow = copy.deepcopy(model).to("meta").eval()
+    dtype = next(model.parameters()).dtype
+    images = torch.empty(1, model.in_chans, height, width, dtype=dtype, device="meta")
+    parts: list[Part] = []
+    field = ReceptiveField()
+    counter = _counter()
+    seen = 0
+
+    def record(name: str, module: nn.Module, value: Tensor) -> None:
+        nonlocal seen
+        total = _macs(counter)
+        params = sum(p.numel() for p in module.parameters())
+        parts.append(Part(name, tuple(value.shape[1:]), params, total - seen, field.side))
+        seen = total
+
+    with (
+        counter,
+        _correct_attention(shadow, counter),
+        _follow(shadow, field),
+        _at_ends(shadow, record),
+    ):
+        output = shadow(images)
+    rest = sum(p.numel() for p in model.parameters()) - sum(part.params for part in parts)
+    last = Part("head", tuple(output.shape[1:]), rest, _macs(counter) - seen)
+    parts.append(last)
+    if runs:
+        shares = time_shares(model, height, width, runs)
+        for part, share in zip(parts, shares, strict=True):
+            part.share = share
+    return parts
+
+
+def count_macs(model: StagedBackbone, height: int, width: int) -> int:
+    """Multiply-accumulates of convolutions and matrix products for one image."""
+    return sum(part.macs for part in measure(model, height, width))
+
+
+@torch.inference_mode()
+def time_shares(model: StagedBackbone, height: int, width: int, runs: int) -> list[float]:
+    """Shares of a forward pass, of the parts of :func:`measure` in turn; they add up to 1.
+
+    Each is the median over ``runs`` passes with one image, after a first pass that does not count.
+    """
+    parameter = next(model.parameters())
+    images = torch.zeros(
+        1, model.in_chans, height, width, dtype=parameter.dtype, device=parameter.device
+    )
+    stamps: list[float] = []
+
+    def stamp(*_: Any) -> None:
+        if parameter.device.type == "cuda":
+            torch.cuda.synchronize(parameter.device)
+        stamps.append(time.perf_counter())
+
+    passes: list[list[float]] = []
+    with _at_ends(model, stamp):
+        for _ in range(runs + 1):
+            stamps.clear()
+            stamp()
+            model(images)
+            stamp()
+            passes.append([b - a for a, b in zip(stamps, stamps[1:], strict=False)])
+    medians = [statistics.median(column) for column in zip(*passes[1:], strict=True)]
+    return [median / sum(medians) for median in medians]
+
+
+@contextmanager
+def _removed_after(handles: list[Any]) -> Iterator[None]:
+    try:
+        yield
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _at_ends(
+    model: StagedBackbone, call: Callable[[str, nn.Module, Tensor], None]
+) -> Iterator[None]:
+    """Call with name, module and map, when the stem (all before the stages) and each stage end."""
+
+    def stem_ended(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        call("stem", model.stem, inputs[0])
+
+    def stage_ended(number: int) -> Callable[..., None]:
+        return lambda module, inputs, output: call(f"stage {number}", module, output)
+
+    handles: list[Any] = [model.stages[0].register_forward_pre_hook(stem_ended)]
+    for number, stage in enumerate(model.stages, start=1):
+        handles.append(stage.register_forward_hook(stage_ended(number)))
+    with _removed_after(handles):
+        yield
+
+
+def _counter() -> FlopCounterMode:
+    assert torchvision.ops is not None  # it registers the operator
+    formulas = {torch.ops.torchvision.deform_conv2d: _deform_conv_flops}
+    return FlopCounterMode(display=False, custom_mapping=formulas)
+
+
+def _macs(counter: FlopCounterMode) -> int:
+    return counter.get_total_flops() // 2
+
+
+def _deform_conv_flops(
+    image: Any, weight: Any, *args: Any, out_shape: Any = None, **kwargs: Any
+) -> int:
+    """As a dense convolution of the same size; fetching the pixels is not counted."""
+    return 2 * math.prod(weight[1:]) * math.prod(out_shape)
+
+
+@contextmanager
+def _correct_attention(model: nn.Module, counter: FlopCounterMode) -> Iterator[None]:
+    """Count of neighborhood attention what it takes, not what a backend spends on whole tiles."""
+    before: list[int] = []
+    handles = []
+    total = counter.flop_counts["Global"]
+
+    def enter(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        before.append(sum(total.values()))
+
+    def leave(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        _, height, width, dim = inputs[0].shape
+        window = [min(k, n) for k, n in zip(module.kernel_size, (height, width), strict=True)]
+        tokens = inputs[0].shape[:3].numel()
+        exact = 2 * tokens * (4 * dim * dim + 2 * math.prod(window) * dim)
+        total[_NEIGHBORHOOD] += exact - (sum(total.values()) - before.pop())
+
+    for module in model.modules():
+        if isinstance(module, NeighborhoodAttention2D):
+            handles.append(module.register_forward_pre_hook(enter))
+            handles.append(module.register_forward_hook(leave))
+    with _removed_after(handles):
+        yield
+
+
+# Under what name the corrections stand among the counter's operators.
+_NEIGHBORHOOD = "neighborhood attention"
+
+
+@contextmanager
+def _follow(model: nn.Module, field: ReceptiveField) -> Iterator[None]:
+    """Let ``field`` pass through the layers as they run."""
+    inside: list[nn.Module] = []
+    handles = []
+
+    def enter(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        shape = inputs[0].shape if inputs and isinstance(inputs[0], Tensor) else ()
+        if len(shape) == 4:
+            sides = shape[2:] if _is_conv_like(module) else shape[1:3]
+            found = reach_of(module, *sides)
+        elif len(shape) == 3:
+            found = reach_of(module, shape[1], 1)
+        else:
+            found = None
+        if found is not None:
+            if not inside:
+                field.pass_through(*found)
+            inside.append(module)
+
+    def leave(module: nn.Module, inputs: Any, output: Any) -> None:
+        if inside and inside[-1] is module:
+            inside.pop()
+
+    for module in model.modules():
+        handles.append(module.register_forward_pre_hook(enter))
+        handles.append(module.register_forward_hook(leave))
+    with _removed_after(handles):
+        yield
+
+
+def _is_conv_like(module: nn.Module) -> bool:
+    from ops.attention.cascaded import CascadedGroupAttention
+
+    return isinstance(module, CascadedGroupAttention)

@@ -1,0 +1,79 @@
+"""The picture of ``predict``: images, the heat of their answers over them, and the answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+from backbones.cli.predict import Answer
+
+__all__ = ["draw_answers"]
+
+_HEAT, _STRENGTH = "inferno", 0.6
+
+
+def draw_answers(path: Path, answers: Sequence[Answer], names: Sequence[str]) -> None:
+    """Draw each image beside itself under its heat, with the first answers below.
+
+    Args:
+        path: the PNG.
+        answers: with ``image`` and ``heat``.
+        names: of the classes, by number.
+    """
+    from matplotlib import colormaps
+
+    from backbones.training.pictures import _short, new_figure, save_figure
+
+    columns = min(4, len(answers))
+    rows = -(-len(answers) // columns)
+    width, height = 3.1 * columns + 0.2, 2.25 * rows + 0.15
+    figure = new_figure(width, height)
+    figure.subplots_adjust(
+        left=0.1 / width,
+        right=1 - 0.1 / width,
+        bottom=0.5 / height,
+        top=1 - 0.32 / height,
+        wspace=0.06,
+        hspace=0.5,
+    )
+    axes = np.atleast_1d(figure.subplots(rows, columns)).ravel()
+    for axis in axes:
+        axis.set_axis_off()
+    for axis, answer in zip(axes, answers, strict=False):
+        heat = _resized(answer.heat, answer.image.shape[:2])[..., None]
+        colors = colormaps[_HEAT](heat[..., 0])[..., :3]
+        shown = answer.image * (1 - _STRENGTH * heat) + colors * _STRENGTH * heat
+        gap = np.ones((len(heat), max(1, len(heat) // 40), 3))
+        axis.imshow(np.concatenate((answer.image, gap, shown), axis=1))
+        axis.set_title(_short_path(answer.path), fontsize=9, loc="left", pad=3, color="#56606e")
+        lines = [
+            f"{_short(names[number])}  {100 * confidence:.0f} %"
+            for number, confidence in zip(answer.classes[:2], answer.confidences, strict=False)
+        ]
+        for i, line in enumerate(lines):
+            axis.text(
+                0,
+                -0.03 - 0.13 * i,
+                line,
+                transform=axis.transAxes,
+                va="top",
+                color="#222b38",
+                fontsize=10 if not i else 8.5,
+                fontweight="normal" if i else "bold",
+            )
+    save_figure(figure, path)
+
+
+def _resized(heat: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    tensor = torch.from_numpy(heat)[None, None].float()
+    resized = F.interpolate(tensor, size=size, mode="bilinear", align_corners=False)
+    return resized[0, 0].numpy()
+
+
+def _short_path(path: Path) -> str:
+    name = path.name
+    return name if len(name) <= 30 else f"{name[:14]}…{name[-15:]}"

@@ -1,0 +1,289 @@
+"""``vision-backbones predict``: classes of images as a table, CSV or JSON, and what spoke for them.
+
+Images that cannot be read are named and counted, and the others go on.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from backbones.cli.common import CommandError, Loaded, load, read_labels, table
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+__all__ = [
+    "EXAMPLE",
+    "Answer",
+    "add_arguments",
+    "find_images",
+    "open_image",
+    "predict",
+    "preprocessing",
+    "run",
+]
+
+EXAMPLE = "photos/ --checkpoint runs/quickstart/best.safetensors --cam cam.png --csv answers.csv"
+
+_PICTURES = 24
+
+
+@dataclass
+class Answer:
+    """What a model says of one image.
+
+    Attributes:
+        classes, confidences: the likeliest first.
+        error: why the image could not be read; the others are empty then.
+        image: (H, W, 3) in 0 … 1, as the model saw it; for the picture only, as ``heat`` is.
+        heat: (h, w) in 0 … 1, see :func:`backbones.cli.cam.grad_cam`.
+    """
+
+    path: Path
+    classes: list[int]
+    confidences: list[float]
+    error: str = ""
+    image: Any = None
+    heat: Any = None
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The command line of ``predict``."""
+    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="files or folders")
+    parser.add_argument("--model", help="architecture; a checkpoint of train_cls.py knows its own")
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE")
+    parser.add_argument("--labels", type=Path, metavar="FILE", help="names: one a line, or JSON")
+    parser.add_argument("--topk", type=int, default=5, help="answers an image (default: 5)")
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write a row for each answer")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write an entry for each image")
+    parser.add_argument(
+        "--cam", type=Path, metavar="PNG", help=f"draw the first {_PICTURES} with their Grad-CAM"
+    )
+    parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--device", default="cpu")
+
+
+def run(options: Namespace) -> int:
+    """Run ``predict``; 1 if an image could not be read."""
+    if options.topk < 1 or options.batch_size < 1:
+        raise CommandError("--topk and --batch-size must be 1 or more")
+    for path in (options.csv, options.json, options.cam):
+        if path is not None and not path.parent.is_dir():
+            raise CommandError(f"there is no folder {path.parent} to write {path.name} to")
+    paths = find_images(options.images)
+    loaded = load(options.model, options.checkpoint)
+    if options.checkpoint is None:
+        sys.stderr.write(f"note: without --checkpoint, {loaded.name} is untrained and guesses\n")
+    if not loaded.model.num_classes:
+        raise CommandError(f"{loaded.name} has no classifier; predict needs one")
+    if options.labels is not None:
+        loaded.classes = read_labels(options.labels, loaded.model.num_classes)
+    try:
+        loaded.model.to(options.device)
+    except (RuntimeError, AssertionError) as error:
+        raise CommandError(f"--device {options.device}: {str(error).splitlines()[0]}") from error
+
+    pictures = _PICTURES if options.cam is not None else 0
+    answers = list(
+        predict(loaded, paths, options.topk, options.batch_size, pictures, progress=True)
+    )
+    names = loaded.classes or [str(number) for number in range(loaded.model.num_classes)]
+    sys.stdout.write(_table(answers, names))
+    if options.csv is not None:
+        _write(options.csv, _csv(answers, names))
+    if options.json is not None:
+        _write(options.json, json.dumps(_entries(answers, names), indent=1, ensure_ascii=False))
+    if options.cam is not None:
+        from backbones.cli.pictures import draw_answers
+
+        shown = [answer for answer in answers if answer.image is not None]
+        if shown:
+            draw_answers(options.cam, shown, names)
+    unreadable = [answer for answer in answers if answer.error]
+    for answer in unreadable:
+        sys.stderr.write(f"cannot read {answer.path}: {answer.error}\n")
+    if unreadable:
+        sys.stderr.write(f"{len(unreadable)} of {len(answers)} images could not be read\n")
+    return 1 if unreadable else 0
+
+
+def predict(
+    loaded: Loaded,
+    paths: Sequence[Path],
+    topk: int = 5,
+    batch_size: int = 16,
+    pictures: int = 0,
+    progress: bool = False,
+) -> Iterator[Answer]:
+    """Answers in the order of ``paths``.
+
+    Args:
+        topk: answers an image, at most as many as there are classes.
+        pictures: how many readable images come back with what was seen and its Grad-CAM.
+        progress: show a bar on standard error, if that is a terminal.
+    """
+    import torch
+    from PIL import Image
+    from timm.data import create_transform
+
+    config = preprocessing(loaded)
+    transform = create_transform(**config, is_training=False)
+    grey = config["input_size"][0] == 1
+    for start in _bar(range(0, len(paths), batch_size), len(paths) > batch_size and progress):
+        batch: list[Answer] = []
+        tensors: list[Tensor] = []
+        for path in paths[start : start + batch_size]:
+            answer = Answer(path, [], [])
+            try:
+                tensors.append(transform(open_image(path, grey)))
+            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+                answer.error = str(error).splitlines()[0] if str(error) else type(error).__name__
+            batch.append(answer)
+        if tensors:
+            read = [answer for answer in batch if not answer.error]
+            drawn = _answer(loaded.model, torch.stack(tensors), read, topk, config, pictures)
+            pictures -= drawn
+        yield from batch
+
+
+def preprocessing(loaded: Loaded) -> dict[str, Any]:
+    """``input_size``, ``mean``, ``std``, ``interpolation``, ``crop_pct``, ``crop_mode``.
+
+    Those of the training if its recipe is there, else of the model's published weights.
+    """
+    from timm.data import resolve_data_config
+
+    if loaded.recipe is not None:
+        from backbones.training.build import preprocessing as of_recipe
+
+        return of_recipe(loaded.recipe, loaded.model)
+    return resolve_data_config({}, model=loaded.model)
+
+
+def find_images(places: Sequence[Path]) -> list[Path]:
+    """Files as they are named; of folders, the images in them and below, sorted.
+
+    Raises:
+        CommandError: a folder without an image.
+        FileNotFoundError: nothing there.
+    """
+    from timm.data.readers.img_extensions import get_img_extensions
+
+    extensions = get_img_extensions(as_set=True)
+    found: list[Path] = []
+    for place in places:
+        if place.is_dir():
+            inside = sorted(p for p in place.rglob("*") if p.suffix.lower() in extensions)
+            if not inside:
+                raise CommandError(f"no image below {place}")
+            found += inside
+        elif place.is_file():
+            found.append(place)
+        else:
+            raise FileNotFoundError(f"no image at {place}")
+    return found
+
+
+def open_image(path: Path, grey: bool = False) -> Image.Image:
+    """Decoded, upright, in RGB or grey.
+
+    Raises:
+        OSError, ValueError, SyntaxError: it is no whole image.
+    """
+    from PIL import Image, ImageOps
+
+    with Image.open(path) as image:
+        image.load()
+        return ImageOps.exif_transpose(image).convert("L" if grey else "RGB")
+
+
+def _answer(
+    model: Any,
+    images: Tensor,
+    answers: Sequence[Answer],
+    topk: int,
+    config: dict[str, Any],
+    pictures: int,
+) -> int:
+    """Fill in ``answers``; how many of them got what the picture needs."""
+    import torch
+
+    drawn = min(pictures, len(answers))
+    device = next(model.parameters()).device
+    if drawn:
+        from backbones.cli.cam import grad_cam
+
+        logits, heat = grad_cam(model, images.to(device))
+        mean, std = (torch.tensor(config[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
+        pixels = (images * std + mean).clamp(0, 1).expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
+        for i in range(drawn):
+            answers[i].image, answers[i].heat = pixels[i].numpy(), heat[i].cpu().numpy()
+    else:
+        with torch.inference_mode():
+            logits = model(images.to(device))
+    best = logits.float().softmax(1).cpu().topk(min(topk, logits.shape[1]), dim=1)
+    for answer, confidences, classes in zip(
+        answers, best.values.tolist(), best.indices.tolist(), strict=True
+    ):
+        answer.confidences, answer.classes = confidences, classes
+    return drawn
+
+
+def _bar(steps: range, shown: bool) -> Any:
+    if not shown or not sys.stderr.isatty():
+        return steps
+    from tqdm import tqdm
+
+    return tqdm(steps, unit="batch", leave=False)
+
+
+def _table(answers: Sequence[Answer], names: Sequence[str]) -> str:
+    rows = [
+        [str(answer.path) if not place else "", names[number], f"{100 * confidence:.1f} %"]
+        for answer in answers
+        for place, (number, confidence) in enumerate(
+            zip(answer.classes, answer.confidences, strict=True)
+        )
+    ]
+    return table(("image", "class", "confidence"), rows, left=2) if rows else ""
+
+
+def _csv(answers: Sequence[Answer], names: Sequence[str]) -> str:
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(("image", "place", "class", "name", "confidence", "error"))
+    for answer in answers:
+        if answer.error:
+            writer.writerow((answer.path, "", "", "", "", answer.error))
+        for place, (number, confidence) in enumerate(
+            zip(answer.classes, answer.confidences, strict=True), start=1
+        ):
+            writer.writerow((answer.path, place, number, names[number], f"{confidence:.6f}", ""))
+    return text.getvalue()
+
+
+def _entries(answers: Sequence[Answer], names: Sequence[str]) -> list[dict[str, Any]]:
+    entries: list[dict[str, Any]] = []
+    for answer in answers:
+        if answer.error:
+            entries.append({"image": str(answer.path), "error": answer.error})
+            continue
+        pairs = zip(answer.classes, answer.confidences, strict=True)
+        said = [{"class": n, "name": names[n], "confidence": round(c, 6)} for n, c in pairs]
+        entries.append({"image": str(answer.path), "answers": said})
+    return entries
+
+
+def _write(path: Path, text: str) -> None:
+    from backbones.training.checkpoint import write_atomically
+
+    write_atomically(path, lambda file: file.write(text.encode()))

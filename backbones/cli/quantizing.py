@@ -1,0 +1,135 @@
+"""ONNX files in int8, by onnxruntime's static quantisation, and how well those agree.
+
+https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from backbones.cli.common import CommandError, Loaded
+from backbones.cli.exporting import Run
+
+__all__ = ["Agreement", "agreement", "calibration_images", "quantize"]
+
+# What costs the time; norms, softmax and sums stay in float.
+_QUANTIZED = ["Conv", "MatMul", "Gemm"]
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How an int8 file compares with the model.
+
+    Attributes:
+        top1: share of the images with the same likeliest class; None without classes.
+        decibels: power of the outputs over that of the difference.
+    """
+
+    top1: float | None
+    decibels: float
+
+
+def calibration_images(
+    loaded: Loaded, folder: Path | None, count: int, size: tuple[int, int]
+) -> list[Tensor]:
+    """``count`` images (1, C, H, W), preprocessed; without a folder, standard normal noise.
+
+    Of a folder they are spread over all of its images; those that cannot be read are passed over.
+
+    Raises:
+        CommandError: no image in the folder can be read, or ``count`` below 1.
+    """
+    if count < 1:
+        raise CommandError(f"--calibration-images must be 1 or more, got {count}")
+    channels = loaded.model.in_chans
+    if folder is None:
+        generator = torch.Generator().manual_seed(0)
+        return [torch.randn(1, channels, *size, generator=generator) for _ in range(count)]
+    from timm.data import create_transform
+
+    from backbones.cli.predict import find_images, open_image, preprocessing
+
+    config = {**preprocessing(loaded), "input_size": (channels, *size)}
+    transform = create_transform(**config, is_training=False)
+    paths = find_images([folder])
+    images: list[Tensor] = []
+    for path in paths[:: max(1, len(paths) // count)][:count]:
+        try:
+            images.append(transform(open_image(path, channels == 1))[None])
+        except (OSError, ValueError, SyntaxError):
+            continue
+    if not images:
+        raise CommandError(f"no image below {folder} can be read")
+    return images
+
+
+def quantize(path: Path, images: Sequence[Tensor]) -> None:
+    """Put an int8 form in the place of a float ONNX file.
+
+    Weights become int8 by channel, activations uint8 with ranges of what the images cause.
+    """
+    from onnxruntime.quantization import (
+        CalibrationDataReader,
+        QuantFormat,
+        QuantType,
+        quantize_static,
+    )
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self.left = iter(images)
+
+        def get_next(self) -> dict[str, Any] | None:
+            image = next(self.left, None)
+            return None if image is None else {"image": image.numpy()}
+
+    prepared = path.with_name(f".prepared.{path.name}")
+    quantized = path.with_name(f".int8.{path.name}")
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        quant_pre_process(str(path), str(prepared), skip_symbolic_shape=True)
+        quantize_static(
+            str(prepared),
+            str(quantized),
+            Reader(),
+            quant_format=QuantFormat.QDQ,
+            op_types_to_quantize=_QUANTIZED,
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            extra_options={"MatMulConstBOnly": True},
+        )
+    except Exception as error:  # onnxruntime's have no public base
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise CommandError(f"cannot be quantised: {reason}") from error
+    finally:
+        logging.disable(before)
+        prepared.unlink(missing_ok=True)
+    os.replace(quantized, path)
+
+
+@torch.inference_mode()
+def agreement(model: nn.Module, run: Run, images: Sequence[Tensor]) -> Agreement:
+    """How the outputs of ``run`` compare with the model's on ``images``."""
+    same, signal, noise = 0, 0.0, 0.0
+    classifies = True
+    for image in images:
+        expected, got = model(image).double(), run(image).double()
+        signal += expected.square().sum().item()
+        noise += (expected - got).square().sum().item()
+        classifies = expected.ndim == 2 and expected.shape[1] > 1
+        if classifies:
+            same += int(expected.argmax(1).eq(got.argmax(1)).sum())
+    decibels = 10 * math.log10(signal / noise) if noise else math.inf
+    return Agreement(same / len(images) if classifies else None, decibels)

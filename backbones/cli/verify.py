@@ -1,0 +1,283 @@
+"""``vision-backbones verify``: what a checkpoint is, whether it loads, and if outputs are right.
+
+Two comparisons are made stage by stage. With weights that are made up, but the same everywhere, the
+outputs are compared with figures that the original's code gave: that is about the code on this
+machine. With a user's own weights they are compared with figures saved elsewhere by
+``--save-figures``: that is about the checkpoint, the machine and the versions together.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from backbones.cli.common import (
+    CommandError,
+    add_size_argument,
+    count_text,
+    create,
+    load,
+    table,
+    two_sides,
+)
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+__all__ = ["EXAMPLE", "add_arguments", "compare", "make_figures", "run"]
+
+EXAMPLE = "van_b0 --checkpoint van_tiny_754.pth.tar"
+
+_SHOWN = 3
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The command line of ``verify``."""
+    parser.add_argument("model", nargs="?", help="default: what the checkpoint says or looks like")
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE")
+    parser.add_argument(
+        "--save-figures", type=Path, metavar="JSON", help="of every stage, to compare elsewhere"
+    )
+    parser.add_argument("--figures", type=Path, metavar="JSON", help="compare with those")
+    add_size_argument(parser, "of the image for --save-figures (default: the model's)")
+
+
+def run(options: Namespace) -> int:
+    """Run ``verify``; 1 if the checkpoint does not load, or an output differs."""
+    if options.checkpoint is None:
+        if options.model is None:
+            raise CommandError("give a MODEL, a --checkpoint FILE, or both")
+        if options.figures is not None or options.save_figures is not None:
+            raise CommandError("figures are of weights: give --checkpoint FILE")
+        create(options.model)  # refuses a name that there is not
+        return int(not _verify_code(options.model))
+    if not options.checkpoint.is_file():
+        raise FileNotFoundError(f"no checkpoint at {options.checkpoint}")
+    looks_like = _identify(options.checkpoint)
+    name = options.model or looks_like
+    if name is None:
+        raise CommandError(f"give the MODEL that {options.checkpoint} is of")
+    loads = _verify_loading(name, options.checkpoint)
+    if loads is None:
+        return 1
+    right = _verify_code(loads.name)
+    if options.save_figures is not None:
+        size = two_sides(options.size, loads.model)
+        figures = {"model": loads.name, **make_figures(loads.model, size)}
+        _write(options.save_figures, figures)
+        sys.stdout.write(f"figures of these weights: saved as {options.save_figures}\n")
+    if options.figures is not None:
+        right &= _verify_figures(loads, options.figures)
+    elif options.save_figures is None:
+        sys.stdout.write(
+            "outputs of these weights: nothing to compare with; make figures where they are right "
+            "with\n  --save-figures figures.json, and give --figures figures.json here\n"
+        )
+    return int(not right)
+
+
+def make_figures(model: Any, size: tuple[int, int], seed: int = 0) -> dict[str, Any]:
+    """Shape, mean, deviation, norm and first values of every stage's map and of the output.
+
+    The image is the same everywhere, see :func:`backbones.cli.parity.image`.
+    """
+    import torch
+
+    from backbones.cli.parity import image
+
+    shape = (1, model.in_chans, *size)
+    maps, output = _outputs(model, image(shape, seed))
+    return {
+        "torch": torch.__version__,
+        "input": list(shape),
+        "seed": seed,
+        "stages": [_summary(stage) for stage in maps],
+        "output": _summary(output),
+    }
+
+
+def compare(model: Any, figures: dict[str, Any]) -> list[tuple[str, float]]:
+    """Relative error of every stage and of the output against :func:`make_figures`.
+
+    Raises:
+        CommandError: the figures are of other shapes, or no figures.
+    """
+    from backbones.cli.parity import image, summary_error
+
+    try:
+        maps, output = _outputs(model, image(figures["input"], figures["seed"]))
+        expected = [*figures["stages"], figures["output"]]
+        names = [*(f"stage {i + 1}" for i in range(len(maps))), "output"]
+        return [
+            (name, summary_error(value, of_it))
+            for name, value, of_it in zip(names, [*maps, output], expected, strict=True)
+        ]
+    except (KeyError, TypeError, ValueError, AssertionError, RuntimeError) as error:
+        raise CommandError(f"the figures are not of this model: {error}") from error
+
+
+def _outputs(model: Any, images: Tensor) -> tuple[list[Tensor], Tensor]:
+    import torch
+
+    with torch.inference_mode():
+        return model.forward_intermediates(images, intermediates_only=True), model(images)
+
+
+def _summary(value: Tensor) -> dict[str, Any]:
+    value = value.detach().double()
+    return {
+        "shape": list(value.shape),
+        "mean": value.mean().item(),
+        "std": value.std(unbiased=False).item(),
+        "l2": value.norm().item(),
+        "first8": value.flatten()[:8].tolist(),
+    }
+
+
+def _identify(path: Path) -> str | None:
+    """Say what the file is; the model that it looks like, if it is one."""
+    from backbones._checkpoint import _strip_prefixes, read_checkpoint
+    from backbones.cli.identify import closest, released_file, sha256_of
+    from backbones.cli.parity import reference
+
+    tensors, around = _strip_prefixes(read_checkpoint(path))
+    digest = sha256_of(path)
+    numbers = sum(tensor.numel() for tensor in tensors.values())
+    sys.stdout.write(
+        f"{path}: {len(tensors)} tensors, {count_text(numbers)} numbers"
+        f"{f', and {len(around)} of parts around the backbone' if around else ''}\n"
+        f"sha256 {digest}\n"
+    )
+    matches = closest(tensors)
+    if matches[0].differences == 0:
+        for match in matches:
+            figures = reference(match.family, match.variant)
+            file = released_file(figures, path, digest)
+            if file is not None:
+                sys.stdout.write(f"release: byte for byte {file}\n")
+                return match.variant
+        names = " or ".join(match.variant for match in matches)
+        sys.stdout.write(
+            f"release: names and shapes are those of the original's {names}; whether the values "
+            "are too,\n  its authors publish no checksum to tell\n"
+        )
+        _list_releases(matches[0].variant)
+        return matches[0].variant
+    ours = _own_form(tensors)
+    if ours is not None:
+        sys.stdout.write(f"release: none; these are weights of this library's {ours}\n")
+        return ours
+    match = matches[0]
+    if match.differences > len(tensors) // 2:
+        sys.stdout.write("release: none; it resembles none of the published models\n")
+        return None
+    differences = _some(
+        {
+            "missing": match.missing,
+            "unexpected": match.unexpected,
+            "of another shape": match.reshaped,
+        }
+    )
+    sys.stdout.write(
+        f"release: none; nearest is {match.variant} of the original, with {differences}\n"
+    )
+    return match.variant
+
+
+def _some(kinds: dict[str, list[str]]) -> str:
+    """How many names there are of each kind, and the first of them."""
+    parts = []
+    for kind, names in kinds.items():
+        if names:
+            more = ", …" if len(names) > _SHOWN else ""
+            parts.append(f"{len(names)} {kind} ({', '.join(names[:_SHOWN])}{more})")
+    return "; ".join(parts)
+
+
+def _list_releases(variant: str) -> None:
+    from backbones._registry import published_weights
+
+    for tag, cfg in published_weights(variant).items():
+        if cfg.has_weights:
+            sys.stdout.write(f"  {variant}.{tag}: {cfg.url}\n")
+
+
+def _own_form(tensors: dict[str, Tensor]) -> str | None:
+    """The variant whose own names and shapes these are, but for the classifier's width."""
+    import torch
+
+    import backbones
+
+    own = {name: tuple(t.shape) for name, t in tensors.items() if not name.startswith("head.")}
+    if not any(name.startswith("stages.0.") for name in own):
+        return None
+    for name in backbones.list_models():
+        with torch.device("meta"):
+            state = backbones.create_model(name).state_dict()
+        theirs = {k: tuple(t.shape) for k, t in state.items() if not k.startswith("head.")}
+        if theirs == own:
+            return name
+    return None
+
+
+def _verify_loading(name: str | None, path: Path) -> Any:
+    """Say whether it loads; the model, or None if it does not."""
+    import backbones
+
+    try:
+        loaded = load(name, path)
+    except backbones.CheckpointError as error:
+        sys.stdout.write(f"loading: fails: {error}\n")
+        return None
+    kinds = {k: v for k, v in vars(loaded.report).items() if k != "source" and v}
+    text = _some(kinds) or "strictly: every tensor has its place, and every place its tensor"
+    classes = f", {loaded.model.num_classes} classes" if loaded.model.num_classes else ""
+    sys.stdout.write(f"loading: into {loaded.name}{classes}, {text}\n")
+    return loaded
+
+
+def _verify_code(name: str) -> bool:
+    """Compare with the original's figures; whether all are right."""
+    from backbones.cli.parity import case_errors, tolerance, variants
+
+    family = next((family for family, variant in variants() if variant == name), None)
+    if family is None:
+        sys.stdout.write(f"code: there are no figures of an original of {name}\n")
+        return True
+    allowed = tolerance(family)
+    output, stages = case_errors(family, name, 0)
+    rows = [(f"stage {i + 1}", error) for i, error in enumerate(stages)] + [("output", output)]
+    sys.stdout.write(f"code of {name}, with made-up weights, against the original's figures:\n")
+    return _show(rows, allowed)
+
+
+def _verify_figures(loaded: Any, path: Path) -> bool:
+    try:
+        figures = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise CommandError(f"{path} is no JSON: {error}") from error
+    if figures.get("model") != loaded.name:
+        raise CommandError(f"{path} has figures of {figures.get('model')}, not of {loaded.name}")
+    sys.stdout.write(f"these weights, against {path} (torch {figures.get('torch')}):\n")
+    return _show(compare(loaded.model, figures), _ALLOWED)
+
+
+# Relative: kernels of other machines sum in another order.
+_ALLOWED = 1e-4
+
+
+def _show(rows: list[tuple[str, float]], allowed: float) -> bool:
+    right = all(error <= allowed for _, error in rows)  # NaN is not
+    cells = [[name, f"{error:.1e}", "✓" if error <= allowed else "✗"] for name, error in rows]
+    sys.stdout.write(table(("", "error", f"≤ {allowed:.0e}"), cells))
+    return right
+
+
+def _write(path: Path, figures: dict[str, Any]) -> None:
+    from backbones.training.checkpoint import write_atomically
+
+    text = json.dumps(figures, indent=1)
+    write_atomically(path, lambda file: file.write(text.encode()))

@@ -1,0 +1,151 @@
+"""What the doctor finds, and what it says mends it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from backbones.cli import doctor
+from backbones.cli.main import main
+from ops import native
+
+
+def severities(findings: list[doctor.Finding]) -> list[str]:
+    return [finding.severity for finding in findings]
+
+
+def test_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
+    status = main(["doctor", "--json"])
+    findings = json.loads(capsys.readouterr().out)
+    assert status == int(any(f["severity"] == "error" for f in findings))
+    topics = {f["topic"] for f in findings}
+    assert topics >= {"python", "cpu", "gpu", "compiler", "attention", "openmmlab", "cache"}
+    backends = [f["text"].split(":")[0] for f in findings if f["topic"] == "attention"]
+    assert backends == ["reference", "tiled", "cpu", "triton", "natten"]
+
+
+def test_the_report_says_what_mends() -> None:
+    text = doctor._report(
+        [
+            doctor.Finding("one", "ok", "good"),
+            doctor.Finding("two", "error", "bad", "pip install x"),
+            doctor.Finding("two", "warning", "slow"),
+        ]
+    )
+    assert text.splitlines() == [
+        "✓ one  good",
+        "✗ two  bad",
+        "       → pip install x",
+        "!      slow",
+        "",
+        "1 error and 1 warning",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("versions", "fix"),
+    [
+        (
+            {"mmengine": "0.10.7", "onedl-mmengine": "0.11.0"},
+            "pip uninstall -y mmengine onedl-mmengine && pip install mmengine==0.10.7",
+        ),
+        (
+            {"mmcv": "2.1.0", "mmcv-lite": "2.1.0"},
+            "pip uninstall -y mmcv mmcv-lite && pip install mmcv==2.1.0",
+        ),
+        (
+            {"mmcv-lite": "2.2.0", "mmdet": "3.3.0"},
+            "pip uninstall -y mmcv && pip install mmcv-lite==2.1.0",
+        ),
+    ],
+)
+def test_mm_packages_that_clash(versions: dict[str, str], fix: str) -> None:
+    errors = [f for f in doctor.examine_mm(versions) if f.severity == "error"]
+    assert fix in [error.fix for error in errors]
+
+
+def test_mm_without_pkg_resources_and_without_operators(monkeypatch: pytest.MonkeyPatch) -> None:
+    (error,) = doctor.examine_mm({"mmengine": "0.10.7"}, has_pkg_resources=False)
+    assert error.fix == "pip install 'setuptools<81'"
+    monkeypatch.setattr(doctor, "_has_no_extension", lambda: True)
+    (error,) = doctor.examine_mm({"mmcv": "2.1.0"})
+    assert "no compiled operators" in error.text
+    assert severities(doctor.examine_mm({"mmengine": "0.10.7", "mmcv-lite": "2.1.0"})) == [
+        "ok",
+        "note",
+    ]
+    assert severities(doctor.examine_mm({})) == ["note"]
+
+
+def test_a_gpu_that_torch_cannot_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.version, "hip", None)
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    (finding,) = doctor.examine_gpu()
+    assert finding.severity == "error"
+    assert finding.fix == "pip install --force-reinstall torch torchvision"
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert "driver" in doctor.examine_gpu()[0].text
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda number: "some GPU")
+    monkeypatch.setattr(torch.cuda, "get_arch_list", lambda: ["sm_80", "sm_90"])
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda n: ((9, 0), (12, 0))[n])
+    assert severities(doctor.examine_gpu()) == ["ok", "error"]
+
+
+def test_no_kernel_and_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "unavailable_reason", lambda name: "no C++ compiler found")
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
+    monkeypatch.setattr(doctor.sys, "platform", "linux")
+    findings = doctor.examine_compiler()
+    assert set(severities(findings)) == {"warning"}
+    assert findings[-1].fix == "sudo apt-get install g++"
+    monkeypatch.setenv("VISION_BACKBONES_NATIVE", "0")
+    assert doctor.examine_compiler()[-1].fix == "unset VISION_BACKBONES_NATIVE"
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    assert doctor.examine_compiler()[0].fix == "unset CXX"
+
+
+def test_caches_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("VISION_BACKBONES_CACHE_DIR", str(tmp_path / "file" / "below"))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    kernels, weights = doctor.examine_caches()
+    assert kernels.severity == "error"
+    assert kernels.fix.startswith("export VISION_BACKBONES_CACHE_DIR=")
+    assert weights.severity in ("ok", "warning")
+    assert not (tmp_path / "torch").exists()
+
+
+def test_packages_that_are_missing_or_old(monkeypatch: pytest.MonkeyPatch) -> None:
+    real = doctor._version
+    monkeypatch.setattr(doctor, "_version", lambda name: None if name == "pyyaml" else real(name))
+    versions = {**doctor._installed(), "timm": "0.9.0"}
+    fixes = [f.fix for f in doctor.examine_packages(versions) if f.severity == "error"]
+    assert sorted(fixes) == ["pip install 'pyyaml>=6'", "pip install 'timm>=1.0.22'"]
+
+
+def test_a_torchvision_of_another_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torchvision.ops
+
+    def broken(*args: object) -> None:
+        raise RuntimeError("operator torchvision::nms does not exist")
+
+    monkeypatch.setattr(torchvision.ops, "nms", broken)
+    errors = [f for f in doctor.examine_packages(doctor._installed()) if f.severity == "error"]
+    assert errors[0].fix.startswith("pip install --force-reinstall torch==")
+
+
+def test_wrong_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VISION_BACKBONES_NATIVE_ISA", "mmx")
+    (finding,) = doctor.examine_cpu()
+    assert finding.fix == "unset VISION_BACKBONES_NATIVE_ISA"
+
+
+def test_export_without_onnx() -> None:
+    assert doctor.examine_export({"onnx": "1"})[0].fix == "pip install 'vision-backbones[export]'"

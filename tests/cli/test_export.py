@@ -1,0 +1,178 @@
+"""Files for other runtimes give what the model gives, at sizes that they were not traced with."""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+import torch
+from PIL import Image
+from torch import Tensor
+from zoo import FAMILIES, randomise, small
+
+from backbones.cli import exporting, quantizing
+from backbones.cli.common import CommandError, Loaded
+from backbones.cli.export import export
+from backbones.cli.main import main
+
+# From a single window, or less, to several at every stage; none divides by much.
+SHAPES = [(1, 3, 64, 64), (3, 3, 97, 131), (2, 3, 226, 158), (1, 3, 33, 41)]
+
+
+def errors(model: torch.nn.Module, run: exporting.Run, shapes: list) -> list[float]:
+    return [error for _, error in exporting.check(model, run, shapes)]
+
+
+@pytest.mark.parametrize(
+    ("family", "fused"),
+    [
+        pytest.param(
+            family,
+            fused,
+            id=f"{family}-fused" if fused else family,
+            # The fused form of one stands for all among the quick tests.
+            marks=() if (family, fused) == ("shvit", True) else pytest.mark.slow,
+        )
+        for family in FAMILIES
+        for fused in (False, True)
+    ],
+)
+def test_every_family_with_dynamic_sizes(family: str, fused: bool, tmp_path: Path) -> None:
+    model = randomise(small(family)).eval()
+    if fused:
+        model.fuse(channels_last=False)
+    program = exporting.trace(model, (1, 3, 96, 160), dynamic=True)
+    exporting.save_program(program, tmp_path / "model.pt2")
+    assert max(errors(model, exporting.program_runner(tmp_path / "model.pt2"), SHAPES)) < 1e-5
+    exporting.save_onnx(program, tmp_path / "model.onnx")
+    assert max(errors(model, exporting.onnx_runner(tmp_path / "model.onnx"), SHAPES)) < 1e-5
+
+
+def test_the_command_writes_what_it_says(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "shvit.pt2"
+    words = ["export", "shvit_s1", "--size", "64", "--dynamic", "--fused", "--out", str(path)]
+    assert main(words) == 0
+    said = capsys.readouterr()
+    assert said.err == "note: without --checkpoint, shvit_s1 is exported untrained\n"
+    lines = said.out.splitlines()
+    assert lines[1].split()[0] == "1×3×64×64"
+    assert [line.split()[0] for line in lines[2:4]] == ["3×3×32×32", "2×3×91×77"]
+    assert "for any batch and size" in lines[4]
+    assert [p.name for p in tmp_path.iterdir()] == ["shvit.pt2"]
+
+
+@pytest.mark.slow
+def test_onnx_by_the_command_in_int8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder, path = tmp_path / "photos", tmp_path / "van.onnx"
+    folder.mkdir()
+    for number, pixels in enumerate(np.random.RandomState(0).randint(0, 255, (8, 80, 80, 3))):
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
+    words = ["export", "van_b0", "--size", "64", "--dynamic", "--int8", "--out", str(path)]
+    assert main([*words, "--calibration", str(folder)]) == 0
+    out = capsys.readouterr().out
+    assert "int8 agrees with float in" in out
+    file = onnx.load(path)
+    assert {"QuantizeLinear", "DequantizeLinear"} <= {node.op_type for node in file.graph.node}
+    axes = [d.dim_param or d.dim_value for d in file.graph.input[0].type.tensor_type.shape.dim]
+    assert axes == ["batch", 3, "height", "width"]
+    facts = {entry.key: entry.value for entry in file.metadata_props}
+    assert facts["model"] == "van_b0"
+    assert json.loads(facts["preprocessing"])["mean"] == [0.5, 0.5, 0.5]
+    assert path.stat().st_size < 6e6
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["photos", "van.onnx"]
+
+
+class Wrong(torch.nn.Module):
+    """Gives the mean of the first pixels, as many as were there while it was traced."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scale = torch.nn.Parameter(torch.ones(3))
+        self.in_chans = 3
+        self.pretrained_cfg = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        bound = int(x.shape[2])  # what makes a graph of one size
+        return x[:, :, :bound].mean((2, 3)) * self.scale
+
+
+def test_a_graph_of_one_size_is_refused_and_writes_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "wrong.pt2"
+    path.write_text("as it was")
+    with pytest.raises(CommandError, match=r"^wrong: .*"):
+        export(Loaded(Wrong().eval(), "wrong"), path, "pt2", (64, 64), dynamic=True)
+    assert path.read_text() == "as it was"
+    assert [p.name for p in tmp_path.iterdir()] == ["wrong.pt2"]
+
+
+class Branching(Wrong):
+    """Asks what is in the image, which no graph can follow."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x if x.sum() > 0 else -x
+
+
+def test_what_cannot_be_traced_is_named(tmp_path: Path) -> None:
+    loaded = Loaded(Branching().eval(), "branching")
+    with pytest.raises(CommandError, match="^branching: cannot be exported: ") as raised:
+        export(loaded, tmp_path / "x.pt2", "pt2", (64, 64))
+    assert "\n" not in str(raised.value)
+
+
+def test_a_file_that_differs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = small("shvit").eval()
+    monkeypatch.setattr(exporting, "program_runner", lambda path: lambda x: model(x) * 1.001)
+    with pytest.raises(CommandError, match="differs from the model by .* it was not written"):
+        export(Loaded(model, "shvit"), tmp_path / "x.pt2", "pt2", (64, 64))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_errors_of_check() -> None:
+    model = small("shvit").eval()
+    (error,) = errors(model, lambda x: model(x) * float("nan"), [(1, 3, 64, 64)])
+    assert error == float("inf")
+    with pytest.raises(CommandError, match=r"the file gives \(1, 10\)"):
+        errors(model, lambda x: model(x)[:, :10], [(1, 3, 64, 64)])
+
+
+def test_three_shapes_to_check() -> None:
+    assert exporting.check_shapes((2, 3, 64, 96), dynamic=False) == [(2, 3, 64, 96)]
+    shapes = exporting.check_shapes((1, 3, 224, 224), dynamic=True)
+    assert shapes == [(1, 3, 224, 224), (3, 3, 68, 101), (2, 3, 315, 269)]
+
+
+def test_agreement_counts_answers_and_noise() -> None:
+    model = torch.nn.Flatten()
+    pictures = [torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])]
+    same = quantizing.agreement(model, lambda x: x, pictures)
+    assert same == quantizing.Agreement(1.0, float("inf"))
+    half = quantizing.agreement(model, lambda x: torch.tensor([[1.0, 0.0]]), pictures)
+    assert half.top1 == 0.5
+    assert half.decibels == pytest.approx(0, abs=1e-9)
+
+
+def test_calibration_images(tmp_path: Path) -> None:
+    loaded = Loaded(small("shvit"), "shvit")
+    noise = quantizing.calibration_images(loaded, None, 3, (32, 48))
+    assert [image.shape for image in noise] == [(1, 3, 32, 48)] * 3
+    (tmp_path / "broken.png").write_bytes(b"no image")
+    with pytest.raises(CommandError, match="no image below .* can be read"):
+        quantizing.calibration_images(loaded, tmp_path, 3, (32, 48))
+    with pytest.raises(CommandError, match="must be 1 or more"):
+        quantizing.calibration_images(loaded, None, 0, (32, 48))
+
+
+def test_options_have_defaults() -> None:
+    from backbones.cli.export import add_arguments
+
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    options = parser.parse_args(["van_b0", "--out", "x.onnx"])
+    assert not (options.dynamic or options.int8 or options.fused)
+    assert options.batch == 1

@@ -1,0 +1,93 @@
+"""The command as a whole: fast help, one clear line for what a user can mend."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from backbones.cli import main as command
+from backbones.cli.main import COMMANDS, main
+
+ROOT = Path(__file__).parents[2]
+SCRIPTS = {"export": "export_onnx"}
+OWN = [name for name, (path, _) in COMMANDS.items() if not path.endswith(".py")]
+
+
+@pytest.mark.parametrize("words", [["--help"], *([name, "--help"] for name in OWN)])
+def test_help_is_short_has_an_example_and_loads_no_torch(words: list[str]) -> None:
+    code = (
+        "import sys; from backbones.cli.main import main; "
+        f"status = main({words!r}); sys.exit(3 if 'torch' in sys.modules else status)"
+    )
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert "example:" in run.stdout
+    assert len(run.stdout.splitlines()) <= 45
+
+
+@pytest.mark.parametrize("name", OWN)
+def test_every_command_is_a_script_too(name: str) -> None:
+    script = ROOT / "tools" / f"{SCRIPTS.get(name, name)}.py"
+    run = subprocess.run([sys.executable, script, "--help"], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert f"usage: python tools/{script.name}" in run.stdout
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["sumary"], "no command 'sumary'; did you mean summary?"),
+        (["summary", "van_b9"], "unknown model 'van_b9'; did you mean 'van_b"),
+        (["summary", "nonsense"], "unknown model 'nonsense'; the families are biformer, "),
+        (["summary", "van_b0", "--size", "0"], "--size takes one side"),
+        (["predict", "no.png", "--model", "van_b0"], "no image at no.png"),
+        (["predict", str(ROOT / "README.md")], "give --model NAME"),
+        (["verify", "--checkpoint", "no.pth"], "no checkpoint at no.pth"),
+        (["verify"], "give a MODEL"),
+        (["export", "van_b0", "--out", "no/such/x.onnx"], "there is no folder no/such"),
+        (["export", "van_b0", "--out", "x.pt2", "--int8"], "--int8 makes ONNX files"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(words) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert said in line
+
+
+@pytest.mark.parametrize("name", sorted(set(COMMANDS) - set(OWN)))
+def test_scripts_of_tools_are_commands_too(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    before = list(sys.argv), list(sys.path)
+    assert main([name, "--help"]) == 0
+    assert f"usage: vision-backbones {name}" in capsys.readouterr().out
+    assert main([name, "--no-such-option"]) != 0
+    assert (sys.argv, sys.path) == before
+
+
+def test_interrupting_says_so(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from backbones.cli import doctor
+
+    def interrupted(options: object) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(doctor, "run", interrupted)
+    assert main(["doctor"]) == 2
+    assert capsys.readouterr().err.strip() == "interrupted"
+
+
+def test_a_bug_keeps_its_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+    from backbones.cli import doctor
+
+    def wrong(options: object) -> int:
+        raise ValueError("not for users")
+
+    monkeypatch.setattr(doctor, "run", wrong)
+    with pytest.raises(ValueError, match="not for users"):
+        command.run_command("doctor", [])

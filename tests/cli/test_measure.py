@@ -1,0 +1,95 @@
+"""Parts of a model: costs are those of the originals, receptive fields what positions see."""
+
+from __future__ import annotations
+
+import math
+
+import golden
+import pytest
+import torch
+from torch import nn
+from zoo import small
+
+import backbones
+from backbones.cli.measure import count_macs, measure
+from backbones.cli.summary import describe
+
+# One of each family.
+QUICK = {
+    *("biformer_tiny", "efficientvit_m0", "favit_b0", "hat_s_x2", "inception_next_atto"),
+    *("litv2_s", "medvitv2_tiny", "ravlt_t", "shvit_s1", "unireplknet_a", "van_b0"),
+}
+
+
+@pytest.mark.parametrize(
+    ("family", "variant"),
+    [
+        pytest.param(*pair, marks=() if pair[1] in QUICK else pytest.mark.slow, id=pair[1])
+        for pair in golden.variants()
+    ],
+)
+def test_macs_and_params_are_those_of_the_original(family: str, variant: str) -> None:
+    figures = golden.reference(family, variant)
+    height, width = figures.get("macs_input", figures["cases"][0]["input"])[2:]
+    with torch.device("meta"):
+        model = backbones.create_model(variant)
+    parts = measure(model, height, width)
+    assert sum(part.macs for part in parts) == pytest.approx(figures["macs"], rel=0.01)
+    assert sum(part.params for part in parts) == figures["params"]
+
+
+def test_macs_of_neighborhood_attention_are_those_of_its_window() -> None:
+    # Backends work on tiles, which would count several times as much.
+    model = small("medvitv2", depths=(1, 1, 1, 1))
+    attn = model.stages[0].blocks[0].attn
+    before = count_macs(model, 64, 64)
+    model.stages[0].blocks[0].attn = nn.Identity()
+    tokens, dim = 16 * 16, attn.embed_dim
+    assert before - count_macs(model, 64, 64) == tokens * (4 * dim * dim + 2 * 49 * dim)
+
+
+def test_shapes_and_shares() -> None:
+    model = small("van").eval()
+    parts = measure(model, 64, 96, runs=2)
+    assert [part.name for part in parts] == ["stem", *(f"stage {i}" for i in range(1, 5)), "head"]
+    assert parts[1].shape == (32, 16, 24)
+    assert parts[-1].shape == (1000,)
+    assert sum(part.share or 0 for part in parts) == pytest.approx(1)
+    assert all(part.share is not None and part.share > 0 for part in parts)
+
+
+@pytest.mark.parametrize("family", ["inception_next", "van", "unireplknet"])
+def test_receptive_field_is_where_gradients_reach(family: str) -> None:
+    # Positive weights, so that nothing cancels. Squeeze-and-excitation and response norms, which
+    # see everything, are taken out.
+    model = small(family, depths=(1, 1, 1, 1)).double().eval()
+    for module in model.modules():
+        for name, child in module.named_children():
+            if type(child).__name__ in ("SEModule", "GlobalResponseNorm", "LayerNorm2d"):
+                setattr(module, name, nn.Identity())
+    for parameter in model.parameters():
+        nn.init.constant_(parameter, 0.1)
+    fields = [part.receptive_field for part in measure(model, 224, 224)[1:3]]
+    size = 512
+    images = torch.ones(1, 3, size, size, dtype=torch.float64, requires_grad=True)
+    for stage, field in enumerate(fields):
+        (features,) = model.forward_intermediates(images, [stage], intermediates_only=True)
+        centre = features.shape[2] // 2
+        (gradient,) = torch.autograd.grad(features[0, :, centre, centre].sum(), images)
+        rows = gradient[0].abs().sum((0, 2)).nonzero()
+        assert rows.max() - rows.min() + 1 == field
+
+
+def test_attention_sees_everything() -> None:
+    fields = [part.receptive_field for part in measure(small("ravlt"), 64, 64)]
+    assert fields[0] == 15
+    assert fields[1:5] == [math.inf] * 4
+    assert fields[5] is None
+
+
+def test_the_table_reads_well() -> None:
+    lines = describe("van_b0", small("van"), 64, 64, runs=0).splitlines()
+    assert lines[0].split() == ["part", "output", "params", "MACs", "time", "sees"]
+    assert lines[2].startswith("stem     32×16×16")
+    assert lines[8].startswith("total")
+    assert all(len(line) <= 100 for line in lines)

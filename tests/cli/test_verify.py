@@ -1,0 +1,124 @@
+"""What a checkpoint is said to be, and comparisons stage by stage."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import golden
+import pytest
+import torch
+
+import backbones
+from backbones.cli import identify
+from backbones.cli.common import CommandError
+from backbones.cli.main import main
+from backbones.cli.verify import compare, make_figures
+
+
+@pytest.fixture(scope="module")
+def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file with the names and shapes of a release."""
+    path = tmp_path_factory.mktemp("release") / "shvit_s1.pth"
+    torch.save({"model": golden.checkpoint(golden.reference("shvit", "shvit_s1"))}, path)
+    return path
+
+
+def test_a_release(published: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "--checkpoint", str(published)]) == 0
+    out = capsys.readouterr().out
+    assert "names and shapes are those of the original's shvit_s1" in out
+    assert "shvit_s1.in1k: https://github.com/ysj9909/SHViT/releases" in out
+    assert "into shvit_s1, 1000 classes, strictly" in out
+    assert "nothing to compare with" in out
+    assert out.count("✓") == 4
+    assert identify.sha256_of(published) in out
+
+
+def test_figures_from_elsewhere(
+    published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["verify", "shvit_s1", "--checkpoint", str(published)]
+    figures = tmp_path / "figures.json"
+    assert main([*words, "--save-figures", str(figures), "--size", "64"]) == 0
+    assert main([*words, "--figures", str(figures)]) == 0
+    content = json.loads(figures.read_text())
+    assert content["input"] == [1, 3, 64, 64]
+    content["stages"][1]["mean"] += 0.1
+    figures.write_text(json.dumps(content))
+    capsys.readouterr()
+    assert main([*words, "--figures", str(figures)]) == 1
+    (wrong,) = (line for line in capsys.readouterr().out.splitlines() if "✗" in line)
+    assert wrong.startswith("stage 2")
+    content["model"] = "van_b0"
+    figures.write_text(json.dumps(content))
+    assert main([*words, "--figures", str(figures)]) == 2
+
+
+def test_figures_of_another_shape() -> None:
+    model = backbones.create_model("shvit_s1", num_classes=3).eval()
+    figures = make_figures(model, (64, 64))
+    assert all(error == 0 for _, error in compare(model, figures))
+    assert [name for name, _ in compare(model, figures)] == [
+        "stage 1",
+        "stage 2",
+        "stage 3",
+        "output",
+    ]
+    figures["stages"].pop()
+    with pytest.raises(CommandError, match="not of this model"):
+        compare(model, figures)
+
+
+def test_what_does_not_load(
+    published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["verify", "van_b0", "--checkpoint", str(published)]) == 1
+    assert f"loading: fails: {published}" in capsys.readouterr().out
+    tensors = torch.load(published, weights_only=True)["model"]
+    tensors.pop("head.l.weight", None)
+    tensors.pop(next(iter(tensors)))
+    torch.save(tensors, tmp_path / "cut.pth")
+    assert main(["verify", "--checkpoint", str(tmp_path / "cut.pth")]) == 1
+    out = capsys.readouterr().out
+    assert "nearest is shvit_s1 of the original, with 2 missing" in out
+    torch.save({"x": torch.ones(2)}, tmp_path / "other.pth")
+    assert main(["verify", "--checkpoint", str(tmp_path / "other.pth")]) == 2
+    assert "resembles none" in capsys.readouterr().out
+
+
+def test_own_weights_are_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    model = backbones.create_model("efficientvit_m0", num_classes=5)
+    torch.save(model.state_dict(), tmp_path / "own.pth")
+    assert main(["verify", "--checkpoint", str(tmp_path / "own.pth")]) == 0
+    out = capsys.readouterr().out
+    assert "weights of this library's efficientvit_m0" in out
+    assert "into efficientvit_m0, 5 classes, strictly" in out
+
+
+def test_the_code_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["verify", "shvit_s1"]) == 0
+    assert capsys.readouterr().out.count("✓") == 4
+
+
+def test_all_variants_are_told_apart() -> None:
+    # Those that share all names and shapes are the same network, for another size or twice.
+    families: dict[tuple, list[str]] = {}
+    for family, variant in golden.variants():
+        tensors = golden.reference(family, variant)["state_dict"]
+        key = tuple((name, tuple(shape)) for name, shape, _ in tensors)
+        families.setdefault(key, []).append(variant)
+    assert sorted(names for names in families.values() if len(names) > 1) == [
+        ["inception_next_base", "inception_next_base_384"],
+        ["litv2_b", "litv2_b_384"],
+        ["litv2_s", "litv2_s_alpha_0_9"],
+    ]
+
+
+def test_releases_with_a_checksum_in_their_name(tmp_path: Path) -> None:
+    figures = golden.reference("van", "van_b4")
+    digest = "f4665b92" + 56 * "0"
+    found = identify.released_file(figures, tmp_path, digest)
+    assert found is not None
+    assert found.endswith("van-b4_3rdparty_in1k_20220909-f4665b92.pth")
+    assert identify.released_file(figures, tmp_path, 64 * "1") is None
