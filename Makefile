@@ -6,7 +6,7 @@ TEST_WORKERS ?= 2
 # One thread a process: on a busy machine two are several times slower.
 TEST_ENV := OMP_NUM_THREADS=1
 
-.PHONY: venv train test test-slow check format
+.PHONY: venv train test test-slow docs check format
 
 venv: $(VENV)/train.stamp
 
@@ -21,6 +21,10 @@ $(VENV)/test.stamp: pyproject.toml | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[test]'
 	touch $@ $(VENV)/train.stamp
 
+$(VENV)/docs.stamp: pyproject.toml | $(BIN)/python
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	touch $@
+
 train: $(VENV)/train.stamp
 	$(BIN)/python train_cls.py --config configs/cls/quickstart.yaml
 
@@ -29,6 +33,9 @@ test: $(VENV)/test.stamp
 
 test-slow: $(VENV)/test.stamp
 	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(TEST_WORKERS) -m slow
+
+docs: $(VENV)/docs.stamp
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
 
 check: $(VENV)/test.stamp
 	$(BIN)/ruff format --check .

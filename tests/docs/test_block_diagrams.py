@@ -1,0 +1,71 @@
+"""Diagrams are well-formed, stay in their frames, and there is one for each family."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import sys
+from pathlib import Path
+from xml.etree import ElementTree
+
+import pytest
+
+import backbones
+
+TOOLS = Path(__file__).resolve().parents[2] / "tools" / "docs"
+
+
+@pytest.fixture
+def tools(monkeypatch):
+    """The site's modules, importable as MkDocs' hooks import them."""
+    monkeypatch.syspath_prepend(str(TOOLS))
+    yield importlib.import_module
+    for name in ("block_diagrams", "family_blocks", "docstrings"):
+        sys.modules.pop(name, None)
+
+
+def test_every_family_has_a_diagram_and_a_page(tools):
+    families = set(backbones.list_families())
+    assert set(tools("family_blocks").BLOCKS) == families
+    pages = {page.stem for page in (TOOLS.parents[1] / "docs" / "families").glob("*.md")}
+    assert pages == families | {"index"}
+
+
+def boxes(element, x=0.0, y=0.0):
+    """(left, top, right, bottom) of each rectangle, in the picture's own coordinates."""
+    if match := re.match(r"translate\(([\d.]+),([\d.]+)\)", element.get("transform", "")):
+        x, y = x + float(match[1]), y + float(match[2])
+    if element.tag == "rect":
+        left, top = x + float(element.get("x", 0)), y + float(element.get("y", 0))
+        yield left, top, left + float(element.get("width")), top + float(element.get("height"))
+    for child in element:
+        yield from boxes(child, x, y)
+
+
+@pytest.mark.parametrize("family", backbones.list_families())
+def test_boxes_lie_in_the_frame_and_apart(tools, family):
+    for title, steps in tools("family_blocks").BLOCKS[family]:
+        figure = ElementTree.fromstring(tools("block_diagrams").panel(title, steps))
+        svg = figure.find("svg")
+        found = list(boxes(svg))
+        assert found
+        for left, top, right, bottom in found:
+            assert left >= 0 and top >= 0
+            assert right <= float(svg.get("width")) and bottom <= float(svg.get("height"))
+        for i, a in enumerate(found):
+            for b in found[i + 1 :]:
+                apart = a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
+                assert apart, (title, a, b)
+
+
+def test_docstrings_become_markdown(tools):
+    text = (
+        "Two things:\n\n``f(x)``\n    What f does,\n    in words.\n\n"
+        "====  =======\na     first\nb     second,\n      going on\n====  =======\n"
+        "So:\n\n::\n\n    f(1)\n"
+    )
+    assert tools("docstrings").to_markdown(text) == (
+        "Two things:\n\n\n``f(x)``\n:   What f does,\n    in words.\n\n"
+        "\n| | |\n|---|---|\n| a | first |\n| b | second, going on |\n\n"
+        "So:\n\n\n    f(1)\n"
+    )

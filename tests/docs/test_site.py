@@ -1,0 +1,257 @@
+"""The built site: complete, self-contained, and its zoo page does what it promises."""
+
+from __future__ import annotations
+
+import ast
+import json
+import zlib
+from pathlib import Path
+
+import golden
+import pytest
+from selenium.webdriver.common.by import By
+from selenium.webdriver.support.ui import Select, WebDriverWait
+
+ROOT = Path(__file__).resolve().parents[2]
+# Their modules are described as wholes; what is in them is called by the package around them.
+INTERNAL = ("ops/native/build.py", "ops/neighborhood/")
+ERRORS = ("SEVERE", "WARNING")
+
+
+class Watch:
+    """What the browser has complained of and asked for since the last look."""
+
+    def __init__(self, browser, address):
+        self.browser, self.address = browser, address
+        self.browser.get_log("browser")
+        self.browser.get_log("performance")
+
+    def check(self):
+        """No error in the console, and no request to anybody but the server of the site."""
+        log = self.browser.get_log("browser")
+        assert not [entry["message"] for entry in log if entry["level"] in ERRORS]
+        messages = [
+            json.loads(entry["message"])["message"] for entry in self.browser.get_log("performance")
+        ]
+        asked = [
+            message["params"]["request"]["url"]
+            for message in messages
+            if message["method"] == "Network.requestWillBeSent"
+        ]
+        own = (self.address + "/", "data:", "blob:")
+        assert asked and not [url for url in asked if not url.startswith((*own, "about:"))]
+
+
+@pytest.fixture
+def watch(browser, address):
+    return Watch(browser, address)
+
+
+@pytest.fixture
+def zoo(browser, address, watch):
+    """The zoo page, freshly loaded and drawn; in the end nothing may have gone wrong."""
+    size(browser, 1400)
+    browser.get(f"{address}/zoo.html")
+    WebDriverWait(browser, 30).until(lambda b: b.find_elements(By.CSS_SELECTOR, ".js-plotly-plot"))
+    yield browser
+    watch.check()
+
+
+def size(browser, width):
+    metrics = {"width": width, "height": 1000, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+
+
+def colours(browser, scheme):
+    feature = {"name": "prefers-color-scheme", "value": scheme}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [feature]})
+
+
+def column(browser, heading):
+    """What a column sorts by, of the visible rows; None where there is no figure."""
+    script = """
+        const number = [...document.querySelectorAll("#zoo-table thead th")]
+            .findIndex((th) => th.textContent.trim() === arguments[0]);
+        return [...document.querySelectorAll("#zoo-table tbody tr")]
+            .filter((row) => row.checkVisibility())
+            .map((row) => row.cells[number].dataset.key ?? null);
+    """
+    return browser.execute_script(script, heading)
+
+
+def click_heading(browser, heading):
+    browser.find_element(By.XPATH, f"//table[@id='zoo-table']//button[.='{heading}']").click()
+
+
+def data(browser):
+    return json.loads(browser.find_element(By.ID, "zoo-data").get_attribute("textContent"))
+
+
+def points(browser, plot):
+    return len(browser.find_elements(By.CSS_SELECTOR, f"#{plot} .scatterlayer .points path"))
+
+
+def test_the_zoo_has_every_variant(zoo):
+    assert sorted(column(zoo, "Variant")) == sorted(name for _, name in golden.variants())
+
+
+@pytest.mark.parametrize("heading", ["M params", "G MACs", "Reported top-1, %", "Parity error"])
+def test_numbers_sort(zoo, heading):
+    click_heading(zoo, heading)
+    keys = column(zoo, heading)
+    figures = [float(key) for key in keys if key is not None]
+    assert figures == sorted(figures) and len(set(figures)) > 10
+    assert keys[len(figures) :] == [None] * (len(keys) - len(figures))
+    click_heading(zoo, heading)
+    keys = column(zoo, heading)
+    assert [float(key) for key in keys[: len(figures)]] == sorted(figures, reverse=True)
+    sorted_by = zoo.find_elements(By.CSS_SELECTOR, "#zoo-table th[aria-sort='descending']")
+    assert [cell.text.strip().split("\n")[0] for cell in sorted_by] == [heading]
+
+
+def test_text_sorts(zoo):
+    click_heading(zoo, "Variant")
+    names = column(zoo, "Variant")
+    assert names[0] == "biformer_base" and names[-1] == "van_b6"
+    click_heading(zoo, "Variant")
+    assert column(zoo, "Variant") == names[::-1]
+
+
+def test_filters_rule_table_and_plots(zoo):
+    rows = data(zoo)
+    plotted = [row for row in rows if row["top1"] is not None and row["plot_macs_g"] is not None]
+    assert points(zoo, "zoo-macs") == len(plotted) > 50
+
+    form = zoo.find_element(By.ID, "zoo-filters")
+    name = form.find_element(By.NAME, "name")
+    name.send_keys("van_b")
+    assert column(zoo, "Variant") == [f"van_b{i}" for i in range(7)]
+    assert form.find_element(By.ID, "zoo-count").text == f"7 of {len(rows)} variants"
+    # Of b5 and b6 no top-1 is published.
+    assert points(zoo, "zoo-macs") == 5
+
+    form.find_element(By.NAME, "params").send_keys("20")
+    assert column(zoo, "Variant") == ["van_b0", "van_b1"]
+    form.find_element(By.CSS_SELECTOR, "button[type=reset]").click()
+    WebDriverWait(zoo, 10).until(lambda b: len(column(b, "Variant")) == len(rows))
+
+    Select(form.find_element(By.NAME, "family")).select_by_value("shvit")
+    assert set(column(zoo, "Family")) == {"shvit"}
+    Select(form.find_element(By.NAME, "family")).select_by_value("")
+    Select(form.find_element(By.NAME, "licence")).select_by_value("MIT")
+    assert set(column(zoo, "Licence")) == {"MIT"}
+    Select(form.find_element(By.NAME, "licence")).select_by_value("")
+    form.find_element(By.NAME, "pretrained").click()
+    expected = [row["name"] for row in rows if row["pretrained"]]
+    assert column(zoo, "Variant") == expected and len(expected) < len(rows)
+
+
+def test_latencies_are_measured_or_a_dash(zoo):
+    rows = data(zoo)
+    for heading, key in (("CPU, ms", "latency_ms"), ("CPU fused, ms", "fused_ms")):
+        shown = [None if cell is None else float(cell) for cell in column(zoo, heading)]
+        assert shown == [row[key] for row in rows]
+    measured = [
+        row
+        for row in rows
+        if row["top1"] is not None
+        and row["fused_ms"] is not None
+        and row["latency_size"] == row["top1_size"]
+    ]
+    assert points(zoo, "zoo-latency") == len(measured)
+    plot = zoo.find_element(By.ID, "zoo-latency")
+    assert ("No measurement" in plot.get_attribute("textContent")) == (not measured)
+
+
+def test_plots_take_the_colours_of_the_page(zoo):
+    def ink():
+        title = zoo.find_element(By.CSS_SELECTOR, "#zoo-macs .gtitle")
+        return title.value_of_css_property("fill")
+
+    light = ink()
+    # Palette by palette, as somebody would click it.
+    zoo.find_element(By.CSS_SELECTOR, "form[data-md-component=palette] label:not([hidden])").click()
+    WebDriverWait(zoo, 10).until(lambda b: ink() != light)
+
+
+def test_a_click_on_a_point_shows_its_row(zoo):
+    zoo.execute_script(
+        """
+        document.getElementById("zoo-macs").emit(
+            "plotly_click", { points: [{ customdata: "van_b6" }] });
+        """
+    )
+    assert zoo.find_elements(By.CSS_SELECTOR, "#van_b6.found")
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_all_pages(browser, address, site, watch, scheme):
+    """Every page opens quietly and fits a telephone."""
+    size(browser, 390)
+    colours(browser, scheme)
+    # The pages remember the scheme of the last visit.
+    browser.get("about:blank")
+    storage = {"origin": address, "storageTypes": "local_storage"}
+    browser.execute_cdp_cmd("Storage.clearDataForOrigin", storage)
+    pages = sorted(page.relative_to(site).as_posix() for page in site.rglob("*.html"))
+    assert len(pages) > 25
+    for page in pages:
+        if page == "404.html":
+            continue
+        browser.get(f"{address}/{page}")
+        background = browser.execute_script("return document.body.dataset.mdColorScheme")
+        assert background == {"light": "default", "dark": "slate"}[scheme], page
+        too_wide = "return document.documentElement.scrollWidth > innerWidth"
+        assert not browser.execute_script(too_wide), page
+        missing = """
+            return [...document.images].filter((i) => i.complete && !i.naturalWidth)
+                .map((i) => i.src)
+        """
+        assert not browser.execute_script(missing), page
+    watch.check()
+
+
+def test_search_finds_an_op(browser, address, watch):
+    size(browser, 1400)
+    browser.get(f"{address}/index.html")
+    browser.find_element(By.CSS_SELECTOR, "input[data-md-component=search-query]").send_keys("na2d")
+    results = "[data-md-component=search-result] a"
+    WebDriverWait(browser, 30).until(lambda b: b.find_elements(By.CSS_SELECTOR, results))
+    watch.check()
+
+
+def inventory(site: Path) -> set[str]:
+    """The names that the reference has, from Sphinx's format of inventories."""
+    packed = (site / "objects.inv").read_bytes().split(b"\n", 4)[4]
+    return {line.split(" ", 1)[0] for line in zlib.decompress(packed).decode().splitlines()}
+
+
+def public(path: Path) -> list[str]:
+    """What ``__all__`` of a file lists."""
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "__all__":
+            return ast.literal_eval(node.value)
+    return []
+
+
+def test_the_reference_has_every_op(site):
+    known = inventory(site)
+    missing = []
+    for path in sorted((ROOT / "ops").rglob("*.py")):
+        place = path.relative_to(ROOT).as_posix()
+        if place.startswith(INTERNAL) and place != "ops/neighborhood/__init__.py":
+            continue
+        module = place.removesuffix(".py").removesuffix("/__init__").replace("/", ".")
+        missing += [
+            f"{module}.{name}"
+            for name in public(path)
+            if not name.isupper() and f"{module}.{name}" not in known
+        ]
+    assert not missing
+
+
+def test_nothing_is_left_of_other_markup(site):
+    for page in site.rglob("*.html"):
+        text = page.read_text()
+        for raw in (":func:", ":class:", ":meth:", ":mod:", ":data:", "=====", "generated: "):
+            assert raw not in text, f"{page.name}: {raw}"

@@ -1,0 +1,30 @@
+"""The notebook runs from top to bottom, without a network, and makes its pictures."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+TOUR = Path(__file__).resolve().parents[2] / "examples" / "tour.ipynb"
+
+
+def test_tour(tmp_path):
+    done = tmp_path / "tour.ipynb"
+    execute = [sys.executable, "-c", "from nbclient.cli import main; main()"]
+    options = [str(TOUR), f"--output={done.with_suffix('')}", "--timeout=300"]
+    run = subprocess.run([*execute, *options], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    cells = json.loads(done.read_text())["cells"]
+    outputs = [output for cell in cells for output in cell.get("outputs", [])]
+    pictures = [output for output in outputs if "image/png" in output.get("data", {})]
+    assert len(pictures) == 3
+    printed = "".join("".join(output.get("text", "")) for output in outputs)
+    assert "accuracy on 397 digits" in printed
+
+
+def test_the_stored_notebook_has_no_outputs():
+    """They would make each change of the pictures a change of the repository."""
+    cells = json.loads(TOUR.read_text())["cells"]
+    assert all(not cell.get("outputs") for cell in cells)

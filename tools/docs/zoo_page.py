@@ -1,0 +1,282 @@
+"""The table and the plots of the zoo page, and the tables of the families' pages.
+
+Nothing is measured here: figures of the originals come from ``tests/reference``, errors from
+``docs/parity.json``, latencies from ``docs/performance/zoo.json`` (``tools/zoo_latency.py``). What
+was not measured is a dash.
+"""
+
+from __future__ import annotations
+
+import html
+import json
+import re
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+import golden  # noqa: E402
+
+import backbones  # noqa: E402
+from backbones._registry import published_weights  # noqa: E402
+
+PARITY = ROOT / "docs" / "parity.json"
+LATENCY = ROOT / "docs" / "performance" / "zoo.json"
+DIRECT = (".pth", ".tar", ".pt")
+DASH = "–"
+
+
+@dataclass(frozen=True)
+class Row:
+    """One variant; None where there is no figure.
+
+    Attributes:
+        macs_g: of the original, on images of ``macs_size`` pixels.
+        top1: ImageNet-1k, as its authors report it, on images of ``top1_size`` pixels.
+        claim: what they report, in words, where that is not a plain top-1.
+        plot_macs_g: MACs at ``top1_size``: ``macs_g`` if that is its size, else the authors' own.
+        error: greatest relative difference of the output from that of the original.
+        latency_ms, fused_ms: of one image of ``latency_size`` pixels, before and after ``fuse()``.
+        pretrained: what ``pretrained=True`` downloads, None if nothing.
+        url: where that is, or else the first place where the authors published weights.
+    """
+
+    name: str
+    family: str
+    params_m: float
+    macs_g: float
+    macs_size: int
+    top1: float | None
+    top1_size: int
+    claim: str
+    plot_macs_g: float | None
+    error: float | None
+    latency_ms: float | None
+    fused_ms: float | None
+    latency_size: int | None
+    licence: str
+    pretrained: str | None
+    url: str | None
+
+
+def latency_report(path: Path = LATENCY) -> dict[str, Any] | None:
+    """What ``tools/zoo_latency.py`` wrote, None if it has not run."""
+    return json.loads(path.read_text()) if path.exists() else None
+
+
+def rows(report: dict[str, Any] | None) -> list[Row]:
+    """All variants, by family and size; ``report`` has the latencies."""
+    errors = json.loads(PARITY.read_text())
+    measured = {result["model"]: result for result in (report or {"results": []})["results"]}
+    found = [
+        _row(family, name, errors.get(name, {}).get("output"), measured.get(name))
+        for family, name in golden.variants()
+    ]
+    return sorted(found, key=lambda row: (row.family, row.params_m, row.name))
+
+
+def _row(family: str, name: str, error: float | None, measured: dict[str, Any] | None) -> Row:
+    figures = golden.reference(family, name)
+    tag, cfg = next(iter(published_weights(name).items()))
+    macs_g, macs_size = figures["macs"] / 1e9, figures["cases"][0]["input"][-1]
+    top1, claim, claimed_macs_g = _claim(figures["reported"])
+    if top1 is not None and "in22k" in tag:
+        claim = "from ImageNet-22k"
+    top1_size = cfg.input_size[-1]
+    published = [each["url"] for each in figures["weights"] if each.get("url")]
+    published.sort(key=lambda url: not url.endswith(DIRECT))
+    return Row(
+        name=name,
+        family=family,
+        params_m=figures["params"] / 1e6,
+        macs_g=macs_g,
+        macs_size=macs_size,
+        top1=top1,
+        top1_size=top1_size,
+        claim=claim,
+        plot_macs_g=macs_g if macs_size == top1_size else claimed_macs_g,
+        error=error,
+        latency_ms=_milliseconds(measured, "eager"),
+        fused_ms=_milliseconds(measured, "fused"),
+        latency_size=measured["size"] if measured else None,
+        licence=_licence(figures["licence"]),
+        pretrained=tag if cfg.has_weights else None,
+        url=cfg.url if cfg.has_weights else next(iter(published), None),
+    )
+
+
+def _milliseconds(measured: dict[str, Any] | None, form: str) -> float | None:
+    """Median time of one form, None if there is none."""
+    return measured["contenders"][form].get("milliseconds") if measured else None
+
+
+def machine_line(report: dict[str, Any] | None) -> str:
+    """Where the latencies come from, as a sentence."""
+    if report is None:
+        return "No latencies have been measured yet (`python tools/zoo_latency.py`)."
+    place = report["machine"]
+    return (
+        "Latencies are of one image of that size in float32 on one thread, medians of turns that "
+        f"both forms took in one process, measured on {place['name']} ({place['cpu_capability']}) "
+        f"with torch {place['torch']}."
+    )
+
+
+def _claim(reported: dict[str, Any]) -> tuple[float | None, str, float | None]:
+    """ImageNet top-1, a remark, and the G MACs reported with it."""
+    if reported.get("top1") is not None:
+        return reported["top1"], "", reported.get("flops_g")
+    for how, figures in reported.items():
+        if isinstance(figures, dict) and "top1" in figures:
+            return figures["top1"], how.replace("_", " "), figures.get("flops_g")
+    for dataset, accuracy in reported.get("medmnist_acc", {}).items():
+        return None, f"{accuracy} ({dataset})", None
+    return None, "", None
+
+
+def _licence(text: str) -> str:
+    """The licence's name; what else the original says about it is on the family's page."""
+    return "none stated" if text.startswith(("none", "no ")) else re.sub(r" \(.*", "", text)
+
+
+def _number(value: float | None, digits: int) -> str:
+    return DASH if value is None else f"{value:.{digits}f}"
+
+
+def _cell(shown: str, value: float | str | None = None, *, number: bool = True) -> str:
+    """A table cell with what it sorts by; without ``value`` it goes to the end."""
+    key = "" if value is None else f' data-key="{html.escape(str(value))}"'
+    return f"<td{' class=number' if number else ''}{key}>{shown}</td>"
+
+
+def _remark(text: str) -> str:
+    return f' <span class="remark">{html.escape(text)}</span>' if text else ""
+
+
+def _weights(row: Row) -> str:
+    """What there is to download, as a link."""
+    if row.url is None:
+        return DASH
+    word = row.pretrained or ("file" if row.url.endswith(DIRECT) else "page")
+    return f'<a href="{html.escape(row.url)}">{html.escape(word)}</a>'
+
+
+def _table_row(row: Row) -> str:
+    top1 = row.claim if row.top1 is None and row.claim else _number(row.top1, 1)
+    top1_remark = f"{row.top1_size}²" if row.top1 is not None else ""
+    if row.top1 is not None and row.claim:
+        top1_remark += ", 22k"
+    size_remark = _remark(f"{row.latency_size}²") if row.latency_size else ""
+    family = f'<a href="families/{row.family}.html">{row.family}</a>'
+    cells = [
+        f'<th scope="row" data-key="{row.name}"><code>{row.name}</code></th>',
+        _cell(family, row.family, number=False),
+        _cell(_number(row.params_m, 2), row.params_m),
+        _cell(_number(row.macs_g, 2) + _remark(f"{row.macs_size}²"), row.macs_g),
+        _cell(top1 + _remark(top1_remark), row.top1),
+        _cell(DASH if row.error is None else f"{row.error:.1e}", row.error),
+        _cell(_number(row.latency_ms, 1) + size_remark, row.latency_ms),
+        _cell(_number(row.fused_ms, 1) + size_remark, row.fused_ms),
+        _cell(row.licence, row.licence, number=False),
+        _cell(_weights(row), row.pretrained, number=False),
+    ]
+    return f'<tr id="{row.name}">{"".join(cells)}</tr>'
+
+
+HEADINGS = (
+    ("Variant", "text"),
+    ("Family", "text"),
+    ("M params", "number"),
+    ("G MACs", "number"),
+    ("Reported top-1, %", "number"),
+    ("Parity error", "number"),
+    ("CPU, ms", "number"),
+    ("CPU fused, ms", "number"),
+    ("Licence", "text"),
+    ("Weights", "text"),
+)
+
+
+def _options(values: list[str]) -> str:
+    return "".join(f'<option value="{v}">{v}</option>' for v in values)
+
+
+def zoo(data: list[Row]) -> str:
+    """Filters, table and plots as HTML; ``docs/assets/zoo.js`` makes them work."""
+    families = sorted({row.family for row in data})
+    licences = sorted({row.licence for row in data})
+    headings = "".join(
+        f'<th scope="col" data-type="{kind}"><button type="button">{name}</button></th>'
+        for name, kind in HEADINGS
+    )
+    # A script element ends at the first "</", whatever it is part of.
+    figures = json.dumps([asdict(row) for row in data]).replace("</", "<\\/")
+    parts = [
+        '<div class="zoo-plots">',
+        '<div class="zoo-plot" id="zoo-macs" role="img" aria-label="Accuracy against MACs"></div>',
+        '<div class="zoo-plot" id="zoo-latency" role="img" '
+        'aria-label="Accuracy against CPU latency"></div>',
+        "</div>",
+        '<form class="zoo-filters" id="zoo-filters">',
+        '<label>Name <input type="search" name="name" placeholder="van_b" autocomplete="off">'
+        "</label>",
+        f'<label>Family <select name="family"><option value="">all</option>{_options(families)}'
+        "</select></label>",
+        f'<label>Licence <select name="licence"><option value="">all</option>{_options(licences)}'
+        "</select></label>",
+        '<label>At most <input type="number" name="params" min="0" step="any"> M params</label>',
+        '<label>At most <input type="number" name="macs" min="0" step="any"> G MACs</label>',
+        '<label><input type="checkbox" name="pretrained"> <code>pretrained=True</code></label>',
+        '<button type="reset" class="md-button">Clear</button>',
+        '<output id="zoo-count" aria-live="polite"></output>',
+        "</form>",
+        '<div class="zoo-scroll"><table class="zoo" id="zoo-table">',
+        f"<thead><tr>{headings}</tr></thead>",
+        f"<tbody>{''.join(_table_row(row) for row in data)}</tbody>",
+        "</table></div>",
+        f'<script type="application/json" id="zoo-data">{figures}</script>',
+        '<script src="assets/plotly.min.js" defer></script>',
+        '<script src="assets/zoo.js" defer></script>',
+    ]
+    return "\n".join(parts)
+
+
+def variants_table(data: list[Row], family: str) -> str:
+    """The variants of one family in Markdown, from small to large."""
+    lines = [
+        "| Variant | M params | G MACs | Reported top-1, % | Weights |",
+        "|---|---:|---:|---:|---|",
+    ]
+    for row in data:
+        if row.family == family:
+            top1 = row.claim if row.top1 is None and row.claim else _number(row.top1, 1)
+            if row.top1 is not None:
+                top1 += f"\N{NO-BREAK SPACE}at\N{NO-BREAK SPACE}{row.top1_size}²"
+                top1 += f", {row.claim}" if row.claim else ""
+            cells = (
+                f"`{row.name}`",
+                _number(row.params_m, 2),
+                f"{_number(row.macs_g, 2)}\N{NO-BREAK SPACE}at\N{NO-BREAK SPACE}{row.macs_size}²",
+                top1,
+                _weights(row),
+            )
+            lines.append("| " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def families_table(data: list[Row]) -> str:
+    """All families with the idea that opens their module."""
+    lines = ["| Family | Idea | Variants | M params |", "|---|---|---:|---|"]
+    for family in backbones.list_families():
+        sizes = [row.params_m for row in data if row.family == family]
+        module = getattr(backbones, family)
+        name, opening = module.__all__[0], (module.__doc__ or "").split("\n")[0]
+        idea = opening.rstrip(".").split(": ", 1)[1]
+        lines.append(
+            f"| [{name}]({family}.md) | {idea[0].upper()}{idea[1:]} | {len(sizes)} "
+            f"| {min(sizes):.1f} … {max(sizes):.1f} |"
+        )
+    return "\n".join(lines)

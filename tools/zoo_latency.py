@@ -1,0 +1,78 @@
+"""Measure the latency of every variant, for the zoo page: one image, one thread, plain and fused.
+
+    python tools/zoo_latency.py
+    python tools/zoo_latency.py --models 'shvit_*' van_b0  # these anew, the rest as it was
+
+Each variant gets images of its own size, that of its published accuracy. The two forms take turns
+in one process, as in ``tools/benchmark.py``. Writes ``docs/performance/zoo.json`` after every
+variant; on another machine or with another torch it begins a new file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import fnmatch
+import gc
+import json
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmark import Row, describe, measure
+from benchmark_na import machine, write
+
+import backbones
+from backbones._registry import published_weights
+
+OUTPUT = Path(__file__).resolve().parent.parent / "docs" / "performance" / "zoo.json"
+
+logger = logging.getLogger("zoo_latency")
+
+
+def own_size(name: str) -> int:
+    """Side of the images that the first published weights are for."""
+    cfg = next(iter(published_weights(name).values()))
+    return cfg.input_size[-1]
+
+
+def report_so_far(path: Path, here: dict[str, Any]) -> dict[str, Any]:
+    """What is measured already, if it was on this machine."""
+    if path.exists():
+        report = json.loads(path.read_text())
+        if report["machine"] == here:
+            return report
+    return {"machine": here, "results": []}
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--models", nargs="+", metavar="PATTERN", help="default: all")
+    parser.add_argument("--rounds", type=int, default=15, help="turns of both forms")
+    parser.add_argument("--seconds", type=float, default=60, help="stop a variant's turns after")
+    parser.add_argument("--output", type=Path, default=OUTPUT)
+    args = parser.parse_args(arguments)
+    names = backbones.list_models(args.models or "")
+    for pattern in args.models or ():
+        if not fnmatch.filter(names, pattern):
+            parser.error(f"no model is named {pattern!r}; see backbones.list_models()")
+    logging.basicConfig(level=logging.INFO, format="%(message)s")
+    torch.set_num_threads(1)
+    report = report_so_far(args.output, machine(torch.device("cpu")))
+    for name in names:
+        row = Row(name, own_size(name), 1, 1, "float32", "forward")
+        measured = measure(row, ("eager", "fused"), {}, args.rounds, args.seconds)
+        kept = [result for result in report["results"] if result["model"] != name]
+        report["results"] = sorted([*kept, measured], key=lambda result: result["model"])
+        for contender, figures in measured["contenders"].items():
+            logger.info("%-24s %-6s %s", name, contender, describe(figures))
+        text = json.dumps(report, indent=1) + "\n"
+        write(args.output, lambda path, text=text: path.write_text(text))
+        gc.collect()
+
+
+if __name__ == "__main__":
+    main()
