@@ -1,1 +1,1 @@
-"""The `vision-backbones` command; the library is `backbones`, imported once it is needed."""
+"""The `vision-backbones` command; `import backbones` does not import it."""

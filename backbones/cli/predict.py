@@ -32,7 +32,7 @@ __all__ = [
     "run",
 ]
 
-EXAMPLE = "photos/ --checkpoint runs/quickstart/best.safetensors --cam cam.png --csv answers.csv"
+EXAMPLE = "photos/ --checkpoint runs/quickstart/best.safetensors --cam cam.png"
 
 _PICTURES = 24
 
