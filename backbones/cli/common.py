@@ -3,24 +3,32 @@
 from __future__ import annotations
 
 import json
+import logging
 from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-if TYPE_CHECKING:
-    from backbones.training.recipe import Recipe
+from safetensors import SafetensorError, safe_open
+from timm.data import ImageNetInfo
+
+import backbones
+from backbones._checkpoint import _strip_prefixes, read_checkpoint
+from backbones.training.recipe import Recipe, load_recipe
 
 __all__ = [
     "CommandError",
     "Loaded",
     "add_size_argument",
+    "count_text",
     "create",
     "load",
     "quiet",
+    "read_labels",
     "table",
+    "two_sides",
 ]
 
 _LONGEST = 300
@@ -72,8 +80,6 @@ def create(name: str, **kwargs: Any) -> Any:
     Raises:
         CommandError: no such model (the nearest names follow), or an argument that it lacks.
     """
-    import backbones
-
     try:
         return backbones.create_model(name, **kwargs).eval()
     except backbones.CheckpointError:
@@ -96,9 +102,6 @@ def load(name: str | None, checkpoint: Path | None) -> Loaded:
         CommandError: no model is named, or there is none of that name.
         FileNotFoundError, backbones.CheckpointError: see :func:`backbones.load_checkpoint`.
     """
-    import backbones
-    from backbones._checkpoint import read_checkpoint
-
     if checkpoint is None:
         if name is None:
             raise CommandError("give --model NAME, or a --checkpoint of train_cls.py")
@@ -135,8 +138,6 @@ def load(name: str | None, checkpoint: Path | None) -> Loaded:
 
 def class_count(model: Any, tensors: dict[str, Any]) -> int | None:
     """How many classes the classifier in ``tensors`` has; None if there is no classifier."""
-    from backbones._checkpoint import _strip_prefixes
-
     if isinstance(model.classifier, tuple) and not model.classifier:
         return None
     path = model.classifier if isinstance(model.classifier, str) else model.classifier[0]
@@ -172,8 +173,6 @@ def read_labels(path: Path, count: int) -> list[str]:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Nothing from the log of loading: the command says in its own words what matters."""
-    import logging
-
     log = logging.getLogger("backbones._checkpoint")
     level = log.level
     log.setLevel(logging.ERROR)
@@ -206,30 +205,24 @@ def count_text(number: float) -> str:
 
 def _metadata(checkpoint: Path) -> dict[str, str]:
     """What a safetensors file says beside its tensors."""
-    from safetensors import SafetensorError, safe_open
-
-    from backbones import CheckpointError
-
     if checkpoint.suffix != ".safetensors":
         return {}
     try:
         with safe_open(checkpoint, "pt") as file:
             return file.metadata() or {}
     except SafetensorError as error:
-        raise CheckpointError(f"{checkpoint} is not a whole safetensors file: {error}") from error
+        raise backbones.CheckpointError(
+            f"{checkpoint} is not a whole safetensors file: {error}"
+        ) from error
 
 
 def _recipe_beside(checkpoint: Path) -> Recipe | None:
-    from backbones.training.recipe import load_recipe
-
     path = checkpoint.with_name("config.yaml")
     return load_recipe(str(path), {}) if path.is_file() else None
 
 
 def _imagenet_names(model: Any) -> list[str]:
     """What timm calls the classes of a model for ImageNet."""
-    from timm.data import ImageNetInfo
-
     if model.num_classes != 1000:
         return []
     info = ImageNetInfo("imagenet-1k")

@@ -15,6 +15,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+import torch
+from packaging.requirements import Requirement
+
+from ops import native
+from ops.native import build
+from ops.neighborhood import BACKENDS, NAParams
+
 __all__ = ["EXAMPLE", "Finding", "add_arguments", "examine", "run"]
 
 EXAMPLE = ""
@@ -83,8 +90,6 @@ def examine() -> list[Finding]:
 
 def examine_packages(versions: Mapping[str, str]) -> list[Finding]:
     """Whether what this library needs is there, in versions that fit it and each other."""
-    from packaging.requirements import Requirement
-
     shown = ", ".join(f"{name} {versions[name]}" for name in _PACKAGES[:6] if name in versions)
     findings = [Finding("python", "ok", f"{platform.python_version()} on {platform.platform()}")]
     problems = []
@@ -110,8 +115,6 @@ def examine_packages(versions: Mapping[str, str]) -> list[Finding]:
 
 def _torchvision(versions: Mapping[str, str]) -> list[Finding]:
     """Whether torchvision's operators were built for the torch that is installed."""
-    import torch
-
     try:
         import torchvision.ops
 
@@ -136,10 +139,6 @@ def _torchvision(versions: Mapping[str, str]) -> list[Finding]:
 
 def examine_cpu() -> list[Finding]:
     """Instruction set, cores and threads."""
-    import torch
-
-    from ops import native
-
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     threads = torch.get_num_threads()
     onednn = "with" if torch.backends.mkldnn.is_available() else "without"
@@ -159,8 +158,6 @@ def examine_cpu() -> list[Finding]:
 
 def examine_gpu() -> list[Finding]:
     """Whether torch can use the GPU that there is."""
-    import torch
-
     present = Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi") is not None
     reinstall = "pip install --force-reinstall torch torchvision"
     build = torch.version.cuda
@@ -197,9 +194,6 @@ def examine_gpu() -> list[Finding]:
 
 def examine_compiler() -> list[Finding]:
     """Whether the C++ kernels can be had."""
-    from ops import native
-    from ops.native import build
-
     command = shlex.split(os.environ.get("CXX", ""))
     found = next(
         (p for c in (*command[:1], "c++", "g++", "clang++") if (p := shutil.which(c))), None
@@ -230,10 +224,6 @@ def examine_compiler() -> list[Finding]:
 
 def examine_attention() -> list[Finding]:
     """Which backends of neighborhood attention do an ordinary call here, and why others do not."""
-    import torch
-
-    from ops.neighborhood import BACKENDS, NAParams
-
     device = "cuda" if torch.cuda.is_available() else "cpu"
     query = torch.zeros(1, 14, 14, 2, 32, device=device)
     params = NAParams((7, 7), (1, 1), (1, 1), (False, False), 32**-0.5, False)
@@ -302,10 +292,6 @@ def examine_export(versions: Mapping[str, str]) -> list[Finding]:
 
 def examine_caches() -> list[Finding]:
     """Where files are kept between runs, and whether they can be."""
-    import torch
-
-    from ops import native
-
     findings = []
     for what, folder, variable in (
         ("compiled kernels", native.cache_dir(), "VISION_BACKBONES_CACHE_DIR"),

@@ -11,13 +11,11 @@ from argparse import ArgumentParser, Namespace
 from pathlib import Path
 from typing import Any
 
-from backbones.cli.common import (
-    CommandError,
-    Loaded,
-    add_size_argument,
-    load,
-    two_sides,
-)
+import torch
+
+from backbones.cli import exporting, quantizing
+from backbones.cli.common import CommandError, Loaded, add_size_argument, load, two_sides
+from backbones.cli.predict import preprocessing
 
 __all__ = ["EXAMPLE", "add_arguments", "export", "run"]
 
@@ -86,8 +84,6 @@ def export(
     Raises:
         CommandError: it cannot be exported, or differs; ``path`` is as before then.
     """
-    from backbones.cli import exporting
-
     model, name = loaded.model, loaded.name
     shape = (batch, model.in_chans, *size)
     _say(f"{name}: tracing at {_sizes(shape)}")
@@ -125,9 +121,6 @@ def export(
 
 
 def _quantize(loaded: Loaded, path: Path, size: tuple[int, int], options: Namespace) -> None:
-    from backbones.cli import quantizing
-    from backbones.cli.exporting import onnx_runner
-
     model = loaded.model
     images = quantizing.calibration_images(
         loaded, options.calibration, options.calibration_images, size
@@ -138,7 +131,7 @@ def _quantize(loaded: Loaded, path: Path, size: tuple[int, int], options: Namesp
             "resemble; use such a file for timing only"
         )
     quantizing.quantize(path, images)
-    agreement = quantizing.agreement(model, onnx_runner(path), images)
+    agreement = quantizing.agreement(model, exporting.onnx_runner(path), images)
     if agreement.top1 is not None:
         _say(
             f"  int8 agrees with float in {100 * agreement.top1:.1f} % of {len(images)} answers; "
@@ -150,10 +143,6 @@ def _quantize(loaded: Loaded, path: Path, size: tuple[int, int], options: Namesp
 
 def _metadata(loaded: Loaded) -> dict[str, str]:
     """What whoever runs the file must know, as strings."""
-    import torch
-
-    from backbones.cli.predict import preprocessing
-
     config: dict[str, Any] = preprocessing(loaded)
     facts = {"model": loaded.name, "torch": torch.__version__}
     facts["preprocessing"] = json.dumps(config, default=list)

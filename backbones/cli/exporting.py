@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib.util
 import logging
 import math
 import os
@@ -257,8 +258,6 @@ def _name_axes(model: Any) -> None:
 
 
 def _need(*packages: str) -> None:
-    import importlib.util
-
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
         raise CommandError(

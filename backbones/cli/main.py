@@ -3,10 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import importlib
+import difflib
+import importlib.metadata
 import os
+import runpy
 import sys
 from collections.abc import Sequence
+from pathlib import Path
+
+from backbones import CheckpointError
+from backbones.cli.common import CommandError
+from backbones.training.errors import TrainingError
 
 __all__ = ["COMMANDS", "main", "run_command"]
 
@@ -36,13 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.stdout.write(_overview())
         return 0
     if words[0] == "--version":
-        from importlib.metadata import version
-
-        sys.stdout.write(f"vision-backbones {version('vision-backbones')}\n")
+        sys.stdout.write(f"vision-backbones {importlib.metadata.version('vision-backbones')}\n")
         return 0
     if words[0] not in COMMANDS:
-        import difflib
-
         near = difflib.get_close_matches(words[0], COMMANDS, n=1) or list(COMMANDS)
         sys.stderr.write(f"error: no command {words[0]!r}; did you mean {' or '.join(near)}?\n")
         return 2
@@ -79,18 +82,14 @@ def run_command(name: str, argv: Sequence[str] | None = None, program: str | Non
         return 0
     except SystemExit as leaving:  # argparse: 0 after --help, 2 after words that it cannot take
         return int(leaving.code or 0)
-    except (ValueError, TypeError, OSError, RuntimeError, ImportError) as error:
-        if not _is_ours(error):
-            raise
+    except (CommandError, CheckpointError, TrainingError, OSError) as error:
+        # Written for the user; other errors are bugs and keep their trace.
         sys.stderr.write(f"error: {error}\n")
         return 2
 
 
 def _run_script(name: str, program: str, argv: Sequence[str]) -> int:
     """Run a script of tools/ in this process: as a file of the package, or of the checkout."""
-    import runpy
-    from pathlib import Path
-
     here = Path(__file__).parent
     path = next(
         p for p in (here / "scripts" / name, here.parents[1] / "tools" / name) if p.is_file()
@@ -103,15 +102,6 @@ def _run_script(name: str, program: str, argv: Sequence[str]) -> int:
         return int(script["main"](list(argv)) or 0)
     finally:
         sys.argv, sys.path[:] = before
-
-
-def _is_ours(error: BaseException) -> bool:
-    """Whether the message was written for the user; other errors are bugs and keep their trace."""
-    from backbones._checkpoint import CheckpointError
-    from backbones.cli.common import CommandError
-    from backbones.training.errors import TrainingError
-
-    return isinstance(error, CommandError | CheckpointError | TrainingError | OSError)
 
 
 def _overview() -> str:

@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from backbones._base import StagedBackbone
 from backbones.cli.receptive_field import ReceptiveField, reach_of
+from ops.attention.cascaded import CascadedGroupAttention
 from ops.neighborhood import NeighborhoodAttention2D
 
 __all__ = ["Part", "count_macs", "measure", "time_shares"]
@@ -225,6 +226,4 @@ def _follow(model: nn.Module, field: ReceptiveField) -> Iterator[None]:
 
 
 def _is_conv_like(module: nn.Module) -> bool:
-    from ops.attention.cascaded import CascadedGroupAttention
-
     return isinstance(module, CascadedGroupAttention)

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from backbones.cli.predict import Answer
+from backbones.training.pictures import _short, new_figure, save_figure
 
 __all__ = ["draw_answers"]
 
@@ -25,8 +26,6 @@ def draw_answers(path: Path, answers: Sequence[Answer], names: Sequence[str]) ->
         names: of the classes, by number.
     """
     from matplotlib import colormaps
-
-    from backbones.training.pictures import _short, new_figure, save_figure
 
     columns = min(4, len(answers))
     rows = -(-len(answers) // columns)

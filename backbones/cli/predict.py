@@ -6,6 +6,7 @@ Images that cannot be read are named and counted, and the others go on.
 from __future__ import annotations
 
 import csv
+import importlib.util
 import io
 import json
 import sys
@@ -13,13 +14,18 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from PIL import Image, ImageOps
+from timm.data import create_transform, resolve_data_config
+from timm.data.readers.img_extensions import get_img_extensions
+from torch import Tensor
+
+from backbones.cli.cam import grad_cam
 from backbones.cli.common import CommandError, Loaded, load, read_labels, table
-
-if TYPE_CHECKING:
-    from PIL import Image
-    from torch import Tensor
+from backbones.training import build
+from backbones.training.checkpoint import write_atomically
 
 __all__ = [
     "EXAMPLE",
@@ -79,6 +85,8 @@ def run(options: Namespace) -> int:
     for path in (options.csv, options.json, options.cam):
         if path is not None and not path.parent.is_dir():
             raise CommandError(f"there is no folder {path.parent} to write {path.name} to")
+    if options.cam is not None and importlib.util.find_spec("matplotlib") is None:
+        raise CommandError("--cam draws with matplotlib: pip install matplotlib")
     paths = find_images(options.images)
     loaded = load(options.model, options.checkpoint)
     if options.checkpoint is None:
@@ -131,10 +139,6 @@ def predict(
         pictures: how many readable images come back with what was seen and its Grad-CAM.
         progress: show a bar on standard error, if that is a terminal.
     """
-    import torch
-    from PIL import Image
-    from timm.data import create_transform
-
     config = preprocessing(loaded)
     transform = create_transform(**config, is_training=False)
     grey = config["input_size"][0] == 1
@@ -160,12 +164,8 @@ def preprocessing(loaded: Loaded) -> dict[str, Any]:
 
     Those of the training if its recipe is there, else of the model's published weights.
     """
-    from timm.data import resolve_data_config
-
     if loaded.recipe is not None:
-        from backbones.training.build import preprocessing as of_recipe
-
-        return of_recipe(loaded.recipe, loaded.model)
+        return build.preprocessing(loaded.recipe, loaded.model)
     return resolve_data_config({}, model=loaded.model)
 
 
@@ -176,8 +176,6 @@ def find_images(places: Sequence[Path]) -> list[Path]:
         CommandError: a folder without an image.
         FileNotFoundError: nothing there.
     """
-    from timm.data.readers.img_extensions import get_img_extensions
-
     extensions = get_img_extensions(as_set=True)
     found: list[Path] = []
     for place in places:
@@ -199,8 +197,6 @@ def open_image(path: Path, grey: bool = False) -> Image.Image:
     Raises:
         OSError, ValueError, SyntaxError: it is no whole image.
     """
-    from PIL import Image, ImageOps
-
     with Image.open(path) as image:
         image.load()
         return ImageOps.exif_transpose(image).convert("L" if grey else "RGB")
@@ -215,13 +211,9 @@ def _answer(
     pictures: int,
 ) -> int:
     """Fill in ``answers``; how many of them got what the picture needs."""
-    import torch
-
     drawn = min(pictures, len(answers))
     device = next(model.parameters()).device
     if drawn:
-        from backbones.cli.cam import grad_cam
-
         logits, heat = grad_cam(model, images.to(device))
         mean, std = (torch.tensor(config[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
         pixels = (images * std + mean).clamp(0, 1).expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
@@ -284,6 +276,4 @@ def _entries(answers: Sequence[Answer], names: Sequence[str]) -> list[dict[str, 
 
 
 def _write(path: Path, text: str) -> None:
-    from backbones.training.checkpoint import write_atomically
-
     write_atomically(path, lambda file: file.write(text.encode()))

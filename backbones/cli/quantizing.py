@@ -14,10 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from timm.data import create_transform
 from torch import Tensor, nn
 
 from backbones.cli.common import CommandError, Loaded
 from backbones.cli.exporting import Run
+from backbones.cli.predict import find_images, open_image, preprocessing
 
 __all__ = ["Agreement", "agreement", "calibration_images", "quantize"]
 
@@ -54,10 +56,6 @@ def calibration_images(
     if folder is None:
         generator = torch.Generator().manual_seed(0)
         return [torch.randn(1, channels, *size, generator=generator) for _ in range(count)]
-    from timm.data import create_transform
-
-    from backbones.cli.predict import find_images, open_image, preprocessing
-
     config = {**preprocessing(loaded), "input_size": (channels, *size)}
     transform = create_transform(**config, is_training=False)
     paths = find_images([folder])

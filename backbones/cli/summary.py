@@ -8,6 +8,7 @@ import textwrap
 from argparse import ArgumentParser, Namespace
 
 from backbones.cli.common import add_size_argument, count_text, create, table, two_sides
+from backbones.cli.measure import measure
 
 __all__ = ["EXAMPLE", "add_arguments", "describe", "run"]
 
@@ -34,8 +35,6 @@ def run(options: Namespace) -> int:
 
 def describe(name: str, model: object, height: int, width: int, runs: int = 5) -> str:
     """The table as text, with a line that says what its columns are."""
-    from backbones.cli.measure import measure
-
     parts = measure(model, height, width, runs)  # type: ignore[arg-type]
     params, macs = sum(p.params for p in parts), sum(p.macs for p in parts)
     rows = [

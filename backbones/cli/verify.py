@@ -12,8 +12,15 @@ import json
 import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+from torch import Tensor
+
+import backbones
+from backbones._checkpoint import _strip_prefixes, read_checkpoint
+from backbones._registry import published_weights
+from backbones.cli import parity
 from backbones.cli.common import (
     CommandError,
     add_size_argument,
@@ -23,9 +30,8 @@ from backbones.cli.common import (
     table,
     two_sides,
 )
-
-if TYPE_CHECKING:
-    from torch import Tensor
+from backbones.cli.identify import closest, released_file, sha256_of
+from backbones.training.checkpoint import write_atomically
 
 __all__ = ["EXAMPLE", "add_arguments", "compare", "make_figures", "run"]
 
@@ -84,12 +90,8 @@ def make_figures(model: Any, size: tuple[int, int], seed: int = 0) -> dict[str, 
 
     The image is the same everywhere, see :func:`backbones.cli.parity.image`.
     """
-    import torch
-
-    from backbones.cli.parity import image
-
     shape = (1, model.in_chans, *size)
-    maps, output = _outputs(model, image(shape, seed))
+    maps, output = _outputs(model, parity.image(shape, seed))
     return {
         "torch": torch.__version__,
         "input": list(shape),
@@ -105,14 +107,12 @@ def compare(model: Any, figures: dict[str, Any]) -> list[tuple[str, float]]:
     Raises:
         CommandError: the figures are of other shapes, or no figures.
     """
-    from backbones.cli.parity import image, summary_error
-
     try:
-        maps, output = _outputs(model, image(figures["input"], figures["seed"]))
+        maps, output = _outputs(model, parity.image(figures["input"], figures["seed"]))
         expected = [*figures["stages"], figures["output"]]
         names = [*(f"stage {i + 1}" for i in range(len(maps))), "output"]
         return [
-            (name, summary_error(value, of_it))
+            (name, parity.summary_error(value, of_it))
             for name, value, of_it in zip(names, [*maps, output], expected, strict=True)
         ]
     except (KeyError, TypeError, ValueError, AssertionError, RuntimeError) as error:
@@ -120,8 +120,6 @@ def compare(model: Any, figures: dict[str, Any]) -> list[tuple[str, float]]:
 
 
 def _outputs(model: Any, images: Tensor) -> tuple[list[Tensor], Tensor]:
-    import torch
-
     with torch.inference_mode():
         return model.forward_intermediates(images, intermediates_only=True), model(images)
 
@@ -139,10 +137,6 @@ def _summary(value: Tensor) -> dict[str, Any]:
 
 def _identify(path: Path) -> str | None:
     """Say what the file is; the model that it looks like, if it is one."""
-    from backbones._checkpoint import _strip_prefixes, read_checkpoint
-    from backbones.cli.identify import closest, released_file, sha256_of
-    from backbones.cli.parity import reference
-
     tensors, around = _strip_prefixes(read_checkpoint(path))
     digest = sha256_of(path)
     numbers = sum(tensor.numel() for tensor in tensors.values())
@@ -154,7 +148,7 @@ def _identify(path: Path) -> str | None:
     matches = closest(tensors)
     if matches[0].differences == 0:
         for match in matches:
-            figures = reference(match.family, match.variant)
+            figures = parity.reference(match.family, match.variant)
             file = released_file(figures, path, digest)
             if file is not None:
                 sys.stdout.write(f"release: byte for byte {file}\n")
@@ -198,8 +192,6 @@ def _some(kinds: dict[str, list[str]]) -> str:
 
 
 def _list_releases(variant: str) -> None:
-    from backbones._registry import published_weights
-
     for tag, cfg in published_weights(variant).items():
         if cfg.has_weights:
             sys.stdout.write(f"  {variant}.{tag}: {cfg.url}\n")
@@ -207,10 +199,6 @@ def _list_releases(variant: str) -> None:
 
 def _own_form(tensors: dict[str, Tensor]) -> str | None:
     """The variant whose own names and shapes these are, but for the classifier's width."""
-    import torch
-
-    import backbones
-
     own = {name: tuple(t.shape) for name, t in tensors.items() if not name.startswith("head.")}
     if not any(name.startswith("stages.0.") for name in own):
         return None
@@ -225,8 +213,6 @@ def _own_form(tensors: dict[str, Tensor]) -> str | None:
 
 def _verify_loading(name: str | None, path: Path) -> Any:
     """Say whether it loads; the model, or None if it does not."""
-    import backbones
-
     try:
         loaded = load(name, path)
     except backbones.CheckpointError as error:
@@ -241,14 +227,12 @@ def _verify_loading(name: str | None, path: Path) -> Any:
 
 def _verify_code(name: str) -> bool:
     """Compare with the original's figures; whether all are right."""
-    from backbones.cli.parity import case_errors, tolerance, variants
-
-    family = next((family for family, variant in variants() if variant == name), None)
+    family = next((family for family, variant in parity.variants() if variant == name), None)
     if family is None:
         sys.stdout.write(f"code: there are no figures of an original of {name}\n")
         return True
-    allowed = tolerance(family)
-    output, stages = case_errors(family, name, 0)
+    allowed = parity.tolerance(family)
+    output, stages = parity.case_errors(family, name, 0)
     rows = [(f"stage {i + 1}", error) for i, error in enumerate(stages)] + [("output", output)]
     sys.stdout.write(f"code of {name}, with made-up weights, against the original's figures:\n")
     return _show(rows, allowed)
@@ -277,7 +261,5 @@ def _show(rows: list[tuple[str, float]], allowed: float) -> bool:
 
 
 def _write(path: Path, figures: dict[str, Any]) -> None:
-    from backbones.training.checkpoint import write_atomically
-
     text = json.dumps(figures, indent=1)
     write_atomically(path, lambda file: file.write(text.encode()))
