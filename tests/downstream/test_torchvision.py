@@ -11,6 +11,8 @@ from torch import Tensor
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
 from zoo import CLASSIFIERS, SMALL, STRIDE_16
 
+import backbones
+
 Train = Callable[..., list[float]]
 Page = Callable[[str], dict[str, Any]]
 Pictures = tuple[Tensor, Tensor, Tensor]
@@ -48,7 +50,10 @@ def test_every_family_makes_a_pyramid(family: str, run_page: Page) -> None:
     name, arguments = SMALL[family]
     if family in STRIDE_16:
         arguments = {**arguments, "stem_features": True, "out_indices": (1, 2, 3, 4)}
-    pyramid = run_page("torchvision")["Pyramid"](name, LastLevelMaxPool(), **arguments)
+    page = run_page("torchvision")
+    body = backbones.create_model(name, features_only=True, **arguments)
+    fpn = page["FeaturePyramidNetwork"](body.feature_info.channels(), 256, LastLevelMaxPool())
+    pyramid = page["Pyramid"]({"body": body, "fpn": fpn})
     maps = pyramid(torch.randn(2, 3, 64, 64))
     assert [x.shape[1:] for x in maps.values()] == [(256, s, s) for s in (16, 8, 4, 2, 1)]
     sum(x.mean() for x in maps.values()).backward()
