@@ -64,7 +64,7 @@ def chest(tmp_path_factory):
     folder = tmp_path_factory.mktemp("medmnist")
     generator = np.random.default_rng(0)
     arrays = {}
-    for split, count in (("train", 240), ("val", 17), ("test", 9)):
+    for split, count in (("train", 240), ("val", 65), ("test", 9)):
         labels = generator.integers(0, 2, (count, 3))
         images = generator.integers(0, 100, (count, 28, 28, 3)) + 120 * labels[:, None, None]
         arrays |= {f"{split}_images": images.astype(np.uint8)}
@@ -83,13 +83,14 @@ def test_the_labels_of_a_set(chest):
 @pytest.mark.parametrize("workers", [0, 2])
 def test_a_run_learns_them(workers, chest, tmp_path, capsys):
     arguments = ("--data=medmnist/chestmnist", f"--data-dir={chest}", f"--output={tmp_path}")
-    words = ("--name=run", f"--workers={workers}", "--no-aug", "--lr=3e-3")
-    assert train(*arguments, *words, "--epochs=4", "--ema", "--ema-decay=0.5") == 0
-    rows = final_state(tmp_path / "run")["history"]
-    assert rows[-1]["ema_auc"] > 80 and rows[-1]["val_top1"] > 50
+    words = ("--name=run", f"--workers={workers}", "--no-aug", "--lr=3e-3", "--batch-size=16")
+    assert train(*arguments, *words, "--epochs=8", "--ema", "--ema-decay=0.5") == 0
+    row = final_state(tmp_path / "run")["history"][-1]
+    # Chance is 50 in both; the least of eight seeds was 93.7 and 90.8.
+    assert row["ema_auc"] > 75 and row["val_top1"] > 70
     printed = capsys.readouterr().out
     assert "AUC" in printed and "best AUC" in printed
-    assert train(*arguments, *words, "--epochs=5", "--resume=auto", "--ema") == 0
+    assert train(*arguments, *words, "--epochs=9", "--resume=auto", "--ema") == 0
 
 
 @pytest.mark.parametrize(
