@@ -61,6 +61,7 @@ def _join_cpus(cfg: Config, launcher: str) -> None:
             "pytorch under torchrun"
         )
     without_sync_norm(cfg.model)
+    cfg.sync_bn = None
     cfg.model_wrapper_cfg = dict(
         type="MMDistributedDataParallel", broadcast_buffers=False, device_ids=None
     )

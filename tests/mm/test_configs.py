@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -30,6 +31,13 @@ from backbones.openmmlab import check_channels, without_sync_norm
 
 ROOT = Path(__file__).parents[2] / "configs"
 LEAVES = sorted(path for kind in ("det", "seg") for path in ROOT.glob(f"{kind}/[a-z]*/*.py"))
+HEADS = {
+    "retinanet": "RetinaNet",
+    "mask-rcnn": "MaskRCNN",
+    "cascade-mask-rcnn": "CascadeRCNN",
+    "fpn": "FPNHead",
+    "upernet": "UPerHead",
+}
 # One of each head and family that is small enough for every run.
 QUICK = {
     "fpn_van-b0",
@@ -63,6 +71,7 @@ def test_file_says_what_it_is(path: Path) -> None:
     assert len(text.splitlines()) <= 15
     docstring = ast.get_docstring(ast.parse(text))
     assert docstring is not None and "https://arxiv.org/abs/" in docstring
+    assert re.search(r"(AP|mIoU) \d\d\.\d\b|no published", docstring)
     cfg = Config.fromfile(path)
     name = cfg.model.backbone.name
     assert name in backbones.list_models(family=path.parent.name)
@@ -70,6 +79,12 @@ def test_file_says_what_it_is(path: Path) -> None:
     checkpoint = cfg.model.backbone.get("init_cfg", {}).get("checkpoint", f"{name}.")
     assert checkpoint.startswith(f"{name}.")
     check_channels(cfg.model)
+    head = cfg.model.get("decode_head", cfg.model).type
+    assert head == HEADS[path.stem.split("_")[0]]
+    if head.endswith("Head"):
+        batch, height, width = re.findall(r"xb(\d+)-.*-(\d+)x(\d+)$", path.stem)[0]
+        assert cfg.train_dataloader.batch_size == int(batch)
+        assert cfg.crop_size == cfg.model.data_preprocessor.size == (int(height), int(width))
 
 
 @pytest.mark.parametrize("path", [p for p in LEAVES if _key(p) in QUICK], ids=_ids)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer
+from mmengine.model import convert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS
 from torch import nn
@@ -97,6 +98,18 @@ def test_norm_eval_keeps_running_statistics() -> None:
     model(torch.randn(2, 3, 64, 64))
     assert all(torch.equal(b, before[n]) for n, b in model.named_buffers())
     assert model.model.model.stages[0].blocks[0].training
+
+
+def test_synchronised_norms_can_be_frozen() -> None:
+    """As mmengine makes them of plain ones under ``sync_bn``, which the configs set."""
+    plain = _build(norm_eval=True)
+    model = convert_sync_batchnorm(copy.deepcopy(plain), "torch").train()
+    norms = [m for m in model.modules() if isinstance(m, nn.SyncBatchNorm)]
+    assert len(norms) == sum(isinstance(m, nn.BatchNorm2d) for m in plain.modules())
+    assert not any(m.training for m in norms)
+    x = torch.randn(2, 3, 64, 64)
+    for a, b in zip(model.eval()(x), plain.eval()(x), strict=True):
+        assert torch.equal(a, b)
 
 
 def test_with_cp_gives_the_same_gradients() -> None:

@@ -17,13 +17,13 @@ _heads = [
         roi_feat_size=7,
         num_classes=80,
         norm_cfg=dict(type="SyncBN", requires_grad=True),
-        bbox_coder=dict(type="DeltaXYWHBBoxCoder", target_stds=[s, s, 2 * s, 2 * s]),
+        bbox_coder=dict(type="DeltaXYWHBBoxCoder", target_stds=stds),
         reg_class_agnostic=False,
         reg_decoded_bbox=True,
         loss_cls=dict(type="CrossEntropyLoss"),
         loss_bbox=dict(type="GIoULoss", loss_weight=10.0),
     )
-    for s in (0.1, 0.05, 0.033)
+    for stds in ([0.1, 0.1, 0.2, 0.2], [0.05, 0.05, 0.1, 0.1], [0.033, 0.033, 0.067, 0.067])
 ]
 _stages = [
     dict(
@@ -42,11 +42,12 @@ _stages = [
 ]
 model = dict(
     type="CascadeRCNN",
+    rpn_head=dict(loss_bbox=dict(_delete_=True, type="SmoothL1Loss", beta=1 / 9)),
     roi_head=dict(
         type="CascadeRoIHead",
         num_stages=3,
         stage_loss_weights=[1, 0.5, 0.25],
         bbox_head=_heads,
     ),
-    train_cfg=dict(rpn_proposal=dict(max_per_img=2000), rcnn=_stages),
+    train_cfg=dict(rpn=dict(allowed_border=0), rpn_proposal=dict(max_per_img=2000), rcnn=_stages),
 )

@@ -16,7 +16,7 @@ train_dataloader = dict(
                     [
                         dict(
                             type="RandomChoiceResize",
-                            scales=[(4200, 400), (4200, 500), (4200, 600)],
+                            scales=[(1333, 400), (1333, 500), (1333, 600)],
                             keep_ratio=True,
                         ),
                         dict(
@@ -35,6 +35,6 @@ train_dataloader = dict(
 )
 train_cfg = dict(max_epochs=36)
 param_scheduler = [
-    dict(type="LinearLR", start_factor=0.001, by_epoch=False, begin=0, end=1000),
+    dict(type="LinearLR", start_factor=0.001, by_epoch=False, begin=0, end=500),
     dict(type="MultiStepLR", begin=0, end=36, by_epoch=True, milestones=[27, 33], gamma=0.1),
 ]

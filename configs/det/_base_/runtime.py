@@ -18,5 +18,7 @@ env_cfg = dict(
 visualizer = dict(type="DetLocalVisualizer", vis_backends=[dict(type="LocalVisBackend")])
 log_processor = dict(type="LogProcessor", window_size=50, by_epoch=True)
 log_level = "INFO"
+# Batch norms of the backbone, too, count the images of all GPUs.
+sync_bn = "torch"
 load_from = None
 resume = False

@@ -1,5 +1,4 @@
-"""Mask R-CNN 1x on COCO with RAVLT-B: box AP 51.2, a number that
-was not checked against the paper's tables; drop path as in classification.
+"""Mask R-CNN 1x on COCO with RAVLT-B: box AP 51.2, mask AP 45.7 (its code's README).
 Fan et al., "Breaking the Low-Rank Dilemma of Linear Attention", https://arxiv.org/abs/2411.07635."""
 
 _base_ = ["../_base_/mask_rcnn.py", "../_base_/coco_mask_1x.py"]

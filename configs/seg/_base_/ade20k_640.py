@@ -19,6 +19,7 @@ train_dataloader = dict(
 _test_pipeline = [
     dict(type="LoadImageFromFile"),
     dict(type="Resize", scale=(2560, 640), keep_ratio=True),
+    dict(type="ResizeToMultiple", size_divisor=32),
     dict(type="LoadAnnotations", reduce_zero_label=True),
     dict(type="PackSegInputs"),
 ]

@@ -1,11 +1,11 @@
-"""Semantic FPN with a cosine schedule of 80 000 iterations; AdamW 2e-4, fixed batch norms.
+"""Semantic FPN with a cosine schedule of 80 000 iterations; AdamW 2e-4.
 
 As in the configs published with BiFormer, https://arxiv.org/abs/2303.08810.
 """
 
 _base_ = ["./fpn.py"]
 
-model = dict(backbone=dict(out_norms=True, norm_eval=True))
+model = dict(backbone=dict(out_norms=True))
 optim_wrapper = dict(optimizer=dict(lr=2e-4))
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.1, by_epoch=False, begin=0, end=1000),

@@ -20,5 +20,7 @@ env_cfg = dict(
 visualizer = dict(type="SegLocalVisualizer", vis_backends=[dict(type="LocalVisBackend")])
 log_processor = dict(by_epoch=False)
 log_level = "INFO"
+# Batch norms of the backbone, too, count the images of all GPUs.
+sync_bn = "torch"
 load_from = None
 resume = False

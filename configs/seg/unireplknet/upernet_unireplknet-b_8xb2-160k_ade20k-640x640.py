@@ -6,7 +6,7 @@ model = dict(
     backbone=dict(
         name="unireplknet_b",
         drop_path_rate=0.3,
-        init_cfg=dict(type="Pretrained", checkpoint="unireplknet_b.in22k"),
+        init_cfg=dict(type="Pretrained", checkpoint="unireplknet_b.in22k_ft_in1k_384"),
     ),
     decode_head=dict(in_channels=[128, 256, 512, 1024]),
     auxiliary_head=dict(in_channels=512),

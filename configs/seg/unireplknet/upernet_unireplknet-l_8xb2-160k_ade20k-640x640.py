@@ -6,7 +6,7 @@ model = dict(
     backbone=dict(
         name="unireplknet_l",
         drop_path_rate=0.4,
-        init_cfg=dict(type="Pretrained", checkpoint="unireplknet_l.in22k"),
+        init_cfg=dict(type="Pretrained", checkpoint="unireplknet_l.in22k_ft_in1k_384"),
     ),
     decode_head=dict(in_channels=[192, 384, 768, 1536]),
     auxiliary_head=dict(in_channels=768),

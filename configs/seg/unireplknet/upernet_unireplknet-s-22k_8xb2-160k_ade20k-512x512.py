@@ -6,7 +6,7 @@ model = dict(
     backbone=dict(
         name="unireplknet_s",
         drop_path_rate=0.3,
-        init_cfg=dict(type="Pretrained", checkpoint="unireplknet_s.in22k"),
+        init_cfg=dict(type="Pretrained", checkpoint="unireplknet_s.in22k_ft_in1k_384"),
     ),
     decode_head=dict(in_channels=[96, 192, 384, 768]),
     auxiliary_head=dict(in_channels=384),

@@ -7,7 +7,7 @@ model = dict(
     backbone=dict(
         name="unireplknet_xl",
         drop_path_rate=0.4,
-        init_cfg=dict(type="Pretrained", checkpoint="unireplknet_xl.in22k"),
+        init_cfg=dict(type="Pretrained", checkpoint="unireplknet_xl.in22k_ft_in1k_384"),
     ),
     decode_head=dict(in_channels=[256, 512, 1024, 2048]),
     auxiliary_head=dict(in_channels=1024),
