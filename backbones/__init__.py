@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+try:
+    import timm as _timm  # noqa: F401  (with torch and torchvision)
+except (ImportError, RuntimeError) as error:
+    raise ImportError(
+        f"torch, torchvision and timm do not fit each other: {error}. A set that does comes with "
+        "`pip install --force-reinstall torch torchvision timm`."
+    ) from error
+
 import ops as _ops
 
 if not hasattr(_ops, "OPS_OF_VISION_BACKBONES"):

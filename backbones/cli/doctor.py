@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import torchvision
 from packaging.requirements import Requirement
 
 from ops import native
@@ -114,12 +115,11 @@ def examine_packages(versions: Mapping[str, str]) -> list[Finding]:
 
 
 def _torchvision(versions: Mapping[str, str]) -> list[Finding]:
-    """Whether torchvision's operators were built for the torch that is installed."""
+    """Whether torchvision's operators run where torch does: one may be a build without CUDA."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
-        import torchvision.ops
-
-        torchvision.ops.nms(torch.zeros(1, 4), torch.zeros(1), 0.5)
-    except (ImportError, RuntimeError) as error:
+        torchvision.ops.nms(torch.zeros(1, 4, device=device), torch.zeros(1, device=device), 0.5)
+    except RuntimeError as error:
         pinned = next(
             (r for r in importlib.metadata.requires("torchvision") or () if r.startswith("torch=")),
             "torch",
@@ -143,8 +143,8 @@ def examine_cpu() -> list[Finding]:
     threads = torch.get_num_threads()
     onednn = "with" if torch.backends.mkldnn.is_available() else "without"
     text = (
-        f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, {cores} cores, "
-        f"{threads} threads, torch {onednn} oneDNN"
+        f"{platform.machine()}, {torch.backends.cpu.get_cpu_capability()}, cores: {cores}, "
+        f"threads: {threads}, torch {onednn} oneDNN"
     )
     try:
         text += f", kernels for {native.instruction_set()}"
@@ -233,7 +233,9 @@ def examine_attention() -> list[Finding]:
         if reason is None:
             findings.append(Finding("attention", "ok", f"{name}: usable on {device}"))
             continue
-        fix = f"pip install {name}" if "not installed" in reason else ""
+        # Triton's kernels need a GPU before they need the package.
+        missing = "not installed" in reason and (name != "triton" or device == "cuda")
+        fix = f"pip install {name}" if missing else ""
         findings.append(Finding("attention", "note", f"{name}: {reason}", fix))
     return findings
 

@@ -29,20 +29,22 @@ TOLERANCE = 1e-4
 def add_arguments(parser: ArgumentParser) -> None:
     """The command line of ``export``."""
     parser.add_argument("model", help="name of the architecture")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE")
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="to write")
     parser.add_argument(
         "--format", choices=("onnx", "pt2"), help="default: by the ending of --out, else onnx"
     )
     parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="default: untrained")
     parser.add_argument("--dynamic", action="store_true", help="leave batch and size open")
     add_size_argument(parser, "size to trace at (default: the model's)")
-    parser.add_argument("--batch", type=int, default=1, help="of a file that is not dynamic")
+    parser.add_argument("--batch", type=int, default=1, metavar="N", help="if not dynamic (1)")
     parser.add_argument("--fused", action="store_true", help="fold norms and branches first")
     parser.add_argument("--int8", action="store_true", help="quantise the ONNX file (QDQ)")
     parser.add_argument(
         "--calibration", type=Path, metavar="FOLDER", help="of images, for --int8 (default: noise)"
     )
-    parser.add_argument("--calibration-images", type=int, default=64, metavar="N")
+    parser.add_argument(
+        "--calibration-images", type=int, default=64, metavar="N", help="how many of them (64)"
+    )
 
 
 def run(options: Namespace) -> int:

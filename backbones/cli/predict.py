@@ -66,16 +66,16 @@ def add_arguments(parser: ArgumentParser) -> None:
     """The command line of ``predict``."""
     parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="files or folders")
     parser.add_argument("--model", help="architecture; a checkpoint of train_cls.py knows its own")
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE")
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights")
     parser.add_argument("--labels", type=Path, metavar="FILE", help="names: one a line, or JSON")
-    parser.add_argument("--topk", type=int, default=5, help="answers an image (default: 5)")
+    parser.add_argument("--topk", type=int, default=5, metavar="N", help="answers an image (5)")
     parser.add_argument("--csv", type=Path, metavar="FILE", help="write a row for each answer")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write an entry for each image")
     parser.add_argument(
         "--cam", type=Path, metavar="PNG", help=f"draw the first {_PICTURES} with their Grad-CAM"
     )
-    parser.add_argument("--batch-size", type=int, default=16)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="images (16)")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, … (cpu)")
 
 
 def run(options: Namespace) -> int:

@@ -43,7 +43,7 @@ _SHOWN = 3
 def add_arguments(parser: ArgumentParser) -> None:
     """The command line of ``verify``."""
     parser.add_argument("model", nargs="?", help="default: what the checkpoint says or looks like")
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE")
+    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="default: only the code")
     parser.add_argument(
         "--save-figures", type=Path, metavar="JSON", help="of every stage, to compare elsewhere"
     )

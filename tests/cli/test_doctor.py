@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -139,6 +141,20 @@ def test_a_torchvision_of_another_torch(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(torchvision.ops, "nms", broken)
     errors = [f for f in doctor.examine_packages(doctor._installed()) if f.severity == "error"]
     assert errors[0].fix.startswith("pip install --force-reinstall torch==")
+
+
+def test_what_keeps_the_doctor_from_running_is_said_in_its_place(tmp_path: Path) -> None:
+    # As torchvision of another torch does, which timm imports.
+    (tmp_path / "timm.py").write_text(
+        "raise RuntimeError('operator torchvision::nms is not there')"
+    )
+    root = Path(doctor.__file__).parents[2]
+    code = f"import sys; sys.path[:0] = {[str(tmp_path), str(root)]}; import backbones.cli.main"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert run.returncode == 1
+    last = run.stderr.splitlines()[-1]
+    assert "operator torchvision::nms is not there" in last
+    assert "`pip install --force-reinstall torch torchvision timm`" in last
 
 
 def test_wrong_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
