@@ -27,7 +27,11 @@ _KEPT_TAGS = {
     *(ExifTags.Base.Software, ExifTags.Base.DateTime, ExifTags.Base.Artist),
     *(ExifTags.Base.Copyright, ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo),
 }
-_ERRORS = (OSError, SyntaxError, ValueError, EOFError, struct.error, zlib.error, OverflowError)
+# What Pillow, torchvision (RuntimeError) and tifffile raise of files that are damaged.
+_ERRORS = (
+    *(OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, OverflowError),
+    *(RuntimeError, Image.DecompressionBombError, struct.error, zlib.error),
+)
 
 
 class PictureError(DataError):
@@ -41,7 +45,7 @@ class Picture:
     Attributes:
         pixels: uint8 or uint16 (H, W, 3), or (H, W, 1) of a grey one.
         alpha: opacity, (H, W) of the same type; None where all is opaque.
-        icc: the colour profile.
+        icc: the colour profile, if it is one for such pixels.
         exif: the camera's notes, without the orientation and what describes the old file.
         note: what was left out, for people; "" if nothing.
     """
@@ -89,9 +93,9 @@ def read_size(path: Path) -> tuple[int, int]:
 def read_picture(path: Path) -> Picture:
     """Read PNG, JPEG, WebP, TIFF or whatever else Pillow decodes.
 
-    Palettes become RGB, CMYK and the like too; the camera's orientation is applied. 16 bits stay
-    16 bits (PNG; TIFF in colour if ``tifffile`` is installed). Of several frames the first is
-    taken, and :attr:`Picture.note` says so.
+    Palettes become RGB, CMYK and the like too, without its colour profile; the camera's orientation
+    is applied. 16 bits stay 16 bits (PNG; TIFF in colour if ``tifffile`` is installed). Of several
+    frames the first is taken, and :attr:`Picture.note` says so.
 
     Raises:
         PictureError: missing, damaged, or of a kind that has no place here.
@@ -103,18 +107,17 @@ def read_picture(path: Path) -> Picture:
             icc, exif = image.info.get("icc_profile"), image.getexif()
             turn = exif.get(ExifTags.Base.Orientation, 1)
             pixels, alpha = _arrays(image, path)
+            notes = _keep_notes(exif)
     except _ERRORS as error:
         if isinstance(error, PictureError):
             raise
         raise PictureError(_explain(path, error)) from error
-    for tag in set(exif) - _KEPT_TAGS:
-        del exif[tag]
     note = f"only the first of its {frames} frames" if frames > 1 else ""
     return Picture(
         np.ascontiguousarray(_upright(pixels, turn)),
         None if alpha is None else np.ascontiguousarray(_upright(alpha, turn)),
-        icc,
-        exif.tobytes() if len(exif) else None,
+        icc if _profile_fits(icc, pixels.shape[2]) else None,
+        notes,
         note,
     )
 
@@ -122,7 +125,8 @@ def read_picture(path: Path) -> Picture:
 def write_picture(path: Path, picture: Picture, quality: int = 95) -> None:
     """Write the format of the ending; the file appears whole or not at all.
 
-    16 bits are kept in PNG and TIFF, alpha in PNG, WebP and TIFF.
+    16 bits are kept in PNG and TIFF, alpha in PNG, WebP and TIFF; the camera's notes in all but BMP
+    and a TIFF of 16 bits.
 
     Args:
         quality: of JPEG and WebP, 1 … 100.
@@ -148,15 +152,37 @@ def write_picture(path: Path, picture: Picture, quality: int = 95) -> None:
                 options |= {"quality": quality, "subsampling": 0}
             elif suffix == ".webp":
                 options |= {"quality": quality}
-            elif suffix in (".tif", ".tiff"):
+            elif suffix in (".tif", ".tiff") and not _has_directories(picture.exif):
                 options |= {"compression": "tiff_adobe_deflate"}
             elif suffix == ".bmp":
                 options = {}
             image.save(data, format=Image.registered_extensions()[suffix], **options)
         view = data.getbuffer()
         write_atomically(path, lambda file: file.write(view))
-    except (*_ERRORS, RuntimeError) as error:
+    except _ERRORS as error:
         raise PictureError(f"cannot write {path}: {error}") from error
+
+
+def _keep_notes(exif: Image.Exif) -> bytes | None:
+    """What is still true of another picture made of this one."""
+    for tag in set(exif) - _KEPT_TAGS:
+        del exif[tag]
+    camera = exif.get_ifd(ExifTags.IFD.Exif)
+    for tag in (ExifTags.Base.ExifImageWidth, ExifTags.Base.ExifImageHeight):
+        camera.pop(tag, None)
+    return exif.tobytes() if len(exif) else None
+
+
+def _has_directories(notes: bytes | None) -> bool:
+    """Whether there are notes of the camera or a place: Pillow cannot compress a TIFF with them."""
+    exif = Image.Exif()
+    exif.load(notes or b"")
+    return not {ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo}.isdisjoint(exif)
+
+
+def _profile_fits(icc: bytes | None, channels: int) -> bool:
+    """Whether a colour profile is of grey or of RGB, as the pixels are: CMYK became RGB."""
+    return icc is not None and icc[16:20] == (b"GRAY" if channels == 1 else b"RGB ")
 
 
 def _explain(path: Path, error: BaseException) -> str:
@@ -280,7 +306,7 @@ def _crc(name: bytes, data: bytes) -> int:
 def _deep_tiff(picture: Picture) -> bytes:
     """A little-endian TIFF of 16 bits in one deflated strip (TIFF 6.0)."""
     if picture.is_grey and picture.alpha is not None:  # hardly any reader knows this kind
-        picture = replace(picture, pixels=np.repeat(picture.pixels, 3, 2))
+        picture = replace(picture, pixels=np.repeat(picture.pixels, 3, 2), icc=None)
     array = _planes(picture, "<")
     height, width, channels = array.shape
     strip = zlib.compress(array.tobytes(), 6)

@@ -19,7 +19,10 @@ from backbones.restoration.images import (
     write_picture,
 )
 
-ORIENTATION = 0x0112
+ORIENTATION, MAKER, CAMERA = 0x0112, 0x010F, 0x8769
+PROFILES = {
+    channels: b"\0" * 16 + space + b"\0" * 108 for channels, space in ((1, b"GRAY"), (3, b"RGB "))
+}
 RANDOM = np.random.default_rng(0)
 
 
@@ -81,11 +84,12 @@ def test_sixteen_bits(suffix: str, channels: int, alpha: bool, tmp_path: Path) -
     array = pixels(5, 8, channels, kind=np.uint16)
     opacity = pixels(5, 8, kind=np.uint16) if alpha else None
     path = tmp_path / f"a{suffix}"
-    write_picture(path, Picture(array, opacity, icc=b"profile"))
+    write_picture(path, Picture(array, opacity, icc=PROFILES[channels]))
     back = read_picture(path)
-    assert back.bits == 16 and back.icc == b"profile"
     # A grey TIFF with alpha is written as colour, which readers know.
-    expected = array.repeat(3, 2) if suffix == ".tif" and alpha and channels == 1 else array
+    turned = suffix == ".tif" and alpha and channels == 1
+    expected = array.repeat(3, 2) if turned else array
+    assert back.bits == 16 and back.icc == (None if turned else PROFILES[channels])
     assert np.array_equal(back.pixels, expected)
     assert (back.alpha is None) == (opacity is None)
     if opacity is not None:
@@ -105,7 +109,7 @@ def test_sixteen_bits_become_eight_where_the_format_has_no_more(tmp_path: Path) 
 def test_orientation(orientation: int, tmp_path: Path) -> None:
     image = Image.fromarray(pixels(5, 8, 3))
     exif = image.getexif()
-    exif[ORIENTATION], exif[0x010F] = orientation, "a maker"
+    exif[ORIENTATION], exif[MAKER] = orientation, "a maker"
     image.save(tmp_path / "a.png", exif=exif)
     picture = read_picture(tmp_path / "a.png")
     with Image.open(tmp_path / "a.png") as opened:
@@ -116,19 +120,34 @@ def test_orientation(orientation: int, tmp_path: Path) -> None:
         assert ORIENTATION not in written.getexif() and written.getexif()[0x010F] == "a maker"
 
 
-def test_notes_of_a_tiff_do_not_describe_the_new_one(tmp_path: Path) -> None:
+@pytest.mark.parametrize("source", ["tif", "jpg"])
+def test_notes_that_are_still_true_are_kept(source: str, tmp_path: Path) -> None:
+    """Who took it and how long, but neither how the old file is built nor how large it was."""
     image = Image.fromarray(pixels(5, 8, 3))
     exif = image.getexif()
-    exif[ORIENTATION], exif[0x010F] = 6, "a maker"
-    image.save(tmp_path / "a.tif", exif=exif)
-    picture = read_picture(tmp_path / "a.tif")
+    exif[ORIENTATION], exif[MAKER] = 6, "a maker"
+    if source == "jpg":
+        exif.get_ifd(CAMERA).update({0x829A: 0.5, 0xA002: 8, 0xA003: 5})
+    image.save(tmp_path / f"a.{source}", exif=exif)
+    picture = read_picture(tmp_path / f"a.{source}")
     assert picture.pixels.shape == (8, 5, 3)
     larger = picture.with_pixels(pixels(16, 10, 3), None)
-    for suffix in (".tif", ".png", ".jpg"):
+    for suffix in (".tif", ".png", ".jpg", ".webp"):
         write_picture(tmp_path / f"b{suffix}", larger)
         assert read_picture(tmp_path / f"b{suffix}").pixels.shape == (16, 10, 3)
         with Image.open(tmp_path / f"b{suffix}") as written:
-            assert written.getexif()[0x010F] == "a maker"
+            notes = written.getexif()
+            assert notes[MAKER] == "a maker" and ORIENTATION not in notes
+            assert notes.get_ifd(CAMERA) == ({0x829A: 0.5} if source == "jpg" else {})
+
+
+def test_a_profile_of_other_channels_is_left_out(tmp_path: Path) -> None:
+    """CMYK becomes RGB without being asked for its profile."""
+    profile = b"\0" * 16 + b"CMYK" + b"\0" * 108
+    Image.fromarray(pixels(4, 4, 3)).convert("CMYK").save(tmp_path / "a.jpg", icc_profile=profile)
+    assert read_picture(tmp_path / "a.jpg").icc is None
+    Image.fromarray(pixels(4, 4, 3)).save(tmp_path / "b.jpg", icc_profile=PROFILES[3])
+    assert read_picture(tmp_path / "b.jpg").icc == PROFILES[3]
 
 
 def test_formats_without_alpha(tmp_path: Path) -> None:
@@ -159,6 +178,21 @@ def test_damage_is_reported(tmp_path: Path) -> None:
         read_picture(tmp_path / "missing.png")
     with pytest.raises(PictureError, match="there is no file"):
         read_size(tmp_path / "missing.png")
+    # A checksum that Pillow does not look at and libpng does.
+    write_picture(tmp_path / "sum.png", Picture(pixels(4, 4, 3, kind=np.uint16)))
+    deep = bytearray((tmp_path / "sum.png").read_bytes())
+    deep[-14] ^= 1
+    (tmp_path / "sum.png").write_bytes(deep)
+    with pytest.raises(PictureError, match=r"sum\.png cannot be read"):
+        read_picture(tmp_path / "sum.png")
+    # A head that promises 2³¹ columns.
+    Image.new("RGB", (4, 4)).save(tmp_path / "huge.bmp")
+    head = bytearray((tmp_path / "huge.bmp").read_bytes())
+    head[18:22] = (2**31 - 1).to_bytes(4, "little")
+    (tmp_path / "huge.bmp").write_bytes(head)
+    for read in (read_size, read_picture):
+        with pytest.raises(PictureError, match=r"huge\.bmp cannot be read"):
+            read(tmp_path / "huge.bmp")
     Image.fromarray(np.zeros((4, 4), np.float32)).save(tmp_path / "f.tif")
     with pytest.raises(PictureError, match="floating-point"):
         read_picture(tmp_path / "f.tif")
