@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from backbones.restoration.images import Picture, PictureError, read_picture
 from backbones.restoration.memory import available_memory, bytes_per_pixel, used_memory
 from backbones.restoration.resize import resize_bicubic
+from backbones.training.errors import DataError
 from ops.tiling import tile_spans, tiled_strips
 
 __all__ = ["Upscaler", "upscale"]
@@ -91,7 +92,8 @@ class Upscaler:
             on_tile: called after each tile.
 
         Raises:
-            ValueError: another kind of picture, or ``max_memory`` does not suffice.
+            ValueError: another kind of picture; a :class:`DataError` if ``max_memory`` does not
+                suffice.
         """
         if isinstance(picture, Picture):
             return self._restore(picture, on_tile)
@@ -118,7 +120,7 @@ class Upscaler:
             depth: bytes of a value in the file, 1 or 2.
 
         Raises:
-            ValueError: ``max_memory`` does not suffice for the smallest tile.
+            DataError: ``max_memory`` does not suffice for the smallest tile.
         """
         whole = max(height, width)
         if self.tile != "auto":
@@ -136,7 +138,7 @@ class Upscaler:
         if side < self.window:
             least = self._needs(self.window, height, width) - budget
             limit = "the memory that is free" if self.max_memory is None else "max_memory"
-            raise ValueError(
+            raise DataError(
                 f"{limit} does not suffice for {height}×{width} pixels in tiles of {self.window} "
                 f"with an overlap of {self.overlap}: {least / 2**20:.0f} MiB are missing"
             )

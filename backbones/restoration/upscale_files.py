@@ -20,7 +20,6 @@ from backbones.restoration.data import to_tensor
 from backbones.restoration.images import (
     SUFFIXES,
     Picture,
-    PictureError,
     read_picture,
     read_size,
     write_picture,
@@ -139,7 +138,8 @@ def upscale_files(
     progress: Progress | None = None,
     on_error: Callable[[str], object] | None = None,
 ) -> Report:
-    """Restore pictures one after the other; one that cannot be read does not stop the others.
+    """Restore pictures one after the other; one that fails does not stop the others: it cannot be
+    read or written, or is too large for the memory.
 
     Args:
         upscaler: the model and how to use it.
@@ -149,16 +149,14 @@ def upscale_files(
         skip_existing: leave out pictures whose result is there.
         progress: where to show how far it is, and the time left.
         on_error: told of every picture that failed.
-
-    Raises:
-        ValueError: the memory does not suffice.
     """
     report = Report()
 
     def fail(path: Path, error: Exception) -> None:
-        report.failed.append((path, str(error)))
+        why = str(error) if str(path) in str(error) else f"{path}: {error}"
+        report.failed.append((path, why))
         if on_error is not None:
-            on_error(str(error))
+            on_error(why)
 
     planned: list[tuple[Job, int]] = []
     for job in jobs:
@@ -167,7 +165,7 @@ def upscale_files(
             continue
         try:
             planned.append((job, upscaler.tiles(*read_size(job.source))))
-        except PictureError as error:
+        except DataError as error:
             fail(job.source, error)
     clock = _Clock(progress, sum(tiles for _, tiles in planned), len(planned))
     for job, tiles in planned:

@@ -112,7 +112,6 @@ def test_mistakes_are_named(weights, tmp_path, capsys):
     assert "multiple of the model's window of 8, got 12" in error(source, *out, "--tile=12")
     assert "--tile must be a number" in error(source, *out, "--tile=big")
     assert "such as 800M or 2G, not 'lots'" in error(source, *out, "--max-memory=lots")
-    assert "MiB are missing" in error(source, *out, "--max-memory=1M")
     assert "--quality must lie in 1 … 100" in error(source, *out, "--quality=0")
     words = [str(source), "--out", str(tmp_path / "out")]
     assert upscale_files.main([*words, "--model=hat_x4"]) == 2
@@ -128,6 +127,17 @@ def test_sizes_of_memory():
     assert upscale_files.parse_size("800M") == 800 * 2**20
     assert upscale_files.parse_size("1.5 GiB") == 1.5 * 2**30
     assert upscale_files.parse_size("64") == 64 * 2**20
+
+
+def test_a_picture_too_large_for_the_memory_is_one_picture(weights, tmp_path, monkeypatch, capsys):
+    large, small = make(tmp_path / "large.png", size=(300, 200)), make(tmp_path / "small.png")
+    monkeypatch.setattr("backbones.restoration.upscale.available_memory", lambda device: 2**20)
+    out = tmp_path / "out"
+    assert upscale(weights, large, small, "--out", out) == 1
+    printed = capsys.readouterr()
+    assert "large.png: the memory that is free does not suffice for 200×300" in printed.err
+    assert "MiB are missing" in printed.err
+    assert [path.name for path in out.iterdir()] == ["small_x2.png"]
 
 
 def test_what_lies_in_out_is_no_input(tmp_path):
