@@ -18,9 +18,9 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 
-import golden  # noqa: E402
+from backbones.cli import parity  # noqa: E402
 
 RESULTS = ROOT / "docs" / "parity.json"
 PAGE = ROOT / "docs" / "parity.md"
@@ -38,8 +38,8 @@ dash: none was published, or none in a source that could be read (HAT's PSNR tab
 
 def measure(family: str, variant: str) -> dict[str, float]:
     """Greatest errors of one variant over its cases."""
-    count = len(golden.reference(family, variant)["cases"])
-    errors = [golden.case_errors(family, variant, number) for number in range(count)]
+    count = len(parity.reference(family, variant)["cases"])
+    errors = [parity.case_errors(family, variant, number) for number in range(count)]
     return {
         "output": max(output for output, _ in errors),
         "stages": max(max(stages) for _, stages in errors),
@@ -48,7 +48,7 @@ def measure(family: str, variant: str) -> dict[str, float]:
 
 def row(family: str, variant: str, errors: dict[str, float]) -> str:
     """One line of the table."""
-    figures = golden.reference(family, variant)
+    figures = parity.reference(family, variant)
     cells = [
         f"`{variant}`",
         f"{figures['params'] / 1e6:.2f}",
@@ -88,7 +88,7 @@ def page(results: dict[str, dict[str, float]]) -> str:
     head = ("Variant", "M params", "G MACs", "Error, output", "Error, stages", "Reported")
     lines = [HEADER]
     family_before = None
-    for family, variant in golden.variants():
+    for family, variant in parity.variants():
         if variant not in results:
             continue
         if family != family_before:
@@ -113,11 +113,11 @@ def main() -> None:
     )
     parser.add_argument("families", nargs="*", help="default: all")
     families = parser.parse_args().families
-    known = {family for family, _ in golden.variants()}
+    known = {family for family, _ in parity.variants()}
     if unknown := set(families) - known:
         parser.error(f"unknown families {sorted(unknown)}; there are {sorted(known)}")
     results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
-    for family, variant in golden.variants():
+    for family, variant in parity.variants():
         if not families or family in families:
             results[variant] = measure(family, variant)
             print(f"{variant}: output {results[variant]['output']:.1e}", flush=True)

@@ -6,11 +6,18 @@ from typing import Any
 
 import pytest
 import torch
-from golden import checkpoint, image, reference, relative_error, summary_error, tolerance
 from torch import Tensor, nn
 from zoo import images, randomise
 
 import backbones
+from backbones.cli.parity import (
+    checkpoint,
+    image,
+    reference,
+    relative_error,
+    summary_error,
+    tolerance,
+)
 
 TOLERANCE = tolerance("biformer")
 SHALLOW = {"depths": (1, 1, 1, 1)}

@@ -11,7 +11,6 @@ from typing import Any
 
 import pytest
 import torch
-from golden import checkpoint, image, reference, relative_error
 from safetensors.torch import save_file
 from torch import Tensor
 from zoo import images
@@ -20,6 +19,7 @@ import backbones
 from backbones import CheckpointError, load_checkpoint
 from backbones._checkpoint import fetch_pretrained
 from backbones._registry import published_weights
+from backbones.cli.parity import checkpoint, image, reference, relative_error
 
 VAN = reference("van", "van_b0")
 

@@ -11,13 +11,13 @@ from pathlib import Path
 import pytest
 import timm
 import torch
-from golden import reference, variants
 from safetensors.torch import load_file, save_file
 from timm.models import group_parameters
 from torch import Tensor, nn
 from zoo import CLASSIFIERS, FAMILIES, RESTORATION, SMALL, STRIDE_16, images, randomise, small
 
 import backbones
+from backbones.cli.parity import reference, variants
 
 SIZES = [(32, 32), (64, 64), (96, 160), (224, 224), (225, 223)]
 # Published stochastic depth, where the figures state it.

@@ -7,11 +7,18 @@ from typing import Any
 import pytest
 import timm
 import torch
-from golden import checkpoint, image, reference, relative_error, summary_error, tolerance
 from torch import Tensor, nn
 from zoo import randomise
 
 import backbones
+from backbones.cli.parity import (
+    checkpoint,
+    image,
+    reference,
+    relative_error,
+    summary_error,
+    tolerance,
+)
 
 VARIANTS = [f"efficientvit_m{i}" for i in range(6)]
 TOLERANCE = tolerance("efficientvit")

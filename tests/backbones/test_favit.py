@@ -6,11 +6,11 @@ import math
 
 import pytest
 import torch
-from golden import checkpoint, image, reference, summary_error, tolerance
 from torch import Tensor, nn
 from zoo import images
 
 import backbones
+from backbones.cli.parity import checkpoint, image, reference, summary_error, tolerance
 
 
 @torch.no_grad()

@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from golden import checkpoint, image, reference, summary_error, tolerance
 from torch import Tensor, nn
 from zoo import images
 
 import backbones
 from backbones import _hat_blocks
+from backbones.cli.parity import checkpoint, image, reference, summary_error, tolerance
 from ops.attention.window import relative_position_index
 from ops.padding import reflect_pad_to_multiple
 from ops.tiling import run_tiled

@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from golden import checkpoint, image, reference, summary_error, tolerance
 from torch import Tensor, nn
 from zoo import images, randomise
 
 import backbones
+from backbones.cli.parity import checkpoint, image, reference, summary_error, tolerance
 from backbones.litv2 import DeformableConv2d, DeformableMerging
 from ops.mlp import DWMlp
 

@@ -8,11 +8,11 @@ import re
 
 import pytest
 import torch
-from golden import checkpoint, image, reference, relative_error, summary_error
 from torch import Tensor, nn
 from zoo import images, randomise
 
 import backbones
+from backbones.cli.parity import checkpoint, image, reference, relative_error, summary_error
 from backbones.medvitv2 import GlobalBlock, LocalBlock, MedViTV2, WindowedAttention
 from ops.neighborhood import na2d
 

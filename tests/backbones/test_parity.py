@@ -7,10 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-from golden import case_errors, reference, tolerance, variants
 from zoo import SMALL
 
 import backbones
+from backbones.cli.parity import case_errors, reference, tolerance, variants
 
 # Above this, a variant is loaded and run only by the slow tests.
 QUICK_PARAMS = 15_000_000

@@ -6,12 +6,12 @@ from typing import Any
 
 import pytest
 import torch
-from golden import checkpoint, image, reference, summary_error, tolerance
 from timm.optim import param_groups_weight_decay
 from torch import Tensor, nn
 from zoo import images, randomise
 
 import backbones
+from backbones.cli.parity import checkpoint, image, reference, summary_error, tolerance
 
 TOLERANCE = tolerance("ravlt")
 SHALLOW = {"depths": (1, 1, 1, 1)}

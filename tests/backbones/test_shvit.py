@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from golden import checkpoint, image, reference, summary_error
 from torch import nn
 
 import backbones
+from backbones.cli.parity import checkpoint, image, reference, summary_error
 
 
 @pytest.mark.parametrize("variant", ["shvit_s1", pytest.param("shvit_s4", marks=pytest.mark.slow)])

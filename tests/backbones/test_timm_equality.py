@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import timm
 import torch
-from golden import relative_error
 from zoo import images, randomise
 
 import backbones
+from backbones.cli.parity import relative_error
 
 # One small variant a family by default; the others run with the slow tests.
 NAMES = [

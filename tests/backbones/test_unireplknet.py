@@ -6,12 +6,19 @@ from typing import Any
 
 import pytest
 import torch
-from golden import checkpoint, image, reference, relative_error, summary_error, tolerance
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
 from zoo import images, randomise
 
 import backbones
+from backbones.cli.parity import (
+    checkpoint,
+    image,
+    reference,
+    relative_error,
+    summary_error,
+    tolerance,
+)
 
 TOLERANCE = tolerance("unireplknet")
 SMALL = "unireplknet_a"

@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from golden import checkpoint, image, reference, summary_error
 from torch import nn
 
 import backbones
+from backbones.cli.parity import checkpoint, image, reference, summary_error
 
 
 @torch.no_grad()

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import math
 
-import golden
 import pytest
 import torch
 from torch import nn
 from zoo import small
 
 import backbones
+from backbones.cli import parity
 from backbones.cli.measure import count_macs, measure
 from backbones.cli.summary import describe
 
@@ -25,11 +25,11 @@ QUICK = {
     ("family", "variant"),
     [
         pytest.param(*pair, marks=() if pair[1] in QUICK else pytest.mark.slow, id=pair[1])
-        for pair in golden.variants()
+        for pair in parity.variants()
     ],
 )
 def test_macs_and_params_are_those_of_the_original(family: str, variant: str) -> None:
-    figures = golden.reference(family, variant)
+    figures = parity.reference(family, variant)
     height, width = figures.get("macs_input", figures["cases"][0]["input"])[2:]
     with torch.device("meta"):
         model = backbones.create_model(variant)

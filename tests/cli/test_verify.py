@@ -5,12 +5,11 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import golden
 import pytest
 import torch
 
 import backbones
-from backbones.cli import identify
+from backbones.cli import identify, parity
 from backbones.cli.common import CommandError
 from backbones.cli.main import main
 from backbones.cli.verify import compare, make_figures
@@ -20,7 +19,7 @@ from backbones.cli.verify import compare, make_figures
 def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A file with the names and shapes of a release."""
     path = tmp_path_factory.mktemp("release") / "shvit_s1.pth"
-    torch.save({"model": golden.checkpoint(golden.reference("shvit", "shvit_s1"))}, path)
+    torch.save({"model": parity.checkpoint(parity.reference("shvit", "shvit_s1"))}, path)
     return path
 
 
@@ -104,8 +103,8 @@ def test_the_code_alone(capsys: pytest.CaptureFixture[str]) -> None:
 def test_all_variants_are_told_apart() -> None:
     # Those that share all names and shapes are the same network, for another size or twice.
     families: dict[tuple, list[str]] = {}
-    for family, variant in golden.variants():
-        tensors = golden.reference(family, variant)["state_dict"]
+    for family, variant in parity.variants():
+        tensors = parity.reference(family, variant)["state_dict"]
         key = tuple((name, tuple(shape)) for name, shape, _ in tensors)
         families.setdefault(key, []).append(variant)
     assert sorted(names for names in families.values() if len(names) > 1) == [
@@ -116,7 +115,7 @@ def test_all_variants_are_told_apart() -> None:
 
 
 def test_releases_with_a_checksum_in_their_name(tmp_path: Path) -> None:
-    figures = golden.reference("van", "van_b4")
+    figures = parity.reference("van", "van_b4")
     digest = "f4665b92" + 56 * "0"
     found = identify.released_file(figures, tmp_path, digest)
     assert found is not None

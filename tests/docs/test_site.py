@@ -7,10 +7,11 @@ import json
 import zlib
 from pathlib import Path
 
-import golden
 import pytest
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.ui import Select, WebDriverWait
+
+from backbones.cli import parity
 
 ROOT = Path(__file__).resolve().parents[2]
 # Their modules are described as wholes; what is in them is called by the package around them.
@@ -92,7 +93,7 @@ def points(browser, plot):
 
 
 def test_the_zoo_has_every_variant(zoo):
-    assert sorted(column(zoo, "Variant")) == sorted(name for _, name in golden.variants())
+    assert sorted(column(zoo, "Variant")) == sorted(name for _, name in parity.variants())
 
 
 @pytest.mark.parametrize("heading", ["M params", "G MACs", "Reported top-1, %", "Parity error"])

@@ -6,10 +6,10 @@ import math
 
 import pytest
 import torch
-from golden import checkpoint, reference, relative_error, uniform
 from hypothesis import given
 from hypothesis import strategies as st
 
+from backbones.cli.parity import checkpoint, reference, relative_error, uniform
 from ops.kan import KAN, KANLayer, reflectional_switch
 
 

@@ -16,12 +16,12 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+sys.path.insert(0, str(ROOT))
 
-import golden  # noqa: E402
 
 import backbones  # noqa: E402
 from backbones._registry import published_weights  # noqa: E402
+from backbones.cli import parity  # noqa: E402
 
 PARITY = ROOT / "docs" / "parity.json"
 LATENCY = ROOT / "docs" / "performance" / "zoo.json"
@@ -73,13 +73,13 @@ def rows(report: dict[str, Any] | None) -> list[Row]:
     measured = {result["model"]: result for result in (report or {"results": []})["results"]}
     found = [
         _row(family, name, errors.get(name, {}).get("output"), measured.get(name))
-        for family, name in golden.variants()
+        for family, name in parity.variants()
     ]
     return sorted(found, key=lambda row: (row.family, row.params_m, row.name))
 
 
 def _row(family: str, name: str, error: float | None, measured: dict[str, Any] | None) -> Row:
-    figures = golden.reference(family, name)
+    figures = parity.reference(family, name)
     tag, cfg = next(iter(published_weights(name).items()))
     macs_g, macs_size = figures["macs"] / 1e9, figures["cases"][0]["input"][-1]
     top1, claim, claimed_macs_g = _claim(figures["reported"])

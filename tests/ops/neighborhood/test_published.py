@@ -6,8 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from golden import reference, summary_error, uniform
 
+from backbones.cli.parity import reference, summary_error, uniform
 from ops.neighborhood import na2d
 
 CASES = reference("medvitv2", "medvitv2_tiny")["na_cases"]["cases"]
