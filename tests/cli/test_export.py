@@ -24,7 +24,7 @@ SHAPES = [(1, 3, 64, 64), (3, 3, 97, 131), (2, 3, 226, 158), (1, 3, 33, 41)]
 
 
 def errors(model: torch.nn.Module, run: exporting.Run, shapes: list) -> list[float]:
-    return [error for _, error in exporting.check(model, run, shapes)]
+    return [found.error for found in exporting.check(model, run, shapes)]
 
 
 @pytest.mark.parametrize(
@@ -139,6 +139,25 @@ def test_errors_of_check() -> None:
     assert error == float("inf")
     with pytest.raises(CommandError, match=r"the file gives \(1, 10\)"):
         errors(model, lambda x: model(x)[:, :10], [(1, 3, 64, 64)])
+
+
+class Magnifying(torch.nn.Module):
+    """The difference of two sums of the same numbers: nothing but rounding, and a little more."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return (x.cumsum(3)[..., -1] - x.sum(3)).mean((1, 2), dtype=x.dtype)[:, None] + 1e-6
+
+
+def test_what_float32_does_not_say_is_no_error_of_the_file() -> None:
+    model = Magnifying()
+    shape = (1, 3, 64, 640)
+    (found,) = exporting.check(model, lambda x: model(x.flip(3)), [shape])
+    assert exporting.TOLERANCE < found.error <= found.allowed
+    (found,) = exporting.check(model, lambda x: model(x) + 1, [shape])
+    assert found.error > found.allowed
+    sound = small("shvit").eval()
+    (found,) = exporting.check(sound, lambda x: sound(x) * 1.001, [(1, 3, 64, 64)])
+    assert found.allowed == exporting.TOLERANCE < found.error
 
 
 def test_three_shapes_to_check() -> None:
