@@ -145,7 +145,8 @@ def upscale_files(
         upscaler: the model and how to use it.
         jobs: of :func:`plan_jobs`.
         quality: of JPEG and WebP.
-        compare: write ``NAME_compare.png`` beside each result: a detail before and after.
+        compare: write ``NAME_compare.png`` beside each result (``NAME_jpg_compare.png`` and so on
+            beside those of other formats than PNG): a detail before and after.
         skip_existing: leave out pictures whose result is there.
         progress: where to show how far it is, and the time left.
         on_error: told of every picture that failed.
@@ -176,7 +177,7 @@ def upscale_files(
             job.target.parent.mkdir(parents=True, exist_ok=True)
             write_picture(job.target, after, quality)
             if compare:
-                _draw(job.target.with_name(f"{job.target.stem}_compare.png"), job, before, after)
+                _draw(_comparison(job.target), job, before, after)
         except (TrainingError, OSError, MemoryError, torch.OutOfMemoryError) as error:
             clock.give_up()
             fail(job.source, error)
@@ -216,6 +217,12 @@ class _Clock:
     def give_up(self) -> None:
         """The tiles of this picture will not come."""
         self.done = self.until
+
+
+def _comparison(target: Path) -> Path:
+    """Results that differ in their ending alone have comparisons of their own."""
+    kind = "" if target.suffix == ".png" else f"_{target.suffix[1:]}"
+    return target.with_name(f"{target.stem}{kind}_compare.png")
 
 
 def _draw(path: Path, job: Job, before: Picture, after: Picture) -> None:

@@ -26,19 +26,35 @@ def _learn(model: nn.Module, pictures: Pictures, train: Train) -> None:
     assert sum(losses[-2:]) < 0.7 * sum(losses[:2])
 
 
+# Decoders narrower than the default, as befits the pictures.
+DECODERS = {
+    smp.Unet: {"decoder_channels": (64, 32, 16, 16, 8)},
+    smp.FPN: {"decoder_pyramid_channels": 64, "decoder_segmentation_channels": 32},
+    smp.UPerNet: {"decoder_channels": 64},
+}
+
+
+@pytest.mark.parametrize(
+    "segmenter",
+    [
+        smp.Unet,
+        pytest.param(smp.FPN, marks=pytest.mark.slow),
+        pytest.param(smp.UPerNet, marks=pytest.mark.slow),
+    ],
+)
 @pytest.mark.parametrize("family", CLASSIFIERS)
-def test_unet_over_every_family_learns(family: str, rectangles: Pictures, train: Train) -> None:
+def test_every_family_learns(
+    family: str, segmenter: Any, rectangles: Pictures, train: Train
+) -> None:
     name, arguments = SMALL[family]
     if family in STRIDE_16:
         name += "_pyramid"
+    elif family == "inception_next":
+        # timm's own model, which cannot be made shallow.
+        arguments = {}
     torch.manual_seed(0)
-    model = smp.Unet(
-        f"tu-{name}",
-        encoder_weights=None,
-        classes=2,
-        decoder_channels=(64, 32, 16, 16, 8),
-        # The plain names of these families are timm's own models, which cannot be made shallow.
-        **({} if family == "inception_next" else arguments),
+    model = segmenter(
+        f"tu-{name}", encoder_weights=None, classes=2, **DECODERS[segmenter], **arguments
     )
     strides = [64 // x.shape[-1] for x in model.encoder(rectangles[0])]
     assert strides == [1, 2, 4, 8, 16, 32]

@@ -80,12 +80,12 @@ def test_the_picture_is_right(weights, tmp_path):
     source = make(tmp_path / "a.png", size=(40, 30))
     more = ("--tile=16", "--overlap=8", "--tta", "--compare", "--suffix=", "--format=webp")
     assert upscale(weights, source, "--out", tmp_path / "out", *more) == 0
-    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.webp", "a_compare.png"]
+    assert sorted(p.name for p in (tmp_path / "out").iterdir()) == ["a.webp", "a_webp_compare.png"]
     ours = torch.from_numpy(read_picture(tmp_path / "out/a.webp").pixels.copy())
     x = torch.from_numpy(read_picture(source).pixels.copy()).permute(2, 0, 1) / 255
     figures = quality(ours.permute(2, 0, 1) / 255, resize_bicubic(x, 2.0), border=4)
     assert figures["psnr_y"] > 30
-    with Image.open(tmp_path / "out/a_compare.png") as picture:
+    with Image.open(tmp_path / "out/a_webp_compare.png") as picture:
         assert picture.size[0] > 2 * 320
 
 

@@ -277,6 +277,6 @@ def families_table(data: list[Row]) -> str:
         idea = opening.rstrip(".").split(": ", 1)[1]
         lines.append(
             f"| [{name}]({family}.md) | {idea[0].upper()}{idea[1:]} | {len(sizes)} "
-            f"| {min(sizes):.1f} … {max(sizes):.1f} |"
+            f"| {min(sizes):.1f}\N{NO-BREAK SPACE}…\N{NO-BREAK SPACE}{max(sizes):.1f} |"
         )
     return "\n".join(lines)
