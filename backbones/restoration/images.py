@@ -199,13 +199,15 @@ def _arrays(image: Image.Image, path: Path) -> tuple[np.ndarray, np.ndarray | No
         array = _deep_array(path, str(image.format))
         if array.ndim == 2:
             array = array[:, :, None]
-        colours = array.shape[2] - (array.shape[2] in (2, 4))
-        return array[:, :, :colours], array[:, :, colours] if colours < array.shape[2] else None
+        if array.shape[2] in (2, 4):
+            return array[:, :, :-1], array[:, :, -1]
+        return array, _opacity_but(image.info.get("transparency"), array)
     if image.mode in ("I", "I;16", "I;16B", "I;16L"):
         array = np.asarray(image)
         if array.min() < 0 or array.max() > 65535:
             raise PictureError(f"{path} has values outside 16 bits")
-        return array.astype(np.uint16)[:, :, None], None
+        array = array.astype(np.uint16)[:, :, None]
+        return array, _opacity_but(image.info.get("transparency"), array)
     if image.mode == "F":
         raise PictureError(f"{path} holds floating-point values; save it with 8 or 16 bits")
     if image.mode in ("P", "PA", "1", "L", "LA") or "transparency" in image.info:
@@ -221,6 +223,13 @@ def _arrays(image: Image.Image, path: Path) -> tuple[np.ndarray, np.ndarray | No
         array = np.asarray(image.convert("RGBA"))
         return array[:, :, :3], array[:, :, 3]
     return np.asarray(image.convert("RGB")), None
+
+
+def _opacity_but(clear: int | tuple[int, ...] | None, pixels: np.ndarray) -> np.ndarray | None:
+    """Opacity of 16-bit pixels (H, W, C) of which one colour is transparent; None without one."""
+    if clear is None:
+        return None
+    return np.where((pixels == np.array(clear)).all(2), 0, 65535).astype(np.uint16)
 
 
 def _is_deep_colour(image: Image.Image) -> bool:
