@@ -360,14 +360,16 @@ def load_restorer(name: str, checkpoint: str | None, arguments: str = "{}") -> n
         keywords = yaml.safe_load(arguments) or {}
         if checkpoint is not None and not Path(checkpoint).is_file():
             raise DataError(f"there is no checkpoint {checkpoint}")
+        with torch.device("meta"):
+            kind = backbones.create_model(name, **keywords)
+        if not hasattr(kind, "upscale"):
+            raise DataError(f"{name} makes no images: take one of list_models('hat*')")
         # Without a file this says where the published one is.
         model: nn.Module = backbones.create_model(
             name, pretrained=checkpoint is None, checkpoint_path=checkpoint, **keywords
         )
     except (TypeError, ValueError, yaml.YAMLError) as error:
         raise DataError(str(error)) from error
-    if not hasattr(model, "upscale"):
-        raise DataError(f"{name} makes no images: take one of list_models('hat*')")
     return model.eval()
 
 

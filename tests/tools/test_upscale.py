@@ -97,7 +97,7 @@ def test_a_full_disk_leaves_nothing_half_written(weights, tmp_path, monkeypatch,
     assert "full" in capsys.readouterr().err
 
 
-def test_mistakes_are_named(weights, tmp_path, capsys):
+def test_mistakes_are_named(weights, tmp_path, capsys, monkeypatch):
     source = make(tmp_path / "a.png")
     make(tmp_path / "b/a.png")
 
@@ -118,6 +118,10 @@ def test_mistakes_are_named(weights, tmp_path, capsys):
     assert "HAT_SRx4_ImageNet-pretrain.pth in http" in capsys.readouterr().err
     assert upscale_files.main([*words, "--model=hat_x4", "--checkpoint=/none.pth"]) == 2
     assert "there is no checkpoint /none.pth" in capsys.readouterr().err
+    # Before anything of it is downloaded.
+    monkeypatch.setattr("torch.hub.download_url_to_file", lambda *a, **k: pytest.fail("download"))
+    assert upscale_files.main([*words, "--model=van_b0"]) == 2
+    assert "van_b0 makes no images: take one of list_models('hat*')" in capsys.readouterr().err
     # A missing picture is one picture: the rest go on.
     assert upscale(weights, source, tmp_path / "none.png", *out) == 1
     assert "there is no file" in capsys.readouterr().err
