@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import glob
-import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
@@ -12,8 +11,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-import yaml
-from torch import nn
 
 import backbones
 from backbones.restoration.data import to_tensor
@@ -26,6 +23,7 @@ from backbones.restoration.images import (
 )
 from backbones.restoration.panels import Panel, draw_panels, most_detailed
 from backbones.restoration.resize import resize_bicubic
+from backbones.restoration.restorer import add_model_arguments, restorer_of
 from backbones.restoration.upscale import Upscaler
 from backbones.training.distributed import World
 from backbones.training.errors import DataError, TrainingError
@@ -36,10 +34,7 @@ __all__ = [
     "Job",
     "Report",
     "add_arguments",
-    "add_model_arguments",
-    "load_restorer",
     "main",
-    "parse_size",
     "plan_jobs",
     "run",
     "upscale_files",
@@ -242,22 +237,6 @@ def _below(path: Path, folder: Path) -> bool:
     return path.resolve().is_relative_to(folder.resolve())
 
 
-def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that say which model to use, and how."""
-    parser.add_argument("--model", required=True, help="one of backbones.list_models('hat*')")
-    parser.add_argument("--checkpoint", metavar="FILE", help="its weights")
-    parser.add_argument(
-        "--model-args", default="{}", metavar="YAML", help="further keywords, as '{upscale: 1}'"
-    )
-    parser.add_argument(
-        "--max-memory", metavar="SIZE", help="such as 2G or 800M (default: half of what is free)"
-    )
-    parser.add_argument("--tta", action="store_true", help="average over 8 flips and turns")
-    parser.add_argument("--amp", action="store_true", help="bfloat16 where it does no harm")
-    parser.add_argument("--device", help="cpu, cuda, … (default: a GPU if there is one)")
-    parser.add_argument("--threads", type=int, help="CPU threads")
-
-
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument("inputs", nargs="+", metavar="IN", help="picture, folder, or glob")
@@ -285,18 +264,14 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         TrainingError, backbones.CheckpointError: nothing can be done; the message says why.
     """
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    memory = parse_size(options.max_memory) if options.max_memory else None
     if not 1 <= options.quality <= 100:
         raise DataError(f"--quality must lie in 1 … 100, not {options.quality}")
-    model = load_restorer(options.model, options.checkpoint, options.model_args).to(device)
+    model, memory = restorer_of(options)
     suffix = options.suffix
     if suffix is None:
         suffix = "_restored" if model.upscale == 1 else f"_x{model.upscale}"
     jobs = plan_jobs(options.inputs, Path(options.out), suffix, options.format)
-    progress = Progress(World(0, 1, device))
+    progress = Progress(World(0, 1, next(model.parameters()).device))
     begun = time.monotonic()
     try:
         upscaler = Upscaler(
@@ -344,45 +319,6 @@ def main(argv: Sequence[str] | None = None, description: str = "") -> int:
     except KeyboardInterrupt:
         sys.stderr.write("\ninterrupted; the pictures that are listed are complete\n")
         return 130
-
-
-def load_restorer(name: str, checkpoint: str | None, arguments: str = "{}") -> nn.Module:
-    """A model that makes images, with its weights.
-
-    Args:
-        arguments: further keywords of :func:`backbones.create_model`, as YAML.
-
-    Raises:
-        DataError: another kind of model, or keywords that it does not take.
-        CheckpointError: no weights, or those of another model.
-    """
-    try:
-        keywords = yaml.safe_load(arguments) or {}
-        if checkpoint is not None and not Path(checkpoint).is_file():
-            raise DataError(f"there is no checkpoint {checkpoint}")
-        with torch.device("meta"):
-            kind = backbones.create_model(name, **keywords)
-        if not hasattr(kind, "upscale"):
-            raise DataError(f"{name} makes no images: take one of list_models('hat*')")
-        # Without a file this says where the published one is.
-        model: nn.Module = backbones.create_model(
-            name, pretrained=checkpoint is None, checkpoint_path=checkpoint, **keywords
-        )
-    except (TypeError, ValueError, yaml.YAMLError) as error:
-        raise DataError(str(error)) from error
-    return model.eval()
-
-
-def parse_size(text: str) -> int:
-    """``800M`` or ``1.5G`` as bytes; a bare number counts MiB.
-
-    Raises:
-        DataError: anything else.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?", text.strip(), re.IGNORECASE)
-    if match is None:
-        raise DataError(f"--max-memory must be such as 800M or 2G, not {text!r}")
-    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or "M"))
 
 
 def _parse_tile(text: str) -> int | str | None:

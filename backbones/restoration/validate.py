@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-import torch
 from torch import Tensor
 
 import backbones
@@ -19,12 +18,8 @@ from backbones.restoration.data import load_truth, to_tensor
 from backbones.restoration.images import SUFFIXES, Picture, PictureError, read_picture
 from backbones.restoration.metrics import quality, quantize
 from backbones.restoration.resize import resize_bicubic
+from backbones.restoration.restorer import add_model_arguments, restorer_of
 from backbones.restoration.upscale import Upscaler
-from backbones.restoration.upscale_files import (
-    add_model_arguments,
-    load_restorer,
-    parse_size,
-)
 from backbones.training.checkpoint import write_atomically
 from backbones.training.distributed import World
 from backbones.training.errors import DataError, TrainingError
@@ -179,16 +174,12 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         TrainingError, backbones.CheckpointError: it cannot be done; the message says why.
     """
-    if options.threads is not None:
-        torch.set_num_threads(options.threads)
-    device = torch.device(options.device or ("cuda" if torch.cuda.is_available() else "cpu"))
-    memory = parse_size(options.max_memory) if options.max_memory else None
-    model = load_restorer(options.model, options.checkpoint, options.model_args).to(device)
+    model, memory = restorer_of(options)
     if model.upscale == 1:
         raise DataError("a model that keeps the size has no super-resolution to validate")
     upscaler = Upscaler(model, tta=options.tta, amp=options.amp, max_memory=memory)
     pairs = {folder: find_pairs(folder, upscaler.scale) for folder in options.folders}
-    progress = Progress(World(0, 1, device))
+    progress = Progress(World(0, 1, upscaler.device))
     scores: list[Score] = []
     for folder in options.folders:
         bar = _Bar(progress, folder.name, len(pairs[folder]))

@@ -19,6 +19,7 @@ from backbones.restoration import upscale_files, validate
 from backbones.restoration.images import read_picture
 from backbones.restoration.metrics import quality
 from backbones.restoration.resize import resize_bicubic
+from backbones.restoration.restorer import parse_size
 from backbones.training.distributed import World
 from backbones.training.errors import DataError
 from backbones.training.progress import Progress
@@ -49,7 +50,7 @@ def make(path: Path, mode: str = "RGB", size: tuple[int, int] = (20, 14)) -> Pat
 
 def upscale(weights: str, *words: str | Path) -> int:
     options = ["--model=hat_nano_x2", f"--model-args={ARGS}", f"--checkpoint={weights}"]
-    return upscale_files.main([*map(str, words), *options, "--device=cpu"])
+    return upscale_files.main(["--device=cpu", *map(str, words), *options])
 
 
 def test_folders_globs_and_a_corrupt_picture(weights, tmp_path, capsys):
@@ -113,6 +114,8 @@ def test_mistakes_are_named(weights, tmp_path, capsys, monkeypatch):
     assert "--tile must be a number" in error(source, *out, "--tile=big")
     assert "such as 800M or 2G, not 'lots'" in error(source, *out, "--max-memory=lots")
     assert "--quality must lie in 1 … 100" in error(source, *out, "--quality=0")
+    assert "--threads must be at least 1, not 0" in error(source, *out, "--threads=0")
+    assert "--device pineapple cannot be used here" in error(source, *out, "--device=pineapple")
     words = [str(source), "--out", str(tmp_path / "out")]
     assert upscale_files.main([*words, "--model=hat_x4"]) == 2
     assert "HAT_SRx4_ImageNet-pretrain.pth in http" in capsys.readouterr().err
@@ -128,9 +131,9 @@ def test_mistakes_are_named(weights, tmp_path, capsys, monkeypatch):
 
 
 def test_sizes_of_memory():
-    assert upscale_files.parse_size("800M") == 800 * 2**20
-    assert upscale_files.parse_size("1.5 GiB") == 1.5 * 2**30
-    assert upscale_files.parse_size("64") == 64 * 2**20
+    assert parse_size("800M") == 800 * 2**20
+    assert parse_size("1.5 GiB") == 1.5 * 2**30
+    assert parse_size("64") == 64 * 2**20
 
 
 def test_a_picture_too_large_for_the_memory_is_one_picture(weights, tmp_path, monkeypatch, capsys):

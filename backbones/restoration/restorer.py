@@ -1,0 +1,94 @@
+"""The model of ``upscale`` and ``validate_sr``, as their command lines name it."""
+
+from __future__ import annotations
+
+import argparse
+import re
+from pathlib import Path
+
+import torch
+import yaml
+from torch import nn
+
+import backbones
+from backbones.training.errors import DataError
+
+__all__ = ["add_model_arguments", "load_restorer", "parse_size", "restorer_of"]
+
+
+def add_model_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that say which model to use, and how."""
+    parser.add_argument("--model", required=True, help="one of backbones.list_models('hat*')")
+    parser.add_argument("--checkpoint", metavar="FILE", help="its weights")
+    parser.add_argument(
+        "--model-args", default="{}", metavar="YAML", help="further keywords, as '{upscale: 1}'"
+    )
+    parser.add_argument(
+        "--max-memory", metavar="SIZE", help="such as 2G or 800M (default: half of what is free)"
+    )
+    parser.add_argument("--tta", action="store_true", help="average over 8 flips and turns")
+    parser.add_argument("--amp", action="store_true", help="bfloat16 where it does no harm")
+    parser.add_argument("--device", help="cpu, cuda, … (default: a GPU if there is one)")
+    parser.add_argument("--threads", type=int, help="CPU threads")
+
+
+def restorer_of(options: argparse.Namespace) -> tuple[nn.Module, int | None]:
+    """The model that the options name, on its device, and the bytes that it may take, if given.
+
+    Sets PyTorch's number of threads if the options do.
+
+    Raises:
+        DataError, CheckpointError: see :func:`load_restorer`; a device or number of threads that
+            there cannot be.
+    """
+    if options.threads is not None:
+        if options.threads < 1:
+            raise DataError(f"--threads must be at least 1, not {options.threads}")
+        torch.set_num_threads(options.threads)
+    memory = parse_size(options.max_memory) if options.max_memory else None
+    model = load_restorer(options.model, options.checkpoint, options.model_args)
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        return model.to(device), memory
+    except (RuntimeError, AssertionError) as error:  # the latter of a PyTorch without CUDA
+        reason = str(error).splitlines()[0]
+        raise DataError(f"--device {device} cannot be used here: {reason}") from error
+
+
+def load_restorer(name: str, checkpoint: str | None, arguments: str = "{}") -> nn.Module:
+    """A model that makes images, with its weights.
+
+    Args:
+        arguments: further keywords of :func:`backbones.create_model`, as YAML.
+
+    Raises:
+        DataError: another kind of model, or keywords that it does not take.
+        CheckpointError: no weights, or those of another model.
+    """
+    try:
+        keywords = yaml.safe_load(arguments) or {}
+        if checkpoint is not None and not Path(checkpoint).is_file():
+            raise DataError(f"there is no checkpoint {checkpoint}")
+        with torch.device("meta"):
+            kind = backbones.create_model(name, **keywords)
+        if not hasattr(kind, "upscale"):
+            raise DataError(f"{name} makes no images: take one of list_models('hat*')")
+        # Without a file this says where the published one is.
+        model: nn.Module = backbones.create_model(
+            name, pretrained=checkpoint is None, checkpoint_path=checkpoint, **keywords
+        )
+    except (TypeError, ValueError, yaml.YAMLError) as error:
+        raise DataError(str(error)) from error
+    return model.eval()
+
+
+def parse_size(text: str) -> int:
+    """``800M`` or ``1.5G`` as bytes; a bare number counts MiB.
+
+    Raises:
+        DataError: anything else.
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?", text.strip(), re.IGNORECASE)
+    if match is None:
+        raise DataError(f"--max-memory must be such as 800M or 2G, not {text!r}")
+    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or "M"))
