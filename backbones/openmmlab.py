@@ -292,28 +292,37 @@ def check_channels(model: Mapping[str, Any]) -> None:
     with torch.device("meta"):
         channels = VisionBackbone(**arguments).channels
     if model.get("neck"):
-        parts = {"neck": model["neck"]}
+        parts = _parts(model, "neck")[:1]  # of several, the next ones take what it makes
     else:
-        heads = {key: model.get(key) or [] for key in ("decode_head", "auxiliary_head")}
-        parts = {key: head for key, head in heads.items() if isinstance(head, Mapping)}
-    for part, cfg in parts.items():
-        wanted, index = cfg.get("in_channels"), cfg.get("in_index")
-        if isinstance(wanted, int):
-            index = -1 if index is None else index
-            if not -len(channels) <= index < len(channels):
-                raise ValueError(
-                    f"{part}.in_index={index}, but {backbone['name']} returns {len(channels)} maps"
-                )
-            fitting: Any = channels[index]
+        parts = [*_parts(model, "decode_head"), *_parts(model, "auxiliary_head")]
+    for part, cfg in parts:
+        wanted, chosen = cfg.get("in_channels"), cfg.get("in_index")
+        several = not isinstance(wanted if chosen is None else chosen, int)
+        if chosen is None:
+            index = list(range(len(channels))) if several else [-1]
         else:
-            fitting = channels if index is None else [channels[i] for i in index]
-            wanted = list(wanted or ())
-        if wanted != fitting:
+            index = list(chosen) if several else [chosen]
+        if any(not -len(channels) <= i < len(channels) for i in index):
+            raise ValueError(
+                f"{part}.in_index={chosen}, but {backbone['name']} returns {len(channels)} maps: "
+                f"write {'some' if several else 'one'} of 0 … {len(channels) - 1}"
+            )
+        found = [channels[i] for i in index]
+        fitting = found if several else found[0]
+        if (list(wanted) if isinstance(wanted, list | tuple) else wanted) != fitting:
             raise ValueError(
                 f"{part}.in_channels={wanted} does not fit {backbone['name']}, whose maps at "
                 f"out_indices={backbone.get('out_indices')} have {channels} channels; write "
                 f"in_channels={fitting}"
             )
+
+
+def _parts(model: Mapping[str, Any], key: str) -> list[tuple[str, Mapping[str, Any]]]:
+    """The configs of a part that there may be one, several or none of, with their names."""
+    part = model.get(key) or []
+    if isinstance(part, Mapping):
+        return [(key, part)]
+    return [(f"{key}[{i}]", cfg) for i, cfg in enumerate(part)]
 
 
 def without_sync_norm(cfg: Any) -> Any:

@@ -352,8 +352,22 @@ def test_check_channels() -> None:
     head = dict(in_channels=64, in_index=2)
     with pytest.raises(ValueError, match="auxiliary_head.in_channels=64.*write in_channels=160"):
         check_channels(dict(backbone=backbone, auxiliary_head=head))
-    with pytest.raises(ValueError, match="returns 4 maps"):
+    with pytest.raises(ValueError, match="returns 4 maps: write one of 0 … 3"):
         check_channels(dict(backbone=backbone, auxiliary_head=dict(in_channels=1, in_index=4)))
+    head = dict(in_channels=[32, 256], in_index=[0, 3], input_transform="resize_concat")
+    check_channels(dict(backbone=backbone, decode_head=head))
+    check_channels(dict(backbone=backbone, decode_head=dict(in_channels=256)))  # mmseg's default
+    with pytest.raises(ValueError, match=r"decode_head.in_index=\[0, 9\].*write some of 0 … 3"):
+        check_channels(dict(backbone=backbone, decode_head=head | dict(in_index=[0, 9])))
+    with pytest.raises(ValueError, match=r"in_channels=32 .*write in_channels=\[32, 256\]"):
+        check_channels(dict(backbone=backbone, decode_head=head | dict(in_channels=32)))
+    with pytest.raises(ValueError, match=r"in_channels=None .*write in_channels=\[32, 64, 160, "):
+        check_channels(dict(backbone=backbone, neck=dict(type="FPN")))
+    heads = [dict(in_channels=160, in_index=2), dict(in_channels=160, in_index=1)]
+    with pytest.raises(ValueError, match=r"auxiliary_head\[1\].in_channels=160.*in_channels=64"):
+        check_channels(dict(backbone=backbone, auxiliary_head=heads))
+    necks = [dict(in_channels=[32, 64, 160, 256]), dict(in_channels=256)]
+    check_channels(dict(backbone=backbone, neck=necks))
 
 
 def test_without_sync_norm() -> None:
