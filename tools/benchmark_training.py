@@ -1,6 +1,7 @@
 """How much of the time does the training code itself cost? Loader and step, side by side.
 
-    python tools/benchmark_training.py --output training.json
+    python tools/benchmark_training.py --output docs/performance/training.json
+    python tools/learning_page.py                       puts it on docs/learning.md
 
 **Loader**: images per second of train_cls.py's loader and of timm's ``create_loader``, same JPEG
 files, same transforms, same number of processes, with a synthetic model that only reads its input.
@@ -17,7 +18,6 @@ from __future__ import annotations
 import argparse
 import io
 import json
-import platform
 import statistics
 import sys
 import tempfile
@@ -29,6 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from benchmark_na import machine
 from PIL import Image
 from timm.data import create_dataset, create_loader
 from torch import Tensor, nn
@@ -214,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     add = parser.add_argument
     add("--output", type=Path, help="a JSON file")
-    add("--images", type=int, default=256, help="JPEG files of 500×375")
+    add("--images", type=int, default=512, help="JPEG files of 500×375")
     add("--batch-size", type=int, default=32, help="of the loaders")
     add("--workers", type=int, default=1, help="loader processes")
     add("--aa", help="such as rand-m9-mstd0.5-inc1")
@@ -232,15 +233,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         folder = Path(name)
         (folder / "run").mkdir()
         report: dict[str, Any] = {
-            "machine": f"{platform.machine()}, torch {torch.__version__}, {options.device}, "
-            f"{options.threads} thread(s)",
+            "machine": machine(world.device),
             "loader": compare_loaders(options, world, folder / "images"),
             "step": compare_steps(options, world, folder / "run"),
         }
-    for part, row in report.items():
-        if isinstance(row, dict):
-            figures = {k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}
-            sys.stdout.write(f"{part}: {figures}\n")
+    for part in ("loader", "step"):
+        row = report[part].items()
+        figures = {k: round(v, 3) if isinstance(v, float) else v for k, v in row}
+        sys.stdout.write(f"{part}: {figures}\n")
     if options.output is not None:
         text = json.dumps(report, indent=1) + "\n"
         write_atomically(options.output, lambda file: file.write(text.encode()))

