@@ -9,14 +9,8 @@ from collections.abc import Sequence
 from typing import Any
 
 from backbones.training.errors import RecipeError
-from backbones.training.recipe import (
-    AnyRecipe,
-    Recipe,
-    fields_of,
-    inner_type,
-    load_recipe,
-    nearest,
-)
+from backbones.training.recipe import AnyRecipe, Recipe, fields_of, load_recipe
+from backbones.training.recipe_values import inner_type, nearest
 
 __all__ = ["parse_command_line"]
 

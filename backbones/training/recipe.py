@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import types
 import typing
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
@@ -14,6 +12,8 @@ from typing import Any, ClassVar, TypeVar
 import yaml
 
 from backbones.training.errors import RecipeError
+from backbones.training.recipe_checks import check
+from backbones.training.recipe_values import as_type_of, nearest
 
 __all__ = [
     "FIELDS",
@@ -21,9 +21,7 @@ __all__ = [
     "differences",
     "dump_recipe",
     "fields_of",
-    "inner_type",
     "load_recipe",
-    "nearest",
 ]
 
 
@@ -289,9 +287,9 @@ def load_recipe(
         keys = {**keys, "model": model, **row}
     _refuse_unknown(overrides, "command line", fields)
     hints = typing.get_type_hints(recipe_class)
-    values = {k: _coerce(fields[k], hints[k], v) for k, v in {**keys, **overrides}.items()}
+    values = {k: as_type_of(fields[k], hints[k], v) for k, v in {**keys, **overrides}.items()}
     recipe = recipe_class(**values)
-    _check(recipe)
+    check(recipe)
     return recipe
 
 
@@ -337,133 +335,3 @@ def _refuse_unknown(keys: Mapping[str, Any], where: str, fields: Mapping[str, An
     for key in keys:
         if key not in fields:
             raise RecipeError(f"{where}: {nearest('key', str(key), fields)}")
-
-
-def nearest(kind: str, value: str, valid: Iterable[str]) -> str:
-    """A sentence that names the valid names closest to a wrong one."""
-    names = list(valid)
-    near = difflib.get_close_matches(value, names, n=4, cutoff=0.5) or sorted(names)[:12]
-    return f"unknown {kind} {value!r}; did you mean {', '.join(near)}?"
-
-
-def inner_type(hint: Any) -> Any:
-    """``int`` of ``int | None``."""
-    if isinstance(hint, types.UnionType) or typing.get_origin(hint) is typing.Union:
-        return next(a for a in typing.get_args(hint) if a is not type(None))
-    return hint
-
-
-def _coerce(f: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
-    """``value`` as the type ``hint`` of a key. YAML 1.1 reads 1e-3 as a string; flags all are."""
-    name, inner = f.name, inner_type(hint)
-    if inner is not hint and (value is None or str(value).lower() in ("none", "null")):
-        converted: Any = None
-    else:
-        try:
-            converted = _convert(inner, value)
-        except (TypeError, ValueError, yaml.YAMLError):
-            label = getattr(inner, "__name__", str(inner)) if inner in _SCALARS else str(inner)
-            raise RecipeError(f"{name} must be {label}, not {value!r}") from None
-    choices = f.metadata["choices"]
-    if choices and converted not in choices:
-        raise RecipeError(f"{name} must be one of {', '.join(map(str, choices))}, not {value!r}")
-    return converted
-
-
-_SCALARS = (int, float, str, bool)
-_TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
-
-
-def _convert(kind: Any, value: Any) -> Any:
-    if kind is bool:
-        if isinstance(value, bool):
-            return value
-        return _TRUTH[value.lower()] if str(value).lower() in _TRUTH else _fail(value)
-    if kind is int:
-        if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
-            _fail(value)
-        return int(value)
-    if kind is float:
-        return _fail(value) if isinstance(value, bool) else float(value)
-    if kind is str:
-        return value if isinstance(value, str) else _fail(value)
-    if typing.get_origin(kind) is tuple:
-        if isinstance(value, str):
-            value = yaml.safe_load(value) if value.startswith("[") else value.split(",")
-        elif len(value) == 1 and isinstance(value[0], str):
-            return _convert(kind, value[0])
-        return tuple(_convert(typing.get_args(kind)[0], v) for v in value)
-    if isinstance(value, str):
-        value = yaml.safe_load(value)
-    if not isinstance(value, dict):
-        _fail(value)
-    key_type, value_type = typing.get_args(kind)
-    if value_type is Any:
-        return {_convert(key_type, k): v for k, v in value.items()}
-    return {_convert(key_type, k): _convert(value_type, v) for k, v in value.items()}
-
-
-def _fail(value: Any) -> Any:
-    raise ValueError(value)
-
-
-def _check(recipe: Recipe) -> None:
-    """Refuse values outside their range, and keys that contradict each other."""
-    for name in ("batch_size", "accum_steps", "epochs", "eval_every", "log_every", "in_chans"):
-        _require(recipe, name, getattr(recipe, name) >= 1, "at least 1")
-    for name in ("workers", "save_every_steps", "save_every_minutes", "aug_repeats", "smoothing"):
-        _require(recipe, name, getattr(recipe, name) >= 0, "at least 0")
-    for name in ("hflip", "vflip", "reprob", "mixup_prob", "mixup_switch_prob", "max_corrupt"):
-        _require(recipe, name, 0 <= getattr(recipe, name) <= 1, "within 0 and 1")
-    for name in ("scale", "ratio"):
-        _require(recipe, name, len(getattr(recipe, name)) == 2, "two numbers")
-    for name in ("mean", "std"):
-        value = getattr(recipe, name)
-        good = value is None or len(value) == recipe.in_chans
-        _require(recipe, name, good, f"{recipe.in_chans} numbers, one a channel")
-    if recipe.pretrained and recipe.checkpoint:
-        raise RecipeError("pretrained and checkpoint exclude each other: give one of them")
-    _check_teacher(recipe)
-    _check_fsdp(recipe)
-    mixes = recipe.mixup > 0 or recipe.cutmix > 0 or recipe.cutmix_minmax is not None
-    if mixes and recipe.batch_size % 2:
-        raise RecipeError(f"mixup and cutmix need an even batch_size, not {recipe.batch_size}")
-
-
-def _check_teacher(recipe: Recipe) -> None:
-    if recipe.distill is None:
-        if recipe.teacher:
-            raise RecipeError(f"teacher {recipe.teacher!r} without distill: soft, hard or ofa?")
-        return
-    weights = (recipe.teacher_checkpoint is not None) + recipe.teacher_pretrained
-    if not recipe.teacher or weights != 1:
-        raise RecipeError(
-            f"distill {recipe.distill!r} needs a teacher and its weights: either "
-            "teacher_checkpoint or teacher_pretrained"
-        )
-    _require(recipe, "distill_alpha", 0 <= recipe.distill_alpha <= 1, "within 0 and 1")
-    _require(recipe, "distill_temperature", recipe.distill_temperature > 0, "above 0")
-    _require(recipe, "ofa_gamma", recipe.ofa_gamma >= 1, "at least 1")
-
-
-_FSDP_OPTIMIZERS = ("adam", "adamw", "lion", "momentum", "nadamw", "sgd")
-
-
-def _check_fsdp(recipe: Recipe) -> None:
-    """Refuse what needs whole weights, or values of all processes that it does not ask for."""
-    if not recipe.fsdp:
-        return
-    _require(recipe, "opt", recipe.opt in _FSDP_OPTIMIZERS, f"of {_FSDP_OPTIMIZERS} with fsdp")
-    for name, good, instead in (
-        ("clip_mode", recipe.clip_mode != "agc" or recipe.clip_grad is None, "norm or value"),
-        ("amp", recipe.amp != "fp16", "bf16"),
-        ("channels_last", not recipe.channels_last, "false"),
-        ("compile", not recipe.compile, "false"),
-        ("distill", recipe.distill != "ofa", "soft or hard"),
-    ):
-        _require(recipe, name, good, f"{instead} with fsdp")
-
-
-def _require(recipe: Recipe, name: str, good: bool, what: str) -> None:
-    if not good:
-        raise RecipeError(f"{name} must be {what}, not {getattr(recipe, name)!r}")
