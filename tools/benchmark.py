@@ -4,15 +4,29 @@ All contenders of a row take turns in one process, so that whatever else the mac
 alike; what counts are the ratios, each taken within one turn.
 
     python tools/benchmark.py --models unireplknet_a van_b0 --batches 1 8 --threads 1 2
-    python tools/benchmark.py --models shvit_s4 --against birder ~/originals.py --dtypes bfloat16
-    python tools/benchmark.py --models ravlt_t --sizes 224 384 512 768 1024 --modes eager fused
+    python tools/benchmark.py --modes eager fused fused+bfloat16 --against birder ~/original.py
+    python tools/benchmark.py --models ravlt_t --sizes 224 384 512 768 1024 --modes fused
     python tools/benchmark.py --compare runs/benchmark.json --output runs/benchmark_new
 
-``--against`` names an importable module or a Python file with a function ``create_model(name)``,
-which returns its model of our name, or None where it has none; ``timm`` and ``birder`` are known.
+A mode is one of eager, fused, compile and fused+compile, in the row's dtype or, with ``+bfloat16``,
+in that one. ``--against`` names an importable module or a Python file with a function
+``create_model(name)``, which returns its model of our name, or None where it has none; ``timm`` and
+``birder`` are known. Its label in the report is the module's or file's name, say ``original``:
 
-Writes ``<output>.json`` after every row, and ``<output>.md`` and ``<output>.png`` at the end. MACs
-are those that torch's counter sees, which knows no compiled kernels of ours.
+    import sys
+
+    sys.path.append("/where/the/authors/code/lies")
+
+    def create_model(name):
+        if name == "van_b0":
+            from models.van import van_b0
+            return van_b0()
+        return None
+
+Writes ``<output>.json`` after every row, and ``<output>.md`` and ``<output>.png`` at the end. Runs
+with the same ``--output`` add to one report, so that a long one can be made in pieces: a row that
+is measured again replaces the old one, ``--resume`` measures only those that are missing.
+``--profile`` adds what kinds of operators the plain and the fused model spend their time in.
 """
 
 from __future__ import annotations
@@ -34,15 +48,20 @@ from typing import Any
 
 import timm
 import torch
-from benchmark_na import PeakMemory, machine, stopwatch, write
+from benchmark_na import PeakMemory, load_report, machine, stopwatch, write
+from benchmark_report import comparison, draw, row_key, table
+from op_kinds import KINDS, time_by_kind
 from torch import Tensor, nn
-from torch.utils.flop_counter import FlopCounterMode
 
 import backbones
+from backbones.cli.measure import count_macs
+
+__all__ = ["KINDS", "Row", "comparison", "describe", "main", "measure", "parse", "peer"]
 
 logger = logging.getLogger("benchmark")
 
 MODES = ("eager", "fused", "compile", "fused+compile")
+LOW_PRECISION = "+bfloat16"
 DTYPES = ("float32", "bfloat16")
 MODELS = (
     *("efficientvit_m5", "shvit_s4", "inception_next_tiny", "unireplknet_a", "unireplknet_t"),
@@ -52,6 +71,7 @@ MODELS = (
 DEFAULT_SIZE, DEFAULT_TILE = 224, 64
 # The yardstick of the machine: a product of two square matrices of this size.
 MATMUL_SIZE = 1024
+CPU = torch.device("cpu")
 BIRDER_NAMES = {
     **{f"efficientvit_m{i}": f"efficientvit_msft_m{i}" for i in range(6)},
     **{f"inception_next_{a}": f"inception_next_{a[0]}" for a in ("atto", "tiny", "small", "base")},
@@ -126,7 +146,7 @@ class Row:
         generator = torch.Generator().manual_seed(0)
         return torch.randn(batch, 3, self.size, self.size, generator=generator)
 
-    def run(self, model: nn.Module, images: Tensor) -> Callable[[], object]:
+    def run(self, model: nn.Module, images: Tensor) -> Callable[[], Tensor]:
         """What is timed: a forward pass, or a training step by plain gradient descent."""
         if self.direction == "forward":
             return functools.partial(_forward, model, images)
@@ -139,22 +159,29 @@ def _forward(model: nn.Module, images: Tensor) -> Tensor:
         return model(images)
 
 
-def _step(model: nn.Module, images: Tensor, optimizer: torch.optim.Optimizer) -> None:
+def _step(model: nn.Module, images: Tensor, optimizer: torch.optim.Optimizer) -> Tensor:
     optimizer.zero_grad()
     out = model(images)
     out = out[0] if isinstance(out, tuple) else out
-    out.float().square().mean().backward()
+    loss = out.float().square().mean()
+    loss.backward()
     optimizer.step()
+    return loss
+
+
+def dtype_of(contender: str, row: Row) -> torch.dtype:
+    """In which a contender runs: the row's, but for the modes that say otherwise."""
+    return torch.bfloat16 if contender.endswith(LOW_PRECISION) else getattr(torch, row.dtype)
 
 
 def _ours(name: str, mode: str, row: Row) -> nn.Module:
     torch.manual_seed(0)
     model = backbones.create_model(name).train(row.direction == "train")
-    dtype = getattr(torch, row.dtype)
+    dtype = dtype_of(mode, row)
     if mode.startswith("fused"):
         model.fuse(dtype=dtype)
     model.to(dtype)
-    return torch.compile(model) if mode.endswith("compile") else model
+    return torch.compile(model) if "compile" in mode else model
 
 
 def _theirs(create: Create, row: Row) -> nn.Module | None:
@@ -165,74 +192,80 @@ def _theirs(create: Create, row: Row) -> nn.Module | None:
     return model.train(row.direction == "train").to(getattr(torch, row.dtype))
 
 
-def count_macs(row: Row) -> float:
-    """Multiply-accumulates of one image forward."""
-    model = backbones.create_model(row.model).eval()
-    with torch.inference_mode(), FlopCounterMode(display=False) as counter:
-        model(row.images(1))
-    return counter.get_total_flops() / 2
-
-
 def measure(
-    row: Row, modes: Sequence[str], peers: dict[str, Create], rounds: int, seconds: float
+    row: Row,
+    modes: Sequence[str],
+    peers: dict[str, Create],
+    rounds: int,
+    seconds: float,
+    profile: bool = False,
 ) -> dict[str, Any]:
     """Times of all contenders in turn: ``rounds`` turns, or in ``seconds``, but 3 at least."""
     torch.set_num_threads(row.threads)
-    images = row.images(row.batch).to(getattr(torch, row.dtype))
+    images = row.images(row.batch)
     makers: dict[str, Callable[[], nn.Module | None]] = {
         mode: functools.partial(_ours, row.model, mode, row)
         for mode in modes
         if row.direction == "forward" or not mode.startswith("fused")
     }
     makers |= {label: functools.partial(_theirs, create, row) for label, create in peers.items()}
-    runs: dict[str, Callable[[], object]] = {}
+    runs: dict[str, Callable[[], Tensor]] = {}
     results: dict[str, dict[str, Any]] = {}
     outputs: dict[str, Tensor] = {}
     for name, make in makers.items():
-        start = time.perf_counter()
         try:
             model = make()
             if model is None:
                 continue
-            run = row.run(model, images)
-            out = run()  # compiles, packs weights
-            run()
+            run = row.run(model, images.to(dtype_of(name, row)))
+            start = time.perf_counter()
+            outputs[name] = run().float()  # compiles, packs weights
             warm_up = time.perf_counter() - start
-            with PeakMemory(torch.device("cpu")) as memory:
+            with PeakMemory(images.device) as memory:
                 run()
         except (RuntimeError, ImportError, NotImplementedError, TypeError, ValueError) as error:
             results[name] = {"skipped": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
             continue
-        if isinstance(out, Tensor):
-            outputs[name] = out.float()
         runs[name] = run
         results[name] = {"peak_bytes": memory.bytes, "warm_up_seconds": warm_up}
 
-    matrix = torch.randn(MATMUL_SIZE, MATMUL_SIZE).to(images.dtype)
-    runs["matmul"] = lambda: matrix @ matrix
-    times: dict[str, list[float]] = {name: [] for name in runs}
+    yardsticks = {str(dtype_of(name, row)).removeprefix("torch.") for name in runs}
+    turns = {**runs, **{dtype: _matmul(dtype) for dtype in sorted(yardsticks)}}
+    times: dict[str, list[float]] = {name: [] for name in turns}
     deadline = time.perf_counter() + seconds
     for turn in range(rounds):
         if turn >= 3 and time.perf_counter() > deadline:
             break
-        for name, timed in runs.items():
+        for name, timed in turns.items():
             times[name].append(stopwatch(timed, images.device))
 
-    macs = count_macs(row)
-    peak = 2 * MATMUL_SIZE**3 / statistics.median(times.pop("matmul"))
+    height, width = images.shape[2:]
+    macs = count_macs(backbones.create_model(row.model), height, width)
+    peaks = {
+        dtype: 2 * MATMUL_SIZE**3 / statistics.median(times.pop(dtype)) for dtype in yardsticks
+    }
     passes = 1 if row.direction == "forward" else 3
     for name, of_name in times.items():
+        peak = peaks[str(dtype_of(name, row)).removeprefix("torch.")]
         results[name].update(_figures(of_name, row.batch, 2 * macs * row.batch * passes, peak))
         results[name]["speedup_over"] = {
             other: statistics.median(b / a for a, b in zip(of_name, times[other], strict=True))
             for other in times
             if other != name and (other == "eager" or other in peers)
         }
-        if name in MODES and name != "eager" and {name, "eager"} <= outputs.keys():
+        if name in modes and name != "eager" and "eager" in times and row.direction == "forward":
             exact = outputs["eager"]
             error = (outputs[name] - exact).abs().max() / exact.abs().max()
             results[name]["difference_from_eager"] = error.item()
-    return {**row.key, "macs": macs, "matmul_gflops": peak / 1e9, "contenders": results}
+        if profile and name in ("eager", "fused", "fused" + LOW_PRECISION):
+            results[name]["time_by_kind"] = time_by_kind(runs[name])
+    gflops = {dtype: peak / 1e9 for dtype, peak in peaks.items()}
+    return {**row.key, "macs": macs, "matmul_gflops": gflops, "contenders": results}
+
+
+def _matmul(dtype: str) -> Callable[[], Tensor]:
+    matrix = torch.randn(MATMUL_SIZE, MATMUL_SIZE).to(getattr(torch, dtype))
+    return lambda: matrix @ matrix
 
 
 def _figures(times: list[float], batch: int, flops: float, peak: float) -> dict[str, Any]:
@@ -254,108 +287,6 @@ def _figures(times: list[float], batch: int, flops: float, peak: float) -> dict[
     }
 
 
-def table(report: dict[str, Any]) -> str:
-    """All rows in Markdown: ms, and how many times longer the eager model and the peers took."""
-    m = report["machine"]
-    lines = [
-        f"{m['name']} ({m['cpu_capability']}), torch {m['torch']}; medians of interleaved runs.",
-        "",
-        "| Model | size | batch | threads | dtype | | what | ms | p90 | images/s | of matmul | "
-        "memory, MiB | times faster than |",
-        "|---|---:|---:|---:|---|---|---|---:|---:|---:|---:|---:|---|",
-    ]
-    for row in report["results"]:
-        place = "| {model} | {size} | {batch} | {threads} | {dtype} | {direction} ".format(**row)
-        for name, figures in row["contenders"].items():
-            if "skipped" in figures:
-                lines.append(f"{place}| {name} | left out: {figures['skipped'][:80]} |||||")
-                continue
-            over = ", ".join(f"{k} {v:.2f}" for k, v in figures["speedup_over"].items())
-            memory = "–" if figures["peak_bytes"] is None else f"{figures['peak_bytes'] >> 20}"
-            lines.append(
-                f"{place}| {name} | {figures['milliseconds']:.1f} | {figures['p90']:.1f} | "
-                f"{figures['images_per_second']:.1f} | {100 * figures['fraction_of_matmul']:.0f} % "
-                f"| {memory} | {over} |"
-            )
-    return "\n".join([*lines, *scaling(report)]) + "\n"
-
-
-def scaling(report: dict[str, Any]) -> list[str]:
-    """How times grow with pixels, where a model was measured at several sizes."""
-    lines = []
-    for key, sizes in _by_size(report).items():
-        (first, start), *_, (last, end) = sorted(sizes.items())
-        power = math.log(end / start) / (2 * math.log(last / first))
-        label = ", ".join(map(str, key))
-        lines.append(f"- {label}: from {first} to {last} time grows as pixels to the {power:.2f}")
-    return ["", "Growth with resolution:", "", *lines] if lines else []
-
-
-def _by_size(report: dict[str, Any]) -> dict[tuple[Any, ...], dict[int, float]]:
-    """(model, contender, …) → size → ms, where there are two sizes or more."""
-    series: dict[tuple[Any, ...], dict[int, float]] = {}
-    for row in report["results"]:
-        for name, figures in row["contenders"].items():
-            if "milliseconds" in figures:
-                parts = ("batch", "threads", "dtype", "direction")
-                key = (row["model"], name, *(f"{part} {row[part]}" for part in parts))
-                series.setdefault(key, {})[row["size"]] = figures["milliseconds"]
-    return {key: sizes for key, sizes in series.items() if len(sizes) > 1}
-
-
-def comparison(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """A line for each time that both reports have: how many times faster the new one is."""
-    keys = ("model", "size", "batch", "threads", "dtype", "direction")
-    before = {tuple(row[k] for k in keys): row["contenders"] for row in old["results"]}
-    lines = []
-    for row in new["results"]:
-        key = tuple(row[k] for k in keys)
-        for name, figures in row["contenders"].items():
-            was = before.get(key, {}).get(name, {}).get("milliseconds")
-            if was is not None and "milliseconds" in figures:
-                now = figures["milliseconds"]
-                place = " ".join(map(str, key))
-                lines.append(f"{place} {name}: {was:.1f} → {now:.1f} ms, {was / now:.2f}×")
-    return lines
-
-
-def draw(report: dict[str, Any], path: Path) -> None:
-    """Bars of the speed over eager, a panel for each setting; curves over size where there are."""
-    from matplotlib.figure import Figure
-
-    panels: dict[str, list[dict[str, Any]]] = {}
-    for row in report["results"]:
-        title = "{size}², batch {batch}, {threads} thread(s), {dtype}, {direction}".format(**row)
-        panels.setdefault(title, []).append(row)
-    curves = _by_size(report)
-    count = len(panels) + bool(curves)
-    figure = Figure(figsize=(11, 3 * count), layout="constrained")
-    axes = figure.subplots(count, 1, squeeze=False)[:, 0]
-    for axis, (title, rows) in zip(axes, panels.items(), strict=False):
-        names = list(dict.fromkeys(name for row in rows for name in row["contenders"]))
-        names = [name for name in names if name != "eager"]
-        for i, name in enumerate(names):
-            speeds = [_speed(row["contenders"], name) for row in rows]
-            places = [j + (i - (len(names) - 1) / 2) / (len(names) + 1) for j in range(len(rows))]
-            axis.bar(places, speeds, 1 / (len(names) + 1), label=name)
-        axis.axhline(1, color="black", linewidth=0.8)
-        axis.set_xticks(range(len(rows)), [row["model"] for row in rows], fontsize=7)
-        axis.set_title(title, fontsize=9)
-        axis.set_ylabel("speed over eager", fontsize=8)
-        axis.legend(ncols=max(1, len(names)), fontsize=7)
-    if curves:
-        for key, sizes in curves.items():
-            pixels = [size**2 for size in sorted(sizes)]
-            axes[-1].plot(pixels, [sizes[s] for s in sorted(sizes)], "o-", label=" ".join(key[:2]))
-        axes[-1].set(xscale="log", yscale="log", xlabel="pixels", ylabel="ms")
-        axes[-1].legend(fontsize=6)
-    figure.savefig(path, format="png", dpi=120)
-
-
-def _speed(contenders: dict[str, dict[str, Any]], name: str) -> float:
-    return contenders.get(name, {}).get("speedup_over", {}).get("eager", math.nan)
-
-
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -365,13 +296,22 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--threads", nargs="+", type=int, default=[1])
     parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=DTYPES)
-    parser.add_argument("--modes", nargs="+", default=["eager", "fused"], choices=MODES)
+    parser.add_argument(
+        "--modes",
+        nargs="+",
+        default=["eager", "fused"],
+        choices=[*MODES, *(mode + LOW_PRECISION for mode in MODES)],
+    )
     parser.add_argument(
         "--directions", nargs="+", default=["forward"], choices=["forward", "train"]
     )
     parser.add_argument("--against", nargs="+", default=["timm"], metavar="PACKAGE_OR_FILE")
     parser.add_argument("--rounds", type=int, default=15, help="turns of every contender")
     parser.add_argument("--seconds", type=float, default=60, help="stop a row's turns after")
+    parser.add_argument("--profile", action="store_true", help="kinds of operators, too")
+    parser.add_argument(
+        "--resume", action="store_true", help="leave out what the output already holds"
+    )
     parser.add_argument("--compare", type=Path, metavar="OLD.json", help="an earlier report")
     parser.add_argument("--output", type=Path, default=Path("runs/benchmark"))
     args = parser.parse_args(arguments)
@@ -389,19 +329,22 @@ def main(arguments: Sequence[str] | None = None) -> None:
     # Read before it may be written over.
     old = None if args.compare is None else json.loads(args.compare.read_text())
     peers = dict(peer(name) for name in args.against)
-    report: dict[str, Any] = {"machine": machine(torch.device("cpu")), "results": []}
+    output = args.output.with_suffix(".json")
+    report = load_report(output, here())
+    done = {row_key(row) for row in report["results"]} if args.resume else set()
     settings = itertools.product(args.threads, args.dtypes, args.directions, args.batches)
     for (threads, dtype, direction, batch), name in itertools.product(settings, args.models):
         tile = name.startswith("hat")
         for size in args.sizes or [DEFAULT_TILE if tile else DEFAULT_SIZE]:
             row = Row(name, size, batch, threads, dtype, direction)
-            measured = measure(row, args.modes, peers, args.rounds, args.seconds)
-            report["results"].append(measured)
+            if row_key(row.key) in done:
+                continue
+            measured = measure(row, args.modes, peers, args.rounds, args.seconds, args.profile)
+            add_row(report, measured)
             logger.info("%s", " ".join(f"{k} {v}" for k, v in row.key.items()))
             for contender, figures in measured["contenders"].items():
                 logger.info("    %-14s %s", contender, describe(figures))
-            text = json.dumps(report, indent=1)
-            write(args.output.with_suffix(".json"), functools.partial(_write_text, text))
+            write(output, functools.partial(_write_text, json.dumps(report, indent=1) + "\n"))
             torch._dynamo.reset()
             gc.collect()
     write(args.output.with_suffix(".md"), functools.partial(_write_text, table(report)))
@@ -409,6 +352,20 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if old is not None:
         for line in comparison(old, report):
             logger.info("%s", line)
+
+
+def here() -> dict[str, Any]:
+    """The machine; each row has its own number of threads."""
+    return {key: value for key, value in machine(CPU).items() if key != "threads"}
+
+
+def add_row(report: dict[str, Any], row: dict[str, Any]) -> None:
+    """Put a row in the place of the older one of its kind, else at the end."""
+    keys = [row_key(other) for other in report["results"]]
+    if row_key(row) in keys:
+        report["results"][keys.index(row_key(row))] = row
+    else:
+        report["results"].append(row)
 
 
 def _write_text(text: str, path: Path) -> None:

@@ -1,7 +1,8 @@
-"""Write ``docs/performance.md`` from the measurements that lie in ``docs/performance/``.
+r"""Write ``docs/performance.md`` from the measurements that lie in ``docs/performance/``.
 
     python tools/benchmark_na.py --threads 1 --output docs/performance/neighborhood_attention
-    python tools/benchmark.py --dtypes float32 bfloat16 --output docs/performance/models
+    python tools/benchmark.py --modes eager fused fused+bfloat16 --against timm birder original.py \
+        --profile --resume --output docs/performance/models
     python tools/performance_page.py
 
 Nothing is measured here: every number of the page is one of the JSON files'.
@@ -11,8 +12,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 from pathlib import Path
 from typing import Any
+
+from performance_models import of_models
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 NEIGHBORHOOD = "neighborhood_attention"
@@ -29,52 +33,8 @@ def page(neighborhood: dict[str, Any], models: dict[str, Any] | None) -> str:
     """The whole page from reports of ``tools/benchmark_na.py`` and ``tools/benchmark.py``."""
     parts = [HEADER]
     if models is not None:
-        parts.append(of_models(models))
+        parts.append(of_models(models, f"performance/{MODELS}.png"))
     return "\n".join([*parts, of_neighborhood(neighborhood)])
-
-
-def of_models(report: dict[str, Any]) -> str:
-    """Every model: fused in ms, and how many times longer than the fused one all others took."""
-    machine = report["machine"]
-    lines = [
-        "## Models",
-        "",
-        f"Measured on {machine['name']} ({machine['cpu_capability']}), torch {machine['torch']}. "
-        "`fuse()` in ms, its share of the rate of a 1024³ matrix product in the same turns, its "
-        "peak of extra memory, and how many times longer the others took. A dash: there is no such "
-        "model, or it failed; the JSON says why.",
-        "",
-        f"![Speed over eager](performance/{MODELS}.png)",
-    ]
-    groups: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-    for row in report["results"]:
-        if "milliseconds" in row["contenders"].get("fused", {}):
-            key = tuple(row[k] for k in ("direction", "dtype", "batch", "threads"))
-            groups.setdefault(key, []).append(row)
-    for (direction, dtype, batch, threads), rows in groups.items():
-        named = (name for row in rows for name in row["contenders"] if name != "fused")
-        others = list(dict.fromkeys(named))
-        lines += [
-            "",
-            f"### {direction.capitalize()}, {dtype}, batch {batch}, {threads} thread(s)",
-            "",
-            "| Model | size | fused, ms | of matmul | memory, MiB | " + " | ".join(others) + " |",
-            "|---|" + "---:|" * (4 + len(others)),
-        ]
-        lines += [model_row(row, others) for row in rows]
-    return "\n".join(lines) + "\n"
-
-
-def model_row(row: dict[str, Any], others: list[str]) -> str:
-    """One model: fused in absolute terms, the others as multiples of it."""
-    fused = row["contenders"]["fused"]
-    cells = [f"`{row['model']}`", str(row["size"]), f"{fused['milliseconds']:.1f}"]
-    cells.append(f"{100 * fused['fraction_of_matmul']:.0f} %")
-    cells.append("–" if fused["peak_bytes"] is None else str(fused["peak_bytes"] >> 20))
-    for name in others:
-        time = row["contenders"].get(name, {}).get("milliseconds")
-        cells.append("–" if time is None else f"{time / fused['milliseconds']:.2f}×")
-    return "| " + " | ".join(cells) + " |"
 
 
 def of_neighborhood(report: dict[str, Any]) -> str:
@@ -86,8 +46,15 @@ def of_neighborhood(report: dict[str, Any]) -> str:
         f"Measured on {machine['name']} ({machine['cpu_capability']}), {machine['threads']} "
         f"thread(s), torch {machine['torch']}. The C++ kernel in ms, its share of the rate of a "
         "1024³ matrix product in the same turns, its peak of extra memory as a multiple of the "
-        "inputs', and how many times longer the others took. A dash: it cannot do the call, or not "
-        "in the memory allowed; the JSON says why.",
+        "inputs', and how many times longer the others took. A turn repeats a short call for 10 "
+        "ms; calls of more than a second were timed once. A dash: it cannot do the call, the JSON "
+        "says why; GiB: it was left out because it needs so much memory; s: because a call would "
+        "take that long, by its time at batch 1.",
+        "",
+        "`gather` takes out the window of every query (the `reference` backend), `sdpa-mask` is "
+        "torch's attention over all pairs, `flex` compiled flex attention, `natten` NATTEN's "
+        "pure-Python form. No GPU was at hand: the Triton kernels are tested in Triton's "
+        "interpreter and compiled ahead of time, but their speed is not measured yet.",
         "",
         f"![Speed over the tiled backend](performance/{NEIGHBORHOOD}.png)",
     ]
@@ -115,10 +82,16 @@ def table_row(row: dict[str, Any], others: list[str]) -> str:
     cells = [f"`{row['setting']}`", f"{ours['milliseconds']:.2f}"]
     cells.append(f"{100 * ours['fraction_of_matmul']:.0f} %")
     cells.append(f"{(ours['peak_bytes'] or 0) / row['input_bytes']:.1f}×")
-    for name in others:
-        time = contenders.get(name, {}).get("milliseconds")
-        cells.append("–" if time is None else f"{time / ours['milliseconds']:.1f}×")
+    cells += [comparison(contenders.get(name, {}), ours["milliseconds"]) for name in others]
     return "| " + " | ".join(cells) + " |"
+
+
+def comparison(result: dict[str, Any], ours: float) -> str:
+    """How many times ``ours`` milliseconds a contender took, or what it would have needed."""
+    if "milliseconds" in result:
+        return f"{result['milliseconds'] / ours:.1f}×"
+    too_much = re.search(r"(\d+)(?:\.\d+)? (GiB|s) ", result.get("skipped", ""))
+    return "–" if too_much is None else f"{too_much[1]} {too_much[2]}"
 
 
 def main() -> None:

@@ -24,7 +24,8 @@ def tool() -> Iterator[ModuleType]:
         yield module
     finally:
         sys.path.remove(str(TOOLS))
-        sys.modules.pop("benchmark_na", None)
+        for name in ("benchmark_na", "benchmark_report", "op_kinds", "performance_models"):
+            sys.modules.pop(name, None)
 
 
 @pytest.fixture(scope="module")
@@ -38,7 +39,8 @@ def report(tool: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
     )
     tool.main(
         ["--models", "shvit_s1", "--sizes", "32", "64", "--batches", "2", "--rounds", "3"]
-        + ["--against", "timm", str(peer), "--output", str(folder / "out")]
+        + ["--against", "timm", str(peer), "--output", str(folder / "out"), "--profile"]
+        + ["--modes", "eager", "fused", "fused+bfloat16"]
     )
     return folder / "out.json"
 
@@ -48,7 +50,8 @@ def test_rows(report: Path) -> None:
     assert written["machine"]["torch"]
     for row, size in zip(written["results"], (32, 64), strict=True):
         assert (row["size"], row["batch"], row["dtype"]) == (size, 2, "float32")
-        assert list(row["contenders"]) == ["eager", "fused", "timm", "original"]
+        assert list(row["contenders"]) == ["eager", "fused", "fused+bfloat16", "timm", "original"]
+        assert row["matmul_gflops"].keys() == {"float32", "bfloat16"}
         fused = row["contenders"]["fused"]
         assert fused["speedup_over"].keys() == {"eager", "timm", "original"}
         assert fused["difference_from_eager"] < 1e-4
@@ -60,7 +63,7 @@ def test_rows(report: Path) -> None:
 
 def test_table_picture_and_growth(tool: ModuleType, report: Path) -> None:
     text = report.with_suffix(".md").read_text()
-    assert text.count("| shvit_s1 |") == 8 and "time grows as pixels to the" in text
+    assert text.count("| shvit_s1 |") == 10 and "time grows as pixels to the" in text
     assert report.with_suffix(".png").read_bytes()[1:4] == b"PNG"
     assert sorted(p.name for p in report.parent.iterdir()) == [
         "original.py",
@@ -76,8 +79,46 @@ def test_comparison(tool: ModuleType, report: Path) -> None:
     old["results"][0]["contenders"]["fused"]["milliseconds"] *= 2
     del old["results"][1]
     lines = tool.comparison(old, new)
-    assert len(lines) == 4
-    assert [line for line in lines if "fused" in line][0].endswith("2.00×")
+    assert len(lines) == 5
+    assert [line for line in lines if " fused:" in line][0].endswith("2.00×")
+
+
+def test_time_by_kind(tool: ModuleType, report: Path) -> None:
+    for row in json.loads(report.read_text())["results"]:
+        for mode in ("eager", "fused", "fused+bfloat16"):
+            shares = row["contenders"][mode]["time_by_kind"]
+            assert list(shares) == list(tool.KINDS)
+            assert sum(shares.values()) == pytest.approx(1)
+            assert shares["matrix products"] > 0.02 and shares["depthwise conv"] > 0.02
+            assert shares["other operators"] < 0.1
+        assert "time_by_kind" not in row["contenders"]["timm"]
+
+
+def test_runs_add_to_one_report(tool: ModuleType, report: Path, tmp_path: Path) -> None:
+    output = tmp_path / "more.json"
+    output.write_text(report.read_text())
+    before = json.loads(report.read_text())["results"]
+    tool.main(
+        ["--models", "shvit_s1", "--sizes", "64", "96", "--batches", "2", "--rounds", "3"]
+        + ["--against", "timm", "--modes", "fused", "--output", str(output), "--resume"]
+    )
+    after = json.loads(output.read_text())["results"]
+    assert after[:2] == before and [row["size"] for row in after] == [32, 64, 96]
+    tool.main(
+        ["--models", "shvit_s1", "--sizes", "32", "--batches", "2", "--rounds", "3"]
+        + ["--against", "timm", "--modes", "fused", "--output", str(output)]
+    )
+    again = json.loads(output.read_text())["results"]
+    assert again[1:] == after[1:] and list(again[0]["contenders"]) == ["fused", "timm"]
+
+
+def test_reports_of_other_machines_stay(tool: ModuleType, report: Path, tmp_path: Path) -> None:
+    other = json.loads(report.read_text())
+    other["machine"]["name"] = "another"
+    output = tmp_path / "other.json"
+    output.write_text(json.dumps(other))
+    with pytest.raises(ValueError, match="was measured on"):
+        tool.main(["--models", "shvit_s1", "--output", str(output)])
 
 
 def test_training_has_no_fused_mode(tool: ModuleType) -> None:
@@ -117,15 +158,38 @@ def test_bad_peers(tool: ModuleType, tmp_path: Path) -> None:
         tool.peer("json")
 
 
-def test_page(tool: ModuleType, report: Path) -> None:
+@pytest.fixture
+def page(tool: ModuleType) -> ModuleType:
     spec = importlib.util.spec_from_file_location("performance_page", TOOLS / "performance_page.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
+    return module
+
+
+def test_page(page: ModuleType, report: Path) -> None:
     measured = json.loads(report.read_text())
-    empty = {"machine": measured["machine"], "results": []}
-    text = module.page(empty, measured)
-    row = measured["results"][0]["contenders"]
-    ratio = row["timm"]["milliseconds"] / row["fused"]["milliseconds"]
-    assert f"| `shvit_s1` | 32 | {row['fused']['milliseconds']:.1f} |" in text
-    assert f"| {ratio:.2f}×" in text and "## Neighborhood attention" in text
-    assert "## Models" not in module.page(empty, None)
+    empty = {"machine": {**measured["machine"], "threads": 1}, "results": []}
+    for row, size in zip(measured["results"], (224, 448), strict=True):
+        row.update(model="shvit_s4", size=size, batch=1)
+    contenders = measured["results"][0]["contenders"]
+    contenders["fused"]["speedup_over"] |= {"original": 1.443, "timm": 0.5}
+    contenders["fused+bfloat16"]["speedup_over"]["original"] = 2.9
+    text = page.page(empty, measured)
+    assert "### Batch 1, 1 thread, float32" in text
+    fused = contenders["fused"]["milliseconds"]
+    assert f"| {fused:.1f} | {contenders['fused+bfloat16']['milliseconds']:.1f} |" in text
+    assert "| `shvit_s4` | original | **1.44× (missed 1.45)** | 2.90× (2.9) | " in text
+    assert "| **0.50× (missed 1)** | – |" in text
+    later = measured["results"][1]["contenders"]["fused"]["milliseconds"]
+    assert f"| `shvit_s4` | {fused:.1f} | {later:.1f} |" in text
+    assert "| `shvit_s4`, fused | " in text and "## Neighborhood attention" in text
+    assert "## Models" not in page.page(empty, None)
+
+
+def test_the_committed_page_is_generated(page: ModuleType) -> None:
+    folder = page.DOCS / "performance"
+    neighborhood, models = (
+        json.loads((folder / f"{name}.json").read_text())
+        for name in (page.NEIGHBORHOOD, page.MODELS)
+    )
+    assert (page.DOCS / "performance.md").read_text() == page.page(neighborhood, models)

@@ -1,0 +1,118 @@
+"""What the reports of ``benchmark.py`` say: a table, growth with size, a comparison, a picture."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+__all__ = ["SETTING", "comparison", "draw", "row_key", "scaling", "table"]
+
+# What a row measures.
+SETTING = ("model", "size", "batch", "threads", "dtype", "direction")
+
+
+def row_key(row: dict[str, Any]) -> tuple[Any, ...]:
+    """What a row measures, to find it by."""
+    return tuple(row[part] for part in SETTING)
+
+
+def table(report: dict[str, Any]) -> str:
+    """All rows in Markdown: ms, and how many times longer the eager model and the peers took."""
+    m = report["machine"]
+    lines = [
+        f"{m['name']} ({m['cpu_capability']}), torch {m['torch']}; medians of interleaved runs.",
+        "",
+        "| Model | size | batch | threads | dtype | | what | ms | p90 | images/s | of matmul | "
+        "memory, MiB | times faster than |",
+        "|---|---:|---:|---:|---|---|---|---:|---:|---:|---:|---:|---|",
+    ]
+    for row in report["results"]:
+        place = "| {model} | {size} | {batch} | {threads} | {dtype} | {direction} ".format(**row)
+        for name, figures in row["contenders"].items():
+            if "skipped" in figures:
+                lines.append(f"{place}| {name} | left out: {figures['skipped'][:80]} |||||")
+                continue
+            over = ", ".join(f"{k} {v:.2f}" for k, v in figures["speedup_over"].items())
+            memory = "–" if figures["peak_bytes"] is None else f"{figures['peak_bytes'] >> 20}"
+            lines.append(
+                f"{place}| {name} | {figures['milliseconds']:.1f} | {figures['p90']:.1f} | "
+                f"{figures['images_per_second']:.1f} | {100 * figures['fraction_of_matmul']:.0f} % "
+                f"| {memory} | {over} |"
+            )
+    return "\n".join([*lines, *scaling(report)]) + "\n"
+
+
+def scaling(report: dict[str, Any]) -> list[str]:
+    """How times grow with pixels, where a model was measured at several sizes."""
+    lines = []
+    for key, sizes in _by_size(report).items():
+        (first, start), *_, (last, end) = sorted(sizes.items())
+        power = math.log(end / start) / (2 * math.log(last / first))
+        label = ", ".join(map(str, key))
+        lines.append(f"- {label}: from {first} to {last} time grows as pixels to the {power:.2f}")
+    return ["", "Growth with resolution:", "", *lines] if lines else []
+
+
+def _by_size(report: dict[str, Any]) -> dict[tuple[Any, ...], dict[int, float]]:
+    """(model, contender, …) → size → ms, where there are two sizes or more."""
+    series: dict[tuple[Any, ...], dict[int, float]] = {}
+    for row in report["results"]:
+        for name, figures in row["contenders"].items():
+            if "milliseconds" in figures:
+                parts = ("batch", "threads", "dtype", "direction")
+                key = (row["model"], name, *(f"{part} {row[part]}" for part in parts))
+                series.setdefault(key, {})[row["size"]] = figures["milliseconds"]
+    return {key: sizes for key, sizes in series.items() if len(sizes) > 1}
+
+
+def comparison(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+    """A line for each time that both reports have: how many times faster the new one is."""
+    before = {row_key(row): row["contenders"] for row in old["results"]}
+    lines = []
+    for row in new["results"]:
+        key = row_key(row)
+        for name, figures in row["contenders"].items():
+            was = before.get(key, {}).get(name, {}).get("milliseconds")
+            if was is not None and "milliseconds" in figures:
+                now = figures["milliseconds"]
+                place = " ".join(map(str, key))
+                lines.append(f"{place} {name}: {was:.1f} → {now:.1f} ms, {was / now:.2f}×")
+    return lines
+
+
+def draw(report: dict[str, Any], path: Path) -> None:
+    """Bars of the speed over eager, a panel for each setting; curves over size where there are."""
+    from matplotlib.figure import Figure
+
+    panels: dict[str, list[dict[str, Any]]] = {}
+    for row in report["results"]:
+        title = "{size}², batch {batch}, {threads} thread(s), {dtype}, {direction}".format(**row)
+        panels.setdefault(title, []).append(row)
+    curves = _by_size(report)
+    count = len(panels) + bool(curves)
+    figure = Figure(figsize=(11, 3 * count), layout="constrained")
+    axes = figure.subplots(count, 1, squeeze=False)[:, 0]
+    for axis, (title, rows) in zip(axes, panels.items(), strict=False):
+        names = list(dict.fromkeys(name for row in rows for name in row["contenders"]))
+        names = [name for name in names if name != "eager"]
+        for i, name in enumerate(names):
+            speeds = [_speed(row["contenders"], name) for row in rows]
+            places = [j + (i - (len(names) - 1) / 2) / (len(names) + 1) for j in range(len(rows))]
+            axis.bar(places, speeds, 1 / (len(names) + 1), label=name)
+        axis.axhline(1, color="black", linewidth=0.8)
+        axis.set_xticks(range(len(rows)), [row["model"] for row in rows], fontsize=7)
+        axis.set_title(title, fontsize=9)
+        axis.set_ylabel("speed over eager", fontsize=8)
+        axis.legend(ncols=max(1, len(names)), fontsize=7)
+    if curves:
+        for key, sizes in curves.items():
+            pixels = [size**2 for size in sorted(sizes)]
+            axes[-1].plot(pixels, [sizes[s] for s in sorted(sizes)], "o-", label=" ".join(key[:2]))
+        axes[-1].set(xscale="log", yscale="log", xlabel="pixels", ylabel="ms")
+        axes[-1].legend(fontsize=6)
+    figure.savefig(path, format="png", dpi=120)
+
+
+def _speed(contenders: dict[str, dict[str, Any]], name: str) -> float:
+    return contenders.get(name, {}).get("speedup_over", {}).get("eager", math.nan)

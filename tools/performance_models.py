@@ -1,0 +1,185 @@
+"""The models' part of the performance page, from a report of ``tools/benchmark.py``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["of_models"]
+
+FUSED, LOW = "fused", "fused+bfloat16"
+# How many times faster than the original, batch 1 and batch 8, the fused model shall be.
+AIMS = {
+    "efficientvit_m5": {FUSED: (1.55, 1.75), LOW: (2.5, 4.4)},
+    "shvit_s4": {FUSED: (1.45, 1.65), LOW: (2.9, 5.4)},
+    "inception_next_tiny": {FUSED: (1.3, 1.45), LOW: (3.6, 6.2)},
+    "unireplknet_a": {FUSED: (2.3, 2.3), LOW: (3.0, 3.6)},
+    "unireplknet_t": {FUSED: (1.6, 1.8), LOW: (3.0, 4.4)},
+    "van_b0": {FUSED: (1.8, 1.8), LOW: (2.0, 2.0)},
+    "biformer_tiny": {FUSED: (1.6, 1.6), LOW: (2.0, 2.0)},
+    "litv2_s": {FUSED: (1.6, 1.6), LOW: (2.0, 2.0)},
+    "favit_b0": {FUSED: (1.5, 1.5), LOW: (2.0, 2.0)},
+    "ravlt_t": {FUSED: (1.6, 1.6), LOW: (2.0, 2.0)},
+    "medvitv2_tiny": {FUSED: (2.0, 2.0), LOW: (2.0, 2.0)},
+    "hat_s_x2": {FUSED: (1.6, 1.6), LOW: (2.0, 2.0)},
+}
+AIM_BATCHES = (1, 8)
+ORIGINAL, OURS = "original", "eager"
+LABELS = {LOW: "fused, bf16"}
+INTRODUCTION = (
+    "A fused model is what `model.fuse()` gives; `fused, bf16` is "
+    "`model.fuse(dtype=torch.bfloat16)`, compared with the others in float32. `original` is the "
+    "code of the authors, `timm` and `birder` (0.8.4) are those libraries' models. MedViTV2's "
+    "original gathers the windows of its neighborhood attention. A dash: there is no such model, "
+    "it was not measured, or it failed; the JSON says which."
+)
+
+
+def of_models(report: dict[str, Any], picture: str) -> str:
+    """The section; ``picture`` is the path of the benchmark's from the page."""
+    machine = report["machine"]
+    parts = [
+        "## Models",
+        f"Measured on {machine['name']} ({machine['cpu_capability']}), torch {machine['torch']}.",
+        INTRODUCTION,
+        f"![Speed over eager]({picture})",
+    ]
+    forward = [row for row in report["results"] if row["direction"] == "forward"]
+    usual = [row for row in forward if row["size"] == _usual_size(row)]
+    groups: dict[tuple[int, int, str], list[dict[str, Any]]] = {}
+    for row in usual:
+        groups.setdefault((row["threads"], row["batch"], row["dtype"]), []).append(row)
+    for (threads, batch, dtype), rows in sorted(groups.items()):
+        title = f"### Batch {batch}, {threads} thread{'s' * (threads > 1)}, {dtype}"
+        parts += [title, *_times(rows, batch)]
+    training = [row for row in report["results"] if row["direction"] == "train"]
+    if training:
+        parts += ["### Training step", _training(training)]
+    parts += [*_growth(forward), *_shares(usual)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _usual_size(row: dict[str, Any]) -> int:
+    return 64 if row["model"].startswith("hat") else 224
+
+
+def _table(head: list[str], rows: list[list[str]]) -> str:
+    lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _names(rows: list[dict[str, Any]]) -> list[str]:
+    found = dict.fromkeys(name for row in rows for name in row["contenders"])
+    order = [ORIGINAL, "timm", "birder", OURS, "compile", FUSED, "fused+compile", LOW]
+    return [*(name for name in order if name in found), *(n for n in found if n not in order)]
+
+
+def _ms(row: dict[str, Any], name: str) -> str:
+    time = row["contenders"].get(name, {}).get("milliseconds")
+    return "–" if time is None else f"{time:.1f}"
+
+
+def _ratio(row: dict[str, Any], name: str, other: str) -> float | None:
+    return row["contenders"].get(name, {}).get("speedup_over", {}).get(other)
+
+
+def _judged(ratio: float | None, aim: float | None) -> str:
+    """A ratio, its aim, and whether it was missed."""
+    if ratio is None or aim is None:
+        return "–" if ratio is None else f"{ratio:.2f}×"
+    missed = round(ratio, 2) < aim
+    return f"**{ratio:.2f}× (missed {aim:g})**" if missed else f"{ratio:.2f}× ({aim:g})"
+
+
+def _times(rows: list[dict[str, Any]], batch: int) -> list[str]:
+    """Milliseconds of everything; then ratios with their aims, and what the fused model takes."""
+    names = _names(rows)
+    times = _table(
+        ["ms", *(LABELS.get(name, name) for name in names)],
+        [[f"`{row['model']}`", *(_ms(row, name) for name in names)] for row in rows],
+    )
+    place = AIM_BATCHES.index(batch) if batch in AIM_BATCHES else None
+    judged = []
+    for row in rows:
+        aims = AIMS.get(row["model"], {})
+        base = ORIGINAL if _ratio(row, FUSED, ORIGINAL) is not None else OURS
+        cells = [f"`{row['model']}`", base]
+        for name in (FUSED, LOW):
+            aim = aims[name][place] if place is not None and name in aims else None
+            cells.append(_judged(_ratio(row, name, base), aim))
+        cells += [_judged(_ratio(row, FUSED, peer), 1.0) for peer in ("timm", "birder")]
+        fused = row["contenders"].get(FUSED, {})
+        if "milliseconds" in fused:
+            cells += [f"{fused['p90']:.1f}", f"{fused['images_per_second']:.1f}"]
+            cells.append(f"{row['macs'] / 1e9:.2f}")
+            cells.append(f"{fused['gflops']:.0f} ({100 * fused['fraction_of_matmul']:.0f} %)")
+            peak = fused["peak_bytes"]
+            cells.append("–" if peak is None else str(peak >> 20))
+        else:
+            cells += ["–"] * 5
+        judged.append(cells)
+    head = ["times faster", "than", "fused (aim)", "fused, bf16 (aim)", "than timm", "than birder"]
+    head += ["p90, ms", "images/s", "G MACs", "GFLOP/s (of matmul)", "memory, MiB"]
+    remark = (
+        "Medians of the ratios within a turn. Where the original is not compared, our own plain "
+        "form stands in for it. Figures of the last five columns are the fused model's in float32: "
+        "`of matmul` is the share of the rate of a 1024³ matrix product in the same turns."
+    )
+    return [times, remark, _table(head, judged)]
+
+
+def _training(rows: list[dict[str, Any]]) -> str:
+    names = _names(rows)
+    return _table(
+        ["ms", "batch", "threads", *names, "ours, times faster than the original"],
+        [
+            [f"`{row['model']}`", str(row["batch"]), str(row["threads"])]
+            + [_ms(row, name) for name in names]
+            + [_judged(_ratio(row, OURS, ORIGINAL), 1.0)]
+            for row in rows
+        ],
+    )
+
+
+def _growth(rows: list[dict[str, Any]]) -> list[str]:
+    """The fused model's time at several sizes, one image on one thread."""
+    models: dict[str, dict[int, str]] = {}
+    for row in rows:
+        if (row["batch"], row["threads"], row["dtype"]) == (1, 1, "float32"):
+            models.setdefault(row["model"], {})[row["size"]] = _ms(row, FUSED)
+    several = {name: sizes for name, sizes in models.items() if len(sizes) > 1}
+    if not several:
+        return []
+    sizes = sorted({size for of_model in several.values() for size in of_model})
+    lines = [
+        [f"`{name}`", *(of_model.get(size, "–") for size in sizes)]
+        for name, of_model in several.items()
+    ]
+    return [
+        "### Growth with resolution",
+        "The fused model, one image, one thread, float32, in ms by the side of the image.",
+        _table(["ms", *map(str, sizes)], lines),
+    ]
+
+
+def _shares(rows: list[dict[str, Any]]) -> list[str]:
+    """Where one image's time goes, plain and fused."""
+    kinds: list[str] = []
+    lines = []
+    for row in rows:
+        if (row["batch"], row["threads"], row["dtype"]) != (1, 1, "float32"):
+            continue
+        for name in (OURS, FUSED):
+            shares = row["contenders"].get(name, {}).get("time_by_kind")
+            if shares:
+                kinds = list(shares)
+                cells = [f"{100 * share:.0f} %" for share in shares.values()]
+                lines.append([f"`{row['model']}`, {name}", *cells])
+    if not lines:
+        return []
+    return [
+        "### Where the time goes",
+        "Shares of one image's time on one thread by torch's profiler, plain and fused. A 1×1 "
+        "convolution counts as a matrix product; what is outside of operators is Python and the "
+        "profiler itself.",
+        _table(["share of time", *kinds], lines),
+    ]
