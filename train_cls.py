@@ -23,20 +23,17 @@ import torch
 from timm.utils import distribute_bn
 from torch import nn
 
-import backbones
-from backbones.training import build, checkpoint, distillation, pictures
-from backbones.training.command_line import parse_command_line
+from backbones.training import build, distillation, pictures
 from backbones.training.corrupt import CorruptImages
 from backbones.training.data import open_splits
-from backbones.training.distributed import World, world_of_processes
-from backbones.training.errors import TrainingError
-from backbones.training.folder import choose_folder
-from backbones.training.interrupt import StopRequest, stop_on_signals
+from backbones.training.distributed import World
+from backbones.training.interrupt import StopRequest
 from backbones.training.loader import TrainLoader, ValidationLoader
 from backbones.training.loop import TrainingLoop
 from backbones.training.multilabel import validation_loss
 from backbones.training.progress import Meter, Progress, describe_epoch, duration
-from backbones.training.recipe import Recipe, dump_recipe
+from backbones.training.recipe import Recipe
+from backbones.training.run import run_from_command_line
 
 
 class Trainer(TrainingLoop):
@@ -73,6 +70,12 @@ class Trainer(TrainingLoop):
             splits.validation, splits.validation_size, self.config, recipe, world, corrupt[1]
         )
         self.set_up(model, self.train_loader.batches // recipe.accum_steps, network)
+
+    def resolved_recipe(self) -> Recipe:
+        """With what the model and the data settled."""
+        return build.resolved_recipe(
+            self.recipe, self.config, self.num_classes, self.lr, self.folder.name
+        )
 
     # --- a step
 
@@ -178,38 +181,7 @@ class Trainer(TrainingLoop):
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run from a command line; the exit status."""
-    try:
-        recipe, options = parse_command_line(argv, __doc__ or "", Recipe)
-        if options.print_config:
-            sys.stdout.write(dump_recipe(recipe))
-            return 0
-        if recipe.threads is not None:
-            torch.set_num_threads(recipe.threads)
-        with stop_on_signals() as stop, world_of_processes(recipe.device) as world:
-            folder = world.gather(choose_folder(recipe, options) if world.is_main else None)[0]
-            return train(recipe, folder, world, stop)
-    except (TrainingError, backbones.CheckpointError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-
-
-def train(recipe: Recipe, folder: Path, world: World, stop: StopRequest) -> int:
-    """Build everything, take up an earlier state if the recipe wants that, and run."""
-    progress = Progress(world)
-    trainer = Trainer(recipe, folder, world, stop, progress)
-    if world.is_main:
-        text = dump_recipe(
-            build.resolved_recipe(
-                recipe, trainer.config, trainer.num_classes, trainer.lr, folder.name
-            )
-        )
-        checkpoint.write_atomically(folder / "config.yaml", lambda file: file.write(text.encode()))
-    try:
-        trainer.take_up()
-        return trainer.run()
-    finally:
-        progress.end()
-        trainer.close()
+    return run_from_command_line(Trainer, Recipe, argv, __doc__ or "")
 
 
 if __name__ == "__main__":

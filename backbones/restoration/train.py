@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -27,16 +26,13 @@ from backbones.restoration.metrics import quality, quantize
 from backbones.restoration.panels import Panel, draw_panels, most_detailed
 from backbones.restoration.recipe import RestorationRecipe
 from backbones.restoration.resize import resize_bicubic
-from backbones.training import checkpoint
-from backbones.training.command_line import parse_command_line
 from backbones.training.corrupt import CorruptImages
-from backbones.training.distributed import World, world_of_processes
-from backbones.training.errors import DataError, RecipeError, TrainingError
-from backbones.training.folder import choose_folder
-from backbones.training.interrupt import StopRequest, stop_on_signals
+from backbones.training.distributed import World
+from backbones.training.errors import DataError, RecipeError
+from backbones.training.interrupt import StopRequest
 from backbones.training.loop import TrainingLoop
 from backbones.training.progress import RESULTS, Progress, duration
-from backbones.training.recipe import dump_recipe
+from backbones.training.run import run_from_command_line
 from ops.tiling import run_tiled
 
 __all__ = ["RestorationTrainer", "build_restorer", "main"]
@@ -264,30 +260,4 @@ class RestorationTrainer(TrainingLoop):
 
 def main(argv: Sequence[str] | None = None, description: str = "") -> int:
     """Run from a command line; the exit status."""
-    try:
-        recipe, options = parse_command_line(argv, description, RestorationRecipe)
-        if options.print_config:
-            sys.stdout.write(dump_recipe(recipe))
-            return 0
-        if recipe.threads is not None:
-            torch.set_num_threads(recipe.threads)
-        with stop_on_signals() as stop, world_of_processes(recipe.device) as world:
-            folder = world.gather(choose_folder(recipe, options) if world.is_main else None)[0]
-            return _train(recipe, folder, world, stop)
-    except (TrainingError, backbones.CheckpointError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
-
-
-def _train(recipe: RestorationRecipe, folder: Path, world: World, stop: StopRequest) -> int:
-    progress = Progress(world)
-    trainer = RestorationTrainer(recipe, folder, world, stop, progress)
-    if world.is_main:
-        text = dump_recipe(recipe).encode()
-        checkpoint.write_atomically(folder / "config.yaml", lambda file: file.write(text))
-    try:
-        trainer.take_up()
-        return trainer.run()
-    finally:
-        progress.end()
-        trainer.close()
+    return run_from_command_line(RestorationTrainer, RestorationRecipe, argv, description)

@@ -149,6 +149,10 @@ class TrainingLoop(ABC):
     def show_results(self) -> None:
         """What a finished run leaves for people."""
 
+    def resolved_recipe(self) -> Recipe:
+        """The recipe to write beside the results."""
+        return self.recipe
+
     def close(self) -> None:
         """End the loader processes and the logs."""
         self.log.close()
