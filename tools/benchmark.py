@@ -50,13 +50,13 @@ import timm
 import torch
 from benchmark_na import PeakMemory, load_report, machine, stopwatch, write
 from benchmark_report import comparison, draw, row_key, table
-from op_kinds import KINDS, time_by_kind
+from op_kinds import KINDS, kind_of, time_by_kind
 from torch import Tensor, nn
 
 import backbones
 from backbones.cli.measure import count_macs
 
-__all__ = ["KINDS", "Row", "comparison", "describe", "main", "measure", "parse", "peer"]
+__all__ = ["KINDS", "Row", "comparison", "describe", "kind_of", "main", "measure", "parse", "peer"]
 
 logger = logging.getLogger("benchmark")
 
