@@ -2,14 +2,16 @@
 
 Neighborhood attention: https://arxiv.org/abs/2204.07143. All contenders of a setting take turns in
 one process, so that whatever else the machine does meets them alike; what counts are the ratios,
-each taken within one turn.
+each taken within one turn. A turn repeats a short call for ``--turn-ms``, so that it is not the one
+that finds the caches as another contender left them: in a model, what attends has just been
+computed. A contender whose calls take longer than ``--seconds`` is timed once.
 
     python tools/benchmark_na.py --threads 1 --output runs/benchmark_na
     python tools/benchmark_na.py --device cuda --dtype bfloat16 --settings 56x56-k7-d64
 
 writes ``<output>.json`` after every row and ``<output>.png`` at the end. A contender that cannot do
-a setting, or would need more than ``--max-gib`` of memory for it, is listed with the reason instead
-of a time.
+a setting, or would need more than ``--max-gib`` of memory for it, or by its time at a smaller batch
+more than ``--max-seconds`` for a call, is listed with the reason instead of a time.
 
 The whole sweep takes long. Runs with the same ``--output`` add to one file, so that it can be made
 in pieces (``--settings``); a row that is measured again replaces the old one, and ``--resume``
@@ -239,6 +241,17 @@ def call(attention: Attention, inputs: Sequence[Tensor], grad: Tensor | None) ->
         torch.autograd.grad(out, inputs, grad)
 
 
+@dataclass(frozen=True)
+class Effort:
+    """How long to measure: turns of each contender, and limits of time and memory."""
+
+    rounds: int = 15
+    seconds: float = 1.0  # that a contender's turns take at most, but for the first 3
+    turn_ms: float = 10.0
+    max_seconds: float = 20.0
+    max_gib: float = 4.0
+
+
 def measure(
     setting: Setting,
     batch: int,
@@ -246,46 +259,62 @@ def measure(
     backward: bool,
     names: Sequence[str],
     device: torch.device,
-    rounds: int,
-    seconds: float,
-    max_gib: float,
+    effort: Effort,
+    expected: dict[str, float],
 ) -> dict[str, Any]:
-    """Times of all contenders in turn: ``rounds`` turns, or in ``seconds``, but 3 at least."""
+    """Times of all contenders in turn. ``expected`` has seconds of a call, where they are known."""
     shape = (batch, *setting.size, NUM_HEADS, setting.dim)
     generator = torch.Generator(device).manual_seed(0)
     query, key, value, grad = (
         torch.randn(shape, generator=generator, device=device).to(dtype) for _ in range(4)
     )
     inputs = [t.requires_grad_(backward) for t in (query, key, value)]
-    runs: dict[str, Callable[[], object]] = {}
+    matrix = torch.randn(MATMUL_SIZE, MATMUL_SIZE, device=device).to(dtype)
+    runs: dict[str, Callable[[], object]] = {"matmul": lambda: matrix @ matrix}
     results: dict[str, dict[str, Any]] = {}
+    # By turn; a contender that is too slow to take turns has one, outside of them.
+    times: dict[str, list[float]] = {"matmul": []}
+    estimates = {"matmul": stopwatch(runs["matmul"], device)}
 
     for name in names:
         needed = needed_gib(name, setting, batch, device)
-        if needed > max_gib:
+        if needed > effort.max_gib:
             results[name] = {"skipped": f"needs {needed:.1f} GiB or more"}
+            continue
+        if expected.get(name, 0.0) > effort.max_seconds:
+            seconds = expected[name]
+            results[name] = {"skipped": f"about {seconds:.0f} s a call, by that of a smaller batch"}
             continue
         try:
             attention = contender(name, setting, device)
             run = functools.partial(call, attention, inputs, grad if backward else None)
-            run()
-            with PeakMemory(device) as memory:
-                run()
+            for attempt in range(2):
+                with PeakMemory(device) as memory:
+                    estimates[name] = stopwatch(run, device)
+                # The first call of flex attention compiles.
+                if estimates[name] > effort.seconds and (attempt or name != "flex"):
+                    break
         except CannotRunError as error:
             results[name] = {"skipped": str(error)}
             continue
-        runs[name] = run
         results[name] = {"peak_bytes": memory.bytes}
+        if estimates[name] > effort.seconds:
+            times[name] = [estimates[name]]
+        else:
+            runs[name] = run
+            times[name] = []
 
-    matrix = torch.randn(MATMUL_SIZE, MATMUL_SIZE, device=device).to(dtype)
-    runs["matmul"] = lambda: matrix @ matrix
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    deadline = time.perf_counter() + seconds
-    for turn in range(rounds):
-        if turn >= 3 and time.perf_counter() > deadline:
-            break
-        for name, timed in runs.items():
-            times[name].append(stopwatch(timed, device))
+    for turn in range(effort.rounds):
+        for name, run in runs.items():
+            if turn >= 3 and turn * max(estimates[name], effort.turn_ms / 1e3) > effort.seconds:
+                continue
+            repeats = max(1, math.ceil(effort.turn_ms / 1e3 / estimates[name]))
+
+            def repeated(run: Callable[[], object] = run, repeats: int = repeats) -> None:
+                for _ in range(repeats):
+                    run()
+
+            times[name].append(stopwatch(repeated, device) / repeats)
 
     flops = setting.flops(batch, backward)
     matmul = 2 * MATMUL_SIZE**3 / statistics.median(times.pop("matmul"))
@@ -298,7 +327,10 @@ def measure(
             rounds=len(of_name),
         )
         if BASELINE in times:
-            ratios = [base / own for base, own in zip(times[BASELINE], of_name, strict=True)]
+            # A turn that one of both left out has no ratio.
+            ratios = [base / own for base, own in zip(times[BASELINE], of_name, strict=False)]
+            if name not in runs:
+                ratios = [statistics.median(times[BASELINE]) / median]
             results[name]["speedup_over_tiled"] = statistics.median(ratios)
     return {
         "setting": setting.name,
@@ -310,6 +342,25 @@ def measure(
         "input_bytes": 3 * query.numel() * query.element_size(),
         "matmul_gflops": matmul / 1e9,
         "contenders": results,
+    }
+
+
+def expected_seconds(
+    report: dict[str, Any], setting: Setting, batch: int, dtype: str, backward: bool
+) -> dict[str, float]:
+    """Seconds of a call by contender, from the same one at the largest smaller batch."""
+    smaller = [
+        row
+        for row in report["results"]
+        if row_key(row) == (setting.name, row["batch"], dtype, backward) and row["batch"] < batch
+    ]
+    if not smaller:
+        return {}
+    row = max(smaller, key=lambda row: row["batch"])
+    return {
+        name: result["milliseconds"] / 1e3 * batch / row["batch"]
+        for name, result in row["contenders"].items()
+        if "milliseconds" in result
     }
 
 
@@ -439,9 +490,26 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="of the CPU; default torch's")
-    parser.add_argument("--rounds", type=int, default=15, help="turns of every contender")
-    parser.add_argument("--seconds", type=float, default=60, help="stop a setting's turns after")
-    parser.add_argument("--max-gib", type=float, default=4, help="leave out what needs more memory")
+    effort = Effort()
+    parser.add_argument("--rounds", type=int, default=effort.rounds, help="turns of a contender")
+    parser.add_argument(
+        "--seconds",
+        type=float,
+        default=effort.seconds,
+        help="stop a contender's turns after, but after 3 of them at least",
+    )
+    parser.add_argument(
+        "--turn-ms", type=float, default=effort.turn_ms, help="repeat shorter calls for a turn"
+    )
+    parser.add_argument(
+        "--max-seconds",
+        type=float,
+        default=effort.max_seconds,
+        help="leave out what takes longer for a call, by its time at a smaller batch",
+    )
+    parser.add_argument(
+        "--max-gib", type=float, default=effort.max_gib, help="leave out what needs more memory"
+    )
     parser.add_argument(
         "--resume", action="store_true", help="leave out what the output already holds"
     )
@@ -457,10 +525,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     device = torch.device(args.device)
     output = args.output.with_suffix(".json")
     report = load_report(output, machine(device))
+    effort = Effort(args.rounds, args.seconds, args.turn_ms, args.max_seconds, args.max_gib)
     done = {row_key(row) for row in report["results"]} if args.resume else set()
     wanted = [setting for setting in SETTINGS if setting.name in args.settings]
-    rows = itertools.product(wanted, args.batch, args.dtype, args.direction)
-    for setting, batch, dtype, direction in rows:
+    rows = itertools.product(args.dtype, sorted(args.batch), wanted, args.direction)
+    for dtype, batch, setting, direction in rows:
         if (setting.name, batch, dtype, direction == "both") in done:
             continue
         row = measure(
@@ -470,9 +539,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             direction == "both",
             args.contenders,
             device,
-            args.rounds,
-            args.seconds,
-            args.max_gib,
+            effort,
+            expected_seconds(report, setting, batch, dtype, direction == "both"),
         )
         add_row(report, row)
         text = json.dumps(report, indent=1)

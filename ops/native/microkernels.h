@@ -158,6 +158,48 @@ static void mix_kernel(const MixArgs& args) {
   }
 }
 
+// The same for one query row whose L lanes have windows that start one position after the other:
+// each vector of values is loaded once for all of them.
+template <int C, int L>
+static void slide_kernel(const MixArgs& args) {
+  const MixArgs a = args;
+  F sum[L][C];
+  VB_UNROLL
+  for (int l = 0; l < L; l++) {
+    VB_UNROLL
+    for (int c = 0; c < C; c++)
+      sum[l][c] = a.fresh ? simd::zero() : simd::load(a.sum + l * a.pitch + c * W);
+  }
+  for (const KeyRow *row = a.rows, *end = row + a.row_count; row < end; row++) {
+    const float* value = row->values + a.channel + a.start[0];
+    const float* weight = row->weights + a.lane;  // of lane 0; those of lane l lie l keys before
+    const auto add = [&](int first, int last) VB_INLINE_LAMBDA {
+      F v[C];
+      VB_UNROLL
+      for (int c = 0; c < C; c++) v[c] = simd::in_register(simd::load(value + c * W));
+      VB_UNROLL
+      for (int l = 0; l < L; l++) {
+        if (l < first || l > last) continue;
+        const F p = simd::in_register(simd::set1(weight[l - l * W]));
+        VB_UNROLL
+        for (int c = 0; c < C; c++) sum[l][c] = simd::fma(p, v[c], sum[l][c]);
+      }
+      value += a.pitch;
+      weight += W;
+    };
+    VB_UNROLL
+    for (int k = 0; k < L - 1; k++) add(0, k);
+    for (int k = L - 1; k < a.keys; k++) add(0, L - 1);
+    VB_UNROLL
+    for (int k = 1; k < L; k++) add(k, L - 1);
+  }
+  VB_UNROLL
+  for (int l = 0; l < L; l++) {
+    VB_UNROLL
+    for (int c = 0; c < C; c++) simd::store(a.sum + l * a.pitch + c * W, sum[l][c]);
+  }
+}
+
 // ---- the transposed sum: dv += p^T . do --------------------------------------------------------
 // One lane a channel. For N keys, the query rows and the lanes that see them:
 // sum[n] += sum over r and l of weight[r][n][lane] * row[r][l].
@@ -246,6 +288,16 @@ static constexpr std::array<std::array<MixKernel, MAX_CHANNELS>, 2> mix_lane_cou
 // [query rows - 1][several lanes][channel vectors - 1]
 static constexpr std::array<std::array<std::array<MixKernel, MAX_CHANNELS>, 2>, MAX_ROWS> MIX = {
     mix_lane_counts<1>(), mix_lane_counts<2>(), mix_lane_counts<3>()};
+
+constexpr int SLIDE_LANES = 4;
+template <int... C>
+static constexpr std::array<MixKernel, MAX_CHANNELS> slide_channels(
+    std::integer_sequence<int, C...>) {
+  return {slide_kernel<C + 1, SLIDE_LANES>...};
+}
+// [channel vectors - 1]
+static constexpr std::array<MixKernel, MAX_CHANNELS> SLIDE =
+    slide_channels(std::make_integer_sequence<int, MAX_CHANNELS>());
 
 template <int C, int... N>
 static constexpr std::array<SpreadKernel, MAX_SPREAD_KEYS> spread_keys(

@@ -16,6 +16,7 @@
 #endif
 
 #define VB_INLINE inline __attribute__((always_inline))
+#define VB_INLINE_LAMBDA __attribute__((always_inline))
 #if defined(__clang__)
 #define VB_UNROLL _Pragma("clang loop unroll(full)")
 #else
@@ -31,7 +32,8 @@ namespace simd {
 // ---- basic operations --------------------------------------------------------------------------
 #if VB_AVX512
 constexpr int W = 16;
-constexpr bool HAS_PERMUTE = true;  // a lookup in two registers is one cheap instruction
+constexpr bool HAS_PERMUTE = true;  // a lookup in two registers costs less than a gather
+constexpr bool ONE_PERMUTE = true;  // and is a single instruction
 constexpr int REGISTERS = 32;
 using F = __m512;
 static VB_INLINE F set1(float x) { return _mm512_set1_ps(x); }
@@ -63,6 +65,7 @@ static VB_INLINE bool all_equal(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP
 #elif VB_AVX2
 constexpr int W = 8;
 constexpr bool HAS_PERMUTE = true;
+constexpr bool ONE_PERMUTE = false;
 constexpr int REGISTERS = 16;
 using F = __m256;
 static VB_INLINE F set1(float x) { return _mm256_set1_ps(x); }
@@ -104,6 +107,7 @@ static VB_INLINE bool all_equal(F a, F b) {
 #else
 constexpr int W = 4;
 constexpr bool HAS_PERMUTE = false;
+constexpr bool ONE_PERMUTE = false;
 #if defined(__aarch64__)
 constexpr int REGISTERS = 32;
 #else

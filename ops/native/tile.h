@@ -108,7 +108,9 @@ static void score_slice(const Slice& s, const Lanes& lanes, int low, int dim, si
   a.pitch = column_pitch;
   a.offset = lanes.offset;
   a.score_pitch = SCORE_PITCH;
-  const auto& kernels = SCORE[lanes.fetch][s.row_count - 1];
+  // Where a key serves one query row only, a lookup costs less than a load across cache lines.
+  const bool look_up = lanes.fetch == DIRECT && s.row_count == 1 && simd::ONE_PERMUTE;
+  const auto& kernels = SCORE[look_up ? PERMUTE : lanes.fetch][s.row_count - 1];
   for (int y = 0; y < s.rows; y++) {
     const float* column = columns_of(y) + (lanes.base + s.offset - low);
     float* out = score + s.row * SCORE_PITCH + static_cast<size_t>(s.slot + y * s.width) * W;
@@ -180,11 +182,13 @@ static void mix_group(const SliceGroup& group, const TilePlace& place, const Lan
     a.lane = l;
     for (int i = 0; i < n; i++)
       a.start[i] = static_cast<size_t>(lanes.start[l + i] + offset - low) * pitch;
+    bool slides = place.tile.rows == 1 && n == SLIDE_LANES && a.keys >= n;
+    for (int i = 1; i < n; i++) slides &= lanes.start[l + i] == lanes.start[l] + i;
     ahead.fetch();
     for (a.channel = 0; a.channel < pitch;) {
       const int step = std::min(MAX_CHANNELS, vectors - a.channel / W);
       a.sum = sum + l * pitch + a.channel;
-      kernels[n > 1][step - 1](a);
+      (slides ? SLIDE : kernels[n > 1])[step - 1](a);
       a.channel += step * W;
     }
   }

@@ -96,6 +96,43 @@ def test_runs_in_pieces_add_up(tool: ModuleType, tmp_path: Path, monkeypatch) ->
         tool.main(once)
 
 
+def test_slow_contenders_are_timed_once_and_hopeless_ones_named(tool: ModuleType) -> None:
+    setting, device = tool.Setting((6, 5), (3, 3), 4), torch.device("cpu")
+    names = ("tiled", "gather", "sdpa-mask")
+
+    def measure(effort, expected) -> dict:
+        return tool.measure(setting, 1, torch.float32, False, names, device, effort, expected)[
+            "contenders"
+        ]
+
+    contenders = measure(tool.Effort(rounds=4, seconds=0.0, turn_ms=0.0), {"gather": 21.4})
+    assert contenders["gather"] == {"skipped": "about 21 s a call, by that of a smaller batch"}
+    assert contenders["sdpa-mask"]["rounds"] == 1
+    assert contenders["sdpa-mask"]["milliseconds"] > 0
+    contenders = measure(tool.Effort(rounds=4, seconds=9.0, turn_ms=1.0), {"gather": 1.0})
+    assert [contenders[name]["rounds"] for name in names] == [4, 4, 4]
+
+
+def test_expects_what_smaller_batches_took(tool: ModuleType) -> None:
+    setting = tool.Setting((4,), (3,), 5)
+
+    def row(batch: int, **milliseconds: float) -> dict:
+        contenders = {name: {"milliseconds": ms} for name, ms in milliseconds.items()}
+        contenders["triton"] = {"skipped": "no GPU"}
+        return {
+            "setting": setting.name,
+            "batch": batch,
+            "dtype": "float32",
+            "backward": True,
+            "contenders": contenders,
+        }
+
+    report = {"results": [row(1, cpu=9.0), row(2, cpu=4.0, natten=3000.0), row(8, cpu=1.0)]}
+    expected = tool.expected_seconds(report, setting, 8, "float32", True)
+    assert expected == pytest.approx({"cpu": 0.016, "natten": 12.0})
+    assert tool.expected_seconds(report, setting, 8, "bfloat16", True) == {}
+
+
 def test_counts_operations(tool: ModuleType) -> None:
     setting = tool.Setting((4,), (3,), 5)
     assert setting.flops(batch=2, backward=False) == 2 * 2 * 2 * tool.NUM_HEADS * 4 * 3 * 5

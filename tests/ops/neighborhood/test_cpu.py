@@ -22,6 +22,7 @@ from ops import native
 from ops.neighborhood import cpu, na1d, na2d, na3d
 from ops.neighborhood._geometry import NAParams
 
+ROOT = Path(__file__).parents[3]
 LIMITS = Limits(dims=(1, 2, 3, 5, 8, 13, 16, 17, 24, 31, 32, 33, 48, 64, 80, 127, 128))
 # Maps wide enough for every way of fetching keys: whole vectors, permuted ones, gathered ones.
 WIDE = Limits(max_size={1: 200, 2: 26, 3: 9}, dims=(1, 7, 16, 20, 32))
@@ -137,6 +138,37 @@ def test_thread_count_and_repetition_change_nothing(dtype):
         torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
+def test_memory_does_not_grow_with_the_window():
+    """What is held beyond the results; gathered windows would be 169 times the keys at 13 x 13."""
+    code = (
+        "import torch; from ops.neighborhood import na2d\n"
+        "from tools.benchmark_na import PeakMemory\n"
+        "torch.set_num_threads(1)\n"
+        "def step(tensors, kernel_size, grad):\n"
+        "    out = na2d(*tensors, kernel_size, backend='cpu')\n"
+        "    return out, *torch.autograd.grad(out, tensors, grad)\n"
+        "tiny, large = (torch.randn(3, 1, n, n, 4, 32).unbind() for n in (8, 128))\n"
+        "for t in (*tiny, *large): t.requires_grad_()\n"
+        "grad = torch.randn_like(large[0])\n"
+        "step(tiny, 3, torch.randn_like(tiny[0]))\n"
+        "inputs = sum(t.nbytes for t in large)\n"
+        "for kernel_size in (3, 13):\n"
+        "    with PeakMemory(torch.device('cpu')) as memory:\n"
+        "        results = step(large, kernel_size, grad)\n"
+        "    print((memory.bytes - sum(t.nbytes for t in results)) / inputs)\n"
+        "    del results\n"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
+    narrow, wide = map(float, done.stdout.split())
+    # The lse, the scratch and the sums of the key gradients.
+    assert 0 < narrow < 1 and 0 < wide < 1
+    assert wide < narrow + 0.2
 
 
 def test_keys_that_no_query_sees_have_no_gradient():
@@ -313,12 +345,11 @@ def test_other_instruction_sets(isa, tmp_path):
         "wide = Limits(max_size={1: 200, 2: 26, 3: 9}, dims=(1, 7, 16, 20, 32))\n"
         "for seed in range(1000, 1006): assert_exact(random_case(seed, wide), 'cpu')\n"
     )
-    root = Path(__file__).parents[3]
     environment = {
         **os.environ,
         "VISION_BACKBONES_NATIVE_ISA": isa,
         "VISION_BACKBONES_CACHE_DIR": str(tmp_path),
-        "PYTHONPATH": os.pathsep.join([str(root), str(root / "tests")]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
     }
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300

@@ -207,6 +207,21 @@ def test_edge(backend: str | None, name: str, has_rpb: bool) -> None:
 
 
 @every_backend
+def test_keys_that_no_query_sees_have_no_gradient(backend: str | None) -> None:
+    query, key, value = (
+        torch.randn(2, 10, 2, 8, dtype=DTYPE[backend], requires_grad=True) for _ in range(3)
+    )
+    # A causal window ends with its query: the last key is the last query's alone.
+    out, lse = na1d(
+        query, key, value, 3, stride=3, is_causal=True, return_lse=True, backend=backend
+    )
+    (out[:, :9].sum() + lse[:, :9].square().sum()).backward()
+    for grad in (key.grad, value.grad):
+        assert torch.count_nonzero(grad[:, 9]) == 0
+        assert grad[:, :9].abs().amax((0, 2, 3)).min() > 0
+
+
+@every_backend
 @pytest.mark.parametrize("return_lse", [False, True])
 def test_huge_logits(backend: str | None, return_lse: bool) -> None:
     query, key, value = (torch.randn(1, 9, 9, 2, 8).requires_grad_() for _ in range(3))
