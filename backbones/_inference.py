@@ -25,29 +25,31 @@ class InceptionNeXtBlock(inception_next.Block):
 
 
 class UniRepLKNetBlock(unireplknet.Block):
-    """The response norm as a product, in place; the last layer adds the shortcut."""
+    """Gates, response norm and shortcut on the way through the linear layers."""
 
     followed: ClassVar = {"act": ("fc1",)}
 
     def forward(self, x: Tensor) -> Tensor:
-        tokens = self.se(self.dwconv(x)).permute(0, 2, 3, 1)
-        shortcut = x.permute(0, 2, 3, 1)
+        mixed = self.dwconv(x)
+        se: Any = self.se
+        gates = se.gates(mixed)
+        tokens, shortcut = mixed.permute(0, 2, 3, 1), x.permute(0, 2, 3, 1)
         hidden_bytes = tokens.numel() // tokens.shape[3] * self.fc1.out_features * x.element_size()
         if torch.compiler.is_compiling() or x.requires_grad or hidden_bytes <= _BATCH_BYTES:
-            return self._mlp(tokens, shortcut).permute(0, 3, 1, 2)
+            return self._mlp(tokens, gates, shortcut).permute(0, 3, 1, 2)
         out = shortcut.new_empty(shortcut.shape)
         for i in range(len(x)):
-            out[i] = self._mlp(tokens[i : i + 1], shortcut[i : i + 1])[0]
+            part = slice(i, i + 1)
+            out[part] = self._mlp(tokens[part], gates[part], shortcut[part])
         return out.permute(0, 3, 1, 2)
 
-    def _mlp(self, x: Tensor, shortcut: Tensor) -> Tensor:
-        """(B, H, W, dim) twice → the same."""
-        hidden = self.act(self.fc1(x))
-        energy = (hidden * hidden).sum((1, 2), keepdim=True).sqrt()
-        share = energy / (energy.mean(dim=-1, keepdim=True) + self.grn.eps)
-        scale = 1 + self.grn.weight * share
-        hidden = hidden * scale if hidden.requires_grad else hidden.mul_(scale)
-        return self.fc2(hidden, shortcut)
+    def _mlp(self, x: Tensor, gates: Tensor, shortcut: Tensor) -> Tensor:
+        """(B, H, W, dim), (B, dim) and (B, H, W, dim) → (B, H, W, dim)."""
+        fc1: Any = self.fc1
+        hidden, energy = fc1.energy(x, gates)
+        norm = energy.sqrt()
+        share = norm / (norm.mean(dim=-1, keepdim=True) + self.grn.eps)
+        return self.fc2(hidden, shortcut, 1 + self.grn.weight.view(1, -1) * share)
 
 
 class VANAttention(van.Attention):

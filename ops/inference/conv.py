@@ -41,6 +41,10 @@ class FastSqueezeExcite(SqueezeExcite):
     followed: ClassVar = {"act": ("fc1",)}
 
     def forward(self, x: Tensor) -> Tensor:
-        squeezed = x.permute(0, 2, 3, 1).flatten(1, 2).mean(1)[:, :, None, None]
-        gate = self.gate(self.fc2(self.act(self.fc1(squeezed))))
-        return x * gate if x.requires_grad else x.mul_(gate)
+        gates = self.gates(x)[:, :, None, None]
+        return x * gates if x.requires_grad else x.mul_(gates)
+
+    def gates(self, x: Tensor) -> Tensor:
+        """What the channels are to be multiplied by: (B, dim, H, W) → (B, dim)."""
+        squeezed = x.permute(0, 2, 3, 1).flatten(1, 2).mean(1)
+        return self.gate(self.fc2.on_last(self.act(self.fc1.on_last(squeezed))))

@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ops import linear as native_linear
 from ops.depthwise import depthwise_conv2d, taps_first, unsupported
 
 __all__ = [
@@ -54,6 +55,8 @@ _CALLS = (
 )
 # From this many taps on, or with other than square, dense windows, our kernel is the faster one.
 _LARGE_WINDOW = 49
+# Up to this many rows our linear kernel, which fetches weights ahead, is the faster one.
+_FEW_ROWS = 1024
 
 
 @functools.cache
@@ -178,22 +181,67 @@ def activate(layer: nn.Module, kind: str) -> None:
     layer.activation = kind
 
 
-class FastLinear(_Activated, nn.Linear):
-    """``activation(linear(x)) + residual``, (…, in_features) → (…, out_features)."""
+class PackedLinear:
+    """A linear layer whose weight is packed for our kernel, for oneDNN, or for both.
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        packed = self.derived(x)
-        if packed is None:
-            return self._finish(super().forward(x), residual)
-        return _linear(x, packed, self.bias, self.activation, residual)
+    Which of them runs depends on the number of rows; a packed weight is made when it is first used.
 
-    def derive(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._reorder_linear_weight(
-            self.weight.detach().contiguous(), x.numel() // max(1, x.shape[-1])
+    Args:
+        weight: (out_features, in_features).
+        bias: (out_features,) or None.
+    """
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._weight = weight.detach().contiguous()
+        self._bias = None if bias is None else bias.detach()
+        self._has_kernel = native_linear.unsupported(weight.device, weight.dtype) is None
+        self._for_kernel: tuple[Tensor, Tensor] | None = None
+        self._for_onednn: Tensor | None = None
+
+    def __call__(self, x: Tensor, activation: str, residual: Tensor | None) -> Tensor:
+        """``activation(linear(x)) + residual``, (..., in_features) → (..., out_features)."""
+        rows = x.numel() // max(1, x.shape[-1])
+        if self._has_kernel and rows <= _FEW_ROWS and x.ndim > 1:
+            combination = "none" if residual is None else "add"
+            return native_linear.packed_linear(
+                x, *self._packed(), activation, residual, combination
+            )
+        if self._for_onednn is None:
+            self._for_onednn = torch.ops.mkldnn._reorder_linear_weight(self._weight, max(1, rows))
+        return _onednn_linear(x, self._for_onednn, self._bias, activation, residual)
+
+    def energy(
+        self, x: Tensor, activation: str, scale: Tensor | None
+    ) -> tuple[Tensor, Tensor] | None:
+        """See :meth:`FastLinear.energy`; None where our kernel cannot be had."""
+        if not self._has_kernel:
+            return None
+        return native_linear.packed_linear_energy(x, *self._packed(), activation, scale)
+
+    def scaled(self, x: Tensor, activation: str, residual: Tensor | None, scale: Tensor) -> Tensor:
+        """As a call, for inputs times ``scale`` (B, in_features)."""
+        if not self._has_kernel:
+            return self(x * _as_wide(scale, x), activation, residual)
+        combination = "none" if residual is None else "add"
+        return native_linear.packed_linear(
+            x, *self._packed(), activation, residual, combination, scale
         )
 
+    def _packed(self) -> tuple[Tensor, Tensor]:
+        if self._for_kernel is None:
+            bias = self._bias
+            if bias is None:
+                bias = self._weight.new_zeros(len(self._weight))
+            self._for_kernel = native_linear.pack_weight(self._weight), bias
+        return self._for_kernel
 
-def _linear(
+
+def _as_wide(scale: Tensor, x: Tensor) -> Tensor:
+    """(B, C) → (B, 1, …, 1, C), with as many dimensions as ``x``."""
+    return scale.view(len(scale), *[1] * (x.ndim - 2), -1)
+
+
+def _onednn_linear(
     x: Tensor, packed: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None
 ) -> Tensor:
     linear = torch.ops.mkldnn._linear_pointwise
@@ -202,6 +250,37 @@ def _linear(
     if activation == "none" and residual.is_contiguous():
         return linear.binary(x, residual, packed, bias, "add")
     return linear.default(x, packed, bias, *_ONEDNN[activation]).add_(residual)
+
+
+class FastLinear(_Activated, nn.Linear):
+    """``activation(linear(x * scale)) + residual``, (B, …, in_features) → (B, …, out_features).
+
+    ``scale`` is (B, in_features).
+    """
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, scale: Tensor | None = None
+    ) -> Tensor:
+        packed = self.derived(x)
+        if packed is None:
+            x = x if scale is None else x * _as_wide(scale, x)
+            return self._finish(super().forward(x), residual)
+        if scale is None:
+            return packed(x, self.activation, residual)
+        return packed.scaled(x, self.activation, residual, scale)
+
+    def energy(self, x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """``self(x, scale=scale)`` and the sums of its squares: (B, out_features)."""
+        packed = self.derived(x)
+        if packed is not None:
+            both = packed.energy(x, self.activation, scale)
+            if both is not None:
+                return both
+        out = self(x, scale=scale)
+        return out, (out * out).flatten(1, -2).sum(1)
+
+    def derive(self, x: Tensor) -> PackedLinear:
+        return PackedLinear(self.weight, self.bias)
 
 
 class FastPointwiseConv2d(_Activated, nn.Conv2d):
@@ -213,7 +292,7 @@ class FastPointwiseConv2d(_Activated, nn.Conv2d):
             return self._finish(super().forward(x), residual)
         if residual is not None:
             residual = residual.permute(0, 2, 3, 1)
-        out = _linear(x.permute(0, 2, 3, 1), packed, self.bias, self.activation, residual)
+        out = packed(x.permute(0, 2, 3, 1), self.activation, residual)
         return out.permute(0, 3, 1, 2)
 
     def on_last(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -221,11 +300,10 @@ class FastPointwiseConv2d(_Activated, nn.Conv2d):
         packed = self.derived(x)
         if packed is None:
             return self._finish(F.linear(x, self.weight.flatten(1), self.bias), residual)
-        return _linear(x, packed, self.bias, self.activation, residual)
+        return packed(x, self.activation, residual)
 
-    def derive(self, x: Tensor) -> Tensor:
-        weight = self.weight.detach().flatten(1).contiguous()
-        return torch.ops.mkldnn._reorder_linear_weight(weight, max(1, x.numel() // weight.shape[1]))
+    def derive(self, x: Tensor) -> PackedLinear:
+        return PackedLinear(self.weight.flatten(1), self.bias)
 
 
 class FastConv2d(_Activated, nn.Conv2d):

@@ -14,6 +14,7 @@
 #include <omp.h>
 #endif
 #include "activation.h"
+#include "lanes.h"
 #include "simd.h"
 
 namespace depthwise {
@@ -96,17 +97,6 @@ static VB_INLINE void sum(const Rows& rows, F bias, F (&first)[R], F (&second)[R
 }
 
 template <class T>
-static VB_INLINE void put(T* out, F x, int lanes) {
-  if (lanes == W) {
-    simd::store_from_float(out, x);
-    return;
-  }
-  float value[W];
-  simd::store(value, x);
-  for (int l = 0; l < lanes; l++) simd::assign(out + l, value[l]);
-}
-
-template <class T>
 struct Output {
   T* first;
   T* second;  // null for a row alone
@@ -129,7 +119,7 @@ static void run(const Rows& rows, const float* bias_of_lanes, const Output<T>& o
     if (out.activation != activation::NONE) activation::apply(x, R, out.activation);
     T* place = row ? out.second : out.first;
     VB_UNROLL
-    for (int r = 0; r < R; r++) put(place + r * out.pixel, x[r], out.lanes);
+    for (int r = 0; r < R; r++) simd::put(place + r * out.pixel, x[r], out.lanes);
   }
 }
 
