@@ -5,8 +5,9 @@ from __future__ import annotations
 import multiprocessing
 import os
 import signal
+import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,31 @@ def start(
     process = _context.Process(target=_run, args=(arguments, before, env or {}))
     process.start()
     return process
+
+
+def start_two(
+    *arguments: str, before: Sequence[Callable[[], None] | None] = (None, None)
+) -> list[BaseProcess]:
+    """``train_cls.py`` in two processes that work together."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = str(free.getsockname()[1])
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [
+        start(
+            *arguments,
+            before=before[rank],
+            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(2)
+    ]
+
+
+def join(processes: Sequence[BaseProcess]) -> list[int | None]:
+    """Wait for all; their exit codes."""
+    for process in processes:
+        process.join()
+    return [process.exitcode for process in processes]
 
 
 def _run(argv: tuple[str, ...], before: Callable[[], None] | None, env: dict[str, str]) -> None:

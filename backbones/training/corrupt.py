@@ -2,11 +2,21 @@
 
 from __future__ import annotations
 
+import struct
+import zlib
 from pathlib import Path
+
+from PIL import Image
 
 from backbones.training.errors import DataError
 
-__all__ = ["CorruptImages"]
+__all__ = ["DECODE_ERRORS", "CorruptImages"]
+
+DECODE_ERRORS = (
+    *(OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, OverflowError),
+    *(Image.DecompressionBombError, struct.error, zlib.error),
+)
+"""What Pillow raises of files that are damaged."""
 
 
 class CorruptImages:

@@ -26,6 +26,7 @@ from backbones.training.sources import (
     ReaderSource,
     TorchvisionSource,
 )
+from backbones.training.streams import StreamSource, missing_shards
 
 __all__ = ["Splits", "open_splits"]
 
@@ -41,15 +42,14 @@ class Splits:
     """The two halves of a data set.
 
     Attributes:
-        train, validation: an :class:`ImageSource`, or for streams a function that opens the
-            stream afresh (a timm ``IterableImageDataset``).
+        train, validation: the images.
         classes: their names, by class number.
         train_size, validation_size: number of images.
         multi_label: labels are (N, classes) of 0 and 1.
     """
 
-    train: ImageSource | Callable[[], Any]
-    validation: ImageSource | Callable[[], Any]
+    train: ImageSource | StreamSource
+    validation: ImageSource | StreamSource
     classes: list[str]
     train_size: int
     validation_size: int
@@ -210,7 +210,7 @@ def _streams(recipe: Recipe, kind: str, rest: str) -> Splits:
 
     train = opener(recipe.train_split, True, recipe.num_samples)
     validation = opener(recipe.val_split, False, recipe.val_num_samples)
-    sizes = []
+    sizes: list[int] = []
     for split, stream in ((recipe.train_split, train), (recipe.val_split, validation)):
         try:
             reader = stream().reader
@@ -223,13 +223,20 @@ def _streams(recipe: Recipe, kind: str, rest: str) -> Splits:
                 f"{recipe.data}, split {split!r}: unknown length; write it after the shards as "
                 f"'{split}|COUNT', or give num_samples and val_num_samples"
             )
+        missing = missing_shards(reader) if kind == "wds" else []
+        if missing:
+            raise DataError(f"{recipe.data}, split {split!r}: there is no shard {missing[0]}")
         sizes.append(int(reader.num_samples))
     names = {number: str(name) for name, number in (reader.class_to_idx or {}).items()}
     if not names and recipe.num_classes is None:
         raise DataError(f"{recipe.data} does not say how many classes it has: give --num-classes")
     count = max(names) + 1 if names else int(recipe.num_classes or 0)
     classes = [names.get(number, str(number)) for number in range(count)]
-    return Splits(train, validation, classes, sizes[0], sizes[1])
+    sources = [
+        StreamSource(stream, size, recipe.num_classes or count)
+        for stream, size in zip((train, validation), sizes, strict=True)
+    ]
+    return Splits(sources[0], sources[1], classes, sizes[0], sizes[1])
 
 
 def _folder(recipe: Recipe, root: Path) -> Splits:

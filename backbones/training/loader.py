@@ -6,7 +6,6 @@ import random
 import signal
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from types import FrameType
 from typing import Any
 
@@ -15,16 +14,23 @@ import torch
 from PIL import Image
 from timm.data import create_transform
 from timm.data.loader import PrefetchLoader, fast_collate
-from torch.utils.data import DataLoader, Dataset, IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, Dataset
 
-from backbones.training.checkpoint import get_rng_state, set_rng_state
-from backbones.training.corrupt import CorruptImages
+from backbones.training.corrupt import DECODE_ERRORS, CorruptImages
 from backbones.training.distributed import World
 from backbones.training.errors import DataError
 from backbones.training.posterize import allow_no_bits
 from backbones.training.recipe import Recipe
-from backbones.training.sampler import NO_LABEL, Key, TrainSampler, ValidationSampler, mix_seed
+from backbones.training.sampler import (
+    NO_LABEL,
+    Key,
+    TrainSampler,
+    ValidationSampler,
+    mix_seed,
+    seeded,
+)
 from backbones.training.sources import ImageSource
+from backbones.training.streams import StreamImages, StreamSource
 
 __all__ = ["TrainLoader", "ValidationLoader"]
 
@@ -38,7 +44,7 @@ class TrainLoader:
     left out, and differs from epoch to epoch.
 
     Args:
-        source: the images, or a function that opens a stream of them.
+        source: the images, or a stream of them.
         size: number of images.
         config: ``input_size``, ``mean``, ``std``, ``interpolation`` as timm resolves them.
         recipe: augmentation, batch size, workers.
@@ -51,7 +57,7 @@ class TrainLoader:
 
     def __init__(
         self,
-        source: ImageSource | Callable[[], Any],
+        source: ImageSource | StreamSource,
         size: int,
         config: dict[str, Any],
         recipe: Recipe,
@@ -123,14 +129,16 @@ class TrainLoader:
 
     def _stream_loader(self, epoch: int) -> DataLoader[Any]:
         # A stream's readers keep state from epoch to epoch: fresh ones make an epoch repeatable.
-        assert not isinstance(self.source, ImageSource)
-        stream = self.source()
+        assert isinstance(self.source, StreamSource)
+        stream = self.source.open()
         stream.set_epoch(epoch)
         stream.set_loader_cfg(num_workers=self.recipe.workers)
         transform = _train_transform(self._image_size(epoch), self.config, self.recipe)
         seed = mix_seed(self.recipe.seed, epoch, self.world.rank)
         return DataLoader(
-            _Stream(stream, transform, seed),
+            StreamImages(
+                self.source, stream, transform, _mode(self.recipe.in_chans), self.corrupt, seed
+            ),
             batch_size=self.recipe.batch_size,
             drop_last=True,
             generator=torch.Generator().manual_seed(seed),
@@ -151,7 +159,7 @@ class ValidationLoader:
 
     def __init__(
         self,
-        source: ImageSource | Callable[[], Any],
+        source: ImageSource | StreamSource,
         size: int,
         config: dict[str, Any],
         recipe: Recipe,
@@ -160,6 +168,7 @@ class ValidationLoader:
         spoil: Callable[[Image.Image], Image.Image] | None = None,
     ) -> None:
         self.source, self.config, self.recipe, self.world = source, config, recipe, world
+        self.corrupt = corrupt
         self.batch_size = recipe.val_batch_size or recipe.batch_size
         self.batches = -(-size // (self.batch_size * world.size))
         self._current: _Sized | None = None
@@ -195,12 +204,13 @@ class ValidationLoader:
         if isinstance(self.source, ImageSource):
             self._current = _Sized(self._loader, self.batches)
             return iter(_on_device(self._current, self.config, self.world.device))
-        stream = self.source()
+        stream = self.source.open()
         # Every process reads all and keeps its share: shards do not split into equal parts.
         stream.reader.dist_rank, stream.reader.dist_num_replicas = 0, 1
         stream.set_loader_cfg(num_workers=1)
+        mode, corrupt = _mode(self.recipe.in_chans), self.corrupt
         loader: DataLoader[Any] = DataLoader(
-            _Stream(stream, self._transform, None, self.world),
+            StreamImages(self.source, stream, self._transform, mode, corrupt, share=self.world),
             batch_size=self.batch_size,
             generator=torch.Generator(),
             **{**_loader_options(self.recipe, self.world, persistent=False), "num_workers": 0},
@@ -220,7 +230,7 @@ class _Images(Dataset[tuple[torch.Tensor, int]]):
         training: bool,
     ) -> None:
         self.source, self.transform, self.corrupt = source, transform, corrupt
-        self.mode = "L" if in_chans == 1 else "RGB"
+        self.mode = _mode(in_chans)
         self.training = training
 
     def __getitem__(self, key: Key) -> tuple[torch.Tensor, Any]:
@@ -228,7 +238,7 @@ class _Images(Dataset[tuple[torch.Tensor, int]]):
         if not self.training:
             image, label = self._read(index) or (self._blank(), self._no_label())
             return self.transform(image), self._no_label() if seed == NO_LABEL else label
-        with _seeded(seed):
+        with seeded(seed):
             sample = self._read(index)
             while sample is None:
                 sample = self._read(random.randrange(len(self.source)))
@@ -244,7 +254,7 @@ class _Images(Dataset[tuple[torch.Tensor, int]]):
             image, label = self.source.load(index)
             # Converting to its own mode would copy the image: 2 % of the time a photograph takes.
             return image if image.mode == self.mode else image.convert(self.mode), label
-        except (OSError, SyntaxError, ValueError, EOFError) as error:  # all that PIL raises
+        except DECODE_ERRORS as error:
             self.corrupt.add(self.source.name(index), error)
             self.corrupt.check(len(self.source))
             return None
@@ -253,30 +263,8 @@ class _Images(Dataset[tuple[torch.Tensor, int]]):
         return Image.new(self.mode, (256, 256))
 
 
-class _Stream(IterableDataset[tuple[torch.Tensor, int]]):
-    """A timm stream with augmentation seeded by position, or with every n-th sample kept."""
-
-    def __init__(
-        self,
-        stream: Any,
-        transform: Callable[[Any], torch.Tensor],
-        seed: int | None,
-        share: World | None = None,
-    ) -> None:
-        self.stream, self.transform, self.seed, self.share = stream, transform, seed, share
-
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, int]]:
-        worker = get_worker_info()
-        worker_id = worker.id if worker else 0
-        for position, (image, label) in enumerate(self.stream):
-            if self.share is not None and position % self.share.size != self.share.rank:
-                continue
-            if self.seed is None:
-                yield self.transform(image), int(label)
-                continue
-            with _seeded(mix_seed(self.seed, worker_id, position)):
-                sample = self.transform(image)
-            yield sample, int(label)
+def _mode(in_chans: int) -> str:
+    return "L" if in_chans == 1 else "RGB"
 
 
 class _Sized:
@@ -377,18 +365,3 @@ def _end_soon(number: int, frame: FrameType | None) -> None:
         signal.alarm(_GRACE_SECONDS)
     else:
         sys.exit(0)
-
-
-@contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seed Python's, NumPy's and torch's CPU generators; put them back if others use them."""
-    shared = get_worker_info() is None
-    before = get_rng_state(cuda=False) if shared else None
-    random.seed(seed)
-    np.random.seed(seed % 2**32)
-    torch.default_generator.manual_seed(seed)
-    try:
-        yield
-    finally:
-        if before is not None:
-            set_rng_state(before)

@@ -363,7 +363,7 @@ class TrainingLoop(ABC):
         if before != now:  # go on with the image where it stopped, as nearly as batches allow
             self.step = min(self.step * before // now, self.updates_per_epoch)
             self.updates = self.epoch * self.updates_per_epoch + self.step
-        self.log.rewind(self.updates)
+        self.log.rewind(self.updates, self.history)
         self.progress.say(f"going on from {path}: epoch {self.epoch + 1}, update {self.updates}")
         for line in differences(self.recipe, state["recipe"]):
             self.progress.say(f"  changed since: {line}")

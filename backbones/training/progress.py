@@ -17,7 +17,7 @@ from tqdm import tqdm
 
 from backbones.training.checkpoint import write_atomically
 from backbones.training.distributed import World
-from backbones.training.errors import RecipeError
+from backbones.training.errors import CheckpointFileError, RecipeError
 from backbones.training.multilabel import mean_auc
 from backbones.training.recipe import Recipe
 
@@ -183,28 +183,47 @@ class RunLog:
         if active and recipe.wandb:
             self._wandb = _open_wandb(folder, recipe)
 
-    def rewind(self, updates: int) -> None:
-        """Forget what was logged after ``updates``: a resumed run does that part again."""
+    def rewind(self, updates: int, history: Sequence[dict[str, Any]]) -> None:
+        """Let the files say what was up to ``updates``: a resumed run does the rest again.
+
+        A run can be killed between saving an epoch and recording it, or in the middle of a line.
+
+        Args:
+            updates: where the run stands.
+            history: the rows of its finished epochs.
+        """
         path = self.folder / "metrics.jsonl"
         if not self.active or not path.exists():
             return
-        kept = []
+        entries = []
         for line in path.read_text(encoding="utf-8").splitlines():
             try:
                 entry = json.loads(line)
-            except json.JSONDecodeError:  # the last line of a killed run
+            except json.JSONDecodeError:
                 continue
-            if entry["update"] <= updates:
-                kept.append(line + "\n")
-        write_atomically(path, lambda file: file.write("".join(kept).encode()))
+            if entry["update"] <= updates and "train_loss" not in entry:
+                entries.append(entry)
+        entries += [{k: _rounded(v) for k, v in row.items()} for row in history]
+        entries.sort(key=lambda entry: entry["update"])  # stable: an epoch's row is the last
+        text = "".join(json.dumps(entry) + "\n" for entry in entries)
+        write_atomically(path, lambda file: file.write(text.encode()))
+        self.summarize(history)
 
     def add(self, entry: dict[str, Any]) -> None:
-        """Append one entry; it needs the key ``update``."""
+        """Append one entry; it needs the key ``update``.
+
+        Raises:
+            CheckpointFileError: the disk is full, or so.
+        """
         if not self.active:
             return
         entry = {key: _rounded(value) for key, value in entry.items()}
-        with open(self.folder / "metrics.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps(entry) + "\n")
+        path = self.folder / "metrics.jsonl"
+        try:
+            with open(path, "a", encoding="utf-8") as file:
+                file.write(json.dumps(entry) + "\n")
+        except OSError as error:
+            raise CheckpointFileError(f"cannot write {path}: {error}") from error
         numbers = {k: v for k, v in entry.items() if isinstance(v, (int, float)) and k != "update"}
         if self._board is not None:
             for key, value in numbers.items():
@@ -253,6 +272,7 @@ def describe_epoch(row: dict[str, Any], epochs: int, seconds_left: float) -> str
         if f"{prefix}_auc" in row:
             parts.append(f"AUC {row[f'{prefix}_auc']:6.2f} %")
     parts.append(f"{row['images_per_second']:.0f} images/s")
+    parts.append(f"{row['memory_mb'] / 1024:.1f} GiB")
     if row["data_wait"] > 0.1:
         parts.append(f"{100 * row['data_wait']:.0f} % waiting for data")
     if row["skipped"]:

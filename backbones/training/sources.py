@@ -16,6 +16,7 @@ __all__ = [
     "ImageSource",
     "ReaderSource",
     "TorchvisionSource",
+    "decode",
 ]
 
 File = tuple[str, int, int]  # name; offset and length within an archive
@@ -78,7 +79,7 @@ class FileSource(ImageSource):
             file.seek(offset)
             data = file.read(length) if self.archive else file.read()
         assert self.labels is not None
-        return _decode(io.BytesIO(data)), int(self.labels[index])
+        return decode(io.BytesIO(data)), int(self.labels[index])
 
     def name(self, index: int) -> str:
         return self.files[index][0]
@@ -96,7 +97,7 @@ class ReaderSource(ImageSource):
 
     def load(self, index: int) -> tuple[Image.Image, int]:
         file, label = self.reader[index]
-        return _decode(file), int(label)
+        return decode(file), int(label)
 
     def name(self, index: int) -> str:
         return f"{self.reader.filename(index) or self.reader.split}[{index}]"
@@ -121,7 +122,8 @@ class TorchvisionSource(ImageSource):
         return f"{self.title}[{index}]"
 
 
-def _decode(file: IO[bytes]) -> Image.Image:
+def decode(file: IO[bytes]) -> Image.Image:
+    """The image in an open file, in any mode; closes the file."""
     with file, Image.open(file) as image:
         image.load()
         return image

@@ -1,15 +1,11 @@
 """Every kind of ``--data``, and the mistakes in them that are found before training starts."""
 
-import io
 import tarfile
-from functools import partial
 
 import numpy as np
 import pytest
-from PIL import Image
-from training_runs import final_state, kill_at_call, make_images, same, start, train
+from training_runs import make_images
 
-from backbones.training.checkpoint import load_state
 from backbones.training.data import open_splits
 from backbones.training.errors import DataError
 from backbones.training.recipe import Recipe
@@ -103,113 +99,6 @@ def test_medmnist_sets_that_do_not_suit(tmp_path):
         open_splits(recipe)
     (tmp_path / "chestmnist.npz").write_bytes(b"PK no")
     with pytest.raises(DataError, match="no MedMNIST file"):
-        open_splits(recipe)
-
-
-def write_shards(folder, split, count, shards):
-    folder.mkdir(exist_ok=True)
-    source = open_splits_of_noise(count)
-    for shard in range(shards):
-        with tarfile.open(folder / f"{split}-{shard:04}.tar", "w") as archive:
-            for number in range(shard, count, shards):
-                for suffix, data in (("png", source[number]), ("cls", str(number % 3).encode())):
-                    member = tarfile.TarInfo(f"{number:05}.{suffix}")
-                    member.size = len(data)
-                    archive.addfile(member, io.BytesIO(data))
-    return folder
-
-
-def open_splits_of_noise(count):
-    generator = np.random.default_rng(0)
-    images = []
-    for number in range(count):
-        pixels = generator.integers(0, 150, (20, 20, 3), dtype=np.uint8)
-        pixels[..., number % 3] += 100
-        data = io.BytesIO()
-        Image.fromarray(pixels).save(data, "png")
-        images.append(data.getvalue())
-    return images
-
-
-def run_and_resume(arguments, folder):
-    """Whether a run that was killed within an epoch ends as one that was not."""
-    assert train(*arguments, "--name=undisturbed") == 0
-    process = start(*arguments, "--name=killed", before=partial(kill_at_call, "link", 4))
-    process.join()
-    state = load_state(folder / "killed" / "last.pt")
-    assert state["step"] > 0
-    process = start(*arguments, "--name=killed", "--resume=auto")
-    process.join()
-    assert process.exitcode == 0
-    return same(*(final_state(folder / name) for name in ("undisturbed", "killed")))
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::ResourceWarning")
-@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_webdataset_shards_go_on_within_an_epoch(workers, tmp_path):
-    shards = write_shards(tmp_path / "shards", "train", 40, 4)
-    write_shards(shards, "val", 10, 2)
-    arguments = [
-        *(f"--data=wds/{shards}", f"--output={tmp_path}", f"--workers={workers}"),
-        *("--train-split=train-{0000..0003}.tar|40", "--val-split=val-{0000..0001}.tar|10"),
-        *("--num-classes=3", "--epochs=2", "--save-every-steps=1", "--drop=0.1", "--reprob=0.3"),
-    ]
-    assert run_and_resume(arguments, tmp_path)
-
-
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-@pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_hugging_face_streams_go_on_within_an_epoch(tmp_path):
-    folder = make_images(tmp_path / "images", {"train": 24, "val": 6})
-    arguments = [
-        *(f"--data=hfids/{folder}", f"--data-dir={tmp_path / 'cache'}", f"--output={tmp_path}"),
-        *("--num-samples=24", "--val-num-samples=6", "--val-split=validation", "--download"),
-        *("--batch-size=4", "--epochs=2", "--save-every-steps=1", "--drop=0.1"),
-    ]
-    assert run_and_resume(arguments, tmp_path)
-
-
-STREAM = ["--num-classes=3", "--epochs=1", "--val-num-samples=10"]
-
-
-@pytest.mark.filterwarnings("ignore::UserWarning", "ignore::ResourceWarning")
-@pytest.mark.parametrize("form", ["braces", "pipe"])
-def test_webdataset_shards(form, tmp_path):
-    shards = write_shards(tmp_path / "shards", "train", 32, 4)
-    write_shards(shards, "val", 10, 2)
-    start = f"pipe:cat {shards}/" if form == "pipe" else ""
-    arguments = [
-        *(f"--data=wds/{'' if form == 'pipe' else shards}", f"--output={tmp_path}", "--name=run"),
-        *(f"--train-split={start}train-{{0000..0003}}.tar|32", *STREAM),
-        f"--val-split={start}val-{{0000..0001}}.tar|10",
-    ]
-    assert train(*arguments) == 0
-    row = (tmp_path / "run" / "summary.csv").read_text().splitlines()[1]
-    assert row.startswith("0,4,")  # epoch 0, 32 / 8 updates
-
-
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
-@pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_hugging_face_streams(folder, tmp_path):
-    arguments = [
-        *(f"--data=hfids/{folder}", f"--data-dir={tmp_path / 'cache'}", f"--output={tmp_path}"),
-        *("--name=run", "--num-samples=12", "--val-num-samples=6", "--epochs=1"),
-        *("--val-split=validation", "--batch-size=4", "--download"),
-    ]
-    assert train(*arguments) == 0
-    assert (tmp_path / "run" / "summary.csv").read_text().splitlines()[1].startswith("0,3,")
-
-
-@pytest.mark.filterwarnings("ignore::ResourceWarning")
-def test_a_stream_of_unknown_length(tmp_path):
-    write_shards(tmp_path / "shards", "train", 8, 1)
-    recipe = Recipe(data=f"wds/{tmp_path}/shards", train_split="train-{0000..0000}.tar")
-    with pytest.raises(DataError, match="num_samples"):
-        open_splits(recipe)
-    recipe.num_samples = recipe.val_num_samples = 8
-    recipe.val_split = recipe.train_split
-    with pytest.raises(DataError, match="give --num-classes"):
         open_splits(recipe)
 
 

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -13,11 +12,13 @@ import torch
 from training_runs import (
     final_state,
     freeze_batch_norm,
+    join,
     kill,
     kill_at_call,
     make_images,
     same,
     start,
+    start_two,
 )
 
 SGD = [
@@ -34,27 +35,6 @@ RANDOM = ["--epochs=2", "--mixup=0.2", "--reprob=0.3", "--drop=0.1", "--ema", "-
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     return make_images(tmp_path_factory.mktemp("images"), {"train": 50, "val": 11})
-
-
-def start_two(*arguments, before=(None, None)):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [
-        start(
-            *arguments,
-            before=before[rank],
-            env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(2)
-    ]
-
-
-def join(processes):
-    for process in processes:
-        process.join()
-    return [process.exitcode for process in processes]
 
 
 def test_two_processes_and_accumulation_equal_one_big_batch(images, tmp_path):

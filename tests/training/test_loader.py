@@ -1,5 +1,7 @@
 """Batches: repeatable, shared out evenly, counted once, and undisturbed by broken files."""
 
+import struct
+
 import numpy as np
 import pytest
 import torch
@@ -147,6 +149,19 @@ def test_broken_training_images_are_replaced_and_named(workers, make, broken, tm
     assert loader.corrupt.count() == 2
     names = (tmp_path / "corrupt.txt").read_text()
     assert "000.png" in names and "001.png" in names
+
+
+def test_an_image_that_claims_to_be_huge_is_a_broken_one(make, broken, tmp_path):
+    """Pillow's error for it is of no kind that its other errors are."""
+    small = tmp_path / "small.bmp"
+    Image.new("RGB", (8, 8)).save(small)
+    data = bytearray(small.read_bytes())
+    data[18:26] = struct.pack("<ii", 70000, 70000)
+    for path in broken.glob("train/*/00[01].png"):
+        path.write_bytes(data)
+    loader = make(folder=broken, allowed=0.1, batch_size=10)
+    assert sum(len(labels) for _, labels in loader.epoch(0)) == 30
+    assert (tmp_path / "corrupt.txt").read_text().count("DecompressionBombError") == 2
 
 
 @pytest.mark.parametrize("workers", [0, 2])

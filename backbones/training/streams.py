@@ -1,0 +1,175 @@
+"""Images that come in order, never by number: WebDataset shards and streamed hub sets."""
+
+from __future__ import annotations
+
+import importlib
+import io
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch.utils.data import IterableDataset, get_worker_info
+
+from backbones.training.corrupt import DECODE_ERRORS, CorruptImages
+from backbones.training.distributed import World
+from backbones.training.errors import DataError
+from backbones.training.sampler import mix_seed, seeded
+from backbones.training.sources import decode
+
+__all__ = ["StreamImages", "StreamSource", "missing_shards"]
+
+
+@dataclass(frozen=True)
+class StreamSource:
+    """A stream that can be opened afresh.
+
+    Attributes:
+        open: gives a timm ``IterableImageDataset``.
+        size: number of images, as stated.
+        num_classes: how many there may be.
+    """
+
+    open: Callable[[], Any]
+    size: int
+    num_classes: int
+
+
+class StreamImages(IterableDataset[tuple[torch.Tensor, int]]):
+    """Decode, convert, augment. An unreadable training image gives way to another one.
+
+    Args:
+        source: where the stream comes from.
+        stream: an open one.
+        transform: of the images.
+        mode: Pillow's, such as RGB.
+        corrupt: where unreadable images are noted.
+        seed: of the augmentation, together with the position; None for validation.
+        share: keep every n-th image, those of this process.
+    """
+
+    def __init__(
+        self,
+        source: StreamSource,
+        stream: Any,
+        transform: Callable[[Any], torch.Tensor],
+        mode: str,
+        corrupt: CorruptImages,
+        seed: int | None = None,
+        share: World | None = None,
+    ) -> None:
+        self.source, self.stream, self.transform = source, stream, transform
+        self.mode, self.corrupt, self.seed, self.share = mode, corrupt, seed, share
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, int]]:
+        """Augmented images and their classes.
+
+        Raises:
+            DataError: too many corrupt images, a label outside the classes, or too few shards.
+        """
+        reader = self.stream.reader
+        try:
+            if hasattr(reader, "split_info"):
+                _watch_shards(reader, self._note)
+            else:
+                _leave_undecoded(reader)
+        except RuntimeError as error:  # fewer shards than loader processes
+            raise DataError(str(error)) from error
+        worker = get_worker_info()
+        worker_id = worker.id if worker else 0
+        for position, (image, label) in enumerate(self._readable()):
+            if self.seed is None:
+                yield self.transform(image), label
+                continue
+            with seeded(mix_seed(self.seed, worker_id, position)):
+                sample = self.transform(image)
+            yield sample, label
+
+    def _readable(self) -> Iterator[tuple[Image.Image, int]]:
+        """Images and labels; in training, the last good one stands in for one that is not."""
+        good, owed = None, 0
+        for position, (image, label) in enumerate(self.stream):
+            if self.share is not None and position % self.share.size != self.share.rank:
+                continue
+            if not 0 <= int(label) < self.source.num_classes:
+                raise DataError(
+                    f"image {position} of the stream has label {label}, outside the "
+                    f"{self.source.num_classes} classes 0..{self.source.num_classes - 1}"
+                )
+            try:
+                good = self._decode(image), int(label)
+            except DECODE_ERRORS as error:
+                self._note(_name(image), error)
+                owed += self.seed is not None
+                continue
+            yield good
+            while owed:
+                owed -= 1
+                yield good
+        for _ in range(owed if good is not None else 0):
+            yield good  # type: ignore[misc]
+
+    def _decode(self, image: Any) -> Image.Image:
+        if isinstance(image, dict):
+            data = image["bytes"] or Path(image["path"]).read_bytes()
+            image = decode(io.BytesIO(data))
+        return image if image.mode == self.mode else image.convert(self.mode)
+
+    def _note(self, name: str, error: Exception) -> bool:
+        self.corrupt.add(name, error)
+        self.corrupt.check(self.source.size)
+        return True  # tells webdataset to go on
+
+
+def missing_shards(reader: Any) -> list[str]:
+    """The shards of a timm reader that are files and not there."""
+    paths = [os.path.join(reader.root, name) for name in reader.split_info.filenames]
+    return [path for path in paths if ":" not in path and not os.path.exists(path)]
+
+
+def _watch_shards(reader: Any, note: Callable[[str, Exception], bool]) -> None:
+    """Let ``note`` hear, by name, of what timm's WebDataset reader would pass over in silence."""
+    shards = len(reader.split_info.filenames)
+    reader._lazy_init()
+    if reader.is_training and shards < reader.global_num_workers:
+        raise DataError(
+            f"{shards} shard(s) are too few for {reader.global_num_workers} loader processes "
+            f"({reader.num_workers} a process): lower workers, or make more shards"
+        )
+    *before, decoding, renaming = reader.ds.pipeline
+    at = [""]
+
+    def remember(samples: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+        for sample in samples:
+            at[0] = f"{sample['__url__']}/{sample['__key__']}"
+            yield sample
+
+    def note_shard(error: Exception) -> bool:
+        if isinstance(error, DataError):  # our own, on its way out through nested stages
+            raise error
+        return note(str(error.args[-1]), error)  # webdataset adds the name of the shard
+
+    for stage in before:
+        if "handler" in getattr(stage, "kw", {}):
+            stage.kw["handler"] = note_shard
+    decoding.kw["handler"] = lambda error: note(at[0], error)
+    reader.ds.pipeline = [*before, remember, decoding, renaming]
+
+
+def _leave_undecoded(reader: Any) -> None:
+    """Let timm's reader of hub sets hand out files: an error in decoding would end the stream."""
+    feature = importlib.import_module("datasets").Image(decode=False)  # an extra
+
+    reader._lazy_init()
+    reader.ds = reader.ds.cast_column(reader.input_key, feature)
+    reader.input_img_mode = ""
+
+
+def _name(image: Any) -> str:
+    if isinstance(image, dict):
+        return image["path"] or f"(image of CRC {zlib.crc32(image['bytes']):08x})"
+    return "(an image of the stream)"

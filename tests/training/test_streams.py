@@ -1,0 +1,226 @@
+"""Images that come in order: shards and streamed hub sets, whole, broken, and on two processes."""
+
+import csv
+import io
+import tarfile
+from functools import partial
+
+import numpy as np
+import pytest
+from PIL import Image
+from training_runs import (
+    final_state,
+    freeze_batch_norm,
+    join,
+    kill_at_call,
+    make_images,
+    same,
+    start,
+    start_two,
+    train,
+)
+
+from backbones.training.checkpoint import load_state
+from backbones.training.data import open_splits
+from backbones.training.errors import DataError
+from backbones.training.recipe import Recipe
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::UserWarning", "ignore::ResourceWarning"),
+    pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning"),
+]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return make_images(tmp_path_factory.mktemp("images"), {"train": 12, "val": 6})
+
+
+def write_shards(folder, split, count, shards, broken=(), labels=3):
+    folder.mkdir(exist_ok=True)
+    source = [b"no" if n in broken else data for n, data in enumerate(noise(count))]
+    for shard in range(shards):
+        with tarfile.open(folder / f"{split}-{shard:04}.tar", "w") as archive:
+            for number in range(shard, count, shards):
+                for suffix, data in (
+                    ("png", source[number]),
+                    ("cls", str(number % labels).encode()),
+                ):
+                    member = tarfile.TarInfo(f"{number:05}.{suffix}")
+                    member.size = len(data)
+                    archive.addfile(member, io.BytesIO(data))
+    return folder
+
+
+def noise(count):
+    generator = np.random.default_rng(0)
+    images = []
+    for number in range(count):
+        pixels = generator.integers(0, 150, (20, 20, 3), dtype=np.uint8)
+        pixels[..., number % 3] += 100
+        data = io.BytesIO()
+        Image.fromarray(pixels).save(data, "png")
+        images.append(data.getvalue())
+    return images
+
+
+def run_and_resume(arguments, folder):
+    """Whether a run that was killed within an epoch ends as one that was not."""
+    assert train(*arguments, "--name=undisturbed") == 0
+    process = start(*arguments, "--name=killed", before=partial(kill_at_call, "link", 4))
+    process.join()
+    state = load_state(folder / "killed" / "last.pt")
+    assert state["step"] > 0
+    process = start(*arguments, "--name=killed", "--resume=auto")
+    process.join()
+    assert process.exitcode == 0
+    return same(*(final_state(folder / name) for name in ("undisturbed", "killed")))
+
+
+@pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
+def test_webdataset_shards_go_on_within_an_epoch(workers, tmp_path):
+    shards = write_shards(tmp_path / "shards", "train", 40, 4)
+    write_shards(shards, "val", 10, 2)
+    arguments = [
+        *(f"--data=wds/{shards}", f"--output={tmp_path}", f"--workers={workers}"),
+        *("--train-split=train-{0000..0003}.tar|40", "--val-split=val-{0000..0001}.tar|10"),
+        *("--num-classes=3", "--epochs=2", "--save-every-steps=1", "--drop=0.1", "--reprob=0.3"),
+    ]
+    assert run_and_resume(arguments, tmp_path)
+
+
+@pytest.mark.slow
+def test_hugging_face_streams_go_on_within_an_epoch(tmp_path):
+    folder = make_images(tmp_path / "images", {"train": 24, "val": 6})
+    arguments = [
+        *(f"--data=hfids/{folder}", f"--data-dir={tmp_path / 'cache'}", f"--output={tmp_path}"),
+        *("--num-samples=24", "--val-num-samples=6", "--val-split=validation", "--download"),
+        *("--batch-size=4", "--epochs=2", "--save-every-steps=1", "--drop=0.1"),
+    ]
+    assert run_and_resume(arguments, tmp_path)
+
+
+STREAM = ["--num-classes=3", "--epochs=1", "--val-num-samples=10"]
+
+
+@pytest.mark.parametrize("form", ["braces", "pipe"])
+def test_webdataset_shards(form, tmp_path):
+    shards = write_shards(tmp_path / "shards", "train", 32, 4)
+    write_shards(shards, "val", 10, 2)
+    start = f"pipe:cat {shards}/" if form == "pipe" else ""
+    arguments = [
+        *(f"--data=wds/{'' if form == 'pipe' else shards}", f"--output={tmp_path}", "--name=run"),
+        *(f"--train-split={start}train-{{0000..0003}}.tar|32", *STREAM),
+        f"--val-split={start}val-{{0000..0001}}.tar|10",
+    ]
+    assert train(*arguments) == 0
+    row = (tmp_path / "run" / "summary.csv").read_text().splitlines()[1]
+    assert row.startswith("0,4,")  # epoch 0, 32 / 8 updates
+
+
+def test_hugging_face_streams(folder, tmp_path):
+    arguments = [
+        *(f"--data=hfids/{folder}", f"--data-dir={tmp_path / 'cache'}", f"--output={tmp_path}"),
+        *("--name=run", "--num-samples=12", "--val-num-samples=6", "--epochs=1"),
+        *("--val-split=validation", "--batch-size=4", "--download"),
+    ]
+    assert train(*arguments) == 0
+    assert (tmp_path / "run" / "summary.csv").read_text().splitlines()[1].startswith("0,3,")
+
+
+def test_a_stream_of_unknown_length(tmp_path):
+    write_shards(tmp_path / "shards", "train", 8, 1)
+    recipe = Recipe(data=f"wds/{tmp_path}/shards", train_split="train-{0000..0000}.tar")
+    with pytest.raises(DataError, match="num_samples"):
+        open_splits(recipe)
+    recipe.num_samples = recipe.val_num_samples = 8
+    recipe.val_split = recipe.train_split
+    with pytest.raises(DataError, match="give --num-classes"):
+        open_splits(recipe)
+
+
+def arguments_for(shards, *words, train_count=32, shard_count=4):
+    last = f"{shard_count - 1:04}"
+    return [
+        *(f"--data=wds/{shards}", f"--output={shards.parent}", "--name=run", *STREAM),
+        f"--train-split=train-{{0000..{last}}}.tar|{train_count}",
+        *("--val-split=val-{0000..0001}.tar|10", *words),
+    ]
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_broken_images_of_shards_are_replaced_and_named(workers, tmp_path):
+    shards = write_shards(tmp_path / "shards", "train", 32, 4, broken=(5, 9))
+    write_shards(shards, "val", 10, 2, broken=(3,))
+    words = ["--max-corrupt=0.1", f"--workers={workers}"]
+    assert train(*arguments_for(shards, *words)) == 0
+    named = (tmp_path / "run" / "corrupt_train.txt").read_text()
+    assert "train-0001.tar/00005\t" in named and "train-0001.tar/00009\t" in named
+    assert len({line.split("\t")[0] for line in named.splitlines()}) == 2
+    assert "val-0001.tar/00003\t" in (tmp_path / "run" / "corrupt_validation.txt").read_text()
+    assert final_state(tmp_path / "run")["updates"] == 4
+
+
+def test_too_many_broken_images_of_shards_end_the_run(tmp_path, capsys):
+    shards = write_shards(tmp_path / "shards", "train", 32, 4, broken=(5, 9))
+    write_shards(shards, "val", 10, 2)
+    for workers in (0, 2):
+        words = ["--max-corrupt=0.01", f"--workers={workers}", "--overwrite"]
+        assert train(*arguments_for(shards, *words)) == 1
+        message = capsys.readouterr().err
+        assert "of 32 images cannot be read, more than max_corrupt=0.01 allows" in message
+
+
+def test_a_truncated_shard_is_named(tmp_path):
+    shards = write_shards(tmp_path / "shards", "train", 32, 4)
+    write_shards(shards, "val", 10, 2)
+    path = shards / "train-0002.tar"
+    path.write_bytes(path.read_bytes()[:3000])
+    assert train(*arguments_for(shards, "--max-corrupt=0.1")) == 0
+    assert "train-0002.tar\t" in (tmp_path / "run" / "corrupt_train.txt").read_text()
+
+
+@pytest.mark.parametrize(
+    ("labels", "words", "message"),
+    [
+        (5, [], "has label 3, outside the 3 classes 0..2"),
+        (3, ["--workers=5"], "4 shard(s) are too few for 5 loader processes"),
+        (3, ["--train-split=train-{0000..0009}.tar|32"], "there is no shard "),
+    ],
+)
+def test_shards_that_do_not_suit(labels, words, message, tmp_path, capsys):
+    shards = write_shards(tmp_path / "shards", "train", 32, 4, labels=labels)
+    write_shards(shards, "val", 10, 2)
+    assert train(*arguments_for(shards, *words)) == 1
+    assert message in capsys.readouterr().err
+
+
+def test_two_processes_share_shards_in_equal_steps(tmp_path):
+    """Both make the same number of updates, and validation counts each of the 11 images once."""
+    shards = write_shards(tmp_path / "shards", "train", 40, 4)
+    write_shards(shards, "val", 11, 2)
+    words = arguments_for(shards, "--val-num-samples=11", "--lr=0", "--min-lr=0", train_count=40)
+    words += ["--warmup-lr=0", "--ema"]
+    assert join(start_two(*words, before=(freeze_batch_norm,) * 2)) == [0, 0]
+    state = final_state(tmp_path / "run")
+    assert state["updates"] == 40 // 16
+    assert join([start(*words, "--overwrite", before=freeze_batch_norm)]) == [0]
+    both, alone = state["history"][0], final_state(tmp_path / "run")["history"][0]
+    assert both["ema_loss"] == pytest.approx(alone["ema_loss"], rel=1e-5)
+    assert both["ema_top1"] == pytest.approx(alone["ema_top1"])
+
+
+def test_broken_images_of_a_hub_set(tmp_path):
+    folder = make_images(tmp_path / "images", {"train": 12, "val": 6})
+    for name in ("train/class1/004.png", "val/class2/005.png"):
+        (folder / name).write_bytes((folder / name).read_bytes()[:200])
+    arguments = [
+        *(f"--data=hfids/{folder}", f"--data-dir={tmp_path / 'cache'}", f"--output={tmp_path}"),
+        *("--name=run", "--num-samples=12", "--val-num-samples=6", "--epochs=1"),
+        *("--val-split=validation", "--batch-size=4", "--download", "--max-corrupt=0.2"),
+    ]
+    assert train(*arguments) == 0
+    assert "004.png\t" in (tmp_path / "run" / "corrupt_train.txt").read_text()
+    assert "005.png\t" in (tmp_path / "run" / "corrupt_validation.txt").read_text()
+    (row,) = csv.DictReader((tmp_path / "run" / "summary.csv").read_text().splitlines())
+    assert row["update"] == "3"
