@@ -14,6 +14,9 @@
     "pentagon", "triangle-down", "hexagon", "bowtie"];
   const modeBarButtons = [["zoom2d", "pan2d", "resetScale2d", "toImage"]];
   const families = [...new Set(data.map((row) => row.family))];
+  // 1, 2 and 5 of every decade, written out: plotly would write only the digit.
+  const ticks = [-3, -2, -1, 0, 1, 2, 3, 4].flatMap((power) =>
+    [1, 2, 5].map((digit) => Number(`${digit}e${power}`)));
 
   function sortBy(column) {
     const heading = headings[column];
@@ -85,9 +88,11 @@
       modebar: { bgcolor: "transparent", color: ink, orientation: "v" },
       margin: { l: 48, r: 32, t: 40, b: 44 },
       xaxis: {
-        ...axis, type: "log", dtick: "D2", title: { text: xTitle }, minor: { showgrid: false },
+        ...axis, type: "log", tickvals: ticks, ticktext: ticks.map(String), tickangle: 0,
+        title: { text: xTitle },
       },
       yaxis: { ...axis, title: { text: "Reported top-1, %" } },
+      showlegend: drawn,
       legend: { orientation: "h", y: -0.22, itemsizing: "constant" },
       annotations: drawn ? [] : [empty],
       hovermode: "closest",

@@ -77,6 +77,11 @@ def test_scripts_of_tools_are_commands_too(name: str, capsys: pytest.CaptureFixt
     assert (sys.argv, sys.path) == before
 
 
+def test_the_guide_has_every_command() -> None:
+    guide = (ROOT / "docs" / "guides" / "command_line.md").read_text()
+    assert all(f"| `{name}` |" in guide for name in COMMANDS)
+
+
 def test_interrupting_says_so(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -119,6 +119,29 @@ def test_text_sorts(zoo):
     assert column(zoo, "Variant") == names[::-1]
 
 
+def test_axes_have_whole_numbers_and_one_family_a_legend(zoo):
+    ticks = (
+        "return [...document.querySelectorAll('#zoo-macs .xtick text')].map((t) => t.textContent)"
+    )
+    written = zoo.execute_script(ticks)
+    assert len(written) > 5 and [float(text) for text in written] == sorted(map(float, written))
+    family = Select(zoo.find_element(By.ID, "zoo-filters").find_element(By.NAME, "family"))
+    family.select_by_value("shvit")
+    legend = "return document.querySelector('#zoo-macs .legendtext')?.textContent"
+    assert WebDriverWait(zoo, 10).until(lambda b: b.execute_script(legend)) == "shvit"
+
+
+@pytest.mark.parametrize("family", sorted({family for family, _ in parity.variants()} - {"hat"}))
+def test_accuracies_have_a_source(site, family):
+    repository = parity.reference(*next(v for v in parity.variants() if v[0] == family))["source"]
+    page = (site / "families" / f"{family}.html").read_text()
+    assert (
+        f'Accuracies are quoted from the paper, or from <a href="https://github.com/{repository.split("@")[0]}'
+        in page
+    )
+    assert "https://arxiv.org/abs/" in page
+
+
 def test_filters_rule_table_and_plots(zoo):
     rows = data(zoo)
     plotted = [row for row in rows if row["top1"] is not None and row["plot_macs_g"] is not None]

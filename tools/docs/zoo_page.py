@@ -264,7 +264,19 @@ def variants_table(data: list[Row], family: str) -> str:
                 _weights(row),
             )
             lines.append("| " + " | ".join(cells) + " |")
+    if any(row.top1 is not None or row.claim for row in data if row.family == family):
+        lines += ["", _sources(family)]
     return "\n".join(lines)
+
+
+def _sources(family: str) -> str:
+    """Where the accuracies of a family are reported."""
+    found = {
+        parity.reference(family, name)["source"] for of, name in parity.variants() if of == family
+    }
+    repositories = sorted({re.split(r"[@ ]", source)[0] for source in found})
+    links = " and ".join(f"[{name}](https://github.com/{name})" for name in repositories)
+    return f"Accuracies are quoted from the paper, or from {links}."
 
 
 def families_table(data: list[Row]) -> str:
