@@ -62,7 +62,9 @@ class StreamImages(IterableDataset[tuple[torch.Tensor, int]]):
         seed: int | None = None,
         share: World | None = None,
     ) -> None:
-        self.source, self.stream, self.transform = source, stream, transform
+        # Not the source itself: loader processes that are not forked get this object pickled.
+        self.size, self.num_classes = source.size, source.num_classes
+        self.stream, self.transform = stream, transform
         self.mode, self.corrupt, self.seed, self.share = mode, corrupt, seed, share
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, int]]:
@@ -95,10 +97,10 @@ class StreamImages(IterableDataset[tuple[torch.Tensor, int]]):
         for position, (image, label) in enumerate(self.stream):
             if self.share is not None and position % self.share.size != self.share.rank:
                 continue
-            if not 0 <= int(label) < self.source.num_classes:
+            if not 0 <= int(label) < self.num_classes:
                 raise DataError(
                     f"image {position} of the stream has label {label}, outside the "
-                    f"{self.source.num_classes} classes 0..{self.source.num_classes - 1}"
+                    f"{self.num_classes} classes 0..{self.num_classes - 1}"
                 )
             try:
                 good = self._decode(image), int(label)
@@ -121,7 +123,7 @@ class StreamImages(IterableDataset[tuple[torch.Tensor, int]]):
 
     def _note(self, name: str, error: Exception) -> bool:
         self.corrupt.add(name, error)
-        self.corrupt.check(self.source.size)
+        self.corrupt.check(self.size)
         return True  # tells webdataset to go on
 
 
