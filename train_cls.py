@@ -12,6 +12,7 @@ go on, weights under ``model``), ``summary.csv``, ``metrics.jsonl``, ``curves.pn
 
 from __future__ import annotations
 
+import json
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -102,6 +103,10 @@ class Trainer(TrainingLoop):
         self.meter.add(loss * len(labels), logits, labels)
 
     # --- an epoch
+
+    def facts(self) -> dict[str, str]:
+        """The names of the classes, which ``vision-backbones predict`` shows."""
+        return {"classes": json.dumps(self.classes)}
 
     def new_meter(self) -> Meter:
         """For the training figures of an epoch."""

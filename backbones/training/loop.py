@@ -113,6 +113,10 @@ class TrainingLoop(ABC):
 
     # --- what a task fills in
 
+    def facts(self) -> dict[str, str]:
+        """What the best weights say of themselves beside the model and the epoch."""
+        return {}
+
     @abstractmethod
     def new_meter(self) -> Any:
         """An empty meter for an epoch."""
@@ -258,7 +262,7 @@ class TrainingLoop(ABC):
             self.scheduler.step(self.epoch, score)
         if score is not None and score > self.best:
             self.best = score
-            metadata = {"model": self.recipe.model, "epoch": str(self.epoch)}
+            metadata = {"model": self.recipe.model, "epoch": str(self.epoch), **self.facts()}
             weights = parallel.whole(dict(list(self.models().values())[-1].state_dict()))
             if self.world.is_main:
                 checkpoint.save_weights(self.folder / "best.safetensors", weights, metadata)

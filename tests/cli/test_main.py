@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import subprocess
 import sys
 from pathlib import Path
@@ -75,6 +76,27 @@ def test_scripts_of_tools_are_commands_too(name: str, capsys: pytest.CaptureFixt
     assert f"usage: vision-backbones {name}" in capsys.readouterr().out
     assert main([name, "--no-such-option"]) != 0
     assert (sys.argv, sys.path) == before
+
+
+def modules_beside(script: Path) -> set[Path]:
+    """A script of tools/ and what it imports from there, in the end."""
+    found, left = set(), [script]
+    while left:
+        path = left.pop()
+        found.add(path)
+        for node in ast.walk(ast.parse(path.read_text())):
+            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+            names += [node.module] if isinstance(node, ast.ImportFrom) and node.module else []
+            beside = {path.with_name(f"{name}.py") for name in names}
+            left += [p for p in beside - found if p.is_file()]
+    return found
+
+
+@pytest.mark.parametrize("name", sorted(set(COMMANDS) - set(OWN)))
+def test_the_wheel_has_what_scripts_need(name: str) -> None:
+    shipped = (ROOT / "pyproject.toml").read_text()
+    for path in modules_beside(ROOT / "tools" / COMMANDS[name][0]):
+        assert f'"tools/{path.name}" = "backbones/cli/scripts/{path.name}"' in shipped
 
 
 def test_the_guide_has_every_command() -> None:

@@ -168,7 +168,9 @@ def test_an_elastic_torchrun_restarts_a_killed_worker(images, tmp_path):
         *("--rdzv-conf=last_call_timeout=1,join_timeout=60", "--monitor-interval=0.2"),
         *(str(worker), *arguments, "--name=elastic", "--resume=auto"),
     ]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=180)
+    # Without it the processes of both turns share a store, and new ones may find dead addresses.
+    environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
     assert done.returncode == 0, done.stderr
     assert "going on from" in done.stdout
     assert same(*(final_state(tmp_path / name) for name in ("undisturbed", "elastic")))

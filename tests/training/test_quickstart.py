@@ -55,6 +55,9 @@ def test_it_learns_and_leaves_its_files(tmp_path, capsys):
 
     recipe = yaml.safe_load((folder / "config.yaml").read_text())
     assert (recipe["num_classes"], recipe["img_size"], recipe["mean"][0]) == (10, 32, 0.485)
+    with safetensors.safe_open(folder / "best.safetensors", "pt") as file:
+        facts = file.metadata()
+    assert (facts["model"], json.loads(facts["classes"])) == ("shvit_s1", list("0123456789"))
     weights = safetensors.torch.load_file(folder / "best.safetensors")
     for file in ("best.safetensors", "last.pt"):
         model = backbones.create_model(
