@@ -44,7 +44,7 @@ def nms(bboxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Te
     """Indices of the boxes (N, 4) that stay, best first; ``offset`` 1 counts edges as inside."""
     if offset:
         bboxes = bboxes + bboxes.new_tensor([0, 0, offset, offset])
-    return torchvision.ops.nms(bboxes, scores, iou_threshold)
+    return torchvision.ops.nms(_known(bboxes), _known(scores), iou_threshold)
 
 
 def roi_align_forward(
@@ -64,7 +64,9 @@ def roi_align_forward(
     _only_average(pool_mode)
     size = (aligned_height, aligned_width)
     output.copy_(
-        torchvision.ops.roi_align(input, rois, size, spatial_scale, sampling_ratio, aligned)
+        torchvision.ops.roi_align(
+            _known(input), _known(rois), size, spatial_scale, sampling_ratio, aligned
+        )
     )
 
 
@@ -86,7 +88,13 @@ def roi_align_backward(
     size = (aligned_height, aligned_width)
     grad_input.copy_(
         torch.ops.torchvision._roi_align_backward(
-            grad_output, rois, spatial_scale, *size, *grad_input.shape, sampling_ratio, aligned
+            _known(grad_output),
+            _known(rois),
+            spatial_scale,
+            *size,
+            *grad_input.shape,
+            sampling_ratio,
+            aligned,
         )
     )
 
@@ -118,6 +126,11 @@ def _focal_loss(logits: Tensor, target: Tensor, weight: Tensor, gamma: float, al
     if weight.numel():
         loss = loss * F.pad(weight, (0, 1), value=1.0)[target].unsqueeze(1)
     return loss
+
+
+def _known(x: Tensor) -> Tensor:
+    """torchvision's operators have no kernels for bfloat16."""
+    return x.float() if x.dtype is torch.bfloat16 else x
 
 
 def _only_average(pool_mode: int) -> None:

@@ -50,6 +50,23 @@ def test_roi_align_by_hand() -> None:
     assert image.grad[0, 0, 7].abs().max() == 0
 
 
+def test_bfloat16() -> None:
+    """As under mixed precision: the numbers of float32, rounded; small integers are exact."""
+    image = (torch.arange(8.0) + 8 * torch.arange(8.0)[:, None])[None, None]
+    rois = torch.tensor([[0.0, 1, 2, 5, 6]])
+    outs, grads = [], []
+    for kind in (torch.float32, torch.bfloat16):
+        x = image.to(kind, copy=True).requires_grad_()
+        out = RoIAlign(2, spatial_scale=1.0, sampling_ratio=2)(x, rois.to(kind))
+        out.sum().backward()
+        assert x.grad is not None and out.dtype is x.grad.dtype is kind
+        outs.append(out.detach())
+        grads.append(x.grad)
+    assert torch.equal(outs[1], outs[0].bfloat16()) and torch.equal(grads[1], grads[0].bfloat16())
+    boxes = torch.tensor([[0.0, 0, 10, 10], [2, 0, 12, 10], [8, 0, 18, 10]]).bfloat16()
+    assert nms(boxes, torch.tensor([0.8, 0.9, 0.7]).bfloat16(), 0.6)[1].tolist() == [1, 2]
+
+
 def test_roi_align_takes_no_maximum() -> None:
     with pytest.raises(NotImplementedError, match="pool_mode='avg'"):
         RoIAlign(2, pool_mode="max")(torch.ones(1, 1, 8, 8), torch.tensor([[0.0, 1, 1, 5, 5]]))
