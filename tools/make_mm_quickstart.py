@@ -1,6 +1,6 @@
 """Write a small detection and segmentation set from two pictures inside scikit-image.
 
-    python tools/make_mm_quickstart.py --out runs/quickstart
+    python tools/make_mm_quickstart.py --out runs/mm/data
 
 Coins (the greek ones of Pompeii) and galaxies (Hubble's deep field, enlarged twice) take turns. The
 left part of each picture gives the training images, the right one those of validation, so that no
@@ -125,7 +125,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/quickstart"), help="the folder")
+    parser.add_argument("--out", type=Path, default=Path("runs/mm/data"), help="the folder")
     parser.add_argument("--train", type=int, default=64, help="training images")
     parser.add_argument("--val", type=int, default=12, help="validation images")
     args = parser.parse_args(argv)

@@ -118,7 +118,7 @@ def test_train_resume_evaluate_draw(
         wanted.add("coco/segm_mAP")
     assert wanted <= set(metrics)
 
-    picture = tmp_path / "runs/quickstart/images/val/000.png"
+    picture = tmp_path / "runs/mm/data/images/val/000.png"
     arguments = ["--config", _config(name), "--checkpoint", checkpoint, "--out", "pictures"]
     if name.endswith("retinanet"):
         low = tmp_path / "low.py"

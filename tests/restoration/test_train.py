@@ -162,6 +162,12 @@ def test_configs(path: Path) -> None:
             build_restorer(recipe)
 
 
+def test_quickstart_has_a_folder_of_its_own() -> None:
+    """The classifiers' quickstart, of the same name, writes into the default one."""
+    recipe = load_recipe(CONFIGS / "quickstart.yaml", {}, RestorationRecipe)
+    assert recipe.output != load_recipe(CONFIGS.parent / "cls" / "quickstart.yaml", {}).output
+
+
 def test_quickstart_has_no_original_and_is_small() -> None:
     model = backbones.create_model("hat_nano_x2")
     assert sum(p.numel() for p in model.parameters()) <= 1_000_000

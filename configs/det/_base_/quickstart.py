@@ -2,7 +2,7 @@
 
 _base_ = ["./runtime.py"]
 
-data_root = "runs/quickstart/"
+data_root = "runs/mm/data/"
 _dataset = dict(type="CocoDataset", data_root=data_root, metainfo=dict(classes=("coin", "galaxy")))
 train_dataloader = dict(
     batch_size=4,

@@ -8,7 +8,7 @@ _dataset = dict(
         classes=("background", "coin", "galaxy"),
         palette=[[0, 0, 0], [255, 200, 0], [0, 160, 255]],
     ),
-    data_root="runs/quickstart",
+    data_root="runs/mm/data",
     img_suffix=".png",
     seg_map_suffix=".png",
     reduce_zero_label=False,
