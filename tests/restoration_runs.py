@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import os
-import socket
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from multiprocessing.process import BaseProcess
 from pathlib import Path
 from unittest.mock import patch
@@ -58,17 +57,10 @@ def start(
 
 
 def start_two(
-    *arguments: str, before: tuple[Callable[[], None] | None, ...] = (None, None)
+    *arguments: str, before: Sequence[Callable[[], None] | None] = (None, None)
 ) -> list[BaseProcess]:
     """Two processes of one run, as torchrun starts them."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    return [
-        start(*arguments, before=before[r], env={**shared, "RANK": str(r), "LOCAL_RANK": str(r)})
-        for r in range(2)
-    ]
+    return training_runs.start_two(*arguments, before=before, launch=start)
 
 
 def _run(argv: tuple[str, ...], before: Callable[[], None] | None, env: dict[str, str]) -> None:

@@ -74,15 +74,17 @@ def start(
 
 
 def start_two(
-    *arguments: str, before: Sequence[Callable[[], None] | None] = (None, None)
+    *arguments: str,
+    before: Sequence[Callable[[], None] | None] = (None, None),
+    launch: Callable[..., BaseProcess] = start,
 ) -> list[BaseProcess]:
-    """``train_cls.py`` in two processes that work together."""
+    """Two processes that work together, of ``train_cls.py`` or of what ``launch`` starts."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = str(free.getsockname()[1])
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     return [
-        start(
+        launch(
             *arguments,
             before=before[rank],
             env={**shared, "RANK": str(rank), "LOCAL_RANK": str(rank)},
