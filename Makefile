@@ -32,7 +32,7 @@ test: $(VENV)/test.stamp
 	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(TEST_WORKERS)
 
 test-slow: $(VENV)/test.stamp
-	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(TEST_WORKERS) -m slow
+	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(TEST_WORKERS) -m slow -o timeout=900
 
 docs: $(VENV)/docs.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict
