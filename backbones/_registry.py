@@ -37,6 +37,9 @@ class _Entry:
 
 _entries: dict[str, _Entry] = {}
 
+# Keywords that are probabilities of dropping something in training.
+_RATES = ("drop_rate", "proj_drop_rate", "drop_path_rate")
+
 
 def register(entrypoint: Entrypoint) -> Entrypoint:
     """Register a model under its function's name, with the ``default_cfgs`` of its module.
@@ -147,7 +150,7 @@ def create_model(
             ``drop_path_rate``, ``global_pool``, … A value of None means the default, as in timm.
 
     Raises:
-        ValueError: an unknown name or tag.
+        ValueError: an unknown name or tag, or a rate of dropping outside 0 … 1.
         TypeError: a keyword that the architecture does not take.
         CheckpointError: weights that do not fit, see :func:`backbones.load_checkpoint`.
     """
@@ -190,6 +193,7 @@ def build_model(
     if out_indices is not None and not features_only:
         raise TypeError("out_indices goes with features_only=True")
     _check_keywords(model_class, name, options)
+    _check_rates(name, options)
 
     arguments = {"num_classes": cfg.num_classes, "in_chans": cfg.input_size[0], **defaults}
     model = model_class(**{**arguments, **options})
@@ -262,6 +266,20 @@ def _check_keywords(model_class: type[StagedBackbone], name: str, keywords: dict
             raise TypeError(f"{name}: {_unknown('keyword', keyword, valid)}")
 
 
+def _check_rates(name: str, keywords: dict[str, Any]) -> None:
+    """Refuse probabilities of dropping that are none."""
+    for keyword, rate in keywords.items():
+        if keyword in _RATES and not 0 <= rate <= 1:
+            raise ValueError(f"{name}: {keyword} must lie in 0 … 1, got {rate}")
+
+
 def _unknown(kind: str, value: str, valid: Sequence[str]) -> str:
-    near = difflib.get_close_matches(value, valid, n=4, cutoff=0.5) or sorted(valid)
-    return f"unknown {kind} {value!r}; did you mean {', '.join(map(repr, near))}?"
+    """A sentence that names the nearest valid names or, where none is near, says what there is."""
+    said = f"unknown {kind} {value!r}"
+    near = difflib.get_close_matches(value, valid, n=4, cutoff=0.5)
+    if near:
+        return f"{said}; did you mean {', '.join(map(repr, near))}?"
+    if kind == "model":
+        families = ", ".join(list_families())
+        return f"{said}; backbones.list_models() has all names, of the families {families}"
+    return f"{said}; there are {', '.join(map(repr, sorted(valid)))}"

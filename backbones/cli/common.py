@@ -31,8 +31,6 @@ __all__ = [
     "two_sides",
 ]
 
-_LONGEST = 300
-
 
 class CommandError(ValueError):
     """What a user can mend; the message is one line that says how."""
@@ -78,18 +76,14 @@ def create(name: str, **kwargs: Any) -> Any:
     """A model in eval mode.
 
     Raises:
-        CommandError: no such model (the nearest names follow), or an argument that it lacks.
+        CommandError: no such model, or an argument that it lacks.
     """
     try:
         return backbones.create_model(name, **kwargs).eval()
     except backbones.CheckpointError:
         raise
     except (TypeError, ValueError) as error:
-        message = str(error)
-        if len(message) > _LONGEST:  # nothing is near, and all models are listed
-            families = ", ".join(backbones.list_families())
-            message = f"unknown model {name!r}; the families are {families}"
-        raise CommandError(message) from error
+        raise CommandError(str(error)) from error
 
 
 def load(name: str | None, checkpoint: Path | None) -> Loaded:

@@ -7,8 +7,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from backbones.training.errors import RecipeError
-from backbones.training.recipe import Recipe
-from backbones.training.recipe import _key as key
+from backbones.training.recipe import Recipe, key
 
 __all__ = ["RestorationRecipe"]
 

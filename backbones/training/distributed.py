@@ -11,6 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
+from backbones.training.errors import RecipeError
+
 __all__ = ["Verdict", "World", "world_of_processes"]
 
 
@@ -89,14 +91,15 @@ def world_of_processes(device: str | None) -> Iterator[World]:
 
     Args:
         device: ``cpu``, ``cuda``, ``cuda:1``, …; None for a GPU where there is one.
+
+    Raises:
+        RecipeError: there is no such device here.
     """
     size = int(os.environ.get("WORLD_SIZE", 1))
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and size > 1:
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
-    target = torch.device(name)
-    if target.type == "cuda":
-        torch.cuda.set_device(target)
+    target = _usable(name)
     if "WORLD_SIZE" not in os.environ:
         yield World(0, 1, target)
         return
@@ -105,3 +108,16 @@ def world_of_processes(device: str | None) -> Iterator[World]:
         yield World(dist.get_rank(), dist.get_world_size(), target)
     finally:
         dist.destroy_process_group()
+
+
+def _usable(name: str) -> torch.device:
+    """The device of that name, with which a tensor has been made; a GPU becomes the current one."""
+    try:
+        target = torch.device(name)
+        torch.zeros(1, device=target)
+    except (RuntimeError, AssertionError) as error:  # the latter of a PyTorch without CUDA
+        reason = str(error).splitlines()[0]
+        raise RecipeError(f"device {name} cannot be used here: {reason}") from error
+    if target.type == "cuda":
+        torch.cuda.set_device(target)
+    return target

@@ -21,11 +21,19 @@ __all__ = [
     "differences",
     "dump_recipe",
     "fields_of",
+    "key",
     "load_recipe",
 ]
 
 
-def _key(group: str, default: Any, help: str, choices: Sequence[Any] = ()) -> Any:
+def key(group: str, default: Any, help: str, choices: Sequence[Any] = ()) -> Any:
+    """A field of a recipe.
+
+    Args:
+        group: under which heading it is listed; ``"run"`` for what changes no result.
+        help: its line in ``--help`` and in written recipes.
+        choices: all values that it may have; empty for any of its type.
+    """
     metadata = {"group": group, "help": help, "choices": tuple(choices)}
     if isinstance(default, dict):
         return field(default_factory=default.copy, metadata=metadata)
@@ -45,141 +53,139 @@ class Recipe:
     refused: ClassVar[frozenset[str]] = frozenset()
 
     # --- the model
-    model: str = _key("model", "", "name of the model, see backbones.list_models()")
-    pretrained: bool = _key("model", False, "start from the published weights")
-    checkpoint: str | None = _key("model", None, "start from the weights in this file")
-    num_classes: int | None = _key("model", None, "None: as many as the data has")
-    in_chans: int = _key("model", 3, "channels of the input; 1 reads grey images")
-    drop: float | None = _key("model", None, "dropout before the classifier; None: as published")
-    drop_path: float | None = _key("model", None, "stochastic depth; None: as published")
-    global_pool: str | None = _key("model", None, "pooling of the head; None: as published")
-    model_args: dict[str, Any] = _key("model", {}, "further keywords of backbones.create_model")
+    model: str = key("model", "", "name of the model, see backbones.list_models()")
+    pretrained: bool = key("model", False, "start from the published weights")
+    checkpoint: str | None = key("model", None, "start from the weights in this file")
+    num_classes: int | None = key("model", None, "None: as many as the data has")
+    in_chans: int = key("model", 3, "channels of the input; 1 reads grey images")
+    drop: float | None = key("model", None, "dropout before the classifier; None: as published")
+    drop_path: float | None = key("model", None, "stochastic depth; None: as published")
+    global_pool: str | None = key("model", None, "pooling of the head; None: as published")
+    model_args: dict[str, Any] = key("model", {}, "further keywords of backbones.create_model")
 
     # --- the data
-    data: str = _key(
+    data: str = key(
         "data",
         "",
         "folder of train/ and val/ (or .tar files), digits, medmnist/NAME, torch/NAME, "
         "wds/FOLDER, hfds/NAME, hfids/NAME",
     )
-    data_dir: str | None = _key("data", None, "where medmnist/, torch/, hfds/, hfids/ keep files")
-    train_split: str = _key("data", "train", "name (wds: shard pattern) of the training split")
-    val_split: str = _key("data", "validation", "name (wds: shard pattern) of the other split")
-    num_samples: int | None = _key("data", None, "training images, where the source cannot tell")
-    val_num_samples: int | None = _key("data", None, "the same for validation")
-    class_map: str | None = _key("data", None, "file that maps class names to numbers")
-    input_key: str | None = _key("data", None, "image column or suffix (hfds, hfids, wds)")
-    target_key: str | None = _key("data", None, "label column or field (hfds, hfids, wds)")
-    download: bool = _key("data", False, "let the source download its files")
-    batch_size: int = _key("data", 128, "images per step and process")
-    val_batch_size: int | None = _key("data", None, "None: batch_size")
-    workers: int = _key("data", 4, "loader processes per training process; 0: load in the loop")
-    pin_memory: bool = _key("data", True, "page-locked batches, on a GPU")
-    max_corrupt: float = _key("data", 0.001, "stop when more than this share cannot be decoded")
+    data_dir: str | None = key("data", None, "where medmnist/, torch/, hfds/, hfids/ keep files")
+    train_split: str = key("data", "train", "name (wds: shard pattern) of the training split")
+    val_split: str = key("data", "validation", "name (wds: shard pattern) of the other split")
+    num_samples: int | None = key("data", None, "training images, where the source cannot tell")
+    val_num_samples: int | None = key("data", None, "the same for validation")
+    class_map: str | None = key("data", None, "file that maps class names to numbers")
+    input_key: str | None = key("data", None, "image column or suffix (hfds, hfids, wds)")
+    target_key: str | None = key("data", None, "label column or field (hfds, hfids, wds)")
+    download: bool = key("data", False, "let the source download its files")
+    batch_size: int = key("data", 128, "images per step and process")
+    val_batch_size: int | None = key("data", None, "None: batch_size")
+    workers: int = key("data", 4, "loader processes per training process; 0: load in the loop")
+    pin_memory: bool = key("data", True, "page-locked batches, on a GPU")
+    max_corrupt: float = key("data", 0.001, "stop when more than this share cannot be decoded")
 
     # --- preprocessing; None takes the model's own
-    img_size: int | None = _key("preprocessing", None, "side of the square input, in pixels")
-    img_size_schedule: dict[int, int] = _key(
+    img_size: int | None = key("preprocessing", None, "side of the square input, in pixels")
+    img_size_schedule: dict[int, int] = key(
         "preprocessing", {}, "training size from an epoch on, such as {0: 128, 100: 160}"
     )
-    crop_pct: float | None = _key("preprocessing", None, "share of the image that validation sees")
-    crop_mode: str | None = _key(
+    crop_pct: float | None = key("preprocessing", None, "share of the image that validation sees")
+    crop_mode: str | None = key(
         "preprocessing", None, "how validation crops", (None, "center", "squash", "border")
     )
-    interpolation: str | None = _key(
+    interpolation: str | None = key(
         "preprocessing", None, "resizing at validation", (None, "bilinear", "bicubic", "nearest")
     )
-    train_interpolation: str = _key(
+    train_interpolation: str = key(
         "preprocessing",
         "random",
         "resizing in training",
         ("random", "bilinear", "bicubic", "nearest"),
     )
-    mean: tuple[float, ...] | None = _key("preprocessing", None, "per channel, of pixels in 0..1")
-    std: tuple[float, ...] | None = _key("preprocessing", None, "per channel, of pixels in 0..1")
+    mean: tuple[float, ...] | None = key("preprocessing", None, "per channel, of pixels in 0..1")
+    std: tuple[float, ...] | None = key("preprocessing", None, "per channel, of pixels in 0..1")
 
     # --- augmentation
-    no_aug: bool = _key("augmentation", False, "only resize and crop")
-    train_crop_mode: str | None = _key(
+    no_aug: bool = key("augmentation", False, "only resize and crop")
+    train_crop_mode: str | None = key(
         "augmentation", None, "None: random resized crop", (None, "rrc", "rkrc", "rkrr")
     )
-    scale: tuple[float, ...] = _key("augmentation", (0.08, 1.0), "area of the random crop")
-    ratio: tuple[float, ...] = _key("augmentation", (0.75, 4 / 3), "aspect of the random crop")
-    hflip: float = _key("augmentation", 0.5, "probability of a horizontal flip")
-    vflip: float = _key("augmentation", 0.0, "probability of a vertical flip")
-    color_jitter: float = _key("augmentation", 0.4, "strength; unused with aa")
-    grayscale_prob: float = _key("augmentation", 0.0, "probability of a grey image")
-    gaussian_blur_prob: float = _key("augmentation", 0.0, "probability of a blurred image")
-    aa: str | None = _key(
+    scale: tuple[float, ...] = key("augmentation", (0.08, 1.0), "area of the random crop")
+    ratio: tuple[float, ...] = key("augmentation", (0.75, 4 / 3), "aspect of the random crop")
+    hflip: float = key("augmentation", 0.5, "probability of a horizontal flip")
+    vflip: float = key("augmentation", 0.0, "probability of a vertical flip")
+    color_jitter: float = key("augmentation", 0.4, "strength; unused with aa")
+    grayscale_prob: float = key("augmentation", 0.0, "probability of a grey image")
+    gaussian_blur_prob: float = key("augmentation", 0.0, "probability of a blurred image")
+    aa: str | None = key(
         "augmentation", None, "rand-m9-mstd0.5-inc1, augmix-m3-w3, original, 3a (3-Augment), …"
     )
-    reprob: float = _key("augmentation", 0.0, "probability of random erasing")
-    remode: str = _key("augmentation", "pixel", "what erasing leaves", ("const", "rand", "pixel"))
-    recount: int = _key("augmentation", 1, "erased boxes per image, at most")
-    aug_repeats: int = _key("augmentation", 0, "repeated augmentation: copies of each image")
-    mixup: float = _key("augmentation", 0.0, "mixup alpha")
-    cutmix: float = _key("augmentation", 0.0, "CutMix alpha")
-    cutmix_minmax: tuple[float, ...] | None = _key(
-        "augmentation", None, "box size instead of alpha"
-    )
-    mixup_prob: float = _key("augmentation", 1.0, "probability that a batch is mixed")
-    mixup_switch_prob: float = _key("augmentation", 0.5, "of CutMix where both are on")
-    mixup_mode: str = _key(
+    reprob: float = key("augmentation", 0.0, "probability of random erasing")
+    remode: str = key("augmentation", "pixel", "what erasing leaves", ("const", "rand", "pixel"))
+    recount: int = key("augmentation", 1, "erased boxes per image, at most")
+    aug_repeats: int = key("augmentation", 0, "repeated augmentation: copies of each image")
+    mixup: float = key("augmentation", 0.0, "mixup alpha")
+    cutmix: float = key("augmentation", 0.0, "CutMix alpha")
+    cutmix_minmax: tuple[float, ...] | None = key("augmentation", None, "box size instead of alpha")
+    mixup_prob: float = key("augmentation", 1.0, "probability that a batch is mixed")
+    mixup_switch_prob: float = key("augmentation", 0.5, "of CutMix where both are on")
+    mixup_mode: str = key(
         "augmentation", "batch", "what is drawn at once", ("batch", "pair", "elem")
     )
-    mixup_off_epoch: int = _key("augmentation", 0, "no mixing from this epoch on; 0: always mix")
+    mixup_off_epoch: int = key("augmentation", 0, "no mixing from this epoch on; 0: always mix")
 
     # --- the loss
-    smoothing: float = _key("loss", 0.1, "label smoothing")
-    bce_loss: bool = _key("loss", False, "binary cross-entropy over the classes")
-    bce_target_thresh: float | None = _key("loss", None, "soft targets above it become 1")
-    bce_sum: bool = _key("loss", False, "sum over the classes instead of the mean")
+    smoothing: float = key("loss", 0.1, "label smoothing")
+    bce_loss: bool = key("loss", False, "binary cross-entropy over the classes")
+    bce_target_thresh: float | None = key("loss", None, "soft targets above it become 1")
+    bce_sum: bool = key("loss", False, "sum over the classes instead of the mean")
 
     # --- a teacher
-    distill: str | None = _key(
+    distill: str | None = key(
         "distillation",
         None,
         "learn from a teacher: its soft labels, its hard ones, or One-for-All with exits",
         (None, "soft", "hard", "ofa"),
     )
-    teacher: str | None = _key("distillation", None, "a model of this library, or timm/NAME")
-    teacher_checkpoint: str | None = _key("distillation", None, "its weights: a file")
-    teacher_pretrained: bool = _key("distillation", False, "its weights: the published ones")
-    teacher_args: dict[str, Any] = _key("distillation", {}, "further keywords of its create_model")
-    teacher_img_size: int | None = _key(
+    teacher: str | None = key("distillation", None, "a model of this library, or timm/NAME")
+    teacher_checkpoint: str | None = key("distillation", None, "its weights: a file")
+    teacher_pretrained: bool = key("distillation", False, "its weights: the published ones")
+    teacher_args: dict[str, Any] = key("distillation", {}, "further keywords of its create_model")
+    teacher_img_size: int | None = key(
         "distillation", None, "side of its images; None: its own where fixed, else the student's"
     )
-    distill_alpha: float = _key("distillation", 0.5, "share of the teacher's loss, 0 … 1")
-    distill_temperature: float = _key("distillation", 1.0, "softens both predictions (soft, ofa)")
-    ofa_gamma: float = _key("distillation", 1.5, "how much a sure teacher enhances the truth, ≥ 1")
-    ofa_stages: tuple[int, ...] | None = _key(
+    distill_alpha: float = key("distillation", 0.5, "share of the teacher's loss, 0 … 1")
+    distill_temperature: float = key("distillation", 1.0, "softens both predictions (soft, ofa)")
+    ofa_gamma: float = key("distillation", 1.5, "how much a sure teacher enhances the truth, ≥ 1")
+    ofa_stages: tuple[int, ...] | None = key(
         "distillation", None, "stages of the student with an exit; None: all"
     )
 
     # --- the optimizer
-    opt: str = _key("optimizer", "adamw", "any of timm.optim.list_optimizers()")
-    lr: float | None = _key("optimizer", None, "learning rate; None: from lr_base")
-    lr_base: float = _key("optimizer", 1e-3, "learning rate for lr_base_size images per update")
-    lr_base_size: int = _key("optimizer", 1024, "see lr_base")
-    lr_base_scale: str | None = _key(
+    opt: str = key("optimizer", "adamw", "any of timm.optim.list_optimizers()")
+    lr: float | None = key("optimizer", None, "learning rate; None: from lr_base")
+    lr_base: float = key("optimizer", 1e-3, "learning rate for lr_base_size images per update")
+    lr_base_size: int = key("optimizer", 1024, "see lr_base")
+    lr_base_scale: str | None = key(
         "optimizer", "linear", "how lr grows with the batch", ("linear", "sqrt")
     )
-    weight_decay: float = _key("optimizer", 0.05, "not applied to biases and norms")
-    momentum: float = _key("optimizer", 0.9, "for those that have one")
-    opt_eps: float | None = _key("optimizer", None, "None: the optimizer's own")
-    opt_betas: tuple[float, ...] | None = _key("optimizer", None, "None: the optimizer's own")
-    opt_args: dict[str, Any] = _key("optimizer", {}, "further keywords of the optimizer")
-    layer_decay: float | None = _key("optimizer", None, "learning rate factor from layer to layer")
-    lr_factors: dict[str, Any] = _key(
+    weight_decay: float = key("optimizer", 0.05, "not applied to biases and norms")
+    momentum: float = key("optimizer", 0.9, "for those that have one")
+    opt_eps: float | None = key("optimizer", None, "None: the optimizer's own")
+    opt_betas: tuple[float, ...] | None = key("optimizer", None, "None: the optimizer's own")
+    opt_args: dict[str, Any] = key("optimizer", {}, "further keywords of the optimizer")
+    layer_decay: float | None = key("optimizer", None, "learning rate factor from layer to layer")
+    lr_factors: dict[str, Any] = key(
         "optimizer", {}, "pattern of parameter names (re.search): factor on their learning rate"
     )
-    clip_grad: float | None = _key("optimizer", None, "None: gradients are not clipped")
-    clip_mode: str = _key("optimizer", "norm", "what clip_grad limits", ("norm", "value", "agc"))
-    accum_steps: int = _key("optimizer", 1, "batches per update")
+    clip_grad: float | None = key("optimizer", None, "None: gradients are not clipped")
+    clip_mode: str = key("optimizer", "norm", "what clip_grad limits", ("norm", "value", "agc"))
+    accum_steps: int = key("optimizer", 1, "batches per update")
 
     # --- the schedule
-    epochs: int = _key("schedule", 300, "length of the training, without cooldown_epochs")
-    sched: str = _key(
+    epochs: int = key("schedule", 300, "length of the training, without cooldown_epochs")
+    sched: str = key(
         "schedule",
         "cosine",
         "how the learning rate falls",
@@ -196,48 +202,48 @@ class Recipe:
             "none",
         ),
     )
-    warmup_epochs: float = _key("schedule", 5.0, "linear rise at the start")
-    warmup_lr: float = _key("schedule", 1e-6, "where it starts")
-    warmup_prefix: bool = _key("schedule", False, "warm up before the schedule, not inside it")
-    cooldown_epochs: int = _key("schedule", 0, "epochs at min_lr after the schedule")
-    min_lr: float = _key("schedule", 1e-5, "where the schedule ends")
-    decay_epochs: float | None = _key("schedule", None, "step: interval; wsd, rsqrt: tail")
-    decay_milestones: tuple[int, ...] = _key("schedule", (90, 180, 270), "multistep")
-    decay_rate: float = _key("schedule", 0.1, "step, multistep, plateau: factor; poly: power")
-    patience_epochs: int = _key("schedule", 10, "plateau")
-    lr_cycle_limit: int = _key("schedule", 1, "cosine, tanh, poly: number of cycles")
-    lr_cycle_mul: float = _key("schedule", 1.0, "cosine, tanh, poly: growth of the cycles")
-    lr_cycle_decay: float = _key("schedule", 0.1, "cosine, tanh, poly: decay from cycle to cycle")
-    lr_k_decay: float = _key("schedule", 1.0, "cosine, poly: k-decay")
+    warmup_epochs: float = key("schedule", 5.0, "linear rise at the start")
+    warmup_lr: float = key("schedule", 1e-6, "where it starts")
+    warmup_prefix: bool = key("schedule", False, "warm up before the schedule, not inside it")
+    cooldown_epochs: int = key("schedule", 0, "epochs at min_lr after the schedule")
+    min_lr: float = key("schedule", 1e-5, "where the schedule ends")
+    decay_epochs: float | None = key("schedule", None, "step: interval; wsd, rsqrt: tail")
+    decay_milestones: tuple[int, ...] = key("schedule", (90, 180, 270), "multistep")
+    decay_rate: float = key("schedule", 0.1, "step, multistep, plateau: factor; poly: power")
+    patience_epochs: int = key("schedule", 10, "plateau")
+    lr_cycle_limit: int = key("schedule", 1, "cosine, tanh, poly: number of cycles")
+    lr_cycle_mul: float = key("schedule", 1.0, "cosine, tanh, poly: growth of the cycles")
+    lr_cycle_decay: float = key("schedule", 0.1, "cosine, tanh, poly: decay from cycle to cycle")
+    lr_k_decay: float = key("schedule", 1.0, "cosine, poly: k-decay")
 
     # --- the moving average of the weights
-    ema: bool = _key("ema", False, "keep one, validate it and save it as the best weights")
-    ema_decay: float = _key("ema", 0.9999, "share of the old average that an update keeps")
-    ema_warmup: bool = _key("ema", False, "let the decay rise from 0 to ema_decay")
+    ema: bool = key("ema", False, "keep one, validate it and save it as the best weights")
+    ema_decay: float = key("ema", 0.9999, "share of the old average that an update keeps")
+    ema_warmup: bool = key("ema", False, "let the decay rise from 0 to ema_decay")
 
     # --- speed
-    device: str | None = _key("speed", None, "None: a GPU if there is one, otherwise cpu")
-    threads: int | None = _key("speed", None, "CPU threads per process; None: torch's choice")
-    amp: str | None = _key("speed", None, "mixed precision", (None, "bf16", "fp16"))
-    channels_last: bool = _key("speed", False, "NHWC memory layout")
-    compile: bool = _key("speed", False, "torch.compile")
-    grad_checkpointing: bool = _key("speed", False, "recompute activations, to save memory")
-    sync_bn: bool = _key("speed", False, "BatchNorm statistics over all processes")
-    fsdp: bool = _key("speed", False, "share out weights, gradients and averages (FSDP2)")
+    device: str | None = key("speed", None, "None: a GPU if there is one, otherwise cpu")
+    threads: int | None = key("speed", None, "CPU threads per process; None: torch's choice")
+    amp: str | None = key("speed", None, "mixed precision", (None, "bf16", "fp16"))
+    channels_last: bool = key("speed", False, "NHWC memory layout")
+    compile: bool = key("speed", False, "torch.compile")
+    grad_checkpointing: bool = key("speed", False, "recompute activations, to save memory")
+    sync_bn: bool = key("speed", False, "BatchNorm statistics over all processes")
+    fsdp: bool = key("speed", False, "share out weights, gradients and averages (FSDP2)")
 
     # --- the run
-    output: str = _key("run", "runs", "folder of all runs")
-    name: str | None = _key("run", None, "folder of this one; None: config-model, numbered")
-    overwrite: bool = _key("run", False, "replace an earlier run of the same name")
-    resume: str | None = _key("run", None, "auto: go on with this run if it began; or a path")
-    seed: int = _key("run", 42, "of everything that is random")
-    save_every_steps: int = _key("run", 0, "checkpoint within an epoch, in updates; 0: never")
-    save_every_minutes: float = _key("run", 15.0, "the same by the clock; 0: never")
-    eval_every: int = _key("run", 1, "epochs between two validations")
-    log_every: int = _key("run", 50, "updates between two entries of metrics.jsonl")
-    max_bad_steps: int = _key("run", 10, "updates in a row with a non-finite loss before stopping")
-    tensorboard: bool = _key("run", False, "write TensorBoard events too")
-    wandb: str | None = _key("run", None, "Weights & Biases project to report to")
+    output: str = key("run", "runs", "folder of all runs")
+    name: str | None = key("run", None, "folder of this one; None: config-model, numbered")
+    overwrite: bool = key("run", False, "replace an earlier run of the same name")
+    resume: str | None = key("run", None, "auto: go on with this run if it began; or a path")
+    seed: int = key("run", 42, "of everything that is random")
+    save_every_steps: int = key("run", 0, "checkpoint within an epoch, in updates; 0: never")
+    save_every_minutes: float = key("run", 15.0, "the same by the clock; 0: never")
+    eval_every: int = key("run", 1, "epochs between two validations")
+    log_every: int = key("run", 50, "updates between two entries of metrics.jsonl")
+    max_bad_steps: int = key("run", 10, "updates in a row with a non-finite loss before stopping")
+    tensorboard: bool = key("run", False, "write TensorBoard events too")
+    wandb: str | None = key("run", None, "Weights & Biases project to report to")
 
 
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)

@@ -26,6 +26,7 @@ def check(recipe: Recipe) -> None:
         _require(recipe, name, getattr(recipe, name) >= 0, "at least 0")
     for name in ("hflip", "vflip", "reprob", "mixup_prob", "mixup_switch_prob", "max_corrupt"):
         _require(recipe, name, 0 <= getattr(recipe, name) <= 1, "within 0 and 1")
+    _require(recipe, "threads", recipe.threads is None or recipe.threads >= 1, "at least 1")
     for name in ("scale", "ratio"):
         _require(recipe, name, len(getattr(recipe, name)) == 2, "two numbers")
     for name in ("mean", "std"):

@@ -45,6 +45,29 @@ def test_unknown_names_suggest_the_nearest() -> None:
         backbones.create_model("van_b0", num_classes=-3)
 
 
+def test_unknown_names_that_resemble_nothing() -> None:
+    with pytest.raises(ValueError, match="unknown model 'qqq'; ") as raised:
+        backbones.create_model("qqq")
+    assert "backbones.list_models()" in str(raised.value)
+    assert "van_b0" not in str(raised.value)
+    with pytest.raises(ValueError, match="unknown family 'qqq'; there are 'biformer', .*'van'$"):
+        backbones.list_models(family="qqq")
+
+
+@pytest.mark.parametrize("rate", [2.0, -0.1, float("nan")])
+@pytest.mark.parametrize("keyword", ["drop_rate", "proj_drop_rate", "drop_path_rate"])
+def test_rates_outside_their_range_are_refused(keyword: str, rate: float) -> None:
+    with pytest.raises(ValueError, match=f"favit_b0: {keyword} must lie in 0 … 1, got {rate}"):
+        backbones.create_model("favit_b0", **{keyword: rate})
+
+
+@pytest.mark.parametrize("family", backbones.list_families())
+def test_every_family_refuses_a_rate(family: str) -> None:
+    (name, *_) = backbones.list_models(family=family)
+    with pytest.raises(ValueError, match="drop_path_rate must lie in 0 … 1, got 2"):
+        backbones.create_model(name, drop_path_rate=2.0)
+
+
 def test_tags_and_overlays() -> None:
     with torch.device("meta"):
         backbone = backbones.create_model("van_b4.in22k")

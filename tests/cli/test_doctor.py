@@ -150,7 +150,7 @@ def test_what_keeps_the_doctor_from_running_is_said_in_its_place(tmp_path: Path)
     )
     root = Path(doctor.__file__).parents[2]
     code = f"import sys; sys.path[:0] = {[str(tmp_path), str(root)]}; import backbones.cli.main"
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
     assert run.returncode == 1
     last = run.stderr.splitlines()[-1]
     assert "operator torchvision::nms is not there" in last

@@ -27,7 +27,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if os.environ.get("PYTEST_XDIST_WORKER"):
         shared = shared.parent
     folder = shared / "site"
-    with FileLock(shared / "site.lock"):
+    with FileLock(shared / "site.lock", timeout=600):
         if not folder.exists():
             command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir"]
             built = shared / "unfinished-site"
@@ -37,6 +37,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
                 env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
                 capture_output=True,
                 text=True,
+                timeout=500,
             )
             assert run.returncode == 0, f"mkdocs build --strict:\n{run.stdout}{run.stderr}"
             built.rename(folder)
@@ -53,11 +54,11 @@ def address(site: Path) -> Iterator[str]:
     """Where the site is served, ``http://127.0.0.1:PORT``."""
     handler = partial(_Quiet, directory=str(site))
     with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        thread = threading.Thread(target=server.serve_forever)
+        thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         yield f"http://127.0.0.1:{server.server_port}"
         server.shutdown()
-        thread.join()
+        thread.join(timeout=60)
 
 
 def _program(*names: str) -> str:
@@ -86,5 +87,7 @@ def browser() -> Iterator[webdriver.Chrome]:
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options=options, service=Service(_program("chromedriver")))
+    driver.set_page_load_timeout(100)
+    driver.set_script_timeout(100)
     yield driver
     driver.quit()

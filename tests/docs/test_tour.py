@@ -14,7 +14,7 @@ def test_tour(tmp_path):
     done = tmp_path / "tour.ipynb"
     execute = [sys.executable, "-c", "from nbclient.cli import main; main()"]
     options = [str(TOUR), f"--output={done.with_suffix('')}", "--timeout=300"]
-    run = subprocess.run([*execute, *options], capture_output=True, text=True)
+    run = subprocess.run([*execute, *options], capture_output=True, text=True, timeout=600)
     assert run.returncode == 0, run.stderr[-3000:]
     cells = json.loads(done.read_text())["cells"]
     outputs = [output for cell in cells for output in cell.get("outputs", [])]

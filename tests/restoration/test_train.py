@@ -141,6 +141,8 @@ def test_mistakes_are_named(pictures, tmp_path, capsys):
     assert "van_b0 makes no images" in error("--model=van_b0", "--model-args={}")
     assert "sigma must be one or more numbers" in error("--sigma", "-1")
     assert "quality must be two numbers" in error("--quality", "40", "10")
+    assert "error: threads must be at least 1, not 0" in error("--threads=0")
+    assert "error: device nope cannot be used here: " in error("--device=nope")
     assert "no picture at /nowhere" in error("--train-pictures=/nowhere")
     assert "cannot be read, more than max_corrupt" in error("--patch-size=40", "--name=large")
     listed = (tmp_path / "large" / "corrupt_train.txt").read_text()

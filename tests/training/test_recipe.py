@@ -87,6 +87,7 @@ def test_flags():
         ("--epochs 2.5", "epochs must be int, not '2.5'"),
         ("--amp fp8", "amp must be one of None, bf16, fp16, not 'fp8'"),
         ("--ema maybe", "ema must be bool, not 'maybe'"),
+        ("--threads 0", "threads must be at least 1, not 0"),
         ("--hflip 2", "hflip must be within 0 and 1"),
         ("--mean 1 2", "mean must be 3 numbers"),
         ("--scale 0.1", "scale must be two numbers"),
