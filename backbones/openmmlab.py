@@ -1,22 +1,24 @@
 """Every backbone under mmdet and mmseg: one type, layer-wise learning rates, an FPN from stride 16.
 
 In a config: ``custom_imports = dict(imports=["backbones.openmmlab"])``. Importing this module
-registers :class:`VisionBackbone` and :class:`TransposedFPN` as models and
-:class:`LayerDecayConstructor` as optimizer-wrapper constructor in mmengine's registries, which
-mmdet and mmseg share; stands in for mmcv's compiled operators where they are absent; and tells
-PyTorch's weights-only loading which of mmengine's own classes a checkpoint may hold.
+registers :class:`VisionBackbone` and :class:`TransposedFPN` as models,
+:class:`CPUAmpOptimWrapper` as optimizer wrapper and :class:`LayerDecayConstructor` as optimizer
+wrappers' constructor in mmengine's registries, which mmdet and mmseg share; stands in for mmcv's
+compiled operators where they are absent; and tells PyTorch's weights-only loading which of
+mmengine's own classes a checkpoint may hold.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from mmengine.logging import HistoryBuffer
 from mmengine.model import BaseModule
-from mmengine.optim import DefaultOptimWrapperConstructor
-from mmengine.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS
+from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
+from mmengine.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
 from timm.models import group_parameters
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -27,6 +29,7 @@ from backbones._checkpoint import HARMLESS, LOG_BUFFER, fetch_pretrained, load_c
 from backbones._registry import create_model, list_models, published_weights
 
 __all__ = [
+    "CPUAmpOptimWrapper",
     "LayerDecayConstructor",
     "TransposedFPN",
     "VisionBackbone",
@@ -141,6 +144,22 @@ class VisionBackbone(BaseModule):
         if self.frozen_stages < 0:
             return []
         return [self.model.model.stem, *list(self.model.model.stages)[: self.frozen_stages]]
+
+
+@OPTIM_WRAPPERS.register_module()
+class CPUAmpOptimWrapper(OptimWrapper):
+    """Mixed precision on a CPU, which mmengine's ``AmpOptimWrapper`` refuses.
+
+    Training steps run under PyTorch's autocast to bfloat16; parameters, their gradients and the
+    optimizer stay float32, and losses need no scaling. Evaluation is left in float32, as with
+    mmengine's. Arguments are those of mmengine's ``OptimWrapper``.
+    """
+
+    @contextmanager
+    def optim_context(self, model: nn.Module) -> Iterator[None]:
+        """Around the forward pass and the losses of one step."""
+        with super().optim_context(model), torch.autocast("cpu", torch.bfloat16):
+            yield
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()

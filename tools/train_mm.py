@@ -14,6 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+from mmengine.config import Config
+from mmengine.device import get_device
 from mmengine.runner import Runner
 
 from backbones._mm_runs import load_config, shared_arguments
@@ -28,18 +30,30 @@ def main(argv: Sequence[str] | None = None) -> Runner:
         const="auto",
         help="go on from this checkpoint; without a value, from the folder's last",
     )
-    parser.add_argument("--amp", action="store_true", help="automatic mixed precision")
+    parser.add_argument(
+        "--amp", action="store_true", help="mixed precision: mmengine's; bfloat16 on a CPU"
+    )
     args = parser.parse_args(argv)
     cfg = load_config(args)
     if args.amp:
-        cfg.optim_wrapper.type = "AmpOptimWrapper"
-        cfg.optim_wrapper.setdefault("loss_scale", "dynamic")
+        _mix_precision(cfg)
     if args.resume:
         cfg.resume = True
         cfg.load_from = None if args.resume == "auto" else args.resume
     runner = Runner.from_cfg(cfg)
     runner.train()
     return runner
+
+
+def _mix_precision(cfg: Config) -> None:
+    """Let ``cfg`` train in mixed precision on the device that it will run on."""
+    if get_device() != "cpu":
+        cfg.optim_wrapper.type = "AmpOptimWrapper"
+        cfg.optim_wrapper.setdefault("loss_scale", "dynamic")
+        return
+    cfg.optim_wrapper.type = "CPUAmpOptimWrapper"
+    for of_gpus in ("loss_scale", "dtype"):
+        cfg.optim_wrapper.pop(of_gpus, None)
 
 
 if __name__ == "__main__":

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from commands import run
 from mmcv.ops import RoIAlign, nms, sigmoid_focal_loss, soft_nms
 from torch.nn import functional as F
 
@@ -112,7 +112,7 @@ def test_compiled_operators_are_left_alone(tmp_path: Path, imported: bool) -> No
         else f"mmcv.__path__.append({str(tmp_path)!r})"
     )
     code = _COMPILED.format(place=place)
-    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True, timeout=120)
+    run([sys.executable, "-c", code], timeout=120, cwd=ROOT)
 
 
 def test_install_says_whether_it_stands_in() -> None:

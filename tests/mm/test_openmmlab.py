@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import pickle
 import re
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from commands import run
 from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer
 from mmengine.model import convert_sync_batchnorm
@@ -187,9 +187,7 @@ def test_mmengine_checkpoints_are_read_without_mmengine(tmp_path: Path) -> None:
     weights = {**model.state_dict(), "neck.weight": torch.zeros(1)}
     path = tmp_path / "epoch_1.pth"
     torch.save({"state_dict": weights, "message_hub": {"log_scalars": log}}, path)
-    subprocess.run(
-        [sys.executable, "-c", _WITHOUT_MMENGINE, str(path)], cwd=ROOT, check=True, timeout=120
-    )
+    run([sys.executable, "-c", _WITHOUT_MMENGINE, path], timeout=120, cwd=ROOT)
 
 
 def test_reading_weights_forbids_nothing_that_was_allowed(tmp_path: Path) -> None:
