@@ -93,7 +93,7 @@ def _fast_conv(conv: nn.Conv2d) -> type[nn.Module] | None:
 @functools.cache
 def _forms() -> dict[type[nn.Module], type[nn.Module]]:
     # The families import the base class, whose fuse() comes here: they cannot be imported above.
-    from backbones._inference import FORMS
+    from backbones import _attention_inference, _inference
 
     return {
         BiLevelRoutingAttention: fast_attention.FastBiLevelRoutingAttention,
@@ -110,7 +110,8 @@ def _forms() -> dict[type[nn.Module], type[nn.Module]]:
         timm.layers.ConvMlp: mlp.FastConvMlp,
         timm.layers.Mlp: mlp.FastMlp,
         timm.layers.SqueezeExcite: fast_conv.FastSqueezeExcite,
-        **FORMS,
+        **_inference.FORMS,
+        **_attention_inference.FORMS,
     }
 
 
