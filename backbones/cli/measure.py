@@ -17,8 +17,7 @@ from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
 from backbones._base import StagedBackbone
-from backbones.cli.receptive_field import ReceptiveField, reach_of
-from ops.attention.cascaded import CascadedGroupAttention
+from backbones.cli.receptive_field import ReceptiveField, follow
 from ops.neighborhood import NeighborhoodAttention2D
 
 __all__ = ["Part", "count_macs", "measure", "time_shares"]
@@ -72,7 +71,7 @@ def measure(model: StagedBackbone, height: int, width: int, runs: int = 0) -> li
     with (
         counter,
         _correct_attention(shadow, counter),
-        _follow(shadow, field),
+        follow(shadow, field),
         _at_ends(shadow, record),
     ):
         output = shadow(images)
@@ -192,38 +191,3 @@ def _correct_attention(model: nn.Module, counter: FlopCounterMode) -> Iterator[N
 
 # Under what name the corrections stand among the counter's operators.
 _NEIGHBORHOOD = "neighborhood attention"
-
-
-@contextmanager
-def _follow(model: nn.Module, field: ReceptiveField) -> Iterator[None]:
-    """Let ``field`` pass through the layers as they run."""
-    inside: list[nn.Module] = []
-    handles = []
-
-    def enter(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        shape = inputs[0].shape if inputs and isinstance(inputs[0], Tensor) else ()
-        if len(shape) == 4:
-            sides = shape[2:] if _is_conv_like(module) else shape[1:3]
-            found = reach_of(module, *sides)
-        elif len(shape) == 3:
-            found = reach_of(module, shape[1], 1)
-        else:
-            found = None
-        if found is not None:
-            if not inside:
-                field.pass_through(*found)
-            inside.append(module)
-
-    def leave(module: nn.Module, inputs: Any, output: Any) -> None:
-        if inside and inside[-1] is module:
-            inside.pop()
-
-    for module in model.modules():
-        handles.append(module.register_forward_pre_hook(enter))
-        handles.append(module.register_forward_hook(leave))
-    with _removed_after(handles):
-        yield
-
-
-def _is_conv_like(module: nn.Module) -> bool:
-    return isinstance(module, CascadedGroupAttention)

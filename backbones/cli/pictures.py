@@ -6,8 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import torch
-import torch.nn.functional as F
 
 from backbones.cli.predict import Answer
 from backbones.training.pictures import _short, new_figure, save_figure
@@ -43,7 +41,7 @@ def draw_answers(path: Path, answers: Sequence[Answer], names: Sequence[str]) ->
     for axis in axes:
         axis.set_axis_off()
     for axis, answer in zip(axes, answers, strict=False):
-        heat = _resized(answer.heat, answer.image.shape[:2])[..., None]
+        heat = answer.heat[..., None]
         colors = colormaps[_HEAT](heat[..., 0])[..., :3]
         shown = answer.image * (1 - _STRENGTH * heat) + colors * _STRENGTH * heat
         gap = np.ones((len(heat), max(1, len(heat) // 40), 3))
@@ -65,12 +63,6 @@ def draw_answers(path: Path, answers: Sequence[Answer], names: Sequence[str]) ->
                 fontweight="normal" if i else "bold",
             )
     save_figure(figure, path)
-
-
-def _resized(heat: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    tensor = torch.from_numpy(heat)[None, None].float()
-    resized = F.interpolate(tensor, size=size, mode="bilinear", align_corners=False)
-    return resized[0, 0].numpy()
 
 
 def _short_path(path: Path) -> str:

@@ -51,7 +51,7 @@ class Answer:
         classes, confidences: the likeliest first.
         error: why the image could not be read; the others are empty then.
         image: (H, W, 3) in 0 … 1, as the model saw it; for the picture only, as ``heat`` is.
-        heat: (h, w) in 0 … 1, see :func:`backbones.cli.cam.grad_cam`.
+        heat: (H, W) in 0 … 1, see :func:`backbones.cli.cam.grad_cam`.
     """
 
     path: Path

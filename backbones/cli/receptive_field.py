@@ -5,14 +5,18 @@ windows lead to one position of the map, padding included, whatever the weights;
 over all positions it is the whole image. Two things do not count: gates by a mean over the whole
 map (squeeze-and-excitation, global response norm), which say nothing of a place, and the learned
 offsets of deformable convolutions, which may lead anywhere.
+
+The positions of a map lie on a grid of pixels: a 4 × 4 convolution of stride 4 without padding puts
+them into the middle of its patches, one of 7 × 7 with padding 3 onto their upper left pixel.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
 
-from torch import nn
+from torch import Tensor, nn
 
 from ops.attention.bilevel import BiLevelRoutingAttention
 from ops.attention.cascaded import CascadedGroupAttention
@@ -26,10 +30,22 @@ from ops.conv import InceptionDWConv2d
 from ops.large_kernel import DilatedReparamConv2d
 from ops.neighborhood import NeighborhoodAttention2D
 
-__all__ = ["Reach", "ReceptiveField", "reach_of"]
+__all__ = ["ReceptiveField", "Step", "follow", "step_of"]
 
-Reach = float
-"""Positions of its input that a layer looks at along a side; infinite for all of them."""
+
+class Step(NamedTuple):
+    """What a layer does to places.
+
+    Attributes:
+        reach: positions of its input that it looks at along a side; infinite for all of them.
+        stride: positions of its input between neighbouring ones of its output.
+        shift: from the first position of its input to the middle of what its first output sees.
+    """
+
+    reach: float
+    stride: int = 1
+    shift: float = 0.0
+
 
 _EVERYWHERE = float("inf")
 # In the families' own files: BiFormer's attention of all tokens, and MedViTV2's of neighbours in a
@@ -43,73 +59,109 @@ class ReceptiveField:
     Attributes:
         side: pixels, so far; infinite after global attention.
         stride: pixels between neighbouring positions of the map.
+        start: pixels from the edge of the image to the middle of what the map's first position
+            sees; that of position i is ``start + i * stride``.
     """
 
     def __init__(self) -> None:
         self.side: float = 1.0
         self.stride = 1
+        self.start = 0.5
 
-    def pass_through(self, reach: Reach, stride: int) -> None:
+    def pass_through(self, step: Step) -> None:
         """Go through one layer."""
-        self.side += (reach - 1) * self.stride if reach > 1 else 0
-        self.stride *= stride
+        self.side += (step.reach - 1) * self.stride if step.reach > 1 else 0
+        self.start += step.shift * self.stride
+        self.stride *= step.stride
 
 
-def reach_of(module: nn.Module, height: int, width: int) -> tuple[Reach, int] | None:
-    """Reach and stride of a layer on a map of that size; None if its children tell, or nothing.
+@contextmanager
+def follow(model: nn.Module, field: ReceptiveField) -> Iterator[None]:
+    """Let ``field`` pass through the layers as they run."""
+    inside: list[nn.Module] = []
+
+    def enter(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        shape = inputs[0].shape if inputs and isinstance(inputs[0], Tensor) else ()
+        if len(shape) == 4:
+            sides = shape[2:] if isinstance(module, CascadedGroupAttention) else shape[1:3]
+            found = step_of(module, *sides)
+        elif len(shape) == 3:
+            found = step_of(module, shape[1], 1)
+        else:
+            found = None
+        if found is not None:
+            if not inside:
+                field.pass_through(found)
+            inside.append(module)
+
+    def leave(module: nn.Module, inputs: Any, output: Any) -> None:
+        if inside and inside[-1] is module:
+            inside.pop()
+
+    with ExitStack() as hooks:
+        for module in model.modules():
+            hooks.callback(module.register_forward_pre_hook(enter).remove)
+            hooks.callback(module.register_forward_hook(leave).remove)
+        yield
+
+
+def step_of(module: nn.Module, height: int, width: int) -> Step | None:
+    """What a layer does on a map of that size; None if its children tell, or nothing.
 
     Of branches side by side it is the widest.
     """
     if type(module).__name__ in _EVERYWHERE_IN_FAMILIES:
-        return _EVERYWHERE, 1
+        return Step(_EVERYWHERE)
     for kind, rule in _RULES.items():
         if isinstance(module, kind):
             return rule(module, height, width)
     return None
 
 
-def _everywhere(module: nn.Module, height: int, width: int) -> tuple[Reach, int]:
-    return _EVERYWHERE, 1
+def _everywhere(module: nn.Module, height: int, width: int) -> Step:
+    return Step(_EVERYWHERE)
 
 
-def _conv(module: Any, height: int, width: int) -> tuple[Reach, int]:
+def _conv(module: Any, height: int, width: int) -> Step:
     spans = [d * (k - 1) + 1 for k, d in zip(module.kernel_size, module.dilation, strict=True)]
-    return max(spans), module.stride[0]
+    return Step(max(spans), module.stride[0], (spans[0] - 1) / 2 - module.padding[0])
 
 
-def _pool(module: Any, height: int, width: int) -> tuple[Reach, int]:
-    first = [v if isinstance(v, int) else v[0] for v in (module.kernel_size, module.stride)]
-    return first[0], first[1]
+def _pool(module: Any, height: int, width: int) -> Step:
+    side, stride, padding = (
+        v if isinstance(v, int) else v[0]
+        for v in (module.kernel_size, module.stride, module.padding)
+    )
+    return Step(side, stride, (side - 1) / 2 - padding)
 
 
-def _inception(module: Any, height: int, width: int) -> tuple[Reach, int]:
-    return max(module.dwconv_h.kernel_size[0], module.dwconv_hw.kernel_size[0]), 1
+def _inception(module: Any, height: int, width: int) -> Step:
+    return Step(max(module.dwconv_h.kernel_size[0], module.dwconv_hw.kernel_size[0]))
 
 
-def _dilated(module: Any, height: int, width: int) -> tuple[Reach, int]:
-    return module.large.conv.kernel_size[0], 1
+def _dilated(module: Any, height: int, width: int) -> Step:
+    return Step(module.large.conv.kernel_size[0])
 
 
-def _neighborhood(module: Any, height: int, width: int) -> tuple[Reach, int]:
+def _neighborhood(module: Any, height: int, width: int) -> Step:
     # At a border the window moves inwards: from corner to corner.
-    return 2 * max(
-        d * (k - 1) for k, d in zip(module.kernel_size, module.dilation, strict=True)
-    ) + 1, 1
+    spans = (d * (k - 1) for k, d in zip(module.kernel_size, module.dilation, strict=True))
+    return Step(2 * max(spans) + 1)
 
 
-def _windows(module: Any, height: int, width: int) -> tuple[Reach, int]:
+def _windows(module: Any, height: int, width: int) -> Step:
     """Of windows that do not overlap: from one corner to the other, on either side."""
     side = module.window_size
     if height <= side and width <= side:
-        return _EVERYWHERE, 1
-    return 2 * side - 1, 1
+        return Step(_EVERYWHERE)
+    return Step(2 * side - 1)
 
 
-def _overlapping(module: Any, height: int, width: int) -> tuple[Reach, int]:
-    return module.window_size + module.overlap_size - 1, 1
+def _overlapping(module: Any, height: int, width: int) -> Step:
+    return Step(module.window_size + module.overlap_size - 1)
 
 
-_RULES: dict[type[nn.Module], Callable[[Any, int, int], tuple[Reach, int]]] = {
+_RULES: dict[type[nn.Module], Callable[[Any, int, int], Step]] = {
     InceptionDWConv2d: _inception,
     DilatedReparamConv2d: _dilated,
     nn.Conv2d: _conv,

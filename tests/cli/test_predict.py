@@ -11,10 +11,8 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-from zoo import CLASSIFIERS, images, randomise, small
 
 import backbones
-from backbones.cli.cam import grad_cam
 from backbones.cli.common import CommandError, load, read_labels
 from backbones.cli.main import main
 from backbones.training.checkpoint import save_weights
@@ -117,27 +115,3 @@ def test_models_without_classes_are_refused(
 ) -> None:
     assert main(["predict", str(photos), "--model", "hat_s_x2"]) == 2
     assert "hat_s_x2 has no classifier" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("family", CLASSIFIERS)
-def test_grad_cam_of_every_family(family: str) -> None:
-    model = randomise(small(family, num_classes=4)).eval()
-    logits, heat = grad_cam(model, images(2, 3, 128, 128))
-    torch.testing.assert_close(logits, model(images(2, 3, 128, 128)))
-    assert heat.shape[0] == 2
-    assert min(heat.shape[1:]) >= 4
-    assert heat.min() >= 0
-    assert heat.max() <= 1
-    assert all(parameter.grad is None for parameter in model.parameters())
-
-
-def test_grad_cam_finds_what_matters() -> None:
-    # The logit of class 0 is the mean of the last map's first channel: heat is that channel.
-    model = small("van", num_classes=2).eval()
-    torch.nn.init.zeros_(model.head.fc.weight)
-    with torch.no_grad():
-        model.head.fc.weight[0, 0] = 1
-    picture = images(1, 3, 160, 160)
-    _, heat = grad_cam(model, picture, torch.tensor([0]))
-    channel = model.forward_features(picture)[:, 0].relu()
-    torch.testing.assert_close(heat, channel / channel.max())

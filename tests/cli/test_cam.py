@@ -1,0 +1,135 @@
+"""Heat lies over what caused it, in every family and at any size."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from zoo import CLASSIFIERS, images, randomise, small
+
+from backbones.cli.cam import grad_cam, spread
+from backbones.cli.receptive_field import ReceptiveField, follow
+
+NORMS = ("LayerNorm", "LayerNorm2d", "SEModule")
+
+
+class Widen(nn.Module):
+    """As many channels as wanted, each the mean of those before."""
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        self.dim = dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x.mean(1, keepdim=True).expand(-1, self.dim, -1, -1)
+
+
+def simple(family: str) -> Any:
+    """Stem, downsampling and head of a family with weights all alike and no biases.
+
+    What is bright in the image is bright in the maps, at the same place; a black image gives 0.
+    """
+    model = small(family).double().eval()
+    for stage, info in zip(model.stages, model.feature_info, strict=True):
+        stage.blocks = nn.Sequential()
+        if family == "medvitv2":  # whose blocks change the number of channels
+            stage.blocks.append(Widen(info["num_chs"]))
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if type(child).__name__ in NORMS:
+                setattr(module, name, nn.Identity())
+    for name, parameter in model.named_parameters():
+        nn.init.constant_(parameter, 0.0 if name.endswith("bias") or "offset" in name else 0.1)
+    return model
+
+
+def size_of(model: Any) -> tuple[int, int]:
+    """A dozen cells of the last map, and a part of one: so many that borders are far away."""
+    stride = model.feature_info[-1]["reduction"]
+    return 12 * stride + 5, 13 * stride + 11
+
+
+def middle(heat: Tensor) -> tuple[float, float]:
+    """Centre of mass of (H, W), in pixels from the upper left corner."""
+    rows, columns = heat.sum(1).double(), heat.sum(0).double()
+    return tuple(((torch.arange(len(m)) + 0.5) * m / m.sum()).sum().item() for m in (rows, columns))
+
+
+@pytest.mark.parametrize("family", CLASSIFIERS)
+def test_the_grid_of_every_map(family: str) -> None:
+    # Of the whole model, blocks included, against where gradients of the simple one come from.
+    whole, model = small(family).eval(), simple(family)
+    size = size_of(whole)
+    picture = torch.ones(1, 3, *size, dtype=torch.float64, requires_grad=True)
+    field, x, y = ReceptiveField(), picture.detach().float(), picture
+    with torch.no_grad(), follow(whole, field):
+        x = whole.stem(x)
+    y = model.stem(y)
+    for number, stage in enumerate(whole.stages):
+        with torch.no_grad(), follow(whole, field):
+            x = stage(x)
+        y = model.stages[number](y)
+        assert x.shape[2:] == y.shape[2:]
+        row, column = (side // 2 for side in y.shape[2:])
+        (gradient,) = torch.autograd.grad(y[0, 0, row, column], picture, retain_graph=True)
+        expected = [field.start + i * field.stride for i in (row, column)]
+        assert middle(gradient[0].sum(0)) == pytest.approx(expected, abs=1e-6)
+        assert field.stride == whole.feature_info[number]["reduction"]
+
+
+@pytest.mark.parametrize("family", CLASSIFIERS)
+def test_a_bright_square_is_where_the_heat_is(family: str) -> None:
+    model, field = simple(family), ReceptiveField()
+    size = size_of(model)
+    with torch.no_grad(), follow(model, field):
+        shape = model.forward_features(torch.zeros(1, 3, *size, dtype=torch.float64)).shape[2:]
+    centre = [field.start + (side // 2) * field.stride for side in shape]
+    near = [
+        ((torch.arange(side) + 0.5 - c).abs() <= field.stride / 4).double()
+        for side, c in zip(size, centre, strict=True)
+    ]
+    picture = (near[0][:, None] * near[1]).expand(1, 3, -1, -1)
+    _, heat = grad_cam(model, picture, torch.tensor([0]))
+    assert heat.shape == (1, *size)
+    assert middle(heat[0]) == pytest.approx(centre, abs=1e-6)
+    assert heat.max() == 1
+    assert heat[0, :, : size[1] // 8].max() == 0
+
+
+def test_heat_of_one_cell() -> None:
+    # Sizes that 32 does not divide; cells on pixels, as after padded convolutions, and between.
+    for start, size in ((0.5, (110, 139)), (16.0, (131, 170))):
+        cells = torch.zeros(1, 4, 5)
+        cells[0, 1, 2] = 1
+        heat = spread(cells, size, start, 32)
+        assert heat.shape == (1, *size)
+        assert middle(heat[0]) == pytest.approx([start + 32, start + 64], abs=1e-4)
+        assert (heat.sum(0) > 0).sum(0).max() == 63 + (start == 16.0)
+    # Beyond the outermost cells nothing changes.
+    even = torch.full((2, 3, 3), 0.7)
+    torch.testing.assert_close(spread(even, (99, 70), 0.5, 32), torch.full((2, 99, 70), 0.7))
+
+
+@pytest.mark.parametrize("family", CLASSIFIERS)
+def test_every_family(family: str) -> None:
+    model = randomise(small(family, num_classes=4)).eval()
+    logits, heat = grad_cam(model, images(2, 3, 129, 140))
+    torch.testing.assert_close(logits, model(images(2, 3, 129, 140)))
+    assert heat.shape == (2, 129, 140)
+    assert heat.min() >= 0
+    assert heat.max() <= 1
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_it_finds_what_matters() -> None:
+    # The logit of class 0 is the mean of the last map's first channel: heat is that channel.
+    model = small("van", num_classes=2).eval()
+    torch.nn.init.zeros_(model.head.fc.weight)
+    with torch.no_grad():
+        model.head.fc.weight[0, 0] = 1
+    picture = images(1, 3, 160, 160)
+    _, heat = grad_cam(model, picture, torch.tensor([0]))
+    channel = spread(model.forward_features(picture)[:, 0].relu(), (160, 160), 0.5, 32)
+    torch.testing.assert_close(heat, channel / channel.max())
