@@ -12,11 +12,18 @@
     "#d4a72c", "#b07aa1", "#ff7f97", "#9c755f", "#8a8a8a", "#2f9e8f"];
   const symbols = ["circle", "square", "diamond", "triangle-up", "cross", "star", "x",
     "pentagon", "triangle-down", "hexagon", "bowtie"];
+  const margin = { l: 48, r: 32, t: 40, b: 44 };
   const modeBarButtons = [["zoom2d", "pan2d", "resetScale2d", "toImage"]];
   const families = [...new Set(data.map((row) => row.family))];
-  // 1, 2 and 5 of every decade, written out: plotly would write only the digit.
-  const ticks = [-3, -2, -1, 0, 1, 2, 3, 4].flatMap((power) =>
-    [1, 2, 5].map((digit) => Number(`${digit}e${power}`)));
+  // What stands at the axis of some figures, written out: plotly would write only the digit.
+  function marks(figures, width) {
+    // Of a single one plotly shows a decade on either side.
+    const decades = Math.log10(Math.max(...figures) / Math.min(...figures)) || 2;
+    const room = width / decades;
+    const digits = room < 110 ? [1, 3] : room < 500 ? [1, 2, 5] : [1, 1.5, 2, 2.5, 3, 4, 5, 6, 8];
+    return [-3, -2, -1, 0, 1, 2, 3, 4].flatMap((power) =>
+      digits.map((digit) => Number(`${digit}e${power}`)));
+  }
 
   function sortBy(column) {
     const heading = headings[column];
@@ -71,7 +78,7 @@
     });
   }
 
-  function layout(title, xTitle, drawn) {
+  function layout(title, xTitle, drawn, ticks) {
     const style = getComputedStyle(document.body);
     const ink = style.getPropertyValue("--md-default-fg-color").trim();
     const lines = style.getPropertyValue("--md-default-fg-color--lightest").trim();
@@ -86,7 +93,7 @@
       paper_bgcolor: "transparent",
       plot_bgcolor: "transparent",
       modebar: { bgcolor: "transparent", color: ink, orientation: "v" },
-      margin: { l: 48, r: 32, t: 40, b: 44 },
+      margin,
       xaxis: {
         ...axis, type: "log", tickvals: ticks, ticktext: ticks.map(String), tickangle: 0,
         title: { text: xTitle },
@@ -123,7 +130,9 @@
     for (const { id, title, xTitle, x, describe } of plots) {
       const drawn = traces(rows, x, describe);
       const options = { responsive: true, displaylogo: false, modeBarButtons };
-      Plotly.react(id, drawn, layout(title, xTitle, drawn.length > 0), options);
+      const width = document.getElementById(id).clientWidth - margin.l - margin.r;
+      const ticks = marks(drawn.flatMap((trace) => trace.x), width);
+      Plotly.react(id, drawn, layout(title, xTitle, drawn.length > 0, ticks), options);
     }
   }
 

@@ -119,16 +119,42 @@ def test_text_sorts(zoo):
     assert column(zoo, "Variant") == names[::-1]
 
 
-def test_axes_have_whole_numbers_and_one_family_a_legend(zoo):
-    ticks = (
-        "return [...document.querySelectorAll('#zoo-macs .xtick text')].map((t) => t.textContent)"
-    )
-    written = zoo.execute_script(ticks)
-    assert len(written) > 5 and [float(text) for text in written] == sorted(map(float, written))
+def axis(browser, plot):
+    """The numbers written at the lower axis, and how far apart in pixels their texts are."""
+    script = """
+        return [...document.querySelectorAll(`#${arguments[0]} .xtick text`)].map((text) => {
+            const box = text.getBoundingClientRect();
+            return [text.textContent, box.left, box.right];
+        })
+    """
+    written = browser.execute_script(script, plot)
+    gaps = [b[1] - a[2] for a, b in zip(written, written[1:], strict=False)]
+    return [float(text) for text, _, _ in written], gaps
+
+
+@pytest.mark.parametrize("plot", ["zoo-macs", "zoo-latency"])
+def test_axes_have_whole_numbers_and_one_family_a_legend(zoo, plot):
+    numbers, gaps = axis(zoo, plot)
+    assert len(numbers) > 5 and numbers == sorted(numbers) and min(gaps) > 4
     family = Select(zoo.find_element(By.ID, "zoo-filters").find_element(By.NAME, "family"))
     family.select_by_value("shvit")
-    legend = "return document.querySelector('#zoo-macs .legendtext')?.textContent"
+    legend = f"return document.querySelector('#{plot} .legendtext')?.textContent"
     assert WebDriverWait(zoo, 10).until(lambda b: b.execute_script(legend)) == "shvit"
+    numbers, gaps = axis(zoo, plot)
+    assert len(numbers) >= 3 and min(gaps) > 4
+    zoo.find_element(By.NAME, "name").send_keys("s1")
+    numbers, gaps = axis(zoo, plot)
+    assert len(numbers) >= 3 and min(gaps) > 4
+
+
+def test_axes_on_a_telephone(browser, address, watch):
+    size(browser, 390)
+    browser.get(f"{address}/zoo.html")
+    WebDriverWait(browser, 30).until(lambda b: len(axis(b, "zoo-latency")[0]) > 3)
+    for plot in ("zoo-macs", "zoo-latency"):
+        numbers, gaps = axis(browser, plot)
+        assert numbers == sorted(numbers) and min(gaps) > 4
+    watch.check()
 
 
 @pytest.mark.parametrize("family", sorted({family for family, _ in parity.variants()} - {"hat"}))
