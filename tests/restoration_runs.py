@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable, Sequence
-from multiprocessing.process import BaseProcess
 from pathlib import Path
 from unittest.mock import patch
 
@@ -49,16 +48,16 @@ def train(*arguments: str, pictures: bool = False) -> int:
 
 def start(
     *arguments: str, before: Callable[[], None] | None = None, env: dict[str, str] | None = None
-) -> BaseProcess:
+) -> training_runs.Run:
     """The same in a process of its own; ``before`` runs in it first."""
-    process = training_runs._context.Process(target=_run, args=(arguments, before, env or {}))
+    process = training_runs.Run(target=_run, args=(arguments, before, env or {}))
     process.start()
     return process
 
 
 def start_two(
     *arguments: str, before: Sequence[Callable[[], None] | None] = (None, None)
-) -> list[BaseProcess]:
+) -> list[training_runs.Run]:
     """Two processes of one run, as torchrun starts them."""
     return training_runs.start_two(*arguments, before=before, launch=start)
 

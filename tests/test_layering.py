@@ -56,7 +56,12 @@ def test_import_is_cheap() -> None:
     times, loaded = [], ""
     for _ in range(5):
         run = subprocess.run(
-            [sys.executable, "-c", _TIMES], cwd=ROOT, check=True, capture_output=True, text=True
+            [sys.executable, "-c", _TIMES],
+            cwd=ROOT,
+            check=True,
+            capture_output=True,
+            text=True,
+            timeout=120,
         )
         seconds, loaded = run.stdout.splitlines()
         times.append(float(seconds))
@@ -68,7 +73,9 @@ def test_a_foreign_ops_is_named(tmp_path: Path) -> None:
     (tmp_path / "ops").mkdir()
     (tmp_path / "ops" / "__init__.py").write_text("")
     code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]; import backbones"
-    run = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    run = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120
+    )
     assert run.returncode == 1
     assert "ImportError: `backbones` needs its own package `ops`" in run.stderr
     assert str(tmp_path) in run.stderr

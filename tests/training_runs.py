@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import multiprocessing
 import os
+import random
 import signal
 import socket
 import sys
 from collections.abc import Callable, Sequence
-from multiprocessing.process import BaseProcess
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -31,12 +32,26 @@ QUICK = [
     *("--lr=1e-3", "--warmup-epochs=1", "--save-every-minutes=0"),
 ]
 
+# A run takes seconds; one that waits for ever, in seconds, fails its test.
+PATIENCE = 200
+
 # The server is a Python of its own and reads sys.path from here.
 _folders = [str(Path(__file__).parent), str(Path(train_cls.__file__).parent)]
 os.environ["PYTHONPATH"] = os.pathsep.join([*_folders, os.environ.get("PYTHONPATH", "")])
 # One server imports torch and the library; every run is forked from it, in milliseconds.
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["training_runs"])
+
+
+class Run(_context.Process):  # type: ignore[name-defined]
+    """A training in a process of its own; waiting for it ends."""
+
+    def join(self, timeout: float | None = None) -> None:
+        """Wait for ``timeout`` seconds; without one, fail when it still runs after a while."""
+        super().join(timeout or PATIENCE)
+        if timeout is None and self.is_alive():
+            super().kill()
+            raise AssertionError(f"{self.name} still ran after {PATIENCE} s")
 
 
 def make_images(folder: Path, counts: dict[str, int], classes: int = 3) -> Path:
@@ -66,9 +81,9 @@ def train(*arguments: str, pictures: bool = False) -> int:
 
 def start(
     *arguments: str, before: Callable[[], None] | None = None, env: dict[str, str] | None = None
-) -> BaseProcess:
+) -> Run:
     """``train_cls.py`` in a process of its own; ``before`` runs in it first."""
-    process = _context.Process(target=_run, args=(arguments, before, env or {}))
+    process = Run(target=_run, args=(arguments, before, env or {}))
     process.start()
     return process
 
@@ -76,13 +91,10 @@ def start(
 def start_two(
     *arguments: str,
     before: Sequence[Callable[[], None] | None] = (None, None),
-    launch: Callable[..., BaseProcess] = start,
-) -> list[BaseProcess]:
+    launch: Callable[..., Run] = start,
+) -> list[Run]:
     """Two processes that work together, of ``train_cls.py`` or of what ``launch`` starts."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = str(free.getsockname()[1])
-    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [
         launch(
             *arguments,
@@ -93,7 +105,16 @@ def start_two(
     ]
 
 
-def join(processes: Sequence[BaseProcess]) -> list[int | None]:
+def free_port() -> int:
+    """A port that nobody listens at, and that the system gives to no one who asks for any."""
+    while True:
+        port = random.SystemRandom().randrange(15_000, 32_000)
+        with socket.socket() as server, suppress(OSError):
+            server.bind(("127.0.0.1", port))
+            return port
+
+
+def join(processes: Sequence[Run]) -> list[int | None]:
     """Wait for all; their exit codes."""
     for process in processes:
         process.join()
@@ -133,7 +154,7 @@ def freeze_batch_norm() -> None:
     nn.modules.batchnorm._BatchNorm.train = train
 
 
-def kill(process: BaseProcess) -> None:
+def kill(process: Run) -> None:
     """SIGKILL, and wait."""
     if process.pid is not None and process.is_alive():
         os.kill(process.pid, signal.SIGKILL)

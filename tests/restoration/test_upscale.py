@@ -219,7 +219,9 @@ def test_peak_memory_stays_below_the_limit(model: str, side: int, spares: tuple[
     found = []
     for spare in spares:
         words = [sys.executable, "-c", _PEAK, model, str(side), str(spare)]
-        run = subprocess.run(words, cwd=ROOT, check=True, capture_output=True, text=True)
+        run = subprocess.run(
+            words, cwd=ROOT, check=True, capture_output=True, text=True, timeout=250
+        )
         tiles, limit, peak = map(int, run.stdout.split())
         assert peak <= limit
         found.append((tiles, peak))

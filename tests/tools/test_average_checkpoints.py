@@ -72,6 +72,7 @@ def test_a_missing_file_from_the_shell(tmp_path):
         capture_output=True,
         text=True,
         check=False,
+        timeout=120,
         env={"PYTHONPATH": str(PATH.parents[1])},
     )
     assert result.returncode == 1

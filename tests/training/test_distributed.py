@@ -2,13 +2,13 @@
 
 import os
 import signal
-import subprocess
 import sys
 import time
 from functools import partial
 
 import pytest
 import torch
+from commands import run
 from training_runs import (
     final_state,
     freeze_batch_norm,
@@ -169,8 +169,6 @@ def test_an_elastic_torchrun_restarts_a_killed_worker(images, tmp_path):
         *(str(worker), *arguments, "--name=elastic", "--resume=auto"),
     ]
     # Without it the processes of both turns share a store, and new ones may find dead addresses.
-    environment = {**os.environ, "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=180)
-    assert done.returncode == 0, done.stderr
-    assert "going on from" in done.stdout
+    said = run(command, timeout=180, env={"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
+    assert "going on from" in said
     assert same(*(final_state(tmp_path / name) for name in ("undisturbed", "elastic")))
