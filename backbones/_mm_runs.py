@@ -1,19 +1,21 @@
-"""What the command-line tools for mmdet and mmseg share: arguments, and the config they make."""
+"""What the tools for mmdet and mmseg share: arguments, the config they make, processes."""
 
 from __future__ import annotations
 
 import argparse
-import atexit
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from pathlib import Path
 
 import torch
-import torch.distributed
 from mmengine.config import Config, DictAction
+from torch import distributed
 
 from backbones.openmmlab import check_channels, without_sync_norm
 
-__all__ = ["load_config", "shared_arguments"]
+__all__ = ["load_config", "processes", "shared_arguments"]
 
 
 def shared_arguments(description: str) -> argparse.ArgumentParser:
@@ -46,15 +48,12 @@ def load_config(args: argparse.Namespace) -> Config:
     if args.launcher == "none":
         without_sync_norm(cfg.model)
     elif not torch.cuda.is_available():
-        _join_cpus(cfg, args.launcher)
+        _for_cpus(cfg, args.launcher)
     return cfg
 
 
-def _join_cpus(cfg: Config, launcher: str) -> None:
-    """Join the processes that torchrun started where there is no GPU.
-
-    mmengine's own launchers would ask for one; it leaves a group alone that is there already.
-    """
+def _for_cpus(cfg: Config, launcher: str) -> None:
+    """What a run of several processes has otherwise where there is no GPU."""
     if launcher != "pytorch" or "RANK" not in os.environ:
         raise ValueError(
             f"--launcher {launcher} needs CUDA here; on CPUs use --launcher none, or --launcher "
@@ -65,6 +64,25 @@ def _join_cpus(cfg: Config, launcher: str) -> None:
     cfg.model_wrapper_cfg = dict(
         type="MMDistributedDataParallel", broadcast_buffers=False, device_ids=None
     )
-    if not torch.distributed.is_initialized():
-        torch.distributed.init_process_group("gloo")
-        atexit.register(torch.distributed.destroy_process_group)
+
+
+@contextmanager
+def processes(cfg: Config) -> Iterator[None]:
+    """Within it, the processes that torchrun started without a GPU are a group.
+
+    mmengine's own launchers would ask for a GPU; they leave a group alone that is there already.
+    ``env_cfg.dist_cfg.timeout`` is in seconds, as theirs. Where there is a GPU, or one process,
+    nothing is done here.
+    """
+    if cfg.launcher == "none" or torch.cuda.is_available() or distributed.is_initialized():
+        yield
+        return
+    seconds = cfg.get("env_cfg", {}).get("dist_cfg", {}).get("timeout")
+    distributed.init_process_group("gloo", timeout=seconds and timedelta(seconds=seconds))
+    try:
+        yield
+        # Who is done first would cut the connections that the others still use.
+        distributed.barrier()
+    finally:
+        # Before the interpreter ends, which takes its threads by surprise.
+        distributed.destroy_process_group()

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mmengine.runner import Runner
 
-from backbones._mm_runs import load_config, shared_arguments
+from backbones._mm_runs import load_config, processes, shared_arguments
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
@@ -23,7 +23,8 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     if not Path(args.checkpoint).is_file():
         raise FileNotFoundError(f"no checkpoint at {args.checkpoint}")
     cfg.load_from = args.checkpoint
-    return Runner.from_cfg(cfg).test()
+    with processes(cfg):
+        return Runner.from_cfg(cfg).test()
 
 
 if __name__ == "__main__":

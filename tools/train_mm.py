@@ -18,7 +18,7 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.runner import Runner
 
-from backbones._mm_runs import load_config, shared_arguments
+from backbones._mm_runs import load_config, processes, shared_arguments
 
 
 def main(argv: Sequence[str] | None = None) -> Runner:
@@ -40,8 +40,9 @@ def main(argv: Sequence[str] | None = None) -> Runner:
     if args.resume:
         cfg.resume = True
         cfg.load_from = None if args.resume == "auto" else args.resume
-    runner = Runner.from_cfg(cfg)
-    runner.train()
+    with processes(cfg):
+        runner = Runner.from_cfg(cfg)
+        runner.train()
     return runner
 
 

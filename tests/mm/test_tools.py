@@ -6,6 +6,7 @@ import importlib.util
 import json
 import os
 import sys
+from datetime import timedelta
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -16,8 +17,9 @@ import torch
 from commands import run
 from mmengine.config import Config
 from PIL import Image
-from torch import nn
+from torch import distributed, nn
 
+from backbones._mm_runs import processes
 from backbones.openmmlab import CPUAmpOptimWrapper
 
 ROOT = Path(__file__).parents[2]
@@ -220,6 +222,28 @@ def test_launchers_that_need_cuda_say_so(monkeypatch: pytest.MonkeyPatch) -> Non
     for launcher in ("slurm", "pytorch"):
         with pytest.raises(ValueError, match=f"--launcher {launcher} needs CUDA.*under torchrun"):
             _tool("train_mm").main([_config(QUICKSTARTS[0]), "--launcher", launcher])
+
+
+def test_the_group_of_processes_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    # One process, as torchrun would tell it; the store takes any free port.
+    addresses = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", **addresses}.items():
+        monkeypatch.setenv(name, value)
+    cfg = Config(dict(launcher="pytorch", env_cfg=dict(dist_cfg=dict(timeout=7))))
+    with processes(cfg):
+        group = distributed.distributed_c10d._get_default_group()
+        assert distributed.get_backend(group) == "gloo"
+        assert group._get_backend(torch.device("cpu")).options._timeout == timedelta(seconds=7)
+        with processes(cfg):
+            pass  # nothing changes for who is in a group already
+        assert distributed.is_initialized()
+    assert not distributed.is_initialized()
+    with pytest.raises(KeyError, match="lost"), processes(cfg):
+        raise KeyError("lost")
+    assert not distributed.is_initialized()
+    with processes(Config(dict(launcher="none"))):
+        assert not distributed.is_initialized()
 
 
 @pytest.mark.slow
