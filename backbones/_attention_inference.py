@@ -5,10 +5,12 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from backbones import biformer, favit, litv2, medvitv2, ravlt
+from ops.inference.depthwise_mlp import PackedDepthwiseMlp
 from ops.inference.layers import runs_fast
+from ops.inference.mlp import NormedMlp
 
 __all__ = ["FORMS"]
 
@@ -28,49 +30,55 @@ class BiFormerGlobalAttention(biformer.GlobalAttention):
 
 
 class BiFormerBlock(biformer.Block):
-    """Attention and MLP add their shortcuts."""
+    """Attention and MLP add their shortcuts, the MLP takes its norm."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.pos_embed(x).permute(0, 2, 3, 1)
         x = self.attn(self.norm1(x), x)
-        return self.mlp(self.norm2(x), x).permute(0, 3, 1, 2)
+        return self.mlp(x, x, self.norm2).permute(0, 3, 1, 2)
 
 
 class LITv2Block(litv2.Block):
-    """The MLP adds its shortcut."""
+    """The MLP takes its norm and adds its shortcut."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.norm1 is not None and self.attn is not None:
             x = x + self.attn(self.norm1(x))
-        return self.mlp(self.norm2(x), x)
+        return self.mlp(x, x, self.norm2)
 
 
 class FaViTBlock(favit.Block):
-    """The MLP adds its shortcut."""
+    """The MLP takes its norm and adds its shortcut."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attn(self.norm1(x))
-        return self.mlp(self.norm2(x), x)
+        return self.mlp(x, x, self.norm2)
 
 
-class RAVLTConvMlp(ravlt.ConvMlp):
-    """The last layer adds the shortcut."""
+class RAVLTConvMlp(NormedMlp, ravlt.ConvMlp):
+    """(B, H, W, dim) → (B, H, W, dim)."""
 
     followed: ClassVar = {"act": ("fc1",)}
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def in_layers(self, x: Tensor, residual: Tensor | None) -> Tensor:
         x = self.act(self.fc1(x)).permute(0, 3, 1, 2)
         return self.fc2(self.dwconv(x).permute(0, 2, 3, 1), residual)
 
+    def conv(self) -> nn.Module:
+        return self.dwconv
+
+    def derive(self, x: Tensor) -> PackedDepthwiseMlp | None:
+        return super().derive(x) if isinstance(self.act, nn.Identity) else None
+
 
 class RAVLTBlock(ravlt.Block):
-    """Attention and MLP add their shortcuts."""
+    """Attention and MLP add their shortcuts, the MLP takes its norm."""
 
     def forward(self, x: Tensor, sin: Tensor | None, cos: Tensor | None) -> Tensor:
         x = self.pos(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         rotary = None if sin is None or cos is None else (sin, cos)
         x = self.attn(self.norm1(x), rotary, x)
-        return self.mlp(self.norm2(x), x)
+        return self.mlp(x, x, self.norm2)
 
 
 class RAVLTStage(ravlt.RAVLTStage):

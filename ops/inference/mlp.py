@@ -7,13 +7,22 @@ from typing import Any, ClassVar
 
 import torch
 from timm.layers import ConvMlp, Mlp
-from torch import Tensor
+from torch import Tensor, nn
 
-from ops.inference.layers import FastLayer
+from ops.inference import depthwise_mlp
+from ops.inference.depthwise_mlp import PackedDepthwiseMlp
+from ops.inference.layers import FastDepthwiseConv2d, FastLayer, FastLinear
 from ops.kan import KANLayer, reflectional_switch
 from ops.mlp import DWMlp
 
-__all__ = ["FastConvMlp", "FastDWMlp", "FastKANLayer", "FastMlp", "feed_forward"]
+__all__ = [
+    "FastConvMlp",
+    "FastDWMlp",
+    "FastKANLayer",
+    "FastMlp",
+    "NormedMlp",
+    "feed_forward",
+]
 
 # Of the map between the two layers: what a core's second-level cache holds; but no fewer rows than
 # make it worth to read the weights again.
@@ -57,16 +66,71 @@ def feed_forward(
     return out.view(*x.shape[:-1], -1)
 
 
-class FastMlp(Mlp):
+class NormedMlp(FastLayer):
+    """``mlp(norm(x)) + residual``: all at once by our kernel, or layer by layer."""
+
+    fc1: Any
+    fc2: Any
+
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, norm: nn.LayerNorm | None = None
+    ) -> Tensor:
+        """``norm`` comes before the MLP.
+
+        Args:
+            x: (B, ..., dim).
+            residual: added to the result.
+        """
+        packed = self.derived(x)
+        if packed is not None and packed.shares_out(x):
+            return packed(x, residual, norm)
+        return self.in_layers(x if norm is None else norm(x), residual)
+
+    def in_layers(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        """Without norm, one layer after the other."""
+        raise NotImplementedError
+
+    def conv(self) -> nn.Module | None:
+        """What is between the layers, if anything."""
+        return None
+
+    def sources(self) -> list[Tensor]:
+        parts = [m for m in (self.fc1, self.conv(), self.fc2) if m is not None]
+        return [p for part in parts for p in part.parameters()]
+
+    def derive(self, x: Tensor) -> PackedDepthwiseMlp | None:
+        fc1, conv, fc2 = self.fc1, self.conv(), self.fc2
+        if depthwise_mlp.unsupported(x.device, x.dtype) is not None:
+            return None
+        if not isinstance(fc1, FastLinear) or not isinstance(fc2, FastLinear):
+            return None
+        if conv is None:
+            return PackedDepthwiseMlp(fc1, None, fc2, fc1.activation)
+        if not isinstance(conv, FastDepthwiseConv2d) or not _is_square_of_three(conv):
+            return None
+        return PackedDepthwiseMlp(fc1, conv, fc2, fc1.activation, conv.activation)
+
+
+def _is_square_of_three(conv: nn.Conv2d) -> bool:
+    geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation)
+    return geometry == ((3, 3), (1, 1), (1, 1), (1, 1))
+
+
+class FastMlp(NormedMlp, Mlp):
     """On tokens, (..., dim) → (..., out_dim)."""
 
     followed: ClassVar = {"act": ("fc1",)}
+    norm: Any
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def in_layers(self, x: Tensor, residual: Tensor | None) -> Tensor:
         return feed_forward(x, self._expand, self.fc2, self.fc1.out_features, residual)
 
     def _expand(self, x: Tensor) -> Tensor:
         return self.norm(self.act(self.fc1(x)))
+
+    def derive(self, x: Tensor) -> PackedDepthwiseMlp | None:
+        plain = isinstance(self.act, nn.Identity) and isinstance(self.norm, nn.Identity)
+        return super().derive(x) if plain else None
 
 
 class FastConvMlp(ConvMlp):
@@ -87,14 +151,20 @@ class FastConvMlp(ConvMlp):
         return self.fc2.on_last(x, residual)
 
 
-class FastDWMlp(DWMlp):
-    """The depthwise convolution applies the activation, the last layer adds the shortcut."""
+class FastDWMlp(NormedMlp, DWMlp):
+    """(B, H, W, dim) → (B, H, W, dim)."""
 
     followed: ClassVar = {"act": ("dwconv",)}
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    def in_layers(self, x: Tensor, residual: Tensor | None) -> Tensor:
         x = self.dwconv(self.fc1(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return self.fc2(self.act(x), residual)
+
+    def conv(self) -> nn.Module:
+        return self.dwconv
+
+    def derive(self, x: Tensor) -> PackedDepthwiseMlp | None:
+        return super().derive(x) if isinstance(self.act, nn.Identity) else None
 
 
 class FastKANLayer(FastLayer, KANLayer):

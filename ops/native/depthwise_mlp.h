@@ -1,0 +1,287 @@
+// A feed-forward whose hidden map passes a depthwise 3×3 convolution, or nothing, between its two
+// linear layers. The hidden map is many times larger than what comes in and goes out; it is made in
+// strips of rows and, where the whole map is one strip, in chunks of channels, so that it never
+// leaves the second-level cache. The norm before and the shortcut after are part of it.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <cstring>
+#include <new>
+#include <vector>
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+#include "activation.h"
+#include "lanes.h"
+#include "linear.h"
+#include "simd.h"
+
+namespace depthwise_mlp {
+
+using simd::F;
+using simd::W;
+
+// ops/inference/depthwise_mlp.py has the same fields in the same order.
+struct Problem {
+  int64_t batch, height, width, in_features, hidden, out_features;
+  int64_t chunk;                          // hidden channels at a time, whole panels of linear.h
+  int64_t activation, conv_activation;    // after the first layer, after the convolution
+  double eps;                             // of the norm
+  int64_t threads;
+};
+
+// Maps are [batch][height][width][features]. Null where they are not wanted: `norm_weight` and
+// `norm_bias` [in_features], `taps` [9][hidden] with `conv_bias` [hidden], and `other`, which is
+// added to the result. `weight2` has each chunk's inputs packed on their own.
+struct Tensors {
+  const float *in, *norm_weight, *norm_bias;
+  const float *weight1, *bias1, *taps, *conv_bias, *weight2, *bias2;
+  const float* other;
+  float* out;
+};
+
+// Of the hidden map, before and after the convolution; a core's second-level cache holds both and
+// the weights of a chunk.
+constexpr int64_t STRIP_FLOATS = 160 * 1024;
+constexpr int RUN = 8;  // pixels whose sums are in registers
+
+struct Scratch {
+  std::vector<float> normed, hidden, mixed, zeros;
+};
+
+static float* room(std::vector<float>& buffer, int64_t floats) {
+  if (buffer.size() < static_cast<size_t>(floats)) buffer.resize(static_cast<size_t>(floats));
+  return buffer.data();
+}
+
+// ---- norm --------------------------------------------------------------------------------------
+static void normalise(const Problem& p, const Tensors& t, const float* in, int64_t pixels,
+                      float* out) {
+  const int64_t dim = p.in_features, whole = dim / W * W;
+  const int rest = static_cast<int>(dim - whole);
+  const float share = 1.f / static_cast<float>(dim);
+  for (int64_t i = 0; i < pixels; i++, in += dim, out += dim) {
+    F sum = simd::zero();
+    for (int64_t c = 0; c < whole; c += W) sum = sum + simd::load(in + c);
+    float mean = simd::reduce_add(sum);
+    for (int64_t c = whole; c < dim; c++) mean += in[c];
+    mean *= share;
+    const F centre = simd::set1(mean);
+    F squares = simd::zero();
+    for (int64_t c = 0; c < whole; c += W) {
+      const F x = simd::load(in + c) - centre;
+      squares = simd::fma(x, x, squares);
+    }
+    float variance = simd::reduce_add(squares);
+    for (int64_t c = whole; c < dim; c++) variance += (in[c] - mean) * (in[c] - mean);
+    const F factor =
+        simd::set1(1.f / std::sqrt(variance * share + static_cast<float>(p.eps)));
+    for (int64_t c = 0; c < dim; c += W) {
+      const int lanes = c < whole ? W : rest;
+      const F x = (simd::get(in + c, lanes) - centre) * factor;
+      const F weight = simd::get(t.norm_weight + c, lanes);
+      simd::put(out + c, simd::fma(x, weight, simd::get(t.norm_bias + c, lanes)), lanes);
+    }
+  }
+}
+
+// ---- convolution -------------------------------------------------------------------------------
+// One vector of channels of an output row; `rows` are the three input rows at those channels.
+struct Row {
+  const float* rows[3];
+  ptrdiff_t pitch;  // from pixel to pixel, of input and output
+  float* out;
+  int64_t activation;
+};
+
+template <int N>
+static VB_INLINE void convolve(const Row& row, const F (&taps)[9], F bias, int64_t x, int first,
+                               int last) {
+  F sum[N];
+  VB_UNROLL
+  for (int i = 0; i < N; i++) sum[i] = bias;
+  VB_UNROLL
+  for (int r = 0; r < 3; r++) {
+    const float* in = row.rows[r] + (x - 1) * row.pitch;
+    VB_UNROLL
+    for (int k = 0; k < 3; k++) {
+      if (k < first || k > last) continue;
+      VB_UNROLL
+      for (int i = 0; i < N; i++) {
+        sum[i] = simd::fma(taps[3 * r + k], simd::load(in + (i + k) * row.pitch), sum[i]);
+      }
+    }
+  }
+  if (row.activation != activation::NONE) activation::apply(sum, N, row.activation);
+  VB_UNROLL
+  for (int i = 0; i < N; i++) simd::store(row.out + (x + i) * row.pitch, sum[i]);
+}
+
+static void convolve_row(const Row& row, const F (&taps)[9], F bias, int64_t width) {
+  if (width == 1) {
+    convolve<1>(row, taps, bias, 0, 1, 1);
+    return;
+  }
+  convolve<1>(row, taps, bias, 0, 1, 2);
+  int64_t x = 1;
+  for (; x + RUN < width; x += RUN) convolve<RUN>(row, taps, bias, x, 0, 2);
+  for (; x + 1 < width; x++) convolve<1>(row, taps, bias, x, 0, 2);
+  convolve<1>(row, taps, bias, x, 0, 1);
+}
+
+// ---- strips ------------------------------------------------------------------------------------
+struct Range {
+  int64_t begin, end;
+};
+
+// Rows of one image for one thread.
+struct Task {
+  const Problem& p;
+  const Tensors& t;
+  int64_t image;
+  Range rows;
+  Scratch& s;
+
+  int64_t margin() const { return t.taps ? 1 : 0; }
+  // Of a pixel in the hidden map: an odd number of vectors, lest pixels fall on the same lines of
+  // the first-level cache.
+  int64_t pitch(int64_t channels) const { return ((channels + W - 1) / W | 1) * W; }
+
+  void run() const {
+    const int64_t count = rows.end - rows.begin, row = p.width * pitch(p.chunk);
+    const int64_t chunks = (p.hidden + p.chunk - 1) / p.chunk;
+    const bool whole = (count + 2 * margin()) * row <= STRIP_FLOATS;
+    const int64_t fitting =
+        std::max<int64_t>(1, 2 * STRIP_FLOATS / (row * chunks) - 2 * margin());
+    const int64_t strips = whole ? 1 : (count + fitting - 1) / fitting;
+    // All chunks of a strip are kept for the next one, which begins with their last rows.
+    const int64_t height = (count + strips - 1) / strips + 2 * margin();
+    float* hidden = room(s.hidden, height * row * (strips > 1 ? chunks : 1));
+    Range had{0, 0};
+    for (int64_t i = 0; i < strips; i++) {
+      const Range strip{rows.begin + count * i / strips, rows.begin + count * (i + 1) / strips};
+      const Range seen{std::max<int64_t>(0, strip.begin - margin()),
+                       std::min(p.height, strip.end + margin())};
+      const Range fresh{std::max(seen.begin, had.end), seen.end};
+      const float* in = input(fresh);
+      for (int64_t c = 0; c < chunks; c++) {
+        float* map = hidden + (strips > 1 ? c * height * row : 0);
+        const int64_t kept = fresh.begin - seen.begin;
+        if (kept) std::memmove(map, map + (seen.begin - had.begin) * row, kept * row * sizeof(float));
+        expand(c, in, (fresh.end - fresh.begin) * p.width, map + kept * row);
+        project(c, t.taps ? mix(c, map, seen, strip) : map, strip);
+      }
+      had = seen;
+    }
+  }
+
+  int64_t place(int64_t y) const { return (image * p.height + y) * p.width; }
+
+  const float* input(Range range) const {
+    const float* in = t.in + place(range.begin) * p.in_features;
+    if (!t.norm_weight) return in;
+    const int64_t pixels = (range.end - range.begin) * p.width;
+    float* out = room(s.normed, pixels * p.in_features);
+    normalise(p, t, in, pixels, out);
+    return out;
+  }
+
+  int64_t channels(int64_t c) const { return std::min(p.chunk, p.hidden - c * p.chunk); }
+
+  static linear::Problem layer(int64_t rows, int64_t in_features, int64_t out_features) {
+    linear::Problem problem{};
+    problem.rows = rows;
+    problem.in_features = problem.in_stride = in_features;
+    problem.out_features = problem.out_stride = out_features;
+    problem.threads = 1;
+    return problem;
+  }
+
+  void expand(int64_t c, const float* in, int64_t pixels, float* map) const {
+    linear::Problem problem = layer(pixels, p.in_features, channels(c));
+    problem.out_stride = pitch(p.chunk);
+    problem.activation = p.activation;
+    linear::Tensors tensors{};
+    tensors.in = in;
+    tensors.weight = t.weight1 + c * p.chunk * p.in_features;
+    tensors.bias = t.bias1 + c * p.chunk;
+    tensors.out = map;
+    linear::forward(problem, tensors);
+  }
+
+  const float* mix(int64_t c, const float* map, Range seen, Range strip) const {
+    const int64_t step = pitch(p.chunk), row = p.width * step, width = channels(c);
+    float* out = room(s.mixed, (strip.end - strip.begin) * row);
+    if (s.zeros.size() < static_cast<size_t>(row)) s.zeros.resize(static_cast<size_t>(row));
+    for (int64_t v = 0; v < width; v += W) {
+      const int lanes = static_cast<int>(std::min<int64_t>(W, width - v));
+      const int64_t channel = c * p.chunk + v;
+      F taps[9];
+      for (int k = 0; k < 9; k++) taps[k] = simd::get(t.taps + k * p.hidden + channel, lanes);
+      const F bias = simd::get(t.conv_bias + channel, lanes);
+      for (int64_t y = strip.begin; y < strip.end; y++) {
+        Row of{{}, step, out + (y - strip.begin) * row + v, p.conv_activation};
+        for (int r = 0; r < 3; r++) {
+          const int64_t above = y - 1 + r;
+          const bool inside = above >= seen.begin && above < seen.end;
+          of.rows[r] = (inside ? map + (above - seen.begin) * row : s.zeros.data()) + v;
+        }
+        convolve_row(of, taps, bias, p.width);
+      }
+    }
+    return out;
+  }
+
+  void project(int64_t c, const float* mixed, Range strip) const {
+    linear::Problem problem =
+        layer((strip.end - strip.begin) * p.width, channels(c), p.out_features);
+    problem.in_stride = pitch(p.chunk);
+    problem.other_stride = p.out_features;
+    linear::Tensors tensors{};
+    tensors.in = mixed;
+    tensors.weight = t.weight2 + c * p.chunk * linear::padded(p.out_features);
+    tensors.out = t.out + place(strip.begin) * p.out_features;
+    // The first chunk starts the sums, the others add to them.
+    tensors.bias = t.bias2 + (c ? p.out_features : 0);
+    if (c) {
+      tensors.other = tensors.out;
+    } else if (t.other) {
+      tensors.other = t.other + place(strip.begin) * p.out_features;
+    }
+    problem.combination = tensors.other ? linear::ADD : linear::NONE;
+    linear::forward(problem, tensors);
+  }
+};
+
+static void forward(const Problem& p, const Tensors& t) {
+  const int64_t shares =
+      std::max<int64_t>(1, std::min(p.height, (p.threads + p.batch - 1) / p.batch));
+  const int64_t tasks = p.batch * shares;
+  const auto work = [&](int64_t index) {
+    static thread_local Scratch s;
+    const int64_t image = index / shares, share = index % shares;
+    Task{p, t, image, {p.height * share / shares, p.height * (share + 1) / shares}, s}.run();
+  };
+#if defined(_OPENMP)
+  if (p.threads > 1 && tasks > 1) {
+    bool failed = false;
+    const int64_t threads = std::min(p.threads, tasks);
+#pragma omp parallel for schedule(static) num_threads(static_cast<int>(threads))
+    for (int64_t i = 0; i < tasks; i++) {
+      try {
+        work(i);
+      } catch (const std::bad_alloc&) {
+#pragma omp atomic write
+        failed = true;
+      }
+    }
+    if (failed) throw std::bad_alloc();
+    return;
+  }
+#endif
+  for (int64_t i = 0; i < tasks; i++) work(i);
+}
+
+}  // namespace depthwise_mlp

@@ -1,0 +1,191 @@
+"""Feed-forwards in one pass against float64, and where their layers run one by one."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from timm.layers import Mlp
+from torch import Tensor, nn
+
+from ops import native
+from ops.inference import depthwise_mlp, layers
+from ops.inference.depthwise_mlp import PackedDepthwiseMlp
+from ops.inference.mlp import FastDWMlp, FastMlp
+from ops.mlp import DWMlp
+from ops.native import build
+
+_PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "silu": F.silu,
+    "hardswish": F.hardswish,
+}
+
+
+def _parts(dim: int, hidden: int, out_dim: int, bias: bool = True) -> nn.ModuleDict:
+    torch.manual_seed(0)
+    parts = nn.ModuleDict(
+        {
+            "norm": nn.LayerNorm(dim),
+            "fc1": nn.Linear(dim, hidden, bias=bias),
+            "conv": nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, bias=bias),
+            "fc2": nn.Linear(hidden, out_dim, bias=bias),
+        }
+    )
+    nn.init.normal_(parts["norm"].weight)
+    nn.init.normal_(parts["norm"].bias)
+    return parts.requires_grad_(False)
+
+
+def _exact(
+    parts: nn.ModuleDict, x: Tensor, activations: tuple[str, str], has_norm: bool, has_conv: bool
+) -> Tensor:
+    parts, x = copy.deepcopy(parts).double(), x.double()
+    x = parts["fc1"](parts["norm"](x) if has_norm else x)
+    x = _PLAIN[activations[0]](x)
+    if has_conv:
+        x = _PLAIN[activations[1]](parts["conv"](x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+    return parts["fc2"](x)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    size=st.tuples(st.integers(1, 20), st.integers(1, 23)),
+    dims=st.tuples(st.integers(1, 40), st.integers(1, 300), st.integers(1, 40)),
+    activations=st.tuples(*[st.sampled_from(list(_PLAIN))] * 2),
+    has_norm=st.booleans(),
+    has_conv=st.booleans(),
+    has_residual=st.booleans(),
+    bias=st.booleans(),
+)
+def test_is_the_layers_one_by_one(
+    batch, size, dims, activations, has_norm, has_conv, has_residual, bias
+) -> None:
+    parts = _parts(*dims, bias=bias)
+    packed = PackedDepthwiseMlp(
+        parts["fc1"], parts["conv"] if has_conv else None, parts["fc2"], *activations
+    )
+    x, residual = torch.randn(batch, *size, dims[0]), torch.randn(batch, *size, dims[2])
+    expected = _exact(parts, x, activations, has_norm, has_conv)
+    expected = expected + residual if has_residual else expected
+    out = packed(x, residual if has_residual else None, parts["norm"] if has_norm else None)
+    # A norm of few channels divides rounding errors by their small deviation.
+    bound = 1e-4 if has_norm and dims[0] < 8 else 5e-6
+    assert out.is_contiguous() and (out - expected).abs().max() <= bound * (
+        1 + expected.abs().max()
+    )
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("hidden", [96, 700])
+def test_strips_and_threads(hidden: int, threads: int) -> None:
+    """A map of several strips, with chunks of channels in each."""
+    parts = _parts(24, hidden, 20)
+    packed = PackedDepthwiseMlp(parts["fc1"], parts["conv"], parts["fc2"], "none", "gelu")
+    x = torch.randn(2, 90, 41, 24)
+    expected = _exact(parts, x, ("none", "gelu"), True, True)
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        out = packed(x, None, parts["norm"])
+        assert torch.equal(packed(x, None, parts["norm"]), out)
+    finally:
+        torch.set_num_threads(before)
+    assert (out - expected).abs().max() <= 2e-6 * expected.abs().max()
+    tokens = PackedDepthwiseMlp(parts["fc1"], None, parts["fc2"], "gelu")(x)
+    expected = _exact(parts, x, ("gelu", "none"), False, False)
+    assert (tokens - expected).abs().max() <= 2e-6 * expected.abs().max()
+
+
+@pytest.mark.parametrize("instructions", ["avx2", "portable"])
+def test_other_instruction_sets(instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VISION_BACKBONES_NATIVE_ISA", instructions)
+    monkeypatch.setenv("CXX", "c++ -O1")  # compiles in half the time
+    monkeypatch.setattr(build, "_COMMON_FLAGS", ["-std=c++17", "-O1", "-fPIC", "-shared"])
+    monkeypatch.setattr(build, "_kernels", {})
+    parts = _parts(21, 140, 19)
+    packed = PackedDepthwiseMlp(parts["fc1"], parts["conv"], parts["fc2"], "silu", "gelu")
+    x = torch.randn(2, 9, 12, 21)
+    expected = _exact(parts, x, ("silu", "gelu"), True, True)
+    assert (packed(x, None, parts["norm"]) - expected).abs().max() <= 2e-6 * expected.abs().max()
+    assert native.status("depthwise_mlp").instruction_set == instructions
+
+
+def test_infinity_stays_where_the_window_sees_it() -> None:
+    parts = _parts(8, 16, 8)
+    packed = PackedDepthwiseMlp(parts["fc1"], parts["conv"], parts["fc2"], "none", "relu")
+    x = torch.zeros(1, 7, 7, 8)
+    x[0, 0, 6, 2] = float("nan")
+    lost = packed(x).isnan().any(-1)[0]
+    assert lost[:2, 5:].all() and lost.sum() == 4
+
+
+def test_bad_residuals_are_refused() -> None:
+    parts = _parts(8, 16, 8)
+    packed = PackedDepthwiseMlp(parts["fc1"], None, parts["fc2"])
+    with pytest.raises(ValueError, match=r"residual must be \(1, 3, 8\), got \(1, 3, 9\)"):
+        packed(torch.zeros(1, 3, 8), torch.zeros(1, 3, 9))
+    assert packed(torch.zeros(0, 3, 8)).shape == (0, 3, 8)
+
+
+def _fast(mlp: nn.Module) -> nn.Module:
+    """As fuse() makes it."""
+    from backbones import _fuse
+
+    mlp.requires_grad_(False)
+    for module in list(mlp.modules()):
+        if form := _fuse.fast_form(module):
+            layers.convert(module, form)
+    for module in list(mlp.modules()):
+        _fuse._absorb_activations(module)
+    return mlp
+
+
+@pytest.mark.parametrize("kind", [FastMlp, FastDWMlp])
+@torch.no_grad()
+def test_layers_run_one_by_one_where_the_kernel_does_not_serve(
+    kind: type[nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = DWMlp(24, 80) if kind is FastDWMlp else Mlp(24, 80)
+    mlp, norm = _fast(copy.deepcopy(plain)), nn.LayerNorm(24)
+    assert type(mlp) is kind
+    x = torch.randn(2, 9, 11, 24)
+    expected = x + plain(norm(x))
+
+    calls = []
+    monkeypatch.setattr(PackedDepthwiseMlp, "shares_out", lambda self, x: calls.append(x) is None)
+    torch.testing.assert_close(mlp(x, x, norm), expected)
+    assert calls
+    monkeypatch.setattr(PackedDepthwiseMlp, "shares_out", lambda self, x: False)
+    torch.testing.assert_close(mlp(x, x, norm), expected)
+    torch.testing.assert_close(mlp(norm(x)), plain(norm(x)))
+    exact = copy.deepcopy(mlp).double()(x.double(), x.double(), copy.deepcopy(norm).double())
+    torch.testing.assert_close(exact.float(), expected)
+
+    monkeypatch.setattr(depthwise_mlp, "unsupported", lambda *_: "switched off")
+    torch.testing.assert_close(copy.deepcopy(mlp)(x, x, norm), expected)
+    with torch.enable_grad():
+        grown = x.clone().requires_grad_()
+        mlp(grown, grown, norm).sum().backward()
+    assert grown.grad is not None
+
+
+def test_threads_without_rows_of_their_own() -> None:
+    parts = _parts(8, 16, 8)
+    packed = PackedDepthwiseMlp(parts["fc1"], parts["conv"], parts["fc2"])
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert packed.shares_out(torch.zeros(1, 7, 7, 8))
+        assert not packed.shares_out(torch.zeros(1, 4, 4, 8))
+        assert packed.shares_out(torch.zeros(2, 4, 4, 8))
+    finally:
+        torch.set_num_threads(before)
