@@ -1,10 +1,10 @@
 // Backward in one pass over the queries: the probabilities are recomputed from lse; each tile sums
-// its dQ in scratch and adds its share of dK and dV to arrays that belong to the unit of work
-// alone. Where units overlap, their arrays are then added in a fixed order. So there are no
-// atomics, and the result depends neither on timing nor on the thread count. (A second, key-centric
-// pass over inverse windows would need seven products where this needs five.)
+// its dQ in scratch and adds its share of dK and dV to rows that belong to the unit of work alone.
+// Where units overlap, their shares are then added in a fixed order. So there are no atomics, and
+// the result depends neither on timing nor on the thread count. (A second, key-centric pass over
+// inverse windows would need seven products where this needs five.)
 #pragma once
-#include "tile.h"
+#include "key_gradients.h"
 
 namespace na {
 
@@ -16,23 +16,11 @@ struct BackwardTensors {
   float* grad_rpb;
 };
 
-// One unit's share of a gradient that other units also contribute to.
-struct KeyGradients {
-  Buffer keys, values;  // [plane][key row][key column][channel] of the unit's region
-  Buffer additional_keys, additional_values;
-  Buffer bias;  // [head of the group][rpb]
-};
-
 template <class T>
 struct BackwardScratch : UnitScratch<T> {
+  GradientRing<T> grad_keys, grad_values;
   Buffer query_rows, query, grad_rows, grad, score, grad_score, sum, out, bias_lanes;
 };
-
-static float* zeroed(Buffer& b, size_t n) {
-  float* p = b.get(n);
-  std::memset(p, 0, n * sizeof(float));
-  return p;
-}
 
 // score -> p, grad_score -> ds = p (dp - delta), for the query rows and keys of one slice.
 static void softmax_backward(const Slice& s, const Lanes& lanes, const float (*lse)[W],
@@ -82,7 +70,8 @@ static void add_bias_gradient(const Bias& bias, const TilePlace& place, const Sl
 template <class T>
 static void backward_tile(const Problem& p, const BackwardTensors& t, const TilePlace& place,
                           const KeyRing<T>& ring, const Unit& unit, const Bias& bias,
-                          const Lanes& shared, Ahead& ahead, BackwardScratch<T>& scratch, KeyGradients& grads) {
+                          const Lanes& shared, Ahead& ahead, BackwardScratch<T>& scratch,
+                          KeyGradients& grads) {
   const int rows = place.tile.rows, dim = static_cast<int>(p.dim),
             value_dim = static_cast<int>(p.value_dim);
   const int pitch = round_up(dim, W), value_pitch = round_up(value_dim, W);
@@ -95,6 +84,7 @@ static void backward_tile(const Problem& p, const BackwardTensors& t, const Tile
   float* sum = scratch.sum.get(static_cast<size_t>(MAX_ROWS) * W * pitch);
   float* out = scratch.out.get(static_cast<size_t>(W) * value_dim);
 
+  add_rows<T>(ahead, place, t.grad_query, dim);
   float lse[MAX_ROWS][W], delta[MAX_ROWS][W];
   for (int r = 0; r < rows; r++) {
     float* q = query_rows + static_cast<size_t>(r) * W * pitch;
@@ -158,27 +148,24 @@ static void backward_tile(const Problem& p, const BackwardTensors& t, const Tile
         const auto at = [](const Buffer& b) {
           return [&b](const Slice&, int) { return b.data(); };
         };
-        mix_group(group, place, shared, 0, pitch, grad_score, sum, fresh, ahead, at(more_keys->rows));
+        mix_group(group, place, shared, 0, pitch, grad_score, sum, fresh, ahead,
+                  at(more_keys->rows));
         spread_group(group, place, shared, 0, pitch, grad_score, query_rows,
                      at(grads.additional_keys));
         spread_group(group, place, shared, 0, value_pitch, score, grad_rows,
                      at(grads.additional_values));
       } else {
-        const auto region_row = [&](const Buffer& b, int row_pitch) {
-          return [&b, &unit, row_pitch](const Slice& s, int y) {
-            const size_t rows_per_plane = unit.chunk.high - unit.chunk.low;
-            const size_t row = s.plane * rows_per_plane + (s.key_row + y - unit.chunk.low);
-            return b.data() + row * unit.segment.columns * row_pitch;
-          };
+        const auto rows_of = [&](const GradientRing<T>& r) {
+          return [&r, slot](const Slice& s, int y) { return r.row(slot, s.plane, s.key_row + y); };
         };
         mix_group(group, place, place.lanes, low, pitch, grad_score, sum, fresh, ahead,
                   [&](const Slice& s, int y) {
                     return ring.rows(scratch.keys, slot, s.plane, s.key_row + y);
                   });
         spread_group(group, place, place.lanes, low, pitch, grad_score, query_rows,
-                     region_row(grads.keys, pitch));
+                     rows_of(scratch.grad_keys));
         spread_group(group, place, place.lanes, low, value_pitch, score, grad_rows,
-                     region_row(grads.values, value_pitch));
+                     rows_of(scratch.grad_values));
       }
       fresh = false;
     });
@@ -190,63 +177,6 @@ static void backward_tile(const Problem& p, const BackwardTensors& t, const Tile
       store_channels(sum + static_cast<size_t>(r * W + l) * pitch, dim, static_cast<float>(p.scale),
                      line + place.order()[l] * t.grad_query.x);
     }
-  }
-}
-
-// Adds the units' shares of one tensor over the whole map and stores them; `share(unit)` is a
-// unit's array.
-template <class T, class Share>
-static void store_key_gradient(const Layout& layout, const Tensor& t, int batch, int head,
-                               int channels, float scale, const Share& share) {
-  const int pitch = round_up(channels, W);
-  const Chunk& only = layout.chunks[0];
-  const bool whole = layout.units_per_head == 1 && only.high - only.low == layout.y.size &&
-                     layout.segments[0].columns == layout.x.size;
-  Buffer line;
-  for (int z = 0; z < layout.z.size; z++) {
-    for (int y = 0; y < layout.y.size; y++) {
-      const float* row = nullptr;
-      if (whole) {
-        row = share(0) + (static_cast<size_t>(z) * layout.y.size + y) * layout.x.size * pitch;
-      } else {
-        float* sum = zeroed(line, static_cast<size_t>(layout.x.size) * pitch);
-        int unit = 0;
-        for (const Chunk& c : layout.chunks) {
-          for (const Segment& s : layout.segments) {
-            const float* region = share(unit++);
-            if (y < c.low || y >= c.high) continue;
-            const float* from = region + (static_cast<size_t>(z) * (c.high - c.low) + (y - c.low)) *
-                                             s.columns * pitch;
-            float* to = sum + static_cast<size_t>(s.low) * pitch;
-            for (int i = 0; i < s.columns * pitch; i += W)
-              simd::store(to + i, simd::load(to + i) + simd::load(from + i));
-          }
-        }
-        row = sum;
-      }
-      T* out = static_cast<T*>(t.data) + t.at(batch, layout.z.order[z], layout.y.order[y], head);
-      for (int x = 0; x < layout.x.size; x++) {
-        store_channels(row + static_cast<size_t>(x) * pitch, channels, scale,
-                       out + layout.x.order[x] * t.x);
-      }
-    }
-  }
-}
-
-template <class T, class Share>
-static void store_additional_gradient(const Tensor& t, int n, int units, int batch, int head,
-                                      int channels, float scale, const Share& share) {
-  if (!n) return;
-  const int pitch = round_up(channels, W);
-  Buffer line;
-  float* sum = zeroed(line, static_cast<size_t>(n) * pitch);
-  for (int u = 0; u < units; u++) {
-    const float* from = share(u);
-    for (size_t i = 0; i < static_cast<size_t>(n) * pitch; i++) sum[i] += from[i];
-  }
-  for (int i = 0; i < n; i++) {
-    store_channels(sum + static_cast<size_t>(i) * pitch, channels, scale,
-                   static_cast<T*>(t.data) + t.at(batch, 0, 0, head) + i * t.x);
   }
 }
 
@@ -280,22 +210,36 @@ static void backward(const Problem& p, const BackwardTensors& t) {
     KeyRing<T> ring(layout, unit.segment, unit.batch, unit.first_head, unit.heads, scratch.keys,
                     scratch.values);
     scratch.pack_additional(p, unit, t.additional_key, t.additional_value);
-    const size_t region = static_cast<size_t>(layout.z.size) * (unit.chunk.high - unit.chunk.low) *
-                          unit.segment.columns;
+    const auto share = [&](int h) -> KeyGradients& {
+      return block_shares[h * per_head + unit.index];
+    };
+    const auto key_share = [&](int h) { return share(h).keys.data(); };
+    const auto value_share = [&](int h) { return share(h).values.data(); };
+    const size_t region = per_head == 1 ? 0 : unit.region_rows() * unit.segment.columns;
     for (int h = 0; h < unit.heads; h++) {
-      KeyGradients& g = block_shares[h * per_head + unit.index];
-      zeroed(g.keys, region * pitch);
-      zeroed(g.values, region * value_pitch);
+      KeyGradients& g = share(h);
+      g.keys.get(region * pitch);
+      g.values.get(region * value_pitch);
       zeroed(g.additional_keys, static_cast<size_t>(additional) * pitch);
       zeroed(g.additional_values, static_cast<size_t>(additional) * value_pitch);
     }
+    scratch.grad_keys.start(unit, t.grad_key, dim, LN2);
+    scratch.grad_values.start(unit, t.grad_value, value_dim, 1.f);
     zeroed(scratch.bias_lanes, unit.heads * bias_size * W);
-    for_each_tile(p, layout, unit, t.query, ring, scratch, [&](const TilePlace& place, Ahead& ahead) {
-      backward_tile<T>(p, t, place, ring, unit, bias, shared, ahead, scratch,
-                       block_shares[place.kv_slot * per_head + unit.index]);
+    const auto next = [&](const TilePlace& place, Ahead& ahead) {
+      add_rows<T>(ahead, place, t.query, dim);
+      add_rows<T>(ahead, place, t.grad_out, value_dim);
+      add_rows<T>(ahead, place, t.out, value_dim);
+    };
+    for_each_tile(p, layout, unit, ring, scratch, next, [&](const TilePlace& place, Ahead& ahead) {
+      scratch.grad_keys.advance(place.tile.low, place.tile.high, key_share);
+      scratch.grad_values.advance(place.tile.low, place.tile.high, value_share);
+      backward_tile<T>(p, t, place, ring, unit, bias, shared, ahead, scratch, share(place.kv_slot));
     });
+    scratch.grad_keys.finish(key_share);
+    scratch.grad_values.finish(value_share);
     for (int h = 0; bias_size && h < unit.heads; h++) {
-      float* sums = block_shares[h * per_head + unit.index].bias.get(bias_size);
+      float* sums = share(h).bias.get(bias_size);
       const float* lanes = scratch.bias_lanes.data() + h * bias_size * W;
       for (size_t i = 0; i < bias_size; i++) sums[i] = simd::reduce_add(simd::load(lanes + i * W));
     }

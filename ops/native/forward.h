@@ -3,7 +3,7 @@
 // ("FlashAttention", Dao et al. 2022, with the window of "Neighborhood Attention Transformer",
 // Hassani et al. 2023).
 #pragma once
-#include "tile.h"
+#include "unit.h"
 
 namespace na {
 
@@ -103,7 +103,7 @@ static void forward_tile(const Problem& p, const ForwardTensors& t, const TilePl
     load_query_columns<T>(place, t.query, r, dim, static_cast<float>(p.scale) * LOG2E,
                           query + static_cast<size_t>(r) * W * dim);
   }
-  for (int r = 0; r < rows; r++) ahead.add(place.line<const T>(t.out, r), t.out.x, value_dim);
+  add_rows<T>(ahead, place, t.out, value_dim);
   float top[MAX_ROWS][W], total[MAX_ROWS][W] = {};
   std::fill(&top[0][0], &top[0][0] + MAX_ROWS * W, -INFINITY);
 
@@ -174,7 +174,10 @@ static void forward(const Problem& p, const ForwardTensors& t) {
     KeyRing<T> ring(layout, unit.segment, unit.batch, unit.first_head, unit.heads, scratch.keys,
                     scratch.values);
     scratch.pack_additional(p, unit, t.additional_key, t.additional_value);
-    for_each_tile(p, layout, unit, t.query, ring, scratch, [&](const TilePlace& place, Ahead& ahead) {
+    const auto next = [&](const TilePlace& place, Ahead& ahead) {
+      add_rows<T>(ahead, place, t.query, p.dim);
+    };
+    for_each_tile(p, layout, unit, ring, scratch, next, [&](const TilePlace& place, Ahead& ahead) {
       forward_tile<T>(p, t, place, ring, unit.segment.low, bias, shared, ahead, scratch);
     });
   });

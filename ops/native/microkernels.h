@@ -110,7 +110,49 @@ static VB_INLINE void mix_row(const MixArgs& a, const KeyRow& row, F (&sum)[L][R
   }
 }
 
-template <int R, int C, int L>
+// The same where the windows of the L lanes start one position after the other and hold L keys or
+// more: each vector of values is loaded once for all of them.
+template <int FIRST, int COUNT, int R, int C, int L>
+static VB_INLINE void slide_row(const MixArgs& a, const KeyRow& row, F (&sum)[L][R][C]) {
+  const float* value = row.values + a.channel + a.start[0];
+  const float* weight = row.weights + a.lane;  // of lane 0; those of lane l lie l keys before
+  // The next position, which the lanes from `first` to `last` see.
+  const auto add = [&](int first, int last) VB_INLINE_LAMBDA {
+    F v[C];
+    VB_UNROLL
+    for (int c = 0; c < C; c++) v[c] = simd::in_register(simd::load(value + c * W));
+    VB_UNROLL
+    for (int l = 0; l < L; l++) {
+      if (l < first || l > last) continue;
+      VB_UNROLL
+      for (int r = FIRST; r < FIRST + COUNT; r++) {
+        const F p = simd::in_register(simd::set1(weight[r * a.weight_row_pitch + l - l * W]));
+        VB_UNROLL
+        for (int c = 0; c < C; c++) sum[l][r][c] = simd::fma(p, v[c], sum[l][r][c]);
+      }
+    }
+    value += a.pitch;
+    weight += W;
+  };
+  VB_UNROLL
+  for (int k = 0; k < L - 1; k++) add(0, k);
+  for (int k = L - 1; k < a.keys; k++) add(0, L - 1);
+  VB_UNROLL
+  for (int k = 1; k < L; k++) add(k, L - 1);
+}
+
+template <int FIRST, int COUNT, bool SLIDES, int R, int C, int L>
+static VB_INLINE void add_row(const MixArgs& a, const KeyRow& row, F (&sum)[L][R][C]) {
+  if constexpr (FIRST + COUNT > R) {
+    __builtin_unreachable();
+  } else if constexpr (SLIDES) {
+    slide_row<FIRST, COUNT>(a, row, sum);
+  } else {
+    mix_row<FIRST, COUNT>(a, row, sum);
+  }
+}
+
+template <int R, int C, int L, bool SLIDES>
 static void mix_kernel(const MixArgs& args) {
   const MixArgs a = args;
   F sum[L][R][C];
@@ -128,22 +170,22 @@ static void mix_kernel(const MixArgs& args) {
   for (const KeyRow *row = a.rows, *end = row + a.row_count; row < end; row++) {
     switch (row->row * 4 + row->row_count) {
       case 1:
-        mix_row<0, 1, R, C, L>(a, *row, sum);
+        add_row<0, 1, SLIDES>(a, *row, sum);
         break;
       case 2:
-        if constexpr (R >= 2) mix_row<0, 2, R, C, L>(a, *row, sum);
+        add_row<0, 2, SLIDES>(a, *row, sum);
         break;
       case 3:
-        if constexpr (R >= 3) mix_row<0, 3, R, C, L>(a, *row, sum);
+        add_row<0, 3, SLIDES>(a, *row, sum);
         break;
       case 5:
-        if constexpr (R >= 2) mix_row<1, 1, R, C, L>(a, *row, sum);
+        add_row<1, 1, SLIDES>(a, *row, sum);
         break;
       case 6:
-        if constexpr (R >= 3) mix_row<1, 2, R, C, L>(a, *row, sum);
+        add_row<1, 2, SLIDES>(a, *row, sum);
         break;
       case 9:
-        if constexpr (R >= 3) mix_row<2, 1, R, C, L>(a, *row, sum);
+        add_row<2, 1, SLIDES>(a, *row, sum);
         break;
     }
   }
@@ -155,48 +197,6 @@ static void mix_kernel(const MixArgs& args) {
       for (int c = 0; c < C; c++)
         simd::store(a.sum + r * a.sum_row_pitch + l * a.pitch + c * W, sum[l][r][c]);
     }
-  }
-}
-
-// The same for one query row whose L lanes have windows that start one position after the other:
-// each vector of values is loaded once for all of them.
-template <int C, int L>
-static void slide_kernel(const MixArgs& args) {
-  const MixArgs a = args;
-  F sum[L][C];
-  VB_UNROLL
-  for (int l = 0; l < L; l++) {
-    VB_UNROLL
-    for (int c = 0; c < C; c++)
-      sum[l][c] = a.fresh ? simd::zero() : simd::load(a.sum + l * a.pitch + c * W);
-  }
-  for (const KeyRow *row = a.rows, *end = row + a.row_count; row < end; row++) {
-    const float* value = row->values + a.channel + a.start[0];
-    const float* weight = row->weights + a.lane;  // of lane 0; those of lane l lie l keys before
-    const auto add = [&](int first, int last) VB_INLINE_LAMBDA {
-      F v[C];
-      VB_UNROLL
-      for (int c = 0; c < C; c++) v[c] = simd::in_register(simd::load(value + c * W));
-      VB_UNROLL
-      for (int l = 0; l < L; l++) {
-        if (l < first || l > last) continue;
-        const F p = simd::in_register(simd::set1(weight[l - l * W]));
-        VB_UNROLL
-        for (int c = 0; c < C; c++) sum[l][c] = simd::fma(p, v[c], sum[l][c]);
-      }
-      value += a.pitch;
-      weight += W;
-    };
-    VB_UNROLL
-    for (int k = 0; k < L - 1; k++) add(0, k);
-    for (int k = L - 1; k < a.keys; k++) add(0, L - 1);
-    VB_UNROLL
-    for (int k = 1; k < L; k++) add(k, L - 1);
-  }
-  VB_UNROLL
-  for (int l = 0; l < L; l++) {
-    VB_UNROLL
-    for (int c = 0; c < C; c++) simd::store(a.sum + l * a.pitch + c * W, sum[l][c]);
   }
 }
 
@@ -258,6 +258,12 @@ constexpr int MAX_SPREAD_KEYS = simd::REGISTERS == 32 ? 10 : 6;
 // Lanes at once in `mix`: enough sums to hide the latency of the arithmetic.
 static constexpr int mix_lanes(int rows) { return rows == 1 ? 4 : 2; }
 
+// And where their windows slide, with as many channels as sums fit the registers.
+constexpr int SLIDE_LANES = 4;
+static constexpr int slide_channels(int rows) {
+  return std::min(MAX_CHANNELS, simd::REGISTERS * 3 / 4 / (SLIDE_LANES * rows));
+}
+
 using ScoreKernel = void (*)(const ScoreArgs&);
 using MixKernel = void (*)(const MixArgs&);
 using SpreadKernel = void (*)(const SpreadArgs&);
@@ -275,29 +281,25 @@ static constexpr std::array<std::array<ScoreKernel, MAX_KEYS>, MAX_ROWS> score_r
 static constexpr std::array<std::array<std::array<ScoreKernel, MAX_KEYS>, MAX_ROWS>, 4> SCORE = {
     score_rows<DIRECT>(), score_rows<PERMUTE>(), score_rows<GATHER>(), score_rows<BROADCAST>()};
 
-template <int R, int L, int... C>
-static constexpr std::array<MixKernel, MAX_CHANNELS> mix_channels(
-    std::integer_sequence<int, C...>) {
-  return {mix_kernel<R, C + 1, L>...};
+// For tiles of some query rows: one lane, several, several whose windows slide; by the vectors of
+// channels - 1.
+struct MixKernels {
+  MixKernel one[MAX_CHANNELS], several[MAX_CHANNELS], sliding[MAX_CHANNELS];
+};
+template <int R, int... C>
+static constexpr MixKernels mix_kernels(std::integer_sequence<int, C...>) {
+  constexpr int most = slide_channels(R);
+  return {{mix_kernel<R, C + 1, 1, false>...},
+          {mix_kernel<R, C + 1, mix_lanes(R), false>...},
+          {mix_kernel<R, std::min(C + 1, most), SLIDE_LANES, true>...}};
 }
-template <int R>
-static constexpr std::array<std::array<MixKernel, MAX_CHANNELS>, 2> mix_lane_counts() {
-  constexpr auto channels = std::make_integer_sequence<int, MAX_CHANNELS>();
-  return {mix_channels<R, 1>(channels), mix_channels<R, mix_lanes(R)>(channels)};
+template <int... R>
+static constexpr std::array<MixKernels, MAX_ROWS> mix_rows(std::integer_sequence<int, R...>) {
+  return {mix_kernels<R + 1>(std::make_integer_sequence<int, MAX_CHANNELS>())...};
 }
-// [query rows - 1][several lanes][channel vectors - 1]
-static constexpr std::array<std::array<std::array<MixKernel, MAX_CHANNELS>, 2>, MAX_ROWS> MIX = {
-    mix_lane_counts<1>(), mix_lane_counts<2>(), mix_lane_counts<3>()};
-
-constexpr int SLIDE_LANES = 4;
-template <int... C>
-static constexpr std::array<MixKernel, MAX_CHANNELS> slide_channels(
-    std::integer_sequence<int, C...>) {
-  return {slide_kernel<C + 1, SLIDE_LANES>...};
-}
-// [channel vectors - 1]
-static constexpr std::array<MixKernel, MAX_CHANNELS> SLIDE =
-    slide_channels(std::make_integer_sequence<int, MAX_CHANNELS>());
+// [query rows - 1]
+static constexpr std::array<MixKernels, MAX_ROWS> MIX =
+    mix_rows(std::make_integer_sequence<int, MAX_ROWS>());
 
 template <int C, int... N>
 static constexpr std::array<SpreadKernel, MAX_SPREAD_KEYS> spread_keys(

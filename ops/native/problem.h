@@ -44,6 +44,8 @@ struct Layout {
   int ring_rows = 0;    // most key rows that one tile sees
   int max_columns = 0;  // most key columns of a segment
   int units_per_head = 0;
+  // How many chunks see a key row, how many segments a key column.
+  std::vector<int> row_chunks, column_segments;
   // Key heads that one unit takes: neighbours in memory, so that fetching one helps the others.
   // Each head is computed by itself, so this may depend on the number of threads.
   int head_block = 1;
@@ -97,6 +99,14 @@ struct Layout {
       segments.push_back(s);
     }
     units_per_head = chunk_count * segment_count;
+    row_chunks.resize(y.size);
+    column_segments.resize(x.size);
+    for (const Chunk& c : chunks) {
+      for (int i = c.low; i < c.high; i++) row_chunks[i]++;
+    }
+    for (const Segment& s : segments) {
+      for (int i = s.low; i < s.low + s.columns; i++) column_segments[i]++;
+    }
 
     const int64_t head_bytes = column_bytes * (max_columns + 3 * simd::W);
     head_block =
@@ -107,6 +117,10 @@ struct Layout {
     };
     while (head_block > 1 && p.batch * blocks() * units_per_head < busy) head_block--;
     head_blocks = blocks();
+  }
+  // Whether exactly one unit of a head sees the key.
+  bool seen_once(int key_row, int key_column) const {
+    return row_chunks[key_row] == 1 && column_segments[key_column] == 1;
   }
   int64_t units(const Problem& p) const { return p.batch * head_blocks * units_per_head; }
 

@@ -88,6 +88,12 @@ static void load_query_columns(const TilePlace& place, const Tensor& t, int row,
     simd::store(columns + c * W, simd::load(columns + c * W) * factor);
 }
 
+// The rows of a tile that are loaded or stored soon.
+template <class T>
+static void add_rows(Ahead& ahead, const TilePlace& place, const Tensor& t, int64_t channels) {
+  for (int r = 0; r < place.tile.rows; r++) ahead.add(place.line<const T>(t, r), t.x, channels);
+}
+
 // One number for each query of a row; unused lanes repeat the last one.
 static inline void load_lanes(const TilePlace& place, const Tensor& t, int row, float* out) {
   const float* line = place.line<const float>(t, row);
@@ -171,25 +177,41 @@ static void mix_group(const SliceGroup& group, const TilePlace& place, const Lan
   a.sum_row_pitch = static_cast<size_t>(W) * pitch;
   a.fresh = fresh;
   const int vectors = pitch / W, together = mix_lanes(place.tile.rows);
-  const auto& kernels = MIX[place.tile.rows - 1];
-  const auto keys_of = [&](int l) { return std::min(lanes.count[l] - offset, width); };
+  const MixKernels& kernels = MIX[place.tile.rows - 1];
+  const auto keys_of = [&](int l) { return std::max(0, std::min(lanes.count[l] - offset, width)); };
+  // Whether the `n` lanes from `l` on have equally many keys, which start `step` after each other.
+  const auto alike = [&](int l, int n) {
+    bool yes = l + n <= valid;
+    for (int i = 1; yes && i < n; i++) yes = keys_of(l + i) == keys_of(l);
+    return yes;
+  };
+  const auto slides = [&](int l) {
+    bool yes = keys_of(l) >= SLIDE_LANES && alike(l, SLIDE_LANES);
+    for (int i = 1; yes && i < SLIDE_LANES; i++) yes = lanes.start[l + i] == lanes.start[l] + i;
+    return yes;
+  };
   for (int l = 0, n; l < valid; l += n) {
-    a.keys = std::max(0, keys_of(l));
-    n = l + together <= valid ? together : 1;
-    for (int i = 1; i < n; i++) {
-      if (keys_of(l + i) != a.keys) n = 1;
+    const MixKernel* kernel = kernels.one;
+    int most = MAX_CHANNELS;
+    n = 1;
+    if (slides(l)) {
+      kernel = kernels.sliding;
+      n = SLIDE_LANES;
+      most = slide_channels(place.tile.rows);
+    } else if (alike(l, together)) {
+      kernel = kernels.several;
+      n = together;
     }
+    a.keys = keys_of(l);
     a.lane = l;
     for (int i = 0; i < n; i++)
       a.start[i] = static_cast<size_t>(lanes.start[l + i] + offset - low) * pitch;
-    bool slides = place.tile.rows == 1 && n == SLIDE_LANES && a.keys >= n;
-    for (int i = 1; i < n; i++) slides &= lanes.start[l + i] == lanes.start[l] + i;
     ahead.fetch();
-    for (a.channel = 0; a.channel < pitch;) {
-      const int step = std::min(MAX_CHANNELS, vectors - a.channel / W);
+    const int parts = (vectors + most - 1) / most, step = (vectors + parts - 1) / parts;
+    for (int c = 0; c < vectors; c += step) {
+      a.channel = c * W;
       a.sum = sum + l * pitch + a.channel;
-      (slides ? SLIDE : kernels[n > 1])[step - 1](a);
-      a.channel += step * W;
+      kernel[std::min(step, vectors - c) - 1](a);
     }
   }
 }
@@ -307,100 +329,6 @@ static void add_bias(const Bias& bias, const TilePlace& place, const Slice& s, f
       const float* line = table + bias_index(bias, place, s, s.key_row + y, r, bias.pitch);
       for (int k = 0; k < s.width; k++, out += W)
         simd::store(out, simd::load(out) + bias_at(place.lanes, line + k));
-    }
-  }
-}
-
-// The packed additional keys or values of one head.
-struct Additional {
-  Buffer rows, columns;
-  size_t column_pitch = 0;
-  int row_pitch = 0, channels = 0;
-
-  template <class T>
-  void pack(const Tensor& t, int n, int channel_count, int batch, int head) {
-    if (!n) return;
-    channels = channel_count;
-    row_pitch = round_up(channels, W);
-    column_pitch = round_up(n + W, W);
-    std::vector<int> order(n);
-    for (int i = 0; i < n; i++) order[i] = i;
-    float* r = rows.get(static_cast<size_t>(n + W) * row_pitch);
-    load_rows(static_cast<const T*>(t.data) + t.at(batch, 0, 0, head), t.x, order.data(), n,
-              channels, 1.f, r);
-    rows_to_columns(r, n, channels, columns.get(channels * column_pitch), column_pitch);
-  }
-};
-
-// One unit of work: a chunk of query rows and a segment of the last axis, for a block of key heads
-// and their query heads.
-struct Unit {
-  const Segment& segment;
-  const Chunk& chunk;
-  int index;  // among the units of a head
-  int batch, first_head, heads;
-
-  Unit(const Problem& p, const Layout& layout, int64_t i)
-      : segment(layout.segments[i % layout.segments.size()]),
-        chunk(layout.chunks[i / layout.segments.size() % layout.chunks.size()]),
-        index(static_cast<int>(i % layout.units_per_head)),
-        batch(static_cast<int>(i / layout.units_per_head / layout.head_blocks)),
-        first_head(static_cast<int>(i / layout.units_per_head % layout.head_blocks) *
-                   layout.head_block),
-        heads(std::min(layout.head_block, static_cast<int>(p.kv_heads) - first_head)) {}
-};
-
-// What a thread keeps from unit to unit.
-template <class T>
-struct UnitScratch {
-  typename KeyRing<T>::Field keys, values;
-  std::vector<Additional> additional_keys, additional_values;  // for each key head of the unit
-  Plan plan;
-
-  void pack_additional(const Problem& p, const Unit& unit, const Tensor& key, const Tensor& value) {
-    const int n = static_cast<int>(p.additional);
-    if (additional_keys.size() < static_cast<size_t>(unit.heads)) {
-      additional_keys = std::vector<Additional>(unit.heads);
-      additional_values = std::vector<Additional>(unit.heads);
-    }
-    for (int h = 0; h < unit.heads; h++) {
-      additional_keys[h].template pack<T>(key, n, static_cast<int>(p.dim), unit.batch,
-                                          unit.first_head + h);
-      additional_values[h].template pack<T>(value, n, static_cast<int>(p.value_dim), unit.batch,
-                                            unit.first_head + h);
-    }
-  }
-};
-
-// Calls body(place) for each tile of the unit, with the tile's plan made and its keys in the ring.
-template <class T, class Body>
-static void for_each_tile(const Problem& p, const Layout& layout, const Unit& unit,
-                          const Tensor& query, KeyRing<T>& ring, UnitScratch<T>& scratch,
-                          const Body& body) {
-  const int groups = static_cast<int>(p.heads / p.kv_heads);
-  for (int row = unit.chunk.first; row < unit.chunk.end; row++) {
-    const RowTile& tile = layout.tiles[row];
-    ring.advance(tile.low, tile.high);
-    for (int z = 0; z < layout.z.size; z++) {
-      for (int g = unit.segment.first; g < unit.segment.end; g++) {
-        const Lanes& lanes = layout.lanes[g];
-        make_plan(layout.z.start[z], layout.z.count[z], tile, lanes.width,
-                  static_cast<int>(p.additional), scratch.plan);
-        for (int h = 0; h < unit.heads * groups; h++) {
-          const TilePlace place{layout, tile, lanes, unit.batch, z, unit.first_head * groups + h,
-                                h / groups};
-          Ahead ahead(place.order(), lanes.valid, tile.high - tile.low + lanes.valid / 2);
-          if (row + 1 < unit.chunk.end) {
-            const RowTile& next = layout.tiles[row + 1];
-            if (h % groups == 0) ring.add_rows(ahead, place.kv_slot, z, tile.high, next.high);
-            const TilePlace next_place{layout, next, lanes, unit.batch, z, place.head, place.kv_slot};
-            for (int r = 0; r < next.rows; r++) {
-              ahead.add(next_place.line<const T>(query, r), query.x, p.dim);
-            }
-          }
-          body(place, ahead);
-        }
-      }
     }
   }
 }
