@@ -8,8 +8,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones import biformer, favit, litv2, medvitv2, ravlt
+from ops.inference.deformable import deformable_conv2d, pack_taps, unsupported
 from ops.inference.depthwise_mlp import PackedDepthwiseMlp
-from ops.inference.layers import runs_fast
+from ops.inference.layers import FastConv2d, runs_fast
 from ops.inference.mlp import NormedMlp
 
 __all__ = ["FORMS"]
@@ -45,6 +46,23 @@ class LITv2Block(litv2.Block):
         if self.norm1 is not None and self.attn is not None:
             x = x + self.attn(self.norm1(x))
         return self.mlp(x, x, self.norm2)
+
+
+class LITv2DeformableConv2d(FastConv2d, litv2.DeformableConv2d):
+    """Taps, linear map and activation at once."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        derived = self.derived(x)
+        if derived is None:
+            return self._finish(litv2.DeformableConv2d.forward(self, x))
+        weight, bias = derived
+        return deformable_conv2d(x, self.offset(x), weight, bias, 2, 2, self.activation)
+
+    def derive(self, x: Tensor) -> Any:
+        if unsupported(x.device, x.dtype) is not None:
+            return None
+        assert self.bias is not None
+        return pack_taps(self.weight), self.bias.detach()
 
 
 class FaViTBlock(favit.Block):
@@ -114,6 +132,7 @@ FORMS: dict[type[Any], type[Any]] = {
     biformer.GlobalAttention: BiFormerGlobalAttention,
     favit.Block: FaViTBlock,
     litv2.Block: LITv2Block,
+    litv2.DeformableConv2d: LITv2DeformableConv2d,
     medvitv2.ConvFFN: MedViTV2ConvFFN,
     medvitv2.LocalBlock: MedViTV2LocalBlock,
     ravlt.Block: RAVLTBlock,

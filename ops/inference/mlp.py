@@ -120,6 +120,7 @@ class FastMlp(NormedMlp, Mlp):
     """On tokens, (..., dim) → (..., out_dim)."""
 
     followed: ClassVar = {"act": ("fc1",)}
+    act: Any
     norm: Any
 
     def in_layers(self, x: Tensor, residual: Tensor | None) -> Tensor:

@@ -1,0 +1,132 @@
+// Deformable convolution of channels-last maps: for some output pixels at a time, what their taps
+// see is interpolated into rows, which a linear layer takes while they are in the cache.
+// https://arxiv.org/abs/1703.06211
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <new>
+#include <vector>
+#if defined(_OPENMP)
+#include <omp.h>
+#endif
+#include "lanes.h"
+#include "linear.h"
+#include "simd.h"
+
+namespace deformable {
+
+using simd::F;
+using simd::W;
+
+// ops/inference/deformable.py has the same fields in the same order.
+struct Problem {
+  int64_t batch, height, width, channels;          // of the input
+  int64_t out_height, out_width, out_features;
+  int64_t kernel, stride;                          // of rows and columns alike, without padding
+  int64_t in_stride[3];                            // of image, row and pixel, in elements
+  int64_t activation, threads;
+};
+
+// `offset` is [batch][out_height][out_width][tap][row, column], `weight` the packed one of a linear
+// layer from [tap][channel] to out_features, `out` [batch][out_height][out_width][out_features].
+struct Tensors {
+  const float *in, *offset, *weight, *bias;
+  float* out;
+};
+
+constexpr int64_t ROW_FLOATS = 96 * 1024;  // interpolated at a time
+constexpr int64_t FEWEST_PIXELS = 56;      // that make it worth to read the weights again
+
+// The map at (y, x), between pixels; beyond the border it is zero.
+static void interpolate(const Problem& p, const float* in, float y, float x, float* out) {
+  const float top = std::floor(y), left = std::floor(x);
+  const float down = y - top, right = x - left;
+  // Comparisons that NaN fails, before anything is made an integer.
+  const bool seen = y > -1.f && x > -1.f && y < static_cast<float>(p.height) &&
+                    x < static_cast<float>(p.width);
+  if (!seen) {
+    std::fill_n(out, p.channels, 0.f);
+    return;
+  }
+  const int64_t row = static_cast<int64_t>(top), column = static_cast<int64_t>(left);
+  const float* corner[4];
+  float share[4];
+  int count = 0;
+  for (int i = 0; i < 4; i++) {
+    const int64_t r = row + i / 2, c = column + i % 2;
+    if (r < 0 || c < 0 || r >= p.height || c >= p.width) continue;
+    corner[count] = in + r * p.in_stride[1] + c * p.in_stride[2];
+    share[count++] = (i / 2 ? down : 1.f - down) * (i % 2 ? right : 1.f - right);
+  }
+  for (int64_t c = 0; c < p.channels; c += W) {
+    const int lanes = static_cast<int>(std::min<int64_t>(W, p.channels - c));
+    F sum = simd::zero();
+    for (int i = 0; i < count; i++) {
+      sum = simd::fma(simd::set1(share[i]), simd::get(corner[i] + c, lanes), sum);
+    }
+    simd::put(out + c, sum, lanes);
+  }
+}
+
+static void convolve(const Problem& p, const Tensors& t, int64_t first, int64_t end,
+                     std::vector<float>& rows) {
+  const int64_t taps = p.kernel * p.kernel, features = taps * p.channels;
+  rows.resize(static_cast<size_t>((end - first) * features));
+  float* row = rows.data();
+  for (int64_t i = first; i < end; i++) {
+    const int64_t image = i / (p.out_height * p.out_width);
+    const int64_t y = i / p.out_width % p.out_height, x = i % p.out_width;
+    const float* in = t.in + image * p.in_stride[0];
+    const float* offset = t.offset + i * taps * 2;
+    for (int64_t tap = 0; tap < taps; tap++, offset += 2, row += p.channels) {
+      const int64_t from_y = y * p.stride + tap / p.kernel, from_x = x * p.stride + tap % p.kernel;
+      interpolate(p, in, static_cast<float>(from_y) + offset[0],
+                  static_cast<float>(from_x) + offset[1], row);
+    }
+  }
+  linear::Problem problem{};
+  problem.rows = end - first;
+  problem.in_features = problem.in_stride = features;
+  problem.out_features = problem.out_stride = p.out_features;
+  problem.activation = p.activation;
+  problem.threads = 1;
+  linear::Tensors tensors{};
+  tensors.in = rows.data();
+  tensors.weight = t.weight;
+  tensors.bias = t.bias;
+  tensors.out = t.out + first * p.out_features;
+  linear::forward(problem, tensors);
+}
+
+static void forward(const Problem& p, const Tensors& t) {
+  const int64_t pixels = p.batch * p.out_height * p.out_width;
+  const int64_t features = p.kernel * p.kernel * p.channels;
+  const int64_t fitting = std::max(FEWEST_PIXELS, ROW_FLOATS / features);
+  const int64_t tasks = std::max((pixels + fitting - 1) / fitting, std::min(pixels, p.threads));
+  const auto work = [&](int64_t i) {
+    static thread_local std::vector<float> rows;
+    convolve(p, t, pixels * i / tasks, pixels * (i + 1) / tasks, rows);
+  };
+#if defined(_OPENMP)
+  if (p.threads > 1 && tasks > 1) {
+    bool failed = false;
+    const int64_t threads = std::min(p.threads, tasks);
+#pragma omp parallel for schedule(static) num_threads(static_cast<int>(threads))
+    for (int64_t i = 0; i < tasks; i++) {
+      try {
+        work(i);
+      } catch (const std::bad_alloc&) {
+#pragma omp atomic write
+        failed = true;
+      }
+    }
+    if (failed) throw std::bad_alloc();
+    return;
+  }
+#endif
+  for (int64_t i = 0; i < tasks; i++) work(i);
+}
+
+}  // namespace deformable
