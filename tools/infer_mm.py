@@ -16,13 +16,16 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import VISUALIZERS, init_default_scope
 
+from backbones.openmmlab import check_channels
+
 
 def main(argv: Sequence[str] | None = None) -> list[Path]:
     """Draw as the command line says; returns the pictures written.
 
     Raises:
         FileNotFoundError: an image or the checkpoint is not there.
-        ValueError: two images of one name, which would overwrite each other.
+        ValueError: two images of one name, which would overwrite each other; or the parts of the
+            model do not fit together.
     """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -40,10 +43,11 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     if len({path.stem for path in args.images}) < len(args.images):
         raise ValueError("two images have the same name; draw them into different folders")
 
-    # First the config, which imports backbones.openmmlab: mmdet needs what that puts in place.
     cfg = Config.fromfile(args.config)
+    check_channels(cfg.model)
     init_default_scope(cfg.default_scope)
     detects = cfg.default_scope == "mmdet"
+    # Only now: these need what backbones.openmmlab has put in place.
     if detects:
         from mmdet.apis import inference_detector as infer
         from mmdet.apis import init_detector as init

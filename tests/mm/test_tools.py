@@ -148,6 +148,11 @@ def test_infer_refuses(tmp_path: Path) -> None:
     pair = [str(tmp_path / folder / "x.png") for folder in ("a", "b")]
     with pytest.raises(ValueError, match="same name"):
         infer.main([*pair, *end, "--checkpoint", str(tmp_path / "c.pth")])
+    wrong = tmp_path / "wrong.py"
+    wrong.write_text(f"_base_ = [{end[1]!r}]\nmodel = dict(neck=dict(in_channels=[1, 2, 3, 4]))\n")
+    end[1] = str(wrong)
+    with pytest.raises(ValueError, match=r"write in_channels=\[32, 64, 160, 256\]"):
+        infer.main([pair[0], *end, "--checkpoint", str(tmp_path / "c.pth")])
 
 
 def test_missing_checkpoint_is_named(tmp_path: Path) -> None:
