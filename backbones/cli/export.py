@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import sys
 from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -106,21 +107,27 @@ def export(
                     )
                 worst = max(worst, found.error)
             if options is not None and options.int8:
-                _quantize(loaded, scratch, size, options)
+                _quantize(loaded, scratch, shapes, options)
             total = sum(part.stat().st_size for part in scratch.parent.iterdir())
     except CommandError as error:
         raise CommandError(f"{name}: {error}") from error
     except OSError as error:
         raise CommandError(f"cannot write {path}: {error.strerror or error}") from error
     where = "any batch and size" if dynamic else f"images {_sizes(shape)}"
-    precision = " in int8" if options is not None and options.int8 else ""
-    _say(f"{path}: {name}{precision} for {where}, {total / 1e6:.1f} MB, max error {worst:.1e}")
+    accuracy = f"max error {worst:.1e}"
+    if options is not None and options.int8:
+        name, accuracy = f"{name} in int8", f"{accuracy} before it was quantised"
+    _say(f"{path}: {name} for {where}, {total / 1e6:.1f} MB, {accuracy}")
 
 
-def _quantize(loaded: Loaded, path: Path, size: tuple[int, int], options: Namespace) -> None:
+def _quantize(
+    loaded: Loaded, path: Path, shapes: Sequence[tuple[int, ...]], options: Namespace
+) -> None:
+    """Quantise the file, and compare it with the model: on the images, and at each size."""
     model = loaded.model
+    height, width = shapes[0][2:]
     images = quantizing.calibration_images(
-        loaded, options.calibration, options.calibration_images, size
+        loaded, options.calibration, options.calibration_images, (height, width)
     )
     if options.calibration is None:
         _say(
@@ -128,7 +135,8 @@ def _quantize(loaded: Loaded, path: Path, size: tuple[int, int], options: Namesp
             "resemble; use such a file for timing only"
         )
     quantizing.quantize(path, images)
-    agreement = quantizing.agreement(model, exporting.onnx_runner(path), images)
+    runner = exporting.onnx_runner(path)
+    agreement = quantizing.agreement(model, runner, images)
     if agreement.top1 is not None:
         _say(
             f"  int8 agrees with float in {100 * agreement.top1:.1f} % of {len(images)} answers; "
@@ -136,6 +144,9 @@ def _quantize(loaded: Loaded, path: Path, size: tuple[int, int], options: Namesp
         )
     else:
         _say(f"  int8 against float: signal to noise {agreement.decibels:.1f} dB")
+    for number, shape in enumerate(shapes[1:], start=1):
+        found = quantizing.agreement(model, runner, [exporting.noise(shape, number)])
+        _say(f"  {_sizes(shape):<16} int8, noise: {found.decibels:.1f} dB")
 
 
 def _metadata(loaded: Loaded) -> dict[str, str]:

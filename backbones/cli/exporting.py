@@ -27,7 +27,9 @@ __all__ = [
     "Check",
     "check",
     "check_shapes",
+    "noise",
     "onnx_runner",
+    "outputs",
     "program_runner",
     "replace_whole",
     "save_onnx",
@@ -201,19 +203,34 @@ def check(model: nn.Module, run: Run, shapes: Sequence[Sequence[int]]) -> Iterat
         CommandError: ``run`` fails, or gives another shape.
     """
     for number, shape in enumerate(shapes):
-        images = torch.randn(*shape, generator=torch.Generator().manual_seed(number))
-        expected = model(images).double()
-        got = run(images).double()
-        if got.shape != expected.shape:
-            raise CommandError(
-                f"at {tuple(shape)} the file gives {tuple(got.shape)}, the model "
-                f"{tuple(expected.shape)}"
-            )
+        images = noise(shape, number)
+        expected, got = outputs(model, run, images)
         error, allowed = _difference(got, expected), TOLERANCE
         if TOLERANCE < error < math.inf:
             exact = copy.deepcopy(model).double()(images.double())
             allowed = max(TOLERANCE, _TIMES_ROUNDING * _difference(expected, exact))
         yield Check(tuple(shape), error, allowed)
+
+
+def noise(shape: Sequence[int], seed: int) -> Tensor:
+    """Standard normal images, the same on every call."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+@torch.inference_mode()
+def outputs(model: nn.Module, run: Run, images: Tensor) -> tuple[Tensor, Tensor]:
+    """What ``model`` and ``run`` give, in float64.
+
+    Raises:
+        CommandError: ``run`` fails, or gives another shape.
+    """
+    expected, got = model(images).double(), run(images).double()
+    if got.shape != expected.shape:
+        raise CommandError(
+            f"at {tuple(images.shape)} the file gives {tuple(got.shape)}, the model "
+            f"{tuple(expected.shape)}"
+        )
+    return expected, got
 
 
 def _difference(value: Tensor, expected: Tensor) -> float:

@@ -18,7 +18,7 @@ from timm.data import create_transform
 from torch import Tensor, nn
 
 from backbones.cli.common import CommandError, Loaded
-from backbones.cli.exporting import Run
+from backbones.cli.exporting import Run, outputs
 from backbones.cli.predict import find_images, open_image, preprocessing
 
 __all__ = ["Agreement", "agreement", "calibration_images", "quantize"]
@@ -117,13 +117,18 @@ def quantize(path: Path, images: Sequence[Tensor]) -> None:
     os.replace(quantized, path)
 
 
-@torch.inference_mode()
 def agreement(model: nn.Module, run: Run, images: Sequence[Tensor]) -> Agreement:
-    """How the outputs of ``run`` compare with the model's on ``images``."""
+    """How the outputs of ``run`` compare with the model's on ``images``.
+
+    Raises:
+        CommandError: ``run`` fails, gives another shape, or what is no number.
+    """
     same, signal, noise = 0, 0.0, 0.0
     classifies = True
     for image in images:
-        expected, got = model(image).double(), run(image).double()
+        expected, got = outputs(model, run, image)
+        if not got.isfinite().all():
+            raise CommandError(f"at {tuple(image.shape)} the int8 file gives what is no number")
         signal += expected.square().sum().item()
         noise += (expected - got).square().sum().item()
         classifies = expected.ndim == 2 and expected.shape[1] > 1

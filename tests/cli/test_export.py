@@ -77,6 +77,9 @@ def test_onnx_by_the_command_in_int8(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert main([*words, "--calibration", str(folder)]) == 0
     out = capsys.readouterr().out
     assert "int8 agrees with float in" in out
+    assert "  3×3×32×32        int8, noise: " in out
+    assert "  2×3×91×77        int8, noise: " in out
+    assert out.endswith("before it was quantised\n")
     file = onnx.load(path)
     assert {"QuantizeLinear", "DequantizeLinear"} <= {node.op_type for node in file.graph.node}
     axes = [d.dim_param or d.dim_value for d in file.graph.input[0].type.tensor_type.shape.dim]
@@ -173,6 +176,10 @@ def test_agreement_counts_answers_and_noise() -> None:
     assert same == quantizing.Agreement(1.0, float("inf"))
     half = quantizing.agreement(model, lambda x: torch.tensor([[1.0, 0.0]]), pictures)
     assert half.top1 == 0.5
+    with pytest.raises(CommandError, match="at .1, 2. the int8 file gives what is no number"):
+        quantizing.agreement(model, lambda x: x * float("nan"), pictures)
+    with pytest.raises(CommandError, match="the file gives"):
+        quantizing.agreement(model, lambda x: x[:, :1], pictures)
     assert half.decibels == pytest.approx(0, abs=1e-9)
 
 
