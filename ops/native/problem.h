@@ -108,7 +108,10 @@ struct Layout {
       for (int i = s.low; i < s.low + s.columns; i++) column_segments[i]++;
     }
 
-    const int64_t head_bytes = column_bytes * (max_columns + 3 * simd::W);
+    // Where sums over units are wanted, in backward, the keys are packed both ways, and two rings of
+    // gradients lie beside.
+    const int64_t head_bytes =
+        column_bytes * (max_columns + 3 * simd::W) * (sums_over_units ? 5 : 2) / 2;
     head_block =
         static_cast<int>(std::min(p.kv_heads, std::max<int64_t>(1, CACHE_BYTES / head_bytes)));
     const int64_t busy = small || p.threads == 1 ? 1 : 4 * p.threads;

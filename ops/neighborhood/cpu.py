@@ -232,7 +232,9 @@ class _Differentiable(torch.autograd.Function):
             if grad_lse is None:
                 return (None,) * 11
             grad_out = torch.zeros_like(out)
-        grads = _backward(grad_out, grad_lse, out, lse, *inputs, *ctx.geometry)
+        plain = is_plain_call((grad_out, grad_lse, out, lse, *inputs))
+        backward = _backward_kernel if plain else _backward
+        grads = backward(grad_out, grad_lse, out, lse, *inputs, *ctx.geometry)
         wanted = (
             grad if tensor is not None and needed else None
             for grad, tensor, needed in zip(grads, inputs, ctx.needs_input_grad, strict=False)

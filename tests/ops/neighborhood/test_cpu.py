@@ -145,7 +145,7 @@ def test_memory_does_not_grow_with_the_window():
     """What is held beyond the results; gathered windows would be 169 times the keys at 13 x 13."""
     code = (
         "import torch; from ops.neighborhood import na2d\n"
-        "from tools.benchmark_na import PeakMemory\n"
+        "from tools.measuring import PeakMemory\n"
         "torch.set_num_threads(1)\n"
         "def step(tensors, kernel_size, grad):\n"
         "    out = na2d(*tensors, kernel_size, backend='cpu')\n"

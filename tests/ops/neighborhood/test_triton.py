@@ -18,12 +18,18 @@ from ops.neighborhood._geometry import NAParams
 
 ROOT = Path(__file__).parents[3]
 CASES = Path(__file__).with_name("triton_cases.py")
+# The slow cases are shared by as many processes, so that they can run beside each other.
+PARTS = 8
 
 
-def run(*command: str, interpret: bool) -> subprocess.CompletedProcess[str]:
+def run(
+    *command: str, interpret: bool, part: str | None = None
+) -> subprocess.CompletedProcess[str]:
     # What an outer pytest leaves in the environment is not meant for an inner one.
     outer = ("PYTEST", "TRITON_INTERPRET")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(outer)}
+    if part is not None:
+        environment["TRITON_CASES_PART"] = part
     if interpret:
         environment["TRITON_INTERPRET"] = "1"
     return subprocess.run(
@@ -36,9 +42,9 @@ def run(*command: str, interpret: bool) -> subprocess.CompletedProcess[str]:
     )
 
 
-def run_cases(marks: str) -> None:
+def run_cases(marks: str, part: str | None = None) -> None:
     options = ("-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-x", "-m", marks)
-    done = run("pytest", str(CASES), *options, interpret=not torch.cuda.is_available())
+    done = run("pytest", str(CASES), *options, interpret=not torch.cuda.is_available(), part=part)
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
     assert " passed" in done.stdout
 
@@ -48,8 +54,9 @@ def test_kernels():
 
 
 @pytest.mark.slow
-def test_kernels_in_many_cases():
-    run_cases("slow")
+@pytest.mark.parametrize("part", [f"{i}/{PARTS}" for i in range(PARTS)])
+def test_kernels_in_many_cases(part):
+    run_cases("slow", part)
 
 
 def call(**changes) -> str | None:

@@ -10,6 +10,7 @@ On a GPU, run all of it, autotuned, by::
 from __future__ import annotations
 
 import dataclasses
+import os
 import types
 
 import neighborhood_oracle as oracle
@@ -30,6 +31,9 @@ LIMITS = (
     if DEVICE == "cuda"
     else oracle.Limits(max_size={1: 40, 2: 10, 3: 5}, dims=(1, 2, 3, 7, 8, 16, 17, 24, 32, 48, 128))
 )
+
+# "i/n": of the slow cases, every n-th from i on, so that several processes can share them.
+PART, PARTS = map(int, os.environ.get("TRITON_CASES_PART", "0/1").split("/"))
 
 pytestmark = pytest.mark.filterwarnings(
     # Triton 3.7 imports a module that Python 3.12 and later warn about.
@@ -117,7 +121,7 @@ def test_random_cases_are_exact(seed):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(8, 520))
+@pytest.mark.parametrize("seed", range(8, 520)[PART::PARTS])
 def test_many_random_cases_are_exact(seed):
     check(small(seed))
 
@@ -129,7 +133,7 @@ def test_half_precision(dtype):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("seed", range(600, 640))
+@pytest.mark.parametrize("seed", range(600, 640)[PART::PARTS])
 def test_random_cases_in_half_precision(seed, dtype):
     """Gradients are those of the output as it was rounded, which is all that is kept of it.
 
@@ -203,7 +207,8 @@ def test_wide_windows_compile_the_branch_without_a_mask(case):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("rank", "index"), [(rank, i) for rank in (1, 2, 3) for i in range(len(tiles.configs(rank)))]
+    ("rank", "index"),
+    [(rank, i) for rank in (1, 2, 3) for i in range(len(tiles.configs(rank)))][PART::PARTS],
 )
 def test_every_tile_that_tuning_tries_is_exact(rank, index, monkeypatch):
     monkeypatch.setattr(launch, "_fixed", lambda arguments: tiles.configs(rank)[index])
