@@ -24,214 +24,39 @@ measures only those that are missing:
 from __future__ import annotations
 
 import argparse
-import ctypes
 import functools
 import itertools
 import json
 import logging
 import math
-import os
-import platform
 import statistics
-import sys
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.nn.functional as F
+from measuring import PeakMemory, load_report, machine, stopwatch, write
+from na_contenders import (
+    CONTENDERS,
+    NUM_HEADS,
+    SETTINGS,
+    Attention,
+    CannotRunError,
+    Setting,
+    contender,
+    needed_gib,
+)
+from na_picture import BASELINE, draw
 from torch import Tensor
-
-from ops.neighborhood import na1d, na2d, na3d
 
 logger = logging.getLogger("benchmark_na")
 
-Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
-
-NUM_HEADS = 4
-BASELINE = "tiled"
+DTYPES = ("float32", "bfloat16", "float16")
+# Our kernels by the type of device.
+OURS = {"cpu": "cpu", "cuda": "triton"}
 # The yardstick of the machine: a product of two square matrices of this size.
 MATMUL_SIZE = 1024
-
-
-@dataclass(frozen=True)
-class Setting:
-    """One shape: the map, the window and the head dim; heads and batch come on top."""
-
-    size: tuple[int, ...]
-    kernel_size: tuple[int, ...]
-    dim: int
-    dilation: int = 1
-
-    @property
-    def name(self) -> str:
-        size, kernel_size = ("x".join(map(str, v)) for v in (self.size, self.kernel_size))
-        if len(set(self.kernel_size)) == 1:
-            kernel_size = str(self.kernel_size[0])
-        dilated = f"-dilation{self.dilation}" if self.dilation > 1 else ""
-        return f"{size}-k{kernel_size}-d{self.dim}{dilated}"
-
-    @property
-    def tokens(self) -> int:
-        return math.prod(self.size)
-
-    def flops(self, batch: int, backward: bool) -> int:
-        """Of the two products forward; of these and the five backward with ``backward``."""
-        product = 2 * batch * NUM_HEADS * self.tokens * math.prod(self.kernel_size) * self.dim
-        return product * (7 if backward else 2)
-
-
-SETTINGS = [
-    *(Setting((n, n), (7, 7), dim) for n in (56, 28, 14) for dim in (32, 64)),
-    Setting((128, 128), (13, 13), 32),
-    Setting((64, 64), (7, 7), 32, dilation=4),
-    Setting((4096,), (63,), 32),
-    Setting((8, 28, 28), (3, 7, 7), 32),
-]
-
-
-class CannotRunError(Exception):
-    """A contender cannot do a setting; the message says why."""
-
-
-def visible(setting: Setting, query: Tensor, key: Tensor) -> Tensor:
-    """Whether the query with this flat index sees the key with that one, elementwise."""
-    seen = query == query
-    for n, k in zip(reversed(setting.size), reversed(setting.kernel_size), strict=True):
-        d = setting.dilation
-        place, key_place = query % n // d, key % n // d
-        group_size = (n - query % n % d + d - 1) // d
-        start = torch.minimum((place - k // 2).clamp(min=0), group_size - k)
-        seen = seen & (query % n % d == key % n % d)
-        seen = seen & (key_place >= start) & (key_place < start + k)
-        query, key = query // n, key // n
-    return seen
-
-
-def backend(name: str, setting: Setting) -> Attention:
-    """One of ours."""
-    attention = (na1d, na2d, na3d)[len(setting.size) - 1]
-
-    def run(query: Tensor, key: Tensor, value: Tensor) -> Any:
-        try:
-            return attention(
-                query, key, value, setting.kernel_size, dilation=setting.dilation, backend=name
-            )
-        except NotImplementedError as error:
-            raise CannotRunError(str(error)) from error
-
-    return run
-
-
-def masked_sdpa(setting: Setting, device: torch.device) -> Attention:
-    """Torch's attention over all pairs with a mask."""
-    index = torch.arange(setting.tokens, device=device)
-    mask = visible(setting, index[:, None], index)
-
-    def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        q, k, v = (t.flatten(1, -3).transpose(1, 2) for t in (query, key, value))
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
-        return out.transpose(1, 2).reshape(query.shape)
-
-    return run
-
-
-def compiled_flex(setting: Setting, device: torch.device) -> Attention:
-    """Torch's flex attention, compiled, with the blocks that no query sees left out."""
-    from torch.nn.attention.flex_attention import create_block_mask, flex_attention
-
-    def mask(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
-        return visible(setting, query, key)
-
-    n = setting.tokens
-    blocks = create_block_mask(mask, None, None, n, n, device=device.type)
-    compiled = torch.compile(flex_attention, dynamic=False)
-
-    def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        if device.type == "cpu" and query.requires_grad:
-            raise CannotRunError("flex attention has no backward on the CPU")
-        q, k, v = (t.flatten(1, -3).transpose(1, 2) for t in (query, key, value))
-        out = compiled(q, k, v, block_mask=blocks)
-        return out.transpose(1, 2).reshape(query.shape)
-
-    return run
-
-
-def contender(name: str, setting: Setting, device: torch.device) -> Attention:
-    """The contender of this name, set up for a setting."""
-    if name == "sdpa-mask":
-        return masked_sdpa(setting, device)
-    if name == "flex":
-        return compiled_flex(setting, device)
-    # The reference gathers the window of every query.
-    return backend("reference" if name == "gather" else name, setting)
-
-
-DTYPES = ("float32", "bfloat16", "float16")
-CONTENDERS = ("cpu", "triton", "tiled", "gather", "sdpa-mask", "flex", "natten")
-
-
-def needed_gib(name: str, setting: Setting, batch: int, device: torch.device) -> float:
-    """A lower bound of the memory that a contender needs, where that is much."""
-    pairs = batch * NUM_HEADS * setting.tokens**2 * 4
-    gathered = setting.tokens * math.prod(setting.kernel_size) * setting.dim
-    of_contender = {
-        "gather": 2 * batch * NUM_HEADS * gathered * 4,
-        "sdpa-mask": 5 * setting.tokens**2,
-        # Without kernels NATTEN goes over all pairs.
-        "natten": 2 * pairs if device.type == "cpu" else 0,
-    }
-    return of_contender.get(name, 0) / 2**30
-
-
-class PeakMemory:
-    """Bytes that were held at most during the block, beyond those before it.
-
-    On the GPU what torch allocates; on Linux the resident memory of the process, which counts
-    every allocator. Elsewhere ``None``.
-    """
-
-    def __init__(self, device: torch.device) -> None:
-        self.device = device
-        self.bytes: int | None = None
-
-    def __enter__(self) -> PeakMemory:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-            torch.cuda.reset_peak_memory_stats()
-            self.before = torch.cuda.memory_allocated()
-        elif sys.platform == "linux":
-            # Freed memory that the C library keeps would hide what is allocated anew.
-            ctypes.CDLL(None).malloc_trim(0)
-            Path("/proc/self/clear_refs").write_text("5")
-            self.before = self._status("VmRSS")
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize()
-            self.bytes = torch.cuda.max_memory_allocated() - self.before
-        elif sys.platform == "linux":
-            self.bytes = max(0, self._status("VmHWM") - self.before)
-
-    @staticmethod
-    def _status(field: str) -> int:
-        lines = Path("/proc/self/status").read_text().splitlines()
-        (line,) = (line for line in lines if line.startswith(f"{field}:"))
-        return 1024 * int(line.split()[1])
-
-
-def stopwatch(run: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call."""
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    start = time.perf_counter()
-    run()
-    if device.type == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def call(attention: Attention, inputs: Sequence[Tensor], grad: Tensor | None) -> None:
@@ -317,6 +142,7 @@ def measure(
             times[name].append(stopwatch(repeated, device) / repeats)
 
     flops = setting.flops(batch, backward)
+    ours = OURS[device.type]
     matmul = 2 * MATMUL_SIZE**3 / statistics.median(times.pop("matmul"))
     for name, of_name in times.items():
         median = statistics.median(of_name)
@@ -327,11 +153,9 @@ def measure(
             rounds=len(of_name),
         )
         if BASELINE in times:
-            # A turn that one of both left out has no ratio.
-            ratios = [base / own for base, own in zip(times[BASELINE], of_name, strict=False)]
-            if name not in runs:
-                ratios = [statistics.median(times[BASELINE]) / median]
-            results[name]["speedup_over_tiled"] = statistics.median(ratios)
+            results[name]["speedup_over_tiled"] = ratio(times[BASELINE], of_name)
+        if ours in times:
+            results[name]["times_ours"] = ratio(of_name, times[ours])
     return {
         "setting": setting.name,
         **asdict(setting),
@@ -343,6 +167,14 @@ def measure(
         "matmul_gflops": matmul / 1e9,
         "contenders": results,
     }
+
+
+def ratio(times: Sequence[float], others: Sequence[float]) -> float:
+    """Median of the ratios within a turn; of one that took no turns, to the median of the other."""
+    if 1 in (len(times), len(others)):
+        return statistics.median(times) / statistics.median(others)
+    # A turn that one of both left out has no ratio.
+    return statistics.median(a / b for a, b in zip(times, others, strict=False))
 
 
 def expected_seconds(
@@ -364,49 +196,9 @@ def expected_seconds(
     }
 
 
-def processor_name() -> str:
-    """What the processor calls itself, with its number of cores."""
-    name = platform.processor() or platform.machine()
-    cpuinfo = Path("/proc/cpuinfo")
-    if cpuinfo.exists():
-        lines = cpuinfo.read_text().splitlines()
-        model = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-        name = next(model, name)
-    return f"{name}, {os.cpu_count()} cores"
-
-
-def machine(device: torch.device) -> dict[str, Any]:
-    """What the figures depend on."""
-    name = torch.cuda.get_device_name() if device.type == "cuda" else processor_name()
-    return {
-        "device": device.type,
-        "name": name,
-        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "torch": torch.__version__,
-    }
-
-
 def row_key(row: dict[str, Any]) -> tuple[str, int, str, bool]:
     """What a row measures."""
     return row["setting"], row["batch"], row["dtype"], row["backward"]
-
-
-def load_report(path: Path, current: dict[str, Any]) -> dict[str, Any]:
-    """The report of earlier runs into ``path``, or an empty one.
-
-    Raises:
-        ValueError: if they ran on another machine, or not as this one does.
-    """
-    if not path.exists():
-        return {"machine": current, "results": []}
-    report: dict[str, Any] = json.loads(path.read_text())
-    if report["machine"] != current:
-        raise ValueError(
-            f"{path} was measured on {report['machine']}, this is {current}; choose another "
-            "--output, or delete it"
-        )
-    return report
 
 
 def add_row(report: dict[str, Any], row: dict[str, Any]) -> None:
@@ -419,49 +211,6 @@ def add_row(report: dict[str, Any], row: dict[str, Any]) -> None:
         return order.index(name), batch, DTYPES.index(dtype), backward
 
     report["results"] = sorted([*others, row], key=place)
-
-
-def write(path: Path, save: Callable[[Path], object]) -> None:
-    """Write a file under another name first, so that it is never seen half-written."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_name(f".{os.getpid()}-{path.name}")
-    save(unfinished)
-    unfinished.replace(path)
-
-
-def draw(report: dict[str, Any], path: Path) -> None:
-    """Bars of the speed over the tiled backend, a panel for each dtype, batch and direction."""
-    from matplotlib.figure import Figure
-
-    panels: dict[tuple, list[dict]] = {}
-    for row in report["results"]:
-        panels.setdefault((row["dtype"], row["batch"], row["backward"]), []).append(row)
-    figure = Figure(figsize=(12, 3.2 * len(panels)), layout="constrained")
-    axes = figure.subplots(len(panels), 1, squeeze=False)[:, 0]
-    timed = (
-        name
-        for row in report["results"]
-        for name, result in row["contenders"].items()
-        if "speedup_over_tiled" in result and name != BASELINE
-    )
-    names = list(dict.fromkeys(timed))
-    for axis, ((dtype, batch, backward), rows) in zip(axes, panels.items(), strict=True):
-        for i, name in enumerate(names):
-            speedups = [row["contenders"][name].get("speedup_over_tiled", math.nan) for row in rows]
-            offset = (i - (len(names) - 1) / 2) / (len(names) + 1)
-            places = [place + offset for place in range(len(rows))]
-            # From 1 upwards where faster than tiled, downwards where slower.
-            heights = [speedup - 1 for speedup in speedups]
-            axis.bar(places, heights, 1 / (len(names) + 1), bottom=1, label=name)
-        axis.set_yscale("log")
-        axis.axhline(1, color="black", linewidth=0.8)
-        axis.set_xticks(range(len(rows)), [row["setting"] for row in rows], fontsize=7)
-        direction = "forward and backward" if backward else "forward"
-        axis.set_title(f"{direction}, {dtype}, batch {batch}", fontsize=9)
-        axis.set_ylabel("speed over tiled", fontsize=8)
-    if names:
-        axes[0].legend(ncols=len(names), fontsize=7)
-    figure.savefig(path, format="png", dpi=120)
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:

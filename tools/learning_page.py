@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from benchmark_na import processor_name
+from measuring import processor_name
 
 import backbones
 from backbones.training.checkpoint import write_atomically

@@ -1,0 +1,36 @@
+"""What the benchmark of neighborhood attention compares."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+
+import pytest
+import torch
+
+TOOLS = Path(__file__).parents[2] / "tools"
+
+
+@pytest.fixture
+def contenders(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(TOOLS)
+    return importlib.import_module("na_contenders")
+
+
+@pytest.mark.parametrize(
+    ("size", "kernel_size", "dilation"),
+    [((11,), (4,), 2), ((8, 7), (3, 3), 2), ((3, 5, 4), (2, 3, 4), 1)],
+)
+def test_contenders_compute_the_same(contenders: ModuleType, size, kernel_size, dilation) -> None:
+    setting = contenders.Setting(size, kernel_size, 8, dilation)
+    tensors = torch.randn(3, 2, *size, contenders.NUM_HEADS, 8)
+    device = torch.device("cpu")
+    true = contenders.contender("gather", setting, device)(*tensors)
+    for name in ("tiled", "sdpa-mask"):
+        torch.testing.assert_close(contenders.contender(name, setting, device)(*tensors), true)
+
+
+def test_counts_operations(contenders: ModuleType) -> None:
+    setting = contenders.Setting((4,), (3,), 5)
+    assert setting.flops(batch=2, backward=False) == 2 * 2 * 2 * contenders.NUM_HEADS * 4 * 3 * 5

@@ -1,0 +1,111 @@
+"""What benchmarks share: a stopwatch, peak memory, the machine, reports that grow run by run."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import os
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+class PeakMemory:
+    """Bytes that were held at most during the block, beyond those before it.
+
+    On the GPU what torch allocates; on Linux the resident memory of the process, which counts
+    every allocator. Elsewhere ``None``.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.bytes: int | None = None
+
+    def __enter__(self) -> PeakMemory:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            torch.cuda.reset_peak_memory_stats()
+            self.before = torch.cuda.memory_allocated()
+        elif sys.platform == "linux":
+            # Freed memory that the C library keeps would hide what is allocated anew.
+            ctypes.CDLL(None).malloc_trim(0)
+            Path("/proc/self/clear_refs").write_text("5")
+            self.before = self._status("VmRSS")
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self.device.type == "cuda":
+            torch.cuda.synchronize()
+            self.bytes = torch.cuda.max_memory_allocated() - self.before
+        elif sys.platform == "linux":
+            self.bytes = max(0, self._status("VmHWM") - self.before)
+
+    @staticmethod
+    def _status(field: str) -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        (line,) = (line for line in lines if line.startswith(f"{field}:"))
+        return 1024 * int(line.split()[1])
+
+
+def stopwatch(run: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    start = time.perf_counter()
+    run()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter() - start
+
+
+def processor_name() -> str:
+    """What the processor calls itself, with its number of cores."""
+    name = platform.processor() or platform.machine()
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text().splitlines()
+        model = (line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+        name = next(model, name)
+    return f"{name}, {os.cpu_count()} cores"
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What the figures depend on."""
+    name = torch.cuda.get_device_name() if device.type == "cuda" else processor_name()
+    return {
+        "device": device.type,
+        "name": name,
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+    }
+
+
+def load_report(path: Path, current: dict[str, Any]) -> dict[str, Any]:
+    """The report of earlier runs into ``path``, or an empty one.
+
+    Raises:
+        ValueError: if they ran on another machine, or not as this one does.
+    """
+    if not path.exists():
+        return {"machine": current, "results": []}
+    report: dict[str, Any] = json.loads(path.read_text())
+    if report["machine"] != current:
+        raise ValueError(
+            f"{path} was measured on {report['machine']}, this is {current}; choose another "
+            "--output, or delete it"
+        )
+    return report
+
+
+def write(path: Path, save: Callable[[Path], object]) -> None:
+    """Write a file under another name first, so that it is never seen half-written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = path.with_name(f".{os.getpid()}-{path.name}")
+    save(unfinished)
+    unfinished.replace(path)
