@@ -51,6 +51,8 @@ def run(options: Namespace) -> int:
         raise CommandError("--int8 makes ONNX files; leave --format pt2 out")
     if not options.out.parent.is_dir():
         raise CommandError(f"there is no folder {options.out.parent} to write to")
+    if format == "onnx":
+        exporting.need_onnx()
     if options.batch < 1:
         raise CommandError(f"--batch must be 1 or more, got {options.batch}")
     loaded = load(options.model, options.checkpoint)

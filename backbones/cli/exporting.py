@@ -27,6 +27,7 @@ __all__ = [
     "Check",
     "check",
     "check_shapes",
+    "need_onnx",
     "noise",
     "onnx_runner",
     "outputs",
@@ -301,6 +302,11 @@ def _name_axes(model: Any) -> None:
                 for axis in value.shape
             ]
         )
+
+
+def need_onnx() -> None:
+    """Raise a CommandError where what writes and checks ONNX files is not installed."""
+    _need("onnx", "onnxscript", "onnxruntime")
 
 
 def _need(*packages: str) -> None:

@@ -30,6 +30,11 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "upscale": ("upscale.py", "enlarge images and restore them"),
     "benchmark": ("benchmark.py", "time and memory, beside other libraries"),
 }
+_EXAMPLES = {
+    "validate": "--data /path/to/images --model van_b0 --checkpoint van_b0.pth",
+    "upscale": "photos/ --model hat_x4 --checkpoint HAT_SRx4.pth --out enlarged",
+    "benchmark": "--models unireplknet_a van_b0 --modes eager fused --threads 1 2",
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -63,11 +68,11 @@ def run_command(name: str, argv: Sequence[str] | None = None, program: str | Non
     program = program or f"vision-backbones {name}"
     try:
         if path.endswith(".py"):
-            return _run_script(path, program, sys.argv[1:] if argv is None else argv)
+            return _run_script(name, program, sys.argv[1:] if argv is None else argv)
         command = importlib.import_module(path)
         parser = argparse.ArgumentParser(
             prog=program,
-            description=f"{summary[0].upper()}{summary[1:]}.",
+            description=_sentence(summary),
             epilog=f"example:\n  {program} {command.EXAMPLE}".rstrip(),
             formatter_class=argparse.RawDescriptionHelpFormatter,
         )
@@ -89,19 +94,32 @@ def run_command(name: str, argv: Sequence[str] | None = None, program: str | Non
 
 
 def _run_script(name: str, program: str, argv: Sequence[str]) -> int:
-    """Run a script of tools/ in this process: as a file of the package, or of the checkout."""
+    """Run a script of tools/ in this process: as a file of the package, or of the checkout.
+
+    As a command it has a shorter help than as a script, which begins with its docstring.
+    """
+    file, summary = COMMANDS[name]
     here = Path(__file__).parent
     path = next(
-        p for p in (here / "scripts" / name, here.parents[1] / "tools" / name) if p.is_file()
+        p for p in (here / "scripts" / file, here.parents[1] / "tools" / file) if p.is_file()
     )
     before = sys.argv, list(sys.path)
     sys.path.insert(0, str(path.parent))
     try:
         script = runpy.run_path(str(path))
+        script["main"].__globals__["__doc__"] = _sentence(summary)
         sys.argv = [program, *argv]  # where argparse finds the program's name
         return int(script["main"](list(argv)) or 0)
+    except SystemExit as leaving:
+        if not leaving.code:  # after --help
+            sys.stdout.write(f"\nexample:\n  {program} {_EXAMPLES[name]}\n")
+        raise
     finally:
         sys.argv, sys.path[:] = before
+
+
+def _sentence(summary: str) -> str:
+    return f"{summary[0].upper()}{summary[1:]}."
 
 
 def _overview() -> str:

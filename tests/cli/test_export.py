@@ -67,6 +67,16 @@ def test_the_command_writes_what_it_says(
     assert [p.name for p in tmp_path.iterdir()] == ["shvit.pt2"]
 
 
+def test_what_is_missing_is_said_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(exporting.importlib.util, "find_spec", lambda name: None)
+    assert main(["export", "shvit_s1", "--out", str(tmp_path / "x.onnx")]) == 2
+    said = capsys.readouterr()
+    assert "onnx and onnxscript and onnxruntime missing: pip install onnx" in said.err
+    assert not said.out
+
+
 @pytest.mark.slow
 def test_onnx_by_the_command_in_int8(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder, path = tmp_path / "photos", tmp_path / "van.onnx"

@@ -79,8 +79,15 @@ def test_what_a_user_can_mend_is_one_line(
 def test_scripts_of_tools_are_commands_too(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     before = list(sys.argv), list(sys.path)
     assert main([name, "--help"]) == 0
-    assert f"usage: vision-backbones {name}" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert f"usage: vision-backbones {name}" in said
+    *_, heading, example = said.splitlines()
+    assert heading == "example:"
+    assert example.startswith(f"  vision-backbones {name} --") or name == "upscale"
+    assert len(said.splitlines()) <= 60
+    assert "tools/" not in said
     assert main([name, "--no-such-option"]) != 0
+    assert "example:" not in capsys.readouterr().out
     assert (sys.argv, sys.path) == before
 
 
