@@ -12,6 +12,7 @@ from ops.attention.bilevel import BiLevelRoutingAttention, bilevel_routing_atten
 from ops.attention.large_kernel import LargeKernelAttention
 from ops.attention.rank_augmented import RankAugmentedAttention, Rotary, rotary_table
 from ops.inference.layers import runs_fast
+from ops.inference.linear_attention import gated_linear_attention, unsupported
 
 __all__ = [
     "FastBiLevelRoutingAttention",
@@ -51,7 +52,7 @@ def _turns(height: int, width: int, head_dim: int) -> Tensor:
 
 
 class FastRankAugmentedAttention(RankAugmentedAttention):
-    """Rotations as products of complex numbers, whose table is made once."""
+    """Linear attention by our kernel; else rotations are products of complex numbers."""
 
     def forward(
         self, x: Tensor, rotary: Rotary | None = None, residual: Tensor | None = None
@@ -60,8 +61,13 @@ class FastRankAugmentedAttention(RankAugmentedAttention):
             out = super().forward(x, rotary)
             return out if residual is None else out + residual
         height, width, dim = x.shape[1:]
-        turns = _turns(height, width, dim // self.num_heads)
-        *qkv, gate = self.qkvo(x).chunk(4, dim=-1)
+        head_dim = dim // self.num_heads
+        qkvo = self.qkvo(x)
+        *qkv, gate = qkvo.chunk(4, dim=-1)
+        if self.linear and unsupported(x.device, x.dtype, head_dim) is None:
+            bias = self.lepe(qkv[2].permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+            return self.proj(gated_linear_attention(qkvo, bias, self.num_heads), residual)
+        turns = _turns(height, width, head_dim)
         query, key, value = (
             t.flatten(1, 2).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in qkv
         )  # (B, heads, HW, head_dim)

@@ -6,13 +6,10 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
-#include <new>
 #include <vector>
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
 #include "lanes.h"
 #include "linear.h"
+#include "parallel.h"
 #include "simd.h"
 
 namespace deformable {
@@ -109,24 +106,7 @@ static void forward(const Problem& p, const Tensors& t) {
     static thread_local std::vector<float> rows;
     convolve(p, t, pixels * i / tasks, pixels * (i + 1) / tasks, rows);
   };
-#if defined(_OPENMP)
-  if (p.threads > 1 && tasks > 1) {
-    bool failed = false;
-    const int64_t threads = std::min(p.threads, tasks);
-#pragma omp parallel for schedule(static) num_threads(static_cast<int>(threads))
-    for (int64_t i = 0; i < tasks; i++) {
-      try {
-        work(i);
-      } catch (const std::bad_alloc&) {
-#pragma omp atomic write
-        failed = true;
-      }
-    }
-    if (failed) throw std::bad_alloc();
-    return;
-  }
-#endif
-  for (int64_t i = 0; i < tasks; i++) work(i);
+  parallel::for_each(tasks, p.threads, work);
 }
 
 }  // namespace deformable

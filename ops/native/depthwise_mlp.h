@@ -8,14 +8,11 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <new>
 #include <vector>
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
 #include "activation.h"
 #include "lanes.h"
 #include "linear.h"
+#include "parallel.h"
 #include "simd.h"
 
 namespace depthwise_mlp {
@@ -264,24 +261,7 @@ static void forward(const Problem& p, const Tensors& t) {
     const int64_t image = index / shares, share = index % shares;
     Task{p, t, image, {p.height * share / shares, p.height * (share + 1) / shares}, s}.run();
   };
-#if defined(_OPENMP)
-  if (p.threads > 1 && tasks > 1) {
-    bool failed = false;
-    const int64_t threads = std::min(p.threads, tasks);
-#pragma omp parallel for schedule(static) num_threads(static_cast<int>(threads))
-    for (int64_t i = 0; i < tasks; i++) {
-      try {
-        work(i);
-      } catch (const std::bad_alloc&) {
-#pragma omp atomic write
-        failed = true;
-      }
-    }
-    if (failed) throw std::bad_alloc();
-    return;
-  }
-#endif
-  for (int64_t i = 0; i < tasks; i++) work(i);
+  parallel::for_each(tasks, p.threads, work);
 }
 
 }  // namespace depthwise_mlp
