@@ -348,7 +348,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             torch._dynamo.reset()
             gc.collect()
     write(args.output.with_suffix(".md"), functools.partial(_write_text, table(report)))
-    write(args.output.with_suffix(".png"), functools.partial(draw, report))
+    if importlib.util.find_spec("matplotlib") is None:
+        logger.info("no picture without matplotlib: pip install matplotlib")
+    else:
+        write(args.output.with_suffix(".png"), functools.partial(draw, report))
     if old is not None:
         for line in comparison(old, report):
             logger.info("%s", line)

@@ -10,6 +10,7 @@ import platform
 import shlex
 import shutil
 import sys
+import tempfile
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
@@ -236,6 +237,7 @@ def examine_attention() -> list[Finding]:
         # Triton's kernels need a GPU before they need the package.
         missing = "not installed" in reason and (name != "triton" or device == "cuda")
         fix = f"pip install {name}" if missing else ""
+        reason = reason.partition(";")[0] if fix else reason  # which names the command too
         findings.append(Finding("attention", "note", f"{name}: {reason}", fix))
     return findings
 
@@ -299,17 +301,31 @@ def examine_caches() -> list[Finding]:
         ("compiled kernels", native.cache_dir(), "VISION_BACKBONES_CACHE_DIR"),
         ("downloaded weights", Path(torch.hub.get_dir()), "TORCH_HOME"),
     ):
-        there = next(p for p in (folder, *folder.parents) if p.exists())
-        fix = f"export {variable}=/a/folder/that/is/yours"
-        if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-            text = f"{what}: {folder} cannot be written"
-            findings.append(Finding("cache", "error", text, fix))
-            continue
-        free = shutil.disk_usage(there).free
-        text = f"{what}: {folder}, {free / 1e9:.1f} GB free"
-        severity = "warning" if free < _SCARCE_BYTES else "ok"
-        findings.append(Finding("cache", severity, text, fix if severity == "warning" else ""))
+        free = _free_bytes(folder)
+        if free is None:
+            text, severity = f"{what}: {folder} cannot be written", "error"
+        else:
+            text = f"{what}: {folder}, {free / 1e9:.1f} GB free"
+            severity = "warning" if free < _SCARCE_BYTES else "ok"
+        fix = "" if severity == "ok" else _elsewhere(variable, free or 0)
+        findings.append(Finding("cache", severity, text, fix))
     return findings
+
+
+def _free_bytes(folder: Path) -> int | None:
+    """Room for what ``folder`` is to hold, there already or not; None if it cannot be written."""
+    there = next(p for p in (folder, *folder.parents) if p.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        return None
+    return shutil.disk_usage(there).free
+
+
+def _elsewhere(variable: str, least: int) -> str:
+    """The command that sets ``variable`` to a folder with more room; "" if there is none."""
+    places = (Path.home() / ".cache", Path.cwd(), Path(tempfile.gettempdir()))
+    room = {place / "vision-backbones": _free_bytes(place) or 0 for place in places}
+    folder = max(room, key=lambda place: room[place])
+    return f"export {variable}={shlex.quote(str(folder))}" if room[folder] > least else ""
 
 
 def _installed() -> dict[str, str]:

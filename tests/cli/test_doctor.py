@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -119,9 +121,32 @@ def test_caches_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     kernels, weights = doctor.examine_caches()
     assert kernels.severity == "error"
-    assert kernels.fix.startswith("export VISION_BACKBONES_CACHE_DIR=")
     assert weights.severity in ("ok", "warning")
     assert not (tmp_path / "torch").exists()
+    # What it says mends it.
+    name, _, folder = kernels.fix.removeprefix("export ").partition("=")
+    monkeypatch.setenv(name, shlex.split(folder)[0])
+    assert doctor.examine_caches()[0].severity == "ok"
+
+
+def test_a_full_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    usage = type(shutil.disk_usage("/"))
+    large = tmp_path / "large"
+    large.mkdir()
+    monkeypatch.chdir(large)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    sizes = {large: 5_000_000_000}
+    monkeypatch.setattr(
+        doctor.shutil, "disk_usage", lambda place: usage(9, 9, sizes.get(place, 1000))
+    )
+    weights = doctor.examine_caches()[1]
+    assert (weights.severity, weights.fix) == (
+        "warning",
+        f"export TORCH_HOME={large / 'vision-backbones'}",
+    )
+    # Nowhere is more room.
+    sizes.clear()
+    assert doctor.examine_caches()[1].fix == ""
 
 
 def test_packages_that_are_missing_or_old(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -131,6 +131,18 @@ def test_runs_add_to_one_report(tool: ModuleType, report: Path, tmp_path: Path) 
     assert again[1:] == after[1:] and list(again[0]["contenders"]) == ["fused", "timm"]
 
 
+def test_without_matplotlib_there_is_no_picture(
+    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tool.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(tool, "draw", None)
+    tool.main(
+        ["--models", "shvit_s1", "--sizes", "32", "--batches", "1", "--rounds", "1"]
+        + ["--modes", "eager", "--output", str(tmp_path / "out")]
+    )
+    assert {path.name for path in tmp_path.iterdir()} == {"out.json", "out.md"}
+
+
 def test_reports_of_other_machines_stay(tool: ModuleType, report: Path, tmp_path: Path) -> None:
     other = json.loads(report.read_text())
     other["machine"]["name"] = "another"
