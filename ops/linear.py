@@ -1,7 +1,7 @@
 """Linear layers on the CPU for inference, with what stands around them in one pass.
 
-The kernel (``ops/native/linear.cpp``) is for float32 on a thread or a few, where oneDNN spends much
-of a small batch on waiting for weights: it fetches them ahead. There are no gradients.
+The kernel (``ops/native/linear.cpp``) is for a thread or a few, where oneDNN spends much of a small
+batch on waiting for weights: it fetches them ahead. There are no gradients.
 """
 
 from __future__ import annotations
@@ -9,36 +9,39 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ops import native
 from ops.depthwise import ACTIVATIONS
+from ops.native.eager import is_plain_call
 
 __all__ = ["COMBINATIONS", "pack_weight", "packed_linear", "packed_linear_energy", "unsupported"]
 
-# The order is that of `linear::Combination` in ops/native/linear.h.
+# The order is that of `linear::Combination` in ops/native/linear_problem.h.
 COMBINATIONS = ("none", "add", "multiply")
 
 _KERNEL = "linear"
 _SMALL_MACS = 2e6  # below it one thread is quicker than waking others
+_TILE_INPUTS = 32  # of bfloat16, that weights are padded to
 
 
 class _Problem(ctypes.Structure):
-    """``linear::Problem`` of ops/native/linear.h."""
+    """``linear::Problem`` of ops/native/linear_problem.h."""
 
     _fields_ = [
         (name, ctypes.c_int64)
         for name in (
             *("rows", "in_features", "out_features", "in_stride", "out_stride", "other_stride"),
-            *("image_rows", "activation", "combination", "threads"),
+            *("image_rows", "activation", "combination", "bfloat16", "threads"),
         )
     ]
 
 
 class _Tensors(ctypes.Structure):
-    """``linear::Tensors`` of ops/native/linear.h."""
+    """``linear::Tensors`` of ops/native/linear_problem.h."""
 
     _fields_ = [
         (name, ctypes.c_void_p)
@@ -46,15 +49,37 @@ class _Tensors(ctypes.Structure):
     ]
 
 
-def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
+class _Plan(NamedTuple):
+    """What a call with tensors of certain shapes, strides and dtypes comes to."""
+
+    out_shape: tuple[int, ...]
+    problem: _Problem
+    copies_input: bool
+    copies_other: bool
+
+
+# Dtypes of inputs and weight, numbers of the packed weight, shape of the bias, activation,
+# combination.
+_Layer = tuple[torch.dtype, torch.dtype, int, tuple[int, ...], str, str]
+
+
+def unsupported(
+    device: torch.device, dtype: torch.dtype, *, with_bfloat16: bool = False
+) -> str | None:
     """``None`` if the kernel takes such tensors, else the reason in words.
 
     The first call on a machine compiles the kernel, which takes some seconds.
+
+    Args:
+        with_bfloat16: whether bfloat16 will do beside float32; it needs a CPU with AMX.
     """
     if device.type != "cpu":
         return f"the kernel runs on the CPU, the tensors are on {device.type}"
-    if dtype != torch.float32:
+    if dtype != torch.float32 and not (with_bfloat16 and dtype == torch.bfloat16):
         return f"the kernel takes float32, not {dtype}"
+    library = native.load(_KERNEL)
+    if library is not None and dtype == torch.bfloat16 and not library.linear_takes_bfloat16():
+        return "the kernel takes bfloat16 on CPUs with AMX only"
     return native.unavailable_reason(_KERNEL)
 
 
@@ -62,21 +87,25 @@ def pack_weight(weight: Tensor) -> Tensor:
     """The weight of a linear layer in the kernel's order.
 
     Args:
-        weight: (out_features, in_features) float32 on the CPU.
+        weight: (out_features, in_features), float32 or bfloat16, on the CPU.
 
     Returns:
-        A flat tensor, for the CPU of this process only.
+        A flat tensor of the same dtype, for the CPU of this process only.
 
     Raises:
+        ValueError: not a matrix.
         RuntimeError: the kernel is not available here.
     """
+    if weight.ndim != 2:
+        raise ValueError(f"weight must be (out_features, in_features), got {tuple(weight.shape)}")
     library = _library_or_raise(weight)
     library.linear_packed_size.restype = ctypes.c_int64
+    half = weight.dtype == torch.bfloat16
     shape = [ctypes.c_int64(n) for n in weight.shape]
     source = weight.detach().contiguous()
-    packed = torch.empty(library.linear_packed_size(*shape))
+    packed = source.new_empty(library.linear_packed_size(*shape, half))
     pointers = [ctypes.c_void_p(t.data_ptr()) for t in (source, packed)]
-    library.linear_pack(pointers[0], *shape, pointers[1])
+    library.linear_pack(pointers[0], *shape, half, pointers[1])
     return packed
 
 
@@ -92,24 +121,24 @@ def packed_linear(
     """``activation((x * scale) @ weight.T + bias)``, then ``+ other`` or ``* other``. No gradients.
 
     Args:
-        x: (B, ..., in_features) float32. Rows that lie equally far apart are not copied.
+        x: (B, ..., in_features), float32 or bfloat16 as the weight. Rows that lie equally far apart
+            are not copied.
         weight: see :func:`pack_weight`.
-        bias: (out_features,); its length tells that of the result.
+        bias: (out_features,) float32; its length tells that of the result.
         activation: one of :data:`ops.depthwise.ACTIVATIONS`; GELU is the exact one.
         other: (B, ..., out_features).
         combination: one of :data:`COMBINATIONS`, what is done with ``other``.
-        scale: (B, in_features), by which the inputs are multiplied.
+        scale: (B, in_features) float32, by which the inputs are multiplied.
 
     Returns:
-        (B, ..., out_features), contiguous.
+        (B, ..., out_features), contiguous; sums are of float32.
 
     Raises:
-        ValueError: shapes that do not go together, an unknown activation or combination.
+        ValueError: shapes or dtypes that do not go together, an unknown activation or combination.
         RuntimeError: the kernel is not available here (:func:`unsupported` tells beforehand).
     """
-    return torch.ops.vision_backbones.packed_linear.default(
-        x, weight, bias, activation, other, combination, scale
-    )
+    forward = _linear if is_plain_call((x, weight, bias, other, scale)) else _dispatched
+    return forward(x, weight, bias, activation, other, combination, scale, False)[0]
 
 
 def packed_linear_energy(
@@ -118,29 +147,26 @@ def packed_linear_energy(
     """As :func:`packed_linear`, and the sums of squares of the results, image by image.
 
     Returns:
-        (B, ..., out_features), contiguous, and (B, out_features).
+        (B, ..., out_features), contiguous, and (B, out_features) float32.
 
     Raises:
         ValueError, RuntimeError: see :func:`packed_linear`.
     """
-    return torch.ops.vision_backbones.packed_linear_energy.default(
-        x, weight, bias, activation, scale
-    )
+    forward = _linear if is_plain_call((x, weight, bias, scale)) else _dispatched
+    out, energy = forward(x, weight, bias, activation, None, "none", scale, True)
+    return out, energy
 
 
 _library = torch.library.Library("vision_backbones", "FRAGMENT")
 _library.define(
     "packed_linear(Tensor x, Tensor weight, Tensor bias, str activation, Tensor? other, "
-    "str combination, Tensor? scale) -> Tensor"
+    "str combination, Tensor? scale, bool energy) -> Tensor[]"
 )
-_library.define(
-    "packed_linear_energy(Tensor x, Tensor weight, Tensor bias, str activation, Tensor? scale)"
-    " -> (Tensor, Tensor)"
-)
+_dispatched = torch.ops.vision_backbones.packed_linear.default
 
 
 @torch.library.impl(_library, "packed_linear", "CPU")
-def _packed_linear(
+def _linear(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -148,23 +174,29 @@ def _packed_linear(
     other: Tensor | None,
     combination: str,
     scale: Tensor | None,
-) -> Tensor:
-    out = _empty_output(x, weight, bias, activation, other, combination, scale)
-    _run(x, weight, bias, activation, other, combination, scale, out, None)
-    return out
-
-
-@torch.library.impl(_library, "packed_linear_energy", "CPU")
-def _packed_linear_energy(
-    x: Tensor, weight: Tensor, bias: Tensor, activation: str, scale: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    out, energy = _empty_outputs(x, weight, bias, activation, scale)
-    _run(x, weight, bias, activation, None, "none", scale, out, energy)
-    return out, energy
+    energy: bool,
+) -> list[Tensor]:
+    plan = _plan(
+        x.shape,
+        x.stride(),
+        (x.dtype, weight.dtype, weight.numel(), bias.shape, activation, combination),
+        None if other is None else (other.shape, other.stride()),
+        None if scale is None else scale.shape,
+        energy,
+        torch.get_num_threads(),
+    )
+    outs = [x.new_empty(plan.out_shape)]
+    if energy:
+        outs.append(bias.new_empty(x.shape[0], bias.shape[0]))
+    x = x.contiguous() if plan.copies_input else x
+    if other is not None and plan.copies_other:
+        other = other.contiguous()
+    _run(plan.problem, x, weight, bias, other, scale, *outs)
+    return outs
 
 
 @torch.library.register_fake("vision_backbones::packed_linear", lib=_library)
-def _empty_output(
+def _empty_outputs(
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
@@ -172,7 +204,25 @@ def _empty_output(
     other: Tensor | None,
     combination: str,
     scale: Tensor | None,
-) -> Tensor:
+    energy: bool,
+) -> list[Tensor]:
+    shape = _out_shape(
+        x.shape,
+        (x.dtype, weight.dtype, weight.numel(), bias.shape, activation, combination),
+        None if other is None else other.shape,
+        None if scale is None else scale.shape,
+    )
+    outs = [x.new_empty(shape)]
+    return [*outs, bias.new_empty(x.shape[0], bias.shape[0])] if energy else outs
+
+
+def _out_shape(
+    shape: tuple[int, ...],
+    layer: _Layer,
+    other: tuple[int, ...] | None,
+    scale: tuple[int, ...] | None,
+) -> tuple[int, ...]:
+    dtype, weight_dtype, weights, bias, activation, combination = layer
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
     if combination not in COMBINATIONS or (combination == "none") != (other is None):
@@ -180,86 +230,55 @@ def _empty_output(
             f"combination must be one of {COMBINATIONS}, other than 'none' if and only if there "
             f"is something to combine with; got {combination!r}"
         )
-    features = x.shape[-1]
-    fitting = weight.numel() >= features * bias.shape[0] and weight.numel() % features == 0
-    if x.ndim < 2 or weight.ndim != 1 or bias.ndim != 1 or not fitting:
+    if dtype != weight_dtype:
+        raise ValueError(f"x is {dtype} and its weight {weight_dtype}; they must be the same")
+    features = shape[-1] + (-shape[-1] % _TILE_INPUTS if dtype == torch.bfloat16 else 0)
+    fits = len(bias) == 1 and weights >= features * bias[0] and weights % features == 0
+    if len(shape) < 2 or not fits:
         raise ValueError(
             f"x must be (B, ..., in_features) and weight the packed one of in_features and "
-            f"{bias.shape[0]}, got {tuple(x.shape)} and {weight.numel()} packed numbers"
+            f"{bias[0]}, got {tuple(shape)} and {weights} packed numbers"
         )
-    shape = (*x.shape[:-1], bias.shape[0])
-    if other is not None and other.shape != shape:
-        raise ValueError(f"other must be {shape}, got {tuple(other.shape)}")
-    if scale is not None and scale.shape != (x.shape[0], features):
-        raise ValueError(f"scale must be {(x.shape[0], features)}, got {tuple(scale.shape)}")
-    return x.new_empty(shape)
+    out_shape = (*shape[:-1], bias[0])
+    if other is not None and other != out_shape:
+        raise ValueError(f"other must be {out_shape}, got {tuple(other)}")
+    if scale is not None and scale != (shape[0], shape[-1]):
+        raise ValueError(f"scale must be {(shape[0], shape[-1])}, got {tuple(scale)}")
+    return out_shape
 
 
-@torch.library.register_fake("vision_backbones::packed_linear_energy", lib=_library)
-def _empty_outputs(
-    x: Tensor, weight: Tensor, bias: Tensor, activation: str, scale: Tensor | None
-) -> tuple[Tensor, Tensor]:
-    out = _empty_output(x, weight, bias, activation, None, "none", scale)
-    return out, x.new_empty(x.shape[0], bias.shape[0])
-
-
-def _library_or_raise(x: Tensor) -> ctypes.CDLL:
-    library = native.load(_KERNEL)
-    reason = unsupported(x.device, x.dtype)
-    if library is None or reason is not None:
-        raise RuntimeError(f"the kernel of linear layers is not available: {reason}")
-    return library
-
-
-def _run(
-    x: Tensor,
-    weight: Tensor,
-    bias: Tensor,
-    activation: str,
-    other: Tensor | None,
-    combination: str,
-    scale: Tensor | None,
-    out: Tensor,
-    energy: Tensor | None,
-) -> None:
-    """Into ``out`` and, if there is one, ``energy``."""
-    library = _library_or_raise(x)
-    if out.numel() == 0:
-        return
-    x, stride = _rows(x)
-    other_stride = 0
-    if other is not None:
-        other, other_stride = _rows(other)
-    if scale is not None:
-        scale = scale.contiguous()
-    rows = out.numel() // out.shape[-1]
-    by_image = scale is not None or energy is not None
-    problem = _problem(
-        (rows, x.shape[-1], out.shape[-1], stride, out.shape[-1], other_stride),
-        rows // x.shape[0] if by_image else 0,
-        activation,
-        combination,
-        torch.get_num_threads(),
+@functools.lru_cache(maxsize=1024)  # a network has few different ones, and to plan is slow
+def _plan(
+    shape: tuple[int, ...],
+    strides: tuple[int, ...],
+    layer: _Layer,
+    other: tuple[tuple[int, ...], tuple[int, ...]] | None,
+    scale: tuple[int, ...] | None,
+    energy: bool,
+    threads: int,
+) -> _Plan:
+    out_shape = _out_shape(shape, layer, None if other is None else other[0], scale)
+    *_, activation, combination = layer
+    rows = 1
+    for size in shape[:-1]:
+        rows *= size
+    in_stride = _row_stride(shape, strides)
+    other_stride = out_shape[-1] if other is None else _row_stride(*other)
+    by_image = scale is not None or energy
+    problem = _Problem(
+        rows,
+        shape[-1],
+        out_shape[-1],
+        shape[-1] if in_stride is None else in_stride,
+        out_shape[-1],
+        out_shape[-1] if other_stride is None else other_stride,
+        rows // max(1, shape[0]) if by_image else 0,
+        ACTIVATIONS.index(activation),
+        COMBINATIONS.index(combination),
+        layer[0] == torch.bfloat16,
+        1 if rows * shape[-1] * out_shape[-1] < _SMALL_MACS else threads,
     )
-    tensors = _Tensors(
-        x.data_ptr(),
-        weight.data_ptr(),
-        bias.data_ptr(),
-        None if other is None else other.data_ptr(),
-        None if scale is None else scale.data_ptr(),
-        out.data_ptr(),
-        None if energy is None else energy.data_ptr(),
-    )
-    if library.linear_forward(ctypes.byref(problem), ctypes.byref(tensors)):
-        raise MemoryError("no memory for the scratch of a linear layer")
-
-
-def _rows(x: Tensor) -> tuple[Tensor, int]:
-    """``x``, copied if need be, and the distance of its rows."""
-    if x.is_contiguous():
-        return x, x.shape[-1]
-    stride = _row_stride(x.shape, x.stride())
-    return (x.contiguous(), x.shape[-1]) if stride is None else (x, stride)
+    return _Plan(out_shape, problem, in_stride is None, other_stride is None)
 
 
 def _row_stride(shape: Sequence[int], strides: Sequence[int]) -> int | None:
@@ -278,15 +297,44 @@ def _row_stride(shape: Sequence[int], strides: Sequence[int]) -> int | None:
     return shape[-1] if first is None else first
 
 
-@functools.lru_cache(maxsize=1024)  # a network has few different ones, and filling them in is slow
-def _problem(
-    sizes: tuple[int, ...], image_rows: int, activation: str, combination: str, threads: int
-) -> _Problem:
-    rows, in_features, out_features = sizes[:3]
-    return _Problem(
-        *sizes,
-        image_rows,
-        ACTIVATIONS.index(activation),
-        COMBINATIONS.index(combination),
-        1 if rows * in_features * out_features < _SMALL_MACS else threads,
+def _library_or_raise(x: Tensor) -> ctypes.CDLL:
+    reason = unsupported(x.device, x.dtype, with_bfloat16=True)
+    library = native.load(_KERNEL)
+    if library is None or reason is not None:
+        raise RuntimeError(f"the kernel of linear layers is not available: {reason}")
+    return library
+
+
+def _run(
+    problem: _Problem,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    other: Tensor | None,
+    scale: Tensor | None,
+    out: Tensor,
+    energy: Tensor | None = None,
+) -> None:
+    """Into ``out`` and, if there is one, ``energy``.
+
+    Raises:
+        RuntimeError: the kernel is not available here.
+    """
+    library = _library_or_raise(x)
+    if out.numel() == 0:
+        if energy is not None:
+            energy.zero_()
+        return
+    if scale is not None:
+        scale = scale.float().contiguous()
+    tensors = _Tensors(
+        x.data_ptr(),
+        weight.data_ptr(),
+        bias.data_ptr(),
+        None if other is None else other.data_ptr(),
+        None if scale is None else scale.data_ptr(),
+        out.data_ptr(),
+        None if energy is None else energy.data_ptr(),
     )
+    if library.linear_forward(ctypes.byref(problem), ctypes.byref(tensors)):
+        raise MemoryError("no memory for the scratch of a linear layer")

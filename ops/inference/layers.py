@@ -56,7 +56,7 @@ _CALLS = (
 # From this many taps on, or with other than square, dense windows, our kernel is the faster one.
 _LARGE_WINDOW = 49
 # Up to this many rows our linear kernel, which fetches weights ahead, is the faster one.
-_FEW_ROWS = 1024
+_FEW_ROWS = {torch.float32: 1024, torch.bfloat16: 256}
 
 
 @functools.cache
@@ -194,14 +194,18 @@ class PackedLinear:
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
         self._weight = weight.detach().contiguous()
         self._bias = None if bias is None else bias.detach()
-        self._has_kernel = native_linear.unsupported(weight.device, weight.dtype) is None
+        self._has_kernel = (
+            native_linear.unsupported(weight.device, weight.dtype, with_bfloat16=True) is None
+        )
+        self._few_rows = _FEW_ROWS[weight.dtype] if self._has_kernel else 0
         self._for_kernel: tuple[Tensor, Tensor] | None = None
         self._for_onednn: Tensor | None = None
 
     def __call__(self, x: Tensor, activation: str, residual: Tensor | None) -> Tensor:
         """``activation(linear(x)) + residual``, (..., in_features) → (..., out_features)."""
         rows = x.numel() // max(1, x.shape[-1])
-        if self._has_kernel and rows <= _FEW_ROWS and x.ndim > 1:
+        few = rows <= self._few_rows or activation == "gelu" and x.dtype == torch.bfloat16
+        if self._has_kernel and few and x.ndim > 1:
             combination = "none" if residual is None else "add"
             return native_linear.packed_linear(
                 x, *self._packed(), activation, residual, combination
@@ -232,7 +236,7 @@ class PackedLinear:
             bias = self._bias
             if bias is None:
                 bias = self._weight.new_zeros(len(self._weight))
-            self._for_kernel = native_linear.pack_weight(self._weight), bias
+            self._for_kernel = native_linear.pack_weight(self._weight), bias.float()
         return self._for_kernel
 
 

@@ -1,10 +1,12 @@
 // Activations of vectors of floats, for kernels that apply them before they store a result.
 #pragma once
+#include <cmath>
 #include "simd.h"
 
 namespace activation {
 
 using simd::F;
+using simd::W;
 
 // The order is that of ACTIVATIONS in ops/depthwise.py.
 enum Kind : int64_t { NONE, RELU, GELU, SILU, HARDSWISH };
@@ -12,8 +14,64 @@ enum Kind : int64_t { NONE, RELU, GELU, SILU, HARDSWISH };
 static VB_INLINE F positive(F x) { return simd::max(simd::zero(), x); }  // NaN stays NaN
 static VB_INLINE F negative(F x) { return simd::zero() - positive(simd::zero() - x); }
 
-// x Φ(x) = max(x, 0) - |x| erfc(|x| / √2) / 2, with erfc to 1.5e-7 by formula 7.1.26 of Abramowitz
-// and Stegun, "Handbook of Mathematical Functions".
+// GELU is x Φ(x) = max(x, 0) - |x| Φ(-|x|).
+#if VB_AVX512
+// There a look-up among 32 numbers is one instruction: Φ(-x) / SCALE in 32 pieces of a width of
+// 1 / SCALE, each a cubic through the function at Chebyshev's nodes, within 1.4e-7 of Φ. The last
+// piece ends at zero.
+struct Tail {
+  static constexpr int PIECES = 2 * W, TERMS = 4;
+  static constexpr double SCALE = 6.0;
+  float terms[TERMS][PIECES];
+
+  Tail() {
+    for (int piece = 0; piece < PIECES; piece++) {
+      double node[TERMS], c[TERMS];  // by divided differences, then from Newton's form to powers
+      for (int i = 0; i < TERMS; i++) {
+        node[i] = 0.5 - 0.5 * std::cos(std::acos(-1.0) * (2 * i + 1) / (2 * TERMS));
+        c[i] = value((piece + node[i]) / SCALE) / SCALE;
+        if (piece == PIECES - 1) c[i] -= node[i] * value(PIECES / SCALE) / SCALE;
+      }
+      for (int order = 1; order < TERMS; order++) {
+        for (int i = TERMS - 1; i >= order; i--) {
+          c[i] = (c[i] - c[i - 1]) / (node[i] - node[i - order]);
+        }
+      }
+      for (int order = TERMS - 2; order >= 0; order--) {
+        for (int i = order; i < TERMS - 1; i++) c[i] -= node[order] * c[i + 1];
+      }
+      for (int i = 0; i < TERMS; i++) terms[i][piece] = static_cast<float>(c[i]);
+    }
+  }
+
+ private:
+  static double value(double x) { return 0.5 * std::erfc(x * std::sqrt(0.5)); }
+};
+
+static VB_INLINE void gelu(F* x, int count) {
+  static const Tail tail;
+  F low[Tail::TERMS], high[Tail::TERMS];
+  for (int i = 0; i < Tail::TERMS; i++) {
+    low[i] = simd::load(tail.terms[i]);
+    high[i] = simd::load(tail.terms[i] + W);
+  }
+  const F end = simd::set1(Tail::PIECES * (1.f - 0x1p-23f));
+  for (int i = 0; i < count; i++) {
+    // The minimum is its second operand where either is NaN.
+    const F place = _mm512_min_ps(end, _mm512_abs_ps(x[i]) * simd::set1(Tail::SCALE));
+    const F piece = _mm512_roundscale_ps(place, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
+    const F within = place - piece;
+    const __m512i index = _mm512_cvtps_epi32(piece);
+    F sum = _mm512_permutex2var_ps(low[3], index, high[3]);
+    for (int term = 2; term >= 0; term--) {
+      sum = simd::fma(sum, within, _mm512_permutex2var_ps(low[term], index, high[term]));
+    }
+    x[i] = _mm512_fnmadd_ps(place, sum, positive(x[i]));
+  }
+}
+
+#else
+// Φ by formula 7.1.26 of Abramowitz and Stegun, "Handbook of Mathematical Functions", within 8e-8.
 static VB_INLINE F gelu(F x) {
   const F magnitude = positive(x) - negative(x), one = simd::set1(1.f);
   const F t = one / simd::fma(magnitude, simd::set1(0.3275911f * 0.70710678f), one);
@@ -24,6 +82,11 @@ static VB_INLINE F gelu(F x) {
   const F power = simd::exp2(magnitude * magnitude * simd::set1(-0.72134752f));  // -log2(e) / 2
   return positive(x) - magnitude * (half * t) * power;
 }
+
+static VB_INLINE void gelu(F* x, int count) {
+  for (int i = 0; i < count; i++) x[i] = gelu(x[i]);
+}
+#endif
 
 // x / (1 + exp(-x)), with an exponent that is never positive.
 static VB_INLINE F silu(F x) {
@@ -45,7 +108,7 @@ static __attribute__((noinline)) void apply(F* x, int count, int64_t kind) {
       for (int i = 0; i < count; i++) x[i] = positive(x[i]);
       break;
     case GELU:
-      for (int i = 0; i < count; i++) x[i] = gelu(x[i]);
+      gelu(x, count);
       break;
     case SILU:
       for (int i = 0; i < count; i++) x[i] = silu(x[i]);

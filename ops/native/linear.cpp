@@ -5,13 +5,24 @@
 
 extern "C" {
 
-// Floats of a packed weight.
-int64_t linear_packed_size(int64_t out_features, int64_t in_features) {
-  return linear::padded(out_features) * in_features;
+// Whether this CPU has what the layers of bfloat16 need.
+int linear_takes_bfloat16() { return linear::has_tiles(); }
+
+// Elements of a packed weight.
+int64_t linear_packed_size(int64_t out_features, int64_t in_features, int bfloat16) {
+  return bfloat16 ? linear::packed_size(static_cast<BFloat16*>(nullptr), out_features, in_features)
+                  : linear::packed_size(static_cast<float*>(nullptr), out_features, in_features);
 }
 
-void linear_pack(const float* weight, int64_t out_features, int64_t in_features, float* out) {
-  linear::pack(weight, out_features, in_features, out);
+void linear_pack(const void* weight, int64_t out_features, int64_t in_features, int bfloat16,
+                 void* out) {
+  if (bfloat16) {
+    linear::pack(static_cast<const BFloat16*>(weight), out_features, in_features,
+                 static_cast<BFloat16*>(out));
+  } else {
+    linear::pack(static_cast<const float*>(weight), out_features, in_features,
+                 static_cast<float*>(out));
+  }
 }
 
 // Returns 0, or 1 where memory ran out.

@@ -43,9 +43,20 @@ static VB_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 static VB_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }  // `b` where either is NaN
 static VB_INLINE F round(F x) { return _mm512_roundscale_ps(x, 0); }
 static VB_INLINE F times_power_of_two(F x, F n) { return _mm512_scalef_ps(x, n); }
+static VB_INLINE F widened(__m256i bf16) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bf16), 16));
+}
 static VB_INLINE F load_bf16(const BFloat16* p) {
-  const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
-  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+  return widened(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+// To bfloat16, to nearest even; NaN stays NaN.
+static VB_INLINE __m256i rounded(F v) {
+  const __m512i bits = _mm512_castps_si512(v);
+  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  __m512i r = _mm512_srli_epi32(
+      _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  r = _mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
+  return _mm512_cvtepi32_epi16(r);
 }
 // Lane l: table[index[l] + shift], where the 2 W entries of the table are in two registers.
 static VB_INLINE F permute(F low, F high, const int32_t* index, int shift) {
@@ -258,12 +269,7 @@ static VB_INLINE void assign(BFloat16* p, float x) {
 static VB_INLINE void store_from_float(float* p, F v) { store(p, v); }
 static VB_INLINE void store_from_float(BFloat16* p, F v) {
 #if VB_AVX512
-  const __m512i bits = _mm512_castps_si512(v);
-  const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
-  __m512i r = _mm512_srli_epi32(
-      _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
-  r = _mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(r));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), rounded(v));
 #else
   float lanes[W];
   store(lanes, v);

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_inputs import PLAIN_ACTIVATIONS, random
 from torch import Tensor
 
 from ops import native
@@ -18,18 +19,6 @@ from ops.depthwise import (
     unsupported,
 )
 from ops.native import build
-
-_PLAIN = {
-    "none": lambda x: x,
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "silu": F.silu,
-    "hardswish": F.hardswish,
-}
-
-
-def _random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
 def _relative(value: Tensor, expected: Tensor) -> float:
@@ -58,8 +47,8 @@ def test_is_the_convolution(
         max(p, -(-(d * (k - 1) + 1 - n) // 2))  # so that the window fits
         for p, d, k, n in zip(padding, dilation, kernel, size, strict=True)
     )
-    x = _random(batch, channels, *size)
-    weight, bias = _random(channels, 1, *kernel, seed=1), _random(channels, seed=2)
+    x = random(batch, channels, *size)
+    weight, bias = random(channels, 1, *kernel, seed=1), random(channels, seed=2)
     bias = bias if has_bias else None
     expected = F.conv2d(x, weight, bias, stride, padding, dilation, channels)
     out = depthwise_conv2d(
@@ -74,7 +63,7 @@ def test_is_the_convolution(
     assert out.is_contiguous(memory_format=torch.channels_last)
     # Relative to the sums without cancellation.
     scale = F.conv2d(x.abs(), weight.abs(), None, stride, padding, dilation, channels).max() + 1
-    assert (out - _PLAIN[activation](expected)).abs().max() < 1e-6 * scale
+    assert (out - PLAIN_ACTIVATIONS[activation](expected)).abs().max() < 1e-6 * scale
 
 
 @pytest.mark.parametrize("instructions", ["avx2", "portable"])
@@ -84,7 +73,7 @@ def test_other_instruction_sets(instructions: str, monkeypatch, tmp_path) -> Non
     monkeypatch.setattr(build, "_COMMON_FLAGS", ["-std=c++17", "-O1", "-fPIC", "-shared"])
     monkeypatch.setattr(build, "_kernels", {})
     for size, kernel, stride, dilation in (((17, 14), 7, 1, 3), ((9, 15), 3, 2, 1)):
-        x, weight, bias = _random(2, 20, *size), _random(20, 1, kernel, kernel), _random(20)
+        x, weight, bias = random(2, 20, *size), random(20, 1, kernel, kernel), random(20)
         padding = dilation * (kernel // 2)
         expected = F.gelu(F.conv2d(x, weight, bias, stride, padding, dilation, 20))
         arguments = ((stride,) * 2, (padding,) * 2, (dilation,) * 2, "gelu")
@@ -96,22 +85,22 @@ def test_other_instruction_sets(instructions: str, monkeypatch, tmp_path) -> Non
 
 
 def test_bfloat16_rounds_only_at_the_end() -> None:
-    x, weight = _random(1, 24, 20, 20).bfloat16(), _random(24, 1, 13, 13)
+    x, weight = random(1, 24, 20, 20).bfloat16(), random(24, 1, 13, 13)
     expected = F.conv2d(x.double(), weight, None, 1, 6, 1, 24)
     out = depthwise_conv2d(x, taps_first(weight), None, (1, 1), (6, 6))
     assert _relative(out.double(), expected) < 4e-3
 
 
 def test_a_slice_of_channels_is_read_where_it_lies() -> None:
-    wide = _random(2, 40, 9, 9).float().contiguous(memory_format=torch.channels_last)
-    x, weight = wide[:, 8:24], _random(16, 1, 5, 5)
+    wide = random(2, 40, 9, 9).float().contiguous(memory_format=torch.channels_last)
+    x, weight = wide[:, 8:24], random(16, 1, 5, 5)
     expected = F.conv2d(x.double(), weight, None, 1, 2, 1, 16)
     out = depthwise_conv2d(x, taps_first(weight), None, (1, 1), (2, 2))
     assert _relative(out, expected) < 2e-6
 
 
 def test_threads_change_nothing() -> None:
-    x, weight = _random(2, 48, 40, 40).float(), _random(48, 1, 7, 7)
+    x, weight = random(2, 48, 40, 40).float(), random(48, 1, 7, 7)
     threads = torch.get_num_threads()
     outs = []
     try:
@@ -135,10 +124,10 @@ def test_nan_and_infinity_pass() -> None:
 
 
 def test_branches() -> None:
-    x = _random(2, 40, 13, 10)
+    x = random(2, 40, 13, 10)
     kernels = ((3, 3), (1, 11), (11, 1))
-    weights = [_random(6, 1, *k, seed=i) for i, k in enumerate(kernels)]
-    biases = [_random(6, seed=i) for i in range(3)]
+    weights = [random(6, 1, *k, seed=i) for i, k in enumerate(kernels)]
+    biases = [random(6, seed=i) for i in range(3)]
     parts = [x[:, :22]]
     for i, (rows, columns) in enumerate(kernels):
         part = x[:, 22 + 6 * i : 28 + 6 * i]

@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from kernel_inputs import PLAIN_ACTIVATIONS, random
 from torch import Tensor
 
 from ops import native
@@ -20,31 +21,30 @@ from ops.linear import (
 )
 from ops.native import build
 
-_PLAIN = {
-    "none": lambda x: x,
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "silu": F.silu,
-    "hardswish": F.hardswish,
-}
 _COMBINED = {"none": lambda x, _: x, "add": torch.add, "multiply": torch.mul}
 
 
-def _random(*shape: int, seed: int = 0) -> Tensor:
-    return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
-def _layer(in_features: int, out_features: int) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+def _layer(
+    in_features: int, out_features: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
     """Weight and bias in float64, and as the kernel wants them."""
-    weight, bias = _random(out_features, in_features, seed=1), _random(out_features, seed=2)
-    return weight, bias, (pack_weight(weight.float()), bias.float())
+    weight = random(out_features, in_features, seed=1).to(dtype)
+    bias = random(out_features, seed=2).float()
+    return weight.double(), bias.double(), (pack_weight(weight), bias)
 
 
-@settings(max_examples=150, deadline=None)
+# bfloat16 keeps 8 bits; sums are of float32 in both.
+DTYPES = {torch.float32: 1e-6, torch.bfloat16: 2**-8}
+if unsupported(torch.device("cpu"), torch.bfloat16, with_bfloat16=True) is not None:
+    del DTYPES[torch.bfloat16]
+
+
+@settings(max_examples=200, deadline=None)
 @given(
+    dtype=st.sampled_from(list(DTYPES)),
     batch=st.integers(1, 3),
     size=st.tuples(st.integers(1, 9), st.integers(1, 17)),
-    in_features=st.sampled_from([1, 3, 8, 37, 96]),
+    in_features=st.sampled_from([1, 3, 8, 32, 37, 96]),
     out_features=st.sampled_from([1, 7, 16, 17, 32, 40, 100]),
     cut=st.booleans(),
     activation=st.sampled_from(ACTIVATIONS),
@@ -52,33 +52,38 @@ def _layer(in_features: int, out_features: int) -> tuple[Tensor, Tensor, tuple[T
     has_scale=st.booleans(),
 )
 def test_is_the_linear_layer(
-    batch, size, in_features, out_features, cut, activation, combination, has_scale
+    dtype, batch, size, in_features, out_features, cut, activation, combination, has_scale
 ) -> None:
-    x = _random(batch, *size, in_features + 5)
+    x = random(batch, *size, in_features + 5).to(dtype)
     x = x[..., 2 : 2 + in_features] if cut else x[..., :in_features].contiguous()
-    weight, bias, packed = _layer(in_features, out_features)
-    other = _random(batch, *size, out_features, seed=3) if combination != "none" else None
-    scale = _random(batch, in_features, seed=4) if has_scale else None
-    scaled = x if scale is None else x * scale[:, None, None]
-    activated = _PLAIN[activation](F.linear(scaled, weight, bias))
+    weight, bias, packed = _layer(in_features, out_features, dtype)
+    other = None
+    if combination != "none":
+        other = random(batch, *size, out_features, seed=3).to(dtype)
+    scale = random(batch, in_features, seed=4).float() if has_scale else None
+    scaled = x.double() if scale is None else (x * scale[:, None, None]).to(dtype).double()
+    activated = PLAIN_ACTIVATIONS[activation](F.linear(scaled, weight, bias))
     expected = _COMBINED[combination](activated, other)
-    single = [None if t is None else t.float() for t in (other, scale)]
-    out = packed_linear(x.float(), *packed, activation, single[0], combination, single[1])
+    out = packed_linear(x, *packed, activation, other, combination, scale)
     # Relative to the sums without cancellation.
     bound = F.linear(scaled.abs(), weight.abs()).max() + 1
     bound = bound * (1 if other is None else 1 + other.abs().max())
-    assert out.is_contiguous() and (out - expected).abs().max() < 1e-6 * bound
-    out, energy = packed_linear_energy(x.float(), *packed, activation, single[1])
-    assert (out - activated).abs().max() < 1e-6 * bound
+    tolerance = DTYPES[dtype] * bound
+    assert out.dtype == dtype and out.is_contiguous()
+    assert (out - expected).abs().max() < tolerance
+    out, energy = packed_linear_energy(x, *packed, activation, scale)
+    assert (out - activated).abs().max() < tolerance
     assert (energy - activated.square().sum((1, 2))).abs().max() < 1e-5 * bound**2 * x.shape[1] * 17
 
 
+@pytest.mark.parametrize("dtype", list(DTYPES))
 @pytest.mark.parametrize("rows", [13, 600, 5000])
-def test_many_rows_and_few(rows: int) -> None:
-    x = _random(1, rows, 300)
-    weight, bias, packed = _layer(300, 70)
-    expected = F.linear(x, weight, bias)
-    assert (packed_linear(x.float(), *packed) - expected).abs().max() < 1e-5 * expected.abs().max()
+def test_many_rows_and_few(rows: int, dtype: torch.dtype) -> None:
+    x = random(1, rows, 300).to(dtype)
+    weight, bias, packed = _layer(300, 70, dtype)
+    expected = F.linear(x.double(), weight, bias)
+    error = (packed_linear(x, *packed) - expected).abs().max()
+    assert error < 10 * DTYPES[dtype] * expected.abs().max()
 
 
 @pytest.mark.parametrize("instructions", ["avx2", "portable"])
@@ -87,7 +92,7 @@ def test_other_instruction_sets(instructions: str, monkeypatch, tmp_path) -> Non
     monkeypatch.setenv("CXX", "c++ -O1")  # compiles in half the time
     monkeypatch.setattr(build, "_COMMON_FLAGS", ["-std=c++17", "-O1", "-fPIC", "-shared"])
     monkeypatch.setattr(build, "_kernels", {})
-    x, scale = _random(2, 9, 21), _random(2, 21, seed=4)
+    x, scale = random(2, 9, 21), random(2, 21, seed=4)
     weight, bias, packed = _layer(21, 27)
     expected = F.gelu(F.linear(x * scale[:, None], weight, bias))
     out, energy = packed_linear_energy(x.float(), *packed, "gelu", scale.float())
@@ -96,11 +101,20 @@ def test_other_instruction_sets(instructions: str, monkeypatch, tmp_path) -> Non
     assert native.status("linear").instruction_set == instructions
 
 
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_far_out_and_near(activation: str) -> None:
+    x = torch.cat((torch.linspace(-9, 9, 20001), torch.tensor([-1e30, -1e4, 1e4, 1e30])))
+    identity = pack_weight(torch.ones(1, 1)), torch.zeros(1)
+    out = packed_linear(x.view(1, -1, 1), *identity, activation).flatten()
+    expected = PLAIN_ACTIVATIONS[activation](x.double())
+    assert ((out - expected).abs() / expected.abs().clamp(min=1)).max() < 1e-6
+
+
 def test_threads_change_nothing() -> None:
     threads = torch.get_num_threads()
     _, _, packed = _layer(128, 300)
     for rows in (60, 900):  # shared out by panels, and by rows
-        x, outs = _random(2, rows, 128).float(), []
+        x, outs = random(2, rows, 128).float(), []
         try:
             for count in (1, 2):
                 torch.set_num_threads(count)
@@ -139,6 +153,7 @@ def test_no_rows_give_no_rows() -> None:
         ({"x": torch.zeros(2, 99)}, "got .2, 99."),
         ({"other": torch.zeros(2, 4), "combination": "add"}, r"other must be .2, 3., got .2, 4."),
         ({"scale": torch.zeros(1, 5)}, r"scale must be .2, 5., got .1, 5."),
+        ({"x": torch.zeros(2, 5).bfloat16()}, "x is torch.bfloat16 and its weight torch.float32"),
     ],
 )
 def test_what_does_not_fit_is_refused(arguments, message) -> None:
@@ -147,11 +162,18 @@ def test_what_does_not_fit_is_refused(arguments, message) -> None:
         packed_linear(arguments.pop("x", torch.zeros(2, 5)), *packed, **arguments)
 
 
+@pytest.mark.parametrize("shape", [(3,), (3, 5, 1, 1)])
+def test_only_matrices_are_packed(shape) -> None:
+    with pytest.raises(ValueError, match=r"weight must be .out_features, in_features., got"):
+        pack_weight(torch.zeros(shape))
+
+
 def test_unsupported_says_why() -> None:
     cpu = torch.device("cpu")
     assert unsupported(cpu, torch.float32) is None
     assert "cuda" in unsupported(torch.device("cuda"), torch.float32)
     assert "bfloat16" in unsupported(cpu, torch.bfloat16)
+    assert "float64" in unsupported(cpu, torch.float64, with_bfloat16=True)
 
 
 def test_without_the_kernel(monkeypatch) -> None:
@@ -166,5 +188,5 @@ def test_compiles_and_has_a_fake() -> None:
     packed = pack_weight(torch.ones(20, 16)), torch.zeros(20)
     x, other, scale = torch.zeros(2, 3, 16), torch.zeros(2, 3, 20), torch.ones(2, 16)
     ops = torch.ops.vision_backbones
-    torch.library.opcheck(ops.packed_linear.default, (x, *packed, "relu", other, "add", scale))
-    torch.library.opcheck(ops.packed_linear_energy.default, (x, *packed, "relu", None))
+    for arguments in (("relu", other, "add", scale, False), ("relu", None, "none", None, True)):
+        torch.library.opcheck(ops.packed_linear.default, (x, *packed, *arguments))

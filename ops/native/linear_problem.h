@@ -1,0 +1,124 @@
+// What a linear layer is asked for, and what is done with its sums before they are stored.
+#pragma once
+#include <algorithm>
+#include <cstddef>
+#include <cstdint>
+#include "activation.h"
+#include "lanes.h"
+#include "simd.h"
+
+namespace linear {
+
+using simd::F;
+using simd::W;
+
+// ops/linear.py has the same fields in the same order. Strides are from row to row, in elements.
+struct Problem {
+  int64_t rows, in_features, out_features, in_stride, out_stride, other_stride;
+  int64_t image_rows;  // that share their scales and energies
+  int64_t activation, combination, bfloat16, threads;
+};
+
+// The order is that of COMBINATIONS in ops/linear.py: after the activation, what is done with
+// `other`.
+enum Combination : int64_t { NONE, ADD, MULTIPLY };
+
+// `weight` as `pack` gives it, `bias` [out_features]. Null where it is not wanted: `other`
+// [rows][out_features], `scale` [images][in_features], by which inputs are multiplied, and `energy`
+// [images][out_features], which receives the sums of squared outputs. T is float or BFloat16.
+struct Tensors {
+  const void* in;
+  const void* weight;
+  const float* bias;
+  const void* other;
+  const float* scale;
+  void* out;
+  float* energy;
+};
+
+constexpr int PANEL = 2 * W;
+constexpr int64_t LINE = 64;  // bytes
+
+static int64_t round_up(int64_t n, int64_t multiple) {
+  return (n + multiple - 1) / multiple * multiple;
+}
+
+// Outputs with those that fill the last vector.
+static int64_t padded(int64_t out_features) { return round_up(out_features, W); }
+
+// Some of the rows or panels.
+struct Range {
+  int64_t begin, end;
+};
+
+static Range share(int64_t count, int64_t index, int64_t shares) {
+  return {count * index / shares, count * (index + 1) / shares};
+}
+
+// The rows of one image, or all where images do not matter.
+template <class T>
+struct Rows {
+  const T* in;
+  int64_t in_stride, in_features;
+  const T* other;
+  T* out;
+  float* energy;
+  int64_t count;
+};
+
+// Some rows of one panel. `lanes` of the last vector are outputs.
+template <class T>
+struct Block {
+  const T* in;
+  const T* weight;
+  const float* bias;
+  const T* other;
+  T* out;
+  float* energy;
+  int lanes;
+};
+
+// Memory to be fetched, some lines with every few products. It may go on behind its end, into what
+// is wanted next.
+struct Ahead {
+  const char* place;
+  int64_t bytes_a_step;
+
+  // `steps` times `fetch` brings in `bytes`.
+  Ahead(const void* begin, int64_t bytes, int64_t steps)
+      : place(static_cast<const char*>(begin)),
+        bytes_a_step(round_up(bytes, steps * LINE) / steps) {}
+
+  VB_INLINE void fetch() {
+    for (const char* end = place + bytes_a_step; place < end; place += LINE) {
+      __builtin_prefetch(place, 0, 2);
+    }
+  }
+};
+
+// Activation, combination, energies; R rows of V vectors are stored.
+template <class T, int R, int V>
+static VB_INLINE void finish(const Problem& p, const Block<T>& block, F (&sum)[R][V]) {
+  if (p.activation != activation::NONE) activation::apply(&sum[0][0], R * V, p.activation);
+  VB_UNROLL
+  for (int v = 0; v < V; v++) {
+    const int lanes = v == V - 1 ? block.lanes : W;
+    F energy = simd::zero();
+    VB_UNROLL
+    for (int r = 0; r < R; r++) {
+      F x = sum[r][v];
+      if (p.combination != NONE) {
+        const F other = simd::get(block.other + r * p.other_stride + v * W, lanes);
+        x = p.combination == ADD ? x + other : x * other;
+      }
+      if (block.energy) energy = simd::fma(x, x, energy);
+      simd::put(block.out + r * p.out_stride + v * W, x, lanes);
+    }
+    if (block.energy) {
+      float* place = block.energy + v * W;
+      simd::put(place, simd::get(place, lanes) + energy, lanes);
+    }
+  }
+}
+
+}  // namespace linear
