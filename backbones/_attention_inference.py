@@ -66,10 +66,10 @@ class LITv2DeformableConv2d(FastConv2d, litv2.DeformableConv2d):
 
 
 class FaViTBlock(favit.Block):
-    """The MLP takes its norm and adds its shortcut."""
+    """Attention and MLP add their shortcuts, the MLP takes its norm."""
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
+        x = self.attn(self.norm1(x), x)
         return self.mlp(x, x, self.norm2)
 
 

@@ -17,13 +17,14 @@ from torch import nn
 from ops import mobile
 from ops.attention.bilevel import BiLevelRoutingAttention
 from ops.attention.cascaded import CascadedGroupAttention
+from ops.attention.factorized import FactorizedAttention, GlobalBranch, LocalBranch
 from ops.attention.large_kernel import LargeKernelAttention
 from ops.attention.rank_augmented import RankAugmentedAttention
 from ops.attention.single_head import SingleHeadAttention
 from ops.conv import InceptionDWConv2d
 from ops.inference import attention as fast_attention
 from ops.inference import conv as fast_conv
-from ops.inference import layers, mlp
+from ops.inference import factorized, layers, mlp
 from ops.inference import mobile as fast_mobile
 from ops.kan import KANLayer
 from ops.mlp import DWMlp
@@ -99,8 +100,11 @@ def _forms() -> dict[type[nn.Module], type[nn.Module]]:
         BiLevelRoutingAttention: fast_attention.FastBiLevelRoutingAttention,
         CascadedGroupAttention: fast_mobile.FastCascadedGroupAttention,
         DWMlp: mlp.FastDWMlp,
+        FactorizedAttention: factorized.FastFactorizedAttention,
+        GlobalBranch: factorized.FastGlobalBranch,
         InceptionDWConv2d: fast_conv.FastInceptionDWConv2d,
         KANLayer: mlp.FastKANLayer,
+        LocalBranch: factorized.FastLocalBranch,
         LargeKernelAttention: fast_attention.FastLargeKernelAttention,
         RankAugmentedAttention: fast_attention.FastRankAugmentedAttention,
         SingleHeadAttention: fast_mobile.FastSingleHeadAttention,

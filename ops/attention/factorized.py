@@ -16,7 +16,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 from ops.padding import reflected_positions
 from ops.position import ConvPosition
 
-__all__ = ["FactorizedAttention", "cross_window_fusion"]
+__all__ = ["FactorizedAttention", "cross_window_fusion", "tap_positions"]
 
 
 def cross_window_fusion(
@@ -45,8 +45,8 @@ def cross_window_fusion(
     batch, height, width, dim = x.shape
     if dim % num_heads:
         raise ValueError(f"{dim} channels do not divide into {num_heads} heads")
-    rows = _tap_positions(height, window_size, dilation, x.device)
-    columns = _tap_positions(width, window_size, dilation, x.device)
+    rows = tap_positions(height, window_size, dilation, x.device)
+    columns = tap_positions(width, window_size, dilation, x.device)
     taps = x.index_select(1, rows.flatten()).index_select(2, columns.flatten())
     split = (batch, *rows.shape, *columns.shape, num_heads, dim // num_heads)
     taps = taps.view(split).permute(0, 5, 2, 4, 1, 3, 6)  # (B, heads, k, k, n_y, n_x, head_dim)
@@ -54,7 +54,7 @@ def cross_window_fusion(
     return taps.reshape(runs).mean(-1)
 
 
-def _tap_positions(size: int, window_size: int, dilation: int, device: torch.device) -> Tensor:
+def tap_positions(size: int, window_size: int, dilation: int, device: torch.device) -> Tensor:
     """Where along a side the taps of each window lie: (windows, window_size)."""
     span = dilation * (window_size - 1) + 1
     starts = torch.arange((size + span - 1) // span, device=device) * span

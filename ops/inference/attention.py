@@ -8,9 +8,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ops.attention.bilevel import BiLevelRoutingAttention, bilevel_routing_attention
+from ops.attention.bilevel import (
+    BiLevelRoutingAttention,
+    bilevel_routing_attention,
+    route_regions,
+)
 from ops.attention.large_kernel import LargeKernelAttention
 from ops.attention.rank_augmented import RankAugmentedAttention, Rotary, rotary_table
+from ops.inference import grouped_attention
 from ops.inference.layers import runs_fast
 from ops.inference.linear_attention import gated_linear_attention, unsupported
 
@@ -30,7 +35,7 @@ class FastLargeKernelAttention(LargeKernelAttention):
 
 
 class FastBiLevelRoutingAttention(BiLevelRoutingAttention):
-    """The positional term is added in place and the shortcut by the projection."""
+    """Regions are attended to where they lie; the projection adds the shortcut."""
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         height, width = x.shape[1:3]
@@ -39,9 +44,36 @@ class FastBiLevelRoutingAttention(BiLevelRoutingAttention):
             x = F.pad(x, (0, 0, 0, right, 0, bottom))
         region_size = (max(1, x.shape[1] // self.n_win), max(1, x.shape[2] // self.n_win))
         query, key, value = self.qkv(x).chunk(3, dim=-1)
-        out = bilevel_routing_attention(query, key, value, self.num_heads, region_size, self.topk)
+        out = self._attend(query, key, value, region_size)
         out = self.lepe(value.permute(0, 3, 1, 2)).permute(0, 2, 3, 1) + out
         return self.proj(out[:, :height, :width], residual)
+
+    def _attend(
+        self, query: Tensor, key: Tensor, value: Tensor, region_size: tuple[int, int]
+    ) -> Tensor:
+        """See :func:`ops.attention.bilevel.bilevel_routing_attention`."""
+        height, width, dim = query.shape[1:]
+        whole = height % region_size[0] == width % region_size[1] == 0
+        regions = height * width // (region_size[0] * region_size[1])
+        fast = whole and self.topk < regions and runs_fast(query, self.qkv.weight)
+        if not fast or grouped_attention.unsupported(query.device, query.dtype) is not None:
+            return bilevel_routing_attention(
+                query, key, value, self.num_heads, region_size, self.topk
+            )
+        routes = route_regions(query, key, region_size, self.topk)
+        q, k, v = (t.flatten(1, 2).unflatten(2, (self.num_heads, -1)) for t in (query, key, value))
+        rows = _region_rows(height, width, region_size)
+        out = grouped_attention.attend_regions(q, k, v, rows, routes, dim**-0.5)
+        return out.view(value.shape)
+
+
+@functools.lru_cache(maxsize=32)
+def _region_rows(height: int, width: int, region_size: tuple[int, int]) -> Tensor:
+    """The tokens of each region of a map that they divide: (regions, tokens of a region)."""
+    tokens = torch.arange(height * width, dtype=torch.int32).view(
+        height // region_size[0], region_size[0], width // region_size[1], region_size[1]
+    )
+    return tokens.transpose(1, 2).flatten(2).flatten(0, 1).contiguous()
 
 
 @functools.lru_cache(maxsize=8)

@@ -1,0 +1,84 @@
+"""FaViT's attention for inference: positions of taps kept, all branches into one map."""
+
+from __future__ import annotations
+
+import functools
+
+import torch
+from torch import Tensor
+
+from ops.attention.factorized import FactorizedAttention, GlobalBranch, LocalBranch, tap_positions
+from ops.inference.grouped_attention import attend, unsupported
+from ops.inference.layers import runs_fast
+
+__all__ = ["FastFactorizedAttention", "FastGlobalBranch", "FastLocalBranch"]
+
+
+class FastGlobalBranch(GlobalBranch):
+    """Its keys and values alone."""
+
+    def keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, H, W, dim), no side below ``sr_ratio`` → (B, h·w, 1, dim) each."""
+        reduced = self.sr(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        key, value = self.kv(self.norm(reduced)).chunk(2, dim=-1)
+        value = self.local_conv(value.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return key.flatten(1, 2).unsqueeze(2), value.flatten(1, 2).unsqueeze(2)
+
+
+class FastLocalBranch(LocalBranch):
+    """Its keys and values alone."""
+
+    def keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, H, W, dim) → (B, window_size², heads, head_dim) each."""
+        batch, height, width, dim = x.shape
+        heads, side = self.num_heads, self.window_size
+        taps = x.flatten(1, 2).index_select(1, _taps(height, width, side, self.dilation))
+        taps = taps.view(batch, side**2, -1, heads, dim // heads).permute(0, 1, 3, 2, 4)
+        if taps.shape[3] == 1:
+            tokens = taps.squeeze(3)
+        else:  # see ops.attention.factorized.cross_window_fusion
+            tokens = taps.reshape(batch, side**2, heads, dim // heads, -1).mean(-1)
+        key, value = self.kv(self.fc(tokens)).chunk(2, dim=-1)  # (B, side², heads, head_dim)
+        value_map = value.reshape(batch, side, side, dim).permute(0, 3, 1, 2)
+        value = self.local_conv(value_map).permute(0, 2, 3, 1).reshape(value.shape)
+        return key, value
+
+
+class FastFactorizedAttention(FactorizedAttention):
+    """Every branch writes its channels of one map; the projection adds the shortcut."""
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        branches = (self.global_branch, *self.local_branches)
+        fast = runs_fast(x, self.q.weight) and unsupported(x.device, x.dtype) is None
+        if not fast or min(x.shape[1:3]) < self.global_branch.sr_ratio:
+            out = super().forward(x)
+            return out if residual is None else out + residual
+        splits = (self.global_dim, self.local_dim)
+        queries = self.q(x).flatten(1, 2)
+        mixed = torch.empty_like(queries)
+        global_map, local_map = x.split(splits, dim=3)
+        local_map = self.kv_pw(self.kv_dw(local_map.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        global_query, local_query = queries.split(splits, dim=2)
+        outs = mixed.split((self.global_dim, *[self.group_dim] * len(self.local_branches)), dim=2)
+        heads, width = self.num_heads, self.group_dim // self.num_heads
+        parts = (
+            global_query.unsqueeze(2),
+            *local_query.unflatten(2, (heads, -1)).split(width, dim=3),
+        )
+        maps = (global_map, *local_map.split(self.group_dim, dim=3))
+        for branch, query, part, out in zip(branches, parts, maps, outs, strict=True):
+            assert isinstance(branch, FastGlobalBranch | FastLocalBranch)
+            key, value = branch.keys_and_values(part)
+            attend(query, key, value, out.unflatten(2, (query.shape[2], -1)))
+        return self.proj(mixed.view(x.shape), residual)
+
+
+@functools.lru_cache(maxsize=64)
+def _taps(height: int, width: int, window_size: int, dilation: int) -> Tensor:
+    """Which pixels each tap of the windows sees, taps first: (window_size² · windows,)."""
+    cpu = torch.device("cpu")
+    rows = tap_positions(height, window_size, dilation, cpu)
+    columns = tap_positions(width, window_size, dilation, cpu)
+    # (k, k, n_y, n_x)
+    pixels = rows.t()[:, None, :, None] * width + columns.t()[None, :, None, :]
+    return pixels.flatten()
