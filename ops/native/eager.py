@@ -18,7 +18,9 @@ def _key_set(*names: str) -> int:
 
 
 _PLAIN_TENSOR = _key_set("CPU", "AutogradCPU", "AutocastCPU", "ADInplaceOrView")
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
 _PLAIN_MODE = _key_set("BackendSelect", "ADInplaceOrView")
+_dispatch_keys = torch._C._dispatch_keys
 
 
 def is_plain_call(tensors: Sequence[Tensor | None]) -> bool:
@@ -32,9 +34,11 @@ def is_plain_call(tensors: Sequence[Tensor | None]) -> bool:
     modes: int = torch._C._dispatch_tls_local_include_set().raw_repr()
     if modes | _PLAIN_MODE != _PLAIN_MODE:
         return False
-    return all(
-        t is None
-        or type(t) in (Tensor, torch.nn.Parameter)
-        and torch._C._dispatch_keys(t).raw_repr() | _PLAIN_TENSOR == _PLAIN_TENSOR
-        for t in tensors
-    )
+    for t in tensors:
+        if t is None:
+            continue
+        if type(t) not in _PLAIN_TYPES:
+            return False
+        if _dispatch_keys(t).raw_repr() | _PLAIN_TENSOR != _PLAIN_TENSOR:
+            return False
+    return True

@@ -33,7 +33,7 @@ lse                (B, \\*S, H), natural logarithm of the softmax's denominator;
 from __future__ import annotations
 
 from collections.abc import Sequence
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 import torch
 import torch.nn.functional as F
@@ -61,6 +61,8 @@ __all__ = [
 ]
 
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+# Has `attend`.
+Backend = ModuleType | SimpleNamespace
 
 BACKENDS: dict[str, ModuleType] = {
     "reference": reference,
@@ -189,51 +191,67 @@ def _attend(
         with torch.autocast(device, enabled=False):
             return _attend(rank, tensors, window, return_lse, backend)
 
+    params, chosen = _resolved(rank, tensors, window, return_lse, backend)
+    out, lse = chosen.attend(*_tidied(tensors), params)
+    return (out, lse) if return_lse else out
+
+
+def _resolved(
+    rank: int, tensors: Tensors, window: tuple, return_lse: bool, backend: str | None
+) -> tuple[NAParams, Backend]:
+    """The parameters of a call, and what does it; raises ValueError if the arguments do not fit.
+
+    What was found is remembered: models repeat their calls, and with cold caches the checks take
+    as long as the attention of a small map.
+    """
+    if torch.compiler.is_compiling():
+        return _resolve(rank, tensors, window, return_lse, backend)
+    kinds = tuple([None if t is None else (t.shape, t.dtype, t.device) for t in tensors])
+    # As text, so that 7, 7.0 and True are told apart and lists will do.
+    call = (rank, kinds, repr(window), return_lse, backend)
+    try:
+        known = _known_calls.get(call)
+    except TypeError:  # symbolic sizes
+        return _resolve(rank, tensors, window, return_lse, backend)
+    if known is not None:
+        return known
+    params, chosen = _resolve(rank, tensors, window, return_lse, backend)
+    # On a GPU the choice depends on more: on strides and on who wants gradients.
+    if tensors[0].device.type == "cpu" and chosen not in (triton, natten):
+        if len(_known_calls) >= _MAX_KNOWN_CALLS:
+            _known_calls.clear()
+        _known_calls[call] = params, chosen
+    return params, chosen
+
+
+_known_calls: dict[tuple, tuple[NAParams, Backend]] = {}
+_MAX_KNOWN_CALLS = 256
+
+
+def _resolve(
+    rank: int, tensors: Tensors, window: tuple, return_lse: bool, backend: str | None
+) -> tuple[NAParams, Backend]:
+    params = _check(rank, tensors, window, return_lse)
+    tensors = _tidied(tensors)
+    query, value, rpb = tensors[0], tensors[2], tensors[5]
+    chosen: Backend
+    if backend is not None:
+        chosen = _forced_backend(backend, tensors, params)
+    elif _is_full_attention(query, rpb, params):
+        return params, _WHOLE_MAP
+    else:
+        chosen = _best_backend(tensors, params)
+    return params, reference if query.numel() == 0 or value.numel() == 0 else chosen
+
+
+def _tidied(tensors: Tensors) -> Tensors:
+    """The tensors as backends expect them: rpb as precise as lse, no empty additional keys."""
     query, key, value, additional_keys, additional_values, rpb = tensors
-    params = _checked(rank, tensors, window, return_lse)
     if rpb is not None:
         rpb = rpb.to(torch.promote_types(query.dtype, torch.float32))
     if additional_keys is not None and additional_keys.shape[1] == 0:
         additional_keys = additional_values = None
-    tensors = (query, key, value, additional_keys, additional_values, rpb)
-
-    if backend is not None:
-        module = _forced_backend(backend, tensors, params)
-    elif _is_full_attention(query, rpb, params):
-        return _full_attention(tensors, params)
-    else:
-        module = _best_backend(tensors, params)
-    if query.numel() == 0 or value.numel() == 0:
-        module = reference
-    out, lse = module.attend(*tensors, params)
-    return (out, lse) if return_lse else out
-
-
-def _checked(rank: int, tensors: Tensors, window: tuple, return_lse: bool) -> NAParams:
-    """The parameters of a call whose arguments fit each other; raises ValueError if they do not.
-
-    What was found right is remembered: models repeat their calls, and with cold caches the checks
-    take as long as the attention of a small map.
-    """
-    if torch.compiler.is_compiling():
-        return _check(rank, tensors, window, return_lse)
-    kinds = tuple([None if t is None else (t.shape, t.dtype, t.device) for t in tensors])
-    # As text, so that 7, 7.0 and True are told apart and lists will do.
-    call = (rank, kinds, repr(window), return_lse)
-    try:
-        params = _known_calls.get(call)
-    except TypeError:  # symbolic sizes
-        return _check(rank, tensors, window, return_lse)
-    if params is None:
-        params = _check(rank, tensors, window, return_lse)
-        if len(_known_calls) >= _MAX_KNOWN_CALLS:
-            _known_calls.clear()
-        _known_calls[call] = params
-    return params
-
-
-_known_calls: dict[tuple, NAParams] = {}
-_MAX_KNOWN_CALLS = 256
+    return query, key, value, additional_keys, additional_values, rpb
 
 
 def _check(rank: int, tensors: Tensors, window: tuple, return_lse: bool) -> NAParams:
@@ -301,8 +319,15 @@ def _is_full_attention(query: Tensor, rpb: Tensor | None, params: NAParams) -> b
     )
 
 
-def _full_attention(tensors: Tensors, params: NAParams) -> Tensor:
-    query, key, value, additional_keys, additional_values, _ = tensors
+def _full_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    rpb: Tensor | None,
+    params: NAParams,
+) -> tuple[Tensor, None]:
     size, repeats = query.shape[1:-2], query.shape[-2] // key.shape[-2]
     query, key, value = (tensor.flatten(1, -3) for tensor in (query, key, value))
     if additional_keys is not None and additional_values is not None:
@@ -314,4 +339,7 @@ def _full_attention(tensors: Tensors, params: NAParams) -> Tensor:
         value.repeat_interleave(repeats, dim=-2).transpose(1, 2),
         scale=params.scale,
     )
-    return out.transpose(1, 2).unflatten(1, size)
+    return out.transpose(1, 2).unflatten(1, size), None
+
+
+_WHOLE_MAP = SimpleNamespace(attend=_full_attention)

@@ -259,6 +259,7 @@ def test_supports():
 def test_without_a_library(monkeypatch):
     missing = native.Kernel(None, None, "portable", "no C++ compiler found")
     monkeypatch.setattr("ops.native.build._kernels", {"neighborhood": missing})
+    monkeypatch.setattr("ops.neighborhood._known_calls", {})
     query, key, value = _inputs(9, 9)
     params = NAParams((3, 3), (1, 1), (1, 1), (False, False), 1.0)
     assert cpu.supports(query, key, value, None, None, None, params) == missing.reason

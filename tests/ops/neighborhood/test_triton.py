@@ -19,7 +19,7 @@ from ops.neighborhood._geometry import NAParams
 ROOT = Path(__file__).parents[3]
 CASES = Path(__file__).with_name("triton_cases.py")
 # The slow cases are shared by as many processes, so that they can run beside each other.
-PARTS = 8
+PARTS = 12
 
 
 def run(
