@@ -4,7 +4,7 @@
     python tools/train_mm.py configs/det/quickstart_retinanet.py
     python tools/infer_mm.py runs/mm/data/images/val/000.png --out runs/pictures \
         --config configs/det/quickstart_retinanet.py \
-        --checkpoint runs/mm/quickstart_retinanet/epoch_10.pth
+        --checkpoint runs/mm/quickstart_retinanet/epoch_16.pth
 """
 
 _base_ = ["./_base_/retinanet.py", "./_base_/quickstart.py"]

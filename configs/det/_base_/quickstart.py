@@ -44,14 +44,14 @@ test_dataloader = val_dataloader
 val_evaluator = dict(type="CocoMetric", ann_file=data_root + "val.json", metric="bbox")
 test_evaluator = val_evaluator
 
-train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=10, val_interval=10)
+train_cfg = dict(type="EpochBasedTrainLoop", max_epochs=16, val_interval=16)
 val_cfg = dict(type="ValLoop")
 test_cfg = dict(type="TestLoop")
 default_hooks = dict(
-    logger=dict(interval=8), checkpoint=dict(interval=5, save_best=None, max_keep_ckpts=2)
+    logger=dict(interval=8), checkpoint=dict(interval=8, save_best=None, max_keep_ckpts=2)
 )
 param_scheduler = [
     dict(type="LinearLR", start_factor=0.1, by_epoch=False, begin=0, end=16),
-    dict(type="CosineAnnealingLR", T_max=144, eta_min=1e-5, by_epoch=False, begin=16, end=160),
+    dict(type="CosineAnnealingLR", T_max=240, eta_min=1e-5, by_epoch=False, begin=16, end=256),
 ]
 randomness = dict(seed=0)
