@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+from backbones._requirements import explanation as _explanation
+
 try:
     import timm as _timm  # noqa: F401  (with torch and torchvision)
 except (ImportError, RuntimeError) as error:
     raise ImportError(
-        f"torch, torchvision and timm do not fit each other: {error}. A set that does comes with "
-        "`pip install --force-reinstall torch torchvision timm`."
+        _explanation(error)
+        or f"torch, torchvision and timm do not fit each other: {error}. A set that does comes "
+        "with `pip install --force-reinstall torch torchvision timm`."
     ) from error
 
 import ops as _ops
@@ -18,24 +21,29 @@ if not hasattr(_ops, "OPS_OF_VISION_BACKBONES"):
         "Uninstall that package, or put the folder of vision-backbones first on sys.path."
     )
 
-from backbones._base import Stage, StagedBackbone
-from backbones._checkpoint import CheckpointError, LoadReport, load_checkpoint
-from backbones._registry import create_model, fuse, list_families, list_models
+try:
+    from backbones._base import Stage, StagedBackbone
+    from backbones._checkpoint import CheckpointError, LoadReport, load_checkpoint
+    from backbones._registry import create_model, fuse, list_families, list_models
 
-# Importing a family registers its models, here and with timm.
-from backbones import (  # isort: skip
-    biformer,
-    efficientvit,
-    favit,
-    hat,
-    inception_next,
-    litv2,
-    medvitv2,
-    ravlt,
-    shvit,
-    unireplknet,
-    van,
-)
+    # Importing a family registers its models, here and with timm.
+    from backbones import (  # isort: skip
+        biformer,
+        efficientvit,
+        favit,
+        hat,
+        inception_next,
+        litv2,
+        medvitv2,
+        ravlt,
+        shvit,
+        unireplknet,
+        van,
+    )
+except ImportError as error:
+    if (_reason := _explanation(error)) is None:
+        raise
+    raise ImportError(_reason) from error
 
 __version__ = "0.1.0"
 

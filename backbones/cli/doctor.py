@@ -12,14 +12,14 @@ import shutil
 import sys
 import tempfile
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
 import torchvision
-from packaging.requirements import Requirement
 
+from backbones._requirements import unmet
 from ops import native
 from ops.native import build
 from ops.neighborhood import BACKENDS, NAParams
@@ -74,43 +74,29 @@ def run(options: Namespace) -> int:
 def examine() -> list[Finding]:
     """Look at everything."""
     versions = _installed()
-    findings: list[Finding] = []
-    looks: tuple[Callable[[], list[Finding]], ...] = (
-        lambda: examine_packages(versions),
-        examine_cpu,
-        examine_gpu,
-        examine_compiler,
-        examine_attention,
-        lambda: examine_mm(versions, importlib.util.find_spec("pkg_resources") is not None),
-        lambda: examine_export(versions),
-        examine_caches,
-    )
-    for look in looks:
-        findings += look()
-    return findings
+    findings = examine_packages(versions)
+    cpu = examine_cpu()
+    findings += cpu + examine_gpu()
+    # What builds the kernels refuses the instruction sets that are refused there.
+    if all(finding.severity != "error" for finding in cpu):
+        findings += examine_compiler() + examine_attention()
+    findings += examine_mm(versions, importlib.util.find_spec("pkg_resources") is not None)
+    return findings + examine_export(versions) + examine_caches()
 
 
 def examine_packages(versions: Mapping[str, str]) -> list[Finding]:
     """Whether what this library needs is there, in versions that fit it and each other."""
     shown = ", ".join(f"{name} {versions[name]}" for name in _PACKAGES[:6] if name in versions)
     findings = [Finding("python", "ok", f"{platform.python_version()} on {platform.platform()}")]
-    problems = []
-    for line in importlib.metadata.requires("vision-backbones") or ():
-        wanted = Requirement(line)
-        if wanted.marker is not None and not wanted.marker.evaluate({"extra": ""}):
-            continue
-        found = versions.get(wanted.name.lower())
-        if found is None:
-            found = _version(wanted.name)
-        if found is None or not wanted.specifier.contains(found, prereleases=True):
-            problems.append(
-                Finding(
-                    "packages",
-                    "error",
-                    f"{wanted.name} {found or 'is missing'}; {wanted} is needed",
-                    f"pip install {shlex.quote(f'{wanted.name}{wanted.specifier}')}",
-                )
-            )
+    problems = [
+        Finding(
+            "packages",
+            "error",
+            f"{package.wanted} is needed, found: {package.found or 'nothing'}",
+            package.fix,
+        )
+        for package in unmet()
+    ]
     findings += problems or [Finding("packages", "ok", shown)]
     return findings + _torchvision(versions)
 

@@ -12,8 +12,15 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from backbones import CheckpointError
-from backbones.cli.common import CommandError
-from backbones.training.errors import TrainingError
+from backbones._requirements import explanation
+
+try:
+    from backbones.cli.common import CommandError
+    from backbones.training.errors import TrainingError
+except ImportError as error:
+    if (reason := explanation(error)) is None:
+        raise
+    raise ImportError(reason) from error
 
 __all__ = ["COMMANDS", "main", "run_command"]
 

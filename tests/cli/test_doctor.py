@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from backbones import _requirements
 from backbones.cli import doctor
 from backbones.cli.main import main
 from ops import native
@@ -150,11 +151,37 @@ def test_a_full_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_packages_that_are_missing_or_old(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = doctor._version
-    monkeypatch.setattr(doctor, "_version", lambda name: None if name == "pyyaml" else real(name))
-    versions = {**doctor._installed(), "timm": "0.9.0"}
-    fixes = [f.fix for f in doctor.examine_packages(versions) if f.severity == "error"]
-    assert sorted(fixes) == ["pip install 'pyyaml>=6'", "pip install 'timm>=1.0.22'"]
+    real = _requirements._version
+    versions = {"pyyaml": None, "timm": "0.9.0"}
+    monkeypatch.setattr(
+        _requirements, "_version", lambda name: versions[name] if name in versions else real(name)
+    )
+    errors = [f for f in doctor.examine_packages(doctor._installed()) if f.severity == "error"]
+    assert {error.text: error.fix for error in errors} == {
+        "timm>=1.0.22 is needed, found: 0.9.0": "pip install 'timm>=1.0.22'",
+        "pyyaml>=6 is needed, found: nothing": "pip install 'pyyaml>=6'",
+    }
+
+
+@pytest.mark.parametrize("package", ["timm", "safetensors", "yaml"])
+def test_an_import_that_fails_says_what_to_install(package: str) -> None:
+    code = f"""
+import importlib.metadata, sys
+real = importlib.metadata.version
+old = {{"timm", "safetensors", "pyyaml"}} & {{"{package}", "py{package}"}}
+importlib.metadata.version = lambda name: "0.0.1" if name in old else real(name)
+sys.modules["{package}"] = None
+sys.path.insert(0, {str(Path(doctor.__file__).parents[2])!r})
+import backbones.cli.main
+"""
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 1
+    last = run.stderr.splitlines()[-1]
+    assert last.startswith("ImportError: vision-backbones needs ")
+    name = {"yaml": "pyyaml"}.get(package, package)
+    assert f"{name}>=" in last
+    assert "(found: 0.0.1)" in last
+    assert f"`pip install '{name}>=" in last
 
 
 def test_a_torchvision_of_another_torch(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -186,6 +213,12 @@ def test_wrong_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VISION_BACKBONES_NATIVE_ISA", "mmx")
     (finding,) = doctor.examine_cpu()
     assert finding.fix == "unset VISION_BACKBONES_NATIVE_ISA"
+    # A process of its own: here the kernels are there already.
+    command = [sys.executable, "-m", "backbones.cli", "doctor", "--json"]
+    root = Path(doctor.__file__).parents[2]
+    run = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
+    assert run.returncode == 1, run.stderr
+    assert finding.fix in [f["fix"] for f in json.loads(run.stdout) if f["severity"] == "error"]
 
 
 def test_export_without_onnx() -> None:
