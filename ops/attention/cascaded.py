@@ -21,6 +21,8 @@ __all__ = [
     "resize_distance_table",
 ]
 
+_MOST_KNOWN = 64  # sizes; windows of 7×7 have 49
+
 Projection = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
@@ -81,11 +83,35 @@ def distance_bias(table: Tensor) -> Tensor:
     Returns:
         (heads, HW, HW): entry (i, j) belongs to query i and key j, in row-major order.
     """
-    rows, columns = (torch.arange(n, device=table.device) for n in table.shape[1:])
-    row_distance = (rows[:, None] - rows).abs()
+    return table.flatten(1)[:, _places(*table.shape[1:], table.device)]
+
+
+_known_places: dict[tuple[int, int, torch.device], Tensor] = {}
+
+
+def _places(height: int, width: int, device: torch.device) -> Tensor:
+    """(HW, HW): where in a flattened table each pair of positions has its bias.
+
+    Remembered, since a network asks for the same in each block; but not while it is compiled or
+    traced, where sizes and tensors are symbolic.
+    """
+    if torch.compiler.is_compiling() or not isinstance(height * width, int):
+        return _find_places(height, width, device)
+    places = _known_places.get((height, width, device))
+    if places is None:
+        with torch.inference_mode(False):  # so that a gradient may be saved with it
+            places = _find_places(height, width, device)
+        if type(places) is Tensor and len(_known_places) < _MOST_KNOWN:
+            _known_places[height, width, device] = places
+    return places
+
+
+def _find_places(height: int, width: int, device: torch.device) -> Tensor:
+    rows, columns = (torch.arange(n, device=device) for n in (height, width))
+    row_distance = (rows[:, None] - rows).abs() * width
     column_distance = (columns[:, None] - columns).abs()
-    bias = table[:, row_distance[:, None, :, None], column_distance[None, :, None, :]]
-    return bias.flatten(3).flatten(1, 2)  # (heads, H, W, H, W) → (heads, HW, HW)
+    places = row_distance[:, None, :, None] + column_distance[None, :, None, :]
+    return places.flatten(2).flatten(0, 1)  # (H, W, H, W) → (HW, HW)
 
 
 class _HeadProjection(nn.Module):
