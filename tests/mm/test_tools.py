@@ -255,17 +255,50 @@ def test_the_group_of_processes_ends(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_two_processes_on_a_cpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """torchrun and gloo: each takes half of the images; one checkpoint, evaluated by both."""
     _inside(monkeypatch, tmp_path, train=4, val=2)
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command += [str(ROOT / "tools/train_mm.py"), _config(QUICKSTARTS[0]), "--launcher=pytorch"]
-    command += ["--cfg-options", "train_dataloader.batch_size=1", "train_cfg.max_epochs=1"]
-    command += ["train_cfg.val_interval=1", "model.test_cfg.score_thr=0.0"]
-    command += ["default_hooks.checkpoint.interval=1", "default_hooks.logger.interval=1"]
-    command += ["env_cfg.dist_cfg.timeout=120"]
-    said = run(command, timeout=300, env={"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
+    said = _run_two(ROOT / "tools/train_mm.py")
     assert "[1][2/2]" in said and "[1][4/4]" not in said
     assert "coco/bbox_mAP" in said
     saved = torch.load(tmp_path / "runs/mm/quickstart_retinanet/epoch_1.pth", weights_only=True)
     assert not any(name.startswith("module.") for name in saved["state_dict"])
+
+
+_STUMBLE = """
+import os, sys
+sys.path.insert(0, {tools!r})
+import train_mm
+from mmengine.runner import EpochBasedTrainLoop
+
+whole = EpochBasedTrainLoop.run_iter
+
+def run_iter(loop, index, batch):
+    if index == 1 and os.environ["RANK"] == "1":
+        raise RuntimeError("this process stumbled")
+    whole(loop, index, batch)
+
+EpochBasedTrainLoop.run_iter = run_iter
+train_mm.main()
+"""
+
+
+@pytest.mark.slow
+def test_an_error_of_one_process_ends_both(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And is shown: the other one, which waits for the gradients, does not wait on."""
+    _inside(monkeypatch, tmp_path, train=4, val=2)
+    (tmp_path / "stumble.py").write_text(_STUMBLE.format(tools=str(ROOT / "tools")))
+    with pytest.raises(AssertionError, match="ended with 1\n(.|\n)*this process stumbled"):
+        _run_two(tmp_path / "stumble.py")
+
+
+def _run_two(script: Path) -> str:
+    """Two processes train the first quickstart: what they print."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [str(script), _config(QUICKSTARTS[0]), "--launcher=pytorch", "--cfg-options"]
+    command += ["train_dataloader.batch_size=1", "train_cfg.max_epochs=1"]
+    command += ["train_cfg.val_interval=1", "model.test_cfg.score_thr=0.0"]
+    command += ["default_hooks.checkpoint.interval=1", "default_hooks.logger.interval=1"]
+    # Longer than any wait of theirs for each other, so that they end by themselves if they can.
+    command += ["env_cfg.dist_cfg.timeout=120"]
+    return run(command, timeout=300, env={"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""})
 
 
 class _NoRun:
