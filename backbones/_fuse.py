@@ -18,6 +18,7 @@ from ops import mobile
 from ops.attention.bilevel import BiLevelRoutingAttention
 from ops.attention.cascaded import CascadedGroupAttention
 from ops.attention.factorized import FactorizedAttention, GlobalBranch, LocalBranch
+from ops.attention.hilo import HighFrequencyAttention, LowFrequencyAttention
 from ops.attention.large_kernel import LargeKernelAttention
 from ops.attention.rank_augmented import RankAugmentedAttention
 from ops.attention.single_head import SingleHeadAttention
@@ -102,10 +103,12 @@ def _forms() -> dict[type[nn.Module], type[nn.Module]]:
         DWMlp: mlp.FastDWMlp,
         FactorizedAttention: factorized.FastFactorizedAttention,
         GlobalBranch: factorized.FastGlobalBranch,
+        HighFrequencyAttention: fast_attention.FastHighFrequencyAttention,
         InceptionDWConv2d: fast_conv.FastInceptionDWConv2d,
         KANLayer: mlp.FastKANLayer,
         LocalBranch: factorized.FastLocalBranch,
         LargeKernelAttention: fast_attention.FastLargeKernelAttention,
+        LowFrequencyAttention: fast_attention.FastLowFrequencyAttention,
         RankAugmentedAttention: fast_attention.FastRankAugmentedAttention,
         SingleHeadAttention: fast_mobile.FastSingleHeadAttention,
         mobile.ConvFFN: fast_mobile.FastConvFFN,

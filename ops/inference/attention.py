@@ -13,6 +13,7 @@ from ops.attention.bilevel import (
     bilevel_routing_attention,
     route_regions,
 )
+from ops.attention.hilo import HighFrequencyAttention, LowFrequencyAttention
 from ops.attention.large_kernel import LargeKernelAttention
 from ops.attention.rank_augmented import RankAugmentedAttention, Rotary, rotary_table
 from ops.inference import grouped_attention
@@ -21,7 +22,9 @@ from ops.inference.linear_attention import gated_linear_attention, unsupported
 
 __all__ = [
     "FastBiLevelRoutingAttention",
+    "FastHighFrequencyAttention",
     "FastLargeKernelAttention",
+    "FastLowFrequencyAttention",
     "FastRankAugmentedAttention",
 ]
 
@@ -74,6 +77,40 @@ def _region_rows(height: int, width: int, region_size: tuple[int, int]) -> Tenso
         height // region_size[0], region_size[0], width // region_size[1], region_size[1]
     )
     return tokens.transpose(1, 2).flatten(2).flatten(0, 1).contiguous()
+
+
+class FastLowFrequencyAttention(LowFrequencyAttention):
+    """See :func:`ops.inference.grouped_attention.attend`."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        fast = runs_fast(x, self.q.weight)
+        if not fast or grouped_attention.unsupported(x.device, x.dtype) is not None:
+            return super().forward(x)
+        coarse = x
+        if self.window_size > 1:
+            coarse = F.avg_pool2d(x.permute(0, 3, 1, 2), self.window_size).permute(0, 2, 3, 1)
+        query = self.q(x)
+        mixed = torch.empty_like(query)
+        key_value = self.kv(coarse).flatten(1, 2).unflatten(2, (2, self.num_heads, -1))
+        key, value = key_value.unbind(2)  # (B, h · w, heads, head_dim)
+        q, out = (t.flatten(1, 2).unflatten(2, (self.num_heads, -1)) for t in (query, mixed))
+        grouped_attention.attend(q, key, value, out)
+        return self.proj(mixed)
+
+
+class FastHighFrequencyAttention(HighFrequencyAttention):
+    """Windows are regions that see themselves, where they lie."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        fast = runs_fast(x, self.qkv.weight)
+        if not fast or grouped_attention.unsupported(x.device, x.dtype) is not None:
+            return super().forward(x)
+        batch, height, width, _ = x.shape
+        qkv = self.qkv(x).flatten(1, 2).unflatten(2, (3, self.num_heads, -1))
+        query, key, value = qkv.unbind(2)  # (B, HW, heads, head_dim)
+        rows = _region_rows(height, width, (self.window_size, self.window_size))
+        out = grouped_attention.attend_regions(query, key, value, rows)
+        return self.proj(out.view(batch, height, width, -1))
 
 
 @functools.lru_cache(maxsize=8)

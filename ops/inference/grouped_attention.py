@@ -79,7 +79,12 @@ def attend(
 
 
 def attend_regions(
-    query: Tensor, key: Tensor, value: Tensor, rows: Tensor, routes: Tensor, scale: float
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: Tensor,
+    routes: Tensor | None = None,
+    scale: float | None = None,
 ) -> Tensor:
     """The tokens of each region attend to all tokens of the regions that it chose.
 
@@ -87,8 +92,8 @@ def attend_regions(
         query, key: (B, N, heads, head_dim), a map's tokens.
         value: (B, N, heads, value_dim).
         rows: (regions, tokens of a region) int32, contiguous: which tokens are a region's.
-        routes: (B, regions, topk) int64, the regions that each one chose.
-        scale: of the logits.
+        routes: (B, regions, topk) int64, the regions that each one chose; default itself.
+        scale: of the logits; default head_dim^-0.5.
 
     Returns:
         (B, N, heads, value_dim), contiguous.

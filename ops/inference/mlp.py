@@ -169,7 +169,11 @@ class FastDWMlp(NormedMlp, DWMlp):
 
 
 class FastKANLayer(FastLayer, KANLayer):
-    """``W (1 - t) = W 1 - W t`` with t = tanh², in place, some rows at a time."""
+    """In place, some rows at a time.
+
+    Bumps are subtracted before the linear map, not after it: most are tiny beside tanh², so that
+    ``W 1 - W tanh²`` would lose two bits.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
         derived = self.derived(x)
@@ -180,11 +184,12 @@ class FastKANLayer(FastLayer, KANLayer):
         parts = [self._map(part, *derived) for part in rows.split(self._chunk(x))]
         return torch.cat(parts).view(*x.shape[:-1], -1)
 
-    def _map(self, x: Tensor, grid: Tensor, packed: Tensor, bias: Tensor) -> Tensor:
+    def _map(self, x: Tensor, grid: Tensor, one: Tensor, packed: Tensor) -> Tensor:
         # Grid points first, so that channels lie side by side.
-        squares = (x.unsqueeze(1) * (1 / self.width) - grid).tanh_()
+        turned = (x.unsqueeze(1) * (1 / self.width) - grid).tanh_()
+        bumps = torch.addcmul(one, turned, turned, value=-1, out=turned)
         return torch.ops.mkldnn._linear_pointwise.default(
-            squares.mul_(squares).flatten(1), packed, bias, "none", [], ""
+            bumps.flatten(1), packed, None, "none", [], ""
         )
 
     def _chunk(self, x: Tensor) -> int:
@@ -196,6 +201,6 @@ class FastKANLayer(FastLayer, KANLayer):
     def derive(self, x: Tensor) -> Any:
         weight = self.linear.weight.detach()
         by_grid = weight.unflatten(1, (-1, len(self.grid))).transpose(1, 2).flatten(1)
-        packed = torch.ops.mkldnn._reorder_linear_weight(-by_grid, self._chunk(x))
+        packed = torch.ops.mkldnn._reorder_linear_weight(by_grid, self._chunk(x))
         grid = (self.grid.detach() / self.width).view(-1, 1)
-        return grid, packed, weight.sum(1)
+        return grid, torch.ones_like(grid[:1]), packed

@@ -30,12 +30,16 @@ class FastResidual(Residual):
 
 
 class FastConvFFN(ConvFFN):
-    """``fc2`` adds the shortcut."""
+    """On tokens; ``fc2`` adds the shortcut."""
 
     followed: ClassVar = {"act": ("fc1",)}
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return self.fc2(self.act(self.fc1(x)), residual)
+        fc1: Any = self.fc1
+        fc2: Any = self.fc2
+        tokens = x.permute(0, 2, 3, 1)
+        shortcut = None if residual is None else residual.permute(0, 2, 3, 1)
+        return fc2.on_last(self.act(fc1.on_last(tokens)), shortcut).permute(0, 3, 1, 2)
 
 
 class FastExpandMerging(ExpandMerging):

@@ -192,3 +192,20 @@ def test_errors() -> None:
         MedViTV2(dilation=0)
     with pytest.raises(ValueError, match="split into 64"):
         MedViTV2(dims=(64, 64, 128, 256), mix_ratio=1.0)
+
+
+@torch.no_grad()
+def test_a_fused_model_loses_no_digits() -> None:
+    """An untrained model leaves single precision few digits: both forms are held to the truth.
+
+    Its logits are differences of almost equal numbers, so that plain and fused results differ by
+    more than other families' do. What counts is that neither is farther from double precision.
+    """
+    torch.manual_seed(0)
+    model = MedViTV2(**SHALLOW).eval()
+    fused = copy.deepcopy(model).fuse()
+    for size in ((1, 3, 97, 97), (2, 3, 64, 80)):
+        x = images(*size)
+        exact = copy.deepcopy(model).double()(x.double())
+        plain_error, fused_error = ((m(x) - exact).abs().max() for m in (model, fused))
+        assert fused_error <= 2 * plain_error

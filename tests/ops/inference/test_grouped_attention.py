@@ -67,6 +67,9 @@ def test_regions_that_regions_chose(
             )
             error = (out[image, own] - expected[0]).abs().max()
             assert error <= _BOUNDS[dtype] * (1 + expected.abs().max())
+    every = torch.arange(regions).view(1, regions, 1).expand(batch, -1, -1)
+    alone = attend_regions(query, key, value, rows)
+    assert torch.equal(alone, attend_regions(query, key, value, rows, every))
 
 
 def test_threads_change_nothing() -> None:
