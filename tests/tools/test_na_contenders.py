@@ -34,3 +34,16 @@ def test_contenders_compute_the_same(contenders: ModuleType, size, kernel_size, 
 def test_counts_operations(contenders: ModuleType) -> None:
     setting = contenders.Setting((4,), (3,), 5)
     assert setting.flops(batch=2, backward=False) == 2 * 2 * 2 * contenders.NUM_HEADS * 4 * 3 * 5
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+def test_flex_attention_is_compiled_for_every_setting(contenders: ModuleType) -> None:
+    device = torch.device("cpu")
+    with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):
+        for size, kernel_size in (((12,), (5,)), ((8, 6), (3, 3)), ((4, 5, 6), (2, 3, 3))):
+            setting = contenders.Setting(size, kernel_size, 16)
+            tensors = torch.randn(3, 1, *size, contenders.NUM_HEADS, 16)
+            out = contenders.contender("flex", setting, device)(*tensors)
+            true = contenders.contender("gather", setting, device)(*tensors)
+            torch.testing.assert_close(out, true)
