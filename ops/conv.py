@@ -47,15 +47,16 @@ class ConvNorm(nn.Module):
         )
         self.norm = nn.BatchNorm2d(out_chs)
         nn.init.constant_(self.norm.weight, norm_scale)
-        self.act = act_layer() if act_layer is not None else nn.Identity()
+        self.act = act_layer() if act_layer is not None else None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.act(self.norm(self.conv(x)))
+        x = self.norm(self.conv(x))
+        return x if self.act is None else self.act(x)
 
     def fuse(self) -> nn.Module:
         """The convolution alone, or followed by the activation in a ``Sequential``."""
         conv = fold_norm_after(self.conv, self.norm)
-        if isinstance(self.act, nn.Identity):
+        if self.act is None:
             return conv
         return nn.Sequential(OrderedDict(conv=conv, act=self.act))
 

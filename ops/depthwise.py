@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ops import native
+from ops.native.eager import is_plain_call
 
 __all__ = ["ACTIVATIONS", "depthwise_branches", "depthwise_conv2d", "taps_first", "unsupported"]
 
@@ -97,9 +98,8 @@ def depthwise_conv2d(
         ValueError: shapes that do not go together, or an unknown activation.
         RuntimeError: the kernel is not available here (:func:`unsupported` tells beforehand).
     """
-    return torch.ops.vision_backbones.depthwise_conv2d(
-        x, taps, bias, stride, padding, dilation, activation
-    )
+    convolve = _depthwise_conv2d if is_plain_call((x, taps, bias)) else _dispatched
+    return convolve(x, taps, bias, stride, padding, dilation, activation)
 
 
 def depthwise_branches(x: Tensor, taps: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
@@ -124,6 +124,7 @@ _library.define(
     "depthwise_conv2d(Tensor x, Tensor taps, Tensor? bias, int[2] stride, int[2] padding, "
     "int[2] dilation, str activation) -> Tensor"
 )
+_dispatched = torch.ops.vision_backbones.depthwise_conv2d.default
 _library.define("depthwise_branches(Tensor x, Tensor[] taps, Tensor[] biases) -> Tensor")
 
 

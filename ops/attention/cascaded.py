@@ -83,7 +83,7 @@ def distance_bias(table: Tensor) -> Tensor:
     Returns:
         (heads, HW, HW): entry (i, j) belongs to query i and key j, in row-major order.
     """
-    return table.flatten(1)[:, _places(*table.shape[1:], table.device)]
+    return table.flatten(1)[:, _places(table.shape[1], table.shape[2], table.device)]
 
 
 _known_places: dict[tuple[int, int, torch.device], Tensor] = {}
