@@ -191,17 +191,20 @@ def examine_compiler() -> list[Finding]:
         findings.append(Finding("compiler", "warning", text, "unset CXX"))
     names = sorted(path.stem for path in Path(build.__file__).parent.glob("*.cpp"))
     reasons = {name: native.unavailable_reason(name) for name in names}
-    missing = {name: reason for name, reason in reasons.items() if reason is not None}
-    for name, reason in missing.items():
+    missing = sorted({reason for reason in reasons.values() if reason is not None})
+    for reason in missing:
+        without = ", ".join(name for name in names if reasons[name] == reason)
         if os.environ.get("VISION_BACKBONES_NATIVE") == "0":
             fix = "unset VISION_BACKBONES_NATIVE"
         elif found is None:
             fix = (
                 "sudo apt-get install g++" if sys.platform == "linux" else "xcode-select --install"
             )
+        elif _free_bytes(native.cache_dir()) is None:
+            fix = _elsewhere("VISION_BACKBONES_CACHE_DIR", 0)
         else:
             fix = f"rm -rf {shlex.quote(str(native.cache_dir()))}"
-        text = f"no compiled {name} kernel, slower paths are taken: {reason}"
+        text = f"not compiled: {without}; slower paths are taken: {reason}"
         findings.append(Finding("compiler", "warning", text, fix))
     if not missing:
         text = f"{found or 'none'}; compiled kernels: {', '.join(names)}"

@@ -30,6 +30,7 @@ __all__ = [
     "image",
     "reference",
     "relative_error",
+    "summary",
     "summary_error",
     "tolerance",
     "uniform",
@@ -115,6 +116,18 @@ def relative_error(value: Tensor, expected: Any) -> float:
     expected = torch.as_tensor(expected, dtype=torch.float64)
     difference = (value.detach().double().reshape(expected.shape) - expected).abs().max()
     return (difference / expected.abs().max()).item()
+
+
+def summary(value: Tensor) -> dict[str, Any]:
+    """Shape, mean, deviation, norm and first values of a map, for :func:`summary_error`."""
+    value = value.detach().double()
+    return {
+        "shape": list(value.shape),
+        "mean": value.mean().item(),
+        "std": value.std(unbiased=False).item(),
+        "l2": value.norm().item(),
+        "first8": value.flatten()[:8].tolist(),
+    }
 
 
 def summary_error(value: Tensor, figures: dict[str, Any]) -> float:

@@ -96,8 +96,8 @@ def make_figures(model: Any, size: tuple[int, int], seed: int = 0) -> dict[str, 
         "torch": torch.__version__,
         "input": list(shape),
         "seed": seed,
-        "stages": [_summary(stage) for stage in maps],
-        "output": _summary(output),
+        "stages": [parity.summary(stage) for stage in maps],
+        "output": parity.summary(output),
     }
 
 
@@ -122,17 +122,6 @@ def compare(model: Any, figures: dict[str, Any]) -> list[tuple[str, float]]:
 def _outputs(model: Any, images: Tensor) -> tuple[list[Tensor], Tensor]:
     with torch.inference_mode():
         return model.forward_intermediates(images, intermediates_only=True), model(images)
-
-
-def _summary(value: Tensor) -> dict[str, Any]:
-    value = value.detach().double()
-    return {
-        "shape": list(value.shape),
-        "mean": value.mean().item(),
-        "std": value.std(unbiased=False).item(),
-        "l2": value.norm().item(),
-        "first8": value.flatten()[:8].tolist(),
-    }
 
 
 def _identify(path: Path) -> str | None:

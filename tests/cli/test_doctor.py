@@ -107,13 +107,26 @@ def test_no_kernel_and_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "unavailable_reason", lambda name: "no C++ compiler found")
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
     monkeypatch.setattr(doctor.sys, "platform", "linux")
-    findings = doctor.examine_compiler()
-    assert set(severities(findings)) == {"warning"}
-    assert findings[-1].fix == "sudo apt-get install g++"
+    (finding,) = doctor.examine_compiler()
+    assert finding.severity == "warning"
+    assert "not compiled: " in finding.text
+    assert "linear, " in finding.text
+    assert finding.fix == "sudo apt-get install g++"
     monkeypatch.setenv("VISION_BACKBONES_NATIVE", "0")
     assert doctor.examine_compiler()[-1].fix == "unset VISION_BACKBONES_NATIVE"
     monkeypatch.setenv("CXX", "no-such-compiler")
     assert doctor.examine_compiler()[0].fix == "unset CXX"
+
+
+def test_kernels_that_cannot_be_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(native, "unavailable_reason", lambda name: "cannot write")
+    monkeypatch.setenv("VISION_BACKBONES_CACHE_DIR", str(tmp_path))
+    (finding,) = doctor.examine_compiler()
+    assert finding.fix == f"rm -rf {tmp_path / 'native'}"
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv("VISION_BACKBONES_CACHE_DIR", str(tmp_path / "file"))
+    (finding,) = doctor.examine_compiler()
+    assert finding.fix.startswith("export VISION_BACKBONES_CACHE_DIR=")
 
 
 def test_caches_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
