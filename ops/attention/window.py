@@ -162,7 +162,13 @@ def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
     """Attention of windows that share their term, (heads, N, M)."""
     # (B · rows · columns, heads, N or M, head_dim)
     q, k, v = (t.flatten(0, 2).transpose(1, 2) for t in (query, key, value))
-    out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.unsqueeze(0))
+    if q.is_cpu and bias.requires_grad and torch.is_grad_enabled():
+        # No kernel of torch's gives a gradient of the bias there, and its plain form guards the
+        # softmax against rows of -inf, which takes a tenth of a training step.
+        scores = (q.shape[-1] ** -0.5 * q) @ k.transpose(2, 3)
+        out = (scores + bias).softmax(dim=-1) @ v
+    else:
+        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.unsqueeze(0))
     return out.transpose(1, 2).reshape(*query.shape[:4], -1)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compiled_kernels import without_kernels
 from torch import Tensor, nn
 from zoo import FAMILIES, RESTORATION, images, randomise, small
 
@@ -17,7 +18,6 @@ import backbones
 from backbones._fuse import fast_form
 from ops.inference import layers
 from ops.inference.mlp import FastMlp, feed_forward
-from ops.native import build
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -66,8 +66,7 @@ def test_all_dtypes_and_paths(family: str, monkeypatch: pytest.MonkeyPatch) -> N
     double = copy.deepcopy(fused).double()
     assert _relative(double(images(*sizes[0]).double()).float(), expected[0]) <= 1e-5
 
-    monkeypatch.setenv("VISION_BACKBONES_NATIVE", "0")
-    monkeypatch.setattr(build, "_kernels", {})
+    without_kernels(monkeypatch)
     assert _relative(copy.deepcopy(fused)(images(*sizes[0])), expected[0]) <= 1e-5
 
 

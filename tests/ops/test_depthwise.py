@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from compiled_kernels import PLAIN_ACTIVATIONS, compiled_for, random, without_kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_inputs import PLAIN_ACTIVATIONS, random
 from torch import Tensor
 
 from ops import native
@@ -18,7 +18,6 @@ from ops.depthwise import (
     taps_first,
     unsupported,
 )
-from ops.native import build
 
 
 def _relative(value: Tensor, expected: Tensor) -> float:
@@ -68,10 +67,7 @@ def test_is_the_convolution(
 
 @pytest.mark.parametrize("instructions", ["avx2", "portable"])
 def test_other_instruction_sets(instructions: str, monkeypatch, tmp_path) -> None:
-    monkeypatch.setenv("VISION_BACKBONES_NATIVE_ISA", instructions)
-    monkeypatch.setenv("CXX", "c++ -O1")  # compiles in half the time
-    monkeypatch.setattr(build, "_COMMON_FLAGS", ["-std=c++17", "-O1", "-fPIC", "-shared"])
-    monkeypatch.setattr(build, "_kernels", {})
+    compiled_for(instructions, monkeypatch)
     for size, kernel, stride, dilation in (((17, 14), 7, 1, 3), ((9, 15), 3, 2, 1)):
         x, weight, bias = random(2, 20, *size), random(20, 1, kernel, kernel), random(20)
         padding = dilation * (kernel // 2)
@@ -165,8 +161,7 @@ def test_unsupported_says_why() -> None:
 
 
 def test_without_the_kernel(monkeypatch) -> None:
-    monkeypatch.setenv("VISION_BACKBONES_NATIVE", "0")
-    monkeypatch.setattr(build, "_kernels", {})
+    without_kernels(monkeypatch)
     assert "VISION_BACKBONES_NATIVE=0" in unsupported((1, 1), torch.device("cpu"), torch.float32)
     with pytest.raises(RuntimeError, match="switched off"):
         depthwise_conv2d(torch.zeros(1, 4, 8, 8), torch.zeros(3, 3, 4))

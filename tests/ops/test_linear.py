@@ -5,9 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from compiled_kernels import PLAIN_ACTIVATIONS, compiled_for, random, without_kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from kernel_inputs import PLAIN_ACTIVATIONS, random
 from torch import Tensor
 
 from ops import native
@@ -19,7 +19,6 @@ from ops.linear import (
     packed_linear_energy,
     unsupported,
 )
-from ops.native import build
 
 _COMBINED = {"none": lambda x, _: x, "add": torch.add, "multiply": torch.mul}
 
@@ -88,10 +87,7 @@ def test_many_rows_and_few(rows: int, dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("instructions", ["avx2", "portable"])
 def test_other_instruction_sets(instructions: str, monkeypatch, tmp_path) -> None:
-    monkeypatch.setenv("VISION_BACKBONES_NATIVE_ISA", instructions)
-    monkeypatch.setenv("CXX", "c++ -O1")  # compiles in half the time
-    monkeypatch.setattr(build, "_COMMON_FLAGS", ["-std=c++17", "-O1", "-fPIC", "-shared"])
-    monkeypatch.setattr(build, "_kernels", {})
+    compiled_for(instructions, monkeypatch)
     x, scale = random(2, 9, 21), random(2, 21, seed=4)
     weight, bias, packed = _layer(21, 27)
     expected = F.gelu(F.linear(x * scale[:, None], weight, bias))
@@ -177,8 +173,7 @@ def test_unsupported_says_why() -> None:
 
 
 def test_without_the_kernel(monkeypatch) -> None:
-    monkeypatch.setenv("VISION_BACKBONES_NATIVE", "0")
-    monkeypatch.setattr(build, "_kernels", {})
+    without_kernels(monkeypatch)
     assert "VISION_BACKBONES_NATIVE=0" in unsupported(torch.device("cpu"), torch.float32)
     with pytest.raises(RuntimeError, match="switched off"):
         packed_linear(torch.zeros(1, 4), torch.zeros(64), torch.zeros(3))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from compiled_kernels import compiled_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -12,7 +13,6 @@ from torchvision.ops import deform_conv2d
 
 from ops import native
 from ops.inference.deformable import deformable_conv2d, pack_taps
-from ops.native import build
 
 
 def _problem(
@@ -67,10 +67,7 @@ def test_pieces_and_threads(threads: int) -> None:
 
 @pytest.mark.parametrize("instructions", ["avx2", "portable"])
 def test_other_instruction_sets(instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VISION_BACKBONES_NATIVE_ISA", instructions)
-    monkeypatch.setenv("CXX", "c++ -O1")  # compiles in half the time
-    monkeypatch.setattr(build, "_COMMON_FLAGS", ["-std=c++17", "-O1", "-fPIC", "-shared"])
-    monkeypatch.setattr(build, "_kernels", {})
+    compiled_for(instructions, monkeypatch)
     x, offset, weight, bias = _problem(1, (9, 12), (21, 19), 2, 2)
     expected = deform_conv2d(x, offset, weight, bias, stride=2)
     out = deformable_conv2d(x, offset, pack_taps(weight), bias, 2, 2)

@@ -8,6 +8,7 @@ from collections.abc import Callable
 import pytest
 import torch
 import torch.nn.functional as F
+from compiled_kernels import compiled_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.layers import Mlp
@@ -18,7 +19,6 @@ from ops.inference import depthwise_mlp, layers
 from ops.inference.depthwise_mlp import PackedDepthwiseMlp
 from ops.inference.mlp import FastDWMlp, FastMlp
 from ops.mlp import DWMlp
-from ops.native import build
 
 _PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
     "none": lambda x: x,
@@ -107,10 +107,7 @@ def test_strips_and_threads(hidden: int, threads: int) -> None:
 
 @pytest.mark.parametrize("instructions", ["avx2", "portable"])
 def test_other_instruction_sets(instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VISION_BACKBONES_NATIVE_ISA", instructions)
-    monkeypatch.setenv("CXX", "c++ -O1")  # compiles in half the time
-    monkeypatch.setattr(build, "_COMMON_FLAGS", ["-std=c++17", "-O1", "-fPIC", "-shared"])
-    monkeypatch.setattr(build, "_kernels", {})
+    compiled_for(instructions, monkeypatch)
     parts = _parts(21, 140, 19)
     packed = PackedDepthwiseMlp(parts["fc1"], parts["conv"], parts["fc2"], "silu", "gelu")
     x = torch.randn(2, 9, 12, 21)

@@ -5,13 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from compiled_kernels import compiled_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from ops import native
 from ops.inference.grouped_attention import attend, attend_regions, unsupported
-from ops.native import build
 
 _BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 2**-8}
 
@@ -87,10 +87,7 @@ def test_threads_change_nothing() -> None:
 
 @pytest.mark.parametrize("instructions", ["avx2", "portable"])
 def test_other_instruction_sets(instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VISION_BACKBONES_NATIVE_ISA", instructions)
-    monkeypatch.setenv("CXX", "c++ -O1")  # compiles in half the time
-    monkeypatch.setattr(build, "_COMMON_FLAGS", ["-std=c++17", "-O1", "-fPIC", "-shared"])
-    monkeypatch.setattr(build, "_kernels", {})
+    compiled_for(instructions, monkeypatch)
     query, key, value = (_random(1, n, 2, 14, seed=n) for n in (37, 49, 49))
     out = torch.empty_like(query)
     attend(query, key, value, out)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from compiled_kernels import compiled_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -11,7 +12,6 @@ from torch import Tensor
 from ops import native
 from ops.attention.rank_augmented import rank_augmented_linear_attention, rotary_table
 from ops.inference.linear_attention import gated_linear_attention, unsupported
-from ops.native import build
 
 
 def _exact(qkvo: Tensor, bias: Tensor, num_heads: int) -> Tensor:
@@ -65,10 +65,7 @@ def test_threads(batch: int) -> None:
 
 @pytest.mark.parametrize("instructions", ["avx2", "portable"])
 def test_other_instruction_sets(instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("VISION_BACKBONES_NATIVE_ISA", instructions)
-    monkeypatch.setenv("CXX", "c++ -O1")  # compiles in half the time
-    monkeypatch.setattr(build, "_COMMON_FLAGS", ["-std=c++17", "-O1", "-fPIC", "-shared"])
-    monkeypatch.setattr(build, "_kernels", {})
+    compiled_for(instructions, monkeypatch)
     qkvo, bias = _random(2, (7, 9), 64)
     expected = _exact(qkvo, bias, 2)
     out = gated_linear_attention(qkvo, bias, 2)

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compiled_kernels import forget_kernels
 from neighborhood_oracle import (
     NA,
     Case,
@@ -258,8 +259,8 @@ def test_supports():
 
 def test_without_a_library(monkeypatch):
     missing = native.Kernel(None, None, "portable", "no C++ compiler found")
-    monkeypatch.setattr("ops.native.build._kernels", {"neighborhood": missing})
-    monkeypatch.setattr("ops.neighborhood._known_calls", {})
+    forget_kernels(monkeypatch)
+    monkeypatch.setitem(native.build._kernels, "neighborhood", missing)
     query, key, value = _inputs(9, 9)
     params = NAParams((3, 3), (1, 1), (1, 1), (False, False), 1.0)
     assert cpu.supports(query, key, value, None, None, None, params) == missing.reason
