@@ -48,8 +48,8 @@ from typing import Any
 
 import timm
 import torch
-from benchmark_na import PeakMemory, load_report, machine, stopwatch, write
 from benchmark_report import comparison, draw, row_key, table
+from measuring import PeakMemory, load_report, machine, stopwatch, write
 from op_kinds import KINDS, kind_of, time_by_kind
 from torch import Tensor, nn
 

@@ -29,7 +29,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from benchmark_na import machine
+from measuring import machine
 from PIL import Image
 from timm.data import create_dataset, create_loader
 from torch import Tensor, nn

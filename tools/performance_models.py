@@ -25,12 +25,54 @@ AIMS = {
 AIM_BATCHES = (1, 8)
 ORIGINAL, OURS = "original", "eager"
 LABELS = {LOW: "fused, bf16"}
+# What the profile says in words.
+READING = {
+    "EfficientViT, SHViT": (
+        "Small products of a few hundred rows and, at one image, the calls themselves: Python and "
+        "torch take a fifth of the time. Linear layers with packed weights save the most, then "
+        "depthwise convolutions in our kernel."
+    ),
+    "InceptionNeXt": (
+        "Linear layers at the rate of a large matrix product; what is left is theirs. bfloat16 "
+        "gains by AMX."
+    ),
+    "UniRepLKNet": (
+        "Large depthwise convolutions, merged to one and run by our kernel; then the linear "
+        "layers, with the global response norm's sums of squares taken on the way."
+    ),
+    "VAN": (
+        "Depthwise convolutions of 5×5 and dilated 7×7, half of the time before and our kernel's "
+        "now."
+    ),
+    "BiFormer": (
+        "Linear layers, then attention to the regions that were chosen; they are attended to where "
+        "they lie, so that nothing is gathered."
+    ),
+    "LITv2": (
+        "Feed-forwards take most; one pass from norm to shortcut keeps the hidden map in the "
+        "cache. Deformable merging is one kernel from taps to activation."
+    ),
+    "FaViT": (
+        "Feed-forwards and attention to 49 keys of narrow heads; the rest is many small calls. "
+        "Tables of windows are kept."
+    ),
+    "RAVLT": (
+        "Feed-forwards, projections and the stem's convolutions; linear attention goes from the "
+        "projection to the gate in few passes."
+    ),
+    "MedViTV2": (
+        "Linear layers of the KANs, then convolutions; neighborhood attention, most of the "
+        "original's time, is a small part."
+    ),
+    "HAT": "Attention in windows, products, and copying windows out of the map and back.",
+}
 INTRODUCTION = (
     "A fused model is what `model.fuse()` gives; `fused, bf16` is "
     "`model.fuse(dtype=torch.bfloat16)`, compared with the others in float32. `original` is the "
     "code of the authors, `timm` and `birder` (0.8.4) are those libraries' models. MedViTV2's "
-    "original gathers the windows of its neighborhood attention. A dash: there is no such model, "
-    "it was not measured, or it failed; the JSON says which."
+    "original gathers the windows of its neighborhood attention. `torch.compile` takes the plain "
+    "layers of a fused model, whose own kernels are the faster ones: fuse or compile. A dash: "
+    "there is no such model, it was not measured, or it failed; the JSON says which."
 )
 
 
@@ -182,4 +224,5 @@ def _shares(rows: list[dict[str, Any]]) -> list[str]:
         "convolution counts as a matrix product; what is outside of operators is Python and the "
         "profiler itself.",
         _table(["share of time", *kinds], lines),
+        "\n".join(f"- **{family}**: {said}" for family, said in READING.items()),
     ]

@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 from benchmark import Row, describe, measure
-from benchmark_na import machine, write
+from measuring import machine, write
 
 import backbones
 from backbones._registry import published_weights

@@ -24,7 +24,7 @@ def tool() -> Iterator[ModuleType]:
         yield module
     finally:
         sys.path.remove(str(TOOLS))
-        for name in ("benchmark_na", "benchmark_report", "op_kinds", "performance_models"):
+        for name in ("measuring", "benchmark_report", "op_kinds", "performance_models"):
             sys.modules.pop(name, None)
 
 

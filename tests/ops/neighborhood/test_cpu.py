@@ -141,6 +141,44 @@ def test_thread_count_and_repetition_change_nothing(dtype):
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
 
+@pytest.mark.parametrize(
+    ("size", "window"),
+    [
+        ((70, 66), ((7, 7), (1, 1), (1, 1), (False, False))),
+        ((70, 66), ((7, 5), (3, 5), (1, 1), (False, False))),
+        ((67, 71), ((5, 6), (2, 3), (3, 2), (False, True))),
+        ((90, 50), ((7, 7), (1, 1), (8, 5), (True, True))),
+        ((80, 80), ((2, 2), (2, 2), (4, 3), (False, False))),
+        ((3000,), ((63,), (5,), (1,), (False,))),
+        ((3001,), ((31,), (1,), (7,), (True,))),
+        ((6, 40, 44), ((3, 5, 7), (1, 2, 1), (1, 1, 2), (False, True, False))),
+    ],
+)
+def test_gradients_where_units_of_work_share_keys(size, window):
+    """Maps too large for one unit of work, against another backend; threads change nothing."""
+    attend = (na1d, na2d, na3d)[len(size) - 1]
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(2, *size, heads, 24, generator=generator, requires_grad=True)
+        for heads in (4, 2, 2)
+    )
+    grad = torch.randn(query.shape, generator=generator)
+
+    def gradients(backend, threads=1):
+        torch.set_num_threads(threads)
+        out = attend(query, key, value, *window, backend=backend)
+        return torch.autograd.grad(out, (query, key, value), grad)
+
+    before = torch.get_num_threads()
+    try:
+        ours, with_two, others = gradients("cpu"), gradients("cpu", 2), gradients("tiled")
+    finally:
+        torch.set_num_threads(before)
+    for a, b, other in zip(ours, with_two, others, strict=True):
+        assert torch.equal(a, b)
+        torch.testing.assert_close(a, other, rtol=1e-5, atol=2e-5)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
 def test_memory_does_not_grow_with_the_window():
     """What is held beyond the results; gathered windows would be 169 times the keys at 13 x 13."""
