@@ -7,14 +7,11 @@
 #include <cstddef>
 #include <cstdint>
 #include <numeric>
-#include <new>
 #include <utility>
 #include <vector>
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
 #include "activation.h"
 #include "lanes.h"
+#include "parallel.h"
 #include "simd.h"
 
 namespace depthwise {
@@ -256,23 +253,7 @@ static void forward(const Problem& p, const Tensors& tensors) {
                        static_cast<T*>(tensors.out) + image * p.out_stride[0] + channel};
     convolve(task, weight.data(), bias, strip);
   };
-#if defined(_OPENMP)
-  if (p.threads > 1 && tasks > 1) {
-    bool failed = false;
-#pragma omp parallel for schedule(static) num_threads(static_cast<int>(std::min(p.threads, tasks)))
-    for (int64_t i = 0; i < tasks; i++) {
-      try {
-        work(i);
-      } catch (const std::bad_alloc&) {
-#pragma omp atomic write
-        failed = true;
-      }
-    }
-    if (failed) throw std::bad_alloc();
-    return;
-  }
-#endif
-  for (int64_t i = 0; i < tasks; i++) work(i);
+  parallel::for_each(tasks, p.threads, work);
 }
 
 }  // namespace depthwise

@@ -1,13 +1,10 @@
 // A linear layer with what stands around it in a network: activation, shortcut or gate, scales of
 // its inputs, energies of its outputs. Some rows at a time go through all the weights.
 #pragma once
-#include <new>
 #include <vector>
-#if defined(_OPENMP)
-#include <omp.h>
-#endif
 #include "linear_bfloat16.h"
 #include "linear_float.h"
+#include "parallel.h"
 
 namespace linear {
 
@@ -66,7 +63,8 @@ static void forward_of(const Problem& p, const Tensors& t) {
   }
   // A thread takes some of the panels where the weights are the most to read, else some rows.
   const bool by_panels = t.energy || p.out_features > p.rows;
-  const auto work = [&](int64_t index, int64_t threads) {
+  const int64_t threads = std::max<int64_t>(1, std::min(p.threads, by_panels ? panels : p.rows));
+  const auto work = [&](int64_t index) {
     const Range own_panels = by_panels ? share(panels, index, threads) : Range{0, panels};
     const Range own = by_panels ? Range{0, p.rows} : share(p.rows, index, threads);
     const int64_t image_rows = p.image_rows ? p.image_rows : p.rows;
@@ -76,24 +74,7 @@ static void forward_of(const Problem& p, const Tensors& t) {
       row = end;
     }
   };
-#if defined(_OPENMP)
-  const int64_t threads = std::min(p.threads, by_panels ? panels : p.rows);
-  if (threads > 1) {
-    bool failed = false;
-#pragma omp parallel for schedule(static) num_threads(static_cast<int>(threads))
-    for (int64_t i = 0; i < threads; i++) {
-      try {
-        work(i, threads);
-      } catch (const std::bad_alloc&) {
-#pragma omp atomic write
-        failed = true;
-      }
-    }
-    if (failed) throw std::bad_alloc();
-    return;
-  }
-#endif
-  work(0, 1);
+  parallel::for_each(threads, threads, work);
 }
 
 static void forward(const Problem& p, const Tensors& t) {
