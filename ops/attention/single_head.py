@@ -6,6 +6,7 @@ https://arxiv.org/abs/2401.16456
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ops.conv import ConvNorm
@@ -24,10 +25,14 @@ def single_head_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         (B, dim, H, W): softmax(q·kᵀ / √qk_dim)·v.
     """
     q, k, v = (t.flatten(2) for t in (query, key, value))  # (B, width, HW)
-    # Queries are narrower than values, which torch's fused attention takes apart on a CPU: two
-    # plain products are faster.
-    logits = (q.shape[1] ** -0.5 * q).transpose(1, 2) @ k
-    return (v @ logits.softmax(dim=-1).transpose(1, 2)).reshape(value.shape)
+    if query.is_cpu:
+        # Queries are narrower than values, which torch's fused attention takes apart there: two
+        # plain products are faster.
+        logits = (q.shape[1] ** -0.5 * q).transpose(1, 2) @ k
+        return (v @ logits.softmax(dim=-1).transpose(1, 2)).reshape(value.shape)
+    q, k, v = (t.transpose(1, 2).unsqueeze(1) for t in (q, k, v))
+    out = F.scaled_dot_product_attention(q, k, v)  # (B, 1, HW, dim)
+    return out.squeeze(1).transpose(1, 2).reshape(value.shape)
 
 
 class SingleHeadAttention(nn.Module):
