@@ -87,6 +87,11 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
     panels: dict[str, list[dict[str, Any]]] = {}
     for row in report["results"]:
+        if all(
+            "speedup_over" not in f or "eager" not in f["speedup_over"]
+            for f in row["contenders"].values()
+        ):
+            continue  # nothing to compare with; its curve over size is drawn
         title = "{size}², batch {batch}, {threads} thread(s), {dtype}, {direction}".format(**row)
         panels.setdefault(title, []).append(row)
     curves = _by_size(report)

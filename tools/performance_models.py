@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["of_models"]
+__all__ = ["of_compiled", "of_models"]
 
 FUSED, LOW = "fused", "fused+bfloat16"
 # How many times faster than the original, batch 1 and batch 8, the fused model shall be.
@@ -98,6 +98,28 @@ def of_models(report: dict[str, Any], picture: str) -> str:
         parts += ["### Training step", _training(training)]
     parts += [*_growth(forward), *_shares(usual)]
     return "\n\n".join(parts) + "\n"
+
+
+def of_compiled(report: dict[str, Any]) -> str:
+    """Beside ``torch.compile``, from a report of its own: many contenders slow each other."""
+    names = [OURS, "compile", FUSED, "fused+compile"]
+    rows = [
+        [f"`{row['model']}`", *(_ms(row, name) for name in names)]
+        + [_judged(_ratio(row, FUSED, OURS), None), _judged(_ratio(row, "compile", OURS), None)]
+        for row in report["results"]
+    ]
+    head = ["ms", *names, "fused, times faster than eager", "compile, times faster than eager"]
+    return (
+        "\n\n".join(
+            [
+                "## Beside torch.compile",
+                "One image, one thread, float32. More contenders took turns here than above, which "
+                "leaves each of them colder caches.",
+                _table(head, rows),
+            ]
+        )
+        + "\n"
+    )
 
 
 def _usual_size(row: dict[str, Any]) -> int:
