@@ -21,8 +21,8 @@ KINDS = (
 # The first that fits an operator's name, without its library's, decides; convolutions go by the
 # shape of their weight. Operators that only call others are looked into.
 _PATTERNS = {
-    ATTENTION: r"scaled_dot_product|flash_attention|na_cpu|natten|neighborhood",
-    PRODUCTS: r"linear$|_linear_pointwise|matmul$|addmm|baddbmm|bmm$|mm$|einsum",
+    ATTENTION: r"scaled_dot_product|attention|na_cpu|natten|neighborhood",
+    PRODUCTS: r"depthwise_mlp|linear$|_linear_pointwise|matmul$|addmm|baddbmm|bmm$|mm$|einsum",
     DEPTHWISE: r"depthwise",
     NORMS: r"(layer|batch|group|instance|vector|response)_norm|norm$",
     ELEMENTWISE: r"(add|sub|mul|div|neg|exp|log|sqrt|rsqrt|pow|abs|clamp|square|addcmul|lerp)_?$"
@@ -51,8 +51,8 @@ def kind_of(name: str, shapes: list[Any]) -> str | None:
 def time_by_kind(run: Callable[[], object]) -> dict[str, float]:
     """Shares of the time of a call, in the order of KINDS; they add up to 1.
 
-    A 1×1 convolution counts as a matrix product. ``outside operators`` is what passes between
-    them: Python, and the profiler itself, so that it is an upper bound.
+    A 1×1 convolution or a whole feed-forward counts as a matrix product. ``outside operators`` is
+    what passes between them: Python, and the profiler itself, so that it is an upper bound.
     """
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
         run()

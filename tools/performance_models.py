@@ -243,8 +243,8 @@ def _shares(rows: list[dict[str, Any]]) -> list[str]:
     return [
         "### Where the time goes",
         "Shares of one image's time on one thread by torch's profiler, plain and fused. A 1×1 "
-        "convolution counts as a matrix product; what is outside of operators is Python and the "
-        "profiler itself.",
+        "convolution, or a feed-forward in one pass, counts as a matrix product; what is outside "
+        "of operators is Python and the profiler itself.",
         _table(["share of time", *kinds], lines),
         "\n".join(f"- **{family}**: {said}" for family, said in READING.items()),
     ]
