@@ -87,7 +87,7 @@ def deformable_conv2d(
         (B, out_chs, H', W'), channels-last.
 
     Raises:
-        ValueError: offsets that do not go with the map.
+        ValueError: offsets or a weight that do not go with the map, another dtype.
         RuntimeError: the kernel is not available here (:func:`unsupported` tells beforehand).
     """
     inputs: tuple[Any, ...] = (x, offset, weight, bias, kernel_size, stride, activation)
@@ -117,6 +117,11 @@ def _empty_output(
     expected = (x.shape[0], 2 * kernel_size**2, height, width)
     if min(expected[2:]) < 1 or offset.shape != expected:
         raise ValueError(f"offset must be {expected}, got {tuple(offset.shape)}")
+    inputs = x.shape[1] * kernel_size**2
+    if weight.numel() < inputs * len(bias) or weight.numel() % inputs:
+        raise ValueError(f"weight is not that of {len(bias)} outputs of {inputs} inputs")
+    if any(t.dtype != torch.float32 for t in (x, offset, weight, bias)):
+        raise ValueError(f"all must be float32, got {[t.dtype for t in (x, offset, weight, bias)]}")
     return x.new_empty(x.shape[0], height, width, len(bias)).permute(0, 3, 1, 2)
 
 

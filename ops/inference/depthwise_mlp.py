@@ -89,6 +89,7 @@ class PackedDepthwiseMlp:
         chunks = [pack_weight(part) for part in weight2.split(_CHUNK, dim=1)]
         # The bias once, zeros for the chunks that only add.
         bias2 = torch.cat((_bias(fc2), weight2.new_zeros(len(weight2))))
+        self._in_features = fc1.in_features
         self._weights = (pack_weight(fc1.weight), _bias(fc1))
         self._conv: tuple[Tensor | None, Tensor | None] = (None, None)
         if conv is not None:
@@ -108,10 +109,20 @@ class PackedDepthwiseMlp:
         """(B, H, W, in_features) → (B, H, W, out_features).
 
         Args:
-            x: float32, contiguous or copied.
+            x: float32, contiguous or copied; without a convolution of any rank, (..., in_features).
             residual: (B, H, W, out_features), added to the result.
             norm: with weight and bias, of the input's last axis.
+
+        Raises:
+            ValueError: another dtype or shape, a norm of other features or without weight and bias.
         """
+        features = self._in_features
+        if x.shape[-1] != features or x.dtype != torch.float32:
+            raise ValueError(f"x must be float32 with {features} features, got {x.dtype} {x.shape}")
+        if self._conv[0] is not None and x.ndim != 4:
+            raise ValueError(f"x must be (B, H, W, {features}), got {tuple(x.shape)}")
+        if norm is not None and (norm.bias is None or norm.weight.shape != (features,)):
+            raise ValueError(f"norm must have weight and bias of {features} features, got {norm}")
         affine = (None, None) if norm is None else (norm.weight, norm.bias)
         eps = 0.0 if norm is None else norm.eps
         tensors = (x, *affine, *self._weights, *self._conv, *self._weights2, residual)

@@ -125,7 +125,7 @@ class FastLayer(nn.Module):
         return [p for p in self._parameters.values() if p is not None]
 
     def derive(self, x: Tensor) -> Any:
-        """From the parameters, with ``x`` as an example of the inputs."""
+        """From the parameters, with ``x`` as an example of the inputs; each subclass says how."""
         raise NotImplementedError
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:

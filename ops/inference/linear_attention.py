@@ -73,6 +73,7 @@ def gated_linear_attention(qkvo: Tensor, bias: Tensor, num_heads: int) -> Tensor
         (B, H, W, dim), contiguous.
 
     Raises:
+        ValueError: shapes or dtypes that do not go together.
         RuntimeError: the kernel is not available here.
     """
     if is_plain_call((qkvo, bias)):
@@ -96,6 +97,11 @@ def _run(qkvo: Tensor, bias: Tensor, num_heads: int) -> Tensor:
         raise ValueError(
             f"qkvo must be contiguous and {(batch, height, width, 4 * dim)}, got "
             f"{tuple(qkvo.shape)}"
+        )
+    if bias.dtype != qkvo.dtype or dim % num_heads:
+        raise ValueError(
+            f"bias must be {qkvo.dtype} and {num_heads} heads divide its {dim} channels, "
+            f"got {bias.dtype}"
         )
     head_dim = dim // num_heads
     library, reason = native.load(_KERNEL), unsupported(qkvo.device, qkvo.dtype, head_dim)

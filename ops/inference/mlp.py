@@ -87,7 +87,7 @@ class NormedMlp(FastLayer):
         return self.in_layers(x if norm is None else norm(x), residual)
 
     def in_layers(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        """Without norm, one layer after the other."""
+        """Without norm, one layer after the other; each subclass has its own."""
         raise NotImplementedError
 
     def conv(self) -> nn.Module | None:

@@ -87,3 +87,13 @@ def test_offsets_of_another_map_are_refused() -> None:
     with pytest.raises(ValueError, match=r"offset must be \(1, 8, 3, 3\), got \(1, 8, 4, 4\)"):
         deformable_conv2d(x[:, :, :7, :7], offset, pack_taps(weight), bias, 2, 2)
     assert deformable_conv2d(x[:0], offset[:0], pack_taps(weight), bias, 2, 2).shape[0] == 0
+
+
+def test_bad_inputs_are_refused() -> None:
+    x, offset, weight, bias = _problem(1, (9, 12), (21, 19), 2, 2)
+    with pytest.raises(ValueError, match="offset must be"):
+        deformable_conv2d(x, offset[:, :4], pack_taps(weight), bias, 2, 2)
+    with pytest.raises(ValueError, match="not that of 19 outputs of 84 inputs"):
+        deformable_conv2d(x, offset, pack_taps(weight)[: 18 * 84], bias, 2, 2)
+    with pytest.raises(ValueError, match="all must be float32"):
+        deformable_conv2d(x.double(), offset, pack_taps(weight), bias, 2, 2)

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
 
 import pytest
 import torch
-import torch.nn.functional as F
-from compiled_kernels import compiled_for
+from compiled_kernels import PLAIN_ACTIVATIONS, compiled_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.layers import Mlp
@@ -19,14 +17,6 @@ from ops.inference import depthwise_mlp, layers
 from ops.inference.depthwise_mlp import PackedDepthwiseMlp
 from ops.inference.mlp import FastDWMlp, FastMlp
 from ops.mlp import DWMlp
-
-_PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda x: x,
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "silu": F.silu,
-    "hardswish": F.hardswish,
-}
 
 
 def _parts(dim: int, hidden: int, out_dim: int, bias: bool = True) -> nn.ModuleDict:
@@ -49,9 +39,11 @@ def _exact(
 ) -> Tensor:
     parts, x = copy.deepcopy(parts).double(), x.double()
     x = parts["fc1"](parts["norm"](x) if has_norm else x)
-    x = _PLAIN[activations[0]](x)
+    x = PLAIN_ACTIVATIONS[activations[0]](x)
     if has_conv:
-        x = _PLAIN[activations[1]](parts["conv"](x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))
+        x = PLAIN_ACTIVATIONS[activations[1]](
+            parts["conv"](x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        )
     return parts["fc2"](x)
 
 
@@ -60,7 +52,7 @@ def _exact(
     batch=st.integers(1, 3),
     size=st.tuples(st.integers(1, 20), st.integers(1, 23)),
     dims=st.tuples(st.integers(1, 40), st.integers(1, 300), st.integers(1, 40)),
-    activations=st.tuples(*[st.sampled_from(list(_PLAIN))] * 2),
+    activations=st.tuples(*[st.sampled_from(list(PLAIN_ACTIVATIONS))] * 2),
     has_norm=st.booleans(),
     has_conv=st.booleans(),
     has_residual=st.booleans(),
@@ -123,6 +115,21 @@ def test_infinity_stays_where_the_window_sees_it() -> None:
     x[0, 0, 6, 2] = float("nan")
     lost = packed(x).isnan().any(-1)[0]
     assert lost[:2, 5:].all() and lost.sum() == 4
+
+
+def test_bad_inputs_are_refused() -> None:
+    parts = _parts(5, 7, 5)
+    packed = PackedDepthwiseMlp(parts["fc1"], parts["conv"], parts["fc2"])
+    x = torch.zeros(1, 3, 3, 5)
+    for image, norm, message in (
+        (x[..., :4], None, "float32 with 5 features"),
+        (x.double(), None, "float32 with 5 features, got torch.float64"),
+        (x[0], None, r"\(B, H, W, 5\), got \(3, 3, 5\)"),
+        (x, nn.LayerNorm(4), "weight and bias of 5 features"),
+        (x, nn.LayerNorm(5, elementwise_affine=False), "weight and bias of 5 features"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            packed(image, None, norm)
 
 
 def test_bad_residuals_are_refused() -> None:
