@@ -14,6 +14,7 @@ from mmengine.config import Config, DictAction
 from torch import distributed
 
 from backbones.openmmlab import check_channels, without_sync_norm
+from backbones.training.distributed import leave_processes
 
 __all__ = ["load_config", "processes", "shared_arguments"]
 
@@ -85,4 +86,4 @@ def processes(cfg: Config) -> Iterator[None]:
         distributed.barrier()
     finally:
         # Before the interpreter ends, which takes its threads by surprise.
-        distributed.destroy_process_group()
+        leave_processes()

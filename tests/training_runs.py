@@ -16,11 +16,13 @@ from unittest.mock import patch
 
 import numpy as np
 import torch
+import torch.distributed as dist
 from PIL import Image
 from torch import nn
 
 import train_cls
 from backbones.training.checkpoint import load_state
+from backbones.training.distributed import leave_processes
 
 TINY = [
     "--model=shvit_s1",
@@ -129,8 +131,8 @@ def _run(argv: tuple[str, ...], before: Callable[[], None] | None, env: dict[str
     os._exit(train(*argv))
 
 
-def kill_at_call(name: str, number: int) -> None:
-    """SIGKILL to this process at the ``number``-th call of ``os.<name>``.
+def kill_at_call(name: str, number: int, sent: int = signal.SIGKILL) -> None:
+    """A signal to this process at call ``number`` of ``os.<name>``, counted from 0.
 
     What a run does first stands here, and not beside the test that wants it: the run imports it
     by the name of its module.
@@ -139,7 +141,7 @@ def kill_at_call(name: str, number: int) -> None:
 
     def call(*args: Any, **kwargs: Any) -> Any:
         if next(calls, None) is None:
-            os.kill(os.getpid(), signal.SIGKILL)
+            os.kill(os.getpid(), sent)
         return original(*args, **kwargs)
 
     setattr(os, name, call)
@@ -154,10 +156,27 @@ def freeze_batch_norm() -> None:
     nn.modules.batchnorm._BatchNorm.train = train
 
 
+def start_leaving(port: int) -> Run:
+    """A process that leaves its group while gloo's threads still hold tensors of Python's."""
+    process = Run(target=_leave, args=(port,))
+    process.start()
+    return process
+
+
+def _leave(port: int) -> None:
+    address = f"tcp://127.0.0.1:{port}"
+    dist.init_process_group("gloo", init_method=address, rank=0, world_size=1)
+    net = nn.parallel.DistributedDataParallel(nn.Linear(2, 2))
+    for _ in range(50):
+        dist.all_reduce(torch.zeros(100_000), async_op=True)
+    leave_processes()
+    del net
+    os._exit(0)
+
+
 def kill(process: Run) -> None:
     """SIGKILL, and wait."""
-    if process.pid is not None and process.is_alive():
-        os.kill(process.pid, signal.SIGKILL)
+    process.kill()
     process.join()
 
 

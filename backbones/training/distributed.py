@@ -13,7 +13,9 @@ import torch.distributed as dist
 
 from backbones.training.errors import RecipeError
 
-__all__ = ["Verdict", "World", "world_of_processes"]
+__all__ = ["Verdict", "World", "leave_processes", "world_of_processes"]
+
+_left: list[Any] = []
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,17 @@ def world_of_processes(device: str | None) -> Iterator[World]:
     try:
         yield World(dist.get_rank(), dist.get_world_size(), target)
     finally:
-        dist.destroy_process_group()
+        leave_processes()
+
+
+def leave_processes() -> None:
+    """Destroy the default process group.
+
+    Its last owner is DDP, which keeps Python's lock while gloo's threads end; they wait for that
+    lock to let go of the last tensors, and everything stands still. So a reference stays here.
+    """
+    _left.append(dist.group.WORLD)
+    dist.destroy_process_group()
 
 
 def _usable(name: str) -> torch.device:

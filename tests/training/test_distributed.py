@@ -11,6 +11,7 @@ import torch
 from commands import run
 from training_runs import (
     final_state,
+    free_port,
     freeze_batch_norm,
     join,
     kill,
@@ -18,6 +19,7 @@ from training_runs import (
     make_images,
     same,
     start,
+    start_leaving,
     start_two,
 )
 
@@ -76,6 +78,15 @@ def test_two_processes_go_on_bit_for_bit(images, tmp_path):
     states = [final_state(tmp_path / name) for name in ("undisturbed", "killed")]
     assert len(states[0]["ranks"]) == 2
     assert same(*states)
+
+
+def test_leaving_does_not_wait_for_threads_that_wait_for_python():
+    """Gloo's threads let go of tensors under Python's lock, which DDP keeps at its end."""
+    process = start_leaving(free_port())
+    process.join(60)
+    stuck = process.is_alive()
+    kill(process)
+    assert not stuck
 
 
 def test_a_signal_to_one_stops_both_and_one_can_go_on_alone(images, tmp_path):
