@@ -1,7 +1,9 @@
 """Time and memory of the models: plain, fused and compiled, beside timm, peers and originals.
 
 All contenders of a row take turns in one process, so that whatever else the machine does meets them
-alike; what counts are the ratios, each taken within one turn.
+alike; what counts are the ratios, each taken within one turn. A turn repeats the call for
+``--turn-ms`` and counts the later half: the first calls find the caches as another contender left
+them, which no model in service does.
 
     python tools/benchmark.py --models unireplknet_a van_b0 --batches 1 8 --threads 1 2
     python tools/benchmark.py --modes eager fused fused+bfloat16 --against birder ~/original.py
@@ -49,7 +51,7 @@ from typing import Any
 import timm
 import torch
 from benchmark_report import comparison, draw, row_key, table
-from measuring import PeakMemory, load_report, machine, stopwatch, write
+from measuring import PeakMemory, load_report, machine, steady, write
 from op_kinds import KINDS, kind_of, time_by_kind
 from torch import Tensor, nn
 
@@ -198,6 +200,7 @@ def measure(
     peers: dict[str, Create],
     rounds: int,
     seconds: float,
+    turn_seconds: float = 0.3,
     profile: bool = False,
 ) -> dict[str, Any]:
     """Times of all contenders in turn: ``rounds`` turns, or in ``seconds``, but 3 at least."""
@@ -230,30 +233,32 @@ def measure(
         results[name] = {"peak_bytes": memory.bytes, "warm_up_seconds": warm_up}
 
     yardsticks = {str(dtype_of(name, row)).removeprefix("torch.") for name in runs}
-    turns = {**runs, **{dtype: _matmul(dtype) for dtype in sorted(yardsticks)}}
-    times: dict[str, list[float]] = {name: [] for name in turns}
+    yardstick_runs = {dtype: _matmul(dtype) for dtype in sorted(yardsticks)}
+    turns: dict[str, list[list[float]]] = {name: [] for name in (*runs, *yardstick_runs)}
     deadline = time.perf_counter() + seconds
     for turn in range(rounds):
         if turn >= 3 and time.perf_counter() > deadline:
             break
-        for name, timed in turns.items():
-            times[name].append(stopwatch(timed, images.device))
+        for name, timed in (runs | yardstick_runs).items():
+            turns[name].append(steady(timed, images.device, turn_seconds))
 
     height, width = images.shape[2:]
     macs = count_macs(backbones.create_model(row.model), height, width)
+    medians = {name: list(map(statistics.median, of_name)) for name, of_name in turns.items()}
     peaks = {
-        dtype: 2 * MATMUL_SIZE**3 / statistics.median(times.pop(dtype)) for dtype in yardsticks
+        dtype: 2 * MATMUL_SIZE**3 / statistics.median(medians.pop(dtype)) for dtype in yardsticks
     }
     passes = 1 if row.direction == "forward" else 3
-    for name, of_name in times.items():
+    for name, of_name in medians.items():
         peak = peaks[str(dtype_of(name, row)).removeprefix("torch.")]
-        results[name].update(_figures(of_name, row.batch, 2 * macs * row.batch * passes, peak))
+        flops = 2 * macs * row.batch * passes
+        results[name].update(_figures(sum(turns[name], []), row.batch, flops, peak))
         results[name]["speedup_over"] = {
-            other: statistics.median(b / a for a, b in zip(of_name, times[other], strict=True))
-            for other in times
+            other: statistics.median(b / a for a, b in zip(of_name, medians[other], strict=True))
+            for other in medians
             if other != name and (other == "eager" or other in peers)
         }
-        if name in modes and name != "eager" and "eager" in times and row.direction == "forward":
+        if name in modes and name != "eager" and "eager" in medians and row.direction == "forward":
             exact = outputs["eager"]
             error = (outputs[name] - exact).abs().max() / exact.abs().max()
             results[name]["difference_from_eager"] = error.item()
@@ -283,7 +288,7 @@ def _figures(times: list[float], batch: int, flops: float, peak: float) -> dict[
         "images_per_second": batch / median,
         "gflops": flops / median / 1e9,
         "fraction_of_matmul": flops / median / peak,
-        "rounds": len(times),
+        "calls": len(times),
     }
 
 
@@ -306,8 +311,9 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--directions", nargs="+", default=["forward"], choices=["forward", "train"]
     )
     parser.add_argument("--against", nargs="+", default=["timm"], metavar="PACKAGE_OR_FILE")
-    parser.add_argument("--rounds", type=int, default=15, help="turns of every contender")
+    parser.add_argument("--rounds", type=int, default=9, help="turns of every contender")
     parser.add_argument("--seconds", type=float, default=60, help="stop a row's turns after")
+    parser.add_argument("--turn-ms", type=float, default=300.0, help="repeat calls for a turn")
     parser.add_argument("--profile", action="store_true", help="kinds of operators, too")
     parser.add_argument(
         "--resume", action="store_true", help="leave out what the output already holds"
@@ -339,7 +345,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
             row = Row(name, size, batch, threads, dtype, direction)
             if row_key(row.key) in done:
                 continue
-            measured = measure(row, args.modes, peers, args.rounds, args.seconds, args.profile)
+            turn = args.turn_ms / 1e3
+            measured = measure(
+                row, args.modes, peers, args.rounds, args.seconds, turn, args.profile
+            )
             add_row(report, measured)
             logger.info("%s", " ".join(f"{k} {v}" for k, v in row.key.items()))
             for contender, figures in measured["contenders"].items():

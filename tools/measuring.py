@@ -63,6 +63,14 @@ def stopwatch(run: Callable[[], object], device: torch.device) -> float:
     return time.perf_counter() - start
 
 
+def steady(run: Callable[[], object], device: torch.device, seconds: float) -> list[float]:
+    """Seconds of each call in the later half of a row of calls, two at least."""
+    times = [stopwatch(run, device)]
+    while len(times) < 2 or sum(times) < seconds:
+        times.append(stopwatch(run, device))
+    return times[len(times) // 2 :]
+
+
 def processor_name() -> str:
     """What the processor calls itself, with its number of cores."""
     name = platform.processor() or platform.machine()

@@ -113,8 +113,7 @@ def of_compiled(report: dict[str, Any]) -> str:
         "\n\n".join(
             [
                 "## Beside torch.compile",
-                "One image, one thread, float32. More contenders took turns here than above, which "
-                "leaves each of them colder caches.",
+                "One image, one thread, float32; turns as above.",
                 _table(head, rows),
             ]
         )
@@ -184,8 +183,10 @@ def _times(rows: list[dict[str, Any]], batch: int) -> list[str]:
     head = ["times faster", "than", "fused (aim)", "fused, bf16 (aim)", "than timm", "than birder"]
     head += ["p90, ms", "images/s", "G MACs", "GFLOP/s (of matmul)", "memory, MiB"]
     remark = (
-        "Medians of the ratios within a turn. Where the original is not compared, our own plain "
-        "form stands in for it. Figures of the last five columns are the fused model's in float32: "
+        "Medians of the ratios within a turn, which repeats the call and counts the later half: "
+        "the first calls find the caches as another contender left them. Where the original is "
+        "not compared, our own plain form stands in for it. Figures of the last five columns are "
+        "the fused model's in float32: "
         "`of matmul` is the share of the rate of a 1024³ matrix product in the same turns."
     )
     return [times, remark, _table(head, judged)]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import sys
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -26,3 +27,16 @@ def test_sees_memory_that_is_held_for_a_moment(measuring: ModuleType) -> None:
         assert 0.9 * (1 << 26) < memory.bytes < 1.5 * (1 << 26)
     else:
         assert memory.bytes is None
+
+
+def test_what_counts_is_the_later_half_of_a_turn(measuring: ModuleType) -> None:
+    calls = []
+
+    def run() -> None:
+        calls.append(0.05 if len(calls) < 2 else 0.02)
+        time.sleep(calls[-1])
+
+    times = measuring.steady(run, torch.device("cpu"), 0.12)
+    assert len(calls) == 3 and len(times) == 2
+    assert times[0] >= 0.05 and times[1] >= 0.02
+    assert len(measuring.steady(run, torch.device("cpu"), 0.0)) == 1
