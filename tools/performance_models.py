@@ -24,7 +24,9 @@ AIMS = {
 }
 AIM_BATCHES = (1, 8)
 ORIGINAL, OURS = "original", "eager"
-LABELS = {LOW: "fused, bf16"}
+# MedViTV2's original on the kernels that its authors used.
+NATTEN, NATTEN_AIM = "natten_0_17", 10.0
+LABELS = {LOW: "fused, bf16", NATTEN: "original on NATTEN 0.17.3"}
 # What the profile says in words.
 READING = {
     "EfficientViT, SHViT": (
@@ -70,7 +72,8 @@ INTRODUCTION = (
     "A fused model is what `model.fuse()` gives; `fused, bf16` is "
     "`model.fuse(dtype=torch.bfloat16)`, compared with the others in float32. `original` is the "
     "code of the authors, `timm` and `birder` (0.8.4) are those libraries' models. MedViTV2's "
-    "original gathers the windows of its neighborhood attention. `torch.compile` takes the plain "
+    "`original` gathers the windows of its neighborhood attention; beside it stands the same code "
+    "on NATTEN 0.17.3's kernels for the CPU. `torch.compile` takes the plain "
     "layers of a fused model, whose own kernels are the faster ones: fuse or compile. A dash: "
     "there is no such model, it was not measured, or it failed; the JSON says which."
 )
@@ -180,6 +183,10 @@ def _times(rows: list[dict[str, Any]], batch: int) -> list[str]:
         else:
             cells += ["–"] * 5
         judged.append(cells)
+        over_natten = [_ratio(row, name, NATTEN) for name in (FUSED, LOW)]
+        if over_natten[0] is not None:
+            ratios = [_judged(ratio, NATTEN_AIM) for ratio in over_natten]
+            judged.append([cells[0], LABELS[NATTEN], *ratios, *["–"] * 7])
     head = ["times faster", "than", "fused (aim)", "fused, bf16 (aim)", "than timm", "than birder"]
     head += ["p90, ms", "images/s", "G MACs", "GFLOP/s (of matmul)", "memory, MiB"]
     remark = (

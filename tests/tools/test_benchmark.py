@@ -210,11 +210,15 @@ def test_page(page: ModuleType, report: Path) -> None:
     fused = contenders["fused"]["milliseconds"]
     assert f"| {fused:.1f} | {contenders['fused+bfloat16']['milliseconds']:.1f} |" in text
     assert "| `shvit_s4` | original | **1.44× (missed 1.45)** | 2.90× (2.9) | " in text
-    assert "| **0.50× (missed 1)** | – |" in text
+    assert "| **0.50× (missed 1)** | – |" in text and "NATTEN 0.17.3 |" not in text
     later = measured["results"][1]["contenders"]["fused"]["milliseconds"]
     assert f"| `shvit_s4` | {fused:.1f} | {later:.1f} |" in text
     assert "| `shvit_s4`, fused | " in text and "## Neighborhood attention" in text
     assert "## Models" not in page.page(empty, None)
+    contenders["fused"]["speedup_over"]["natten_0_17"] = 21.5
+    contenders["fused+bfloat16"]["speedup_over"]["natten_0_17"] = 9.9
+    wanted = "| `shvit_s4` | original on NATTEN 0.17.3 | 21.50× (10) | **9.90× (missed 10)** | – |"
+    assert wanted in page.page(empty, measured)
 
 
 def test_the_committed_page_is_generated(page: ModuleType) -> None:
