@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ops.attention.cascaded import CascadedGroupAttention, distance_bias, resize_distance_table
 from ops.attention.single_head import SingleHeadAttention
+from ops.inference.cascaded_attention import PackedCascadedAttention, unsupported
 from ops.inference.layers import FastLayer
 from ops.mobile import ConvFFN, ExpandMerging, Residual
 
@@ -20,6 +21,17 @@ __all__ = [
     "FastResidual",
     "FastSingleHeadAttention",
 ]
+
+
+# Of a map that attends in one pass; with more of them torch's products are the faster ones.
+_MOST_TOKENS = 256
+
+
+class _Cascade(NamedTuple):
+    """The heads' layers for the kernel, if there is one, and tables of biases by a map's size."""
+
+    packed: PackedCascadedAttention | None
+    biases: dict[tuple[int, int], Tensor]
 
 
 class FastResidual(Residual):
@@ -49,41 +61,49 @@ class FastExpandMerging(ExpandMerging):
 
 
 class FastCascadedGroupAttention(FastLayer, CascadedGroupAttention):
-    """On tokens, with the table of biases of each map's size made once."""
+    """On tokens, all heads in one pass, with the table of biases of each map's size made once."""
 
     def sources(self) -> list[Tensor]:
-        return [self.attention_biases]
+        return [*self.heads.parameters(), self.attention_biases]
 
-    def derive(self, x: Tensor) -> dict[tuple[int, int], Tensor]:
-        return {}
+    def derive(self, x: Tensor) -> _Cascade:
+        heads: Any = self.heads
+        if unsupported(x.device, x.dtype) is not None:
+            return _Cascade(None, {})
+        projections, convs = ([getattr(h, n) for h in heads] for n in ("qkv", "dwconv"))
+        return _Cascade(PackedCascadedAttention(projections, heads[0].splits[0], convs), {})
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        biases = self.derived(x)
+        cascade = self.derived(x)
         height, width = x.shape[2:]
         size = self.window_size
-        if biases is None:
+        if cascade is None:
             out = super().forward(x)
             return out if residual is None else out + residual
         tokens = x.permute(0, 2, 3, 1)
         if height <= size and width <= size:
-            return self.proj(self._mix(tokens, biases).permute(0, 3, 1, 2), residual)
+            return self.proj(self._mix(tokens, cascade).permute(0, 3, 1, 2), residual)
         bottom, right = -height % size, -width % size
         if bottom or right:
             tokens = F.pad(tokens, (0, 0, 0, right, 0, bottom))
         batch, rows, columns, dim = tokens.shape
         split = tokens.view(batch, rows // size, size, columns // size, size, dim).transpose(2, 3)
-        mixed = self._mix(split.reshape(-1, size, size, dim), biases)
+        mixed = self._mix(split.reshape(-1, size, size, dim), cascade)
         mixed = mixed.view(split.shape).transpose(2, 3).reshape(batch, rows, columns, dim)
         return self.proj(mixed[:, :height, :width].permute(0, 3, 1, 2), residual)
 
-    def _mix(self, x: Tensor, biases: dict[tuple[int, int], Tensor]) -> Tensor:
+    def _mix(self, x: Tensor, cascade: _Cascade) -> Tensor:
         """All but the projection: (N, h, w, dim) → (N, h, w, dim)."""
         height, width = x.shape[1:3]
-        bias = biases.get((height, width))
+        bias = cascade.biases.get((height, width))
         if bias is None:
             table = self.attention_biases.unflatten(1, (self.table_size, self.table_size))
             bias = distance_bias(resize_distance_table(table, height, width))
-            biases[height, width] = bias
+            if cascade.packed is not None:
+                bias = bias.float()
+            cascade.biases[height, width] = bias
+        if cascade.packed is not None:
+            return cascade.packed(x, bias)
         tokens = x.flatten(1, 2)
         layers: Any = self.heads
         shares = tokens.chunk(len(layers), 2)
@@ -100,11 +120,23 @@ class FastCascadedGroupAttention(FastLayer, CascadedGroupAttention):
         return torch.cat(outs, dim=2).relu_().view(x.shape)
 
 
-class FastSingleHeadAttention(SingleHeadAttention):
-    """On tokens."""
+class FastSingleHeadAttention(FastLayer, SingleHeadAttention):
+    """On tokens, in one pass where the map is small."""
+
+    def sources(self) -> list[Tensor]:
+        return [*self.qkv.parameters(), *self.norm.parameters()]
+
+    def derive(self, x: Tensor) -> PackedCascadedAttention | None:
+        if unsupported(x.device, x.dtype) is not None:
+            return None
+        qkv: Any = self.qkv
+        return PackedCascadedAttention([qkv], self.qkv_splits[0], norm=self.norm)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         batch, _, height, width = x.shape
+        packed = self.derived(x)
+        if packed is not None and height * width <= _MOST_TOKENS:
+            return self.proj(packed(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), residual)
         attended, rest = x.split(self.input_splits, dim=1)
         qkv = self.qkv(self.norm(attended)).permute(0, 2, 3, 1).flatten(1, 2)
         query, key, value = qkv.split(self.qkv_splits, dim=2)
