@@ -116,7 +116,8 @@ def depthwise_branches(x: Tensor, taps: Sequence[Tensor], biases: Sequence[Tenso
     Raises:
         ValueError, RuntimeError: see :func:`depthwise_conv2d`.
     """
-    return torch.ops.vision_backbones.depthwise_branches(x, taps, biases)
+    plain = is_plain_call((x, *taps, *biases))
+    return (_depthwise_branches if plain else _dispatched_branches)(x, taps, biases)
 
 
 _library = torch.library.Library("vision_backbones", "FRAGMENT")
@@ -126,6 +127,7 @@ _library.define(
 )
 _dispatched = torch.ops.vision_backbones.depthwise_conv2d.default
 _library.define("depthwise_branches(Tensor x, Tensor[] taps, Tensor[] biases) -> Tensor")
+_dispatched_branches = torch.ops.vision_backbones.depthwise_branches.default
 
 
 @torch.library.impl(_library, "depthwise_conv2d", "CPU")
@@ -178,14 +180,14 @@ def _empty_output(
 @torch.library.impl(_library, "depthwise_branches", "CPU")
 def _depthwise_branches(x: Tensor, taps: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
     x = _channels_last(x)
-    out = x.clone()
+    out = _empty(x, x.shape)
     start = x.shape[1] - sum(t.shape[2] for t in taps)
+    if start:
+        out.narrow(1, 0, start).copy_(x.narrow(1, 0, start))
     for kernel, bias in zip(taps, biases, strict=True):
-        rows, columns, width = kernel.shape
-        part, place = (t.narrow(1, start, width) for t in (x, out))
-        padding = (rows // 2, columns // 2)
-        _run(part, kernel, bias, (1, 1), padding, (1, 1), "none", place)
-        start += width
+        padding = (kernel.shape[0] // 2, kernel.shape[1] // 2)
+        _run(x, kernel, bias, (1, 1), padding, (1, 1), "none", out, start)
+        start += kernel.shape[2]
     return out
 
 
@@ -216,8 +218,9 @@ def _run(
     dilation: Sequence[int],
     activation: str,
     out: Tensor,
+    channel: int = 0,
 ) -> None:
-    """Into ``out``; the channels of both maps lie side by side."""
+    """Into ``out``, channels from ``channel`` on; the channels of both maps lie side by side."""
     library = native.load(_KERNEL)
     reason = unsupported(stride, x.device, x.dtype)
     if library is None or reason is not None:
@@ -225,7 +228,7 @@ def _run(
     if out.numel() == 0:
         return
     problem = _problem(
-        (*x.shape, *taps.shape[:2], *out.shape[2:]),
+        (x.shape[0], taps.shape[2], *x.shape[2:], *taps.shape[:2], *out.shape[2:]),
         (*stride, *padding, *dilation),
         _strides(x),
         _strides(out),
@@ -233,8 +236,12 @@ def _run(
         x.dtype == torch.bfloat16,
         torch.get_num_threads(),
     )
+    offset = channel * x.element_size()
     tensors = _Tensors(
-        x.data_ptr(), taps.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr()
+        x.data_ptr() + offset,
+        taps.data_ptr(),
+        None if bias is None else bias.data_ptr(),
+        out.data_ptr() + offset,
     )
     if library.depthwise_forward(ctypes.byref(problem), ctypes.byref(tensors)):
         raise MemoryError("no memory for the scratch of a depthwise convolution")

@@ -11,8 +11,9 @@ from torch import Tensor, nn
 
 from ops.inference import depthwise_mlp
 from ops.inference.depthwise_mlp import PackedDepthwiseMlp
-from ops.inference.layers import FastDepthwiseConv2d, FastLayer, FastLinear
+from ops.inference.layers import FastDepthwiseConv2d, FastLayer, FastLinear, FastPointwiseConv2d
 from ops.kan import KANLayer, reflectional_switch
+from ops.linear import pack_weight, packed_mlp, unsupported
 from ops.mlp import DWMlp
 
 __all__ = [
@@ -134,22 +135,45 @@ class FastMlp(NormedMlp, Mlp):
         return super().derive(x) if plain else None
 
 
-class FastConvMlp(ConvMlp):
+class FastConvMlp(FastLayer, ConvMlp):
     """(B, dim, H, W) → (B, out_dim, H, W), channels-last, without a norm inside."""
 
     followed: ClassVar = {"act": ("fc1",)}
+    fc1: Any
+    act: Any
+    fc2: Any
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         tokens = x.permute(0, 2, 3, 1)
         shortcut = None if residual is None else residual.permute(0, 2, 3, 1)
-        out = feed_forward(tokens, self._expand, self._project, self.fc1.out_channels, shortcut)
+        packed = self.derived(x)
+        if packed is None:
+            width = self.fc1.out_channels
+            out = feed_forward(tokens, self._expand, self.fc2.on_last, width, shortcut)
+        else:
+            weight1, bias1, weight2, bias2 = packed
+            out = packed_mlp(
+                tokens, weight1, bias1, weight2, bias2, self.fc1.activation, residual=shortcut
+            )
         return out.permute(0, 3, 1, 2)
 
     def _expand(self, x: Tensor) -> Tensor:
         return self.act(self.fc1.on_last(x))
 
-    def _project(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        return self.fc2.on_last(x, residual)
+    def sources(self) -> list[Tensor]:
+        return [*self.fc1.parameters(), *self.fc2.parameters()]
+
+    def derive(self, x: Tensor) -> Any:
+        reason = unsupported(x.device, x.dtype, with_bfloat16=True)
+        layers = (self.fc1, self.fc2)
+        plain = all(isinstance(layer, FastPointwiseConv2d) for layer in layers)
+        if reason is not None or not plain or not isinstance(self.act, nn.Identity):
+            return None
+        packed: list[Tensor] = []
+        for layer in layers:
+            bias = x.new_zeros(layer.out_channels) if layer.bias is None else layer.bias.detach()
+            packed += (pack_weight(layer.weight.flatten(1)), bias.float())
+        return packed
 
 
 class FastDWMlp(NormedMlp, DWMlp):

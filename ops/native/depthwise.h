@@ -163,14 +163,8 @@ static int64_t fill(const Task<T>& task, int64_t width, std::vector<float>& stri
     float* const end_of_row = out + width * W;
     const int64_t left = std::min(p.padding[1], width);
     out = std::fill_n(out, left * W, 0.f);
-    if (task.lanes == W) {
-      for (int64_t x = 0; x < inside; x++, in += p.in_stride[2], out += W) {
-        simd::store(out, simd::load_as_float(in));
-      }
-    } else {
-      for (int64_t x = 0; x < inside; x++, in += p.in_stride[2], out += W) {
-        for (int l = 0; l < W; l++) out[l] = l < task.lanes ? simd::to_float(in[l]) : 0.f;
-      }
+    for (int64_t x = 0; x < inside; x++, in += p.in_stride[2], out += W) {
+      simd::store(out, simd::get(in, task.lanes));
     }
     std::fill(out, end_of_row, 0.f);
   }

@@ -35,4 +35,15 @@ int linear_forward(const linear::Problem* problem, const linear::Tensors* tensor
   return 0;
 }
 
+// Two layers, one after the other, of as many rows; what is between them is nowhere to be seen.
+int linear_forward_pair(const linear::Problem* first, const linear::Tensors* before,
+                        const linear::Problem* second, const linear::Tensors* after) {
+  try {
+    linear::forward_pair(*first, *before, *second, *after);
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+  return 0;
+}
+
 }  // extern "C"

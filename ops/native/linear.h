@@ -9,8 +9,10 @@
 namespace linear {
 
 // Inputs that are read again for every panel; they share a core's second-level cache with a panel.
-constexpr int64_t CHUNK_INPUTS = 192 * 1024;
+constexpr int64_t CHUNK_BYTES = 768 * 1024;
 constexpr int64_t MIN_CHUNK = 112;
+// Of what is between two layers; but no fewer rows than make it worth to read the weights again.
+constexpr int64_t PAIR_BYTES = 1 << 20, MIN_PAIR_ROWS = 384;
 
 // Rows times `scale`, or as they are where it is null.
 template <class T>
@@ -36,7 +38,7 @@ static void run_rows(const Problem& p, const Tensors& t, Range range, Range pane
   const int64_t image = p.image_rows ? range.begin / p.image_rows : 0;
   const T* const in = static_cast<const T*>(t.in);
   const int64_t pitch = padded_inputs(in, p.in_features);
-  const int64_t fitting = std::max(MIN_CHUNK, CHUNK_INPUTS / pitch);
+  const int64_t fitting = std::max(MIN_CHUNK, CHUNK_BYTES / (pitch * int64_t{sizeof(T)}));
   const int64_t count = range.end - range.begin, chunks = (count + fitting - 1) / fitting;
   for (int64_t i = 0; i < chunks; i++) {
     const Range chunk = share(count, i, chunks);
@@ -75,6 +77,40 @@ static void forward_of(const Problem& p, const Tensors& t) {
     }
   };
   parallel::for_each(threads, threads, work);
+}
+
+// Some rows at a time through two layers; what is between them, the output of the first and the input
+// of the second, stays in the cache.
+template <class T>
+static void forward_pair_of(Problem first, Tensors before, Problem second, Tensors after) {
+  static thread_local std::vector<T> hidden;
+  constexpr int64_t line = LINE / int64_t{sizeof(T)};
+  // An odd number of lines, lest rows fall on the same lines of the first-level cache.
+  const int64_t pitch = (round_up(first.out_features, line) / line | 1) * line;
+  const int64_t fitting = std::max(MIN_PAIR_ROWS, PAIR_BYTES / (pitch * int64_t{sizeof(T)}));
+  const int64_t count = first.rows, chunks = (count + fitting - 1) / fitting;
+  hidden.resize(static_cast<size_t>(std::min(count, fitting) * pitch));
+  first.out_stride = second.in_stride = pitch;
+  before.out = hidden.data();
+  for (int64_t i = 0; i < chunks; i++) {
+    const Range rows = share(count, i, chunks);
+    Tensors expand = before, project = after;
+    first.rows = second.rows = rows.end - rows.begin;
+    expand.in = static_cast<const T*>(before.in) + rows.begin * first.in_stride;
+    project.in = hidden.data();
+    project.out = static_cast<T*>(after.out) + rows.begin * second.out_stride;
+    if (after.other) {
+      project.other = static_cast<const T*>(after.other) + rows.begin * second.other_stride;
+    }
+    forward_of<T>(first, expand);
+    forward_of<T>(second, project);
+  }
+}
+
+static void forward_pair(const Problem& first, const Tensors& before, const Problem& second,
+                         const Tensors& after) {
+  first.bfloat16 ? forward_pair_of<BFloat16>(first, before, second, after)
+                 : forward_pair_of<float>(first, before, second, after);
 }
 
 static void forward(const Problem& p, const Tensors& t) {

@@ -9,6 +9,7 @@
 #include <sys/syscall.h>
 #include <unistd.h>
 #define VB_AMX_TARGET __attribute__((target("amx-tile,amx-bf16")))
+#define VB_BF16_TARGET __attribute__((target("avx512bf16")))
 #endif
 
 namespace linear {
@@ -53,7 +54,9 @@ static bool has_tiles() {
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
     if (!(d & amx_bf16) || !(d & amx_tile)) return false;
     constexpr long request_permission = 0x1023, tile_data = 18;
-    return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+    if (syscall(SYS_arch_prctl, request_permission, tile_data) != 0) return false;
+    constexpr unsigned avx512_bf16 = 1u << 5;
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && a & avx512_bf16;
   }();
   return has;
 }
@@ -114,24 +117,39 @@ VB_AMX_TARGET static void multiply(const BFloat16* in, ptrdiff_t second, int64_t
   if (R == 2 && V == 2) _tile_stored(3, sums + TILE_ROWS * V * W + W, sums_pitch);
 }
 
-// The sums of `count` rows, as `multiply` leaves them.
+// The sums of `count` rows, as `multiply` leaves them. They are changed.
 template <int V>
-static void finish_rows(const Problem& p, Block<BFloat16> block, const float* sums,
-                        int64_t count) {
-  constexpr int AT_ONCE = 4;
-  const auto some = [&](auto rows) {
-    constexpr int R = decltype(rows)::value;
-    F sum[R][V];
+VB_BF16_TARGET static void finish_rows(const Problem& p, const Block<BFloat16>& block, float* sums,
+                                       int64_t count) {
+  if (p.activation != activation::NONE) {
+    activation::apply(reinterpret_cast<F*>(sums), static_cast<int>(count * V), p.activation);
+  }
+  const __mmask16 last = simd::first(block.lanes);
+  F energy[V];
+  for (int v = 0; v < V; v++) energy[v] = simd::zero();
+  for (int64_t r = 0; r < count; r++) {
+    BFloat16* const out = block.out + r * p.out_stride;
+    const BFloat16* const other = block.other + (p.combination ? r * p.other_stride : 0);
     VB_UNROLL
-    for (int i = 0; i < R * V; i++) sum[i / V][i % V] = simd::load(sums + i * W);
-    finish<BFloat16, R, V>(p, block, sum);
-    sums += R * V * W;
-    block.out += R * p.out_stride;
-    if (block.other) block.other += R * p.other_stride;
-    count -= R;
-  };
-  while (count >= AT_ONCE) some(std::integral_constant<int, AT_ONCE>());
-  while (count > 0) some(std::integral_constant<int, 1>());
+    for (int v = 0; v < V; v++) {
+      const __mmask16 lanes = v == V - 1 ? last : __mmask16{0xffff};
+      F x = _mm512_load_ps(sums + (r * V + v) * W);
+      if (p.combination != NONE) {
+        const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, other + v * W));
+        const F by = _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
+        x = p.combination == ADD ? _mm512_add_ps(x, by) : _mm512_mul_ps(x, by);
+      }
+      if (block.energy) energy[v] = _mm512_fmadd_ps(x, x, energy[v]);
+      const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(x);
+      _mm256_mask_storeu_epi16(out + v * W, lanes, rounded);
+    }
+  }
+  if (!block.energy) return;
+  for (int v = 0; v < V; v++) {
+    const int lanes = v == V - 1 ? block.lanes : W;
+    float* const place = block.energy + v * W;
+    simd::put(place, simd::get(place, lanes) + energy[v], lanes);
+  }
 }
 
 template <int V>
@@ -151,7 +169,7 @@ static void run_panel(const Problem& p, const Rows<BFloat16>& rows, const Block<
     } else {
       multiply<1, V>(in, 0, rows.in_stride, panel.weight, steps, panel.bias, ahead, sums);
     }
-    const auto store = [&](int64_t begin, int64_t tile, const float* tile_sums) {
+    const auto store = [&](int64_t begin, int64_t tile, float* tile_sums) {
       const int64_t end = std::min(begin + TILE_ROWS, rows.count);
       Block<BFloat16> block = panel;
       block.out += begin * p.out_stride;

@@ -9,13 +9,14 @@ import torch
 from compiled_kernels import PLAIN_ACTIVATIONS, compiled_for
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from timm.layers import Mlp
+from timm.layers import ConvMlp, Mlp
 from torch import Tensor, nn
 
 from ops import native
 from ops.inference import depthwise_mlp, layers
+from ops.inference import mlp as fast_mlp
 from ops.inference.depthwise_mlp import PackedDepthwiseMlp
-from ops.inference.mlp import FastDWMlp, FastMlp
+from ops.inference.mlp import FastConvMlp, FastDWMlp, FastMlp
 from ops.mlp import DWMlp
 
 
@@ -180,6 +181,34 @@ def test_layers_run_one_by_one_where_the_kernel_does_not_serve(
         grown = x.clone().requires_grad_()
         mlp(grown, grown, norm).sum().backward()
     assert grown.grad is not None
+
+
+@torch.no_grad()
+def test_pointwise_layers_run_one_by_one_where_the_kernel_does_not_serve(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain = ConvMlp(24, 80, act_layer=nn.GELU)
+    mlp = _fast(copy.deepcopy(plain))
+    assert type(mlp) is FastConvMlp
+    x = torch.randn(2, 24, 9, 11)
+    expected = x + plain(x)
+
+    calls = []
+    packed_mlp = fast_mlp.packed_mlp
+    monkeypatch.setattr(
+        fast_mlp, "packed_mlp", lambda *a, **k: calls.append(a) or packed_mlp(*a, **k)
+    )
+    torch.testing.assert_close(mlp(x, x), expected)
+    assert len(calls) == 1
+    torch.testing.assert_close(
+        copy.deepcopy(mlp).double()(x.double(), x.double()).float(), expected
+    )
+    monkeypatch.setattr(fast_mlp, "unsupported", lambda *_, **__: "switched off")
+    torch.testing.assert_close(copy.deepcopy(mlp)(x, x), expected)
+    with torch.enable_grad():
+        grown = x.clone().requires_grad_()
+        mlp(grown, grown).sum().backward()
+    assert grown.grad is not None and len(calls) == 1
 
 
 def test_threads_without_rows_of_their_own() -> None:
