@@ -40,11 +40,11 @@ class BiFormerBlock(biformer.Block):
 
 
 class LITv2Block(litv2.Block):
-    """The MLP takes its norm and adds its shortcut."""
+    """Attention and MLP add their shortcuts, the MLP takes its norm."""
 
     def forward(self, x: Tensor) -> Tensor:
         if self.norm1 is not None and self.attn is not None:
-            x = x + self.attn(self.norm1(x))
+            x = self.attn(self.norm1(x), x)
         return self.mlp(x, x, self.norm2)
 
 

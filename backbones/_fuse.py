@@ -18,8 +18,8 @@ from ops import mobile
 from ops.attention.bilevel import BiLevelRoutingAttention
 from ops.attention.cascaded import CascadedGroupAttention
 from ops.attention.factorized import FactorizedAttention, GlobalBranch, LocalBranch
-from ops.attention.hilo import HighFrequencyAttention, LowFrequencyAttention
-from ops.attention.large_kernel import LargeKernelAttention
+from ops.attention.hilo import HiLoAttention
+from ops.attention.large_kernel import DilatedDepthwiseConv2d, LargeKernelAttention
 from ops.attention.rank_augmented import RankAugmentedAttention
 from ops.attention.single_head import SingleHeadAttention
 from ops.conv import InceptionDWConv2d
@@ -74,7 +74,7 @@ def fast_form(module: nn.Module) -> type[nn.Module] | None:
     """The class to stand for a layer, if there is one. Subclasses are other layers."""
     if type(module) is nn.Linear:
         return layers.FastLinear
-    if type(module) is nn.Conv2d:
+    if type(module) in (nn.Conv2d, DilatedDepthwiseConv2d):
         return _fast_conv(module)
     if type(module) is timm.layers.ConvMlp and not isinstance(module.norm, nn.Identity):
         return None
@@ -103,12 +103,11 @@ def _forms() -> dict[type[nn.Module], type[nn.Module]]:
         DWMlp: mlp.FastDWMlp,
         FactorizedAttention: factorized.FastFactorizedAttention,
         GlobalBranch: factorized.FastGlobalBranch,
-        HighFrequencyAttention: fast_attention.FastHighFrequencyAttention,
+        HiLoAttention: fast_attention.FastHiLoAttention,
         InceptionDWConv2d: fast_conv.FastInceptionDWConv2d,
         KANLayer: mlp.FastKANLayer,
         LocalBranch: factorized.FastLocalBranch,
         LargeKernelAttention: fast_attention.FastLargeKernelAttention,
-        LowFrequencyAttention: fast_attention.FastLowFrequencyAttention,
         RankAugmentedAttention: fast_attention.FastRankAugmentedAttention,
         SingleHeadAttention: fast_mobile.FastSingleHeadAttention,
         mobile.ConvFFN: fast_mobile.FastConvFFN,

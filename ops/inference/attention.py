@@ -13,20 +13,23 @@ from ops.attention.bilevel import (
     bilevel_routing_attention,
     route_regions,
 )
-from ops.attention.hilo import HighFrequencyAttention, LowFrequencyAttention
+from ops.attention.hilo import HiLoAttention
 from ops.attention.large_kernel import LargeKernelAttention
 from ops.attention.rank_augmented import RankAugmentedAttention, Rotary, rotary_table
 from ops.inference import grouped_attention
-from ops.inference.layers import runs_fast
+from ops.inference.layers import FastLayer, PackedLinear, runs_fast
 from ops.inference.linear_attention import gated_linear_attention, unsupported
 
 __all__ = [
     "FastBiLevelRoutingAttention",
-    "FastHighFrequencyAttention",
+    "FastHiLoAttention",
     "FastLargeKernelAttention",
-    "FastLowFrequencyAttention",
     "FastRankAugmentedAttention",
 ]
+
+# Of queries, keys, values and gates; a batch whose maps take more goes some images at a time, so
+# that they stay in the cache and allocate less than what the system takes back when it is freed.
+_PROJECTED_BYTES = 8 << 20
 
 
 class FastLargeKernelAttention(LargeKernelAttention):
@@ -79,38 +82,69 @@ def _region_rows(height: int, width: int, region_size: tuple[int, int]) -> Tenso
     return tokens.transpose(1, 2).flatten(2).flatten(0, 1).contiguous()
 
 
-class FastLowFrequencyAttention(LowFrequencyAttention):
-    """See :func:`ops.inference.grouped_attention.attend`."""
+class FastHiLoAttention(FastLayer, HiLoAttention):
+    """One projection for all that sees the map, one for what all heads give, with the shortcut."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        fast = runs_fast(x, self.q.weight)
-        if not fast or grouped_attention.unsupported(x.device, x.dtype) is not None:
-            return super().forward(x)
-        coarse = x
-        if self.window_size > 1:
-            coarse = F.avg_pool2d(x.permute(0, 3, 1, 2), self.window_size).permute(0, 2, 3, 1)
-        query = self.q(x)
-        mixed = torch.empty_like(query)
-        key_value = self.kv(coarse).flatten(1, 2).unflatten(2, (2, self.num_heads, -1))
-        key, value = key_value.unbind(2)  # (B, h · w, heads, head_dim)
-        q, out = (t.flatten(1, 2).unflatten(2, (self.num_heads, -1)) for t in (query, mixed))
-        grouped_attention.attend(q, key, value, out)
-        return self.proj(mixed)
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        derived = self.derived(x)
+        if derived is None:
+            out = HiLoAttention.forward(self, x)
+            return out if residual is None else out + residual
+        enter, leave = derived
+        height, width = x.shape[1:3]
+        bottom, right = -height % self.window_size, -width % self.window_size
+        if bottom or right:
+            x = F.pad(x, (0, 0, 0, right, 0, bottom))
+        mixed = torch.empty_like(x, memory_format=torch.contiguous_format)
+        self._attend(x, enter(x, "none", None), mixed)
+        if bottom or right:
+            mixed = mixed[:, :height, :width].contiguous()
+        return leave(mixed, "none", residual)
+
+    def _attend(self, x: Tensor, projected: Tensor, mixed: Tensor) -> None:
+        """``projected`` is (B, H, W, …), ``mixed`` (B, H, W, dim) receives what all heads see."""
+        high, low = self.high, self.low
+        high_dim = 0 if high is None else high.proj.in_features
+        of_high, of_low = projected.tensor_split([3 * high_dim], dim=-1)
+        high_out, low_out = mixed.tensor_split([high_dim], dim=-1)
+        if high is not None:
+            query, key, value = _heads(of_high, 3, high.num_heads)
+            rows = _region_rows(*x.shape[1:3], (high.window_size, high.window_size))
+            (out,) = _heads(high_out, 1, high.num_heads)
+            grouped_attention.attend_regions(query, key, value, rows, out=out)
+        if low is not None:
+            (out,) = _heads(low_out, 1, low.num_heads)
+            if low.window_size == 1:
+                query, key, value = _heads(of_low, 3, low.num_heads)
+            else:
+                coarse = F.avg_pool2d(x.permute(0, 3, 1, 2), low.window_size)
+                (query,) = _heads(of_low, 1, low.num_heads)
+                key, value = _heads(low.kv(coarse.permute(0, 2, 3, 1)), 2, low.num_heads)
+            grouped_attention.attend(query, key, value, out)
+
+    def sources(self) -> list[Tensor]:
+        return list(self.parameters())
+
+    def derive(self, x: Tensor) -> tuple[PackedLinear, PackedLinear] | None:
+        if grouped_attention.unsupported(x.device, x.dtype) is not None:
+            return None
+        inputs = [] if self.high is None else [self.high.qkv]
+        if self.low is not None:
+            inputs += [self.low.q] if self.low.window_size > 1 else [self.low.q, self.low.kv]
+        outputs = [branch.proj for branch in (self.high, self.low) if branch is not None]
+        weights, biases = ([getattr(i, n) for i in inputs] for n in ("weight", "bias"))
+        return (
+            PackedLinear(torch.cat(weights), torch.cat(biases)),
+            PackedLinear(
+                torch.block_diag(*(o.weight for o in outputs)),
+                torch.cat([o.bias for o in outputs]),
+            ),
+        )
 
 
-class FastHighFrequencyAttention(HighFrequencyAttention):
-    """Windows are regions that see themselves, where they lie."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        fast = runs_fast(x, self.qkv.weight)
-        if not fast or grouped_attention.unsupported(x.device, x.dtype) is not None:
-            return super().forward(x)
-        batch, height, width, _ = x.shape
-        qkv = self.qkv(x).flatten(1, 2).unflatten(2, (3, self.num_heads, -1))
-        query, key, value = qkv.unbind(2)  # (B, HW, heads, head_dim)
-        rows = _region_rows(height, width, (self.window_size, self.window_size))
-        out = grouped_attention.attend_regions(query, key, value, rows)
-        return self.proj(out.view(batch, height, width, -1))
+def _heads(x: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...]:
+    """(B, H, W, parts · dim) → each of the parts as (B, H · W, num_heads, head_dim)."""
+    return x.flatten(1, 2).unflatten(2, (parts, num_heads, -1)).unbind(2)
 
 
 @functools.lru_cache(maxsize=8)
@@ -131,11 +165,9 @@ class FastRankAugmentedAttention(RankAugmentedAttention):
             return out if residual is None else out + residual
         height, width, dim = x.shape[1:]
         head_dim = dim // self.num_heads
-        qkvo = self.qkvo(x)
-        *qkv, gate = qkvo.chunk(4, dim=-1)
         if self.linear and unsupported(x.device, x.dtype, head_dim) is None:
-            bias = self.lepe(qkv[2].permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-            return self.proj(gated_linear_attention(qkvo, bias, self.num_heads), residual)
+            return self._some_images_at_a_time(x, residual)
+        *qkv, gate = self.qkvo(x).chunk(4, dim=-1)
         turns = _turns(height, width, head_dim)
         query, key, value = (
             t.flatten(1, 2).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in qkv
@@ -148,6 +180,24 @@ class FastRankAugmentedAttention(RankAugmentedAttention):
         out = out.transpose(1, 2).reshape(x.shape)
         out = self.lepe(qkv[2].permute(0, 3, 1, 2)).permute(0, 2, 3, 1).add_(out).mul_(gate)
         return self.proj(out, residual)
+
+    def _some_images_at_a_time(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        projected_bytes = 4 * x.numel() * x.element_size()
+        images = max(1, len(x) * _PROJECTED_BYTES // max(1, projected_bytes))
+        if images >= len(x):
+            return self._attend_linearly(x, residual)
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        for start in range(0, len(x), images):
+            part = slice(start, start + images)
+            shortcut = None if residual is None else residual[part]
+            out[part] = self._attend_linearly(x[part], shortcut)
+        return out
+
+    def _attend_linearly(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        qkvo = self.qkvo(x)
+        value = qkvo.chunk(4, dim=-1)[2]
+        bias = self.lepe(value.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.proj(gated_linear_attention(qkvo, bias, self.num_heads), residual)
 
 
 def _rotate(x: Tensor, turns: Tensor) -> Tensor:

@@ -85,6 +85,7 @@ def attend_regions(
     rows: Tensor,
     routes: Tensor | None = None,
     scale: float | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
     """The tokens of each region attend to all tokens of the regions that it chose.
 
@@ -94,9 +95,10 @@ def attend_regions(
         rows: (regions, tokens of a region) int32, contiguous: which tokens are a region's.
         routes: (B, regions, topk) int64, the regions that each one chose; default itself.
         scale: of the logits; default head_dim^-0.5.
+        out: (B, N, heads, value_dim), where the result goes; default a contiguous tensor.
 
     Returns:
-        (B, N, heads, value_dim), contiguous.
+        (B, N, heads, value_dim).
 
     Raises:
         ValueError: shapes that do not go together.
@@ -106,7 +108,8 @@ def attend_regions(
         raise ValueError(
             f"rows must share out {query.shape[1]} tokens to regions, got {tuple(rows.shape)}"
         )
-    out = value.new_empty(*query.shape[:3], value.shape[3])
+    if out is None:
+        out = value.new_empty(*query.shape[:3], value.shape[3])
     _attend(query, key, value, rows, routes, scale, out)
     return out
 

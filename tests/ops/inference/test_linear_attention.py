@@ -89,4 +89,8 @@ def test_what_is_refused() -> None:
         gated_linear_attention(qkvo, bias, 1)
     with pytest.raises(ValueError, match=r"qkvo must be contiguous and \(1, 3, 3, 128\)"):
         gated_linear_attention(qkvo, bias[..., :32], 1)
+    with pytest.raises(ValueError, match="bias must be torch.float32 .* got torch.bfloat16"):
+        gated_linear_attention(qkvo, bias.bfloat16(), 1)
+    with pytest.raises(ValueError, match="5 heads divide its 48 channels"):
+        gated_linear_attention(qkvo, bias, 5)
     assert "float64" in (unsupported(qkvo.device, torch.float64, 32) or "")
