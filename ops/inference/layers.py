@@ -355,6 +355,8 @@ class FastDepthwiseConv2d(FastConv2d):
     def derive(self, x: Tensor) -> Any:
         rows, columns = self.kernel_size
         simple = rows == columns and self.dilation == (1, 1) and rows * columns < _LARGE_WINDOW
+        # For these our kernel has a way of its own.
+        simple &= self.kernel_size != (3, 3) or self.padding != (1, 1)
         # oneDNN would copy a part of the channels; our kernel reads it where it lies.
         simple &= x.is_contiguous(memory_format=torch.channels_last)
         if simple or unsupported(self.stride, x.device, x.dtype) is not None:

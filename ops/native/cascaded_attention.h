@@ -11,7 +11,7 @@
 #include <vector>
 #include "activation.h"
 #include "attention.h"
-#include "depthwise.h"
+#include "depthwise_square.h"
 #include "lanes.h"
 #include "linear.h"
 #include "parallel.h"
@@ -188,7 +188,7 @@ struct Task {
           1, p.qk_dim, {p.height, p.width}, {p.height, p.width}, {side, side}, {1, 1},
           {side / 2, side / 2}, {1, 1}, {0, p.width * features, features},
           {0, p.width * qk_pitch, qk_pitch}, activation::NONE, 0, 1};
-      depthwise::forward<float>(problem, {query, taps, t.taps_bias + head * p.qk_dim, to});
+      depthwise::forward_any<float>(problem, {query, taps, t.taps_bias + head * p.qk_dim, to});
       return;
     }
     for (int64_t token = 0; token < tokens; token++, query += features, to += qk_pitch) {

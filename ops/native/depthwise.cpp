@@ -3,7 +3,7 @@
 // ops/depthwise.py.
 #include <new>
 
-#include "depthwise.h"
+#include "depthwise_square.h"
 
 extern "C" {
 
@@ -11,9 +11,9 @@ extern "C" {
 int depthwise_forward(const depthwise::Problem* problem, const depthwise::Tensors* tensors) {
   try {
     if (problem->bfloat16) {
-      depthwise::forward<BFloat16>(*problem, *tensors);
+      depthwise::forward_any<BFloat16>(*problem, *tensors);
     } else {
-      depthwise::forward<float>(*problem, *tensors);
+      depthwise::forward_any<float>(*problem, *tensors);
     }
   } catch (const std::bad_alloc&) {
     return 1;

@@ -65,6 +65,35 @@ def test_is_the_convolution(
     assert (out - PLAIN_ACTIVATIONS[activation](expected)).abs().max() < 1e-6 * scale
 
 
+@settings(max_examples=80, deadline=None)
+@given(
+    channels=st.sampled_from([1, 5, 16, 21, 64, 70]),
+    size=st.tuples(st.integers(1, 19), st.integers(1, 19)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 2)),
+    activation=st.sampled_from(ACTIVATIONS),
+    has_bias=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_padded_squares_of_three(channels, size, stride, activation, has_bias, dtype) -> None:
+    wide = torch.full((2, channels + 4, *size), torch.nan, dtype=dtype)
+    wide = wide.contiguous(memory_format=torch.channels_last)
+    x = wide[:, 2:-2].copy_(random(2, channels, *size))
+    weight, bias = random(channels, 1, 3, 3, seed=1), random(channels, seed=2)
+    bias = bias if has_bias else None
+    out = depthwise_conv2d(
+        x,
+        taps_first(weight),
+        None if bias is None else bias.float(),
+        stride,
+        (1, 1),
+        activation=activation,
+    )
+    expected = F.conv2d(x.double(), weight, bias, stride, 1, 1, channels)
+    expected = PLAIN_ACTIVATIONS[activation](expected)
+    bound = 1e-6 * 20 if dtype == torch.float32 else 2**-8 * (1 + expected.abs())
+    assert ((out - expected).abs() <= bound).all()
+
+
 @pytest.mark.parametrize("instructions", ["avx2", "portable"])
 def test_other_instruction_sets(instructions: str, monkeypatch, tmp_path) -> None:
     compiled_for(instructions, monkeypatch)
