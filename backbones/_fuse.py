@@ -74,7 +74,7 @@ def fast_form(module: nn.Module) -> type[nn.Module] | None:
     """The class to stand for a layer, if there is one. Subclasses are other layers."""
     if type(module) is nn.Linear:
         return layers.FastLinear
-    if type(module) in (nn.Conv2d, DilatedDepthwiseConv2d):
+    if type(module) is nn.Conv2d:
         return _fast_conv(module)
     if type(module) is timm.layers.ConvMlp and not isinstance(module.norm, nn.Identity):
         return None
@@ -100,6 +100,7 @@ def _forms() -> dict[type[nn.Module], type[nn.Module]]:
     return {
         BiLevelRoutingAttention: fast_attention.FastBiLevelRoutingAttention,
         CascadedGroupAttention: fast_mobile.FastCascadedGroupAttention,
+        DilatedDepthwiseConv2d: fast_conv.FastDilatedDepthwiseConv2d,
         DWMlp: mlp.FastDWMlp,
         FactorizedAttention: factorized.FastFactorizedAttention,
         GlobalBranch: factorized.FastGlobalBranch,

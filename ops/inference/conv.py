@@ -7,11 +7,16 @@ from typing import Any, ClassVar
 from timm.layers import SqueezeExcite
 from torch import Tensor
 
+from ops.attention.large_kernel import DilatedDepthwiseConv2d
 from ops.conv import InceptionDWConv2d
 from ops.depthwise import depthwise_branches, taps_first, unsupported
-from ops.inference.layers import FastLayer
+from ops.inference.layers import FastDepthwiseConv2d, FastLayer
 
-__all__ = ["FastInceptionDWConv2d", "FastSqueezeExcite"]
+__all__ = ["FastDilatedDepthwiseConv2d", "FastInceptionDWConv2d", "FastSqueezeExcite"]
+
+
+class FastDilatedDepthwiseConv2d(FastDepthwiseConv2d, DilatedDepthwiseConv2d):
+    """By our kernel, which skips the gaps between the taps."""
 
 
 class FastInceptionDWConv2d(FastLayer, InceptionDWConv2d):

@@ -2,9 +2,45 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
-from ops.attention.large_kernel import LargeKernelAttention
+from ops.attention.large_kernel import DilatedDepthwiseConv2d, LargeKernelAttention
+
+
+@settings(deadline=None)
+@given(
+    size=st.tuples(st.integers(1, 31), st.integers(1, 31)),
+    kernel_size=st.sampled_from([3, 5, 7]),
+    dilation=st.integers(1, 4),
+)
+def test_phases_make_the_same_map_and_gradients(size, kernel_size, dilation) -> None:
+    layer = DilatedDepthwiseConv2d(3, kernel_size, dilation).double()
+    x = torch.randn(2, 3, *size, dtype=torch.float64, requires_grad=True)
+    wanted = F.conv2d(x, layer.weight, layer.bias, 1, layer.padding, dilation, groups=3)
+    out, into = layer(x), torch.randn_like(wanted)
+    torch.testing.assert_close(out, wanted)
+    wrt = (x, layer.weight, layer.bias)
+    grads = torch.autograd.grad(out, wrt, into)
+    torch.testing.assert_close(grads, torch.autograd.grad(wanted, wrt, into))
+
+
+@pytest.mark.parametrize("size, phased", [((14, 14), True), ((14, 13), False), ((7, 40), False)])
+def test_small_maps_and_channels_last_are_convolved_as_they_are(size, phased, monkeypatch) -> None:
+    layer, x, shapes = DilatedDepthwiseConv2d(4, 7, 3), torch.randn(1, 4, *size), []
+    conv2d = F.conv2d
+
+    def noting(x: torch.Tensor, *args: object, **kwargs: object) -> torch.Tensor:
+        shapes.append(x.shape[0])
+        return conv2d(x, *args, **kwargs)
+
+    monkeypatch.setattr(F, "conv2d", noting)
+    layer(x)
+    layer(x.to(memory_format=torch.channels_last))
+    assert shapes == [9 if phased else 1, 1]
 
 
 @torch.no_grad()
