@@ -5,43 +5,77 @@ from __future__ import annotations
 import functools
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from ops.attention.factorized import FactorizedAttention, GlobalBranch, LocalBranch, tap_positions
 from ops.inference.grouped_attention import attend, unsupported
-from ops.inference.layers import runs_fast
+from ops.inference.layers import FastLayer, PackedLinear, runs_fast
 
 __all__ = ["FastFactorizedAttention", "FastGlobalBranch", "FastLocalBranch"]
 
 
-class FastGlobalBranch(GlobalBranch):
-    """Its keys and values alone."""
+# Of the inputs of a linear layer that averages runs of a sequence on the way.
+_LARGEST_SEQUENCE = 1024
+
+
+class FastGlobalBranch(FastLayer, GlobalBranch):
+    """Its keys and values alone; patches that do not overlap go through a linear layer."""
 
     def keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, H, W, dim), no side below ``sr_ratio`` → (B, h·w, 1, dim) each."""
-        reduced = self.sr(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        packed = self.derived(x)
+        if packed is None:
+            reduced = self.sr(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        else:
+            side = self.sr_ratio
+            height, width = x.shape[1] // side, x.shape[2] // side
+            whole = x[:, : height * side, : width * side]
+            patches = whole.unflatten(2, (width, side)).unflatten(1, (height, side))
+            reduced = packed(patches.transpose(2, 3).flatten(3), "none", None)
         key, value = self.kv(self.norm(reduced)).chunk(2, dim=-1)
         value = self.local_conv(value.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return key.flatten(1, 2).unsqueeze(2), value.flatten(1, 2).unsqueeze(2)
 
+    def sources(self) -> list[Tensor]:
+        return list(self.sr.parameters())
 
-class FastLocalBranch(LocalBranch):
-    """Its keys and values alone."""
+    def derive(self, x: Tensor) -> PackedLinear:
+        return PackedLinear(self.sr.weight.permute(0, 2, 3, 1).flatten(1), self.sr.bias)
+
+
+class FastLocalBranch(FastLayer, LocalBranch):
+    """Its keys and values alone; where windows are few, the linear layer averages them, too."""
 
     def keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, H, W, dim) → (B, window_size², heads, head_dim) each."""
         batch, height, width, dim = x.shape
         heads, side = self.num_heads, self.window_size
         taps = x.flatten(1, 2).index_select(1, _taps(height, width, side, self.dilation))
-        taps = taps.view(batch, side**2, -1, heads, dim // heads).permute(0, 1, 3, 2, 4)
-        if taps.shape[3] == 1:
-            tokens = taps.squeeze(3)
-        else:  # see ops.attention.factorized.cross_window_fusion
-            tokens = taps.reshape(batch, side**2, heads, dim // heads, -1).mean(-1)
-        key, value = self.kv(self.fc(tokens)).chunk(2, dim=-1)  # (B, side², heads, head_dim)
+        taps = taps.view(batch, side**2, -1, heads, dim // heads)
+        # See ops.attention.factorized.cross_window_fusion.
+        sequence = taps.transpose(2, 3).flatten(3)  # (B, side², heads, windows · head_dim)
+        key, value = self._keys_and_values_of(sequence).chunk(2, dim=-1)
         value_map = value.reshape(batch, side, side, dim).permute(0, 3, 1, 2)
         value = self.local_conv(value_map).permute(0, 2, 3, 1).reshape(value.shape)
         return key, value
+
+    def _keys_and_values_of(self, sequence: Tensor) -> Tensor:
+        """(B, side², heads, windows · head_dim) → (B, side², heads, 2 · head_dim)."""
+        windows = sequence.shape[3] // self.kv.in_features
+        packed = self.derived(sequence)
+        if packed is None or windows == 1 or sequence.shape[3] > _LARGEST_SEQUENCE:
+            return self.kv(self.fc(sequence.unflatten(3, (-1, windows)).mean(-1)))
+        if windows not in packed:
+            weight = self.kv.weight.detach().repeat_interleave(windows, dim=1) / windows
+            packed[windows] = PackedLinear(weight, self.kv.bias)
+        return packed[windows](sequence, "none", None)
+
+    def sources(self) -> list[Tensor]:
+        return list(self.kv.parameters())
+
+    def derive(self, x: Tensor) -> dict[int, PackedLinear] | None:
+        """By the number of windows; filled when they are met."""
+        return {} if isinstance(self.fc, nn.Identity) else None
 
 
 class FastFactorizedAttention(FactorizedAttention):
