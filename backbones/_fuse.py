@@ -25,7 +25,7 @@ from ops.attention.single_head import SingleHeadAttention
 from ops.conv import InceptionDWConv2d
 from ops.inference import attention as fast_attention
 from ops.inference import conv as fast_conv
-from ops.inference import factorized, layers, mlp
+from ops.inference import factorized, layers, mlp, norm
 from ops.inference import mobile as fast_mobile
 from ops.kan import KANLayer
 from ops.mlp import DWMlp
@@ -115,6 +115,7 @@ def _forms() -> dict[type[nn.Module], type[nn.Module]]:
         mobile.ExpandMerging: fast_mobile.FastExpandMerging,
         mobile.Residual: fast_mobile.FastResidual,
         timm.layers.ConvMlp: mlp.FastConvMlp,
+        timm.layers.LayerNorm2d: norm.FastLayerNorm2d,
         timm.layers.Mlp: mlp.FastMlp,
         timm.layers.SqueezeExcite: fast_conv.FastSqueezeExcite,
         **_inference.FORMS,

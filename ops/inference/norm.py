@@ -18,6 +18,7 @@ class FastLayerNorm2d(_Activated, LayerNorm2d):
 
     weight: Any
     bias: Any
+    eps: Any
 
     def forward(self, x: Tensor) -> Tensor:
         derived = None if self.bias is None else self.derived(x)
