@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -46,6 +47,14 @@ class LITv2Block(litv2.Block):
         if self.norm1 is not None and self.attn is not None:
             x = self.attn(self.norm1(x), x)
         return self.mlp(x, x, self.norm2)
+
+
+class LITv2PatchEmbed(litv2.PatchEmbed):
+    """Nothing is copied where there is nothing to pad."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        whole = not torch.compiler.is_compiling() and not (x.shape[2] % 4 or x.shape[3] % 4)
+        return self.norm(self.conv(x)) if whole else super().forward(x)
 
 
 class LITv2DeformableConv2d(FastConv2d, litv2.DeformableConv2d):
@@ -133,6 +142,7 @@ FORMS: dict[type[Any], type[Any]] = {
     favit.Block: FaViTBlock,
     litv2.Block: LITv2Block,
     litv2.DeformableConv2d: LITv2DeformableConv2d,
+    litv2.PatchEmbed: LITv2PatchEmbed,
     medvitv2.ConvFFN: MedViTV2ConvFFN,
     medvitv2.LocalBlock: MedViTV2LocalBlock,
     ravlt.Block: RAVLTBlock,
