@@ -181,14 +181,55 @@ def _empty_output(
 def _depthwise_branches(x: Tensor, taps: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
     x = _channels_last(x)
     out = _empty(x, x.shape)
-    start = x.shape[1] - sum(t.shape[2] for t in taps)
-    if start:
-        out.narrow(1, 0, start).copy_(x.narrow(1, 0, start))
-    for kernel, bias in zip(taps, biases, strict=True):
-        padding = (kernel.shape[0] // 2, kernel.shape[1] // 2)
-        _run(x, kernel, bias, (1, 1), padding, (1, 1), "none", out, start)
-        start += kernel.shape[2]
+    library = _library_or_raise((1, 1), x)
+    problems, starts = _branch_problems(
+        tuple(x.shape),
+        (_strides(x), _strides(out)),
+        tuple(tuple(t.shape) for t in taps),
+        tuple(tuple(b.shape) for b in biases),
+        x.dtype == torch.bfloat16,
+        torch.get_num_threads(),
+    )
+    if out.numel() == 0:
+        return out
+    tensors = (_Tensors * len(taps))()
+    for branch, start, kernel, bias in zip(tensors, starts, taps, biases, strict=True):
+        offset = start * x.element_size()
+        branch.input, branch.output = x.data_ptr() + offset, out.data_ptr() + offset
+        branch.weight, branch.bias = kernel.data_ptr(), bias.data_ptr()
+    count, passed = ctypes.c_int64(len(taps)), ctypes.c_int64(starts[0])
+    if library.depthwise_branches(problems, tensors, count, passed):
+        raise MemoryError("no memory for the scratch of a depthwise convolution")
     return out
+
+
+@functools.lru_cache(maxsize=1024)
+def _branch_problems(
+    shape: tuple[int, ...],
+    strides: tuple[tuple[int, int, int], tuple[int, int, int]],
+    kernels: tuple[tuple[int, int, int], ...],
+    biases: tuple[tuple[int, ...], ...],
+    bfloat16: bool,
+    threads: int,
+) -> tuple[ctypes.Array[_Problem], list[int]]:
+    """An array of them, and the first channel of each."""
+    batch, channels, *size = shape
+    start = channels - sum(kernel[2] for kernel in kernels)
+    if not kernels or start < 0 or biases != tuple(kernel[2:] for kernel in kernels):
+        raise ValueError(
+            f"taps must be (kh, kw, c) each, with at most {channels} channels together, and "
+            f"biases (c,), got {kernels} and {biases}"
+        )
+    if any(rows % 2 == 0 or columns % 2 == 0 for rows, columns, _ in kernels):
+        raise ValueError(f"kernels of branches must be odd, got {kernels}")
+    problems, starts = [], []
+    for rows, columns, width in kernels:
+        sizes = (batch, width, *size, rows, columns, *size)
+        steps = (1, 1, rows // 2, columns // 2, 1, 1)
+        problems.append(_problem(sizes, steps, *strides, 0, bfloat16, threads))
+        starts.append(start)
+        start += width
+    return (_Problem * len(problems))(*problems), starts
 
 
 @torch.library.register_fake("vision_backbones::depthwise_branches", lib=_library)
@@ -209,6 +250,14 @@ def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
+def _library_or_raise(stride: Sequence[int], x: Tensor) -> ctypes.CDLL:
+    library = native.load(_KERNEL)
+    reason = unsupported(stride, x.device, x.dtype)
+    if library is None or reason is not None:
+        raise RuntimeError(f"the depthwise kernel is not available: {reason}")
+    return library
+
+
 def _run(
     x: Tensor,
     taps: Tensor,
@@ -218,17 +267,13 @@ def _run(
     dilation: Sequence[int],
     activation: str,
     out: Tensor,
-    channel: int = 0,
 ) -> None:
-    """Into ``out``, channels from ``channel`` on; the channels of both maps lie side by side."""
-    library = native.load(_KERNEL)
-    reason = unsupported(stride, x.device, x.dtype)
-    if library is None or reason is not None:
-        raise RuntimeError(f"the depthwise kernel is not available: {reason}")
+    """Into ``out``; the channels of both maps lie side by side."""
+    library = _library_or_raise(stride, x)
     if out.numel() == 0:
         return
     problem = _problem(
-        (x.shape[0], taps.shape[2], *x.shape[2:], *taps.shape[:2], *out.shape[2:]),
+        (*x.shape, *taps.shape[:2], *out.shape[2:]),
         (*stride, *padding, *dilation),
         _strides(x),
         _strides(out),
@@ -236,12 +281,8 @@ def _run(
         x.dtype == torch.bfloat16,
         torch.get_num_threads(),
     )
-    offset = channel * x.element_size()
     tensors = _Tensors(
-        x.data_ptr() + offset,
-        taps.data_ptr(),
-        None if bias is None else bias.data_ptr(),
-        out.data_ptr() + offset,
+        x.data_ptr(), taps.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr()
     )
     if library.depthwise_forward(ctypes.byref(problem), ctypes.byref(tensors)):
         raise MemoryError("no memory for the scratch of a depthwise convolution")

@@ -21,4 +21,18 @@ int depthwise_forward(const depthwise::Problem* problem, const depthwise::Tensor
   return 0;
 }
 
+int depthwise_branches(const depthwise::Problem* problems, const depthwise::Tensors* tensors,
+                       int64_t count, int64_t passed) {
+  try {
+    if (problems->bfloat16) {
+      depthwise::branches<BFloat16>(problems, tensors, count, passed);
+    } else {
+      depthwise::branches<float>(problems, tensors, count, passed);
+    }
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+  return 0;
+}
+
 }  // extern "C"

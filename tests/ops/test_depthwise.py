@@ -148,20 +148,40 @@ def test_nan_and_infinity_pass() -> None:
     assert depthwise_conv2d(x, taps, None, (1, 1), (1, 1))[0, 4, 1:4, 1:4].isinf().all()
 
 
-def test_branches() -> None:
-    x = random(2, 40, 13, 10)
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("passed", [0, 22])
+def test_branches(passed: int, batch: int, threads: int) -> None:
+    x = random(batch, passed + 18, 33, 40)
     kernels = ((3, 3), (1, 11), (11, 1))
     weights = [random(6, 1, *k, seed=i) for i, k in enumerate(kernels)]
     biases = [random(6, seed=i) for i in range(3)]
-    parts = [x[:, :22]]
+    parts = [x[:, :passed]]
     for i, (rows, columns) in enumerate(kernels):
-        part = x[:, 22 + 6 * i : 28 + 6 * i]
+        part = x[:, passed + 6 * i : passed + 6 * i + 6]
         padding = (rows // 2, columns // 2)
         parts.append(F.conv2d(part, weights[i], biases[i], 1, padding, 1, 6))
-    out = depthwise_branches(
-        x.float(), [taps_first(w) for w in weights], [b.float() for b in biases]
-    )
-    assert _relative(out, torch.cat(parts, 1)) < 2e-6
+    taps = [taps_first(w) for w in weights]
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 1e-2)):
+            out = depthwise_branches(x.to(dtype), taps, [b.float() for b in biases])
+            assert out.dtype == dtype and _relative(out, torch.cat(parts, 1)) < tolerance
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_branches_that_do_not_fit_are_refused() -> None:
+    x, taps, bias = torch.zeros(1, 7, 5, 5), torch.ones(3, 3, 4), torch.zeros(4)
+    assert depthwise_branches(x[:0], [taps], [bias]).shape == (0, 7, 5, 5)
+    for kernels, biases, message in (
+        ([taps, taps], [bias, bias], "at most 7 channels together"),
+        ([taps], [bias[:3]], r"biases \(c,\)"),
+        ([torch.ones(3, 2, 4)], [bias], "must be odd"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            depthwise_branches(x, kernels, biases)
 
 
 def test_no_images_give_no_maps() -> None:
