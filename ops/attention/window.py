@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ops.attention.biased import attend_in_turn, worth_a_turn
 from ops.init import trunc_normal
 
 __all__ = [
@@ -143,6 +144,12 @@ def window_attention(
     Returns:
         (B, rows, columns, N, heads · head_dim).
     """
+    q, k, v = (_per_window(t) for t in (query, key, value))
+    if worth_a_turn(q, k, v, bias.unsqueeze(0)):
+        terms = torch.stack([bias, *(bias + mask for mask in (() if masks is None else masks))])
+        kinds = [0] * len(q) if masks is None else _window_kinds(*query.shape[:3])
+        out = attend_in_turn(q.shape[-1] ** -0.5 * q, k, v, terms, kinds)
+        return out.transpose(1, 2).reshape(*query.shape[:4], -1)
     if masks is None:
         return _attend(query, key, value, bias)
     inner, last = slice(None, -1), slice(-1, None)
@@ -158,10 +165,20 @@ def window_attention(
     return torch.cat(bands, dim=1)
 
 
+def _per_window(x: Tensor) -> Tensor:
+    """(B, rows, columns, N, heads, head_dim) → (B · rows · columns, heads, N, head_dim)."""
+    return x.flatten(0, 2).transpose(1, 2)
+
+
+def _window_kinds(batch: int, rows: int, columns: int) -> list[int]:
+    """For each window 0, or 1 + which of :func:`shift_masks` is its."""
+    inner, last = [0] * (columns - 1) + [1], [2] * (columns - 1) + [3]
+    return (inner * (rows - 1) + last) * batch
+
+
 def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
     """Attention of windows that share their term, (heads, N, M)."""
-    # (B · rows · columns, heads, N or M, head_dim)
-    q, k, v = (t.flatten(0, 2).transpose(1, 2) for t in (query, key, value))
+    q, k, v = (_per_window(t) for t in (query, key, value))
     if q.is_cpu and bias.requires_grad and torch.is_grad_enabled():
         # No kernel of torch's gives a gradient of the bias there, and its plain form guards the
         # softmax against rows of -inf, which takes a tenth of a training step.
