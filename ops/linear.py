@@ -18,14 +18,7 @@ from ops import native
 from ops.depthwise import ACTIVATIONS
 from ops.native.eager import is_plain_call
 
-__all__ = [
-    "COMBINATIONS",
-    "pack_weight",
-    "packed_linear",
-    "packed_linear_energy",
-    "packed_mlp",
-    "unsupported",
-]
+__all__ = ["COMBINATIONS", "pack_weight", "packed_linear", "packed_linear_energy", "unsupported"]
 
 # The order is that of `linear::Combination` in ops/native/linear_problem.h.
 COMBINATIONS = ("none", "add", "multiply")
@@ -47,7 +40,7 @@ class _Problem(ctypes.Structure):
     ]
 
 
-class _Tensors(ctypes.Structure):
+class Tensors(ctypes.Structure):
     """``linear::Tensors`` of ops/native/linear_problem.h."""
 
     _fields_ = [
@@ -56,7 +49,7 @@ class _Tensors(ctypes.Structure):
     ]
 
 
-class _Plan(NamedTuple):
+class Plan(NamedTuple):
     """What a call with tensors of certain shapes, strides and dtypes comes to."""
 
     out_shape: tuple[int, ...]
@@ -67,7 +60,7 @@ class _Plan(NamedTuple):
 
 # Dtypes of inputs and weight, numbers of the packed weight, shape of the bias, activation,
 # combination.
-_Layer = tuple[torch.dtype, torch.dtype, int, tuple[int, ...], str, str]
+Layer = tuple[torch.dtype, torch.dtype, int, tuple[int, ...], str, str]
 
 
 def unsupported(
@@ -105,7 +98,7 @@ def pack_weight(weight: Tensor) -> Tensor:
     """
     if weight.ndim != 2:
         raise ValueError(f"weight must be (out_features, in_features), got {tuple(weight.shape)}")
-    library = _library_or_raise(weight)
+    library = library_or_raise(weight)
     library.linear_packed_size.restype = ctypes.c_int64
     half = weight.dtype == torch.bfloat16
     shape = [ctypes.c_int64(n) for n in weight.shape]
@@ -164,44 +157,7 @@ def packed_linear_energy(
     return out, energy
 
 
-def packed_mlp(
-    x: Tensor,
-    weight1: Tensor,
-    bias1: Tensor,
-    weight2: Tensor,
-    bias2: Tensor,
-    activation: str = "none",
-    residual: Tensor | None = None,
-) -> Tensor:
-    """``activation(x @ weight1.T + bias1) @ weight2.T + bias2 + residual``. No gradients.
-
-    Some rows at a time go through both layers, so that what is between them stays in the cache.
-
-    Args:
-        x: (B, ..., in_features), float32 or bfloat16 as the weights.
-        weight1, weight2: see :func:`pack_weight`.
-        bias1: (hidden,) float32.
-        bias2: (out_features,) float32.
-        activation: as for :func:`packed_linear`.
-        residual: (B, ..., out_features).
-
-    Returns:
-        (B, ..., out_features), contiguous.
-
-    Raises:
-        ValueError, RuntimeError: see :func:`packed_linear`.
-    """
-    plain = is_plain_call((x, weight1, bias1, weight2, bias2, residual))
-    forward = _mlp if plain else _dispatched_mlp
-    return forward(x, weight1, bias1, weight2, bias2, activation, residual)
-
-
 _library = torch.library.Library("vision_backbones", "FRAGMENT")
-_library.define(
-    "packed_mlp(Tensor x, Tensor weight1, Tensor bias1, Tensor weight2, Tensor bias2, "
-    "str activation, Tensor? residual) -> Tensor"
-)
-_dispatched_mlp = torch.ops.vision_backbones.packed_mlp.default
 _library.define(
     "packed_linear(Tensor x, Tensor weight, Tensor bias, str activation, Tensor? other, "
     "str combination, Tensor? scale, bool energy) -> Tensor[]"
@@ -220,7 +176,7 @@ def _linear(
     scale: Tensor | None,
     energy: bool,
 ) -> list[Tensor]:
-    plan = _plan(
+    plan = plan_layer(
         x.shape,
         x.stride(),
         (x.dtype, weight.dtype, weight.numel(), bias.shape, activation, combination),
@@ -250,7 +206,7 @@ def _empty_outputs(
     scale: Tensor | None,
     energy: bool,
 ) -> list[Tensor]:
-    shape = _out_shape(
+    shape = output_shape(
         x.shape,
         (x.dtype, weight.dtype, weight.numel(), bias.shape, activation, combination),
         None if other is None else other.shape,
@@ -260,91 +216,9 @@ def _empty_outputs(
     return [*outs, bias.new_empty(x.shape[0], bias.shape[0])] if energy else outs
 
 
-@torch.library.impl(_library, "packed_mlp", "CPU")
-def _mlp(
-    x: Tensor,
-    weight1: Tensor,
-    bias1: Tensor,
-    weight2: Tensor,
-    bias2: Tensor,
-    activation: str,
-    residual: Tensor | None,
-) -> Tensor:
-    first, second = _mlp_plans(
-        (x.shape, x.stride(), x.dtype),
-        (weight1.dtype, weight1.numel(), bias1.shape, activation),
-        (weight2.dtype, weight2.numel(), bias2.shape),
-        None if residual is None else (residual.shape, residual.stride()),
-        torch.get_num_threads(),
-    )
-    library = _library_or_raise(x)
-    out = x.new_empty(second.out_shape)
-    if out.numel() == 0:
-        return out
-    x = x.contiguous() if first.copies_input else x
-    if residual is not None and second.copies_other:
-        residual = residual.contiguous()
-    other = None if residual is None else residual.data_ptr()
-    before = _Tensors(x.data_ptr(), weight1.data_ptr(), bias1.data_ptr())
-    after = _Tensors(None, weight2.data_ptr(), bias2.data_ptr(), other, None, out.data_ptr())
-    if library.linear_forward_pair(
-        ctypes.byref(first.problem),
-        ctypes.byref(before),
-        ctypes.byref(second.problem),
-        ctypes.byref(after),
-    ):
-        raise MemoryError("no memory for the scratch of two linear layers")
-    return out
-
-
-@torch.library.register_fake("vision_backbones::packed_mlp", lib=_library)
-def _empty_mlp_output(
-    x: Tensor,
-    weight1: Tensor,
-    bias1: Tensor,
-    weight2: Tensor,
-    bias2: Tensor,
-    activation: str,
-    residual: Tensor | None,
-) -> Tensor:
-    layers = (
-        (x.dtype, weight1.dtype, weight1.numel(), bias1.shape, activation, "none"),
-        _second_layer(x.dtype, weight2.dtype, weight2.numel(), bias2.shape, residual is not None),
-    )
-    hidden = _out_shape(x.shape, layers[0], None, None)
-    return x.new_empty(
-        _out_shape(hidden, layers[1], None if residual is None else residual.shape, None)
-    )
-
-
-def _second_layer(
-    dtype: torch.dtype,
-    weight_dtype: torch.dtype,
-    weights: int,
-    bias: tuple[int, ...],
-    has_residual: bool,
-) -> _Layer:
-    return dtype, weight_dtype, weights, bias, "none", "add" if has_residual else "none"
-
-
-@functools.lru_cache(maxsize=1024)
-def _mlp_plans(
-    x: tuple[tuple[int, ...], tuple[int, ...], torch.dtype],
-    first: tuple[torch.dtype, int, tuple[int, ...], str],
-    second: tuple[torch.dtype, int, tuple[int, ...]],
-    residual: tuple[tuple[int, ...], tuple[int, ...]] | None,
-    threads: int,
-) -> tuple[_Plan, _Plan]:
-    shape, strides, dtype = x
-    expand = _plan(shape, strides, (dtype, *first, "none"), None, None, False, threads)
-    hidden = torch.empty(expand.out_shape, device="meta")
-    layer = _second_layer(dtype, *second, residual is not None)
-    return expand, _plan(hidden.shape, hidden.stride(), layer, residual, None, False, threads)
-
-
-def _out_shape(
+def output_shape(
     shape: tuple[int, ...],
-    layer: _Layer,
+    layer: Layer,
     other: tuple[int, ...] | None,
     scale: tuple[int, ...] | None,
 ) -> tuple[int, ...]:
@@ -374,16 +248,16 @@ def _out_shape(
 
 
 @functools.lru_cache(maxsize=1024)  # a network has few different ones, and to plan is slow
-def _plan(
+def plan_layer(
     shape: tuple[int, ...],
     strides: tuple[int, ...],
-    layer: _Layer,
+    layer: Layer,
     other: tuple[tuple[int, ...], tuple[int, ...]] | None,
     scale: tuple[int, ...] | None,
     energy: bool,
     threads: int,
-) -> _Plan:
-    out_shape = _out_shape(shape, layer, None if other is None else other[0], scale)
+) -> Plan:
+    out_shape = output_shape(shape, layer, None if other is None else other[0], scale)
     *_, activation, combination = layer
     rows = 1
     for size in shape[:-1]:
@@ -404,7 +278,7 @@ def _plan(
         layer[0] == torch.bfloat16,
         1 if rows * shape[-1] * out_shape[-1] < _SMALL_MACS else threads,
     )
-    return _Plan(out_shape, problem, in_stride is None, other_stride is None)
+    return Plan(out_shape, problem, in_stride is None, other_stride is None)
 
 
 def _row_stride(shape: Sequence[int], strides: Sequence[int]) -> int | None:
@@ -423,7 +297,7 @@ def _row_stride(shape: Sequence[int], strides: Sequence[int]) -> int | None:
     return shape[-1] if first is None else first
 
 
-def _library_or_raise(x: Tensor) -> ctypes.CDLL:
+def library_or_raise(x: Tensor) -> ctypes.CDLL:
     reason = unsupported(x.device, x.dtype, with_bfloat16=True)
     library = native.load(_KERNEL)
     if library is None or reason is not None:
@@ -446,14 +320,14 @@ def _run(
     Raises:
         RuntimeError: the kernel is not available here.
     """
-    library = _library_or_raise(x)
+    library = library_or_raise(x)
     if out.numel() == 0:
         if energy is not None:
             energy.zero_()
         return
     if scale is not None:
         scale = scale.float().contiguous()
-    tensors = _Tensors(
+    tensors = Tensors(
         x.data_ptr(),
         weight.data_ptr(),
         bias.data_ptr(),

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ops.neighborhood
+from ops.linear import pack_weight, unsupported
 from ops.native import build
 
 # By the names of ops.depthwise.ACTIVATIONS.
@@ -23,6 +24,21 @@ PLAIN_ACTIVATIONS = {
 def random(*shape: int, seed: int = 0) -> Tensor:
     """Normally distributed, float64."""
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+# bfloat16 keeps 8 bits; sums are of float32 in both.
+LINEAR_DTYPES = {torch.float32: 1e-6, torch.bfloat16: 2**-8}
+if unsupported(torch.device("cpu"), torch.bfloat16, with_bfloat16=True) is not None:
+    del LINEAR_DTYPES[torch.bfloat16]
+
+
+def linear_layer(
+    in_features: int, out_features: int, dtype: torch.dtype = torch.float32
+) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
+    """Weight and bias in float64, and as :mod:`ops.linear` wants them."""
+    weight = random(out_features, in_features, seed=1).to(dtype)
+    bias = random(out_features, seed=2).float()
+    return weight.double(), bias.double(), (pack_weight(weight), bias)
 
 
 def forget_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -310,7 +310,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--directions", nargs="+", default=["forward"], choices=["forward", "train"]
     )
-    parser.add_argument("--against", nargs="+", default=["timm"], metavar="PACKAGE_OR_FILE")
+    parser.add_argument("--against", nargs="*", default=["timm"], metavar="PACKAGE_OR_FILE")
     parser.add_argument("--rounds", type=int, default=9, help="turns of every contender")
     parser.add_argument("--seconds", type=float, default=60, help="stop a row's turns after")
     parser.add_argument("--turn-ms", type=float, default=300.0, help="repeat calls for a turn")

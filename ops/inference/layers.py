@@ -18,11 +18,13 @@ from ops import linear as native_linear
 from ops.depthwise import depthwise_conv2d, taps_first, unsupported
 
 __all__ = [
+    "ActivatedLayer",
     "FastConv2d",
     "FastDepthwiseConv2d",
     "FastLayer",
     "FastLinear",
     "FastPointwiseConv2d",
+    "PackedLinear",
     "activate",
     "activation_kind",
     "can_activate",
@@ -148,7 +150,7 @@ class FastLayer(nn.Module):
         return state
 
 
-class _Activated(FastLayer):
+class ActivatedLayer(FastLayer):
     """A layer that applies an activation to what it computes."""
 
     activation: str = "none"
@@ -173,12 +175,12 @@ def activation_kind(act: nn.Module) -> str | None:
 
 def can_activate(layer: nn.Module) -> bool:
     """Whether a layer can still take an activation."""
-    return isinstance(layer, _Activated) and layer.activation == "none"
+    return isinstance(layer, ActivatedLayer) and layer.activation == "none"
 
 
 def activate(layer: nn.Module, kind: str) -> None:
     """Let a layer that :func:`can_activate` apply an activation to what it computes."""
-    assert isinstance(layer, _Activated)
+    assert isinstance(layer, ActivatedLayer)
     layer.activation = kind
 
 
@@ -257,7 +259,7 @@ def _onednn_linear(
     return linear.default(x, packed, bias, *_ONEDNN[activation]).add_(residual)
 
 
-class FastLinear(_Activated, nn.Linear):
+class FastLinear(ActivatedLayer, nn.Linear):
     """``activation(linear(x * scale)) + residual``, (B, …, in_features) → (B, …, out_features).
 
     ``scale`` is (B, in_features).
@@ -288,7 +290,7 @@ class FastLinear(_Activated, nn.Linear):
         return PackedLinear(self.weight, self.bias)
 
 
-class FastPointwiseConv2d(_Activated, nn.Conv2d):
+class FastPointwiseConv2d(ActivatedLayer, nn.Conv2d):
     """``activation(conv(x)) + residual`` with a 1×1 window, (B, C, H, W) → (B, C', H, W)."""
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -311,7 +313,7 @@ class FastPointwiseConv2d(_Activated, nn.Conv2d):
         return PackedLinear(self.weight.flatten(1), self.bias)
 
 
-class FastConv2d(_Activated, nn.Conv2d):
+class FastConv2d(ActivatedLayer, nn.Conv2d):
     """``activation(conv(x))`` in channels-last, (B, C, H, W) → (B, C', H', W')."""
 
     def forward(self, x: Tensor) -> Tensor:

@@ -13,8 +13,9 @@ from ops.inference import depthwise_mlp
 from ops.inference.depthwise_mlp import PackedDepthwiseMlp
 from ops.inference.layers import FastDepthwiseConv2d, FastLayer, FastLinear, FastPointwiseConv2d
 from ops.kan import KANLayer, reflectional_switch
-from ops.linear import pack_weight, packed_mlp, unsupported
+from ops.linear import pack_weight, unsupported
 from ops.mlp import DWMlp
+from ops.packed_mlp import packed_mlp
 
 __all__ = [
     "FastConvMlp",

@@ -7,13 +7,13 @@ from typing import Any
 from timm.layers import LayerNorm2d
 from torch import Tensor
 
-from ops.inference.layers import _Activated
+from ops.inference.layers import ActivatedLayer
 from ops.norm import layer_norm, unsupported
 
 __all__ = ["FastLayerNorm2d"]
 
 
-class FastLayerNorm2d(_Activated, LayerNorm2d):
+class FastLayerNorm2d(ActivatedLayer, LayerNorm2d):
     """``activation(norm(x))``, (B, C, H, W) → (B, C, H, W)."""
 
     weight: Any

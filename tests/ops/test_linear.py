@@ -5,10 +5,16 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from compiled_kernels import PLAIN_ACTIVATIONS, compiled_for, random, without_kernels
+from compiled_kernels import (
+    LINEAR_DTYPES,
+    PLAIN_ACTIVATIONS,
+    compiled_for,
+    linear_layer,
+    random,
+    without_kernels,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from ops import native
 from ops.depthwise import ACTIVATIONS
@@ -17,31 +23,15 @@ from ops.linear import (
     pack_weight,
     packed_linear,
     packed_linear_energy,
-    packed_mlp,
     unsupported,
 )
 
 _COMBINED = {"none": lambda x, _: x, "add": torch.add, "multiply": torch.mul}
 
 
-def _layer(
-    in_features: int, out_features: int, dtype: torch.dtype = torch.float32
-) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """Weight and bias in float64, and as the kernel wants them."""
-    weight = random(out_features, in_features, seed=1).to(dtype)
-    bias = random(out_features, seed=2).float()
-    return weight.double(), bias.double(), (pack_weight(weight), bias)
-
-
-# bfloat16 keeps 8 bits; sums are of float32 in both.
-DTYPES = {torch.float32: 1e-6, torch.bfloat16: 2**-8}
-if unsupported(torch.device("cpu"), torch.bfloat16, with_bfloat16=True) is not None:
-    del DTYPES[torch.bfloat16]
-
-
 @settings(max_examples=200, deadline=None)
 @given(
-    dtype=st.sampled_from(list(DTYPES)),
+    dtype=st.sampled_from(list(LINEAR_DTYPES)),
     batch=st.integers(1, 3),
     size=st.tuples(st.integers(1, 9), st.integers(1, 17)),
     in_features=st.sampled_from([1, 3, 8, 32, 37, 96]),
@@ -51,12 +41,12 @@ if unsupported(torch.device("cpu"), torch.bfloat16, with_bfloat16=True) is not N
     combination=st.sampled_from(COMBINATIONS),
     has_scale=st.booleans(),
 )
-def test_is_the_linear_layer(
+def test_is_the_linearlinear_layer(
     dtype, batch, size, in_features, out_features, cut, activation, combination, has_scale
 ) -> None:
     x = random(batch, *size, in_features + 5).to(dtype)
     x = x[..., 2 : 2 + in_features] if cut else x[..., :in_features].contiguous()
-    weight, bias, packed = _layer(in_features, out_features, dtype)
+    weight, bias, packed = linear_layer(in_features, out_features, dtype)
     other = None
     if combination != "none":
         other = random(batch, *size, out_features, seed=3).to(dtype)
@@ -68,7 +58,7 @@ def test_is_the_linear_layer(
     # Relative to the sums without cancellation.
     bound = F.linear(scaled.abs(), weight.abs()).max() + 1
     bound = bound * (1 if other is None else 1 + other.abs().max())
-    tolerance = DTYPES[dtype] * bound
+    tolerance = LINEAR_DTYPES[dtype] * bound
     assert out.dtype == dtype and out.is_contiguous()
     assert (out - expected).abs().max() < tolerance
     out, energy = packed_linear_energy(x, *packed, activation, scale)
@@ -76,63 +66,21 @@ def test_is_the_linear_layer(
     assert (energy - activated.square().sum((1, 2))).abs().max() < 1e-5 * bound**2 * x.shape[1] * 17
 
 
-@pytest.mark.parametrize("dtype", list(DTYPES))
+@pytest.mark.parametrize("dtype", list(LINEAR_DTYPES))
 @pytest.mark.parametrize("rows", [13, 600, 5000])
 def test_many_rows_and_few(rows: int, dtype: torch.dtype) -> None:
     x = random(1, rows, 300).to(dtype)
-    weight, bias, packed = _layer(300, 70, dtype)
+    weight, bias, packed = linear_layer(300, 70, dtype)
     expected = F.linear(x.double(), weight, bias)
     error = (packed_linear(x, *packed) - expected).abs().max()
-    assert error < 10 * DTYPES[dtype] * expected.abs().max()
-
-
-@pytest.mark.parametrize("dtype", list(DTYPES))
-@pytest.mark.parametrize("threads", [1, 2])
-@pytest.mark.parametrize("size", [(3, 5), (31, 43)])
-@pytest.mark.parametrize("dims", [(24, 70, 24), (64, 1500, 40)])
-def test_two_layers(dtype, threads, size, dims) -> None:
-    """Some rows at a time where there are many, from inputs that lie apart."""
-    dim, hidden, out_dim = dims
-    x = random(2, *size, dim + 3).to(dtype)[..., :dim]
-    residual = random(2, *size, out_dim + 1, seed=3).to(dtype)[..., 1:]
-    weight1, bias1, first = _layer(dim, hidden, dtype)
-    weight2, bias2, second = _layer(hidden, out_dim, dtype)
-    between = F.gelu(F.linear(x.double(), weight1, bias1)).to(dtype).double()
-    expected = F.linear(between, weight2, bias2)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        out = packed_mlp(x, *first, *second, "gelu")
-        added = packed_mlp(x, *first, *second, "gelu", residual)
-    finally:
-        torch.set_num_threads(before)
-    assert out.dtype == dtype and out.is_contiguous() and added.is_contiguous()
-    tolerance = 2 * DTYPES[dtype] * expected.abs().max()
-    assert (out - expected).abs().max() < tolerance
-    assert (added - expected - residual).abs().max() < tolerance
-
-
-def test_two_layers_refuse_what_does_not_fit() -> None:
-    packed = pack_weight(torch.ones(5, 8)), torch.zeros(5)
-    back = pack_weight(torch.ones(8, 5)), torch.zeros(8)
-    x = torch.zeros(2, 3, 8)
-    for message, *arguments in (
-        (r"got .2, 3, 7. and", x[..., :7], *packed, *back),
-        (r"got .2, 3, 5. and", x, *packed, *packed),
-        (r"must be one of .*got 'tanh'", x, *packed, *back, "tanh"),
-        (r"other must be .2, 3, 8., got .2, 3, 5.", x, *packed, *back, "relu", x[..., :5]),
-        (r"x is torch.bfloat16 and its weight torch.float32", x.bfloat16(), *packed, *back),
-    ):
-        with pytest.raises(ValueError, match=message):
-            packed_mlp(*arguments)
-    assert packed_mlp(x[:0], *packed, *back).shape == (0, 3, 8)
+    assert error < 10 * LINEAR_DTYPES[dtype] * expected.abs().max()
 
 
 @pytest.mark.parametrize("instructions", ["avx2", "portable"])
 def test_other_instruction_sets(instructions: str, monkeypatch, tmp_path) -> None:
     compiled_for(instructions, monkeypatch)
     x, scale = random(2, 9, 21), random(2, 21, seed=4)
-    weight, bias, packed = _layer(21, 27)
+    weight, bias, packed = linear_layer(21, 27)
     expected = F.gelu(F.linear(x * scale[:, None], weight, bias))
     out, energy = packed_linear_energy(x.float(), *packed, "gelu", scale.float())
     assert (out - expected).abs().max() < 2e-6 * expected.abs().max()
@@ -151,7 +99,7 @@ def test_activations_far_out_and_near(activation: str) -> None:
 
 def test_threads_change_nothing() -> None:
     threads = torch.get_num_threads()
-    _, _, packed = _layer(128, 300)
+    _, _, packed = linear_layer(128, 300)
     for rows in (60, 900):  # shared out by panels, and by rows
         x, outs = random(2, rows, 128).float(), []
         try:
@@ -228,6 +176,3 @@ def test_compiles_and_has_a_fake() -> None:
     ops = torch.ops.vision_backbones
     for arguments in (("relu", other, "add", scale, False), ("relu", None, "none", None, True)):
         torch.library.opcheck(ops.packed_linear.default, (x, *packed, *arguments))
-    back = pack_weight(torch.ones(16, 20)), torch.zeros(16)
-    for residual in (None, x):
-        torch.library.opcheck(ops.packed_mlp.default, (x, *packed, *back, "relu", residual))
