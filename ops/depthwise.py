@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ops import native
-from ops.native.eager import is_plain_call
+from ops.native.eager import is_plain_call, unsupported_tensors
 
 __all__ = ["ACTIVATIONS", "depthwise_branches", "depthwise_conv2d", "taps_first", "unsupported"]
 
@@ -62,13 +62,9 @@ def unsupported(stride: Sequence[int], device: torch.device, dtype: torch.dtype)
 
     The first call on a machine compiles the kernel, which takes some seconds.
     """
-    if device.type != "cpu":
-        return f"the kernel runs on the CPU, the tensors are on {device.type}"
-    if dtype not in (torch.float32, torch.bfloat16):
-        return f"the kernel takes float32 and bfloat16, not {dtype}"
     if not 1 <= stride[1] <= 2:
         return f"the kernel takes strides of 1 and 2, not {stride[1]}"
-    return native.unavailable_reason(_KERNEL)
+    return unsupported_tensors(_KERNEL, device, dtype)
 
 
 def depthwise_conv2d(

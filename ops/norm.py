@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ops import native
 from ops.depthwise import ACTIVATIONS
-from ops.native.eager import is_plain_call
+from ops.native.eager import is_plain_call, unsupported_tensors
 
 __all__ = ["layer_norm", "unsupported"]
 
@@ -42,11 +42,7 @@ def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
 
     The first call on a machine compiles the kernel, which takes some seconds.
     """
-    if device.type != "cpu":
-        return f"the kernel runs on the CPU, the tensors are on {device.type}"
-    if dtype not in (torch.float32, torch.bfloat16):
-        return f"the kernel takes float32 and bfloat16, not {dtype}"
-    return native.unavailable_reason(_KERNEL)
+    return unsupported_tensors(_KERNEL, device, dtype)
 
 
 def layer_norm(

@@ -142,11 +142,6 @@ def _run(
     qk_dim: int,
     eps: float,
 ) -> Tensor:
-    library, reason = native.load(_KERNEL), unsupported(x.device, x.dtype)
-    if library is None or reason is not None:
-        raise RuntimeError(f"the kernel of cascaded attention is not available: {reason}")
-    x = x.contiguous()
-    out = torch.empty_like(x)
     problem = _problem(
         x.shape,
         (x.dtype, weight.dtype),
@@ -156,6 +151,11 @@ def _run(
         eps,
         torch.get_num_threads(),
     )
+    library, reason = native.load(_KERNEL), unsupported(x.device, x.dtype)
+    if library is None or reason is not None:
+        raise RuntimeError(f"the kernel of cascaded attention is not available: {reason}")
+    x = x.contiguous()
+    out = torch.empty_like(x)
     if out.numel() == 0:
         return out
     table = None if table is None else table.contiguous()

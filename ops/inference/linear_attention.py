@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ops import native
 from ops.attention.rank_augmented import rotary_table
-from ops.native.eager import is_plain_call
+from ops.native.eager import is_plain_call, unsupported_tensors
 
 __all__ = ["gated_linear_attention", "unsupported"]
 
@@ -52,13 +52,9 @@ def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int) -> str 
 
     The first call on a machine compiles the kernel, which takes some seconds.
     """
-    if device.type != "cpu":
-        return f"the kernel runs on the CPU, the tensors are on {device.type}"
-    if dtype not in (torch.float32, torch.bfloat16):
-        return f"the kernel takes float32 and bfloat16, not {dtype}"
     if head_dim % _WHOLE:
         return f"the kernel takes head dims that {_WHOLE} divides, not {head_dim}"
-    return native.unavailable_reason(_KERNEL)
+    return unsupported_tensors(_KERNEL, device, dtype)
 
 
 def gated_linear_attention(qkvo: Tensor, bias: Tensor, num_heads: int) -> Tensor:

@@ -1,4 +1,4 @@
-"""Whether a call may go past torch's dispatcher straight to a native kernel."""
+"""Whether a native kernel takes a call, and whether it may go past torch's dispatcher."""
 
 from __future__ import annotations
 
@@ -7,7 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-__all__ = ["is_plain_call"]
+from ops.native.build import unavailable_reason
+
+__all__ = ["is_plain_call", "unsupported_tensors"]
 
 
 def _key_set(*names: str) -> int:
@@ -42,3 +44,12 @@ def is_plain_call(tensors: Sequence[Tensor | None]) -> bool:
         if _dispatch_keys(t).raw_repr() | _PLAIN_TENSOR != _PLAIN_TENSOR:
             return False
     return True
+
+
+def unsupported_tensors(kernel: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """``None`` if a kernel of the CPU for float32 and bfloat16 takes such tensors, else why not."""
+    if device.type != "cpu":
+        return f"the kernel runs on the CPU, the tensors are on {device.type}"
+    if dtype not in (torch.float32, torch.bfloat16):
+        return f"the kernel takes float32 and bfloat16, not {dtype}"
+    return unavailable_reason(kernel)
