@@ -94,6 +94,8 @@ def draw(report: dict[str, Any], path: Path) -> None:
             continue  # nothing to compare with; its curve over size is drawn
         title = "{size}², batch {batch}, {threads} thread(s), {dtype}, {direction}".format(**row)
         panels.setdefault(title, []).append(row)
+    everyone = dict.fromkeys(n for rows in panels.values() for r in rows for n in r["contenders"])
+    colours = {name: f"C{number}" for number, name in enumerate(everyone)}
     curves = _by_size(report)
     count = len(panels) + bool(curves)
     figure = Figure(figsize=(11, 3 * count), layout="constrained")
@@ -104,12 +106,13 @@ def draw(report: dict[str, Any], path: Path) -> None:
         for i, name in enumerate(names):
             speeds = [_speed(row["contenders"], name) for row in rows]
             places = [j + (i - (len(names) - 1) / 2) / (len(names) + 1) for j in range(len(rows))]
-            axis.bar(places, speeds, 1 / (len(names) + 1), label=name)
+            axis.bar(places, speeds, 1 / (len(names) + 1), label=name, color=colours[name])
         axis.axhline(1, color="black", linewidth=0.8)
-        axis.set_xticks(range(len(rows)), [row["model"] for row in rows], fontsize=7)
+        axis.set_xticks(range(len(rows)), [row["model"] for row in rows], fontsize=6)
+        axis.set_xlim(-0.6, max(len(rows), 4) - 0.4)
         axis.set_title(title, fontsize=9)
         axis.set_ylabel("speed over eager", fontsize=8)
-        axis.legend(ncols=max(1, len(names)), fontsize=7)
+        axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=7)
     if curves:
         for key, sizes in curves.items():
             pixels = [size**2 for size in sorted(sizes)]
