@@ -32,17 +32,17 @@ def packed_mlp(
 
     Args:
         x: (B, ..., in_features), float32 or bfloat16 as the weights.
-        weight1, weight2: see :func:`pack_weight`.
+        weight1, weight2: see :func:`ops.linear.pack_weight`.
         bias1: (hidden,) float32.
         bias2: (out_features,) float32.
-        activation: as for :func:`packed_linear`.
+        activation: as for :func:`ops.linear.packed_linear`.
         residual: (B, ..., out_features).
 
     Returns:
         (B, ..., out_features), contiguous.
 
     Raises:
-        ValueError, RuntimeError: see :func:`packed_linear`.
+        ValueError, RuntimeError: see :func:`ops.linear.packed_linear`.
     """
     plain = is_plain_call((x, weight1, bias1, weight2, bias2, residual))
     forward = _packed_mlp if plain else _dispatched

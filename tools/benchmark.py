@@ -203,7 +203,10 @@ def measure(
     turn_seconds: float = 0.3,
     profile: bool = False,
 ) -> dict[str, Any]:
-    """Times of all contenders in turn: ``rounds`` turns, or in ``seconds``, but 3 at least."""
+    """Times of all contenders in turn: ``rounds`` turns, or in ``seconds``, but 3 at least.
+
+    A turn repeats the call for ``turn_seconds``, see :func:`measuring.steady`.
+    """
     torch.set_num_threads(row.threads)
     images = row.images(row.batch)
     makers: dict[str, Callable[[], nn.Module | None]] = {

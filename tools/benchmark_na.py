@@ -2,9 +2,9 @@
 
 Neighborhood attention: https://arxiv.org/abs/2204.07143. All contenders of a setting take turns in
 one process, so that whatever else the machine does meets them alike; what counts are the ratios,
-each taken within one turn. A turn begins with a call that is not timed, which finds the caches as
-another contender left them (in a model, what attends has just been computed), and repeats a short
-call for ``--turn-ms``. A contender whose calls take longer than ``--seconds`` is timed once.
+each taken within one turn. A turn repeats a short call for ``--turn-ms``, so that it is not the one
+that finds the caches as another contender left them: in a model, what attends has just been
+computed. A contender whose calls take longer than ``--seconds`` is timed once.
 
     python tools/benchmark_na.py --threads 1 --output runs/benchmark_na
     python tools/benchmark_na.py --device cuda --dtype bfloat16 --settings 56x56-k7-d64
@@ -139,7 +139,6 @@ def measure(
                 for _ in range(repeats):
                     run()
 
-            run()
             times[name].append(stopwatch(repeated, device) / repeats)
 
     flops = setting.flops(batch, backward)

@@ -64,7 +64,7 @@ def stopwatch(run: Callable[[], object], device: torch.device) -> float:
 
 
 def steady(run: Callable[[], object], device: torch.device, seconds: float) -> list[float]:
-    """Seconds of each call in the later half of a row of calls, two at least."""
+    """Seconds of each call in the later half of calls in a row: for ``seconds``, two at least."""
     times = [stopwatch(run, device)]
     while len(times) < 2 or sum(times) < seconds:
         times.append(stopwatch(run, device))

@@ -43,8 +43,8 @@ READING = {
         "layers, with the global response norm's sums of squares taken on the way."
     ),
     "VAN": (
-        "Depthwise convolutions of 5×5 and dilated 7×7, half of the time before and our kernel's "
-        "now."
+        "Depthwise convolutions of 5×5 and dilated 7×7: two fifths of the plain form's time, under "
+        "a quarter of the fused one's."
     ),
     "BiFormer": (
         "Linear layers, then attention to the regions that were chosen; they are attended to where "

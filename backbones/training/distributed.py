@@ -15,7 +15,7 @@ from backbones.training.errors import RecipeError
 
 __all__ = ["Verdict", "World", "leave_processes", "world_of_processes"]
 
-_left: list[Any] = []
+_kept_groups: list[Any] = []
 
 
 @dataclass(frozen=True)
@@ -118,7 +118,7 @@ def leave_processes() -> None:
     Its last owner is DDP, which keeps Python's lock while gloo's threads end; they wait for that
     lock to let go of the last tensors, and everything stands still. So a reference stays here.
     """
-    _left.append(dist.group.WORLD)
+    _kept_groups.append(dist.group.WORLD)
     dist.destroy_process_group()
 
 
