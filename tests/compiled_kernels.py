@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -39,6 +42,17 @@ def linear_layer(
     weight = random(out_features, in_features, seed=1).to(dtype)
     bias = random(out_features, seed=2).float()
     return weight.double(), bias.double(), (pack_weight(weight), bias)
+
+
+@contextmanager
+def using_threads(count: int) -> Iterator[None]:
+    """Inside, torch and the kernels have so many threads."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def forget_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

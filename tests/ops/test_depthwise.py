@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from compiled_kernels import PLAIN_ACTIVATIONS, compiled_for, random, without_kernels
+from compiled_kernels import PLAIN_ACTIVATIONS, compiled_for, random, using_threads, without_kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -126,14 +126,10 @@ def test_a_slice_of_channels_is_read_where_it_lies() -> None:
 
 def test_threads_change_nothing() -> None:
     x, weight = random(2, 48, 40, 40).float(), random(48, 1, 7, 7)
-    threads = torch.get_num_threads()
     outs = []
-    try:
-        for count in (1, 2):
-            torch.set_num_threads(count)
+    for threads in (1, 2):
+        with using_threads(threads):
             outs.append(depthwise_conv2d(x, taps_first(weight), None, (1, 1), (3, 3)))
-    finally:
-        torch.set_num_threads(threads)
     assert torch.equal(*outs)
 
 
@@ -162,14 +158,10 @@ def test_branches(passed: int, batch: int, threads: int) -> None:
         padding = (rows // 2, columns // 2)
         parts.append(F.conv2d(part, weights[i], biases[i], 1, padding, 1, 6))
     taps = [taps_first(w) for w in weights]
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
-        for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 1e-2)):
+    for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 1e-2)):
+        with using_threads(threads):
             out = depthwise_branches(x.to(dtype), taps, [b.float() for b in biases])
-            assert out.dtype == dtype and _relative(out, torch.cat(parts, 1)) < tolerance
-    finally:
-        torch.set_num_threads(before)
+        assert out.dtype == dtype and _relative(out, torch.cat(parts, 1)) < tolerance
 
 
 def test_branches_that_do_not_fit_are_refused() -> None:

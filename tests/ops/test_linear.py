@@ -11,6 +11,7 @@ from compiled_kernels import (
     compiled_for,
     linear_layer,
     random,
+    using_threads,
     without_kernels,
 )
 from hypothesis import given, settings
@@ -98,16 +99,12 @@ def test_activations_far_out_and_near(activation: str) -> None:
 
 
 def test_threads_change_nothing() -> None:
-    threads = torch.get_num_threads()
     _, _, packed = linear_layer(128, 300)
     for rows in (60, 900):  # shared out by panels, and by rows
         x, outs = random(2, rows, 128).float(), []
-        try:
-            for count in (1, 2):
-                torch.set_num_threads(count)
+        for threads in (1, 2):
+            with using_threads(threads):
                 outs.append((packed_linear(x, *packed), *packed_linear_energy(x, *packed)))
-        finally:
-            torch.set_num_threads(threads)
         for one, two in zip(*outs, strict=True):
             torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-4)
 

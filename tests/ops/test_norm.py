@@ -7,7 +7,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from compiled_kernels import PLAIN_ACTIVATIONS, compiled_for, random, without_kernels
+from compiled_kernels import PLAIN_ACTIVATIONS, compiled_for, random, using_threads, without_kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.layers import LayerNorm2d
@@ -44,12 +44,8 @@ def test_is_the_norm(dtype, size, dim, activation, shift) -> None:
 def test_threads_and_apart(threads: int) -> None:
     x = random(2, 30, 37, 24).float()[..., 3:]
     weight, bias = random(21, seed=1).float(), random(21, seed=2).float()
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
+    with using_threads(threads):
         out = layer_norm(x, weight, bias, 1e-6, "gelu")
-    finally:
-        torch.set_num_threads(before)
     torch.testing.assert_close(out, F.gelu(F.layer_norm(x, (21,), weight, bias, 1e-6)))
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from compiled_kernels import LINEAR_DTYPES, linear_layer, random
+from compiled_kernels import LINEAR_DTYPES, linear_layer, random, using_threads
 
 from ops.linear import pack_weight
 from ops.packed_mlp import packed_mlp
@@ -24,13 +24,9 @@ def test_is_both_layers(dtype, threads, size, dims) -> None:
     weight2, bias2, second = linear_layer(hidden, out_dim, dtype)
     between = F.gelu(F.linear(x.double(), weight1, bias1)).to(dtype).double()
     expected = F.linear(between, weight2, bias2)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
+    with using_threads(threads):
         out = packed_mlp(x, *first, *second, "gelu")
         added = packed_mlp(x, *first, *second, "gelu", residual)
-    finally:
-        torch.set_num_threads(before)
     assert out.dtype == dtype and out.is_contiguous() and added.is_contiguous()
     tolerance = 2 * LINEAR_DTYPES[dtype] * expected.abs().max()
     assert (out - expected).abs().max() < tolerance

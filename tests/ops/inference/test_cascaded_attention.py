@@ -7,7 +7,7 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-from compiled_kernels import compiled_for
+from compiled_kernels import compiled_for, using_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -120,13 +120,10 @@ def test_a_map_of_many_tiles_and_dispatched_calls() -> None:
 def test_threads_change_nothing() -> None:
     parts = _Heads(3, 24, 16, (3, 3, 5), False)
     packed, x = parts.packed(), torch.randn(5, 7, 7, 72)
-    before, outs = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
+    outs = []
+    for threads in (1, 2, 3):
+        with using_threads(threads):
             outs.append(packed(x))
-    finally:
-        torch.set_num_threads(before)
     assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
 
 

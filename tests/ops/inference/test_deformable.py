@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from compiled_kernels import compiled_for
+from compiled_kernels import compiled_for, using_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -56,12 +56,8 @@ def test_is_that_of_torchvision(batch, size, channels, kernel, stride, last, act
 def test_pieces_and_threads(threads: int) -> None:
     x, offset, weight, bias = _problem(2, (64, 51), (130, 70), 2, 2)
     expected = deform_conv2d(x, offset, weight, bias, stride=2)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
+    with using_threads(threads):
         out = deformable_conv2d(x, offset, pack_taps(weight), bias, 2, 2)
-    finally:
-        torch.set_num_threads(before)
     torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-4)
 
 

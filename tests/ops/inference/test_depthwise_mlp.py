@@ -6,7 +6,7 @@ import copy
 
 import pytest
 import torch
-from compiled_kernels import PLAIN_ACTIVATIONS, compiled_for
+from compiled_kernels import PLAIN_ACTIVATIONS, compiled_for, using_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.layers import ConvMlp, Mlp
@@ -85,13 +85,9 @@ def test_strips_and_threads(hidden: int, threads: int) -> None:
     packed = PackedDepthwiseMlp(parts["fc1"], parts["conv"], parts["fc2"], "none", "gelu")
     x = torch.randn(2, 90, 41, 24)
     expected = _exact(parts, x, ("none", "gelu"), True, True)
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(threads)
+    with using_threads(threads):
         out = packed(x, None, parts["norm"])
         assert torch.equal(packed(x, None, parts["norm"]), out)
-    finally:
-        torch.set_num_threads(before)
     assert (out - expected).abs().max() <= 2e-6 * expected.abs().max()
     tokens = PackedDepthwiseMlp(parts["fc1"], None, parts["fc2"], "gelu")(x)
     expected = _exact(parts, x, ("gelu", "none"), False, False)
@@ -214,11 +210,7 @@ def test_pointwise_layers_run_one_by_one_where_the_kernel_does_not_serve(
 def test_threads_without_rows_of_their_own() -> None:
     parts = _parts(8, 16, 8)
     packed = PackedDepthwiseMlp(parts["fc1"], parts["conv"], parts["fc2"])
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
+    with using_threads(2):
         assert packed.shares_out(torch.zeros(1, 7, 7, 8))
         assert not packed.shares_out(torch.zeros(1, 4, 4, 8))
         assert packed.shares_out(torch.zeros(2, 4, 4, 8))
-    finally:
-        torch.set_num_threads(before)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from compiled_kernels import compiled_for
+from compiled_kernels import compiled_for, using_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -74,14 +74,11 @@ def test_regions_that_regions_chose(
 
 def test_threads_change_nothing() -> None:
     query, key, value = (_random(2, n, 4, 32, seed=n) for n in (1000, 120, 120))
-    before, outs = torch.get_num_threads(), []
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            outs.append(torch.empty(2, 1000, 4, 32))
+    outs = []
+    for threads in (1, 2, 3):
+        outs.append(torch.empty(2, 1000, 4, 32))
+        with using_threads(threads):
             attend(query, key, value, outs[-1])
-    finally:
-        torch.set_num_threads(before)
     assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
 
 

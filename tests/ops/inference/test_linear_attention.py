@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from compiled_kernels import compiled_for
+from compiled_kernels import compiled_for, using_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -52,15 +52,11 @@ def test_is_the_definition(batch, size, head_dim, num_heads, dtype) -> None:
 def test_threads(batch: int) -> None:
     qkvo, bias = _random(batch, (40, 37), 128)
     expected = _exact(qkvo, bias, 2)
-    before = torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
+    for threads in (1, 2, 3):
+        with using_threads(threads):
             out = gated_linear_attention(qkvo, bias, 2)
             assert (out - expected).abs().max() <= 4e-6 * expected.abs().max()
             assert torch.equal(gated_linear_attention(qkvo, bias, 2), out)
-    finally:
-        torch.set_num_threads(before)
 
 
 @pytest.mark.parametrize("instructions", ["avx2", "portable"])

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from compiled_kernels import forget_kernels
+from compiled_kernels import forget_kernels, using_threads
 from neighborhood_oracle import (
     NA,
     Case,
@@ -129,14 +129,10 @@ def test_thread_count_and_repetition_change_nothing(dtype):
     rpb = torch.randn(2, 13, 13)
     if dtype == torch.bfloat16:
         rpb = rpb.bfloat16()
-    before = torch.get_num_threads()
-    try:
-        results = []
-        for threads in (1, 1, 2, 3):
-            torch.set_num_threads(threads)
+    results = []
+    for threads in (1, 1, 2, 3):
+        with using_threads(threads):
             results.append(_out_and_gradients(query, key, value, 7, rpb=rpb))
-    finally:
-        torch.set_num_threads(before)
     for other in results[1:]:
         assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
 
@@ -165,15 +161,11 @@ def test_gradients_where_units_of_work_share_keys(size, window):
     grad = torch.randn(query.shape, generator=generator)
 
     def gradients(backend, threads=1):
-        torch.set_num_threads(threads)
-        out = attend(query, key, value, *window, backend=backend)
-        return torch.autograd.grad(out, (query, key, value), grad)
+        with using_threads(threads):
+            out = attend(query, key, value, *window, backend=backend)
+            return torch.autograd.grad(out, (query, key, value), grad)
 
-    before = torch.get_num_threads()
-    try:
-        ours, with_two, others = gradients("cpu"), gradients("cpu", 2), gradients("tiled")
-    finally:
-        torch.set_num_threads(before)
+    ours, with_two, others = gradients("cpu"), gradients("cpu", 2), gradients("tiled")
     for a, b, other in zip(ours, with_two, others, strict=True):
         assert torch.equal(a, b)
         torch.testing.assert_close(a, other, rtol=1e-5, atol=2e-5)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from compiled_kernels import using_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from neighborhood_oracle import NA, Case, assert_exact, make_inputs
@@ -108,13 +109,9 @@ def test_repeated_runs_and_threads_change_nothing(backend: str | None, case: Cas
     inputs = make_inputs(case, DTYPE[backend]).map(lambda t: t.requires_grad_()).present()
 
     def run(threads: int) -> list[Tensor]:
-        before = torch.get_num_threads()
-        torch.set_num_threads(threads)
-        try:
+        with using_threads(threads):
             out, lse = attend(case, inputs, backend, return_lse=True)
             grads = torch.autograd.grad(out.sum() + lse.square().sum(), tuple(inputs.values()))
-        finally:
-            torch.set_num_threads(before)
         return [out, lse, *grads]
 
     first = run(1)
