@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ops import native
 from ops.native.eager import is_plain_call
+from ops.native.memory import ask_for_huge_pages
 from ops.neighborhood._geometry import NAParams
 
 __all__ = ["attend", "supports"]
@@ -138,6 +139,7 @@ def _run_forward(
     out = _empty_out(query, value)
     if out.numel() == 0:
         return out
+    ask_for_huge_pages(out)
     inputs = _Inputs(query, key, value, additional_keys, additional_values, rpb)
     problem = inputs.problem(kernel_size, stride, dilation, is_causal, scale)
     tensors = _FORWARD_TENSORS.pack(*inputs.fields, *_with_channels(out), *_per_query(lse))
