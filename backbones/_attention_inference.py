@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbones import biformer, favit, litv2, medvitv2, ravlt
+from backbones import _medvitv2_blocks, biformer, favit, litv2, ravlt
 from ops.inference.deformable import deformable_conv2d, pack_taps, unsupported
 from ops.inference.depthwise_mlp import PackedDepthwiseMlp
 from ops.inference.layers import FastConv2d, runs_fast
@@ -118,14 +118,14 @@ class RAVLTStage(ravlt.RAVLTStage):
         return self.run_blocks(x, None, None).permute(0, 3, 1, 2)
 
 
-class MedViTV2ConvFFN(medvitv2.ConvFFN):
+class MedViTV2ConvFFN(_medvitv2_blocks.ConvFFN):
     """The last layer adds the shortcut."""
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         return self.project(self.se(self.dwconv(self.expand(x))), residual)
 
 
-class MedViTV2LocalBlock(medvitv2.LocalBlock):
+class MedViTV2LocalBlock(_medvitv2_blocks.LocalBlock):
     """The feed-forward adds both of its shortcuts."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -143,8 +143,8 @@ FORMS: dict[type[Any], type[Any]] = {
     litv2.Block: LITv2Block,
     litv2.DeformableConv2d: LITv2DeformableConv2d,
     litv2.PatchEmbed: LITv2PatchEmbed,
-    medvitv2.ConvFFN: MedViTV2ConvFFN,
-    medvitv2.LocalBlock: MedViTV2LocalBlock,
+    _medvitv2_blocks.ConvFFN: MedViTV2ConvFFN,
+    _medvitv2_blocks.LocalBlock: MedViTV2LocalBlock,
     ravlt.Block: RAVLTBlock,
     ravlt.ConvMlp: RAVLTConvMlp,
     ravlt.RAVLTStage: RAVLTStage,

@@ -20,174 +20,20 @@ from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch
 from timm.layers import (
     ClassifierHead,
-    DropPath,
-    SqueezeExcite,
     calculate_drop_path_rates,
-    make_divisible,
 )
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from backbones._base import Stage, StagedBackbone
+from backbones._medvitv2_blocks import GlobalBlock, LocalBlock
 from backbones._registry import build_model, register
-from ops.attention.pooled import PooledAttention
 from ops.conv import ConvNorm
 from ops.init import init_trunc_normal
-from ops.kan import KAN
-from ops.neighborhood import BACKENDS, NAParams, NeighborhoodAttention2D, na2d
 
 __all__ = ["MedViTV2"]
-
-
-class WindowedAttention(NeighborhoodAttention2D):
-    """Neighborhood attention with a position bias, whose window fits every map.
-
-    (B, H, W, embed_dim) → (B, H, W, embed_dim).
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        assert self.rpb is not None
-        kernel_size, dilation = [], []
-        rpb: Tensor = self.rpb
-        for axis, size in enumerate(x.shape[1:3]):
-            whole, wide = self.kernel_size[axis], self.dilation[axis]
-            fitted = torch.sym_min(whole, size)
-            kernel_size.append(fitted)
-            dilation.append(1 if wide == 1 else torch.sym_min(wide, size // fitted))
-            # The table is of offsets around its centre.
-            rpb = rpb.narrow(axis + 1, whole - fitted, 2 * fitted - 1)
-        query, key, value = self.qkv(x).unflatten(3, (3, self.num_heads, -1)).unbind(3)
-        if isinstance(kernel_size[0], int) and isinstance(kernel_size[1], int):
-            out = na2d(query, key, value, kernel_size, dilation=dilation, scale=self.scale, rpb=rpb)
-        else:  # a window that depends on open sizes; `na2d` would bind it to a number
-            window = (tuple(kernel_size), (1, 1), tuple(dilation), (False, False))
-            params = NAParams(*window, self.scale, return_lse=False)
-            out, _ = BACKENDS["reference"].attend(query, key, value, None, None, rpb, params)
-        assert isinstance(out, Tensor)
-        return self.proj(out.flatten(3))
-
-
-class ConvFFN(nn.Module):
-    """Expand, depthwise, squeeze-and-excitation, project: (B, dim, H, W) → (B, dim, H, W)."""
-
-    def __init__(self, dim: int, hidden_dim: int, kernel_size: int = 3) -> None:
-        super().__init__()
-        self.expand = ConvNorm(dim, hidden_dim, act_layer=nn.Hardswish)
-        self.dwconv = ConvNorm(
-            hidden_dim, hidden_dim, kernel_size, groups=hidden_dim, act_layer=nn.Hardswish
-        )
-        self.se = SqueezeExcite(
-            hidden_dim, rd_channels=hidden_dim // dim, gate_layer="hard_sigmoid"
-        )
-        self.project = ConvNorm(hidden_dim, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.project(self.se(self.dwconv(self.expand(x))))
-
-
-class LocalBlock(nn.Module):
-    """Neighborhood attention, then a convolutional feed-forward.
-
-    (B, dim, H, W) → (B, dim, H, W).
-    """
-
-    def __init__(
-        self, dim: int, head_dim: int, window_size: int, dilation: int, ffn_kernel: int, drop: float
-    ) -> None:
-        super().__init__()
-        self.norm1 = nn.BatchNorm2d(dim)
-        self.attn = WindowedAttention(
-            dim, dim // head_dim, window_size, dilation=dilation, rel_pos_bias=True
-        )
-        self.drop_path = DropPath(drop)
-        self.norm2 = nn.BatchNorm2d(dim)
-        self.ffn = ConvFFN(dim, 3 * dim, ffn_kernel)
-
-    def forward(self, x: Tensor) -> Tensor:
-        batch, dim, height, width = x.shape
-        mixed = self.attn(self.norm1(x).reshape(batch, height, width, dim))
-        x = x + self.drop_path(mixed.reshape(x.shape))
-        normed = self.norm2(x)
-        return x + normed + self.ffn(normed)
-
-
-class GroupedConv(nn.Module):
-    """Multi-head convolutional attention: a grouped 3×3 convolution and a pointwise one.
-
-    (B, dim, H, W) → (B, dim, H, W).
-    """
-
-    def __init__(self, dim: int, head_dim: int) -> None:
-        super().__init__()
-        self.conv = ConvNorm(dim, dim, 3, groups=dim // head_dim, act_layer=nn.ReLU)
-        self.proj = nn.Conv2d(dim, dim, 1, bias=False)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj(self.conv(x))
-
-
-class GlobalBlock(nn.Module):
-    """Pooled attention, a convolution of what it gives beside it, then a KAN.
-
-    (B, in_dim, H, W) → (B, dim, H, W); ``mix_ratio`` of the channels attend.
-    """
-
-    def __init__(
-        self,
-        in_dim: int,
-        dim: int,
-        head_dim: int,
-        sr_ratio: int,
-        mix_ratio: float,
-        drop: float,
-        *,
-        project_input: bool,
-    ) -> None:
-        super().__init__()
-        attn_dim = make_divisible(int(dim * mix_ratio), 32)
-        conv_dim = dim - attn_dim
-        if conv_dim < head_dim or conv_dim % head_dim or attn_dim % head_dim:
-            raise ValueError(
-                f"heads of {head_dim} do not divide {dim} channels that are split into {attn_dim} "
-                f"for attention and {conv_dim} for convolution (mix_ratio {mix_ratio})"
-            )
-        self.embed = (
-            ConvNorm(in_dim, attn_dim) if project_input or in_dim != attn_dim else nn.Identity()
-        )
-        self.norm1: nn.Module = nn.BatchNorm2d(attn_dim)
-        self.attn = PooledAttention(attn_dim, attn_dim // head_dim, sr_ratio)
-        self.attn_drop_path = DropPath(drop * mix_ratio)
-        self.proj = ConvNorm(attn_dim, conv_dim) if conv_dim != attn_dim else nn.Identity()
-        self.conv = GroupedConv(conv_dim, head_dim)
-        self.conv_drop_path = DropPath(drop * (1 - mix_ratio))
-        self.norm2 = nn.BatchNorm2d(dim)
-        # In the checkpoints, but nothing calls it. Frozen, so that data-parallel training does not
-        # wait for its gradients.
-        self.unused: nn.Module = ConvFFN(dim, 2 * dim).requires_grad_(False)
-        self.kan = KAN((dim, 2 * dim, dim))
-        self.drop_path = DropPath(drop)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.embed(x)
-        mixed = self.attn(self.norm1(x).flatten(2).transpose(1, 2))
-        x = x + self.attn_drop_path(mixed.transpose(1, 2).reshape(x.shape))
-        beside = self.proj(x)
-        beside = beside + self.conv_drop_path(self.conv(beside))
-        x = torch.cat((x, beside), dim=1)
-        batch, dim, height, width = x.shape
-        mixed = self.kan(self.norm2(x).reshape(batch, height * width, dim))
-        return x + self.drop_path(mixed.reshape(x.shape))
-
-    def fuse(self) -> nn.Module:
-        """The first norm goes into the attention; what is never called goes away."""
-        if isinstance(self.norm1, nn.BatchNorm2d):
-            self.attn.fold_norm(self.norm1)
-            self.norm1 = nn.Identity()
-            self.unused = nn.Identity()
-        return self
 
 
 def _stem(in_chans: int, dims: Sequence[int]) -> nn.Sequential:
