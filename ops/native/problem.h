@@ -60,12 +60,18 @@ struct Layout {
               tile_count = static_cast<int>(tiles.size());
     const int64_t heads = std::max<int64_t>(1, p.batch * p.kv_heads);
     // Enough units to keep many threads busy, but each large beside the border of keys that
-    // neighbours pack again.
+    // neighbours pack again and, where sums over units are wanted, also sum and keep.
     constexpr int64_t WANTED_UNITS = 64;
+    constexpr double UNIT_FLOPS = 10e6;
     const bool small = flops(p) < SMALL_FLOPS;
-    const bool alone = small || (!sums_over_units && p.threads == 1);
-    int64_t wanted = alone ? 1 : (WANTED_UNITS + heads - 1) / heads;
-    const int min_tiles = std::max(2, (2 * y.max_count + MAX_ROWS - 1) / MAX_ROWS);
+    int64_t wanted = (WANTED_UNITS + heads - 1) / heads;
+    if (sums_over_units) {
+      wanted = std::min<int64_t>(WANTED_UNITS, static_cast<int64_t>(flops(p) / UNIT_FLOPS)) / heads;
+      wanted = std::max<int64_t>(wanted, 1);
+    }
+    if (small || (!sums_over_units && p.threads == 1)) wanted = 1;
+    const int windows = sums_over_units ? 4 : 2;
+    const int min_tiles = std::max(2, (windows * y.max_count + MAX_ROWS - 1) / MAX_ROWS);
     const int chunk_count =
         static_cast<int>(std::min<int64_t>(wanted, std::max(1, tile_count / min_tiles)));
     for (int c = 0; c < chunk_count; c++) {
@@ -80,7 +86,7 @@ struct Layout {
     constexpr int64_t CACHE_BYTES = 768 << 10;
     const int64_t column_bytes =
         static_cast<int64_t>(z.size) * ring_rows * (p.dim + p.value_dim) * 4;
-    const int64_t min_groups = std::max(2, (2 * x.max_count + simd::W - 1) / simd::W);
+    const int64_t min_groups = std::max(2, (windows * x.max_count + simd::W - 1) / simd::W);
     wanted = (wanted + chunk_count - 1) / chunk_count;
     const int64_t fit = CACHE_BYTES / column_bytes / simd::W;
     const int64_t per_segment =
