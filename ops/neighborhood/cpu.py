@@ -176,6 +176,7 @@ def _backward_kernel(
     grads = _empty_gradients(query, key, value, additional_keys, additional_values, rpb)
     if out.numel() == 0:
         return tuple(grad.zero_() for grad in grads)  # type: ignore[return-value]
+    ask_for_huge_pages(*grads[:3])
     inputs = _Inputs(query, key, value, additional_keys, additional_values, rpb)
     problem = inputs.problem(kernel_size, stride, dilation, is_causal, scale)
     grad_out, out, lse = _inner_contiguous(grad_out), _inner_contiguous(out), lse.contiguous()

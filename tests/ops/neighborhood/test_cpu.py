@@ -76,7 +76,7 @@ _PLAIN = {"stride": (1, 1), "dilation": (1, 1), "is_causal": (False, False)}
             Case((30, 30), (7, 7), (1, 1), (4, 4), (False, True), has_rpb=True), id="n mod d"
         ),
         pytest.param(
-            Case((50, 34), (7, 7), heads=2, kv_heads=2, dim=64, has_rpb=True, **_PLAIN),
+            Case((60, 34), (7, 7), heads=2, kv_heads=2, dim=64, has_rpb=True, **_PLAIN),
             id="several chunks",
         ),
         pytest.param(
@@ -125,7 +125,7 @@ def _out_and_gradients(query, key, value, *rest, **named):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_thread_count_and_repetition_change_nothing(dtype):
     # Above the size from which more than one thread is used, and in several chunks.
-    query, key, value = _inputs(56, 48, dim=32, dtype=dtype)
+    query, key, value = _inputs(80, 72, dim=32, dtype=dtype)
     rpb = torch.randn(2, 13, 13)
     if dtype == torch.bfloat16:
         rpb = rpb.bfloat16()
@@ -146,7 +146,7 @@ def test_thread_count_and_repetition_change_nothing(dtype):
         ((90, 50), ((7, 7), (1, 1), (8, 5), (True, True))),
         ((80, 80), ((2, 2), (2, 2), (4, 3), (False, False))),
         ((3000,), ((63,), (5,), (1,), (False,))),
-        ((3001,), ((31,), (1,), (7,), (True,))),
+        ((6001,), ((31,), (1,), (7,), (True,))),
         ((6, 40, 44), ((3, 5, 7), (1, 2, 1), (1, 1, 2), (False, True, False))),
     ],
 )
