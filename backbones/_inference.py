@@ -8,11 +8,10 @@ import torch
 from torch import Tensor
 
 from backbones import inception_next, unireplknet, van
+from ops.inference.layers import FastLayer
+from ops.inference.response_mlp import PackedResponseMlp, unsupported
 
 __all__ = ["FORMS"]
-
-# Of a map between two linear layers; a batch whose maps take more goes image by image.
-_BATCH_BYTES = 4 << 20
 
 
 class InceptionNeXtBlock(inception_next.Block):
@@ -22,32 +21,36 @@ class InceptionNeXtBlock(inception_next.Block):
         return self.mlp(self.token_mixer(x), residual=x)
 
 
-class UniRepLKNetBlock(unireplknet.Block):
-    """Gates, response norm and shortcut on the way through the linear layers."""
+class UniRepLKNetBlock(FastLayer, unireplknet.Block):
+    """All that follows the depthwise convolution in one pass."""
 
     followed: ClassVar = {"act": ("fc1",)}
 
     def forward(self, x: Tensor) -> Tensor:
-        mixed = self.dwconv(x)
-        se: Any = self.se
-        gates = se.gates(mixed)
-        tokens, shortcut = mixed.permute(0, 2, 3, 1), x.permute(0, 2, 3, 1)
-        hidden_bytes = tokens.numel() // tokens.shape[3] * self.fc1.out_features * x.element_size()
-        if torch.compiler.is_compiling() or x.requires_grad or hidden_bytes <= _BATCH_BYTES:
-            return self._mlp(tokens, gates, shortcut).permute(0, 3, 1, 2)
-        out = shortcut.new_empty(shortcut.shape)
-        for i in range(len(x)):
-            part = slice(i, i + 1)
-            out[part] = self._mlp(tokens[part], gates[part], shortcut[part])
-        return out.permute(0, 3, 1, 2)
+        derived = self.derived(x)
+        mixed, shortcut = self.dwconv(x).permute(0, 2, 3, 1), x.permute(0, 2, 3, 1)
+        if derived is None:
+            return self._mlp(mixed, shortcut).permute(0, 3, 1, 2)
+        return derived(mixed, shortcut).permute(0, 3, 1, 2)
 
-    def _mlp(self, x: Tensor, gates: Tensor, shortcut: Tensor) -> Tensor:
-        """(B, H, W, dim), (B, dim) and (B, H, W, dim) → (B, H, W, dim)."""
+    def _mlp(self, x: Tensor, shortcut: Tensor) -> Tensor:
+        """Gates, response norm and shortcut on the way through the linear layers."""
+        se: Any = self.se
         fc1: Any = self.fc1
-        hidden, energy = fc1.energy(x, gates)
+        hidden, energy = fc1.energy(x, se.gates(x.permute(0, 3, 1, 2)))
         norm = energy.sqrt()
         share = norm / (norm.mean(dim=-1, keepdim=True) + self.grn.eps)
         return self.fc2(hidden, shortcut, 1 + self.grn.weight.view(1, -1) * share)
+
+    def sources(self) -> list[Tensor]:
+        layers = (self.fc1, self.fc2, self.grn, self.se.fc1, self.se.fc2)
+        return [p for layer in layers for p in layer.parameters()]
+
+    def derive(self, x: Tensor) -> PackedResponseMlp | None:
+        if unsupported(x.device, x.dtype) is not None:
+            return None
+        se = self.se
+        return PackedResponseMlp(se.fc1, se.fc2, self.fc1, self.fc2, self.grn.weight, self.grn.eps)
 
 
 class VANAttention(van.Attention):

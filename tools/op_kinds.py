@@ -22,7 +22,8 @@ KINDS = (
 # shape of their weight. Operators that only call others are looked into.
 _PATTERNS = {
     ATTENTION: r"scaled_dot_product|attention|na_cpu|natten|neighborhood",
-    PRODUCTS: r"(depthwise|packed)_mlp|linear$|_linear_pointwise|matmul$|addmm|bmm$|mm$|einsum",
+    PRODUCTS: r"(depthwise|packed|response)_mlp|linear$|_linear_pointwise|matmul$|addmm|mm$"
+    r"|einsum",
     DEPTHWISE: r"depthwise",
     NORMS: r"(layer|batch|group|instance|vector|response)_norm|norm$",
     ELEMENTWISE: r"(add|sub|mul|div|neg|exp|log|sqrt|rsqrt|pow|abs|clamp|square|addcmul|lerp)_?$"
