@@ -8,10 +8,10 @@
 #include <cstdint>
 #include <numeric>
 #include <utility>
-#include <vector>
 #include "activation.h"
 #include "lanes.h"
 #include "parallel.h"
+#include "room.h"
 #include "simd.h"
 
 namespace depthwise {
@@ -149,17 +149,17 @@ struct Task {
 // Copies the input rows of a task into a strip with zeros left and right; returns the first of
 // them, and in `count` how many there are.
 template <class T>
-static int64_t fill(const Task<T>& task, int64_t width, std::vector<float>& strip, int64_t* count) {
+static int64_t fill(const Task<T>& task, int64_t width, Room<float>& room, int64_t* count) {
   const Problem& p = task.p;
   const int64_t first = std::max<int64_t>(0, task.first_row * p.stride[0] - p.padding[0]);
   const int64_t reach = (task.end_row - 1) * p.stride[0] - p.padding[0];
   const int64_t end = std::min(p.size[0], reach + (p.kernel[0] - 1) * p.dilation[0] + 1);
   *count = std::max<int64_t>(0, end - first);
-  if (strip.size() < static_cast<size_t>(*count * width * W)) strip.resize(*count * width * W);
+  float* const strip = room.of(*count * width * W);
   const int64_t inside = std::max<int64_t>(0, std::min(p.size[1], width - p.padding[1]));
   for (int64_t y = 0; y < *count; y++) {
     const T* in = task.in + (first + y) * p.in_stride[1];
-    float* out = strip.data() + y * width * W;
+    float* out = strip + y * width * W;
     float* const end_of_row = out + width * W;
     const int64_t left = std::min(p.padding[1], width);
     out = std::fill_n(out, left * W, 0.f);
@@ -173,11 +173,12 @@ static int64_t fill(const Task<T>& task, int64_t width, std::vector<float>& stri
 
 template <class T>
 static void convolve(const Task<T>& task, const float* weight, const float* bias,
-                     std::vector<float>& strip) {
+                     Room<float>& room) {
   const Problem& p = task.p;
   const int64_t width = (p.out_size[1] - 1) * p.stride[1] + (p.kernel[1] - 1) * p.dilation[1] + 1;
   int64_t count;
-  const int64_t strip_row = fill(task, width, strip, &count);
+  const int64_t strip_row = fill(task, width, room, &count);
+  const float* const strip = room.of(count * width * W);
   // Two output rows this far apart share the input rows of their taps.
   const int64_t apart = p.dilation[0] / std::gcd(p.stride[0], p.dilation[0]);
   const int64_t shift = apart * p.stride[0] / p.dilation[0];
@@ -198,7 +199,7 @@ static void convolve(const Task<T>& task, const float* weight, const float* bias
     T* out = task.out + y * p.out_stride[1];
     for (int64_t x = 0; x < p.out_size[1]; x += pixels) {
       const int64_t at = std::min(x, p.out_size[1] - pixels);  // the last run may overlap
-      rows.in = strip.data() + (top * width + at * p.stride[1]) * W;
+      rows.in = strip + (top * width + at * p.stride[1]) * W;
       T* first = out + at * p.out_stride[2];
       T* second = pair ? first + apart * p.out_stride[1] : nullptr;
       run(rows, bias, Output<T>{first, second, p.out_stride[2], task.lanes, p.activation});
@@ -220,21 +221,29 @@ static int64_t rows_a_task(const Problem& p) {
   return (even + pairs - 1) / pairs * pairs;
 }
 
+// [taps][channels] → [blocks of W channels][taps][W], zeros behind the last channel.
+static void pack(const Problem& p, const float* weight, float* out) {
+  const int64_t taps = p.kernel[0] * p.kernel[1], blocks = (p.channels + W - 1) / W;
+  for (int64_t t = 0; t < taps; t++) {
+    for (int64_t b = 0; b < blocks; b++) {
+      const int lanes = static_cast<int>(std::min<int64_t>(W, p.channels - b * W));
+      simd::store(out + (b * taps + t) * W, simd::get(weight + t * p.channels + b * W, lanes));
+    }
+  }
+}
+
 template <class T>
 static void forward(const Problem& p, const Tensors& tensors) {
-  const int64_t blocks = (p.channels + W - 1) / W;
+  static thread_local Room<float> packed;
+  const int64_t blocks = (p.channels + W - 1) / W, taps = p.kernel[0] * p.kernel[1];
   const int64_t task_rows = rows_a_task(p), bands = (p.out_size[0] + task_rows - 1) / task_rows;
-  const int64_t tasks = p.batch * bands * blocks, taps = p.kernel[0] * p.kernel[1];
+  float* const weights = packed.of(blocks * taps * W);
+  pack(p, tensors.weight, weights);
   const auto work = [&](int64_t index) {
-    static thread_local std::vector<float> strip, weight;
+    static thread_local Room<float> strip;
     const int64_t block = index % blocks, band = index / blocks % bands;
     const int64_t image = index / (blocks * bands), channel = block * W;
     const int lanes = static_cast<int>(std::min<int64_t>(W, p.channels - channel));
-    weight.assign(static_cast<size_t>(taps * W), 0.f);
-    for (int64_t t = 0; t < taps; t++) {
-      const float* in = tensors.weight + t * p.channels + channel;
-      std::copy_n(in, lanes, weight.data() + t * W);
-    }
     float bias[W] = {};
     if (tensors.bias) std::copy_n(tensors.bias + channel, lanes, bias);
     const int64_t first = band * task_rows;
@@ -245,9 +254,9 @@ static void forward(const Problem& p, const Tensors& tensors) {
                        std::min(first + task_rows, p.out_size[0]),
                        static_cast<const T*>(tensors.in) + image * p.in_stride[0] + channel,
                        static_cast<T*>(tensors.out) + image * p.out_stride[0] + channel};
-    convolve(task, weight.data(), bias, strip);
+    convolve(task, weights + block * taps * W, bias, strip);
   };
-  parallel::for_each(tasks, p.threads, work);
+  parallel::for_each(p.batch * bands * blocks, p.threads, work);
 }
 
 }  // namespace depthwise

@@ -8,10 +8,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <vector>
 #include "lanes.h"
 #include "linear.h"
 #include "parallel.h"
+#include "room.h"
 #include "simd.h"
 
 namespace response_mlp {
@@ -43,8 +43,10 @@ struct Tensors {
   void* out;
 };
 
-// Of the hidden maps of the images that are worked on at once.
-constexpr int64_t GROUP_BYTES = 4 << 20;
+// Of the hidden maps of the images that are worked on at once. In bfloat16 it is the weights that
+// take long to read, and more rows at a time share them.
+constexpr int64_t group_bytes(const float*) { return 512 << 10; }
+constexpr int64_t group_bytes(const BFloat16*) { return 2 << 20; }
 constexpr int64_t PARTIAL_PIXELS = 256;  // that are added up before they are added to the rest
 constexpr int MEAN_VECTORS = 4, CHAINS = 4;
 
@@ -164,7 +166,7 @@ static void scale_weight(const BFloat16* weight, int64_t out_features, int64_t i
 // One of the two layers for some images. `scale` [images][in_features] is of the inputs.
 template <class T>
 static void run_layer(const Problem& p, linear::Problem layer, linear::Tensors tensors,
-                      int64_t images, const float* scale, std::vector<T>& scaled) {
+                      int64_t images, const float* scale, Room<T>& room) {
   const T* const in = static_cast<const T*>(tensors.in);
   const int64_t features = layer.in_features;
   const bool copied = !linear::takes_rows_in_place(in, features, p.pixels);
@@ -177,12 +179,12 @@ static void run_layer(const Problem& p, linear::Problem layer, linear::Tensors t
   }
   const T* const weight = static_cast<const T*>(tensors.weight);
   layer.rows = p.pixels;
-  scaled.resize(static_cast<size_t>(linear::packed_size(in, layer.out_features, features)));
+  T* const scaled = room.of(linear::packed_size(in, layer.out_features, features));
   linear::Tensors image = tensors;
-  image.weight = scaled.data();
+  image.weight = scaled;
   for (int64_t i = 0; i < images; i++) {
     const int64_t row = i * p.pixels;
-    scale_weight(weight, layer.out_features, features, scale + i * features, scaled.data());
+    scale_weight(weight, layer.out_features, features, scale + i * features, scaled);
     image.in = in + row * layer.in_stride;
     image.out = static_cast<T*>(tensors.out) + row * layer.out_stride;
     if (tensors.other) image.other = static_cast<const T*>(tensors.other) + row * layer.other_stride;
@@ -193,15 +195,15 @@ static void run_layer(const Problem& p, linear::Problem layer, linear::Tensors t
 
 template <class T>
 static void forward_of(const Problem& p, const Tensors& t) {
-  static thread_local std::vector<T> hidden, scaled;
-  static thread_local std::vector<float> gates, energy, scratch;
+  static thread_local Room<T> hidden_room, scaled;
+  static thread_local Room<float> gates_room, energy_room, scratch_room;
   const int64_t image_hidden = p.pixels * p.hidden;
-  const int64_t fitting = GROUP_BYTES / (image_hidden * int64_t{sizeof(T)});
+  const int64_t fitting = group_bytes(hidden_room.of(0)) / (image_hidden * int64_t{sizeof(T)});
   const int64_t group = std::min(p.images, std::max<int64_t>(1, fitting));
-  hidden.resize(static_cast<size_t>(group * image_hidden));
-  gates.resize(static_cast<size_t>(group * p.dim));
-  energy.resize(static_cast<size_t>(group * p.hidden));
-  scratch.resize(static_cast<size_t>(linear::round_up(p.dim, W) + p.squeezed));
+  T* const hidden = hidden_room.of(group * image_hidden);
+  float* const gates = gates_room.of(group * p.dim);
+  float* const energy = energy_room.of(group * p.hidden);
+  float* const scratch = scratch_room.of(linear::round_up(p.dim, W) + p.squeezed);
 
   linear::Problem expand{}, project{};
   expand.in_features = expand.in_stride = project.out_features = project.out_stride = p.dim;
@@ -216,20 +218,20 @@ static void forward_of(const Problem& p, const Tensors& t) {
     const int64_t images = std::min(group, p.images - first), offset = first * p.pixels * p.dim;
     const T* const in = static_cast<const T*>(t.in) + offset;
     for (int64_t i = 0; i < images; i++) {
-      find_gates(p, t, in + i * p.pixels * p.dim, scratch.data(), gates.data() + i * p.dim);
+      find_gates(p, t, in + i * p.pixels * p.dim, scratch, gates + i * p.dim);
     }
     const linear::Tensors before{in,      t.weight1,     t.bias1,      nullptr,
-                                 nullptr, hidden.data(), energy.data()};
-    run_layer(p, expand, before, images, gates.data(), scaled);
-    for (int64_t i = 0; i < images; i++) find_scales(p, t.response, energy.data() + i * p.hidden);
-    const linear::Tensors after{hidden.data(),
+                                 nullptr, hidden, energy};
+    run_layer(p, expand, before, images, gates, scaled);
+    for (int64_t i = 0; i < images; i++) find_scales(p, t.response, energy + i * p.hidden);
+    const linear::Tensors after{hidden,
                                 t.weight2,
                                 t.bias2,
                                 static_cast<const T*>(t.other) + offset,
                                 nullptr,
                                 static_cast<T*>(t.out) + offset,
                                 nullptr};
-    run_layer(p, project, after, images, energy.data(), scaled);
+    run_layer(p, project, after, images, energy, scaled);
   }
 }
 

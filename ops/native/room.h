@@ -1,0 +1,22 @@
+// Memory that a kernel works in.
+#pragma once
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+
+// It is kept from call to call, grows as needed and begins with a line of the cache: vectors that lie
+// across two lines take twice as long to read.
+template <class T>
+class Room {
+ public:
+  T* of(int64_t count) {
+    const size_t bytes = static_cast<size_t>(count) * sizeof(T) + LINE;
+    if (bytes_.size() < bytes) bytes_.resize(bytes);
+    const auto place = reinterpret_cast<uintptr_t>(bytes_.data());
+    return reinterpret_cast<T*>((place + LINE - 1) / LINE * LINE);
+  }
+
+ private:
+  static constexpr size_t LINE = 64;
+  std::vector<char> bytes_;
+};
