@@ -131,12 +131,14 @@ struct RowTile {
   std::vector<KeyRun> runs;
 };
 
+// As many rows in each tile as can be, but no tile of one row where others have three.
 static inline std::vector<RowTile> make_row_tiles(const Axis& axis) {
   std::vector<RowTile> tiles;
   for (int first = 0; first < axis.size;) {
     RowTile t;
     t.first = first;
-    t.rows = std::min(MAX_ROWS, axis.group_end[first] - first);
+    const int left = axis.group_end[first] - first, parts = (left + MAX_ROWS - 1) / MAX_ROWS;
+    t.rows = (left + parts - 1) / parts;
     t.low = axis.start[first];
     t.high = axis.end(first + t.rows - 1);
     for (int key = t.low; key < t.high; key++) {

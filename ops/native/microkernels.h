@@ -25,6 +25,10 @@ struct ScoreArgs {
   size_t score_pitch;  // from one query row to the next
 };
 
+// Keys come from the second-level cache; where a load lies across two lines of it, the processor
+// waits for them unless they are on their way.
+constexpr int CHANNELS_AHEAD = 16;
+
 template <int R, int K, int FETCH>
 static void score_kernel(const ScoreArgs& args) {
   const ScoreArgs a = args;  // a copy, which stores through float pointers cannot change
@@ -38,6 +42,10 @@ static void score_kernel(const ScoreArgs& args) {
   const float* query = a.query;
   for (int c = 0; c < a.dim; c++, column += a.pitch, query += W) {
     F low = simd::zero(), high = low, q[R];
+    if (FETCH == DIRECT || FETCH == PERMUTE) {  // behind the last channel lies the next key row
+      __builtin_prefetch(column + CHANNELS_AHEAD * a.pitch);
+      __builtin_prefetch(column + CHANNELS_AHEAD * a.pitch + W);
+    }
     if (FETCH == PERMUTE) {
       low = simd::load(column);
       high = simd::load(column + W);

@@ -83,17 +83,19 @@ static void load_rows(const T* line, int64_t stride, const int* order, int n, in
     load_channels(line + order[i] * stride, channels, scale, rows + static_cast<size_t>(i) * pitch);
 }
 
-// Positions order[0..n-1] of one line of a tensor -> columns, without the way over rows. Writes up
-// to W - 1 columns more than n, which repeat the last position.
+// Positions order[0..n-1] of one line of a tensor -> columns, without the way over rows. Writes
+// whole vectors from column -before on; the columns that are too many repeat the first and the last
+// position.
 template <class T>
 static void load_columns(const T* line, int64_t stride, const int* order, int n, int channels,
-                         float* columns, size_t column_pitch) {
-  for (int x = 0; x < n; x += simd::W) {
+                         float* columns, size_t column_pitch, int before = 0) {
+  for (int x = -before; x < n; x += simd::W) {
     const T* position[simd::W];
-    for (int l = 0; l < simd::W; l++) position[l] = line + order[std::min(x + l, n - 1)] * stride;
+    for (int l = 0; l < simd::W; l++)
+      position[l] = line + order[std::max(0, std::min(x + l, n - 1))] * stride;
     for (int c = 0; c < channels; c += simd::W) {
       const int count = std::min(simd::W, channels - c);
-      float* out = columns + c * column_pitch + x;
+      float* out = columns + static_cast<ptrdiff_t>(c * column_pitch) + x;
       const float* rows[simd::W];
       if constexpr (std::is_same_v<T, float>) {
         if (count == simd::W) {

@@ -228,7 +228,9 @@ class KeyRing {
         first_head_(first_head),
         heads_(heads),
         fields_{&keys, &values} {
-    column_pitch_ = round_up(segment.columns + 3 * simd::W + MAX_KEYS, 16);
+    const Lanes& inner = layout.lanes[(segment.first + segment.end) / 2];
+    before_ = (segment.low - inner.base) & (simd::W - 1);
+    column_pitch_ = round_up(before_ + segment.columns + 3 * simd::W + MAX_KEYS, 16);
     if (column_pitch_ / 16 % 2 == 0)
       column_pitch_ += 16;  // neighbouring channels fall into different cache sets
     const size_t slots = static_cast<size_t>(heads) * layout.z.size * layout.ring_rows;
@@ -262,7 +264,7 @@ class KeyRing {
     return f.rows.data() + slot(head, z, y) * row_size(f);
   }
   const float* columns(const Field& f, int head, int z, int y) const {
-    return f.columns.data() + slot(head, z, y) * column_size(f);
+    return f.columns.data() + slot(head, z, y) * column_size(f) + before_;
   }
   size_t column_pitch() const { return column_pitch_; }
 
@@ -291,7 +293,8 @@ class KeyRing {
     }
     if (f.pack_columns) {
       load_columns(line, f.tensor.x, order, segment_.columns, f.channels,
-                   f.columns.data() + slot(head, z, y) * column_size(f), column_pitch_);
+                   f.columns.data() + slot(head, z, y) * column_size(f) + before_, column_pitch_,
+                   before_);
     }
   }
 
@@ -299,6 +302,7 @@ class KeyRing {
   const Segment& segment_;
   int batch_, first_head_, heads_;
   Field* fields_[2];
+  int before_;  // columns in front, such that most lane groups read whole vectors
   size_t column_pitch_;
   int next_ = 0;
 };
