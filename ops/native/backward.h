@@ -71,7 +71,7 @@ template <class T>
 static void backward_tile(const Problem& p, const BackwardTensors& t, const TilePlace& place,
                           const KeyRing<T>& ring, const Unit& unit, const Bias& bias,
                           const Lanes& shared, Ahead& ahead, BackwardScratch<T>& scratch,
-                          KeyGradients& grads) {
+                          KeyGradients& grads, bool large) {
   const int rows = place.tile.rows, dim = static_cast<int>(p.dim),
             value_dim = static_cast<int>(p.value_dim);
   const int pitch = round_up(dim, W), value_pitch = round_up(value_dim, W);
@@ -84,7 +84,9 @@ static void backward_tile(const Problem& p, const BackwardTensors& t, const Tile
   float* sum = scratch.sum.get(static_cast<size_t>(MAX_ROWS) * W * pitch);
   float* out = scratch.out.get(static_cast<size_t>(W) * value_dim);
 
-  add_rows<T>(ahead, place, t.grad_query, dim);
+  if (!large) add_rows<T>(ahead, place, t.grad_query, dim);
+  ahead.set_portions(2 * (place.tile.high - place.tile.low) + place.lanes.valid / 2 +
+                     2 * (place.lanes.last - place.lanes.base));
   float lse[MAX_ROWS][W], delta[MAX_ROWS][W];
   for (int r = 0; r < rows; r++) {
     float* q = query_rows + static_cast<size_t>(r) * W * pitch;
@@ -150,10 +152,10 @@ static void backward_tile(const Problem& p, const BackwardTensors& t, const Tile
         };
         mix_group(group, place, shared, 0, pitch, grad_score, sum, fresh, ahead,
                   at(more_keys->rows));
-        spread_group(group, place, shared, 0, pitch, grad_score, query_rows,
-                     at(grads.additional_keys));
-        spread_group(group, place, shared, 0, value_pitch, score, grad_rows,
-                     at(grads.additional_values));
+        Spread(group, shared, valid, 0, pitch, grad_score, query_rows, at(grads.additional_keys))
+            .run(ahead);
+        Spread(group, shared, valid, 0, value_pitch, score, grad_rows, at(grads.additional_values))
+            .run(ahead);
       } else {
         const auto rows_of = [&](const GradientRing<T>& r) {
           return [&r, slot](const Slice& s, int y) { return r.row(slot, s.plane, s.key_row + y); };
@@ -162,20 +164,29 @@ static void backward_tile(const Problem& p, const BackwardTensors& t, const Tile
                   [&](const Slice& s, int y) {
                     return ring.rows(scratch.keys, slot, s.plane, s.key_row + y);
                   });
-        spread_group(group, place, place.lanes, low, pitch, grad_score, query_rows,
-                     rows_of(scratch.grad_keys));
-        spread_group(group, place, place.lanes, low, value_pitch, score, grad_rows,
-                     rows_of(scratch.grad_values));
+        Spread(group, place.lanes, valid, low, pitch, grad_score, query_rows,
+               rows_of(scratch.grad_keys))
+            .run(ahead);
+        Spread(group, place.lanes, valid, low, value_pitch, score, grad_rows,
+               rows_of(scratch.grad_values))
+            .run(ahead);
       }
       fresh = false;
     });
     first = last;
   }
+  const float scale = static_cast<float>(p.scale);
+  const bool stream = large && fills_lines<T>(t.grad_query, dim);
   for (int r = 0; r < rows; r++) {
     T* line = place.line<T>(t.grad_query, r);
     for (int l = 0; l < valid; l++) {
-      store_channels(sum + static_cast<size_t>(r * W + l) * pitch, dim, static_cast<float>(p.scale),
-                     line + place.order()[l] * t.grad_query.x);
+      const float* from = sum + static_cast<size_t>(r * W + l) * pitch;
+      T* to = line + place.order()[l] * t.grad_query.x;
+      if (stream) {
+        stream_channels(from, dim, scale, to);
+      } else {
+        store_channels(from, dim, scale, to);
+      }
     }
   }
 }
@@ -189,6 +200,11 @@ static void backward(const Problem& p, const BackwardTensors& t) {
   const int dim = static_cast<int>(p.dim), value_dim = static_cast<int>(p.value_dim);
   const int pitch = round_up(dim, W), value_pitch = round_up(value_dim, W);
   const Lanes shared = make_shared_lanes(additional);
+  // Whether the three gradients are larger than the caches of a core.
+  constexpr int64_t CACHE_BYTES = 8 << 20;
+  const bool large = static_cast<int64_t>(sizeof(T)) * p.batch * p.size[0] * p.size[1] * p.size[2] *
+                         (p.heads * p.dim + p.kv_heads * (p.dim + p.value_dim)) >
+                     CACHE_BYTES;
   const int per_head = layout.units_per_head, block = layout.head_block;
   const int64_t blocks = p.batch * layout.head_blocks, threads = layout.threads(p);
   // The blocks of heads are taken in waves, just large enough to keep the threads busy, so that few
@@ -223,8 +239,8 @@ static void backward(const Problem& p, const BackwardTensors& t) {
       zeroed(g.additional_keys, static_cast<size_t>(additional) * pitch);
       zeroed(g.additional_values, static_cast<size_t>(additional) * value_pitch);
     }
-    scratch.grad_keys.start(unit, t.grad_key, dim, LN2);
-    scratch.grad_values.start(unit, t.grad_value, value_dim, 1.f);
+    scratch.grad_keys.start(unit, t.grad_key, dim, LN2, large);
+    scratch.grad_values.start(unit, t.grad_value, value_dim, 1.f, large);
     zeroed(scratch.bias_lanes, unit.heads * bias_size * W);
     const auto next = [&](const TilePlace& place, Ahead& ahead) {
       add_rows<T>(ahead, place, t.query, dim);
@@ -234,10 +250,12 @@ static void backward(const Problem& p, const BackwardTensors& t) {
     for_each_tile(p, layout, unit, ring, scratch, next, [&](const TilePlace& place, Ahead& ahead) {
       scratch.grad_keys.advance(place.tile.low, place.tile.high, key_share);
       scratch.grad_values.advance(place.tile.low, place.tile.high, value_share);
-      backward_tile<T>(p, t, place, ring, unit, bias, shared, ahead, scratch, share(place.kv_slot));
+      backward_tile<T>(p, t, place, ring, unit, bias, shared, ahead, scratch, share(place.kv_slot),
+                       large);
     });
     scratch.grad_keys.finish(key_share);
     scratch.grad_values.finish(value_share);
+    if (large) simd::end_streams();
     for (int h = 0; bias_size && h < unit.heads; h++) {
       float* sums = share(h).bias.get(bias_size);
       const float* lanes = scratch.bias_lanes.data() + h * bias_size * W;

@@ -3,6 +3,7 @@
 // unit sees leaves the ring: straight for the caller's tensor, but for positions that other units
 // see too, whose shares are kept and added in a fixed order when all units are done.
 #pragma once
+#include "spread.h"
 #include "unit.h"
 
 namespace na {
@@ -24,13 +25,14 @@ template <class T>
 class GradientRing {
  public:
   // The gradient of `t` times `scale`, for the heads of one unit; share(head) is where the shares
-  // of one of them go.
-  void start(const Unit& unit, const Tensor& t, int channels, float scale) {
+  // of one of them go. `large`: the results do not stay in the caches anyway.
+  void start(const Unit& unit, const Tensor& t, int channels, float scale, bool large) {
     layout_ = &unit.layout;
     unit_ = &unit;
     tensor_ = t;
     channels_ = channels;
     scale_ = scale;
+    stream_ = large && fills_lines<T>(t, channels);
     row_size_ = static_cast<size_t>(unit.segment.columns) * round_up(channels, W);
     left_ = entered_ = unit.chunk.low;
     rows_.get(static_cast<size_t>(unit.heads) * layout_->z.size * layout_->ring_rows * row_size_);
@@ -73,13 +75,15 @@ class GradientRing {
     T* out = static_cast<T*>(tensor_.data) + tensor_.at(unit_->batch, layout_->z.order[z],
                                                         layout_->y.order[y],
                                                         unit_->first_head + head);
-    for (int i = 0; i < segment.columns; i++, from += pitch) {
+    share += unit_->region_row(z, y) * row_size_;
+    for (int i = 0; i < segment.columns; i++, from += pitch, share += pitch) {
       const int x = segment.low + i;
-      if (layout_->seen_once(y, x)) {
-        store_channels(from, channels_, scale_, out + layout_->x.order[x] * tensor_.x);
+      if (!layout_->seen_once(y, x)) {
+        std::memcpy(share, from, pitch * sizeof(float));
+      } else if (stream_) {
+        stream_channels(from, channels_, scale_, out + layout_->x.order[x] * tensor_.x);
       } else {
-        std::memcpy(share + unit_->region_row(z, y) * row_size_ + static_cast<size_t>(i) * pitch,
-                    from, pitch * sizeof(float));
+        store_channels(from, channels_, scale_, out + layout_->x.order[x] * tensor_.x);
       }
     }
   }
@@ -89,6 +93,7 @@ class GradientRing {
   Tensor tensor_{};
   int channels_ = 0;
   float scale_ = 1.f;
+  bool stream_ = false;
   size_t row_size_ = 0;
   int left_ = 0, entered_ = 0;  // the rows before `left_` have left the ring
   Buffer rows_;

@@ -1,5 +1,5 @@
-// The three register-blocked products that neighborhood attention consists of. All the arithmetic
-// that counts is here.
+// The two register-blocked products of neighborhood attention; the third, in `spread.h`, is the
+// transpose of one of them.
 #pragma once
 #include <array>
 #include <utility>
@@ -208,60 +208,8 @@ static void mix_kernel(const MixArgs& args) {
   }
 }
 
-// ---- the transposed sum: dv += p^T . do --------------------------------------------------------
-// One lane a channel. For N keys, the query rows and the lanes that see them:
-// sum[n] += sum over r and l of weight[r][n][lane] * row[r][l].
-// The keys are those of one column in N key rows (a query row that does not see one of them has
-// zero weights there), or N neighbouring ones of a row.
-struct SpreadArgs {
-  const float* row;  // [query row][lane][channel], at the channels wanted
-  size_t row_pitch;  // from one query row to the next
-  size_t pitch;      // from one lane to the next
-  int row_count;
-  int lane, lane_end;
-  const float* weight;  // such that [lane_offset[l]] is the weight of lane l
-  const int32_t* lane_offset;
-  size_t weight_row_pitch;  // from one query row to the next
-  size_t weight_key_pitch;  // from one key to the next
-  float* const* sums;       // for each key, its channels
-};
-
-template <int N, int C>
-static void spread_kernel(const SpreadArgs& args) {
-  const SpreadArgs a = args;
-  F sum[N][C];
-  VB_UNROLL
-  for (int n = 0; n < N; n++) {
-    VB_UNROLL
-    for (int c = 0; c < C; c++) sum[n][c] = simd::load(a.sums[n] + c * W);
-  }
-  for (int r = 0; r < a.row_count; r++) {
-    const float* weights = a.weight + r * a.weight_row_pitch;
-    const float* row = a.row + r * a.row_pitch + a.lane * a.pitch;
-    for (int l = a.lane; l < a.lane_end; l++, row += a.pitch) {
-      const float* weight = weights + a.lane_offset[l];
-      F v[C];
-      VB_UNROLL
-      for (int c = 0; c < C; c++) v[c] = simd::in_register(simd::load(row + c * W));
-      VB_UNROLL
-      for (int n = 0; n < N; n++) {
-        const F p = simd::in_register(simd::set1(weight[n * a.weight_key_pitch]));
-        VB_UNROLL
-        for (int c = 0; c < C; c++) sum[n][c] = simd::fma(p, v[c], sum[n][c]);
-      }
-    }
-  }
-  VB_UNROLL
-  for (int n = 0; n < N; n++) {
-    VB_UNROLL
-    for (int c = 0; c < C; c++) simd::store(a.sums[n] + c * W, sum[n][c]);
-  }
-}
-
 // ---- dispatch tables ---------------------------------------------------------------------------
 constexpr int MAX_CHANNELS = simd::REGISTERS == 32 ? 4 : 2;  // vectors of channels at once in `mix`
-constexpr int MAX_SPREAD_CHANNELS = 2;                       // and in `spread`
-constexpr int MAX_SPREAD_KEYS = simd::REGISTERS == 32 ? 10 : 6;
 
 // Lanes at once in `mix`: enough sums to hide the latency of the arithmetic.
 static constexpr int mix_lanes(int rows) { return rows == 1 ? 4 : 2; }
@@ -274,7 +222,6 @@ static constexpr int slide_channels(int rows) {
 
 using ScoreKernel = void (*)(const ScoreArgs&);
 using MixKernel = void (*)(const MixArgs&);
-using SpreadKernel = void (*)(const SpreadArgs&);
 
 template <int R, int FETCH, int... K>
 static constexpr std::array<ScoreKernel, MAX_KEYS> score_row(std::integer_sequence<int, K...>) {
@@ -308,15 +255,5 @@ static constexpr std::array<MixKernels, MAX_ROWS> mix_rows(std::integer_sequence
 // [query rows - 1]
 static constexpr std::array<MixKernels, MAX_ROWS> MIX =
     mix_rows(std::make_integer_sequence<int, MAX_ROWS>());
-
-template <int C, int... N>
-static constexpr std::array<SpreadKernel, MAX_SPREAD_KEYS> spread_keys(
-    std::integer_sequence<int, N...>) {
-  return {spread_kernel<N + 1, C>...};
-}
-// [channel vectors - 1][keys - 1]
-static constexpr std::array<std::array<SpreadKernel, MAX_SPREAD_KEYS>, MAX_SPREAD_CHANNELS> SPREAD =
-    {spread_keys<1>(std::make_integer_sequence<int, MAX_SPREAD_KEYS>()),
-     spread_keys<2>(std::make_integer_sequence<int, MAX_SPREAD_KEYS>())};
 
 }  // namespace na

@@ -74,6 +74,20 @@ static VB_INLINE void store_channels(const float* in, int channels, float scale,
   for (; c < channels; c++) simd::assign(out + c, in[c] * scale);
 }
 
+// Whether the channels of every position fill whole cache lines.
+template <class T>
+static inline bool fills_lines(const Tensor& t, int channels) {
+  constexpr int64_t LINE = 64 / sizeof(T);
+  return reinterpret_cast<uintptr_t>(t.data) % 64 == 0 && channels % LINE == 0 &&
+         (t.batch | t.z | t.y | t.x | t.head) % LINE == 0;
+}
+// `store_channels` past the caches, where `fills_lines`.
+template <class T>
+static VB_INLINE void stream_channels(const float* in, int channels, float scale, T* out) {
+  const simd::F factor = simd::set1(scale);
+  for (int c = 0; c < channels; c += simd::W) simd::stream(out + c, simd::load(in + c) * factor);
+}
+
 // Positions order[0..n-1] of one line of a tensor -> rows.
 template <class T>
 static void load_rows(const T* line, int64_t stride, const int* order, int n, int channels,

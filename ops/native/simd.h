@@ -277,6 +277,31 @@ static VB_INLINE void store_from_float(BFloat16* p, F v) {
 #endif
 }
 
+// A store past the caches, which does not fetch first what it overwrites: for whole cache lines that
+// nobody reads soon. `p` is aligned to a vector's size in memory.
+static VB_INLINE void stream(float* p, F v) {
+#if VB_AVX512
+  _mm512_stream_ps(p, v);
+#elif VB_AVX2
+  _mm256_stream_ps(p, v);
+#else
+  store(p, v);
+#endif
+}
+static VB_INLINE void stream(BFloat16* p, F v) {
+#if VB_AVX512
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), rounded(v));
+#else
+  store_from_float(p, v);
+#endif
+}
+// Other threads see what this one has streamed.
+static VB_INLINE void end_streams() {
+#if VB_AVX512 || VB_AVX2
+  _mm_sfence();
+#endif
+}
+
 // ---- transposition -----------------------------------------------------------------------------
 // out[i * out_pitch + l] = rows[l][i] for l in 0..W-1 and i in 0..count-1, count <= W. Reads W
 // elements of each row.

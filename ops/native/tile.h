@@ -35,7 +35,8 @@ class Ahead {
  public:
   // The lines will be asked for in `portions` calls of `fetch`.
   Ahead(const int* order, int positions, int portions)
-      : next_(order), end_(order + positions), portion_((positions + portions - 1) / portions) {}
+      : order_(order), positions_(positions), portions_(portions) {}
+  void set_portions(int portions) { portions_ = portions; }
 
   // `channels` at each of the positions in the row that starts at `line`.
   template <class T>
@@ -45,10 +46,14 @@ class Ahead {
                         channels * int64_t{sizeof(T)}};
   }
   void fetch() {
-    for (int n = 0; n < portion_ && next_ < end_; n++, next_++) {
-      for (int i = 0; i < count_; i++) {
-        const char* p = lines_[i].start + *next_ * lines_[i].stride;
-        for (int64_t b = 0; b < lines_[i].bytes; b += CACHE_LINE) __builtin_prefetch(p + b, 0, 2);
+    if (!portion_) portion_ = (positions_ * count_ + portions_ - 1) / portions_;
+    for (int n = 0; n < portion_ && position_ < positions_; n++) {
+      const Line& line = lines_[line_];
+      const char* p = line.start + order_[position_] * line.stride;
+      for (int64_t b = 0; b < line.bytes; b += CACHE_LINE) __builtin_prefetch(p + b, 0, 2);
+      if (++line_ == count_) {
+        line_ = 0;
+        position_++;
       }
     }
   }
@@ -62,8 +67,10 @@ class Ahead {
   };
   Line lines_[MAX_LINES];
   int count_ = 0;
-  const int *next_, *end_;
-  int portion_;
+  const int* order_;
+  int positions_, portions_;
+  int portion_ = 0;              // position x line that one call asks for
+  int line_ = 0, position_ = 0;  // the next
 };
 
 // One row of queries -> [lane][channel]; unused lanes repeat the last one.
@@ -212,91 +219,6 @@ static void mix_group(const SliceGroup& group, const TilePlace& place, const Lan
       a.channel = c * W;
       a.sum = sum + l * pitch + a.channel;
       kernel[std::min(step, vectors - c) - 1](a);
-    }
-  }
-}
-
-// Zero scores where a query row does not see a key row of its group, as `spread_group` wants it.
-static inline void clear_unseen(const Slice& s, int rows, float* score) {
-  for (int r = 0; r < rows; r++) {
-    if (r >= s.row && r < s.row + s.row_count) continue;
-    std::memset(score + r * SCORE_PITCH + static_cast<size_t>(s.slot) * W, 0,
-                sizeof(float) * s.rows * s.width * W);
-  }
-}
-
-// The transpose of `mix_group`: sums[key row][key column][channel] += weight * queries, where
-// `queries` is [row][lane][channel] and `sums_of(slice, i)` is the slice's i-th key row, from
-// column `low`.
-template <class SumsOf>
-static void spread_group(const SliceGroup& group, const TilePlace& place, const Lanes& lanes,
-                         int low, int pitch, const float* weight, const float* queries,
-                         const SumsOf& sums_of) {
-  float* sums[BLOCK_KEYS];
-  int first_row[BLOCK_KEYS], end_row[BLOCK_KEYS];  // the query rows that see the key row
-  int key_rows = 0;
-  for (const Slice* s = group.first; s < group.last; s++) {
-    for (int i = 0; i < s->rows; i++, key_rows++) {
-      sums[key_rows] = sums_of(*s, i);
-      first_row[key_rows] = s->row;
-      end_row[key_rows] = s->row + s->row_count;
-    }
-  }
-  const int width = group.first->width, offset = group.first->offset, valid = place.lanes.valid;
-  int32_t lane_offset[W];
-  for (int l = 0; l < W; l++) lane_offset[l] = l - lanes.offset[l] * W;
-  SpreadArgs a;
-  a.row_pitch = static_cast<size_t>(W) * pitch;
-  a.pitch = pitch;
-  a.lane_offset = lane_offset;
-  a.weight_row_pitch = SCORE_PITCH;
-  float* at[MAX_SPREAD_KEYS];
-  a.sums = at;
-  const int vectors = pitch / W, first = lanes.base + offset;
-  const int parts = (key_rows + MAX_SPREAD_KEYS - 1) / MAX_SPREAD_KEYS,
-            row_step = (key_rows + parts - 1) / parts;
-  weight += static_cast<size_t>(group.first->slot) * W;
-
-  // The lanes that see a column; both ends only ever move up.
-  int lane = 0, lane_end = 0;
-  const auto move_lanes = [&](int column) {
-    while (lane < valid && std::min(lanes.end(lane), lanes.start[lane] + offset + width) <= column)
-      lane++;
-    while (lane_end < valid && lanes.start[lane_end] + offset <= column) lane_end++;
-  };
-  move_lanes(first);
-  for (int column = first, columns; column < lanes.last; column += columns) {
-    if (lane == valid) break;
-    a.lane = lane;
-    a.lane_end = lane_end;
-    columns = 1;
-    move_lanes(column + 1);
-    if (key_rows == 1) {  // neighbouring columns that the same lanes see go together
-      while (columns < MAX_SPREAD_KEYS && lane == a.lane && lane_end == a.lane_end)
-        move_lanes(column + ++columns);
-    }
-    if (a.lane >= a.lane_end) continue;
-    for (int y = 0; y < key_rows; y += row_step) {
-      const int rows = std::min(row_step, key_rows - y), keys = std::max(rows, columns);
-      int low_row = MAX_ROWS, high_row = 0;
-      for (int i = y; i < y + rows; i++) {
-        low_row = std::min(low_row, first_row[i]);
-        high_row = std::max(high_row, end_row[i]);
-      }
-      a.row_count = high_row - low_row;
-      a.weight_key_pitch = columns > 1 ? W : static_cast<size_t>(width) * W;
-      a.weight = weight + low_row * SCORE_PITCH +
-                 (static_cast<ptrdiff_t>(y) * width + (column - first)) * W;
-      for (int c = 0, step; c < vectors; c += step) {
-        step = std::min(MAX_SPREAD_CHANNELS, vectors - c);
-        for (int i = 0; i < keys; i++) {
-          at[i] = (columns > 1 ? sums[y] + static_cast<size_t>(column + i - low) * pitch
-                               : sums[y + i] + static_cast<size_t>(column - low) * pitch) +
-                  c * W;
-        }
-        a.row = queries + low_row * a.row_pitch + c * W;
-        SPREAD[step - 1][keys - 1](a);
-      }
     }
   }
 }

@@ -171,6 +171,58 @@ def test_gradients_where_units_of_work_share_keys(size, window):
         torch.testing.assert_close(a, other, rtol=1e-5, atol=2e-5)
 
 
+@pytest.mark.parametrize("dim", [32, 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_gradients_larger_than_the_caches(dtype, dim):
+    """They are stored past them, where their channels fill whole cache lines."""
+    generator = torch.Generator().manual_seed(0)
+    tensors = [
+        torch.randn(4, 80, 100, heads, dim, generator=generator).to(dtype) for heads in (4, 2, 2, 4)
+    ]
+
+    def gradients(query, key, value, grad):
+        inputs = [t.detach().requires_grad_() for t in (query, key, value)]
+        return torch.autograd.grad(na2d(*inputs, 3, backend="cpu"), inputs, grad)
+
+    together = gradients(*tensors)
+    for i in range(4):  # an image alone fits
+        alone = gradients(*(t[i : i + 1] for t in tensors))
+        assert all(torch.equal(a[i : i + 1], b) for a, b in zip(together, alone, strict=True))
+
+
+@pytest.mark.parametrize("dim", [16, 48, 20])
+@pytest.mark.parametrize(
+    ("size", "window"),
+    [
+        ((200,), ((63,), (1,), (1,), (False,))),  # every column in more lanes than the last
+        ((200,), ((16,), (1,), (1,), (True,))),
+        ((200,), ((150,), (1,), (1,), (False,))),  # in two blocks
+        ((30, 40), ((1, 15), (1, 1), (1, 1), (False, False))),  # windows narrower than the lanes
+        ((30, 40), ((1, 21), (1, 1), (1, 1), (False, False))),
+        ((31, 20), ((2, 5), (1, 1), (1, 1), (False, False))),  # stairs of query rows
+        ((31, 20), ((3, 5), (1, 1), (1, 1), (False, False))),
+        ((31, 20), ((13, 5), (1, 1), (1, 1), (False, False))),  # in two parts
+        ((41, 20), ((25, 3), (1, 1), (1, 1), (True, False))),
+    ],
+)
+def test_gradients_of_neighbouring_windows(size, window, dim):
+    generator = torch.Generator().manual_seed(0)
+    shape = (1, *size, 2, dim)
+    query, key, value, grad = (
+        torch.randn(shape, generator=generator, dtype=torch.float64) for _ in range(4)
+    )
+    attend = (na1d, na2d)[len(size) - 1]
+
+    def gradients(dtype, backend):
+        tensors = [t.to(dtype).requires_grad_() for t in (query, key, value)]
+        out = attend(*tensors, *window, backend=backend)
+        return torch.autograd.grad(out, tensors, grad.to(dtype))
+
+    ours, exact = gradients(torch.float32, "cpu"), gradients(torch.float64, "reference")
+    for a, b in zip(ours, exact, strict=True):
+        torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=2e-5)
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
 def test_memory_does_not_grow_with_the_window():
     """What is held beyond the results; gathered windows would be 169 times the keys at 13 x 13."""
