@@ -22,7 +22,10 @@ from ops.native.eager import is_plain_call
 __all__ = ["PackedDepthwiseMlp", "unsupported"]
 
 _KERNEL = "depthwise_mlp"
-_CHUNK = 128  # hidden channels at a time; a multiple of the panels that weights are packed in
+# Hidden channels at a time, in front of a convolution and of the second layer: multiples of the
+# panels that weights are packed in, and the second of the first.
+_CHUNK = 192
+_SPAN = 384
 _SMALL_MACS = 2e6  # below it one thread is quicker than waking others
 _FEWEST_ROWS = 4  # of a thread, which computes the hidden rows above and below them, too
 
@@ -35,7 +38,7 @@ class _Problem(ctypes.Structure):
             (name, ctypes.c_int64)
             for name in (
                 *("batch", "height", "width", "in_features", "hidden", "out_features", "chunk"),
-                *("activation", "conv_activation"),
+                *("span", "activation", "conv_activation"),
             )
         ),
         ("eps", ctypes.c_double),
@@ -86,8 +89,8 @@ class PackedDepthwiseMlp:
     ) -> None:
         hidden = fc1.out_features
         weight2 = fc2.weight.detach()
-        chunks = [pack_weight(part) for part in weight2.split(_CHUNK, dim=1)]
-        # The bias once, zeros for the chunks that only add.
+        spans = [pack_weight(part) for part in weight2.split(_SPAN, dim=1)]
+        # The bias once, zeros for the spans that only add.
         bias2 = torch.cat((_bias(fc2), weight2.new_zeros(len(weight2))))
         self._in_features = fc1.in_features
         self._weights = (pack_weight(fc1.weight), _bias(fc1))
@@ -95,7 +98,7 @@ class PackedDepthwiseMlp:
         if conv is not None:
             bias = weight2.new_zeros(hidden) if conv.bias is None else conv.bias.detach()
             self._conv = taps_first(conv.weight).view(9, hidden), bias
-        self._weights2 = (torch.cat(chunks), bias2)
+        self._weights2 = (torch.cat(spans), bias2)
         self._activations = (activation, conv_activation)
 
     def shares_out(self, x: Tensor) -> bool:
@@ -176,6 +179,7 @@ def _run(
     size = tuple(x.shape[:3]) if taps is not None else (1, x.numel() // x.shape[-1], 1)
     problem = _problem(
         (*size, x.shape[-1], len(bias1), out.shape[-1]),
+        _SPAN if taps is None else _CHUNK,
         activation,
         conv_activation,
         eps,
@@ -200,13 +204,19 @@ def _empty_output(x: Tensor, *others: Tensor | float | str | None) -> Tensor:
 
 @functools.lru_cache(maxsize=1024)  # a network has few different ones, and filling them in is slow
 def _problem(
-    sizes: tuple[int, ...], activation: str, conv_activation: str, eps: float, threads: int
+    sizes: tuple[int, ...],
+    chunk: int,
+    activation: str,
+    conv_activation: str,
+    eps: float,
+    threads: int,
 ) -> _Problem:
     batch, height, width, in_features, hidden, out_features = sizes
     macs = batch * height * width * hidden * (in_features + out_features)
     return _Problem(
         *sizes,
-        _CHUNK,
+        chunk,
+        _SPAN,
         ACTIVATIONS.index(activation),
         ACTIVATIONS.index(conv_activation),
         eps,

@@ -24,6 +24,7 @@ using simd::W;
 struct Problem {
   int64_t batch, height, width, in_features, hidden, out_features;
   int64_t chunk;                          // hidden channels at a time, whole panels of linear.h
+  int64_t span;                           // inputs of the second layer at a time, whole chunks
   int64_t activation, conv_activation;    // after the first layer, after the convolution
   double eps;                             // of the norm
   int64_t threads;
@@ -31,7 +32,7 @@ struct Problem {
 
 // Maps are [batch][height][width][features]. Null where they are not wanted: `norm_weight` and
 // `norm_bias` [in_features], `taps` [9][hidden] with `conv_bias` [hidden], and `other`, which is
-// added to the result. `weight2` has each chunk's inputs packed on their own.
+// added to the result. `weight2` has each span of inputs packed on its own.
 struct Tensors {
   const float *in, *norm_weight, *norm_bias;
   const float *weight1, *bias1, *taps, *conv_bias, *weight2, *bias2;
@@ -39,57 +40,92 @@ struct Tensors {
   float* out;
 };
 
-// Of the hidden map, before and after the convolution; a core's second-level cache holds both and
-// the weights of a chunk.
-constexpr int64_t STRIP_FLOATS = 160 * 1024;
+// Of the hidden map; a core's second-level cache holds it before and after the convolution, inputs,
+// outputs and weights.
+constexpr int64_t STRIP_FLOATS = 96 * 1024;
 constexpr int RUN = 8;  // pixels whose sums are in registers
 
 struct Scratch {
   std::vector<float> normed, hidden, mixed, zeros;
+  int64_t zero_floats = 0;
 };
 
+// Vectors that lie across lines of the cache would be slow to read.
 static float* room(std::vector<float>& buffer, int64_t floats) {
-  if (buffer.size() < static_cast<size_t>(floats)) buffer.resize(static_cast<size_t>(floats));
-  return buffer.data();
+  constexpr int64_t line = linear::LINE / int64_t{sizeof(float)};
+  const size_t wanted = static_cast<size_t>(floats + line);
+  if (buffer.size() < wanted) buffer.resize(wanted);
+  const auto misplaced = reinterpret_cast<uintptr_t>(buffer.data()) % linear::LINE;
+  return buffer.data() + (misplaced ? line - misplaced / sizeof(float) : 0);
 }
 
 // ---- norm --------------------------------------------------------------------------------------
-static void normalise(const Problem& p, const Tensors& t, const float* in, int64_t pixels,
-                      float* out) {
+// N pixels together, so that none waits for the sums of another.
+template <int N>
+static void normalise(const Problem& p, const Tensors& t, const float* in, float* out) {
   const int64_t dim = p.in_features, whole = dim / W * W;
   const int rest = static_cast<int>(dim - whole);
   const float share = 1.f / static_cast<float>(dim);
-  for (int64_t i = 0; i < pixels; i++, in += dim, out += dim) {
-    F sum = simd::zero();
-    for (int64_t c = 0; c < whole; c += W) sum = sum + simd::load(in + c);
-    float mean = simd::reduce_add(sum);
-    for (int64_t c = whole; c < dim; c++) mean += in[c];
-    mean *= share;
-    const F centre = simd::set1(mean);
-    F squares = simd::zero();
-    for (int64_t c = 0; c < whole; c += W) {
-      const F x = simd::load(in + c) - centre;
-      squares = simd::fma(x, x, squares);
-    }
-    float variance = simd::reduce_add(squares);
-    for (int64_t c = whole; c < dim; c++) variance += (in[c] - mean) * (in[c] - mean);
-    const F factor =
-        simd::set1(1.f / std::sqrt(variance * share + static_cast<float>(p.eps)));
-    for (int64_t c = 0; c < dim; c += W) {
-      const int lanes = c < whole ? W : rest;
-      const F x = (simd::get(in + c, lanes) - centre) * factor;
-      const F weight = simd::get(t.norm_weight + c, lanes);
-      simd::put(out + c, simd::fma(x, weight, simd::get(t.norm_bias + c, lanes)), lanes);
+  F sum[N], centre[N], factor[N];
+  float mean_of[N];
+  VB_UNROLL
+  for (int i = 0; i < N; i++) sum[i] = simd::zero();
+  for (int64_t c = 0; c < whole; c += W) {
+    VB_UNROLL
+    for (int i = 0; i < N; i++) sum[i] = sum[i] + simd::load(in + i * dim + c);
+  }
+  VB_UNROLL
+  for (int i = 0; i < N; i++) {
+    float mean = simd::reduce_add(sum[i]);
+    for (int64_t c = whole; c < dim; c++) mean += in[i * dim + c];
+    mean_of[i] = mean * share;
+    centre[i] = simd::set1(mean_of[i]);
+    sum[i] = simd::zero();
+  }
+  for (int64_t c = 0; c < whole; c += W) {
+    VB_UNROLL
+    for (int i = 0; i < N; i++) {
+      const F x = simd::load(in + i * dim + c) - centre[i];
+      sum[i] = simd::fma(x, x, sum[i]);
     }
   }
+  VB_UNROLL
+  for (int i = 0; i < N; i++) {
+    const float mean = mean_of[i];
+    float variance = simd::reduce_add(sum[i]);
+    for (int64_t c = whole; c < dim; c++) {
+      variance += (in[i * dim + c] - mean) * (in[i * dim + c] - mean);
+    }
+    factor[i] = simd::set1(1.f / std::sqrt(variance * share + static_cast<float>(p.eps)));
+  }
+  for (int64_t c = 0; c < dim; c += W) {
+    const int lanes = c < whole ? W : rest;
+    const F weight = simd::get(t.norm_weight + c, lanes), bias = simd::get(t.norm_bias + c, lanes);
+    VB_UNROLL
+    for (int i = 0; i < N; i++) {
+      const F x = (simd::get(in + i * dim + c, lanes) - centre[i]) * factor[i];
+      simd::put(out + i * dim + c, simd::fma(x, weight, bias), lanes);
+    }
+  }
+}
+
+static void normalise(const Problem& p, const Tensors& t, const float* in, int64_t pixels,
+                      float* out) {
+  constexpr int N = 4;
+  int64_t i = 0;
+  for (; i + N <= pixels; i += N) {
+    normalise<N>(p, t, in + i * p.in_features, out + i * p.in_features);
+  }
+  for (; i < pixels; i++) normalise<1>(p, t, in + i * p.in_features, out + i * p.in_features);
 }
 
 // ---- convolution -------------------------------------------------------------------------------
 // One vector of channels of an output row; `rows` are the three input rows at those channels.
 struct Row {
   const float* rows[3];
-  ptrdiff_t pitch;  // from pixel to pixel, of input and output
+  ptrdiff_t pitch;  // from pixel to pixel
   float* out;
+  ptrdiff_t out_pitch;
   int64_t activation;
 };
 
@@ -113,7 +149,7 @@ static VB_INLINE void convolve(const Row& row, const F (&taps)[9], F bias, int64
   }
   if (row.activation != activation::NONE) activation::apply(sum, N, row.activation);
   VB_UNROLL
-  for (int i = 0; i < N; i++) simd::store(row.out + (x + i) * row.pitch, sum[i]);
+  for (int i = 0; i < N; i++) simd::store(row.out + (x + i) * row.out_pitch, sum[i]);
 }
 
 static void convolve_row(const Row& row, const F (&taps)[9], F bias, int64_t width) {
@@ -142,9 +178,11 @@ struct Task {
   Scratch& s;
 
   int64_t margin() const { return t.taps ? 1 : 0; }
-  // Of a pixel in the hidden map: an odd number of vectors, lest pixels fall on the same lines of
-  // the first-level cache.
-  int64_t pitch(int64_t channels) const { return ((channels + W - 1) / W | 1) * W; }
+  // Of a pixel in a map of so many channels at a time: an odd number of vectors, lest pixels fall
+  // on the same lines of the first-level cache.
+  int64_t pitch(int64_t channels) const {
+    return ((std::min(channels, p.hidden) + W - 1) / W | 1) * W;
+  }
 
   void run() const {
     const int64_t count = rows.end - rows.begin, row = p.width * pitch(p.chunk);
@@ -163,25 +201,30 @@ struct Task {
                        std::min(p.height, strip.end + margin())};
       const Range fresh{std::max(seen.begin, had.end), seen.end};
       const float* in = input(fresh);
+      float* mixed = t.taps ? room(s.mixed, pixels(strip) * pitch(p.span)) : nullptr;
       for (int64_t c = 0; c < chunks; c++) {
         float* map = hidden + (strips > 1 ? c * height * row : 0);
         const int64_t kept = fresh.begin - seen.begin;
         if (kept) std::memmove(map, map + (seen.begin - had.begin) * row, kept * row * sizeof(float));
-        expand(c, in, (fresh.end - fresh.begin) * p.width, map + kept * row);
-        project(c, t.taps ? mix(c, map, seen, strip) : map, strip);
+        expand(c, in, pixels(fresh), map + kept * row);
+        const int64_t begin = c * p.chunk / p.span * p.span, end = c * p.chunk + channels(c);
+        if (t.taps) mix(c, map, seen, strip, mixed + c * p.chunk - begin);
+        if (end % p.span == 0 || end == p.hidden) {
+          project({begin, end}, t.taps ? mixed : map, strip);
+        }
       }
       had = seen;
     }
   }
 
+  int64_t pixels(Range range) const { return (range.end - range.begin) * p.width; }
   int64_t place(int64_t y) const { return (image * p.height + y) * p.width; }
 
   const float* input(Range range) const {
     const float* in = t.in + place(range.begin) * p.in_features;
     if (!t.norm_weight) return in;
-    const int64_t pixels = (range.end - range.begin) * p.width;
-    float* out = room(s.normed, pixels * p.in_features);
-    normalise(p, t, in, pixels, out);
+    float* out = room(s.normed, pixels(range) * p.in_features);
+    normalise(p, t, in, pixels(range), out);
     return out;
   }
 
@@ -196,8 +239,8 @@ struct Task {
     return problem;
   }
 
-  void expand(int64_t c, const float* in, int64_t pixels, float* map) const {
-    linear::Problem problem = layer(pixels, p.in_features, channels(c));
+  void expand(int64_t c, const float* in, int64_t count, float* map) const {
+    linear::Problem problem = layer(count, p.in_features, channels(c));
     problem.out_stride = pitch(p.chunk);
     problem.activation = p.activation;
     linear::Tensors tensors{};
@@ -208,10 +251,11 @@ struct Task {
     linear::forward(problem, tensors);
   }
 
-  const float* mix(int64_t c, const float* map, Range seen, Range strip) const {
+  // Into a map of a span of channels.
+  void mix(int64_t c, const float* map, Range seen, Range strip, float* out) const {
     const int64_t step = pitch(p.chunk), row = p.width * step, width = channels(c);
-    float* out = room(s.mixed, (strip.end - strip.begin) * row);
-    if (s.zeros.size() < static_cast<size_t>(row)) s.zeros.resize(static_cast<size_t>(row));
+    const int64_t out_step = pitch(p.span);
+    const float* zeros = zero_row(row);
     for (int64_t v = 0; v < width; v += W) {
       const int lanes = static_cast<int>(std::min<int64_t>(W, width - v));
       const int64_t channel = c * p.chunk + v;
@@ -219,30 +263,39 @@ struct Task {
       for (int k = 0; k < 9; k++) taps[k] = simd::get(t.taps + k * p.hidden + channel, lanes);
       const F bias = simd::get(t.conv_bias + channel, lanes);
       for (int64_t y = strip.begin; y < strip.end; y++) {
-        Row of{{}, step, out + (y - strip.begin) * row + v, p.conv_activation};
+        float* to = out + (y - strip.begin) * p.width * out_step + v;
+        Row of{{}, step, to, out_step, p.conv_activation};
         for (int r = 0; r < 3; r++) {
           const int64_t above = y - 1 + r;
           const bool inside = above >= seen.begin && above < seen.end;
-          of.rows[r] = (inside ? map + (above - seen.begin) * row : s.zeros.data()) + v;
+          of.rows[r] = (inside ? map + (above - seen.begin) * row : zeros) + v;
         }
         convolve_row(of, taps, bias, p.width);
       }
     }
-    return out;
   }
 
-  void project(int64_t c, const float* mixed, Range strip) const {
-    linear::Problem problem =
-        layer((strip.end - strip.begin) * p.width, channels(c), p.out_features);
-    problem.in_stride = pitch(p.chunk);
+  const float* zero_row(int64_t floats) const {
+    float* row = room(s.zeros, floats);
+    if (s.zero_floats < floats) {
+      std::fill_n(row, floats, 0.f);
+      s.zero_floats = floats;
+    }
+    return row;
+  }
+
+  // Adds what some of the inputs of the second layer give.
+  void project(Range inputs, const float* mixed, Range strip) const {
+    linear::Problem problem = layer(pixels(strip), inputs.end - inputs.begin, p.out_features);
+    problem.in_stride = pitch(p.span);
     problem.other_stride = p.out_features;
     linear::Tensors tensors{};
     tensors.in = mixed;
-    tensors.weight = t.weight2 + c * p.chunk * linear::padded(p.out_features);
+    tensors.weight = t.weight2 + inputs.begin * linear::padded(p.out_features);
     tensors.out = t.out + place(strip.begin) * p.out_features;
-    // The first chunk starts the sums, the others add to them.
-    tensors.bias = t.bias2 + (c ? p.out_features : 0);
-    if (c) {
+    // The first inputs start the sums, the others add to them.
+    tensors.bias = t.bias2 + (inputs.begin ? p.out_features : 0);
+    if (inputs.begin) {
       tensors.other = tensors.out;
     } else if (t.other) {
       tensors.other = t.other + place(strip.begin) * p.out_features;

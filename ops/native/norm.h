@@ -33,14 +33,6 @@ struct Tensors {
   void* out;
 };
 
-static VB_INLINE float sum_of_lanes(F v) {
-#if VB_AVX512
-  return _mm512_reduce_add_ps(v);
-#else
-  return simd::reduce_add(v);
-#endif
-}
-
 // One pixel into whole vectors of floats; behind its last channel lie zeros. V vectors, or as many
 // as it takes where V is 0.
 template <int V, class T>
@@ -65,7 +57,7 @@ static VB_INLINE void normalise(const T* in, int64_t dim, const float* weight, c
     sum = sum + get(v);
   }
   const float share = 1.f / static_cast<float>(dim);
-  const F centre = simd::set1(sum_of_lanes(sum) * share);
+  const F centre = simd::set1(simd::reduce_add(sum) * share);
   F squares = simd::zero();
   VB_UNROLL
   for (int64_t v = 0; v < vectors; v++) {
@@ -74,7 +66,7 @@ static VB_INLINE void normalise(const T* in, int64_t dim, const float* weight, c
     put(v, x);
     squares = simd::fma(x, x, squares);
   }
-  const F factor = simd::set1(1.f / std::sqrt(sum_of_lanes(squares) * share + eps));
+  const F factor = simd::set1(1.f / std::sqrt(simd::reduce_add(squares) * share + eps));
   VB_UNROLL
   for (int64_t v = 0; v < vectors; v++) {
     const F scale = simd::get(weight + v * W, lanes(v)), shift = simd::get(bias + v * W, lanes(v));

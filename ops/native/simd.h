@@ -239,10 +239,14 @@ static VB_INLINE F log2(F x) {
 }
 
 static VB_INLINE float reduce_add(F v) {
+#if VB_AVX512
+  return _mm512_reduce_add_ps(v);
+#else
   float lanes[W], sum = 0.f;
   store(lanes, v);
   for (int l = 0; l < W; l++) sum += lanes[l];
   return sum;
+#endif
 }
 
 // ---- loads and stores --------------------------------------------------------------------------
