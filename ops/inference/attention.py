@@ -16,9 +16,8 @@ from ops.attention.bilevel import (
 from ops.attention.hilo import HiLoAttention
 from ops.attention.large_kernel import LargeKernelAttention
 from ops.attention.rank_augmented import RankAugmentedAttention, Rotary, rotary_table
-from ops.inference import grouped_attention
+from ops.inference import gated_attention, grouped_attention, linear_attention
 from ops.inference.layers import FastLayer, PackedLinear, runs_fast
-from ops.inference.linear_attention import gated_linear_attention, unsupported
 
 __all__ = [
     "FastBiLevelRoutingAttention",
@@ -30,6 +29,8 @@ __all__ = [
 # Of queries, keys, values and gates; a batch whose maps take more goes some images at a time, so
 # that they stay in the cache and allocate less than what the system takes back when it is freed.
 _PROJECTED_BYTES = 8 << 20
+# Of bfloat16, that attend to each other by our kernel: torch multiplies more of them faster.
+_MOST_TOKENS = 256
 
 
 class FastLargeKernelAttention(LargeKernelAttention):
@@ -155,7 +156,7 @@ def _turns(height: int, width: int, head_dim: int) -> Tensor:
 
 
 class FastRankAugmentedAttention(RankAugmentedAttention):
-    """Linear attention by our kernel; else rotations are products of complex numbers."""
+    """By our kernels; else rotations are products of complex numbers."""
 
     def forward(
         self, x: Tensor, rotary: Rotary | None = None, residual: Tensor | None = None
@@ -165,7 +166,9 @@ class FastRankAugmentedAttention(RankAugmentedAttention):
             return out if residual is None else out + residual
         height, width, dim = x.shape[1:]
         head_dim = dim // self.num_heads
-        if self.linear and unsupported(x.device, x.dtype, head_dim) is None:
+        kernel = linear_attention if self.linear else gated_attention
+        fast = self.linear or x.dtype == torch.float32 or height * width <= _MOST_TOKENS
+        if fast and kernel.unsupported(x.device, x.dtype, head_dim) is None:
             return self._some_images_at_a_time(x, residual)
         *qkv, gate = self.qkvo(x).chunk(4, dim=-1)
         turns = _turns(height, width, head_dim)
@@ -185,19 +188,24 @@ class FastRankAugmentedAttention(RankAugmentedAttention):
         projected_bytes = 4 * x.numel() * x.element_size()
         images = max(1, len(x) * _PROJECTED_BYTES // max(1, projected_bytes))
         if images >= len(x):
-            return self._attend_linearly(x, residual)
+            return self._attend(x, residual)
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         for start in range(0, len(x), images):
             part = slice(start, start + images)
             shortcut = None if residual is None else residual[part]
-            out[part] = self._attend_linearly(x[part], shortcut)
+            out[part] = self._attend(x[part], shortcut)
         return out
 
-    def _attend_linearly(self, x: Tensor, residual: Tensor | None) -> Tensor:
+    def _attend(self, x: Tensor, residual: Tensor | None) -> Tensor:
         qkvo = self.qkvo(x)
         value = qkvo.chunk(4, dim=-1)[2]
         bias = self.lepe(value.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        return self.proj(gated_linear_attention(qkvo, bias, self.num_heads), residual)
+        attend = (
+            linear_attention.gated_linear_attention
+            if self.linear
+            else gated_attention.gated_attention
+        )
+        return self.proj(attend(qkvo, bias, self.num_heads), residual)
 
 
 def _rotate(x: Tensor, turns: Tensor) -> Tensor:

@@ -18,11 +18,11 @@ from ops.native.eager import is_plain_call, unsupported_tensors
 
 __all__ = ["attend", "attend_regions", "unsupported"]
 
-_KERNEL = "attention"
-_SMALL_MACS = 2e6  # below it one thread is quicker than waking others
+KERNEL = "attention"
+SMALL_MACS = 2e6  # below it one thread is quicker than waking others
 
 
-class _Problem(ctypes.Structure):
+class Problem(ctypes.Structure):
     """``attention::Problem`` of ops/native/attention.h."""
 
     _fields_ = [
@@ -33,17 +33,25 @@ class _Problem(ctypes.Structure):
                 "value_dim",
             )
         ),
-        *((f"{name}_stride", ctypes.c_int64 * 3) for name in ("query", "key", "value", "out")),
+        *(
+            (f"{name}_stride", ctypes.c_int64 * 3)
+            for name in ("query", "key", "value", "out", "bias", "gate")
+        ),
+        ("width", ctypes.c_int64),
         ("scale", ctypes.c_double),
         *((name, ctypes.c_int64) for name in ("bfloat16", "threads")),
     ]
 
 
-class _Tensors(ctypes.Structure):
+class Tensors(ctypes.Structure):
     """``attention::Tensors`` of ops/native/attention.h."""
 
     _fields_ = [
-        (name, ctypes.c_void_p) for name in ("query", "key", "value", "rows", "regions", "output")
+        (name, ctypes.c_void_p)
+        for name in (
+            *("query", "key", "value", "rows", "regions", "row_table", "column_table"),
+            *("bias", "gate", "output"),
+        )
     ]
 
 
@@ -52,7 +60,7 @@ def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
 
     The first call on a machine compiles the kernel, which takes some seconds.
     """
-    return unsupported_tensors(_KERNEL, device, dtype)
+    return unsupported_tensors(KERNEL, device, dtype)
 
 
 def attend(
@@ -166,7 +174,7 @@ def _run(
     out: Tensor,
 ) -> None:
     _check(query, key, value, rows, routes, scale, out)
-    library, reason = native.load(_KERNEL), unsupported(query.device, query.dtype)
+    library, reason = native.load(KERNEL), unsupported(query.device, query.dtype)
     if library is None or reason is not None:
         raise RuntimeError(f"the kernel of attention is not available: {reason}")
     if out.numel() == 0:
@@ -184,8 +192,8 @@ def _run(
         query.dtype == torch.bfloat16,
         torch.get_num_threads(),
     )
-    tensors = (query, key, value, rows, routes, out)
-    addresses = _Tensors(*(None if t is None else t.data_ptr() for t in tensors))
+    tensors = (query, key, value, rows, routes, None, None, None, None, out)
+    addresses = Tensors(*(None if t is None else t.data_ptr() for t in tensors))
     if library.attention_forward(ctypes.byref(problem), ctypes.byref(addresses)):
         raise MemoryError("no memory for the scratch of attention")
 
@@ -199,9 +207,13 @@ def _problem(
     scale: float,
     bfloat16: bool,
     threads: int,
-) -> _Problem:
+) -> Problem:
     batch, groups, heads, queries, region = sizes
     macs = batch * groups * heads * queries * region * routes * sum(dims)
-    return _Problem(
-        *sizes, routes, *dims, *strides, scale, bfloat16, 1 if macs < _SMALL_MACS else threads
+    none = (0, 0, 0), (0, 0, 0)
+    return Problem(
+        *(*sizes, routes, *dims, *strides, *none, 0),
+        scale,
+        bfloat16,
+        1 if macs < SMALL_MACS else threads,
     )

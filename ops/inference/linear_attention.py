@@ -17,7 +17,7 @@ from ops import native
 from ops.attention.rank_augmented import rotary_table
 from ops.native.eager import is_plain_call, unsupported_tensors
 
-__all__ = ["gated_linear_attention", "unsupported"]
+__all__ = ["check_gated", "gated_linear_attention", "turns", "unsupported", "unsupported_heads"]
 
 _KERNEL = "linear_attention"
 _EPS = 1e-6
@@ -52,9 +52,30 @@ def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int) -> str 
 
     The first call on a machine compiles the kernel, which takes some seconds.
     """
+    return unsupported_heads(head_dim) or unsupported_tensors(_KERNEL, device, dtype)
+
+
+def unsupported_heads(head_dim: int) -> str | None:
+    """``None`` if kernels rotate heads of so many channels, else the reason in words."""
     if head_dim % _WHOLE:
         return f"the kernel takes head dims that {_WHOLE} divides, not {head_dim}"
-    return unsupported_tensors(_KERNEL, device, dtype)
+    return None
+
+
+def check_gated(qkvo: Tensor, bias: Tensor, num_heads: int) -> None:
+    """
+    Raises:
+        ValueError: what :func:`gated_linear_attention` raises for these.
+    """
+    dim = bias.shape[-1]
+    expected = (*bias.shape[:-1], 4 * dim)
+    if bias.ndim != 4 or qkvo.shape != expected or not qkvo.is_contiguous():
+        raise ValueError(f"qkvo must be contiguous and {expected}, got {tuple(qkvo.shape)}")
+    if bias.dtype != qkvo.dtype or dim % num_heads:
+        raise ValueError(
+            f"bias must be {qkvo.dtype} and {num_heads} heads divide its {dim} channels, "
+            f"got {bias.dtype}"
+        )
 
 
 def gated_linear_attention(qkvo: Tensor, bias: Tensor, num_heads: int) -> Tensor:
@@ -88,17 +109,8 @@ def _empty_output(qkvo: Tensor, bias: Tensor, num_heads: int) -> Tensor:
 
 @torch.library.impl(_library, "gated_linear_attention", "CPU")
 def _run(qkvo: Tensor, bias: Tensor, num_heads: int) -> Tensor:
+    check_gated(qkvo, bias, num_heads)
     batch, height, width, dim = bias.shape
-    if qkvo.shape != (batch, height, width, 4 * dim) or not qkvo.is_contiguous():
-        raise ValueError(
-            f"qkvo must be contiguous and {(batch, height, width, 4 * dim)}, got "
-            f"{tuple(qkvo.shape)}"
-        )
-    if bias.dtype != qkvo.dtype or dim % num_heads:
-        raise ValueError(
-            f"bias must be {qkvo.dtype} and {num_heads} heads divide its {dim} channels, "
-            f"got {bias.dtype}"
-        )
     head_dim = dim // num_heads
     library, reason = native.load(_KERNEL), unsupported(qkvo.device, qkvo.dtype, head_dim)
     if library is None or reason is not None:
@@ -112,7 +124,7 @@ def _run(qkvo: Tensor, bias: Tensor, num_heads: int) -> Tensor:
         qkvo.dtype == torch.bfloat16,
         torch.get_num_threads(),
     )
-    rows, columns = _turns(height, head_dim, 0), _turns(width, head_dim, 1)
+    rows, columns = turns(height, head_dim, 0), turns(width, head_dim, 1)
     start, step = qkvo.data_ptr(), dim * qkvo.element_size()
     addresses: Any = _Tensors(
         *(start + i * step for i in range(4)),
@@ -124,8 +136,8 @@ def _run(qkvo: Tensor, bias: Tensor, num_heads: int) -> Tensor:
 
 
 @functools.lru_cache(maxsize=32)
-def _turns(size: int, head_dim: int, axis: int) -> Tensor:
-    """(size, head_dim): cosines, then sines, less than zero for even channels, along an axis."""
+def turns(size: int, head_dim: int, axis: int) -> Tensor:
+    """(size, head_dim): cosines, then sines, negated for even channels, of rows or columns."""
     shape = (size, 1) if axis == 0 else (1, size)
     sin, cos = (t.chunk(2, dim=1)[axis] for t in rotary_table(*shape, head_dim))
     signs = torch.tensor([-1.0, 1.0]).repeat(head_dim // 4)

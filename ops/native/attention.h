@@ -9,8 +9,9 @@
 #include <cstddef>
 #include <cstdint>
 #include <utility>
-#include <vector>
 #include "parallel.h"
+#include "room.h"
+#include "rotation.h"
 #include "simd.h"
 
 namespace attention {
@@ -22,6 +23,8 @@ using simd::W;
 struct Problem {
   int64_t batch, groups, heads, queries, region_keys, routes, dim, value_dim;
   int64_t query_stride[3], key_stride[3], value_stride[3], out_stride[3];  // image, token, head
+  int64_t bias_stride[3], gate_stride[3];
+  int64_t width;  // of the map, for rotations
   double scale;
   int64_t bfloat16, threads;
 };
@@ -30,6 +33,10 @@ struct Tensors {
   const void *query, *key, *value;
   const int32_t* rows;     // [group][token], or null: one group of `queries` sees `region_keys`
   const int64_t* regions;  // [image][group][route], of keys and values, or null
+  // Queries and keys are rotated, see rotation.h, or not where these are null.
+  const float *row_table, *column_table;
+  // What attention gives plus the one times the other, like the output; both or neither are null.
+  const void *bias, *gate;
   void* out;
 };
 
@@ -165,7 +172,7 @@ static void from_floats(const float* in, T* out, int count) {
 }
 
 struct Scratch {
-  std::vector<float> keys, values, query, rows, scores, sums;
+  float *keys, *values, *query, *rows, *scores, *sums;
 };
 
 // One head of one group.
@@ -184,14 +191,21 @@ struct Task {
     return t.rows ? t.rows[at] : at;
   }
 
+  void rotate(float* row, int64_t token) const {
+    if (!t.row_table) return;
+    rotation::rotate({t.row_table, t.column_table, p.width, static_cast<int>(p.dim)}, row, token,
+                     simd::set1(1.f), row);
+  }
+
   void take_keys() const {
     const int64_t own = group, count = p.region_keys;
     const int64_t* regions = t.regions ? t.regions + (image * p.groups + group) * p.routes : &own;
-    float *key = s.keys.data(), *value = s.values.data();
+    float *key = s.keys, *value = s.values;
     for (int64_t r = 0; r < p.routes; r++) {
       for (int64_t i = regions[r] * count, end = i + count; i < end; i++) {
         const int64_t token = t.rows ? t.rows[i] : i;
         to_floats(row(t.key, p.key_stride, token), key, static_cast<int>(p.dim));
+        rotate(key, token);
         to_floats(row(t.value, p.value_stride, token), value, static_cast<int>(p.value_dim));
         key += p.dim;
         value += p.value_dim;
@@ -205,14 +219,25 @@ struct Task {
     const F scale = simd::set1(static_cast<float>(p.scale) * LOG2E);
     for (int v = 0; v * W < count; v++) {
       for (int l = 0; l < W; l++) {
-        const int64_t i = first + std::min(v * W + l, count - 1);
-        to_floats(row(t.query, p.query_stride, query_row(i)), s.rows.data() + l * pitch, dim);
+        const int64_t token = query_row(first + std::min(v * W + l, count - 1));
+        to_floats(row(t.query, p.query_stride, token), s.rows + l * pitch, dim);
+        rotate(s.rows + l * pitch, token);
       }
       for (int c = 0; c < pitch; c += W) {
-        float* out = s.query.data() + c * TILE + v * W;
-        simd::transpose(s.rows.data() + c, pitch, out, TILE, W);
+        float* out = s.query + c * TILE + v * W;
+        simd::transpose(s.rows + c, pitch, out, TILE, W);
         for (int i = 0; i < W; i++) simd::store(out + i * TILE, simd::load(out + i * TILE) * scale);
       }
+    }
+  }
+
+  // In whole vectors.
+  void finish(int64_t token, float* out) const {
+    const T* bias = row(t.bias, p.bias_stride, token);
+    const T* gate = row(t.gate, p.gate_stride, token);
+    for (int64_t c = 0; c < p.value_dim; c += W) {
+      const F x = simd::load(out + c) + simd::load_as_float(bias + c);
+      simd::store(out + c, x * simd::load_as_float(gate + c));
     }
   }
 
@@ -221,17 +246,18 @@ struct Task {
     for (int v = 0; v * W < count; v++) {
       const F factor = simd::set1(1.f) / simd::load(total + v * W);
       for (int c = 0; c < dim; c++) {
-        float* sum = s.sums.data() + c * TILE + v * W;
+        float* sum = s.sums + c * TILE + v * W;
         simd::store(sum, simd::load(sum) * factor);
       }
       for (int c = 0; c < pitch; c += W) {
-        simd::transpose(s.sums.data() + c * TILE + v * W, TILE, s.rows.data() + c, pitch, W);
+        simd::transpose(s.sums + c * TILE + v * W, TILE, s.rows + c, pitch, W);
       }
       for (int l = 0; l < W && v * W + l < count; l++) {
         const int64_t token = query_row(first + v * W + l);
         T* out = static_cast<T*>(t.out) + image * p.out_stride[0] + token * p.out_stride[1] +
                  head * p.out_stride[2];
-        from_floats(s.rows.data() + l * pitch, out, dim);
+        if (t.gate) finish(token, s.rows + l * pitch);
+        from_floats(s.rows + l * pitch, out, dim);
       }
     }
   }
@@ -246,13 +272,13 @@ struct Task {
       float before[TILE];
       std::copy_n(top, TILE, before);
       in_parts(block, [&](int k, int part) {
-        SCORE[vectors - 1][part - 1]({s.query.data(), s.keys.data() + (begin + k) * dim, dim,
-                                      s.scores.data() + k * TILE, top});
+        SCORE[vectors - 1][part - 1]({s.query, s.keys + (begin + k) * dim, dim,
+                                      s.scores + k * TILE, top});
       });
       for (int v = 0; v < vectors; v++) {
         const F now = simd::load(top + v * W);
         F sums[4] = {simd::zero(), simd::zero(), simd::zero(), simd::zero()};
-        float* score = s.scores.data() + v * W;
+        float* score = s.scores + v * W;
         int k = 0;
         for (; k + 4 <= block; k += 4) {
           VB_UNROLL
@@ -273,8 +299,8 @@ struct Task {
         simd::store(total + v * W, simd::fma(simd::load(total + v * W), f, sum));
       }
       in_parts(value_dim, [&](int c, int part) {
-        MIX[vectors - 1][part - 1]({s.scores.data(), s.values.data() + begin * value_dim + c, block,
-                                    value_dim, begin ? factor : nullptr, s.sums.data() + c * TILE});
+        MIX[vectors - 1][part - 1]({s.scores, s.values + begin * value_dim + c, block,
+                                    value_dim, begin ? factor : nullptr, s.sums + c * TILE});
       });
     }
     give(first, count, total);
@@ -285,16 +311,16 @@ template <class T>
 static void forward(const Problem& p, const Tensors& t) {
   const int64_t chunks = (p.queries + TASK_QUERIES - 1) / TASK_QUERIES;
   const int64_t tasks = p.batch * p.heads * p.groups * chunks;
-  const auto padded = [](int64_t dim) { return static_cast<size_t>((dim + W - 1) / W * W); };
+  const auto padded = [](int64_t dim) { return (dim + W - 1) / W * W; };
   const auto work = [&](int64_t index) {
-    static thread_local Scratch s;
-    const size_t keys = static_cast<size_t>(p.region_keys * p.routes);
-    s.keys.resize(keys * p.dim);
-    s.values.resize(keys * p.value_dim);
-    s.query.resize(padded(p.dim) * TILE);
-    s.rows.resize(W * std::max(padded(p.dim), padded(p.value_dim)));
-    s.scores.resize(BLOCK * TILE);
-    s.sums.resize(padded(p.value_dim) * TILE);
+    static thread_local Room<float> rooms[6];
+    const int64_t keys = p.region_keys * p.routes;
+    Scratch s{rooms[0].of(keys * p.dim),
+              rooms[1].of(keys * p.value_dim),
+              rooms[2].of(padded(p.dim) * TILE),
+              rooms[3].of(W * std::max(padded(p.dim), padded(p.value_dim))),
+              rooms[4].of(BLOCK * TILE),
+              rooms[5].of(padded(p.value_dim) * TILE)};
     const int64_t chunk = index % chunks, group = index / chunks % p.groups;
     const int64_t head = index / (chunks * p.groups) % p.heads;
     const Task<T> task{p, t, index / (chunks * p.groups * p.heads), group, head, s};

@@ -8,11 +8,11 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <vector>
 #include "activation.h"
 #include "lanes.h"
 #include "linear.h"
 #include "parallel.h"
+#include "room.h"
 #include "simd.h"
 
 namespace depthwise_mlp {
@@ -46,18 +46,9 @@ constexpr int64_t STRIP_FLOATS = 96 * 1024;
 constexpr int RUN = 8;  // pixels whose sums are in registers
 
 struct Scratch {
-  std::vector<float> normed, hidden, mixed, zeros;
+  Room<float> normed, hidden, mixed, zeros;
   int64_t zero_floats = 0;
 };
-
-// Vectors that lie across lines of the cache would be slow to read.
-static float* room(std::vector<float>& buffer, int64_t floats) {
-  constexpr int64_t line = linear::LINE / int64_t{sizeof(float)};
-  const size_t wanted = static_cast<size_t>(floats + line);
-  if (buffer.size() < wanted) buffer.resize(wanted);
-  const auto misplaced = reinterpret_cast<uintptr_t>(buffer.data()) % linear::LINE;
-  return buffer.data() + (misplaced ? line - misplaced / sizeof(float) : 0);
-}
 
 // ---- norm --------------------------------------------------------------------------------------
 // N pixels together, so that none waits for the sums of another.
@@ -193,7 +184,7 @@ struct Task {
     const int64_t strips = whole ? 1 : (count + fitting - 1) / fitting;
     // All chunks of a strip are kept for the next one, which begins with their last rows.
     const int64_t height = (count + strips - 1) / strips + 2 * margin();
-    float* hidden = room(s.hidden, height * row * (strips > 1 ? chunks : 1));
+    float* hidden = s.hidden.of(height * row * (strips > 1 ? chunks : 1));
     Range had{0, 0};
     for (int64_t i = 0; i < strips; i++) {
       const Range strip{rows.begin + count * i / strips, rows.begin + count * (i + 1) / strips};
@@ -201,7 +192,7 @@ struct Task {
                        std::min(p.height, strip.end + margin())};
       const Range fresh{std::max(seen.begin, had.end), seen.end};
       const float* in = input(fresh);
-      float* mixed = t.taps ? room(s.mixed, pixels(strip) * pitch(p.span)) : nullptr;
+      float* mixed = t.taps ? s.mixed.of(pixels(strip) * pitch(p.span)) : nullptr;
       for (int64_t c = 0; c < chunks; c++) {
         float* map = hidden + (strips > 1 ? c * height * row : 0);
         const int64_t kept = fresh.begin - seen.begin;
@@ -223,7 +214,7 @@ struct Task {
   const float* input(Range range) const {
     const float* in = t.in + place(range.begin) * p.in_features;
     if (!t.norm_weight) return in;
-    float* out = room(s.normed, pixels(range) * p.in_features);
+    float* out = s.normed.of(pixels(range) * p.in_features);
     normalise(p, t, in, pixels(range), out);
     return out;
   }
@@ -276,7 +267,7 @@ struct Task {
   }
 
   const float* zero_row(int64_t floats) const {
-    float* row = room(s.zeros, floats);
+    float* row = s.zeros.of(floats);
     if (s.zero_floats < floats) {
       std::fill_n(row, floats, 0.f);
       s.zero_floats = floats;

@@ -9,6 +9,8 @@
 #include <utility>
 #include <vector>
 #include "parallel.h"
+#include "room.h"
+#include "rotation.h"
 #include "simd.h"
 
 namespace linear_attention {
@@ -24,11 +26,10 @@ struct Problem {
   int64_t bfloat16, threads;
 };
 
-// Tables: cosines, then sines that are negated for even channels, [rows or columns][2][dim / 2].
 struct Tensors {
   const void *query, *key, *value, *gate;
   const void* bias;  // added to what attention gives, before the gate; null for none
-  const float *row_table, *column_table;
+  const float *row_table, *column_table;  // see rotation.h
   void* out;
 };
 
@@ -41,18 +42,6 @@ constexpr float LOG2E = 1.44269504f;
 static VB_INLINE F feature(F x) {
   const F up = simd::max(simd::zero(), x);
   return up + simd::exp2((x - up) * simd::set1(LOG2E));
-}
-
-static VB_INLINE F swap_pairs(F x) {
-#if VB_AVX512
-  return _mm512_permute_ps(x, 0xB1);
-#elif VB_AVX2
-  return _mm256_permute_ps(x, 0xB1);
-#else
-  F r;
-  for (int l = 0; l < W; l++) r[l] = x[l ^ 1];
-  return r;
-#endif
 }
 
 // ---- products of small matrices ----------------------------------------------------------------
@@ -129,18 +118,20 @@ static void multiply(ProductArgs args, int rows, int dim) {
 // ---- one head of one image ---------------------------------------------------------------------
 // What the tokens of a segment add to.
 struct Sums {
-  std::vector<float> vector, state;
+  Room<float> room;
+  float *vector, *state;
   float top, total;
 };
 
 struct Scratch {
-  std::vector<float> features, weights, mean;
+  Room<float> rooms[3];
+  float *features, *weights, *mean;
   std::vector<Sums> sums;  // of each segment; at the end the first has those of all
 };
 
 // Pieces of tokens that one thread works on.
 struct Pieces {
-  std::vector<float> left, right, out;
+  float *left, *right, *out;
 };
 
 template <class T>
@@ -156,17 +147,8 @@ struct Head {
     return static_cast<const T*>(base) + image * stride[0] + token * stride[1] + head * stride[2];
   }
 
-  // x times the token's rotation, a vector at a time.
   void rotate(const float* in, int64_t token, F factor, float* out) const {
-    const int half = dim / 2;
-    const float* row = t.row_table + token / p.width * dim;
-    const float* column = t.column_table + token % p.width * dim;
-    for (int c = 0; c < dim; c += W) {
-      const float* table = c < half ? row + c : column + c - half;
-      const F x = simd::load(in + c) * factor;
-      const F across = swap_pairs(x) * simd::load(table + half);
-      simd::store(out + c, simd::fma(x, simd::load(table), across));
-    }
+    rotation::rotate({t.row_table, t.column_table, p.width, dim}, in, token, factor, out);
   }
 
   void add_queries(int64_t first, int64_t end, Sums& sums) const {
@@ -179,7 +161,7 @@ struct Head {
         }
         sum = sum + part;
       }
-      simd::store(sums.vector.data() + c, sum);
+      simd::store(sums.vector + c, sum);
     }
   }
 
@@ -188,12 +170,12 @@ struct Head {
     sums.top = -INFINITY;
     for (int64_t n = first; n < end; n++) {
       const T* key = at(t.key, n, p.stride);
-      float* out = s.features.data() + n * dim;
+      float* out = s.features + n * dim;
       F sum = simd::zero();
       for (int c = 0; c < dim; c += W) {
         const F x = feature(simd::load_as_float(key + c));
         simd::store(out + c, x);
-        sum = simd::fma(x, simd::load(s.mean.data() + c), sum);
+        sum = simd::fma(x, simd::load(s.mean + c), sum);
       }
       s.weights[n] = simd::reduce_add(sum);
       sums.top = std::max(sums.top, s.weights[n]);
@@ -202,12 +184,12 @@ struct Head {
 
   // The state is the sum of rotated weighted keys times values; the vector that of weighted keys.
   void collect(int64_t first, int64_t end, float top, Sums& sums, Pieces& pieces) const {
-    std::fill_n(sums.vector.data(), dim, 0.f);
+    std::fill_n(sums.vector, dim, 0.f);
     for (int64_t n = end; n % W; n++) s.weights[n] = -INFINITY;  // of the last segment
     F total = simd::zero();
     for (int64_t n = first; n < end; n += W) {
-      const F x = simd::exp2(simd::load(s.weights.data() + n) - simd::set1(top));
-      simd::store(s.weights.data() + n, x);
+      const F x = simd::exp2(simd::load(s.weights + n) - simd::set1(top));
+      simd::store(s.weights + n, x);
       total = total + x;
     }
     sums.total = simd::reduce_add(total);
@@ -215,16 +197,16 @@ struct Head {
       const int count = static_cast<int>(std::min<int64_t>(CHUNK, end - begin));
       for (int i = 0; i < count; i++) {
         const F weight = simd::set1(s.weights[begin + i]);
-        const float* key = s.features.data() + (begin + i) * dim;
+        const float* key = s.features + (begin + i) * dim;
         const T* value = at(t.value, begin + i, p.stride);
         for (int c = 0; c < dim; c += W) {
-          float* sum = sums.vector.data() + c;
+          float* sum = sums.vector + c;
           simd::store(sum, simd::fma(simd::load(key + c), weight, simd::load(sum)));
-          simd::store(pieces.right.data() + i * dim + c, simd::load_as_float(value + c));
+          simd::store(pieces.right + i * dim + c, simd::load_as_float(value + c));
         }
-        rotate(key, begin + i, weight, pieces.left.data() + i * dim);
+        rotate(key, begin + i, weight, pieces.left + i * dim);
       }
-      multiply({pieces.left.data(), 1, dim, pieces.right.data(), sums.state.data(), dim, count,
+      multiply({pieces.left, 1, dim, pieces.right, sums.state, dim, count,
                 begin == first},
                dim, dim);
     }
@@ -236,18 +218,18 @@ struct Head {
       float factor[CHUNK];
       for (int i = 0; i < count; i++) {
         const T* query = at(t.query, begin + i, p.stride);
-        float* left = pieces.left.data() + i * dim;
+        float* left = pieces.left + i * dim;
         F sum = simd::zero();
         for (int c = 0; c < dim; c += W) {
           const F x = feature(simd::load_as_float(query + c));
-          sum = simd::fma(x, simd::load(sums.vector.data() + c), sum);
+          sum = simd::fma(x, simd::load(sums.vector + c), sum);
           simd::store(left + c, x);
         }
         // Both sums are `total` times what they should be.
         factor[i] = 1.f / (simd::reduce_add(sum) + static_cast<float>(p.eps) * sums.total);
         rotate(left, begin + i, simd::set1(1.f), left);
       }
-      multiply({pieces.left.data(), dim, 1, sums.state.data(), pieces.out.data(), dim, dim, true},
+      multiply({pieces.left, dim, 1, sums.state, pieces.out, dim, dim, true},
                count, dim);
       for (int i = 0; i < count; i++) {
         const T* gate = at(t.gate, begin + i, p.stride);
@@ -255,7 +237,7 @@ struct Head {
         T* out = static_cast<T*>(t.out) + image * p.out_stride[0] + (begin + i) * p.out_stride[1] +
                  head * p.out_stride[2];
         for (int c = 0; c < dim; c += W) {
-          F x = simd::load(pieces.out.data() + i * dim + c) * simd::set1(factor[i]);
+          F x = simd::load(pieces.out + i * dim + c) * simd::set1(factor[i]);
           if (bias) x = x + simd::load_as_float(bias + c);
           simd::store_from_float(out + c, x * simd::load_as_float(gate + c));
         }
@@ -266,20 +248,18 @@ struct Head {
   // All of it, with the tokens in segments that threads share.
   void attend(int64_t threads) const {
     const int64_t chunks = (tokens + CHUNK - 1) / CHUNK, segments = std::min(threads, chunks);
-    s.features.resize(static_cast<size_t>(tokens) * dim);
-    s.weights.resize(static_cast<size_t>(tokens) + W);
-    s.mean.resize(dim);
+    s.features = s.rooms[0].of(tokens * dim);
+    s.weights = s.rooms[1].of(tokens + W);
+    s.mean = s.rooms[2].of(dim);
     s.sums.resize(segments);
     for (Sums& sums : s.sums) {
-      sums.vector.resize(dim);
-      sums.state.resize(static_cast<size_t>(dim) * dim);
+      sums.state = sums.room.of((int64_t{dim} + 1) * dim);
+      sums.vector = sums.state + dim * dim;
     }
     const auto each_segment = [&](const auto& work) {
       parallel::for_each(segments, threads, [&](int64_t i) {
-        static thread_local Pieces pieces;
-        for (std::vector<float>* v : {&pieces.left, &pieces.right, &pieces.out}) {
-          v->resize(static_cast<size_t>(CHUNK) * dim);
-        }
+        static thread_local Room<float> rooms[3];
+        Pieces pieces{rooms[0].of(CHUNK * dim), rooms[1].of(CHUNK * dim), rooms[2].of(CHUNK * dim)};
         const int64_t first = i * chunks / segments * CHUNK;
         const int64_t end = std::min(tokens, (i + 1) * chunks / segments * CHUNK);
         work(first, end, s.sums[i], pieces);
@@ -306,8 +286,7 @@ struct Head {
     for (int64_t i = 1; i < segments; i++) {
       const Sums& other = s.sums[i];
       all.total += other.total;
-      for (size_t c = 0; c < all.vector.size(); c++) all.vector[c] += other.vector[c];
-      for (size_t c = 0; c < all.state.size(); c++) all.state[c] += other.state[c];
+      for (int c = 0; c < (dim + 1) * dim; c++) all.state[c] += other.state[c];  // vectors, too
     }
     each_segment([&](int64_t first, int64_t end, Sums&, Pieces& pieces) {
       give(first, end, all, pieces);

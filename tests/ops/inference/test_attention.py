@@ -63,3 +63,19 @@ def test_rank_augmented_by_images(images: int, monkeypatch: pytest.MonkeyPatch) 
         assert _error(fast(x), layer(x)) <= 1e-5
         assert _error(fast(x, residual=residual), layer(x) + residual) <= 1e-5
         assert fast(x[:0]).shape == x[:0].shape
+
+
+@pytest.mark.parametrize("linear", [True, False])
+@pytest.mark.parametrize("size", [(5, 4), (17, 16)])
+@pytest.mark.parametrize("dim", [64, 24])
+def test_rank_augmented(dim: int, size: tuple[int, int], linear: bool) -> None:
+    """Heads that the kernels take and heads that they refuse, few tokens and many."""
+    torch.manual_seed(0)
+    layer = RankAugmentedAttention(dim, 2, linear=linear).eval()
+    fast = _fast(layer, FastRankAugmentedAttention)
+    x, residual = torch.randn(2, 2, *size, dim)
+    with torch.no_grad():
+        exact = copy.deepcopy(layer).double()(x.double()) + residual
+        assert _error(fast(x, residual=residual), exact) <= 1e-5
+        half = copy.deepcopy(fast).bfloat16()(x.bfloat16(), residual=residual.bfloat16())
+        assert _error(half.double(), exact) <= 0.02
