@@ -1,6 +1,6 @@
-"""Attention with a trained term added to its scores, as a CPU trains it quickest.
+"""Attention with a trained bias added to its scores, as a CPU trains it quickest.
 
-No kernel of torch's gives a gradient of the term there, and its plain form reads and writes the
+No kernel of torch's gives a gradient of the bias there, and its plain form reads and writes the
 scores of all windows from one step to the next. Here a window's scores go through all steps while
 they lie in the cache.
 """
@@ -19,69 +19,78 @@ __all__ = ["attend_in_turn", "worth_a_turn"]
 _SCORE_BYTES = 1 << 19
 
 
-def worth_a_turn(q: Tensor, k: Tensor, v: Tensor, terms: Tensor) -> bool:
+def worth_a_turn(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> bool:
     """Whether :func:`attend_in_turn` can train these, and is the quicker way.
 
     Shapes: as there. Compilers have ways of their own, and autocast mixes dtypes.
     """
     return (
         q.is_cpu
-        and terms.requires_grad
+        and bias.requires_grad
         and torch.is_grad_enabled()
         and not (torch.compiler.is_compiling() or torch.jit.is_tracing())
         and not torch.is_autocast_enabled("cpu")
-        and q.dtype == k.dtype == v.dtype == terms.dtype
-        and terms[0].numel() * terms.element_size() >= _SCORE_BYTES
+        and q.dtype == k.dtype == v.dtype == bias.dtype
+        and bias.numel() * bias.element_size() >= _SCORE_BYTES
     )
 
 
-def attend_in_turn(q: Tensor, k: Tensor, v: Tensor, terms: Tensor, kinds: Sequence[int]) -> Tensor:
-    """``softmax(q kᵀ + terms[kind]) v`` for each window, with gradients of all of them.
+def attend_in_turn(
+    q: Tensor, k: Tensor, v: Tensor, bias: Tensor, masks: Sequence[Tensor | None]
+) -> Tensor:
+    """``softmax(q kᵀ / √head_dim + bias + mask) v`` for each window.
+
+    There are gradients of all but the masks.
 
     Args:
-        q: (windows, heads, N, head_dim), scaled.
+        q: (windows, heads, N, head_dim).
         k: (windows, heads, M, head_dim).
         v: (windows, heads, M, head_dim).
-        terms: (kinds, heads, N, M).
-        kinds: which of the terms each window is added.
+        bias: (heads, N, M).
+        masks: for each window (N, M), or None.
 
     Returns:
         (windows, heads, N, head_dim).
     """
-    out: Tensor = _InTurn.apply(q.contiguous(), k.contiguous(), v.contiguous(), terms, kinds)
+    out: Tensor = _InTurn.apply(q, k, v, bias, masks)
     return out
 
 
 class _InTurn(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, q: Tensor, k: Tensor, v: Tensor, terms: Tensor, kinds: Sequence[int]
+        ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, masks: Sequence[Tensor | None]
     ) -> Tensor:
-        weights, out = q.new_empty(len(q), *terms.shape[1:]), torch.empty_like(q)
-        for window, kind in enumerate(kinds):
-            scores = torch.bmm(q[window], k[window].transpose(1, 2)).add_(terms[kind])
+        ctx.scale, ctx.masks = q.shape[-1] ** -0.5, masks
+        weights, out = q.new_empty(len(q), *bias.shape), q.new_empty(q.shape)
+        for window, mask in enumerate(masks):
+            scores = torch.baddbmm(bias, q[window], k[window].transpose(1, 2), alpha=ctx.scale)
+            if mask is not None:
+                scores += mask
             torch.softmax(scores, -1, out=weights[window])
             torch.bmm(weights[window], v[window], out=out[window])
-        ctx.save_for_backward(q, k, v, terms, weights)
-        ctx.kinds = kinds
+        ctx.save_for_backward(q, k, v, bias, weights)
         return out
 
     @staticmethod
     def backward(ctx: Any, out_grad: Tensor) -> tuple[Tensor | None, ...]:
-        q, k, v, terms, weights = ctx.saved_tensors
+        q, k, v, bias, weights = ctx.saved_tensors
         if torch.is_grad_enabled():  # someone wants the gradient of a gradient
-            out = (q @ k.transpose(2, 3) + terms[list(ctx.kinds)]).softmax(-1) @ v
-            return *torch.autograd.grad(out, (q, k, v, terms), out_grad, create_graph=True), None
-        out_grad = out_grad.contiguous()
-        grads = [torch.empty_like(t) for t in (q, k, v)]
-        terms_grad = torch.zeros_like(terms)
-        for window, kind in enumerate(ctx.kinds):
+            none = bias.new_zeros(bias.shape[1:])
+            masks = torch.stack([none if mask is None else mask for mask in ctx.masks])
+            scores = ctx.scale * q @ k.transpose(2, 3) + bias + masks.unsqueeze(1)
+            out = scores.softmax(-1) @ v
+            return *torch.autograd.grad(out, (q, k, v, bias), out_grad, create_graph=True), None
+        grads = [t.new_empty(t.shape) for t in (q, k, v)]
+        bias_grad = torch.zeros_like(bias)
+        for window in range(len(q)):
             q_grad, k_grad, v_grad = (grad[window] for grad in grads)
             p, grad = weights[window], out_grad[window]
             torch.bmm(p.transpose(1, 2), grad, out=v_grad)
             slopes = torch.bmm(grad, v[window].transpose(1, 2))
             slopes = torch._softmax_backward_data(slopes, p, -1, p.dtype)
-            terms_grad[kind] += slopes
+            bias_grad += slopes
+            slopes *= ctx.scale
             torch.bmm(slopes, k[window], out=q_grad)
             torch.bmm(slopes.transpose(1, 2), q[window], out=k_grad)
-        return *grads, terms_grad, None
+        return *grads, bias_grad, None

@@ -68,9 +68,16 @@ def overlapping_windows(x: Tensor, window_size: int, overlap_size: int) -> Tenso
         (B, H // window_size, W // window_size, overlap_size², C).
     """
     margin = (overlap_size - window_size) // 2
-    x = F.pad(x, (0, 0, margin, margin, margin, margin))
-    x = x.unfold(1, overlap_size, window_size).unfold(2, overlap_size, window_size)
-    return x.permute(0, 1, 2, 4, 5, 3).flatten(3, 4)
+    batch, height, width, dim = x.shape
+    rows, columns = height // window_size, width // window_size
+    # Of a gather, the gradient takes an eighth of the time that that of two `unfold` takes.
+    padded = F.pad(x, (0, 0, margin, margin, margin, margin)).flatten(1, 2)
+    inside = torch.arange(overlap_size, device=x.device)
+    row = window_size * torch.arange(rows, device=x.device).unsqueeze(1) + inside
+    column = window_size * torch.arange(columns, device=x.device).unsqueeze(1) + inside
+    places = row[:, None, :, None] * (width + 2 * margin) + column[:, None]
+    windows = padded.index_select(1, places.flatten())
+    return windows.view(batch, rows, columns, overlap_size**2, dim)
 
 
 def _differences(size: int, other: int, device: torch.device | None) -> tuple[Tensor, Tensor]:
@@ -145,10 +152,9 @@ def window_attention(
         (B, rows, columns, N, heads · head_dim).
     """
     q, k, v = (_per_window(t) for t in (query, key, value))
-    if worth_a_turn(q, k, v, bias.unsqueeze(0)):
-        terms = torch.stack([bias, *(bias + mask for mask in (() if masks is None else masks))])
-        kinds = [0] * len(q) if masks is None else _window_kinds(*query.shape[:3])
-        out = attend_in_turn(q.shape[-1] ** -0.5 * q, k, v, terms, kinds)
+    if worth_a_turn(q, k, v, bias):
+        batch, rows, columns = query.shape[:3]
+        out = attend_in_turn(q, k, v, bias, _masks_of_windows(batch, rows, columns, masks))
         return out.transpose(1, 2).reshape(*query.shape[:4], -1)
     if masks is None:
         return _attend(query, key, value, bias)
@@ -170,9 +176,15 @@ def _per_window(x: Tensor) -> Tensor:
     return x.flatten(0, 2).transpose(1, 2)
 
 
-def _window_kinds(batch: int, rows: int, columns: int) -> list[int]:
-    """For each window 0, or 1 + which of :func:`shift_masks` is its."""
-    inner, last = [0] * (columns - 1) + [1], [2] * (columns - 1) + [3]
+def _masks_of_windows(
+    batch: int, rows: int, columns: int, masks: Tensor | None
+) -> list[Tensor | None]:
+    """For each window None, or which of :func:`shift_masks` is its."""
+    if masks is None:
+        return [None] * (batch * rows * columns)
+    of_column, of_row, of_corner = masks
+    inner: list[Tensor | None] = [*[None] * (columns - 1), of_column]
+    last: list[Tensor | None] = [*[of_row] * (columns - 1), of_corner]
     return (inner * (rows - 1) + last) * batch
 
 

@@ -1,4 +1,4 @@
-"""Attention that trains its term, a window at a time, is the attention that it says."""
+"""Attention that trains its bias, a window at a time, is the attention that it says."""
 
 from __future__ import annotations
 
@@ -17,13 +17,15 @@ def tensors(*shapes: tuple[int, ...], dtype: torch.dtype = torch.float64) -> lis
 
 
 def test_gradients_and_theirs() -> None:
-    inputs = tensors((3, 2, 4, 3), (3, 2, 5, 3), (3, 2, 5, 3), (2, 2, 4, 5))
+    inputs = tensors((3, 2, 4, 3), (3, 2, 5, 3), (3, 2, 5, 3), (2, 4, 5))
+    mask = torch.tensor([0.0, 1.0, -2.0, 0.0, 3.0], dtype=torch.float64).expand(4, 5)
 
     def attend(*inputs: Tensor) -> Tensor:
-        return attend_in_turn(*inputs, kinds=(1, 0, 1))
+        return attend_in_turn(*inputs, masks=(mask, None, mask))
 
-    q, k, v, terms = inputs
-    wanted = (q @ k.transpose(2, 3) + terms[[1, 0, 1]]).softmax(-1) @ v
+    q, k, v, bias = inputs
+    masks = torch.stack((mask, torch.zeros_like(mask), mask)).unsqueeze(1)
+    wanted = (q @ k.transpose(2, 3) / 3**0.5 + bias + masks).softmax(-1) @ v
     torch.testing.assert_close(attend(*inputs), wanted)
     assert torch.autograd.gradcheck(attend, inputs)
     assert torch.autograd.gradgradcheck(attend, inputs)
@@ -46,12 +48,12 @@ def test_windows_find_their_masks(
 
 
 def test_only_where_it_is_the_quicker_way() -> None:
-    q, k, v, terms = tensors(*[(2, 2, 256, 4)] * 3, (1, 2, 256, 256), dtype=torch.float32)
-    assert worth_a_turn(q, k, v, terms)
-    assert not worth_a_turn(q, k, v, terms.detach())
-    assert not worth_a_turn(q, k, v.double(), terms)
-    assert not worth_a_turn(q, k, v, terms[:, :, :64, :64])
+    q, k, v, bias = tensors(*[(2, 2, 256, 4)] * 3, (2, 256, 256), dtype=torch.float32)
+    assert worth_a_turn(q, k, v, bias)
+    assert not worth_a_turn(q, k, v, bias.detach())
+    assert not worth_a_turn(q, k, v.double(), bias)
+    assert not worth_a_turn(q, k, v, bias[:, :64, :64])
     with torch.no_grad():
-        assert not worth_a_turn(q, k, v, terms)
+        assert not worth_a_turn(q, k, v, bias)
     with torch.autocast("cpu", torch.bfloat16):
-        assert not worth_a_turn(q, k, v, terms)
+        assert not worth_a_turn(q, k, v, bias)
