@@ -18,25 +18,29 @@ struct SpreadArgs {
   const int32_t* lane_offset;
   size_t weight_row_pitch;  // from one query row to the next
   size_t weight_key_pitch;  // from one key to the next
-  float* const* sums;       // for each key, its channels
+  float* const* sums;       // for each key row, its first channel
+  size_t offset;            // of the column and the channels wanted
 };
 
 template <int N, int C>
 struct SpreadSums {
   F sum[N][C];
 
-  VB_INLINE void load(float* const* from) {
+  // `at(n)` is where the channels of key n are.
+  template <class At>
+  VB_INLINE void load(const At& at) {
     VB_UNROLL
     for (int n = 0; n < N; n++) {
       VB_UNROLL
-      for (int c = 0; c < C; c++) sum[n][c] = simd::load(from[n] + c * W);
+      for (int c = 0; c < C; c++) sum[n][c] = simd::load(at(n) + c * W);
     }
   }
-  VB_INLINE void store(float* const* to) const {
+  template <class At>
+  VB_INLINE void store(const At& at) const {
     VB_UNROLL
     for (int n = 0; n < N; n++) {
       VB_UNROLL
-      for (int c = 0; c < C; c++) simd::store(to[n] + c * W, sum[n][c]);
+      for (int c = 0; c < C; c++) simd::store(at(n) + c * W, sum[n][c]);
     }
   }
   // What one query adds to the keys from `first` to `last`.
@@ -73,7 +77,8 @@ template <int N, int C, int STAIRS>
 static void spread_rows(const SpreadArgs& args) {
   const SpreadArgs a = args;
   SpreadSums<N, C> sums;
-  sums.load(a.sums);
+  const auto at = [&](int n) VB_INLINE_LAMBDA { return a.sums[n] + a.offset; };
+  sums.load(at);
   if constexpr (STAIRS == LEVEL) {
     for (int r = 0; r < a.row_count; r++) sums.add_lanes(a, r, 0, N - 1);
   } else {
@@ -81,17 +86,17 @@ static void spread_rows(const SpreadArgs& args) {
     for (int r = 0; r < MAX_ROWS; r++)
       sums.add_lanes(a, r, STAIRS & LOW ? r : 0, STAIRS & HIGH ? N - MAX_ROWS + r : N - 1);
   }
-  sums.store(a.sums);
+  sums.store(at);
 }
 
-// Neighbouring keys of one row, where the windows of neighbouring lanes start one position after
-// the other. EDGE -1: of the N - 1 lanes before `lane`, each sees one key more than the last; 1: of
-// those from `lane_end` on, each sees one key less.
+// Neighbouring keys of one row. EDGE -1: of the N - 1 lanes before `lane`, each sees one key more
+// than the last; 1: of those from `lane_end` on, each sees one key less.
 template <int N, int C, int EDGE>
 static void spread_columns(const SpreadArgs& args) {
   const SpreadArgs a = args;
   SpreadSums<N, C> sums;
-  sums.load(a.sums);
+  const auto at = [&](int n) VB_INLINE_LAMBDA { return a.sums[0] + a.offset + n * a.pitch; };
+  sums.load(at);
   for (int r = 0; r < a.row_count; r++) {
     const float* weights = a.weight + r * a.weight_row_pitch;
     const auto add = [&](int l, int first, int last) VB_INLINE_LAMBDA {
@@ -107,7 +112,7 @@ static void spread_columns(const SpreadArgs& args) {
       for (int n = 1; n < N; n++) add(a.lane_end + n - 1, n, N - 1);
     }
   }
-  sums.store(a.sums);
+  sums.store(at);
 }
 
 constexpr int MAX_SPREAD_CHANNELS = 2;  // vectors of channels at once
@@ -181,7 +186,6 @@ class Spread {
     args_.pitch = pitch;
     args_.lane_offset = lane_offset_;
     args_.weight_row_pitch = SCORE_PITCH;
-    args_.sums = at_;
   }
 
   void run(Ahead& ahead) {
@@ -203,6 +207,7 @@ class Spread {
 
   void run_sliding(Ahead& ahead) {
     const int edge = valid_ - 1;
+    const Part part(*this, 0, 1);
     // Columns [from, to), of which the lanes before one that moves along see all.
     const auto add = [&](int from, int to, int edge_kind) {
       const int parts = (to - from + MAX_SPREAD_KEYS - 1) / MAX_SPREAD_KEYS;
@@ -211,7 +216,7 @@ class Spread {
                   columns = from + (to - from) * (i + 1) / parts - column;
         args_.lane = edge_kind < 0 ? column + columns - width_ : 0;
         args_.lane_end = edge_kind > 0 ? column + 1 : valid_;
-        call(SPREAD_COLUMNS[edge_kind + 1], column, columns, 0, 1);
+        add_columns(part, SPREAD_COLUMNS[edge_kind + 1], column, columns);
         ahead.fetch();
       }
     };
@@ -221,8 +226,11 @@ class Spread {
   }
 
   void run_columns(Ahead& ahead) {
-    const int parts = (key_rows_ + MAX_SPREAD_KEYS - 1) / MAX_SPREAD_KEYS,
-              row_step = (key_rows_ + parts - 1) / parts;
+    Part parts[BLOCK_KEYS / MAX_SPREAD_KEYS + 1];
+    const int part_count = (key_rows_ + MAX_SPREAD_KEYS - 1) / MAX_SPREAD_KEYS,
+              row_step = (key_rows_ + part_count - 1) / part_count;
+    for (int i = 0; i < part_count; i++)
+      parts[i] = Part(*this, i * row_step, std::min(row_step, key_rows_ - i * row_step));
     // The lanes that see a column; both ends only ever move up.
     int lane = 0, lane_end = 0;
     const auto move_lanes = [&](int column) {
@@ -245,53 +253,68 @@ class Spread {
           move_lanes(column + ++columns);
       }
       if (args_.lane >= args_.lane_end) continue;
-      for (int y = 0; y < key_rows_; y += row_step) {
-        const int rows = std::min(row_step, key_rows_ - y);
-        call(SPREAD_ROWS[stairs(y, rows)], column, columns, y, rows);
+      if (key_rows_ == 1) {
+        add_columns(parts[0], SPREAD_COLUMNS[1], column, columns);
+      } else {
+        for (int i = 0; i < part_count; i++) add_rows(parts[i], column);
       }
       ahead.fetch();
     }
   }
 
-  // How the query rows see the `rows` key rows from `y` on.
-  int stairs(int y, int rows) const {
-    if (rows < MAX_ROWS) return LEVEL;
-    const auto are = [&](int kind) {
-      for (int i = 0; i < rows; i++) {
-        const int first = kind & HIGH ? std::max(0, i - (rows - MAX_ROWS)) : 0,
-                  end = kind & LOW ? std::min(MAX_ROWS, i + 1) : MAX_ROWS;
-        if (first_row_[y + i] != first || end_row_[y + i] != end) return false;
-      }
-      return true;
-    };
-    for (int kind : {LOW | HIGH, int{LOW}, int{HIGH}}) {
-      if (are(kind)) return kind;
-    }
-    return LEVEL;
-  }
+  // Key rows that are added to at once.
+  struct Part {
+    int first, rows;
+    int low_row = MAX_ROWS, row_count = 0;  // the query rows that see any of them
+    int stairs = LEVEL;
 
-  // For `columns` of one key row or one column of `rows`, counted from the first column.
-  void call(const SpreadKernels& kernels, int column, int columns, int y, int rows) {
-    const int keys = std::max(rows, columns),
-              position = lanes_.base + offset_ - low_ + column;
-    const int vectors = static_cast<int>(args_.pitch) / W;
-    int low_row = MAX_ROWS, high_row = 0;
-    for (int i = y; i < y + rows; i++) {
-      low_row = std::min(low_row, first_row_[i]);
-      high_row = std::max(high_row, end_row_[i]);
+    Part() = default;
+    Part(const Spread& s, int first, int rows) : first(first), rows(rows) {
+      int end_row = 0;
+      for (int i = first; i < first + rows; i++) {
+        low_row = std::min(low_row, s.first_row_[i]);
+        end_row = std::max(end_row, s.end_row_[i]);
+      }
+      row_count = end_row - low_row;
+      if (rows < MAX_ROWS) return;
+      for (int kind : {LOW | HIGH, int{LOW}, int{HIGH}}) {
+        bool are = true;
+        for (int i = 0; i < rows; i++) {
+          const int low = kind & HIGH ? std::max(0, i - (rows - MAX_ROWS)) : 0,
+                    high = kind & LOW ? std::min(MAX_ROWS, i + 1) : MAX_ROWS;
+          are &= s.first_row_[first + i] == low && s.end_row_[first + i] == high;
+        }
+        if (are) {
+          stairs = kind;
+          return;
+        }
+      }
     }
-    args_.row_count = high_row - low_row;
-    args_.weight_key_pitch = columns > 1 ? W : static_cast<size_t>(width_) * W;
-    args_.weight = weight_ + low_row * SCORE_PITCH +
-                   (static_cast<ptrdiff_t>(y) * width_ + column) * W;
+  };
+
+  // One column, counted from the first.
+  void add_rows(const Part& part, int column) {
+    args_.weight_key_pitch = static_cast<size_t>(width_) * W;
+    add(part, SPREAD_ROWS[part.stairs], column, part.rows);
+  }
+  // Neighbouring columns of one key row.
+  void add_columns(const Part& part, const SpreadKernels& kernels, int column, int columns) {
+    args_.weight_key_pitch = W;
+    add(part, kernels, column, columns);
+  }
+  void add(const Part& part, const SpreadKernels& kernels, int column, int keys) {
+    const int vectors = static_cast<int>(args_.pitch) / W;
+    args_.row_count = part.row_count;
+    args_.sums = sums_ + part.first;
+    args_.weight = weight_ + part.low_row * SCORE_PITCH +
+                   (static_cast<ptrdiff_t>(part.first) * width_ + column) * W;
+    args_.offset = (lanes_.base + offset_ - low_ + column) * args_.pitch;
+    args_.row = queries_ + part.low_row * args_.row_pitch;
     for (int c = 0, step; c < vectors; c += step) {
       step = std::min(MAX_SPREAD_CHANNELS, vectors - c);
-      for (int i = 0; i < keys; i++) {
-        float* row = sums_[columns > 1 ? y : y + i];
-        at_[i] = row + (position + (columns > 1 ? i : 0)) * args_.pitch + c * W;
-      }
-      args_.row = queries_ + low_row * args_.row_pitch + c * W;
       kernels[step - 1][keys - 1](args_);
+      args_.offset += step * W;
+      args_.row += step * W;
     }
   }
 
@@ -303,7 +326,6 @@ class Spread {
   int first_row_[BLOCK_KEYS], end_row_[BLOCK_KEYS];  // the query rows that see the key row
   int32_t lane_offset_[W];
   SpreadArgs args_;
-  float* at_[MAX_SPREAD_KEYS];
 };
 
 }  // namespace na
