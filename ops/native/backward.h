@@ -5,6 +5,7 @@
 // inverse windows would need seven products where this needs five.)
 #pragma once
 #include "key_gradients.h"
+#include "lanes.h"
 
 namespace na {
 
@@ -19,7 +20,7 @@ struct BackwardTensors {
 template <class T>
 struct BackwardScratch : UnitScratch<T> {
   GradientRing<T> grad_keys, grad_values;
-  Buffer query_rows, query, grad_rows, grad, score, grad_score, sum, out, bias_lanes;
+  Buffer query_rows, query, grad_rows, grad, score, grad_score, sum, bias_lanes;
 };
 
 // score -> p, grad_score -> ds = p (dp - delta), for the query rows and keys of one slice.
@@ -67,6 +68,28 @@ static void add_bias_gradient(const Bias& bias, const TilePlace& place, const Sl
   }
 }
 
+// delta = sum over the channels of out . grad_out, for each query of a row; `grad` is [lane][channel].
+template <class T>
+static F row_delta(const TilePlace& place, const Tensor& out, int row, int channels,
+                   const float* grad) {
+  const int pitch = round_up(channels, W), valid = place.lanes.valid;
+  const T* line = place.line<const T>(out, row);
+  float products[W][W], columns[W][W];
+  for (int l = 0; l < valid; l++) {
+    const T* o = line + place.order()[l] * out.x;
+    const float* g = grad + static_cast<size_t>(l) * pitch;
+    F sum = simd::zero();
+    for (int c = 0; c < channels; c += W)
+      sum = simd::fma(simd::get(o + c, std::min(W, channels - c)), simd::load(g + c), sum);
+    simd::store(products[l], sum);
+  }
+  for (int l = valid; l < W; l++) std::memcpy(products[l], products[valid - 1], sizeof *products);
+  simd::transpose(products[0], W, columns[0], W, W);
+  F sum = simd::load(columns[0]);
+  for (int l = 1; l < W; l++) sum = sum + simd::load(columns[l]);
+  return sum;
+}
+
 template <class T>
 static void backward_tile(const Problem& p, const BackwardTensors& t, const TilePlace& place,
                           const KeyRing<T>& ring, const Unit& unit, const Bias& bias,
@@ -82,7 +105,6 @@ static void backward_tile(const Problem& p, const BackwardTensors& t, const Tile
   float* score = scratch.score.get(MAX_ROWS * SCORE_PITCH);
   float* grad_score = scratch.grad_score.get(MAX_ROWS * SCORE_PITCH);
   float* sum = scratch.sum.get(static_cast<size_t>(MAX_ROWS) * W * pitch);
-  float* out = scratch.out.get(static_cast<size_t>(W) * value_dim);
 
   if (!large) add_rows<T>(ahead, place, t.grad_query, dim);
   ahead.set_portions(2 * (place.tile.high - place.tile.low) + place.lanes.valid / 2 +
@@ -96,11 +118,7 @@ static void backward_tile(const Problem& p, const BackwardTensors& t, const Tile
     rows_to_columns(q, W, dim, query + static_cast<size_t>(r) * W * dim, W);
     load_queries<T>(place, t.grad_out, r, value_dim, 1.f, g);
     rows_to_columns(g, W, value_dim, grad_columns, W);
-    load_query_columns<T>(place, t.out, r, value_dim, 1.f, out);
-    F d = simd::zero();
-    for (int c = 0; c < value_dim; c++)
-      d = simd::fma(simd::load(out + c * W), simd::load(grad_columns + c * W), d);
-    simd::store(delta[r], d);
+    simd::store(delta[r], row_delta<T>(place, t.out, r, value_dim, g));
     load_lanes(place, t.lse, r, lse[r]);
     simd::store(lse[r], simd::load(lse[r]) * simd::set1(LOG2E));
     if (t.grad_lse.data) {
@@ -246,6 +264,9 @@ static void backward(const Problem& p, const BackwardTensors& t) {
       add_rows<T>(ahead, place, t.query, dim);
       add_rows<T>(ahead, place, t.grad_out, value_dim);
       add_rows<T>(ahead, place, t.out, value_dim);
+      if (place.head % groups) return;
+      scratch.grad_keys.add_leaving(ahead, place.kv_slot, place.z, place.tile.low);
+      scratch.grad_values.add_leaving(ahead, place.kv_slot, place.z, place.tile.low);
     };
     for_each_tile(p, layout, unit, ring, scratch, next, [&](const TilePlace& place, Ahead& ahead) {
       scratch.grad_keys.advance(place.tile.low, place.tile.high, key_share);

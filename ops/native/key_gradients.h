@@ -54,6 +54,11 @@ class GradientRing {
     advance(unit_->chunk.high, unit_->chunk.high, share);
   }
 
+  // Where the rows that leave before `low` will be stored, but past the caches.
+  void add_leaving(Ahead& ahead, int head, int z, int low) const {
+    for (int y = left_; y < low && !stream_; y++) ahead.add(line(head, z, y), tensor_.x, channels_);
+  }
+
   // [key column of the segment][channel]
   float* row(int head, int z, int y) const {
     const size_t plane = static_cast<size_t>(head) * layout_->z.size + z;
@@ -61,6 +66,12 @@ class GradientRing {
   }
 
  private:
+  T* line(int head, int z, int y) const {
+    return static_cast<T*>(tensor_.data) + tensor_.at(unit_->batch, layout_->z.order[z],
+                                                      layout_->y.order[y],
+                                                      unit_->first_head + head);
+  }
+
   void clear(int y) {
     for (int h = 0; h < unit_->heads; h++) {
       for (int z = 0; z < layout_->z.size; z++)
@@ -72,9 +83,7 @@ class GradientRing {
     const int pitch = round_up(channels_, W);
     const Segment& segment = unit_->segment;
     const float* from = row(head, z, y);
-    T* out = static_cast<T*>(tensor_.data) + tensor_.at(unit_->batch, layout_->z.order[z],
-                                                        layout_->y.order[y],
-                                                        unit_->first_head + head);
+    T* out = line(head, z, y);
     share += unit_->region_row(z, y) * row_size_;
     for (int i = 0; i < segment.columns; i++, from += pitch, share += pitch) {
       const int x = segment.low + i;

@@ -264,7 +264,7 @@ class Spread {
 
   // Key rows that are added to at once.
   struct Part {
-    int first, rows;
+    int first = 0, rows = 0;
     int low_row = MAX_ROWS, row_count = 0;  // the query rows that see any of them
     int stairs = LEVEL;
 

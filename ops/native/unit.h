@@ -77,7 +77,8 @@ struct UnitScratch {
 };
 
 // Calls body(place, ahead) for each tile of the unit, with the tile's plan made and its keys in the
-// ring; before that next(place, ahead) for the tile below it, to add what that one will load.
+// ring; before that next(place, ahead) for the tile below it, or beside it where the unit has but
+// one row of tiles, to add what that one will load.
 template <class T, class Next, class Body>
 static void for_each_tile(const Problem& p, const Layout& layout, const Unit& unit,
                           KeyRing<T>& ring, UnitScratch<T>& scratch, const Next& next,
@@ -94,7 +95,16 @@ static void for_each_tile(const Problem& p, const Layout& layout, const Unit& un
         for (int h = 0; h < unit.heads * groups; h++) {
           const TilePlace place{layout, tile, lanes, unit.batch, z, unit.first_head * groups + h,
                                 h / groups};
-          Ahead ahead(place.order(), lanes.valid, tile.high - tile.low + lanes.valid / 2);
+          const int portions = tile.high - tile.low + lanes.valid / 2;
+          if (unit.chunk.end - unit.chunk.first == 1) {
+            const Lanes& beside = layout.lanes[std::min(g + 1, unit.segment.end - 1)];
+            const TilePlace soon{layout, tile, beside, unit.batch, z, place.head, place.kv_slot};
+            Ahead ahead(soon.order(), beside.valid, portions);
+            next(soon, ahead);
+            body(place, ahead);
+            continue;
+          }
+          Ahead ahead(place.order(), lanes.valid, portions);
           if (row + 1 < unit.chunk.end) {
             const RowTile& below = layout.tiles[row + 1];
             if (h % groups == 0) ring.add_rows(ahead, place.kv_slot, z, tile.high, below.high);
