@@ -2,7 +2,7 @@
 // panel lie together, and for some rows at a time its sums stay in registers.
 //
 // With few rows the time goes into fetching the weights, which a network reads once per image.
-// While a panel is worked on, the next one is therefore fetched ahead.
+// While some panels are worked on, the next ones are therefore fetched ahead.
 #pragma once
 #include <utility>
 #include "linear_problem.h"
@@ -12,6 +12,12 @@ namespace linear {
 // Two vectors of sums a row, two of weights, one input.
 constexpr int MAX_ROWS = (simd::REGISTERS - 3) / 2;
 constexpr int STEP = 4;  // products between two fetches
+constexpr int LINE_FLOATS = LINE / sizeof(float);
+// Weights this far ahead are brought into the first-level cache.
+constexpr int64_t NEAR = 512;
+// Of a group of panels that stays in the second-level cache while the rows of a block, which all of
+// them are multiplied with, stay in the first-level one. With few blocks a group is one panel.
+constexpr int64_t GROUP_BYTES = 512 * 1024, MIN_BLOCKS = 16;
 
 // What rows that are copied are padded to.
 static int64_t padded_inputs(const float*, int64_t in_features) { return in_features; }
@@ -37,34 +43,53 @@ static void pack(const float* weight, int64_t out_features, int64_t in_features,
 template <int R, int V>
 static VB_INLINE void multiply(const Rows<float>& rows, const Block<float>& block, Ahead& ahead,
                                F (&sum)[R][V]) {
-  const float* in[R];
   VB_UNROLL
-  for (int r = 0; r < R; r++) {
-    in[r] = block.in + r * rows.in_stride;
+  for (int v = 0; v < V; v++) {
+    const F bias = simd::get(block.bias + v * W, v == V - 1 ? block.lanes : W);
     VB_UNROLL
-    for (int v = 0; v < V; v++) {
-      sum[r][v] = simd::get(block.bias + v * W, v == V - 1 ? block.lanes : W);
-    }
+    for (int r = 0; r < R; r++) sum[r][v] = bias;
   }
+  // Every third row has a pointer; the others lie one or two strides further on, which is part of
+  // an address. So many rows have no registers for a pointer each.
+  constexpr int POINTERS = (R + 2) / 3;
+  const float* in[POINTERS];
+  ptrdiff_t stride = rows.in_stride;
+  VB_UNROLL
+  for (int r = 0; r < POINTERS; r++) in[r] = block.in + 3 * r * stride;
   const float* weight = block.weight;
-  const auto product = [&](int64_t k) VB_INLINE_LAMBDA {
-    F w[V];
+  Ahead fetched = ahead;
+  const auto products = [&](auto steps) VB_INLINE_LAMBDA {
+    constexpr int COUNT = decltype(steps)::value;
     VB_UNROLL
-    for (int v = 0; v < V; v++, weight += W) w[v] = simd::in_register(simd::load(weight));
-    VB_UNROLL
-    for (int r = 0; r < R; r++) {
-      const F x = simd::in_register(simd::set1(in[r][k]));
+    for (int i = 0; i < COUNT; i++, weight += V * W) {
+      F w[V];
       VB_UNROLL
-      for (int v = 0; v < V; v++) sum[r][v] = simd::fma(x, w[v], sum[r][v]);
+      for (int v = 0; v < V; v++) w[v] = simd::in_register(simd::load(weight + v * W));
+      VB_UNROLL
+      for (int j = round_up(i * V * W, LINE_FLOATS) - i * V * W; j < V * W; j += LINE_FLOATS) {
+        __builtin_prefetch(weight + NEAR + j, 0, 3);
+      }
+      VB_UNROLL
+      for (int r = 0; r < R; r++) {
+        const F x = simd::in_register(simd::set1(in[r / 3][r % 3 * stride + i]));
+        VB_UNROLL
+        for (int v = 0; v < V; v++) sum[r][v] = simd::fma(x, w[v], sum[r][v]);
+      }
     }
+    VB_UNROLL
+    for (int r = 0; r < POINTERS; r++) {
+      in[r] += COUNT;
+      __asm__("" : "+r"(in[r]));
+    }
+    __asm__("" : "+r"(stride));
   };
   int64_t k = 0;
   for (; k + STEP <= rows.in_features; k += STEP) {
-    ahead.fetch();
-    VB_UNROLL
-    for (int i = 0; i < STEP; i++) product(k + i);
+    fetched.fetch();
+    products(std::integral_constant<int, STEP>());
   }
-  for (; k < rows.in_features; k++) product(k);
+  for (; k < rows.in_features; k++) products(std::integral_constant<int, 1>());
+  ahead = fetched;
 }
 
 template <int R, int V>
@@ -90,25 +115,35 @@ static Run run_of(int64_t rows, bool wide) {
 
 static void run_panels(const Problem& p, const Tensors& t, const Rows<float>& rows,
                        Range panels) {
-  const int64_t blocks = (rows.count + MAX_ROWS - 1) / MAX_ROWS;
-  for (int64_t panel = panels.begin; panel < panels.end; panel++) {
-    const int64_t n = panel * PANEL, left = p.out_features - n;
-    const bool wide = left > W, last = panel + 1 == panels.end;
-    const float* weight = static_cast<const float*>(t.weight) + n * rows.in_features;
-    const int64_t next = std::min<int64_t>(PANEL, padded(p.out_features) - n - PANEL);
-    Ahead ahead(weight + PANEL * rows.in_features,
-                last ? 0 : next * rows.in_features * int64_t{sizeof(float)},
-                std::max<int64_t>(1, blocks * (rows.in_features / STEP)));
-    Block<float> block{nullptr, weight, t.bias + n, nullptr, nullptr,
-                       rows.energy ? rows.energy + n : nullptr,
-                       static_cast<int>(std::min<int64_t>(W, wide ? left - W : left))};
+  const int64_t blocks = (rows.count + MAX_ROWS - 1) / MAX_ROWS, k = rows.in_features;
+  const float* const weights = static_cast<const float*>(t.weight);
+  const auto begin_of = [&](int64_t panel) {
+    return weights + std::min(panel * PANEL, padded(p.out_features)) * k;
+  };
+  const int64_t fitting = std::max<int64_t>(1, GROUP_BYTES / (PANEL * k * int64_t{sizeof(float)}));
+  // Each group is twice the one before, lest nothing be fetched ahead of a large first one.
+  Range group{panels.begin, panels.begin + 1};
+  while (group.begin < panels.end) {
+    const int64_t count = group.end - group.begin;
+    const int64_t next =
+        std::min({blocks < MIN_BLOCKS ? 1 : 2 * count, fitting, panels.end - group.end});
+    Ahead ahead(begin_of(group.end),
+                (begin_of(group.end + next) - begin_of(group.end)) * int64_t{sizeof(float)},
+                std::max<int64_t>(1, count * blocks * (k / STEP)));
     for (int64_t i = 0; i < blocks; i++) {
       const Range range = share(rows.count, i, blocks);
-      block.in = rows.in + range.begin * rows.in_stride;
-      block.out = rows.out + range.begin * p.out_stride + n;
-      if (rows.other) block.other = rows.other + range.begin * p.other_stride + n;
-      run_of(range.end - range.begin, wide)(p, rows, block, ahead);
+      for (int64_t panel = group.begin; panel < group.end; panel++) {
+        const int64_t n = panel * PANEL, left = p.out_features - n;
+        const bool wide = left > W;
+        Block<float> block{rows.in + range.begin * rows.in_stride, begin_of(panel), t.bias + n,
+                           nullptr, rows.out + range.begin * p.out_stride + n,
+                           rows.energy ? rows.energy + n : nullptr,
+                           static_cast<int>(std::min<int64_t>(W, wide ? left - W : left))};
+        if (rows.other) block.other = rows.other + range.begin * p.other_stride + n;
+        run_of(range.end - range.begin, wide)(p, rows, block, ahead);
+      }
     }
+    group = {group.end, group.end + next};
   }
 }
 

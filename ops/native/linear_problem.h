@@ -99,7 +99,15 @@ struct Ahead {
 // Activation, combination, energies; R rows of V vectors are stored.
 template <class T, int R, int V>
 static VB_INLINE void finish(const Problem& p, const Block<T>& block, F (&sum)[R][V]) {
-  if (p.activation != activation::NONE) activation::apply(&sum[0][0], R * V, p.activation);
+  if (p.activation == activation::RELU) {
+    VB_UNROLL
+    for (int r = 0; r < R; r++) {
+      VB_UNROLL
+      for (int v = 0; v < V; v++) sum[r][v] = activation::positive(sum[r][v]);
+    }
+  } else if (p.activation != activation::NONE) {
+    activation::apply(&sum[0][0], R * V, p.activation);
+  }
   VB_UNROLL
   for (int v = 0; v < V; v++) {
     const int lanes = v == V - 1 ? block.lanes : W;
