@@ -25,7 +25,7 @@ from ops.attention.single_head import SingleHeadAttention
 from ops.conv import InceptionDWConv2d
 from ops.inference import attention as fast_attention
 from ops.inference import conv as fast_conv
-from ops.inference import factorized, layers, mlp, norm
+from ops.inference import factorized, layers, mlp, norm, stem
 from ops.inference import mobile as fast_mobile
 from ops.kan import KANLayer
 from ops.mlp import DWMlp
@@ -76,6 +76,8 @@ def fast_form(module: nn.Module) -> type[nn.Module] | None:
         return layers.FastLinear
     if type(module) is nn.Conv2d:
         return _fast_conv(module)
+    if stem.is_stem(module):
+        return stem.FastStem
     if type(module) is timm.layers.ConvMlp and not isinstance(module.norm, nn.Identity):
         return None
     return _forms().get(type(module))

@@ -12,9 +12,6 @@ namespace linear {
 // Two vectors of sums a row, two of weights, one input.
 constexpr int MAX_ROWS = (simd::REGISTERS - 3) / 2;
 constexpr int STEP = 4;  // products between two fetches
-constexpr int LINE_FLOATS = LINE / sizeof(float);
-// Weights this far ahead are brought into the first-level cache.
-constexpr int64_t NEAR = 512;
 // Of a group of panels that stays in the second-level cache while the rows of a block, which all of
 // them are multiplied with, stay in the first-level one. With few blocks a group is one panel.
 constexpr int64_t GROUP_BYTES = 512 * 1024, MIN_BLOCKS = 16;
@@ -40,24 +37,38 @@ static void pack(const float* weight, int64_t out_features, int64_t in_features,
   }
 }
 
+// sum += x * w, in the register that holds the sum: left to choose among the forms of the
+// instruction, compilers move sums around, some of them through memory.
+static VB_INLINE void add_product(F& sum, F x, F w) {
+#if VB_AVX512 || VB_AVX2
+  __asm__("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(x), "v"(w));
+#else
+  sum = simd::fma(x, w, sum);
+#endif
+}
+
 template <int R, int V>
-static VB_INLINE void multiply(const Rows<float>& rows, const Block<float>& block, Ahead& ahead,
-                               F (&sum)[R][V]) {
+static VB_INLINE void start(const Block<float>& block, F (&sum)[R][V]) {
   VB_UNROLL
   for (int v = 0; v < V; v++) {
     const F bias = simd::get(block.bias + v * W, v == V - 1 ? block.lanes : W);
     VB_UNROLL
     for (int r = 0; r < R; r++) sum[r][v] = bias;
   }
+}
+
+// Adds the products of `count` inputs of each row, the first of which begins at `first`, with their
+// weights; returns where the weights end. `fetch` is called before every `S` of them.
+template <int S, int R, int V, class Fetch>
+static VB_INLINE const float* add_products(const float* first, ptrdiff_t stride, int64_t count,
+                                           const float* weight, const Fetch& fetch,
+                                           F (&sum)[R][V]) {
   // Every third row has a pointer; the others lie one or two strides further on, which is part of
   // an address. So many rows have no registers for a pointer each.
   constexpr int POINTERS = (R + 2) / 3;
   const float* in[POINTERS];
-  ptrdiff_t stride = rows.in_stride;
   VB_UNROLL
-  for (int r = 0; r < POINTERS; r++) in[r] = block.in + 3 * r * stride;
-  const float* weight = block.weight;
-  Ahead fetched = ahead;
+  for (int r = 0; r < POINTERS; r++) in[r] = first + 3 * r * stride;
   const auto products = [&](auto steps) VB_INLINE_LAMBDA {
     constexpr int COUNT = decltype(steps)::value;
     VB_UNROLL
@@ -66,14 +77,10 @@ static VB_INLINE void multiply(const Rows<float>& rows, const Block<float>& bloc
       VB_UNROLL
       for (int v = 0; v < V; v++) w[v] = simd::in_register(simd::load(weight + v * W));
       VB_UNROLL
-      for (int j = round_up(i * V * W, LINE_FLOATS) - i * V * W; j < V * W; j += LINE_FLOATS) {
-        __builtin_prefetch(weight + NEAR + j, 0, 3);
-      }
-      VB_UNROLL
       for (int r = 0; r < R; r++) {
         const F x = simd::in_register(simd::set1(in[r / 3][r % 3 * stride + i]));
         VB_UNROLL
-        for (int v = 0; v < V; v++) sum[r][v] = simd::fma(x, w[v], sum[r][v]);
+        for (int v = 0; v < V; v++) add_product(sum[r][v], x, w[v]);
       }
     }
     VB_UNROLL
@@ -84,19 +91,23 @@ static VB_INLINE void multiply(const Rows<float>& rows, const Block<float>& bloc
     __asm__("" : "+r"(stride));
   };
   int64_t k = 0;
-  for (; k + STEP <= rows.in_features; k += STEP) {
-    fetched.fetch();
-    products(std::integral_constant<int, STEP>());
+  for (; k + S <= count; k += S) {
+    fetch();
+    products(std::integral_constant<int, S>());
   }
-  for (; k < rows.in_features; k++) products(std::integral_constant<int, 1>());
-  ahead = fetched;
+  for (; k < count; k++) products(std::integral_constant<int, 1>());
+  return weight;
 }
 
 template <int R, int V>
 static void run(const Problem& p, const Rows<float>& rows, const Block<float>& block,
                 Ahead& ahead) {
   F sum[R][V];
-  multiply<R, V>(rows, block, ahead, sum);
+  start(block, sum);
+  Ahead fetched = ahead;
+  const auto fetch = [&]() VB_INLINE_LAMBDA { fetched.fetch(); };
+  add_products<STEP>(block.in, rows.in_stride, rows.in_features, block.weight, fetch, sum);
+  ahead = fetched;
   finish<float, R, V>(p, block, sum);
 }
 

@@ -106,7 +106,18 @@ static VB_INLINE void finish(const Problem& p, const Block<T>& block, F (&sum)[R
       for (int v = 0; v < V; v++) sum[r][v] = activation::positive(sum[r][v]);
     }
   } else if (p.activation != activation::NONE) {
-    activation::apply(&sum[0][0], R * V, p.activation);
+    F copy[R * V];  // the sums themselves need no memory
+    VB_UNROLL
+    for (int r = 0; r < R; r++) {
+      VB_UNROLL
+      for (int v = 0; v < V; v++) copy[r * V + v] = sum[r][v];
+    }
+    activation::apply(copy, R * V, p.activation);
+    VB_UNROLL
+    for (int r = 0; r < R; r++) {
+      VB_UNROLL
+      for (int v = 0; v < V; v++) sum[r][v] = copy[r * V + v];
+    }
   }
   VB_UNROLL
   for (int v = 0; v < V; v++) {

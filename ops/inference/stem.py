@@ -1,0 +1,190 @@
+"""The first layers of a network on the CPU for inference: 3×3 convolutions of stride 2 in a row.
+
+The kernel (``ops/native/stem.cpp``) reads the planes of an image as they lie and keeps the maps
+between the layers in the cache. It takes float32; there are no gradients.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ops import native
+from ops.depthwise import ACTIVATIONS
+from ops.inference.layers import FastLayer, activation_kind
+from ops.linear import pack_weight
+from ops.linear import unsupported as linear_unsupported
+from ops.native.eager import is_plain_call
+
+__all__ = ["FastStem", "is_stem", "packed_stem", "unsupported"]
+
+_KERNEL = "stem"
+_SMALL_PIXELS = 1024  # of an image; below it one thread is quicker than waking others
+
+
+class _Problem(ctypes.Structure):
+    """``stem::Problem`` of ops/native/stem.h."""
+
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in ("batch", "channels", "height", "width", "layers", "threads")
+    ]
+
+
+class _Layer(ctypes.Structure):
+    """``stem::Layer`` of ops/native/stem.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("weight", "bias")),
+        *((name, ctypes.c_int64) for name in ("channels", "activation")),
+    ]
+
+
+def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
+    """``None`` if the kernel takes such tensors, else the reason in words.
+
+    The first call on a machine compiles the kernel, which takes some seconds.
+    """
+    return linear_unsupported(device, dtype) or native.unavailable_reason(_KERNEL)
+
+
+def pack_layers(convs: Sequence[nn.Conv2d]) -> tuple[list[Tensor], list[Tensor]]:
+    """The weights of the convolutions in the kernel's order, and their biases.
+
+    Raises:
+        RuntimeError: the kernel is not available here (:func:`unsupported` tells beforehand).
+    """
+    weights, biases = [], []
+    for i, conv in enumerate(convs):
+        weight = conv.weight.detach()
+        weights.append(pack_weight((weight.permute(0, 2, 3, 1) if i else weight).flatten(1)))
+        bias = weight.new_zeros(len(weight)) if conv.bias is None else conv.bias.detach()
+        biases.append(bias)
+    return weights, biases
+
+
+def packed_stem(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], activations: Sequence[str]
+) -> Tensor:
+    """3×3 convolutions of stride 2 and padding 1, each with an activation. No gradients.
+
+    Args:
+        x: (B, C, H, W) float32; copied where it is not contiguous.
+        weights, biases: see :func:`pack_layers`.
+        activations: of :data:`ops.depthwise.ACTIVATIONS`, one a layer; GELU is the exact one.
+
+    Returns:
+        (B, C', ⌈H/2ⁿ⌉, ⌈W/2ⁿ⌉) of ``n`` layers, channels-last.
+
+    Raises:
+        ValueError: shapes or dtypes that do not go together, an unknown activation, no layer.
+        RuntimeError: the kernel is not available here.
+    """
+    forward = _run if is_plain_call((x, *weights, *biases)) else _dispatched
+    return forward(x, weights, biases, activations)
+
+
+_library = torch.library.Library("vision_backbones", "FRAGMENT")
+_library.define(
+    "packed_stem(Tensor x, Tensor[] weights, Tensor[] biases, str[] activations) -> Tensor"
+)
+_dispatched = torch.ops.vision_backbones.packed_stem.default
+
+
+@torch.library.impl(_library, "packed_stem", "CPU")
+def _run(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], activations: Sequence[str]
+) -> Tensor:
+    out = _empty_output(x, weights, biases, activations)
+    library, reason = native.load(_KERNEL), unsupported(x.device, x.dtype)
+    if library is None or reason is not None:
+        raise RuntimeError(f"the kernel of stems is not available: {reason}")
+    if out.numel() == 0:
+        return out
+    x = x.contiguous()
+    layers = (_Layer * len(weights))()
+    for layer, weight, bias, act in zip(layers, weights, biases, activations, strict=True):
+        layer.weight, layer.bias = weight.data_ptr(), bias.data_ptr()
+        layer.channels, layer.activation = len(bias), ACTIVATIONS.index(act)
+    threads = 1 if x.shape[2] * x.shape[3] < _SMALL_PIXELS else torch.get_num_threads()
+    problem = _Problem(*x.shape, len(weights), threads)
+    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (x, out)]
+    if library.stem_forward(ctypes.byref(problem), layers, *pointers):
+        raise MemoryError("no memory for the maps of a stem")
+    return out
+
+
+@torch.library.register_fake("vision_backbones::packed_stem", lib=_library)
+def _empty_output(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], activations: Sequence[str]
+) -> Tensor:
+    if x.ndim != 4 or x.dtype != torch.float32:
+        raise ValueError(f"x must be (B, C, H, W) of float32, got {tuple(x.shape)} of {x.dtype}")
+    sizes = tuple((w.numel(), b.numel()) for w, b in zip(weights, biases, strict=True))
+    _check_layers(x.shape[1], sizes, tuple(activations))
+    size = [-(-n // 2 ** len(weights)) for n in x.shape[2:]]
+    shape = (len(x), len(biases[-1]), *size)
+    return torch.empty(shape, device=x.device, memory_format=torch.channels_last)
+
+
+@functools.lru_cache(maxsize=64)
+def _check_layers(
+    channels: int, sizes: tuple[tuple[int, int], ...], activations: tuple[str, ...]
+) -> None:
+    if not sizes or len(sizes) != len(activations):
+        raise ValueError(
+            f"there must be a layer, and an activation for each, got {len(sizes)} layers and "
+            f"{len(activations)} activations"
+        )
+    for act in activations:
+        if act not in ACTIVATIONS:
+            raise ValueError(f"activations must be of {ACTIVATIONS}, got {act!r}")
+    for weight, bias in sizes:
+        inputs = 9 * channels
+        if weight % inputs or weight < inputs * bias:
+            raise ValueError(
+                f"a weight must be the packed one of {channels} to {bias} channels, "
+                f"got {weight} packed numbers"
+            )
+        channels = bias
+
+
+def is_stem(module: nn.Module) -> bool:
+    """Whether a module is convolutions in a row that :class:`FastStem` knows, two at least."""
+    if type(module) is not nn.Sequential:
+        return False
+    return len(module) > 1 and all(_is_layer(child) for child in module)
+
+
+def _is_layer(module: nn.Module) -> bool:
+    """A convolution, or one followed by an activation."""
+    if type(module) is nn.Sequential:
+        if len(module) != 2 or activation_kind(module[1]) is None:
+            return False
+        module = module[0]
+    if type(module) is not nn.Conv2d or module.groups != 1 or module.padding_mode != "zeros":
+        return False
+    shape = (module.kernel_size, module.stride, module.padding, module.dilation)
+    return shape == ((3, 3), (2, 2), (1, 1), (1, 1))
+
+
+class FastStem(FastLayer, nn.Sequential):
+    """In one pass, see :func:`packed_stem`; the layers apply the activations that follow them."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        derived = self.derived(x)
+        return super().forward(x) if derived is None else packed_stem(x, *derived)
+
+    def sources(self) -> list[Tensor]:
+        return list(self.parameters())
+
+    def derive(self, x: Tensor) -> Any:
+        if unsupported(x.device, x.dtype) is not None:
+            return None
+        convs: list[Any] = [m for m in self.modules() if isinstance(m, nn.Conv2d)]
+        return *pack_layers(convs), [conv.activation for conv in convs]

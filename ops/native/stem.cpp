@@ -1,0 +1,20 @@
+// The first layers of a network on the CPU: the plain C interface, see depthwise.cpp. Called from
+// ops/inference/stem.py.
+#include <new>
+
+#include "stem.h"
+
+extern "C" {
+
+// Returns 0, or 1 where memory ran out.
+int stem_forward(const stem::Problem* problem, const stem::Layer* layers, const float* in,
+                 float* out) {
+  try {
+    stem::forward(*problem, layers, in, out);
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+  return 0;
+}
+
+}  // extern "C"

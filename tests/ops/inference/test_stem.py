@@ -1,0 +1,149 @@
+"""Stems in one pass against their layers in float64, what is one, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from compiled_kernels import PLAIN_ACTIVATIONS, compiled_for, random, without_kernels
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from backbones._fuse import put_channels_last
+from ops.depthwise import ACTIVATIONS
+from ops.inference.stem import FastStem, is_stem, pack_layers, packed_stem, unsupported
+from ops.mobile import conv_stem
+from ops.reparam import fuse_children
+
+
+def _convs(*channels: int, bias: bool = True) -> list[nn.Conv2d]:
+    torch.manual_seed(0)
+    return [
+        nn.Conv2d(before, after, 3, 2, 1, bias=bias)
+        for before, after in zip(channels, channels[1:], strict=False)
+    ]
+
+
+def _plain(x: Tensor, convs: list[nn.Conv2d], activations: list[str]) -> Tensor:
+    x = x.double()
+    for conv, act in zip(convs, activations, strict=True):
+        x = PLAIN_ACTIVATIONS[act](copy.deepcopy(conv).double()(x))
+    return x
+
+
+def _agrees(
+    x: Tensor, convs: list[nn.Conv2d], activations: list[str], tolerance: float = 1e-5
+) -> None:
+    with torch.no_grad():
+        out = packed_stem(x, *pack_layers(convs), activations)
+        expected = _plain(x, convs, activations)
+    assert out.shape == expected.shape
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert (out - expected).abs().max() < tolerance * (1 + expected.abs().max())
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    size=st.tuples(st.integers(1, 40), st.integers(1, 70)),
+    channels=st.lists(st.sampled_from([1, 3, 4, 16, 20, 33]), min_size=2, max_size=5),
+    activation=st.sampled_from(ACTIVATIONS),
+    bias=st.booleans(),
+)
+def test_is_the_layers_in_a_row(batch, size, channels, activation, bias) -> None:
+    convs = _convs(*channels, bias=bias)
+    _agrees(random(batch, channels[0], *size).float(), convs, [activation] * len(convs))
+
+
+@pytest.mark.parametrize("instructions", ["avx2", "portable"])
+def test_other_instruction_sets(instructions: str, monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("VISION_BACKBONES_CACHE_DIR", str(tmp_path))
+    compiled_for(instructions, monkeypatch)
+    _agrees(random(2, 3, 37, 50).float(), _convs(3, 20, 40), ["relu", "none"])
+
+
+def test_sizes_change_from_call_to_call_and_threads_agree() -> None:
+    convs = _convs(3, 24, 48, 96)
+    for size in ((64, 64), (33, 129), (128, 64)):
+        _agrees(random(2, 3, *size).float(), convs, ["relu", "relu", "none"])
+    x = random(1, 3, 64, 80).float().contiguous(memory_format=torch.channels_last)
+    before = torch.get_num_threads()
+    outs = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            outs.append(packed_stem(x, *pack_layers(convs), ["relu"] * 3))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*outs)
+
+
+def test_what_is_a_stem() -> None:
+    act = nn.ReLU()
+    assert is_stem(nn.Sequential(nn.Sequential(*_convs(3, 8), act), *_convs(8, 16)))
+    assert not is_stem(nn.Sequential(*_convs(3, 8)))
+    assert not is_stem(nn.Sequential(*_convs(3, 8), act, *_convs(8, 16)))
+    assert not is_stem(nn.Sequential(*_convs(3, 8), nn.Conv2d(8, 16, 3, 1, 1)))
+    assert not is_stem(nn.Sequential(*_convs(4, 8), nn.Conv2d(8, 8, 3, 2, 1, groups=2)))
+    assert not is_stem(nn.Sequential(nn.Sequential(*_convs(3, 8), nn.Tanh()), *_convs(8, 16)))
+
+
+def _fused(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, nn.Module]:
+    """A stem as it was, and its fast form."""
+    torch.manual_seed(0)
+    plain = conv_stem(3, 64).eval().to(dtype)
+    fuse_children(plain)
+    fast = copy.deepcopy(plain)
+    put_channels_last(fast, always=False)
+    return plain.requires_grad_(False), fast
+
+
+def test_the_fast_form_follows_its_parameters_and_keeps_their_names() -> None:
+    plain, fast = _fused()
+    assert type(fast) is FastStem and list(fast.state_dict()) == list(plain.state_dict())
+    x = random(2, 3, 61, 64).float()
+    for _ in range(2):
+        torch.testing.assert_close(fast(x), plain(x), rtol=1e-4, atol=1e-5)
+        with torch.no_grad():
+            for p, q in zip(plain.parameters(), fast.parameters(), strict=True):
+                p.mul_(1.5)
+                q.mul_(1.5)
+    put_channels_last(fast, always=False)
+    assert type(fast) is FastStem
+    torch.testing.assert_close(copy.deepcopy(fast)(x), plain(x), rtol=1e-4, atol=1e-5)
+
+
+def test_without_the_kernel_and_in_bfloat16_the_layers_run(monkeypatch) -> None:
+    plain, fast = _fused(torch.bfloat16)
+    x = random(1, 3, 32, 32)
+    torch.testing.assert_close(fast(x.bfloat16()), plain(x.bfloat16()), rtol=0.05, atol=0.01)
+    without_kernels(monkeypatch)
+    plain, fast = _fused()
+    torch.testing.assert_close(fast(x.float()), plain(x.float()), rtol=1e-4, atol=1e-5)
+    with pytest.raises(RuntimeError, match="not available"):
+        packed_stem(x.float(), [torch.zeros(16 * 27)], [torch.zeros(16)], ["none"])
+
+
+def test_refusals() -> None:
+    assert unsupported(torch.device("cpu"), torch.bfloat16) is not None
+    convs = _convs(3, 8, 16)
+    weights, biases = pack_layers(convs)
+    x = random(1, 3, 8, 8).float()
+    with pytest.raises(ValueError, match="float32"):
+        packed_stem(x.double(), weights, biases, ["none", "none"])
+    with pytest.raises(ValueError, match="an activation for each"):
+        packed_stem(x, weights, biases, ["none"])
+    with pytest.raises(ValueError, match="'tanh'"):
+        packed_stem(x, weights, biases, ["none", "tanh"])
+    with pytest.raises(ValueError, match="7 to 8 channels"):
+        packed_stem(random(1, 7, 8, 8).float(), weights, biases, ["none", "none"])
+
+
+def test_the_dispatcher_sees_one_operator() -> None:
+    convs = _convs(3, 8, 16)
+    arguments = (random(2, 3, 17, 20).float(), *pack_layers(convs), ["relu", "none"])
+    operator = torch.ops.vision_backbones.packed_stem.default
+    torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+    assert torch.equal(operator(*arguments), packed_stem(*arguments))
