@@ -45,6 +45,7 @@ static void score_kernel(const ScoreArgs& args) {
     if (FETCH == DIRECT || FETCH == PERMUTE) {  // behind the last channel lies the next key row
       __builtin_prefetch(column + CHANNELS_AHEAD * a.pitch);
       __builtin_prefetch(column + CHANNELS_AHEAD * a.pitch + W);
+      if (FETCH == DIRECT) __builtin_prefetch(column + CHANNELS_AHEAD * a.pitch + W + K - 1);
     }
     if (FETCH == PERMUTE) {
       low = simd::load(column);

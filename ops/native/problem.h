@@ -117,7 +117,8 @@ struct Layout {
     // Where sums over units are wanted, in backward, the keys are packed both ways, and two rings of
     // gradients lie beside.
     const int64_t head_bytes =
-        column_bytes * (max_columns + 3 * simd::W) * (sums_over_units ? 5 : 2) / 2;
+        sums_over_units ? column_bytes * (max_columns + 3 * simd::W) * 5 / 2
+                        : column_bytes * max_columns;
     head_block =
         static_cast<int>(std::min(p.kv_heads, std::max<int64_t>(1, CACHE_BYTES / head_bytes)));
     const int64_t busy = small || p.threads == 1 ? 1 : 4 * p.threads;
@@ -126,6 +127,7 @@ struct Layout {
     };
     while (head_block > 1 && p.batch * blocks() * units_per_head < busy) head_block--;
     head_blocks = blocks();
+    head_block = static_cast<int>((p.kv_heads + head_blocks - 1) / head_blocks);  // evenly
   }
   // Whether exactly one unit of a head sees the key.
   bool seen_once(int key_row, int key_column) const {

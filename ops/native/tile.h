@@ -43,14 +43,14 @@ class Ahead {
   void add(const T* line, int64_t stride, int64_t channels) {
     if (count_ == MAX_LINES) return;
     lines_[count_++] = {reinterpret_cast<const char*>(line), stride * int64_t{sizeof(T)},
-                        channels * int64_t{sizeof(T)}};
+                        channels * sizeof(T)};
   }
   void fetch() {
     if (!portion_) portion_ = (positions_ * count_ + portions_ - 1) / portions_;
     for (int n = 0; n < portion_ && position_ < positions_; n++) {
       const Line& line = lines_[line_];
       const char* p = line.start + order_[position_] * line.stride;
-      for (int64_t b = 0; b < line.bytes; b += CACHE_LINE) __builtin_prefetch(p + b, 0, 2);
+      for (size_t b = 0; b < line.bytes; b += CACHE_LINE) __builtin_prefetch(p + b, 0, 2);
       if (++line_ == count_) {
         line_ = 0;
         position_++;
@@ -60,10 +60,10 @@ class Ahead {
 
  private:
   static constexpr int MAX_LINES = 24;
-  static constexpr int64_t CACHE_LINE = 64;
   struct Line {
     const char* start;
-    int64_t stride, bytes;
+    int64_t stride;
+    size_t bytes;
   };
   Line lines_[MAX_LINES];
   int count_ = 0;
