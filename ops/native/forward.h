@@ -92,7 +92,7 @@ static void online_softmax(const Slice* first, const Slice* last, const TilePlac
 template <class T>
 static void forward_tile(const Problem& p, const ForwardTensors& t, const TilePlace& place,
                          const KeyRing<T>& ring, int low, const Bias& bias, const Lanes& shared,
-                         Ahead& ahead, ForwardScratch<T>& scratch) {
+                         bool stream, Ahead& ahead, ForwardScratch<T>& scratch) {
   const int rows = place.tile.rows, dim = static_cast<int>(p.dim),
             value_dim = static_cast<int>(p.value_dim);
   const int pitch = round_up(value_dim, W);
@@ -103,7 +103,7 @@ static void forward_tile(const Problem& p, const ForwardTensors& t, const TilePl
     load_query_columns<T>(place, t.query, r, dim, static_cast<float>(p.scale) * LOG2E,
                           query + static_cast<size_t>(r) * W * dim);
   }
-  add_rows<T>(ahead, place, t.out, value_dim);
+  if (!stream) add_rows<T>(ahead, place, t.out, value_dim);
   float top[MAX_ROWS][W], total[MAX_ROWS][W] = {};
   std::fill(&top[0][0], &top[0][0] + MAX_ROWS * W, -INFINITY);
 
@@ -150,8 +150,13 @@ static void forward_tile(const Problem& p, const ForwardTensors& t, const TilePl
     simd::store(factor, simd::set1(1.f) / simd::load(total[r]));
     T* out_line = place.line<T>(t.out, r);
     for (int l = 0; l < valid; l++) {
-      store_channels(sum + static_cast<size_t>(r * W + l) * pitch, value_dim, factor[l],
-                     out_line + order[l] * t.out.x);
+      const float* from = sum + static_cast<size_t>(r * W + l) * pitch;
+      T* to = out_line + order[l] * t.out.x;
+      if (stream) {
+        stream_channels(from, value_dim, factor[l], to);
+      } else {
+        store_channels(from, value_dim, factor[l], to);
+      }
     }
     if (!t.lse.data) continue;
     float lse[W];
@@ -166,6 +171,13 @@ static void forward(const Problem& p, const ForwardTensors& t) {
   const Layout layout(p, false);
   const Bias bias(p, t.rpb, LOG2E);
   const Lanes shared = make_shared_lanes(static_cast<int>(p.additional));
+  // Whether the output is larger than the caches of a core, so that whoever reads it finds little of
+  // it there anyway.
+  constexpr int64_t CACHE_BYTES = 8 << 20;
+  const int64_t positions = p.batch * p.size[0] * p.size[1] * p.size[2];
+  const bool stream =
+      static_cast<int64_t>(sizeof(T)) * positions * p.heads * p.value_dim > CACHE_BYTES &&
+      fills_lines<T>(t.out, static_cast<int>(p.value_dim));
   parallel_for(layout.units(p), layout.threads(p), [&](int64_t index) {
     static thread_local ForwardScratch<T> scratch;
     const Unit unit(p, layout, index);
@@ -178,8 +190,9 @@ static void forward(const Problem& p, const ForwardTensors& t) {
       add_rows<T>(ahead, place, t.query, p.dim);
     };
     for_each_tile(p, layout, unit, ring, scratch, next, [&](const TilePlace& place, Ahead& ahead) {
-      forward_tile<T>(p, t, place, ring, unit.segment.low, bias, shared, ahead, scratch);
+      forward_tile<T>(p, t, place, ring, unit.segment.low, bias, shared, stream, ahead, scratch);
     });
+    if (stream) simd::end_streams();
   });
 }
 

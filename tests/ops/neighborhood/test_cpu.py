@@ -173,6 +173,23 @@ def test_gradients_where_units_of_work_share_keys(size, window):
 
 @pytest.mark.parametrize("dim", [32, 20])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_outputs_larger_than_the_caches(dtype, dim):
+    """They are stored past them, where their channels fill whole cache lines."""
+    generator = torch.Generator().manual_seed(0)
+    query, key, value = (
+        torch.randn(4, 90, 100, heads, dim, generator=generator).to(dtype) for heads in (4, 2, 2)
+    )
+    together = na2d(query, key, value, 3, backend="cpu")
+    with using_threads(2):
+        assert torch.equal(na2d(query, key, value, 3, backend="cpu"), together)
+    for i in range(4):  # an image alone fits
+        one = slice(i, i + 1)
+        alone = na2d(query[one], key[one], value[one], 3, backend="cpu")
+        assert torch.equal(together[one], alone)
+
+
+@pytest.mark.parametrize("dim", [32, 20])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_gradients_larger_than_the_caches(dtype, dim):
     """They are stored past them, where their channels fill whole cache lines."""
     generator = torch.Generator().manual_seed(0)
