@@ -59,7 +59,7 @@ _CALLS = (
 _LARGE_WINDOW = 49
 _VECTOR = 16  # floats, at most
 # Up to this many rows our linear kernel, which fetches weights ahead, is the faster one.
-_FEW_ROWS = {torch.float32: 1024, torch.bfloat16: 512}
+_FEW_ROWS = {torch.float32: 2048, torch.bfloat16: 512}
 
 
 @functools.cache

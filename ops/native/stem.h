@@ -35,6 +35,8 @@ struct Layer {
 };
 
 constexpr int SIDE = 3, STRIDE = 2;
+// Of the maps between the layers; larger ones are not kept for the next call.
+constexpr int64_t KEPT_FLOATS = 4 << 20;
 
 static int64_t halved(int64_t size) { return (size + 1) / 2; }
 
@@ -161,7 +163,8 @@ static void first_row(const Layer& layer, const std::vector<Map>& planes, int64_
 static void next_row(const Layer& layer, const Map& in, int64_t channels, int64_t y, float* out) {
   Segments segments{{}, SIDE * channels, -channels};
   for (int64_t k = 0; k < SIDE; k++) segments.rows.push_back(in.row(2 * y - 1 + k));
-  run_pixels(problem_of(layer, channels, STRIDE * channels), layer, segments, {0, halved(in.width)}, out);
+  const linear::Problem p = problem_of(layer, channels, STRIDE * channels);
+  run_pixels(p, layer, segments, {0, halved(in.width)}, out);
 }
 
 static void forward(const Problem& p, const Layer* layers, const float* in, float* out) {
@@ -170,7 +173,7 @@ static void forward(const Problem& p, const Layer* layers, const float* in, floa
   buffers.resize(static_cast<size_t>(p.layers));
   std::vector<Map> maps;       // behind each layer
   std::vector<float*> origin;  // of each, to write to
-  int64_t height = p.height, width = p.width, widest = width;
+  int64_t height = p.height, width = p.width, widest = width, floats = 0;
   for (int64_t i = 0; i < p.layers; i++) {
     height = halved(height), width = halved(width);
     const int64_t channels = layers[i].channels, inside = width * channels;
@@ -184,6 +187,7 @@ static void forward(const Problem& p, const Layer* layers, const float* in, floa
         std::fill_n(begin + y * pitch + inside, channels, 0.f);
       }
       widest = std::max(widest, pitch);
+      floats += height * pitch;
     }
     origin.push_back(begin);
     maps.push_back({begin, height, width, pitch, nullptr});
@@ -208,6 +212,7 @@ static void forward(const Problem& p, const Layer* layers, const float* in, floa
     }
     origin[last] += maps[last].height * maps[last].pitch;
   }
+  if (floats > KEPT_FLOATS) buffers.clear();
 }
 
 }  // namespace stem
