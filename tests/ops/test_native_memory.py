@@ -34,8 +34,8 @@ def test_asks_for_whole_pages_inside_the_tensor(asked, skipped):
 
 
 def test_asks_for_large_tensors_only(asked):
-    small = torch.empty(8 * MIB - 1)
-    large = [torch.empty(8 * MIB), torch.empty(16 * MIB, dtype=torch.bfloat16)]
+    small = torch.empty(MIB - 1)
+    large = [torch.empty(MIB), torch.empty(2 * MIB, dtype=torch.bfloat16)]
     memory.ask_for_huge_pages(small, large[0], torch.empty(0), large[1])
     assert [start // mmap.PAGESIZE for start, _, _ in asked] == [
         -(-t.data_ptr() // mmap.PAGESIZE) for t in large
