@@ -11,8 +11,8 @@ from torch import Tensor
 
 __all__ = ["ask_for_huge_pages"]
 
-# Smaller tensors hold few whole huge pages. (glibc may keep blocks of up to 32 MiB for the next call,
-# where their pages are at hand, but it gives back what lies free at the end of its heap.)
+# Smaller tensors hold few whole huge pages. (glibc may keep blocks of up to 32 MiB for the next
+# call, where their pages are at hand, but it gives back what lies free at the end of its heap.)
 _LARGE_BYTES = 4 << 20
 
 
