@@ -127,7 +127,7 @@ def _forms() -> dict[type[nn.Module], type[nn.Module]]:
 
 def _absorb_activations(module: nn.Module) -> None:
     """Let layers apply the activation that follows them; an identity takes its place."""
-    if type(module) is nn.Sequential:
+    if type(module) in (nn.Sequential, stem.FastStem):
         names = list(module._modules)
         for name, following in itertools.pairwise(names):
             _absorb(module, following, (name,))

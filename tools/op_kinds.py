@@ -25,6 +25,7 @@ _PATTERNS = {
     PRODUCTS: r"(depthwise|packed|response)_mlp|linear$|_linear_pointwise|matmul$|addmm|mm$"
     r"|einsum",
     DEPTHWISE: r"depthwise",
+    CONVOLUTIONS: r"_stem$",
     NORMS: r"(layer|batch|group|instance|vector|response)_norm|norm$",
     ELEMENTWISE: r"(add|sub|mul|div|neg|exp|log|sqrt|rsqrt|pow|abs|clamp|square|addcmul|lerp)_?$"
     r"|gelu|relu|silu|sigmoid|hardswish|hardsigmoid|tanh|elu|softmax|where|masked_fill|bitwise"

@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
+from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from ops import native
@@ -40,8 +41,9 @@ class _Layer(ctypes.Structure):
     """``stem::Layer`` of ops/native/stem.h."""
 
     _fields_ = [
-        *((name, ctypes.c_void_p) for name in ("weight", "bias")),
+        *((name, ctypes.c_void_p) for name in ("weight", "bias", "norm_weight", "norm_bias")),
         *((name, ctypes.c_int64) for name in ("channels", "activation")),
+        ("eps", ctypes.c_double),
     ]
 
 
@@ -69,14 +71,22 @@ def pack_layers(convs: Sequence[nn.Conv2d]) -> tuple[list[Tensor], list[Tensor]]
 
 
 def packed_stem(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], activations: Sequence[str]
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    activations: Sequence[str],
+    norms: Sequence[Tensor] = (),
+    eps: Sequence[float] = (),
 ) -> Tensor:
-    """3×3 convolutions of stride 2 and padding 1, each with an activation. No gradients.
+    """3×3 convolutions of stride 2 and padding 1, each with norm and activation. No gradients.
 
     Args:
         x: (B, C, H, W) float32; copied where it is not contiguous.
         weights, biases: see :func:`pack_layers`.
         activations: of :data:`ops.depthwise.ACTIVATIONS`, one a layer; GELU is the exact one.
+        norms: weights and biases of layer norms over the channels, (2, C) float32 a layer, or
+            without a number where a layer has no norm; empty where none has.
+        eps: of the norms, one a layer; empty where there are none.
 
     Returns:
         (B, C', ⌈H/2ⁿ⌉, ⌈W/2ⁿ⌉) of ``n`` layers, channels-last.
@@ -85,22 +95,28 @@ def packed_stem(
         ValueError: shapes or dtypes that do not go together, an unknown activation, no layer.
         RuntimeError: the kernel is not available here.
     """
-    forward = _run if is_plain_call((x, *weights, *biases)) else _dispatched
-    return forward(x, weights, biases, activations)
+    forward = _run if is_plain_call((x, *weights, *biases, *norms)) else _dispatched
+    return forward(x, weights, biases, activations, norms, eps)
 
 
 _library = torch.library.Library("vision_backbones", "FRAGMENT")
 _library.define(
-    "packed_stem(Tensor x, Tensor[] weights, Tensor[] biases, str[] activations) -> Tensor"
+    "packed_stem(Tensor x, Tensor[] weights, Tensor[] biases, str[] activations, Tensor[] norms, "
+    "float[] eps) -> Tensor"
 )
 _dispatched = torch.ops.vision_backbones.packed_stem.default
 
 
 @torch.library.impl(_library, "packed_stem", "CPU")
 def _run(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], activations: Sequence[str]
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    activations: Sequence[str],
+    norms: Sequence[Tensor],
+    eps: Sequence[float],
 ) -> Tensor:
-    out = _empty_output(x, weights, biases, activations)
+    out = _empty_output(x, weights, biases, activations, norms, eps)
     library, reason = native.load(_KERNEL), unsupported(x.device, x.dtype)
     if library is None or reason is not None:
         raise RuntimeError(f"the kernel of stems is not available: {reason}")
@@ -111,6 +127,10 @@ def _run(
     for layer, weight, bias, act in zip(layers, weights, biases, activations, strict=True):
         layer.weight, layer.bias = weight.data_ptr(), bias.data_ptr()
         layer.channels, layer.activation = len(bias), ACTIVATIONS.index(act)
+    for layer, norm, term in zip(layers, norms, eps, strict=False):
+        if norm.numel():
+            layer.norm_weight, layer.norm_bias = norm[0].data_ptr(), norm[1].data_ptr()
+            layer.eps = term
     threads = 1 if x.shape[2] * x.shape[3] < _SMALL_PIXELS else torch.get_num_threads()
     problem = _Problem(*x.shape, len(weights), threads)
     pointers = [ctypes.c_void_p(t.data_ptr()) for t in (x, out)]
@@ -121,12 +141,25 @@ def _run(
 
 @torch.library.register_fake("vision_backbones::packed_stem", lib=_library)
 def _empty_output(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor], activations: Sequence[str]
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    activations: Sequence[str],
+    norms: Sequence[Tensor],
+    eps: Sequence[float],
 ) -> Tensor:
     if x.ndim != 4 or x.dtype != torch.float32:
         raise ValueError(f"x must be (B, C, H, W) of float32, got {tuple(x.shape)} of {x.dtype}")
     sizes = tuple((w.numel(), b.numel()) for w, b in zip(weights, biases, strict=True))
     _check_layers(x.shape[1], sizes, tuple(activations))
+    if len(norms) != len(eps) or len(norms) not in (0, len(weights)):
+        raise ValueError(
+            f"there must be a norm and an eps for each of {len(weights)} layers, or none, got "
+            f"{len(norms)} and {len(eps)}"
+        )
+    for norm, bias in zip(norms, biases, strict=False):
+        if norm.numel() and norm.shape != (2, len(bias)):
+            raise ValueError(f"a norm must be (2, {len(bias)}), got {tuple(norm.shape)}")
     size = [-(-n // 2 ** len(weights)) for n in x.shape[2:]]
     shape = (len(x), len(biases[-1]), *size)
     return torch.empty(shape, device=x.device, memory_format=torch.channels_last)
@@ -155,18 +188,33 @@ def _check_layers(
 
 
 def is_stem(module: nn.Module) -> bool:
-    """Whether a module is convolutions in a row that :class:`FastStem` knows, two at least."""
+    """Whether a module is convolutions in a row that :class:`FastStem` knows, two at least.
+
+    After each there may be a :class:`timm.layers.LayerNorm2d`, then an activation.
+    """
     if type(module) is not nn.Sequential:
         return False
-    return len(module) > 1 and all(_is_layer(child) for child in module)
-
-
-def _is_layer(module: nn.Module) -> bool:
-    """A convolution, or one followed by an activation."""
-    if type(module) is nn.Sequential:
-        if len(module) != 2 or activation_kind(module[1]) is None:
+    convs, before = 0, None
+    for layer in _leaves(module):
+        if _is_conv(layer):
+            convs += 1
+        elif type(layer) is LayerNorm2d:
+            if not isinstance(before, nn.Conv2d) or layer.weight is None or layer.bias is None:
+                return False
+        elif activation_kind(layer) is None or not isinstance(before, nn.Conv2d | LayerNorm2d):
             return False
-        module = module[0]
+        before = layer
+    return convs > 1
+
+
+def _leaves(module: nn.Module) -> list[nn.Module]:
+    """The layers of nested sequences, but for identities."""
+    if isinstance(module, nn.Sequential):
+        return [leaf for child in module for leaf in _leaves(child)]
+    return [] if isinstance(module, nn.Identity) else [module]
+
+
+def _is_conv(module: nn.Module) -> bool:
     if type(module) is not nn.Conv2d or module.groups != 1 or module.padding_mode != "zeros":
         return False
     shape = (module.kernel_size, module.stride, module.padding, module.dilation)
@@ -186,5 +234,19 @@ class FastStem(FastLayer, nn.Sequential):
     def derive(self, x: Tensor) -> Any:
         if unsupported(x.device, x.dtype) is not None:
             return None
-        convs: list[Any] = [m for m in self.modules() if isinstance(m, nn.Conv2d)]
-        return *pack_layers(convs), [conv.activation for conv in convs]
+        layers: list[tuple[Any, Any]] = []  # convolutions, and their norms or nothing
+        for layer in _leaves(self):
+            if isinstance(layer, LayerNorm2d):
+                layers[-1] = (layers[-1][0], layer)
+            else:
+                layers.append((layer, None))
+        activations = [(conv if norm is None else norm).activation for conv, norm in layers]
+        packed = pack_layers([conv for conv, _ in layers])
+        if all(norm is None for _, norm in layers):
+            return *packed, activations
+        norms = [
+            conv.weight.new_empty(0) if norm is None else torch.stack((norm.weight, norm.bias))
+            for conv, norm in layers
+        ]
+        eps = [0.0 if norm is None else norm.eps for _, norm in layers]
+        return *packed, activations, norms, eps

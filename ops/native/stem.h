@@ -10,6 +10,7 @@
 #include <utility>
 #include <vector>
 #include "linear_float.h"
+#include "norm.h"
 #include "parallel.h"
 
 namespace stem {
@@ -31,7 +32,9 @@ struct Problem {
 // them: channel, row, column by the first layer, row, column, channel by the others.
 struct Layer {
   const float *weight, *bias;
+  const float *norm_weight, *norm_bias;  // of a layer norm before the activation, or null
   int64_t channels, activation;
+  double eps;  // of the norm
 };
 
 constexpr int SIDE = 3, STRIDE = 2;
@@ -134,7 +137,7 @@ static linear::Problem problem_of(const Layer& layer, int64_t in_channels, int64
   p.in_features = SIDE * SIDE * in_channels;
   p.in_stride = in_stride;
   p.out_features = p.out_stride = layer.channels;
-  p.activation = layer.activation;
+  p.activation = layer.norm_weight ? activation::NONE : layer.activation;
   return p;
 }
 
@@ -165,6 +168,11 @@ static void next_row(const Layer& layer, const Map& in, int64_t channels, int64_
   for (int64_t k = 0; k < SIDE; k++) segments.rows.push_back(in.row(2 * y - 1 + k));
   const linear::Problem p = problem_of(layer, channels, STRIDE * channels);
   run_pixels(p, layer, segments, {0, halved(in.width)}, out);
+}
+
+static void normalise(const Layer& layer, int64_t pixels, float* row) {
+  const norm::Problem p{pixels, layer.channels, layer.activation, 0, layer.eps, 1};
+  norm::forward(p, {row, layer.norm_weight, layer.norm_bias, row});
 }
 
 static void forward(const Problem& p, const Layer* layers, const float* in, float* out) {
@@ -208,6 +216,7 @@ static void forward(const Problem& p, const Layer* layers, const float* in, floa
         } else {
           first_row(layers[i], planes, y, row);
         }
+        if (layers[i].norm_weight) normalise(layers[i], maps[i].width, row);
       });
     }
     origin[last] += maps[last].height * maps[last].pitch;

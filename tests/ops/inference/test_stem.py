@@ -9,6 +9,7 @@ import torch
 from compiled_kernels import PLAIN_ACTIVATIONS, compiled_for, random, without_kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from backbones._fuse import put_channels_last
@@ -83,11 +84,42 @@ def test_sizes_change_from_call_to_call_and_threads_agree() -> None:
 def test_what_is_a_stem() -> None:
     act = nn.ReLU()
     assert is_stem(nn.Sequential(nn.Sequential(*_convs(3, 8), act), *_convs(8, 16)))
+    assert is_stem(nn.Sequential(*_convs(3, 8), LayerNorm2d(8), act, *_convs(8, 16), act))
     assert not is_stem(nn.Sequential(*_convs(3, 8)))
-    assert not is_stem(nn.Sequential(*_convs(3, 8), act, *_convs(8, 16)))
+    assert not is_stem(nn.Sequential(act, *_convs(3, 8, 16)))
+    assert not is_stem(nn.Sequential(*_convs(3, 8), act, LayerNorm2d(8), *_convs(8, 16)))
+    assert not is_stem(nn.Sequential(*_convs(3, 8), act, act, *_convs(8, 16)))
+    assert not is_stem(nn.Sequential(*_convs(3, 8), LayerNorm2d(8, affine=False), *_convs(8, 16)))
     assert not is_stem(nn.Sequential(*_convs(3, 8), nn.Conv2d(8, 16, 3, 1, 1)))
     assert not is_stem(nn.Sequential(*_convs(4, 8), nn.Conv2d(8, 8, 3, 2, 1, groups=2)))
     assert not is_stem(nn.Sequential(nn.Sequential(*_convs(3, 8), nn.Tanh()), *_convs(8, 16)))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    size=st.tuples(st.integers(1, 40), st.integers(1, 70)),
+    channels=st.tuples(st.sampled_from([1, 3]), *[st.sampled_from([4, 20, 33, 70])] * 2),
+    act_layer=st.sampled_from([nn.GELU, nn.ReLU, nn.Identity]),
+)
+def test_norms_between_the_layers(size, channels, act_layer) -> None:
+    """Both forms, with norms that differ and convolutions without one."""
+    first, second = _convs(*channels)
+    norms = [LayerNorm2d(n, eps=eps) for n, eps in zip(channels[1:], (1e-6, 1e-2), strict=True)]
+    for norm in norms:
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+    x = random(2, channels[0], *size).float()
+    for layers in (
+        (first, norms[0], act_layer(), second, norms[1]),
+        (first, act_layer(), second, norms[1], act_layer()),
+    ):
+        plain = nn.Sequential(*layers).eval()
+        fast = copy.deepcopy(plain)
+        put_channels_last(fast, always=False)
+        assert type(fast) is FastStem and list(fast.state_dict()) == list(plain.state_dict())
+        expected = plain.double()(x.double())
+        assert (fast(x) - expected).abs().max() < 1e-4 * (1 + expected.abs().max())
+        plain.float()
 
 
 def _fused(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, nn.Module]:
@@ -139,11 +171,17 @@ def test_refusals() -> None:
         packed_stem(x, weights, biases, ["none", "tanh"])
     with pytest.raises(ValueError, match="7 to 8 channels"):
         packed_stem(random(1, 7, 8, 8).float(), weights, biases, ["none", "none"])
+    with pytest.raises(ValueError, match="an eps for each of 2 layers, or none, got 1 and 0"):
+        packed_stem(x, weights, biases, ["none", "none"], [torch.zeros(2, 8)])
+    norms = [torch.zeros(0), torch.zeros(2, 8)]
+    with pytest.raises(ValueError, match=r"must be \(2, 16\), got \(2, 8\)"):
+        packed_stem(x, weights, biases, ["none", "none"], norms, [0.0, 1e-6])
 
 
 def test_the_dispatcher_sees_one_operator() -> None:
     convs = _convs(3, 8, 16)
-    arguments = (random(2, 3, 17, 20).float(), *pack_layers(convs), ["relu", "none"])
+    packed = (*pack_layers(convs), ["relu", "none"], [torch.ones(2, 8), torch.zeros(0)], [0.1, 0])
+    arguments = (random(2, 3, 17, 20).float(), *packed)
     operator = torch.ops.vision_backbones.packed_stem.default
     torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
     assert torch.equal(operator(*arguments), packed_stem(*arguments))
