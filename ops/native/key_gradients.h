@@ -10,7 +10,7 @@ namespace na {
 
 static inline float* zeroed(Buffer& b, size_t n) {
   float* p = b.get(n);
-  std::memset(p, 0, n * sizeof(float));
+  std::fill_n(p, n, 0.f);  // which may be none, of no memory
   return p;
 }
 

@@ -92,10 +92,12 @@ static void for_each_tile(const Problem& p, const Layout& layout, const Unit& un
         const Lanes& lanes = layout.lanes[g];
         make_plan(layout.z.start[z], layout.z.count[z], tile, lanes.width,
                   static_cast<int>(p.additional), scratch.plan);
+        // As often as the tile asks: with each row of scores, and the sums of about two lanes.
+        int portions = static_cast<int>(scratch.plan.blocks.size()) * (lanes.valid / 2);
+        for (const Slice& slice : scratch.plan.slices) portions += slice.rows;
         for (int h = 0; h < unit.heads * groups; h++) {
           const TilePlace place{layout, tile, lanes, unit.batch, z, unit.first_head * groups + h,
                                 h / groups};
-          const int portions = tile.high - tile.low + lanes.valid / 2;
           if (unit.chunk.end - unit.chunk.first == 1) {
             const Lanes& beside = layout.lanes[std::min(g + 1, unit.segment.end - 1)];
             const TilePlace soon{layout, tile, beside, unit.batch, z, place.head, place.kv_slot};
