@@ -97,7 +97,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
     everyone = dict.fromkeys(n for rows in panels.values() for r in rows for n in r["contenders"])
     colours = {name: f"C{number}" for number, name in enumerate(everyone)}
     curves = _by_size(report)
-    count = len(panels) + bool(curves)
+    count = max(1, len(panels) + bool(curves))
     figure = Figure(figsize=(11, 3 * count), layout="constrained")
     axes = figure.subplots(count, 1, squeeze=False)[:, 0]
     for axis, (title, rows) in zip(axes, panels.items(), strict=False):
@@ -119,6 +119,9 @@ def draw(report: dict[str, Any], path: Path) -> None:
             axes[-1].plot(pixels, [sizes[s] for s in sorted(sizes)], "o-", label=" ".join(key[:2]))
         axes[-1].set(xscale="log", yscale="log", xlabel="pixels", ylabel="ms")
         axes[-1].legend(fontsize=6)
+    if not (panels or curves):
+        axes[0].set_axis_off()
+        axes[0].text(0, 0.5, "neither a contender beside eager nor several sizes to draw")
     figure.savefig(path, format="png", dpi=120)
 
 

@@ -143,6 +143,14 @@ def test_without_matplotlib_there_is_no_picture(
     assert {path.name for path in tmp_path.iterdir()} == {"out.json", "out.md"}
 
 
+def test_a_picture_of_nothing_to_compare_says_so(tool: ModuleType, tmp_path: Path) -> None:
+    tool.main(
+        ["--models", "shvit_s1", "--sizes", "32", "--batches", "1", "--rounds", "1"]
+        + ["--against", "--modes", "fused", "--turn-ms", "1", "--output", str(tmp_path / "out")]
+    )
+    assert (tmp_path / "out.png").read_bytes().startswith(b"\x89PNG")
+
+
 def test_reports_of_other_machines_stay(tool: ModuleType, report: Path, tmp_path: Path) -> None:
     other = json.loads(report.read_text())
     other["machine"]["name"] = "another"
