@@ -3,7 +3,7 @@
 All contenders of a row take turns in one process, so that whatever else the machine does meets them
 alike; what counts are the ratios, each taken within one turn. A turn repeats the call for
 ``--turn-ms`` and counts the later half: the first calls find the caches as another contender left
-them, which no model in service does.
+them, which no model in service does. Halfway all are made anew in the reverse order.
 
     python tools/benchmark.py --models unireplknet_a van_b0 --batches 1 8 --threads 1 2
     python tools/benchmark.py --modes eager fused fused+bfloat16 --against birder ~/original.py
@@ -50,7 +50,7 @@ from typing import Any
 
 import timm
 import torch
-from benchmark_report import comparison, draw, row_key, table
+from benchmark_report import comparison, describe, draw, row_key, table
 from measuring import PeakMemory, load_report, machine, steady, write
 from op_kinds import KINDS, kind_of, time_by_kind
 from torch import Tensor, nn
@@ -152,6 +152,9 @@ class Row:
         """What is timed: a forward pass, or a training step by plain gradient descent."""
         if self.direction == "forward":
             return functools.partial(_forward, model, images)
+        for layer in model.modules():  # stochastic depth is the recipe's, and defaults differ
+            if isinstance(getattr(layer, "drop_prob", None), float):
+                layer.drop_prob = 0.0
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-9)
         return functools.partial(_step, model, images, optimizer)
 
@@ -203,7 +206,7 @@ def measure(
     turn_seconds: float = 0.3,
     profile: bool = False,
 ) -> dict[str, Any]:
-    """Times of all contenders in turn: ``rounds`` turns, or in ``seconds``, but 3 at least.
+    """Times of all contenders in turn: ``rounds`` turns, or in ``seconds``, but 2 of each half.
 
     A turn repeats the call for ``turn_seconds``, see :func:`measuring.steady`.
     """
@@ -215,35 +218,39 @@ def measure(
         if row.direction == "forward" or not mode.startswith("fused")
     }
     makers |= {label: functools.partial(_theirs, create, row) for label, create in peers.items()}
-    runs: dict[str, Callable[[], Tensor]] = {}
     results: dict[str, dict[str, Any]] = {}
     outputs: dict[str, Tensor] = {}
-    for name, make in makers.items():
-        try:
-            model = make()
-            if model is None:
+    turns: dict[str, list[list[float]]] = {}
+    # Models made later lie in faster memory, by up to 3 %: half of the turns are for each order.
+    halves = ((list(makers), rounds - rounds // 2), (list(makers)[::-1], rounds // 2))
+    for order, part in halves[: min(rounds, 2)]:
+        runs: dict[str, Callable[[], Tensor]] = {}
+        for name in order:
+            if "skipped" in results.get(name, {}):
                 continue
-            run = row.run(model, images.to(dtype_of(name, row)))
-            start = time.perf_counter()
-            outputs[name] = run().float()  # compiles, packs weights
-            warm_up = time.perf_counter() - start
-            with PeakMemory(images.device) as memory:
-                run()
-        except (RuntimeError, ImportError, NotImplementedError, TypeError, ValueError) as error:
-            results[name] = {"skipped": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
-            continue
-        runs[name] = run
-        results[name] = {"peak_bytes": memory.bytes, "warm_up_seconds": warm_up}
-
-    yardsticks = {str(dtype_of(name, row)).removeprefix("torch.") for name in runs}
-    yardstick_runs = {dtype: _matmul(dtype) for dtype in sorted(yardsticks)}
-    turns: dict[str, list[list[float]]] = {name: [] for name in (*runs, *yardstick_runs)}
-    deadline = time.perf_counter() + seconds
-    for turn in range(rounds):
-        if turn >= 3 and time.perf_counter() > deadline:
-            break
-        for name, timed in (runs | yardstick_runs).items():
-            turns[name].append(steady(timed, images.device, turn_seconds))
+            try:
+                model = makers[name]()
+                if model is None:
+                    continue
+                run = row.run(model, images.to(dtype_of(name, row)))
+                start = time.perf_counter()
+                outputs[name] = run().float()  # compiles, packs weights
+                warm_up = time.perf_counter() - start
+                with PeakMemory(images.device) as memory:
+                    run()
+            except (RuntimeError, ImportError, NotImplementedError, TypeError, ValueError) as error:
+                results[name] = {"skipped": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+            else:
+                runs[name] = run
+                results[name] = {"peak_bytes": memory.bytes, "warm_up_seconds": warm_up}
+        yardsticks = {str(dtype_of(name, row)).removeprefix("torch.") for name in runs}
+        runs |= {dtype: _matmul(dtype) for dtype in sorted(yardsticks)}
+        deadline = time.perf_counter() + seconds / 2
+        for turn in range(part):
+            if turn >= 2 and time.perf_counter() > deadline:
+                break
+            for name, timed in runs.items():
+                turns.setdefault(name, []).append(steady(timed, images.device, turn_seconds))
 
     height, width = images.shape[2:]
     macs = count_macs(backbones.create_model(row.model), height, width)
@@ -268,7 +275,8 @@ def measure(
         if profile and name in ("eager", "fused", "fused" + LOW_PRECISION):
             results[name]["time_by_kind"] = time_by_kind(runs[name])
     gflops = {dtype: peak / 1e9 for dtype, peak in peaks.items()}
-    return {**row.key, "macs": macs, "matmul_gflops": gflops, "contenders": results}
+    facts = {"macs": macs, "matmul_gflops": gflops, "orders": min(rounds, 2)}
+    return {**row.key, **facts, "contenders": results}
 
 
 def _matmul(dtype: str) -> Callable[[], Tensor]:
@@ -385,14 +393,6 @@ def add_row(report: dict[str, Any], row: dict[str, Any]) -> None:
 
 def _write_text(text: str, path: Path) -> None:
     path.write_text(text)
-
-
-def describe(figures: dict[str, Any]) -> str:
-    """One line on a contender."""
-    if "skipped" in figures:
-        return f"left out: {figures['skipped']}"
-    over = "  ".join(f"{v:5.2f}× {k}" for k, v in figures["speedup_over"].items())
-    return f"{figures['milliseconds']:9.2f} ms  {figures['gflops']:7.1f} GFLOP/s  {over}"
 
 
 if __name__ == "__main__":

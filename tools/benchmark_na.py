@@ -2,9 +2,9 @@
 
 Neighborhood attention: https://arxiv.org/abs/2204.07143. All contenders of a setting take turns in
 one process, so that whatever else the machine does meets them alike; what counts are the ratios,
-each taken within one turn. A turn repeats a short call for ``--turn-ms``, so that it is not the one
-that finds the caches as another contender left them: in a model, what attends has just been
-computed. A contender whose calls take longer than ``--seconds`` is timed once.
+each taken within one turn. A turn repeats the call for ``--turn-ms`` and counts the later half: the
+first calls find the caches as another contender left them, while in a model, what attends has just
+been computed. A contender whose calls take longer than ``--seconds`` is timed once.
 
     python tools/benchmark_na.py --threads 1 --output runs/benchmark_na
     python tools/benchmark_na.py --device cuda --dtype bfloat16 --settings 56x56-k7-d64
@@ -28,7 +28,6 @@ import functools
 import itertools
 import json
 import logging
-import math
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -36,7 +35,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import PeakMemory, load_report, machine, stopwatch, write
+from measuring import PeakMemory, load_report, machine, steady, stopwatch, write
 from na_contenders import (
     CONTENDERS,
     NUM_HEADS,
@@ -72,7 +71,7 @@ class Effort:
 
     rounds: int = 15
     seconds: float = 1.0  # that a contender's turns take at most, but for the first 3
-    turn_ms: float = 10.0
+    turn_ms: float = 20.0
     max_seconds: float = 20.0
     max_gib: float = 4.0
 
@@ -129,17 +128,12 @@ def measure(
             runs[name] = run
             times[name] = []
 
+    turn_seconds = effort.turn_ms / 1e3
     for turn in range(effort.rounds):
         for name, run in runs.items():
-            if turn >= 3 and turn * max(estimates[name], effort.turn_ms / 1e3) > effort.seconds:
+            if turn >= 3 and turn * max(2 * estimates[name], turn_seconds) > effort.seconds:
                 continue
-            repeats = max(1, math.ceil(effort.turn_ms / 1e3 / estimates[name]))
-
-            def repeated(run: Callable[[], object] = run, repeats: int = repeats) -> None:
-                for _ in range(repeats):
-                    run()
-
-            times[name].append(stopwatch(repeated, device) / repeats)
+            times[name].append(statistics.median(steady(run, device, turn_seconds)))
 
     flops = setting.flops(batch, backward)
     ours = OURS[device.type]
@@ -248,7 +242,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         help="stop a contender's turns after, but after 3 of them at least",
     )
     parser.add_argument(
-        "--turn-ms", type=float, default=effort.turn_ms, help="repeat shorter calls for a turn"
+        "--turn-ms", type=float, default=effort.turn_ms, help="repeat calls for a turn"
     )
     parser.add_argument(
         "--max-seconds",

@@ -6,7 +6,7 @@ import math
 from pathlib import Path
 from typing import Any
 
-__all__ = ["SETTING", "comparison", "draw", "row_key", "scaling", "table"]
+__all__ = ["SETTING", "comparison", "describe", "draw", "row_key", "scaling", "table"]
 
 # What a row measures.
 SETTING = ("model", "size", "batch", "threads", "dtype", "direction")
@@ -79,6 +79,14 @@ def comparison(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
                 place = " ".join(map(str, key))
                 lines.append(f"{place} {name}: {was:.1f} → {now:.1f} ms, {was / now:.2f}×")
     return lines
+
+
+def describe(figures: dict[str, Any]) -> str:
+    """One line on a contender."""
+    if "skipped" in figures:
+        return f"left out: {figures['skipped']}"
+    over = "  ".join(f"{v:5.2f}× {k}" for k, v in figures["speedup_over"].items())
+    return f"{figures['milliseconds']:9.2f} ms  {figures['gflops']:7.1f} GFLOP/s  {over}"
 
 
 def draw(report: dict[str, Any], path: Path) -> None:

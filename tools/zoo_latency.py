@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from benchmark import Row, describe, measure
+from benchmark import Row, measure
+from benchmark_report import describe
 from measuring import machine, write
 
 import backbones

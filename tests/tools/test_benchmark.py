@@ -10,6 +10,7 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
@@ -164,6 +165,22 @@ def test_training_has_no_fused_mode(tool: ModuleType) -> None:
     row = tool.Row("shvit_s1", 64, 2, 1, "float32", "train")
     measured = tool.measure(row, ["eager", "fused"], {}, rounds=1, seconds=1)
     assert list(measured["contenders"]) == ["eager"]
+
+
+def test_half_of_the_turns_are_for_each_order(tool: ModuleType) -> None:
+    made: list[str] = []
+
+    def maker(label: str):
+        return lambda name: made.append(label) or torch.nn.AdaptiveAvgPool2d(1)
+
+    row = tool.Row("shvit_s1", 32, 1, 1, "float32", "forward")
+    peers = {"first": maker("first"), "second": maker("second")}
+    measured = tool.measure(row, [], peers, rounds=3, seconds=1, turn_seconds=0.001)
+    assert made == ["first", "second", "second", "first"] and measured["orders"] == 2
+    assert measured["contenders"]["first"]["speedup_over"]["second"] > 0
+    made.clear()
+    assert tool.measure(row, [], peers, rounds=1, seconds=1, turn_seconds=0.001)["orders"] == 1
+    assert made == ["first", "second"]
 
 
 def test_a_contender_that_fails_is_named(tool: ModuleType) -> None:
