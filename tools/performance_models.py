@@ -117,8 +117,8 @@ def of_compiled(report: dict[str, Any]) -> str:
         "\n\n".join(
             [
                 "## Beside torch.compile",
-                "One image, one thread, float32. A turn was a single call here, which found colder "
-                "caches than those above.",
+                "One image, one thread, float32; kernels older than those above, and a turn was a "
+                "single call, which found colder caches.",
                 _table(head, rows),
             ]
         )
