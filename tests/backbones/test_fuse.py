@@ -120,6 +120,8 @@ def test_torch_export_takes_the_plain_form(family: str) -> None:
     assert _relative(program.module()(x), expected) <= 1e-5
 
 
+# Of torch's own compiler, where it is imported first.
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
 @pytest.mark.slow
 @every_family
 @torch.no_grad()
