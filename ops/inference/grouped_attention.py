@@ -16,7 +16,15 @@ from torch import Tensor
 from ops import native
 from ops.native.eager import is_plain_call, unsupported_tensors
 
-__all__ = ["attend", "attend_regions", "unsupported"]
+__all__ = [
+    "KERNEL",
+    "SMALL_MACS",
+    "Problem",
+    "Tensors",
+    "attend",
+    "attend_regions",
+    "unsupported",
+]
 
 KERNEL = "attention"
 SMALL_MACS = 2e6  # below it one thread is quicker than waking others

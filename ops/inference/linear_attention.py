@@ -63,9 +63,10 @@ def unsupported_heads(head_dim: int) -> str | None:
 
 
 def check_gated(qkvo: Tensor, bias: Tensor, num_heads: int) -> None:
-    """
+    """Refuse tensors that :func:`gated_linear_attention` cannot take.
+
     Raises:
-        ValueError: what :func:`gated_linear_attention` raises for these.
+        ValueError: shapes or dtypes that do not go together.
     """
     dim = bias.shape[-1]
     expected = (*bias.shape[:-1], 4 * dim)

@@ -22,7 +22,7 @@ from ops.linear import pack_weight
 from ops.linear import unsupported as linear_unsupported
 from ops.native.eager import is_plain_call
 
-__all__ = ["FastStem", "is_stem", "packed_stem", "unsupported"]
+__all__ = ["FastStem", "is_stem", "pack_layers", "packed_stem", "unsupported"]
 
 _KERNEL = "stem"
 _SMALL_PIXELS = 1024  # of an image; below it one thread is quicker than waking others

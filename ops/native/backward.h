@@ -218,11 +218,10 @@ static void backward(const Problem& p, const BackwardTensors& t) {
   const int dim = static_cast<int>(p.dim), value_dim = static_cast<int>(p.value_dim);
   const int pitch = round_up(dim, W), value_pitch = round_up(value_dim, W);
   const Lanes shared = make_shared_lanes(additional);
-  // Whether the three gradients are larger than the caches of a core.
-  constexpr int64_t CACHE_BYTES = 8 << 20;
+  // The three gradients together.
   const bool large = static_cast<int64_t>(sizeof(T)) * p.batch * p.size[0] * p.size[1] * p.size[2] *
                          (p.heads * p.dim + p.kv_heads * (p.dim + p.value_dim)) >
-                     CACHE_BYTES;
+                     STREAMED_BYTES;
   const int per_head = layout.units_per_head, block = layout.head_block;
   const int64_t blocks = p.batch * layout.head_blocks, threads = layout.threads(p);
   // The blocks of heads are taken in waves, just large enough to keep the threads busy, so that few

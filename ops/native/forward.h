@@ -171,12 +171,9 @@ static void forward(const Problem& p, const ForwardTensors& t) {
   const Layout layout(p, false);
   const Bias bias(p, t.rpb, LOG2E);
   const Lanes shared = make_shared_lanes(static_cast<int>(p.additional));
-  // Whether the output is larger than the caches of a core, so that whoever reads it finds little of
-  // it there anyway.
-  constexpr int64_t CACHE_BYTES = 8 << 20;
   const int64_t positions = p.batch * p.size[0] * p.size[1] * p.size[2];
   const bool stream =
-      static_cast<int64_t>(sizeof(T)) * positions * p.heads * p.value_dim > CACHE_BYTES &&
+      static_cast<int64_t>(sizeof(T)) * positions * p.heads * p.value_dim > STREAMED_BYTES &&
       fills_lines<T>(t.out, static_cast<int>(p.value_dim));
   parallel_for(layout.units(p), layout.threads(p), [&](int64_t index) {
     static thread_local ForwardScratch<T> scratch;

@@ -50,6 +50,9 @@ class Buffer {
 };
 
 constexpr size_t CACHE_LINE = 64;
+// Results larger than this, the caches of a core, are stored past them: whoever reads them would find
+// little there anyway.
+constexpr int64_t STREAMED_BYTES = 8 << 20;
 
 static inline int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
@@ -79,8 +82,8 @@ static VB_INLINE void store_channels(const float* in, int channels, float scale,
 // Whether the channels of every position fill whole cache lines.
 template <class T>
 static inline bool fills_lines(const Tensor& t, int channels) {
-  constexpr int64_t LINE = 64 / sizeof(T);
-  return reinterpret_cast<uintptr_t>(t.data) % 64 == 0 && channels % LINE == 0 &&
+  constexpr int64_t LINE = CACHE_LINE / sizeof(T);
+  return reinterpret_cast<uintptr_t>(t.data) % CACHE_LINE == 0 && channels % LINE == 0 &&
          (t.batch | t.z | t.y | t.x | t.head) % LINE == 0;
 }
 // `store_channels` past the caches, where `fills_lines`.
