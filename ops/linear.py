@@ -71,7 +71,8 @@ def unsupported(
     The first call on a machine compiles the kernel, which takes some seconds.
 
     Args:
-        with_bfloat16: whether bfloat16 will do beside float32; it needs a CPU with AMX.
+        with_bfloat16: whether bfloat16 will do beside float32; it needs a CPU with AMX or
+            AVX512-BF16.
     """
     if device.type != "cpu":
         return f"the kernel runs on the CPU, the tensors are on {device.type}"
@@ -79,7 +80,7 @@ def unsupported(
         return f"the kernel takes float32, not {dtype}"
     library = native.load(_KERNEL)
     if library is not None and dtype == torch.bfloat16 and not library.linear_takes_bfloat16():
-        return "the kernel takes bfloat16 on CPUs with AMX only"
+        return "the kernel takes bfloat16 on CPUs with AVX512-BF16 or AMX only"
     return native.unavailable_reason(_KERNEL)
 
 

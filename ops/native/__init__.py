@@ -8,7 +8,7 @@ path in pure torch, and :func:`unavailable_reason` tells people why.
 Environment variables:
 
 - ``VISION_BACKBONES_NATIVE=0``: never compile or load a kernel.
-- ``VISION_BACKBONES_NATIVE_ISA=avx512|avx2|portable``: use at most this instruction set.
+- ``VISION_BACKBONES_NATIVE_ISA=amx|avx512bf16|avx512|avx2|portable``: at most this instruction set.
 - ``VISION_BACKBONES_CACHE_DIR``: where compiled kernels are kept (a ``native`` folder in it).
 - ``CXX``: the compiler, tried before ``c++``, ``g++`` and ``clang++``.
 """

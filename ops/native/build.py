@@ -27,12 +27,15 @@ _log = logging.getLogger(__name__)
 
 _SOURCES = Path(__file__).parent
 _COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-shared", "-ffp-contract=fast", "-fno-math-errno"]
+_AVX512 = [
+    *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
+    *("-mavx2", "-mfma", "-mprefer-vector-width=512"),
+]
 # From the richest to the plainest; a CPU that can run one can run those after it.
 _ISA_FLAGS = {
-    "avx512": [
-        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
-        *("-mavx2", "-mfma", "-mprefer-vector-width=512"),
-    ],
+    "amx": [*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
+    "avx512bf16": [*_AVX512, "-mavx512bf16"],
+    "avx512": _AVX512,
     "avx2": ["-mavx2", "-mfma"],
     "portable": [],
 }
@@ -48,7 +51,7 @@ class Kernel:
     Attributes:
         library: the loaded library, or ``None``.
         path: its file, or ``None``.
-        instruction_set: ``"avx512"``, ``"avx2"`` or ``"portable"``.
+        instruction_set: what it was compiled for; see :func:`instruction_set`.
         reason: why there is no library, in words; ``None`` where there is one.
     """
 
@@ -106,23 +109,45 @@ def cache_dir() -> Path:
 def instruction_set() -> str:
     """The richest instruction set that this CPU runs and that the environment allows.
 
+    Returns:
+        ``"amx"`` (with AVX-512 and its instructions for bfloat16), ``"avx512bf16"``, ``"avx512"``,
+        ``"avx2"`` or ``"portable"``.
+
     Raises:
         ValueError: if ``VISION_BACKBONES_NATIVE_ISA`` names none of them.
     """
-    capability = torch.backends.cpu.get_cpu_capability()
     known = list(_ISA_FLAGS)
-    richest = next((isa for isa in known if capability.lower().startswith(isa)), "portable")
+    richest = _richest()
     wanted = os.environ.get("VISION_BACKBONES_NATIVE_ISA") or richest
     if wanted not in known:
         raise ValueError(f"VISION_BACKBONES_NATIVE_ISA must be one of {known}, got {wanted!r}")
     return max(richest, wanted, key=known.index)
 
 
+def _richest() -> str:
+    capability = torch.backends.cpu.get_cpu_capability().lower()
+    if capability.startswith("avx512"):
+        if not torch.cpu._is_avx512_bf16_supported():
+            return "avx512"
+        return "amx" if torch.cpu._is_amx_tile_supported() else "avx512bf16"
+    return "avx2" if capability.startswith("avx2") else "portable"
+
+
 def _build_and_load(name: str) -> Kernel:
     if not (_SOURCES / f"{name}.cpp").is_file():
         known = sorted(p.stem for p in _SOURCES.glob("*.cpp"))
         raise ValueError(f"no kernel {name!r}; the kernels are {known}")
-    isa = instruction_set()
+    sets = list(_ISA_FLAGS)
+    # An old compiler may not know the instructions of a new CPU.
+    for isa in sets[sets.index(instruction_set()) :]:
+        kernel = _build_and_load_for(isa, name)
+        if kernel.library is not None:
+            return kernel
+    _log.info("No compiled %s kernel, the pure torch path is used: %s", name, kernel.reason)
+    return kernel
+
+
+def _build_and_load_for(isa: str, name: str) -> Kernel:
     path = None
     try:
         if os.environ.get("VISION_BACKBONES_NATIVE", "1") == "0":
@@ -136,7 +161,6 @@ def _build_and_load(name: str) -> Kernel:
         _build(name, isa, path)
         return Kernel(ctypes.CDLL(str(path)), path, isa, None)
     except (_UnavailableError, OSError) as error:
-        _log.info("No compiled %s kernel, the pure torch path is used: %s", name, error)
         return Kernel(None, path, isa, str(error))
 
 

@@ -6,7 +6,7 @@
 extern "C" {
 
 // Whether this CPU has what the layers of bfloat16 need.
-int linear_takes_bfloat16() { return linear::has_tiles(); }
+int linear_takes_bfloat16() { return linear::takes_bfloat16(); }
 
 // Elements of a packed weight.
 int64_t linear_packed_size(int64_t out_features, int64_t in_features, int bfloat16) {

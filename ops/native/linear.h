@@ -2,8 +2,9 @@
 // its inputs, energies of its outputs. Some rows at a time go through all the weights.
 #pragma once
 #include <vector>
-#include "linear_bfloat16.h"
-#include "linear_float.h"
+#include "linear_pack.h"
+#include "linear_registers.h"
+#include "linear_tiles.h"
 #include "parallel.h"
 
 namespace linear {
@@ -13,6 +14,26 @@ constexpr int64_t CHUNK_BYTES = 768 * 1024;
 constexpr int64_t MIN_CHUNK = 112;
 // Of what is between two layers; but no fewer rows than make it worth to read the weights again.
 constexpr int64_t PAIR_BYTES = 1 << 20, MIN_PAIR_ROWS = 384;
+
+static bool takes_bfloat16() { return VB_BFLOAT16; }
+
+// Other rows are copied and padded first.
+static bool takes_rows_in_place(const float*, int64_t, int64_t) { return true; }
+static bool takes_rows_in_place(const BFloat16*, int64_t in_features, int64_t rows) {
+  // Tiles are read whole.
+  if (has_tiles()) return in_features % TILE_INPUTS == 0 && rows >= TILE_ROWS;
+  return in_features % INPUTS<BFloat16> == 0;
+}
+
+static void run_panels(const Problem& p, const Tensors& t, const Rows<float>& rows, Range panels) {
+  run_in_registers(p, t, rows, panels);
+}
+static void run_panels(const Problem& p, const Tensors& t, const Rows<BFloat16>& rows,
+                       Range panels) {
+#if VB_BFLOAT16
+  has_tiles() ? run_tiles(p, t, rows, panels) : run_in_registers(p, t, rows, panels);
+#endif
+}
 
 // Rows times `scale`, or as they are where it is null.
 template <class T>

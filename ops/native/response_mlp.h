@@ -132,7 +132,7 @@ static void find_scales(const Problem& p, const float* response, float* energy) 
 }
 
 // ---- layers ------------------------------------------------------------------------------------
-// A packed weight with its inputs multiplied by `scale`, see `pack` in linear_float.h.
+// A packed weight with its inputs multiplied by `scale`, see linear_pack.h.
 static void scale_weight(const float* weight, int64_t out_features, int64_t in_features,
                          const float* scale, float* out) {
   for (int64_t n = 0; n < out_features; n += linear::PANEL) {
@@ -144,7 +144,6 @@ static void scale_weight(const float* weight, int64_t out_features, int64_t in_f
   }
 }
 
-// See `pack` in linear_bfloat16.h.
 static void scale_weight(const BFloat16* weight, int64_t out_features, int64_t in_features,
                          const float* scale, BFloat16* out) {
   constexpr int64_t pairs = linear::TILE_ROWS, line = linear::TILE_INPUTS;

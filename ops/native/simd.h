@@ -15,6 +15,13 @@
 #include <immintrin.h>
 #endif
 
+// Whether this CPU rounds to bfloat16, and multiplies pairs of them.
+#if VB_AVX512 && defined(__AVX512BF16__)
+#define VB_BFLOAT16 1
+#else
+#define VB_BFLOAT16 0
+#endif
+
 #define VB_INLINE inline __attribute__((always_inline))
 #define VB_INLINE_LAMBDA __attribute__((always_inline))
 #if defined(__clang__)
@@ -51,12 +58,16 @@ static VB_INLINE F load_bf16(const BFloat16* p) {
 }
 // To bfloat16, to nearest even; NaN stays NaN.
 static VB_INLINE __m256i rounded(F v) {
+#if VB_BFLOAT16
+  return (__m256i)_mm512_cvtneps_pbh(v);
+#else
   const __m512i bits = _mm512_castps_si512(v);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
   __m512i r = _mm512_srli_epi32(
       _mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
   r = _mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
   return _mm512_cvtepi32_epi16(r);
+#endif
 }
 // Lane l: table[index[l] + shift], where the 2 W entries of the table are in two registers.
 static VB_INLINE F permute(F low, F high, const int32_t* index, int shift) {

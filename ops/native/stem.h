@@ -9,7 +9,7 @@
 #include <cstdint>
 #include <utility>
 #include <vector>
-#include "linear_float.h"
+#include "linear_registers.h"
 #include "norm.h"
 #include "parallel.h"
 
@@ -93,7 +93,7 @@ static void run_planes(const linear::Problem& p, const Segments& segments, ptrdi
       for (int r = 0; r < R; r++) {
         const F x = simd::in_register(simd::set1(in[r * STRIDE]));
         VB_UNROLL
-        for (int v = 0; v < V; v++) linear::add_product(sum[r][v], x, w[v]);
+        for (int v = 0; v < V; v++) linear::add_product(in, sum[r][v], x, w[v]);
       }
     }
   }

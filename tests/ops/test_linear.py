@@ -89,6 +89,21 @@ def test_other_instruction_sets(instructions: str, monkeypatch, tmp_path) -> Non
     assert native.status("linear").instruction_set == instructions
 
 
+@pytest.mark.skipif(torch.bfloat16 not in LINEAR_DTYPES, reason="this CPU multiplies no bfloat16")
+def test_bfloat16_without_tiles(monkeypatch) -> None:
+    """As on CPUs that have AVX512-BF16 and no AMX; rows of every length and at odd places."""
+    compiled_for("avx512bf16", monkeypatch)
+    for rows, in_features, out_features in [(1, 1, 1), (9, 21, 27), (40, 34, 48), (33, 130, 70)]:
+        x = random(2, rows, in_features + 3).to(torch.bfloat16)[..., 1 : 1 + in_features]
+        weight, bias, packed = linear_layer(in_features, out_features, torch.bfloat16)
+        expected = F.linear(x.double(), weight, bias).relu()
+        out, energy = packed_linear_energy(x, *packed, "relu")
+        bound = F.linear(x.double().abs(), weight.abs()).max() + 1
+        assert (out - expected).abs().max() < LINEAR_DTYPES[torch.bfloat16] * bound
+        assert (energy - expected.square().sum(1)).abs().max() < 1e-2 * energy.max()
+    assert native.status("linear").instruction_set == "avx512bf16"
+
+
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_far_out_and_near(activation: str) -> None:
     x = torch.cat((torch.linspace(-9, 9, 20001), torch.tensor([-1e30, -1e4, 1e4, 1e30])))

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from ops import native
 from ops.native import build
@@ -130,11 +131,41 @@ def test_instruction_set(sources, monkeypatch):
     monkeypatch.setenv("VISION_BACKBONES_NATIVE_ISA", "portable")
     assert native.instruction_set() == "portable"
     assert native.status("small").path.name.startswith("small-portable-")
-    monkeypatch.setenv("VISION_BACKBONES_NATIVE_ISA", "avx512")
+    monkeypatch.setenv("VISION_BACKBONES_NATIVE_ISA", next(iter(build._ISA_FLAGS)))
     assert native.instruction_set() == best  # never more than the CPU has
     monkeypatch.setenv("VISION_BACKBONES_NATIVE_ISA", "sse2")
     with pytest.raises(ValueError, match="sse2"):
         native.instruction_set()
+
+
+@pytest.mark.parametrize(
+    ("capability", "bfloat16", "tiles", "expected"),
+    [
+        ("AVX512", True, True, "amx"),
+        ("AVX512", True, False, "avx512bf16"),
+        ("AVX512", False, False, "avx512"),
+        ("AVX2", True, True, "avx2"),  # as ATEN_CPU_CAPABILITY wants it
+        ("DEFAULT", False, False, "portable"),
+    ],
+)
+def test_instruction_set_of_other_cpus(capability, bfloat16, tiles, expected, sources, monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bfloat16)
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
+    assert native.instruction_set() == expected
+
+
+def test_compiler_that_does_not_know_the_instructions(sources, monkeypatch, tmp_path):
+    """What it knows is taken instead."""
+    compiler = tmp_path / "old c++"
+    compiler.write_text(
+        '#!/bin/sh\nfor a in "$@"; do [ "$a" = -mavx2 ] && { echo "error: no" >&2; exit 1; }; '
+        'done\nexec c++ "$@"\n'
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setattr(build, "_compilers", lambda: [[str(compiler)]])
+    assert native.load("small").answer() == 42
+    assert native.status("small").instruction_set == "portable"
 
 
 def test_unknown_kernel(sources):

@@ -73,7 +73,7 @@ _BOUNDS = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
 
 
 def _dtypes() -> list[torch.dtype]:
-    """What the kernel takes here: bfloat16 needs AMX."""
+    """What the kernel takes here: bfloat16 needs AVX512-BF16 or AMX."""
     return [dtype for dtype in _BOUNDS if unsupported(torch.device("cpu"), dtype) is None]
 
 

@@ -1,49 +1,17 @@
 // Linear layers of bfloat16 by AMX, whose tiles hold 16 rows of 32 inputs, or 16 rows of 16 sums.
 // The outputs are cut into panels of two tiles; up to 32 rows are worked on at once.
 #pragma once
+#include "linear_pack.h"
 #include "linear_problem.h"
 
-#if VB_AVX512 && defined(__linux__) && defined(__x86_64__) && __has_include(<amxbf16intrin.h>)
+#if VB_BFLOAT16 && defined(__AMX_BF16__) && defined(__linux__)
 #define VB_AMX 1
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
-#define VB_AMX_TARGET __attribute__((target("amx-tile,amx-bf16")))
-#define VB_BF16_TARGET __attribute__((target("avx512bf16")))
 #endif
 
 namespace linear {
-
-constexpr int64_t TILE_ROWS = 16, TILE_INPUTS = 32;
-
-static int64_t padded_inputs(const BFloat16*, int64_t in_features) {
-  return round_up(in_features, TILE_INPUTS);
-}
-// Tiles are read whole: rows with another number of inputs, or fewer rows, are copied first.
-static bool takes_rows_in_place(const BFloat16*, int64_t in_features, int64_t rows) {
-  return in_features % TILE_INPUTS == 0 && rows >= TILE_ROWS;
-}
-
-static int64_t packed_size(const BFloat16*, int64_t out_features, int64_t in_features) {
-  return padded(out_features) * round_up(in_features, TILE_INPUTS);
-}
-
-// [out_features][in_features] → [panels][in_features / 32][tiles of the panel][16][16][2]: in a
-// tile pairs of inputs, then outputs, then the two of a pair. Zeros at both ends.
-static void pack(const BFloat16* weight, int64_t out_features, int64_t in_features,
-                 BFloat16* out) {
-  for (int64_t n = 0; n < out_features; n += PANEL) {
-    const int64_t tiles = std::min<int64_t>(PANEL, padded(out_features) - n) / W;
-    for (int64_t k = 0; k < in_features; k += TILE_INPUTS) {
-      for (int64_t i = 0; i < tiles * W * TILE_INPUTS; i++, out++) {
-        const int64_t tile = i / (W * TILE_INPUTS), pair = i / (2 * W) % TILE_ROWS;
-        const int64_t row = n + tile * W + i / 2 % W, column = k + 2 * pair + i % 2;
-        const bool inside = row < out_features && column < in_features;
-        *out = inside ? weight[row * in_features + column] : BFloat16{0};
-      }
-    }
-  }
-}
 
 #if VB_AMX
 // Whether this process may use AMX, which Linux wants to be asked for.
@@ -54,9 +22,7 @@ static bool has_tiles() {
     if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
     if (!(d & amx_bf16) || !(d & amx_tile)) return false;
     constexpr long request_permission = 0x1023, tile_data = 18;
-    if (syscall(SYS_arch_prctl, request_permission, tile_data) != 0) return false;
-    constexpr unsigned avx512_bf16 = 1u << 5;
-    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && a & avx512_bf16;
+    return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
   }();
   return has;
 }
@@ -65,7 +31,7 @@ static bool has_tiles() {
 // end: other libraries use tiles too.
 class Tiles {
  public:
-  VB_AMX_TARGET Tiles() {
+  Tiles() {
     _tile_storeconfig(before_);
     struct {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -76,7 +42,7 @@ class Tiles {
     __asm__ volatile("" : : "r"(&own) : "memory");
     _tile_loadconfig(&own);
   }
-  VB_AMX_TARGET ~Tiles() { _tile_loadconfig(before_); }
+  ~Tiles() { _tile_loadconfig(before_); }
   Tiles(const Tiles&) = delete;
 
  private:
@@ -85,7 +51,7 @@ class Tiles {
 
 // R tiles of rows, `second` elements apart, times V tiles of weights → R × V tiles of sums.
 template <int R, int V>
-VB_AMX_TARGET static void multiply(const BFloat16* in, ptrdiff_t second, int64_t in_stride,
+static void multiply(const BFloat16* in, ptrdiff_t second, int64_t in_stride,
                                    const BFloat16* weight, int64_t steps, const float* bias,
                                    Ahead& ahead, float* sums) {
   constexpr int64_t tile = TILE_ROWS * TILE_INPUTS;
@@ -119,12 +85,11 @@ VB_AMX_TARGET static void multiply(const BFloat16* in, ptrdiff_t second, int64_t
 
 // The sums of `count` rows, as `multiply` leaves them. They are changed.
 template <int V>
-VB_BF16_TARGET static void finish_rows(const Problem& p, const Block<BFloat16>& block, float* sums,
+static void finish_rows(const Problem& p, const Block<BFloat16>& block, float* sums,
                                        int64_t count) {
   if (p.activation != activation::NONE) {
     activation::apply(reinterpret_cast<F*>(sums), static_cast<int>(count * V), p.activation);
   }
-  const __mmask16 last = simd::first(block.lanes);
   F energy[V];
   for (int v = 0; v < V; v++) energy[v] = simd::zero();
   for (int64_t r = 0; r < count; r++) {
@@ -132,16 +97,14 @@ VB_BF16_TARGET static void finish_rows(const Problem& p, const Block<BFloat16>& 
     const BFloat16* const other = block.other + (p.combination ? r * p.other_stride : 0);
     VB_UNROLL
     for (int v = 0; v < V; v++) {
-      const __mmask16 lanes = v == V - 1 ? last : __mmask16{0xffff};
-      F x = _mm512_load_ps(sums + (r * V + v) * W);
+      const int lanes = v == V - 1 ? block.lanes : W;
+      F x = simd::load(sums + (r * V + v) * W);
       if (p.combination != NONE) {
-        const __m512i wide = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(lanes, other + v * W));
-        const F by = _mm512_castsi512_ps(_mm512_slli_epi32(wide, 16));
-        x = p.combination == ADD ? _mm512_add_ps(x, by) : _mm512_mul_ps(x, by);
+        const F by = simd::get(other + v * W, lanes);
+        x = p.combination == ADD ? x + by : x * by;
       }
-      if (block.energy) energy[v] = _mm512_fmadd_ps(x, x, energy[v]);
-      const __m256i rounded = (__m256i)_mm512_cvtneps_pbh(x);
-      _mm256_mask_storeu_epi16(out + v * W, lanes, rounded);
+      if (block.energy) energy[v] = simd::fma(x, x, energy[v]);
+      simd::put(out + v * W, x, lanes);
     }
   }
   if (!block.energy) return;
@@ -181,8 +144,8 @@ static void run_panel(const Problem& p, const Rows<BFloat16>& rows, const Block<
   }
 }
 
-static void run_panels(const Problem& p, const Tensors& t, const Rows<BFloat16>& rows,
-                       Range panels) {
+static void run_tiles(const Problem& p, const Tensors& t, const Rows<BFloat16>& rows,
+                      Range panels) {
   const Tiles tiles;
   const int64_t blocks = (rows.count + 2 * TILE_ROWS - 1) / (2 * TILE_ROWS);
   for (int64_t panel = panels.begin; panel < panels.end; panel++) {
@@ -205,7 +168,7 @@ static void run_panels(const Problem& p, const Tensors& t, const Rows<BFloat16>&
 
 #else
 static bool has_tiles() { return false; }
-static void run_panels(const Problem&, const Tensors&, const Rows<BFloat16>&, Range) {}
+static void run_tiles(const Problem&, const Tensors&, const Rows<BFloat16>&, Range) {}
 #endif
 
 }  // namespace linear
