@@ -240,6 +240,7 @@ def measure(
                     run()
             except (RuntimeError, ImportError, NotImplementedError, TypeError, ValueError) as error:
                 results[name] = {"skipped": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+                turns.pop(name, None)
             else:
                 runs[name] = run
                 results[name] = {"peak_bytes": memory.bytes, "warm_up_seconds": warm_up}

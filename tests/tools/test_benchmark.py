@@ -192,6 +192,21 @@ def test_a_contender_that_fails_is_named(tool: ModuleType) -> None:
     assert measured["contenders"]["broken"] == {"skipped": "RuntimeError: cannot make shvit_s1"}
 
 
+def test_a_contender_that_fails_when_made_again_is_named(tool: ModuleType) -> None:
+    models = iter([torch.nn.AdaptiveAvgPool2d(1)])
+
+    def create(name: str) -> torch.nn.Module:
+        for model in models:
+            return model
+        raise RuntimeError(f"cannot make {name} twice")
+
+    row = tool.Row("shvit_s1", 32, 1, 1, "float32", "forward")
+    measured = tool.measure(row, ["eager"], {"once": create}, 2, seconds=1, turn_seconds=0.001)
+    skipped = "RuntimeError: cannot make shvit_s1 twice"
+    assert measured["contenders"]["once"] == {"skipped": skipped}
+    assert measured["contenders"]["eager"]["calls"] > 0
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
