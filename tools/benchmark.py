@@ -231,6 +231,8 @@ def measure(
             try:
                 model = makers[name]()
                 if model is None:
+                    turns.pop(name, None)
+                    results.pop(name, None)
                     continue
                 run = row.run(model, images.to(dtype_of(name, row)))
                 start = time.perf_counter()
