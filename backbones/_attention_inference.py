@@ -71,7 +71,7 @@ class LITv2DeformableConv2d(FastConv2d, litv2.DeformableConv2d):
         if unsupported(x.device, x.dtype) is not None:
             return None
         assert self.bias is not None
-        return pack_taps(self.weight), self.bias.detach()
+        return pack_taps(self.weight), self.bias.detach().float()
 
 
 class FaViTBlock(favit.Block):

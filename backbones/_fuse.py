@@ -25,7 +25,7 @@ from ops.attention.single_head import SingleHeadAttention
 from ops.conv import InceptionDWConv2d
 from ops.inference import attention as fast_attention
 from ops.inference import conv as fast_conv
-from ops.inference import factorized, layers, mlp, norm, stem
+from ops.inference import factorized, kan, layers, mlp, norm, stem
 from ops.inference import mobile as fast_mobile
 from ops.kan import KANLayer
 from ops.mlp import DWMlp
@@ -108,7 +108,7 @@ def _forms() -> dict[type[nn.Module], type[nn.Module]]:
         GlobalBranch: factorized.FastGlobalBranch,
         HiLoAttention: fast_attention.FastHiLoAttention,
         InceptionDWConv2d: fast_conv.FastInceptionDWConv2d,
-        KANLayer: mlp.FastKANLayer,
+        KANLayer: kan.FastKANLayer,
         LocalBranch: factorized.FastLocalBranch,
         LargeKernelAttention: fast_attention.FastLargeKernelAttention,
         RankAugmentedAttention: fast_attention.FastRankAugmentedAttention,

@@ -18,7 +18,14 @@ from ops import native
 from ops.depthwise import ACTIVATIONS
 from ops.native.eager import is_plain_call
 
-__all__ = ["COMBINATIONS", "pack_weight", "packed_linear", "packed_linear_energy", "unsupported"]
+__all__ = [
+    "COMBINATIONS",
+    "pack_weight",
+    "packed_inputs",
+    "packed_linear",
+    "packed_linear_energy",
+    "unsupported",
+]
 
 # The order is that of `linear::Combination` in ops/native/linear_problem.h.
 COMBINATIONS = ("none", "add", "multiply")
@@ -108,6 +115,11 @@ def pack_weight(weight: Tensor) -> Tensor:
     pointers = [ctypes.c_void_p(t.data_ptr()) for t in (source, packed)]
     library.linear_pack(pointers[0], *shape, half, pointers[1])
     return packed
+
+
+def packed_inputs(in_features: int, dtype: torch.dtype) -> int:
+    """The inputs that a packed weight has, with those of zero behind its own."""
+    return in_features + (-in_features % _TILE_INPUTS if dtype == torch.bfloat16 else 0)
 
 
 def packed_linear(
@@ -233,7 +245,7 @@ def output_shape(
         )
     if dtype != weight_dtype:
         raise ValueError(f"x is {dtype} and its weight {weight_dtype}; they must be the same")
-    features = shape[-1] + (-shape[-1] % _TILE_INPUTS if dtype == torch.bfloat16 else 0)
+    features = packed_inputs(shape[-1], dtype)
     fits = len(bias) == 1 and weights >= features * bias[0] and weights % features == 0
     if len(shape) < 2 or not fits:
         raise ValueError(

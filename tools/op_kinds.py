@@ -22,7 +22,7 @@ KINDS = (
 # shape of their weight. Operators that only call others are looked into.
 _PATTERNS = {
     ATTENTION: r"scaled_dot_product|attention|na_cpu|natten|neighborhood",
-    PRODUCTS: r"(depthwise|packed|response)_mlp|linear$|_linear_pointwise|matmul$|addmm|mm$"
+    PRODUCTS: r"(depthwise|packed|response)_mlp|kan_layer|linear$|_linear_pointwise|matmul$|addmm|mm$"
     r"|einsum",
     DEPTHWISE: r"depthwise",
     CONVOLUTIONS: r"_stem$",

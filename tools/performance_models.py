@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 __all__ = ["of_compiled", "of_models"]
@@ -80,8 +81,11 @@ INTRODUCTION = (
 )
 
 
-def of_models(report: dict[str, Any], picture: str) -> str:
-    """The section; ``picture`` is the path of the benchmark's from the page."""
+def of_models(report: dict[str, Any], picture: str, has_aims: bool = True) -> str:
+    """The section; ``picture`` is the path of the benchmark's from the page.
+
+    ``has_aims`` tells whether ratios are held against :data:`AIMS`.
+    """
     machine = report["machine"]
     parts = [
         "## Models",
@@ -96,7 +100,7 @@ def of_models(report: dict[str, Any], picture: str) -> str:
         groups.setdefault((row["threads"], row["batch"], row["dtype"]), []).append(row)
     for (threads, batch, dtype), rows in sorted(groups.items()):
         title = f"### Batch {batch}, {threads} thread{'s' * (threads > 1)}, {dtype}"
-        parts += [title, *_times(rows, batch)]
+        parts += [title, *_times(rows, batch, AIMS if has_aims else {})]
     training = [row for row in report["results"] if row["direction"] == "train"]
     if training:
         parts += ["### Training step", _training(training), _orders(training)]
@@ -158,7 +162,7 @@ def _judged(ratio: float | None, aim: float | None) -> str:
     return f"**{ratio:.2f}× (missed {aim:g})**" if missed else f"{ratio:.2f}× ({aim:g})"
 
 
-def _times(rows: list[dict[str, Any]], batch: int) -> list[str]:
+def _times(rows: list[dict[str, Any]], batch: int, all_aims: Mapping[str, Any]) -> list[str]:
     """Milliseconds of everything; then ratios with their aims, and what the fused model takes."""
     names = _names(rows)
     times = _table(
@@ -168,13 +172,14 @@ def _times(rows: list[dict[str, Any]], batch: int) -> list[str]:
     place = AIM_BATCHES.index(batch) if batch in AIM_BATCHES else None
     judged = []
     for row in rows:
-        aims = AIMS.get(row["model"], {})
+        aims = all_aims.get(row["model"], {})
         base = ORIGINAL if _ratio(row, FUSED, ORIGINAL) is not None else OURS
         cells = [f"`{row['model']}`", base]
         for name in (FUSED, LOW):
             aim = aims[name][place] if place is not None and name in aims else None
             cells.append(_judged(_ratio(row, name, base), aim))
-        cells += [_judged(_ratio(row, FUSED, peer), 1.0) for peer in ("timm", "birder")]
+        ahead = 1.0 if all_aims else None
+        cells += [_judged(_ratio(row, FUSED, peer), ahead) for peer in ("timm", "birder")]
         fused = row["contenders"].get(FUSED, {})
         if "milliseconds" in fused:
             cells += [f"{fused['p90']:.1f}", f"{fused['images_per_second']:.1f}"]
@@ -187,9 +192,11 @@ def _times(rows: list[dict[str, Any]], batch: int) -> list[str]:
         judged.append(cells)
         over_natten = [_ratio(row, name, NATTEN) for name in (FUSED, LOW)]
         if over_natten[0] is not None:
-            ratios = [_judged(ratio, NATTEN_AIM) for ratio in over_natten]
+            natten_aim = NATTEN_AIM if all_aims else None
+            ratios = [_judged(ratio, natten_aim) for ratio in over_natten]
             judged.append([cells[0], LABELS[NATTEN], *ratios, *["–"] * 7])
-    head = ["times faster", "than", "fused (aim)", "fused, bf16 (aim)", "than timm", "than birder"]
+    aim = " (aim)" if all_aims else ""
+    head = ["times faster", "than", f"fused{aim}", f"fused, bf16{aim}", "than timm", "than birder"]
     head += ["p90, ms", "images/s", "G MACs", "GFLOP/s (of matmul)", "memory, MiB"]
     remark = (
         "Medians of the ratios within a turn, which repeats the call and counts the later half: "

@@ -1,7 +1,8 @@
-"""Deformable convolution of channels-last maps on the CPU, in float32 and without gradients.
+"""Deformable convolution of channels-last maps on the CPU, for inference.
 
 The kernel (``ops/native/deformable.cpp``) interpolates what the taps of some pixels see and takes
-it through a linear layer with packed weights while it is in the cache.
+it through a linear layer with packed weights while it is in the cache. It takes float32 or, on CPUs
+that multiply it, bfloat16; there are no gradients.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from torch import Tensor
 
 from ops import native
 from ops.depthwise import ACTIVATIONS
-from ops.linear import pack_weight
+from ops.linear import pack_weight, packed_inputs
 from ops.linear import unsupported as linear_unsupported
 from ops.native.eager import is_plain_call
 
@@ -37,7 +38,7 @@ class _Problem(ctypes.Structure):
             )
         ),
         ("in_stride", ctypes.c_int64 * 3),
-        *((name, ctypes.c_int64) for name in ("activation", "threads")),
+        *((name, ctypes.c_int64) for name in ("activation", "bfloat16", "threads")),
     ]
 
 
@@ -52,7 +53,8 @@ def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
 
     The first call on a machine compiles the kernel, which takes some seconds.
     """
-    return linear_unsupported(device, dtype) or native.unavailable_reason(_KERNEL)
+    reason = linear_unsupported(device, dtype, with_bfloat16=True)
+    return reason or native.unavailable_reason(_KERNEL)
 
 
 def pack_taps(weight: Tensor) -> Tensor:
@@ -76,10 +78,11 @@ def deformable_conv2d(
     """As ``torchvision.ops.deform_conv2d`` without padding or mask, then an activation.
 
     Args:
-        x: (B, C, H, W) float32; another memory format than channels-last is copied.
-        offset: (B, 2·k², H', W'): row and column of each tap, where H' = (H - k) // stride + 1.
+        x: (B, C, H, W), float32 or bfloat16 as the weight; another memory format than channels-last
+            is copied.
+        offset: (B, 2·k², H', W'), of any dtype: row and column of each tap, where H' = (H - k) // stride + 1.
         weight: see :func:`pack_taps`.
-        bias: (out_chs,).
+        bias: (out_chs,) float32.
         kernel_size, stride: k and stride, of rows and columns alike.
         activation: one of :data:`ops.depthwise.ACTIVATIONS`; GELU is the exact one.
 
@@ -87,7 +90,7 @@ def deformable_conv2d(
         (B, out_chs, H', W'), channels-last.
 
     Raises:
-        ValueError: offsets or a weight that do not go with the map, another dtype.
+        ValueError: offsets or a weight that do not go with the map, dtypes that do not.
         RuntimeError: the kernel is not available here (:func:`unsupported` tells beforehand).
     """
     inputs: tuple[Any, ...] = (x, offset, weight, bias, kernel_size, stride, activation)
@@ -118,10 +121,15 @@ def _empty_output(
     if min(expected[2:]) < 1 or offset.shape != expected:
         raise ValueError(f"offset must be {expected}, got {tuple(offset.shape)}")
     inputs = x.shape[1] * kernel_size**2
-    if weight.numel() < inputs * len(bias) or weight.numel() % inputs:
+    packed = packed_inputs(inputs, x.dtype)
+    if weight.numel() < packed * len(bias) or weight.numel() % packed:
         raise ValueError(f"weight is not that of {len(bias)} outputs of {inputs} inputs")
-    if any(t.dtype != torch.float32 for t in (x, offset, weight, bias)):
-        raise ValueError(f"all must be float32, got {[t.dtype for t in (x, offset, weight, bias)]}")
+    dtypes = (x.dtype, weight.dtype, bias.dtype)
+    if x.dtype not in (torch.float32, torch.bfloat16) or dtypes[1:] != (x.dtype, torch.float32):
+        raise ValueError(
+            "x and weight must be float32, or both bfloat16, and bias float32; "
+            f"got {', '.join(map(str, dtypes))}"
+        )
     return x.new_empty(x.shape[0], height, width, len(bias)).permute(0, 3, 1, 2)
 
 
@@ -144,12 +152,13 @@ def _run(
         return out
     if x.stride(1) != 1:
         x = x.contiguous(memory_format=torch.channels_last)
-    offset = offset.permute(0, 2, 3, 1).contiguous()
+    offset = offset.permute(0, 2, 3, 1).float().contiguous()
     batch, channels, height, width = x.shape
     problem = _problem(
         (batch, height, width, channels, *out.shape[2:], out.shape[1], kernel_size, stride),
         (x.stride(0), x.stride(2), x.stride(3)),
         activation,
+        x.dtype == torch.bfloat16,
         torch.get_num_threads(),
     )
     addresses = _Tensors(*(t.data_ptr() for t in (x, offset, weight, bias, out)))
@@ -160,7 +169,11 @@ def _run(
 
 @functools.lru_cache(maxsize=1024)  # a network has few different ones, and filling them in is slow
 def _problem(
-    sizes: tuple[int, ...], in_stride: tuple[int, ...], activation: str, threads: int
+    sizes: tuple[int, ...],
+    in_stride: tuple[int, ...],
+    activation: str,
+    bfloat16: bool,
+    threads: int,
 ) -> _Problem:
     batch, _, _, channels, out_height, out_width, out_features, kernel_size, _ = sizes
     macs = batch * out_height * out_width * out_features * channels * kernel_size**2
@@ -168,5 +181,6 @@ def _problem(
         *sizes,
         in_stride,
         ACTIVATIONS.index(activation),
+        bfloat16,
         1 if macs < _SMALL_MACS else threads,
     )

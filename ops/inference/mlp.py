@@ -12,7 +12,6 @@ from torch import Tensor, nn
 from ops.inference import depthwise_mlp
 from ops.inference.depthwise_mlp import PackedDepthwiseMlp
 from ops.inference.layers import FastDepthwiseConv2d, FastLayer, FastLinear, FastPointwiseConv2d
-from ops.kan import KANLayer, reflectional_switch
 from ops.linear import pack_weight, unsupported
 from ops.mlp import DWMlp
 from ops.packed_mlp import packed_mlp
@@ -20,7 +19,6 @@ from ops.packed_mlp import packed_mlp
 __all__ = [
     "FastConvMlp",
     "FastDWMlp",
-    "FastKANLayer",
     "FastMlp",
     "NormedMlp",
     "feed_forward",
@@ -191,41 +189,3 @@ class FastDWMlp(NormedMlp, DWMlp):
 
     def derive(self, x: Tensor) -> PackedDepthwiseMlp | None:
         return super().derive(x) if isinstance(self.act, nn.Identity) else None
-
-
-class FastKANLayer(FastLayer, KANLayer):
-    """In place, some rows at a time.
-
-    Bumps are subtracted before the linear map, not after it: most are tiny beside tanh², so that
-    ``W 1 - W tanh²`` would lose two bits.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        derived = self.derived(x)
-        if derived is None:
-            switched = reflectional_switch(self.norm(x), self.grid, self.width)
-            return self.linear(switched.flatten(-2))
-        rows = self.norm(x).flatten(0, -2)
-        parts = [self._map(part, *derived) for part in rows.split(self._chunk(x))]
-        return torch.cat(parts).view(*x.shape[:-1], -1)
-
-    def _map(self, x: Tensor, grid: Tensor, one: Tensor, packed: Tensor) -> Tensor:
-        # Grid points first, so that channels lie side by side.
-        turned = (x.unsqueeze(1) * (1 / self.width) - grid).tanh_()
-        bumps = torch.addcmul(one, turned, turned, value=-1, out=turned)
-        return torch.ops.mkldnn._linear_pointwise.default(
-            bumps.flatten(1), packed, None, "none", [], ""
-        )
-
-    def _chunk(self, x: Tensor) -> int:
-        return max(_CHUNK_ROWS, _CHUNK_BYTES // (self.linear.in_features * x.element_size()))
-
-    def sources(self) -> list[Tensor]:
-        return [self.linear.weight, self.grid]
-
-    def derive(self, x: Tensor) -> Any:
-        weight = self.linear.weight.detach()
-        by_grid = weight.unflatten(1, (-1, len(self.grid))).transpose(1, 2).flatten(1)
-        packed = torch.ops.mkldnn._reorder_linear_weight(by_grid, self._chunk(x))
-        grid = (self.grid.detach() / self.width).view(-1, 1)
-        return grid, torch.ones_like(grid[:1]), packed

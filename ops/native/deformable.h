@@ -23,32 +23,36 @@ struct Problem {
   int64_t out_height, out_width, out_features;
   int64_t kernel, stride;                          // of rows and columns alike, without padding
   int64_t in_stride[3];                            // of image, row and pixel, in elements
-  int64_t activation, threads;
+  int64_t activation, bfloat16, threads;
 };
 
 // `offset` is [batch][out_height][out_width][tap][row, column], `weight` the packed one of a linear
 // layer from [tap][channel] to out_features, `out` [batch][out_height][out_width][out_features].
 struct Tensors {
-  const float *in, *offset, *weight, *bias;
-  float* out;
+  const void* in;
+  const float* offset;
+  const void* weight;
+  const float* bias;
+  void* out;
 };
 
-constexpr int64_t ROW_FLOATS = 96 * 1024;  // interpolated at a time
+constexpr int64_t ROW_BYTES = 384 * 1024;  // interpolated at a time
 constexpr int64_t FEWEST_PIXELS = 56;      // that make it worth to read the weights again
 
 // The map at (y, x), between pixels; beyond the border it is zero.
-static void interpolate(const Problem& p, const float* in, float y, float x, float* out) {
+template <class T>
+static void interpolate(const Problem& p, const T* in, float y, float x, T* out) {
   const float top = std::floor(y), left = std::floor(x);
   const float down = y - top, right = x - left;
   // Comparisons that NaN fails, before anything is made an integer.
   const bool seen = y > -1.f && x > -1.f && y < static_cast<float>(p.height) &&
                     x < static_cast<float>(p.width);
   if (!seen) {
-    std::fill_n(out, p.channels, 0.f);
+    std::fill_n(out, p.channels, T{});
     return;
   }
   const int64_t row = static_cast<int64_t>(top), column = static_cast<int64_t>(left);
-  const float* corner[4];
+  const T* corner[4];
   float share[4];
   int count = 0;
   for (int i = 0; i < 4; i++) {
@@ -67,15 +71,16 @@ static void interpolate(const Problem& p, const float* in, float y, float x, flo
   }
 }
 
+template <class T>
 static void convolve(const Problem& p, const Tensors& t, int64_t first, int64_t end,
-                     std::vector<float>& rows) {
+                     std::vector<T>& rows) {
   const int64_t taps = p.kernel * p.kernel, features = taps * p.channels;
   rows.resize(static_cast<size_t>((end - first) * features));
-  float* row = rows.data();
+  T* row = rows.data();
   for (int64_t i = first; i < end; i++) {
     const int64_t image = i / (p.out_height * p.out_width);
     const int64_t y = i / p.out_width % p.out_height, x = i % p.out_width;
-    const float* in = t.in + image * p.in_stride[0];
+    const T* in = static_cast<const T*>(t.in) + image * p.in_stride[0];
     const float* offset = t.offset + i * taps * 2;
     for (int64_t tap = 0; tap < taps; tap++, offset += 2, row += p.channels) {
       const int64_t from_y = y * p.stride + tap / p.kernel, from_x = x * p.stride + tap % p.kernel;
@@ -93,20 +98,25 @@ static void convolve(const Problem& p, const Tensors& t, int64_t first, int64_t 
   tensors.in = rows.data();
   tensors.weight = t.weight;
   tensors.bias = t.bias;
-  tensors.out = t.out + first * p.out_features;
-  linear::forward(problem, tensors);
+  tensors.out = static_cast<T*>(t.out) + first * p.out_features;
+  linear::forward_of<T>(problem, tensors);
+}
+
+template <class T>
+static void forward_of(const Problem& p, const Tensors& t) {
+  const int64_t pixels = p.batch * p.out_height * p.out_width;
+  const int64_t features = p.kernel * p.kernel * p.channels;
+  const int64_t fitting = std::max(FEWEST_PIXELS, ROW_BYTES / (features * int64_t{sizeof(T)}));
+  const int64_t tasks = std::max((pixels + fitting - 1) / fitting, std::min(pixels, p.threads));
+  const auto work = [&](int64_t i) {
+    static thread_local std::vector<T> rows;
+    convolve<T>(p, t, pixels * i / tasks, pixels * (i + 1) / tasks, rows);
+  };
+  parallel::for_each(tasks, p.threads, work);
 }
 
 static void forward(const Problem& p, const Tensors& t) {
-  const int64_t pixels = p.batch * p.out_height * p.out_width;
-  const int64_t features = p.kernel * p.kernel * p.channels;
-  const int64_t fitting = std::max(FEWEST_PIXELS, ROW_FLOATS / features);
-  const int64_t tasks = std::max((pixels + fitting - 1) / fitting, std::min(pixels, p.threads));
-  const auto work = [&](int64_t i) {
-    static thread_local std::vector<float> rows;
-    convolve(p, t, pixels * i / tasks, pixels * (i + 1) / tasks, rows);
-  };
-  parallel::for_each(tasks, p.threads, work);
+  p.bfloat16 ? forward_of<BFloat16>(p, t) : forward_of<float>(p, t);
 }
 
 }  // namespace deformable

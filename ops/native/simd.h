@@ -228,6 +228,16 @@ static VB_INLINE F exp2(F x) {
   return times_power_of_two(p, n);
 }
 
+// 1 / x within 2 ulp, for normal x from 2^-120 to 2^120; NaN stays NaN.
+static VB_INLINE F reciprocal(F x) {
+#if VB_AVX512
+  const F r = _mm512_rcp14_ps(x);
+  return r * _mm512_fnmadd_ps(x, r, set1(2.f));
+#else
+  return set1(1.f) / x;
+#endif
+}
+
 // log2(x) for normal x >= 1 with an absolute error below 2e-7 + 1 ulp: x = 2^n m with m in
 // [0.7, 1.4], then the odd series of log((1 + t) / (1 - t)).
 static VB_INLINE F log2(F x) {

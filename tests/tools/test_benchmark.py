@@ -245,7 +245,7 @@ def test_page(page: ModuleType, report: Path) -> None:
     contenders = measured["results"][0]["contenders"]
     contenders["fused"]["speedup_over"] |= {"original": 1.443, "timm": 0.5}
     contenders["fused+bfloat16"]["speedup_over"]["original"] = 2.9
-    text = page.page(empty, measured)
+    text = page.page(page.PAGES[0], empty, measured)
     assert "### Batch 1, 1 thread, float32" in text
     fused = contenders["fused"]["milliseconds"]
     assert f"| {fused:.1f} | {contenders['fused+bfloat16']['milliseconds']:.1f} |" in text
@@ -254,18 +254,27 @@ def test_page(page: ModuleType, report: Path) -> None:
     later = measured["results"][1]["contenders"]["fused"]["milliseconds"]
     assert f"| `shvit_s4` | {fused:.1f} | {later:.1f} |" in text
     assert "| `shvit_s4`, fused | " in text and "## Neighborhood attention" in text
-    assert "## Models" not in page.page(empty, None)
+    assert "## Models" not in page.page(page.PAGES[0], empty, None)
     contenders["fused"]["speedup_over"]["natten_0_17"] = 21.5
     contenders["fused+bfloat16"]["speedup_over"]["natten_0_17"] = 9.9
     wanted = "| `shvit_s4` | original on NATTEN 0.17.3 | 21.50× (10) | **9.90× (missed 10)** | – |"
-    assert wanted in page.page(empty, measured)
+    assert wanted in page.page(page.PAGES[0], empty, measured)
 
 
-def test_the_committed_page_is_generated(page: ModuleType) -> None:
-    folder = page.DOCS / "performance"
-    reports = (
-        json.loads((folder / f"{name}.json").read_text())
-        for name in (page.NEIGHBORHOOD, page.MODELS, page.COMPILED)
-    )
-    text = (page.DOCS / "performance.md").read_text()
-    assert text == page.page(*reports) and "## Beside torch.compile" in text
+def test_a_machine_without_aims(page: ModuleType, report: Path) -> None:
+    measured = json.loads(report.read_text())
+    empty = {"machine": {**measured["machine"], "threads": 1}, "results": []}
+    for row, size in zip(measured["results"], (224, 448), strict=True):
+        row.update(model="shvit_s4", size=size, batch=1)
+    measured["results"][0]["contenders"]["fused"]["speedup_over"] |= {"original": 1.4, "timm": 0.5}
+    text = page.page(page.PAGES[1], empty, measured)
+    assert "| times faster | than | fused | fused, bf16 | than timm |" in text
+    assert "| `shvit_s4` | original | 1.40× | " in text and "| 0.50× | – |" in text
+    assert "missed" not in text and f"]({page.PAGES[1].folder}/models.png)" in text
+
+
+@pytest.mark.parametrize("name", ["performance.md", "performance-zen4.md"])
+def test_the_committed_pages_are_generated(page: ModuleType, name: str) -> None:
+    (about,) = (about for about in page.PAGES if about.name == name)
+    text = (page.DOCS / name).read_text()
+    assert text == page.generate(about) and "## Neighborhood attention" in text

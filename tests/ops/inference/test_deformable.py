@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from compiled_kernels import compiled_for, using_threads
+from compiled_kernels import LINEAR_DTYPES, compiled_for, using_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
@@ -39,9 +39,13 @@ def _problem(
     stride=st.integers(1, 3),
     last=st.booleans(),
     activation=st.sampled_from(["none", "gelu"]),
+    dtype=st.sampled_from(list(LINEAR_DTYPES)),
 )
-def test_is_that_of_torchvision(batch, size, channels, kernel, stride, last, activation) -> None:
+def test_is_that_of_torchvision(
+    batch, size, channels, kernel, stride, last, activation, dtype
+) -> None:
     x, offset, weight, bias = _problem(batch, size, channels, kernel, stride)
+    x, offset, weight = x.to(dtype), offset.to(dtype), weight.to(dtype)
     expected = deform_conv2d(
         x.double(), offset.double(), weight.double(), bias.double(), stride=stride
     )
@@ -49,7 +53,9 @@ def test_is_that_of_torchvision(batch, size, channels, kernel, stride, last, act
     x = x.contiguous(memory_format=torch.channels_last) if last else x
     out = deformable_conv2d(x, offset, pack_taps(weight), bias, kernel, stride, activation)
     assert out.is_contiguous(memory_format=torch.channels_last)
-    assert (out - expected).abs().max() <= 1e-5 * (1 + expected.abs().max())
+    assert out.dtype == dtype
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2**-6}[dtype]
+    assert (out - expected).abs().max() <= tolerance * (1 + expected.abs().max())
 
 
 @pytest.mark.parametrize("threads", [1, 3])
@@ -91,5 +97,6 @@ def test_bad_inputs_are_refused() -> None:
         deformable_conv2d(x, offset[:, :4], pack_taps(weight), bias, 2, 2)
     with pytest.raises(ValueError, match="not that of 19 outputs of 84 inputs"):
         deformable_conv2d(x, offset, pack_taps(weight)[: 18 * 84], bias, 2, 2)
-    with pytest.raises(ValueError, match="all must be float32"):
-        deformable_conv2d(x.double(), offset, pack_taps(weight), bias, 2, 2)
+    for other in (x.double(), x.bfloat16()):
+        with pytest.raises(ValueError, match=r"x and weight must be float32.*got torch\."):
+            deformable_conv2d(other, offset, pack_taps(weight).repeat(8), bias, 2, 2)

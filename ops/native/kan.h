@@ -1,0 +1,102 @@
+// Kolmogorov-Arnold layers: layer norm, bumps around the points of a grid, and a linear map of
+// them. The bumps of some rows at a time are made, and mapped while they are in the cache.
+// https://arxiv.org/abs/2404.19756, https://arxiv.org/abs/2502.13693
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include "lanes.h"
+#include "linear.h"
+#include "norm.h"
+#include "parallel.h"
+#include "room.h"
+#include "simd.h"
+
+namespace kan {
+
+using simd::F;
+using simd::W;
+
+// ops/inference/kan.py has the same fields in the same order.
+struct Problem {
+  int64_t rows, in_features, grids, out_features;
+  double eps;    // of the norm
+  double scale;  // of inputs: 2 / (width ln 2)
+  int64_t bfloat16, threads;
+};
+
+// `in` [rows][in_features], `norm_weight` and `norm_bias` [in_features], `powers` [grids]: 2 to the
+// grid's points times `scale`, `weight` the packed one of a linear layer from [grid][in_features] to
+// out_features, `bias` its zeros.
+struct Tensors {
+  const void* in;
+  const float *norm_weight, *norm_bias, *powers;
+  const void* weight;
+  const float* bias;
+  void* out;
+};
+
+// The power of two up to which inputs are told apart; grids reach half as far at most.
+constexpr float FAR = 60.f;
+
+// One row: 1 - tanh²(u) = 4 e / (1 + e)² with e = exp(-2 u), u from a grid point in widths.
+template <class T>
+static void bump(const Problem& p, const Tensors& t, const float* normed, T* out) {
+  const F scale = simd::set1(static_cast<float>(p.scale));
+  for (int64_t c = 0; c < p.in_features; c += W) {
+    const int lanes = static_cast<int>(std::min<int64_t>(W, p.in_features - c));
+    // NaN stays: `max` gives what comes second.
+    const F power = simd::max(simd::set1(-FAR), simd::load(normed + c) * scale);
+    const F e = simd::exp2(simd::zero() - power);
+    T* place = out + c;
+    for (int64_t g = 0; g < p.grids; g++, place += p.in_features) {
+      const F at = e * simd::set1(t.powers[g]);
+      const F half = simd::reciprocal(simd::fma(simd::set1(0.5f), at, simd::set1(0.5f)));
+      simd::put(place, at * half * half, lanes);
+    }
+  }
+}
+
+template <class T>
+static void run(const Problem& p, const Tensors& t, int64_t begin, int64_t end) {
+  static thread_local Room<T> bumps_room;
+  static thread_local Room<float> normed_room;
+  const int64_t features = p.grids * p.in_features, rest = (p.in_features - 1) % W + 1;
+  T* const bumps = bumps_room.of((end - begin) * features);
+  float* const normed = normed_room.of(linear::round_up(p.in_features, W));
+  float lanes[W];
+  for (int l = 0; l < W; l++) lanes[l] = l < rest ? 1.f : 0.f;
+  for (int64_t row = begin; row < end; row++) {
+    norm::normalise<0>(static_cast<const T*>(t.in) + row * p.in_features, p.in_features,
+                       t.norm_weight, t.norm_bias, static_cast<float>(p.eps), simd::load(lanes),
+                       normed);
+    bump(p, t, normed, bumps + (row - begin) * features);
+  }
+  linear::Problem problem{};
+  problem.rows = end - begin;
+  problem.in_features = problem.in_stride = features;
+  problem.out_features = problem.out_stride = p.out_features;
+  problem.threads = 1;
+  linear::Tensors tensors{};
+  tensors.in = bumps;
+  tensors.weight = t.weight;
+  tensors.bias = t.bias;
+  tensors.out = static_cast<T*>(t.out) + begin * p.out_features;
+  linear::forward_of<T>(problem, tensors);
+}
+
+template <class T>
+static void forward_of(const Problem& p, const Tensors& t) {
+  const int64_t row_bytes = p.grids * p.in_features * int64_t{sizeof(T)};
+  const int64_t fitting = std::max(linear::MIN_CHUNK, linear::CHUNK_BYTES / row_bytes);
+  const int64_t tasks = std::max((p.rows + fitting - 1) / fitting, std::min(p.rows, p.threads));
+  const auto work = [&](int64_t i) {
+    run<T>(p, t, p.rows * i / tasks, p.rows * (i + 1) / tasks);
+  };
+  parallel::for_each(tasks, p.threads, work);
+}
+
+static void forward(const Problem& p, const Tensors& t) {
+  p.bfloat16 ? forward_of<BFloat16>(p, t) : forward_of<float>(p, t);
+}
+
+}  // namespace kan
