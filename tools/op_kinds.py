@@ -22,8 +22,8 @@ KINDS = (
 # shape of their weight. Operators that only call others are looked into.
 _PATTERNS = {
     ATTENTION: r"scaled_dot_product|attention|na_cpu|natten|neighborhood",
-    PRODUCTS: r"(depthwise|packed|response)_mlp|kan_layer|linear$|_linear_pointwise|matmul$|addmm|mm$"
-    r"|einsum",
+    PRODUCTS: r"(depthwise|packed|response)_mlp|kan_layer|linear$|_linear_pointwise|matmul$|addmm"
+    r"|mm$|einsum",
     DEPTHWISE: r"depthwise",
     CONVOLUTIONS: r"_stem$",
     NORMS: r"(layer|batch|group|instance|vector|response)_norm|norm$",

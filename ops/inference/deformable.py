@@ -80,7 +80,8 @@ def deformable_conv2d(
     Args:
         x: (B, C, H, W), float32 or bfloat16 as the weight; another memory format than channels-last
             is copied.
-        offset: (B, 2·k², H', W'), of any dtype: row and column of each tap, where H' = (H - k) // stride + 1.
+        offset: (B, 2·k², H', W'), of any dtype: row and column of each tap, where
+            H' = (H - k) // stride + 1.
         weight: see :func:`pack_taps`.
         bias: (out_chs,) float32.
         kernel_size, stride: k and stride, of rows and columns alike.
