@@ -160,6 +160,14 @@ def make_inputs(
     return inputs
 
 
+def normal_inputs(
+    *size: int, heads: int = 2, dim: int = 16, dtype: torch.dtype = torch.float32
+) -> list[Tensor]:
+    """Query, key and value (2, *size, heads, dim), normally distributed."""
+    generator = torch.Generator().manual_seed(0)
+    return [torch.randn(2, *size, heads, dim, generator=generator).to(dtype) for _ in range(3)]
+
+
 def window(
     i: int, n: int, kernel_size: int, stride: int, dilation: int, is_causal: bool
 ) -> list[int]:

@@ -1,0 +1,135 @@
+"""The compiled CPU kernel at home in torch and on other CPUs."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from compiled_kernels import forget_kernels
+from neighborhood_oracle import normal_inputs
+
+from ops import native
+from ops.neighborhood import cpu, na1d, na2d
+from ops.neighborhood._geometry import NAParams
+
+ROOT = Path(__file__).parents[3]
+
+
+def test_supports():
+    query, key, value = normal_inputs(9, 9)
+    params = NAParams((3, 3), (1, 1), (1, 1), (False, False), 1.0)
+
+    def reason(*tensors):
+        return cpu.supports(*tensors, None, None, None, params)
+
+    assert reason(query, key, value) is None
+    assert "float64" in reason(query.double(), key.double(), value.double())
+    assert "meta" in reason(query.to("meta"), key.to("meta"), value.to("meta"))
+    wide = torch.zeros(1, 9, 9, 1, 513)
+    assert "513" in reason(wide, wide, wide)
+
+
+def test_without_a_library(monkeypatch):
+    missing = native.Kernel(None, None, "portable", "no C++ compiler found")
+    forget_kernels(monkeypatch)
+    monkeypatch.setitem(native.build._kernels, "neighborhood", missing)
+    query, key, value = normal_inputs(9, 9)
+    params = NAParams((3, 3), (1, 1), (1, 1), (False, False), 1.0)
+    assert cpu.supports(query, key, value, None, None, None, params) == missing.reason
+    with pytest.raises(RuntimeError, match="no C\\+\\+ compiler found"):
+        cpu.attend(query, key, value, None, None, None, params)
+    assert na2d(query, key, value, 3).shape == query.shape  # another backend does it
+
+
+def _operator_arguments(rank, dtype=torch.float32, optional=True):
+    size = (9, 8, 7)[:rank]
+    query, key, value = (
+        t.requires_grad_() for t in normal_inputs(*size, heads=2, dim=5, dtype=dtype)
+    )
+    extra = [torch.randn(2, 3, 2, 5, dtype=dtype, requires_grad=True) for _ in range(2)]
+    rpb = torch.randn(2, *([5] * rank), requires_grad=True)
+    tensors = (
+        (query, key, value, *extra, rpb) if optional else (query, key, value, None, None, None)
+    )
+    geometry = ([3] * rank, [2] + [1] * (rank - 1), [1] * (rank - 1) + [2], [False] * rank, 0.4)
+    return (*tensors, *geometry)
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+@pytest.mark.parametrize("optional", [False, True])
+def test_opcheck(rank, optional):
+    arguments = _operator_arguments(rank, optional=optional)
+    torch.library.opcheck(torch.ops.vision_backbones.na_cpu_forward, arguments)
+    out, lse = torch.ops.vision_backbones.na_cpu_forward(*arguments)
+    detached = [t.detach() if isinstance(t, torch.Tensor) else t for t in arguments]
+    torch.library.opcheck(
+        torch.ops.vision_backbones.na_cpu_backward,
+        (torch.randn_like(out), torch.randn_like(lse), out.detach(), lse.detach(), *detached),
+    )
+
+
+def test_compile_forward_and_backward():
+    query, key, value = (t.requires_grad_() for t in normal_inputs(12, 10))
+    rpb = torch.randn(2, 5, 5, requires_grad=True)
+    tensors = (query, key, value, rpb)
+
+    def loss(query, key, value, rpb):
+        out, lse = na2d(query * 2, key, value, 3, rpb=rpb, return_lse=True, backend="cpu")
+        return out.square().sum() + lse.sum()
+
+    expected = torch.autograd.grad(loss(*tensors), tensors)
+    compiled = torch.compile(loss, fullgraph=True, backend="aot_eager")
+    got = torch.autograd.grad(compiled(*tensors), tensors)
+    for a, b in zip(got, expected, strict=True):
+        torch.testing.assert_close(a, b)
+
+
+def test_export_with_a_dynamic_batch():
+    class Attention(torch.nn.Module):
+        def forward(self, query, key, value):
+            return na2d(query, key, value, 3, backend="cpu")
+
+    inputs = tuple(normal_inputs(8, 9))
+    batch = torch.export.Dim("batch", min=1, max=64)
+    exported = torch.export.export(Attention(), inputs, dynamic_shapes=[{0: batch}] * 3)
+    more = tuple(torch.cat([t, t, t]) for t in inputs)
+    assert torch.equal(exported.module()(*more), Attention()(*more))
+
+
+def test_no_second_derivative():
+    query, key, value = (t.requires_grad_() for t in normal_inputs(9))
+    (grad,) = torch.autograd.grad(
+        na1d(query, key, value, 3, backend="cpu").square().sum(), query, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
+def test_other_instruction_sets(isa, tmp_path):
+    """The plainer builds of the kernel, which this CPU would not choose, are exact too."""
+    if list(native.build._ISA_FLAGS).index(isa) <= list(native.build._ISA_FLAGS).index(
+        native.instruction_set()
+    ):
+        return  # the other tests ran on it
+    code = (
+        "import torch; from ops import native\n"
+        "from neighborhood_oracle import *\n"
+        "torch.set_num_threads(1)\n"
+        f"assert native.status('neighborhood').instruction_set == {isa!r}\n"
+        "for seed in range(40): assert_exact(random_case(seed), 'cpu')\n"
+        "wide = Limits(max_size={1: 200, 2: 26, 3: 9}, dims=(1, 7, 16, 20, 32))\n"
+        "for seed in range(1000, 1006): assert_exact(random_case(seed, wide), 'cpu')\n"
+    )
+    environment = {
+        **os.environ,
+        "VISION_BACKBONES_NATIVE_ISA": isa,
+        "VISION_BACKBONES_CACHE_DIR": str(tmp_path),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert done.returncode == 0, done.stderr
