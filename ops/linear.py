@@ -7,67 +7,35 @@ batch on waiting for weights: it fetches them ahead. There are no gradients.
 from __future__ import annotations
 
 import ctypes
-import functools
-from collections.abc import Sequence
-from typing import NamedTuple
+import struct
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ops import native
-from ops.depthwise import ACTIVATIONS
+from ops._linear_plan import (
+    COMBINATIONS,
+    Plan,
+    Problem,
+    Tensors,
+    output_shape,
+    plan_layer,
+)
 from ops.native.eager import is_plain_call
 
 __all__ = [
     "COMBINATIONS",
     "pack_weight",
-    "packed_inputs",
     "packed_linear",
     "packed_linear_energy",
+    "prepare",
     "unsupported",
 ]
 
-# The order is that of `linear::Combination` in ops/native/linear_problem.h.
-COMBINATIONS = ("none", "add", "multiply")
-
 _KERNEL = "linear"
-_SMALL_MACS = 2e6  # below it one thread is quicker than waking others
-_TILE_INPUTS = 32  # of bfloat16, that weights are padded to
-
-
-class _Problem(ctypes.Structure):
-    """``linear::Problem`` of ops/native/linear_problem.h."""
-
-    _fields_ = [
-        (name, ctypes.c_int64)
-        for name in (
-            *("rows", "in_features", "out_features", "in_stride", "out_stride", "other_stride"),
-            *("image_rows", "activation", "combination", "bfloat16", "threads"),
-        )
-    ]
-
-
-class Tensors(ctypes.Structure):
-    """``linear::Tensors`` of ops/native/linear_problem.h."""
-
-    _fields_ = [
-        (name, ctypes.c_void_p)
-        for name in ("input", "weight", "bias", "other", "scale", "output", "energy")
-    ]
-
-
-class Plan(NamedTuple):
-    """What a call with tensors of certain shapes, strides and dtypes comes to."""
-
-    out_shape: tuple[int, ...]
-    problem: _Problem
-    copies_input: bool
-    copies_other: bool
-
-
-# Dtypes of inputs and weight, numbers of the packed weight, shape of the bias, activation,
-# combination.
-Layer = tuple[torch.dtype, torch.dtype, int, tuple[int, ...], str, str]
+# Tensors in bytes, which takes less time than to fill in the structure.
+_TENSORS = struct.Struct(f"={len(Tensors._fields_)}Q")
 
 
 def unsupported(
@@ -115,11 +83,6 @@ def pack_weight(weight: Tensor) -> Tensor:
     pointers = [ctypes.c_void_p(t.data_ptr()) for t in (source, packed)]
     library.linear_pack(pointers[0], *shape, half, pointers[1])
     return packed
-
-
-def packed_inputs(in_features: int, dtype: torch.dtype) -> int:
-    """The inputs that a packed weight has, with those of zero behind its own."""
-    return in_features + (-in_features % _TILE_INPUTS if dtype == torch.bfloat16 else 0)
 
 
 def packed_linear(
@@ -170,6 +133,48 @@ def packed_linear_energy(
     return out, energy
 
 
+def prepare(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    activation: str = "none",
+    other: Tensor | None = None,
+    combination: str = "none",
+) -> Callable[[Tensor, Tensor | None], Tensor] | None:
+    """What does as :func:`packed_linear` for such ``x`` and ``other`` in the least time.
+
+    They have the same shapes, strides and dtypes, :func:`ops.native.eager.is_plain_call` holds for
+    them, and the number of threads is the same. A small layer takes torch and Python longer to call
+    than to compute.
+
+    Args:
+        x, weight, bias, activation, other, combination: as for :func:`packed_linear`.
+
+    Returns:
+        A function of ``x`` and ``other``; None where they have to be copied first, or are empty.
+
+    Raises:
+        ValueError, RuntimeError: see :func:`packed_linear`.
+    """
+    plan = _plan((x, weight, bias, other, None), activation, combination, energy=False)
+    shape = plan.out_shape
+    if plan.copies_input or (other is not None and plan.copies_other) or 0 in shape:
+        return None
+    forward, problem = library_or_raise(x).linear_forward, ctypes.byref(plan.problem)
+
+    def run(x: Tensor, other: Tensor | None) -> Tensor:
+        out = x.new_empty(shape)
+        beside = 0 if other is None else other.data_ptr()
+        tensors = _TENSORS.pack(
+            x.data_ptr(), weight.data_ptr(), bias.data_ptr(), beside, 0, out.data_ptr(), 0
+        )
+        if forward(problem, tensors):
+            raise MemoryError("no memory for the scratch of a linear layer")
+        return out
+
+    return run
+
+
 _library = torch.library.Library("vision_backbones", "FRAGMENT")
 _library.define(
     "packed_linear(Tensor x, Tensor weight, Tensor bias, str activation, Tensor? other, "
@@ -189,15 +194,7 @@ def _linear(
     scale: Tensor | None,
     energy: bool,
 ) -> list[Tensor]:
-    plan = plan_layer(
-        x.shape,
-        x.stride(),
-        (x.dtype, weight.dtype, weight.numel(), bias.shape, activation, combination),
-        None if other is None else (other.shape, other.stride()),
-        None if scale is None else scale.shape,
-        energy,
-        torch.get_num_threads(),
-    )
+    plan = _plan((x, weight, bias, other, scale), activation, combination, energy)
     outs = [x.new_empty(plan.out_shape)]
     if energy:
         outs.append(bias.new_empty(x.shape[0], bias.shape[0]))
@@ -229,85 +226,22 @@ def _empty_outputs(
     return [*outs, bias.new_empty(x.shape[0], bias.shape[0])] if energy else outs
 
 
-def output_shape(
-    shape: tuple[int, ...],
-    layer: Layer,
-    other: tuple[int, ...] | None,
-    scale: tuple[int, ...] | None,
-) -> tuple[int, ...]:
-    dtype, weight_dtype, weights, bias, activation, combination = layer
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
-    if combination not in COMBINATIONS or (combination == "none") != (other is None):
-        raise ValueError(
-            f"combination must be one of {COMBINATIONS}, other than 'none' if and only if there "
-            f"is something to combine with; got {combination!r}"
-        )
-    if dtype != weight_dtype:
-        raise ValueError(f"x is {dtype} and its weight {weight_dtype}; they must be the same")
-    features = packed_inputs(shape[-1], dtype)
-    fits = len(bias) == 1 and weights >= features * bias[0] and weights % features == 0
-    if len(shape) < 2 or not fits:
-        raise ValueError(
-            f"x must be (B, ..., in_features) and weight the packed one of in_features and "
-            f"{bias[0]}, got {tuple(shape)} and {weights} packed numbers"
-        )
-    out_shape = (*shape[:-1], bias[0])
-    if other is not None and other != out_shape:
-        raise ValueError(f"other must be {out_shape}, got {tuple(other)}")
-    if scale is not None and scale != (shape[0], shape[-1]):
-        raise ValueError(f"scale must be {(shape[0], shape[-1])}, got {tuple(scale)}")
-    return out_shape
-
-
-@functools.lru_cache(maxsize=1024)  # a network has few different ones, and to plan is slow
-def plan_layer(
-    shape: tuple[int, ...],
-    strides: tuple[int, ...],
-    layer: Layer,
-    other: tuple[tuple[int, ...], tuple[int, ...]] | None,
-    scale: tuple[int, ...] | None,
+def _plan(
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
+    activation: str,
+    combination: str,
     energy: bool,
-    threads: int,
 ) -> Plan:
-    out_shape = output_shape(shape, layer, None if other is None else other[0], scale)
-    *_, activation, combination = layer
-    rows = 1
-    for size in shape[:-1]:
-        rows *= size
-    in_stride = _row_stride(shape, strides)
-    other_stride = out_shape[-1] if other is None else _row_stride(*other)
-    by_image = scale is not None or energy
-    problem = _Problem(
-        rows,
-        shape[-1],
-        out_shape[-1],
-        shape[-1] if in_stride is None else in_stride,
-        out_shape[-1],
-        out_shape[-1] if other_stride is None else other_stride,
-        rows // max(1, shape[0]) if by_image else 0,
-        ACTIVATIONS.index(activation),
-        COMBINATIONS.index(combination),
-        layer[0] == torch.bfloat16,
-        1 if rows * shape[-1] * out_shape[-1] < _SMALL_MACS else threads,
+    x, weight, bias, other, scale = tensors
+    return plan_layer(
+        x.shape,
+        x.stride(),
+        (x.dtype, weight.dtype, weight.numel(), bias.shape, activation, combination),
+        None if other is None else (other.shape, other.stride()),
+        None if scale is None else scale.shape,
+        energy,
+        torch.get_num_threads(),
     )
-    return Plan(out_shape, problem, in_stride is None, other_stride is None)
-
-
-def _row_stride(shape: Sequence[int], strides: Sequence[int]) -> int | None:
-    """The distance from row to row, if they lie equally far apart and are dense themselves."""
-    if strides[-1] != 1 and shape[-1] != 1:
-        return None
-    first, span = None, 0
-    for size, stride in zip(reversed(shape[:-1]), reversed(strides[:-1]), strict=True):
-        if size == 1:
-            continue
-        if first is None:
-            first = stride
-        elif stride != span:
-            return None
-        span = stride * size
-    return shape[-1] if first is None else first
 
 
 def library_or_raise(x: Tensor) -> ctypes.CDLL:
@@ -319,7 +253,7 @@ def library_or_raise(x: Tensor) -> ctypes.CDLL:
 
 
 def _run(
-    problem: _Problem,
+    problem: Problem,
     x: Tensor,
     weight: Tensor,
     bias: Tensor,

@@ -11,7 +11,8 @@ import functools
 import torch
 from torch import Tensor
 
-from ops.linear import Layer, Plan, Tensors, library_or_raise, output_shape, plan_layer
+from ops._linear_plan import Layer, Plan, Tensors, output_shape, plan_layer
+from ops.linear import library_or_raise
 from ops.native.eager import is_plain_call
 
 __all__ = ["packed_mlp"]

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from ops import linear as native_linear
 from ops.depthwise import depthwise_conv2d, taps_first, unsupported
+from ops.native.eager import is_plain_call
 
 __all__ = [
     "ActivatedLayer",
@@ -60,6 +61,7 @@ _LARGE_WINDOW = 49
 _VECTOR = 16  # floats, at most
 # Up to this many rows our linear kernel, which fetches weights ahead, is the faster one.
 _FEW_ROWS = {torch.float32: 2048, torch.bfloat16: 512}
+_MAX_WAYS = 64  # that a layer remembers: sizes of maps
 
 
 @functools.cache
@@ -203,19 +205,40 @@ class PackedLinear:
         self._few_rows = _FEW_ROWS[weight.dtype] if self._has_kernel else 0
         self._for_kernel: tuple[Tensor, Tensor] | None = None
         self._for_onednn: Tensor | None = None
+        self._ways: dict[tuple[Any, ...], Callable[[Tensor, Tensor | None], Tensor]] = {}
 
     def __call__(self, x: Tensor, activation: str, residual: Tensor | None) -> Tensor:
         """``activation(linear(x)) + residual``, (..., in_features) → (..., out_features)."""
+        if not is_plain_call((x, residual)):
+            return self._way(x, activation, residual, prepared=False)(x, residual)
+        beside = None if residual is None else (residual.shape, residual.stride())
+        call = (x.shape, x.stride(), activation, beside, torch.get_num_threads())
+        way = self._ways.get(call)
+        if way is None:
+            if len(self._ways) >= _MAX_WAYS:
+                self._ways.clear()
+            way = self._ways[call] = self._way(x, activation, residual, prepared=True)
+        return way(x, residual)
+
+    def _way(
+        self, x: Tensor, activation: str, residual: Tensor | None, prepared: bool
+    ) -> Callable[[Tensor, Tensor | None], Tensor]:
+        """What computes the layer for such ``x`` and ``residual``."""
         rows = x.numel() // max(1, x.shape[-1])
         few = rows <= self._few_rows or activation == "gelu" and x.dtype == torch.bfloat16
         if self._has_kernel and few and x.ndim > 1:
-            combination = "none" if residual is None else "add"
-            return native_linear.packed_linear(
-                x, *self._packed(), activation, residual, combination
+            combination, packed = "none" if residual is None else "add", self._packed()
+            if prepared:
+                way = native_linear.prepare(x, *packed, activation, residual, combination)
+                if way is not None:
+                    return way
+            return lambda x, other: native_linear.packed_linear(
+                x, *packed, activation, other, combination
             )
         if self._for_onednn is None:
             self._for_onednn = torch.ops.mkldnn._reorder_linear_weight(self._weight, max(1, rows))
-        return _onednn_linear(x, self._for_onednn, self._bias, activation, residual)
+        weight, bias = self._for_onednn, self._bias
+        return lambda x, other: _onednn_linear(x, weight, bias, activation, other)
 
     def energy(
         self, x: Tensor, activation: str, scale: Tensor | None

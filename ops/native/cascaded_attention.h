@@ -159,18 +159,11 @@ struct Task {
       });
       std::fill(share + p.head_dim, share + pitch, T{});
     }
-    linear::Problem problem{};
-    problem.rows = tokens;
-    problem.in_features = problem.in_stride = pitch;
-    problem.out_features = problem.out_stride = features;
-    problem.threads = 1;
-    linear::Tensors tensors{};
-    tensors.in = shares;
-    tensors.weight = static_cast<const T*>(t.weight) +
-                     head * linear::packed_size(shares, features, p.head_dim);
-    tensors.bias = t.bias + head * features;
-    tensors.out = room(s.projected, tokens * features);
-    linear::forward_of<T>(problem, tensors);
+    linear::map_rows(shares, tokens, pitch,
+                     static_cast<const T*>(t.weight) +
+                         head * linear::packed_size(shares, features, p.head_dim),
+                     t.bias + head * features, features, activation::NONE,
+                     room(s.projected, tokens * features));
     return as_floats(s.projected.data(), tokens * features, s.floats);
   }
 

@@ -88,18 +88,8 @@ static void convolve(const Problem& p, const Tensors& t, int64_t first, int64_t 
                   static_cast<float>(from_x) + offset[1], row);
     }
   }
-  linear::Problem problem{};
-  problem.rows = end - first;
-  problem.in_features = problem.in_stride = features;
-  problem.out_features = problem.out_stride = p.out_features;
-  problem.activation = p.activation;
-  problem.threads = 1;
-  linear::Tensors tensors{};
-  tensors.in = rows.data();
-  tensors.weight = t.weight;
-  tensors.bias = t.bias;
-  tensors.out = static_cast<T*>(t.out) + first * p.out_features;
-  linear::forward_of<T>(problem, tensors);
+  linear::map_rows(rows.data(), end - first, features, t.weight, t.bias, p.out_features,
+                   p.activation, static_cast<T*>(t.out) + first * p.out_features);
 }
 
 template <class T>

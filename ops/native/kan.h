@@ -71,17 +71,8 @@ static void run(const Problem& p, const Tensors& t, int64_t begin, int64_t end) 
                        normed);
     bump(p, t, normed, bumps + (row - begin) * features);
   }
-  linear::Problem problem{};
-  problem.rows = end - begin;
-  problem.in_features = problem.in_stride = features;
-  problem.out_features = problem.out_stride = p.out_features;
-  problem.threads = 1;
-  linear::Tensors tensors{};
-  tensors.in = bumps;
-  tensors.weight = t.weight;
-  tensors.bias = t.bias;
-  tensors.out = static_cast<T*>(t.out) + begin * p.out_features;
-  linear::forward_of<T>(problem, tensors);
+  linear::map_rows(bumps, end - begin, features, t.weight, t.bias, p.out_features,
+                   activation::NONE, static_cast<T*>(t.out) + begin * p.out_features);
 }
 
 template <class T>

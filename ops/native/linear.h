@@ -100,6 +100,24 @@ static void forward_of(const Problem& p, const Tensors& t) {
   parallel::for_each(threads, threads, work);
 }
 
+// Rows without gaps through a layer, by one thread.
+template <class T>
+static void map_rows(const T* in, int64_t rows, int64_t in_features, const void* weight,
+                     const float* bias, int64_t out_features, int64_t activation, T* out) {
+  Problem problem{};
+  problem.rows = rows;
+  problem.in_features = problem.in_stride = in_features;
+  problem.out_features = problem.out_stride = out_features;
+  problem.activation = activation;
+  problem.threads = 1;
+  Tensors tensors{};
+  tensors.in = in;
+  tensors.weight = weight;
+  tensors.bias = bias;
+  tensors.out = out;
+  forward_of<T>(problem, tensors);
+}
+
 // Some rows at a time through two layers; what is between them, the output of the first and the input
 // of the second, stays in the cache.
 template <class T>

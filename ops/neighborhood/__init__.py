@@ -32,14 +32,16 @@ lse                (B, \\*S, H), natural logarithm of the softmax's denominator;
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from types import ModuleType, SimpleNamespace
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from ops.native.eager import is_plain_call
 from ops.neighborhood import cpu, natten, reference, tiled, triton
 from ops.neighborhood._checks import check_rpb, check_tensors, resolve_params
 from ops.neighborhood._geometry import NAParams
@@ -177,11 +179,7 @@ def na3d(
 
 
 def _attend(
-    rank: int,
-    tensors: Tensors,
-    window: tuple,
-    return_lse: bool,
-    backend: str | None,
+    rank: int, tensors: Tensors, window: tuple, return_lse: bool, backend: str | None
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Check the arguments, pick a backend, call it."""
     device = tensors[0].device.type
@@ -191,46 +189,58 @@ def _attend(
         with torch.autocast(device, enabled=False):
             return _attend(rank, tensors, window, return_lse, backend)
 
-    params, chosen = _resolved(rank, tensors, window, return_lse, backend)
+    params, chosen, prepared = _resolved(rank, tensors, window, return_lse, backend)
+    if prepared is not None and not cpu.needs_grad(tensors) and is_plain_call(tensors):
+        return prepared(*tensors)
     out, lse = chosen.attend(*_tidied(tensors), params)
     return (out, lse) if return_lse else out
 
 
+class _Call(NamedTuple):
+    """What a call comes to: its parameters, what does it, and the shortest way to it if any."""
+
+    params: NAParams
+    backend: Backend
+    prepared: Callable[..., Tensor] | None = None
+
+
 def _resolved(
     rank: int, tensors: Tensors, window: tuple, return_lse: bool, backend: str | None
-) -> tuple[NAParams, Backend]:
-    """The parameters of a call, and what does it; raises ValueError if the arguments do not fit.
+) -> _Call:
+    """What to do; raises ValueError if the arguments do not fit.
 
     What was found is remembered: models repeat their calls, and with cold caches the checks take
     as long as the attention of a small map.
     """
     if torch.compiler.is_compiling():
         return _resolve(rank, tensors, window, return_lse, backend)
-    kinds = tuple([None if t is None else (t.shape, t.dtype, t.device) for t in tensors])
-    # As text, so that 7, 7.0 and True are told apart and lists will do.
-    call = (rank, kinds, repr(window), return_lse, backend)
+    # 7, 7.0 and True are equal and have different types.
+    window_types = [tuple(map(type, w)) if type(w) is tuple else type(w) for w in window]
     try:
+        kinds = [t if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors]
+        call = (rank, *kinds, window, *window_types, return_lse, backend, torch.get_num_threads())
         known = _known_calls.get(call)
-    except TypeError:  # symbolic sizes
+    except (TypeError, RuntimeError):  # symbolic sizes, windows in lists; no strides
         return _resolve(rank, tensors, window, return_lse, backend)
-    if known is not None:
-        return known
-    params, chosen = _resolve(rank, tensors, window, return_lse, backend)
-    # On a GPU the choice depends on more: on strides and on who wants gradients.
-    if tensors[0].device.type == "cpu" and chosen not in (triton, natten):
-        if len(_known_calls) >= _MAX_KNOWN_CALLS:
-            _known_calls.clear()
-        _known_calls[call] = params, chosen
-    return params, chosen
+    if known is None:
+        known = _resolve(rank, tensors, window, return_lse, backend)
+        # On a GPU the choice depends on more, on who wants gradients say.
+        if tensors[0].device.type == "cpu" and known.backend not in (triton, natten):
+            if known.backend is cpu:
+                known = known._replace(prepared=cpu.prepare(*tensors, known.params))
+            if len(_known_calls) >= _MAX_KNOWN_CALLS:
+                _known_calls.clear()
+            _known_calls[call] = known
+    return known
 
 
-_known_calls: dict[tuple, tuple[NAParams, Backend]] = {}
+_known_calls: dict[tuple, _Call] = {}
 _MAX_KNOWN_CALLS = 256
 
 
 def _resolve(
     rank: int, tensors: Tensors, window: tuple, return_lse: bool, backend: str | None
-) -> tuple[NAParams, Backend]:
+) -> _Call:
     params = _check(rank, tensors, window, return_lse)
     tensors = _tidied(tensors)
     query, value, rpb = tensors[0], tensors[2], tensors[5]
@@ -238,10 +248,10 @@ def _resolve(
     if backend is not None:
         chosen = _forced_backend(backend, tensors, params)
     elif _is_full_attention(query, rpb, params):
-        return params, _WHOLE_MAP
+        return _Call(params, _WHOLE_MAP)
     else:
         chosen = _best_backend(tensors, params)
-    return params, reference if query.numel() == 0 or value.numel() == 0 else chosen
+    return _Call(params, reference if query.numel() == 0 or value.numel() == 0 else chosen)
 
 
 def _tidied(tensors: Tensors) -> Tensors:

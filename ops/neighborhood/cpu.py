@@ -7,9 +7,7 @@ tensors, float32 arithmetic. Memory beyond the tensors does not grow with the wi
 from __future__ import annotations
 
 import ctypes
-import functools
-import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -18,23 +16,21 @@ from torch import Tensor
 from ops import native
 from ops.native.eager import is_plain_call
 from ops.native.memory import ask_for_huge_pages
+from ops.neighborhood._cpu_arguments import (
+    ABSENT,
+    BACKWARD_TENSORS,
+    FORWARD_TENSORS,
+    Inputs,
+    inner_contiguous,
+    per_query,
+    with_channels,
+)
 from ops.neighborhood._geometry import NAParams
 
-__all__ = ["attend", "supports"]
+__all__ = ["attend", "needs_grad", "prepare", "supports"]
 
 _KERNEL = "neighborhood"
 _MAX_DIM = 512
-
-
-# na::Problem of ops/native/problem.h: sizes and the window, in 8 bytes each, then the scale.
-_PROBLEM = struct.Struct("=23qd")
-# na::Tensor of ops/native/pack.h: an address and strides, in 8 bytes each.
-_TENSOR_FIELDS = 6
-# na::ForwardTensors of ops/native/forward.h: 5 inputs, rpb, out, lse.
-_FORWARD_TENSORS = struct.Struct(f"={5 * _TENSOR_FIELDS + 1 + 2 * _TENSOR_FIELDS}q")
-# na::BackwardTensors of ops/native/backward.h: 5 inputs, rpb, out, lse, grad_out, grad_lse, the
-# gradients of the inputs, that of rpb.
-_BACKWARD_TENSORS = struct.Struct(f"={5 * _TENSOR_FIELDS + 1 + 9 * _TENSOR_FIELDS + 1}q")
 
 
 def supports(
@@ -88,14 +84,63 @@ def attend(
     )
     if not is_plain_call(inputs[:6]):
         return _forward(*inputs)
-    if _needs_grad(inputs):
+    if needs_grad(inputs[:6]):
         return _Differentiable.apply(*inputs)
     lse = _empty_lse(query) if params.return_lse else None
     return _run_forward(lse, *inputs), lse
 
 
-def _needs_grad(inputs: Sequence[Any]) -> bool:
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in inputs[:6])
+def needs_grad(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether autograd has to know of a call with these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+
+
+def prepare(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    rpb: Tensor | None,
+    params: NAParams,
+) -> Callable[..., Tensor] | None:
+    """What gives the output for other such tensors, without gradients, in the least time.
+
+    They have the same shapes, strides and dtypes; the number of threads is the same. None where
+    tensors have to be copied first, and for calls that models do not repeat.
+    """
+    contiguous = rpb is None or rpb.dtype == torch.float32 and rpb.is_contiguous()
+    if additional_keys is not None or params.return_lse or not contiguous:
+        return None
+    if any(inner_contiguous(t) is not t for t in (query, key, value)):
+        return None
+    inputs = Inputs(query, key, value, None, None, rpb)
+    geometry = (params.kernel_size, params.stride, params.dilation, params.is_causal, params.scale)
+    problem, out = inputs.problem(*geometry), _empty_out(query, value)
+    shape = out.shape
+    strides = [with_channels(t)[1:] for t in (query, key, value, out)]
+    forward = _kernel().na_forward
+
+    def run(
+        query: Tensor, key: Tensor, value: Tensor, _: None, __: None, rpb: Tensor | None
+    ) -> Tensor:
+        out = query.new_empty(shape)
+        ask_for_huge_pages(out)
+        tensors = FORWARD_TENSORS.pack(
+            *(query.data_ptr(), *strides[0]),
+            *(key.data_ptr(), *strides[1]),
+            *(value.data_ptr(), *strides[2]),
+            *ABSENT,
+            *ABSENT,
+            0 if rpb is None else rpb.data_ptr(),
+            *(out.data_ptr(), *strides[3]),
+            *ABSENT,
+        )
+        if forward(problem, tensors):
+            raise MemoryError("no memory for the scratch of neighborhood attention")
+        return out
+
+    return run
 
 
 # The operators are registered by schema and dispatch key, which costs half the overhead of
@@ -140,9 +185,9 @@ def _run_forward(
     if out.numel() == 0:
         return out
     ask_for_huge_pages(out)
-    inputs = _Inputs(query, key, value, additional_keys, additional_values, rpb)
+    inputs = Inputs(query, key, value, additional_keys, additional_values, rpb)
     problem = inputs.problem(kernel_size, stride, dilation, is_causal, scale)
-    tensors = _FORWARD_TENSORS.pack(*inputs.fields, *_with_channels(out), *_per_query(lse))
+    tensors = FORWARD_TENSORS.pack(*inputs.fields, *with_channels(out), *per_query(lse))
     if _kernel().na_forward(problem, tensors):
         raise MemoryError("no memory for the scratch of neighborhood attention")
     return out
@@ -177,18 +222,18 @@ def _backward_kernel(
     if out.numel() == 0:
         return tuple(grad.zero_() for grad in grads)  # type: ignore[return-value]
     ask_for_huge_pages(*grads[:3])
-    inputs = _Inputs(query, key, value, additional_keys, additional_values, rpb)
+    inputs = Inputs(query, key, value, additional_keys, additional_values, rpb)
     problem = inputs.problem(kernel_size, stride, dilation, is_causal, scale)
-    grad_out, out, lse = _inner_contiguous(grad_out), _inner_contiguous(out), lse.contiguous()
+    grad_out, out, lse = inner_contiguous(grad_out), inner_contiguous(out), lse.contiguous()
     grad_lse = None if grad_lse is None else grad_lse.contiguous()
     grad_rpb = None if rpb is None else torch.empty(rpb.shape, dtype=torch.float32)
-    tensors = _BACKWARD_TENSORS.pack(
+    tensors = BACKWARD_TENSORS.pack(
         *inputs.fields,
-        *_with_channels(out),
-        *_per_query(lse),
-        *_with_channels(grad_out),
-        *_per_query(grad_lse),
-        *(field for grad in grads[:5] for field in _with_channels(grad if grad.numel() else None)),
+        *with_channels(out),
+        *per_query(lse),
+        *with_channels(grad_out),
+        *per_query(grad_lse),
+        *(field for grad in grads[:5] for field in with_channels(grad if grad.numel() else None)),
         0 if grad_rpb is None else grad_rpb.data_ptr(),
     )
     if _kernel().na_backward(problem, tensors):
@@ -247,7 +292,7 @@ class _Differentiable(torch.autograd.Function):
 
 @torch.library.impl(_library, "na_cpu_forward", "AutogradCPU")
 def _forward_autograd(*inputs: Any) -> tuple[Tensor, Tensor]:
-    if _needs_grad(inputs):
+    if needs_grad(inputs[:6]):
         return _Differentiable.apply(*inputs)
     with torch._C._AutoDispatchBelowAutograd():
         return _forward(*inputs)
@@ -283,104 +328,4 @@ def _empty_gradients(
         additional_keys,
         additional_values,
         rpb,
-    )
-
-
-def _inner_contiguous(t: Tensor) -> Tensor:
-    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
-
-
-_ABSENT = (0,) * _TENSOR_FIELDS
-_PADDING = ((0, 0, 0), (0, 0), (0,), ())
-
-
-def _with_channels(t: Tensor | None) -> tuple[int, ...]:
-    """[B, *S, H, C], or [B, N, H, C], with the axes of S that are missing as Z and Y."""
-    if t is None:
-        return _ABSENT
-    batch, *spatial, head, _ = t.stride()
-    return (t.data_ptr(), batch, *_PADDING[len(spatial)], *spatial, head)
-
-
-def _per_query(t: Tensor | None) -> tuple[int, ...]:
-    """[B, *S, H]."""
-    if t is None:
-        return _ABSENT
-    batch, *spatial, head = t.stride()
-    return (t.data_ptr(), batch, *_PADDING[len(spatial)], *spatial, head)
-
-
-class _Inputs:
-    """The inputs as the kernel reads them, kept alive as long as this object."""
-
-    def __init__(
-        self,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        additional_keys: Tensor | None,
-        additional_values: Tensor | None,
-        rpb: Tensor | None,
-    ) -> None:
-        self.query = _inner_contiguous(query)
-        self.key = _inner_contiguous(key)
-        self.value = _inner_contiguous(value)
-        self.additional_keys, self.additional_values = (
-            None if t is None else _inner_contiguous(t)
-            for t in (additional_keys, additional_values)
-        )
-        self.rpb = None if rpb is None else rpb.float().contiguous()
-        self.fields = (
-            *_with_channels(self.query),
-            *_with_channels(self.key),
-            *_with_channels(self.value),
-            *_with_channels(self.additional_keys),
-            *_with_channels(self.additional_values),
-            0 if self.rpb is None else self.rpb.data_ptr(),
-        )
-
-    def problem(
-        self,
-        kernel_size: Sequence[int],
-        stride: Sequence[int],
-        dilation: Sequence[int],
-        is_causal: Sequence[bool],
-        scale: float,
-    ) -> bytes:
-        return _problem(
-            self.query.shape,
-            self.key.shape[-2],
-            self.value.shape[-1],
-            0 if self.additional_keys is None else self.additional_keys.shape[1],
-            (tuple(kernel_size), tuple(stride), tuple(dilation), tuple(is_causal)),
-            self.query.dtype,
-            torch.get_num_threads(),
-            scale,
-        )
-
-
-@functools.lru_cache(maxsize=256)
-def _problem(
-    query_shape: Sequence[int],
-    kv_heads: int,
-    value_dim: int,
-    additional: int,
-    window: tuple[Sequence[int], ...],
-    dtype: torch.dtype,
-    threads: int,
-    scale: float,
-) -> bytes:
-    batch, *size, heads, dim = query_shape
-    padding = (3 - len(size)) * (1,)
-    kernel_size, stride, dilation, is_causal = window
-    return _PROBLEM.pack(
-        *(batch, heads, kv_heads, dim, value_dim, additional),
-        *(*padding, *size),
-        *(*padding, *kernel_size),
-        *(*padding, *stride),
-        *(*padding, *dilation),
-        *(*(False for _ in padding), *is_causal),
-        dtype == torch.bfloat16,
-        threads,
-        scale,
     )

@@ -237,7 +237,7 @@ def test_gradients_of_neighbouring_windows(size, window, dim):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
 def test_memory_does_not_grow_with_the_window():
-    """What is held beyond the results; gathered windows would be 169 times the keys at 13 x 13."""
+    """What is held beyond the results; gathered windows would be 625 times the keys at 25 x 25."""
     code = (
         "import torch; from ops.neighborhood import na2d\n"
         "from tools.measuring import PeakMemory\n"
@@ -250,7 +250,7 @@ def test_memory_does_not_grow_with_the_window():
         "grad = torch.randn_like(large[0])\n"
         "step(tiny, 3, torch.randn_like(tiny[0]))\n"
         "inputs = sum(t.nbytes for t in large)\n"
-        "for kernel_size in (3, 13):\n"
+        "for kernel_size in (7, 25):\n"
         "    with PeakMemory(torch.device('cpu')) as memory:\n"
         "        results = step(large, kernel_size, grad)\n"
         "    print((memory.bytes - sum(t.nbytes for t in results)) / inputs)\n"
@@ -263,7 +263,7 @@ def test_memory_does_not_grow_with_the_window():
     narrow, wide = map(float, done.stdout.split())
     # The lse, the scratch and the sums of the key gradients.
     assert 0 < narrow < 1 and 0 < wide < 1
-    assert wide < narrow + 0.2
+    assert wide < narrow + 0.1
 
 
 def test_keys_that_no_query_sees_have_no_gradient():

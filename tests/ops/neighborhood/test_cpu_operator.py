@@ -107,7 +107,7 @@ def test_no_second_derivative():
         grad.sum().backward()
 
 
-@pytest.mark.parametrize("isa", ["avx512", "avx2", "portable"])
+@pytest.mark.parametrize("isa", ["avx2", "portable"])
 def test_other_instruction_sets(isa, tmp_path):
     """The plainer builds of the kernel, which this CPU would not choose, are exact too."""
     if list(native.build._ISA_FLAGS).index(isa) <= list(native.build._ISA_FLAGS).index(
