@@ -14,7 +14,8 @@ import torch
 from torch import Tensor
 
 from ops import native
-from ops._linear_plan import (
+from ops.native.eager import is_plain_call
+from ops.native.linear_plan import (
     COMBINATIONS,
     Plan,
     Problem,
@@ -22,7 +23,6 @@ from ops._linear_plan import (
     output_shape,
     plan_layer,
 )
-from ops.native.eager import is_plain_call
 
 __all__ = [
     "COMBINATIONS",

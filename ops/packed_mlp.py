@@ -11,9 +11,9 @@ import functools
 import torch
 from torch import Tensor
 
-from ops._linear_plan import Layer, Plan, Tensors, output_shape, plan_layer
 from ops.linear import library_or_raise
 from ops.native.eager import is_plain_call
+from ops.native.linear_plan import Layer, Plan, Tensors, output_shape, plan_layer
 
 __all__ = ["packed_mlp"]
 

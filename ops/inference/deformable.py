@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from ops import native
-from ops._linear_plan import packed_inputs
 from ops.depthwise import ACTIVATIONS
 from ops.linear import pack_weight
 from ops.linear import unsupported as linear_unsupported
 from ops.native.eager import is_plain_call
+from ops.native.linear_plan import packed_inputs
 
 __all__ = ["deformable_conv2d", "pack_taps", "unsupported"]
 

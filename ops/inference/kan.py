@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from ops import native
-from ops._linear_plan import packed_inputs
 from ops.inference.layers import FastLayer
 from ops.kan import KANLayer
 from ops.linear import pack_weight
 from ops.linear import unsupported as linear_unsupported
 from ops.native.eager import is_plain_call
+from ops.native.linear_plan import packed_inputs
 
 __all__ = ["FastKANLayer", "PackedKAN", "kan_layer", "pack_kan", "unsupported"]
 

@@ -35,18 +35,26 @@ struct Tensors {
   void* out;
 };
 
-// The power of two up to which inputs are told apart; grids reach half as far at most.
+// Powers of two up to which inputs are told apart; grids reach half as far at most.
 constexpr float FAR = 60.f;
+
+static VB_INLINE F clamped(F x, float bound) {
+  // NaN stays: `max` gives what comes second.
+  x = simd::max(simd::set1(-bound), x);
+  return simd::zero() - simd::max(simd::set1(-bound), simd::zero() - x);
+}
 
 // One row: 1 - tanh²(u) = 4 e / (1 + e)² with e = exp(-2 u), u from a grid point in widths.
 template <class T>
 static void bump(const Problem& p, const Tensors& t, const float* normed, T* out) {
-  const F scale = simd::set1(static_cast<float>(p.scale));
+  const float high = static_cast<float>(p.scale), low = static_cast<float>(p.scale - high);
+  const F scale = simd::set1(high), rest = simd::set1(low), ln2 = simd::set1(0.69314718f);
   for (int64_t c = 0; c < p.in_features; c += W) {
     const int lanes = static_cast<int>(std::min<int64_t>(W, p.in_features - c));
-    // NaN stays: `max` gives what comes second.
-    const F power = simd::max(simd::set1(-FAR), simd::load(normed + c) * scale);
-    const F e = simd::exp2(simd::zero() - power);
+    const F x = clamped(simd::load(normed + c), FAR / high), power = simd::zero() - x * scale;
+    // What rounding took from the power, which may be large beside its distance from the grid's.
+    const F lost = simd::fma(x, scale, power) + x * rest;
+    const F rounded = simd::exp2(power), e = simd::fma(rounded * ln2, simd::zero() - lost, rounded);
     T* place = out + c;
     for (int64_t g = 0; g < p.grids; g++, place += p.in_features) {
       const F at = e * simd::set1(t.powers[g]);

@@ -12,14 +12,14 @@ namespace linear {
 using simd::F;
 using simd::W;
 
-// ops/_linear_plan.py has the same fields in the same order. Strides are from row to row, in elements.
+// linear_plan.py has the same fields in the same order. Strides are from row to row, in elements.
 struct Problem {
   int64_t rows, in_features, out_features, in_stride, out_stride, other_stride;
   int64_t image_rows;  // that share their scales and energies
   int64_t activation, combination, bfloat16, threads;
 };
 
-// The order is that of COMBINATIONS in ops/_linear_plan.py: after the activation, what is done with
+// The order is that of COMBINATIONS in linear_plan.py: after the activation, what is done with
 // `other`.
 enum Combination : int64_t { NONE, ADD, MULTIPLY };
 

@@ -14,6 +14,7 @@ namespace linear {
 // Two vectors of sums a row, two of weights, one input.
 constexpr int MAX_ROWS = (simd::REGISTERS - 3) / 2;
 constexpr int STEP = 4;  // products between two fetches
+constexpr int64_t SUMMED = 512;  // inputs one after the other; sums of more lose digits
 // Of a group of panels that stays in the second-level cache while the rows of a block, which all of
 // them are multiplied with, stay in the first-level one. With few blocks a group is one panel.
 constexpr int64_t GROUP_BYTES = 512 * 1024, MIN_BLOCKS = 16;
@@ -111,10 +112,10 @@ static VB_INLINE const T* add_products(const T* first, ptrdiff_t stride, int64_t
   return weight;
 }
 
+// Adds the products of all inputs of some rows of one panel.
 template <class T, int R, int V>
-static void run(const Problem& p, const Rows<T>& rows, const Block<T>& block, Ahead& ahead) {
-  F sum[R][V];
-  start(block, sum);
+static VB_INLINE void add_rows(const Rows<T>& rows, const Block<T>& block, Ahead& ahead,
+                               F (&sum)[R][V]) {
   Ahead fetched = ahead;
   const auto fetch = [&]() VB_INLINE_LAMBDA { fetched.fetch(); };
   if constexpr (INPUTS<T> == 1) {
@@ -127,22 +128,80 @@ static void run(const Problem& p, const Rows<T>& rows, const Block<T>& block, Ah
     }
   }
   ahead = fetched;
+}
+
+// `before` [R][V][W] are sums of inputs before these.
+template <int R, int V>
+static VB_INLINE void add_sums(const float* before, F (&sum)[R][V]) {
+  VB_UNROLL
+  for (int r = 0; r < R; r++) {
+    VB_UNROLL
+    for (int v = 0; v < V; v++) sum[r][v] = sum[r][v] + simd::load(before + (r * V + v) * W);
+  }
+}
+
+// The last inputs of some rows. `sums` are those of the inputs before, or null.
+template <class T, int R, int V>
+static void run(const Problem& p, const Rows<T>& rows, const Block<T>& block, Ahead& ahead,
+                float* sums) {
+  F sum[R][V];
+  start(block, sum);
+  add_rows(rows, block, ahead, sum);
+  if (sums) add_sums(sums, sum);
   finish<T, R, V>(p, block, sum);
 }
 
+// Inputs before the last ones, which `sums` receive.
+template <class T, int R, int V>
+static void run_first(const Problem&, const Rows<T>& rows, const Block<T>& block, Ahead& ahead,
+                      float* sums) {
+  F sum[R][V] = {};
+  add_rows(rows, block, ahead, sum);
+  add_sums(sums, sum);
+  VB_UNROLL
+  for (int r = 0; r < R; r++) {
+    VB_UNROLL
+    for (int v = 0; v < V; v++) simd::store(sums + (r * V + v) * W, sum[r][v]);
+  }
+}
+
 template <class T>
-using Run = void (*)(const Problem&, const Rows<T>&, const Block<T>&, Ahead&);
+using Run = void (*)(const Problem&, const Rows<T>&, const Block<T>&, Ahead&, float*);
+
+// How to run some rows: the inputs before the last ones, and the last ones.
+template <class T>
+struct Runs {
+  Run<T> first, last;
+};
 
 template <class T, int V, size_t... I>
-static Run<T> run_of(int64_t rows, std::index_sequence<I...>) {
-  static constexpr Run<T> runs[] = {run<T, I + 1, V>...};
+static Runs<T> runs_of(int64_t rows, std::index_sequence<I...>) {
+  static constexpr Runs<T> runs[] = {{run_first<T, I + 1, V>, run<T, I + 1, V>}...};
   return runs[rows - 1];
 }
 
 template <class T>
-static Run<T> run_of(int64_t rows, bool wide) {
+static Runs<T> runs_of(int64_t rows, bool wide) {
   constexpr std::make_index_sequence<MAX_ROWS> variants;
-  return wide ? run_of<T, 2>(rows, variants) : run_of<T, 1>(rows, variants);
+  return wide ? runs_of<T, 2>(rows, variants) : runs_of<T, 1>(rows, variants);
+}
+
+// Some rows of one panel, whose inputs are summed in parts.
+template <class T>
+static void run_block(const Problem& p, Rows<T> rows, Block<T> block, int64_t count, bool wide,
+                      Ahead& ahead) {
+  const Runs<T> runs = runs_of<T>(count, wide);
+  if (rows.in_features <= SUMMED) return runs.last(p, rows, block, ahead, nullptr);
+  alignas(64) float sums[MAX_ROWS * PANEL] = {};
+  int64_t left = rows.in_features;
+  rows.in_features = SUMMED;
+  for (; left > SUMMED; left -= SUMMED) {
+    runs.first(p, rows, block, ahead, sums);
+    block.in += SUMMED;
+    block.weight += SUMMED * (wide ? PANEL : W);
+  }
+  rows.in_features = left;
+  runs.last(p, rows, block, ahead, sums);
 }
 
 template <class T>
@@ -173,7 +232,7 @@ static void run_in_registers(const Problem& p, const Tensors& t, const Rows<T>& 
                        rows.energy ? rows.energy + n : nullptr,
                        static_cast<int>(std::min<int64_t>(W, wide ? left - W : left))};
         if (rows.other) block.other = rows.other + range.begin * p.other_stride + n;
-        run_of<T>(range.end - range.begin, wide)(p, rows, block, ahead);
+        run_block(p, rows, block, range.end - range.begin, wide, ahead);
       }
     }
     group = {group.end, group.end + next};
