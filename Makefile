@@ -3,6 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TEST_WORKERS ?= 2
+TEST_ARGS ?=
 # One thread a process: on a busy machine two are several times slower.
 TEST_ENV := OMP_NUM_THREADS=1
 
@@ -29,10 +30,10 @@ train: $(VENV)/train.stamp
 	$(BIN)/python train_cls.py --config configs/cls/quickstart.yaml
 
 test: $(VENV)/test.stamp
-	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(TEST_WORKERS)
+	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(TEST_WORKERS) $(TEST_ARGS)
 
 test-slow: $(VENV)/test.stamp
-	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(TEST_WORKERS) -m slow -o timeout=900
+	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(TEST_WORKERS) -m slow -o timeout=900 $(TEST_ARGS)
 
 docs: $(VENV)/docs.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

@@ -37,7 +37,7 @@ READING = {
     ),
     "InceptionNeXt": (
         "Linear layers at the rate of a large matrix product; what is left is theirs. bfloat16 "
-        "gains by AMX."
+        "gains what its products gain."
     ),
     "UniRepLKNet": (
         "Large depthwise convolutions, merged to one and run by our kernel; all that follows them "
@@ -45,8 +45,8 @@ READING = {
         "is one call."
     ),
     "VAN": (
-        "Depthwise convolutions of 5×5 and dilated 7×7: two fifths of the plain form's time, under "
-        "a quarter of the fused one's."
+        "Depthwise convolutions of 5×5 and dilated 7×7: a third or more of the plain form's time, "
+        "about a quarter of the fused one's."
     ),
     "BiFormer": (
         "Linear layers, then attention to the regions that were chosen; they are attended to where "
@@ -74,11 +74,11 @@ INTRODUCTION = (
     "A fused model is what `model.fuse()` gives; `fused, bf16` is "
     "`model.fuse(dtype=torch.bfloat16)`, compared with the others in float32. `original` is the "
     "code of the authors, `timm` and `birder` (0.8.4) are those libraries' models. MedViTV2's "
-    "`original` gathers the windows of its neighborhood attention; beside it stands the same code "
-    "on NATTEN 0.17.3's kernels for the CPU. `torch.compile` takes the plain "
-    "layers of a fused model, whose own kernels are the faster ones: fuse or compile. A dash: "
-    "there is no such model, it was not measured, or it failed; the JSON says which."
+    "`original` gathers the windows of its neighborhood attention. {natten}`torch.compile` takes "
+    "the plain layers of a fused model, whose own kernels are the faster ones: fuse or compile. "
+    "A dash: there is no such model, it was not measured, or it failed; the JSON says which."
 )
+ON_NATTEN = "Beside it stands the same code on NATTEN 0.17.3's kernels for the CPU. "
 
 
 def of_models(report: dict[str, Any], picture: str, has_aims: bool = True) -> str:
@@ -90,7 +90,7 @@ def of_models(report: dict[str, Any], picture: str, has_aims: bool = True) -> st
     parts = [
         "## Models",
         f"Measured on {machine['name']} ({machine['cpu_capability']}), torch {machine['torch']}.",
-        INTRODUCTION,
+        INTRODUCTION.format(natten=ON_NATTEN if NATTEN in _names(report["results"]) else ""),
         f"![Speed over eager]({picture})",
     ]
     forward = [row for row in report["results"] if row["direction"] == "forward"]

@@ -97,6 +97,7 @@ def runs_fast(x: Tensor, weight: Tensor) -> bool:
         and x.is_cpu
         and not torch.compiler.is_compiling()
         and type(x) is Tensor
+        and torch._C._functorch.peek_interpreter_stack() is None  # vmap, grad and the like
         and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
     )
 

@@ -24,6 +24,7 @@ from ops.linear import (
     pack_weight,
     packed_linear,
     packed_linear_energy,
+    prepare,
     unsupported,
 )
 
@@ -188,3 +189,18 @@ def test_compiles_and_has_a_fake() -> None:
     ops = torch.ops.vision_backbones
     for arguments in (("relu", other, "add", scale, False), ("relu", None, "none", None, True)):
         torch.library.opcheck(ops.packed_linear.default, (x, *packed, *arguments))
+
+
+@pytest.mark.parametrize("dtype", list(LINEAR_DTYPES))
+def test_prepared_calls_are_the_others(dtype: torch.dtype) -> None:
+    _, _, packed = linear_layer(24, 40, dtype)
+    x, y = (random(2, 5, 24, seed=s).to(dtype) for s in (5, 6))
+    other = random(2, 5, 40, seed=7).to(dtype)
+    plain = prepare(x, *packed, "gelu")
+    assert torch.equal(plain(y, None), packed_linear(y, *packed, "gelu"))
+    added = prepare(x, *packed, "none", other, "add")
+    assert torch.equal(added(y, -other), packed_linear(y, *packed, "none", -other, "add"))
+    assert prepare(x[..., ::2], *linear_layer(12, 40, dtype)[2]) is None  # would be copied
+    assert prepare(x[:0], *packed) is None
+    with pytest.raises(ValueError, match="activation must be one of"):
+        prepare(x, *packed, "tanh")

@@ -1,5 +1,6 @@
 """The compiled CPU kernel at home in torch and on other CPUs."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -7,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from compiled_kernels import forget_kernels
+from compiled_kernels import forget_kernels, using_threads
 from neighborhood_oracle import normal_inputs
 
 from ops import native
@@ -29,6 +30,25 @@ def test_supports():
     assert "meta" in reason(query.to("meta"), key.to("meta"), value.to("meta"))
     wide = torch.zeros(1, 9, 9, 1, 513)
     assert "513" in reason(wide, wide, wide)
+
+
+def test_repeated_calls_are_the_first_ones():
+    """What they come to is remembered by all that it depends on, but for the numbers."""
+    query, key, value = normal_inputs(9, 12)
+    table = torch.randn(2, 5, 5)
+    for scale, rpb in itertools.product((0.3, 1, True), (None, table, table.bfloat16())):
+        for layout in (lambda t: t, lambda t: t.transpose(1, 2).contiguous().transpose(1, 2)):
+            inputs = [layout(t) for t in (query, key, value)]
+            for _ in range(2):
+                out = na2d(*inputs, (3, 3), scale=scale, rpb=rpb, backend="cpu")
+                expected = na2d(*inputs, (3, 3), scale=scale, rpb=rpb, backend="reference")
+                torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    with pytest.raises(ValueError, match="kernel_size must be an integer"):
+        na2d(query, key, value, (3.0, 3), backend="cpu")
+    with using_threads(2):
+        assert torch.equal(
+            na2d(query, key, value, [3, 3], backend="cpu"), na2d(query, key, value, 3)
+        )
 
 
 def test_without_a_library(monkeypatch):

@@ -1,0 +1,69 @@
+"""Layers with packed weights: what repeated calls are remembered as changes nothing."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compiled_kernels import using_threads, without_kernels
+from torch import Tensor, nn
+
+from ops.inference import layers
+from ops.inference.layers import FastLinear, activate, convert
+
+
+def _linear(bias: bool = True) -> FastLinear:
+    torch.manual_seed(0)
+    return convert(nn.Linear(24, 40, bias=bias).requires_grad_(False), FastLinear)
+
+
+def _check(layer: FastLinear, x: Tensor, residual: Tensor | None = None) -> None:
+    expected = F.linear(x, layer.weight, layer.bias)
+    expected = expected.relu() if layer.activation == "relu" else expected
+    expected = expected if residual is None else expected + residual
+    torch.testing.assert_close(layer(x, residual), expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_calls_of_many_kinds_one_after_the_other(bias, compiled, monkeypatch) -> None:
+    if not compiled:
+        without_kernels(monkeypatch)
+    layer = _linear(bias)
+    for _ in range(2):
+        for shape in ((3, 24), (2, 5, 24), (1, 3000, 24), (0, 24), (24,)):
+            x, residual = torch.randn(shape), torch.randn(*shape[:-1], 40)
+            _check(layer, x)
+            _check(layer, x, residual)
+        _check(layer, torch.randn(2, 24, 5).transpose(1, 2))  # other strides
+        _check(layer, torch.randn(2, 5, 24), torch.randn(2, 40, 5).transpose(1, 2))
+        with using_threads(2):
+            _check(layer, torch.randn(2, 5, 24))
+    activate(layer, "relu")
+    _check(layer, torch.randn(3, 24))
+
+
+def test_only_so_many_sizes_are_remembered(monkeypatch) -> None:
+    monkeypatch.setattr(layers, "_MAX_WAYS", 4)
+    layer = _linear()
+    for rows in range(1, 12):
+        _check(layer, torch.randn(rows, 24))
+    assert 1 <= len(layer.derived(torch.randn(1, 24))._ways) <= 4
+
+
+def test_new_weights_and_copies() -> None:
+    layer, x = _linear(), torch.randn(3, 24)
+    _check(layer, x)
+    other = copy.deepcopy(layer)
+    layer.weight.mul_(2)
+    _check(layer, x)
+    _check(other, x)
+    assert not torch.equal(layer(x), other(x))
+
+
+def test_transforms_go_through_torch() -> None:
+    layer, x = _linear(), torch.randn(6, 3, 24)
+    plain = F.linear(x, layer.weight, layer.bias)
+    torch.testing.assert_close(torch.vmap(layer)(x), plain, rtol=1e-5, atol=1e-5)
