@@ -9,6 +9,9 @@
 #include <cpuid.h>
 #include <sys/syscall.h>
 #include <unistd.h>
+// The intrinsics do not say all that they read and write; where they are inlined, compilers would
+// take memory for unused.
+#define VB_APART __attribute__((noinline))
 #endif
 
 namespace linear {
@@ -31,7 +34,7 @@ static bool has_tiles() {
 // end: other libraries use tiles too.
 class Tiles {
  public:
-  Tiles() {
+  VB_APART Tiles() {
     _tile_storeconfig(before_);
     struct {
       uint8_t palette = 1, start_row = 0, reserved[14] = {};
@@ -42,7 +45,7 @@ class Tiles {
     __asm__ volatile("" : : "r"(&own) : "memory");
     _tile_loadconfig(&own);
   }
-  ~Tiles() { _tile_loadconfig(before_); }
+  VB_APART ~Tiles() { _tile_loadconfig(before_); }
   Tiles(const Tiles&) = delete;
 
  private:
@@ -51,9 +54,9 @@ class Tiles {
 
 // R tiles of rows, `second` elements apart, times V tiles of weights → R × V tiles of sums.
 template <int R, int V>
-static void multiply(const BFloat16* in, ptrdiff_t second, int64_t in_stride,
-                                   const BFloat16* weight, int64_t steps, const float* bias,
-                                   Ahead& ahead, float* sums) {
+VB_APART static void multiply(const BFloat16* in, ptrdiff_t second, int64_t in_stride,
+                              const BFloat16* weight, int64_t steps, const float* bias,
+                              Ahead& ahead, float* sums) {
   constexpr int64_t tile = TILE_ROWS * TILE_INPUTS;
   const int64_t pitch = in_stride * int64_t{sizeof(BFloat16)};
   __asm__ volatile("" : : : "memory");  // the loads below do not say that they read memory
@@ -86,7 +89,7 @@ static void multiply(const BFloat16* in, ptrdiff_t second, int64_t in_stride,
 // The sums of `count` rows, as `multiply` leaves them. They are changed.
 template <int V>
 static void finish_rows(const Problem& p, const Block<BFloat16>& block, float* sums,
-                                       int64_t count) {
+                        int64_t count) {
   if (p.activation != activation::NONE) {
     activation::apply(reinterpret_cast<F*>(sums), static_cast<int>(count * V), p.activation);
   }
