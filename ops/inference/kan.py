@@ -49,7 +49,12 @@ class _Tensors(ctypes.Structure):
 
 
 class PackedKAN(NamedTuple):
-    """A layer's parameters as the kernel wants them."""
+    """A layer's parameters as the kernel wants them.
+
+    ``norm_weight`` and ``norm_bias`` (in_features,), ``powers`` (num_grids,), two to the grid
+    points times ``scale``, and ``bias`` (out_features,), zeros, are float32; ``weight`` is packed,
+    from num_grids · in_features.
+    """
 
     norm_weight: Tensor
     norm_bias: Tensor

@@ -140,14 +140,14 @@ def _build_and_load(name: str) -> Kernel:
     sets = list(_ISA_FLAGS)
     # An old compiler may not know the instructions of a new CPU.
     for isa in sets[sets.index(instruction_set()) :]:
-        kernel = _build_and_load_for(isa, name)
+        kernel = _build_and_load_for(name, isa)
         if kernel.library is not None:
             return kernel
     _log.info("No compiled %s kernel, the pure torch path is used: %s", name, kernel.reason)
     return kernel
 
 
-def _build_and_load_for(isa: str, name: str) -> Kernel:
+def _build_and_load_for(name: str, isa: str) -> Kernel:
     path = None
     try:
         if os.environ.get("VISION_BACKBONES_NATIVE", "1") == "0":

@@ -75,6 +75,11 @@ def output_shape(
     other: tuple[int, ...] | None,
     scale: tuple[int, ...] | None,
 ) -> tuple[int, ...]:
+    """That of a layer, from the shapes of its input, of what is added and of the scales.
+
+    Raises:
+        ValueError: shapes or dtypes that do not go together, an unknown activation or combination.
+    """
     dtype, weight_dtype, weights, bias, activation, combination = layer
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
@@ -110,6 +115,7 @@ def plan_layer(
     energy: bool,
     threads: int,
 ) -> Plan:
+    """From shapes and strides of the input and of what is added; raises as :func:`output_shape`."""
     out_shape = output_shape(shape, layer, None if other is None else other[0], scale)
     *_, activation, combination = layer
     rows = 1

@@ -25,7 +25,7 @@ constexpr int64_t INPUTS = sizeof(float) / sizeof(T);
 
 // Where `pack` puts the vectors of weights for one product, and those for the next; in units of a
 // vector of T.
-template <class T, int V>
+template <class T>
 constexpr int64_t NEXT_VECTOR = INPUTS<T> == 1 ? 1 : TILE_ROWS;
 template <class T, int V>
 constexpr int64_t NEXT_PRODUCT = INPUTS<T> == 1 ? V : 1;
@@ -36,8 +36,9 @@ static VB_INLINE F load_weights(const T* place) {
 }
 static VB_INLINE F load_input(const float* place) { return simd::set1(*place); }
 
-// sum += x * w, in the register that holds the sum: left to choose among the forms of the
-// instruction, compilers move sums around, some of them through memory.
+// sum += x * w, of the type that the first argument points to, in the register that holds the sum:
+// left to choose among the forms of the instruction, compilers move sums around, some of them
+// through memory.
 static VB_INLINE void add_product(const float*, F& sum, F x, F w) {
 #if VB_AVX512 || VB_AVX2
   __asm__("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(x), "v"(w));
@@ -87,7 +88,7 @@ static VB_INLINE const T* add_products(const T* first, ptrdiff_t stride, int64_t
       F w[V];
       VB_UNROLL
       for (int v = 0; v < V; v++) {
-        w[v] = simd::in_register(load_weights(weight + v * NEXT_VECTOR<T, V> * VECTOR));
+        w[v] = simd::in_register(load_weights(weight + v * NEXT_VECTOR<T> * VECTOR));
       }
       VB_UNROLL
       for (int r = 0; r < R; r++) {
