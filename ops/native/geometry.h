@@ -48,10 +48,11 @@ constexpr int MAX_KEYS = simd::REGISTERS == 32 ? 8 : 4;
 
 // How the keys of W neighbouring queries are fetched from a row of keys.
 enum Fetch : int {
-  DIRECT,     // lane l sees key base + l + j: one load
-  PERMUTE,    // all keys of the lanes lie in 2 W neighbouring columns: a lookup in two registers
-  GATHER,     // anything else
-  BROADCAST,  // every lane sees the same key
+  DIRECT,       // lane l sees key base + l + j: one load
+  PERMUTE,      // the j-th keys of the lanes lie in W neighbouring columns: a load and a lookup
+  PERMUTE_TWO,  // all keys of the lanes lie in 2 W neighbouring columns: a lookup in two registers
+  GATHER,       // anything else
+  BROADCAST,    // every lane sees the same key
 };
 
 // W queries that are neighbours along the last axis, one in each lane.
@@ -100,8 +101,13 @@ static inline std::vector<Lanes> make_lanes(const Axis& axis) {
       t.bias_reach = std::max<int>(t.bias_reach, t.bias[l]);
     }
     t.bias_uniform = t.bias_reach == 0;
-    const int reach = t.offset[simd::W - 1] + MAX_KEYS;
-    t.fetch = direct ? DIRECT : simd::HAS_PERMUTE && reach <= 2 * simd::W ? PERMUTE : GATHER;
+    const int reach = t.offset[simd::W - 1];
+    if (!direct) {
+      t.fetch = !simd::HAS_PERMUTE                ? GATHER
+                : reach < simd::W                 ? PERMUTE
+                : reach + MAX_KEYS <= 2 * simd::W ? PERMUTE_TWO
+                                                  : GATHER;
+    }
     all.push_back(t);
   }
   return all;

@@ -42,12 +42,13 @@ static void score_kernel(const ScoreArgs& args) {
   const float* query = a.query;
   for (int c = 0; c < a.dim; c++, column += a.pitch, query += W) {
     F low = simd::zero(), high = low, q[R];
-    if (FETCH == DIRECT || FETCH == PERMUTE) {  // behind the last channel lies the next key row
+    if (FETCH == DIRECT || FETCH == PERMUTE || FETCH == PERMUTE_TWO) {
+      // Behind the last channel lies the next key row.
       __builtin_prefetch(column + CHANNELS_AHEAD * a.pitch);
       __builtin_prefetch(column + CHANNELS_AHEAD * a.pitch + W);
       if (FETCH == DIRECT) __builtin_prefetch(column + CHANNELS_AHEAD * a.pitch + W + K - 1);
     }
-    if (FETCH == PERMUTE) {
+    if (FETCH == PERMUTE_TWO) {
       low = simd::load(column);
       high = simd::load(column + W);
     }
@@ -55,10 +56,12 @@ static void score_kernel(const ScoreArgs& args) {
     for (int r = 0; r < R; r++) q[r] = simd::load(query + static_cast<size_t>(r) * a.dim * W);
     VB_UNROLL
     for (int k = 0; k < K; k++) {
-      const F key = simd::in_register(FETCH == DIRECT    ? simd::load(column + k)
-                                      : FETCH == PERMUTE ? simd::permute(low, high, a.offset, k)
-                                      : FETCH == GATHER  ? simd::gather(column + k, a.offset)
-                                                         : simd::set1(column[k]));
+      const F key = simd::in_register(
+          FETCH == DIRECT        ? simd::load(column + k)
+          : FETCH == PERMUTE     ? simd::permute(simd::load(column + k), a.offset)
+          : FETCH == PERMUTE_TWO ? simd::permute(low, high, a.offset, k)
+          : FETCH == GATHER      ? simd::gather(column + k, a.offset)
+                                 : simd::set1(column[k]));
       VB_UNROLL
       for (int r = 0; r < R; r++) sum[r][k] = simd::fma(q[r], key, sum[r][k]);
     }
@@ -234,8 +237,9 @@ static constexpr std::array<std::array<ScoreKernel, MAX_KEYS>, MAX_ROWS> score_r
   return {score_row<1, FETCH>(keys), score_row<2, FETCH>(keys), score_row<3, FETCH>(keys)};
 }
 // [fetch][query rows - 1][keys - 1]
-static constexpr std::array<std::array<std::array<ScoreKernel, MAX_KEYS>, MAX_ROWS>, 4> SCORE = {
-    score_rows<DIRECT>(), score_rows<PERMUTE>(), score_rows<GATHER>(), score_rows<BROADCAST>()};
+static constexpr std::array<std::array<std::array<ScoreKernel, MAX_KEYS>, MAX_ROWS>, 5> SCORE = {
+    score_rows<DIRECT>(), score_rows<PERMUTE>(), score_rows<PERMUTE_TWO>(), score_rows<GATHER>(),
+    score_rows<BROADCAST>()};
 
 // For tiles of some query rows: one lane, several, several whose windows slide; by the vectors of
 // channels - 1.

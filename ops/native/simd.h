@@ -39,8 +39,8 @@ namespace simd {
 // ---- basic operations --------------------------------------------------------------------------
 #if VB_AVX512
 constexpr int W = 16;
-constexpr bool HAS_PERMUTE = true;  // a lookup in two registers costs less than a gather
-constexpr bool ONE_PERMUTE = true;  // and is a single instruction
+constexpr bool HAS_PERMUTE = true;  // lookups in registers cost less than a gather
+constexpr bool ONE_PERMUTE = true;  // even in two of them it is a single instruction
 constexpr int REGISTERS = 32;
 using F = __m512;
 static VB_INLINE F set1(float x) { return _mm512_set1_ps(x); }
@@ -68,6 +68,10 @@ static VB_INLINE __m256i rounded(F v) {
   r = _mm512_mask_mov_epi32(r, _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
   return _mm512_cvtepi32_epi16(r);
 #endif
+}
+// Lane l: v[index[l]].
+static VB_INLINE F permute(F v, const int32_t* index) {
+  return _mm512_permutexvar_ps(_mm512_loadu_si512(index), v);
 }
 // Lane l: table[index[l] + shift], where the 2 W entries of the table are in two registers.
 static VB_INLINE F permute(F low, F high, const int32_t* index, int shift) {
@@ -108,6 +112,9 @@ static VB_INLINE F load_bf16(const BFloat16* p) {
 }
 static VB_INLINE __m256i load_index(const int32_t* p) {
   return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
+static VB_INLINE F permute(F v, const int32_t* index) {
+  return _mm256_permutevar8x32_ps(v, load_index(index));
 }
 static VB_INLINE F permute(F low, F high, const int32_t* index, int shift) {
   const __m256i i = _mm256_add_epi32(load_index(index), _mm256_set1_epi32(shift));
@@ -172,6 +179,11 @@ static VB_INLINE F load_bf16(const BFloat16* p) {
     std::memcpy(&x, &bits, sizeof x);
     r[l] = x;
   }
+  return r;
+}
+static VB_INLINE F permute(F v, const int32_t* index) {
+  F r;
+  for (int l = 0; l < W; l++) r[l] = v[index[l]];
   return r;
 }
 static VB_INLINE F permute(F low, F high, const int32_t* index, int shift) {
