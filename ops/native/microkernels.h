@@ -32,6 +32,8 @@ constexpr int CHANNELS_AHEAD = 16;
 template <int R, int K, int FETCH>
 static void score_kernel(const ScoreArgs& args) {
   const ScoreArgs a = args;  // a copy, which stores through float pointers cannot change
+  // With one query row only, loads across cache lines would take longer than the arithmetic.
+  constexpr bool RUN = FETCH == DIRECT && R == 1;
   F sum[R][K];
   VB_UNROLL
   for (int r = 0; r < R; r++) {
@@ -41,7 +43,8 @@ static void score_kernel(const ScoreArgs& args) {
   const float* column = a.column;
   const float* query = a.query;
   for (int c = 0; c < a.dim; c++, column += a.pitch, query += W) {
-    F low = simd::zero(), high = low, q[R];
+    F low = simd::zero(), high = low, run[K], q[R];
+    if constexpr (RUN) simd::load_run(column, run, std::make_index_sequence<K>());
     if (FETCH == DIRECT || FETCH == PERMUTE || FETCH == PERMUTE_TWO) {
       // Behind the last channel lies the next key row.
       __builtin_prefetch(column + CHANNELS_AHEAD * a.pitch);
@@ -57,7 +60,8 @@ static void score_kernel(const ScoreArgs& args) {
     VB_UNROLL
     for (int k = 0; k < K; k++) {
       const F key = simd::in_register(
-          FETCH == DIRECT        ? simd::load(column + k)
+          RUN                    ? run[k]
+          : FETCH == DIRECT      ? simd::load(column + k)
           : FETCH == PERMUTE     ? simd::permute(simd::load(column + k), a.offset)
           : FETCH == PERMUTE_TWO ? simd::permute(low, high, a.offset, k)
           : FETCH == GATHER      ? simd::gather(column + k, a.offset)

@@ -6,6 +6,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VL__)
 #define VB_AVX512 1
@@ -40,7 +41,6 @@ namespace simd {
 #if VB_AVX512
 constexpr int W = 16;
 constexpr bool HAS_PERMUTE = true;  // lookups in registers cost less than a gather
-constexpr bool ONE_PERMUTE = true;  // even in two of them it is a single instruction
 constexpr int REGISTERS = 32;
 using F = __m512;
 static VB_INLINE F set1(float x) { return _mm512_set1_ps(x); }
@@ -91,7 +91,6 @@ static VB_INLINE bool all_equal(F a, F b) { return _mm512_cmp_ps_mask(a, b, _CMP
 #elif VB_AVX2
 constexpr int W = 8;
 constexpr bool HAS_PERMUTE = true;
-constexpr bool ONE_PERMUTE = false;
 constexpr int REGISTERS = 16;
 using F = __m256;
 static VB_INLINE F set1(float x) { return _mm256_set1_ps(x); }
@@ -136,7 +135,6 @@ static VB_INLINE bool all_equal(F a, F b) {
 #else
 constexpr int W = 4;
 constexpr bool HAS_PERMUTE = false;
-constexpr bool ONE_PERMUTE = false;
 #if defined(__aarch64__)
 constexpr int REGISTERS = 32;
 #else
@@ -214,6 +212,18 @@ static VB_INLINE bool all_equal(F a, F b) {
 #endif
 
 static VB_INLINE F zero() { return set1(0.f); }
+
+// v[k] = load(p + k), where 2 W floats can be read from `p` on.
+template <size_t... K>
+static VB_INLINE void load_run(const float* p, F (&v)[sizeof...(K)], std::index_sequence<K...>) {
+#if VB_AVX512
+  // All but one of those loads would lie across two cache lines, which takes twice as long.
+  const __m512i low = _mm512_loadu_si512(p), high = _mm512_loadu_si512(p + W);
+  ((v[K] = _mm512_castsi512_ps(_mm512_alignr_epi32(high, low, K))), ...);
+#else
+  ((v[K] = load(p + K)), ...);
+#endif
+}
 
 // Makes the compiler load `v` once and keep it, where it would rather repeat the load as an operand
 // of every use.

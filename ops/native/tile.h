@@ -121,11 +121,7 @@ static void score_slice(const Slice& s, const Lanes& lanes, int low, int dim, si
   a.pitch = column_pitch;
   a.offset = lanes.offset;
   a.score_pitch = SCORE_PITCH;
-  // Where a key serves one query row only, a lookup in two registers costs less than loads across
-  // cache lines.
-  const bool look_up =
-      simd::ONE_PERMUTE && s.row_count == 1 && (lanes.fetch == DIRECT || lanes.fetch == PERMUTE);
-  const auto& kernels = SCORE[look_up ? PERMUTE_TWO : lanes.fetch][s.row_count - 1];
+  const auto& kernels = SCORE[lanes.fetch][s.row_count - 1];
   for (int y = 0; y < s.rows; y++) {
     const float* column = columns_of(y) + (lanes.base + s.offset - low);
     float* out = score + s.row * SCORE_PITCH + static_cast<size_t>(s.slot + y * s.width) * W;
