@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
+import struct
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -16,7 +17,14 @@ from torch import Tensor
 from ops import native
 from ops.native.eager import is_plain_call, unsupported_tensors
 
-__all__ = ["ACTIVATIONS", "depthwise_branches", "depthwise_conv2d", "taps_first", "unsupported"]
+__all__ = [
+    "ACTIVATIONS",
+    "depthwise_branches",
+    "depthwise_conv2d",
+    "prepare",
+    "taps_first",
+    "unsupported",
+]
 
 # The order is that of `activation::Kind` in ops/native/activation.h.
 ACTIVATIONS = ("none", "relu", "gelu", "silu", "hardswish")
@@ -43,6 +51,10 @@ class _Tensors(ctypes.Structure):
     """``depthwise::Tensors`` of ops/native/depthwise.h."""
 
     _fields_ = [(name, ctypes.c_void_p) for name in ("input", "weight", "bias", "output")]
+
+
+# The same as plain bytes, which are made in less time.
+_TENSORS = struct.Struct(f"={len(_Tensors._fields_)}Q")
 
 
 def taps_first(weight: Tensor) -> Tensor:
@@ -96,6 +108,46 @@ def depthwise_conv2d(
     """
     convolve = _depthwise_conv2d if is_plain_call((x, taps, bias)) else _dispatched
     return convolve(x, taps, bias, stride, padding, dilation, activation)
+
+
+def prepare(
+    x: Tensor,
+    taps: Tensor,
+    bias: Tensor | None = None,
+    stride: Sequence[int] = (1, 1),
+    padding: Sequence[int] = (0, 0),
+    dilation: Sequence[int] = (1, 1),
+    activation: str = "none",
+) -> Callable[[Tensor], Tensor] | None:
+    """What does as :func:`depthwise_conv2d` for such ``x`` in the least time.
+
+    It has the same shape, strides and dtype, :func:`ops.native.eager.is_plain_call` holds for it,
+    and the number of threads is the same.
+
+    Args:
+        x, taps, bias, stride, padding, dilation, activation: as for :func:`depthwise_conv2d`.
+
+    Returns:
+        A function of ``x``; None where it has to be copied first, or the result is empty.
+
+    Raises:
+        ValueError, RuntimeError: see :func:`depthwise_conv2d`.
+    """
+    out = _empty_output(x, taps, bias, stride, padding, dilation, activation)
+    if _channels_last(x) is not x or out.numel() == 0:
+        return None
+    forward = _library_or_raise(stride, x).depthwise_forward
+    problem = ctypes.byref(_plan(x, taps, stride, padding, dilation, activation, out))
+    shape = tuple(out.permute(0, 2, 3, 1).shape)
+
+    def run(x: Tensor) -> Tensor:
+        out = x.new_empty(shape)
+        addresses = (x.data_ptr(), taps.data_ptr(), 0 if bias is None else bias.data_ptr())
+        if forward(problem, _TENSORS.pack(*addresses, out.data_ptr())):
+            raise MemoryError("no memory for the scratch of a depthwise convolution")
+        return out.permute(0, 3, 1, 2)
+
+    return run
 
 
 def depthwise_branches(x: Tensor, taps: Sequence[Tensor], biases: Sequence[Tensor]) -> Tensor:
@@ -268,7 +320,24 @@ def _run(
     library = _library_or_raise(stride, x)
     if out.numel() == 0:
         return
-    problem = _problem(
+    problem = _plan(x, taps, stride, padding, dilation, activation, out)
+    tensors = _Tensors(
+        x.data_ptr(), taps.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr()
+    )
+    if library.depthwise_forward(ctypes.byref(problem), ctypes.byref(tensors)):
+        raise MemoryError("no memory for the scratch of a depthwise convolution")
+
+
+def _plan(
+    x: Tensor,
+    taps: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str,
+    out: Tensor,
+) -> _Problem:
+    return _problem(
         (*x.shape, *taps.shape[:2], *out.shape[2:]),
         (*stride, *padding, *dilation),
         _strides(x),
@@ -277,11 +346,6 @@ def _run(
         x.dtype == torch.bfloat16,
         torch.get_num_threads(),
     )
-    tensors = _Tensors(
-        x.data_ptr(), taps.data_ptr(), None if bias is None else bias.data_ptr(), out.data_ptr()
-    )
-    if library.depthwise_forward(ctypes.byref(problem), ctypes.byref(tensors)):
-        raise MemoryError("no memory for the scratch of a depthwise convolution")
 
 
 @functools.lru_cache(maxsize=1024)  # a network has few different ones, and filling them in is slow

@@ -35,7 +35,7 @@ __all__ = [
 
 _KERNEL = "linear"
 # Tensors in bytes, which takes less time than to fill in the structure.
-_TENSORS = struct.Struct(f"={len(Tensors._fields_)}Q")
+TENSORS = struct.Struct(f"={len(Tensors._fields_)}Q")
 
 
 def unsupported(
@@ -102,7 +102,7 @@ def packed_linear(
         weight: see :func:`pack_weight`.
         bias: (out_features,) float32; its length tells that of the result.
         activation: one of :data:`ops.depthwise.ACTIVATIONS`; GELU is the exact one.
-        other: (B, ..., out_features).
+        other: (B, ..., out_features), in the dtype of ``x``.
         combination: one of :data:`COMBINATIONS`, what is done with ``other``.
         scale: (B, in_features) float32, by which the inputs are multiplied.
 
@@ -165,7 +165,7 @@ def prepare(
     def run(x: Tensor, other: Tensor | None) -> Tensor:
         out = x.new_empty(shape)
         beside = 0 if other is None else other.data_ptr()
-        tensors = _TENSORS.pack(
+        tensors = TENSORS.pack(
             x.data_ptr(), weight.data_ptr(), bias.data_ptr(), beside, 0, out.data_ptr(), 0
         )
         if forward(problem, tensors):
@@ -233,6 +233,8 @@ def _plan(
     energy: bool,
 ) -> Plan:
     x, weight, bias, other, scale = tensors
+    if other is not None and other.dtype != x.dtype:
+        raise ValueError(f"other must be {x.dtype} as x, got {other.dtype}")
     return plan_layer(
         x.shape,
         x.stride(),

@@ -7,15 +7,16 @@ from __future__ import annotations
 
 import ctypes
 import functools
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from ops.linear import library_or_raise
+from ops.linear import TENSORS, library_or_raise
 from ops.native.eager import is_plain_call
 from ops.native.linear_plan import Layer, Plan, Tensors, output_shape, plan_layer
 
-__all__ = ["packed_mlp"]
+__all__ = ["packed_mlp", "prepare"]
 
 
 def packed_mlp(
@@ -37,7 +38,7 @@ def packed_mlp(
         bias1: (hidden,) float32.
         bias2: (out_features,) float32.
         activation: as for :func:`ops.linear.packed_linear`.
-        residual: (B, ..., out_features).
+        residual: (B, ..., out_features), in the dtype of ``x``.
 
     Returns:
         (B, ..., out_features), contiguous.
@@ -48,6 +49,45 @@ def packed_mlp(
     plain = is_plain_call((x, weight1, bias1, weight2, bias2, residual))
     forward = _packed_mlp if plain else _dispatched
     return forward(x, weight1, bias1, weight2, bias2, activation, residual)
+
+
+def prepare(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    activation: str = "none",
+    residual: Tensor | None = None,
+) -> Callable[[Tensor, Tensor | None], Tensor] | None:
+    """What does as :func:`packed_mlp` for such ``x`` and ``residual`` in the least time.
+
+    See :func:`ops.linear.prepare`; the arguments are those of :func:`packed_mlp`.
+
+    Returns:
+        A function of ``x`` and ``residual``; None where they have to be copied first, or are empty.
+
+    Raises:
+        ValueError, RuntimeError: see :func:`ops.linear.packed_linear`.
+    """
+    first, second = _plans_of(x, weight1, bias1, weight2, bias2, activation, residual)
+    copies = first.copies_input or (residual is not None and second.copies_other)
+    shape = second.out_shape
+    if copies or 0 in shape:
+        return None
+    forward = library_or_raise(x).linear_forward_pair
+    problems = ctypes.byref(first.problem), ctypes.byref(second.problem)
+
+    def run(x: Tensor, residual: Tensor | None) -> Tensor:
+        out = x.new_empty(shape)
+        other = 0 if residual is None else residual.data_ptr()
+        before = (x.data_ptr(), weight1.data_ptr(), bias1.data_ptr(), 0, 0, 0, 0)
+        after = (0, weight2.data_ptr(), bias2.data_ptr(), other, 0, out.data_ptr(), 0)
+        if forward(problems[0], TENSORS.pack(*before), problems[1], TENSORS.pack(*after)):
+            raise MemoryError("no memory for the scratch of two linear layers")
+        return out
+
+    return run
 
 
 _library = torch.library.Library("vision_backbones", "FRAGMENT")
@@ -68,13 +108,7 @@ def _packed_mlp(
     activation: str,
     residual: Tensor | None,
 ) -> Tensor:
-    first, second = _plans(
-        (x.shape, x.stride(), x.dtype),
-        (weight1.dtype, weight1.numel(), bias1.shape, activation),
-        (weight2.dtype, weight2.numel(), bias2.shape),
-        None if residual is None else (residual.shape, residual.stride()),
-        torch.get_num_threads(),
-    )
+    first, second = _plans_of(x, weight1, bias1, weight2, bias2, activation, residual)
     library = library_or_raise(x)
     out = x.new_empty(second.out_shape)
     if out.numel() == 0:
@@ -123,6 +157,26 @@ def _second_layer(
     has_residual: bool,
 ) -> Layer:
     return dtype, weight_dtype, weights, bias, "none", "add" if has_residual else "none"
+
+
+def _plans_of(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    activation: str,
+    residual: Tensor | None,
+) -> tuple[Plan, Plan]:
+    if residual is not None and residual.dtype != x.dtype:
+        raise ValueError(f"residual must be {x.dtype} as x, got {residual.dtype}")
+    return _plans(
+        (x.shape, x.stride(), x.dtype),
+        (weight1.dtype, weight1.numel(), bias1.shape, activation),
+        (weight2.dtype, weight2.numel(), bias2.shape),
+        None if residual is None else (residual.shape, residual.stride()),
+        torch.get_num_threads(),
+    )
 
 
 @functools.lru_cache(maxsize=1024)

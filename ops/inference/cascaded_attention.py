@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from collections.abc import Sequence
+import struct
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +20,7 @@ from ops import native
 from ops.depthwise import taps_first
 from ops.linear import pack_weight
 from ops.linear import unsupported as linear_unsupported
-from ops.native.eager import is_plain_call
+from ops.native.eager import Repeats
 
 __all__ = ["PackedCascadedAttention", "unsupported"]
 
@@ -50,6 +51,10 @@ class _Tensors(ctypes.Structure):
             *("taps_bias", "table", "output"),
         )
     ]
+
+
+# The same as plain bytes, which are made in less time.
+_TENSORS = struct.Struct(f"={len(_Tensors._fields_)}Q")
 
 
 def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -89,7 +94,7 @@ class PackedCascadedAttention:
         self._qk_dim, self._eps = qk_dim, 0.0 if norm is None else norm.eps
         self._dtype = projections[0].weight.dtype
         weight = torch.cat([pack_weight(layer.weight.flatten(1)) for layer in projections])
-        self._projection = (weight, torch.stack([_bias(layer) for layer in projections]))
+        self._projection = weight, torch.stack([_bias(layer) for layer in projections])
         self._norm: tuple[Tensor | None, Tensor | None] = (None, None)
         if norm is not None:
             self._norm = norm.weight.detach().float(), norm.bias.detach().float()
@@ -98,6 +103,8 @@ class PackedCascadedAttention:
             sides = torch.tensor([conv.kernel_size[0] for conv in convs])
             taps = torch.cat([taps_first(conv.weight).flatten() for conv in convs])
             self._convs = sides, taps, torch.stack([_bias(conv) for conv in convs])
+        self._parameters = (*self._norm, *self._projection, *self._convs)
+        self._repeats = Repeats(self._prepare)
 
     def __call__(self, x: Tensor, table: Tensor | None = None) -> Tensor:
         """(N, H, W, dim) → (N, H, W, dim).
@@ -109,9 +116,29 @@ class PackedCascadedAttention:
         Raises:
             ValueError: another dtype, shapes that do not go together.
         """
-        inputs = (x, *self._norm, *self._projection, *self._convs, table)
-        forward = _run if is_plain_call(inputs) else _dispatched
-        return forward(*inputs, self._qk_dim, self._eps)
+        way = self._repeats.find((x, table))
+        if way is not None:
+            return way(x, table)
+        return _dispatched(x, *self._parameters, table, self._qk_dim, self._eps)
+
+    def _prepare(
+        self, x: Tensor, table: Tensor | None
+    ) -> Callable[[Tensor, Tensor | None], Tensor] | None:
+        problem = ctypes.byref(_plan(x, *self._projection, table, self._qk_dim, self._eps))
+        forward, parameters = _library_or_raise(x).cascaded_attention_forward, self._parameters
+        dense = x.is_contiguous() and (table is None or table.is_contiguous())
+        if not dense or x.numel() == 0:
+            return None
+
+        def run(x: Tensor, table: Tensor | None) -> Tensor:
+            out = torch.empty_like(x)
+            tensors = (x, *parameters, table, out)
+            addresses = _TENSORS.pack(*(0 if t is None else t.data_ptr() for t in tensors))
+            if forward(problem, addresses):
+                raise MemoryError("no memory for the scratch of cascaded attention")
+            return out
+
+        return run
 
 
 def _bias(layer: nn.Conv2d) -> Tensor:
@@ -142,18 +169,7 @@ def _run(
     qk_dim: int,
     eps: float,
 ) -> Tensor:
-    problem = _problem(
-        x.shape,
-        (x.dtype, weight.dtype),
-        bias.shape,
-        qk_dim,
-        None if table is None else table.shape,
-        eps,
-        torch.get_num_threads(),
-    )
-    library, reason = native.load(_KERNEL), unsupported(x.device, x.dtype)
-    if library is None or reason is not None:
-        raise RuntimeError(f"the kernel of cascaded attention is not available: {reason}")
+    problem, library = _plan(x, weight, bias, table, qk_dim, eps), _library_or_raise(x)
     x = x.contiguous()
     out = torch.empty_like(x)
     if out.numel() == 0:
@@ -172,6 +188,27 @@ def _run(
 @torch.library.register_fake("vision_backbones::cascaded_attention", lib=_library)
 def _empty_output(x: Tensor, *others: Any) -> Tensor:
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _library_or_raise(x: Tensor) -> ctypes.CDLL:
+    library, reason = native.load(_KERNEL), unsupported(x.device, x.dtype)
+    if library is None or reason is not None:
+        raise RuntimeError(f"the kernel of cascaded attention is not available: {reason}")
+    return library
+
+
+def _plan(
+    x: Tensor, weight: Tensor, bias: Tensor, table: Tensor | None, qk_dim: int, eps: float
+) -> _Problem:
+    return _problem(
+        x.shape,
+        (x.dtype, weight.dtype),
+        bias.shape,
+        qk_dim,
+        None if table is None else table.shape,
+        eps,
+        torch.get_num_threads(),
+    )
 
 
 @functools.lru_cache(maxsize=1024)  # a network has few different ones, and filling them in is slow

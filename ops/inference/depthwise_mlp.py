@@ -166,8 +166,11 @@ def _run(
     conv_activation: str,
 ) -> Tensor:
     out = x.new_empty(*x.shape[:-1], len(bias2) // 2)
-    if residual is not None and residual.shape != out.shape:
-        raise ValueError(f"residual must be {tuple(out.shape)}, got {tuple(residual.shape)}")
+    if residual is not None and (residual.shape, residual.dtype) != (out.shape, out.dtype):
+        raise ValueError(
+            f"residual must be {tuple(out.shape)} of {out.dtype}, got {tuple(residual.shape)} of "
+            f"{residual.dtype}"
+        )
     library = native.load(_KERNEL)
     if library is None:
         raise RuntimeError(f"no kernel of feed-forwards: {native.unavailable_reason(_KERNEL)}")

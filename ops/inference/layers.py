@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from ops import linear as native_linear
 from ops.depthwise import depthwise_conv2d, taps_first, unsupported
-from ops.native.eager import is_plain_call
+from ops.depthwise import prepare as prepare_depthwise
+from ops.native.eager import Repeats
 
 __all__ = [
     "ActivatedLayer",
@@ -61,7 +62,6 @@ _LARGE_WINDOW = 49
 _VECTOR = 16  # floats, at most
 # Up to this many rows our linear kernel, which fetches weights ahead, is the faster one.
 _FEW_ROWS = {torch.float32: 2048, torch.bfloat16: 512}
-_MAX_WAYS = 64  # that a layer remembers: sizes of maps
 
 
 @functools.cache
@@ -206,38 +206,38 @@ class PackedLinear:
         self._few_rows = _FEW_ROWS[weight.dtype] if self._has_kernel else 0
         self._for_kernel: tuple[Tensor, Tensor] | None = None
         self._for_onednn: Tensor | None = None
-        self._ways: dict[tuple[Any, ...], Callable[[Tensor, Tensor | None], Tensor]] = {}
+        self._repeats = Repeats(self._prepare)
 
     def __call__(self, x: Tensor, activation: str, residual: Tensor | None) -> Tensor:
         """``activation(linear(x)) + residual``, (..., in_features) → (..., out_features)."""
-        if not is_plain_call((x, residual)):
-            return self._way(x, activation, residual, prepared=False)(x, residual)
-        beside = None if residual is None else (residual.shape, residual.stride())
-        call = (x.shape, x.stride(), activation, beside, torch.get_num_threads())
-        way = self._ways.get(call)
-        if way is None:
-            if len(self._ways) >= _MAX_WAYS:
-                self._ways.clear()
-            way = self._ways[call] = self._way(x, activation, residual, prepared=True)
-        return way(x, residual)
+        way = self._repeats.find((x, residual), activation)
+        return (way or self._way(x, activation))(x, residual)
 
-    def _way(
-        self, x: Tensor, activation: str, residual: Tensor | None, prepared: bool
-    ) -> Callable[[Tensor, Tensor | None], Tensor]:
-        """What computes the layer for such ``x`` and ``residual``."""
+    def packed(self, x: Tensor, activation: str) -> tuple[Tensor, Tensor] | None:
+        """What our kernel wants of weight and bias, if it is the faster one for such ``x``."""
         rows = x.numel() // max(1, x.shape[-1])
         few = rows <= self._few_rows or activation == "gelu" and x.dtype == torch.bfloat16
-        if self._has_kernel and few and x.ndim > 1:
-            combination, packed = "none" if residual is None else "add", self._packed()
-            if prepared:
-                way = native_linear.prepare(x, *packed, activation, residual, combination)
-                if way is not None:
-                    return way
+        return self._packed() if self._has_kernel and few and x.ndim > 1 else None
+
+    def _prepare(
+        self, x: Tensor, residual: Tensor | None, activation: str
+    ) -> Callable[[Tensor, Tensor | None], Tensor]:
+        packed, way = self.packed(x, activation), None
+        if packed is not None:
+            combination = "none" if residual is None else "add"
+            way = native_linear.prepare(x, *packed, activation, residual, combination)
+        return way or self._way(x, activation)
+
+    def _way(self, x: Tensor, activation: str) -> Callable[[Tensor, Tensor | None], Tensor]:
+        """What computes the layer for any tensors with as many rows as ``x``."""
+        packed = self.packed(x, activation)
+        if packed is not None:
             return lambda x, other: native_linear.packed_linear(
-                x, *packed, activation, other, combination
+                x, *packed, activation, other, "none" if other is None else "add"
             )
         if self._for_onednn is None:
-            self._for_onednn = torch.ops.mkldnn._reorder_linear_weight(self._weight, max(1, rows))
+            rows = max(1, x.numel() // max(1, x.shape[-1]))
+            self._for_onednn = torch.ops.mkldnn._reorder_linear_weight(self._weight, rows)
         weight, bias = self._for_onednn, self._bias
         return lambda x, other: _onednn_linear(x, weight, bias, activation, other)
 
@@ -366,18 +366,35 @@ class FastConv2d(ActivatedLayer, nn.Conv2d):
         )
 
 
+class PackedDepthwise:
+    """A depthwise convolution with its taps in our kernel's order; the activation may change."""
+
+    def __init__(self, conv: ActivatedLayer) -> None:
+        layer: Any = conv
+        bias = None if layer.bias is None else layer.bias.detach().float()
+        self._tensors = taps_first(layer.weight), bias
+        self._geometry = layer.stride, layer.padding, layer.dilation
+        self._repeats = Repeats(self._prepare)
+
+    def __call__(self, x: Tensor, activation: str) -> Tensor:
+        """(B, C, H, W) → (B, C, H', W')."""
+        way = self._repeats.find((x,), activation)
+        if way is not None:
+            return way(x)
+        return depthwise_conv2d(x, *self._tensors, *self._geometry, activation)
+
+    def _prepare(self, x: Tensor, activation: str) -> Callable[[Tensor], Tensor] | None:
+        return prepare_depthwise(x, *self._tensors, *self._geometry, activation)
+
+
 class FastDepthwiseConv2d(FastConv2d):
     """As :class:`FastConv2d`, by our own kernel where that is the faster one."""
 
     def forward(self, x: Tensor) -> Tensor:
-        derived = self.derived(x)
-        if not isinstance(derived, tuple):
-            return super().forward(x)
-        assert not isinstance(self.padding, str)
-        taps, bias = derived
-        return depthwise_conv2d(
-            x, taps, bias, self.stride, self.padding, self.dilation, self.activation
-        )
+        packed = self.derived(x)
+        if isinstance(packed, PackedDepthwise):
+            return packed(x, self.activation)
+        return super().forward(x)
 
     def derive(self, x: Tensor) -> Any:
         rows, columns = self.kernel_size
@@ -389,4 +406,4 @@ class FastDepthwiseConv2d(FastConv2d):
         simple &= x.is_contiguous(memory_format=torch.channels_last)
         if simple or unsupported(self.stride, x.device, x.dtype) is not None:
             return super().derive(x)
-        return taps_first(self.weight), None if self.bias is None else self.bias.detach().float()
+        return PackedDepthwise(self)

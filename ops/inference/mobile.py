@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ops.attention.cascaded import CascadedGroupAttention, distance_bias, resize_distance_table
 from ops.attention.single_head import SingleHeadAttention
 from ops.inference.cascaded_attention import PackedCascadedAttention, unsupported
-from ops.inference.layers import FastLayer
+from ops.inference.layers import FastLayer, FastPointwiseConv2d
 from ops.mobile import ConvFFN, ExpandMerging, Residual
+from ops.native.eager import Repeats
+from ops.packed_mlp import prepare as prepare_mlp
 
 __all__ = [
     "FastCascadedGroupAttention",
@@ -41,17 +44,39 @@ class FastResidual(Residual):
         return self.fn(x, residual=x)
 
 
-class FastConvFFN(ConvFFN):
-    """On tokens; ``fc2`` adds the shortcut."""
+class FastConvFFN(FastLayer, ConvFFN):
+    """On tokens; ``fc2`` adds the shortcut. Small maps go through both layers in one call."""
 
     followed: ClassVar = {"act": ("fc1",)}
+    fc1: Any
+    fc2: Any
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        fc1: Any = self.fc1
-        fc2: Any = self.fc2
         tokens = x.permute(0, 2, 3, 1)
         shortcut = None if residual is None else residual.permute(0, 2, 3, 1)
-        return fc2.on_last(self.act(fc1.on_last(tokens)), shortcut).permute(0, 3, 1, 2)
+        pair = self.derived(x)
+        way = None if pair is None else pair.find((tokens, shortcut), self.fc1.activation)
+        if way is not None:
+            out: Tensor = way(tokens, shortcut)
+        else:
+            out = self.fc2.on_last(self.act(self.fc1.on_last(tokens)), shortcut)
+        return out.permute(0, 3, 1, 2)
+
+    def sources(self) -> list[Tensor]:
+        return [*self.fc1.parameters(), *self.fc2.parameters()]
+
+    def derive(self, x: Tensor) -> Repeats | None:
+        plain = all(isinstance(layer, FastPointwiseConv2d) for layer in (self.fc1, self.fc2))
+        return Repeats(self._prepare) if plain and isinstance(self.act, nn.Identity) else None
+
+    def _prepare(
+        self, tokens: Tensor, shortcut: Tensor | None, activation: str
+    ) -> Callable[[Tensor, Tensor | None], Tensor] | None:
+        first: tuple[Tensor, Tensor] | None = self.fc1.derived(tokens).packed(tokens, activation)
+        second: tuple[Tensor, Tensor] | None = self.fc2.derived(tokens).packed(tokens, "none")
+        if first is None or second is None:
+            return None
+        return prepare_mlp(tokens, *first, *second, activation, shortcut)
 
 
 class FastExpandMerging(ExpandMerging):

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from ops.native.build import unavailable_reason
 
-__all__ = ["is_plain_call", "unsupported_tensors"]
+__all__ = ["Repeats", "is_plain_call", "unsupported_tensors"]
 
 
 def _key_set(*names: str) -> int:
@@ -44,6 +45,39 @@ def is_plain_call(tensors: Sequence[Tensor | None]) -> bool:
         if _dispatch_keys(t).raw_repr() | _PLAIN_TENSOR != _PLAIN_TENSOR:
             return False
     return True
+
+
+class Repeats:
+    """Functions for calls that repeat, each made for shapes, strides and dtypes of its tensors.
+
+    To plan the call of a small layer takes longer than to compute it.
+
+    Args:
+        prepare: from tensors and options to a function for such tensors and so many threads, or to
+            None where there is none.
+    """
+
+    _MOST = 64  # sizes of maps that are remembered
+
+    def __init__(self, prepare: Callable[..., Callable[..., Any] | None]) -> None:
+        self._prepare = prepare
+        self._functions: dict[Hashable, Callable[..., Any] | None] = {}
+
+    def find(
+        self, tensors: Sequence[Tensor | None], *options: Hashable
+    ) -> Callable[..., Any] | None:
+        """The function for such tensors, None also where :func:`is_plain_call` does not hold."""
+        if not is_plain_call(tensors):
+            return None
+        layouts = [None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors]
+        call = (*layouts, options, torch.get_num_threads())
+        try:
+            return self._functions[call]
+        except KeyError:
+            if len(self._functions) >= self._MOST:
+                self._functions.clear()
+            function = self._functions[call] = self._prepare(*tensors, *options)
+            return function
 
 
 def unsupported_tensors(kernel: str, device: torch.device, dtype: torch.dtype) -> str | None:

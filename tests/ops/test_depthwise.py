@@ -15,6 +15,7 @@ from ops.depthwise import (
     ACTIVATIONS,
     depthwise_branches,
     depthwise_conv2d,
+    prepare,
     taps_first,
     unsupported,
 )
@@ -122,6 +123,26 @@ def test_a_slice_of_channels_is_read_where_it_lies() -> None:
     expected = F.conv2d(x.double(), weight, None, 1, 2, 1, 16)
     out = depthwise_conv2d(x, taps_first(weight), None, (1, 1), (2, 2))
     assert _relative(out, expected) < 2e-6
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("has_bias", [True, False])
+def test_prepared_calls_are_the_others(has_bias: bool, dtype: torch.dtype) -> None:
+    x, y = (
+        random(2, 24, 9, 7, seed=s).to(dtype).to(memory_format=torch.channels_last) for s in (5, 6)
+    )
+    taps, bias = taps_first(random(24, 1, 3, 5)), random(24).float() if has_bias else None
+    options = ((2, 1), (1, 2), (1, 2), "gelu")
+    function = prepare(x, taps, bias, *options)
+    out, expected = function(y), depthwise_conv2d(y, taps, bias, *options)
+    assert torch.equal(out, expected) and out.stride() == expected.stride()
+    part = prepare(x[:, 4:12], taps[..., 4:12].contiguous(), None)
+    expected = depthwise_conv2d(y[:, 4:12], taps[..., 4:12].contiguous())
+    assert torch.equal(part(y[:, 4:12]), expected)
+    assert prepare(x.contiguous(), taps, bias, *options) is None  # would be copied
+    assert prepare(x[:0], taps, bias, *options) is None
+    with pytest.raises(ValueError, match="activation must be one of"):
+        prepare(x, taps, bias, activation="tanh")
 
 
 def test_threads_change_nothing() -> None:

@@ -152,6 +152,10 @@ def test_no_rows_give_no_rows() -> None:
         ({"x": torch.zeros(2, 6)}, "got .2, 6."),
         ({"x": torch.zeros(2, 99)}, "got .2, 99."),
         ({"other": torch.zeros(2, 4), "combination": "add"}, r"other must be .2, 3., got .2, 4."),
+        (
+            {"other": torch.zeros(2, 3).bfloat16(), "combination": "add"},
+            "other must be torch.float32 as x, got torch.bfloat16",
+        ),
         ({"scale": torch.zeros(1, 5)}, r"scale must be .2, 5., got .1, 5."),
         ({"x": torch.zeros(2, 5).bfloat16()}, "x is torch.bfloat16 and its weight torch.float32"),
     ],

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from compiled_kernels import LINEAR_DTYPES, linear_layer, random, using_threads
 
 from ops.linear import pack_weight
-from ops.packed_mlp import packed_mlp
+from ops.packed_mlp import packed_mlp, prepare
 
 
 @pytest.mark.parametrize("dtype", list(LINEAR_DTYPES))
@@ -43,10 +43,25 @@ def test_what_does_not_fit_is_refused() -> None:
         (r"must be one of .*got 'tanh'", x, *packed, *back, "tanh"),
         (r"other must be .2, 3, 8., got .2, 3, 5.", x, *packed, *back, "relu", x[..., :5]),
         (r"x is torch.bfloat16 and its weight torch.float32", x.bfloat16(), *packed, *back),
+        (r"residual must be torch.float32 as x", x, *packed, *back, "relu", x.bfloat16()),
     ):
         with pytest.raises(ValueError, match=message):
             packed_mlp(*arguments)
     assert packed_mlp(x[:0], *packed, *back).shape == (0, 3, 8)
+
+
+@pytest.mark.parametrize("dtype", list(LINEAR_DTYPES))
+def test_prepared_calls_are_the_others(dtype: torch.dtype) -> None:
+    packed, back = linear_layer(24, 40, dtype)[2], linear_layer(40, 16, dtype)[2]
+    x, y = (random(2, 5, 24, seed=s).to(dtype) for s in (5, 6))
+    residual = random(2, 5, 16, seed=7).to(dtype)
+    plain = prepare(x, *packed, *back, "gelu")
+    assert torch.equal(plain(y, None), packed_mlp(y, *packed, *back, "gelu"))
+    added = prepare(x, *packed, *back, "none", residual)
+    assert torch.equal(added(y, -residual), packed_mlp(y, *packed, *back, "none", -residual))
+    turned = residual.transpose(0, 1).contiguous().transpose(0, 1)
+    assert prepare(x, *packed, *back, "none", turned) is None  # would be copied
+    assert prepare(x[:0], *packed, *back) is None
 
 
 def test_compiles_and_has_a_fake() -> None:

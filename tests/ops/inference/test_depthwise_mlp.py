@@ -132,8 +132,12 @@ def test_bad_inputs_are_refused() -> None:
 def test_bad_residuals_are_refused() -> None:
     parts = _parts(8, 16, 8)
     packed = PackedDepthwiseMlp(parts["fc1"], None, parts["fc2"])
-    with pytest.raises(ValueError, match=r"residual must be \(1, 3, 8\), got \(1, 3, 9\)"):
-        packed(torch.zeros(1, 3, 8), torch.zeros(1, 3, 9))
+    for residual, message in (
+        (torch.zeros(1, 3, 9), r"\(1, 3, 8\) of torch.float32, got \(1, 3, 9\)"),
+        (torch.zeros(1, 3, 8).bfloat16(), r"got \(1, 3, 8\) of torch.bfloat16"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            packed(torch.zeros(1, 3, 8), residual)
     assert packed(torch.zeros(0, 3, 8)).shape == (0, 3, 8)
 
 

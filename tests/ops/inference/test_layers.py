@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from compiled_kernels import using_threads, without_kernels
 from torch import Tensor, nn
 
-from ops.inference import layers
-from ops.inference.layers import FastLinear, activate, convert
+from ops.inference.layers import FastDepthwiseConv2d, FastLinear, activate, convert
 
 
 def _linear(bias: bool = True) -> FastLinear:
@@ -45,14 +44,6 @@ def test_calls_of_many_kinds_one_after_the_other(bias, compiled, monkeypatch) ->
     _check(layer, torch.randn(3, 24))
 
 
-def test_only_so_many_sizes_are_remembered(monkeypatch) -> None:
-    monkeypatch.setattr(layers, "_MAX_WAYS", 4)
-    layer = _linear()
-    for rows in range(1, 12):
-        _check(layer, torch.randn(rows, 24))
-    assert 1 <= len(layer.derived(torch.randn(1, 24))._ways) <= 4
-
-
 def test_new_weights_and_copies() -> None:
     layer, x = _linear(), torch.randn(3, 24)
     _check(layer, x)
@@ -61,6 +52,21 @@ def test_new_weights_and_copies() -> None:
     _check(layer, x)
     _check(other, x)
     assert not torch.equal(layer(x), other(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@torch.no_grad()
+def test_depthwise_convolutions_of_many_kinds_one_after_the_other(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    plain = nn.Conv2d(32, 32, 3, padding=1, groups=32).to(dtype)
+    layer = convert(copy.deepcopy(plain), FastDepthwiseConv2d)
+    for _ in range(2):
+        for size in ((9, 7), (4, 4), (1, 1)):
+            x = torch.randn(2, 32, *size, dtype=dtype)
+            for image in (x, x.to(memory_format=torch.channels_last), x[:0], x[:, :, :1]):
+                torch.testing.assert_close(layer(image), plain(image), rtol=0.02, atol=1e-5)
+        activate(layer, "relu") if layer.activation == "none" else None
+        plain = nn.Sequential(plain, nn.ReLU())
 
 
 def test_transforms_go_through_torch() -> None:
