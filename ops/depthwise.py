@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ops import native
-from ops.native.eager import is_plain_call, unsupported_tensors
+from ops.native.eager import is_plain_call, require_dtype, unsupported_tensors
 
 __all__ = [
     "ACTIVATIONS",
@@ -103,7 +103,7 @@ def depthwise_conv2d(
         (B, C, H', W'), channels-last, in the dtype of ``x``; sums are of float32.
 
     Raises:
-        ValueError: shapes that do not go together, or an unknown activation.
+        ValueError: shapes or dtypes that do not go together, or an unknown activation.
         RuntimeError: the kernel is not available here (:func:`unsupported` tells beforehand).
     """
     convolve = _depthwise_conv2d if is_plain_call((x, taps, bias)) else _dispatched
@@ -210,6 +210,7 @@ def _empty_output(
         )
     if bias is not None and bias.shape != x.shape[1:2]:
         raise ValueError(f"bias must be ({x.shape[1]},), got {tuple(bias.shape)}")
+    require_dtype(torch.float32, taps=taps, bias=bias)
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
     size = []
@@ -238,6 +239,8 @@ def _depthwise_branches(x: Tensor, taps: Sequence[Tensor], biases: Sequence[Tens
         x.dtype == torch.bfloat16,
         torch.get_num_threads(),
     )
+    for kernel, bias in zip(taps, biases, strict=True):
+        require_dtype(torch.float32, taps=kernel, biases=bias)
     if out.numel() == 0:
         return out
     tensors = (_Tensors * len(taps))()

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ops import native
-from ops.native.eager import is_plain_call
+from ops.native.eager import is_plain_call, require_dtype
 from ops.native.linear_plan import (
     COMBINATIONS,
     Plan,
@@ -233,8 +233,8 @@ def _plan(
     energy: bool,
 ) -> Plan:
     x, weight, bias, other, scale = tensors
-    if other is not None and other.dtype != x.dtype:
-        raise ValueError(f"other must be {x.dtype} as x, got {other.dtype}")
+    require_dtype(torch.float32, bias=bias)
+    require_dtype(x.dtype, other=other)
     return plan_layer(
         x.shape,
         x.stride(),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ops import native
 from ops.depthwise import ACTIVATIONS
-from ops.native.eager import is_plain_call, unsupported_tensors
+from ops.native.eager import is_plain_call, require_dtype, unsupported_tensors
 
 __all__ = ["layer_norm", "unsupported"]
 
@@ -60,7 +60,7 @@ def layer_norm(
         (..., dim), contiguous, in the dtype of ``x``; sums are of float32.
 
     Raises:
-        ValueError: shapes that do not go together, or an unknown activation.
+        ValueError: shapes or dtypes that do not go together, or an unknown activation.
         RuntimeError: the kernel is not available here (:func:`unsupported` tells beforehand).
     """
     forward = _layer_norm if is_plain_call((x, weight, bias)) else _dispatched
@@ -100,6 +100,7 @@ def _empty_output(x: Tensor, weight: Tensor, bias: Tensor, eps: float, activatio
             "x must be (..., dim), weight and bias (dim,), got "
             f"{tuple(x.shape)}, {tuple(weight.shape)} and {tuple(bias.shape)}"
         )
+    require_dtype(torch.float32, weight=weight, bias=bias)
     return x.new_empty(x.shape)
 
 

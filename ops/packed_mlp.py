@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from ops.linear import TENSORS, library_or_raise
-from ops.native.eager import is_plain_call
+from ops.native.eager import is_plain_call, require_dtype
 from ops.native.linear_plan import Layer, Plan, Tensors, output_shape, plan_layer
 
 __all__ = ["packed_mlp", "prepare"]
@@ -168,8 +168,8 @@ def _plans_of(
     activation: str,
     residual: Tensor | None,
 ) -> tuple[Plan, Plan]:
-    if residual is not None and residual.dtype != x.dtype:
-        raise ValueError(f"residual must be {x.dtype} as x, got {residual.dtype}")
+    require_dtype(torch.float32, bias1=bias1, bias2=bias2)
+    require_dtype(x.dtype, residual=residual)
     return _plans(
         (x.shape, x.stride(), x.dtype),
         (weight1.dtype, weight1.numel(), bias1.shape, activation),

@@ -20,7 +20,7 @@ from ops import native
 from ops.depthwise import taps_first
 from ops.linear import pack_weight
 from ops.linear import unsupported as linear_unsupported
-from ops.native.eager import Repeats
+from ops.native.eager import Repeats, require_dtype
 
 __all__ = ["PackedCascadedAttention", "unsupported"]
 
@@ -200,6 +200,7 @@ def _library_or_raise(x: Tensor) -> ctypes.CDLL:
 def _plan(
     x: Tensor, weight: Tensor, bias: Tensor, table: Tensor | None, qk_dim: int, eps: float
 ) -> _Problem:
+    require_dtype(torch.float32, table=table)
     return _problem(
         x.shape,
         (x.dtype, weight.dtype),

@@ -17,7 +17,7 @@ from ops import native
 from ops.depthwise import ACTIVATIONS, taps_first
 from ops.linear import pack_weight
 from ops.linear import unsupported as linear_unsupported
-from ops.native.eager import is_plain_call
+from ops.native.eager import is_plain_call, require_dtype
 
 __all__ = ["PackedDepthwiseMlp", "unsupported"]
 
@@ -166,11 +166,10 @@ def _run(
     conv_activation: str,
 ) -> Tensor:
     out = x.new_empty(*x.shape[:-1], len(bias2) // 2)
-    if residual is not None and (residual.shape, residual.dtype) != (out.shape, out.dtype):
-        raise ValueError(
-            f"residual must be {tuple(out.shape)} of {out.dtype}, got {tuple(residual.shape)} of "
-            f"{residual.dtype}"
-        )
+    if residual is not None and residual.shape != out.shape:
+        raise ValueError(f"residual must be {tuple(out.shape)}, got {tuple(residual.shape)}")
+    affine = {"the norm's weight": norm_weight, "the norm's bias": norm_bias}
+    require_dtype(torch.float32, residual=residual, **affine)
     library = native.load(_KERNEL)
     if library is None:
         raise RuntimeError(f"no kernel of feed-forwards: {native.unavailable_reason(_KERNEL)}")

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ops import native
-from ops.native.eager import is_plain_call, unsupported_tensors
+from ops.native.eager import is_plain_call, require_dtype, unsupported_tensors
 
 __all__ = [
     "KERNEL",
@@ -84,7 +84,7 @@ def attend(
         scale: of the logits; default head_dim^-0.5.
 
     Raises:
-        ValueError: shapes that do not go together.
+        ValueError: shapes or dtypes that do not go together.
         RuntimeError: the kernel is not available here (:func:`unsupported` tells beforehand).
     """
     _attend(query, key, value, None, None, scale, out)
@@ -113,7 +113,7 @@ def attend_regions(
         (B, N, heads, value_dim).
 
     Raises:
-        ValueError: shapes that do not go together.
+        ValueError: shapes or dtypes that do not go together.
         RuntimeError: the kernel is not available here (:func:`unsupported` tells beforehand).
     """
     if rows.numel() != query.shape[1]:
@@ -169,6 +169,9 @@ def _check(
             "(B, M, heads, value_dim) and out (B, N, heads, value_dim) with dense channels, got "
             f"{', '.join(str(tuple(t.shape)) for t in (query, key, value, out))}"
         )
+    require_dtype(query.dtype, key=key, value=value, out=out)
+    require_dtype(torch.int32, rows=rows)
+    require_dtype(torch.int64, routes=routes)
 
 
 @torch.library.impl(_library, "grouped_attention", "CPU")

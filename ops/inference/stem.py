@@ -20,7 +20,7 @@ from ops.depthwise import ACTIVATIONS
 from ops.inference.layers import FastLayer, activation_kind
 from ops.linear import pack_weight
 from ops.linear import unsupported as linear_unsupported
-from ops.native.eager import is_plain_call
+from ops.native.eager import is_plain_call, require_dtype
 
 __all__ = ["FastStem", "is_stem", "pack_layers", "packed_stem", "unsupported"]
 
@@ -157,6 +157,8 @@ def _empty_output(
             f"there must be a norm and an eps for each of {len(weights)} layers, or none, got "
             f"{len(norms)} and {len(eps)}"
         )
+    for tensor in (*weights, *biases, *norms):
+        require_dtype(torch.float32, **{"each of weights, biases and norms": tensor})
     for norm, bias in zip(norms, biases, strict=False):
         if norm.numel() and norm.shape != (2, len(bias)):
             raise ValueError(f"a norm must be (2, {len(bias)}), got {tuple(norm.shape)}")

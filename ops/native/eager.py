@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ops.native.build import unavailable_reason
 
-__all__ = ["Repeats", "is_plain_call", "unsupported_tensors"]
+__all__ = ["Repeats", "is_plain_call", "require_dtype", "unsupported_tensors"]
 
 
 def _key_set(*names: str) -> int:
@@ -45,6 +45,17 @@ def is_plain_call(tensors: Sequence[Tensor | None]) -> bool:
         if _dispatch_keys(t).raw_repr() | _PLAIN_TENSOR != _PLAIN_TENSOR:
             return False
     return True
+
+
+def require_dtype(dtype: torch.dtype, **tensors: Tensor | None) -> None:
+    """Refuse tensors that a kernel, which only sees where they begin, would misread.
+
+    Raises:
+        ValueError: one of another dtype, by its name.
+    """
+    for name, t in tensors.items():
+        if t is not None and t.dtype != dtype:
+            raise ValueError(f"{name} must be {dtype}, got {t.dtype}")
 
 
 class Repeats:

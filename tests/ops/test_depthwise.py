@@ -192,6 +192,8 @@ def test_branches_that_do_not_fit_are_refused() -> None:
         ([taps, taps], [bias, bias], "at most 7 channels together"),
         ([taps], [bias[:3]], r"biases \(c,\)"),
         ([torch.ones(3, 2, 4)], [bias], "must be odd"),
+        ([taps.bfloat16()], [bias], "taps must be torch.float32, got torch.bfloat16"),
+        ([taps], [bias.double()], "biases must be torch.float32, got torch.float64"),
     ):
         with pytest.raises(ValueError, match=message):
             depthwise_branches(x, kernels, biases)
@@ -212,6 +214,14 @@ def test_no_images_give_no_maps() -> None:
 def test_what_does_not_fit_is_refused(shape, taps, activation, message) -> None:
     with pytest.raises(ValueError, match=message):
         depthwise_conv2d(torch.zeros(shape), torch.zeros(taps), activation=activation)
+
+
+def test_taps_and_bias_of_another_dtype_are_refused() -> None:
+    x, taps = torch.zeros(1, 4, 8, 8).bfloat16(), torch.zeros(3, 3, 4)
+    with pytest.raises(ValueError, match="taps must be torch.float32, got torch.bfloat16"):
+        depthwise_conv2d(x, taps.bfloat16())
+    with pytest.raises(ValueError, match="bias must be torch.float32, got torch.bfloat16"):
+        depthwise_conv2d(x, taps, torch.zeros(4).bfloat16())
 
 
 def test_unsupported_says_why() -> None:

@@ -154,7 +154,7 @@ def test_no_rows_give_no_rows() -> None:
         ({"other": torch.zeros(2, 4), "combination": "add"}, r"other must be .2, 3., got .2, 4."),
         (
             {"other": torch.zeros(2, 3).bfloat16(), "combination": "add"},
-            "other must be torch.float32 as x, got torch.bfloat16",
+            "other must be torch.float32, got torch.bfloat16",
         ),
         ({"scale": torch.zeros(1, 5)}, r"scale must be .2, 5., got .1, 5."),
         ({"x": torch.zeros(2, 5).bfloat16()}, "x is torch.bfloat16 and its weight torch.float32"),

@@ -74,6 +74,8 @@ def test_what_does_not_fit_is_refused() -> None:
         layer_norm(x, ones, ones, 1e-6, "tanh")
     with pytest.raises(ValueError, match=r"got \(2, 3\), \(3,\) and \(2,\)"):
         layer_norm(x, ones, ones[:2], 1e-6)
+    with pytest.raises(ValueError, match=r"bias must be torch.float32, got torch.bfloat16"):
+        layer_norm(x.bfloat16(), ones, ones.bfloat16(), 1e-6)
     with pytest.raises(RuntimeError, match="not torch.float64"):
         layer_norm(x.double(), ones, ones, 1e-6)
     assert "meta" in str(unsupported(torch.device("meta"), torch.float32))

@@ -43,7 +43,14 @@ def test_what_does_not_fit_is_refused() -> None:
         (r"must be one of .*got 'tanh'", x, *packed, *back, "tanh"),
         (r"other must be .2, 3, 8., got .2, 3, 5.", x, *packed, *back, "relu", x[..., :5]),
         (r"x is torch.bfloat16 and its weight torch.float32", x.bfloat16(), *packed, *back),
-        (r"residual must be torch.float32 as x", x, *packed, *back, "relu", x.bfloat16()),
+        (
+            "residual must be torch.float32, got torch.bfloat16",
+            x,
+            *packed,
+            *back,
+            "relu",
+            x.bfloat16(),
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             packed_mlp(*arguments)

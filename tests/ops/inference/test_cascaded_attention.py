@@ -150,6 +150,8 @@ def test_what_is_refused() -> None:
     for wrong in (x[..., :15], x[0], x.bfloat16()):
         with pytest.raises(ValueError, match=r"x must be \(N, H, W, dim\) of torch.float32.*2 × 8"):
             packed(wrong)
+    with pytest.raises(ValueError, match=r"table must be torch.float32, got torch.bfloat16"):
+        packed(x, torch.zeros(2, 9, 9).bfloat16())
     with pytest.raises(ValueError, match=r"table must be \(2, 9, 9\), got \(2, 9, 8\)"):
         packed(x, torch.zeros(2, 9, 8))
     assert packed(x[:0]).shape == (0, 3, 3, 16)

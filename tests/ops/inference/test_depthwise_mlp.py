@@ -123,6 +123,7 @@ def test_bad_inputs_are_refused() -> None:
         (x.double(), None, "float32 with 5 features, got torch.float64"),
         (x[0], None, r"\(B, H, W, 5\), got \(3, 3, 5\)"),
         (x, nn.LayerNorm(4), "weight and bias of 5 features"),
+        (x, nn.LayerNorm(5).double(), "the norm's weight must be torch.float32"),
         (x, nn.LayerNorm(5, elementwise_affine=False), "weight and bias of 5 features"),
     ):
         with pytest.raises(ValueError, match=message):
@@ -133,8 +134,8 @@ def test_bad_residuals_are_refused() -> None:
     parts = _parts(8, 16, 8)
     packed = PackedDepthwiseMlp(parts["fc1"], None, parts["fc2"])
     for residual, message in (
-        (torch.zeros(1, 3, 9), r"\(1, 3, 8\) of torch.float32, got \(1, 3, 9\)"),
-        (torch.zeros(1, 3, 8).bfloat16(), r"got \(1, 3, 8\) of torch.bfloat16"),
+        (torch.zeros(1, 3, 9), r"must be \(1, 3, 8\), got \(1, 3, 9\)"),
+        (torch.zeros(1, 3, 8).bfloat16(), "residual must be torch.float32, got torch.bfloat16"),
     ):
         with pytest.raises(ValueError, match=message):
             packed(torch.zeros(1, 3, 8), residual)

@@ -103,6 +103,8 @@ def test_what_is_refused() -> None:
     x = torch.zeros(1, 6, 2, 8)
     with pytest.raises(ValueError, match=r"key \(B, M, heads, head_dim\).*got"):
         attend(x, x[..., :7], x, torch.empty_like(x))
+    with pytest.raises(ValueError, match="value must be torch.float32, got torch.bfloat16"):
+        attend(x, x, x.bfloat16(), torch.empty_like(x))
     rows = torch.zeros(2, 2, dtype=torch.int32)
     with pytest.raises(ValueError, match=r"rows must share out 6 tokens.*\(2, 2\)"):
         attend_regions(x, x, x, rows, torch.zeros(1, 2, 1, dtype=torch.int64), 1.0)

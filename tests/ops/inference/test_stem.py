@@ -173,6 +173,8 @@ def test_refusals() -> None:
         packed_stem(random(1, 7, 8, 8).float(), weights, biases, ["none", "none"])
     with pytest.raises(ValueError, match="an eps for each of 2 layers, or none, got 1 and 0"):
         packed_stem(x, weights, biases, ["none", "none"], [torch.zeros(2, 8)])
+    with pytest.raises(ValueError, match="must be torch.float32, got torch.bfloat16"):
+        packed_stem(x, weights, [b.bfloat16() for b in biases], ["none", "none"])
     norms = [torch.zeros(0), torch.zeros(2, 8)]
     with pytest.raises(ValueError, match=r"must be \(2, 16\), got \(2, 8\)"):
         packed_stem(x, weights, biases, ["none", "none"], norms, [0.0, 1e-6])
