@@ -115,12 +115,12 @@ static void load_rows(const T* line, int64_t stride, const int* order, int n, in
   }
 }
 
-// Positions order[0..n-1] of one line of a tensor -> columns, without the way over rows. Writes
-// whole vectors from column -before on; the columns that are too many repeat the first and the last
-// position.
+// Positions order[0..n-1] of one line of a tensor, times `scale` -> columns, without the way over
+// rows. Writes whole vectors from column -before on; the columns that are too many repeat the first
+// and the last position.
 template <class T>
 static void load_columns(const T* line, int64_t stride, const int* order, int n, int channels,
-                         float* columns, size_t column_pitch, int before = 0) {
+                         float scale, float* columns, size_t column_pitch, int before = 0) {
   for (int x = -before; x < n; x += simd::W) {
     const T* position[simd::W];
     for (int l = 0; l < simd::W; l++)
@@ -133,13 +133,13 @@ static void load_columns(const T* line, int64_t stride, const int* order, int n,
       if constexpr (std::is_same_v<T, float>) {
         if (count == simd::W) {
           for (int l = 0; l < simd::W; l++) rows[l] = position[l] + c;
-          simd::transpose(rows, out, column_pitch, count);
+          simd::transpose(rows, out, column_pitch, count, scale);
           continue;
         }
       }
       float tile[simd::W][simd::W];
       for (int l = 0; l < simd::W; l++) {
-        load_channels(position[l] + c, count, 1.f, tile[l]);
+        load_channels(position[l] + c, count, scale, tile[l]);
         rows[l] = tile[l];
       }
       simd::transpose(rows, out, column_pitch, count);

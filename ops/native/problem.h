@@ -294,7 +294,7 @@ class KeyRing {
                 f.rows.data() + slot(head, z, y) * row_size(f));
     }
     if (f.pack_columns) {
-      load_columns(line, f.tensor.x, order, segment_.columns, f.channels,
+      load_columns(line, f.tensor.x, order, segment_.columns, f.channels, 1.f,
                    f.columns.data() + slot(head, z, y) * column_size(f) + before_, column_pitch_,
                    before_);
     }

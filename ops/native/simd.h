@@ -350,10 +350,10 @@ static VB_INLINE void end_streams() {
 }
 
 // ---- transposition -----------------------------------------------------------------------------
-// out[i * out_pitch + l] = rows[l][i] for l in 0..W-1 and i in 0..count-1, count <= W. Reads W
-// elements of each row.
+// out[i * out_pitch + l] = rows[l][i] * scale for l in 0..W-1 and i in 0..count-1, count <= W. Reads
+// W elements of each row.
 static VB_INLINE void transpose(const float* const (&rows)[W], float* out, size_t out_pitch,
-                                int count) {
+                                int count, float scale = 1.f) {
 #if VB_AVX512
   // Each register takes the same four columns of lanes l, l+4, l+8, l+12, so that two rounds of
   // unpacking finish it.
@@ -400,12 +400,13 @@ static VB_INLINE void transpose(const float* const (&rows)[W], float* out, size_
     for (int l = 0; l < W; l++) r[i][l] = rows[l][i];
   }
 #endif
+  const F factor = set1(scale);
   if (count == W) {
     VB_UNROLL
-    for (int i = 0; i < W; i++) store(out + i * out_pitch, r[i]);
+    for (int i = 0; i < W; i++) store(out + i * out_pitch, r[i] * factor);
   } else {
     float spill[W][W];
-    for (int i = 0; i < W; i++) store(spill[i], r[i]);
+    for (int i = 0; i < W; i++) store(spill[i], r[i] * factor);
     for (int i = 0; i < count; i++) store(out + i * out_pitch, load(spill[i]));
   }
 }

@@ -47,13 +47,17 @@ class Ahead {
   }
   void fetch() {
     if (!portion_) portion_ = (positions_ * count_ + portions_ - 1) / portions_;
-    for (int n = 0; n < portion_ && position_ < positions_; n++) {
+    for (int left = portion_; left > 0 && line_ < count_;) {
       const Line& line = lines_[line_];
-      const char* p = line.start + order_[position_] * line.stride;
-      for (size_t b = 0; b < line.bytes; b += CACHE_LINE) __builtin_prefetch(p + b, 0, 2);
-      if (++line_ == count_) {
-        line_ = 0;
-        position_++;
+      const int end = std::min(positions_, position_ + left);
+      left -= end - position_;
+      for (; position_ < end; position_++) {
+        const char* p = line.start + order_[position_] * line.stride;
+        for (size_t b = 0; b < line.bytes; b += CACHE_LINE) __builtin_prefetch(p + b, 0, 2);
+      }
+      if (position_ == positions_) {
+        position_ = 0;
+        line_++;
       }
     }
   }
@@ -70,7 +74,7 @@ class Ahead {
   const int* order_;
   int positions_, portions_;
   int portion_ = 0;              // position x line that one call asks for
-  int line_ = 0, position_ = 0;  // the next
+  int line_ = 0, position_ = 0;  // the next; neighbours lie in the same page of memory
 };
 
 // One row of queries -> [lane][channel]; unused lanes repeat the last one.
@@ -88,11 +92,8 @@ static void load_queries(const TilePlace& place, const Tensor& t, int row, int c
 template <class T>
 static void load_query_columns(const TilePlace& place, const Tensor& t, int row, int channels,
                                float scale, float* columns) {
-  load_columns(place.line<const T>(t, row), t.x, place.order(), place.lanes.valid, channels, columns,
-               W);
-  const F factor = simd::set1(scale);
-  for (int c = 0; c < channels; c++)
-    simd::store(columns + c * W, simd::load(columns + c * W) * factor);
+  load_columns(place.line<const T>(t, row), t.x, place.order(), place.lanes.valid, channels, scale,
+               columns, W);
 }
 
 // The rows of a tile that are loaded or stored soon.
