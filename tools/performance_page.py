@@ -45,8 +45,9 @@ PAGES = (
     Page(
         "performance.md",
         "# Performance\n\nAn Intel Xeon with AMX; [an AMD without](performance-zen4.md) has a page "
-        "of its own. MedViTV2's Kolmogorov-Arnold layers and LITv2's merging in bfloat16 have got "
-        "kernels since this one was measured.",
+        "of its own. Since this one was measured, MedViTV2's Kolmogorov-Arnold layers and LITv2's "
+        "merging in bfloat16 have got kernels, and neighborhood attention and small layers have "
+        "become quicker.",
         "performance",
     ),
     Page(
