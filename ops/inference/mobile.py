@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from ops.attention.cascaded import CascadedGroupAttention, distance_bias, resize_distance_table
 from ops.attention.single_head import SingleHeadAttention
 from ops.inference.cascaded_attention import PackedCascadedAttention, unsupported
-from ops.inference.layers import FastLayer, FastPointwiseConv2d
+from ops.inference.layers import FastLayer, FastPointwiseConv2d, PackedLinear
 from ops.mobile import ConvFFN, ExpandMerging, Residual
 from ops.native.eager import Repeats
 from ops.packed_mlp import prepare as prepare_mlp
@@ -62,21 +63,32 @@ class FastConvFFN(FastLayer, ConvFFN):
             out = self.fc2.on_last(self.act(self.fc1.on_last(tokens)), shortcut)
         return out.permute(0, 3, 1, 2)
 
-    def sources(self) -> list[Tensor]:
-        return [*self.fc1.parameters(), *self.fc2.parameters()]
-
-    def derive(self, x: Tensor) -> Repeats | None:
-        plain = all(isinstance(layer, FastPointwiseConv2d) for layer in (self.fc1, self.fc2))
-        return Repeats(self._prepare) if plain and isinstance(self.act, nn.Identity) else None
-
-    def _prepare(
-        self, tokens: Tensor, shortcut: Tensor | None, activation: str
-    ) -> Callable[[Tensor, Tensor | None], Tensor] | None:
-        first: tuple[Tensor, Tensor] | None = self.fc1.derived(tokens).packed(tokens, activation)
-        second: tuple[Tensor, Tensor] | None = self.fc2.derived(tokens).packed(tokens, "none")
-        if first is None or second is None:
+    def derived(self, x: Tensor) -> Repeats | None:
+        """Of what the layers have packed, which they make anew when their weights change."""
+        layers = self.fc1, self.fc2
+        if not all(isinstance(layer, FastPointwiseConv2d) for layer in layers):
             return None
-        return prepare_mlp(tokens, *first, *second, activation, shortcut)
+        packed = tuple(layer.derived(x) for layer in layers)
+        if None in packed or not isinstance(self.act, nn.Identity):
+            return None
+        if self._derived is None or self._derived[0] != packed:
+            self._derived = packed, Repeats(functools.partial(_prepare_pair, *packed))
+        repeats: Repeats = self._derived[1]
+        return repeats
+
+
+def _prepare_pair(
+    expand: PackedLinear,
+    project: PackedLinear,
+    tokens: Tensor,
+    shortcut: Tensor | None,
+    activation: str,
+) -> Callable[[Tensor, Tensor | None], Tensor] | None:
+    """Both layers in one call, where our kernel is the faster one for both."""
+    first, second = expand.packed(tokens, activation), project.packed(tokens, "none")
+    if first is None or second is None:
+        return None
+    return prepare_mlp(tokens, *first, *second, activation, shortcut)
 
 
 class FastExpandMerging(ExpandMerging):

@@ -62,6 +62,10 @@ def test_new_weights_dispatch_and_no_kernel(monkeypatch) -> None:
         for p, q in zip(plain.parameters(), fast.parameters(), strict=True):
             p.mul_(1.5)
             q.mul_(1.5)
+    for ffn in (plain[0].fn, fast[0].fn):  # by hand, and as a copy
+        ffn.fc2.weight = nn.Parameter(ffn.fc2.weight.detach() * 2, requires_grad=False)
+    torch.testing.assert_close(fast(x), plain(x))
+    torch.testing.assert_close(copy.deepcopy(fast)(x), plain(x))
     rows = torch.vmap(lambda image: fast(image[None])[0])(x)
     torch.testing.assert_close(rows, plain(x))
     without_kernels(monkeypatch)
