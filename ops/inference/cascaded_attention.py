@@ -92,7 +92,6 @@ class PackedCascadedAttention:
         norm: nn.GroupNorm | None = None,
     ) -> None:
         self._qk_dim, self._eps = qk_dim, 0.0 if norm is None else norm.eps
-        self._dtype = projections[0].weight.dtype
         weight = torch.cat([pack_weight(layer.weight.flatten(1)) for layer in projections])
         self._projection = weight, torch.stack([_bias(layer) for layer in projections])
         self._norm: tuple[Tensor | None, Tensor | None] = (None, None)

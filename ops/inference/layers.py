@@ -213,7 +213,7 @@ class PackedLinear:
         way = self._repeats.find((x, residual), activation)
         return (way or self._way(x, activation))(x, residual)
 
-    def packed(self, x: Tensor, activation: str) -> tuple[Tensor, Tensor] | None:
+    def packed_for(self, x: Tensor, activation: str) -> tuple[Tensor, Tensor] | None:
         """What our kernel wants of weight and bias, if it is the faster one for such ``x``."""
         rows = x.numel() // max(1, x.shape[-1])
         few = rows <= self._few_rows or activation == "gelu" and x.dtype == torch.bfloat16
@@ -222,7 +222,7 @@ class PackedLinear:
     def _prepare(
         self, x: Tensor, residual: Tensor | None, activation: str
     ) -> Callable[[Tensor, Tensor | None], Tensor]:
-        packed, way = self.packed(x, activation), None
+        packed, way = self.packed_for(x, activation), None
         if packed is not None:
             combination = "none" if residual is None else "add"
             way = native_linear.prepare(x, *packed, activation, residual, combination)
@@ -230,7 +230,7 @@ class PackedLinear:
 
     def _way(self, x: Tensor, activation: str) -> Callable[[Tensor, Tensor | None], Tensor]:
         """What computes the layer for any tensors with as many rows as ``x``."""
-        packed = self.packed(x, activation)
+        packed = self.packed_for(x, activation)
         if packed is not None:
             return lambda x, other: native_linear.packed_linear(
                 x, *packed, activation, other, "none" if other is None else "add"

@@ -64,7 +64,10 @@ class FastConvFFN(FastLayer, ConvFFN):
         return out.permute(0, 3, 1, 2)
 
     def derived(self, x: Tensor) -> Repeats | None:
-        """Of what the layers have packed, which they make anew when their weights change."""
+        """Calls of both layers at once, from what they have packed; None where they have not.
+
+        They pack anew when their weights change, and the calls are then planned anew.
+        """
         layers = self.fc1, self.fc2
         if not all(isinstance(layer, FastPointwiseConv2d) for layer in layers):
             return None
@@ -85,7 +88,7 @@ def _prepare_pair(
     activation: str,
 ) -> Callable[[Tensor, Tensor | None], Tensor] | None:
     """Both layers in one call, where our kernel is the faster one for both."""
-    first, second = expand.packed(tokens, activation), project.packed(tokens, "none")
+    first, second = expand.packed_for(tokens, activation), project.packed_for(tokens, "none")
     if first is None or second is None:
         return None
     return prepare_mlp(tokens, *first, *second, activation, shortcut)

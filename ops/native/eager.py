@@ -77,7 +77,11 @@ class Repeats:
     def find(
         self, tensors: Sequence[Tensor | None], *options: Hashable
     ) -> Callable[..., Any] | None:
-        """The function for such tensors, None also where :func:`is_plain_call` does not hold."""
+        """The function for such tensors; None also where :func:`is_plain_call` does not hold.
+
+        Raises:
+            ValueError, RuntimeError: those of ``prepare``, which runs on the first such call.
+        """
         if not is_plain_call(tensors):
             return None
         layouts = [None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors]

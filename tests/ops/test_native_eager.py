@@ -11,7 +11,7 @@ from ops.native.eager import Repeats, is_plain_call
 
 
 class _Mode(TorchDispatchMode):
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):  # noqa: PLR6301
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         return function(*args, **(kwargs or {}))
 
 

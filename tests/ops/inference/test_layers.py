@@ -65,8 +65,9 @@ def test_depthwise_convolutions_of_many_kinds_one_after_the_other(dtype: torch.d
             x = torch.randn(2, 32, *size, dtype=dtype)
             for image in (x, x.to(memory_format=torch.channels_last), x[:0], x[:, :, :1]):
                 torch.testing.assert_close(layer(image), plain(image), rtol=0.02, atol=1e-5)
-        activate(layer, "relu") if layer.activation == "none" else None
-        plain = nn.Sequential(plain, nn.ReLU())
+        if layer.activation == "none":
+            activate(layer, "relu")
+            plain = nn.Sequential(plain, nn.ReLU())
 
 
 def test_transforms_go_through_torch() -> None:
