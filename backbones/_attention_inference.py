@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from backbones import _medvitv2_blocks, biformer, favit, litv2, ravlt
+from backbones import _hat_blocks, _medvitv2_blocks, biformer, favit, litv2, ravlt
 from ops.inference.deformable import deformable_conv2d, pack_taps, unsupported
 from ops.inference.depthwise_mlp import PackedDepthwiseMlp
 from ops.inference.layers import FastConv2d, runs_fast
@@ -38,6 +38,60 @@ class BiFormerBlock(biformer.Block):
         x = self.pos_embed(x).permute(0, 2, 3, 1)
         x = self.attn(self.norm1(x), x)
         return self.mlp(x, x, self.norm2).permute(0, 3, 1, 2)
+
+
+class HATHybridBlock(_hat_blocks.HybridBlock):
+    """Attention and MLP add their shortcuts, the MLP takes its norm."""
+
+    def forward(
+        self,
+        x: Tensor,
+        index: Tensor | None,
+        masks: Tensor | None,
+        overlap_index: Tensor | None,
+    ) -> Tensor:
+        normed = self.norm1(x)
+        conv: Any = self.conv
+        branch, gates = conv.parts(normed.permute(0, 3, 1, 2))
+        gates = (gates * _hat_blocks.CONV_SCALE)[:, None, None]
+        x = torch.addcmul(x, branch.permute(0, 2, 3, 1), gates)
+        x = self.attn(normed, index, masks, x)
+        return self.mlp(x, x, self.norm2)
+
+
+class HATChannelAttentionConv(_hat_blocks.ChannelAttentionConv):
+    """The first convolution applies the activation."""
+
+    followed: ClassVar = {"act": ("conv1",)}
+
+    def parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, dim, H, W) → the same, and its gates (B, dim)."""
+        x = self.conv2(self.act(self.conv1(x)))
+        return x, self.se.gates(x)
+
+
+class HATOverlapBlock(_hat_blocks.OverlapBlock):
+    """Attention and MLP add their shortcuts, the MLP takes its norm."""
+
+    def forward(
+        self,
+        x: Tensor,
+        index: Tensor | None,
+        masks: Tensor | None,
+        overlap_index: Tensor | None,
+    ) -> Tensor:
+        x = self.attn(self.norm1(x), overlap_index, x)
+        return self.mlp(x, x, self.norm2)
+
+
+class HATResidualGroup(_hat_blocks.ResidualGroup):
+    """Without the tables of positions where the attention keeps its own."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not runs_fast(x, next(self.parameters())):
+            return super().forward(x)
+        deep = self.run_blocks(x.permute(0, 2, 3, 1), None, None, None)
+        return self.conv(deep.permute(0, 3, 1, 2)).add_(x)
 
 
 class LITv2Block(litv2.Block):
@@ -140,6 +194,10 @@ FORMS: dict[type[Any], type[Any]] = {
     biformer.Block: BiFormerBlock,
     biformer.GlobalAttention: BiFormerGlobalAttention,
     favit.Block: FaViTBlock,
+    _hat_blocks.ChannelAttentionConv: HATChannelAttentionConv,
+    _hat_blocks.HybridBlock: HATHybridBlock,
+    _hat_blocks.OverlapBlock: HATOverlapBlock,
+    _hat_blocks.ResidualGroup: HATResidualGroup,
     litv2.Block: LITv2Block,
     litv2.DeformableConv2d: LITv2DeformableConv2d,
     litv2.PatchEmbed: LITv2PatchEmbed,

@@ -22,10 +22,11 @@ from ops.attention.hilo import HiLoAttention
 from ops.attention.large_kernel import DilatedDepthwiseConv2d, LargeKernelAttention
 from ops.attention.rank_augmented import RankAugmentedAttention
 from ops.attention.single_head import SingleHeadAttention
+from ops.attention.window import OverlappingWindowAttention, WindowAttention
 from ops.conv import InceptionDWConv2d
 from ops.inference import attention as fast_attention
 from ops.inference import conv as fast_conv
-from ops.inference import factorized, kan, layers, mlp, norm, stem
+from ops.inference import factorized, kan, layers, mlp, norm, stem, window
 from ops.inference import mobile as fast_mobile
 from ops.kan import KANLayer
 from ops.mlp import DWMlp
@@ -111,8 +112,10 @@ def _forms() -> dict[type[nn.Module], type[nn.Module]]:
         KANLayer: kan.FastKANLayer,
         LocalBranch: factorized.FastLocalBranch,
         LargeKernelAttention: fast_attention.FastLargeKernelAttention,
+        OverlappingWindowAttention: window.FastOverlappingWindowAttention,
         RankAugmentedAttention: fast_attention.FastRankAugmentedAttention,
         SingleHeadAttention: fast_mobile.FastSingleHeadAttention,
+        WindowAttention: window.FastWindowAttention,
         mobile.ConvFFN: fast_mobile.FastConvFFN,
         mobile.ExpandMerging: fast_mobile.FastExpandMerging,
         mobile.Residual: fast_mobile.FastResidual,

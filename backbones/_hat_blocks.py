@@ -23,7 +23,7 @@ from ops.attention.window import (
 __all__ = ["HybridBlock", "OverlapBlock", "ResidualGroup"]
 
 # How much of the channel branch is added.
-_CONV_SCALE = 0.01
+CONV_SCALE = 0.01
 
 
 class ChannelAttentionConv(nn.Module):
@@ -71,7 +71,7 @@ class HybridBlock(nn.Module):
     def forward(self, x: Tensor, index: Tensor, masks: Tensor, overlap_index: Tensor) -> Tensor:
         normed = self.norm1(x)
         gated = self.conv(normed.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        x = x + self.drop_path(self.attn(normed, index, masks)) + gated * _CONV_SCALE
+        x = x + self.drop_path(self.attn(normed, index, masks)) + gated * CONV_SCALE
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 

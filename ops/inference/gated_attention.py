@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -68,9 +67,15 @@ def _run(qkvo: Tensor, bias: Tensor, num_heads: int) -> Tensor:
     rows, columns = turns(height, head_dim, 0), turns(width, head_dim, 1)
     start, step = qkvo.data_ptr(), dim * qkvo.element_size()
     query, key, value, gate = (start + i * step for i in range(4))
-    tables = rows.data_ptr(), columns.data_ptr()
-    addresses: Any = Tensors(
-        *(query, key, value, None, None, *tables, bias.data_ptr(), gate, out.data_ptr())
+    addresses = Tensors(
+        query=query,
+        key=key,
+        value=value,
+        row_table=rows.data_ptr(),
+        column_table=columns.data_ptr(),
+        bias=bias.data_ptr(),
+        gate=gate,
+        output=out.data_ptr(),
     )
     if library.attention_forward(ctypes.byref(problem), ctypes.byref(addresses)):
         raise MemoryError("no memory for the scratch of attention")
@@ -86,7 +91,7 @@ def _problem(sizes: tuple[int, ...], bfloat16: bool, threads: int) -> Problem:
     return Problem(
         *(batch, 1, heads, tokens, tokens, 1, head_dim, head_dim),
         *(projected, projected, projected, whole, whole, projected),
-        width,
+        *(width, 0),
         head_dim**-0.5,
         bfloat16,
         1 if macs < SMALL_MACS else threads,

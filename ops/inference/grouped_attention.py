@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,16 +18,23 @@ from ops.native.eager import is_plain_call, require_dtype, unsupported_tensors
 
 __all__ = [
     "KERNEL",
+    "LINE",
     "SMALL_MACS",
     "Problem",
+    "ScoreTerms",
     "Tensors",
     "attend",
     "attend_regions",
+    "attend_windows",
+    "outruns_torch",
     "unsupported",
 ]
 
 KERNEL = "attention"
 SMALL_MACS = 2e6  # below it one thread is quicker than waking others
+LINE = 16  # queries, see ScoreTerms
+# Of bfloat16: with AMX torch multiplies more of them faster.
+_MOST_KEYS = 256
 
 
 class Problem(ctypes.Structure):
@@ -45,7 +52,7 @@ class Problem(ctypes.Structure):
             (f"{name}_stride", ctypes.c_int64 * 3)
             for name in ("query", "key", "value", "out", "bias", "gate")
         ),
-        ("width", ctypes.c_int64),
+        *((name, ctypes.c_int64) for name in ("width", "term_lines")),
         ("scale", ctypes.c_double),
         *((name, ctypes.c_int64) for name in ("bfloat16", "threads")),
     ]
@@ -57,10 +64,26 @@ class Tensors(ctypes.Structure):
     _fields_ = [
         (name, ctypes.c_void_p)
         for name in (
-            *("query", "key", "value", "rows", "regions", "row_table", "column_table"),
-            *("bias", "gate", "output"),
+            *("query", "key", "value", "rows", "key_rows", "regions", "row_table", "column_table"),
+            *("terms", "lines", "kinds", "bias", "gate", "output"),
         )
     ]
+
+
+class ScoreTerms(NamedTuple):
+    """What is added to scores, such as biases of relative positions and masks.
+
+    Every key has a line of ``LINE`` numbers for every ``LINE`` queries; many lines are the same.
+
+    Attributes:
+        values: (heads, number of lines, LINE) float32, to be added before scores are scaled.
+        lines: (kinds, ⌈N / LINE⌉, M) int32, which line it is.
+        kinds: (groups,) int32, or None for the first kind everywhere.
+    """
+
+    values: Tensor
+    lines: Tensor
+    kinds: Tensor | None
 
 
 def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -69,6 +92,11 @@ def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
     The first call on a machine compiles the kernel, which takes some seconds.
     """
     return unsupported_tensors(KERNEL, device, dtype)
+
+
+def outruns_torch(dtype: torch.dtype, keys: int) -> bool:
+    """Whether the kernel attends to so many keys faster than torch does."""
+    return dtype == torch.float32 or keys <= _MOST_KEYS or not torch.cpu._is_amx_tile_supported()
 
 
 def attend(
@@ -87,7 +115,7 @@ def attend(
         ValueError: shapes or dtypes that do not go together.
         RuntimeError: the kernel is not available here (:func:`unsupported` tells beforehand).
     """
-    _attend(query, key, value, None, None, scale, out)
+    _attend(query, key, value, out, scale=scale)
 
 
 def attend_regions(
@@ -122,21 +150,55 @@ def attend_regions(
         )
     if out is None:
         out = value.new_empty(*query.shape[:3], value.shape[3])
-    _attend(query, key, value, rows, routes, scale, out)
+    _attend(query, key, value, out, rows, routes=routes, scale=scale)
     return out
+
+
+def attend_windows(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: Tensor,
+    key_rows: Tensor,
+    terms: ScoreTerms,
+    out: Tensor,
+) -> None:
+    """The queries of each window attend to the keys of a window, with terms added to the scores.
+
+    ``softmax(head_dim^-0.5 · (query · keyᵀ + terms)) · value``
+
+    Args:
+        query, key: (B, N, heads, head_dim), a map's tokens.
+        value: (B, N, heads, value_dim).
+        rows: (windows, tokens of a window) int32, contiguous: whose queries are a window's; each
+            token is in one window.
+        key_rows: (windows, keys of a window) int32, contiguous: which tokens it sees; -1 for a
+            token of zeros.
+        terms: those of N tokens of a window and M keys.
+        out: (B, N, heads, value_dim), where the result goes.
+
+    Raises:
+        ValueError: shapes or dtypes that do not go together.
+        RuntimeError: the kernel is not available here (:func:`unsupported` tells beforehand).
+    """
+    _attend(query, key, value, out, rows, key_rows, terms=terms)
 
 
 def _attend(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    rows: Tensor | None,
-    routes: Tensor | None,
-    scale: float | None,
     out: Tensor,
+    rows: Tensor | None = None,
+    key_rows: Tensor | None = None,
+    *,
+    routes: Tensor | None = None,
+    terms: ScoreTerms | None = None,
+    scale: float | None = None,
 ) -> None:
-    inputs: tuple[Any, ...] = (query, key, value, rows, routes, scale, out)
-    if is_plain_call((query, key, value, rows, routes, out)):
+    of_terms: tuple[Tensor | None, ...] = (None, None, None) if terms is None else terms
+    inputs: tuple[Any, ...] = (query, key, value, out, rows, key_rows, routes, *of_terms, scale)
+    if is_plain_call(inputs[:-1]):
         _run(*inputs)
     else:
         torch.ops.vision_backbones.grouped_attention.default(*inputs)
@@ -144,8 +206,9 @@ def _attend(
 
 _library = torch.library.Library("vision_backbones", "FRAGMENT")
 _library.define(
-    "grouped_attention(Tensor query, Tensor key, Tensor value, Tensor? rows, Tensor? routes, "
-    "float? scale, Tensor(a!) out) -> ()"
+    "grouped_attention(Tensor query, Tensor key, Tensor value, Tensor(a!) out, Tensor? rows, "
+    "Tensor? key_rows, Tensor? routes, Tensor? terms, Tensor? lines, Tensor? kinds, float? scale) "
+    "-> ()"
 )
 
 
@@ -154,10 +217,14 @@ def _check(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    rows: Tensor | None,
-    routes: Tensor | None,
-    scale: float | None,
     out: Tensor,
+    rows: Tensor | None,
+    key_rows: Tensor | None,
+    routes: Tensor | None,
+    terms: Tensor | None,
+    lines: Tensor | None,
+    kinds: Tensor | None,
+    scale: float | None,
 ) -> None:
     batch, queries, heads, dim = query.shape
     keys, value_dim = value.shape[1], value.shape[3]
@@ -170,8 +237,23 @@ def _check(
             f"{', '.join(str(tuple(t.shape)) for t in (query, key, value, out))}"
         )
     require_dtype(query.dtype, key=key, value=value, out=out)
-    require_dtype(torch.int32, rows=rows)
+    require_dtype(torch.int32, rows=rows, key_rows=key_rows, lines=lines, kinds=kinds)
     require_dtype(torch.int64, routes=routes)
+    require_dtype(torch.float32, terms=terms)
+    if rows is None or terms is None or lines is None:
+        return
+    own, seen = rows.shape[1], (rows if key_rows is None else key_rows).shape[1]
+    wanted = f"({heads}, lines, {LINE}) and (kinds, {-(-own // LINE)}, {seen})"
+    if (
+        terms.shape != (heads, terms.shape[1], LINE)
+        or lines.shape[1:] != (-(-own // LINE), seen)
+        or (kinds is not None and len(kinds) != len(rows))
+        or (key_rows is not None and len(key_rows) != len(rows))
+    ):
+        raise ValueError(
+            f"windows of {own} tokens that see {seen} take terms and lines of {wanted}, and a kind "
+            f"and a row of keys each, got {tuple(terms.shape)}, {tuple(lines.shape)}"
+        )
 
 
 @torch.library.impl(_library, "grouped_attention", "CPU")
@@ -179,32 +261,42 @@ def _run(
     query: Tensor,
     key: Tensor,
     value: Tensor,
-    rows: Tensor | None,
-    routes: Tensor | None,
-    scale: float | None,
     out: Tensor,
+    rows: Tensor | None,
+    key_rows: Tensor | None,
+    routes: Tensor | None,
+    terms: Tensor | None,
+    lines: Tensor | None,
+    kinds: Tensor | None,
+    scale: float | None,
 ) -> None:
-    _check(query, key, value, rows, routes, scale, out)
+    _check(query, key, value, out, rows, key_rows, routes, terms, lines, kinds, scale)
     library, reason = native.load(KERNEL), unsupported(query.device, query.dtype)
     if library is None or reason is not None:
         raise RuntimeError(f"the kernel of attention is not available: {reason}")
     if out.numel() == 0:
         return
     query, key, value = (t if t.stride(3) == 1 else t.contiguous() for t in (query, key, value))
-    routes = None if routes is None else routes.contiguous()
+    routes, terms, lines = (None if t is None else t.contiguous() for t in (routes, terms, lines))
     batch, queries, heads, dim = query.shape
-    groups, region = (1, key.shape[1]) if rows is None else rows.shape
+    groups, tokens = (1, queries) if rows is None else rows.shape
+    seen = rows if key_rows is None else key_rows
     problem = _problem(
-        (batch, groups, heads, queries if rows is None else region, region),
+        (batch, groups, heads, tokens, key.shape[1] if seen is None else seen.shape[1]),
         1 if routes is None else routes.shape[2],
         (dim, value.shape[3]),
         tuple(t.stride()[:3] for t in (query, key, value, out)),
+        0 if terms is None else terms.shape[1],
         dim**-0.5 if scale is None else scale,
         query.dtype == torch.bfloat16,
         torch.get_num_threads(),
     )
-    tensors = (query, key, value, rows, routes, None, None, None, None, out)
-    addresses = Tensors(*(None if t is None else t.data_ptr() for t in tensors))
+    tensors = {
+        **{"query": query, "key": key, "value": value, "output": out},
+        **{"rows": rows, "key_rows": key_rows, "regions": routes},
+        **{"terms": terms, "lines": lines, "kinds": kinds},
+    }
+    addresses = Tensors(**{n: t.data_ptr() for n, t in tensors.items() if t is not None})
     if library.attention_forward(ctypes.byref(problem), ctypes.byref(addresses)):
         raise MemoryError("no memory for the scratch of attention")
 
@@ -215,6 +307,7 @@ def _problem(
     routes: int,
     dims: tuple[int, int],
     strides: tuple[tuple[int, ...], ...],
+    term_lines: int,
     scale: float,
     bfloat16: bool,
     threads: int,
@@ -223,7 +316,7 @@ def _problem(
     macs = batch * groups * heads * queries * region * routes * sum(dims)
     none = (0, 0, 0), (0, 0, 0)
     return Problem(
-        *(*sizes, routes, *dims, *strides, *none, 0),
+        *(*sizes, routes, *dims, *strides, *none, 0, term_lines),
         scale,
         bfloat16,
         1 if macs < SMALL_MACS else threads,

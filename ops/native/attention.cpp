@@ -10,10 +10,15 @@ extern "C" {
 // Returns 0, or 1 where memory ran out.
 int attention_forward(const attention::Problem* problem, const attention::Tensors* tensors) {
   try {
-    if (problem->bfloat16) {
-      attention::forward<BFloat16>(*problem, *tensors);
+    using namespace attention;
+    if (!problem->bfloat16) {
+      forward<float, Floats>(*problem, *tensors);
+#if VB_BFLOAT16
+    } else if (!tensors->row_table) {  // rotated ones would have to be rounded
+      forward<BFloat16, Pairs>(*problem, *tensors);
+#endif
     } else {
-      attention::forward<float>(*problem, *tensors);
+      forward<BFloat16, Floats>(*problem, *tensors);
     }
   } catch (const std::bad_alloc&) {
     return 1;

@@ -1,187 +1,81 @@
-// Softmax attention of groups of tokens to groups of tokens, which a table of rows picks from maps
-// where they lie, such as regions that regions choose, without any copy of the maps
-// ("FlashAttention", Dao et al. 2022, is the online softmax). A lane is a query, so that every head
-// dim fills the vectors; keys and values are broadcast.
+// Softmax attention of groups of tokens to groups of tokens, which tables of rows pick from maps
+// where they lie, such as windows, or regions that regions choose, without any copy of the maps
+// ("FlashAttention", Dao et al. 2022, is the online softmax).
 #pragma once
 #include <algorithm>
-#include <array>
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
-#include <utility>
+#include <limits>
+#include <type_traits>
+#include "attention_products.h"
+#include "lanes.h"
 #include "parallel.h"
 #include "room.h"
 #include "rotation.h"
-#include "simd.h"
 
 namespace attention {
-
-using simd::F;
-using simd::W;
 
 // ops/inference/grouped_attention.py has the same fields in the same order.
 struct Problem {
   int64_t batch, groups, heads, queries, region_keys, routes, dim, value_dim;
   int64_t query_stride[3], key_stride[3], value_stride[3], out_stride[3];  // image, token, head
   int64_t bias_stride[3], gate_stride[3];
-  int64_t width;  // of the map, for rotations
+  int64_t width;       // of the map, for rotations
+  int64_t term_lines;  // of a head
   double scale;
   int64_t bfloat16, threads;
 };
 
 struct Tensors {
   const void *query, *key, *value;
-  const int32_t* rows;     // [group][token], or null: one group of `queries` sees `region_keys`
-  const int64_t* regions;  // [image][group][route], of keys and values, or null
+  const int32_t* rows;      // [group][token], or null: one group of `queries` sees `region_keys`
+  const int32_t* key_rows;  // of keys and values, where they differ; zeros for those below 0
+  const int64_t* regions;   // [image][group][route], of keys and values, or null
   // Queries and keys are rotated, see rotation.h, or not where these are null.
   const float *row_table, *column_table;
+  // What is added to products of queries and keys before they are scaled, or null: a key has a line
+  // of numbers for every LINE queries.
+  const float* terms;    // [head][line][LINE]
+  const int32_t* lines;  // [kind][block of queries][key]
+  const int32_t* kinds;  // [group], or null
   // What attention gives plus the one times the other, like the output; both or neither are null.
   const void *bias, *gate;
   void* out;
 };
 
-constexpr int VECTORS = 2;           // of queries in a tile
-constexpr int TILE = VECTORS * W;
-constexpr int BLOCK = 128;           // keys at a time: scores, keys and values stay in the L1 cache
-constexpr int SUMS = simd::REGISTERS == 32 ? 12 : 5;  // keys or channels whose sums are in registers
+constexpr int BLOCK = 128;  // keys at a time: scores, keys and values stay near the L1 cache
 constexpr int64_t TASK_QUERIES = 512;
 constexpr float LOG2E = 1.44269504f;
+constexpr int64_t ROWS_AHEAD = 8;
 
-// ---- microkernels ------------------------------------------------------------------------------
-// K keys: scores = keys . query, and the greatest of each lane.
-struct ScoreArgs {
-  const float* query;  // [channel][TILE]
-  const float* keys;   // [key][channel]
-  int dim;
-  float* scores;  // [key][TILE]
-  float* top;     // [TILE]
-};
-
-template <int V, int K>
-static void score(const ScoreArgs& args) {
-  const ScoreArgs a = args;
-  F sum[K][V];
-  VB_UNROLL
-  for (int k = 0; k < K; k++) {
-    VB_UNROLL
-    for (int v = 0; v < V; v++) sum[k][v] = simd::zero();
-  }
-  for (int c = 0; c < a.dim; c++) {
-    F q[V];
-    VB_UNROLL
-    for (int v = 0; v < V; v++) q[v] = simd::in_register(simd::load(a.query + c * TILE + v * W));
-    VB_UNROLL
-    for (int k = 0; k < K; k++) {
-      const F key = simd::set1(a.keys[k * a.dim + c]);
-      VB_UNROLL
-      for (int v = 0; v < V; v++) sum[k][v] = simd::fma(key, q[v], sum[k][v]);
-    }
-  }
-  VB_UNROLL
-  for (int v = 0; v < V; v++) {
-    F top = simd::load(a.top + v * W);
-    VB_UNROLL
-    for (int k = 0; k < K; k++) {
-      top = simd::max(top, sum[k][v]);
-      simd::store(a.scores + k * TILE + v * W, sum[k][v]);
-    }
-    simd::store(a.top + v * W, top);
-  }
-}
-
-// C channels: sums = sums * factor + weights . values.
-struct MixArgs {
-  const float* weights;  // [key][TILE]
-  const float* values;   // [key][channel], at the first of the channels
-  int keys, value_dim;
-  const float* factor;  // [TILE], or null to start from zero
-  float* sums;          // [channel][TILE]
-};
-
-template <int V, int C>
-static void mix(const MixArgs& args) {
-  const MixArgs a = args;
-  F sum[C][V];
-  VB_UNROLL
-  for (int v = 0; v < V; v++) {
-    const F factor = a.factor ? simd::load(a.factor + v * W) : simd::zero();
-    VB_UNROLL
-    for (int c = 0; c < C; c++) {
-      sum[c][v] = a.factor ? simd::load(a.sums + c * TILE + v * W) * factor : simd::zero();
-    }
-  }
-  for (int k = 0; k < a.keys; k++) {
-    F p[V];
-    VB_UNROLL
-    for (int v = 0; v < V; v++) p[v] = simd::in_register(simd::load(a.weights + k * TILE + v * W));
-    VB_UNROLL
-    for (int c = 0; c < C; c++) {
-      const F value = simd::set1(a.values[k * a.value_dim + c]);
-      VB_UNROLL
-      for (int v = 0; v < V; v++) sum[c][v] = simd::fma(value, p[v], sum[c][v]);
-    }
-  }
-  VB_UNROLL
-  for (int c = 0; c < C; c++) {
-    VB_UNROLL
-    for (int v = 0; v < V; v++) simd::store(a.sums + c * TILE + v * W, sum[c][v]);
-  }
-}
-
-using Score = void (*)(const ScoreArgs&);
-using Mix = void (*)(const MixArgs&);
-
-template <int V, int... I>
-static constexpr std::array<Score, SUMS> score_kernels(std::integer_sequence<int, I...>) {
-  return {score<V, I + 1>...};
-}
-template <int V, int... I>
-static constexpr std::array<Mix, SUMS> mix_kernels(std::integer_sequence<int, I...>) {
-  return {mix<V, I + 1>...};
-}
-constexpr auto UP_TO_SUMS = std::make_integer_sequence<int, SUMS>();
-// [vectors - 1][keys - 1] and [vectors - 1][channels - 1]
-static constexpr std::array<std::array<Score, SUMS>, VECTORS> SCORE = {score_kernels<1>(UP_TO_SUMS),
-                                                                       score_kernels<2>(UP_TO_SUMS)};
-static constexpr std::array<std::array<Mix, SUMS>, VECTORS> MIX = {mix_kernels<1>(UP_TO_SUMS),
-                                                                   mix_kernels<2>(UP_TO_SUMS)};
-
-// Calls work(first, count) for even parts of at most SUMS.
-template <class Work>
-static void in_parts(int total, const Work& work) {
-  for (int parts = (total + SUMS - 1) / SUMS, first = 0; parts > 0; parts--) {
-    const int count = (total - first + parts - 1) / parts;
-    work(first, count);
-    first += count;
-  }
-}
-
-// ---- rows --------------------------------------------------------------------------------------
-static void to_floats(const float* in, float* out, int count) { std::copy_n(in, count, out); }
-static void to_floats(const BFloat16* in, float* out, int count) {
-  int c = 0;
-  for (; c + W <= count; c += W) simd::store(out + c, simd::load_bf16(in + c));
-  for (; c < count; c++) out[c] = simd::to_float(in[c]);
-}
-
+// In whole vectors, with zeros behind.
 template <class T>
-static void from_floats(const float* in, T* out, int count) {
-  int c = 0;
-  for (; c + W <= count; c += W) simd::store_from_float(out + c, simd::load(in + c));
-  for (; c < count; c++) simd::assign(out + c, in[c]);
+static VB_INLINE void to_floats(const T* in, float* out, int count) {
+  for (int c = 0; c < count; c += W) simd::store(out + c, simd::get(in + c, std::min(W, count - c)));
+}
+template <class T>
+static VB_INLINE void from_floats(const float* in, T* out, int count) {
+  for (int c = 0; c < count; c += W) simd::put(out + c, simd::load(in + c), std::min(W, count - c));
 }
 
 struct Scratch {
-  float *keys, *values, *query, *rows, *scores, *sums;
+  float* keys;    // [key][step], and room for a vector, as behind the values
+  float* values;  // [step][channel]
+  float* query;   // [channel][TILE], then [step][TILE]
+  float* rows;    // [W][channel]
+  float *scores, *sums;
 };
 
-// One head of one group.
-template <class T>
+// One head of one group. P says how T are multiplied; rotated ones as Floats.
+template <class T, class P>
 struct Task {
   const Problem& p;
   const Tensors& t;
   int64_t image, group, head;
   Scratch& s;
+
+  static constexpr int steps(int numbers) { return (numbers + P::COUNT - 1) / P::COUNT; }
 
   const T* row(const void* base, const int64_t (&stride)[3], int64_t token) const {
     return static_cast<const T*>(base) + image * stride[0] + token * stride[1] + head * stride[2];
@@ -190,9 +84,12 @@ struct Task {
     const int64_t at = group * p.queries + i;
     return t.rows ? t.rows[at] : at;
   }
+  int64_t key_row(int64_t i) const {
+    const int32_t* rows = t.key_rows ? t.key_rows : t.rows;
+    return rows ? rows[i] : i;
+  }
 
   void rotate(float* row, int64_t token) const {
-    if (!t.row_table) return;
     rotation::rotate({t.row_table, t.column_table, p.width, static_cast<int>(p.dim)}, row, token,
                      simd::set1(1.f), row);
   }
@@ -200,15 +97,63 @@ struct Task {
   void take_keys() const {
     const int64_t own = group, count = p.region_keys;
     const int64_t* regions = t.regions ? t.regions + (image * p.groups + group) * p.routes : &own;
-    float *key = s.keys, *value = s.values;
+    int key = 0;
     for (int64_t r = 0; r < p.routes; r++) {
-      for (int64_t i = regions[r] * count, end = i + count; i < end; i++) {
-        const int64_t token = t.rows ? t.rows[i] : i;
-        to_floats(row(t.key, p.key_stride, token), key, static_cast<int>(p.dim));
-        rotate(key, token);
-        to_floats(row(t.value, p.value_stride, token), value, static_cast<int>(p.value_dim));
-        key += p.dim;
-        value += p.value_dim;
+      const int64_t first = regions[r] * count;
+      for (int64_t i = first, end = first + count; i < end; i++, key++) {
+        if (i + ROWS_AHEAD < end) prefetch_key(key_row(i + ROWS_AHEAD));
+        take_key(key_row(i), key);
+      }
+    }
+  }
+
+  // Short rows, for which the hardware does not look ahead.
+  static VB_INLINE void prefetch(const T* row, int64_t dim) {
+    __builtin_prefetch(row);
+    __builtin_prefetch(row + dim - 1);
+  }
+  void prefetch_key(int64_t token) const {
+    if (token < 0) return;
+    prefetch(row(t.key, p.key_stride, token), p.dim);
+    prefetch(row(t.value, p.value_stride, token), p.value_dim);
+  }
+
+  void take_key(int64_t token, int key) const {
+    const int dim = static_cast<int>(p.dim);
+    float* keys = s.keys + static_cast<ptrdiff_t>(key) * steps(dim);
+    if (token < 0) {
+      std::fill_n(keys, steps(dim), 0.f);
+      take_value(nullptr, key);
+      return;
+    }
+    const T* in = row(t.key, p.key_stride, token);
+    if constexpr (std::is_same_v<P, Floats>) {
+      to_floats(in, keys, dim);
+      if (t.row_table) rotate(keys, token);
+    } else {
+      T* out = reinterpret_cast<T*>(keys);
+      simd::copy(in, dim, out);
+      if (dim % 2) simd::assign(out + dim, 0.f);
+    }
+    take_value(row(t.value, p.value_stride, token), key);
+  }
+
+  // Zeros where `in` is null.
+  void take_value(const T* in, int key) const {
+    const int dim = static_cast<int>(p.value_dim);
+    float* out = s.values + static_cast<ptrdiff_t>(key / P::COUNT) * dim;
+    if constexpr (std::is_same_v<P, Floats>) {
+      if (in) {
+        to_floats(in, out, dim);
+      } else {
+        std::fill_n(out, dim, 0.f);
+      }
+    } else {
+      uint32_t* pairs = reinterpret_cast<uint32_t*>(out);
+      if (key % 2 == 0) {
+        for (int c = 0; c < dim; c++) pairs[c] = in ? in[c].bits : 0;
+      } else if (in) {
+        for (int c = 0; c < dim; c++) pairs[c] |= static_cast<uint32_t>(in[c].bits) << 16;
       }
     }
   }
@@ -216,17 +161,31 @@ struct Task {
   // Queries as columns; lanes without a query repeat the last one.
   void take_queries(int64_t first, int count) const {
     const int dim = static_cast<int>(p.dim), pitch = (dim + W - 1) / W * W;
-    const F scale = simd::set1(static_cast<float>(p.scale) * LOG2E);
+    const F sign = simd::set1(p.scale < 0 ? -1.f : 1.f);
     for (int v = 0; v * W < count; v++) {
       for (int l = 0; l < W; l++) {
+        const int64_t soon = first + v * W + l + TILE;
+        if (soon < p.queries) prefetch(row(t.query, p.query_stride, query_row(soon)), p.dim);
         const int64_t token = query_row(first + std::min(v * W + l, count - 1));
-        to_floats(row(t.query, p.query_stride, token), s.rows + l * pitch, dim);
-        rotate(s.rows + l * pitch, token);
+        float* floats = s.rows + l * pitch;
+        to_floats(row(t.query, p.query_stride, token), floats, dim);
+        if (t.row_table) rotate(floats, token);
       }
       for (int c = 0; c < pitch; c += W) {
         float* out = s.query + c * TILE + v * W;
         simd::transpose(s.rows + c, pitch, out, TILE, W);
-        for (int i = 0; i < W; i++) simd::store(out + i * TILE, simd::load(out + i * TILE) * scale);
+        for (int i = 0; i < W; i++) simd::store(out + i * TILE, simd::load(out + i * TILE) * sign);
+      }
+      pack_steps(s.query + v * W, steps(dim));
+    }
+  }
+
+  // [number][TILE] -> [step][TILE], of one vector.
+  static void pack_steps(float* columns, int count) {
+    if constexpr (!std::is_same_v<P, Floats>) {
+      for (int i = 0; i < count; i++) {
+        const float* two = columns + 2 * i * TILE;
+        simd::store(columns + i * TILE, P::pack(simd::load(two), simd::load(two + TILE)));
       }
     }
   }
@@ -262,52 +221,86 @@ struct Task {
     }
   }
 
+  // A vector's scores of a block -> weights, in the same place; returns their sums.
+  F weigh(float* score, int keys, F scale, F top) const {
+    const F shift = simd::zero() - top * scale;
+    F sums[4] = {simd::zero(), simd::zero(), simd::zero(), simd::zero()};
+    float* out = score;
+    const auto take = [&](int i) VB_INLINE_LAMBDA {
+      const F x = simd::exp2(simd::fma(simd::load(score), scale, shift));
+      score += TILE;
+      sums[i] = sums[i] + x;
+      return x;
+    };
+    const auto put = [&](F x) VB_INLINE_LAMBDA {
+      simd::store(out, x);
+      out += TILE;
+    };
+    int k = 0;
+    if constexpr (std::is_same_v<P, Floats>) {
+      for (; k + 4 <= keys; k += 4) {
+        VB_UNROLL
+        for (int i = 0; i < 4; i++) put(take(i));
+      }
+      for (; k < keys; k++) put(take(0));
+    } else {
+      for (; k + 4 <= keys; k += 4) {
+        VB_UNROLL
+        for (int i = 0; i < 4; i += 2) {
+          const F x = take(i), y = take(i + 1);
+          put(P::pack(x, y));
+        }
+      }
+      for (; k < keys; k += 2) {
+        const F x = take(0), y = k + 1 < keys ? take(1) : simd::zero();
+        put(P::pack(x, y));
+      }
+    }
+    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  }
+
   void attend(int64_t first, int count) const {
     const int vectors = (count + W - 1) / W, keys = static_cast<int>(p.region_keys * p.routes);
     const int dim = static_cast<int>(p.dim), value_dim = static_cast<int>(p.value_dim);
+    const F scale = simd::set1(std::fabs(static_cast<float>(p.scale)) * LOG2E);
+    const float lowest = std::numeric_limits<float>::lowest();
     float top[TILE], total[TILE] = {}, factor[TILE];
-    std::fill_n(top, TILE, -INFINITY);
+    std::fill_n(top, TILE, lowest);
+    ScoreArgs score{s.query, nullptr, steps(dim), {}, {}, nullptr, top};
+    const int32_t* lines[VECTORS] = {};
+    for (int v = 0; t.terms && v < vectors; v++) {
+      const int64_t query = first + v * W, blocks = (p.queries + LINE - 1) / LINE;
+      score.terms[v] = t.terms + head * p.term_lines * LINE + query % LINE;
+      lines[v] = t.lines + ((t.kinds ? t.kinds[group] : 0) * blocks + query / LINE) * keys;
+    }
     for (int begin = 0; begin < keys; begin += BLOCK) {
       const int block = std::min(BLOCK, keys - begin);
       float before[TILE];
       std::copy_n(top, TILE, before);
       in_parts(block, [&](int k, int part) {
-        SCORE[vectors - 1][part - 1]({s.query, s.keys + (begin + k) * dim, dim,
-                                      s.scores + k * TILE, top});
+        score.keys = s.keys + (begin + k) * score.steps;
+        score.scores = s.scores + k * TILE;
+        for (int v = 0; t.terms && v < vectors; v++) score.lines[v] = lines[v] + begin + k;
+        SCORE<P>[vectors - 1][part - 1](score);
       });
       for (int v = 0; v < vectors; v++) {
         const F now = simd::load(top + v * W);
-        F sums[4] = {simd::zero(), simd::zero(), simd::zero(), simd::zero()};
-        float* score = s.scores + v * W;
-        int k = 0;
-        for (; k + 4 <= block; k += 4) {
-          VB_UNROLL
-          for (int i = 0; i < 4; i++, score += TILE) {
-            const F x = simd::exp2(simd::load(score) - now);
-            simd::store(score, x);
-            sums[i] = sums[i] + x;
-          }
-        }
-        for (; k < block; k++, score += TILE) {
-          const F x = simd::exp2(simd::load(score) - now);
-          simd::store(score, x);
-          sums[0] = sums[0] + x;
-        }
-        const F f = simd::exp2(simd::load(before + v * W) - now);
-        const F sum = (sums[0] + sums[1]) + (sums[2] + sums[3]);
+        const F sum = weigh(s.scores + v * W, block, scale, now);
+        const F f = simd::exp2((simd::load(before + v * W) - now) * scale);
         simd::store(factor + v * W, f);
         simd::store(total + v * W, simd::fma(simd::load(total + v * W), f, sum));
       }
+      const float* values = s.values + begin / P::COUNT * value_dim;
       in_parts(value_dim, [&](int c, int part) {
-        MIX[vectors - 1][part - 1]({s.scores, s.values + begin * value_dim + c, block,
-                                    value_dim, begin ? factor : nullptr, s.sums + c * TILE});
+        MIX<P>[vectors - 1][part - 1]({s.scores, values + c, steps(block), value_dim,
+                                       begin ? factor : nullptr, s.sums + c * TILE});
       });
     }
     give(first, count, total);
   }
 };
 
-template <class T>
+template <class T, class P>
 static void forward(const Problem& p, const Tensors& t) {
   const int64_t chunks = (p.queries + TASK_QUERIES - 1) / TASK_QUERIES;
   const int64_t tasks = p.batch * p.heads * p.groups * chunks;
@@ -315,15 +308,16 @@ static void forward(const Problem& p, const Tensors& t) {
   const auto work = [&](int64_t index) {
     static thread_local Room<float> rooms[6];
     const int64_t keys = p.region_keys * p.routes;
-    Scratch s{rooms[0].of(keys * p.dim),
-              rooms[1].of(keys * p.value_dim),
+    Scratch s{rooms[0].of(keys * p.dim + W),
+              rooms[1].of((keys + 1) * p.value_dim + W),
               rooms[2].of(padded(p.dim) * TILE),
               rooms[3].of(W * std::max(padded(p.dim), padded(p.value_dim))),
               rooms[4].of(BLOCK * TILE),
               rooms[5].of(padded(p.value_dim) * TILE)};
-    const int64_t chunk = index % chunks, group = index / chunks % p.groups;
-    const int64_t head = index / (chunks * p.groups) % p.heads;
-    const Task<T> task{p, t, index / (chunks * p.groups * p.heads), group, head, s};
+    // Heads of the same tokens follow each other: they are neighbours in memory.
+    const int64_t chunk = index % chunks, head = index / chunks % p.heads;
+    const int64_t group = index / (chunks * p.heads) % p.groups;
+    const Task<T, P> task{p, t, index / (chunks * p.groups * p.heads), group, head, s};
     task.take_keys();
     const int64_t end = std::min(p.queries, (chunk + 1) * TASK_QUERIES);
     for (int64_t i = chunk * TASK_QUERIES; i < end; i += TILE) {

@@ -19,6 +19,7 @@
 
 namespace cascaded_attention {
 
+using attention::Floats;
 using attention::TILE;
 using simd::F;
 using simd::W;
@@ -60,7 +61,7 @@ static U* room(std::vector<U>& buffer, int64_t count) {
 
 static const float* as_floats(const float* in, int64_t, std::vector<float>&) { return in; }
 static const float* as_floats(const BFloat16* in, int64_t count, std::vector<float>& buffer) {
-  float* out = room(buffer, count);
+  float* out = room(buffer, count + W);  // whole vectors are written
   attention::to_floats(in, out, static_cast<int>(count));
   return out;
 }
@@ -205,8 +206,8 @@ struct Task {
     float top[TILE];
     std::fill_n(top, TILE, -INFINITY);
     attention::in_parts(keys, [&](int k, int part) {
-      attention::SCORE[vectors - 1][part - 1]({s.tile.data(), s.keys.data() + k * dim, dim,
-                                               s.scores.data() + k * TILE, top});
+      attention::SCORE<Floats>[vectors - 1][part - 1](
+          {s.tile.data(), s.keys.data() + k * dim, dim, {}, {}, s.scores.data() + k * TILE, top});
     });
     for (int v = 0; v < vectors; v++) {
       float* scores = s.scores.data() + v * W;
@@ -232,9 +233,9 @@ struct Task {
       simd::store(top + v * W, simd::set1(1.f) / (total[0] + total[1]));
     }
     attention::in_parts(static_cast<int>(p.head_dim), [&](int c, int part) {
-      attention::MIX[vectors - 1][part - 1]({s.scores.data(), values + c, keys,
-                                             static_cast<int>(features), nullptr,
-                                             s.sums.data() + c * TILE});
+      attention::MIX<Floats>[vectors - 1][part - 1]({s.scores.data(), values + c, keys,
+                                                     static_cast<int>(features), nullptr,
+                                                     s.sums.data() + c * TILE});
     });
     for (int v = 0; v < vectors; v++) {
       const F share = simd::load(top + v * W);

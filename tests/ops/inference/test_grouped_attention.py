@@ -33,7 +33,7 @@ def _exact(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None
     heads=st.integers(1, 3),
     dims=st.tuples(st.integers(1, 40), st.integers(1, 40)),
     dtype=st.sampled_from(list(_BOUNDS)),
-    scale=st.sampled_from([None, 0.3]),
+    scale=st.sampled_from([None, 0.3, 0.0, -0.3]),
 )
 def test_is_attention(batch, queries, keys, heads, dims, dtype, scale) -> None:
     query = _random(batch, queries, heads, dims[0] + 3, seed=1, dtype=dtype)[..., 2:-1]

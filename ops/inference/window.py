@@ -1,0 +1,183 @@
+"""Inference forms of window attention: windows are attended to where they lie in the map."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ops.attention.window import (
+    MASK,
+    OverlappingWindowAttention,
+    WindowAttention,
+    overlap_position_index,
+    overlapping_windows,
+    relative_position_index,
+    shift_masks,
+    window_partition,
+)
+from ops.inference import grouped_attention
+from ops.inference.grouped_attention import LINE, ScoreTerms
+from ops.inference.layers import FastLayer
+
+__all__ = ["FastOverlappingWindowAttention", "FastWindowAttention"]
+
+
+# Of keys, along a side: to find out which lines are the same takes longer for larger ones.
+_LARGEST_WINDOW = 48
+
+
+class _InPlace(FastLayer):
+    """Nothing is rolled, cut or put together; the projection adds the shortcut."""
+
+    window_size: int
+    num_heads: int
+    relative_position_bias_table: Any
+    qkv: Any
+    proj: Any
+
+    def _attend(self, x: Tensor, values: Tensor, residual: Tensor | None) -> Tensor:
+        query, key, value = _heads(self.qkv(x), 3, self.num_heads)
+        rows, key_rows, kinds = self._tokens(x.shape[1], x.shape[2])
+        out = torch.empty_like(x, memory_format=torch.contiguous_format)
+        terms = ScoreTerms(values, self._lines()[1], kinds)
+        (heads,) = _heads(out, 1, self.num_heads)
+        grouped_attention.attend_windows(query, key, value, rows, key_rows, terms, heads)
+        projected: Tensor = self.proj(out, residual)
+        return projected
+
+    def _tokens(self, height: int, width: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        """Of each window the tokens that ask, those that are seen, and its kind."""
+        raise NotImplementedError
+
+    def _lines(self) -> tuple[Tensor, Tensor]:
+        """See :func:`_distinct_lines`."""
+        raise NotImplementedError
+
+    def sources(self) -> list[Tensor]:
+        return [self.relative_position_bias_table]
+
+    def derive(self, x: Tensor) -> Tensor | None:
+        """(heads, lines, LINE): what is added to the scores before they are scaled."""
+        places, lines = self._lines()
+        keys = lines.shape[2]
+        if keys > _LARGEST_WINDOW**2 or not grouped_attention.outruns_torch(x.dtype, keys):
+            return None
+        if grouped_attention.unsupported(x.device, x.dtype) is not None:
+            return None
+        bias = self.relative_position_bias_table.float().t()
+        either = torch.stack((bias, bias + MASK), dim=2).flatten(1)
+        return (self.qkv.in_features // self.num_heads) ** 0.5 * either[:, places]
+
+
+class FastWindowAttention(_InPlace, WindowAttention):
+    """(B, H, W, dim) → (B, H, W, dim), plus ``residual``."""
+
+    def forward(
+        self,
+        x: Tensor,
+        index: Tensor | None = None,
+        masks: Tensor | None = None,
+        residual: Tensor | None = None,
+    ) -> Tensor:
+        values = self.derived(x)
+        if values is not None:
+            return self._attend(x, values, residual)
+        out = WindowAttention.forward(self, x, index, masks)
+        return out if residual is None else out + residual
+
+    def _tokens(self, height: int, width: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        rows, kinds = _windows(height, width, self.window_size, self.shift_size)
+        return rows, rows, kinds
+
+    def _lines(self) -> tuple[Tensor, Tensor]:
+        return _lines(self.window_size, self.shift_size)
+
+
+class FastOverlappingWindowAttention(_InPlace, OverlappingWindowAttention):
+    """(B, H, W, dim) → (B, H, W, dim), plus ``residual``."""
+
+    def forward(
+        self, x: Tensor, index: Tensor | None = None, residual: Tensor | None = None
+    ) -> Tensor:
+        values = self.derived(x)
+        if values is not None:
+            return self._attend(x, values, residual)
+        out = OverlappingWindowAttention.forward(self, x, index)
+        return out if residual is None else out + residual
+
+    def _tokens(self, height: int, width: int) -> tuple[Tensor, Tensor, Tensor | None]:
+        rows, _ = _windows(height, width, self.window_size, 0)
+        return rows, _grown_windows(height, width, self.window_size, self.overlap_size), None
+
+    def _lines(self) -> tuple[Tensor, Tensor]:
+        return _grown_lines(self.window_size, self.overlap_size)
+
+
+def _heads(x: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...]:
+    """(B, H, W, parts · dim) → each of the parts as (B, H · W, num_heads, head_dim)."""
+    return x.flatten(1, 2).unflatten(2, (parts, num_heads, -1)).unbind(2)
+
+
+@functools.lru_cache(maxsize=8)
+def _windows(
+    height: int, width: int, window_size: int, shift_size: int
+) -> tuple[Tensor, Tensor | None]:
+    """The tokens of each window, and which masks it has: none, or one more than that of its kind.
+
+    Returns:
+        int32 (windows, window_size²) and, where there is a shift, (windows,).
+    """
+    tokens = torch.arange(height * width, dtype=torch.int32).view(1, height, width, 1)
+    shifted = tokens.roll((-shift_size, -shift_size), (1, 2))
+    rows = window_partition(shifted, window_size)[0]
+    kinds = torch.zeros(rows.shape[:2], dtype=torch.int32)
+    kinds[:, -1] += 1
+    kinds[-1] += 2
+    return rows.flatten(0, 1).flatten(1).contiguous(), kinds.flatten() if shift_size else None
+
+
+@functools.lru_cache(maxsize=8)
+def _grown_windows(height: int, width: int, window_size: int, overlap_size: int) -> Tensor:
+    """The tokens of each grown window, -1 beyond the map: int32 (windows, overlap_size²)."""
+    tokens = 1 + torch.arange(height * width).view(1, height, width, 1)
+    windows = overlapping_windows(tokens, window_size, overlap_size)
+    return (windows.flatten(0, 2).flatten(1) - 1).int().contiguous()
+
+
+@functools.lru_cache(maxsize=8)
+def _lines(window_size: int, shift_size: int) -> tuple[Tensor, Tensor]:
+    """See :func:`_distinct_lines`; the kinds are no mask and those of a shift."""
+    index = relative_position_index(window_size)
+    masked = torch.zeros(1, *index.shape)
+    if shift_size:
+        masked = torch.cat((masked, shift_masks(window_size, shift_size)))
+    return _distinct_lines(index, masked != 0)
+
+
+@functools.lru_cache(maxsize=8)
+def _grown_lines(window_size: int, overlap_size: int) -> tuple[Tensor, Tensor]:
+    """See :func:`_distinct_lines`; there is one kind."""
+    index = overlap_position_index(window_size, overlap_size)
+    return _distinct_lines(index, torch.zeros(1, *index.shape, dtype=torch.bool))
+
+
+def _distinct_lines(index: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
+    """The lines of :class:`ops.inference.grouped_attention.ScoreTerms`, each once.
+
+    Args:
+        index: (N, M), where in the table the biases of queries and keys stand.
+        masked: (kinds, N, M), which of them are masked.
+
+    Returns:
+        int64 (number of lines, LINE), twice the place in the table, plus one where it is masked;
+        int32 (kinds, ⌈N / LINE⌉, M), which line it is.
+    """
+    places = 2 * index + masked
+    rest = -places.shape[1] % LINE
+    places = torch.cat((places, places[:, -1:].expand(-1, rest, -1)), dim=1)
+    blocks = places.unflatten(1, (-1, LINE)).transpose(2, 3)  # (kinds, blocks, M, LINE)
+    lines, which = blocks.flatten(0, 2).unique(dim=0, return_inverse=True)
+    return lines, which.view(blocks.shape[:3]).int()
