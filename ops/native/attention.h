@@ -75,8 +75,6 @@ struct Task {
   int64_t image, group, head;
   Scratch& s;
 
-  static constexpr int steps(int numbers) { return (numbers + P::COUNT - 1) / P::COUNT; }
-
   const T* row(const void* base, const int64_t (&stride)[3], int64_t token) const {
     return static_cast<const T*>(base) + image * stride[0] + token * stride[1] + head * stride[2];
   }
@@ -120,9 +118,9 @@ struct Task {
 
   void take_key(int64_t token, int key) const {
     const int dim = static_cast<int>(p.dim);
-    float* keys = s.keys + static_cast<ptrdiff_t>(key) * steps(dim);
+    float* keys = s.keys + static_cast<ptrdiff_t>(key) * simd::steps<P>(dim);
     if (token < 0) {
-      std::fill_n(keys, steps(dim), 0.f);
+      std::fill_n(keys, simd::steps<P>(dim), 0.f);
       take_value(nullptr, key);
       return;
     }
@@ -176,7 +174,7 @@ struct Task {
         simd::transpose(s.rows + c, pitch, out, TILE, W);
         for (int i = 0; i < W; i++) simd::store(out + i * TILE, simd::load(out + i * TILE) * sign);
       }
-      pack_steps(s.query + v * W, steps(dim));
+      pack_steps(s.query + v * W, simd::steps<P>(dim));
     }
   }
 
@@ -266,7 +264,7 @@ struct Task {
     const float lowest = std::numeric_limits<float>::lowest();
     float top[TILE], total[TILE] = {}, factor[TILE];
     std::fill_n(top, TILE, lowest);
-    ScoreArgs score{s.query, nullptr, steps(dim), {}, {}, nullptr, top};
+    ScoreArgs score{s.query, nullptr, simd::steps<P>(dim), {}, {}, nullptr, top};
     const int32_t* lines[VECTORS] = {};
     for (int v = 0; t.terms && v < vectors; v++) {
       const int64_t query = first + v * W, blocks = (p.queries + LINE - 1) / LINE;
@@ -292,7 +290,7 @@ struct Task {
       }
       const float* values = s.values + begin / P::COUNT * value_dim;
       in_parts(value_dim, [&](int c, int part) {
-        MIX<P>[vectors - 1][part - 1]({s.scores, values + c, steps(block), value_dim,
+        MIX<P>[vectors - 1][part - 1]({s.scores, values + c, simd::steps<P>(block), value_dim,
                                        begin ? factor : nullptr, s.sums + c * TILE});
       });
     }

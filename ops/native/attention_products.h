@@ -4,44 +4,24 @@
 #include <array>
 #include <cstdint>
 #include <utility>
-#include "simd.h"
+#include "products.h"
 
 namespace attention {
 
 using simd::F;
+using simd::Floats;
+#if VB_BFLOAT16
+using simd::Pairs;
+#endif
 using simd::W;
 
 constexpr int VECTORS = 2;  // of queries in a tile
 constexpr int TILE = VECTORS * W;
 constexpr int SUMS = simd::REGISTERS == 32 ? 12 : 5;  // keys or channels whose sums are in registers
 
-// What a lane or a broadcast multiplies at once. It is held in the place of a float, whatever it is.
-struct Floats {
-  static constexpr int COUNT = 1;
-  static VB_INLINE void add_product(F& sum, F x, F y) { sum = simd::fma(x, y, sum); }
-};
-
-#if VB_BFLOAT16
-// Two numbers in bfloat16, whose products are added in float32.
-struct Pairs {
-  static constexpr int COUNT = 2;
-  static VB_INLINE void add_product(F& sum, F x, F y) {
-    sum = _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)y);
-  }
-  static VB_INLINE F pack(F first, F second) {
-    const auto word = [](int lane) { return (lane + 16) << 16 | lane; };
-    const __m512i places = _mm512_setr_epi32(
-        word(0), word(1), word(2), word(3), word(4), word(5), word(6), word(7), word(8), word(9),
-        word(10), word(11), word(12), word(13), word(14), word(15));
-    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(second, first);
-    return _mm512_castsi512_ps(_mm512_permutexvar_epi16(places, both));
-  }
-};
-#endif
-
 // K keys: scores = terms + keys . query, and the greatest of each lane.
 struct ScoreArgs {
-  const float* query;  // [step][TILE], in steps of a Floats or Pairs
+  const float* query;  // [step][TILE], in steps of Floats or Pairs
   const float* keys;   // [key][step]
   int steps;
   // What each vector of queries starts from, the line-th LINE floats for each key; or null.
@@ -89,7 +69,7 @@ static void score(const ScoreArgs& args) {
 
 // C channels: sums = sums * factor + weights . values.
 struct MixArgs {
-  const float* weights;  // [step][TILE], in steps of a Floats or Pairs of keys
+  const float* weights;  // [step][TILE], in steps of Floats or Pairs of keys
   const float* values;   // [step][channel], at the first of the channels
   int steps, value_dim;
   const float* factor;  // [TILE], or null to start from zero

@@ -18,7 +18,7 @@ struct BackwardTensors {
 };
 
 template <class T>
-struct BackwardScratch : UnitScratch<T> {
+struct BackwardScratch : UnitScratch<T, Floats> {
   GradientRing<T> grad_keys, grad_values;
   Buffer query_rows, query, grad_rows, grad, score, grad_score, sum, bias_lanes;
 };
@@ -92,7 +92,7 @@ static F row_delta(const TilePlace& place, const Tensor& out, int row, int chann
 
 template <class T>
 static void backward_tile(const Problem& p, const BackwardTensors& t, const TilePlace& place,
-                          const KeyRing<T>& ring, const Unit& unit, const Bias& bias,
+                          const KeyRing<T, Floats>& ring, const Unit& unit, const Bias& bias,
                           const Lanes& shared, Ahead& ahead, BackwardScratch<T>& scratch,
                           KeyGradients& grads, bool large) {
   const int rows = place.tile.rows, dim = static_cast<int>(p.dim),
@@ -140,19 +140,19 @@ static void backward_tile(const Problem& p, const BackwardTensors& t, const Tile
     const Slice* last = scratch.plan.slices.data() + block_end;
     for (const Slice* s = first; s < last; s++) {
       if (s->plane < 0) {
-        score_slice(*s, shared, 0, dim, more_keys->column_pitch, query, score, ahead,
-                    [&](int) { return more_keys->columns.data(); });
-        score_slice(*s, shared, 0, value_dim, more_values->column_pitch, grad, grad_score, ahead,
-                    [&](int) { return more_values->columns.data(); });
+        score_slice<Floats>(*s, shared, 0, dim, 1.f, more_keys->column_pitch, query, score, ahead,
+                            [&](int) { return more_keys->columns.data(); });
+        score_slice<Floats>(*s, shared, 0, value_dim, 1.f, more_values->column_pitch, grad,
+                            grad_score, ahead, [&](int) { return more_values->columns.data(); });
         softmax_backward(*s, shared, lse, delta, score, grad_score);
         continue;
       }
-      score_slice(*s, place.lanes, low, dim, ring.column_pitch(), query, score, ahead, [&](int y) {
-        return ring.columns(scratch.keys, slot, s->plane, s->key_row + y);
-      });
+      score_slice<Floats>(
+          *s, place.lanes, low, dim, 1.f, ring.column_pitch(), query, score, ahead,
+          [&](int y) { return ring.columns(scratch.keys, slot, s->plane, s->key_row + y); });
       if (bias) add_bias(bias, place, *s, score);
-      score_slice(
-          *s, place.lanes, low, value_dim, ring.column_pitch(), grad, grad_score, ahead,
+      score_slice<Floats>(
+          *s, place.lanes, low, value_dim, 1.f, ring.column_pitch(), grad, grad_score, ahead,
           [&](int y) { return ring.columns(scratch.values, slot, s->plane, s->key_row + y); });
       softmax_backward(*s, place.lanes, lse, delta, score, grad_score);
       clear_unseen(*s, rows, score);
@@ -168,8 +168,8 @@ static void backward_tile(const Problem& p, const BackwardTensors& t, const Tile
         const auto at = [](const Buffer& b) {
           return [&b](const Slice&, int) { return b.data(); };
         };
-        mix_group(group, place, shared, 0, pitch, grad_score, sum, fresh, ahead,
-                  at(more_keys->rows));
+        mix_group<Floats>(group, place, shared, 0, pitch, grad_score, sum, fresh, ahead,
+                          at(more_keys->rows));
         Spread(group, shared, valid, 0, pitch, grad_score, query_rows, at(grads.additional_keys))
             .run(ahead);
         Spread(group, shared, valid, 0, value_pitch, score, grad_rows, at(grads.additional_values))
@@ -178,10 +178,10 @@ static void backward_tile(const Problem& p, const BackwardTensors& t, const Tile
         const auto rows_of = [&](const GradientRing<T>& r) {
           return [&r, slot](const Slice& s, int y) { return r.row(slot, s.plane, s.key_row + y); };
         };
-        mix_group(group, place, place.lanes, low, pitch, grad_score, sum, fresh, ahead,
-                  [&](const Slice& s, int y) {
-                    return ring.rows(scratch.keys, slot, s.plane, s.key_row + y);
-                  });
+        mix_group<Floats>(group, place, place.lanes, low, pitch, grad_score, sum, fresh, ahead,
+                          [&](const Slice& s, int y) {
+                            return ring.rows(scratch.keys, slot, s.plane, s.key_row + y);
+                          });
         Spread(group, place.lanes, valid, low, pitch, grad_score, query_rows,
                rows_of(scratch.grad_keys))
             .run(ahead);
@@ -240,8 +240,8 @@ static void backward(const Problem& p, const BackwardTensors& t) {
     const Unit unit(p, layout, index);
     scratch.keys.set(t.key, dim, true, true);
     scratch.values.set(t.value, value_dim, false, true);
-    KeyRing<T> ring(layout, unit.segment, unit.batch, unit.first_head, unit.heads, scratch.keys,
-                    scratch.values);
+    KeyRing<T, Floats> ring(layout, unit.segment, unit.batch, unit.first_head, unit.heads,
+                            scratch.keys, scratch.values);
     scratch.pack_additional(p, unit, t.additional_key, t.additional_value);
     const auto share = [&](int h) -> KeyGradients& {
       return block_shares[h * per_head + unit.index];

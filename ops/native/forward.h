@@ -13,13 +13,47 @@ struct ForwardTensors {
   Tensor out, lse;  // lse.data may be null
 };
 
-template <class T>
-struct ForwardScratch : UnitScratch<T> {
+template <class T, class P>
+struct ForwardScratch : UnitScratch<T, P> {
   Buffer query, score, sum;
 };
 
-// Scores -> unnormalised probabilities in place; `top` and `total` carry each lane's maximum and
-// sum from block to block, and the sums of values so far are rescaled where the maximum has grown.
+// The scores of some key rows of `width` keys -> unnormalised probabilities, in the steps of P at the
+// beginning of each row. Adds to two sums.
+template <class P>
+static VB_INLINE void weigh(float* score, int rows, int width, F top, F (&sum)[2]) {
+  const auto take = [&](const float* p, int i) VB_INLINE_LAMBDA {
+    const F x = simd::exp2(simd::load(p) - top);
+    sum[i] = sum[i] + x;
+    return x;
+  };
+  if constexpr (P::COUNT == 1) {
+    const int n = rows * width;
+    int i = 0;
+    for (; i + 1 < n; i += 2, score += 2 * W) {
+      const F x = take(score, 0), y = take(score + W, 1);
+      simd::store(score, x);
+      simd::store(score + W, y);
+    }
+    if (i < n) simd::store(score, take(score, 0));
+  } else {
+    for (int y = 0; y < rows; y++, score += static_cast<size_t>(width) * W) {
+      float* out = score;
+      const float* p = score;
+      int k = 0;
+      for (; k + 1 < width; k += 2, p += 2 * W, out += W) {
+        const F first = take(p, 0), second = take(p + W, 1);
+        simd::store(out, P::pack(first, second));
+      }
+      if (k < width) simd::store(out, P::pack(take(p, 0), simd::zero()));
+    }
+  }
+}
+
+// Scores -> unnormalised probabilities in place, see `weigh`; `top` and `total` carry each lane's
+// maximum and sum from block to block, and the sums of values so far are rescaled where the maximum
+// has grown.
+template <class P>
 static void online_softmax(const Slice* first, const Slice* last, const TilePlace& place,
                            const Lanes& shared, float* score, float (*top)[W], float (*total)[W],
                            float* sum, int pitch) {
@@ -53,24 +87,11 @@ static void online_softmax(const Slice* first, const Slice* last, const TilePlac
     }
     if (!seen) continue;
     const F now = simd::max(a, b);
-    a = b = simd::zero();
+    F sums[2] = {simd::zero(), simd::zero()};
     for (const Slice* s = first; s < last; s++) {
       if (r < s->row || r >= s->row + s->row_count) continue;
       float* p = score + r * SCORE_PITCH + static_cast<size_t>(s->slot) * W;
-      const int n = s->rows * s->width;
-      int i = 0;
-      for (; i + 1 < n; i += 2, p += 2 * W) {
-        const F x = simd::exp2(simd::load(p) - now), y = simd::exp2(simd::load(p + W) - now);
-        simd::store(p, x);
-        simd::store(p + W, y);
-        a = a + x;
-        b = b + y;
-      }
-      if (i < n) {
-        const F x = simd::exp2(simd::load(p) - now);
-        simd::store(p, x);
-        a = a + x;
-      }
+      weigh<P>(p, s->rows, s->width, now, sums);
     }
     F so_far = simd::load(total[r]);
     if (!simd::all_equal(so_far, simd::zero()) && !simd::all_equal(before, now)) {
@@ -84,24 +105,25 @@ static void online_softmax(const Slice* first, const Slice* last, const TilePlac
           simd::store(row, simd::load(row) * simd::set1(factor[l]));
       }
     }
-    simd::store(total[r], so_far + (a + b));
+    simd::store(total[r], so_far + (sums[0] + sums[1]));
     simd::store(top[r], now);
   }
 }
 
-template <class T>
+template <class T, class P>
 static void forward_tile(const Problem& p, const ForwardTensors& t, const TilePlace& place,
-                         const KeyRing<T>& ring, int low, const Bias& bias, const Lanes& shared,
-                         bool stream, Ahead& ahead, ForwardScratch<T>& scratch) {
-  const int rows = place.tile.rows, dim = static_cast<int>(p.dim),
+                         const KeyRing<T, P>& ring, int low, const Bias& bias, const Lanes& shared,
+                         bool stream, Ahead& ahead, ForwardScratch<T, P>& scratch) {
+  const int rows = place.tile.rows, dim = static_cast<int>(p.dim), steps = simd::steps<P>(dim),
             value_dim = static_cast<int>(p.value_dim);
+  const float scale = static_cast<float>(p.scale) * LOG2E;
   const int pitch = round_up(value_dim, W);
   float* query = scratch.query.get(static_cast<size_t>(MAX_ROWS) * W * dim);
   float* score = scratch.score.get(MAX_ROWS * SCORE_PITCH);
   float* sum = scratch.sum.get(static_cast<size_t>(MAX_ROWS) * W * pitch);
   for (int r = 0; r < rows; r++) {
-    load_query_columns<T>(place, t.query, r, dim, static_cast<float>(p.scale) * LOG2E,
-                          query + static_cast<size_t>(r) * W * dim);
+    load_query_columns<T, P>(place, t.query, r, dim, scale,
+                             query + static_cast<size_t>(r) * W * steps);
   }
   if (!stream) add_rows<T>(ahead, place, t.out, value_dim);
   float top[MAX_ROWS][W], total[MAX_ROWS][W] = {};
@@ -118,25 +140,26 @@ static void forward_tile(const Problem& p, const ForwardTensors& t, const TilePl
     const Slice* last = scratch.plan.slices.data() + block_end;
     for (const Slice* s = first; s < last; s++) {
       if (s->plane < 0) {
-        score_slice(*s, shared, 0, dim, more_keys->column_pitch, query, score, ahead,
-                    [&](int) { return more_keys->columns.data(); });
+        score_slice<P>(*s, shared, 0, steps, scale, more_keys->column_pitch, query, score, ahead,
+                       [&](int) { return more_keys->columns.data(); });
         continue;
       }
-      score_slice(*s, place.lanes, low, dim, ring.column_pitch(), query, score, ahead, [&](int y) {
-        return ring.columns(scratch.keys, place.kv_slot, s->plane, s->key_row + y);
-      });
+      score_slice<P>(*s, place.lanes, low, steps, scale, ring.column_pitch(), query, score, ahead,
+                     [&](int y) {
+                       return ring.columns(scratch.keys, place.kv_slot, s->plane, s->key_row + y);
+                     });
       if (bias) add_bias(bias, place, *s, score);
     }
-    online_softmax(first, last, place, shared, score, top, total, sum, pitch);
+    online_softmax<P>(first, last, place, shared, score, top, total, sum, pitch);
     for_each_group(first, last, [&](const SliceGroup& group) {
       if (group.first->plane < 0) {
-        mix_group(group, place, shared, 0, pitch, score, sum, fresh, ahead,
-                  [&](const Slice&, int) { return more_values->rows.data(); });
+        mix_group<P>(group, place, shared, 0, pitch, score, sum, fresh, ahead,
+                     [&](const Slice&, int) { return more_values->rows.data(); });
       } else {
-        mix_group(group, place, place.lanes, low, pitch, score, sum, fresh, ahead,
-                  [&](const Slice& s, int y) {
-                    return ring.rows(scratch.values, place.kv_slot, s.plane, s.key_row + y);
-                  });
+        mix_group<P>(group, place, place.lanes, low, pitch, score, sum, fresh, ahead,
+                     [&](const Slice& s, int y) {
+                       return ring.rows(scratch.values, place.kv_slot, s.plane, s.key_row + y);
+                     });
       }
       fresh = false;
     });
@@ -166,7 +189,7 @@ static void forward_tile(const Problem& p, const ForwardTensors& t, const TilePl
   }
 }
 
-template <class T>
+template <class T, class P>
 static void forward(const Problem& p, const ForwardTensors& t) {
   const Layout layout(p, false);
   const Bias bias(p, t.rpb, LOG2E);
@@ -176,18 +199,18 @@ static void forward(const Problem& p, const ForwardTensors& t) {
       static_cast<int64_t>(sizeof(T)) * positions * p.heads * p.value_dim > STREAMED_BYTES &&
       fills_lines<T>(t.out, static_cast<int>(p.value_dim));
   parallel_for(layout.units(p), layout.threads(p), [&](int64_t index) {
-    static thread_local ForwardScratch<T> scratch;
+    static thread_local ForwardScratch<T, P> scratch;
     const Unit unit(p, layout, index);
     scratch.keys.set(t.key, p.dim, false, true);
     scratch.values.set(t.value, p.value_dim, true, false);
-    KeyRing<T> ring(layout, unit.segment, unit.batch, unit.first_head, unit.heads, scratch.keys,
-                    scratch.values);
+    KeyRing<T, P> ring(layout, unit.segment, unit.batch, unit.first_head, unit.heads, scratch.keys,
+                       scratch.values);
     scratch.pack_additional(p, unit, t.additional_key, t.additional_value);
     const auto next = [&](const TilePlace& place, Ahead& ahead) {
       add_rows<T>(ahead, place, t.query, p.dim);
     };
     for_each_tile(p, layout, unit, ring, scratch, next, [&](const TilePlace& place, Ahead& ahead) {
-      forward_tile<T>(p, t, place, ring, unit.segment.low, bias, shared, stream, ahead, scratch);
+      forward_tile<T, P>(p, t, place, ring, unit.segment.low, bias, shared, stream, ahead, scratch);
     });
     if (stream) simd::end_streams();
   });

@@ -5,19 +5,22 @@
 #include <utility>
 
 #include "geometry.h"
+#include "products.h"
 
 namespace na {
 
 using simd::F;
+using simd::Floats;
 using simd::W;
 
 // ---- scores: s = q . k -------------------------------------------------------------------------
 // One lane a query. For R query rows and K keys: score[r][k] = sum over c of query[r][c] *
-// column[c][offset + k], where `query` is [R][dim][W] and `column` is [dim][pitch]. Each key is
-// fetched once for the R rows.
+// column[c][offset + k], where `query` is [R][steps][W] and `column` is [steps][pitch], of Floats or
+// Pairs. Each key is fetched once for the R rows.
 struct ScoreArgs {
   const float* query;
-  int dim;
+  int steps;
+  float scale;  // of Pairs; Floats come with it
   const float* column;
   size_t pitch;
   const int32_t* offset;
@@ -29,7 +32,7 @@ struct ScoreArgs {
 // waits for them unless they are on their way.
 constexpr int CHANNELS_AHEAD = 16;
 
-template <int R, int K, int FETCH>
+template <class P, int R, int K, int FETCH>
 static void score_kernel(const ScoreArgs& args) {
   const ScoreArgs a = args;  // a copy, which stores through float pointers cannot change
   // With one query row only, loads across cache lines would take longer than the arithmetic.
@@ -42,7 +45,7 @@ static void score_kernel(const ScoreArgs& args) {
   }
   const float* column = a.column;
   const float* query = a.query;
-  for (int c = 0; c < a.dim; c++, column += a.pitch, query += W) {
+  for (int c = 0; c < a.steps; c++, column += a.pitch, query += W) {
     F low = simd::zero(), high = low, run[K], q[R];
     if constexpr (RUN) simd::load_run(column, run, std::make_index_sequence<K>());
     if (FETCH == DIRECT || FETCH == PERMUTE || FETCH == PERMUTE_TWO) {
@@ -56,7 +59,7 @@ static void score_kernel(const ScoreArgs& args) {
       high = simd::load(column + W);
     }
     VB_UNROLL
-    for (int r = 0; r < R; r++) q[r] = simd::load(query + static_cast<size_t>(r) * a.dim * W);
+    for (int r = 0; r < R; r++) q[r] = simd::load(query + static_cast<size_t>(r) * a.steps * W);
     VB_UNROLL
     for (int k = 0; k < K; k++) {
       const F key = simd::in_register(
@@ -67,13 +70,16 @@ static void score_kernel(const ScoreArgs& args) {
           : FETCH == GATHER      ? simd::gather(column + k, a.offset)
                                  : simd::set1(column[k]));
       VB_UNROLL
-      for (int r = 0; r < R; r++) sum[r][k] = simd::fma(q[r], key, sum[r][k]);
+      for (int r = 0; r < R; r++) P::add_product(sum[r][k], q[r], key);
     }
   }
   VB_UNROLL
   for (int r = 0; r < R; r++) {
     VB_UNROLL
-    for (int k = 0; k < K; k++) simd::store(a.score + r * a.score_pitch + k * W, sum[r][k]);
+    for (int k = 0; k < K; k++) {
+      const F scaled = P::COUNT == 1 ? sum[r][k] : sum[r][k] * simd::set1(a.scale);
+      simd::store(a.score + r * a.score_pitch + k * W, scaled);
+    }
   }
 }
 
@@ -82,10 +88,10 @@ static void score_kernel(const ScoreArgs& args) {
 // sum[r][l] += sum over the key rows that r sees, and their keys, of
 //              weight[r][key row][key][lane l] * values[start(l) + key].
 // The weights are scalars that are broadcast from the score buffer, so neither v nor o is ever
-// transposed.
+// transposed. Weights of Pairs are those of a key and the next one, as values are.
 struct KeyRow {
   const float* values;   // [position][channel]
-  const float* weights;  // of query row 0: [key][W]
+  const float* weights;  // of query row 0: [key or pair of keys][W]
   int row, row_count;    // the query rows that see it
 };
 struct MixArgs {
@@ -102,73 +108,112 @@ struct MixArgs {
   bool fresh;               // start from zero instead of from `sum`
 };
 
+// A position's values times the weights of one lane of the query rows FIRST .. FIRST + COUNT - 1.
+template <class P, int FIRST, int COUNT, int R, int C>
+static VB_INLINE void add_values(const MixArgs& a, const float* weight, const F (&v)[C],
+                                 F (&sum)[R][C]) {
+  VB_UNROLL
+  for (int r = FIRST; r < FIRST + COUNT; r++) {
+    const F p = simd::in_register(simd::set1(weight[r * a.weight_row_pitch]));
+    VB_UNROLL
+    for (int c = 0; c < C; c++) P::add_product(sum[r][c], p, v[c]);
+  }
+}
+
+// The channels of one position; LAST leaves out what Pairs hold of the next one.
+template <class P, bool LAST, int C>
+static VB_INLINE void load_values(const float* value, F (&v)[C]) {
+  VB_UNROLL
+  for (int c = 0; c < C; c++) {
+    F x = simd::load(value + c * W);
+    if constexpr (LAST && P::COUNT == 2) x = P::without_second(x);
+    v[c] = simd::in_register(x);
+  }
+}
+
 // One key row for the query rows FIRST .. FIRST + COUNT - 1.
-template <int FIRST, int COUNT, int R, int C, int L>
+template <class P, int FIRST, int COUNT, int R, int C, int L>
 static VB_INLINE void mix_row(const MixArgs& a, const KeyRow& row, F (&sum)[L][R][C]) {
   const float* weight = row.weights + a.lane;
   const float* value[L];
   VB_UNROLL
   for (int l = 0; l < L; l++) value[l] = row.values + a.channel + a.start[l];
-  for (int k = 0; k < a.keys; k++, weight += W) {
+  for (int k = P::COUNT; k <= a.keys; k += P::COUNT, weight += W) {
     VB_UNROLL
     for (int l = 0; l < L; l++) {
       F v[C];
-      VB_UNROLL
-      for (int c = 0; c < C; c++) v[c] = simd::in_register(simd::load(value[l] + c * W));
-      value[l] += a.pitch;
-      VB_UNROLL
-      for (int r = FIRST; r < FIRST + COUNT; r++) {
-        const F p = simd::in_register(simd::set1(weight[r * a.weight_row_pitch + l]));
-        VB_UNROLL
-        for (int c = 0; c < C; c++) sum[l][r][c] = simd::fma(p, v[c], sum[l][r][c]);
-      }
+      load_values<P, false>(value[l], v);
+      value[l] += P::COUNT * a.pitch;
+      add_values<P, FIRST, COUNT>(a, weight + l, v, sum[l]);
     }
+  }
+  if (a.keys % P::COUNT == 0) return;
+  VB_UNROLL
+  for (int l = 0; l < L; l++) {
+    F v[C];
+    load_values<P, true>(value[l], v);
+    add_values<P, FIRST, COUNT>(a, weight + l, v, sum[l]);
   }
 }
 
 // The same where the windows of the L lanes start one position after the other and hold L keys or
-// more: each vector of values is loaded once for all of them.
-template <int FIRST, int COUNT, int R, int C, int L>
+// more: each vector of values is loaded once for all lanes that begin a step there.
+template <class P, int FIRST, int COUNT, int R, int C, int L>
 static VB_INLINE void slide_row(const MixArgs& a, const KeyRow& row, F (&sum)[L][R][C]) {
+  static_assert(L % P::COUNT == 0);
+  constexpr int AT_ONCE = L / P::COUNT;
   const float* value = row.values + a.channel + a.start[0];
-  const float* weight = row.weights + a.lane;  // of lane 0; those of lane l lie l keys before
-  // The next position, which the lanes from `first` to `last` see.
-  const auto add = [&](int first, int last) VB_INLINE_LAMBDA {
-    F v[C];
+  const float* weight = row.weights + a.lane;  // of lane 0
+  // The next positions, as many as P holds. At each of them every P::COUNT-th lane begins a step;
+  // those from `first` to `last` among them do it within their windows, and the ones from `cut` on
+  // to below `uncut` with their last key.
+  const auto add = [&](int first, int last, int cut, int uncut) VB_INLINE_LAMBDA {
     VB_UNROLL
-    for (int c = 0; c < C; c++) v[c] = simd::in_register(simd::load(value + c * W));
-    VB_UNROLL
-    for (int l = 0; l < L; l++) {
-      if (l < first || l > last) continue;
+    for (int i = 0; i < P::COUNT; i++, value += a.pitch) {
+      F v[C], v_last[C];
+      load_values<P, false>(value, v);
+      if (P::COUNT > 1 && cut < uncut) load_values<P, true>(value, v_last);
       VB_UNROLL
-      for (int r = FIRST; r < FIRST + COUNT; r++) {
-        const F p = simd::in_register(simd::set1(weight[r * a.weight_row_pitch + l - l * W]));
-        VB_UNROLL
-        for (int c = 0; c < C; c++) sum[l][r][c] = simd::fma(p, v[c], sum[l][r][c]);
+      for (int n = 0; n < AT_ONCE; n++) {
+        if (n < first || n > last) continue;
+        const int l = P::COUNT * n + i;
+        const float* of_lane = weight + l - n * W;
+        if (P::COUNT > 1 && n >= cut && n < uncut) {
+          add_values<P, FIRST, COUNT>(a, of_lane, v_last, sum[l]);
+        } else {
+          add_values<P, FIRST, COUNT>(a, of_lane, v, sum[l]);
+        }
       }
     }
-    value += a.pitch;
     weight += W;
   };
+  const int count = simd::steps<P>(a.keys);
+  const bool whole = a.keys % P::COUNT == 0;
   VB_UNROLL
-  for (int k = 0; k < L - 1; k++) add(0, k);
-  for (int k = L - 1; k < a.keys; k++) add(0, L - 1);
-  VB_UNROLL
-  for (int k = 1; k < L; k++) add(k, L - 1);
+  for (int k = 0; k < AT_ONCE - 1; k++) add(0, k, 0, 0);
+  for (int k = AT_ONCE - 1; k < count - 1; k++) add(0, AT_ONCE - 1, 0, 0);
+  // From here on lanes come to their last keys, one each time.
+  if (whole) {
+    VB_UNROLL
+    for (int k = 0; k < AT_ONCE; k++) add(k, AT_ONCE - 1, 0, 0);
+  } else {
+    VB_UNROLL
+    for (int k = 0; k < AT_ONCE; k++) add(k, AT_ONCE - 1, k, k + 1);
+  }
 }
 
-template <int FIRST, int COUNT, bool SLIDES, int R, int C, int L>
+template <class P, int FIRST, int COUNT, bool SLIDES, int R, int C, int L>
 static VB_INLINE void add_row(const MixArgs& a, const KeyRow& row, F (&sum)[L][R][C]) {
   if constexpr (FIRST + COUNT > R) {
     __builtin_unreachable();
   } else if constexpr (SLIDES) {
-    slide_row<FIRST, COUNT>(a, row, sum);
+    slide_row<P, FIRST, COUNT>(a, row, sum);
   } else {
-    mix_row<FIRST, COUNT>(a, row, sum);
+    mix_row<P, FIRST, COUNT>(a, row, sum);
   }
 }
 
-template <int R, int C, int L, bool SLIDES>
+template <class P, int R, int C, int L, bool SLIDES>
 static void mix_kernel(const MixArgs& args) {
   const MixArgs a = args;
   F sum[L][R][C];
@@ -186,22 +231,22 @@ static void mix_kernel(const MixArgs& args) {
   for (const KeyRow *row = a.rows, *end = row + a.row_count; row < end; row++) {
     switch (row->row * 4 + row->row_count) {
       case 1:
-        add_row<0, 1, SLIDES>(a, *row, sum);
+        add_row<P, 0, 1, SLIDES>(a, *row, sum);
         break;
       case 2:
-        add_row<0, 2, SLIDES>(a, *row, sum);
+        add_row<P, 0, 2, SLIDES>(a, *row, sum);
         break;
       case 3:
-        add_row<0, 3, SLIDES>(a, *row, sum);
+        add_row<P, 0, 3, SLIDES>(a, *row, sum);
         break;
       case 5:
-        add_row<1, 1, SLIDES>(a, *row, sum);
+        add_row<P, 1, 1, SLIDES>(a, *row, sum);
         break;
       case 6:
-        add_row<1, 2, SLIDES>(a, *row, sum);
+        add_row<P, 1, 2, SLIDES>(a, *row, sum);
         break;
       case 9:
-        add_row<2, 1, SLIDES>(a, *row, sum);
+        add_row<P, 2, 1, SLIDES>(a, *row, sum);
         break;
     }
   }
@@ -231,38 +276,42 @@ static constexpr int slide_channels(int rows) {
 using ScoreKernel = void (*)(const ScoreArgs&);
 using MixKernel = void (*)(const MixArgs&);
 
-template <int R, int FETCH, int... K>
+template <class P, int R, int FETCH, int... K>
 static constexpr std::array<ScoreKernel, MAX_KEYS> score_row(std::integer_sequence<int, K...>) {
-  return {score_kernel<R, K + 1, FETCH>...};
+  return {score_kernel<P, R, K + 1, FETCH>...};
 }
-template <int FETCH>
+template <class P, int FETCH>
 static constexpr std::array<std::array<ScoreKernel, MAX_KEYS>, MAX_ROWS> score_rows() {
   constexpr auto keys = std::make_integer_sequence<int, MAX_KEYS>();
-  return {score_row<1, FETCH>(keys), score_row<2, FETCH>(keys), score_row<3, FETCH>(keys)};
+  return {score_row<P, 1, FETCH>(keys), score_row<P, 2, FETCH>(keys),
+          score_row<P, 3, FETCH>(keys)};
 }
-// [fetch][query rows - 1][keys - 1]
+// [fetch][query rows - 1][keys - 1]. Static, or the libraries for different instruction sets in one
+// process would share it.
+template <class P>
 static constexpr std::array<std::array<std::array<ScoreKernel, MAX_KEYS>, MAX_ROWS>, 5> SCORE = {
-    score_rows<DIRECT>(), score_rows<PERMUTE>(), score_rows<PERMUTE_TWO>(), score_rows<GATHER>(),
-    score_rows<BROADCAST>()};
+    score_rows<P, DIRECT>(), score_rows<P, PERMUTE>(), score_rows<P, PERMUTE_TWO>(),
+    score_rows<P, GATHER>(), score_rows<P, BROADCAST>()};
 
 // For tiles of some query rows: one lane, several, several whose windows slide; by the vectors of
 // channels - 1.
 struct MixKernels {
   MixKernel one[MAX_CHANNELS], several[MAX_CHANNELS], sliding[MAX_CHANNELS];
 };
-template <int R, int... C>
+template <class P, int R, int... C>
 static constexpr MixKernels mix_kernels(std::integer_sequence<int, C...>) {
   constexpr int most = slide_channels(R);
-  return {{mix_kernel<R, C + 1, 1, false>...},
-          {mix_kernel<R, C + 1, mix_lanes(R), false>...},
-          {mix_kernel<R, std::min(C + 1, most), SLIDE_LANES, true>...}};
+  return {{mix_kernel<P, R, C + 1, 1, false>...},
+          {mix_kernel<P, R, C + 1, mix_lanes(R), false>...},
+          {mix_kernel<P, R, std::min(C + 1, most), SLIDE_LANES, true>...}};
 }
-template <int... R>
+template <class P, int... R>
 static constexpr std::array<MixKernels, MAX_ROWS> mix_rows(std::integer_sequence<int, R...>) {
-  return {mix_kernels<R + 1>(std::make_integer_sequence<int, MAX_CHANNELS>())...};
+  return {mix_kernels<P, R + 1>(std::make_integer_sequence<int, MAX_CHANNELS>())...};
 }
 // [query rows - 1]
+template <class P>
 static constexpr std::array<MixKernels, MAX_ROWS> MIX =
-    mix_rows(std::make_integer_sequence<int, MAX_ROWS>());
+    mix_rows<P>(std::make_integer_sequence<int, MAX_ROWS>());
 
 }  // namespace na

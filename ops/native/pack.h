@@ -1,12 +1,13 @@
-// Between the caller's tensors (any strides, float32 or bfloat16) and the two float32 layouts that
-// the kernels read: "rows", [position][channel] with the channels padded to whole vectors, and
-// "columns", [channel][position].
+// Between the caller's tensors (any strides, float32 or bfloat16) and the two layouts that the
+// kernels read, of simd::Floats: "rows", [position][channel] with the channels padded to whole
+// vectors, and "columns", [channel][position]. Of simd::Pairs, a row has each position's channels
+// with those of the next one, and columns have two channels.
 #pragma once
 #include <algorithm>
 #include <new>
 #include <type_traits>
 
-#include "simd.h"
+#include "products.h"
 
 namespace na {
 
@@ -144,6 +145,71 @@ static void load_columns(const T* line, int64_t stride, const int* order, int n,
       }
       simd::transpose(rows, out, column_pitch, count);
     }
+  }
+}
+
+#if VB_BFLOAT16
+// The last position has no next one.
+static inline void load_pair_rows(const BFloat16* line, int64_t stride, const int* order, int n,
+                                  int channels, float* rows) {
+  const int pitch = round_up(channels, simd::W);
+  for (int i = 0; i < n; i++) {
+    prefetch_positions(line, stride, order, n, channels, i + simd::W, 1);
+    const BFloat16* first = line + order[i] * stride;
+    const BFloat16* second = i + 1 < n ? line + order[i + 1] * stride : first;
+    float* out = rows + static_cast<size_t>(i) * pitch;
+    for (int c = 0; c < channels; c += simd::W)
+      simd::store(out + c, simd::Pairs::pack(first + c, second + c, std::min(simd::W, channels - c)));
+  }
+}
+
+static inline void load_pair_columns(const BFloat16* line, int64_t stride, const int* order, int n,
+                                     int channels, float* columns, size_t column_pitch,
+                                     int before = 0) {
+  for (int x = -before; x < n; x += simd::W) {
+    const BFloat16* position[simd::W];
+    for (int l = 0; l < simd::W; l++)
+      position[l] = line + order[std::max(0, std::min(x + l, n - 1))] * stride;
+    prefetch_positions(line, stride, order, n, channels, x + 2 * simd::W, simd::W);
+    for (int c = 0; c < channels; c += 2 * simd::W) {
+      const int left = channels - c;
+      float tile[simd::W][simd::W];
+      const float* rows[simd::W];
+      for (int l = 0; l < simd::W; l++) {
+        rows[l] = reinterpret_cast<const float*>(position[l] + c);
+        if (left >= 2 * simd::W) continue;
+        std::memset(tile[l], 0, sizeof tile[l]);
+        std::memcpy(tile[l], position[l] + c, left * sizeof(BFloat16));
+        rows[l] = tile[l];
+      }
+      simd::F pairs[simd::W];
+      simd::transpose(rows, pairs);
+      float* out = columns + static_cast<ptrdiff_t>(c / 2 * column_pitch) + x;
+      const int count = std::min(simd::W, (left + 1) / 2);
+      for (int i = 0; i < count; i++) simd::store(out + i * column_pitch, pairs[i]);
+    }
+  }
+}
+#endif
+
+// Either layout, in the numbers that P multiplies.
+template <class P, class T>
+static void pack_rows(const T* line, int64_t stride, const int* order, int n, int channels,
+                      float* rows) {
+  if constexpr (P::COUNT == 1) {
+    load_rows(line, stride, order, n, channels, 1.f, rows);
+  } else {
+    load_pair_rows(line, stride, order, n, channels, rows);
+  }
+}
+// Times `scale` only where they are Floats.
+template <class P, class T>
+static void pack_columns(const T* line, int64_t stride, const int* order, int n, int channels,
+                         float scale, float* columns, size_t column_pitch, int before = 0) {
+  if constexpr (P::COUNT == 1) {
+    load_columns(line, stride, order, n, channels, scale, columns, column_pitch, before);
+  } else {
+    load_pair_columns(line, stride, order, n, channels, columns, column_pitch, before);
   }
 }
 

@@ -201,9 +201,9 @@ struct Bias {
   size_t per_head() const { return static_cast<size_t>(rows[0]) * rows[1] * columns; }
 };
 
-// The keys and values of a block of heads around the current query rows, packed; a ring of rows for
-// each plane. Rows enter as the queries advance, so every row is packed once a unit.
-template <class T>
+// The keys and values of a block of heads around the current query rows, packed as P; a ring of rows
+// for each plane. Rows enter as the queries advance, so every row is packed once a unit.
+template <class T, class P>
 class KeyRing {
  public:
   struct Field {
@@ -283,20 +283,20 @@ class KeyRing {
     return static_cast<size_t>(segment_.columns + simd::W) * f.row_pitch;
   }
   size_t column_size(const Field& f) const {
-    return static_cast<size_t>(f.channels) * column_pitch_;
+    return static_cast<size_t>(simd::steps<P>(f.channels)) * column_pitch_;
   }
 
   void pack(Field& f, int head, int z, int y) {
     const T* line = this->line(f, head, z, y);
     const int* order = layout_.x.order.data() + segment_.low;
     if (f.pack_rows) {
-      load_rows(line, f.tensor.x, order, segment_.columns, f.channels, 1.f,
-                f.rows.data() + slot(head, z, y) * row_size(f));
+      ::na::pack_rows<P>(line, f.tensor.x, order, segment_.columns, f.channels,
+                         f.rows.data() + slot(head, z, y) * row_size(f));
     }
     if (f.pack_columns) {
-      load_columns(line, f.tensor.x, order, segment_.columns, f.channels, 1.f,
-                   f.columns.data() + slot(head, z, y) * column_size(f) + before_, column_pitch_,
-                   before_);
+      ::na::pack_columns<P>(line, f.tensor.x, order, segment_.columns, f.channels, 1.f,
+                            f.columns.data() + slot(head, z, y) * column_size(f) + before_,
+                            column_pitch_, before_);
     }
   }
 

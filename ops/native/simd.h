@@ -350,14 +350,12 @@ static VB_INLINE void end_streams() {
 }
 
 // ---- transposition -----------------------------------------------------------------------------
-// out[i * out_pitch + l] = rows[l][i] * scale for l in 0..W-1 and i in 0..count-1, count <= W. Reads
-// W elements of each row.
-static VB_INLINE void transpose(const float* const (&rows)[W], float* out, size_t out_pitch,
-                                int count, float scale = 1.f) {
+// r[i][l] = rows[l][i]
+static VB_INLINE void transpose(const float* const (&rows)[W], F (&r)[W]) {
 #if VB_AVX512
   // Each register takes the same four columns of lanes l, l+4, l+8, l+12, so that two rounds of
   // unpacking finish it.
-  F r[16], t[4];
+  F t[4];
   VB_UNROLL
   for (int c = 0; c < 4; c++) {
     VB_UNROLL
@@ -377,7 +375,7 @@ static VB_INLINE void transpose(const float* const (&rows)[W], float* out, size_
     r[4 * c + 3] = _mm512_castpd_ps(_mm512_unpackhi_pd(b, e));
   }
 #elif VB_AVX2
-  F t[4], r[8];
+  F t[4];
   VB_UNROLL
   for (int c = 0; c < 2; c++) {
     VB_UNROLL
@@ -395,11 +393,18 @@ static VB_INLINE void transpose(const float* const (&rows)[W], float* out, size_
     r[4 * c + 3] = _mm256_castpd_ps(_mm256_unpackhi_pd(b, e));
   }
 #else
-  F r[W];
   for (int i = 0; i < W; i++) {
     for (int l = 0; l < W; l++) r[i][l] = rows[l][i];
   }
 #endif
+}
+
+// out[i * out_pitch + l] = rows[l][i] * scale for l in 0..W-1 and i in 0..count-1, count <= W. Reads
+// W elements of each row.
+static VB_INLINE void transpose(const float* const (&rows)[W], float* out, size_t out_pitch,
+                                int count, float scale = 1.f) {
+  F r[W];
+  transpose(rows, r);
   const F factor = set1(scale);
   if (count == W) {
     VB_UNROLL

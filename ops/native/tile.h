@@ -88,12 +88,12 @@ static void load_queries(const TilePlace& place, const Tensor& t, int row, int c
     std::memcpy(rows + static_cast<size_t>(l) * pitch, last, pitch * sizeof(float));
 }
 
-// One row of queries -> [channel][lane]; unused lanes repeat the last one.
-template <class T>
+// One row of queries -> [step][lane] of P, Floats times `scale`; unused lanes repeat the last one.
+template <class T, class P>
 static void load_query_columns(const TilePlace& place, const Tensor& t, int row, int channels,
                                float scale, float* columns) {
-  load_columns(place.line<const T>(t, row), t.x, place.order(), place.lanes.valid, channels, scale,
-               columns, W);
+  pack_columns<P>(place.line<const T>(t, row), t.x, place.order(), place.lanes.valid, channels,
+                  scale, columns, W);
 }
 
 // The rows of a tile that are loaded or stored soon.
@@ -109,20 +109,21 @@ static inline void load_lanes(const TilePlace& place, const Tensor& t, int row, 
     out[l] = line[place.order()[std::min(l, place.lanes.valid - 1)] * t.x];
 }
 
-// Scores of the slice's keys. `query` is [row][channel][lane] of the whole tile, `columns_of(i)`
-// the slice's i-th key row, [channel][position] from column `low`.
-template <class ColumnsOf>
-static void score_slice(const Slice& s, const Lanes& lanes, int low, int dim, size_t column_pitch,
-                        const float* query, float* score, Ahead& ahead,
+// Scores of the slice's keys. `query` is [row][step][lane] of the whole tile, `columns_of(i)` the
+// slice's i-th key row, [step][position] from column `low`; `scale` is of Pairs.
+template <class P, class ColumnsOf>
+static void score_slice(const Slice& s, const Lanes& lanes, int low, int steps, float scale,
+                        size_t column_pitch, const float* query, float* score, Ahead& ahead,
                         const ColumnsOf& columns_of) {
   const int parts = (s.width + MAX_KEYS - 1) / MAX_KEYS, step = (s.width + parts - 1) / parts;
   ScoreArgs a;
-  a.query = query + static_cast<size_t>(s.row) * dim * W;
-  a.dim = dim;
+  a.query = query + static_cast<size_t>(s.row) * steps * W;
+  a.steps = steps;
+  a.scale = scale;
   a.pitch = column_pitch;
   a.offset = lanes.offset;
   a.score_pitch = SCORE_PITCH;
-  const auto& kernels = SCORE[lanes.fetch][s.row_count - 1];
+  const auto& kernels = SCORE<P>[lanes.fetch][s.row_count - 1];
   for (int y = 0; y < s.rows; y++) {
     const float* column = columns_of(y) + (lanes.base + s.offset - low);
     float* out = score + s.row * SCORE_PITCH + static_cast<size_t>(s.slot + y * s.width) * W;
@@ -163,7 +164,7 @@ static void for_each_group(const Slice* first, const Slice* last, const Body& bo
 
 // sum[row][lane][channel] += weight * keys. `rows_of(slice, i)` is the slice's i-th key row, from
 // column `low`.
-template <class RowsOf>
+template <class P, class RowsOf>
 static void mix_group(const SliceGroup& group, const TilePlace& place, const Lanes& lanes, int low,
                       int pitch, const float* weight, float* sum, bool fresh, Ahead& ahead,
                       const RowsOf& rows_of) {
@@ -183,7 +184,7 @@ static void mix_group(const SliceGroup& group, const TilePlace& place, const Lan
   a.sum_row_pitch = static_cast<size_t>(W) * pitch;
   a.fresh = fresh;
   const int vectors = pitch / W, together = mix_lanes(place.tile.rows);
-  const MixKernels& kernels = MIX[place.tile.rows - 1];
+  const MixKernels& kernels = MIX<P>[place.tile.rows - 1];
   const auto keys_of = [&](int l) { return std::max(0, std::min(lanes.count[l] - offset, width)); };
   // Whether the `n` lanes from `l` on have equally many keys, which start `step` after each other.
   const auto alike = [&](int l, int n) {

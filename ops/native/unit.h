@@ -11,7 +11,7 @@ struct Additional {
   size_t column_pitch = 0;
   int row_pitch = 0, channels = 0;
 
-  template <class T>
+  template <class T, class P>
   void pack(const Tensor& t, int n, int channel_count, int batch, int head) {
     if (!n) return;
     channels = channel_count;
@@ -19,10 +19,11 @@ struct Additional {
     column_pitch = round_up(n + W, W);
     std::vector<int> order(n);
     for (int i = 0; i < n; i++) order[i] = i;
-    float* r = rows.get(static_cast<size_t>(n + W) * row_pitch);
-    load_rows(static_cast<const T*>(t.data) + t.at(batch, 0, 0, head), t.x, order.data(), n,
-              channels, 1.f, r);
-    rows_to_columns(r, n, channels, columns.get(channels * column_pitch), column_pitch);
+    const T* line = static_cast<const T*>(t.data) + t.at(batch, 0, 0, head);
+    pack_rows<P>(line, t.x, order.data(), n, channels,
+                 rows.get(static_cast<size_t>(n + W) * row_pitch));
+    pack_columns<P>(line, t.x, order.data(), n, channels, 1.f,
+                    columns.get(channels * column_pitch), column_pitch);
   }
 };
 
@@ -55,9 +56,9 @@ struct Unit {
 };
 
 // What a thread keeps from unit to unit.
-template <class T>
+template <class T, class P>
 struct UnitScratch {
-  typename KeyRing<T>::Field keys, values;
+  typename KeyRing<T, P>::Field keys, values;
   std::vector<Additional> additional_keys, additional_values;  // for each key head of the unit
   Plan plan;
 
@@ -68,9 +69,9 @@ struct UnitScratch {
       additional_values = std::vector<Additional>(unit.heads);
     }
     for (int h = 0; h < unit.heads; h++) {
-      additional_keys[h].template pack<T>(key, n, static_cast<int>(p.dim), unit.batch,
-                                          unit.first_head + h);
-      additional_values[h].template pack<T>(value, n, static_cast<int>(p.value_dim), unit.batch,
+      additional_keys[h].template pack<T, P>(key, n, static_cast<int>(p.dim), unit.batch,
+                                             unit.first_head + h);
+      additional_values[h].template pack<T, P>(value, n, static_cast<int>(p.value_dim), unit.batch,
                                             unit.first_head + h);
     }
   }
@@ -79,9 +80,9 @@ struct UnitScratch {
 // Calls body(place, ahead) for each tile of the unit, with the tile's plan made and its keys in the
 // ring; before that next(place, ahead) for the tile below it, or beside it where the unit has but
 // one row of tiles, to add what that one will load.
-template <class T, class Next, class Body>
+template <class T, class P, class Next, class Body>
 static void for_each_tile(const Problem& p, const Layout& layout, const Unit& unit,
-                          KeyRing<T>& ring, UnitScratch<T>& scratch, const Next& next,
+                          KeyRing<T, P>& ring, UnitScratch<T, P>& scratch, const Next& next,
                           const Body& body) {
   const int groups = static_cast<int>(p.heads / p.kv_heads);
   for (int row = unit.chunk.first; row < unit.chunk.end; row++) {
