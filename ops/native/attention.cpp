@@ -13,12 +13,10 @@ int attention_forward(const attention::Problem* problem, const attention::Tensor
     using namespace attention;
     if (!problem->bfloat16) {
       forward<float, Floats>(*problem, *tensors);
-#if VB_BFLOAT16
-    } else if (!tensors->row_table) {  // rotated ones would have to be rounded
-      forward<BFloat16, Pairs>(*problem, *tensors);
-#endif
-    } else {
+    } else if (tensors->row_table) {  // rotated ones would have to be rounded
       forward<BFloat16, Floats>(*problem, *tensors);
+    } else {
+      forward<BFloat16, simd::Products<BFloat16>>(*problem, *tensors);
     }
   } catch (const std::bad_alloc&) {
     return 1;

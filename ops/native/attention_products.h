@@ -10,9 +10,6 @@ namespace attention {
 
 using simd::F;
 using simd::Floats;
-#if VB_BFLOAT16
-using simd::Pairs;
-#endif
 using simd::W;
 
 constexpr int VECTORS = 2;  // of queries in a tile

@@ -17,8 +17,12 @@ struct BackwardTensors {
   float* grad_rpb;
 };
 
+// Rows are multiplied by gradients, which are not rounded.
 template <class T>
-struct BackwardScratch : UnitScratch<T, Floats> {
+using BackwardKeys = KeyRing<T, Floats, Products<T>>;
+
+template <class T>
+struct BackwardScratch : UnitScratch<BackwardKeys<T>> {
   GradientRing<T> grad_keys, grad_values;
   Buffer query_rows, query, grad_rows, grad, score, grad_score, sum, bias_lanes;
 };
@@ -92,12 +96,15 @@ static F row_delta(const TilePlace& place, const Tensor& out, int row, int chann
 
 template <class T>
 static void backward_tile(const Problem& p, const BackwardTensors& t, const TilePlace& place,
-                          const KeyRing<T, Floats>& ring, const Unit& unit, const Bias& bias,
+                          const BackwardKeys<T>& ring, const Unit& unit, const Bias& bias,
                           const Lanes& shared, Ahead& ahead, BackwardScratch<T>& scratch,
                           KeyGradients& grads, bool large) {
+  using P = Products<T>;
   const int rows = place.tile.rows, dim = static_cast<int>(p.dim),
             value_dim = static_cast<int>(p.value_dim);
   const int pitch = round_up(dim, W), value_pitch = round_up(value_dim, W);
+  const int steps = simd::steps<P>(dim), value_steps = simd::steps<P>(value_dim);
+  const float scale = static_cast<float>(p.scale);
   float* query_rows = scratch.query_rows.get(static_cast<size_t>(MAX_ROWS) * W * pitch);
   float* query = scratch.query.get(static_cast<size_t>(MAX_ROWS) * W * dim);
   float* grad_rows = scratch.grad_rows.get(static_cast<size_t>(MAX_ROWS) * W * value_pitch);
@@ -113,11 +120,12 @@ static void backward_tile(const Problem& p, const BackwardTensors& t, const Tile
   for (int r = 0; r < rows; r++) {
     float* q = query_rows + static_cast<size_t>(r) * W * pitch;
     float* g = grad_rows + static_cast<size_t>(r) * W * value_pitch;
-    float* grad_columns = grad + static_cast<size_t>(r) * W * value_dim;
-    load_queries<T>(place, t.query, r, dim, static_cast<float>(p.scale) * LOG2E, q);
-    rows_to_columns(q, W, dim, query + static_cast<size_t>(r) * W * dim, W);
+    load_queries<T>(place, t.query, r, dim, scale * LOG2E, q);
+    load_query_columns<T, P>(place, t.query, r, dim, scale * LOG2E,
+                             query + static_cast<size_t>(r) * W * steps);
     load_queries<T>(place, t.grad_out, r, value_dim, 1.f, g);
-    rows_to_columns(g, W, value_dim, grad_columns, W);
+    load_query_columns<T, P>(place, t.grad_out, r, value_dim, 1.f,
+                             grad + static_cast<size_t>(r) * W * value_steps);
     simd::store(delta[r], row_delta<T>(place, t.out, r, value_dim, g));
     load_lanes(place, t.lse, r, lse[r]);
     simd::store(lse[r], simd::load(lse[r]) * simd::set1(LOG2E));
@@ -140,19 +148,19 @@ static void backward_tile(const Problem& p, const BackwardTensors& t, const Tile
     const Slice* last = scratch.plan.slices.data() + block_end;
     for (const Slice* s = first; s < last; s++) {
       if (s->plane < 0) {
-        score_slice<Floats>(*s, shared, 0, dim, 1.f, more_keys->column_pitch, query, score, ahead,
-                            [&](int) { return more_keys->columns.data(); });
-        score_slice<Floats>(*s, shared, 0, value_dim, 1.f, more_values->column_pitch, grad,
-                            grad_score, ahead, [&](int) { return more_values->columns.data(); });
+        score_slice<P>(*s, shared, 0, steps, scale * LOG2E, more_keys->column_pitch, query, score,
+                       ahead, [&](int) { return more_keys->columns.data(); });
+        score_slice<P>(*s, shared, 0, value_steps, 1.f, more_values->column_pitch, grad,
+                       grad_score, ahead, [&](int) { return more_values->columns.data(); });
         softmax_backward(*s, shared, lse, delta, score, grad_score);
         continue;
       }
-      score_slice<Floats>(
-          *s, place.lanes, low, dim, 1.f, ring.column_pitch(), query, score, ahead,
+      score_slice<P>(
+          *s, place.lanes, low, steps, scale * LOG2E, ring.column_pitch(), query, score, ahead,
           [&](int y) { return ring.columns(scratch.keys, slot, s->plane, s->key_row + y); });
       if (bias) add_bias(bias, place, *s, score);
-      score_slice<Floats>(
-          *s, place.lanes, low, value_dim, 1.f, ring.column_pitch(), grad, grad_score, ahead,
+      score_slice<P>(
+          *s, place.lanes, low, value_steps, 1.f, ring.column_pitch(), grad, grad_score, ahead,
           [&](int y) { return ring.columns(scratch.values, slot, s->plane, s->key_row + y); });
       softmax_backward(*s, place.lanes, lse, delta, score, grad_score);
       clear_unseen(*s, rows, score);
@@ -193,7 +201,6 @@ static void backward_tile(const Problem& p, const BackwardTensors& t, const Tile
     });
     first = last;
   }
-  const float scale = static_cast<float>(p.scale);
   const bool stream = large && fills_lines<T>(t.grad_query, dim);
   for (int r = 0; r < rows; r++) {
     T* line = place.line<T>(t.grad_query, r);
@@ -240,8 +247,8 @@ static void backward(const Problem& p, const BackwardTensors& t) {
     const Unit unit(p, layout, index);
     scratch.keys.set(t.key, dim, true, true);
     scratch.values.set(t.value, value_dim, false, true);
-    KeyRing<T, Floats> ring(layout, unit.segment, unit.batch, unit.first_head, unit.heads,
-                            scratch.keys, scratch.values);
+    BackwardKeys<T> ring(layout, unit.segment, unit.batch, unit.first_head, unit.heads,
+                         scratch.keys, scratch.values);
     scratch.pack_additional(p, unit, t.additional_key, t.additional_value);
     const auto share = [&](int h) -> KeyGradients& {
       return block_shares[h * per_head + unit.index];

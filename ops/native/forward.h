@@ -13,8 +13,11 @@ struct ForwardTensors {
   Tensor out, lse;  // lse.data may be null
 };
 
-template <class T, class P>
-struct ForwardScratch : UnitScratch<T, P> {
+template <class T>
+using ForwardKeys = KeyRing<T, Products<T>, Products<T>>;
+
+template <class T>
+struct ForwardScratch : UnitScratch<ForwardKeys<T>> {
   Buffer query, score, sum;
 };
 
@@ -110,10 +113,11 @@ static void online_softmax(const Slice* first, const Slice* last, const TilePlac
   }
 }
 
-template <class T, class P>
+template <class T>
 static void forward_tile(const Problem& p, const ForwardTensors& t, const TilePlace& place,
-                         const KeyRing<T, P>& ring, int low, const Bias& bias, const Lanes& shared,
-                         bool stream, Ahead& ahead, ForwardScratch<T, P>& scratch) {
+                         const ForwardKeys<T>& ring, int low, const Bias& bias, const Lanes& shared,
+                         bool stream, Ahead& ahead, ForwardScratch<T>& scratch) {
+  using P = Products<T>;
   const int rows = place.tile.rows, dim = static_cast<int>(p.dim), steps = simd::steps<P>(dim),
             value_dim = static_cast<int>(p.value_dim);
   const float scale = static_cast<float>(p.scale) * LOG2E;
@@ -189,7 +193,7 @@ static void forward_tile(const Problem& p, const ForwardTensors& t, const TilePl
   }
 }
 
-template <class T, class P>
+template <class T>
 static void forward(const Problem& p, const ForwardTensors& t) {
   const Layout layout(p, false);
   const Bias bias(p, t.rpb, LOG2E);
@@ -199,18 +203,18 @@ static void forward(const Problem& p, const ForwardTensors& t) {
       static_cast<int64_t>(sizeof(T)) * positions * p.heads * p.value_dim > STREAMED_BYTES &&
       fills_lines<T>(t.out, static_cast<int>(p.value_dim));
   parallel_for(layout.units(p), layout.threads(p), [&](int64_t index) {
-    static thread_local ForwardScratch<T, P> scratch;
+    static thread_local ForwardScratch<T> scratch;
     const Unit unit(p, layout, index);
     scratch.keys.set(t.key, p.dim, false, true);
     scratch.values.set(t.value, p.value_dim, true, false);
-    KeyRing<T, P> ring(layout, unit.segment, unit.batch, unit.first_head, unit.heads, scratch.keys,
-                       scratch.values);
+    ForwardKeys<T> ring(layout, unit.segment, unit.batch, unit.first_head, unit.heads, scratch.keys,
+                        scratch.values);
     scratch.pack_additional(p, unit, t.additional_key, t.additional_value);
     const auto next = [&](const TilePlace& place, Ahead& ahead) {
       add_rows<T>(ahead, place, t.query, p.dim);
     };
     for_each_tile(p, layout, unit, ring, scratch, next, [&](const TilePlace& place, Ahead& ahead) {
-      forward_tile<T, P>(p, t, place, ring, unit.segment.low, bias, shared, stream, ahead, scratch);
+      forward_tile<T>(p, t, place, ring, unit.segment.low, bias, shared, stream, ahead, scratch);
     });
     if (stream) simd::end_streams();
   });

@@ -11,6 +11,7 @@ namespace na {
 
 using simd::F;
 using simd::Floats;
+using simd::Products;
 using simd::W;
 
 // ---- scores: s = q . k -------------------------------------------------------------------------

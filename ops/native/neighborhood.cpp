@@ -10,13 +10,9 @@ extern "C" {
 int na_forward(const na::Problem* problem, const na::ForwardTensors* tensors) {
   try {
     if (problem->bfloat16) {
-#if VB_BFLOAT16
-      na::forward<BFloat16, simd::Pairs>(*problem, *tensors);
-#else
-      na::forward<BFloat16, simd::Floats>(*problem, *tensors);
-#endif
+      na::forward<BFloat16>(*problem, *tensors);
     } else {
-      na::forward<float, simd::Floats>(*problem, *tensors);
+      na::forward<float>(*problem, *tensors);
     }
   } catch (const std::exception&) {
     return 1;

@@ -213,17 +213,4 @@ static void pack_columns(const T* line, int64_t stride, const int* order, int n,
   }
 }
 
-// rows -> columns. Reads up to W - 1 positions, writes up to W - 1 columns more than n.
-static inline void rows_to_columns(const float* rows, int n, int channels, float* columns,
-                                   size_t column_pitch) {
-  const int pitch = round_up(channels, simd::W);
-  for (int x = 0; x < n; x += simd::W) {
-    for (int c = 0; c < channels; c += simd::W) {
-      simd::transpose(rows + static_cast<size_t>(x) * pitch + c, pitch,
-                      columns + c * column_pitch + x, column_pitch,
-                      std::min(simd::W, channels - c));
-    }
-  }
-}
-
 }  // namespace na

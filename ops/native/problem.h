@@ -201,11 +201,15 @@ struct Bias {
   size_t per_head() const { return static_cast<size_t>(rows[0]) * rows[1] * columns; }
 };
 
-// The keys and values of a block of heads around the current query rows, packed as P; a ring of rows
-// for each plane. Rows enter as the queries advance, so every row is packed once a unit.
-template <class T, class P>
+// The keys and values of a block of heads around the current query rows, packed; a ring of rows for
+// each plane. Rows enter as the queries advance, so every row is packed once a unit.
+template <class T, class RowProducts, class ColumnProducts>
 class KeyRing {
  public:
+  using Element = T;
+  using Rows = RowProducts;
+  using Columns = ColumnProducts;
+
   struct Field {
     bool pack_rows, pack_columns;
     Tensor tensor;
@@ -283,18 +287,18 @@ class KeyRing {
     return static_cast<size_t>(segment_.columns + simd::W) * f.row_pitch;
   }
   size_t column_size(const Field& f) const {
-    return static_cast<size_t>(simd::steps<P>(f.channels)) * column_pitch_;
+    return static_cast<size_t>(simd::steps<Columns>(f.channels)) * column_pitch_;
   }
 
   void pack(Field& f, int head, int z, int y) {
     const T* line = this->line(f, head, z, y);
     const int* order = layout_.x.order.data() + segment_.low;
     if (f.pack_rows) {
-      ::na::pack_rows<P>(line, f.tensor.x, order, segment_.columns, f.channels,
+      ::na::pack_rows<Rows>(line, f.tensor.x, order, segment_.columns, f.channels,
                          f.rows.data() + slot(head, z, y) * row_size(f));
     }
     if (f.pack_columns) {
-      ::na::pack_columns<P>(line, f.tensor.x, order, segment_.columns, f.channels, 1.f,
+      ::na::pack_columns<Columns>(line, f.tensor.x, order, segment_.columns, f.channels, 1.f,
                             f.columns.data() + slot(head, z, y) * column_size(f) + before_,
                             column_pitch_, before_);
     }

@@ -1,5 +1,6 @@
 // How the numbers that kernels hold in place of floats are multiplied.
 #pragma once
+#include <type_traits>
 #include "lanes.h"
 
 namespace simd {
@@ -36,6 +37,12 @@ struct Pairs {
         _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0xffff)));
   }
 };
+// What is quickest for numbers that come as T.
+template <class T>
+using Products = std::conditional_t<std::is_same_v<T, BFloat16>, Pairs, Floats>;
+#else
+template <class T>
+using Products = Floats;
 #endif
 
 // How many it takes to hold so many numbers.

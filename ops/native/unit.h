@@ -11,7 +11,7 @@ struct Additional {
   size_t column_pitch = 0;
   int row_pitch = 0, channels = 0;
 
-  template <class T, class P>
+  template <class Ring>
   void pack(const Tensor& t, int n, int channel_count, int batch, int head) {
     if (!n) return;
     channels = channel_count;
@@ -19,11 +19,12 @@ struct Additional {
     column_pitch = round_up(n + W, W);
     std::vector<int> order(n);
     for (int i = 0; i < n; i++) order[i] = i;
+    using T = typename Ring::Element;
     const T* line = static_cast<const T*>(t.data) + t.at(batch, 0, 0, head);
-    pack_rows<P>(line, t.x, order.data(), n, channels,
-                 rows.get(static_cast<size_t>(n + W) * row_pitch));
-    pack_columns<P>(line, t.x, order.data(), n, channels, 1.f,
-                    columns.get(channels * column_pitch), column_pitch);
+    pack_rows<typename Ring::Rows>(line, t.x, order.data(), n, channels,
+                                   rows.get(static_cast<size_t>(n + W) * row_pitch));
+    pack_columns<typename Ring::Columns>(line, t.x, order.data(), n, channels, 1.f,
+                                         columns.get(channels * column_pitch), column_pitch);
   }
 };
 
@@ -56,9 +57,9 @@ struct Unit {
 };
 
 // What a thread keeps from unit to unit.
-template <class T, class P>
+template <class Ring>
 struct UnitScratch {
-  typename KeyRing<T, P>::Field keys, values;
+  typename Ring::Field keys, values;
   std::vector<Additional> additional_keys, additional_values;  // for each key head of the unit
   Plan plan;
 
@@ -69,10 +70,10 @@ struct UnitScratch {
       additional_values = std::vector<Additional>(unit.heads);
     }
     for (int h = 0; h < unit.heads; h++) {
-      additional_keys[h].template pack<T, P>(key, n, static_cast<int>(p.dim), unit.batch,
-                                             unit.first_head + h);
-      additional_values[h].template pack<T, P>(value, n, static_cast<int>(p.value_dim), unit.batch,
-                                            unit.first_head + h);
+      const int head = unit.first_head + h;
+      additional_keys[h].template pack<Ring>(key, n, static_cast<int>(p.dim), unit.batch, head);
+      additional_values[h].template pack<Ring>(value, n, static_cast<int>(p.value_dim), unit.batch,
+                                               head);
     }
   }
 };
@@ -80,10 +81,9 @@ struct UnitScratch {
 // Calls body(place, ahead) for each tile of the unit, with the tile's plan made and its keys in the
 // ring; before that next(place, ahead) for the tile below it, or beside it where the unit has but
 // one row of tiles, to add what that one will load.
-template <class T, class P, class Next, class Body>
-static void for_each_tile(const Problem& p, const Layout& layout, const Unit& unit,
-                          KeyRing<T, P>& ring, UnitScratch<T, P>& scratch, const Next& next,
-                          const Body& body) {
+template <class Ring, class Next, class Body>
+static void for_each_tile(const Problem& p, const Layout& layout, const Unit& unit, Ring& ring,
+                          UnitScratch<Ring>& scratch, const Next& next, const Body& body) {
   const int groups = static_cast<int>(p.heads / p.kv_heads);
   for (int row = unit.chunk.first; row < unit.chunk.end; row++) {
     const RowTile& tile = layout.tiles[row];

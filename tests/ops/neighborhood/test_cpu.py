@@ -308,13 +308,17 @@ def test_huge_logits():
     assert (out.double() - true_out).abs().median() < 1e-6
 
 
-def test_nan_spreads_to_the_queries_that_see_it_only():
-    query, key, value = normal_inputs(30)
+@pytest.mark.parametrize("window", [4, 5])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nan_spreads_to_the_queries_that_see_it_only(dtype, window):
+    """Also where two numbers are multiplied at once, of which one is beyond the window."""
+    query, key, value = (t.to(dtype) for t in normal_inputs(30))
     value[0, 10, 0, 0] = key[1, 20, 1, 3] = float("nan")
-    out = na1d(query, key, value, 5, backend="cpu")
+    out = na1d(query, key, value, window, backend="cpu")
     nan = out.isnan()
-    assert nan[0, 8:13, 0, 0].all() and nan[1, 18:23, 1].all()
-    assert nan.sum() == 5 + 5 * out.shape[-1]
+    first = 8 if window == 5 else 9
+    assert nan[0, first:13, 0, 0].all() and nan[1, first + 10 : 23, 1].all()
+    assert nan.sum() == window + window * out.shape[-1]
 
 
 def test_empty_batch():
