@@ -68,7 +68,10 @@ READING = {
         "Linear layers of the KANs, then convolutions; neighborhood attention, most of the "
         "original's time, is a small part."
     ),
-    "HAT": "Attention in windows, products, and copying windows out of the map and back.",
+    "HAT": (
+        "Attention in windows, then products. Fused, windows are attended to where they lie; plain "
+        "layers copy them out of the map and back."
+    ),
 }
 INTRODUCTION = (
     "A fused model is what `model.fuse()` gives; `fused, bf16` is "

@@ -1,7 +1,9 @@
 """Softmax attention on the CPU to few keys, of tokens where they lie, without gradients.
 
 The kernel (``ops/native/attention.cpp``) is for what torch's is slow at: narrow heads, few keys,
-and regions that would have to be gathered. It takes float32 or bfloat16 and computes in float32.
+regions that would have to be gathered, and windows with terms of their own. It takes float32 or
+bfloat16; sums are of float32, and weights are rounded to bfloat16 on CPUs that multiply it by
+AVX512-BF16 (those with AMX are faster in float32).
 """
 
 from __future__ import annotations

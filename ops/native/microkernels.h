@@ -166,40 +166,34 @@ static VB_INLINE void slide_row(const MixArgs& a, const KeyRow& row, F (&sum)[L]
   const float* value = row.values + a.channel + a.start[0];
   const float* weight = row.weights + a.lane;  // of lane 0
   // The next positions, as many as P holds. At each of them every P::COUNT-th lane begins a step;
-  // those from `first` to `last` among them do it within their windows, and the ones from `cut` on
-  // to below `uncut` with their last key.
-  const auto add = [&](int first, int last, int cut, int uncut) VB_INLINE_LAMBDA {
+  // those from `first` to `last` among them do it within their windows, and where `ends`, it is the
+  // first one's last key.
+  const auto add = [&](int first, int last, bool ends) VB_INLINE_LAMBDA {
     VB_UNROLL
     for (int i = 0; i < P::COUNT; i++, value += a.pitch) {
-      F v[C], v_last[C];
+      F v[C], v_end[C];
       load_values<P, false>(value, v);
-      if (P::COUNT > 1 && cut < uncut) load_values<P, true>(value, v_last);
+      if (ends) load_values<P, true>(value, v_end);
       VB_UNROLL
       for (int n = 0; n < AT_ONCE; n++) {
         if (n < first || n > last) continue;
         const int l = P::COUNT * n + i;
-        const float* of_lane = weight + l - n * W;
-        if (P::COUNT > 1 && n >= cut && n < uncut) {
-          add_values<P, FIRST, COUNT>(a, of_lane, v_last, sum[l]);
-        } else {
-          add_values<P, FIRST, COUNT>(a, of_lane, v, sum[l]);
-        }
+        add_values<P, FIRST, COUNT>(a, weight + l - n * W, ends && n == first ? v_end : v, sum[l]);
       }
     }
     weight += W;
   };
   const int count = simd::steps<P>(a.keys);
-  const bool whole = a.keys % P::COUNT == 0;
   VB_UNROLL
-  for (int k = 0; k < AT_ONCE - 1; k++) add(0, k, 0, 0);
-  for (int k = AT_ONCE - 1; k < count - 1; k++) add(0, AT_ONCE - 1, 0, 0);
-  // From here on lanes come to their last keys, one each time.
-  if (whole) {
+  for (int k = 0; k < AT_ONCE - 1; k++) add(0, k, false);
+  for (int k = AT_ONCE - 1; k < count - 1; k++) add(0, AT_ONCE - 1, false);
+  // From here on one lane after the other comes to its last step.
+  if (a.keys % P::COUNT == 0) {
     VB_UNROLL
-    for (int k = 0; k < AT_ONCE; k++) add(k, AT_ONCE - 1, 0, 0);
+    for (int k = 0; k < AT_ONCE; k++) add(k, AT_ONCE - 1, false);
   } else {
     VB_UNROLL
-    for (int k = 0; k < AT_ONCE; k++) add(k, AT_ONCE - 1, k, k + 1);
+    for (int k = 0; k < AT_ONCE; k++) add(k, AT_ONCE - 1, true);
   }
 }
 

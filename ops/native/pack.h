@@ -148,7 +148,7 @@ static void load_columns(const T* line, int64_t stride, const int* order, int n,
   }
 }
 
-#if VB_BFLOAT16
+#if VB_PAIRS
 // The last position has no next one.
 static inline void load_pair_rows(const BFloat16* line, int64_t stride, const int* order, int n,
                                   int channels, float* rows) {

@@ -294,11 +294,11 @@ class KeyRing {
     const T* line = this->line(f, head, z, y);
     const int* order = layout_.x.order.data() + segment_.low;
     if (f.pack_rows) {
-      ::na::pack_rows<Rows>(line, f.tensor.x, order, segment_.columns, f.channels,
-                         f.rows.data() + slot(head, z, y) * row_size(f));
+      pack_rows<Rows>(line, f.tensor.x, order, segment_.columns, f.channels,
+                      f.rows.data() + slot(head, z, y) * row_size(f));
     }
     if (f.pack_columns) {
-      ::na::pack_columns<Columns>(line, f.tensor.x, order, segment_.columns, f.channels, 1.f,
+      pack_columns<Columns>(line, f.tensor.x, order, segment_.columns, f.channels, 1.f,
                             f.columns.data() + slot(head, z, y) * column_size(f) + before_,
                             column_pitch_, before_);
     }

@@ -1,7 +1,9 @@
 """Neighborhood attention on the CPU by a compiled kernel (``ops/native/neighborhood.cpp``).
 
 https://arxiv.org/abs/2204.07143. Exact, differentiable and deterministic; float32 and bfloat16
-tensors, float32 arithmetic. Memory beyond the tensors does not grow with the window.
+tensors. Sums are of float32. On CPUs with AVX512-BF16 but without AMX, queries and keys in bfloat16
+are multiplied as they come, and weights are rounded before they multiply values. Memory beyond the
+tensors does not grow with the window.
 """
 
 from __future__ import annotations
