@@ -35,7 +35,8 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
 def restorer_of(options: argparse.Namespace) -> tuple[nn.Module, int | None]:
     """The model that the options name, on its device, and the bytes that it may take, if given.
 
-    Sets PyTorch's number of threads if the options do.
+    On a CPU it is fused, unless it shall run in bfloat16 where that does no harm: fused layers have
+    one dtype. Sets PyTorch's number of threads if the options do.
 
     Raises:
         DataError, CheckpointError: see :func:`load_restorer`; a device or number of threads that
@@ -49,10 +50,13 @@ def restorer_of(options: argparse.Namespace) -> tuple[nn.Module, int | None]:
     model = load_restorer(options.model, options.checkpoint, options.model_args)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     try:
-        return model.to(device), memory
+        model = model.to(device)
     except (RuntimeError, AssertionError) as error:  # the latter of a PyTorch without CUDA
         reason = str(error).splitlines()[0]
         raise DataError(f"--device {device} cannot be used here: {reason}") from error
+    if torch.device(device).type == "cpu" and not options.amp:
+        backbones.fuse(model)
+    return model, memory
 
 
 def load_restorer(name: str, checkpoint: str | None, arguments: str = "{}") -> nn.Module:
