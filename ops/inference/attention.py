@@ -77,7 +77,8 @@ class FastBiLevelRoutingAttention(BiLevelRoutingAttention):
 @functools.lru_cache(maxsize=32)
 def _region_rows(height: int, width: int, region_size: tuple[int, int]) -> Tensor:
     """The tokens of each region of a map that they divide: (regions, tokens of a region)."""
-    tokens = torch.arange(height * width, dtype=torch.int32).view(
+    cpu = torch.device("cpu")  # whatever the default device is
+    tokens = torch.arange(height * width, dtype=torch.int32, device=cpu).view(
         height // region_size[0], region_size[0], width // region_size[1], region_size[1]
     )
     return tokens.transpose(1, 2).flatten(2).flatten(0, 1).contiguous()

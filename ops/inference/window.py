@@ -27,6 +27,7 @@ __all__ = ["FastOverlappingWindowAttention", "FastWindowAttention"]
 
 # Of keys, along a side: to find out which lines are the same takes longer for larger ones.
 _LARGEST_WINDOW = 48
+_CPU = torch.device("cpu")  # of what is kept, whatever the default device is
 
 
 class _InPlace(FastLayer):
@@ -48,6 +49,10 @@ class _InPlace(FastLayer):
         projected: Tensor = self.proj(out, residual)
         return projected
 
+    def _key_size(self) -> int:
+        """Side of the keys' window."""
+        raise NotImplementedError
+
     def _tokens(self, height: int, width: int) -> tuple[Tensor, Tensor, Tensor | None]:
         """Of each window the tokens that ask, those that are seen, and its kind."""
         raise NotImplementedError
@@ -61,12 +66,12 @@ class _InPlace(FastLayer):
 
     def derive(self, x: Tensor) -> Tensor | None:
         """(heads, lines, LINE): what is added to the scores before they are scaled."""
-        places, lines = self._lines()
-        keys = lines.shape[2]
-        if keys > _LARGEST_WINDOW**2 or not grouped_attention.outruns_torch(x.dtype, keys):
+        side = self._key_size()
+        if side > _LARGEST_WINDOW or not grouped_attention.outruns_torch(x.dtype, side**2):
             return None
         if grouped_attention.unsupported(x.device, x.dtype) is not None:
             return None
+        places, _ = self._lines()
         bias = self.relative_position_bias_table.float().t()
         either = torch.stack((bias, bias + MASK), dim=2).flatten(1)
         return (self.qkv.in_features // self.num_heads) ** 0.5 * either[:, places]
@@ -88,6 +93,9 @@ class FastWindowAttention(_InPlace, WindowAttention):
         out = WindowAttention.forward(self, x, index, masks)
         return out if residual is None else out + residual
 
+    def _key_size(self) -> int:
+        return self.window_size
+
     def _tokens(self, height: int, width: int) -> tuple[Tensor, Tensor, Tensor | None]:
         rows, kinds = _windows(height, width, self.window_size, self.shift_size)
         return rows, rows, kinds
@@ -107,6 +115,9 @@ class FastOverlappingWindowAttention(_InPlace, OverlappingWindowAttention):
             return self._attend(x, values, residual)
         out = OverlappingWindowAttention.forward(self, x, index)
         return out if residual is None else out + residual
+
+    def _key_size(self) -> int:
+        return self.overlap_size
 
     def _tokens(self, height: int, width: int) -> tuple[Tensor, Tensor, Tensor | None]:
         rows, _ = _windows(height, width, self.window_size, 0)
@@ -130,10 +141,10 @@ def _windows(
     Returns:
         int32 (windows, window_size²) and, where there is a shift, (windows,).
     """
-    tokens = torch.arange(height * width, dtype=torch.int32).view(1, height, width, 1)
+    tokens = torch.arange(height * width, dtype=torch.int32, device=_CPU).view(1, height, width, 1)
     shifted = tokens.roll((-shift_size, -shift_size), (1, 2))
     rows = window_partition(shifted, window_size)[0]
-    kinds = torch.zeros(rows.shape[:2], dtype=torch.int32)
+    kinds = torch.zeros(rows.shape[:2], dtype=torch.int32, device=_CPU)
     kinds[:, -1] += 1
     kinds[-1] += 2
     return rows.flatten(0, 1).flatten(1).contiguous(), kinds.flatten() if shift_size else None
@@ -142,7 +153,7 @@ def _windows(
 @functools.lru_cache(maxsize=8)
 def _grown_windows(height: int, width: int, window_size: int, overlap_size: int) -> Tensor:
     """The tokens of each grown window, -1 beyond the map: int32 (windows, overlap_size²)."""
-    tokens = 1 + torch.arange(height * width).view(1, height, width, 1)
+    tokens = 1 + torch.arange(height * width, device=_CPU).view(1, height, width, 1)
     windows = overlapping_windows(tokens, window_size, overlap_size)
     return (windows.flatten(0, 2).flatten(1) - 1).int().contiguous()
 
@@ -150,18 +161,18 @@ def _grown_windows(height: int, width: int, window_size: int, overlap_size: int)
 @functools.lru_cache(maxsize=8)
 def _lines(window_size: int, shift_size: int) -> tuple[Tensor, Tensor]:
     """See :func:`_distinct_lines`; the kinds are no mask and those of a shift."""
-    index = relative_position_index(window_size)
-    masked = torch.zeros(1, *index.shape)
+    index = relative_position_index(window_size, _CPU)
+    masked = torch.zeros(1, *index.shape, device=_CPU)
     if shift_size:
-        masked = torch.cat((masked, shift_masks(window_size, shift_size)))
+        masked = torch.cat((masked, shift_masks(window_size, shift_size, device=_CPU)))
     return _distinct_lines(index, masked != 0)
 
 
 @functools.lru_cache(maxsize=8)
 def _grown_lines(window_size: int, overlap_size: int) -> tuple[Tensor, Tensor]:
     """See :func:`_distinct_lines`; there is one kind."""
-    index = overlap_position_index(window_size, overlap_size)
-    return _distinct_lines(index, torch.zeros(1, *index.shape, dtype=torch.bool))
+    index = overlap_position_index(window_size, overlap_size, _CPU)
+    return _distinct_lines(index, torch.zeros(1, *index.shape, dtype=torch.bool, device=_CPU))
 
 
 def _distinct_lines(index: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:

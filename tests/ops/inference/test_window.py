@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ops import native
 from ops.attention.window import OverlappingWindowAttention, WindowAttention
-from ops.inference import grouped_attention
+from ops.inference import grouped_attention, window
 from ops.inference.grouped_attention import ScoreTerms, attend_windows
 from ops.inference.layers import FastLinear, convert
 from ops.inference.window import FastOverlappingWindowAttention, FastWindowAttention
@@ -109,6 +109,23 @@ def test_threads_change_nothing() -> None:
         with using_threads(threads):
             outs.append(fast(x))
     assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
+
+
+def test_another_default_device_does_not_matter() -> None:
+    """For the tables that are kept from the first call on."""
+    for layer in (_windows(2, 3, 5, 1), _overlapping(2, 3, 10)):
+        fast, x = _fast(layer), _map(layer, 1, 2, 1)
+        with torch.device("meta"):
+            out = fast(x)
+        assert _error(out, layer(x)) <= 1e-5
+
+
+def test_windows_too_large_for_tables_are_plain(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(window, "_LARGEST_WINDOW", 7)
+    monkeypatch.setattr(window, "_distinct_lines", None)
+    for layer in (_windows(1, 4, 9, 2), _overlapping(1, 4, 6)):
+        x = _map(layer, 1, 2, 1)
+        assert _error(_fast(layer)(x), layer(x)) <= 1e-6
 
 
 def test_without_the_kernel_it_is_the_plain_layer(monkeypatch: pytest.MonkeyPatch) -> None:
