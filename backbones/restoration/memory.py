@@ -33,15 +33,10 @@ class _LiveTensors(TorchDispatchMode):
         self._known: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        before = {
-            id(leaf.untyped_storage())
-            for leaf in tree_leaves((args, kwargs))
-            if isinstance(leaf, Tensor)
-        }
+        before = {id(storage) for storage in _storages((args, kwargs))}
         out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor):
-                self._see(leaf.untyped_storage(), before)
+        for storage in _storages(out):
+            self._see(storage, before)
         if func._schema.name in _REPACKING:
             packed = args[0].untyped_storage().nbytes() + out.untyped_storage().nbytes()
             self.peak = max(self.peak, self.now + packed)
@@ -60,14 +55,22 @@ class _LiveTensors(TorchDispatchMode):
         self.now -= size
 
 
+def _storages(tree: Any) -> list[torch.UntypedStorage]:
+    """Those of all tensors; weights that oneDNN has packed have none."""
+    tensors = (leaf for leaf in tree_leaves(tree) if isinstance(leaf, Tensor))
+    return [t.untyped_storage() for t in tensors if not t.is_mkldnn]
+
+
 @torch.inference_mode()
 def bytes_per_pixel(network: Callable[[Tensor], Tensor], x: Tensor) -> float:
     """Peak memory of ``network(x)`` over the pixels of ``x``, with a margin.
 
     Args:
-        network: whose memory grows as its input does, as that of windows and convolutions.
+        network: whose memory grows as its input does, as that of windows and convolutions. It runs
+            twice: what it makes at its first call and keeps, as packed weights, is no pixel's.
         x: (B, C, H, W), small but as large as two windows.
     """
+    network(x)
     live = _LiveTensors()
     with live:
         network(x)

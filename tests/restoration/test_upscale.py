@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import subprocess
 import sys
 from pathlib import Path
@@ -155,6 +156,14 @@ def test_bytes_per_pixel() -> None:
     assert per_pixel == pytest.approx(2 * 8)
 
 
+def test_bytes_per_pixel_of_a_fused_model() -> None:
+    """Packed weights do not count, and there are fewer maps than in the plain model."""
+    plain = backbones.create_model("hat_nano_x2").eval()
+    fused = copy.deepcopy(plain).fuse()
+    x = torch.zeros(1, 3, 48, 48)
+    assert 0 < bytes_per_pixel(fused, x) <= bytes_per_pixel(plain, x)
+
+
 def test_auto_tiles_follow_the_limit() -> None:
     model = backbones.create_model("hat_nano_x2")
     plenty = Upscaler(model, max_memory=2**40)
@@ -192,6 +201,8 @@ if sys.argv[1] == "wide":
     model = Wide(*wide)
 else:
     model = backbones.create_model(sys.argv[1])
+    if "fused" in sys.argv:
+        model.fuse()
 side, spare = int(sys.argv[2]), int(sys.argv[3]) * 2**20
 array = np.zeros((side, side, 3), np.uint8)
 Upscaler(model, tile=None)(array[:32, :32])  # what torch loads at its first call is no tile's
@@ -212,13 +223,15 @@ print(tiles, limit, peak)
     [
         ("wide", 640, (80, 1000)),
         pytest.param("hat_nano_x2", 256, (80, 1000), marks=pytest.mark.slow),
+        pytest.param("hat_nano_x2 fused", 384, (80, 1000), marks=pytest.mark.slow),
     ],
 )
 def test_peak_memory_stays_below_the_limit(model: str, side: int, spares: tuple[int, int]) -> None:
     """Measured in processes of their own: less memory, more tiles, and never above it."""
     found = []
     for spare in spares:
-        words = [sys.executable, "-c", _PEAK, model, str(side), str(spare)]
+        name, *fused = model.split()
+        words = [sys.executable, "-c", _PEAK, name, str(side), str(spare), *fused]
         run = subprocess.run(
             words, cwd=ROOT, check=True, capture_output=True, text=True, timeout=250
         )
