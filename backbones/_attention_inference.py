@@ -41,7 +41,7 @@ class BiFormerBlock(biformer.Block):
 
 
 class HATHybridBlock(_hat_blocks.HybridBlock):
-    """Attention and MLP add their shortcuts, the MLP takes its norm."""
+    """As the overlap block; gates and scale of the channel branch go with its addition."""
 
     def forward(
         self,
@@ -52,7 +52,7 @@ class HATHybridBlock(_hat_blocks.HybridBlock):
     ) -> Tensor:
         normed = self.norm1(x)
         conv: Any = self.conv
-        branch, gates = conv.parts(normed.permute(0, 3, 1, 2))
+        branch, gates = conv.map_and_gates(normed.permute(0, 3, 1, 2))
         gates = (gates * _hat_blocks.CONV_SCALE)[:, None, None]
         x = torch.addcmul(x, branch.permute(0, 2, 3, 1), gates)
         x = self.attn(normed, index, masks, x)
@@ -64,7 +64,7 @@ class HATChannelAttentionConv(_hat_blocks.ChannelAttentionConv):
 
     followed: ClassVar = {"act": ("conv1",)}
 
-    def parts(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def map_and_gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, dim, H, W) → the same, and its gates (B, dim)."""
         x = self.conv2(self.act(self.conv1(x)))
         return x, self.se.gates(x)

@@ -15,7 +15,7 @@ from ops.attention.biased import attend_in_turn, worth_a_turn
 from ops.init import trunc_normal
 
 __all__ = [
-    "MASK",
+    "MASK_VALUE",
     "OverlappingWindowAttention",
     "WindowAttention",
     "overlap_position_index",
@@ -27,7 +27,7 @@ __all__ = [
     "window_partition",
 ]
 
-MASK = -100.0  # what is added to scores of pairs that are to be kept apart
+MASK_VALUE = -100.0  # added to scores
 
 
 def window_partition(x: Tensor, window_size: int) -> Tensor:
@@ -128,15 +128,16 @@ def shift_masks(
     """What keeps tokens apart that only the cyclic shift brought together.
 
     Returns:
-        (3, window_size², window_size²), ``MASK`` where query and key come from different ends of
-        the map: in the windows of the last column, of the last row, and in the last of both.
+        (3, window_size², window_size²), ``MASK_VALUE`` where query and key come from different
+        ends of the map: in the windows of the last column, of the last row, and in the last of
+        both.
     """
     wrapped = (torch.arange(window_size, device=device) + shift_size) // window_size  # 0 or 1
     row = wrapped[:, None].expand(window_size, window_size).flatten()
     column = wrapped.repeat(window_size)
     apart_rows, apart_columns = row[:, None] != row, column[:, None] != column
     apart = torch.stack((apart_columns, apart_rows, apart_rows | apart_columns))
-    return torch.zeros(apart.shape, dtype=dtype, device=device).masked_fill(apart, MASK)
+    return torch.zeros(apart.shape, dtype=dtype, device=device).masked_fill(apart, MASK_VALUE)
 
 
 def window_attention(

@@ -17,6 +17,7 @@ from ops.attention.hilo import HiLoAttention
 from ops.attention.large_kernel import LargeKernelAttention
 from ops.attention.rank_augmented import RankAugmentedAttention, Rotary, rotary_table
 from ops.inference import gated_attention, grouped_attention, linear_attention
+from ops.inference.grouped_attention import split_heads
 from ops.inference.layers import FastLayer, PackedLinear, runs_fast
 
 __all__ = [
@@ -110,18 +111,18 @@ class FastHiLoAttention(FastLayer, HiLoAttention):
         of_high, of_low = projected.tensor_split([3 * high_dim], dim=-1)
         high_out, low_out = mixed.tensor_split([high_dim], dim=-1)
         if high is not None:
-            query, key, value = _heads(of_high, 3, high.num_heads)
+            query, key, value = split_heads(of_high, 3, high.num_heads)
             rows = _region_rows(*x.shape[1:3], (high.window_size, high.window_size))
-            (out,) = _heads(high_out, 1, high.num_heads)
+            (out,) = split_heads(high_out, 1, high.num_heads)
             grouped_attention.attend_regions(query, key, value, rows, out=out)
         if low is not None:
-            (out,) = _heads(low_out, 1, low.num_heads)
+            (out,) = split_heads(low_out, 1, low.num_heads)
             if low.window_size == 1:
-                query, key, value = _heads(of_low, 3, low.num_heads)
+                query, key, value = split_heads(of_low, 3, low.num_heads)
             else:
                 coarse = F.avg_pool2d(x.permute(0, 3, 1, 2), low.window_size)
-                (query,) = _heads(of_low, 1, low.num_heads)
-                key, value = _heads(low.kv(coarse.permute(0, 2, 3, 1)), 2, low.num_heads)
+                (query,) = split_heads(of_low, 1, low.num_heads)
+                key, value = split_heads(low.kv(coarse.permute(0, 2, 3, 1)), 2, low.num_heads)
             grouped_attention.attend(query, key, value, out)
 
     def sources(self) -> list[Tensor]:
@@ -142,11 +143,6 @@ class FastHiLoAttention(FastLayer, HiLoAttention):
                 torch.cat([o.bias for o in outputs]),
             ),
         )
-
-
-def _heads(x: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...]:
-    """(B, H, W, parts · dim) → each of the parts as (B, H · W, num_heads, head_dim)."""
-    return x.flatten(1, 2).unflatten(2, (parts, num_heads, -1)).unbind(2)
 
 
 @functools.lru_cache(maxsize=8)

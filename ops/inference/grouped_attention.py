@@ -29,6 +29,7 @@ __all__ = [
     "attend_regions",
     "attend_windows",
     "outruns_torch",
+    "split_heads",
     "unsupported",
 ]
 
@@ -101,6 +102,11 @@ def outruns_torch(dtype: torch.dtype, keys: int) -> bool:
     return dtype == torch.float32 or keys <= _MOST_KEYS or not torch.cpu._is_amx_tile_supported()
 
 
+def split_heads(x: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...]:
+    """(B, H, W, parts · dim) → each of the parts as (B, H · W, num_heads, head_dim), views."""
+    return x.flatten(1, 2).unflatten(2, (parts, num_heads, -1)).unbind(2)
+
+
 def attend(
     query: Tensor, key: Tensor, value: Tensor, out: Tensor, scale: float | None = None
 ) -> None:
@@ -146,10 +152,7 @@ def attend_regions(
         ValueError: shapes or dtypes that do not go together.
         RuntimeError: the kernel is not available here (:func:`unsupported` tells beforehand).
     """
-    if rows.numel() != query.shape[1]:
-        raise ValueError(
-            f"rows must share out {query.shape[1]} tokens to regions, got {tuple(rows.shape)}"
-        )
+    _require_all_tokens(query, rows)
     if out is None:
         out = value.new_empty(*query.shape[:3], value.shape[3])
     _attend(query, key, value, out, rows, routes=routes, scale=scale)
@@ -183,7 +186,15 @@ def attend_windows(
         ValueError: shapes or dtypes that do not go together.
         RuntimeError: the kernel is not available here (:func:`unsupported` tells beforehand).
     """
+    _require_all_tokens(query, rows)
     _attend(query, key, value, out, rows, key_rows, terms=terms)
+
+
+def _require_all_tokens(query: Tensor, rows: Tensor) -> None:
+    if rows.numel() != query.shape[1]:
+        raise ValueError(
+            f"rows must share out {query.shape[1]} tokens to regions, got {tuple(rows.shape)}"
+        )
 
 
 def _attend(
@@ -247,7 +258,8 @@ def _check(
     own, seen = rows.shape[1], (rows if key_rows is None else key_rows).shape[1]
     wanted = f"({heads}, lines, {LINE}) and (kinds, {-(-own // LINE)}, {seen})"
     if (
-        terms.shape != (heads, terms.shape[1], LINE)
+        terms.ndim != 3
+        or terms.shape[::2] != (heads, LINE)
         or lines.shape[1:] != (-(-own // LINE), seen)
         or (kinds is not None and len(kinds) != len(rows))
         or (key_rows is not None and len(key_rows) != len(rows))
@@ -279,7 +291,9 @@ def _run(
     if out.numel() == 0:
         return
     query, key, value = (t if t.stride(3) == 1 else t.contiguous() for t in (query, key, value))
-    routes, terms, lines = (None if t is None else t.contiguous() for t in (routes, terms, lines))
+    routes, terms, lines, kinds = (
+        None if t is None else t.contiguous() for t in (routes, terms, lines, kinds)
+    )
     batch, queries, heads, dim = query.shape
     groups, tokens = (1, queries) if rows is None else rows.shape
     seen = rows if key_rows is None else key_rows

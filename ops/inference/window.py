@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from ops.attention.window import (
-    MASK,
+    MASK_VALUE,
     OverlappingWindowAttention,
     WindowAttention,
     overlap_position_index,
@@ -19,7 +19,7 @@ from ops.attention.window import (
     window_partition,
 )
 from ops.inference import grouped_attention
-from ops.inference.grouped_attention import LINE, ScoreTerms
+from ops.inference.grouped_attention import LINE, ScoreTerms, split_heads
 from ops.inference.layers import FastLayer
 
 __all__ = ["FastOverlappingWindowAttention", "FastWindowAttention"]
@@ -40,11 +40,11 @@ class _InPlace(FastLayer):
     proj: Any
 
     def _attend(self, x: Tensor, values: Tensor, residual: Tensor | None) -> Tensor:
-        query, key, value = _heads(self.qkv(x), 3, self.num_heads)
+        query, key, value = split_heads(self.qkv(x), 3, self.num_heads)
         rows, key_rows, kinds = self._tokens(x.shape[1], x.shape[2])
         out = torch.empty_like(x, memory_format=torch.contiguous_format)
         terms = ScoreTerms(values, self._lines()[1], kinds)
-        (heads,) = _heads(out, 1, self.num_heads)
+        (heads,) = split_heads(out, 1, self.num_heads)
         grouped_attention.attend_windows(query, key, value, rows, key_rows, terms, heads)
         projected: Tensor = self.proj(out, residual)
         return projected
@@ -73,7 +73,7 @@ class _InPlace(FastLayer):
             return None
         places, _ = self._lines()
         bias = self.relative_position_bias_table.float().t()
-        either = torch.stack((bias, bias + MASK), dim=2).flatten(1)
+        either = torch.stack((bias, bias + MASK_VALUE), dim=2).flatten(1)
         return (self.qkv.in_features // self.num_heads) ** 0.5 * either[:, places]
 
 
@@ -127,19 +127,14 @@ class FastOverlappingWindowAttention(_InPlace, OverlappingWindowAttention):
         return _grown_lines(self.window_size, self.overlap_size)
 
 
-def _heads(x: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...]:
-    """(B, H, W, parts · dim) → each of the parts as (B, H · W, num_heads, head_dim)."""
-    return x.flatten(1, 2).unflatten(2, (parts, num_heads, -1)).unbind(2)
-
-
 @functools.lru_cache(maxsize=8)
 def _windows(
     height: int, width: int, window_size: int, shift_size: int
 ) -> tuple[Tensor, Tensor | None]:
-    """The tokens of each window, and which masks it has: none, or one more than that of its kind.
+    """The tokens of each window, and its kind: 0, or one more than its mask's place in a shift's.
 
     Returns:
-        int32 (windows, window_size²) and, where there is a shift, (windows,).
+        int32 (windows, window_size²), and (windows,) or, without a shift, None.
     """
     tokens = torch.arange(height * width, dtype=torch.int32, device=_CPU).view(1, height, width, 1)
     shifted = tokens.roll((-shift_size, -shift_size), (1, 2))

@@ -150,11 +150,14 @@ def test_what_is_refused() -> None:
     for changed in (
         {"values": values[:1]},
         {"values": values[..., :8]},
+        {"values": values[0, 0]},
         {"lines": lines[..., :3]},
         {"kinds": torch.zeros(3, dtype=torch.int32)},
         {"key_rows": rows[:1]},
     ):
         with pytest.raises(ValueError, match=r"terms and lines of \(2, lines, 16\)"):
             attend(**changed)
+    with pytest.raises(ValueError, match=r"rows must share out 8 tokens.*\(1, 4\)"):
+        attend_windows(x, x, x, rows[:1], rows[:1], ScoreTerms(values, lines, None), x)
     with pytest.raises(ValueError, match="lines must be torch.int32, got torch.int64"):
         attend(lines=lines.long())
