@@ -119,6 +119,7 @@ def _forms() -> dict[type[nn.Module], type[nn.Module]]:
         mobile.ConvFFN: fast_mobile.FastConvFFN,
         mobile.ExpandMerging: fast_mobile.FastExpandMerging,
         mobile.Residual: fast_mobile.FastResidual,
+        nn.LayerNorm: norm.FastLayerNorm,
         timm.layers.ConvMlp: mlp.FastConvMlp,
         timm.layers.LayerNorm2d: norm.FastLayerNorm2d,
         timm.layers.Mlp: mlp.FastMlp,

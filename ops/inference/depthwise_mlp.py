@@ -1,7 +1,8 @@
 """Feed-forwards on the CPU in one pass: norm, two linear layers, what is between them, shortcut.
 
 The kernel (``ops/native/depthwise_mlp.cpp``) makes the hidden map, the widest of a network, in
-pieces that stay in the cache. It takes float32; there are no gradients.
+pieces that stay in the cache. It takes float32, and bfloat16 on CPUs with AVX512-BF16 or AMX; there
+are no gradients.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ from ops.native.eager import is_plain_call, require_dtype
 __all__ = ["PackedDepthwiseMlp", "unsupported"]
 
 _KERNEL = "depthwise_mlp"
-# Hidden channels at a time, in front of a convolution and of the second layer: multiples of the
-# panels that weights are packed in, and the second of the first.
+# Hidden channels of float32 at a time, in front of a convolution and of the second layer: multiples
+# of the panels that weights are packed in, and the second of the first.
 _CHUNK = 192
 _SPAN = 384
 _SMALL_MACS = 2e6  # below it one thread is quicker than waking others
@@ -42,6 +43,7 @@ class _Problem(ctypes.Structure):
             )
         ),
         ("eps", ctypes.c_double),
+        ("bfloat16", ctypes.c_int64),
         ("threads", ctypes.c_int64),
     ]
 
@@ -63,7 +65,8 @@ def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
 
     The first call on a machine compiles the kernel, which takes some seconds.
     """
-    return linear_unsupported(device, dtype) or native.unavailable_reason(_KERNEL)
+    reason = linear_unsupported(device, dtype, with_bfloat16=True)
+    return reason or native.unavailable_reason(_KERNEL)
 
 
 class PackedDepthwiseMlp:
@@ -72,7 +75,7 @@ class PackedDepthwiseMlp:
     Args:
         fc1: from ``in_features`` to ``hidden``.
         conv: depthwise 3×3 with padding 1, of ``hidden`` channels; None for none.
-        fc2: from ``hidden`` to ``out_features``.
+        fc2: from ``hidden`` to ``out_features``, as all of them in float32 or bfloat16.
         activation, conv_activation: one of :data:`ops.depthwise.ACTIVATIONS` each.
 
     Raises:
@@ -89,15 +92,14 @@ class PackedDepthwiseMlp:
     ) -> None:
         hidden = fc1.out_features
         weight2 = fc2.weight.detach()
-        spans = [pack_weight(part) for part in weight2.split(_SPAN, dim=1)]
+        spans = [pack_weight(part) for part in weight2.split(_span(hidden, weight2.dtype), dim=1)]
         # The bias once, zeros for the spans that only add.
-        bias2 = torch.cat((_bias(fc2), weight2.new_zeros(len(weight2))))
-        self._in_features = fc1.in_features
+        bias2 = torch.cat((_bias(fc2), _zeros(fc2)))
+        self._in_features, self._dtype = fc1.in_features, weight2.dtype
         self._weights = (pack_weight(fc1.weight), _bias(fc1))
         self._conv: tuple[Tensor | None, Tensor | None] = (None, None)
         if conv is not None:
-            bias = weight2.new_zeros(hidden) if conv.bias is None else conv.bias.detach()
-            self._conv = taps_first(conv.weight).view(9, hidden), bias
+            self._conv = taps_first(conv.weight).view(9, hidden), _bias(conv)
         self._weights2 = (torch.cat(spans), bias2)
         self._activations = (activation, conv_activation)
 
@@ -112,16 +114,17 @@ class PackedDepthwiseMlp:
         """(B, H, W, in_features) → (B, H, W, out_features).
 
         Args:
-            x: float32, contiguous or copied; without a convolution of any rank, (..., in_features).
+            x: in the dtype of the weights, contiguous or copied; without a convolution of any rank,
+                (..., in_features).
             residual: (B, H, W, out_features), added to the result.
             norm: with weight and bias, of the input's last axis.
 
         Raises:
             ValueError: another dtype or shape, a norm of other features or without weight and bias.
         """
-        features = self._in_features
-        if x.shape[-1] != features or x.dtype != torch.float32:
-            raise ValueError(f"x must be float32 with {features} features, got {x.dtype} {x.shape}")
+        features, dtype = self._in_features, self._dtype
+        if x.shape[-1] != features or x.dtype != dtype:
+            raise ValueError(f"x must be {dtype} with {features} features, got {x.dtype} {x.shape}")
         if self._conv[0] is not None and x.ndim != 4:
             raise ValueError(f"x must be (B, H, W, {features}), got {tuple(x.shape)}")
         if norm is not None and (norm.bias is None or norm.weight.shape != (features,)):
@@ -135,10 +138,18 @@ class PackedDepthwiseMlp:
         return torch.ops.vision_backbones.depthwise_mlp.default(*inputs)
 
 
-def _bias(layer: nn.Linear) -> Tensor:
-    if layer.bias is None:
-        return layer.weight.new_zeros(layer.out_features)
-    return layer.bias.detach()
+def _bias(layer: nn.Linear | nn.Conv2d) -> Tensor:
+    return _zeros(layer) if layer.bias is None else layer.bias.detach().float()
+
+
+def _zeros(layer: nn.Linear | nn.Conv2d) -> Tensor:
+    """One for each output."""
+    return layer.weight.new_zeros(len(layer.weight), dtype=torch.float32)
+
+
+def _span(hidden: int, dtype: torch.dtype) -> int:
+    """Inputs of the second layer at a time: all of them where sums of a part would be rounded."""
+    return _SPAN if dtype == torch.float32 else hidden
 
 
 _library = torch.library.Library("vision_backbones", "FRAGMENT")
@@ -169,7 +180,7 @@ def _run(
     if residual is not None and residual.shape != out.shape:
         raise ValueError(f"residual must be {tuple(out.shape)}, got {tuple(residual.shape)}")
     affine = {"the norm's weight": norm_weight, "the norm's bias": norm_bias}
-    require_dtype(torch.float32, residual=residual, **affine)
+    require_dtype(x.dtype, residual=residual, **affine)
     library = native.load(_KERNEL)
     if library is None:
         raise RuntimeError(f"no kernel of feed-forwards: {native.unavailable_reason(_KERNEL)}")
@@ -181,7 +192,8 @@ def _run(
     size = tuple(x.shape[:3]) if taps is not None else (1, x.numel() // x.shape[-1], 1)
     problem = _problem(
         (*size, x.shape[-1], len(bias1), out.shape[-1]),
-        _SPAN if taps is None else _CHUNK,
+        x.dtype,
+        taps is not None,
         activation,
         conv_activation,
         eps,
@@ -207,7 +219,8 @@ def _empty_output(x: Tensor, *others: Tensor | float | str | None) -> Tensor:
 @functools.lru_cache(maxsize=1024)  # a network has few different ones, and filling them in is slow
 def _problem(
     sizes: tuple[int, ...],
-    chunk: int,
+    dtype: torch.dtype,
+    has_conv: bool,
     activation: str,
     conv_activation: str,
     eps: float,
@@ -215,12 +228,14 @@ def _problem(
 ) -> _Problem:
     batch, height, width, in_features, hidden, out_features = sizes
     macs = batch * height * width * hidden * (in_features + out_features)
+    span, bfloat16 = _span(hidden, dtype), dtype == torch.bfloat16
     return _Problem(
         *sizes,
-        chunk,
-        _SPAN,
+        _CHUNK if has_conv and not bfloat16 else span,
+        span,
         ACTIVATIONS.index(activation),
         ACTIVATIONS.index(conv_activation),
         eps,
+        bfloat16,
         1 if macs < _SMALL_MACS else threads,
     )

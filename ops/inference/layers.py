@@ -60,6 +60,7 @@ _CALLS = (
 # From this many taps on, or with other than square, dense windows, our kernel is the faster one.
 _LARGE_WINDOW = 49
 _VECTOR = 16  # floats, at most
+_SMALL_MAP = 1 << 17  # values
 # Up to this many rows our linear kernel, which fetches weights ahead, is the faster one.
 _FEW_ROWS = {torch.float32: 2048, torch.bfloat16: 512}
 
@@ -399,9 +400,11 @@ class FastDepthwiseConv2d(FastConv2d):
     def derive(self, x: Tensor) -> Any:
         rows, columns = self.kernel_size
         simple = rows == columns and self.dilation == (1, 1) and rows * columns < _LARGE_WINDOW
-        # For these our kernel has a way of its own; but a part of a vector of bfloat16 is slow.
+        # For these our kernel has a way of its own; but a part of a vector of bfloat16 is slow, and
+        # oneDNN takes long to be called.
         own = self.kernel_size == (3, 3) and self.padding == (1, 1)
-        simple &= not (own and (x.dtype == torch.float32 or x.shape[1] % _VECTOR == 0))
+        quick = x.dtype == torch.float32 or x.shape[1] % _VECTOR == 0 or x.numel() <= _SMALL_MAP
+        simple &= not (own and quick)
         # oneDNN would copy a part of the channels; our kernel reads it where it lies.
         simple &= x.is_contiguous(memory_format=torch.channels_last)
         if simple or unsupported(self.stride, x.device, x.dtype) is not None:

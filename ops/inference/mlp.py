@@ -102,6 +102,9 @@ class NormedMlp(FastLayer):
         fc1, conv, fc2 = self.fc1, self.conv(), self.fc2
         if depthwise_mlp.unsupported(x.device, x.dtype) is not None:
             return None
+        # With AMX, layers of bfloat16 were measured one by one only.
+        if x.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
+            return None
         if not isinstance(fc1, FastLinear) or not isinstance(fc2, FastLinear):
             return None
         if conv is None:

@@ -1,35 +1,59 @@
-"""The inference form of layer norm on maps: channels-last, with the activation that follows."""
+"""The inference forms of layer norm: our kernel, with the activation that follows."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from timm.layers import LayerNorm2d
-from torch import Tensor
+from torch import Tensor, nn
 
 from ops.inference.layers import ActivatedLayer
-from ops.norm import layer_norm, unsupported
+from ops.native.eager import Repeats
+from ops.norm import layer_norm, prepare, unsupported
 
-__all__ = ["FastLayerNorm2d"]
+__all__ = ["FastLayerNorm", "FastLayerNorm2d"]
 
 
-class FastLayerNorm2d(ActivatedLayer, LayerNorm2d):
-    """``activation(norm(x))``, (B, C, H, W) → (B, C, H, W)."""
+class _PackedNorm:
+    """A norm of the last axis with weight and bias in float32."""
 
-    weight: Any
-    bias: Any
-    eps: Any
+    def __init__(self, norm: nn.LayerNorm) -> None:
+        self._affine = norm.weight.detach().float(), norm.bias.detach().float()
+        self._eps = norm.eps
+        self._repeats = Repeats(self._prepare)
+
+    def __call__(self, x: Tensor, activation: str) -> Tensor:
+        """``activation(norm(x))``, (..., dim) → (..., dim)."""
+        way = self._repeats.find((x,), activation)
+        if way is not None:
+            return way(x)
+        return layer_norm(x, *self._affine, self._eps, activation)
+
+    def _prepare(self, x: Tensor, activation: str) -> Callable[[Tensor], Tensor] | None:
+        return prepare(x, *self._affine, self._eps, activation)
+
+
+class FastLayerNorm(ActivatedLayer, nn.LayerNorm):
+    """``activation(norm(x))``, (..., dim) → (..., dim)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        derived = None if self.bias is None else self.derived(x)
-        if derived is None:
-            return self._finish(super().forward(x))
-        tokens = x.permute(0, 2, 3, 1)
-        weight, bias = derived
-        out = layer_norm(tokens, weight, bias, self.eps, self.activation)
-        return out.permute(0, 3, 1, 2)
+        packed = self._packed(x)
+        return self._finish(super().forward(x)) if packed is None else packed(x, self.activation)
 
-    def derive(self, x: Tensor) -> tuple[Tensor, Tensor] | None:
-        if unsupported(x.device, x.dtype) is not None:
-            return None
-        return self.weight.detach().float(), self.bias.detach().float()
+    def _packed(self, x: Tensor) -> Any:
+        simple = self.bias is not None and len(self.normalized_shape) == 1
+        return self.derived(x) if simple else None
+
+    def derive(self, x: Tensor) -> _PackedNorm | None:
+        return None if unsupported(x.device, x.dtype) is not None else _PackedNorm(self)
+
+
+class FastLayerNorm2d(FastLayerNorm, LayerNorm2d):
+    """``activation(norm(x))``, (B, C, H, W) → (B, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        packed = self._packed(x)
+        if packed is None:
+            return self._finish(LayerNorm2d.forward(self, x))
+        return packed(x.permute(0, 2, 3, 1), self.activation).permute(0, 3, 1, 2)

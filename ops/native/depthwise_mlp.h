@@ -4,13 +4,13 @@
 // leaves the second-level cache. The norm before and the shortcut after are part of it.
 #pragma once
 #include <algorithm>
-#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
 #include "activation.h"
 #include "lanes.h"
 #include "linear.h"
+#include "norm.h"
 #include "parallel.h"
 #include "room.h"
 #include "simd.h"
@@ -27,123 +27,74 @@ struct Problem {
   int64_t span;                           // inputs of the second layer at a time, whole chunks
   int64_t activation, conv_activation;    // after the first layer, after the convolution
   double eps;                             // of the norm
-  int64_t threads;
+  int64_t bfloat16, threads;
 };
 
 // Maps are [batch][height][width][features]. Null where they are not wanted: `norm_weight` and
 // `norm_bias` [in_features], `taps` [9][hidden] with `conv_bias` [hidden], and `other`, which is
-// added to the result. `weight2` has each span of inputs packed on its own.
+// added to the result. `weight2` has each span of inputs packed on its own. Pointers to void are to
+// float or BFloat16.
 struct Tensors {
-  const float *in, *norm_weight, *norm_bias;
-  const float *weight1, *bias1, *taps, *conv_bias, *weight2, *bias2;
-  const float* other;
-  float* out;
+  const void *in, *norm_weight, *norm_bias, *weight1;
+  const float *bias1, *taps, *conv_bias;
+  const void* weight2;
+  const float* bias2;
+  const void* other;
+  void* out;
 };
 
-// Of the hidden map; a core's second-level cache holds it before and after the convolution, inputs,
-// outputs and weights.
-constexpr int64_t STRIP_FLOATS = 96 * 1024;
+// Values of the hidden map; a core's second-level cache holds it before and after the convolution,
+// inputs, outputs and weights. In bfloat16 the map after the convolution is as large.
+template <class T>
+constexpr int64_t STRIP = 96 * 1024;
+template <>
+constexpr int64_t STRIP<BFloat16> = 48 * 1024;
 constexpr int RUN = 8;  // pixels whose sums are in registers
 
+template <class T>
 struct Scratch {
-  Room<float> normed, hidden, mixed, zeros;
-  int64_t zero_floats = 0;
+  Room<T> normed, hidden, mixed, zeros;
+  int64_t zero_values = 0;
 };
-
-// ---- norm --------------------------------------------------------------------------------------
-// N pixels together, so that none waits for the sums of another.
-template <int N>
-static void normalise(const Problem& p, const Tensors& t, const float* in, float* out) {
-  const int64_t dim = p.in_features, whole = dim / W * W;
-  const int rest = static_cast<int>(dim - whole);
-  const float share = 1.f / static_cast<float>(dim);
-  F sum[N], centre[N], factor[N];
-  float mean_of[N];
-  VB_UNROLL
-  for (int i = 0; i < N; i++) sum[i] = simd::zero();
-  for (int64_t c = 0; c < whole; c += W) {
-    VB_UNROLL
-    for (int i = 0; i < N; i++) sum[i] = sum[i] + simd::load(in + i * dim + c);
-  }
-  VB_UNROLL
-  for (int i = 0; i < N; i++) {
-    float mean = simd::reduce_add(sum[i]);
-    for (int64_t c = whole; c < dim; c++) mean += in[i * dim + c];
-    mean_of[i] = mean * share;
-    centre[i] = simd::set1(mean_of[i]);
-    sum[i] = simd::zero();
-  }
-  for (int64_t c = 0; c < whole; c += W) {
-    VB_UNROLL
-    for (int i = 0; i < N; i++) {
-      const F x = simd::load(in + i * dim + c) - centre[i];
-      sum[i] = simd::fma(x, x, sum[i]);
-    }
-  }
-  VB_UNROLL
-  for (int i = 0; i < N; i++) {
-    const float mean = mean_of[i];
-    float variance = simd::reduce_add(sum[i]);
-    for (int64_t c = whole; c < dim; c++) {
-      variance += (in[i * dim + c] - mean) * (in[i * dim + c] - mean);
-    }
-    factor[i] = simd::set1(1.f / std::sqrt(variance * share + static_cast<float>(p.eps)));
-  }
-  for (int64_t c = 0; c < dim; c += W) {
-    const int lanes = c < whole ? W : rest;
-    const F weight = simd::get(t.norm_weight + c, lanes), bias = simd::get(t.norm_bias + c, lanes);
-    VB_UNROLL
-    for (int i = 0; i < N; i++) {
-      const F x = (simd::get(in + i * dim + c, lanes) - centre[i]) * factor[i];
-      simd::put(out + i * dim + c, simd::fma(x, weight, bias), lanes);
-    }
-  }
-}
-
-static void normalise(const Problem& p, const Tensors& t, const float* in, int64_t pixels,
-                      float* out) {
-  constexpr int N = 4;
-  int64_t i = 0;
-  for (; i + N <= pixels; i += N) {
-    normalise<N>(p, t, in + i * p.in_features, out + i * p.in_features);
-  }
-  for (; i < pixels; i++) normalise<1>(p, t, in + i * p.in_features, out + i * p.in_features);
-}
 
 // ---- convolution -------------------------------------------------------------------------------
 // One vector of channels of an output row; `rows` are the three input rows at those channels.
+template <class T>
 struct Row {
-  const float* rows[3];
+  const T* rows[3];
   ptrdiff_t pitch;  // from pixel to pixel
-  float* out;
+  T* out;
   ptrdiff_t out_pitch;
   int64_t activation;
 };
 
-template <int N>
-static VB_INLINE void convolve(const Row& row, const F (&taps)[9], F bias, int64_t x, int first,
+template <int N, class T>
+static VB_INLINE void convolve(const Row<T>& row, const F (&taps)[9], F bias, int64_t x, int first,
                                int last) {
   F sum[N];
   VB_UNROLL
   for (int i = 0; i < N; i++) sum[i] = bias;
   VB_UNROLL
   for (int r = 0; r < 3; r++) {
-    const float* in = row.rows[r] + (x - 1) * row.pitch;
+    const T* in = row.rows[r] + (x - 1) * row.pitch;
     VB_UNROLL
     for (int k = 0; k < 3; k++) {
       if (k < first || k > last) continue;
       VB_UNROLL
       for (int i = 0; i < N; i++) {
-        sum[i] = simd::fma(taps[3 * r + k], simd::load(in + (i + k) * row.pitch), sum[i]);
+        sum[i] = simd::fma(taps[3 * r + k], simd::load_as_float(in + (i + k) * row.pitch), sum[i]);
       }
     }
   }
   if (row.activation != activation::NONE) activation::apply(sum, N, row.activation);
   VB_UNROLL
-  for (int i = 0; i < N; i++) simd::store(row.out + (x + i) * row.out_pitch, sum[i]);
+  for (int i = 0; i < N; i++) {
+    simd::store_from_float(row.out + (x + i) * row.out_pitch, sum[i]);
+  }
 }
 
-static void convolve_row(const Row& row, const F (&taps)[9], F bias, int64_t width) {
+template <class T>
+static void convolve_row(const Row<T>& row, const F (&taps)[9], F bias, int64_t width) {
   if (width == 1) {
     convolve<1>(row, taps, bias, 0, 1, 1);
     return;
@@ -161,42 +112,44 @@ struct Range {
 };
 
 // Rows of one image for one thread.
+template <class T>
 struct Task {
   const Problem& p;
   const Tensors& t;
   int64_t image;
   Range rows;
-  Scratch& s;
+  Scratch<T>& s;
 
   int64_t margin() const { return t.taps ? 1 : 0; }
-  // Of a pixel in a map of so many channels at a time: an odd number of vectors, lest pixels fall
-  // on the same lines of the first-level cache.
+  // Of a pixel in a map of so many channels at a time: an odd number of lines of the first-level
+  // cache, lest pixels fall on the same ones.
   int64_t pitch(int64_t channels) const {
-    return ((std::min(channels, p.hidden) + W - 1) / W | 1) * W;
+    constexpr int64_t line = linear::LINE / int64_t{sizeof(T)};
+    return ((std::min(channels, p.hidden) + line - 1) / line | 1) * line;
   }
 
   void run() const {
     const int64_t count = rows.end - rows.begin, row = p.width * pitch(p.chunk);
     const int64_t chunks = (p.hidden + p.chunk - 1) / p.chunk;
-    const bool whole = (count + 2 * margin()) * row <= STRIP_FLOATS;
+    const bool whole = (count + 2 * margin()) * row <= STRIP<T>;
     const int64_t fitting =
-        std::max<int64_t>(1, 2 * STRIP_FLOATS / (row * chunks) - 2 * margin());
+        std::max<int64_t>(1, 2 * STRIP<T> / (row * chunks) - 2 * margin());
     const int64_t strips = whole ? 1 : (count + fitting - 1) / fitting;
     // All chunks of a strip are kept for the next one, which begins with their last rows.
     const int64_t height = (count + strips - 1) / strips + 2 * margin();
-    float* hidden = s.hidden.of(height * row * (strips > 1 ? chunks : 1));
+    T* hidden = s.hidden.of(height * row * (strips > 1 ? chunks : 1));
     Range had{0, 0};
     for (int64_t i = 0; i < strips; i++) {
       const Range strip{rows.begin + count * i / strips, rows.begin + count * (i + 1) / strips};
       const Range seen{std::max<int64_t>(0, strip.begin - margin()),
                        std::min(p.height, strip.end + margin())};
       const Range fresh{std::max(seen.begin, had.end), seen.end};
-      const float* in = input(fresh);
-      float* mixed = t.taps ? s.mixed.of(pixels(strip) * pitch(p.span)) : nullptr;
+      const T* in = input(fresh);
+      T* mixed = t.taps ? s.mixed.of(pixels(strip) * pitch(p.span)) : nullptr;
       for (int64_t c = 0; c < chunks; c++) {
-        float* map = hidden + (strips > 1 ? c * height * row : 0);
+        T* map = hidden + (strips > 1 ? c * height * row : 0);
         const int64_t kept = fresh.begin - seen.begin;
-        if (kept) std::memmove(map, map + (seen.begin - had.begin) * row, kept * row * sizeof(float));
+        if (kept) std::memmove(map, map + (seen.begin - had.begin) * row, kept * row * sizeof(T));
         expand(c, in, pixels(fresh), map + kept * row);
         const int64_t begin = c * p.chunk / p.span * p.span, end = c * p.chunk + channels(c);
         if (t.taps) mix(c, map, seen, strip, mixed + c * p.chunk - begin);
@@ -211,11 +164,13 @@ struct Task {
   int64_t pixels(Range range) const { return (range.end - range.begin) * p.width; }
   int64_t place(int64_t y) const { return (image * p.height + y) * p.width; }
 
-  const float* input(Range range) const {
-    const float* in = t.in + place(range.begin) * p.in_features;
+  const T* input(Range range) const {
+    const T* in = static_cast<const T*>(t.in) + place(range.begin) * p.in_features;
     if (!t.norm_weight) return in;
-    float* out = s.normed.of(pixels(range) * p.in_features);
-    normalise(p, t, in, pixels(range), out);
+    T* out = s.normed.of(pixels(range) * p.in_features);
+    const norm::Norm<T> norm{p.in_features, static_cast<const T*>(t.norm_weight),
+                             static_cast<const T*>(t.norm_bias), static_cast<float>(p.eps)};
+    norm::normalise(norm, in, pixels(range), out);
     return out;
   }
 
@@ -230,23 +185,24 @@ struct Task {
     return problem;
   }
 
-  void expand(int64_t c, const float* in, int64_t count, float* map) const {
+  void expand(int64_t c, const T* in, int64_t count, T* map) const {
     linear::Problem problem = layer(count, p.in_features, channels(c));
     problem.out_stride = pitch(p.chunk);
     problem.activation = p.activation;
     linear::Tensors tensors{};
     tensors.in = in;
-    tensors.weight = t.weight1 + c * p.chunk * p.in_features;
+    tensors.weight =
+        static_cast<const T*>(t.weight1) + c * p.chunk * linear::padded_inputs(in, p.in_features);
     tensors.bias = t.bias1 + c * p.chunk;
     tensors.out = map;
-    linear::forward(problem, tensors);
+    linear::forward_of<T>(problem, tensors);
   }
 
   // Into a map of a span of channels.
-  void mix(int64_t c, const float* map, Range seen, Range strip, float* out) const {
+  void mix(int64_t c, const T* map, Range seen, Range strip, T* out) const {
     const int64_t step = pitch(p.chunk), row = p.width * step, width = channels(c);
     const int64_t out_step = pitch(p.span);
-    const float* zeros = zero_row(row);
+    const T* zeros = zero_row(row);
     for (int64_t v = 0; v < width; v += W) {
       const int lanes = static_cast<int>(std::min<int64_t>(W, width - v));
       const int64_t channel = c * p.chunk + v;
@@ -254,8 +210,8 @@ struct Task {
       for (int k = 0; k < 9; k++) taps[k] = simd::get(t.taps + k * p.hidden + channel, lanes);
       const F bias = simd::get(t.conv_bias + channel, lanes);
       for (int64_t y = strip.begin; y < strip.end; y++) {
-        float* to = out + (y - strip.begin) * p.width * out_step + v;
-        Row of{{}, step, to, out_step, p.conv_activation};
+        T* to = out + (y - strip.begin) * p.width * out_step + v;
+        Row<T> of{{}, step, to, out_step, p.conv_activation};
         for (int r = 0; r < 3; r++) {
           const int64_t above = y - 1 + r;
           const bool inside = above >= seen.begin && above < seen.end;
@@ -266,46 +222,52 @@ struct Task {
     }
   }
 
-  const float* zero_row(int64_t floats) const {
-    float* row = s.zeros.of(floats);
-    if (s.zero_floats < floats) {
-      std::fill_n(row, floats, 0.f);
-      s.zero_floats = floats;
+  const T* zero_row(int64_t values) const {
+    T* row = s.zeros.of(values);
+    if (s.zero_values < values) {
+      std::fill_n(row, values, T{});
+      s.zero_values = values;
     }
     return row;
   }
 
   // Adds what some of the inputs of the second layer give.
-  void project(Range inputs, const float* mixed, Range strip) const {
+  void project(Range inputs, const T* mixed, Range strip) const {
     linear::Problem problem = layer(pixels(strip), inputs.end - inputs.begin, p.out_features);
     problem.in_stride = pitch(p.span);
     problem.other_stride = p.out_features;
     linear::Tensors tensors{};
     tensors.in = mixed;
-    tensors.weight = t.weight2 + inputs.begin * linear::padded(p.out_features);
-    tensors.out = t.out + place(strip.begin) * p.out_features;
+    tensors.weight =
+        static_cast<const T*>(t.weight2) + inputs.begin * linear::padded(p.out_features);
+    tensors.out = static_cast<T*>(t.out) + place(strip.begin) * p.out_features;
     // The first inputs start the sums, the others add to them.
     tensors.bias = t.bias2 + (inputs.begin ? p.out_features : 0);
     if (inputs.begin) {
       tensors.other = tensors.out;
     } else if (t.other) {
-      tensors.other = t.other + place(strip.begin) * p.out_features;
+      tensors.other = static_cast<const T*>(t.other) + place(strip.begin) * p.out_features;
     }
     problem.combination = tensors.other ? linear::ADD : linear::NONE;
-    linear::forward(problem, tensors);
+    linear::forward_of<T>(problem, tensors);
   }
 };
 
-static void forward(const Problem& p, const Tensors& t) {
+template <class T>
+static void forward_of(const Problem& p, const Tensors& t) {
   const int64_t shares =
       std::max<int64_t>(1, std::min(p.height, (p.threads + p.batch - 1) / p.batch));
   const int64_t tasks = p.batch * shares;
   const auto work = [&](int64_t index) {
-    static thread_local Scratch s;
+    static thread_local Scratch<T> s;
     const int64_t image = index / shares, share = index % shares;
-    Task{p, t, image, {p.height * share / shares, p.height * (share + 1) / shares}, s}.run();
+    Task<T>{p, t, image, {p.height * share / shares, p.height * (share + 1) / shares}, s}.run();
   };
   parallel::for_each(tasks, p.threads, work);
+}
+
+static void forward(const Problem& p, const Tensors& t) {
+  p.bfloat16 ? forward_of<BFloat16>(p, t) : forward_of<float>(p, t);
 }
 
 }  // namespace depthwise_mlp

@@ -37,6 +37,7 @@ struct Tensors {
 
 // Powers of two up to which inputs are told apart; grids reach half as far at most.
 constexpr float FAR = 60.f;
+constexpr int64_t ROWS = 8;  // that are normed at once
 
 static VB_INLINE F clamped(F x, float bound) {
   // NaN stays: `max` gives what comes second.
@@ -68,16 +69,17 @@ template <class T>
 static void run(const Problem& p, const Tensors& t, int64_t begin, int64_t end) {
   static thread_local Room<T> bumps_room;
   static thread_local Room<float> normed_room;
-  const int64_t features = p.grids * p.in_features, rest = (p.in_features - 1) % W + 1;
+  const int64_t features = p.grids * p.in_features;
   T* const bumps = bumps_room.of((end - begin) * features);
-  float* const normed = normed_room.of(linear::round_up(p.in_features, W));
-  float lanes[W];
-  for (int l = 0; l < W; l++) lanes[l] = l < rest ? 1.f : 0.f;
-  for (int64_t row = begin; row < end; row++) {
-    norm::normalise<0>(static_cast<const T*>(t.in) + row * p.in_features, p.in_features,
-                       t.norm_weight, t.norm_bias, static_cast<float>(p.eps), simd::load(lanes),
-                       normed);
-    bump(p, t, normed, bumps + (row - begin) * features);
+  float* const normed = normed_room.of(ROWS * p.in_features + W);
+  const norm::Norm<float> norm{p.in_features, t.norm_weight, t.norm_bias,
+                               static_cast<float>(p.eps)};
+  for (int64_t first = begin; first < end; first += ROWS) {
+    const int64_t count = std::min(ROWS, end - first);
+    norm::normalise(norm, static_cast<const T*>(t.in) + first * p.in_features, count, normed);
+    for (int64_t r = 0; r < count; r++) {
+      bump(p, t, normed + r * p.in_features, bumps + (first - begin + r) * features);
+    }
   }
   linear::map_rows(bumps, end - begin, features, t.weight, t.bias, p.out_features,
                    activation::NONE, static_cast<T*>(t.out) + begin * p.out_features);

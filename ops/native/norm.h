@@ -3,10 +3,10 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <vector>
 #include "activation.h"
 #include "lanes.h"
 #include "parallel.h"
+#include "room.h"
 #include "simd.h"
 
 namespace norm {
@@ -14,7 +14,7 @@ namespace norm {
 using simd::F;
 using simd::W;
 
-constexpr int64_t VECTORS = 64;  // of the pixels that are worked on at once
+constexpr int64_t VALUES = 64 * W;  // that an activation is applied to at once
 constexpr int64_t MIN_PIXELS = 512;  // of a thread
 
 // ops/norm.py has the same fields in the same order.
@@ -33,89 +33,90 @@ struct Tensors {
   void* out;
 };
 
-// One pixel into whole vectors of floats; behind its last channel lie zeros. V vectors, or as many
-// as it takes where V is 0.
-template <int V, class T>
-static VB_INLINE void normalise(const T* in, int64_t dim, const float* weight, const float* bias,
-                                float eps, F inside, float* out) {
-  F kept[V ? V : 1];
-  const int64_t vectors = V ? V : (dim + W - 1) / W;
-  const int rest = static_cast<int>(dim - (vectors - 1) * W);
-  const auto lanes = [&](int64_t v) VB_INLINE_LAMBDA { return v + 1 < vectors ? W : rest; };
-  const auto get = [&](int64_t v) VB_INLINE_LAMBDA { return V ? kept[v] : simd::load(out + v * W); };
-  const auto put = [&](int64_t v, F x) VB_INLINE_LAMBDA {
-    if (V) {
-      kept[v] = x;
-    } else {
-      simd::store(out + v * W, x);
-    }
-  };
-  F sum = simd::zero();
-  VB_UNROLL
-  for (int64_t v = 0; v < vectors; v++) {
-    put(v, simd::get(in + v * W, lanes(v)));
-    sum = sum + get(v);
-  }
+// How to norm pixels of so many channels. T, of `weight` and `bias` [dim], is float or BFloat16.
+template <class T>
+struct Norm {
+  int64_t dim;
+  const T* weight;
+  const T* bias;
+  float eps;
+};
+
+// N pixels together, so that none waits for the sums of another. `inside` is 1 in those lanes of the
+// last vector that are channels, else 0.
+template <int N, class T, class In, class Out>
+static VB_INLINE void normalise(const Norm<T>& norm, F inside, const In* in, Out* out) {
+  const int64_t dim = norm.dim, last = (dim - 1) / W * W;
+  const int rest = static_cast<int>(dim - last);
   const float share = 1.f / static_cast<float>(dim);
-  const F centre = simd::set1(simd::reduce_add(sum) * share);
-  F squares = simd::zero();
+  F sum[N], centre[N], factor[N];
   VB_UNROLL
-  for (int64_t v = 0; v < vectors; v++) {
-    F x = get(v) - centre;
-    if (v + 1 == vectors) x = x * inside;
-    put(v, x);
-    squares = simd::fma(x, x, squares);
+  for (int i = 0; i < N; i++) sum[i] = simd::get(in + i * dim + last, rest);
+  for (int64_t c = 0; c < last; c += W) {
+    VB_UNROLL
+    for (int i = 0; i < N; i++) sum[i] = sum[i] + simd::load_as_float(in + i * dim + c);
   }
-  const F factor = simd::set1(1.f / std::sqrt(simd::reduce_add(squares) * share + eps));
   VB_UNROLL
-  for (int64_t v = 0; v < vectors; v++) {
-    const F scale = simd::get(weight + v * W, lanes(v)), shift = simd::get(bias + v * W, lanes(v));
-    simd::store(out + v * W, simd::fma(get(v) * factor, scale, shift));
+  for (int i = 0; i < N; i++) {
+    centre[i] = simd::set1(simd::reduce_add(sum[i]) * share);
+    const F x = (simd::get(in + i * dim + last, rest) - centre[i]) * inside;
+    sum[i] = x * x;
+  }
+  for (int64_t c = 0; c < last; c += W) {
+    VB_UNROLL
+    for (int i = 0; i < N; i++) {
+      const F x = simd::load_as_float(in + i * dim + c) - centre[i];
+      sum[i] = simd::fma(x, x, sum[i]);
+    }
+  }
+  VB_UNROLL
+  for (int i = 0; i < N; i++) {
+    factor[i] = simd::set1(1.f / std::sqrt(simd::reduce_add(sum[i]) * share + norm.eps));
+  }
+  for (int64_t c = 0; c < dim; c += W) {
+    const int lanes = c < last ? W : rest;
+    const F weight = simd::get(norm.weight + c, lanes), bias = simd::get(norm.bias + c, lanes);
+    VB_UNROLL
+    for (int i = 0; i < N; i++) {
+      const F x = (simd::get(in + i * dim + c, lanes) - centre[i]) * factor[i];
+      simd::put(out + i * dim + c, simd::fma(x, weight, bias), lanes);
+    }
   }
 }
 
-template <int V, class T>
-static void run(const Problem& p, const Tensors& t, int64_t begin, int64_t end) {
-  static thread_local std::vector<float> normed;
-  const int64_t vectors = (p.dim + W - 1) / W, rest = p.dim - (vectors - 1) * W;
-  const int64_t at_once = std::max<int64_t>(1, VECTORS / vectors);
-  normed.resize(static_cast<size_t>((at_once * vectors + 1) * W));
-  // Vectors that lie across lines of the cache would be slow to read again.
-  const auto misplaced = reinterpret_cast<uintptr_t>(normed.data()) % (W * sizeof(float));
-  float* const first = normed.data() + (misplaced ? W - misplaced / sizeof(float) : 0);
+// [pixels][dim] → [pixels][dim], which may be the same memory.
+template <class T, class In, class Out>
+static void normalise(const Norm<T>& norm, const In* in, int64_t pixels, Out* out) {
+  constexpr int N = 4;
   float lanes[W];
-  for (int l = 0; l < W; l++) lanes[l] = l < rest ? 1.f : 0.f;
+  for (int l = 0; l < W; l++) lanes[l] = l <= (norm.dim - 1) % W ? 1.f : 0.f;
   const F inside = simd::load(lanes);
-  const float eps = static_cast<float>(p.eps);
-  for (int64_t i = begin; i < end; i += at_once) {
-    const int64_t count = std::min(at_once, end - i);
-    const T* in = static_cast<const T*>(t.in) + i * p.dim;
-    T* out = static_cast<T*>(t.out) + i * p.dim;
-    float* place = first;
-    for (int64_t r = 0; r < count; r++, in += p.dim, place += vectors * W) {
-      normalise<V>(in, p.dim, t.weight, t.bias, eps, inside, place);
-    }
-    if (p.activation != activation::NONE) {
-      activation::apply(reinterpret_cast<F*>(first), static_cast<int>(count * vectors),
-                        p.activation);
-    }
-    place = first;
-    for (int64_t r = 0; r < count; r++, out += p.dim) {
-      for (int64_t c = 0; c < p.dim; c += W, place += W) {
-        simd::put(out + c, simd::load(place), static_cast<int>(std::min<int64_t>(W, p.dim - c)));
-      }
-    }
-  }
+  const Norm<T> own = norm;
+  int64_t i = 0;
+  for (; i + N <= pixels; i += N) normalise<N>(own, inside, in + i * own.dim, out + i * own.dim);
+  for (; i < pixels; i++) normalise<1>(own, inside, in + i * own.dim, out + i * own.dim);
 }
 
 template <class T>
 static void run(const Problem& p, const Tensors& t, int64_t begin, int64_t end) {
-  switch ((p.dim + W - 1) / W) {
-    case 1: return run<1, T>(p, t, begin, end);
-    case 2: return run<2, T>(p, t, begin, end);
-    case 3: return run<3, T>(p, t, begin, end);
-    case 4: return run<4, T>(p, t, begin, end);
-    default: return run<0, T>(p, t, begin, end);
+  const Norm<float> norm{p.dim, t.weight, t.bias, static_cast<float>(p.eps)};
+  const T* in = static_cast<const T*>(t.in) + begin * p.dim;
+  T* out = static_cast<T*>(t.out) + begin * p.dim;
+  if (p.activation == activation::NONE) return normalise(norm, in, end - begin, out);
+  static thread_local Room<float> room;
+  const int64_t at_once = std::max<int64_t>(1, VALUES / p.dim);
+  float* const normed = room.of(at_once * p.dim + W);
+  for (int64_t i = begin; i < end; i += at_once) {
+    const int64_t pixels = std::min(at_once, end - i), values = pixels * p.dim;
+    normalise(norm, in, pixels, normed);
+    activation::apply(reinterpret_cast<F*>(normed), static_cast<int>((values + W - 1) / W),
+                      p.activation);
+    for (int64_t v = 0; v < values; v += W) {
+      const int lanes = static_cast<int>(std::min<int64_t>(W, values - v));
+      simd::put(out + v, simd::load(normed + v), lanes);
+    }
+    in += values;
+    out += values;
   }
 }
 

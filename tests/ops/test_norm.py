@@ -15,8 +15,8 @@ from torch import nn
 
 from ops import native
 from ops.inference.layers import activate, convert
-from ops.inference.norm import FastLayerNorm2d
-from ops.norm import layer_norm, unsupported
+from ops.inference.norm import FastLayerNorm, FastLayerNorm2d
+from ops.norm import layer_norm, prepare, unsupported
 
 
 @settings(max_examples=100, deadline=None)
@@ -92,12 +92,28 @@ def test_compiles_and_has_a_fake() -> None:
     torch.library.opcheck(torch.ops.vision_backbones.layer_norm.default, arguments)
 
 
-@pytest.mark.parametrize("affine", [True, False])
-def test_layer(affine: bool, monkeypatch) -> None:
-    norm = LayerNorm2d(20, affine=affine).requires_grad_(False)
-    if affine:
+def test_repeated_calls() -> None:
+    x, weight, bias = random(2, 9, 20).float(), torch.randn(20), torch.randn(20)
+    repeated = prepare(x, weight, bias, 1e-6, "gelu")
+    assert repeated is not None
+    for image in (x, -x):
+        assert torch.equal(repeated(image), layer_norm(image, weight, bias, 1e-6, "gelu"))
+    assert prepare(x.transpose(0, 1), weight, bias, 1e-6) is None  # it has to be copied
+    assert prepare(x[:0], weight, bias, 1e-6) is None
+    with pytest.raises(ValueError, match=r"bias \(dim,\)"):
+        prepare(x, weight, bias[:3], 1e-6)
+
+
+def _random_affine(norm: nn.LayerNorm) -> nn.LayerNorm:
+    if norm.elementwise_affine:
         nn.init.normal_(norm.weight)
         nn.init.normal_(norm.bias)
+    return norm.requires_grad_(False)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_layer_of_maps(affine: bool, monkeypatch) -> None:
+    norm = _random_affine(LayerNorm2d(20, affine=affine))
     fast = convert(copy.deepcopy(norm), FastLayerNorm2d)
     activate(fast, "gelu")
     x = torch.randn(2, 20, 9, 7)
@@ -110,3 +126,25 @@ def test_layer(affine: bool, monkeypatch) -> None:
     assert grown.grad is not None
     without_kernels(monkeypatch)
     torch.testing.assert_close(copy.deepcopy(fast)(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["affine", "no bias", "plain", "two axes"])
+def test_layer_of_tokens(kind: str, dtype: torch.dtype, monkeypatch) -> None:
+    shape = (9, 20) if kind == "two axes" else (20,)
+    norm = _random_affine(nn.LayerNorm(shape, elementwise_affine=kind != "plain"))
+    if kind == "no bias":
+        norm.bias = None
+    norm, x = norm.to(dtype), torch.randn(2, 9, 20).to(dtype)
+    fast = convert(copy.deepcopy(norm), FastLayerNorm)
+    expected = norm(x)
+    for image, out in ((x, expected), (x, expected), (x[:0], expected[:0])):
+        torch.testing.assert_close(fast(image), out, rtol=2**-7, atol=1e-5)
+    if kind == "affine":
+        apart = x.transpose(0, 1)
+        torch.testing.assert_close(fast(apart), norm(apart), rtol=2**-7, atol=1e-5)
+        fast.weight.mul_(2)
+        assert not torch.allclose(fast(x), expected)
+    grown = x.clone().requires_grad_()
+    fast(grown).sum().backward()
+    assert grown.grad is not None
