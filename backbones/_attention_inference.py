@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from backbones import _hat_blocks, _medvitv2_blocks, biformer, favit, litv2, ravlt
 from ops.inference.deformable import deformable_conv2d, pack_taps, unsupported
-from ops.inference.depthwise_mlp import PackedDepthwiseMlp
 from ops.inference.layers import FastConv2d, runs_fast
 from ops.inference.mlp import NormedMlp
 
@@ -147,9 +146,6 @@ class RAVLTConvMlp(NormedMlp, ravlt.ConvMlp):
 
     def conv(self) -> nn.Module:
         return self.dwconv
-
-    def derive(self, x: Tensor) -> PackedDepthwiseMlp | None:
-        return super().derive(x) if isinstance(self.act, nn.Identity) else None
 
 
 class RAVLTBlock(ravlt.Block):

@@ -88,7 +88,7 @@ def _fast_conv(conv: nn.Conv2d) -> type[nn.Module] | None:
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return None
     if conv.groups == conv.in_channels == conv.out_channels:
-        return layers.FastDepthwiseConv2d
+        return fast_conv.FastDepthwiseConv2d
     simple = conv.stride == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
     if conv.kernel_size == (1, 1) and simple:
         return layers.FastPointwiseConv2d

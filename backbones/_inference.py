@@ -5,10 +5,11 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from backbones import inception_next, unireplknet, van
 from ops.inference.layers import FastLayer
+from ops.inference.mlp import NormedMlp
 from ops.inference.response_mlp import PackedResponseMlp, unsupported
 
 __all__ = ["FORMS"]
@@ -62,13 +63,24 @@ class VANAttention(van.Attention):
         return self.proj_out(self.lka(self.act(self.proj_in(x))), x)
 
 
-class VANConvMlp(van.ConvMlp):
-    """The depthwise convolution applies the activation, the last layer adds the shortcut."""
+class VANConvMlp(NormedMlp, van.ConvMlp):
+    """(B, dim, H, W) → (B, dim, H, W), channels-last."""
 
     followed: ClassVar = {"act": ("dwconv",)}
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return self.fc2(self.act(self.dwconv(self.fc1(x))), residual)
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, norm: nn.LayerNorm | None = None
+    ) -> Tensor:
+        shortcut = None if residual is None else residual.permute(0, 2, 3, 1)
+        return super().forward(x.permute(0, 2, 3, 1), shortcut, norm).permute(0, 3, 1, 2)
+
+    def in_layers(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        hidden = self.act(self.dwconv(self.fc1(x.permute(0, 3, 1, 2))))
+        shortcut = None if residual is None else residual.permute(0, 3, 1, 2)
+        return self.fc2(hidden, shortcut).permute(0, 2, 3, 1)
+
+    def conv(self) -> nn.Module:
+        return self.dwconv
 
 
 class VANBlock(van.Block):

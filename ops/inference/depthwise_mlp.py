@@ -73,7 +73,7 @@ class PackedDepthwiseMlp:
     """``fc2(conv_activation(conv(activation(fc1(norm(x)))))) + residual``.
 
     Args:
-        fc1: from ``in_features`` to ``hidden``.
+        fc1: from ``in_features`` to ``hidden``; it and ``fc2`` may be convolutions of 1×1.
         conv: depthwise 3×3 with padding 1, of ``hidden`` channels; None for none.
         fc2: from ``hidden`` to ``out_features``, as all of them in float32 or bfloat16.
         activation, conv_activation: one of :data:`ops.depthwise.ACTIVATIONS` each.
@@ -84,19 +84,19 @@ class PackedDepthwiseMlp:
 
     def __init__(
         self,
-        fc1: nn.Linear,
+        fc1: nn.Linear | nn.Conv2d,
         conv: nn.Conv2d | None,
-        fc2: nn.Linear,
+        fc2: nn.Linear | nn.Conv2d,
         activation: str = "none",
         conv_activation: str = "none",
     ) -> None:
-        hidden = fc1.out_features
-        weight2 = fc2.weight.detach()
+        weight1, weight2 = (layer.weight.detach().flatten(1) for layer in (fc1, fc2))
+        hidden = len(weight1)
         spans = [pack_weight(part) for part in weight2.split(_span(hidden, weight2.dtype), dim=1)]
         # The bias once, zeros for the spans that only add.
         bias2 = torch.cat((_bias(fc2), _zeros(fc2)))
-        self._in_features, self._dtype = fc1.in_features, weight2.dtype
-        self._weights = (pack_weight(fc1.weight), _bias(fc1))
+        self._in_features, self._dtype = weight1.shape[1], weight2.dtype
+        self._weights = (pack_weight(weight1), _bias(fc1))
         self._conv: tuple[Tensor | None, Tensor | None] = (None, None)
         if conv is not None:
             self._conv = taps_first(conv.weight).view(9, hidden), _bias(conv)

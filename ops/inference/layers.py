@@ -15,14 +15,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ops import linear as native_linear
-from ops.depthwise import depthwise_conv2d, taps_first, unsupported
-from ops.depthwise import prepare as prepare_depthwise
 from ops.native.eager import Repeats
 
 __all__ = [
     "ActivatedLayer",
     "FastConv2d",
-    "FastDepthwiseConv2d",
     "FastLayer",
     "FastLinear",
     "FastPointwiseConv2d",
@@ -57,10 +54,6 @@ _CALLS = (
     "_convolution_pointwise",
     "_reorder_convolution_weight",
 )
-# From this many taps on, or with other than square, dense windows, our kernel is the faster one.
-_LARGE_WINDOW = 49
-_VECTOR = 16  # floats, at most
-_SMALL_MAP = 1 << 17  # values
 # Up to this many rows our linear kernel, which fetches weights ahead, is the faster one.
 _FEW_ROWS = {torch.float32: 2048, torch.bfloat16: 512}
 
@@ -342,7 +335,9 @@ class FastConv2d(ActivatedLayer, nn.Conv2d):
     """``activation(conv(x))`` in channels-last, (B, C, H, W) → (B, C', H', W')."""
 
     def forward(self, x: Tensor) -> Tensor:
-        packed = self.derived(x)
+        return self._by_onednn(x, self.derived(x))
+
+    def _by_onednn(self, x: Tensor, packed: Tensor | None) -> Tensor:
         if packed is None:
             return self._finish(super().forward(x))
         return torch.ops.mkldnn._convolution_pointwise.default(
@@ -356,7 +351,7 @@ class FastConv2d(ActivatedLayer, nn.Conv2d):
             *_ONEDNN[self.activation],
         )
 
-    def derive(self, x: Tensor) -> Tensor:
+    def derive(self, x: Tensor) -> Any:
         return torch.ops.mkldnn._reorder_convolution_weight(
             self.weight.detach().contiguous(memory_format=torch.channels_last),
             self.padding,
@@ -365,48 +360,3 @@ class FastConv2d(ActivatedLayer, nn.Conv2d):
             self.groups,
             x.shape,
         )
-
-
-class PackedDepthwise:
-    """A depthwise convolution with its taps in our kernel's order; the activation may change."""
-
-    def __init__(self, conv: ActivatedLayer) -> None:
-        layer: Any = conv
-        bias = None if layer.bias is None else layer.bias.detach().float()
-        self._tensors = taps_first(layer.weight), bias
-        self._geometry = layer.stride, layer.padding, layer.dilation
-        self._repeats = Repeats(self._prepare)
-
-    def __call__(self, x: Tensor, activation: str) -> Tensor:
-        """(B, C, H, W) → (B, C, H', W')."""
-        way = self._repeats.find((x,), activation)
-        if way is not None:
-            return way(x)
-        return depthwise_conv2d(x, *self._tensors, *self._geometry, activation)
-
-    def _prepare(self, x: Tensor, activation: str) -> Callable[[Tensor], Tensor] | None:
-        return prepare_depthwise(x, *self._tensors, *self._geometry, activation)
-
-
-class FastDepthwiseConv2d(FastConv2d):
-    """As :class:`FastConv2d`, by our own kernel where that is the faster one."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        packed = self.derived(x)
-        if isinstance(packed, PackedDepthwise):
-            return packed(x, self.activation)
-        return super().forward(x)
-
-    def derive(self, x: Tensor) -> Any:
-        rows, columns = self.kernel_size
-        simple = rows == columns and self.dilation == (1, 1) and rows * columns < _LARGE_WINDOW
-        # For these our kernel has a way of its own; but a part of a vector of bfloat16 is slow, and
-        # oneDNN takes long to be called.
-        own = self.kernel_size == (3, 3) and self.padding == (1, 1)
-        quick = x.dtype == torch.float32 or x.shape[1] % _VECTOR == 0 or x.numel() <= _SMALL_MAP
-        simple &= not (own and quick)
-        # oneDNN would copy a part of the channels; our kernel reads it where it lies.
-        simple &= x.is_contiguous(memory_format=torch.channels_last)
-        if simple or unsupported(self.stride, x.device, x.dtype) is not None:
-            return super().derive(x)
-        return PackedDepthwise(self)

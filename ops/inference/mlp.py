@@ -10,8 +10,9 @@ from timm.layers import ConvMlp, Mlp
 from torch import Tensor, nn
 
 from ops.inference import depthwise_mlp
+from ops.inference.conv import FastDepthwiseConv2d
 from ops.inference.depthwise_mlp import PackedDepthwiseMlp
-from ops.inference.layers import FastDepthwiseConv2d, FastLayer, FastLinear, FastPointwiseConv2d
+from ops.inference.layers import FastLayer, FastLinear, FastPointwiseConv2d
 from ops.linear import pack_weight, unsupported
 from ops.mlp import DWMlp
 from ops.packed_mlp import packed_mlp
@@ -70,6 +71,7 @@ class NormedMlp(FastLayer):
     """``mlp(norm(x)) + residual``: all at once by our kernel, or layer by layer."""
 
     fc1: Any
+    act: Any
     fc2: Any
 
     def forward(
@@ -105,7 +107,9 @@ class NormedMlp(FastLayer):
         # With AMX, layers of bfloat16 were measured one by one only.
         if x.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
             return None
-        if not isinstance(fc1, FastLinear) or not isinstance(fc2, FastLinear):
+        linear = (FastLinear, FastPointwiseConv2d)
+        plain = isinstance(fc1, linear) and isinstance(fc2, linear)
+        if not plain or not isinstance(self.act, nn.Identity):
             return None
         if conv is None:
             return PackedDepthwiseMlp(fc1, None, fc2, fc1.activation)
@@ -123,7 +127,6 @@ class FastMlp(NormedMlp, Mlp):
     """On tokens, (..., dim) → (..., out_dim)."""
 
     followed: ClassVar = {"act": ("fc1",)}
-    act: Any
     norm: Any
 
     def in_layers(self, x: Tensor, residual: Tensor | None) -> Tensor:
@@ -133,8 +136,7 @@ class FastMlp(NormedMlp, Mlp):
         return self.norm(self.act(self.fc1(x)))
 
     def derive(self, x: Tensor) -> PackedDepthwiseMlp | None:
-        plain = isinstance(self.act, nn.Identity) and isinstance(self.norm, nn.Identity)
-        return super().derive(x) if plain else None
+        return super().derive(x) if isinstance(self.norm, nn.Identity) else None
 
 
 class FastConvMlp(FastLayer, ConvMlp):
@@ -189,6 +191,3 @@ class FastDWMlp(NormedMlp, DWMlp):
 
     def conv(self) -> nn.Module:
         return self.dwconv
-
-    def derive(self, x: Tensor) -> PackedDepthwiseMlp | None:
-        return super().derive(x) if isinstance(self.act, nn.Identity) else None

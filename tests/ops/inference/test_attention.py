@@ -13,7 +13,8 @@ from ops.attention.hilo import HiLoAttention
 from ops.attention.rank_augmented import RankAugmentedAttention
 from ops.inference import attention
 from ops.inference.attention import FastHiLoAttention, FastRankAugmentedAttention
-from ops.inference.layers import FastDepthwiseConv2d, FastLinear, convert
+from ops.inference.conv import FastDepthwiseConv2d
+from ops.inference.layers import FastLinear, convert
 
 
 def _fast(layer: nn.Module, form: type[nn.Module]) -> Any:

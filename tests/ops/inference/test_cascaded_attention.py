@@ -17,6 +17,7 @@ from ops.attention.cascaded import CascadedGroupAttention
 from ops.attention.single_head import SingleHeadAttention
 from ops.inference import layers, mobile
 from ops.inference.cascaded_attention import PackedCascadedAttention, unsupported
+from ops.inference.conv import FastDepthwiseConv2d
 from ops.reparam import fuse_children
 
 
@@ -169,9 +170,7 @@ def _fast(layer: nn.Module, form: type[nn.Module]) -> nn.Module:
     for module in layer.requires_grad_(False).modules():
         if isinstance(module, nn.Conv2d):
             wide = module.groups > 1
-            layers.convert(
-                module, layers.FastDepthwiseConv2d if wide else layers.FastPointwiseConv2d
-            )
+            layers.convert(module, FastDepthwiseConv2d if wide else layers.FastPointwiseConv2d)
     return layers.convert(layer, form)
 
 

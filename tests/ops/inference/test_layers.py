@@ -10,7 +10,8 @@ import torch.nn.functional as F
 from compiled_kernels import using_threads, without_kernels
 from torch import Tensor, nn
 
-from ops.inference.layers import FastDepthwiseConv2d, FastLinear, activate, convert
+from ops.inference.conv import FastDepthwiseConv2d
+from ops.inference.layers import FastLinear, activate, convert
 
 
 def _linear(bias: bool = True) -> FastLinear:
