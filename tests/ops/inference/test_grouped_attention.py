@@ -47,7 +47,33 @@ def test_is_attention(batch, queries, keys, heads, dims, dtype, scale) -> None:
 
 
 @pytest.mark.parametrize("dtype", list(_BOUNDS))
-@pytest.mark.parametrize(("regions", "tokens", "topk"), [(9, 4, 3), (6, 37, 2), (5, 1, 5)])
+@pytest.mark.parametrize("scale", [None, 0.0, -0.3])
+@pytest.mark.parametrize("dims", [(1, 1), (16, 32), (32, 64), (33, 40)])
+@pytest.mark.parametrize("keys", [16, 37, 64, 1500])
+def test_few_queries(keys: int, dims: tuple[int, int], scale: float | None, dtype) -> None:
+    """Of which lanes of vectors are keys: read as they lie or copied, and too many for it."""
+    for queries in (1, 4, 9, 12, 13):
+        query = _random(2, queries, 2, dims[0], seed=1, dtype=dtype)
+        key = _random(2, keys, 2, dims[0], seed=2, dtype=dtype)
+        value = _random(2, keys, 2, dims[1], seed=3, dtype=dtype)
+        out = torch.empty(2, queries, 2, dims[1], dtype=dtype)
+        attend(query, key, value, out, scale)
+        expected = _exact(query, key, value, scale)
+        assert (out - expected).abs().max() <= _BOUNDS[dtype] * (1 + expected.abs().max())
+
+
+def test_nan_of_a_key_is_seen() -> None:
+    query, key, value = (_random(1, 4, 1, 32, seed=s).repeat(1, 8, 1, 1) for s in (1, 2, 3))
+    key[0, 5, 0, 3] = float("nan")
+    out = torch.zeros(1, 4, 1, 32)
+    attend(query[:, :4], key, value, out)
+    assert out.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", list(_BOUNDS))
+@pytest.mark.parametrize(
+    ("regions", "tokens", "topk"), [(9, 4, 3), (9, 4, 6), (6, 37, 2), (5, 1, 5), (25, 1, 20)]
+)
 def test_regions_that_regions_chose(
     regions: int, tokens: int, topk: int, dtype: torch.dtype
 ) -> None:
