@@ -45,8 +45,9 @@ READING = {
         "is one call."
     ),
     "VAN": (
-        "Depthwise convolutions of 5×5 and dilated 7×7: a third or more of the plain form's time, "
-        "about a quarter of the fused one's."
+        "Feed-forwards, whose depthwise convolution is part of one pass when fused; depthwise "
+        "convolutions, that one and those of 5×5 and dilated 7×7, take a third of the plain "
+        "form's time."
     ),
     "BiFormer": (
         "Linear layers, then attention to the regions that were chosen; they are attended to where "

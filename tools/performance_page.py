@@ -46,8 +46,9 @@ PAGES = (
         "performance.md",
         "# Performance\n\nAn Intel Xeon with AMX; [an AMD without](performance-zen4.md) has a page "
         "of its own. Since this one was measured, MedViTV2's Kolmogorov-Arnold layers, LITv2's "
-        "merging in bfloat16 and HAT's windows have got kernels, and neighborhood attention, in "
-        "bfloat16 above all, and small layers have become quicker.",
+        "merging in bfloat16, HAT's windows, BiFormer's small regions and VAN's feed-forwards have "
+        "got kernels, and neighborhood attention, in bfloat16 above all, norms and small layers "
+        "have become quicker.",
         "performance",
     ),
     Page(
