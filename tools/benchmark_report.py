@@ -91,6 +91,7 @@ def describe(figures: dict[str, Any]) -> str:
 
 def draw(report: dict[str, Any], path: Path) -> None:
     """Bars of the speed over eager, a panel for each setting; curves over size where there are."""
+    from matplotlib import colormaps
     from matplotlib.figure import Figure
 
     panels: dict[str, list[dict[str, Any]]] = {}
@@ -122,11 +123,18 @@ def draw(report: dict[str, Any], path: Path) -> None:
         axis.set_ylabel("speed over eager", fontsize=8)
         axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=7)
     if curves:
-        for key, sizes in curves.items():
-            pixels = [size**2 for size in sorted(sizes)]
-            axes[-1].plot(pixels, [sizes[s] for s in sorted(sizes)], "o-", label=" ".join(key[:2]))
-        axes[-1].set(xscale="log", yscale="log", xlabel="pixels", ylabel="ms")
-        axes[-1].legend(fontsize=6)
+        # Those that take the longest come first, as in the picture.
+        ordered = sorted(curves.items(), key=lambda item: -item[1][max(item[1])])
+        tones = colormaps["tab20"].colors
+        for i, (key, sizes) in enumerate(ordered):
+            milliseconds = [sizes[size] for size in sorted(sizes)]
+            tone, label = tones[i % len(tones)], " ".join(key[:2])
+            axes[-1].plot(sorted(sizes), milliseconds, "o-", color=tone, label=label)
+        ticks = sorted({size for sizes in curves.values() for size in sizes})
+        axes[-1].set(xscale="log", yscale="log", xlabel="side of the image, pixels", ylabel="ms")
+        axes[-1].set_xticks(ticks, ticks)
+        axes[-1].set_xticks([], minor=True)
+        axes[-1].legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=7)
     if not (panels or curves):
         axes[0].set_axis_off()
         axes[0].text(0, 0.5, "neither a contender beside eager nor several sizes to draw")
