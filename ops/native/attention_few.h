@@ -100,7 +100,9 @@ struct Few : Group<T, P> {
   }
 
   void find_keys(int steps) const {
-    const bool keys_lie = sizeof(T) * P::COUNT == sizeof(float) && steps % W == 0 && !t.row_table;
+    // Steps that fill whole vectors as they lie; rotated rows are copies.
+    const bool steps_lie = sizeof(T) * P::COUNT == sizeof(float) && p.dim % (W * P::COUNT) == 0;
+    const bool keys_lie = steps_lie && !t.row_table;
     const bool values_lie = std::is_same_v<T, float> && p.value_dim % PAIR == 0;
     this->each_key([&](int64_t token, int key) {
       if (keys_lie && token >= 0) {

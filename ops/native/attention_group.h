@@ -63,8 +63,9 @@ struct Scratch {
   float* rows;    // [W][channel]
   float *scores, *sums;
   // For a few queries.
-  float* columns;              // [step][key]
-  const float **key, **value;  // where the row of a key and then the column of a step lie; values
+  float* columns;       // [step][key]
+  const float** key;    // [key], where its row lies, then [step], where its column lies
+  const float** value;  // [step of keys], where its channels lie
 };
 
 // One head of one group. P says how T are multiplied; rotated ones as Floats.

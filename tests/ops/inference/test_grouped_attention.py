@@ -48,14 +48,16 @@ def test_is_attention(batch, queries, keys, heads, dims, dtype, scale) -> None:
 
 @pytest.mark.parametrize("dtype", list(_BOUNDS))
 @pytest.mark.parametrize("scale", [None, 0.0, -0.3])
-@pytest.mark.parametrize("dims", [(1, 1), (16, 32), (32, 64), (33, 40)])
+@pytest.mark.parametrize("dims", [(1, 1), (16, 32), (31, 31), (32, 64), (33, 40)])
 @pytest.mark.parametrize("keys", [16, 37, 64, 1500])
 def test_few_queries(keys: int, dims: tuple[int, int], scale: float | None, dtype) -> None:
     """Of which lanes of vectors are keys: read as they lie or copied, and too many for it."""
     for queries in (1, 4, 9, 12, 13):
         query = _random(2, queries, 2, dims[0], seed=1, dtype=dtype)
-        key = _random(2, keys, 2, dims[0], seed=2, dtype=dtype)
-        value = _random(2, keys, 2, dims[1], seed=3, dtype=dtype)
+        key, value = (torch.full((2, keys, 2, d + 1), torch.nan, dtype=dtype) for d in dims)
+        key, value = key[..., :-1], value[..., :-1]  # what lies behind a row is not seen
+        key.copy_(_random(*key.shape, seed=2, dtype=dtype))
+        value.copy_(_random(*value.shape, seed=3, dtype=dtype))
         out = torch.empty(2, queries, 2, dims[1], dtype=dtype)
         attend(query, key, value, out, scale)
         expected = _exact(query, key, value, scale)
