@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import pytest
@@ -10,6 +11,7 @@ from torch import nn
 
 import backbones
 from backbones.cli.parity import checkpoint, image, reference, summary_error
+from ops.inference.depthwise_mlp import PackedDepthwiseMlp
 
 
 @torch.no_grad()
@@ -39,3 +41,20 @@ def test_initial_weights() -> None:
         for m in model.modules()
         if isinstance(m, nn.BatchNorm2d)
     )
+
+
+@torch.no_grad()
+def test_fused_feed_forwards_take_one_pass(monkeypatch) -> None:
+    plain = backbones.create_model("van_b0").eval()
+    fused = copy.deepcopy(plain).fuse()
+    calls = []
+    call = PackedDepthwiseMlp.__call__
+    monkeypatch.setattr(
+        PackedDepthwiseMlp, "__call__", lambda *a, **k: calls.append(a) or call(*a, **k)
+    )
+    x = torch.randn(2, 3, 64, 96)
+    torch.testing.assert_close(fused(x), plain(x), rtol=1e-4, atol=1e-5)
+    assert len(calls) == sum(len(stage.blocks) for stage in plain.stages)
+    monkeypatch.setattr(PackedDepthwiseMlp, "shares_out", lambda self, x: False)
+    torch.testing.assert_close(fused(x), plain(x), rtol=1e-4, atol=1e-5)
+    assert len(calls) == sum(len(stage.blocks) for stage in plain.stages)

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from compiled_kernels import using_threads, without_kernels
 from torch import Tensor, nn
 
+from ops.inference import conv
 from ops.inference.conv import FastDepthwiseConv2d
 from ops.inference.layers import FastLinear, activate, convert
 
@@ -69,6 +70,21 @@ def test_depthwise_convolutions_of_many_kinds_one_after_the_other(dtype: torch.d
         if layer.activation == "none":
             activate(layer, "relu")
             plain = nn.Sequential(plain, nn.ReLU())
+
+
+@torch.no_grad()
+def test_depthwise_convolutions_of_small_and_large_maps(monkeypatch) -> None:
+    """By our kernel or by oneDNN, whatever the first map was."""
+    plain = nn.Conv2d(32, 32, 5, padding=2, groups=32)
+    layer, x = convert(copy.deepcopy(plain), FastDepthwiseConv2d), torch.randn(1, 32, 9, 7)
+    x = x.to(memory_format=torch.channels_last)
+    calls = []
+    call = conv.PackedDepthwise.__call__
+    monkeypatch.setattr(conv.PackedDepthwise, "__call__", lambda *a: calls.append(a) or call(*a))
+    for most, count in ((x.numel(), 1), (x.numel() - 1, 1), (x.numel(), 2)):
+        monkeypatch.setattr(conv, "_SMALL_MAP", most)
+        torch.testing.assert_close(layer(x), plain(x), rtol=1e-5, atol=1e-5)
+        assert len(calls) == count
 
 
 def test_transforms_go_through_torch() -> None:
