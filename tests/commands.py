@@ -53,8 +53,7 @@ def run(
         try:
             end = f"ended with {process.wait(timeout)}"
         except subprocess.TimeoutExpired:
-            _signal(mark, signal.SIGABRT)
-            time.sleep(1)
+            _signal(mark, signal.SIGABRT, pause=0.5)
         finally:
             while _signal(mark, signal.SIGKILL):
                 process.poll()
@@ -66,8 +65,12 @@ def run(
     return said
 
 
-def _signal(mark: str, number: signal.Signals) -> int:
-    """Send a signal to every process with ``mark`` in its environment; how many there were."""
+def _signal(mark: str, number: signal.Signals, pause: float = 0.0) -> int:
+    """Send a signal to every process with ``mark`` in its environment; how many there were.
+
+    Args:
+        pause: after each, in seconds: what they print shall not be mixed.
+    """
     found = 0
     for folder in Path("/proc").glob("[0-9]*"):
         # Of others' and of ended processes nothing is read.
@@ -75,4 +78,5 @@ def _signal(mark: str, number: signal.Signals) -> int:
             if mark.encode() in (folder / "environ").read_bytes():
                 os.kill(int(folder.name), number)
                 found += 1
+                time.sleep(pause)
     return found
