@@ -36,7 +36,7 @@ struct Tiles : Group<T, P> {
 
   // Queries as columns; lanes without a query repeat the last one.
   void take_queries(int64_t first, int count) const {
-    const int dim = static_cast<int>(p.dim), pitch = (dim + W - 1) / W * W;
+    const int dim = static_cast<int>(p.dim), pitch = static_cast<int>(padded(dim, W));
     const F sign = simd::set1(p.scale < 0 ? -1.f : 1.f);
     for (int v = 0; v * W < count; v++) {
       for (int l = 0; l < W; l++) {
@@ -67,7 +67,7 @@ struct Tiles : Group<T, P> {
   }
 
   void give(int64_t first, int count, const float* total) const {
-    const int dim = static_cast<int>(p.value_dim), pitch = (dim + W - 1) / W * W;
+    const int dim = static_cast<int>(p.value_dim), pitch = static_cast<int>(padded(dim, W));
     for (int v = 0; v * W < count; v++) {
       const F factor = simd::set1(1.f) / simd::load(total + v * W);
       for (int c = 0; c < dim; c++) {
@@ -166,20 +166,19 @@ template <class T, class P>
 static void forward(const Problem& p, const Tensors& t) {
   const int64_t chunks = (p.queries + TASK_QUERIES - 1) / TASK_QUERIES;
   const int64_t tasks = p.batch * p.heads * p.groups * chunks;
-  const auto padded = [](int64_t count) { return (count + PAIR - 1) / PAIR * PAIR; };
   const int64_t keys = p.region_keys * p.routes;
   const bool few = are_few(p, t);
   const auto work = [&](int64_t index) {
     static thread_local Room<float> rooms[7];
     static thread_local Room<const float*> places[2];
-    Scratch s{rooms[0].of(padded(keys) * p.dim + W),
-              rooms[1].of((keys + 1) * p.value_dim + PAIR),
-              rooms[2].of(padded(p.dim) * TILE),
-              rooms[3].of(W * std::max(padded(p.dim), padded(p.value_dim))),
-              rooms[4].of(std::max(int64_t{BLOCK * TILE}, few ? FEW * padded(keys) : 0)),
-              rooms[5].of(std::max(padded(p.value_dim) * TILE, padded(p.dim))),
-              rooms[6].of(few ? padded(p.dim) * padded(keys) : 0),
-              places[0].of(few ? std::max(padded(keys), p.dim) : 0),
+    Scratch s{rooms[0].of(padded(keys, LANES) * p.dim + W),
+              rooms[1].of((keys + 1) * p.value_dim + LANES),
+              rooms[2].of(padded(p.dim, LANES) * TILE),
+              rooms[3].of(W * std::max(padded(p.dim, LANES), padded(p.value_dim, LANES))),
+              rooms[4].of(std::max(int64_t{BLOCK * TILE}, few ? FEW * padded(keys, LANES) : 0)),
+              rooms[5].of(std::max(padded(p.value_dim, LANES) * TILE, padded(p.dim, LANES))),
+              rooms[6].of(few ? padded(p.dim, LANES) * padded(keys, LANES) : 0),
+              places[0].of(few ? std::max(padded(keys, LANES), p.dim) : 0),
               places[1].of(few ? keys : 0)};
     // Heads of the same tokens follow each other: they are neighbours in memory.
     const int64_t chunk = index % chunks, head = index / chunks % p.heads;

@@ -15,22 +15,22 @@ namespace attention {
 
 constexpr int FEW = W * 3 / 4;  // queries at most
 constexpr int64_t FEW_KEYS = 1024;  // at most, lest their columns leave the cache
-constexpr int PAIR = 2 * W;  // lanes whose sums are in registers
+constexpr int LANES = 2 * W;  // whose sums are in registers
 
 // Rows of Q queries, in steps of Floats or Pairs, times what lies in columns.
 struct FewArgs {
   const float* rows;  // [Q][row_pitch]
   ptrdiff_t row_pitch;
-  const float* const* columns;  // [step], of which whole pairs of vectors can be read
+  const float* const* columns;  // [step], of which a multiple of LANES can be read
   int steps, lanes;
-  float* sums;  // [Q][sum_pitch], whole pairs of vectors
+  float* sums;  // [Q][sum_pitch], a multiple of LANES
   ptrdiff_t sum_pitch;
 };
 
 template <class P, int Q>
 static void multiply_few(const FewArgs& args) {
   const FewArgs a = args;
-  for (int lane = 0; lane < a.lanes; lane += PAIR) {
+  for (int lane = 0; lane < a.lanes; lane += LANES) {
     F sum[Q][2] = {};
     for (int i = 0; i < a.steps; i++) {
       const F first = simd::in_register(simd::load(a.columns[i] + lane));
@@ -79,8 +79,8 @@ struct Few : Group<T, P> {
   void run() const {
     const int count = static_cast<int>(p.queries), dim = static_cast<int>(p.dim);
     const int value_dim = static_cast<int>(p.value_dim), steps = simd::steps<P>(dim);
-    const ptrdiff_t row_pitch = padded(dim, W), key_pitch = padded(keys(), PAIR);
-    const ptrdiff_t sum_pitch = padded(value_dim, PAIR);
+    const ptrdiff_t row_pitch = padded(dim, W), key_pitch = padded(keys(), LANES);
+    const ptrdiff_t sum_pitch = padded(value_dim, LANES);
     find_keys(steps);
     keys_to_columns(steps, key_pitch);
     for (int q = 0; q < count; q++) take_row(q, s.query + q * row_pitch);
@@ -103,7 +103,7 @@ struct Few : Group<T, P> {
     // Steps that fill whole vectors as they lie; rotated rows are copies.
     const bool steps_lie = sizeof(T) * P::COUNT == sizeof(float) && p.dim % (W * P::COUNT) == 0;
     const bool keys_lie = steps_lie && !t.row_table;
-    const bool values_lie = std::is_same_v<T, float> && p.value_dim % PAIR == 0;
+    const bool values_lie = std::is_same_v<T, float> && p.value_dim % LANES == 0;
     this->each_key([&](int64_t token, int key) {
       if (keys_lie && token >= 0) {
         s.key[key] = reinterpret_cast<const float*>(row(t.key, p.key_stride, token));
@@ -120,8 +120,6 @@ struct Few : Group<T, P> {
       }
     });
   }
-
-  static int padded(int count, int multiple) { return (count + multiple - 1) / multiple * multiple; }
 
   // In place of each row of keys comes each column. Behind the last key are zeros.
   void keys_to_columns(int steps, ptrdiff_t pitch) const {
@@ -169,15 +167,14 @@ struct Few : Group<T, P> {
     const F scale = simd::set1(std::fabs(static_cast<float>(p.scale)) * LOG2E);
     const F shift = simd::zero() - top * scale;
     F sum = simd::zero();
-    T* halves = reinterpret_cast<T*>(score);
-    for (float* x = score; x <= last; x += W, halves += W) {
+    for (float* x = score; x <= last; x += W) {
       F weight = simd::exp2(simd::fma(simd::load(x), scale, shift));
       if (x == last) weight = weight * simd::load(inside);  // a scale of zero leaves them 1
       sum = sum + weight;
       if constexpr (std::is_same_v<P, Floats>) {
         simd::store(x, weight);
       } else {
-        simd::store_from_float(halves, weight);
+        simd::store_from_float(reinterpret_cast<T*>(score) + (x - score), weight);
       }
     }
     return simd::reduce_add(sum);

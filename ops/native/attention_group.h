@@ -43,6 +43,10 @@ struct Tensors {
   void* out;
 };
 
+static int64_t padded(int64_t count, int64_t multiple) {
+  return (count + multiple - 1) / multiple * multiple;
+}
+
 constexpr int64_t ROWS_AHEAD = 8;
 constexpr float LOG2E = 1.44269504f;
 
