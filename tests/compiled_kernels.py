@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 import torch
@@ -73,3 +74,12 @@ def compiled_for(instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "c++ -O1")
     monkeypatch.setattr(build, "_COMMON_FLAGS", ["-std=c++17", "-O1", "-fPIC", "-shared"])
     forget_kernels(monkeypatch)
+
+
+def emulate_tiles(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
+    """As on a machine with AMX; its instructions run step by step, on AVX512-BF16."""
+    compiled_for("avx512bf16", monkeypatch)
+    header = Path(__file__).with_name("emulated_tiles.h")
+    monkeypatch.setenv("CXX", f"c++ -O1 -include {header}")
+    monkeypatch.setenv("VISION_BACKBONES_CACHE_DIR", str(cache))
+    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)

@@ -9,6 +9,7 @@ from compiled_kernels import (
     LINEAR_DTYPES,
     PLAIN_ACTIVATIONS,
     compiled_for,
+    emulate_tiles,
     linear_layer,
     random,
     using_threads,
@@ -91,10 +92,15 @@ def test_other_instruction_sets(instructions: str, monkeypatch, tmp_path) -> Non
 
 
 @pytest.mark.skipif(torch.bfloat16 not in LINEAR_DTYPES, reason="this CPU multiplies no bfloat16")
-def test_bfloat16_without_tiles(monkeypatch) -> None:
-    """As on CPUs that have AVX512-BF16 and no AMX; rows of every length and at odd places."""
-    compiled_for("avx512bf16", monkeypatch)
-    for rows, in_features, out_features in [(1, 1, 1), (9, 21, 27), (40, 34, 48), (33, 130, 70)]:
+@pytest.mark.parametrize("has_tiles", [False, True])
+def test_bfloat16(has_tiles: bool, monkeypatch, tmp_path) -> None:
+    """As on CPUs with AVX512-BF16, without and with AMX; rows of every length, at odd places."""
+    if has_tiles:
+        emulate_tiles(monkeypatch, tmp_path)
+    else:
+        compiled_for("avx512bf16", monkeypatch)
+    sizes = [(1, 1, 1), (9, 21, 27), (40, 34, 48), (33, 130, 70), (40, 64, 48)]
+    for rows, in_features, out_features in sizes:
         x = random(2, rows, in_features + 3).to(torch.bfloat16)[..., 1 : 1 + in_features]
         weight, bias, packed = linear_layer(in_features, out_features, torch.bfloat16)
         expected = F.linear(x.double(), weight, bias).relu()
@@ -103,6 +109,7 @@ def test_bfloat16_without_tiles(monkeypatch) -> None:
         assert (out - expected).abs().max() < LINEAR_DTYPES[torch.bfloat16] * bound
         assert (energy - expected.square().sum(1)).abs().max() < 1e-2 * energy.max()
     assert native.status("linear").instruction_set == "avx512bf16"
+    assert hasattr(native.load("linear"), "has_emulated_tiles") == has_tiles
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
