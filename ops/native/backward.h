@@ -255,11 +255,11 @@ static void backward(const Problem& p, const BackwardTensors& t) {
     };
     const auto key_share = [&](int h) { return share(h).keys.data(); };
     const auto value_share = [&](int h) { return share(h).values.data(); };
-    const size_t region = per_head == 1 ? 0 : unit.region_rows() * unit.segment.columns;
+    const size_t shared_keys = unit.shared_keys();
     for (int h = 0; h < unit.heads; h++) {
       KeyGradients& g = share(h);
-      g.keys.get(region * pitch);
-      g.values.get(region * value_pitch);
+      g.keys.get(shared_keys * pitch);
+      g.values.get(shared_keys * value_pitch);
       zeroed(g.additional_keys, static_cast<size_t>(additional) * pitch);
       zeroed(g.additional_values, static_cast<size_t>(additional) * value_pitch);
     }

@@ -16,7 +16,7 @@ static inline float* zeroed(Buffer& b, size_t n) {
 
 // One unit's share of the gradients that other units also contribute to.
 struct KeyGradients {
-  Buffer keys, values;  // [plane][key row][key column][channel] of the unit's region
+  Buffer keys, values;  // [key that other units see][channel], plane by plane, row by row
   Buffer additional_keys, additional_values;
   Buffer bias;  // [head of the group][rpb]
 };
@@ -84,11 +84,12 @@ class GradientRing {
     const Segment& segment = unit_->segment;
     const float* from = row(head, z, y);
     T* out = line(head, z, y);
-    share += unit_->region_row(z, y) * row_size_;
-    for (int i = 0; i < segment.columns; i++, from += pitch, share += pitch) {
+    share += unit_->shared_keys(z, y) * pitch;
+    for (int i = 0; i < segment.columns; i++, from += pitch) {
       const int x = segment.low + i;
       if (!layout_->seen_once(y, x)) {
         std::memcpy(share, from, pitch * sizeof(float));
+        share += pitch;
       } else if (stream_) {
         stream_channels(from, channels_, scale_, out + layout_->x.order[x] * tensor_.x);
       } else {
@@ -126,12 +127,12 @@ static void store_key_gradient(const Layout& layout, const Tensor& t, int batch,
         for (const Segment& s : layout.segments) {
           const float* from = share(unit++);
           if (y < c.low || y >= c.high) continue;
-          from += (static_cast<size_t>(z) * (c.high - c.low) + (y - c.low)) * s.columns * pitch;
-          for (int x = s.low; x < s.low + s.columns; x++, from += pitch) {
+          from += (z * layout.shared_keys(c, s, c.high) + layout.shared_keys(c, s, y)) * pitch;
+          for (int x = s.low; x < s.low + s.columns; x++) {
             if (layout.seen_once(y, x)) continue;
             float* to = sum + static_cast<size_t>(x) * pitch;
-            for (int i = 0; i < pitch; i += W)
-              simd::store(to + i, simd::load(to + i) + simd::load(from + i));
+            for (int i = 0; i < pitch; i += W, from += W)
+              simd::store(to + i, simd::load(to + i) + simd::load(from));
           }
         }
       }

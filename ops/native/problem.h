@@ -46,6 +46,8 @@ struct Layout {
   int units_per_head = 0;
   // How many chunks see a key row, how many segments a key column.
   std::vector<int> row_chunks, column_segments;
+  // Of the key rows before one, and of the columns, how many not exactly one of them sees.
+  std::vector<int> shared_rows, shared_columns;
   // Key heads that one unit takes: neighbours in memory, so that fetching one helps the others.
   // Each head is computed by itself, so this may depend on the number of threads.
   int head_block = 1;
@@ -113,6 +115,8 @@ struct Layout {
     for (const Segment& s : segments) {
       for (int i = s.low; i < s.low + s.columns; i++) column_segments[i]++;
     }
+    shared_rows = shared_before(row_chunks);
+    shared_columns = shared_before(column_segments);
 
     // Where sums over units are wanted, in backward, the keys are packed both ways, and two rings of
     // gradients lie beside.
@@ -121,6 +125,10 @@ struct Layout {
                         : column_bytes * max_columns;
     head_block =
         static_cast<int>(std::min(p.kv_heads, std::max<int64_t>(1, CACHE_BYTES / head_bytes)));
+    if (image_bytes(p) > LARGE_IMAGE_BYTES) {
+      const int64_t fitting = std::min(heads_of_a_run(p), MOST_BYTES / head_bytes);
+      head_block = static_cast<int>(std::max<int64_t>(head_block, fitting));
+    }
     const int64_t busy = small || p.threads == 1 ? 1 : 4 * p.threads;
     const auto blocks = [&] {
       return static_cast<int>((p.kv_heads + head_block - 1) / head_block);
@@ -132,6 +140,14 @@ struct Layout {
   // Whether exactly one unit of a head sees the key.
   bool seen_once(int key_row, int key_column) const {
     return row_chunks[key_row] == 1 && column_segments[key_column] == 1;
+  }
+  // How many keys of a plane, in the rows of a unit's region before `key_row`, other units see too.
+  size_t shared_keys(const Chunk& chunk, const Segment& segment, int key_row) const {
+    const size_t rows = key_row - chunk.low,
+                 shared = shared_rows[key_row] - shared_rows[chunk.low],
+                 columns = shared_columns[segment.low + segment.columns] -
+                           shared_columns[segment.low];
+    return shared * segment.columns + (rows - shared) * columns;
   }
   int64_t units(const Problem& p) const { return p.batch * head_blocks * units_per_head; }
 
@@ -148,6 +164,25 @@ struct Layout {
   }
 
  private:
+  // The queries, keys, values and results of more cannot stay in the last cache until other heads
+  // need what lies between those of one. There it is quicker to fetch runs of bytes, although the
+  // packed keys of so many heads leave the second-level cache, up to MOST_BYTES of them.
+  static constexpr int64_t LARGE_IMAGE_BYTES = 16 << 20, RUN_BYTES = 512, MOST_BYTES = 7 << 20;
+  static int64_t element_bytes(const Problem& p) { return p.bfloat16 ? 2 : 4; }
+  static int64_t image_bytes(const Problem& p) {
+    const int64_t channels = (p.heads + p.kv_heads) * (p.dim + p.value_dim);
+    return p.size[0] * p.size[1] * p.size[2] * channels * element_bytes(p);
+  }
+  static int64_t heads_of_a_run(const Problem& p) {
+    const int64_t bytes = std::max<int64_t>(1, p.dim * element_bytes(p));
+    return std::min(p.kv_heads, (RUN_BYTES + bytes - 1) / bytes);
+  }
+
+  static std::vector<int> shared_before(const std::vector<int>& times_seen) {
+    std::vector<int> before{0};
+    for (int times : times_seen) before.push_back(before.back() + (times != 1));
+    return before;
+  }
   static Axis axis(const Problem& p, int i) {
     return Axis(static_cast<int>(p.size[i]), static_cast<int>(p.kernel[i]),
                 static_cast<int>(p.stride[i]), static_cast<int>(p.dilation[i]), p.causal[i] != 0);

@@ -47,12 +47,11 @@ struct Unit {
                    layout.head_block),
         heads(std::min(layout.head_block, static_cast<int>(p.kv_heads) - first_head)) {}
 
-  // The key rows of all planes that the unit sees, and the index of one among them.
-  size_t region_rows() const {
-    return static_cast<size_t>(layout.z.size) * (chunk.high - chunk.low);
-  }
-  size_t region_row(int plane, int key_row) const {
-    return static_cast<size_t>(plane) * (chunk.high - chunk.low) + (key_row - chunk.low);
+  // The keys that other units see too: how many, and how many of them lie before a key row.
+  size_t shared_keys() const { return shared_keys(layout.z.size, chunk.low); }
+  size_t shared_keys(int plane, int key_row) const {
+    return plane * layout.shared_keys(chunk, segment, chunk.high) +
+           layout.shared_keys(chunk, segment, key_row);
   }
 };
 
