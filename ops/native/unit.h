@@ -92,8 +92,9 @@ static void for_each_tile(const Problem& p, const Layout& layout, const Unit& un
         const Lanes& lanes = layout.lanes[g];
         make_plan(layout.z.start[z], layout.z.count[z], tile, lanes.width,
                   static_cast<int>(p.additional), scratch.plan);
-        // As often as the tile asks: with each row of scores, and the sums of about two lanes.
-        int portions = static_cast<int>(scratch.plan.blocks.size()) * (lanes.valid / 2);
+        // As often as the tile asks at least: with each row of scores, and the sums of some lanes.
+        int portions = static_cast<int>(scratch.plan.blocks.size()) *
+                       ((lanes.valid + SLIDE_LANES - 1) / SLIDE_LANES);
         for (const Slice& slice : scratch.plan.slices) portions += slice.rows;
         for (int h = 0; h < unit.heads * groups; h++) {
           const TilePlace place{layout, tile, lanes, unit.batch, z, unit.first_head * groups + h,

@@ -140,6 +140,7 @@ def test_thread_count_and_repetition_change_nothing(dtype):
         ((67, 71), ((5, 6), (2, 3), (3, 2), (False, True))),
         ((90, 50), ((7, 7), (1, 1), (8, 5), (True, True))),
         ((80, 80), ((2, 2), (2, 2), (4, 3), (False, False))),
+        ((130, 150), ((13, 11), (1, 1), (1, 1), (False, False))),  # heads together, see Layout
         ((3000,), ((63,), (5,), (1,), (False,))),
         ((6001,), ((31,), (1,), (7,), (True,))),
         ((6, 40, 44), ((3, 5, 7), (1, 2, 1), (1, 1, 2), (False, True, False))),
