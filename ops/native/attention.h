@@ -36,7 +36,7 @@ struct Tiles : Group<T, P> {
 
   // Queries as columns; lanes without a query repeat the last one.
   void take_queries(int64_t first, int count) const {
-    const int dim = static_cast<int>(p.dim), pitch = static_cast<int>(padded(dim, W));
+    const int dim = static_cast<int>(p.dim), pitch = round_up(dim, W);
     const F sign = simd::set1(p.scale < 0 ? -1.f : 1.f);
     for (int v = 0; v * W < count; v++) {
       for (int l = 0; l < W; l++) {
@@ -67,7 +67,7 @@ struct Tiles : Group<T, P> {
   }
 
   void give(int64_t first, int count, const float* total) const {
-    const int dim = static_cast<int>(p.value_dim), pitch = static_cast<int>(padded(dim, W));
+    const int dim = static_cast<int>(p.value_dim), pitch = round_up(dim, W);
     for (int v = 0; v * W < count; v++) {
       const F factor = simd::set1(1.f) / simd::load(total + v * W);
       for (int c = 0; c < dim; c++) {
@@ -171,14 +171,14 @@ static void forward(const Problem& p, const Tensors& t) {
   const auto work = [&](int64_t index) {
     static thread_local Room<float> rooms[7];
     static thread_local Room<const float*> places[2];
-    Scratch s{rooms[0].of(padded(keys, LANES) * p.dim + W),
+    Scratch s{rooms[0].of(round_up(keys, LANES) * p.dim + W),
               rooms[1].of((keys + 1) * p.value_dim + LANES),
-              rooms[2].of(padded(p.dim, LANES) * TILE),
-              rooms[3].of(W * std::max(padded(p.dim, LANES), padded(p.value_dim, LANES))),
-              rooms[4].of(std::max(int64_t{BLOCK * TILE}, few ? FEW * padded(keys, LANES) : 0)),
-              rooms[5].of(std::max(padded(p.value_dim, LANES) * TILE, padded(p.dim, LANES))),
-              rooms[6].of(few ? padded(p.dim, LANES) * padded(keys, LANES) : 0),
-              places[0].of(few ? std::max(padded(keys, LANES), p.dim) : 0),
+              rooms[2].of(round_up(p.dim, LANES) * TILE),
+              rooms[3].of(W * std::max(round_up(p.dim, LANES), round_up(p.value_dim, LANES))),
+              rooms[4].of(std::max(int64_t{BLOCK * TILE}, few ? FEW * round_up(keys, LANES) : 0)),
+              rooms[5].of(std::max(round_up(p.value_dim, LANES) * TILE, round_up(p.dim, LANES))),
+              rooms[6].of(few ? round_up(p.dim, LANES) * round_up(keys, LANES) : 0),
+              places[0].of(few ? std::max(round_up(keys, LANES), p.dim) : 0),
               places[1].of(few ? keys : 0)};
     // Heads of the same tokens follow each other: they are neighbours in memory.
     const int64_t chunk = index % chunks, head = index / chunks % p.heads;

@@ -79,8 +79,8 @@ struct Few : Group<T, P> {
   void run() const {
     const int count = static_cast<int>(p.queries), dim = static_cast<int>(p.dim);
     const int value_dim = static_cast<int>(p.value_dim), steps = simd::steps<P>(dim);
-    const ptrdiff_t row_pitch = padded(dim, W), key_pitch = padded(keys(), LANES);
-    const ptrdiff_t sum_pitch = padded(value_dim, LANES);
+    const ptrdiff_t row_pitch = round_up(dim, W), key_pitch = round_up(keys(), LANES);
+    const ptrdiff_t sum_pitch = round_up(value_dim, LANES);
     find_keys(steps);
     keys_to_columns(steps, key_pitch);
     for (int q = 0; q < count; q++) take_row(q, s.query + q * row_pitch);
@@ -124,7 +124,7 @@ struct Few : Group<T, P> {
   // In place of each row of keys comes each column. Behind the last key are zeros.
   void keys_to_columns(int steps, ptrdiff_t pitch) const {
     float* zeros = s.sums;
-    std::fill_n(zeros, padded(steps, W), 0.f);
+    std::fill_n(zeros, round_up(steps, W), 0.f);
     for (ptrdiff_t k = keys(); k < pitch; k++) s.key[k] = zeros;
     for (ptrdiff_t k = 0; k < pitch; k += W) {
       for (int i = 0; i < steps; i += W) {

@@ -13,6 +13,7 @@ namespace attention {
 
 using simd::F;
 using simd::Floats;
+using simd::round_up;
 using simd::W;
 
 // ops/inference/grouped_attention.py has the same fields in the same order.
@@ -42,10 +43,6 @@ struct Tensors {
   const void *bias, *gate;
   void* out;
 };
-
-static int64_t padded(int64_t count, int64_t multiple) {
-  return (count + multiple - 1) / multiple * multiple;
-}
 
 constexpr int64_t ROWS_AHEAD = 8;
 constexpr float LOG2E = 1.44269504f;

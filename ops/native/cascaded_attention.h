@@ -76,10 +76,10 @@ struct Task {
   Scratch<T>& s;
   int64_t tokens = p.height * p.width;
   int64_t features = 2 * p.qk_dim + p.head_dim;
-  int64_t qk_pitch = linear::round_up(p.qk_dim, W), out_pitch = linear::round_up(p.head_dim, W);
+  int64_t qk_pitch = simd::round_up(p.qk_dim, W), out_pitch = simd::round_up(p.head_dim, W);
 
   void run() const {
-    const int64_t whole = linear::round_up(tokens, TILE);
+    const int64_t whole = simd::round_up(tokens, TILE);
     room(s.keys, tokens * p.qk_dim);
     room(s.queries, whole * qk_pitch);
     room(s.tile, qk_pitch * TILE);

@@ -127,7 +127,7 @@ static void store_key_gradient(const Layout& layout, const Tensor& t, int batch,
         for (const Segment& s : layout.segments) {
           const float* from = share(unit++);
           if (y < c.low || y >= c.high) continue;
-          from += (z * layout.shared_keys(c, s, c.high) + layout.shared_keys(c, s, y)) * pitch;
+          from += layout.shared_keys(c, s, z, y) * pitch;
           for (int x = s.low; x < s.low + s.columns; x++) {
             if (layout.seen_once(y, x)) continue;
             float* to = sum + static_cast<size_t>(x) * pitch;

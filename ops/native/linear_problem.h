@@ -10,6 +10,7 @@
 namespace linear {
 
 using simd::F;
+using simd::round_up;
 using simd::W;
 
 // linear_plan.py has the same fields in the same order. Strides are from row to row, in elements.
@@ -38,10 +39,6 @@ struct Tensors {
 
 constexpr int PANEL = 2 * W;
 constexpr int64_t LINE = 64;  // bytes
-
-static int64_t round_up(int64_t n, int64_t multiple) {
-  return (n + multiple - 1) / multiple * multiple;
-}
 
 // Outputs with those that fill the last vector.
 static int64_t padded(int64_t out_features) { return round_up(out_features, W); }

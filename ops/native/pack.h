@@ -11,6 +11,8 @@
 
 namespace na {
 
+using simd::round_up;
+
 // A [B, Z, Y, X, H, C] tensor whose last stride is 1; the strides count elements.
 struct Tensor {
   void* data;
@@ -54,8 +56,6 @@ constexpr size_t CACHE_LINE = 64;
 // Results larger than this, the caches of a core, are stored past them: whoever reads them would find
 // little there anyway.
 constexpr int64_t STREAMED_BYTES = 8 << 20;
-
-static inline int round_up(int n, int multiple) { return (n + multiple - 1) / multiple * multiple; }
 
 // One position's channels, times `scale`, zero-padded to whole vectors.
 template <class T>

@@ -46,7 +46,7 @@ struct Layout {
   int units_per_head = 0;
   // How many chunks see a key row, how many segments a key column.
   std::vector<int> row_chunks, column_segments;
-  // Of the key rows before one, and of the columns, how many not exactly one of them sees.
+  // How many of the key rows before one several chunks see, and of the columns, several segments.
   std::vector<int> shared_rows, shared_columns;
   // Key heads that one unit takes: neighbours in memory, so that fetching one helps the others.
   // Each head is computed by itself, so this may depend on the number of threads.
@@ -141,13 +141,17 @@ struct Layout {
   bool seen_once(int key_row, int key_column) const {
     return row_chunks[key_row] == 1 && column_segments[key_column] == 1;
   }
-  // How many keys of a plane, in the rows of a unit's region before `key_row`, other units see too.
+  // How many keys of a plane that a unit sees, in the rows before `key_row`, other units see too.
   size_t shared_keys(const Chunk& chunk, const Segment& segment, int key_row) const {
     const size_t rows = key_row - chunk.low,
                  shared = shared_rows[key_row] - shared_rows[chunk.low],
                  columns = shared_columns[segment.low + segment.columns] -
                            shared_columns[segment.low];
     return shared * segment.columns + (rows - shared) * columns;
+  }
+  // The same of all planes up to a row of `plane`.
+  size_t shared_keys(const Chunk& chunk, const Segment& segment, int plane, int key_row) const {
+    return plane * shared_keys(chunk, segment, chunk.high) + shared_keys(chunk, segment, key_row);
   }
   int64_t units(const Problem& p) const { return p.batch * head_blocks * units_per_head; }
 
@@ -179,8 +183,8 @@ struct Layout {
   }
 
   static std::vector<int> shared_before(const std::vector<int>& times_seen) {
-    std::vector<int> before{0};
-    for (int times : times_seen) before.push_back(before.back() + (times != 1));
+    std::vector<int> before(times_seen.size() + 1);
+    for (size_t i = 0; i < times_seen.size(); i++) before[i + 1] = before[i] + (times_seen[i] != 1);
     return before;
   }
   static Axis axis(const Problem& p, int i) {

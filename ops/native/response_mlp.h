@@ -66,7 +66,7 @@ static void add_pixels(const T* in, int64_t pixels, int64_t dim, int lanes, floa
 // `sums` holds whole vectors.
 template <class T>
 static void sum_pixels(const T* in, int64_t pixels, int64_t dim, float* sums) {
-  std::fill_n(sums, linear::round_up(dim, W), 0.f);
+  std::fill_n(sums, simd::round_up(dim, W), 0.f);
   for (int64_t i = 0; i < pixels; i += PARTIAL_PIXELS) {
     const int64_t count = std::min(PARTIAL_PIXELS, pixels - i);
     for (int64_t c = 0; c < dim; c += MEAN_VECTORS * W) {
@@ -110,7 +110,7 @@ static void multiply(const float* in, int64_t count, const float* weight, const 
 template <class T>
 static void find_gates(const Problem& p, const Tensors& t, const T* in, float* scratch,
                        float* gates) {
-  float* const squeezed = scratch + linear::round_up(p.dim, W);
+  float* const squeezed = scratch + simd::round_up(p.dim, W);
   sum_pixels(in, p.pixels, p.dim, scratch);
   const float share = 1.f / static_cast<float>(p.pixels);
   for (int64_t c = 0; c < p.dim; c++) scratch[c] *= share;
@@ -202,7 +202,7 @@ static void forward_of(const Problem& p, const Tensors& t) {
   T* const hidden = hidden_room.of(group * image_hidden);
   float* const gates = gates_room.of(group * p.dim);
   float* const energy = energy_room.of(group * p.hidden);
-  float* const scratch = scratch_room.of(linear::round_up(p.dim, W) + p.squeezed);
+  float* const scratch = scratch_room.of(simd::round_up(p.dim, W) + p.squeezed);
 
   linear::Problem expand{}, project{};
   expand.in_features = expand.in_stride = project.out_features = project.out_stride = p.dim;

@@ -213,6 +213,12 @@ static VB_INLINE bool all_equal(F a, F b) {
 
 static VB_INLINE F zero() { return set1(0.f); }
 
+// To the next multiple.
+template <class N>
+static constexpr N round_up(N n, int64_t multiple) {
+  return static_cast<N>((n + multiple - 1) / multiple * multiple);
+}
+
 // v[k] = load(p + k), where 2 W floats can be read from `p` on.
 template <size_t... K>
 static VB_INLINE void load_run(const float* p, F (&v)[sizeof...(K)], std::index_sequence<K...>) {

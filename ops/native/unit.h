@@ -48,10 +48,11 @@ struct Unit {
         heads(std::min(layout.head_block, static_cast<int>(p.kv_heads) - first_head)) {}
 
   // The keys that other units see too: how many, and how many of them lie before a key row.
-  size_t shared_keys() const { return shared_keys(layout.z.size, chunk.low); }
+  size_t shared_keys() const {
+    return layout.z.size * layout.shared_keys(chunk, segment, chunk.high);
+  }
   size_t shared_keys(int plane, int key_row) const {
-    return plane * layout.shared_keys(chunk, segment, chunk.high) +
-           layout.shared_keys(chunk, segment, key_row);
+    return layout.shared_keys(chunk, segment, plane, key_row);
   }
 };
 
