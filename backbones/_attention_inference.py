@@ -12,6 +12,7 @@ from backbones import _hat_blocks, _medvitv2_blocks, biformer, favit, litv2, rav
 from ops.inference.deformable import deformable_conv2d, pack_taps, unsupported
 from ops.inference.layers import FastConv2d, runs_fast
 from ops.inference.mlp import NormedMlp
+from ops.inference.recorded import Recorded, recorded_form
 
 __all__ = ["FORMS"]
 
@@ -83,12 +84,12 @@ class HATOverlapBlock(_hat_blocks.OverlapBlock):
         return self.mlp(x, x, self.norm2)
 
 
-class HATResidualGroup(_hat_blocks.ResidualGroup):
+class HATResidualGroup(Recorded, _hat_blocks.ResidualGroup):
     """Without the tables of positions where the attention keeps its own."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor) -> Tensor:
         if not runs_fast(x, next(self.parameters())):
-            return super().forward(x)
+            return super().compute(x)
         deep = self.run_blocks(x.permute(0, 2, 3, 1), None, None, None)
         return self.conv(deep.permute(0, 3, 1, 2)).add_(x)
 
@@ -158,12 +159,12 @@ class RAVLTBlock(ravlt.Block):
         return self.mlp(x, x, self.norm2)
 
 
-class RAVLTStage(ravlt.RAVLTStage):
+class RAVLTStage(Recorded, ravlt.RAVLTStage):
     """Without the table of rotations where the attention keeps its own."""
 
-    def forward(self, x: Tensor) -> Tensor:
+    def compute(self, x: Tensor) -> Tensor:
         if not runs_fast(x, next(self.parameters())):
-            return super().forward(x)
+            return super().compute(x)
         x = self.downsample(x).permute(0, 2, 3, 1)
         return self.run_blocks(x, None, None).permute(0, 3, 1, 2)
 
@@ -190,12 +191,14 @@ FORMS: dict[type[Any], type[Any]] = {
     biformer.Block: BiFormerBlock,
     biformer.GlobalAttention: BiFormerGlobalAttention,
     favit.Block: FaViTBlock,
+    favit.FaViTStage: recorded_form(favit.FaViTStage),
     _hat_blocks.ChannelAttentionConv: HATChannelAttentionConv,
     _hat_blocks.HybridBlock: HATHybridBlock,
     _hat_blocks.OverlapBlock: HATOverlapBlock,
     _hat_blocks.ResidualGroup: HATResidualGroup,
     litv2.Block: LITv2Block,
     litv2.DeformableConv2d: LITv2DeformableConv2d,
+    litv2.LITv2Stage: recorded_form(litv2.LITv2Stage),
     litv2.PatchEmbed: LITv2PatchEmbed,
     _medvitv2_blocks.ConvFFN: MedViTV2ConvFFN,
     _medvitv2_blocks.LocalBlock: MedViTV2LocalBlock,

@@ -14,6 +14,7 @@ import timm.layers
 import torch
 from torch import nn
 
+from backbones._base import StagedBackbone
 from ops import mobile
 from ops.attention.bilevel import BiLevelRoutingAttention
 from ops.attention.cascaded import CascadedGroupAttention
@@ -28,6 +29,7 @@ from ops.inference import attention as fast_attention
 from ops.inference import conv as fast_conv
 from ops.inference import factorized, kan, layers, mlp, norm, stem, window
 from ops.inference import mobile as fast_mobile
+from ops.inference.recorded import Recorded, recorded_form
 from ops.kan import KANLayer
 from ops.mlp import DWMlp
 
@@ -72,13 +74,18 @@ def _keep_freed_memory() -> None:
 
 
 def fast_form(module: nn.Module) -> type[nn.Module] | None:
-    """The class to stand for a layer, if there is one. Subclasses are other layers."""
+    """The class to stand for a layer, or a model, if there is one.
+
+    Subclasses are other layers.
+    """
     if type(module) is nn.Linear:
         return layers.FastLinear
     if type(module) is nn.Conv2d:
         return _fast_conv(module)
     if stem.is_stem(module):
         return stem.FastStem
+    if isinstance(module, StagedBackbone) and not isinstance(module, Recorded):
+        return recorded_form(type(module))
     if type(module) is timm.layers.ConvMlp and not isinstance(module.norm, nn.Identity):
         return None
     return _forms().get(type(module))

@@ -7,9 +7,10 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from backbones import inception_next, unireplknet, van
+from backbones import _base, inception_next, unireplknet, van
 from ops.inference.layers import FastLayer
 from ops.inference.mlp import NormedMlp
+from ops.inference.recorded import recorded_form
 from ops.inference.response_mlp import PackedResponseMlp, unsupported
 
 __all__ = ["FORMS"]
@@ -92,6 +93,7 @@ class VANBlock(van.Block):
 
 
 FORMS: dict[type[Any], type[Any]] = {
+    _base.Stage: recorded_form(_base.Stage),
     inception_next.Block: InceptionNeXtBlock,
     unireplknet.Block: UniRepLKNetBlock,
     van.Attention: VANAttention,

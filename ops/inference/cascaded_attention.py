@@ -20,7 +20,7 @@ from ops import native
 from ops.depthwise import taps_first
 from ops.linear import pack_weight
 from ops.linear import unsupported as linear_unsupported
-from ops.native.eager import Repeats, require_dtype
+from ops.native.eager import Repeats, is_plain_call, require_dtype
 
 __all__ = ["PackedCascadedAttention", "unsupported"]
 
@@ -118,7 +118,8 @@ class PackedCascadedAttention:
         way = self._repeats.find((x, table))
         if way is not None:
             return way(x, table)
-        return _dispatched(x, *self._parameters, table, self._qk_dim, self._eps)
+        run: Callable[..., Tensor] = _run if is_plain_call((x, table)) else _dispatched
+        return run(x, *self._parameters, table, self._qk_dim, self._eps)
 
     def _prepare(
         self, x: Tensor, table: Tensor | None

@@ -21,6 +21,8 @@ from pathlib import Path
 
 import torch
 
+from ops.native.recorder import recording
+
 __all__ = ["Kernel", "cache_dir", "instruction_set", "load", "status", "unavailable_reason"]
 
 _log = logging.getLogger(__name__)
@@ -68,12 +70,16 @@ _kernels_lock = threading.Lock()
 def load(name: str) -> ctypes.CDLL | None:
     """The library of the kernel ``name``, compiled if need be; ``None`` if it cannot be had.
 
-    The outcome is remembered for the life of the process.
+    The outcome is remembered for the life of the process. While a recorder watches, it is a library
+    whose calls are recorded (:mod:`ops.native.recorder`).
 
     Raises:
         ValueError: if no such kernel exists.
     """
-    return status(name).library
+    library, recorder = status(name).library, recording()
+    if library is None or recorder is None:
+        return library
+    return recorder.watch(library)
 
 
 def unavailable_reason(name: str) -> str | None:

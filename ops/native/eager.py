@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ops.native.build import unavailable_reason
+from ops.native.recorder import recording
 
 __all__ = ["Repeats", "is_plain_call", "require_dtype", "unsupported_tensors"]
 
@@ -84,6 +85,8 @@ class Repeats:
         """
         if not is_plain_call(tensors):
             return None
+        if recording() is not None:  # known functions would call kernels unseen
+            return self._prepare(*tensors, *options)
         layouts = [None if t is None else (t.shape, t.stride(), t.dtype) for t in tensors]
         call = (*layouts, options, torch.get_num_threads())
         try:

@@ -42,6 +42,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ops.native.eager import is_plain_call
+from ops.native.recorder import recording
 from ops.neighborhood import cpu, natten, reference, tiled, triton
 from ops.neighborhood._checks import check_rpb, check_tensors, resolve_params
 from ops.neighborhood._geometry import NAParams
@@ -214,12 +215,13 @@ def _resolved(
     """
     if torch.compiler.is_compiling():
         return _resolve(rank, tensors, window, return_lse, backend)
+    watched = recording() is not None  # known functions would call kernels unseen
     # 7, 7.0 and True are equal and have different types.
     window_types = [tuple(map(type, w)) if type(w) is tuple else type(w) for w in window]
     try:
         kinds = [t if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors]
         call = (rank, *kinds, window, *window_types, return_lse, backend, torch.get_num_threads())
-        known = _known_calls.get(call)
+        known = None if watched else _known_calls.get(call)
     except (TypeError, RuntimeError):  # symbolic sizes, windows in lists; no strides
         return _resolve(rank, tensors, window, return_lse, backend)
     if known is None:
@@ -228,6 +230,8 @@ def _resolved(
         if tensors[0].device.type == "cpu" and known.backend not in (triton, natten):
             if known.backend is cpu:
                 known = known._replace(prepared=cpu.prepare(*tensors, known.params))
+            if watched:
+                return known
             if len(_known_calls) >= _MAX_KNOWN_CALLS:
                 _known_calls.clear()
             _known_calls[call] = known

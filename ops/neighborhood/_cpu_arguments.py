@@ -16,6 +16,7 @@ __all__ = [
     "Inputs",
     "inner_contiguous",
     "per_query",
+    "strides_with_channels",
     "with_channels",
 ]
 
@@ -40,10 +41,13 @@ def inner_contiguous(t: Tensor) -> Tensor:
 
 def with_channels(t: Tensor | None) -> tuple[int, ...]:
     """[B, *S, H, C], or [B, N, H, C], with the axes of S that are missing as Z and Y."""
-    if t is None:
-        return ABSENT
+    return ABSENT if t is None else (t.data_ptr(), *strides_with_channels(t))
+
+
+def strides_with_channels(t: Tensor) -> tuple[int, ...]:
+    """What follows the address in :func:`with_channels`."""
     batch, *spatial, head, _ = t.stride()
-    return (t.data_ptr(), batch, *_PADDING[len(spatial)], *spatial, head)
+    return (batch, *_PADDING[len(spatial)], *spatial, head)
 
 
 def per_query(t: Tensor | None) -> tuple[int, ...]:

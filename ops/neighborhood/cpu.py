@@ -25,6 +25,7 @@ from ops.neighborhood._cpu_arguments import (
     Inputs,
     inner_contiguous,
     per_query,
+    strides_with_channels,
     with_channels,
 )
 from ops.neighborhood._geometry import NAParams
@@ -120,7 +121,7 @@ def prepare(
     geometry = (params.kernel_size, params.stride, params.dilation, params.is_causal, params.scale)
     problem, out = inputs.problem(*geometry), _empty_out(query, value)
     shape = out.shape
-    strides = [with_channels(t)[1:] for t in (query, key, value, out)]
+    strides = [strides_with_channels(t) for t in (query, key, value, out)]
     forward = _kernel().na_forward
 
     def run(

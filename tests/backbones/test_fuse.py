@@ -18,6 +18,8 @@ import backbones
 from backbones._fuse import fast_form
 from ops.inference import layers
 from ops.inference.mlp import FastMlp, feed_forward
+from ops.inference.recorded import Recorded
+from ops.native.program import Program
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -68,6 +70,35 @@ def test_all_dtypes_and_paths(family: str, monkeypatch: pytest.MonkeyPatch) -> N
 
     without_kernels(monkeypatch)
     assert _relative(copy.deepcopy(fused)(images(*sizes[0])), expected[0]) <= 1e-5
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@every_family
+@torch.no_grad()
+def test_calls_repeat_to_the_last_bit(
+    family: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = randomise(small(family)).eval().fuse(dtype=dtype)
+    inputs = [
+        [images(*size, seed=seed).to(dtype) for seed in range(4)]
+        for size in ((1, 3, 70, 45), (3, 3, 40, 64))
+    ]
+    repeated = [[model(x) for x in same] for same in inputs]
+    programs = list(model._records._programs.values())
+    assert [type(p) for p in programs] == [Program, Program]
+    pyramids = [model.forward_intermediates(inputs[0][0], norm=True) for _ in range(4)]
+    for stage in model.stages:
+        assert Program in map(type, stage._records._programs.values())
+
+    monkeypatch.setattr(Recorded, "forward", Recorded.compute)
+    for same, outs in zip(inputs, repeated, strict=True):
+        for x, out in zip(same, outs, strict=True):
+            expected = model(x)
+            assert torch.equal(out, expected) and out.stride() == expected.stride()
+    last, maps = model.forward_intermediates(inputs[0][0], norm=True)
+    for other_last, other_maps in pyramids:
+        assert torch.equal(other_last, last)
+        assert all(torch.equal(a, b) for a, b in zip(other_maps, maps, strict=True))
 
 
 @every_family

@@ -1,0 +1,198 @@
+"""Pieces of networks whose calls are recorded, then repeated without Python.
+
+A fused block of a small network takes Python and torch as long to call as it takes to compute:
+between kernels, which fill the caches with weights, every step of theirs waits for memory.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import itertools
+import logging
+from collections.abc import Hashable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules import module as torch_module
+
+from ops.native.build import status
+from ops.native.eager import is_plain_call
+from ops.native.program import Program, unsupported
+from ops.native.recorder import NotRecordableError, Recorder
+
+__all__ = ["Recorded", "recorded_form"]
+
+_log = logging.getLogger(__name__)
+
+# Whose layers do nothing but compute: others might count calls, say, which nobody would repeat.
+_KNOWN_PACKAGES = ("backbones.", "ops.", "timm.layers.", "torch.nn.modules.")
+_MOST_INPUTS = 16  # kinds of inputs that are remembered
+_LONGEST_WAIT = 64  # calls before a network that keeps changing is recorded anew
+_GLOBAL_HOOKS = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
+
+
+class Recorded(nn.Module):
+    """Before a class whose ``forward`` takes a tensor and gives one: its calls may be repeated.
+
+    The first call with inputs of some shape, strides and dtype runs as ever, the second is
+    recorded, those after it follow the record as long as no module inside, nothing that one refers
+    to, no parameter and no hook has changed. The layers themselves run otherwise, and where
+    gradients, hooks inside, compilation, tracing, profiling or autocast need them. Results are the
+    same to the last bit.
+    """
+
+    _records: _Records | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if not is_plain_call((x,)) or torch._C._len_torch_function_stack():
+            return self.compute(x)
+        if self._records is None:
+            self._records = _Records(self)
+        return self._records(x)
+
+    def compute(self, x: Tensor) -> Tensor:
+        """By the layers: what ``forward`` is where it is not recorded."""
+        result: Tensor = super().forward(x)
+        return result
+
+    def __getstate__(self) -> dict[str, Any]:
+        state: dict[str, Any] = super().__getstate__()
+        state.pop("_records", None)
+        return state
+
+
+_forms: dict[type[nn.Module], type[nn.Module]] = {}
+
+
+def recorded_form(kind: type[nn.Module]) -> type[nn.Module]:
+    """``kind`` with :class:`Recorded` before it, under its name; instances may be pickled."""
+    form = _forms.get(kind)
+    if form is None:
+        members = {
+            **{name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")},
+            "__reduce_ex__": lambda self, protocol: (_restore, (kind,), self.__getstate__()),
+        }
+        form = _forms[kind] = type(kind.__name__, (Recorded, kind), members)
+    return form
+
+
+def _restore(kind: type[nn.Module]) -> nn.Module:
+    form = recorded_form(kind)
+    return form.__new__(form)
+
+
+class _Records:
+    """The programs of a module, by what they take."""
+
+    def __init__(self, module: Recorded) -> None:
+        self._module = module
+        # How often there was such an input, or None where its calls cannot be recorded.
+        self._programs: dict[Hashable, Program | int | None] = {}
+        self._snapshot: _Snapshot | None = None
+        self._wait = 1  # calls before one is recorded
+
+    def __call__(self, x: Tensor) -> Tensor:
+        key = (x.shape, x.stride(), x.dtype, torch.get_num_threads())
+        program = self._programs.get(key, 0)
+        if program is None:
+            return self._module.compute(x)
+        snapshot = self._snapshot
+        if snapshot is not None and not snapshot.holds():
+            self._programs.clear()
+            self._snapshot = snapshot = None
+            self._wait = min(2 * self._wait, _LONGEST_WAIT)
+            program = 0
+        if snapshot is not None and snapshot.wants_gradients(x):
+            return self._module.compute(x)
+        if isinstance(program, Program):
+            return program(x)
+        if program >= self._wait:
+            return self._record(key, x)
+        if len(self._programs) >= _MOST_INPUTS:
+            self._programs.clear()
+        self._programs[key] = program + 1
+        return self._module.compute(x)
+
+    def _record(self, key: Hashable, x: Tensor) -> Tensor:
+        result = None
+        try:
+            snapshot = self._snapshot or _Snapshot(self._module)
+            if snapshot.wants_gradients(x):
+                return self._module.compute(x)
+            with Recorder(x) as recorder:
+                result = self._module.compute(x)
+            program = Program(recorder, recorder.finish(result))
+            if not snapshot.holds():
+                raise NotRecordableError("a module changes when it is called")
+            self._programs[key], self._snapshot = program, snapshot
+        except NotRecordableError as error:
+            _log.debug("%s is not recorded: %s", type(self._module).__name__, error)
+            self._programs[key] = None
+        return self._module.compute(x) if result is None else result
+
+
+class _Snapshot:
+    """What a module refers to, for telling whether that has changed.
+
+    Raises:
+        NotRecordableError: there are hooks inside, layers of which nothing is known, or no kernel.
+    """
+
+    def __init__(self, module: nn.Module) -> None:
+        reason = unsupported()
+        if reason is not None:
+            raise NotRecordableError(reason)
+        # Through PyDLL, since Python's lock has to be held.
+        self._same_values = ctypes.PyDLL(str(status("program").path)).program_same_values
+        self._next = ctypes.cast(ctypes.pythonapi.PyDict_Next, ctypes.c_void_p)
+        modules = list(module.modules())
+        for inner in modules:
+            _require_known(inner, is_root=inner is module)
+        self._dicts = [d for m in modules for d in _dicts_of(m)]
+        self._dicts += _GLOBAL_HOOKS
+        self._values = [v for d in self._dicts for v in d.values()]
+        self._count = ctypes.c_int64(len(self._dicts))
+        self._dict_addresses = _words(map(id, self._dicts))
+        self._counts = _words(map(len, self._dicts))
+        self._value_addresses = _words(map(id, self._values))
+        self._tensors = list(itertools.chain(module.parameters(), module.buffers()))
+        self._versioned = [t for t in self._tensors if not t.is_inference()]
+        self._versions = [t._version for t in self._versioned]
+
+    def holds(self) -> bool:
+        """Whether all is as it was."""
+        same = self._same_values(
+            self._next, self._count, self._dict_addresses, self._counts, self._value_addresses
+        )
+        return bool(same) and [t._version for t in self._versioned] == self._versions
+
+    def wants_gradients(self, x: Tensor) -> bool:
+        """Whether autograd has to know of a call with ``x``."""
+        if not torch.is_grad_enabled():
+            return False
+        return x.requires_grad or any(t.requires_grad for t in self._tensors)
+
+
+def _require_known(module: nn.Module, *, is_root: bool) -> None:
+    kind = type(module)
+    if not f"{kind.__module__}.".startswith(_KNOWN_PACKAGES) or "forward" in vars(module):
+        raise NotRecordableError(f"nothing is known of {kind.__module__}.{kind.__qualname__}")
+    if not is_root and (module._forward_hooks or module._forward_pre_hooks):
+        raise NotRecordableError(f"a {kind.__name__} has hooks")
+
+
+def _dicts_of(module: nn.Module) -> list[Any]:
+    return [
+        vars(module),
+        module._parameters,
+        module._buffers,
+        module._modules,
+        module._forward_hooks,
+        module._forward_pre_hooks,
+    ]
+
+
+def _words(numbers: Iterable[int]) -> Any:
+    words = tuple(numbers)
+    return (ctypes.c_int64 * len(words))(*words)

@@ -1,0 +1,298 @@
+"""Calls that were recorded, with memory laid out before: Python calls once for many kernels."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import operator
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ops.native.build import load, unavailable_reason
+from ops.native.pointwise import lowered
+from ops.native.recorder import (
+    Block,
+    Buffer,
+    KernelCall,
+    NotRecordableError,
+    Place,
+    Recorder,
+    TorchCall,
+    View,
+)
+
+__all__ = ["Program", "unsupported"]
+
+_KERNEL = "program"
+_VALUE, _PLACE, _BLOCK = range(3)  # those of ops/native/program.cpp
+_LINE = 64  # bytes, that buffers begin with
+# Larger buffers are got and given back one by one, as torch does, so that memory stays as low.
+_LARGE_BYTES = 4 << 20
+
+_Tensors = list[Any]  # of buffers, while a program runs
+_Step = Callable[[_Tensors, Any], None]
+
+
+def unsupported() -> str | None:
+    """``None`` if programs can run here, else the reason in words."""
+    return unavailable_reason(_KERNEL)
+
+
+class Program:
+    """What a recorder saw, for other inputs of the same shape, strides and dtype.
+
+    Kernels that follow each other are called from a list, without Python between them. What lies
+    only between kernels is in one piece of memory, each part of which serves as soon as it is free.
+    Several threads may call it at a time.
+
+    Args:
+        recorder: one that has watched.
+        result: what :meth:`ops.native.recorder.Recorder.finish` gave.
+
+    Raises:
+        NotRecordableError: calls with larger arguments than the list can hold.
+    """
+
+    def __init__(self, recorder: Recorder, result: View) -> None:
+        library = load(_KERNEL)
+        if library is None:
+            raise NotRecordableError(f"there is no kernel: {unsupported()}")
+        self._run = library.program_run
+        library.program_room.restype = ctypes.c_int64
+        self._room = library.program_room()
+        self._buffers, self._constants = recorder.buffers, list(recorder.constants)
+        calls: list[KernelCall | TorchCall] = []
+        for call in recorder.calls:
+            other = lowered(call, self._buffers) if isinstance(call, TorchCall) else None
+            if isinstance(call, TorchCall):
+                self._constants += call.constants()
+            calls.append(other or call)
+        self._uses = _uses(calls, len(self._buffers), result.buffer)
+        self._offsets, self._bytes = _lay_out(self._buffers, self._uses)
+        self._blocks: list[Any] = []  # that the list has addresses of
+        self._words: list[int] = []
+        self._steps: list[_Step] = []
+        self._write(calls)
+        self._result = _reader(result, self._buffers[result.buffer])
+        self._code = (ctypes.c_int64 * len(self._words))(*self._words)
+        self._code_address = ctypes.addressof(self._code)
+        self._count = len(self._buffers)
+        self._bases = ctypes.c_void_p * (self._count + 1)  # the last is the shared piece's
+        del self._buffers, self._uses  # with the memory of the recording
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The result for an input.
+
+        Raises:
+            MemoryError: a kernel has no memory to work in.
+        """
+        tensors: _Tensors = [None] * self._count
+        bases = self._bases()
+        tensors[0], bases[0] = x, x.data_ptr()
+        if self._bytes:
+            shared = torch.empty(self._bytes, dtype=torch.uint8)
+            bases[self._count] = shared.data_ptr()
+        for step in self._steps:
+            step(tensors, bases)
+        return self._result(tensors)
+
+    # -- writing the steps -----------------------------------------------------------------------
+
+    def _write(self, calls: Sequence[KernelCall | TorchCall]) -> None:
+        begun = 0  # where the list of kernels goes on that is not yet a step
+        for now, call in enumerate(calls):
+            fresh = [
+                i
+                for i, use in enumerate(self._uses)
+                if use.first == now and not use.made and i not in self._offsets
+            ]
+            if fresh or isinstance(call, TorchCall):
+                begun = self._end_list(begun)
+            self._steps += (_allocate(i, _layout(self._buffers[i].tensor)) for i in fresh)
+            if isinstance(call, TorchCall):
+                self._steps.append(self._torch_step(call))
+            else:
+                self._write_call(call)
+            done = [
+                i
+                for i, use in enumerate(self._uses)
+                if use.last == now and _is_large(self._buffers[i])
+            ]
+            if done:
+                begun = self._end_list(begun)
+                self._steps.append(_release(done))
+        self._end_list(begun)
+
+    def _end_list(self, begun: int) -> int:
+        end = len(self._words)
+        if end > begun:
+            self._steps.append(functools.partial(self._run_list, 8 * begun, 8 * end))
+        return end
+
+    def _run_list(self, begin: int, end: int, tensors: _Tensors, bases: Any) -> None:
+        start = self._code_address
+        if self._run(ctypes.c_void_p(start + begin), ctypes.c_void_p(start + end), bases):
+            raise MemoryError("no memory for the scratch of a kernel")
+
+    def _torch_step(self, call: TorchCall) -> _Step:
+        read, read_named = self._filler(call.args), self._filler(call.kwargs)
+        function, made = call.function, list(call.results.items())
+
+        def step(tensors: _Tensors, bases: Any) -> None:
+            results = function(*read(tensors), **read_named(tensors))
+            for i, buffer in made:
+                tensors[buffer] = result = results if isinstance(results, Tensor) else results[i]
+                bases[buffer] = result.data_ptr()
+
+        return step
+
+    def _filler(self, value: Any) -> Callable[[_Tensors], Any]:
+        """What puts tensors where views stand in a value."""
+        if isinstance(value, View):
+            return _reader(value, self._buffers[value.buffer])
+        if isinstance(value, dict):
+            fillers = {key: self._filler(v) for key, v in value.items()}
+            return lambda tensors: {key: fill(tensors) for key, fill in fillers.items()}
+        if isinstance(value, tuple | list):
+            parts = [self._filler(v) for v in value]
+            return lambda tensors: [fill(tensors) for fill in parts]
+        return lambda tensors: value
+
+    def _write_call(self, call: KernelCall) -> None:
+        if not 2 <= len(call.arguments) <= 4:
+            raise NotRecordableError(f"a kernel takes {len(call.arguments)} arguments")
+        self._words += (call.function, len(call.arguments))
+        room = 0
+        for argument in call.arguments:
+            if isinstance(argument, Place):
+                self._words += (_PLACE, *self._base(argument))
+            elif isinstance(argument, Block):
+                room += -(-len(argument.data) // 16) * 16 if argument.places else 0
+                self._write_block(argument)
+            else:
+                self._words += (_VALUE, argument)
+        if room > self._room:
+            raise NotRecordableError(f"the arguments of a kernel take {room} bytes")
+
+    def _write_block(self, block: Block) -> None:
+        kept = ctypes.create_string_buffer(block.data, len(block.data))
+        self._blocks.append(kept)
+        address = ctypes.addressof(kept)
+        if not block.places:
+            self._words += (_VALUE, address)
+            return
+        self._words += (_BLOCK, address, len(block.data), len(block.places))
+        for at, place in block.places:
+            self._words += (at, *self._base(place))
+
+    def _base(self, place: Place) -> tuple[int, int]:
+        offset = self._offsets.get(place.buffer)
+        if offset is None:
+            return place.buffer, place.offset
+        return len(self._buffers), offset + place.offset
+
+
+def _is_large(buffer: Buffer) -> bool:
+    return buffer.end - buffer.start >= _LARGE_BYTES
+
+
+@dataclass
+class _Use:
+    """Of a buffer: the first and the last call with it, whether torch makes it or reads it.
+
+    The input is there before the first call, and the result after the last.
+    """
+
+    first: int
+    last: int
+    made: bool = False
+    by_torch: bool = False
+
+
+def _uses(calls: Sequence[KernelCall | TorchCall], buffers: int, result: int) -> list[_Use]:
+    uses = [_Use(len(calls), -1) for _ in range(buffers)]
+    for now, call in enumerate(calls):
+        by_torch = isinstance(call, TorchCall)
+        made = list(call.results.values()) if isinstance(call, TorchCall) else []
+        places = call.views() if isinstance(call, TorchCall) else call.places()
+        for index in (*made, *(place.buffer for place in places)):
+            use = uses[index]
+            use.first, use.last = min(use.first, now), now
+            use.by_torch |= by_torch
+        for index in made:
+            uses[index].made = True
+    uses[0].first = -1
+    uses[0].last = uses[result].last = len(calls)
+    return uses
+
+
+def _lay_out(buffers: Sequence[Buffer], uses: Sequence[_Use]) -> tuple[dict[int, int], int]:
+    """Offsets of what only kernels use in a shared piece of memory, and the bytes of that.
+
+    Each lies as low as it can beside those that are in use at the same time.
+    """
+    calls = uses[0].last
+    placed: list[tuple[int, int, int]] = []  # from and to where, until which call
+    offsets: dict[int, int] = {}
+    for index in sorted(range(1, len(uses)), key=lambda i: uses[i].first):
+        use, buffer = uses[index], buffers[index]
+        if use.by_torch or use.last in (-1, calls) or _is_large(buffer):
+            continue
+        size = -(-(buffer.end - buffer.start) // _LINE) * _LINE
+        offset = 0
+        for begin, end, last in sorted(placed):
+            if last < use.first:
+                continue
+            if begin >= offset + size:
+                break
+            offset = max(offset, end)
+        placed.append((offset, offset + size, use.last))
+        offsets[index] = offset
+    return offsets, max((end for _, end, _ in placed), default=0)
+
+
+class _Layout(NamedTuple):
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def _layout(t: Tensor) -> _Layout:
+    return _Layout(tuple(t.shape), t.stride(), t.dtype)
+
+
+def _allocate(index: int, layout: _Layout) -> _Step:
+    size, stride, dtype = layout
+
+    def step(tensors: _Tensors, bases: Any) -> None:
+        tensors[index] = fresh = torch.empty_strided(size, stride, dtype=dtype)
+        bases[index] = fresh.data_ptr()
+
+    return step
+
+
+def _release(indices: Sequence[int]) -> _Step:
+    def step(tensors: _Tensors, bases: Any) -> None:
+        for index in indices:
+            tensors[index] = None
+
+    return step
+
+
+def _reader(view: View, buffer: Buffer) -> Callable[[_Tensors], Tensor]:
+    """What finds a view among the tensors."""
+    index, size, stride, offset = view
+    if not offset and (size, stride) == _layout(buffer.tensor)[:2]:
+        return operator.itemgetter(index)
+    if index:  # begins where its memory does
+        return lambda tensors: tensors[index].as_strided(size, stride, offset)
+
+    def of_input(tensors: _Tensors) -> Tensor:
+        x: Tensor = tensors[0]
+        return x.as_strided(size, stride, x.storage_offset() + offset)
+
+    return of_input

@@ -1,0 +1,307 @@
+"""Records of calls: what is seen, where memory is laid, and what kernels are given."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+from compiled_kernels import using_threads
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ops.native.program import _LARGE_BYTES, Program, _lay_out, _Use
+from ops.native.recorder import (
+    Block,
+    Buffer,
+    KernelCall,
+    NotRecordableError,
+    Place,
+    Recorder,
+    TorchCall,
+    View,
+    recording,
+)
+
+
+def _program(function: Callable[[Tensor], Tensor], x: Tensor) -> Program:
+    with torch.no_grad(), Recorder(x) as recorder:
+        result = function(x)
+    return Program(recorder, recorder.finish(result))
+
+
+def _torch_calls(function: Callable[[Tensor], Tensor], x: Tensor) -> list[str]:
+    with torch.no_grad(), Recorder(x) as recorder:
+        function(x)
+    return [call.name for call in recorder.calls if isinstance(call, TorchCall)]
+
+
+def _steps(program: Program) -> list[str]:
+    return [step.__qualname__ for step in program._steps if hasattr(step, "__qualname__")]
+
+
+# -- pointwise calls -----------------------------------------------------------------------------
+
+_sizes = st.lists(st.integers(1, 6), min_size=1, max_size=3).flatmap(
+    lambda outer: st.integers(1, 40).map(lambda inner: (*outer, inner))
+)
+
+
+@st.composite
+def _functions(draw: st.DrawFn) -> tuple[tuple[int, ...], torch.dtype, Callable[[Tensor], Tensor]]:
+    """The shape of an input, its dtype, and what is done with it."""
+    shape = draw(_sizes)
+    rank = len(shape)
+    dtype = draw(st.sampled_from([torch.float32, torch.bfloat16]))
+    order = draw(st.permutations(range(rank)))
+    cut = draw(st.integers(0, min(shape) - 1))
+    generator = torch.Generator().manual_seed(draw(st.integers(0, 9)))
+    axis = draw(st.integers(-rank, rank - 1))
+
+    def view(x: Tensor) -> Tensor:
+        return x.permute(order)[..., cut:]
+
+    kept = [1 if draw(st.booleans()) else n for n in view(torch.empty(shape)).shape]
+    other = torch.randn(kept[draw(st.integers(0, rank)) :], generator=generator).to(dtype)
+    length = view(torch.empty(shape)).shape[axis]
+    index = torch.randint(length, (draw(st.integers(1, 9)),), generator=generator)
+    functions: list[Callable[[Tensor], Tensor]] = [
+        lambda x: view(x).contiguous().mul(2),
+        lambda x: view(x).clone(),
+        lambda x: view(x).flatten().clone(),
+        lambda x: view(x).reshape(-1, 1).clone(),
+        lambda x: view(x) + other,
+        lambda x: other * view(x),
+        lambda x: view(x) * view(x).contiguous(),
+        lambda x: view(x).clone().add_(other),
+        lambda x: view(x).clone().mul_(view(x)),
+        lambda x: view(x).index_select(axis, index),
+    ]
+    return shape, dtype, draw(st.sampled_from(functions))
+
+
+@settings(max_examples=300, deadline=None)
+@given(case=_functions(), threads=st.integers(1, 2))
+def test_pointwise_calls_are_torchs_to_the_last_bit(case, threads: int) -> None:
+    shape, dtype, function = case
+    with using_threads(threads):
+        program = _program(function, torch.zeros(shape, dtype=dtype))
+        for seed in range(2):
+            x = torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+            expected, out = function(x.clone()), program(x.clone())
+            assert torch.equal(out, expected) and out.stride() == expected.stride()
+
+
+def test_small_ones_need_no_torch() -> None:
+    bias = torch.randn(4, 1, 8)
+    order = torch.tensor([3, 0, 0])
+
+    def function(x: Tensor) -> Tensor:
+        x = x.transpose(0, 1).contiguous() + bias
+        return x.index_select(1, order).flatten(1).clone().mul_(2 * torch.ones(24))
+
+    x = torch.randn(4, 4, 8)
+    with using_threads(1):
+        assert len(_torch_calls(lambda x: (x + bias).index_select(1, order), x)) == 2
+        program = _program(lambda x: (x + bias).index_select(1, order), x)
+        assert not any("torch" in name for name in _steps(program))
+    with pytest.raises(NotRecordableError, match="ones is not known to repeat"):
+        _program(function, x)
+
+
+def test_special_numbers_in_bfloat16() -> None:
+    special = torch.tensor([float("nan"), float("inf"), -float("inf"), 3e38, 1e-40, -0.0])
+    x = special.bfloat16().repeat(6, 8)
+    other = special.bfloat16().repeat_interleave(8)
+    for function in (lambda x: x + other, lambda x: x * other):
+        torch.testing.assert_close(
+            _program(function, x)(x), function(x), rtol=0, atol=0, equal_nan=True
+        )
+
+
+# -- memory --------------------------------------------------------------------------------------
+
+_lives = st.tuples(st.integers(0, 20), st.integers(0, 6), st.integers(1, 5000), st.booleans())
+
+
+@given(lives=st.lists(_lives, min_size=1, max_size=30))
+def test_no_two_buffers_share_memory_at_a_time(lives: list[tuple[int, int, int, bool]]) -> None:
+    calls = 40
+    buffers = [Buffer(torch.empty(0), 0, 1)]
+    uses = [_Use(-1, calls)]
+    for first, length, size, by_torch in lives:
+        buffers.append(Buffer(torch.empty(0), 0, size))
+        uses.append(_Use(first, first + length, by_torch=by_torch))
+    offsets, total = _lay_out(buffers, uses)
+    assert set(offsets) == {i for i, use in enumerate(uses) if i and not use.by_torch}
+    for i, offset in offsets.items():
+        assert offset % 64 == 0 and offset + buffers[i].end <= total
+        for j, other in offsets.items():
+            at_once = uses[i].first <= uses[j].last and uses[j].first <= uses[i].last
+            if i < j and at_once:
+                assert offset + buffers[i].end <= other or other + buffers[j].end <= offset
+    assert total <= sum(-(-b.end // 64) * 64 for b in buffers)
+
+
+def test_large_buffers_live_by_themselves() -> None:
+    size = _LARGE_BYTES // 4
+    with using_threads(1):
+        program = _program(lambda x: (x + x).mul(x).reshape(-1, 64) + 1.0, torch.zeros(size))
+    assert program._bytes == 0
+    assert any("release" in name for name in _steps(program))
+    x = torch.randn(size)
+    assert torch.equal(program(x), (x + x).mul(x).reshape(-1, 64) + 1.0)
+
+
+# -- kernels -------------------------------------------------------------------------------------
+
+
+class _Fields(ctypes.Structure):
+    _fields_ = [("count", ctypes.c_int64), ("begins", ctypes.c_void_p * 2)]
+
+
+def _by_hand(calls: list[KernelCall], x: Tensor, out: Tensor) -> Program:
+    recorder = Recorder(x)
+    recorder.calls += calls
+    recorder.buffers.append(Buffer(out, out.data_ptr(), out.data_ptr() + out.nbytes))
+    return Program(recorder, View(1, tuple(out.shape), out.stride(), 0))
+
+
+def _kernel(arguments: int, run: Callable[..., int]) -> tuple[int, object]:
+    """Its address, and what must be kept for it."""
+    kept = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_int64] * arguments)(run)
+    address = ctypes.cast(kept, ctypes.c_void_p).value
+    assert address is not None
+    return address, kept
+
+
+@pytest.mark.parametrize("more", [0, 1, 2])
+def test_kernels_are_given_places(more: int) -> None:
+    seen: list[tuple[int, ...]] = []
+
+    def run(block: int, place: int, *values: int) -> int:
+        fields = _Fields.from_address(block)
+        seen.append((fields.count, *fields.begins, place, *values))
+        return 0
+
+    function, kept = _kernel(2 + more, run)
+    data = bytes(_Fields(7, (ctypes.c_void_p * 2)(None, None)))
+    block = Block(data, ((8, Place(0, 4)), (16, Place(1, 12))))
+    x, out = torch.zeros(4), torch.zeros(4)
+    program = _by_hand([KernelCall(function, [block, Place(0, 8), *range(more)])], x, out)
+    for x in (torch.zeros(4), torch.zeros(8)[4:]):
+        result = program(x)
+        begin, end = x.data_ptr(), result.data_ptr()
+        assert seen.pop() == (7, begin + 4, end + 12, begin + 8, *range(more))
+    assert kept is not None and not seen
+
+
+def test_a_kernel_without_memory() -> None:
+    function, _kept = _kernel(2, lambda a, b: 1)
+    program = _by_hand([KernelCall(function, [Place(1, 0), 5])], torch.zeros(2), torch.zeros(2))
+    with pytest.raises(MemoryError, match="scratch of a kernel"):
+        program(torch.zeros(2))
+
+
+def test_calls_that_do_not_fit_are_refused() -> None:
+    x = torch.zeros(2)
+    with pytest.raises(NotRecordableError, match="takes 5 arguments"):
+        _by_hand([KernelCall(0, [0] * 5)], x, torch.zeros(2))
+    block = Block(bytes(8000), ((0, Place(0, 0)),))
+    with pytest.raises(NotRecordableError, match="8000 bytes"):
+        _by_hand([KernelCall(0, [block, 0])], x, torch.zeros(2))
+
+
+class _Library:
+    """Of functions in Python, which a recorder takes for kernels."""
+
+    def __init__(self, **functions: object) -> None:
+        vars(self).update(functions)
+
+
+def _watched(x: Tensor, *arguments: object) -> Iterator[Recorder]:
+    """A recorder, before and after it watched a kernel called with these arguments."""
+    function = ctypes.CFUNCTYPE(ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p)(lambda a, b: 0)
+    with Recorder(x) as recorder:
+        yield recorder
+        library = recorder.watch(_Library(kernel=function))  # type: ignore[arg-type]
+        assert library.kernel(*arguments) == 0
+    yield recorder
+
+
+def test_addresses_in_structures_are_found() -> None:
+    x, weight = torch.zeros(4), torch.ones(3)
+    fields = _Fields(3, (ctypes.c_void_p * 2)(x.data_ptr() + 8, weight.data_ptr() + 4))
+    steps = _watched(x, ctypes.byref(fields), None)
+    next(steps)
+    weight.data_ptr()
+    recorder = next(steps)
+    (call,) = recorder.calls
+    assert isinstance(call, KernelCall)
+    assert call.arguments == [Block(bytes(fields), ((8, Place(0, 8)),)), 0]
+    assert recorder.failure is None and len(recorder.constants) == 1
+
+
+def test_addresses_in_bytes_are_those_just_taken() -> None:
+    x = torch.zeros(4)
+    data = x.data_ptr().to_bytes(8, "little") + (x.data_ptr() + 4).to_bytes(8, "little")
+    steps = _watched(x, data, None)
+    next(steps)
+    x.data_ptr()
+    (call,) = next(steps).calls
+    assert isinstance(call, KernelCall) and call.arguments[0] == Block(data, ((0, Place(0, 0)),))
+
+
+def test_unknown_addresses_are_refused() -> None:
+    x, stray = torch.zeros(4), torch.zeros(4)
+    fields = _Fields(3, (ctypes.c_void_p * 2)(stray.data_ptr(), None))
+    *_, recorder = _watched(x, ctypes.byref(fields), None)
+    assert "of which nothing is known" in str(recorder.failure)
+
+
+def test_an_address_must_reach_a_kernel() -> None:
+    x = torch.zeros(4)
+    steps = _watched(x, None, None)
+    next(steps)
+    x.data_ptr()
+    assert "not given" in str(next(steps).failure)
+    with Recorder(x) as recorder:
+        x.data_ptr()
+        out = x + 1.0
+    with pytest.raises(NotRecordableError, match="no kernel called with it"):
+        recorder.finish(out)
+
+
+def test_only_memory_that_came_into_being_is_a_result() -> None:
+    x, constant = torch.zeros(4), torch.zeros(4)
+    with Recorder(x) as recorder:
+        assert recording() is recorder
+    assert recording() is None
+    for result, message in ((constant, "does not follow"), ((x, x), "is a tuple")):
+        with pytest.raises(NotRecordableError, match=message):
+            recorder.finish(result)
+    assert recorder.finish(x[1:]) == View(0, (3,), (1,), 1)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (lambda x: x + torch.rand(4), "torch.rand is not known"),
+        (lambda x: x * x.sum().item(), "item gives a float"),
+        (lambda x: x if bool(x.sum()) else -x, "__bool__ gives a bool"),
+        (lambda x: x.view(torch.int32), "another dtype"),
+        (lambda x: x[:0].clone(), "empty tensor"),
+        (lambda x: x.sort().values, "sort is not known"),
+        (lambda x: torch.dropout(x, 0.5, True), "dropout is not known"),
+        (lambda x: x.new_empty(80 << 20) + x.sum(), "256 MiB"),
+    ],
+)
+def test_what_cannot_be_repeated(function: Callable[[Tensor], Tensor], message: str) -> None:
+    x = torch.ones(4)
+    with Recorder(x) as recorder:
+        out = function(x)
+    assert isinstance(out, Tensor)
+    with pytest.raises(NotRecordableError, match=message):
+        recorder.finish(out)
