@@ -29,7 +29,8 @@ _log = logging.getLogger(__name__)
 _KNOWN_PACKAGES = ("backbones.", "ops.", "timm.layers.", "torch.nn.modules.")
 _MOST_INPUTS = 16  # kinds of inputs that are remembered
 _LONGEST_WAIT = 64  # calls before a network that keeps changing is recorded anew
-_GLOBAL_HOOKS = (torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks)
+_GLOBAL_HOOKS = torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks
+_LOOKS = ctypes.pythonapi.PyDict_Size, ctypes.pythonapi.PyDict_Next
 
 
 class Recorded(nn.Module):
@@ -145,26 +146,30 @@ class _Snapshot:
             raise NotRecordableError(reason)
         # Through PyDLL, since Python's lock has to be held.
         self._same_values = ctypes.PyDLL(str(status("program").path)).program_same_values
-        self._next = ctypes.cast(ctypes.pythonapi.PyDict_Next, ctypes.c_void_p)
         modules = list(module.modules())
         for inner in modules:
             _require_known(inner, is_root=inner is module)
-        self._dicts = [d for m in modules for d in _dicts_of(m)]
-        self._dicts += _GLOBAL_HOOKS
-        self._values = [v for d in self._dicts for v in d.values()]
-        self._count = ctypes.c_int64(len(self._dicts))
-        self._dict_addresses = _words(map(id, self._dicts))
-        self._counts = _words(map(len, self._dicts))
-        self._value_addresses = _words(map(id, self._values))
+        held = [d for m in modules for d in _dicts_of(m)]
+        # An identity, which a folded layer leaves behind, has nothing that could matter.
+        counted = [vars(m) for m in modules if type(m) is nn.Identity]
+        compared = [*(vars(m) for m in modules if type(m) is not nn.Identity), *held]
+        compared += _GLOBAL_HOOKS
+        self._kept = compared, counted, [v for d in compared for v in d.values()]
+        counts = (*map(len, compared), *(-1 - len(d) for d in counted))
+        self._arguments = (
+            *(ctypes.cast(f, ctypes.c_void_p) for f in _LOOKS),
+            ctypes.c_int64(len(counts)),
+            _words(map(id, (*compared, *counted))),
+            _words(counts),
+            _words(map(id, self._kept[2])),
+        )
         self._tensors = list(itertools.chain(module.parameters(), module.buffers()))
         self._versioned = [t for t in self._tensors if not t.is_inference()]
         self._versions = [t._version for t in self._versioned]
 
     def holds(self) -> bool:
         """Whether all is as it was."""
-        same = self._same_values(
-            self._next, self._count, self._dict_addresses, self._counts, self._value_addresses
-        )
+        same = self._same_values(*self._arguments)
         return bool(same) and [t._version for t in self._versioned] == self._versions
 
     def wants_gradients(self, x: Tensor) -> bool:
@@ -182,15 +187,10 @@ def _require_known(module: nn.Module, *, is_root: bool) -> None:
         raise NotRecordableError(f"a {kind.__name__} has hooks")
 
 
-def _dicts_of(module: nn.Module) -> list[Any]:
-    return [
-        vars(module),
-        module._parameters,
-        module._buffers,
-        module._modules,
-        module._forward_hooks,
-        module._forward_pre_hooks,
-    ]
+def _dicts_of(module: nn.Module) -> tuple[Any, ...]:
+    """What it holds, but for its attributes."""
+    hooks = module._forward_hooks, module._forward_pre_hooks
+    return module._parameters, module._buffers, module._modules, *hooks
 
 
 def _words(numbers: Iterable[int]) -> Any:

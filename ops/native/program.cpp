@@ -80,17 +80,20 @@ int program_pointwise(const pointwise::Problem* problem, const pointwise::Tensor
 }
 
 // Whether dictionaries of Python's hold the very objects that they held: `counts` of each, `values`
-// of all in turn. `next` is PyDict_Next; the caller holds Python's lock.
-int program_same_values(int (*next)(void*, intptr_t*, void**, void**), int64_t dicts,
-                        void* const* dict, const int64_t* counts, void* const* values) {
+// of all in turn. Of a dictionary with a count of -1 - n, only that there are n matters. `size` and
+// `next` are PyDict_Size and PyDict_Next; the caller holds Python's lock.
+int program_same_values(intptr_t (*size)(void*), int (*next)(void*, intptr_t*, void**, void**),
+                        int64_t dicts, void* const* dict, const int64_t* counts,
+                        void* const* values) {
   for (int64_t i = 0; i < dicts; ++i) {
+    const int64_t count = counts[i];
+    if (size(dict[i]) != (count < 0 ? -1 - count : count)) return 0;
+    if (count <= 0) continue;
     intptr_t position = 0;
     void* value = nullptr;
-    int64_t left = counts[i];
     while (next(dict[i], &position, nullptr, &value)) {
-      if (left-- == 0 || value != *values++) return 0;
+      if (value != *values++) return 0;
     }
-    if (left != 0) return 0;
   }
   return 1;
 }
