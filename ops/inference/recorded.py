@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import itertools
 import logging
+import sys
 from collections.abc import Hashable, Iterable
 from typing import Any
 
@@ -49,8 +50,8 @@ class Recorded(nn.Module):
         if not is_plain_call((x,)) or torch._C._len_torch_function_stack():
             return self.compute(x)
         if self._records is None:
-            self._records = _Records(self)
-        return self._records(x)
+            self._records = _Records()
+        return self._records(self, x)
 
     def compute(self, x: Tensor) -> Tensor:
         """By the layers: what ``forward`` is where it is not recorded."""
@@ -84,53 +85,60 @@ def _restore(kind: type[nn.Module]) -> nn.Module:
 
 
 class _Records:
-    """The programs of a module, by what they take."""
+    """The programs of a module, by what they take. The module is passed, lest it never be freed."""
 
-    def __init__(self, module: Recorded) -> None:
-        self._module = module
+    def __init__(self) -> None:
         # How often there was such an input, or None where its calls cannot be recorded.
         self._programs: dict[Hashable, Program | int | None] = {}
         self._snapshot: _Snapshot | None = None
         self._wait = 1  # calls before one is recorded
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, module: Recorded, x: Tensor) -> Tensor:
         key = (x.shape, x.stride(), x.dtype, torch.get_num_threads())
         program = self._programs.get(key, 0)
         if program is None:
-            return self._module.compute(x)
+            return module.compute(x)
         snapshot = self._snapshot
         if snapshot is not None and not snapshot.holds():
-            self._programs.clear()
-            self._snapshot = snapshot = None
-            self._wait = min(2 * self._wait, _LONGEST_WAIT)
-            program = 0
+            self._begin_anew()
+            snapshot, program = None, 0
         if snapshot is not None and snapshot.wants_gradients(x):
-            return self._module.compute(x)
+            return module.compute(x)
         if isinstance(program, Program):
             return program(x)
         if program >= self._wait:
-            return self._record(key, x)
+            return self._record(module, key, x)
         if len(self._programs) >= _MOST_INPUTS:
             self._programs.clear()
         self._programs[key] = program + 1
-        return self._module.compute(x)
+        return module.compute(x)
 
-    def _record(self, key: Hashable, x: Tensor) -> Tensor:
-        result = None
+    def _record(self, module: Recorded, key: Hashable, x: Tensor) -> Tensor:
         try:
-            snapshot = self._snapshot or _Snapshot(self._module)
-            if snapshot.wants_gradients(x):
-                return self._module.compute(x)
-            with Recorder(x) as recorder:
-                result = self._module.compute(x)
-            program = Program(recorder, recorder.finish(result))
-            if not snapshot.holds():
-                raise NotRecordableError("a module changes when it is called")
-            self._programs[key], self._snapshot = program, snapshot
+            snapshot = self._snapshot or _Snapshot(module)
         except NotRecordableError as error:
-            _log.debug("%s is not recorded: %s", type(self._module).__name__, error)
+            _log.debug("%s is not recorded: %s", type(module).__name__, error)
+            self._programs[key] = -_LONGEST_WAIT  # hooks may go again
+            return module.compute(x)
+        if snapshot.wants_gradients(x):
+            return module.compute(x)
+        with Recorder(x) as recorder:
+            result = module.compute(x)
+        if not snapshot.holds():  # weights were packed anew, say
+            self._begin_anew()
+            return result
+        try:
+            self._programs[key] = Program(recorder, recorder.finish(result))
+            self._snapshot = snapshot
+        except NotRecordableError as error:
+            _log.debug("%s is not recorded: %s", type(module).__name__, error)
             self._programs[key] = None
-        return self._module.compute(x) if result is None else result
+        return result
+
+    def _begin_anew(self) -> None:
+        self._programs.clear()
+        self._snapshot = None
+        self._wait = min(2 * self._wait, _LONGEST_WAIT)
 
 
 class _Snapshot:
@@ -140,10 +148,12 @@ class _Snapshot:
         NotRecordableError: there are hooks inside, layers of which nothing is known, or no kernel.
     """
 
-    def __init__(self, module: nn.Module) -> None:
+    def __init__(self, module: Recorded) -> None:
         reason = unsupported()
         if reason is not None:
             raise NotRecordableError(reason)
+        if not getattr(sys, "_is_gil_enabled", lambda: True)():
+            raise NotRecordableError("a Python without its lock may change what is looked at")
         # Through PyDLL, since Python's lock has to be held.
         self._same_values = ctypes.PyDLL(str(status("program").path)).program_same_values
         modules = list(module.modules())
@@ -154,14 +164,19 @@ class _Snapshot:
         counted = [vars(m) for m in modules if type(m) is nn.Identity]
         compared = [*(vars(m) for m in modules if type(m) is not nn.Identity), *held]
         compared += _GLOBAL_HOOKS
-        self._kept = compared, counted, [v for d in compared for v in d.values()]
+        values = [v for d in compared for v in d.values()]
+        # Kept, so that nothing else comes to lie there; but for what keeps this very snapshot.
+        self._kept = [
+            *(d for d in (*compared, *counted) if d is not vars(module)),
+            *(v for v in values if v is not module._records),
+        ]
         counts = (*map(len, compared), *(-1 - len(d) for d in counted))
         self._arguments = (
             *(ctypes.cast(f, ctypes.c_void_p) for f in _LOOKS),
             ctypes.c_int64(len(counts)),
             _words(map(id, (*compared, *counted))),
             _words(counts),
-            _words(map(id, self._kept[2])),
+            _words(map(id, values)),
         )
         self._tensors = list(itertools.chain(module.parameters(), module.buffers()))
         self._versioned = [t for t in self._tensors if not t.is_inference()]

@@ -174,6 +174,25 @@ def test_changes_are_seen(change: Callable[[nn.Module], None]) -> None:
         assert torch.equal(out, block.compute(x)) and not torch.equal(out, before)
 
 
+def test_after_a_change_it_is_recorded_again() -> None:
+    block, x = _recorded(), _input()
+    block(x)
+    block.fc1.weight.zero_()  # before it is recorded, and after
+    for _ in range(2):
+        for _ in range(8):
+            assert torch.equal(block(x), block.compute(x))
+        assert _programs(block)
+        block.fc2.weight.zero_()
+    handle = block.act.register_forward_hook(lambda module, args, out: 2 * out)
+    for _ in range(8):
+        block(x)
+    assert not _programs(block)
+    handle.remove()
+    for _ in range(100):
+        assert torch.equal(block(x), block.compute(x))
+    assert _programs(block)
+
+
 def test_hooks_of_all_modules_are_seen() -> None:
     block, x = _recorded(), _input()
     _settle(block, x)
@@ -198,22 +217,20 @@ def test_own_hooks_run_as_ever() -> None:
 
 def test_what_keeps_changing_is_recorded_less_and_less(monkeypatch: pytest.MonkeyPatch) -> None:
     block, x, records = _recorded(), _input(), []
-    record = type(block)._records.__class__  # NoneType before the first call
-    assert record is type(None)
     block(x)
     records_class = type(block._records)
     run = records_class._record
 
-    def count(self, key, x):
-        records.append(key)
-        return run(self, key, x)
+    def count(self, *arguments):
+        records.append(arguments)
+        return run(self, *arguments)
 
     monkeypatch.setattr(records_class, "_record", count)
     for _ in range(400):
         block.fc1.weight.add_(0)
         for _ in range(3):
             block(x)
-    assert 1 <= len(records) < 10
+    assert 1 <= len(records) <= 6 + 1200 // 64
 
 
 class _Watch(TorchFunctionMode):
@@ -338,6 +355,22 @@ def test_nothing_is_kept_of_the_inputs() -> None:
     del x
     gc.collect()
     assert memory() is None
+
+
+def test_a_model_is_freed_at_once() -> None:
+    outer = layers.convert(nn.Sequential(_recorded()), recorded_form(nn.Sequential))
+    for block in (outer, outer[0]):
+        for _ in range(3):
+            block(_input())
+        assert _programs(block)
+    parts = [weakref.ref(module) for module in outer.modules()]
+    gc.collect()
+    gc.disable()
+    try:
+        del outer, block
+        assert not any(part() for part in parts)
+    finally:
+        gc.enable()
 
 
 def test_threads_may_share_a_record() -> None:
