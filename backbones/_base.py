@@ -324,7 +324,9 @@ class StagedBackbone(nn.Module):
         the layers get their inference forms (:mod:`ops.inference`), which work on maps with
         channels last. Names and state dict are those of the folded model; the outputs are the
         model's, up to rounding. Gradients of the images still exist, those of the parameters do
-        not. ``torch.compile`` and ``torch.export`` see the folded model in its plain form.
+        not. ``torch.compile`` and ``torch.export`` see the folded model in its plain form. What is
+        called for a size of image is recorded with the second one, and then repeated without Python
+        between the kernels until something in the model changes (:mod:`ops.inference.recorded`).
 
         Changes the model in place, puts it in eval mode and returns it; a second call finds
         nothing left to do. Afterwards ``train()`` raises.

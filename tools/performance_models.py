@@ -31,9 +31,9 @@ LABELS = {LOW: "fused, bf16", NATTEN: "original on NATTEN 0.17.3"}
 # What the profile says in words.
 READING = {
     "EfficientViT, SHViT": (
-        "Small products of a few hundred rows and, at one image, the calls themselves: Python and "
-        "torch take a fifth of the time. Linear layers with packed weights save the most, then "
-        "the stem in one pass and depthwise convolutions in our kernel."
+        "Small products of a few hundred rows and, at one image, the calls themselves, which a "
+        "record saves. Linear layers with packed weights save the most, then the stem in one "
+        "pass and depthwise convolutions in our kernel."
     ),
     "InceptionNeXt": (
         "Linear layers at the rate of a large matrix product; what is left is theirs. bfloat16 "
@@ -279,7 +279,8 @@ def _shares(rows: list[dict[str, Any]]) -> list[str]:
         "### Where the time goes",
         "Shares of one image's time on one thread by torch's profiler, plain and fused. A 1×1 "
         "convolution, or a feed-forward in one pass, counts as a matrix product; what is outside "
-        "of operators is Python and the profiler itself.",
+        "of operators is Python and the profiler itself. Under a profiler the layers of a fused "
+        "model run one by one; else its calls are recorded, and most of the last column is saved.",
         _table(["share of time", *kinds], lines),
         "\n".join(f"- **{family}**: {said}" for family, said in READING.items()),
     ]
