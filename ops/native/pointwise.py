@@ -56,8 +56,8 @@ def lowered(call: TorchCall, buffers: Sequence[Buffer]) -> KernelCall | None:
     operands = [_operand(a, buffers) for a in call.args if isinstance(a, Tensor | View)]
     if call.results:
         (index,) = call.results.values()
-        made = buffers[index].tensor
-        out = _Operand(Place(index, 0), tuple(made.shape), made.stride(), made.dtype)
+        made = buffers[index]
+        out = _Operand(Place(index, 0), made.size, made.stride, made.dtype)
     else:  # in place
         out = operands[0]
     most = _LARGEST if torch.get_num_threads() == 1 else _MOST_ELEMENTS
@@ -70,7 +70,7 @@ def lowered(call: TorchCall, buffers: Sequence[Buffer]) -> KernelCall | None:
 def _operand(value: Tensor | View, buffers: Sequence[Buffer]) -> _Operand:
     if isinstance(value, Tensor):
         return _Operand(value.data_ptr(), tuple(value.shape), value.stride(), value.dtype)
-    dtype = buffers[value.buffer].tensor.dtype
+    dtype = buffers[value.buffer].dtype
     begin = Place(value.buffer, value.offset * dtype.itemsize)
     return _Operand(begin, value.size, value.stride, dtype)
 

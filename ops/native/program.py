@@ -5,9 +5,10 @@ from __future__ import annotations
 import ctypes
 import functools
 import operator
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -82,7 +83,7 @@ class Program:
         self._code_address = ctypes.addressof(self._code)
         self._count = len(self._buffers)
         self._bases = ctypes.c_void_p * (self._count + 1)  # the last is the shared piece's
-        del self._buffers, self._uses  # with the memory of the recording
+        del self._buffers, self._uses
 
     def __call__(self, x: Tensor) -> Tensor:
         """The result for an input.
@@ -103,29 +104,31 @@ class Program:
     # -- writing the steps -----------------------------------------------------------------------
 
     def _write(self, calls: Sequence[KernelCall | TorchCall]) -> None:
+        fresh, done = defaultdict(list), defaultdict(list)  # tensors of their own, by calls
+        for i, use in enumerate(self._uses):
+            if i not in self._offsets:
+                done[use.last].append(i)
+                if not use.made:
+                    fresh[use.first].append(i)
         begun = 0  # where the list of kernels goes on that is not yet a step
+        free: list[int] = []  # buffers that nobody needs any more
         for now, call in enumerate(calls):
-            fresh = [
-                i
-                for i, use in enumerate(self._uses)
-                if use.first == now and not use.made and i not in self._offsets
-            ]
-            if fresh or isinstance(call, TorchCall):
+            if fresh[now] or isinstance(call, TorchCall):
                 begun = self._end_list(begun)
-            self._steps += (_allocate(i, _layout(self._buffers[i].tensor)) for i in fresh)
+            self._steps += (_allocate(i, self._buffers[i]) for i in fresh[now])
             if isinstance(call, TorchCall):
                 self._steps.append(self._torch_step(call))
             else:
                 self._write_call(call)
-            done = [
-                i
-                for i, use in enumerate(self._uses)
-                if use.last == now and _is_large(self._buffers[i])
-            ]
-            if done:
+            free += done[now]
+            if free and (isinstance(call, TorchCall) or any(map(self._is_large, free))):
                 begun = self._end_list(begun)
-                self._steps.append(_release(done))
+                self._steps.append(_release(free))
+                free = []
         self._end_list(begun)
+
+    def _is_large(self, index: int) -> bool:
+        return _is_large(self._buffers[index])
 
     def _end_list(self, begun: int) -> int:
         end = len(self._words)
@@ -197,7 +200,7 @@ class Program:
 
 
 def _is_large(buffer: Buffer) -> bool:
-    return buffer.end - buffer.start >= _LARGE_BYTES
+    return buffer.nbytes >= _LARGE_BYTES
 
 
 @dataclass
@@ -242,7 +245,7 @@ def _lay_out(buffers: Sequence[Buffer], uses: Sequence[_Use]) -> tuple[dict[int,
         use, buffer = uses[index], buffers[index]
         if use.by_torch or use.last in (-1, calls) or _is_large(buffer):
             continue
-        size = -(-(buffer.end - buffer.start) // _LINE) * _LINE
+        size = -(-buffer.nbytes // _LINE) * _LINE
         offset = 0
         for begin, end, last in sorted(placed):
             if last < use.first:
@@ -255,18 +258,8 @@ def _lay_out(buffers: Sequence[Buffer], uses: Sequence[_Use]) -> tuple[dict[int,
     return offsets, max((end for _, end, _ in placed), default=0)
 
 
-class _Layout(NamedTuple):
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-
-
-def _layout(t: Tensor) -> _Layout:
-    return _Layout(tuple(t.shape), t.stride(), t.dtype)
-
-
-def _allocate(index: int, layout: _Layout) -> _Step:
-    size, stride, dtype = layout
+def _allocate(index: int, buffer: Buffer) -> _Step:
+    size, stride, dtype = buffer.size, buffer.stride, buffer.dtype
 
     def step(tensors: _Tensors, bases: Any) -> None:
         tensors[index] = fresh = torch.empty_strided(size, stride, dtype=dtype)
@@ -286,7 +279,7 @@ def _release(indices: Sequence[int]) -> _Step:
 def _reader(view: View, buffer: Buffer) -> Callable[[_Tensors], Tensor]:
     """What finds a view among the tensors."""
     index, size, stride, offset = view
-    if not offset and (size, stride) == _layout(buffer.tensor)[:2]:
+    if not offset and (size, stride) == (buffer.size, buffer.stride):
         return operator.itemgetter(index)
     if index:  # begins where its memory does
         return lambda tensors: tensors[index].as_strided(size, stride, offset)

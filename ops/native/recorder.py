@@ -10,6 +10,7 @@ from __future__ import annotations
 import ctypes
 import struct
 import threading
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -29,9 +30,6 @@ __all__ = [
     "View",
     "recording",
 ]
-
-# Kept until the recording ends: nothing may come to lie where something else has been.
-_MOST_BYTES = 256 << 20
 
 _NEW = {"torch.empty", "torch.empty_like", "torch.Tensor.new_empty"}
 # They ask how tensors are laid out; what is in a tensor must not decide what is called.
@@ -99,11 +97,17 @@ class Block(NamedTuple):
 
 @dataclass
 class Buffer:
-    """Memory that came into being, for a tensor: from which address, and to which."""
+    """Memory that came into being, for a tensor: its layout, from which address, and to which."""
 
-    tensor: Tensor
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
     start: int
     end: int
+
+    @property
+    def nbytes(self) -> int:
+        return self.end - self.start
 
 
 @dataclass
@@ -177,11 +181,11 @@ class Recorder(TorchFunctionMode):
         self.calls: list[KernelCall | TorchCall] = []
         self.buffers = [_buffer(x)]
         self.constants: list[Any] = []
-        self._by_storage = {_memory(x): 0}
+        self._by_storage = {_memory(x): 0}  # those of tensors that there are
         self._ranges: list[tuple[int, int]] = []  # of constants whose addresses were taken
         self._addresses: dict[int, Tensor] = {}  # taken since the last call of a kernel
-        self._kept: list[Any] = []
-        self._bytes = 0
+        # What tells when memory is free again, and another tensor may come to lie there.
+        self._ends: list[weakref.finalize[Any, Any]] = []
 
     def __enter__(self) -> Recorder:
         _recording.recorder = self
@@ -189,6 +193,8 @@ class Recorder(TorchFunctionMode):
 
     def __exit__(self, *error: Any) -> None:
         _recording.recorder = None
+        for end in self._ends:
+            end.detach()
         super().__exit__(*error)
 
     def watch(self, library: ctypes.CDLL) -> Any:
@@ -229,7 +235,6 @@ class Recorder(TorchFunctionMode):
                 note(*what)
             except NotRecordableError as error:
                 self.failure = error
-                self._kept.clear()
 
     def _note_function(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:
         name = str(func) if isinstance(func, torch._ops.OpOverload) else resolve_name(func)
@@ -250,7 +255,6 @@ class Recorder(TorchFunctionMode):
         kwargs: dict[str, Any],
         results: tuple[Tensor, ...],
     ) -> None:
-        self._kept.append(results)
         storages = [_memory(r) for r in results]
         if 0 in storages:
             raise NotRecordableError(f"{name} gives an empty tensor")
@@ -274,11 +278,10 @@ class Recorder(TorchFunctionMode):
         storage = tensor.untyped_storage()
         if tensor.data_ptr() != storage.data_ptr():
             raise NotRecordableError("a new tensor does not begin where its memory does")
-        self._bytes += storage.nbytes()
-        if self._bytes > _MOST_BYTES:
-            raise NotRecordableError(f"more than {_MOST_BYTES >> 20} MiB would have to be kept")
-        self._by_storage[storage.data_ptr()] = index = len(self.buffers)
+        index = len(self.buffers)
         self.buffers.append(_buffer(tensor))
+        self._by_storage[storage.data_ptr()] = index
+        self._ends.append(weakref.finalize(storage, self._by_storage.pop, storage.data_ptr()))
         return index
 
     def _index(self, t: Tensor) -> int | None:
@@ -290,7 +293,7 @@ class Recorder(TorchFunctionMode):
             return t
         buffer = self.buffers[index]
         offset = t.data_ptr() - buffer.start
-        if t.dtype != buffer.tensor.dtype or offset < 0:
+        if t.dtype != buffer.dtype or offset < 0:
             raise NotRecordableError("a tensor has another dtype, or begins before the input")
         return View(index, tuple(t.shape), t.stride(), offset // t.element_size())
 
@@ -359,7 +362,8 @@ class Recorder(TorchFunctionMode):
 
     def _place(self, address: int) -> Place | None:
         """None for a constant's."""
-        for index, buffer in enumerate(self.buffers):
+        for index in self._by_storage.values():
+            buffer = self.buffers[index]
             if buffer.start <= address < buffer.end:
                 return Place(index, address - buffer.start)
         if address and not any(start <= address < end for start, end in self._ranges):
@@ -400,7 +404,8 @@ def _is_tensors(result: Any) -> bool:
 
 def _buffer(t: Tensor) -> Buffer:
     storage = t.untyped_storage()
-    return Buffer(t, t.data_ptr(), storage.data_ptr() + storage.nbytes())
+    end = storage.data_ptr() + storage.nbytes()
+    return Buffer(tuple(t.shape), t.stride(), t.dtype, t.data_ptr(), end)
 
 
 def _drops_nothing(name: str | None, args: Any, kwargs: dict[str, Any]) -> bool:
