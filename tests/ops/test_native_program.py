@@ -159,6 +159,22 @@ def test_large_buffers_live_by_themselves() -> None:
     assert torch.equal(program(x), (x + x).mul(x).reshape(-1, 64) + 1.0)
 
 
+def test_what_torch_made_is_freed_when_nobody_needs_it() -> None:
+    def function(x: Tensor) -> Tensor:
+        for _ in range(10):
+            x = x.sqrt().sigmoid()
+        return x
+
+    x = torch.rand(50)
+    program = _program(function, x)
+    tensors: list[Tensor | None] = [x, *[None] * (program._count - 1)]
+    bases = program._bases()
+    for step in program._steps:
+        step(tensors, bases)
+        assert sum(t is not None for t in tensors) <= 3
+    assert program._count == 21
+
+
 def test_recording_keeps_nothing_alive() -> None:
     """Memory is used again while recording, and its calls are told apart."""
 
