@@ -19,6 +19,7 @@ from backbones._fuse import fast_form
 from ops.inference import layers
 from ops.inference.mlp import FastMlp, feed_forward
 from ops.inference.recorded import Recorded
+from ops.linear import unsupported
 from ops.native.program import Program
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
@@ -85,10 +86,12 @@ def test_calls_repeat_to_the_last_bit(
     ]
     repeated = [[model(x) for x in same] for same in inputs]
     programs = list(model._records._programs.values())
-    assert [type(p) for p in programs] == [Program, Program]
     pyramids = [model.forward_intermediates(inputs[0][0], norm=True) for _ in range(4)]
-    for stage in model.stages:
-        assert Program in map(type, stage._records._programs.values())
+    # Without kernels of bfloat16 other layers run, which need not be recorded.
+    if unsupported(torch.device("cpu"), dtype, with_bfloat16=True) is None:
+        assert [type(p) for p in programs] == [Program, Program]
+        for stage in model.stages:
+            assert Program in map(type, stage._records._programs.values())
 
     monkeypatch.setattr(Recorded, "forward", Recorded.compute)
     for same, outs in zip(inputs, repeated, strict=True):
