@@ -20,7 +20,8 @@ from torch.nn.modules import module as torch_module
 from ops.native.build import status
 from ops.native.eager import is_plain_call
 from ops.native.program import Program, unsupported
-from ops.native.recorder import NotRecordableError, Recorder
+from ops.native.record import NotRecordableError
+from ops.native.recorder import Recorder
 
 __all__ = ["Recorded", "recorded_form"]
 

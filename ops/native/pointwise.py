@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ops.native.build import load
-from ops.native.recorder import Block, Buffer, KernelCall, Place, TorchCall, View
+from ops.native.record import Block, Buffer, KernelCall, Place, TorchCall, View
 
 __all__ = ["lowered"]
 
@@ -22,6 +22,7 @@ _COPY, _ADD, _MULTIPLY = range(3)  # those of ops/native/pointwise.h
 _MOST_AXES = 6
 _MOST_ELEMENTS = 32768  # with more of them torch uses several threads
 _LARGEST = 1 << 19  # elements, with one thread
+_COMBINED = ({torch.float32}, {torch.bfloat16})
 
 
 class _Problem(ctypes.Structure):
@@ -48,7 +49,7 @@ class _Operand(NamedTuple):
 def lowered(call: TorchCall, buffers: Sequence[Buffer]) -> KernelCall | None:
     """The kernel's call that does the same, or None where there is none.
 
-    The constants of ``call`` must be kept.
+    The memory of the constants of ``call`` must be kept.
     """
     lower = _LOWER.get(call.name)
     if lower is None or call.kwargs or len(call.results) > 1:
@@ -84,7 +85,7 @@ def _copy(call: TorchCall, out: _Operand, operands: Sequence[_Operand]) -> Kerne
     if out.size != source.size and out.stride != _dense(out.size):
         return None
     axes = zip(source.size, strides, source.stride, [0] * len(strides), strict=True)
-    return _call(_COPY, out, source, None, list(axes))
+    return _kernel_call(_COPY, out, source, None, list(axes))
 
 
 def _add(call: TorchCall, out: _Operand, operands: Sequence[_Operand]) -> KernelCall | None:
@@ -98,15 +99,13 @@ def _multiply(call: TorchCall, out: _Operand, operands: Sequence[_Operand]) -> K
 def _combine(
     operation: int, call: TorchCall, out: _Operand, operands: Sequence[_Operand]
 ) -> KernelCall | None:
-    alike = {o.dtype for o in (out, *operands)}
-    if len(call.args) != 2 or len(operands) != 2 or not alike <= {torch.float32, torch.bfloat16}:
-        return None
-    if len(alike) > 1:
+    dtypes = {o.dtype for o in (out, *operands)}
+    if len(call.args) != 2 or len(operands) != 2 or dtypes not in _COMBINED:
         return None
     first, second = operands
     strides = (_broadcast(first, out.size), _broadcast(second, out.size))
     axes = list(zip(out.size, out.stride, *strides, strict=True))
-    return _call(operation, out, first, second, axes)
+    return _kernel_call(operation, out, first, second, axes)
 
 
 def _pick(call: TorchCall, out: _Operand, operands: Sequence[_Operand]) -> KernelCall | None:
@@ -115,7 +114,7 @@ def _pick(call: TorchCall, out: _Operand, operands: Sequence[_Operand]) -> Kerne
         return None
     axis = call.args[1] % len(source.size)
     axes = zip(out.size, out.stride, source.stride, [0] * len(out.size), strict=True)
-    return _call(_COPY, out, source, None, list(axes), axis, index.begin)
+    return _kernel_call(_COPY, out, source, None, list(axes), axis, index.begin)
 
 
 _Lower = Callable[[TorchCall, _Operand, Sequence[_Operand]], KernelCall | None]
@@ -129,7 +128,7 @@ _LOWER: dict[str, _Lower] = {
 _Axis = tuple[int, int, int, int]  # size; strides of the result and of what it comes from
 
 
-def _call(
+def _kernel_call(
     operation: int,
     out: _Operand,
     first: _Operand,

@@ -10,6 +10,7 @@ namespace {
 using Word = int64_t;
 
 constexpr int MOST_ARGUMENTS = 4;
+constexpr int64_t ROOM_BYTES = 4096;
 
 // What an argument is; the numbers are those of ops/native/program.py.
 enum Kind : Word { VALUE, PLACE, BLOCK };
@@ -58,11 +59,11 @@ int call(Word function, Word count, const Word* a) {
 extern "C" {
 
 // Bytes that the blocks of one call may take together, each rounded up to 16.
-int64_t program_room() { return 4096; }
+int64_t program_room() { return ROOM_BYTES; }
 
 // Calls what stands from `words` to `end`. Returns 0, or 1 where a kernel had no memory.
 int program_run(const Word* words, const Word* end, char* const* bases) {
-  alignas(64) char room[4096];
+  alignas(64) char room[ROOM_BYTES];
   while (words < end) {
     const Word function = *words++, count = *words++;
     char* free = room;

@@ -15,16 +15,16 @@ from torch import Tensor
 
 from ops.native.build import load, unavailable_reason
 from ops.native.pointwise import lowered
-from ops.native.recorder import (
+from ops.native.record import (
     Block,
     Buffer,
     KernelCall,
     NotRecordableError,
     Place,
-    Recorder,
     TorchCall,
     View,
 )
+from ops.native.recorder import Recorder
 
 __all__ = ["Program", "unsupported"]
 
@@ -69,8 +69,8 @@ class Program:
         calls: list[KernelCall | TorchCall] = []
         for call in recorder.calls:
             other = lowered(call, self._buffers) if isinstance(call, TorchCall) else None
-            if isinstance(call, TorchCall):
-                self._constants += call.constants()
+            if isinstance(call, TorchCall) and other is not None:
+                self._constants += (t.untyped_storage() for t in call.constants())
             calls.append(other or call)
         self._uses = _uses(calls, len(self._buffers), result.buffer)
         self._offsets, self._bytes = _lay_out(self._buffers, self._uses)
@@ -121,14 +121,13 @@ class Program:
             else:
                 self._write_call(call)
             free += done[now]
-            if free and (isinstance(call, TorchCall) or any(map(self._is_large, free))):
+            if free and (
+                isinstance(call, TorchCall) or any(_is_large(self._buffers[i]) for i in free)
+            ):
                 begun = self._end_list(begun)
                 self._steps.append(_release(free))
                 free = []
         self._end_list(begun)
-
-    def _is_large(self, index: int) -> bool:
-        return _is_large(self._buffers[index])
 
     def _end_list(self, begun: int) -> int:
         end = len(self._words)

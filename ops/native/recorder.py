@@ -12,24 +12,24 @@ import struct
 import threading
 import weakref
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, resolve_name
 
-__all__ = [
-    "Block",
-    "Buffer",
-    "KernelCall",
-    "NotRecordableError",
-    "Place",
-    "Recorder",
-    "TorchCall",
-    "View",
-    "recording",
-]
+from ops.native.record import (
+    Block,
+    Buffer,
+    KernelCall,
+    NotRecordableError,
+    Place,
+    TorchCall,
+    View,
+    tensors_in,
+)
+
+__all__ = ["Recorder", "recording"]
 
 _NEW = {"torch.empty", "torch.empty_like", "torch.Tensor.new_empty"}
 # They ask how tensors are laid out; what is in a tensor must not decide what is called.
@@ -66,86 +66,6 @@ _VIEWS = {
     *("torch.Tensor." + name for name in ("reshape", "split", "squeeze", "tensor_split", "to")),
     *("torch.Tensor." + name for name in ("transpose", "unbind", "unflatten", "unsqueeze", "view")),
 }
-
-
-class NotRecordableError(Exception):
-    """Why a piece of a network has to run as it is."""
-
-
-class Place(NamedTuple):
-    """Bytes from where a buffer begins."""
-
-    buffer: int
-    offset: int
-
-
-class View(NamedTuple):
-    """A tensor in a buffer; the offset is in elements."""
-
-    buffer: int
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    offset: int
-
-
-class Block(NamedTuple):
-    """Bytes that a kernel is given the address of, and the places whose addresses are in them."""
-
-    data: bytes
-    places: tuple[tuple[int, Place], ...]
-
-
-@dataclass
-class Buffer:
-    """Memory that came into being, for a tensor: its layout, from which address, and to which."""
-
-    size: tuple[int, ...]
-    stride: tuple[int, ...]
-    dtype: torch.dtype
-    start: int
-    end: int
-
-    @property
-    def nbytes(self) -> int:
-        return self.end - self.start
-
-
-@dataclass
-class KernelCall:
-    """A kernel's function, by its address, and its arguments."""
-
-    function: int
-    arguments: list[int | Place | Block]
-
-    def places(self) -> Iterator[Place]:
-        """What it works on."""
-        for argument in self.arguments:
-            if isinstance(argument, Block):
-                yield from (place for _, place in argument.places)
-            elif isinstance(argument, Place):
-                yield argument
-
-
-@dataclass
-class TorchCall:
-    """A function of torch, with views where tensors that are not constant stand in the arguments.
-
-    ``results`` are the buffers that it makes, by their index among its results.
-    """
-
-    name: str
-    function: Callable[..., Any]
-    args: Any
-    kwargs: dict[str, Any]
-    results: dict[int, int] = field(default_factory=dict)
-
-    def views(self) -> Iterator[View]:
-        """What it works on, its results aside."""
-        return (leaf for leaf in _leaves((self.args, self.kwargs)) if isinstance(leaf, View))
-
-    def constants(self) -> Iterator[Tensor]:
-        """What it reads that was there before."""
-        return _tensors((self.args, self.kwargs))
 
 
 class _Recording(threading.local):
@@ -258,7 +178,7 @@ class Recorder(TorchFunctionMode):
         storages = [_memory(r) for r in results]
         if 0 in storages:
             raise NotRecordableError(f"{name} gives an empty tensor")
-        inputs = {_memory(t) for t in _tensors((args, kwargs))}
+        inputs = {_memory(t) for t in tensors_in((args, kwargs))}
         fresh = {s: i for i, s in enumerate(storages) if s not in inputs}
         if name in _NEW:
             self._add_buffer(results[0])
@@ -302,7 +222,7 @@ class Recorder(TorchFunctionMode):
             return self._argument(value)
         if isinstance(value, dict):
             return {key: self._arguments(v) for key, v in value.items()}
-        if isinstance(value, tuple | list) and any(True for _ in _tensors(value)):
+        if isinstance(value, tuple | list) and any(True for _ in tensors_in(value)):
             return [self._arguments(v) for v in value]
         return value
 
@@ -417,15 +337,3 @@ def _drops_nothing(name: str | None, args: Any, kwargs: dict[str, Any]) -> bool:
 def _memory(t: Tensor) -> int:
     """Where its storage begins; weights that oneDNN packed have none that could be seen."""
     return -1 if t.is_mkldnn else t.untyped_storage().data_ptr()
-
-
-def _leaves(value: Any) -> Iterator[Any]:
-    if isinstance(value, View) or not isinstance(value, tuple | list | dict):
-        yield value
-        return
-    for v in value.values() if isinstance(value, dict) else value:
-        yield from _leaves(v)
-
-
-def _tensors(value: Any) -> Iterator[Tensor]:
-    return (leaf for leaf in _leaves(value) if isinstance(leaf, Tensor))

@@ -13,17 +13,16 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ops.native.program import _LARGE_BYTES, Program, _lay_out, _Use
-from ops.native.recorder import (
+from ops.native.record import (
     Block,
     Buffer,
     KernelCall,
     NotRecordableError,
     Place,
-    Recorder,
     TorchCall,
     View,
-    recording,
 )
+from ops.native.recorder import Recorder, recording
 
 
 def _program(function: Callable[[Tensor], Tensor], x: Tensor) -> Program:
