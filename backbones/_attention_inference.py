@@ -5,11 +5,12 @@ from __future__ import annotations
 from typing import Any, ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones import _hat_blocks, _medvitv2_blocks, biformer, favit, litv2, ravlt
+from ops.inference.attention import attend_tokens
 from ops.inference.deformable import deformable_conv2d, pack_taps, unsupported
+from ops.inference.grouped_attention import split_heads
 from ops.inference.layers import FastConv2d, runs_fast
 from ops.inference.mlp import NormedMlp
 from ops.inference.recorded import Recorded, recorded_form
@@ -22,10 +23,8 @@ class BiFormerGlobalAttention(biformer.GlobalAttention):
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         qkv = self.qkv(x)
-        heads = qkv.flatten(1, 2).unflatten(-1, (3, self.num_heads, -1))  # (B, HW, 3, heads, d)
-        query, key, value = heads.permute(2, 0, 3, 1, 4).unbind()
-        out = F.scaled_dot_product_attention(query, key, value)  # (B, heads, HW, d)
-        out = out.transpose(1, 2).reshape(x.shape)
+        query, key, value = split_heads(qkv, 3, self.num_heads)
+        out = attend_tokens(query, key, value, self.qkv.weight).reshape(x.shape)
         source = qkv.chunk(3, dim=-1)[2] if self.lepe_on_value else x
         out = out + self.lepe(source.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return self.proj(out, residual)

@@ -21,6 +21,7 @@ from ops.attention.cascaded import CascadedGroupAttention
 from ops.attention.factorized import FactorizedAttention, GlobalBranch, LocalBranch
 from ops.attention.hilo import HiLoAttention
 from ops.attention.large_kernel import DilatedDepthwiseConv2d, LargeKernelAttention
+from ops.attention.pooled import PooledAttention
 from ops.attention.rank_augmented import RankAugmentedAttention
 from ops.attention.single_head import SingleHeadAttention
 from ops.attention.window import OverlappingWindowAttention, WindowAttention
@@ -120,6 +121,7 @@ def _forms() -> dict[type[nn.Module], type[nn.Module]]:
         LocalBranch: factorized.FastLocalBranch,
         LargeKernelAttention: fast_attention.FastLargeKernelAttention,
         OverlappingWindowAttention: window.FastOverlappingWindowAttention,
+        PooledAttention: fast_attention.FastPooledAttention,
         RankAugmentedAttention: fast_attention.FastRankAugmentedAttention,
         SingleHeadAttention: fast_mobile.FastSingleHeadAttention,
         WindowAttention: window.FastWindowAttention,

@@ -1,7 +1,8 @@
 """Linear layers on the CPU for inference, with what stands around them in one pass.
 
 The kernel (``ops/native/linear.cpp``) is for a thread or a few, where oneDNN spends much of a small
-batch on waiting for weights: it fetches them ahead. There are no gradients.
+batch on waiting for weights: it fetches them ahead. Sums are of float32; on CPUs that do not
+multiply bfloat16, what is in it becomes float32 on the way. There are no gradients.
 """
 
 from __future__ import annotations
@@ -46,16 +47,17 @@ def unsupported(
     The first call on a machine compiles the kernel, which takes some seconds.
 
     Args:
-        with_bfloat16: whether bfloat16 will do beside float32; it needs a CPU with AMX or
-            AVX512-BF16.
+        with_bfloat16: whether bfloat16 will do beside float32. Without AMX or AVX512-BF16 the
+            kernel makes it float32 on the way; where torch need not, that is no gain.
     """
     if device.type != "cpu":
         return f"the kernel runs on the CPU, the tensors are on {device.type}"
     if dtype != torch.float32 and not (with_bfloat16 and dtype == torch.bfloat16):
         return f"the kernel takes float32, not {dtype}"
     library = native.load(_KERNEL)
-    if library is not None and dtype == torch.bfloat16 and not library.linear_takes_bfloat16():
-        return "the kernel takes bfloat16 on CPUs with AVX512-BF16 or AMX only"
+    torch_does = dtype == torch.bfloat16 and native.multiplies(dtype)
+    if library is not None and torch_does and not library.linear_multiplies_bfloat16():
+        return "torch multiplies bfloat16 on this CPU, the kernel would multiply float32"
     return native.unavailable_reason(_KERNEL)
 
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import ops.neighborhood
+from ops import native
 from ops.linear import pack_weight, unsupported
 from ops.native import build
 
@@ -34,6 +35,13 @@ def random(*shape: int, seed: int = 0) -> Tensor:
 LINEAR_DTYPES = {torch.float32: 1e-6, torch.bfloat16: 2**-8}
 if unsupported(torch.device("cpu"), torch.bfloat16, with_bfloat16=True) is not None:
     del LINEAR_DTYPES[torch.bfloat16]
+
+
+def can_run(instructions: str) -> bool:
+    """Whether this CPU may, as the environment has it."""
+    return max(instructions, native.instruction_set(), key=list(build._ISA_FLAGS).index) == (
+        instructions
+    )
 
 
 def linear_layer(
@@ -59,6 +67,7 @@ def using_threads(count: int) -> Iterator[None]:
 def forget_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Until the end of the test, kernels are looked for anew."""
     monkeypatch.setattr(build, "_kernels", {})
+    monkeypatch.setattr(build, "_products", {})
     monkeypatch.setattr(ops.neighborhood, "_known_calls", {})
 
 

@@ -82,6 +82,24 @@ INTRODUCTION = (
     "the plain layers of a fused model, whose own kernels are the faster ones: fuse or compile. "
     "A dash: there is no such model, it was not measured, or it failed; the JSON says which."
 )
+# Reports of the same machine held to fewer instructions → title, and the environment that held it.
+LESSER = {
+    "avx512": (
+        "AVX-512 without bfloat16, as from Skylake to Ice Lake",
+        "VISION_BACKBONES_NATIVE_ISA=avx512 ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI",
+    ),
+    "avx2": (
+        "AVX2, as of most desktops",
+        "VISION_BACKBONES_NATIVE_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 "
+        "MKL_ENABLE_INSTRUCTIONS=AVX2",
+    ),
+}
+LESSER_INTRODUCTION = (
+    "The same machine, where oneDNN, MKL, torch and our kernels use less than it has: ratios tell "
+    "of CPUs that have no more, times do not. Where a CPU does not multiply bfloat16, torch takes "
+    "3 to 30 times as long for it as for float32; fused layers make it float32 on the way, from "
+    "maps and weights of half the size."
+)
 ON_NATTEN = "Beside it stands the same code on NATTEN 0.17.3's kernels for the CPU. "
 
 
@@ -132,6 +150,25 @@ def of_compiled(report: dict[str, Any]) -> str:
         )
         + "\n"
     )
+
+
+def of_lesser(reports: Mapping[str, dict[str, Any]]) -> str:
+    """The same CPU held to fewer instructions, from a report for each of :data:`LESSER`."""
+    parts = ["## Held to fewer instructions", LESSER_INTRODUCTION]
+    for name, report in reports.items():
+        title, environment = LESSER[name]
+        parts += [f"### {title}", f"One thread, with `{environment}`."]
+        names = [ORIGINAL, OURS, FUSED, LOW]
+        rows = []
+        for row in report["results"]:
+            base = ORIGINAL if _ratio(row, FUSED, ORIGINAL) is not None else OURS
+            ratios = [_judged(_ratio(row, name, base), None) for name in (FUSED, LOW)]
+            times = [_ms(row, name) for name in names]
+            rows.append([f"`{row['model']}`", str(row["batch"]), *times, base, *ratios])
+        labels = [LABELS.get(name, name) for name in names]
+        head = ["ms", "batch", *labels, "times faster than", FUSED, LABELS[LOW]]
+        parts += [_table(head, rows), _orders(report["results"])]
+    return "\n\n".join(parts) + "\n"
 
 
 def _usual_size(row: dict[str, Any]) -> int:

@@ -6,6 +6,9 @@ r"""Write the performance pages from the measurements that lie in ``docs/perform
         --profile --resume --output docs/performance/models
     python tools/benchmark.py --batches 1 --modes eager compile fused fused+compile \
         --output docs/performance/compiled
+    VISION_BACKBONES_NATIVE_ISA=avx512 ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI \
+        python tools/benchmark.py --modes eager fused fused+bfloat16 --against original.py \
+        --output docs/performance/zen4/avx512
     python tools/performance_page.py
 
 Nothing is measured here: every number of a page is one of the JSON files'. Those of another machine
@@ -19,7 +22,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from performance_models import of_compiled, of_models
+from performance_models import LESSER, of_compiled, of_lesser, of_models
 from performance_neighborhood import of_neighborhood
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
@@ -68,6 +71,7 @@ def page(
     neighborhood: dict[str, Any],
     models: dict[str, Any] | None,
     compiled: dict[str, Any] | None = None,
+    lesser: dict[str, dict[str, Any]] | None = None,
 ) -> str:
     """The whole page from reports of ``tools/benchmark_na.py`` and ``tools/benchmark.py``."""
     parts = [f"{about.introduction}\n", GENERATED.format(folder=about.folder)]
@@ -75,17 +79,19 @@ def page(
         parts.append(of_models(models, f"{about.folder}/{MODELS}.png", about.has_aims))
     if compiled is not None:
         parts.append(of_compiled(compiled))
+    if lesser:
+        parts.append(of_lesser(lesser))
     parts.append(of_neighborhood(neighborhood, f"{about.folder}/{NEIGHBORHOOD}.png"))
     return "\n".join(parts)
 
 
 def generate(about: Page) -> str:
     """The page from what lies in its folder."""
-    reports = []
-    for name in (NEIGHBORHOOD, MODELS, COMPILED):
-        measured = DOCS / about.folder / f"{name}.json"
-        reports.append(json.loads(measured.read_text()) if measured.is_file() else None)
-    return page(about, *reports)
+    files = {file.stem: file for file in (DOCS / about.folder).glob("*.json")}
+    reports = {name: json.loads(file.read_text()) for name, file in files.items()}
+    neighborhood, models, compiled = map(reports.get, (NEIGHBORHOOD, MODELS, COMPILED))
+    lesser = {name: reports[name] for name in LESSER if name in reports}
+    return page(about, neighborhood, models, compiled, lesser)
 
 
 def main() -> None:

@@ -84,8 +84,9 @@ def route_regions(query: Tensor, key: Tensor, region_size: tuple[int, int], topk
     Returns:
         (B, R, topk) indices of regions, counted row by row, in no particular order.
     """
-    query_mean, key_mean = (_region_means(t.detach(), region_size) for t in (query, key))
-    # The factor changes no order; it keeps half precision from overflowing.
+    # Half precision would find regions equally near that are not.
+    wide = torch.promote_types(query.dtype, torch.float32)
+    query_mean, key_mean = (_region_means(t.detach(), region_size).to(wide) for t in (query, key))
     affinity = (query_mean * query.shape[-1] ** -0.5).transpose(1, 2) @ key_mean
     return affinity.topk(topk, dim=-1, sorted=False).indices
 

@@ -15,16 +15,20 @@ from ops.attention.bilevel import (
 )
 from ops.attention.hilo import HiLoAttention
 from ops.attention.large_kernel import LargeKernelAttention
+from ops.attention.pooled import PooledAttention, pool_tokens
 from ops.attention.rank_augmented import RankAugmentedAttention, Rotary, rotary_table
 from ops.inference import gated_attention, grouped_attention, linear_attention
 from ops.inference.grouped_attention import split_heads
 from ops.inference.layers import FastLayer, PackedLinear, runs_fast
+from ops.native import multiplies
 
 __all__ = [
     "FastBiLevelRoutingAttention",
     "FastHiLoAttention",
     "FastLargeKernelAttention",
+    "FastPooledAttention",
     "FastRankAugmentedAttention",
+    "attend_tokens",
 ]
 
 # Of queries, keys, values and gates; a batch whose maps take more goes some images at a time, so
@@ -152,6 +156,41 @@ def _turns(height: int, width: int, head_dim: int) -> Tensor:
     return torch.complex(cos[:, ::2].contiguous(), sin[:, ::2].contiguous())
 
 
+class FastPooledAttention(PooledAttention):
+    """Without transposed copies of heads."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        pooled = pool_tokens(x, self.sr_ratio**2) if self.sr_ratio > 1 else x
+        pooled = self.norm(pooled.flatten(0, 1)).view(pooled.shape)
+        query, key, value = (
+            t.unflatten(2, (self.num_heads, -1))  # (B, N, heads, head_dim)
+            for t in (self.q(x), self.k(pooled), self.v(pooled))
+        )
+        return self.proj(attend_tokens(query, key, value, self.q.weight).flatten(2))
+
+
+def attend_tokens(query: Tensor, key: Tensor, value: Tensor, weight: Tensor) -> Tensor:
+    """softmax(query · keyᵀ / √head_dim) · value, by whichever is the faster kernel.
+
+    Args:
+        query: (B, N, heads, head_dim).
+        key: (B, M, heads, head_dim).
+        value: (B, M, heads, value_dim).
+        weight: of the layer, which may ask for gradients.
+
+    Returns:
+        (B, N, heads, value_dim).
+    """
+    reason = grouped_attention.unsupported(query.device, query.dtype)
+    own = runs_fast(query, weight) and reason is None
+    if own and grouped_attention.outruns_torch(query.dtype, key.shape[1]):
+        out = query.new_empty(*query.shape[:3], value.shape[3])
+        grouped_attention.attend(query, key, value, out)
+        return out
+    query, key, value = (t.transpose(1, 2) for t in (query, key, value))
+    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+
+
 class FastRankAugmentedAttention(RankAugmentedAttention):
     """By our kernels; else rotations are products of complex numbers."""
 
@@ -164,7 +203,8 @@ class FastRankAugmentedAttention(RankAugmentedAttention):
         height, width, dim = x.shape[1:]
         head_dim = dim // self.num_heads
         kernel = linear_attention if self.linear else gated_attention
-        fast = self.linear or x.dtype == torch.float32 or height * width <= _MOST_TOKENS
+        many = height * width > _MOST_TOKENS and x.dtype == torch.bfloat16
+        fast = self.linear or not many or not multiplies(x.dtype)
         if fast and kernel.unsupported(x.device, x.dtype, head_dim) is None:
             return self._some_images_at_a_time(x, residual)
         *qkv, gate = self.qkvo(x).chunk(4, dim=-1)

@@ -1,8 +1,8 @@
 """Attention within small maps on the CPU in one pass, all between two projections, for inference.
 
 The kernel (``ops/native/cascaded_attention.cpp``) is for networks whose maps are so small that a
-head takes torch longer to call than to compute. It takes float32 or, on CPUs that multiply
-it, bfloat16, and computes in float32 what is not a projection; there are no gradients.
+head takes torch longer to call than to compute. It takes float32 or bfloat16 and computes in
+float32 what is not a projection; there are no gradients.
 """
 
 from __future__ import annotations

@@ -19,6 +19,7 @@ from ops.depthwise import (
     unsupported,
 )
 from ops.inference.layers import FastConv2d, FastLayer
+from ops.native import multiplies
 from ops.native.eager import Repeats
 
 __all__ = [
@@ -64,7 +65,7 @@ class FastDepthwiseConv2d(FastConv2d):
             return own(x, self.activation)
         return self._by_onednn(x, packed)
 
-    def derive(self, x: Tensor) -> tuple[PackedDepthwise | None, Tensor | None]:
+    def derive(self, x: Tensor) -> tuple[PackedDepthwise | None, Any]:
         """For our kernel and, unless that is faster on any map, for oneDNN."""
         if unsupported(self.stride, x.device, x.dtype) is not None:
             return None, super().derive(x)
@@ -77,7 +78,8 @@ class FastDepthwiseConv2d(FastConv2d):
         own = self.kernel_size == (3, 3) and self.padding == (1, 1)
         simple &= not (own and (x.dtype == torch.float32 or x.shape[1] % _VECTOR == 0))
         # oneDNN would copy a part of the channels; our kernel reads it where it lies.
-        return simple and x.is_contiguous(memory_format=torch.channels_last)
+        simple &= x.is_contiguous(memory_format=torch.channels_last)
+        return simple and multiplies(x.dtype)
 
 
 class FastDilatedDepthwiseConv2d(FastDepthwiseConv2d, DilatedDepthwiseConv2d):

@@ -1,8 +1,8 @@
 """Deformable convolution of channels-last maps on the CPU, for inference.
 
 The kernel (``ops/native/deformable.cpp``) interpolates what the taps of some pixels see and takes
-it through a linear layer with packed weights while it is in the cache. It takes float32 or, on CPUs
-that multiply it, bfloat16; there are no gradients.
+it through a linear layer with packed weights while it is in the cache. It takes float32 or
+bfloat16; there are no gradients.
 """
 
 from __future__ import annotations

@@ -1,8 +1,7 @@
 """Feed-forwards on the CPU in one pass: norm, two linear layers, what is between them, shortcut.
 
 The kernel (``ops/native/depthwise_mlp.cpp``) makes the hidden map, the widest of a network, in
-pieces that stay in the cache. It takes float32, and bfloat16 on CPUs with AVX512-BF16 or AMX; there
-are no gradients.
+pieces that stay in the cache. It takes float32 or bfloat16; there are no gradients.
 """
 
 from __future__ import annotations

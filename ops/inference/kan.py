@@ -1,7 +1,7 @@
 """Kolmogorov-Arnold layers on the CPU in one pass, for inference.
 
 The kernel (``ops/native/kan.cpp``) makes the bumps of some rows and maps them while they are in the
-cache. It takes float32 or, on CPUs that multiply it, bfloat16; there are no gradients.
+cache. It takes float32 or bfloat16; there are no gradients.
 """
 
 from __future__ import annotations

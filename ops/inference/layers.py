@@ -7,6 +7,7 @@ calls to oneDNN are the ones that torch's own compiler makes; they are private, 
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -15,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ops import linear as native_linear
+from ops import native
 from ops.native.eager import Repeats
 
 __all__ = [
@@ -27,6 +29,7 @@ __all__ = [
     "activate",
     "activation_kind",
     "can_activate",
+    "computed_in",
     "convert",
     "has_onednn",
     "runs_fast",
@@ -60,15 +63,18 @@ _FEW_ROWS = {torch.float32: 2048, torch.bfloat16: 512}
 
 @functools.cache
 def has_onednn(dtype: torch.dtype) -> bool:
-    """Whether this torch on this CPU has oneDNN's linear layers and convolutions for ``dtype``."""
-    if not torch.backends.mkldnn.is_available():
+    """Whether this torch has oneDNN's linear layers and convolutions for ``dtype``.
+
+    On CPUs that do not multiply bfloat16 they compute in float32 and round what comes out.
+    """
+    if dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
         return False
-    ops = torch.ops.mkldnn
-    if not all(hasattr(ops, name) for name in _CALLS):
-        return False
-    if dtype == torch.bfloat16:
-        return ops._is_mkldnn_bf16_supported()
-    return dtype == torch.float32
+    return all(hasattr(torch.ops.mkldnn, name) for name in _CALLS)
+
+
+def computed_in(dtype: torch.dtype) -> torch.dtype:
+    """What oneDNN is to multiply: float32 for what the CPU does not multiply."""
+    return dtype if native.multiplies(dtype) else torch.float32
 
 
 def convert(layer: nn.Module, fast: type[Module]) -> Module:
@@ -197,7 +203,8 @@ class PackedLinear:
         self._has_kernel = (
             native_linear.unsupported(weight.device, weight.dtype, with_bfloat16=True) is None
         )
-        self._few_rows = _FEW_ROWS[weight.dtype] if self._has_kernel else 0
+        suits_onednn = native.multiplies(weight.dtype)
+        self._few_rows = _FEW_ROWS[weight.dtype] if suits_onednn else sys.maxsize
         self._for_kernel: tuple[Tensor, Tensor] | None = None
         self._for_onednn: Tensor | None = None
         self._repeats = Repeats(self._prepare)
@@ -231,9 +238,11 @@ class PackedLinear:
             )
         if self._for_onednn is None:
             rows = max(1, x.numel() // max(1, x.shape[-1]))
-            self._for_onednn = torch.ops.mkldnn._reorder_linear_weight(self._weight, rows)
-        weight, bias = self._for_onednn, self._bias
-        return lambda x, other: _onednn_linear(x, weight, bias, activation, other)
+            weight = self._weight.to(computed_in(x.dtype))
+            self._for_onednn = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
+        matrix = self._for_onednn
+        bias = None if self._bias is None else self._bias.to(matrix.dtype)
+        return lambda x, other: _onednn_linear(x, matrix, bias, activation, other)
 
     def energy(
         self, x: Tensor, activation: str, scale: Tensor | None
@@ -270,6 +279,9 @@ def _onednn_linear(
     x: Tensor, packed: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None
 ) -> Tensor:
     linear = torch.ops.mkldnn._linear_pointwise
+    if x.dtype != packed.dtype:
+        wide = None if residual is None else residual.to(packed.dtype)
+        return _onednn_linear(x.to(packed.dtype), packed, bias, activation, wide).to(x.dtype)
     if residual is None:
         return linear.default(x, packed, bias, *_ONEDNN[activation])
     if activation == "none" and residual.is_contiguous():
@@ -337,26 +349,28 @@ class FastConv2d(ActivatedLayer, nn.Conv2d):
     def forward(self, x: Tensor) -> Tensor:
         return self._by_onednn(x, self.derived(x))
 
-    def _by_onednn(self, x: Tensor, packed: Tensor | None) -> Tensor:
+    def _by_onednn(self, x: Tensor, packed: tuple[Tensor, Tensor | None] | None) -> Tensor:
         if packed is None:
             return self._finish(super().forward(x))
-        return torch.ops.mkldnn._convolution_pointwise.default(
-            x.contiguous(memory_format=torch.channels_last),
-            packed,
-            self.bias,
+        out = torch.ops.mkldnn._convolution_pointwise.default(
+            x.to(packed[0].dtype, memory_format=torch.channels_last),
+            *packed,
             self.padding,
             self.stride,
             self.dilation,
             self.groups,
             *_ONEDNN[self.activation],
         )
+        return out.to(x.dtype)
 
     def derive(self, x: Tensor) -> Any:
-        return torch.ops.mkldnn._reorder_convolution_weight(
-            self.weight.detach().contiguous(memory_format=torch.channels_last),
+        dtype = computed_in(x.dtype)
+        packed = torch.ops.mkldnn._reorder_convolution_weight(
+            self.weight.detach().to(dtype, memory_format=torch.channels_last),
             self.padding,
             self.stride,
             self.dilation,
             self.groups,
             x.shape,
         )
+        return packed, None if self.bias is None else self.bias.detach().to(dtype)

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ops.attention.cascaded import CascadedGroupAttention, distance_bias, resize_distance_table
 from ops.attention.single_head import SingleHeadAttention
 from ops.inference.cascaded_attention import PackedCascadedAttention, unsupported
-from ops.inference.layers import FastLayer, FastPointwiseConv2d, PackedLinear
+from ops.inference.layers import FastLayer, FastPointwiseConv2d, PackedLinear, computed_in
 from ops.mobile import ConvFFN, ExpandMerging, Residual
 from ops.native.eager import Repeats
 from ops.packed_mlp import prepare as prepare_mlp
@@ -179,8 +179,8 @@ class FastSingleHeadAttention(FastLayer, SingleHeadAttention):
             return self.proj(packed(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), residual)
         attended, rest = x.split(self.input_splits, dim=1)
         qkv = self.qkv(self.norm(attended)).permute(0, 2, 3, 1).flatten(1, 2)
-        query, key, value = qkv.split(self.qkv_splits, dim=2)
+        query, key, value = qkv.to(computed_in(x.dtype)).split(self.qkv_splits, dim=2)
         logits = torch.bmm(query * query.shape[2] ** -0.5, key.transpose(1, 2))
         attended = torch.bmm(logits.softmax(dim=-1), value).view(batch, height, width, -1)
-        mixed = torch.cat((attended, rest.permute(0, 2, 3, 1)), dim=3).relu_()
+        mixed = torch.cat((attended.to(x.dtype), rest.permute(0, 2, 3, 1)), dim=3).relu_()
         return self.proj(mixed.permute(0, 3, 1, 2), residual)

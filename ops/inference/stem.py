@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ops import native
 from ops.depthwise import ACTIVATIONS
-from ops.inference.layers import FastLayer, activation_kind
+from ops.inference.layers import FastLayer, activation_kind, computed_in
 from ops.linear import pack_weight
 from ops.linear import unsupported as linear_unsupported
 from ops.native.eager import is_plain_call, require_dtype
@@ -63,10 +63,10 @@ def pack_layers(convs: Sequence[nn.Conv2d]) -> tuple[list[Tensor], list[Tensor]]
     """
     weights, biases = [], []
     for i, conv in enumerate(convs):
-        weight = conv.weight.detach()
+        weight = conv.weight.detach().float()
         weights.append(pack_weight((weight.permute(0, 2, 3, 1) if i else weight).flatten(1)))
         bias = weight.new_zeros(len(weight)) if conv.bias is None else conv.bias.detach()
-        biases.append(bias)
+        biases.append(bias.float())
     return weights, biases
 
 
@@ -228,13 +228,17 @@ class FastStem(FastLayer, nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         derived = self.derived(x)
-        return super().forward(x) if derived is None else packed_stem(x, *derived)
+        if derived is None:
+            return super().forward(x)
+        weights = derived[0]
+        return packed_stem(x.to(weights[0].dtype), *derived).to(x.dtype)
 
     def sources(self) -> list[Tensor]:
         return list(self.parameters())
 
     def derive(self, x: Tensor) -> Any:
-        if unsupported(x.device, x.dtype) is not None:
+        dtype = computed_in(x.dtype)
+        if unsupported(x.device, dtype) is not None:
             return None
         layers: list[tuple[Any, Any]] = []  # convolutions, and their norms or nothing
         for layer in _leaves(self):
@@ -247,7 +251,7 @@ class FastStem(FastLayer, nn.Sequential):
         if all(norm is None for _, norm in layers):
             return *packed, activations
         norms = [
-            conv.weight.new_empty(0) if norm is None else torch.stack((norm.weight, norm.bias))
+            torch.empty(0) if norm is None else torch.stack((norm.weight, norm.bias)).float()
             for conv, norm in layers
         ]
         eps = [0.0 if norm is None else norm.eps for _, norm in layers]

@@ -15,6 +15,22 @@ Environment variables:
 
 from __future__ import annotations
 
-from ops.native.build import Kernel, cache_dir, instruction_set, load, status, unavailable_reason
+from ops.native.build import (
+    Kernel,
+    cache_dir,
+    instruction_set,
+    load,
+    multiplies,
+    status,
+    unavailable_reason,
+)
 
-__all__ = ["Kernel", "cache_dir", "instruction_set", "load", "status", "unavailable_reason"]
+__all__ = [
+    "Kernel",
+    "cache_dir",
+    "instruction_set",
+    "load",
+    "multiplies",
+    "status",
+    "unavailable_reason",
+]

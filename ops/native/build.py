@@ -23,7 +23,15 @@ import torch
 
 from ops.native.recorder import recording
 
-__all__ = ["Kernel", "cache_dir", "instruction_set", "load", "status", "unavailable_reason"]
+__all__ = [
+    "Kernel",
+    "cache_dir",
+    "instruction_set",
+    "load",
+    "multiplies",
+    "status",
+    "unavailable_reason",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -65,6 +73,7 @@ class Kernel:
 
 _kernels: dict[str, Kernel] = {}
 _kernels_lock = threading.Lock()
+_products: dict[torch.dtype, bool] = {}  # what `multiplies` knows
 
 
 def load(name: str) -> ctypes.CDLL | None:
@@ -128,6 +137,22 @@ def instruction_set() -> str:
     if wanted not in known:
         raise ValueError(f"VISION_BACKBONES_NATIVE_ISA must be one of {known}, got {wanted!r}")
     return max(richest, wanted, key=known.index)
+
+
+def multiplies(dtype: torch.dtype) -> bool:
+    """Whether torch's layers have products of ``dtype``, float32 or bfloat16, on this CPU.
+
+    Without, oneDNN refuses bfloat16 or takes several times as long as for float32.
+    """
+    known = _products.get(dtype)
+    if known is None:
+        known = dtype != torch.bfloat16 or (
+            torch.backends.mkldnn.is_available()
+            and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+            and instruction_set() not in ("avx512", "avx2")
+        )
+        _products[dtype] = known
+    return known
 
 
 def _richest() -> str:

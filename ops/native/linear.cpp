@@ -5,8 +5,8 @@
 
 extern "C" {
 
-// Whether this CPU has what the layers of bfloat16 need.
-int linear_takes_bfloat16() { return linear::takes_bfloat16(); }
+// Whether this CPU has products of bfloat16, else layers make it float32 first.
+int linear_multiplies_bfloat16() { return VB_BFLOAT16; }
 
 // Elements of a packed weight.
 int64_t linear_packed_size(int64_t out_features, int64_t in_features, int bfloat16) {

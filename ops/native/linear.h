@@ -15,11 +15,10 @@ constexpr int64_t MIN_CHUNK = 112;
 // Of what is between two layers; but no fewer rows than make it worth to read the weights again.
 constexpr int64_t PAIR_BYTES = 1 << 20, MIN_PAIR_ROWS = 384;
 
-static bool takes_bfloat16() { return VB_BFLOAT16; }
-
 // Other rows are copied and padded first.
 static bool takes_rows_in_place(const float*, int64_t, int64_t) { return true; }
 static bool takes_rows_in_place(const BFloat16*, int64_t in_features, int64_t rows) {
+  if (!VB_BFLOAT16) return false;
   // Tiles are read whole.
   if (has_tiles()) return in_features % TILE_INPUTS == 0 && rows >= TILE_ROWS;
   return in_features % INPUTS<BFloat16> == 0;
@@ -30,49 +29,56 @@ static void run_panels(const Problem& p, const Tensors& t, const Rows<float>& ro
 }
 static void run_panels(const Problem& p, const Tensors& t, const Rows<BFloat16>& rows,
                        Range panels) {
-#if VB_BFLOAT16
   has_tiles() ? run_tiles(p, t, rows, panels) : run_in_registers(p, t, rows, panels);
-#endif
 }
 
-// Rows times `scale`, or as they are where it is null.
+// `count` values times `scale`, or as they are where it is null, and zeros up to `padded`.
 template <class T>
-static void copy_rows(const Rows<T>& rows, const float* scale, int64_t pitch, T* out) {
-  for (int64_t r = 0; r < rows.count; r++, out += pitch) {
-    const T* in = rows.in + r * rows.in_stride;
-    if (scale) {
-      for (int64_t k = 0; k < rows.in_features; k += W) {
-        const int lanes = static_cast<int>(std::min<int64_t>(W, rows.in_features - k));
-        simd::put(out + k, simd::get(in + k, lanes) * simd::get(scale + k, lanes), lanes);
-      }
-    } else {
-      simd::copy(in, rows.in_features, out);
-    }
-    std::fill(out + rows.in_features, out + pitch, T{});
+static void copy_row(const T* in, const float* scale, int64_t count, int64_t padded,
+                     Input<T>* out) {
+  if constexpr (std::is_same_v<Input<T>, T>) {
+    if (!scale) simd::copy(in, count, out);
   }
+  if (scale || !std::is_same_v<Input<T>, T>) {
+    for (int64_t k = 0; k < count; k += W) {
+      const int lanes = static_cast<int>(std::min<int64_t>(W, count - k));
+      const F x = simd::get(in + k, lanes);
+      simd::put(out + k, scale ? x * simd::get(scale + k, lanes) : x, lanes);
+    }
+  }
+  std::fill(out + count, out + padded, Input<T>{});
 }
 
 // Rows `range` of one image, or of all of them without scales and energies.
 template <class T>
 static void run_rows(const Problem& p, const Tensors& t, Range range, Range panels) {
-  static thread_local std::vector<T> copied;
+  static thread_local std::vector<Input<T>> copied;
   const int64_t image = p.image_rows ? range.begin / p.image_rows : 0;
   const T* const in = static_cast<const T*>(t.in);
   const int64_t pitch = padded_inputs(in, p.in_features);
-  const int64_t fitting = std::max(MIN_CHUNK, CHUNK_BYTES / (pitch * int64_t{sizeof(T)}));
+  const int64_t fitting = std::max(MIN_CHUNK, CHUNK_BYTES / (pitch * int64_t{sizeof(Input<T>)}));
   const int64_t count = range.end - range.begin, chunks = (count + fitting - 1) / fitting;
   for (int64_t i = 0; i < chunks; i++) {
     const Range chunk = share(count, i, chunks);
     const int64_t first = range.begin + chunk.begin;
-    Rows<T> rows{in + first * p.in_stride, p.in_stride, p.in_features, nullptr,
+    const T* const begin = in + first * p.in_stride;
+    Rows<T> rows{nullptr, p.in_stride, p.in_features, nullptr,
                  static_cast<T*>(t.out) + first * p.out_stride, nullptr, chunk.end - chunk.begin};
     if (t.other) rows.other = static_cast<const T*>(t.other) + first * p.other_stride;
     if (t.energy) rows.energy = t.energy + image * p.out_features;
-    if (t.scale || !takes_rows_in_place(in, p.in_features, rows.count)) {
+    if constexpr (std::is_same_v<Input<T>, T>) {
+      if (!t.scale && takes_rows_in_place(in, p.in_features, rows.count)) rows.in = begin;
+    }
+    if (!rows.in) {
       copied.resize(static_cast<size_t>(round_up(rows.count, TILE_ROWS) * pitch));
-      copy_rows(rows, t.scale ? t.scale + image * p.in_features : nullptr, pitch, copied.data());
+      for (int64_t r = 0; r < rows.count; r++) {
+        copy_row(begin + r * p.in_stride, t.scale ? t.scale + image * p.in_features : nullptr,
+                 p.in_features, pitch, copied.data() + r * pitch);
+      }
       rows.in = copied.data();
-      rows.in_stride = rows.in_features = pitch;
+      rows.in_stride = pitch;
+      // Tiles are read whole.
+      rows.in_features = has_tiles() ? pitch : round_up(p.in_features, INPUTS<T>);
     }
     run_panels(p, t, rows, panels);
   }

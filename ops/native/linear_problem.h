@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 #include "activation.h"
 #include "lanes.h"
 #include "simd.h"
@@ -37,6 +38,10 @@ struct Tensors {
   float* energy;
 };
 
+// What is multiplied in a layer of T: floats, where the CPU has no products of bfloat16.
+template <class T>
+using Input = std::conditional_t<VB_BFLOAT16, T, float>;
+
 constexpr int PANEL = 2 * W;
 constexpr int64_t LINE = 64;  // bytes
 
@@ -55,7 +60,7 @@ static Range share(int64_t count, int64_t index, int64_t shares) {
 // The rows of one image, or all where images do not matter.
 template <class T>
 struct Rows {
-  const T* in;
+  const Input<T>* in;
   int64_t in_stride, in_features;
   const T* other;
   T* out;
@@ -66,7 +71,7 @@ struct Rows {
 // Some rows of one panel. `lanes` of the last vector are outputs.
 template <class T>
 struct Block {
-  const T* in;
+  const Input<T>* in;
   const T* weight;
   const float* bias;
   const T* other;

@@ -1,6 +1,5 @@
-// Linear layers whose sums stay in registers: of floats, and of bfloat16 on CPUs that multiply
-// pairs of them. The outputs are cut into panels of one or two vectors. The weights of a panel lie
-// together, and for some rows at a time its sums are in registers.
+// Linear layers whose sums stay in registers. The outputs are cut into panels of one or two vectors.
+// The weights of a panel lie together, and for some rows at a time its sums are in registers.
 //
 // With few rows the time goes into fetching the weights, which a network reads once per image.
 // While some panels are worked on, the next ones are therefore fetched ahead.
@@ -19,9 +18,12 @@ constexpr int64_t SUMMED = 512;  // inputs one after the other; sums of more los
 // them are multiplied with, stay in the first-level one. With few blocks a group is one panel.
 constexpr int64_t GROUP_BYTES = 512 * 1024, MIN_BLOCKS = 16;
 
-// A lane's share of one product is as large as a float: a float, or two bfloat16.
+// A lane's share of one product is as large as a float: a float, or two bfloat16. Where the CPU does
+// not multiply these, it is two floats one after the other.
 template <class T>
 constexpr int64_t INPUTS = sizeof(float) / sizeof(T);
+template <class T>
+constexpr int PARTS = sizeof(Input<T>) / sizeof(T);
 
 // Where `pack` puts the vectors of weights for one product, and those for the next; in units of a
 // vector of T.
@@ -31,7 +33,8 @@ template <class T, int V>
 constexpr int64_t NEXT_PRODUCT = INPUTS<T> == 1 ? V : 1;
 
 template <class T>
-static VB_INLINE F load_weights(const T* place) {
+static VB_INLINE F load_weights(const T* place, int part) {
+  if constexpr (PARTS<T> == 2) return simd::load_of_pairs(place, part);
   return simd::load(reinterpret_cast<const float*>(place));
 }
 static VB_INLINE F load_input(const float* place) { return simd::set1(*place); }
@@ -72,29 +75,33 @@ static VB_INLINE void start(const Block<T>& block, F (&sum)[R][V]) {
 // Adds `count` products of each row's inputs, the first of which begins at `first`, with their
 // weights; returns where the weights end. `fetch` is called before every `S` of them.
 template <int S, class T, int R, int V, class Fetch>
-static VB_INLINE const T* add_products(const T* first, ptrdiff_t stride, int64_t count,
+static VB_INLINE const T* add_products(const Input<T>* first, ptrdiff_t stride, int64_t count,
                                        const T* weight, const Fetch& fetch, F (&sum)[R][V]) {
   // Every third row has a pointer; the others lie one or two strides further on, which is part of
   // an address. So many rows have no registers for a pointer each.
   constexpr int POINTERS = (R + 2) / 3;
   constexpr int64_t VECTOR = W * INPUTS<T>;
-  const T* in[POINTERS];
+  const Input<T>* in[POINTERS];
   VB_UNROLL
   for (int r = 0; r < POINTERS; r++) in[r] = first + 3 * r * stride;
   const auto products = [&](auto steps) VB_INLINE_LAMBDA {
     constexpr int COUNT = decltype(steps)::value;
     VB_UNROLL
     for (int i = 0; i < COUNT; i++, weight += NEXT_PRODUCT<T, V> * VECTOR) {
-      F w[V];
       VB_UNROLL
-      for (int v = 0; v < V; v++) {
-        w[v] = simd::in_register(load_weights(weight + v * NEXT_VECTOR<T> * VECTOR));
-      }
-      VB_UNROLL
-      for (int r = 0; r < R; r++) {
-        const F x = simd::in_register(load_input(in[r / 3] + r % 3 * stride + i * INPUTS<T>));
+      for (int part = 0; part < PARTS<T>; part++) {
+        F w[V];
         VB_UNROLL
-        for (int v = 0; v < V; v++) add_product(first, sum[r][v], x, w[v]);
+        for (int v = 0; v < V; v++) {
+          w[v] = simd::in_register(load_weights(weight + v * NEXT_VECTOR<T> * VECTOR, part));
+        }
+        VB_UNROLL
+        for (int r = 0; r < R; r++) {
+          const auto* place = in[r / 3] + r % 3 * stride + i * INPUTS<T> + part;
+          const F x = simd::in_register(load_input(place));
+          VB_UNROLL
+          for (int v = 0; v < V; v++) add_product(first, sum[r][v], x, w[v]);
+        }
       }
     }
     VB_UNROLL
@@ -209,8 +216,8 @@ template <class T>
 static void run_in_registers(const Problem& p, const Tensors& t, const Rows<T>& rows,
                              Range panels) {
   const int64_t blocks = (rows.count + MAX_ROWS - 1) / MAX_ROWS;
-  const int64_t k = padded_inputs(rows.in, rows.in_features), size = sizeof(T);
   const T* const weights = static_cast<const T*>(t.weight);
+  const int64_t k = padded_inputs(weights, rows.in_features), size = sizeof(T);
   const auto begin_of = [&](int64_t panel) {
     return weights + std::min(panel * PANEL, padded(p.out_features)) * k;
   };

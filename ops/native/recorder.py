@@ -299,7 +299,7 @@ class _Watched:
 
     def __getattr__(self, name: str) -> Callable[..., Any]:
         function = getattr(self._library, name)
-        if name.endswith("_takes_bfloat16"):
+        if name.endswith("_multiplies_bfloat16"):
             return function
         return lambda *args: self._recorder.call_kernel(function, args)
 

@@ -56,6 +56,12 @@ static VB_INLINE F widened(__m256i bf16) {
 static VB_INLINE F load_bf16(const BFloat16* p) {
   return widened(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
+// One of each of W pairs.
+static VB_INLINE F load_of_pairs(const BFloat16* p, int part) {
+  const __m512i pairs = _mm512_loadu_si512(p);
+  return _mm512_castsi512_ps(part ? _mm512_and_si512(pairs, _mm512_set1_epi32(0xffff0000))
+                                  : _mm512_slli_epi32(pairs, 16));
+}
 // To bfloat16, to nearest even; NaN stays NaN.
 static VB_INLINE __m256i rounded(F v) {
 #if VB_BFLOAT16
@@ -109,23 +115,39 @@ static VB_INLINE F load_bf16(const BFloat16* p) {
   const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
 }
-static VB_INLINE __m256i load_index(const int32_t* p) {
-  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+static VB_INLINE __m256i load_integers(const void* p) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+}
+// One of each of W pairs.
+static VB_INLINE F load_of_pairs(const BFloat16* p, int part) {
+  const __m256i pairs = load_integers(p);
+  return _mm256_castsi256_ps(part ? _mm256_and_si256(pairs, _mm256_set1_epi32(0xffff0000))
+                                  : _mm256_slli_epi32(pairs, 16));
+}
+// To bfloat16, to nearest even; NaN stays NaN.
+static VB_INLINE __m128i rounded(F v) {
+  const __m256i bits = _mm256_castps_si256(v);
+  const __m256i odd = _mm256_and_si256(_mm256_srli_epi32(bits, 16), _mm256_set1_epi32(1));
+  __m256i r = _mm256_srli_epi32(
+      _mm256_add_epi32(bits, _mm256_add_epi32(odd, _mm256_set1_epi32(0x7fff))), 16);
+  const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+  r = _mm256_blendv_epi8(r, _mm256_set1_epi32(0x7fc0), is_nan);
+  return _mm_packus_epi32(_mm256_castsi256_si128(r), _mm256_extracti128_si256(r, 1));
 }
 static VB_INLINE F permute(F v, const int32_t* index) {
-  return _mm256_permutevar8x32_ps(v, load_index(index));
+  return _mm256_permutevar8x32_ps(v, load_integers(index));
 }
 static VB_INLINE F permute(F low, F high, const int32_t* index, int shift) {
-  const __m256i i = _mm256_add_epi32(load_index(index), _mm256_set1_epi32(shift));
+  const __m256i i = _mm256_add_epi32(load_integers(index), _mm256_set1_epi32(shift));
   const F from_low = _mm256_permutevar8x32_ps(low, i),
           from_high = _mm256_permutevar8x32_ps(high, i);
   return _mm256_blendv_ps(from_low, from_high, _mm256_castsi256_ps(_mm256_slli_epi32(i, 28)));
 }
 static VB_INLINE F gather(const float* p, const int32_t* index) {
-  return _mm256_i32gather_ps(p, load_index(index), 4);
+  return _mm256_i32gather_ps(p, load_integers(index), 4);
 }
 static VB_INLINE F keep_below(F v, const int32_t* limit, int at, F other) {
-  const __m256i keep = _mm256_cmpgt_epi32(load_index(limit), _mm256_set1_epi32(at));
+  const __m256i keep = _mm256_cmpgt_epi32(load_integers(limit), _mm256_set1_epi32(at));
   return _mm256_blendv_ps(other, v, _mm256_castsi256_ps(keep));
 }
 static VB_INLINE bool all_equal(F a, F b) {
@@ -176,6 +198,15 @@ static VB_INLINE F load_bf16(const BFloat16* p) {
     float x;
     std::memcpy(&x, &bits, sizeof x);
     r[l] = x;
+  }
+  return r;
+}
+// One of each of W pairs.
+static VB_INLINE F load_of_pairs(const BFloat16* p, int part) {
+  F r;
+  for (int l = 0; l < W; l++) {
+    const uint32_t bits = static_cast<uint32_t>(p[2 * l + part].bits) << 16;
+    std::memcpy(reinterpret_cast<char*>(&r) + l * sizeof bits, &bits, sizeof bits);
   }
   return r;
 }
@@ -323,6 +354,8 @@ static VB_INLINE void store_from_float(float* p, F v) { store(p, v); }
 static VB_INLINE void store_from_float(BFloat16* p, F v) {
 #if VB_AVX512
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), rounded(v));
+#elif VB_AVX2
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), rounded(v));
 #else
   float lanes[W];
   store(lanes, v);

@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from compiled_kernels import without_kernels
+from compiled_kernels import compiled_for, without_kernels
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from zoo import FAMILIES, RESTORATION, images, randomise, small
 
 import backbones
@@ -102,6 +103,46 @@ def test_calls_repeat_to_the_last_bit(
     for other_last, other_maps in pyramids:
         assert torch.equal(other_last, last)
         assert all(torch.equal(a, b) for a, b in zip(other_maps, maps, strict=True))
+
+
+class _Products(TorchDispatchMode):
+    """Notes which of torch's products are given bfloat16."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.of_bfloat16: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = str(func)
+        if any(word in name for word in ("conv", "mm", "linear", "attention")):
+            tensors = [a for a in args if isinstance(a, Tensor)]
+            if "vision_backbones" not in name and tensors[0].dtype == torch.bfloat16:
+                self.of_bfloat16.append(name)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("has_kernels", [True, False])
+@every_family
+@torch.no_grad()
+def test_bfloat16_where_the_cpu_does_not_multiply_it(
+    family: str, has_kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products are of float32; all is closer to it than where the CPU multiplies bfloat16."""
+    model, x = randomise(small(family)).eval(), images(2, 3, 70, 45)
+    expected = copy.deepcopy(model).fuse()(x)
+    usual = _relative(copy.deepcopy(model).fuse(dtype=torch.bfloat16)(x.bfloat16()), expected)
+    compiled_for("avx2", monkeypatch)
+    if not has_kernels:
+        without_kernels(monkeypatch)
+    half = model.fuse(dtype=torch.bfloat16)
+    out = [half(x.bfloat16()) for _ in range(3)]
+    assert out[0].dtype == torch.bfloat16 and torch.equal(out[0], out[2])
+    assert _relative(out[0], expected) <= 1.5 * usual + 1e-2
+    if has_kernels:
+        assert [type(p) for p in half._records._programs.values()] == [Program]
+        with _Products() as products:
+            half(x.bfloat16())
+        assert not products.of_bfloat16, products.of_bfloat16
 
 
 @every_family

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from compiled_kernels import (
     LINEAR_DTYPES,
     PLAIN_ACTIVATIONS,
+    can_run,
     compiled_for,
     emulate_tiles,
     linear_layer,
@@ -54,7 +55,9 @@ def test_is_the_linearlinear_layer(
     if combination != "none":
         other = random(batch, *size, out_features, seed=3).to(dtype)
     scale = random(batch, in_features, seed=4).float() if has_scale else None
-    scaled = x.double() if scale is None else (x * scale[:, None, None]).to(dtype).double()
+    scaled = x.double() if scale is None else x.double() * scale[:, None, None]
+    if native.load("linear").linear_multiplies_bfloat16():
+        scaled = scaled.to(dtype).double()
     activated = PLAIN_ACTIVATIONS[activation](F.linear(scaled, weight, bias))
     expected = _COMBINED[combination](activated, other)
     out = packed_linear(x, *packed, activation, other, combination, scale)
@@ -79,19 +82,27 @@ def test_many_rows_and_few(rows: int, dtype: torch.dtype) -> None:
     assert error < 10 * LINEAR_DTYPES[dtype] * expected.abs().max()
 
 
-@pytest.mark.parametrize("instructions", ["avx2", "portable"])
-def test_other_instruction_sets(instructions: str, monkeypatch, tmp_path) -> None:
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("instructions", ["avx512", "avx2", "portable"])
+def test_other_instruction_sets(instructions: str, dtype: torch.dtype, monkeypatch) -> None:
+    """Those that do not multiply bfloat16 round nothing but the result."""
+    if not can_run(instructions):
+        pytest.skip(f"this CPU has no {instructions}")
     compiled_for(instructions, monkeypatch)
-    x, scale = random(2, 9, 21), random(2, 21, seed=4)
-    weight, bias, packed = linear_layer(21, 27)
-    expected = F.gelu(F.linear(x * scale[:, None], weight, bias))
-    out, energy = packed_linear_energy(x.float(), *packed, "gelu", scale.float())
-    assert (out - expected).abs().max() < 2e-6 * expected.abs().max()
-    assert (energy - expected.square().sum(1)).abs().max() < 2e-6 * energy.max()
+    monkeypatch.setattr(native, "multiplies", lambda dtype: dtype == torch.float32)
+    for in_features, out_features in ((21, 27), (64, 40), (601, 16)):
+        x, scale = random(2, 9, in_features).to(dtype), random(2, in_features, seed=4)
+        weight, bias, packed = linear_layer(in_features, out_features, dtype)
+        expected = F.gelu(F.linear(x.double() * scale[:, None], weight, bias))
+        out, energy = packed_linear_energy(x, *packed, "gelu", scale.float())
+        assert out.dtype == dtype and packed[0].dtype == dtype
+        rounded = 2**-8 * expected.abs() if dtype == torch.bfloat16 else 0
+        assert ((out - expected).abs() - rounded).max() < 2e-6 * expected.abs().max()
+        assert (energy - expected.square().sum(1)).abs().max() < 2e-6 * energy.max()
     assert native.status("linear").instruction_set == instructions
 
 
-@pytest.mark.skipif(torch.bfloat16 not in LINEAR_DTYPES, reason="this CPU multiplies no bfloat16")
+@pytest.mark.skipif(not can_run("avx512bf16"), reason="this CPU does not multiply bfloat16")
 @pytest.mark.parametrize("has_tiles", [False, True])
 def test_bfloat16(has_tiles: bool, monkeypatch, tmp_path) -> None:
     """As on CPUs with AVX512-BF16, without and with AMX; rows of every length, at odd places."""

@@ -7,8 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
-import torch
-from compiled_kernels import LINEAR_DTYPES, emulate_tiles
+from compiled_kernels import can_run, emulate_tiles
 
 _OPS = Path(__file__).parent
 # By the files of their tests. Attention does not multiply by AMX, but where there is some, it does
@@ -40,7 +39,7 @@ def kernels(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(torch.bfloat16 not in LINEAR_DTYPES, reason="this CPU multiplies no bfloat16")
+@pytest.mark.skipif(not can_run("avx512bf16"), reason="tiles are emulated with AVX512-BF16")
 @pytest.mark.parametrize("tests", list(_KERNELS))
 def test_kernels(tests: str, kernels: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     emulate_tiles(monkeypatch, kernels)

@@ -273,6 +273,20 @@ def test_a_machine_without_aims(page: ModuleType, report: Path) -> None:
     assert "missed" not in text and f"]({page.PAGES[1].folder}/models.png)" in text
 
 
+def test_a_machine_held_to_fewer_instructions(page: ModuleType, report: Path) -> None:
+    measured = json.loads(report.read_text())
+    empty = {"machine": {**measured["machine"], "threads": 1}, "results": []}
+    row = measured["results"][0]
+    row.update(model="van_b0", batch=8)
+    row["contenders"]["fused"]["speedup_over"]["original"] = 2.5
+    row["contenders"]["fused+bfloat16"]["speedup_over"]["original"] = 2.625
+    text = page.page(page.PAGES[1], empty, None, None, {"avx2": measured})
+    assert "### AVX2" in text and "### AVX-512" not in text
+    (line,) = (line for line in text.splitlines() if line.startswith("| `van_b0` | 8 | – | "))
+    assert line.endswith(" | original | 2.50× | 2.62× |")
+    assert "fewer instructions" not in page.page(page.PAGES[1], empty, None)
+
+
 @pytest.mark.parametrize("name", ["performance.md", "performance-zen4.md"])
 def test_the_committed_pages_are_generated(page: ModuleType, name: str) -> None:
     (about,) = (about for about in page.PAGES if about.name == name)
