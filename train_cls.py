@@ -46,6 +46,7 @@ class Trainer(TrainingLoop):
     def __init__(
         self, recipe: Recipe, folder: Path, world: World, stop: StopRequest, progress: Progress
     ) -> None:
+        recipe = build.settle_memory_format(recipe, world.device)
         super().__init__(recipe, folder, world, stop, progress)
         splits = open_splits(recipe)
         self.classes, self.multi_label = splits.classes, splits.multi_label

@@ -10,10 +10,11 @@ them, which no model in service does. Halfway all are made anew in the reverse o
     python tools/benchmark.py --models ravlt_t --sizes 224 384 512 768 1024 --modes fused
     python tools/benchmark.py --compare runs/benchmark.json --output runs/benchmark_new
 
-A mode is one of eager, fused, compile and fused+compile, in the row's dtype or, with ``+bfloat16``,
-in that one. ``--against`` names an importable module or a Python file with a function
-``create_model(name)``, which returns its model of our name, or None where it has none; ``timm`` and
-``birder`` are known. Its label in the report is the module's or file's name, say ``original``:
+A mode is one of eager, channels_last (eager with its weights in that format), fused, compile and
+fused+compile, in the row's dtype or, with ``+bfloat16``, in that one. ``--against`` names an
+importable module or a Python file with a function ``create_model(name)``, which returns its model
+of our name, or None where it has none; ``timm`` and ``birder`` are known. Its label in the report
+is the module's or file's name, say ``original``:
 
     import sys
 
@@ -62,7 +63,7 @@ __all__ = ["KINDS", "Row", "comparison", "describe", "kind_of", "main", "measure
 
 logger = logging.getLogger("benchmark")
 
-MODES = ("eager", "fused", "compile", "fused+compile")
+MODES = ("eager", "channels_last", "fused", "compile", "fused+compile")
 LOW_PRECISION = "+bfloat16"
 DTYPES = ("float32", "bfloat16")
 MODELS = (
@@ -186,6 +187,8 @@ def _ours(name: str, mode: str, row: Row) -> nn.Module:
     if mode.startswith("fused"):
         model.fuse(dtype=dtype)
     model.to(dtype)
+    if mode.startswith("channels_last"):
+        model.to(memory_format=torch.channels_last)
     return torch.compile(model) if "compile" in mode else model
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 __all__ = ["of_compiled", "of_models"]
 
-FUSED, LOW = "fused", "fused+bfloat16"
+FUSED, LOW, LAST = "fused", "fused+bfloat16", "channels_last"
 # How many times faster than the original, batch 1 and batch 8, the fused model shall be.
 AIMS = {
     "efficientvit_m5": {FUSED: (1.55, 1.75), LOW: (2.5, 4.4)},
@@ -27,7 +27,7 @@ AIM_BATCHES = (1, 8)
 ORIGINAL, OURS = "original", "eager"
 # MedViTV2's original on the kernels that its authors used.
 NATTEN, NATTEN_AIM = "natten_0_17", 10.0
-LABELS = {LOW: "fused, bf16", NATTEN: "original on NATTEN 0.17.3"}
+LABELS = {LAST: "channels last", LOW: "fused, bf16", NATTEN: "original on NATTEN 0.17.3"}
 # What the profile says in words.
 READING = {
     "EfficientViT, SHViT": (
@@ -82,6 +82,10 @@ INTRODUCTION = (
     "the plain layers of a fused model, whose own kernels are the faster ones: fuse or compile. "
     "A dash: there is no such model, it was not measured, or it failed; the JSON says which."
 )
+LAST_FORMAT = (
+    "`channels last` is our plain form with its weights in that memory format, as `train_cls.py` "
+    "trains on a CPU."
+)
 # Reports of the same machine held to fewer instructions → title, and the environment that held it.
 LESSER = {
     "avx512": (
@@ -126,6 +130,8 @@ def of_models(report: dict[str, Any], picture: str, has_aims: bool = True) -> st
     training = [row for row in report["results"] if row["direction"] == "train"]
     if training:
         parts += ["### Training step", _training(training), _orders(training)]
+        if LAST in _names(training):
+            parts.append(LAST_FORMAT)
     parts += [*_growth(forward), *_shares(usual)]
     return "\n\n".join(parts) + "\n"
 
@@ -182,7 +188,7 @@ def _table(head: list[str], rows: list[list[str]]) -> str:
 
 def _names(rows: list[dict[str, Any]]) -> list[str]:
     found = dict.fromkeys(name for row in rows for name in row["contenders"])
-    order = [ORIGINAL, "timm", "birder", OURS, "compile", FUSED, "fused+compile", LOW]
+    order = [ORIGINAL, "timm", "birder", OURS, LAST, "compile", FUSED, "fused+compile", LOW]
     return [*(name for name in order if name in found), *(n for n in found if n not in order)]
 
 
@@ -252,12 +258,15 @@ def _times(rows: list[dict[str, Any]], batch: int, all_aims: Mapping[str, Any]) 
 
 def _training(rows: list[dict[str, Any]]) -> str:
     names = _names(rows)
+    ours = [name for name in (OURS, LAST) if name in names]
+    labels = [LABELS.get(name, name) for name in names]
     return _table(
-        ["ms", "batch", "threads", *names, "ours, times faster than the original"],
+        ["ms", "batch", "threads", *labels]
+        + [f"{LABELS.get(name, name)}, times faster than the original" for name in ours],
         [
             [f"`{row['model']}`", str(row["batch"]), str(row["threads"])]
             + [_ms(row, name) for name in names]
-            + [_judged(_ratio(row, OURS, ORIGINAL), 1.0)]
+            + [_judged(_ratio(row, name, ORIGINAL), 1.0) for name in ours]
             for row in rows
         ],
     )

@@ -225,7 +225,9 @@ class Recipe:
     device: str | None = key("speed", None, "None: a GPU if there is one, otherwise cpu")
     threads: int | None = key("speed", None, "CPU threads per process; None: torch's choice")
     amp: str | None = key("speed", None, "mixed precision", (None, "bf16", "fp16"))
-    channels_last: bool = key("speed", False, "NHWC memory layout")
+    channels_last: bool | None = key(
+        "speed", None, "NHWC memory layout; None: on a CPU without amp, compile and fsdp"
+    )
     compile: bool = key("speed", False, "torch.compile")
     grad_checkpointing: bool = key("speed", False, "recompute activations, to save memory")
     sync_bn: bool = key("speed", False, "BatchNorm statistics over all processes")
