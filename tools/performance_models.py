@@ -78,8 +78,9 @@ INTRODUCTION = (
     "A fused model is what `model.fuse()` gives; `fused, bf16` is "
     "`model.fuse(dtype=torch.bfloat16)`, compared with the others in float32. `original` is the "
     "code of the authors, `timm` and `birder` (0.8.4) are those libraries' models. MedViTV2's "
-    "`original` gathers the windows of its neighborhood attention. {natten}`torch.compile` takes "
-    "the plain layers of a fused model, whose own kernels are the faster ones: fuse or compile. "
+    "`original`, where there is one, gathers the windows of its neighborhood attention. {natten}"
+    "`torch.compile` takes the plain layers of a fused model, whose own kernels are the faster "
+    "ones: fuse or compile. "
     "A dash: there is no such model, it was not measured, or it failed; the JSON says which."
 )
 LAST_FORMAT = (
@@ -101,10 +102,10 @@ LESSER = {
 LESSER_INTRODUCTION = (
     "The same machine, where oneDNN, MKL, torch and our kernels use less than it has: ratios tell "
     "of CPUs that have no more, times do not. Where a CPU does not multiply bfloat16, torch takes "
-    "3 to 30 times as long for it as for float32; fused layers make it float32 on the way, from "
-    "maps and weights of half the size."
+    "longer for it than for float32, on AVX2 many times as long; fused layers make it float32 on "
+    "the way, from maps and weights of half the size."
 )
-ON_NATTEN = "Beside it stands the same code on NATTEN 0.17.3's kernels for the CPU. "
+ON_NATTEN = "`original on NATTEN 0.17.3` is its code on those kernels for the CPU. "
 
 
 def of_models(report: dict[str, Any], picture: str, has_aims: bool = True) -> str:
