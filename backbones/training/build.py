@@ -75,6 +75,9 @@ def settle_memory_format(recipe: Recipe, device: torch.device) -> Recipe:
 
     Not in bfloat16: of strided depthwise convolutions with channels last, on a map of one pixel,
     oneDNN leaves parts of the weights' gradient unwritten (torch 2.13).
+
+    Returns:
+        The recipe itself where it says what it wants, else a copy.
     """
     if recipe.channels_last is not None:
         return recipe

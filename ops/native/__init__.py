@@ -9,6 +9,7 @@ Environment variables:
 
 - ``VISION_BACKBONES_NATIVE=0``: never compile or load a kernel.
 - ``VISION_BACKBONES_NATIVE_ISA=amx|avx512bf16|avx512|avx2|portable``: at most this instruction set.
+  With avx512 or avx2, inference layers leave no bfloat16 to torch's products either.
 - ``VISION_BACKBONES_CACHE_DIR``: where compiled kernels are kept (a ``native`` folder in it).
 - ``CXX``: the compiler, tried before ``c++``, ``g++`` and ``clang++``.
 """
