@@ -28,7 +28,7 @@ from ops.attention.window import OverlappingWindowAttention, WindowAttention
 from ops.conv import InceptionDWConv2d
 from ops.inference import attention as fast_attention
 from ops.inference import conv as fast_conv
-from ops.inference import factorized, kan, layers, mlp, norm, stem, window
+from ops.inference import factorized, kan, layers, mlp, norm, pooling, stem, window
 from ops.inference import mobile as fast_mobile
 from ops.inference.recorded import Recorded, recorded_form
 from ops.kan import KANLayer
@@ -128,6 +128,7 @@ def _forms() -> dict[type[nn.Module], type[nn.Module]]:
         mobile.ConvFFN: fast_mobile.FastConvFFN,
         mobile.ExpandMerging: fast_mobile.FastExpandMerging,
         mobile.Residual: fast_mobile.FastResidual,
+        nn.AdaptiveAvgPool2d: pooling.FastAdaptiveAvgPool2d,
         nn.LayerNorm: norm.FastLayerNorm,
         timm.layers.ConvMlp: mlp.FastConvMlp,
         timm.layers.LayerNorm2d: norm.FastLayerNorm2d,

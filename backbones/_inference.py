@@ -84,11 +84,11 @@ class VANConvMlp(NormedMlp, van.ConvMlp):
         return self.dwconv
 
 
-class VANBlock(van.Block):
-    """Scale and addition of the attention in one pass; the MLP adds its shortcut."""
+class VANBlock(van.FoldedBlock):
+    """The scaled shortcut in one pass; the MLP adds the other one."""
 
     def forward(self, x: Tensor) -> Tensor:
-        x = torch.addcmul(x, self.attn(self.norm1(x)), self.ls1.gamma.view(1, -1, 1, 1))
+        x = torch.addcmul(self.attn(x), x, self.scale.view(1, -1, 1, 1))
         return self.mlp(x, x)
 
 
@@ -97,6 +97,6 @@ FORMS: dict[type[Any], type[Any]] = {
     inception_next.Block: InceptionNeXtBlock,
     unireplknet.Block: UniRepLKNetBlock,
     van.Attention: VANAttention,
-    van.Block: VANBlock,
+    van.FoldedBlock: VANBlock,
     van.ConvMlp: VANConvMlp,
 }

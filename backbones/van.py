@@ -28,7 +28,7 @@ from backbones._registry import build_model, register
 from ops.attention.large_kernel import LargeKernelAttention
 from ops.conv import ConvNorm
 from ops.init import init_fan_out
-from ops.reparam import fold_norm_before, fold_scale_after
+from ops.reparam import fold_norm_before, fold_scale_after, norm_affine
 
 __all__ = ["VAN"]
 
@@ -72,9 +72,6 @@ class Block(nn.Module):
     (B, dim, H, W) → (B, dim, H, W).
     """
 
-    norm2: nn.Module
-    ls2: nn.Module
-
     def __init__(
         self, dim: int, mlp_ratio: float, drop: float, drop_path: float, layer_scale: float
     ) -> None:
@@ -92,15 +89,36 @@ class Block(nn.Module):
         return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
 
     def fuse(self) -> nn.Module:
-        """Norm and layer scale of the MLP go into its pointwise convolutions.
+        """Norms and layer scales go into the pointwise convolutions; see :class:`FoldedBlock`."""
+        norms = isinstance(self.norm1, nn.BatchNorm2d) and isinstance(self.norm2, nn.BatchNorm2d)
+        return FoldedBlock(self) if norms else self
 
-        Those of the attention stay: its shortcut carries them too.
-        """
-        if isinstance(self.norm2, nn.BatchNorm2d) and isinstance(self.ls2, LayerScale2d):
-            self.mlp.fc1 = fold_norm_before(self.norm2, self.mlp.fc1)
-            self.mlp.fc2 = fold_scale_after(self.mlp.fc2, self.ls2.gamma)
-            self.norm2, self.ls2 = nn.Identity(), nn.Identity()
-        return self
+
+class FoldedBlock(nn.Module):
+    """What a block computes in eval mode, with its norms and layer scales folded.
+
+    (B, dim, H, W) → (B, dim, H, W). The shortcut within the attention passes norm and layer scale,
+    too: ``x + ls1(attn(norm1(x)))`` is ``folded_attn(x) + scale * x``.
+
+    Args:
+        block: gives its attention and MLP, whose pointwise convolutions are replaced.
+    """
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        scale, shift = norm_affine(block.norm1)
+        gamma = block.ls1.gamma.detach()
+        attn, mlp = block.attn, block.mlp
+        attn.proj_in = fold_norm_before(block.norm1, attn.proj_in)
+        attn.proj_out = fold_scale_after(attn.proj_out, gamma, gamma * shift.detach())
+        mlp.fc1 = fold_norm_before(block.norm2, mlp.fc1)
+        mlp.fc2 = fold_scale_after(mlp.fc2, block.ls2.gamma)
+        self.attn, self.mlp = attn, mlp
+        self.scale = nn.Parameter(gamma * scale.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.attn(x) + x * self.scale.view(1, -1, 1, 1)
+        return x + self.mlp(x)
 
 
 class VAN(StagedBackbone):

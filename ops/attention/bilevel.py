@@ -10,7 +10,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-__all__ = ["BiLevelRoutingAttention", "bilevel_routing_attention", "route_regions"]
+__all__ = [
+    "BiLevelRoutingAttention",
+    "bilevel_routing_attention",
+    "nearest_regions",
+    "route_regions",
+]
 
 
 def bilevel_routing_attention(
@@ -86,8 +91,23 @@ def route_regions(query: Tensor, key: Tensor, region_size: tuple[int, int], topk
     """
     # Half precision would find regions equally near that are not.
     wide = torch.promote_types(query.dtype, torch.float32)
-    query_mean, key_mean = (_region_means(t.detach(), region_size).to(wide) for t in (query, key))
-    affinity = (query_mean * query.shape[-1] ** -0.5).transpose(1, 2) @ key_mean
+    query_mean, key_mean = (
+        _region_means(t.detach(), region_size).to(wide).transpose(1, 2) for t in (query, key)
+    )
+    return nearest_regions(query_mean, key_mean, topk)
+
+
+def nearest_regions(query_mean: Tensor, key_mean: Tensor, topk: int) -> Tensor:
+    """As :func:`route_regions`, from the regions' means.
+
+    Args:
+        query_mean, key_mean: (B, R, qk_dim), float32 at least.
+        topk: at most R.
+
+    Returns:
+        (B, R, topk).
+    """
+    affinity = (query_mean * query_mean.shape[-1] ** -0.5) @ key_mean.transpose(1, 2)
     return affinity.topk(topk, dim=-1, sorted=False).indices
 
 

@@ -11,7 +11,7 @@ from torch import Tensor
 from ops.attention.bilevel import (
     BiLevelRoutingAttention,
     bilevel_routing_attention,
-    route_regions,
+    nearest_regions,
 )
 from ops.attention.hilo import HiLoAttention
 from ops.attention.large_kernel import LargeKernelAttention
@@ -20,6 +20,7 @@ from ops.attention.rank_augmented import RankAugmentedAttention, Rotary, rotary_
 from ops.inference import gated_attention, grouped_attention, linear_attention
 from ops.inference.grouped_attention import split_heads
 from ops.inference.layers import FastLayer, PackedLinear, runs_fast
+from ops.inference.pooling import window_means
 from ops.native import multiplies
 
 __all__ = [
@@ -72,7 +73,12 @@ class FastBiLevelRoutingAttention(BiLevelRoutingAttention):
             return bilevel_routing_attention(
                 query, key, value, self.num_heads, region_size, self.topk
             )
-        routes = route_regions(query, key, region_size, self.topk)
+        # Half precision would find regions equally near that are not.
+        wide = torch.promote_types(query.dtype, torch.float32)
+        query_mean, key_mean = (
+            window_means(t, region_size).flatten(1, 2).to(wide) for t in (query, key)
+        )
+        routes = nearest_regions(query_mean, key_mean, self.topk)
         q, k, v = (t.flatten(1, 2).unflatten(2, (self.num_heads, -1)) for t in (query, key, value))
         rows = _region_rows(height, width, region_size)
         out = grouped_attention.attend_regions(q, k, v, rows, routes, dim**-0.5)
@@ -124,9 +130,9 @@ class FastHiLoAttention(FastLayer, HiLoAttention):
             if low.window_size == 1:
                 query, key, value = split_heads(of_low, 3, low.num_heads)
             else:
-                coarse = F.avg_pool2d(x.permute(0, 3, 1, 2), low.window_size)
+                coarse = window_means(x, (low.window_size, low.window_size))
                 (query,) = split_heads(of_low, 1, low.num_heads)
-                key, value = split_heads(low.kv(coarse.permute(0, 2, 3, 1)), 2, low.num_heads)
+                key, value = split_heads(low.kv(coarse), 2, low.num_heads)
             grouped_attention.attend(query, key, value, out)
 
     def sources(self) -> list[Tensor]:

@@ -19,6 +19,7 @@ from ops.depthwise import (
     unsupported,
 )
 from ops.inference.layers import FastConv2d, FastLayer
+from ops.inference.pooling import takes, window_means
 from ops.native import multiplies
 from ops.native.eager import Repeats
 
@@ -59,17 +60,13 @@ class PackedDepthwise:
 class FastDepthwiseConv2d(FastConv2d):
     """As :class:`FastConv2d`, by our own kernel where that is the faster one."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        own, packed = self.derived(x) or (None, None)
-        if own is not None and (packed is None or x.numel() <= _SMALL_MAP):
-            return own(x, self.activation)
-        return self._by_onednn(x, packed)
+    def suits_kernel(self, x: Tensor) -> bool:
+        return x.numel() <= _SMALL_MAP
 
-    def derive(self, x: Tensor) -> tuple[PackedDepthwise | None, Any]:
-        """For our kernel and, unless that is faster on any map, for oneDNN."""
+    def derive(self, x: Tensor) -> tuple[Any, Any]:
         if unsupported(self.stride, x.device, x.dtype) is not None:
-            return None, super().derive(x)
-        return PackedDepthwise(self), super().derive(x) if self._suits_onednn(x) else None
+            return None, self.for_onednn(x)
+        return PackedDepthwise(self), self.for_onednn(x) if self._suits_onednn(x) else None
 
     def _suits_onednn(self, x: Tensor) -> bool:
         rows, columns = self.kernel_size
@@ -118,5 +115,9 @@ class FastSqueezeExcite(SqueezeExcite):
 
     def gates(self, x: Tensor) -> Tensor:
         """What the channels are to be multiplied by: (B, dim, H, W) → (B, dim)."""
-        squeezed = x.permute(0, 2, 3, 1).flatten(1, 2).mean(1)
+        pixels = x.permute(0, 2, 3, 1)
+        if takes(x):
+            squeezed = window_means(pixels, (x.shape[2], x.shape[3])).flatten(1)
+        else:
+            squeezed = pixels.flatten(1, 2).mean(1)
         return self.gate(self.fc2.on_last(self.act(self.fc1.on_last(squeezed))))

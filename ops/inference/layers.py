@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ops import linear as native_linear
 from ops import native
+from ops.inference import convolution
 from ops.native.eager import Repeats
 
 __all__ = [
@@ -59,6 +60,10 @@ _CALLS = (
 )
 # Up to this many rows our linear kernel, which fetches weights ahead, is the faster one.
 _FEW_ROWS = {torch.float32: 2048, torch.bfloat16: 512}
+# And from so few features, or to so few, with any number of rows.
+_NARROW = 32
+# Of fewer channels windows take long to copy.
+_FEWEST_CHANNELS = 16
 
 
 @functools.cache
@@ -217,8 +222,9 @@ class PackedLinear:
     def packed_for(self, x: Tensor, activation: str) -> tuple[Tensor, Tensor] | None:
         """What our kernel wants of weight and bias, if it is the faster one for such ``x``."""
         rows = x.numel() // max(1, x.shape[-1])
-        few = rows <= self._few_rows or activation == "gelu" and x.dtype == torch.bfloat16
-        return self._packed() if self._has_kernel and few and x.ndim > 1 else None
+        own = rows <= self._few_rows or min(self._weight.shape) <= _NARROW
+        own |= activation == "gelu" and x.dtype == torch.bfloat16
+        return self._packed() if self._has_kernel and own and x.ndim > 1 else None
 
     def _prepare(
         self, x: Tensor, residual: Tensor | None, activation: str
@@ -344,10 +350,23 @@ class FastPointwiseConv2d(ActivatedLayer, nn.Conv2d):
 
 
 class FastConv2d(ActivatedLayer, nn.Conv2d):
-    """``activation(conv(x))`` in channels-last, (B, C, H, W) → (B, C', H', W')."""
+    """``activation(conv(x))`` in channels-last, (B, C, H, W) → (B, C', H', W').
+
+    Between the stages of a network oneDNN waits for weights; few windows are copied and go through
+    our linear kernel.
+    """
 
     def forward(self, x: Tensor) -> Tensor:
-        return self._by_onednn(x, self.derived(x))
+        own, packed = self.derived(x) or (None, None)
+        if own is not None and (packed is None or self.suits_kernel(x)):
+            return own(x, self.activation)
+        return self._by_onednn(x, packed)
+
+    def suits_kernel(self, x: Tensor) -> bool:
+        """Whether our kernel, where there is one, is faster than oneDNN's."""
+        strides: Any = self.stride
+        pixels = len(x) * (x.shape[2] // strides[0]) * (x.shape[3] // strides[1])
+        return pixels <= _FEW_ROWS[x.dtype]
 
     def _by_onednn(self, x: Tensor, packed: tuple[Tensor, Tensor | None] | None) -> Tensor:
         if packed is None:
@@ -363,7 +382,16 @@ class FastConv2d(ActivatedLayer, nn.Conv2d):
         )
         return out.to(x.dtype)
 
-    def derive(self, x: Tensor) -> Any:
+    def derive(self, x: Tensor) -> tuple[Any, Any]:
+        """For our kernel and for oneDNN, or None where one is never wanted."""
+        strided = self.groups == 1 and self.dilation == (1, 1) and self.stride != (1, 1)
+        own = strided and self.in_channels >= _FEWEST_CHANNELS and native.multiplies(x.dtype)
+        if not own or convolution.unsupported(x.device, x.dtype) is not None:
+            return None, self.for_onednn(x)
+        return convolution.PackedConv2d(self), self.for_onednn(x)
+
+    def for_onednn(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Packed weight and bias."""
         dtype = computed_in(x.dtype)
         packed = torch.ops.mkldnn._reorder_convolution_weight(
             self.weight.detach().to(dtype, memory_format=torch.channels_last),

@@ -8,6 +8,7 @@
 #include <cstdint>
 #include <cstring>
 #include "activation.h"
+#include "depthwise_square.h"
 #include "lanes.h"
 #include "linear.h"
 #include "norm.h"
@@ -49,62 +50,11 @@ template <class T>
 constexpr int64_t STRIP = 96 * 1024;
 template <>
 constexpr int64_t STRIP<BFloat16> = 48 * 1024;
-constexpr int RUN = 8;  // pixels whose sums are in registers
 
 template <class T>
 struct Scratch {
-  Room<T> normed, hidden, mixed, zeros;
-  int64_t zero_values = 0;
+  Room<T> normed, hidden, mixed;
 };
-
-// ---- convolution -------------------------------------------------------------------------------
-// One vector of channels of an output row; `rows` are the three input rows at those channels.
-template <class T>
-struct Row {
-  const T* rows[3];
-  ptrdiff_t pitch;  // from pixel to pixel
-  T* out;
-  ptrdiff_t out_pitch;
-  int64_t activation;
-};
-
-template <int N, class T>
-static VB_INLINE void convolve(const Row<T>& row, const F (&taps)[9], F bias, int64_t x, int first,
-                               int last) {
-  F sum[N];
-  VB_UNROLL
-  for (int i = 0; i < N; i++) sum[i] = bias;
-  VB_UNROLL
-  for (int r = 0; r < 3; r++) {
-    const T* in = row.rows[r] + (x - 1) * row.pitch;
-    VB_UNROLL
-    for (int k = 0; k < 3; k++) {
-      if (k < first || k > last) continue;
-      VB_UNROLL
-      for (int i = 0; i < N; i++) {
-        sum[i] = simd::fma(taps[3 * r + k], simd::load_as_float(in + (i + k) * row.pitch), sum[i]);
-      }
-    }
-  }
-  if (row.activation != activation::NONE) activation::apply(sum, N, row.activation);
-  VB_UNROLL
-  for (int i = 0; i < N; i++) {
-    simd::store_from_float(row.out + (x + i) * row.out_pitch, sum[i]);
-  }
-}
-
-template <class T>
-static void convolve_row(const Row<T>& row, const F (&taps)[9], F bias, int64_t width) {
-  if (width == 1) {
-    convolve<1>(row, taps, bias, 0, 1, 1);
-    return;
-  }
-  convolve<1>(row, taps, bias, 0, 1, 2);
-  int64_t x = 1;
-  for (; x + RUN < width; x += RUN) convolve<RUN>(row, taps, bias, x, 0, 2);
-  for (; x + 1 < width; x++) convolve<1>(row, taps, bias, x, 0, 2);
-  convolve<1>(row, taps, bias, x, 0, 1);
-}
 
 // ---- strips ------------------------------------------------------------------------------------
 struct Range {
@@ -198,37 +148,32 @@ struct Task {
     linear::forward_of<T>(problem, tensors);
   }
 
-  // Into a map of a span of channels.
+  // Into a map of a span of channels. Those of one vector after the other: their rows stay in the
+  // first-level cache.
   void mix(int64_t c, const T* map, Range seen, Range strip, T* out) const {
-    const int64_t step = pitch(p.chunk), row = p.width * step, width = channels(c);
-    const int64_t out_step = pitch(p.span);
-    const T* zeros = zero_row(row);
+    const int64_t step = pitch(p.chunk), out_step = pitch(p.span), width = channels(c);
+    const int64_t runs = (p.width + depthwise::RUN_PIXELS - 1) / depthwise::RUN_PIXELS;
     for (int64_t v = 0; v < width; v += W) {
-      const int lanes = static_cast<int>(std::min<int64_t>(W, width - v));
       const int64_t channel = c * p.chunk + v;
-      F taps[9];
-      for (int k = 0; k < 9; k++) taps[k] = simd::get(t.taps + k * p.hidden + channel, lanes);
-      const F bias = simd::get(t.conv_bias + channel, lanes);
+      const int lanes = static_cast<int>(std::min<int64_t>(W, width - v));
+      depthwise::Square<T> s{{},      step,  false, false, t.taps + channel, p.hidden,
+                             t.conv_bias + channel, nullptr, out_step, lanes, p.conv_activation};
       for (int64_t y = strip.begin; y < strip.end; y++) {
-        T* to = out + (y - strip.begin) * p.width * out_step + v;
-        Row<T> of{{}, step, to, out_step, p.conv_activation};
-        for (int r = 0; r < 3; r++) {
-          const int64_t above = y - 1 + r;
-          const bool inside = above >= seen.begin && above < seen.end;
-          of.rows[r] = (inside ? map + (above - seen.begin) * row : zeros) + v;
+        for (int64_t i = 0; i < runs; i++) {
+          const linear::Range run = linear::share(p.width, i, runs);
+          s.has_first = run.begin > 0;
+          s.has_last = run.end < p.width;
+          for (int r = 0; r < 3; r++) {
+            const int64_t above = y - 1 + r;
+            const bool inside = above >= seen.begin && above < seen.end;
+            const int64_t pixel = (above - seen.begin) * p.width + run.begin - 1;
+            s.rows[r] = inside ? map + pixel * step + v : nullptr;
+          }
+          s.out = out + ((y - strip.begin) * p.width + run.begin) * out_step + v;
+          depthwise::square_of<T>(run.end - run.begin, 1, lanes == W)(s);
         }
-        convolve_row(of, taps, bias, p.width);
       }
     }
-  }
-
-  const T* zero_row(int64_t values) const {
-    T* row = s.zeros.of(values);
-    if (s.zero_values < values) {
-      std::fill_n(row, values, T{});
-      s.zero_values = values;
-    }
-    return row;
   }
 
   // Adds what some of the inputs of the second layer give.
