@@ -13,8 +13,9 @@ them, which no model in service does. Halfway all are made anew in the reverse o
 A mode is one of eager, channels_last (eager with its weights in that format), fused, compile and
 fused+compile, in the row's dtype or, with ``+bfloat16``, in that one. ``--against`` names an
 importable module or a Python file with a function ``create_model(name)``, which returns its model
-of our name, or None where it has none; ``timm`` and ``birder`` are known. Its label in the report
-is the module's or file's name, say ``original``:
+of our name, or None where it has none; ``timm`` and ``birder`` are known, as are ``onnxruntime``,
+``openvino`` and ``openvino_bf16``, which run our model's ONNX file. Its label in the report is the
+module's or file's name, say ``original``:
 
     import sys
 
@@ -46,6 +47,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +56,7 @@ import torch
 from benchmark_report import comparison, describe, draw, row_key, table
 from measuring import PeakMemory, load_report, machine, steady, write
 from op_kinds import KINDS, kind_of, time_by_kind
+from runtimes import RUNTIMES
 from torch import Tensor, nn
 
 import backbones
@@ -109,7 +112,7 @@ def peer(name: str) -> tuple[str, Create]:
     Raises:
         ValueError: no such module or file, or one without ``create_model``.
     """
-    known: dict[str, Create] = {"timm": create_timm, "birder": create_birder}
+    known: dict[str, Create] = {"timm": create_timm, "birder": create_birder, **RUNTIMES}
     if name in known:
         return name, known[name]
     if name.endswith(".py"):
@@ -282,7 +285,16 @@ def measure(
             results[name]["time_by_kind"] = time_by_kind(runs[name])
     gflops = {dtype: peak / 1e9 for dtype, peak in peaks.items()}
     facts = {"macs": macs, "matmul_gflops": gflops, "orders": min(rounds, 2)}
+    facts["versions"] = {label: version(label) for label in peers if _is_installed(label)}
     return {**row.key, **facts, "contenders": results}
+
+
+def _is_installed(label: str) -> bool:
+    """Whether a package has that name; modules and files of one's own have no version."""
+    try:
+        return bool(version(label))
+    except PackageNotFoundError:
+        return False
 
 
 def _matmul(dtype: str) -> Callable[[], Tensor]:

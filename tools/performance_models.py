@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["of_compiled", "of_models"]
+__all__ = ["of_compiled", "of_lesser", "of_models", "of_runtimes"]
 
 FUSED, LOW, LAST = "fused", "fused+bfloat16", "channels_last"
 # How many times faster than the original, batch 1 and batch 8, the fused model shall be.
@@ -27,7 +27,16 @@ AIM_BATCHES = (1, 8)
 ORIGINAL, OURS = "original", "eager"
 # MedViTV2's original on the kernels that its authors used.
 NATTEN, NATTEN_AIM = "natten_0_17", 10.0
-LABELS = {LAST: "channels last", LOW: "fused, bf16", NATTEN: "original on NATTEN 0.17.3"}
+LABELS = {
+    LAST: "channels last",
+    LOW: "fused, bf16",
+    NATTEN: "original on NATTEN 0.17.3",
+    "onnxruntime": "ONNX Runtime",
+    "openvino": "OpenVINO",
+    "openvino_bf16": "OpenVINO, bf16",
+}
+# Fused models are compared with runtimes that compute in the same dtype.
+RUNTIMES = {FUSED: ("onnxruntime", "openvino"), LOW: ("openvino_bf16",)}
 # What the profile says in words.
 READING = {
     "EfficientViT, SHViT": (
@@ -153,6 +162,35 @@ def of_compiled(report: dict[str, Any]) -> str:
                 "One image, one thread, float32; kernels older than those above, and a turn was a "
                 "single call, which found colder caches.",
                 _table(head, rows),
+            ]
+        )
+        + "\n"
+    )
+
+
+def of_runtimes(report: dict[str, Any]) -> str:
+    """Beside other runtimes, from a report of its own."""
+    versions = {k: v for row in report["results"] for k, v in row["versions"].items()}
+    pairs = [(ours, theirs) for ours, others in RUNTIMES.items() for theirs in others]
+    names = [FUSED, *RUNTIMES[FUSED], LOW, *RUNTIMES[LOW]]
+    rows = [
+        [f"`{row['model']}`", str(row["batch"]), str(row["threads"])]
+        + [_ms(row, name) for name in names]
+        + [_judged(_ratio(row, ours, theirs), 1.0) for ours, theirs in pairs]
+        for row in report["results"]
+    ]
+    labels = [LABELS.get(name, name) for name in names]
+    ratios = [f"{LABELS.get(ours, ours)}, than {LABELS[theirs]}" for ours, theirs in pairs]
+    return (
+        "\n\n".join(
+            [
+                "## Beside ONNX Runtime and OpenVINO",
+                f"ONNX Runtime {versions['onnxruntime']} and OpenVINO {versions['openvino']} run "
+                "the file that `vision-backbones export --fused` writes, with norms and branches "
+                "folded. The last columns say how many times faster the fused model is, and that "
+                "it shall be no slower. A dash: the runtime refuses the file; the JSON says why.",
+                _table(["ms", "batch", "threads", *labels, *ratios], rows),
+                _orders(report["results"]),
             ]
         )
         + "\n"

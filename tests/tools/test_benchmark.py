@@ -25,7 +25,7 @@ def tool() -> Iterator[ModuleType]:
         yield module
     finally:
         sys.path.remove(str(TOOLS))
-        for name in ("measuring", "benchmark_report", "op_kinds", "performance_models"):
+        for name in ("measuring", "benchmark_report", "op_kinds", "performance_models", "runtimes"):
             sys.modules.pop(name, None)
 
 
@@ -292,3 +292,26 @@ def test_the_committed_pages_are_generated(page: ModuleType, name: str) -> None:
     (about,) = (about for about in page.PAGES if about.name == name)
     text = (page.DOCS / name).read_text()
     assert text == page.generate(about) and "## Neighborhood attention" in text
+
+
+def test_other_runtimes_run_our_model(tool: ModuleType) -> None:
+    row = tool.Row("shvit_s1", 48, 2, 1, "float32", "forward")
+    images = row.images(2)
+    torch.manual_seed(0)
+    expected = tool.backbones.create_model("shvit_s1").eval()(images)
+    labels = {"onnxruntime": 1e-4, "openvino": 1e-4, "openvino_bf16": 0.1}
+    for label, tolerance in labels.items():
+        exported = tool.peer(label)[1]("shvit_s1").eval()
+        error = (exported(images) - expected).abs().max() / expected.abs().max()
+        assert exported(images).dtype == torch.float32 and error < tolerance, label
+    measured = tool.measure(
+        row, ["fused"], dict(map(tool.peer, labels)), rounds=2, seconds=1, turn_seconds=0.001
+    )
+    assert measured["contenders"]["fused"]["speedup_over"].keys() == labels.keys()
+    assert measured["versions"].keys() == {"onnxruntime", "openvino"}
+
+
+def test_other_runtimes_do_not_train(tool: ModuleType) -> None:
+    row = tool.Row("shvit_s1", 48, 2, 1, "float32", "train")
+    measured = tool.measure(row, [], dict([tool.peer("onnxruntime")]), rounds=1, seconds=1)
+    assert "skipped" in measured["contenders"]["onnxruntime"]

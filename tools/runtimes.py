@@ -1,0 +1,86 @@
+"""Our models in other runtimes, as contenders of ``benchmark.py``: ONNX Runtime and OpenVINO.
+
+Each runs the ONNX file that ``vision-backbones export --fused`` would write: norms and branches are
+folded, kernels are the runtime's.
+"""
+
+from __future__ import annotations
+
+import functools
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import backbones
+from backbones.cli import exporting
+
+__all__ = ["RUNTIMES", "Exported"]
+
+Run = Callable[[Tensor], Tensor]
+
+
+class Exported(nn.Module):
+    """A model that another runtime runs, in eval mode only: (B, 3, H, W) → its output.
+
+    It is exported when it is first called, for inputs of that shape and as many threads as torch
+    has then.
+
+    Args:
+        name: of the model.
+        start: from an ONNX file and a number of threads to what runs it.
+    """
+
+    def __init__(self, name: str, start: Callable[[Path, int], Run]) -> None:
+        super().__init__()
+        self._name, self._start = name, start
+        self._run: Run | None = None
+
+    def forward(self, images: Tensor) -> Tensor:
+        if self.training:
+            raise NotImplementedError("other runtimes do not train")
+        if self._run is None:
+            path = _exported(self._name, tuple(images.shape))
+            self._run = self._start(path, torch.get_num_threads())
+        return self._run(images)
+
+
+@functools.cache
+def _folder() -> tempfile.TemporaryDirectory[str]:
+    """For files as long as the process runs."""
+    return tempfile.TemporaryDirectory()
+
+
+@functools.lru_cache(maxsize=2)
+def _exported(name: str, shape: tuple[int, ...]) -> Path:
+    path = Path(_folder().name) / "model.onnx"
+    torch.manual_seed(0)
+    model = backbones.create_model(name).eval().fuse(channels_last=False)
+    exporting.save_onnx(exporting.trace(model, shape, dynamic=False), path)
+    return path
+
+
+def _openvino(precision: str, path: Path, threads: int) -> Run:
+    import openvino
+
+    options = {
+        "INFERENCE_NUM_THREADS": threads,
+        "NUM_STREAMS": 1,
+        "INFERENCE_PRECISION_HINT": precision,
+    }
+    request = openvino.Core().compile_model(str(path), "CPU", options).create_infer_request()
+
+    def run(images: Tensor) -> Tensor:
+        return torch.from_numpy(request.infer({0: images.numpy()}, share_inputs=True)[0].copy())
+
+    return run
+
+
+# By their labels. OpenVINO takes and gives float32 also where it computes in bfloat16.
+RUNTIMES: dict[str, Callable[[str], nn.Module]] = {
+    "onnxruntime": lambda name: Exported(name, exporting.onnx_runner),
+    "openvino": lambda name: Exported(name, functools.partial(_openvino, "f32")),
+    "openvino_bf16": lambda name: Exported(name, functools.partial(_openvino, "bf16")),
+}
