@@ -56,7 +56,7 @@ READING = {
     "VAN": (
         "Feed-forwards, whose depthwise convolution is part of one pass when fused; depthwise "
         "convolutions, that one and those of 5×5 and dilated 7×7, take a third of the plain "
-        "form's time."
+        "form's time. No norm is left but those between the stages."
     ),
     "BiFormer": (
         "Linear layers, then attention to the regions that were chosen; they are attended to where "

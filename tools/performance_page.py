@@ -52,10 +52,11 @@ PAGES = (
         "performance.md",
         "# Performance\n\nAn Intel Xeon with AMX; [an AMD without](performance-zen4.md) has a page "
         "of its own. Since this one was measured, MedViTV2's Kolmogorov-Arnold layers, LITv2's "
-        "merging in bfloat16, HAT's windows, BiFormer's small regions and VAN's feed-forwards have "
-        "got kernels, neighborhood attention, in bfloat16 above all, norms and small layers have "
-        "become quicker, and calls of fused models are recorded, which saves small networks a "
-        "tenth to a third of their time at one image.",
+        "merging in bfloat16, HAT's windows, BiFormer's small regions, VAN's feed-forwards, "
+        "strided convolutions between stages and pooling have got kernels, neighborhood "
+        "attention, in bfloat16 above all, norms and small layers have become quicker, VAN folds "
+        "all its norms, and calls of fused models are recorded, which saves small networks a tenth "
+        "to a third of their time at one image.",
         "performance",
     ),
     Page(

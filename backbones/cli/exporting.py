@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from backbones.cli.common import CommandError
@@ -114,7 +115,7 @@ def save_onnx(
     try:
         with _silence(), torch.no_grad():
             made = torch.onnx.export(
-                program,
+                program.run_decompositions(_decompositions()),
                 (),
                 dynamo=True,
                 verbose=False,
@@ -128,6 +129,46 @@ def save_onnx(
     made.model.metadata_props.update(metadata or {})
     weights = sum(t.nbytes for t in program.state_dict.values())
     made.save(path, external_data=weights > _LARGEST_FILE)
+
+
+def _decompositions() -> dict[Any, Callable[..., Any]]:
+    """What becomes of operators that ONNX knows, but few runtimes."""
+    import torchvision  # noqa: F401 (brings its operators)
+
+    return {torch.ops.torchvision.deform_conv2d.default: _sampled_deform_conv2d}
+
+
+def _sampled_deform_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    bias: Tensor,
+    stride_h: int,
+    stride_w: int,
+    pad_h: int,
+    pad_w: int,
+    dilation_h: int,
+    dilation_w: int,
+    groups: int,
+    offset_groups: int,
+    use_mask: bool,
+) -> Tensor:
+    """``torchvision::deform_conv2d`` without masks and groups: each tap samples a map."""
+    assert not use_mask and groups == offset_groups == 1
+    height, width = x.shape[2:]
+    rows = torch.arange(offset.shape[2], device=x.device).view(-1, 1) * stride_h - pad_h
+    columns = torch.arange(offset.shape[3], device=x.device) * stride_w - pad_w
+    taps = []
+    for tap in range(weight.shape[2] * weight.shape[3]):
+        down, right = divmod(tap, weight.shape[3])
+        y = offset[:, 2 * tap] + (rows + down * dilation_h)
+        x_ = offset[:, 2 * tap + 1] + (columns + right * dilation_w)
+        # -1 and 1 are the outer edges of the map.
+        grid = torch.stack(((2 * x_ + 1) / width - 1, (2 * y + 1) / height - 1), dim=-1)
+        taps.append(F.grid_sample(x, grid, align_corners=False))
+    flat = weight.permute(0, 2, 3, 1).flatten(1)[:, :, None, None]
+    return F.conv2d(torch.cat(taps, dim=1), flat, bias)
 
 
 def program_runner(path: Path) -> Run:

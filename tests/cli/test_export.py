@@ -8,8 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import openvino
 import pytest
 import torch
+import torchvision
 from PIL import Image
 from torch import Tensor
 from zoo import FAMILIES, randomise, small
@@ -212,3 +214,33 @@ def test_options_have_defaults() -> None:
     options = parser.parse_args(["van_b0", "--out", "x.onnx"])
     assert not (options.dynamic or options.int8 or options.fused)
     assert options.batch == 1
+
+
+def test_deformable_convolutions_become_what_more_runtimes_know(tmp_path: Path) -> None:
+    """OpenVINO has no DeformConv."""
+    model = randomise(small("litv2")).eval()
+    images = torch.randn(2, 3, 64, 96)
+    exporting.save_onnx(exporting.trace(model, images.shape, dynamic=False), tmp_path / "m.onnx")
+    operators = {node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node}
+    assert "GridSample" in operators and "DeformConv" not in operators
+    compiled = openvino.Core().compile_model(
+        str(tmp_path / "m.onnx"), "CPU", {"INFERENCE_PRECISION_HINT": "f32"}
+    )
+    expected = model(images).detach()
+    result = torch.from_numpy(compiled(images.numpy())[0])
+    assert (result - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+@pytest.mark.parametrize(
+    ("stride", "pad", "dilation"), [((2, 2), (0, 0), (1, 1)), ((1, 2), (2, 1), (2, 3))]
+)
+def test_sampled_deformable_convolution(stride, pad, dilation) -> None:
+    torch.manual_seed(0)
+    x, weight, bias = torch.randn(2, 5, 13, 9), torch.randn(7, 5, 2, 3), torch.randn(7)
+    shape = torch.nn.functional.conv2d(x, weight, None, stride, pad, dilation).shape[2:]
+    offset = 3 * torch.randn(2, 12, *shape)
+    expected = torchvision.ops.deform_conv2d(x, offset, weight, bias, stride, pad, dilation)
+    sampled = exporting._sampled_deform_conv2d(
+        x, weight, offset, x, bias, *stride, *pad, *dilation, 1, 1, False
+    )
+    torch.testing.assert_close(sampled, expected, rtol=1e-4, atol=1e-4)
