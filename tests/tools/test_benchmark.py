@@ -280,11 +280,24 @@ def test_a_machine_held_to_fewer_instructions(page: ModuleType, report: Path) ->
     row.update(model="van_b0", batch=8)
     row["contenders"]["fused"]["speedup_over"]["original"] = 2.5
     row["contenders"]["fused+bfloat16"]["speedup_over"]["original"] = 2.625
-    text = page.page(page.PAGES[1], empty, None, None, {"avx2": measured})
+    text = page.page(page.PAGES[1], empty, None, lesser={"avx2": measured})
     assert "### AVX2" in text and "### AVX-512" not in text
     (line,) = (line for line in text.splitlines() if line.startswith("| `van_b0` | 8 | "))
     assert line.endswith(" | original | 2.50× | 2.62× |")
     assert "fewer instructions" not in page.page(page.PAGES[1], empty, None)
+
+
+def test_beside_other_runtimes(page: ModuleType, report: Path) -> None:
+    measured = json.loads(report.read_text())
+    empty = {"machine": {**measured["machine"], "threads": 1}, "results": []}
+    row = measured["results"][0]
+    row.update(model="van_b0", versions={"onnxruntime": "1.32.0", "openvino": "2026.4.1"})
+    row["contenders"]["fused"]["speedup_over"].update(onnxruntime=1.5, openvino=0.875)
+    row["contenders"]["fused+bfloat16"]["speedup_over"]["openvino_bf16"] = 2.0
+    text = page.page(page.PAGES[1], empty, None, runtimes={**measured, "results": [row]})
+    assert "ONNX Runtime 1.32.0 and OpenVINO 2026.4.1" in text
+    (line,) = (line for line in text.splitlines() if line.startswith("| `van_b0` | 2 | 1 |"))
+    assert line.endswith(" | 1.50× (1) | **0.88× (missed 1)** | 2.00× (1) |")
 
 
 @pytest.mark.parametrize("name", ["performance.md", "performance-zen4.md"])
