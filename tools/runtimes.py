@@ -53,7 +53,7 @@ def _folder() -> tempfile.TemporaryDirectory[str]:
     return tempfile.TemporaryDirectory()
 
 
-@functools.lru_cache(maxsize=2)
+@functools.lru_cache(maxsize=1)  # runtimes read the file at once, the next one takes its place
 def _exported(name: str, shape: tuple[int, ...]) -> Path:
     path = Path(_folder().name) / "model.onnx"
     torch.manual_seed(0)

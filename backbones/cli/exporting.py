@@ -115,7 +115,7 @@ def save_onnx(
     try:
         with _silence(), torch.no_grad():
             made = torch.onnx.export(
-                program.run_decompositions(_decompositions()),
+                _without_deform_conv(program),
                 (),
                 dynamo=True,
                 verbose=False,
@@ -131,11 +131,13 @@ def save_onnx(
     made.save(path, external_data=weights > _LARGEST_FILE)
 
 
-def _decompositions() -> dict[Any, Callable[..., Any]]:
-    """What becomes of operators that ONNX knows, but few runtimes."""
-    import torchvision  # noqa: F401 (brings its operators)
-
-    return {torch.ops.torchvision.deform_conv2d.default: _sampled_deform_conv2d}
+def _without_deform_conv(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The same by operators that more runtimes know than ONNX's DeformConv."""
+    targets = {node.target for node in program.graph.nodes if node.op == "call_function"}
+    found: Any = {t for t in targets if str(t) == "torchvision.deform_conv2d.default"}
+    if not found:
+        return program
+    return program.run_decompositions(dict.fromkeys(found, _sampled_deform_conv2d))
 
 
 def _sampled_deform_conv2d(
@@ -157,15 +159,15 @@ def _sampled_deform_conv2d(
     """``torchvision::deform_conv2d`` without masks and groups: each tap samples a map."""
     assert not use_mask and groups == offset_groups == 1
     height, width = x.shape[2:]
-    rows = torch.arange(offset.shape[2], device=x.device).view(-1, 1) * stride_h - pad_h
-    columns = torch.arange(offset.shape[3], device=x.device) * stride_w - pad_w
+    top = torch.arange(offset.shape[2], device=x.device).view(-1, 1) * stride_h - pad_h
+    left = torch.arange(offset.shape[3], device=x.device) * stride_w - pad_w
     taps = []
     for tap in range(weight.shape[2] * weight.shape[3]):
         down, right = divmod(tap, weight.shape[3])
-        y = offset[:, 2 * tap] + (rows + down * dilation_h)
-        x_ = offset[:, 2 * tap + 1] + (columns + right * dilation_w)
+        row = offset[:, 2 * tap] + (top + down * dilation_h)
+        column = offset[:, 2 * tap + 1] + (left + right * dilation_w)
         # -1 and 1 are the outer edges of the map.
-        grid = torch.stack(((2 * x_ + 1) / width - 1, (2 * y + 1) / height - 1), dim=-1)
+        grid = torch.stack(((2 * column + 1) / width - 1, (2 * row + 1) / height - 1), dim=-1)
         taps.append(F.grid_sample(x, grid, align_corners=False))
     flat = weight.permute(0, 2, 3, 1).flatten(1)[:, :, None, None]
     return F.conv2d(torch.cat(taps, dim=1), flat, bias)

@@ -17,7 +17,7 @@ from ops.attention.hilo import HiLoAttention
 from ops.attention.large_kernel import LargeKernelAttention
 from ops.attention.pooled import PooledAttention, pool_tokens
 from ops.attention.rank_augmented import RankAugmentedAttention, Rotary, rotary_table
-from ops.inference import gated_attention, grouped_attention, linear_attention
+from ops.inference import gated_attention, grouped_attention, linear_attention, pooling
 from ops.inference.grouped_attention import split_heads
 from ops.inference.layers import FastLayer, PackedLinear, runs_fast
 from ops.inference.pooling import window_means
@@ -69,7 +69,7 @@ class FastBiLevelRoutingAttention(BiLevelRoutingAttention):
         whole = height % region_size[0] == width % region_size[1] == 0
         regions = height * width // (region_size[0] * region_size[1])
         fast = whole and self.topk < regions and runs_fast(query, self.qkv.weight)
-        if not fast or grouped_attention.unsupported(query.device, query.dtype) is not None:
+        if not fast or _unsupported(query) is not None:
             return bilevel_routing_attention(
                 query, key, value, self.num_heads, region_size, self.topk
             )
@@ -83,6 +83,12 @@ class FastBiLevelRoutingAttention(BiLevelRoutingAttention):
         rows = _region_rows(height, width, region_size)
         out = grouped_attention.attend_regions(q, k, v, rows, routes, dim**-0.5)
         return out.view(value.shape)
+
+
+def _unsupported(x: Tensor) -> str | None:
+    """``None`` if there are kernels for attention to regions and for their means, else why not."""
+    reason = grouped_attention.unsupported(x.device, x.dtype)
+    return reason or pooling.unsupported(x.device, x.dtype)
 
 
 @functools.lru_cache(maxsize=32)
@@ -139,7 +145,7 @@ class FastHiLoAttention(FastLayer, HiLoAttention):
         return list(self.parameters())
 
     def derive(self, x: Tensor) -> tuple[PackedLinear, PackedLinear] | None:
-        if grouped_attention.unsupported(x.device, x.dtype) is not None:
+        if _unsupported(x) is not None:
             return None
         inputs = [] if self.high is None else [self.high.qkv]
         if self.low is not None:

@@ -24,8 +24,6 @@ __all__ = ["PackedConv2d", "unsupported"]
 _KERNEL = "convolution"
 _SMALL_MACS = 2e6  # below it one thread is quicker than waking others
 
-_Pair = tuple[int, int]
-
 
 class _Problem(ctypes.Structure):
     """``convolution::Problem`` of ops/native/convolution.h."""
