@@ -1,7 +1,7 @@
 """Convolutions of all channels on the CPU for inference, as linear layers on windows.
 
-The kernel (``ops/native/convolution.cpp``) copies the windows of some pixels at a time. It takes
-float32 or bfloat16; there are no gradients.
+The kernel (``ops/native/convolution.h``, in the library of :mod:`ops.linear`) copies the windows of
+some pixels at a time. It takes float32 or bfloat16; there are no gradients.
 """
 
 from __future__ import annotations
@@ -13,15 +13,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ops import native
 from ops.depthwise import ACTIVATIONS
-from ops.linear import pack_weight
-from ops.linear import unsupported as linear_unsupported
+from ops.linear import library_or_raise, pack_weight
 from ops.native.eager import is_plain_call
 
-__all__ = ["PackedConv2d", "unsupported"]
+__all__ = ["PackedConv2d"]
 
-_KERNEL = "convolution"
 _SMALL_MACS = 2e6  # below it one thread is quicker than waking others
 
 
@@ -42,15 +39,6 @@ class _Tensors(ctypes.Structure):
     _fields_ = [(name, ctypes.c_void_p) for name in ("input", "weight", "bias", "output")]
 
 
-def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
-    """``None`` if the kernel takes such tensors, else the reason in words.
-
-    The first call on a machine compiles the kernel, which takes some seconds.
-    """
-    reason = linear_unsupported(device, dtype, with_bfloat16=True)
-    return reason or native.unavailable_reason(_KERNEL)
-
-
 class PackedConv2d:
     """``activation(conv(x))``.
 
@@ -59,7 +47,7 @@ class PackedConv2d:
 
     Raises:
         ValueError: a convolution with groups or dilation, or padded otherwise.
-        RuntimeError: the kernel is not available here (:func:`unsupported` tells beforehand).
+        RuntimeError: the kernel is not available here, see :func:`ops.linear.unsupported`.
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
@@ -100,9 +88,7 @@ _library.define(
 @torch.library.impl(_library, "packed_conv2d", "CPU")
 def _run(x: Tensor, weight: Tensor, bias: Tensor, geometry: list[int], activation: str) -> Tensor:
     out = _empty_output(x, weight, bias, geometry, activation)
-    library = native.load(_KERNEL)
-    if library is None:
-        raise RuntimeError(f"no kernel of convolutions: {native.unavailable_reason(_KERNEL)}")
+    library = library_or_raise(x)
     if out.numel() == 0:
         return out
     x = x.contiguous(memory_format=torch.channels_last)

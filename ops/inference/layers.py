@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from ops import linear as native_linear
 from ops import native
-from ops.inference import convolution
+from ops.inference.convolution import PackedConv2d
 from ops.native.eager import Repeats
 
 __all__ = [
@@ -386,9 +386,8 @@ class FastConv2d(ActivatedLayer, nn.Conv2d):
         """For our kernel and for oneDNN, or None where one is never wanted."""
         strided = self.groups == 1 and self.dilation == (1, 1) and self.stride != (1, 1)
         own = strided and self.in_channels >= _FEWEST_CHANNELS and native.multiplies(x.dtype)
-        if not own or convolution.unsupported(x.device, x.dtype) is not None:
-            return None, self.for_onednn(x)
-        return convolution.PackedConv2d(self), self.for_onednn(x)
+        reason = native_linear.unsupported(x.device, x.dtype, with_bfloat16=True)
+        return PackedConv2d(self) if own and reason is None else None, self.for_onednn(x)
 
     def for_onednn(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Packed weight and bias."""

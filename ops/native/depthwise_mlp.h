@@ -7,6 +7,7 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 #include "activation.h"
 #include "depthwise_square.h"
 #include "lanes.h"
@@ -170,7 +171,8 @@ struct Task {
             s.rows[r] = inside ? map + pixel * step + v : nullptr;
           }
           s.out = out + ((y - strip.begin) * p.width + run.begin) * out_step + v;
-          depthwise::square_of<T>(run.end - run.begin, 1, lanes == W)(s);
+          constexpr std::make_index_sequence<depthwise::RUN_PIXELS> variants;
+          depthwise::square_of<T, 1>(run.end - run.begin, lanes == W, variants)(s);
         }
       }
     }

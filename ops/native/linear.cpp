@@ -1,6 +1,8 @@
-// Linear layers on the CPU: the plain C interface, see depthwise.cpp. Called from ops/linear.py.
+// Linear layers on the CPU, and convolutions by them: the plain C interface, see depthwise.cpp. Called
+// from ops/linear.py, ops/packed_mlp.py and ops/inference/convolution.py.
 #include <new>
 
+#include "convolution.h"
 #include "linear.h"
 
 extern "C" {
@@ -40,6 +42,15 @@ int linear_forward_pair(const linear::Problem* first, const linear::Tensors* bef
                         const linear::Problem* second, const linear::Tensors* after) {
   try {
     linear::forward_pair(*first, *before, *second, *after);
+  } catch (const std::bad_alloc&) {
+    return 1;
+  }
+  return 0;
+}
+
+int convolution_forward(const convolution::Problem* problem, const convolution::Tensors* tensors) {
+  try {
+    convolution::forward(*problem, *tensors);
   } catch (const std::bad_alloc&) {
     return 1;
   }

@@ -16,7 +16,7 @@ _KERNELS = {
     "test_linear.py": "linear",
     "test_packed_mlp.py": "linear",
     "inference/test_cascaded_attention.py": "cascaded_attention",
-    "inference/test_convolution.py": "convolution",
+    "inference/test_convolution.py": "linear",
     "inference/test_deformable.py": "deformable",
     "inference/test_depthwise_mlp.py": "depthwise_mlp",
     "inference/test_grouped_attention.py": "attention",
