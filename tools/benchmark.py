@@ -38,7 +38,6 @@ from __future__ import annotations
 import argparse
 import functools
 import gc
-import importlib
 import importlib.util
 import itertools
 import json
@@ -47,16 +46,15 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-import timm
 import torch
 from benchmark_report import comparison, describe, draw, row_key, table
 from measuring import PeakMemory, load_report, machine, steady, write
 from op_kinds import KINDS, kind_of, time_by_kind
-from runtimes import RUNTIMES
+from peers import Create, is_installed, peer
 from torch import Tensor, nn
 
 import backbones
@@ -78,61 +76,6 @@ DEFAULT_SIZE, DEFAULT_TILE = 224, 64
 # The yardstick of the machine: a product of two square matrices of this size.
 MATMUL_SIZE = 1024
 CPU = torch.device("cpu")
-BIRDER_NAMES = {
-    **{f"efficientvit_m{i}": f"efficientvit_msft_m{i}" for i in range(6)},
-    **{f"inception_next_{a}": f"inception_next_{a[0]}" for a in ("atto", "tiny", "small", "base")},
-    **{f"biformer_{a}": f"biformer_{a[0]}" for a in ("tiny", "small", "base")},
-    **{f"litv2_{a}": f"lit_v2_{a}" for a in ("s", "m", "b")},
-}
-
-Create = Callable[[str], nn.Module | None]
-
-
-def create_timm(name: str) -> nn.Module | None:
-    """timm's own model of that name, not one that it has from us."""
-    model_class = timm.models.model_entrypoint(name) if timm.models.is_model(name) else None
-    if model_class is None or not model_class.__module__.startswith("timm."):
-        return None
-    return timm.create_model(name)
-
-
-def create_birder(name: str) -> nn.Module | None:
-    """The model of the library ``birder``, https://pypi.org/project/birder."""
-    from birder.model_registry import registry
-
-    theirs = BIRDER_NAMES.get(name, name)
-    if theirs not in registry.list_models():
-        return None
-    return registry.net_factory(theirs, 1000)
-
-
-def peer(name: str) -> tuple[str, Create]:
-    """Label and factory of what ``--against`` names.
-
-    Raises:
-        ValueError: no such module or file, or one without ``create_model``.
-    """
-    known: dict[str, Create] = {"timm": create_timm, "birder": create_birder, **RUNTIMES}
-    if name in known:
-        return name, known[name]
-    if name.endswith(".py"):
-        path = Path(name).expanduser()
-        if not path.is_file():
-            raise ValueError(f"--against: there is no file {path}")
-        spec = importlib.util.spec_from_file_location(path.stem, path)
-        assert spec is not None and spec.loader is not None
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-        label = path.stem
-    else:
-        try:
-            module = importlib.import_module(name)
-        except ModuleNotFoundError as error:
-            raise ValueError(f"--against: {error}") from error
-        label = name
-    if not hasattr(module, "create_model"):
-        raise ValueError(f"--against: {name} has no function create_model(name)")
-    return label, module.create_model
 
 
 class Row:
@@ -285,16 +228,8 @@ def measure(
             results[name]["time_by_kind"] = time_by_kind(runs[name])
     gflops = {dtype: peak / 1e9 for dtype, peak in peaks.items()}
     facts = {"macs": macs, "matmul_gflops": gflops, "orders": min(rounds, 2)}
-    facts["versions"] = {label: version(label) for label in peers if _is_installed(label)}
+    facts["versions"] = {label: version(label) for label in peers if is_installed(label)}
     return {**row.key, **facts, "contenders": results}
-
-
-def _is_installed(label: str) -> bool:
-    """Whether a package has that name; modules and files of one's own have no version."""
-    try:
-        return bool(version(label))
-    except PackageNotFoundError:
-        return False
 
 
 def _matmul(dtype: str) -> Callable[[], Tensor]:

@@ -25,7 +25,14 @@ def tool() -> Iterator[ModuleType]:
         yield module
     finally:
         sys.path.remove(str(TOOLS))
-        for name in ("measuring", "benchmark_report", "op_kinds", "performance_models", "runtimes"):
+        for name in (
+            "measuring",
+            "benchmark_report",
+            "op_kinds",
+            "performance_models",
+            "peers",
+            "runtimes",
+        ):
             sys.modules.pop(name, None)
 
 
