@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ops import native
 from ops.native.eager import is_plain_call, require_dtype, unsupported_tensors
+from ops.native.threads import MACS, threads_for
 
 __all__ = [
     "ACTIVATIONS",
@@ -30,7 +31,6 @@ __all__ = [
 ACTIVATIONS = ("none", "relu", "gelu", "silu", "hardswish")
 
 _KERNEL = "depthwise"
-_SMALL_MACS = 2e6  # below it one thread is quicker than waking others
 
 
 class _Problem(ctypes.Structure):
@@ -376,7 +376,7 @@ def _problem(
         out_strides,
         activation,
         bfloat16,
-        1 if macs < _SMALL_MACS else threads,
+        threads_for(macs, MACS, threads),
     )
 
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from ops import native
 from ops.depthwise import ACTIVATIONS
 from ops.native.eager import is_plain_call, require_dtype, unsupported_tensors
+from ops.native.threads import VALUES, threads_for
 
 __all__ = ["layer_norm", "prepare", "unsupported"]
 
@@ -156,4 +157,5 @@ def _plan(x: Tensor, activation: str, eps: float) -> _Problem:
 def _problem(
     pixels: int, dim: int, activation: str, bfloat16: bool, eps: float, threads: int
 ) -> _Problem:
+    threads = threads_for(pixels * dim, VALUES, threads)
     return _Problem(pixels, dim, ACTIVATIONS.index(activation), bfloat16, eps, threads)

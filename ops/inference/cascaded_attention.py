@@ -21,11 +21,12 @@ from ops.depthwise import taps_first
 from ops.linear import pack_weight
 from ops.linear import unsupported as linear_unsupported
 from ops.native.eager import Repeats, is_plain_call, require_dtype
+from ops.native.threads import threads_for
 
 __all__ = ["PackedCascadedAttention", "unsupported"]
 
 _KERNEL = "cascaded_attention"
-_SMALL_TOKENS = 64  # below it one thread is quicker than waking others
+_TOKENS = 32  # of a thread
 
 
 class _Problem(ctypes.Structure):
@@ -231,11 +232,10 @@ def _problem(
     tokens = shape[1] * shape[2]
     if table is not None and table != (heads, tokens, tokens):
         raise ValueError(f"table must be {(heads, tokens, tokens)}, got {tuple(table)}")
-    few = shape[0] * tokens < _SMALL_TOKENS
     return _Problem(
         *shape,
         *(heads, head_dim, qk_dim),
         eps,
         dtypes[0] == torch.bfloat16,
-        1 if few else threads,
+        threads_for(shape[0] * tokens, _TOKENS, threads),
     )

@@ -16,10 +16,9 @@ from torch import Tensor, nn
 from ops.depthwise import ACTIVATIONS
 from ops.linear import library_or_raise, pack_weight
 from ops.native.eager import is_plain_call
+from ops.native.threads import MACS, threads_for
 
 __all__ = ["PackedConv2d"]
-
-_SMALL_MACS = 2e6  # below it one thread is quicker than waking others
 
 
 class _Problem(ctypes.Structure):
@@ -151,5 +150,5 @@ def _problem(
         *(out_height, out_width, out_channels, *pairs),
         ACTIVATIONS.index(activation),
         bfloat16,
-        1 if macs < _SMALL_MACS else threads,
+        threads_for(macs, MACS, threads),
     )

@@ -20,11 +20,11 @@ from ops.linear import pack_weight
 from ops.linear import unsupported as linear_unsupported
 from ops.native.eager import is_plain_call
 from ops.native.linear_plan import packed_inputs
+from ops.native.threads import MACS, threads_for
 
 __all__ = ["deformable_conv2d", "pack_taps", "unsupported"]
 
 _KERNEL = "deformable"
-_SMALL_MACS = 2e6  # below it one thread is quicker than waking others
 
 
 class _Problem(ctypes.Structure):
@@ -184,5 +184,5 @@ def _problem(
         in_stride,
         ACTIVATIONS.index(activation),
         bfloat16,
-        1 if macs < _SMALL_MACS else threads,
+        threads_for(macs, MACS, threads),
     )

@@ -18,6 +18,7 @@ from ops.depthwise import ACTIVATIONS, taps_first
 from ops.linear import pack_weight
 from ops.linear import unsupported as linear_unsupported
 from ops.native.eager import is_plain_call, require_dtype
+from ops.native.threads import MACS, threads_for
 
 __all__ = ["PackedDepthwiseMlp", "unsupported"]
 
@@ -26,7 +27,6 @@ _KERNEL = "depthwise_mlp"
 # of the panels that weights are packed in, and the second of the first.
 _CHUNK = 192
 _SPAN = 384
-_SMALL_MACS = 2e6  # below it one thread is quicker than waking others
 _FEWEST_ROWS = 4  # of a thread, which computes the hidden rows above and below them, too
 
 
@@ -236,5 +236,5 @@ def _problem(
         ACTIVATIONS.index(conv_activation),
         eps,
         bfloat16,
-        1 if macs < _SMALL_MACS else threads,
+        threads_for(macs, MACS, threads),
     )

@@ -21,11 +21,11 @@ from ops.linear import pack_weight
 from ops.linear import unsupported as linear_unsupported
 from ops.native.eager import is_plain_call
 from ops.native.linear_plan import packed_inputs
+from ops.native.threads import MACS, threads_for
 
 __all__ = ["FastKANLayer", "PackedKAN", "kan_layer", "pack_kan", "unsupported"]
 
 _KERNEL = "kan"
-_SMALL_MACS = 2e6  # below it one thread is quicker than waking others
 _FAR = 30.0  # that a grid may reach, in powers of two; half of FAR in ops/native/kan.h
 
 
@@ -181,7 +181,7 @@ def _run(
 def _problem(
     sizes: tuple[int, ...], eps: float, scale: float, bfloat16: bool, threads: int
 ) -> _Problem:
-    return _Problem(*sizes, eps, scale, bfloat16, 1 if math.prod(sizes) < _SMALL_MACS else threads)
+    return _Problem(*sizes, eps, scale, bfloat16, threads_for(math.prod(sizes), MACS, threads))
 
 
 class FastKANLayer(FastLayer, KANLayer):

@@ -16,13 +16,13 @@ from torch import Tensor
 from ops import native
 from ops.attention.rank_augmented import rotary_table
 from ops.native.eager import is_plain_call, unsupported_tensors
+from ops.native.threads import VALUES, threads_for
 
 __all__ = ["check_gated", "gated_linear_attention", "turns", "unsupported", "unsupported_heads"]
 
 _KERNEL = "linear_attention"
 _EPS = 1e-6
 _WHOLE = 32  # of the channels of a head: two vectors of the widest instruction set
-_SMALL_NUMBERS = 1e5  # of an input; below it one thread is quicker than waking others
 
 
 class _Problem(ctypes.Structure):
@@ -158,5 +158,5 @@ def _problem(sizes: tuple[int, ...], bfloat16: bool, threads: int) -> _Problem:
         head_dim**-0.5,
         _EPS,
         bfloat16,
-        1 if batch * tokens * dim < _SMALL_NUMBERS else threads,
+        threads_for(batch * tokens * dim, VALUES, threads),
     )

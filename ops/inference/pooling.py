@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from ops import native
 from ops.native.eager import is_plain_call, unsupported_tensors
+from ops.native.threads import VALUES, threads_for
 
 __all__ = ["FastAdaptiveAvgPool2d", "takes", "unsupported", "window_means"]
 
 _KERNEL = "pooling"
-_SMALL_VALUES = 1 << 18  # of a map; with fewer one thread is quicker than waking others
 
 
 class _Problem(ctypes.Structure):
@@ -83,7 +83,7 @@ def _window_means(x: Tensor, window_size: list[int]) -> Tensor:
     if out.numel() == 0:
         return out
     x = x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
-    threads = 1 if x.numel() < _SMALL_VALUES else torch.get_num_threads()
+    threads = threads_for(x.numel(), VALUES, torch.get_num_threads())
     problem = _problem(
         tuple(x.shape), x.stride(), tuple(window_size), x.dtype == torch.bfloat16, threads
     )

@@ -18,11 +18,11 @@ from ops import native
 from ops.linear import pack_weight
 from ops.linear import unsupported as linear_unsupported
 from ops.native.eager import is_plain_call
+from ops.native.threads import MACS, threads_for
 
 __all__ = ["PackedResponseMlp", "unsupported"]
 
 _KERNEL = "response_mlp"
-_SMALL_MACS = 2e6  # below it one thread is quicker than waking others
 
 
 class _Problem(ctypes.Structure):
@@ -157,4 +157,4 @@ def _empty_output(x: Tensor, shortcut: Tensor, weights: Sequence[Tensor], eps: f
 def _problem(sizes: tuple[int, ...], bfloat16: bool, eps: float, threads: int) -> _Problem:
     images, pixels, dim, _, hidden = sizes
     macs = 2 * images * pixels * dim * hidden
-    return _Problem(*sizes, bfloat16, eps, 1 if macs < _SMALL_MACS else threads)
+    return _Problem(*sizes, bfloat16, eps, threads_for(macs, MACS, threads))

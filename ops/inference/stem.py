@@ -21,11 +21,12 @@ from ops.inference.layers import FastLayer, activation_kind, computed_in
 from ops.linear import pack_weight
 from ops.linear import unsupported as linear_unsupported
 from ops.native.eager import is_plain_call, require_dtype
+from ops.native.threads import threads_for
 
 __all__ = ["FastStem", "is_stem", "pack_layers", "packed_stem", "unsupported"]
 
 _KERNEL = "stem"
-_SMALL_PIXELS = 1024  # of an image; below it one thread is quicker than waking others
+_PIXELS = 512  # of an image, of a thread
 
 
 class _Problem(ctypes.Structure):
@@ -131,7 +132,7 @@ def _run(
         if norm.numel():
             layer.norm_weight, layer.norm_bias = norm[0].data_ptr(), norm[1].data_ptr()
             layer.eps = term
-    threads = 1 if x.shape[2] * x.shape[3] < _SMALL_PIXELS else torch.get_num_threads()
+    threads = threads_for(x.shape[2] * x.shape[3], _PIXELS, torch.get_num_threads())
     problem = _Problem(*x.shape, len(weights), threads)
     pointers = [ctypes.c_void_p(t.data_ptr()) for t in (x, out)]
     if library.stem_forward(ctypes.byref(problem), layers, *pointers):

@@ -162,12 +162,18 @@ struct Tiles : Group<T, P> {
   }
 };
 
+// Of one head and group; threads share a group's queries out where there are fewer groups.
+static int64_t queries_a_task(const Problem& p) {
+  const int64_t of_a_thread = (p.batch * p.groups * p.queries + p.threads - 1) / p.threads;
+  return std::clamp<int64_t>(round_up(of_a_thread, W), TILE, TASK_QUERIES);
+}
+
 template <class T, class P>
 static void forward(const Problem& p, const Tensors& t) {
-  const int64_t chunks = (p.queries + TASK_QUERIES - 1) / TASK_QUERIES;
-  const int64_t tasks = p.batch * p.heads * p.groups * chunks;
-  const int64_t keys = p.region_keys * p.routes;
+  const int64_t keys = p.region_keys * p.routes, groups = p.batch * p.groups;
   const bool few = are_few(p, t);
+  const int64_t chunk_queries = few ? p.queries : queries_a_task(p);
+  const int64_t chunks = (p.queries + chunk_queries - 1) / chunk_queries;
   const auto work = [&](int64_t index) {
     static thread_local Room<float> rooms[7];
     static thread_local Room<const float*> places[2];
@@ -180,21 +186,22 @@ static void forward(const Problem& p, const Tensors& t) {
               rooms[6].of(few ? round_up(p.dim, LANES) * round_up(keys, LANES) : 0),
               places[0].of(few ? std::max(round_up(keys, LANES), p.dim) : 0),
               places[1].of(few ? keys : 0)};
-    // Heads of the same tokens follow each other: they are neighbours in memory.
-    const int64_t chunk = index % chunks, head = index / chunks % p.heads;
-    const int64_t group = index / (chunks * p.heads) % p.groups;
-    const Group<T, P> own{p, t, index / (chunks * p.groups * p.heads), group, head, s};
+    // Heads of the same tokens follow each other: they are neighbours in memory, which threads should
+    // not share.
+    const int64_t head = index % p.heads, chunk = index / p.heads % chunks;
+    const int64_t group = index / (p.heads * chunks);
+    const Group<T, P> own{p, t, group / p.groups, group % p.groups, head, s};
     if (few) return Few<T, P>{own}.run();
     const Tiles<T, P> tiles{own};
     tiles.take_keys();
-    const int64_t end = std::min(p.queries, (chunk + 1) * TASK_QUERIES);
-    for (int64_t i = chunk * TASK_QUERIES; i < end; i += TILE) {
+    const int64_t end = std::min(p.queries, (chunk + 1) * chunk_queries);
+    for (int64_t i = chunk * chunk_queries; i < end; i += TILE) {
       const int count = static_cast<int>(std::min<int64_t>(TILE, end - i));
       tiles.take_queries(i, count);
       tiles.attend(i, count);
     }
   };
-  parallel::for_each(tasks, p.threads, work);
+  parallel::for_each(groups * chunks * p.heads, p.threads, work);
 }
 
 }  // namespace attention

@@ -12,6 +12,7 @@ namespace linear {
 // Inputs that are read again for every panel; they share a core's second-level cache with a panel.
 constexpr int64_t CHUNK_BYTES = 768 * 1024;
 constexpr int64_t MIN_CHUNK = 112;
+constexpr int64_t THREAD_ROWS = 32;  // at least
 // Of what is between two layers; but no fewer rows than make it worth to read the weights again.
 constexpr int64_t PAIR_BYTES = 1 << 20, MIN_PAIR_ROWS = 384;
 
@@ -84,14 +85,20 @@ static void run_rows(const Problem& p, const Tensors& t, Range range, Range pane
   }
 }
 
+// Whether a thread takes some of the panels, which spares it weights to read, instead of some rows.
+// Rows that several threads have read take long to be written again, as all of their caches have to
+// let go of them.
+static bool shares_panels(const Problem& p) {
+  return p.out_features > 8 * p.rows || p.rows < THREAD_ROWS * p.threads;
+}
+
 template <class T>
 static void forward_of(const Problem& p, const Tensors& t) {
   const int64_t panels = (p.out_features + PANEL - 1) / PANEL;
   if (t.energy) {
     std::fill_n(t.energy, p.rows / p.image_rows * p.out_features, 0.f);
   }
-  // A thread takes some of the panels where the weights are the most to read, else some rows.
-  const bool by_panels = t.energy || p.out_features > p.rows;
+  const bool by_panels = t.energy || shares_panels(p);
   const int64_t threads = std::max<int64_t>(1, std::min(p.threads, by_panels ? panels : p.rows));
   const auto work = [&](int64_t index) {
     const Range own_panels = by_panels ? share(panels, index, threads) : Range{0, panels};

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from ops.depthwise import ACTIVATIONS
+from ops.native.threads import MACS, threads_for
 
 __all__ = [
     "COMBINATIONS",
@@ -25,7 +26,6 @@ __all__ = [
 # The order is that of `linear::Combination` in ops/native/linear_problem.h.
 COMBINATIONS = ("none", "add", "multiply")
 
-_SMALL_MACS = 2e6  # below it one thread is quicker than waking others
 _TILE_INPUTS = 32  # of bfloat16, that weights are padded to
 
 
@@ -135,7 +135,7 @@ def plan_layer(
         ACTIVATIONS.index(activation),
         COMBINATIONS.index(combination),
         layer[0] == torch.bfloat16,
-        1 if rows * shape[-1] * out_shape[-1] < _SMALL_MACS else threads,
+        threads_for(rows * shape[-1] * out_shape[-1], MACS, threads),
     )
     return Plan(out_shape, problem, in_stride is None, other_stride is None)
 

@@ -15,7 +15,6 @@ using simd::F;
 using simd::W;
 
 constexpr int64_t VALUES = 64 * W;  // that an activation is applied to at once
-constexpr int64_t MIN_PIXELS = 512;  // of a thread
 
 // ops/norm.py has the same fields in the same order.
 struct Problem {
@@ -121,7 +120,7 @@ static void run(const Problem& p, const Tensors& t, int64_t begin, int64_t end) 
 }
 
 static void forward(const Problem& p, const Tensors& t) {
-  const int64_t tasks = std::max<int64_t>(1, std::min(p.threads, p.pixels / MIN_PIXELS));
+  const int64_t tasks = std::min(p.threads, p.pixels);
   const auto work = [&](int64_t index) {
     const int64_t begin = p.pixels * index / tasks, end = p.pixels * (index + 1) / tasks;
     p.bfloat16 ? run<BFloat16>(p, t, begin, end) : run<float>(p, t, begin, end);

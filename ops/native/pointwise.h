@@ -4,6 +4,7 @@
 #include <cstdint>
 #include <cstring>
 
+#include "parallel.h"
 #include "simd.h"
 
 namespace pointwise {
@@ -17,7 +18,7 @@ constexpr int MOST_AXES = 6;
 // the last axis are 1 for the result, 0 or 1 for what it comes from. Along `table_axis`, if it is
 // one, the first tensor is read where the table says.
 struct Problem {
-  int64_t operation, element_bytes, axes, table_axis;
+  int64_t operation, element_bytes, axes, table_axis, threads;
   int64_t sizes[MOST_AXES];
   int64_t out_strides[MOST_AXES], first_strides[MOST_AXES], second_strides[MOST_AXES];
 };
@@ -82,9 +83,21 @@ static void run_axis(const Problem& p, const Tensors& t, int64_t axis, char* out
   }
 }
 
-static inline void run(const Problem& p, const Tensors& t) {
-  run_axis(p, t, 0, static_cast<char*>(t.out), static_cast<const char*>(t.first),
-           static_cast<const char*>(t.second));
+// Those of the first axis from `begin` to `end`.
+static void run_part(Problem p, Tensors t, int64_t begin, int64_t end) {
+  const int64_t bytes = begin * p.element_bytes;
+  p.sizes[0] = end - begin;
+  if (p.table_axis == 0) t.table += begin;
+  run_axis(p, t, 0, static_cast<char*>(t.out) + bytes * p.out_strides[0],
+           static_cast<const char*>(t.first) + (p.table_axis ? bytes * p.first_strides[0] : 0),
+           static_cast<const char*>(t.second) + bytes * p.second_strides[0]);
+}
+
+static void run(const Problem& p, const Tensors& t) {
+  const int64_t size = p.sizes[0], tasks = std::min(p.threads, size);
+  parallel::for_each(tasks, p.threads, [&](int64_t index) {
+    run_part(p, t, size * index / tasks, size * (index + 1) / tasks);
+  });
 }
 
 }  // namespace pointwise

@@ -1,12 +1,13 @@
 """Functions of torch that a kernel stands for in a record: it is called without Python and torch.
 
 The kernel (``ops/native/pointwise.h``) copies, adds, multiplies and picks rows, with the results
-that torch has, bit by bit. It is for tensors so small that torch would use one thread.
+that torch has, bit by bit. It is for tensors so small that calling torch takes as long.
 """
 
 from __future__ import annotations
 
 import ctypes
+import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
@@ -15,13 +16,13 @@ from torch import Tensor
 
 from ops.native.build import load
 from ops.native.record import Block, Buffer, KernelCall, Place, TorchCall, View
+from ops.native.threads import VALUES, threads_for
 
 __all__ = ["lowered"]
 
 _COPY, _ADD, _MULTIPLY = range(3)  # those of ops/native/pointwise.h
 _MOST_AXES = 6
-_MOST_ELEMENTS = 32768  # with more of them torch uses several threads
-_LARGEST = 1 << 19  # elements, with one thread
+_MOST_ELEMENTS = 1 << 19
 _COMBINED = ({torch.float32}, {torch.bfloat16})
 
 
@@ -29,7 +30,8 @@ class _Problem(ctypes.Structure):
     """``pointwise::Problem`` of ops/native/pointwise.h."""
 
     _fields_ = [
-        *((n, ctypes.c_int64) for n in ("operation", "element_bytes", "axes", "table_axis")),
+        *((n, ctypes.c_int64) for n in ("operation", "element_bytes", "axes")),
+        *((n, ctypes.c_int64) for n in ("table_axis", "threads")),
         *(
             (n, ctypes.c_int64 * _MOST_AXES)
             for n in ("sizes", "out_strides", "first_strides", "second_strides")
@@ -61,11 +63,7 @@ def lowered(call: TorchCall, buffers: Sequence[Buffer]) -> KernelCall | None:
         out = _Operand(Place(index, 0), made.size, made.stride, made.dtype)
     else:  # in place
         out = operands[0]
-    most = _LARGEST if torch.get_num_threads() == 1 else _MOST_ELEMENTS
-    elements = 1
-    for size in out.size:
-        elements *= size
-    return lower(call, out, operands) if elements < most else None
+    return lower(call, out, operands) if math.prod(out.size) < _MOST_ELEMENTS else None
 
 
 def _operand(value: Tensor | View, buffers: Sequence[Buffer]) -> _Operand:
@@ -145,7 +143,8 @@ def _kernel_call(
         return None
     padded = [*axes, *[(0, 0, 0, 0)] * (_MOST_AXES - len(axes))]
     where = next((i for i, axis in enumerate(axes) if axis is of_table), -1)
-    problem = _Problem(operation, out.dtype.itemsize, len(axes), where)
+    threads = threads_for(math.prod(out.size), VALUES, torch.get_num_threads())
+    problem = _Problem(operation, out.dtype.itemsize, len(axes), where, threads)
     for name, values in zip(
         ("sizes", "out_strides", "first_strides", "second_strides"),
         zip(*padded, strict=True),

@@ -65,13 +65,13 @@ struct Layout {
     // neighbours pack again and, where sums over units are wanted, also sum and keep.
     constexpr int64_t WANTED_UNITS = 64;
     constexpr double UNIT_FLOPS = 10e6;
-    const bool small = flops(p) < SMALL_FLOPS;
-    int64_t wanted = (WANTED_UNITS + heads - 1) / heads;
+    int64_t wanted = (std::min<int64_t>(WANTED_UNITS, flops(p) / FLOPS_OF_A_THREAD) + heads - 1) /
+                     heads;
     if (sums_over_units) {
       wanted = std::min<int64_t>(WANTED_UNITS, static_cast<int64_t>(flops(p) / UNIT_FLOPS)) / heads;
       wanted = std::max<int64_t>(wanted, 1);
     }
-    if (small || (!sums_over_units && p.threads == 1)) wanted = 1;
+    wanted = p.threads == 1 && !sums_over_units ? 1 : std::max<int64_t>(wanted, 1);
     const int windows = sums_over_units ? 4 : 2;
     const int min_tiles = std::max(2, (windows * y.max_count + MAX_ROWS - 1) / MAX_ROWS);
     const int chunk_count =
@@ -129,7 +129,7 @@ struct Layout {
       const int64_t fitting = std::min(heads_of_a_run(p), MOST_BYTES / head_bytes);
       head_block = static_cast<int>(std::max<int64_t>(head_block, fitting));
     }
-    const int64_t busy = small || p.threads == 1 ? 1 : 4 * p.threads;
+    const int64_t busy = threads(p) == 1 ? 1 : 4 * threads(p);
     const auto blocks = [&] {
       return static_cast<int>((p.kv_heads + head_block - 1) / head_block);
     };
@@ -155,8 +155,12 @@ struct Layout {
   }
   int64_t units(const Problem& p) const { return p.batch * head_blocks * units_per_head; }
 
-  static constexpr double SMALL_FLOPS = 50e6;  // below it one thread is quicker than waking others
-  int64_t threads(const Problem& p) const { return flops(p) < SMALL_FLOPS ? 1 : p.threads; }
+  // Less is done before others are awake.
+  static constexpr double FLOPS_OF_A_THREAD = 1e6;
+  static int64_t threads(const Problem& p) {
+    const auto busy = static_cast<int64_t>(flops(p) / FLOPS_OF_A_THREAD);
+    return std::clamp<int64_t>(p.threads, 1, std::max<int64_t>(busy, 1));
+  }
   static double flops(const Problem& p) {
     double n = 2. * p.batch * p.heads * (p.dim + p.value_dim);
     double keys = 1.;

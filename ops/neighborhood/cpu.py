@@ -76,7 +76,7 @@ def attend(
     """Neighborhood attention, differentiable in every tensor; shapes as in ``ops.neighborhood``.
 
     Results do not depend on the number of threads, which is that of ``torch.get_num_threads()``;
-    small calls (below about 50 MFLOP) use one.
+    small calls (below about 2 MFLOP) use one.
 
     Raises:
         RuntimeError: if the kernel cannot be built here (:func:`supports` tells beforehand).

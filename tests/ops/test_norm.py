@@ -40,13 +40,17 @@ def test_is_the_norm(dtype, size, dim, activation, shift) -> None:
     assert (out - expected).abs().max() <= few * tolerance * (1 + expected.abs().max())
 
 
-@pytest.mark.parametrize("threads", [1, 3])
-def test_threads_and_apart(threads: int) -> None:
-    x = random(2, 30, 37, 24).float()[..., 3:]
-    weight, bias = random(21, seed=1).float(), random(21, seed=2).float()
-    with using_threads(threads):
-        out = layer_norm(x, weight, bias, 1e-6, "gelu")
-    torch.testing.assert_close(out, F.gelu(F.layer_norm(x, (21,), weight, bias, 1e-6)))
+@pytest.mark.parametrize("size", [(2, 30, 37, 24), (1, 1, 3, 40_003)])
+def test_threads_change_nothing_of_what_lies_apart(size: tuple[int, ...]) -> None:
+    x = random(*size).float()[..., 3:]
+    dim = x.shape[3]
+    weight, bias = random(dim, seed=1).float(), random(dim, seed=2).float()
+    outs = []
+    for threads in (1, 3, 7):
+        with using_threads(threads):
+            outs.append(layer_norm(x, weight, bias, 1e-6, "gelu"))
+    torch.testing.assert_close(outs[0], F.gelu(F.layer_norm(x, (dim,), weight, bias, 1e-6)))
+    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
 
 
 @pytest.mark.parametrize("instructions", ["avx2", "portable"])

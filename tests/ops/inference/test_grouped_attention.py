@@ -100,11 +100,13 @@ def test_regions_that_regions_chose(
     assert torch.equal(alone, attend_regions(query, key, value, rows, every))
 
 
-def test_threads_change_nothing() -> None:
-    query, key, value = (_random(2, n, 4, 32, seed=n) for n in (1000, 120, 120))
+# Of the fewer queries, threads share those of an image out.
+@pytest.mark.parametrize(("batch", "queries"), [(2, 1000), (1, 196), (2, 45), (1, 10)])
+def test_threads_change_nothing(batch: int, queries: int) -> None:
+    query, key, value = (_random(batch, n, 4, 32, seed=n) for n in (queries, 120, 120))
     outs = []
     for threads in (1, 2, 3):
-        outs.append(torch.empty(2, 1000, 4, 32))
+        outs.append(torch.empty(batch, queries, 4, 32))
         with using_threads(threads):
             attend(query, key, value, outs[-1])
     assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
