@@ -11,7 +11,7 @@ from backbones import _hat_blocks, _medvitv2_blocks, biformer, favit, litv2, rav
 from ops.inference.attention import attend_tokens
 from ops.inference.deformable import deformable_conv2d, pack_taps, unsupported
 from ops.inference.grouped_attention import split_heads
-from ops.inference.layers import FastConv2d, runs_fast
+from ops.inference.layers import FastConv2d, FastLayer, runs_fast
 from ops.inference.mlp import NormedMlp
 from ops.inference.recorded import Recorded, recorded_form
 
@@ -169,21 +169,27 @@ class RAVLTStage(Recorded, ravlt.RAVLTStage):
 
 
 class MedViTV2ConvFFN(_medvitv2_blocks.ConvFFN):
-    """The last layer adds the shortcut."""
+    """The last layer applies the gates and, if its scale is given, adds the shortcut."""
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return self.project(self.se(self.dwconv(self.expand(x))), residual)
+    def forward(self, x: Tensor, residual_scale: Tensor | None = None) -> Tensor:
+        se: Any = self.se
+        hidden = self.dwconv(self.expand(x))
+        residual = None if residual_scale is None else x
+        return self.project(hidden, residual, se.gates(hidden), residual_scale)
 
 
-class MedViTV2LocalBlock(_medvitv2_blocks.LocalBlock):
+class MedViTV2LocalBlock(FastLayer, _medvitv2_blocks.FoldedLocalBlock):
     """The feed-forward adds both of its shortcuts."""
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, dim, height, width = x.shape
-        mixed = self.attn(self.norm1(x).reshape(batch, height, width, dim))
-        x = x + mixed.reshape(x.shape)
-        normed = self.norm2(x)
-        return self.ffn(normed, x + normed)
+        residual_scale = self.derived(x)
+        if residual_scale is None:
+            return super().forward(x)
+        x = x + _medvitv2_blocks.attend_as_stored(self.attn, self.norm1(x))
+        return self.ffn(x, residual_scale)
+
+    def derive(self, x: Tensor) -> Tensor:
+        return 1 + self.scale.detach().float()
 
 
 FORMS: dict[type[Any], type[Any]] = {
@@ -200,7 +206,7 @@ FORMS: dict[type[Any], type[Any]] = {
     litv2.LITv2Stage: recorded_form(litv2.LITv2Stage),
     litv2.PatchEmbed: LITv2PatchEmbed,
     _medvitv2_blocks.ConvFFN: MedViTV2ConvFFN,
-    _medvitv2_blocks.LocalBlock: MedViTV2LocalBlock,
+    _medvitv2_blocks.FoldedLocalBlock: MedViTV2LocalBlock,
     ravlt.Block: RAVLTBlock,
     ravlt.ConvMlp: RAVLTConvMlp,
     ravlt.RAVLTStage: RAVLTStage,

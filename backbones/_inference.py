@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-import torch
 from torch import Tensor, nn
 
 from backbones import _base, inception_next, unireplknet, van
@@ -60,8 +59,9 @@ class VANAttention(van.Attention):
 
     followed: ClassVar = {"act": ("proj_in",)}
 
-    def forward(self, x: Tensor) -> Tensor:
-        return self.proj_out(self.lka(self.act(self.proj_in(x))), x)
+    def forward(self, x: Tensor, residual_scale: Tensor | None = None) -> Tensor:
+        mixed = self.lka(self.act(self.proj_in(x)))
+        return self.proj_out(mixed, x, residual_scale=residual_scale)
 
 
 class VANConvMlp(NormedMlp, van.ConvMlp):
@@ -84,12 +84,18 @@ class VANConvMlp(NormedMlp, van.ConvMlp):
         return self.dwconv
 
 
-class VANBlock(van.FoldedBlock):
-    """The scaled shortcut in one pass; the MLP adds the other one."""
+class VANBlock(FastLayer, van.FoldedBlock):
+    """The attention adds both of its shortcuts, the MLP its own."""
 
     def forward(self, x: Tensor) -> Tensor:
-        x = torch.addcmul(self.attn(x), x, self.scale.view(1, -1, 1, 1))
+        residual_scale = self.derived(x)
+        if residual_scale is None:
+            return super().forward(x)
+        x = self.attn(x, residual_scale)
         return self.mlp(x, x)
+
+    def derive(self, x: Tensor) -> Tensor:
+        return 1 + self.scale.detach().float()
 
 
 FORMS: dict[type[Any], type[Any]] = {

@@ -15,8 +15,16 @@ from ops.attention.pooled import PooledAttention
 from ops.conv import ConvNorm
 from ops.kan import KAN
 from ops.neighborhood import BACKENDS, NAParams, NeighborhoodAttention2D, na2d
+from ops.reparam import fold_norm_after, fold_norm_before, fold_scale_after, norm_affine
 
-__all__ = ["ConvFFN", "GlobalBlock", "LocalBlock", "WindowedAttention"]
+__all__ = [
+    "ConvFFN",
+    "FoldedLocalBlock",
+    "GlobalBlock",
+    "LocalBlock",
+    "WindowedAttention",
+    "attend_as_stored",
+]
 
 
 class WindowedAttention(NeighborhoodAttention2D):
@@ -59,10 +67,17 @@ class ConvFFN(nn.Module):
         self.se = SqueezeExcite(
             hidden_dim, rd_channels=hidden_dim // dim, gate_layer="hard_sigmoid"
         )
-        self.project = ConvNorm(hidden_dim, dim)
+        self.project: nn.Module = ConvNorm(hidden_dim, dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.project(self.se(self.dwconv(self.expand(x))))
+
+
+def attend_as_stored(attn: nn.Module, x: Tensor) -> Tensor:
+    """(B, dim, H, W) → (B, dim, H, W), both read as if they were (B, H, W, dim), as published."""
+    batch, dim, height, width = x.shape
+    mixed: Tensor = attn(x.reshape(batch, height, width, dim))
+    return mixed.reshape(x.shape)
 
 
 class LocalBlock(nn.Module):
@@ -84,11 +99,40 @@ class LocalBlock(nn.Module):
         self.ffn = ConvFFN(dim, 3 * dim, ffn_kernel)
 
     def forward(self, x: Tensor) -> Tensor:
-        batch, dim, height, width = x.shape
-        mixed = self.attn(self.norm1(x).reshape(batch, height, width, dim))
-        x = x + self.drop_path(mixed.reshape(x.shape))
+        x = x + self.drop_path(attend_as_stored(self.attn, self.norm1(x)))
         normed = self.norm2(x)
         return x + normed + self.ffn(normed)
+
+    def fuse(self) -> nn.Module:
+        """The second norm goes into the feed-forward; see :class:`FoldedLocalBlock`."""
+        return FoldedLocalBlock(self) if isinstance(self.norm2, nn.BatchNorm2d) else self
+
+
+class FoldedLocalBlock(nn.Module):
+    """What a local block computes in eval mode, with its second norm folded.
+
+    (B, dim, H, W) → (B, dim, H, W). A shortcut passes the norm, too: with ``n = norm2(x)``,
+    ``x + n + ffn(n)`` is ``x + scale * x + folded_ffn(x)``.
+
+    Args:
+        block: gives its first norm, its attention and its feed-forward.
+    """
+
+    def __init__(self, block: LocalBlock) -> None:
+        super().__init__()
+        scale, shift = norm_affine(block.norm2)
+        self.norm1, self.attn, self.ffn = block.norm1, block.attn, block.ffn
+        expand, project = self.ffn.expand, self.ffn.project
+        assert isinstance(project, ConvNorm)
+        expand.conv = fold_norm_before(block.norm2, expand.conv)
+        self.ffn.project = fold_scale_after(
+            fold_norm_after(project.conv, project.norm), torch.ones_like(scale), shift.detach()
+        )
+        self.scale = nn.Parameter(scale.detach())
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + attend_as_stored(self.attn, self.norm1(x))
+        return x + self.scale.view(1, -1, 1, 1) * x + self.ffn(x)
 
 
 class GroupedConv(nn.Module):

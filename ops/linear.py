@@ -95,8 +95,9 @@ def packed_linear(
     other: Tensor | None = None,
     combination: str = "none",
     scale: Tensor | None = None,
+    other_scale: Tensor | None = None,
 ) -> Tensor:
-    """``activation((x * scale) @ weight.T + bias)``, then ``+ other`` or ``* other``. No gradients.
+    """``activation((x * scale) @ weight.T + bias)``, combined with ``other``. No gradients.
 
     Args:
         x: (B, ..., in_features), float32 or bfloat16 as the weight. Rows that lie equally far apart
@@ -105,8 +106,10 @@ def packed_linear(
         bias: (out_features,) float32; its length tells that of the result.
         activation: one of :data:`ops.depthwise.ACTIVATIONS`; GELU is the exact one.
         other: (B, ..., out_features), in the dtype of ``x``.
-        combination: one of :data:`COMBINATIONS`, what is done with ``other``.
+        combination: one of :data:`COMBINATIONS`: what comes out ``+ other``, ``* other`` or
+            ``+ other * other_scale``.
         scale: (B, in_features) float32, by which the inputs are multiplied.
+        other_scale: (out_features,) float32, of ``add_scaled`` and of it alone.
 
     Returns:
         (B, ..., out_features), contiguous; sums are of float32.
@@ -115,8 +118,9 @@ def packed_linear(
         ValueError: shapes or dtypes that do not go together, an unknown activation or combination.
         RuntimeError: the kernel is not available here (:func:`unsupported` tells beforehand).
     """
-    forward = _linear if is_plain_call((x, weight, bias, other, scale)) else _dispatched
-    return forward(x, weight, bias, activation, other, combination, scale, False)[0]
+    tensors = (x, weight, bias, other, scale, other_scale)
+    forward = _linear if is_plain_call(tensors) else _dispatched
+    return forward(x, weight, bias, activation, other, combination, scale, other_scale, False)[0]
 
 
 def packed_linear_energy(
@@ -131,7 +135,7 @@ def packed_linear_energy(
         ValueError, RuntimeError: see :func:`packed_linear`.
     """
     forward = _linear if is_plain_call((x, weight, bias, scale)) else _dispatched
-    out, energy = forward(x, weight, bias, activation, None, "none", scale, True)
+    out, energy = forward(x, weight, bias, activation, None, "none", scale, None, True)
     return out, energy
 
 
@@ -150,7 +154,8 @@ def prepare(
     than to compute.
 
     Args:
-        x, weight, bias, activation, other, combination: as for :func:`packed_linear`.
+        x, weight, bias, activation, other, combination: as for :func:`packed_linear`, but not
+            ``add_scaled``.
 
     Returns:
         A function of ``x`` and ``other``; None where they have to be copied first, or are empty.
@@ -158,7 +163,7 @@ def prepare(
     Raises:
         ValueError, RuntimeError: see :func:`packed_linear`.
     """
-    plan = _plan((x, weight, bias, other, None), activation, combination, energy=False)
+    plan = _plan((x, weight, bias, other, None, None), activation, combination, energy=False)
     shape = plan.out_shape
     if plan.copies_input or (other is not None and plan.copies_other) or 0 in shape:
         return None
@@ -168,7 +173,7 @@ def prepare(
         out = x.new_empty(shape)
         beside = 0 if other is None else other.data_ptr()
         tensors = TENSORS.pack(
-            x.data_ptr(), weight.data_ptr(), bias.data_ptr(), beside, 0, out.data_ptr(), 0
+            x.data_ptr(), weight.data_ptr(), bias.data_ptr(), beside, 0, out.data_ptr(), 0, 0
         )
         if forward(problem, tensors):
             raise MemoryError("no memory for the scratch of a linear layer")
@@ -180,7 +185,7 @@ def prepare(
 _library = torch.library.Library("vision_backbones", "FRAGMENT")
 _library.define(
     "packed_linear(Tensor x, Tensor weight, Tensor bias, str activation, Tensor? other, "
-    "str combination, Tensor? scale, bool energy) -> Tensor[]"
+    "str combination, Tensor? scale, Tensor? other_scale, bool energy) -> Tensor[]"
 )
 _dispatched = torch.ops.vision_backbones.packed_linear.default
 
@@ -194,16 +199,17 @@ def _linear(
     other: Tensor | None,
     combination: str,
     scale: Tensor | None,
+    other_scale: Tensor | None,
     energy: bool,
 ) -> list[Tensor]:
-    plan = _plan((x, weight, bias, other, scale), activation, combination, energy)
+    plan = _plan((x, weight, bias, other, scale, other_scale), activation, combination, energy)
     outs = [x.new_empty(plan.out_shape)]
     if energy:
         outs.append(bias.new_empty(x.shape[0], bias.shape[0]))
     x = x.contiguous() if plan.copies_input else x
     if other is not None and plan.copies_other:
         other = other.contiguous()
-    _run(plan.problem, x, weight, bias, other, scale, *outs)
+    _run(plan.problem, x, weight, bias, other, scale, other_scale, *outs)
     return outs
 
 
@@ -216,8 +222,10 @@ def _empty_outputs(
     other: Tensor | None,
     combination: str,
     scale: Tensor | None,
+    other_scale: Tensor | None,
     energy: bool,
 ) -> list[Tensor]:
+    _check_other_scale(bias, combination, other_scale)
     shape = output_shape(
         x.shape,
         (x.dtype, weight.dtype, weight.numel(), bias.shape, activation, combination),
@@ -229,14 +237,15 @@ def _empty_outputs(
 
 
 def _plan(
-    tensors: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None],
+    tensors: tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None],
     activation: str,
     combination: str,
     energy: bool,
 ) -> Plan:
-    x, weight, bias, other, scale = tensors
-    require_dtype(torch.float32, bias=bias)
+    x, weight, bias, other, scale, other_scale = tensors
+    require_dtype(torch.float32, bias=bias, other_scale=other_scale)
     require_dtype(x.dtype, other=other)
+    _check_other_scale(bias, combination, other_scale)
     return plan_layer(
         x.shape,
         x.stride(),
@@ -246,6 +255,13 @@ def _plan(
         energy,
         torch.get_num_threads(),
     )
+
+
+def _check_other_scale(bias: Tensor, combination: str, other_scale: Tensor | None) -> None:
+    shape = None if other_scale is None else tuple(other_scale.shape)
+    wanted = tuple(bias.shape) if combination == "add_scaled" else None
+    if shape != wanted:
+        raise ValueError(f"other_scale must be {wanted} with {combination!r}, got {shape}")
 
 
 def library_or_raise(x: Tensor) -> ctypes.CDLL:
@@ -263,6 +279,7 @@ def _run(
     bias: Tensor,
     other: Tensor | None,
     scale: Tensor | None,
+    other_scale: Tensor | None,
     out: Tensor,
     energy: Tensor | None = None,
 ) -> None:
@@ -278,6 +295,8 @@ def _run(
         return
     if scale is not None:
         scale = scale.float().contiguous()
+    if other_scale is not None:
+        other_scale = other_scale.contiguous()
     tensors = Tensors(
         x.data_ptr(),
         weight.data_ptr(),
@@ -286,6 +305,7 @@ def _run(
         None if scale is None else scale.data_ptr(),
         out.data_ptr(),
         None if energy is None else energy.data_ptr(),
+        None if other_scale is None else other_scale.data_ptr(),
     )
     if library.linear_forward(ctypes.byref(problem), ctypes.byref(tensors)):
         raise MemoryError("no memory for the scratch of a linear layer")

@@ -81,8 +81,8 @@ def prepare(
     def run(x: Tensor, residual: Tensor | None) -> Tensor:
         out = x.new_empty(shape)
         other = 0 if residual is None else residual.data_ptr()
-        before = (x.data_ptr(), weight1.data_ptr(), bias1.data_ptr(), 0, 0, 0, 0)
-        after = (0, weight2.data_ptr(), bias2.data_ptr(), other, 0, out.data_ptr(), 0)
+        before = (x.data_ptr(), weight1.data_ptr(), bias1.data_ptr(), 0, 0, 0, 0, 0)
+        after = (0, weight2.data_ptr(), bias2.data_ptr(), other, 0, out.data_ptr(), 0, 0)
         if forward(problems[0], TENSORS.pack(*before), problems[1], TENSORS.pack(*after)):
             raise MemoryError("no memory for the scratch of two linear layers")
         return out

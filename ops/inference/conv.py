@@ -102,16 +102,12 @@ class FastInceptionDWConv2d(FastLayer, InceptionDWConv2d):
 
 
 class FastSqueezeExcite(SqueezeExcite):
-    """Means that go along with the memory. What comes in is overwritten, unless it has a gradient:
-
-    in all of our networks it is the output of a convolution, which nothing else sees.
-    """
+    """Its gates alone, which the layer behind takes as scales; means go along with the memory."""
 
     followed: ClassVar = {"act": ("fc1",)}
 
     def forward(self, x: Tensor) -> Tensor:
-        gates = self.gates(x)[:, :, None, None]
-        return x * gates if x.requires_grad else x.mul_(gates)
+        return x * self.gates(x)[:, :, None, None]
 
     def gates(self, x: Tensor) -> Tensor:
         """What the channels are to be multiplied by: (B, dim, H, W) → (B, dim)."""

@@ -62,9 +62,9 @@ class FastLocalBranch(FastLayer, LocalBranch):
     def _keys_and_values_of(self, sequence: Tensor) -> Tensor:
         """(B, side², heads, windows · head_dim) → (B, side², heads, 2 · head_dim)."""
         windows = sequence.shape[3] // self.kv.in_features
+        packed = self.derived(sequence)
         if windows == 1:
             return self.kv(self.fc(sequence))
-        packed = self.derived(sequence)
         if packed is None or sequence.shape[3] > _LARGEST_SEQUENCE:
             return self.kv(self.fc(sequence.unflatten(3, (-1, windows)).mean(-1)))
         if windows not in packed:

@@ -214,8 +214,21 @@ class PackedLinear:
         self._for_onednn: Tensor | None = None
         self._repeats = Repeats(self._prepare)
 
-    def __call__(self, x: Tensor, activation: str, residual: Tensor | None) -> Tensor:
-        """``activation(linear(x)) + residual``, (..., in_features) → (..., out_features)."""
+    def __call__(
+        self,
+        x: Tensor,
+        activation: str,
+        residual: Tensor | None,
+        scale: Tensor | None = None,
+        residual_scale: Tensor | None = None,
+    ) -> Tensor:
+        """``activation(linear(x * scale)) + residual * residual_scale``.
+
+        (B, ..., in_features) → (B, ..., out_features); ``scale`` is (B, in_features), and
+        ``residual_scale``, if there is a residual, (out_features,) in float32.
+        """
+        if scale is not None or residual_scale is not None:
+            return self._scaled(x, activation, residual, scale, residual_scale)
         way = self._repeats.find((x, residual), activation)
         return (way or self._way(x, activation))(x, residual)
 
@@ -258,13 +271,23 @@ class PackedLinear:
             return None
         return native_linear.packed_linear_energy(x, *self._packed(), activation, scale)
 
-    def scaled(self, x: Tensor, activation: str, residual: Tensor | None, scale: Tensor) -> Tensor:
-        """As a call, for inputs times ``scale`` (B, in_features)."""
-        if not self._has_kernel:
-            return self(x * _as_wide(scale, x), activation, residual)
-        combination = "none" if residual is None else "add"
+    def _scaled(
+        self,
+        x: Tensor,
+        activation: str,
+        residual: Tensor | None,
+        scale: Tensor | None,
+        residual_scale: Tensor | None,
+    ) -> Tensor:
+        if residual is None:
+            residual_scale = None
+        if not self._has_kernel:  # without which each takes a pass of its own
+            x, residual = _scaled(x, scale), _scaled_residual(residual, residual_scale)
+            return self(x, activation, residual)
+        added = "add" if residual_scale is None else "add_scaled"
+        combination = "none" if residual is None else added
         return native_linear.packed_linear(
-            x, *self._packed(), activation, residual, combination, scale
+            x, *self._packed(), activation, residual, combination, scale, residual_scale
         )
 
     def _packed(self) -> tuple[Tensor, Tensor]:
@@ -276,9 +299,14 @@ class PackedLinear:
         return self._for_kernel
 
 
-def _as_wide(scale: Tensor, x: Tensor) -> Tensor:
-    """(B, C) → (B, 1, …, 1, C), with as many dimensions as ``x``."""
-    return scale.view(len(scale), *[1] * (x.ndim - 2), -1)
+def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
+    """(B, …, C) times (B, C)."""
+    return x if scale is None else x * scale.view(len(scale), *[1] * (x.ndim - 2), x.shape[-1])
+
+
+def _scaled_residual(residual: Tensor | None, scale: Tensor | None) -> Tensor | None:
+    """(B, …, C) times (C,) of float32."""
+    return residual if residual is None or scale is None else residual * scale.to(residual.dtype)
 
 
 def _onednn_linear(
@@ -306,11 +334,8 @@ class FastLinear(ActivatedLayer, nn.Linear):
     ) -> Tensor:
         packed = self.derived(x)
         if packed is None:
-            x = x if scale is None else x * _as_wide(scale, x)
-            return self._finish(super().forward(x), residual)
-        if scale is None:
-            return packed(x, self.activation, residual)
-        return packed.scaled(x, self.activation, residual, scale)
+            return self._finish(super().forward(_scaled(x, scale)), residual)
+        return packed(x, self.activation, residual, scale)
 
     def energy(self, x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``self(x, scale=scale)`` and the sums of its squares: (B, out_features)."""
@@ -327,15 +352,27 @@ class FastLinear(ActivatedLayer, nn.Linear):
 
 
 class FastPointwiseConv2d(ActivatedLayer, nn.Conv2d):
-    """``activation(conv(x)) + residual`` with a 1×1 window, (B, C, H, W) → (B, C', H, W)."""
+    """``activation(conv(x * scale)) + residual * residual_scale`` with a 1×1 window.
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+    (B, C, H, W) → (B, C', H, W); ``scale`` is (B, C), ``residual_scale`` (C',) in float32.
+    """
+
+    def forward(
+        self,
+        x: Tensor,
+        residual: Tensor | None = None,
+        scale: Tensor | None = None,
+        residual_scale: Tensor | None = None,
+    ) -> Tensor:
         packed = self.derived(x)
-        if packed is None:
-            return self._finish(super().forward(x), residual)
+        x = x.permute(0, 2, 3, 1)
         if residual is not None:
             residual = residual.permute(0, 2, 3, 1)
-        out = packed(x.permute(0, 2, 3, 1), self.activation, residual)
+        if packed is not None:
+            out = packed(x, self.activation, residual, scale, residual_scale)
+            return out.permute(0, 3, 1, 2)
+        out = super().forward(_scaled(x, scale).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        out = self._finish(out, _scaled_residual(residual, residual_scale))
         return out.permute(0, 3, 1, 2)
 
     def on_last(self, x: Tensor, residual: Tensor | None = None) -> Tensor:

@@ -95,9 +95,14 @@ def _prepare_pair(
 
 
 class FastExpandMerging(ExpandMerging):
-    """The convolutions apply the activation."""
+    """The convolutions apply the activation, the last one the gates."""
 
     followed: ClassVar = {"act": ("expand", "reduce")}
+
+    def forward(self, x: Tensor) -> Tensor:
+        se: Any = self.se
+        x = self.act(self.reduce(self.act(self.expand(x))))
+        return self.project(x, scale=se.gates(x))
 
 
 class FastCascadedGroupAttention(FastLayer, CascadedGroupAttention):

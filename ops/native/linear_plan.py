@@ -24,7 +24,7 @@ __all__ = [
 ]
 
 # The order is that of `linear::Combination` in ops/native/linear_problem.h.
-COMBINATIONS = ("none", "add", "multiply")
+COMBINATIONS = ("none", "add", "multiply", "add_scaled")
 
 _TILE_INPUTS = 32  # of bfloat16, that weights are padded to
 
@@ -46,7 +46,10 @@ class Tensors(ctypes.Structure):
 
     _fields_ = [
         (name, ctypes.c_void_p)
-        for name in ("input", "weight", "bias", "other", "scale", "output", "energy")
+        for name in (
+            *("input", "weight", "bias", "other", "scale", "output", "energy"),
+            "other_scale",
+        )
     ]
 
 

@@ -23,11 +23,12 @@ struct Problem {
 
 // The order is that of COMBINATIONS in linear_plan.py: after the activation, what is done with
 // `other`.
-enum Combination : int64_t { NONE, ADD, MULTIPLY };
+enum Combination : int64_t { NONE, ADD, MULTIPLY, ADD_SCALED };
 
 // `weight` as `pack` gives it, `bias` [out_features]. Null where it is not wanted: `other`
 // [rows][out_features], `scale` [images][in_features], by which inputs are multiplied, and `energy`
-// [images][out_features], which receives the sums of squared outputs. T is float or BFloat16.
+// [images][out_features], which receives the sums of squared outputs; `other_scale` [out_features]
+// is what `other` is multiplied by before it is added. T is float or BFloat16.
 struct Tensors {
   const void* in;
   const void* weight;
@@ -36,6 +37,7 @@ struct Tensors {
   const float* scale;
   void* out;
   float* energy;
+  const float* other_scale;
 };
 
 // What is multiplied in a layer of T: floats, where the CPU has no products of bfloat16.
@@ -78,6 +80,7 @@ struct Block {
   T* out;
   float* energy;
   int lanes;
+  const float* other_scale;
 };
 
 // Memory to be fetched, some lines with every few products. It may go on behind its end, into what
@@ -97,6 +100,12 @@ struct Ahead {
     }
   }
 };
+
+// `scale` is that of `other`, if there is one.
+static VB_INLINE F combine(const Problem& p, const float* scale, int lanes, F x, F other) {
+  if (p.combination == ADD_SCALED) return simd::fma(other, simd::get(scale, lanes), x);
+  return p.combination == ADD ? x + other : x * other;
+}
 
 // Activation, combination, energies; R rows of V vectors are stored.
 template <class T, int R, int V>
@@ -130,7 +139,7 @@ static VB_INLINE void finish(const Problem& p, const Block<T>& block, F (&sum)[R
       F x = sum[r][v];
       if (p.combination != NONE) {
         const F other = simd::get(block.other + r * p.other_stride + v * W, lanes);
-        x = p.combination == ADD ? x + other : x * other;
+        x = combine(p, block.other_scale + v * W, lanes, x, other);
       }
       if (block.energy) energy = simd::fma(x, x, energy);
       simd::put(block.out + r * p.out_stride + v * W, x, lanes);

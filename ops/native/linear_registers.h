@@ -238,7 +238,8 @@ static void run_in_registers(const Problem& p, const Tensors& t, const Rows<T>& 
         Block<T> block{rows.in + range.begin * rows.in_stride, begin_of(panel), t.bias + n,
                        nullptr, rows.out + range.begin * p.out_stride + n,
                        rows.energy ? rows.energy + n : nullptr,
-                       static_cast<int>(std::min<int64_t>(W, wide ? left - W : left))};
+                       static_cast<int>(std::min<int64_t>(W, wide ? left - W : left)),
+                       t.other_scale ? t.other_scale + n : nullptr};
         if (rows.other) block.other = rows.other + range.begin * p.other_stride + n;
         run_block(p, rows, block, range.end - range.begin, wide, ahead);
       }

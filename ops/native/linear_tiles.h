@@ -103,8 +103,7 @@ static void finish_rows(const Problem& p, const Block<BFloat16>& block, float* s
       const int lanes = v == V - 1 ? block.lanes : W;
       F x = simd::load(sums + (r * V + v) * W);
       if (p.combination != NONE) {
-        const F by = simd::get(other + v * W, lanes);
-        x = p.combination == ADD ? x + by : x * by;
+        x = combine(p, block.other_scale + v * W, lanes, x, simd::get(other + v * W, lanes));
       }
       if (block.energy) energy[v] = simd::fma(x, x, energy[v]);
       simd::put(out + v * W, x, lanes);
@@ -164,7 +163,8 @@ static void run_tiles(const Problem& p, const Tensors& t, const Rows<BFloat16>& 
     const Block<BFloat16> block{rows.in, weight, bias,
                                 rows.other ? rows.other + n : nullptr, rows.out + n,
                                 rows.energy ? rows.energy + n : nullptr,
-                                static_cast<int>(std::min<int64_t>(W, wide ? left - W : left))};
+                                static_cast<int>(std::min<int64_t>(W, wide ? left - W : left)),
+                                t.other_scale ? t.other_scale + n : nullptr};
     wide ? run_panel<2>(p, rows, block, ahead) : run_panel<1>(p, rows, block, ahead);
   }
 }

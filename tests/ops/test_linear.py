@@ -30,7 +30,12 @@ from ops.linear import (
     unsupported,
 )
 
-_COMBINED = {"none": lambda x, _: x, "add": torch.add, "multiply": torch.mul}
+_COMBINED = {
+    "none": lambda x, *_: x,
+    "add": lambda x, other, _: x + other,
+    "multiply": lambda x, other, _: x * other,
+    "add_scaled": lambda x, other, scale: x + other * scale,
+}
 
 
 @settings(max_examples=200, deadline=None)
@@ -55,15 +60,17 @@ def test_is_the_linearlinear_layer(
     if combination != "none":
         other = random(batch, *size, out_features, seed=3).to(dtype)
     scale = random(batch, in_features, seed=4).float() if has_scale else None
+    other_scale = random(out_features, seed=5).float() if combination == "add_scaled" else None
     scaled = x.double() if scale is None else x.double() * scale[:, None, None]
     if native.load("linear").linear_multiplies_bfloat16():
         scaled = scaled.to(dtype).double()
     activated = PLAIN_ACTIVATIONS[activation](F.linear(scaled, weight, bias))
-    expected = _COMBINED[combination](activated, other)
-    out = packed_linear(x, *packed, activation, other, combination, scale)
+    expected = _COMBINED[combination](activated, other, other_scale)
+    out = packed_linear(x, *packed, activation, other, combination, scale, other_scale)
     # Relative to the sums without cancellation.
     bound = F.linear(scaled.abs(), weight.abs()).max() + 1
     bound = bound * (1 if other is None else 1 + other.abs().max())
+    bound = bound * (1 if other_scale is None else 1 + other_scale.abs().max())
     tolerance = LINEAR_DTYPES[dtype] * bound
     assert out.dtype == dtype and out.is_contiguous()
     assert (out - expected).abs().max() < tolerance
@@ -174,6 +181,14 @@ def test_no_rows_give_no_rows() -> None:
             {"other": torch.zeros(2, 3).bfloat16(), "combination": "add"},
             "other must be torch.float32, got torch.bfloat16",
         ),
+        (
+            {"other": torch.zeros(2, 3), "combination": "add_scaled"},
+            r"other_scale must be .3,. with 'add_scaled', got None",
+        ),
+        (
+            {"other": torch.zeros(2, 3), "combination": "add", "other_scale": torch.ones(3)},
+            "other_scale must be None with 'add', got .3,.",
+        ),
         ({"scale": torch.zeros(1, 5)}, r"scale must be .2, 5., got .1, 5."),
         ({"x": torch.zeros(2, 5).bfloat16()}, "x is torch.bfloat16 and its weight torch.float32"),
     ],
@@ -209,7 +224,11 @@ def test_compiles_and_has_a_fake() -> None:
     packed = pack_weight(torch.ones(20, 16)), torch.zeros(20)
     x, other, scale = torch.zeros(2, 3, 16), torch.zeros(2, 3, 20), torch.ones(2, 16)
     ops = torch.ops.vision_backbones
-    for arguments in (("relu", other, "add", scale, False), ("relu", None, "none", None, True)):
+    for arguments in (
+        ("relu", other, "add", scale, None, False),
+        ("none", other, "add_scaled", None, torch.ones(20), False),
+        ("relu", None, "none", None, None, True),
+    ):
         torch.library.opcheck(ops.packed_linear.default, (x, *packed, *arguments))
 
 

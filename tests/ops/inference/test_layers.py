@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ops.inference import conv
 from ops.inference.conv import FastDepthwiseConv2d
-from ops.inference.layers import FastLinear, activate, convert
+from ops.inference.layers import FastLinear, FastPointwiseConv2d, activate, convert
 
 
 def _linear(bias: bool = True) -> FastLinear:
@@ -44,6 +44,32 @@ def test_calls_of_many_kinds_one_after_the_other(bias, compiled, monkeypatch) ->
             _check(layer, torch.randn(2, 5, 24))
     activate(layer, "relu")
     _check(layer, torch.randn(3, 24))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("compiled", [True, False])
+def test_scales_of_inputs_and_residuals(compiled: bool, dtype: torch.dtype, monkeypatch) -> None:
+    if not compiled:
+        without_kernels(monkeypatch)
+    torch.manual_seed(0)
+    conv = nn.Conv2d(40, 48, 1).requires_grad_(False).to(dtype)
+    layer = convert(conv, FastPointwiseConv2d)
+    residual_scale = torch.randn(48)
+    for size in ((1, 5, 7), (2, 40, 41), (0, 3, 3)):  # few rows, many and none
+        x, residual = (
+            torch.randn(size[0], *size[1:], dim).to(dtype).permute(0, 3, 1, 2) for dim in (40, 48)
+        )
+        scale = torch.rand(size[0], 40).to(dtype)
+        for by in (None, scale):
+            scaled = x.float() if by is None else x.float() * by.float()[:, :, None, None]
+            expected = F.conv2d(scaled, conv.weight.float(), conv.bias.float())
+            added = residual.float() * residual_scale.view(1, -1, 1, 1)
+            for given in (x, x.clone().requires_grad_()):  # with a gradient, in layers of torch
+                out = layer(given, residual, by, residual_scale)
+                tolerance = 5e-2 if dtype == torch.bfloat16 else 1e-5
+                bounds = {"rtol": tolerance, "atol": tolerance}
+                torch.testing.assert_close(out.float(), expected + added, **bounds)
+                torch.testing.assert_close(layer(given, scale=by).float(), expected, **bounds)
 
 
 def test_new_weights_and_copies() -> None:
