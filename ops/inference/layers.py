@@ -58,8 +58,10 @@ _CALLS = (
     "_convolution_pointwise",
     "_reorder_convolution_weight",
 )
-# Up to this many rows our linear kernel, which fetches weights ahead, is the faster one.
-_FEW_ROWS = {torch.float32: 2048, torch.bfloat16: 512}
+# Up to this many rows our linear kernel, which fetches weights ahead, is the faster one; where
+# bfloat16 is multiplied in tiles (AMX), oneDNN is sooner.
+_FEW_ROWS = {torch.float32: 2048, torch.bfloat16: 4096}
+_FEW_ROWS_OF_TILES = 512
 # And from so few features, or to so few, with any number of rows.
 _NARROW = 32
 # Of fewer channels windows take long to copy.
@@ -80,6 +82,11 @@ def has_onednn(dtype: torch.dtype) -> bool:
 def computed_in(dtype: torch.dtype) -> torch.dtype:
     """What oneDNN is to multiply: float32 for what the CPU does not multiply."""
     return dtype if native.multiplies(dtype) else torch.float32
+
+
+def _few_rows(dtype: torch.dtype) -> int:
+    tiles = dtype == torch.bfloat16 and native.instruction_set() == "amx"
+    return _FEW_ROWS_OF_TILES if tiles else _FEW_ROWS[dtype]
 
 
 def convert(layer: nn.Module, fast: type[Module]) -> Module:
@@ -209,7 +216,7 @@ class PackedLinear:
             native_linear.unsupported(weight.device, weight.dtype, with_bfloat16=True) is None
         )
         suits_onednn = native.multiplies(weight.dtype)
-        self._few_rows = _FEW_ROWS[weight.dtype] if suits_onednn else sys.maxsize
+        self._few_rows = _few_rows(weight.dtype) if suits_onednn else sys.maxsize
         self._for_kernel: tuple[Tensor, Tensor] | None = None
         self._for_onednn: Tensor | None = None
         self._repeats = Repeats(self._prepare)
@@ -403,7 +410,7 @@ class FastConv2d(ActivatedLayer, nn.Conv2d):
         """Whether our kernel, where there is one, is faster than oneDNN's."""
         strides: Any = self.stride
         pixels = len(x) * (x.shape[2] // strides[0]) * (x.shape[3] // strides[1])
-        return pixels <= _FEW_ROWS[x.dtype]
+        return pixels <= _few_rows(x.dtype)
 
     def _by_onednn(self, x: Tensor, packed: tuple[Tensor, Tensor | None] | None) -> Tensor:
         if packed is None:
