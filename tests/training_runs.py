@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import faulthandler
 import multiprocessing
 import os
 import random
 import signal
 import socket
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
@@ -34,8 +36,9 @@ QUICK = [
     *("--lr=1e-3", "--warmup-epochs=1", "--save-every-minutes=0"),
 ]
 
-# A run takes seconds; one that waits for ever, in seconds, fails its test.
-PATIENCE = 200
+# A run takes seconds; one that waits for ever, in seconds, fails its test, and says where it stood.
+# Two of them, one after the other, are within the time of a test.
+PATIENCE = 140
 
 # The server is a Python of its own and reads sys.path from here.
 _folders = [str(Path(__file__).parent), str(Path(train_cls.__file__).parent)]
@@ -48,12 +51,29 @@ _context.set_forkserver_preload(["training_runs"])
 class Run(_context.Process):  # type: ignore[name-defined]
     """A training in a process of its own; waiting for it ends."""
 
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self._patience = PATIENCE
+
     def join(self, timeout: float | None = None) -> None:
         """Wait for ``timeout`` seconds; without one, fail when it still runs after a while."""
-        super().join(timeout or PATIENCE)
-        if timeout is None and self.is_alive():
+        super().join(timeout or self._patience)
+        if not self.is_alive():
+            self._stacks(self.pid).unlink(missing_ok=True)
+        elif timeout is None:
             super().kill()
-            raise AssertionError(f"{self.name} still ran after {PATIENCE} s")
+            stood = self._stacks(self.pid).read_text()
+            raise AssertionError(f"{self.name} still ran after {self._patience} s:\n{stood}")
+
+    def run(self) -> None:
+        with self._stacks(os.getpid()).open("w") as file:
+            faulthandler.dump_traceback_later(self._patience / 2, file=file)
+            super().run()
+
+    @staticmethod
+    def _stacks(pid: int | None) -> Path:
+        """Where a run says what its threads are at when half of its time is over."""
+        return Path(tempfile.gettempdir()) / f"training-run-{pid}.stacks"
 
 
 def make_images(folder: Path, counts: dict[str, int], classes: int = 3) -> Path:
