@@ -102,7 +102,7 @@ class FastInceptionDWConv2d(FastLayer, InceptionDWConv2d):
 
 
 class FastSqueezeExcite(SqueezeExcite):
-    """Its gates alone, which the layer behind takes as scales; means go along with the memory."""
+    """Means that go along with the memory; the layer behind may take :meth:`gates` as its scales."""
 
     followed: ClassVar = {"act": ("fc1",)}
 
