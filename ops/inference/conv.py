@@ -102,7 +102,7 @@ class FastInceptionDWConv2d(FastLayer, InceptionDWConv2d):
 
 
 class FastSqueezeExcite(SqueezeExcite):
-    """Means that go along with the memory; the layer behind may take :meth:`gates` as its scales."""
+    """Means that go along with the memory; the layer behind may take :meth:`gates` as scales."""
 
     followed: ClassVar = {"act": ("fc1",)}
 
