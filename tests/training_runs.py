@@ -62,13 +62,17 @@ class Run(_context.Process):  # type: ignore[name-defined]
             self._stacks(self.pid).unlink(missing_ok=True)
         elif timeout is None:
             super().kill()
-            stood = self._stacks(self.pid).read_text()
+            stacks = self._stacks(self.pid)
+            stood = stacks.read_text() if stacks.exists() else "it had not begun"
             raise AssertionError(f"{self.name} still ran after {self._patience} s:\n{stood}")
 
     def run(self) -> None:
         with self._stacks(os.getpid()).open("w") as file:
             faulthandler.dump_traceback_later(self._patience / 2, file=file)
-            super().run()
+            try:
+                super().run()
+            finally:
+                faulthandler.cancel_dump_traceback_later()
 
     @staticmethod
     def _stacks(pid: int | None) -> Path:

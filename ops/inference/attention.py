@@ -19,7 +19,8 @@ from ops.attention.pooled import PooledAttention, pool_tokens
 from ops.attention.rank_augmented import RankAugmentedAttention, Rotary, rotary_table
 from ops.inference import gated_attention, grouped_attention, linear_attention, pooling
 from ops.inference.grouped_attention import split_heads
-from ops.inference.layers import FastLayer, PackedLinear, runs_fast
+from ops.inference.layers import FastLayer, runs_fast
+from ops.inference.packed_linear import PackedLinear
 from ops.inference.pooling import window_means
 from ops.native import multiplies
 

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from ops.attention.factorized import FactorizedAttention, GlobalBranch, LocalBranch, tap_positions
 from ops.inference.grouped_attention import attend, unsupported
-from ops.inference.layers import FastLayer, PackedLinear, runs_fast
+from ops.inference.layers import FastLayer, runs_fast
+from ops.inference.packed_linear import PackedLinear
 
 __all__ = ["FastFactorizedAttention", "FastGlobalBranch", "FastLocalBranch"]
 

@@ -7,7 +7,6 @@ calls to oneDNN are the ones that torch's own compiler makes; they are private, 
 from __future__ import annotations
 
 import functools
-import sys
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -18,7 +17,14 @@ from torch import Tensor, nn
 from ops import linear as native_linear
 from ops import native
 from ops.inference.convolution import PackedConv2d
-from ops.native.eager import Repeats
+from ops.inference.packed_linear import (
+    ONEDNN,
+    PackedLinear,
+    computed_in,
+    few_rows,
+    scaled,
+    scaled_residual,
+)
 
 __all__ = [
     "ActivatedLayer",
@@ -26,11 +32,9 @@ __all__ = [
     "FastLayer",
     "FastLinear",
     "FastPointwiseConv2d",
-    "PackedLinear",
     "activate",
     "activation_kind",
     "can_activate",
-    "computed_in",
     "convert",
     "has_onednn",
     "runs_fast",
@@ -38,14 +42,6 @@ __all__ = [
 
 Module = TypeVar("Module", bound=nn.Module)
 
-# Names of ops.depthwise.ACTIVATIONS → (attribute, scalars, algorithm) of oneDNN's.
-_ONEDNN: dict[str, tuple[str, list[float | None], str]] = {
-    "none": ("none", [], ""),
-    "relu": ("relu", [], ""),
-    "gelu": ("gelu", [], "none"),
-    "silu": ("swish", [], ""),
-    "hardswish": ("hardswish", [], ""),
-}
 _PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "gelu": F.gelu,
@@ -58,12 +54,6 @@ _CALLS = (
     "_convolution_pointwise",
     "_reorder_convolution_weight",
 )
-# Up to this many rows our linear kernel, which fetches weights ahead, is the faster one; where
-# bfloat16 is multiplied in tiles (AMX), oneDNN is sooner.
-_FEW_ROWS = {torch.float32: 2048, torch.bfloat16: 4096}
-_FEW_ROWS_OF_TILES = 512
-# And from so few features, or to so few, with any number of rows.
-_NARROW = 32
 # Of fewer channels windows take long to copy.
 _FEWEST_CHANNELS = 16
 
@@ -77,16 +67,6 @@ def has_onednn(dtype: torch.dtype) -> bool:
     if dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
         return False
     return all(hasattr(torch.ops.mkldnn, name) for name in _CALLS)
-
-
-def computed_in(dtype: torch.dtype) -> torch.dtype:
-    """What oneDNN is to multiply: float32 for what the CPU does not multiply."""
-    return dtype if native.multiplies(dtype) else torch.float32
-
-
-def _few_rows(dtype: torch.dtype) -> int:
-    tiles = dtype == torch.bfloat16 and native.instruction_set() == "amx"
-    return _FEW_ROWS_OF_TILES if tiles else _FEW_ROWS[dtype]
 
 
 def convert(layer: nn.Module, fast: type[Module]) -> Module:
@@ -199,137 +179,6 @@ def activate(layer: nn.Module, kind: str) -> None:
     layer.activation = kind
 
 
-class PackedLinear:
-    """A linear layer whose weight is packed for our kernel, for oneDNN, or for both.
-
-    Which of them runs depends on the number of rows; a packed weight is made when it is first used.
-
-    Args:
-        weight: (out_features, in_features).
-        bias: (out_features,) or None.
-    """
-
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self._weight = weight.detach().contiguous()
-        self._bias = None if bias is None else bias.detach()
-        self._has_kernel = (
-            native_linear.unsupported(weight.device, weight.dtype, with_bfloat16=True) is None
-        )
-        suits_onednn = native.multiplies(weight.dtype)
-        self._few_rows = _few_rows(weight.dtype) if suits_onednn else sys.maxsize
-        self._for_kernel: tuple[Tensor, Tensor] | None = None
-        self._for_onednn: Tensor | None = None
-        self._repeats = Repeats(self._prepare)
-
-    def __call__(
-        self,
-        x: Tensor,
-        activation: str,
-        residual: Tensor | None,
-        scale: Tensor | None = None,
-        residual_scale: Tensor | None = None,
-    ) -> Tensor:
-        """``activation(linear(x * scale)) + residual * residual_scale``.
-
-        (B, ..., in_features) → (B, ..., out_features); ``scale`` is (B, in_features), and
-        ``residual_scale``, if there is a residual, (out_features,) in float32.
-        """
-        if scale is not None or residual_scale is not None:
-            return self._scaled(x, activation, residual, scale, residual_scale)
-        way = self._repeats.find((x, residual), activation)
-        return (way or self._way(x, activation))(x, residual)
-
-    def packed_for(self, x: Tensor, activation: str) -> tuple[Tensor, Tensor] | None:
-        """What our kernel wants of weight and bias, if it is the faster one for such ``x``."""
-        rows = x.numel() // max(1, x.shape[-1])
-        own = rows <= self._few_rows or min(self._weight.shape) <= _NARROW
-        own |= activation == "gelu" and x.dtype == torch.bfloat16
-        return self._packed() if self._has_kernel and own and x.ndim > 1 else None
-
-    def _prepare(
-        self, x: Tensor, residual: Tensor | None, activation: str
-    ) -> Callable[[Tensor, Tensor | None], Tensor]:
-        packed, way = self.packed_for(x, activation), None
-        if packed is not None:
-            combination = "none" if residual is None else "add"
-            way = native_linear.prepare(x, *packed, activation, residual, combination)
-        return way or self._way(x, activation)
-
-    def _way(self, x: Tensor, activation: str) -> Callable[[Tensor, Tensor | None], Tensor]:
-        """What computes the layer for any tensors with as many rows as ``x``."""
-        packed = self.packed_for(x, activation)
-        if packed is not None:
-            return lambda x, other: native_linear.packed_linear(
-                x, *packed, activation, other, "none" if other is None else "add"
-            )
-        if self._for_onednn is None:
-            rows = max(1, x.numel() // max(1, x.shape[-1]))
-            weight = self._weight.to(computed_in(x.dtype))
-            self._for_onednn = torch.ops.mkldnn._reorder_linear_weight(weight, rows)
-        matrix = self._for_onednn
-        bias = None if self._bias is None else self._bias.to(matrix.dtype)
-        return lambda x, other: _onednn_linear(x, matrix, bias, activation, other)
-
-    def energy(
-        self, x: Tensor, activation: str, scale: Tensor | None
-    ) -> tuple[Tensor, Tensor] | None:
-        """See :meth:`FastLinear.energy`; None where our kernel cannot be had."""
-        if not self._has_kernel:
-            return None
-        return native_linear.packed_linear_energy(x, *self._packed(), activation, scale)
-
-    def _scaled(
-        self,
-        x: Tensor,
-        activation: str,
-        residual: Tensor | None,
-        scale: Tensor | None,
-        residual_scale: Tensor | None,
-    ) -> Tensor:
-        if residual is None:
-            residual_scale = None
-        if not self._has_kernel:  # without which each takes a pass of its own
-            x, residual = _scaled(x, scale), _scaled_residual(residual, residual_scale)
-            return self(x, activation, residual)
-        added = "add" if residual_scale is None else "add_scaled"
-        combination = "none" if residual is None else added
-        return native_linear.packed_linear(
-            x, *self._packed(), activation, residual, combination, scale, residual_scale
-        )
-
-    def _packed(self) -> tuple[Tensor, Tensor]:
-        if self._for_kernel is None:
-            bias = self._bias
-            if bias is None:
-                bias = self._weight.new_zeros(len(self._weight))
-            self._for_kernel = native_linear.pack_weight(self._weight), bias.float()
-        return self._for_kernel
-
-
-def _scaled(x: Tensor, scale: Tensor | None) -> Tensor:
-    """(B, …, C) times (B, C)."""
-    return x if scale is None else x * scale.view(len(scale), *[1] * (x.ndim - 2), x.shape[-1])
-
-
-def _scaled_residual(residual: Tensor | None, scale: Tensor | None) -> Tensor | None:
-    """(B, …, C) times (C,) of float32."""
-    return residual if residual is None or scale is None else residual * scale.to(residual.dtype)
-
-
-def _onednn_linear(
-    x: Tensor, packed: Tensor, bias: Tensor | None, activation: str, residual: Tensor | None
-) -> Tensor:
-    linear = torch.ops.mkldnn._linear_pointwise
-    if x.dtype != packed.dtype:
-        wide = None if residual is None else residual.to(packed.dtype)
-        return _onednn_linear(x.to(packed.dtype), packed, bias, activation, wide).to(x.dtype)
-    if residual is None:
-        return linear.default(x, packed, bias, *_ONEDNN[activation])
-    if activation == "none" and residual.is_contiguous():
-        return linear.binary(x, residual, packed, bias, "add")
-    return linear.default(x, packed, bias, *_ONEDNN[activation]).add_(residual)
-
-
 class FastLinear(ActivatedLayer, nn.Linear):
     """``activation(linear(x * scale)) + residual``, (B, …, in_features) → (B, …, out_features).
 
@@ -341,7 +190,7 @@ class FastLinear(ActivatedLayer, nn.Linear):
     ) -> Tensor:
         packed = self.derived(x)
         if packed is None:
-            return self._finish(super().forward(_scaled(x, scale)), residual)
+            return self._finish(super().forward(scaled(x, scale)), residual)
         return packed(x, self.activation, residual, scale)
 
     def energy(self, x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
@@ -378,8 +227,8 @@ class FastPointwiseConv2d(ActivatedLayer, nn.Conv2d):
         if packed is not None:
             out = packed(x, self.activation, residual, scale, residual_scale)
             return out.permute(0, 3, 1, 2)
-        out = super().forward(_scaled(x, scale).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
-        out = self._finish(out, _scaled_residual(residual, residual_scale))
+        out = super().forward(scaled(x, scale).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        out = self._finish(out, scaled_residual(residual, residual_scale))
         return out.permute(0, 3, 1, 2)
 
     def on_last(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -410,7 +259,7 @@ class FastConv2d(ActivatedLayer, nn.Conv2d):
         """Whether our kernel, where there is one, is faster than oneDNN's."""
         strides: Any = self.stride
         pixels = len(x) * (x.shape[2] // strides[0]) * (x.shape[3] // strides[1])
-        return pixels <= _few_rows(x.dtype)
+        return pixels <= few_rows(x.dtype)
 
     def _by_onednn(self, x: Tensor, packed: tuple[Tensor, Tensor | None] | None) -> Tensor:
         if packed is None:
@@ -422,7 +271,7 @@ class FastConv2d(ActivatedLayer, nn.Conv2d):
             self.stride,
             self.dilation,
             self.groups,
-            *_ONEDNN[self.activation],
+            *ONEDNN[self.activation],
         )
         return out.to(x.dtype)
 

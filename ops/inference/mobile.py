@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ops.attention.cascaded import CascadedGroupAttention, distance_bias, resize_distance_table
 from ops.attention.single_head import SingleHeadAttention
 from ops.inference.cascaded_attention import PackedCascadedAttention, unsupported
-from ops.inference.layers import FastLayer, FastPointwiseConv2d, PackedLinear, computed_in
+from ops.inference.layers import FastLayer, FastPointwiseConv2d
+from ops.inference.packed_linear import PackedLinear, computed_in
 from ops.mobile import ConvFFN, ExpandMerging, Residual
 from ops.native.eager import Repeats
 from ops.packed_mlp import prepare as prepare_mlp

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 
 from ops import native
 from ops.depthwise import ACTIVATIONS
-from ops.inference.layers import FastLayer, activation_kind, computed_in
+from ops.inference.layers import FastLayer, activation_kind
+from ops.inference.packed_linear import computed_in
 from ops.linear import pack_weight
 from ops.linear import unsupported as linear_unsupported
 from ops.native.eager import is_plain_call, require_dtype

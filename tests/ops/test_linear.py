@@ -50,7 +50,7 @@ _COMBINED = {
     combination=st.sampled_from(COMBINATIONS),
     has_scale=st.booleans(),
 )
-def test_is_the_linearlinear_layer(
+def test_is_the_linear_layer(
     dtype, batch, size, in_features, out_features, cut, activation, combination, has_scale
 ) -> None:
     x = random(batch, *size, in_features + 5).to(dtype)
