@@ -119,7 +119,7 @@ class PackedLinear:
     def energy(
         self, x: Tensor, activation: str, scale: Tensor | None
     ) -> tuple[Tensor, Tensor] | None:
-        """See :meth:`ops.inference.layers.FastLinear.energy`; None where our kernel cannot be had."""
+        """The layer and the sums of its squares; None where our kernel cannot be had."""
         if not self._has_kernel:
             return None
         return native_linear.packed_linear_energy(x, *self._packed(), activation, scale)
