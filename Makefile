@@ -33,7 +33,8 @@ test: $(VENV)/test.stamp
 	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(TEST_WORKERS) $(TEST_ARGS)
 
 test-slow: $(VENV)/test.stamp
-	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(TEST_WORKERS) -m slow -o timeout=900 $(TEST_ARGS)
+	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(TEST_WORKERS) -m slow \
+		-o timeout=900 -o faulthandler_timeout=840 $(TEST_ARGS)
 
 docs: $(VENV)/docs.stamp
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict

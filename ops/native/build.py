@@ -39,14 +39,14 @@ _SOURCES = Path(__file__).parent
 _COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-shared", "-ffp-contract=fast", "-fno-math-errno"]
 _AVX512 = [
     *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
-    *("-mavx2", "-mfma", "-mprefer-vector-width=512"),
+    *("-mavx2", "-mfma", "-mprfchw", "-mprefer-vector-width=512"),
 ]
 # From the richest to the plainest; a CPU that can run one can run those after it.
 _ISA_FLAGS = {
     "amx": [*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
     "avx512bf16": [*_AVX512, "-mavx512bf16"],
     "avx512": _AVX512,
-    "avx2": ["-mavx2", "-mfma"],
+    "avx2": ["-mavx2", "-mfma", "-mprfchw"],
     "portable": [],
 }
 # OpenMP where the compiler has it, else a library with a single thread.

@@ -5,11 +5,13 @@
 #include <cstdint>
 #include <type_traits>
 #include "activation.h"
+#include "fetch.h"
 #include "lanes.h"
 #include "simd.h"
 
 namespace linear {
 
+using memory::LINE;
 using simd::F;
 using simd::round_up;
 using simd::W;
@@ -45,7 +47,6 @@ template <class T>
 using Input = std::conditional_t<VB_BFLOAT16, T, float>;
 
 constexpr int PANEL = 2 * W;
-constexpr int64_t LINE = 64;  // bytes
 
 // Outputs with those that fill the last vector.
 static int64_t padded(int64_t out_features) { return round_up(out_features, W); }
@@ -100,6 +101,16 @@ struct Ahead {
     }
   }
 };
+
+// Brings in what `width` outputs of some rows will be written to, and what will be added to them.
+template <class T>
+static VB_INLINE void fetch_outputs(const Problem& p, const Block<T>& block, int64_t rows,
+                                    int64_t width) {
+  for (int64_t r = 0; r < rows; r++) {
+    memory::fetch<memory::WRITE>(block.out + r * p.out_stride, width);
+    if (block.other) memory::fetch<memory::READ>(block.other + r * p.other_stride, width);
+  }
+}
 
 // `scale` is that of `other`, if there is one.
 static VB_INLINE F combine(const Problem& p, const float* scale, int lanes, F x, F other) {

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import time
 from pathlib import Path
 from types import ModuleType
 
@@ -92,6 +93,23 @@ def test_slow_contenders_are_timed_once_and_hopeless_ones_named(tool: ModuleType
     assert contenders["sdpa-mask"]["milliseconds"] > 0
     contenders = measure(tool.Effort(rounds=4, seconds=9.0, turn_ms=1.0), {"gather": 1.0})
     assert [contenders[name]["rounds"] for name in names] == [4, 4, 4]
+
+
+@pytest.mark.parametrize(("name", "rounds"), [("cpu", 3), ("tiled", 1)])
+def test_a_first_call_that_compiles_is_not_what_a_call_takes(
+    tool: ModuleType, monkeypatch: pytest.MonkeyPatch, name: str, rounds: int
+) -> None:
+    calls = iter([0.1])
+
+    def attend(query, key, value):
+        time.sleep(next(calls, 0.0))
+        return query
+
+    monkeypatch.setattr(tool, "contender", lambda *args: attend)
+    setting, device = tool.Setting((4,), (3,), 4), torch.device("cpu")
+    effort = tool.Effort(rounds=3, seconds=0.05, turn_ms=0.0)
+    row = tool.measure(setting, 1, torch.float32, False, (name,), device, effort, {})
+    assert row["contenders"][name]["rounds"] == rounds
 
 
 def test_expects_what_smaller_batches_took(tool: ModuleType) -> None:
