@@ -1,7 +1,8 @@
 """The first layers of a network on the CPU for inference: 3×3 convolutions of stride 2 in a row.
 
 The kernel (``ops/native/stem.cpp``) reads the planes of an image as they lie and keeps the maps
-between the layers in the cache. It takes float32; there are no gradients.
+between the layers in the cache. It takes float32, and bfloat16 where the CPU multiplies that in
+vectors; there are no gradients.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ class _Problem(ctypes.Structure):
 
     _fields_ = [
         (name, ctypes.c_int64)
-        for name in ("batch", "channels", "height", "width", "layers", "threads")
+        for name in ("batch", "channels", "height", "width", "layers", "bfloat16", "threads")
     ]
 
 
@@ -54,20 +55,33 @@ def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
 
     The first call on a machine compiles the kernel, which takes some seconds.
     """
-    return linear_unsupported(device, dtype) or native.unavailable_reason(_KERNEL)
+    if dtype == torch.bfloat16 and not native.multiplies(dtype):
+        return "the kernel takes bfloat16 only where the CPU multiplies it"
+    reason = linear_unsupported(device, dtype, with_bfloat16=True)
+    return reason or native.unavailable_reason(_KERNEL)
 
 
-def pack_layers(convs: Sequence[nn.Conv2d]) -> tuple[list[Tensor], list[Tensor]]:
+def pack_layers(
+    convs: Sequence[nn.Conv2d], dtype: torch.dtype = torch.float32
+) -> tuple[list[Tensor], list[Tensor]]:
     """The weights of the convolutions in the kernel's order, and their biases.
+
+    Args:
+        convs: whose channels, but for those of the image, are even in number for bfloat16.
+        dtype: of the maps.
+
+    Returns:
+        Float32; for bfloat16 pairs of it lie in each number of the weights behind the first.
 
     Raises:
         RuntimeError: the kernel is not available here (:func:`unsupported` tells beforehand).
     """
     weights, biases = [], []
     for i, conv in enumerate(convs):
-        weight = conv.weight.detach().float()
-        weights.append(pack_weight((weight.permute(0, 2, 3, 1) if i else weight).flatten(1)))
-        bias = weight.new_zeros(len(weight)) if conv.bias is None else conv.bias.detach()
+        weight = conv.weight.detach().to(dtype if i else torch.float32)
+        weight = (weight.permute(0, 2, 3, 1) if i else weight).flatten(1).contiguous()
+        weights.append(pack_weight(weight.view(torch.float32)))  # pairs as if they were floats
+        bias = conv.weight.new_zeros(len(weight)) if conv.bias is None else conv.bias.detach()
         biases.append(bias.float())
     return weights, biases
 
@@ -83,8 +97,8 @@ def packed_stem(
     """3×3 convolutions of stride 2 and padding 1, each with norm and activation. No gradients.
 
     Args:
-        x: (B, C, H, W) float32; copied where it is not contiguous.
-        weights, biases: see :func:`pack_layers`.
+        x: (B, C, H, W) float32 or bfloat16; copied where it is not contiguous.
+        weights, biases: see :func:`pack_layers`, of the dtype of ``x``.
         activations: of :data:`ops.depthwise.ACTIVATIONS`, one a layer; GELU is the exact one.
         norms: weights and biases of layer norms over the channels, (2, C) float32 a layer, or
             without a number where a layer has no norm; empty where none has.
@@ -134,7 +148,7 @@ def _run(
             layer.norm_weight, layer.norm_bias = norm[0].data_ptr(), norm[1].data_ptr()
             layer.eps = term
     threads = threads_for(x.shape[2] * x.shape[3], _PIXELS, torch.get_num_threads())
-    problem = _Problem(*x.shape, len(weights), threads)
+    problem = _Problem(*x.shape, len(weights), x.dtype == torch.bfloat16, threads)
     pointers = [ctypes.c_void_p(t.data_ptr()) for t in (x, out)]
     if library.stem_forward(ctypes.byref(problem), layers, *pointers):
         raise MemoryError("no memory for the maps of a stem")
@@ -150,10 +164,12 @@ def _empty_output(
     norms: Sequence[Tensor],
     eps: Sequence[float],
 ) -> Tensor:
-    if x.ndim != 4 or x.dtype != torch.float32:
-        raise ValueError(f"x must be (B, C, H, W) of float32, got {tuple(x.shape)} of {x.dtype}")
+    if x.ndim != 4 or x.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(
+            f"x must be (B, C, H, W) of float32 or bfloat16, got {tuple(x.shape)} of {x.dtype}"
+        )
     sizes = tuple((w.numel(), b.numel()) for w, b in zip(weights, biases, strict=True))
-    _check_layers(x.shape[1], sizes, tuple(activations))
+    _check_layers(x.shape[1], sizes, tuple(activations), x.dtype == torch.bfloat16)
     if len(norms) != len(eps) or len(norms) not in (0, len(weights)):
         raise ValueError(
             f"there must be a norm and an eps for each of {len(weights)} layers, or none, got "
@@ -166,12 +182,15 @@ def _empty_output(
             raise ValueError(f"a norm must be (2, {len(bias)}), got {tuple(norm.shape)}")
     size = [-(-n // 2 ** len(weights)) for n in x.shape[2:]]
     shape = (len(x), len(biases[-1]), *size)
-    return torch.empty(shape, device=x.device, memory_format=torch.channels_last)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
 
 @functools.lru_cache(maxsize=64)
 def _check_layers(
-    channels: int, sizes: tuple[tuple[int, int], ...], activations: tuple[str, ...]
+    channels: int,
+    sizes: tuple[tuple[int, int], ...],
+    activations: tuple[str, ...],
+    bfloat16: bool,
 ) -> None:
     if not sizes or len(sizes) != len(activations):
         raise ValueError(
@@ -181,8 +200,12 @@ def _check_layers(
     for act in activations:
         if act not in ACTIVATIONS:
             raise ValueError(f"activations must be of {ACTIVATIONS}, got {act!r}")
-    for weight, bias in sizes:
+    for i, (weight, bias) in enumerate(sizes):
         inputs = 9 * channels
+        if bfloat16 and i:
+            if channels % 2:
+                raise ValueError(f"maps of bfloat16 must have even channels, got {channels}")
+            inputs //= 2
         if weight % inputs or weight < inputs * bias:
             raise ValueError(
                 f"a weight must be the packed one of {channels} to {bias} channels, "
@@ -232,8 +255,8 @@ class FastStem(FastLayer, nn.Sequential):
         derived = self.derived(x)
         if derived is None:
             return super().forward(x)
-        weights = derived[0]
-        return packed_stem(x.to(weights[0].dtype), *derived).to(x.dtype)
+        dtype, *packed = derived
+        return packed_stem(x.to(dtype), *packed).to(x.dtype)
 
     def sources(self) -> list[Tensor]:
         return list(self.parameters())
@@ -248,13 +271,17 @@ class FastStem(FastLayer, nn.Sequential):
                 layers[-1] = (layers[-1][0], layer)
             else:
                 layers.append((layer, None))
+        if dtype == torch.bfloat16:
+            by_tiles = native.instruction_set() == "amx"  # oneDNN does, the kernel does not
+            if by_tiles or any(conv.in_channels % 2 for conv, _ in layers[1:]):
+                return None
         activations = [(conv if norm is None else norm).activation for conv, norm in layers]
-        packed = pack_layers([conv for conv, _ in layers])
+        packed = pack_layers([conv for conv, _ in layers], dtype)
         if all(norm is None for _, norm in layers):
-            return *packed, activations
+            return dtype, *packed, activations
         norms = [
             torch.empty(0) if norm is None else torch.stack((norm.weight, norm.bias)).float()
             for conv, norm in layers
         ]
         eps = [0.0 if norm is None else norm.eps for _, norm in layers]
-        return *packed, activations, norms, eps
+        return dtype, *packed, activations, norms, eps

@@ -9,6 +9,7 @@
 #include <numeric>
 #include <utility>
 #include "activation.h"
+#include "fetch.h"
 #include "lanes.h"
 #include "parallel.h"
 #include "room.h"
@@ -202,6 +203,10 @@ static void convolve(const Task<T>& task, const float* weight, const float* bias
       rows.in = strip + (top * width + at * p.stride[1]) * W;
       T* first = out + at * p.out_stride[2];
       T* second = pair ? first + apart * p.out_stride[1] : nullptr;
+      for (int64_t r = 0; r < pixels; r++) {
+        memory::fetch<memory::WRITE>(first + r * p.out_stride[2], W);
+        if (second) memory::fetch<memory::WRITE>(second + r * p.out_stride[2], W);
+      }
       run(rows, bias, Output<T>{first, second, p.out_stride[2], task.lanes, p.activation});
     }
   }

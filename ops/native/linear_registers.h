@@ -19,7 +19,12 @@ constexpr int64_t SUMMED = 512;  // inputs one after the other; sums of more los
 constexpr int64_t GROUP_BYTES = 512 * 1024, MIN_BLOCKS = 16;
 
 // A lane's share of one product is as large as a float: a float, or two bfloat16. Where the CPU does
-// not multiply these, it is two floats one after the other.
+// not multiply these, it is two floats one after the other. A `Pair` is a share whose weights lie
+// where floats would.
+struct Pair {
+  BFloat16 first, second;
+};
+
 template <class T>
 constexpr int64_t INPUTS = sizeof(float) / sizeof(T);
 template <class T>
@@ -56,9 +61,13 @@ static VB_INLINE F load_input(const BFloat16* place) {
   std::memcpy(&pair, place, sizeof pair);
   return _mm512_castsi512_ps(_mm512_set1_epi32(pair));
 }
+static VB_INLINE F load_input(const Pair* place) { return load_input(&place->first); }
 
 static VB_INLINE void add_product(const BFloat16*, F& sum, F x, F w) {
   __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(x), "v"(w));
+}
+static VB_INLINE void add_product(const Pair* in, F& sum, F x, F w) {
+  add_product(&in->first, sum, x, w);
 }
 #endif
 

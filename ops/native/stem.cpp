@@ -6,9 +6,9 @@
 
 extern "C" {
 
-// Returns 0, or 1 where memory ran out.
-int stem_forward(const stem::Problem* problem, const stem::Layer* layers, const float* in,
-                 float* out) {
+// Returns 0, or 1 where memory ran out. BFloat16 only where linear layers multiply it, see linear.cpp.
+int stem_forward(const stem::Problem* problem, const stem::Layer* layers, const void* in,
+                 void* out) {
   try {
     stem::forward(*problem, layers, in, out);
   } catch (const std::bad_alloc&) {

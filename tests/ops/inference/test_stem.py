@@ -13,6 +13,7 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from backbones._fuse import put_channels_last
+from ops import native
 from ops.depthwise import ACTIVATIONS
 from ops.inference.stem import FastStem, is_stem, pack_layers, packed_stem, unsupported
 from ops.mobile import conv_stem
@@ -38,9 +39,9 @@ def _agrees(
     x: Tensor, convs: list[nn.Conv2d], activations: list[str], tolerance: float = 1e-5
 ) -> None:
     with torch.no_grad():
-        out = packed_stem(x, *pack_layers(convs), activations)
+        out = packed_stem(x, *pack_layers(convs, x.dtype), activations)
         expected = _plain(x, convs, activations)
-    assert out.shape == expected.shape
+    assert out.shape == expected.shape and out.dtype == x.dtype
     assert out.is_contiguous(memory_format=torch.channels_last)
     assert (out - expected).abs().max() < tolerance * (1 + expected.abs().max())
 
@@ -56,6 +57,41 @@ def _agrees(
 def test_is_the_layers_in_a_row(batch, size, channels, activation, bias) -> None:
     convs = _convs(*channels, bias=bias)
     _agrees(random(batch, channels[0], *size).float(), convs, [activation] * len(convs))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    size=st.tuples(st.integers(1, 40), st.integers(1, 70)),
+    image_channels=st.sampled_from([1, 3, 4]),
+    channels=st.lists(st.sampled_from([2, 10, 16, 34]), min_size=1, max_size=4),
+    activation=st.sampled_from(ACTIVATIONS),
+)
+def test_bfloat16_is_the_layers_in_a_row(batch, size, image_channels, channels, activation) -> None:
+    """Only maps between the layers, weights and results are rounded."""
+    convs = [conv.bfloat16() for conv in _convs(image_channels, *channels)]
+    x = random(batch, image_channels, *size).bfloat16()
+    activations = [activation] * len(convs)
+    if unsupported(x.device, x.dtype) is None:
+        _agrees(x, convs, activations, tolerance=0.02)
+    else:
+        with pytest.raises(RuntimeError, match="bfloat16"):
+            packed_stem(x, *pack_layers(convs, x.dtype), activations)
+
+
+def test_odd_channels_of_bfloat16_are_left_to_torch() -> None:
+    vectors = native.multiplies(torch.bfloat16) and native.instruction_set() != "amx"
+    for channels, made in (((3, 16, 33), vectors), ((3, 15, 32), False)):
+        fast = nn.Sequential(*_convs(*channels)).eval().bfloat16()
+        expected = copy.deepcopy(fast)
+        put_channels_last(fast, always=False)
+        x = random(1, 3, 20, 20).bfloat16()
+        with torch.no_grad():
+            torch.testing.assert_close(fast(x), expected(x), rtol=0.05, atol=0.02)
+            assert (fast.derive(x) is not None) == made
+    packed = pack_layers(_convs(3, 15, 32))
+    with pytest.raises(ValueError, match="must have even channels, got 15"):
+        packed_stem(x, *packed, ["none", "none"])
 
 
 @pytest.mark.parametrize("instructions", ["avx2", "portable"])
@@ -147,10 +183,14 @@ def test_the_fast_form_follows_its_parameters_and_keeps_their_names() -> None:
     torch.testing.assert_close(copy.deepcopy(fast)(x), plain(x), rtol=1e-4, atol=1e-5)
 
 
-def test_without_the_kernel_and_in_bfloat16_the_layers_run(monkeypatch) -> None:
+def test_the_fast_form_in_bfloat16() -> None:
     plain, fast = _fused(torch.bfloat16)
+    x = random(1, 3, 32, 32).bfloat16()
+    torch.testing.assert_close(fast(x), plain(x), rtol=0.05, atol=0.01)
+
+
+def test_without_the_kernel_the_layers_run(monkeypatch) -> None:
     x = random(1, 3, 32, 32)
-    torch.testing.assert_close(fast(x.bfloat16()), plain(x.bfloat16()), rtol=0.05, atol=0.01)
     without_kernels(monkeypatch)
     plain, fast = _fused()
     torch.testing.assert_close(fast(x.float()), plain(x.float()), rtol=1e-4, atol=1e-5)
@@ -159,7 +199,7 @@ def test_without_the_kernel_and_in_bfloat16_the_layers_run(monkeypatch) -> None:
 
 
 def test_refusals() -> None:
-    assert unsupported(torch.device("cpu"), torch.bfloat16) is not None
+    assert unsupported(torch.device("cpu"), torch.float16) is not None
     convs = _convs(3, 8, 16)
     weights, biases = pack_layers(convs)
     x = random(1, 3, 8, 8).float()
