@@ -1,6 +1,8 @@
 // Activations of vectors of floats, for kernels that apply them before they store a result.
 #pragma once
+#include <algorithm>
 #include <cmath>
+#include <type_traits>
 #include "simd.h"
 
 namespace activation {
@@ -16,21 +18,25 @@ static VB_INLINE F negative(F x) { return simd::zero() - positive(simd::zero() -
 
 // GELU is x Φ(x) = max(x, 0) - |x| Φ(-|x|).
 #if VB_AVX512
-// There a look-up among 32 numbers is one instruction: Φ(-x) / SCALE in 32 pieces of a width of
-// 1 / SCALE, each a cubic through the function at Chebyshev's nodes, within 1.4e-7 of Φ. The last
-// piece ends at zero.
+// There a look-up among 32 numbers is one instruction: Φ(-x) in 32 pieces around multiples of
+// 1 / SCALE, each a polynomial through the function at Chebyshev's nodes. Of four terms it is within
+// 2e-7 of Φ, of three, which are enough for what is rounded to bfloat16, within 1e-5. The last piece
+// ends at zero.
+template <int TERMS>
 struct Tail {
-  static constexpr int PIECES = 2 * W, TERMS = 4;
-  static constexpr double SCALE = 6.0;
+  static constexpr int PIECES = 2 * W;
+  static constexpr double SCALE = 6.0, END = (PIECES - 0.5) / SCALE;
   float terms[TERMS][PIECES];
 
   Tail() {
     for (int piece = 0; piece < PIECES; piece++) {
+      const double begin = std::max(0.0, (piece - 0.5) / SCALE), end = (piece + 0.5) / SCALE;
       double node[TERMS], c[TERMS];  // by divided differences, then from Newton's form to powers
       for (int i = 0; i < TERMS; i++) {
-        node[i] = 0.5 - 0.5 * std::cos(std::acos(-1.0) * (2 * i + 1) / (2 * TERMS));
-        c[i] = value((piece + node[i]) / SCALE) / SCALE;
-        if (piece == PIECES - 1) c[i] -= node[i] * value(PIECES / SCALE) / SCALE;
+        const double share = 0.5 - 0.5 * std::cos(std::acos(-1.0) * (2 * i + 1) / (2 * TERMS));
+        node[i] = begin + share * (end - begin);
+        c[i] = value(node[i]);
+        if (piece == PIECES - 1) c[i] -= share * value(end);
       }
       for (int order = 1; order < TERMS; order++) {
         for (int i = TERMS - 1; i >= order; i--) {
@@ -48,23 +54,24 @@ struct Tail {
   static double value(double x) { return 0.5 * std::erfc(x * std::sqrt(0.5)); }
 };
 
+template <int TERMS>
 static VB_INLINE void gelu(F* x, int count) {
-  static const Tail tail;
-  F low[Tail::TERMS], high[Tail::TERMS];
-  for (int i = 0; i < Tail::TERMS; i++) {
+  static const Tail<TERMS> tail;
+  F low[TERMS], high[TERMS];
+  for (int i = 0; i < TERMS; i++) {
     low[i] = simd::load(tail.terms[i]);
     high[i] = simd::load(tail.terms[i] + W);
   }
-  const F end = simd::set1(Tail::PIECES * (1.f - 0x1p-23f));
+  constexpr int SMALLER_MAGNITUDE = 0b1010;  // of two numbers; the other one where one is NaN
+  const F end = simd::set1(static_cast<float>(Tail<TERMS>::END * (1 - 0x1p-20)));
+  const F scale = simd::set1(static_cast<float>(Tail<TERMS>::SCALE));
+  const F rounding = simd::set1(0x1.8p23f);  // leaves whole numbers in the last bits
   for (int i = 0; i < count; i++) {
-    // The minimum is its second operand where either is NaN.
-    const F place = _mm512_min_ps(end, _mm512_abs_ps(x[i]) * simd::set1(Tail::SCALE));
-    const F piece = _mm512_roundscale_ps(place, _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC);
-    const F within = place - piece;
-    const __m512i index = _mm512_cvtps_epi32(piece);
-    F sum = _mm512_permutex2var_ps(low[3], index, high[3]);
-    for (int term = 2; term >= 0; term--) {
-      sum = simd::fma(sum, within, _mm512_permutex2var_ps(low[term], index, high[term]));
+    const F place = _mm512_range_ps(x[i], end, SMALLER_MAGNITUDE);
+    const __m512i piece = _mm512_castps_si512(simd::fma(place, scale, rounding));
+    F sum = _mm512_permutex2var_ps(low[TERMS - 1], piece, high[TERMS - 1]);
+    for (int term = TERMS - 2; term >= 0; term--) {
+      sum = simd::fma(sum, place, _mm512_permutex2var_ps(low[term], piece, high[term]));
     }
     x[i] = _mm512_fnmadd_ps(place, sum, positive(x[i]));
   }
@@ -83,6 +90,7 @@ static VB_INLINE F gelu(F x) {
   return positive(x) - magnitude * (half * t) * power;
 }
 
+template <int TERMS>
 static VB_INLINE void gelu(F* x, int count) {
   for (int i = 0; i < count; i++) x[i] = gelu(x[i]);
 }
@@ -101,14 +109,15 @@ static VB_INLINE F hardswish(F x) {
   return x * clipped * simd::set1(1.f / 6.f);
 }
 
-// In place; not inlined, so that kernels with many variants compile in seconds.
+// In place, for results of type T; not inlined, so that kernels with many variants compile in seconds.
+template <class T>
 static __attribute__((noinline)) void apply(F* x, int count, int64_t kind) {
   switch (kind) {
     case RELU:
       for (int i = 0; i < count; i++) x[i] = positive(x[i]);
       break;
     case GELU:
-      gelu(x, count);
+      gelu<std::is_same_v<T, float> ? 4 : 3>(x, count);
       break;
     case SILU:
       for (int i = 0; i < count; i++) x[i] = silu(x[i]);

@@ -114,7 +114,7 @@ static void run(const Rows& rows, const float* bias_of_lanes, const Output<T>& o
   }
   for (int row = 0; row < (out.second ? 2 : 1); row++) {
     F(&x)[R] = row ? second : first;
-    if (out.activation != activation::NONE) activation::apply(x, R, out.activation);
+    if (out.activation != activation::NONE) activation::apply<T>(x, R, out.activation);
     T* place = row ? out.second : out.first;
     VB_UNROLL
     for (int r = 0; r < R; r++) simd::put(place + r * out.pixel, x[r], out.lanes);

@@ -55,7 +55,7 @@ static void run_square(const Square<T>& s) {
       }
     }
   }
-  if (s.activation != activation::NONE) activation::apply(sum, R, s.activation);
+  if (s.activation != activation::NONE) activation::apply<T>(sum, R, s.activation);
   VB_UNROLL
   for (int r = 0; r < R; r++) {
     T* const place = s.out + r * s.out_pixel;

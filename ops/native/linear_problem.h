@@ -134,7 +134,7 @@ static VB_INLINE void finish(const Problem& p, const Block<T>& block, F (&sum)[R
       VB_UNROLL
       for (int v = 0; v < V; v++) copy[r * V + v] = sum[r][v];
     }
-    activation::apply(copy, R * V, p.activation);
+    activation::apply<T>(copy, R * V, p.activation);
     VB_UNROLL
     for (int r = 0; r < R; r++) {
       VB_UNROLL

@@ -91,7 +91,8 @@ template <int V>
 static void finish_rows(const Problem& p, const Block<BFloat16>& block, float* sums,
                         int64_t count) {
   if (p.activation != activation::NONE) {
-    activation::apply(reinterpret_cast<F*>(sums), static_cast<int>(count * V), p.activation);
+    activation::apply<BFloat16>(reinterpret_cast<F*>(sums), static_cast<int>(count * V),
+                                p.activation);
   }
   F energy[V];
   for (int v = 0; v < V; v++) energy[v] = simd::zero();

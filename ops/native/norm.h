@@ -108,8 +108,8 @@ static void run(const Problem& p, const Tensors& t, int64_t begin, int64_t end) 
   for (int64_t i = begin; i < end; i += at_once) {
     const int64_t pixels = std::min(at_once, end - i), values = pixels * p.dim;
     normalise(norm, in, pixels, normed);
-    activation::apply(reinterpret_cast<F*>(normed), static_cast<int>((values + W - 1) / W),
-                      p.activation);
+    activation::apply<T>(reinterpret_cast<F*>(normed), static_cast<int>((values + W - 1) / W),
+                         p.activation);
     for (int64_t v = 0; v < values; v += W) {
       const int lanes = static_cast<int>(std::min<int64_t>(W, values - v));
       simd::put(out + v, simd::load(normed + v), lanes);
