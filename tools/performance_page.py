@@ -51,9 +51,9 @@ PAGES = (
     Page(
         "performance.md",
         "# Performance\n\nAn Intel Xeon with AMX; AMD's [Zen 5](performance-zen5.md), the newest "
-        "measurements, and [Zen 4](performance-zen4.md) have pages of their own. Since this one was "
-        "measured, MedViTV2's Kolmogorov-Arnold layers, LITv2's "
-        "merging in bfloat16, HAT's windows, BiFormer's small regions, VAN's feed-forwards, "
+        "measurements, and [Zen 4](performance-zen4.md) have pages of their own. Since this one "
+        "was measured, MedViTV2's Kolmogorov-Arnold layers, LITv2's merging in "
+        "bfloat16, HAT's windows, BiFormer's small regions, VAN's feed-forwards, "
         "strided convolutions between stages and pooling have got kernels, neighborhood "
         "attention, in bfloat16 above all, norms and small layers have become quicker, VAN folds "
         "all its norms, and calls of fused models are recorded, which saves small networks a tenth "
@@ -63,8 +63,9 @@ PAGES = (
     Page(
         "performance-zen4.md",
         "# Performance on AMD's Zen 4\n\nThe same measurements as on [the page of Zen 5]"
-        "(performance-zen5.md), with older kernels and on a CPU whose units take two passes for a vector of 512 bits, and "
-        "which multiplies bfloat16 at twice the rate of float32: products leave less to gain.",
+        "(performance-zen5.md), with older kernels and on a CPU whose units take two passes for a "
+        "vector of 512 bits, and which multiplies bfloat16 at twice the rate of float32: products "
+        "leave less to gain.",
         "performance/zen4",
         has_aims=False,
     ),
@@ -74,7 +75,8 @@ PAGES = (
         "multiply bfloat16 at twice the rate of float32. The aims were set on an Intel Xeon, whose "
         "tiles (AMX) multiply bfloat16 at several times that rate; [it has a page of its own]"
         "(performance.md). Shares of a matrix product pass 100 % because torch's come from MKL, "
-        "which has vectors of 256 bits for AMD's CPUs.",
+        "which has vectors of 256 bits for AMD's CPUs. MedViTV2's original gathers its windows by "
+        "our `reference` backend.",
         "performance/zen5",
     ),
 )

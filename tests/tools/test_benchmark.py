@@ -307,7 +307,7 @@ def test_beside_other_runtimes(page: ModuleType, report: Path) -> None:
     assert line.endswith(" | 1.50× (1) | **0.88× (missed 1)** | 2.00× (1) |")
 
 
-@pytest.mark.parametrize("name", ["performance.md", "performance-zen4.md"])
+@pytest.mark.parametrize("name", ["performance.md", "performance-zen4.md", "performance-zen5.md"])
 def test_the_committed_pages_are_generated(page: ModuleType, name: str) -> None:
     (about,) = (about for about in page.PAGES if about.name == name)
     text = (page.DOCS / name).read_text()
