@@ -75,8 +75,8 @@ PAGES = (
         "multiply bfloat16 at twice the rate of float32. The aims were set on an Intel Xeon, whose "
         "tiles (AMX) multiply bfloat16 at several times that rate; [it has a page of its own]"
         "(performance.md). Shares of a matrix product pass 100 % because torch's come from MKL, "
-        "which has vectors of 256 bits for AMD's CPUs. MedViTV2's original gathers its windows by "
-        "our `reference` backend.",
+        "which has vectors of 256 bits for AMD's CPUs. With two threads and in training, "
+        "MedViTV2's original gathers its windows by our `reference` backend.",
         "performance/zen5",
     ),
 )
