@@ -64,7 +64,7 @@ struct Segments {
   int64_t length;  // of each
 };
 
-// I is the type of the layer's inputs and weights.
+// Some pixels and one panel. I is the type of a layer's inputs and weights, T that of the maps.
 template <class I, class T, int R, int V>
 static void run_map(const linear::Problem& p, const Segments<I>& segments, ptrdiff_t place,
                     const I* weight, const Block<T>& block) {
@@ -127,7 +127,7 @@ static Run<I, T> run_of(int64_t pixels, bool wide) {
               : run_of<PLANES, I, T, 1>(pixels, variants);
 }
 
-// An output row.
+// An output row; of the first layer if PLANES.
 template <bool PLANES, class I, class T>
 static void run_pixels(const linear::Problem& p, const Layer& layer, const Segments<I>& segments,
                        int64_t pixels, T* out) {
