@@ -71,15 +71,19 @@ def pack_layers(
         dtype: of the maps.
 
     Returns:
-        Float32; for bfloat16 pairs of it lie in each number of the weights behind the first.
+        Float32; for bfloat16 pairs of it lie in each number of the weights.
 
     Raises:
         RuntimeError: the kernel is not available here (:func:`unsupported` tells beforehand).
     """
     weights, biases = [], []
     for i, conv in enumerate(convs):
-        weight = conv.weight.detach().to(dtype if i else torch.float32)
-        weight = (weight.permute(0, 2, 3, 1) if i else weight).flatten(1).contiguous()
+        weight = conv.weight.detach().to(dtype)
+        if i:
+            weight = weight.permute(0, 2, 3, 1)
+        elif dtype == torch.bfloat16:
+            weight = nn.functional.pad(weight, (0, 1))  # two pairs a row
+        weight = weight.flatten(1).contiguous()
         weights.append(pack_weight(weight.view(torch.float32)))  # pairs as if they were floats
         bias = conv.weight.new_zeros(len(weight)) if conv.bias is None else conv.bias.detach()
         biases.append(bias.float())
@@ -202,10 +206,10 @@ def _check_layers(
             raise ValueError(f"activations must be of {ACTIVATIONS}, got {act!r}")
     for i, (weight, bias) in enumerate(sizes):
         inputs = 9 * channels
-        if bfloat16 and i:
-            if channels % 2:
-                raise ValueError(f"maps of bfloat16 must have even channels, got {channels}")
-            inputs //= 2
+        if bfloat16 and i and channels % 2:
+            raise ValueError(f"maps of bfloat16 must have even channels, got {channels}")
+        if bfloat16:
+            inputs = inputs // 2 if i else 6 * channels
         if weight % inputs or weight < inputs * bias:
             raise ValueError(
                 f"a weight must be the packed one of {channels} to {bias} channels, "

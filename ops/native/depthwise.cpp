@@ -3,7 +3,7 @@
 // ops/depthwise.py.
 #include <new>
 
-#include "depthwise_square.h"
+#include "depthwise_branches.h"
 
 extern "C" {
 

@@ -237,31 +237,41 @@ static void pack(const Problem& p, const float* weight, float* out) {
   }
 }
 
+static int64_t packed_size(const Problem& p) {
+  return (p.channels + W - 1) / W * W * p.kernel[0] * p.kernel[1];
+}
+
+// Some output rows of one image, and a block of `W` channels.
+template <class T>
+static void convolve_band(const Problem& p, const Tensors& tensors, const float* packed,
+                          int64_t image, int64_t block, int64_t first, int64_t end) {
+  static thread_local Room<float> strip;
+  const int64_t channel = block * W;
+  const int lanes = static_cast<int>(std::min<int64_t>(W, p.channels - channel));
+  float bias[W] = {};
+  if (tensors.bias) std::copy_n(tensors.bias + channel, lanes, bias);
+  const Task<T> task{p,
+                     channel,
+                     lanes,
+                     first,
+                     end,
+                     static_cast<const T*>(tensors.in) + image * p.in_stride[0] + channel,
+                     static_cast<T*>(tensors.out) + image * p.out_stride[0] + channel};
+  convolve(task, packed + channel * p.kernel[0] * p.kernel[1], bias, strip);
+}
+
 template <class T>
 static void forward(const Problem& p, const Tensors& tensors) {
   static thread_local Room<float> packed;
-  const int64_t blocks = (p.channels + W - 1) / W, taps = p.kernel[0] * p.kernel[1];
+  const int64_t blocks = (p.channels + W - 1) / W;
   const int64_t task_rows = rows_a_task(p), bands = (p.out_size[0] + task_rows - 1) / task_rows;
-  float* const weights = packed.of(blocks * taps * W);
+  float* const weights = packed.of(packed_size(p));
   pack(p, tensors.weight, weights);
-  const auto work = [&](int64_t index) {
-    static thread_local Room<float> strip;
-    const int64_t block = index % blocks, band = index / blocks % bands;
-    const int64_t image = index / (blocks * bands), channel = block * W;
-    const int lanes = static_cast<int>(std::min<int64_t>(W, p.channels - channel));
-    float bias[W] = {};
-    if (tensors.bias) std::copy_n(tensors.bias + channel, lanes, bias);
-    const int64_t first = band * task_rows;
-    const Task<T> task{p,
-                       channel,
-                       lanes,
-                       first,
-                       std::min(first + task_rows, p.out_size[0]),
-                       static_cast<const T*>(tensors.in) + image * p.in_stride[0] + channel,
-                       static_cast<T*>(tensors.out) + image * p.out_stride[0] + channel};
-    convolve(task, weights + block * taps * W, bias, strip);
-  };
-  parallel::for_each(p.batch * bands * blocks, p.threads, work);
+  parallel::for_each(p.batch * bands * blocks, p.threads, [&](int64_t index) {
+    const int64_t first = index / blocks % bands * task_rows;
+    convolve_band<T>(p, tensors, weights, index / (blocks * bands), index % blocks, first,
+                     std::min(first + task_rows, p.out_size[0]));
+  });
 }
 
 }  // namespace depthwise

@@ -2,7 +2,6 @@
 // of a row is loaded once for all the outputs of a run that see it; channels are the inner loop, so
 // that rows are read as they lie.
 #pragma once
-#include <cstring>
 #include "depthwise.h"
 
 namespace depthwise {
@@ -122,34 +121,6 @@ static void forward_any(const Problem& p, const Tensors& t) {
   if (!is_square(p)) return forward<T>(p, t);
   parallel::for_each(p.batch * p.out_size[0], p.threads, [&](int64_t index) {
     convolve_row<T>(p, t, index / p.out_size[0], index % p.out_size[0]);
-  });
-}
-
-// Convolutions that keep the map's size, each of its own channels; the `passed` channels before those
-// of the first one are copied. Image by image, so that most of what is read lies in the cache.
-template <class T>
-static void branches(const Problem* problems, const Tensors* tensors, int64_t count,
-                     int64_t passed) {
-  const Problem& p = problems[0];
-  const bool by_images = p.threads > 1 && p.batch >= p.threads;
-  parallel::for_each(p.batch, by_images ? p.threads : 1, [&](int64_t image) {
-    const auto* in = static_cast<const T*>(tensors[0].in) - passed + image * p.in_stride[0];
-    auto* out = static_cast<T*>(tensors[0].out) - passed + image * p.out_stride[0];
-    for (int64_t y = 0; passed && y < p.size[0]; y++) {
-      for (int64_t x = 0; x < p.size[1]; x++) {
-        std::memcpy(out + y * p.out_stride[1] + x * p.out_stride[2],
-                    in + y * p.in_stride[1] + x * p.in_stride[2], passed * sizeof(T));
-      }
-    }
-    for (int64_t i = 0; i < count; i++) {
-      Problem branch = problems[i];
-      Tensors of = tensors[i];
-      branch.batch = 1;
-      if (by_images) branch.threads = 1;
-      of.in = static_cast<const T*>(of.in) + image * branch.in_stride[0];
-      of.out = static_cast<T*>(of.out) + image * branch.out_stride[0];
-      forward_any<T>(branch, of);
-    }
   });
 }
 

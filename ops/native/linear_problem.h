@@ -141,6 +141,18 @@ static VB_INLINE void finish(const Problem& p, const Block<T>& block, F (&sum)[R
       for (int v = 0; v < V; v++) sum[r][v] = copy[r * V + v];
     }
   }
+  T* const out = block.out;
+  const ptrdiff_t stride = p.out_stride;
+  if (p.combination == NONE && !block.energy) {
+    VB_UNROLL
+    for (int r = 0; r < R; r++) {
+      VB_UNROLL
+      for (int v = 0; v < V; v++) {
+        simd::put(out + r * stride + v * W, sum[r][v], v == V - 1 ? block.lanes : W);
+      }
+    }
+    return;
+  }
   VB_UNROLL
   for (int v = 0; v < V; v++) {
     const int lanes = v == V - 1 ? block.lanes : W;
@@ -153,7 +165,7 @@ static VB_INLINE void finish(const Problem& p, const Block<T>& block, F (&sum)[R
         x = combine(p, block.other_scale + v * W, lanes, x, other);
       }
       if (block.energy) energy = simd::fma(x, x, energy);
-      simd::put(block.out + r * p.out_stride + v * W, x, lanes);
+      simd::put(out + r * stride + v * W, x, lanes);
     }
     if (block.energy) {
       float* place = block.energy + v * W;

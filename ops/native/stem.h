@@ -2,12 +2,13 @@
 // image at a time, so that the maps between them stay in the second-level cache. The first reads
 // the planes of the image as they lie; the maps have channels last. The inputs of a window are
 // segments of neighbours, the same for all pixels of an output row but for the place where they
-// begin: to the kernel of linear layers, pixels are rows and segments parts of a row. Of BFloat16
-// the first layer makes floats, whose segments have no pairs; the others multiply it.
+// begin: to the kernel of linear layers, pixels are rows and segments parts of a row. BFloat16 is
+// multiplied in pairs: of neighbours in a plane, then of channels.
 #pragma once
 #include <algorithm>
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 #include <utility>
 #include <vector>
 #include "linear_registers.h"
@@ -31,8 +32,8 @@ struct Problem {
 };
 
 // `weight` as linear.h packs [channels][inputs of a window], which are ordered as the layer reads
-// them: channel, row, column by the first layer, row, column, channel by the others. Floats, but for
-// maps of BFloat16 pairs of channels in all layers behind the first.
+// them: channel, row, column by the first layer, row, column, channel by the others. Floats or, for
+// maps of BFloat16, pairs; in the first layer each row of a window has a zero as its fourth column.
 struct Layer {
   const void* weight;
   const float* bias;
@@ -42,6 +43,12 @@ struct Layer {
 };
 
 constexpr int SIDE = 3, STRIDE = 2;
+// In a plane, in units of I, which is a float or a pair: the inputs of a window's row, and how far
+// the next pixel's lie from them.
+template <class I>
+constexpr int COLUMNS = std::is_same_v<I, float> ? SIDE : (SIDE + 1) / 2;
+template <class I>
+constexpr int APART = std::is_same_v<I, float> ? STRIDE : STRIDE / 2;
 // Of the maps between the layers; larger ones are not kept for the next call.
 constexpr int64_t KEPT_VALUES = 4 << 20;
 
@@ -78,25 +85,26 @@ static void run_map(const linear::Problem& p, const Segments<I>& segments, ptrdi
   linear::finish<T, R, V>(p, block, sum);
 }
 
-// The same for segments of three floats and pixels that lie `STRIDE` apart, whose places are
-// constants.
-template <class T, int R, int V>
-static void run_planes(const linear::Problem& p, const Segments<float>& segments, ptrdiff_t place,
-                       const float* weight, const Block<T>& block) {
+// The same for rows of windows in a plane, where all places are constants.
+template <class I, class T, int R, int V>
+static void run_planes(const linear::Problem& p, const Segments<I>& segments, ptrdiff_t place,
+                       const I* weight, const Block<T>& block) {
   F sum[R][V];
   linear::start(block, sum);
-  for (const float* row : segments.rows) {
-    const float* in = row + place;
+  for (const I* row : segments.rows) {
+    const I* in = row + place;
     VB_UNROLL
-    for (int k = 0; k < SIDE; k++, in++, weight += V * W) {
+    for (int k = 0; k < COLUMNS<I>; k++, in++, weight += V * W) {
       // Lest the compiler keep what two pixels share, for which there are no registers.
       __asm__("" : "+r"(in));
       F w[V];
       VB_UNROLL
-      for (int v = 0; v < V; v++) w[v] = simd::in_register(simd::load(weight + v * W));
+      for (int v = 0; v < V; v++) {
+        w[v] = simd::in_register(linear::load_weights(weight + v * W, 0));
+      }
       VB_UNROLL
       for (int r = 0; r < R; r++) {
-        const F x = simd::in_register(simd::set1(in[r * STRIDE]));
+        const F x = simd::in_register(linear::load_input(in + r * APART<I>));
         VB_UNROLL
         for (int v = 0; v < V; v++) linear::add_product(in, sum[r][v], x, w[v]);
       }
@@ -112,7 +120,7 @@ using Run = void (*)(const linear::Problem&, const Segments<I>&, ptrdiff_t, cons
 template <bool PLANES, class I, class T, int V, size_t... J>
 static Run<I, T> run_of(int64_t pixels, std::index_sequence<J...>) {
   if constexpr (PLANES) {
-    static constexpr Run<I, T> runs[] = {run_planes<T, J + 1, V>...};
+    static constexpr Run<I, T> runs[] = {run_planes<I, T, J + 1, V>...};
     return runs[pixels - 1];
   } else {
     static constexpr Run<I, T> runs[] = {run_map<I, T, J + 1, V>...};
@@ -149,36 +157,37 @@ static void run_pixels(const linear::Problem& p, const Layer& layer, const Segme
   }
 }
 
-// `channels` of the layer's inputs, in units of their type.
-static linear::Problem problem_of(const Layer& layer, int64_t channels, int64_t in_stride) {
+// `inputs` of a window and `in_stride` in units of their type.
+static linear::Problem problem_of(const Layer& layer, int64_t inputs, int64_t in_stride) {
   linear::Problem p{};
-  p.in_features = SIDE * SIDE * channels;
+  p.in_features = inputs;
   p.in_stride = in_stride;
   p.out_features = p.out_stride = layer.channels;
   p.activation = layer.norm_weight ? activation::NONE : layer.activation;
   return p;
 }
 
-// An output row of the first layer. The rows that it sees are copied, with a zero at both ends.
-template <class T>
+// An output row of the first layer. The rows that it sees are copied, with a zero before them and
+// those that the last window reads behind them.
+template <class I, class T>
 static void first_row(const Layer& layer, const std::vector<Map<T>>& planes, int64_t y, T* out) {
-  static thread_local Room<float> room;
-  const int64_t count = static_cast<int64_t>(planes.size()), width = planes[0].width;
-  const int64_t pitch = simd::round_up(width, W) + W;
-  Segments<float> segments{{}, SIDE};
-  float* copy = room.of(count * SIDE * pitch);
+  static thread_local Room<I> room;
+  const int64_t count = static_cast<int64_t>(planes.size()) * SIDE, width = planes[0].width;
+  const int64_t numbers = sizeof(I) / sizeof(T), pitch = simd::round_up(width + SIDE, W) / numbers;
+  Segments<I> segments{{}, COLUMNS<I>};
+  segments.rows.reserve(static_cast<size_t>(count));
+  I* copy = room.of(count * pitch);
   for (const Map<T>& plane : planes) {
     for (int64_t k = 0; k < SIDE; k++, copy += pitch) {
-      const T* row = plane.row(STRIDE * y - 1 + k);
-      copy[0] = 0.f;
-      for (int64_t x = 0; x < width; x += W) {
-        simd::store(copy + 1 + x, simd::get(row + x, std::min<int64_t>(W, width - x)));
-      }
-      copy[1 + width] = 0.f;
+      T* const row = reinterpret_cast<T*>(copy);
+      row[0] = T{};
+      std::copy_n(plane.row(STRIDE * y - 1 + k), width, row + 1);
+      std::fill_n(row + 1 + width, SIDE - 1, T{});
       segments.rows.push_back(copy);
     }
   }
-  run_pixels<true>(problem_of(layer, count, STRIDE), layer, segments, halved(width), out);
+  const linear::Problem p = problem_of(layer, count * COLUMNS<I>, APART<I>);
+  run_pixels<true>(p, layer, segments, halved(width), out);
 }
 
 // An output row of another layer; its input has a column of zeros at both sides.
@@ -189,7 +198,7 @@ static void next_row(const Layer& layer, const Map<T>& in, int64_t channels, int
   for (int64_t k = 0; k < SIDE; k++) {
     segments.rows.push_back(reinterpret_cast<const I*>(in.row(STRIDE * y - 1 + k) - channels));
   }
-  const linear::Problem p = problem_of(layer, shares, STRIDE * shares);
+  const linear::Problem p = problem_of(layer, SIDE * SIDE * shares, STRIDE * shares);
   run_pixels<false>(p, layer, segments, halved(in.width), out);
 }
 
@@ -240,7 +249,7 @@ static void forward_of(const Problem& p, const Layer* layers, const T* in, T* ou
         if (i) {
           next_row<I>(layers[i], maps[i - 1], layers[i - 1].channels, y, row);
         } else {
-          first_row(layers[i], planes, y, row);
+          first_row<I>(layers[i], planes, y, row);
         }
         if (layers[i].norm_weight) normalise(layers[i], maps[i].width, row);
       });
