@@ -239,12 +239,9 @@ class FastRankAugmentedAttention(RankAugmentedAttention):
         images = max(1, len(x) * _PROJECTED_BYTES // max(1, projected_bytes))
         if images >= len(x):
             return self._attend(x, residual)
-        out = torch.empty_like(x, memory_format=torch.contiguous_format)
-        for start in range(0, len(x), images):
-            part = slice(start, start + images)
-            shortcut = None if residual is None else residual[part]
-            out[part] = self._attend(x[part], shortcut)
-        return out
+        parts = x.split(images)
+        shortcuts = [None] * len(parts) if residual is None else residual.split(images)
+        return torch.cat([self._attend(*both) for both in zip(parts, shortcuts, strict=True)])
 
     def _attend(self, x: Tensor, residual: Tensor | None) -> Tensor:
         qkvo = self.qkvo(x)
