@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from backbones import _hat_blocks, _medvitv2_blocks, biformer, favit, litv2, ravlt
+from ops.inference import planes
 from ops.inference.attention import attend_tokens
 from ops.inference.deformable import deformable_conv2d, pack_taps, unsupported
 from ops.inference.grouped_attention import split_heads
 from ops.inference.layers import FastConv2d, FastLayer, runs_fast
 from ops.inference.mlp import NormedMlp
 from ops.inference.recorded import Recorded, recorded_form
+from ops.reparam import norm_affine
 
 __all__ = ["FORMS"]
 
@@ -179,17 +182,58 @@ class MedViTV2ConvFFN(_medvitv2_blocks.ConvFFN):
 
 
 class MedViTV2LocalBlock(FastLayer, _medvitv2_blocks.FoldedLocalBlock):
-    """The feed-forward adds both of its shortcuts."""
+    """Planes are made with the norm; the feed-forward adds both of its shortcuts."""
 
     def forward(self, x: Tensor) -> Tensor:
-        residual_scale = self.derived(x)
-        if residual_scale is None:
+        derived = self.derived(x)
+        if derived is None:
             return super().forward(x)
-        x = x + _medvitv2_blocks.attend_as_stored(self.attn, self.norm1(x))
-        return self.ffn(x, residual_scale)
+        affine, residual_scale = derived
+        return self.ffn(_add_as_stored(self.attn, x, self.norm1, affine), residual_scale)
 
-    def derive(self, x: Tensor) -> Tensor:
-        return 1 + self.scale.detach().float()
+    def sources(self) -> list[Tensor]:
+        return [self.scale, *_tensors_of(self.norm1)]
+
+    def derive(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
+        return _affine(self.norm1, x), 1 + self.scale.detach().float()
+
+
+class MedViTV2GlobalBlock(FastLayer, _medvitv2_blocks.GlobalBlock):
+    """Planes are made with the second norm."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        derived = self.derived(x)
+        if derived is None:
+            return super().forward(x)
+        return _add_as_stored(self.kan, self.mix(x), self.norm2, *derived)
+
+    def sources(self) -> list[Tensor]:
+        return _tensors_of(self.norm2)
+
+    def derive(self, x: Tensor) -> tuple[Tensor | None]:
+        return (_affine(self.norm2, x),)
+
+
+def _tensors_of(norm: nn.BatchNorm2d) -> list[Tensor]:
+    return [t for t in norm.state_dict(keep_vars=True).values() if t.is_floating_point()]
+
+
+def _affine(norm: nn.BatchNorm2d, x: Tensor) -> Tensor | None:
+    """Scale and shift (2, C) in float32, or None where there is no kernel for them."""
+    if planes.unsupported(x.device, x.dtype) is not None:
+        return None
+    return torch.stack([t.detach() for t in norm_affine(copy.deepcopy(norm).float())])
+
+
+def _add_as_stored(
+    layer: nn.Module, x: Tensor, norm: nn.BatchNorm2d, affine: Tensor | None
+) -> Tensor:
+    """``x`` and what a layer makes of its norm, see :func:`_medvitv2_blocks.map_as_stored`."""
+    if affine is None:
+        return x + _medvitv2_blocks.map_as_stored(layer, norm(x))
+    batch, dim, height, width = x.shape
+    mixed = layer(planes.split_planes(x, affine).view(batch, height, width, dim))
+    return planes.join_planes(mixed.reshape(x.shape), x)
 
 
 FORMS: dict[type[Any], type[Any]] = {
@@ -207,6 +251,7 @@ FORMS: dict[type[Any], type[Any]] = {
     litv2.PatchEmbed: LITv2PatchEmbed,
     _medvitv2_blocks.ConvFFN: MedViTV2ConvFFN,
     _medvitv2_blocks.FoldedLocalBlock: MedViTV2LocalBlock,
+    _medvitv2_blocks.GlobalBlock: MedViTV2GlobalBlock,
     ravlt.Block: RAVLTBlock,
     ravlt.ConvMlp: RAVLTConvMlp,
     ravlt.RAVLTStage: RAVLTStage,

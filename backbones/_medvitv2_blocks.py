@@ -23,7 +23,7 @@ __all__ = [
     "GlobalBlock",
     "LocalBlock",
     "WindowedAttention",
-    "attend_as_stored",
+    "map_as_stored",
 ]
 
 
@@ -73,10 +73,10 @@ class ConvFFN(nn.Module):
         return self.project(self.se(self.dwconv(self.expand(x))))
 
 
-def attend_as_stored(attn: nn.Module, x: Tensor) -> Tensor:
+def map_as_stored(layer: nn.Module, x: Tensor) -> Tensor:
     """(B, dim, H, W) → (B, dim, H, W), both read as if they were (B, H, W, dim), as published."""
     batch, dim, height, width = x.shape
-    mixed: Tensor = attn(x.reshape(batch, height, width, dim))
+    mixed: Tensor = layer(x.reshape(batch, height, width, dim))
     return mixed.reshape(x.shape)
 
 
@@ -99,7 +99,7 @@ class LocalBlock(nn.Module):
         self.ffn = ConvFFN(dim, 3 * dim, ffn_kernel)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(attend_as_stored(self.attn, self.norm1(x)))
+        x = x + self.drop_path(map_as_stored(self.attn, self.norm1(x)))
         normed = self.norm2(x)
         return x + normed + self.ffn(normed)
 
@@ -131,7 +131,7 @@ class FoldedLocalBlock(nn.Module):
         self.scale = nn.Parameter(scale.detach())
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + attend_as_stored(self.attn, self.norm1(x))
+        x = x + map_as_stored(self.attn, self.norm1(x))
         return x + self.scale.view(1, -1, 1, 1) * x + self.ffn(x)
 
 
@@ -192,15 +192,17 @@ class GlobalBlock(nn.Module):
         self.drop_path = DropPath(drop)
 
     def forward(self, x: Tensor) -> Tensor:
+        x = self.mix(x)
+        return x + self.drop_path(map_as_stored(self.kan, self.norm2(x)))
+
+    def mix(self, x: Tensor) -> Tensor:
+        """The attention and, beside it, the convolution: (B, in_dim, H, W) → (B, dim, H, W)."""
         x = self.embed(x)
         mixed = self.attn(self.norm1(x).flatten(2).transpose(1, 2))
         x = x + self.attn_drop_path(mixed.transpose(1, 2).reshape(x.shape))
         beside = self.proj(x)
         beside = beside + self.conv_drop_path(self.conv(beside))
-        x = torch.cat((x, beside), dim=1)
-        batch, dim, height, width = x.shape
-        mixed = self.kan(self.norm2(x).reshape(batch, height * width, dim))
-        return x + self.drop_path(mixed.reshape(x.shape))
+        return torch.cat((x, beside), dim=1)
 
     def fuse(self) -> nn.Module:
         """The first norm goes into the attention; what is never called goes away."""
