@@ -20,11 +20,14 @@ from ops.inference.convolution import PackedConv2d
 from ops.inference.packed_linear import (
     ONEDNN,
     PackedLinear,
+    by_tiles,
     computed_in,
     few_rows,
     scaled,
     scaled_residual,
 )
+from ops.inference.packed_stem import PlanesConv2d
+from ops.inference.packed_stem import unsupported as stem_unsupported
 
 __all__ = [
     "ActivatedLayer",
@@ -54,7 +57,7 @@ _CALLS = (
     "_convolution_pointwise",
     "_reorder_convolution_weight",
 )
-# Of fewer channels windows take long to copy.
+# Of fewer channels windows take long to copy. Maps of so few are the planes of images.
 _FEWEST_CHANNELS = 16
 
 
@@ -246,7 +249,7 @@ class FastConv2d(ActivatedLayer, nn.Conv2d):
     """``activation(conv(x))`` in channels-last, (B, C, H, W) → (B, C', H', W').
 
     Between the stages of a network oneDNN waits for weights; few windows are copied and go through
-    our linear kernel.
+    our linear kernel. Images are read as they lie.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -257,6 +260,8 @@ class FastConv2d(ActivatedLayer, nn.Conv2d):
 
     def suits_kernel(self, x: Tensor) -> bool:
         """Whether our kernel, where there is one, is faster than oneDNN's."""
+        if self.in_channels < _FEWEST_CHANNELS:
+            return x.is_contiguous()
         strides: Any = self.stride
         pixels = len(x) * (x.shape[2] // strides[0]) * (x.shape[3] // strides[1])
         return pixels <= few_rows(x.dtype)
@@ -277,10 +282,18 @@ class FastConv2d(ActivatedLayer, nn.Conv2d):
 
     def derive(self, x: Tensor) -> tuple[Any, Any]:
         """For our kernel and for oneDNN, or None where one is never wanted."""
+        return self.for_kernel(x), self.for_onednn(x)
+
+    def for_kernel(self, x: Tensor) -> Any:
+        """The convolution by one of our kernels."""
         strided = self.groups == 1 and self.dilation == (1, 1) and self.stride != (1, 1)
-        own = strided and self.in_channels >= _FEWEST_CHANNELS and native.multiplies(x.dtype)
-        reason = native_linear.unsupported(x.device, x.dtype, with_bfloat16=True)
-        return PackedConv2d(self) if own and reason is None else None, self.for_onednn(x)
+        if not strided or not native.multiplies(x.dtype):
+            return None
+        if self.in_channels >= _FEWEST_CHANNELS:
+            reason = native_linear.unsupported(x.device, x.dtype, with_bfloat16=True)
+            return PackedConv2d(self) if reason is None else None
+        own = PlanesConv2d.takes(self) and stem_unsupported(x.device, x.dtype) is None
+        return PlanesConv2d(self) if own and not by_tiles(x.dtype) else None
 
     def for_onednn(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Packed weight and bias."""

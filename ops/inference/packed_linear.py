@@ -16,7 +16,15 @@ from ops import linear as native_linear
 from ops import native
 from ops.native.eager import Repeats
 
-__all__ = ["ONEDNN", "PackedLinear", "computed_in", "few_rows", "scaled", "scaled_residual"]
+__all__ = [
+    "ONEDNN",
+    "PackedLinear",
+    "by_tiles",
+    "computed_in",
+    "few_rows",
+    "scaled",
+    "scaled_residual",
+]
 
 # Names of ops.depthwise.ACTIVATIONS → (attribute, scalars, algorithm) of oneDNN's.
 ONEDNN: dict[str, tuple[str, list[float | None], str]] = {
@@ -39,10 +47,14 @@ def computed_in(dtype: torch.dtype) -> torch.dtype:
     return dtype if native.multiplies(dtype) else torch.float32
 
 
+def by_tiles(dtype: torch.dtype) -> bool:
+    """Whether oneDNN multiplies ``dtype`` in tiles, which not all of our kernels do."""
+    return dtype == torch.bfloat16 and native.instruction_set() == "amx"
+
+
 def few_rows(dtype: torch.dtype) -> int:
     """Up to how many rows our linear kernel is faster than oneDNN's."""
-    tiles = dtype == torch.bfloat16 and native.instruction_set() == "amx"
-    return _FEW_ROWS_OF_TILES if tiles else _FEW_ROWS[dtype]
+    return _FEW_ROWS_OF_TILES if by_tiles(dtype) else _FEW_ROWS[dtype]
 
 
 class PackedLinear:

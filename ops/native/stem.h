@@ -1,6 +1,7 @@
-// The first layers of a network, 3×3 convolutions of stride 2 and padding 1 one after the other, an
-// image at a time, so that the maps between them stay in the second-level cache. The first reads
-// the planes of the image as they lie; the maps have channels last. The inputs of a window are
+// The first layers of a network, convolutions one after the other, an image at a time, so that the
+// maps between them stay in the second-level cache. The first, of any window, reads the planes of
+// the image as they lie; the others are of 3×3 with a stride of 2 and a padding of 1, and their maps
+// have channels last. The inputs of a window are
 // segments of neighbours, the same for all pixels of an output row but for the place where they
 // begin: to the kernel of linear layers, pixels are rows and segments parts of a row. BFloat16 is
 // multiplied in pairs: of neighbours in a plane, then of channels.
@@ -28,12 +29,13 @@ using simd::W;
 // ops/inference/stem.py has the same fields in the same order.
 struct Problem {
   int64_t batch, channels, height, width;  // of the images
+  int64_t side, stride, padding;           // of the first layer's window; the stride is 2 or 4
   int64_t layers, bfloat16, threads;
 };
 
 // `weight` as linear.h packs [channels][inputs of a window], which are ordered as the layer reads
 // them: channel, row, column by the first layer, row, column, channel by the others. Floats or, for
-// maps of BFloat16, pairs; in the first layer each row of a window has a zero as its fourth column.
+// maps of BFloat16, pairs; an odd row of the first layer's window has a zero behind its last column.
 struct Layer {
   const void* weight;
   const float* bias;
@@ -43,16 +45,19 @@ struct Layer {
 };
 
 constexpr int SIDE = 3, STRIDE = 2;
-// In a plane, in units of I, which is a float or a pair: the inputs of a window's row, and how far
-// the next pixel's lie from them.
+// In a plane, in units of I, which is a float or a pair: so many numbers.
 template <class I>
-constexpr int COLUMNS = std::is_same_v<I, float> ? SIDE : (SIDE + 1) / 2;
-template <class I>
-constexpr int APART = std::is_same_v<I, float> ? STRIDE : STRIDE / 2;
+static constexpr int64_t units(int64_t numbers) {
+  return std::is_same_v<I, float> ? numbers : (numbers + 1) / 2;
+}
 // Of the maps between the layers; larger ones are not kept for the next call.
 constexpr int64_t KEPT_VALUES = 4 << 20;
 
 static int64_t halved(int64_t size) { return (size + 1) / 2; }
+// What the first layer makes of a side of the image.
+static int64_t first_size(const Problem& p, int64_t size) {
+  return (size + 2 * p.padding - p.side) / p.stride + 1;
+}
 
 // A map with channels last, or a plane, and where pixel (0, 0) is. Rows outside are `zeros`.
 template <class T>
@@ -85,16 +90,16 @@ static void run_map(const linear::Problem& p, const Segments<I>& segments, ptrdi
   linear::finish<T, R, V>(p, block, sum);
 }
 
-// The same for rows of windows in a plane, where all places are constants.
-template <class I, class T, int R, int V>
+// The same for rows of windows in a plane, those of neighbours `APART` from each other: all places
+// are constants.
+template <class I, class T, int APART, int R, int V>
 static void run_planes(const linear::Problem& p, const Segments<I>& segments, ptrdiff_t place,
                        const I* weight, const Block<T>& block) {
   F sum[R][V];
   linear::start(block, sum);
   for (const I* row : segments.rows) {
     const I* in = row + place;
-    VB_UNROLL
-    for (int k = 0; k < COLUMNS<I>; k++, in++, weight += V * W) {
+    for (const I* const end = in + segments.length; in < end; in++, weight += V * W) {
       // Lest the compiler keep what two pixels share, for which there are no registers.
       __asm__("" : "+r"(in));
       F w[V];
@@ -104,7 +109,7 @@ static void run_planes(const linear::Problem& p, const Segments<I>& segments, pt
       }
       VB_UNROLL
       for (int r = 0; r < R; r++) {
-        const F x = simd::in_register(linear::load_input(in + r * APART<I>));
+        const F x = simd::in_register(linear::load_input(in + r * APART));
         VB_UNROLL
         for (int v = 0; v < V; v++) linear::add_product(in, sum[r][v], x, w[v]);
       }
@@ -117,10 +122,11 @@ template <class I, class T>
 using Run = void (*)(const linear::Problem&, const Segments<I>&, ptrdiff_t, const I*,
                      const Block<T>&);
 
-template <bool PLANES, class I, class T, int V, size_t... J>
+// APART is that of the windows in a plane, or 0 in a map.
+template <int APART, class I, class T, int V, size_t... J>
 static Run<I, T> run_of(int64_t pixels, std::index_sequence<J...>) {
-  if constexpr (PLANES) {
-    static constexpr Run<I, T> runs[] = {run_planes<I, T, J + 1, V>...};
+  if constexpr (APART) {
+    static constexpr Run<I, T> runs[] = {run_planes<I, T, APART, J + 1, V>...};
     return runs[pixels - 1];
   } else {
     static constexpr Run<I, T> runs[] = {run_map<I, T, J + 1, V>...};
@@ -128,15 +134,14 @@ static Run<I, T> run_of(int64_t pixels, std::index_sequence<J...>) {
   }
 }
 
-template <bool PLANES, class I, class T>
+template <int APART, class I, class T>
 static Run<I, T> run_of(int64_t pixels, bool wide) {
   constexpr std::make_index_sequence<MAX_ROWS> variants;
-  return wide ? run_of<PLANES, I, T, 2>(pixels, variants)
-              : run_of<PLANES, I, T, 1>(pixels, variants);
+  return wide ? run_of<APART, I, T, 2>(pixels, variants) : run_of<APART, I, T, 1>(pixels, variants);
 }
 
-// An output row; of the first layer if PLANES.
-template <bool PLANES, class I, class T>
+// An output row; of the first layer with APART.
+template <int APART, class I, class T>
 static void run_pixels(const linear::Problem& p, const Layer& layer, const Segments<I>& segments,
                        int64_t pixels, T* out) {
   const int64_t blocks = (pixels + MAX_ROWS - 1) / MAX_ROWS;
@@ -151,8 +156,8 @@ static void run_pixels(const linear::Problem& p, const Layer& layer, const Segme
                            out + range.begin * p.out_stride + n, nullptr,
                            static_cast<int>(std::min<int64_t>(W, wide ? left - W : left))};
       linear::fetch_outputs(p, block, count, wide ? PANEL : W);
-      run_of<PLANES, I, T>(count, wide)(p, segments, range.begin * p.in_stride,
-                                        weight + n * p.in_features, block);
+      run_of<APART, I, T>(count, wide)(p, segments, range.begin * p.in_stride,
+                                       weight + n * p.in_features, block);
     }
   }
 }
@@ -167,27 +172,35 @@ static linear::Problem problem_of(const Layer& layer, int64_t inputs, int64_t in
   return p;
 }
 
-// An output row of the first layer. The rows that it sees are copied, with a zero before them and
-// those that the last window reads behind them.
+// An output row of the first layer. The rows that it sees are copied, with the zeros that the first
+// and the last window reach.
 template <class I, class T>
-static void first_row(const Layer& layer, const std::vector<Map<T>>& planes, int64_t y, T* out) {
+static void first_row(const Problem& problem, const Layer& layer,
+                      const std::vector<Map<T>>& planes, int64_t y, T* out) {
   static thread_local Room<I> room;
-  const int64_t count = static_cast<int64_t>(planes.size()) * SIDE, width = planes[0].width;
-  const int64_t numbers = sizeof(I) / sizeof(T), pitch = simd::round_up(width + SIDE, W) / numbers;
-  Segments<I> segments{{}, COLUMNS<I>};
+  const int64_t count = static_cast<int64_t>(planes.size()) * problem.side, width = planes[0].width;
+  const int64_t pixels = first_size(problem, width), columns = units<I>(problem.side);
+  const int64_t seen = (pixels - 1) * units<I>(problem.stride) + columns;
+  const int64_t numbers = sizeof(I) / sizeof(T), copied = problem.padding + width;
+  const int64_t pitch = std::max(seen, units<I>(copied));
+  Segments<I> segments{{}, columns};
   segments.rows.reserve(static_cast<size_t>(count));
   I* copy = room.of(count * pitch);
   for (const Map<T>& plane : planes) {
-    for (int64_t k = 0; k < SIDE; k++, copy += pitch) {
+    for (int64_t k = 0; k < problem.side; k++, copy += pitch) {
       T* const row = reinterpret_cast<T*>(copy);
-      row[0] = T{};
-      std::copy_n(plane.row(STRIDE * y - 1 + k), width, row + 1);
-      std::fill_n(row + 1 + width, SIDE - 1, T{});
+      std::fill_n(row, problem.padding, T{});
+      std::copy_n(plane.row(problem.stride * y - problem.padding + k), width, row + problem.padding);
+      std::fill(row + copied, row + pitch * numbers, T{});
       segments.rows.push_back(copy);
     }
   }
-  const linear::Problem p = problem_of(layer, count * COLUMNS<I>, APART<I>);
-  run_pixels<true>(p, layer, segments, halved(width), out);
+  const linear::Problem p = problem_of(layer, count * columns, units<I>(problem.stride));
+  if (problem.stride == STRIDE) {
+    run_pixels<units<I>(STRIDE)>(p, layer, segments, pixels, out);
+  } else {
+    run_pixels<units<I>(2 * STRIDE)>(p, layer, segments, pixels, out);
+  }
 }
 
 // An output row of another layer; its input has a column of zeros at both sides.
@@ -199,7 +212,7 @@ static void next_row(const Layer& layer, const Map<T>& in, int64_t channels, int
     segments.rows.push_back(reinterpret_cast<const I*>(in.row(STRIDE * y - 1 + k) - channels));
   }
   const linear::Problem p = problem_of(layer, SIDE * SIDE * shares, STRIDE * shares);
-  run_pixels<false>(p, layer, segments, halved(in.width), out);
+  run_pixels<0>(p, layer, segments, halved(in.width), out);
 }
 
 template <class T>
@@ -218,7 +231,8 @@ static void forward_of(const Problem& p, const Layer* layers, const T* in, T* ou
   std::vector<T*> origin;    // of each, to write to
   int64_t height = p.height, width = p.width, widest = width, values = 0;
   for (int64_t i = 0; i < p.layers; i++) {
-    height = halved(height), width = halved(width);
+    height = i ? halved(height) : first_size(p, height);
+    width = i ? halved(width) : first_size(p, width);
     const int64_t channels = layers[i].channels, inside = width * channels;
     const int64_t pitch = inside + (i < last ? 2 * channels : 0);
     T* begin = out;
@@ -249,7 +263,7 @@ static void forward_of(const Problem& p, const Layer* layers, const T* in, T* ou
         if (i) {
           next_row<I>(layers[i], maps[i - 1], layers[i - 1].channels, y, row);
         } else {
-          first_row<I>(layers[i], planes, y, row);
+          first_row<I>(p, layers[i], planes, y, row);
         }
         if (layers[i].norm_weight) normalise(layers[i], maps[i].width, row);
       });

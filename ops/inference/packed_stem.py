@@ -1,0 +1,268 @@
+"""The first layers of a network on the CPU for inference, straight from the planes of an image.
+
+The kernel (``ops/native/stem.cpp``) reads the planes as they lie and keeps the maps between the
+layers in the cache. It takes float32, and bfloat16 where the CPU multiplies that in vectors; there
+are no gradients.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ops import native
+from ops.depthwise import ACTIVATIONS
+from ops.linear import pack_weight
+from ops.linear import unsupported as linear_unsupported
+from ops.native.eager import is_plain_call, require_dtype
+from ops.native.threads import threads_for
+
+__all__ = ["PlanesConv2d", "pack_layers", "packed_stem", "unsupported"]
+
+_KERNEL = "stem"
+_PIXELS = 512  # of an image, of a thread
+_STRIDES = (2, 4)  # of windows in planes
+_USUAL = (3, 2, 1)  # side, stride and padding of windows
+
+
+class _Problem(ctypes.Structure):
+    """``stem::Problem`` of ops/native/stem.h."""
+
+    _fields_ = [
+        (name, ctypes.c_int64)
+        for name in (
+            *("batch", "channels", "height", "width", "side", "stride", "padding"),
+            *("layers", "bfloat16", "threads"),
+        )
+    ]
+
+
+class _Layer(ctypes.Structure):
+    """``stem::Layer`` of ops/native/stem.h."""
+
+    _fields_ = [
+        *((name, ctypes.c_void_p) for name in ("weight", "bias", "norm_weight", "norm_bias")),
+        *((name, ctypes.c_int64) for name in ("channels", "activation")),
+        ("eps", ctypes.c_double),
+    ]
+
+
+def unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
+    """``None`` if the kernel takes such tensors, else the reason in words.
+
+    The first call on a machine compiles the kernel, which takes some seconds.
+    """
+    if dtype == torch.bfloat16 and not native.multiplies(dtype):
+        return "the kernel takes bfloat16 only where the CPU multiplies it"
+    reason = linear_unsupported(device, dtype, with_bfloat16=True)
+    return reason or native.unavailable_reason(_KERNEL)
+
+
+def pack_layers(
+    convs: Sequence[nn.Conv2d], dtype: torch.dtype = torch.float32
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The weights of the convolutions in the kernel's order, and their biases.
+
+    Args:
+        convs: the first with square windows; their channels, but for those of the image, are even
+            in number for bfloat16.
+        dtype: of the maps.
+
+    Returns:
+        Float32; for bfloat16 pairs of it lie in each number of the weights.
+
+    Raises:
+        RuntimeError: the kernel is not available here (:func:`unsupported` tells beforehand).
+    """
+    weights, biases = [], []
+    for i, conv in enumerate(convs):
+        weight = conv.weight.detach().to(dtype)
+        if i:
+            weight = weight.permute(0, 2, 3, 1)
+        elif dtype == torch.bfloat16:
+            weight = nn.functional.pad(weight, (0, weight.shape[3] % 2))  # whole pairs a row
+        weight = weight.flatten(1).contiguous()
+        weights.append(pack_weight(weight.view(torch.float32)))  # pairs as if they were floats
+        bias = conv.weight.new_zeros(len(weight)) if conv.bias is None else conv.bias.detach()
+        biases.append(bias.float())
+    return weights, biases
+
+
+def packed_stem(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    activations: Sequence[str],
+    norms: Sequence[Tensor] = (),
+    eps: Sequence[float] = (),
+    window: Sequence[int] = _USUAL,
+) -> Tensor:
+    """Convolutions, each with norm and activation: 3×3 of stride 2 and padding 1. No gradients.
+
+    Args:
+        x: (B, C, H, W) float32 or bfloat16; copied where it is not contiguous.
+        weights, biases: see :func:`pack_layers`, of the dtype of ``x``.
+        activations: of :data:`ops.depthwise.ACTIVATIONS`, one a layer; GELU is the exact one.
+        norms: weights and biases of layer norms over the channels, (2, C) float32 a layer, or
+            without a number where a layer has no norm; empty where none has.
+        eps: of the norms, one a layer; empty where there are none.
+        window: side, stride and padding of the first convolution, where they are others; the
+            stride is 2 or 4.
+
+    Returns:
+        (B, C', H', W'), channels-last; usually H' is ⌈H/2ⁿ⌉ of ``n`` layers.
+
+    Raises:
+        ValueError: shapes or dtypes that do not go together, an unknown activation, no layer,
+            another stride, an image that no window fits in.
+        RuntimeError: the kernel is not available here.
+    """
+    forward = _run if is_plain_call((x, *weights, *biases, *norms)) else _dispatched
+    return forward(x, weights, biases, activations, norms, eps, list(window))
+
+
+_library = torch.library.Library("vision_backbones", "FRAGMENT")
+_library.define(
+    "packed_stem(Tensor x, Tensor[] weights, Tensor[] biases, str[] activations, Tensor[] norms, "
+    "float[] eps, int[] window) -> Tensor"
+)
+_dispatched = torch.ops.vision_backbones.packed_stem.default
+
+
+@torch.library.impl(_library, "packed_stem", "CPU")
+def _run(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    activations: Sequence[str],
+    norms: Sequence[Tensor],
+    eps: Sequence[float],
+    window: Sequence[int],
+) -> Tensor:
+    out = _empty_output(x, weights, biases, activations, norms, eps, window)
+    library, reason = native.load(_KERNEL), unsupported(x.device, x.dtype)
+    if library is None or reason is not None:
+        raise RuntimeError(f"the kernel of stems is not available: {reason}")
+    if out.numel() == 0:
+        return out
+    x = x.contiguous()
+    layers = (_Layer * len(weights))()
+    for layer, weight, bias, act in zip(layers, weights, biases, activations, strict=True):
+        layer.weight, layer.bias = weight.data_ptr(), bias.data_ptr()
+        layer.channels, layer.activation = len(bias), ACTIVATIONS.index(act)
+    for layer, norm, term in zip(layers, norms, eps, strict=False):
+        if norm.numel():
+            layer.norm_weight, layer.norm_bias = norm[0].data_ptr(), norm[1].data_ptr()
+            layer.eps = term
+    threads = threads_for(x.shape[2] * x.shape[3], _PIXELS, torch.get_num_threads())
+    problem = _Problem(*x.shape, *window, len(weights), x.dtype == torch.bfloat16, threads)
+    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (x, out)]
+    if library.stem_forward(ctypes.byref(problem), layers, *pointers):
+        raise MemoryError("no memory for the maps of a stem")
+    return out
+
+
+@torch.library.register_fake("vision_backbones::packed_stem", lib=_library)
+def _empty_output(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    activations: Sequence[str],
+    norms: Sequence[Tensor],
+    eps: Sequence[float],
+    window: Sequence[int],
+) -> Tensor:
+    if x.ndim != 4 or x.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(
+            f"x must be (B, C, H, W) of float32 or bfloat16, got {tuple(x.shape)} of {x.dtype}"
+        )
+    sizes = tuple((w.numel(), b.numel()) for w, b in zip(weights, biases, strict=True))
+    _check_layers(x.shape[1], sizes, tuple(activations), x.dtype == torch.bfloat16, tuple(window))
+    if len(norms) != len(eps) or len(norms) not in (0, len(weights)):
+        raise ValueError(
+            f"there must be a norm and an eps for each of {len(weights)} layers, or none, got "
+            f"{len(norms)} and {len(eps)}"
+        )
+    for tensor in (*weights, *biases, *norms):
+        require_dtype(torch.float32, **{"each of weights, biases and norms": tensor})
+    for norm, bias in zip(norms, biases, strict=False):
+        if norm.numel() and norm.shape != (2, len(bias)):
+            raise ValueError(f"a norm must be (2, {len(bias)}), got {tuple(norm.shape)}")
+    side, stride, padding = window
+    size = [(n + 2 * padding - side) // stride + 1 for n in x.shape[2:]]
+    if min(size) < 1 and x.numel():
+        raise ValueError(
+            f"an image of {tuple(x.shape[2:])} with padding {padding} is smaller than the window "
+            f"of {side}×{side}"
+        )
+    size = [-(-n // 2 ** (len(weights) - 1)) for n in size]
+    shape = (len(x), len(biases[-1]), *size)
+    return torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+
+@functools.lru_cache(maxsize=64)
+def _check_layers(
+    channels: int,
+    sizes: tuple[tuple[int, int], ...],
+    activations: tuple[str, ...],
+    bfloat16: bool,
+    window: tuple[int, ...],
+) -> None:
+    if len(window) != 3 or window[0] < 1 or window[1] not in _STRIDES or window[2] < 0:
+        raise ValueError(
+            f"window must be a side, a stride of {_STRIDES} and a padding, got {window}"
+        )
+    if not sizes or len(sizes) != len(activations):
+        raise ValueError(
+            f"there must be a layer, and an activation for each, got {len(sizes)} layers and "
+            f"{len(activations)} activations"
+        )
+    for act in activations:
+        if act not in ACTIVATIONS:
+            raise ValueError(f"activations must be of {ACTIVATIONS}, got {act!r}")
+    for i, (weight, bias) in enumerate(sizes):
+        side = 3 if i else window[0]
+        if bfloat16 and i and channels % 2:
+            raise ValueError(f"maps of bfloat16 must have even channels, got {channels}")
+        inputs = side * side * channels  # or pairs, of channels or neighbours
+        if bfloat16:
+            inputs = inputs // 2 if i else side * -(-side // 2) * channels
+        if weight % inputs or weight < inputs * bias:
+            raise ValueError(
+                f"a weight must be the packed one of {channels} to {bias} channels, "
+                f"got {weight} packed numbers"
+            )
+        channels = bias
+
+
+class PlanesConv2d:
+    """``activation(conv(x))`` of the planes of an image.
+
+    Args:
+        conv: one that it :meth:`takes`, in float32 or bfloat16.
+
+    Raises:
+        RuntimeError: the kernel is not available here, see :func:`unsupported`.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        self._packed = pack_layers([conv], conv.weight.dtype)
+        padding: Any = conv.padding
+        self._window = conv.kernel_size[0], conv.stride[0], padding[0]
+
+    def __call__(self, x: Tensor, activation: str) -> Tensor:
+        """(B, C, H, W) → (B, C', H', W'), channels-last; see :func:`packed_stem`."""
+        return packed_stem(x, *self._packed, [activation], window=self._window)
+
+    @staticmethod
+    def takes(conv: nn.Conv2d) -> bool:
+        """Whether the windows are square, lie 2 or 4 apart and are padded with zeros, if at all."""
+        if conv.groups != 1 or conv.dilation != (1, 1) or conv.padding_mode != "zeros":
+            return False
+        sides: Any = (conv.kernel_size, conv.stride, conv.padding)
+        return conv.stride[0] in _STRIDES and all(pair[0] == pair[1] for pair in sides)
