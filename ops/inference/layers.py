@@ -248,8 +248,8 @@ class FastPointwiseConv2d(ActivatedLayer, nn.Conv2d):
 class FastConv2d(ActivatedLayer, nn.Conv2d):
     """``activation(conv(x))`` in channels-last, (B, C, H, W) → (B, C', H', W').
 
-    Between the stages of a network oneDNN waits for weights; few windows are copied and go through
-    our linear kernel. Images are read as they lie.
+    Between the stages of a network oneDNN waits for weights and maps; there windows are copied and
+    go through our linear kernel. Images are read as they lie.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -264,7 +264,7 @@ class FastConv2d(ActivatedLayer, nn.Conv2d):
             return x.is_contiguous()
         strides: Any = self.stride
         pixels = len(x) * (x.shape[2] // strides[0]) * (x.shape[3] // strides[1])
-        return pixels <= few_rows(x.dtype)
+        return not by_tiles(x.dtype) or pixels <= few_rows(x.dtype)
 
     def _by_onednn(self, x: Tensor, packed: tuple[Tensor, Tensor | None] | None) -> Tensor:
         if packed is None:

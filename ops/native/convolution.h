@@ -28,6 +28,8 @@ struct Tensors {
 constexpr int64_t STRIP_BYTES = 384 * 1024;
 constexpr int64_t MIN_ROWS = 8 * linear::MAX_ROWS;  // to multiply with weights that are fetched once
 
+constexpr int64_t AHEAD = 4;  // windows, that what they see is fetched before it is copied
+
 // What an output pixel sees, with zeros beyond the map.
 template <class T>
 static void copy_window(const Problem& p, const T* image, int64_t y, int64_t x, T* out) {
@@ -40,8 +42,10 @@ static void copy_window(const Problem& p, const T* image, int64_t y, int64_t x, 
       std::fill_n(out, length, T{});
       continue;
     }
+    const T* const in = image + (row * p.width + left) * p.channels;
+    memory::fetch<memory::READ>(in + AHEAD * p.stride[1] * p.channels, length);
     std::fill_n(out, begin, T{});
-    std::copy_n(image + (row * p.width + left) * p.channels + begin, end - begin, out + begin);
+    std::copy_n(in + begin, end - begin, out + begin);
     std::fill_n(out + end, length - end, T{});
   }
 }

@@ -96,8 +96,10 @@ def test_through_the_dispatcher() -> None:
     torch.library.opcheck(torch.ops.vision_backbones.packed_conv2d.default, arguments)
 
 
-def test_few_windows_go_through_our_kernel(monkeypatch) -> None:
-    """Of strided convolutions between stages; oneDNN is faster with many, or few channels."""
+@pytest.mark.parametrize("tiles", [False, True])
+def test_strided_windows_go_through_our_kernel(tiles: bool, monkeypatch) -> None:
+    """Where there are channels enough; with tiles oneDNN is faster with many windows."""
+    monkeypatch.setattr("ops.inference.layers.by_tiles", lambda dtype: tiles)
     calls = []
     call = PackedConv2d.__call__
     monkeypatch.setattr(PackedConv2d, "__call__", lambda *a: calls.append(a[1].shape) or call(*a))
@@ -108,7 +110,7 @@ def test_few_windows_go_through_our_kernel(monkeypatch) -> None:
         x = random(1, layer.in_channels, side, side).float()
         expected = F.conv2d(x, layer.weight, layer.bias, layer.stride, layer.padding)
         torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
-    assert calls == [(1, 16, 80, 80)]
+    assert calls == [(1, 16, 80, 80), (1, 16, 200, 200)][: 1 if tiles else 2]
 
 
 def test_refusals(monkeypatch) -> None:
