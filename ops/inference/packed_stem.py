@@ -195,7 +195,7 @@ def _empty_output(
             raise ValueError(f"a norm must be (2, {len(bias)}), got {tuple(norm.shape)}")
     side, stride, padding = window
     size = [(n + 2 * padding - side) // stride + 1 for n in x.shape[2:]]
-    if min(size) < 1 and x.numel():
+    if min(size) < 1:
         raise ValueError(
             f"an image of {tuple(x.shape[2:])} with padding {padding} is smaller than the window "
             f"of {side}×{side}"

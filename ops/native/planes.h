@@ -37,7 +37,8 @@ static void for_each_tile(const Problem& p, const Run& run) {
     for (int64_t c = 0; c < p.channels; c += W) {
       const int lanes = static_cast<int>(std::min<int64_t>(W, p.channels - c));
       for (int64_t pixel = first; pixel < end; pixel += W) {
-        run(index / parts, Tile{c, pixel, lanes, static_cast<int>(std::min<int64_t>(W, end - pixel))});
+        const int count = static_cast<int>(std::min<int64_t>(W, end - pixel));
+        run(index / parts, Tile{c, pixel, lanes, count});
       }
     }
   });

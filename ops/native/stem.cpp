@@ -1,5 +1,5 @@
 // The first layers of a network on the CPU: the plain C interface, see depthwise.cpp. Called from
-// ops/inference/stem.py.
+// ops/inference/packed_stem.py.
 #include <new>
 
 #include "stem.h"

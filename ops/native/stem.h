@@ -1,10 +1,10 @@
 // The first layers of a network, convolutions one after the other, an image at a time, so that the
 // maps between them stay in the second-level cache. The first, of any window, reads the planes of
 // the image as they lie; the others are of 3×3 with a stride of 2 and a padding of 1, and their maps
-// have channels last. The inputs of a window are
-// segments of neighbours, the same for all pixels of an output row but for the place where they
-// begin: to the kernel of linear layers, pixels are rows and segments parts of a row. BFloat16 is
-// multiplied in pairs: of neighbours in a plane, then of channels.
+// have channels last. The inputs of a window are segments of neighbours, the same for all pixels of
+// an output row but for the place where they begin: to the kernel of linear layers, pixels are rows
+// and segments parts of a row. BFloat16 is multiplied in pairs: of neighbours in a plane, then of
+// channels.
 #pragma once
 #include <algorithm>
 #include <cstddef>
@@ -26,7 +26,7 @@ using linear::Range;
 using simd::F;
 using simd::W;
 
-// ops/inference/stem.py has the same fields in the same order.
+// ops/inference/packed_stem.py has the same fields in the same order.
 struct Problem {
   int64_t batch, channels, height, width;  // of the images
   int64_t side, stride, padding;           // of the first layer's window; the stride is 2 or 4
