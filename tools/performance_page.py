@@ -53,7 +53,7 @@ PAGES = (
         "# Performance\n\nAn Intel Xeon with AMX; AMD's [Zen 5](performance-zen5.md), the newest "
         "measurements, and [Zen 4](performance-zen4.md) have pages of their own. Since this one "
         "was measured, MedViTV2's Kolmogorov-Arnold layers, LITv2's merging in "
-        "bfloat16, HAT's windows, BiFormer's small regions, VAN's feed-forwards, "
+        "bfloat16, HAT's windows, BiFormer's small regions, VAN's feed-forwards, patch embeddings, "
         "strided convolutions between stages and pooling have got kernels, neighborhood "
         "attention, in bfloat16 above all, norms and small layers have become quicker, VAN folds "
         "all its norms, and calls of fused models are recorded, which saves small networks a tenth "
@@ -76,7 +76,8 @@ PAGES = (
         "tiles (AMX) multiply bfloat16 at several times that rate; [it has a page of its own]"
         "(performance.md). Shares of a matrix product pass 100 % because torch's come from MKL, "
         "which has vectors of 256 bits for AMD's CPUs. With two threads and in training, "
-        "MedViTV2's original gathers its windows by our `reference` backend.",
+        "MedViTV2's original gathers its windows by our `reference` backend. Training steps were "
+        "measured before the newest kernels of fused models, which they do not run.",
         "performance/zen5",
     ),
 )

@@ -6,7 +6,9 @@ folded, kernels are the runtime's.
 
 from __future__ import annotations
 
+import atexit
 import functools
+import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -48,14 +50,16 @@ class Exported(nn.Module):
 
 
 @functools.cache
-def _folder() -> tempfile.TemporaryDirectory[str]:
-    """For files as long as the process runs."""
-    return tempfile.TemporaryDirectory()
+def _folder() -> Path:
+    """For files as long as the process runs, even where this module is forgotten sooner."""
+    folder = tempfile.mkdtemp()
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return Path(folder)
 
 
 @functools.lru_cache(maxsize=1)  # runtimes read the file at once, the next one takes its place
 def _exported(name: str, shape: tuple[int, ...]) -> Path:
-    path = Path(_folder().name) / "model.onnx"
+    path = _folder() / "model.onnx"
     torch.manual_seed(0)
     model = backbones.create_model(name).eval().fuse(channels_last=False)
     exporting.save_onnx(exporting.trace(model, shape, dynamic=False), path)

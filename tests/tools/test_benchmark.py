@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from types import ModuleType
 
 import pytest
 import torch
+from commands import run
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
@@ -329,6 +331,22 @@ def test_other_runtimes_run_our_model(tool: ModuleType) -> None:
     )
     assert measured["contenders"]["fused"]["speedup_over"].keys() == labels.keys()
     assert measured["versions"].keys() == {"onnxruntime", "openvino"}
+
+
+def test_what_runtimes_read_goes_with_the_process() -> None:
+    """Not with the module, which tests forget, nor after it."""
+    script = (
+        "import gc, runtimes, sys\n"
+        "folder = runtimes._folder()\n"
+        "del runtimes, sys.modules['runtimes']\n"
+        "gc.collect()\n"
+        "assert folder.is_dir()\n"
+        "print(folder)"
+    )
+    command = [sys.executable, "-W", "error::ResourceWarning", "-c", script]
+    path = os.pathsep.join([str(TOOLS), str(TOOLS.parent)])
+    said = run(command, 120, env={"PYTHONPATH": path})
+    assert not Path(said.strip().splitlines()[-1]).exists() and "Warning" not in said
 
 
 def test_other_runtimes_do_not_train(tool: ModuleType) -> None:
