@@ -1,4 +1,4 @@
-"""For tests of compiled kernels: inputs, activations as of torch, kernels of other machines."""
+"""For tests of compiled kernels: inputs, layers, activations of torch, other machines' kernels."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 import ops.neighborhood
 from ops import native
@@ -92,3 +92,12 @@ def emulate_tiles(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     monkeypatch.setenv("CXX", f"c++ -O1 -include {header}")
     monkeypatch.setenv("VISION_BACKBONES_CACHE_DIR", str(cache))
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+
+
+def conv_row(*channels: int, bias: bool = True) -> list[nn.Conv2d]:
+    """3×3 convolutions of stride 2 and padding 1, from each number of channels to the next."""
+    torch.manual_seed(0)
+    return [
+        nn.Conv2d(before, after, 3, 2, 1, bias=bias)
+        for before, after in zip(channels, channels[1:], strict=False)
+    ]

@@ -259,12 +259,12 @@ class FastConv2d(ActivatedLayer, nn.Conv2d):
         return self._by_onednn(x, packed)
 
     def suits_kernel(self, x: Tensor) -> bool:
-        """Whether our kernel, where there is one, is faster than oneDNN's."""
+        """Whether our kernel is faster than oneDNN's, where :meth:`derive` gives both."""
         if self.in_channels < _FEWEST_CHANNELS:
             return x.is_contiguous()
         strides: Any = self.stride
         pixels = len(x) * (x.shape[2] // strides[0]) * (x.shape[3] // strides[1])
-        return not by_tiles(x.dtype) or pixels <= few_rows(x.dtype)
+        return pixels <= few_rows(x.dtype)
 
     def _by_onednn(self, x: Tensor, packed: tuple[Tensor, Tensor | None] | None) -> Tensor:
         if packed is None:
@@ -282,10 +282,12 @@ class FastConv2d(ActivatedLayer, nn.Conv2d):
 
     def derive(self, x: Tensor) -> tuple[Any, Any]:
         """For our kernel and for oneDNN, or None where one is never wanted."""
-        return self.for_kernel(x), self.for_onednn(x)
+        own = self.for_kernel(x)
+        always = isinstance(own, PackedConv2d) and not by_tiles(x.dtype)
+        return own, None if always else self.for_onednn(x)
 
-    def for_kernel(self, x: Tensor) -> Any:
-        """The convolution by one of our kernels."""
+    def for_kernel(self, x: Tensor) -> PackedConv2d | PlanesConv2d | None:
+        """The convolution by one of our kernels, if one is ever the faster way."""
         strided = self.groups == 1 and self.dilation == (1, 1) and self.stride != (1, 1)
         if not strided or not native.multiplies(x.dtype):
             return None

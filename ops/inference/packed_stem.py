@@ -247,10 +247,16 @@ class PlanesConv2d:
         conv: one that it :meth:`takes`, in float32 or bfloat16.
 
     Raises:
+        ValueError: another convolution.
         RuntimeError: the kernel is not available here, see :func:`unsupported`.
     """
 
     def __init__(self, conv: nn.Conv2d) -> None:
+        if not self.takes(conv):
+            raise ValueError(
+                "a convolution of planes must have square windows 2 or 4 apart, zeros around, no "
+                f"groups and no dilation, got {conv}"
+            )
         self._packed = pack_layers([conv], conv.weight.dtype)
         padding: Any = conv.padding
         self._window = conv.kernel_size[0], conv.stride[0], padding[0]

@@ -6,7 +6,13 @@ import copy
 
 import pytest
 import torch
-from compiled_kernels import PLAIN_ACTIVATIONS, compiled_for, random, without_kernels
+from compiled_kernels import (
+    PLAIN_ACTIVATIONS,
+    compiled_for,
+    conv_row,
+    random,
+    without_kernels,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -15,14 +21,6 @@ from ops import native
 from ops.depthwise import ACTIVATIONS
 from ops.inference.layers import FastConv2d, convert
 from ops.inference.packed_stem import PlanesConv2d, pack_layers, packed_stem, unsupported
-
-
-def _convs(*channels: int, bias: bool = True) -> list[nn.Conv2d]:
-    torch.manual_seed(0)
-    return [
-        nn.Conv2d(before, after, 3, 2, 1, bias=bias)
-        for before, after in zip(channels, channels[1:], strict=False)
-    ]
 
 
 def _plain(x: Tensor, convs: list[nn.Conv2d], activations: list[str]) -> Tensor:
@@ -56,7 +54,7 @@ def _agrees(
     bias=st.booleans(),
 )
 def test_is_the_layers_in_a_row(batch, size, channels, activation, bias) -> None:
-    convs = _convs(*channels, bias=bias)
+    convs = conv_row(*channels, bias=bias)
     _agrees(random(batch, channels[0], *size).float(), convs, [activation] * len(convs))
 
 
@@ -70,7 +68,7 @@ def test_is_the_layers_in_a_row(batch, size, channels, activation, bias) -> None
 )
 def test_bfloat16_is_the_layers_in_a_row(batch, size, image_channels, channels, activation) -> None:
     """Only maps between the layers, weights and results are rounded."""
-    convs = [conv.bfloat16() for conv in _convs(image_channels, *channels)]
+    convs = [conv.bfloat16() for conv in conv_row(image_channels, *channels)]
     x = random(batch, image_channels, *size).bfloat16()
     activations = [activation] * len(convs)
     if unsupported(x.device, x.dtype) is None:
@@ -93,7 +91,7 @@ def test_bfloat16_is_the_layers_in_a_row(batch, size, image_channels, channels, 
 def test_any_window_of_the_image(dtype, side, stride, padding, more, channels, layers) -> None:
     """Images that a window just fits in, and larger ones."""
     torch.manual_seed(0)
-    convs = [nn.Conv2d(*channels, side, stride, padding), *_convs(*[channels[1]] * layers)]
+    convs = [nn.Conv2d(*channels, side, stride, padding), *conv_row(*[channels[1]] * layers)]
     fitting = max(1, side - 2 * padding)
     x = random(2, channels[0], *(fitting + n for n in more)).to(dtype)
     if unsupported(x.device, dtype) is None:
@@ -124,6 +122,8 @@ def test_images_are_read_as_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
     assert [shape[1] for shape in calls] == [3, 3, 2]
     with pytest.raises(ValueError, match=r"image of \(2, 50\) with padding 0.*window of 4×4"):
         PlanesConv2d(by_kernel[0])(torch.zeros(1, 3, 2, 50), "none")
+    with pytest.raises(ValueError, match=r"square windows 2 or 4 apart.*stride=\(3, 3\)"):
+        PlanesConv2d(others[1])
 
 
 def test_tiles_are_left_to_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -134,7 +134,7 @@ def test_tiles_are_left_to_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_pairs_of_channels() -> None:
-    packed = pack_layers(_convs(3, 15, 32))
+    packed = pack_layers(conv_row(3, 15, 32))
     with pytest.raises(ValueError, match="must have even channels, got 15"):
         packed_stem(random(1, 3, 20, 20).bfloat16(), *packed, ["none", "none"])
 
@@ -143,11 +143,11 @@ def test_pairs_of_channels() -> None:
 def test_other_instruction_sets(instructions: str, monkeypatch, tmp_path) -> None:
     monkeypatch.setenv("VISION_BACKBONES_CACHE_DIR", str(tmp_path))
     compiled_for(instructions, monkeypatch)
-    _agrees(random(2, 3, 37, 50).float(), _convs(3, 20, 40), ["relu", "none"])
+    _agrees(random(2, 3, 37, 50).float(), conv_row(3, 20, 40), ["relu", "none"])
 
 
 def test_sizes_change_from_call_to_call_and_threads_agree() -> None:
-    convs = _convs(3, 24, 48, 96)
+    convs = conv_row(3, 24, 48, 96)
     for size in ((64, 64), (33, 129), (128, 64)):
         _agrees(random(2, 3, *size).float(), convs, ["relu", "relu", "none"])
     x = random(1, 3, 64, 80).float().contiguous(memory_format=torch.channels_last)
@@ -171,7 +171,7 @@ def test_without_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_refusals() -> None:
     assert unsupported(torch.device("cpu"), torch.float16) is not None
-    convs = _convs(3, 8, 16)
+    convs = conv_row(3, 8, 16)
     weights, biases = pack_layers(convs)
     x = random(1, 3, 8, 8).float()
     with pytest.raises(ValueError, match="float32"):
@@ -194,7 +194,7 @@ def test_refusals() -> None:
 
 
 def test_the_dispatcher_sees_one_operator() -> None:
-    convs = _convs(3, 8, 16)
+    convs = conv_row(3, 8, 16)
     packed = (*pack_layers(convs), ["relu", "none"], [torch.ones(2, 8), torch.zeros(0)], [0.1, 0])
     arguments = (random(2, 3, 17, 20).float(), *packed, [3, 2, 1])
     operator = torch.ops.vision_backbones.packed_stem.default

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 
 import torch
-from compiled_kernels import random, without_kernels
+from compiled_kernels import conv_row, random, without_kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from timm.layers import LayerNorm2d
@@ -18,19 +18,11 @@ from ops.mobile import conv_stem
 from ops.reparam import fuse_children
 
 
-def _convs(*channels: int, bias: bool = True) -> list[nn.Conv2d]:
-    torch.manual_seed(0)
-    return [
-        nn.Conv2d(before, after, 3, 2, 1, bias=bias)
-        for before, after in zip(channels, channels[1:], strict=False)
-    ]
-
-
 def test_odd_channels_of_bfloat16_are_left_to_torch() -> None:
     floats = not native.multiplies(torch.bfloat16)  # made of it on the way
     even = floats or native.instruction_set() != "amx"
     for channels, made in (((3, 16, 33), even), ((3, 15, 32), floats)):
-        fast = nn.Sequential(*_convs(*channels)).eval().bfloat16()
+        fast = nn.Sequential(*conv_row(*channels)).eval().bfloat16()
         expected = copy.deepcopy(fast)
         put_channels_last(fast, always=False)
         x = random(1, 3, 20, 20).bfloat16()
@@ -41,16 +33,18 @@ def test_odd_channels_of_bfloat16_are_left_to_torch() -> None:
 
 def test_what_is_a_stem() -> None:
     act = nn.ReLU()
-    assert is_stem(nn.Sequential(nn.Sequential(*_convs(3, 8), act), *_convs(8, 16)))
-    assert is_stem(nn.Sequential(*_convs(3, 8), LayerNorm2d(8), act, *_convs(8, 16), act))
-    assert not is_stem(nn.Sequential(*_convs(3, 8)))
-    assert not is_stem(nn.Sequential(act, *_convs(3, 8, 16)))
-    assert not is_stem(nn.Sequential(*_convs(3, 8), act, LayerNorm2d(8), *_convs(8, 16)))
-    assert not is_stem(nn.Sequential(*_convs(3, 8), act, act, *_convs(8, 16)))
-    assert not is_stem(nn.Sequential(*_convs(3, 8), LayerNorm2d(8, affine=False), *_convs(8, 16)))
-    assert not is_stem(nn.Sequential(*_convs(3, 8), nn.Conv2d(8, 16, 3, 1, 1)))
-    assert not is_stem(nn.Sequential(*_convs(4, 8), nn.Conv2d(8, 8, 3, 2, 1, groups=2)))
-    assert not is_stem(nn.Sequential(nn.Sequential(*_convs(3, 8), nn.Tanh()), *_convs(8, 16)))
+    assert is_stem(nn.Sequential(nn.Sequential(*conv_row(3, 8), act), *conv_row(8, 16)))
+    assert is_stem(nn.Sequential(*conv_row(3, 8), LayerNorm2d(8), act, *conv_row(8, 16), act))
+    assert not is_stem(nn.Sequential(*conv_row(3, 8)))
+    assert not is_stem(nn.Sequential(act, *conv_row(3, 8, 16)))
+    assert not is_stem(nn.Sequential(*conv_row(3, 8), act, LayerNorm2d(8), *conv_row(8, 16)))
+    assert not is_stem(nn.Sequential(*conv_row(3, 8), act, act, *conv_row(8, 16)))
+    assert not is_stem(
+        nn.Sequential(*conv_row(3, 8), LayerNorm2d(8, affine=False), *conv_row(8, 16))
+    )
+    assert not is_stem(nn.Sequential(*conv_row(3, 8), nn.Conv2d(8, 16, 3, 1, 1)))
+    assert not is_stem(nn.Sequential(*conv_row(4, 8), nn.Conv2d(8, 8, 3, 2, 1, groups=2)))
+    assert not is_stem(nn.Sequential(nn.Sequential(*conv_row(3, 8), nn.Tanh()), *conv_row(8, 16)))
 
 
 @settings(max_examples=40, deadline=None)
@@ -61,7 +55,7 @@ def test_what_is_a_stem() -> None:
 )
 def test_norms_between_the_layers(size, channels, act_layer) -> None:
     """Both forms, with norms that differ and convolutions without one."""
-    first, second = _convs(*channels)
+    first, second = conv_row(*channels)
     norms = [LayerNorm2d(n, eps=eps) for n, eps in zip(channels[1:], (1e-6, 1e-2), strict=True)]
     for norm in norms:
         nn.init.normal_(norm.weight)
