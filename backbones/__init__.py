@@ -25,6 +25,7 @@ try:
     from backbones._base import Stage, StagedBackbone
     from backbones._checkpoint import CheckpointError, LoadReport, load_checkpoint
     from backbones._registry import create_model, fuse, list_families, list_models
+    from ops.native.scratch import empty_cache
 
     # Importing a family registers its models, here and with timm.
     from backbones import (  # isort: skip
@@ -55,6 +56,7 @@ __all__ = [
     "biformer",
     "create_model",
     "efficientvit",
+    "empty_cache",
     "favit",
     "fuse",
     "hat",

@@ -14,6 +14,8 @@ from typing import Any
 
 import torch
 
+from ops.native.scratch import empty_cache
+
 
 class PeakMemory:
     """Bytes that were held at most during the block, beyond those before it.
@@ -32,7 +34,8 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated()
         elif sys.platform == "linux":
-            # Freed memory that the C library keeps would hide what is allocated anew.
+            # Freed memory that we or the C library keep would hide what is allocated anew.
+            empty_cache()
             ctypes.CDLL(None).malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")
             self.before = self._status("VmRSS")

@@ -34,9 +34,9 @@ ONEDNN: dict[str, tuple[str, list[float | None], str]] = {
     "silu": ("swish", [], ""),
     "hardswish": ("hardswish", [], ""),
 }
-# Up to this many rows our linear kernel, which fetches weights ahead, is the faster one; where
-# bfloat16 is multiplied in tiles (AMX), oneDNN is sooner.
-_FEW_ROWS = {torch.float32: 2048, torch.bfloat16: 4096}
+# Up to this many rows our linear kernel, which fetches weights ahead, is the faster one on such
+# CPUs, up to fewer where bfloat16 is multiplied in tiles; on others it is with any number.
+_FEW_ROWS = {"amx": 2048, "portable": 2048}
 _FEW_ROWS_OF_TILES = 512
 # And from so few features, or to so few, with any number of rows.
 _NARROW = 32
@@ -54,7 +54,9 @@ def by_tiles(dtype: torch.dtype) -> bool:
 
 def few_rows(dtype: torch.dtype) -> int:
     """Up to how many rows our linear kernel is faster than oneDNN's."""
-    return _FEW_ROWS_OF_TILES if by_tiles(dtype) else _FEW_ROWS[dtype]
+    if by_tiles(dtype):
+        return _FEW_ROWS_OF_TILES
+    return _FEW_ROWS.get(native.instruction_set(), sys.maxsize)
 
 
 class PackedLinear:

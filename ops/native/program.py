@@ -25,13 +25,14 @@ from ops.native.record import (
     View,
 )
 from ops.native.recorder import Recorder
+from ops.native.scratch import scratch
 
 __all__ = ["Program", "unsupported"]
 
 _KERNEL = "program"
 _VALUE, _PLACE, _BLOCK = range(3)  # those of ops/native/program.cpp
 _LINE = 64  # bytes, that buffers begin with
-# Larger buffers are got and given back one by one, as torch does, so that memory stays as low.
+# What torch made is given back at once if it is larger, else when kernels are no longer in a row.
 _LARGE_BYTES = 4 << 20
 
 _Tensors = list[Any]  # of buffers, while a program runs
@@ -47,8 +48,8 @@ class Program:
     """What a recorder saw, for other inputs of the same shape, strides and dtype.
 
     Kernels that follow each other are called from a list, without Python between them. What lies
-    only between kernels is in one piece of memory, each part of which serves as soon as it is free.
-    Several threads may call it at a time.
+    between calls, unless torch makes it, is in one piece of memory, each part of which serves as
+    soon as it is free. Several threads may call it at a time.
 
     Args:
         recorder: one that has watched.
@@ -82,7 +83,7 @@ class Program:
         self._code = (ctypes.c_int64 * len(self._words))(*self._words)
         self._code_address = ctypes.addressof(self._code)
         self._count = len(self._buffers)
-        self._bases = ctypes.c_void_p * (self._count + 1)  # the last is the shared piece's
+        self._bases = ctypes.c_void_p * (self._count + 1)  # the last is the shared piece
         del self._buffers, self._uses
 
     def __call__(self, x: Tensor) -> Tensor:
@@ -91,43 +92,60 @@ class Program:
         Raises:
             MemoryError: a kernel has no memory to work in.
         """
-        tensors: _Tensors = [None] * self._count
+        tensors: _Tensors = [None] * (self._count + 1)
         bases = self._bases()
         tensors[0], bases[0] = x, x.data_ptr()
-        if self._bytes:
-            shared = torch.empty(self._bytes, dtype=torch.uint8)
-            bases[self._count] = shared.data_ptr()
-        for step in self._steps:
-            step(tensors, bases)
+        with scratch.borrow(self._bytes) as shared:
+            tensors[self._count], bases[self._count] = shared, shared.data_ptr()
+            for step in self._steps:
+                step(tensors, bases)
         return self._result(tensors)
 
     # -- writing the steps -----------------------------------------------------------------------
 
     def _write(self, calls: Sequence[KernelCall | TorchCall]) -> None:
-        fresh, done = defaultdict(list), defaultdict(list)  # tensors of their own, by calls
+        begins, ends = defaultdict(list), defaultdict(list)  # of tensors, by calls
         for i, use in enumerate(self._uses):
-            if i not in self._offsets:
-                done[use.last].append(i)
-                if not use.made:
-                    fresh[use.first].append(i)
+            if use.made:
+                ends[use.last].append(i)
+            elif i not in self._offsets or use.by_torch:
+                begins[use.first].append(i)
         begun = 0  # where the list of kernels goes on that is not yet a step
-        free: list[int] = []  # buffers that nobody needs any more
+        free: list[int] = []  # what torch made and nobody needs any more
         for now, call in enumerate(calls):
-            if fresh[now] or isinstance(call, TorchCall):
+            if begins[now] or isinstance(call, TorchCall):
                 begun = self._end_list(begun)
-            self._steps += (_allocate(i, self._buffers[i]) for i in fresh[now])
+            self._steps += map(self._begin, begins[now])
             if isinstance(call, TorchCall):
                 self._steps.append(self._torch_step(call))
             else:
                 self._write_call(call)
-            free += done[now]
-            if free and (
-                isinstance(call, TorchCall) or any(_is_large(self._buffers[i]) for i in free)
-            ):
+            free += ends[now]
+            large = any(self._buffers[i].nbytes >= _LARGE_BYTES for i in free)
+            if free and (isinstance(call, TorchCall) or large):
                 begun = self._end_list(begun)
                 self._steps.append(_release(free))
                 free = []
         self._end_list(begun)
+
+    def _begin(self, index: int) -> _Step:
+        """What makes a tensor of a buffer: in the shared piece, or of its own."""
+        buffer, offset, shared = self._buffers[index], self._offsets.get(index), len(self._buffers)
+        size, stride, dtype = buffer.size, buffer.stride, buffer.dtype
+        if offset is None:
+
+            def step(tensors: _Tensors, bases: Any) -> None:
+                tensors[index] = fresh = torch.empty_strided(size, stride, dtype=dtype)
+                bases[index] = fresh.data_ptr()
+
+            return step
+        end = offset + buffer.nbytes
+
+        def step_in_shared(tensors: _Tensors, bases: Any) -> None:
+            part = tensors[shared][offset:end].view(dtype)
+            tensors[index] = part.as_strided(size, stride)
+
+        return step_in_shared
 
     def _end_list(self, begun: int) -> int:
         end = len(self._words)
@@ -198,10 +216,6 @@ class Program:
         return len(self._buffers), offset + place.offset
 
 
-def _is_large(buffer: Buffer) -> bool:
-    return buffer.nbytes >= _LARGE_BYTES
-
-
 @dataclass
 class _Use:
     """Of a buffer: the first and the last call with it, whether torch makes it or reads it.
@@ -233,38 +247,29 @@ def _uses(calls: Sequence[KernelCall | TorchCall], buffers: int, result: int) ->
 
 
 def _lay_out(buffers: Sequence[Buffer], uses: Sequence[_Use]) -> tuple[dict[int, int], int]:
-    """Offsets of what only kernels use in a shared piece of memory, and the bytes of that.
+    """Offsets in a shared piece of memory of what torch does not make, and the bytes of that.
 
-    Each lies as low as it can beside those that are in use at the same time.
+    The largest first, each lies as low as it can beside those that are in use at the same time.
     """
     calls = uses[0].last
-    placed: list[tuple[int, int, int]] = []  # from and to where, until which call
+    within = [
+        i for i, use in enumerate(uses) if not use.made and use.first >= 0 and use.last < calls
+    ]
+    placed: list[tuple[int, int, _Use]] = []  # from and to where
     offsets: dict[int, int] = {}
-    for index in sorted(range(1, len(uses)), key=lambda i: uses[i].first):
-        use, buffer = uses[index], buffers[index]
-        if use.by_torch or use.last in (-1, calls) or _is_large(buffer):
-            continue
-        size = -(-buffer.nbytes // _LINE) * _LINE
+    for index in sorted(within, key=lambda i: -buffers[i].nbytes):
+        use = uses[index]
+        size = -(-buffers[index].nbytes // _LINE) * _LINE
         offset = 0
-        for begin, end, last in sorted(placed):
-            if last < use.first:
+        for begin, end, other in sorted(placed, key=operator.itemgetter(0)):
+            if other.last < use.first or use.last < other.first:
                 continue
             if begin >= offset + size:
                 break
             offset = max(offset, end)
-        placed.append((offset, offset + size, use.last))
+        placed.append((offset, offset + size, use))
         offsets[index] = offset
     return offsets, max((end for _, end, _ in placed), default=0)
-
-
-def _allocate(index: int, buffer: Buffer) -> _Step:
-    size, stride, dtype = buffer.size, buffer.stride, buffer.dtype
-
-    def step(tensors: _Tensors, bases: Any) -> None:
-        tensors[index] = fresh = torch.empty_strided(size, stride, dtype=dtype)
-        bases[index] = fresh.data_ptr()
-
-    return step
 
 
 def _release(indices: Sequence[int]) -> _Step:
@@ -280,11 +285,9 @@ def _reader(view: View, buffer: Buffer) -> Callable[[_Tensors], Tensor]:
     index, size, stride, offset = view
     if not offset and (size, stride) == (buffer.size, buffer.stride):
         return operator.itemgetter(index)
-    if index:  # begins where its memory does
-        return lambda tensors: tensors[index].as_strided(size, stride, offset)
 
-    def of_input(tensors: _Tensors) -> Tensor:
-        x: Tensor = tensors[0]
-        return x.as_strided(size, stride, x.storage_offset() + offset)
+    def read(tensors: _Tensors) -> Tensor:
+        whole: Tensor = tensors[index]
+        return whole.as_strided(size, stride, whole.storage_offset() + offset)
 
-    return of_input
+    return read

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from unittest import mock
 
 import pytest
@@ -13,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from ops.inference.pooling import window_means
 from ops.native import pointwise
-from ops.native.program import _LARGE_BYTES, Program, _lay_out, _Use
+from ops.native.program import Program, _lay_out, _Use
 from ops.native.record import (
     Block,
     Buffer,
@@ -125,6 +127,7 @@ def test_special_numbers_in_bfloat16() -> None:
 # -- memory --------------------------------------------------------------------------------------
 
 _lives = st.tuples(st.integers(0, 20), st.integers(0, 6), st.integers(1, 5000), st.booleans())
+_LARGE = 8 << 20  # bytes
 
 
 def _buffer(size: int) -> Buffer:
@@ -136,11 +139,13 @@ def test_no_two_buffers_share_memory_at_a_time(lives: list[tuple[int, int, int, 
     calls = 40
     buffers = [_buffer(1)]
     uses = [_Use(-1, calls)]
-    for first, length, size, by_torch in lives:
+    for first, length, size, made in lives:
         buffers.append(_buffer(size))
-        uses.append(_Use(first, first + length, by_torch=by_torch))
+        uses.append(_Use(first, first + length, made))
+    buffers.append(_buffer(1))
+    uses.append(_Use(3, calls))  # the result
     offsets, total = _lay_out(buffers, uses)
-    assert set(offsets) == {i for i, use in enumerate(uses) if i and not use.by_torch}
+    assert set(offsets) == {i + 1 for i, (*_, made) in enumerate(lives) if not made}
     for i, offset in offsets.items():
         assert offset % 64 == 0 and offset + buffers[i].end <= total
         for j, other in offsets.items():
@@ -150,14 +155,31 @@ def test_no_two_buffers_share_memory_at_a_time(lives: list[tuple[int, int, int, 
     assert total <= sum(-(-b.end // 64) * 64 for b in buffers)
 
 
-def test_large_buffers_live_by_themselves() -> None:
-    size = _LARGE_BYTES // 4
+def test_maps_share_memory_with_those_before_them() -> None:
+    """However large they are, of kernels and in functions of torch; a result is its own."""
+
+    def function(x: Tensor) -> Tensor:
+        for _ in range(6):
+            means = window_means(x, (1, 1))
+            x = window_means(means.sqrt(), (1, 1)) * means[:, 1:].mean()
+        return x + 1.0
+
+    inputs = [torch.rand(1, _LARGE // 4 // 32**2, 32, 32) for _ in range(3)]
     with using_threads(1):
-        program = _program(lambda x: (x + x).mul(x).reshape(-1, 64) + 1.0, torch.zeros(size))
-    assert program._bytes == 0
-    assert any("release" in name for name in _steps(program))
-    x = torch.randn(size)
-    assert torch.equal(program(x), (x + x).mul(x).reshape(-1, 64) + 1.0)
+        program = _program(function, inputs[0])
+    assert program._bytes == 2 * _LARGE
+    results = [program(x) for x in inputs]
+    for x, result in zip(inputs, results, strict=True):
+        assert torch.equal(result, function(x))
+
+
+def test_programs_that_run_at_a_time() -> None:
+    inputs = [torch.rand(1 << 16) for _ in range(8)]
+    program = _program(lambda x: (x + 1.0).mul(x).add(x).mul(x) + x, inputs[0])
+    expected = [program(x) for x in inputs]
+    with ThreadPoolExecutor(8) as pool:
+        for _ in range(20):
+            assert all(map(torch.equal, pool.map(program, inputs), expected))
 
 
 def test_what_torch_made_is_freed_when_nobody_needs_it() -> None:

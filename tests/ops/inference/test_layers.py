@@ -28,10 +28,13 @@ def _check(layer: FastLinear, x: Tensor, residual: Tensor | None = None) -> None
 
 
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("compiled", [True, False])
-def test_calls_of_many_kinds_one_after_the_other(bias, compiled, monkeypatch) -> None:
-    if not compiled:
+@pytest.mark.parametrize("by", ["our kernel", "oneDNN for many rows", "oneDNN"])
+def test_calls_of_many_kinds_one_after_the_other(bias: bool, by: str, monkeypatch) -> None:
+    if by == "oneDNN":
         without_kernels(monkeypatch)
+    elif by == "oneDNN for many rows":
+        monkeypatch.setattr("ops.inference.packed_linear.few_rows", lambda dtype: 8)
+        monkeypatch.setattr("ops.inference.packed_linear._NARROW", 8)
     layer = _linear(bias)
     for _ in range(2):
         for shape in ((3, 24), (2, 5, 24), (1, 3000, 24), (0, 24), (24,)):

@@ -1,0 +1,88 @@
+"""Memory that recorded networks work in, kept from one call to the next.
+
+The system clears what it gives, page by page, as it is first written to. For maps of many MiB,
+which the C library does not keep, that takes as long as computing them.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ops.native.memory import ask_for_huge_pages
+
+__all__ = ["Scratch", "empty_cache", "scratch"]
+
+# After so many calls in a row that could do with half of a piece, or without it, it is given back.
+_PATIENCE = 16
+
+
+@dataclass
+class _Piece:
+    memory: Tensor
+    idle: int = 0  # calls since one needed it
+
+
+class Scratch:
+    """Pieces of memory, as many as there are calls at a time. Threads share them."""
+
+    def __init__(self) -> None:
+        self._pieces: list[_Piece] = []
+        # Nobody waits for it: a process forked while it is held will never get it.
+        self._lock = threading.Lock()
+
+    @contextmanager
+    def borrow(self, nbytes: int) -> Iterator[Tensor]:
+        """So many bytes or more, of any value: (N,) uint8, not an inference tensor."""
+        piece = self._taken(nbytes)
+        yield piece.memory
+        if 2 * nbytes > piece.memory.nbytes:
+            piece.idle = 0
+        if self._lock.acquire(blocking=False):
+            self._pieces.append(piece)
+            self._lock.release()
+
+    def clear(self) -> None:
+        """Give back what no call uses now."""
+        with self._lock:
+            self._pieces = []
+
+    @property
+    def nbytes(self) -> int:
+        """What is kept."""
+        return sum(piece.memory.nbytes for piece in self._pieces)
+
+    def _taken(self, nbytes: int) -> _Piece:
+        if self._lock.acquire(blocking=False):
+            for piece in self._pieces:
+                piece.idle += 1
+            kept = [p for p in self._pieces if p.idle <= _PATIENCE]
+            kept.sort(key=lambda p: (p.memory.nbytes, p.idle))
+            fitting = [p for p in kept if p.memory.nbytes >= nbytes]
+            taken = fitting[0] if fitting else None
+            # Where none is large enough, the largest makes room for one that is.
+            gone = taken or (kept[-1] if kept else None)
+            self._pieces = [p for p in kept if p is not gone]
+            self._lock.release()
+            if taken is not None:
+                return taken
+        with torch.inference_mode(False):
+            memory = torch.empty(nbytes, dtype=torch.uint8)
+        ask_for_huge_pages(memory)
+        return _Piece(memory)
+
+
+scratch = Scratch()
+
+
+def empty_cache() -> None:
+    """Give back the memory that fused models keep on the CPU for their next calls.
+
+    It is as much as the largest of the last calls needed between its layers.
+    """
+    scratch.clear()
