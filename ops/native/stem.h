@@ -1,10 +1,10 @@
-// The first layers of a network, convolutions one after the other, an image at a time, so that the
-// maps between them stay in the second-level cache. The first, of any window, reads the planes of
-// the image as they lie; the others are of 3×3 with a stride of 2 and a padding of 1, and their maps
-// have channels last. The inputs of a window are segments of neighbours, the same for all pixels of
-// an output row but for the place where they begin: to the kernel of linear layers, pixels are rows
-// and segments parts of a row. BFloat16 is multiplied in pairs: of neighbours in a plane, then of
-// channels.
+// The first layers of a network, convolutions one after the other, some rows of an image at a time,
+// so that what lies between the layers stays in the caches. The first, of any window, reads the
+// planes of the image as they lie; the others are of 3×3 with a stride of 2 and a padding of 1, and
+// their maps have channels last. The inputs of a window are segments of neighbours, the same for all
+// pixels of an output row but for the place where they begin: to the kernel of linear layers, pixels
+// are rows and segments parts of a row. BFloat16 is multiplied in pairs: of neighbours in a plane,
+// then of channels.
 #pragma once
 #include <algorithm>
 #include <cstddef>
@@ -50,8 +50,8 @@ template <class I>
 static constexpr int64_t units(int64_t numbers) {
   return std::is_same_v<I, float> ? numbers : (numbers + 1) / 2;
 }
-// Of the maps between the layers; larger ones are not kept for the next call.
-constexpr int64_t KEPT_VALUES = 4 << 20;
+// Of what lies between the layers at a time, unless that is a row of the result.
+constexpr int64_t BYTES = 4 << 20;
 
 static int64_t halved(int64_t size) { return (size + 1) / 2; }
 // What the first layer makes of a side of the image.
@@ -59,14 +59,17 @@ static int64_t first_size(const Problem& p, int64_t size) {
   return (size + 2 * p.padding - p.side) / p.stride + 1;
 }
 
-// A map with channels last, or a plane, and where pixel (0, 0) is. Rows outside are `zeros`.
+// A map with channels last, or a plane, of which there are rows from `first` on, and where the first
+// pixel of that row is. Rows outside of the map are `zeros`.
 template <class T>
 struct Map {
-  const T* origin;
+  T* origin;
   int64_t height, width, pitch;
   const T* zeros;
+  int64_t first = 0;
 
-  const T* row(int64_t y) const { return y < 0 || y >= height ? zeros : origin + y * pitch; }
+  T* place(int64_t y) const { return origin + (y - first) * pitch; }
+  const T* row(int64_t y) const { return y < 0 || y >= height ? zeros : place(y); }
 };
 
 // Of one output row: what its windows see, from the left end of pixel 0's on.
@@ -176,7 +179,7 @@ static linear::Problem problem_of(const Layer& layer, int64_t inputs, int64_t in
 // and the last window reach.
 template <class I, class T>
 static void first_row(const Problem& problem, const Layer& layer,
-                      const std::vector<Map<T>>& planes, int64_t y, T* out) {
+                      const std::vector<Map<const T>>& planes, int64_t y, T* out) {
   static thread_local Room<I> room;
   const int64_t count = static_cast<int64_t>(planes.size()) * problem.side, width = planes[0].width;
   const int64_t pixels = first_size(problem, width), columns = units<I>(problem.side);
@@ -186,7 +189,7 @@ static void first_row(const Problem& problem, const Layer& layer,
   Segments<I> segments{{}, columns};
   segments.rows.reserve(static_cast<size_t>(count));
   I* copy = room.of(count * pitch);
-  for (const Map<T>& plane : planes) {
+  for (const Map<const T>& plane : planes) {
     for (int64_t k = 0; k < problem.side; k++, copy += pitch) {
       T* const row = reinterpret_cast<T*>(copy);
       std::fill_n(row, problem.padding, T{});
@@ -222,55 +225,78 @@ static void normalise(const Layer& layer, int64_t pixels, T* row) {
   norm::forward(p, {row, layer.norm_weight, layer.norm_bias, row});
 }
 
+// How many rows of the last map are computed at a time.
+template <class T>
+static int64_t rows_at_a_time(const std::vector<Map<T>>& maps, int64_t threads) {
+  int64_t values = 0;  // of the other maps, for each of these rows
+  for (size_t i = 0; i + 1 < maps.size(); i++) values = STRIDE * (values + maps[i].pitch);
+  const int64_t rows = BYTES / std::max<int64_t>(1, values * int64_t{sizeof(T)});
+  const int64_t height = maps.back().height;
+  return std::clamp(rows / threads * threads, std::min(threads, height), height);
+}
+
 template <class I, class T>
 static void forward_of(const Problem& p, const Layer* layers, const T* in, T* out) {
   static thread_local std::vector<std::vector<T>> buffers;
-  const int64_t last = p.layers - 1;
-  buffers.resize(static_cast<size_t>(p.layers));
+  const size_t last = static_cast<size_t>(p.layers) - 1;
+  buffers.resize(last + 1);
   std::vector<Map<T>> maps;  // behind each layer
-  std::vector<T*> origin;    // of each, to write to
-  int64_t height = p.height, width = p.width, widest = width, values = 0;
-  for (int64_t i = 0; i < p.layers; i++) {
+  int64_t height = p.height, width = p.width, widest = width;
+  for (size_t i = 0; i <= last; i++) {
     height = i ? halved(height) : first_size(p, height);
     width = i ? halved(width) : first_size(p, width);
-    const int64_t channels = layers[i].channels, inside = width * channels;
-    const int64_t pitch = inside + (i < last ? 2 * channels : 0);
-    T* begin = out;
-    if (i < last) {
-      buffers[i].resize(static_cast<size_t>(height * pitch));
-      begin = buffers[i].data() + channels;
-      for (int64_t y = 0; y < height; y++) {
-        std::fill_n(begin + y * pitch - channels, channels, T{});
-        std::fill_n(begin + y * pitch + inside, channels, T{});
-      }
-      widest = std::max(widest, pitch);
-      values += height * pitch;
-    }
-    origin.push_back(begin);
-    maps.push_back({begin, height, width, pitch, nullptr});
+    const int64_t channels = layers[i].channels, sides = i < last ? 2 * channels : 0;
+    maps.push_back({out, height, width, width * channels + sides, nullptr});
+    widest = std::max(widest, maps[i].pitch);
   }
-  std::vector<T>& zeros = buffers.back();
+  const int64_t at_once = rows_at_a_time(maps, p.threads);
+  std::vector<T>& zeros = buffers[last];
   zeros.assign(static_cast<size_t>(widest), T{});
-  for (int64_t i = 0; i < last; i++) maps[i].zeros = zeros.data() + layers[i].channels;
+  for (size_t i = 0; i < last; i++) {
+    Map<T>& map = maps[i];
+    // The last row of those before, and the new ones.
+    const int64_t rows = 1 + std::min(map.height, at_once << (last - i));
+    const int64_t channels = layers[i].channels;
+    buffers[i].resize(static_cast<size_t>(rows * map.pitch));
+    map.origin = buffers[i].data() + channels;
+    map.zeros = zeros.data() + channels;
+    for (int64_t y = 0; y < rows; y++) {
+      std::fill_n(map.origin + y * map.pitch - channels, channels, T{});
+      std::fill_n(map.origin + (y + 1) * map.pitch - 2 * channels, channels, T{});
+    }
+  }
+  std::vector<int64_t> done(last + 1), end(last + 1);  // rows of each map
   for (int64_t image = 0; image < p.batch; image++) {
-    std::vector<Map<T>> planes;
+    std::vector<Map<const T>> planes;
     for (int64_t c = 0; c < p.channels; c++, in += p.height * p.width) {
       planes.push_back({in, p.height, p.width, p.width, zeros.data()});
     }
-    for (int64_t i = 0; i < p.layers; i++) {
-      parallel::for_each(maps[i].height, p.threads, [&](int64_t y) {
-        T* row = origin[i] + y * maps[i].pitch;
-        if (i) {
-          next_row<I>(layers[i], maps[i - 1], layers[i - 1].channels, y, row);
-        } else {
-          first_row<I>(p, layers[i], planes, y, row);
+    std::fill(done.begin(), done.end(), 0);
+    while (done[last] < maps[last].height) {
+      end[last] = std::min(done[last] + at_once, maps[last].height);
+      for (size_t i = last; i-- > 0;) end[i] = std::min(STRIDE * end[i + 1], maps[i].height);
+      for (size_t i = 0; i <= last; i++) {
+        Map<T>& map = maps[i];
+        const int64_t begin = done[i], inside = map.width * layers[i].channels;
+        if (i < last) {
+          if (begin) std::copy_n(map.place(begin - 1), inside, map.origin);
+          map.first = begin - 1;
         }
-        if (layers[i].norm_weight) normalise(layers[i], maps[i].width, row);
-      });
+        parallel::for_each(end[i] - begin, p.threads, [&](int64_t k) {
+          const int64_t y = begin + k;
+          T* row = map.place(y);
+          if (i) {
+            next_row<I>(layers[i], maps[i - 1], layers[i - 1].channels, y, row);
+          } else {
+            first_row<I>(p, layers[i], planes, y, row);
+          }
+          if (layers[i].norm_weight) normalise(layers[i], map.width, row);
+        });
+        done[i] = end[i];
+      }
     }
-    origin[last] += maps[last].height * maps[last].pitch;
+    maps[last].origin += maps[last].height * maps[last].pitch;
   }
-  if (values > KEPT_VALUES) buffers.clear();
 }
 
 static void forward(const Problem& p, const Layer* layers, const void* in, void* out) {

@@ -11,6 +11,7 @@ from compiled_kernels import (
     compiled_for,
     conv_row,
     random,
+    using_threads,
     without_kernels,
 )
 from hypothesis import given, settings
@@ -98,6 +99,15 @@ def test_any_window_of_the_image(dtype, side, stride, padding, more, channels, l
         convs = [conv.to(dtype) for conv in convs]
         tolerance = 1e-5 if dtype == torch.float32 else 0.02
         _agrees(x, convs, ["relu"] * layers, (side, stride, padding), tolerance)
+
+
+@pytest.mark.parametrize("height", [1, 67, 70])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_large_images_go_some_rows_at_a_time(height: int, threads: int) -> None:
+    """So wide that a row of the last map is as much as is kept of the first one at a time."""
+    convs = conv_row(3, 128, 16, 8)
+    with using_threads(threads):
+        _agrees(random(2, 3, height, 2051).float(), convs, ["relu"] * 3)
 
 
 def test_images_are_read_as_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
