@@ -1,7 +1,8 @@
 // A feed-forward whose hidden map passes a depthwise 3×3 convolution, or nothing, between its two
 // linear layers. The hidden map is many times larger than what comes in and goes out; it is made in
-// strips of rows and, where the whole map is one strip, in chunks of channels, so that it never
-// leaves the second-level cache. The norm before and the shortcut after are part of it.
+// strips of rows, wide ones from one block of columns to the next, and, where the whole map is one
+// strip, in chunks of channels, so that it never leaves the second-level cache. The norm before and
+// the shortcut after are part of it.
 #pragma once
 #include <algorithm>
 #include <cstddef>
@@ -19,6 +20,7 @@
 
 namespace depthwise_mlp {
 
+using linear::Range;
 using simd::F;
 using simd::W;
 
@@ -52,23 +54,25 @@ constexpr int64_t STRIP = 96 * 1024;
 template <>
 constexpr int64_t STRIP<BFloat16> = 48 * 1024;
 
+// A strip should have so many rows, with those of its neighbours, and a block at least so many
+// columns: what neighbours of both share is computed or copied twice.
+constexpr int64_t STRIP_ROWS = 8, BLOCK_COLUMNS = 64;
+
 template <class T>
 struct Scratch {
   Room<T> normed, hidden, mixed;
 };
 
 // ---- strips ------------------------------------------------------------------------------------
-struct Range {
-  int64_t begin, end;
-};
+static int64_t length(Range range) { return range.end - range.begin; }
 
-// Rows of one image for one thread.
+// Rows of a block of columns of one image for one thread.
 template <class T>
 struct Task {
   const Problem& p;
   const Tensors& t;
   int64_t image;
-  Range rows;
+  Range rows, columns;
   Scratch<T>& s;
 
   int64_t margin() const { return t.taps ? 1 : 0; }
@@ -79,9 +83,23 @@ struct Task {
     return ((std::min(channels, p.hidden) + line - 1) / line | 1) * line;
   }
 
+  int64_t chunks() const { return (p.hidden + p.chunk - 1) / p.chunk; }
+  Range seen_columns() const {
+    return {std::max<int64_t>(0, columns.begin - margin()),
+            std::min(p.width, columns.end + margin())};
+  }
+  int64_t width() const { return length(seen_columns()); }
+
+  // How many blocks of columns there should be.
+  int64_t blocks() const {
+    const int64_t fitting =
+        std::max<int64_t>(1, 2 * STRIP<T> / (STRIP_ROWS * pitch(p.chunk) * chunks()));
+    const int64_t wanted = t.taps ? (p.width + fitting - 1) / fitting : 1;
+    return std::max<int64_t>(1, std::min(wanted, p.width / BLOCK_COLUMNS));
+  }
+
   void run() const {
-    const int64_t count = rows.end - rows.begin, row = p.width * pitch(p.chunk);
-    const int64_t chunks = (p.hidden + p.chunk - 1) / p.chunk;
+    const int64_t count = length(rows), row = width() * pitch(p.chunk), chunks = this->chunks();
     const bool whole = (count + 2 * margin()) * row <= STRIP<T>;
     const int64_t fitting =
         std::max<int64_t>(1, 2 * STRIP<T> / (row * chunks) - 2 * margin());
@@ -96,12 +114,12 @@ struct Task {
                        std::min(p.height, strip.end + margin())};
       const Range fresh{std::max(seen.begin, had.end), seen.end};
       const T* in = input(fresh);
-      T* mixed = t.taps ? s.mixed.of(pixels(strip) * pitch(p.span)) : nullptr;
+      T* mixed = t.taps ? s.mixed.of(length(strip) * length(columns) * pitch(p.span)) : nullptr;
       for (int64_t c = 0; c < chunks; c++) {
         T* map = hidden + (strips > 1 ? c * height * row : 0);
         const int64_t kept = fresh.begin - seen.begin;
         if (kept) std::memmove(map, map + (seen.begin - had.begin) * row, kept * row * sizeof(T));
-        expand(c, in, pixels(fresh), map + kept * row);
+        expand(c, in, length(fresh), map + kept * row);
         const int64_t begin = c * p.chunk / p.span * p.span, end = c * p.chunk + channels(c);
         if (t.taps) mix(c, map, seen, strip, mixed + c * p.chunk - begin);
         if (end % p.span == 0 || end == p.hidden) {
@@ -112,16 +130,24 @@ struct Task {
     }
   }
 
-  int64_t pixels(Range range) const { return (range.end - range.begin) * p.width; }
-  int64_t place(int64_t y) const { return (image * p.height + y) * p.width; }
+  int64_t place(int64_t y, int64_t x) const { return (image * p.height + y) * p.width + x; }
+  // Whether rows of so many pixels lie in one piece in what comes in and goes out.
+  bool in_a_row(int64_t width) const { return width == p.width; }
 
+  // Rows of what the block sees, which lie in one piece where there is a norm.
   const T* input(Range range) const {
-    const T* in = static_cast<const T*>(t.in) + place(range.begin) * p.in_features;
+    const T* in = static_cast<const T*>(t.in) +
+                  place(range.begin, seen_columns().begin) * p.in_features;
     if (!t.norm_weight) return in;
-    T* out = s.normed.of(pixels(range) * p.in_features);
+    const int64_t count = in_a_row(width()) ? 1 : length(range);
+    const int64_t pixels = length(range) * width() / count;
+    T* out = s.normed.of(count * pixels * p.in_features);
     const norm::Norm<T> norm{p.in_features, static_cast<const T*>(t.norm_weight),
                              static_cast<const T*>(t.norm_bias), static_cast<float>(p.eps)};
-    norm::normalise(norm, in, pixels(range), out);
+    for (int64_t i = 0; i < count; i++) {
+      norm::normalise(norm, in + i * p.width * p.in_features, pixels,
+                      out + i * pixels * p.in_features);
+    }
     return out;
   }
 
@@ -136,41 +162,47 @@ struct Task {
     return problem;
   }
 
-  void expand(int64_t c, const T* in, int64_t count, T* map) const {
-    linear::Problem problem = layer(count, p.in_features, channels(c));
+  void expand(int64_t c, const T* in, int64_t height, T* map) const {
+    const bool whole = t.norm_weight || in_a_row(width());
+    const int64_t calls = whole ? 1 : height, pixels = height * width() / calls;
+    linear::Problem problem = layer(pixels, p.in_features, channels(c));
     problem.out_stride = pitch(p.chunk);
     problem.activation = p.activation;
     linear::Tensors tensors{};
-    tensors.in = in;
     tensors.weight =
         static_cast<const T*>(t.weight1) + c * p.chunk * linear::padded_inputs(in, p.in_features);
     tensors.bias = t.bias1 + c * p.chunk;
-    tensors.out = map;
-    linear::forward_of<T>(problem, tensors);
+    for (int64_t i = 0; i < calls; i++) {
+      tensors.in = in + i * p.width * p.in_features;
+      tensors.out = map + i * pixels * problem.out_stride;
+      linear::forward_of<T>(problem, tensors);
+    }
   }
 
   // Into a map of a span of channels. Those of one vector after the other: their rows stay in the
   // first-level cache.
   void mix(int64_t c, const T* map, Range seen, Range strip, T* out) const {
-    const int64_t step = pitch(p.chunk), out_step = pitch(p.span), width = channels(c);
-    const int64_t runs = (p.width + depthwise::RUN_PIXELS - 1) / depthwise::RUN_PIXELS;
-    for (int64_t v = 0; v < width; v += W) {
+    const int64_t step = pitch(p.chunk), out_step = pitch(p.span), own = length(columns);
+    const int64_t runs = (own + depthwise::RUN_PIXELS - 1) / depthwise::RUN_PIXELS;
+    const Range seen_columns = this->seen_columns();
+    for (int64_t v = 0; v < channels(c); v += W) {
       const int64_t channel = c * p.chunk + v;
-      const int lanes = static_cast<int>(std::min<int64_t>(W, width - v));
+      const int lanes = static_cast<int>(std::min<int64_t>(W, channels(c) - v));
       depthwise::Square<T> s{{},      step,  false, false, t.taps + channel, p.hidden,
                              t.conv_bias + channel, nullptr, out_step, lanes, p.conv_activation};
       for (int64_t y = strip.begin; y < strip.end; y++) {
         for (int64_t i = 0; i < runs; i++) {
-          const linear::Range run = linear::share(p.width, i, runs);
-          s.has_first = run.begin > 0;
-          s.has_last = run.end < p.width;
+          const Range run = linear::share(own, i, runs);
+          const int64_t first = columns.begin + run.begin - seen_columns.begin;
+          s.has_first = columns.begin + run.begin > 0;
+          s.has_last = columns.begin + run.end < p.width;
           for (int r = 0; r < 3; r++) {
             const int64_t above = y - 1 + r;
             const bool inside = above >= seen.begin && above < seen.end;
-            const int64_t pixel = (above - seen.begin) * p.width + run.begin - 1;
+            const int64_t pixel = (above - seen.begin) * length(seen_columns) + first - 1;
             s.rows[r] = inside ? map + pixel * step + v : nullptr;
           }
-          s.out = out + ((y - strip.begin) * p.width + run.begin) * out_step + v;
+          s.out = out + ((y - strip.begin) * own + run.begin) * out_step + v;
           constexpr std::make_index_sequence<depthwise::RUN_PIXELS> variants;
           depthwise::square_of<T, 1>(run.end - run.begin, lanes == W, variants)(s);
         }
@@ -180,23 +212,25 @@ struct Task {
 
   // Adds what some of the inputs of the second layer give.
   void project(Range inputs, const T* mixed, Range strip) const {
-    linear::Problem problem = layer(pixels(strip), inputs.end - inputs.begin, p.out_features);
+    const int64_t calls = in_a_row(length(columns)) ? 1 : length(strip);
+    const int64_t pixels = length(strip) * length(columns) / calls;
+    linear::Problem problem = layer(pixels, length(inputs), p.out_features);
     problem.in_stride = pitch(p.span);
     problem.other_stride = p.out_features;
+    const void* other = inputs.begin ? t.out : t.other;
+    problem.combination = other ? linear::ADD : linear::NONE;
     linear::Tensors tensors{};
-    tensors.in = mixed;
     tensors.weight =
         static_cast<const T*>(t.weight2) + inputs.begin * linear::padded(p.out_features);
-    tensors.out = static_cast<T*>(t.out) + place(strip.begin) * p.out_features;
     // The first inputs start the sums, the others add to them.
     tensors.bias = t.bias2 + (inputs.begin ? p.out_features : 0);
-    if (inputs.begin) {
-      tensors.other = tensors.out;
-    } else if (t.other) {
-      tensors.other = static_cast<const T*>(t.other) + place(strip.begin) * p.out_features;
+    for (int64_t i = 0; i < calls; i++) {
+      const int64_t from = place(strip.begin + i, columns.begin) * p.out_features;
+      tensors.in = mixed + i * pixels * problem.in_stride;
+      tensors.out = static_cast<T*>(t.out) + from;
+      tensors.other = other ? static_cast<const T*>(other) + from : nullptr;
+      linear::forward_of<T>(problem, tensors);
     }
-    problem.combination = tensors.other ? linear::ADD : linear::NONE;
-    linear::forward_of<T>(problem, tensors);
   }
 };
 
@@ -208,7 +242,13 @@ static void forward_of(const Problem& p, const Tensors& t) {
   const auto work = [&](int64_t index) {
     static thread_local Scratch<T> s;
     const int64_t image = index / shares, share = index % shares;
-    Task<T>{p, t, image, {p.height * share / shares, p.height * (share + 1) / shares}, s}.run();
+    Task<T> task{p, t, image, {p.height * share / shares, p.height * (share + 1) / shares},
+                 {0, p.width}, s};
+    const int64_t blocks = task.blocks();
+    for (int64_t i = 0; i < blocks; i++) {
+      task.columns = linear::share(p.width, i, blocks);
+      task.run();
+    }
   };
   parallel::for_each(tasks, p.threads, work);
 }

@@ -103,6 +103,27 @@ def test_strips_and_threads(hidden: int, threads: int, dtype: torch.dtype) -> No
     assert (tokens - expected).abs().max() <= bound * expected.abs().max()
 
 
+@settings(max_examples=30, deadline=None)
+@given(
+    dtype=st.sampled_from(list(LINEAR_DTYPES)),
+    height=st.sampled_from([1, 2, 3, 19]),
+    width=st.integers(128, 280),
+    has_norm=st.booleans(),
+    has_residual=st.booleans(),
+    threads=st.integers(1, 3),
+)
+def test_blocks_of_wide_maps(dtype, height, width, has_norm, has_residual, threads) -> None:
+    parts = _parts(16, 330, 20).to(dtype)
+    packed = PackedDepthwiseMlp(parts["fc1"], parts["conv"], parts["fc2"], "none", "gelu")
+    x = torch.randn(2, height, width, 16).to(dtype)
+    residual = torch.randn(2, height, width, 20).to(dtype) if has_residual else None
+    expected = _exact(parts, x, ("none", "gelu"), has_norm, True)
+    expected = expected if residual is None else expected + residual
+    with using_threads(threads):
+        out = packed(x, residual, parts["norm"] if has_norm else None)
+    assert (out - expected).abs().max() <= 2 * LINEAR_DTYPES[dtype] * expected.abs().max()
+
+
 @pytest.mark.parametrize("instructions", ["avx2", "portable"])
 def test_other_instruction_sets(instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled_for(instructions, monkeypatch)
