@@ -326,23 +326,36 @@ def _orders(rows: list[dict[str, Any]]) -> str:
 
 def _growth(rows: list[dict[str, Any]]) -> list[str]:
     """The fused model's time at several sizes, one image on one thread."""
-    models: dict[str, dict[int, str]] = {}
+    models: dict[str, dict[int, dict[str, Any]]] = {}
     for row in rows:
         if (row["batch"], row["threads"], row["dtype"]) == (1, 1, "float32"):
-            models.setdefault(row["model"], {})[row["size"]] = _ms(row, FUSED)
+            models.setdefault(row["model"], {})[row["size"]] = row
     several = {name: sizes for name, sizes in models.items() if len(sizes) > 1}
     if not several:
         return []
     sizes = sorted({size for of_model in several.values() for size in of_model})
-    lines = [
-        [f"`{name}`", *(of_model.get(size, "–") for size in sizes)]
-        for name, of_model in several.items()
-    ]
+    small, large = sizes[0], sizes[-1]
+    lines = []
+    for name, of_model in several.items():
+        cells = [_ms(of_model[size], FUSED) if size in of_model else "–" for size in sizes]
+        ends = of_model.get(small), of_model.get(large)
+        lines.append([f"`{name}`", *cells, *_grown(*ends)])
     return [
         "### Growth with resolution",
-        "The fused model, one image, one thread, float32, in ms by the side of the image.",
-        _table(["ms", *map(str, sizes)], lines),
+        "The fused model, one image, one thread, float32, in ms by the side of the image. From the "
+        f"first size to the last there are {(large / small) ** 2:.1f} times as many pixels; beside "
+        "the growth of the time stands that of the multiply-adds, which is larger where attention "
+        "grows faster than the map.",
+        _table(["ms", *map(str, sizes), "time grows", "multiply-adds grow"], lines),
     ]
+
+
+def _grown(small: dict[str, Any] | None, large: dict[str, Any] | None) -> tuple[str, str]:
+    """How many times the time and the multiply-adds grow from a size to another."""
+    if small is None or large is None:
+        return "–", "–"
+    before, after = (row["contenders"][FUSED]["milliseconds"] for row in (small, large))
+    return f"{after / before:.1f}×", f"{large['macs'] / small['macs']:.1f}×"
 
 
 def _shares(rows: list[dict[str, Any]]) -> list[str]:

@@ -14,7 +14,7 @@ constexpr int64_t CHUNK_BYTES = 768 * 1024;
 constexpr int64_t MIN_CHUNK = 112;
 constexpr int64_t THREAD_ROWS = 32;  // at least
 // Of what is between two layers; but no fewer rows than make it worth to read the weights again.
-constexpr int64_t PAIR_BYTES = 1 << 20, MIN_PAIR_ROWS = 384;
+constexpr int64_t PAIR_BYTES = 1 << 19, MIN_PAIR_ROWS = 384;
 
 // Other rows are copied and padded first.
 static bool takes_rows_in_place(const float*, int64_t, int64_t) { return true; }
