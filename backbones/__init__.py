@@ -24,8 +24,7 @@ if not hasattr(_ops, "OPS_OF_VISION_BACKBONES"):
 try:
     from backbones._base import Stage, StagedBackbone
     from backbones._checkpoint import CheckpointError, LoadReport, load_checkpoint
-    from backbones._registry import create_model, fuse, list_families, list_models
-    from ops.native.scratch import empty_cache
+    from backbones._registry import create_model, empty_cache, fuse, list_families, list_models
 
     # Importing a family registers its models, here and with timm.
     from backbones import (  # isort: skip

@@ -20,8 +20,17 @@ from torch import nn
 
 from backbones._base import StagedBackbone
 from backbones._checkpoint import fetch_pretrained, load_checkpoint
+from ops.native.scratch import scratch
 
-__all__ = ["build_model", "create_model", "fuse", "list_families", "list_models", "register"]
+__all__ = [
+    "build_model",
+    "create_model",
+    "empty_cache",
+    "fuse",
+    "list_families",
+    "list_models",
+    "register",
+]
 
 Entrypoint = TypeVar("Entrypoint", bound=Callable[..., nn.Module])
 
@@ -237,6 +246,15 @@ def fuse(
     for backbone in backbones:
         backbone.fuse(dtype, channels_last)
     return model
+
+
+def empty_cache() -> None:
+    """Give back the memory that fused models keep on the CPU for their next calls.
+
+    That is as much as the largest call needed between its layers, until 16 calls in a row could do
+    with half of it; of calls at a time, each has its own.
+    """
+    scratch.clear()
 
 
 def _resolve_cfg(

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ops.native.scratch import empty_cache
+from ops.native.scratch import scratch
 
 
 class PeakMemory:
@@ -35,7 +35,7 @@ class PeakMemory:
             self.before = torch.cuda.memory_allocated()
         elif sys.platform == "linux":
             # Freed memory that we or the C library keep would hide what is allocated anew.
-            empty_cache()
+            scratch.clear()
             ctypes.CDLL(None).malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")
             self.before = self._status("VmRSS")

@@ -252,9 +252,7 @@ def _lay_out(buffers: Sequence[Buffer], uses: Sequence[_Use]) -> tuple[dict[int,
     The largest first, each lies as low as it can beside those that are in use at the same time.
     """
     calls = uses[0].last
-    within = [
-        i for i, use in enumerate(uses) if not use.made and use.first >= 0 and use.last < calls
-    ]
+    within = [i for i, use in enumerate(uses) if not use.made and 0 <= use.last < calls]
     placed: list[tuple[int, int, _Use]] = []  # from and to where
     offsets: dict[int, int] = {}
     for index in sorted(within, key=lambda i: -buffers[i].nbytes):

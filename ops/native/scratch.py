@@ -16,7 +16,7 @@ from torch import Tensor
 
 from ops.native.memory import ask_for_huge_pages
 
-__all__ = ["Scratch", "empty_cache", "scratch"]
+__all__ = ["Scratch", "scratch"]
 
 # After so many calls in a row that could do with half of a piece, or without it, it is given back.
 _PATIENCE = 16
@@ -77,12 +77,4 @@ class Scratch:
         return _Piece(memory)
 
 
-scratch = Scratch()
-
-
-def empty_cache() -> None:
-    """Give back the memory that fused models keep on the CPU for their next calls.
-
-    It is as much as the largest of the last calls needed between its layers.
-    """
-    scratch.clear()
+scratch = Scratch()  # that all recorded networks share

@@ -142,8 +142,8 @@ def test_no_two_buffers_share_memory_at_a_time(lives: list[tuple[int, int, int, 
     for first, length, size, made in lives:
         buffers.append(_buffer(size))
         uses.append(_Use(first, first + length, made))
-    buffers.append(_buffer(1))
-    uses.append(_Use(3, calls))  # the result
+    buffers += [_buffer(1), _buffer(1 << 20)]
+    uses += [_Use(3, calls), _Use(calls, -1)]  # the result, and what no call needs
     offsets, total = _lay_out(buffers, uses)
     assert set(offsets) == {i + 1 for i, (*_, made) in enumerate(lives) if not made}
     for i, offset in offsets.items():
