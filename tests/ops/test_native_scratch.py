@@ -76,10 +76,12 @@ def test_a_lock_that_nobody_gives_back_stops_nobody(own: Scratch) -> None:
     """As in a process that was forked while another thread held it."""
     _address(own, 100)
     with own._lock:
-        thread = threading.Thread(target=_address, args=(own, 100))
-        thread.start()
-        thread.join(timeout=60)
-        assert not thread.is_alive()
+        for target, arguments in ((_address, (own, 100)), (own.clear, ())):
+            thread = threading.Thread(target=target, args=arguments, daemon=True)
+            thread.start()
+            thread.join(timeout=60)
+            assert not thread.is_alive()
+    assert own.nbytes == 0
 
 
 def test_a_call_that_fails_keeps_nothing(own: Scratch) -> None:
