@@ -12,6 +12,7 @@ import shutil
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,15 +67,29 @@ def _exported(name: str, shape: tuple[int, ...]) -> Path:
     return path
 
 
-def _openvino(precision: str, path: Path, threads: int) -> Run:
+@functools.cache
+def _openvino_core() -> Any:
+    """For as long as the process runs, even where this module is forgotten sooner.
+
+    OpenVINO gives the thread that first asks it for the CPU another stack for signals. When the
+    last that refers to it goes, it unmaps that stack in whichever thread this happens, and the
+    first thread dies, without a word, at the next signal that Python handles.
+    """
     import openvino
 
+    core = openvino.Core()
+    core.get_versions("CPU")
+    atexit.register(lambda: core)
+    return core
+
+
+def _openvino(precision: str, path: Path, threads: int) -> Run:
     options = {
         "INFERENCE_NUM_THREADS": threads,
         "NUM_STREAMS": 1,
         "INFERENCE_PRECISION_HINT": precision,
     }
-    request = openvino.Core().compile_model(str(path), "CPU", options).create_infer_request()
+    request = _openvino_core().compile_model(str(path), "CPU", options).create_infer_request()
 
     def run(images: Tensor) -> Tensor:
         return torch.from_numpy(request.infer({0: images.numpy()}, share_inputs=True)[0].copy())

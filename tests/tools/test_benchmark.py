@@ -333,6 +333,21 @@ def test_other_runtimes_run_our_model(tool: ModuleType) -> None:
     assert measured["versions"].keys() == {"onnxruntime", "openvino"}
 
 
+def test_signals_are_handled_when_openvino_is_forgotten_in_another_thread() -> None:
+    script = (
+        "import gc, runtimes, signal, sys, threading\n"
+        "signal.signal(signal.SIGUSR1, lambda *_: print('handled'))\n"
+        "runtimes._openvino_core()\n"
+        "del runtimes, sys.modules['runtimes']\n"
+        "thread = threading.Thread(target=gc.collect)\n"
+        "thread.start()\n"
+        "thread.join()\n"
+        "signal.raise_signal(signal.SIGUSR1)"
+    )
+    path = os.pathsep.join([str(TOOLS), str(TOOLS.parent)])
+    assert "handled" in run([sys.executable, "-c", script], 120, env={"PYTHONPATH": path})
+
+
 def test_what_runtimes_read_goes_with_the_process() -> None:
     """Not with the module, which tests forget, nor after it."""
     script = (
