@@ -76,8 +76,8 @@ PAGES = (
         "tiles (AMX) multiply bfloat16 at several times that rate; [it has a page of its own]"
         "(performance.md). Shares of a matrix product pass 100 % because torch's come from MKL, "
         "which has vectors of 256 bits for AMD's CPUs. With two threads and in training, "
-        "MedViTV2's original gathers its windows by our `reference` backend. Most training steps, "
-        "and what stands beside other runtimes, were measured before the newest kernels.",
+        "MedViTV2's original gathers its windows by our `reference` backend. Most training steps "
+        "were measured before the newest kernels, which they do not run.",
         "performance/zen5",
     ),
 )
