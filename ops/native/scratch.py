@@ -22,7 +22,7 @@ __all__ = ["Scratch", "scratch"]
 _PATIENCE = 16
 
 
-@dataclass
+@dataclass(eq=False)  # compared by identity
 class _Piece:
     memory: Tensor
     idle: int = 0  # calls since one needed it
@@ -57,23 +57,28 @@ class Scratch:
         return sum(piece.memory.nbytes for piece in self._pieces)
 
     def _taken(self, nbytes: int) -> _Piece:
+        kept = None
         if self._lock.acquire(blocking=False):
-            for piece in self._pieces:
-                piece.idle += 1
-            kept = [p for p in self._pieces if p.idle <= _PATIENCE]
-            kept.sort(key=lambda p: (p.memory.nbytes, p.idle))
-            fitting = [p for p in kept if p.memory.nbytes >= nbytes]
-            taken = fitting[0] if fitting else None
-            # Where none is large enough, the largest makes room for one that is.
-            gone = taken or (kept[-1] if kept else None)
-            self._pieces = [p for p in kept if p is not gone]
-            self._lock.release()
-            if taken is not None:
-                return taken
+            try:
+                kept = self._kept(nbytes)
+            finally:
+                self._lock.release()
+        if kept is not None:
+            return kept
         with torch.inference_mode(False):
             memory = torch.empty(nbytes, dtype=torch.uint8)
         ask_for_huge_pages(memory)
         return _Piece(memory)
+
+    def _kept(self, nbytes: int) -> _Piece | None:
+        """The smallest that is large enough; where none is, the largest makes room for another."""
+        for piece in self._pieces:
+            piece.idle += 1
+        pieces = [p for p in self._pieces if p.idle <= _PATIENCE]
+        pieces.sort(key=lambda p: (p.memory.nbytes, p.idle))
+        fitting = [p for p in pieces if p.memory.nbytes >= nbytes][:1]
+        self._pieces = [p for p in pieces if p not in (fitting or pieces[-1:])]
+        return fitting[0] if fitting else None
 
 
 scratch = Scratch()  # that all recorded networks share

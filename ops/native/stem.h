@@ -51,7 +51,7 @@ static constexpr int64_t units(int64_t numbers) {
   return std::is_same_v<I, float> ? numbers : (numbers + 1) / 2;
 }
 // Of what lies between the layers at a time, unless that is a row of the result.
-constexpr int64_t BYTES = 4 << 20;
+constexpr int64_t BETWEEN_BYTES = 4 << 20;
 
 static int64_t halved(int64_t size) { return (size + 1) / 2; }
 // What the first layer makes of a side of the image.
@@ -230,7 +230,7 @@ template <class T>
 static int64_t rows_at_a_time(const std::vector<Map<T>>& maps, int64_t threads) {
   int64_t values = 0;  // of the other maps, for each of these rows
   for (size_t i = 0; i + 1 < maps.size(); i++) values = STRIDE * (values + maps[i].pitch);
-  const int64_t rows = BYTES / std::max<int64_t>(1, values * int64_t{sizeof(T)});
+  const int64_t rows = BETWEEN_BYTES / std::max<int64_t>(1, values * int64_t{sizeof(T)});
   const int64_t height = maps.back().height;
   return std::clamp(rows / threads * threads, std::min(threads, height), height);
 }

@@ -173,6 +173,16 @@ def test_maps_share_memory_with_those_before_them() -> None:
         assert torch.equal(result, function(x))
 
 
+def test_large_results_of_torch_live_by_themselves() -> None:
+    size = _LARGE // 4
+    with using_threads(1):
+        program = _program(lambda x: (x + x).mul(x).reshape(-1, 64) + 1.0, torch.zeros(size))
+    assert program._bytes == 0
+    assert any("release" in name for name in _steps(program))
+    x = torch.randn(size)
+    assert torch.equal(program(x), (x + x).mul(x).reshape(-1, 64) + 1.0)
+
+
 def test_programs_that_run_at_a_time() -> None:
     inputs = [torch.rand(1 << 16) for _ in range(8)]
     program = _program(lambda x: (x + 1.0).mul(x).add(x).mul(x) + x, inputs[0])
