@@ -2,38 +2,33 @@
 
 from __future__ import annotations
 
-import argparse
 import copy
 import logging
-import pathlib
-import pickle
-import urllib.error
-import warnings
-import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlparse
 
-import numpy as np
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from timm.models import PretrainedCfg, load_state_dict_from_hf
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
 from backbones._base import StagedBackbone
+from backbones._checkpoint_files import HARMLESS, LOG_BUFFER, CheckpointError, read_file
+from backbones._download import downloaded, is_url
+from backbones._keywords import shown
 
 __all__ = [
     "HARMLESS",
     "LOG_BUFFER",
     "CheckpointError",
     "LoadReport",
-    "fetch_pretrained",
     "load_checkpoint",
+    "load_pretrained",
+    "not_finite",
     "read_checkpoint",
+    "require_finite",
 ]
 
 _logger = logging.getLogger(__name__)
@@ -53,10 +48,8 @@ _PREFIXES = ("module.", "_orig_mod.", "backbone.", "model.")
 # What timm's ``save_for_hf`` writes into a folder, the better first.
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 _SHOWN = 5
-
-
-class CheckpointError(ValueError):
-    """A checkpoint that cannot be read, or does not fit the model."""
+# Wrappers within wrappers; a checkpoint of more contains itself.
+_DEEPEST = 20
 
 
 @dataclass(frozen=True)
@@ -70,6 +63,7 @@ class LoadReport:
         resized: tensors that were fitted to another number of input channels or table size.
         reinitialised: tensors left as they were made: a classifier for another number of classes,
             output norms where a classification checkpoint has none.
+        nonfinite: loaded tensors that hold a NaN or an infinite number.
         ignored: tensors of parts around the backbone (a detector's heads).
     """
 
@@ -78,6 +72,7 @@ class LoadReport:
     unexpected: list[str] = field(default_factory=list)
     resized: list[str] = field(default_factory=list)
     reinitialised: list[str] = field(default_factory=list)
+    nonfinite: list[str] = field(default_factory=list)
     ignored: list[str] = field(default_factory=list)
 
     def __str__(self) -> str:
@@ -87,38 +82,6 @@ class LoadReport:
             if kind != "source" and names
         ]
         return f"loaded {self.source}" + (": " + "; ".join(parts) if parts else "")
-
-
-class _LogBuffer:
-    """In place of mmengine's log buffers, whose content is of no use here."""
-
-    def __setstate__(self, state: Any) -> None:
-        """Forget it."""
-
-
-def _statistic(owner: Any, name: str) -> Any:
-    """What a pickle's ``getattr`` may do: name a statistic of a log buffer."""
-    if name not in ("min", "max", "current", "mean"):
-        raise ValueError(f"a checkpoint may not read {name!r} of {owner!r}")
-    return getattr(owner, name, None)
-
-
-def _harmless() -> Iterator[Any]:
-    """Plain values that training scripts leave in their checkpoints beside the tensors."""
-    yield from (argparse.Namespace, pathlib.PurePosixPath, pathlib.PosixPath)
-    yield pathlib.PureWindowsPath
-    yield from (np.ndarray, np.dtype)
-    yield from (type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "u1", "?"))
-    for made, name in ((np.empty(0), "_reconstruct"), (np.float64(0), "scalar")):
-        # NumPy 2 moved these; a checkpoint holds the name of the version that wrote it.
-        for module in ("numpy.core", "numpy._core"):
-            yield made.__reduce__()[0], f"{module}.multiarray.{name}"
-    yield _statistic, "builtins.getattr"
-
-
-# What weights-only loading may meet besides tensors: all that mmengine saves but its log buffers.
-HARMLESS: tuple[Any, ...] = tuple(_harmless())
-LOG_BUFFER = "mmengine.logging.history_buffer.HistoryBuffer"
 
 
 def load_checkpoint(
@@ -136,16 +99,19 @@ def load_checkpoint(
         model: a backbone, or what ``features_only=True`` made of one.
         source: a ``.pth``, ``.pt``, ``.bin`` or ``.safetensors`` file, an http(s) URL of one, or
             its content.
-        strict: whether missing and unexpected tensors are an error.
+        strict: whether missing and unexpected tensors, and weights that are NaN or infinite, are
+            an error.
 
     Returns:
-        What was missing, unexpected, resized, reinitialised or ignored.
+        What was missing, unexpected, resized, reinitialised, not finite or ignored.
 
     Raises:
         FileNotFoundError: no such file.
-        CheckpointError: not a checkpoint, or one that does not fit; it names the file and the
-            first tensors.
-        ConnectionError: a URL that could not be fetched.
+        CheckpointError: not a checkpoint, a damaged one, or one that does not fit; it names the
+            file and the first tensors. (Damage shows in what ``torch.save`` writes since torch 1.6,
+            which has checksums; in older files and safetensors only that of their structure.)
+        ConnectionError: a URL that could not be fetched whole, or a server that stays silent.
+        TypeError: another model, or another kind of source.
     """
     pruned = isinstance(model, FeatureGetterNet)
     backbone = model.model if pruned else model
@@ -153,7 +119,13 @@ def load_checkpoint(
         raise TypeError(f"expected a backbone of this library, got {type(model).__name__}")
     name = "state dict" if isinstance(source, Mapping) else str(source)
     tensors, ignored = _strip_prefixes(read_checkpoint(source))
-    tensors = backbone.convert_state_dict(tensors)
+    try:
+        tensors = backbone.convert_state_dict(tensors)
+    except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
+        # Names of the original's on tensors of other ranks than the original's.
+        raise CheckpointError(
+            f"{name} does not fit {type(backbone).__name__}: no way to convert it ({error})"
+        ) from error
     heads = (backbone.classifier,) if isinstance(backbone.classifier, str) else backbone.classifier
     absent = _absent_parts(backbone, pruned)
     target = _fused_like(backbone, tensors, absent) or backbone
@@ -163,6 +135,8 @@ def load_checkpoint(
     fitted: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         is_classifier = any(key.startswith(f"{head}.") for head in heads)
+        if key in own and (reason := _misfit(tensor, own[key])):
+            raise CheckpointError(f"{name}: {key} {reason}, but the model's is {own[key].dtype}")
         if key not in own:
             (report.ignored if key.startswith(absent) else report.unexpected).append(key)
         elif tensor.shape == own[key].shape:
@@ -185,14 +159,18 @@ def load_checkpoint(
     )
     if not fitted or (strict and (report.missing or report.unexpected)):
         raise CheckpointError(
-            f"{name} does not fit {type(backbone).__name__}: "
+            f"{name} does not fit {'the fused ' if target.fused else ''}{type(backbone).__name__}: "
             f"{len(report.missing)} tensors missing ({_some(report.missing)}), "
             f"{len(report.unexpected)} unexpected ({_some(report.unexpected)})"
+            + ("; load weights from before fuse() before fusing" if backbone.fused else "")
         )
+    report.nonfinite.extend(not_finite({k: t.to(own[k].dtype) for k, t in fitted.items()}))
+    if strict and report.nonfinite:
+        raise CheckpointError(_not_finite_text(name, report.nonfinite))
     if target is not backbone:
         backbone.fuse()
     backbone.load_state_dict(fitted, strict=False)
-    if report.missing or report.unexpected or report.resized or report.reinitialised:
+    if any(names for kind, names in vars(report).items() if kind not in ("source", "ignored")):
         _logger.warning("%s", report)
     return report
 
@@ -203,29 +181,70 @@ def read_checkpoint(source: str | Path | Mapping[str, Any]) -> dict[str, Tensor]
     Pickles are read with ``weights_only=True``: a file that would run code is refused.
 
     Raises:
-        FileNotFoundError, CheckpointError, ConnectionError: see :func:`load_checkpoint`.
+        TypeError, FileNotFoundError, CheckpointError, ConnectionError: see
+            :func:`load_checkpoint`.
     """
     if isinstance(source, Mapping):
         return _unwrap(source, "state dict")
-    name = str(source)
-    if urlparse(name).scheme in ("http", "https"):
-        path = _download(name, Path(urlparse(name).path).name, None)
-    else:
-        path = Path(source)
-    if not path.is_file():
-        raise FileNotFoundError(f"no checkpoint at {path}")
-    return _unwrap(_read_file(path), name)
+    if not isinstance(source, str | Path):
+        raise TypeError(
+            "a checkpoint must be a path, a URL or a mapping of tensors by name, got "
+            f"{_briefly(source)}"
+        )
+    if is_url(str(source)):
+        with downloaded(str(source)) as path:
+            return _unwrap(read_file(path), str(source))
+    if not Path(source).is_file():
+        raise FileNotFoundError(f"no checkpoint at {source}")
+    return _unwrap(read_file(Path(source)), str(source))
 
 
-def fetch_pretrained(
+def require_finite(model: nn.Module, source: str) -> None:
+    """Refuse a model whose weights are NaN or infinite: so would be all that it computes.
+
+    :func:`load_checkpoint` does so by itself; this is for weights that came another way.
+
+    Args:
+        model: any module.
+        source: where its weights came from, for the message.
+
+    Raises:
+        CheckpointError: it names the first such parameter or buffer of the state dict.
+    """
+    if spoilt := not_finite(model.state_dict()):
+        raise CheckpointError(_not_finite_text(source, spoilt))
+
+
+def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors that hold a NaN or an infinite number."""
+    return [name for name, tensor in tensors.items() if not _is_finite(tensor)]
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    if tensor.is_meta or not tensor.is_floating_point() or tensor.numel() == 0:
+        return True
+    if tensor.itemsize == 1:
+        tensor = tensor.float()  # torch has no minimum of float8
+    # One pass without a mask of the tensor's size; a NaN comes through as both.
+    least, greatest = torch.aminmax(tensor)
+    return bool(torch.isfinite(least) and torch.isfinite(greatest))
+
+
+def _not_finite_text(source: str, names: list[str]) -> str:
+    return f"{source} has weights that are NaN or infinite: {_some(names)}"
+
+
+def load_pretrained(
+    model: nn.Module,
     name: str,
     cfg: PretrainedCfg,
     published: Mapping[str, PretrainedCfg],
     cache_dir: str | Path | None = None,
-) -> Path | dict[str, Tensor]:
-    """The published weights of a model: from its cfg, the cache, or the network.
+) -> LoadReport:
+    """Load the published weights of a model: from its cfg, the cache, or the network.
 
     Args:
+        model: as of :func:`load_checkpoint`.
         name: of the model, for messages and the cache.
         cfg: names a ``file`` (or the folder that timm's ``save_for_hf`` wrote), a ``state_dict``,
             a ``url`` or a ``hf_hub_id``.
@@ -233,19 +252,23 @@ def fetch_pretrained(
         cache_dir: default torch hub's.
 
     Raises:
-        CheckpointError: no weights that can be downloaded were published.
+        CheckpointError: no weights that can be downloaded were published, or what
+            :func:`load_checkpoint` refuses.
         ConnectionError: the network failed; it says what to fetch and where to put it.
     """
     if cfg.state_dict is not None:
-        return cfg.state_dict
+        return load_checkpoint(model, cfg.state_dict)
     if cfg.file:
         path = Path(cfg.file)
-        return next((path / file for file in _HUB_FILES if (path / file).is_file()), path)
+        file = next((path / file for file in _HUB_FILES if (path / file).is_file()), path)
+        return load_checkpoint(model, file)
     if cfg.hf_hub_id:
-        return load_state_dict_from_hf(cfg.hf_hub_id, weights_only=True, cache_dir=cache_dir)
+        tensors = load_state_dict_from_hf(cfg.hf_hub_id, weights_only=True, cache_dir=cache_dir)
+        return load_checkpoint(model, tensors)
     if cfg.url:
         url = cfg.url if isinstance(cfg.url, str) else cfg.url[0]
-        return _download(url, f"{name}-{Path(urlparse(url).path).name}", cache_dir)
+        with downloaded(url, name, cache_dir) as path:
+            return load_checkpoint(model, path)
     fetchable = [f"{name}.{tag}" for tag, other in published.items() if other.url]
     by_hand = [note for other in published.values() for note in other.notes or ()]
     if fetchable:
@@ -257,76 +280,35 @@ def fetch_pretrained(
     raise CheckpointError(f"{name} has no weights that can be downloaded: {hint}")
 
 
-def _download(url: str, filename: str, cache_dir: str | Path | None) -> Path:
-    """The file at ``url``, downloaded once with a progress bar; it appears in the cache whole."""
-    folder = Path(cache_dir) if cache_dir else Path(torch.hub.get_dir()) / "checkpoints"
-    path = folder / filename
-    if path.is_file():
-        return path
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        torch.hub.download_url_to_file(url, str(path), progress=True)
-    except (urllib.error.URLError, OSError) as error:
-        raise ConnectionError(
-            f"could not fetch {url} ({error}); download it elsewhere and save it as {path}, "
-            "or pass checkpoint_path="
-        ) from error
-    return path
-
-
-def _read_file(path: Path) -> Any:
-    if path.suffix == ".safetensors":
-        try:
-            return load_file(path)
-        except SafetensorError as error:
-            raise CheckpointError(f"{path} is not a whole safetensors file: {error}") from error
-    try:
-        # Not what is allowed anyway: leaving the context would forbid it.
-        always = torch.serialization.get_safe_globals()
-        allowed = [k for k in (*HARMLESS, (_LogBuffer, LOG_BUFFER)) if k not in always]
-        with torch.serialization.safe_globals(allowed), warnings.catch_warnings():
-            # Protocols other than 2 load as well, or fail with an error of their own.
-            warnings.filterwarnings("ignore", "Detected pickle protocol")
-            return torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        reason = str(error).splitlines()[0]
-        raise CheckpointError(
-            f"{path} holds more than tensors and plain values, or is not a checkpoint; it was "
-            f"not run ({reason}). If you trust it, save its state dict alone and load that."
-        ) from error
-    except (RuntimeError, EOFError, zipfile.BadZipFile, ValueError, KeyError, TypeError) as error:
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CheckpointError(f"{path} is truncated or not a checkpoint: {reason}") from error
-
-
 def _unwrap(content: Any, name: str) -> dict[str, Tensor]:
     """The innermost mapping of tensors."""
-    while isinstance(content, Mapping):
+    for _ in range(_DEEPEST):
+        if not isinstance(content, Mapping):
+            raise CheckpointError(f"{name} holds no state dict, but {_briefly(content)}")
         wrapper = next((w for w in _WRAPPERS if isinstance(content.get(w), Mapping)), None)
         if wrapper is None:
             tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
-            if tensors:
-                return tensors
-            break
+            if not tensors:
+                keys = _some([str(key) for key in content])
+                raise CheckpointError(f"{name} holds no state dict (keys {keys})")
+            return tensors
         content = content[wrapper]
-    found = (
-        f"keys {_some([str(k) for k in content])}" if isinstance(content, Mapping) else "no dict"
-    )
-    raise CheckpointError(f"{name} holds no state dict ({found})")
+    raise CheckpointError(f"{name} holds no state dict: its {wrapper!r} contains itself")
 
 
 def _strip_prefixes(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
     """Remove what wrappers put before every name; drop what a detector has beside its backbone."""
     ignored: list[str] = []
     while prefix := next((p for p in _PREFIXES if any(k.startswith(p) for k in tensors)), None):
-        kept = {}
+        kept: dict[str, Tensor] = {}
         for key, tensor in tensors.items():
-            if key.startswith(prefix):
-                kept[key.removeprefix(prefix)] = tensor
-            elif prefix == "backbone." and not key.startswith("head."):
+            if prefix == "backbone." and not key.startswith((prefix, "head.")):
                 ignored.append(key)
-            else:
-                kept[key] = tensor
+                continue
+            bare = key.removeprefix(prefix)
+            if bare in kept:
+                raise CheckpointError(f"the checkpoint has both {prefix + bare!r} and {bare!r}")
+            kept[bare] = tensor
         tensors = kept
     return tensors, ignored
 
@@ -351,17 +333,41 @@ def _absent_parts(model: StagedBackbone, pruned: bool) -> tuple[str, ...]:
 def _fused_like(
     model: StagedBackbone, tensors: dict[str, Tensor], absent: tuple[str, ...]
 ) -> StagedBackbone | None:
-    """A fused copy of ``model`` if the tensors belong to that form, else None.
+    """A fused copy of ``model`` if the tensors belong to that form, all or most, else None.
 
     ``absent`` are the beginnings of names that the model may lack.
     """
     names = {key for key in tensors if not key.startswith(absent)}
-    if model.fused or names <= model.state_dict().keys():
+    foreign = len(names - model.state_dict().keys())
+    if model.fused or not foreign:
         return None
     fused = copy.deepcopy(model).fuse()
-    return fused if names <= fused.state_dict().keys() else None
+    fits_less = len(names - fused.state_dict().keys()) >= min(foreign, len(names) / 2)
+    return None if fits_less else fused
+
+
+def _misfit(tensor: Tensor, own: Tensor) -> str:
+    """Why copying ``tensor`` into ``own``, which has its shape, would fail or change it; or ""."""
+    if tensor.is_meta:
+        return "has no data (it is on the meta device)"
+    if tensor.layout != torch.strided or tensor.is_quantized:
+        return "is sparse or quantised"
+    if tensor.is_complex() and not own.is_complex():
+        return "is complex"
+    if own.is_floating_point() and not tensor.is_floating_point():
+        return f"is of {tensor.dtype}"
+    if not own.is_floating_point() and not torch.equal(
+        tensor.to(own.dtype).to(tensor.dtype), tensor
+    ):
+        return "holds other numbers than whole ones"
+    return ""
 
 
 def _some(names: list[str]) -> str:
     more = f", … {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
     return ", ".join(names[:_SHOWN]) + more if names else "none"
+
+
+def _briefly(value: Any) -> str:
+    """Type and value of what is no checkpoint, on one line."""
+    return "None" if value is None else f"{type(value).__name__} {shown(value)}"

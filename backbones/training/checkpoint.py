@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
-import pickle
 import random
+import struct
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -15,9 +17,12 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from backbones.training.errors import CheckpointFileError
+from backbones._checkpoint_files import CheckpointError, read_file
+from backbones.training.errors import CheckpointFileError, first_line
 
 __all__ = [
+    "FULL_DISK",
+    "READING_ERRORS",
     "get_rng_state",
     "load_latest",
     "load_state",
@@ -25,8 +30,19 @@ __all__ = [
     "save_state",
     "save_weights",
     "set_rng_state",
+    "validated_path",
     "write_atomically",
+    "write_problem",
 ]
+
+
+FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+"""What the system says of a full disk, a used-up quota, a file that may not grow."""
+READING_ERRORS = (
+    *(AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError, OverflowError),
+    *(RuntimeError, TypeError, ValueError, zipfile.BadZipFile, zlib.error, struct.error),
+)
+"""What zipfile and torch raise of files that are damaged or something else."""
 
 
 def previous_path(path: Path) -> Path:
@@ -37,30 +53,50 @@ def previous_path(path: Path) -> Path:
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     """Let ``write`` fill a temporary file and move it to ``path`` once it is safely on disk.
 
-    Whatever happens, ``path`` is the old file or the whole new one.
+    Whatever happens, ``path`` is the old file or the whole new one. Of a link that is the file it
+    leads to, and devices and pipes (``/dev/stdout``) are written to as they are.
 
     Raises:
         CheckpointFileError: the file cannot be written (disk full, no permission); ``path`` is
             untouched then.
     """
-    temporary = path.with_name(f".{path.name}.tmp")
+    target = Path(os.path.realpath(path))
+    temporary = target.with_name(f".{target.name}.tmp")
     try:
+        if path.exists() and not path.is_file() and not path.is_dir():
+            with open(path, "wb") as file:
+                write(file)
+            return
         with open(temporary, "wb") as file:
             write(file)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except (OSError, RuntimeError) as error:
-        # torch's own writer wraps the OSError of a full disk in a RuntimeError.
+        os.replace(temporary, target)
+        _sync_folder(target.parent)
+    except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
+        # torch's own writer wraps the OSError of a full disk in a RuntimeError.
+        if not isinstance(error, (OSError, RuntimeError)):
+            raise
         kept = "; the file that was there is untouched" if path.exists() else ""
-        raise CheckpointFileError(f"cannot write {path}: {error}{kept}") from error
+        problem = write_problem(error, path.parent)
+        raise CheckpointFileError(f"cannot write {path}: {problem}{kept}") from error
 
 
-def save_state(path: Path, state: dict[str, Any]) -> None:
+def validated_path(path: Path) -> Path:
+    """Where the last checkpoint is kept that a validation found good: ``last.validated.pt``.
+
+    The same file as ``path``, under a second name, until that is replaced.
+    """
+    return path.with_suffix(f".validated{path.suffix}")
+
+
+def save_state(path: Path, state: dict[str, Any], validated: bool = False) -> None:
     """Save ``state`` (tensors and plain Python values) as ``path``, the old file as ``.prev``.
+
+    Args:
+        validated: keep it as :func:`validated_path` too, where the file system has hard links.
 
     Raises:
         CheckpointFileError: see :func:`write_atomically`.
@@ -71,9 +107,15 @@ def save_state(path: Path, state: dict[str, Any]) -> None:
         file.flush()
         os.fsync(file.fileno())
         if path.exists():  # only now that the new file is complete
-            _keep(path, previous_path(path))
+            try:
+                _link(path, previous_path(path))
+            except OSError:  # a file system without hard links
+                os.replace(path, previous_path(path))
 
     write_atomically(path, write)
+    if validated:
+        with contextlib.suppress(OSError):
+            _link(path, validated_path(path))
 
 
 def save_weights(path: Path, weights: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
@@ -94,17 +136,11 @@ def load_state(path: Path) -> dict[str, Any]:
         CheckpointFileError: missing, truncated, corrupt, or no checkpoint of ours.
     """
     try:
-        with zipfile.ZipFile(path) as archive:
-            damaged = archive.testzip()
-        if damaged is not None:
-            raise CheckpointFileError(f"{path} is corrupt: wrong checksum of {damaged}")
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        state = read_file(path)
     except FileNotFoundError:
         raise CheckpointFileError(f"there is no checkpoint {path}") from None
-    except (zipfile.BadZipFile, EOFError, OSError, RuntimeError, pickle.UnpicklingError) as error:
-        if isinstance(error, CheckpointFileError):
-            raise
-        raise CheckpointFileError(f"{path} is no complete checkpoint: {error}") from error
+    except (CheckpointError, OSError) as error:
+        raise CheckpointFileError(str(error)) from error
     if not isinstance(state, dict) or "model" not in state:
         raise CheckpointFileError(f"{path} holds no training state (no 'model' in it)")
     return state
@@ -160,16 +196,28 @@ def set_rng_state(state: dict[str, Any]) -> None:
         torch.cuda.set_rng_state(state["cuda"])
 
 
-def _keep(path: Path, previous: Path) -> None:
+def write_problem(error: BaseException, folder: Path) -> str:
+    """Why a file in ``folder`` could not be written, in the words of the system.
+
+    torch's own writer hides the error of a full disk behind one about positions in its archive.
+    """
+    cause: BaseException | None = error
+    while cause is not None and not (isinstance(cause, OSError) and cause.strerror):
+        cause = cause.__cause__ or cause.__context__
+    if not isinstance(cause, OSError):
+        return first_line(error)
+    if cause.errno in FULL_DISK:
+        return f"no space is left in {folder} ({cause.strerror})"
+    return str(cause.strerror)
+
+
+def _link(path: Path, other: Path) -> None:
     """Give the file a second name, so that ``path`` is there at every moment."""
-    link = previous.with_name(f".{previous.name}.tmp")
-    with contextlib.suppress(FileNotFoundError):
-        link.unlink()
-    try:
-        os.link(path, link)
-        os.replace(link, previous)
-    except OSError:  # a file system without hard links
-        os.replace(path, previous)
+    link = other.with_name(f".{other.name}.tmp")
+    link.unlink(missing_ok=True)
+    os.link(path, link)
+    os.replace(link, other)
+    link.unlink(missing_ok=True)  # which stays where both were the same file already
 
 
 def _sync_folder(folder: Path) -> None:

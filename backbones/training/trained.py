@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,8 @@ import timm
 from torch import nn
 
 import backbones
-from backbones.training.errors import RecipeError
+from backbones._checkpoint import read_checkpoint, require_finite
+from backbones.training.errors import BUILDING_ERRORS, RecipeError, reading_error
 
 __all__ = ["load_trained"]
 
@@ -47,16 +49,19 @@ def load_trained(
                     f"{', '.join(report.reinitialised)} would stay untrained"
                 )
         else:
+            if checkpoint is not None and not checkpoint.endswith((".npz", ".npy")):
+                read_checkpoint(checkpoint)  # says what is wrong with it, which timm does not
             network = timm.create_model(
                 name.removeprefix("timm/"),
                 pretrained=published,
                 checkpoint_path=checkpoint or "",
                 **options,
             )
-    except (TypeError, ValueError, OSError, RuntimeError) as error:
+            require_finite(network, checkpoint or name)
+    except (pickle.UnpicklingError, *BUILDING_ERRORS) as error:
         if isinstance(error, RecipeError):
             raise
-        raise RecipeError(f"{name}: {error}") from error
+        raise RecipeError(f"{name}: {reading_error(error, checkpoint)}") from error
     known = (getattr(network, "pretrained_cfg", None) or {}).get("num_classes", num_classes)
     if published and known != num_classes:
         raise RecipeError(

@@ -1,11 +1,9 @@
-"""Checkpoints as users meet them: wrapped, prefixed, foreign, broken, hostile."""
+"""Checkpoints as users meet them: wrapped, prefixed, foreign, of another form."""
 
 from __future__ import annotations
 
 import argparse
-import os
-import pickle
-import urllib.error
+import re
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +11,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from zoo import images
+from zoo import FAMILIES, images, randomise, small
 
 import backbones
 from backbones import CheckpointError, load_checkpoint
-from backbones._checkpoint import fetch_pretrained
-from backbones._registry import published_weights
+from backbones._checkpoint import read_checkpoint, require_finite
 from backbones.cli.parity import checkpoint, image, reference, relative_error
 
 VAN = reference("van", "van_b0")
@@ -187,52 +184,6 @@ def test_fused_shvit_of_the_original_loads() -> None:
 # -- what must not -------------------------------------------------------------------------------
 
 
-class _Hostile:
-    def __reduce__(self) -> tuple[Any, ...]:
-        return os.system, ("touch hostile_was_here",)
-
-
-def test_hostile_pickle_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-    torch.save({"state_dict": _Hostile()}, tmp_path / "a.pth")
-    (tmp_path / "b.pth").write_bytes(pickle.dumps(_Hostile()))
-    for name in ("a.pth", "b.pth"):
-        with pytest.raises(CheckpointError, match=f"{name}.*it was not run"):
-            load_checkpoint(_van(), tmp_path / name)
-    assert not (tmp_path / "hostile_was_here").exists()
-
-
-@pytest.mark.parametrize("suffix", [".pth", ".safetensors"])
-@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
-def test_truncated_files(
-    official: dict[str, Tensor], suffix: str, share: float, tmp_path: Path
-) -> None:
-    whole = tmp_path / f"whole{suffix}"
-    if suffix == ".pth":
-        torch.save(official, whole)
-    else:
-        save_file(official, whole)
-    data = whole.read_bytes()
-    cut = tmp_path / f"cut{suffix}"
-    cut.write_bytes(data[: int(len(data) * share)])
-    model = _van()
-    before = {k: v.clone() for k, v in model.state_dict().items()}
-    with pytest.raises(CheckpointError, match=f"cut{suffix}"):
-        load_checkpoint(model, cut)
-    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
-
-
-def test_text_is_no_checkpoint(tmp_path: Path) -> None:
-    (tmp_path / "page.pth").write_text("<html>404</html>")
-    with pytest.raises(CheckpointError, match="page.pth"):
-        load_checkpoint(_van(), tmp_path / "page.pth")
-    with pytest.raises(FileNotFoundError, match="nowhere.pth"):
-        load_checkpoint(_van(), tmp_path / "nowhere.pth")
-    torch.save({"epoch": 3}, tmp_path / "empty.pth")
-    with pytest.raises(CheckpointError, match="empty.pth holds no state dict.*epoch"):
-        load_checkpoint(_van(), tmp_path / "empty.pth")
-
-
 def test_another_architecture(official: dict[str, Tensor]) -> None:
     model = backbones.create_model("shvit_s1")
     with pytest.raises(CheckpointError, match=r"SHViT: \d+ tensors missing \(stem.0.conv.weight"):
@@ -249,48 +200,127 @@ def test_another_variant(official: dict[str, Tensor]) -> None:
     assert torch.equal(model.stem.norm.weight, before)
 
 
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
+def test_weights_that_are_not_finite(official: dict[str, Tensor], value: str) -> None:
+    spoilt = {**official, "patch_embed1.proj.weight": official["patch_embed1.proj.weight"].clone()}
+    spoilt["patch_embed1.proj.weight"][3, 1, 2, 2] = float(value)
+    model = _van()
+    before = model.stem.conv.weight.clone()
+    with pytest.raises(CheckpointError, match="NaN or infinite: stem.conv.weight$"):
+        load_checkpoint(model, spoilt)
+    assert torch.equal(model.stem.conv.weight, before)
+    require_finite(model, "a.pth")
+    report = load_checkpoint(model, spoilt, strict=False)
+    assert report.nonfinite == ["stem.conv.weight"]
+    with pytest.raises(CheckpointError, match="a.pth has weights .*: stem.conv.weight$"):
+        require_finite(model, "a.pth")
+
+
+def test_numbers_that_only_the_checkpoint_can_hold(official: dict[str, Tensor]) -> None:
+    wide = {k: v.double() if v.is_floating_point() else v for k, v in official.items()}
+    wide["head.bias"][1] = 1e300
+    with pytest.raises(CheckpointError, match="infinite: head.fc.bias"):
+        load_checkpoint(_van(), wide)
+
+
+def test_narrow_weights_are_looked_at() -> None:
+    require_finite(_van().to(torch.bfloat16), "a.pth")
+    layer = torch.nn.Linear(2, 2)
+    layer.weight = torch.nn.Parameter(layer.weight.to(torch.float8_e4m3fn), requires_grad=False)
+    require_finite(layer, "a.pth")
+    layer.weight[0, 0] = float("nan")
+    with pytest.raises(CheckpointError, match="weight"):
+        require_finite(layer, "a.pth")
+
+
 def test_only_backbones_load(official: dict[str, Tensor]) -> None:
     with pytest.raises(TypeError, match="Linear"):
         load_checkpoint(torch.nn.Linear(1, 1), official)
 
 
-# -- published weights ---------------------------------------------------------------------------
+@pytest.mark.parametrize("source", [None, ["a.pth"], 3, b"a.pth", {"weight"}], ids=repr)
+def test_another_kind_of_source(source: Any) -> None:
+    with pytest.raises(TypeError, match=f"a path, a URL or a .*, got .*{re.escape(repr(source))}"):
+        load_checkpoint(small("van"), source)
 
 
-def test_no_network_says_what_to_do(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    def fail(*args: Any, **kwargs: Any) -> None:
-        raise urllib.error.URLError("no route")
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", fail)
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    expected = r"van_tiny_754.pth.tar.*save it as .*van_b0-van_tiny_754.pth.tar"
-    with pytest.raises(ConnectionError, match=expected):
-        backbones.create_model("van_b0", pretrained=True)
-
-
-def test_download_is_cached(
-    official: dict[str, Tensor], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    calls = []
-
-    def download(url: str, path: str, progress: bool) -> None:
-        calls.append((url, progress))
-        torch.save({"state_dict": official}, path)
-
-    monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    for _ in range(2):
-        assert _is_official(_van(pretrained=True))
-    assert calls == [(_van().default_cfg["url"], True)]
-    model = _van()
-    load_checkpoint(model, "https://example.org/some/van.pth?download=1")
-    assert _is_official(model)
-    assert (tmp_path / "checkpoints" / "van.pth").is_file()
+def test_content_that_is_no_state_dict(tmp_path: Path) -> None:
+    for content, said in (
+        (None, "but None"),
+        ([1, 2], r"but list \[1, 2\]"),
+        ("van", "but str 'van'"),
+        ({"epoch": 3}, r"\(keys epoch\)"),
+        ({"state_dict": [1]}, r"\(keys state_dict\)"),
+        ({"model": {}}, r"\(keys none\)"),
+    ):
+        torch.save(content, tmp_path / "a.pth")
+        with pytest.raises(CheckpointError, match=f"a.pth holds no state dict,? ?{said}$"):
+            read_checkpoint(tmp_path / "a.pth")
 
 
-def test_no_published_weights_says_what_exists() -> None:
-    with pytest.raises(CheckpointError, match="van_b5 has no weights.*there are: van_b5.in22k"):
-        backbones.create_model("van_b5", pretrained=True)
-    cfg = published_weights("van_b5")["untrained"]
-    with pytest.raises(CheckpointError, match="its authors published none"):
-        fetch_pretrained("van_b5", cfg, {})
+@pytest.mark.timeout(20)
+def test_a_checkpoint_that_contains_itself(tmp_path: Path) -> None:
+    content: dict[str, Any] = {}
+    content["state_dict"] = {"model": content}
+    with pytest.raises(CheckpointError, match="contains itself"):
+        load_checkpoint(small("van"), content)
+    torch.save(content, tmp_path / "a.pth")
+    with pytest.raises(CheckpointError, match="a.pth .*contains itself"):
+        load_checkpoint(small("van"), tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: t.to("meta"), "has no data"),
+        (lambda t: t.to_sparse(), "is sparse or quantised"),
+        (lambda t: t.to(torch.complex64), "is complex"),
+        (lambda t: t.to(torch.int32), "is of torch.int32"),
+    ],
+    ids=["meta", "sparse", "complex", "integers"],
+)
+def test_tensors_that_would_not_arrive_as_they_are(change: Any, said: str) -> None:
+    model = small("van")
+    state = model.state_dict()
+    before = {k: v.clone() for k, v in state.items()}
+    state["head.fc.weight"] = change(state["head.fc.weight"] + 1)
+    with pytest.raises(CheckpointError, match=f"head.fc.weight {said}"):
+        load_checkpoint(model, state)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+def test_two_tensors_for_one_place() -> None:
+    state = small("van").state_dict()
+    twice = {**state, **{f"module.{k}": v * 0 for k, v in state.items()}}
+    with pytest.raises(CheckpointError, match="both 'module.stem.conv.weight' and 'stem.conv"):
+        load_checkpoint(small("van"), twice)
+
+
+def test_tensors_of_another_rank() -> None:
+    state = {"blocks1.0.dw0.m.weight": torch.zeros(3)}  # as EfficientViT's original names a kernel
+    with pytest.raises(CheckpointError, match="state dict does not fit EfficientViT"):
+        load_checkpoint(small("efficientvit"), state)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_weights_of_the_other_form(family: str) -> None:
+    """Fused weights fuse a plain model; plain ones are refused by a fused model, which says so."""
+    plain = randomise(small(family)).eval()
+    plain_state = {k: v.clone() for k, v in plain.state_dict().items()}
+    fused = randomise(small(family)).eval().fuse(channels_last=False)
+    fused_state = {k: v.clone() for k, v in fused.state_dict().items()}
+    if family == "hat":  # has nothing to fold: the two are the same
+        assert fused_state.keys() == plain_state.keys()
+        assert all(torch.equal(v, fused_state[k]) for k, v in plain_state.items())
+        return
+    with pytest.raises(CheckpointError, match="fit the fused .*before fuse"):
+        load_checkpoint(fused, plain_state)
+    with pytest.raises(RuntimeError, match="has been fused.*before fuse"):
+        fused.load_state_dict(plain_state)
+    assert all(torch.equal(v, fused_state[k]) for k, v in fused.state_dict().items())
+    load_checkpoint(plain, fused_state)
+    assert plain.fused
+    surplus = {**fused_state, "surplus.weight": torch.zeros(1)}
+    with pytest.raises(CheckpointError, match=r"fit the fused .*, 1 unexpected \(surplus.weight\)"):
+        load_checkpoint(small(family), surplus)

@@ -73,7 +73,7 @@ def test_a_foreign_file(path):
         load_state(path)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a", "b")
-    with pytest.raises(CheckpointFileError, match="no complete checkpoint"):
+    with pytest.raises(CheckpointFileError, match="is truncated or not a checkpoint"):
         load_state(path)
 
 
@@ -84,10 +84,13 @@ class Malicious:
 
 def test_a_pickle_that_runs_code_is_refused(path):
     torch.save({"model": Malicious()}, path)
-    with pytest.raises(CheckpointFileError, match="Weights only load failed"):
+    with pytest.raises(
+        CheckpointFileError, match="more than tensors .*: eval; it was not run"
+    ) as e:
         load_state(path)
+    assert "weights_only" not in str(e.value) and "\n" not in str(e.value)
     path.write_bytes(pickle.dumps({"model": Malicious()}))
-    with pytest.raises(CheckpointFileError):
+    with pytest.raises(CheckpointFileError, match="bare pickle.*it was not run"):
         load_state(path)
 
 
@@ -97,7 +100,9 @@ def test_a_full_disk_leaves_the_old_file(path):
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
     try:
-        with pytest.raises(CheckpointFileError, match=r"cannot write .*last\.pt.*untouched"):
+        with pytest.raises(
+            CheckpointFileError, match=r"cannot write .*last\.pt: no space is left in .*untouched"
+        ):
             save_state(path, STATE)
         with pytest.raises(CheckpointFileError, match="best"):
             save_weights(path.with_name("best.safetensors"), STATE["model"], {})

@@ -1,0 +1,142 @@
+"""Files of weights from the network, kept in a cache."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import re
+import uuid
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
+from http.client import HTTPException
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import torch
+from tqdm import tqdm
+
+from backbones._checkpoint_files import CheckpointError, DamagedFileError
+
+__all__ = ["downloaded", "fetch", "file_name", "is_url"]
+
+# Seconds that a server may be silent for, before it answers and while it sends.
+TIMEOUT = 30.0
+_CHUNK = 1 << 17
+_LONGEST_NAME = 100
+_UNSAFE = re.compile(r"[^\w.+=-]")  # in a file's name
+# As OpenMMLab, torchvision and timm name their files: the first digits of the SHA-256. Eight
+# decimal digits alone are a date.
+_HASH = re.compile(r"-(?!\d{8}\.)([0-9a-f]{8}|[0-9a-f]{64})\.")
+
+
+def is_url(source: str) -> bool:
+    """Whether a source of weights is for the network."""
+    return source.lower().startswith(("http://", "https://"))
+
+
+@contextmanager
+def downloaded(url: str, label: str = "", cache_dir: str | Path | None = None) -> Iterator[Path]:
+    """The file at ``url``, from the cache if it is there; it appears in the cache whole or not.
+
+    Where the caller finds that it is damaged, it is deleted, so that the next call does not meet it
+    again.
+
+    Args:
+        url: http or https. Two URLs never share a file.
+        label: to begin the file's name with.
+        cache_dir: default torch hub's.
+
+    Raises:
+        ConnectionError: it could not be fetched whole, or the server was silent for
+            :data:`TIMEOUT` seconds; it says what to fetch and where to put it.
+        CheckpointError: its checksum is not the one in its name, or the caller's error.
+        OSError: the cache cannot be written.
+    """
+    folder = Path(cache_dir) if cache_dir else Path(torch.hub.get_dir()) / "checkpoints"
+    path = folder / file_name(url, label)
+    if not path.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        checksum = _HASH.search(_base_name(url))
+        fetch(url, path, checksum[1] if checksum else "")
+    try:
+        yield path
+    except DamagedFileError as error:
+        path.unlink(missing_ok=True)
+        raise DamagedFileError(
+            f"{error}; what {url} had sent was deleted, and the next call downloads it again"
+        ) from error
+
+
+def file_name(url: str, label: str = "") -> str:
+    """The name under which a download is kept.
+
+    It depends on the whole address: many end in the same name, or differ in a query alone.
+    """
+    key = hashlib.sha256(url.encode()).hexdigest()[:10]
+    base = _UNSAFE.sub("_", _base_name(url))[-_LONGEST_NAME:]
+    return "-".join(filter(None, (label, key, base)))
+
+
+def _base_name(url: str) -> str:
+    return url.partition("?")[0].partition("#")[0].rstrip("/").rpartition("/")[2]
+
+
+def fetch(url: str, path: Path, checksum: str = "") -> None:
+    """Download ``url`` to ``path``, which is there whole afterwards or not at all.
+
+    Args:
+        checksum: how the SHA-256 must begin.
+
+    Raises:
+        ConnectionError, CheckpointError, OSError: see :func:`downloaded`.
+    """
+    temporary = path.with_name(f".{path.name}.{uuid.uuid4().hex}.partial")
+    digest = hashlib.sha256()
+    try:
+        with open(temporary, "xb") as file, closing(_receive(url, path)) as chunks:
+            for chunk in chunks:
+                file.write(chunk)
+                digest.update(chunk)
+        if not (found := digest.hexdigest()).startswith(checksum):
+            raise CheckpointError(
+                f"what {url} sent was not kept: its SHA-256 begins with {found[: len(checksum)]}, "
+                f"not with {checksum} as its name says"
+            )
+        os.replace(temporary, path)
+    except OSError as error:
+        if isinstance(error, ConnectionError) or error.filename is not None:
+            raise
+        raise OSError(
+            error.errno, error.strerror, str(path)
+        ) from error  # a full disk names no file
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _receive(url: str, path: Path) -> Generator[bytes]:
+    """The bytes at ``url``, with a progress bar on a terminal."""
+    try:
+        request = Request(url, headers={"User-Agent": "vision-backbones"})
+        with urlopen(request, timeout=TIMEOUT) as answer:
+            expected = getattr(answer, "length", None)
+            with tqdm(
+                total=expected, desc=path.name, unit="B", unit_scale=True, disable=None
+            ) as bar:
+                received = 0
+                while chunk := answer.read(_CHUNK):
+                    received += len(chunk)
+                    bar.update(len(chunk))
+                    yield chunk
+        if expected is not None and received != expected:
+            raise ConnectionError(f"it ended after {received} of {expected} bytes")
+    except (OSError, HTTPException, ValueError) as error:
+        if isinstance(error, HTTPError):
+            error.close()  # it holds the connection
+        silent = isinstance(error, TimeoutError) or isinstance(
+            getattr(error, "reason", None), TimeoutError
+        )
+        reason = f"the server was silent for {TIMEOUT:g} s" if silent else error
+        raise ConnectionError(
+            f"could not fetch {url} ({reason}); download it elsewhere and save it as {path}"
+        ) from error

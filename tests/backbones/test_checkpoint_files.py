@@ -1,0 +1,198 @@
+"""Files as they arrive: whole, cut off, with flipped bits, hostile, or something else."""
+
+from __future__ import annotations
+
+import io
+import os
+import pickle
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+from zoo import small
+
+from backbones import CheckpointError, load_checkpoint
+from backbones._checkpoint_files import DamagedFileError, read_file
+
+WEIGHTS = {"a.weight": torch.arange(1000.0), "b": torch.ones(3, 2, dtype=torch.bfloat16)}
+
+
+def _save(weights: dict[str, Tensor], path: Path, form: str) -> bytes:
+    if form == "safetensors":
+        save_file(weights, path)
+    else:
+        torch.save(weights, path, _use_new_zipfile_serialization=form == "zip")
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("name", ["a.pth", "a.safetensors", "a"])
+@pytest.mark.parametrize("form", ["zip", "legacy", "safetensors"])
+def test_the_content_says_what_a_file_is(form: str, name: str, tmp_path: Path) -> None:
+    _save(WEIGHTS, tmp_path / name, form)
+    read = read_file(tmp_path / name)
+    assert read.keys() == WEIGHTS.keys()
+    assert all(torch.equal(read[key], WEIGHTS[key]) for key in WEIGHTS)
+
+
+@pytest.mark.parametrize("form", ["zip", "legacy", "safetensors"])
+@pytest.mark.parametrize("share", [0.0, 0.01, 0.5, 0.999])
+def test_truncated_files(form: str, share: float, tmp_path: Path) -> None:
+    model = small("van")
+    data = _save(model.state_dict(), tmp_path / "whole.pth", form)
+    cut = tmp_path / "cut.pth"
+    cut.write_bytes(data[: int(len(data) * share)])
+    before = {k: v.clone() for k, v in model.state_dict().items()}
+    with pytest.raises(CheckpointError, match=r"cut\.pth is") as raised:
+        load_checkpoint(model, cut)
+    assert isinstance(raised.value, DamagedFileError)
+    assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
+
+
+@pytest.mark.parametrize("bit", [0, 30])
+def test_a_flipped_bit_among_the_weights(bit: int, tmp_path: Path) -> None:
+    data = bytearray(_save(WEIGHTS, tmp_path / "a.pth", "zip"))
+    place = data.index(WEIGHTS["a.weight"].numpy().tobytes()) + 400
+    data[place + bit // 8] ^= 1 << bit % 8
+    (tmp_path / "a.pth").write_bytes(data)
+    assert torch.load(tmp_path / "a.pth").keys() == WEIGHTS.keys()  # torch does not notice
+    with pytest.raises(
+        DamagedFileError, match=r"a\.pth is truncated or corrupt: Bad CRC-32 for file .*/data/0"
+    ):
+        read_file(tmp_path / "a.pth")
+
+
+def test_a_flipped_bit_that_hides_a_member(tmp_path: Path) -> None:
+    """Marked as a folder, it would be left unread by torch: whatever was in memory would be it."""
+    data = bytearray(_save(WEIGHTS, tmp_path / "a.pth", "zip"))
+    entry = data.rindex(b"PK\x01\x02", 0, data.rindex(b"/data/0"))
+    data[entry + 38] ^= 0x10
+    (tmp_path / "a.pth").write_bytes(data)
+    with pytest.raises(DamagedFileError, match="data/0 is marked as a folder"):
+        read_file(tmp_path / "a.pth")
+
+
+def test_two_members_of_one_name(tmp_path: Path) -> None:
+    _save(WEIGHTS, tmp_path / "a.pth", "zip")
+    with (
+        zipfile.ZipFile(tmp_path / "a.pth", "a") as archive,
+        pytest.warns(UserWarning, match="Duplicate name"),
+    ):
+        archive.writestr("a/data/0", bytes(4000))
+    with pytest.raises(DamagedFileError, match="two members of one name"):
+        read_file(tmp_path / "a.pth")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"<html><title>404</title></html>", "a web page"),
+        (b"\xef\xbb\xbf\r\n <!DOCTYPE html>\n<html>", "a web page"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "a pointer of Git LFS"),
+        (b"", "empty"),
+        (b"\x80", "a bare pickle"),
+        (b"no weights", "neither a file of torch.save nor safetensors|not a whole safetensors"),
+        (pickle.dumps({"a": 1}), "a bare pickle"),
+        (pickle.dumps([1, 2], protocol=2), "a bare pickle"),
+        (b"PK\x03\x04 and more", "truncated or corrupt: File is not a zip file"),
+    ],
+)
+@pytest.mark.parametrize("name", ["a.pth", "a.safetensors"])
+def test_something_else(content: bytes, said: str, name: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DamagedFileError, match=f"{name} is ({said})") as raised:
+        read_file(tmp_path / name)
+    assert "\n" not in str(raised.value)
+
+
+def test_a_zip_of_something_else(tmp_path: Path) -> None:
+    with zipfile.ZipFile(tmp_path / "a.pth", "w") as archive:
+        archive.writestr("a/readme.txt", "no weights")
+    with pytest.raises(
+        DamagedFileError, match=r"a\.pth is truncated or not a checkpoint: Expected"
+    ):
+        read_file(tmp_path / "a.pth")
+
+
+class _Hostile:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.system, ("touch hostile_was_here",)
+
+
+class _Evaluated:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return eval, ("open('hostile_was_here', 'w')",)
+
+
+@pytest.mark.parametrize(
+    ("content", "blocked"),
+    [
+        ({"state_dict": _Hostile()}, f"{os.system.__module__}.system"),
+        ({"state_dict": _Evaluated()}, "eval"),
+        (torch.nn.Linear(1, 1), "torch.nn.modules.linear.Linear"),
+    ],
+    ids=["system", "eval", "module"],
+)
+@pytest.mark.parametrize("form", ["zip", "legacy", "bare"])
+def test_pickles_that_are_not_run(
+    content: Any, blocked: str, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "a.pth"
+    if form == "bare":
+        path.write_bytes(pickle.dumps(content))
+        expected = r"a\.pth is a bare pickle, not a file of torch.save; it was not run"
+    else:
+        _save(content, path, form)
+        expected = rf"a\.pth holds more than tensors and plain values: {blocked}; it was not run"
+    with pytest.raises(CheckpointError, match=expected) as raised:
+        read_file(path)
+    message = str(raised.value)
+    assert "weights_only" not in message and "\n" not in message and "safe_globals" not in message
+    assert not (tmp_path / "hostile_was_here").exists()
+
+
+def test_torchscript(tmp_path: Path) -> None:
+    with pytest.warns(DeprecationWarning, match="torch.jit"):
+        torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), tmp_path / "a.pt")
+    with pytest.raises(CheckpointError, match=r"a\.pt is a TorchScript archive.*state_dict\(\)"):
+        read_file(tmp_path / "a.pt")
+
+
+def test_a_file_that_is_missing(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
+        load_checkpoint(small("van"), tmp_path / "nowhere.pth")
+    with pytest.raises(FileNotFoundError, match=str(tmp_path)):
+        load_checkpoint(small("van"), tmp_path)
+    with pytest.raises(FileNotFoundError):
+        load_checkpoint(small("van"), "\0")
+
+
+def test_headers_of_safetensors(tmp_path: Path) -> None:
+    path = tmp_path / "a.safetensors"
+    data = _save({"a": torch.zeros(2, 3), "b": torch.ones(2)}, path, "safetensors")
+    length = int.from_bytes(data[:8], "little")
+    header = data[8 : 8 + length].decode()
+    for old, new in (
+        ('"F32"', '"F64"'),  # as many bytes as there are not
+        ('"F32"', '"XYZ"'),
+        ("[2,3]", "[3,3]"),
+        ("[2,3]", "[-2,-3]"),
+        ("[0,24]", "[4,28]"),  # overlaps its neighbour
+        ("[24,32]", "[24,999]"),
+        ('"b":', '"a":'),  # one name for two
+        ("{", "["),
+    ):
+        assert old in header
+        text = header.replace(old, new, 1).encode()
+        path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+        with pytest.raises(DamagedFileError, match="is not a whole safetensors file|neither"):
+            read_file(path)
+
+
+def test_buffers_are_no_files() -> None:
+    with pytest.raises(TypeError, match="got BytesIO"):
+        load_checkpoint(small("van"), io.BytesIO())  # type: ignore[arg-type]

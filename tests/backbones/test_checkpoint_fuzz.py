@@ -1,0 +1,209 @@
+"""A thousand spoilt checkpoints: each is refused with a documented error, or loads as it was."""
+
+from __future__ import annotations
+
+import io
+import struct
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from safetensors.torch import save
+from zoo import randomise
+
+from backbones import CheckpointError, load_checkpoint
+from backbones.van import VAN
+
+pytestmark = pytest.mark.slow
+
+
+def _model() -> VAN:
+    return VAN(dims=(8, 8, 8, 8), depths=(1, 1, 1, 1), num_classes=2)
+
+
+STATE = {k: v.clone() for k, v in randomise(_model()).state_dict().items()}
+for name, tensor in STATE.items():
+    if name.endswith("num_batches_tracked"):
+        tensor += 7
+
+
+def _saved(**options: Any) -> bytes:
+    buffer = io.BytesIO()
+    torch.save({"state_dict": STATE, "epoch": 3}, buffer, **options)
+    return buffer.getvalue()
+
+
+ZIP = _saved()
+LEGACY = _saved(_use_new_zipfile_serialization=False)
+SAFETENSORS = save(STATE, {"model": "van"})
+HEADER = 8 + int.from_bytes(SAFETENSORS[:8], "little")
+
+
+class Target:
+    """One model that is loaded again and again, and must be as before where that fails."""
+
+    def __init__(self, folder: Path) -> None:
+        self.model = _model().eval()
+        self.path = folder / "spoilt"
+        self.clear()
+
+    @torch.no_grad()
+    def clear(self) -> None:
+        for tensor in self.model.state_dict().values():
+            tensor.zero_()
+
+    def load(self, data: bytes) -> bool:
+        """Whether ``data`` was taken for a checkpoint; else a CheckpointError must say no."""
+        self.path.write_bytes(data)
+        try:
+            load_checkpoint(self.model, self.path)
+        except CheckpointError as error:
+            assert "\n" not in str(error) and "weights_only" not in str(error)
+            assert not any(tensor.any() for tensor in self.model.state_dict().values())
+            return False
+        return True
+
+    def check(self, data: bytes) -> None:
+        """Refused, or loaded as it was saved."""
+        if self.load(data):
+            state = self.model.state_dict()
+            assert all(torch.equal(state[name], STATE[name]) for name in STATE)
+            self.clear()
+
+
+@pytest.fixture(scope="module")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Target:
+    target = Target(tmp_path_factory.mktemp("fuzz"))
+    for data in (ZIP, LEGACY, SAFETENSORS):
+        assert target.load(data)
+        target.check(data)
+    return target
+
+
+def cases(count: int) -> Any:
+    return settings(
+        max_examples=count,
+        deadline=5000,
+        database=None,
+        suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large],
+    )
+
+
+Edit = tuple[str, list[tuple[int, int]]]
+
+
+def edits(low: int, high: int) -> st.SearchStrategy[Edit]:
+    """Bytes changed, left out, doubled or cut off between two places of a file."""
+    place = st.integers(low, high - 1)
+    change = st.tuples(place, st.integers(1, 255))
+    flip = st.tuples(place, st.sampled_from([1 << bit for bit in range(8)]))
+    ends = st.lists(st.tuples(place, place), min_size=1, max_size=1)
+    return st.one_of(
+        st.tuples(st.just("change"), st.lists(change, min_size=1, max_size=4)),
+        st.tuples(st.just("change"), st.lists(flip, min_size=1, max_size=1)),
+        st.tuples(st.sampled_from(["cut", "double", "end"]), ends),
+    )
+
+
+def spoil(data: bytes, edit: Edit) -> bytes:
+    kind, places = edit
+    if kind == "change":
+        result = bytearray(data)
+        for where, bits in places:
+            result[where] ^= bits
+        return bytes(result)
+    first, last = sorted(places[0])
+    return {
+        "cut": data[:first] + data[last:],
+        "double": data[:last] + data[first:],
+        "end": data[:first],
+    }[kind]
+
+
+def _members() -> list[tuple[int, int]]:
+    """Where in the zip the content of each member begins and ends."""
+    places = []
+    for info in zipfile.ZipFile(io.BytesIO(ZIP)).infolist():
+        lengths = struct.unpack_from("<HH", ZIP, info.header_offset + 26)
+        start = info.header_offset + 30 + sum(lengths)
+        places.append((start, start + info.file_size))
+    return places
+
+
+MEMBERS = _members()
+DIRECTORY = ZIP.index(b"PK\x01\x02", MEMBERS[-1][1])
+HEADERS = [
+    place
+    for (_, end), (start, _) in zip(MEMBERS, MEMBERS[1:], strict=False)
+    for place in range(end, start)
+]
+
+
+@cases(250)
+@given(edit=edits(0, len(ZIP)))
+def test_zips(target: Target, edit: Edit) -> None:
+    target.check(spoil(ZIP, edit))
+
+
+@cases(250)
+@given(edit=edits(DIRECTORY, len(ZIP)))
+def test_the_directory_of_zips(target: Target, edit: Edit) -> None:
+    target.check(spoil(ZIP, edit))
+
+
+@cases(100)
+@given(place=st.sampled_from(HEADERS), bits=st.integers(1, 255))
+def test_the_headers_of_members(target: Target, place: int, bits: int) -> None:
+    data = bytearray(ZIP)
+    data[place] ^= bits
+    target.check(bytes(data))
+
+
+@cases(50)
+@given(st.tuples(st.sampled_from(MEMBERS), st.sampled_from(MEMBERS)))
+def test_swapped_members(target: Target, pair: tuple[tuple[int, int], tuple[int, int]]) -> None:
+    (a, b), (c, d) = sorted(pair)
+    target.check(ZIP if a == c else ZIP[:a] + ZIP[c:d] + ZIP[b:c] + ZIP[a:b] + ZIP[d:])
+
+
+@cases(150)
+@given(edit=edits(0, HEADER))
+def test_headers_of_safetensors(target: Target, edit: Edit) -> None:
+    target.check(spoil(SAFETENSORS, edit))
+
+
+@cases(50)
+@given(end=st.integers(0, len(LEGACY) - 1), legacy=st.booleans())
+def test_truncated_files_without_checksums(target: Target, end: int, legacy: bool) -> None:
+    data = LEGACY if legacy else SAFETENSORS
+    assert not target.load(data[: end % len(data)])
+
+
+@cases(100)
+@given(edit=edits(0, len(LEGACY)))
+def test_files_without_checksums(target: Target, edit: Edit) -> None:
+    """Only their structure can be wrong: what a flipped bit makes of a weight is a weight."""
+    if target.load(spoil(LEGACY, edit)):
+        target.clear()
+
+
+PICKLE = zipfile.ZipFile(io.BytesIO(ZIP)).read("archive/data.pkl")
+
+
+@cases(150)
+@given(edit=edits(0, len(PICKLE)))
+def test_pickles_with_right_checksums(target: Target, edit: Edit) -> None:
+    """Somebody meant it: it may load, as another checkpoint, but do nothing else."""
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(ZIP)) as source, zipfile.ZipFile(buffer, "w") as archive:
+        for info in source.infolist():
+            content = (
+                spoil(PICKLE, edit) if info.filename.endswith("data.pkl") else source.read(info)
+            )
+            archive.writestr(info.filename, content)
+    if target.load(buffer.getvalue()):
+        target.clear()

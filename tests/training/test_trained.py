@@ -1,0 +1,38 @@
+"""Networks with all of their weights: what is wrong with a file is said in one line."""
+
+import pickle
+
+import pytest
+import timm
+import torch
+
+import backbones
+from backbones.training.errors import RecipeError
+from backbones.training.trained import load_trained
+
+
+@pytest.mark.parametrize("name", ["van_b0", "timm/resnet10t"])
+def test_files_that_are_no_weights(name, tmp_path):
+    path = tmp_path / "a.pth"
+    for content, said in (
+        (b"<html><title>404</title></html>", "a web page"),
+        (pickle.dumps({"a": 1}), "a bare pickle"),
+    ):
+        path.write_bytes(content)
+        with pytest.raises(RecipeError, match=rf"^{name}: .*a\.pth is {said}") as raised:
+            load_trained(name, str(path), 10)
+        assert "\n" not in str(raised.value)
+    torch.save({"state_dict": torch.nn.Linear(1, 1)}, path)
+    with pytest.raises(RecipeError, match=r"a\.pth holds more than .*Linear; it was not run"):
+        load_trained(name, str(path), 10)
+
+
+@pytest.mark.parametrize("name", ["van_b0", "resnet10t"])
+def test_weights_that_are_not_finite(name, tmp_path):
+    path = str(tmp_path / "a.pth")
+    create = backbones.create_model if name == "van_b0" else timm.create_model
+    model = create(name, num_classes=10)
+    next(model.parameters()).data[0] = float("nan")
+    torch.save(model.state_dict(), path)
+    with pytest.raises(RecipeError, match=r"a\.pth has weights that are NaN"):
+        load_trained(name, path, 10)
