@@ -7,7 +7,7 @@ and our checkpoint loader ask of a model follows from those.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -15,9 +15,12 @@ from timm.models import adapt_input_conv
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from backbones._keywords import KEYWORDS, POOLINGS, check, checked, one_of
 from ops.reparam import fuse_children
 
 __all__ = ["Stage", "StagedBackbone"]
+
+_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # that models run in
 
 
 class Stage(nn.Module):
@@ -72,23 +75,27 @@ class StagedBackbone(nn.Module):
         first_conv: path of the convolution that sees the image; ``in_chans`` is adapted there.
         undecayed: last parts of the names of parameters that weight decay must spare, beyond
             the vectors that timm's optimizers spare anyway.
+        centres_images: whether a mean is subtracted from images first, which promotes their dtype
+            and takes one channel for all.
+        classifies_maps: whether the head gives a map of logits where it does not pool.
+        poolings: what ``global_pool`` may be.
     """
 
     classifier: str | tuple[str, ...] = "head.fc"
     first_conv: str = "stem.conv"
     undecayed: tuple[str, ...] = ()
+    centres_images: bool = False
+    classifies_maps: bool = False
+    poolings: tuple[str, ...] = POOLINGS
 
     stem: nn.Module
     stages: nn.Sequential
     norm: nn.Module
     head: Any
 
+    @checked()
     def __init__(self, *, num_classes: int = 1000, in_chans: int = 3) -> None:
         super().__init__()
-        if num_classes < 0 or in_chans < 1:
-            raise ValueError(
-                f"num_classes must be ≥ 0 and in_chans ≥ 1, got {num_classes} and {in_chans}"
-            )
         self.num_classes = num_classes
         self.in_chans = in_chans
         self.out_norms = nn.ModuleDict()
@@ -132,6 +139,7 @@ class StagedBackbone(nn.Module):
         ]
         self.num_features = dims[-1]
         self.head_hidden_size = head_hidden_size or dims[-1]
+        self._check_pooling(self.num_classes)
         chosen = _chosen_stages(out_norms, len(dims))
         if chosen and out_norm_layer is None:
             raise ValueError(f"{type(self).__name__} has no output norms; leave out_norms unset")
@@ -231,6 +239,7 @@ class StagedBackbone(nn.Module):
         count = len(self.stem_taps) + len(self.stages)
         if indices is None:
             return list(range(count))
+        indices = KEYWORDS["out_indices"]("indices", indices)
         wanted = range(count - indices, count) if isinstance(indices, int) else indices
         taken = sorted({i + count if i < 0 else i for i in wanted})
         if not taken or taken[0] < 0 or taken[-1] >= count:
@@ -279,10 +288,21 @@ class StagedBackbone(nn.Module):
             num_classes: ≥ 0.
             global_pool: new pooling (``"avg"``, ``"max"``, …, ``""`` for none); default unchanged.
         """
-        if num_classes < 0:
-            raise ValueError(f"num_classes must be ≥ 0, got {num_classes}")
-        self.num_classes = num_classes
+        num_classes = check("num_classes", num_classes)
+        self._check_pooling(num_classes, global_pool)
         self.head.reset(num_classes, global_pool)
+        self.num_classes = num_classes
+
+    def _check_pooling(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Refuse poolings that there are not, and classes of a map that is not pooled."""
+        if global_pool is None:
+            global_pool = getattr(getattr(self.head, "global_pool", None), "pool_type", "avg")
+        one_of(*self.poolings)("global_pool", global_pool)
+        if num_classes and global_pool == "" and not self.classifies_maps:
+            raise ValueError(
+                f"global_pool='' leaves a map, which nothing can classify: num_classes must be 0, "
+                f"got {num_classes}"
+            )
 
     # -- training --------------------------------------------------------------------------------
 
@@ -325,8 +345,13 @@ class StagedBackbone(nn.Module):
         channels last. Names and state dict are those of the folded model; the outputs are the
         model's, up to rounding. Gradients of the images still exist, those of the parameters do
         not. ``torch.compile`` and ``torch.export`` see the folded model in its plain form. What is
-        called for a size of image is recorded with the second one, and then repeated without Python
-        between the kernels until something in the model changes (:mod:`ops.inference.recorded`).
+        called for a size of image is captured with the second one, and then replayed without Python
+        between the kernels until something in the model changes (:mod:`ops.replay.module`).
+
+        Noticed are weights and buffers that are written to by functions of torch, that get other
+        memory (``p.data = …``, ``vector_to_parameters``), or that are replaced, and hooks; a layer
+        that is replaced by another is refused. What torch cannot see, writes through NumPy, say, or
+        in place through ``.data``, takes effect with the next call of ``fuse()``.
 
         Changes the model in place, puts it in eval mode and returns it; a second call finds
         nothing left to do. Afterwards ``train()`` raises.
@@ -340,22 +365,40 @@ class StagedBackbone(nn.Module):
 
         Raises:
             ValueError: a ``dtype`` that is not floating-point, another ``channels_last``.
+            TypeError: a ``dtype`` that is none, such as a name.
         """
-        if dtype is not None and not dtype.is_floating_point:
-            raise ValueError(f"dtype must be floating-point, such as torch.bfloat16, got {dtype}")
-        if channels_last not in (True, False, "auto"):
+        if dtype is not None and dtype not in _DTYPES:
+            kind = TypeError if not isinstance(dtype, torch.dtype) else ValueError
+            raise kind(
+                f"dtype must be a floating-point one, {', '.join(map(str, _DTYPES))}; got {dtype!r}"
+            )
+        if not isinstance(channels_last, bool) and channels_last != "auto":
             raise ValueError(f"channels_last must be True, False or 'auto', got {channels_last!r}")
-        if not self.fused:
-            self.eval()
-            fuse_children(self)
-        if dtype is not None:
-            self.to(dtype)
         # The inference forms of the families need the families, which need this class.
-        from backbones._fuse import put_channels_last
+        from backbones import _fuse
 
-        if channels_last is not False:
-            put_channels_last(self, always=channels_last is True)
+        with torch.inference_mode(False):
+            self.eval()
+            _fuse.leave_inference_mode(self)
+            _fuse.take_plain_forms(self)
+            fuse_children(self)
+            if dtype is not None:
+                self.to(dtype)
+            if channels_last is not False:
+                _fuse.put_channels_last(self, always=channels_last is True)
         return self
+
+    def load_state_dict(
+        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
+    ) -> Any:
+        """As ``nn.Module.load_state_dict``; names from before :meth:`fuse` change nothing."""
+        if self.fused and strict and (foreign := state_dict.keys() - self.state_dict().keys()):
+            raise RuntimeError(
+                f"{type(self).__name__} has been fused and takes weights that were saved after "
+                f"fuse(), not {min(foreign)} and {len(foreign) - 1} other tensors: load weights "
+                "from before fuse() into a new model, then fuse that"
+            )
+        return super().load_state_dict(state_dict, strict, assign)
 
     @property
     def fused(self) -> bool:

@@ -37,6 +37,11 @@ class ChannelAttentionConv(nn.Module):
 
     def __init__(self, dim: int, compress_ratio: int, squeeze_factor: int) -> None:
         super().__init__()
+        if dim < max(compress_ratio, squeeze_factor):
+            raise ValueError(
+                f"compress_ratio {compress_ratio} and squeeze_factor {squeeze_factor} must leave "
+                f"channels of dim {dim}"
+            )
         self.conv1 = nn.Conv2d(dim, dim // compress_ratio, 3, padding=1)
         self.act = nn.GELU()
         self.conv2 = nn.Conv2d(dim // compress_ratio, dim, 3, padding=1)
@@ -107,8 +112,8 @@ class ResidualGroup(Stage):
         size, device = self.window_size, x.device
         deep = self.run_blocks(
             x.permute(0, 2, 3, 1),
-            relative_position_index(size, device),
+            relative_position_index(size, device).flatten(),
             shift_masks(size, size // 2, x.dtype, device),
-            overlap_position_index(size, self.overlap_size, device),
+            overlap_position_index(size, self.overlap_size, device).flatten(),
         )
         return x + self.conv(deep.permute(0, 3, 1, 2))

@@ -12,6 +12,7 @@ from timm.layers import DropPath, SqueezeExcite, make_divisible
 from torch import Tensor, nn
 
 from ops.attention.pooled import PooledAttention
+from ops.batch_norm import BatchNorm2d
 from ops.conv import ConvNorm
 from ops.kan import KAN
 from ops.neighborhood import BACKENDS, NAParams, NeighborhoodAttention2D, na2d
@@ -90,12 +91,12 @@ class LocalBlock(nn.Module):
         self, dim: int, head_dim: int, window_size: int, dilation: int, ffn_kernel: int, drop: float
     ) -> None:
         super().__init__()
-        self.norm1 = nn.BatchNorm2d(dim)
+        self.norm1 = BatchNorm2d(dim)
         self.attn = WindowedAttention(
             dim, dim // head_dim, window_size, dilation=dilation, rel_pos_bias=True
         )
         self.drop_path = DropPath(drop)
-        self.norm2 = nn.BatchNorm2d(dim)
+        self.norm2 = BatchNorm2d(dim)
         self.ffn = ConvFFN(dim, 3 * dim, ffn_kernel)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -178,13 +179,13 @@ class GlobalBlock(nn.Module):
         self.embed = (
             ConvNorm(in_dim, attn_dim) if project_input or in_dim != attn_dim else nn.Identity()
         )
-        self.norm1: nn.Module = nn.BatchNorm2d(attn_dim)
+        self.norm1: nn.Module = BatchNorm2d(attn_dim)
         self.attn = PooledAttention(attn_dim, attn_dim // head_dim, sr_ratio)
         self.attn_drop_path = DropPath(drop * mix_ratio)
         self.proj = ConvNorm(attn_dim, conv_dim) if conv_dim != attn_dim else nn.Identity()
         self.conv = GroupedConv(conv_dim, head_dim)
         self.conv_drop_path = DropPath(drop * (1 - mix_ratio))
-        self.norm2 = nn.BatchNorm2d(dim)
+        self.norm2 = BatchNorm2d(dim)
         # In the checkpoints, but nothing calls it. Frozen, so that data-parallel training does not
         # wait for its gradients.
         self.unused: nn.Module = ConvFFN(dim, 2 * dim).requires_grad_(False)

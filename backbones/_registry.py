@@ -7,8 +7,9 @@ import fnmatch
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from types import ModuleType
 from typing import Any, Literal, TypeVar
 
@@ -19,8 +20,9 @@ from timm.models._features import FeatureGetterNet
 from torch import nn
 
 from backbones._base import StagedBackbone
-from backbones._checkpoint import fetch_pretrained, load_checkpoint
-from ops.native.scratch import scratch
+from backbones._checkpoint import load_checkpoint, load_pretrained
+from backbones._keywords import check, flag, several, text, whole
+from ops.replay.workspace import workspace
 
 __all__ = [
     "build_model",
@@ -45,9 +47,6 @@ class _Entry:
 
 
 _entries: dict[str, _Entry] = {}
-
-# Keywords that are probabilities of dropping something in training.
-_RATES = ("drop_rate", "proj_drop_rate", "drop_path_rate")
 
 
 def register(entrypoint: Entrypoint) -> Entrypoint:
@@ -118,10 +117,11 @@ def list_models(
 
     Raises:
         ValueError: an unknown family.
+        TypeError: a filter or family that is no text.
     """
-    if family is not None and family not in list_families():
-        raise ValueError(_unknown("family", family, list_families()))
-    patterns = [filter] if isinstance(filter, str) else list(filter)
+    if family is not None:
+        _check_name("family", family, list_families())
+    patterns = [filter] if isinstance(filter, str) else several(text)("filter", filter)
     names = []
     for name, entry in _entries.items():
         if family is not None and entry.family != family:
@@ -143,7 +143,7 @@ def list_families() -> list[str]:
 def create_model(
     name: str,
     pretrained: bool = False,
-    checkpoint_path: str | None = None,
+    checkpoint_path: str | Path | None = None,
     **kwargs: Any,
 ) -> Any:
     """Create a model by name.
@@ -159,13 +159,13 @@ def create_model(
             ``drop_path_rate``, ``global_pool``, … A value of None means the default, as in timm.
 
     Raises:
-        ValueError: an unknown name or tag, or a rate of dropping outside 0 … 1.
-        TypeError: a keyword that the architecture does not take.
+        ValueError: an unknown name or tag, or an argument out of its range.
+        TypeError: a keyword that the architecture does not take, or a value of another kind.
         CheckpointError: weights that do not fit, see :func:`backbones.load_checkpoint`.
     """
-    architecture, _, tag = name.partition(".")
-    if architecture not in _entries:
-        raise ValueError(_unknown("model", architecture, list(_entries)))
+    architecture, _, tag = text("name", name).partition(".")
+    _check_name("model", architecture, _entries)
+    flag("pretrained", pretrained)
     if tag:
         kwargs["pretrained_cfg"] = kwargs.get("pretrained_cfg") or tag
     kwargs = {key: value for key, value in kwargs.items() if value is not None}
@@ -191,7 +191,7 @@ def build_model(
     """
     options = dict(kwargs)
     checkpoint_path = options.pop("checkpoint_path", None)
-    features_only = options.pop("features_only", False)
+    features_only = flag("features_only", options.pop("features_only", False))
     out_indices = options.pop("out_indices", None)
     cache_dir = options.pop("cache_dir", None)
     # With what timm's hub files were saved; timm asks the model for it afterwards.
@@ -199,19 +199,20 @@ def build_model(
     cfg = _resolve_cfg(
         name, options.pop("pretrained_cfg", None), options.pop("pretrained_cfg_overlay", None)
     )
-    if out_indices is not None and not features_only:
-        raise TypeError("out_indices goes with features_only=True")
+    if out_indices is not None:
+        out_indices = check("out_indices", out_indices)
+        if not features_only:
+            raise TypeError("out_indices goes with features_only=True")
     _check_keywords(model_class, name, options)
-    _check_rates(name, options)
 
     arguments = {"num_classes": cfg.num_classes, "in_chans": cfg.input_size[0], **defaults}
     model = model_class(**{**arguments, **options})
     model.pretrained_cfg = model.default_cfg = cfg.to_dict()
     model.pretrained_model_args = saved_with
-    if checkpoint_path:
+    if checkpoint_path not in (None, ""):
         load_checkpoint(model, checkpoint_path)
     elif pretrained:
-        load_checkpoint(model, fetch_pretrained(name, cfg, published_weights(name), cache_dir))
+        load_pretrained(model, name, cfg, published_weights(name), cache_dir)
     if not features_only:
         return model
     if out_indices is None:
@@ -254,7 +255,7 @@ def empty_cache() -> None:
     That is as much as the largest call needed between its layers, until 16 calls in a row could do
     with half of it; of calls at a time, each has its own.
     """
-    scratch.clear()
+    workspace.clear()
 
 
 def _resolve_cfg(
@@ -271,9 +272,17 @@ def _resolve_cfg(
         if given not in cfgs.cfgs:
             raise ValueError(_unknown(f"tag of {name}", given, [t for t in cfgs.tags if t]))
         cfg = replace(cfgs.cfgs[given], tag=given)
+    elif isinstance(given, Mapping):
+        cfg = PretrainedCfg(**given)
+    elif isinstance(given, PretrainedCfg):
+        cfg = given
     else:
-        cfg = PretrainedCfg(**given) if isinstance(given, dict) else given
-    return replace(cfg, architecture=name, **(overlay or {}))
+        raise TypeError(f"pretrained_cfg must be a tag, a dict or a PretrainedCfg, got {given!r}")
+    if not isinstance(overlay, Mapping | None):
+        raise TypeError(f"pretrained_cfg_overlay must be a dict, got {overlay!r}")
+    cfg = replace(cfg, architecture=name, **(overlay or {}))
+    several(whole(1, 1 << 20), count=3)("input_size of pretrained_cfg", cfg.input_size)
+    return cfg
 
 
 def _check_keywords(model_class: type[StagedBackbone], name: str, keywords: dict[str, Any]) -> None:
@@ -284,11 +293,9 @@ def _check_keywords(model_class: type[StagedBackbone], name: str, keywords: dict
             raise TypeError(f"{name}: {_unknown('keyword', keyword, valid)}")
 
 
-def _check_rates(name: str, keywords: dict[str, Any]) -> None:
-    """Refuse probabilities of dropping that are none."""
-    for keyword, rate in keywords.items():
-        if keyword in _RATES and not 0 <= rate <= 1:
-            raise ValueError(f"{name}: {keyword} must lie in 0 … 1, got {rate}")
+def _check_name(kind: str, name: str, valid: Collection[str]) -> None:
+    if text(kind, name) not in valid:
+        raise ValueError(_unknown(kind, name, list(valid)))
 
 
 def _unknown(kind: str, value: str, valid: Sequence[str]) -> str:

@@ -30,8 +30,10 @@ from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from backbones._base import Stage, StagedBackbone
+from backbones._keywords import checked, widths
 from backbones._registry import build_model, register
 from ops.attention.bilevel import BiLevelRoutingAttention
+from ops.batch_norm import BatchNorm2d
 from ops.conv import ConvNorm, NormConv
 from ops.init import trunc_normal
 from ops.position import ConvPosition
@@ -121,6 +123,7 @@ class BiFormer(StagedBackbone):
 
     first_conv = "stem.0.conv"
 
+    @checked("dims", "mlp_ratios", "topks", dims=widths(2))
     def __init__(
         self,
         dims: Sequence[int] = (64, 128, 256, 512),
@@ -141,6 +144,9 @@ class BiFormer(StagedBackbone):
         out_norms: bool | Sequence[int] = False,
     ) -> None:
         super().__init__(num_classes=num_classes, in_chans=in_chans)
+        routed = [dim for dim, topk in zip(dims, topks, strict=True) if topk is not None]
+        if any(dim % head_dim for dim in routed):
+            raise ValueError(f"dims must be multiples of head_dim {head_dim}, got {dims}")
         rates: Iterator[Any] = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
 
         def attention(dim: int, topk: int | None) -> nn.Module:
@@ -181,8 +187,8 @@ class BiFormer(StagedBackbone):
                 for i in range(len(dims))
             )
         )
-        dense = num_classes == 0 and out_norms not in (False, (), [])
-        self.norm = nn.Identity() if dense else nn.BatchNorm2d(dims[-1])
+        dense = num_classes == 0 and bool(out_norms)
+        self.norm = nn.Identity() if dense else BatchNorm2d(dims[-1])
         self.head = ClassifierHead(dims[-1], num_classes, global_pool, drop_rate)
         self.describe_features(
             dims,

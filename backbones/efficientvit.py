@@ -23,6 +23,7 @@ from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from backbones._base import Stage, StagedBackbone
+from backbones._keywords import checked, widths
 from backbones._registry import build_model, register
 from ops.attention.cascaded import CascadedGroupAttention, resize_distance_table
 from ops.conv import ConvResidual
@@ -76,6 +77,7 @@ class EfficientViT(StagedBackbone):
     first_conv = "stem.0.conv"
     undecayed = ("attention_biases",)
 
+    @checked("dims", "num_heads", dims=widths(8))
     def __init__(
         self,
         dims: Sequence[int] = (64, 128, 192),
@@ -95,8 +97,6 @@ class EfficientViT(StagedBackbone):
         stem_features: bool = False,
     ) -> None:
         super().__init__(num_classes=num_classes, in_chans=in_chans)
-        if img_size < 1:
-            raise ValueError(f"img_size must be ≥ 1, got {img_size}")
         rates: Iterator[Any] = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
         reductions = [16 * 2**i for i in range(len(dims))]
         self.stem = conv_stem(in_chans, dims[0])

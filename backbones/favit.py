@@ -1,8 +1,8 @@
 """Factorization Vision Transformer: long-range attention at the cost of local windows.
 
 Haolin Qin et al., "Factorization Vision Transformer: Modeling Long Range Dependency with Local
-Window Cost", https://arxiv.org/abs/2312.08614. Written from the paper and a description of its
-checkpoints, since the published code states no licence.
+Window Cost", https://arxiv.org/abs/2312.08614. Written from the paper and a specification of what
+the published model computes, since the published code states no licence.
 
 Any size (from 1×1); the stage at stride s has ⌈H/s⌉ rows. The original needs more than 96 pixels a
 side, since it cannot reflect a map by more than its size; here the reflection goes on back and
@@ -21,6 +21,7 @@ from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from backbones._base import Stage, StagedBackbone
+from backbones._keywords import checked
 from backbones._registry import build_model, register
 from ops.attention.factorized import FactorizedAttention
 from ops.init import init_fan_out
@@ -93,6 +94,7 @@ class FaViT(StagedBackbone):
         drop_path_rate: of the last block; it grows linearly from 0.
     """
 
+    @checked("dims", "num_heads", "mlp_ratios", "sr_ratios")
     def __init__(
         self,
         dims: Sequence[int] = (64, 128, 256, 512),

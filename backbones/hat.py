@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from backbones._base import StagedBackbone
 from backbones._hat_blocks import HybridBlock, OverlapBlock, ResidualGroup
+from backbones._keywords import checked, whole
 from backbones._registry import build_model, register
 from ops.init import init_trunc_normal
 from ops.padding import reflect_pad_to_multiple
@@ -104,9 +105,11 @@ class HAT(StagedBackbone):
 
     classifier = ()
     undecayed = ("relative_position_bias_table",)
+    centres_images = True
 
     stem: Stem
 
+    @checked("num_heads", window_size=whole(1, 64))
     def __init__(
         self,
         dim: int = 180,
@@ -126,8 +129,6 @@ class HAT(StagedBackbone):
         num_classes: int = 0,
         drop_path_rate: float = 0.0,
     ) -> None:
-        if upscale not in (1, 2, 3, 4):
-            raise ValueError(f"upscale must be 1, 2, 3 or 4, got {upscale}")
         super().__init__(num_classes=num_classes, in_chans=in_chans)
         self._refuse_classes(num_classes)
         self.upscale, self.residual = upscale, residual

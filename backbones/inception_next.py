@@ -17,7 +17,9 @@ from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from backbones._base import Stage, StagedBackbone
+from backbones._keywords import checked
 from backbones._registry import build_model, register
+from ops.batch_norm import BatchNorm2d
 from ops.conv import ConvNorm, InceptionDWConv2d, NormConv
 from ops.init import init_trunc_normal
 from ops.reparam import fold_norm_before, fold_scale_after
@@ -44,7 +46,7 @@ class Block(nn.Module):
         self.token_mixer = InceptionDWConv2d(
             dim, band_kernel_size=band_kernel_size, branch_ratio=branch_ratio
         )
-        self.norm = nn.BatchNorm2d(dim)
+        self.norm = BatchNorm2d(dim)
         self.mlp = ConvMlp(dim, int(dim * mlp_ratio), act_layer=nn.GELU)
         self.gamma = nn.Parameter(layer_scale * torch.ones(dim))
         self.drop_path = DropPath(drop_path)
@@ -81,12 +83,12 @@ class MlpHead(nn.Module):
         self.fc1: nn.Module
         self.act: nn.Module
         self.norm: nn.Module
-        self.global_pool = SelectAdaptivePool2d(pool_type=pool_type, flatten=True)
+        self.global_pool = SelectAdaptivePool2d(pool_type=pool_type or "avg", flatten=True)
         self.fc1 = nn.Linear(dim * self.global_pool.feat_mult(), self.num_features)
         self.act = nn.GELU()
         self.norm = nn.LayerNorm(self.num_features, eps=1e-6)
         self.drop = nn.Dropout(drop_rate)
-        self.reset(num_classes)
+        self.reset(num_classes, pool_type)
 
     def reset(self, num_classes: int, pool_type: str | None = None) -> None:
         """A new classifier; ``pool_type=""`` takes the whole head away, to leave the map.
@@ -96,7 +98,10 @@ class MlpHead(nn.Module):
         """
         if pool_type == "":
             if num_classes:
-                raise ValueError("this head classifies vectors; without pooling use 0 classes")
+                raise ValueError(
+                    "this head classifies vectors: global_pool='' needs 0 classes, "
+                    f"got {num_classes}"
+                )
             self.global_pool, self.fc1 = nn.Identity(), nn.Identity()
             self.act, self.norm = nn.Identity(), nn.Identity()
         elif pool_type is not None:
@@ -129,6 +134,7 @@ class InceptionNeXt(StagedBackbone):
 
     classifier = "head.fc2"
 
+    @checked("dims", "mlp_ratios")
     def __init__(
         self,
         dims: Sequence[int] = (96, 192, 384, 768),

@@ -13,6 +13,7 @@ num_classes=0``, its detectors ``out_norms=(1, 2, 3), num_classes=0``.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -25,8 +26,10 @@ from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
 from backbones._base import Stage, StagedBackbone
+from backbones._keywords import checked, several, whole
 from backbones._registry import build_model, register
 from ops.attention.hilo import HiLoAttention
+from ops.batch_norm import BatchNorm2d
 from ops.init import init_fan_out
 from ops.mlp import DWMlp
 from ops.reparam import fold_norm_after
@@ -77,6 +80,10 @@ class DeformableConv2d(nn.Conv2d):
         )
         taken = x.to(exact)
         offset = F.conv2d(taken, offset_weight, offset_bias, stride=2)
+        if not torch.compiler.is_exporting():
+            # torchvision reads anywhere for a position that is NaN. The pixels that made it so are
+            # those of an offset of zero, and give NaN.
+            offset = offset.nan_to_num(0.0, math.inf, -math.inf)
         return deform_conv2d(taken, offset, weight, bias, stride=2).to(x.dtype)
 
 
@@ -92,7 +99,7 @@ class DeformableMerging(nn.Module):
     def __init__(self, dim: int, out_dim: int) -> None:
         super().__init__()
         self.conv = DeformableConv2d(dim, out_dim)
-        self.norm = nn.BatchNorm2d(out_dim)
+        self.norm = BatchNorm2d(out_dim)
         self.act = nn.GELU()
 
     def forward(self, x: Tensor) -> Tensor:
@@ -166,6 +173,7 @@ class LITv2(StagedBackbone):
             With ``num_classes=0`` there is no final norm then, as in the paper's dense networks.
     """
 
+    @checked("dims", "num_heads", "window_sizes", num_heads=several(whole(0, 1024)))
     def __init__(
         self,
         dims: Sequence[int] = (96, 192, 384, 768),
@@ -206,15 +214,15 @@ class LITv2(StagedBackbone):
                 for i in range(len(dims))
             )
         )
+        dense = num_classes == 0 and bool(out_norms)
+        self.norm = nn.Identity() if dense else _layer_norm(dims[-1])
+        self.head = ClassifierHead(dims[-1], num_classes, global_pool, drop_rate)
         self.describe_features(
             dims,
             [4 * 2**i for i in range(len(dims))],
             out_norms=out_norms,
             out_norm_layer=_layer_norm,
         )
-        dense = num_classes == 0 and len(self.out_norms) > 0
-        self.norm = nn.Identity() if dense else _layer_norm(dims[-1])
-        self.head = ClassifierHead(dims[-1], num_classes, global_pool, drop_rate)
         for module in self.modules():
             # Convolutions outside the MLPs start as PyTorch's do.
             if isinstance(module, nn.Linear | DWMlp):

@@ -28,8 +28,10 @@ from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from backbones._base import Stage, StagedBackbone
+from backbones._keywords import checked
 from backbones._medvitv2_blocks import GlobalBlock, LocalBlock
 from backbones._registry import build_model, register
+from ops.batch_norm import BatchNorm2d
 from ops.conv import ConvNorm
 from ops.init import init_trunc_normal
 
@@ -90,6 +92,7 @@ class MedViTV2(StagedBackbone):
     # feed-forward in every global block that nothing calls.
     uncalled: tuple[str, ...] = (r"\.kan\.\d+\.grid$", r"\.unused\.")
 
+    @checked("dims", "sr_ratios")
     def __init__(
         self,
         dims: Sequence[int] = (64, 128, 256, 512),
@@ -150,7 +153,7 @@ class MedViTV2(StagedBackbone):
             stages.append(Stage(blocks, downsample=downsample))
             in_dim = dim
         self.stages = nn.Sequential(*stages)
-        self.norm = nn.BatchNorm2d(dims[-1])
+        self.norm = BatchNorm2d(dims[-1])
         self.head = ClassifierHead(dims[-1], num_classes, global_pool, drop_rate)
         self.describe_features(dims, [4 * 2**i for i in range(count)])
         self.apply(init_trunc_normal)

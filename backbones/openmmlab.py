@@ -25,7 +25,7 @@ from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from backbones import _mmcv_ops
-from backbones._checkpoint import HARMLESS, LOG_BUFFER, fetch_pretrained, load_checkpoint
+from backbones._checkpoint import HARMLESS, LOG_BUFFER, load_checkpoint, load_pretrained
 from backbones._registry import create_model, list_models, published_weights
 
 __all__ = [
@@ -122,7 +122,7 @@ class VisionBackbone(BaseModule):
     def init_weights(self) -> None:
         """Load what ``init_cfg`` names; a backbone without one stays as it was made."""
         if self.init_cfg and not self._is_init:
-            load_checkpoint(self.model, _resolve(self.init_cfg["checkpoint"]))
+            _load(self.model, self.init_cfg["checkpoint"])
         self._is_init = True
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
@@ -370,11 +370,14 @@ def allow_mmengine_checkpoints() -> None:
     torch.serialization.add_safe_globals([*HARMLESS, (HistoryBuffer, LOG_BUFFER)])
 
 
-def _resolve(checkpoint: str) -> Any:
-    """A file or URL as it is; the name of published weights becomes the weights."""
+def _load(model: nn.Module, checkpoint: str) -> None:
+    """Load a file, a URL, or published weights by their name."""
     name, _, tag = checkpoint.partition(".")
     published = published_weights(name) if name in list_models() else {}
-    return fetch_pretrained(name, published[tag], published) if tag in published else checkpoint
+    if tag in published:
+        load_pretrained(model, name, published[tag], published)
+    else:
+        load_checkpoint(model, checkpoint)
 
 
 _mmcv_ops.install()

@@ -1,8 +1,8 @@
 """RAVLT: a vision transformer of linear attention whose state and output have full rank.
 
 Qihang Fan, Huaibo Huang, Ran He, "Breaking the Low-Rank Dilemma of Linear Attention",
-https://arxiv.org/abs/2411.07635. Written from the paper and a description of its checkpoints, since
-the published code states no licence.
+https://arxiv.org/abs/2411.07635. Written from the paper and a specification of what the published
+model computes, since the published code states no licence.
 
 Any size (from 1×1); the stage at stride s has ⌈H/s⌉ rows. Detectors and segmenters of the paper use
 ``out_norms=True, num_classes=0``.
@@ -20,6 +20,7 @@ from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from backbones._base import Stage, StagedBackbone
+from backbones._keywords import checked, widths
 from backbones._registry import build_model, register
 from ops.attention.rank_augmented import RankAugmentedAttention, rotary_table
 from ops.conv import ConvNorm
@@ -182,6 +183,7 @@ class RAVLT(StagedBackbone):
 
     first_conv = "stem.0.conv"
 
+    @checked("dims", "num_heads", "layer_scales", "linear", dims=widths(2))
     def __init__(
         self,
         dims: Sequence[int] = (64, 128, 256, 512),

@@ -18,6 +18,7 @@ from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from backbones._base import Stage, StagedBackbone
+from backbones._keywords import checked, widths
 from backbones._registry import build_model, register
 from ops.attention.single_head import SingleHeadAttention
 from ops.conv import ConvResidual
@@ -65,6 +66,7 @@ class SHViT(StagedBackbone):
     classifier: str | tuple[str, ...] = "head.fc"
     first_conv = "stem.0.conv"
 
+    @checked("dims", "attn_dims", dims=widths(8))
     def __init__(
         self,
         dims: Sequence[int] = (128, 224, 320),
@@ -81,6 +83,8 @@ class SHViT(StagedBackbone):
         stem_features: bool = False,
     ) -> None:
         super().__init__(num_classes=num_classes, in_chans=in_chans)
+        if 1 in attn_dims:
+            raise ValueError(f"attn_dims must be 0, or 2 or more (for a norm), got {attn_dims}")
         rates = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
         self.stem = conv_stem(in_chans, dims[0])
         self.stages = nn.Sequential(

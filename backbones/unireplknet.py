@@ -27,7 +27,9 @@ from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from backbones._base import Stage, StagedBackbone
+from backbones._keywords import KERNEL, POOLINGS, checked, one_of, one_or_several, several, widths
 from backbones._registry import build_model, register
+from ops.batch_norm import BatchNorm2d
 from ops.init import init_trunc_normal
 from ops.large_kernel import DilatedReparamConv2d
 from ops.reparam import fold_norm_after, fold_scale_after, norm_affine
@@ -72,13 +74,13 @@ class Block(nn.Module):
             if kernel_size >= 7
             else nn.Conv2d(dim, dim, kernel_size, padding=kernel_size // 2, groups=dim, bias=False)
         )
-        self.norm1: nn.Module = nn.BatchNorm2d(dim)
+        self.norm1: nn.Module = BatchNorm2d(dim)
         self.se = SqueezeExcite(dim, rd_channels=dim // 4)
         self.fc1 = nn.Linear(dim, 4 * dim)
         self.act = nn.GELU()
         self.grn = GlobalResponseNorm(4 * dim)
         self.fc2 = nn.Linear(4 * dim, dim, bias=False)
-        self.norm2: nn.Module = nn.BatchNorm2d(dim)
+        self.norm2: nn.Module = BatchNorm2d(dim)
         self.gamma = nn.Parameter(layer_scale * torch.ones(dim))
         self.drop_path = DropPath(drop_path)
 
@@ -143,7 +145,17 @@ class UniRepLKNet(StagedBackbone):
     """
 
     first_conv = "stem.0"
+    classifies_maps = True
+    # The head's norm is as wide as the map.
+    poolings = tuple(pool for pool in POOLINGS if "cat" not in pool)
 
+    @checked(
+        "dims",
+        "kernel_sizes",
+        dims=widths(2),
+        kernel_sizes=several(one_or_several(KERNEL)),
+        global_pool=one_of(*poolings),
+    )
     def __init__(
         self,
         dims: Sequence[int] = (96, 192, 384, 768),

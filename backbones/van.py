@@ -24,8 +24,10 @@ from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from backbones._base import Stage, StagedBackbone
+from backbones._keywords import checked
 from backbones._registry import build_model, register
 from ops.attention.large_kernel import LargeKernelAttention
+from ops.batch_norm import BatchNorm2d
 from ops.conv import ConvNorm
 from ops.init import init_fan_out
 from ops.reparam import fold_norm_before, fold_scale_after, norm_affine
@@ -76,10 +78,10 @@ class Block(nn.Module):
         self, dim: int, mlp_ratio: float, drop: float, drop_path: float, layer_scale: float
     ) -> None:
         super().__init__()
-        self.norm1 = nn.BatchNorm2d(dim)
+        self.norm1 = BatchNorm2d(dim)
         self.attn = Attention(dim)
         self.ls1 = LayerScale2d(dim, layer_scale)
-        self.norm2 = nn.BatchNorm2d(dim)
+        self.norm2 = BatchNorm2d(dim)
         self.mlp = ConvMlp(dim, int(dim * mlp_ratio), drop)
         self.ls2 = LayerScale2d(dim, layer_scale)
         self.drop_path = DropPath(drop_path)
@@ -134,6 +136,7 @@ class VAN(StagedBackbone):
         norm_eps: of the norm after each stage; the paper's dense networks use 1e-5.
     """
 
+    @checked("dims", "mlp_ratios")
     def __init__(
         self,
         dims: Sequence[int] = (64, 128, 320, 512),

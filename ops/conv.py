@@ -8,6 +8,7 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
+from ops.batch_norm import BatchNorm2d
 from ops.reparam import fold_norm_after, fold_norm_before
 
 __all__ = ["ConvNorm", "ConvResidual", "InceptionDWConv2d", "NormConv", "NormLinear"]
@@ -45,7 +46,7 @@ class ConvNorm(nn.Module):
         self.conv = nn.Conv2d(
             in_chs, out_chs, kernel_size, stride, padding, dilation, groups, bias=bias
         )
-        self.norm = nn.BatchNorm2d(out_chs)
+        self.norm = BatchNorm2d(out_chs)
         nn.init.constant_(self.norm.weight, norm_scale)
         self.act = act_layer() if act_layer is not None else None
 
@@ -94,7 +95,7 @@ class NormConv(nn.Module):
 
     def __init__(self, dim: int, out_dim: int) -> None:
         super().__init__()
-        self.norm = nn.BatchNorm2d(dim)
+        self.norm = BatchNorm2d(dim)
         self.conv = nn.Conv2d(dim, out_dim, 2, 2)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from backbones.training.errors import RecipeError
 from backbones.training.recipe import Recipe
 from backbones.training.trained import load_trained
+from ops.batch_norm import BatchNorm2d
 
 __all__ = [
     "Distillation",
@@ -117,9 +118,9 @@ class Exit(nn.Module):
                     groups=in_chs,
                     bias=False,
                 ),
-                nn.BatchNorm2d(in_chs),
+                BatchNorm2d(in_chs),
                 nn.Conv2d(in_chs, width, 1, bias=False),
-                nn.BatchNorm2d(width),
+                BatchNorm2d(width),
                 nn.GELU(),
             ]
             in_chs = width

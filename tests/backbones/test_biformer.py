@@ -145,11 +145,11 @@ def test_initial_weights(variant: str) -> None:
 
 
 def test_bad_arguments_are_named() -> None:
-    with pytest.raises(ValueError, match="num_heads must divide dim 60"):
+    with pytest.raises(ValueError, match="dims must be multiples of head_dim 7"):
         backbones.create_model("biformer_tiny", dims=(60, 128, 256, 512), head_dim=7)
     with pytest.raises(ValueError, match="num_heads must divide dim 100, got 8"):
         backbones.create_model("biformer_tiny", dims=(64, 128, 256, 100))
-    with pytest.raises(ValueError, match="n_win and topk must be at least 1, got 0"):
+    with pytest.raises(ValueError, match="n_win must lie in 1 … 1024, got 0"):
         backbones.create_model("biformer_tiny", n_win=0)
     with pytest.raises(ValueError, match="out_norms"):
         backbones.create_model("biformer_tiny", out_norms=(4,))

@@ -238,5 +238,5 @@ def test_there_is_no_classifier() -> None:
         model.reset_classifier(10)
     with pytest.raises(NotImplementedError, match="call the model"):
         model.forward_head(images(1, 24, 4, 4))
-    with pytest.raises(ValueError, match="upscale must be 1, 2, 3 or 4, got 5"):
+    with pytest.raises(ValueError, match="upscale must be one of 1, 2, 3, 4, got 5"):
         tiny(upscale=5)

@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from zoo import images, randomise
+from zoo import images, randomise, small
 
 import backbones
 from backbones.cli.parity import checkpoint, image, reference, summary_error, tolerance
@@ -164,3 +164,10 @@ def test_fuse_leaves_no_norm_behind_merging() -> None:
     model.fuse()
     assert not any(isinstance(module, nn.BatchNorm2d) for module in model.modules())
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_an_image_of_nan_ends_no_process() -> None:
+    """torchvision would read the pixels at positions that are NaN."""
+    model = small("litv2").eval()
+    with torch.no_grad():
+        assert model(torch.full((1, 3, 64, 64), float("nan"))).isnan().all()

@@ -57,7 +57,7 @@ def test_unknown_names_that_resemble_nothing() -> None:
 @pytest.mark.parametrize("rate", [2.0, -0.1, float("nan")])
 @pytest.mark.parametrize("keyword", ["drop_rate", "proj_drop_rate", "drop_path_rate"])
 def test_rates_outside_their_range_are_refused(keyword: str, rate: float) -> None:
-    with pytest.raises(ValueError, match=f"favit_b0: {keyword} must lie in 0 … 1, got {rate}"):
+    with pytest.raises(ValueError, match=f"^{keyword} must lie in 0 … 1, got {rate}"):
         backbones.create_model("favit_b0", **{keyword: rate})
 
 

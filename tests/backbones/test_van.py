@@ -11,7 +11,7 @@ from torch import nn
 
 import backbones
 from backbones.cli.parity import checkpoint, image, reference, summary_error
-from ops.inference.depthwise_mlp import PackedDepthwiseMlp
+from ops.cpu.feed_forward.depthwise_mlp import PackedDepthwiseMlp
 
 
 @torch.no_grad()

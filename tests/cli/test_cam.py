@@ -6,7 +6,8 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from gradient_law import FORMATS
+from torch import Tensor, autograd, nn
 from zoo import CLASSIFIERS, images, randomise, small
 
 from backbones.cli.cam import grad_cam, spread
@@ -121,6 +122,51 @@ def test_every_family(family: str) -> None:
     assert heat.min() >= 0
     assert heat.max() <= 1
     assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("family", CLASSIFIERS)
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_an_image_alone_has_the_heat_that_it_has_in_a_batch(
+    family: str, memory_format: str
+) -> None:
+    model = randomise(small(family, num_classes=4)).double().eval()
+    model.to(memory_format=FORMATS[memory_format])
+    # The last maps are too coarse to show: gradients come through the stages behind.
+    x = images(2, 3, 96, 120).double().contiguous(memory_format=FORMATS[memory_format])
+    both = grad_cam(model, x)
+    alone = [
+        torch.cat(parts) for parts in zip(*(grad_cam(model, i) for i in x.split(1)), strict=True)
+    ]
+    for given, wanted in zip(alone, both, strict=True):
+        torch.testing.assert_close(given, wanted, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("family", CLASSIFIERS)
+def test_heat_comes_from_central_differences(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The gradient of an image's score that the heat is made of, along a direction."""
+    model, real, seen = randomise(small(family, num_classes=4)).double().eval(), autograd.grad, []
+
+    def watched(score: Tensor, features: Tensor) -> tuple[Tensor, ...]:
+        seen.append((features.detach(), *real(score, features)))
+        return seen[-1][1:]
+
+    monkeypatch.setattr(autograd, "grad", watched)
+    grad_cam(model, images(1, 3, 96, 120).double(), torch.tensor([2]))
+    ((features, gradient),) = seen
+    stages = list(model.stages)
+    channels = [info["num_chs"] for info in model.feature_info]
+    behind = stages[channels.index(features.shape[1]) + 1 :]
+    assert behind
+
+    @torch.no_grad()
+    def score(x: Tensor) -> Tensor:
+        for stage in behind:
+            x = stage(x)
+        return model.forward_head(model.norm(x))[0, 2]
+
+    move, step = images(*features.shape, seed=3).double(), 1e-6
+    slope = (score(features + step * move) - score(features - step * move)) / (2 * step)
+    torch.testing.assert_close((gradient * move).sum(), slope, rtol=1e-6, atol=1e-8)
 
 
 def test_it_finds_what_matters() -> None:

@@ -6,18 +6,23 @@ import csv
 import signal
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import safetensors
 import safetensors.torch
 import torch
 import yaml
+from gradient_law import FORMATS, Case, alone, assert_same, gradients
 from PIL import Image
 from restoration_runs import TINY, make_pictures, start, start_two, train
 from training_runs import final_state, kill, kill_at_call, same
+from zoo import images, randomise, small
 
 import backbones
 from backbones.restoration.recipe import RestorationRecipe
-from backbones.restoration.train import build_restorer
+from backbones.restoration.train import RestorationTrainer, build_restorer
+from backbones.training.checkpoint import load_state
 from backbones.training.errors import RecipeError
 from backbones.training.recipe import load_recipe
 
@@ -106,6 +111,24 @@ def test_two_processes_equal_one_with_the_double_batch(pictures, tmp_path):
             assert row[key] == pytest.approx(other[key], rel=1e-4)
 
 
+@pytest.mark.parametrize("memory_format", FORMATS)
+def test_the_gradient_of_a_patch_alone_is_that_within_a_batch(memory_format):
+    case = Case("hat", "train", memory_format)
+    model = randomise(small("hat", drop_path_rate=0.0)).train()
+    model.to(memory_format=FORMATS[memory_format])
+    truth = images(2, 3, 32, 48, seed=1)
+
+    def objective(x):
+        # The loss is a mean over patches; the images tell which of the truths is theirs.
+        chosen = truth[: len(x)] if torch.equal(x[0], spoilt[0]) else truth[1:]
+        loss, count = RestorationTrainer.compute(SimpleNamespace(net=model), (x, chosen))
+        return loss * count
+
+    spoilt = images(2, 3, 16, 24).contiguous(memory_format=FORMATS[memory_format])
+    whole = gradients(objective, spoilt, model)
+    assert_same(alone(objective, spoilt, model), whole, case, model)
+
+
 def test_two_processes_go_on_bit_for_bit(pictures, tmp_path):
     arguments = (*pictures, f"--output={tmp_path}", *RECIPE)
     for process in start_two(*arguments, "--name=undisturbed"):
@@ -139,17 +162,45 @@ def test_mistakes_are_named(pictures, tmp_path, capsys):
     assert "task denoise keeps the size, hat_nano_x2 makes it 2" in error("--task=denoise")
     assert "needs a model whose upscale is 2, 3 or 4" in error("--model-args={upscale: 1}")
     assert "van_b0 makes no images" in error("--model=van_b0", "--model-args={}")
-    assert "sigma must be one or more numbers" in error("--sigma", "-1")
-    assert "quality must be two numbers" in error("--quality", "40", "10")
-    assert "error: threads must be at least 1, not 0" in error("--threads=0")
+    assert "sigma must be within 0 … 255, not (-1.0,)" in error("--sigma", "-1")
+    assert "sigma must be one or more numbers" in error("--sigma=[]")
+    assert "quality must be the lowest and the highest" in error("--quality", "40", "10")
+    assert "quality must be 2 numbers within 1 … 100" in error("--quality", "40")
+    assert "patch_size must be within 1 …" in error("--patch-size=0")
+    assert "updates_per_epoch must be within 1 …" in error("--updates-per-epoch=0")
+    assert "val_tile must be within 0 …" in error("--val-tile=-1")
+    assert "ema_decay must be at least 0 and below 1" in error("--ema-decay=2")
+    assert "error: threads must be within 1 … 1024, not 0" in error("--threads=0")
+    assert "model_args" in error("--model-args={depths: 3}")
     assert "error: device nope cannot be used here: " in error("--device=nope")
     assert "no picture at /nowhere" in error("--train-pictures=/nowhere")
     assert "cannot be read, more than max_corrupt" in error("--patch-size=40", "--name=large")
     listed = (tmp_path / "large" / "corrupt_train.txt").read_text()
     assert "smaller than a patch of 80×80" in listed
     assert train(*pictures, f"--output={tmp_path}", "--name=a", "--epochs=1") == 0
+    small = make_pictures(tmp_path / "small", 1, side=14)
+    assert "0.png is smaller than 16×16 pixels" in error(f"--val-pictures={small}")
     again = ("--name=a", "--resume=auto", "--epochs=2", "--model-args", TINY.replace("8", "16", 1))
     assert "does not fit this recipe" in error(*again)
+
+
+def test_weights_that_are_nan_are_saved_nowhere(pictures, tmp_path, monkeypatch, capsys):
+    original = RestorationTrainer.apply_gradients
+
+    def apply_gradients(self):
+        original(self)
+        if self.updates + 1 == 8:
+            with torch.no_grad():
+                next(self.model.parameters()).fill_(float("nan"))
+
+    monkeypatch.setattr(RestorationTrainer, "apply_gradients", apply_gradients)
+    arguments = (*pictures, f"--output={tmp_path}", "--name=run", "--epochs=2")
+    assert train(*arguments) == 1
+    said = capsys.readouterr().err
+    assert "the validation after 8 updates found psnr_y nan" in said and said.count("\n") == 1
+    assert load_state(tmp_path / "run" / "last.pt")["updates"] == 4
+    with safetensors.safe_open(tmp_path / "run" / "best.safetensors", "pt") as file:
+        assert file.metadata()["epoch"] == "1"
 
 
 @pytest.mark.parametrize("path", sorted(CONFIGS.glob("*.yaml")), ids=lambda p: p.stem)

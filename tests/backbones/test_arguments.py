@@ -1,0 +1,113 @@
+"""Words of a command line: what they may be, and a sentence for those that they may not."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import socket
+from pathlib import Path
+
+import pytest
+
+from backbones import _arguments as arguments
+from backbones._console import CommandError
+
+
+@pytest.mark.parametrize("word", ["", "a\0b"])
+def test_names_of_files(word: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="must be the name of a file or folder"):
+        arguments.nonempty_path(word)
+    assert arguments.nonempty_path("a b") == Path("a b")
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("0", "must be at least 1, not 0"),
+        ("-1", "must be at least 1, not -1"),
+        ("9", "must be at most 8, not 9"),
+        ("2.5", "must be a whole number, not '2.5'"),
+        ("", "must be a whole number, not ''"),
+        ("nan", "must be a whole number, not 'nan'"),
+        ("9" * 1000, "must be at most 8, not 999"),
+        ("9" * 5000, "must be a whole number, not '999"),
+    ],
+)
+def test_whole_numbers(word: str, said: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError) as raised:
+        arguments.whole(1, 8)(word)
+    assert str(raised.value).startswith(said)
+    assert len(str(raised.value)) < 120
+    assert arguments.whole(1, 8)("8") == 8
+    assert arguments.whole(0)("10000000000") == 10**10
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("0", "must be above 0, not 0"),
+        ("-1", "must be above 0, not -1"),
+        ("1.1", "must be at most 1, not 1.1"),
+        *((word, f"must be a number, not '{word}'") for word in ("nan", "inf", "-inf", "x", "")),
+    ],
+)
+def test_numbers(word: str, said: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError) as raised:
+        arguments.real(0, 1, above=True)(word)
+    assert str(raised.value).startswith(said)
+    assert arguments.real(0, 1, above=True)("1e-3") == 1e-3
+    assert arguments.real(0)("0") == 0
+
+
+def test_what_is_no_file(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "link").symlink_to("nowhere")
+    (tmp_path / "loop").symlink_to("loop")
+    with socket.socket(socket.AF_UNIX) as there:
+        before = Path.cwd()
+        os.chdir(tmp_path)  # the name of a socket must be short
+        there.bind("socket")
+        os.chdir(before)
+    said = {p.name: arguments.file_problem(p) for p in tmp_path.iterdir()}
+    assert said.pop("loop") is not None
+    assert said == {
+        "file": None,
+        "pipe": "is a named pipe",
+        "link": "is a link to nothing",
+        "socket": "is a socket",
+    }
+    assert arguments.file_problem(tmp_path) == "is a folder"
+    assert arguments.file_problem("/dev/zero") == "is a device"
+    assert arguments.file_problem("/dev/null/x") is not None
+
+
+def test_outputs_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "in").write_text("")
+    (tmp_path / "link").symlink_to("in")
+    csv, json = tmp_path / "a.csv", tmp_path / "b.json"
+
+    def refused(outputs: dict[str, Path | None], **more: bool) -> str:
+        with pytest.raises(CommandError) as raised:
+            arguments.require_writable(outputs, [tmp_path / "in", None], **more)
+        return str(raised.value)
+
+    arguments.require_writable({"--csv": csv, "--json": json, "--cam": None}, [tmp_path / "in"])
+    assert "--csv and --json are both" in refused({"--csv": csv, "--json": csv})
+    same = tmp_path / "." / "x" / ".." / "a.csv"
+    assert "are both" in refused({"--csv": csv, "--json": same})
+    assert "would be written over" in refused({"--csv": tmp_path / "link"})
+    assert "is a folder" in refused({"--csv": tmp_path})
+    assert "there is no folder" in refused({"--csv": tmp_path / "no" / "a.csv"})
+    arguments.require_writable({"--csv": tmp_path / "no" / "a.csv"}, makes_folders=True)
+    assert "is no folder" in refused({"--csv": tmp_path / "in" / "a.csv"}, makes_folders=True)
+    monkeypatch.setattr(os, "access", lambda *args: False)
+    assert "cannot be written to" in refused({"--csv": csv})
+
+
+@pytest.mark.parametrize("name", ["", "meta", "cuda:99", "mkldnn", "xla", "cpu:-1", "pine\napple"])
+def test_devices_that_cannot_be_used(name: str) -> None:
+    with pytest.raises(CommandError, match="cannot be used here: ") as raised:
+        arguments.usable_device(name)
+    assert len(str(raised.value)) < 300
+    assert arguments.usable_device("cpu").type == "cpu"

@@ -1,0 +1,144 @@
+"""What every command line shares: any text can be written, any end has its status and one line."""
+
+from __future__ import annotations
+
+import errno
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from other_encodings import Stream
+
+from backbones import CheckpointError
+from backbones._console import CommandError, Parser, any_text, guard, one_line, shown
+from backbones.training.errors import DataError
+
+TEXT = "─✓× 日 \udcff.png"
+
+
+@pytest.mark.parametrize(
+    ("encoding", "expected"),
+    [
+        ("cp1252", b"-v\xd7 \\u65e5 \\udcff.png"),
+        ("ascii", b"-vx \\u65e5 \\udcff.png"),
+        ("utf-8", "─✓× 日 \\udcff.png".encode()),
+    ],
+)
+@pytest.mark.parametrize("name", ["stdout", "stderr"])
+def test_any_text_can_be_written(
+    encoding: str, expected: bytes, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stream = Stream(encoding)
+    monkeypatch.setattr(sys, name, stream)
+    with any_text():
+        getattr(sys, name).write(TEXT)
+    assert stream.said() == expected
+    assert stream.errors == "strict"
+
+
+def raising(error: BaseException) -> Callable[[], int]:
+    def command() -> int:
+        raise error
+
+    return command
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "said"),
+    [
+        (CommandError("no"), 2, "error: no"),
+        (CheckpointError("a\nb\x1b[0m"), 2, "error: a\\nb\\x1b[0m"),
+        (DataError("no data"), 2, "error: no data"),
+        (FileNotFoundError(2, "No such file", "x"), 2, "error: [Errno 2] No such file: 'x'"),
+        (
+            OSError(errno.ENOSPC, "No space left"),
+            2,
+            "error: cannot write the output: No space left",
+        ),
+        (MemoryError(), 2, "error: not enough memory"),
+        (torch.OutOfMemoryError("2 GiB"), 2, "error: not enough memory: 2 GiB"),
+        (RuntimeError("DefaultCPUAllocator: no"), 2, "error: not enough memory: DefaultCPUAlloc"),
+        (KeyboardInterrupt(), 130, ""),
+        (BrokenPipeError(), 0, ""),
+        (SystemExit(), 0, ""),
+        (SystemExit(2), 2, ""),
+        (SystemExit("gone"), 2, "error: gone"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
+)
+def test_every_end_has_its_status(
+    error: BaseException, status: int, said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert guard(raising(error)) == status
+    printed = capsys.readouterr()
+    assert (printed.out, len(printed.err.splitlines())) == ("", int(bool(said)))
+    assert printed.err.startswith(said)
+
+
+def test_a_bug_keeps_its_trace() -> None:
+    with pytest.raises(RuntimeError, match="a bug"):
+        guard(raising(RuntimeError("a bug")))
+    with pytest.raises(ValueError, match="a bug"):
+        guard(raising(ValueError("a bug")))
+
+
+@pytest.mark.parametrize("size", [10, 100_000])
+def test_a_full_disk_behind_the_output_is_named(
+    size: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert guard(lambda: sys.stdout.write("x" * size) * 0) == 2
+        monkeypatch.undo()
+    said = capsys.readouterr().err
+    assert said == "error: cannot write the output: No space left on device\n"
+
+
+def test_whoever_reads_the_output_may_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    with open(writing, "w") as stream:
+        monkeypatch.setattr(sys, "stdout", stream)
+        assert guard(lambda: sys.stdout.write("x") and 1) == 1
+        monkeypatch.undo()
+
+
+def test_an_output_that_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdout", None)
+    assert guard(lambda: sys.stdout.write("x") * 0) == 0
+    assert sys.stdout is None
+
+
+def test_mistakes_on_a_command_line_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    parser = Parser(prog="x")
+    parser.add_argument("--many", type=int, nargs=2)
+    assert guard(lambda: parser.parse_args(["--many", "1", "a\nb"])) == 2
+    assert capsys.readouterr().err == "error: argument --many: invalid int value: 'a\\nb'\n"
+
+
+def test_lines_end() -> None:
+    assert one_line("a\r\n\tb\x85\u2028é日") == "a\\r\\n\\tb\\x85\\u2028é日"
+    assert len(one_line("x" * 10**6)) < 2000
+    assert len(shown("9" * 10**4)) < 100
+    assert len(shown(10**4000)) < 100
+
+
+@pytest.mark.slow
+def test_no_word_is_left_for_the_interpreter_to_say(tmp_path: Path) -> None:
+    """As a process: nothing is said of streams that break when they are closed at the end."""
+    code = "import sys; from backbones._console import guard; sys.exit(guard(lambda: print('x')))"
+    root = Path(__file__).parents[2]
+
+    def ends(shell: str) -> tuple[int, str]:
+        command = ["bash", "-c", shell, sys.executable, code]
+        done = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=120)
+        return done.returncode, done.stderr
+
+    full = "error: cannot write the output: No space left on device\n"
+    assert ends('"$0" -c "$1" > /dev/full') == (2, full)
+    assert ends('"$0" -c "$1" >&-') == (0, "")
+    assert ends('set -o pipefail; "$0" -c "$1" | true') == (0, "")
