@@ -24,6 +24,7 @@ import torch
 from timm.utils import distribute_bn
 from torch import nn
 
+from backbones._console import guard
 from backbones.training import build, distillation, pictures
 from backbones.training.corrupt import CorruptImages
 from backbones.training.data import open_splits
@@ -34,7 +35,10 @@ from backbones.training.loop import TrainingLoop
 from backbones.training.multilabel import validation_loss
 from backbones.training.progress import Meter, Progress, describe_epoch, duration
 from backbones.training.recipe import Recipe
+from backbones.training.recipe_checks import check_sizes
 from backbones.training.run import run_from_command_line
+
+_SMALL = 32  # pixels, from which on every network of this library takes images
 
 
 class Trainer(TrainingLoop):
@@ -50,11 +54,13 @@ class Trainer(TrainingLoop):
         super().__init__(recipe, folder, world, stop, progress)
         splits = open_splits(recipe)
         self.classes, self.multi_label = splits.classes, splits.multi_label
-        self.num_classes = recipe.num_classes or len(splits.classes)
+        self.num_classes = splits.head_size(recipe)
         self.score_key = "auc" if self.multi_label else "top1"
 
         model = build.build_model(recipe, self.num_classes).to(self.device)
         self.config = build.preprocessing(recipe, model)
+        sizes = [self.config["input_size"][-1], *recipe.img_size_schedule.values()]
+        check_sizes(recipe, sizes)
         network = distillation.add_exits(recipe, model).to(self.device)
         self.objective = build.build_objective(
             recipe, self.num_classes, self.config, self.multi_label, self.device
@@ -72,6 +78,8 @@ class Trainer(TrainingLoop):
             splits.validation, splits.validation_size, self.config, recipe, world, corrupt[1]
         )
         self.set_up(model, self.train_loader.batches // recipe.accum_steps, network)
+        if min(sizes) < _SMALL or recipe.batch_size == 1 or recipe.distill is not None:
+            self.try_out(self.train_loader.blank(min(sizes), self.multi_label, self.num_classes))
 
     def resolved_recipe(self) -> Recipe:
         """With what the model and the data settled."""
@@ -191,4 +199,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(guard(main))

@@ -20,20 +20,20 @@ from torch import Tensor
 
 from backbones._checkpoint import CheckpointError, read_checkpoint
 from backbones.training.checkpoint import save_weights
-from backbones.training.errors import CheckpointFileError
+from backbones.training.errors import CheckpointFileError, one_line
 
 
 def average(paths: Sequence[Path]) -> dict[str, Tensor]:
     """The mean of the checkpoints at ``paths``, in the types of the first.
 
     Raises:
-        FileNotFoundError, CheckpointError: a file is missing or unreadable, or its tensors differ
-            from those of the first in name or shape.
+        FileNotFoundError, CheckpointError: a file is missing or unreadable, holds NaN or infinite
+            values, or its tensors differ from those of the first in name or shape.
     """
-    first = read_checkpoint(paths[0])
+    first = _read(paths[0])
     sums = {k: v.double() for k, v in first.items() if v.is_floating_point()}
     for path in paths[1:]:
-        tensors = read_checkpoint(path)
+        tensors = _read(path)
         unlike = sorted(tensors.keys() ^ first.keys())
         unlike += [k for k in first if k in tensors and tensors[k].shape != first[k].shape]
         if unlike:
@@ -47,6 +47,14 @@ def average(paths: Sequence[Path]) -> dict[str, Tensor]:
     }
 
 
+def _read(path: Path) -> dict[str, Tensor]:
+    tensors = read_checkpoint(path)
+    for key, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor.double()).all():
+            raise CheckpointError(f"{path}: {key} is not finite, and would spoil the mean")
+    return tensors
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run from a command line; the exit status."""
     parser = argparse.ArgumentParser(
@@ -56,12 +64,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--output", type=Path, required=True, help="a .safetensors file")
     options = parser.parse_args(argv)
     try:
+        if options.output.suffix != ".safetensors":
+            raise CheckpointError(f"--output must end in .safetensors, not {options.output}")
         with torch.inference_mode():
             mean = average(options.checkpoints)
         sources = ", ".join(path.name for path in options.checkpoints)
         save_weights(options.output, mean, {"average_of": sources})
-    except (FileNotFoundError, CheckpointError, CheckpointFileError) as error:
-        sys.stderr.write(f"error: {error}\n")
+    except (OSError, CheckpointError, CheckpointFileError) as error:
+        sys.stderr.write(f"error: {one_line(error)}\n")
         return 1
     sys.stdout.write(f"the mean of {len(options.checkpoints)} checkpoints is {options.output}\n")
     return 0

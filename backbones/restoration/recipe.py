@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from backbones.training.errors import RecipeError
 from backbones.training.recipe import Recipe, key
+from backbones.training.recipe_ranges import RANGES, Range, check_ranges
 
 __all__ = ["RestorationRecipe"]
 
@@ -34,6 +36,13 @@ class RestorationRecipe(Recipe):
     """
 
     refused: ClassVar[frozenset[str]] = _classifiers_own()
+    ranges: ClassVar[Mapping[str, Range]] = RANGES | {
+        "sigma": Range(low=0, high=255),
+        "quality": Range(low=1, high=100, counts=(2,)),
+        "patch_size": Range(low=1, high=4096),
+        "updates_per_epoch": Range(low=1, high=10**6),
+        "val_tile": Range(low=0, high=2**16),
+    }
 
     # --- other defaults than a classifier's
     batch_size: int = key("data", 4, "patches per step and process")
@@ -85,16 +94,12 @@ class RestorationRecipe(Recipe):
         Raises:
             RecipeError: naming the key.
         """
+        check_ranges(vars(self), self.ranges)
         wrong: list[tuple[str, Any, str]] = []
-        if self.patch_size < 1 or self.updates_per_epoch < 1 or self.val_tile < 0:
-            for name in ("patch_size", "updates_per_epoch", "val_tile"):
-                wrong.append((name, getattr(self, name), "at least 1 (val_tile: 0)"))
-        if not self.sigma or min(self.sigma) < 0:
-            wrong.append(("sigma", self.sigma, "one or more numbers from 0 on"))
-        if len(self.quality) != 2 or not 1 <= self.quality[0] <= self.quality[1] <= 100:
-            wrong.append(("quality", self.quality, "two numbers within 1 … 100, in order"))
-        if self.in_chans not in (1, 3):
-            wrong.append(("in_chans", self.in_chans, "1 (grey) or 3"))
+        if not self.sigma:
+            wrong.append(("sigma", self.sigma, "one or more numbers"))
+        if self.quality[0] > self.quality[1]:
+            wrong.append(("quality", self.quality, "the lowest and the highest"))
         if self.task == "real" and self.in_chans != 3:
             wrong.append(("in_chans", self.in_chans, "3 with task: real"))
         for name, value, right in wrong:

@@ -21,14 +21,15 @@ from backbones.restoration.data import (
     load_truth,
     spoil_whole,
 )
-from backbones.restoration.images import PictureError
+from backbones.restoration.images import PictureError, read_size
 from backbones.restoration.metrics import quality, quantize
 from backbones.restoration.panels import Panel, draw_panels, most_detailed
 from backbones.restoration.recipe import RestorationRecipe
 from backbones.restoration.resize import resize_bicubic
+from backbones.training.build import model_error
 from backbones.training.corrupt import CorruptImages
 from backbones.training.distributed import World
-from backbones.training.errors import DataError, RecipeError
+from backbones.training.errors import BUILDING_ERRORS, DataError, RecipeError
 from backbones.training.interrupt import StopRequest
 from backbones.training.loop import TrainingLoop
 from backbones.training.progress import RESULTS, Progress, duration
@@ -44,6 +45,8 @@ _RESULTS = {
     "corrupt_train.txt": RESULTS["corrupt_train.txt"],
 }
 _VAL_OVERLAP = 32
+_SMALLEST = 11  # the window of SSIM, within the border that does not count
+_SMALL = 32
 
 
 def build_restorer(recipe: RestorationRecipe) -> Any:
@@ -62,8 +65,8 @@ def build_restorer(recipe: RestorationRecipe) -> Any:
             checkpoint_path=recipe.checkpoint,
             **{**arguments, **recipe.model_args},
         )
-    except (TypeError, ValueError, OSError) as error:
-        raise RecipeError(str(error)) from error
+    except BUILDING_ERRORS as error:
+        raise model_error(recipe, error) from error
     scale = getattr(model, "upscale", None)
     if scale is None:
         raise RecipeError(f"{recipe.model} makes no images: take one of list_models('hat*')")
@@ -114,8 +117,16 @@ class RestorationTrainer(TrainingLoop):
             CorruptImages(folder / "corrupt_train.txt", recipe.max_corrupt),
         )
         self.val_paths = find_pictures(recipe.val_pictures, False)
+        least = math.ceil(_SMALLEST / self.scale + 2) * self.scale
+        for path in self.val_paths:
+            if min(read_size(path)) < least:
+                raise DataError(f"val_pictures: {path} is smaller than {least}×{least} pixels")
         self.input_quality: dict[str, float] = {}
         self.set_up(model, recipe.updates_per_epoch)
+        if recipe.patch_size < _SMALL:
+            small = torch.zeros(recipe.batch_size, recipe.in_chans, *2 * (recipe.patch_size,))
+            large = torch.zeros(*small.shape[:2], *2 * (recipe.patch_size * self.scale,))
+            self.try_out((small.to(self.device), large.to(self.device)))
 
     # --- what the loop asks for
 

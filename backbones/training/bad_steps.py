@@ -33,15 +33,19 @@ class BadSteps:
         self.in_a_row.append((epoch, step))
         return len(self.in_a_row) >= self.allowed
 
-    def error(self, images: Sequence[str], folder: Path, write: bool) -> DivergedError:
-        """What to raise; the names of the ``images`` go to a file in ``folder``."""
+    def error(self, images: Sequence[str], folder: Path, write: bool, left: str) -> DivergedError:
+        """What to raise; the names of the ``images`` go to a file in ``folder``.
+
+        Args:
+            left: which checkpoints there are, for people.
+        """
         path = folder / "bad_batches.txt"
         if write:
-            listing = "".join(f"{name}\n" for name in images)
-            write_atomically(path, lambda file: file.write(listing.encode()))
+            listing = "".join(f"{name}\n" for name in images).encode(errors="backslashreplace")
+            write_atomically(path, lambda file: file.write(listing))
         first = ", ".join(images[:3])
         return DivergedError(
             f"the loss was not finite in {len(self.in_a_row)} updates in a row; their "
-            f"{len(images)} images ({first}, …) are listed in {path}. last.pt has the weights "
-            "from before; a lower lr or clip_grad may help"
+            f"{len(images)} images ({first}, …) are listed in {path}; {left}. A lower lr or "
+            "clip_grad may help"
         )

@@ -1,38 +1,37 @@
-"""From a recipe to the parts of a run: preprocessing, batch augmentation, loss, optimizer."""
+"""From a recipe to the parts of a run: model, preprocessing, batch augmentation, loss."""
 
 from __future__ import annotations
 
 import dataclasses
-import math
-import re
 from collections.abc import Callable
 from typing import Any
 
-import timm.optim
 import torch
 from timm.data import Mixup, resolve_data_config
 from timm.data.random_erasing import RandomErasing
 from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTargetCrossEntropy
-from timm.scheduler import create_scheduler_v2
 from torch import nn
 
 import backbones
-from backbones.training.distillation import Distillation, StudentWithExits, build_teacher
-from backbones.training.errors import RecipeError
+from backbones.training.distillation import Distillation, build_teacher
+from backbones.training.errors import (
+    BUILDING_ERRORS,
+    RecipeError,
+    first_line,
+    one_line,
+    reading_error,
+    shown,
+)
 from backbones.training.recipe import Recipe
 
 __all__ = [
     "BatchAugmentation",
     "LabelLoss",
     "RunningStatsGuard",
-    "add_exits_to_optimizer",
     "build_loss",
     "build_model",
     "build_objective",
-    "build_optimizer",
-    "build_scheduler",
-    "images_per_update",
-    "learning_rate",
+    "model_error",
     "preprocessing",
     "resolved_recipe",
     "settle_memory_format",
@@ -61,13 +60,23 @@ def build_model(recipe: Recipe, num_classes: int, weights: bool = True) -> Any:
             global_pool=recipe.global_pool,
             **recipe.model_args,
         )
-    except (TypeError, ValueError, OSError) as error:
-        raise RecipeError(str(error)) from error
+    except BUILDING_ERRORS as error:
+        raise model_error(recipe, error) from error
     if recipe.channels_last:
         model = model.to(memory_format=torch.channels_last)
     if recipe.grad_checkpointing:
         model.set_grad_checkpointing(True)
     return model
+
+
+def model_error(recipe: Recipe, error: Exception) -> Exception:
+    """What to raise of an error in making the recipe's model: it is the recipe's, or a bug."""
+    if isinstance(error, (ValueError, OSError)):  # written for people
+        return RecipeError(reading_error(error, recipe.checkpoint))
+    if recipe.model_args:
+        arguments = shown(recipe.model_args)
+        return RecipeError(f"{recipe.model} with model_args {arguments}: {first_line(error)}")
+    return RecipeError(one_line(error)) if isinstance(error, TypeError) else error
 
 
 def settle_memory_format(recipe: Recipe, device: torch.device) -> Recipe:
@@ -90,7 +99,9 @@ def preprocessing(recipe: Recipe, model: nn.Module) -> dict[str, Any]:
 
     The recipe's, and where it is silent those of the model's ``pretrained_cfg``.
     """
-    size = recipe.img_size or model.pretrained_cfg["input_size"][-1]  # type: ignore[index]
+    size: Any = recipe.img_size
+    if size is None:
+        size = model.pretrained_cfg["input_size"][-1]  # type: ignore[index]
     wishes = {
         "input_size": (recipe.in_chans, size, size),
         "mean": recipe.mean,
@@ -234,122 +245,6 @@ def build_objective(
 class _MultiLabelLoss(nn.BCEWithLogitsLoss):
     def forward(self, input: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
         return super().forward(input, target.to(input.dtype))
-
-
-def images_per_update(recipe: Recipe, world_size: int) -> int:
-    """How many images one update of the weights sees, over all processes."""
-    return recipe.batch_size * recipe.accum_steps * world_size
-
-
-def learning_rate(recipe: Recipe, world_size: int) -> float:
-    """``lr``, or ``lr_base`` scaled to the number of images that an update sees."""
-    if recipe.lr is not None:
-        return recipe.lr
-    ratio = images_per_update(recipe, world_size) / recipe.lr_base_size
-    return recipe.lr_base * (ratio**0.5 if recipe.lr_base_scale == "sqrt" else ratio)
-
-
-def build_optimizer(recipe: Recipe, model: nn.Module, lr: float) -> torch.optim.Optimizer:
-    """Any of timm's optimizers.
-
-    Raises:
-        RecipeError: timm has no such optimizer, or it does not take one of the arguments; a
-            pattern of ``lr_factors`` that fits no parameter, or a factor that is no number > 0.
-    """
-    wishes = {"eps": recipe.opt_eps, "betas": recipe.opt_betas, **recipe.opt_args}
-    try:
-        optimizer: torch.optim.Optimizer = timm.optim.create_optimizer_v2(
-            model,
-            opt=recipe.opt,
-            lr=lr,
-            weight_decay=recipe.weight_decay,
-            momentum=recipe.momentum,
-            layer_decay=recipe.layer_decay,
-            **{key: value for key, value in wishes.items() if value is not None},
-        )
-    except (ValueError, TypeError, AssertionError) as error:
-        raise RecipeError(f"optimizer opt={recipe.opt!r}: {error}") from error
-    _split_groups(optimizer, _lr_factors(recipe.lr_factors, model))
-    return optimizer
-
-
-def add_exits_to_optimizer(
-    recipe: Recipe, optimizer: torch.optim.Optimizer, network: nn.Module, lr: float
-) -> None:
-    """Let the optimizer train the exits of ``network`` too, if it has any."""
-    if not isinstance(network, StudentWithExits):
-        return
-    parameters = list(network.exits.parameters())
-    for decay, chosen in (
-        (0.0, [p for p in parameters if p.ndim <= 1]),
-        (recipe.weight_decay, [p for p in parameters if p.ndim > 1]),
-    ):
-        optimizer.add_param_group({"params": chosen, "lr": lr, "weight_decay": decay})
-
-
-def _lr_factors(patterns: dict[str, Any], model: nn.Module) -> dict[int, float]:
-    """``id`` of each parameter that a pattern fits → its factor."""
-    factors: dict[int, float] = {}
-    for pattern, factor in patterns.items():
-        try:
-            number, expression = float(factor), re.compile(pattern)
-        except (TypeError, ValueError, re.error) as error:
-            raise RecipeError(f"lr_factors: {pattern!r}: {factor!r}: {error}") from error
-        chosen = [p for name, p in model.named_parameters() if expression.search(name)]
-        if not chosen or not 0 < number < math.inf:
-            raise RecipeError(
-                f"lr_factors: {pattern!r}: {factor!r} fits {len(chosen)} parameters; give a "
-                "pattern of names in model.named_parameters() and a factor > 0"
-            )
-        factors.update((id(p), number) for p in chosen)
-    return factors
-
-
-def _split_groups(optimizer: torch.optim.Optimizer, factors: dict[int, float]) -> None:
-    """Give the parameters with a factor groups of their own; timm's schedulers heed lr_scale."""
-    for group in list(optimizer.param_groups):
-        for factor in sorted({factors[id(p)] for p in group["params"] if id(p) in factors}):
-            chosen = [p for p in group["params"] if factors.get(id(p)) == factor]
-            group["params"] = [p for p in group["params"] if factors.get(id(p)) != factor]
-            scale = factor * group.get("lr_scale", 1.0)
-            # Not add_param_group: those of wrappers such as Lookahead leave the lists as they are.
-            optimizer.param_groups.append({**group, "params": chosen, "lr_scale": scale})
-
-
-def build_scheduler(
-    recipe: Recipe, optimizer: torch.optim.Optimizer, updates_per_epoch: int
-) -> tuple[Any, int]:
-    """Any of timm's schedulers, and the number of epochs that it asks for.
-
-    It moves with every update, only "plateau" with every epoch; "none" gives None.
-    """
-    try:
-        scheduler, epochs = create_scheduler_v2(
-            optimizer,
-            sched=recipe.sched,
-            num_epochs=recipe.epochs,
-            decay_epochs=recipe.decay_epochs,
-            decay_milestones=list(recipe.decay_milestones),
-            cooldown_epochs=recipe.cooldown_epochs,
-            patience_epochs=recipe.patience_epochs,
-            decay_rate=recipe.decay_rate,
-            min_lr=recipe.min_lr,
-            warmup_lr=recipe.warmup_lr,
-            warmup_epochs=recipe.warmup_epochs,
-            warmup_prefix=recipe.warmup_prefix,
-            cycle_mul=recipe.lr_cycle_mul,
-            cycle_decay=recipe.lr_cycle_decay,
-            cycle_limit=recipe.lr_cycle_limit,
-            k_decay=recipe.lr_k_decay,
-            step_on_epochs=recipe.sched == "plateau",
-            updates_per_epoch=updates_per_epoch,
-        )
-    except (ValueError, AssertionError) as error:
-        raise RecipeError(f"schedule sched={recipe.sched!r}: {error}") from error
-    if scheduler is None:
-        for group in optimizer.param_groups:
-            group["lr"] *= group.get("lr_scale", 1.0)
-    return scheduler, int(epochs)
 
 
 class RunningStatsGuard:

@@ -29,7 +29,10 @@ ALEXNET_ERROR = {
     "pixelate": 71.7840,
     "jpeg_compression": 60.6500,
 }
-"""AlexNet's top-1 error in percent, mean of the five severities: the measure of the paper."""
+"""AlexNet's top-1 error in percent, mean of the five severities: the measure of the paper.
+
+Read in AugMix's ``imagenet.py``, which takes them from https://github.com/hendrycks/robustness.
+"""
 
 CORRUPTIONS = tuple(ALEXNET_ERROR)
 """The fifteen of the benchmark."""

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import os
 import tarfile
+import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
-import torch.hub
 from timm.data import create_dataset
 from timm.data.readers import create_reader
 from timm.data.readers.img_extensions import get_img_extensions
 
-from backbones.training.errors import DataError
+from backbones._download import fetch
+from backbones.training.errors import DataError, first_line, shown
 from backbones.training.recipe import Recipe
 from backbones.training.sources import (
     ArraySource,
@@ -31,6 +32,8 @@ from backbones.training.streams import StreamSource, missing_shards
 __all__ = ["Splits", "open_splits"]
 
 _MEDMNIST_URL = "https://zenodo.org/records/10519652/files/{}.npz"
+# What timm, torchvision and datasets raise of a name, a split or a file that is not there.
+_READER_ERRORS = (AssertionError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 _FOLDER_NAMES = {
     "train": ("train", "training"),
     "validation": ("validation", "val", "valid", "eval", "test"),
@@ -54,6 +57,10 @@ class Splits:
     train_size: int
     validation_size: int
     multi_label: bool = False
+
+    def head_size(self, recipe: Recipe) -> int:
+        """How many classes the model is to tell apart: those of the data, or as many as asked."""
+        return len(self.classes) if recipe.num_classes is None else recipe.num_classes
 
 
 def open_splits(recipe: Recipe) -> Splits:
@@ -115,14 +122,15 @@ def _medmnist(recipe: Recipe, name: str) -> Splits:
             raise DataError(f"{path} is missing: fetch it from {url}, or add --download")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            torch.hub.download_url_to_file(url, str(path))
+            fetch(url, path)
         except OSError as error:
-            raise DataError(f"cannot download {url}: {error}") from error
+            raise DataError(str(error)) from error
     try:
-        with np.load(path, allow_pickle=False) as archive:
+        # Opened here: NumPy leaves a damaged file open.
+        with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in archive.files}
-    except (OSError, ValueError, EOFError) as error:
-        raise DataError(f"{path} is no MedMNIST file: {error}") from error
+    except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
+        raise DataError(f"{path} is no MedMNIST file: {first_line(error)}") from error
     sources = []
     for split in (recipe.train_split, recipe.val_split):
         short = "val" if split in _FOLDER_NAMES["validation"][:4] else split
@@ -131,6 +139,8 @@ def _medmnist(recipe: Recipe, name: str) -> Splits:
         images, labels = arrays[f"{short}_images"], arrays[f"{short}_labels"]
         if images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] != 3):
             raise DataError(f"{name} holds images of shape {images.shape[1:]}, not 2D ones")
+        if len(images) != len(labels):
+            raise DataError(f"{path}: {len(images)} {short} images have {len(labels)} labels")
         if labels.ndim != 2 or labels.shape[1] == 1:
             labels = labels.reshape(-1)
         sources.append(ArraySource(images, labels.astype(np.int64), f"{name}/{short}"))
@@ -151,9 +161,10 @@ def _torchvision(recipe: Recipe, name: str) -> Splits:
             dataset = create_dataset(
                 f"torch/{name}", root=root, split=split, download=recipe.download
             )
-        except (AssertionError, RuntimeError, OSError) as error:
+        except _READER_ERRORS as error:
             raise DataError(
-                f"torch/{name}, split {split!r}: {error} (looked in {root}, see --data-dir)"
+                f"torch/{name}, split {split!r}: {first_line(error)} "
+                f"(looked in {root}, see --data-dir)"
             ) from error
         sources.append(TorchvisionSource(dataset, f"{name}/{split}"))
         classes = [str(c) for c in getattr(dataset, "classes", [])] or classes
@@ -174,12 +185,12 @@ def _reader(recipe: Recipe, split: str) -> Any:
     options = {"input_key": recipe.input_key, "target_key": recipe.target_key}
     try:
         return create_reader(
-            recipe.data, root=recipe.data_dir, split=split, class_map=recipe.class_map, **options
+            recipe.data, root=recipe.data_dir, split=split, class_map=_class_map(recipe), **options
         )
     except ImportError as error:
         raise DataError(f"{recipe.data} needs a package: {error}") from error
-    except (OSError, ValueError, RuntimeError) as error:
-        raise DataError(f"{recipe.data}, split {split!r}: {error}") from error
+    except _READER_ERRORS as error:
+        raise DataError(f"{recipe.data}, split {split!r}: {first_line(error)}") from error
 
 
 def _streams(recipe: Recipe, kind: str, rest: str) -> Splits:
@@ -188,6 +199,8 @@ def _streams(recipe: Recipe, kind: str, rest: str) -> Splits:
         name, root = "wds/", os.path.join(recipe.data_dir or "", rest)
     else:
         name, root = recipe.data, recipe.data_dir  # type: ignore[assignment]
+
+    classes_by_name = _class_map(recipe)
 
     def opener(split: str, training: bool, size: int | None) -> Callable[[], Any]:
         def open_stream() -> Any:
@@ -199,8 +212,8 @@ def _streams(recipe: Recipe, kind: str, rest: str) -> Splits:
                 batch_size=recipe.batch_size,
                 num_samples=size,
                 seed=recipe.seed,
-                class_map=recipe.class_map,
-                input_img_mode="L" if recipe.in_chans == 1 else "RGB",
+                class_map=classes_by_name,
+                input_img_mode="",  # as in the file: timm would clip 16 bits
                 input_key=recipe.input_key,
                 target_key=recipe.target_key,
                 download=recipe.download and kind == "hfids",
@@ -216,8 +229,8 @@ def _streams(recipe: Recipe, kind: str, rest: str) -> Splits:
             reader = stream().reader
         except ImportError as error:
             raise DataError(f"{recipe.data} needs a package: {error}") from error
-        except (AssertionError, OSError, ValueError, RuntimeError, TypeError) as error:
-            raise DataError(f"{recipe.data}, split {split!r}: {error}") from error
+        except _READER_ERRORS as error:
+            raise DataError(f"{recipe.data}, split {split!r}: {first_line(error)}") from error
         if not reader.num_samples:
             raise DataError(
                 f"{recipe.data}, split {split!r}: unknown length; write it after the shards as "
@@ -230,10 +243,11 @@ def _streams(recipe: Recipe, kind: str, rest: str) -> Splits:
     names = {number: str(name) for name, number in (reader.class_to_idx or {}).items()}
     if not names and recipe.num_classes is None:
         raise DataError(f"{recipe.data} does not say how many classes it has: give --num-classes")
-    count = max(names) + 1 if names else int(recipe.num_classes or 0)
+    count = max(names) + 1 if names else recipe.num_classes
+    assert count is not None
     classes = [names.get(number, str(number)) for number in range(count)]
     sources = [
-        StreamSource(stream, size, recipe.num_classes or count)
+        StreamSource(stream, size, count if recipe.num_classes is None else recipe.num_classes)
         for stream, size in zip((train, validation), sizes, strict=True)
     ]
     return Splits(sources[0], sources[1], classes, sizes[0], sizes[1])
@@ -243,9 +257,7 @@ def _folder(recipe: Recipe, root: Path) -> Splits:
     """``root/train/CLASS/…`` and ``root/validation/CLASS/…``, or ``train.tar`` and so on."""
     if not root.is_dir():
         raise DataError(f"no data at {root}: it must be a folder that holds train and validation")
-    class_to_idx: dict[str, int] | None = None
-    if recipe.class_map is not None:
-        class_to_idx = _read_class_map(Path(recipe.class_map))
+    class_to_idx = _class_map(recipe)
     sources = []
     for split in (recipe.train_split, recipe.val_split):
         path = _find_split(root, split)
@@ -303,17 +315,35 @@ def _list_tar(path: Path) -> list[tuple[str, File]]:
     return sorted(files, key=lambda entry: entry[1][0])
 
 
-def _read_class_map(path: Path) -> dict[str, int]:
-    """One class a line, in the order of their numbers."""
+def _class_map(recipe: Recipe) -> dict[str, int] | None:
+    """Classes by name, from a text of one a line in the order of their numbers; None without it.
+
+    timm would read some files as pickles, which may run code.
+    """
+    path = recipe.class_map
+    if path is None:
+        return None
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise DataError(f"cannot read class_map {path}: {error.strerror}") from None
-    return {name.strip(): number for number, name in enumerate(lines) if name.strip()}
+    except UnicodeDecodeError:
+        raise DataError(f"class_map {path} is no text of one class a line") from None
+    numbers: dict[str, int] = {}
+    for number, line in enumerate(lines):
+        name = line.strip()
+        if name in numbers:
+            lines_of_it = f"lines {numbers[name] + 1} and {number + 1}"
+            raise DataError(f"class_map {path} has {shown(name)} twice, in {lines_of_it}")
+        if name:
+            numbers[name] = number
+    if not numbers:
+        raise DataError(f"class_map {path} is empty")
+    return numbers
 
 
 def _check(splits: Splits, recipe: Recipe) -> None:
-    count = recipe.num_classes or len(splits.classes)
+    count = splits.head_size(recipe)
     if len(splits.classes) > count:
         raise DataError(
             f"{recipe.data} has {len(splits.classes)} classes, the model's head only {count}: "
@@ -329,6 +359,11 @@ def _check(splits: Splits, recipe: Recipe) -> None:
         if splits.multi_label:
             if set(np.unique(source.labels)) - {0, 1}:
                 raise DataError(f"{recipe.data}: the {split} split has labels other than 0 and 1")
+            if split == "validation" and not np.ptp(source.labels, axis=0).any():
+                raise DataError(
+                    f"{recipe.data}: no class is on some validation images and off on others, so "
+                    "there is no AUC"
+                )
             continue
         wrong = np.flatnonzero((source.labels < 0) | (source.labels >= count))
         if len(wrong):

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from backbones.training.errors import RecipeError
+from backbones.training.errors import RecipeError, first_line, shown
 
 __all__ = ["Verdict", "World", "leave_processes", "world_of_processes"]
 
@@ -95,9 +95,9 @@ def world_of_processes(device: str | None) -> Iterator[World]:
         device: ``cpu``, ``cuda``, ``cuda:1``, …; None for a GPU where there is one.
 
     Raises:
-        RecipeError: there is no such device here.
+        RecipeError: there is no such device here, or the others cannot be reached.
     """
-    size = int(os.environ.get("WORLD_SIZE", 1))
+    size = _world_size()
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if name == "cuda" and size > 1:
         name = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
@@ -105,7 +105,10 @@ def world_of_processes(device: str | None) -> Iterator[World]:
     if "WORLD_SIZE" not in os.environ:
         yield World(0, 1, target)
         return
-    dist.init_process_group("nccl" if target.type == "cuda" else "gloo")
+    try:
+        dist.init_process_group("nccl" if target.type == "cuda" else "gloo")
+    except (RuntimeError, ValueError) as error:
+        raise RecipeError(f"cannot join the other processes: {first_line(error)}") from error
     try:
         yield World(dist.get_rank(), dist.get_world_size(), target)
     finally:
@@ -122,14 +125,20 @@ def leave_processes() -> None:
     dist.destroy_process_group()
 
 
+def _world_size() -> int:
+    text = os.environ.get("WORLD_SIZE", "1")
+    if not text.isdecimal() or int(text) < 1:
+        raise RecipeError(f"WORLD_SIZE must be the number of processes, not {shown(text)}")
+    return int(text)
+
+
 def _usable(name: str) -> torch.device:
     """The device of that name, with which a tensor has been made; a GPU becomes the current one."""
     try:
         target = torch.device(name)
-        torch.zeros(1, device=target)
-    except (RuntimeError, AssertionError) as error:  # the latter of a PyTorch without CUDA
-        reason = str(error).splitlines()[0]
-        raise RecipeError(f"device {name} cannot be used here: {reason}") from error
+        torch.zeros(1, device=target).item()  # which the device "meta" cannot
+    except (RuntimeError, AssertionError, ImportError, ValueError) as error:
+        raise RecipeError(f"device {name} cannot be used here: {first_line(error)}") from error
     if target.type == "cuda":
         torch.cuda.set_device(target)
     return target

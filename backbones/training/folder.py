@@ -1,59 +1,135 @@
-"""Where a run puts its files: a folder of its own, and never over an earlier run unasked."""
+"""Where a run puts its files: a folder of its own, and never over anything else unasked."""
 
 from __future__ import annotations
 
+import contextlib
+import fnmatch
 from argparse import Namespace
 from pathlib import Path
 
-from backbones.training.errors import RecipeError
+from backbones.training.errors import RecipeError, one_line
+from backbones.training.lock import FolderLock, LockedError
 from backbones.training.recipe import Recipe
 
-__all__ = ["choose_folder"]
+__all__ = ["RunFolder"]
 
-_MARKS = ("last.pt", "last.prev.pt", "metrics.jsonl", "summary.csv")
+# All that runs leave, of classifiers and of restoration models, but the recipe.
+_RESULTS = (
+    *("best.safetensors", "last.pt", "last.prev.pt", "last.validated.pt", "diverged.pt"),
+    *("summary.csv", "metrics.jsonl", "curves.png", "predictions.png", "comparison.png"),
+)
+_LISTS = ("bad_batches.txt", "corrupt_train.txt", "corrupt_validation.txt")
+_EVENTS = "events.out.tfevents.*"
+_RECIPE, _FIRST_LINE = "config.yaml", b"# --- model"
 
 
-def choose_folder(recipe: Recipe, options: Namespace) -> Path:
-    """Make and return ``output/name``.
+class RunFolder:
+    """``output/name``, made, and locked until it is left.
 
     Without a name it is that of the config, and of the model if the command line chose it; where
-    that is taken by an earlier run, a number follows. ``resume: auto`` takes the last of them.
+    that is taken by another run, a number follows. ``resume: auto`` takes the last of them.
 
     Args:
         recipe: ``output``, ``name``, ``resume``, ``overwrite``, ``model``.
         options: the command line, from :func:`parse_command_line`.
 
+    Attributes:
+        path: the folder.
+        unlocked: why it is not locked, where the system cannot; "" if it is.
+
     Raises:
-        RecipeError: the named run exists already, or the folder cannot be made.
+        RecipeError: another process trains in it; the named run exists already; it holds files of
+            something else under our names; or it cannot be made.
     """
-    output, resumes = Path(recipe.output), recipe.resume == "auto"
-    if recipe.name:
-        folder = output / recipe.name
-        if _used(folder) and not resumes and not recipe.overwrite:
+
+    def __init__(self, recipe: Recipe, options: Namespace) -> None:
+        self._resumes = recipe.resume == "auto"
+        self._replaces = recipe.overwrite and not self._resumes
+        self._lock: FolderLock | None = None
+        self._is_new = False
+        self.path, self.unlocked = Path(recipe.output), ""
+        try:
+            self._choose(recipe, options)
+            self._check()
+        except LockedError as error:
             raise RecipeError(
-                f"{folder} holds an earlier run: go on with --resume auto, choose another --name, "
-                "or replace it with --overwrite"
-            )
-    else:
+                f"{self.path} is in use by {error}: wait for it, or choose another --name"
+            ) from None
+        except OSError as error:
+            self.leave()
+            reason = error.strerror or one_line(error)
+            raise RecipeError(f"cannot use the folder {self.path}: {reason}") from error
+        except RecipeError:
+            self.leave()
+            raise
+
+    def _choose(self, recipe: Recipe, options: Namespace) -> None:
+        output = self.path
+        if recipe.name is not None:
+            self._take(output / recipe.name)
+            return
         parts = [Path(options.config).stem] if options.config else []
         base = "-".join(parts + [recipe.model] * (not parts or "model" in options))
-        folder, number = output / base, 1
-        while _used(folder) and not recipe.overwrite:
+        self.path, number = output / base, 1
+        while _used(self.path) and not self._replaces:
             number += 1
             following = output / f"{base}-{number}"
-            if resumes and not _used(following):
+            if self._resumes and not _used(following):
                 break
-            folder = following
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        if recipe.overwrite and not resumes:
-            for path in folder.iterdir():
-                if path.is_file():
-                    path.unlink()
-    except OSError as error:
-        raise RecipeError(f"cannot make {folder}: {error.strerror}") from error
-    return folder
+            self.path = following
+        try:
+            self._take(self.path)
+        except LockedError:
+            if self._resumes or self._replaces:
+                raise
+            # Another run has just begun in it.
+            while self._lock is None:
+                number += 1
+                if not _used(following := output / f"{base}-{number}"):
+                    with contextlib.suppress(LockedError):
+                        self._take(following)
+
+    def _take(self, path: Path) -> None:
+        self.path, self._is_new = path, not path.exists()
+        path.mkdir(parents=True, exist_ok=True)
+        self._lock = FolderLock(path)
+        self.unlocked = self._lock.problem
+
+    def _check(self) -> None:
+        used, recipe = _used(self.path), self.path / _RECIPE
+        if used and not (self._resumes or self._replaces):
+            raise RecipeError(
+                f"{self.path} holds an earlier run: go on with --resume auto, choose another "
+                "--name, or replace it with --overwrite"
+            )
+        foreign = used and self._replaces
+        if recipe.exists():
+            with open(recipe, "rb") as file:
+                foreign = file.readline().rstrip() != _FIRST_LINE
+        if foreign:
+            raise RecipeError(
+                f"{self.path} holds files that are of no run of ours and would be replaced: "
+                "nothing was touched; choose another --name"
+            )
+
+    def clear(self) -> None:
+        """With ``overwrite``, remove what the earlier run left; other files and folders stay."""
+        if not self._replaces:
+            return
+        names = {*_RESULTS, *_LISTS, _RECIPE}
+        names |= {f".{name}.tmp" for name in names}
+        for path in self.path.iterdir():
+            if path.is_file() and (path.name in names or fnmatch.fnmatch(path.name, _EVENTS)):
+                path.unlink()
+
+    def leave(self) -> None:
+        """Unlock it, and remove it if it was made for nothing."""
+        if self._lock is not None:
+            self._lock.release()
+        if self._is_new:
+            with contextlib.suppress(OSError):
+                self.path.rmdir()
 
 
 def _used(folder: Path) -> bool:
-    return any((folder / name).exists() for name in _MARKS)
+    return any((folder / name).exists() for name in _RESULTS)

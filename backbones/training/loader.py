@@ -16,7 +16,8 @@ from timm.data import create_transform
 from timm.data.loader import PrefetchLoader, fast_collate
 from torch.utils.data import DataLoader, Dataset
 
-from backbones.training.corrupt import DECODE_ERRORS, CorruptImages
+from backbones.images import DECODE_ERRORS, as_8_bits
+from backbones.training.corrupt import CorruptImages
 from backbones.training.distributed import World
 from backbones.training.errors import DataError
 from backbones.training.posterize import allow_no_bits
@@ -91,6 +92,15 @@ class TrainLoader:
             loader = self._stream_loader(epoch)
             self._current = _Sized(loader, self.batches, skip=start)
         return iter(_on_device(self._current, self.config, self.world.device))
+
+    def blank(
+        self, size: int, multi_label: bool, num_classes: int
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A batch of images (B, C, size, size) of zeros and labels as :meth:`epoch` gives them."""
+        batch, device = self.recipe.batch_size, self.world.device
+        shape = (batch, num_classes) if multi_label else (batch,)
+        images = torch.zeros(batch, self.recipe.in_chans, size, size, device=device)
+        return images, torch.zeros(shape, dtype=torch.int64, device=device)
 
     def close(self) -> None:
         """End the loader processes."""
@@ -169,7 +179,9 @@ class ValidationLoader:
     ) -> None:
         self.source, self.config, self.recipe, self.world = source, config, recipe, world
         self.corrupt = corrupt
-        self.batch_size = recipe.val_batch_size or recipe.batch_size
+        self.batch_size = recipe.batch_size
+        if recipe.val_batch_size is not None:
+            self.batch_size = recipe.val_batch_size
         self.batches = -(-size // (self.batch_size * world.size))
         self._current: _Sized | None = None
         self.equal_batches = isinstance(source, ImageSource) or world.size == 1
@@ -252,12 +264,13 @@ class _Images(Dataset[tuple[torch.Tensor, int]]):
     def _read(self, index: int) -> tuple[Any, Any] | None:
         try:
             image, label = self.source.load(index)
-            # Converting to its own mode would copy the image: 2 % of the time a photograph takes.
-            return image if image.mode == self.mode else image.convert(self.mode), label
+            image = as_8_bits(image, self.mode)
         except DECODE_ERRORS as error:
             self.corrupt.add(self.source.name(index), error)
             self.corrupt.check(len(self.source))
             return None
+        self.corrupt.add_good()
+        return image, label
 
     def _blank(self) -> Any:
         return Image.new(self.mode, (256, 256))
@@ -296,6 +309,10 @@ class _Sized:
                     yield batch
         except DataError as error:  # torch puts the traceback of a loader process before it
             raise DataError(str(error).strip().rpartition("DataError: ")[2]) from None
+        except OSError as error:
+            if error.errno is not None:
+                raise
+            raise OSError(str(error).strip().rpartition("Error: ")[2]) from None  # as above
         if number < self.length:
             raise DataError(
                 f"the data ended after {number} of {self.length} batches: is its stated "

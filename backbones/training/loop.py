@@ -1,11 +1,10 @@
-"""The loop of a training: updates that can be skipped, checkpoints, signals, resuming."""
+"""The loop of a training: updates that can be skipped, validation, signals."""
 
 from __future__ import annotations
 
-import dataclasses
 import math
 import time
-from abc import ABC, abstractmethod
+from abc import abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, NoReturn
@@ -16,39 +15,31 @@ from timm.models import model_parameters
 from timm.utils import ModelEmaV3, dispatch_clip_grad, random_seed
 from torch import Tensor, nn
 
-from backbones.training import build, checkpoint, parallel
+from backbones.training import build, checkpoint, optimization, parallel
 from backbones.training.bad_steps import BadSteps
-from backbones.training.distillation import StudentWithExits
 from backbones.training.distributed import Verdict, World
-from backbones.training.errors import CheckpointFileError, RecipeError
+from backbones.training.errors import BUILDING_ERRORS, DivergedError, RecipeError, first_line
 from backbones.training.interrupt import StopRequest
 from backbones.training.progress import Progress, RunLog, peak_memory
-from backbones.training.recipe import Recipe, differences
+from backbones.training.recipe import Recipe
+from backbones.training.recipe_checks import check_learning_rate
+from backbones.training.resumable import Resumable
 
 __all__ = ["TrainingLoop"]
 
-_COUNTERS = ("epoch", "step", "updates", "skipped", "history", "best", "seconds", "waited")
 
-
-class TrainingLoop(ABC):
+class TrainingLoop(Resumable):
     """All that a run consists of, and the loop over it; a task fills in what it trains on.
 
     A subclass builds its data, calls :meth:`set_up` at the end of its ``__init__``, and implements
     the abstract methods.
 
-    Attributes:
-        model: the bare network. ``network`` has around it what only training needs (exits for
-            distillation), if anything; ``net`` is what a step calls, the same or its DDP wrapper.
-        meter: sums of the epoch so far, with ``sums`` (a tensor).
-        epoch, step, updates: the position: updates within the epoch, and since the beginning.
-        history: a row for each finished epoch.
+    Attributes: as :class:`Resumable`, and
+        net: what a step calls: the network, or its DDP wrapper.
     """
 
     score_key: str
     """Which figure of a validation says how good the weights are; more is better."""
-
-    model: nn.Module
-    meter: Any
 
     def __init__(
         self, recipe: Recipe, folder: Path, world: World, stop: StopRequest, progress: Progress
@@ -91,10 +82,11 @@ class TrainingLoop(ABC):
                 parallel.shard(self.ema.module, world)
         else:
             self.net = parallel.replicate(self.network, world)
-        self.lr = build.learning_rate(recipe, world.size)
-        self.optimizer = build.build_optimizer(recipe, model, self.lr)
-        build.add_exits_to_optimizer(recipe, self.optimizer, self.network, self.lr)
-        self.scheduler, self.epochs = build.build_scheduler(
+        self.lr = optimization.learning_rate(recipe, world.size)
+        check_learning_rate(recipe, self.lr)
+        self.optimizer = optimization.build_optimizer(recipe, model, self.lr)
+        optimization.add_exits_to_optimizer(recipe, self.optimizer, self.network, self.lr)
+        self.scheduler, self.epochs = optimization.build_scheduler(
             recipe, self.optimizer, updates_per_epoch
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.amp == "fp16")
@@ -111,15 +103,31 @@ class TrainingLoop(ABC):
         self.done_before = 0  # updates of earlier processes of this run
         random_seed(recipe.seed, world.rank)
 
+    def try_out(self, batch: Any) -> None:
+        """Compute the loss of a batch and forget it: some networks cannot take small images.
+
+        Raises:
+            RecipeError: naming the network and what it says.
+        """
+        self.net.train()
+        self.guard.keep()
+        try:
+            with torch.no_grad(), self.autocast():
+                self.compute(batch)
+        except BUILDING_ERRORS as error:
+            raise RecipeError(
+                f"{self.recipe.model} cannot be trained with batches {tuple(batch[0].shape)} of "
+                f"images: {first_line(error)}"
+            ) from error
+        finally:
+            self.guard.restore()
+            random_seed(self.recipe.seed, self.world.rank)
+
     # --- what a task fills in
 
     def facts(self) -> dict[str, str]:
         """What the best weights say of themselves beside the model and the epoch."""
         return {}
-
-    @abstractmethod
-    def new_meter(self) -> Any:
-        """An empty meter for an epoch."""
 
     @abstractmethod
     def batches(self) -> Iterator[Any]:
@@ -157,6 +165,12 @@ class TrainingLoop(ABC):
         """The recipe to write beside the results."""
         return self.recipe
 
+    def begin(self) -> None:
+        """Open the logs, at the place where the run goes on."""
+        self.log.open()
+        if self.resumed_from is not None:
+            self.log.rewind(self.updates, self.history)
+
     def close(self) -> None:
         """End the loader processes and the logs."""
         self.log.close()
@@ -170,9 +184,13 @@ class TrainingLoop(ABC):
             signal = self.train_epoch() or self.finish_epoch()
             if signal:
                 self.progress.end()
+                last = self.folder / "last.pt"
+                saved = f"saved in {last}"
+                if self.saved_at != self.updates:
+                    saved = f"not saved, as the loss is not finite; {last} is older, if it is there"
                 self.progress.say(
-                    f"stopped by signal {signal} after {self.updates} updates, saved in "
-                    f"{self.folder / 'last.pt'}; --resume auto goes on"
+                    f"stopped by signal {signal} after {self.updates} updates, {saved}; "
+                    "--resume auto goes on"
                 )
                 return 128 + signal
         self.progress.end()
@@ -253,6 +271,7 @@ class TrainingLoop(ABC):
                 if signal:  # the checkpoint says "epoch trained"; a resumed run validates it
                     self.save()
                     return signal
+                self.check_figures(figures, model)
                 row |= {f"{name}_{key}": value for key, value in figures.items()}
                 score = figures[self.score_key]  # that of the average, if there is one
         row |= {key: value for key, value in self.figures().items() if key not in train}
@@ -267,7 +286,7 @@ class TrainingLoop(ABC):
             if self.world.is_main:
                 checkpoint.save_weights(self.folder / "best.safetensors", weights, metadata)
         self.meter, self.seconds, self.waited = self.new_meter(), 0.0, 0.0
-        self.save()
+        self.save(validated=score is not None)
         self.log.add(row)
         self.log.summarize(self.history)
         self.progress.end()
@@ -285,11 +304,31 @@ class TrainingLoop(ABC):
         return torch.autocast(self.device.type, self.amp, enabled=self.amp is not None)
 
     def give_up(self) -> NoReturn:
-        """Stop after too many bad updates in a row, with the weights from before them saved."""
+        """Stop after too many bad updates in a row; ``last.pt`` has weights from before them."""
         names = [name for place in self.bad_steps.in_a_row for name in self.names(*place)]
         everyone: list[str] = sum(self.world.gather(names), [])
-        self.save()
-        raise self.bad_steps.error(everyone, self.folder, self.world.is_main)
+        left = self.abandon(since=self.updates - len(self.bad_steps.in_a_row))
+        raise self.bad_steps.error(everyone, self.folder, self.world.is_main, left)
+
+    def check_figures(self, figures: dict[str, float], model: nn.Module) -> None:
+        """Stop where a validation shows that the weights are no good: they are saved nowhere.
+
+        Raises:
+            DivergedError: a figure is NaN, the loss infinite, or a weight one of these.
+        """
+        wrong = [
+            f"{key} {value}"
+            for key, value in figures.items()
+            if math.isnan(value) or (key == "loss" and math.isinf(value))
+        ]
+        if not parallel.is_sound(model, self.world):
+            wrong.append("weights that are not finite or beyond 1e12")
+        if wrong:
+            left = self.abandon(since=self.updates)
+            raise DivergedError(
+                f"the validation after {self.updates} updates found {', '.join(wrong)}; {left}. A "
+                "lower lr or clip_grad may help"
+            )
 
     def due_to_save(self) -> bool:
         """Whether the checkpoint within the epoch is due after this update."""
@@ -297,86 +336,11 @@ class TrainingLoop(ABC):
         by_clock = minutes > 0 and time.monotonic() - self.saved > 60 * minutes
         return (steps > 0 and (self.updates + 1) % steps == 0) or by_clock
 
-    # --- what can be taken up again
-
-    def save(self) -> None:
-        """Write ``last.pt``."""
-        mine = {"rng": checkpoint.get_rng_state(), "meter": self.meter.sums.cpu()}
-        ranks = self.world.gather(mine)
-        self.saved = time.monotonic()
-        if not (self.world.is_main or self.recipe.fsdp):  # shares are collected from everyone
-            return
-        state = {name: getattr(self, name) for name in _COUNTERS}
-        state |= {name: parallel.whole(part.state_dict()) for name, part in self.parts().items()}
-        state |= {"ranks": ranks, "recipe": dataclasses.asdict(self.recipe)}
-        if self.world.is_main:
-            checkpoint.save_state(self.folder / "last.pt", state)
-
-    def parts(self) -> dict[str, Any]:
-        """All that has a ``state_dict``, by its name in the checkpoint."""
-        parts: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer}
-        parts["scaler"] = self.scaler
-        if self.scheduler is not None:
-            parts["scheduler"] = self.scheduler
-        if self.recipe.sched == "plateau":
-            parts["plateau"] = self.scheduler.lr_scheduler  # timm leaves its counters out
-        if self.ema is not None:
-            parts["model_ema"] = self.ema.module
-        if isinstance(self.network, StudentWithExits):
-            parts["exits"] = self.network.exits
-        return parts
-
-    def take_up(self) -> None:
-        """Go on as ``recipe.resume`` says; the latest whole checkpoint, or a certain one.
-
-        Raises:
-            CheckpointFileError: unreadable, or of another model or recipe.
-        """
-        if self.recipe.resume == "auto":
-            found = checkpoint.load_latest(self.folder / "last.pt")
-            if found is not None:
-                state, path, problem = found
-                if problem:
-                    self.progress.say(f"{problem}; falling back to {path}")
-                self.resume(state, path)
-        elif self.recipe.resume is not None:
-            path = Path(self.recipe.resume)
-            self.resume(checkpoint.load_state(path), path)
-
-    def resume(self, state: dict[str, Any], path: Path) -> None:
-        """Continue from ``state``, bit for bit if the processes are as many as before.
-
-        Raises:
-            CheckpointFileError: it belongs to another model or recipe.
-        """
-        try:
-            for name, part in self.parts().items():
-                parallel.load_whole(part, state[name])
-            for name in _COUNTERS:
-                setattr(self, name, state[name])
-        except (KeyError, RuntimeError, ValueError) as error:
-            raise CheckpointFileError(f"{path} does not fit this recipe: {error}") from error
-        ranks, mine = state["ranks"], self.world.rank
-        if len(ranks) == self.world.size:
-            checkpoint.set_rng_state(ranks[mine]["rng"])
-            self.meter.sums.copy_(ranks[mine]["meter"])
-        elif self.world.is_main:
-            self.meter.sums.copy_(sum(rank["meter"] for rank in ranks))
-        before = build.images_per_update(type(self.recipe)(**state["recipe"]), len(ranks))
-        now = build.images_per_update(self.recipe, self.world.size)
-        if before != now:  # go on with the image where it stopped, as nearly as batches allow
-            self.step = min(self.step * before // now, self.updates_per_epoch)
-            self.updates = self.epoch * self.updates_per_epoch + self.step
-        self.log.rewind(self.updates, self.history)
-        self.progress.say(f"going on from {path}: epoch {self.epoch + 1}, update {self.updates}")
-        for line in differences(self.recipe, state["recipe"]):
-            self.progress.say(f"  changed since: {line}")
-
     # --- what goes on, for people
 
     def figures(self) -> dict[str, float]:
         """This process's figures of the epoch so far."""
-        images = self.step * build.images_per_update(self.recipe, self.world.size)
+        images = self.step * optimization.images_per_update(self.recipe, self.world.size)
         return {
             **self.training_figures(),
             "lr": max(group["lr"] for group in self.optimizer.param_groups),

@@ -23,7 +23,10 @@ from backbones._base import StagedBackbone
 from backbones.training.distributed import World
 from backbones.training.errors import RecipeError
 
-__all__ = ["load_whole", "replicate", "shard", "synchronized_gradients", "whole"]
+__all__ = ["is_sound", "load_whole", "replicate", "shard", "synchronized_gradients", "whole"]
+
+
+_LARGEST = 1e12
 
 
 def replicate(network: nn.Module, world: World) -> nn.Module:
@@ -63,6 +66,20 @@ def synchronized_gradients(net: nn.Module, last: bool) -> AbstractContextManager
     if isinstance(net, FSDPModule):
         net.set_requires_gradient_sync(last)
     return nullcontext()
+
+
+def is_sound(network: nn.Module, world: World) -> bool:
+    """Whether every weight and running statistic is a number within ±10¹²; all processes must ask.
+
+    A norm hides for a while that the weights before it grow without end: the loss stays finite.
+    """
+    tensors: list[Tensor] = list(network.parameters())
+    tensors += [
+        b for n, b in network.named_buffers() if n.endswith(("running_mean", "running_var"))
+    ]
+    shares = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+    sound = [(share.detach().abs() <= _LARGEST).all() for share in shares]  # NaN is not
+    return not bool(world.max((~torch.stack(sound).all()).float()))
 
 
 def whole(state: Any) -> Any:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Callable, Iterable, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from backbones._console import one_line
 from backbones.training.checkpoint import write_atomically
 
 if TYPE_CHECKING:
@@ -23,8 +26,10 @@ __all__ = [
     "Prediction",
     "draw_curves",
     "draw_predictions",
+    "drawable",
     "new_figure",
     "pick_predictions",
+    "quiet_about_glyphs",
     "save_figure",
     "style_axis",
 ]
@@ -119,7 +124,7 @@ def draw_curves(path: Path, history: Sequence[dict[str, Any]], title: str) -> No
     axes[1].axhline(100, color=GRID, linewidth=1)
     _mark_best(axes[1], history)
     axes[0].legend(frameon=False, fontsize=10, labelcolor=INK)
-    figure.suptitle(title, x=0.01, ha="left", fontsize=13, color=INK, fontweight="bold")
+    figure.suptitle(drawable(title), x=0.01, ha="left", fontsize=13, color=INK, fontweight="bold")
     save_figure(figure, path)
 
 
@@ -172,7 +177,7 @@ def draw_predictions(
         )
     if shown and shown[0].answer != shown[0].truth:
         title += ", mistakes first"
-    figure.suptitle(title, x=0.01, ha="left", fontsize=13, color=INK, fontweight="bold")
+    figure.suptitle(drawable(title), x=0.01, ha="left", fontsize=13, color=INK, fontweight="bold")
     save_figure(figure, path)
 
 
@@ -216,11 +221,25 @@ def _mark_best(axis: Any, history: Sequence[dict[str, Any]]) -> None:
 
 
 def _short(name: str) -> str:
-    return name if len(name) <= 15 else name[:14] + "…"
+    return drawable(name if len(name) <= 15 else name[:14] + "…")
+
+
+def drawable(name: str) -> str:
+    """A name for a picture: one line, no formula between dollar signs, no half characters."""
+    return one_line(name).encode(errors="backslashreplace").decode().replace("$", r"\$")
+
+
+@contextmanager
+def quiet_about_glyphs() -> Iterator[None]:
+    """Boxes stand for characters that the font lacks, without a warning for each."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")
+        yield
 
 
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a PNG, whole or not at all."""
     data = io.BytesIO()
-    figure.savefig(data, format="png")
+    with quiet_about_glyphs():
+        figure.savefig(data, format="png")
     write_atomically(path, lambda file: file.write(data.getvalue()))

@@ -15,9 +15,9 @@ from typing import Any, TextIO
 import torch
 from tqdm import tqdm
 
-from backbones.training.checkpoint import write_atomically
+from backbones.training.checkpoint import write_atomically, write_problem
 from backbones.training.distributed import World
-from backbones.training.errors import CheckpointFileError, RecipeError
+from backbones.training.errors import CheckpointFileError, RecipeError, first_line
 from backbones.training.multilabel import mean_auc
 from backbones.training.recipe import Recipe
 
@@ -176,12 +176,22 @@ class RunLog:
     """
 
     def __init__(self, folder: Path, recipe: Recipe, active: bool) -> None:
-        self.folder, self.active = folder, active
-        self._board = self._wandb = None
-        if active and recipe.tensorboard:
-            self._board = _open_tensorboard(folder)
-        if active and recipe.wandb:
-            self._wandb = _open_wandb(folder, recipe)
+        self.folder, self.active, self.recipe = folder, active, recipe
+        self._board: Any = None
+        self._wandb: Any = None
+        self._writer = _tensorboard_writer() if active and recipe.tensorboard else None
+        self._reporter = _wandb_module() if active and recipe.wandb else None
+
+    def open(self) -> None:
+        """Begin to report to TensorBoard and W&B.
+
+        Raises:
+            RecipeError: W&B does not take the run.
+        """
+        if self._writer is not None:
+            self._board = self._writer(str(self.folder))
+        if self._reporter is not None:
+            self._wandb = _start_wandb(self._reporter, self.folder, self.recipe)
 
     def rewind(self, updates: int, history: Sequence[dict[str, Any]]) -> None:
         """Let the files say what was up to ``updates``: a resumed run does the rest again.
@@ -196,10 +206,12 @@ class RunLog:
         if not self.active or not path.exists():
             return
         entries = []
-        for line in path.read_text(encoding="utf-8").splitlines():
+        for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
             try:
                 entry = json.loads(line)
-            except json.JSONDecodeError:
+            except (json.JSONDecodeError, RecursionError):
+                continue
+            if not isinstance(entry, dict) or not isinstance(entry.get("update"), int):
                 continue
             if entry["update"] <= updates and "train_loss" not in entry:
                 entries.append(entry)
@@ -223,7 +235,9 @@ class RunLog:
             with open(path, "a", encoding="utf-8") as file:
                 file.write(json.dumps(entry) + "\n")
         except OSError as error:
-            raise CheckpointFileError(f"cannot write {path}: {error}") from error
+            raise CheckpointFileError(
+                f"cannot write {path}: {write_problem(error, self.folder)}"
+            ) from error
         numbers = {k: v for k, v in entry.items() if isinstance(v, (int, float)) and k != "update"}
         if self._board is not None:
             for key, value in numbers.items():
@@ -296,24 +310,30 @@ def _rounded(value: Any) -> Any:
     return float(f"{value:.6g}") if isinstance(value, float) else value
 
 
-def _open_tensorboard(folder: Path) -> Any:
+def _tensorboard_writer() -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
         raise RecipeError("tensorboard: true needs pip install tensorboard") from None
-    return SummaryWriter(str(folder))
+    return SummaryWriter
 
 
-def _open_wandb(folder: Path, recipe: Recipe) -> Any:
+def _wandb_module() -> Any:
     try:
-        wandb = importlib.import_module("wandb")
+        return importlib.import_module("wandb")
     except ImportError:
         raise RecipeError("wandb needs pip install wandb") from None
-    return wandb.init(
-        project=recipe.wandb,
-        name=folder.name,
-        id=folder.name,
-        dir=str(folder),
-        config=vars(recipe),
-        resume="allow",
-    )
+
+
+def _start_wandb(wandb: Any, folder: Path, recipe: Recipe) -> Any:
+    try:
+        return wandb.init(
+            project=recipe.wandb,
+            name=folder.name,
+            id=folder.name,
+            dir=str(folder),
+            config=vars(recipe),
+            resume="allow",
+        )
+    except Exception as error:  # the network, an account, a name: it has errors of its own for each
+        raise RecipeError(f"wandb does not take the run: {first_line(error)}") from error

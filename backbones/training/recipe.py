@@ -11,9 +11,11 @@ from typing import Any, ClassVar, TypeVar
 
 import yaml
 
-from backbones.training.errors import RecipeError
+from backbones.training.errors import RecipeError, shown
 from backbones.training.recipe_checks import check
+from backbones.training.recipe_ranges import RANGES, Range
 from backbones.training.recipe_values import as_type_of, nearest
+from backbones.training.recipe_yaml import read_mapping
 
 __all__ = [
     "FIELDS",
@@ -48,16 +50,18 @@ class Recipe:
 
     Class attributes:
         refused: inherited keys that a recipe of another kind does not have.
+        ranges: what every number may be.
     """
 
     refused: ClassVar[frozenset[str]] = frozenset()
+    ranges: ClassVar[Mapping[str, Range]] = RANGES
 
     # --- the model
     model: str = key("model", "", "name of the model, see backbones.list_models()")
     pretrained: bool = key("model", False, "start from the published weights")
     checkpoint: str | None = key("model", None, "start from the weights in this file")
     num_classes: int | None = key("model", None, "None: as many as the data has")
-    in_chans: int = key("model", 3, "channels of the input; 1 reads grey images")
+    in_chans: int = key("model", 3, "channels of the input; 1: grey", (1, 3))
     drop: float | None = key("model", None, "dropout before the classifier; None: as published")
     drop_path: float | None = key("model", None, "stochastic depth; None: as published")
     global_pool: str | None = key("model", None, "pooling of the head; None: as published")
@@ -275,24 +279,18 @@ def load_recipe(
 
     Raises:
         RecipeError: an unknown key (the nearest are named), a value of the wrong type, a model
-            that ``variants`` lacks, a file that is missing or no YAML mapping, values that
-            contradict each other.
+            that ``variants`` lacks, a file that is missing or no YAML mapping, a value outside its
+            range, values that contradict each other.
     """
     fields = fields_of(recipe_class)
     overrides = dict(overrides or {})
-    keys = _read_yaml(Path(path)) if path is not None else {}
+    keys = read_mapping(Path(path)) if path is not None else {}
     variants = keys.pop("variants", None)
     where = str(path)
     _refuse_unknown(keys, where, fields)
     if variants is not None:
-        if not isinstance(variants, dict):
-            raise RecipeError(f"{where}: variants must map model names to keys")
         model = overrides.get("model", keys.get("model", ""))
-        if model not in variants:
-            raise RecipeError(f"{where}: {nearest('model', str(model), variants)}")
-        row = variants[model] or {}
-        _refuse_unknown(row, f"{where}, variant {model}", fields)
-        keys = {**keys, "model": model, **row}
+        keys = {**keys, "model": model, **_row(variants, model, where, fields)}
     _refuse_unknown(overrides, "command line", fields)
     hints = typing.get_type_hints(recipe_class)
     values = {k: as_type_of(fields[k], hints[k], v) for k, v in {**keys, **overrides}.items()}
@@ -323,20 +321,22 @@ def differences(recipe: Recipe, earlier: Mapping[str, Any]) -> list[str]:
     for name, f in fields_of(type(recipe)).items():
         before, now = earlier.get(name), getattr(recipe, name)
         if f.metadata["group"] != "run" and before != now:
-            lines.append(f"{name}: {before} → {now}")
+            lines.append(f"{name}: {shown(before)} → {shown(now)}")
     return lines
 
 
-def _read_yaml(path: Path) -> dict[str, Any]:
-    try:
-        keys = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise RecipeError(f"cannot read the recipe {path}: {error.strerror}") from None
-    except yaml.YAMLError as error:
-        raise RecipeError(f"{path} is not YAML: {error}") from None
-    if not isinstance(keys, dict):
-        raise RecipeError(f"{path} must be a mapping of recipe keys, not {type(keys).__name__}")
-    return keys
+def _row(variants: Any, model: Any, where: str, fields: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The keys of a model in the table of variants."""
+    if not isinstance(variants, dict):
+        raise RecipeError(f"{where}: variants must map model names to keys")
+    model = model if isinstance(model, str) else shown(model)
+    if model not in variants:
+        raise RecipeError(f"{where}: {nearest('model', model, variants)}")
+    row = variants[model] or {}
+    if not isinstance(row, dict):
+        raise RecipeError(f"{where}, variant {model}: must be a mapping of keys, not {shown(row)}")
+    _refuse_unknown(row, f"{where}, variant {model}", fields)
+    return row
 
 
 def _refuse_unknown(keys: Mapping[str, Any], where: str, fields: Mapping[str, Any]) -> None:

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
+from backbones.training.auto_augment import check_policy
 from backbones.training.errors import RecipeError
+from backbones.training.recipe_ranges import check_ranges
 
 if TYPE_CHECKING:
     from backbones.training.recipe import Recipe
 
-__all__ = ["check"]
+__all__ = ["check", "check_learning_rate", "check_sizes"]
 
 _FSDP_OPTIMIZERS = ("adam", "adamw", "lion", "momentum", "nadamw", "sgd")
+_FALLING_TO_MIN_LR = ("cosine", "tanh", "poly", "wsd", "rsqrt", "plateau")
+_FALLING_BY_A_FACTOR = ("step", "multistep", "plateau")
 
 
 def check(recipe: Recipe) -> None:
@@ -20,19 +25,16 @@ def check(recipe: Recipe) -> None:
     Raises:
         RecipeError: naming the key, its value and what would be right.
     """
-    for name in ("batch_size", "accum_steps", "epochs", "eval_every", "log_every", "in_chans"):
-        _require(recipe, name, getattr(recipe, name) >= 1, "at least 1")
-    for name in ("workers", "save_every_steps", "save_every_minutes", "aug_repeats", "smoothing"):
-        _require(recipe, name, getattr(recipe, name) >= 0, "at least 0")
-    for name in ("hflip", "vflip", "reprob", "mixup_prob", "mixup_switch_prob", "max_corrupt"):
-        _require(recipe, name, 0 <= getattr(recipe, name) <= 1, "within 0 and 1")
-    _require(recipe, "threads", recipe.threads is None or recipe.threads >= 1, "at least 1")
-    for name in ("scale", "ratio"):
-        _require(recipe, name, len(getattr(recipe, name)) == 2, "two numbers")
+    check_ranges(vars(recipe), recipe.ranges)
     for name in ("mean", "std"):
         value = getattr(recipe, name)
         good = value is None or len(value) == recipe.in_chans
         _require(recipe, name, good, f"{recipe.in_chans} numbers, one a channel")
+    if recipe.aa is not None:
+        check_policy(recipe.aa)
+    if recipe.sched in _FALLING_BY_A_FACTOR:
+        what = f"at most 1 with sched {recipe.sched}"
+        _require(recipe, "decay_rate", recipe.decay_rate <= 1, what)
     if recipe.pretrained and recipe.checkpoint:
         raise RecipeError("pretrained and checkpoint exclude each other: give one of them")
     _check_teacher(recipe)
@@ -40,6 +42,39 @@ def check(recipe: Recipe) -> None:
     mixes = recipe.mixup > 0 or recipe.cutmix > 0 or recipe.cutmix_minmax is not None
     if mixes and recipe.batch_size % 2:
         raise RecipeError(f"mixup and cutmix need an even batch_size, not {recipe.batch_size}")
+
+
+def check_learning_rate(recipe: Recipe, lr: float) -> None:
+    """Refuse a schedule that would rise where it is to fall.
+
+    Args:
+        lr: what the recipe comes to with the images of an update.
+
+    Raises:
+        RecipeError: naming both ends.
+    """
+    if recipe.sched in _FALLING_TO_MIN_LR and recipe.min_lr > lr:
+        raise RecipeError(
+            f"min_lr must be at most the learning rate of {lr:g}, where sched {recipe.sched} "
+            f"begins, not {recipe.min_lr:g}"
+        )
+
+
+def check_sizes(recipe: Recipe, sizes: Iterable[int]) -> None:
+    """Refuse CutMix boxes that do not differ by a pixel.
+
+    Args:
+        sizes: sides of the training images.
+
+    Raises:
+        RecipeError: naming the smallest size.
+    """
+    if recipe.cutmix_minmax is None:
+        return
+    size = min(sizes)
+    low, high = (int(size * share) for share in recipe.cutmix_minmax)
+    what = f"two shares that are pixels apart in images of {size} pixels"
+    _require(recipe, "cutmix_minmax", low < high, what)
 
 
 def _check_teacher(recipe: Recipe) -> None:
@@ -53,9 +88,6 @@ def _check_teacher(recipe: Recipe) -> None:
             f"distill {recipe.distill!r} needs a teacher and its weights: either "
             "teacher_checkpoint or teacher_pretrained"
         )
-    _require(recipe, "distill_alpha", 0 <= recipe.distill_alpha <= 1, "within 0 and 1")
-    _require(recipe, "distill_temperature", recipe.distill_temperature > 0, "above 0")
-    _require(recipe, "ofa_gamma", recipe.ofa_gamma >= 1, "at least 1")
 
 
 def _check_fsdp(recipe: Recipe) -> None:

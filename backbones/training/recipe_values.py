@@ -6,24 +6,26 @@ import dataclasses
 import difflib
 import types
 import typing
+import unicodedata
 from collections.abc import Iterable
 from typing import Any
 
-import yaml
-
-from backbones.training.errors import RecipeError
+from backbones.training.errors import RecipeError, shown
+from backbones.training.recipe_yaml import parse_yaml
 
 __all__ = ["as_type_of", "inner_type", "nearest"]
 
 _SCALARS = (int, float, str, bool)
 _TRUTH = {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}
+_MOST_VALUES, _DEEPEST = 10_000, 20
+_ERRORS = (TypeError, ValueError, OverflowError)
 
 
-def nearest(kind: str, value: str, valid: Iterable[str]) -> str:
+def nearest(kind: str, value: str, valid: Iterable[Any]) -> str:
     """A sentence that names the valid names closest to a wrong one."""
-    names = list(valid)
-    near = difflib.get_close_matches(value, names, n=4, cutoff=0.5) or sorted(names)[:12]
-    return f"unknown {kind} {value!r}; did you mean {', '.join(near)}?"
+    names = [str(name) for name in valid]
+    near = difflib.get_close_matches(value[:80], names, n=4, cutoff=0.5) or sorted(names)[:12]
+    return f"unknown {kind} {shown(value)}" + (f"; did you mean {', '.join(near)}?" if near else "")
 
 
 def inner_type(hint: Any) -> Any:
@@ -37,28 +39,43 @@ def as_type_of(f: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
     """``value`` as the type ``hint`` of a key. YAML 1.1 reads 1e-3 as a string; flags all are.
 
     Raises:
-        RecipeError: it is of another type, or none of the key's choices.
+        RecipeError: it is of another type, or none of the key's choices; text that is empty where
+            the default is not, or holds control characters.
     """
     name, inner = f.name, inner_type(hint)
-    if inner is not hint and (value is None or str(value).lower() in ("none", "null")):
+    if inner is not hint and (
+        value is None or (isinstance(value, str) and value.lower() in ("none", "null"))
+    ):
         converted: Any = None
     else:
         try:
             converted = _convert(inner, value)
-        except (TypeError, ValueError, yaml.YAMLError):
+        except _ERRORS:
             label = getattr(inner, "__name__", str(inner)) if inner in _SCALARS else str(inner)
-            raise RecipeError(f"{name} must be {label}, not {value!r}") from None
+            raise RecipeError(f"{name} must be {label}, not {shown(value)}") from None
+    if isinstance(converted, str):
+        _check_text(name, converted, may_be_empty=f.default == "")
     choices = f.metadata["choices"]
     if choices and converted not in choices:
-        raise RecipeError(f"{name} must be one of {', '.join(map(str, choices))}, not {value!r}")
+        raise RecipeError(
+            f"{name} must be one of {', '.join(map(str, choices))}, not {shown(value)}"
+        )
     return converted
+
+
+def _check_text(name: str, text: str, may_be_empty: bool) -> None:
+    if not text and not may_be_empty:
+        raise RecipeError(f"{name} is empty: give a value, or leave it out")
+    # Control characters, and bytes of a command line that are no UTF-8.
+    if any(unicodedata.category(c) in ("Cc", "Cs") for c in text):
+        raise RecipeError(f"{name} must be printable text, not {shown(text)}")
 
 
 def _convert(kind: Any, value: Any) -> Any:
     if kind is bool:
-        if isinstance(value, bool):
-            return value
-        return _TRUTH[value.lower()] if str(value).lower() in _TRUTH else _fail(value)
+        if isinstance(value, (bool, int, str)) and str(value).lower() in _TRUTH:
+            return _TRUTH[str(value).lower()]
+        return _fail(value)
     if kind is int:
         if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
             _fail(value)
@@ -68,20 +85,39 @@ def _convert(kind: Any, value: Any) -> Any:
     if kind is str:
         return value if isinstance(value, str) else _fail(value)
     if typing.get_origin(kind) is tuple:
+        if isinstance(value, (list, tuple)) and len(value) == 1 and isinstance(value[0], str):
+            value = value[0]  # a command line's single word, such as 1,2
         if isinstance(value, str):
-            value = yaml.safe_load(value) if value.startswith("[") else value.split(",")
-        elif len(value) == 1 and isinstance(value[0], str):
-            return _convert(kind, value[0])
+            value = parse_yaml(value) if value.startswith("[") else value.split(",")
+        if not isinstance(value, (list, tuple)):
+            _fail(value)
         return tuple(_convert(typing.get_args(kind)[0], v) for v in value)
     if isinstance(value, str):
-        value = yaml.safe_load(value)
+        value = parse_yaml(value)
     if not isinstance(value, dict):
         _fail(value)
     key_type, value_type = typing.get_args(kind)
     if value_type is Any:
+        _check_plain(value)
         return {_convert(key_type, k): v for k, v in value.items()}
     return {_convert(key_type, k): _convert(value_type, v) for k, v in value.items()}
 
 
+def _check_plain(value: Any) -> None:
+    """Only what a checkpoint can hold and a person can read: numbers, text, lists, mappings."""
+    pending, seen = [(value, 0)], 0
+    while pending:
+        value, depth = pending.pop()
+        seen += 1
+        if seen > _MOST_VALUES or depth > _DEEPEST:
+            _fail(value)
+        if isinstance(value, dict):
+            pending += [(v, depth + 1) for pair in value.items() for v in pair]
+        elif isinstance(value, list):
+            pending += [(v, depth + 1) for v in value]
+        elif value is not None and not isinstance(value, _SCALARS):
+            _fail(value)
+
+
 def _fail(value: Any) -> Any:
-    raise ValueError(value)
+    raise ValueError(shown(value))

@@ -8,7 +8,14 @@ from typing import Any
 
 import numpy as np
 
-from backbones.training.pictures import GRID, INK, new_figure, save_figure
+from backbones.training.pictures import (
+    GRID,
+    INK,
+    drawable,
+    new_figure,
+    quiet_about_glyphs,
+    save_figure,
+)
 
 __all__ = ["class_report", "confusion_matrix", "draw_confusion"]
 
@@ -79,7 +86,7 @@ def draw_confusion(path: Path, matrix: np.ndarray, classes: Sequence[str], title
     for spine in axis.spines.values():
         spine.set_color(GRID)
     if count <= _NAMED:
-        short = [name if len(name) <= 18 else name[:17] + "…" for name in classes]
+        short = [drawable(n if len(n) <= 18 else n[:17] + "…") for n in classes]
         turned = max(len(name) for name in short) > 3
         axis.set_xticks(range(count), short, rotation=90 if turned else 0)
         axis.set_yticks(range(count), short)
@@ -95,8 +102,9 @@ def draw_confusion(path: Path, matrix: np.ndarray, classes: Sequence[str], title
                 fontsize=9,
                 color="white" if dark else INK,
             )
-    axis.set_title(title, loc="left", fontsize=12, color=INK, fontweight="bold", pad=12)
-    figure.tight_layout()
+    axis.set_title(drawable(title), loc="left", fontsize=12, color=INK, fontweight="bold", pad=12)
+    with quiet_about_glyphs():
+        figure.tight_layout()
     save_figure(figure, path)
 
 

@@ -2,24 +2,29 @@
 
 from __future__ import annotations
 
+import os
 import sys
-from collections.abc import Callable, Sequence
+from argparse import Namespace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 
 from backbones._checkpoint import CheckpointError
-from backbones.training.checkpoint import write_atomically
+from backbones.training.checkpoint import write_atomically, write_problem
 from backbones.training.command_line import parse_command_line
 from backbones.training.distributed import World, world_of_processes
-from backbones.training.errors import TrainingError
-from backbones.training.folder import choose_folder
+from backbones.training.errors import DataError, RecipeError, TrainingError, first_line, one_line
+from backbones.training.folder import RunFolder
 from backbones.training.interrupt import StopRequest, stop_on_signals
 from backbones.training.loop import TrainingLoop
 from backbones.training.progress import Progress
-from backbones.training.recipe import AnyRecipe, dump_recipe
+from backbones.training.recipe import AnyRecipe, Recipe, dump_recipe
 
 __all__ = ["run_from_command_line"]
+
+_OUT_OF_MEMORY = ("can't allocate memory", "not enough memory", "out of memory")
 
 
 def run_from_command_line(
@@ -30,7 +35,7 @@ def run_from_command_line(
 ) -> int:
     """Read the recipe, build the trainer, take up an earlier state if wanted, and train.
 
-    What a user can mend goes to standard error without a traceback.
+    What a user can mend goes to standard error in one line, without a traceback.
 
     Args:
         build_trainer: a :class:`TrainingLoop`'s class.
@@ -44,23 +49,95 @@ def run_from_command_line(
     try:
         recipe, options = parse_command_line(argv, description, recipe_class)
         if options.print_config:
-            sys.stdout.write(dump_recipe(recipe))
-            return 0
+            return _print(dump_recipe(recipe))
         if recipe.threads is not None:
             torch.set_num_threads(recipe.threads)
         with stop_on_signals() as stop, world_of_processes(recipe.device) as world:
-            folder = world.gather(choose_folder(recipe, options) if world.is_main else None)[0]
-            progress = Progress(world)
-            trainer = build_trainer(recipe, folder, world, stop, progress)
-            try:
-                if world.is_main:
-                    text = dump_recipe(trainer.resolved_recipe()).encode()
-                    write_atomically(folder / "config.yaml", lambda file: file.write(text))
-                trainer.take_up()
-                return trainer.run()
-            finally:
-                progress.end()
-                trainer.close()
+            return _train(build_trainer, recipe, options, world, stop)
     except (TrainingError, CheckpointError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
+        return _fail(error)
+    except OSError as error:
+        return _fail(f"{error.filename}: {error.strerror}" if error.filename else error)
+    except MemoryError:
+        return _fail("out of memory: lower batch_size, img_size or workers")
+    except RuntimeError as error:
+        text = first_line(error)
+        if text.startswith("DataLoader worker"):
+            why = "mostly for want of memory: lower workers or batch_size"
+            return _fail(f"a loader process was ended by the system, {why} ({text})")
+        if any(words in text for words in _OUT_OF_MEMORY):
+            return _fail(f"out of memory: lower batch_size or img_size ({text})")
+        raise
+    except KeyboardInterrupt:
+        return _fail("interrupted", 130)
+
+
+def _train(
+    build_trainer: Callable[[AnyRecipe, Path, World, StopRequest, Progress], TrainingLoop],
+    recipe: AnyRecipe,
+    options: Namespace,
+    world: World,
+    stop: StopRequest,
+) -> int:
+    progress = Progress(world)
+    with _folder_of(recipe, options, world) as (path, folder):
+        if folder is not None and folder.unlocked:
+            progress.say(
+                f"{path} is not locked: {folder.unlocked}. Two runs in it would overwrite each "
+                "other's files"
+            )
+        trainer = build_trainer(recipe, path, world, stop, progress)
+        try:
+            trainer.take_up()
+            if folder is not None:  # nothing is written before all is known to be well
+                folder.clear()
+                text = dump_recipe(trainer.resolved_recipe()).encode()
+                write_atomically(path / "config.yaml", lambda file: file.write(text))
+            trainer.begin()
+            return trainer.run()
+        except OSError as error:
+            problem = write_problem(error, path)
+            where = f"{error.filename}: " if error.filename else ""
+            raise DataError(f"{where}{problem}") from error
+        finally:
+            progress.end()
+            trainer.close()
+
+
+@contextmanager
+def _folder_of(
+    recipe: Recipe, options: Namespace, world: World
+) -> Iterator[tuple[Path, RunFolder | None]]:
+    """Where the run writes; the folder itself for the main process only, which holds its lock.
+
+    Raises:
+        RecipeError: it cannot be had; every process hears of it.
+    """
+    folder, problem = None, ""
+    if world.is_main:
+        try:
+            folder = RunFolder(recipe, options)
+        except RecipeError as error:
+            problem = str(error)
+    path, problem = world.gather((folder and folder.path, problem))[0]
+    if problem:
+        raise RecipeError(problem)
+    try:
+        yield path, folder
+    finally:
+        if folder is not None:
+            folder.leave()
+
+
+def _print(text: str) -> int:
+    try:
+        sys.stdout.write(text)
+        sys.stdout.flush()
+    except BrokenPipeError:  # whoever read it has gone (`… | head`)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
+
+
+def _fail(error: object, status: int = 1) -> int:
+    sys.stderr.write(f"error: {one_line(error)}\n")
+    return status

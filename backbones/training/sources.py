@@ -108,6 +108,8 @@ class TorchvisionSource(ImageSource):
 
     def __init__(self, dataset: Any, title: str) -> None:
         self.dataset, self.title = dataset, title
+        if hasattr(dataset, "loader"):  # of files; torchvision's own would clip 16 bits
+            dataset.loader = _decode_path
         if hasattr(dataset, "targets"):
             self.labels = np.asarray(dataset.targets)
 
@@ -120,6 +122,10 @@ class TorchvisionSource(ImageSource):
 
     def name(self, index: int) -> str:
         return f"{self.title}[{index}]"
+
+
+def _decode_path(path: str) -> Image.Image:
+    return decode(open(path, "rb"))  # noqa: SIM115 - decoding closes it
 
 
 def decode(file: IO[bytes]) -> Image.Image:

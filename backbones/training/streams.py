@@ -15,7 +15,8 @@ import torch
 from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
-from backbones.training.corrupt import DECODE_ERRORS, CorruptImages
+from backbones.images import DECODE_ERRORS, as_8_bits
+from backbones.training.corrupt import CorruptImages
 from backbones.training.distributed import World
 from backbones.training.errors import DataError
 from backbones.training.sampler import mix_seed, seeded
@@ -108,6 +109,7 @@ class StreamImages(IterableDataset[tuple[torch.Tensor, int]]):
                 self._note(_name(image), error)
                 owed += self.seed is not None
                 continue
+            self.corrupt.add_good()
             yield good
             while owed:
                 owed -= 1
@@ -119,7 +121,7 @@ class StreamImages(IterableDataset[tuple[torch.Tensor, int]]):
         if isinstance(image, dict):
             data = image["bytes"] or Path(image["path"]).read_bytes()
             image = decode(io.BytesIO(data))
-        return image if image.mode == self.mode else image.convert(self.mode)
+        return as_8_bits(image, self.mode)
 
     def _note(self, name: str, error: Exception) -> bool:
         self.corrupt.add(name, error)

@@ -1,13 +1,16 @@
 """A loss that is not finite: skipped without a trace, counted, and in the end explained."""
 
 import csv
+import json
 
 import pytest
+import safetensors
 import torch
 from training_runs import final_state, make_images, same, train
 
+import train_cls
 from backbones.training.build import BatchAugmentation
-from backbones.training.checkpoint import load_state
+from backbones.training.checkpoint import load_state, save_state
 
 
 @pytest.fixture
@@ -47,15 +50,108 @@ def test_a_bad_batch_leaves_no_trace(accum, poison, arguments, tmp_path):
 
 def test_too_many_in_a_row_stop_the_run(poison, arguments, tmp_path, capsys):
     poison(range(3, 100))
-    run = (*arguments, "--epochs=3", "--max-bad-steps=4", "--save-every-steps=3")
+    run = (*arguments, "--epochs=3", "--max-bad-steps=3", "--save-every-steps=1")
     assert train(*run) == 1
     message = capsys.readouterr().err
-    assert "not finite in 4 updates in a row; their 32 images" in message
+    assert message.count("\n") == 1
+    assert "not finite in 3 updates in a row; their 24 images" in message
+    assert "last.pt has weights from before. A lower lr" in message
     names = (tmp_path / "run" / "bad_batches.txt").read_text().splitlines()
-    assert len(names) == 32 and all(name.endswith(".png") for name in names)
-    state = final_state(tmp_path / "run")
-    assert (state["skipped"], state["updates"]) == (4, 7)
-    before = load_state(tmp_path / "run" / "last.prev.pt")  # of update 6, three of them bad
-    assert (before["updates"], before["skipped"]) == (6, 3)
-    assert same(before["model"], state["model"])
-    assert all(torch.isfinite(value).all() for value in state["model"].values())
+    assert len(names) == 24 and all(name.endswith(".png") for name in names)
+    # Saved were updates 1, 2 and 3; no loss has shown that the weights of the third are good.
+    last, doubtful = (load_state(tmp_path / "run" / n) for n in ("last.pt", "diverged.pt"))
+    assert (last["updates"], doubtful["updates"]) == (2, 3)
+    assert last["skipped"] == 0
+
+
+def test_weights_that_a_validation_found_good_stay(poison, arguments, tmp_path, capsys):
+    poison(range(6, 100))
+    assert train(*arguments, "--epochs=3", "--max-bad-steps=3") == 1
+    assert "last.pt has weights from before" in capsys.readouterr().err
+    assert load_state(tmp_path / "run" / "last.pt")["updates"] == 6
+    assert not (tmp_path / "run" / "diverged.pt").exists()
+
+
+@pytest.mark.parametrize("opt", ["sgd", "adamw"])
+def test_a_run_that_diverges_can_be_taken_up_with_a_lower_rate(opt, arguments, tmp_path, capsys):
+    """Norms keep the training loss finite for a while, whatever size the weights have."""
+    folder, run = tmp_path / "run", (*arguments, "--save-every-steps=1", "--max-bad-steps=3")
+    run += (f"--opt={opt}", "--ema", "--log-every=1", "--sched=none", "--resume=auto")
+    assert train(*run, "--epochs=1") == 0
+    good = load_state(folder / "last.pt")
+    run += ("--epochs=2",)
+    assert train(*run, "--lr=1000") == 1
+    message = capsys.readouterr().err
+    assert "last.pt has weights from before. A lower lr" in message and message.count("\n") == 1
+    state = load_state(folder / "last.pt")
+    assert state["updates"] == 6 and same(state["model"], good["model"])
+    assert load_state(folder / "diverged.pt")["updates"] > 6
+    with safetensors.safe_open(folder / "best.safetensors", "pt") as file:
+        assert file.metadata()["epoch"] == "1"
+    assert train(*run, "--lr=1e-3") == 0
+    rates = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    assert [e["lr"] for e in rates if e["update"] > 6] == [1e-3] * 7
+    assert final_state(folder)["skipped"] == 0
+
+
+def test_weights_of_any_size_are_not_saved(arguments, tmp_path):
+    """The updates of the first epoch: no validation has found any of them good yet."""
+    run = (*arguments, "--save-every-steps=1", "--epochs=2", "--opt=sgd", "--sched=none")
+    assert train(*run, "--lr=100") == 1
+    for path in (tmp_path / "run").glob("*.pt"):
+        weights = load_state(path)["model"].values()
+        assert all((value.abs() <= 1e12).all() for value in weights)
+
+
+def test_a_diverged_run_that_saved_nothing_says_so(arguments, tmp_path, capsys):
+    run = (*arguments, "--epochs=2", "--opt=sgd", "--lr=1000", "--max-bad-steps=2")
+    assert train(*run, "--sched=none", "--warmup-epochs=0") == 1
+    assert "none were saved before" in capsys.readouterr().err
+    assert not list((tmp_path / "run").glob("*.pt")) + list((tmp_path / "run").glob("*.safe*"))
+
+
+@pytest.fixture
+def spoil(monkeypatch):
+    """Let a weight be NaN after a certain update, which the next loss would tell."""
+
+    def spoil(loop, number):
+        original = loop.apply_gradients
+
+        def apply_gradients(self):
+            original(self)
+            if self.updates + 1 == number:
+                with torch.no_grad():
+                    next(self.model.parameters()).fill_(float("nan"))
+
+        monkeypatch.setattr(loop, "apply_gradients", apply_gradients)
+
+    return spoil
+
+
+@pytest.mark.parametrize("words", [(), ("--ema",), ("--save-every-steps=1",)])
+def test_a_validation_that_is_not_finite_ends_the_run(words, spoil, arguments, tmp_path, capsys):
+    spoil(train_cls.Trainer, 12)
+    assert train(*arguments, "--epochs=2", *words) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("error: the validation after 12 updates found loss nan, weights that")
+    folder = tmp_path / "run"
+    assert load_state(folder / "last.pt")["updates"] == 6
+    with safetensors.safe_open(folder / "best.safetensors", "pt") as file:
+        assert file.metadata()["epoch"] == "1"
+        assert all(file.get_tensor(name).isfinite().all() for name in file.keys())  # noqa: SIM118
+
+
+def test_weights_that_are_not_finite_are_not_saved(spoil, arguments, tmp_path):
+    """With ``eval_every`` an epoch ends without a validation."""
+    spoil(train_cls.Trainer, 6)
+    assert train(*arguments, "--epochs=3", "--eval-every=3", "--max-bad-steps=2") == 1
+    assert not (tmp_path / "run" / "last.pt").exists()
+
+
+def test_a_checkpoint_that_diverged_is_refused(arguments, tmp_path, capsys):
+    assert train(*arguments, "--epochs=1") == 0
+    state = load_state(tmp_path / "run" / "last.pt")
+    next(iter(state["model"].values())).fill_(float("inf"))
+    save_state(tmp_path / "run" / "last.pt", state)
+    assert train(*arguments, "--epochs=2", "--resume=auto") == 1
+    assert "holds weights that are not finite" in capsys.readouterr().err

@@ -142,3 +142,44 @@ def test_a_class_map(folder, tmp_path):
     assert splits.classes == ["class2", "class1", "class0"]
     seen, label = colour(splits.train, 0)
     assert label == 2 - seen
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"class2\nclass1\nclass2\n", "has 'class2' twice, in lines 1 and 3"),
+        (b"\n", "is empty"),
+        (bytes(range(256)), "is no text of one class a line"),
+        (None, "cannot read class_map"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["{}", "hfds/{}", "wds/{}"])
+def test_class_maps_that_are_none(kind, content, message, folder, tmp_path):
+    path = tmp_path / "classes.pkl"  # timm would read it as a pickle
+    if content is not None:
+        path.write_bytes(content)
+    with pytest.raises(DataError, match=message):
+        open_splits(Recipe(data=kind.format(folder), class_map=str(path)))
+
+
+def test_validation_labels_without_an_auc(tmp_path):
+    labels = np.zeros((12, 3), np.int64)
+    write_medmnist(tmp_path / "chestmnist.npz", labels=labels)
+    with pytest.raises(DataError, match="so there is no AUC"):
+        open_splits(Recipe(data="medmnist/chestmnist", data_dir=str(tmp_path)))
+
+
+def test_medmnist_files_that_are_damaged(tmp_path):
+    write_medmnist(tmp_path / "set.npz")
+    recipe = Recipe(data="medmnist/set", data_dir=str(tmp_path))
+    data = (tmp_path / "set.npz").read_bytes()
+    (tmp_path / "set.npz").write_bytes(data[: len(data) // 2])
+    with pytest.raises(DataError, match="is no MedMNIST file"):
+        open_splits(recipe)
+    (tmp_path / "set.npz").write_bytes(data)
+    with np.load(tmp_path / "set.npz") as archive:
+        arrays = dict(archive)
+    arrays["val_labels"] = arrays["val_labels"][:2]
+    np.savez(tmp_path / "set.npz", **arrays)
+    with pytest.raises(DataError, match="6 val images have 2 labels"):
+        open_splits(recipe)

@@ -11,7 +11,7 @@ from training_runs import TINY, final_state, kill_at_call, make_images, same, st
 from zoo import CLASSIFIERS, small
 
 import backbones
-from backbones.training.build import LabelLoss, add_exits_to_optimizer, build_optimizer
+from backbones.training.build import LabelLoss
 from backbones.training.distillation import (
     Distillation,
     StudentWithExits,
@@ -22,6 +22,7 @@ from backbones.training.distillation import (
     soft_label_loss,
 )
 from backbones.training.errors import RecipeError
+from backbones.training.optimization import add_exits_to_optimizer, build_optimizer
 from backbones.training.recipe import Recipe
 
 CONFIG = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225)}
@@ -236,6 +237,22 @@ def test_teachers_that_cannot_teach(words, message, images, teachers, tmp_path, 
     words = [word.replace("{own}", str(teachers / "own.pth")) for word in words]
     assert train(f"--data={images}", f"--output={tmp_path}", *words) == 1
     assert message in capsys.readouterr().err
+
+
+class Malicious:
+    def __reduce__(self):
+        return eval, ("1/0",)
+
+
+@pytest.mark.parametrize("teacher", ["timm/test_vit", "van_b0"])
+def test_a_teacher_that_would_run_code(teacher, images, tmp_path, capsys):
+    path = tmp_path / "teacher.pth"
+    torch.save({"state_dict": Malicious()}, path)
+    words = ["--distill=soft", f"--teacher={teacher}", f"--teacher-checkpoint={path}"]
+    assert train(f"--data={images}", f"--output={tmp_path}", *words) == 1
+    said = capsys.readouterr().err
+    # torch's own message advises to load it without that protection.
+    assert "was not run" in said and "weights_only" not in said and said.count("\n") == 1
 
 
 def test_a_teacher_of_other_classes(teachers):

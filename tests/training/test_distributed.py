@@ -23,6 +23,8 @@ from training_runs import (
     start_two,
 )
 
+from backbones.training.lock import FolderLock
+
 SGD = [
     "--opt=momentum",
     "--momentum=0",
@@ -37,6 +39,19 @@ RANDOM = ["--epochs=2", "--mixup=0.2", "--reprob=0.3", "--drop=0.1", "--ema", "-
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
     return make_images(tmp_path_factory.mktemp("images"), {"train": 50, "val": 11})
+
+
+def test_both_hear_that_the_folder_is_taken(images, tmp_path):
+    (tmp_path / "run").mkdir()
+    lock = FolderLock(tmp_path / "run")
+    assert join(start_two(f"--data={images}", f"--output={tmp_path}", "--name=run")) == [1, 1]
+    lock.release()
+
+
+@pytest.mark.parametrize("size", ["many", "0", "-2"])
+def test_a_world_without_a_size(size, images, tmp_path):
+    process = start(f"--data={images}", f"--output={tmp_path}", env={"WORLD_SIZE": size})
+    assert join([process]) == [1]
 
 
 def test_two_processes_and_accumulation_equal_one_big_batch(images, tmp_path):

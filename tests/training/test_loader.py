@@ -118,6 +118,30 @@ def test_augmentation_at_its_highest_magnitude(aa):
     assert transform(image).shape == (3, 16, 16)
 
 
+@pytest.mark.parametrize("source", ["{}", "torch/image_folder"])
+def test_16_bits_are_scaled(source, make, tmp_path):
+    """Pillow's ``convert`` clips at 255, which makes nearly every image white."""
+    for place in ("train/a", "val/a"):
+        (tmp_path / place).mkdir(parents=True)
+        Image.fromarray(np.full((8, 8), 0x4040, np.uint16)).save(tmp_path / place / "0.png")
+    data = source.format(tmp_path)
+    options = {"folder": data, "data_dir": str(tmp_path), "batch_size": 1, "no_aug": True}
+    for kind in (TrainLoader, ValidationLoader):
+        loader = make(kind=kind, **options)
+        batches = loader.epoch(0) if kind is TrainLoader else loader
+        ((images, _),) = list(batches)
+        assert torch.allclose(images, torch.tensor((0x40 / 255 - 0.5) / 0.25), atol=1e-5)
+
+
+@pytest.mark.parametrize("aa", ["rand-m9-mstd0.5-inc1", "augmix-m3-w3", "original", "3a"])
+def test_grey_images_are_augmented_too(aa):
+    config = {**CONFIG, "mean": (0.5,), "std": (0.25,)}
+    transform = _train_transform(16, config, Recipe(aa=aa, in_chans=1, grayscale_prob=0.5))
+    image = Image.new("L", (20, 20), 100)
+    for _ in range(20):
+        assert transform(image).shape == (1, 16, 16)
+
+
 def test_image_sizes_that_grow(make):
     loader = make(img_size_schedule={0: 16, 2: 24, 4: 32})
     sizes = [next(iter(loader.epoch(epoch)))[0].shape[-1] for epoch in range(5)]
@@ -171,6 +195,31 @@ def test_too_many_broken_images_end_the_run(workers, make, broken):
         DataError, match=r"of 30 images cannot be read, more than max_corrupt=0\.01"
     ):
         list(loader.epoch(0))
+
+
+@pytest.mark.parametrize("kind", [TrainLoader, ValidationLoader])
+def test_no_image_at_all_can_be_read(kind, make, tmp_path):
+    """``max_corrupt: 1`` allows all of them, and the search for another one would have no end."""
+    folder = make_images(tmp_path / "none", {"train": 6, "val": 4})
+    for path in folder.rglob("*.png"):
+        path.write_bytes(b"no")
+    loader = make(kind=kind, folder=folder, allowed=1.0)
+    with pytest.raises(DataError, match=r"none of the [64] images can be read; .*corrupt\.txt"):
+        list(loader.epoch(0) if kind is TrainLoader else loader)
+
+
+def test_the_search_for_a_readable_image_ends(tmp_path):
+    corrupt = CorruptImages(tmp_path / "corrupt.txt", 1.0)
+    for number in range(999):
+        corrupt.add(f"{number}", ValueError("two\nlines"))
+        corrupt.check(10**6)
+    corrupt.add("999", ValueError())
+    with pytest.raises(DataError, match="1000 images one after the other cannot be read"):
+        corrupt.check(10**6)
+    corrupt.add_good()
+    corrupt.check(10**6)
+    assert corrupt.count() == 1000
+    assert CorruptImages(tmp_path / "corrupt.txt", 1.0).count() == 1000  # by another process
 
 
 def test_broken_validation_images_are_not_counted(make, broken):

@@ -14,7 +14,7 @@ from training_runs import final_state, make_images, train
 from zoo import FAMILIES, small
 
 import backbones
-from backbones.training import build
+from backbones.training import build, optimization
 from backbones.training.errors import RecipeError
 from backbones.training.recipe import Recipe, load_recipe
 
@@ -122,29 +122,47 @@ def test_compile(images, tmp_path):
     [
         (["--opt=adamx"], "opt='adamx'"),
         (["--opt-args={momentun: 1}"], "momentun"),
-        (["--sched=wsd", "--decay-epochs=99", "--epochs=2"], "sched='wsd'"),
+        (["--sched=wsd", "--decay-epochs=99"], "sched='wsd'"),
         (["--model=shvit_s9"], "shvit_s9"),
         (["--model-args={dimm: 3}"], "unknown keyword 'dimm'"),
         (["--checkpoint=nowhere.pt"], "nowhere.pt"),
         (["--device=nope"], "device nope cannot be used here: "),
         (["--device=cuda:99"], "device cuda:99 cannot be used here: "),
-        (["--drop-path=2"], "drop_path_rate must lie in 0 … 1, got 2"),
+        (["--drop-path=2"], "drop_path must be at least 0 and below 1, not 2.0"),
+        (["--model-args={depths: 3}"], "shvit_s1 with model_args {'depths': 3}: "),
+        (["--opt-args={betas: [0.9]}"], "opt='adamw'"),
+        (["--opt=adahessian"], "second derivatives"),
+        (["--min-lr=0.1"], "min_lr must be at most the learning rate of 0.001"),
+        (["--lr-cycle-limit=30", "--lr-cycle-mul=9"], "its cycles take"),
+        (["--cutmix-minmax", "0.5", "0.51"], "that are pixels apart in images of 32 pixels"),
+        (["--img-size=64", "--batch-size=1"], "cannot be trained with batches (1, 3, 64, 64)"),
         (["--resume=nowhere.pt"], "there is no checkpoint nowhere.pt"),
         (["--num-classes=2"], "3 classes, the model's head only 2"),
     ],
 )
 def test_options_that_cannot_work(words, message, images, tmp_path, capsys):
-    assert train(f"--data={images}", f"--output={tmp_path}", *words) == 1
-    assert message in capsys.readouterr().err
+    assert train(f"--data={images}", f"--output={tmp_path}", "--epochs=1", *words) == 1
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+
+
+def test_weights_that_would_run_code(images, tmp_path, capsys):
+    path = tmp_path / "weights.pth"
+    path.write_bytes(bytes(range(256)))
+    arguments = (f"--data={images}", f"--output={tmp_path}", "--epochs=1")
+    assert train(*arguments, f"--checkpoint={path}") == 1
+    said = capsys.readouterr().err
+    assert "neither a file of torch.save" in said and "weights_only" not in said
+    assert said.count("\n") == 1
 
 
 def test_the_learning_rate_follows_the_batch():
     recipe = Recipe(lr_base=1e-3, lr_base_size=1024, batch_size=64, accum_steps=2)
-    assert build.learning_rate(recipe, world_size=4) == pytest.approx(0.5e-3)
+    assert optimization.learning_rate(recipe, world_size=4) == pytest.approx(0.5e-3)
     recipe.lr_base_scale = "sqrt"
-    assert build.learning_rate(recipe, world_size=4) == pytest.approx(1e-3 * 0.5**0.5)
+    assert optimization.learning_rate(recipe, world_size=4) == pytest.approx(1e-3 * 0.5**0.5)
     recipe.lr = 0.1
-    assert build.learning_rate(recipe, world_size=4) == 0.1
+    assert optimization.learning_rate(recipe, world_size=4) == 0.1
 
 
 @pytest.mark.filterwarnings("ignore:.*opt_einsum")
@@ -152,16 +170,16 @@ def test_every_optimizer_of_timm_is_reachable():
     refused = []
     for name in timm.optim.list_optimizers():
         try:
-            build.build_optimizer(Recipe(opt=name), nn.Linear(4, 4), 1e-3)
+            optimization.build_optimizer(Recipe(opt=name), nn.Linear(4, 4), 1e-3)
         except RecipeError as error:
             refused.append(f"{name}: {error}")
-    # These need another package or a GPU.
-    assert all(line.startswith(("fused", "bnb")) for line in refused), refused
+    # These need another package or a GPU, or second derivatives.
+    assert all(line.startswith(("fused", "bnb", "adahessian")) for line in refused), refused
 
 
 def test_biases_and_norms_do_not_decay():
     model = nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4))
-    optimizer = build.build_optimizer(Recipe(weight_decay=0.3), model, 1e-3)
+    optimizer = optimization.build_optimizer(Recipe(weight_decay=0.3), model, 1e-3)
     decays = {id(p): g["weight_decay"] for g in optimizer.param_groups for p in g["params"]}
     assert [decays[id(p)] for p in model.parameters()] == [0.3, 0.0, 0.0, 0.0]
 
@@ -185,8 +203,8 @@ def test_some_parameters_learn_slower(sched, opt, layer_decay):
     model = backbones.create_model("litv2_s", depths=(1, 1, 1, 1))
 
     def rates(recipe):
-        optimizer = build.build_optimizer(recipe, model, 1.0)
-        build.build_scheduler(recipe, optimizer, 10)
+        optimizer = optimization.build_optimizer(recipe, model, 1.0)
+        optimization.build_scheduler(recipe, optimizer, 10)
         groups = optimizer.param_groups
         assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
         by_id = {id(p): g["lr"] for g in groups for p in g["params"]}
@@ -204,7 +222,7 @@ def test_some_parameters_learn_slower(sched, opt, layer_decay):
 @pytest.mark.parametrize("factors", [{"nothing": 0.1}, {"(": 0.1}, {"0": 0.0}, {"0": "much"}])
 def test_factors_that_fit_nothing_are_refused(factors):
     with pytest.raises(RecipeError, match="lr_factors"):
-        build.build_optimizer(Recipe(lr_factors=factors), nn.Linear(4, 4), 1e-3)
+        optimization.build_optimizer(Recipe(lr_factors=factors), nn.Linear(4, 4), 1e-3)
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")

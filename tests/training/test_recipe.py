@@ -4,12 +4,18 @@ from pathlib import Path
 
 import pytest
 import yaml
+from PIL import Image
 
 import train_cls
 from backbones.training.command_line import parse_command_line
 from backbones.training.errors import RecipeError
 from backbones.training.recipe import FIELDS, Recipe, differences, dump_recipe, load_recipe
 
+# Nine references to nine each, ten deep: a short text for a huge value.
+BOMB = "lr_factors: {a0: &a0 [1, 2]}\nopt_args:\n" + "".join(
+    f"  a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]\n" for n in range(1, 11)
+)
+BOMB = BOMB.replace("lr_factors", "teacher_args").replace("opt_args", "mean")
 CONFIGS = sorted((Path(train_cls.__file__).parent / "configs" / "cls").glob("*.yaml"))
 
 
@@ -83,23 +89,74 @@ def test_flags():
         ("--no-emma", "unknown option '--no-emma'; did you mean --no-ema"),
         ("three", "unexpected 'three'"),
         ("--batch-size many", "batch_size must be int, not 'many'"),
-        ("--batch-size 0", "batch_size must be at least 1, not 0"),
+        ("--batch-size 0", "batch_size must be within 1 … 1000000, not 0"),
         ("--epochs 2.5", "epochs must be int, not '2.5'"),
         ("--amp fp8", "amp must be one of None, bf16, fp16, not 'fp8'"),
         ("--ema maybe", "ema must be bool, not 'maybe'"),
-        ("--threads 0", "threads must be at least 1, not 0"),
-        ("--hflip 2", "hflip must be within 0 and 1"),
-        ("--mean 1 2", "mean must be 3 numbers"),
-        ("--scale 0.1", "scale must be two numbers"),
+        ("--threads 0", "threads must be within 1 … 1024, not 0"),
+        ("--hflip 2", "hflip must be within 0 … 1, not 2.0"),
+        ("--mean 0 1", "mean must be 3 numbers"),
+        ("--scale 0.1", "scale must be 2 numbers above 0 and at most 1, each above"),
         ("--model-args 3", "model_args must be"),
         ("--mixup 0.2 --batch-size 7", "need an even batch_size, not 7"),
         ("--pretrained --checkpoint x.pt", "exclude each other"),
         ("--config nowhere.yaml", "cannot read the recipe nowhere.yaml"),
+        ("--batch-size", "argument --batch-size/--batch_size: expected one argument"),
+        ("--no-ema=1", "ignored explicit argument '1'"),
+        ("--checkpoint=", "checkpoint is empty: give a value, or leave it out"),
+        ("--name=a\nb", "name must be printable text"),
+        # Every number has its range, and only numbers are in it.
+        ("--clip-grad -1", "clip_grad must be above 0"),
+        ("--layer-decay -2", "layer_decay must be above 0 and at most 1"),
+        ("--ema-decay 2", "ema_decay must be at least 0 and below 1, not 2.0"),
+        ("--weight-decay nan", "weight_decay must be within 0 … 100, not nan"),
+        ("--lr inf", "lr must be within 0 … 1000, not inf"),
+        ("--std 0 0 0", "std must be within 0.001 … 10"),
+        ("--scale 2 0.1", "scale must be 2 numbers above 0 and at most 1"),
+        ("--crop-pct 50", "crop_pct must be within 0.1 … 1, not 50.0"),
+        ("--warmup-epochs -1", "warmup_epochs must be within 0 …"),
+        ("--num-classes 0", "num_classes must be within 1 …"),
+        ("--img-size 0", "img_size must be within 1 …"),
+        ("--img-size -32", "img_size must be within 1 …"),
+        ("--val-batch-size 0", "val_batch_size must be within 1 …"),
+        ("--smoothing 2", "smoothing must be at least 0 and below 1"),
+        ("--seed -1", "seed must be within 0 …"),
+        ("--cutmix-minmax 0.9 0.1", "cutmix_minmax must be 2 numbers within 0 … 1, each above"),
+        ("--img-size-schedule {0:64,-1:32}", "img_size_schedule must be"),
+        ("--in-chans 4", "in_chans must be one of 1, 3, not '4'"),
+        ("--sched step --decay-rate 2", "decay_rate must be at most 1 with sched step"),
+        ("--aa nonsense", "aa must be a policy of rand, augmix, original"),
+        ("--aa rand-x3", "rand takes mNUMBER, .* not 'x3'"),
+        ("--aa rand-m9-n999999", "n must be a whole number within 1 … 10"),
+        ("--aa augmix-w2.5", "w must be a whole number"),
+        ("--aa rand-m9-tnothing", "not 'tnothing'"),
+        ("--epochs 1" + "0" * 400, "epochs must be within 1 …"),
+        ("--lr 1" + "0" * 400, "lr must be within 0 … 1000, not inf"),
     ],
 )
 def test_what_a_command_line_cannot_say(words, message):
     with pytest.raises(RecipeError, match=message):
-        parse_command_line(words.split())
+        parse_command_line(words.split(" "))
+
+
+@pytest.mark.parametrize(
+    "aa",
+    [
+        *("rand-m9-mstd0.5-inc1", "augmix-m3-w3-a0.4", "original", "originalr", "v0", "v0r", "3a"),
+        *("rand-m9-n3-p0.5-mmax15", "rand-mstd101-tweights", "rand-t3aw", "original-mstd0.5"),
+        *("augmix-m5-w4-d2-b1-mstd1", "none"),
+    ],
+)
+def test_the_policies_of_timm(aa):
+    recipe, _ = parse_command_line([f"--aa={aa}"])
+    assert recipe.aa == (None if aa == "none" else aa)
+
+
+def test_the_help_shows_the_ranges(capsys):
+    with pytest.raises(SystemExit):
+        parse_command_line(["--help"])
+    text = " ".join(capsys.readouterr().out.split())
+    assert "label smoothing; at least 0 and below 1 (default: 0.1)" in text
 
 
 @pytest.mark.parametrize(
@@ -110,13 +167,66 @@ def test_what_a_command_line_cannot_say(words, message):
         ("variants: [van_b0]", "variants must map"),
         ("- 1", "must be a mapping"),
         ("a: [", "is not YAML"),
+        ("[" * 5000, "is not YAML: nested too deeply"),
+        ("lr: !!int", "is not YAML"),
+        ("lr: 1\nepochs: 3\nlr: 2", "the key 'lr' stands there twice .* line 3"),
+        ("model_args: {a: 1, a: 2}", "the key 'a' stands there twice"),
+        (
+            "variants: {van_b0: 3}\nmodel: van_b0",
+            "variant van_b0: must be a mapping of keys, not 3",
+        ),
+        ("variants: {van_b0: {}}\nmodel: [a]", "unknown model"),
+        ("variants: {}", "unknown model ''$"),
+        ("ema: 2", "ema must be bool, not 2"),
+        ("mean: {a: 1}", "mean must be"),
+        ("mean: 0.5", "mean must be"),
+        ("model: 3", "model must be str, not 3"),
+        ("seed: 1e400", "seed must be int"),
+        ("model_args: {a: 2001-01-01}", "model_args must be"),
+        ("output: ''", "output is empty"),
+        ('data: "a\\0b"', "data must be printable text"),
+        (BOMB, "mean must be"),
+        (BOMB.replace("mean", "model_args"), "model_args must be"),
     ],
 )
 def test_what_a_file_cannot_say(text, message, tmp_path):
     path = tmp_path / "bad.yaml"
     path.write_text(text)
-    with pytest.raises(RecipeError, match=message):
+    with pytest.raises(RecipeError, match=message) as caught:
         load_recipe(path)
+    assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
+
+
+def test_what_yaml_allows_beside_a_key_is_not_twice(tmp_path):
+    path = tmp_path / "variants.yaml"
+    path.write_text(
+        "variants:\n  van_b0: &first {lr: 1, drop: 0.1}\n  van_b1: &second {<<: *first, lr: 2}\n"
+        "  van_b2: {<<: *second, drop: 0.3}\n"
+    )
+    recipe = load_recipe(path, {"model": "van_b2"})
+    assert (recipe.lr, recipe.drop) == (2.0, 0.3)
+
+
+def test_truth_may_be_a_number(tmp_path):
+    path = tmp_path / "truth.yaml"
+    path.write_text("ema: 1\npin_memory: 0\nmomentum: true\n")
+    with pytest.raises(RecipeError, match="momentum must be float, not True"):
+        load_recipe(path)
+    path.write_text("ema: 1\npin_memory: 0\n")
+    assert (load_recipe(path).ema, load_recipe(path).pin_memory) == (True, False)
+
+
+def test_files_that_are_no_text(tmp_path, capsys):
+    Image.new("RGB", (40, 40), (1, 2, 3)).save(tmp_path / "image.png")
+    (tmp_path / "large").write_bytes(b" " * (2**20 + 1))
+    for path, message in (
+        (tmp_path / "image.png", "holds no UTF-8 text"),
+        (tmp_path / "large", "is larger than 1048576 bytes"),
+        (tmp_path, "Is a directory"),
+    ):
+        assert train_cls.main([f"--config={path}"]) == 1
+        said = capsys.readouterr().err
+        assert message in said and said.count("\n") == 1
 
 
 def test_print_config(family, capsys):

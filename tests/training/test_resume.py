@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import time
 from functools import partial
@@ -10,7 +11,7 @@ from functools import partial
 import pytest
 from training_runs import final_state, kill, kill_at_call, make_images, same, start, train
 
-from backbones.training.checkpoint import load_state
+from backbones.training.checkpoint import load_state, save_state
 
 # Everything random is on: dropout, drop path, erasing, mixing, an averaged model.
 RECIPE = [
@@ -154,6 +155,95 @@ def test_another_model_is_refused(images, tmp_path, capsys):
     arguments = (f"--data={images}", f"--output={tmp_path}", "--name=run")
     assert train(*arguments, "--epochs=1") == 0
     assert train(*arguments, "--epochs=2", "--resume=auto", "--model-args={}") == 1
-    assert "does not fit this recipe" in capsys.readouterr().err
+    message = capsys.readouterr().err
+    assert "last.pt does not fit this recipe: model_args: {'attn_dims': " in message
+    assert message.count("\n") == 1
+    config = (tmp_path / "run" / "config.yaml").read_text()
+    assert "model_args: {attn_dims:" in config  # still that of the run
     assert train(*arguments, "--epochs=2") == 1
     assert "holds an earlier run" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--opt=sgd",), "opt: 'adamw' → 'sgd'"),
+        (("--opt=adam",), "opt: 'adamw' → 'adam'"),
+        (("--ema",), "ema: False → True"),
+        (("--layer-decay=0.5",), "layer_decay: None → 0.5"),
+        (("--weight-decay=0",), "weight_decay: 0.05 → 0.0"),
+        (("--lr-factors={stem: 0.1}",), "lr_factors: {} → {'stem': 0.1}"),
+        (("--sched=plateau",), "sched: 'cosine' → 'plateau'"),
+        (("--in-chans=1",), "in_chans: 3 → 1"),
+    ],
+)
+@pytest.mark.filterwarnings("ignore:PlateauLRScheduler is deprecated")
+def test_what_cannot_be_gone_on_with_is_named(words, message, one_epoch, images, tmp_path, capsys):
+    shutil.copytree(one_epoch, tmp_path / "run")
+    arguments = (f"--data={images}", f"--output={tmp_path}", "--name=run", "--epochs=2")
+    assert train(*arguments, "--resume=auto", *words) == 1
+    said = capsys.readouterr().err
+    assert message in said and said.count("\n") == 1
+    assert same(final_state(tmp_path / "run"), final_state(one_epoch))
+
+
+@pytest.fixture(scope="module")
+def one_epoch(images, tmp_path_factory):
+    output = tmp_path_factory.mktemp("one_epoch")
+    assert train(f"--data={images}", f"--output={output}", "--name=run", "--epochs=1") == 0
+    return output / "run"
+
+
+@pytest.mark.parametrize(
+    ("words", "setting", "value"),
+    [
+        (("--sched=none", "--lr=0.02"), "lr", 0.02),
+        (("--sched=constant", "--lr=0.02"), "lr", 0.02),
+        (("--weight-decay=0.3",), "weight_decay", 0.3),
+        (("--opt-betas", "0.8", "0.9"), "betas", (0.8, 0.9)),
+        (("--opt-eps=1e-4",), "eps", 1e-4),
+        (("--opt-args={amsgrad: false, maximize: true}",), "maximize", True),
+        (("--amp=fp16", "--clip-grad=1"), "lr", None),
+    ],
+)
+def test_what_else_is_changed_counts(words, setting, value, one_epoch, images, tmp_path):
+    shutil.copytree(one_epoch, tmp_path / "run")
+    arguments = (f"--data={images}", f"--output={tmp_path}", "--name=run", "--epochs=2")
+    assert train(*arguments, "--resume=auto", *words) == 0
+    groups = load_state(tmp_path / "run" / "last.pt")["optimizer"]["param_groups"]
+    assert any(group[setting] == value for group in groups) or value is None
+
+
+def test_a_longer_schedule_is_the_longer_one(one_epoch, images, tmp_path):
+    """With ``epochs`` changed the rate follows the new schedule, not the end of the old one."""
+    shutil.copytree(one_epoch, tmp_path / "run")
+    arguments = (f"--data={images}", f"--output={tmp_path}", "--epochs=4", "--warmup-epochs=0")
+    assert train(*arguments, "--name=run", "--resume=auto") == 0
+    assert train(*arguments, "--name=whole") == 0
+    rates = []
+    for name in ("run", "whole"):
+        text = (tmp_path / name / "metrics.jsonl").read_text().splitlines()
+        entries = [json.loads(line) for line in text]
+        rates.append([e["lr"] for e in entries if "train_loss" in e and e["epoch"] > 0])
+    assert rates[0] == rates[1] and len(rates[0]) == 3
+
+
+@pytest.mark.parametrize("missing", ["optimizer", "ranks", "recipe", "history"])
+def test_a_state_that_lacks_something(missing, one_epoch, images, tmp_path, capsys):
+    state = load_state(one_epoch / "last.pt")
+    del state[missing]
+    save_state(tmp_path / "last.pt", state)
+    arguments = (f"--data={images}", f"--output={tmp_path}", "--name=run", "--epochs=2")
+    assert train(*arguments, f"--resume={tmp_path / 'last.pt'}") == 1
+    assert f"holds no training state (no '{missing}' in it)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["ranks", "recipe", "optimizer", "model"])
+@pytest.mark.parametrize("value", [3, [], {}, None, "text"], ids=str)
+def test_a_state_of_something_else(key, value, one_epoch, images, tmp_path, capsys):
+    save_state(tmp_path / "last.pt", {**load_state(one_epoch / "last.pt"), key: value})
+    arguments = (f"--data={images}", f"--output={tmp_path}", "--name=run", "--epochs=2")
+    assert train(*arguments, f"--resume={tmp_path / 'last.pt'}") == 1
+    said = capsys.readouterr().err
+    assert "does not fit this recipe" in said or "holds no training state" in said
+    assert said.count("\n") == 1

@@ -7,6 +7,7 @@ from functools import partial
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from training_runs import (
     final_state,
@@ -21,8 +22,11 @@ from training_runs import (
 )
 
 from backbones.training.checkpoint import load_state
+from backbones.training.corrupt import CorruptImages
 from backbones.training.data import open_splits
+from backbones.training.distributed import World
 from backbones.training.errors import DataError
+from backbones.training.loader import ValidationLoader
 from backbones.training.recipe import Recipe
 
 pytestmark = [
@@ -36,9 +40,9 @@ def folder(tmp_path_factory):
     return make_images(tmp_path_factory.mktemp("images"), {"train": 12, "val": 6})
 
 
-def write_shards(folder, split, count, shards, broken=(), labels=3):
+def write_shards(folder, split, count, shards, broken=(), labels=3, images=None):
     folder.mkdir(exist_ok=True)
-    source = [b"no" if n in broken else data for n, data in enumerate(noise(count))]
+    source = [b"no" if n in broken else data for n, data in enumerate(images or noise(count))]
     for shard in range(shards):
         with tarfile.open(folder / f"{split}-{shard:04}.tar", "w") as archive:
             for number in range(shard, count, shards):
@@ -116,6 +120,30 @@ def test_webdataset_shards(form, tmp_path):
     assert train(*arguments) == 0
     row = (tmp_path / "run" / "summary.csv").read_text().splitlines()[1]
     assert row.startswith("0,4,")  # epoch 0, 32 / 8 updates
+
+
+def test_16_bits_are_scaled(tmp_path):
+    data = io.BytesIO()
+    Image.fromarray(np.full((20, 20), 0x4040, np.uint16)).save(data, "png")
+    for split in ("train", "val"):
+        shards = write_shards(tmp_path / "shards", split, 2, 1, images=[data.getvalue()] * 2)
+    recipe = Recipe(
+        data=f"wds/{shards}",
+        train_split="train-0000.tar|2",
+        val_split="val-0000.tar|2",
+        num_classes=3,
+        batch_size=2,
+        workers=0,
+    )
+    config = {
+        **{"input_size": (3, 16, 16), "interpolation": "bilinear", "crop_pct": 1.0},
+        **{"mean": (0.0,) * 3, "std": (1.0,) * 3, "crop_mode": "center"},
+    }
+    source = open_splits(recipe).validation
+    corrupt = CorruptImages(tmp_path / "corrupt.txt", 0.0)
+    loader = ValidationLoader(source, 2, config, recipe, World(0, 1, torch.device("cpu")), corrupt)
+    ((images, _),) = list(loader)
+    assert torch.allclose(images, torch.tensor(0x40 / 255))
 
 
 def test_hugging_face_streams(folder, tmp_path):

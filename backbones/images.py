@@ -1,0 +1,93 @@
+"""Image files as networks take them: 8 bits a channel, RGB or grey, whatever the file holds."""
+
+from __future__ import annotations
+
+import contextlib
+import struct
+import zlib
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+from PIL import ExifTags, Image
+
+__all__ = ["DECODE_ERRORS", "as_8_bits", "open_image"]
+
+DECODE_ERRORS = (
+    *(OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, OverflowError),
+    *(Image.DecompressionBombError, struct.error, zlib.error),
+)
+"""What Pillow raises of files that are damaged."""
+
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def open_image(
+    source: str | Path | IO[bytes], mode: str = "RGB", upright: bool = True
+) -> Image.Image:
+    """The image in a file, decoded, with 8 bits a channel; of several frames the first.
+
+    Args:
+        source: a path, or an open file, which stays open.
+        mode: ``RGB``, or ``L`` for grey.
+        upright: turn it as the camera's EXIF orientation says; values other than 1 … 8 are
+            ignored.
+
+    Raises:
+        one of :data:`DECODE_ERRORS`: no whole image, one that claims to be huge, or values
+            without a known range, see :func:`as_8_bits`.
+    """
+    with Image.open(source) as image:
+        image.load()
+        turn = _TURNS.get(_orientation(image)) if upright else None
+        return as_8_bits(image if turn is None else image.transpose(turn), mode)
+
+
+def as_8_bits(image: Image.Image, mode: str = "RGB") -> Image.Image:
+    """A decoded image of any mode in ``mode``, without a copy if it has that already.
+
+    16 bits are scaled, where Pillow's ``convert`` would clip at 255. Opacity is left out: the
+    colours stay what they are, as in torchvision and timm.
+
+    Args:
+        image: decoded.
+        mode: ``RGB``, or ``L`` for grey.
+
+    Raises:
+        ValueError: floating-point values outside 0 … 1, or integers outside 16 bits.
+    """
+    if image.mode == mode:
+        return image
+    if image.mode == "F":
+        values = np.asarray(image)
+        if not (values.min() >= 0 and values.max() <= 1):  # NaN fails both
+            raise ValueError(
+                f"floating-point values from {values.min():g} to {values.max():g} have no known "
+                "range; save it with 8 or 16 bits"
+            )
+        image = Image.fromarray((values * 255 + 0.5).astype(np.uint8))
+    elif image.mode == "I" or image.mode.startswith("I;16"):
+        values = np.asarray(image)
+        if values.min() < 0 or values.max() > 65535:
+            raise ValueError(
+                f"values from {values.min()} to {values.max()} exceed 16 bits; save it with 8 or 16"
+            )
+        image = Image.fromarray(((values.astype(np.uint32) * 255 + 32767) // 65535).astype("u1"))
+    elif image.mode == "P" and "transparency" in image.info:
+        image = image.convert("RGBA")  # to RGB at once, Pillow warns that opacity is lost
+    return image if image.mode == mode else image.convert(mode)
+
+
+def _orientation(image: Image.Image) -> Any:
+    """EXIF's orientation; 1 where the notes are damaged, which spoils no pixel."""
+    with contextlib.suppress(*DECODE_ERRORS):
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    return 1

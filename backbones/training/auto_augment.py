@@ -1,0 +1,59 @@
+"""The policies that the key ``aa`` names, spelt as timm spells them, with what each may say."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+
+from backbones.training.errors import RecipeError, shown
+from backbones.training.recipe_ranges import Range
+
+__all__ = ["check_policy"]
+
+_FLAG = Range(low=0, high=1)
+_MAGNITUDE, _NOISE = Range(low=0, high=30), Range(low=0, high=1000)
+_FIXED = ("original", "originalr", "v0", "v0r", "3a")
+_SECTIONS: Mapping[str, Mapping[str, tuple[type, Range]]] = {
+    "rand": {
+        "m": (int, _MAGNITUDE),
+        "n": (int, Range(low=1, high=10)),
+        "p": (float, Range(low=0, high=1)),
+        "mstd": (float, _NOISE),
+        "mmax": (int, Range(low=1, high=30)),
+        "inc": (int, _FLAG),
+    },
+    "augmix": {
+        "m": (int, _MAGNITUDE),
+        "w": (int, Range(low=1, high=10)),
+        "d": (int, Range(low=1, high=10)),
+        "a": (float, Range(low=0.01, high=1000)),
+        "b": (int, _FLAG),
+        "mstd": (float, _NOISE),
+    },
+    **{name: {"mstd": (float, _NOISE)} for name in _FIXED},
+}
+# The sets of operations that RandAugment may draw from; timm takes its common one for any other.
+_SETS = ("tweights", "t3a", "t3aw")
+
+
+def check_policy(text: str) -> None:
+    """Refuse a policy that timm would misread, pass over in part, or never get done with.
+
+    Raises:
+        RecipeError: naming the part that is wrong and what would be right.
+    """
+    name, *sections = text.split("-")
+    if name not in _SECTIONS:
+        raise RecipeError(f"aa must be a policy of {', '.join(_SECTIONS)}, not {shown(text)}")
+    known = _SECTIONS[name]
+    for section in sections:
+        if name == "rand" and section in _SETS:
+            continue
+        match = re.fullmatch(r"([a-z]+)(\d+(?:\.\d+)?)", section, re.ASCII)
+        if match is None or match[1] not in known:
+            right = ", ".join([f"{key}NUMBER" for key in known] + list(_SETS) * (name == "rand"))
+            raise RecipeError(f"aa {shown(text)}: {name} takes {right}, not {shown(section)}")
+        kind, span = known[match[1]]
+        if (kind is int and "." in match[2]) or not span.holds(kind(match[2])):
+            whole = "a whole number " if kind is int else ""
+            raise RecipeError(f"aa {shown(text)}: {match[1]} must be {whole}{span}")

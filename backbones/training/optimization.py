@@ -1,0 +1,181 @@
+"""Optimizer and schedule of a recipe: any of timm's, tried before they are relied upon."""
+
+from __future__ import annotations
+
+import math
+import re
+from typing import Any
+
+import timm.optim
+import torch
+from timm.scheduler import create_scheduler_v2
+from torch import nn
+
+from backbones.training.distillation import StudentWithExits
+from backbones.training.errors import BUILDING_ERRORS, RecipeError, first_line, shown
+from backbones.training.recipe import Recipe
+
+__all__ = [
+    "add_exits_to_optimizer",
+    "build_optimizer",
+    "build_scheduler",
+    "images_per_update",
+    "learning_rate",
+]
+
+_MOST_EPOCHS = 10**6
+
+
+def images_per_update(recipe: Recipe, world_size: int) -> int:
+    """How many images one update of the weights sees, over all processes."""
+    return recipe.batch_size * recipe.accum_steps * world_size
+
+
+def learning_rate(recipe: Recipe, world_size: int) -> float:
+    """``lr``, or ``lr_base`` scaled to the number of images that an update sees."""
+    if recipe.lr is not None:
+        return recipe.lr
+    ratio = images_per_update(recipe, world_size) / recipe.lr_base_size
+    return recipe.lr_base * (ratio**0.5 if recipe.lr_base_scale == "sqrt" else ratio)
+
+
+def build_optimizer(recipe: Recipe, model: nn.Module, lr: float) -> torch.optim.Optimizer:
+    """Any of timm's optimizers.
+
+    Raises:
+        RecipeError: timm has no such optimizer, or it does not take one of the arguments; a
+            pattern of ``lr_factors`` that fits no parameter, or a factor that is no number > 0.
+    """
+    try:
+        _try_optimizer(recipe, lr, next(model.parameters()).device)
+        optimizer = _create_optimizer(recipe, model, lr, recipe.layer_decay)
+    except BUILDING_ERRORS as error:
+        raise RecipeError(f"optimizer opt={recipe.opt!r}: {first_line(error)}") from error
+    _split_groups(optimizer, _lr_factors(recipe.lr_factors, model))
+    return optimizer
+
+
+def _create_optimizer(
+    recipe: Recipe, model: nn.Module, lr: float, layer_decay: float | None
+) -> torch.optim.Optimizer:
+    wishes = {"eps": recipe.opt_eps, "betas": recipe.opt_betas, **recipe.opt_args}
+    optimizer: torch.optim.Optimizer = timm.optim.create_optimizer_v2(
+        model,
+        opt=recipe.opt,
+        lr=lr,
+        weight_decay=recipe.weight_decay,
+        momentum=recipe.momentum,
+        layer_decay=layer_decay,
+        **{key: value for key, value in wishes.items() if value is not None},
+    )
+    return optimizer
+
+
+def _try_optimizer(recipe: Recipe, lr: float, device: torch.device) -> None:
+    """Take a step with a layer of its own: many find their arguments wrong only then."""
+    layer = nn.Linear(4, 4, device=device)
+    with torch.compiler.set_stance("force_eager"):  # some compile their steps, for half a minute
+        optimizer = _create_optimizer(recipe, layer, lr, layer_decay=None)
+        if getattr(optimizer, "is_second_order", False):
+            raise ValueError("it needs second derivatives, which this loop does not compute")
+        layer(torch.ones(1, 4, device=device)).sum().backward()
+        optimizer.step()
+
+
+def add_exits_to_optimizer(
+    recipe: Recipe, optimizer: torch.optim.Optimizer, network: nn.Module, lr: float
+) -> None:
+    """Let the optimizer train the exits of ``network`` too, if it has any."""
+    if not isinstance(network, StudentWithExits):
+        return
+    parameters = list(network.exits.parameters())
+    for decay, chosen in (
+        (0.0, [p for p in parameters if p.ndim <= 1]),
+        (recipe.weight_decay, [p for p in parameters if p.ndim > 1]),
+    ):
+        optimizer.add_param_group({"params": chosen, "lr": lr, "weight_decay": decay})
+
+
+def _lr_factors(patterns: dict[str, Any], model: nn.Module) -> dict[int, float]:
+    """``id`` of each parameter that a pattern fits → its factor."""
+    factors: dict[int, float] = {}
+    for pattern, factor in patterns.items():
+        try:
+            number, expression = float(factor), re.compile(pattern)
+        except (*BUILDING_ERRORS, re.error) as error:
+            text = f"lr_factors: {pattern!r}: {shown(factor)}: {first_line(error)}"
+            raise RecipeError(text) from error
+        chosen = [p for name, p in model.named_parameters() if expression.search(name)]
+        if not chosen or not 0 < number < math.inf:
+            raise RecipeError(
+                f"lr_factors: {pattern!r}: {factor!r} fits {len(chosen)} parameters; give a "
+                "pattern of names in model.named_parameters() and a factor > 0"
+            )
+        factors.update((id(p), number) for p in chosen)
+    return factors
+
+
+def _split_groups(optimizer: torch.optim.Optimizer, factors: dict[int, float]) -> None:
+    """Give the parameters with a factor groups of their own; timm's schedulers heed lr_scale."""
+    for group in list(optimizer.param_groups):
+        for factor in sorted({factors[id(p)] for p in group["params"] if id(p) in factors}):
+            chosen = [p for p in group["params"] if factors.get(id(p)) == factor]
+            group["params"] = [p for p in group["params"] if factors.get(id(p)) != factor]
+            scale = factor * group.get("lr_scale", 1.0)
+            # Not add_param_group: those of wrappers such as Lookahead leave the lists as they are.
+            optimizer.param_groups.append({**group, "params": chosen, "lr_scale": scale})
+
+
+def build_scheduler(
+    recipe: Recipe, optimizer: torch.optim.Optimizer, updates_per_epoch: int
+) -> tuple[Any, int]:
+    """Any of timm's schedulers, and the number of epochs that it asks for.
+
+    It moves with every update, only "plateau" with every epoch; "none" gives None.
+
+    Raises:
+        RecipeError: keys that do not make a schedule, or one with a rate that is no number from 0
+            on.
+    """
+    try:
+        scheduler, epochs = create_scheduler_v2(
+            optimizer,
+            sched=recipe.sched,
+            num_epochs=recipe.epochs,
+            decay_epochs=recipe.decay_epochs,
+            decay_milestones=list(recipe.decay_milestones),
+            cooldown_epochs=recipe.cooldown_epochs,
+            patience_epochs=recipe.patience_epochs,
+            decay_rate=recipe.decay_rate,
+            min_lr=recipe.min_lr,
+            warmup_lr=recipe.warmup_lr,
+            warmup_epochs=recipe.warmup_epochs,
+            warmup_prefix=recipe.warmup_prefix,
+            cycle_mul=recipe.lr_cycle_mul,
+            cycle_decay=recipe.lr_cycle_decay,
+            cycle_limit=recipe.lr_cycle_limit,
+            k_decay=recipe.lr_k_decay,
+            step_on_epochs=recipe.sched == "plateau",
+            updates_per_epoch=updates_per_epoch,
+        )
+        epochs = int(epochs)
+        _try_schedule(scheduler, epochs, updates_per_epoch)
+    except BUILDING_ERRORS as error:
+        raise RecipeError(f"schedule sched={recipe.sched!r}: {first_line(error)}") from error
+    if scheduler is None:
+        for group in optimizer.param_groups:
+            group["lr"] *= group.get("lr_scale", 1.0)
+    return scheduler, epochs
+
+
+def _try_schedule(scheduler: Any, epochs: int, updates_per_epoch: int) -> None:
+    """Ask for the rates around the beginnings of epochs, where cycles and decays begin too."""
+    if epochs > _MOST_EPOCHS:
+        raise ValueError(f"its cycles take {epochs:.3g} epochs, more than {_MOST_EPOCHS}")
+    if scheduler is None or not hasattr(scheduler, "step_update") or scheduler.t_in_epochs:
+        return
+    for epoch in range(0, epochs + 1, max(1, epochs // 1000)):
+        for update in (epoch * updates_per_epoch - 1, epoch * updates_per_epoch):
+            rates = scheduler._get_lr(max(update, 0))
+            if not all(isinstance(r, (int, float)) and 0 <= r < math.inf for r in rates):
+                raise ValueError(f"its learning rate is {rates[0]} after {update} updates")

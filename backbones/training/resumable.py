@@ -1,0 +1,251 @@
+"""What of a run can be taken up again: ``last.pt``, how it is written, and what has to fit it."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import time
+from abc import ABC, abstractmethod
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from backbones.training import checkpoint, parallel
+from backbones.training.bad_steps import BadSteps
+from backbones.training.distillation import StudentWithExits
+from backbones.training.distributed import World
+from backbones.training.errors import CheckpointFileError, one_line, shown
+from backbones.training.optimization import images_per_update, learning_rate
+from backbones.training.progress import Progress
+from backbones.training.recipe import Recipe, differences, fields_of
+
+__all__ = ["Resumable"]
+
+_COUNTERS = ("epoch", "step", "updates", "skipped", "history", "best", "seconds", "waited")
+# Keys that decide which tensors there are, and how the optimizer groups them.
+_STRUCTURE = (
+    *("model", "model_args", "num_classes", "in_chans", "global_pool", "ema", "distill"),
+    *("ofa_stages", "opt", "opt_args", "opt_betas", "weight_decay", "layer_decay", "lr_factors"),
+    *("sched", "task", "data"),
+)
+# Keys that the optimizer's groups hold under these names.
+_SETTINGS = {
+    "weight_decay": "weight_decay",
+    "momentum": "momentum",
+    "opt_betas": "betas",
+    "opt_eps": "eps",
+}
+# What a plateau has seen; the rest of its state is the recipe's.
+_PLATEAU = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")
+
+
+class Resumable(ABC):
+    """A run that can be saved, and taken up again bit for bit.
+
+    Attributes:
+        model: the bare network. ``network`` has around it what only training needs (exits for
+            distillation), if anything.
+        meter: sums of the epoch so far, with ``sums`` (a tensor).
+        epoch, step, updates: the position: updates within the epoch, and since the beginning.
+        history: a row for each finished epoch.
+        saved_at: the updates that ``last.pt`` is of, if this process wrote it.
+        resumed_from: the file that the run goes on from, if it does.
+    """
+
+    recipe: Recipe
+    folder: Path
+    world: World
+    progress: Progress
+    model: nn.Module
+    network: nn.Module
+    ema: Any
+    optimizer: torch.optim.Optimizer
+    scheduler: Any
+    scaler: Any
+    meter: Any
+    bad_steps: BadSteps
+    lr: float
+    updates_per_epoch: int
+    epoch: int
+    step: int
+    updates: int
+    history: list[dict[str, Any]]
+    saved_at: int | None = None
+    resumed_from: Path | None = None
+    _validated = False
+
+    @abstractmethod
+    def new_meter(self) -> Any:
+        """An empty meter for an epoch."""
+
+    def parts(self) -> dict[str, Any]:
+        """All that has a ``state_dict``, by its name in the checkpoint.
+
+        timm's schedules are functions of the number of updates, but for ``plateau``.
+        """
+        parts: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer}
+        parts["scaler"] = self.scaler
+        if self.recipe.sched == "plateau":
+            parts["plateau"] = self.scheduler.lr_scheduler
+        if self.ema is not None:
+            parts["model_ema"] = self.ema.module
+        if isinstance(self.network, StudentWithExits):
+            parts["exits"] = self.network.exits
+        return parts
+
+    # --- written
+
+    def save(self, validated: bool = False) -> None:
+        """Write ``last.pt``, unless what would be in it diverges.
+
+        Args:
+            validated: whether a validation has just found the weights good.
+        """
+        mine = {"rng": checkpoint.get_rng_state(), "meter": self.meter.sums.cpu()}
+        ranks = self.world.gather(mine)
+        self.saved = time.monotonic()
+        if self.bad_steps.in_a_row and not validated:
+            return
+        if not parallel.is_sound(self.network, self.world):
+            return
+        self.saved_at, self._validated = self.updates, validated
+        if not (self.world.is_main or self.recipe.fsdp):  # shares are collected from everyone
+            return
+        state = {name: getattr(self, name) for name in _COUNTERS}
+        state |= {name: parallel.whole(part.state_dict()) for name, part in self.parts().items()}
+        state |= {"ranks": ranks, "recipe": dataclasses.asdict(self.recipe)}
+        if self.world.is_main:
+            checkpoint.save_state(self.folder / "last.pt", state, validated)
+
+    def abandon(self, since: int) -> str:
+        """Leave weights in ``last.pt`` from before the run went wrong; the last: ``diverged.pt``.
+
+        Those of the last validation where there are any: a training loss may stay finite while
+        weights grow without end. Otherwise those of a save that a finite loss followed. What was
+        there before this process is left alone.
+
+        Args:
+            since: the updates after which nothing was finite any more.
+
+        Returns:
+            What there is now, for people.
+        """
+        last = self.folder / "last.pt"
+        previous, validated = checkpoint.previous_path(last), checkpoint.validated_path(last)
+        if self.saved_at is None and self.resumed_from is not None:
+            return f"it went on from {self.resumed_from}, which is as it was"
+        if self.world.is_main and self.saved_at is not None and not self._validated:
+            if validated.exists():
+                os.replace(last, self.folder / "diverged.pt")
+                os.replace(validated, last)
+                previous.unlink(missing_ok=True)
+            elif self.saved_at == since:
+                os.replace(last, self.folder / "diverged.pt")
+                if previous.exists():
+                    os.replace(previous, last)
+        self.world.wait()
+        return f"{last} has weights from before" if last.exists() else "none were saved before"
+
+    # --- taken up
+
+    def take_up(self) -> None:
+        """Go on as ``recipe.resume`` says; the latest whole checkpoint, or a certain one.
+
+        Raises:
+            CheckpointFileError: unreadable, or of another model or recipe.
+        """
+        if self.recipe.resume == "auto":
+            found = checkpoint.load_latest(self.folder / "last.pt")
+            if found is not None:
+                state, path, problem = found
+                if problem:
+                    self.progress.say(f"{problem}; falling back to {path}")
+                self.resume(state, path)
+        elif self.recipe.resume is not None:
+            path = Path(self.recipe.resume)
+            self.resume(checkpoint.load_state(path), path)
+
+    def resume(self, state: dict[str, Any], path: Path) -> None:
+        """Continue from ``state``, bit for bit if the processes are as many as before.
+
+        What the recipe says of learning rate, schedule, weight decay and the like counts from here
+        on, changed or not.
+
+        Raises:
+            CheckpointFileError: it belongs to another model or recipe.
+        """
+        missing = [key for key in ("optimizer", *_COUNTERS) if key not in state]
+        missing += [key for key in ("ranks", "recipe") if not state.get(key)]
+        if missing:
+            raise CheckpointFileError(f"{path} holds no training state (no {missing[0]!r} in it)")
+        try:
+            known = fields_of(type(self.recipe))
+            earlier = type(self.recipe)(**{k: v for k, v in state["recipe"].items() if k in known})
+            if earlier.opt != self.recipe.opt:
+                raise ValueError("another optimizer")
+            self._load_parts(state, earlier)
+            ranks, mine = state["ranks"], self.world.rank
+            if len(ranks) == self.world.size:
+                checkpoint.set_rng_state(ranks[mine]["rng"])
+                self.meter.sums.copy_(ranks[mine]["meter"])
+            elif self.world.is_main:
+                self.meter.sums.copy_(sum(rank["meter"] for rank in ranks))
+            before = images_per_update(earlier, len(ranks))
+        except checkpoint.READING_ERRORS as error:
+            raise CheckpointFileError(
+                f"{path} does not fit this recipe: {self._misfit(state['recipe'], error)}"
+            ) from error
+        if not parallel.is_sound(self.network, self.world):
+            raise CheckpointFileError(
+                f"{path} holds weights that are not finite or beyond 1e12: it diverged"
+            )
+        now = images_per_update(self.recipe, self.world.size)
+        if before != now:  # go on with the image where it stopped, as nearly as batches allow
+            self.step = min(self.step * before // now, self.updates_per_epoch)
+            self.updates = self.epoch * self.updates_per_epoch + self.step
+        if self.scheduler is not None:
+            self.scheduler.step_update(self.updates)
+        self.resumed_from = path
+        self.progress.say(f"going on from {path}: epoch {self.epoch + 1}, update {self.updates}")
+        for line in differences(self.recipe, state["recipe"]):
+            self.progress.say(f"  changed since: {line}")
+
+    def _load_parts(self, state: dict[str, Any], earlier: Recipe) -> None:
+        fresh = [dict(group) for group in self.optimizer.param_groups]
+        for name, part in self.parts().items():
+            values = state[name]
+            if name == "plateau":
+                values = {key: values[key] for key in _PLATEAU}
+            if name == "scaler" and not values:
+                continue  # it was without fp16
+            parallel.load_whole(part, values)
+        for name in _COUNTERS:
+            setattr(self, name, state[name])
+        changed = [
+            setting
+            for key, setting in _SETTINGS.items()
+            if getattr(earlier, key) != getattr(self.recipe, key)
+        ]
+        now, before = self.recipe.opt_args, earlier.opt_args
+        changed += [key for key in now | before if now.get(key) != before.get(key)]
+        # A plateau has lowered the rate step by step; all other rates follow from the recipe.
+        if self.recipe.sched != "plateau" or self.lr != learning_rate(earlier, len(state["ranks"])):
+            changed += ["lr", "initial_lr"]
+        for group, new in zip(self.optimizer.param_groups, fresh, strict=True):
+            group |= {k: v for k, v in new.items() if k in changed or k not in group}
+
+    def _misfit(self, earlier: Any, error: BaseException) -> str:
+        """The keys that explain why a state does not fit; else what was said of it."""
+        if isinstance(earlier, dict):
+            lines = [
+                f"{key}: {shown(earlier.get(key))} → {shown(getattr(self.recipe, key))}"
+                for key in _STRUCTURE
+                if key in fields_of(type(self.recipe))
+                and earlier.get(key) != getattr(self.recipe, key)
+            ]
+            if lines:
+                return ", ".join(lines)
+        text = one_line(error)
+        return text if len(text) < 300 else f"{text[:300]} …"

@@ -1,0 +1,229 @@
+"""The folder of a run: never over anything else, and one run at a time."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+import signal
+import socket
+import time
+from argparse import Namespace
+
+import pytest
+from training_runs import kill, make_images, start, start_two, train
+
+from backbones.training.errors import RecipeError
+from backbones.training.folder import RunFolder
+from backbones.training.lock import LOCK_NAME, FolderLock, LockedError
+from backbones.training.recipe import Recipe, dump_recipe
+
+
+@pytest.fixture(scope="module")
+def images(tmp_path_factory):
+    return make_images(tmp_path_factory.mktemp("images"), {"train": 9, "val": 3})
+
+
+@pytest.fixture
+def arguments(images, tmp_path):
+    return (f"--data={images}", f"--output={tmp_path}", "--name=run", "--epochs=1")
+
+
+def content(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+
+# --- overwriting
+
+
+def test_overwriting_removes_only_what_a_run_left(arguments, tmp_path):
+    assert train(*arguments) == 0
+    folder = tmp_path / "run"
+    old = {"last.prev.pt", "diverged.pt", "curves.png", "events.out.tfevents.1", "bad_batches.txt"}
+    theirs = {"notes.txt", "weights.pt", "slurm.log"}
+    for name in old | theirs:
+        (folder / name).write_text("old")
+    (folder / "figures").mkdir()
+    assert train(*arguments, "--overwrite") == 0
+    names = {path.name for path in folder.iterdir()}
+    assert theirs | {"figures", "last.pt", "config.yaml"} <= names
+    assert not names & old
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("--data=nowhere",),
+        ("--model=shvit_s9",),
+        ("--model-args={dimm: 3}",),
+        ("--opt=adamx",),
+        ("--sched=wsd", "--decay-epochs=99"),
+        ("--resume=nowhere.pt",),
+        ("--tensorboard",),
+        ("--cutmix-minmax", "0.5", "0.51"),
+    ],
+    ids=str,
+)
+def test_a_mistake_is_found_before_anything_is_removed(words, arguments, tmp_path, monkeypatch):
+    monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / "config.yaml").write_text(dump_recipe(Recipe()))
+    (folder / "last.pt").write_text("weights")
+    before = content(folder)
+    assert train(*arguments, "--overwrite", *words) == 1
+    assert content(folder) == before
+
+
+@pytest.mark.parametrize("name", ["last.pt", "summary.csv", "config.yaml"])
+def test_a_folder_of_something_else_is_not_touched(name, arguments, tmp_path, capsys):
+    folder = tmp_path / "run"
+    folder.mkdir()
+    (folder / name).write_text("of another program")
+    before = content(folder)
+    assert train(*arguments, "--overwrite", "true") == 1
+    message = capsys.readouterr().err
+    assert "holds files that are of no run of ours" in message and message.count("\n") == 1
+    assert content(folder) == before
+
+
+def test_other_files_are_no_obstacle(arguments, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "slurm.log").write_text("begun")
+    assert train(*arguments, "--overwrite") == 0
+    assert (tmp_path / "run" / "slurm.log").read_text() == "begun"
+
+
+def test_the_checkpoint_that_is_gone_on_from_may_lie_in_the_folder(arguments, tmp_path):
+    assert train(*arguments) == 0
+    last = f"--resume={tmp_path / 'run' / 'last.pt'}"
+    assert train(*arguments, "--overwrite", last, "--epochs=2") == 0
+    assert (tmp_path / "run" / "summary.csv").read_text().splitlines()[-1].startswith("1,")
+
+
+def test_a_mistake_leaves_no_folder(arguments, tmp_path):
+    assert train(*arguments, "--data=nowhere") == 1
+    assert not (tmp_path / "run").exists()
+
+
+def test_folders_that_cannot_be_had(images, tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    for output, name in ((tmp_path / "file", "run"), (tmp_path, "file"), (tmp_path, "x" * 300)):
+        assert train(f"--data={images}", f"--output={output}", f"--name={name}") == 1
+        message = capsys.readouterr().err
+        assert message.startswith("error: cannot use the folder") and message.count("\n") == 1
+
+
+# --- the lock
+
+
+def test_a_second_run_hears_who_has_the_folder(arguments, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    lock = FolderLock(tmp_path / "run")
+    assert train(*arguments, "--resume=auto") == 1
+    message = capsys.readouterr().err
+    holder = f"is in use by process {os.getpid()} on {socket.gethostname()} since 20"
+    assert holder in message and message.count("\n") == 1
+    lock.release()
+    assert not (tmp_path / "run" / LOCK_NAME).exists()
+    assert train(*arguments, "--resume=auto") == 0
+    assert not (tmp_path / "run" / LOCK_NAME).exists()
+
+
+def test_a_run_without_a_name_takes_another_folder(images, tmp_path):
+    (tmp_path / "shvit_s1").mkdir()
+    lock = FolderLock(tmp_path / "shvit_s1")
+    assert train(f"--data={images}", f"--output={tmp_path}", "--epochs=1") == 0
+    lock.release()
+    assert (tmp_path / "shvit_s1-2" / "last.pt").exists()
+
+
+def test_a_killed_run_lets_go_of_its_folder(arguments, tmp_path):
+    many = (*arguments, "--epochs=1000", "--save-every-steps=1", "--workers=1", "--resume=auto")
+    process = start(*many)
+    while not (tmp_path / "run" / "last.pt").exists():
+        time.sleep(0.01)
+    with pytest.raises(LockedError, match=f"process {process.pid} on "):
+        FolderLock(tmp_path / "run")
+    kill(process)  # the loader process lives on for a while
+    FolderLock(tmp_path / "run").release()
+
+
+def test_a_child_does_not_keep_the_lock(tmp_path):
+    lock = FolderLock(tmp_path)
+    reading, writing = os.pipe()
+    child = os.fork()
+    if not child:
+        os.close(writing)
+        os.read(reading, 1)
+        os._exit(0)
+    lock.release()
+    FolderLock(tmp_path).release()
+    os.kill(child, signal.SIGKILL)
+    os.waitpid(child, 0)
+    os.close(reading)
+    os.close(writing)
+
+
+@pytest.mark.parametrize("text", ["", "no", "[]", '{"pid": "x"}', '{"pid": 1, "since": 1e300}'])
+def test_a_holder_that_says_nothing(text, tmp_path):
+    lock = FolderLock(tmp_path)
+    (tmp_path / LOCK_NAME).write_text(text)
+    with pytest.raises(LockedError, match="another process"):
+        FolderLock(tmp_path)
+    lock.release()
+
+
+def test_a_full_disk_leaves_a_lock_without_a_name(tmp_path, monkeypatch):
+    def write(*_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "write", write)
+        lock = FolderLock(tmp_path)
+    with pytest.raises(LockedError, match="another process"):
+        FolderLock(tmp_path)
+    lock.release()
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_file_that_a_dead_run_left_is_no_lock(tmp_path):
+    facts = {"pid": 1, "host": "elsewhere", "since": 0.0}
+    (tmp_path / LOCK_NAME).write_text(json.dumps(facts))
+    FolderLock(tmp_path).release()
+
+
+def test_a_file_system_that_does_not_lock(arguments, tmp_path, monkeypatch, capsys):
+    def flock(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    assert train(*arguments) == 0
+    assert "run is not locked: its file system does not lock" in capsys.readouterr().out
+
+
+def test_two_processes_of_one_run_share_its_lock(arguments, tmp_path):
+    processes = start_two(*arguments, "--batch-size=4")
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0]
+
+
+def test_resuming_takes_the_last_of_the_runs(tmp_path):
+    for name in ("van_b0", "van_b0-2", "van_b0-4"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "last.pt").touch()
+    recipe, options = Recipe(model="van_b0", output=str(tmp_path)), Namespace(config=None)
+    recipe.resume = "auto"
+    folder = RunFolder(recipe, options)
+    assert folder.path.name == "van_b0-2"
+    folder.leave()
+    recipe.resume = None
+    folder = RunFolder(recipe, options)
+    assert folder.path.name == "van_b0-3"
+    folder.leave()
+    assert not folder.path.exists()
+    recipe.name = "van_b0"
+    with pytest.raises(RecipeError, match="holds an earlier run"):
+        RunFolder(recipe, options)
