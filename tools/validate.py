@@ -1,15 +1,16 @@
 """Measure trained classifiers: accuracy, real labels, robustness, and what is taken for what.
 
-    python tools/validate.py --data /path/to/imagenet --model van_b0 'shvit_*' timm/resnet18
-    python tools/validate.py --data /path/to/images --model van_b0 --checkpoint best.safetensors
-    python tools/validate.py --data digits --run runs/quickstart --report report --corrupt
+    vision-backbones validate --data /path/to/imagenet --model van_b0 'shvit_*' timm/resnet18
+    vision-backbones validate --data /path/to/images --model van_b0 --checkpoint best.safetensors
+    vision-backbones validate --data digits --run runs/quickstart --report report --corrupt
 
 ImageNet's protocol: resize so that the centre crop is ``crop_pct`` of the shorter side, with the
 size, interpolation and normalisation that each model's ``pretrained_cfg`` (or its run's
 ``config.yaml``) states. ``--real-labels`` adds the accuracy on the reassessed labels
 (https://arxiv.org/abs/2006.07159), ``--corrupt`` that on ImageNet-C's corruptions at 5 severities
 (https://arxiv.org/abs/1903.12261). A row for each model goes to ``--output`` as soon as it is
-measured; a model that fails has its error there, the others go on, and the exit status is 1.
+measured; a model that fails has its error there, the others go on, and the exit status is 1. It is
+2 where nothing can be measured.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from __future__ import annotations
 import argparse
 import csv
 import io
+import math
 import sys
 import tempfile
 import time
@@ -30,6 +32,18 @@ import torch
 from torch import nn
 
 import backbones
+from backbones._arguments import (
+    THREADS,
+    UNMAKEABLE,
+    nonempty,
+    nonempty_path,
+    real,
+    require_folder,
+    require_writable,
+    usable_device,
+    whole,
+)
+from backbones._console import Parser, first_line, guard
 from backbones.training import build
 from backbones.training.answers import Answers, answer_all, read_real_labels, real_accuracy
 from backbones.training.checkpoint import write_atomically
@@ -42,13 +56,16 @@ from backbones.training.corruptions import (
 )
 from backbones.training.data import Splits, open_splits
 from backbones.training.distributed import World
-from backbones.training.errors import RecipeError, TrainingError
+from backbones.training.errors import DataError, RecipeError, TrainingError
 from backbones.training.loader import ValidationLoader
 from backbones.training.progress import Progress, duration
 from backbones.training.recipe import Recipe, load_recipe
 from backbones.training.report import class_report, confusion_matrix, draw_confusion
 from backbones.training.sources import ImageSource
 from backbones.training.trained import load_trained
+
+FAILURES = (TrainingError, backbones.CheckpointError, OSError, MemoryError, *UNMAKEABLE)
+"""What is one model's failure."""
 
 
 @dataclass
@@ -69,8 +86,9 @@ class Validator:
 
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
-        device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-        self.world = World(0, 1, torch.device(device))
+        default = "cuda" if torch.cuda.is_available() else "cpu"
+        device = usable_device(default if options.device is None else options.device)
+        self.world = World(0, 1, device)
         self.progress = Progress(self.world)
         self.data_recipe = Recipe(
             data=options.data,
@@ -117,6 +135,8 @@ class Validator:
             backbones.fuse(model.eval())
         model = model.eval().to(self.world.device)
         answers = self.answers(model, recipe, config, candidate.name, None)
+        if not math.isfinite(answers.loss):
+            raise DataError("what the model gives is not finite")
         row = {
             "model": candidate.name,
             "checkpoint": candidate.checkpoint or "published",
@@ -204,7 +224,7 @@ class Validator:
 
     def report(self, candidate: Candidate, answers: Answers) -> None:
         """``NAME.classes.csv`` and ``NAME.confusion.png``."""
-        folder = Path(self.options.report)
+        folder = self.options.report
         folder.mkdir(parents=True, exist_ok=True)
         classes, name = self.splits.classes, candidate.name.replace("/", "_")
         matrix = confusion_matrix(answers.labels, answers.top5[:, 0], len(classes))
@@ -216,9 +236,9 @@ class Validator:
         self.progress.say(f"{name}.classes.csv and {name}.confusion.png are in {folder}")
 
 
-def corruption_path(output: str) -> Path:
+def corruption_path(output: Path) -> Path:
     """``results.csv`` → ``results.corruptions.csv``."""
-    return Path(output).with_suffix(".corruptions.csv")
+    return output.with_suffix(".corruptions.csv")
 
 
 def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
@@ -227,8 +247,9 @@ def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     writer = csv.DictWriter(text, list(dict.fromkeys(k for row in rows for k in row)), restval="")
     writer.writeheader()
     writer.writerows(rows)
+    data = text.getvalue().encode(errors="backslashreplace")  # of names that are no text
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+    write_atomically(path, lambda file: file.write(data))
 
 
 def find_candidates(options: argparse.Namespace) -> list[Candidate]:
@@ -251,7 +272,7 @@ def find_candidates(options: argparse.Namespace) -> list[Candidate]:
         for line in _lines(path):
             name, *rest = line.split(maxsplit=1)
             found.append(Candidate(name, rest[0] if rest else None, load_recipe(None, given)))
-    for folder in map(Path, options.run):
+    for folder in options.run:
         recipe = load_recipe(folder / "config.yaml", given, Recipe)
         found.append(Candidate(recipe.model, str(folder / "best.safetensors"), recipe))
     if not found:
@@ -261,61 +282,76 @@ def find_candidates(options: argparse.Namespace) -> list[Candidate]:
     return found
 
 
-def _lines(path: str) -> list[str]:
+def _lines(path: Path) -> list[str]:
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = path.read_text(encoding="utf-8").splitlines()
     except OSError as error:
         raise RecipeError(f"cannot read the list {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise RecipeError(f"the list {path} is no text in UTF-8") from error
     return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     add = parser.add_argument
-    add("--data", required=True, help="as train_cls.py; only the split to measure is needed")
-    add("--data-dir", help="where medmnist/, torch/, hfds/, hfids/ keep files")
+    data = "as train_cls.py; only the split to measure is needed"
+    add("--data", required=True, type=nonempty, help=data)
+    add("--data-dir", type=nonempty, help="where medmnist/, torch/, hfds/, hfids/ keep files")
     add("--download", action="store_true", help="let the source download its files")
     add("--split", default="validation", help="the split to measure")
-    add("--class-map", help="file that maps class names to numbers")
+    add("--class-map", type=nonempty, help="file that maps class names to numbers")
     add("--model", nargs="+", default=[], help="names, or patterns such as 'van_*'")
-    add("--checkpoint", help="weights of the one model; without, the published ones")
-    add("--list", nargs="+", default=[], metavar="FILE", help="lines of NAME [CHECKPOINT]")
-    add("--run", nargs="+", default=[], metavar="FOLDER", help="what train_cls.py left")
+    add("--checkpoint", type=nonempty, help="weights of the one model; without, the published ones")
+    several: dict[str, Any] = {"nargs": "+", "type": nonempty_path, "default": []}
+    add("--list", metavar="FILE", help="lines of NAME [CHECKPOINT]", **several)
+    add("--run", metavar="FOLDER", help="what train_cls.py left", **several)
     add("--model-args", metavar="YAML", help="further keywords of create_model")
-    add("--in-chans", type=int, help="channels of the input")
-    add("--img-size", type=int, help="instead of the model's own")
-    add("--crop-pct", type=float, help="instead of the model's own")
+    add("--in-chans", type=whole(1), help="channels of the input")
+    add("--img-size", type=whole(1, 65535), help="instead of the model's own")
+    add("--crop-pct", type=real(0, 1, above=True), help="instead of the model's own")
     add("--interpolation", help="instead of the model's own")
-    add("--batch-size", type=int, default=128)
-    add("--workers", type=int, default=4)
+    add("--batch-size", type=whole(1), default=128)
+    add("--workers", type=whole(0, 256), default=4)
     add("--device", help="default: a GPU if there is one")
     add("--amp", choices=("bf16", "fp16"))
-    add("--threads", type=int, help="CPU threads")
+    add("--threads", type=THREADS, help="CPU threads")
     add("--fuse", action="store_true", help="fold norms and branches first")
-    add("--max-corrupt", type=float, default=0.001, help="stop when more cannot be decoded")
-    real = "ImageNet's reassessed labels; without a file, timm's copy"
-    add("--real-labels", nargs="?", const="", metavar="FILE", help=real)
+    add("--max-corrupt", type=real(0, 1), default=0.001, help="stop when more cannot be decoded")
+    labels = "ImageNet's reassessed labels; without a file, timm's copy"
+    add("--real-labels", nargs="?", const="", metavar="FILE", help=labels)
     spoil = "apply these corruptions; without names, ImageNet-C's fifteen"
     add("--corrupt", nargs="*", metavar="NAME", help=spoil)
     add("--severity", nargs="+", type=int, default=[1, 2, 3, 4, 5])
-    add("--output", default="validation.csv", help="a row for each model")
-    add("--report", metavar="FOLDER", help="a table by class and a confusion matrix go there")
+    output = Path("validation.csv")
+    add("--output", type=nonempty_path, default=output, help="a row for each model")
+    report = "a table by class and a confusion matrix go there"
+    add("--report", type=nonempty_path, metavar="FOLDER", help=report)
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run from a command line; the exit status: 1 if any model failed."""
-    options = parse(argv)
+    """Run from a command line; the exit status: 1 if any model failed, 2 if nothing was done."""
+    return guard(lambda: run(parse(argv)))
+
+
+def run(options: argparse.Namespace) -> int:
+    """Measure what the options name; 1 if any model failed.
+
+    Raises:
+        TrainingError, CommandError: nothing can be measured, or the results cannot be written.
+    """
     if options.threads is not None:
         torch.set_num_threads(options.threads)
-    try:
-        candidates, validator = find_candidates(options), Validator(options)
-    except TrainingError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 1
+    inputs = [*options.list, options.checkpoint, options.class_map, options.real_labels or None]
+    require_writable({"--output": options.output}, inputs, makes_folders=True)
+    if options.corrupt is not None:
+        table = {"the table of corruptions": corruption_path(options.output)}
+        require_writable(table, inputs, makes_folders=True)
+    if options.report is not None:
+        require_folder("--report", options.report)
+    candidates, validator = find_candidates(options), Validator(options)
     rows: list[dict[str, Any]] = []
     failed: list[str] = []
     for candidate in candidates:
@@ -330,19 +366,13 @@ def main(argv: Sequence[str] | None = None) -> int:
                 f"  {key} {row[key]:.2f}" for key in ("corruption_error", "mce") if key in row
             )
             validator.progress.say(f"{candidate.name}  {text}  ({row['images']} images, {spent})")
-        except (
-            TrainingError,
-            backbones.CheckpointError,
-            OSError,
-            RuntimeError,
-            ValueError,
-        ) as error:
+        except FAILURES as error:
             row = {"model": candidate.name, "checkpoint": candidate.checkpoint or "published"}
-            row["error"] = str(error).splitlines()[0] if str(error) else type(error).__name__
+            row["error"] = first_line(error)
             failed.append(candidate.name)
             sys.stderr.write(f"error: {candidate.name}: {row['error']}; going on\n")
         rows.append(row)
-        write_table(Path(options.output), rows)
+        write_table(options.output, rows)
     validator.progress.say(f"results are in {options.output}")
     if failed:
         sys.stderr.write(f"{len(failed)} of {len(candidates)} failed: {', '.join(failed)}\n")

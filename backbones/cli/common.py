@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import logging
+import math
+import sys
 from argparse import ArgumentParser
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -11,11 +13,15 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import SafetensorError, safe_open
 from timm.data import ImageNetInfo
 
 import backbones
+from backbones._arguments import UNMAKEABLE
 from backbones._checkpoint import _strip_prefixes, read_checkpoint
+from backbones._console import CommandError, memory_shortage, one_line, shown
+from backbones.restoration.memory import available_memory, peak_bytes
 from backbones.training.recipe import Recipe, load_recipe
 
 __all__ = [
@@ -27,13 +33,10 @@ __all__ = [
     "load",
     "quiet",
     "read_labels",
+    "read_text",
     "table",
     "two_sides",
 ]
-
-
-class CommandError(ValueError):
-    """What a user can mend; the message is one line that says how."""
 
 
 @dataclass
@@ -59,31 +62,62 @@ def add_size_argument(parser: ArgumentParser, help: str) -> None:
     parser.add_argument("--size", type=int, nargs="+", metavar="PX", help=help)
 
 
-def two_sides(size: Sequence[int] | None, model: Any) -> tuple[int, int]:
+def two_sides(
+    size: Sequence[int] | None, model: Any, batch: int = 1, runs: bool = True
+) -> tuple[int, int]:
     """Height and width: those asked for, or what the model was made for.
 
+    Args:
+        model: unfused.
+        batch: number of images.
+        runs: whether the model will run, for which there must be memory.
+
     Raises:
-        CommandError: not one or two numbers of 1 or more.
+        CommandError: not one or two numbers in 1 … 65535, or more pixels than memory can hold.
     """
     if size is None:
         return tuple(model.pretrained_cfg["input_size"][1:])
-    if len(size) > 2 or min(size) < 1:
-        raise CommandError(f"--size takes one side, or height and width, got {list(size)}")
-    return size[0], size[-1]
+    if len(size) > 2 or min(size) < 1 or max(size) > _LONGEST_SIDE:
+        raise CommandError(
+            f"--size takes one side, or height and width, of 1 to {_LONGEST_SIDE} pixels, got "
+            f"{shown(list(size))}"
+        )
+    sides = size[0], size[-1]
+    if runs and math.prod(sides) * batch > _SMALL:
+        need = peak_bytes(model, (batch, model.in_chans, *sides))
+        free = available_memory(torch.device("cpu"), unknown=sys.maxsize)
+        if need > free:
+            images = f"{batch} images" if batch > 1 else "an image"
+            raise CommandError(
+                f"--size {sides[0]} {sides[1]}: {images} of that size would take "
+                f"{need / 2**30:.1f} GiB, and {free / 2**30:.1f} GiB are free"
+            )
+    return sides
+
+
+# JPEG has 16 bits for a side.
+_LONGEST_SIDE = 65535
+# Pixels that need no look at the memory.
+_SMALL = 512 * 512
 
 
 def create(name: str, **kwargs: Any) -> Any:
     """A model in eval mode.
 
     Raises:
-        CommandError: no such model, or an argument that it lacks.
+        CommandError: no such model, or arguments that it lacks or cannot be made with.
     """
     try:
         return backbones.create_model(name, **kwargs).eval()
     except backbones.CheckpointError:
         raise
-    except (TypeError, ValueError) as error:
+    except ValueError as error:
         raise CommandError(str(error)) from error
+    except UNMAKEABLE as error:
+        # Without arguments it is a bug.
+        if not kwargs or memory_shortage(error) is not None:
+            raise
+        raise CommandError(f"{name} cannot be made with {shown(kwargs)}: {error}") from error
 
 
 def load(name: str | None, checkpoint: Path | None) -> Loaded:
@@ -124,7 +158,7 @@ def load(name: str | None, checkpoint: Path | None) -> Loaded:
         if count is not None and count != model.num_classes:
             model.reset_classifier(count)
         report = backbones.load_checkpoint(model.eval(), checkpoint)
-    classes = json.loads(metadata["classes"]) if "classes" in metadata else []
+    classes = _classes_in(metadata, checkpoint)
     if len(classes) != model.num_classes:
         classes = [] if recipe is not None else _imagenet_names(model)
     return Loaded(model, name, recipe, classes, report)
@@ -146,22 +180,39 @@ def read_labels(path: Path, count: int) -> list[str]:
     """Names of classes: a text file with one a line, or JSON (a list, or names by number).
 
     Raises:
-        CommandError: it is neither, or too short for ``count`` classes.
+        CommandError: it cannot be read, is neither, or not of ``count`` classes.
     """
-    text = path.read_text(encoding="utf-8")
+    text = read_text(path, "--labels")
     if path.suffix == ".json":
         try:
             content = json.loads(text)
             if isinstance(content, dict):
                 content = [content[str(number)] for number in range(len(content))]
-            names = [n[-1] if isinstance(n, list) else str(n) for n in content]
-        except (ValueError, KeyError, TypeError) as error:
+            if not isinstance(content, list):
+                raise TypeError(content)
+            # As ImageNet's are published: of [number in WordNet, name] it is the latter.
+            names = [one_line(str(n[-1] if isinstance(n, list) else n)) for n in content]
+        except (ValueError, LookupError, TypeError, RecursionError) as error:
             raise CommandError(f"{path} is no JSON list of names, nor names by number") from error
     else:
-        names = [line.strip() for line in text.splitlines() if line.strip()]
-    if len(names) < count:
+        names = [one_line(line.strip()) for line in text.splitlines() if line.strip()]
+    if len(names) != count:
         raise CommandError(f"{path} names {len(names)} classes, but the model has {count}")
     return names
+
+
+def read_text(path: Path, option: str) -> str:
+    """The text of a file that an option names.
+
+    Raises:
+        CommandError: it cannot be read, or holds no text.
+    """
+    try:
+        return path.read_text(encoding="utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise CommandError(f"{option} {path} is no text in UTF-8") from error
+    except OSError as error:
+        raise CommandError(f"cannot read {option} {path}: {error.strerror}") from error
 
 
 @contextmanager
@@ -208,6 +259,19 @@ def _metadata(checkpoint: Path) -> dict[str, str]:
         raise backbones.CheckpointError(
             f"{checkpoint} is not a whole safetensors file: {error}"
         ) from error
+
+
+def _classes_in(metadata: dict[str, str], checkpoint: Path) -> list[str]:
+    """The names of the classes, where the file says them."""
+    try:
+        names = json.loads(metadata.get("classes", "[]"))
+        if not isinstance(names, list):
+            raise TypeError(names)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise backbones.CheckpointError(
+            f"{checkpoint}: its metadata has no list of names under 'classes'"
+        ) from error
+    return [one_line(str(name)) for name in names]
 
 
 def _recipe_beside(checkpoint: Path) -> Recipe | None:

@@ -10,7 +10,6 @@ import platform
 import shlex
 import shutil
 import sys
-import tempfile
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -20,8 +19,11 @@ import torch
 import torchvision
 
 from backbones._requirements import unmet
-from ops import native
-from ops.native import build
+from backbones.cli.places import elsewhere, free_bytes, kernel_flaw, mend_kernel_cache
+from ops import cpu
+from ops.batch_norm import has_wrong_gradients
+from ops.cpu import build, cache, compiler
+from ops.cpu.trust import shell_word
 from ops.neighborhood import BACKENDS, NAParams
 
 __all__ = ["EXAMPLE", "Finding", "add_arguments", "examine", "run"]
@@ -29,6 +31,7 @@ __all__ = ["EXAMPLE", "Finding", "add_arguments", "examine", "run"]
 EXAMPLE = ""
 
 _MARKS = {"ok": "✓", "note": "·", "warning": "!", "error": "✗"}
+_PLAIN_MARKS = {"✓": "+", "·": "-", "✗": "x", "→": "->"}
 _PACKAGES = (
     *("torch", "torchvision", "timm", "numpy", "pillow", "safetensors", "triton", "natten"),
     *("mmengine", "onedl-mmengine", "mmcv", "mmcv-lite", "onedl-mmcv", "mmdet", "mmsegmentation"),
@@ -64,10 +67,9 @@ def run(options: Namespace) -> int:
     """Run ``doctor``; 1 if something will fail."""
     findings = examine()
     if options.json:
-        text = json.dumps([asdict(finding) for finding in findings], indent=1, ensure_ascii=False)
-        sys.stdout.write(text + "\n")
+        sys.stdout.write(json.dumps([asdict(finding) for finding in findings], indent=1) + "\n")
     else:
-        sys.stdout.write(_report(findings))
+        sys.stdout.write(_encodable(_report(findings), sys.stdout.encoding or "utf-8"))
     return int(any(finding.severity == "error" for finding in findings))
 
 
@@ -76,12 +78,22 @@ def examine() -> list[Finding]:
     versions = _installed()
     findings = examine_packages(versions)
     cpu = examine_cpu()
-    findings += cpu + examine_gpu()
+    findings += cpu + examine_gradients() + examine_gpu()
     # What builds the kernels refuses the instruction sets that are refused there.
     if all(finding.severity != "error" for finding in cpu):
         findings += examine_compiler() + examine_attention()
     findings += examine_mm(versions, importlib.util.find_spec("pkg_resources") is not None)
     return findings + examine_export(versions) + examine_caches()
+
+
+def _encodable(text: str, encoding: str) -> str:
+    """``text`` as a terminal or file of ``encoding`` can take it, whatever the files are named."""
+    for mark, plain in _PLAIN_MARKS.items():
+        try:
+            mark.encode(encoding)
+        except UnicodeEncodeError:
+            text = text.replace(mark, plain)
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def examine_packages(versions: Mapping[str, str]) -> list[Finding]:
@@ -134,9 +146,10 @@ def examine_cpu() -> list[Finding]:
         f"threads: {threads}, torch {onednn} oneDNN"
     )
     try:
-        text += f", kernels for {native.instruction_set()}"
-    except ValueError as error:
-        return [Finding("cpu", "error", str(error), "unset VISION_BACKBONES_NATIVE_ISA")]
+        text += f", kernels for {cpu.instruction_set()}"
+        text += "" if cpu.is_switched_on() else ", but switched off"
+    except ValueError as error:  # which begins with the variable's name
+        return [Finding("cpu", "error", str(error), f"unset {str(error).split()[0]}")]
     if cores is not None and threads > cores:
         fix = f"export OMP_NUM_THREADS={cores}"
         return [Finding("cpu", "warning", f"{text}: more threads than cores are slow", fix)]
@@ -179,34 +192,54 @@ def examine_gpu() -> list[Finding]:
     return findings
 
 
+def examine_gradients() -> list[Finding]:
+    """Whether torch's batch norm has wrong gradients on CPUs, see :mod:`ops.batch_norm`."""
+    if not has_wrong_gradients():
+        return []
+    text = (
+        f"torch {torch.__version__}: on a CPU the gradients of nn.BatchNorm2d are wrong for a "
+        "batch of one that comes from tokens (seen in 2.8 and 2.13); the layers of this "
+        "library are not affected, the authors' code and heads of your own may be"
+    )
+    return [Finding("torch", "note", text)]
+
+
 def examine_compiler() -> list[Finding]:
     """Whether the C++ kernels can be had."""
-    command = shlex.split(os.environ.get("CXX", ""))
+    findings = []
+    command: list[str] = []
+    try:
+        command = compiler.command()
+    except ValueError as error:
+        findings.append(Finding("compiler", "warning", str(error), "unset CXX"))
     found = next(
         (p for c in (*command[:1], "c++", "g++", "clang++") if (p := shutil.which(c))), None
     )
-    findings = []
     if command and shutil.which(command[0]) is None:
         text = f"CXX names {command[0]!r}, which is not there"
         findings.append(Finding("compiler", "warning", text, "unset CXX"))
-    names = sorted(path.stem for path in Path(build.__file__).parent.glob("*.cpp"))
-    reasons = {name: native.unavailable_reason(name) for name in names}
+    names = sorted(build.sources())
+    reasons = {name: cpu.unavailable_reason(name) for name in names}
     missing = sorted({reason for reason in reasons.values() if reason is not None})
     for reason in missing:
         without = ", ".join(name for name in names if reasons[name] == reason)
-        if os.environ.get("VISION_BACKBONES_NATIVE") == "0":
+        if not cpu.is_switched_on():
             fix = "unset VISION_BACKBONES_NATIVE"
-        elif found is None:
-            fix = (
-                "sudo apt-get install g++" if sys.platform == "linux" else "xcode-select --install"
-            )
-        elif _free_bytes(native.cache_dir()) is None:
-            fix = _elsewhere("VISION_BACKBONES_CACHE_DIR", 0)
+        elif found is not None and all(kernel_flaw(folder) for folder in cache.folders()):
+            fix = mend_kernel_cache()
+        elif found is not None and command:
+            fix = "unset CXX"
+        elif sys.platform == "linux":
+            fix = f"sudo apt-get install {'--reinstall ' if found else ''}g++"
         else:
-            fix = f"rm -rf {shlex.quote(str(native.cache_dir()))}"
+            fix = "xcode-select --install"
         text = f"not compiled: {without}; slower paths are taken: {reason}"
         findings.append(Finding("compiler", "warning", text, fix))
-    if not missing:
+    if not names:
+        text = f"the sources of the kernels are missing: {build.__file__!r} lies alone"
+        fix = "pip install --force-reinstall --no-deps vision-backbones"
+        findings.append(Finding("compiler", "warning", text, fix))
+    elif not missing:
         text = f"{found or 'none'}; compiled kernels: {', '.join(names)}"
         findings.append(Finding("compiler", "ok", text))
     return findings
@@ -285,36 +318,26 @@ def examine_export(versions: Mapping[str, str]) -> list[Finding]:
 
 def examine_caches() -> list[Finding]:
     """Where files are kept between runs, and whether they can be."""
-    findings = []
-    for what, folder, variable in (
-        ("compiled kernels", native.cache_dir(), "VISION_BACKBONES_CACHE_DIR"),
-        ("downloaded weights", Path(torch.hub.get_dir()), "TORCH_HOME"),
-    ):
-        free = _free_bytes(folder)
-        if free is None:
-            text, severity = f"{what}: {folder} cannot be written", "error"
-        else:
-            text = f"{what}: {folder}, {free / 1e9:.1f} GB free"
-            severity = "warning" if free < _SCARCE_BYTES else "ok"
-        fix = "" if severity == "ok" else _elsewhere(variable, free or 0)
-        findings.append(Finding("cache", severity, text, fix))
-    return findings
+    folder = cpu.cache_dir()
+    if (flaw := kernel_flaw(folder)) is not None:
+        instead = next((place for place in cache.folders() if kernel_flaw(place) is None), None)
+        then = f"they are kept in {shell_word(instead)}" if instead else "slower paths are taken"
+        text = f"compiled kernels: {flaw.reason}; {then}"
+        kernels = Finding("cache", "warning", text, mend_kernel_cache())
+    else:
+        kernels = _room("compiled kernels", folder, "VISION_BACKBONES_CACHE_DIR")
+    return [kernels, _room("downloaded weights", Path(torch.hub.get_dir()), "TORCH_HOME")]
 
 
-def _free_bytes(folder: Path) -> int | None:
-    """Room for what ``folder`` is to hold, there already or not; None if it cannot be written."""
-    there = next(p for p in (folder, *folder.parents) if p.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        return None
-    return shutil.disk_usage(there).free
-
-
-def _elsewhere(variable: str, least: int) -> str:
-    """The command that sets ``variable`` to a folder with more room; "" if there is none."""
-    places = (Path.home() / ".cache", Path.cwd(), Path(tempfile.gettempdir()))
-    room = {place / "vision-backbones": _free_bytes(place) or 0 for place in places}
-    folder = max(room, key=lambda place: room[place])
-    return f"export {variable}={shlex.quote(str(folder))}" if room[folder] > least else ""
+def _room(what: str, folder: Path, variable: str) -> Finding:
+    free = free_bytes(folder)
+    if free is None:
+        text, severity = f"{what}: {shell_word(folder)} cannot be written", "error"
+    else:
+        text = f"{what}: {shell_word(folder)}, {free / 1e9:.1f} GB free"
+        severity = "warning" if free < _SCARCE_BYTES else "ok"
+    fix = "" if severity == "ok" else elsewhere(variable, free or 0)
+    return Finding("cache", severity, text, fix)
 
 
 def _installed() -> dict[str, str]:

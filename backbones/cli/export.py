@@ -13,12 +13,18 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
-from backbones.cli import exporting, quantizing
+from backbones.cli import exporting, quantizing, whole_files
 from backbones.cli.common import CommandError, Loaded, add_size_argument, load, two_sides
+from backbones.cli.feasible import need_memory, need_space
 from backbones.cli.predict import preprocessing
+from backbones.cli.ticking import ticking
 
 __all__ = ["EXAMPLE", "add_arguments", "export", "run"]
+
+# Of the weights, that lie on the disk at once while a file is quantised.
+_INT8_COPIES = 4
 
 EXAMPLE = "van_b0 --checkpoint van_b0.pth --dynamic --out van.onnx"
 
@@ -37,7 +43,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("--fused", action="store_true", help="fold norms and branches first")
     parser.add_argument("--int8", action="store_true", help="quantise the ONNX file (QDQ)")
     parser.add_argument(
-        "--calibration", type=Path, metavar="FOLDER", help="of images, for --int8 (default: noise)"
+        "--calibration", type=Path, metavar="FOLDER", help="of images, which --int8 needs"
     )
     parser.add_argument(
         "--calibration-images", type=int, default=64, metavar="N", help="how many of them (64)"
@@ -46,22 +52,36 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> int:
     """Run ``export``; 0 if the file is written and right."""
+    with whole_files.tidy_on_signals():
+        return _run(options)
+
+
+def _run(options: Namespace) -> int:
     format = options.format or ("pt2" if options.out.suffix == ".pt2" else "onnx")
     if options.int8 and format != "onnx":
         raise CommandError("--int8 makes ONNX files; leave --format pt2 out")
-    if not options.out.parent.is_dir():
-        raise CommandError(f"there is no folder {options.out.parent} to write to")
-    if format == "onnx":
-        exporting.need_onnx()
+    quantizing.check_options(options.int8, options.calibration, options.calibration_images)
     if options.batch < 1:
         raise CommandError(f"--batch must be 1 or more, got {options.batch}")
+    whole_files.check_place(options.out)
+    if format == "onnx":
+        exporting.need_onnx()
     loaded = load(options.model, options.checkpoint)
-    if options.checkpoint is None:
-        sys.stderr.write(f"note: without --checkpoint, {loaded.name} is exported untrained\n")
     if options.fused:
         loaded.model.fuse(channels_last=False)  # only folds: kernels are the other runtime's
     size = two_sides(options.size, loaded.model)
-    export(loaded, options.out, format, size, options.batch, options.dynamic, options)
+    shape = (options.batch, loaded.model.in_chans, *size)
+    need_memory(loaded.model, exporting.check_shapes(shape, options.dynamic))
+    weights = sum(t.nbytes for t in loaded.model.state_dict().values())
+    need_space(options.out.parent, weights * (_INT8_COPIES if options.int8 else 1))
+    images = None
+    if options.int8:
+        images = quantizing.calibration_images(
+            loaded, options.calibration, options.calibration_images, size
+        )
+    if options.checkpoint is None:
+        sys.stderr.write(f"note: without --checkpoint, {loaded.name} is exported untrained\n")
+    export(loaded, options.out, format, size, options.batch, options.dynamic, images)
     return 0
 
 
@@ -72,7 +92,7 @@ def export(
     size: tuple[int, int],
     batch: int = 1,
     dynamic: bool = False,
-    options: Namespace | None = None,
+    images: Sequence[Tensor] | None = None,
 ) -> None:
     """Write ``path`` if what it gives is what the model gives, and say so.
 
@@ -80,27 +100,19 @@ def export(
         format: ``"onnx"`` or ``"pt2"``.
         size: of the images it is traced with.
         batch: their number; open with ``dynamic``, as the size is.
-        options: ``int8``, ``calibration`` and ``calibration_images``; None for no int8.
+        images: (1, C, H, W) each, to calibrate int8 with; None for no int8.
 
     Raises:
-        CommandError: it cannot be exported, or differs; ``path`` is as before then.
+        CommandError: it cannot be exported or written, or differs; ``path`` is as before then.
     """
     model, name = loaded.model, loaded.name
     shape = (batch, model.in_chans, *size)
-    _say(f"{name}: tracing at {_sizes(shape)}")
+    shapes = exporting.check_shapes(shape, dynamic)
     try:
-        program = exporting.trace(model, shape, dynamic)
-        with exporting.replace_whole(path) as scratch:
-            if format == "onnx":
-                _say(f"{name}: writing ONNX")
-                exporting.save_onnx(program, scratch, _metadata(loaded))
-                runner = exporting.onnx_runner(scratch)
-            else:
-                exporting.save_program(program, scratch)
-                runner = exporting.program_runner(scratch)
+        with whole_files.replace_whole(path) as scratch:
+            run = _write(loaded, scratch, format, shape, dynamic)
             worst = 0.0
-            shapes = exporting.check_shapes(shape, dynamic)
-            for found in exporting.check(model, runner, shapes):
+            for found in exporting.check(model, run, shapes):
                 _say(f"  {_sizes(found.shape):<16} error {found.error:.1e}{_excuse(found)}")
                 if found.error > found.allowed:
                     raise CommandError(
@@ -108,35 +120,43 @@ def export(
                         f"output (allowed: {found.allowed:.0e}); it was not written"
                     )
                 worst = max(worst, found.error)
-            if options is not None and options.int8:
-                _quantize(loaded, scratch, shapes, options)
+            if images is not None:
+                _quantize(model, scratch, shapes, images)
             total = sum(part.stat().st_size for part in scratch.parent.iterdir())
     except CommandError as error:
         raise CommandError(f"{name}: {error}") from error
-    except OSError as error:
-        raise CommandError(f"cannot write {path}: {error.strerror or error}") from error
     where = "any batch and size" if dynamic else f"images {_sizes(shape)}"
     accuracy = f"max error {worst:.1e}"
-    if options is not None and options.int8:
+    if images is not None:
         name, accuracy = f"{name} in int8", f"{accuracy} before it was quantised"
     _say(f"{path}: {name} for {where}, {total / 1e6:.1f} MB, {accuracy}")
 
 
+def _write(
+    loaded: Loaded, path: Path, format: str, shape: tuple[int, ...], dynamic: bool
+) -> exporting.Run:
+    """Trace the model and write the file; what runs it."""
+    model, name = loaded.model, loaded.name
+    _say(f"{name}: tracing at {_sizes(shape)}")
+    if format == "pt2":
+        with ticking(f"{name}: tracing"):
+            exporting.save_program(exporting.trace(model, shape, dynamic), path)
+        return exporting.program_runner(path)
+    with ticking(f"{name}: tracing"):
+        program, group = exporting.trace_for_onnx(model, shape, dynamic)
+    _say(f"{name}: writing ONNX")
+    with ticking(f"{name}: writing ONNX"):
+        exporting.save_onnx(program, path, _metadata(loaded), group)
+    _say(f"{name}: comparing with the model")
+    return exporting.onnx_runner(path)
+
+
 def _quantize(
-    loaded: Loaded, path: Path, shapes: Sequence[tuple[int, ...]], options: Namespace
+    model: Any, path: Path, shapes: Sequence[tuple[int, ...]], images: Sequence[Tensor]
 ) -> None:
     """Quantise the file, and compare it with the model: on the images, and at each size."""
-    model = loaded.model
-    height, width = shapes[0][2:]
-    images = quantizing.calibration_images(
-        loaded, options.calibration, options.calibration_images, (height, width)
-    )
-    if options.calibration is None:
-        _say(
-            "  no --calibration FOLDER: the ranges come from noise, which real images do not "
-            "resemble; use such a file for timing only"
-        )
-    quantizing.quantize(path, images)
+    with ticking("quantising"):
+        quantizing.quantize(path, images)
     runner = exporting.onnx_runner(path)
     agreement = quantizing.agreement(model, runner, images)
     if agreement.top1 is not None:

@@ -5,11 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import importlib.util
+import io
 import logging
 import math
-import os
-import shutil
-import tempfile
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -18,10 +16,11 @@ from typing import Any
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from backbones.cli.alike import Group, fill_in, take_out
 from backbones.cli.common import CommandError
+from backbones.cli.deform import without_deform_conv
 
 __all__ = [
     "TOLERANCE",
@@ -33,7 +32,6 @@ __all__ = [
     "onnx_runner",
     "outputs",
     "program_runner",
-    "replace_whole",
     "save_onnx",
     "save_program",
     "trace",
@@ -65,11 +63,37 @@ def trace(model: nn.Module, shape: Sequence[int], dynamic: bool) -> torch.export
     Raises:
         CommandError: an operation cannot be traced; it says which.
     """
-    from torch.fx.experimental import _config
+    return _trace(_frozen(model), shape, dynamic)
 
-    symbolic_config: Any = _config
 
-    frozen = copy.deepcopy(model).eval().requires_grad_(False)
+@dataclass(frozen=True)
+class TracedGroup:
+    """The graph that HAT's groups have in common.
+
+    Attributes:
+        program: takes a map, and the weights of a group.
+        weights: of each.
+    """
+
+    program: torch.export.ExportedProgram
+    weights: Sequence[dict[str, Tensor]]
+
+
+def trace_for_onnx(
+    model: nn.Module, shape: Sequence[int], dynamic: bool
+) -> tuple[torch.export.ExportedProgram, TracedGroup | None]:
+    """As :func:`trace`, what :func:`save_onnx` takes: groups that are alike are traced once."""
+    frozen = _frozen(model)
+    group = take_out(frozen)
+    program = _trace(frozen, shape, dynamic)
+    return program, None if group is None else _trace_group(group, shape, dynamic)
+
+
+def _frozen(model: nn.Module) -> nn.Module:
+    return copy.deepcopy(model).eval().requires_grad_(False)
+
+
+def _trace(frozen: nn.Module, shape: Sequence[int], dynamic: bool) -> torch.export.ExportedProgram:
     parameter = next(frozen.parameters())
     images = torch.zeros(
         *((_TRACED_BATCH, shape[1], *_TRACED_SIZE) if dynamic else shape),
@@ -77,14 +101,39 @@ def trace(model: nn.Module, shape: Sequence[int], dynamic: bool) -> torch.export
         device=parameter.device,
     )
     axes = torch.export.Dim.DYNAMIC
+    return _export(frozen, (images,), ({0: axes, 2: axes, 3: axes},) if dynamic else None)
+
+
+def _trace_group(group: Group, shape: Sequence[int], dynamic: bool) -> TracedGroup:
+    """``shape`` is of the images."""
+    weights, window = group.weights[0], group.window_size
+    batch, sides = (_TRACED_BATCH, _TRACED_SIZE) if dynamic else (shape[0], shape[2:])
+    height, width = (math.ceil(side / window) * window for side in sides)
+    parameter = next(iter(weights.values()))
+    x = torch.zeros(batch, group.dim, height, width, dtype=parameter.dtype, device=parameter.device)
+    axes: Any = None
+    if dynamic:
+        rows, columns = (torch.export.Dim(name, min=1) for name in ("rows", "columns"))
+        of_map = {0: torch.export.Dim.DYNAMIC, 2: window * rows, 3: window * columns}
+        axes = (of_map, dict.fromkeys(weights, {}))
+    return TracedGroup(_export(group, (x, weights), axes), group.weights)
+
+
+def _export(module: nn.Module, inputs: tuple[Any, ...], axes: Any) -> torch.export.ExportedProgram:
+    """torch.export; ``axes`` says which are open, as there, or None if none is."""
+    from torch.fx.experimental import _config
+
+    symbolic_config: Any = _config
+
+    dynamic = axes is not None
     try:
         # What is asked of open sizes becomes a note in the graph, instead of a limit to the sizes
         # that have the same answer.
         with _silence(), symbolic_config.patch(backed_size_oblivious=dynamic), torch.no_grad():
             program = torch.export.export(
-                frozen,
-                (images,),
-                dynamic_shapes=({0: axes, 2: axes, 3: axes},) if dynamic else None,
+                module,
+                inputs,
+                dynamic_shapes=axes,
                 strict=False,
                 prefer_deferred_runtime_asserts_over_guards=dynamic,
             )
@@ -92,85 +141,71 @@ def trace(model: nn.Module, shape: Sequence[int], dynamic: bool) -> torch.export
         raise CommandError(f"cannot be exported: {_reason(error)}") from error
     if dynamic:
         _lift_limits(program)
+    program.example_inputs = None  # zeros, which a file would hold
     return program
 
 
 def save_program(program: torch.export.ExportedProgram, path: Path) -> None:
     """Write a ``.pt2`` file, for ``torch.export.load`` and AOTInductor."""
+    file = io.BytesIO()  # torch's own writer hides what the disk says
     with _silence():
-        torch.export.save(program, path)
+        torch.export.save(program, file)
+    path.write_bytes(file.getbuffer())
 
 
 def save_onnx(
-    program: torch.export.ExportedProgram, path: Path, metadata: dict[str, str] | None = None
+    program: torch.export.ExportedProgram,
+    path: Path,
+    metadata: dict[str, str] | None = None,
+    group: TracedGroup | None = None,
 ) -> None:
     """Write an ONNX file with the input ``image`` and the output ``output``.
 
     Beside it, ``<path>.data`` holds weights of more than 1.9 GB.
 
+    Args:
+        program, group: of :func:`trace_for_onnx`, or the program alone of :func:`trace`.
+
     Raises:
         CommandError: an operation that ONNX does not know, or onnx is not installed.
     """
     _need("onnx", "onnxscript")
+    made = _onnx(program, input_names=["image"], output_names=["output"])
+    tensors = list(program.state_dict.values())
+    if group is not None:
+        fill_in(made.model, _onnx(group.program).model, group.weights)
+        tensors += [tensor for weights in group.weights for tensor in weights.values()]
+    _name_axes(made.model)
+    made.model.metadata_props.update(metadata or {})
+    made.save(path, external_data=sum(t.nbytes for t in tensors) > _LARGEST_FILE)
+
+
+def _onnx(program: torch.export.ExportedProgram, **names: Any) -> Any:
+    """torch.onnx's translation of a graph."""
     try:
-        with _silence(), torch.no_grad():
-            made = torch.onnx.export(
-                _without_deform_conv(program),
-                (),
-                dynamo=True,
-                verbose=False,
-                input_names=["image"],
-                output_names=["output"],
+        with _silence(), _linear_time(), torch.no_grad():
+            return torch.onnx.export(
+                without_deform_conv(program), (), dynamo=True, verbose=False, **names
             )
     except Exception as error:  # torch.onnx raises many kinds, some of them private
         raise CommandError(f"cannot be written as ONNX: {_reason(error)}") from error
-    assert made is not None
-    _name_axes(made.model)
-    made.model.metadata_props.update(metadata or {})
-    weights = sum(t.nbytes for t in program.state_dict.values())
-    made.save(path, external_data=weights > _LARGEST_FILE)
 
 
-def _without_deform_conv(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """The same by operators that more runtimes know than ONNX's DeformConv."""
-    targets = {node.target for node in program.graph.nodes if node.op == "call_function"}
-    found: Any = {t for t in targets if str(t) == "torchvision.deform_conv2d.default"}
-    if not found:
-        return program
-    return program.run_decompositions(dict.fromkeys(found, _sampled_deform_conv2d))
+@contextlib.contextmanager
+def _linear_time() -> Iterator[None]:
+    """Leave out the one rule of onnxscript's optimiser that looks at pairs of nodes.
 
+    It makes a Split of two Slices that halve the last axis, which saves a runtime nothing to speak
+    of, and searches the whole graph for the second one at every node: in HAT-S, for minutes.
+    """
+    from onnxscript.rewriter.rules import common
 
-def _sampled_deform_conv2d(
-    x: Tensor,
-    weight: Tensor,
-    offset: Tensor,
-    mask: Tensor,
-    bias: Tensor,
-    stride_h: int,
-    stride_w: int,
-    pad_h: int,
-    pad_w: int,
-    dilation_h: int,
-    dilation_w: int,
-    groups: int,
-    offset_groups: int,
-    use_mask: bool,
-) -> Tensor:
-    """``torchvision::deform_conv2d`` without masks and groups: each tap samples a map."""
-    assert not use_mask and groups == offset_groups == 1
-    height, width = x.shape[2:]
-    top = torch.arange(offset.shape[2], device=x.device).view(-1, 1) * stride_h - pad_h
-    left = torch.arange(offset.shape[3], device=x.device) * stride_w - pad_w
-    taps = []
-    for tap in range(weight.shape[2] * weight.shape[3]):
-        down, right = divmod(tap, weight.shape[3])
-        row = offset[:, 2 * tap] + (top + down * dilation_h)
-        column = offset[:, 2 * tap + 1] + (left + right * dilation_w)
-        # -1 and 1 are the outer edges of the map.
-        grid = torch.stack(((2 * column + 1) / width - 1, (2 * row + 1) / height - 1), dim=-1)
-        taps.append(F.grid_sample(x, grid, align_corners=False))
-    flat = weight.permute(0, 2, 3, 1).flatten(1)[:, :, None, None]
-    return F.conv2d(torch.cat(taps, dim=1), flat, bias)
+    rule = common.slice_split_rule
+    rule.try_rewrite = lambda *args, **kwargs: None
+    try:
+        yield
+    finally:
+        del rule.try_rewrite
 
 
 def program_runner(path: Path) -> Run:
@@ -281,31 +316,6 @@ def _difference(value: Tensor, expected: Tensor) -> float:
     """The greatest, relative to the greatest of ``expected``; infinite where one is no number."""
     error = ((value - expected).abs().max() / expected.abs().max()).item()
     return error if math.isfinite(error) else math.inf
-
-
-@contextlib.contextmanager
-def replace_whole(path: Path) -> Iterator[Path]:
-    """Where to write: a file of the same name, moved to ``path`` if the block succeeds.
-
-    What is written beside it, under a longer name, moves along.
-
-    Raises:
-        CommandError: there is no such folder, or it cannot be written to.
-    """
-    folder = path.parent
-    if not folder.is_dir():
-        raise CommandError(f"there is no folder {folder} to write {path.name} to")
-    try:
-        scratch = Path(tempfile.mkdtemp(prefix=f".{path.name}.", dir=folder))
-    except OSError as error:
-        raise CommandError(f"cannot write to {folder}: {error.strerror}") from error
-    try:
-        yield scratch / path.name
-        for written in sorted(scratch.glob(f"{path.name}?*")):  # the data first, then the graph
-            os.replace(written, folder / written.name)
-        os.replace(scratch / path.name, path)
-    finally:
-        shutil.rmtree(scratch, ignore_errors=True)
 
 
 def _lift_limits(program: torch.export.ExportedProgram) -> None:

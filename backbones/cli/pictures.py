@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 
 from backbones.cli.predict import Answer
-from backbones.training.pictures import _short, new_figure, save_figure
+from backbones.training.pictures import _short, drawable, new_figure, save_figure
 
 __all__ = ["draw_answers"]
 
@@ -67,4 +67,4 @@ def draw_answers(path: Path, answers: Sequence[Answer], names: Sequence[str]) ->
 
 def _short_path(path: Path) -> str:
     name = path.name
-    return name if len(name) <= 30 else f"{name[:14]}…{name[-15:]}"
+    return drawable(name if len(name) <= 30 else f"{name[:14]}…{name[-15:]}")

@@ -9,7 +9,9 @@ import csv
 import importlib.util
 import io
 import json
+import os
 import sys
+import warnings
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -17,11 +19,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from timm.data import create_transform, resolve_data_config
 from timm.data.readers.img_extensions import get_img_extensions
 from torch import Tensor
 
+from backbones import images
+from backbones._arguments import (
+    file_problem,
+    nonempty_path,
+    require_writable,
+    usable_device,
+    whole,
+)
+from backbones._console import first_line, memory_shortage, one_line
 from backbones.cli.cam import grad_cam
 from backbones.cli.common import CommandError, Loaded, load, read_labels, table
 from backbones.training import build
@@ -64,30 +75,34 @@ class Answer:
 
 def add_arguments(parser: ArgumentParser) -> None:
     """The command line of ``predict``."""
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE", help="files or folders")
-    parser.add_argument("--model", help="architecture; a checkpoint of train_cls.py knows its own")
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="weights")
-    parser.add_argument("--labels", type=Path, metavar="FILE", help="names: one a line, or JSON")
-    parser.add_argument("--topk", type=int, default=5, metavar="N", help="answers an image (5)")
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write a row for each answer")
-    parser.add_argument("--json", type=Path, metavar="FILE", help="write an entry for each image")
-    parser.add_argument(
-        "--cam", type=Path, metavar="PNG", help=f"draw the first {_PICTURES} with their Grad-CAM"
+    add = parser.add_argument
+    add("images", nargs="+", type=nonempty_path, metavar="IMAGE", help="files or folders")
+    add("--model", help="architecture; a checkpoint of train_cls.py knows its own")
+    add("--checkpoint", type=nonempty_path, metavar="FILE", help="weights")
+    add("--labels", type=nonempty_path, metavar="FILE", help="names: one a line, or JSON")
+    add("--topk", type=whole(1), default=5, metavar="N", help="answers an image (5)")
+    add("--csv", type=nonempty_path, metavar="FILE", help="write a row for each answer")
+    add("--json", type=nonempty_path, metavar="FILE", help="write an entry for each image")
+    add(
+        "--cam",
+        type=nonempty_path,
+        metavar="PNG",
+        help=f"draw the first {_PICTURES} with their Grad-CAM",
     )
-    parser.add_argument("--batch-size", type=int, default=16, metavar="N", help="images (16)")
-    parser.add_argument("--device", default="cpu", help="cpu, cuda, cuda:1, … (cpu)")
+    add("--batch-size", type=whole(1), default=16, metavar="N", help="images (16)")
+    add("--device", default="cpu", help="cpu, cuda, cuda:1, … (cpu)")
 
 
 def run(options: Namespace) -> int:
     """Run ``predict``; 1 if an image could not be read."""
-    if options.topk < 1 or options.batch_size < 1:
-        raise CommandError("--topk and --batch-size must be 1 or more")
-    for path in (options.csv, options.json, options.cam):
-        if path is not None and not path.parent.is_dir():
-            raise CommandError(f"there is no folder {path.parent} to write {path.name} to")
     if options.cam is not None and importlib.util.find_spec("matplotlib") is None:
         raise CommandError("--cam draws with matplotlib: pip install matplotlib")
+    device = usable_device(options.device)
     paths = find_images(options.images)
+    require_writable(
+        {"--csv": options.csv, "--json": options.json, "--cam": options.cam},
+        [options.checkpoint, options.labels, *paths],
+    )
     loaded = load(options.model, options.checkpoint)
     if options.checkpoint is None:
         sys.stderr.write(f"note: without --checkpoint, {loaded.name} is untrained and guesses\n")
@@ -95,10 +110,11 @@ def run(options: Namespace) -> int:
         raise CommandError(f"{loaded.name} has no classifier; predict needs one")
     if options.labels is not None:
         loaded.classes = read_labels(options.labels, loaded.model.num_classes)
-    try:
-        loaded.model.to(options.device)
-    except (RuntimeError, AssertionError) as error:
-        raise CommandError(f"--device {options.device}: {str(error).splitlines()[0]}") from error
+    if loaded.model.in_chans not in (1, 3):
+        raise CommandError(
+            f"{loaded.name} takes {loaded.model.in_chans} channels; images are read as RGB or grey"
+        )
+    loaded.model.to(device)
 
     pictures = _PICTURES if options.cam is not None else 0
     answers = list(
@@ -109,7 +125,9 @@ def run(options: Namespace) -> int:
     if options.csv is not None:
         _write(options.csv, _csv(answers, names))
     if options.json is not None:
-        _write(options.json, json.dumps(_entries(answers, names), indent=1, ensure_ascii=False))
+        entries = _entries(answers, names)
+        text = json.dumps(entries, indent=1, ensure_ascii=False, allow_nan=False)
+        _write(options.json, text)
     if options.cam is not None:
         from backbones.cli.pictures import draw_answers
 
@@ -118,7 +136,7 @@ def run(options: Namespace) -> int:
             draw_answers(options.cam, shown, names)
     unreadable = [answer for answer in answers if answer.error]
     for answer in unreadable:
-        sys.stderr.write(f"cannot read {answer.path}: {answer.error}\n")
+        sys.stderr.write(f"cannot read {one_line(str(answer.path))}: {answer.error}\n")
     if unreadable:
         sys.stderr.write(f"{len(unreadable)} of {len(answers)} images could not be read\n")
     return 1 if unreadable else 0
@@ -138,6 +156,9 @@ def predict(
         topk: answers an image, at most as many as there are classes.
         pictures: how many readable images come back with what was seen and its Grad-CAM.
         progress: show a bar on standard error, if that is a terminal.
+
+    Raises:
+        CommandError: what the model gives for an image is not finite.
     """
     config = preprocessing(loaded)
     transform = create_transform(**config, is_training=False)
@@ -148,9 +169,15 @@ def predict(
         for path in paths[start : start + batch_size]:
             answer = Answer(path, [], [])
             try:
-                tensors.append(transform(open_image(path, grey)))
-            except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
-                answer.error = str(error).splitlines()[0] if str(error) else type(error).__name__
+                image = open_image(path, grey)
+                _check_shape(image, config)
+                tensors.append(transform(image))
+            except images.DECODE_ERRORS as error:
+                answer.error = first_line(error)
+            except (MemoryError, RuntimeError) as error:
+                if (shortage := memory_shortage(error)) is None:
+                    raise
+                answer.error = shortage
             batch.append(answer)
         if tensors:
             read = [answer for answer in batch if not answer.error]
@@ -172,6 +199,9 @@ def preprocessing(loaded: Loaded) -> dict[str, Any]:
 def find_images(places: Sequence[Path]) -> list[Path]:
     """Files as they are named; of folders, the images in them and below, sorted.
 
+    What is named like an image but is none (a named pipe, a link to nothing) is found too, and
+    reading it will say so.
+
     Raises:
         CommandError: a folder without an image.
         FileNotFoundError: nothing there.
@@ -180,11 +210,12 @@ def find_images(places: Sequence[Path]) -> list[Path]:
     found: list[Path] = []
     for place in places:
         if place.is_dir():
-            inside = sorted(p for p in place.rglob("*") if p.suffix.lower() in extensions)
+            named = (p for p in place.rglob("*") if p.suffix.lower() in extensions)
+            inside = sorted(p for p in named if not p.is_dir())
             if not inside:
                 raise CommandError(f"no image below {place}")
             found += inside
-        elif place.is_file():
+        elif os.path.lexists(place):
             found.append(place)
         else:
             raise FileNotFoundError(f"no image at {place}")
@@ -192,19 +223,30 @@ def find_images(places: Sequence[Path]) -> list[Path]:
 
 
 def open_image(path: Path, grey: bool = False) -> Image.Image:
-    """Decoded, upright, in RGB or grey.
+    """Decoded, upright, in RGB or grey; see :func:`backbones.images.open_image`.
 
     Raises:
-        OSError, ValueError, SyntaxError: it is no whole image.
+        one of :data:`backbones.images.DECODE_ERRORS`: it is no whole image, or no file.
     """
-    with Image.open(path) as image:
-        image.load()
-        return ImageOps.exif_transpose(image).convert("L" if grey else "RGB")
+    if (problem := file_problem(path)) is not None:
+        raise OSError(problem)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of damage that spoils no pixel
+        return images.open_image(path, "L" if grey else "RGB")
+
+
+def _check_shape(image: Image.Image, config: dict[str, Any]) -> None:
+    """Refuse what would become huge once its shorter side has the size of the model's input."""
+    shorter, longer = sorted(image.size)
+    side = max(config["input_size"][1:]) / config["crop_pct"]
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and side * side * longer > 2 * limit * shorter:
+        raise ValueError(f"{image.width}×{image.height} pixels are too narrow to be resized")
 
 
 def _answer(
     model: Any,
-    images: Tensor,
+    seen: Tensor,
     answers: Sequence[Answer],
     topk: int,
     config: dict[str, Any],
@@ -214,14 +256,19 @@ def _answer(
     drawn = min(pictures, len(answers))
     device = next(model.parameters()).device
     if drawn:
-        logits, heat = grad_cam(model, images.to(device))
+        logits, heat = grad_cam(model, seen.to(device))
         mean, std = (torch.tensor(config[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
-        pixels = (images * std + mean).clamp(0, 1).expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
+        pixels = (seen * std + mean).clamp(0, 1).expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
         for i in range(drawn):
             answers[i].image, answers[i].heat = pixels[i].numpy(), heat[i].cpu().numpy()
     else:
         with torch.inference_mode():
-            logits = model(images.to(device))
+            logits = model(seen.to(device))
+    finite = logits.isfinite().all(1).tolist()
+    if not all(finite):
+        raise CommandError(
+            f"what the model gives for {answers[finite.index(False)].path} is not finite"
+        )
     best = logits.float().softmax(1).cpu().topk(min(topk, logits.shape[1]), dim=1)
     for answer, confidences, classes in zip(
         answers, best.values.tolist(), best.indices.tolist(), strict=True
@@ -240,7 +287,11 @@ def _bar(steps: range, shown: bool) -> Any:
 
 def _table(answers: Sequence[Answer], names: Sequence[str]) -> str:
     rows = [
-        [str(answer.path) if not place else "", names[number], f"{100 * confidence:.1f} %"]
+        [
+            one_line(str(answer.path)) if not place else "",
+            names[number],
+            f"{100 * confidence:.1f} %",
+        ]
         for answer in answers
         for place, (number, confidence) in enumerate(
             zip(answer.classes, answer.confidences, strict=True)
@@ -276,4 +327,6 @@ def _entries(answers: Sequence[Answer], names: Sequence[str]) -> list[dict[str, 
 
 
 def _write(path: Path, text: str) -> None:
-    write_atomically(path, lambda file: file.write(text.encode()))
+    # Names of files that are no text become escapes, which JSON reads as what they were.
+    data = text.encode(errors="backslashreplace")
+    write_atomically(path, lambda file: file.write(data))

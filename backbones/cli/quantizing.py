@@ -8,12 +8,12 @@ from __future__ import annotations
 import logging
 import math
 import os
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from timm.data import create_transform
 from torch import Tensor, nn
 
@@ -21,8 +21,9 @@ from backbones.cli.common import CommandError, Loaded
 from backbones.cli.exporting import Run, outputs
 from backbones.cli.predict import find_images, open_image, preprocessing
 
-__all__ = ["Agreement", "agreement", "calibration_images", "quantize"]
+__all__ = ["Agreement", "agreement", "calibration_images", "check_options", "quantize"]
 
+_WANTED = "give a folder of images like those that the model will see"
 # What costs the time; norms, softmax and sums stay in float.
 _QUANTIZED = ["Conv", "MatMul", "Gemm"]
 
@@ -40,25 +41,37 @@ class Agreement:
     decibels: float
 
 
-def calibration_images(
-    loaded: Loaded, folder: Path | None, count: int, size: tuple[int, int]
-) -> list[Tensor]:
-    """``count`` images (1, C, H, W), preprocessed; without a folder, standard normal noise.
-
-    Of a folder they are spread over all of its images; those that cannot be read are passed over.
+def check_options(int8: bool, folder: Path | None, count: int) -> None:
+    """Look at ``--int8``, ``--calibration`` and ``--calibration-images`` together.
 
     Raises:
-        CommandError: no image in the folder can be read, or ``count`` below 1.
+        CommandError: int8 without images, images without int8, or a number below 1.
     """
+    if int8 and folder is None:
+        raise CommandError(f"--int8 needs --calibration FOLDER; {_WANTED}")
+    if folder is not None and not int8:
+        raise CommandError("--calibration is for --int8; add that, or leave --calibration out")
     if count < 1:
         raise CommandError(f"--calibration-images must be 1 or more, got {count}")
+
+
+def calibration_images(
+    loaded: Loaded, folder: Path, count: int, size: tuple[int, int]
+) -> list[Tensor]:
+    """``count`` images (1, C, H, W), preprocessed.
+
+    They are spread over all of the folder; those that cannot be read are passed over.
+
+    Raises:
+        CommandError: no image in the folder can be read.
+    """
     channels = loaded.model.in_chans
-    if folder is None:
-        generator = torch.Generator().manual_seed(0)
-        return [torch.randn(1, channels, *size, generator=generator) for _ in range(count)]
     config = {**preprocessing(loaded), "input_size": (channels, *size)}
     transform = create_transform(**config, is_training=False)
-    paths = find_images([folder])
+    try:
+        paths = find_images([folder])
+    except (CommandError, OSError) as error:
+        raise CommandError(f"--calibration: {error}; {_WANTED}") from error
     images: list[Tensor] = []
     for path in paths[:: max(1, len(paths) // count)][:count]:
         try:
@@ -66,7 +79,7 @@ def calibration_images(
         except (OSError, ValueError, SyntaxError):
             continue
     if not images:
-        raise CommandError(f"no image below {folder} can be read")
+        raise CommandError(f"--calibration: no image below {folder} can be read; {_WANTED}")
     return images
 
 
@@ -93,8 +106,9 @@ def quantize(path: Path, images: Sequence[Tensor]) -> None:
 
     prepared = path.with_name(f".prepared.{path.name}")
     quantized = path.with_name(f".int8.{path.name}")
-    before = logging.root.manager.disable
+    before, folder = logging.root.manager.disable, tempfile.tempdir
     logging.disable(logging.WARNING)
+    tempfile.tempdir = str(path.parent)  # onnxruntime's files go where ours go
     try:
         quant_pre_process(str(path), str(prepared), skip_symbolic_shape=True)
         quantize_static(
@@ -113,6 +127,7 @@ def quantize(path: Path, images: Sequence[Tensor]) -> None:
         raise CommandError(f"cannot be quantised: {reason}") from error
     finally:
         logging.disable(before)
+        tempfile.tempdir = folder
         prepared.unlink(missing_ok=True)
     os.replace(quantized, path)
 

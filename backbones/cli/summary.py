@@ -7,6 +7,7 @@ import sys
 import textwrap
 from argparse import ArgumentParser, Namespace
 
+from backbones._arguments import whole
 from backbones.cli.common import add_size_argument, count_text, create, table, two_sides
 from backbones.cli.measure import measure
 
@@ -20,16 +21,16 @@ def add_arguments(parser: ArgumentParser) -> None:
     parser.add_argument("model", help="name of the architecture")
     add_size_argument(parser, "of the image: a side, or height and width (default: the model's)")
     parser.add_argument("--fused", action="store_true", help="of the model after fuse()")
-    parser.add_argument("--runs", type=int, default=5, help="for the time; 0 leaves it out")
+    parser.add_argument("--runs", type=whole(0), default=5, help="for the time; 0 leaves it out")
 
 
 def run(options: Namespace) -> int:
     """Run ``summary``; 0."""
     model = create(options.model)
+    height, width = two_sides(options.size, model, runs=options.runs > 0)
     if options.fused:
         model.fuse()
-    height, width = two_sides(options.size, model)
-    sys.stdout.write(describe(options.model, model, height, width, max(options.runs, 0)))
+    sys.stdout.write(describe(options.model, model, height, width, options.runs))
     return 0
 
 

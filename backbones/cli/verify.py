@@ -9,6 +9,8 @@ machine. With a user's own weights they are compared with figures saved elsewher
 from __future__ import annotations
 
 import json
+import math
+import os
 import sys
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
@@ -18,7 +20,9 @@ import torch
 from torch import Tensor
 
 import backbones
+from backbones._arguments import nonempty_path, require_writable
 from backbones._checkpoint import _strip_prefixes, read_checkpoint
+from backbones._console import memory_shortage, one_line, shown
 from backbones._registry import published_weights
 from backbones.cli import parity
 from backbones.cli.common import (
@@ -27,6 +31,7 @@ from backbones.cli.common import (
     count_text,
     create,
     load,
+    read_text,
     table,
     two_sides,
 )
@@ -42,17 +47,22 @@ _SHOWN = 3
 
 def add_arguments(parser: ArgumentParser) -> None:
     """The command line of ``verify``."""
-    parser.add_argument("model", nargs="?", help="default: what the checkpoint says or looks like")
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="default: only the code")
-    parser.add_argument(
-        "--save-figures", type=Path, metavar="JSON", help="of every stage, to compare elsewhere"
-    )
-    parser.add_argument("--figures", type=Path, metavar="JSON", help="compare with those")
+    add = parser.add_argument
+    add("model", nargs="?", help="default: what the checkpoint says or looks like; or its file")
+    add("--checkpoint", type=nonempty_path, metavar="FILE", help="default: only the code")
+    saved = "of every stage, to compare elsewhere"
+    add("--save-figures", type=nonempty_path, metavar="JSON", help=saved)
+    add("--figures", type=nonempty_path, metavar="JSON", help="compare with those")
     add_size_argument(parser, "of the image for --save-figures (default: the model's)")
 
 
 def run(options: Namespace) -> int:
     """Run ``verify``; 1 if the checkpoint does not load, or an output differs."""
+    if options.checkpoint is None and _is_file(options.model):
+        options.model, options.checkpoint = None, Path(options.model)
+    require_writable(
+        {"--save-figures": options.save_figures}, [options.checkpoint, options.figures]
+    )
     if options.checkpoint is None:
         if options.model is None:
             raise CommandError("give a MODEL, a --checkpoint FILE, or both")
@@ -62,8 +72,9 @@ def run(options: Namespace) -> int:
         return int(not _verify_code(options.model))
     if not options.checkpoint.is_file():
         raise FileNotFoundError(f"no checkpoint at {options.checkpoint}")
+    known = None if options.figures is None else _read_figures(options.figures)
     looks_like = _identify(options.checkpoint)
-    name = options.model or looks_like
+    name = looks_like if options.model is None else options.model
     if name is None:
         raise CommandError(f"give the MODEL that {options.checkpoint} is of")
     loads = _verify_loading(name, options.checkpoint)
@@ -75,9 +86,10 @@ def run(options: Namespace) -> int:
         figures = {"model": loads.name, **make_figures(loads.model, size)}
         _write(options.save_figures, figures)
         sys.stdout.write(f"figures of these weights: saved as {options.save_figures}\n")
-    if options.figures is not None:
-        right &= _verify_figures(loads, options.figures)
+    if known is not None:
+        right &= _verify_figures(loads, known, options.figures)
     elif options.save_figures is None:
+        make_figures(loads.model, two_sides(options.size, loads.model))
         sys.stdout.write(
             "outputs of these weights: nothing to compare with; make figures where they are right "
             "with\n  --save-figures figures.json, and give --figures figures.json here\n"
@@ -85,13 +97,23 @@ def run(options: Namespace) -> int:
     return int(not right)
 
 
+def _is_file(word: str | None) -> bool:
+    """Whether the word in the place of the model is no model's name, but a file."""
+    return word is not None and word not in backbones.list_models() and os.path.isfile(word)
+
+
 def make_figures(model: Any, size: tuple[int, int], seed: int = 0) -> dict[str, Any]:
     """Shape, mean, deviation, norm and first values of every stage's map and of the output.
 
     The image is the same everywhere, see :func:`backbones.cli.parity.image`.
+
+    Raises:
+        CommandError: what the model gives for it is not finite.
     """
     shape = (1, model.in_chans, *size)
     maps, output = _outputs(model, parity.image(shape, seed))
+    if not all(value.isfinite().all() for value in (*maps, output)):
+        raise CommandError("what these weights give is not finite")
     return {
         "torch": torch.__version__,
         "input": list(shape),
@@ -108,14 +130,19 @@ def compare(model: Any, figures: dict[str, Any]) -> list[tuple[str, float]]:
         CommandError: the figures are of other shapes, or no figures.
     """
     try:
-        maps, output = _outputs(model, parity.image(figures["input"], figures["seed"]))
+        shape, seed = figures["input"], figures["seed"]
+        if math.prod(shape) > _LARGEST_INPUT:
+            raise ValueError(f"an input of {shape} is too large")
+        maps, output = _outputs(model, parity.image(shape, seed))
         expected = [*figures["stages"], figures["output"]]
         names = [*(f"stage {i + 1}" for i in range(len(maps))), "output"]
         return [
             (name, parity.summary_error(value, of_it))
             for name, value, of_it in zip(names, [*maps, output], expected, strict=True)
         ]
-    except (KeyError, TypeError, ValueError, AssertionError, RuntimeError) as error:
+    except _UNFIT as error:
+        if memory_shortage(error) is not None:
+            raise
         raise CommandError(f"the figures are not of this model: {error}") from error
 
 
@@ -130,7 +157,7 @@ def _identify(path: Path) -> str | None:
     digest = sha256_of(path)
     numbers = sum(tensor.numel() for tensor in tensors.values())
     sys.stdout.write(
-        f"{path}: {len(tensors)} tensors, {count_text(numbers)} numbers"
+        f"{one_line(str(path))}: {len(tensors)} tensors, {count_text(numbers)} numbers"
         f"{f', and {len(around)} of parts around the backbone' if around else ''}\n"
         f"sha256 {digest}\n"
     )
@@ -205,7 +232,7 @@ def _verify_loading(name: str | None, path: Path) -> Any:
     try:
         loaded = load(name, path)
     except backbones.CheckpointError as error:
-        sys.stdout.write(f"loading: fails: {error}\n")
+        sys.stdout.write(f"loading: fails: {one_line(str(error))}\n")
         return None
     kinds = {k: v for k, v in vars(loaded.report).items() if k != "source" and v}
     text = _some(kinds) or "strictly: every tensor has its place, and every place its tensor"
@@ -227,19 +254,31 @@ def _verify_code(name: str) -> bool:
     return _show(rows, allowed)
 
 
-def _verify_figures(loaded: Any, path: Path) -> bool:
+def _read_figures(path: Path) -> dict[str, Any]:
+    text = read_text(path, "--figures")
     try:
-        figures = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        figures = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise CommandError(f"{path} is no JSON: {error}") from error
+    if not isinstance(figures, dict):
+        raise CommandError(f"{path} holds no figures of --save-figures")
+    return figures
+
+
+def _verify_figures(loaded: Any, figures: dict[str, Any], path: Path) -> bool:
     if figures.get("model") != loaded.name:
-        raise CommandError(f"{path} has figures of {figures.get('model')}, not of {loaded.name}")
+        of = shown(figures.get("model"))
+        raise CommandError(f"{path} has figures of {of}, not of {loaded.name}")
     sys.stdout.write(f"these weights, against {path} (torch {figures.get('torch')}):\n")
     return _show(compare(loaded.model, figures), _ALLOWED)
 
 
 # Relative: kernels of other machines sum in another order.
 _ALLOWED = 1e-4
+# What figures that are none, or of another model, lead to.
+_UNFIT = (LookupError, TypeError, ValueError, ArithmeticError, AssertionError, RuntimeError)
+# Values of an image that figures may be of: three channels of 8192 × 8192.
+_LARGEST_INPUT = 3 * 8192**2
 
 
 def _show(rows: list[tuple[str, float]], allowed: float) -> bool:
@@ -250,5 +289,5 @@ def _show(rows: list[tuple[str, float]], allowed: float) -> bool:
 
 
 def _write(path: Path, figures: dict[str, Any]) -> None:
-    text = json.dumps(figures, indent=1)
+    text = json.dumps(figures, indent=1, allow_nan=False)
     write_atomically(path, lambda file: file.write(text.encode()))

@@ -173,6 +173,7 @@ class Patches(Dataset[Pair]):
             self.corrupt.add(str(path), error)
             self.corrupt.check(len(self.paths))
             return None
+        self.corrupt.add_good()
         if self.recipe.cache:
             self._kept[number] = pixels
         return pixels

@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import io
+import os
 import struct
+import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -13,6 +16,8 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
+from backbones._arguments import file_problem
+from backbones.images import DECODE_ERRORS, _orientation
 from backbones.training.checkpoint import write_atomically
 from backbones.training.errors import DataError
 
@@ -27,11 +32,8 @@ _KEPT_TAGS = {
     *(ExifTags.Base.Software, ExifTags.Base.DateTime, ExifTags.Base.Artist),
     *(ExifTags.Base.Copyright, ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo),
 }
-# What Pillow, torchvision (RuntimeError) and tifffile raise of files that are damaged.
-_ERRORS = (
-    *(OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, OverflowError),
-    *(RuntimeError, Image.DecompressionBombError, struct.error, zlib.error),
-)
+# What Pillow and torchvision (RuntimeError) raise of files that are damaged.
+_ERRORS = (*DECODE_ERRORS, RuntimeError)
 
 
 class PictureError(DataError):
@@ -81,12 +83,9 @@ def read_size(path: Path) -> tuple[int, int]:
     Raises:
         PictureError: no picture.
     """
-    try:
-        with Image.open(path) as image:
-            width, height = image.size
-            turned = image.getexif().get(ExifTags.Base.Orientation, 1) >= 5
-    except _ERRORS as error:
-        raise PictureError(_explain(path, error)) from error
+    with _opened(path) as image:
+        width, height = image.size
+        turned = _orientation(image) in _ON_THEIR_SIDE
     return (width, height) if turned else (height, width)
 
 
@@ -100,18 +99,12 @@ def read_picture(path: Path) -> Picture:
     Raises:
         PictureError: missing, damaged, or of a kind that has no place here.
     """
-    try:
-        with Image.open(path) as image:
-            image.load()
-            frames = getattr(image, "n_frames", 1)
-            icc, exif = image.info.get("icc_profile"), image.getexif()
-            turn = exif.get(ExifTags.Base.Orientation, 1)
-            pixels, alpha = _arrays(image, path)
-            notes = _keep_notes(exif)
-    except _ERRORS as error:
-        if isinstance(error, PictureError):
-            raise
-        raise PictureError(_explain(path, error)) from error
+    with _opened(path) as image:
+        image.load()
+        frames = getattr(image, "n_frames", 1)
+        icc, turn = image.info.get("icc_profile"), _orientation(image)
+        pixels, alpha = _arrays(image, path)
+        notes = _notes(image)
     note = f"only the first of its {frames} frames" if frames > 1 else ""
     return Picture(
         np.ascontiguousarray(_upright(pixels, turn)),
@@ -120,6 +113,24 @@ def read_picture(path: Path) -> Picture:
         notes,
         note,
     )
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Image.Image]:
+    """The file as Pillow opens it; whatever is wrong with it is a PictureError."""
+    if not os.path.lexists(path):
+        raise PictureError(f"there is no file {path}")
+    if (problem := file_problem(path)) is not None:
+        raise PictureError(f"{path} {problem}")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damage that spoils no pixel
+            with Image.open(path) as image:
+                yield image
+    except PictureError:
+        raise
+    except _ERRORS as error:
+        raise PictureError(_explain(path, error)) from error
 
 
 def write_picture(path: Path, picture: Picture, quality: int = 95) -> None:
@@ -163,14 +174,17 @@ def write_picture(path: Path, picture: Picture, quality: int = 95) -> None:
         raise PictureError(f"cannot write {path}: {error}") from error
 
 
-def _keep_notes(exif: Image.Exif) -> bytes | None:
-    """What is still true of another picture made of this one."""
-    for tag in set(exif) - _KEPT_TAGS:
-        del exif[tag]
-    camera = exif.get_ifd(ExifTags.IFD.Exif)
-    for tag in (ExifTags.Base.ExifImageWidth, ExifTags.Base.ExifImageHeight):
-        camera.pop(tag, None)
-    return exif.tobytes() if len(exif) else None
+def _notes(image: Image.Image) -> bytes | None:
+    """What the camera noted and is still true of another picture made of this one."""
+    with suppress(*DECODE_ERRORS):  # damaged notes spoil no pixel
+        exif = image.getexif()
+        for tag in set(exif) - _KEPT_TAGS:
+            del exif[tag]
+        camera = exif.get_ifd(ExifTags.IFD.Exif)
+        for tag in (ExifTags.Base.ExifImageWidth, ExifTags.Base.ExifImageHeight):
+            camera.pop(tag, None)
+        return exif.tobytes() if len(exif) else None
+    return None
 
 
 def _has_directories(notes: bytes | None) -> bool:
@@ -186,8 +200,6 @@ def _profile_fits(icc: bytes | None, channels: int) -> bool:
 
 
 def _explain(path: Path, error: BaseException) -> str:
-    if isinstance(error, FileNotFoundError):
-        return f"there is no file {path}"
     if isinstance(error, UnidentifiedImageError):
         return f"{path} is no picture that can be read (damaged, or another kind of file)"
     return f"{path} cannot be read: {error}"
@@ -256,15 +268,21 @@ def _deep_array(path: Path, kind: str) -> np.ndarray:
         import tifffile
     except ImportError:
         raise PictureError(f"{path} is a colour TIFF of 16 bits: pip install tifffile") from None
-    array = tifffile.imread(path, key=0)
+    try:
+        array = tifffile.imread(path, key=0)
+    except tifffile.TiffFileError as error:
+        raise PictureError(_explain(path, error)) from error
     if array.ndim == 3 and array.shape[0] in (3, 4) and array.shape[2] not in (3, 4):
         array = array.transpose(1, 2, 0)  # plane after plane
     return array.astype(np.uint16)
 
 
-def _upright(array: np.ndarray, orientation: int) -> np.ndarray:
-    """Turn and mirror as EXIF's orientation 1 … 8 asks."""
-    if orientation >= 5:
+_ON_THEIR_SIDE = (5, 6, 7, 8)
+
+
+def _upright(array: np.ndarray, orientation: object) -> np.ndarray:
+    """Turn and mirror as EXIF's orientation 1 … 8 asks; other values ask for nothing."""
+    if orientation in _ON_THEIR_SIDE:
         array = array.swapaxes(0, 1)
     if orientation in (3, 4, 7, 8):
         array = array[::-1]

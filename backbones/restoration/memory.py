@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import sys
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from backbones.training.progress import peak_memory
 
-__all__ = ["available_memory", "bytes_per_pixel", "used_memory"]
+__all__ = ["available_memory", "bytes_per_pixel", "live_bytes", "peak_bytes", "used_memory"]
 
 # Measured: what kernels take for themselves and, above all, what the allocator keeps of tensors
 # below 32 MiB after they are freed make almost twice of what is alive.
@@ -71,10 +73,38 @@ def bytes_per_pixel(network: Callable[[Tensor], Tensor], x: Tensor) -> float:
         x: (B, C, H, W), small but as large as two windows.
     """
     network(x)
+    return _MARGIN * live_bytes(network, x) / (x.shape[0] * x.shape[2] * x.shape[3])
+
+
+def live_bytes(network: Callable[[Tensor], Tensor], x: Tensor) -> int:
+    """The most bytes of tensors made by ``network(x)`` that are alive at once."""
     live = _LiveTensors()
     with live:
         network(x)
-    return _MARGIN * live.peak / (x.shape[0] * x.shape[2] * x.shape[3])
+    return live.peak
+
+
+def peak_bytes(network: nn.Module, shape: Sequence[int]) -> float:
+    """Bytes that ``network`` takes for an input of that shape, beside its weights; without running.
+
+    A copy of it is followed on the meta device. Nothing is added for what kernels take for
+    themselves and what the allocator keeps.
+
+    Args:
+        network: of plain layers; fused ones work in tiles, as many calls as the size asks for.
+        shape: of float32 values (B, C, H, W).
+
+    Returns:
+        Infinity if no address space would hold one of its tensors.
+    """
+    shadow = copy.deepcopy(network).to("meta").eval()
+    try:
+        with torch.inference_mode():
+            return live_bytes(shadow, torch.empty(*shape, device="meta"))
+    except RuntimeError as error:
+        if "calculation overflowed" in str(error):
+            return math.inf
+        raise
 
 
 def used_memory(device: torch.device) -> int:
@@ -90,8 +120,12 @@ def used_memory(device: torch.device) -> int:
     return pages * resource.getpagesize()
 
 
-def available_memory(device: torch.device) -> int:
-    """Bytes that could still be taken: of the GPU; of the machine and its control group."""
+def available_memory(device: torch.device, unknown: int = 4 * 2**30) -> int:
+    """Bytes that could still be taken: of the GPU; of the machine and its control group.
+
+    Args:
+        unknown: the answer where the system does not say.
+    """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
     sizes = []
@@ -105,4 +139,4 @@ def available_memory(device: torch.device) -> int:
             sizes.append(max(int(limit) - used, 0))
     except (OSError, ValueError):
         pass
-    return min(sizes, default=sys.maxsize if sys.maxsize < 2**32 else 4 * 2**30)
+    return min(sizes, default=min(sys.maxsize, unknown))

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 import yaml
 from torch import nn
 
 import backbones
+from backbones._arguments import THREADS, UNMAKEABLE, nonempty_path, usable_device
+from backbones._console import shown
 from backbones.training.errors import DataError
 
 __all__ = ["add_model_arguments", "load_restorer", "parse_size", "restorer_of"]
@@ -19,7 +23,7 @@ __all__ = ["add_model_arguments", "load_restorer", "parse_size", "restorer_of"]
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     """The options that say which model to use, and how."""
     parser.add_argument("--model", required=True, help="one of backbones.list_models('hat*')")
-    parser.add_argument("--checkpoint", metavar="FILE", help="its weights")
+    parser.add_argument("--checkpoint", type=nonempty_path, metavar="FILE", help="its weights")
     parser.add_argument(
         "--model-args", default="{}", metavar="YAML", help="further keywords, as '{upscale: 1}'"
     )
@@ -29,7 +33,7 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--tta", action="store_true", help="average over 8 flips and turns")
     parser.add_argument("--amp", action="store_true", help="bfloat16 where it does no harm")
     parser.add_argument("--device", help="cpu, cuda, … (default: a GPU if there is one)")
-    parser.add_argument("--threads", type=int, help="CPU threads")
+    parser.add_argument("--threads", type=THREADS, help="CPU threads")
 
 
 def restorer_of(options: argparse.Namespace) -> tuple[nn.Module, int | None]:
@@ -39,27 +43,21 @@ def restorer_of(options: argparse.Namespace) -> tuple[nn.Module, int | None]:
     one dtype. Sets PyTorch's number of threads if the options do.
 
     Raises:
-        DataError, CheckpointError: see :func:`load_restorer`; a device or number of threads that
-            there cannot be.
+        DataError, CheckpointError: see :func:`load_restorer`.
+        CommandError: a device that cannot be used.
     """
     if options.threads is not None:
-        if options.threads < 1:
-            raise DataError(f"--threads must be at least 1, not {options.threads}")
         torch.set_num_threads(options.threads)
-    memory = parse_size(options.max_memory) if options.max_memory else None
-    model = load_restorer(options.model, options.checkpoint, options.model_args)
-    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        model = model.to(device)
-    except (RuntimeError, AssertionError) as error:  # the latter of a PyTorch without CUDA
-        reason = str(error).splitlines()[0]
-        raise DataError(f"--device {device} cannot be used here: {reason}") from error
-    if torch.device(device).type == "cpu" and not options.amp:
+    memory = None if options.max_memory is None else parse_size(options.max_memory)
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    device = usable_device(default if options.device is None else options.device)
+    model = load_restorer(options.model, options.checkpoint, options.model_args).to(device)
+    if device.type == "cpu" and not options.amp:
         backbones.fuse(model)
     return model, memory
 
 
-def load_restorer(name: str, checkpoint: str | None, arguments: str = "{}") -> nn.Module:
+def load_restorer(name: str, checkpoint: str | Path | None, arguments: str = "{}") -> nn.Module:
     """A model that makes images, with its weights.
 
     Args:
@@ -69,21 +67,39 @@ def load_restorer(name: str, checkpoint: str | None, arguments: str = "{}") -> n
         DataError: another kind of model, or keywords that it does not take.
         CheckpointError: no weights, or those of another model.
     """
+    keywords = _keywords(arguments)
+    if checkpoint is not None and not Path(checkpoint).is_file():
+        raise DataError(f"there is no checkpoint {checkpoint}")
     try:
-        keywords = yaml.safe_load(arguments) or {}
-        if checkpoint is not None and not Path(checkpoint).is_file():
-            raise DataError(f"there is no checkpoint {checkpoint}")
         with torch.device("meta"):
             kind = backbones.create_model(name, **keywords)
-        if not hasattr(kind, "upscale"):
-            raise DataError(f"{name} makes no images: take one of list_models('hat*')")
+    except ValueError as error:
+        raise DataError(str(error)) from error
+    except UNMAKEABLE as error:
+        if not keywords:  # a bug
+            raise
+        raise DataError(f"{name} cannot be made with {shown(keywords)}: {error}") from error
+    if not hasattr(kind, "upscale"):
+        raise DataError(f"{name} makes no images: take one of list_models('hat*')")
+    try:
         # Without a file this says where the published one is.
         model: nn.Module = backbones.create_model(
             name, pretrained=checkpoint is None, checkpoint_path=checkpoint, **keywords
         )
-    except (TypeError, ValueError, yaml.YAMLError) as error:
+    except (TypeError, ValueError) as error:
         raise DataError(str(error)) from error
     return model.eval()
+
+
+def _keywords(arguments: str) -> dict[str, Any]:
+    try:
+        keywords = yaml.safe_load(arguments)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        reason = str(error).partition("\n")[0]
+        raise DataError(f"--model-args {shown(arguments)} is not YAML: {reason}") from error
+    if keywords is not None and not isinstance(keywords, dict):
+        raise DataError(f"--model-args must be such as '{{upscale: 1}}', not {shown(arguments)}")
+    return {str(key): value for key, value in (keywords or {}).items()}
 
 
 def parse_size(text: str) -> int:
@@ -93,6 +109,8 @@ def parse_size(text: str) -> int:
         DataError: anything else.
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]?)i?B?", text.strip(), re.IGNORECASE)
-    if match is None:
-        raise DataError(f"--max-memory must be such as 800M or 2G, not {text!r}")
-    return int(float(match[1]) * 1024 ** " KMGT".index(match[2].upper() or "M"))
+    unit = " KMGT".index(match[2].upper() or "M") if match is not None else 0
+    size = float(match[1]) * 1024**unit if match is not None else 0
+    if not 1 <= size < sys.maxsize:
+        raise DataError(f"--max-memory must be such as 800M or 2G, not {shown(text)}")
+    return int(size)

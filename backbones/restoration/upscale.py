@@ -93,7 +93,7 @@ class Upscaler:
 
         Raises:
             ValueError: another kind of picture; a :class:`DataError` if ``max_memory`` does not
-                suffice.
+                suffice, or what the model gives is not finite.
         """
         if isinstance(picture, Picture):
             return self._restore(picture, on_tile)
@@ -208,6 +208,8 @@ class Upscaler:
         )
         for strip in strips:
             values = strip.squeeze(0 if self.channels == 3 else 1)  # (3 or colours, rows, W)
+            if not values.isfinite().all():
+                raise DataError("what the model gives for it is not finite")
             if len(values) > colours:
                 values = values.mean(0, keepdim=True)
             whole = (values.clamp(0, 1) * limit).round().permute(1, 2, 0).cpu().numpy()

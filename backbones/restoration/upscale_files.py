@@ -1,18 +1,19 @@
-"""``upscale``: files, folders and globs of pictures through a restoration model, into a folder."""
+"""``vision-backbones upscale``: files, folders and globs of pictures, into a folder."""
 
 from __future__ import annotations
 
 import argparse
 import glob
+import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import torch
-
-import backbones
+from backbones._arguments import nonempty_path, require_folder
+from backbones._console import memory_shortage, one_line, shown
 from backbones.restoration.data import to_tensor
 from backbones.restoration.images import (
     SUFFIXES,
@@ -34,7 +35,6 @@ __all__ = [
     "Job",
     "Report",
     "add_arguments",
-    "main",
     "plan_jobs",
     "run",
     "upscale_files",
@@ -67,7 +67,11 @@ class Report:
 
 
 def plan_jobs(
-    inputs: Iterable[str | Path], out: Path, suffix: str, format: str | None = None
+    inputs: Iterable[str | Path],
+    out: Path,
+    suffix: str,
+    format: str | None = None,
+    compare: bool = False,
 ) -> list[Job]:
     """Which files to read, and where the results go.
 
@@ -78,47 +82,52 @@ def plan_jobs(
         suffix: between the name of a picture and its ending.
         format: ending of all results, such as ``png``; None for that of the picture, or PNG where
             we write no such kind.
+        compare: there will be comparisons beside the results.
 
     Raises:
-        DataError: nothing there, two results with one name, or a result that would replace its
-            own picture.
+        DataError: nothing there, two results with one name, a result that would replace a picture,
+            or a suffix that is none.
+        CommandError: ``out`` cannot be written to.
     """
+    if not _is_part_of_a_name(suffix):
+        raise DataError(f"--suffix must be part of a file's name, not {shown(suffix)}")
+    require_folder("--out", out)
     found: dict[Path, Path] = {}  # picture → place below out
     for item in map(str, inputs):
         path = Path(item)
         if path.is_dir():
-            pictures = sorted(
-                p
-                for p in path.rglob("*")
-                if p.suffix.lower() in SUFFIXES and p.is_file() and not _below(p, out)
-            )
+            named = (p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+            # Named pipes and links to nothing too: reading them says what they are.
+            pictures = sorted(p for p in named if not p.is_dir() and not _below(p, out))
             if not pictures:
                 raise DataError(f"no picture below {path} ({', '.join(SUFFIXES)})")
             found |= {p: p.relative_to(path) for p in pictures if p not in found}
-        elif path.exists() or not glob.has_magic(item):
+        elif os.path.lexists(path) or not glob.has_magic(item):
             found.setdefault(path, Path(path.name))
         else:
             matches = [Path(m) for m in sorted(glob.glob(item, recursive=True))]
-            matches = [m for m in matches if m.is_file()]
+            matches = [m for m in matches if not m.is_dir()]
             if not matches:
                 raise DataError(f"nothing matches {item}")
             for match in matches:
                 found.setdefault(match, Path(match.name))
     jobs: list[Job] = []
     taken: dict[Path, Path] = {}
+    sources = {os.path.realpath(source): source for source in found}
     for source, place in found.items():
         ending = f".{format}" if format else place.suffix
         if ending.lower() not in SUFFIXES:
             ending = ".png"
         target = out / place.with_name(f"{place.stem}{suffix}{ending}")
-        if target in taken:
-            raise DataError(
-                f"{taken[target]} and {source} would both become {target}: call them one by one "
-                "with another --out"
-            )
-        if target.resolve() == source.resolve():
-            raise DataError(f"{source} would be replaced: give another --out, or a --suffix")
-        taken[target] = source
+        for file in (target, _comparison(target)) if compare else (target,):
+            if file in taken:
+                raise DataError(
+                    f"{taken[file]} and {source} would both become {file}: call them one by one "
+                    "with another --out"
+                )
+            if (replaced := sources.get(os.path.realpath(file))) is not None:
+                raise DataError(f"{replaced} would be replaced: give another --out, or a --suffix")
+            taken[file] = source
         jobs.append(Job(source, target))
     return jobs
 
@@ -173,15 +182,18 @@ def upscale_files(
             write_picture(job.target, after, quality)
             if compare:
                 _draw(_comparison(job.target), job, before, after)
-        except (TrainingError, OSError, MemoryError, torch.OutOfMemoryError) as error:
+        except (TrainingError, OSError, MemoryError, RuntimeError) as error:
+            shortage = memory_shortage(error)
+            if shortage is None and not isinstance(error, (TrainingError, OSError)):
+                raise
             clock.give_up()
-            fail(job.source, error)
+            fail(job.source, MemoryError(shortage) if shortage else error)
             continue
         report.written.append(job.target)
         if progress is not None:
             sizes = (f"{p.pixels.shape[1]}×{p.pixels.shape[0]}" for p in (before, after))
             note = f" ({before.note})" if before.note else ""
-            progress.say(f"{job.target}  {' → '.join(sizes)}{note}")
+            progress.say(f"{one_line(str(job.target))}  {' → '.join(sizes)}{note}")
     if progress is not None:
         progress.end()
     return report
@@ -234,14 +246,22 @@ def _draw(path: Path, job: Job, before: Picture, after: Picture) -> None:
 
 
 def _below(path: Path, folder: Path) -> bool:
-    return path.resolve().is_relative_to(folder.resolve())
+    return Path(os.path.realpath(path)).is_relative_to(os.path.realpath(folder))
+
+
+def _is_part_of_a_name(text: str) -> bool:
+    return not any(c in text for c in (os.sep, os.altsep, "\0") if c)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    parser.add_argument("inputs", nargs="+", metavar="IN", help="picture, folder, or glob")
+    parser.add_argument(
+        "inputs", nargs="+", type=nonempty_path, metavar="IN", help="picture, folder, or glob"
+    )
     add_model_arguments(parser)
-    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the results")
+    parser.add_argument(
+        "--out", required=True, type=nonempty_path, metavar="DIR", help="folder for the results"
+    )
     parser.add_argument(
         "--tile", default="auto", help="side in pixels, auto, or none (default: auto)"
     )
@@ -265,12 +285,12 @@ def run(options: argparse.Namespace) -> int:
         TrainingError, backbones.CheckpointError: nothing can be done; the message says why.
     """
     if not 1 <= options.quality <= 100:
-        raise DataError(f"--quality must lie in 1 … 100, not {options.quality}")
+        raise DataError(f"--quality must lie in 1 … 100, not {shown(options.quality)}")
     model, memory = restorer_of(options)
     suffix = options.suffix
     if suffix is None:
         suffix = "_restored" if model.upscale == 1 else f"_x{model.upscale}"
-    jobs = plan_jobs(options.inputs, Path(options.out), suffix, options.format)
+    jobs = plan_jobs(options.inputs, options.out, suffix, options.format, options.compare)
     progress = Progress(World(0, 1, next(model.parameters()).device))
     begun = time.monotonic()
     try:
@@ -304,30 +324,13 @@ def run(options: argparse.Namespace) -> int:
     return 1 if report.failed else 0
 
 
-def main(argv: Sequence[str] | None = None, description: str = "") -> int:
-    """Run from a command line: 0, 1 where a picture failed, 2 where nothing could be done."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    add_arguments(parser)
-    options = parser.parse_args(argv)
-    try:
-        return run(options)
-    except (TrainingError, backbones.CheckpointError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    except KeyboardInterrupt:
-        sys.stderr.write("\ninterrupted; the pictures that are listed are complete\n")
-        return 130
-
-
 def _parse_tile(text: str) -> int | str | None:
     if text in ("auto", "none"):
         return None if text == "none" else text
-    if not text.isdigit():
-        raise DataError(f"--tile must be a number of pixels, auto or none, not {text!r}")
+    if not re.fullmatch("[0-9]{1,9}", text):
+        raise DataError(f"--tile must be a number of pixels, auto or none, not {shown(text)}")
     return int(text)
 
 
 def _tell(message: str) -> None:
-    sys.stderr.write(f"error: {message}\n")
+    sys.stderr.write(f"error: {one_line(message)}\n")

@@ -6,14 +6,14 @@ import argparse
 import csv
 import io
 import re
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from torch import Tensor
 
-import backbones
+from backbones._arguments import nonempty_path, require_writable
+from backbones._console import Parser, guard
 from backbones.restoration.data import load_truth, to_tensor
 from backbones.restoration.images import SUFFIXES, Picture, PictureError, read_picture
 from backbones.restoration.metrics import quality, quantize
@@ -22,7 +22,7 @@ from backbones.restoration.restorer import add_model_arguments, restorer_of
 from backbones.restoration.upscale import Upscaler
 from backbones.training.checkpoint import write_atomically
 from backbones.training.distributed import World
-from backbones.training.errors import DataError, TrainingError
+from backbones.training.errors import DataError
 from backbones.training.progress import Progress
 
 __all__ = ["EXAMPLE", "Score", "add_arguments", "find_pairs", "main", "run", "validate"]
@@ -145,7 +145,8 @@ def write_csv(path: Path, scores: Sequence[Score]) -> None:
             if isinstance(value, float):
                 row[key] = f"{value:.4f}"
         writer.writerow(row)
-    write_atomically(path, lambda file: file.write(text.getvalue().encode()))
+    data = text.getvalue().encode(errors="backslashreplace")  # of names that are no text
+    write_atomically(path, lambda file: file.write(data))
 
 
 def _pictures(folder: Path) -> list[Path]:
@@ -163,9 +164,11 @@ def _to_picture(image: Tensor) -> Picture:
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
-    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER", help="a data set each")
+    parser.add_argument(
+        "folders", nargs="+", type=nonempty_path, metavar="FOLDER", help="a data set each"
+    )
     add_model_arguments(parser)
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="a row for each picture")
+    parser.add_argument("--csv", type=nonempty_path, metavar="FILE", help="a row for each picture")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -174,6 +177,7 @@ def run(options: argparse.Namespace) -> int:
     Raises:
         TrainingError, backbones.CheckpointError: it cannot be done; the message says why.
     """
+    require_writable({"--csv": options.csv}, [options.checkpoint])
     model, memory = restorer_of(options)
     if model.upscale == 1:
         raise DataError("a model that keeps the size has no super-resolution to validate")
@@ -212,12 +216,6 @@ class _Bar:
 
 def main(argv: Sequence[str] | None = None, description: str = "") -> int:
     """Run from a command line: 0, or 2 where it could not be done."""
-    parser = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=description)
     add_arguments(parser)
-    try:
-        return run(parser.parse_args(argv))
-    except (TrainingError, backbones.CheckpointError) as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+    return guard(lambda: run(parser.parse_args(argv)))

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import pwd
 import shlex
 import shutil
 import subprocess
@@ -15,7 +18,8 @@ import torch
 from backbones import _requirements
 from backbones.cli import doctor
 from backbones.cli.main import main
-from ops import native
+from ops import cpu
+from ops.cpu import cache
 
 
 def severities(findings: list[doctor.Finding]) -> list[str]:
@@ -103,14 +107,21 @@ def test_a_gpu_that_torch_cannot_use(monkeypatch: pytest.MonkeyPatch) -> None:
     assert severities(doctor.examine_gpu()) == ["ok", "error"]
 
 
+@pytest.mark.parametrize("wrong", [True, False])
+def test_wrong_gradients_of_torch_are_named(wrong: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "has_wrong_gradients", lambda: wrong)
+    texts = [finding.text for finding in doctor.examine_gradients()]
+    assert [f"torch {torch.__version__}" in text for text in texts] == [True] * wrong
+
+
 def test_no_kernel_and_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "unavailable_reason", lambda name: "no C++ compiler found")
+    monkeypatch.setattr(cpu, "unavailable_reason", lambda name: "no C++ compiler found")
     monkeypatch.setattr(doctor.shutil, "which", lambda name: None)
     monkeypatch.setattr(doctor.sys, "platform", "linux")
     (finding,) = doctor.examine_compiler()
     assert finding.severity == "warning"
     assert "not compiled: " in finding.text
-    assert "linear, " in finding.text
+    assert "gemm, " in finding.text
     assert finding.fix == "sudo apt-get install g++"
     monkeypatch.setenv("VISION_BACKBONES_NATIVE", "0")
     assert doctor.examine_compiler()[-1].fix == "unset VISION_BACKBONES_NATIVE"
@@ -118,15 +129,99 @@ def test_no_kernel_and_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor.examine_compiler()[0].fix == "unset CXX"
 
 
-def test_kernels_that_cannot_be_kept(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(native, "unavailable_reason", lambda name: "cannot write")
-    monkeypatch.setenv("VISION_BACKBONES_CACHE_DIR", str(tmp_path))
+def test_quotes_that_do_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "unavailable_reason", lambda name: None)
+    monkeypatch.setenv("CXX", "g++ 'x")
+    finding, _ = doctor.examine_compiler()
+    assert (finding.severity, finding.fix) == ("warning", "unset CXX")
+    assert "No closing quotation" in finding.text
+
+
+def test_a_compiler_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "unavailable_reason", lambda name: "c++ failed with status 1: ")
+    monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
+    monkeypatch.setattr(doctor.sys, "platform", "linux")
+    monkeypatch.delenv("CXX", raising=False)
+    assert doctor.examine_compiler()[0].fix == "sudo apt-get install --reinstall g++"
+    monkeypatch.setenv("CXX", "clang++")
+    assert doctor.examine_compiler()[0].fix == "unset CXX"
+
+
+def test_sources_that_are_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(doctor.build, "_SOURCES", tmp_path)
     (finding,) = doctor.examine_compiler()
-    assert finding.fix == f"rm -rf {tmp_path / 'native'}"
+    assert finding.severity == "warning"
+    assert finding.fix.startswith("pip install --force-reinstall")
+
+
+@pytest.fixture
+def private(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Where kernels are kept if the cache will not do."""
+    (tmp_path / "lasting").mkdir()
+    monkeypatch.setattr(cache, "_LASTING", tmp_path / "lasting")
+    return tmp_path / "lasting" / f"vision-backbones-{os.geteuid()}" / "native"
+
+
+def test_kernels_that_can_be_kept_nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(cpu, "unavailable_reason", lambda name: "it can be kept nowhere: …")
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("VISION_BACKBONES_CACHE_DIR", str(tmp_path / "file"))
+    monkeypatch.setattr(cache, "folders", lambda: iter([tmp_path / "file" / "native"]))
+    monkeypatch.chdir(tmp_path)
     (finding,) = doctor.examine_compiler()
     assert finding.fix.startswith("export VISION_BACKBONES_CACHE_DIR=")
+
+
+def test_a_cache_that_others_may_write_to(
+    private: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    folder = tmp_path / "two words" / "native"
+    folder.mkdir(parents=True)
+    folder.chmod(0o777)
+    monkeypatch.setenv("VISION_BACKBONES_CACHE_DIR", str(folder.parent))
+    finding = doctor.examine_caches()[0]
+    assert finding.severity == "warning"
+    assert f"others may write to {str(folder)!r} (mode 777)" in finding.text
+    assert f"they are kept in {private}" in finding.text
+    subprocess.run(["sh", "-c", finding.fix], check=True)
+    assert doctor.examine_caches()[0].severity == "ok"
+
+
+def test_nobody_knows_the_home(private: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def unknown(uid: int) -> None:
+        raise KeyError(uid)
+
+    for name in ("VISION_BACKBONES_CACHE_DIR", "XDG_CACHE_HOME", "HOME"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", unknown)
+    finding = doctor.examine_caches()[0]
+    assert finding.severity == "warning"
+    assert "there is no home" in finding.text
+    name, _, folder = finding.fix.removeprefix("export ").partition("=")
+    monkeypatch.setenv(name, shlex.split(folder)[0])
+    assert doctor.examine_caches()[0].severity == "ok"
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii", "utf-8"])
+def test_any_encoding_and_any_name(
+    encoding: str, private: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """The report ends with its last line, whatever the output can take."""
+    monkeypatch.setenv("VISION_BACKBONES_CACHE_DIR", str(tmp_path / os.fsdecode(b"\xff\nx")))
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / os.fsdecode(b"\xff")))
+    monkeypatch.setattr(doctor, "examine", doctor.examine_caches)
+    for words in (["doctor"], ["doctor", "--json"]):
+        written = io.BytesIO()
+        monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding=encoding))
+        assert main(words) == 0
+        sys.stdout.flush()
+        text = written.getvalue().decode(encoding)
+        if words == ["doctor"]:
+            *lines, empty, last = text.splitlines()
+            assert len(lines) == 2 and not empty and last == "nothing to mend"
+            assert lines[0].startswith("✓" if encoding == "utf-8" else "+")
+        else:
+            assert len(json.loads(text)) == 2
 
 
 def test_caches_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -134,7 +229,7 @@ def test_caches_that_cannot_be_written(monkeypatch: pytest.MonkeyPatch, tmp_path
     monkeypatch.setenv("VISION_BACKBONES_CACHE_DIR", str(tmp_path / "file" / "below"))
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
     kernels, weights = doctor.examine_caches()
-    assert kernels.severity == "error"
+    assert kernels.severity == "warning"  # they are kept elsewhere
     assert weights.severity in ("ok", "warning")
     assert not (tmp_path / "torch").exists()
     # What it says mends it.
@@ -176,7 +271,7 @@ def test_packages_that_are_missing_or_old(monkeypatch: pytest.MonkeyPatch) -> No
     }
 
 
-@pytest.mark.parametrize("package", ["timm", "safetensors", "yaml"])
+@pytest.mark.parametrize("package", ["timm", "safetensors"])
 def test_an_import_that_fails_says_what_to_install(package: str) -> None:
     code = f"""
 import importlib.metadata, sys
@@ -220,6 +315,17 @@ def test_what_keeps_the_doctor_from_running_is_said_in_its_place(tmp_path: Path)
     last = run.stderr.splitlines()[-1]
     assert "operator torchvision::nms is not there" in last
     assert "`pip install --force-reinstall torch torchvision timm`" in last
+
+
+def test_a_switch_that_says_neither_yes_nor_no(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VISION_BACKBONES_NATIVE", "maybe")
+    (finding,) = doctor.examine_cpu()
+    assert (finding.severity, finding.fix) == ("error", "unset VISION_BACKBONES_NATIVE")
+    monkeypatch.setenv("VISION_BACKBONES_NATIVE", "False")
+    (finding,) = doctor.examine_cpu()
+    assert finding.severity != "error" and "switched off" in finding.text
+    monkeypatch.setattr(cpu, "unavailable_reason", lambda name: "switched off")
+    assert doctor.examine_compiler()[-1].fix == "unset VISION_BACKBONES_NATIVE"
 
 
 def test_wrong_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:

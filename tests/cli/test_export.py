@@ -16,7 +16,7 @@ from PIL import Image
 from torch import Tensor
 from zoo import FAMILIES, randomise, small
 
-from backbones.cli import exporting, quantizing
+from backbones.cli import deform, exporting, quantizing
 from backbones.cli.common import CommandError, Loaded
 from backbones.cli.export import export
 from backbones.cli.main import main
@@ -197,13 +197,19 @@ def test_agreement_counts_answers_and_noise() -> None:
 
 def test_calibration_images(tmp_path: Path) -> None:
     loaded = Loaded(small("shvit"), "shvit")
-    noise = quantizing.calibration_images(loaded, None, 3, (32, 48))
-    assert [image.shape for image in noise] == [(1, 3, 32, 48)] * 3
     (tmp_path / "broken.png").write_bytes(b"no image")
-    with pytest.raises(CommandError, match="no image below .* can be read"):
+    with pytest.raises(CommandError, match="no image below .* can be read; give a folder of"):
         quantizing.calibration_images(loaded, tmp_path, 3, (32, 48))
-    with pytest.raises(CommandError, match="must be 1 or more"):
-        quantizing.calibration_images(loaded, None, 0, (32, 48))
+    Image.new("RGB", (50, 40)).save(tmp_path / "grey.png")
+    images = quantizing.calibration_images(loaded, tmp_path, 3, (32, 48))
+    assert [image.shape for image in images] == [(1, 3, 32, 48)]
+
+
+def test_a_program_file_holds_no_images(tmp_path: Path) -> None:
+    model = small("shvit").eval()
+    exporting.save_program(exporting.trace(model, (1, 3, 64, 64), True), tmp_path / "m.pt2")
+    weights = sum(t.nbytes for t in model.state_dict().values())
+    assert (tmp_path / "m.pt2").stat().st_size < 1.1 * weights + 1e6
 
 
 def test_options_have_defaults() -> None:
@@ -240,7 +246,7 @@ def test_sampled_deformable_convolution(stride, pad, dilation) -> None:
     shape = torch.nn.functional.conv2d(x, weight, None, stride, pad, dilation).shape[2:]
     offset = 3 * torch.randn(2, 12, *shape)
     expected = torchvision.ops.deform_conv2d(x, offset, weight, bias, stride, pad, dilation)
-    sampled = exporting._sampled_deform_conv2d(
+    sampled = deform.sampled_deform_conv2d(
         x, weight, offset, x, bias, *stride, *pad, *dilation, 1, 1, False
     )
     torch.testing.assert_close(sampled, expected, rtol=1e-4, atol=1e-4)

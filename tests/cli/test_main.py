@@ -8,12 +8,12 @@ import sys
 from pathlib import Path
 
 import pytest
+from other_encodings import Stream
 
 from backbones.cli import main as command
 from backbones.cli.main import COMMANDS, main
 
 ROOT = Path(__file__).parents[2]
-SCRIPTS = {"export": "export_onnx"}
 OWN = [name for name, (path, _) in COMMANDS.items() if not path.endswith(".py")]
 
 
@@ -41,26 +41,36 @@ def test_the_package_is_a_command() -> None:
     assert all(name in run.stdout for name in COMMANDS)
 
 
-@pytest.mark.parametrize("name", OWN)
-def test_every_command_is_a_script_too(name: str) -> None:
-    script = ROOT / "tools" / f"{SCRIPTS.get(name, name)}.py"
-    run = subprocess.run(
-        [sys.executable, script, "--help"], capture_output=True, text=True, timeout=300
-    )
-    assert run.returncode == 0, run.stderr
-    assert f"usage: python tools/{script.name}" in run.stdout
-
-
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["sumary"], "no command 'sumary'; did you mean summary?"),
         (["summary", "van_b9"], "unknown model 'van_b9'; did you mean 'van_b"),
         (["summary", "nonsense"], "unknown model 'nonsense'; backbones.list_models() has all"),
+        (["sum\nmary"], "no command 'sum\\nmary'"),
+        (["summary", ""], "unknown model ''"),
         (["summary", "van_b0", "--size", "0"], "--size takes one side"),
+        (["summary", "van_b0", "--size", "1", "2", "3"], "--size takes one side"),
+        (["summary", "van_b0", "--size", "100000"], "of 1 to 65535 pixels, got [100000]"),
+        (["summary", "van_b0", "--size", "65535"], "--size 65535 65535: an image of that size"),
+        (["summary", "van_b0", "--size", "x"], "argument --size: invalid int value: 'x'"),
+        (["summary", "van_b0", "--runs", "-1"], "--runs must be at least 0, not -1"),
+        (["summary"], "the following arguments are required: model"),
+        (["summary", "van_b0", "--nonsense"], "unrecognized arguments: --nonsense"),
         (["predict", "no.png", "--model", "van_b0"], "no image at no.png"),
         (["predict", str(ROOT / "README.md")], "give --model NAME"),
+        (["predict", ""], "IMAGE must be the name of a file or folder, not ''"),
+        (["predict", "x", "--labels", ""], "--labels must be the name of a file or folder"),
+        (["predict", "x", "--topk", "0"], "--topk must be at least 1, not 0"),
+        (["predict", "x", "--device", "meta"], "--device meta cannot be used here"),
+        (["upscale", "", "--model", "hat_x2", "--out", "x"], "IN must be the name of"),
+        (["upscale", "x", "--model", "hat_x2", "--out", ""], "--out must be the name"),
+        (["validate", "--data", ""], "--data must be the name of a file or folder"),
+        (["validate", "--data", "digits", "--threads", "0"], "--threads must be at least 1, not 0"),
+        (["benchmark", "--threads", "0"], "--threads must be at least 1, not 0"),
+        (["benchmark", "--against", ""], "--against: Empty module name"),
         (["verify", "--checkpoint", "no.pth"], "no checkpoint at no.pth"),
+        (["verify", ""], "unknown model ''"),
         (["verify"], "give a MODEL"),
         (["export", "van_b0", "--out", "no/such/x.onnx"], "there is no folder no/such"),
         (["export", "van_b0", "--out", "x.pt2", "--int8"], "--int8 makes ONNX files"),
@@ -83,7 +93,7 @@ def test_scripts_of_tools_are_commands_too(name: str, capsys: pytest.CaptureFixt
     assert f"usage: vision-backbones {name}" in said
     *_, heading, example = said.splitlines()
     assert heading == "example:"
-    assert example.startswith(f"  vision-backbones {name} --") or name == "upscale"
+    assert example.startswith(f"  vision-backbones {name} --")
     assert len(said.splitlines()) <= 60
     assert "tools/" not in said
     assert main([name, "--no-such-option"]) != 0
@@ -117,7 +127,7 @@ def test_the_guide_has_every_command() -> None:
     assert all(f"| `{name}` |" in guide for name in COMMANDS)
 
 
-def test_interrupting_says_so(
+def test_interrupting_is_quiet(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     from backbones.cli import doctor
@@ -126,8 +136,44 @@ def test_interrupting_says_so(
         raise KeyboardInterrupt
 
     monkeypatch.setattr(doctor, "run", interrupted)
-    assert main(["doctor"]) == 2
-    assert capsys.readouterr().err.strip() == "interrupted"
+    assert main(["doctor"]) == 130
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
+@pytest.mark.parametrize(
+    "words", [["--help"], ["summary", "shvit_s1", "--runs", "0"], ["doctor"]], ids=" ".join
+)
+def test_other_encodings_take_all_that_is_said(
+    words: list[str], encoding: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As on Windows, where output that goes to a file is in cp1252."""
+    stream = Stream(encoding)
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert main(words) in (0, 1)
+    said = stream.said().decode(encoding)
+    assert said.endswith("\n")
+    assert "\\u" not in said
+
+
+def test_a_full_disk_behind_the_output(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with open("/dev/full", "w") as full:
+        monkeypatch.setattr(sys, "stdout", full)
+        assert main(["summary", "shvit_s1", "--runs", "0"]) == 2
+        monkeypatch.undo()
+    assert capsys.readouterr().err == "error: cannot write the output: No space left on device\n"
+
+
+def test_a_package_that_is_missing_is_named(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "backbones.cli.summary", None)
+    monkeypatch.setattr(command, "explanation", lambda error: f"it needs x: {error}")
+    assert main(["summary", "van_b0"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: it needs x: ")
 
 
 def test_a_bug_keeps_its_trace(monkeypatch: pytest.MonkeyPatch) -> None:

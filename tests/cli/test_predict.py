@@ -3,18 +3,26 @@
 from __future__ import annotations
 
 import csv
+import importlib
+import io
 import json
+import os
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 import yaml
+from other_encodings import Stream
 from PIL import Image
+from safetensors.torch import load_file
 
 import backbones
 from backbones.cli.common import CommandError, load, read_labels
 from backbones.cli.main import main
+from backbones.cli.predict import open_image, predict
+from backbones.restoration.images import read_picture, read_size
 from backbones.training.checkpoint import save_weights
 
 
@@ -68,10 +76,236 @@ def test_a_folder_with_a_corrupt_file(
     assert height > 200
 
 
+def predicted(run_folder: Path, *words: str | Path) -> int:
+    checkpoint = str(run_folder / "best.safetensors")
+    return main(["predict", *map(str, words), "--checkpoint", checkpoint])
+
+
+def test_what_is_no_file_is_named_and_the_rest_go_on(
+    run_folder: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A named pipe would be read for ever, for nobody writes to it."""
+    os.mkfifo(photos / "pipe.png")
+    (photos / "link.png").symlink_to("nowhere")
+    (photos / "folder.png").mkdir()
+    assert predicted(run_folder, photos) == 1
+    said = capsys.readouterr()
+    assert f"cannot read {photos / 'pipe.png'}: is a named pipe" in said.err
+    assert f"cannot read {photos / 'link.png'}: is a link to nothing" in said.err
+    assert "3 of 7 images could not be read" in said.err
+    assert "folder.png" not in said.err
+    assert predicted(run_folder, photos / "pipe.png") == 1
+    assert "pipe.png: is a named pipe" in capsys.readouterr().err
+
+
+def answers_to(run_folder: Path, image: Path) -> np.ndarray:
+    (answer,) = predict(load(None, run_folder / "best.safetensors"), [image])
+    assert not answer.error
+    return np.array(answer.confidences)[np.argsort(answer.classes)]
+
+
+def test_sixteen_bits_are_the_same_image_as_eight(run_folder: Path, tmp_path: Path) -> None:
+    grey = np.random.RandomState(0).randint(0, 255, (40, 50)).astype(np.uint8)
+    Image.fromarray(grey).save(tmp_path / "8.png")
+    Image.fromarray(grey.astype(np.uint16) * 257).save(tmp_path / "16.png")
+    eight, sixteen = (answers_to(run_folder, tmp_path / f"{n}.png") for n in (8, 16))
+    np.testing.assert_array_equal(sixteen, eight)
+
+
+@pytest.mark.parametrize("orientation", [1, 3, 6, 8, 0, 9, 99, 65535])
+def test_both_readers_turn_alike(orientation: int, tmp_path: Path) -> None:
+    image = Image.fromarray(np.random.RandomState(0).randint(0, 255, (4, 6, 3)).astype(np.uint8))
+    exif = image.getexif()
+    exif[0x0112] = orientation
+    image.save(tmp_path / "a.png", exif=exif)
+    seen = np.asarray(open_image(tmp_path / "a.png"))
+    assert seen.shape[:2] == ((6, 4) if orientation in (6, 8) else (4, 6))
+    np.testing.assert_array_equal(read_picture(tmp_path / "a.png").pixels, seen)
+    assert read_size(tmp_path / "a.png") == seen.shape[:2]
+
+
+def test_too_narrow_to_be_resized(
+    run_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    Image.new("RGB", (60000, 1)).save(tmp_path / "a.png")
+    assert predicted(run_folder, tmp_path / "a.png") == 1
+    assert "60000×1 pixels are too narrow to be resized" in capsys.readouterr().err
+
+
+def test_names_that_are_no_text(
+    run_folder: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a system whose names of files are bytes; the output in cp1252 as on Windows."""
+    for number, name in enumerate([b"\xff.png", "日.png".encode(), b"a\nb.png", b"$\\frac$.png"]):
+        os.rename(photos / f"{number}.png", os.path.join(os.fsencode(photos), name))
+    (run_folder / "names.txt").write_text("кот\n$\\frac$\n한국어\n", encoding="utf-8")
+    stream = Stream("cp1252")
+    monkeypatch.setattr(sys, "stdout", stream)
+    out = run_folder
+    words = [photos, "--labels", out / "names.txt", "--csv", out / "a.csv"]
+    assert predicted(run_folder, *words, "--json", out / "a.json", "--cam", out / "a.png") == 1
+    said = stream.said().decode("cp1252").splitlines()
+    assert len(said) == 2 + 4 * 3
+    for name in ("\\udcff.png", "\\u65e5.png", "a\\nb.png", "$\\frac$.png"):
+        assert any(f"/{name}" in line for line in said)
+    names = [name for name in os.listdir(photos) if name != "cut.png"]
+    rows = csv.DictReader(io.StringIO((out / "a.csv").read_text(encoding="utf-8")))
+    assert len({row["image"] for row in rows}) == len(names) + 1
+    entries = json.loads((out / "a.json").read_text(encoding="utf-8"))
+    assert {Path(entry["image"]).name for entry in entries} == {*names, "cut.png"}
+    with Image.open(out / "a.png") as picture:
+        assert min(picture.size) > 200
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--csv", "{0}/a.txt", "--json", "{0}/a.txt"], "--csv and --json are both"),
+        (["--json", "{0}/a.txt", "--cam", "{0}/./a.txt"], "--json and --cam are both"),
+        (["--csv", "{0}"], "is a folder"),
+        (["--csv", "{0}/photos/0.png"], "would be written over"),
+        (["--cam", "{0}/best.safetensors"], "would be written over"),
+        (["--csv", "{0}/no/a.csv"], "there is no folder"),
+        (["--labels", "{0}/none.txt"], "cannot read --labels"),
+        (["--labels", "{0}/photos"], "cannot read --labels"),
+        (["--labels", "{0}/photos/0.png"], "is no text in UTF-8"),
+        (["--labels", "{0}/two.txt"], "two.txt names 2 classes, but the model has 3"),
+        (["--labels", "{0}/four.txt"], "four.txt names 4 classes, but the model has 3"),
+        (["--labels", "{0}/text.json"], "text.json is no JSON list of names"),
+        (["--labels", "{0}/empty.json"], "empty.json is no JSON list of names"),
+        (["--labels", "{0}/deep.json"], "deep.json is no JSON list of names"),
+    ],
+)
+def test_what_cannot_be_done_is_told_before_any_work(
+    words: list[str],
+    said: str,
+    run_folder: Path,
+    photos: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (run_folder / "two.txt").write_text("a\nb\n")
+    (run_folder / "four.txt").write_text("a\nb\nc\nd\n")
+    (run_folder / "text.json").write_text('"abc"')
+    (run_folder / "empty.json").write_text("[[], [], []]")
+    (run_folder / "deep.json").write_text("[" * 10**5)
+    before = {p: p.read_bytes() for p in run_folder.rglob("*") if p.is_file()}
+    module = importlib.import_module("backbones.cli.predict")
+    monkeypatch.setattr(module, "predict", lambda *args, **kwargs: pytest.fail("it ran"))
+    assert predicted(run_folder, photos, *(word.format(run_folder) for word in words)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert said in line
+    assert {p: p.read_bytes() for p in run_folder.rglob("*") if p.is_file()} == before
+
+
+def test_a_full_disk_is_named(
+    run_folder: Path,
+    photos: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    def full(descriptor: int) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", full)
+    before = sorted(run_folder.iterdir())
+    for option in ("--csv", "--json", "--cam"):
+        assert predicted(run_folder, photos / "0.png", option, run_folder / "a") == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith(f"error: cannot write {run_folder / 'a'}: ")
+        assert "No space left on device" in line
+        assert sorted(run_folder.iterdir()) == before
+
+
+def test_devices_and_pipes_are_written_to(run_folder: Path, photos: Path, tmp_path: Path) -> None:
+    """``--json /dev/stdout`` must not put a file in the place of the device."""
+    reading, writing = os.pipe()
+    link = tmp_path / "out"
+    link.symlink_to(f"/dev/fd/{writing}")
+    assert predicted(run_folder, photos / "0.png", "--topk", "1", "--json", link) == 0
+    os.close(writing)
+    with open(reading) as pipe:
+        assert len(json.load(pipe)) == 1
+    assert link.is_symlink()
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("place", [0, -1])
+def test_weights_that_are_not_finite(
+    value: float, place: int, run_folder: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = load_file(run_folder / "best.safetensors")
+    name = [name for name, tensor in tensors.items() if tensor.is_floating_point()][place]
+    tensors[name].view(-1)[0] = value
+    save_weights(run_folder / "best.safetensors", tensors, {"model": "shvit_s1"})
+    words = ["--csv", run_folder / "a.csv", "--json", run_folder / "a.json"]
+    assert predicted(run_folder, photos / "0.png", *words) == 2
+    said = capsys.readouterr()
+    (line,) = said.err.splitlines()
+    assert "NaN or infinite" in line
+    assert name in line
+    assert said.out == ""
+    assert not (run_folder / "a.csv").exists()
+    assert not (run_folder / "a.json").exists()
+
+
+def test_answers_that_are_not_finite(
+    run_folder: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of finite weights: products of large ones overflow."""
+    tensors = load_file(run_folder / "best.safetensors")
+    for name, tensor in tensors.items():
+        if name.startswith("head.") and tensor.is_floating_point():
+            tensor.copy_(torch.full(tensor.shape, 3e38))
+    save_weights(run_folder / "best.safetensors", tensors, {"model": "shvit_s1"})
+    for words in ([], ["--cam", run_folder / "a.png"]):
+        out = run_folder / "a.json"
+        assert predicted(run_folder, photos / "0.png", "--json", out, *words) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line == f"error: what the model gives for {photos / '0.png'} is not finite"
+        assert not out.exists()
+        assert not (run_folder / "a.png").exists()
+
+
+@pytest.mark.parametrize("classes", ["{", '"abc"', "5", "[" * 10**4])
+def test_metadata_without_a_list_of_classes(
+    classes: str, run_folder: Path, photos: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = load_file(run_folder / "best.safetensors")
+    facts = {"model": "shvit_s1", "classes": classes}
+    save_weights(run_folder / "best.safetensors", tensors, facts)
+    assert predicted(run_folder, photos / "0.png") == 2
+    assert "its metadata has no list of names" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ({"dims": [-8, 8, 8]}, "dims[0] must lie in"),
+        ({"dims": "abc"}, "dims must be a sequence"),
+        ({"depths": [1]}, "dims must have a value for each of the 1 stages"),
+        ({"nonsense": 1}, "unknown keyword 'nonsense'"),
+    ],
+)
+def test_recipes_that_make_no_model(
+    arguments: dict[str, object],
+    said: str,
+    run_folder: Path,
+    photos: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    recipe = yaml.safe_load((run_folder / "config.yaml").read_text())
+    (run_folder / "config.yaml").write_text(yaml.safe_dump(recipe | {"model_args": arguments}))
+    assert predicted(run_folder, photos / "0.png") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+
+
 def test_answers_are_the_models(run_folder: Path, photos: Path) -> None:
     from timm.data import create_transform
 
-    from backbones.cli.predict import open_image, predict, preprocessing
+    from backbones.cli.predict import preprocessing
 
     loaded = load(None, run_folder / "best.safetensors")
     assert loaded.name == "shvit_s1"

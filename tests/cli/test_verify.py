@@ -69,6 +69,103 @@ def test_figures_of_another_shape() -> None:
         compare(model, figures)
 
 
+def test_a_file_in_the_place_of_the_model(
+    published: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["verify", str(published)]) == 0
+    assert "into shvit_s1, 1000 classes, strictly" in capsys.readouterr().out
+
+
+def test_weights_that_are_not_finite(
+    published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    tensors = torch.load(published, weights_only=True)["model"]
+    name = next(name for name, tensor in tensors.items() if tensor.is_floating_point())
+    tensors[name].view(-1)[0] = torch.nan
+    torch.save(tensors, tmp_path / "nan.pth")
+    figures = tmp_path / "figures.json"
+    words = ["verify", "--checkpoint", str(tmp_path / "nan.pth")]
+    for more in ([], ["--save-figures", str(figures)]):
+        assert main([*words, *more]) == 1
+        (line,) = (ln for ln in capsys.readouterr().out.splitlines() if ln.startswith("loading:"))
+        assert "NaN or infinite" in line
+    assert not figures.exists()
+
+
+def test_outputs_that_are_not_finite(
+    published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Of finite weights: products of large ones overflow."""
+    tensors = torch.load(published, weights_only=True)["model"]
+    for tensor in tensors.values():
+        if tensor.is_floating_point() and tensor.ndim == 4:
+            tensor.fill_(1e30)
+    torch.save(tensors, tmp_path / "large.pth")
+    figures = tmp_path / "figures.json"
+    words = ["verify", "--checkpoint", str(tmp_path / "large.pth"), "--size", "32"]
+    for more in ([], ["--save-figures", str(figures)]):
+        assert main([*words, *more]) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line == "error: what these weights give is not finite"
+    assert not figures.exists()
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (b"\x89PNG", "is no text"),
+        (b"{", "is no JSON"),
+        (b"[]", "holds no figures"),
+        (None, "cannot"),
+    ],
+)
+def test_files_without_figures(
+    content: bytes | None,
+    said: str,
+    published: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    path = tmp_path / "figures.json"
+    if content is not None:
+        path.write_bytes(content)
+    assert main(["verify", "--checkpoint", str(published), "--figures", str(path)]) == 2
+    printed = capsys.readouterr()
+    (line,) = printed.err.splitlines()
+    assert said in line
+    assert printed.out == ""
+
+
+@pytest.mark.parametrize(
+    "figures",
+    [
+        {},
+        {"seed": 0, "input": [1, 3, 10**6, 10**6]},
+        {"seed": 0, "input": [1, 3, -1, 32]},
+        {"seed": 0, "input": 5},
+        {"seed": 0, "input": [1, 5, 32, 32], "stages": [], "output": {}},
+        {"seed": 0, "input": [1, 3, 32, 32], "stages": [{}] * 3, "output": []},
+        {"seed": 0, "input": [1, 3, 32, 32], "stages": 3, "output": []},
+    ],
+)
+def test_figures_that_are_none(figures: dict[str, object]) -> None:
+    model = backbones.create_model("shvit_s1", num_classes=3).eval()
+    with pytest.raises(CommandError, match="not of this model"):
+        compare(model, figures)
+
+
+def test_figures_do_not_replace_what_is_read(
+    published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    words = ["verify", "--checkpoint", str(published), "--save-figures"]
+    before = published.read_bytes()
+    assert main([*words, str(published)]) == 2
+    assert "would be written over" in capsys.readouterr().err
+    assert published.read_bytes() == before
+    assert main([*words, str(tmp_path)]) == 2
+    assert "is a folder" in capsys.readouterr().err
+
+
 def test_what_does_not_load(
     published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

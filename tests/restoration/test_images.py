@@ -142,6 +142,14 @@ def test_orientation(orientation: int, tmp_path: Path) -> None:
         assert ORIENTATION not in written.getexif() and written.getexif()[0x010F] == "a maker"
 
 
+def test_damaged_notes_spoil_no_pixel(tmp_path: Path) -> None:
+    array = pixels(5, 8, 3)
+    Image.fromarray(array).save(tmp_path / "a.png", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f")
+    picture = read_picture(tmp_path / "a.png")
+    assert np.array_equal(picture.pixels, array) and picture.exif is None
+    assert read_size(tmp_path / "a.png") == (5, 8)
+
+
 @pytest.mark.parametrize("source", ["tif", "jpg"])
 def test_notes_that_are_still_true_are_kept(source: str, tmp_path: Path) -> None:
     """Who took it and how long, but neither how the old file is built nor how large it was."""
@@ -200,6 +208,10 @@ def test_damage_is_reported(tmp_path: Path) -> None:
         read_picture(tmp_path / "missing.png")
     with pytest.raises(PictureError, match="there is no file"):
         read_size(tmp_path / "missing.png")
+    os.mkfifo(tmp_path / "pipe.png")
+    for read in (read_size, read_picture):
+        with pytest.raises(PictureError, match=r"pipe\.png is a named pipe"):
+            read(tmp_path / "pipe.png")
     # A checksum that Pillow does not look at and libpng does.
     write_picture(tmp_path / "sum.png", Picture(pixels(4, 4, 3, kind=np.uint16)))
     deep = bytearray((tmp_path / "sum.png").read_bytes())

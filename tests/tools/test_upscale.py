@@ -1,9 +1,10 @@
-"""``tools/upscale.py`` and ``tools/validate_sr.py``, as they are called."""
+"""``vision-backbones upscale`` and ``tools/validate_sr.py``, as they are called."""
 
 from __future__ import annotations
 
 import csv
 import io
+import os
 import runpy
 import sys
 from pathlib import Path
@@ -12,9 +13,11 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from other_encodings import Stream
 from PIL import Image
 
 import backbones
+from backbones.cli.main import main
 from backbones.restoration import upscale_files, validate
 from backbones.restoration.images import read_picture
 from backbones.restoration.metrics import quality
@@ -50,7 +53,7 @@ def make(path: Path, mode: str = "RGB", size: tuple[int, int] = (20, 14)) -> Pat
 
 def upscale(weights: str, *words: str | Path) -> int:
     options = ["--model=hat_nano_x2", f"--model-args={ARGS}", f"--checkpoint={weights}"]
-    return upscale_files.main(["--device=cpu", *map(str, words), *options])
+    return main(["upscale", "--device=cpu", *map(str, words), *options])
 
 
 def test_folders_globs_and_a_corrupt_picture(weights, tmp_path, capsys):
@@ -117,17 +120,170 @@ def test_mistakes_are_named(weights, tmp_path, capsys, monkeypatch):
     assert "--threads must be at least 1, not 0" in error(source, *out, "--threads=0")
     assert "--device pineapple cannot be used here" in error(source, *out, "--device=pineapple")
     words = [str(source), "--out", str(tmp_path / "out")]
-    assert upscale_files.main([*words, "--model=hat_x4"]) == 2
+    assert main(["upscale", *words, "--model=hat_x4"]) == 2
     assert "HAT_SRx4_ImageNet-pretrain.pth in http" in capsys.readouterr().err
-    assert upscale_files.main([*words, "--model=hat_x4", "--checkpoint=/none.pth"]) == 2
+    assert main(["upscale", *words, "--model=hat_x4", "--checkpoint=/none.pth"]) == 2
     assert "there is no checkpoint /none.pth" in capsys.readouterr().err
     # Before anything of it is downloaded.
-    monkeypatch.setattr("torch.hub.download_url_to_file", lambda *a, **k: pytest.fail("download"))
-    assert upscale_files.main([*words, "--model=van_b0"]) == 2
+    monkeypatch.setattr("backbones._download.urlopen", lambda *a, **k: pytest.fail("download"))
+    assert main(["upscale", *words, "--model=van_b0"]) == 2
     assert "van_b0 makes no images: take one of list_models('hat*')" in capsys.readouterr().err
     # A missing picture is one picture: the rest go on.
     assert upscale(weights, source, tmp_path / "none.png", *out) == 1
     assert "there is no file" in capsys.readouterr().err
+
+
+def test_what_is_no_file_is_named_and_the_rest_go_on(weights, tmp_path, capsys):
+    """A named pipe would be read for ever, for nobody writes to it."""
+    folder, out = tmp_path / "in", tmp_path / "out"
+    make(folder / "a.png")
+    os.mkfifo(folder / "pipe.png")
+    (folder / "link.png").symlink_to("nowhere")
+    (folder / "loop.png").symlink_to("loop.png")
+    (folder / "folder.png").mkdir()
+    assert upscale(weights, folder, "--out", out) == 1
+    printed = capsys.readouterr()
+    assert f"error: {folder / 'pipe.png'} is a named pipe\n" in printed.err
+    assert f"error: {folder / 'link.png'} is a link to nothing\n" in printed.err
+    assert "loop.png" in printed.err
+    assert "1 of 4 pictures" in printed.out and "3 failed" in printed.out
+    for words in ([folder / "pipe.png"], [f"{folder}/p*.png"]):
+        assert upscale(weights, *words, "--out", out) == 1
+        assert "pipe.png is a named pipe" in capsys.readouterr().err
+
+
+def test_names_that_are_no_text(weights, tmp_path, monkeypatch):
+    """On a system whose names of files are bytes; the output in cp1252 as on Windows."""
+    folder = os.fsencode(tmp_path)
+    for name in (b"\xff.png", "日.png".encode(), b"a\nb.png"):
+        os.rename(make(tmp_path / "a.png"), os.path.join(folder, name))
+    stream = Stream("cp1252")
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert upscale(weights, tmp_path, "--out", tmp_path / "out", "--compare") == 0
+    said = stream.said().decode("cp1252").splitlines()
+    assert len(said) == 4
+    for name in ("\\udcff_x2.png", "\\u65e5_x2.png", "a\\nb_x2.png"):
+        assert any(f"{name}  20×14 -> 40×28" in line for line in said)
+    assert len(list((tmp_path / "out").iterdir())) == 6
+
+
+def test_what_cannot_be_done_is_told_before_any_work(weights, tmp_path, monkeypatch, capsys):
+    source = make(tmp_path / "a.png")
+    make(tmp_path / "a_x2.png")
+    monkeypatch.setattr(upscale_files, "upscale_files", lambda *a, **k: pytest.fail("it ran"))
+    out = ("--out", tmp_path / "out")
+
+    def error(*words: Any) -> str:
+        assert upscale(weights, *words) == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("error: ")
+        return line
+
+    for suffix in ("/x/y", "../x", "a/"):
+        assert "--suffix must be part of a file's name, not " in error(
+            source, *out, f"--suffix={suffix}"
+        )
+    assert "a.png is no folder" in error(source, "--out", source)
+    assert "a.png is no folder" in error(source, "--out", source / "deeper")
+    twin = tmp_path / "a_x2.png"
+    assert f"{twin} would be replaced" in error(source, twin, "--out", tmp_path)
+    compared = make(tmp_path / "a_x2_compare.png")
+    assert "would be replaced" in error(source, compared, "--out", tmp_path, "--compare")
+    for number in ("--tile=²", "--tile=1e3", "--tile=" + "9" * 5000):
+        assert "--tile must be a number of pixels" in error(source, *out, number)
+    for size in ("0", "-1G", "9" * 400 + "G", "9999999999T"):
+        assert "--max-memory must be such as 800M or 2G" in error(
+            source, *out, f"--max-memory={size}"
+        )
+    assert "--threads must be at most 1024, not 100000" in error(source, *out, "--threads=100000")
+    assert "--quality must lie in 1 … 100" in error(source, *out, "--quality=101")
+    assert "--device meta cannot be used here" in error(source, *out, "--device=meta")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        ("[1, 2]", "--model-args must be such as"),
+        ("{a: [", "is not YAML"),
+        ("[" * 5000, "is not YAML"),
+        ("{dim: -5}", "dim must lie in 1"),
+        ("{depths: 7}", "hat_nano_x2"),
+        ("{window_size: 0}", "window_size"),
+        ("{1: 2}", "1"),
+        ("{in_chans: 2}", "of 1 or 3 channels"),
+    ],
+)
+def test_keywords_that_make_no_model(arguments, said, tmp_path, capsys):
+    weights = tmp_path / "two.pt"
+    torch.save(backbones.create_model("hat_nano_x2", in_chans=2).state_dict(), weights)
+    words = ["upscale", str(make(tmp_path / "a.png")), f"--out={tmp_path / 'out'}"]
+    words += ["--model=hat_nano_x2", f"--checkpoint={weights}", f"--model-args={arguments}"]
+    assert main([*words, "--device=cpu"]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert said in line
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite(value, weights, tmp_path, capsys):
+    tensors = torch.load(weights, weights_only=True)["model"]
+    name = next(name for name, tensor in tensors.items() if tensor.is_floating_point())
+    tensors[name].view(-1)[0] = value
+    torch.save(tensors, tmp_path / "bad.pt")
+    out = tmp_path / "out"
+    assert upscale(str(tmp_path / "bad.pt"), make(tmp_path / "a.png"), "--out", out) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "NaN or infinite" in line and name in line
+    assert not out.exists()
+
+
+def test_results_that_are_not_finite(weights, tmp_path, capsys):
+    """Of finite weights: products of large ones overflow."""
+    tensors = torch.load(weights, weights_only=True)["model"]
+    for tensor in tensors.values():
+        if tensor.ndim == 4:
+            tensor.copy_(torch.full(tensor.shape, 1e30))
+    torch.save(tensors, tmp_path / "large.pt")
+    out = tmp_path / "out"
+    assert upscale(str(tmp_path / "large.pt"), make(tmp_path / "a.png"), "--out", out) == 1
+    said = capsys.readouterr().err
+    assert f"error: {tmp_path / 'a.png'}: what the model gives for it is not finite\n" == said
+    assert not out.exists()
+    make(tmp_path / "Set/a.png", size=(40, 32))
+    options = ["--model=hat_nano_x2", f"--model-args={ARGS}", f"--csv={tmp_path / 'a.csv'}"]
+    options += [f"--checkpoint={tmp_path / 'large.pt'}", "--device=cpu"]
+    assert validate.main([str(tmp_path / "Set"), *options]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "is not finite" in line
+    assert not (tmp_path / "a.csv").exists()
+
+
+def test_memory_that_ends_half_way_is_one_picture(weights, tmp_path, monkeypatch, capsys):
+    first, second = make(tmp_path / "a.png"), make(tmp_path / "b.png")
+    read = upscale_files.read_picture
+
+    def short(path: Path) -> Any:
+        if path == first:
+            raise RuntimeError("[enforce fail] DefaultCPUAllocator: not enough memory: 9 bytes")
+        return read(path)
+
+    monkeypatch.setattr(upscale_files, "read_picture", short)
+    out = tmp_path / "out"
+    assert upscale(weights, first, second, "--out", out) == 1
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"error: {first}: not enough memory")
+    assert [path.name for path in out.iterdir()] == ["b_x2.png"]
+    monkeypatch.setattr(upscale_files, "read_picture", lambda path: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        upscale(weights, first, "--out", out)
+
+
+def test_interrupting_is_quiet(weights, tmp_path, monkeypatch, capsys):
+    def interrupted(path: Path) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(upscale_files, "read_picture", interrupted)
+    assert upscale(weights, make(tmp_path / "a.png"), "--out", tmp_path / "out") == 130
+    assert capsys.readouterr().err == ""
 
 
 def test_sizes_of_memory():
@@ -173,7 +329,7 @@ def test_progress_has_the_time_left(tmp_path):
     assert "3/6" in text and "a.png (1/1)" in text and "left" in text
 
 
-@pytest.mark.parametrize("tool", ["upscale", "validate_sr", "train_sr"])
+@pytest.mark.parametrize("tool", ["validate_sr", "train_sr"])
 def test_help(tool, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", [f"{tool}.py", "--help"])
     monkeypatch.setattr(sys, "path", list(sys.path))
@@ -216,6 +372,16 @@ def test_validation_makes_what_is_absent(weights, tmp_path, capsys):
     mean = (float(rows[0]["psnr_y"]) + float(rows[1]["psnr_y"])) / 2
     assert float(rows[2]["psnr_y"]) == pytest.approx(mean, abs=1e-3)
     assert 20 < float(rows[2]["bicubic_psnr_y"]) < 60
+
+
+def test_scores_are_not_written_over_what_is_read(weights, tmp_path, capsys):
+    make(tmp_path / "Set/a.png", size=(40, 32))
+    options = ["--model=hat_nano_x2", f"--model-args={ARGS}", f"--checkpoint={weights}"]
+    for table, said in ((weights, "would be written over"), (tmp_path, "is a folder")):
+        assert validate.main([str(tmp_path / "Set"), *options, f"--csv={table}"]) == 2
+        assert said in capsys.readouterr().err
+    assert validate.main(["", *options]) == 2
+    assert "FOLDER must be the name of a file or folder" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -3,13 +3,16 @@
 import csv
 import importlib.util
 import json
+import shutil
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from other_encodings import Stream
 from PIL import Image
+from safetensors.torch import load_file, save_file
 from training_runs import TINY, make_images, train
 
 import backbones
@@ -24,6 +27,7 @@ from backbones.training.errors import DataError, RecipeError
 from backbones.training.report import class_report, confusion_matrix
 from backbones.training.sources import FileSource
 
+PICTURE = Path(__file__).parents[2] / "docs" / "learning.png"
 PATH = Path(__file__).parents[2] / "tools" / "validate.py"
 
 
@@ -122,12 +126,105 @@ def test_weights_for_other_classes(validate, folder, tmp_path):
         (["--model", "van_b0", "--corrupt", "rain"], "no corruption 'rain'"),
         (["--model", "van_b0", "--severity", "9", "--corrupt"], "severity 9"),
         (["--model", "van_b0", "--real-labels=nowhere"], "cannot read real labels nowhere"),
+        (["--model", "van_b0", f"--list={PICTURE}"], "is no text in UTF-8"),
+        (["--model", "van_b0", f"--real-labels={PICTURE}"], "cannot read real labels"),
+        (["--model", "van_b0", "--device=meta"], "--device meta cannot be used here"),
+        (["--model", "van_b0", "--threads=0"], "--threads must be at least 1, not 0"),
+        (["--model", "van_b0", "--threads=1e3"], "--threads must be a whole number, not '1e3'"),
+        (["--model", "van_b0", "--batch-size=0"], "--batch-size must be at least 1, not 0"),
+        (["--model", "van_b0", "--workers=-1"], "--workers must be at least 0, not -1"),
+        (["--model", "van_b0", "--img-size=0"], "--img-size must be at least 1, not 0"),
+        (["--model", "van_b0", "--crop-pct=50"], "--crop-pct must be at most 1, not 50.0"),
+        (["--model", "van_b0", "--crop-pct=nan"], "--crop-pct must be a number, not 'nan'"),
+        (["--model", "van_b0", "--max-corrupt=2"], "--max-corrupt must be at most 1, not 2.0"),
+        (["--model", "van_b0", "--checkpoint="], "--checkpoint must be the name of a file"),
+        (["--model", "van_b0", "--output="], "--output must be the name of a file"),
+        (["--model", "van_b0", "--output=."], "--output . is a folder"),
+        (["--model", "van_b0", f"--output={PICTURE}/a.csv"], "is no folder"),
+        (["--model", "van_b0", f"--report={PICTURE}"], "is no folder"),
+        (["--list", "x", "--output", "x"], "would be written over x, an input"),
+        (["--model", "van_b0", "--severity=x"], "invalid int value: 'x'"),
     ],
 )
 def test_what_cannot_be_measured(words, message, validate):
     status, rows, printed = validate(*words)
-    assert (status, rows) == (1, [])
-    assert message in printed.err
+    assert (status, rows) == (2, [])
+    (line,) = printed.err.splitlines()
+    assert line.startswith("error: ")
+    assert message in line
+
+
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda tensor: tensor.view(-1)[:1].fill_(torch.nan), "NaN or infinite"),
+        (lambda tensor: tensor.view(-1)[:1].fill_(torch.inf), "NaN or infinite"),
+        (lambda tensor: tensor.copy_(torch.full(tensor.shape, 3e38)), "is not finite"),
+    ],
+)
+def test_weights_and_outputs_that_are_not_finite(spoil, said, validate, folder, tmp_path):
+    tensors = load_file(folder / "run" / "best.safetensors")
+    names = [n for n, t in tensors.items() if n.startswith("head.") and t.is_floating_point()]
+    for name in names:
+        spoil(tensors[name])
+    save_file(tensors, tmp_path / "bad.safetensors")
+    (tmp_path / "list.txt").write_text(f"shvit_s1 {tmp_path / 'bad.safetensors'}\n")
+    words = [f"--list={tmp_path / 'list.txt'}", "--img-size=32", *TINY[1:]]
+    status, rows, printed = validate(*words)
+    assert status == 1
+    assert said in rows[0]["error"]
+    assert said != "NaN or infinite" or names[0] in rows[0]["error"]
+    assert "top1" not in rows[0]
+    assert "nan" not in (tmp_path / "results.csv").read_text().replace(str(tmp_path), "")
+    first, last = printed.err.splitlines()
+    assert first.startswith("error: shvit_s1: ")
+    assert last == "1 of 1 failed: shvit_s1"
+
+
+def test_a_full_disk_is_named(validate, folder, tmp_path, monkeypatch):
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    status, rows, printed = validate("--run", str(folder / "run"))
+    assert (status, rows) == (2, [])
+    (line,) = printed.err.splitlines()
+    assert line.startswith(f"error: cannot write {tmp_path / 'results.csv'}: ")
+    assert "No space left on device" in line
+    report = tmp_path / "report"
+    status, rows, printed = validate("--run", str(folder / "run"), f"--report={report}")
+    assert (status, rows) == (2, [])
+    assert str(report) in printed.err.splitlines()[0]
+    assert sorted(p.name for p in tmp_path.rglob("*")) == ["report"]
+
+
+@pytest.mark.parametrize("arguments", ["{dims: 5}", "{dims: [-8, 8, 8]}", "{depths: [1]}"])
+def test_keywords_that_make_no_model(arguments, validate, folder):
+    checkpoint = folder / "run" / "best.safetensors"
+    words = ["--model=shvit_s1", f"--checkpoint={checkpoint}", f"--model-args={arguments}"]
+    status, rows, printed = validate(*words)
+    assert status == 1
+    assert rows[0]["error"]
+
+
+def test_names_that_are_no_text(validate, folder, tmp_path, monkeypatch):
+    """Classes and images named on a system whose names are bytes; the output in cp1252."""
+    names = ["\udcff", "日", "$\\frac$"]
+    for number, name in enumerate(names):
+        source = sorted((folder / "images" / "val" / f"class{number}").iterdir())[0]
+        target = tmp_path / "images" / "val" / name
+        target.mkdir(parents=True)
+        shutil.copy(source, target / f"{name}.png")
+    stream = Stream("cp1252")
+    monkeypatch.setattr(sys, "stdout", stream)
+    report = tmp_path / "\udcffreport"
+    words = [f"--data={tmp_path / 'images'}", "--run", str(folder / "run"), f"--report={report}"]
+    status, rows, _ = validate(*words, data=False)
+    assert status == 0
+    assert "\\udcffreport" in stream.said().decode("cp1252")
+    classes = read_table(report / "shvit_s1.classes.csv")
+    assert [row["class"] for row in classes] == ["$\\frac$", "日", "\\udcff"]
+    assert (report / "shvit_s1.confusion.png").is_file()
 
 
 def test_the_report_by_class(validate, folder, tmp_path):

@@ -1,0 +1,152 @@
+"""HAT's groups differ in nothing but their weights: exporters need to see one of them.
+
+torch.export and torch.onnx take hundredths of a second for every node, and HAT-L has 7000. One of
+its groups is traced and translated, with its weights as inputs, and copied in the others' places.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from backbones._hat_blocks import ResidualGroup
+
+__all__ = ["Group", "StandIn", "fill_in", "take_out"]
+
+_DOMAIN, _OPERATOR = "backbones", "Group"
+
+
+class StandIn(nn.Module):
+    """In the place of a group; in ONNX a node of its own."""
+
+    def __init__(self, number: int) -> None:
+        super().__init__()
+        self.number = number
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.onnx.ops.symbolic(
+            f"{_DOMAIN}::{_OPERATOR}",
+            (x,),
+            {"number": self.number},
+            dtype=x.dtype,
+            shape=x.shape,
+            version=1,
+        )
+
+
+class Group(nn.Module):
+    """What the groups of a model have in common: (x, weights by name) → their output.
+
+    Attributes:
+        weights: of each.
+        dim: channels.
+        window_size: which the sides of a map are multiples of.
+    """
+
+    def __init__(self, groups: Sequence[ResidualGroup]) -> None:
+        super().__init__()
+        self._group = (groups[0],)  # hidden: its weights are inputs
+        self.weights: list[dict[str, Tensor]] = [_weights(group) for group in groups]
+        self.dim: int = groups[0].conv.in_channels
+        self.window_size = groups[0].window_size
+
+    def forward(self, x: Tensor, weights: dict[str, Tensor]) -> Tensor:
+        out: Tensor = torch.func.functional_call(self._group[0], weights, (x,))
+        return out
+
+
+def take_out(model: nn.Module) -> Group | None:
+    """Put stand-ins in the places of groups that are alike; None if there are none.
+
+    Args:
+        model: changed in place.
+    """
+    stages: Any = getattr(model, "stages", ())
+    if len(stages) < 2 or not all(isinstance(stage, ResidualGroup) for stage in stages):
+        return None
+    if any(_structure(stage) != _structure(stages[0]) for stage in stages):
+        return None
+    group = Group(list(stages))
+    for number in range(len(stages)):
+        stages[number] = StandIn(number)
+    return group
+
+
+def _weights(module: nn.Module) -> dict[str, Tensor]:
+    return {
+        name: tensor.detach()
+        for name, tensor in (*module.named_parameters(), *module.named_buffers())
+    }
+
+
+def _structure(module: nn.Module) -> Any:
+    """What must be the same for the graphs to be; stochastic depth does nothing in eval mode."""
+    layers = [
+        (name, type(layer), layer.extra_repr())
+        for name, layer in module.named_modules()
+        if not isinstance(layer, DropPath)
+    ]
+    tensors = [(name, t.shape, t.dtype) for name, t in _weights(module).items()]
+    return layers, tensors
+
+
+def fill_in(model: Any, group: Any, weights: Sequence[dict[str, Tensor]]) -> None:
+    """Put copies of a group's nodes in the places of the stand-ins.
+
+    Args:
+        model: ``onnx_ir.Model`` with stand-ins; changed in place.
+        group: ``onnx_ir.Model`` of a :class:`Group`, whose inputs are the map and the weights.
+        weights: of each stand-in, in the order of the inputs.
+    """
+    import onnx_ir
+    from onnx_ir.passes.common import RemoveUnusedOpsetsPass
+
+    graph = model.graph
+    tables = {}  # the same for all
+    for value in group.graph.initializers.values():
+        tables[value] = _initializer(graph, f"group.{value.name}", value.const_value)
+    for place in [node for node in graph if node.domain == _DOMAIN]:
+        number = place.attributes["number"].as_int()
+        known = dict(tables)
+        image, *inputs = group.graph.inputs
+        known[image] = place.inputs[0]
+        for value, (name, tensor) in zip(inputs, weights[number].items(), strict=True):
+            name = f"stages.{number}.{name}"
+            known[value] = _initializer(graph, name, onnx_ir.tensor(tensor, name=name))
+        for node in group.graph:
+            copy = onnx_ir.Node(
+                node.domain,
+                node.op_type,
+                [None if value is None else known[value] for value in node.inputs],
+                node.attributes,
+                num_outputs=len(node.outputs),
+                version=node.version,
+                name=f"stages.{number}.{node.name}",
+            )
+            for value, copied in zip(node.outputs, copy.outputs, strict=True):
+                copied.name = f"stages.{number}.{value.name}"
+                copied.type = value.type
+                known[value] = copied
+            graph.insert_before(place, copy)
+        (output,) = group.graph.outputs
+        onnx_ir.convenience.replace_all_uses_with(place.outputs[0], known[output])
+        graph.remove(place, safe=True)
+    RemoveUnusedOpsetsPass()(model)
+
+
+def _initializer(graph: Any, name: str, tensor: Any) -> Any:
+    """A new constant of a graph."""
+    import onnx_ir
+
+    value = onnx_ir.Value(
+        name=name,
+        shape=tensor.shape,
+        type=onnx_ir.TensorType(tensor.dtype),
+        const_value=tensor,
+    )
+    graph.register_initializer(value)
+    return value

@@ -1,0 +1,53 @@
+"""Deformable convolution as samples of a map, which more runtimes know than ONNX's DeformConv."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["sampled_deform_conv2d", "without_deform_conv"]
+
+
+def without_deform_conv(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The same program without deformable convolutions."""
+    targets = {node.target for node in program.graph.nodes if node.op == "call_function"}
+    found: Any = {t for t in targets if str(t) == "torchvision.deform_conv2d.default"}
+    if not found:
+        return program
+    return program.run_decompositions(dict.fromkeys(found, sampled_deform_conv2d))
+
+
+def sampled_deform_conv2d(
+    x: Tensor,
+    weight: Tensor,
+    offset: Tensor,
+    mask: Tensor,
+    bias: Tensor,
+    stride_h: int,
+    stride_w: int,
+    pad_h: int,
+    pad_w: int,
+    dilation_h: int,
+    dilation_w: int,
+    groups: int,
+    offset_groups: int,
+    use_mask: bool,
+) -> Tensor:
+    """``torchvision::deform_conv2d`` without masks and groups: each tap samples a map."""
+    assert not use_mask and groups == offset_groups == 1
+    height, width = x.shape[2:]
+    top = torch.arange(offset.shape[2], device=x.device).view(-1, 1) * stride_h - pad_h
+    left = torch.arange(offset.shape[3], device=x.device) * stride_w - pad_w
+    taps = []
+    for tap in range(weight.shape[2] * weight.shape[3]):
+        down, right = divmod(tap, weight.shape[3])
+        row = offset[:, 2 * tap] + (top + down * dilation_h)
+        column = offset[:, 2 * tap + 1] + (left + right * dilation_w)
+        # -1 and 1 are the outer edges of the map.
+        grid = torch.stack(((2 * column + 1) / width - 1, (2 * row + 1) / height - 1), dim=-1)
+        taps.append(F.grid_sample(x, grid, align_corners=False))
+    flat = weight.permute(0, 2, 3, 1).flatten(1)[:, :, None, None]
+    return F.conv2d(torch.cat(taps, dim=1), flat, bias)

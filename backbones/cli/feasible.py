@@ -1,0 +1,52 @@
+"""What would fail after minutes is found out at once: too little memory, too little space."""
+
+from __future__ import annotations
+
+import copy
+import math
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from backbones.cli.common import CommandError
+from backbones.restoration.memory import available_memory, live_bytes
+
+__all__ = ["need_memory", "need_space"]
+
+
+@torch.inference_mode()
+def need_memory(model: Any, shapes: Sequence[Sequence[int]]) -> None:
+    """Find out, on the meta device, whether the model can run for images of these shapes.
+
+    Raises:
+        CommandError: their tensors alone are larger than the memory that is free.
+    """
+    dtype = next(model.parameters()).dtype
+    shadow = copy.deepcopy(model).to("meta").eval()
+    free = available_memory(torch.device("cpu"))
+    for shape in shapes:
+        needed = math.prod(shape) * dtype.itemsize
+        if needed <= free:  # the meta device does not count to infinity
+            needed += live_bytes(shadow, torch.empty(*shape, dtype=dtype, device="meta"))
+        if needed > free:
+            raise CommandError(
+                f"images of {'×'.join(map(str, shape))} need more than {needed / 1e9:.3g} GB of "
+                f"memory, and {free / 1e9:.3g} GB are free; give a smaller --size or --batch"
+            )
+
+
+def need_space(folder: Path, size: int) -> None:
+    """Find out early that a disk is too full.
+
+    Raises:
+        CommandError: fewer bytes than ``size`` are free.
+    """
+    free = shutil.disk_usage(folder).free
+    if free < size:
+        raise CommandError(
+            f"no space left on the disk: {size / 1e6:.0f} MB are needed in {folder}, "
+            f"{free / 1e6:.0f} MB are free"
+        )

@@ -1,0 +1,41 @@
+"""A line that shows that a long step is still at work."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import threading
+import time
+from collections.abc import Iterator
+
+__all__ = ["ticking"]
+
+_CLEAR_LINE = "\r\x1b[K"
+
+
+@contextlib.contextmanager
+def ticking(step: str, interval: float = 1.0) -> Iterator[None]:
+    """Count the seconds of a step on standard error, if that is a terminal, and wipe them out.
+
+    Args:
+        interval: between two looks at the clock, in seconds.
+    """
+    if not sys.stderr.isatty():
+        yield
+        return
+    stream, start, done = sys.stderr, time.monotonic(), threading.Event()
+
+    def tick() -> None:
+        while not done.wait(interval):
+            stream.write(f"{_CLEAR_LINE}{step}, {time.monotonic() - start:.0f} s")
+            stream.flush()
+
+    thread = threading.Thread(target=tick, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        done.set()
+        thread.join()
+        stream.write(_CLEAR_LINE)
+        stream.flush()

@@ -1,0 +1,216 @@
+"""What goes wrong in an export is one line, and leaves nothing behind."""
+
+from __future__ import annotations
+
+import errno
+import io
+import os
+import resource
+import shutil
+import signal
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from backbones.cli import exporting, quantizing, whole_files
+from backbones.cli.common import CommandError, Loaded
+from backbones.cli.export import export
+from backbones.cli.main import main
+from backbones.cli.ticking import ticking
+
+
+class Plain(nn.Module):
+    """One convolution, of more bytes than the limit below."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(3, 64, 3)
+        self.in_chans, self.num_classes = 3, 0
+        self.pretrained_cfg: dict[str, Any] = {}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        ("shvit_s1 --int8 --out x.onnx", "--int8 needs --calibration FOLDER; give a folder of"),
+        ("shvit_s1 --int8 --calibration . --out x.onnx", "no image below .; give a folder of"),
+        ("shvit_s1 --int8 --calibration no --out x.onnx", "no image at no; give a folder of"),
+        ("shvit_s1 --calibration . --out x.onnx", "--calibration is for --int8"),
+        (
+            "shvit_s1 --int8 --calibration . --calibration-images 0 --out x.onnx",
+            "--calibration-images must be 1 or more, got 0",
+        ),
+        ("shvit_s1 --size 0 --out x.pt2", "--size takes one side, or height and width"),
+        ("shvit_s1 --size 64 -5 --out x.pt2", "--size takes one side"),
+        ("shvit_s1 --size 64 64 64 --out x.pt2", "--size takes one side"),
+        ("shvit_s1 --size 100000000 --out x.pt2", "--size takes one side"),
+        (f"shvit_s1 --size {10**30} --dynamic --out x.onnx", "--size takes one side"),
+        ("shvit_s1 --size 64 --batch 9999999999 --out x.pt2", "give a smaller --size or --batch"),
+        ("shvit_s1 --batch 0 --out x.pt2", "--batch must be 1 or more, got 0"),
+        ("shvit_s9 --out x.pt2", "unknown model 'shvit_s9'"),
+        ("shvit_s1 --checkpoint no.pth --out x.pt2", "no checkpoint at no.pth"),
+        ("shvit_s1 --out .", ". is a folder; give the file to write"),
+        ("shvit_s1 --out no/such/x.pt2", "there is no folder no/such"),
+        ("shvit_s1 --out file/x.pt2", "there is no folder file"),
+        (f"shvit_s1 --out {'a' * 300}.pt2", "File name too long"),
+        ("shvit_s1 --out /dev/null", "/dev/null is no file that could be replaced"),
+    ],
+)
+def test_one_line(
+    words: str,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    assert main(["export", *words.split()]) == 2
+    printed = capsys.readouterr()
+    (line,) = printed.err.splitlines()
+    assert line.startswith("error: ") and said in line
+    assert not printed.out
+    assert os.listdir() == ["file"]
+
+
+def test_a_size_that_would_fit_but_for_what_the_network_makes_of_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("backbones.cli.feasible.available_memory", lambda device: 4_000_000)
+    words = ["export", "shvit_s1", "--size", "512", "--out", str(tmp_path / "x.pt2")]
+    assert main(words) == 2  # an image has 3 MB
+    assert "images of 1×3×512×512 need more than 0.0" in capsys.readouterr().err
+
+
+def test_a_folder_that_cannot_be_written_to(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(whole_files.Path, "mkdir", refuse)
+    with pytest.raises(CommandError, match=r"^plain: cannot write .*x\.pt2: Permission denied$"):
+        export(Loaded(Plain().eval(), "plain"), tmp_path / "x.pt2", "pt2", (16, 16))
+
+
+@pytest.fixture
+def small_files() -> Iterator[None]:
+    """Files of more than 2000 bytes cannot be written."""
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("ending", ["onnx", "pt2"])
+def test_what_the_disk_refuses(ending: str, tmp_path: Path, small_files: None) -> None:
+    path = tmp_path / f"x.{ending}"
+    path.write_text("as it was")
+    with pytest.raises(CommandError, match=f"cannot write {path}: the file is larger than"):
+        export(Loaded(Plain().eval(), "plain"), path, ending, (16, 16))
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
+    assert path.read_text() == "as it was"
+
+
+def test_a_full_disk_however_it_is_wrapped(tmp_path: Path) -> None:
+    path = tmp_path / "x.onnx"
+    with (
+        pytest.raises(CommandError, match=f"cannot write {path}: no space left on the disk"),
+        whole_files.replace_whole(path) as scratch,
+    ):
+        scratch.write_text("half")
+        try:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError as error:
+            raise RuntimeError("the writer failed") from error
+    assert list(tmp_path.iterdir()) == []
+    with pytest.raises(KeyError), whole_files.replace_whole(path):
+        raise KeyError("no matter of the disk")
+
+
+def test_a_full_disk_while_quantising(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **kwargs: Any) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    path = tmp_path / "x.onnx"
+    monkeypatch.setattr("onnxruntime.quantization.shape_inference.quant_pre_process", full)
+    with (
+        pytest.raises(CommandError, match="no space left on the disk"),
+        whole_files.replace_whole(path) as scratch,
+    ):
+        quantizing.quantize(scratch, [torch.zeros(1, 3, 16, 16)])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_too_little_space_is_found_out_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1_000_000))
+    assert main(["export", "shvit_s1", "--out", str(tmp_path / "x.pt2")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert "no space left on the disk" in line and f"needed in {tmp_path}, 1 MB are free" in line
+
+
+@pytest.mark.parametrize(
+    ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
+)
+def test_signals_leave_nothing_behind(
+    number: signal.Signals, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def half(program: Any, path: Path) -> None:
+        path.write_text("half")
+        path.with_name(f"{path.name}.data").write_text("half")
+        os.kill(os.getpid(), number)
+        time.sleep(10)
+
+    before = [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGHUP)]
+    monkeypatch.setattr(exporting, "trace", lambda *args: None)
+    monkeypatch.setattr(exporting, "save_program", half)
+    assert main(["export", "shvit_s1", "--size", "64", "--out", str(tmp_path / "x.pt2")]) == status
+    assert list(tmp_path.iterdir()) == []
+    assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGHUP)] == before
+
+
+def test_a_signal_while_scratch_files_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    original, calls = shutil.rmtree, []
+
+    def interrupted(folder: Path, ignore_errors: bool) -> None:
+        calls.append(folder)
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        original(folder, ignore_errors)
+
+    monkeypatch.setattr(shutil, "rmtree", interrupted)
+    with (
+        pytest.raises(KeyboardInterrupt),
+        whole_files.replace_whole(tmp_path / "x") as scratch,
+    ):
+        scratch.write_text("whole")
+    assert [p.name for p in tmp_path.iterdir()] == ["x"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self) -> bool:
+        return True
+
+
+def test_long_steps_tick_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    with ticking("writing", interval=0.01):
+        time.sleep(0.1)
+    shown = sys.stderr.getvalue()
+    assert "\r\x1b[Kwriting, 0 s" in shown and shown.endswith("\r\x1b[K")
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    with ticking("writing", interval=0.01):
+        time.sleep(0.02)
+    assert not sys.stderr.getvalue()

@@ -1,0 +1,49 @@
+"""How much memory networks take, without running them."""
+
+from __future__ import annotations
+
+import math
+import sys
+
+import pytest
+import torch
+from zoo import small
+
+import backbones
+from backbones.cli.common import two_sides
+from backbones.cli.main import CommandError
+from backbones.restoration.memory import _LiveTensors, available_memory, peak_bytes
+
+
+@pytest.mark.parametrize("family", ["van", "litv2", "medvitv2"])
+def test_the_peak_is_what_a_run_takes(family: str) -> None:
+    model = small(family).eval()
+    live = _LiveTensors()
+    images = torch.zeros(2, 3, 96, 64)
+    with torch.inference_mode(), live:
+        model(images)
+    # The images themselves were there before.
+    assert peak_bytes(model, (2, 3, 96, 64)) == pytest.approx(live.peak, abs=2 * images.nbytes)
+
+
+def test_what_no_address_space_holds() -> None:
+    assert peak_bytes(small("shvit").eval(), (1, 3, 10**9, 10**9)) == math.inf
+
+
+def test_where_the_system_does_not_say(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pathlib.Path.read_text", lambda *args: (_ for _ in ()).throw(OSError))
+    assert available_memory(torch.device("cpu")) == 4 * 2**30
+    assert available_memory(torch.device("cpu"), unknown=sys.maxsize) == sys.maxsize
+
+
+@pytest.mark.parametrize("family", backbones.list_families())
+def test_sizes_that_no_memory_holds(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A system that grants more than it has would end the process later, without a word."""
+    monkeypatch.setattr("backbones.cli.common.available_memory", lambda *a, **k: 2**30)
+    model = small(family).eval()
+    with pytest.raises(CommandError, match=r"GiB, and 1\.0 GiB are free"):
+        two_sides([65535], model)
+    assert two_sides([65535], model, runs=False) == (65535, 65535)
+    assert two_sides([512], model) == (512, 512)
+    with pytest.raises(CommandError, match=r"100000 images of that size would take .* GiB"):
+        two_sides([512, 512], model, batch=100_000)
