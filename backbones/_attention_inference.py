@@ -9,20 +9,37 @@ import torch
 from torch import Tensor, nn
 
 from backbones import _hat_blocks, _medvitv2_blocks, biformer, favit, litv2, ravlt
-from ops.inference import planes
-from ops.inference.attention import attend_tokens
-from ops.inference.deformable import deformable_conv2d, pack_taps, unsupported
-from ops.inference.grouped_attention import split_heads
-from ops.inference.layers import FastConv2d, FastLayer, runs_fast
-from ops.inference.mlp import NormedMlp
-from ops.inference.recorded import Recorded, recorded_form
+from ops.cpu.attention.grouped import split_heads
+from ops.cpu.deformable.deformable_conv import deformable_conv2d, pack_taps
+from ops.cpu.dispatch import takes_kernels
+from ops.cpu.layout.nchw import join_planes, split_planes
+from ops.inference.attention import (
+    FastBiLevelRoutingAttention,
+    FastHiLoAttention,
+    FastRankAugmentedAttention,
+    attend_tokens,
+)
+from ops.inference.conv import FastSqueezeExcite
+from ops.inference.factorized import FastFactorizedAttention
+from ops.inference.layers import (
+    FastConv2d,
+    FastLayer,
+    FastLinear,
+    FastPointwiseConv2d,
+    runs_fast,
+)
+from ops.inference.mlp import FastDWMlp, FastMlp, NormedMlp
+from ops.inference.window import FastOverlappingWindowAttention, FastWindowAttention
 from ops.reparam import norm_affine
+from ops.replay.module import Recorded, recorded_form
 
 __all__ = ["FORMS"]
 
 
 class BiFormerGlobalAttention(biformer.GlobalAttention):
     """The projection adds the shortcut."""
+
+    needs: ClassVar = {"proj": FastLinear}
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         qkv = self.qkv(x)
@@ -36,14 +53,33 @@ class BiFormerGlobalAttention(biformer.GlobalAttention):
 class BiFormerBlock(biformer.Block):
     """Attention and MLP add their shortcuts, the MLP takes its norm."""
 
+    needs: ClassVar = {
+        "attn": (FastBiLevelRoutingAttention, BiFormerGlobalAttention),
+        "mlp": FastMlp,
+    }
+
     def forward(self, x: Tensor) -> Tensor:
         x = self.pos_embed(x).permute(0, 2, 3, 1)
         x = self.attn(self.norm1(x), x)
         return self.mlp(x, x, self.norm2).permute(0, 3, 1, 2)
 
 
+class HATChannelAttentionConv(_hat_blocks.ChannelAttentionConv):
+    """The first convolution applies the activation."""
+
+    followed: ClassVar = {"act": ("conv1",)}
+    needs: ClassVar = {"se": FastSqueezeExcite}
+
+    def map_and_gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """(B, dim, H, W) → the same, and its gates (B, dim)."""
+        x = self.conv2(self.act(self.conv1(x)))
+        return x, self.se.gates(x)
+
+
 class HATHybridBlock(_hat_blocks.HybridBlock):
     """As the overlap block; gates and scale of the channel branch go with its addition."""
+
+    needs: ClassVar = {"attn": FastWindowAttention, "conv": HATChannelAttentionConv, "mlp": FastMlp}
 
     def forward(
         self,
@@ -61,19 +97,10 @@ class HATHybridBlock(_hat_blocks.HybridBlock):
         return self.mlp(x, x, self.norm2)
 
 
-class HATChannelAttentionConv(_hat_blocks.ChannelAttentionConv):
-    """The first convolution applies the activation."""
-
-    followed: ClassVar = {"act": ("conv1",)}
-
-    def map_and_gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, dim, H, W) → the same, and its gates (B, dim)."""
-        x = self.conv2(self.act(self.conv1(x)))
-        return x, self.se.gates(x)
-
-
 class HATOverlapBlock(_hat_blocks.OverlapBlock):
     """Attention and MLP add their shortcuts, the MLP takes its norm."""
+
+    needs: ClassVar = {"attn": FastOverlappingWindowAttention, "mlp": FastMlp}
 
     def forward(
         self,
@@ -89,6 +116,8 @@ class HATOverlapBlock(_hat_blocks.OverlapBlock):
 class HATResidualGroup(Recorded, _hat_blocks.ResidualGroup):
     """Without the tables of positions where the attention keeps its own."""
 
+    needs: ClassVar = {"blocks": (HATHybridBlock, HATOverlapBlock)}
+
     def compute(self, x: Tensor) -> Tensor:
         if not runs_fast(x, next(self.parameters())):
             return super().compute(x)
@@ -98,6 +127,8 @@ class HATResidualGroup(Recorded, _hat_blocks.ResidualGroup):
 
 class LITv2Block(litv2.Block):
     """Attention and MLP add their shortcuts, the MLP takes its norm."""
+
+    needs: ClassVar = {"attn": (FastHiLoAttention, type(None)), "mlp": FastDWMlp}
 
     def forward(self, x: Tensor) -> Tensor:
         if self.norm1 is not None and self.attn is not None:
@@ -109,7 +140,7 @@ class LITv2PatchEmbed(litv2.PatchEmbed):
     """Nothing is copied where there is nothing to pad."""
 
     def forward(self, x: Tensor) -> Tensor:
-        whole = not torch.compiler.is_compiling() and not (x.shape[2] % 4 or x.shape[3] % 4)
+        whole = takes_kernels((x,)) and not (x.shape[2] % 4 or x.shape[3] % 4)
         return self.norm(self.conv(x)) if whole else super().forward(x)
 
 
@@ -121,10 +152,11 @@ class LITv2DeformableConv2d(FastConv2d, litv2.DeformableConv2d):
         if derived is None:
             return self._finish(litv2.DeformableConv2d.forward(self, x))
         weight, bias = derived
-        return deformable_conv2d(x, self.offset(x), weight, bias, 2, 2, self.activation)
+        out: Tensor = deformable_conv2d(x, self.offset(x), weight, bias, 2, 2, self.activation)
+        return out
 
     def derive(self, x: Tensor) -> Any:
-        if unsupported(x.device, x.dtype) is not None:
+        if deformable_conv2d.unsupported(x.device, x.dtype) is not None:
             return None
         assert self.bias is not None
         return pack_taps(self.weight), self.bias.detach().float()
@@ -132,6 +164,8 @@ class LITv2DeformableConv2d(FastConv2d, litv2.DeformableConv2d):
 
 class FaViTBlock(favit.Block):
     """Attention and MLP add their shortcuts, the MLP takes its norm."""
+
+    needs: ClassVar = {"attn": FastFactorizedAttention, "mlp": FastDWMlp}
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.attn(self.norm1(x), x)
@@ -142,6 +176,7 @@ class RAVLTConvMlp(NormedMlp, ravlt.ConvMlp):
     """(B, H, W, dim) → (B, H, W, dim)."""
 
     followed: ClassVar = {"act": ("fc1",)}
+    needs: ClassVar = {"fc2": FastLinear}
 
     def in_layers(self, x: Tensor, residual: Tensor | None) -> Tensor:
         x = self.act(self.fc1(x)).permute(0, 3, 1, 2)
@@ -154,6 +189,8 @@ class RAVLTConvMlp(NormedMlp, ravlt.ConvMlp):
 class RAVLTBlock(ravlt.Block):
     """Attention and MLP add their shortcuts, the MLP takes its norm."""
 
+    needs: ClassVar[dict[str, Any]] = {"attn": FastRankAugmentedAttention, "mlp": RAVLTConvMlp}
+
     def forward(self, x: Tensor, sin: Tensor | None, cos: Tensor | None) -> Tensor:
         x = self.pos(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         rotary = None if sin is None or cos is None else (sin, cos)
@@ -163,6 +200,8 @@ class RAVLTBlock(ravlt.Block):
 
 class RAVLTStage(Recorded, ravlt.RAVLTStage):
     """Without the table of rotations where the attention keeps its own."""
+
+    needs: ClassVar = {"blocks": RAVLTBlock}
 
     def compute(self, x: Tensor) -> Tensor:
         if not runs_fast(x, next(self.parameters())):
@@ -174,6 +213,8 @@ class RAVLTStage(Recorded, ravlt.RAVLTStage):
 class MedViTV2ConvFFN(_medvitv2_blocks.ConvFFN):
     """The last layer applies the gates and, if its scale is given, adds the shortcut."""
 
+    needs: ClassVar = {"se": FastSqueezeExcite, "project": FastPointwiseConv2d}
+
     def forward(self, x: Tensor, residual_scale: Tensor | None = None) -> Tensor:
         se: Any = self.se
         hidden = self.dwconv(self.expand(x))
@@ -183,6 +224,8 @@ class MedViTV2ConvFFN(_medvitv2_blocks.ConvFFN):
 
 class MedViTV2LocalBlock(FastLayer, _medvitv2_blocks.FoldedLocalBlock):
     """Planes are made with the norm; the feed-forward adds both of its shortcuts."""
+
+    needs: ClassVar = {"norm1": nn.BatchNorm2d, "ffn": MedViTV2ConvFFN}
 
     def forward(self, x: Tensor) -> Tensor:
         derived = self.derived(x)
@@ -200,6 +243,8 @@ class MedViTV2LocalBlock(FastLayer, _medvitv2_blocks.FoldedLocalBlock):
 
 class MedViTV2GlobalBlock(FastLayer, _medvitv2_blocks.GlobalBlock):
     """Planes are made with the second norm."""
+
+    needs: ClassVar = {"norm2": nn.BatchNorm2d}
 
     def forward(self, x: Tensor) -> Tensor:
         derived = self.derived(x)
@@ -220,7 +265,7 @@ def _tensors_of(norm: nn.BatchNorm2d) -> list[Tensor]:
 
 def _affine(norm: nn.BatchNorm2d, x: Tensor) -> Tensor | None:
     """Scale and shift (2, C) in float32, or None where there is no kernel for them."""
-    if planes.unsupported(x.device, x.dtype) is not None:
+    if split_planes.unsupported(x.device, x.dtype) is not None:
         return None
     return torch.stack([t.detach() for t in norm_affine(copy.deepcopy(norm).float())])
 
@@ -232,8 +277,8 @@ def _add_as_stored(
     if affine is None:
         return x + _medvitv2_blocks.map_as_stored(layer, norm(x))
     batch, dim, height, width = x.shape
-    mixed = layer(planes.split_planes(x, affine).view(batch, height, width, dim))
-    return planes.join_planes(mixed.reshape(x.shape), x)
+    mixed = layer(split_planes(x, affine).view(batch, height, width, dim))
+    return join_planes(mixed.reshape(x.shape), x)
 
 
 FORMS: dict[type[Any], type[Any]] = {

@@ -7,16 +7,19 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from backbones import _base, inception_next, unireplknet, van
-from ops.inference.layers import FastLayer
-from ops.inference.mlp import NormedMlp
-from ops.inference.recorded import recorded_form
-from ops.inference.response_mlp import PackedResponseMlp, unsupported
+from ops.cpu.feed_forward.response_mlp import PackedResponseMlp, response_mlp
+from ops.inference.conv import FastSqueezeExcite
+from ops.inference.layers import FastLayer, FastLinear, FastPointwiseConv2d, runs_fast, tensors_of
+from ops.inference.mlp import FastConvMlp, NormedMlp
+from ops.replay.module import recorded_form
 
 __all__ = ["FORMS"]
 
 
 class InceptionNeXtBlock(inception_next.Block):
     """The MLP adds the shortcut."""
+
+    needs: ClassVar = {"mlp": FastConvMlp}
 
     def forward(self, x: Tensor) -> Tensor:
         return self.mlp(self.token_mixer(x), residual=x)
@@ -26,8 +29,11 @@ class UniRepLKNetBlock(FastLayer, unireplknet.Block):
     """All that follows the depthwise convolution in one pass."""
 
     followed: ClassVar = {"act": ("fc1",)}
+    needs: ClassVar = {"se": FastSqueezeExcite, "fc1": FastLinear, "fc2": FastLinear}
 
     def forward(self, x: Tensor) -> Tensor:
+        if not runs_fast(x, self.fc1.weight):
+            return super().forward(x)
         derived = self.derived(x)
         mixed, shortcut = self.dwconv(x).permute(0, 2, 3, 1), x.permute(0, 2, 3, 1)
         if derived is None:
@@ -44,11 +50,11 @@ class UniRepLKNetBlock(FastLayer, unireplknet.Block):
         return self.fc2(hidden, shortcut, 1 + self.grn.weight.view(1, -1) * share)
 
     def sources(self) -> list[Tensor]:
-        layers = (self.fc1, self.fc2, self.grn, self.se.fc1, self.se.fc2)
-        return [p for layer in layers for p in layer.parameters()]
+        layers = (self.fc1, self.fc2, self.se.fc1, self.se.fc2)
+        return [*tensors_of(*layers), self.grn.weight]
 
     def derive(self, x: Tensor) -> PackedResponseMlp | None:
-        if unsupported(x.device, x.dtype) is not None:
+        if response_mlp.unsupported(x.device, x.dtype) is not None:
             return None
         se = self.se
         return PackedResponseMlp(se.fc1, se.fc2, self.fc1, self.fc2, self.grn.weight, self.grn.eps)
@@ -58,6 +64,7 @@ class VANAttention(van.Attention):
     """The last projection adds the shortcut."""
 
     followed: ClassVar = {"act": ("proj_in",)}
+    needs: ClassVar = {"proj_out": FastPointwiseConv2d}
 
     def forward(self, x: Tensor, residual_scale: Tensor | None = None) -> Tensor:
         mixed = self.lka(self.act(self.proj_in(x)))
@@ -68,6 +75,7 @@ class VANConvMlp(NormedMlp, van.ConvMlp):
     """(B, dim, H, W) → (B, dim, H, W), channels-last."""
 
     followed: ClassVar = {"act": ("dwconv",)}
+    needs: ClassVar = {"fc2": FastPointwiseConv2d}
 
     def forward(
         self, x: Tensor, residual: Tensor | None = None, norm: nn.LayerNorm | None = None
@@ -87,12 +95,17 @@ class VANConvMlp(NormedMlp, van.ConvMlp):
 class VANBlock(FastLayer, van.FoldedBlock):
     """The attention adds both of its shortcuts, the MLP its own."""
 
+    needs: ClassVar = {"attn": VANAttention, "mlp": VANConvMlp}
+
     def forward(self, x: Tensor) -> Tensor:
         residual_scale = self.derived(x)
         if residual_scale is None:
             return super().forward(x)
         x = self.attn(x, residual_scale)
         return self.mlp(x, x)
+
+    def sources(self) -> list[Tensor]:
+        return [self.scale]
 
     def derive(self, x: Tensor) -> Tensor:
         return 1 + self.scale.detach().float()

@@ -35,7 +35,9 @@ def reflect_pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """
     for axis in (2, 3):
         size = x.shape[axis]
-        if missing := -size % multiple:
-            positions = torch.arange(size + missing, device=x.device)
+        if size % multiple:
+            # Written like this, a compiler sees that an open size divides by the multiple.
+            padded = (size + multiple - 1) // multiple * multiple
+            positions = torch.arange(padded, device=x.device)
             x = x.index_select(axis, reflected_positions(positions, size))
     return x

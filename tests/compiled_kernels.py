@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ops.neighborhood
-from ops import native
-from ops.linear import pack_weight, unsupported
-from ops.native import build
+from ops import cpu
+from ops.cpu import build
+from ops.cpu.gemm.linear import pack_weight, unsupported
 
-# By the names of ops.depthwise.ACTIVATIONS.
+# By the names of ops.cpu.activations.ACTIVATIONS.
 PLAIN_ACTIVATIONS = {
     "none": lambda x: x,
     "relu": F.relu,
@@ -39,7 +39,7 @@ if unsupported(torch.device("cpu"), torch.bfloat16, with_bfloat16=True) is not N
 
 def can_run(instructions: str) -> bool:
     """Whether this CPU may, as the environment has it."""
-    return max(instructions, native.instruction_set(), key=list(build._ISA_FLAGS).index) == (
+    return max(instructions, cpu.instruction_set(), key=list(build._ISA_FLAGS).index) == (
         instructions
     )
 
@@ -47,7 +47,7 @@ def can_run(instructions: str) -> bool:
 def linear_layer(
     in_features: int, out_features: int, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """Weight and bias in float64, and as :mod:`ops.linear` wants them."""
+    """Weight and bias in float64, and as :mod:`ops.cpu.gemm.linear` wants them."""
     weight = random(out_features, in_features, seed=1).to(dtype)
     bias = random(out_features, seed=2).float()
     return weight.double(), bias.double(), (pack_weight(weight), bias)
@@ -67,7 +67,6 @@ def using_threads(count: int) -> Iterator[None]:
 def forget_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Until the end of the test, kernels are looked for anew."""
     monkeypatch.setattr(build, "_kernels", {})
-    monkeypatch.setattr(build, "_products", {})
     monkeypatch.setattr(ops.neighborhood, "_known_calls", {})
 
 
@@ -91,7 +90,7 @@ def emulate_tiles(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     header = Path(__file__).with_name("emulated_tiles.h")
     monkeypatch.setenv("CXX", f"c++ -O1 -include {header}")
     monkeypatch.setenv("VISION_BACKBONES_CACHE_DIR", str(cache))
-    monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: True)
+    monkeypatch.setattr(build, "_richest", lambda: "amx")
 
 
 def conv_row(*channels: int, bias: bool = True) -> list[nn.Conv2d]:

@@ -231,6 +231,47 @@ def brute_force(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor]:
     )
 
 
+# A call whose tiles share keys that not all of their queries see, with bias and additional keys.
+UNUSUAL = Case(
+    (9, 11), (3, 4), (1, 2), (2, 1), (False, True), heads=4, kv_heads=2, extra=2, has_rpb=True
+)
+UNUSUAL_SCORES = ("nan key", "nan additional key", "infinite key", "infinite keys", "hiding rpb")
+
+
+def unusual_inputs(kind: str, device: str | torch.device = "cpu") -> Inputs:
+    """Those of :data:`UNUSUAL`, of which ``kind`` makes some scores NaN or infinite."""
+    inputs = make_inputs(UNUSUAL, torch.float32, device)
+    assert inputs.additional_keys is not None and inputs.rpb is not None
+    if kind == "nan key":
+        inputs.key[:, 4, 5, 0, 3] = math.nan
+    elif kind == "nan additional key":
+        inputs.additional_keys[0, 1, 1, 0] = math.nan
+    elif kind == "infinite key":  # of either sign to different queries
+        inputs.key[:, 4, 5:7, 0, 3] = math.inf
+        inputs.key[:, 4, 6, 0, 5] = math.nan
+    elif kind == "infinite keys":  # some queries have no other score than -inf
+        for keys in (inputs.key, inputs.additional_keys):
+            keys[..., 0] = math.inf
+    else:
+        assert kind == "hiding rpb"
+        inputs.rpb[:, :3] = -math.inf
+        inputs.additional_keys = inputs.additional_values = None
+    return inputs
+
+
+def assert_lse_of_unusual_scores(
+    kind: str, backend: str | None, device: str | torch.device = "cpu"
+) -> None:
+    """The lse is NaN, infinite and finite where torch's is, and so is the output."""
+    inputs = unusual_inputs(kind, device)
+    arguments = {**UNUSUAL.arguments, "return_lse": True, "backend": backend}
+    got = NA[UNUSUAL.rank](**inputs.present(), **arguments)
+    true = brute_force(UNUSUAL, inputs.map(lambda t: t.double()))
+    torch.testing.assert_close(
+        [tensor.double() for tensor in got], list(true), rtol=1e-5, atol=1e-5, equal_nan=True
+    )
+
+
 def error(got: Tensor, true: Tensor) -> float:
     """Largest absolute error over max(1, largest true value)."""
     assert got.shape == true.shape, (got.shape, true.shape)

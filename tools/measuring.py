@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ops.native.scratch import scratch
+from ops.replay.workspace import workspace
 
 
 class PeakMemory:
@@ -35,7 +35,7 @@ class PeakMemory:
             self.before = torch.cuda.memory_allocated()
         elif sys.platform == "linux":
             # Freed memory that we or the C library keep would hide what is allocated anew.
-            scratch.clear()
+            workspace.clear()
             ctypes.CDLL(None).malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")
             self.before = self._status("VmRSS")
@@ -101,16 +101,30 @@ def load_report(path: Path, current: dict[str, Any]) -> dict[str, Any]:
     """The report of earlier runs into ``path``, or an empty one.
 
     Raises:
-        ValueError: if they ran on another machine, or not as this one does.
+        ValueError: if they ran on another machine, or not as this one does, or it is no report.
     """
     if not path.exists():
         return {"machine": current, "results": []}
-    report: dict[str, Any] = json.loads(path.read_text())
+    report = read_report(path)
     if report["machine"] != current:
         raise ValueError(
             f"{path} was measured on {report['machine']}, this is {current}; choose another "
             "--output, or delete it"
         )
+    return report
+
+
+def read_report(path: Path) -> dict[str, Any]:
+    """A report that an earlier run wrote.
+
+    Raises:
+        ValueError: it is none.
+    """
+    try:
+        report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        report["machine"], report["results"]
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise ValueError(f"{path} is no report of a benchmark: {error}") from error
     return report
 
 

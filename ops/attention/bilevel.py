@@ -66,15 +66,18 @@ def bilevel_routing_attention(
         routes = routes + torch.arange(batch, device=routes.device).view(-1, 1, 1) * regions
         query = query.flatten(0, 1)  # (B·R, T, qk_dim)
         key, value = (
-            F.embedding(routes, t.flatten(2).flatten(0, 1)).view(-1, topk * tokens, t.shape[-1])
+            F.embedding(routes, t.flatten(2).flatten(0, 1)).view(
+                query.shape[0], topk * tokens, t.shape[-1]
+            )
             for t in (key, value)
         )  # (B·R, topk·T, …)
     query, key, value = (
         t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (query, key, value)
     )
     out = F.scaled_dot_product_attention(query, key, value, scale=scale)  # (B·R, heads, T, …)
-    out = out.transpose(1, 2).reshape(batch, rows, columns, *region_size, -1).transpose(2, 3)
-    out = out.reshape(batch, rows * region_size[0], columns * region_size[1], -1)
+    dim = num_heads * out.shape[-1]  # a batch may be empty
+    out = out.transpose(1, 2).reshape(batch, rows, columns, *region_size, dim).transpose(2, 3)
+    out = out.reshape(batch, rows * region_size[0], columns * region_size[1], dim)
     return out[:, :height, :width]
 
 

@@ -39,7 +39,8 @@ def high_frequency_attention(qkv: Tensor, num_heads: int, window_size: int) -> T
     heads = windows.flatten(0, 2).unflatten(2, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
     query, key, value = heads.unbind(0)
     out = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
-    return window_merge(out.reshape(*windows.shape[:4], -1), window_size)
+    dim = num_heads * out.shape[-1]  # a batch may be empty
+    return window_merge(out.reshape(*windows.shape[:4], dim), window_size)
 
 
 def low_frequency_attention(query: Tensor, key_value: Tensor, num_heads: int) -> Tensor:

@@ -44,11 +44,7 @@ def window_partition(x: Tensor, window_size: int) -> Tensor:
         ValueError: a side that is no multiple of ``window_size``.
     """
     batch, height, width, dim = x.shape
-    if height % window_size or width % window_size:
-        raise ValueError(
-            f"a map of {height}×{width} does not divide into windows of {window_size}; pad it first"
-        )
-    rows, columns = height // window_size, width // window_size
+    rows, columns = _grid(height, width, window_size)
     x = x.reshape(batch, rows, window_size, columns, window_size, dim).transpose(2, 3)
     return x.reshape(batch, rows, columns, window_size**2, dim)
 
@@ -58,6 +54,34 @@ def window_merge(windows: Tensor, window_size: int) -> Tensor:
     batch, rows, columns, _, dim = windows.shape
     x = windows.reshape(batch, rows, columns, window_size, window_size, dim).transpose(2, 3)
     return x.reshape(batch, rows * window_size, columns * window_size, dim)
+
+
+def _heads_of_windows(x: Tensor, window_size: int, parts: int, num_heads: int) -> Tensor:
+    """Windows of a map whose channels are those of ``parts`` for each head.
+
+    (B, H, W, parts · heads · head_dim) → (B, rows, columns, parts, heads, window_size², head_dim).
+    """
+    batch, height, width, dim = x.shape
+    rows, columns = _grid(height, width, window_size)
+    heads = (parts, num_heads, dim // (parts * num_heads))
+    x = x.reshape(batch, rows, window_size, columns, window_size, *heads)
+    return x.permute(0, 1, 3, 5, 6, 2, 4, 7).flatten(5, 6)
+
+
+def _map_of_heads(windows: Tensor, window_size: int) -> Tensor:
+    """(B, rows, columns, heads, window_size², head_dim) → (B, H, W, heads · head_dim)."""
+    batch, rows, columns, heads, _, head_dim = windows.shape
+    x = windows.unflatten(4, (window_size, window_size)).permute(0, 1, 4, 2, 5, 3, 6)
+    return x.reshape(batch, rows * window_size, columns * window_size, heads * head_dim)
+
+
+def _grid(height: int, width: int, window_size: int) -> tuple[int, int]:
+    """Rows and columns of windows in a map."""
+    if height % window_size or width % window_size:
+        raise ValueError(
+            f"a map of {height}×{width} does not divide into windows of {window_size}; pad it first"
+        )
+    return height // window_size, width // window_size
 
 
 def overlapping_windows(x: Tensor, window_size: int, overlap_size: int) -> Tensor:
@@ -150,59 +174,82 @@ def window_attention(
         key, value: (B, rows, columns, M, heads, head_dim).
         bias: (heads, N, M), added to the scores of every window.
         masks: (3, N, M), added to those of the last column, row and window,
-            see :func:`shift_masks`.
+            see :func:`shift_masks`; M is N then.
 
     Returns:
         (B, rows, columns, N, heads · head_dim).
     """
-    q, k, v = (_per_window(t) for t in (query, key, value))
-    if worth_a_turn(q, k, v, bias):
-        batch, rows, columns = query.shape[:3]
-        out = attend_in_turn(q, k, v, bias, _masks_of_windows(batch, rows, columns, masks))
-        return out.transpose(1, 2).reshape(*query.shape[:4], -1)
+    windows = query.shape[:3]
     if masks is None:
-        return _attend(query, key, value, bias)
-    inner, last = slice(None, -1), slice(-1, None)
+        q, k, v = (t.flatten(0, 2).transpose(1, 2) for t in (query, key, value))
+        out = _attend(q, k, v, bias).unflatten(0, windows)
+    else:
+        qkv = torch.stack((query, key, value), dim=3).transpose(4, 5)
+        out = _attend_shifted(qkv, bias, masks)
+    return out.transpose(3, 4).flatten(4)
+
+
+def _attend_shifted(qkv: Tensor, bias: Tensor, masks: Tensor) -> Tensor:
+    """Attention with masks for the last column, row and window.
+
+    (B, rows, columns, 3, heads, N, head_dim) → (B, rows, columns, heads, N, head_dim).
+    """
+    batch, rows, columns = qkv.shape[:3]
+    if not batch:
+        return qkv[:, :, :, 0]
+    q, k, v = qkv.flatten(0, 2).unbind(1)
+    if worth_a_turn(q, k, v, bias):
+        out = attend_in_turn(q, k, v, bias, _masks_of_windows(batch, rows, columns, masks))
+        return out.unflatten(0, (batch, rows, columns))
     bands = []
-    for row, in_column, in_corner in ((inner, None, masks[0]), (last, masks[1], masks[2])):
+    for band, in_column, in_corner in zip(
+        _rest_and_last(qkv, 1), (None, masks[1]), (masks[0], masks[2]), strict=True
+    ):
         parts = []
-        for column, mask in ((inner, in_column), (last, in_corner)):
-            q, k, v = (t[:, row, column] for t in (query, key, value))
-            if q.numel():
-                parts.append(_attend(q, k, v, bias if mask is None else bias + mask))
+        for part, mask in zip(_rest_and_last(band, 2), (in_column, in_corner), strict=True):
+            if part.numel():
+                q, k, v = part.contiguous().flatten(0, 2).unbind(1)
+                out = _attend(q, k, v, bias if mask is None else bias + mask)
+                parts.append(out.unflatten(0, part.shape[:3]))
         if parts:
             bands.append(torch.cat(parts, dim=2))
     return torch.cat(bands, dim=1)
 
 
-def _per_window(x: Tensor) -> Tensor:
-    """(B, rows, columns, N, heads, head_dim) → (B · rows · columns, heads, N, head_dim)."""
-    return x.flatten(0, 2).transpose(1, 2)
+def _rest_and_last(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """All entries along ``dim`` but the last, of which there may be none, and the last."""
+    rest = x.shape[dim] - 1
+    return x.narrow(dim, 0, rest), x.narrow(dim, rest, 1)
 
 
-def _masks_of_windows(
-    batch: int, rows: int, columns: int, masks: Tensor | None
-) -> list[Tensor | None]:
+def _masks_of_windows(batch: int, rows: int, columns: int, masks: Tensor) -> list[Tensor | None]:
     """For each window None, or which of :func:`shift_masks` is its."""
-    if masks is None:
-        return [None] * (batch * rows * columns)
     of_column, of_row, of_corner = masks
     inner: list[Tensor | None] = [*[None] * (columns - 1), of_column]
     last: list[Tensor | None] = [*[of_row] * (columns - 1), of_corner]
     return (inner * (rows - 1) + last) * batch
 
 
-def _attend(query: Tensor, key: Tensor, value: Tensor, bias: Tensor) -> Tensor:
-    """Attention of windows that share their term, (heads, N, M)."""
-    q, k, v = (_per_window(t) for t in (query, key, value))
+def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    """Attention of windows that share their term.
+
+    Args:
+        q: (windows, heads, N, head_dim).
+        k, v: (windows, heads, M, head_dim).
+        bias: (heads, N, M).
+
+    Returns:
+        (windows, heads, N, head_dim).
+    """
+    if worth_a_turn(q, k, v, bias):
+        return attend_in_turn(q, k, v, bias, [None] * len(q))
+    scale = q.shape[-1] ** -0.5
     if q.is_cpu and bias.requires_grad and torch.is_grad_enabled():
         # No kernel of torch's gives a gradient of the bias there, and its plain form guards the
         # softmax against rows of -inf, which takes a tenth of a training step.
-        scores = (q.shape[-1] ** -0.5 * q) @ k.transpose(2, 3)
-        out = (scores + bias).softmax(dim=-1) @ v
-    else:
-        out = F.scaled_dot_product_attention(q, k, v, attn_mask=bias.unsqueeze(0))
-    return out.transpose(1, 2).reshape(*query.shape[:4], -1)
+        scores = (scale * q) @ k.transpose(2, 3)
+        return (scores + bias).softmax(dim=-1) @ v
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.unsqueeze(0), scale=scale)
 
 
 class _BiasedAttention(nn.Module):
@@ -222,9 +269,9 @@ class _BiasedAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def bias(self, index: Tensor) -> Tensor:
-        """(N, M) places in the table → (heads, N, M)."""
+        """Places in the table, (N, M) or flattened → (heads, N, M)."""
         table = self.relative_position_bias_table.t().contiguous()
-        return table.index_select(1, index.flatten()).view(-1, *index.shape)
+        return table.index_select(1, index.flatten()).unflatten(1, (self.window_size**2, -1))
 
 
 class WindowAttention(_BiasedAttention):
@@ -258,7 +305,7 @@ class WindowAttention(_BiasedAttention):
 
         Args:
             x: (B, H, W, dim).
-            index: :func:`relative_position_index` of the window.
+            index: :func:`relative_position_index` of the window, flattened or not.
             masks: :func:`shift_masks` of window and shift; unused without a shift.
         """
         if index is None:
@@ -270,10 +317,14 @@ class WindowAttention(_BiasedAttention):
             masks = shift_masks(self.window_size, shift, x.dtype, x.device)
         if shift:
             x = x.roll((-shift, -shift), (1, 2))
-        qkv = window_partition(self.qkv(x), self.window_size)
-        query, key, value = qkv.unflatten(4, (3, self.num_heads, -1)).unbind(4)
-        x = self.proj(window_attention(query, key, value, self.bias(index), masks))
-        x = window_merge(x, self.window_size)
+        qkv = _heads_of_windows(self.qkv(x), self.window_size, 3, self.num_heads)
+        bias = self.bias(index)
+        if masks is None:
+            q, k, v = qkv.flatten(0, 2).unbind(1)
+            out = _attend(q, k, v, bias).unflatten(0, qkv.shape[:3])
+        else:
+            out = _attend_shifted(qkv, bias, masks)
+        x = self.proj(_map_of_heads(out, self.window_size))
         return x.roll((shift, shift), (1, 2)) if shift else x
 
     def extra_repr(self) -> str:
@@ -316,16 +367,18 @@ class OverlappingWindowAttention(_BiasedAttention):
 
         Args:
             x: (B, H, W, dim).
-            index: :func:`overlap_position_index` of the windows.
+            index: :func:`overlap_position_index` of the windows, flattened or not.
         """
         if index is None:
             index = overlap_position_index(self.window_size, self.overlap_size, x.device)
         query, key_value = self.qkv(x).tensor_split((x.shape[3],), dim=3)
-        query = window_partition(query, self.window_size).unflatten(4, (self.num_heads, -1))
+        query = _heads_of_windows(query, self.window_size, 1, self.num_heads).squeeze(3)
         key_value = overlapping_windows(key_value, self.window_size, self.overlap_size)
-        key, value = key_value.unflatten(4, (2, self.num_heads, -1)).unbind(4)
-        x = window_attention(query, key, value, self.bias(index))
-        return window_merge(self.proj(x), self.window_size)
+        key_value = key_value.flatten(0, 2).unflatten(2, (2, self.num_heads, -1))
+        k, v = key_value.permute(2, 0, 3, 1, 4)
+        out = _attend(query.flatten(0, 2), k, v, self.bias(index))
+        out = out.unflatten(0, query.shape[:3])
+        return self.proj(_map_of_heads(out, self.window_size))
 
     def extra_repr(self) -> str:
         return (

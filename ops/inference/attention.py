@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -17,12 +18,14 @@ from ops.attention.hilo import HiLoAttention
 from ops.attention.large_kernel import LargeKernelAttention
 from ops.attention.pooled import PooledAttention, pool_tokens
 from ops.attention.rank_augmented import RankAugmentedAttention, Rotary, rotary_table
-from ops.inference import gated_attention, grouped_attention, linear_attention, pooling
-from ops.inference.grouped_attention import split_heads
-from ops.inference.layers import FastLayer, runs_fast
+from ops.cpu import policy
+from ops.cpu.attention import gated as gated_attention
+from ops.cpu.attention import grouped as grouped_attention
+from ops.cpu.attention import linear as linear_attention
+from ops.cpu.attention.grouped import split_heads
+from ops.cpu.pooling.window_means import window_means
+from ops.inference.layers import FastLayer, FastLinear, runs_fast, tensors_of
 from ops.inference.packed_linear import PackedLinear
-from ops.inference.pooling import window_means
-from ops.native import multiplies
 
 __all__ = [
     "FastBiLevelRoutingAttention",
@@ -36,8 +39,6 @@ __all__ = [
 # Of queries, keys, values and gates; a batch whose maps take more goes some images at a time, so
 # that they stay in the cache and allocate less than what the system takes back when it is freed.
 _PROJECTED_BYTES = 8 << 20
-# Of bfloat16, that attend to each other by our kernel: torch multiplies more of them faster.
-_MOST_TOKENS = 256
 
 
 class FastLargeKernelAttention(LargeKernelAttention):
@@ -45,11 +46,13 @@ class FastLargeKernelAttention(LargeKernelAttention):
 
     def forward(self, x: Tensor) -> Tensor:
         gate = self.pw(self.dw_dilated(self.dw(x)))
-        return x * gate if gate.requires_grad else gate.mul_(x)
+        return gate.mul_(x) if runs_fast(x, self.pw.weight) else x * gate
 
 
 class FastBiLevelRoutingAttention(BiLevelRoutingAttention):
     """Regions are attended to where they lie; the projection adds the shortcut."""
+
+    needs: ClassVar = {"proj": FastLinear}
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         height, width = x.shape[1:3]
@@ -88,8 +91,8 @@ class FastBiLevelRoutingAttention(BiLevelRoutingAttention):
 
 def _unsupported(x: Tensor) -> str | None:
     """``None`` if there are kernels for attention to regions and for their means, else why not."""
-    reason = grouped_attention.unsupported(x.device, x.dtype)
-    return reason or pooling.unsupported(x.device, x.dtype)
+    reason = grouped_attention.grouped_attention.unsupported(x.device, x.dtype)
+    return reason or window_means.unsupported(x.device, x.dtype)
 
 
 @functools.lru_cache(maxsize=32)
@@ -143,7 +146,10 @@ class FastHiLoAttention(FastLayer, HiLoAttention):
             grouped_attention.attend(query, key, value, out)
 
     def sources(self) -> list[Tensor]:
-        return list(self.parameters())
+        layers: list[Any] = [] if self.high is None else [self.high.qkv, self.high.proj]
+        if self.low is not None:
+            layers += [self.low.q, self.low.kv, self.low.proj]
+        return tensors_of(*layers)
 
     def derive(self, x: Tensor) -> tuple[PackedLinear, PackedLinear] | None:
         if _unsupported(x) is not None:
@@ -165,7 +171,7 @@ class FastHiLoAttention(FastLayer, HiLoAttention):
 @functools.lru_cache(maxsize=8)
 def _turns(height: int, width: int, head_dim: int) -> Tensor:
     """The rotations as complex numbers: (height · width, head_dim / 2)."""
-    sin, cos = rotary_table(height, width, head_dim)
+    sin, cos = rotary_table(height, width, head_dim, device=torch.device("cpu"))
     return torch.complex(cos[:, ::2].contiguous(), sin[:, ::2].contiguous())
 
 
@@ -195,8 +201,8 @@ def attend_tokens(query: Tensor, key: Tensor, value: Tensor, weight: Tensor) -> 
         (B, N, heads, value_dim).
     """
     own = runs_fast(query, weight)  # first: compilers do not see what comes after
-    own = own and grouped_attention.unsupported(query.device, query.dtype) is None
-    if own and grouped_attention.outruns_torch(query.dtype, key.shape[1]):
+    own = own and grouped_attention.grouped_attention.unsupported(query.device, query.dtype) is None
+    if own and policy.softmax_attention_by_kernel(key.shape[1], query.dtype):
         out = query.new_empty(*query.shape[:3], value.shape[3])
         grouped_attention.attend(query, key, value, out)
         return out
@@ -207,6 +213,8 @@ def attend_tokens(query: Tensor, key: Tensor, value: Tensor, weight: Tensor) -> 
 class FastRankAugmentedAttention(RankAugmentedAttention):
     """By our kernels; else rotations are products of complex numbers."""
 
+    needs: ClassVar = {"proj": FastLinear}
+
     def forward(
         self, x: Tensor, rotary: Rotary | None = None, residual: Tensor | None = None
     ) -> Tensor:
@@ -216,8 +224,7 @@ class FastRankAugmentedAttention(RankAugmentedAttention):
         height, width, dim = x.shape[1:]
         head_dim = dim // self.num_heads
         kernel = linear_attention if self.linear else gated_attention
-        many = height * width > _MOST_TOKENS and x.dtype == torch.bfloat16
-        fast = self.linear or not many or not multiplies(x.dtype)
+        fast = self.linear or policy.rotated_attention_by_kernel(height * width, x.dtype)
         if fast and kernel.unsupported(x.device, x.dtype, head_dim) is None:
             return self._some_images_at_a_time(x, residual)
         *qkv, gate = self.qkvo(x).chunk(4, dim=-1)

@@ -3,20 +3,18 @@
 from __future__ import annotations
 
 import functools
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from ops.attention.factorized import FactorizedAttention, GlobalBranch, LocalBranch, tap_positions
-from ops.inference.grouped_attention import attend, unsupported
-from ops.inference.layers import FastLayer, runs_fast
+from ops.cpu import policy
+from ops.cpu.attention.grouped import attend, grouped_attention
+from ops.inference.layers import FastLayer, FastLinear, runs_fast, tensors_of
 from ops.inference.packed_linear import PackedLinear
 
 __all__ = ["FastFactorizedAttention", "FastGlobalBranch", "FastLocalBranch"]
-
-
-# Of the inputs of a linear layer that averages runs of a sequence on the way.
-_LARGEST_SEQUENCE = 1024
 
 
 class FastGlobalBranch(FastLayer, GlobalBranch):
@@ -38,7 +36,7 @@ class FastGlobalBranch(FastLayer, GlobalBranch):
         return key.flatten(1, 2).unsqueeze(2), value.flatten(1, 2).unsqueeze(2)
 
     def sources(self) -> list[Tensor]:
-        return list(self.sr.parameters())
+        return tensors_of(self.sr)
 
     def derive(self, x: Tensor) -> PackedLinear:
         return PackedLinear(self.sr.weight.permute(0, 2, 3, 1).flatten(1), self.sr.bias)
@@ -66,7 +64,7 @@ class FastLocalBranch(FastLayer, LocalBranch):
         packed = self.derived(sequence)
         if windows == 1:
             return self.kv(self.fc(sequence))
-        if packed is None or sequence.shape[3] > _LARGEST_SEQUENCE:
+        if packed is None or not policy.averages_in_linear(sequence.shape[3]):
             return self.kv(self.fc(sequence.unflatten(3, (-1, windows)).mean(-1)))
         if windows not in packed:
             weight = self.kv.weight.detach().repeat_interleave(windows, dim=1) / windows
@@ -74,7 +72,7 @@ class FastLocalBranch(FastLayer, LocalBranch):
         return packed[windows](sequence, "none", None)
 
     def sources(self) -> list[Tensor]:
-        return list(self.kv.parameters())
+        return tensors_of(self.kv)
 
     def derive(self, x: Tensor) -> dict[int, PackedLinear] | None:
         """By the number of windows; filled when they are met."""
@@ -84,9 +82,17 @@ class FastLocalBranch(FastLayer, LocalBranch):
 class FastFactorizedAttention(FactorizedAttention):
     """Every branch writes its channels of one map; the projection adds the shortcut."""
 
+    needs: ClassVar = {
+        "global_branch": FastGlobalBranch,
+        "local_branches": FastLocalBranch,
+        "proj": FastLinear,
+    }
+
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         branches = (self.global_branch, *self.local_branches)
-        fast = runs_fast(x, self.q.weight) and unsupported(x.device, x.dtype) is None
+        fast = (
+            runs_fast(x, self.q.weight) and grouped_attention.unsupported(x.device, x.dtype) is None
+        )
         if not fast or min(x.shape[1:3]) < self.global_branch.sr_ratio:
             out = super().forward(x)
             return out if residual is None else out + residual

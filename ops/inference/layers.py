@@ -14,22 +14,21 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ops import linear as native_linear
-from ops import native
-from ops.inference.convolution import PackedConv2d
+from ops.cpu import policy
+from ops.cpu.dispatch import takes_kernels
+from ops.cpu.gemm.convolution import PackedConv2d
+from ops.cpu.gemm.linear import unsupported
+from ops.cpu.stem.packed_stem import PlanesConv2d, packed_stem
+from ops.inference.changes import Seen
 from ops.inference.packed_linear import (
     ONEDNN,
     PackedLinear,
-    by_tiles,
-    computed_in,
-    few_rows,
     scaled,
     scaled_residual,
 )
-from ops.inference.packed_stem import PlanesConv2d
-from ops.inference.packed_stem import unsupported as stem_unsupported
 
 __all__ = [
+    "AbsorbedActivation",
     "ActivatedLayer",
     "FastConv2d",
     "FastLayer",
@@ -40,7 +39,9 @@ __all__ = [
     "can_activate",
     "convert",
     "has_onednn",
+    "revert",
     "runs_fast",
+    "tensors_of",
 ]
 
 Module = TypeVar("Module", bound=nn.Module)
@@ -57,8 +58,6 @@ _CALLS = (
     "_convolution_pointwise",
     "_reorder_convolution_weight",
 )
-# Of fewer channels windows take long to copy. Maps of so few are the planes of images.
-_FEWEST_CHANNELS = 16
 
 
 @functools.cache
@@ -85,60 +84,80 @@ def convert(layer: nn.Module, fast: type[Module]) -> Module:
     return layer
 
 
+def revert(layer: nn.Module, plain: type[nn.Module]) -> None:
+    """Turn what :func:`convert` gave, in place, back into a ``plain`` layer.
+
+    Raises:
+        TypeError: ``plain`` is no class that the layer's class is a subclass of.
+    """
+    if not isinstance(layer, plain):
+        raise TypeError(f"a {type(layer).__name__} does not stand for a {plain.__name__}")
+    layer.__class__ = plain
+    for name in ("_derived", "_made_from", "_records", "activation"):
+        vars(layer).pop(name, None)
+
+
 def runs_fast(x: Tensor, weight: Tensor) -> bool:
     """Whether a layer with this weight may take its fast way for ``x``, else its plain one."""
     return (
-        x.dtype == weight.dtype
-        and x.is_cpu
-        and not torch.compiler.is_compiling()
-        and type(x) is Tensor
-        and torch._C._functorch.peek_interpreter_stack() is None  # vmap, grad and the like
+        takes_kernels((x, weight))
+        and x.dtype == weight.dtype
         and not (torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad))
     )
 
 
-class FastLayer(nn.Module):
-    """What inference layers share: things derived from their parameters, made when needed.
+def tensors_of(*layers: Any) -> list[Tensor]:
+    """The weights and biases that layers compute with, be they parameters or not."""
+    both = (t for layer in layers for t in (layer.weight, layer.bias))
+    return [t for t in both if t is not None]
 
-    They are in no state dict, copy or pickle, and are made anew when the parameters change.
+
+class FastLayer(nn.Module):
+    """What inference layers share: things derived from tensors, made when needed.
+
+    They are in no state dict, copy or pickle, and are made anew when the tensors are seen to have
+    changed (:class:`ops.inference.changes.Seen`) and after :meth:`forget`.
     """
 
     _derived: Any = None
-    # The parameters that they were made from, and the versions that those had.
-    _made_from: tuple[list[Tensor], list[int]] | None = None
+    _made_from: Seen | None = None
 
     def derived(self, x: Tensor) -> Any:
         """What :meth:`derive` gave, or None where the plain form must do for ``x``."""
         if torch.compiler.is_compiling():
             return None
-        sources, versions = self._made_from or (self.sources(), [])
+        sources = self.sources()
         if not runs_fast(x, sources[0]):
             return None
-        now = [0 if p.is_inference() else p._version for p in sources]
-        if now != versions:
-            with torch.no_grad():
-                self._derived = self.derive(x) if has_onednn(x.dtype) else None
-            self._made_from = sources, now
+        if self._made_from is None or not self._made_from.are(sources):
+            if not has_onednn(x.dtype) or not takes_kernels(sources):
+                return None
+            made_from = Seen(sources)
+            with torch.no_grad(), x.device:  # whatever the default device is
+                self._derived = self.derive(x)
+            self._made_from = made_from
         return self._derived
 
+    def forget(self) -> None:
+        """Let things be derived anew."""
+        self._made_from = None
+
     def sources(self) -> list[Tensor]:
-        """The parameters that things are derived from; they share dtype and device."""
-        return [p for p in self._parameters.values() if p is not None]
+        """The tensors that things are derived from; they share dtype and device."""
+        return tensors_of(self)
 
     def derive(self, x: Tensor) -> Any:
         """From the parameters, with ``x`` as an example of the inputs; each subclass says how."""
         raise NotImplementedError
 
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        self._made_from = None
-        super().register_parameter(name, param)
+    # These two may change tensors of inference mode, too, or swap what is in tensors.
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
-        self._made_from = None
+        self.forget()
         return super()._apply(fn, recurse)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        self._made_from = None
+        self.forget()
         super()._load_from_state_dict(*args, **kwargs)
 
     def __getstate__(self) -> dict[str, Any]:
@@ -180,6 +199,14 @@ def activate(layer: nn.Module, kind: str) -> None:
     """Let a layer that :func:`can_activate` apply an activation to what it computes."""
     assert isinstance(layer, ActivatedLayer)
     layer.activation = kind
+
+
+class AbsorbedActivation(nn.Identity):
+    """Where an activation was that the layers before it apply now; it is kept, as no submodule."""
+
+    def __init__(self, act: nn.Module) -> None:
+        super().__init__()
+        self.kept = (act,)
 
 
 class FastLinear(ActivatedLayer, nn.Linear):
@@ -260,11 +287,9 @@ class FastConv2d(ActivatedLayer, nn.Conv2d):
 
     def suits_kernel(self, x: Tensor) -> bool:
         """Whether our kernel is faster than oneDNN's, where :meth:`derive` gives both."""
-        if self.in_channels < _FEWEST_CHANNELS:
-            return x.is_contiguous()
         strides: Any = self.stride
         pixels = len(x) * (x.shape[2] // strides[0]) * (x.shape[3] // strides[1])
-        return pixels <= few_rows(x.dtype)
+        return policy.conv_by_kernel(self.in_channels, pixels, x.is_contiguous(), x.dtype)
 
     def _by_onednn(self, x: Tensor, packed: tuple[Tensor, Tensor | None] | None) -> Tensor:
         if packed is None:
@@ -283,23 +308,23 @@ class FastConv2d(ActivatedLayer, nn.Conv2d):
     def derive(self, x: Tensor) -> tuple[Any, Any]:
         """For our kernel and for oneDNN, or None where one is never wanted."""
         own = self.for_kernel(x)
-        always = isinstance(own, PackedConv2d) and not by_tiles(x.dtype)
+        always = isinstance(own, PackedConv2d) and not policy.by_tiles(x.dtype)
         return own, None if always else self.for_onednn(x)
 
     def for_kernel(self, x: Tensor) -> PackedConv2d | PlanesConv2d | None:
         """The convolution by one of our kernels, if one is ever the faster way."""
         strided = self.groups == 1 and self.dilation == (1, 1) and self.stride != (1, 1)
-        if not strided or not native.multiplies(x.dtype):
+        if not strided or not policy.multiplies(x.dtype):
             return None
-        if self.in_channels >= _FEWEST_CHANNELS:
-            reason = native_linear.unsupported(x.device, x.dtype, with_bfloat16=True)
+        if policy.channels_enough_for_windows(self.in_channels):
+            reason = unsupported(x.device, x.dtype, with_bfloat16=True)
             return PackedConv2d(self) if reason is None else None
-        own = PlanesConv2d.takes(self) and stem_unsupported(x.device, x.dtype) is None
-        return PlanesConv2d(self) if own and not by_tiles(x.dtype) else None
+        own = PlanesConv2d.takes(self) and packed_stem.unsupported(x.device, x.dtype) is None
+        return PlanesConv2d(self) if own and not policy.by_tiles(x.dtype) else None
 
     def for_onednn(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Packed weight and bias."""
-        dtype = computed_in(x.dtype)
+        dtype = policy.computed_in(x.dtype)
         packed = torch.ops.mkldnn._reorder_convolution_weight(
             self.weight.detach().to(dtype, memory_format=torch.channels_last),
             self.padding,

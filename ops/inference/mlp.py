@@ -5,17 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-import torch
 from timm.layers import ConvMlp, Mlp
 from torch import Tensor, nn
 
-from ops.inference import depthwise_mlp
+from ops.cpu import policy
+from ops.cpu.dispatch import takes_kernels
+from ops.cpu.feed_forward.depthwise_mlp import PackedDepthwiseMlp, depthwise_mlp
+from ops.cpu.gemm.linear import pack_weight, unsupported
+from ops.cpu.gemm.mlp import packed_mlp
 from ops.inference.conv import FastDepthwiseConv2d
-from ops.inference.depthwise_mlp import PackedDepthwiseMlp
-from ops.inference.layers import FastLayer, FastLinear, FastPointwiseConv2d
-from ops.linear import pack_weight, unsupported
+from ops.inference.layers import FastLayer, FastLinear, FastPointwiseConv2d, tensors_of
 from ops.mlp import DWMlp
-from ops.packed_mlp import packed_mlp
 
 __all__ = [
     "FastConvMlp",
@@ -50,9 +50,11 @@ def feed_forward(
     Returns:
         (..., out_dim).
     """
+    if not takes_kernels((x,)):
+        return project(expand(x), residual)
     rows = x.numel() // max(1, x.shape[-1])
     chunk = max(_CHUNK_ROWS, _CHUNK_BYTES // (hidden_dim * x.element_size()))
-    if torch.compiler.is_compiling() or x.requires_grad or rows < 2 * chunk:
+    if rows < 2 * chunk or x.requires_grad:
         return project(expand(x), residual)
     x_rows = x.reshape(rows, -1)
     residuals = None if residual is None else residual.reshape(rows, -1)
@@ -97,15 +99,14 @@ class NormedMlp(FastLayer):
         return None
 
     def sources(self) -> list[Tensor]:
-        parts = [m for m in (self.fc1, self.conv(), self.fc2) if m is not None]
-        return [p for part in parts for p in part.parameters()]
+        parts = (self.fc1, self.conv(), self.fc2)
+        return tensors_of(*(part for part in parts if part is not None))
 
     def derive(self, x: Tensor) -> PackedDepthwiseMlp | None:
         fc1, conv, fc2 = self.fc1, self.conv(), self.fc2
         if depthwise_mlp.unsupported(x.device, x.dtype) is not None:
             return None
-        # With AMX, layers of bfloat16 were measured one by one only.
-        if x.dtype == torch.bfloat16 and torch.cpu._is_amx_tile_supported():
+        if not policy.feed_forward_by_kernel(x.dtype):
             return None
         linear = (FastLinear, FastPointwiseConv2d)
         plain = isinstance(fc1, linear) and isinstance(fc2, linear)
@@ -127,6 +128,7 @@ class FastMlp(NormedMlp, Mlp):
     """On tokens, (..., dim) → (..., out_dim)."""
 
     followed: ClassVar = {"act": ("fc1",)}
+    needs: ClassVar = {"fc2": FastLinear}
     norm: Any
 
     def in_layers(self, x: Tensor, residual: Tensor | None) -> Tensor:
@@ -143,6 +145,7 @@ class FastConvMlp(FastLayer, ConvMlp):
     """(B, dim, H, W) → (B, out_dim, H, W), channels-last, without a norm inside."""
 
     followed: ClassVar = {"act": ("fc1",)}
+    needs: ClassVar = {"fc1": FastPointwiseConv2d, "fc2": FastPointwiseConv2d}
     fc1: Any
     act: Any
     fc2: Any
@@ -165,7 +168,7 @@ class FastConvMlp(FastLayer, ConvMlp):
         return self.act(self.fc1.on_last(x))
 
     def sources(self) -> list[Tensor]:
-        return [*self.fc1.parameters(), *self.fc2.parameters()]
+        return tensors_of(self.fc1, self.fc2)
 
     def derive(self, x: Tensor) -> Any:
         reason = unsupported(x.device, x.dtype, with_bfloat16=True)
@@ -184,6 +187,7 @@ class FastDWMlp(NormedMlp, DWMlp):
     """(B, H, W, dim) → (B, H, W, dim)."""
 
     followed: ClassVar = {"act": ("dwconv",)}
+    needs: ClassVar = {"fc2": FastLinear}
 
     def in_layers(self, x: Tensor, residual: Tensor | None) -> Tensor:
         x = self.dwconv(self.fc1(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)

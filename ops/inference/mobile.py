@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable
 from typing import Any, ClassVar, NamedTuple
 
 import torch
@@ -12,12 +10,12 @@ from torch import Tensor, nn
 
 from ops.attention.cascaded import CascadedGroupAttention, distance_bias, resize_distance_table
 from ops.attention.single_head import SingleHeadAttention
-from ops.inference.cascaded_attention import PackedCascadedAttention, unsupported
-from ops.inference.layers import FastLayer, FastPointwiseConv2d
-from ops.inference.packed_linear import PackedLinear, computed_in
+from ops.cpu import policy
+from ops.cpu.attention.cascaded import PackedCascadedAttention, cascaded_attention
+from ops.cpu.gemm.mlp import packed_mlp
+from ops.inference.conv import FastSqueezeExcite
+from ops.inference.layers import FastLayer, FastPointwiseConv2d, runs_fast, tensors_of
 from ops.mobile import ConvFFN, ExpandMerging, Residual
-from ops.native.eager import Repeats
-from ops.packed_mlp import prepare as prepare_mlp
 
 __all__ = [
     "FastCascadedGroupAttention",
@@ -28,10 +26,6 @@ __all__ = [
 ]
 
 
-# Of a map that attends in one pass; with more of them torch's products are the faster ones.
-_MOST_TOKENS = 256
-
-
 class _Cascade(NamedTuple):
     """The heads' layers for the kernel, if there is one, and tables of biases by a map's size."""
 
@@ -39,66 +33,43 @@ class _Cascade(NamedTuple):
     biases: dict[tuple[int, int], Tensor]
 
 
-class FastResidual(Residual):
-    """``x + fn(x)``, where ``fn`` adds ``x`` in its last layer."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fn(x, residual=x)
-
-
-class FastConvFFN(FastLayer, ConvFFN):
+class FastConvFFN(ConvFFN):
     """On tokens; ``fc2`` adds the shortcut. Small maps go through both layers in one call."""
 
     followed: ClassVar = {"act": ("fc1",)}
+    needs: ClassVar = {"fc1": FastPointwiseConv2d, "fc2": FastPointwiseConv2d}
     fc1: Any
     fc2: Any
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         tokens = x.permute(0, 2, 3, 1)
         shortcut = None if residual is None else residual.permute(0, 2, 3, 1)
-        pair = self.derived(x)
-        way = None if pair is None else pair.find((tokens, shortcut), self.fc1.activation)
-        if way is not None:
-            out: Tensor = way(tokens, shortcut)
+        pair = self._packed_pair(x, tokens)
+        if pair is not None:
+            out: Tensor = packed_mlp(tokens, *pair, self.fc1.activation, shortcut)
         else:
             out = self.fc2.on_last(self.act(self.fc1.on_last(tokens)), shortcut)
         return out.permute(0, 3, 1, 2)
 
-    def derived(self, x: Tensor) -> Repeats | None:
-        """Calls of both layers at once, from what they have packed; None where they have not.
-
-        They pack anew when their weights change, and the calls are then planned anew.
-        """
-        layers = self.fc1, self.fc2
-        if not all(isinstance(layer, FastPointwiseConv2d) for layer in layers):
+    def _packed_pair(self, x: Tensor, tokens: Tensor) -> list[Tensor] | None:
+        """Weights and biases of both layers, where our kernel is the faster one for both."""
+        if not isinstance(self.act, nn.Identity):
             return None
-        packed = tuple(layer.derived(x) for layer in layers)
-        if None in packed or not isinstance(self.act, nn.Identity):
-            return None
-        if self._derived is None or self._derived[0] != packed:
-            self._derived = packed, Repeats(functools.partial(_prepare_pair, *packed))
-        repeats: Repeats = self._derived[1]
-        return repeats
-
-
-def _prepare_pair(
-    expand: PackedLinear,
-    project: PackedLinear,
-    tokens: Tensor,
-    shortcut: Tensor | None,
-    activation: str,
-) -> Callable[[Tensor, Tensor | None], Tensor] | None:
-    """Both layers in one call, where our kernel is the faster one for both."""
-    first, second = expand.packed_for(tokens, activation), project.packed_for(tokens, "none")
-    if first is None or second is None:
-        return None
-    return prepare_mlp(tokens, *first, *second, activation, shortcut)
+        found: list[Tensor] = []
+        for layer, activation in ((self.fc1, self.fc1.activation), (self.fc2, "none")):
+            linear = layer.derived(x) if isinstance(layer, FastPointwiseConv2d) else None
+            packed = None if linear is None else linear.packed_for(tokens, activation)
+            if packed is None:
+                return None
+            found += packed
+        return found
 
 
 class FastExpandMerging(ExpandMerging):
     """The convolutions apply the activation, the last one the gates."""
 
     followed: ClassVar = {"act": ("expand", "reduce")}
+    needs: ClassVar = {"se": FastSqueezeExcite, "project": FastPointwiseConv2d}
 
     def forward(self, x: Tensor) -> Tensor:
         se: Any = self.se
@@ -109,12 +80,16 @@ class FastExpandMerging(ExpandMerging):
 class FastCascadedGroupAttention(FastLayer, CascadedGroupAttention):
     """On tokens, all heads in one pass, with the table of biases of each map's size made once."""
 
+    needs: ClassVar = {"proj": FastPointwiseConv2d}
+
     def sources(self) -> list[Tensor]:
-        return [*self.heads.parameters(), self.attention_biases]
+        heads: Any = self.heads
+        layers = (layer for head in heads for layer in (head.qkv, head.dwconv))
+        return [*tensors_of(*layers), self.attention_biases]
 
     def derive(self, x: Tensor) -> _Cascade:
         heads: Any = self.heads
-        if unsupported(x.device, x.dtype) is not None:
+        if cascaded_attention.unsupported(x.device, x.dtype) is not None:
             return _Cascade(None, {})
         projections, convs = ([getattr(h, n) for h in heads] for n in ("qkv", "dwconv"))
         return _Cascade(PackedCascadedAttention(projections, heads[0].splits[0], convs), {})
@@ -169,24 +144,39 @@ class FastCascadedGroupAttention(FastLayer, CascadedGroupAttention):
 class FastSingleHeadAttention(FastLayer, SingleHeadAttention):
     """On tokens, in one pass where the map is small."""
 
+    needs: ClassVar = {"proj": FastPointwiseConv2d}
+
     def sources(self) -> list[Tensor]:
-        return [*self.qkv.parameters(), *self.norm.parameters()]
+        return tensors_of(self.qkv, self.norm)
 
     def derive(self, x: Tensor) -> PackedCascadedAttention | None:
-        if unsupported(x.device, x.dtype) is not None:
+        if cascaded_attention.unsupported(x.device, x.dtype) is not None:
             return None
         qkv: Any = self.qkv
         return PackedCascadedAttention([qkv], self.qkv_splits[0], norm=self.norm)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        weight: Any = self.qkv.weight
+        if not runs_fast(x, weight):
+            out = super().forward(x)
+            return out if residual is None else out + residual
         batch, _, height, width = x.shape
         packed = self.derived(x)
-        if packed is not None and height * width <= _MOST_TOKENS:
+        if packed is not None and policy.single_head_by_kernel(height * width):
             return self.proj(packed(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2), residual)
         attended, rest = x.split(self.input_splits, dim=1)
         qkv = self.qkv(self.norm(attended)).permute(0, 2, 3, 1).flatten(1, 2)
-        query, key, value = qkv.to(computed_in(x.dtype)).split(self.qkv_splits, dim=2)
+        query, key, value = qkv.to(policy.computed_in(x.dtype)).split(self.qkv_splits, dim=2)
         logits = torch.bmm(query * query.shape[2] ** -0.5, key.transpose(1, 2))
         attended = torch.bmm(logits.softmax(dim=-1), value).view(batch, height, width, -1)
         mixed = torch.cat((attended.to(x.dtype), rest.permute(0, 2, 3, 1)), dim=3).relu_()
         return self.proj(mixed.permute(0, 3, 1, 2), residual)
+
+
+class FastResidual(Residual):
+    """``x + fn(x)``, where ``fn`` adds ``x`` in its last layer."""
+
+    needs: ClassVar = {"fn": (FastCascadedGroupAttention, FastConvFFN, FastSingleHeadAttention)}
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fn(x, residual=x)

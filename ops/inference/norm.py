@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
+from ops.cpu.norm.layer_norm import layer_norm
 from ops.inference.layers import ActivatedLayer
-from ops.native.eager import Repeats
-from ops.norm import layer_norm, prepare, unsupported
 
 __all__ = ["FastLayerNorm", "FastLayerNorm2d"]
 
@@ -21,17 +19,11 @@ class _PackedNorm:
     def __init__(self, norm: nn.LayerNorm) -> None:
         self._affine = norm.weight.detach().float(), norm.bias.detach().float()
         self._eps = norm.eps
-        self._repeats = Repeats(self._prepare)
 
     def __call__(self, x: Tensor, activation: str) -> Tensor:
         """``activation(norm(x))``, (..., dim) → (..., dim)."""
-        way = self._repeats.find((x,), activation)
-        if way is not None:
-            return way(x)
-        return layer_norm(x, *self._affine, self._eps, activation)
-
-    def _prepare(self, x: Tensor, activation: str) -> Callable[[Tensor], Tensor] | None:
-        return prepare(x, *self._affine, self._eps, activation)
+        out: Tensor = layer_norm(x, *self._affine, self._eps, activation)
+        return out
 
 
 class FastLayerNorm(ActivatedLayer, nn.LayerNorm):
@@ -46,7 +38,7 @@ class FastLayerNorm(ActivatedLayer, nn.LayerNorm):
         return self.derived(x) if simple else None
 
     def derive(self, x: Tensor) -> _PackedNorm | None:
-        return None if unsupported(x.device, x.dtype) is not None else _PackedNorm(self)
+        return None if layer_norm.unsupported(x.device, x.dtype) is not None else _PackedNorm(self)
 
 
 class FastLayerNorm2d(FastLayerNorm, LayerNorm2d):

@@ -8,9 +8,9 @@ import torch
 from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
-from ops.inference.layers import FastLayer, activation_kind
-from ops.inference.packed_linear import by_tiles, computed_in
-from ops.inference.packed_stem import pack_layers, packed_stem, unsupported
+from ops.cpu import policy
+from ops.cpu.stem.packed_stem import pack_layers, packed_stem
+from ops.inference.layers import FastLayer, activation_kind, tensors_of
 
 __all__ = ["FastStem", "is_stem"]
 
@@ -60,11 +60,11 @@ class FastStem(FastLayer, nn.Sequential):
         return packed_stem(x.to(dtype), *packed).to(x.dtype)
 
     def sources(self) -> list[Tensor]:
-        return list(self.parameters())
+        return tensors_of(*(leaf for leaf in _leaves(self) if hasattr(leaf, "weight")))
 
     def derive(self, x: Tensor) -> Any:
-        dtype = computed_in(x.dtype)
-        if unsupported(x.device, dtype) is not None:
+        dtype = policy.computed_in(x.dtype)
+        if packed_stem.unsupported(x.device, dtype) is not None:
             return None
         layers: list[tuple[Any, Any]] = []  # convolutions, and their norms or nothing
         for layer in _leaves(self):
@@ -73,14 +73,16 @@ class FastStem(FastLayer, nn.Sequential):
             else:
                 layers.append((layer, None))
         odd = any(conv.in_channels % 2 for conv, _ in layers[1:])  # which have no pairs
-        if by_tiles(dtype) or (odd and dtype == torch.bfloat16):
+        if policy.by_tiles(dtype) or (odd and dtype == torch.bfloat16):
             return None
         activations = [(conv if norm is None else norm).activation for conv, norm in layers]
         packed = pack_layers([conv for conv, _ in layers], dtype)
         if all(norm is None for _, norm in layers):
             return dtype, *packed, activations
         norms = [
-            torch.empty(0) if norm is None else torch.stack((norm.weight, norm.bias)).float()
+            x.new_empty(0, dtype=torch.float32)
+            if norm is None
+            else torch.stack((norm.weight, norm.bias)).float()
             for conv, norm in layers
         ]
         eps = [0.0 if norm is None else norm.eps for _, norm in layers]

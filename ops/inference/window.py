@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -18,21 +18,21 @@ from ops.attention.window import (
     shift_masks,
     window_partition,
 )
-from ops.inference import grouped_attention
-from ops.inference.grouped_attention import LINE, ScoreTerms, split_heads
-from ops.inference.layers import FastLayer
+from ops.cpu import policy
+from ops.cpu.attention import grouped as grouped_attention
+from ops.cpu.attention.grouped import LINE, ScoreTerms, split_heads
+from ops.inference.layers import FastLayer, FastLinear
 
 __all__ = ["FastOverlappingWindowAttention", "FastWindowAttention"]
 
 
-# Of keys, along a side: to find out which lines are the same takes longer for larger ones.
-_LARGEST_WINDOW = 48
 _CPU = torch.device("cpu")  # of what is kept, whatever the default device is
 
 
 class _InPlace(FastLayer):
     """Nothing is rolled, cut or put together; the projection adds the shortcut."""
 
+    needs: ClassVar = {"qkv": FastLinear, "proj": FastLinear}
     window_size: int
     num_heads: int
     relative_position_bias_table: Any
@@ -67,9 +67,9 @@ class _InPlace(FastLayer):
     def derive(self, x: Tensor) -> Tensor | None:
         """(heads, lines, LINE): what is added to the scores before they are scaled."""
         side = self._key_size()
-        if side > _LARGEST_WINDOW or not grouped_attention.outruns_torch(x.dtype, side**2):
+        if not policy.window_attention_by_kernel(side, x.dtype):
             return None
-        if grouped_attention.unsupported(x.device, x.dtype) is not None:
+        if grouped_attention.grouped_attention.unsupported(x.device, x.dtype) is not None:
             return None
         places, _ = self._lines()
         bias = self.relative_position_bias_table.float().t()
@@ -171,7 +171,7 @@ def _grown_lines(window_size: int, overlap_size: int) -> tuple[Tensor, Tensor]:
 
 
 def _distinct_lines(index: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
-    """The lines of :class:`ops.inference.grouped_attention.ScoreTerms`, each once.
+    """The lines of :class:`ops.cpu.attention.grouped.ScoreTerms`, each once.
 
     Args:
         index: (N, M), where in the table the biases of queries and keys stand.

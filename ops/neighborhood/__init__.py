@@ -26,13 +26,14 @@ rpb                (H, 2·k₁−1, 2·k₂−1, …), added to the scaled score
                    arrives in the dtype of lse
 out                (B, \\*S, H, D_v), dtype of query
 lse                (B, \\*S, H), natural logarithm of the softmax's denominator; float64 for
-                   float64 inputs, else float32
+                   float64 inputs, else float32; NaN for a query that sees a NaN key, and infinite
+                   with its scores, as of ``torch.logsumexp``
 =================  ==========================================================================
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from types import ModuleType, SimpleNamespace
 from typing import NamedTuple
 
@@ -41,8 +42,6 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
-from ops.native.eager import is_plain_call
-from ops.native.recorder import recording
 from ops.neighborhood import cpu, natten, reference, tiled, triton
 from ops.neighborhood._checks import check_rpb, check_tensors, resolve_params
 from ops.neighborhood._geometry import NAParams
@@ -190,19 +189,16 @@ def _attend(
         with torch.autocast(device, enabled=False):
             return _attend(rank, tensors, window, return_lse, backend)
 
-    params, chosen, prepared = _resolved(rank, tensors, window, return_lse, backend)
-    if prepared is not None and not cpu.needs_grad(tensors) and is_plain_call(tensors):
-        return prepared(*tensors)
+    params, chosen = _resolved(rank, tensors, window, return_lse, backend)
     out, lse = chosen.attend(*_tidied(tensors), params)
     return (out, lse) if return_lse else out
 
 
 class _Call(NamedTuple):
-    """What a call comes to: its parameters, what does it, and the shortest way to it if any."""
+    """What a call comes to: its parameters, and what does it."""
 
     params: NAParams
     backend: Backend
-    prepared: Callable[..., Tensor] | None = None
 
 
 def _resolved(
@@ -215,23 +211,18 @@ def _resolved(
     """
     if torch.compiler.is_compiling():
         return _resolve(rank, tensors, window, return_lse, backend)
-    watched = recording() is not None  # known functions would call kernels unseen
     # 7, 7.0 and True are equal and have different types.
     window_types = [tuple(map(type, w)) if type(w) is tuple else type(w) for w in window]
     try:
         kinds = [t if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors]
         call = (rank, *kinds, window, *window_types, return_lse, backend, torch.get_num_threads())
-        known = None if watched else _known_calls.get(call)
+        known = _known_calls.get(call)
     except (TypeError, RuntimeError):  # symbolic sizes, windows in lists; no strides
         return _resolve(rank, tensors, window, return_lse, backend)
     if known is None:
         known = _resolve(rank, tensors, window, return_lse, backend)
         # On a GPU the choice depends on more, on who wants gradients say.
         if tensors[0].device.type == "cpu" and known.backend not in (triton, natten):
-            if known.backend is cpu:
-                known = known._replace(prepared=cpu.prepare(*tensors, known.params))
-            if watched:
-                return known
             if len(_known_calls) >= _MAX_KNOWN_CALLS:
                 _known_calls.clear()
             _known_calls[call] = known

@@ -4,7 +4,8 @@ Neighborhood attention: https://arxiv.org/abs/2204.07143. The queries are cut in
 attends to the union of its queries' windows, and a mask, one for all tiles that lie alike towards
 the borders, hides what a query does not see. The backward computes the scores anew, again tile by
 tile, so that memory does not grow with the window. Hidden keys weigh zero, not nothing: a value
-that is not finite spreads to all queries of the tiles that read it.
+that is not finite spreads to all queries of the tiles that read it, and so does a key, in gradients
+and where no lse is wanted.
 """
 
 from __future__ import annotations
@@ -302,8 +303,13 @@ def _scatter_add(tokens: Tensor, extra: Tensor | None, index: Tensor, tiles: Ten
 def _scores(scaled_query: Tensor, key: Tensor, tiles: Tiles, rpb: Tensor | None) -> Tensor:
     """(B·tiles, H, T, U + extra), −∞ where a query does not see a key."""
     scores = scaled_query @ key.mT
-    bias = _bias(tiles, rpb, key.shape[-2], scores.dtype)
-    return scores if bias is None else scores.add_(bias)
+    of_window = scores[..., : tiles.keys.shape[1]]
+    if rpb is not None:
+        of_window += rpb.flatten(1)[:, tiles.offsets].to(scores.dtype)
+    if not tiles.all_visible:
+        # Not added, as in `_bias`: what a query does not see may be NaN.
+        of_window.masked_fill_(~tiles.visible, -math.inf)
+    return scores
 
 
 def _bias(tiles: Tiles, rpb: Tensor | None, num_keys: int, dtype: torch.dtype) -> Tensor | None:

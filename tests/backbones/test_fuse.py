@@ -17,11 +17,11 @@ from zoo import FAMILIES, RESTORATION, images, randomise, small
 
 import backbones
 from backbones._fuse import fast_form
+from ops.cpu.gemm.linear import unsupported
 from ops.inference import layers
 from ops.inference.mlp import FastMlp, feed_forward
-from ops.inference.recorded import Recorded
-from ops.linear import unsupported
-from ops.native.program import Program
+from ops.replay.module import Recorded
+from ops.replay.replay import Replay
 
 every_family = pytest.mark.parametrize("family", FAMILIES)
 
@@ -92,9 +92,9 @@ def test_calls_repeat_to_the_last_bit(
     pyramids = [model.forward_intermediates(inputs[0][0], norm=True) for _ in range(4)]
     # Without kernels of bfloat16 other layers run, which need not be recorded.
     if unsupported(torch.device("cpu"), dtype, with_bfloat16=True) is None:
-        assert [type(p) for p in programs] == [Program, Program]
+        assert [type(p) for p in programs] == [Replay, Replay]
         for stage in model.stages:
-            assert Program in map(type, stage._records._programs.values())
+            assert Replay in map(type, stage._records._programs.values())
 
     monkeypatch.setattr(Recorded, "forward", Recorded.compute)
     for same, outs in zip(inputs, repeated, strict=True):
@@ -141,7 +141,7 @@ def test_bfloat16_where_the_cpu_does_not_multiply_it(
     assert out[0].dtype == torch.bfloat16 and torch.equal(out[0], out[2])
     assert _relative(out[0], expected) <= 1.5 * usual + 1e-2
     if has_kernels:
-        assert [type(p) for p in half._records._programs.values()] == [Program]
+        assert [type(p) for p in half._records._programs.values()] == [Replay]
         with _Products() as products:
             half(x.bfloat16())
         assert not products.of_bfloat16, products.of_bfloat16

@@ -11,6 +11,7 @@ import triton
 import triton.language as tl
 
 from ops.neighborhood.triton.geometry import (
+    HIGHEST,
     LN_2,
     LOG2_E,
     LOWEST,
@@ -35,7 +36,7 @@ from ops.neighborhood.triton.geometry import (
 @triton.jit
 def _attend_block(scores, v, acc, top, total, PRECISION: tl.constexpr):
     """One step of the online softmax."""
-    new_top = tl.maximum(top, tl.max(scores, 1))
+    new_top = tl.minimum(tl.maximum(top, tl.max(scores, 1)), HIGHEST)
     p = tl.math.exp2(scores - new_top[:, None])
     shrink = tl.math.exp2(top - new_top)
     total = total * shrink + tl.sum(p, 1)

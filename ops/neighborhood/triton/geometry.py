@@ -25,6 +25,8 @@ LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
 # Where the running maximum starts: finite, so that a row that has met no key yet yields no NaN.
 LOWEST = tl.constexpr(-1.0e38)
+# Where it ends: finite, so that only NaN among the scores makes their sum NaN.
+HIGHEST = tl.constexpr(3.0e38)
 
 
 @triton.jit

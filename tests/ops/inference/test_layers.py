@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from compiled_kernels import using_threads, without_kernels
 from torch import Tensor, nn
 
+from ops.cpu import policy
 from ops.inference import conv
 from ops.inference.conv import FastDepthwiseConv2d
 from ops.inference.layers import FastLinear, FastPointwiseConv2d, activate, convert
@@ -33,8 +34,8 @@ def test_calls_of_many_kinds_one_after_the_other(bias: bool, by: str, monkeypatc
     if by == "oneDNN":
         without_kernels(monkeypatch)
     elif by == "oneDNN for many rows":
-        monkeypatch.setattr("ops.inference.packed_linear.few_rows", lambda dtype: 8)
-        monkeypatch.setattr("ops.inference.packed_linear._NARROW", 8)
+        monkeypatch.setattr("ops.cpu.policy.few_rows", lambda dtype: 8)
+        monkeypatch.setattr("ops.cpu.policy._NARROW", 8)
     layer = _linear(bias)
     for _ in range(2):
         for shape in ((3, 24), (2, 5, 24), (1, 3000, 24), (0, 24), (24,)):
@@ -111,7 +112,7 @@ def test_depthwise_convolutions_of_small_and_large_maps(monkeypatch) -> None:
     call = conv.PackedDepthwise.__call__
     monkeypatch.setattr(conv.PackedDepthwise, "__call__", lambda *a: calls.append(a) or call(*a))
     for most, count in ((x.numel(), 1), (x.numel() - 1, 1), (x.numel(), 2)):
-        monkeypatch.setattr(conv, "_SMALL_MAP", most)
+        monkeypatch.setattr(policy, "_SMALL_MAP", most)
         torch.testing.assert_close(layer(x), plain(x), rtol=1e-5, atol=1e-5)
         assert len(calls) == count
 

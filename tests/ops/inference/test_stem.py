@@ -12,15 +12,16 @@ from timm.layers import LayerNorm2d
 from torch import nn
 
 from backbones._fuse import put_channels_last
-from ops import native
+from ops import cpu
+from ops.cpu import policy
 from ops.inference.stem import FastStem, is_stem
 from ops.mobile import conv_stem
 from ops.reparam import fuse_children
 
 
 def test_odd_channels_of_bfloat16_are_left_to_torch() -> None:
-    floats = not native.multiplies(torch.bfloat16)  # made of it on the way
-    even = floats or native.instruction_set() != "amx"
+    floats = not policy.multiplies(torch.bfloat16)  # made of it on the way
+    even = floats or cpu.instruction_set() != "amx"
     for channels, made in (((3, 16, 33), even), ((3, 15, 32), floats)):
         fast = nn.Sequential(*conv_row(*channels)).eval().bfloat16()
         expected = copy.deepcopy(fast)

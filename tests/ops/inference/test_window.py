@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 
-from ops import native
+from ops import cpu
 from ops.attention.window import OverlappingWindowAttention, WindowAttention
-from ops.inference import grouped_attention, window
-from ops.inference.grouped_attention import ScoreTerms, attend_windows
+from ops.cpu import policy
+from ops.cpu.attention.grouped import ScoreTerms, attend_windows, grouped_attention
+from ops.inference import window
 from ops.inference.layers import FastLinear, convert
 from ops.inference.window import FastOverlappingWindowAttention, FastWindowAttention
 
@@ -98,7 +99,7 @@ def test_other_instruction_sets(instructions: str, monkeypatch: pytest.MonkeyPat
             x = _map(layer, 1, 2, 2).to(dtype)
             exact = copy.deepcopy(layer).to(dtype).double()(x.double())
             assert _error(_fast(layer).to(dtype)(x).double(), exact) <= bound
-    assert native.status("attention").instruction_set == instructions
+    assert cpu.status("attention").instruction_set == instructions
 
 
 def test_threads_change_nothing() -> None:
@@ -121,7 +122,7 @@ def test_another_default_device_does_not_matter() -> None:
 
 
 def test_windows_too_large_for_tables_are_plain(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(window, "_LARGEST_WINDOW", 7)
+    monkeypatch.setattr(policy, "_LARGEST_WINDOW", 7)
     monkeypatch.setattr(window, "_distinct_lines", None)
     for layer in (_windows(1, 4, 9, 2), _overlapping(1, 4, 6)):
         x = _map(layer, 1, 2, 1)

@@ -155,7 +155,6 @@ def test_the_whole_map_goes_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     with_extra = na2d(*tensors, **whole, **more, backend="reference")
     for module in BACKENDS.values():
         monkeypatch.delattr(module, "attend")
-    monkeypatch.setattr(BACKENDS["cpu"], "prepare", lambda *arguments: None)
     torch.testing.assert_close(na2d(*tensors, **whole), plain)
     torch.testing.assert_close(na2d(*tensors, **whole, **more), with_extra)
     for other in ({"is_causal": (False, True)}, {"rpb": _shape(2, 15, 11)}, {"return_lse": True}):

@@ -11,7 +11,7 @@ import torch
 from compiled_kernels import forget_kernels, using_threads
 from neighborhood_oracle import normal_inputs
 
-from ops import native
+from ops.cpu import build
 from ops.neighborhood import cpu, na1d, na2d
 from ops.neighborhood._geometry import NAParams
 
@@ -52,9 +52,9 @@ def test_repeated_calls_are_the_first_ones():
 
 
 def test_without_a_library(monkeypatch):
-    missing = native.Kernel(None, None, "portable", "no C++ compiler found")
+    missing = build.Kernel(None, None, "portable", "no C++ compiler found")
     forget_kernels(monkeypatch)
-    monkeypatch.setitem(native.build._kernels, "neighborhood", missing)
+    monkeypatch.setitem(build._kernels, "neighborhood", missing)
     query, key, value = normal_inputs(9, 9)
     params = NAParams((3, 3), (1, 1), (1, 1), (False, False), 1.0)
     assert cpu.supports(query, key, value, None, None, None, params) == missing.reason
@@ -130,15 +130,13 @@ def test_no_second_derivative():
 @pytest.mark.parametrize("isa", ["avx2", "portable"])
 def test_other_instruction_sets(isa, tmp_path):
     """The plainer builds of the kernel, which this CPU would not choose, are exact too."""
-    if list(native.build._ISA_FLAGS).index(isa) <= list(native.build._ISA_FLAGS).index(
-        native.instruction_set()
-    ):
+    if list(build._ISA_FLAGS).index(isa) <= list(build._ISA_FLAGS).index(build.instruction_set()):
         return  # the other tests ran on it
     code = (
-        "import torch; from ops import native\n"
+        "import torch; from ops.cpu import build\n"
         "from neighborhood_oracle import *\n"
         "torch.set_num_threads(1)\n"
-        f"assert native.status('neighborhood').instruction_set == {isa!r}\n"
+        f"assert build.status('neighborhood').instruction_set == {isa!r}\n"
         "for seed in range(40): assert_exact(random_case(seed), 'cpu')\n"
         "wide = Limits(max_size={1: 200, 2: 26, 3: 9}, dims=(1, 7, 16, 20, 32))\n"
         "for seed in range(1000, 1006): assert_exact(random_case(seed, wide), 'cpu')\n"

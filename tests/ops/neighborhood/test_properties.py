@@ -8,7 +8,14 @@ import torch.nn.functional as F
 from compiled_kernels import using_threads
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from neighborhood_oracle import NA, Case, assert_exact, make_inputs
+from neighborhood_oracle import (
+    NA,
+    UNUSUAL_SCORES,
+    Case,
+    assert_exact,
+    assert_lse_of_unusual_scores,
+    make_inputs,
+)
 from torch import Tensor
 
 from ops.neighborhood import na1d, na2d
@@ -80,6 +87,12 @@ def test_batch_and_heads_are_separate(backend: str | None, case: Case, data: st.
     out_swapped, lse_swapped = attend(case, swapped, backend, return_lse=True)
     torch.testing.assert_close(out_swapped, out.flip(-2)[batch])
     torch.testing.assert_close(lse_swapped, lse.flip(-1)[batch])
+
+
+@pytest.mark.parametrize("kind", UNUSUAL_SCORES)
+@pytest.mark.parametrize("backend", ["reference", "tiled", "cpu"])
+def test_lse_of_unusual_scores(backend: str, kind: str) -> None:
+    assert_lse_of_unusual_scores(kind, backend)
 
 
 @every_backend

@@ -166,6 +166,14 @@ def test_random_cases_in_half_precision(seed, dtype):
         assert oracle.error(got, expected) <= gradient_tolerance, (name, case)
 
 
+@pytest.mark.parametrize("kind", oracle.UNUSUAL_SCORES)
+@pytest.mark.filterwarnings(
+    "ignore::RuntimeWarning"
+)  # of the interpreter's NumPy, about infinities
+def test_lse_of_unusual_scores(kind):
+    oracle.assert_lse_of_unusual_scores(kind, "triton", DEVICE)
+
+
 @pytest.mark.parametrize("case", WIDE, ids=lambda case: f"{case.rank}d-{case.kernel_size}")
 def test_blocks_without_a_mask(case):
     check(case)

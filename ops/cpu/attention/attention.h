@@ -1,0 +1,207 @@
+// Softmax attention of groups of tokens to groups of tokens, which tables of rows pick from maps
+// where they lie, such as windows, or regions that regions choose, without any copy of the maps
+// ("FlashAttention", Dao et al. 2022, is the online softmax).
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <type_traits>
+#include "attention/few_queries.h"
+#include "attention/group.h"
+#include "attention/products.h"
+#include "common/parallel.h"
+#include "common/scratch.h"
+
+namespace attention {
+
+constexpr int BLOCK = 128;  // keys at a time: scores, keys and values stay near the L1 cache
+constexpr int64_t TASK_QUERIES = 512;
+
+// A group whose queries are worked on some at a time; its keys are copied once.
+template <class T, class P>
+struct Tiles : Group<T, P> {
+  using Group<T, P>::p;
+  using Group<T, P>::t;
+  using Group<T, P>::s;
+  using Group<T, P>::row;
+  using Group<T, P>::query_row;
+
+  void take_keys() const {
+    this->each_key([&](int64_t token, int key) {
+      this->take_key(token, key);
+      this->take_value(token < 0 ? nullptr : row(t.value, p.value_stride, token), key);
+    });
+  }
+
+  // Queries as columns; lanes without a query repeat the last one.
+  void take_queries(int64_t first, int count) const {
+    const int dim = static_cast<int>(p.dim), pitch = round_up(dim, W);
+    const F sign = simd::set1(p.scale < 0 ? -1.f : 1.f);
+    for (int v = 0; v * W < count; v++) {
+      for (int l = 0; l < W; l++) {
+        const int64_t soon = first + v * W + l + TILE;
+        if (soon < p.queries) this->prefetch(row(t.query, p.query_stride, query_row(soon)), p.dim);
+        const int64_t token = query_row(first + std::min(v * W + l, count - 1));
+        float* floats = s.rows + l * pitch;
+        to_floats(row(t.query, p.query_stride, token), floats, dim);
+        if (t.row_table) this->rotate(floats, token);
+      }
+      for (int c = 0; c < pitch; c += W) {
+        float* out = s.query + c * TILE + v * W;
+        simd::transpose(s.rows + c, pitch, out, TILE, W);
+        for (int i = 0; i < W; i++) simd::store(out + i * TILE, simd::load(out + i * TILE) * sign);
+      }
+      pack_steps(s.query + v * W, simd::steps<P>(dim));
+    }
+  }
+
+  // [number][TILE] -> [step][TILE], of one vector.
+  static void pack_steps(float* columns, int count) {
+    if constexpr (!std::is_same_v<P, Floats>) {
+      for (int i = 0; i < count; i++) {
+        const float* two = columns + 2 * i * TILE;
+        simd::store(columns + i * TILE, P::pack(simd::load(two), simd::load(two + TILE)));
+      }
+    }
+  }
+
+  void give(int64_t first, int count, const float* total) const {
+    const int dim = static_cast<int>(p.value_dim), pitch = round_up(dim, W);
+    for (int v = 0; v * W < count; v++) {
+      const F factor = simd::set1(1.f) / simd::load(total + v * W);
+      for (int c = 0; c < dim; c++) {
+        float* sum = s.sums + c * TILE + v * W;
+        simd::store(sum, simd::load(sum) * factor);
+      }
+      for (int c = 0; c < pitch; c += W) {
+        simd::transpose(s.sums + c * TILE + v * W, TILE, s.rows + c, pitch, W);
+      }
+      for (int l = 0; l < W && v * W + l < count; l++) {
+        this->give_row(query_row(first + v * W + l), s.rows + l * pitch);
+      }
+    }
+  }
+
+  // A vector's scores of a block -> weights, in the same place; returns their sums.
+  F weigh(float* score, int keys, F scale, F top) const {
+    const F shift = simd::zero() - top * scale;
+    F sums[4] = {simd::zero(), simd::zero(), simd::zero(), simd::zero()};
+    float* out = score;
+    const auto take = [&](int i) VB_INLINE_LAMBDA {
+      const F x = simd::exp2(simd::fma(simd::load(score), scale, shift));
+      score += TILE;
+      sums[i] = sums[i] + x;
+      return x;
+    };
+    const auto put = [&](F x) VB_INLINE_LAMBDA {
+      simd::store(out, x);
+      out += TILE;
+    };
+    int k = 0;
+    if constexpr (std::is_same_v<P, Floats>) {
+      for (; k + 4 <= keys; k += 4) {
+        VB_UNROLL
+        for (int i = 0; i < 4; i++) put(take(i));
+      }
+      for (; k < keys; k++) put(take(0));
+    } else {
+      for (; k + 4 <= keys; k += 4) {
+        VB_UNROLL
+        for (int i = 0; i < 4; i += 2) {
+          const F x = take(i), y = take(i + 1);
+          put(P::pack(x, y));
+        }
+      }
+      for (; k < keys; k += 2) {
+        const F x = take(0), y = k + 1 < keys ? take(1) : simd::zero();
+        put(P::pack(x, y));
+      }
+    }
+    return (sums[0] + sums[1]) + (sums[2] + sums[3]);
+  }
+
+  void attend(int64_t first, int count) const {
+    const int vectors = (count + W - 1) / W, keys = this->keys();
+    const int dim = static_cast<int>(p.dim), value_dim = static_cast<int>(p.value_dim);
+    const F scale = simd::set1(std::fabs(static_cast<float>(p.scale)) * LOG2E);
+    const float lowest = std::numeric_limits<float>::lowest();
+    float top[TILE], total[TILE] = {}, factor[TILE];
+    std::fill_n(top, TILE, lowest);
+    ScoreArgs score{s.query, nullptr, simd::steps<P>(dim), {}, {}, nullptr, top};
+    const int32_t* lines[VECTORS] = {};
+    for (int v = 0; t.terms && v < vectors; v++) {
+      const int64_t query = first + v * W, blocks = (p.queries + LINE - 1) / LINE;
+      score.terms[v] = t.terms + this->head * p.term_lines * LINE + query % LINE;
+      lines[v] = t.lines + ((t.kinds ? t.kinds[this->group] : 0) * blocks + query / LINE) * keys;
+    }
+    for (int begin = 0; begin < keys; begin += BLOCK) {
+      const int block = std::min(BLOCK, keys - begin);
+      float before[TILE];
+      std::copy_n(top, TILE, before);
+      in_parts(block, [&](int k, int part) {
+        score.keys = s.keys + (begin + k) * score.steps;
+        score.scores = s.scores + k * TILE;
+        for (int v = 0; t.terms && v < vectors; v++) score.lines[v] = lines[v] + begin + k;
+        SCORE<P>[vectors - 1][part - 1](score);
+      });
+      for (int v = 0; v < vectors; v++) {
+        const F now = simd::load(top + v * W);
+        const F sum = weigh(s.scores + v * W, block, scale, now);
+        const F f = simd::exp2((simd::load(before + v * W) - now) * scale);
+        simd::store(factor + v * W, f);
+        simd::store(total + v * W, simd::fma(simd::load(total + v * W), f, sum));
+      }
+      const float* values = s.values + begin / P::COUNT * value_dim;
+      in_parts(value_dim, [&](int c, int part) {
+        MIX<P>[vectors - 1][part - 1]({s.scores, values + c, simd::steps<P>(block), value_dim,
+                                       begin ? factor : nullptr, s.sums + c * TILE});
+      });
+    }
+    give(first, count, total);
+  }
+};
+
+// Of one head and group; threads share a group's queries out where there are fewer groups.
+static int64_t queries_a_task(const Problem& p) {
+  const int64_t of_a_thread = (p.batch * p.groups * p.queries + p.threads - 1) / p.threads;
+  return std::clamp<int64_t>(round_up(of_a_thread, W), TILE, TASK_QUERIES);
+}
+
+template <class T, class P>
+static void forward(const Problem& p, const Tensors& t) {
+  const int64_t keys = p.region_keys * p.routes, groups = p.batch * p.groups;
+  const bool few = are_few(p, t);
+  const int64_t chunk_queries = few ? p.queries : queries_a_task(p);
+  const int64_t chunks = (p.queries + chunk_queries - 1) / chunk_queries;
+  const auto work = [&](int64_t index) {
+    static thread_local Room<float> rooms[7];
+    static thread_local Room<const float*> places[2];
+    Scratch s{rooms[0].of(round_up(keys, LANES) * p.dim + W),
+              rooms[1].of((keys + 1) * p.value_dim + LANES),
+              rooms[2].of(round_up(p.dim, LANES) * TILE),
+              rooms[3].of(W * std::max(round_up(p.dim, LANES), round_up(p.value_dim, LANES))),
+              rooms[4].of(std::max(int64_t{BLOCK * TILE}, few ? FEW * round_up(keys, LANES) : 0)),
+              rooms[5].of(std::max(round_up(p.value_dim, LANES) * TILE, round_up(p.dim, LANES))),
+              rooms[6].of(few ? round_up(p.dim, LANES) * round_up(keys, LANES) : 0),
+              places[0].of(few ? std::max(round_up(keys, LANES), p.dim) : 0),
+              places[1].of(few ? keys : 0)};
+    // Heads of the same tokens follow each other: they are neighbours in memory, which threads should
+    // not share.
+    const int64_t head = index % p.heads, chunk = index / p.heads % chunks;
+    const int64_t group = index / (p.heads * chunks);
+    const Group<T, P> own{p, t, group / p.groups, group % p.groups, head, s};
+    if (few) return Few<T, P>{own}.run();
+    const Tiles<T, P> tiles{own};
+    tiles.take_keys();
+    const int64_t end = std::min(p.queries, (chunk + 1) * chunk_queries);
+    for (int64_t i = chunk * chunk_queries; i < end; i += TILE) {
+      const int count = static_cast<int>(std::min<int64_t>(TILE, end - i));
+      tiles.take_queries(i, count);
+      tiles.attend(i, count);
+    }
+  };
+  parallel::for_each(groups * chunks * p.heads, p.threads, work);
+}
+
+}  // namespace attention

@@ -1,0 +1,145 @@
+"""Attention within small maps on the CPU in one pass, all between two projections, for inference.
+
+The kernel (``cascaded_attention.h``) is for networks whose maps are so small that a head takes
+torch longer to call than to compute. What is not a projection is computed in float32.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ops.cpu.binding import Addresses, Call, kernel
+from ops.cpu.depthwise.conv import taps_first
+from ops.cpu.dispatch import require_dtype
+from ops.cpu.gemm.linear import no_products, pack_weight
+from ops.cpu.structures import structure
+from ops.cpu.threads import threads_for
+
+__all__ = ["PackedCascadedAttention", "cascaded_attention"]
+
+_TOKENS = 32  # of a thread
+
+_PROBLEM = structure("attention/cascaded_attention.h", "cascaded_attention::Problem")
+_TENSORS = structure("attention/cascaded_attention.h", "cascaded_attention::Tensors")
+
+
+class PackedCascadedAttention:
+    """Heads in turn, each on its share of the channels plus what the head before it gave; ReLU.
+
+    A head computes ``softmax(q·kᵀ / √qk_dim + table)·v`` over all positions of a map. The channels
+    after those of the heads pass; the ReLU is applied to them, too.
+
+    Args:
+        projections: one 1×1 convolution a head, of ``head_dim`` channels to query and key of
+            ``qk_dim`` and value of ``head_dim``, with bias.
+        qk_dim: channels of query and key.
+        convs: depthwise convolutions of the queries, one a head, with odd square windows, padding
+            that keeps the size, and bias; none by default.
+        norm: of a head's channels and all positions together, before the projection.
+
+    Raises:
+        RuntimeError: the kernel is not available here.
+    """
+
+    def __init__(
+        self,
+        projections: Sequence[nn.Conv2d],
+        qk_dim: int,
+        convs: Sequence[nn.Conv2d] = (),
+        norm: nn.GroupNorm | None = None,
+    ) -> None:
+        self._qk_dim, self._eps = qk_dim, 0.0 if norm is None else norm.eps
+        weight = torch.cat([pack_weight(layer.weight.flatten(1)) for layer in projections])
+        self._projection = weight, torch.stack([_bias(layer) for layer in projections])
+        self._norm: tuple[Tensor | None, Tensor | None] = (None, None)
+        if norm is not None:
+            self._norm = norm.weight.detach().float(), norm.bias.detach().float()
+        self._convs: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None)
+        if convs:
+            sides = torch.tensor([conv.kernel_size[0] for conv in convs])
+            taps = torch.cat([taps_first(conv.weight).flatten() for conv in convs])
+            self._convs = sides, taps, torch.stack([_bias(conv) for conv in convs])
+        self._parameters = (*self._norm, *self._projection, *self._convs)
+
+    def __call__(self, x: Tensor, table: Tensor | None = None) -> Tensor:
+        """(N, H, W, dim) → (N, H, W, dim).
+
+        Args:
+            x: in the dtype of the weights; copied where it is not contiguous.
+            table: (heads, HW, HW) float32, added to the logits of key and query, in this order.
+
+        Raises:
+            ValueError: another dtype, shapes that do not go together.
+        """
+        out: Tensor = cascaded_attention(x, *self._parameters, table, self._qk_dim, self._eps)
+        return out
+
+
+def _bias(layer: nn.Conv2d) -> Tensor:
+    assert layer.bias is not None
+    return layer.bias.detach().float()
+
+
+@kernel("cascaded_attention", "cascaded_attention_forward", refuses=no_products)
+def cascaded_attention(
+    x: Tensor,
+    norm_weight: Tensor | None,
+    norm_bias: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    kernels: Tensor | None,
+    taps: Tensor | None,
+    taps_bias: Tensor | None,
+    table: Tensor | None,
+    qk_dim: int,
+    eps: float,
+) -> Call:
+    """See :class:`PackedCascadedAttention`, which packs the parameters."""
+    require_dtype(torch.float32, table=table)
+    heads, head_dim = bias.shape[0], bias.shape[1] - 2 * qk_dim
+    if x.ndim != 4 or x.shape[3] < heads * head_dim or x.dtype != weight.dtype:
+        raise ValueError(
+            f"x must be (N, H, W, dim) of {weight.dtype} with at least {heads} × {head_dim} "
+            f"channels, got {tuple(x.shape)} of {x.dtype}"
+        )
+    tokens = x.shape[1] * x.shape[2]
+    if table is not None and table.shape != (heads, tokens, tokens):
+        raise ValueError(f"table must be {(heads, tokens, tokens)}, got {tuple(table.shape)}")
+    out = torch.empty_like(x, memory_format=torch.contiguous_format)
+
+    def arguments() -> Any:
+        half, threads = x.dtype == torch.bfloat16, torch.get_num_threads()
+        problem = _problem(tuple(x.shape), (heads, head_dim, qk_dim), eps, half, threads)
+        tensors = {
+            **{"in": x.contiguous(), "norm_weight": norm_weight, "norm_bias": norm_bias},
+            **{"weight": weight, "bias": bias, "kernels": kernels, "taps": taps},
+            **{"taps_bias": taps_bias, "out": out},
+            "table": None if table is None else table.contiguous(),
+        }
+        return problem, Addresses(_TENSORS, tensors)
+
+    return Call(out, arguments)
+
+
+@functools.lru_cache(maxsize=1024)  # a network has few different ones, and filling them in is slow
+def _problem(
+    shape: tuple[int, ...], heads: tuple[int, int, int], eps: float, bfloat16: bool, threads: int
+) -> Any:
+    images, height, width, dim = shape
+    return _PROBLEM(
+        images=images,
+        height=height,
+        width=width,
+        dim=dim,
+        heads=heads[0],
+        head_dim=heads[1],
+        qk_dim=heads[2],
+        eps=eps,
+        bfloat16=bfloat16,
+        threads=threads_for(images * height * width, _TOKENS, threads),
+    )

@@ -1,0 +1,281 @@
+"""Softmax attention on the CPU to few keys, of tokens where they lie, without gradients.
+
+The kernel (``attention.h``) is for what torch's is slow at: narrow heads, few keys, regions that
+would have to be gathered, and windows with terms of their own. Sums are of float32, and weights are
+rounded to bfloat16 on CPUs that multiply it by AVX512-BF16 (those with AMX are faster in float32).
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ops.cpu.binding import Addresses, Call, kernel
+from ops.cpu.dispatch import require_dtype
+from ops.cpu.structures import structure
+
+__all__ = [
+    "LINE",
+    "PROBLEM",
+    "SMALL_MACS",
+    "TENSORS",
+    "ScoreTerms",
+    "attend",
+    "attend_regions",
+    "attend_windows",
+    "grouped_attention",
+    "split_heads",
+]
+
+SMALL_MACS = 2e6  # below it one thread is quicker than waking others
+LINE = 16  # queries, see ScoreTerms
+
+PROBLEM = structure("attention/group.h", "attention::Problem")
+TENSORS = structure("attention/group.h", "attention::Tensors")
+
+
+class ScoreTerms(NamedTuple):
+    """What is added to scores, such as biases of relative positions and masks.
+
+    Every key has a line of ``LINE`` numbers for every ``LINE`` queries; many lines are the same.
+
+    Attributes:
+        values: (heads, number of lines, LINE) float32, to be added before scores are scaled.
+        lines: (kinds, ⌈N / LINE⌉, M) int32, which line it is.
+        kinds: (groups,) int32, or None for the first kind everywhere.
+    """
+
+    values: Tensor
+    lines: Tensor
+    kinds: Tensor | None
+
+
+def split_heads(x: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...]:
+    """(B, H, W, parts · dim) → each of the parts as (B, H · W, num_heads, head_dim), views."""
+    return x.flatten(1, 2).unflatten(2, (parts, num_heads, -1)).unbind(2)
+
+
+def attend(
+    query: Tensor, key: Tensor, value: Tensor, out: Tensor, scale: float | None = None
+) -> None:
+    """softmax(scale · query · keyᵀ) · value into ``out``, which may be a part of a larger tensor.
+
+    Args:
+        query: (B, N, heads, head_dim).
+        key: (B, M, heads, head_dim).
+        value: (B, M, heads, value_dim).
+        out: (B, N, heads, value_dim).
+        scale: of the logits; default head_dim^-0.5.
+
+    Raises:
+        ValueError: shapes or dtypes that do not go together.
+        RuntimeError: the kernel is not available here.
+    """
+    _attend(query, key, value, out, scale=scale)
+
+
+def attend_regions(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: Tensor,
+    routes: Tensor | None = None,
+    scale: float | None = None,
+    out: Tensor | None = None,
+) -> Tensor:
+    """The tokens of each region attend to all tokens of the regions that it chose.
+
+    Args:
+        query, key: (B, N, heads, head_dim), a map's tokens.
+        value: (B, N, heads, value_dim).
+        rows: (regions, tokens of a region) int32, contiguous: which tokens are a region's.
+        routes: (B, regions, topk) int64, the regions that each one chose; default itself.
+        scale: of the logits; default head_dim^-0.5.
+        out: (B, N, heads, value_dim), where the result goes; default a contiguous tensor.
+
+    Returns:
+        (B, N, heads, value_dim).
+
+    Raises:
+        ValueError: shapes or dtypes that do not go together.
+        RuntimeError: the kernel is not available here.
+    """
+    _require_all_tokens(query, rows)
+    if out is None:
+        out = value.new_empty(*query.shape[:3], value.shape[3])
+    _attend(query, key, value, out, rows, routes=routes, scale=scale)
+    return out
+
+
+def attend_windows(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    rows: Tensor,
+    key_rows: Tensor,
+    terms: ScoreTerms,
+    out: Tensor,
+) -> None:
+    """The queries of each window attend to the keys of a window, with terms added to the scores.
+
+    ``softmax(head_dim^-0.5 · (query · keyᵀ + terms)) · value``
+
+    Args:
+        query, key: (B, N, heads, head_dim), a map's tokens.
+        value: (B, N, heads, value_dim).
+        rows: (windows, tokens of a window) int32, contiguous: whose queries are a window's; each
+            token is in one window.
+        key_rows: (windows, keys of a window) int32, contiguous: which tokens it sees; -1 for a
+            token of zeros.
+        terms: those of N tokens of a window and M keys.
+        out: (B, N, heads, value_dim), where the result goes.
+
+    Raises:
+        ValueError: shapes or dtypes that do not go together.
+        RuntimeError: the kernel is not available here.
+    """
+    _require_all_tokens(query, rows)
+    _attend(query, key, value, out, rows, key_rows, terms=terms)
+
+
+def _require_all_tokens(query: Tensor, rows: Tensor) -> None:
+    if rows.numel() != query.shape[1]:
+        raise ValueError(
+            f"rows must share out {query.shape[1]} tokens to regions, got {tuple(rows.shape)}"
+        )
+
+
+def _attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    rows: Tensor | None = None,
+    key_rows: Tensor | None = None,
+    *,
+    routes: Tensor | None = None,
+    terms: ScoreTerms | None = None,
+    scale: float | None = None,
+) -> None:
+    of_terms: tuple[Tensor | None, ...] = (None, None, None) if terms is None else terms
+    grouped_attention(query, key, value, out, rows, key_rows, routes, *of_terms, scale)
+
+
+@kernel("attention", "attention_forward", returns="()", mutates=("out",))
+def grouped_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    rows: Tensor | None,
+    key_rows: Tensor | None,
+    routes: Tensor | None,
+    terms: Tensor | None,
+    lines: Tensor | None,
+    kinds: Tensor | None,
+    scale: float | None,
+) -> Call:
+    """What the functions above have in common; ``terms`` to ``kinds`` are :class:`ScoreTerms`."""
+    _check(query, key, value, out)
+    require_dtype(torch.int32, rows=rows, key_rows=key_rows, lines=lines, kinds=kinds)
+    require_dtype(torch.int64, routes=routes)
+    require_dtype(torch.float32, terms=terms)
+    if rows is not None and terms is not None and lines is not None:
+        _check_terms(query.shape[2], rows, key_rows, terms, lines, kinds)
+
+    def arguments() -> Any:
+        q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (query, key, value))
+        batch, queries, heads, dim = query.shape
+        groups, tokens = (1, queries) if rows is None else rows.shape
+        seen = rows if key_rows is None else key_rows
+        problem = _problem(
+            (batch, groups, heads, tokens, key.shape[1] if seen is None else seen.shape[1]),
+            1 if routes is None else routes.shape[2],
+            (dim, value.shape[3]),
+            tuple(t.stride()[:3] for t in (q, k, v, out)),
+            0 if terms is None else terms.shape[1],
+            dim**-0.5 if scale is None else scale,
+            query.dtype == torch.bfloat16,
+            torch.get_num_threads(),
+        )
+        tables = {"regions": routes, "terms": terms, "lines": lines, "kinds": kinds}
+        tensors = {
+            **{"query": q, "key": k, "value": v, "rows": rows, "key_rows": key_rows, "out": out},
+            **{n: None if t is None else t.contiguous() for n, t in tables.items()},
+        }
+        return problem, Addresses(TENSORS, tensors)
+
+    return Call(None, arguments if out.numel() else tuple)
+
+
+def _check(query: Tensor, key: Tensor, value: Tensor, out: Tensor) -> None:
+    batch, queries, heads, dim = query.shape
+    keys, value_dim = value.shape[1], value.shape[3]
+    fits = key.shape == (batch, keys, heads, dim)
+    fits &= value.shape == (batch, keys, heads, value_dim)
+    if not fits or out.shape != (batch, queries, heads, value_dim) or out.stride(3) != 1:
+        raise ValueError(
+            "query must be (B, N, heads, head_dim), key (B, M, heads, head_dim), value "
+            "(B, M, heads, value_dim) and out (B, N, heads, value_dim) with dense channels, got "
+            f"{', '.join(str(tuple(t.shape)) for t in (query, key, value, out))}"
+        )
+    require_dtype(query.dtype, key=key, value=value, out=out)
+
+
+def _check_terms(
+    heads: int,
+    rows: Tensor,
+    key_rows: Tensor | None,
+    terms: Tensor,
+    lines: Tensor,
+    kinds: Tensor | None,
+) -> None:
+    own, seen = rows.shape[1], (rows if key_rows is None else key_rows).shape[1]
+    wanted = f"({heads}, lines, {LINE}) and (kinds, {-(-own // LINE)}, {seen})"
+    if (
+        terms.ndim != 3
+        or terms.shape[::2] != (heads, LINE)
+        or lines.shape[1:] != (-(-own // LINE), seen)
+        or (kinds is not None and len(kinds) != len(rows))
+        or (key_rows is not None and len(key_rows) != len(rows))
+    ):
+        raise ValueError(
+            f"windows of {own} tokens that see {seen} take terms and lines of {wanted}, and a kind "
+            f"and a row of keys each, got {tuple(terms.shape)}, {tuple(lines.shape)}"
+        )
+
+
+@functools.lru_cache(maxsize=1024)  # a network has few different ones, and filling them in is slow
+def _problem(
+    sizes: tuple[int, ...],
+    routes: int,
+    dims: tuple[int, int],
+    strides: tuple[tuple[int, ...], ...],
+    term_lines: int,
+    scale: float,
+    bfloat16: bool,
+    threads: int,
+) -> Any:
+    batch, groups, heads, queries, region_keys = sizes
+    macs = batch * groups * heads * queries * region_keys * routes * sum(dims)
+    return PROBLEM(
+        batch=batch,
+        groups=groups,
+        heads=heads,
+        queries=queries,
+        region_keys=region_keys,
+        routes=routes,
+        dim=dims[0],
+        value_dim=dims[1],
+        query_stride=strides[0],
+        key_stride=strides[1],
+        value_stride=strides[2],
+        out_stride=strides[3],
+        term_lines=term_lines,
+        scale=scale,
+        bfloat16=bfloat16,
+        threads=1 if macs < SMALL_MACS else threads,
+    )

@@ -1,0 +1,137 @@
+// The two products of softmax attention, for a tile of queries. A lane is a query, so that every head
+// dim fills the vectors; keys and values are broadcast.
+#pragma once
+#include <array>
+#include <cstdint>
+#include <utility>
+#include "common/dot.h"
+
+namespace attention {
+
+using simd::F;
+using simd::Floats;
+using simd::W;
+
+constexpr int VECTORS = 2;  // of queries in a tile
+constexpr int TILE = VECTORS * W;
+constexpr int SUMS = simd::REGISTERS == 32 ? 12 : 5;  // keys or channels whose sums are in registers
+
+// K keys: scores = terms + keys . query, and the greatest of each lane.
+struct ScoreArgs {
+  const float* query;  // [step][TILE], in steps of Floats or Pairs
+  const float* keys;   // [key][step]
+  int steps;
+  // What each vector of queries starts from, the line-th LINE floats for each key; or null.
+  const float* terms[VECTORS];
+  const int32_t* lines[VECTORS];  // [key]
+  float* scores;                  // [key][TILE]
+  float* top;                     // [TILE]
+};
+constexpr int LINE = 16;
+static_assert(LINE % W == 0);
+
+template <class P, int V, int K>
+static void score(const ScoreArgs& args) {
+  const ScoreArgs a = args;
+  F sum[K][V];
+  VB_UNROLL
+  for (int k = 0; k < K; k++) {
+    VB_UNROLL
+    for (int v = 0; v < V; v++) {
+      sum[k][v] = a.terms[v] ? simd::load(a.terms[v] + a.lines[v][k] * LINE) : simd::zero();
+    }
+  }
+  for (int c = 0; c < a.steps; c++) {
+    F q[V];
+    VB_UNROLL
+    for (int v = 0; v < V; v++) q[v] = simd::in_register(simd::load(a.query + c * TILE + v * W));
+    VB_UNROLL
+    for (int k = 0; k < K; k++) {
+      const F key = simd::set1(a.keys[k * a.steps + c]);
+      VB_UNROLL
+      for (int v = 0; v < V; v++) P::add_product(sum[k][v], key, q[v]);
+    }
+  }
+  VB_UNROLL
+  for (int v = 0; v < V; v++) {
+    F top = simd::load(a.top + v * W);
+    VB_UNROLL
+    for (int k = 0; k < K; k++) {
+      top = simd::max(top, sum[k][v]);
+      simd::store(a.scores + k * TILE + v * W, sum[k][v]);
+    }
+    simd::store(a.top + v * W, top);
+  }
+}
+
+// C channels: sums = sums * factor + weights . values.
+struct MixArgs {
+  const float* weights;  // [step][TILE], in steps of Floats or Pairs of keys
+  const float* values;   // [step][channel], at the first of the channels
+  int steps, value_dim;
+  const float* factor;  // [TILE], or null to start from zero
+  float* sums;          // [channel][TILE]
+};
+
+template <class P, int V, int C>
+static void mix(const MixArgs& args) {
+  const MixArgs a = args;
+  F sum[C][V];
+  VB_UNROLL
+  for (int v = 0; v < V; v++) {
+    const F factor = a.factor ? simd::load(a.factor + v * W) : simd::zero();
+    VB_UNROLL
+    for (int c = 0; c < C; c++) {
+      sum[c][v] = a.factor ? simd::load(a.sums + c * TILE + v * W) * factor : simd::zero();
+    }
+  }
+  for (int k = 0; k < a.steps; k++) {
+    F p[V];
+    VB_UNROLL
+    for (int v = 0; v < V; v++) p[v] = simd::in_register(simd::load(a.weights + k * TILE + v * W));
+    VB_UNROLL
+    for (int c = 0; c < C; c++) {
+      const F value = simd::set1(a.values[k * a.value_dim + c]);
+      VB_UNROLL
+      for (int v = 0; v < V; v++) P::add_product(sum[c][v], value, p[v]);
+    }
+  }
+  VB_UNROLL
+  for (int c = 0; c < C; c++) {
+    VB_UNROLL
+    for (int v = 0; v < V; v++) simd::store(a.sums + c * TILE + v * W, sum[c][v]);
+  }
+}
+
+using Score = void (*)(const ScoreArgs&);
+using Mix = void (*)(const MixArgs&);
+
+template <class P, int V, int... I>
+static constexpr std::array<Score, SUMS> score_kernels(std::integer_sequence<int, I...>) {
+  return {score<P, V, I + 1>...};
+}
+template <class P, int V, int... I>
+static constexpr std::array<Mix, SUMS> mix_kernels(std::integer_sequence<int, I...>) {
+  return {mix<P, V, I + 1>...};
+}
+constexpr auto UP_TO_SUMS = std::make_integer_sequence<int, SUMS>();
+// [vectors - 1][keys - 1] and [vectors - 1][channels - 1]. Static, or the libraries for different
+// instruction sets in one process would share them.
+template <class P>
+static constexpr std::array<std::array<Score, SUMS>, VECTORS> SCORE = {
+    score_kernels<P, 1>(UP_TO_SUMS), score_kernels<P, 2>(UP_TO_SUMS)};
+template <class P>
+static constexpr std::array<std::array<Mix, SUMS>, VECTORS> MIX = {
+    mix_kernels<P, 1>(UP_TO_SUMS), mix_kernels<P, 2>(UP_TO_SUMS)};
+
+// Calls work(first, count) for even parts of at most SUMS.
+template <class Work>
+static void in_parts(int total, const Work& work) {
+  for (int parts = (total + SUMS - 1) / SUMS, first = 0; parts > 0; parts--) {
+    const int count = (total - first + parts - 1) / parts;
+    work(first, count);
+    first += count;
+  }
+}
+
+}  // namespace attention

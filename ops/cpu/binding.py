@@ -1,0 +1,430 @@
+"""The one way from torch to a kernel: schema, dispatch, arguments, errors, capture.
+
+A kernel is described by a Python function of its name: it checks what it is given, allocates the
+results and says what the C function is called with. :func:`kernel` makes an operator of torch of it
+(with the shapes that ``torch.compile`` and ``torch.export`` ask for), and calls it past torch's
+dispatcher where that would do nothing else; to go through it takes longer than a small map.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import inspect
+import operator
+import struct
+import threading
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+from ops.cpu.build import status, unavailable_reason
+from ops.cpu.dispatch import is_plain_call
+from ops.cpu.huge_pages import ask_for_huge_pages
+
+__all__ = [
+    "Addresses",
+    "Call",
+    "Kernel",
+    "Observer",
+    "kernel",
+    "observed_by",
+    "registered",
+    "words_of",
+]
+
+
+class Addresses(NamedTuple):
+    """A structure of pointers, and of numbers beside them.
+
+    Attributes:
+        structure: see :func:`ops.cpu.structures.structure`; its fields have 8 bytes each, or are
+            such structures themselves.
+        fields: what they hold: a tensor whose address it is, a tensor and how many bytes behind its
+            beginning, a number, or the addresses of an inner structure. Those that are missing, or
+            None, are zeros and null pointers.
+    """
+
+    structure: Any
+    fields: dict[str, Any]
+
+    def words(self) -> list[int | tuple[Tensor, int]]:
+        """Its 8-byte words in their order: numbers, and tensors with offsets in bytes."""
+        found: list[Any] = []
+        for name, kind in self.structure._fields_:
+            value = self.fields.get(name)
+            if isinstance(value, Addresses):
+                found += value.words()
+            elif value is None:
+                found += [0] * (ctypes.sizeof(kind) // 8)
+            elif isinstance(value, Tensor):
+                found.append((value, 0))
+            elif isinstance(value, float):
+                found += struct.unpack("=q", struct.pack("=d", value))
+            else:
+                found.append(value)
+        return found
+
+
+# What C functions take: numbers, and the addresses of a structure or an array of them, of pointers
+# in structures, or in an array of them, and of tensors.
+Argument = int | ctypes.Structure | ctypes.Array | Addresses | Sequence[Addresses] | Tensor
+
+
+class Call(NamedTuple):
+    """What a call comes to.
+
+    Attributes:
+        result: what the operator returns; it is allocated, and the kernel fills it in.
+        arguments: makes the arguments of the C function; it isn't called where only shapes are
+            asked for, or where the first result is empty.
+    """
+
+    result: Any
+    arguments: Callable[[], Sequence[Any]]
+
+
+class Observer(Protocol):
+    """What is told of every call of a kernel in its thread, before it runs."""
+
+    def kernel_called(self, called: Kernel, function: Any, arguments: Sequence[Any]) -> None: ...
+
+
+class _Thread(threading.local):
+    observer: Observer | None = None
+
+
+_thread = _Thread()
+
+
+class observed_by:  # noqa: N801 (a context manager that reads like a function)
+    """Inside, in this thread, ``observer`` is told of every call."""
+
+    def __init__(self, observer: Observer) -> None:
+        self._observer = observer
+
+    def __enter__(self) -> Any:
+        self._before, _thread.observer = _thread.observer, self._observer
+        return self._observer
+
+    def __exit__(self, *error: object) -> None:
+        _thread.observer = self._before
+
+
+registered = torch.library.Library("vision_backbones", "FRAGMENT")
+_TYPES = {
+    **{"Tensor": "Tensor", "Tensor | None": "Tensor?", "Sequence[Tensor]": "Tensor[]"},
+    **{"int": "int", "Sequence[int]": "int[]", "bool": "bool", "Sequence[bool]": "bool[]"},
+    **{"float": "float", "float | None": "float?", "Sequence[float]": "float[]"},
+    **{"str": "str", "Sequence[str]": "str[]"},
+}
+_MOST_PLANS = 256  # of a kernel: layouts that are remembered
+_UNKNOWN: Any = object()
+
+
+def kernel(
+    library: str,
+    function: str,
+    *,
+    returns: str = "Tensor",
+    mutates: Sequence[str] = (),
+    large_results: bool = False,
+    refuses: Callable[[torch.device, torch.dtype], str | None] | None = None,
+) -> Callable[[Callable[..., Call]], Kernel]:
+    """Make a :class:`Kernel` of the function below that describes its calls.
+
+    Args:
+        library: the name of its source, ``ops/cpu/<folder>/<library>.cpp``.
+        function: of its C interface; it returns 0, or 1 where memory ran out.
+        returns: of the schema.
+        mutates: parameters that are written to.
+        large_results: whether results may be so large that they want huge pages.
+        refuses: why tensors of a device and a dtype are refused that other kernels take, or None.
+    """
+
+    def made_of(describe: Callable[..., Call]) -> Kernel:
+        options = returns, mutates, large_results, refuses
+        return Kernel(describe, library, function, *options)
+
+    return made_of
+
+
+class Kernel:
+    """A function of a library of kernels, called like the function that describes it.
+
+    There are no gradients. Calls whose arguments have a layout that was there before are not
+    described again: that takes longer than a small map.
+
+    Raises:
+        ValueError: what the description refuses.
+        RuntimeError: the library cannot be had here (:meth:`unsupported` tells beforehand).
+        MemoryError: there is no memory for its scratch buffers.
+    """
+
+    def __init__(
+        self,
+        describe: Callable[..., Call],
+        library: str,
+        function: str,
+        returns: str,
+        mutates: Sequence[str],
+        large_results: bool,
+        refuses: Callable[[torch.device, torch.dtype], str | None] | None,
+    ) -> None:
+        functools.update_wrapper(self, describe)
+        self.name, self.library, self.function = describe.__name__, library, function
+        self._describe, self._large_results, self._refuses = describe, large_results, refuses
+        self._parameters = list(inspect.signature(describe).parameters.values())
+        self._signature = _Signature([_TYPES[p.annotation] for p in self._parameters])
+        schema = ", ".join(
+            f"{_TYPES[p.annotation]}{'(a!)' if p.name in mutates else ''} {p.name}"
+            for p in self._parameters
+        )
+        registered.define(f"{self.name}({schema}) -> {returns}")
+        registered.impl(self.name, self._run, "CPU")
+        qualified = f"vision_backbones::{self.name}"
+        torch.library.register_fake(qualified, lambda *a: describe(*a).result, lib=registered)
+        self._dispatched = getattr(torch.ops.vision_backbones, self.name).default
+        self._plans: dict[Hashable, _Plan | None] = {}
+
+    def __repr__(self) -> str:
+        return f"<kernel {self.name}: {self.function} of {self.library}>"
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if kwargs or len(args) != len(self._parameters):
+            args = self._complete(args, kwargs)
+        tensors = self._signature.tensors(args)
+        if not is_plain_call(tensors):
+            return self._dispatched(*args)
+        return self._run_plain(args, tensors)
+
+    def unsupported(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """``None`` if the kernel takes such tensors, else the reason in words.
+
+        The first call on a machine compiles the library, which takes some seconds.
+        """
+        if device.type != "cpu":
+            return f"the kernel runs on the CPU, the tensors are on {device.type}"
+        if dtype not in (torch.float32, torch.bfloat16):
+            return f"the kernel takes float32 and bfloat16, not {dtype}"
+        refused = None if self._refuses is None else self._refuses(device, dtype)
+        return refused or unavailable_reason(self.library)
+
+    def _complete(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
+        """All arguments, by position."""
+        missing = self._parameters[len(args) :]
+        rest = [kwargs.pop(p.name, p.default) for p in missing]
+        absent = [p.name for p, value in zip(missing, rest, strict=True) if value is p.empty]
+        if kwargs or absent or len(args) > len(self._parameters):
+            raise TypeError(
+                f"{self.name}() takes {[p.name for p in self._parameters]}; missing {absent}, "
+                f"unknown {list(kwargs)}"
+            )
+        return (*args, *rest)
+
+    def _run(self, *args: Any) -> Any:
+        return self._run_plain(args, self._signature.tensors(args))
+
+    def _run_plain(self, args: tuple[Any, ...], tensors: Sequence[Tensor | None]) -> Any:
+        observer = _thread.observer
+        if observer is not None:
+            return self._run_described(args, observer)[0].result
+        layout = self._signature.layout(args, tensors)
+        plan = self._plans.get(layout, _UNKNOWN)
+        if plan is _UNKNOWN:
+            call, arguments = self._run_described(args)
+            if len(self._plans) >= _MOST_PLANS:
+                self._plans.clear()
+            self._plans[layout] = _Plan.of(tensors, call, arguments)
+            return call.result
+        if plan is None:
+            return self._run_described(args)[0].result
+        return self._run_planned(tensors, plan)
+
+    def _run_described(
+        self, args: tuple[Any, ...], observer: Observer | None = None
+    ) -> tuple[Call, Sequence[Any]]:
+        call = self._describe(*args)
+        first = next(t for t in self._signature.tensors(args) if t is not None)
+        reason = self.unsupported(first.device, first.dtype)
+        if reason is not None:
+            raise RuntimeError(f"the kernel {self.name} is not available: {reason}")
+        function = self._function()
+        results = _results(call)
+        if results and not results[0].numel():
+            return call, ()
+        if self._large_results:
+            ask_for_huge_pages(*results)
+        arguments = call.arguments()
+        if not arguments:
+            return call, ()
+        for argument in arguments:
+            _require_same_bytes(self.library, argument)
+        if observer is not None:
+            observer.kernel_called(self, function, arguments)
+        with torch._C.DisableTorchFunction():
+            self._invoke(function, [_pack(argument) for argument in arguments])
+        return call, arguments
+
+    def _run_planned(self, tensors: Sequence[Tensor | None], plan: _Plan) -> Any:
+        results = [torch.empty_strided(n, step, dtype=kind) for n, step, kind in plan.results]
+        if self._large_results:
+            ask_for_huge_pages(*results)
+        self._invoke(self._function(), plan.arguments(tensors, results))
+        return results[0] if plan.gives is Tensor else plan.gives(results) if results else None
+
+    def _invoke(self, function: Any, arguments: Sequence[Any]) -> None:
+        if function(*arguments):
+            raise MemoryError(f"no memory for the scratch buffers of {self.name}")
+
+    def _function(self) -> Any:
+        return getattr(status(self.library).library, self.function)
+
+
+class _Signature:
+    """Which arguments are tensors, and what a call depends on beside their values."""
+
+    def __init__(self, types: Sequence[str]) -> None:
+        self._single = [i for i, kind in enumerate(types) if kind in ("Tensor", "Tensor?")]
+        self._lists = [i for i, kind in enumerate(types) if kind == "Tensor[]"]
+        others = [i for i in range(len(types)) if i not in (*self._single, *self._lists)]
+        self._values = [i for i in others if not types[i].endswith("[]")]
+        self._sequences = [i for i in others if types[i].endswith("[]")]
+
+    def tensors(self, args: Sequence[Any]) -> list[Tensor | None]:
+        """The single ones first."""
+        found = [args[i] for i in self._single]
+        for i in self._lists:
+            found += args[i]
+        return found
+
+    def layout(self, args: Sequence[Any], tensors: Sequence[Tensor | None]) -> Hashable:
+        parts: list[Any] = [torch.get_num_threads()]
+        for t in tensors:
+            parts += (None,) if t is None else (t.shape, t.stride(), t.dtype)
+        parts += [args[i] for i in self._values]
+        for i in self._sequences:
+            parts.append(tuple(args[i]))
+        for i in self._lists:
+            parts.append(len(args[i]))
+        return tuple(parts)
+
+
+class _Plan:
+    """The arguments of calls whose tensors have a certain layout, without describing them again.
+
+    Args:
+        templates: an argument each: what is the same in every call, or the index of a pointer, or
+            what packs words, and which ones; of those of :meth:`arguments`.
+        shifted: of words that lie behind where a tensor begins, its index and the bytes.
+        constants: words that are numbers.
+        results: sizes, strides and dtypes.
+        gives: what the operator returns: a tensor, several, or None.
+    """
+
+    def __init__(
+        self,
+        templates: Sequence[Any],
+        shifted: Sequence[tuple[int, int]],
+        constants: Sequence[int],
+        results: Sequence[tuple[Any, ...]],
+        gives: type,
+    ) -> None:
+        self._templates, self._shifted, self._constants = templates, shifted, list(constants)
+        self.results, self.gives = results, gives
+
+    @classmethod
+    def of(
+        cls, tensors: Sequence[Tensor | None], call: Call, arguments: Sequence[Any]
+    ) -> _Plan | None:
+        """None where tensors were copied, or made for the call: then it is to be described."""
+        results = _results(call)
+        if not arguments:
+            return None
+        known = [*tensors, *results]
+        index = {id(t): i for i, t in enumerate(known)}
+        of_arguments = [
+            [(argument, 0)] if isinstance(argument, Tensor) else words_of(argument)
+            for argument in arguments
+        ]
+        words = [word for of_one in of_arguments for word in of_one or ()]
+        if any(not isinstance(word, int) and id(word[0]) not in index for word in words):
+            return None
+        keys = {w: w if isinstance(w, int) else (index[id(w[0])], w[1]) for w in words}
+        shifted = sorted({k for k in keys.values() if isinstance(k, tuple) and k[1]})
+        constants = sorted({k for k in keys.values() if isinstance(k, int)})
+        place: dict[Any, int] = {(i, 0): i for i in range(len(known))}
+        for key in (*shifted, *constants):
+            place[key] = len(place)
+        templates: list[Any] = []
+        for argument, of_one in zip(arguments, of_arguments, strict=True):
+            if of_one is None:
+                templates.append(_pack(argument))
+            elif isinstance(argument, Tensor):
+                templates.append(place[keys[of_one[0]]])
+            else:
+                pick = operator.itemgetter(*(place[keys[word]] for word in of_one), 0)
+                templates.append((struct.Struct(f"={len(of_one)}q"), pick))
+        layouts = [(t.shape, t.stride(), t.dtype) for t in results]
+        return cls(templates, shifted, constants, layouts, type(call.result))
+
+    def arguments(self, tensors: Sequence[Tensor | None], results: Sequence[Tensor]) -> list[Any]:
+        words = [0 if t is None else t.data_ptr() for t in (*tensors, *results)]
+        words += [words[i] + offset for i, offset in self._shifted]
+        words += self._constants
+        return [
+            t[0].pack(*t[1](words)[:-1])
+            if isinstance(t, tuple)
+            else ctypes.c_void_p(words[t])
+            if isinstance(t, int)
+            else t
+            for t in self._templates
+        ]
+
+
+def words_of(argument: Any) -> list[int | tuple[Tensor, int]] | None:
+    """Those of structures with pointers, or of a tensor; None for what is no address of tensors."""
+    if isinstance(argument, Addresses):
+        return argument.words()
+    if isinstance(argument, list):
+        return [word for addresses in argument for word in addresses.words()]
+    return None
+
+
+def _require_same_bytes(library: str, argument: Any) -> None:
+    """Refuse a library whose structures are others than those that headers declare."""
+    of = argument[0] if isinstance(argument, list) else argument
+    kind: Any = of.structure if isinstance(of, Addresses) else type(argument)
+    if issubclass(kind, ctypes.Array):
+        kind = kind._type_
+    if issubclass(kind, ctypes.Structure):
+        _compare_bytes(status(library).library, kind)
+
+
+@functools.lru_cache(maxsize=256)
+def _compare_bytes(library: Any, kind: Any) -> None:
+    function = getattr(library, f"{kind.__name__.replace('::', '_')}_bytes")
+    function.restype = ctypes.c_int64
+    if function() != ctypes.sizeof(kind):
+        raise RuntimeError(
+            f"{kind.__name__} has {function()} bytes in the library and {ctypes.sizeof(kind)} here"
+        )
+
+
+def _results(call: Call) -> list[Tensor]:
+    result = call.result
+    return [] if result is None else [result] if isinstance(result, Tensor) else list(result)
+
+
+def _pack(argument: Any) -> Any:
+    if isinstance(argument, int):
+        return ctypes.c_int64(argument)
+    if isinstance(argument, Tensor):
+        return ctypes.c_void_p(argument.data_ptr())
+    words = words_of(argument)
+    if words is None:
+        return ctypes.byref(argument)
+    addresses = [w if isinstance(w, int) else w[0].data_ptr() + w[1] for w in words]
+    return ctypes.byref((ctypes.c_int64 * len(addresses))(*addresses))

@@ -1,0 +1,133 @@
+// Activations of vectors of floats, for kernels that apply them before they store a result.
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <type_traits>
+#include "common/simd.h"
+
+namespace activation {
+
+using simd::F;
+using simd::W;
+
+// The order is that of ACTIVATIONS in ops/cpu/depthwise/depthwise.py.
+enum Kind : int64_t { NONE, RELU, GELU, SILU, HARDSWISH };
+
+static VB_INLINE F positive(F x) { return simd::max(simd::zero(), x); }  // NaN stays NaN
+static VB_INLINE F negative(F x) { return simd::zero() - positive(simd::zero() - x); }
+
+// GELU is x Φ(x) = max(x, 0) - |x| Φ(-|x|).
+#if VB_AVX512
+// There a look-up among 32 numbers is one instruction: Φ(-x) in 32 pieces around multiples of
+// 1 / SCALE, each a polynomial through the function at Chebyshev's nodes. Of four terms it is within
+// 2e-7 of Φ, of three, which are enough for what is rounded to bfloat16, within 1e-5. The last piece
+// ends at zero.
+template <int TERMS>
+struct Tail {
+  static constexpr int PIECES = 2 * W;
+  static constexpr double SCALE = 6.0, END = (PIECES - 0.5) / SCALE;
+  float terms[TERMS][PIECES];
+
+  Tail() {
+    for (int piece = 0; piece < PIECES; piece++) {
+      const double begin = std::max(0.0, (piece - 0.5) / SCALE), end = (piece + 0.5) / SCALE;
+      double node[TERMS], c[TERMS];  // by divided differences, then from Newton's form to powers
+      for (int i = 0; i < TERMS; i++) {
+        const double share = 0.5 - 0.5 * std::cos(std::acos(-1.0) * (2 * i + 1) / (2 * TERMS));
+        node[i] = begin + share * (end - begin);
+        c[i] = value(node[i]);
+        if (piece == PIECES - 1) c[i] -= share * value(end);
+      }
+      for (int order = 1; order < TERMS; order++) {
+        for (int i = TERMS - 1; i >= order; i--) {
+          c[i] = (c[i] - c[i - 1]) / (node[i] - node[i - order]);
+        }
+      }
+      for (int order = TERMS - 2; order >= 0; order--) {
+        for (int i = order; i < TERMS - 1; i++) c[i] -= node[order] * c[i + 1];
+      }
+      for (int i = 0; i < TERMS; i++) terms[i][piece] = static_cast<float>(c[i]);
+    }
+  }
+
+ private:
+  static double value(double x) { return 0.5 * std::erfc(x * std::sqrt(0.5)); }
+};
+
+template <int TERMS>
+static VB_INLINE void gelu(F* x, int count) {
+  static const Tail<TERMS> tail;
+  F low[TERMS], high[TERMS];
+  for (int i = 0; i < TERMS; i++) {
+    low[i] = simd::load(tail.terms[i]);
+    high[i] = simd::load(tail.terms[i] + W);
+  }
+  constexpr int SMALLER_MAGNITUDE = 0b1010;  // of two numbers; the other one where one is NaN
+  const F end = simd::set1(static_cast<float>(Tail<TERMS>::END * (1 - 0x1p-20)));
+  const F scale = simd::set1(static_cast<float>(Tail<TERMS>::SCALE));
+  const F rounding = simd::set1(0x1.8p23f);  // leaves whole numbers in the last bits
+  for (int i = 0; i < count; i++) {
+    const F place = _mm512_range_ps(x[i], end, SMALLER_MAGNITUDE);
+    const __m512i piece = _mm512_castps_si512(simd::fma(place, scale, rounding));
+    F sum = _mm512_permutex2var_ps(low[TERMS - 1], piece, high[TERMS - 1]);
+    for (int term = TERMS - 2; term >= 0; term--) {
+      sum = simd::fma(sum, place, _mm512_permutex2var_ps(low[term], piece, high[term]));
+    }
+    x[i] = _mm512_fnmadd_ps(place, sum, positive(x[i]));
+  }
+}
+
+#else
+// Φ by formula 7.1.26 of Abramowitz and Stegun, "Handbook of Mathematical Functions", within 8e-8.
+static VB_INLINE F gelu(F x) {
+  const F magnitude = positive(x) - negative(x), one = simd::set1(1.f);
+  const F t = one / simd::fma(magnitude, simd::set1(0.3275911f * 0.70710678f), one);
+  F half = simd::fma(t, simd::set1(0.5f * 1.061405429f), simd::set1(0.5f * -1.453152027f));
+  half = simd::fma(half, t, simd::set1(0.5f * 1.421413741f));
+  half = simd::fma(half, t, simd::set1(0.5f * -0.284496736f));
+  half = simd::fma(half, t, simd::set1(0.5f * 0.254829592f));
+  const F power = simd::exp2(magnitude * magnitude * simd::set1(-0.72134752f));  // -log2(e) / 2
+  return positive(x) - magnitude * (half * t) * power;
+}
+
+template <int TERMS>
+static VB_INLINE void gelu(F* x, int count) {
+  for (int i = 0; i < count; i++) x[i] = gelu(x[i]);
+}
+#endif
+
+// x / (1 + exp(-x)), with an exponent that is never positive.
+static VB_INLINE F silu(F x) {
+  const F up = positive(x), down = negative(x);
+  const F power = simd::exp2((down - up) * simd::set1(1.44269504f));
+  return simd::fma(down, power, up) / (simd::set1(1.f) + power);
+}
+
+static VB_INLINE F hardswish(F x) {
+  const F six = simd::set1(6.f), shifted = positive(x + simd::set1(3.f));
+  const F clipped = six - positive(six - shifted);
+  return x * clipped * simd::set1(1.f / 6.f);
+}
+
+// In place, for results of type T; not inlined, so that kernels with many variants compile in seconds.
+template <class T>
+static __attribute__((noinline)) void apply(F* x, int count, int64_t kind) {
+  switch (kind) {
+    case RELU:
+      for (int i = 0; i < count; i++) x[i] = positive(x[i]);
+      break;
+    case GELU:
+      gelu<std::is_same_v<T, float> ? 4 : 3>(x, count);
+      break;
+    case SILU:
+      for (int i = 0; i < count; i++) x[i] = silu(x[i]);
+      break;
+    case HARDSWISH:
+      for (int i = 0; i < count; i++) x[i] = hardswish(x[i]);
+      break;
+    default:
+      break;
+  }
+}
+
+}  // namespace activation

@@ -1,0 +1,62 @@
+// How the numbers that kernels hold in place of floats are multiplied.
+#pragma once
+#include <type_traits>
+#include "common/lanes.h"
+
+// Intel's CPUs with AMX have the instruction for pairs, too, but multiply floats twice as fast
+// (https://github.com/libxsmm/tpp-mlir/pull/1025).
+#if VB_BFLOAT16 && !defined(__AMX_TILE__)
+#define VB_PAIRS 1
+#else
+#define VB_PAIRS 0
+#endif
+
+namespace simd {
+
+// One by one, in float32.
+struct Floats {
+  static constexpr int COUNT = 1;
+  static VB_INLINE void add_product(F& sum, F x, F y) { sum = fma(x, y, sum); }
+};
+
+#if VB_PAIRS
+// Two numbers in bfloat16 at once; their products are added in float32.
+struct Pairs {
+  static constexpr int COUNT = 2;
+  static VB_INLINE void add_product(F& sum, F x, F y) {
+    sum = _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)y);
+  }
+  // Lane by lane.
+  static VB_INLINE F pack(F first, F second) {
+    const auto words = [](int lane) { return (lane + W) << 16 | lane; };
+    const __m512i places = _mm512_setr_epi32(
+        words(0), words(1), words(2), words(3), words(4), words(5), words(6), words(7), words(8),
+        words(9), words(10), words(11), words(12), words(13), words(14), words(15));
+    const __m512i both = (__m512i)_mm512_cvtne2ps_pbh(second, first);
+    return _mm512_castsi512_ps(_mm512_permutexvar_epi16(places, both));
+  }
+  static VB_INLINE F pack(const BFloat16* first, const BFloat16* second, int lanes) {
+    const __m512i low = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(simd::first(lanes), first));
+    const F high = widened(_mm256_maskz_loadu_epi16(simd::first(lanes), second));
+    return _mm512_castsi512_ps(_mm512_or_si512(low, _mm512_castps_si512(high)));
+  }
+  static VB_INLINE F without_second(F x) {
+    return _mm512_castsi512_ps(
+        _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0xffff)));
+  }
+};
+// What is quickest for numbers that come as T.
+template <class T>
+using Products = std::conditional_t<std::is_same_v<T, BFloat16>, Pairs, Floats>;
+#else
+template <class T>
+using Products = Floats;
+#endif
+
+// How many it takes to hold so many numbers.
+template <class P>
+static constexpr int steps(int numbers) {
+  return (numbers + P::COUNT - 1) / P::COUNT;
+}
+
+}  // namespace simd

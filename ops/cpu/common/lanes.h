@@ -1,0 +1,61 @@
+// Where fewer channels are left than a vector has lanes.
+#pragma once
+#include "common/simd.h"
+
+namespace simd {
+
+#if VB_AVX512
+static VB_INLINE __mmask16 first(int lanes) { return static_cast<__mmask16>((1u << lanes) - 1); }
+
+// The first `lanes` of `x`.
+static VB_INLINE void put(float* out, F x, int lanes) {
+  if (lanes == W) return store(out, x);
+  _mm512_mask_storeu_ps(out, first(lanes), x);
+}
+static VB_INLINE void put(BFloat16* out, F x, int lanes) {
+  _mm256_mask_storeu_epi16(out, first(lanes), rounded(x));
+}
+
+// `lanes` values, zeros behind them.
+static VB_INLINE F get(const float* in, int lanes) {
+  if (lanes == W) return load(in);
+  return _mm512_maskz_loadu_ps(first(lanes), in);
+}
+static VB_INLINE F get(const BFloat16* in, int lanes) {
+  return widened(_mm256_maskz_loadu_epi16(first(lanes), in));
+}
+
+#else
+template <class T>
+static VB_INLINE void put(T* out, F x, int lanes) {
+  if (lanes == W) {
+    store_from_float(out, x);
+    return;
+  }
+  float value[W];
+  store(value, x);
+  for (int l = 0; l < lanes; l++) assign(out + l, value[l]);
+}
+
+template <class T>
+static VB_INLINE F get(const T* in, int lanes) {
+  if (lanes == W) return load_as_float(in);
+  float value[W] = {};
+  for (int l = 0; l < lanes; l++) value[l] = to_float(in[l]);
+  return load(value);
+}
+#endif
+
+// `count` values, a vector at a time.
+template <class T>
+static VB_INLINE void copy(const T* in, int64_t count, T* out) {
+  int64_t i = 0;
+  for (; i + W <= count; i += W) std::memcpy(out + i, in + i, W * sizeof(T));
+#if VB_AVX512
+  if (i < count) put(out + i, get(in + i, static_cast<int>(count - i)), static_cast<int>(count - i));
+#else
+  for (; i < count; i++) out[i] = in[i];
+#endif
+}
+
+}  // namespace simd

@@ -1,0 +1,112 @@
+// Deformable convolution of channels-last maps: for some output pixels at a time, what their taps
+// see is interpolated into rows, which a linear layer takes while they are in the cache.
+// https://arxiv.org/abs/1703.06211
+#pragma once
+#include <algorithm>
+#include <cmath>
+#include <cstddef>
+#include <cstdint>
+#include <vector>
+#include "common/lanes.h"
+#include "gemm/gemm.h"
+#include "common/parallel.h"
+#include "common/simd.h"
+
+namespace deformable {
+
+using simd::F;
+using simd::W;
+
+// deformable_conv.py reads the fields from here.
+struct Problem {
+  int64_t batch, height, width, channels;          // of the input
+  int64_t out_height, out_width, out_features;
+  int64_t kernel, stride;                          // of rows and columns alike, without padding
+  int64_t in_stride[3];                            // of image, row and pixel, in elements
+  int64_t activation, bfloat16, threads;
+};
+
+// `offset` is [batch][out_height][out_width][tap][row, column], `weight` the packed one of a linear
+// layer from [tap][channel] to out_features, `out` [batch][out_height][out_width][out_features].
+struct Tensors {
+  const void* in;
+  const float* offset;
+  const void* weight;
+  const float* bias;
+  void* out;
+};
+
+constexpr int64_t ROW_BYTES = 384 * 1024;  // interpolated at a time
+constexpr int64_t FEWEST_PIXELS = 56;      // that make it worth to read the weights again
+
+// The map at (y, x), between pixels; beyond the border it is zero.
+template <class T>
+static void interpolate(const Problem& p, const T* in, float y, float x, T* out) {
+  const float top = std::floor(y), left = std::floor(x);
+  const float down = y - top, right = x - left;
+  // Comparisons that NaN fails, before anything is made an integer.
+  const bool seen = y > -1.f && x > -1.f && y < static_cast<float>(p.height) &&
+                    x < static_cast<float>(p.width);
+  if (!seen) {
+    std::fill_n(out, p.channels, T{});
+    return;
+  }
+  const int64_t row = static_cast<int64_t>(top), column = static_cast<int64_t>(left);
+  const T* corner[4];
+  float share[4];
+  int count = 0;
+  for (int i = 0; i < 4; i++) {
+    const int64_t r = row + i / 2, c = column + i % 2;
+    if (r < 0 || c < 0 || r >= p.height || c >= p.width) continue;
+    corner[count] = in + r * p.in_stride[1] + c * p.in_stride[2];
+    share[count++] = (i / 2 ? down : 1.f - down) * (i % 2 ? right : 1.f - right);
+  }
+  for (int64_t c = 0; c < p.channels; c += W) {
+    const int lanes = static_cast<int>(std::min<int64_t>(W, p.channels - c));
+    F sum = simd::zero();
+    for (int i = 0; i < count; i++) {
+      sum = simd::fma(simd::set1(share[i]), simd::get(corner[i] + c, lanes), sum);
+    }
+    simd::put(out + c, sum, lanes);
+  }
+}
+
+template <class T>
+static void convolve(const Problem& p, const Tensors& t, int64_t first, int64_t end,
+                     std::vector<T>& rows) {
+  const int64_t taps = p.kernel * p.kernel, features = taps * p.channels;
+  rows.resize(static_cast<size_t>((end - first) * features));
+  T* row = rows.data();
+  for (int64_t i = first; i < end; i++) {
+    const int64_t image = i / (p.out_height * p.out_width);
+    const int64_t y = i / p.out_width % p.out_height, x = i % p.out_width;
+    const T* in = static_cast<const T*>(t.in) + image * p.in_stride[0];
+    const float* offset = t.offset + i * taps * 2;
+    for (int64_t tap = 0; tap < taps; tap++, offset += 2, row += p.channels) {
+      const int64_t from_y = y * p.stride + tap / p.kernel, from_x = x * p.stride + tap % p.kernel;
+      interpolate(p, in, static_cast<float>(from_y) + offset[0],
+                  static_cast<float>(from_x) + offset[1], row);
+    }
+  }
+  linear::map_rows(rows.data(), end - first, features, t.weight, t.bias, p.out_features,
+                   p.activation, static_cast<T*>(t.out) + first * p.out_features);
+}
+
+template <class T>
+static void forward_of(const Problem& p, const Tensors& t) {
+  const int64_t pixels = p.batch * p.out_height * p.out_width;
+  const int64_t features = p.kernel * p.kernel * p.channels;
+  const int64_t fitting = std::max(FEWEST_PIXELS, ROW_BYTES / (features * int64_t{sizeof(T)}));
+  const int64_t tasks = std::max((pixels + fitting - 1) / fitting, std::min(pixels, p.threads));
+  const auto work = [&](int64_t i) {
+    static thread_local std::vector<T> rows;
+    convolve<T>(p, t, pixels * i / tasks, pixels * (i + 1) / tasks, rows);
+  };
+  parallel::for_each(tasks, p.threads, work);
+}
+
+static void forward(const Problem& p, const Tensors& t) {
+  p.bfloat16 ? forward_of<BFloat16>(p, t) : forward_of<float>(p, t);
+}
+
+}  // namespace deformable

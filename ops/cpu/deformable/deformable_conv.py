@@ -1,0 +1,122 @@
+"""Deformable convolution of channels-last maps on the CPU, for inference.
+
+The kernel (``deformable.h``) interpolates what the taps of some pixels see and takes it through a
+linear layer with packed weights while it is in the cache.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ops.cpu.activations import ACTIVATIONS
+from ops.cpu.binding import Addresses, Call, kernel
+from ops.cpu.gemm.linear import no_products, pack_weight
+from ops.cpu.gemm.plan import packed_size
+from ops.cpu.structures import structure
+from ops.cpu.threads import MACS, threads_for
+
+__all__ = ["deformable_conv2d", "pack_taps"]
+
+_PROBLEM = structure("deformable/deformable.h", "deformable::Problem")
+_TENSORS = structure("deformable/deformable.h", "deformable::Tensors")
+
+
+def pack_taps(weight: Tensor) -> Tensor:
+    """The weight of a convolution, (out_chs, in_chs, k, k), as the kernel wants it.
+
+    Raises:
+        RuntimeError: the kernel is not available here.
+    """
+    return pack_weight(weight.detach().permute(0, 2, 3, 1).flatten(1))
+
+
+@kernel("deformable", "deformable_forward", refuses=no_products)
+def deformable_conv2d(
+    x: Tensor,
+    offset: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    kernel_size: int,
+    stride: int,
+    activation: str = "none",
+) -> Call:
+    """As ``torchvision.ops.deform_conv2d`` without padding or mask, then an activation.
+
+    Args:
+        x: (B, C, H, W), float32 or bfloat16 as the weight; another memory format than channels-last
+            is copied.
+        offset: (B, 2·k², H', W'), of any dtype: row and column of each tap, where
+            H' = (H - k) // stride + 1.
+        weight: see :func:`pack_taps`.
+        bias: (out_chs,) float32.
+        kernel_size, stride: k and stride, of rows and columns alike.
+        activation: one of :data:`ops.cpu.activations.ACTIVATIONS`; GELU is the exact one.
+
+    Returns:
+        (B, out_chs, H', W'), channels-last.
+
+    Raises:
+        ValueError: offsets or a weight that do not go with the map, dtypes that do not.
+        RuntimeError: the kernel is not available here (its ``unsupported`` tells beforehand).
+    """
+    height, width = ((n - kernel_size) // stride + 1 for n in x.shape[2:])
+    expected = (x.shape[0], 2 * kernel_size**2, height, width)
+    if min(expected[2:]) < 1 or offset.shape != expected:
+        raise ValueError(f"offset must be {expected}, got {tuple(offset.shape)}")
+    dtypes = (x.dtype, weight.dtype, bias.dtype)
+    if x.dtype not in (torch.float32, torch.bfloat16) or dtypes[1:] != (x.dtype, torch.float32):
+        raise ValueError(
+            "x and weight must be float32, or both bfloat16, and bias float32; "
+            f"got {', '.join(map(str, dtypes))}"
+        )
+    inputs = x.shape[1] * kernel_size**2
+    if weight.numel() != packed_size(len(bias), inputs, x.dtype):
+        raise ValueError(f"weight is not that of {len(bias)} outputs of {inputs} inputs")
+    out = x.new_empty(x.shape[0], height, width, len(bias)).permute(0, 3, 1, 2)
+
+    def arguments() -> Any:
+        nhwc = x if x.stride(1) == 1 else x.contiguous(memory_format=torch.channels_last)
+        batch, channels, rows, columns = x.shape
+        problem = _problem(
+            (batch, rows, columns, channels, height, width, len(bias), kernel_size, stride),
+            (nhwc.stride(0), nhwc.stride(2), nhwc.stride(3)),
+            activation,
+            x.dtype == torch.bfloat16,
+            torch.get_num_threads(),
+        )
+        offsets = offset.permute(0, 2, 3, 1).float().contiguous()
+        tensors = {"in": nhwc, "offset": offsets, "weight": weight, "bias": bias, "out": out}
+        return problem, Addresses(_TENSORS, tensors)
+
+    return Call(out, arguments)
+
+
+@functools.lru_cache(maxsize=1024)  # a network has few different ones, and filling them in is slow
+def _problem(
+    sizes: tuple[int, ...],
+    in_stride: tuple[int, ...],
+    activation: str,
+    bfloat16: bool,
+    threads: int,
+) -> Any:
+    batch, height, width, channels, out_height, out_width, out_features, kernel_size, stride = sizes
+    macs = batch * out_height * out_width * out_features * channels * kernel_size**2
+    return _PROBLEM(
+        batch=batch,
+        height=height,
+        width=width,
+        channels=channels,
+        out_height=out_height,
+        out_width=out_width,
+        out_features=out_features,
+        kernel=kernel_size,
+        stride=stride,
+        in_stride=in_stride,
+        activation=ACTIVATIONS.index(activation),
+        bfloat16=bfloat16,
+        threads=threads_for(macs, MACS, threads),
+    )

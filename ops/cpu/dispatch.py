@@ -1,0 +1,91 @@
+"""Whether a kernel's call may go past torch's dispatcher, and the dtypes of what it is given."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+__all__ = ["is_plain_call", "require_dtype", "takes_kernels"]
+
+
+def _key_set(*names: str) -> int:
+    keys = torch._C.DispatchKeySet(torch._C.DispatchKey.Undefined)
+    for name in names:
+        keys = keys.add(getattr(torch._C.DispatchKey, name))
+    return keys.raw_repr()
+
+
+_PLAIN_TENSOR = _key_set("CPU", "AutogradCPU", "AutocastCPU", "ADInplaceOrView")
+_PLAIN_TYPES = (Tensor, torch.nn.Parameter)
+_PLAIN_MODE = _key_set("BackendSelect", "ADInplaceOrView")
+_WATCHED_MODE = _key_set("BackendSelect", "ADInplaceOrView", "Python", "PythonTLSSnapshot")
+_REPLACING_MODES = [
+    getattr(torch._C._TorchDispatchModeKey, name) for name in ("FAKE", "FUNCTIONAL", "PROXY")
+]
+_dispatch_keys = torch._C._dispatch_keys
+
+
+def is_plain_call(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether the dispatcher would do nothing with these CPU tensors but call the kernel.
+
+    The way through it and back into Python takes as long as some kernels do on a small map. The
+    profiler and other modes need it, and so do all for which :func:`takes_kernels` does not hold.
+    """
+    if _is_transformed() or torch.autograd._profiler_enabled():
+        return False
+    modes: int = torch._C._dispatch_tls_local_include_set().raw_repr()
+    return modes | _PLAIN_MODE == _PLAIN_MODE and _are_plain(tensors)
+
+
+def takes_kernels(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether kernels may stand for torch's functions on these CPU tensors.
+
+    What only watches sees them as operators: the profiler, modes that count. Compilers, tracers,
+    subclasses, autocast, functorch's transforms and forward-mode differentiation have to see what
+    torch's functions do. Differentiation backward has to, too, but is not asked about here.
+    """
+    if _is_transformed():
+        return False
+    modes: int = torch._C._dispatch_tls_local_include_set().raw_repr()
+    plain = modes | _PLAIN_MODE == _PLAIN_MODE or _only_watch(modes)
+    return plain and _are_plain(tensors)
+
+
+def _is_transformed() -> bool:
+    """By what the modes that torch's dispatcher includes do not tell."""
+    return (
+        torch.compiler.is_compiling()
+        or forward_ad._current_level >= 0
+        or torch.is_autocast_enabled("cpu")
+    )
+
+
+def _only_watch(modes: int) -> bool:
+    """Whether the modes are those of Python, and none of them puts something else in place."""
+    get = torch._C._get_dispatch_mode
+    return modes | _WATCHED_MODE == _WATCHED_MODE and not any(map(get, _REPLACING_MODES))
+
+
+def _are_plain(tensors: Sequence[Tensor | None]) -> bool:
+    for t in tensors:
+        if t is None:
+            continue
+        if type(t) not in _PLAIN_TYPES:
+            return False
+        if _dispatch_keys(t).raw_repr() | _PLAIN_TENSOR != _PLAIN_TENSOR:
+            return False
+    return True
+
+
+def require_dtype(dtype: torch.dtype, **tensors: Tensor | None) -> None:
+    """Refuse tensors that a kernel, which only sees where they begin, would misread.
+
+    Raises:
+        ValueError: one of another dtype, by its name.
+    """
+    for name, t in tensors.items():
+        if t is not None and t.dtype != dtype:
+            raise ValueError(f"{name} must be {dtype}, got {t.dtype}")

@@ -1,0 +1,103 @@
+// Kolmogorov-Arnold layers: layer norm, bumps around the points of a grid, and a linear map of
+// them. The bumps of some rows at a time are made, and mapped while they are in the cache.
+// https://arxiv.org/abs/2404.19756, https://arxiv.org/abs/2502.13693
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include "common/lanes.h"
+#include "gemm/gemm.h"
+#include "norm/norm.h"
+#include "common/parallel.h"
+#include "common/scratch.h"
+#include "common/simd.h"
+
+namespace kan {
+
+using simd::F;
+using simd::W;
+
+// kan.py reads the fields from here.
+struct Problem {
+  int64_t rows, in_features, grids, out_features;
+  double eps;    // of the norm
+  double scale;  // of inputs: 2 / (width ln 2)
+  int64_t bfloat16, threads;
+};
+
+// `in` [rows][in_features], `norm_weight` and `norm_bias` [in_features], `powers` [grids]: 2 to the
+// grid's points times `scale`, `weight` the packed one of a linear layer from [grid][in_features] to
+// out_features, `bias` its zeros.
+struct Tensors {
+  const void* in;
+  const float *norm_weight, *norm_bias, *powers;
+  const void* weight;
+  const float* bias;
+  void* out;
+};
+
+// Powers of two up to which inputs are told apart; grids reach half as far at most.
+constexpr float FAR = 60.f;
+constexpr int64_t ROWS = 8;  // that are normed at once
+
+static VB_INLINE F clamped(F x, float bound) {
+  // NaN stays: `max` gives what comes second.
+  x = simd::max(simd::set1(-bound), x);
+  return simd::zero() - simd::max(simd::set1(-bound), simd::zero() - x);
+}
+
+// One row: 1 - tanh²(u) = 4 e / (1 + e)² with e = exp(-2 u), u from a grid point in widths.
+template <class T>
+static void bump(const Problem& p, const Tensors& t, const float* normed, T* out) {
+  const float high = static_cast<float>(p.scale), low = static_cast<float>(p.scale - high);
+  const F scale = simd::set1(high), rest = simd::set1(low), ln2 = simd::set1(0.69314718f);
+  for (int64_t c = 0; c < p.in_features; c += W) {
+    const int lanes = static_cast<int>(std::min<int64_t>(W, p.in_features - c));
+    const F x = clamped(simd::load(normed + c), FAR / high), power = simd::zero() - x * scale;
+    // What rounding took from the power, which may be large beside its distance from the grid's.
+    const F lost = simd::fma(x, scale, power) + x * rest;
+    const F rounded = simd::exp2(power), e = simd::fma(rounded * ln2, simd::zero() - lost, rounded);
+    T* place = out + c;
+    for (int64_t g = 0; g < p.grids; g++, place += p.in_features) {
+      const F at = e * simd::set1(t.powers[g]);
+      const F half = simd::reciprocal(simd::fma(simd::set1(0.5f), at, simd::set1(0.5f)));
+      simd::put(place, at * half * half, lanes);
+    }
+  }
+}
+
+template <class T>
+static void run(const Problem& p, const Tensors& t, int64_t begin, int64_t end) {
+  static thread_local Room<T> bumps_room;
+  static thread_local Room<float> normed_room;
+  const int64_t features = p.grids * p.in_features;
+  T* const bumps = bumps_room.of((end - begin) * features);
+  float* const normed = normed_room.of(ROWS * p.in_features + W);
+  const norm::Norm<float> norm{p.in_features, t.norm_weight, t.norm_bias,
+                               static_cast<float>(p.eps)};
+  for (int64_t first = begin; first < end; first += ROWS) {
+    const int64_t count = std::min(ROWS, end - first);
+    norm::normalise(norm, static_cast<const T*>(t.in) + first * p.in_features, count, normed);
+    for (int64_t r = 0; r < count; r++) {
+      bump(p, t, normed + r * p.in_features, bumps + (first - begin + r) * features);
+    }
+  }
+  linear::map_rows(bumps, end - begin, features, t.weight, t.bias, p.out_features,
+                   activation::NONE, static_cast<T*>(t.out) + begin * p.out_features);
+}
+
+template <class T>
+static void forward_of(const Problem& p, const Tensors& t) {
+  const int64_t row_bytes = p.grids * p.in_features * int64_t{sizeof(T)};
+  const int64_t fitting = std::max(linear::MIN_CHUNK, linear::CHUNK_BYTES / row_bytes);
+  const int64_t tasks = std::max((p.rows + fitting - 1) / fitting, std::min(p.rows, p.threads));
+  const auto work = [&](int64_t i) {
+    run<T>(p, t, p.rows * i / tasks, p.rows * (i + 1) / tasks);
+  };
+  parallel::for_each(tasks, p.threads, work);
+}
+
+static void forward(const Problem& p, const Tensors& t) {
+  p.bfloat16 ? forward_of<BFloat16>(p, t) : forward_of<float>(p, t);
+}
+
+}  // namespace kan

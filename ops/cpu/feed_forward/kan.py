@@ -1,0 +1,131 @@
+"""Kolmogorov-Arnold layers on the CPU in one pass, for inference.
+
+The kernel (``kan.h``) makes the bumps of some rows and maps them while they are in the cache.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ops.cpu.binding import Addresses, Call, kernel
+from ops.cpu.gemm.linear import no_products, pack_weight
+from ops.cpu.gemm.plan import packed_size
+from ops.cpu.structures import structure
+from ops.cpu.threads import MACS, threads_for
+from ops.kan import KANLayer
+
+__all__ = ["PackedKAN", "kan_layer", "pack_kan"]
+
+_FAR = 30.0  # that a grid may reach, in powers of two; half of FAR in kan.h
+
+_PROBLEM = structure("feed_forward/kan.h", "kan::Problem")
+_TENSORS = structure("feed_forward/kan.h", "kan::Tensors")
+
+
+class PackedKAN(NamedTuple):
+    """A layer's parameters as the kernel wants them.
+
+    ``norm_weight`` and ``norm_bias`` (in_features,), ``powers`` (num_grids,), two to the grid
+    points times ``scale``, and ``bias`` (out_features,), zeros, are float32; ``weight`` is packed,
+    from num_grids · in_features.
+    """
+
+    norm_weight: Tensor
+    norm_bias: Tensor
+    powers: Tensor
+    weight: Tensor
+    bias: Tensor
+    eps: float
+    scale: float
+
+
+def pack_kan(layer: KANLayer) -> PackedKAN | None:
+    """The parameters of a layer, or None where its grid is finer than the kernel resolves.
+
+    Raises:
+        RuntimeError: the kernel is not available here.
+    """
+    scale = 2 / (layer.width * math.log(2))
+    grid = layer.grid.detach().double() * scale
+    if grid.abs().max() > _FAR:
+        return None
+    by_grid = layer.linear.weight.detach().unflatten(1, (-1, len(grid))).transpose(1, 2).flatten(1)
+    norm_weight, norm_bias = (t.detach().float() for t in layer.norm.parameters())
+    return PackedKAN(
+        norm_weight,
+        norm_bias,
+        torch.exp2(grid).float(),
+        pack_weight(by_grid),
+        norm_bias.new_zeros(len(by_grid)),
+        layer.norm.eps,
+        scale,
+    )
+
+
+@kernel("kan", "kan_forward", refuses=no_products)
+def kan_layer(
+    x: Tensor,
+    norm_weight: Tensor,
+    norm_bias: Tensor,
+    powers: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+    scale: float,
+) -> Call:
+    """As the :class:`ops.kan.KANLayer` that was packed. No gradients.
+
+    Args:
+        x: (..., in_features), float32 or bfloat16 as the packed weight.
+        norm_weight, norm_bias, powers, weight, bias, eps, scale: see :class:`PackedKAN`.
+
+    Returns:
+        (..., out_features), contiguous.
+
+    Raises:
+        ValueError: inputs of another width or dtype.
+        RuntimeError: the kernel is not available here (its ``unsupported`` tells beforehand).
+    """
+    if x.shape[-1:] != norm_weight.shape or x.dtype != weight.dtype:
+        raise ValueError(
+            f"x must be (..., {len(norm_weight)}) of {weight.dtype}, got {tuple(x.shape)} of "
+            f"{x.dtype}"
+        )
+    if weight.numel() != packed_size(len(bias), len(norm_weight) * len(powers), x.dtype):
+        raise ValueError(
+            f"weight is not that of {len(bias)} outputs of {len(norm_weight)} inputs at "
+            f"{len(powers)} points"
+        )
+    out = x.new_empty(*x.shape[:-1], len(bias))
+
+    def arguments() -> Any:
+        sizes = (x.numel() // len(norm_weight), len(norm_weight), len(powers), len(bias))
+        half = x.dtype == torch.bfloat16
+        problem = _problem(sizes, eps, scale, half, torch.get_num_threads())
+        tensors = {
+            **{"in": x.contiguous(), "norm_weight": norm_weight, "norm_bias": norm_bias},
+            **{"powers": powers, "weight": weight, "bias": bias, "out": out},
+        }
+        return problem, Addresses(_TENSORS, tensors)
+
+    return Call(out, arguments)
+
+
+@functools.lru_cache(maxsize=1024)  # a network has few different ones, and filling them in is slow
+def _problem(sizes: tuple[int, ...], eps: float, scale: float, bfloat16: bool, threads: int) -> Any:
+    rows, in_features, grids, out_features = sizes
+    return _PROBLEM(
+        rows=rows,
+        in_features=in_features,
+        grids=grids,
+        out_features=out_features,
+        eps=eps,
+        scale=scale,
+        bfloat16=bfloat16,
+        threads=threads_for(math.prod(sizes), MACS, threads),
+    )

@@ -1,0 +1,126 @@
+"""Feed-forwards with squeeze and excitation before them and a response norm inside, in one pass.
+
+The kernel (``response_mlp.h``) saves the many small operators on vectors, which take longer than
+the work in them, and multiplies scales of channels into the smaller of map and weight.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ops.cpu.binding import Addresses, Call, kernel
+from ops.cpu.gemm.linear import no_products, pack_weight
+from ops.cpu.structures import structure
+from ops.cpu.threads import MACS, threads_for
+
+__all__ = ["PackedResponseMlp", "response_mlp"]
+
+_PROBLEM = structure("feed_forward/response_mlp.h", "response_mlp::Problem")
+_TENSORS = structure("feed_forward/response_mlp.h", "response_mlp::Tensors")
+# The order of the weights of an operator's call.
+_WEIGHTS = (
+    *("squeeze", "squeeze_bias", "excite", "excite_bias"),
+    *("weight1", "bias1", "response", "weight2", "bias2"),
+)
+
+
+class PackedResponseMlp:
+    """``fc2(norm(gelu(fc1(x * gates(x))))) + shortcut``.
+
+    The gates, one for each image and channel, are ``sigmoid(excite(relu(squeeze(mean(x)))))`` with
+    the mean over the map. The norm is ``h * (1 + response * share)``; ``share`` is the root of the
+    sum of a channel's squares over the map, over the mean of all channels' roots plus ``eps``.
+
+    Args:
+        squeeze, excite: from ``dim`` to fewer channels and back, linear layers or 1×1 convolutions.
+        fc1, fc2: from ``dim`` to ``hidden`` and back; in float32 or bfloat16.
+        response: ``hidden`` numbers, of any shape.
+        eps: of the norm.
+
+    Raises:
+        RuntimeError: the kernel is not available here.
+    """
+
+    def __init__(
+        self,
+        squeeze: nn.Linear | nn.Conv2d,
+        excite: nn.Linear | nn.Conv2d,
+        fc1: nn.Linear,
+        fc2: nn.Linear,
+        response: Tensor,
+        eps: float,
+    ) -> None:
+        self._eps = eps
+        self._weights = [
+            *(t for layer in (squeeze, excite) for t in (_inputs_first(layer), _bias(layer))),
+            *(pack_weight(fc1.weight), _bias(fc1), response.detach().float().flatten()),
+            *(pack_weight(fc2.weight), _bias(fc2)),
+        ]
+
+    def __call__(self, x: Tensor, shortcut: Tensor) -> Tensor:
+        """(B, H, W, dim) → (B, H, W, dim).
+
+        Args:
+            x: in the dtype of the weights; contiguous, or copied.
+            shortcut: (B, H, W, dim).
+
+        Raises:
+            ValueError: another dtype or shape.
+        """
+        out: Tensor = response_mlp(x, shortcut, self._weights, self._eps)
+        return out
+
+
+def _inputs_first(layer: nn.Linear | nn.Conv2d) -> Tensor:
+    """(in_features, out_features), contiguous, float32."""
+    return layer.weight.detach().flatten(1).float().t().contiguous()
+
+
+def _bias(layer: nn.Linear | nn.Conv2d) -> Tensor:
+    if layer.bias is None:
+        return layer.weight.new_zeros(len(layer.weight), dtype=torch.float32)
+    return layer.bias.detach().float()
+
+
+@kernel("response_mlp", "response_mlp_forward", refuses=no_products)
+def response_mlp(x: Tensor, shortcut: Tensor, weights: Sequence[Tensor], eps: float) -> Call:
+    """See :class:`PackedResponseMlp`, which packs the weights."""
+    dim, dtype = len(weights[3]), weights[4].dtype
+    if x.ndim != 4 or x.shape[3] != dim or x.dtype != dtype:
+        raise ValueError(f"x must be (B, H, W, {dim}), {dtype}, got {tuple(x.shape)}, {x.dtype}")
+    if shortcut.shape != x.shape or shortcut.dtype != dtype:
+        raise ValueError(
+            f"shortcut must be {tuple(x.shape)}, {dtype}, got {tuple(shortcut.shape)}, "
+            f"{shortcut.dtype}"
+        )
+    out = x.new_empty(x.shape)
+
+    def arguments() -> Any:
+        sizes = (len(x), x.shape[1] * x.shape[2], dim, len(weights[1]), len(weights[6]))
+        problem = _problem(sizes, dtype == torch.bfloat16, eps, torch.get_num_threads())
+        named = dict(zip(_WEIGHTS, weights, strict=True))
+        maps = {"in": x.contiguous(), "other": shortcut.contiguous(), "out": out}
+        return problem, Addresses(_TENSORS, {**maps, **named})
+
+    return Call(out, arguments)
+
+
+@functools.lru_cache(maxsize=1024)  # a network has few different ones, and filling them in is slow
+def _problem(sizes: tuple[int, ...], bfloat16: bool, eps: float, threads: int) -> Any:
+    images, pixels, dim, squeezed, hidden = sizes
+    macs = 2 * images * pixels * dim * hidden
+    return _PROBLEM(
+        images=images,
+        pixels=pixels,
+        dim=dim,
+        squeezed=squeezed,
+        hidden=hidden,
+        bfloat16=bfloat16,
+        eps=eps,
+        threads=threads_for(macs, MACS, threads),
+    )

@@ -1,0 +1,138 @@
+"""Convolutions of all channels on the CPU for inference, as linear layers on windows.
+
+The kernel (``convolution.h``) copies the windows of some pixels at a time.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ops.cpu.activations import ACTIVATIONS
+from ops.cpu.binding import Addresses, Call, kernel
+from ops.cpu.gemm.linear import no_products, pack_weight
+from ops.cpu.structures import structure
+from ops.cpu.threads import MACS, threads_for
+
+__all__ = ["PackedConv2d", "packed_conv2d"]
+
+_PROBLEM = structure("gemm/convolution.h", "convolution::Problem")
+_TENSORS = structure("gemm/convolution.h", "convolution::Tensors")
+
+
+class PackedConv2d:
+    """``activation(conv(x))``.
+
+    Args:
+        conv: without groups and dilation, padded with zeros, in float32 or bfloat16.
+
+    Raises:
+        ValueError: a convolution with groups or dilation, or padded otherwise.
+        RuntimeError: the kernel is not available here, see :func:`ops.cpu.gemm.linear.unsupported`.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        padding: Any = conv.padding
+        if conv.groups != 1 or conv.dilation != (1, 1):
+            raise ValueError(f"a convolution must have no groups and no dilation, got {conv}")
+        if isinstance(padding, str) or conv.padding_mode != "zeros":
+            raise ValueError(f"a convolution must be padded with a number of zeros, got {conv}")
+        weight = conv.weight.detach()
+        self._weight = pack_weight(weight.permute(0, 2, 3, 1).flatten(1))
+        bias = weight.new_zeros(len(weight)) if conv.bias is None else conv.bias.detach()
+        self._bias = bias.float()
+        self._geometry = [conv.in_channels, *conv.kernel_size, *conv.stride, *padding]
+
+    def __call__(self, x: Tensor, activation: str = "none") -> Tensor:
+        """(B, C, H, W) → (B, C', H', W'), channels-last; see :func:`packed_conv2d`."""
+        out: Tensor = packed_conv2d(x, self._weight, self._bias, self._geometry, activation)
+        return out
+
+
+@kernel("gemm", "convolution_forward", refuses=no_products)
+def packed_conv2d(
+    x: Tensor, weight: Tensor, bias: Tensor, geometry: Sequence[int], activation: str = "none"
+) -> Call:
+    """A convolution and an activation. No gradients.
+
+    Args:
+        x: (B, C, H, W), in the dtype of the weight; copied where its channels are not last.
+        weight: that of (C', kh · kw · C), packed.
+        bias: (C',) float32.
+        geometry: C, then rows and columns of the kernel, the stride and the padding.
+        activation: one of :data:`ops.cpu.activations.ACTIVATIONS`.
+
+    Returns:
+        (B, C', H', W'), channels-last.
+
+    Raises:
+        ValueError: another dtype or number of channels, a map that no window fits in, an unknown
+            activation.
+    """
+    channels, *sides = geometry
+    if x.ndim != 4 or x.shape[1] != channels or x.dtype != weight.dtype:
+        raise ValueError(
+            f"x must be (B, {channels}, H, W) of {weight.dtype}, got {tuple(x.shape)} of {x.dtype}"
+        )
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
+    kernel_size, stride, padding = sides[:2], sides[2:4], sides[4:]
+    size = [
+        (n + 2 * p - k) // s + 1
+        for n, k, s, p in zip(x.shape[2:], kernel_size, stride, padding, strict=True)
+    ]
+    if min(size) < 1:
+        raise ValueError(
+            f"a map of {tuple(x.shape[2:])} with padding {tuple(padding)} is smaller than the "
+            f"window of {tuple(kernel_size)}"
+        )
+    shape = (len(x), len(bias), *size)
+    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+    def arguments() -> Any:
+        pixels = x.contiguous(memory_format=torch.channels_last)
+        problem = _problem(
+            tuple(x.shape),
+            tuple(out.shape),
+            tuple(sides),
+            x.dtype == torch.bfloat16,
+            activation,
+            torch.get_num_threads(),
+        )
+        tensors = {"in": pixels, "weight": weight, "bias": bias, "out": out}
+        return problem, Addresses(_TENSORS, tensors)
+
+    return Call(out, arguments)
+
+
+@functools.lru_cache(maxsize=256)
+def _problem(
+    shape: tuple[int, ...],
+    out_shape: tuple[int, ...],
+    sides: tuple[int, ...],
+    bfloat16: bool,
+    activation: str,
+    threads: int,
+) -> Any:
+    batch, channels, height, width = shape
+    _, out_channels, out_height, out_width = out_shape
+    macs = batch * out_height * out_width * out_channels * channels * sides[0] * sides[1]
+    return _PROBLEM(
+        batch=batch,
+        height=height,
+        width=width,
+        channels=channels,
+        out_height=out_height,
+        out_width=out_width,
+        out_channels=out_channels,
+        kernel=sides[:2],
+        stride=sides[2:4],
+        padding=sides[4:],
+        activation=ACTIVATIONS.index(activation),
+        bfloat16=bfloat16,
+        threads=threads_for(macs, MACS, threads),
+    )

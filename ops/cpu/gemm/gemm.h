@@ -1,0 +1,172 @@
+// A linear layer with what stands around it in a network: activation, shortcut or gate, scales of
+// its inputs, energies of its outputs. Some rows at a time go through all the weights.
+#pragma once
+#include <vector>
+#include "gemm/pack.h"
+#include "gemm/registers.h"
+#include "gemm/tiles.h"
+#include "common/parallel.h"
+
+namespace linear {
+
+// Inputs that are read again for every panel; they share a core's second-level cache with a panel.
+constexpr int64_t CHUNK_BYTES = 768 * 1024;
+constexpr int64_t MIN_CHUNK = 112;
+constexpr int64_t THREAD_ROWS = 32;  // at least
+// Of what is between two layers; but no fewer rows than make it worth to read the weights again.
+constexpr int64_t PAIR_BYTES = 1 << 19, MIN_PAIR_ROWS = 384;
+
+// Other rows are copied and padded first.
+static bool takes_rows_in_place(const float*, int64_t, int64_t) { return true; }
+static bool takes_rows_in_place(const BFloat16*, int64_t in_features, int64_t rows) {
+  if (!VB_BFLOAT16) return false;
+  // Tiles are read whole.
+  if (has_tiles()) return in_features % TILE_INPUTS == 0 && rows >= TILE_ROWS;
+  return in_features % INPUTS<BFloat16> == 0;
+}
+
+static void run_panels(const Problem& p, const Tensors& t, const Rows<float>& rows, Range panels) {
+  run_in_registers(p, t, rows, panels);
+}
+static void run_panels(const Problem& p, const Tensors& t, const Rows<BFloat16>& rows,
+                       Range panels) {
+  has_tiles() ? run_tiles(p, t, rows, panels) : run_in_registers(p, t, rows, panels);
+}
+
+// `count` values times `scale`, or as they are where it is null, and zeros up to `padded`.
+template <class T>
+static void copy_row(const T* in, const float* scale, int64_t count, int64_t padded,
+                     Input<T>* out) {
+  if constexpr (std::is_same_v<Input<T>, T>) {
+    if (!scale) simd::copy(in, count, out);
+  }
+  if (scale || !std::is_same_v<Input<T>, T>) {
+    for (int64_t k = 0; k < count; k += W) {
+      const int lanes = static_cast<int>(std::min<int64_t>(W, count - k));
+      const F x = simd::get(in + k, lanes);
+      simd::put(out + k, scale ? x * simd::get(scale + k, lanes) : x, lanes);
+    }
+  }
+  std::fill(out + count, out + padded, Input<T>{});
+}
+
+// Rows `range` of one image, or of all of them without scales and energies.
+template <class T>
+static void run_rows(const Problem& p, const Tensors& t, Range range, Range panels) {
+  static thread_local std::vector<Input<T>> copied;
+  const int64_t image = p.image_rows ? range.begin / p.image_rows : 0;
+  const T* const in = static_cast<const T*>(t.in);
+  const int64_t pitch = padded_inputs(in, p.in_features);
+  const int64_t fitting = std::max(MIN_CHUNK, CHUNK_BYTES / (pitch * int64_t{sizeof(Input<T>)}));
+  const int64_t count = range.end - range.begin, chunks = (count + fitting - 1) / fitting;
+  for (int64_t i = 0; i < chunks; i++) {
+    const Range chunk = share(count, i, chunks);
+    const int64_t first = range.begin + chunk.begin;
+    const T* const begin = in + first * p.in_stride;
+    Rows<T> rows{nullptr, p.in_stride, p.in_features, nullptr,
+                 static_cast<T*>(t.out) + first * p.out_stride, nullptr, chunk.end - chunk.begin};
+    if (t.other) rows.other = static_cast<const T*>(t.other) + first * p.other_stride;
+    if (t.energy) rows.energy = t.energy + image * p.out_features;
+    if constexpr (std::is_same_v<Input<T>, T>) {
+      if (!t.scale && takes_rows_in_place(in, p.in_features, rows.count)) rows.in = begin;
+    }
+    if (!rows.in) {
+      copied.resize(static_cast<size_t>(round_up(rows.count, TILE_ROWS) * pitch));
+      for (int64_t r = 0; r < rows.count; r++) {
+        copy_row(begin + r * p.in_stride, t.scale ? t.scale + image * p.in_features : nullptr,
+                 p.in_features, pitch, copied.data() + r * pitch);
+      }
+      rows.in = copied.data();
+      rows.in_stride = pitch;
+      // Tiles are read whole.
+      rows.in_features = has_tiles() ? pitch : round_up(p.in_features, INPUTS<T>);
+    }
+    run_panels(p, t, rows, panels);
+  }
+}
+
+// Whether a thread takes some of the panels, which spares it weights to read, instead of some rows.
+// Rows that several threads have read take long to be written again, as all of their caches have to
+// let go of them.
+static bool shares_panels(const Problem& p) {
+  return p.out_features > 8 * p.rows || p.rows < THREAD_ROWS * p.threads;
+}
+
+template <class T>
+static void forward_of(const Problem& p, const Tensors& t) {
+  const int64_t panels = (p.out_features + PANEL - 1) / PANEL;
+  if (t.energy) {
+    std::fill_n(t.energy, p.rows / p.image_rows * p.out_features, 0.f);
+  }
+  const bool by_panels = t.energy || shares_panels(p);
+  const int64_t threads = std::max<int64_t>(1, std::min(p.threads, by_panels ? panels : p.rows));
+  const auto work = [&](int64_t index) {
+    const Range own_panels = by_panels ? share(panels, index, threads) : Range{0, panels};
+    const Range own = by_panels ? Range{0, p.rows} : share(p.rows, index, threads);
+    const int64_t image_rows = p.image_rows ? p.image_rows : p.rows;
+    for (int64_t row = own.begin; row < own.end;) {
+      const int64_t end = std::min(own.end, (row / image_rows + 1) * image_rows);
+      run_rows<T>(p, t, {row, end}, own_panels);
+      row = end;
+    }
+  };
+  parallel::for_each(threads, threads, work);
+}
+
+// Rows without gaps through a layer, by one thread.
+template <class T>
+static void map_rows(const T* in, int64_t rows, int64_t in_features, const void* weight,
+                     const float* bias, int64_t out_features, int64_t activation, T* out) {
+  Problem problem{};
+  problem.rows = rows;
+  problem.in_features = problem.in_stride = in_features;
+  problem.out_features = problem.out_stride = out_features;
+  problem.activation = activation;
+  problem.threads = 1;
+  Tensors tensors{};
+  tensors.in = in;
+  tensors.weight = weight;
+  tensors.bias = bias;
+  tensors.out = out;
+  forward_of<T>(problem, tensors);
+}
+
+// Some rows at a time through two layers; what is between them, the output of the first and the input
+// of the second, stays in the cache.
+template <class T>
+static void forward_pair_of(Problem first, Tensors before, Problem second, Tensors after) {
+  static thread_local std::vector<T> hidden;
+  constexpr int64_t line = LINE / int64_t{sizeof(T)};
+  // An odd number of lines, lest rows fall on the same lines of the first-level cache.
+  const int64_t pitch = (round_up(first.out_features, line) / line | 1) * line;
+  const int64_t fitting = std::max(MIN_PAIR_ROWS, PAIR_BYTES / (pitch * int64_t{sizeof(T)}));
+  const int64_t count = first.rows, chunks = (count + fitting - 1) / fitting;
+  hidden.resize(static_cast<size_t>(std::min(count, fitting) * pitch));
+  first.out_stride = second.in_stride = pitch;
+  before.out = hidden.data();
+  for (int64_t i = 0; i < chunks; i++) {
+    const Range rows = share(count, i, chunks);
+    Tensors expand = before, project = after;
+    first.rows = second.rows = rows.end - rows.begin;
+    expand.in = static_cast<const T*>(before.in) + rows.begin * first.in_stride;
+    project.in = hidden.data();
+    project.out = static_cast<T*>(after.out) + rows.begin * second.out_stride;
+    if (after.other) {
+      project.other = static_cast<const T*>(after.other) + rows.begin * second.other_stride;
+    }
+    forward_of<T>(first, expand);
+    forward_of<T>(second, project);
+  }
+}
+
+static void forward_pair(const Problem& first, const Tensors& before, const Problem& second,
+                         const Tensors& after) {
+  first.bfloat16 ? forward_pair_of<BFloat16>(first, before, second, after)
+                 : forward_pair_of<float>(first, before, second, after);
+}
+
+static void forward(const Problem& p, const Tensors& t) {
+  p.bfloat16 ? forward_of<BFloat16>(p, t) : forward_of<float>(p, t);
+}
+
+}  // namespace linear

@@ -1,0 +1,179 @@
+"""Linear layers on the CPU for inference, with what stands around them in one pass.
+
+The kernel (``gemm.h``) is for a thread or a few, where oneDNN spends much of a small batch on
+waiting for weights: it prefetches them. Sums are of float32; on CPUs that do not multiply bfloat16,
+what is in it becomes float32 on the way.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ops.cpu.binding import Addresses, Call, kernel
+from ops.cpu.build import load, unavailable_reason
+from ops.cpu.dispatch import require_dtype
+from ops.cpu.gemm.plan import TENSORS, linear_problem, output_shape, with_rows
+from ops.cpu.policy import multiplies
+
+__all__ = ["no_products", "pack_weight", "packed_linear", "packed_linear_energy", "unsupported"]
+
+
+def no_products(device: torch.device, dtype: torch.dtype) -> str | None:
+    """``None`` if kernels multiply ``dtype`` as well as torch does, else the reason in words."""
+    library = load("gemm")
+    half = dtype == torch.bfloat16 and multiplies(dtype)
+    if half and library is not None and not library.linear_multiplies_bfloat16():
+        return "torch multiplies bfloat16 on this CPU, the kernel would multiply float32"
+    return unavailable_reason("gemm")
+
+
+def unsupported(
+    device: torch.device, dtype: torch.dtype, *, with_bfloat16: bool = False
+) -> str | None:
+    """``None`` if the kernel takes such tensors, else the reason in words.
+
+    The first call on a machine compiles the kernel, which takes some seconds.
+
+    Args:
+        with_bfloat16: whether bfloat16 will do beside float32. Without AMX or AVX512-BF16 the
+            kernel makes it float32 on the way; where torch need not, that is no gain.
+    """
+    if dtype == torch.bfloat16 and not with_bfloat16:
+        return f"the kernel takes float32, not {dtype}"
+    return packed_linear.unsupported(device, dtype)
+
+
+def pack_weight(weight: Tensor) -> Tensor:
+    """The weight of a linear layer in the kernel's order.
+
+    Args:
+        weight: (out_features, in_features), float32 or bfloat16, on the CPU.
+
+    Returns:
+        A flat tensor of the same dtype, for the CPU of this process only.
+
+    Raises:
+        ValueError: not a matrix.
+        RuntimeError: the kernel is not available here.
+    """
+    if weight.ndim != 2:
+        raise ValueError(f"weight must be (out_features, in_features), got {tuple(weight.shape)}")
+    library, reason = load("gemm"), unsupported(weight.device, weight.dtype, with_bfloat16=True)
+    if library is None or reason is not None:
+        raise RuntimeError(f"the kernel of linear layers is not available: {reason}")
+    library.linear_packed_size.restype = ctypes.c_int64
+    half = weight.dtype == torch.bfloat16
+    shape = [ctypes.c_int64(n) for n in weight.shape]
+    source = weight.detach().contiguous()
+    packed = source.new_empty(library.linear_packed_size(*shape, half))
+    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (source, packed)]
+    library.linear_pack(pointers[0], *shape, half, pointers[1])
+    return packed
+
+
+@kernel("gemm", "linear_forward", refuses=no_products)
+def packed_linear(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    activation: str = "none",
+    other: Tensor | None = None,
+    combination: str = "none",
+    scale: Tensor | None = None,
+    other_scale: Tensor | None = None,
+) -> Call:
+    """``activation((x * scale) @ weight.T + bias)``, combined with ``other``. No gradients.
+
+    Args:
+        x: (B, ..., in_features), float32 or bfloat16 as the weight. Rows that lie equally far apart
+            are not copied.
+        weight: see :func:`pack_weight`.
+        bias: (out_features,) float32; its length tells that of the result.
+        activation: one of :data:`ops.cpu.activations.ACTIVATIONS`.
+        other: (B, ..., out_features), in the dtype of ``x``.
+        combination: one of :data:`ops.cpu.gemm.plan.COMBINATIONS`: what comes out ``+ other``,
+            ``* other`` or ``+ other * other_scale``.
+        scale: (B, in_features) float32, by which the inputs are multiplied.
+        other_scale: (out_features,) float32, of ``add_scaled`` and of it alone.
+
+    Returns:
+        (B, ..., out_features), contiguous; sums are of float32.
+
+    Raises:
+        ValueError: shapes or dtypes that do not go together, an unknown activation or combination.
+        RuntimeError: the kernel is not available here (:func:`unsupported` tells beforehand).
+    """
+    shape = output_shape(x, weight, bias, activation, other, combination)
+    _check_scales(x, bias, combination, scale, other_scale)
+    out = x.new_empty(shape)
+
+    def arguments() -> Any:
+        rows, in_stride = with_rows(x)
+        added, other_stride = with_rows(other)
+        problem = linear_problem(
+            x.shape,
+            len(bias),
+            x.dtype,
+            activation,
+            combination,
+            in_stride=in_stride,
+            other_stride=other_stride,
+            by_image=scale is not None,
+        )
+        tensors = {
+            **{"in": rows, "weight": weight, "bias": bias, "other": added, "out": out},
+            "scale": None if scale is None else scale.float().contiguous(),
+            "other_scale": None if other_scale is None else other_scale.contiguous(),
+        }
+        return problem, Addresses(TENSORS, tensors)
+
+    return Call(out, arguments)
+
+
+@kernel("gemm", "linear_forward", returns="(Tensor, Tensor)", refuses=no_products)
+def packed_linear_energy(
+    x: Tensor, weight: Tensor, bias: Tensor, activation: str = "none", scale: Tensor | None = None
+) -> Call:
+    """As :func:`packed_linear`, and the sums of squares of the results, image by image.
+
+    Returns:
+        (B, ..., out_features), contiguous, and (B, out_features) float32.
+
+    Raises:
+        ValueError, RuntimeError: see :func:`packed_linear`.
+    """
+    shape = output_shape(x, weight, bias, activation)
+    _check_scales(x, bias, "none", scale, None)
+    out = x.new_empty(shape)
+    energy = (
+        bias.new_zeros(shape[0], len(bias)) if 0 in shape else bias.new_empty(shape[0], len(bias))
+    )
+
+    def arguments() -> Any:
+        rows, in_stride = with_rows(x)
+        problem = linear_problem(
+            x.shape, len(bias), x.dtype, activation, in_stride=in_stride, by_image=True
+        )
+        tensors = {
+            **{"in": rows, "weight": weight, "bias": bias, "out": out, "energy": energy},
+            "scale": None if scale is None else scale.float().contiguous(),
+        }
+        return problem, Addresses(TENSORS, tensors)
+
+    return Call((out, energy), arguments)
+
+
+def _check_scales(
+    x: Tensor, bias: Tensor, combination: str, scale: Tensor | None, other_scale: Tensor | None
+) -> None:
+    if scale is not None and scale.shape != (x.shape[0], x.shape[-1]):
+        raise ValueError(f"scale must be {(x.shape[0], x.shape[-1])}, got {tuple(scale.shape)}")
+    require_dtype(torch.float32, other_scale=other_scale)
+    shape = None if other_scale is None else tuple(other_scale.shape)
+    wanted = tuple(bias.shape) if combination == "add_scaled" else None
+    if shape != wanted:
+        raise ValueError(f"other_scale must be {wanted} with {combination!r}, got {shape}")

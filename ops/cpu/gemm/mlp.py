@@ -1,0 +1,61 @@
+"""Two linear layers on the CPU for inference, an activation between them, in one pass.
+
+The kernel is that of :mod:`ops.cpu.gemm.linear`: some rows at a time go through both layers, whose
+hidden rows stay in the cache.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from ops.cpu.binding import Addresses, Call, kernel
+from ops.cpu.gemm.linear import no_products
+from ops.cpu.gemm.plan import TENSORS, linear_problem, output_shape, with_rows
+
+__all__ = ["packed_mlp"]
+
+
+@kernel("gemm", "linear_forward_pair", refuses=no_products)
+def packed_mlp(
+    x: Tensor,
+    weight1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    bias2: Tensor,
+    activation: str = "none",
+    residual: Tensor | None = None,
+) -> Call:
+    """``activation(x @ weight1.T + bias1) @ weight2.T + bias2 + residual``. No gradients.
+
+    Args:
+        x: (B, ..., in_features), float32 or bfloat16 as the weights.
+        weight1, weight2: see :func:`ops.cpu.gemm.linear.pack_weight`.
+        bias1: (hidden,) float32.
+        bias2: (out_features,) float32.
+        activation: as for :func:`ops.cpu.gemm.linear.packed_linear`.
+        residual: (B, ..., out_features), in the dtype of ``x``.
+
+    Returns:
+        (B, ..., out_features), contiguous.
+
+    Raises:
+        ValueError, RuntimeError: see :func:`ops.cpu.gemm.linear.packed_linear`.
+    """
+    added = "none" if residual is None else "add"
+    hidden = output_shape(x, weight1, bias1, activation)
+    shape = output_shape(x, weight2, bias2, "none", residual, added, shape=hidden)
+    out = x.new_empty(shape)
+
+    def arguments() -> Any:
+        rows, in_stride = with_rows(x)
+        other, other_stride = with_rows(residual)
+        return (
+            linear_problem(x.shape, len(bias1), x.dtype, activation, in_stride=in_stride),
+            Addresses(TENSORS, {"in": rows, "weight": weight1, "bias": bias1}),
+            linear_problem(hidden, len(bias2), x.dtype, "none", added, other_stride=other_stride),
+            Addresses(TENSORS, {"weight": weight2, "bias": bias2, "other": other, "out": out}),
+        )
+
+    return Call(out, arguments)

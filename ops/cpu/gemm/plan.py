@@ -1,0 +1,167 @@
+"""What linear layers must be given, and the sizes that their kernel is called with."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ops.cpu.activations import ACTIVATIONS
+from ops.cpu.build import status
+from ops.cpu.dispatch import require_dtype
+from ops.cpu.structures import structure
+from ops.cpu.threads import MACS, threads_for
+
+__all__ = [
+    "COMBINATIONS",
+    "TENSORS",
+    "linear_problem",
+    "output_shape",
+    "packed_size",
+    "with_rows",
+]
+
+# The order is that of `linear::Combination` in problem.h.
+COMBINATIONS = ("none", "add", "multiply", "add_scaled")
+TENSORS = structure("gemm/problem.h", "linear::Tensors")
+
+_PROBLEM = structure("gemm/problem.h", "linear::Problem")
+
+
+def packed_size(out_features: int, in_features: int, dtype: torch.dtype) -> int:
+    """How many numbers the packed weight of a linear layer has.
+
+    Raises:
+        RuntimeError: the kernel is not available here.
+    """
+    gemm = status("gemm")
+    if gemm.library is None:
+        raise RuntimeError(f"the kernel of linear layers is not available: {gemm.reason}")
+    count = gemm.library.linear_packed_size
+    count.restype = ctypes.c_int64
+    sizes = (ctypes.c_int64(int(n)) for n in (out_features, in_features))
+    return int(count(*sizes, dtype == torch.bfloat16))
+
+
+def output_shape(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    activation: str = "none",
+    other: Tensor | None = None,
+    combination: str = "none",
+    shape: Sequence[int] | None = None,
+) -> tuple[int, ...]:
+    """That of a layer; the arguments are those of :func:`ops.cpu.gemm.linear.packed_linear`.
+
+    Args:
+        shape: of the input, where it is another than that of ``x``.
+
+    Raises:
+        ValueError: shapes or dtypes that do not go together, an unknown activation or combination.
+    """
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
+    if combination not in COMBINATIONS or (combination == "none") != (other is None):
+        raise ValueError(
+            f"combination must be one of {COMBINATIONS}, other than 'none' if and only if there "
+            f"is something to combine with; got {combination!r}"
+        )
+    if x.dtype != weight.dtype:
+        raise ValueError(f"x is {x.dtype} and its weight {weight.dtype}; they must be the same")
+    require_dtype(torch.float32, bias=bias)
+    require_dtype(x.dtype, other=other)
+    shape = x.shape if shape is None else shape
+    fits = len(shape) > 1 and bias.ndim == 1
+    if not fits or weight.numel() != packed_size(len(bias), shape[-1], x.dtype):
+        raise ValueError(
+            f"x must be (B, ..., in_features) and weight the packed one of in_features and "
+            f"{len(bias)}, got {tuple(shape)} and {weight.numel()} packed numbers"
+        )
+    out_shape = (*shape[:-1], len(bias))
+    if other is not None and tuple(other.shape) != out_shape:
+        raise ValueError(f"other must be {out_shape}, got {tuple(other.shape)}")
+    return out_shape
+
+
+def with_rows(t: Tensor | None) -> tuple[Tensor | None, int]:
+    """(..., features), copied unless its rows are dense and equally far apart; the distance."""
+    if t is None:
+        return None, 0
+    stride = _row_stride(tuple(t.shape), t.stride())
+    return (t.contiguous(), t.shape[-1]) if stride is None else (t, stride)
+
+
+@functools.lru_cache(maxsize=1024)
+def _row_stride(shape: tuple[int, ...], strides: tuple[int, ...]) -> int | None:
+    """From row to row, if they lie equally far apart and are dense themselves."""
+    if strides[-1] != 1 and shape[-1] != 1:
+        return None
+    first, span = None, 0
+    for size, stride in zip(reversed(shape[:-1]), reversed(strides[:-1]), strict=True):
+        if size == 1:
+            continue
+        if first is None:
+            first = stride
+        elif stride != span:
+            return None
+        span = stride * size
+    return shape[-1] if first is None else first
+
+
+def linear_problem(
+    shape: Sequence[int],
+    out_features: int,
+    dtype: torch.dtype,
+    activation: str = "none",
+    combination: str = "none",
+    *,
+    in_stride: int = 0,
+    other_stride: int = 0,
+    by_image: bool = False,
+) -> Any:
+    """The sizes of a layer whose input is (B, ..., in_features).
+
+    Args:
+        in_stride, other_stride: from row to row; default those of contiguous tensors.
+        by_image: whether scales, or sums of squares, are an image's.
+    """
+    rows = math.prod(shape[:-1])
+    return _problem(
+        (rows, shape[-1], out_features, in_stride or shape[-1], other_stride or out_features),
+        rows // max(1, shape[0]) if by_image else 0,
+        activation,
+        combination,
+        dtype == torch.bfloat16,
+        torch.get_num_threads(),
+    )
+
+
+@functools.lru_cache(maxsize=1024)  # a network has few different ones, and filling them in is slow
+def _problem(
+    sizes: tuple[int, ...],
+    image_rows: int,
+    activation: str,
+    combination: str,
+    bfloat16: bool,
+    threads: int,
+) -> Any:
+    rows, in_features, out_features, in_stride, other_stride = sizes
+    return _PROBLEM(
+        rows=rows,
+        in_features=in_features,
+        out_features=out_features,
+        in_stride=in_stride,
+        out_stride=out_features,
+        other_stride=other_stride,
+        image_rows=image_rows,
+        activation=ACTIVATIONS.index(activation),
+        combination=COMBINATIONS.index(combination),
+        bfloat16=bfloat16,
+        threads=threads_for(rows * in_features * out_features, MACS, threads),
+    )

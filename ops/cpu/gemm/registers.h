@@ -1,0 +1,261 @@
+// Linear layers whose sums stay in registers. The outputs are cut into panels of one or two vectors.
+// The weights of a panel lie together, and for some rows at a time its sums are in registers.
+//
+// With few rows the time goes into fetching the weights, which a network reads once per image.
+// While some panels are worked on, the next ones are therefore fetched ahead.
+#pragma once
+#include <utility>
+#include "gemm/pack.h"
+#include "gemm/problem.h"
+
+namespace linear {
+
+// Two vectors of sums a row, two of weights, one input.
+constexpr int MAX_ROWS = (simd::REGISTERS - 3) / 2;
+constexpr int STEP = 4;  // products between two fetches
+constexpr int64_t SUMMED = 512;  // inputs one after the other; sums of more lose digits
+// Of a group of panels that stays in the second-level cache while the rows of a block, which all of
+// them are multiplied with, stay in the first-level one. With few blocks a group is one panel.
+constexpr int64_t GROUP_BYTES = 512 * 1024, MIN_BLOCKS = 16;
+
+// A lane's share of one product is as large as a float: a float, or two bfloat16. Where the CPU does
+// not multiply these, it is two floats one after the other. A `Pair` is a share whose weights lie
+// where floats would.
+struct Pair {
+  BFloat16 first, second;
+};
+
+template <class T>
+constexpr int64_t INPUTS = sizeof(float) / sizeof(T);
+template <class T>
+constexpr int PARTS = sizeof(Input<T>) / sizeof(T);
+
+// Where `pack` puts the vectors of weights for one product, and those for the next; in units of a
+// vector of T.
+template <class T>
+constexpr int64_t NEXT_VECTOR = INPUTS<T> == 1 ? 1 : TILE_ROWS;
+template <class T, int V>
+constexpr int64_t NEXT_PRODUCT = INPUTS<T> == 1 ? V : 1;
+
+template <class T>
+static VB_INLINE F load_weights(const T* place, int part) {
+  if constexpr (PARTS<T> == 2) return simd::load_of_pairs(place, part);
+  return simd::load(reinterpret_cast<const float*>(place));
+}
+static VB_INLINE F load_input(const float* place) { return simd::set1(*place); }
+
+// sum += x * w, of the type that the first argument points to, in the register that holds the sum:
+// left to choose among the forms of the instruction, compilers move sums around, some of them
+// through memory.
+static VB_INLINE void add_product(const float*, F& sum, F x, F w) {
+#if VB_AVX512 || VB_AVX2
+  __asm__("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(x), "v"(w));
+#else
+  sum = simd::fma(x, w, sum);
+#endif
+}
+
+#if VB_BFLOAT16
+static VB_INLINE F load_input(const BFloat16* place) {
+  int32_t pair;
+  std::memcpy(&pair, place, sizeof pair);
+  return _mm512_castsi512_ps(_mm512_set1_epi32(pair));
+}
+static VB_INLINE F load_input(const Pair* place) { return load_input(&place->first); }
+
+static VB_INLINE void add_product(const BFloat16*, F& sum, F x, F w) {
+  __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(x), "v"(w));
+}
+static VB_INLINE void add_product(const Pair* in, F& sum, F x, F w) {
+  add_product(&in->first, sum, x, w);
+}
+#endif
+
+template <class T, int R, int V>
+static VB_INLINE void start(const Block<T>& block, F (&sum)[R][V]) {
+  VB_UNROLL
+  for (int v = 0; v < V; v++) {
+    const F bias = simd::get(block.bias + v * W, v == V - 1 ? block.lanes : W);
+    VB_UNROLL
+    for (int r = 0; r < R; r++) sum[r][v] = bias;
+  }
+}
+
+// Adds `count` products of each row's inputs, the first of which begins at `first`, with their
+// weights; returns where the weights end. `fetch` is called before every `S` of them.
+template <int S, class T, int R, int V, class Fetch>
+static VB_INLINE const T* add_products(const Input<T>* first, ptrdiff_t stride, int64_t count,
+                                       const T* weight, const Fetch& fetch, F (&sum)[R][V]) {
+  // Every third row has a pointer; the others lie one or two strides further on, which is part of
+  // an address. So many rows have no registers for a pointer each.
+  constexpr int POINTERS = (R + 2) / 3;
+  constexpr int64_t VECTOR = W * INPUTS<T>;
+  const Input<T>* in[POINTERS];
+  VB_UNROLL
+  for (int r = 0; r < POINTERS; r++) in[r] = first + 3 * r * stride;
+  const auto products = [&](auto steps) VB_INLINE_LAMBDA {
+    constexpr int COUNT = decltype(steps)::value;
+    VB_UNROLL
+    for (int i = 0; i < COUNT; i++, weight += NEXT_PRODUCT<T, V> * VECTOR) {
+      VB_UNROLL
+      for (int part = 0; part < PARTS<T>; part++) {
+        F w[V];
+        VB_UNROLL
+        for (int v = 0; v < V; v++) {
+          w[v] = simd::in_register(load_weights(weight + v * NEXT_VECTOR<T> * VECTOR, part));
+        }
+        VB_UNROLL
+        for (int r = 0; r < R; r++) {
+          const auto* place = in[r / 3] + r % 3 * stride + i * INPUTS<T> + part;
+          const F x = simd::in_register(load_input(place));
+          VB_UNROLL
+          for (int v = 0; v < V; v++) add_product(first, sum[r][v], x, w[v]);
+        }
+      }
+    }
+    VB_UNROLL
+    for (int r = 0; r < POINTERS; r++) {
+      in[r] += COUNT * INPUTS<T>;
+      __asm__("" : "+r"(in[r]));
+    }
+    __asm__("" : "+r"(stride));
+  };
+  int64_t k = 0;
+  for (; k + S <= count; k += S) {
+    fetch();
+    products(std::integral_constant<int, S>());
+  }
+  for (; k < count; k++) products(std::integral_constant<int, 1>());
+  return weight;
+}
+
+// Adds the products of all inputs of some rows of one panel.
+template <class T, int R, int V>
+static VB_INLINE void add_rows(const Rows<T>& rows, const Block<T>& block, Ahead& ahead,
+                               F (&sum)[R][V]) {
+  Ahead fetched = ahead;
+  const auto fetch = [&]() VB_INLINE_LAMBDA { fetched.fetch(); };
+  if constexpr (INPUTS<T> == 1) {
+    add_products<STEP>(block.in, rows.in_stride, rows.in_features, block.weight, fetch, sum);
+  } else {
+    const T* weight = block.weight;
+    for (int64_t k = 0; k < rows.in_features; k += TILE_INPUTS, weight += V * W * TILE_INPUTS) {
+      const int64_t count = std::min(TILE_INPUTS, rows.in_features - k) / INPUTS<T>;
+      add_products<STEP>(block.in + k, rows.in_stride, count, weight, fetch, sum);
+    }
+  }
+  ahead = fetched;
+}
+
+// `before` [R][V][W] are sums of inputs before these.
+template <int R, int V>
+static VB_INLINE void add_sums(const float* before, F (&sum)[R][V]) {
+  VB_UNROLL
+  for (int r = 0; r < R; r++) {
+    VB_UNROLL
+    for (int v = 0; v < V; v++) sum[r][v] = sum[r][v] + simd::load(before + (r * V + v) * W);
+  }
+}
+
+// The last inputs of some rows. `sums` are those of the inputs before, or null.
+template <class T, int R, int V>
+static void run(const Problem& p, const Rows<T>& rows, const Block<T>& block, Ahead& ahead,
+                float* sums) {
+  F sum[R][V];
+  start(block, sum);
+  add_rows(rows, block, ahead, sum);
+  if (sums) add_sums(sums, sum);
+  finish<T, R, V>(p, block, sum);
+}
+
+// Inputs before the last ones, which `sums` receive.
+template <class T, int R, int V>
+static void run_first(const Problem&, const Rows<T>& rows, const Block<T>& block, Ahead& ahead,
+                      float* sums) {
+  F sum[R][V] = {};
+  add_rows(rows, block, ahead, sum);
+  add_sums(sums, sum);
+  VB_UNROLL
+  for (int r = 0; r < R; r++) {
+    VB_UNROLL
+    for (int v = 0; v < V; v++) simd::store(sums + (r * V + v) * W, sum[r][v]);
+  }
+}
+
+template <class T>
+using Run = void (*)(const Problem&, const Rows<T>&, const Block<T>&, Ahead&, float*);
+
+// How to run some rows: the inputs before the last ones, and the last ones.
+template <class T>
+struct Runs {
+  Run<T> first, last;
+};
+
+template <class T, int V, size_t... I>
+static Runs<T> runs_of(int64_t rows, std::index_sequence<I...>) {
+  static constexpr Runs<T> runs[] = {{run_first<T, I + 1, V>, run<T, I + 1, V>}...};
+  return runs[rows - 1];
+}
+
+template <class T>
+static Runs<T> runs_of(int64_t rows, bool wide) {
+  constexpr std::make_index_sequence<MAX_ROWS> variants;
+  return wide ? runs_of<T, 2>(rows, variants) : runs_of<T, 1>(rows, variants);
+}
+
+// Some rows of one panel, whose inputs are summed in parts.
+template <class T>
+static void run_block(const Problem& p, Rows<T> rows, Block<T> block, int64_t count, bool wide,
+                      Ahead& ahead) {
+  const Runs<T> runs = runs_of<T>(count, wide);
+  fetch_outputs(p, block, count, wide ? PANEL : W);
+  if (rows.in_features <= SUMMED) return runs.last(p, rows, block, ahead, nullptr);
+  alignas(64) float sums[MAX_ROWS * PANEL] = {};
+  int64_t left = rows.in_features;
+  rows.in_features = SUMMED;
+  for (; left > SUMMED; left -= SUMMED) {
+    runs.first(p, rows, block, ahead, sums);
+    block.in += SUMMED;
+    block.weight += SUMMED * (wide ? PANEL : W);
+  }
+  rows.in_features = left;
+  runs.last(p, rows, block, ahead, sums);
+}
+
+template <class T>
+static void run_in_registers(const Problem& p, const Tensors& t, const Rows<T>& rows,
+                             Range panels) {
+  const int64_t blocks = (rows.count + MAX_ROWS - 1) / MAX_ROWS;
+  const T* const weights = static_cast<const T*>(t.weight);
+  const int64_t k = padded_inputs(weights, rows.in_features), size = sizeof(T);
+  const auto begin_of = [&](int64_t panel) {
+    return weights + std::min(panel * PANEL, padded(p.out_features)) * k;
+  };
+  const int64_t fitting = std::max<int64_t>(1, GROUP_BYTES / (PANEL * k * size));
+  // Each group is twice the one before, lest nothing be fetched ahead of a large first one.
+  Range group{panels.begin, panels.begin + 1};
+  while (group.begin < panels.end) {
+    const int64_t count = group.end - group.begin;
+    const int64_t next =
+        std::min({blocks < MIN_BLOCKS ? 1 : 2 * count, fitting, panels.end - group.end});
+    Ahead ahead(begin_of(group.end), (begin_of(group.end + next) - begin_of(group.end)) * size,
+                std::max<int64_t>(1, count * blocks * (k / INPUTS<T> / STEP)));
+    for (int64_t i = 0; i < blocks; i++) {
+      const Range range = share(rows.count, i, blocks);
+      for (int64_t panel = group.begin; panel < group.end; panel++) {
+        const int64_t n = panel * PANEL, left = p.out_features - n;
+        const bool wide = left > W;
+        Block<T> block{rows.in + range.begin * rows.in_stride, begin_of(panel), t.bias + n,
+                       nullptr, rows.out + range.begin * p.out_stride + n,
+                       rows.energy ? rows.energy + n : nullptr,
+                       static_cast<int>(std::min<int64_t>(W, wide ? left - W : left)),
+                       t.other_scale ? t.other_scale + n : nullptr};
+        if (rows.other) block.other = rows.other + range.begin * p.other_stride + n;
+        run_block(p, rows, block, range.end - range.begin, wide, ahead);
+      }
+    }
+    group = {group.end, group.end + next};
+  }
+}
+
+}  // namespace linear

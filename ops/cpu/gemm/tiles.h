@@ -1,0 +1,178 @@
+// Linear layers of bfloat16 by AMX, whose tiles hold 16 rows of 32 inputs, or 16 rows of 16 sums.
+// The outputs are cut into panels of two tiles; up to 32 rows are worked on at once.
+#pragma once
+#include "gemm/pack.h"
+#include "gemm/problem.h"
+
+#if VB_BFLOAT16 && defined(__AMX_BF16__) && defined(__linux__)
+#define VB_AMX 1
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+// The intrinsics do not say all that they read and write; where they are inlined, compilers would
+// take memory for unused.
+#define VB_APART __attribute__((noinline))
+#endif
+
+namespace linear {
+
+#if VB_AMX
+// Whether this process may use AMX, which Linux wants to be asked for.
+static bool has_tiles() {
+  static const bool has = [] {
+    unsigned a, b, c, d;
+    constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+    if (!(d & amx_bf16) || !(d & amx_tile)) return false;
+    constexpr long request_permission = 0x1023, tile_data = 18;
+    return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
+  }();
+  return has;
+}
+
+// Tiles 0 to 3 are the sums, 4 and 5 rows, 6 and 7 weights. What was configured comes back at the
+// end: other libraries use tiles too.
+class Tiles {
+ public:
+  VB_APART Tiles() {
+    _tile_storeconfig(before_);
+    struct {
+      uint8_t palette = 1, start_row = 0, reserved[14] = {};
+      uint16_t row_bytes[16] = {64, 64, 64, 64, 64, 64, 64, 64};
+      uint8_t rows[16] = {16, 16, 16, 16, 16, 16, 16, 16};
+    } own;
+    static_assert(sizeof own == 64, "what the instruction reads");
+    __asm__ volatile("" : : "r"(&own) : "memory");
+    _tile_loadconfig(&own);
+  }
+  VB_APART ~Tiles() { _tile_loadconfig(before_); }
+  Tiles(const Tiles&) = delete;
+
+ private:
+  alignas(64) char before_[64];
+};
+
+// R tiles of rows, `second` elements apart, times V tiles of weights → R × V tiles of sums.
+template <int R, int V>
+VB_APART static void multiply(const BFloat16* in, ptrdiff_t second, int64_t in_stride,
+                              const BFloat16* weight, int64_t steps, const float* bias,
+                              Ahead& ahead, float* sums) {
+  constexpr int64_t tile = TILE_ROWS * TILE_INPUTS;
+  const int64_t pitch = in_stride * int64_t{sizeof(BFloat16)};
+  __asm__ volatile("" : : : "memory");  // the loads below do not say that they read memory
+  _tile_loadd(0, bias, 0);
+  if (V == 2) _tile_loadd(1, bias + W, 0);
+  if (R == 2) _tile_loadd(2, bias, 0);
+  if (R == 2 && V == 2) _tile_loadd(3, bias + W, 0);
+  for (int64_t k = 0; k < steps; k++, in += TILE_INPUTS, weight += V * tile) {
+    ahead.fetch();
+    _tile_loadd(6, weight, 64);
+    _tile_loadd(4, in, pitch);
+    _tile_dpbf16ps(0, 4, 6);
+    if (V == 2) {
+      _tile_loadd(7, weight + tile, 64);
+      _tile_dpbf16ps(1, 4, 7);
+    }
+    if (R == 2) {
+      _tile_loadd(5, in + second, pitch);
+      _tile_dpbf16ps(2, 5, 6);
+      if (V == 2) _tile_dpbf16ps(3, 5, 7);
+    }
+  }
+  constexpr int64_t sums_pitch = V * W * sizeof(float);
+  _tile_stored(0, sums, sums_pitch);
+  if (V == 2) _tile_stored(1, sums + W, sums_pitch);
+  if (R == 2) _tile_stored(2, sums + TILE_ROWS * V * W, sums_pitch);
+  if (R == 2 && V == 2) _tile_stored(3, sums + TILE_ROWS * V * W + W, sums_pitch);
+}
+
+// The sums of `count` rows, as `multiply` leaves them. They are changed.
+template <int V>
+static void finish_rows(const Problem& p, const Block<BFloat16>& block, float* sums,
+                        int64_t count) {
+  if (p.activation != activation::NONE) {
+    activation::apply<BFloat16>(reinterpret_cast<F*>(sums), static_cast<int>(count * V),
+                                p.activation);
+  }
+  F energy[V];
+  for (int v = 0; v < V; v++) energy[v] = simd::zero();
+  for (int64_t r = 0; r < count; r++) {
+    BFloat16* const out = block.out + r * p.out_stride;
+    const BFloat16* const other = block.other + (p.combination ? r * p.other_stride : 0);
+    VB_UNROLL
+    for (int v = 0; v < V; v++) {
+      const int lanes = v == V - 1 ? block.lanes : W;
+      F x = simd::load(sums + (r * V + v) * W);
+      if (p.combination != NONE) {
+        x = combine(p, block.other_scale + v * W, lanes, x, simd::get(other + v * W, lanes));
+      }
+      if (block.energy) energy[v] = simd::fma(x, x, energy[v]);
+      simd::put(out + v * W, x, lanes);
+    }
+  }
+  if (!block.energy) return;
+  for (int v = 0; v < V; v++) {
+    const int lanes = v == V - 1 ? block.lanes : W;
+    float* const place = block.energy + v * W;
+    simd::put(place, simd::get(place, lanes) + energy[v], lanes);
+  }
+}
+
+template <int V>
+static void run_panel(const Problem& p, const Rows<BFloat16>& rows, const Block<BFloat16>& panel,
+                      Ahead& ahead) {
+  alignas(64) float sums[2 * TILE_ROWS * V * W];
+  const int64_t steps = rows.in_features / TILE_INPUTS;
+  for (int64_t row = 0; row < rows.count; row += 2 * TILE_ROWS) {
+    // Tiles that would reach beyond the last row begin earlier; what they repeat is not stored.
+    const int64_t last = std::max<int64_t>(0, rows.count - TILE_ROWS);
+    const int64_t first = std::min(row, last), second = std::min(row + TILE_ROWS, last);
+    const BFloat16* in = panel.in + first * rows.in_stride;
+    const bool two = row + TILE_ROWS < rows.count;
+    if (two) {
+      multiply<2, V>(in, (second - first) * rows.in_stride, rows.in_stride, panel.weight, steps,
+                     panel.bias, ahead, sums);
+    } else {
+      multiply<1, V>(in, 0, rows.in_stride, panel.weight, steps, panel.bias, ahead, sums);
+    }
+    const auto store = [&](int64_t begin, int64_t tile, float* tile_sums) {
+      const int64_t end = std::min(begin + TILE_ROWS, rows.count);
+      Block<BFloat16> block = panel;
+      block.out += begin * p.out_stride;
+      if (block.other) block.other += begin * p.other_stride;
+      finish_rows<V>(p, block, tile_sums + (begin - tile) * V * W, end - begin);
+    };
+    store(row, first, sums);
+    if (two) store(row + TILE_ROWS, second, sums + TILE_ROWS * V * W);
+  }
+}
+
+static void run_tiles(const Problem& p, const Tensors& t, const Rows<BFloat16>& rows,
+                      Range panels) {
+  const Tiles tiles;
+  const int64_t blocks = (rows.count + 2 * TILE_ROWS - 1) / (2 * TILE_ROWS);
+  for (int64_t panel = panels.begin; panel < panels.end; panel++) {
+    const int64_t n = panel * PANEL, left = p.out_features - n;
+    const bool wide = left > W, last = panel + 1 == panels.end;
+    const BFloat16* weight = static_cast<const BFloat16*>(t.weight) + n * rows.in_features;
+    const int64_t next = std::min<int64_t>(PANEL, padded(p.out_features) - n - PANEL);
+    Ahead ahead(weight + PANEL * rows.in_features,
+                last ? 0 : next * rows.in_features * int64_t{sizeof(BFloat16)},
+                blocks * (rows.in_features / TILE_INPUTS));
+    alignas(64) float bias[PANEL] = {};
+    std::copy_n(t.bias + n, std::min<int64_t>(PANEL, left), bias);
+    const Block<BFloat16> block{rows.in, weight, bias,
+                                rows.other ? rows.other + n : nullptr, rows.out + n,
+                                rows.energy ? rows.energy + n : nullptr,
+                                static_cast<int>(std::min<int64_t>(W, wide ? left - W : left)),
+                                t.other_scale ? t.other_scale + n : nullptr};
+    wide ? run_panel<2>(p, rows, block, ahead) : run_panel<1>(p, rows, block, ahead);
+  }
+}
+
+#else
+static bool has_tiles() { return false; }
+static void run_tiles(const Problem&, const Tensors&, const Rows<BFloat16>&, Range) {}
+#endif
+
+}  // namespace linear

@@ -1,0 +1,98 @@
+"""NHWC maps to NCHW and back on the CPU for inference, with the norm before and the shortcut after.
+
+Some layers read a map in NCHW, where all others have channels last. The kernel (``nchw.h``)
+transposes tiles of it in registers; torch takes several passes, slow ones where two layouts meet.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ops.cpu.binding import Call, kernel
+from ops.cpu.dispatch import require_dtype
+from ops.cpu.structures import structure
+from ops.cpu.threads import VALUES, threads_for
+
+__all__ = ["join_planes", "split_planes"]
+
+_PROBLEM = structure("layout/nchw.h", "nchw::Problem")
+
+
+@kernel("nchw", "nchw_from_nhwc")
+def split_planes(x: Tensor, affine: Tensor) -> Call:
+    """``x * scale + shift``, channel by channel, in NCHW. No gradients.
+
+    Args:
+        x: (B, C, H, W), float32 or bfloat16; copied where its channels are not last.
+        affine: (2, C) float32, the scales and the shifts.
+
+    Returns:
+        (B, C, H, W), contiguous, in the dtype of ``x``.
+
+    Raises:
+        ValueError: shapes or dtypes that do not go together.
+        RuntimeError: the kernel is not available here (its ``unsupported`` tells beforehand).
+    """
+    _check_map(x)
+    require_dtype(torch.float32, affine=affine)
+    if affine.shape != (2, x.shape[1]):
+        raise ValueError(f"affine must be (2, {x.shape[1]}), got {tuple(affine.shape)}")
+    out = x.new_empty(x.shape)
+
+    def arguments() -> Any:
+        nhwc = x.contiguous(memory_format=torch.channels_last)
+        return _problem_of(x), nhwc, affine.contiguous(), out
+
+    return Call(out, arguments)
+
+
+@kernel("nchw", "nchw_to_nhwc")
+def join_planes(planes: Tensor, x: Tensor) -> Call:
+    """``planes + x`` with channels last. No gradients.
+
+    Args:
+        planes: (B, C, H, W), float32 or bfloat16; copied where they are not contiguous.
+        x: the same of channels last; copied where they are not.
+
+    Returns:
+        (B, C, H, W), channels-last, in the dtype of ``x``.
+
+    Raises:
+        ValueError: shapes or dtypes that do not go together.
+        RuntimeError: the kernel is not available here (its ``unsupported`` tells beforehand).
+    """
+    _check_map(x)
+    require_dtype(x.dtype, planes=planes)
+    if planes.shape != x.shape:
+        raise ValueError(f"planes must be {tuple(x.shape)}, got {tuple(planes.shape)}")
+    out = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+    def arguments() -> Any:
+        nhwc = x.contiguous(memory_format=torch.channels_last)
+        return _problem_of(x), planes.contiguous(), nhwc, out
+
+    return Call(out, arguments)
+
+
+def _check_map(x: Tensor) -> None:
+    if x.ndim != 4 or x.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(
+            f"x must be (B, C, H, W) of float32 or bfloat16, got {tuple(x.shape)} of {x.dtype}"
+        )
+
+
+def _problem_of(x: Tensor) -> Any:
+    threads = threads_for(x.numel(), VALUES, torch.get_num_threads())
+    return _problem(tuple(x.shape), x.dtype == torch.bfloat16, threads)
+
+
+@functools.lru_cache(maxsize=256)
+def _problem(shape: tuple[int, ...], bfloat16: bool, threads: int) -> Any:
+    batch, channels, height, width = shape
+    return _PROBLEM(
+        batch=batch, channels=channels, pixels=height * width, bfloat16=bfloat16, threads=threads
+    )

@@ -1,0 +1,234 @@
+"""Neighborhood attention on the CPU, forward and backward (``forward.h``, ``backward.h``).
+
+Sums are of float32. On CPUs with AVX512-BF16 but without AMX, queries and keys in bfloat16 are
+multiplied as they come, and weights are rounded before they multiply values.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ops.cpu.binding import Addresses, Call, kernel
+from ops.cpu.structures import structure
+
+__all__ = ["na_cpu_backward", "na_cpu_forward", "na_cpu_output"]
+
+_PROBLEM = structure("neighborhood/problem.h", "na::Problem")
+_TENSOR = structure("neighborhood/pack.h", "na::Tensor")
+_FORWARD = structure("neighborhood/forward.h", "na::ForwardTensors")
+_BACKWARD = structure("neighborhood/backward.h", "na::BackwardTensors")
+_AXES = ("z", "y", "x")
+
+
+@kernel("neighborhood", "na_forward", large_results=True)
+def na_cpu_output(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    rpb: Tensor | None,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    is_causal: Sequence[bool],
+    scale: float,
+) -> Call:
+    """The attention; shapes as in :mod:`ops.neighborhood`. No gradients."""
+    tensors = (query, key, value, additional_keys, additional_values, rpb)
+    out = _empty_out(query, value)
+
+    def arguments() -> Any:
+        fields = {**_inputs(*tensors), "out": _with_channels(out)}
+        problem = _problem_of(tensors, kernel_size, stride, dilation, is_causal, scale)
+        return problem, Addresses(_FORWARD, fields)
+
+    return Call(out, arguments)
+
+
+@kernel("neighborhood", "na_forward", returns="(Tensor, Tensor)", large_results=True)
+def na_cpu_forward(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    rpb: Tensor | None,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    is_causal: Sequence[bool],
+    scale: float,
+) -> Call:
+    """The attention and the logarithms of its sums, in float32."""
+    tensors = (query, key, value, additional_keys, additional_values, rpb)
+    out = _empty_out(query, value)
+    lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
+
+    def arguments() -> Any:
+        fields = {**_inputs(*tensors), "out": _with_channels(out), "lse": _per_query(lse)}
+        problem = _problem_of(tensors, kernel_size, stride, dilation, is_causal, scale)
+        return problem, Addresses(_FORWARD, fields)
+
+    return Call((out, lse), arguments)
+
+
+@kernel(
+    "neighborhood",
+    "na_backward",
+    returns="(Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
+    large_results=True,
+)
+def na_cpu_backward(
+    grad_out: Tensor,
+    grad_lse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    rpb: Tensor | None,
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    is_causal: Sequence[bool],
+    scale: float,
+) -> Call:
+    """The gradients of the inputs; that of ``rpb`` is of float32.
+
+    An operator cannot return None: an absent gradient is a tensor without elements.
+    """
+    inputs = (query, key, value, additional_keys, additional_values, rpb)
+    empty = out.numel() == 0
+    grads = [
+        query.new_empty(0) if t is None else torch.zeros_like(t) if empty else _dense_like(t)
+        for t in inputs
+    ]
+    if rpb is not None:
+        grads[5] = grads[5].float()
+
+    def arguments() -> Any:
+        names = ("query", "key", "value", "additional_key", "additional_value")
+        of_inputs = {
+            f"grad_{name}": _with_channels(None if t is None else grad)
+            for name, t, grad in zip(names, inputs, grads, strict=False)
+        }
+        fields = {
+            **_inputs(*inputs),
+            **of_inputs,
+            **{"out": _with_channels(out), "lse": _per_query(lse.contiguous())},
+            "grad_out": _with_channels(grad_out),
+            "grad_lse": _per_query(None if grad_lse is None else grad_lse.contiguous()),
+            "grad_rpb": None if rpb is None else grads[5],
+        }
+        problem = _problem_of(inputs, kernel_size, stride, dilation, is_causal, scale)
+        return problem, Addresses(_BACKWARD, fields)
+
+    return Call(tuple(grads), tuple if empty else arguments)
+
+
+def _dense_like(t: Tensor) -> Tensor:
+    return t.new_empty(t.shape)
+
+
+def _empty_out(query: Tensor, value: Tensor) -> Tensor:
+    return query.new_empty((*query.shape[:-1], value.shape[-1]))
+
+
+def _inputs(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    rpb: Tensor | None,
+) -> dict[str, Any]:
+    return {
+        "query": _with_channels(query),
+        "key": _with_channels(key),
+        "value": _with_channels(value),
+        "additional_key": _with_channels(additional_keys),
+        "additional_value": _with_channels(additional_values),
+        "rpb": None if rpb is None else rpb.float().contiguous(),
+    }
+
+
+def _with_channels(t: Tensor | None) -> Addresses | None:
+    """[B, *S, H, C], or [B, N, H, C]; copied where its channels do not lie side by side."""
+    if t is None:
+        return None
+    t = t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+    return _strided(t, t.stride()[:-1])
+
+
+def _per_query(t: Tensor | None) -> Addresses | None:
+    """[B, *S, H]."""
+    return None if t is None else _strided(t, t.stride())
+
+
+def _strided(t: Tensor, strides: Sequence[int]) -> Addresses:
+    """The axes of S that are missing are the first ones of z, y and x."""
+    batch, *spatial, head = strides
+    fields = dict(zip(_AXES[3 - len(spatial) :], spatial, strict=True))
+    return Addresses(_TENSOR, {"data": t, "batch": batch, **fields, "head": head})
+
+
+def _problem_of(
+    tensors: Sequence[Tensor | None],
+    kernel_size: Sequence[int],
+    stride: Sequence[int],
+    dilation: Sequence[int],
+    is_causal: Sequence[bool],
+    scale: float,
+) -> Any:
+    query, key, value, additional_keys, *_ = tensors
+    assert query is not None and key is not None and value is not None
+    return _problem(
+        query.shape,
+        key.shape[-2],
+        value.shape[-1],
+        0 if additional_keys is None else additional_keys.shape[1],
+        (tuple(kernel_size), tuple(stride), tuple(dilation), tuple(is_causal)),
+        query.dtype == torch.bfloat16,
+        torch.get_num_threads(),
+        scale,
+    )
+
+
+@functools.lru_cache(maxsize=256)
+def _problem(
+    query_shape: Sequence[int],
+    kv_heads: int,
+    value_dim: int,
+    additional: int,
+    window: tuple[tuple[Any, ...], ...],
+    bfloat16: bool,
+    threads: int,
+    scale: float,
+) -> Any:
+    batch, *size, heads, dim = query_shape
+    missing = 3 - len(size)
+    kernel_size, stride, dilation, is_causal = window
+    return _PROBLEM(
+        batch=batch,
+        heads=heads,
+        kv_heads=kv_heads,
+        dim=dim,
+        value_dim=value_dim,
+        additional=additional,
+        size=(*missing * (1,), *size),
+        kernel=(*missing * (1,), *kernel_size),
+        stride=(*missing * (1,), *stride),
+        dilation=(*missing * (1,), *dilation),
+        causal=(*missing * (0,), *is_causal),
+        bfloat16=bfloat16,
+        threads=threads,
+        scale=scale,
+    )

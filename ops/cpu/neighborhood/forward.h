@@ -1,0 +1,241 @@
+// Forward: for each tile of queries, the scores of a block of keys, an online softmax, and the
+// weighted sum of values
+// ("FlashAttention", Dao et al. 2022, with the window of "Neighborhood Attention Transformer",
+// Hassani et al. 2023).
+#pragma once
+#include "neighborhood/unit.h"
+
+namespace na {
+
+struct ForwardTensors {
+  Tensor query, key, value, additional_key, additional_value;
+  const float* rpb;
+  Tensor out, lse;  // lse.data may be null
+};
+
+template <class T>
+using ForwardKeys = KeyRing<T, Products<T>, Products<T>>;
+
+template <class T>
+struct ForwardScratch : UnitScratch<ForwardKeys<T>> {
+  Buffer query, score, sum;
+};
+
+// The scores of some key rows of `width` keys -> unnormalised probabilities, in the steps of P at the
+// beginning of each row. Adds to two sums.
+template <class P>
+static VB_INLINE void weigh(float* score, int rows, int width, F top, F (&sum)[2]) {
+  const auto take = [&](const float* p, int i) VB_INLINE_LAMBDA {
+    const F x = simd::exp2(simd::load(p) - top);
+    sum[i] = sum[i] + x;
+    return x;
+  };
+  if constexpr (P::COUNT == 1) {
+    const int n = rows * width;
+    int i = 0;
+    for (; i + 1 < n; i += 2, score += 2 * W) {
+      const F x = take(score, 0), y = take(score + W, 1);
+      simd::store(score, x);
+      simd::store(score + W, y);
+    }
+    if (i < n) simd::store(score, take(score, 0));
+  } else {
+    for (int y = 0; y < rows; y++, score += static_cast<size_t>(width) * W) {
+      float* out = score;
+      const float* p = score;
+      int k = 0;
+      for (; k + 1 < width; k += 2, p += 2 * W, out += W) {
+        const F first = take(p, 0), second = take(p + W, 1);
+        simd::store(out, P::pack(first, second));
+      }
+      if (k < width) simd::store(out, P::pack(take(p, 0), simd::zero()));
+    }
+  }
+}
+
+// Scores of query row `r` that are infinitely high -> the highest that are not.
+static void limit_scores(const Slice* first, const Slice* last, int r, float* score) {
+  for (const Slice* s = first; s < last; s++) {
+    if (r < s->row || r >= s->row + s->row_count) continue;
+    float* p = score + r * SCORE_PITCH + static_cast<size_t>(s->slot) * W;
+    for (int i = 0; i < s->rows * s->width; i++, p += W)
+      simd::store(p, simd::at_most_finite(simd::load(p)));
+  }
+}
+
+// Scores -> unnormalised probabilities in place, see `weigh`; `top` and `total` carry each lane's
+// maximum and sum from block to block, and the sums of values so far are rescaled where the maximum
+// has grown.
+template <class P>
+static void online_softmax(const Slice* first, const Slice* last, const TilePlace& place,
+                           const Lanes& shared, float* score, float (*top)[W], float (*total)[W],
+                           float* sum, int pitch) {
+  for (int r = 0; r < place.tile.rows; r++) {
+    const F before = simd::load(top[r]);
+    F a = before, b = before;
+    bool seen = false;
+    for (const Slice* s = first; s < last; s++) {
+      if (r < s->row || r >= s->row + s->row_count) continue;
+      seen = true;
+      float* p = score + r * SCORE_PITCH + static_cast<size_t>(s->slot) * W;
+      const Lanes& lanes = s->plane < 0 ? shared : place.lanes;
+      if (lanes.ragged) {
+        for (int y = 0; y < s->rows; y++) {
+          for (int k = 0; k < s->width; k++, p += W) {
+            const F x =
+                simd::keep_below(simd::load(p), lanes.count, s->offset + k, simd::set1(-INFINITY));
+            simd::store(p, x);
+            a = simd::max(a, x);
+          }
+        }
+        continue;
+      }
+      const int n = s->rows * s->width;
+      int i = 0;
+      for (; i + 1 < n; i += 2, p += 2 * W) {
+        a = simd::max(a, simd::load(p));
+        b = simd::max(b, simd::load(p + W));
+      }
+      if (i < n) a = simd::max(a, simd::load(p));
+    }
+    if (!seen) continue;
+    const F now = simd::max(a, b);
+    // Infinities have no difference: beside one, the other scores must vanish all the same.
+    const F highest = simd::finite(now);
+    if (!simd::all_equal(now, highest)) limit_scores(first, last, r, score);
+    F sums[2] = {simd::zero(), simd::zero()};
+    for (const Slice* s = first; s < last; s++) {
+      if (r < s->row || r >= s->row + s->row_count) continue;
+      float* p = score + r * SCORE_PITCH + static_cast<size_t>(s->slot) * W;
+      weigh<P>(p, s->rows, s->width, highest, sums);
+    }
+    F so_far = simd::load(total[r]);
+    if (!simd::all_equal(so_far, simd::zero()) && !simd::all_equal(before, now)) {
+      float factor[W];
+      const F f = simd::exp2(simd::finite(before) - highest);
+      simd::store(factor, f);
+      so_far = so_far * f;
+      float* row = sum + static_cast<size_t>(r) * W * pitch;
+      for (int l = 0; l < W; l++) {
+        for (int c = 0; c < pitch; c += W, row += W)
+          simd::store(row, simd::load(row) * simd::set1(factor[l]));
+      }
+    }
+    simd::store(total[r], so_far + (sums[0] + sums[1]));
+    simd::store(top[r], now);
+  }
+}
+
+template <class T>
+static void forward_tile(const Problem& p, const ForwardTensors& t, const TilePlace& place,
+                         const ForwardKeys<T>& ring, int low, const Bias& bias, const Lanes& shared,
+                         bool stream, Ahead& ahead, ForwardScratch<T>& scratch) {
+  using P = Products<T>;
+  const int rows = place.tile.rows, dim = static_cast<int>(p.dim), steps = simd::steps<P>(dim),
+            value_dim = static_cast<int>(p.value_dim);
+  const float scale = static_cast<float>(p.scale) * LOG2E;
+  const int pitch = round_up(value_dim, W);
+  float* query = scratch.query.get(static_cast<size_t>(MAX_ROWS) * W * dim);
+  float* score = scratch.score.get(MAX_ROWS * SCORE_PITCH);
+  float* sum = scratch.sum.get(static_cast<size_t>(MAX_ROWS) * W * pitch);
+  for (int r = 0; r < rows; r++) {
+    load_query_columns<T, P>(place, t.query, r, dim, scale,
+                             query + static_cast<size_t>(r) * W * steps);
+  }
+  if (!stream) add_rows<T>(ahead, place, t.out, value_dim);
+  float top[MAX_ROWS][W], total[MAX_ROWS][W] = {};
+  std::fill(&top[0][0], &top[0][0] + MAX_ROWS * W, -INFINITY);
+
+  const Additional *more_keys = nullptr, *more_values = nullptr;
+  if (p.additional) {
+    more_keys = &scratch.additional_keys[place.kv_slot];
+    more_values = &scratch.additional_values[place.kv_slot];
+  }
+  const Slice* first = scratch.plan.slices.data();
+  bool fresh = true;
+  for (int block_end : scratch.plan.blocks) {
+    const Slice* last = scratch.plan.slices.data() + block_end;
+    for (const Slice* s = first; s < last; s++) {
+      if (s->plane < 0) {
+        score_slice<P>(*s, shared, 0, steps, scale, more_keys->column_pitch, query, score, ahead,
+                       [&](int) { return more_keys->columns.data(); });
+        continue;
+      }
+      score_slice<P>(*s, place.lanes, low, steps, scale, ring.column_pitch(), query, score, ahead,
+                     [&](int y) {
+                       return ring.columns(scratch.keys, place.kv_slot, s->plane, s->key_row + y);
+                     });
+      if (bias) add_bias(bias, place, *s, score);
+    }
+    online_softmax<P>(first, last, place, shared, score, top, total, sum, pitch);
+    for_each_group(first, last, [&](const SliceGroup& group) {
+      if (group.first->plane < 0) {
+        mix_group<P>(group, place, shared, 0, pitch, score, sum, fresh, ahead,
+                     [&](const Slice&, int) { return more_values->rows.data(); });
+      } else {
+        mix_group<P>(group, place, place.lanes, low, pitch, score, sum, fresh, ahead,
+                     [&](const Slice& s, int y) {
+                       return ring.rows(scratch.values, place.kv_slot, s.plane, s.key_row + y);
+                     });
+      }
+      fresh = false;
+    });
+    first = last;
+  }
+
+  const int* order = place.order();
+  const int valid = place.lanes.valid;
+  for (int r = 0; r < rows; r++) {
+    const F highest = simd::load(top[r]), denominator = simd::load(total[r]);
+    float factor[W];
+    // As a softmax has it, NaN where the highest score is infinite.
+    simd::store(factor, simd::set1(1.f) / denominator + (highest - highest));
+    T* out_line = place.line<T>(t.out, r);
+    for (int l = 0; l < valid; l++) {
+      const float* from = sum + static_cast<size_t>(r * W + l) * pitch;
+      T* to = out_line + order[l] * t.out.x;
+      if (stream) {
+        stream_channels(from, value_dim, factor[l], to);
+      } else {
+        store_channels(from, value_dim, factor[l], to);
+      }
+    }
+    if (!t.lse.data) continue;
+    float lse[W];
+    // As logsumexp has it: infinite with the highest score, NaN where any score is NaN, which the
+    // logarithm does not see.
+    const F log = simd::log2(denominator) + (denominator - denominator);
+    simd::store(lse, (highest + log) * simd::set1(LN2));
+    float* lse_line = place.line<float>(t.lse, r);
+    for (int l = 0; l < valid; l++) lse_line[order[l] * t.lse.x] = lse[l];
+  }
+}
+
+template <class T>
+static void forward(const Problem& p, const ForwardTensors& t) {
+  const Layout layout(p, false);
+  const Bias bias(p, t.rpb, LOG2E);
+  const Lanes shared = make_shared_lanes(static_cast<int>(p.additional));
+  const int64_t positions = p.batch * p.size[0] * p.size[1] * p.size[2];
+  const bool stream =
+      static_cast<int64_t>(sizeof(T)) * positions * p.heads * p.value_dim > STREAMED_BYTES &&
+      fills_lines<T>(t.out, static_cast<int>(p.value_dim));
+  parallel_for(layout.units(p), layout.threads(p), [&](int64_t index) {
+    static thread_local ForwardScratch<T> scratch;
+    const Unit unit(p, layout, index);
+    scratch.keys.set(t.key, p.dim, false, true);
+    scratch.values.set(t.value, p.value_dim, true, false);
+    ForwardKeys<T> ring(layout, unit.segment, unit.batch, unit.first_head, unit.heads, scratch.keys,
+                        scratch.values);
+    scratch.pack_additional(p, unit, t.additional_key, t.additional_value);
+    const auto next = [&](const TilePlace& place, Ahead& ahead) {
+      add_rows<T>(ahead, place, t.query, p.dim);
+    };
+    for_each_tile(p, layout, unit, ring, scratch, next, [&](const TilePlace& place, Ahead& ahead) {
+      forward_tile<T>(p, t, place, ring, unit.segment.low, bias, shared, stream, ahead, scratch);
+    });
+    if (stream) simd::end_streams();
+  });
+}
+
+}  // namespace na

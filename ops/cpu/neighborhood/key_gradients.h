@@ -1,0 +1,166 @@
+// The gradients of keys and values. Every tile of queries adds to those of the keys around it, so a
+// unit of work keeps the rows that its current tile sees in a ring. A row that no later tile of the
+// unit sees leaves the ring: straight for the caller's tensor, but for positions that other units
+// see too, whose shares are kept and added in a fixed order when all units are done.
+#pragma once
+#include "neighborhood/spread.h"
+#include "neighborhood/unit.h"
+
+namespace na {
+
+static inline float* zeroed(Buffer& b, size_t n) {
+  float* p = b.get(n);
+  std::fill_n(p, n, 0.f);  // which may be none, of no memory
+  return p;
+}
+
+// One unit's share of the gradients that other units also contribute to.
+struct KeyGradients {
+  Buffer keys, values;  // [key that other units see][channel], plane by plane, row by row
+  Buffer additional_keys, additional_values;
+  Buffer bias;  // [head of the group][rpb]
+};
+
+template <class T>
+class GradientRing {
+ public:
+  // The gradient of `t` times `scale`, for the heads of one unit; share(head) is where the shares
+  // of one of them go. `large`: the results do not stay in the caches anyway.
+  void start(const Unit& unit, const Tensor& t, int channels, float scale, bool large) {
+    layout_ = &unit.layout;
+    unit_ = &unit;
+    tensor_ = t;
+    channels_ = channels;
+    scale_ = scale;
+    stream_ = large && fills_lines<T>(t, channels);
+    row_size_ = static_cast<size_t>(unit.segment.columns) * round_up(channels, W);
+    left_ = entered_ = unit.chunk.low;
+    rows_.get(static_cast<size_t>(unit.heads) * layout_->z.size * layout_->ring_rows * row_size_);
+  }
+
+  // The next tile sees the key rows [low, high).
+  template <class Share>
+  void advance(int low, int high, const Share& share) {
+    for (; left_ < low; left_++) {
+      if (left_ == entered_) clear(entered_++);  // a row that no query sees
+      for (int h = 0; h < unit_->heads; h++) {
+        for (int z = 0; z < layout_->z.size; z++) leave(h, z, left_, share(h));
+      }
+    }
+    while (entered_ < high) clear(entered_++);
+  }
+  template <class Share>
+  void finish(const Share& share) {
+    advance(unit_->chunk.high, unit_->chunk.high, share);
+  }
+
+  // Where the rows that leave before `low` will be stored, but past the caches.
+  void add_leaving(Ahead& ahead, int head, int z, int low) const {
+    for (int y = left_; y < low && !stream_; y++) ahead.add(line(head, z, y), tensor_.x, channels_);
+  }
+
+  // [key column of the segment][channel]
+  float* row(int head, int z, int y) const {
+    const size_t plane = static_cast<size_t>(head) * layout_->z.size + z;
+    return rows_.data() + (plane * layout_->ring_rows + y % layout_->ring_rows) * row_size_;
+  }
+
+ private:
+  T* line(int head, int z, int y) const {
+    return static_cast<T*>(tensor_.data) + tensor_.at(unit_->batch, layout_->z.order[z],
+                                                      layout_->y.order[y],
+                                                      unit_->first_head + head);
+  }
+
+  void clear(int y) {
+    for (int h = 0; h < unit_->heads; h++) {
+      for (int z = 0; z < layout_->z.size; z++)
+        std::memset(row(h, z, y), 0, row_size_ * sizeof(float));
+    }
+  }
+
+  void leave(int head, int z, int y, float* share) {
+    const int pitch = round_up(channels_, W);
+    const Segment& segment = unit_->segment;
+    const float* from = row(head, z, y);
+    T* out = line(head, z, y);
+    share += unit_->shared_keys(z, y) * pitch;
+    for (int i = 0; i < segment.columns; i++, from += pitch) {
+      const int x = segment.low + i;
+      if (!layout_->seen_once(y, x)) {
+        std::memcpy(share, from, pitch * sizeof(float));
+        share += pitch;
+      } else if (stream_) {
+        stream_channels(from, channels_, scale_, out + layout_->x.order[x] * tensor_.x);
+      } else {
+        store_channels(from, channels_, scale_, out + layout_->x.order[x] * tensor_.x);
+      }
+    }
+  }
+
+  const Layout* layout_ = nullptr;
+  const Unit* unit_ = nullptr;
+  Tensor tensor_{};
+  int channels_ = 0;
+  float scale_ = 1.f;
+  bool stream_ = false;
+  size_t row_size_ = 0;
+  int left_ = 0, entered_ = 0;  // the rows before `left_` have left the ring
+  Buffer rows_;
+};
+
+// Adds the units' shares of one tensor and stores them, where not exactly one unit has seen a key;
+// `share(unit)` is a unit's array.
+template <class T, class Share>
+static void store_key_gradient(const Layout& layout, const Tensor& t, int batch, int head,
+                               int channels, float scale, const Share& share) {
+  const int pitch = round_up(channels, W);
+  const std::vector<int>& columns = layout.column_segments;
+  const bool columns_once = std::count(columns.begin(), columns.end(), 1) == layout.x.size;
+  Buffer line;
+  for (int y = 0; y < layout.y.size; y++) {
+    if (layout.row_chunks[y] == 1 && columns_once) continue;
+    for (int z = 0; z < layout.z.size; z++) {
+      float* sum = zeroed(line, static_cast<size_t>(layout.x.size) * pitch);
+      int unit = 0;
+      for (const Chunk& c : layout.chunks) {
+        for (const Segment& s : layout.segments) {
+          const float* from = share(unit++);
+          if (y < c.low || y >= c.high) continue;
+          from += layout.shared_keys(c, s, z, y) * pitch;
+          for (int x = s.low; x < s.low + s.columns; x++) {
+            if (layout.seen_once(y, x)) continue;
+            float* to = sum + static_cast<size_t>(x) * pitch;
+            for (int i = 0; i < pitch; i += W, from += W)
+              simd::store(to + i, simd::load(to + i) + simd::load(from));
+          }
+        }
+      }
+      T* out = static_cast<T*>(t.data) + t.at(batch, layout.z.order[z], layout.y.order[y], head);
+      for (int x = 0; x < layout.x.size; x++) {
+        if (layout.seen_once(y, x)) continue;
+        store_channels(sum + static_cast<size_t>(x) * pitch, channels, scale,
+                       out + layout.x.order[x] * t.x);
+      }
+    }
+  }
+}
+
+template <class T, class Share>
+static void store_additional_gradient(const Tensor& t, int n, int units, int batch, int head,
+                                      int channels, float scale, const Share& share) {
+  if (!n) return;
+  const int pitch = round_up(channels, W);
+  Buffer line;
+  float* sum = zeroed(line, static_cast<size_t>(n) * pitch);
+  for (int u = 0; u < units; u++) {
+    const float* from = share(u);
+    for (size_t i = 0; i < static_cast<size_t>(n) * pitch; i++) sum[i] += from[i];
+  }
+  for (int i = 0; i < n; i++) {
+    store_channels(sum + static_cast<size_t>(i) * pitch, channels, scale,
+                   static_cast<T*>(t.data) + t.at(batch, 0, 0, head) + i * t.x);
+  }
+}
+
+}  // namespace na

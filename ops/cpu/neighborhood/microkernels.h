@@ -1,0 +1,312 @@
+// The two register-blocked products of neighborhood attention; the third, in `spread.h`, is the
+// transpose of one of them.
+#pragma once
+#include <array>
+#include <utility>
+
+#include "neighborhood/geometry.h"
+#include "common/dot.h"
+
+namespace na {
+
+using simd::F;
+using simd::Floats;
+using simd::Products;
+using simd::W;
+
+// ---- scores: s = q . k -------------------------------------------------------------------------
+// One lane a query. For R query rows and K keys: score[r][k] = sum over c of query[r][c] *
+// column[c][offset + k], where `query` is [R][steps][W] and `column` is [steps][pitch], of Floats or
+// Pairs. Each key is fetched once for the R rows.
+struct ScoreArgs {
+  const float* query;
+  int steps;
+  float scale;  // of Pairs; Floats come with it
+  const float* column;
+  size_t pitch;
+  const int32_t* offset;
+  float* score;
+  size_t score_pitch;  // from one query row to the next
+};
+
+// Keys come from the second-level cache; where a load lies across two lines of it, the processor
+// waits for them unless they are on their way.
+constexpr int CHANNELS_AHEAD = 16;
+
+template <class P, int R, int K, int FETCH>
+static void score_kernel(const ScoreArgs& args) {
+  const ScoreArgs a = args;  // a copy, which stores through float pointers cannot change
+  // With one query row only, loads across cache lines would take longer than the arithmetic.
+  constexpr bool RUN = FETCH == DIRECT && R == 1;
+  F sum[R][K];
+  VB_UNROLL
+  for (int r = 0; r < R; r++) {
+    VB_UNROLL
+    for (int k = 0; k < K; k++) sum[r][k] = simd::zero();
+  }
+  const float* column = a.column;
+  const float* query = a.query;
+  for (int c = 0; c < a.steps; c++, column += a.pitch, query += W) {
+    F low = simd::zero(), high = low, run[K], q[R];
+    if constexpr (RUN) simd::load_run(column, run, std::make_index_sequence<K>());
+    if (FETCH == DIRECT || FETCH == PERMUTE || FETCH == PERMUTE_TWO) {
+      // Behind the last channel lies the next key row.
+      __builtin_prefetch(column + CHANNELS_AHEAD * a.pitch);
+      __builtin_prefetch(column + CHANNELS_AHEAD * a.pitch + W);
+      if (FETCH == DIRECT) __builtin_prefetch(column + CHANNELS_AHEAD * a.pitch + W + K - 1);
+    }
+    if (FETCH == PERMUTE_TWO) {
+      low = simd::load(column);
+      high = simd::load(column + W);
+    }
+    VB_UNROLL
+    for (int r = 0; r < R; r++) q[r] = simd::load(query + static_cast<size_t>(r) * a.steps * W);
+    VB_UNROLL
+    for (int k = 0; k < K; k++) {
+      const F key = simd::in_register(
+          RUN                    ? run[k]
+          : FETCH == DIRECT      ? simd::load(column + k)
+          : FETCH == PERMUTE     ? simd::permute(simd::load(column + k), a.offset)
+          : FETCH == PERMUTE_TWO ? simd::permute(low, high, a.offset, k)
+          : FETCH == GATHER      ? simd::gather(column + k, a.offset)
+                                 : simd::set1(column[k]));
+      VB_UNROLL
+      for (int r = 0; r < R; r++) P::add_product(sum[r][k], q[r], key);
+    }
+  }
+  VB_UNROLL
+  for (int r = 0; r < R; r++) {
+    VB_UNROLL
+    for (int k = 0; k < K; k++) {
+      const F scaled = P::COUNT == 1 ? sum[r][k] : sum[r][k] * simd::set1(a.scale);
+      simd::store(a.score + r * a.score_pitch + k * W, scaled);
+    }
+  }
+}
+
+// ---- weighted sum of keys: o += p . v ----------------------------------------------------------
+// One lane a channel. For L neighbouring queries of each of R query rows, C vectors of channels:
+// sum[r][l] += sum over the key rows that r sees, and their keys, of
+//              weight[r][key row][key][lane l] * values[start(l) + key].
+// The weights are scalars that are broadcast from the score buffer, so neither v nor o is ever
+// transposed. Weights of Pairs are those of a key and the next one, as values are.
+struct KeyRow {
+  const float* values;   // [position][channel]
+  const float* weights;  // of query row 0: [key or pair of keys][W]
+  int row, row_count;    // the query rows that see it
+};
+struct MixArgs {
+  const KeyRow* rows;
+  int row_count;
+  int channel;      // the first of the channels wanted
+  size_t pitch;     // from one position to the next
+  size_t start[4];  // element offset of the first key, for each of the L lanes
+  int keys;
+  int lane;                 // the first of the lanes
+  size_t weight_row_pitch;  // from one query row to the next
+  float* sum;               // [R][L][channel]
+  size_t sum_row_pitch;     // from one query row to the next
+  bool fresh;               // start from zero instead of from `sum`
+};
+
+// A position's values times the weights of one lane of the query rows FIRST .. FIRST + COUNT - 1.
+template <class P, int FIRST, int COUNT, int R, int C>
+static VB_INLINE void add_values(const MixArgs& a, const float* weight, const F (&v)[C],
+                                 F (&sum)[R][C]) {
+  VB_UNROLL
+  for (int r = FIRST; r < FIRST + COUNT; r++) {
+    const F p = simd::in_register(simd::set1(weight[r * a.weight_row_pitch]));
+    VB_UNROLL
+    for (int c = 0; c < C; c++) P::add_product(sum[r][c], p, v[c]);
+  }
+}
+
+// The channels of one position; LAST leaves out what Pairs hold of the next one.
+template <class P, bool LAST, int C>
+static VB_INLINE void load_values(const float* value, F (&v)[C]) {
+  VB_UNROLL
+  for (int c = 0; c < C; c++) {
+    F x = simd::load(value + c * W);
+    if constexpr (LAST && P::COUNT == 2) x = P::without_second(x);
+    v[c] = simd::in_register(x);
+  }
+}
+
+// One key row for the query rows FIRST .. FIRST + COUNT - 1.
+template <class P, int FIRST, int COUNT, int R, int C, int L>
+static VB_INLINE void mix_row(const MixArgs& a, const KeyRow& row, F (&sum)[L][R][C]) {
+  const float* weight = row.weights + a.lane;
+  const float* value[L];
+  VB_UNROLL
+  for (int l = 0; l < L; l++) value[l] = row.values + a.channel + a.start[l];
+  for (int k = P::COUNT; k <= a.keys; k += P::COUNT, weight += W) {
+    VB_UNROLL
+    for (int l = 0; l < L; l++) {
+      F v[C];
+      load_values<P, false>(value[l], v);
+      value[l] += P::COUNT * a.pitch;
+      add_values<P, FIRST, COUNT>(a, weight + l, v, sum[l]);
+    }
+  }
+  if (a.keys % P::COUNT == 0) return;
+  VB_UNROLL
+  for (int l = 0; l < L; l++) {
+    F v[C];
+    load_values<P, true>(value[l], v);
+    add_values<P, FIRST, COUNT>(a, weight + l, v, sum[l]);
+  }
+}
+
+// The same where the windows of the L lanes start one position after the other and hold L keys or
+// more: each vector of values is loaded once for all lanes that begin a step there.
+template <class P, int FIRST, int COUNT, int R, int C, int L>
+static VB_INLINE void slide_row(const MixArgs& a, const KeyRow& row, F (&sum)[L][R][C]) {
+  static_assert(L % P::COUNT == 0);
+  constexpr int AT_ONCE = L / P::COUNT;
+  const float* value = row.values + a.channel + a.start[0];
+  const float* weight = row.weights + a.lane;  // of lane 0
+  // The next positions, as many as P holds. At each of them every P::COUNT-th lane begins a step;
+  // those from `first` to `last` among them do it within their windows, and where `ends`, it is the
+  // first one's last key.
+  const auto add = [&](int first, int last, bool ends) VB_INLINE_LAMBDA {
+    VB_UNROLL
+    for (int i = 0; i < P::COUNT; i++, value += a.pitch) {
+      F v[C], v_end[C];
+      load_values<P, false>(value, v);
+      if (ends) load_values<P, true>(value, v_end);
+      VB_UNROLL
+      for (int n = 0; n < AT_ONCE; n++) {
+        if (n < first || n > last) continue;
+        const int l = P::COUNT * n + i;
+        add_values<P, FIRST, COUNT>(a, weight + l - n * W, ends && n == first ? v_end : v, sum[l]);
+      }
+    }
+    weight += W;
+  };
+  const int count = simd::steps<P>(a.keys);
+  VB_UNROLL
+  for (int k = 0; k < AT_ONCE - 1; k++) add(0, k, false);
+  for (int k = AT_ONCE - 1; k < count - 1; k++) add(0, AT_ONCE - 1, false);
+  // From here on one lane after the other comes to its last step.
+  if (a.keys % P::COUNT == 0) {
+    VB_UNROLL
+    for (int k = 0; k < AT_ONCE; k++) add(k, AT_ONCE - 1, false);
+  } else {
+    VB_UNROLL
+    for (int k = 0; k < AT_ONCE; k++) add(k, AT_ONCE - 1, true);
+  }
+}
+
+template <class P, int FIRST, int COUNT, bool SLIDES, int R, int C, int L>
+static VB_INLINE void add_row(const MixArgs& a, const KeyRow& row, F (&sum)[L][R][C]) {
+  if constexpr (FIRST + COUNT > R) {
+    __builtin_unreachable();
+  } else if constexpr (SLIDES) {
+    slide_row<P, FIRST, COUNT>(a, row, sum);
+  } else {
+    mix_row<P, FIRST, COUNT>(a, row, sum);
+  }
+}
+
+template <class P, int R, int C, int L, bool SLIDES>
+static void mix_kernel(const MixArgs& args) {
+  const MixArgs a = args;
+  F sum[L][R][C];
+  VB_UNROLL
+  for (int l = 0; l < L; l++) {
+    VB_UNROLL
+    for (int r = 0; r < R; r++) {
+      VB_UNROLL
+      for (int c = 0; c < C; c++) {
+        sum[l][r][c] =
+            a.fresh ? simd::zero() : simd::load(a.sum + r * a.sum_row_pitch + l * a.pitch + c * W);
+      }
+    }
+  }
+  for (const KeyRow *row = a.rows, *end = row + a.row_count; row < end; row++) {
+    switch (row->row * 4 + row->row_count) {
+      case 1:
+        add_row<P, 0, 1, SLIDES>(a, *row, sum);
+        break;
+      case 2:
+        add_row<P, 0, 2, SLIDES>(a, *row, sum);
+        break;
+      case 3:
+        add_row<P, 0, 3, SLIDES>(a, *row, sum);
+        break;
+      case 5:
+        add_row<P, 1, 1, SLIDES>(a, *row, sum);
+        break;
+      case 6:
+        add_row<P, 1, 2, SLIDES>(a, *row, sum);
+        break;
+      case 9:
+        add_row<P, 2, 1, SLIDES>(a, *row, sum);
+        break;
+    }
+  }
+  VB_UNROLL
+  for (int l = 0; l < L; l++) {
+    VB_UNROLL
+    for (int r = 0; r < R; r++) {
+      VB_UNROLL
+      for (int c = 0; c < C; c++)
+        simd::store(a.sum + r * a.sum_row_pitch + l * a.pitch + c * W, sum[l][r][c]);
+    }
+  }
+}
+
+// ---- dispatch tables ---------------------------------------------------------------------------
+constexpr int MAX_CHANNELS = simd::REGISTERS == 32 ? 4 : 2;  // vectors of channels at once in `mix`
+
+// Lanes at once in `mix`: enough sums to hide the latency of the arithmetic.
+static constexpr int mix_lanes(int rows) { return rows == 1 ? 4 : 2; }
+
+// And where their windows slide, with as many channels as sums fit the registers.
+constexpr int SLIDE_LANES = 4;
+static constexpr int slide_channels(int rows) {
+  return std::min(MAX_CHANNELS, simd::REGISTERS * 3 / 4 / (SLIDE_LANES * rows));
+}
+
+using ScoreKernel = void (*)(const ScoreArgs&);
+using MixKernel = void (*)(const MixArgs&);
+
+template <class P, int R, int FETCH, int... K>
+static constexpr std::array<ScoreKernel, MAX_KEYS> score_row(std::integer_sequence<int, K...>) {
+  return {score_kernel<P, R, K + 1, FETCH>...};
+}
+template <class P, int FETCH>
+static constexpr std::array<std::array<ScoreKernel, MAX_KEYS>, MAX_ROWS> score_rows() {
+  constexpr auto keys = std::make_integer_sequence<int, MAX_KEYS>();
+  return {score_row<P, 1, FETCH>(keys), score_row<P, 2, FETCH>(keys),
+          score_row<P, 3, FETCH>(keys)};
+}
+// [fetch][query rows - 1][keys - 1]. Static, or the libraries for different instruction sets in one
+// process would share it.
+template <class P>
+static constexpr std::array<std::array<std::array<ScoreKernel, MAX_KEYS>, MAX_ROWS>, 5> SCORE = {
+    score_rows<P, DIRECT>(), score_rows<P, PERMUTE>(), score_rows<P, PERMUTE_TWO>(),
+    score_rows<P, GATHER>(), score_rows<P, BROADCAST>()};
+
+// For tiles of some query rows: one lane, several, several whose windows slide; by the vectors of
+// channels - 1.
+struct MixKernels {
+  MixKernel one[MAX_CHANNELS], several[MAX_CHANNELS], sliding[MAX_CHANNELS];
+};
+template <class P, int R, int... C>
+static constexpr MixKernels mix_kernels(std::integer_sequence<int, C...>) {
+  constexpr int most = slide_channels(R);
+  return {{mix_kernel<P, R, C + 1, 1, false>...},
+          {mix_kernel<P, R, C + 1, mix_lanes(R), false>...},
+          {mix_kernel<P, R, std::min(C + 1, most), SLIDE_LANES, true>...}};
+}
+template <class P, int... R>
+static constexpr std::array<MixKernels, MAX_ROWS> mix_rows(std::integer_sequence<int, R...>) {
+  return {mix_kernels<P, R + 1>(std::make_integer_sequence<int, MAX_CHANNELS>())...};
+}
+// [query rows - 1]
+template <class P>
+static constexpr std::array<MixKernels, MAX_ROWS> MIX =
+    mix_rows<P>(std::make_integer_sequence<int, MAX_ROWS>());
+
+}  // namespace na

@@ -1,0 +1,28 @@
+// Neighborhood attention on the CPU: the C interface. Called from attention.py beside it.
+#include "common/interface.h"
+#include "neighborhood/backward.h"
+#include "neighborhood/forward.h"
+
+VB_EXPORT_BYTES(na, Problem)
+VB_EXPORT_BYTES(na, ForwardTensors)
+VB_EXPORT_BYTES(na, BackwardTensors)
+
+extern "C" int na_forward(const na::Problem* problem, const na::ForwardTensors* tensors) {
+  return status_of([&] {
+    if (problem->bfloat16) {
+      na::forward<BFloat16>(*problem, *tensors);
+    } else {
+      na::forward<float>(*problem, *tensors);
+    }
+  });
+}
+
+extern "C" int na_backward(const na::Problem* problem, const na::BackwardTensors* tensors) {
+  return status_of([&] {
+    if (problem->bfloat16) {
+      na::backward<BFloat16>(*problem, *tensors);
+    } else {
+      na::backward<float>(*problem, *tensors);
+    }
+  });
+}

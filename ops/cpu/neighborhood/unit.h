@@ -1,0 +1,124 @@
+// The work of a call in units, each a walk over the tiles of a chunk of query rows with the keys
+// around them packed in a ring.
+#pragma once
+#include "neighborhood/tile.h"
+
+namespace na {
+
+// The packed additional keys or values of one head.
+struct Additional {
+  Buffer rows, columns;
+  size_t column_pitch = 0;
+  int row_pitch = 0, channels = 0;
+
+  template <class Ring>
+  void pack(const Tensor& t, int n, int channel_count, int batch, int head) {
+    if (!n) return;
+    channels = channel_count;
+    row_pitch = round_up(channels, W);
+    column_pitch = round_up(n + W, W);
+    std::vector<int> order(n);
+    for (int i = 0; i < n; i++) order[i] = i;
+    using T = typename Ring::Element;
+    const T* line = static_cast<const T*>(t.data) + t.at(batch, 0, 0, head);
+    pack_rows<typename Ring::Rows>(line, t.x, order.data(), n, channels,
+                                   rows.get(static_cast<size_t>(n + W) * row_pitch));
+    pack_columns<typename Ring::Columns>(line, t.x, order.data(), n, channels, 1.f,
+                                         columns.get(channels * column_pitch), column_pitch);
+  }
+};
+
+// One unit of work: a chunk of query rows and a segment of the last axis, for a block of key heads
+// and their query heads.
+struct Unit {
+  const Layout& layout;
+  const Segment& segment;
+  const Chunk& chunk;
+  int index;  // among the units of a head
+  int batch, first_head, heads;
+
+  Unit(const Problem& p, const Layout& layout, int64_t i)
+      : layout(layout),
+        segment(layout.segments[i % layout.segments.size()]),
+        chunk(layout.chunks[i / layout.segments.size() % layout.chunks.size()]),
+        index(static_cast<int>(i % layout.units_per_head)),
+        batch(static_cast<int>(i / layout.units_per_head / layout.head_blocks)),
+        first_head(static_cast<int>(i / layout.units_per_head % layout.head_blocks) *
+                   layout.head_block),
+        heads(std::min(layout.head_block, static_cast<int>(p.kv_heads) - first_head)) {}
+
+  // The keys that other units see too: how many, and how many of them lie before a key row.
+  size_t shared_keys() const {
+    return layout.z.size * layout.shared_keys(chunk, segment, chunk.high);
+  }
+  size_t shared_keys(int plane, int key_row) const {
+    return layout.shared_keys(chunk, segment, plane, key_row);
+  }
+};
+
+// What a thread keeps from unit to unit.
+template <class Ring>
+struct UnitScratch {
+  typename Ring::Field keys, values;
+  std::vector<Additional> additional_keys, additional_values;  // for each key head of the unit
+  Plan plan;
+
+  void pack_additional(const Problem& p, const Unit& unit, const Tensor& key, const Tensor& value) {
+    const int n = static_cast<int>(p.additional);
+    if (additional_keys.size() < static_cast<size_t>(unit.heads)) {
+      additional_keys = std::vector<Additional>(unit.heads);
+      additional_values = std::vector<Additional>(unit.heads);
+    }
+    for (int h = 0; h < unit.heads; h++) {
+      const int head = unit.first_head + h;
+      additional_keys[h].template pack<Ring>(key, n, static_cast<int>(p.dim), unit.batch, head);
+      additional_values[h].template pack<Ring>(value, n, static_cast<int>(p.value_dim), unit.batch,
+                                               head);
+    }
+  }
+};
+
+// Calls body(place, ahead) for each tile of the unit, with the tile's plan made and its keys in the
+// ring; before that next(place, ahead) for the tile below it, or beside it where the unit has but
+// one row of tiles, to add what that one will load.
+template <class Ring, class Next, class Body>
+static void for_each_tile(const Problem& p, const Layout& layout, const Unit& unit, Ring& ring,
+                          UnitScratch<Ring>& scratch, const Next& next, const Body& body) {
+  const int groups = static_cast<int>(p.heads / p.kv_heads);
+  for (int row = unit.chunk.first; row < unit.chunk.end; row++) {
+    const RowTile& tile = layout.tiles[row];
+    ring.advance(tile.low, tile.high);
+    for (int z = 0; z < layout.z.size; z++) {
+      for (int g = unit.segment.first; g < unit.segment.end; g++) {
+        const Lanes& lanes = layout.lanes[g];
+        make_plan(layout.z.start[z], layout.z.count[z], tile, lanes.width,
+                  static_cast<int>(p.additional), scratch.plan);
+        // As often as the tile asks at least: with each row of scores, and the sums of some lanes.
+        int portions = static_cast<int>(scratch.plan.blocks.size()) *
+                       ((lanes.valid + SLIDE_LANES - 1) / SLIDE_LANES);
+        for (const Slice& slice : scratch.plan.slices) portions += slice.rows;
+        for (int h = 0; h < unit.heads * groups; h++) {
+          const TilePlace place{layout, tile, lanes, unit.batch, z, unit.first_head * groups + h,
+                                h / groups};
+          if (unit.chunk.end - unit.chunk.first == 1) {
+            const Lanes& beside = layout.lanes[std::min(g + 1, unit.segment.end - 1)];
+            const TilePlace soon{layout, tile, beside, unit.batch, z, place.head, place.kv_slot};
+            Ahead ahead(soon.order(), beside.valid, portions);
+            next(soon, ahead);
+            body(place, ahead);
+            continue;
+          }
+          Ahead ahead(place.order(), lanes.valid, portions);
+          if (row + 1 < unit.chunk.end) {
+            const RowTile& below = layout.tiles[row + 1];
+            if (h % groups == 0) ring.add_rows(ahead, place.kv_slot, z, tile.high, below.high);
+            next(TilePlace{layout, below, lanes, unit.batch, z, place.head, place.kv_slot}, ahead);
+          }
+          body(place, ahead);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace na

@@ -1,0 +1,78 @@
+"""Means of windows on the CPU for inference: pooling, squeezing, representing regions.
+
+The kernel (``pooling.h``) reads NHWC in memory order, for which torch's takes many times as long.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ops.cpu.binding import Call, kernel
+from ops.cpu.structures import structure
+from ops.cpu.threads import VALUES, threads_for
+
+__all__ = ["window_means"]
+
+_PROBLEM = structure("pooling/pooling.h", "pooling::Problem")
+
+
+@kernel("pooling", "pooling_forward")
+def window_means(x: Tensor, window_size: Sequence[int]) -> Call:
+    """The means of windows side by side, each of what belongs to the map. No gradients.
+
+    Args:
+        x: (B, H, W, C), float32 or bfloat16; copied where its channels are not neighbours.
+        window_size: rows and columns of a window.
+
+    Returns:
+        (B, ⌈H/rows⌉, ⌈W/columns⌉, C), contiguous, in the dtype of ``x``; sums are of float32.
+
+    Raises:
+        ValueError: not four axes, an empty map, another dtype, or a window without pixels.
+        RuntimeError: the kernel is not available here (its ``unsupported`` tells beforehand).
+    """
+    if x.ndim != 4 or x.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(
+            f"x must be (B, H, W, C) of float32 or bfloat16, got {tuple(x.shape)} of {x.dtype}"
+        )
+    if min(window_size) < 1 or 0 in x.shape[1:3]:
+        raise ValueError(
+            f"a window and the map must have pixels, got {tuple(window_size)} and {tuple(x.shape)}"
+        )
+    rows, columns = (-(-n // side) for n, side in zip(x.shape[1:3], window_size, strict=True))
+    out = x.new_empty(x.shape[0], rows, columns, x.shape[3])
+
+    def arguments() -> Any:
+        nhwc = x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
+        threads = threads_for(x.numel(), VALUES, torch.get_num_threads())
+        half = x.dtype == torch.bfloat16
+        problem = _problem(tuple(x.shape), nhwc.stride()[:3], tuple(window_size), half, threads)
+        return problem, nhwc, out
+
+    return Call(out, arguments)
+
+
+@functools.lru_cache(maxsize=256)
+def _problem(
+    shape: tuple[int, ...],
+    stride: tuple[int, ...],
+    window: tuple[int, ...],
+    bfloat16: bool,
+    threads: int,
+) -> Any:
+    batch, height, width, channels = shape
+    return _PROBLEM(
+        batch=batch,
+        height=height,
+        width=width,
+        channels=channels,
+        stride=stride,
+        window=window,
+        bfloat16=bfloat16,
+        threads=threads,
+    )

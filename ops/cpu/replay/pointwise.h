@@ -1,0 +1,103 @@
+// Copies, sums and products of small tensors, and rows picked from one: for calls between kernels,
+// where torch takes longer to be called than to compute.
+#pragma once
+#include <cstdint>
+#include <cstring>
+
+#include "common/parallel.h"
+#include "common/simd.h"
+
+namespace pointwise {
+
+// The numbers are those of ops/replay/lowering.py.
+enum Operation : int64_t { COPY, ADD, MULTIPLY };
+
+constexpr int MOST_AXES = 6;
+
+// lowering.py reads the fields from here. Strides are in elements; those of
+// the last axis are 1 for the result, 0 or 1 for what it comes from. Along `table_axis`, if it is
+// one, the first tensor is read where the table says.
+struct Problem {
+  int64_t operation, element_bytes, axes, table_axis, threads;
+  int64_t sizes[MOST_AXES];
+  int64_t out_strides[MOST_AXES], first_strides[MOST_AXES], second_strides[MOST_AXES];
+};
+
+struct Tensors {
+  void* out;
+  const void* first;
+  const void* second;
+  const int64_t* table;
+};
+
+template <bool ADDS, int64_t A_STEP, int64_t B_STEP, class T>
+static void combine(T* out, const T* a, const T* b, int64_t count) {
+  for (int64_t i = 0; i < count; ++i) {
+    const float x = simd::to_float(a[i * A_STEP]), y = simd::to_float(b[i * B_STEP]);
+    simd::assign(out + i, ADDS ? x + y : x * y);
+  }
+}
+
+template <bool ADDS, class T>
+static void combine_row(T* out, const void* first, const void* second, int64_t a_step,
+                        int64_t b_step, int64_t count) {
+  const T *const a = static_cast<const T*>(first), *const b = static_cast<const T*>(second);
+  if (a_step && b_step) return combine<ADDS, 1, 1>(out, a, b, count);
+  if (a_step) return combine<ADDS, 1, 0>(out, a, b, count);
+  if (b_step) return combine<ADDS, 0, 1>(out, a, b, count);
+  combine<ADDS, 0, 0>(out, a, b, count);
+}
+
+template <bool ADDS>
+static void combine_row(const Problem& p, char* out, const char* a, const char* b) {
+  const int64_t last = p.axes - 1, count = p.sizes[last];
+  const int64_t a_step = p.first_strides[last], b_step = p.second_strides[last];
+  if (p.element_bytes == sizeof(float)) {
+    combine_row<ADDS>(reinterpret_cast<float*>(out), a, b, a_step, b_step, count);
+  } else {
+    combine_row<ADDS>(reinterpret_cast<BFloat16*>(out), a, b, a_step, b_step, count);
+  }
+}
+
+static inline void copy_row(const Problem& p, char* out, const char* a) {
+  const int64_t count = p.sizes[p.axes - 1], bytes = p.element_bytes;
+  if (p.first_strides[p.axes - 1]) {
+    std::memcpy(out, a, count * bytes);
+  } else {
+    for (int64_t i = 0; i < count; ++i) std::memcpy(out + i * bytes, a, bytes);
+  }
+}
+
+// All rows within an axis, from where the axes before it have led.
+static void run_axis(const Problem& p, const Tensors& t, int64_t axis, char* out, const char* a,
+                     const char* b) {
+  if (axis == p.axes - 1) {
+    if (p.operation == COPY) return copy_row(p, out, a);
+    return p.operation == ADD ? combine_row<true>(p, out, a, b) : combine_row<false>(p, out, a, b);
+  }
+  for (int64_t i = 0; i < p.sizes[axis]; ++i) {
+    const int64_t at = axis == p.table_axis ? t.table[i] : i;
+    run_axis(p, t, axis + 1, out + i * p.out_strides[axis] * p.element_bytes,
+             a + at * p.first_strides[axis] * p.element_bytes,
+             b + i * p.second_strides[axis] * p.element_bytes);
+  }
+}
+
+// Those of the first axis from `begin` to `end`.
+static void run_part(Problem p, Tensors t, int64_t begin, int64_t end) {
+  const int64_t bytes = begin * p.element_bytes;
+  p.sizes[0] = end - begin;
+  if (p.table_axis == 0) t.table += begin;
+  run_axis(p, t, 0, static_cast<char*>(t.out) + bytes * p.out_strides[0],
+           static_cast<const char*>(t.first) + (p.table_axis ? bytes * p.first_strides[0] : 0),
+           static_cast<const char*>(t.second) + bytes * p.second_strides[0]);
+}
+
+static void run(const Problem& p, const Tensors& t) {
+  const int64_t size = p.sizes[0], tasks = std::min(p.threads, size);
+  parallel::for_each(tasks, p.threads, [&](int64_t index) {
+    run_part(p, t, size * index / tasks, size * (index + 1) / tasks);
+  });
+}
+
+}  // namespace pointwise

@@ -1,0 +1,102 @@
+// Calls of other kernels in a row, from a list that was captured: the plain C interface. Called from
+// ops/replay/replay.py, which writes the lists.
+#include <cstdint>
+#include <cstring>
+
+#include "replay/pointwise.h"
+
+namespace {
+
+using Word = int64_t;
+
+constexpr int MOST_ARGUMENTS = 4;
+constexpr int64_t ROOM_BYTES = 4096;
+
+// What an argument is; the numbers are those of ops/replay/replay.py.
+enum Kind : Word { VALUE, PLACE, BLOCK };
+
+char* place(const Word* words, char* const* bases) { return bases[words[0]] + words[1]; }
+
+// Reads an argument from the list. A block is copied to `room`, then addresses go into it, so that
+// several threads may run the same list.
+Word argument(const Word*& words, char*& room, char* const* bases) {
+  switch (*words++) {
+    case PLACE: {
+      char* const address = place(words, bases);
+      words += 2;
+      return reinterpret_cast<Word>(address);
+    }
+    case BLOCK: {
+      const Word bytes = words[1], addresses = words[2];
+      char* const block = room;
+      std::memcpy(block, reinterpret_cast<const void*>(words[0]), bytes);
+      room += (bytes + 15) / 16 * 16;
+      words += 3;
+      for (Word i = 0; i < addresses; ++i, words += 3) {
+        char* const address = place(words + 1, bases);
+        std::memcpy(block + words[0], &address, sizeof(address));
+      }
+      return reinterpret_cast<Word>(block);
+    }
+    default:
+      return *words++;
+  }
+}
+
+int call(Word function, Word count, const Word* a) {
+  switch (count) {
+    case 2:
+      return reinterpret_cast<int (*)(Word, Word)>(function)(a[0], a[1]);
+    case 3:
+      return reinterpret_cast<int (*)(Word, Word, Word)>(function)(a[0], a[1], a[2]);
+    default:
+      return reinterpret_cast<int (*)(Word, Word, Word, Word)>(function)(a[0], a[1], a[2], a[3]);
+  }
+}
+
+}  // namespace
+
+extern "C" {
+
+// Bytes that the blocks of one call may take together, each rounded up to 16.
+int64_t replay_room() { return ROOM_BYTES; }
+
+// Calls what stands from `words` to `end`. Returns 0, or 1 where a kernel had no memory.
+int replay_run(const Word* words, const Word* end, char* const* bases) {
+  alignas(64) char room[ROOM_BYTES];
+  while (words < end) {
+    const Word function = *words++, count = *words++;
+    char* free = room;
+    Word arguments[MOST_ARGUMENTS];
+    for (Word i = 0; i < count; ++i) arguments[i] = argument(words, free, bases);
+    if (call(function, count, arguments)) return 1;
+  }
+  return 0;
+}
+
+// See pointwise.h. Returns 0.
+int replay_pointwise(const pointwise::Problem* problem, const pointwise::Tensors* tensors) {
+  pointwise::run(*problem, *tensors);
+  return 0;
+}
+
+// Whether dictionaries of Python's hold the very objects that they held: `counts` of each, `values`
+// of all in turn. Of a dictionary with a count of -1 - n, only that there are n matters. `size` and
+// `next` are PyDict_Size and PyDict_Next; the caller holds Python's lock.
+int replay_same_values(intptr_t (*size)(void*), int (*next)(void*, intptr_t*, void**, void**),
+                        int64_t dicts, void* const* dict, const int64_t* counts,
+                        void* const* values) {
+  for (int64_t i = 0; i < dicts; ++i) {
+    const int64_t count = counts[i];
+    if (size(dict[i]) != (count < 0 ? -1 - count : count)) return 0;
+    if (count <= 0) continue;
+    intptr_t position = 0;
+    void* value = nullptr;
+    while (next(dict[i], &position, nullptr, &value)) {
+      if (value != *values++) return 0;
+    }
+  }
+  return 1;
+}
+
+}  // extern "C"

@@ -1,0 +1,238 @@
+"""The first layers of a network on the CPU for inference, straight from the planes of an image.
+
+The kernel (``ops/cpu/stem/stem.cpp``) reads the planes as they lie and keeps the maps between the
+layers in the cache. It takes float32, and bfloat16 where the CPU multiplies that in vectors; there
+are no gradients.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ops.cpu.activations import ACTIVATIONS
+from ops.cpu.binding import Addresses, Call, kernel
+from ops.cpu.dispatch import require_dtype
+from ops.cpu.gemm.linear import no_products, pack_weight
+from ops.cpu.gemm.plan import packed_size
+from ops.cpu.policy import multiplies
+from ops.cpu.structures import structure
+from ops.cpu.threads import threads_for
+
+__all__ = ["PlanesConv2d", "pack_layers", "packed_stem"]
+
+_PIXELS = 512  # of an image, of a thread
+_STRIDES = (2, 4)  # of windows in planes
+_USUAL = (3, 2, 1)  # side, stride and padding of windows
+
+_PROBLEM = structure("stem/stem.h", "stem::Problem")
+_LAYER = structure("stem/stem.h", "stem::Layer")
+
+
+def _no_vectors(device: torch.device, dtype: torch.dtype) -> str | None:
+    if dtype == torch.bfloat16 and not multiplies(dtype):
+        return "the kernel takes bfloat16 only where the CPU multiplies it"
+    return no_products(device, dtype)
+
+
+def pack_layers(
+    convs: Sequence[nn.Conv2d], dtype: torch.dtype = torch.float32
+) -> tuple[list[Tensor], list[Tensor]]:
+    """The weights of the convolutions in the kernel's order, and their biases.
+
+    Args:
+        convs: the first with square windows; their channels, but for those of the image, are even
+            in number for bfloat16.
+        dtype: of the maps.
+
+    Returns:
+        Float32; for bfloat16 pairs of it lie in each number of the weights.
+
+    Raises:
+        RuntimeError: the kernel is not available here.
+    """
+    weights, biases = [], []
+    for i, conv in enumerate(convs):
+        weight = conv.weight.detach().to(dtype)
+        if i:
+            weight = weight.permute(0, 2, 3, 1)
+        elif dtype == torch.bfloat16:
+            weight = nn.functional.pad(weight, (0, weight.shape[3] % 2))  # whole pairs a row
+        weight = weight.flatten(1).contiguous()
+        weights.append(pack_weight(weight.view(torch.float32)))  # pairs as if they were floats
+        bias = conv.weight.new_zeros(len(weight)) if conv.bias is None else conv.bias.detach()
+        biases.append(bias.float())
+    return weights, biases
+
+
+@kernel("stem", "stem_forward", refuses=_no_vectors)
+def packed_stem(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    biases: Sequence[Tensor],
+    activations: Sequence[str],
+    norms: Sequence[Tensor] = (),
+    eps: Sequence[float] = (),
+    window: Sequence[int] = _USUAL,
+) -> Call:
+    """Convolutions, each with norm and activation: 3×3 of stride 2 and padding 1. No gradients.
+
+    Args:
+        x: (B, C, H, W) float32 or bfloat16; copied where it is not contiguous.
+        weights, biases: see :func:`pack_layers`, of the dtype of ``x``.
+        activations: of :data:`ops.cpu.activations.ACTIVATIONS`, one a layer; GELU is the exact one.
+        norms: weights and biases of layer norms over the channels, (2, C) float32 a layer, or
+            without a number where a layer has no norm; empty where none has.
+        eps: of the norms, one a layer; empty where there are none.
+        window: side, stride and padding of the first convolution, where they are others; the
+            stride is 2 or 4.
+
+    Returns:
+        (B, C', H', W'), channels-last; usually H' is ⌈H/2ⁿ⌉ of ``n`` layers.
+
+    Raises:
+        ValueError: shapes or dtypes that do not go together, an unknown activation, no layer,
+            another stride, an image that no window fits in.
+        RuntimeError: the kernel is not available here.
+    """
+    if x.ndim != 4 or x.dtype not in (torch.float32, torch.bfloat16):
+        raise ValueError(
+            f"x must be (B, C, H, W) of float32 or bfloat16, got {tuple(x.shape)} of {x.dtype}"
+        )
+    sizes = tuple((w.numel(), b.numel()) for w, b in zip(weights, biases, strict=True))
+    _check_layers(x.shape[1], sizes, tuple(activations), x.dtype == torch.bfloat16, tuple(window))
+    if len(norms) != len(eps) or len(norms) not in (0, len(weights)):
+        raise ValueError(
+            f"there must be a norm and an eps for each of {len(weights)} layers, or none, got "
+            f"{len(norms)} and {len(eps)}"
+        )
+    for tensor in (*weights, *biases, *norms):
+        require_dtype(torch.float32, **{"each of weights, biases and norms": tensor})
+    for norm, bias in zip(norms, biases, strict=False):
+        if norm.numel() and norm.shape != (2, len(bias)):
+            raise ValueError(f"a norm must be (2, {len(bias)}), got {tuple(norm.shape)}")
+    side, stride, padding = window
+    size = [(n + 2 * padding - side) // stride + 1 for n in x.shape[2:]]
+    if min(size) < 1:
+        raise ValueError(
+            f"an image of {tuple(x.shape[2:])} with padding {padding} is smaller than the window "
+            f"of {side}×{side}"
+        )
+    size = [-(-n // 2 ** (len(weights) - 1)) for n in size]
+    shape = (len(x), len(biases[-1]), *size)
+    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+
+    def arguments() -> Any:
+        layers = [
+            {"weight": w, "bias": b, "channels": len(b), "activation": ACTIVATIONS.index(act)}
+            for w, b, act in zip(weights, biases, activations, strict=True)
+        ]
+        for layer, norm, term in zip(layers, norms, eps, strict=False):
+            if norm.numel():
+                behind = (norm, norm.shape[1] * norm.element_size())
+                layer.update(norm_weight=norm, norm_bias=behind, eps=term)
+        problem = _problem(
+            tuple(x.shape),
+            tuple(window),
+            len(weights),
+            x.dtype == torch.bfloat16,
+            torch.get_num_threads(),
+        )
+        return problem, [Addresses(_LAYER, layer) for layer in layers], x.contiguous(), out
+
+    return Call(out, arguments)
+
+
+@functools.lru_cache(maxsize=256)
+def _problem(
+    shape: tuple[int, ...], window: tuple[int, ...], layers: int, bfloat16: bool, threads: int
+) -> Any:
+    batch, channels, height, width = shape
+    side, stride, padding = window
+    return _PROBLEM(
+        batch=batch,
+        channels=channels,
+        height=height,
+        width=width,
+        side=side,
+        stride=stride,
+        padding=padding,
+        layers=layers,
+        bfloat16=bfloat16,
+        threads=threads_for(height * width, _PIXELS, threads),
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _check_layers(
+    channels: int,
+    sizes: tuple[tuple[int, int], ...],
+    activations: tuple[str, ...],
+    bfloat16: bool,
+    window: tuple[int, ...],
+) -> None:
+    if len(window) != 3 or window[0] < 1 or window[1] not in _STRIDES or window[2] < 0:
+        raise ValueError(
+            f"window must be a side, a stride of {_STRIDES} and a padding, got {window}"
+        )
+    if not sizes or len(sizes) != len(activations):
+        raise ValueError(
+            f"there must be a layer, and an activation for each, got {len(sizes)} layers and "
+            f"{len(activations)} activations"
+        )
+    for act in activations:
+        if act not in ACTIVATIONS:
+            raise ValueError(f"activations must be of {ACTIVATIONS}, got {act!r}")
+    odd = [bias for _, bias in sizes[:-1] if bias % 2]
+    if bfloat16 and odd:
+        raise ValueError(f"maps of bfloat16 must have even channels, got {odd[0]}")
+    for i, (weight, bias) in enumerate(sizes):
+        side = 3 if i else window[0]
+        inputs = side * side * channels  # or pairs, of channels or neighbours
+        if bfloat16:
+            inputs = inputs // 2 if i else side * -(-side // 2) * channels
+        if weight != packed_size(bias, inputs, torch.float32):
+            raise ValueError(
+                f"a weight must be the packed one of {channels} to {bias} channels, "
+                f"got {weight} packed numbers"
+            )
+        channels = bias
+
+
+class PlanesConv2d:
+    """``activation(conv(x))`` of the planes of an image.
+
+    Args:
+        conv: one that it :meth:`takes`, in float32 or bfloat16.
+
+    Raises:
+        ValueError: another convolution.
+        RuntimeError: the kernel is not available here, see :func:`packed_stem`.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        if not self.takes(conv):
+            raise ValueError(
+                "a convolution of planes must have square windows 2 or 4 apart, zeros around, no "
+                f"groups and no dilation, got {conv}"
+            )
+        self._packed = pack_layers([conv], conv.weight.dtype)
+        padding: Any = conv.padding
+        self._window = conv.kernel_size[0], conv.stride[0], padding[0]
+
+    def __call__(self, x: Tensor, activation: str) -> Tensor:
+        """(B, C, H, W) → (B, C', H', W'), channels-last; see :func:`packed_stem`."""
+        out: Tensor = packed_stem(x, *self._packed, [activation], window=self._window)
+        return out
+
+    @staticmethod
+    def takes(conv: nn.Conv2d) -> bool:
+        """Whether the windows are square, lie 2 or 4 apart and are padded with zeros, if at all."""
+        if conv.groups != 1 or conv.dilation != (1, 1) or conv.padding_mode != "zeros":
+            return False
+        sides: Any = (conv.kernel_size, conv.stride, conv.padding)
+        return conv.stride[0] in _STRIDES and all(pair[0] == pair[1] for pair in sides)

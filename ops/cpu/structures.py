@@ -1,0 +1,85 @@
+"""Structures of the kernels' C interface, read from the headers that declare them."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import re
+from pathlib import Path
+from typing import Any
+
+__all__ = ["included", "structure"]
+
+SOURCES = Path(__file__).parent  # that headers are included from
+
+_INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
+_SCALARS: dict[str, Any] = {"int64_t": ctypes.c_int64, "double": ctypes.c_double}
+_DECLARATION = re.compile(r"^(?:const )?(\w+)\s*(.*)$")
+_FIELD = re.compile(r"^(\*?)\s*(\w+)(?:\[(\w+)\])?$")
+
+
+def included(source: Path, root: Path = SOURCES) -> list[Path]:
+    """``source``, the headers that it includes from ``root``, and those that they do."""
+    found, pending = [], [source]
+    while pending:
+        path = pending.pop(0)
+        if path not in found:
+            found.append(path)
+            pending += [root / name for name in _INCLUDE.findall(path.read_text())]
+    return found
+
+
+@functools.cache
+def structure(header: str, name: str) -> Any:
+    """A structure as ctypes has it: the fields of ``name`` in their order.
+
+    Args:
+        header: a file below ``ops/cpu``, such as ``"norm/norm.h"``; what it includes is searched,
+            too, the nearest first.
+        name: with its namespace, such as ``"norm::Problem"``. Its fields are ``int64_t``,
+            ``double``, pointers, arrays of numbers, and structures of the same namespace.
+
+    Raises:
+        ValueError: there is no such structure, or it has fields of other types.
+    """
+    space, _, plain = name.rpartition("::")
+    pattern = re.compile(rf"^struct {plain} {{(.*?)^}};", re.DOTALL | re.MULTILINE)
+    for path in included(SOURCES / header):
+        text = re.sub(r"//[^\n]*", "", path.read_text())
+        found = pattern.search(text) if f"namespace {space} {{" in text else None
+        if found is not None:
+            break
+    else:
+        raise ValueError(f"{header} declares no structure {name}")
+    fields = []
+    for declaration in found[1].partition("(")[0].split(";")[:-1]:
+        fields += _fields_of(" ".join(declaration.split()), header, name, text)
+    return type(name, (ctypes.Structure,), {"_fields_": fields})
+
+
+def _fields_of(declaration: str, header: str, name: str, text: str) -> list[tuple[str, Any]]:
+    """Those that ``const float *a, *b`` or ``int64_t sizes[3], axes`` declares."""
+    whole = _DECLARATION.match(declaration)
+    assert whole is not None
+    kind, declared = whole.groups()
+    fields = []
+    for part in declared.replace("* ", "*").split(","):
+        one = _FIELD.match(part.strip())
+        if one is None:
+            raise ValueError(f"{header}: cannot read the field {declaration!r} of {name}")
+        pointer, field, count = one.groups()
+        of = ctypes.c_void_p if pointer else _SCALARS.get(kind)
+        if of is None:
+            of = structure(header, f"{name.rpartition('::')[0]}::{kind}")
+        fields.append((field, of if count is None else of * _number(count, text)))
+    return fields
+
+
+def _number(count: str, text: str) -> int:
+    """A literal, or a constant of the header."""
+    if count.isdigit():
+        return int(count)
+    constant = re.search(rf"constexpr \w+ {count} = (\d+);", text)
+    if constant is None:
+        raise ValueError(f"nothing says how much {count} is")
+    return int(constant[1])

@@ -1,0 +1,1 @@
+"""Capture and replay of pieces of networks: capture → graph → memory plan → replay."""

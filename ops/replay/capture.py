@@ -1,0 +1,260 @@
+"""Capture: what a piece of a network calls, with which memory, seen once to be replayed.
+
+A capture sees the functions of torch that Python calls and, as an observer of
+:mod:`ops.cpu.binding`, the kernels with their tensors; what either does inside stays closed. It
+knows of every tensor whether it was allocated during the capture, where it then lies from call to
+call is free, or was there before, such as weights.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import struct
+import weakref
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode, resolve_name
+
+from ops.cpu.binding import Kernel, observed_by, words_of
+from ops.replay.graph import (
+    Block,
+    Buffer,
+    Graph,
+    KernelCall,
+    NotCapturableError,
+    Place,
+    TorchCall,
+    View,
+    tensors_in,
+)
+
+__all__ = ["Capture"]
+
+_NEW = {"torch.empty", "torch.empty_like", "torch.Tensor.new_empty"}
+# They ask how tensors are laid out; what is in a tensor must not decide what is called.
+_QUESTIONS = {
+    *("torch.Tensor." + name for name in ("__len__", "dim", "element_size", "is_contiguous")),
+    *("torch.Tensor." + name for name in ("is_floating_point", "is_inference", "numel", "size")),
+    *("torch.Tensor." + name for name in ("storage_offset", "stride")),
+    *(f"torch.Tensor.{name}.__get__" for name in ("_version", "device", "dtype", "is_cpu")),
+    *(f"torch.Tensor.{name}.__get__" for name in ("nbytes", "ndim", "requires_grad", "shape")),
+    *("torch.promote_types", "torch.sym_min", "torch.sym_max"),
+}
+# Their results follow from their arguments alone, and they change no argument.
+_PURE = {
+    *("torch.Tensor." + name for name in ("add", "clone", "contiguous", "div", "flatten", "float")),
+    *("torch.Tensor." + name for name in ("index_select", "matmul", "mean", "mul", "remainder")),
+    *("torch.Tensor." + name for name in ("sigmoid", "softmax", "sqrt", "sub", "sum", "to")),
+    *("torch.Tensor." + name for name in ("reshape", "topk")),
+    *("torch." + name for name in ("addcmul", "arange", "cat", "full_like", "minimum", "stack")),
+    *("torch.nn.functional." + name for name in ("adaptive_avg_pool2d", "avg_pool2d")),
+    *("torch.nn.functional." + name for name in ("batch_norm", "conv2d", "gelu", "hardsigmoid")),
+    *("torch.nn.functional." + name for name in ("hardswish", "interpolate", "layer_norm")),
+    *("torch.nn.functional." + name for name in ("leaky_relu", "linear", "pad", "relu", "silu")),
+    *("torch.nn.functional." + name for name in ("pixel_shuffle", "softmax")),
+    "torch.nn.functional.scaled_dot_product_attention",
+    *("mkldnn." + name for name in ("_convolution_pointwise.default", "_linear_pointwise.binary")),
+    "mkldnn._linear_pointwise.default",
+}
+# They change the argument that they return.
+_IN_PLACE = {"torch.Tensor.add_", "torch.Tensor.mul_"}
+# Their results, or some of them, lie where an argument does.
+_VIEWS = {
+    *("torch.Tensor." + name for name in ("__getitem__", "chunk", "contiguous", "detach")),
+    *("torch.Tensor." + name for name in ("expand", "flatten", "float", "narrow", "permute")),
+    *("torch.Tensor." + name for name in ("reshape", "split", "squeeze", "tensor_split", "to")),
+    *("torch.Tensor." + name for name in ("transpose", "unbind", "unflatten", "unsqueeze", "view")),
+}
+
+
+class Capture(TorchFunctionMode):
+    """Notes what is called with an input, and what follows from it, while it is entered.
+
+    It changes nothing of what it sees, also where that turns out not to be capturable.
+
+    Args:
+        x: the input.
+
+    Attributes:
+        failure: why what was called cannot be replayed; then the rest was not noted.
+        calls, buffers, constants: those of the :class:`ops.replay.graph.Graph`.
+    """
+
+    def __init__(self, x: Tensor) -> None:
+        super().__init__()
+        self.failure: NotCapturableError | None = None
+        self.calls: list[KernelCall | TorchCall] = []
+        self.buffers = [_buffer(x)]
+        self.constants: list[Any] = []
+        self._by_storage = {_memory(x): 0}  # those of tensors that there are
+        # What tells when memory is free again, and another tensor may come to lie there.
+        self._ends: list[weakref.finalize[Any, Any]] = []
+
+    def __enter__(self) -> Capture:
+        self._observed = observed_by(self)
+        self._observed.__enter__()
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        self._observed.__exit__(*error)
+        for end in self._ends:
+            end.detach()
+        super().__exit__(*error)
+
+    def finish(self, result: Any) -> Graph:
+        """The graph that ends with ``result``.
+
+        Raises:
+            NotCapturableError: something called cannot be replayed, or the result is no tensor that
+                was allocated.
+        """
+        if self.failure is not None:
+            raise self.failure
+        if not isinstance(result, Tensor):
+            raise NotCapturableError(f"the result is a {type(result).__name__}")
+        view = self._argument(result)
+        if not isinstance(view, View):
+            raise NotCapturableError("the result does not follow from the input")
+        return Graph(self.calls, self.buffers, self.constants, view)
+
+    # -- functions of torch ----------------------------------------------------------------------
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        self._try(self._note_function, func, args, kwargs, result)
+        return result
+
+    def _try(self, note: Callable[..., None], *what: Any) -> None:
+        if self.failure is None:
+            try:
+                note(*what)
+            except NotCapturableError as error:
+                self.failure = error
+
+    def _note_function(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:
+        name = str(func) if isinstance(func, torch._ops.OpOverload) else resolve_name(func)
+        if isinstance(result, Tensor):
+            self._note(name, func, args, kwargs, (result,))
+        elif _is_tensors(result):
+            self._note(name, func, args, kwargs, tuple(result))
+        elif name not in _QUESTIONS:
+            raise NotCapturableError(f"{name} gives a {type(result).__name__}")
+
+    def _note(
+        self,
+        name: str | None,
+        func: Callable[..., Any],
+        args: Any,
+        kwargs: dict[str, Any],
+        results: tuple[Tensor, ...],
+    ) -> None:
+        storages = [_memory(r) for r in results]
+        if 0 in storages:
+            raise NotCapturableError(f"{name} gives an empty tensor")
+        inputs = {_memory(t) for t in tensors_in((args, kwargs))}
+        fresh = {s: i for i, s in enumerate(storages) if s not in inputs}
+        if name in _NEW:
+            self._add_buffer(results[0])
+            return
+        if not fresh and (name in _VIEWS or _drops_nothing(name, args, kwargs)):
+            return
+        call = TorchCall(str(name), func, self._arguments(args), self._arguments(kwargs))
+        if name not in (_PURE if fresh else _PURE | _IN_PLACE) or 0 < len(fresh) < len(results):
+            raise NotCapturableError(f"{name} is not known to replay")
+        if not fresh and self._index(results[0]) is None:
+            raise NotCapturableError(f"{name} changes what was there before")
+        for i in fresh.values():
+            call.results[i] = self._add_buffer(results[i])
+        self.calls.append(call)
+
+    def _add_buffer(self, tensor: Tensor) -> int:
+        storage = tensor.untyped_storage()
+        if tensor.data_ptr() != storage.data_ptr():
+            raise NotCapturableError("a new tensor does not begin where its memory does")
+        index = len(self.buffers)
+        self.buffers.append(_buffer(tensor))
+        self._by_storage[storage.data_ptr()] = index
+        self._ends.append(weakref.finalize(storage, self._by_storage.pop, storage.data_ptr()))
+        return index
+
+    def _index(self, t: Tensor) -> int | None:
+        return self._by_storage.get(_memory(t))
+
+    def _argument(self, t: Tensor) -> View | Tensor:
+        index = self._index(t)
+        if index is None:
+            return t
+        buffer = self.buffers[index]
+        offset = t.data_ptr() - buffer.start
+        if t.dtype != buffer.dtype or offset < 0:
+            raise NotCapturableError("a tensor has another dtype, or begins before the input")
+        return View(index, tuple(t.shape), t.stride(), offset // t.element_size())
+
+    def _arguments(self, value: Any) -> Any:
+        if isinstance(value, Tensor):
+            return self._argument(value)
+        if isinstance(value, dict):
+            return {key: self._arguments(v) for key, v in value.items()}
+        if isinstance(value, tuple | list) and any(True for _ in tensors_in(value)):
+            return [self._arguments(v) for v in value]
+        return value
+
+    # -- kernels ---------------------------------------------------------------------------------
+
+    def kernel_called(self, kernel: Kernel, function: Any, arguments: Sequence[Any]) -> None:
+        """Note a call of a kernel, with the tensors that it works on."""
+        with torch._C.DisableTorchFunction():  # what follows asks torch, too
+            self._try(self._note_kernel_call, kernel, function, arguments)
+
+    def _note_kernel_call(self, kernel: Kernel, function: Any, arguments: Sequence[Any]) -> None:
+        address = ctypes.cast(function, ctypes.c_void_p).value
+        assert address is not None
+        self.calls.append(KernelCall(address, [*map(self._pointed, arguments)], kernel.name))
+
+    def _pointed(self, argument: Any) -> int | Place | Block:
+        if isinstance(argument, int):
+            return argument
+        if isinstance(argument, Tensor):
+            return self._place_of(argument)
+        words = words_of(argument)
+        if words is None:
+            return Block(bytes(argument), ())
+        found = [w if isinstance(w, int) else self._place_of(*w) for w in words]
+        places = tuple((8 * i, w) for i, w in enumerate(found) if isinstance(w, Place))
+        numbers = [0 if isinstance(w, Place) else w for w in found]
+        return Block(struct.pack(f"={len(numbers)}q", *numbers), places)
+
+    def _place_of(self, t: Tensor, offset: int = 0) -> int | Place:
+        """Where a tensor begins: in a buffer, or the address of a constant, which is kept."""
+        index = self._index(t)
+        if index is None:
+            self.constants.append(t.untyped_storage())
+            return t.data_ptr() + offset
+        return Place(index, t.data_ptr() + offset - self.buffers[index].start)
+
+
+def _is_tensors(result: Any) -> bool:
+    return isinstance(result, tuple | list) and {type(r) for r in result} == {Tensor}
+
+
+def _buffer(t: Tensor) -> Buffer:
+    storage = t.untyped_storage()
+    end = storage.data_ptr() + storage.nbytes()
+    return Buffer(tuple(t.shape), t.stride(), t.dtype, t.data_ptr(), end)
+
+
+def _drops_nothing(name: str | None, args: Any, kwargs: dict[str, Any]) -> bool:
+    """Whether it is dropout that gives its input back."""
+    training = args[2] if len(args) > 2 else kwargs.get("training", True)
+    return name == "torch.nn.functional.dropout" and not training
+
+
+def _memory(t: Tensor) -> int:
+    """Where its storage begins; weights that oneDNN packed have none that could be seen."""
+    return -1 if t.is_mkldnn else t.untyped_storage().data_ptr()

@@ -1,0 +1,194 @@
+"""Lowering: functions of torch that a kernel replaces in a replay, without Python and torch.
+
+The kernel (``ops/cpu/replay/pointwise.h``) copies, adds, multiplies and picks rows, with torch's
+results, bit by bit. It is for tensors so small that calling torch takes as long.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import math
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ops.cpu.build import load
+from ops.cpu.threads import VALUES, threads_for
+from ops.replay.graph import Block, Buffer, KernelCall, Place, TorchCall, View
+
+__all__ = ["lowered"]
+
+_COPY, _ADD, _MULTIPLY = range(3)  # those of ops/cpu/replay/pointwise.h
+_MOST_AXES = 6
+_MOST_ELEMENTS = 1 << 19
+_COMBINED = ({torch.float32}, {torch.bfloat16})
+
+
+class _Problem(ctypes.Structure):
+    """``pointwise::Problem`` of ops/cpu/replay/pointwise.h."""
+
+    _fields_ = [
+        *((n, ctypes.c_int64) for n in ("operation", "element_bytes", "axes")),
+        *((n, ctypes.c_int64) for n in ("table_axis", "threads")),
+        *(
+            (n, ctypes.c_int64 * _MOST_AXES)
+            for n in ("sizes", "out_strides", "first_strides", "second_strides")
+        ),
+    ]
+
+
+class _Operand(NamedTuple):
+    """Where a tensor begins, a place or an address, and its layout."""
+
+    begin: Place | int
+    size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def lowered(call: TorchCall, buffers: Sequence[Buffer]) -> KernelCall | None:
+    """The kernel's call that does the same, or None where there is none.
+
+    The memory of the constants of ``call`` must be kept.
+    """
+    lower = _LOWER.get(call.name)
+    if lower is None or call.kwargs or len(call.results) > 1:
+        return None
+    operands = [_operand(a, buffers) for a in call.args if isinstance(a, Tensor | View)]
+    if call.results:
+        (index,) = call.results.values()
+        made = buffers[index]
+        out = _Operand(Place(index, 0), made.size, made.stride, made.dtype)
+    else:  # in place
+        out = operands[0]
+    return lower(call, out, operands) if math.prod(out.size) < _MOST_ELEMENTS else None
+
+
+def _operand(value: Tensor | View, buffers: Sequence[Buffer]) -> _Operand:
+    if isinstance(value, Tensor):
+        return _Operand(value.data_ptr(), tuple(value.shape), value.stride(), value.dtype)
+    dtype = buffers[value.buffer].dtype
+    begin = Place(value.buffer, value.offset * dtype.itemsize)
+    return _Operand(begin, value.size, value.stride, dtype)
+
+
+def _copy(call: TorchCall, out: _Operand, operands: Sequence[_Operand]) -> KernelCall | None:
+    (source,) = operands
+    if source.dtype != out.dtype:
+        return None
+    # What changes shapes fills its result from front to back.
+    strides = out.stride if out.size == source.size else _dense(source.size)
+    if out.size != source.size and out.stride != _dense(out.size):
+        return None
+    axes = zip(source.size, strides, source.stride, [0] * len(strides), strict=True)
+    return _kernel_call(_COPY, out, source, None, list(axes))
+
+
+def _add(call: TorchCall, out: _Operand, operands: Sequence[_Operand]) -> KernelCall | None:
+    return _combine(_ADD, call, out, operands)
+
+
+def _multiply(call: TorchCall, out: _Operand, operands: Sequence[_Operand]) -> KernelCall | None:
+    return _combine(_MULTIPLY, call, out, operands)
+
+
+def _combine(
+    operation: int, call: TorchCall, out: _Operand, operands: Sequence[_Operand]
+) -> KernelCall | None:
+    dtypes = {o.dtype for o in (out, *operands)}
+    if len(call.args) != 2 or len(operands) != 2 or dtypes not in _COMBINED:
+        return None
+    first, second = operands
+    strides = (_broadcast(first, out.size), _broadcast(second, out.size))
+    axes = list(zip(out.size, out.stride, *strides, strict=True))
+    return _kernel_call(operation, out, first, second, axes)
+
+
+def _pick(call: TorchCall, out: _Operand, operands: Sequence[_Operand]) -> KernelCall | None:
+    source, index = operands
+    if not isinstance(index.begin, int) or index.stride != (1,) or index.dtype != torch.int64:
+        return None
+    axis = call.args[1] % len(source.size)
+    axes = zip(out.size, out.stride, source.stride, [0] * len(out.size), strict=True)
+    return _kernel_call(_COPY, out, source, None, list(axes), axis, index.begin)
+
+
+_Lower = Callable[[TorchCall, _Operand, Sequence[_Operand]], KernelCall | None]
+_LOWER: dict[str, _Lower] = {
+    **{f"torch.Tensor.{n}": _copy for n in ("clone", "contiguous", "flatten", "reshape")},
+    **{f"torch.Tensor.{n}": _add for n in ("add", "add_")},
+    **{f"torch.Tensor.{n}": _multiply for n in ("mul", "mul_")},
+    "torch.Tensor.index_select": _pick,
+}
+
+_Axis = tuple[int, int, int, int]  # size; strides of the result and of what it comes from
+
+
+def _kernel_call(
+    operation: int,
+    out: _Operand,
+    first: _Operand,
+    second: _Operand | None,
+    axes: list[_Axis],
+    table_axis: int = -1,
+    table: int = 0,
+) -> KernelCall | None:
+    of_table = axes[table_axis] if table else None
+    axes = _merged([axis for axis in axes if axis[0] > 1 or axis is of_table], of_table)
+    if len(axes) > _MOST_AXES or axes[-1] is of_table:
+        return None
+    if axes[-1][1] != 1 or not {*axes[-1][2:]} <= {0, 1}:
+        return None
+    padded = [*axes, *[(0, 0, 0, 0)] * (_MOST_AXES - len(axes))]
+    where = next((i for i, axis in enumerate(axes) if axis is of_table), -1)
+    threads = threads_for(math.prod(out.size), VALUES, torch.get_num_threads())
+    problem = _Problem(operation, out.dtype.itemsize, len(axes), where, threads)
+    for name, values in zip(
+        ("sizes", "out_strides", "first_strides", "second_strides"),
+        zip(*padded, strict=True),
+        strict=True,
+    ):
+        setattr(problem, name, (ctypes.c_int64 * _MOST_AXES)(*values))
+    begins = (out.begin, first.begin, 0 if second is None else second.begin, table)
+    words = (ctypes.c_int64 * 4)(*(0 if isinstance(b, Place) else b for b in begins))
+    places = tuple((8 * i, b) for i, b in enumerate(begins) if isinstance(b, Place))
+    library = load("replay")
+    assert library is not None  # whose lists this is for
+    function = ctypes.cast(library.replay_pointwise, ctypes.c_void_p).value
+    assert function is not None
+    return KernelCall(function, [Block(bytes(problem), ()), Block(bytes(words), places)])
+
+
+def _merged(axes: list[_Axis], of_table: _Axis | None) -> list[_Axis]:
+    """The same elements with few axes, those that are far apart in the result first."""
+    merged: list[_Axis] = []
+    for axis in sorted(axes, key=lambda axis: -axis[1]):
+        before = merged[-1] if merged else None
+        size = axis[0]
+        if (
+            before is not None
+            and before is not of_table
+            and axis is not of_table
+            and all(b == a * size for b, a in zip(before[1:], axis[1:], strict=True))
+        ):
+            merged[-1] = (before[0] * size, *axis[1:])
+        else:
+            merged.append(axis)
+    return merged or [(1, 1, 1, 0)]
+
+
+def _dense(size: Sequence[int]) -> tuple[int, ...]:
+    strides, step = [], 1
+    for n in reversed(size):
+        strides.append(step)
+        step *= n
+    return tuple(reversed(strides))
+
+
+def _broadcast(operand: _Operand, size: Sequence[int]) -> list[int]:
+    """Its strides along the axes of ``size``."""
+    missing = len(size) - len(operand.size)
+    given = zip(operand.size, operand.stride, size[missing:], strict=True)
+    return [0] * missing + [0 if n != wanted else stride for n, stride, wanted in given]

@@ -1,0 +1,239 @@
+"""Replay: the calls of a graph with memory planned ahead; Python calls once for many kernels."""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import operator
+from collections import defaultdict
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ops.cpu.build import load, unavailable_reason
+from ops.replay.graph import (
+    Block,
+    Buffer,
+    Graph,
+    KernelCall,
+    NotCapturableError,
+    Place,
+    TorchCall,
+    View,
+)
+from ops.replay.lowering import lowered
+from ops.replay.memory_plan import plan_memory
+from ops.replay.workspace import workspace
+
+__all__ = ["Replay", "unsupported"]
+
+_KERNEL = "replay"
+_VALUE, _PLACE, _BLOCK = range(3)  # those of ops/cpu/replay/replay.cpp
+# What torch made is given back at once if it is larger, else when kernels are no longer in a row.
+_LARGE_BYTES = 4 << 20
+
+_Tensors = list[Any]  # of buffers, during a replay
+_Step = Callable[[_Tensors, Any], None]
+
+
+def unsupported() -> str | None:
+    """``None`` if graphs can be replayed here, else the reason in words."""
+    return unavailable_reason(_KERNEL)
+
+
+class Replay:
+    """A graph, to be run for other inputs of the same shape, strides and dtype.
+
+    Kernels that follow each other are called from a list, without Python between them. The buffers
+    between calls, unless torch allocates them, share one workspace. Several threads may call it at
+    a time.
+
+    Args:
+        graph: what was captured.
+
+    Raises:
+        NotCapturableError: calls with larger arguments than the list can hold.
+    """
+
+    def __init__(self, graph: Graph) -> None:
+        library = load(_KERNEL)
+        if library is None:
+            raise NotCapturableError(f"there is no kernel: {unsupported()}")
+        self._run = library.replay_run
+        library.replay_room.restype = ctypes.c_int64
+        self._room = library.replay_room()
+        self._buffers, self._constants = graph.buffers, list(graph.constants)
+        calls: list[KernelCall | TorchCall] = []
+        for call in graph.calls:
+            other = lowered(call, self._buffers) if isinstance(call, TorchCall) else None
+            if isinstance(call, TorchCall) and other is not None:
+                self._constants += (t.untyped_storage() for t in call.constants())
+            calls.append(other or call)
+        result = graph.result
+        self.plan = plan_memory(calls, self._buffers, result.buffer)
+        self._blocks: list[Any] = []  # that the list has addresses of
+        self._words: list[int] = []
+        self._steps: list[_Step] = []
+        self._write(calls)
+        self._result = _reader(result, self._buffers[result.buffer])
+        self._code = (ctypes.c_int64 * len(self._words))(*self._words)
+        self._code_address = ctypes.addressof(self._code)
+        self._count = len(self._buffers)
+        self._bases = ctypes.c_void_p * (self._count + 1)  # the last is the workspace
+        del self._buffers
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The result for an input.
+
+        Raises:
+            MemoryError: a kernel has no memory to work in.
+        """
+        tensors: _Tensors = [None] * (self._count + 1)
+        bases = self._bases()
+        tensors[0], bases[0] = x, x.data_ptr()
+        with workspace.borrow(self.plan.nbytes) as shared:
+            tensors[self._count], bases[self._count] = shared, shared.data_ptr()
+            for step in self._steps:
+                step(tensors, bases)
+        return self._result(tensors)
+
+    # -- writing the steps -----------------------------------------------------------------------
+
+    def _write(self, calls: Sequence[KernelCall | TorchCall]) -> None:
+        begins, ends = defaultdict(list), defaultdict(list)  # of tensors, by calls
+        for i, use in enumerate(self.plan.uses):
+            if use.made:
+                ends[use.last].append(i)
+            elif i not in self.plan.offsets or use.by_torch:
+                begins[use.first].append(i)
+        begun = 0  # where the list of kernels goes on that is not yet a step
+        free: list[int] = []  # what torch made and nobody needs any more
+        for now, call in enumerate(calls):
+            if begins[now] or isinstance(call, TorchCall):
+                begun = self._end_list(begun)
+            self._steps += map(self._begin, begins[now])
+            if isinstance(call, TorchCall):
+                self._steps.append(self._torch_step(call))
+            else:
+                self._write_call(call)
+            free += ends[now]
+            large = any(self._buffers[i].nbytes >= _LARGE_BYTES for i in free)
+            if free and (isinstance(call, TorchCall) or large):
+                begun = self._end_list(begun)
+                self._steps.append(_release(free))
+                free = []
+        self._end_list(begun)
+
+    def _begin(self, index: int) -> _Step:
+        """What makes a tensor of a buffer: in the shared piece, or of its own."""
+        buffer, offset, shared = (
+            self._buffers[index],
+            self.plan.offsets.get(index),
+            len(self._buffers),
+        )
+        size, stride, dtype = buffer.size, buffer.stride, buffer.dtype
+        if offset is None:
+
+            def step(tensors: _Tensors, bases: Any) -> None:
+                tensors[index] = fresh = torch.empty_strided(size, stride, dtype=dtype)
+                bases[index] = fresh.data_ptr()
+
+            return step
+        end = offset + buffer.nbytes
+
+        def step_in_shared(tensors: _Tensors, bases: Any) -> None:
+            part = tensors[shared][offset:end].view(dtype)
+            tensors[index] = part.as_strided(size, stride)
+
+        return step_in_shared
+
+    def _end_list(self, begun: int) -> int:
+        end = len(self._words)
+        if end > begun:
+            self._steps.append(functools.partial(self._run_list, 8 * begun, 8 * end))
+        return end
+
+    def _run_list(self, begin: int, end: int, tensors: _Tensors, bases: Any) -> None:
+        start = self._code_address
+        if self._run(ctypes.c_void_p(start + begin), ctypes.c_void_p(start + end), bases):
+            raise MemoryError("no memory for the scratch of a kernel")
+
+    def _torch_step(self, call: TorchCall) -> _Step:
+        read, read_named = self._filler(call.args), self._filler(call.kwargs)
+        function, made = call.function, list(call.results.items())
+
+        def step(tensors: _Tensors, bases: Any) -> None:
+            results = function(*read(tensors), **read_named(tensors))
+            for i, buffer in made:
+                tensors[buffer] = result = results if isinstance(results, Tensor) else results[i]
+                bases[buffer] = result.data_ptr()
+
+        return step
+
+    def _filler(self, value: Any) -> Callable[[_Tensors], Any]:
+        """What puts tensors where views stand in a value."""
+        if isinstance(value, View):
+            return _reader(value, self._buffers[value.buffer])
+        if isinstance(value, dict):
+            fillers = {key: self._filler(v) for key, v in value.items()}
+            return lambda tensors: {key: fill(tensors) for key, fill in fillers.items()}
+        if isinstance(value, tuple | list):
+            parts = [self._filler(v) for v in value]
+            return lambda tensors: [fill(tensors) for fill in parts]
+        return lambda tensors: value
+
+    def _write_call(self, call: KernelCall) -> None:
+        if not 2 <= len(call.arguments) <= 4:
+            raise NotCapturableError(f"a kernel takes {len(call.arguments)} arguments")
+        self._words += (call.function, len(call.arguments))
+        room = 0
+        for argument in call.arguments:
+            if isinstance(argument, Place):
+                self._words += (_PLACE, *self._base(argument))
+            elif isinstance(argument, Block):
+                room += -(-len(argument.data) // 16) * 16 if argument.places else 0
+                self._write_block(argument)
+            else:
+                self._words += (_VALUE, argument)
+        if room > self._room:
+            raise NotCapturableError(f"the arguments of a kernel take {room} bytes")
+
+    def _write_block(self, block: Block) -> None:
+        kept = ctypes.create_string_buffer(block.data, len(block.data))
+        self._blocks.append(kept)
+        address = ctypes.addressof(kept)
+        if not block.places:
+            self._words += (_VALUE, address)
+            return
+        self._words += (_BLOCK, address, len(block.data), len(block.places))
+        for at, place in block.places:
+            self._words += (at, *self._base(place))
+
+    def _base(self, place: Place) -> tuple[int, int]:
+        offset = self.plan.offsets.get(place.buffer)
+        if offset is None:
+            return place.buffer, place.offset
+        return len(self._buffers), offset + place.offset
+
+
+def _release(indices: Sequence[int]) -> _Step:
+    def step(tensors: _Tensors, bases: Any) -> None:
+        for index in indices:
+            tensors[index] = None
+
+    return step
+
+
+def _reader(view: View, buffer: Buffer) -> Callable[[_Tensors], Tensor]:
+    """What finds a view among the tensors."""
+    index, size, stride, offset = view
+    if not offset and (size, stride) == (buffer.size, buffer.stride):
+        return operator.itemgetter(index)
+
+    def read(tensors: _Tensors) -> Tensor:
+        whole: Tensor = tensors[index]
+        return whole.as_strided(size, stride, whole.storage_offset() + offset)
+
+    return read

@@ -1,0 +1,195 @@
+"""A fused model answers as the plain one does: hostile images, changed weights, tracing."""
+
+from __future__ import annotations
+
+import copy
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from zoo import FAMILIES, images, randomise, small
+
+import backbones
+
+CALLS = 4  # by the layers, captured, and replayed
+X = images(2, 3, 48, 40)
+
+
+@functools.cache
+def pair(family: str) -> tuple[nn.Module, nn.Module]:
+    """A plain model and itself fused, which has replayed images of the size of ``X``."""
+    plain = randomise(small(family)).eval()
+    fused = copy.deepcopy(plain).fuse()
+    with torch.no_grad():
+        for _ in range(CALLS):
+            fused(X)
+    return plain, fused
+
+
+HOSTILE: dict[str, Callable[[], Any]] = {
+    **{f"{n} channels": lambda n=n: torch.cat([X, X], 1)[:, :n] for n in (0, 1, 2, 4)},
+    **{str(d): lambda d=d: X.to(d) for d in (torch.float64, torch.float16, torch.int64)},
+    "bool": lambda: X.bool(),
+    "complex": lambda: X.to(torch.complex64),
+    "three axes": lambda: X[0],
+    "five axes": lambda: X[None],
+    "no axes": lambda: X[0, 0, 0, 0],
+    "no rows": lambda: X[:, :, :0],
+    "no images": lambda: X[:0],
+    "sparse": lambda: X.to_sparse(),
+    "nested": lambda: torch.nested.nested_tensor(list(X), layout=torch.jagged),
+    "a list": lambda: X.tolist(),
+    "None": lambda: None,
+    "negated view": lambda: torch._neg_view(X),
+    "expanded": lambda: X[:, :1, :1, :1].expand(2, 3, 48, 40),
+    "an image that wants gradients": lambda: X.clone().requires_grad_(),
+}
+
+
+def _answer(model: nn.Module, x: Any) -> Tensor | Exception:
+    with torch.set_grad_enabled(isinstance(x, Tensor) and x.requires_grad):
+        try:
+            out: Tensor = model(x)
+        except (TypeError, ValueError, RuntimeError, IndexError, AttributeError) as error:
+            return error
+    return out.detach()
+
+
+@pytest.mark.filterwarnings("ignore:Sparse|The PyTorch API of nested|.*mask is missing")
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", HOSTILE)
+def test_hostile_images(kind: str, family: str) -> None:
+    plain, fused = pair(family)
+    x = HOSTILE[kind]()
+    expected = _answer(plain, x)
+    for _ in range(CALLS):
+        out = _answer(fused, x)
+        if isinstance(expected, Exception):
+            assert isinstance(out, Exception), f"plain refuses: {expected}"
+        else:
+            assert isinstance(out, Tensor), f"fused refuses: {out}"
+            scale = float(expected.nan_to_num().abs().max()) if expected.numel() else 1.0
+            torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3 * scale, equal_nan=True)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_images_on_the_meta_device(family: str) -> None:
+    """They have no numbers: no memory that was left over may come out as a result."""
+    _, fused = pair(family)
+    for _ in range(CALLS):
+        out = _answer(fused, X.to("meta"))
+        assert isinstance(out, Exception) or out.is_meta
+
+
+def _scaled(t: Tensor) -> Tensor:
+    return t.detach() * 1.02
+
+
+@torch.no_grad()
+def _copied(model: nn.Module) -> None:
+    for p in model.parameters():
+        p.copy_(_scaled(p))
+
+
+def _data_assigned(model: nn.Module) -> None:
+    for p in model.parameters():
+        p.data = _scaled(p)
+
+
+def _from_a_vector(model: nn.Module) -> None:
+    vector = nn.utils.parameters_to_vector(model.parameters())
+    nn.utils.vector_to_parameters(_scaled(vector), model.parameters())
+
+
+def _new_parameters(model: nn.Module) -> None:
+    for module in model.modules():
+        for name, p in list(module._parameters.items()):
+            if p is not None:
+                setattr(module, name, nn.Parameter(_scaled(p), requires_grad=False))
+
+
+def _loaded(model: nn.Module) -> None:
+    state = model.state_dict()
+    model.load_state_dict({k: _scaled(v) if v.is_floating_point() else v for k, v in state.items()})
+
+
+def _stepped(model: nn.Module) -> None:
+    parameters = list(model.parameters())
+    for p in parameters:
+        p.grad = -p.detach()
+    torch.optim.SGD(parameters, lr=0.02).step()
+    for p in parameters:
+        p.grad = None
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    "change", [_copied, _data_assigned, _from_a_vector, _new_parameters, _loaded, _stepped]
+)
+def test_changed_weights_are_noticed(change: Callable[[nn.Module], None], family: str) -> None:
+    fused = copy.deepcopy(pair(family)[1])
+    with torch.no_grad():
+        before = [fused(X) for _ in range(CALLS)][-1]
+        change(fused)
+        expected = copy.deepcopy(fused)(X)  # nothing that was derived is copied
+        assert not torch.allclose(before, expected, rtol=1e-4)
+        for _ in range(CALLS):
+            assert torch.equal(fused(X), expected)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_writes_that_leave_no_trace_are_noticed_by_fusing_again(family: str) -> None:
+    fused: Any = copy.deepcopy(pair(family)[1])
+    with torch.no_grad():
+        for _ in range(CALLS):
+            fused(X)
+        for p in fused.parameters():
+            p.detach().numpy()[...] *= 1.1
+        expected = copy.deepcopy(fused)(X)
+        fused.fuse()
+        for _ in range(CALLS):
+            torch.testing.assert_close(fused(X), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_replaced_layer_is_noticed_or_refused(family: str) -> None:
+    fused: Any = copy.deepcopy(pair(family)[1])
+    stage = fused.stages[-1]
+    with torch.no_grad():
+        for _ in range(CALLS):
+            fused(X)
+        stage.blocks[0] = nn.Identity()
+        for _ in range(CALLS):
+            with pytest.raises(RuntimeError, match="was replaced after fuse"):
+                fused(X)
+
+
+@pytest.mark.filterwarnings(
+    "ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:DeprecationWarning"
+)
+@pytest.mark.parametrize("family", ["shvit", "van", "inception_next"])
+def test_tracing_takes_the_plain_layers(family: str) -> None:
+    _, fused = pair(family)
+    with torch.no_grad():
+        traced = torch.jit.trace(fused, X, check_trace=False)
+        torch.testing.assert_close(traced(X), fused(X), rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"dtype": "bf16"}, TypeError, "got 'bf16'"),
+        ({"dtype": torch.int8}, ValueError, "got torch.int8"),
+        ({"dtype": torch.complex64}, ValueError, "got torch.complex64"),
+        ({"channels_last": "yes"}, ValueError, "got 'yes'"),
+        ({"channels_last": 1}, ValueError, "got 1"),
+    ],
+)
+def test_what_fuse_refuses(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+    with pytest.raises(error, match=message):
+        small("shvit").fuse(**arguments)
+    with pytest.raises(ValueError, match="holds no backbone"):
+        backbones.fuse(nn.Linear(2, 2))

@@ -1,0 +1,212 @@
+"""Attention within small maps in one pass against the layers one by one in float64."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import pytest
+import torch
+from compiled_kernels import compiled_for, using_threads
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from ops import cpu
+from ops.attention.cascaded import CascadedGroupAttention
+from ops.attention.single_head import SingleHeadAttention
+from ops.cpu.attention.cascaded import PackedCascadedAttention, cascaded_attention
+from ops.inference import layers, mobile
+from ops.inference.conv import FastDepthwiseConv2d
+from ops.reparam import fuse_children
+
+
+class _Heads(nn.Module):
+    """The parts of all heads."""
+
+    def __init__(
+        self, heads: int, head_dim: int, qk_dim: int, sides: Sequence[int], has_norm: bool
+    ) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.qk_dim = qk_dim
+        self.qkv = nn.ModuleList(
+            nn.Conv2d(head_dim, 2 * qk_dim + head_dim, 1) for _ in range(heads)
+        )
+        self.convs = nn.ModuleList(
+            nn.Conv2d(qk_dim, qk_dim, side, padding=side // 2, groups=qk_dim) for side in sides
+        )
+        self.norm = nn.GroupNorm(1, heads * head_dim) if has_norm else None
+        if self.norm is not None:
+            nn.init.normal_(self.norm.weight)
+            nn.init.normal_(self.norm.bias)
+        self.requires_grad_(False)
+
+    def packed(self) -> PackedCascadedAttention:
+        return PackedCascadedAttention(list(self.qkv), self.qk_dim, list(self.convs), self.norm)
+
+    def exact(self, x: Tensor, table: Tensor | None) -> Tensor:
+        """(N, H, W, dim) → (N, H, W, dim), in float64."""
+        parts, x = copy.deepcopy(self).double(), x.double().permute(0, 3, 1, 2)
+        head_dim = parts.qkv[0].in_channels
+        outs: list[Tensor] = []
+        for i, project in enumerate(parts.qkv):
+            share = x[:, i * head_dim : (i + 1) * head_dim] + (outs[-1] if outs else 0)
+            if parts.norm is not None:
+                channels = slice(i * head_dim, (i + 1) * head_dim)
+                centred = share - share.mean((1, 2, 3), keepdim=True)
+                share = centred / (centred**2).mean((1, 2, 3), keepdim=True).add(1e-5).sqrt()
+                weight, bias = parts.norm.weight[channels], parts.norm.bias[channels]
+                share = share * weight.view(-1, 1, 1) + bias.view(-1, 1, 1)
+            query, key, value = project(share).split([parts.qk_dim, parts.qk_dim, head_dim], dim=1)
+            if len(parts.convs):
+                query = parts.convs[i](query)
+            logits = query.flatten(2).transpose(1, 2) @ key.flatten(2) * parts.qk_dim**-0.5
+            if table is not None:
+                logits = logits + table[i].double().T
+            mixed = value.flatten(2) @ logits.softmax(-1).transpose(1, 2)
+            outs.append(mixed.view(value.shape))
+        rest = x[:, len(outs) * head_dim :]
+        return torch.cat((*outs, rest), dim=1).relu().permute(0, 2, 3, 1)
+
+
+_BOUNDS = {torch.float32: 2e-5, torch.bfloat16: 2e-2}
+
+
+def _dtypes() -> list[torch.dtype]:
+    """What the kernel takes here: bfloat16 needs AVX512-BF16 or AMX."""
+    return [
+        dtype
+        for dtype in _BOUNDS
+        if cascaded_attention.unsupported(torch.device("cpu"), dtype) is None
+    ]
+
+
+def _assert_near(out: Tensor, expected: Tensor) -> None:
+    bound = _BOUNDS[out.dtype] * (1 + expected.abs().max())
+    assert out.is_contiguous() and (out - expected).abs().max() <= bound
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    images=st.integers(1, 3),
+    size=st.tuples(st.integers(1, 9), st.integers(1, 9)),
+    heads=st.integers(1, 3),
+    dims=st.tuples(st.integers(8, 70), st.integers(1, 20), st.integers(0, 20)),
+    sides=st.sampled_from([(), (3, 5, 7), (1, 7, 3)]),
+    has_norm=st.booleans(),
+    has_table=st.booleans(),
+    dtype=st.sampled_from(list(_BOUNDS)),
+)
+def test_is_the_layers_one_by_one(
+    images, size, heads, dims, sides, has_norm, has_table, dtype
+) -> None:
+    head_dim, qk_dim, rest = dims
+    parts = _Heads(heads, head_dim, qk_dim, sides[:heads], has_norm)
+    dtype = dtype if dtype in _dtypes() else torch.float32
+    parts.qkv.to(dtype)
+    tokens = size[0] * size[1]
+    x = torch.randn(images, *size, heads * head_dim + rest).to(dtype)
+    table = torch.randn(heads, tokens, tokens) if has_table else None
+    _assert_near(parts.packed()(x, table), parts.exact(x, table))
+
+
+def test_a_map_of_many_tiles_and_dispatched_calls() -> None:
+    parts = _Heads(1, 40, 16, (), True)
+    packed = parts.packed()
+    x = torch.randn(2, 48, 13, 19).permute(0, 2, 3, 1)
+    out = packed(x)
+    _assert_near(out, parts.exact(x, None))
+    with torch.profiler.profile() as profiler:
+        assert torch.equal(packed(x), out)
+    assert "vision_backbones::cascaded_attention" in {e.name for e in profiler.events()}
+
+
+def test_threads_change_nothing() -> None:
+    parts = _Heads(3, 24, 16, (3, 3, 5), False)
+    packed, x = parts.packed(), torch.randn(5, 7, 7, 72)
+    outs = []
+    for threads in (1, 2, 3):
+        with using_threads(threads):
+            outs.append(packed(x))
+    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
+
+
+@pytest.mark.parametrize("instructions", ["avx2", "portable"])
+def test_other_instruction_sets(instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled_for(instructions, monkeypatch)
+    parts = _Heads(2, 21, 13, (3, 5), True)
+    x, table = torch.randn(2, 5, 7, 45), torch.randn(2, 35, 35)
+    _assert_near(parts.packed()(x, table), parts.exact(x, table))
+    assert cpu.status("cascaded_attention").instruction_set == instructions
+
+
+def test_large_logits() -> None:
+    parts = _Heads(1, 16, 8, (), False)
+    x, table = 30 * torch.randn(1, 7, 7, 16), 300 * torch.randn(1, 49, 49)
+    expected = parts.exact(x, table).float()
+    # Logits of some hundreds, in single precision.
+    torch.testing.assert_close(parts.packed()(x, table), expected, rtol=1e-4, atol=1e-2)
+
+
+def test_what_is_refused() -> None:
+    packed = _Heads(2, 8, 4, (), False).packed()
+    x = torch.zeros(1, 3, 3, 16)
+    for wrong in (x[..., :15], x[0], x.bfloat16()):
+        with pytest.raises(ValueError, match=r"x must be \(N, H, W, dim\) of torch.float32.*2 × 8"):
+            packed(wrong)
+    with pytest.raises(ValueError, match=r"table must be torch.float32, got torch.bfloat16"):
+        packed(x, torch.zeros(2, 9, 9).bfloat16())
+    with pytest.raises(ValueError, match=r"table must be \(2, 9, 9\), got \(2, 9, 8\)"):
+        packed(x, torch.zeros(2, 9, 8))
+    assert packed(x[:0]).shape == (0, 3, 3, 16)
+    assert "float64" in (cascaded_attention.unsupported(x.device, torch.float64) or "")
+
+
+def _fast(layer: nn.Module, form: type[nn.Module]) -> nn.Module:
+    """Folded, with inference forms of its convolutions."""
+    torch.manual_seed(1)
+    for module in layer.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            nn.init.uniform_(module.weight, 0.5, 1.5)
+            nn.init.normal_(module.bias)
+    fuse_children(layer.eval())
+    for module in layer.requires_grad_(False).modules():
+        if isinstance(module, nn.Conv2d):
+            wide = module.groups > 1
+            layers.convert(module, FastDepthwiseConv2d if wide else layers.FastPointwiseConv2d)
+    return layers.convert(layer, form)
+
+
+@pytest.mark.parametrize("size", [(4, 4), (7, 7), (9, 14), (17, 18)])
+@pytest.mark.parametrize("has_kernel", [True, False])
+@pytest.mark.parametrize("dtype", list(_BOUNDS))
+@torch.no_grad()
+def test_layers_of_the_networks(
+    dtype: torch.dtype, has_kernel: bool, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not has_kernel:
+        monkeypatch.setattr(mobile.cascaded_attention, "unsupported", lambda *_: "not wanted")
+    cascade = CascadedGroupAttention(48, 3, window_size=7, kernel_sizes=(5, 3, 3))
+    nn.init.normal_(cascade.attention_biases)
+    x = torch.randn(2, 48, *size).to(memory_format=torch.channels_last)
+    for layer, form in (
+        (cascade, mobile.FastCascadedGroupAttention),
+        (SingleHeadAttention(48, 20), mobile.FastSingleHeadAttention),
+    ):
+        plain = copy.deepcopy(_fast(layer, form)).double()
+        fast = layer.to(dtype)
+        out = fast(x.to(dtype), residual=x.to(dtype))
+        expected = plain(x.double()) + x.double()
+        assert (out - expected).abs().max() <= _BOUNDS[dtype] * (1 + expected.abs().max())
+
+
+@torch.no_grad()
+def test_changed_weights_are_packed_anew() -> None:
+    layer = _fast(SingleHeadAttention(32, 16), mobile.FastSingleHeadAttention)
+    x = torch.randn(1, 32, 5, 5).to(memory_format=torch.channels_last)
+    before = layer(x)
+    layer.norm.bias.add_(1)
+    after = layer(x)
+    assert not torch.equal(before, after)
+    torch.testing.assert_close(after, copy.deepcopy(layer).double()(x.double()).float())

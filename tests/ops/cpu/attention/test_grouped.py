@@ -1,0 +1,143 @@
+"""Attention of tokens where they lie against torch's in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compiled_kernels import compiled_for, using_threads
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ops import cpu
+from ops.cpu.attention.grouped import attend, attend_regions, grouped_attention
+
+_BOUNDS = {torch.float32: 2e-6, torch.bfloat16: 2**-8}
+
+
+def _random(*shape: int, seed: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def _exact(query: Tensor, key: Tensor, value: Tensor, scale: float | None = None) -> Tensor:
+    heads = (t.double().transpose(1, 2) for t in (query, key, value))
+    return F.scaled_dot_product_attention(*heads, scale=scale).transpose(1, 2)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    queries=st.integers(1, 70),
+    keys=st.integers(1, 300),
+    heads=st.integers(1, 3),
+    dims=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    dtype=st.sampled_from(list(_BOUNDS)),
+    scale=st.sampled_from([None, 0.3, 0.0, -0.3]),
+)
+def test_is_attention(batch, queries, keys, heads, dims, dtype, scale) -> None:
+    query = _random(batch, queries, heads, dims[0] + 3, seed=1, dtype=dtype)[..., 2:-1]
+    key = _random(batch, heads, keys, dims[0], seed=2, dtype=dtype).transpose(1, 2)
+    value = _random(batch, keys, heads, dims[1], seed=3, dtype=dtype)
+    wide = torch.full((batch, queries, heads, dims[1] + 2), 7.0, dtype=dtype)
+    attend(query, key, value, wide[..., 1:-1], scale)
+    expected = _exact(query, key, value, scale)
+    assert (wide[..., 1:-1] - expected).abs().max() <= _BOUNDS[dtype] * (1 + expected.abs().max())
+    assert wide[..., 0].eq(7).all() and wide[..., -1].eq(7).all()
+
+
+@pytest.mark.parametrize("dtype", list(_BOUNDS))
+@pytest.mark.parametrize("scale", [None, 0.0, -0.3])
+@pytest.mark.parametrize("dims", [(1, 1), (16, 32), (31, 31), (32, 64), (33, 40)])
+@pytest.mark.parametrize("keys", [16, 37, 64, 1500])
+def test_few_queries(keys: int, dims: tuple[int, int], scale: float | None, dtype) -> None:
+    """Of which lanes of vectors are keys: read as they lie or copied, and too many for it."""
+    for queries in (1, 4, 9, 12, 13):
+        query = _random(2, queries, 2, dims[0], seed=1, dtype=dtype)
+        key, value = (torch.full((2, keys, 2, d + 1), torch.nan, dtype=dtype) for d in dims)
+        key, value = key[..., :-1], value[..., :-1]  # what lies behind a row is not seen
+        key.copy_(_random(*key.shape, seed=2, dtype=dtype))
+        value.copy_(_random(*value.shape, seed=3, dtype=dtype))
+        out = torch.empty(2, queries, 2, dims[1], dtype=dtype)
+        attend(query, key, value, out, scale)
+        expected = _exact(query, key, value, scale)
+        assert (out - expected).abs().max() <= _BOUNDS[dtype] * (1 + expected.abs().max())
+
+
+def test_nan_of_a_key_is_seen() -> None:
+    query, key, value = (_random(1, 4, 1, 32, seed=s).repeat(1, 8, 1, 1) for s in (1, 2, 3))
+    key[0, 5, 0, 3] = float("nan")
+    out = torch.zeros(1, 4, 1, 32)
+    attend(query[:, :4], key, value, out)
+    assert out.isnan().all()
+
+
+@pytest.mark.parametrize("dtype", list(_BOUNDS))
+@pytest.mark.parametrize(
+    ("regions", "tokens", "topk"), [(9, 4, 3), (9, 4, 6), (6, 37, 2), (5, 1, 5), (25, 1, 20)]
+)
+def test_regions_that_regions_chose(
+    regions: int, tokens: int, topk: int, dtype: torch.dtype
+) -> None:
+    batch, heads, count = 2, 3, regions * tokens
+    query, key = (_random(batch, count, heads, 16, seed=s, dtype=dtype) for s in (1, 2))
+    value = _random(batch, count, heads, 24, seed=3, dtype=dtype)
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randperm(count, generator=generator).view(regions, tokens).int()
+    routes = torch.rand(batch, regions, regions, generator=generator).argsort(-1)[..., :topk]
+    out = attend_regions(query, key, value, rows, routes, 0.2)
+    for image in range(batch):
+        for region in range(regions):
+            own, seen = rows[region], rows[routes[image, region]].flatten()
+            expected = _exact(
+                *(t[image : image + 1, r] for t, r in ((query, own), (key, seen), (value, seen))),
+                scale=0.2,
+            )
+            error = (out[image, own] - expected[0]).abs().max()
+            assert error <= _BOUNDS[dtype] * (1 + expected.abs().max())
+    every = torch.arange(regions).view(1, regions, 1).expand(batch, -1, -1)
+    alone = attend_regions(query, key, value, rows)
+    assert torch.equal(alone, attend_regions(query, key, value, rows, every))
+
+
+# Of the fewer queries, threads share those of an image out.
+@pytest.mark.parametrize(("batch", "queries"), [(2, 1000), (1, 196), (2, 45), (1, 10)])
+def test_threads_change_nothing(batch: int, queries: int) -> None:
+    query, key, value = (_random(batch, n, 4, 32, seed=n) for n in (queries, 120, 120))
+    outs = []
+    for threads in (1, 2, 3):
+        outs.append(torch.empty(batch, queries, 4, 32))
+        with using_threads(threads):
+            attend(query, key, value, outs[-1])
+    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
+
+
+@pytest.mark.parametrize("instructions", ["avx2", "portable"])
+def test_other_instruction_sets(instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled_for(instructions, monkeypatch)
+    query, key, value = (_random(1, n, 2, 14, seed=n) for n in (37, 49, 49))
+    out = torch.empty_like(query)
+    attend(query, key, value, out)
+    torch.testing.assert_close(out, _exact(query, key, value).float())
+    assert cpu.status("attention").instruction_set == instructions
+
+
+def test_large_logits() -> None:
+    query, key, value = (100 * _random(1, n, 1, 8, seed=n) for n in (20, 300, 300))
+    out = torch.empty_like(query)
+    attend(query, key, value, out)
+    torch.testing.assert_close(out, _exact(query, key, value).float(), rtol=1e-4, atol=1e-2)
+
+
+def test_what_is_refused() -> None:
+    x = torch.zeros(1, 6, 2, 8)
+    with pytest.raises(ValueError, match=r"key \(B, M, heads, head_dim\).*got"):
+        attend(x, x[..., :7], x, torch.empty_like(x))
+    with pytest.raises(ValueError, match="value must be torch.float32, got torch.bfloat16"):
+        attend(x, x, x.bfloat16(), torch.empty_like(x))
+    rows = torch.zeros(2, 2, dtype=torch.int32)
+    with pytest.raises(ValueError, match=r"rows must share out 6 tokens.*\(2, 2\)"):
+        attend_regions(x, x, x, rows, torch.zeros(1, 2, 1, dtype=torch.int64), 1.0)
+    assert "float64" in (grouped_attention.unsupported(x.device, torch.float64) or "")
+    empty = x[:0]
+    attend(empty, empty, empty, empty)

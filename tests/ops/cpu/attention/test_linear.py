@@ -1,0 +1,92 @@
+"""Gated linear attention in few passes against its definition in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compiled_kernels import compiled_for, using_threads
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ops import cpu
+from ops.attention.rank_augmented import rank_augmented_linear_attention, rotary_table
+from ops.cpu.attention.linear import gated_linear_attention, unsupported
+
+
+def _exact(qkvo: Tensor, bias: Tensor, num_heads: int) -> Tensor:
+    *qkv, gate = qkvo.double().chunk(4, dim=-1)
+    height, width, dim = bias.shape[1:]
+    query, key, value = (
+        t.flatten(1, 2).unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in qkv
+    )
+    rotary = rotary_table(height, width, dim // num_heads, dtype=torch.float64)
+    out = rank_augmented_linear_attention(query, key, value, rotary)
+    return (out.transpose(1, 2).reshape(bias.shape) + bias.double()) * gate
+
+
+def _random(batch: int, size: tuple[int, int], dim: int) -> tuple[Tensor, Tensor]:
+    torch.manual_seed(0)
+    return 2 * torch.randn(batch, *size, 4 * dim), torch.randn(batch, *size, dim)
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    size=st.tuples(st.integers(1, 20), st.integers(1, 23)),
+    head_dim=st.sampled_from([32, 64, 96, 160]),
+    num_heads=st.integers(1, 3),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_is_the_definition(batch, size, head_dim, num_heads, dtype) -> None:
+    qkvo, bias = (t.to(dtype) for t in _random(batch, size, head_dim * num_heads))
+    expected = _exact(qkvo, bias, num_heads)
+    out = gated_linear_attention(qkvo, bias, num_heads)
+    assert out.dtype == dtype
+    # The plain form in single precision is as far from it as 4e-6.
+    bound = 4e-6 if dtype == torch.float32 else 2**-8
+    assert (out - expected).abs().max() <= bound * (1 + expected.abs().max())
+
+
+@pytest.mark.parametrize("batch", [1, 4])
+def test_threads(batch: int) -> None:
+    qkvo, bias = _random(batch, (40, 37), 128)
+    expected = _exact(qkvo, bias, 2)
+    for threads in (1, 2, 3):
+        with using_threads(threads):
+            out = gated_linear_attention(qkvo, bias, 2)
+            assert (out - expected).abs().max() <= 4e-6 * expected.abs().max()
+            assert torch.equal(gated_linear_attention(qkvo, bias, 2), out)
+
+
+@pytest.mark.parametrize("instructions", ["avx2", "portable"])
+def test_other_instruction_sets(instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled_for(instructions, monkeypatch)
+    qkvo, bias = _random(2, (7, 9), 64)
+    expected = _exact(qkvo, bias, 2)
+    out = gated_linear_attention(qkvo, bias, 2)
+    assert (out - expected).abs().max() <= 4e-6 * expected.abs().max()
+    assert cpu.status("linear_attention").instruction_set == instructions
+
+
+def test_large_numbers() -> None:
+    """The softmax over the tokens and the features of very negative keys stay finite."""
+    qkvo, bias = _random(1, (9, 9), 32)
+    expected = _exact(50 * qkvo, bias, 1)
+    out = gated_linear_attention(50 * qkvo, bias, 1)
+    assert (out - expected).abs().max() <= 1e-5 * expected.abs().max()
+
+
+def test_what_is_refused() -> None:
+    qkvo, bias = _random(1, (3, 3), 48)
+    reason = unsupported(qkvo.device, qkvo.dtype, 48)
+    assert reason == "the kernel takes head dims that 32 divides, not 48"
+    with pytest.raises(RuntimeError, match="32 divides, not 48"):
+        gated_linear_attention(qkvo, bias, 1)
+    with pytest.raises(ValueError, match=r"qkvo must be contiguous and \(1, 3, 3, 128\)"):
+        gated_linear_attention(qkvo, bias[..., :32], 1)
+    with pytest.raises(ValueError, match="bias must be torch.float32 .* got torch.bfloat16"):
+        gated_linear_attention(qkvo, bias.bfloat16(), 1)
+    with pytest.raises(ValueError, match="5 heads divide its 48 channels"):
+        gated_linear_attention(qkvo, bias, 5)
+    assert "float64" in (unsupported(qkvo.device, torch.float64, 32) or "")

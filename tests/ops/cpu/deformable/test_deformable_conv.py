@@ -1,0 +1,102 @@
+"""Deformable convolution in one pass against torchvision's in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compiled_kernels import LINEAR_DTYPES, compiled_for, using_threads
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torchvision.ops import deform_conv2d
+
+from ops import cpu
+from ops.cpu.deformable.deformable_conv import deformable_conv2d, pack_taps
+
+
+def _problem(
+    batch: int, size: tuple[int, int], channels: tuple[int, int], kernel: int, stride: int
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    torch.manual_seed(0)
+    x = torch.randn(batch, channels[0], *size)
+    side = [(n - kernel) // stride + 1 for n in size]
+    offset = 2 * torch.randn(batch, 2 * kernel**2, *side)
+    return (
+        x,
+        offset,
+        torch.randn(channels[1], channels[0], kernel, kernel),
+        torch.randn(channels[1]),
+    )
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    size=st.tuples(st.integers(3, 19), st.integers(3, 23)),
+    channels=st.tuples(st.integers(1, 40), st.integers(1, 40)),
+    kernel=st.integers(1, 3),
+    stride=st.integers(1, 3),
+    last=st.booleans(),
+    activation=st.sampled_from(["none", "gelu"]),
+    dtype=st.sampled_from(list(LINEAR_DTYPES)),
+)
+def test_is_that_of_torchvision(
+    batch, size, channels, kernel, stride, last, activation, dtype
+) -> None:
+    x, offset, weight, bias = _problem(batch, size, channels, kernel, stride)
+    x, offset, weight = x.to(dtype), offset.to(dtype), weight.to(dtype)
+    expected = deform_conv2d(
+        x.double(), offset.double(), weight.double(), bias.double(), stride=stride
+    )
+    expected = F.gelu(expected) if activation == "gelu" else expected
+    x = x.contiguous(memory_format=torch.channels_last) if last else x
+    out = deformable_conv2d(x, offset, pack_taps(weight), bias, kernel, stride, activation)
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert out.dtype == dtype
+    tolerance = {torch.float32: 1e-5, torch.bfloat16: 2**-6}[dtype]
+    assert (out - expected).abs().max() <= tolerance * (1 + expected.abs().max())
+
+
+@pytest.mark.parametrize("threads", [1, 3])
+def test_pieces_and_threads(threads: int) -> None:
+    x, offset, weight, bias = _problem(2, (64, 51), (130, 70), 2, 2)
+    expected = deform_conv2d(x, offset, weight, bias, stride=2)
+    with using_threads(threads):
+        out = deformable_conv2d(x, offset, pack_taps(weight), bias, 2, 2)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("instructions", ["avx2", "portable"])
+def test_other_instruction_sets(instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled_for(instructions, monkeypatch)
+    x, offset, weight, bias = _problem(1, (9, 12), (21, 19), 2, 2)
+    expected = deform_conv2d(x, offset, weight, bias, stride=2)
+    out = deformable_conv2d(x, offset, pack_taps(weight), bias, 2, 2)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-4)
+    assert cpu.status("deformable").instruction_set == instructions
+
+
+def test_taps_beyond_every_number_see_zeros() -> None:
+    x, offset, weight, bias = _problem(1, (4, 4), (8, 8), 2, 2)
+    for wild in (1e30, -1e30, float("inf"), float("nan")):
+        out = deformable_conv2d(x, torch.full_like(offset, wild), pack_taps(weight), bias, 2, 2)
+        torch.testing.assert_close(out, bias.view(1, -1, 1, 1).expand_as(out))
+
+
+def test_offsets_of_another_map_are_refused() -> None:
+    x, offset, weight, bias = _problem(1, (8, 8), (8, 8), 2, 2)
+    with pytest.raises(ValueError, match=r"offset must be \(1, 8, 3, 3\), got \(1, 8, 4, 4\)"):
+        deformable_conv2d(x[:, :, :7, :7], offset, pack_taps(weight), bias, 2, 2)
+    assert deformable_conv2d(x[:0], offset[:0], pack_taps(weight), bias, 2, 2).shape[0] == 0
+
+
+def test_bad_inputs_are_refused() -> None:
+    x, offset, weight, bias = _problem(1, (9, 12), (21, 19), 2, 2)
+    with pytest.raises(ValueError, match="offset must be"):
+        deformable_conv2d(x, offset[:, :4], pack_taps(weight), bias, 2, 2)
+    with pytest.raises(ValueError, match="not that of 19 outputs of 84 inputs"):
+        deformable_conv2d(x, offset, pack_taps(weight)[: 18 * 84], bias, 2, 2)
+    for other in (x.double(), x.bfloat16()):
+        with pytest.raises(ValueError, match=r"x and weight must be float32.*got torch\."):
+            deformable_conv2d(other, offset, pack_taps(weight).repeat(8), bias, 2, 2)

@@ -1,0 +1,228 @@
+"""The depthwise kernel against torch's convolution in float64, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compiled_kernels import PLAIN_ACTIVATIONS, compiled_for, random, using_threads, without_kernels
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ops import cpu
+from ops.cpu.depthwise.conv import (
+    ACTIVATIONS,
+    depthwise_branches,
+    depthwise_conv2d,
+    taps_first,
+    unsupported,
+)
+
+
+def _relative(value: Tensor, expected: Tensor) -> float:
+    return ((value - expected).abs().max() / expected.abs().max().clamp(min=1e-3)).item()
+
+
+pair = st.tuples(st.integers(1, 2), st.integers(1, 2))
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    batch=st.integers(1, 2),
+    channels=st.sampled_from([1, 3, 8, 16, 24, 40]),
+    size=st.tuples(st.integers(1, 33), st.integers(1, 33)),
+    kernel=st.tuples(*[st.sampled_from([1, 2, 3, 5, 7, 11, 13])] * 2),
+    stride=pair,
+    dilation=st.tuples(st.integers(1, 3), st.integers(1, 3)),
+    padding=st.tuples(st.integers(0, 13), st.integers(0, 13)),
+    activation=st.sampled_from(ACTIVATIONS),
+    has_bias=st.booleans(),
+)
+def test_is_the_convolution(
+    batch, channels, size, kernel, stride, dilation, padding, activation, has_bias
+) -> None:
+    padding = tuple(
+        max(p, -(-(d * (k - 1) + 1 - n) // 2))  # so that the window fits
+        for p, d, k, n in zip(padding, dilation, kernel, size, strict=True)
+    )
+    x = random(batch, channels, *size)
+    weight, bias = random(channels, 1, *kernel, seed=1), random(channels, seed=2)
+    bias = bias if has_bias else None
+    expected = F.conv2d(x, weight, bias, stride, padding, dilation, channels)
+    out = depthwise_conv2d(
+        x.float(),
+        taps_first(weight),
+        None if bias is None else bias.float(),
+        stride,
+        padding,
+        dilation,
+        activation,
+    )
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    # Relative to the sums without cancellation.
+    scale = F.conv2d(x.abs(), weight.abs(), None, stride, padding, dilation, channels).max() + 1
+    assert (out - PLAIN_ACTIVATIONS[activation](expected)).abs().max() < 1e-6 * scale
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    channels=st.sampled_from([1, 5, 16, 21, 64, 70]),
+    size=st.tuples(st.integers(1, 19), st.integers(1, 19)),
+    stride=st.tuples(st.integers(1, 3), st.integers(1, 2)),
+    activation=st.sampled_from(ACTIVATIONS),
+    has_bias=st.booleans(),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+)
+def test_padded_squares_of_three(channels, size, stride, activation, has_bias, dtype) -> None:
+    wide = torch.full((2, channels + 4, *size), torch.nan, dtype=dtype)
+    wide = wide.contiguous(memory_format=torch.channels_last)
+    x = wide[:, 2:-2].copy_(random(2, channels, *size))
+    weight, bias = random(channels, 1, 3, 3, seed=1), random(channels, seed=2)
+    bias = bias if has_bias else None
+    out = depthwise_conv2d(
+        x,
+        taps_first(weight),
+        None if bias is None else bias.float(),
+        stride,
+        (1, 1),
+        activation=activation,
+    )
+    expected = F.conv2d(x.double(), weight, bias, stride, 1, 1, channels)
+    expected = PLAIN_ACTIVATIONS[activation](expected)
+    bound = 1e-6 * 20 if dtype == torch.float32 else 2**-8 * (1 + expected.abs())
+    assert ((out - expected).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("instructions", ["avx2", "portable"])
+def test_other_instruction_sets(instructions: str, monkeypatch, tmp_path) -> None:
+    compiled_for(instructions, monkeypatch)
+    for size, kernel, stride, dilation in (((17, 14), 7, 1, 3), ((9, 15), 3, 2, 1)):
+        x, weight, bias = random(2, 20, *size), random(20, 1, kernel, kernel), random(20)
+        padding = dilation * (kernel // 2)
+        expected = F.gelu(F.conv2d(x, weight, bias, stride, padding, dilation, 20))
+        arguments = ((stride,) * 2, (padding,) * 2, (dilation,) * 2, "gelu")
+        out = depthwise_conv2d(x.float(), taps_first(weight), bias.float(), *arguments)
+        assert _relative(out, expected) < 2e-6
+        half = depthwise_conv2d(x.bfloat16(), taps_first(weight), bias.float(), *arguments)
+        assert half.dtype == torch.bfloat16 and _relative(half, expected) < 2e-2
+    assert cpu.status("depthwise").instruction_set == instructions
+
+
+def test_bfloat16_rounds_only_at_the_end() -> None:
+    x, weight = random(1, 24, 20, 20).bfloat16(), random(24, 1, 13, 13)
+    expected = F.conv2d(x.double(), weight, None, 1, 6, 1, 24)
+    out = depthwise_conv2d(x, taps_first(weight), None, (1, 1), (6, 6))
+    assert _relative(out.double(), expected) < 4e-3
+
+
+def test_a_slice_of_channels_is_read_where_it_lies() -> None:
+    wide = random(2, 40, 9, 9).float().contiguous(memory_format=torch.channels_last)
+    x, weight = wide[:, 8:24], random(16, 1, 5, 5)
+    expected = F.conv2d(x.double(), weight, None, 1, 2, 1, 16)
+    out = depthwise_conv2d(x, taps_first(weight), None, (1, 1), (2, 2))
+    assert _relative(out, expected) < 2e-6
+
+
+def test_threads_change_nothing() -> None:
+    x, weight = random(2, 48, 40, 40).float(), random(48, 1, 7, 7)
+    outs = []
+    for threads in (1, 2):
+        with using_threads(threads):
+            outs.append(depthwise_conv2d(x, taps_first(weight), None, (1, 1), (3, 3)))
+    assert torch.equal(*outs)
+
+
+def test_nan_and_infinity_pass() -> None:
+    x = torch.zeros(1, 16, 5, 5)
+    x[0, 3, 2, 2], x[0, 4, 2, 2] = float("nan"), float("inf")
+    taps = torch.ones(3, 3, 16)
+    for activation in ("relu", "gelu", "silu"):
+        out = depthwise_conv2d(x, taps, None, (1, 1), (1, 1), activation=activation)
+        assert out[0, 3, 1:4, 1:4].isnan().all()
+        assert out[0, 5:].eq(0).all()
+    assert depthwise_conv2d(x, taps, None, (1, 1), (1, 1))[0, 4, 1:4, 1:4].isinf().all()
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("passed", [0, 22])
+def test_branches(passed: int, batch: int, threads: int) -> None:
+    x = random(batch, passed + 18, 33, 40)
+    kernels = ((3, 3), (1, 11), (11, 1))
+    weights = [random(6, 1, *k, seed=i) for i, k in enumerate(kernels)]
+    biases = [random(6, seed=i) for i in range(3)]
+    parts = [x[:, :passed]]
+    for i, (rows, columns) in enumerate(kernels):
+        part = x[:, passed + 6 * i : passed + 6 * i + 6]
+        padding = (rows // 2, columns // 2)
+        parts.append(F.conv2d(part, weights[i], biases[i], 1, padding, 1, 6))
+    taps = [taps_first(w) for w in weights]
+    for dtype, tolerance in ((torch.float32, 2e-6), (torch.bfloat16, 1e-2)):
+        with using_threads(threads):
+            out = depthwise_branches(x.to(dtype), taps, [b.float() for b in biases])
+        assert out.dtype == dtype and _relative(out, torch.cat(parts, 1)) < tolerance
+
+
+def test_branches_that_do_not_fit_are_refused() -> None:
+    x, taps, bias = torch.zeros(1, 7, 5, 5), torch.ones(3, 3, 4), torch.zeros(4)
+    assert depthwise_branches(x[:0], [taps], [bias]).shape == (0, 7, 5, 5)
+    for kernels, biases, message in (
+        ([taps, taps], [bias, bias], "at most 7 channels together"),
+        ([taps], [bias[:3]], r"biases \(c,\)"),
+        ([torch.ones(3, 2, 4)], [bias], "must be odd"),
+        ([taps.bfloat16()], [bias], "taps must be torch.float32, got torch.bfloat16"),
+        ([taps], [bias.double()], "biases must be torch.float32, got torch.float64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            depthwise_branches(x, kernels, biases)
+
+
+def test_no_images_give_no_maps() -> None:
+    assert depthwise_conv2d(torch.empty(0, 4, 8, 8), torch.ones(3, 3, 4)).shape == (0, 4, 6, 6)
+
+
+@pytest.mark.parametrize(
+    ("shape", "taps", "activation", "message"),
+    [
+        ((1, 4, 8, 8), (3, 3, 5), "none", "got .1, 4, 8, 8. and .3, 3, 5."),
+        ((1, 4, 2, 8), (3, 3, 4), "none", "a map of 2×8"),
+        ((1, 4, 8, 8), (3, 3, 4), "tanh", "activation must be one of"),
+    ],
+)
+def test_what_does_not_fit_is_refused(shape, taps, activation, message) -> None:
+    with pytest.raises(ValueError, match=message):
+        depthwise_conv2d(torch.zeros(shape), torch.zeros(taps), activation=activation)
+
+
+def test_taps_and_bias_of_another_dtype_are_refused() -> None:
+    x, taps = torch.zeros(1, 4, 8, 8).bfloat16(), torch.zeros(3, 3, 4)
+    with pytest.raises(ValueError, match="taps must be torch.float32, got torch.bfloat16"):
+        depthwise_conv2d(x, taps.bfloat16())
+    with pytest.raises(ValueError, match="bias must be torch.float32, got torch.bfloat16"):
+        depthwise_conv2d(x, taps, torch.zeros(4).bfloat16())
+
+
+def test_unsupported_says_why() -> None:
+    cpu = torch.device("cpu")
+    assert unsupported((1, 1), cpu, torch.float32) is None
+    assert "cuda" in unsupported((1, 1), torch.device("cuda"), torch.float32)
+    assert "float64" in unsupported((1, 1), cpu, torch.float64)
+    assert "strides" in unsupported((3, 3), cpu, torch.float32)
+
+
+def test_without_the_kernel(monkeypatch) -> None:
+    without_kernels(monkeypatch)
+    assert "VISION_BACKBONES_NATIVE=0" in unsupported((1, 1), torch.device("cpu"), torch.float32)
+    with pytest.raises(RuntimeError, match="switched off"):
+        depthwise_conv2d(torch.zeros(1, 4, 8, 8), torch.zeros(3, 3, 4))
+
+
+def test_compiles_and_has_a_fake() -> None:
+    x, taps = torch.zeros(1, 16, 8, 8), torch.zeros(3, 3, 16)
+    arguments = (x, taps, None, [1, 1], [1, 1], [1, 1], "relu")
+    torch.library.opcheck(torch.ops.vision_backbones.depthwise_conv2d.default, arguments)
+    torch.library.opcheck(
+        torch.ops.vision_backbones.depthwise_branches.default,
+        (x, [taps[:, :, :4]], [taps[0, 0, :4]]),
+    )

@@ -1,0 +1,265 @@
+"""Feed-forwards in one pass against float64, and where their layers run one by one."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from compiled_kernels import LINEAR_DTYPES, PLAIN_ACTIVATIONS, compiled_for, using_threads
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from timm.layers import ConvMlp, Mlp
+from torch import Tensor, nn
+
+from ops import cpu
+from ops.cpu import policy
+from ops.cpu.feed_forward.depthwise_mlp import PackedDepthwiseMlp, depthwise_mlp
+from ops.inference import layers
+from ops.inference import mlp as fast_mlp
+from ops.inference.mlp import FastConvMlp, FastDWMlp, FastMlp
+from ops.mlp import DWMlp
+
+
+def _parts(dim: int, hidden: int, out_dim: int, bias: bool = True) -> nn.ModuleDict:
+    torch.manual_seed(0)
+    parts = nn.ModuleDict(
+        {
+            "norm": nn.LayerNorm(dim),
+            "fc1": nn.Linear(dim, hidden, bias=bias),
+            "conv": nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, bias=bias),
+            "fc2": nn.Linear(hidden, out_dim, bias=bias),
+        }
+    )
+    nn.init.normal_(parts["norm"].weight)
+    nn.init.normal_(parts["norm"].bias)
+    return parts.requires_grad_(False)
+
+
+def _exact(
+    parts: nn.ModuleDict, x: Tensor, activations: tuple[str, str], has_norm: bool, has_conv: bool
+) -> Tensor:
+    """In float64; what goes into a layer of bfloat16 is rounded."""
+
+    def rounded(x: Tensor) -> Tensor:
+        return x.to(dtype).double() if dtype == torch.bfloat16 else x
+
+    dtype, parts, x = x.dtype, copy.deepcopy(parts).double(), x.double()
+    x = parts["fc1"](rounded(parts["norm"](x)) if has_norm else x)
+    x = rounded(PLAIN_ACTIVATIONS[activations[0]](x))
+    if has_conv:
+        x = parts["conv"](x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        x = rounded(PLAIN_ACTIVATIONS[activations[1]](x))
+    return parts["fc2"](x)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    dtype=st.sampled_from(list(LINEAR_DTYPES)),
+    batch=st.integers(1, 3),
+    size=st.tuples(st.integers(1, 20), st.integers(1, 23)),
+    dims=st.tuples(st.integers(1, 40), st.integers(1, 300), st.integers(1, 40)),
+    activations=st.tuples(*[st.sampled_from(list(PLAIN_ACTIVATIONS))] * 2),
+    has_norm=st.booleans(),
+    has_conv=st.booleans(),
+    has_residual=st.booleans(),
+    bias=st.booleans(),
+)
+def test_is_the_layers_one_by_one(
+    dtype, batch, size, dims, activations, has_norm, has_conv, has_residual, bias
+) -> None:
+    parts = _parts(*dims, bias=bias).to(dtype)
+    packed = PackedDepthwiseMlp(
+        parts["fc1"], parts["conv"] if has_conv else None, parts["fc2"], *activations
+    )
+    x = torch.randn(batch, *size, dims[0]).to(dtype)
+    residual = torch.randn(batch, *size, dims[2]).to(dtype)
+    expected = _exact(parts, x, activations, has_norm, has_conv)
+    expected = expected + residual if has_residual else expected
+    out = packed(x, residual if has_residual else None, parts["norm"] if has_norm else None)
+    # A norm of few channels divides rounding errors by their small deviation.
+    bound = 20 if has_norm and dims[0] < 8 else 1
+    # In bfloat16 some inputs of a layer are rounded up that here are rounded down.
+    bound *= {torch.float32: 5e-6, torch.bfloat16: 2**-7}[dtype]
+    assert out.dtype == dtype and out.is_contiguous()
+    assert (out - expected).abs().max() <= bound * (1 + expected.abs().max())
+
+
+@pytest.mark.parametrize("dtype", list(LINEAR_DTYPES))
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("hidden", [96, 700])
+def test_strips_and_threads(hidden: int, threads: int, dtype: torch.dtype) -> None:
+    """A map of several strips, with chunks of channels in each."""
+    parts = _parts(24, hidden, 20).to(dtype)
+    bound = 2 * LINEAR_DTYPES[dtype]
+    packed = PackedDepthwiseMlp(parts["fc1"], parts["conv"], parts["fc2"], "none", "gelu")
+    x = torch.randn(2, 90, 41, 24).to(dtype)
+    expected = _exact(parts, x, ("none", "gelu"), True, True)
+    with using_threads(threads):
+        out = packed(x, None, parts["norm"])
+        assert torch.equal(packed(x, None, parts["norm"]), out)
+    assert (out - expected).abs().max() <= bound * expected.abs().max()
+    tokens = PackedDepthwiseMlp(parts["fc1"], None, parts["fc2"], "gelu")(x)
+    expected = _exact(parts, x, ("gelu", "none"), False, False)
+    assert (tokens - expected).abs().max() <= bound * expected.abs().max()
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    dtype=st.sampled_from(list(LINEAR_DTYPES)),
+    height=st.sampled_from([1, 2, 3, 19]),
+    width=st.integers(128, 280),
+    has_norm=st.booleans(),
+    has_residual=st.booleans(),
+    threads=st.integers(1, 3),
+)
+def test_blocks_of_wide_maps(dtype, height, width, has_norm, has_residual, threads) -> None:
+    parts = _parts(16, 330, 20).to(dtype)
+    packed = PackedDepthwiseMlp(parts["fc1"], parts["conv"], parts["fc2"], "none", "gelu")
+    x = torch.randn(2, height, width, 16).to(dtype)
+    residual = torch.randn(2, height, width, 20).to(dtype) if has_residual else None
+    expected = _exact(parts, x, ("none", "gelu"), has_norm, True)
+    expected = expected if residual is None else expected + residual
+    with using_threads(threads):
+        out = packed(x, residual, parts["norm"] if has_norm else None)
+    assert (out - expected).abs().max() <= 2 * LINEAR_DTYPES[dtype] * expected.abs().max()
+
+
+@pytest.mark.parametrize("instructions", ["avx2", "portable"])
+def test_other_instruction_sets(instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled_for(instructions, monkeypatch)
+    parts = _parts(21, 140, 19)
+    packed = PackedDepthwiseMlp(parts["fc1"], parts["conv"], parts["fc2"], "silu", "gelu")
+    x = torch.randn(2, 9, 12, 21)
+    expected = _exact(parts, x, ("silu", "gelu"), True, True)
+    assert (packed(x, None, parts["norm"]) - expected).abs().max() <= 2e-6 * expected.abs().max()
+    assert cpu.status("depthwise_mlp").instruction_set == instructions
+
+
+def test_infinity_stays_where_the_window_sees_it() -> None:
+    parts = _parts(8, 16, 8)
+    packed = PackedDepthwiseMlp(parts["fc1"], parts["conv"], parts["fc2"], "none", "relu")
+    x = torch.zeros(1, 7, 7, 8)
+    x[0, 0, 6, 2] = float("nan")
+    lost = packed(x).isnan().any(-1)[0]
+    assert lost[:2, 5:].all() and lost.sum() == 4
+
+
+def test_bad_inputs_are_refused() -> None:
+    parts = _parts(5, 7, 5)
+    packed = PackedDepthwiseMlp(parts["fc1"], parts["conv"], parts["fc2"])
+    x = torch.zeros(1, 3, 3, 5)
+    for image, norm, message in (
+        (x[..., :4], None, "float32 with 5 features"),
+        (x.double(), None, "float32 with 5 features, got torch.float64"),
+        (x[0], None, r"\(B, H, W, 5\), got \(3, 3, 5\)"),
+        (x, nn.LayerNorm(4), "weight and bias of 5 features"),
+        (x, nn.LayerNorm(5).double(), "the norm's weight must be torch.float32"),
+        (x, nn.LayerNorm(5, elementwise_affine=False), "weight and bias of 5 features"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            packed(image, None, norm)
+
+
+def test_bad_residuals_are_refused() -> None:
+    parts = _parts(8, 16, 8)
+    packed = PackedDepthwiseMlp(parts["fc1"], None, parts["fc2"])
+    for residual, message in (
+        (torch.zeros(1, 3, 9), r"must be \(1, 3, 8\), got \(1, 3, 9\)"),
+        (torch.zeros(1, 3, 8).bfloat16(), "residual must be torch.float32, got torch.bfloat16"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            packed(torch.zeros(1, 3, 8), residual)
+    assert packed(torch.zeros(0, 3, 8)).shape == (0, 3, 8)
+
+
+def _fast(mlp: nn.Module) -> nn.Module:
+    """As fuse() makes it."""
+    from backbones import _fuse
+
+    mlp.requires_grad_(False)
+    for module in list(mlp.modules()):
+        if form := _fuse.fast_form(module):
+            layers.convert(module, form)
+    for module in list(mlp.modules()):
+        _fuse._absorb_activations(module)
+    return mlp
+
+
+@pytest.mark.parametrize("kind", [FastMlp, FastDWMlp])
+@torch.no_grad()
+def test_layers_run_one_by_one_where_the_kernel_does_not_serve(
+    kind: type[nn.Module], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = DWMlp(24, 80) if kind is FastDWMlp else Mlp(24, 80)
+    mlp, norm = _fast(copy.deepcopy(plain)), nn.LayerNorm(24)
+    assert type(mlp) is kind
+    x = torch.randn(2, 9, 11, 24)
+    expected = x + plain(norm(x))
+
+    calls = []
+    monkeypatch.setattr(PackedDepthwiseMlp, "shares_out", lambda self, x: calls.append(x) is None)
+    torch.testing.assert_close(mlp(x, x, norm), expected)
+    assert calls
+    monkeypatch.setattr(PackedDepthwiseMlp, "shares_out", lambda self, x: False)
+    torch.testing.assert_close(mlp(x, x, norm), expected)
+    torch.testing.assert_close(mlp(norm(x)), plain(norm(x)))
+    exact = copy.deepcopy(mlp).double()(x.double(), x.double(), copy.deepcopy(norm).double())
+    torch.testing.assert_close(exact.float(), expected)
+
+    monkeypatch.setattr(depthwise_mlp, "unsupported", lambda *_: "switched off")
+    torch.testing.assert_close(copy.deepcopy(mlp)(x, x, norm), expected)
+    with torch.enable_grad():
+        grown = x.clone().requires_grad_()
+        mlp(grown, grown, norm).sum().backward()
+    assert grown.grad is not None
+
+
+@torch.no_grad()
+def test_bfloat16_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    mlp, x = _fast(DWMlp(24, 80)), torch.randn(2, 9, 11, 24)
+    expected = mlp(x)
+    for has_tiles in (False, True):
+        monkeypatch.setattr(policy, "by_tiles", lambda dtype, on=has_tiles: on)
+        half = copy.deepcopy(mlp).bfloat16()
+        out = half(x.bfloat16())
+        assert (out - expected).abs().max() <= 2**-7 * (1 + expected.abs().max())
+        one_pass = isinstance(half.derived(x.bfloat16()), PackedDepthwiseMlp)
+        assert one_pass == (torch.bfloat16 in LINEAR_DTYPES and not has_tiles)
+
+
+@torch.no_grad()
+def test_pointwise_layers_run_one_by_one_where_the_kernel_does_not_serve(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    plain = ConvMlp(24, 80, act_layer=nn.GELU)
+    mlp = _fast(copy.deepcopy(plain))
+    assert type(mlp) is FastConvMlp
+    x = torch.randn(2, 24, 9, 11)
+    expected = x + plain(x)
+
+    calls = []
+    packed_mlp = fast_mlp.packed_mlp
+    monkeypatch.setattr(
+        fast_mlp, "packed_mlp", lambda *a, **k: calls.append(a) or packed_mlp(*a, **k)
+    )
+    torch.testing.assert_close(mlp(x, x), expected)
+    assert len(calls) == 1
+    torch.testing.assert_close(
+        copy.deepcopy(mlp).double()(x.double(), x.double()).float(), expected
+    )
+    monkeypatch.setattr(fast_mlp, "unsupported", lambda *_, **__: "switched off")
+    torch.testing.assert_close(copy.deepcopy(mlp)(x, x), expected)
+    with torch.enable_grad():
+        grown = x.clone().requires_grad_()
+        mlp(grown, grown).sum().backward()
+    assert grown.grad is not None and len(calls) == 1
+
+
+def test_threads_without_rows_of_their_own() -> None:
+    parts = _parts(8, 16, 8)
+    packed = PackedDepthwiseMlp(parts["fc1"], parts["conv"], parts["fc2"])
+    with using_threads(2):
+        assert packed.shares_out(torch.zeros(1, 7, 7, 8))
+        assert not packed.shares_out(torch.zeros(1, 4, 4, 8))
+        assert packed.shares_out(torch.zeros(2, 4, 4, 8))

@@ -1,0 +1,113 @@
+"""Kolmogorov-Arnold layers in one pass against the plain ones in float64."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compiled_kernels import LINEAR_DTYPES, compiled_for, random, using_threads
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ops import cpu
+from ops.cpu.feed_forward.kan import kan_layer, pack_kan
+from ops.inference.kan import FastKANLayer
+from ops.inference.layers import convert
+from ops.kan import KANLayer
+
+
+def _layer(
+    in_features: int, out_features: int, grids: int, dtype: torch.dtype = torch.float32
+) -> tuple[KANLayer, KANLayer]:
+    """In ``dtype``, and the same in float64."""
+    torch.manual_seed(0)
+    layer = KANLayer(in_features, out_features, grids, width=0.4)
+    torch.nn.init.normal_(layer.norm.weight, 1, 0.3)
+    torch.nn.init.normal_(layer.norm.bias, 0, 0.3)
+    exact = KANLayer(in_features, out_features, grids, width=0.4).double()
+    layer = layer.to(dtype).requires_grad_(False)
+    exact.load_state_dict(layer.state_dict())
+    return layer, exact.requires_grad_(False)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shape=st.sampled_from([(1, 1), (7,), (2, 3, 5), (1, 300), (2, 0)]),
+    in_features=st.sampled_from([1, 5, 16, 33, 64]),
+    out_features=st.sampled_from([1, 16, 40]),
+    grids=st.integers(2, 9),
+    dtype=st.sampled_from(list(LINEAR_DTYPES)),
+)
+def test_is_the_plain_layer(shape, in_features, out_features, grids, dtype) -> None:
+    layer, exact = _layer(in_features, out_features, grids, dtype)
+    x = (3 * random(*shape, in_features) + 1).to(dtype)
+    out = kan_layer(x, *pack_kan(layer))
+    assert out.dtype == dtype and out.shape == (*shape, out_features)
+    if not out.numel():
+        return
+    # Bumps reach 1; bfloat16 keeps 8 bits of them.
+    bound = exact.linear.weight.abs().sum(1).max()
+    tolerance = {torch.float32: 2e-6, torch.bfloat16: 2**-7}[dtype]
+    assert (out - exact(x.double())).abs().max() <= tolerance * (1 + bound)
+
+
+def test_far_from_the_grid_is_nothing_and_nan_passes() -> None:
+    layer, exact = _layer(4, 3, 8)
+    x = torch.tensor([[1e15, -1e15, 0, 0], [300, -300, 1, 0], [float("nan"), 0, 1, 2]])
+    torch.nn.init.constant_(layer.norm.weight, 50)
+    exact.load_state_dict(layer.state_dict())
+    out = kan_layer(x, *pack_kan(layer))
+    assert out[2].isnan().all()
+    torch.testing.assert_close(out[:2].double(), exact(x[:2].double()), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("rows", [3, 1500])
+def test_threads_change_nothing(rows: int) -> None:
+    layer, _ = _layer(96, 80, 8)
+    packed, x, outs = pack_kan(layer), random(1, rows, 96).float(), []
+    for threads in (1, 2):
+        with using_threads(threads):
+            outs.append(kan_layer(x, *packed))
+    torch.testing.assert_close(*outs, rtol=1e-6, atol=1e-5)
+
+
+@pytest.mark.parametrize("instructions", ["avx2", "portable"])
+def test_other_instruction_sets(instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled_for(instructions, monkeypatch)
+    layer, exact = _layer(21, 19, 5)
+    x = random(9, 21)
+    out = kan_layer(x.float(), *pack_kan(layer))
+    torch.testing.assert_close(out.double(), exact(x), rtol=1e-5, atol=1e-5)
+    assert cpu.status("kan").instruction_set == instructions
+
+
+def _fast(**arguments: float) -> tuple[FastKANLayer, Tensor, Tensor]:
+    torch.manual_seed(0)
+    layer = KANLayer(12, 7, **arguments).requires_grad_(False)
+    x = torch.randn(2, 5, 12)
+    return convert(layer, FastKANLayer), x, layer(x)
+
+
+def test_layers_follow_their_parameters() -> None:
+    layer, x, expected = _fast()
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+    layer.norm.bias += 1
+    torch.testing.assert_close(layer(x), KANLayer.forward(layer, x), rtol=1e-5, atol=1e-5)
+
+
+def test_a_grid_finer_than_the_kernel_resolves_takes_the_plain_way() -> None:
+    layer, x, expected = _fast(width=0.01)
+    assert pack_kan(layer) is None
+    torch.testing.assert_close(layer(x), expected)
+
+
+def test_compiles_and_refuses() -> None:
+    layer, _ = _layer(6, 4, 3)
+    packed, x = pack_kan(layer), torch.randn(2, 6)
+    torch.library.opcheck(torch.ops.vision_backbones.kan_layer.default, (x, *packed))
+    with pytest.raises(ValueError, match=r"x must be \(\.\.\., 6\).*got \(2, 5\)"):
+        kan_layer(x[:, :5], *packed)
+    with pytest.raises(ValueError, match="of torch.float64"):
+        kan_layer(x.double(), *packed)
+    with pytest.raises(ValueError, match="weight is not that of 4 outputs of 6 inputs at 3"):
+        kan_layer(x, *packed._replace(weight=packed.weight[:-1]))

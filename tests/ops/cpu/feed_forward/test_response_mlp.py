@@ -1,0 +1,133 @@
+"""Feed-forwards with gates and a response norm in one pass against float64, and their refusals."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compiled_kernels import LINEAR_DTYPES, compiled_for, random, without_kernels
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from ops import cpu
+from ops.cpu.feed_forward.response_mlp import PackedResponseMlp, response_mlp
+
+EPS = 1e-6
+
+
+def _parts(
+    dim: int, squeezed: int, hidden: int, dtype: torch.dtype = torch.float32, bias: bool = True
+) -> nn.ModuleDict:
+    torch.manual_seed(0)
+    parts = nn.ModuleDict(
+        {
+            "squeeze": nn.Conv2d(dim, squeezed, 1, bias=bias),
+            "excite": nn.Conv2d(squeezed, dim, 1, bias=bias),
+            "fc1": nn.Linear(dim, hidden, bias=bias),
+            "fc2": nn.Linear(hidden, dim, bias=bias),
+        }
+    )
+    parts.register_buffer("response", torch.randn(1, 1, 1, hidden))
+    return parts.requires_grad_(False).to(dtype)
+
+
+def _packed(parts: nn.ModuleDict) -> PackedResponseMlp:
+    layers = [parts[name] for name in ("squeeze", "excite", "fc1", "fc2")]
+    return PackedResponseMlp(*layers, parts.response, EPS)
+
+
+def _exact(parts: nn.ModuleDict, x: Tensor, shortcut: Tensor) -> Tensor:
+    x = x.double()
+    parts = parts.double()
+    squeezed = parts["squeeze"](x.permute(0, 3, 1, 2).mean((2, 3), keepdim=True)).relu()
+    x = x * parts["excite"](squeezed).sigmoid().permute(0, 2, 3, 1)
+    hidden = nn.functional.gelu(parts["fc1"](x))
+    norm = hidden.square().sum((1, 2), keepdim=True).sqrt()
+    share = norm / (norm.mean(-1, keepdim=True) + EPS)
+    return shortcut.double() + parts["fc2"](hidden * (1 + parts.response * share))
+
+
+def _check(parts: nn.ModuleDict, x: Tensor) -> None:
+    shortcut = random(*x.shape, seed=1).to(x.dtype)
+    out = _packed(parts)(x, shortcut)
+    assert out.dtype == x.dtype and out.is_contiguous()
+    tolerance = 5 * LINEAR_DTYPES[x.dtype]
+    expected = _exact(parts, x, shortcut)
+    assert (out - expected).abs().max() <= tolerance * (1 + expected.abs().max())
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    dtype=st.sampled_from(list(LINEAR_DTYPES)),
+    batch=st.integers(1, 3),
+    size=st.tuples(st.integers(1, 20), st.integers(1, 23)),
+    dims=st.tuples(st.integers(1, 90), st.integers(1, 21), st.integers(1, 200)),
+    bias=st.booleans(),
+)
+def test_is_the_layers_one_by_one(dtype, batch, size, dims, bias) -> None:
+    """Small maps are scaled themselves, of large ones the weights."""
+    _check(_parts(*dims, dtype, bias), random(batch, *size, dims[0]).to(dtype))
+
+
+@pytest.mark.parametrize("threads", [1, 2, 3])
+@pytest.mark.parametrize("dtype", list(LINEAR_DTYPES))
+def test_groups_of_images_and_threads(dtype: torch.dtype, threads: int) -> None:
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(threads)
+        _check(_parts(64, 16, 320, dtype), random(5, 56, 41, 64).to(dtype))  # two groups, or three
+        _check(_parts(160, 40, 640, dtype), random(11, 12, 13, 160).to(dtype))
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_means_of_large_maps_are_exact() -> None:
+    x = random(1, 500, 400, 5).float() + 100
+    _check(_parts(5, 3, 7), x / 100)
+
+
+@pytest.mark.parametrize("instructions", ["avx2", "portable"])
+def test_other_instruction_sets(instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled_for(instructions, monkeypatch)
+    _check(_parts(21, 6, 140), random(2, 9, 12, 21).float())
+    _check(_parts(21, 6, 140), random(2, 13, 12, 21).float())
+    assert cpu.status("response_mlp").instruction_set == instructions
+
+
+def test_maps_of_any_memory_format_and_none_at_all() -> None:
+    parts = _parts(6, 2, 9)
+    x, shortcut = random(2, 6, 5, 7).float(), random(2, 6, 5, 7, seed=1).float()
+    apart = _packed(parts)(x.permute(0, 2, 3, 1), shortcut.permute(0, 2, 3, 1))
+    expected = _exact(parts, x.permute(0, 2, 3, 1), shortcut.permute(0, 2, 3, 1))
+    assert (apart - expected).abs().max() <= 1e-5
+    empty = torch.zeros(0, 5, 7, 6)
+    assert _packed(_parts(6, 2, 9))(empty, empty).shape == (0, 5, 7, 6)
+
+
+def test_runs_as_an_operator() -> None:
+    packed, x = _packed(_parts(6, 2, 9)), random(1, 5, 7, 6).float()
+    with torch.profiler.profile() as profiler:
+        out = packed(x, x)
+    assert "vision_backbones::response_mlp" in [event.name for event in profiler.events()]
+    assert torch.equal(out, packed(x, x))
+    operator = torch.ops.vision_backbones.response_mlp.default
+    arguments = (x, x, packed._weights, EPS)
+    torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+
+
+def test_bad_inputs_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    packed = _packed(_parts(5, 2, 7))
+    x = torch.zeros(1, 3, 3, 5)
+    for image, shortcut, message in (
+        (x[..., :4], x, r"x must be \(B, H, W, 5\), torch.float32, got \(1, 3, 3, 4\)"),
+        (x.double(), x, r"x must be .* torch.float64"),
+        (x[0], x, r"x must be \(B, H, W, 5\).* got \(3, 3, 5\)"),
+        (x, x[:, :2], r"shortcut must be \(1, 3, 3, 5\), torch.float32, got \(1, 2, 3, 5\)"),
+        (x, x.double(), r"shortcut must be .* torch.float64"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            packed(image, shortcut)
+    without_kernels(monkeypatch)
+    with pytest.raises(RuntimeError, match="not available: switched off"):
+        packed(x, x)
+    assert "switched off" in (response_mlp.unsupported(x.device, x.dtype) or "")

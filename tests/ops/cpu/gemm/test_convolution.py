@@ -1,0 +1,133 @@
+"""Convolutions as linear layers against float64, which kernel runs, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compiled_kernels import (
+    LINEAR_DTYPES,
+    PLAIN_ACTIVATIONS,
+    compiled_for,
+    random,
+    using_threads,
+    without_kernels,
+)
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from ops.cpu.activations import ACTIVATIONS
+from ops.cpu.gemm.convolution import PackedConv2d
+from ops.inference.layers import FastConv2d, convert
+
+_pairs = st.tuples(st.integers(1, 4), st.integers(1, 4))
+
+
+def _conv(
+    in_channels: int, out_channels: int, dtype: torch.dtype = torch.float32, **geometry
+) -> nn.Conv2d:
+    torch.manual_seed(0)
+    conv = nn.Conv2d(in_channels, out_channels, **geometry).to(dtype)
+    return conv.requires_grad_(False)
+
+
+def _agrees(x: Tensor, conv: nn.Conv2d, activation: str, tolerance: float) -> None:
+    out = PackedConv2d(conv)(x, activation)
+    expected = PLAIN_ACTIVATIONS[activation](copy.deepcopy(conv).double()(x.double()))
+    assert out.shape == expected.shape and out.dtype == x.dtype
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert (out - expected).abs().max() < 4 * tolerance * (1 + expected.abs().max())
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    dtype=st.sampled_from(list(LINEAR_DTYPES)),
+    batch=st.integers(1, 3),
+    size=st.tuples(st.integers(1, 19), st.integers(1, 33)),
+    channels=st.tuples(st.sampled_from([1, 3, 16, 20]), st.sampled_from([1, 17, 40])),
+    kernel_size=_pairs,
+    stride=_pairs,
+    padding=st.tuples(st.integers(0, 5), st.integers(0, 5)),
+    activation=st.sampled_from(ACTIVATIONS),
+    bias=st.booleans(),
+    channels_last=st.booleans(),
+)
+def test_is_the_convolution(
+    dtype, batch, size, channels, kernel_size, stride, padding, activation, bias, channels_last
+) -> None:
+    assume(all(n + 2 * p >= k for n, p, k in zip(size, padding, kernel_size, strict=True)))
+    geometry = dict(kernel_size=kernel_size, stride=stride, padding=padding, bias=bias)
+    x = random(batch, channels[0], *size).to(dtype)
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    _agrees(x, _conv(*channels, dtype, **geometry), activation, LINEAR_DTYPES[dtype])
+
+
+@pytest.mark.parametrize("instructions", ["avx2", "portable"])
+def test_other_instruction_sets(instructions: str, monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("VISION_BACKBONES_CACHE_DIR", str(tmp_path))
+    compiled_for(instructions, monkeypatch)
+    conv = _conv(20, 40, kernel_size=3, stride=2, padding=1)
+    _agrees(random(2, 20, 37, 50).float(), conv, "relu", 1e-6)
+
+
+def test_many_strips_and_threads() -> None:
+    conv = _conv(64, 40, kernel_size=3, stride=2, padding=1)
+    x = random(3, 64, 61, 90).float()
+    outs = []
+    for threads in (1, 2):
+        with using_threads(threads):
+            outs.append(PackedConv2d(conv)(x))
+    torch.testing.assert_close(outs[0], conv(x), rtol=1e-5, atol=1e-5)
+    assert torch.equal(*outs)
+    assert PackedConv2d(conv)(x[:0]).shape == (0, 40, 31, 45)
+
+
+def test_through_the_dispatcher() -> None:
+    packed = PackedConv2d(_conv(16, 24, kernel_size=2, stride=2))
+    x = random(2, 16, 9, 8).float()
+    with torch.profiler.profile():
+        profiled = packed(x, "relu")
+    assert torch.equal(profiled, packed(x, "relu"))
+    arguments = (x, packed._weight, packed._bias, packed._geometry, "relu")
+    torch.library.opcheck(torch.ops.vision_backbones.packed_conv2d.default, arguments)
+
+
+@pytest.mark.parametrize("tiles", [False, True])
+def test_strided_windows_go_through_our_kernel(tiles: bool, monkeypatch) -> None:
+    """Where there are channels enough; with tiles oneDNN is faster with many windows."""
+    monkeypatch.setattr("ops.cpu.policy.by_tiles", lambda dtype: tiles)
+    monkeypatch.setattr("ops.cpu.policy.few_rows", lambda dtype: 2048)
+    calls = []
+    call = PackedConv2d.__call__
+    monkeypatch.setattr(PackedConv2d, "__call__", lambda *a: calls.append(a[1].shape) or call(*a))
+    strided = convert(_conv(16, 32, kernel_size=3, stride=2, padding=1), FastConv2d)
+    dense = convert(_conv(16, 32, kernel_size=3, padding=1), FastConv2d)
+    thin = convert(_conv(3, 32, kernel_size=3, stride=2, padding=1), FastConv2d)
+    for layer, side in ((strided, 80), (strided, 200), (dense, 40), (thin, 40)):
+        x = random(1, layer.in_channels, side, side).float()
+        expected = F.conv2d(x, layer.weight, layer.bias, layer.stride, layer.padding)
+        torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
+    assert calls == [(1, 16, 80, 80), (1, 16, 200, 200)][: 1 if tiles else 2]
+
+
+def test_refusals(monkeypatch) -> None:
+    packed = PackedConv2d(_conv(16, 8, kernel_size=3))
+    with pytest.raises(ValueError, match=r"\(B, 16, H, W\) of torch.float32, got \(1, 8, 5, 5\)"):
+        packed(torch.zeros(1, 8, 5, 5))
+    with pytest.raises(ValueError, match="of torch.float64"):
+        packed(torch.zeros(1, 16, 5, 5, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"map of \(2, 5\).*smaller than the window of \(3, 3\)"):
+        packed(torch.zeros(1, 16, 2, 5))
+    with pytest.raises(ValueError, match="got 'tanh'"):
+        packed(torch.zeros(1, 16, 5, 5), "tanh")
+    with pytest.raises(ValueError, match="no groups and no dilation"):
+        PackedConv2d(_conv(16, 8, kernel_size=3, groups=2))
+    with pytest.raises(ValueError, match="number of zeros"):
+        PackedConv2d(_conv(16, 8, kernel_size=3, padding=1, padding_mode="circular"))
+    without_kernels(monkeypatch)
+    with pytest.raises(RuntimeError, match="VISION_BACKBONES_NATIVE"):
+        packed(torch.zeros(1, 16, 5, 5))

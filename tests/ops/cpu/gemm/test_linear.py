@@ -1,0 +1,231 @@
+"""The kernel of linear layers against float64, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compiled_kernels import (
+    LINEAR_DTYPES,
+    PLAIN_ACTIVATIONS,
+    can_run,
+    compiled_for,
+    emulate_tiles,
+    linear_layer,
+    random,
+    using_threads,
+    without_kernels,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from ops import cpu
+from ops.cpu.activations import ACTIVATIONS
+from ops.cpu.gemm.linear import (
+    pack_weight,
+    packed_linear,
+    packed_linear_energy,
+    unsupported,
+)
+from ops.cpu.gemm.plan import COMBINATIONS
+
+_COMBINED = {
+    "none": lambda x, *_: x,
+    "add": lambda x, other, _: x + other,
+    "multiply": lambda x, other, _: x * other,
+    "add_scaled": lambda x, other, scale: x + other * scale,
+}
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    dtype=st.sampled_from(list(LINEAR_DTYPES)),
+    batch=st.integers(1, 3),
+    size=st.tuples(st.integers(1, 9), st.integers(1, 17)),
+    in_features=st.sampled_from([1, 3, 8, 32, 37, 96]),
+    out_features=st.sampled_from([1, 7, 16, 17, 32, 40, 100]),
+    cut=st.booleans(),
+    activation=st.sampled_from(ACTIVATIONS),
+    combination=st.sampled_from(COMBINATIONS),
+    has_scale=st.booleans(),
+)
+def test_is_the_linear_layer(
+    dtype, batch, size, in_features, out_features, cut, activation, combination, has_scale
+) -> None:
+    x = random(batch, *size, in_features + 5).to(dtype)
+    x = x[..., 2 : 2 + in_features] if cut else x[..., :in_features].contiguous()
+    weight, bias, packed = linear_layer(in_features, out_features, dtype)
+    other = None
+    if combination != "none":
+        other = random(batch, *size, out_features, seed=3).to(dtype)
+    scale = random(batch, in_features, seed=4).float() if has_scale else None
+    other_scale = random(out_features, seed=5).float() if combination == "add_scaled" else None
+    scaled = x.double() if scale is None else x.double() * scale[:, None, None]
+    if cpu.load("gemm").linear_multiplies_bfloat16():
+        scaled = scaled.to(dtype).double()
+    activated = PLAIN_ACTIVATIONS[activation](F.linear(scaled, weight, bias))
+    expected = _COMBINED[combination](activated, other, other_scale)
+    out = packed_linear(x, *packed, activation, other, combination, scale, other_scale)
+    # Relative to the sums without cancellation.
+    bound = F.linear(scaled.abs(), weight.abs()).max() + 1
+    bound = bound * (1 if other is None else 1 + other.abs().max())
+    bound = bound * (1 if other_scale is None else 1 + other_scale.abs().max())
+    tolerance = LINEAR_DTYPES[dtype] * bound
+    assert out.dtype == dtype and out.is_contiguous()
+    assert (out - expected).abs().max() < tolerance
+    out, energy = packed_linear_energy(x, *packed, activation, scale)
+    assert (out - activated).abs().max() < tolerance
+    assert (energy - activated.square().sum((1, 2))).abs().max() < 1e-5 * bound**2 * x.shape[1] * 17
+
+
+@pytest.mark.parametrize("dtype", list(LINEAR_DTYPES))
+@pytest.mark.parametrize("rows", [13, 600, 5000])
+def test_many_rows_and_few(rows: int, dtype: torch.dtype) -> None:
+    x = random(1, rows, 300).to(dtype)
+    weight, bias, packed = linear_layer(300, 70, dtype)
+    expected = F.linear(x.double(), weight, bias)
+    error = (packed_linear(x, *packed) - expected).abs().max()
+    assert error < 10 * LINEAR_DTYPES[dtype] * expected.abs().max()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("instructions", ["avx512", "avx2", "portable"])
+def test_other_instruction_sets(instructions: str, dtype: torch.dtype, monkeypatch) -> None:
+    """Those that do not multiply bfloat16 round nothing but the result."""
+    if not can_run(instructions):
+        pytest.skip(f"this CPU has no {instructions}")
+    compiled_for(instructions, monkeypatch)
+    monkeypatch.setattr("ops.cpu.gemm.linear.multiplies", lambda dtype: dtype == torch.float32)
+    for in_features, out_features in ((21, 27), (64, 40), (601, 16)):
+        x, scale = random(2, 9, in_features).to(dtype), random(2, in_features, seed=4)
+        weight, bias, packed = linear_layer(in_features, out_features, dtype)
+        expected = F.gelu(F.linear(x.double() * scale[:, None], weight, bias))
+        out, energy = packed_linear_energy(x, *packed, "gelu", scale.float())
+        assert out.dtype == dtype and packed[0].dtype == dtype
+        rounded = 2**-8 * expected.abs() if dtype == torch.bfloat16 else 0
+        assert ((out - expected).abs() - rounded).max() < 2e-6 * expected.abs().max()
+        assert (energy - expected.square().sum(1)).abs().max() < 2e-6 * energy.max()
+    assert cpu.status("gemm").instruction_set == instructions
+
+
+@pytest.mark.skipif(not can_run("avx512bf16"), reason="this CPU does not multiply bfloat16")
+@pytest.mark.parametrize("has_tiles", [False, True])
+def test_bfloat16(has_tiles: bool, monkeypatch, tmp_path) -> None:
+    """As on CPUs with AVX512-BF16, without and with AMX; rows of every length, at odd places."""
+    if has_tiles:
+        emulate_tiles(monkeypatch, tmp_path)
+    else:
+        compiled_for("avx512bf16", monkeypatch)
+    sizes = [(1, 1, 1), (9, 21, 27), (40, 34, 48), (33, 130, 70), (40, 64, 48)]
+    for rows, in_features, out_features in sizes:
+        x = random(2, rows, in_features + 3).to(torch.bfloat16)[..., 1 : 1 + in_features]
+        weight, bias, packed = linear_layer(in_features, out_features, torch.bfloat16)
+        expected = F.linear(x.double(), weight, bias).relu()
+        out, energy = packed_linear_energy(x, *packed, "relu")
+        bound = F.linear(x.double().abs(), weight.abs()).max() + 1
+        assert (out - expected).abs().max() < LINEAR_DTYPES[torch.bfloat16] * bound
+        assert (energy - expected.square().sum(1)).abs().max() < 1e-2 * energy.max()
+    assert cpu.status("gemm").instruction_set == "avx512bf16"
+    assert hasattr(cpu.load("gemm"), "has_emulated_tiles") == has_tiles
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_activations_far_out_and_near(activation: str) -> None:
+    x = torch.cat((torch.linspace(-9, 9, 20001), torch.tensor([-1e30, -1e4, 1e4, 1e30])))
+    identity = pack_weight(torch.ones(1, 1)), torch.zeros(1)
+    out = packed_linear(x.view(1, -1, 1), *identity, activation).flatten()
+    expected = PLAIN_ACTIVATIONS[activation](x.double())
+    assert ((out - expected).abs() / expected.abs().clamp(min=1)).max() < 1e-6
+
+
+def test_threads_change_nothing() -> None:
+    _, _, packed = linear_layer(128, 300)
+    for rows in (60, 900):  # shared out by panels, and by rows
+        x, outs = random(2, rows, 128).float(), []
+        for threads in (1, 2):
+            with using_threads(threads):
+                outs.append((packed_linear(x, *packed), *packed_linear_energy(x, *packed)))
+        for one, two in zip(*outs, strict=True):
+            torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-4)
+
+
+def test_nan_and_infinity_pass() -> None:
+    x = torch.zeros(1, 5, 16)
+    x[0, 1, 3], x[0, 2, 3] = float("nan"), float("inf")
+    packed = pack_weight(torch.ones(20, 16)), torch.zeros(20)
+    for activation in ("relu", "gelu", "silu"):
+        out = packed_linear(x, *packed, activation)
+        assert out[0, 1].isnan().all() and out[0, 3:].eq(0).all()
+    assert packed_linear(x, *packed)[0, 2].isinf().all()
+
+
+def test_no_rows_give_no_rows() -> None:
+    assert packed_linear(
+        torch.empty(0, 4), pack_weight(torch.ones(3, 4)), torch.zeros(3)
+    ).shape == (
+        0,
+        3,
+    )
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"activation": "tanh"}, "activation must be one of"),
+        ({"combination": "add"}, "combination must be one of"),
+        ({"x": torch.zeros(2, 6)}, "got .2, 6."),
+        ({"x": torch.zeros(2, 99)}, "got .2, 99."),
+        ({"other": torch.zeros(2, 4), "combination": "add"}, r"other must be .2, 3., got .2, 4."),
+        (
+            {"other": torch.zeros(2, 3).bfloat16(), "combination": "add"},
+            "other must be torch.float32, got torch.bfloat16",
+        ),
+        (
+            {"other": torch.zeros(2, 3), "combination": "add_scaled"},
+            r"other_scale must be .3,. with 'add_scaled', got None",
+        ),
+        (
+            {"other": torch.zeros(2, 3), "combination": "add", "other_scale": torch.ones(3)},
+            "other_scale must be None with 'add', got .3,.",
+        ),
+        ({"scale": torch.zeros(1, 5)}, r"scale must be .2, 5., got .1, 5."),
+        ({"x": torch.zeros(2, 5).bfloat16()}, "x is torch.bfloat16 and its weight torch.float32"),
+    ],
+)
+def test_what_does_not_fit_is_refused(arguments, message) -> None:
+    packed = pack_weight(torch.zeros(3, 5)), torch.zeros(3)
+    with pytest.raises(ValueError, match=message):
+        packed_linear(arguments.pop("x", torch.zeros(2, 5)), *packed, **arguments)
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 5, 1, 1)])
+def test_only_matrices_are_packed(shape) -> None:
+    with pytest.raises(ValueError, match=r"weight must be .out_features, in_features., got"):
+        pack_weight(torch.zeros(shape))
+
+
+def test_unsupported_says_why() -> None:
+    cpu = torch.device("cpu")
+    assert unsupported(cpu, torch.float32) is None
+    assert "cuda" in unsupported(torch.device("cuda"), torch.float32)
+    assert "bfloat16" in unsupported(cpu, torch.bfloat16)
+    assert "float64" in unsupported(cpu, torch.float64, with_bfloat16=True)
+
+
+def test_without_the_kernel(monkeypatch) -> None:
+    without_kernels(monkeypatch)
+    assert "VISION_BACKBONES_NATIVE=0" in unsupported(torch.device("cpu"), torch.float32)
+    with pytest.raises(RuntimeError, match="switched off"):
+        packed_linear(torch.zeros(1, 4), torch.zeros(64), torch.zeros(3))
+
+
+def test_compiles_and_has_a_fake() -> None:
+    packed = pack_weight(torch.ones(20, 16)), torch.zeros(20)
+    x, other, scale = torch.zeros(2, 3, 16), torch.zeros(2, 3, 20), torch.ones(2, 16)
+    ops = torch.ops.vision_backbones
+    for arguments in (
+        ("relu", other, "add", scale, None),
+        ("none", other, "add_scaled", None, torch.ones(20)),
+    ):
+        torch.library.opcheck(ops.packed_linear.default, (x, *packed, *arguments))
+    torch.library.opcheck(ops.packed_linear_energy.default, (x, *packed, "relu", scale))

@@ -1,0 +1,151 @@
+"""The kernel of layer norm against float64, what it refuses, and the layer that calls it."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compiled_kernels import PLAIN_ACTIVATIONS, compiled_for, random, using_threads, without_kernels
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from timm.layers import LayerNorm2d
+from torch import nn
+
+from ops import cpu
+from ops.cpu.norm.layer_norm import layer_norm
+from ops.inference.layers import activate, convert
+from ops.inference.norm import FastLayerNorm, FastLayerNorm2d
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    size=st.lists(st.integers(1, 19), min_size=1, max_size=3),
+    dim=st.sampled_from([1, 2, 15, 16, 20, 40, 64, 65, 96, 300]),
+    activation=st.sampled_from(list(PLAIN_ACTIVATIONS)),
+    shift=st.sampled_from([0.0, 30.0]),
+)
+def test_is_the_norm(dtype, size, dim, activation, shift) -> None:
+    x = (random(*size, dim) + shift).to(dtype)
+    weight, bias = random(dim, seed=1), random(dim, seed=2)
+    expected = F.layer_norm(x.double(), (dim,), weight, bias, 1e-3)
+    expected = PLAIN_ACTIVATIONS[activation](expected)
+    out = layer_norm(x, weight.float(), bias.float(), 1e-3, activation)
+    assert out.dtype == dtype and out.is_contiguous()
+    # Float32 keeps 24 bits of the shift, and a norm of few channels divides by their deviation.
+    tolerance = (2**-8 if dtype == torch.bfloat16 else 1e-6) + shift * 2e-6
+    few = 30 if dim < 15 else 1
+    assert (out - expected).abs().max() <= few * tolerance * (1 + expected.abs().max())
+
+
+@pytest.mark.parametrize("size", [(2, 30, 37, 24), (1, 1, 3, 40_003)])
+def test_threads_change_nothing_of_what_lies_apart(size: tuple[int, ...]) -> None:
+    x = random(*size).float()[..., 3:]
+    dim = x.shape[3]
+    weight, bias = random(dim, seed=1).float(), random(dim, seed=2).float()
+    outs = []
+    for threads in (1, 3, 7):
+        with using_threads(threads):
+            outs.append(layer_norm(x, weight, bias, 1e-6, "gelu"))
+    torch.testing.assert_close(outs[0], F.gelu(F.layer_norm(x, (dim,), weight, bias, 1e-6)))
+    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
+
+
+@pytest.mark.parametrize("instructions", ["avx2", "portable"])
+def test_other_instruction_sets(instructions: str, monkeypatch) -> None:
+    compiled_for(instructions, monkeypatch)
+    for dim in (5, 21, 90):
+        x, weight, bias = random(9, dim), random(dim, seed=1), random(dim, seed=2)
+        expected = F.silu(F.layer_norm(x, (dim,), weight, bias, 1e-6))
+        out = layer_norm(x.float(), weight.float(), bias.float(), 1e-6, "silu")
+        assert (out - expected).abs().max() < 5e-6 * expected.abs().max()
+    assert cpu.status("norm").instruction_set == instructions
+
+
+def test_nan_stays_in_its_pixel() -> None:
+    x = random(4, 20).float()
+    x[1, 3], x[2, 3] = float("nan"), float("inf")
+    lost = layer_norm(x, torch.ones(20), torch.zeros(20), 1e-6, "gelu").isnan()
+    assert lost[1:3].all() and not lost[[0, 3]].any()
+
+
+def test_what_does_not_fit_is_refused() -> None:
+    x, ones = torch.zeros(2, 3), torch.ones(3)
+    assert layer_norm(x[:0], ones, ones, 1e-6).shape == (0, 3)
+    with pytest.raises(ValueError, match="activation must be one of.*got 'tanh'"):
+        layer_norm(x, ones, ones, 1e-6, "tanh")
+    with pytest.raises(ValueError, match=r"got \(2, 3\), \(3,\) and \(2,\)"):
+        layer_norm(x, ones, ones[:2], 1e-6)
+    with pytest.raises(ValueError, match=r"bias must be torch.float32, got torch.bfloat16"):
+        layer_norm(x.bfloat16(), ones, ones.bfloat16(), 1e-6)
+    with pytest.raises(RuntimeError, match="not torch.float64"):
+        layer_norm(x.double(), ones, ones, 1e-6)
+    assert "meta" in str(layer_norm.unsupported(torch.device("meta"), torch.float32))
+
+
+def test_without_the_kernel(monkeypatch) -> None:
+    without_kernels(monkeypatch)
+    with pytest.raises(RuntimeError, match="switched off"):
+        layer_norm(torch.zeros(2, 3), torch.ones(3), torch.ones(3), 1e-6)
+
+
+def test_compiles_and_has_a_fake() -> None:
+    arguments = (torch.randn(2, 3, 20), torch.ones(20), torch.zeros(20), 1e-6, "gelu")
+    torch.library.opcheck(torch.ops.vision_backbones.layer_norm.default, arguments)
+
+
+def test_repeated_calls_are_planned_once() -> None:
+    x, weight, bias = random(2, 9, 20).float(), torch.randn(20), torch.randn(20)
+    for image in (x, -x, x.transpose(0, 1), -x.transpose(0, 1), x[:0]):
+        expected = F.layer_norm(image, (20,), weight, bias, 1e-6)
+        torch.testing.assert_close(layer_norm(image, weight, bias, 1e-6), expected)
+    with pytest.raises(ValueError, match=r"bias \(dim,\)"):
+        layer_norm(x, weight, bias[:3], 1e-6)
+
+
+def _random_affine(norm: nn.LayerNorm) -> nn.LayerNorm:
+    if norm.elementwise_affine:
+        nn.init.normal_(norm.weight)
+        nn.init.normal_(norm.bias)
+    return norm.requires_grad_(False)
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_layer_of_maps(affine: bool, monkeypatch) -> None:
+    norm = _random_affine(LayerNorm2d(20, affine=affine))
+    fast = convert(copy.deepcopy(norm), FastLayerNorm2d)
+    activate(fast, "gelu")
+    x = torch.randn(2, 20, 9, 7)
+    expected = F.gelu(norm(x))
+    torch.testing.assert_close(fast(x), expected)
+    torch.testing.assert_close(fast(x.contiguous(memory_format=torch.channels_last)), expected)
+    torch.testing.assert_close(copy.deepcopy(fast).double()(x.double()).float(), expected)
+    grown = x.clone().requires_grad_()
+    fast(grown).sum().backward()
+    assert grown.grad is not None
+    without_kernels(monkeypatch)
+    torch.testing.assert_close(copy.deepcopy(fast)(x), expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["affine", "no bias", "plain", "two axes"])
+def test_layer_of_tokens(kind: str, dtype: torch.dtype, monkeypatch) -> None:
+    shape = (9, 20) if kind == "two axes" else (20,)
+    norm = _random_affine(nn.LayerNorm(shape, elementwise_affine=kind != "plain"))
+    if kind == "no bias":
+        norm.bias = None
+    norm, x = norm.to(dtype), torch.randn(2, 9, 20).to(dtype)
+    fast = convert(copy.deepcopy(norm), FastLayerNorm)
+    expected = norm(x)
+    for image, out in ((x, expected), (x, expected), (x[:0], expected[:0])):
+        torch.testing.assert_close(fast(image), out, rtol=2**-7, atol=1e-5)
+    if kind == "affine":
+        apart = x.transpose(0, 1)
+        torch.testing.assert_close(fast(apart), norm(apart), rtol=2**-7, atol=1e-5)
+        fast.weight.mul_(2)
+        assert not torch.allclose(fast(x), expected)
+    grown = x.clone().requires_grad_()
+    fast(grown).sum().backward()
+    assert grown.grad is not None

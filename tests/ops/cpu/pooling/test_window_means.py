@@ -1,0 +1,114 @@
+"""Means of windows against torch's, where they stand for them, and what is refused."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compiled_kernels import compiled_for, random, using_threads, without_kernels
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from ops.cpu.pooling.window_means import window_means
+from ops.inference.layers import convert
+from ops.inference.pooling import FastAdaptiveAvgPool2d, takes
+
+
+def _plain(x: Tensor, window_size: tuple[int, int]) -> Tensor:
+    """In float64, of (B, H, W, C)."""
+    means = F.avg_pool2d(
+        x.double().permute(0, 3, 1, 2), window_size, ceil_mode=True, count_include_pad=False
+    )
+    return means.permute(0, 2, 3, 1)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    batch=st.integers(1, 3),
+    size=st.tuples(st.integers(1, 17), st.integers(1, 17)),
+    channels=st.sampled_from([1, 7, 16, 40, 64, 130]),
+    window_size=st.tuples(st.integers(1, 19), st.integers(1, 19)),
+    layout=st.sampled_from(["whole", "part of the channels", "channels first"]),
+)
+def test_is_the_mean(dtype, batch, size, channels, window_size, layout) -> None:
+    x = random(batch, *size, channels + 3).to(dtype)[..., 2 : 2 + channels]
+    if layout == "whole":
+        x = x.contiguous()
+    elif layout == "channels first":
+        x = x.permute(0, 3, 1, 2).contiguous().permute(0, 2, 3, 1)
+    out = window_means(x, window_size)
+    # No window is larger than a map to torch.
+    expected = _plain(x, tuple(map(min, window_size, size)))
+    assert out.shape == expected.shape and out.dtype == dtype and out.is_contiguous()
+    tolerance = 1e-6 if dtype == torch.float32 else 2**-8
+    torch.testing.assert_close(out.double(), expected, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("instructions", ["avx2", "portable"])
+def test_other_instruction_sets(instructions: str, monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("VISION_BACKBONES_CACHE_DIR", str(tmp_path))
+    compiled_for(instructions, monkeypatch)
+    x = random(2, 9, 11, 75).float()
+    torch.testing.assert_close(window_means(x, (4, 5)).double(), _plain(x, (4, 5)))
+
+
+def test_means_of_many_pixels_keep_their_digits() -> None:
+    x = 1 + random(1, 512, 512, 64).float() * 1e-3
+    outs = []
+    for threads in (1, 2):
+        with using_threads(threads):
+            outs.append(window_means(x, (512, 512)))
+    assert torch.equal(*outs)
+    assert (outs[0] - _plain(x, (512, 512))).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize("size", [1, (1, 1)])
+def test_pooling_to_one_pixel(size) -> None:
+    pool = convert(nn.AdaptiveAvgPool2d(size), FastAdaptiveAvgPool2d)
+    for x in (random(2, 40, 7, 9).float(), random(2, 40, 1, 1).to(torch.bfloat16)):
+        for laid_out in (x, x.to(memory_format=torch.channels_last)):
+            out = pool(laid_out)
+            assert out.dtype == x.dtype
+            torch.testing.assert_close(out, F.adaptive_avg_pool2d(x, 1), rtol=1e-5, atol=1e-6)
+
+
+def test_where_torch_does_it() -> None:
+    """Gradients, other sizes, dtypes and ranks, and functorch's transforms."""
+    pool = convert(nn.AdaptiveAvgPool2d(1), FastAdaptiveAvgPool2d)
+    x = random(2, 8, 5, 6)
+    assert torch.equal(pool(x), F.adaptive_avg_pool2d(x, 1))
+    assert torch.equal(pool(x[0].float()), F.adaptive_avg_pool2d(x[0].float(), 1))
+    assert pool(x.float().requires_grad_()).requires_grad
+    mapped = torch.vmap(pool)(x.float()[None])
+    torch.testing.assert_close(mapped[0], F.adaptive_avg_pool2d(x.float(), 1))
+    two = convert(nn.AdaptiveAvgPool2d(2), FastAdaptiveAvgPool2d)
+    assert torch.equal(two(x.float()), F.adaptive_avg_pool2d(x.float(), 2))
+
+
+def test_through_the_dispatcher() -> None:
+    x = random(2, 9, 8, 20).float()
+    with torch.profiler.profile():
+        profiled = window_means(x, (3, 8))
+    assert torch.equal(profiled, window_means(x, (3, 8)))
+    torch.library.opcheck(torch.ops.vision_backbones.window_means.default, (x, [3, 8]))
+
+
+def test_refusals(monkeypatch) -> None:
+    with pytest.raises(ValueError, match=r"\(B, H, W, C\) of float32 or bfloat16, got \(2, 3\)"):
+        window_means(torch.zeros(2, 3), (1, 1))
+    with pytest.raises(ValueError, match="of torch.float64"):
+        window_means(torch.zeros(1, 2, 2, 3, dtype=torch.float64), (1, 1))
+    with pytest.raises(ValueError, match=r"must have pixels, got \(0, 1\)"):
+        window_means(torch.zeros(1, 2, 2, 3), (0, 1))
+    with pytest.raises(ValueError, match=r"must have pixels.*\(1, 0, 2, 3\)"):
+        window_means(torch.zeros(1, 0, 2, 3), (1, 1))
+    assert window_means(torch.zeros(0, 4, 4, 3), (2, 2)).shape == (0, 2, 2, 3)
+    without_kernels(monkeypatch)
+    assert "VISION_BACKBONES_NATIVE" in str(
+        window_means.unsupported(torch.device("cpu"), torch.float32)
+    )
+    assert not takes(torch.zeros(1, 2, 2, 3))
+    with pytest.raises(RuntimeError, match="kernel"):
+        window_means(torch.zeros(1, 2, 2, 3), (1, 1))

@@ -1,0 +1,212 @@
+"""Stems in one pass against their layers in float64, and what is refused."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from compiled_kernels import (
+    PLAIN_ACTIVATIONS,
+    compiled_for,
+    conv_row,
+    random,
+    using_threads,
+    without_kernels,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from ops.cpu import policy
+from ops.cpu.activations import ACTIVATIONS
+from ops.cpu.stem.packed_stem import PlanesConv2d, pack_layers, packed_stem
+from ops.inference.layers import FastConv2d, convert
+
+
+def _plain(x: Tensor, convs: list[nn.Conv2d], activations: list[str]) -> Tensor:
+    x = x.double()
+    for conv, act in zip(convs, activations, strict=True):
+        x = PLAIN_ACTIVATIONS[act](copy.deepcopy(conv).double()(x))
+    return x
+
+
+def _agrees(
+    x: Tensor,
+    convs: list[nn.Conv2d],
+    activations: list[str],
+    window: tuple[int, int, int] = (3, 2, 1),
+    tolerance: float = 1e-5,
+) -> None:
+    with torch.no_grad():
+        out = packed_stem(x, *pack_layers(convs, x.dtype), activations, window=window)
+        expected = _plain(x, convs, activations)
+    assert out.shape == expected.shape and out.dtype == x.dtype
+    assert out.is_contiguous(memory_format=torch.channels_last)
+    assert (out - expected).abs().max() < tolerance * (1 + expected.abs().max())
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    size=st.tuples(st.integers(1, 40), st.integers(1, 70)),
+    channels=st.lists(st.sampled_from([1, 3, 4, 16, 20, 33]), min_size=2, max_size=5),
+    activation=st.sampled_from(ACTIVATIONS),
+    bias=st.booleans(),
+)
+def test_is_the_layers_in_a_row(batch, size, channels, activation, bias) -> None:
+    convs = conv_row(*channels, bias=bias)
+    _agrees(random(batch, channels[0], *size).float(), convs, [activation] * len(convs))
+
+
+@settings(max_examples=40, deadline=None)
+@given(
+    batch=st.integers(1, 3),
+    size=st.tuples(st.integers(1, 40), st.integers(1, 70)),
+    image_channels=st.sampled_from([1, 3, 4]),
+    channels=st.lists(st.sampled_from([2, 10, 16, 34]), min_size=1, max_size=4),
+    activation=st.sampled_from(ACTIVATIONS),
+)
+def test_bfloat16_is_the_layers_in_a_row(batch, size, image_channels, channels, activation) -> None:
+    """Only maps between the layers, weights and results are rounded."""
+    convs = [conv.bfloat16() for conv in conv_row(image_channels, *channels)]
+    x = random(batch, image_channels, *size).bfloat16()
+    activations = [activation] * len(convs)
+    if packed_stem.unsupported(x.device, x.dtype) is None:
+        _agrees(x, convs, activations, tolerance=0.02)
+    else:
+        with pytest.raises(RuntimeError, match="bfloat16"):
+            packed_stem(x, *pack_layers(convs, x.dtype), activations)
+
+
+@settings(max_examples=120, deadline=None)
+@given(
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
+    side=st.integers(1, 9),
+    stride=st.sampled_from([2, 4]),
+    padding=st.integers(0, 4),
+    more=st.tuples(st.integers(0, 30), st.integers(0, 70)),
+    channels=st.tuples(st.integers(1, 5), st.sampled_from([2, 18, 40])),
+    layers=st.integers(1, 2),
+)
+def test_any_window_of_the_image(dtype, side, stride, padding, more, channels, layers) -> None:
+    """Images that a window just fits in, and larger ones."""
+    torch.manual_seed(0)
+    convs = [nn.Conv2d(*channels, side, stride, padding), *conv_row(*[channels[1]] * layers)]
+    fitting = max(1, side - 2 * padding)
+    x = random(2, channels[0], *(fitting + n for n in more)).to(dtype)
+    if packed_stem.unsupported(x.device, dtype) is None:
+        convs = [conv.to(dtype) for conv in convs]
+        tolerance = 1e-5 if dtype == torch.float32 else 0.02
+        _agrees(x, convs, ["relu"] * layers, (side, stride, padding), tolerance)
+
+
+@pytest.mark.parametrize("height", [1, 67, 70])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_large_images_go_some_rows_at_a_time(height: int, threads: int) -> None:
+    """So wide that a row of the last map is as much as is kept of the first one at a time."""
+    convs = conv_row(3, 128, 16, 8)
+    with using_threads(threads):
+        _agrees(random(2, 3, height, 2051).float(), convs, ["relu"] * 3)
+
+
+def test_images_are_read_as_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+    """By the first layer of a network, where its windows lie 2 or 4 apart."""
+    calls = []
+    call = PlanesConv2d.__call__
+    monkeypatch.setattr(PlanesConv2d, "__call__", lambda *a: calls.append(a[1].shape) or call(*a))
+    torch.manual_seed(0)
+    by_kernel = [nn.Conv2d(3, 32, 4, 4), nn.Conv2d(3, 20, 7, 4, 3), nn.Conv2d(2, 8, 3, 2, 1)]
+    others = [
+        nn.Conv2d(3, 32, 3, 1, 1),
+        nn.Conv2d(3, 32, 3, 3),
+        nn.Conv2d(3, 32, (3, 5), 2),
+        nn.Conv2d(4, 32, 3, 2, dilation=2),
+    ]
+    for layer in by_kernel + others:
+        x = random(2, layer.in_channels, 37, 50).float()
+        fast = convert(copy.deepcopy(layer), FastConv2d)
+        for image in (x, x.to(memory_format=torch.channels_last)):
+            with torch.no_grad():
+                torch.testing.assert_close(fast(image), layer(image), rtol=1e-5, atol=1e-5)
+    assert [shape[1] for shape in calls] == [3, 3, 2]
+    with pytest.raises(ValueError, match=r"image of \(2, 50\) with padding 0.*window of 4×4"):
+        PlanesConv2d(by_kernel[0])(torch.zeros(1, 3, 2, 50), "none")
+    with pytest.raises(ValueError, match=r"square windows 2 or 4 apart.*stride=\(3, 3\)"):
+        PlanesConv2d(others[1])
+
+
+def test_tiles_are_left_to_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(policy, "instruction_set", lambda: "amx")
+    fast, x = convert(nn.Conv2d(3, 32, 4, 4), FastConv2d), random(1, 3, 16, 16)
+    assert fast.for_kernel(x.float()) is not None
+    assert fast.bfloat16().for_kernel(x.bfloat16()) is None
+
+
+def test_pairs_of_channels() -> None:
+    packed = pack_layers(conv_row(3, 15, 32))
+    with pytest.raises(ValueError, match="must have even channels, got 15"):
+        packed_stem(random(1, 3, 20, 20).bfloat16(), *packed, ["none", "none"])
+
+
+@pytest.mark.parametrize("instructions", ["avx2", "portable"])
+def test_other_instruction_sets(instructions: str, monkeypatch, tmp_path) -> None:
+    monkeypatch.setenv("VISION_BACKBONES_CACHE_DIR", str(tmp_path))
+    compiled_for(instructions, monkeypatch)
+    _agrees(random(2, 3, 37, 50).float(), conv_row(3, 20, 40), ["relu", "none"])
+
+
+def test_sizes_change_from_call_to_call_and_threads_agree() -> None:
+    convs = conv_row(3, 24, 48, 96)
+    for size in ((64, 64), (33, 129), (128, 64)):
+        _agrees(random(2, 3, *size).float(), convs, ["relu", "relu", "none"])
+    x = random(1, 3, 64, 80).float().contiguous(memory_format=torch.channels_last)
+    before = torch.get_num_threads()
+    outs = []
+    try:
+        for threads in (1, 2):
+            torch.set_num_threads(threads)
+            outs.append(packed_stem(x, *pack_layers(convs), ["relu"] * 3))
+    finally:
+        torch.set_num_threads(before)
+    assert torch.equal(*outs)
+
+
+def test_without_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_kernels(monkeypatch)
+    with pytest.raises(RuntimeError, match="not available"):
+        x = random(1, 3, 32, 32).float()
+        packed_stem(x, [torch.zeros(16 * 27)], [torch.zeros(16)], ["none"])
+
+
+def test_refusals() -> None:
+    assert packed_stem.unsupported(torch.device("cpu"), torch.float16) is not None
+    convs = conv_row(3, 8, 16)
+    weights, biases = pack_layers(convs)
+    x = random(1, 3, 8, 8).float()
+    with pytest.raises(ValueError, match="float32"):
+        packed_stem(x.double(), weights, biases, ["none", "none"])
+    with pytest.raises(ValueError, match="an activation for each"):
+        packed_stem(x, weights, biases, ["none"])
+    with pytest.raises(ValueError, match="'tanh'"):
+        packed_stem(x, weights, biases, ["none", "tanh"])
+    with pytest.raises(ValueError, match="7 to 8 channels"):
+        packed_stem(random(1, 7, 8, 8).float(), weights, biases, ["none", "none"])
+    with pytest.raises(ValueError, match="an eps for each of 2 layers, or none, got 1 and 0"):
+        packed_stem(x, weights, biases, ["none", "none"], [torch.zeros(2, 8)])
+    with pytest.raises(ValueError, match="must be torch.float32, got torch.bfloat16"):
+        packed_stem(x, weights, [b.bfloat16() for b in biases], ["none", "none"])
+    with pytest.raises(ValueError, match=r"a stride of \(2, 4\).*got \(3, 3, 1\)"):
+        packed_stem(x, weights, biases, ["none", "none"], window=(3, 3, 1))
+    norms = [torch.zeros(0), torch.zeros(2, 8)]
+    with pytest.raises(ValueError, match=r"must be \(2, 16\), got \(2, 8\)"):
+        packed_stem(x, weights, biases, ["none", "none"], norms, [0.0, 1e-6])
+
+
+def test_the_dispatcher_sees_one_operator() -> None:
+    convs = conv_row(3, 8, 16)
+    packed = (*pack_layers(convs), ["relu", "none"], [torch.ones(2, 8), torch.zeros(0)], [0.1, 0])
+    arguments = (random(2, 3, 17, 20).float(), *packed, [3, 2, 1])
+    operator = torch.ops.vision_backbones.packed_stem.default
+    torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
+    assert torch.equal(operator(*arguments), packed_stem(*arguments))

@@ -1,0 +1,152 @@
+"""The binding: arguments, errors, what is remembered of calls, and who is told of them."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+import torch
+from compiled_kernels import linear_layer, random, using_threads
+from torch import Tensor
+
+from ops.cpu import binding
+from ops.cpu.binding import Addresses, Call, Kernel, observed_by, words_of
+from ops.cpu.depthwise.conv import depthwise_branches, depthwise_conv2d, taps_first
+from ops.cpu.gemm.linear import packed_linear, packed_linear_energy
+from ops.cpu.norm.layer_norm import layer_norm
+from ops.cpu.structures import structure
+
+
+class _Watch:
+    def __init__(self) -> None:
+        self.calls: list[tuple[Kernel, Sequence[Any]]] = []
+
+    def kernel_called(self, called: Kernel, function: Any, arguments: Sequence[Any]) -> None:
+        self.calls.append((called, arguments))
+
+
+def _norm(*shape: int) -> tuple[Tensor, Tensor, Tensor, float]:
+    return random(*shape).float(), torch.ones(shape[-1]), torch.zeros(shape[-1]), 1e-6
+
+
+def test_arguments_by_name_and_by_default() -> None:
+    x, weight, bias, eps = _norm(2, 8)
+    expected = layer_norm(x, weight, bias, eps, "none")
+    assert torch.equal(layer_norm(x, weight, eps=eps, bias=bias), expected)
+    for arguments, named in (((x, weight), {}), ((x, weight, bias, eps), {"eps": 1.0})):
+        with pytest.raises(TypeError, match=r"layer_norm\(\) takes .*missing .*unknown"):
+            layer_norm(*arguments, **named)
+    with pytest.raises(TypeError, match="takes"):
+        layer_norm(x, weight, bias, eps, "none", 1)
+    assert repr(layer_norm) == "<kernel layer_norm: norm_forward of norm>"
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_planned_calls_are_the_others(dtype: torch.dtype, monkeypatch) -> None:
+    """What is remembered of a layout gives what a description gives, for tensors of any memory."""
+    _, _, packed = linear_layer(24, 40, torch.float32)
+    maps = [
+        random(2, 24, 9, 7, seed=s).to(dtype, memory_format=torch.channels_last) for s in (1, 2)
+    ]
+    taps, bias = taps_first(random(24, 1, 3, 5)), random(24).float()
+    branches = [taps_first(random(4, 1, *sides)) for sides in ((3, 3), (1, 5))], [bias[:4]] * 2
+    calls: list[Any] = [
+        lambda x: layer_norm(x.permute(0, 2, 3, 1), bias, bias, 1e-6, "gelu"),
+        lambda x: depthwise_conv2d(x, taps, bias, (2, 1), (1, 2), (1, 2), "gelu"),
+        lambda x: depthwise_conv2d(x[:, 4:12], taps[..., 4:12].contiguous()),
+        lambda x: depthwise_branches(x, *branches),
+        lambda x: packed_linear(x.permute(0, 2, 3, 1).float(), *packed, "gelu"),
+        lambda x: packed_linear_energy(x.permute(0, 2, 3, 1).float(), *packed)[1],
+        lambda x: layer_norm(x, torch.ones(7), torch.zeros(7), 1e-6),  # is copied
+    ]
+    for call in calls:
+        outs = [call(x) for x in (*maps, *maps)]
+        for out in outs:
+            assert out.stride() == outs[0].stride() and out.dtype == outs[0].dtype
+        assert torch.equal(outs[0], outs[2]) and torch.equal(outs[1], outs[3])
+        with monkeypatch.context() as patch:
+            patch.setattr(binding._Plan, "of", lambda *_: None)
+            for kernel in (layer_norm, depthwise_conv2d, depthwise_branches, packed_linear):
+                kernel._plans.clear()
+            assert torch.equal(call(maps[1]), outs[1])
+
+
+def test_a_layout_is_described_once(monkeypatch) -> None:
+    described = []
+    describe = layer_norm._describe
+    monkeypatch.setattr(layer_norm, "_describe", lambda *a: described.append(0) or describe(*a))
+    layer_norm._plans.clear()
+    x, weight, bias, eps = _norm(3, 4, 8)
+    for image in (x, -x, x.clone()):
+        layer_norm(image, weight, bias, eps)
+    assert len(described) == 1
+    for other in (x.bfloat16(), x[:2], x.transpose(0, 1).contiguous()):
+        layer_norm(other, weight, bias, eps)
+    layer_norm(x, weight, bias, eps, "relu")
+    with using_threads(torch.get_num_threads() + 1):
+        layer_norm(x, weight, bias, eps)
+    assert len(described) == 6
+
+
+def test_only_so_many_layouts_are_remembered(monkeypatch) -> None:
+    monkeypatch.setattr(binding, "_MOST_PLANS", 4)
+    for rows in range(1, 12):
+        layer_norm(*_norm(rows, 8))
+        assert 1 <= len(layer_norm._plans) <= max(4, 1)
+
+
+def test_dtypes_that_the_kernel_would_misread_are_refused() -> None:
+    x, weight, bias, eps = _norm(2, 8)
+    for dtype in (torch.float64, torch.float16, torch.int32):
+        with pytest.raises(RuntimeError, match=f"layer_norm is not available.*{dtype}"):
+            layer_norm(x.to(dtype), weight, bias, eps)
+
+
+def test_observers_are_told_of_every_call_in_their_thread() -> None:
+    x, weight, bias, eps = _norm(2, 8)
+    layer_norm(x, weight, bias, eps)
+    with observed_by(_Watch()) as outer, observed_by(_Watch()) as inner:
+        layer_norm(x, weight, bias, eps)
+        layer_norm(x[:0], weight, bias, eps)  # calls nothing
+    ((called, (problem, addresses)),) = inner.calls
+    assert called is layer_norm and problem.pixels == 2 and not outer.calls
+    assert addresses.fields["in"] is x
+    layer_norm(x, weight, bias, eps)
+    assert len(inner.calls) == 1
+
+
+def test_words_are_those_of_the_structure() -> None:
+    tensors, layer = (
+        structure(h, n)
+        for h, n in (("norm/norm.h", "norm::Tensors"), ("stem/stem.h", "stem::Layer"))
+    )
+    x = torch.zeros(4)
+    assert words_of(Addresses(tensors, {"in": x, "bias": (x, 8)})) == [(x, 0), 0, (x, 8), 0]
+    (*_, eps) = Addresses(layer, {"eps": 0.5}).words()
+    assert ctypes.c_double.from_buffer(ctypes.c_int64(eps)).value == 0.5
+    assert words_of(7) is None and words_of(x) is None
+
+
+def test_another_library_is_refused(monkeypatch) -> None:
+    class Problem(ctypes.Structure):
+        _fields_ = [("pixels", ctypes.c_int64)]
+
+    Problem.__name__ = "norm::Problem"
+    describe = layer_norm._describe
+
+    def described(*args: Any) -> Call:
+        call = describe(*args)
+        return Call(call.result, lambda: (Problem(1), *call.arguments()[1:]))
+
+    monkeypatch.setattr(layer_norm, "_describe", described)
+    layer_norm._plans.clear()
+    with pytest.raises(RuntimeError, match="norm::Problem has 48 bytes in the library and 8 here"):
+        layer_norm(*_norm(2, 8))
+
+
+def test_no_memory(monkeypatch) -> None:
+    monkeypatch.setattr(layer_norm, "_function", lambda: lambda *_: 1)
+    with pytest.raises(MemoryError, match="scratch buffers of layer_norm"):
+        layer_norm(*_norm(5, 8))

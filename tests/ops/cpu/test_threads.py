@@ -1,0 +1,27 @@
+"""How many threads a kernel's call gets."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from ops.cpu.threads import MACS, VALUES, threads_for
+
+
+@given(
+    work=st.one_of(st.integers(0, 1 << 40), st.floats(0, 1e15)),
+    of_a_thread=st.sampled_from([MACS, VALUES, 1, 512]),
+    threads=st.integers(1, 256),
+)
+def test_each_has_enough_and_none_is_left_out(work, of_a_thread, threads: int) -> None:
+    count = threads_for(work, of_a_thread, threads)
+    assert 1 <= count <= threads
+    assert count == 1 or work / count >= of_a_thread
+    assert count == threads or work / (count + 1) < of_a_thread
+
+
+@pytest.mark.parametrize("threads", [1, 2, 64])
+def test_nothing_to_do_and_plenty(threads: int) -> None:
+    assert threads_for(0, MACS, threads) == 1
+    assert threads_for(1e12, MACS, threads) == threads

@@ -1,0 +1,402 @@
+"""Calls that are recorded, then repeated: equal to the last bit, while nothing changes."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import pickle
+import threading
+import weakref
+from collections.abc import Callable
+
+import pytest
+import torch
+from compiled_kernels import using_threads
+from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
+
+from ops.inference import layers
+from ops.replay.module import Recorded, recorded_form
+from ops.replay.replay import Replay
+
+pytestmark = pytest.mark.usefixtures("no_gradients")
+
+
+@pytest.fixture
+def no_gradients():
+    with torch.no_grad():
+        yield
+
+
+class _Block(nn.Module):
+    """Linear layers by our kernels, functions of torch and views."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.fc1, self.fc2 = (layers.convert(nn.Linear(8, 8), layers.FastLinear) for _ in range(2))
+        self.norm = nn.LayerNorm(8)
+        self.act: nn.Module = nn.Identity()
+        self.scale = 2.0
+        self.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.fc1(x, x)
+        gates = hidden.mean(1).sigmoid()
+        both = torch.cat((hidden, self.act(self.norm(hidden))), 1)[:, 1:]
+        return self.fc2(both.mul(gates.unsqueeze(1)).mul(self.scale)).transpose(1, 2)
+
+
+_Block.__module__ = "ops.tests"  # of the packages whose layers are known
+RecordedBlock = recorded_form(_Block)
+
+
+def _recorded(**attributes: object) -> Recorded:
+    block = _Block()
+    for name, value in attributes.items():
+        setattr(block, name, value)
+    return layers.convert(block, RecordedBlock)
+
+
+def _input(seed: int = 0, rows: int = 5) -> Tensor:
+    return torch.randn(2, rows, 8, generator=torch.Generator().manual_seed(seed))
+
+
+def _programs(block: Recorded) -> list[Replay]:
+    records = block._records
+    programs = [] if records is None else list(records._programs.values())
+    return [p for p in programs if isinstance(p, Replay)]
+
+
+def _settle(block: Recorded, x: Tensor) -> Replay:
+    """Call it until it is recorded, which is the second time."""
+    for calls in range(2):
+        assert len(_programs(block)) == 0, calls
+        assert torch.equal(block(x), block.compute(x))
+    (program,) = _programs(block)
+    return program
+
+
+def test_the_third_call_follows_the_record(monkeypatch: pytest.MonkeyPatch) -> None:
+    block = _recorded()
+    _settle(block, _input())
+    monkeypatch.setattr(RecordedBlock, "compute", lambda self, x: pytest.fail("not repeated"))
+    outs = [block(_input(seed)) for seed in range(4)]
+    monkeypatch.undo()
+    for seed, out in enumerate(outs):
+        expected = block.compute(_input(seed))
+        assert torch.equal(out, expected) and out.stride() == expected.stride()
+
+
+def test_results_are_no_memory_of_the_record() -> None:
+    block = _recorded()
+    _settle(block, _input())
+    first, kept = block(_input(1)), block(_input(1)).clone()
+    block(_input(2)).zero_()
+    assert torch.equal(first, kept)
+
+
+def test_each_kind_of_input_has_a_record() -> None:
+    block = _recorded()
+    for x in (_input(), _input(rows=6), _input().transpose(0, 1).contiguous().transpose(0, 1)):
+        for _ in range(4):
+            assert torch.equal(block(x), block.compute(x))
+    with using_threads(torch.get_num_threads() + 1):
+        for _ in range(4):
+            block(_input())
+    assert len(_programs(block)) == 4
+    part = torch.randn(4, 5, 8)[1:3]  # begins within its memory
+    assert torch.equal(block(part), block.compute(part)) and len(_programs(block)) == 4
+
+
+def test_only_so_many_are_kept() -> None:
+    block = _recorded()
+    for rows in range(2, 30):
+        for _ in range(3):
+            block(_input(rows=rows))
+    assert 0 < len(_programs(block)) <= 16
+
+
+def _zero_in_place(block: nn.Module) -> None:
+    block.fc2.weight.zero_()
+
+
+def _load(block: nn.Module) -> None:
+    block.load_state_dict({name: t + 1 for name, t in block.state_dict().items()})
+
+
+def _assign(block: nn.Module) -> None:
+    block.load_state_dict({n: t + 1 for n, t in block.state_dict().items()}, assign=True)
+
+
+def _replace_parameter(block: nn.Module) -> None:
+    block.norm.weight = nn.Parameter(torch.full((8,), 3.0), requires_grad=False)
+
+
+def _replace_module(block: nn.Module) -> None:
+    block.act = nn.Tanh()
+
+
+def _set_attribute(block: nn.Module) -> None:
+    block.scale = 3.0
+
+
+def _set_attribute_inside(block: nn.Module) -> None:
+    block.norm.eps = 10.0
+
+
+def _set_forward(block: nn.Module) -> None:
+    block.act.forward = lambda x: 2 * x
+
+
+def _hook_inside(block: nn.Module) -> None:
+    block.act.register_forward_hook(lambda module, args, out: 2 * out)
+
+
+def _pre_hook_inside(block: nn.Module) -> None:
+    block.act.register_forward_pre_hook(lambda module, args: 2 * args[0])
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(_zero_in_place, _load, _assign, _replace_parameter, _replace_module, _set_attribute),
+        *(_set_attribute_inside, _set_forward, _hook_inside, _pre_hook_inside),
+    ],
+    ids=lambda change: change.__name__,
+)
+def test_changes_are_seen(change: Callable[[nn.Module], None]) -> None:
+    block, x = _recorded(), _input()
+    before = _settle(block, x)(x)
+    change(block)
+    for _ in range(6):
+        out = block(x)
+        assert torch.equal(out, block.compute(x)) and not torch.equal(out, before)
+
+
+def test_after_a_change_it_is_recorded_again() -> None:
+    block, x = _recorded(), _input()
+    block(x)
+    block.fc1.weight.zero_()  # before it is recorded, and after
+    for _ in range(2):
+        for _ in range(8):
+            assert torch.equal(block(x), block.compute(x))
+        assert _programs(block)
+        block.fc2.weight.zero_()
+    handle = block.act.register_forward_hook(lambda module, args, out: 2 * out)
+    for _ in range(8):
+        block(x)
+    assert not _programs(block)
+    handle.remove()
+    for _ in range(100):
+        assert torch.equal(block(x), block.compute(x))
+    assert _programs(block)
+
+
+def test_hooks_of_all_modules_are_seen() -> None:
+    block, x = _recorded(), _input()
+    _settle(block, x)
+    seen: list[str] = []
+    handle = nn.modules.module.register_module_forward_hook(
+        lambda module, args, out: seen.append(type(module).__name__)
+    )
+    try:
+        block(x)
+    finally:
+        handle.remove()
+    assert "LayerNorm" in seen
+
+
+def test_own_hooks_run_as_ever() -> None:
+    block, x, seen = _recorded(), _input(), []
+    block.register_forward_hook(lambda module, args, out: seen.append(out))
+    for _ in range(4):
+        block(x)
+    assert len(seen) == 4 and len(_programs(block)) == 1
+
+
+def test_what_keeps_changing_is_recorded_less_and_less(monkeypatch: pytest.MonkeyPatch) -> None:
+    block, x, records = _recorded(), _input(), []
+    block(x)
+    records_class = type(block._records)
+    run = records_class._record
+
+    def count(self, *arguments):
+        records.append(arguments)
+        return run(self, *arguments)
+
+    monkeypatch.setattr(records_class, "_record", count)
+    for _ in range(400):
+        block.fc1.weight.add_(0)
+        for _ in range(3):
+            block(x)
+    assert 1 <= len(records) <= 6 + 1200 // 64
+
+
+class _Watch(TorchFunctionMode):
+    def __torch_function__(self, func, types, args=(), kwargs=None):
+        self.seen = getattr(self, "seen", 0) + (func is torch.cat)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_layers_run_where_they_are_wanted() -> None:
+    block, x = _recorded(), _input()
+    _settle(block, x)
+    with _Watch() as watch:
+        block(x)
+    assert watch.seen == 1
+    with torch.profiler.profile() as profile:
+        block(x)
+    assert any(event.key == "aten::cat" for event in profile.key_averages())
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        block(x)
+    torch.testing.assert_close(torch.vmap(block)(x[None])[0], block.compute(x))
+    with torch.enable_grad():
+        image = _input().requires_grad_()
+        block(image).sum().backward()
+        assert image.grad is not None
+        block.requires_grad_(True)
+        assert block(x).requires_grad
+        block.requires_grad_(False)
+        assert not block(x).requires_grad
+    assert len(_programs(block)) == 1
+
+
+class _Random(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x + torch.rand(1)
+
+
+class _Decides(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return -x if bool(x.sum() > 0) else x.clone()
+
+
+class _Counts(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.calls += 1
+        return x + self.calls
+
+
+class _Foreign(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return x
+
+
+for _kind in (_Random, _Decides, _Counts):
+    _kind.__module__ = "ops.tests"
+
+
+@pytest.mark.parametrize("act", [_Random, _Decides, _Counts, _Foreign])
+def test_what_might_differ_next_time_is_not_recorded(act: type[nn.Module]) -> None:
+    block = _recorded(act=act())
+    for seed in range(5):
+        for x in (_input(seed), -_input(seed)):
+            torch.manual_seed(seed)
+            out = block(x)
+            if act is not _Counts:
+                torch.manual_seed(seed)
+                assert torch.equal(out, block.compute(x))
+    assert not _programs(block)
+    if act is _Counts:
+        assert block.act.calls == 10
+
+
+@pytest.mark.parametrize("act", [nn.ReLU(inplace=True), nn.LeakyReLU(), nn.Dropout()], ids=str)
+def test_activations_in_place_and_dropout(act: nn.Module) -> None:
+    block = _recorded(act=act.eval())
+    for seed in range(4):
+        assert torch.equal(block(_input(seed)), block.compute(_input(seed)))
+    assert len(_programs(block)) == 1
+    act.train()  # then dropout drops
+    for seed in range(4):
+        block(_input(seed))
+    assert bool(_programs(block)) is not isinstance(act, nn.Dropout)
+
+
+def test_constants_may_not_change() -> None:
+    class Remembers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.register_buffer("total", torch.zeros(8))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return x + self.total.add_(1)
+
+    Remembers.__module__ = "ops.tests"
+    block = _recorded(act=Remembers())
+    for _ in range(5):
+        block(_input())
+    assert not _programs(block) and torch.equal(block.act.total, torch.full((8,), 5.0))
+
+
+def test_copies_and_pickles_start_anew() -> None:
+    layer = layers.convert(nn.Linear(8, 8), layers.FastLinear).requires_grad_(False)
+    block, x = layers.convert(nn.Sequential(layer), recorded_form(nn.Sequential)), _input()
+    _settle(block, x)
+    for other in (copy.deepcopy(block), pickle.loads(pickle.dumps(block))):
+        assert type(other) is type(block) and isinstance(other, Recorded)
+        assert torch.equal(other(x), block(x))
+        other[0].weight.zero_()
+        assert not torch.equal(other(x), block(x))
+        assert torch.equal(other(x), other.compute(x)) and other._records is not block._records
+
+
+def test_nothing_is_kept_of_the_inputs() -> None:
+    block, x = _recorded(), _input()
+    block(x)
+    memory = weakref.ref(x.untyped_storage())
+    block(x)
+    assert len(_programs(block)) == 1
+    del x
+    gc.collect()
+    assert memory() is None
+
+
+def test_a_model_is_freed_at_once() -> None:
+    outer = layers.convert(nn.Sequential(_recorded()), recorded_form(nn.Sequential))
+    for block in (outer, outer[0]):
+        for _ in range(3):
+            block(_input())
+        assert _programs(block)
+    parts = [weakref.ref(module) for module in outer.modules()]
+    gc.collect()
+    gc.disable()
+    try:
+        del outer, block
+        assert not any(part() for part in parts)
+    finally:
+        gc.enable()
+
+
+def test_threads_may_share_a_record() -> None:
+    block = _recorded()
+    _settle(block, _input(rows=50))
+    inputs = [_input(seed, rows=50) for seed in range(4)]
+    expected = [block.compute(x) for x in inputs]
+    wrong: list[int] = []
+
+    def run(index: int) -> None:
+        with torch.no_grad(), torch.inference_mode():
+            for _ in range(200):
+                if not torch.equal(block(inputs[index]), expected[index]):
+                    wrong.append(index)
+
+    threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not wrong
+
+
+def test_without_the_kernel_the_layers_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("ops.replay.module.unsupported", lambda: "no compiler")
+    block = _recorded()
+    for seed in range(4):
+        assert torch.equal(block(_input(seed)), block.compute(_input(seed)))
+    assert not _programs(block)
