@@ -1,10 +1,10 @@
-"""What the tools for mmdet and mmseg share: arguments, the config they make, processes."""
+"""What the tools for mmdet and mmseg share: arguments, the config they make, data, processes."""
 
 from __future__ import annotations
 
 import argparse
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
@@ -16,7 +16,7 @@ from torch import distributed
 from backbones.openmmlab import check_channels, without_sync_norm
 from backbones.training.distributed import leave_processes
 
-__all__ = ["load_config", "processes", "shared_arguments"]
+__all__ = ["load_config", "processes", "provide_data", "shared_arguments"]
 
 
 def shared_arguments(description: str) -> argparse.ArgumentParser:
@@ -65,6 +65,31 @@ def _for_cpus(cfg: Config, launcher: str) -> None:
     cfg.model_wrapper_cfg = dict(
         type="MMDistributedDataParallel", broadcast_buffers=False, device_ids=None
     )
+
+
+def provide_data(cfg: Config, files: Iterable[Path] | None = None) -> None:
+    """Make the set that a config names as its ``quickstart_data``, if it is not there.
+
+    Args:
+        files: those that will be read, where that is not the whole set.
+
+    Raises:
+        FileNotFoundError: a package is missing that the set is made with.
+        ValueError: a number of images below 1.
+    """
+    data = cfg.get("quickstart_data")
+    if data is None:
+        return
+    folder = Path(data.folder)
+    if files is not None and not any(folder.resolve() in f.resolve().parents for f in files):
+        return
+    try:
+        from backbones._mm_quickstart import make_once
+    except ImportError as error:
+        raise FileNotFoundError(
+            f"{folder} is made with {error.name}, which is missing: pip install '.[mm]'"
+        ) from None
+    make_once(folder, data.train, data.val)
 
 
 @contextmanager

@@ -44,6 +44,7 @@ import json
 import logging
 import math
 import statistics
+import sys
 import time
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
@@ -52,12 +53,14 @@ from typing import Any
 
 import torch
 from benchmark_report import comparison, describe, draw, row_key, table
-from measuring import PeakMemory, load_report, machine, steady, write
+from measuring import PeakMemory, load_report, machine, read_report, steady, write
 from op_kinds import KINDS, kind_of, time_by_kind
 from peers import Create, is_installed, peer
 from torch import Tensor, nn
 
 import backbones
+from backbones._arguments import THREADS, nonempty_path, real, require_writable, whole
+from backbones._console import CommandError, Parser, guard
 from backbones.cli.measure import count_macs
 
 __all__ = ["KINDS", "Row", "comparison", "describe", "kind_of", "main", "measure", "parse", "peer"]
@@ -257,13 +260,11 @@ def _figures(times: list[float], batch: int, flops: float, peak: float) -> dict[
 
 
 def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = Parser(description=__doc__)
     parser.add_argument("--models", nargs="+", default=list(MODELS), metavar="NAME")
-    parser.add_argument("--sizes", nargs="+", type=int, help="default 224, for HAT 64")
-    parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
-    parser.add_argument("--threads", nargs="+", type=int, default=[1])
+    parser.add_argument("--sizes", nargs="+", type=whole(1, 65535), help="default 224, for HAT 64")
+    parser.add_argument("--batches", nargs="+", type=whole(1), default=[1, 8])
+    parser.add_argument("--threads", nargs="+", type=THREADS, default=[1])
     parser.add_argument("--dtypes", nargs="+", default=["float32"], choices=DTYPES)
     parser.add_argument(
         "--modes",
@@ -275,15 +276,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--directions", nargs="+", default=["forward"], choices=["forward", "train"]
     )
     parser.add_argument("--against", nargs="*", default=["timm"], metavar="PACKAGE_OR_FILE")
-    parser.add_argument("--rounds", type=int, default=9, help="turns of every contender")
-    parser.add_argument("--seconds", type=float, default=60, help="stop a row's turns after")
-    parser.add_argument("--turn-ms", type=float, default=300.0, help="repeat calls for a turn")
+    parser.add_argument("--rounds", type=whole(1), default=9, help="turns of every contender")
+    parser.add_argument("--seconds", type=real(0), default=60, help="stop a row's turns after")
+    parser.add_argument("--turn-ms", type=real(0), default=300.0, help="repeat calls for a turn")
     parser.add_argument("--profile", action="store_true", help="kinds of operators, too")
     parser.add_argument(
         "--resume", action="store_true", help="leave out what the output already holds"
     )
-    parser.add_argument("--compare", type=Path, metavar="OLD.json", help="an earlier report")
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmark"))
+    parser.add_argument(
+        "--compare", type=nonempty_path, metavar="OLD.json", help="an earlier report"
+    )
+    parser.add_argument("--output", type=nonempty_path, default=Path("runs/benchmark"))
     args = parser.parse_args(arguments)
     unknown = set(args.models) - set(backbones.list_models())
     if unknown:
@@ -295,12 +298,17 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
 
 def main(arguments: Sequence[str] | None = None) -> None:
     args = parse(arguments)
+    require_writable({"--output": args.output}, makes_folders=True)
+    require_writable({"--output": args.output.with_suffix(".json")}, makes_folders=True)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     # Read before it may be written over.
-    old = None if args.compare is None else json.loads(args.compare.read_text())
-    peers = dict(peer(name) for name in args.against)
     output = args.output.with_suffix(".json")
-    report = load_report(output, here())
+    try:
+        old = None if args.compare is None else read_report(args.compare)
+        peers = dict(peer(name) for name in args.against)
+        report = load_report(output, here())
+    except ValueError as error:
+        raise CommandError(str(error)) from error
     done = {row_key(row) for row in report["results"]} if args.resume else set()
     settings = itertools.product(args.threads, args.dtypes, args.directions, args.batches)
     for (threads, dtype, direction, batch), name in itertools.product(settings, args.models):
@@ -349,4 +357,4 @@ def _write_text(text: str, path: Path) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(guard(main))

@@ -38,7 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train_cls  # noqa: E402
-from backbones.training import build  # noqa: E402
+from backbones.training import build, optimization  # noqa: E402
 from backbones.training.checkpoint import write_atomically  # noqa: E402
 from backbones.training.corrupt import CorruptImages  # noqa: E402
 from backbones.training.data import open_splits  # noqa: E402
@@ -164,7 +164,7 @@ def compare_steps(options: argparse.Namespace, world: World, folder: Path) -> di
     trainer.updates_per_epoch = options.steps
 
     network = build.build_model(recipe, 10).to(world.device).train()
-    optimizer = build.build_optimizer(recipe, network, 1e-3)
+    optimizer = optimization.build_optimizer(recipe, network, 1e-3)
     criterion = nn.CrossEntropyLoss()
 
     def ours() -> None:

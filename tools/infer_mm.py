@@ -16,6 +16,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import VISUALIZERS, init_default_scope
 
+from backbones._mm_runs import provide_data
 from backbones.openmmlab import check_channels
 
 
@@ -37,13 +38,14 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--score-thr", type=float, default=0.3, help="boxes below are not drawn")
     args = parser.parse_args(argv)
+    cfg = Config.fromfile(args.config)
+    provide_data(cfg, args.images)
     for path in (*args.images, args.checkpoint):
         if not path.is_file():
             raise FileNotFoundError(f"no file at {path}")
     if len({path.stem for path in args.images}) < len(args.images):
         raise ValueError("two images have the same name; draw them into different folders")
 
-    cfg = Config.fromfile(args.config)
     check_channels(cfg.model)
     init_default_scope(cfg.default_scope)
     detects = cfg.default_scope == "mmdet"

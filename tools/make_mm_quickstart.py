@@ -1,123 +1,18 @@
-"""Write a small detection and segmentation set from two pictures inside scikit-image.
+"""Write the quickstarts' detection and segmentation set, of any size, anywhere.
 
-    python tools/make_mm_quickstart.py --out runs/mm/data
+    python tools/make_mm_quickstart.py --out runs/coins --train 400 --val 40
 
-Coins (the greek ones of Pompeii) and galaxies (Hubble's deep field, enlarged twice) take turns. The
-left part of each picture gives the training images, the right one those of validation, so that no
-pixel is in both (of one coin, each side may have a half). Boxes and masks are the pictures' own
-segmentations: for coins a watershed of the gradient from dark and bright markers, holes filled; for
-galaxies what is brighter than a threshold after smoothing; then the parts are labelled. The folder
-holds ``images/{train,val}/*.png``, their COCO annotations ``{train,val}.json`` and, for mmseg,
-``masks/{train,val}/*.png`` with 1 on coins and 2 on galaxies.
+Coins and galaxies from two pictures inside scikit-image, in COCO's format and in mmseg's. Training
+by one of the quickstart configs makes it by itself, as ``runs/mm/data``.
 """
 
 from __future__ import annotations
 
 import argparse
-import itertools
-import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-from PIL import Image
-from scipy import ndimage
-from skimage import color, data, filters, measure, morphology, segmentation
-
-CLASSES = ("coin", "galaxy")
-SIDE = 128
-# Columns left of this share of the width are for training.
-SPLIT = 0.63
-SMALLEST = 300
-
-
-def label_coins() -> tuple[np.ndarray, np.ndarray]:
-    """The picture (H, W, 3) in 8 bits, and the number of the coin at each pixel, 0 for none."""
-    picture = data.coins()
-    markers = np.zeros(picture.shape, dtype=np.int32)
-    markers[picture < 30] = 1
-    markers[picture > 150] = 2
-    coins = segmentation.watershed(filters.sobel(picture), markers) == 2
-    coins = morphology.opening(ndimage.binary_fill_holes(coins), morphology.disk(3))
-    return np.stack([picture] * 3, -1), measure.label(coins)
-
-
-def label_galaxies() -> tuple[np.ndarray, np.ndarray]:
-    """The same for galaxies (and the few bright stars among them)."""
-    picture = Image.fromarray(data.hubble_deep_field())
-    large = np.asarray(picture.resize((2 * picture.width, 2 * picture.height), Image.BILINEAR))
-    bright = filters.gaussian(color.rgb2gray(large), 3) > 0.2
-    return large, measure.label(ndimage.binary_fill_holes(bright))
-
-
-def make_crops(
-    picture: np.ndarray, labels: np.ndarray, count: int, rng: np.random.Generator
-) -> list[tuple[np.ndarray, np.ndarray]]:
-    """``count`` crops of SIDE×SIDE, turned and mirrored, of the picture and its labels.
-
-    Each holds at least one object.
-    """
-    crops: list[tuple[np.ndarray, np.ndarray]] = []
-    while len(crops) < count:
-        top, left = (rng.integers(0, extent - SIDE + 1) for extent in labels.shape)
-        window = np.s_[top : top + SIDE, left : left + SIDE]
-        if np.bincount(labels[window].ravel(), minlength=2)[1:].max() < SMALLEST:
-            continue
-        turns, mirror = rng.integers(4), rng.integers(2)
-        pair = [np.rot90(part[window], turns) for part in (picture, labels)]
-        image, numbers = (np.ascontiguousarray(p[:, ::-1] if mirror else p) for p in pair)
-        crops.append((image, numbers))
-    return crops
-
-
-def write_split(
-    folder: Path, split: str, crops: Sequence[tuple[int, np.ndarray, np.ndarray]]
-) -> dict[str, Any]:
-    """Write images, masks and annotations of a split; returns the annotations.
-
-    Args:
-        crops: category (from 1), picture and labels of each.
-    """
-    coco: dict[str, Any] = {
-        "images": [],
-        "annotations": [],
-        "categories": [{"id": i, "name": name} for i, name in enumerate(CLASSES, 1)],
-    }
-    for kind in ("images", "masks"):
-        (folder / kind / split).mkdir(parents=True, exist_ok=True)
-    for number, (category, picture, labels) in enumerate(crops):
-        name = f"{number:03d}.png"
-        Image.fromarray(picture).save(folder / "images" / split / name)
-        shown = np.zeros_like(labels, dtype=np.uint8)
-        coco["images"].append({"id": number, "file_name": name, "height": SIDE, "width": SIDE})
-        for region in measure.regionprops(labels):
-            if region.area < SMALLEST:
-                continue
-            mask = labels == region.label
-            shown[mask] = category
-            top, left, bottom, right = region.bbox
-            coco["annotations"].append(
-                {
-                    "id": len(coco["annotations"]) + 1,
-                    "image_id": number,
-                    "category_id": category,
-                    "bbox": [int(left), int(top), int(right - left), int(bottom - top)],
-                    "area": int(region.area),
-                    "iscrowd": 0,
-                    "segmentation": [_outline(mask)],
-                }
-            )
-        Image.fromarray(shown).save(folder / "masks" / split / name)
-    (folder / f"{split}.json").write_text(json.dumps(coco))
-    return coco
-
-
-def _outline(mask: np.ndarray) -> list[float]:
-    """The longest contour as x, y, x, y, …"""
-    contours = measure.find_contours(np.pad(mask, 1).astype(np.float64), 0.5)
-    # Contours run through pixel centres, one off because of the padding; COCO counts from corners.
-    return (max(contours, key=len)[::2, ::-1] - 0.5).ravel().round(1).tolist()
+from backbones._mm_quickstart import write_set
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -129,18 +24,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--train", type=int, default=64, help="training images")
     parser.add_argument("--val", type=int, default=12, help="validation images")
     args = parser.parse_args(argv)
-    rng = np.random.default_rng(0)
-    sources = [label_coins(), label_galaxies()]
-    for split, count in (("train", args.train), ("val", args.val)):
-        crops = []
-        for category, (picture, labels) in enumerate(sources, 1):
-            border = int(SPLIT * labels.shape[1])
-            part = np.s_[:, :border] if split == "train" else np.s_[:, border:]
-            share = -(-count // len(sources))
-            made = make_crops(picture[part], labels[part], share, rng)
-            crops.append([(category, *crop) for crop in made])
-        taking_turns = itertools.chain.from_iterable(zip(*crops, strict=True))
-        write_split(args.out, split, list(taking_turns)[:count])
+    write_set(args.out, args.train, args.val)
 
 
 if __name__ == "__main__":

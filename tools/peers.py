@@ -63,7 +63,7 @@ def peer(name: str) -> tuple[str, Create]:
     else:
         try:
             module = importlib.import_module(name)
-        except ModuleNotFoundError as error:
+        except (ModuleNotFoundError, TypeError, ValueError) as error:  # "", ".x"
             raise ValueError(f"--against: {error}") from error
         label = name
     if not hasattr(module, "create_model"):

@@ -186,9 +186,10 @@ def of_runtimes(report: dict[str, Any]) -> str:
             [
                 "## Beside ONNX Runtime and OpenVINO",
                 f"ONNX Runtime {versions['onnxruntime']} and OpenVINO {versions['openvino']} run "
-                "the file that `vision-backbones export --fused` writes, with norms and branches "
-                "folded. The last columns say how many times faster the fused model is, and that "
-                "it shall be no slower. A dash: the runtime refuses the file; the JSON says why.",
+                "the file that [`export`](guides/export.md) writes with `--fused`: norms and "
+                "branches folded. The last columns say how many times faster the fused model is, "
+                "and that it shall be no slower. A dash: the runtime refuses the file; the JSON "
+                "says why.",
                 _table(["ms", "batch", "threads", *labels, *ratios], rows),
                 _orders(report["results"]),
             ]

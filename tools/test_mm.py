@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mmengine.runner import Runner
 
-from backbones._mm_runs import load_config, processes, shared_arguments
+from backbones._mm_runs import load_config, processes, provide_data, shared_arguments
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
@@ -23,6 +23,7 @@ def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     if not Path(args.checkpoint).is_file():
         raise FileNotFoundError(f"no checkpoint at {args.checkpoint}")
     cfg.load_from = args.checkpoint
+    provide_data(cfg)
     with processes(cfg):
         return Runner.from_cfg(cfg).test()
 

@@ -7,7 +7,7 @@
 
 Logs and checkpoints go to ``--work-dir``, by default ``runs/mm/<name of the config>``. Learning
 rates are the config's: scale them by ``--cfg-options optim_wrapper.optimizer.lr=…`` where the
-number of GPUs is not that in its name.
+number of GPUs is not that in its name. The quickstarts make their pictures if they are not there.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.runner import Runner
 
-from backbones._mm_runs import load_config, processes, shared_arguments
+from backbones._mm_runs import load_config, processes, provide_data, shared_arguments
 
 
 def main(argv: Sequence[str] | None = None) -> Runner:
@@ -40,6 +40,7 @@ def main(argv: Sequence[str] | None = None) -> Runner:
     if args.resume:
         cfg.resume = True
         cfg.load_from = None if args.resume == "auto" else args.resume
+    provide_data(cfg)
     with processes(cfg):
         runner = Runner.from_cfg(cfg)
         runner.train()

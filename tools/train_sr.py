@@ -1,8 +1,8 @@
 """Train a restoration model: super-resolution, denoising, JPEG artifacts, real photographs.
 
     python tools/train_sr.py --config configs/sr/quickstart.yaml
-    python tools/train_sr.py --config configs/sr/hat_x2.yaml --train-pictures DF2K/HR \\
-        --val-pictures Set5/HR
+    python tools/train_sr.py --config configs/sr/hat.yaml --model hat_x2 \\
+        --train-pictures DF2K/HR --val-pictures Set5/HR
     torchrun --nproc-per-node 8 tools/train_sr.py --config …
 
 Any key of the recipe is a flag; ``--print-config`` shows what is resolved. Results go to
@@ -17,7 +17,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from backbones._console import guard  # noqa: E402
 from backbones.restoration.train import main  # noqa: E402
 
 if __name__ == "__main__":
-    sys.exit(main(description=__doc__ or ""))
+    sys.exit(guard(lambda: main(description=__doc__ or "")))

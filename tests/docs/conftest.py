@@ -1,4 +1,4 @@
-"""The built site, a server of it, and Debian's Chromium to look at it with."""
+"""What pages read; the built site, a server of it, and Debian's Chromium to look at it with."""
 
 from __future__ import annotations
 
@@ -16,8 +16,15 @@ import pytest
 from filelock import FileLock
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
+from stand_ins import Shelf
 
 ROOT = Path(__file__).resolve().parents[2]
+
+
+@pytest.fixture(scope="session")
+def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
+    """What the pages' commands and code read."""
+    return Shelf(tmp_path_factory.mktemp("shelf"))
 
 
 @pytest.fixture(scope="session")

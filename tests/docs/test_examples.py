@@ -8,65 +8,89 @@ import functools
 import importlib
 import re
 import shlex
+import subprocess
 from pathlib import Path
+from typing import Any
 
+import pages
 import pytest
+import torch
+from pages import ROOT, blocks, fenced
+from stand_ins import DOWNLOADS, Shelf
 
 from backbones.cli.main import COMMANDS
 
-ROOT = Path(__file__).resolve().parents[2]
-DOCS = ROOT / "docs"
-PAGES = sorted(
-    [DOCS / "index.md", *DOCS.glob("guides/*.md"), *DOCS.glob("families/*.md")],
-    key=lambda page: page.as_posix(),
-)
 SCRIPT = r"(tools/\w+|train_cls)\.py"
-BLOCK = re.compile(r"^( *)```(python|sh)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
+WITH_PYTHON = [page for page in pages.PAGES if blocks(page, "python")]
+# Its sections are run one by one in tests/downstream, with what is tested of them there.
+WITH_PYTHON.remove(ROOT / "docs/downstream.md")
+WITH_COMMANDS = [page for page in pages.PAGES if pages.commands(page)]
+# Files that say at their top how they are called, or what calls them.
+CALLED = sorted(
+    [ROOT / "train_cls.py", *ROOT.glob("tools/*.py"), *ROOT.glob("configs/*/*.yaml")]
+    + [*ROOT.glob("configs/*/quickstart*.py")]
+)
+# What the reader of a page has, by its name in the code.
+NAMES = {"README.md": {key: torch.zeros(1, 16, 16, 2, 4) for key in ("query", "key", "value")}}
 
 
-def blocks(page: Path, language: str) -> list[str]:
-    """The code of a page in one language."""
-    found = BLOCK.findall(page.read_text())
-    return [
-        "\n".join(line.removeprefix(indent) for line in text.split("\n"))
-        for indent, name, text in found
-        if name == language
-    ]
-
-
-def ids(pages: list[Path]) -> list[str]:
-    return [page.relative_to(ROOT).as_posix() for page in pages]
-
-
-WITH_PYTHON = [page for page in PAGES if blocks(page, "python")]
-WITH_COMMANDS = [
-    page for page in sorted([*ROOT.glob("*.md"), *DOCS.rglob("*.md")]) if blocks(page, "sh")
-]
-
-
-@pytest.mark.parametrize("page", WITH_PYTHON, ids=ids(WITH_PYTHON))
-def test_python_runs(page, tmp_path, monkeypatch):
+@pytest.mark.parametrize("page", WITH_PYTHON, ids=pages.name)
+def test_python_runs(
+    page: Path, shelf: Shelf, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Block after block in one namespace, as somebody would type them."""
     monkeypatch.chdir(tmp_path)
-    namespace: dict[str, object] = {"__name__": "page"}
-    for text in blocks(page, "python"):
-        exec(compile(text, str(page), "exec"), namespace)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / DOWNLOADS))
+    namespace: dict[str, Any] = {"__name__": "page", **NAMES.get(pages.name(page), {})}
+    code = [compile(text, str(page), "exec") for text in blocks(page, "python")]
+    shelf.provide([pages.name(page), *pages.strings(page)], tmp_path)
+    for part in code:
+        exec(part, namespace)
 
 
-@pytest.mark.parametrize("page", WITH_COMMANDS, ids=ids(WITH_COMMANDS))
-def test_commands_exist(page):
-    for text in blocks(page, "sh"):
-        for line in text.replace("\\\n", " ").splitlines():
-            words = shlex.split(line, comments=True)
-            for word in words:
-                if word.startswith(("tools/", "configs/", "tests/")) or word == "train_cls.py":
-                    assert (ROOT / word).exists(), f"{line}: there is no {word}"
-            if words[:1] == ["make"]:
-                check_targets(words[1:])
-            elif words[:1] == ["vision-backbones"]:
-                check_command(words[1], words[2:])
-            elif script := next((w for w in words if re.fullmatch(SCRIPT, w)), None):
-                check_options(ROOT / script, words[words.index(script) + 1 :])
+@pytest.mark.parametrize("page", pages.PAGES, ids=pages.name)
+def test_blocks_are_of_a_known_language(page: Path) -> None:
+    """What is in another one, such as ``bash``, no test here would look at."""
+    for language, text in fenced(page):
+        assert language in pages.LANGUAGES, text
+        if language in ("python", "py"):
+            ast.parse(text)
+        elif text.startswith("#!/bin/bash"):
+            subprocess.run(["bash", "-n"], input=text, text=True, check=True)
+
+
+@pytest.mark.parametrize("page", WITH_COMMANDS, ids=pages.name)
+def test_commands_exist(page: Path) -> None:
+    for text in pages.commands(page):
+        for line in pages.lines(text):
+            check(shlex.split(line))
+
+
+@pytest.mark.parametrize("file", CALLED, ids=pages.name)
+def test_commands_at_the_top_of_files_exist(file: Path) -> None:
+    if file.suffix == ".py":
+        text = ast.get_docstring(ast.parse(file.read_text())) or ""
+    else:
+        head = re.match(r"(#.*\n)*", file.read_text())
+        text = "" if head is None else re.sub("^#", "", head[0], flags=re.MULTILINE)
+    for line in text.replace("\\\n", " ").splitlines():
+        if pages.COMMAND.match(line.strip()):
+            check(shlex.split(line, comments=True))
+
+
+def check(words: list[str]) -> None:
+    """A command names files, targets, extras and options that there are."""
+    for word in words:
+        if word.startswith(("tools/", "configs/", "tests/")) or word == "train_cls.py":
+            assert (ROOT / word).exists(), f"{shlex.join(words)}: there is no {word}"
+    if words[:1] == ["make"]:
+        check_targets(words[1:])
+    elif words[:2] == ["pip", "install"]:
+        check_extras(words[2:])
+    elif words[:1] == ["vision-backbones"]:
+        check_command(words[1], words[2:])
+    elif script := next((w for w in words if re.fullmatch(SCRIPT, w)), None):
+        check_options(ROOT / script, words[words.index(script) + 1 :])
 
 
 def check_targets(targets: list[str]) -> None:
@@ -76,13 +100,20 @@ def check_targets(targets: list[str]) -> None:
         assert re.search(rf"^{target}:", makefile, re.MULTILINE), f"make has no {target}"
 
 
-def check_command(name: str, words: list[str]) -> None:
+def check_extras(words: list[str]) -> None:
+    """The package has them."""
+    project = (ROOT / "pyproject.toml").read_text()
+    for extra in re.findall(r"\w+", "".join(re.findall(r"\[(.*)\]", " ".join(words)))):
+        assert re.search(rf"^{extra} = \[", project, re.MULTILINE), f"there is no extra {extra}"
+
+
+def check_command(command: str, words: list[str]) -> None:
     """The sub-command takes these words."""
-    path, _ = COMMANDS[name]
+    path, _ = COMMANDS[command]
     if path.endswith(".py"):
         check_options(ROOT / "tools" / path, words)
         return
-    parser = argparse.ArgumentParser(prog=name)
+    parser = argparse.ArgumentParser(prog=command)
     importlib.import_module(path).add_arguments(parser)
     parser.parse_args(words)
 
@@ -100,21 +131,25 @@ def check_options(script: Path, words: list[str]) -> None:
             assert is_spelled or is_field, f"{script.name} has no {word}"
 
 
-@functools.cache
-def with_imports(script: Path) -> frozenset[Path]:
+def with_imports(script: Path) -> set[Path]:
     """The file, and those of ``backbones/`` and of its own folder that it imports in the end."""
     found: set[Path] = set()
-    left = [script]
+    left = {script}
     while left:
         path = left.pop()
         found.add(path)
-        for node in ast.walk(ast.parse(path.read_text())):
-            names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
-            if isinstance(node, ast.ImportFrom):
-                names = [f"{node.module}.{a.name}" for a in node.names] + [str(node.module)]
-            for name in names:
-                for base in (ROOT, script.parent):
-                    file = base / f"{name.replace('.', '/')}.py"
-                    if file.is_file() and file not in found:
-                        left.append(file)
-    return frozenset(found)
+        left |= imports(path, script.parent) - found
+    return found
+
+
+@functools.cache
+def imports(path: Path, folder: Path) -> set[Path]:
+    """The files of ours that a file imports, or of ``folder``."""
+    names: list[str] = []
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            names += [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            names += [f"{node.module}.{alias.name}" for alias in node.names] + [str(node.module)]
+    places = {base / f"{n.replace('.', '/')}.py" for n in names for base in (ROOT, folder)}
+    return {place for place in places if place.is_file()}

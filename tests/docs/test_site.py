@@ -15,8 +15,8 @@ from backbones.cli import parity
 
 ROOT = Path(__file__).resolve().parents[2]
 # Their modules are described as wholes; what is in them is called by the package around them.
-INTERNAL = ("ops/native/", "ops/neighborhood/")
-PACKAGES = ("ops/native/__init__.py", "ops/neighborhood/__init__.py")
+INTERNAL = ("ops/cpu/", "ops/neighborhood/")
+PACKAGES = ("ops/cpu/__init__.py", "ops/neighborhood/__init__.py")
 ERRORS = ("SEVERE", "WARNING")
 
 

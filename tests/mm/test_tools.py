@@ -6,8 +6,11 @@ import importlib.util
 import json
 import os
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
+from shutil import rmtree
 from types import ModuleType
 from typing import Any
 
@@ -19,7 +22,8 @@ from mmengine.config import Config
 from PIL import Image
 from torch import distributed, nn
 
-from backbones._mm_runs import processes
+from backbones import _mm_quickstart
+from backbones._mm_runs import processes, provide_data
 from backbones.openmmlab import CPUAmpOptimWrapper
 
 ROOT = Path(__file__).parents[2]
@@ -54,6 +58,63 @@ def _inside(monkeypatch: pytest.MonkeyPatch, folder: Path, train: int, val: int)
     _tool("make_mm_quickstart").main(["--train", str(train), "--val", str(val)])
 
 
+@pytest.mark.parametrize("name", ["det/quickstart_retinanet", "seg/quickstart_fpn"])
+def test_a_quickstart_makes_its_set_once(
+    name: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    cfg = Config.fromfile(_config(name))
+    cfg.quickstart_data.update(train=2, val=1)
+    provide_data(cfg, [Path("mine.png")])
+    assert not any(tmp_path.iterdir())
+    provide_data(cfg, [Path("mine.png"), tmp_path / "runs/mm/data/images/val/000.png"])
+    assert capsys.readouterr().out == "making runs/mm/data: 2 images to train, 1 to validate\n"
+    data = tmp_path / "runs/mm/data"
+    made = {path: path.stat().st_mtime_ns for path in data.rglob("*.*")}
+    assert len(made) == 8
+    provide_data(cfg)
+    assert {path: path.stat().st_mtime_ns for path in data.rglob("*.*")} == made
+    assert capsys.readouterr().out == ""
+    (data / "train.json").unlink()
+    provide_data(cfg)
+    assert (data / "train.json").is_file()
+
+
+def test_of_two_at_once_one_makes_the_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+
+    def write_set(folder: Path, train: int, val: int) -> None:
+        made.append((train, val))
+        folder.mkdir()
+        for name in ("train.json", "val.json"):
+            time.sleep(0.1)
+            (folder / name).touch()
+
+    monkeypatch.setattr(_mm_quickstart, "write_set", write_set)
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(_mm_quickstart.make_once, [tmp_path / "set"] * 2, [4, 4], [2, 2]))
+    assert made == [(4, 2)]
+
+
+def test_a_set_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ValueError, match="val must be 1 image or more, got 0"):
+        _mm_quickstart.write_set(tmp_path / "set", 1, 0)
+    write = _mm_quickstart.write_split
+
+    def stumble(folder: Path, split: str, *args: Any) -> None:
+        if split == "val":
+            raise KeyboardInterrupt
+        write(folder, split, *args)
+
+    monkeypatch.setattr(_mm_quickstart, "write_split", stumble)
+    with pytest.raises(KeyboardInterrupt):
+        _mm_quickstart.write_set(tmp_path / "set", 1, 1)
+    assert not any(tmp_path.iterdir())
+
+
 def test_the_set(tmp_path: Path) -> None:
     _tool("make_mm_quickstart").main(["--out", str(tmp_path), "--train", "6", "--val", "2"])
     coco = json.loads((tmp_path / "train.json").read_text())
@@ -85,7 +146,7 @@ def test_the_set(tmp_path: Path) -> None:
 def test_train_resume_evaluate_draw(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    _inside(monkeypatch, tmp_path, train=8, val=2)
+    monkeypatch.chdir(tmp_path)
     detects = name.startswith("det")
     # Two steps each time.
     length, last = ("max_epochs", "epoch_{}.pth") if detects else ("max_iters", "iter_{}.pth")
@@ -94,6 +155,8 @@ def test_train_resume_evaluate_draw(
     def options(end: int, run: str) -> list[str]:
         return [
             "--cfg-options",
+            "quickstart_data.train=8",
+            "quickstart_data.val=2",
             f"train_cfg.{length}={end}",
             "train_cfg.val_interval=100",
             f"default_hooks.checkpoint.interval={ends[0]}",
@@ -112,8 +175,10 @@ def test_train_resume_evaluate_draw(
     moments = saved["optimizer"]["state"][0]["step"]
     assert float(moments) == 4
 
+    rmtree(tmp_path / "runs/mm/data")
     checkpoint = str(folder / last.format(ends[1]))
     last_options = [f"experiment_name={tmp_path.name}-test"]
+    last_options += ["quickstart_data.train=8", "quickstart_data.val=2"]
     if name.endswith("retinanet"):
         # After four steps no score is above the usual threshold.
         last_options.append("model.test_cfg.score_thr=0.0")

@@ -1,8 +1,9 @@
-"""Coins and galaxies in COCO's format, written by tools/make_mm_quickstart.py."""
+"""Coins and galaxies in COCO's format, made if they are not there."""
 
 _base_ = ["./runtime.py"]
 
 data_root = "runs/mm/data/"
+quickstart_data = dict(folder=data_root, train=64, val=12)
 _dataset = dict(type="CocoDataset", data_root=data_root, metainfo=dict(classes=("coin", "galaxy")))
 train_dataloader = dict(
     batch_size=4,

@@ -1,14 +1,16 @@
-"""Coins and galaxies in mmseg's layout, written by tools/make_mm_quickstart.py."""
+"""Coins and galaxies in mmseg's layout, made if they are not there."""
 
 _base_ = ["./runtime.py"]
 
+data_root = "runs/mm/data/"
+quickstart_data = dict(folder=data_root, train=64, val=12)
 _dataset = dict(
     type="BaseSegDataset",
     metainfo=dict(
         classes=("background", "coin", "galaxy"),
         palette=[[0, 0, 0], [255, 200, 0], [0, 160, 255]],
     ),
-    data_root="runs/mm/data",
+    data_root=data_root,
     img_suffix=".png",
     seg_map_suffix=".png",
     reduce_zero_label=False,

@@ -1,0 +1,174 @@
+"""A small detection and segmentation set from two pictures inside scikit-image.
+
+Coins (the greek ones of Pompeii) and galaxies (Hubble's deep field, enlarged twice) take turns. The
+left part of each picture gives the training images, the right one those of validation, so that no
+pixel is in both (of one coin, each side may have a half). Boxes and masks are the pictures' own
+segmentations: for coins a watershed of the gradient from dark and bright markers, holes filled; for
+galaxies what is brighter than a threshold after smoothing; then the parts are labelled. The folder
+holds ``images/{train,val}/*.png``, their COCO annotations ``{train,val}.json`` and, for mmseg,
+``masks/{train,val}/*.png`` with 1 on coins and 2 on galaxies.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+from PIL import Image
+from scipy import ndimage
+from skimage import color, data, filters, measure, morphology, segmentation
+
+__all__ = ["make_once", "write_set"]
+
+CLASSES = ("coin", "galaxy")
+SIDE = 128
+# Columns left of this share of the width are for training.
+SPLIT = 0.63
+SMALLEST = 300
+
+
+def make_once(folder: Path, train: int, val: int) -> None:
+    """:func:`write_set`, unless the set is there; of several processes that ask, one makes it."""
+    if _is_whole(folder):
+        return
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        if not _is_whole(folder):
+            sys.stdout.write(f"making {folder}: {train} images to train, {val} to validate\n")
+            write_set(folder, train, val)
+
+
+def write_set(folder: Path, train: int, val: int) -> None:
+    """Write the set; every file is written elsewhere first, and replaces one of its name.
+
+    Args:
+        train, val: how many images.
+
+    Raises:
+        ValueError: a number of images below 1.
+    """
+    counts = {"train": train, "val": val}
+    for split, count in counts.items():
+        if count < 1:
+            raise ValueError(f"{split} must be 1 image or more, got {count}")
+    rng = np.random.default_rng(0)
+    sources = [label_coins(), label_galaxies()]
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{folder.name}-", dir=folder.parent) as name:
+        scratch = Path(name)
+        for split, count in counts.items():
+            crops = []
+            for category, (picture, labels) in enumerate(sources, 1):
+                border = int(SPLIT * labels.shape[1])
+                part = np.s_[:, :border] if split == "train" else np.s_[:, border:]
+                share = -(-count // len(sources))
+                made = make_crops(picture[part], labels[part], share, rng)
+                crops.append([(category, *crop) for crop in made])
+            taking_turns = itertools.chain.from_iterable(zip(*crops, strict=True))
+            write_split(scratch, split, list(taking_turns)[:count])
+        for file in (*scratch.rglob("*.png"), *scratch.glob("*.json")):
+            target = folder / file.relative_to(scratch)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            file.replace(target)
+
+
+def _is_whole(folder: Path) -> bool:
+    """Whether the annotations are there, which :func:`write_set` moves last."""
+    return all((folder / name).is_file() for name in ("train.json", "val.json"))
+
+
+def label_coins() -> tuple[np.ndarray, np.ndarray]:
+    """The picture (H, W, 3) in 8 bits, and the number of the coin at each pixel, 0 for none."""
+    picture = data.coins()
+    markers = np.zeros(picture.shape, dtype=np.int32)
+    markers[picture < 30] = 1
+    markers[picture > 150] = 2
+    coins = segmentation.watershed(filters.sobel(picture), markers) == 2
+    coins = morphology.opening(ndimage.binary_fill_holes(coins), morphology.disk(3))
+    return np.stack([picture] * 3, -1), measure.label(coins)
+
+
+def label_galaxies() -> tuple[np.ndarray, np.ndarray]:
+    """The same for galaxies (and the few bright stars among them)."""
+    picture = Image.fromarray(data.hubble_deep_field())
+    large = np.asarray(
+        picture.resize((2 * picture.width, 2 * picture.height), Image.Resampling.BILINEAR)
+    )
+    bright = filters.gaussian(color.rgb2gray(large), 3) > 0.2
+    return large, measure.label(ndimage.binary_fill_holes(bright))
+
+
+def make_crops(
+    picture: np.ndarray, labels: np.ndarray, count: int, rng: np.random.Generator
+) -> list[tuple[np.ndarray, np.ndarray]]:
+    """``count`` crops of SIDE×SIDE, turned and mirrored, of the picture and its labels.
+
+    Each holds at least one object.
+    """
+    crops: list[tuple[np.ndarray, np.ndarray]] = []
+    while len(crops) < count:
+        top, left = (rng.integers(0, extent - SIDE + 1) for extent in labels.shape)
+        window = np.s_[top : top + SIDE, left : left + SIDE]
+        if np.bincount(labels[window].ravel(), minlength=2)[1:].max() < SMALLEST:
+            continue
+        turns, mirror = int(rng.integers(4)), rng.integers(2)
+        pair = [np.rot90(part[window], turns) for part in (picture, labels)]
+        image, numbers = (np.ascontiguousarray(p[:, ::-1] if mirror else p) for p in pair)
+        crops.append((image, numbers))
+    return crops
+
+
+def write_split(
+    folder: Path, split: str, crops: Sequence[tuple[int, np.ndarray, np.ndarray]]
+) -> dict[str, Any]:
+    """Write images, masks and annotations of a split; returns the annotations.
+
+    Args:
+        crops: category (from 1), picture and labels of each.
+    """
+    coco: dict[str, Any] = {
+        "images": [],
+        "annotations": [],
+        "categories": [{"id": i, "name": name} for i, name in enumerate(CLASSES, 1)],
+    }
+    for kind in ("images", "masks"):
+        (folder / kind / split).mkdir(parents=True, exist_ok=True)
+    for number, (category, picture, labels) in enumerate(crops):
+        name = f"{number:03d}.png"
+        Image.fromarray(picture).save(folder / "images" / split / name)
+        shown = np.zeros_like(labels, dtype=np.uint8)
+        coco["images"].append({"id": number, "file_name": name, "height": SIDE, "width": SIDE})
+        for region in measure.regionprops(labels):
+            if region.area < SMALLEST:
+                continue
+            mask = labels == region.label
+            shown[mask] = category
+            top, left, bottom, right = region.bbox
+            coco["annotations"].append(
+                {
+                    "id": len(coco["annotations"]) + 1,
+                    "image_id": number,
+                    "category_id": category,
+                    "bbox": [int(left), int(top), int(right - left), int(bottom - top)],
+                    "area": int(region.area),
+                    "iscrowd": 0,
+                    "segmentation": [_outline(mask)],
+                }
+            )
+        Image.fromarray(shown).save(folder / "masks" / split / name)
+    (folder / f"{split}.json").write_text(json.dumps(coco))
+    return coco
+
+
+def _outline(mask: np.ndarray) -> list[float]:
+    """The longest contour as x, y, x, y, …"""
+    contours = measure.find_contours(np.pad(mask, 1).astype(np.float64), 0.5)
+    # Contours run through pixel centres, one off because of the padding; COCO counts from corners.
+    return (max(contours, key=len)[::2, ::-1] - 0.5).ravel().round(1).tolist()

@@ -1,0 +1,107 @@
+"""A fresh clone of the repository, and Python programs that run in it."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from commands import SHOWN
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def fresh_clone(folder: Path) -> Path:
+    """Make ``folder`` what ``git clone`` would bring, with what is not committed yet."""
+    for name in _tracked():
+        target = folder / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copy2(ROOT / name, target, follow_symlinks=False)
+    return folder
+
+
+@functools.cache
+def _tracked() -> list[str]:
+    """The files under version control that are there; without it, all that are not ignored."""
+    git = ["git", "-c", f"safe.directory={ROOT}", "ls-files", "-z"]
+    if (ROOT / ".git").exists() and shutil.which("git"):
+        listed = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        return [name for name in listed.split("\0")[:-1] if (ROOT / name).is_file()]
+    ignored = [line.strip("/") for line in (ROOT / ".gitignore").read_text().split()]
+    found: list[str] = []
+    for place, folders, files in os.walk(ROOT):
+        skip = shutil.ignore_patterns(".git", *ignored)(place, [*folders, *files])
+        folders[:] = [name for name in folders if name not in skip]
+        relative = Path(place).relative_to(ROOT)
+        found += [str(relative / name) for name in files if name not in skip]
+    return found
+
+
+class Workshop:
+    """Runs Python programs with the library of a clone, which it imports once for all of them.
+
+    Args:
+        clone: of :func:`fresh_clone`; what programs import comes from there.
+        modules: that are imported beforehand.
+    """
+
+    def __init__(self, clone: Path, modules: Sequence[str]) -> None:
+        server = [sys.executable, str(Path(__file__).with_name("fork_server.py")), *modules]
+        env = {"PYTHONPATH": str(clone), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+        self.log = clone.with_name(f"{clone.name}.log")
+        with self.log.open("w") as errors:
+            self._server = subprocess.Popen(
+                server,
+                cwd=clone,
+                env={**os.environ, **env},
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                text=True,
+                start_new_session=True,
+            )
+        try:
+            self._answer()
+        except AssertionError:
+            self.close()
+            raise
+
+    def run(
+        self, words: Sequence[str], cwd: Path, seconds: float, env: Mapping[str, str] | None = None
+    ) -> str:
+        """What the program prints, on both streams.
+
+        Args:
+            words: what follows ``python`` on a command line.
+            seconds: it may take.
+            env: further environment variables.
+
+        Raises:
+            AssertionError: it failed or took longer; with what was printed.
+        """
+        output = cwd.with_name(f"{cwd.name}.output")
+        job = {"words": list(words), "cwd": str(cwd), "seconds": seconds, "env": dict(env or {})}
+        assert self._server.stdin is not None
+        self._server.stdin.write(json.dumps({**job, "output": str(output)}) + "\n")
+        self._server.stdin.flush()
+        status = self._answer()
+        said = output.read_text(errors="replace")
+        assert status == "0", f"{' '.join(words)} ended with {status}\n{said[-SHOWN:]}"
+        return said
+
+    def close(self) -> None:
+        """End the server, and what it may have left."""
+        os.killpg(self._server.pid, signal.SIGKILL)
+        self._server.communicate()
+
+    def _answer(self) -> str:
+        assert self._server.stdout is not None
+        answer = self._server.stdout.readline().strip()
+        assert answer, f"the server of the programs has ended:\n{self.log.read_text()[-SHOWN:]}"
+        return answer
