@@ -39,7 +39,7 @@ class Stem(nn.Module):
     """Centre the image, 3×3 convolution, norm: (B, in_chs, H, W) → (B, dim, H, W).
 
     Attributes:
-        mean: (1, in_chs, 1, 1), of RGB images; zeros for others.
+        mean: (in_chs, 1, 1), of RGB images; zeros for others.
     """
 
     mean: Tensor
@@ -48,7 +48,8 @@ class Stem(nn.Module):
         super().__init__()
         self.img_range = img_range
         mean = torch.tensor(_RGB_MEAN) if in_chs == 3 else torch.zeros(in_chs)
-        self.register_buffer("mean", mean.view(1, in_chs, 1, 1), persistent=False)
+        # Without a batch axis: DDP cannot share a buffer of four axes with channels last.
+        self.register_buffer("mean", mean.view(in_chs, 1, 1), persistent=False)
         self.conv = nn.Conv2d(in_chs, dim, 3, padding=1)
         self.norm = LayerNorm2d(dim, eps=1e-5)
 
