@@ -198,8 +198,8 @@ def examine_gradients() -> list[Finding]:
         return []
     text = (
         f"torch {torch.__version__}: on a CPU the gradients of nn.BatchNorm2d are wrong for a "
-        "batch of one that comes from tokens (seen in 2.8 and 2.13); the layers of this "
-        "library are not affected, the authors' code and heads of your own may be"
+        "batch of one that comes from tokens (seen in 2.7, 2.8 and 2.13 to 2.15); the layers of "
+        "this library are not affected, the authors' code and heads of your own may be"
     )
     return [Finding("torch", "note", text)]
 
