@@ -23,9 +23,6 @@ from backbones.cli.ticking import ticking
 
 __all__ = ["EXAMPLE", "add_arguments", "export", "run"]
 
-# Of the weights, that lie on the disk at once while a file is quantised.
-_INT8_COPIES = 4
-
 EXAMPLE = "van_b0 --checkpoint van_b0.pth --dynamic --out van.onnx"
 
 
@@ -73,7 +70,7 @@ def _run(options: Namespace) -> int:
     shape = (options.batch, loaded.model.in_chans, *size)
     need_memory(loaded.model, exporting.check_shapes(shape, options.dynamic))
     weights = sum(t.nbytes for t in loaded.model.state_dict().values())
-    need_space(options.out.parent, weights * (_INT8_COPIES if options.int8 else 1))
+    need_space(options.out.parent, weights)
     images = None
     if options.int8:
         images = quantizing.calibration_images(
