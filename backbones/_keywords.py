@@ -25,6 +25,7 @@ __all__ = [
     "number",
     "one_of",
     "several",
+    "shortened",
     "shown",
     "text",
     "whole",
@@ -47,7 +48,12 @@ POOLINGS = (
 
 def shown(value: Any) -> str:
     """A value on one line, not too long."""
-    line = " ".join(repr(value).split())
+    return shortened(repr(value))
+
+
+def shortened(text: str) -> str:
+    """A text without line breaks, cut off where it is long."""
+    line = " ".join(text.split())
     return line if len(line) <= _LONGEST_SHOWN else f"{line[:_LONGEST_SHOWN]}…"
 
 

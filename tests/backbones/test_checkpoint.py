@@ -324,3 +324,10 @@ def test_weights_of_the_other_form(family: str) -> None:
     surplus = {**fused_state, "surplus.weight": torch.zeros(1)}
     with pytest.raises(CheckpointError, match=r"fit the fused .*, 1 unexpected \(surplus.weight\)"):
         load_checkpoint(small(family), surplus)
+
+
+def test_names_are_told_on_one_line() -> None:
+    state = {**small("van").state_dict(), "a\nb" * 99: torch.zeros(1)}
+    with pytest.raises(CheckpointError, match=r"1 unexpected \(a ba b") as raised:
+        load_checkpoint(small("van"), state)
+    assert "\n" not in str(raised.value) and len(str(raised.value)) < 250
