@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from backbones._base import StagedBackbone
 from backbones._checkpoint_files import HARMLESS, LOG_BUFFER, CheckpointError, read_file
 from backbones._download import downloaded, is_url
-from backbones._keywords import shortened, shown
+from backbones._messages import joined_lines, shown
 
 __all__ = [
     "HARMLESS",
@@ -365,7 +365,7 @@ def _misfit(tensor: Tensor, own: Tensor) -> str:
 
 def _some(names: list[str]) -> str:
     more = f", … {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(map(shortened, names[:_SHOWN])) + more if names else "none"
+    return ", ".join(joined_lines(name, 80) for name in names[:_SHOWN]) + more if names else "none"
 
 
 def _briefly(value: Any) -> str:

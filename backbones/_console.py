@@ -7,7 +7,6 @@ import codecs
 import errno
 import os
 import re
-import reprlib
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -16,20 +15,17 @@ from typing import Any, NoReturn, TextIO
 import torch
 
 from backbones._checkpoint import CheckpointError
+from backbones._messages import first_line, one_line
 from backbones.training.errors import TrainingError
 
 __all__ = [
     "CommandError",
     "Parser",
     "any_text",
-    "first_line",
     "guard",
     "memory_shortage",
-    "one_line",
-    "shown",
 ]
 
-_LONGEST = 1500  # a line
 _HANDLER = "backbones.spelled_out"
 # What the commands draw with; anything else that an encoding lacks becomes an escape.
 _SPELLED = {"─": "-", "✓": "v", "✗": "x", "×": "x", "·": ".", "…": "...", "→": "->", "≤": "<="}
@@ -101,27 +97,6 @@ def memory_shortage(error: BaseException) -> str | None:
     if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not _NO_MEMORY.search(text):
         return None
     return f"not enough memory: {first_line(error)}" if text else "not enough memory"
-
-
-def one_line(text: str) -> str:
-    """``text`` with escapes for line breaks and other control characters, and no endless one."""
-    text = re.sub(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]", lambda found: ascii(found[0])[1:-1], text)
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} …"
-
-
-def first_line(error: BaseException) -> str:
-    """What an error of another library says first; the rest is advice to programmers."""
-    lines = str(error).strip().splitlines()
-    return one_line(lines[0]) if lines else type(error).__name__
-
-
-def shown(value: object) -> str:
-    """``repr``, shortened."""
-    return _REPR.repr(value)
-
-
-_REPR = reprlib.Repr()
-_REPR.maxstring = _REPR.maxlong = _REPR.maxother = 60
 
 
 @contextmanager

@@ -15,6 +15,8 @@ from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
+from backbones._messages import shown
+
 __all__ = [
     "KERNEL",
     "KEYWORDS",
@@ -25,8 +27,6 @@ __all__ = [
     "number",
     "one_of",
     "several",
-    "shortened",
-    "shown",
     "text",
     "whole",
 ]
@@ -35,7 +35,6 @@ Check = Callable[[str, Any], Any]
 P = ParamSpec("P")
 T = TypeVar("T")
 
-_LONGEST_SHOWN = 80
 _MOST_CHANNELS = 1 << 16
 _MOST_CLASSES = 10**8
 _LARGEST_WINDOW = 1024
@@ -44,17 +43,6 @@ POOLINGS = (
     *("", "avg", "max", "avgmax", "catavgmax"),
     *("fast", "fastavg", "fastmax", "fastavgmax", "fastcatavgmax"),
 )
-
-
-def shown(value: Any) -> str:
-    """A value on one line, not too long."""
-    return shortened(repr(value))
-
-
-def shortened(text: str) -> str:
-    """A text without line breaks, cut off where it is long."""
-    line = " ".join(text.split())
-    return line if len(line) <= _LONGEST_SHOWN else f"{line[:_LONGEST_SHOWN]}…"
 
 
 def whole(least: int, greatest: int, odd: bool = False) -> Check:

@@ -19,8 +19,9 @@ import torch
 from torch import Tensor
 
 from backbones._checkpoint import CheckpointError, read_checkpoint
+from backbones._messages import joined_lines
 from backbones.training.checkpoint import save_weights
-from backbones.training.errors import CheckpointFileError, one_line
+from backbones.training.errors import CheckpointFileError
 
 
 def average(paths: Sequence[Path]) -> dict[str, Tensor]:
@@ -71,7 +72,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         sources = ", ".join(path.name for path in options.checkpoints)
         save_weights(options.output, mean, {"average_of": sources})
     except (OSError, CheckpointError, CheckpointFileError) as error:
-        sys.stderr.write(f"error: {one_line(error)}\n")
+        sys.stderr.write(f"error: {joined_lines(error)}\n")
         return 1
     sys.stdout.write(f"the mean of {len(options.checkpoints)} checkpoints is {options.output}\n")
     return 0

@@ -61,6 +61,7 @@ from torch import Tensor, nn
 import backbones
 from backbones._arguments import THREADS, nonempty_path, real, require_writable, whole
 from backbones._console import CommandError, Parser, guard
+from backbones._messages import first_line
 from backbones.cli.measure import count_macs
 
 __all__ = ["KINDS", "Row", "comparison", "describe", "kind_of", "main", "measure", "parse", "peer"]
@@ -193,7 +194,7 @@ def measure(
                 with PeakMemory(images.device) as memory:
                     run()
             except (RuntimeError, ImportError, NotImplementedError, TypeError, ValueError) as error:
-                results[name] = {"skipped": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
+                results[name] = {"skipped": f"{type(error).__name__}: {first_line(error)}"}
                 turns.pop(name, None)
             else:
                 runs[name] = run

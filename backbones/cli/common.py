@@ -20,7 +20,8 @@ from timm.data import ImageNetInfo
 import backbones
 from backbones._arguments import UNMAKEABLE
 from backbones._checkpoint import _strip_prefixes, read_checkpoint
-from backbones._console import CommandError, memory_shortage, one_line, shown
+from backbones._console import CommandError, memory_shortage
+from backbones._messages import one_line, shown
 from backbones.restoration.memory import available_memory, peak_bytes
 from backbones.training.recipe import Recipe, load_recipe
 

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 import torchvision
 
+from backbones._messages import first_line
 from backbones._requirements import unmet
 from backbones.cli.places import elsewhere, free_bytes, kernel_flaw, mend_kernel_cache
 from ops import cpu
@@ -128,7 +129,7 @@ def _torchvision(versions: Mapping[str, str]) -> list[Finding]:
                 "packages",
                 "error",
                 f"torchvision {versions.get('torchvision')} does not fit torch "
-                f"{versions.get('torch')}: {str(error).splitlines()[0]}",
+                f"{versions.get('torch')}: {first_line(error)}",
                 f"pip install --force-reinstall {shlex.quote(pinned.partition(';')[0].strip())} "
                 f"torchvision=={(versions.get('torchvision') or '').partition('+')[0]}",
             )

@@ -9,7 +9,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from backbones._console import CommandError, Parser, guard, one_line
+from backbones._console import CommandError, Parser, guard
+from backbones._messages import one_line
 from backbones._requirements import explanation
 
 __all__ = ["COMMANDS", "main", "run_command"]

@@ -32,7 +32,8 @@ from backbones._arguments import (
     usable_device,
     whole,
 )
-from backbones._console import first_line, memory_shortage, one_line
+from backbones._console import memory_shortage
+from backbones._messages import first_line, one_line
 from backbones.cli.cam import grad_cam
 from backbones.cli.common import CommandError, Loaded, load, read_labels, table
 from backbones.training import build

@@ -17,6 +17,7 @@ from typing import Any
 from timm.data import create_transform
 from torch import Tensor, nn
 
+from backbones._messages import first_line
 from backbones.cli.common import CommandError, Loaded
 from backbones.cli.exporting import Run, outputs
 from backbones.cli.predict import find_images, open_image, preprocessing
@@ -123,8 +124,7 @@ def quantize(path: Path, images: Sequence[Tensor]) -> None:
             extra_options={"MatMulConstBOnly": True},
         )
     except Exception as error:  # onnxruntime's have no public base
-        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise CommandError(f"cannot be quantised: {reason}") from error
+        raise CommandError(f"cannot be quantised: {first_line(error)}") from error
     finally:
         logging.disable(before)
         tempfile.tempdir = folder

@@ -22,7 +22,8 @@ from torch import Tensor
 import backbones
 from backbones._arguments import nonempty_path, require_writable
 from backbones._checkpoint import _strip_prefixes, read_checkpoint
-from backbones._console import memory_shortage, one_line, shown
+from backbones._console import memory_shortage
+from backbones._messages import one_line, shown
 from backbones._registry import published_weights
 from backbones.cli import parity
 from backbones.cli.common import (

@@ -14,7 +14,7 @@ from torch import nn
 
 import backbones
 from backbones._arguments import THREADS, UNMAKEABLE, nonempty_path, usable_device
-from backbones._console import shown
+from backbones._messages import shown
 from backbones.training.errors import DataError
 
 __all__ = ["add_model_arguments", "load_restorer", "parse_size", "restorer_of"]

@@ -5,7 +5,8 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from backbones.training.errors import RecipeError, shown
+from backbones._messages import shown
+from backbones.training.errors import RecipeError
 from backbones.training.recipe_ranges import Range
 
 __all__ = ["check_policy"]

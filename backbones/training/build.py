@@ -13,15 +13,9 @@ from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTarget
 from torch import nn
 
 import backbones
+from backbones._messages import first_line, joined_lines, shown
 from backbones.training.distillation import Distillation, build_teacher
-from backbones.training.errors import (
-    BUILDING_ERRORS,
-    RecipeError,
-    first_line,
-    one_line,
-    reading_error,
-    shown,
-)
+from backbones.training.errors import BUILDING_ERRORS, RecipeError, reading_error
 from backbones.training.recipe import Recipe
 
 __all__ = [
@@ -76,7 +70,7 @@ def model_error(recipe: Recipe, error: Exception) -> Exception:
     if recipe.model_args:
         arguments = shown(recipe.model_args)
         return RecipeError(f"{recipe.model} with model_args {arguments}: {first_line(error)}")
-    return RecipeError(one_line(error)) if isinstance(error, TypeError) else error
+    return RecipeError(joined_lines(error)) if isinstance(error, TypeError) else error
 
 
 def settle_memory_format(recipe: Recipe, device: torch.device) -> Recipe:

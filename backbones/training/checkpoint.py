@@ -18,7 +18,8 @@ import safetensors.torch
 import torch
 
 from backbones._checkpoint_files import CheckpointError, read_file
-from backbones.training.errors import CheckpointFileError, first_line
+from backbones._messages import first_line
+from backbones.training.errors import CheckpointFileError
 
 __all__ = [
     "FULL_DISK",

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from backbones.training.errors import DataError, one_line
+from backbones._messages import joined_lines, one_line
+from backbones.training.errors import DataError
 
 __all__ = ["CorruptImages"]
 
@@ -28,7 +29,7 @@ class CorruptImages:
 
     def add(self, name: str, error: Exception) -> None:
         """Note one; a short line is written whole, whoever else writes."""
-        line = f"{one_line(name)}\t{type(error).__name__}: {one_line(error)}"[:1000] + "\n"
+        line = f"{one_line(name)}\t{type(error).__name__}: {joined_lines(error)}"[:1000] + "\n"
         with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(line)
         self.in_a_row += 1

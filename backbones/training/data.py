@@ -17,7 +17,8 @@ from timm.data.readers import create_reader
 from timm.data.readers.img_extensions import get_img_extensions
 
 from backbones._download import fetch
-from backbones.training.errors import DataError, first_line, shown
+from backbones._messages import first_line, shown
+from backbones.training.errors import DataError
 from backbones.training.recipe import Recipe
 from backbones.training.sources import (
     ArraySource,

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from backbones.training.errors import RecipeError, first_line, shown
+from backbones._messages import first_line, shown
+from backbones.training.errors import RecipeError
 
 __all__ = ["Verdict", "World", "leave_processes", "world_of_processes"]
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import reprlib
+from backbones._messages import joined_lines
 
 __all__ = [
     "BUILDING_ERRORS",
@@ -11,10 +11,7 @@ __all__ = [
     "DivergedError",
     "RecipeError",
     "TrainingError",
-    "first_line",
-    "one_line",
     "reading_error",
-    "shown",
 ]
 
 BUILDING_ERRORS = (
@@ -22,8 +19,6 @@ BUILDING_ERRORS = (
     *(OSError, RuntimeError, TypeError, ValueError),
 )
 """What networks and optimizers raise of arguments that their authors did not think of."""
-
-_LONGEST = 1500
 
 
 class TrainingError(Exception):
@@ -46,32 +41,8 @@ class DivergedError(TrainingError, RuntimeError):
     """Loss or weights ceased to be finite: too many times in a row, or at a validation."""
 
 
-def one_line(error: object) -> str:
-    """A message as one printable line, whatever a file, a flag or another library put into it."""
-    text = " ".join(str(error).split()) or type(error).__name__
-    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text)
-    return text if len(text) <= _LONGEST else f"{text[:_LONGEST]} …"
-
-
-def first_line(error: BaseException) -> str:
-    """What an exception of another library says first; the rest is often advice for programmers."""
-    lines = [line for line in str(error).splitlines() if line.strip()]
-    return one_line(lines[0]) if lines else type(error).__name__
-
-
 def reading_error(error: BaseException, file: object) -> str:
     """What a reader said of a checkpoint, but for its advice to load it unsafely."""
     if "weights_only" not in str(error):
-        return one_line(error)
+        return joined_lines(error)
     return f"{file} holds more than tensors and plain values, or is no checkpoint; it was not run"
-
-
-def shown(value: object) -> str:
-    """A value for a message, shortened: YAML's references let a short file hold a huge one."""
-    text = _repr.repr(value)
-    return text if len(text) <= 200 else f"{text[:200]} …"
-
-
-_repr = reprlib.Repr()
-_repr.maxstring = _repr.maxother = _repr.maxlong = 80
-_repr.maxlevel = 3

@@ -7,7 +7,8 @@ import fnmatch
 from argparse import Namespace
 from pathlib import Path
 
-from backbones.training.errors import RecipeError, one_line
+from backbones._messages import joined_lines
+from backbones.training.errors import RecipeError
 from backbones.training.lock import FolderLock, LockedError
 from backbones.training.recipe import Recipe
 
@@ -57,7 +58,7 @@ class RunFolder:
             ) from None
         except OSError as error:
             self.leave()
-            reason = error.strerror or one_line(error)
+            reason = error.strerror or joined_lines(error)
             raise RecipeError(f"cannot use the folder {self.path}: {reason}") from error
         except RecipeError:
             self.leave()

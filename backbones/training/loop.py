@@ -15,10 +15,11 @@ from timm.models import model_parameters
 from timm.utils import ModelEmaV3, dispatch_clip_grad, random_seed
 from torch import Tensor, nn
 
+from backbones._messages import first_line
 from backbones.training import build, checkpoint, optimization, parallel
 from backbones.training.bad_steps import BadSteps
 from backbones.training.distributed import Verdict, World
-from backbones.training.errors import BUILDING_ERRORS, DivergedError, RecipeError, first_line
+from backbones.training.errors import BUILDING_ERRORS, DivergedError, RecipeError
 from backbones.training.interrupt import StopRequest
 from backbones.training.progress import Progress, RunLog, peak_memory
 from backbones.training.recipe import Recipe

@@ -10,7 +10,8 @@ import unicodedata
 from collections.abc import Iterable
 from typing import Any
 
-from backbones.training.errors import RecipeError, shown
+from backbones._messages import shown
+from backbones.training.errors import RecipeError
 from backbones.training.recipe_yaml import parse_yaml
 
 __all__ = ["as_type_of", "inner_type", "nearest"]

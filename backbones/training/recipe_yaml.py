@@ -7,7 +7,8 @@ from typing import Any
 
 import yaml
 
-from backbones.training.errors import RecipeError, one_line
+from backbones._messages import joined_lines
+from backbones.training.errors import RecipeError
 
 __all__ = ["parse_yaml", "read_mapping"]
 
@@ -45,7 +46,7 @@ def parse_yaml(text: str) -> Any:
     except RecursionError:
         raise ValueError("nested too deeply") from None
     except _ERRORS as error:
-        raise ValueError(one_line(error)) from None
+        raise ValueError(joined_lines(error)) from None
 
 
 def read_mapping(path: Path) -> dict[str, Any]:

@@ -12,11 +12,12 @@ from typing import Any
 import torch
 from torch import nn
 
+from backbones._messages import joined_lines, shown
 from backbones.training import checkpoint, parallel
 from backbones.training.bad_steps import BadSteps
 from backbones.training.distillation import StudentWithExits
 from backbones.training.distributed import World
-from backbones.training.errors import CheckpointFileError, one_line, shown
+from backbones.training.errors import CheckpointFileError
 from backbones.training.optimization import images_per_update, learning_rate
 from backbones.training.progress import Progress
 from backbones.training.recipe import Recipe, differences, fields_of
@@ -247,5 +248,5 @@ class Resumable(ABC):
             ]
             if lines:
                 return ", ".join(lines)
-        text = one_line(error)
+        text = joined_lines(error)
         return text if len(text) < 300 else f"{text[:300]} …"

@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 
 from backbones._checkpoint import CheckpointError
+from backbones._messages import first_line, joined_lines
 from backbones.training.checkpoint import write_atomically, write_problem
 from backbones.training.command_line import parse_command_line
 from backbones.training.distributed import World, world_of_processes
-from backbones.training.errors import DataError, RecipeError, TrainingError, first_line, one_line
+from backbones.training.errors import DataError, RecipeError, TrainingError
 from backbones.training.folder import RunFolder
 from backbones.training.interrupt import StopRequest, stop_on_signals
 from backbones.training.loop import TrainingLoop
@@ -139,5 +140,5 @@ def _print(text: str) -> int:
 
 
 def _fail(error: object, status: int = 1) -> int:
-    sys.stderr.write(f"error: {one_line(error)}\n")
+    sys.stderr.write(f"error: {joined_lines(error)}\n")
     return status

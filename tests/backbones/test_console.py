@@ -14,7 +14,7 @@ import torch
 from other_encodings import Stream
 
 from backbones import CheckpointError
-from backbones._console import CommandError, Parser, any_text, guard, one_line, shown
+from backbones._console import CommandError, Parser, any_text, guard
 from backbones.training.errors import DataError
 
 TEXT = "─✓× 日 \udcff.png"
@@ -118,13 +118,6 @@ def test_mistakes_on_a_command_line_are_one_line(capsys: pytest.CaptureFixture[s
     parser.add_argument("--many", type=int, nargs=2)
     assert guard(lambda: parser.parse_args(["--many", "1", "a\nb"])) == 2
     assert capsys.readouterr().err == "error: argument --many: invalid int value: 'a\\nb'\n"
-
-
-def test_lines_end() -> None:
-    assert one_line("a\r\n\tb\x85\u2028é日") == "a\\r\\n\\tb\\x85\\u2028é日"
-    assert len(one_line("x" * 10**6)) < 2000
-    assert len(shown("9" * 10**4)) < 100
-    assert len(shown(10**4000)) < 100
 
 
 @pytest.mark.slow
