@@ -24,7 +24,7 @@ import torch
 from timm.utils import distribute_bn
 from torch import nn
 
-from backbones._console import guard
+from backbones.core.console import guard
 from backbones.training import build, distillation, pictures
 from backbones.training.corrupt import CorruptImages
 from backbones.training.data import open_splits

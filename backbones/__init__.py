@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from backbones._requirements import explanation as _explanation
+from backbones.core.requirements import explanation as _explanation
 
 try:
     import timm as _timm  # noqa: F401  (with torch and torchvision)
@@ -22,9 +22,9 @@ if not hasattr(_ops, "OPS_OF_VISION_BACKBONES"):
     )
 
 try:
-    from backbones._base import Stage, StagedBackbone
-    from backbones._checkpoint import CheckpointError, LoadReport, load_checkpoint
-    from backbones._registry import create_model, empty_cache, fuse, list_families, list_models
+    from backbones.core.base import Stage, StagedBackbone
+    from backbones.core.checkpoint import CheckpointError, LoadReport, load_checkpoint
+    from backbones.core.registry import create_model, empty_cache, fuse, list_families, list_models
 
     # Importing a family registers its models, here and with timm.
     from backbones import (  # isort: skip

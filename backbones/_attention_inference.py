@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from backbones import _hat_blocks, _medvitv2_blocks, biformer, favit, litv2, ravlt
+from backbones import biformer, favit, hat_blocks, litv2, medvitv2_blocks, ravlt
 from ops.cpu.attention.grouped import split_heads
 from ops.cpu.deformable.deformable_conv import deformable_conv2d, pack_taps
 from ops.cpu.dispatch import takes_kernels
@@ -64,7 +64,7 @@ class BiFormerBlock(biformer.Block):
         return self.mlp(x, x, self.norm2).permute(0, 3, 1, 2)
 
 
-class HATChannelAttentionConv(_hat_blocks.ChannelAttentionConv):
+class HATChannelAttentionConv(hat_blocks.ChannelAttentionConv):
     """The first convolution applies the activation."""
 
     followed: ClassVar = {"act": ("conv1",)}
@@ -76,7 +76,7 @@ class HATChannelAttentionConv(_hat_blocks.ChannelAttentionConv):
         return x, self.se.gates(x)
 
 
-class HATHybridBlock(_hat_blocks.HybridBlock):
+class HATHybridBlock(hat_blocks.HybridBlock):
     """As the overlap block; gates and scale of the channel branch go with its addition."""
 
     needs: ClassVar = {"attn": FastWindowAttention, "conv": HATChannelAttentionConv, "mlp": FastMlp}
@@ -91,13 +91,13 @@ class HATHybridBlock(_hat_blocks.HybridBlock):
         normed = self.norm1(x)
         conv: Any = self.conv
         branch, gates = conv.map_and_gates(normed.permute(0, 3, 1, 2))
-        gates = (gates * _hat_blocks.CONV_SCALE)[:, None, None]
+        gates = (gates * hat_blocks.CONV_SCALE)[:, None, None]
         x = torch.addcmul(x, branch.permute(0, 2, 3, 1), gates)
         x = self.attn(normed, index, masks, x)
         return self.mlp(x, x, self.norm2)
 
 
-class HATOverlapBlock(_hat_blocks.OverlapBlock):
+class HATOverlapBlock(hat_blocks.OverlapBlock):
     """Attention and MLP add their shortcuts, the MLP takes its norm."""
 
     needs: ClassVar = {"attn": FastOverlappingWindowAttention, "mlp": FastMlp}
@@ -113,7 +113,7 @@ class HATOverlapBlock(_hat_blocks.OverlapBlock):
         return self.mlp(x, x, self.norm2)
 
 
-class HATResidualGroup(Recorded, _hat_blocks.ResidualGroup):
+class HATResidualGroup(Recorded, hat_blocks.ResidualGroup):
     """Without the tables of positions where the attention keeps its own."""
 
     needs: ClassVar = {"blocks": (HATHybridBlock, HATOverlapBlock)}
@@ -210,7 +210,7 @@ class RAVLTStage(Recorded, ravlt.RAVLTStage):
         return self.run_blocks(x, None, None).permute(0, 3, 1, 2)
 
 
-class MedViTV2ConvFFN(_medvitv2_blocks.ConvFFN):
+class MedViTV2ConvFFN(medvitv2_blocks.ConvFFN):
     """The last layer applies the gates and, if its scale is given, adds the shortcut."""
 
     needs: ClassVar = {"se": FastSqueezeExcite, "project": FastPointwiseConv2d}
@@ -222,7 +222,7 @@ class MedViTV2ConvFFN(_medvitv2_blocks.ConvFFN):
         return self.project(hidden, residual, se.gates(hidden), residual_scale)
 
 
-class MedViTV2LocalBlock(FastLayer, _medvitv2_blocks.FoldedLocalBlock):
+class MedViTV2LocalBlock(FastLayer, medvitv2_blocks.FoldedLocalBlock):
     """Planes are made with the norm; the feed-forward adds both of its shortcuts."""
 
     needs: ClassVar = {"norm1": nn.BatchNorm2d, "ffn": MedViTV2ConvFFN}
@@ -241,7 +241,7 @@ class MedViTV2LocalBlock(FastLayer, _medvitv2_blocks.FoldedLocalBlock):
         return _affine(self.norm1, x), 1 + self.scale.detach().float()
 
 
-class MedViTV2GlobalBlock(FastLayer, _medvitv2_blocks.GlobalBlock):
+class MedViTV2GlobalBlock(FastLayer, medvitv2_blocks.GlobalBlock):
     """Planes are made with the second norm."""
 
     needs: ClassVar = {"norm2": nn.BatchNorm2d}
@@ -273,9 +273,9 @@ def _affine(norm: nn.BatchNorm2d, x: Tensor) -> Tensor | None:
 def _add_as_stored(
     layer: nn.Module, x: Tensor, norm: nn.BatchNorm2d, affine: Tensor | None
 ) -> Tensor:
-    """``x`` and what a layer makes of its norm, see :func:`_medvitv2_blocks.map_as_stored`."""
+    """``x`` and what a layer makes of its norm, see :func:`medvitv2_blocks.map_as_stored`."""
     if affine is None:
-        return x + _medvitv2_blocks.map_as_stored(layer, norm(x))
+        return x + medvitv2_blocks.map_as_stored(layer, norm(x))
     batch, dim, height, width = x.shape
     mixed = layer(split_planes(x, affine).view(batch, height, width, dim))
     return join_planes(mixed.reshape(x.shape), x)
@@ -286,17 +286,17 @@ FORMS: dict[type[Any], type[Any]] = {
     biformer.GlobalAttention: BiFormerGlobalAttention,
     favit.Block: FaViTBlock,
     favit.FaViTStage: recorded_form(favit.FaViTStage),
-    _hat_blocks.ChannelAttentionConv: HATChannelAttentionConv,
-    _hat_blocks.HybridBlock: HATHybridBlock,
-    _hat_blocks.OverlapBlock: HATOverlapBlock,
-    _hat_blocks.ResidualGroup: HATResidualGroup,
+    hat_blocks.ChannelAttentionConv: HATChannelAttentionConv,
+    hat_blocks.HybridBlock: HATHybridBlock,
+    hat_blocks.OverlapBlock: HATOverlapBlock,
+    hat_blocks.ResidualGroup: HATResidualGroup,
     litv2.Block: LITv2Block,
     litv2.DeformableConv2d: LITv2DeformableConv2d,
     litv2.LITv2Stage: recorded_form(litv2.LITv2Stage),
     litv2.PatchEmbed: LITv2PatchEmbed,
-    _medvitv2_blocks.ConvFFN: MedViTV2ConvFFN,
-    _medvitv2_blocks.FoldedLocalBlock: MedViTV2LocalBlock,
-    _medvitv2_blocks.GlobalBlock: MedViTV2GlobalBlock,
+    medvitv2_blocks.ConvFFN: MedViTV2ConvFFN,
+    medvitv2_blocks.FoldedLocalBlock: MedViTV2LocalBlock,
+    medvitv2_blocks.GlobalBlock: MedViTV2GlobalBlock,
     ravlt.Block: RAVLTBlock,
     ravlt.ConvMlp: RAVLTConvMlp,
     ravlt.RAVLTStage: RAVLTStage,

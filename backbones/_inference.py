@@ -6,7 +6,8 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from backbones import _base, inception_next, unireplknet, van
+from backbones import inception_next, unireplknet, van
+from backbones.core import base
 from ops.cpu.feed_forward.response_mlp import PackedResponseMlp, response_mlp
 from ops.inference.conv import FastSqueezeExcite
 from ops.inference.layers import FastLayer, FastLinear, FastPointwiseConv2d, runs_fast, tensors_of
@@ -112,7 +113,7 @@ class VANBlock(FastLayer, van.FoldedBlock):
 
 
 FORMS: dict[type[Any], type[Any]] = {
-    _base.Stage: recorded_form(_base.Stage),
+    base.Stage: recorded_form(base.Stage),
     inception_next.Block: InceptionNeXtBlock,
     unireplknet.Block: UniRepLKNetBlock,
     van.Attention: VANAttention,

@@ -22,10 +22,10 @@ from timm.layers import LayerNorm2d, calculate_drop_path_rates
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from backbones._base import StagedBackbone
-from backbones._hat_blocks import HybridBlock, OverlapBlock, ResidualGroup
-from backbones._keywords import checked, whole
-from backbones._registry import build_model, register
+from backbones.core.base import StagedBackbone
+from backbones.core.keywords import checked, whole
+from backbones.core.registry import build_model, register
+from backbones.hat_blocks import HybridBlock, OverlapBlock, ResidualGroup
 from ops.init import init_trunc_normal
 from ops.padding import reflect_pad_to_multiple
 
@@ -89,7 +89,7 @@ class HAT(StagedBackbone):
         window_size: side of the windows; every second block shifts them by half.
         overlap_ratio: how much larger the windows of keys are in a group's last block.
         compress_ratio, squeeze_factor: see
-            :class:`backbones._hat_blocks.ChannelAttentionConv`.
+            :class:`backbones.hat_blocks.ChannelAttentionConv`.
         mlp_ratio: width of the MLPs relative to ``dim``.
         upscale: 1 … 4; 1 restores an image at its size.
         in_chans: of the image. Of three, the mean of RGB training images is subtracted.

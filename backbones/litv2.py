@@ -25,9 +25,9 @@ from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
-from backbones._base import Stage, StagedBackbone
-from backbones._keywords import checked, several, whole
-from backbones._registry import build_model, register
+from backbones.core.base import Stage, StagedBackbone
+from backbones.core.keywords import checked, several, whole
+from backbones.core.registry import build_model, register
 from ops.attention.hilo import HiLoAttention
 from ops.batch_norm import BatchNorm2d
 from ops.init import init_fan_out

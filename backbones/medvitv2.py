@@ -27,10 +27,10 @@ from timm.layers import (
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from backbones._base import Stage, StagedBackbone
-from backbones._keywords import checked
-from backbones._medvitv2_blocks import GlobalBlock, LocalBlock
-from backbones._registry import build_model, register
+from backbones.core.base import Stage, StagedBackbone
+from backbones.core.keywords import checked
+from backbones.core.registry import build_model, register
+from backbones.medvitv2_blocks import GlobalBlock, LocalBlock
 from ops.batch_norm import BatchNorm2d
 from ops.conv import ConvNorm
 from ops.init import init_trunc_normal

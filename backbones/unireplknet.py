@@ -26,9 +26,17 @@ from timm.layers import (
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from backbones._base import Stage, StagedBackbone
-from backbones._keywords import KERNEL, POOLINGS, checked, one_of, one_or_several, several, widths
-from backbones._registry import build_model, register
+from backbones.core.base import Stage, StagedBackbone
+from backbones.core.keywords import (
+    KERNEL,
+    POOLINGS,
+    checked,
+    one_of,
+    one_or_several,
+    several,
+    widths,
+)
+from backbones.core.registry import build_model, register
 from ops.batch_norm import BatchNorm2d
 from ops.init import init_trunc_normal
 from ops.large_kernel import DilatedReparamConv2d

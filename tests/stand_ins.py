@@ -20,8 +20,8 @@ from training_runs import TINY, make_images
 
 import backbones
 import train_cls
-from backbones._download import file_name
 from backbones.cli import parity
+from backbones.core.download import file_name
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = 3

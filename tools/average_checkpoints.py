@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from backbones._checkpoint import CheckpointError, read_checkpoint
-from backbones._messages import joined_lines
+from backbones.core.checkpoint import CheckpointError, read_checkpoint
+from backbones.core.messages import joined_lines
 from backbones.training.checkpoint import save_weights
 from backbones.training.errors import CheckpointFileError
 

@@ -59,10 +59,10 @@ from peers import Create, is_installed, peer
 from torch import Tensor, nn
 
 import backbones
-from backbones._arguments import THREADS, nonempty_path, real, require_writable, whole
-from backbones._console import CommandError, Parser, guard
-from backbones._messages import first_line
 from backbones.cli.measure import count_macs
+from backbones.core.arguments import THREADS, nonempty_path, real, require_writable, whole
+from backbones.core.console import CommandError, Parser, guard
+from backbones.core.messages import first_line
 
 __all__ = ["KINDS", "Row", "comparison", "describe", "kind_of", "main", "measure", "parse", "peer"]
 

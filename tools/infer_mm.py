@@ -16,8 +16,8 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import VISUALIZERS, init_default_scope
 
-from backbones._mm_runs import provide_data
 from backbones.openmmlab import check_channels
+from backbones.openmmlab.runs import provide_data
 
 
 def main(argv: Sequence[str] | None = None) -> list[Path]:

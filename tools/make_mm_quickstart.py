@@ -12,7 +12,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
-from backbones._mm_quickstart import write_set
+from backbones.openmmlab.quickstart import write_set
 
 
 def main(argv: Sequence[str] | None = None) -> None:

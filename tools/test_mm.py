@@ -11,7 +11,7 @@ from pathlib import Path
 
 from mmengine.runner import Runner
 
-from backbones._mm_runs import load_config, processes, provide_data, shared_arguments
+from backbones.openmmlab.runs import load_config, processes, provide_data, shared_arguments
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:

@@ -18,7 +18,7 @@ from mmengine.config import Config
 from mmengine.device import get_device
 from mmengine.runner import Runner
 
-from backbones._mm_runs import load_config, processes, provide_data, shared_arguments
+from backbones.openmmlab.runs import load_config, processes, provide_data, shared_arguments
 
 
 def main(argv: Sequence[str] | None = None) -> Runner:

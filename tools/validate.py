@@ -32,7 +32,7 @@ import torch
 from torch import nn
 
 import backbones
-from backbones._arguments import (
+from backbones.core.arguments import (
     THREADS,
     UNMAKEABLE,
     nonempty,
@@ -43,8 +43,8 @@ from backbones._arguments import (
     usable_device,
     whole,
 )
-from backbones._console import Parser, guard
-from backbones._messages import first_line
+from backbones.core.console import Parser, guard
+from backbones.core.messages import first_line
 from backbones.training import build
 from backbones.training.answers import Answers, answer_all, read_real_labels, real_accuracy
 from backbones.training.checkpoint import write_atomically

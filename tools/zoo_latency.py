@@ -25,7 +25,7 @@ from benchmark_report import describe
 from measuring import machine, write
 
 import backbones
-from backbones._registry import published_weights
+from backbones.core.registry import published_weights
 
 OUTPUT = Path(__file__).resolve().parent.parent / "docs" / "performance" / "zoo.json"
 

@@ -13,7 +13,7 @@ import torch
 from timm.layers import DropPath
 from torch import Tensor, nn
 
-from backbones._hat_blocks import ResidualGroup
+from backbones.hat_blocks import ResidualGroup
 
 __all__ = ["Group", "StandIn", "fill_in", "take_out"]
 

@@ -11,8 +11,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from backbones._base import StagedBackbone
 from backbones.cli.receptive_field import ReceptiveField, follow
+from backbones.core.base import StagedBackbone
 
 __all__ = ["grad_cam", "spread"]
 

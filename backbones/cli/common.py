@@ -18,10 +18,10 @@ from safetensors import SafetensorError, safe_open
 from timm.data import ImageNetInfo
 
 import backbones
-from backbones._arguments import UNMAKEABLE
-from backbones._checkpoint import _strip_prefixes, read_checkpoint
-from backbones._console import CommandError, memory_shortage
-from backbones._messages import one_line, shown
+from backbones.core.arguments import UNMAKEABLE
+from backbones.core.checkpoint import _strip_prefixes, read_checkpoint
+from backbones.core.console import CommandError, memory_shortage
+from backbones.core.messages import one_line, shown
 from backbones.restoration.memory import available_memory, peak_bytes
 from backbones.training.recipe import Recipe, load_recipe
 
@@ -219,7 +219,7 @@ def read_text(path: Path, option: str) -> str:
 @contextmanager
 def quiet() -> Iterator[None]:
     """Nothing from the log of loading: the command says in its own words what matters."""
-    log = logging.getLogger("backbones._checkpoint")
+    log = logging.getLogger("backbones.core.checkpoint")
     level = log.level
     log.setLevel(logging.ERROR)
     try:

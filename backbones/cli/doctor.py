@@ -18,9 +18,9 @@ from pathlib import Path
 import torch
 import torchvision
 
-from backbones._messages import first_line
-from backbones._requirements import unmet
 from backbones.cli.places import elsewhere, free_bytes, kernel_flaw, mend_kernel_cache
+from backbones.core.messages import first_line
+from backbones.core.requirements import unmet
 from ops import cpu
 from ops.batch_norm import has_wrong_gradients
 from ops.cpu import build, cache, compiler

@@ -9,9 +9,9 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from backbones._console import CommandError, Parser, guard
-from backbones._messages import one_line
-from backbones._requirements import explanation
+from backbones.core.console import CommandError, Parser, guard
+from backbones.core.messages import one_line
+from backbones.core.requirements import explanation
 
 __all__ = ["COMMANDS", "main", "run_command"]
 

@@ -16,8 +16,8 @@ import torchvision
 from torch import Tensor, nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from backbones._base import StagedBackbone
 from backbones.cli.receptive_field import ReceptiveField, follow
+from backbones.core.base import StagedBackbone
 from ops.neighborhood import NeighborhoodAttention2D
 
 __all__ = ["Part", "count_macs", "measure", "time_shares"]

@@ -24,18 +24,18 @@ from timm.data import create_transform, resolve_data_config
 from timm.data.readers.img_extensions import get_img_extensions
 from torch import Tensor
 
-from backbones import images
-from backbones._arguments import (
+from backbones.cli.cam import grad_cam
+from backbones.cli.common import CommandError, Loaded, load, read_labels, table
+from backbones.core import images
+from backbones.core.arguments import (
     file_problem,
     nonempty_path,
     require_writable,
     usable_device,
     whole,
 )
-from backbones._console import memory_shortage
-from backbones._messages import first_line, one_line
-from backbones.cli.cam import grad_cam
-from backbones.cli.common import CommandError, Loaded, load, read_labels, table
+from backbones.core.console import memory_shortage
+from backbones.core.messages import first_line, one_line
 from backbones.training import build
 from backbones.training.checkpoint import write_atomically
 
@@ -224,10 +224,10 @@ def find_images(places: Sequence[Path]) -> list[Path]:
 
 
 def open_image(path: Path, grey: bool = False) -> Image.Image:
-    """Decoded, upright, in RGB or grey; see :func:`backbones.images.open_image`.
+    """Decoded, upright, in RGB or grey; see :func:`backbones.core.images.open_image`.
 
     Raises:
-        one of :data:`backbones.images.DECODE_ERRORS`: it is no whole image, or no file.
+        one of :data:`backbones.core.images.DECODE_ERRORS`: it is no whole image, or no file.
     """
     if (problem := file_problem(path)) is not None:
         raise OSError(problem)

@@ -17,10 +17,10 @@ from typing import Any
 from timm.data import create_transform
 from torch import Tensor, nn
 
-from backbones._messages import first_line
 from backbones.cli.common import CommandError, Loaded
 from backbones.cli.exporting import Run, outputs
 from backbones.cli.predict import find_images, open_image, preprocessing
+from backbones.core.messages import first_line
 
 __all__ = ["Agreement", "agreement", "calibration_images", "check_options", "quantize"]
 

@@ -7,9 +7,9 @@ import sys
 import textwrap
 from argparse import ArgumentParser, Namespace
 
-from backbones._arguments import whole
 from backbones.cli.common import add_size_argument, count_text, create, table, two_sides
 from backbones.cli.measure import measure
+from backbones.core.arguments import whole
 
 __all__ = ["EXAMPLE", "add_arguments", "describe", "run"]
 

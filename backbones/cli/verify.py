@@ -20,11 +20,6 @@ import torch
 from torch import Tensor
 
 import backbones
-from backbones._arguments import nonempty_path, require_writable
-from backbones._checkpoint import _strip_prefixes, read_checkpoint
-from backbones._console import memory_shortage
-from backbones._messages import one_line, shown
-from backbones._registry import published_weights
 from backbones.cli import parity
 from backbones.cli.common import (
     CommandError,
@@ -37,6 +32,11 @@ from backbones.cli.common import (
     two_sides,
 )
 from backbones.cli.identify import closest, released_file, sha256_of
+from backbones.core.arguments import nonempty_path, require_writable
+from backbones.core.checkpoint import _strip_prefixes, read_checkpoint
+from backbones.core.console import memory_shortage
+from backbones.core.messages import one_line, shown
+from backbones.core.registry import published_weights
 from backbones.training.checkpoint import write_atomically
 
 __all__ = ["EXAMPLE", "add_arguments", "compare", "make_figures", "run"]

@@ -16,8 +16,8 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-from backbones._arguments import file_problem
-from backbones.images import DECODE_ERRORS, _orientation
+from backbones.core.arguments import file_problem
+from backbones.core.images import DECODE_ERRORS, _orientation
 from backbones.training.checkpoint import write_atomically
 from backbones.training.errors import DataError
 

@@ -13,8 +13,8 @@ import yaml
 from torch import nn
 
 import backbones
-from backbones._arguments import THREADS, UNMAKEABLE, nonempty_path, usable_device
-from backbones._messages import shown
+from backbones.core.arguments import THREADS, UNMAKEABLE, nonempty_path, usable_device
+from backbones.core.messages import shown
 from backbones.training.errors import DataError
 
 __all__ = ["add_model_arguments", "load_restorer", "parse_size", "restorer_of"]

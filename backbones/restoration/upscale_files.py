@@ -12,9 +12,9 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from backbones._arguments import nonempty_path, require_folder
-from backbones._console import memory_shortage
-from backbones._messages import one_line, shown
+from backbones.core.arguments import nonempty_path, require_folder
+from backbones.core.console import memory_shortage
+from backbones.core.messages import one_line, shown
 from backbones.restoration.data import to_tensor
 from backbones.restoration.images import (
     SUFFIXES,

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from torch import Tensor
 
-from backbones._arguments import nonempty_path, require_writable
-from backbones._console import Parser, guard
+from backbones.core.arguments import nonempty_path, require_writable
+from backbones.core.console import Parser, guard
 from backbones.restoration.data import load_truth, to_tensor
 from backbones.restoration.images import SUFFIXES, Picture, PictureError, read_picture
 from backbones.restoration.metrics import quality, quantize

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 
-from backbones._messages import shown
+from backbones.core.messages import shown
 from backbones.training.errors import RecipeError
 from backbones.training.recipe_ranges import Range
 

@@ -13,7 +13,7 @@ from timm.loss import BinaryCrossEntropy, LabelSmoothingCrossEntropy, SoftTarget
 from torch import nn
 
 import backbones
-from backbones._messages import first_line, joined_lines, shown
+from backbones.core.messages import first_line, joined_lines, shown
 from backbones.training.distillation import Distillation, build_teacher
 from backbones.training.errors import BUILDING_ERRORS, RecipeError, reading_error
 from backbones.training.recipe import Recipe

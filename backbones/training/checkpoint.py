@@ -17,8 +17,8 @@ import numpy as np
 import safetensors.torch
 import torch
 
-from backbones._checkpoint_files import CheckpointError, read_file
-from backbones._messages import first_line
+from backbones.core.checkpoint_files import CheckpointError, read_file
+from backbones.core.messages import first_line
 from backbones.training.errors import CheckpointFileError
 
 __all__ = [

@@ -8,7 +8,7 @@ import typing
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from backbones._messages import shown
+from backbones.core.messages import shown
 from backbones.training.errors import RecipeError
 from backbones.training.recipe import AnyRecipe, Recipe, fields_of, load_recipe
 from backbones.training.recipe_ranges import Range

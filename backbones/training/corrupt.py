@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from backbones._messages import joined_lines, one_line
+from backbones.core.messages import joined_lines, one_line
 from backbones.training.errors import DataError
 
 __all__ = ["CorruptImages"]

@@ -16,8 +16,8 @@ from timm.data import create_dataset
 from timm.data.readers import create_reader
 from timm.data.readers.img_extensions import get_img_extensions
 
-from backbones._download import fetch
-from backbones._messages import first_line, shown
+from backbones.core.download import fetch
+from backbones.core.messages import first_line, shown
 from backbones.training.errors import DataError
 from backbones.training.recipe import Recipe
 from backbones.training.sources import (

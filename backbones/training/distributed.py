@@ -11,7 +11,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-from backbones._messages import first_line, shown
+from backbones.core.messages import first_line, shown
 from backbones.training.errors import RecipeError
 
 __all__ = ["Verdict", "World", "leave_processes", "world_of_processes"]

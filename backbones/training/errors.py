@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from backbones._messages import joined_lines
+from backbones.core.messages import joined_lines
 
 __all__ = [
     "BUILDING_ERRORS",

@@ -7,7 +7,7 @@ import fnmatch
 from argparse import Namespace
 from pathlib import Path
 
-from backbones._messages import joined_lines
+from backbones.core.messages import joined_lines
 from backbones.training.errors import RecipeError
 from backbones.training.lock import FolderLock, LockedError
 from backbones.training.recipe import Recipe

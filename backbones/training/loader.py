@@ -16,7 +16,7 @@ from timm.data import create_transform
 from timm.data.loader import PrefetchLoader, fast_collate
 from torch.utils.data import DataLoader, Dataset
 
-from backbones.images import DECODE_ERRORS, as_8_bits
+from backbones.core.images import DECODE_ERRORS, as_8_bits
 from backbones.training.corrupt import CorruptImages
 from backbones.training.distributed import World
 from backbones.training.errors import DataError

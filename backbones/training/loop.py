@@ -15,7 +15,7 @@ from timm.models import model_parameters
 from timm.utils import ModelEmaV3, dispatch_clip_grad, random_seed
 from torch import Tensor, nn
 
-from backbones._messages import first_line
+from backbones.core.messages import first_line
 from backbones.training import build, checkpoint, optimization, parallel
 from backbones.training.bad_steps import BadSteps
 from backbones.training.distributed import Verdict, World

@@ -19,7 +19,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from backbones._base import StagedBackbone
+from backbones.core.base import StagedBackbone
 from backbones.training.distributed import World
 from backbones.training.errors import RecipeError
 

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from backbones._messages import one_line
+from backbones.core.messages import one_line
 from backbones.training.checkpoint import write_atomically
 
 if TYPE_CHECKING:

@@ -15,7 +15,7 @@ from typing import Any, TextIO
 import torch
 from tqdm import tqdm
 
-from backbones._messages import first_line
+from backbones.core.messages import first_line
 from backbones.training.checkpoint import write_atomically, write_problem
 from backbones.training.distributed import World
 from backbones.training.errors import CheckpointFileError, RecipeError

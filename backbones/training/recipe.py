@@ -11,7 +11,7 @@ from typing import Any, ClassVar, TypeVar
 
 import yaml
 
-from backbones._messages import shown
+from backbones.core.messages import shown
 from backbones.training.errors import RecipeError
 from backbones.training.recipe_checks import check
 from backbones.training.recipe_ranges import RANGES, Range

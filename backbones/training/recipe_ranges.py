@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from backbones._messages import shown
+from backbones.core.messages import shown
 from backbones.training.errors import RecipeError
 
 __all__ = ["RANGES", "Range", "check_ranges"]

@@ -10,7 +10,7 @@ import unicodedata
 from collections.abc import Iterable
 from typing import Any
 
-from backbones._messages import shown
+from backbones.core.messages import shown
 from backbones.training.errors import RecipeError
 from backbones.training.recipe_yaml import parse_yaml
 

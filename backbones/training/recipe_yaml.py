@@ -7,7 +7,7 @@ from typing import Any
 
 import yaml
 
-from backbones._messages import joined_lines
+from backbones.core.messages import joined_lines
 from backbones.training.errors import RecipeError
 
 __all__ = ["parse_yaml", "read_mapping"]

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from backbones._messages import joined_lines, shown
+from backbones.core.messages import joined_lines, shown
 from backbones.training import checkpoint, parallel
 from backbones.training.bad_steps import BadSteps
 from backbones.training.distillation import StudentWithExits

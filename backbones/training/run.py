@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from backbones._checkpoint import CheckpointError
-from backbones._messages import first_line, joined_lines
+from backbones.core.checkpoint import CheckpointError
+from backbones.core.messages import first_line, joined_lines
 from backbones.training.checkpoint import write_atomically, write_problem
 from backbones.training.command_line import parse_command_line
 from backbones.training.distributed import World, world_of_processes

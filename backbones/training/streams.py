@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
-from backbones.images import DECODE_ERRORS, as_8_bits
+from backbones.core.images import DECODE_ERRORS, as_8_bits
 from backbones.training.corrupt import CorruptImages
 from backbones.training.distributed import World
 from backbones.training.errors import DataError

@@ -10,7 +10,7 @@ import timm
 from torch import nn
 
 import backbones
-from backbones._checkpoint import read_checkpoint, require_finite
+from backbones.core.checkpoint import read_checkpoint, require_finite
 from backbones.training.errors import BUILDING_ERRORS, RecipeError, reading_error
 
 __all__ = ["load_trained"]

@@ -12,14 +12,14 @@ from torch import Tensor, nn
 from zoo import images, randomise
 
 import backbones
-from backbones._medvitv2_blocks import (
+from backbones.cli.parity import checkpoint, image, reference, relative_error, summary_error
+from backbones.medvitv2 import MedViTV2
+from backbones.medvitv2_blocks import (
     FoldedLocalBlock,
     GlobalBlock,
     LocalBlock,
     WindowedAttention,
 )
-from backbones.cli.parity import checkpoint, image, reference, relative_error, summary_error
-from backbones.medvitv2 import MedViTV2
 from ops.neighborhood import na2d
 
 SHALLOW = {"depths": (1, 2, 3, 1)}

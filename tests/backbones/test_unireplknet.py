@@ -162,7 +162,7 @@ def test_published_arguments(size: str) -> None:
     kernels = [getattr(b.dwconv, "kernel_size", (13,))[0] for b in blocks]
     assert kernels == [k for stage in figures["config"]["kernel_sizes"] for k in stage]
     weights = {entry["url"] for entry in figures["weights"]}
-    tags = backbones._registry.published_weights(f"unireplknet_{size}")
+    tags = backbones.core.registry.published_weights(f"unireplknet_{size}")
     assert {cfg.url for cfg in tags.values()} == weights
 
 

@@ -15,9 +15,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from backbones import _requirements
 from backbones.cli import doctor
 from backbones.cli.main import main
+from backbones.core import requirements
 from ops import cpu
 from ops.cpu import cache
 
@@ -259,10 +259,10 @@ def test_a_full_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_packages_that_are_missing_or_old(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = _requirements._version
+    real = requirements._version
     versions = {"pyyaml": None, "timm": "0.9.0"}
     monkeypatch.setattr(
-        _requirements, "_version", lambda name: versions[name] if name in versions else real(name)
+        requirements, "_version", lambda name: versions[name] if name in versions else real(name)
     )
     errors = [f for f in doctor.examine_packages(doctor._installed()) if f.severity == "error"]
     assert {error.text: error.fix for error in errors} == {

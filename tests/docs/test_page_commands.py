@@ -121,7 +121,7 @@ def workshop(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[boo
     clone = tmp_path_factory.mktemp("workshop") / "clone"
     open_ones: dict[bool, Workshop] = {}
     kinds = {False: ("backbones.cli.main", "train_cls", "backbones.restoration.train")}
-    kinds[True] = ("backbones._mm_runs", "mmdet.apis", "mmseg.apis")
+    kinds[True] = ("backbones.openmmlab.runs", "mmdet.apis", "mmseg.apis")
 
     def give(openmmlab: bool) -> Workshop:
         if not clone.exists():

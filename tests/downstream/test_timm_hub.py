@@ -12,7 +12,7 @@ import torch
 from timm.models import save_for_hf
 from zoo import SMALL
 
-from backbones import _checkpoint
+from backbones.core import checkpoint
 
 Page = Callable[[str], dict[str, Any]]
 
@@ -43,7 +43,7 @@ def test_hub_weights_are_read_as_weights_only(
         asked.update(options, model_id=model_id)
         return model.state_dict()
 
-    monkeypatch.setattr(_checkpoint, "load_state_dict_from_hf", fetch)
+    monkeypatch.setattr(checkpoint, "load_state_dict_from_hf", fetch)
     again = timm.create_model(
         name,
         pretrained=True,

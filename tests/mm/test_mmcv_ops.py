@@ -11,7 +11,7 @@ from commands import run
 from mmcv.ops import RoIAlign, nms, sigmoid_focal_loss, soft_nms
 from torch.nn import functional as F
 
-from backbones import _mmcv_ops
+from backbones.openmmlab import mmcv_ops
 
 ROOT = Path(__file__).parents[2]
 
@@ -95,8 +95,8 @@ import sys, types
 import mmcv
 compiled = types.ModuleType("mmcv._ext")
 {place}
-from backbones import _mmcv_ops
-assert not _mmcv_ops.install()
+from backbones.openmmlab import mmcv_ops
+assert not mmcv_ops.install()
 import importlib
 assert type(importlib.import_module("mmcv._ext")) is types.ModuleType
 """
@@ -116,5 +116,5 @@ def test_compiled_operators_are_left_alone(tmp_path: Path, imported: bool) -> No
 
 
 def test_install_says_whether_it_stands_in() -> None:
-    assert _mmcv_ops.install()
-    assert isinstance(sys.modules["mmcv._ext"], _mmcv_ops._StandIn)
+    assert mmcv_ops.install()
+    assert isinstance(sys.modules["mmcv._ext"], mmcv_ops._StandIn)

@@ -22,9 +22,8 @@ from mmengine.config import Config
 from PIL import Image
 from torch import distributed, nn
 
-from backbones import _mm_quickstart
-from backbones._mm_runs import processes, provide_data
-from backbones.openmmlab import CPUAmpOptimWrapper
+from backbones.openmmlab import CPUAmpOptimWrapper, quickstart
+from backbones.openmmlab.runs import processes, provide_data
 
 ROOT = Path(__file__).parents[2]
 QUICKSTARTS = [
@@ -93,25 +92,25 @@ def test_of_two_at_once_one_makes_the_set(tmp_path: Path, monkeypatch: pytest.Mo
             time.sleep(0.1)
             (folder / name).touch()
 
-    monkeypatch.setattr(_mm_quickstart, "write_set", write_set)
+    monkeypatch.setattr(quickstart, "write_set", write_set)
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(_mm_quickstart.make_once, [tmp_path / "set"] * 2, [4, 4], [2, 2]))
+        list(pool.map(quickstart.make_once, [tmp_path / "set"] * 2, [4, 4], [2, 2]))
     assert made == [(4, 2)]
 
 
 def test_a_set_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="val must be 1 image or more, got 0"):
-        _mm_quickstart.write_set(tmp_path / "set", 1, 0)
-    write = _mm_quickstart.write_split
+        quickstart.write_set(tmp_path / "set", 1, 0)
+    write = quickstart.write_split
 
     def stumble(folder: Path, split: str, *args: Any) -> None:
         if split == "val":
             raise KeyboardInterrupt
         write(folder, split, *args)
 
-    monkeypatch.setattr(_mm_quickstart, "write_split", stumble)
+    monkeypatch.setattr(quickstart, "write_split", stumble)
     with pytest.raises(KeyboardInterrupt):
-        _mm_quickstart.write_set(tmp_path / "set", 1, 1)
+        quickstart.write_set(tmp_path / "set", 1, 1)
     assert not any(tmp_path.iterdir())
 
 

@@ -125,7 +125,7 @@ def test_mistakes_are_named(weights, tmp_path, capsys, monkeypatch):
     assert main(["upscale", *words, "--model=hat_x4", "--checkpoint=/none.pth"]) == 2
     assert "there is no checkpoint /none.pth" in capsys.readouterr().err
     # Before anything of it is downloaded.
-    monkeypatch.setattr("backbones._download.urlopen", lambda *a, **k: pytest.fail("download"))
+    monkeypatch.setattr("backbones.core.download.urlopen", lambda *a, **k: pytest.fail("download"))
     assert main(["upscale", *words, "--model=van_b0"]) == 2
     assert "van_b0 makes no images: take one of list_models('hat*')" in capsys.readouterr().err
     # A missing picture is one picture: the rest go on.

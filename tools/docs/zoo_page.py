@@ -20,8 +20,8 @@ sys.path.insert(0, str(ROOT))
 
 
 import backbones  # noqa: E402
-from backbones._registry import published_weights  # noqa: E402
 from backbones.cli import parity  # noqa: E402
+from backbones.core.registry import published_weights  # noqa: E402
 
 PARITY = ROOT / "docs" / "parity.json"
 LATENCY = ROOT / "docs" / "performance" / "zoo.json"

@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import nn
 
-from backbones._fuse import fast_form
+from backbones.core.fuse import fast_form
 from ops.attention.factorized import FactorizedAttention
 from ops.inference.factorized import FastLocalBranch
 from ops.inference.layers import convert

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from timm.layers import LayerNorm2d
 from torch import nn
 
-from backbones._fuse import put_channels_last
+from backbones.core.fuse import put_channels_last
 from ops import cpu
 from ops.cpu import policy
 from ops.inference.stem import FastStem, is_stem

@@ -175,14 +175,14 @@ def test_bad_residuals_are_refused() -> None:
 
 def _fast(mlp: nn.Module) -> nn.Module:
     """As fuse() makes it."""
-    from backbones import _fuse
+    from backbones.core import fuse
 
     mlp.requires_grad_(False)
     for module in list(mlp.modules()):
-        if form := _fuse.fast_form(module):
+        if form := fuse.fast_form(module):
             layers.convert(module, form)
     for module in list(mlp.modules()):
-        _fuse._absorb_activations(module)
+        fuse._absorb_activations(module)
     return mlp
 
 

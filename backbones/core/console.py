@@ -14,8 +14,8 @@ from typing import Any, NoReturn, TextIO
 
 import torch
 
-from backbones._checkpoint import CheckpointError
-from backbones._messages import first_line, one_line
+from backbones.core.checkpoint import CheckpointError
+from backbones.core.messages import first_line, one_line
 from backbones.training.errors import TrainingError
 
 __all__ = [

@@ -17,8 +17,8 @@ from typing import TypeVar
 
 import torch
 
-from backbones._console import CommandError
-from backbones._messages import first_line, shown
+from backbones.core.console import CommandError
+from backbones.core.messages import first_line, shown
 
 __all__ = [
     "THREADS",

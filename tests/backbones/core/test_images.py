@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageOps
 
-from backbones.images import DECODE_ERRORS, as_8_bits, open_image
+from backbones.core.images import DECODE_ERRORS, as_8_bits, open_image
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8))
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)

@@ -14,10 +14,10 @@ from timm.models import PretrainedCfg, load_state_dict_from_hf
 from timm.models._features import FeatureGetterNet
 from torch import Tensor, nn
 
-from backbones._base import StagedBackbone
-from backbones._checkpoint_files import HARMLESS, LOG_BUFFER, CheckpointError, read_file
-from backbones._download import downloaded, is_url
-from backbones._messages import joined_lines, shown
+from backbones.core.base import StagedBackbone
+from backbones.core.checkpoint_files import HARMLESS, LOG_BUFFER, CheckpointError, read_file
+from backbones.core.download import downloaded, is_url
+from backbones.core.messages import joined_lines, shown
 
 __all__ = [
     "HARMLESS",

@@ -15,8 +15,8 @@ from zoo import FAMILIES, images, randomise, small
 
 import backbones
 from backbones import CheckpointError, load_checkpoint
-from backbones._checkpoint import read_checkpoint, require_finite
 from backbones.cli.parity import checkpoint, image, reference, relative_error
+from backbones.core.checkpoint import read_checkpoint, require_finite
 
 VAN = reference("van", "van_b0")
 

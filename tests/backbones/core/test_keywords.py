@@ -12,7 +12,7 @@ import torch
 from zoo import CLASSIFIERS, FAMILIES, SMALL, small
 
 import backbones
-from backbones._keywords import KEYWORDS, POOLINGS
+from backbones.core.keywords import KEYWORDS, POOLINGS
 
 # No keyword of any family can be one of these.
 NEVER: list[Any] = [

@@ -84,7 +84,7 @@ def provide_data(cfg: Config, files: Iterable[Path] | None = None) -> None:
     if files is not None and not any(folder.resolve() in f.resolve().parents for f in files):
         return
     try:
-        from backbones._mm_quickstart import make_once
+        from backbones.openmmlab.quickstart import make_once
     except ImportError as error:
         raise FileNotFoundError(
             f"{folder} is made with {error.name}, which is missing: pip install '.[mm]'"

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from backbones import _arguments as arguments
-from backbones._console import CommandError
+from backbones.core import arguments
+from backbones.core.console import CommandError
 
 
 @pytest.mark.parametrize("word", ["", "a\0b"])

@@ -14,7 +14,7 @@ import torch
 from other_encodings import Stream
 
 from backbones import CheckpointError
-from backbones._console import CommandError, Parser, any_text, guard
+from backbones.core.console import CommandError, Parser, any_text, guard
 from backbones.training.errors import DataError
 
 TEXT = "─✓× 日 \udcff.png"
@@ -123,8 +123,10 @@ def test_mistakes_on_a_command_line_are_one_line(capsys: pytest.CaptureFixture[s
 @pytest.mark.slow
 def test_no_word_is_left_for_the_interpreter_to_say(tmp_path: Path) -> None:
     """As a process: nothing is said of streams that break when they are closed at the end."""
-    code = "import sys; from backbones._console import guard; sys.exit(guard(lambda: print('x')))"
-    root = Path(__file__).parents[2]
+    code = (
+        "import sys; from backbones.core.console import guard; sys.exit(guard(lambda: print('x')))"
+    )
+    root = Path(__file__).parents[3]
 
     def ends(shell: str) -> tuple[int, str]:
         command = ["bash", "-c", shell, sys.executable, code]

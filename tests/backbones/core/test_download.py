@@ -18,9 +18,10 @@ from torch import Tensor
 from zoo import small
 
 import backbones
-from backbones import CheckpointError, _download, load_checkpoint
-from backbones._checkpoint import load_pretrained
-from backbones._registry import published_weights
+from backbones import CheckpointError, load_checkpoint
+from backbones.core import download
+from backbones.core.checkpoint import load_pretrained
+from backbones.core.registry import published_weights
 
 Answer = Callable[[BaseHTTPRequestHandler], None]
 
@@ -140,7 +141,7 @@ def test_a_silent_server(
     share: float | None, server: Server, cache: Path, body: bytes, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Before its answer, or in the middle of it."""
-    monkeypatch.setattr(_download, "TIMEOUT", 0.2)
+    monkeypatch.setattr(download, "TIMEOUT", 0.2)
     if share is None:
         server.answers["/van.pth"] = lambda handler: server.over.wait(10)
     else:
@@ -152,7 +153,7 @@ def test_a_silent_server(
 
 @pytest.mark.timeout(20)
 def test_a_port_where_nobody_accepts(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(_download, "TIMEOUT", 0.2)
+    monkeypatch.setattr(download, "TIMEOUT", 0.2)
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
         listening.listen(0)
@@ -237,7 +238,7 @@ def test_a_full_disk(
             raise OSError(28, "No space left on device")
 
     server.send("/van.pth", body)
-    monkeypatch.setattr(_download, "open", lambda *_: Full(), raising=False)
+    monkeypatch.setattr(download, "open", lambda *_: Full(), raising=False)
     with pytest.raises(OSError, match=r"No space left on device: .*-van\.pth"):
         load_checkpoint(small("van"), f"{server.url}/van.pth")
     assert not list(cache.iterdir())
@@ -257,7 +258,7 @@ def test_published_weights_are_asked_for_where_the_cfg_says(
     def fail(request: Any, timeout: float) -> None:
         raise OSError(f"no route to {request.full_url}")
 
-    monkeypatch.setattr(_download, "urlopen", fail)
+    monkeypatch.setattr(download, "urlopen", fail)
     expected = r"no route to http.*van_tiny_754.*save it as .*van_b0-\w+-van_tiny_754\.pth\.tar"
     with pytest.raises(ConnectionError, match=expected):
         backbones.create_model("van_b0", pretrained=True)

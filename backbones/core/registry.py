@@ -19,9 +19,9 @@ from timm.models import DefaultCfg, PretrainedCfg
 from timm.models._features import FeatureGetterNet
 from torch import nn
 
-from backbones._base import StagedBackbone
-from backbones._checkpoint import load_checkpoint, load_pretrained
-from backbones._keywords import check, flag, several, text, whole
+from backbones.core.base import StagedBackbone
+from backbones.core.checkpoint import load_checkpoint, load_pretrained
+from backbones.core.keywords import check, flag, several, text, whole
 from ops.replay.workspace import workspace
 
 __all__ = [

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from zoo import FAMILIES, RESTORATION, images, randomise, small
 
 import backbones
-from backbones._fuse import fast_form
+from backbones.core.fuse import fast_form
 from ops.cpu.gemm.linear import unsupported
 from ops.inference import layers
 from ops.inference.mlp import FastMlp, feed_forward

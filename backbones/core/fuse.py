@@ -15,7 +15,7 @@ import timm.layers
 import torch
 from torch import Tensor, nn
 
-from backbones._base import StagedBackbone
+from backbones.core.base import StagedBackbone
 from ops import mobile
 from ops.attention.bilevel import BiLevelRoutingAttention
 from ops.attention.cascaded import CascadedGroupAttention

@@ -11,7 +11,7 @@ import torch
 from timm.models import generate_default_cfgs
 
 import backbones
-from backbones._registry import register
+from backbones.core.registry import register
 
 TIMMS_OWN = [
     *(f"efficientvit_m{i}" for i in range(6)),

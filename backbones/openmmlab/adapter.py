@@ -1,7 +1,6 @@
 """Every backbone under mmdet and mmseg: one type, layer-wise learning rates, an FPN from stride 16.
 
-In a config: ``custom_imports = dict(imports=["backbones.openmmlab"])``. Importing this module
-registers :class:`VisionBackbone` and :class:`TransposedFPN` as models,
+Importing this module registers :class:`VisionBackbone` and :class:`TransposedFPN` as models,
 :class:`CPUAmpOptimWrapper` as optimizer wrapper and :class:`LayerDecayConstructor` as optimizer
 wrappers' constructor in mmengine's registries, which mmdet and mmseg share; stands in for mmcv's
 compiled operators where they are absent; and tells PyTorch's weights-only loading which of
@@ -24,9 +23,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from backbones import _mmcv_ops
-from backbones._checkpoint import HARMLESS, LOG_BUFFER, load_checkpoint, load_pretrained
-from backbones._registry import create_model, list_models, published_weights
+from backbones.core.checkpoint import HARMLESS, LOG_BUFFER, load_checkpoint, load_pretrained
+from backbones.core.registry import create_model, list_models, published_weights
+from backbones.openmmlab import mmcv_ops
 
 __all__ = [
     "CPUAmpOptimWrapper",
@@ -380,5 +379,5 @@ def _load(model: nn.Module, checkpoint: str) -> None:
         load_checkpoint(model, checkpoint)
 
 
-_mmcv_ops.install()
+mmcv_ops.install()
 allow_mmengine_checkpoints()

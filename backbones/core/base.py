@@ -15,7 +15,7 @@ from timm.models import adapt_input_conv
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from backbones._keywords import KEYWORDS, POOLINGS, check, checked, one_of
+from backbones.core.keywords import KEYWORDS, POOLINGS, check, checked, one_of
 from ops.reparam import fuse_children
 
 __all__ = ["Stage", "StagedBackbone"]
@@ -375,17 +375,17 @@ class StagedBackbone(nn.Module):
         if not isinstance(channels_last, bool) and channels_last != "auto":
             raise ValueError(f"channels_last must be True, False or 'auto', got {channels_last!r}")
         # The inference forms of the families need the families, which need this class.
-        from backbones import _fuse
+        from backbones.core import fuse as inference
 
         with torch.inference_mode(False):
             self.eval()
-            _fuse.leave_inference_mode(self)
-            _fuse.take_plain_forms(self)
+            inference.leave_inference_mode(self)
+            inference.take_plain_forms(self)
             fuse_children(self)
             if dtype is not None:
                 self.to(dtype)
             if channels_last is not False:
-                _fuse.put_channels_last(self, always=channels_last is True)
+                inference.put_channels_last(self, always=channels_last is True)
         return self
 
     def load_state_dict(

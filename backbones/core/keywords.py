@@ -15,7 +15,7 @@ from typing import Any, ParamSpec, TypeVar
 
 import numpy as np
 
-from backbones._messages import shown
+from backbones.core.messages import shown
 
 __all__ = [
     "KERNEL",
