@@ -10,7 +10,6 @@ from torch import Tensor
 
 from ops.neighborhood import (
     BACKENDS,
-    _best_backend,
     cpu,
     na1d,
     na2d,
@@ -21,6 +20,7 @@ from ops.neighborhood import (
     triton,
 )
 from ops.neighborhood._geometry import NAParams
+from ops.neighborhood.functional import _best_backend
 
 PORTABLE = ("reference", "tiled", None)
 
