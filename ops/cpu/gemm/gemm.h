@@ -86,8 +86,8 @@ static void run_rows(const Problem& p, const Tensors& t, Range range, Range pane
 }
 
 // Whether a thread takes some of the panels, which spares it weights to read, instead of some rows.
-// Rows that several threads have read take long to be written again, as all of their caches have to
-// let go of them.
+// Rows that several threads have read are slow to write: they must be invalidated in the other cores'
+// caches first.
 static bool shares_panels(const Problem& p) {
   return p.out_features > 8 * p.rows || p.rows < THREAD_ROWS * p.threads;
 }
