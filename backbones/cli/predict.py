@@ -25,7 +25,7 @@ from timm.data.readers.img_extensions import get_img_extensions
 from torch import Tensor
 
 from backbones.cli.cam import grad_cam
-from backbones.cli.common import CommandError, Loaded, load, read_labels, table
+from backbones.cli.common import CommandError, Loaded, load, read_labels
 from backbones.core import images
 from backbones.core.arguments import (
     file_problem,
@@ -36,6 +36,7 @@ from backbones.core.arguments import (
 )
 from backbones.core.console import memory_shortage
 from backbones.core.messages import first_line, one_line
+from backbones.core.tables import table
 from backbones.training import build
 from backbones.training.checkpoint import write_atomically
 
