@@ -73,7 +73,10 @@ def _run_kernels(options: Namespace) -> int:
     size = two_sides(options.size, model, batch)
     dtype = _DTYPES[options.dtype or "float32"]
     model = model.to(dtype) if options.plain else model.fuse(dtype=dtype)
-    explained = backbones.explain(model, size, batch_size=batch, repeats=runs)
+    try:
+        explained = backbones.explain(model, size, batch_size=batch, repeats=runs)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
     if options.plot is not None:
         _plot(options, explained)
     text = json.dumps(explained.to_dict(), indent=1) + "\n" if options.json else str(explained)

@@ -144,20 +144,28 @@ class Trace(Capture):
         seconds: float,
     ) -> None:
         layer, module = self._caller()
-        rules = self._asked.pop(layer, None)
-        if rules is not None:
-            self._refused.pop(layer, None)
-            if not rules[-1].answer:
-                self._refused[layer] = rules
-        elif library != "ours" and layer in self._refused:
-            rules = self._refused[layer]
-        else:
-            rules = list(getattr(module, "decisions", ()))
+        rules = self._rules_of(layer, module, library == "ours")
         shapes = [[tuple(t.shape) for t in tensors] for tensors in (inputs, outputs)]
         dtype = str(outputs[0].dtype).removeprefix("torch.")
         self.traced.append(
             TracedCall(layer, library, kernel, *shapes, dtype, isa, rules, flops, seconds)
         )
+
+    def _rules_of(self, layer: str, module: nn.Module | None, is_ours: bool) -> list[Asked]:
+        """Those that led to a call: what was asked before it, or when weights were packed.
+
+        Where a rule said no, all that torch computes in the layer follows from it. Where it said
+        yes, torch may still copy what our kernel is going to read.
+        """
+        asked = self._asked[layer]
+        if asked and (is_ours or not asked[-1].answer):
+            del self._asked[layer]
+            self._refused[layer] = [] if asked[-1].answer else asked
+            return asked
+        if not is_ours and self._refused.get(layer):
+            return self._refused[layer]
+        decisions = list(getattr(module, "decisions", ()))
+        return decisions if is_ours or not all(d.answer for d in decisions) else []
 
     def _note_rule(self, asked: Asked) -> None:
         layer, _ = self._caller()
