@@ -24,6 +24,7 @@ if not hasattr(_ops, "OPS_OF_VISION_BACKBONES"):
 try:
     from backbones.core.base import Stage, StagedBackbone
     from backbones.core.checkpoint import CheckpointError, LoadReport, load_checkpoint
+    from backbones.core.explain import Explanation, explain
     from backbones.core.registry import create_model, empty_cache, fuse, list_families, list_models
 
     # Importing a family registers its models, here and with timm; then its inference forms.
@@ -60,6 +61,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CheckpointError",
+    "Explanation",
     "LoadReport",
     "Stage",
     "StagedBackbone",
@@ -67,6 +69,7 @@ __all__ = [
     "create_model",
     "efficientvit",
     "empty_cache",
+    "explain",
     "favit",
     "fuse",
     "hat",

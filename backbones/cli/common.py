@@ -1,4 +1,4 @@
-"""What the commands share: their error, models with a user's weights, tables of text."""
+"""What the commands share: their error, models with a user's weights."""
 
 from __future__ import annotations
 
@@ -29,13 +29,11 @@ __all__ = [
     "CommandError",
     "Loaded",
     "add_size_argument",
-    "count_text",
     "create",
     "load",
     "quiet",
     "read_labels",
     "read_text",
-    "table",
     "two_sides",
 ]
 
@@ -226,27 +224,6 @@ def quiet() -> Iterator[None]:
         yield
     finally:
         log.setLevel(level)
-
-
-def table(head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1) -> str:
-    """Columns of text, aligned; the first ``left`` to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
-    lines = []
-    for row in (head, ["─" * width for width in widths], *rows):
-        cells = [
-            cell.ljust(width) if i < left else cell.rjust(width)
-            for i, (cell, width) in enumerate(zip(row, widths, strict=True))
-        ]
-        lines.append("  ".join(cells).rstrip())
-    return "\n".join(lines) + "\n"
-
-
-def count_text(number: float) -> str:
-    """Three or four digits and a letter: ``4.11 M``."""
-    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
-        if number >= size:
-            return f"{number / size:.2f} {letter}"
-    return f"{number:g}"
 
 
 def _metadata(checkpoint: Path) -> dict[str, str]:

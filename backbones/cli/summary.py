@@ -1,42 +1,102 @@
-"""``vision-backbones summary``: what every stage of a model is and costs."""
+"""``vision-backbones summary``: what every stage of a model is and costs, or every kernel."""
 
 from __future__ import annotations
 
+import importlib.util
+import json
 import math
 import sys
 import textwrap
 from argparse import ArgumentParser, Namespace
+from typing import Any
 
-from backbones.cli.common import add_size_argument, count_text, create, table, two_sides
+import torch
+
+import backbones
+from backbones.cli.common import CommandError, add_size_argument, create, two_sides
 from backbones.cli.measure import measure
-from backbones.core.arguments import whole
+from backbones.core.arguments import nonempty_path, require_writable, whole
+from backbones.core.tables import count_text, table
 
 __all__ = ["EXAMPLE", "add_arguments", "describe", "run"]
 
-EXAMPLE = "van_b0 --size 224"
+EXAMPLE = "van_b0 --size 224\n  vision-backbones summary van_b0 --kernels --plot memory.png"
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def add_arguments(parser: ArgumentParser) -> None:
     """The command line of ``summary``."""
-    parser.add_argument("model", help="name of the architecture")
+    add = parser.add_argument
+    add("model", help="name of the architecture")
     add_size_argument(parser, "of the image: a side, or height and width (default: the model's)")
-    parser.add_argument("--fused", action="store_true", help="of the model after fuse()")
-    parser.add_argument("--runs", type=whole(0), default=5, help="for the time; 0 leaves it out")
+    add("--fused", action="store_true", help="of the model after fuse()")
+    add("--runs", type=whole(0), help="for the time (5; kernels 10); 0 leaves it out")
+    kernels = parser.add_argument_group("kernels, of the model after fuse()")
+    add = kernels.add_argument
+    add("--kernels", action="store_true", help="which kernel computes what, why, and how fast")
+    add("--plain", action="store_true", help="of the model before fuse()")
+    add("--batch", type=whole(1), metavar="N", help="images (1)")
+    add("--dtype", choices=_DTYPES, help="of weights and images (float32)")
+    add("--json", action="store_true", help="print what was found as JSON")
+    add("--plot", type=nonempty_path, metavar="PNG", help="draw where buffers lie in memory")
 
 
 def run(options: Namespace) -> int:
     """Run ``summary``; 0."""
+    if options.kernels:
+        return _run_kernels(options)
+    for name in ("plain", "batch", "dtype", "json", "plot"):
+        if getattr(options, name):
+            raise CommandError(f"--{name} goes with --kernels")
+    runs = 5 if options.runs is None else options.runs
     model = create(options.model)
-    height, width = two_sides(options.size, model, runs=options.runs > 0)
+    height, width = two_sides(options.size, model, runs=runs > 0)
     if options.fused:
         model.fuse()
-    sys.stdout.write(describe(options.model, model, height, width, options.runs))
+    sys.stdout.write(describe(options.model, model, height, width, runs))
     return 0
 
 
-def describe(name: str, model: object, height: int, width: int, runs: int = 5) -> str:
+def _run_kernels(options: Namespace) -> int:
+    runs = 10 if options.runs is None else options.runs
+    if not runs:
+        raise CommandError("--kernels times them: --runs must be at least 1")
+    if options.plain and (options.fused or options.plot is not None):
+        other = "--fused" if options.fused else "--plot"
+        raise CommandError(f"--plain and {other} exclude each other: only fused models are planned")
+    if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
+        raise CommandError("--plot draws with matplotlib: pip install matplotlib")
+    require_writable({"--plot": options.plot})
+    model = create(options.model)
+    batch = options.batch or 1
+    size = two_sides(options.size, model, batch)
+    dtype = _DTYPES[options.dtype or "float32"]
+    model = model.to(dtype) if options.plain else model.fuse(dtype=dtype)
+    try:
+        explained = backbones.explain(model, size, batch_size=batch, repeats=runs)
+    except ValueError as error:
+        raise CommandError(str(error)) from error
+    if options.plot is not None:
+        _plot(options, explained)
+    text = json.dumps(explained.to_dict(), indent=1) + "\n" if options.json else str(explained)
+    sys.stdout.write(text)
+    return 0
+
+
+def _plot(options: Namespace, explained: backbones.Explanation) -> None:
+    from backbones.cli.memory_picture import draw_memory
+
+    if explained.memory is None:
+        raise CommandError(
+            f"--plot {options.plot}: there is no memory plan, {options.model} is not replayed here"
+        )
+    draw_memory(options.plot, explained)
+
+
+def describe(name: str, model: Any, height: int, width: int, runs: int = 5) -> str:
     """The table as text, with a line that says what its columns are."""
-    parts = measure(model, height, width, runs)  # type: ignore[arg-type]
+    parts = measure(model, height, width, runs)
     params, macs = sum(p.params for p in parts), sum(p.macs for p in parts)
     rows = [
         [

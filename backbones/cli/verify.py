@@ -24,11 +24,9 @@ from backbones.cli import parity
 from backbones.cli.common import (
     CommandError,
     add_size_argument,
-    count_text,
     create,
     load,
     read_text,
-    table,
     two_sides,
 )
 from backbones.cli.identify import closest, released_file, sha256_of
@@ -37,6 +35,7 @@ from backbones.core.checkpoint import _strip_prefixes, read_checkpoint
 from backbones.core.console import memory_shortage
 from backbones.core.messages import one_line, shown
 from backbones.core.registry import published_weights
+from backbones.core.tables import count_text, table
 from backbones.training.checkpoint import write_atomically
 
 __all__ = ["EXAMPLE", "add_arguments", "compare", "make_figures", "run"]

@@ -28,7 +28,10 @@ __all__ = [
 
 _HANDLER = "backbones.spelled_out"
 # What the commands draw with; anything else that an encoding lacks becomes an escape.
-_SPELLED = {"─": "-", "✓": "v", "✗": "x", "×": "x", "·": ".", "…": "...", "→": "->", "≤": "<="}
+_SPELLED = {
+    **{"─": "-", "✓": "v", "✗": "x", "×": "x", "·": ".", "…": "...", "→": "->"},
+    **{"≤": "<=", "≥": ">=", "∞": "inf", "²": "^2", "µ": "u"},
+}
 # How PyTorch says on a CPU that there is no memory, or that no address space would hold a tensor.
 _NO_MEMORY = re.compile(
     r"DefaultCPUAllocator|Storage size calculation overflowed|Stride calculation overflowed"

@@ -87,9 +87,12 @@ class Call(NamedTuple):
 
 
 class Observer(Protocol):
-    """What is told of every call of a kernel in its thread, before it runs."""
+    """What is told of every call of a kernel in its thread, before it runs and after."""
 
     def kernel_called(self, called: Kernel, function: Any, arguments: Sequence[Any]) -> None: ...
+
+    def kernel_returned(self, called: Kernel, given: dict[str, Any], result: Any) -> None:
+        """``given`` are the operator's arguments, by their names."""
 
 
 class _Thread(threading.local):
@@ -266,6 +269,9 @@ class Kernel:
             observer.kernel_called(self, function, arguments)
         with torch._C.DisableTorchFunction():
             self._invoke(function, [_pack(argument) for argument in arguments])
+        if observer is not None:
+            given = {p.name: value for p, value in zip(self._parameters, args, strict=True)}
+            observer.kernel_returned(self, given, call.result)
         return call, arguments
 
     def _run_planned(self, tensors: Sequence[Tensor | None], plan: _Plan) -> Any:

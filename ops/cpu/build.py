@@ -25,6 +25,7 @@ __all__ = [
     "Kernel",
     "cache_dir",
     "instruction_set",
+    "is_emulated",
     "is_switched_on",
     "load",
     "sources",
@@ -134,6 +135,11 @@ def instruction_set() -> str:
     if wanted not in known:
         raise ValueError(f"VISION_BACKBONES_NATIVE_ISA must be one of {known}, got {chosen!r}")
     return max(richest, wanted, key=known.index)
+
+
+def is_emulated() -> bool:
+    """Whether the environment asks for a plainer CPU than this one."""
+    return instruction_set() != _richest()
 
 
 @functools.cache

@@ -7,21 +7,23 @@ with both answers, in turns::
 
     python tools/benchmark.py --models shvit_s4 --batches 1 8 --modes fused
 
-While :func:`explaining`, the rules that were asked are noted.
+While :func:`explaining`, the rules that are asked are told, with their reasons: that is what the
+last column of ``vision-backbones summary MODEL --kernels`` shows.
 """
 
 from __future__ import annotations
 
 import functools
+import inspect
 import sys
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any, NamedTuple, ParamSpec, TypeVar
+from typing import Any, NamedTuple, ParamSpec
 
 import torch
 
-from ops.cpu.build import instruction_set
+from ops.cpu.build import instruction_set, is_emulated
 
 __all__ = [
     "Asked",
@@ -30,6 +32,7 @@ __all__ = [
     "channels_enough_for_windows",
     "computed_in",
     "conv_by_kernel",
+    "convolves_windows",
     "depthwise_by_kernel",
     "explaining",
     "feed_forward_by_kernel",
@@ -39,46 +42,91 @@ __all__ = [
     "rotated_attention_by_kernel",
     "single_head_by_kernel",
     "softmax_attention_by_kernel",
+    "stem_by_kernel",
     "window_attention_by_kernel",
 ]
 
 
 class Asked(NamedTuple):
-    """A rule, by its name, that was asked, and what it said."""
+    """A rule, by its name, that was asked, and what it said.
+
+    Attributes:
+        arguments: by their names.
+        reason: why, with what the rule compared.
+        outcome: what computes the layer.
+        instruction_set: that the rule was asked for.
+    """
 
     rule: str
-    arguments: tuple[Any, ...]
-    answer: Any
+    arguments: Mapping[str, Any]
+    answer: bool
+    reason: str
+    outcome: str
+    instruction_set: str
+
+    def __str__(self) -> str:
+        words = [self.reason, self.instruction_set]
+        dtype = self.arguments.get("dtype")
+        if dtype is not None:
+            words.insert(1, _in_words(dtype))
+        return f"{self.rule}: {', '.join(words)} → {self.outcome}"
+
+
+class _Verdict(NamedTuple):
+    """What a rule says, and why.
+
+    The reason names the rule's arguments and ``limit`` in braces, and is put into words only if
+    somebody wants to read it: rules are asked in every call of a layer.
+    """
+
+    answer: bool
+    reason: str
+    limit: Any = None
 
 
 class _Thread(threading.local):
-    asked: list[Asked] | None = None
+    note: Callable[[Asked], object] | None = None
 
 
 _thread = _Thread()
 P = ParamSpec("P")
-R = TypeVar("R")
 
 
 @contextmanager
-def explaining() -> Iterator[list[Asked]]:
-    """Inside, the rules that this thread asks are appended to the list."""
-    before, _thread.asked = _thread.asked, []
+def explaining(note: Callable[[Asked], object]) -> Iterator[None]:
+    """Inside, ``note`` is told of the rules that this thread asks."""
+    before, _thread.note = _thread.note, note
     try:
-        yield _thread.asked
+        yield
     finally:
-        _thread.asked = before
+        _thread.note = before
 
 
-def _rule(function: Callable[P, R]) -> Callable[P, R]:
-    @functools.wraps(function)
-    def asked(*args: P.args, **kwargs: P.kwargs) -> R:
-        answer = function(*args, **kwargs)
-        if _thread.asked is not None:
-            _thread.asked.append(Asked(function.__name__, (*args, *kwargs.values()), answer))
-        return answer
+def _rule(yes: str, no: str) -> Callable[[Callable[P, _Verdict]], Callable[P, bool]]:
+    """A rule whose answers mean that ``yes`` or ``no`` computes the layer."""
 
-    return asked
+    def made_of(function: Callable[P, _Verdict]) -> Callable[P, bool]:
+        @functools.wraps(function)
+        def asked(*args: P.args, **kwargs: P.kwargs) -> bool:
+            verdict = function(*args, **kwargs)
+            if _thread.note is not None:
+                bound = inspect.signature(function).bind(*args, **kwargs).arguments
+                words = {name: _in_words(value) for name, value in bound.items()}
+                reason = verdict.reason.format(limit=_in_words(verdict.limit), **words)
+                outcome = yes if verdict.answer else no
+                said = (verdict.answer, reason, outcome, instruction_set())
+                _thread.note(Asked(function.__name__, bound, *said))
+            return verdict.answer
+
+        return asked
+
+    return made_of
+
+
+def _in_words(value: Any) -> str:
+    if isinstance(value, tuple):
+        return "×".join(map(str, value))
+    return "∞" if value == sys.maxsize else str(value).removeprefix("torch.")
 
 
 # -- what the CPU multiplies ---------------------------------------------------------------------
@@ -88,10 +136,16 @@ def multiplies(dtype: torch.dtype) -> bool:
     """Whether torch's layers have products of ``dtype``, float32 or bfloat16, on this CPU.
 
     Without, oneDNN refuses bfloat16 or takes many times as long as for float32 (EfficientViT on
-    AVX2 took 398 ms, and 12 ms in float32).
+    AVX2 took 398 ms, and 12 ms in float32). A CPU that is not of the x86 family may multiply
+    bfloat16 without any of our instruction sets; one that is emulated by the plainest does not.
     """
-    return dtype != torch.bfloat16 or (
-        _has_bfloat16() and instruction_set() not in ("avx512", "avx2")
+    if dtype != torch.bfloat16:
+        return True
+    isa = instruction_set()
+    return (
+        isa not in ("avx512", "avx2")
+        and not (isa == "portable" and is_emulated())
+        and _has_bfloat16()
     )
 
 
@@ -131,25 +185,30 @@ def few_rows(dtype: torch.dtype) -> int:
     return _FEW_ROWS.get(instruction_set(), sys.maxsize)
 
 
-@_rule
+@_rule(yes="packed GEMM", no="oneDNN")
 def linear_by_kernel(
     rows: int, in_features: int, out_features: int, dtype: torch.dtype, activation: str
-) -> bool:
+) -> _Verdict:
     """Our linear kernel: few rows, few features, or a GELU that oneDNN computes in bfloat16.
 
     Also where torch does not multiply ``dtype``.
     """
-    if not multiplies(dtype) or rows <= few_rows(dtype):
-        return True
-    return min(in_features, out_features) <= _NARROW or (
-        activation == "gelu" and dtype == torch.bfloat16
-    )
+    if not multiplies(dtype):
+        return _Verdict(True, "torch has no products of it")
+    most = few_rows(dtype)
+    if rows <= most:
+        return _Verdict(True, "rows {rows} ≤ {limit}", most)
+    if min(in_features, out_features) <= _NARROW:
+        return _Verdict(True, "features {in_features} → {out_features}, one ≤ {limit}", _NARROW)
+    if activation == "gelu" and dtype == torch.bfloat16:
+        return _Verdict(True, "a GELU of few bits")
+    return _Verdict(False, "rows {rows} > {limit}", most)
 
 
-@_rule
-def feed_forward_by_kernel(dtype: torch.dtype) -> bool:
+@_rule(yes="both layers in one pass", no="layer by layer")
+def feed_forward_by_kernel(dtype: torch.dtype) -> _Verdict:
     """Two linear layers in one pass; with AMX, those of bfloat16 were measured one by one only."""
-    return not by_tiles(dtype)
+    return _Verdict(False, "in tiles") if by_tiles(dtype) else _Verdict(True, "not in tiles")
 
 
 # -- convolutions --------------------------------------------------------------------------------
@@ -168,18 +227,52 @@ def channels_enough_for_windows(in_channels: int) -> bool:
     return in_channels >= _FEWEST_CHANNELS
 
 
-@_rule
-def conv_by_kernel(in_channels: int, pixels: int, is_nchw: bool, dtype: torch.dtype) -> bool:
+@_rule(yes="our convolution", no="oneDNN")
+def convolves_windows(
+    stride: tuple[int, ...], dilation: tuple[int, ...], groups: int, dtype: torch.dtype
+) -> _Verdict:
+    """Convolutions of all channels that one of our kernels is ever the faster one for.
+
+    They have strides, with which oneDNN waits for weights and maps; :func:`conv_by_kernel` says
+    from case to case.
+    """
+    if groups != 1:
+        return _Verdict(False, "{groups} groups")
+    if tuple(dilation) != (1, 1):
+        return _Verdict(False, "dilation {dilation}")
+    if tuple(stride) == (1, 1):
+        return _Verdict(False, "stride {stride}")
+    if not multiplies(dtype):
+        return _Verdict(False, "products of float32")
+    return _Verdict(True, "stride {stride}")
+
+
+@_rule(yes="our convolution", no="oneDNN")
+def conv_by_kernel(in_channels: int, pixels: int, is_nchw: bool, dtype: torch.dtype) -> _Verdict:
     """Our strided convolution: images that lie in NCHW, and few enough pixels (see few_rows).
 
     1.3 to 2 times as fast as oneDNN's in the first layers of all families.
     """
     if not channels_enough_for_windows(in_channels):
-        return is_nchw
-    return pixels <= few_rows(dtype)
+        reason = "{in_channels} channels in NCHW" if is_nchw else "{in_channels} channels in NHWC"
+        return _Verdict(is_nchw, reason)
+    most = few_rows(dtype)
+    if pixels <= most:
+        return _Verdict(True, "pixels {pixels} ≤ {limit}", most)
+    return _Verdict(False, "pixels {pixels} > {limit}", most)
 
 
-@_rule
+@_rule(yes="the first layers in one pass", no="layer by layer")
+def stem_by_kernel(has_odd_channels: bool, dtype: torch.dtype) -> _Verdict:
+    """3×3 convolutions in a row in one pass, but with AMX; pairs of bfloat16 want even channels."""
+    if by_tiles(dtype):
+        return _Verdict(False, "in tiles")
+    if has_odd_channels and dtype == torch.bfloat16:
+        return _Verdict(False, "odd channels")
+    return _Verdict(True, "not in tiles")
+
+
+@_rule(yes="direct depthwise", no="oneDNN")
 def depthwise_by_kernel(
     values: int,
     channels: int,
@@ -188,18 +281,28 @@ def depthwise_by_kernel(
     dilation: tuple[int, ...],
     is_nhwc: bool,
     dtype: torch.dtype,
-) -> bool:
+) -> _Verdict:
     """Our depthwise convolution: large, oblong or dilated windows, 3×3, and small maps.
 
     oneDNN would copy a part of the channels, which our kernel reads where it lies; of bfloat16 it
     has whole vectors only.
     """
     rows, columns = kernel_size
-    simple = rows == columns and tuple(dilation) == (1, 1) and rows * columns < _LARGE_WINDOW
+    if values <= _SMALL_MAP:
+        return _Verdict(True, "values {values} ≤ {limit}", _SMALL_MAP)
+    if not multiplies(dtype):
+        return _Verdict(True, "torch has no products of it")
+    if not is_nhwc:
+        return _Verdict(True, "a part of the channels")
+    if tuple(dilation) != (1, 1):
+        return _Verdict(True, "dilation {dilation}")
+    if rows != columns or rows * columns >= _LARGE_WINDOW:
+        return _Verdict(True, "window {kernel_size}, oblong or of ≥ {limit} taps", _LARGE_WINDOW)
     # For these our kernel has a way of its own; but a part of a vector of bfloat16 is slow.
     own = (rows, columns) == (3, 3) and tuple(padding) == (1, 1)
-    simple &= not (own and (dtype == torch.float32 or channels % _VECTOR == 0))
-    return not (simple and is_nhwc and multiplies(dtype)) or values <= _SMALL_MAP
+    if own and (dtype == torch.float32 or channels % _VECTOR == 0):
+        return _Verdict(True, "window {kernel_size}, padding {padding}")
+    return _Verdict(False, "window {kernel_size}, values {values} > {limit}", _SMALL_MAP)
 
 
 # -- attention -----------------------------------------------------------------------------------
@@ -212,40 +315,58 @@ _LARGEST_WINDOW = 48
 _LARGEST_SEQUENCE = 1024
 
 
-@_rule
-def softmax_attention_by_kernel(keys: int, dtype: torch.dtype) -> bool:
+@_rule(yes="softmax attention in one pass", no="torch")
+def softmax_attention_by_kernel(keys: int, dtype: torch.dtype) -> _Verdict:
     """Our softmax attention, but for many keys in bfloat16 with AMX, which torch multiplies."""
-    return keys <= _MOST_KEYS_OF_TILES or not by_tiles(dtype)
+    return _softmax_attention(keys, dtype, "keys {keys}")
 
 
-@_rule
-def window_attention_by_kernel(window_size: int, dtype: torch.dtype) -> bool:
+def _softmax_attention(keys: int, dtype: torch.dtype, named: str) -> _Verdict:
+    if not by_tiles(dtype):
+        return _Verdict(True, named + ", not in tiles")
+    if keys <= _MOST_KEYS_OF_TILES:
+        return _Verdict(True, named + " ≤ {limit}", _MOST_KEYS_OF_TILES)
+    return _Verdict(False, named + " > {limit}", _MOST_KEYS_OF_TILES)
+
+
+@_rule(yes="windows where they lie", no="copies of windows")
+def window_attention_by_kernel(window_size: int, dtype: torch.dtype) -> _Verdict:
     """Windows attended to where they lie in the map, up to a side of 48 keys."""
-    return window_size <= _LARGEST_WINDOW and softmax_attention_by_kernel(window_size**2, dtype)
+    if window_size > _LARGEST_WINDOW:
+        return _Verdict(False, "side {window_size} > {limit}", _LARGEST_WINDOW)
+    return _softmax_attention(window_size**2, dtype, "keys {window_size}²")
 
 
-@_rule
-def rotated_attention_by_kernel(tokens: int, dtype: torch.dtype) -> bool:
+@_rule(yes="rotated attention in one pass", no="torch")
+def rotated_attention_by_kernel(tokens: int, dtype: torch.dtype) -> _Verdict:
     """RAVLT's softmax attention in one pass, but for large maps in bfloat16 that torch multiplies.
 
     RAVLT-T 1.08 times as fast at one image and at eight in float32, 1.02 and 1.06 in bfloat16.
     """
-    return tokens <= _MOST_TOKENS or dtype != torch.bfloat16 or not multiplies(dtype)
+    if tokens <= _MOST_TOKENS:
+        return _Verdict(True, "tokens {tokens} ≤ {limit}", _MOST_TOKENS)
+    if dtype != torch.bfloat16 or not multiplies(dtype):
+        return _Verdict(True, "tokens {tokens}, not in products of bfloat16")
+    return _Verdict(False, "tokens {tokens} > {limit}", _MOST_TOKENS)
 
 
-@_rule
-def single_head_by_kernel(tokens: int) -> bool:
+@_rule(yes="attention in one pass", no="torch")
+def single_head_by_kernel(tokens: int) -> _Verdict:
     """SHViT's attention in one pass for small maps; torch's products are faster for larger ones.
 
     SHViT-S4 17.2 to 14.9 ms at one image, 79.1 to 76.9 at eight.
     """
-    return tokens <= _MOST_TOKENS
+    if tokens <= _MOST_TOKENS:
+        return _Verdict(True, "tokens {tokens} ≤ {limit}", _MOST_TOKENS)
+    return _Verdict(False, "tokens {tokens} > {limit}", _MOST_TOKENS)
 
 
-@_rule
-def averages_in_linear(features: int) -> bool:
+@_rule(yes="means by the linear layer", no="means, then the linear layer")
+def averages_in_linear(features: int) -> _Verdict:
     """FaViT's means of runs of a sequence by the linear layer behind them, up to 1024 inputs.
 
     FaViT-B0 23.1 to 21.8 ms at one image, 113.2 to 110.9 at eight.
     """
-    return features <= _LARGEST_SEQUENCE
+    if features <= _LARGEST_SEQUENCE:
+        return _Verdict(True, "features {features} ≤ {limit}", _LARGEST_SEQUENCE)
+    return _Verdict(False, "features {features} > {limit}", _LARGEST_SEQUENCE)

@@ -7,7 +7,7 @@ calls to oneDNN are the ones that torch's own compiler makes; they are private, 
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -95,7 +95,7 @@ def revert(layer: nn.Module, plain: type[nn.Module]) -> None:
     if not isinstance(layer, plain):
         raise TypeError(f"a {type(layer).__name__} does not stand for a {plain.__name__}")
     layer.__class__ = plain
-    for name in ("_derived", "_made_from", "_records", "_parts", "activation"):
+    for name in ("_derived", "_made_from", "decisions", "_records", "_parts", "activation"):
         vars(layer).pop(name, None)
 
 
@@ -119,10 +119,14 @@ class FastLayer(nn.Module):
 
     They are in no state dict, copy or pickle, and are made anew when the tensors are seen to have
     changed (:class:`ops.replay.changes.Seen`) and after :meth:`forget`.
+
+    Attributes:
+        decisions: the rules of :mod:`ops.cpu.policy` that were asked to make them.
     """
 
     _derived: Any = None
     _made_from: Seen | None = None
+    decisions: Sequence[policy.Asked] = ()
 
     def derived(self, x: Tensor) -> Any:
         """What :meth:`derive` gave, or None where the plain form must do for ``x``."""
@@ -135,9 +139,11 @@ class FastLayer(nn.Module):
             if not has_onednn(x.dtype) or not takes_kernels(sources):
                 return None
             made_from = Seen(sources)
-            with torch.no_grad(), x.device:  # whatever the default device is
+            decisions: list[policy.Asked] = []
+            # On the device of the input, whatever the default one is.
+            with torch.no_grad(), x.device, policy.explaining(decisions.append):
                 self._derived = self.derive(x)
-            self._made_from = made_from
+            self._made_from, self.decisions = made_from, decisions
         return self._derived
 
     def forget(self) -> None:
@@ -164,8 +170,8 @@ class FastLayer(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         state = self.__dict__.copy()
-        state.pop("_derived", None)
-        state.pop("_made_from", None)
+        for name in ("_derived", "_made_from", "decisions"):
+            state.pop(name, None)
         return state
 
 
@@ -328,8 +334,9 @@ class FastConv2d(ActivatedLayer, nn.Conv2d):
 
     def for_kernel(self, x: Tensor) -> PackedConv2d | PlanesConv2d | None:
         """The convolution by one of our kernels, if one is ever the faster way."""
-        strided = self.groups == 1 and self.dilation == (1, 1) and self.stride != (1, 1)
-        if not strided or not policy.multiplies(x.dtype):
+        stride: Any = self.stride
+        dilation: Any = self.dilation
+        if not policy.convolves_windows(stride, dilation, self.groups, x.dtype):
             return None
         if policy.channels_enough_for_windows(self.in_channels):
             reason = unsupported(x.device, x.dtype, with_bfloat16=True)

@@ -75,7 +75,7 @@ class FastStem(FastLayer, nn.Sequential):
             else:
                 layers.append((layer, None))
         odd = any(conv.in_channels % 2 for conv, _ in layers[1:])  # which have no pairs
-        if policy.by_tiles(dtype) or (odd and dtype == torch.bfloat16):
+        if not policy.stem_by_kernel(odd, dtype):
             return None
         activations = [(conv if norm is None else norm).activation for conv, norm in layers]
         packed = pack_layers([conv for conv, _ in layers], dtype)

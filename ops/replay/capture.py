@@ -31,9 +31,9 @@ from ops.replay.graph import (
     tensors_in,
 )
 
-__all__ = ["Capture"]
+__all__ = ["NEW", "Capture"]
 
-_NEW = {"torch.empty", "torch.empty_like", "torch.Tensor.new_empty"}
+NEW = {"torch.empty", "torch.empty_like", "torch.Tensor.new_empty"}
 # They ask how tensors are laid out; what is in a tensor must not decide what is called.
 _QUESTIONS = {
     *("torch.Tensor." + name for name in ("__len__", "dim", "element_size", "is_contiguous")),
@@ -159,7 +159,7 @@ class Capture(TorchFunctionMode):
             raise NotCapturableError(f"{name} gives an empty tensor")
         inputs = {_memory(t) for t in tensors_in((args, kwargs))}
         fresh = {s: i for i, s in enumerate(storages) if s not in inputs}
-        if name in _NEW:
+        if name in NEW:
             self._add_buffer(results[0])
             return
         if not fresh and (name in _VIEWS or _drops_nothing(name, args, kwargs)):
@@ -211,6 +211,9 @@ class Capture(TorchFunctionMode):
         """Note a call of a kernel, with the tensors that it works on."""
         with torch._C.DisableTorchFunction():  # what follows asks torch, too
             self._try(self._note_kernel_call, kernel, function, arguments)
+
+    def kernel_returned(self, kernel: Kernel, given: dict[str, Any], result: Any) -> None:
+        """Nothing more to note."""
 
     def _note_kernel_call(self, kernel: Kernel, function: Any, arguments: Sequence[Any]) -> None:
         address = ctypes.cast(function, ctypes.c_void_p).value

@@ -10,7 +10,8 @@ import ctypes
 import itertools
 import logging
 import sys
-from collections.abc import Hashable, Iterable
+from collections.abc import Hashable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -63,6 +64,27 @@ class Recorded(nn.Module):
     def forget(self) -> None:
         """Let calls be recorded anew."""
         self._records = None
+
+    @property
+    def is_replayed(self) -> bool:
+        """Whether there is a graph that calls follow."""
+        records = self._records
+        return records is not None and any(
+            isinstance(program, Replay) for program in records._programs.values()
+        )
+
+    @contextmanager
+    def apart(self) -> Iterator[None]:
+        """Inside, calls are recorded anew; afterwards the graphs are those of before."""
+        before = vars(self).get("_records")
+        self._records = None
+        try:
+            yield
+        finally:
+            if before is None:
+                vars(self).pop("_records", None)
+            else:
+                self._records = before
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()

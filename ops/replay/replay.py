@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import itertools
 import operator
+import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -27,7 +29,7 @@ from ops.replay.lowering import lowered
 from ops.replay.memory_plan import plan_memory
 from ops.replay.workspace import workspace
 
-__all__ = ["Replay", "unsupported"]
+__all__ = ["Replay", "TimedReplay", "unsupported"]
 
 _KERNEL = "replay"
 _VALUE, _PLACE, _BLOCK = range(3)  # those of ops/cpu/replay/replay.cpp
@@ -53,6 +55,10 @@ class Replay:
     Args:
         graph: what was captured.
 
+    Attributes:
+        plan: where buffers lie.
+        lowered: which calls are a kernel's in place of torch's.
+
     Raises:
         NotCapturableError: calls with larger arguments than the list can hold.
     """
@@ -66,15 +72,18 @@ class Replay:
         self._room = library.replay_room()
         self._buffers, self._constants = graph.buffers, list(graph.constants)
         calls: list[KernelCall | TorchCall] = []
-        for call in graph.calls:
+        self.lowered: list[int] = []
+        for index, call in enumerate(graph.calls):
             other = lowered(call, self._buffers) if isinstance(call, TorchCall) else None
             if isinstance(call, TorchCall) and other is not None:
                 self._constants += (t.untyped_storage() for t in call.constants())
+                self.lowered.append(index)
             calls.append(other or call)
         result = graph.result
         self.plan = plan_memory(calls, self._buffers, result.buffer)
         self._blocks: list[Any] = []  # that the list has addresses of
         self._words: list[int] = []
+        self._begun = 0  # where the list of kernels goes on that is not yet a step
         self._steps: list[_Step] = []
         self._write(calls)
         self._result = _reader(result, self._buffers[result.buffer])
@@ -108,11 +117,10 @@ class Replay:
                 ends[use.last].append(i)
             elif i not in self.plan.offsets or use.by_torch:
                 begins[use.first].append(i)
-        begun = 0  # where the list of kernels goes on that is not yet a step
         free: list[int] = []  # what torch made and nobody needs any more
         for now, call in enumerate(calls):
             if begins[now] or isinstance(call, TorchCall):
-                begun = self._end_list(begun)
+                self._end_list()
             self._steps += map(self._begin, begins[now])
             if isinstance(call, TorchCall):
                 self._steps.append(self._torch_step(call))
@@ -121,10 +129,14 @@ class Replay:
             free += ends[now]
             large = any(self._buffers[i].nbytes >= _LARGE_BYTES for i in free)
             if free and (isinstance(call, TorchCall) or large):
-                begun = self._end_list(begun)
+                self._end_list()
                 self._steps.append(_release(free))
                 free = []
-        self._end_list(begun)
+            self._call_written()
+        self._end_list()
+
+    def _call_written(self) -> None:
+        """After what runs a call: nothing, by default."""
 
     def _begin(self, index: int) -> _Step:
         """What makes a tensor of a buffer: in the shared piece, or of its own."""
@@ -149,11 +161,10 @@ class Replay:
 
         return step_in_shared
 
-    def _end_list(self, begun: int) -> int:
-        end = len(self._words)
-        if end > begun:
-            self._steps.append(functools.partial(self._run_list, 8 * begun, 8 * end))
-        return end
+    def _end_list(self) -> None:
+        begun, self._begun = self._begun, len(self._words)
+        if self._begun > begun:
+            self._steps.append(functools.partial(self._run_list, 8 * begun, 8 * self._begun))
 
     def _run_list(self, begin: int, end: int, tensors: _Tensors, bases: Any) -> None:
         start = self._code_address
@@ -216,6 +227,31 @@ class Replay:
         if offset is None:
             return place.buffer, place.offset
         return len(self._buffers), offset + place.offset
+
+
+class TimedReplay(Replay):
+    """A replay that stops the time of each call; kernels no longer run in a row."""
+
+    def __init__(self, graph: Graph) -> None:
+        self._stamps: list[float] = []
+        super().__init__(graph)
+
+    def seconds(self, x: Tensor) -> list[float]:
+        """Of each call of the graph, with what was lowered, in their order."""
+        self._stamps = []
+        self(x)
+        return [end - begin for begin, end in itertools.pairwise(self._stamps)]
+
+    def _write(self, calls: Sequence[KernelCall | TorchCall]) -> None:
+        self._steps.append(self._stamp)
+        super()._write(calls)
+
+    def _call_written(self) -> None:
+        self._end_list()
+        self._steps.append(self._stamp)
+
+    def _stamp(self, tensors: _Tensors, bases: Any) -> None:
+        self._stamps.append(time.perf_counter())
 
 
 def _release(indices: Sequence[int]) -> _Step:

@@ -88,6 +88,9 @@ OPTIONS: dict[str, list[Option]] = {
         Option("", ["shvit_s1", "van_b0"], ["", "x", "van_b9", "\udcff", "--"], required=True),
         Option("--size", ["32", "1", "65535"], [*BELOW_ONE, "65536", "9" * 30]),
         Option("--runs", ["0"], [*NO_NUMBER, "-1"], True),
+        Option("--batch", [], BELOW_ONE),
+        Option("--dtype", [], ["", "x", "float16"]),
+        Option("--plot", [], NO_TARGET),
     ],
     "export": [
         Option("", ["shvit_s1"], ["", "x", "van_b9"], required=True),

@@ -22,9 +22,13 @@ from ops.cpu.structures import structure
 class _Watch:
     def __init__(self) -> None:
         self.calls: list[tuple[Kernel, Sequence[Any]]] = []
+        self.returns: list[tuple[Kernel, dict[str, Any], Any]] = []
 
     def kernel_called(self, called: Kernel, function: Any, arguments: Sequence[Any]) -> None:
         self.calls.append((called, arguments))
+
+    def kernel_returned(self, called: Kernel, given: dict[str, Any], result: Any) -> None:
+        self.returns.append((called, given, result))
 
 
 def _norm(*shape: int) -> tuple[Tensor, Tensor, Tensor, float]:
@@ -108,11 +112,14 @@ def test_observers_are_told_of_every_call_in_their_thread() -> None:
     x, weight, bias, eps = _norm(2, 8)
     layer_norm(x, weight, bias, eps)
     with observed_by(_Watch()) as outer, observed_by(_Watch()) as inner:
-        layer_norm(x, weight, bias, eps)
+        expected = layer_norm(x, weight, bias, eps)
         layer_norm(x[:0], weight, bias, eps)  # calls nothing
     ((called, (problem, addresses)),) = inner.calls
     assert called is layer_norm and problem.pixels == 2 and not outer.calls
     assert addresses.fields["in"] is x
+    ((returned, given, result),) = inner.returns
+    assert returned is layer_norm and result is expected and not outer.returns
+    assert given["x"] is x and given["eps"] == eps and given["activation"] == "none"
     layer_norm(x, weight, bias, eps)
     assert len(inner.calls) == 1
 

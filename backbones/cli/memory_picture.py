@@ -1,0 +1,136 @@
+"""The picture of ``summary --kernels``: where the buffers of a replayed model lie, call by call."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from backbones.core.explain import BufferUse, Explanation
+from backbones.training.pictures import GRID, INK, drawable, new_figure, save_figure
+
+__all__ = ["draw_memory"]
+
+_PEAK = "#c62828"
+# Of neighbouring parts of the network.
+_COLORS = ("#3f78c4", "#7fa9dd", "#2f8f83", "#86c5ba", "#8a6bb8", "#bda6da", "#d08a3c", "#e6bd8b")
+
+
+def draw_memory(path: Path, explained: Explanation) -> None:
+    """Draw each buffer of the workspace as long as it is in use, at the place where it lies.
+
+    Args:
+        path: the PNG.
+        explained: with ``memory``.
+    """
+    from matplotlib.patches import Patch, Rectangle
+
+    memory = explained.memory
+    assert memory is not None
+    unit, scale = ("KiB", 2**10) if memory.nbytes < 2**20 else ("MiB", 2**20)
+    parts = _parts(explained)
+    drawn = dict.fromkeys(parts[buffer.first] for buffer in sorted(memory.planned, key=_first))
+    colors = {part: _COLORS[i % len(_COLORS)] for i, part in enumerate(drawn)}
+    figure = new_figure(11, 5.2)
+    figure.subplots_adjust(left=0.075, right=0.985, bottom=0.19, top=0.86)
+    axis = figure.subplots()
+    for buffer in memory.planned:
+        axis.add_patch(_rectangle(Rectangle, buffer, scale, colors[parts[buffer.first]]))
+    top = memory.nbytes / scale
+    axis.axhline(top, color=_PEAK, linewidth=1.4)
+    axis.text(
+        len(parts),
+        1.012 * top,
+        f"workspace {top:.2f} {unit}",
+        ha="right",
+        va="bottom",
+        color=_PEAK,
+        fontsize=10,
+    )
+    _label_largest(axis, memory.planned, scale, top, len(parts))
+    _style(axis, len(parts), top, unit)
+    figure.legend(
+        handles=[Patch(color=color, label=drawable(part)) for part, color in colors.items()],
+        loc="lower left",
+        bbox_to_anchor=(0.065, 0.01),
+        ncols=min(9, len(colors)),
+        frameon=False,
+        fontsize=9.5,
+        labelcolor=INK,
+        handlelength=1.1,
+        columnspacing=1.4,
+    )
+    size = "×".join(map(str, explained.input_shape))
+    figure.suptitle(
+        drawable(f"{explained.model}, {size} {explained.dtype}: reuse {memory.reuse:.1f}×"),
+        x=0.012,
+        y=0.975,
+        ha="left",
+        fontsize=13,
+        color=INK,
+        fontweight="bold",
+    )
+    total = sum(buffer.nbytes for buffer in memory.planned) / scale
+    figure.text(
+        0.012,
+        0.905,
+        f"{len(memory.planned)} buffers of {total:.2f} {unit} in all lie in one workspace; a "
+        "rectangle is as long as its buffer is in use",
+        ha="left",
+        va="center",
+        fontsize=10,
+        color="#56606e",
+    )
+    save_figure(figure, path)
+
+
+def _parts(explained: Explanation) -> list[str]:
+    """Which part of the network each call belongs to: the stem, a stage, or what else there is."""
+    found = []
+    for call in explained.calls:
+        names = call.layer.split(".")
+        staged = names[0] == "stages" and len(names) > 1
+        found.append(f"stage {int(names[1]) + 1}" if staged else names[0] or "model")
+    return found
+
+
+def _first(buffer: BufferUse) -> int:
+    return buffer.first
+
+
+def _rectangle(kind: Any, buffer: BufferUse, scale: float, color: str) -> Any:
+    corner = (buffer.first, (buffer.offset or 0) / scale)
+    length, height = buffer.last + 1 - buffer.first, buffer.nbytes / scale
+    return kind(corner, length, height, facecolor=color, edgecolor="white", linewidth=0.7)
+
+
+def _label_largest(
+    axis: Any, planned: list[BufferUse], scale: float, top: float, calls: int
+) -> None:
+    """The shapes of buffers whose rectangles have room for them."""
+    for buffer in planned:
+        text = "×".join(map(str, buffer.shape))
+        length, height = buffer.last + 1 - buffer.first, buffer.nbytes / scale
+        if height > 0.045 * top and length > 0.0063 * calls * len(text):
+            axis.text(
+                buffer.first + length / 2,
+                (buffer.offset or 0) / scale + height / 2,
+                text,
+                ha="center",
+                va="center",
+                fontsize=8,
+                color="white",
+            )
+
+
+def _style(axis: Any, calls: int, top: float, unit: str) -> None:
+    axis.set_xlim(0, calls)
+    axis.set_ylim(0, 1.08 * top)
+    axis.set_xlabel("call", fontsize=11, color=INK)
+    axis.set_ylabel(f"offset in the workspace, {unit}", fontsize=11, color=INK)
+    axis.grid(color=GRID)
+    axis.set_axisbelow(True)
+    axis.tick_params(colors=INK, labelsize=10, length=0)
+    for side in ("top", "right"):
+        axis.spines[side].set_visible(False)
+    for side in ("left", "bottom"):
+        axis.spines[side].set_color(GRID)

@@ -1,0 +1,179 @@
+"""How much the kernels compute, and those of torch's functions that stand beside them.
+
+Counted are the multiply-accumulates of convolutions and matrix products, as two operations each;
+what stands around them (norms, activations, softmax, interpolation) is not. What has no entry in a
+table has no count.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+__all__ = ["function_flops", "kernel_flops"]
+
+
+def kernel_flops(name: str, given: Mapping[str, Any], result: Any) -> int | None:
+    """Of a call of a kernel of :mod:`ops.cpu`; None where there is no count.
+
+    Args:
+        name: of the operator.
+        given: its arguments, by their names.
+        result: what it returned.
+    """
+    count = _KERNELS.get(name)
+    macs = None if count is None else count(given, result)
+    return None if macs is None else 2 * macs
+
+
+def function_flops(name: str, args: Sequence[Any], kwargs: Any, result: Any) -> int | None:
+    """Of a call of a function of torch, by its full name; None where there is no count."""
+    count = _FUNCTIONS.get(name)
+    return None if count is None else 2 * count(args, kwargs, result)
+
+
+# -- multiply-accumulates of kernels --------------------------------------------------------------
+
+_Given = Mapping[str, Any]
+
+
+def _linear(given: _Given, result: Any) -> int:
+    return int(given["x"].numel() * len(given["bias"]))
+
+
+def _mlp(given: _Given, result: Any) -> int:
+    x, hidden, out_features = given["x"], len(given["bias1"]), result.shape[-1]
+    taps = given.get("taps")  # of a convolution between the two layers, (9, hidden)
+    between = 0 if taps is None else len(taps)
+    rows = x.numel() // x.shape[-1]
+    return int(rows * hidden * (x.shape[-1] + between + out_features))
+
+
+def _convolution(given: _Given, result: Any) -> int:
+    return int(result.numel() * math.prod(given["geometry"][:3]))
+
+
+def _depthwise(given: _Given, result: Any) -> int:
+    return int(result.numel() * math.prod(given["taps"].shape[:2]))
+
+
+def _branches(given: _Given, result: Any) -> int:
+    pixels = result.numel() // result.shape[1]
+    return int(pixels * sum(taps.numel() for taps in given["taps"]))
+
+
+def _stem(given: _Given, result: Any) -> int:
+    x, (side, stride, padding) = given["x"], given["window"]
+    height, width = ((n + 2 * padding - side) // stride + 1 for n in x.shape[2:])
+    channels, macs = x.shape[1], 0
+    for bias in given["biases"]:
+        macs += len(x) * height * width * len(bias) * channels * side**2
+        height, width, channels, side = -(-height // 2), -(-width // 2), len(bias), 3
+    return int(macs)
+
+
+def _deformable(given: _Given, result: Any) -> int:
+    return int(result.numel() * given["x"].shape[1] * given["kernel_size"] ** 2)
+
+
+def _grouped_attention(given: _Given, result: Any) -> int:
+    query, key, value = given["query"], given["key"], given["value"]
+    rows, routes = given["rows"], given["routes"]
+    seen = rows if given["key_rows"] is None else given["key_rows"]
+    keys = key.shape[1] if seen is None else seen.shape[1]
+    keys *= 1 if routes is None else routes.shape[2]
+    queries = query.shape[1] if rows is None else rows.numel()
+    return int(len(query) * queries * query.shape[2] * keys * (query.shape[3] + value.shape[3]))
+
+
+def _gated_attention(given: _Given, result: Any) -> int:
+    tokens = result.shape[1] * result.shape[2]
+    return int(result.numel() * tokens * 2)
+
+
+def _gated_linear_attention(given: _Given, result: Any) -> int:
+    head_dim = result.shape[3] // given["num_heads"]
+    return int(result.numel() * (2 * head_dim + 2))  # a state, weights of keys and their sum
+
+
+def _cascaded_attention(given: _Given, result: Any) -> int:
+    (heads, width), qk_dim = given["bias"].shape, given["qk_dim"]
+    head_dim = width - 2 * qk_dim
+    tokens = result.shape[1] * result.shape[2]
+    taps = 0 if given["taps"] is None else given["taps"].numel()  # of all heads
+    per_token = heads * (head_dim * width + tokens * (qk_dim + head_dim)) + taps
+    return int(len(result) * tokens * per_token)
+
+
+def _kan(given: _Given, result: Any) -> int:
+    return int(given["x"].numel() * len(given["powers"]) * len(given["bias"]))
+
+
+def _response_mlp(given: _Given, result: Any) -> int:
+    weights, dim = given["weights"], result.shape[3]
+    squeezed, hidden = len(weights[1]), len(weights[6])
+    return int(2 * result.numel() * hidden + 2 * len(result) * dim * squeezed)
+
+
+def _neighborhood(given: _Given, result: Any) -> int | None:
+    query, value, more = given["query"], given["value"], given["additional_keys"]
+    if any(given["is_causal"]):  # windows at the start of an axis are not full
+        return None
+    keys = math.prod(given["kernel_size"]) + (0 if more is None else more.shape[1])
+    return int(query.numel() // query.shape[-1] * keys * (query.shape[-1] + value.shape[-1]))
+
+
+_KERNELS: dict[str, Callable[[_Given, Any], int | None]] = {
+    **dict.fromkeys(("packed_linear", "packed_linear_energy"), _linear),
+    **dict.fromkeys(("packed_mlp", "depthwise_mlp"), _mlp),
+    "packed_conv2d": _convolution,
+    "depthwise_conv2d": _depthwise,
+    "depthwise_branches": _branches,
+    "packed_stem": _stem,
+    "deformable_conv2d": _deformable,
+    "grouped_attention": _grouped_attention,
+    "gated_attention": _gated_attention,
+    "gated_linear_attention": _gated_linear_attention,
+    "cascaded_attention": _cascaded_attention,
+    "kan_layer": _kan,
+    "response_mlp": _response_mlp,
+    **dict.fromkeys(("na_cpu_output", "na_cpu_forward"), _neighborhood),
+}
+
+# -- of functions of torch ------------------------------------------------------------------------
+
+
+def _of_weight(args: Sequence[Any], kwargs: Any, result: Any) -> int:
+    """What comes out, times the weight of one output channel."""
+    weight = args[1] if len(args) > 1 else kwargs["weight"]
+    return int(result.numel() * math.prod(weight.shape[1:]))
+
+
+def _of_first(args: Sequence[Any], kwargs: Any, result: Any) -> int:
+    """What comes out, times the last axis of the first matrix."""
+    return int(result.numel() * args[0].shape[-1])
+
+
+def _of_second(args: Sequence[Any], kwargs: Any, result: Any) -> int:
+    """Of a product that is added to the first argument."""
+    return int(result.numel() * args[1].shape[-1])
+
+
+def _attention(args: Sequence[Any], kwargs: Any, result: Any) -> int:
+    query, key, value = (*args, *(kwargs[n] for n in ("query", "key", "value")[len(args) :]))[:3]
+    rows = query.numel() // query.shape[-1]
+    return int(rows * key.shape[-2] * (query.shape[-1] + value.shape[-1]))
+
+
+_FUNCTIONS: dict[str, Callable[[Sequence[Any], Any, Any], int]] = {
+    **{f"torch.nn.functional.{name}": _of_weight for name in ("conv1d", "conv2d", "linear")},
+    **dict.fromkeys(("torch.conv2d", "torchvision.deform_conv2d"), _of_weight),
+    **{f"torch.{name}": _of_first for name in ("bmm", "matmul", "mm")},
+    **{f"torch.Tensor.{n}": _of_first for n in ("__matmul__", "bmm", "matmul", "mm")},
+    **{f"torch.{name}": _of_second for name in ("addmm", "baddbmm")},
+    "mkldnn._convolution_pointwise.default": _of_weight,
+    "mkldnn._linear_pointwise.default": _of_first,
+    "mkldnn._linear_pointwise.binary": _of_first,
+    "torch.nn.functional.scaled_dot_product_attention": _attention,
+}

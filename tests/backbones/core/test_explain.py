@@ -1,0 +1,199 @@
+"""``explain()``: calls with their layers, rules and figures; the model stays as it was."""
+
+from __future__ import annotations
+
+import copy
+import json
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from compiled_kernels import using_threads
+from torch import nn
+from zoo import FAMILIES, images, small
+
+import backbones
+from backbones.cli.measure import count_macs
+from ops.replay.trace import TracedCall
+
+# Fused models that compute a little less, or more, than the plain ones: branches that become one
+# convolution (UniRepLKNet), a mean that a linear layer takes over (FaViT), padded maps (LITv2).
+MERGED = {"favit": 0.02, "litv2": 0.01, "unireplknet": 0.05}
+
+
+def _macs(calls: list[TracedCall]) -> float:
+    return sum(call.flops or 0 for call in calls) / 2
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family(family: str) -> None:
+    model = small(family).eval()
+    macs = count_macs(model, 70, 45)
+    plain = backbones.explain(model, (70, 45), repeats=1)
+    assert _macs(plain.calls) == macs
+    assert not plain.is_fused and plain.memory is None
+
+    fused = backbones.explain(model.fuse(), (70, 45), batch_size=2, repeats=1)
+    assert _macs(fused.calls) == pytest.approx(2 * macs, rel=MERGED.get(family, 1e-9))
+    assert fused.is_fused and fused.memory is not None
+    paths = dict(model.named_modules())
+    for call in fused.calls:
+        assert call.layer in paths
+        assert call.seconds > 0 and call.dtype and call.outputs
+        assert (call.instruction_set is None) == (call.library != "ours")
+    ours = sum(call.library == "ours" for call in fused.calls)
+    assert ours > len(fused.calls) / 2
+    assert sum(fused.share(call.seconds) for call in fused.calls) <= 1 + 1e-9
+
+
+@pytest.mark.parametrize("family", ["hat", "shvit"])
+def test_bfloat16(family: str) -> None:
+    model = small(family).eval().fuse(dtype=torch.bfloat16)
+    found = backbones.explain(model, 64, repeats=1)
+    assert found.dtype == "bfloat16"
+    assert {call.dtype for call in found.calls} >= {"bfloat16"}
+
+
+def test_calls_are_those_of_the_layers() -> None:
+    model = small("van").eval().fuse()
+    found = backbones.explain(model, 64, repeats=2)
+    first, last = found.calls[0], found.calls[-1]
+    assert (first.layer, first.kernel) == ("stages.0.downsample.proj", "packed_stem")
+    assert first.inputs[0] == (1, 3, 64, 64)
+    assert last.layer == "head.fc" and last.kernel == "packed_linear"
+    assert last.inputs[0] == (1, 256) and last.outputs == [(1, 1000)]
+    assert last.flops == 2 * 256 * 1000
+    assert [asked.rule for asked in last.rules] == ["linear_by_kernel"]
+    assert last.rule.startswith("linear_by_kernel: rows 1 ≤ ")
+    depthwise = [call for call in found.calls if call.kernel == "depthwise_conv2d"]
+    assert all("depthwise_by_kernel" in call.rule for call in depthwise)
+
+
+def test_functions_of_torch_are_rows_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What a rule leaves to oneDNN and torch, and what follows from it."""
+    monkeypatch.setattr("ops.cpu.policy.few_rows", lambda dtype: 8)
+    monkeypatch.setattr("ops.cpu.policy._NARROW", 8)
+    monkeypatch.setattr("ops.cpu.policy._MOST_TOKENS", 4)
+    found = backbones.explain(small("shvit").eval().fuse(), 192, repeats=1)
+    kernels = {(call.library, call.kernel) for call in found.calls}
+    assert {("oneDNN", "linear"), ("torch", "bmm"), ("torch", "softmax")} <= kernels
+    (asked,) = {
+        call.rule for call in found.calls if call.kernel == "softmax" and "stages.0" in call.layer
+    }
+    assert asked.startswith("single_head_by_kernel: tokens 144 > 4")
+    linear = next(call for call in found.calls if call.library == "oneDNN")
+    assert linear.flops and "linear_by_kernel: rows" in linear.rule and "→ oneDNN" in linear.rule
+
+
+def test_rows_add_up_to_the_models_time() -> None:
+    found = backbones.explain(small("ravlt").eval().fuse(), 64, repeats=5)
+    shares = [found.share(call.seconds) for call in found.calls]
+    assert sum(shares) + found.share(found.between) == pytest.approx(1)
+    assert found.seconds == pytest.approx(
+        found.between + sum(call.seconds for call in found.calls), rel=0.5
+    )
+
+
+def test_memory_plan() -> None:
+    found = backbones.explain(small("van").eval().fuse(), 64, repeats=1)
+    memory = found.memory
+    assert memory is not None
+    assert memory.peak <= memory.nbytes < sum(buffer.nbytes for buffer in memory.planned)
+    assert memory.reuse > 1
+    for i, a in enumerate(memory.planned):
+        assert 0 <= a.first <= a.last < len(found.calls)
+        for b in memory.planned[:i]:
+            apart = a.last < b.first or b.last < a.first
+            below = (a.offset + a.nbytes <= b.offset) or (b.offset + b.nbytes <= a.offset)
+            assert apart or below
+    images_, result = memory.buffers[0], memory.buffers[-1]
+    assert images_.first == -1 and images_.offset is None and images_.shape == (1, 3, 64, 64)
+    assert result.last == len(found.calls) and result.offset is None
+
+
+def test_text_and_json() -> None:
+    found = backbones.explain(small("van").eval().fuse(), 64, repeats=1)
+    lines = str(found).splitlines()
+    assert lines[0].startswith("van_b0, fused: 1×3×64×64 float32, ")
+    assert lines[2].split()[:5] == ["layer", "kernel", "shapes", "dtype", "set"]
+    assert lines[4].startswith("stages.0.downsample.proj ") and "1×3×64×64 → 1×32×16×16" in lines[4]
+    assert any(line.startswith("between calls") for line in lines)
+    assert lines[-1].startswith("Memory: ") and "reuse" in lines[-1]
+    told = json.loads(json.dumps(found.to_dict(), allow_nan=False))
+    assert told["input_shape"] == [1, 3, 64, 64]
+    assert len(told["calls"]) == len(found.calls)
+    assert told["calls"][-1]["layer"] == "head.fc" and told["calls"][-1]["gflops_per_second"] > 0
+    assert told["memory"]["nbytes"] == found.memory.nbytes
+
+
+def test_what_is_not_replayed_has_no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A hook inside wants its module to be called: by the layers, which are timed as they are."""
+    model = small("shvit").eval().fuse()
+    seen: list[Any] = []
+    model.stages[0].register_forward_hook(lambda *_: seen.append(1))
+    found = backbones.explain(model, 64, repeats=1)
+    assert found.memory is None and seen
+    assert any(call.library == "ours" for call in found.calls)
+    assert "Memory" not in str(found)
+    assert found.to_dict()["memory"] is None
+
+
+def _program(model: Any) -> Any:
+    return next(iter(model._records._programs.values()))
+
+
+@pytest.mark.parametrize("size", [(64, 64), (96, 70)])
+@torch.no_grad()
+def test_the_model_is_left_as_it_was(size: tuple[int, int]) -> None:
+    model, x = small("van").eval().fuse(), images(1, 3, 64, 64)
+    outs = [model(x) for _ in range(4)]
+    program, records = _program(model), model._records
+    names = {name: [*vars(module)] for name, module in model.named_modules()}
+    with using_threads(2):
+        model(x)
+    threads = torch.get_num_threads()
+    backbones.explain(model, size, repeats=1)
+    assert torch.get_num_threads() == threads and torch.is_inference_mode_enabled() is False
+    assert model._records is records and _program(model) is program
+    assert records._snapshot is not None and records._snapshot.holds()
+    assert {name: [*vars(module)] for name, module in model.named_modules()} == names
+    assert torch.equal(model(x), outs[0])
+
+
+def test_a_model_in_training_mode_is_not_trained() -> None:
+    model = small("shvit").train()
+    model.stages[1].eval()
+    before = copy.deepcopy(model.state_dict())
+    modes = [module.training for module in model.modules()]
+    backbones.explain(model, 64, repeats=1)
+    assert [module.training for module in model.modules()] == modes
+    assert all(torch.equal(t, before[name]) for name, t in model.state_dict().items())
+    assert model._forward_hooks == {} and all(p.requires_grad for p in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "said"),
+    [
+        (lambda m: backbones.explain(m, 0), ValueError, "input_size must lie in 1 … 65536, got 0"),
+        (
+            lambda m: backbones.explain(m, (64,)),
+            ValueError,
+            r"\(H, W\) or \(3, H, W\), got \(64,\)",
+        ),
+        (lambda m: backbones.explain(m, (1, 3, 8, 8)), ValueError, "a side"),
+        (lambda m: backbones.explain(m, (4, 64, 64)), ValueError, "images of 3 channels"),
+        (lambda m: backbones.explain(m, (64, -1)), ValueError, r"input_size\[1\] must lie in"),
+        (lambda m: backbones.explain(m, "64"), TypeError, "input_size must be a sequence"),
+        (lambda m: backbones.explain(m, 6.5), TypeError, "input_size must be a whole number"),
+        (lambda m: backbones.explain(m, 64, batch_size=0), ValueError, "batch_size must lie in"),
+        (lambda m: backbones.explain(m, 64, repeats=0), ValueError, "repeats must lie in"),
+        (lambda m: backbones.explain(m.to("meta"), 64), ValueError, "on the CPU .* on meta"),
+        (lambda m: backbones.explain(nn.Linear(3, 3)), TypeError, "create_model.., got a Linear"),
+    ],
+)
+def test_what_cannot_be_explained(
+    call: Callable[[Any], Any], error: type[Exception], said: str
+) -> None:
+    with pytest.raises(error, match=said):
+        call(small("shvit").eval())

@@ -1,0 +1,114 @@
+"""``summary --kernels``: the table, JSON and the picture of memory."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+import pytest
+from compiled_kernels import without_kernels
+from PIL import Image
+from zoo import small
+
+import backbones
+from backbones.cli.main import main
+from backbones.cli.memory_picture import draw_memory
+
+
+@pytest.fixture(autouse=True)
+def shallow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """VAN-B0 with few blocks."""
+    monkeypatch.setattr("backbones.cli.summary.create", lambda name: small("van").eval())
+
+
+def _said(words: Sequence[str], capsys: pytest.CaptureFixture[str]) -> str:
+    assert main(["summary", "van_b0", "--kernels", "--runs", "1", *words]) == 0
+    return capsys.readouterr().out
+
+
+def test_the_table_is_of_the_fused_model(capsys: pytest.CaptureFixture[str]) -> None:
+    said = _said(["--size", "64", "48", "--batch", "2"], capsys)
+    assert said.startswith("van_b0, fused: 2×3×64×48 float32, ")
+    assert "packed_linear" in said and "linear_by_kernel: rows" in said
+
+
+def test_plain(capsys: pytest.CaptureFixture[str]) -> None:
+    said = _said(["--size", "64", "--plain"], capsys)
+    assert said.startswith("van_b0, not fused: 1×3×64×64 float32, ")
+    assert "torch conv2d" in said and "packed_linear" not in said
+
+
+def test_json(capsys: pytest.CaptureFixture[str]) -> None:
+    told = json.loads(_said(["--size", "64", "--json", "--dtype", "bfloat16"], capsys))
+    assert told["dtype"] == "bfloat16" and told["is_fused"]
+    assert [call["layer"] for call in told["calls"]][-1] == "head.fc"
+
+
+def test_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = tmp_path / "memory.png"
+    _said(["--size", "64", "--plot", str(path)], capsys)
+    pixels = np.asarray(Image.open(path).convert("RGB"))
+    assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
+
+
+def test_what_the_picture_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    figures: list[Any] = []
+    monkeypatch.setattr(
+        "backbones.cli.memory_picture.save_figure", lambda figure, path: figures.append(figure)
+    )
+    found = backbones.explain(small("van").eval().fuse(), 64, repeats=1)
+    draw_memory(tmp_path / "memory.png", found)
+    (figure,) = figures
+    (axis,) = figure.axes
+    planned = found.memory.planned
+    assert len(axis.patches) == len(planned)
+    for patch, buffer in zip(axis.patches, planned, strict=True):
+        assert isinstance(patch, matplotlib.patches.Rectangle)
+        assert patch.get_x() == buffer.first and patch.get_width() == buffer.last + 1 - buffer.first
+        scale = found.memory.nbytes / axis.lines[0].get_ydata()[0]
+        assert patch.get_y() * scale == pytest.approx(buffer.offset)
+        assert patch.get_height() * scale == pytest.approx(buffer.nbytes)
+    assert f"reuse {found.memory.reuse:.1f}×" in figure.get_suptitle()
+
+
+def test_without_kernels_there_is_no_plan(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    without_kernels(monkeypatch)
+    words = ["summary", "van_b0", "--kernels", "--size", "64", "--runs", "1"]
+    assert main([*words, "--plot", str(tmp_path / "x.png")]) == 2
+    said = capsys.readouterr()
+    assert "there is no memory plan, van_b0 is not replayed here" in said.err
+    assert not list(tmp_path.iterdir())
+    assert main(words) == 0
+    assert "oneDNN linear" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["--plain"], "--plain goes with --kernels"),
+        (["--json"], "--json goes with --kernels"),
+        (["--plot", "x.png"], "--plot goes with --kernels"),
+        (["--batch", "2"], "--batch goes with --kernels"),
+        (["--kernels", "--runs", "0"], "--runs must be at least 1"),
+        (["--kernels", "--batch", "0"], "--batch must be at least 1, not 0"),
+        (["--kernels", "--batch", "99999999", "--size", "1"], "batch_size must lie in 1 … 65536"),
+        (["--kernels", "--dtype", "float16"], "argument --dtype: invalid choice: 'float16'"),
+        (["--kernels", "--plain", "--fused"], "--plain and --fused exclude each other"),
+        (["--kernels", "--plain", "--plot", "x.png"], "--plain and --plot exclude each other"),
+        (["--kernels", "--plot", ""], "--plot must be the name of a file or folder"),
+        (["--kernels", "--plot", "no/such/x.png"], "there is no folder no/such"),
+        (["--kernels", "--size", "0"], "--size takes one side"),
+    ],
+)
+def test_what_a_user_can_mend(
+    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["summary", "van_b0", *words]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ") and said in error and error.count("\n") == 1

@@ -1,0 +1,87 @@
+"""Counts of multiply-accumulates: of every kernel that has products, and of torch's functions.
+
+That they are those of whole models is tested in ``tests/backbones/core/test_explain.py``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import pkgutil
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+import ops.cpu
+from ops.cpu import flops
+from ops.cpu.binding import Kernel
+from ops.neighborhood import na2d
+from ops.replay.trace import Trace, TracedCall
+
+# They have no products, or are no part of a forward pass.
+UNCOUNTED = {"join_planes", "layer_norm", "na_cpu_backward", "split_planes", "window_means"}
+
+
+def test_every_kernel_is_counted_or_known_not_to_be() -> None:
+    modules = [
+        importlib.import_module(found.name)
+        for found in pkgutil.walk_packages(ops.cpu.__path__, "ops.cpu.")
+    ]
+    kernels = {k.name for m in modules for k in vars(m).values() if isinstance(k, Kernel)}
+    assert kernels - flops._KERNELS.keys() == UNCOUNTED
+    assert flops._KERNELS.keys() <= kernels
+
+
+def _traced(function: Callable[[], object]) -> list[TracedCall]:
+    with torch.inference_mode(), Trace(torch.zeros(1), nn.Identity()) as trace:
+        function()
+    return trace.traced
+
+
+_A, _B = torch.randn(3, 4, 5), torch.randn(3, 5, 6)
+_MAP, _WEIGHT = torch.randn(2, 8, 9, 7), torch.randn(12, 4, 3, 3)
+_Q, _K, _V = torch.randn(2, 3, 5, 8), torch.randn(2, 3, 7, 8), torch.randn(2, 3, 7, 4)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda: F.linear(_A, torch.randn(6, 5)),
+        lambda: F.conv2d(_MAP, _WEIGHT, padding=1, groups=2),
+        lambda: F.conv2d(_MAP, weight=_WEIGHT, stride=2, groups=2),
+        lambda: torch.bmm(_A, _B),
+        lambda: _A @ _B,
+        lambda: torch.matmul(_A, _B),
+        lambda: _A.matmul(_B[0]),
+        lambda: torch.addmm(torch.randn(6), _A[0], _B[0]),
+        lambda: torch.baddbmm(torch.randn(3, 4, 6), _A, _B),
+        lambda: F.scaled_dot_product_attention(_Q, _K, _V),
+        lambda: F.scaled_dot_product_attention(query=_Q, key=_K, value=_V),
+    ],
+)
+def test_functions_of_torch_are_counted_as_torch_counts_them(
+    function: Callable[[], Tensor],
+) -> None:
+    with FlopCounterMode(display=False) as counter:
+        function()
+    assert sum(call.flops or 0 for call in _traced(function)) == counter.get_total_flops() > 0
+
+
+def test_what_has_no_count_has_none() -> None:
+    calls = _traced(lambda: _A.softmax(-1).add_(1))
+    assert [call.flops for call in calls] == [None, None]
+
+
+def test_neighborhood_attention() -> None:
+    query = torch.randn(1, 9, 7, 2, 8)
+    (call,) = [
+        call
+        for call in _traced(lambda: na2d(query, query, query, (3, 5)))
+        if call.kernel.startswith("na_cpu")
+    ]
+    assert call.flops == 2 * 9 * 7 * 2 * 15 * (8 + 8)
+    causal = _traced(lambda: na2d(query, query, query, (3, 5), is_causal=True))
+    assert [c.flops for c in causal if c.kernel.startswith("na_cpu")] == [None]

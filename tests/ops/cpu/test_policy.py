@@ -1,0 +1,201 @@
+"""Decisions: those of a plainer CPU where one is emulated, and each with its reason in words."""
+
+from __future__ import annotations
+
+import itertools
+import re
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from ops.cpu import build, policy
+from ops.cpu.policy import Asked
+
+ROOT = Path(__file__).parents[3]
+SETS = list(build._ISA_FLAGS)
+HALF, FLOAT = torch.bfloat16, torch.float32
+# Around the numbers that rules compare with.
+_ROWS = (1, 512, 513, 2048, 2049, 10**6)
+_TOKENS = (1, 7, 16, 17, 48, 49, 256, 257, 1024, 1025)
+
+
+def _decisions() -> Iterator[tuple[Any, ...]]:
+    """Every rule, with arguments on both sides of its limits, and what it says."""
+    for dtype in (FLOAT, HALF):
+        yield "multiplies", dtype, policy.multiplies(dtype)
+        yield "computed_in", dtype, policy.computed_in(dtype)
+        yield "by_tiles", dtype, policy.by_tiles(dtype)
+        yield "few_rows", dtype, policy.few_rows(dtype)
+        cases: dict[Any, Any] = {
+            policy.linear_by_kernel: itertools.product(
+                _ROWS, (32, 33), (64,), (dtype,), ("none", "gelu")
+            ),
+            policy.feed_forward_by_kernel: [(dtype,)],
+            policy.stem_by_kernel: [(True, dtype), (False, dtype)],
+            policy.convolves_windows: itertools.product(
+                ((1, 1), (2, 2)), ((1, 1), (2, 2)), (1, 4), (dtype,)
+            ),
+            policy.conv_by_kernel: itertools.product((3, 16), _ROWS, (True, False), (dtype,)),
+            policy.depthwise_by_kernel: itertools.product(
+                (1 << 17, (1 << 17) + 1, sys.maxsize),
+                (16, 17),
+                ((3, 3), (5, 5), (7, 7), (1, 11)),
+                ((1, 1), (0, 0)),
+                ((1, 1), (2, 2)),
+                (True, False),
+                (dtype,),
+            ),
+            policy.softmax_attention_by_kernel: itertools.product(_TOKENS, (dtype,)),
+            policy.window_attention_by_kernel: itertools.product(_TOKENS, (dtype,)),
+            policy.rotated_attention_by_kernel: itertools.product(_TOKENS, (dtype,)),
+            policy.single_head_by_kernel: ((n,) for n in _TOKENS),
+            policy.averages_in_linear: ((n,) for n in _TOKENS),
+        }
+        for rule, arguments in cases.items():
+            for given in arguments:
+                yield rule.__name__, given, rule(*given)
+
+
+def _use(monkeypatch: pytest.MonkeyPatch, cpu: str, asked_for: str) -> None:
+    """A CPU whose richest instruction set is ``cpu``, and an environment that asks for another."""
+    monkeypatch.setattr(build, "_richest", lambda: cpu)
+    # oneDNN takes bfloat16 from AVX-512 on.
+    monkeypatch.setattr(policy, "_has_bfloat16", lambda: cpu in ("amx", "avx512bf16", "avx512"))
+    monkeypatch.setenv("VISION_BACKBONES_NATIVE_ISA", asked_for)
+
+
+@pytest.mark.parametrize(("richer", "emulated"), [*itertools.combinations(SETS, 2)])
+def test_every_decision_is_that_of_the_plainer_cpu(
+    richer: str, emulated: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _use(monkeypatch, emulated, "")
+    plainer = list(_decisions())
+    _use(monkeypatch, richer, emulated)
+    assert list(_decisions()) == plainer
+
+
+def test_instruction_sets_differ(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else the test above would say nothing."""
+    found = []
+    for isa in SETS:
+        _use(monkeypatch, isa, "")
+        found.append(list(_decisions()))
+    alike = [a == b for a, b in itertools.pairwise(found)]
+    assert alike == [False, False, True, False]  # AVX-512 and AVX2 are decided alike
+
+
+def test_bfloat16_without_any_of_our_instruction_sets(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU of another family, where oneDNN knows what it multiplies."""
+    monkeypatch.setattr(build, "_richest", lambda: "portable")
+    monkeypatch.setattr(policy, "_has_bfloat16", lambda: True)
+    monkeypatch.delenv("VISION_BACKBONES_NATIVE_ISA", raising=False)
+    assert policy.multiplies(HALF)
+
+
+def _asked(rule: Any, *given: Any, **named: Any) -> Asked:
+    found: list[Asked] = []
+    with policy.explaining(found.append):
+        answer = rule(*given, **named)
+    assert len(found) == 1 and found[0].answer is answer
+    return found[0]
+
+
+@pytest.mark.parametrize(
+    ("cpu", "rule", "given", "said"),
+    [
+        (
+            "avx2",
+            policy.linear_by_kernel,
+            (3136, 64, 256, FLOAT, "none"),
+            "linear_by_kernel: rows 3136 ≤ ∞, float32, avx2 → packed GEMM",
+        ),
+        (
+            "avx2",
+            policy.linear_by_kernel,
+            (3136, 64, 256, HALF, "none"),
+            "linear_by_kernel: torch has no products of it, bfloat16, avx2 → packed GEMM",
+        ),
+        (
+            "amx",
+            policy.linear_by_kernel,
+            (3136, 64, 256, HALF, "none"),
+            "linear_by_kernel: rows 3136 > 512, bfloat16, amx → oneDNN",
+        ),
+        (
+            "amx",
+            policy.linear_by_kernel,
+            (3136, 64, 32, HALF, "none"),
+            "linear_by_kernel: features 64 → 32, one ≤ 32, bfloat16, amx → packed GEMM",
+        ),
+        (
+            "avx512",
+            policy.depthwise_by_kernel,
+            (1 << 20, 64, (5, 5), (2, 2), (1, 1), True, FLOAT),
+            "depthwise_by_kernel: window 5×5, values 1048576 > 131072, float32, avx512 → oneDNN",
+        ),
+        (
+            "avx512",
+            policy.window_attention_by_kernel,
+            (7, FLOAT),
+            "window_attention_by_kernel: keys 7², not in tiles, float32, avx512"
+            " → windows where they lie",
+        ),
+        (
+            "amx",
+            policy.window_attention_by_kernel,
+            (17, HALF),
+            "window_attention_by_kernel: keys 17² > 256, bfloat16, amx → copies of windows",
+        ),
+        (
+            "portable",
+            policy.single_head_by_kernel,
+            (257,),
+            "single_head_by_kernel: tokens 257 > 256, portable → torch",
+        ),
+    ],
+)
+def test_rules_say_why(
+    cpu: str, rule: Any, given: tuple[Any, ...], said: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _use(monkeypatch, cpu, "")
+    assert str(_asked(rule, *given)) == said
+
+
+def test_every_reason_can_be_put_into_words(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Asked] = []
+    for isa in SETS:
+        _use(monkeypatch, isa, "")
+        with policy.explaining(found.append):
+            list(_decisions())
+    assert len(found) > 1000
+    assert not [str(asked) for asked in found if re.search(r"[{}]|torch\.", str(asked))]
+    named = {a.rule for a in found}
+    rules = {name for name in policy.__all__ if hasattr(getattr(policy, name), "__wrapped__")}
+    assert named == rules - {"explaining"}
+
+
+def test_those_who_listen_are_nested() -> None:
+    outer: list[Asked] = []
+    inner: list[Asked] = []
+    with policy.explaining(outer.append):
+        with policy.explaining(inner.append):
+            policy.single_head_by_kernel(1)
+        policy.single_head_by_kernel(tokens=2)
+    policy.single_head_by_kernel(3)
+    assert [a.arguments["tokens"] for a in inner] == [1]
+    assert [a.arguments["tokens"] for a in outer] == [2]
+
+
+def test_nothing_else_asks_the_hardware() -> None:
+    """But for ``build``, which finds the instruction set, and ``policy``."""
+    asks = re.compile(r"get_cpu_capability|_is_(amx|avx|mkldnn|vnni|arm)|cpuinfo|get_capabilities")
+    asking = {
+        path.relative_to(ROOT).as_posix()
+        for path in ROOT.glob("ops/**/*.py")
+        if asks.search(path.read_text())
+    }
+    assert asking == {"ops/cpu/build.py", "ops/cpu/policy.py"}
