@@ -34,7 +34,6 @@ from backbones.core.arguments import (
 )
 from backbones.core.console import memory_shortage
 from backbones.core.messages import first_line, one_line
-from backbones.core.tables import table
 from backbones.training import build
 from backbones.training.checkpoint import write_atomically
 
