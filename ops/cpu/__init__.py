@@ -25,12 +25,12 @@ from __future__ import annotations
 from ops.cpu.build import (
     Kernel,
     cache_dir,
-    instruction_set,
     is_switched_on,
     load,
     status,
     unavailable_reason,
 )
+from ops.cpu.instruction_sets import instruction_set
 
 __all__ = [
     "Kernel",

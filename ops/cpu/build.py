@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import functools
 import hashlib
 import logging
 import os
@@ -15,16 +14,14 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from ops.cpu import cache, compiler
+from ops.cpu import cache, compiler, instruction_sets
 from ops.cpu.cache import cache_dir
+from ops.cpu.instruction_sets import instruction_set
 from ops.cpu.structures import included
 
 __all__ = [
     "Kernel",
     "cache_dir",
-    "instruction_set",
     "is_switched_on",
     "load",
     "sources",
@@ -35,21 +32,6 @@ __all__ = [
 _log = logging.getLogger(__name__)
 
 _SOURCES = Path(__file__).parent
-_COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-shared", "-ffp-contract=fast", "-fno-math-errno"]
-_AVX512 = [
-    *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
-    *("-mavx2", "-mfma", "-mprfchw", "-mprefer-vector-width=512"),
-]
-# From the richest to the plainest; a CPU that can run one can run those after it.
-_ISA_FLAGS = {
-    "amx": [*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
-    "avx512bf16": [*_AVX512, "-mavx512bf16"],
-    "avx512": _AVX512,
-    "avx2": ["-mavx2", "-mfma", "-mprfchw"],
-    "portable": [],
-}
-# OpenMP where the compiler has it, else a library with a single thread.
-_THREADING_FLAGS: list[list[str]] = [["-fopenmp"], []]
 _SWITCH = "VISION_BACKBONES_NATIVE"
 _YES, _NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
@@ -61,7 +43,7 @@ class Kernel:
     Attributes:
         library: the loaded library, or ``None``.
         path: its file, or ``None``.
-        instruction_set: what it was compiled for; see :func:`instruction_set`.
+        instruction_set: what it was compiled for; see :mod:`ops.cpu.instruction_sets`.
         reason: why there is no library, in words; ``None`` where there is one.
     """
 
@@ -117,35 +99,6 @@ def is_switched_on() -> bool:
     return word not in _NO
 
 
-def instruction_set() -> str:
-    """The richest instruction set that this CPU runs and that the environment allows.
-
-    Returns:
-        ``"amx"`` (with AVX-512 and its instructions for bfloat16), ``"avx512bf16"``, ``"avx512"``,
-        ``"avx2"`` or ``"portable"``.
-
-    Raises:
-        ValueError: if ``VISION_BACKBONES_NATIVE_ISA`` names none of them.
-    """
-    known = list(_ISA_FLAGS)
-    richest = _richest()
-    chosen = os.environ.get("VISION_BACKBONES_NATIVE_ISA", "")
-    wanted = chosen.strip().lower() or richest
-    if wanted not in known:
-        raise ValueError(f"VISION_BACKBONES_NATIVE_ISA must be one of {known}, got {chosen!r}")
-    return max(richest, wanted, key=known.index)
-
-
-@functools.cache
-def _richest() -> str:
-    capability = torch.backends.cpu.get_cpu_capability().lower()
-    if capability.startswith("avx512"):
-        if not torch.cpu._is_avx512_bf16_supported():
-            return "avx512"
-        return "amx" if torch.cpu._is_amx_tile_supported() else "avx512bf16"
-    return "avx2" if capability.startswith("avx2") else "portable"
-
-
 def _start_anew() -> None:
     """In a fork: whoever holds the lock is a thread of the parent, and not here."""
     global _kernels_lock
@@ -168,8 +121,7 @@ def _find_or_build(name: str) -> Kernel:
     known = sources()
     if known and name not in known:  # else the sources are missing
         raise ValueError(f"no kernel {name!r}; the kernels are {sorted(known)}")
-    sets = list(_ISA_FLAGS)
-    sets = sets[sets.index(instruction_set()) :]
+    sets = instruction_sets.candidates()
     reason, expected, may_build = "", False, True
     if not is_switched_on():
         reason, expected = f"switched off by {_SWITCH}={os.environ[_SWITCH]}", True
@@ -240,7 +192,8 @@ def _key(name: str, isa: str) -> str:
     for path in sorted(included(source, _SOURCES)):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
     platform_name = f"{sys.platform}-{platform.machine()}"
-    digest.update(repr([platform_name, _COMMON_FLAGS, _ISA_FLAGS[isa], _THREADING_FLAGS]).encode())
+    flags = instruction_sets.COMMON_FLAGS, instruction_sets.FLAGS[isa]
+    digest.update(repr([platform_name, *flags, instruction_sets.THREADING_FLAGS]).encode())
     return digest.hexdigest()[:16]
 
 
@@ -313,8 +266,8 @@ def _compile(compilers: list[list[str]], name: str, isa: str, built: Path) -> st
         raise compiler.CompilerError(_given_up)
     said = ""
     for words in compilers:
-        for threading_flags in _THREADING_FLAGS:
-            flags = [*_COMMON_FLAGS, *_ISA_FLAGS[isa], *threading_flags]
+        for threading_flags in instruction_sets.THREADING_FLAGS:
+            flags = [*instruction_sets.flags(isa), *threading_flags]
             source = [f"-I{_SOURCES}", str(sources()[name])]
             try:
                 compiler.run([*words, *flags, *source, "-o", str(built)], built.parent)

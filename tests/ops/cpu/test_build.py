@@ -14,7 +14,7 @@ import torch
 from compiled_kernels import random
 
 from ops import cpu
-from ops.cpu import build, cache, compiler
+from ops.cpu import build, cache, compiler, instruction_sets
 from ops.neighborhood import na2d
 
 ROOT = Path(__file__).parents[2]
@@ -149,7 +149,7 @@ def test_instruction_set(compilations, monkeypatch):
     monkeypatch.setenv("VISION_BACKBONES_NATIVE_ISA", "Portable")
     assert cpu.instruction_set() == "portable"
     assert cpu.status("small").path.name.startswith("small-portable-")
-    monkeypatch.setenv("VISION_BACKBONES_NATIVE_ISA", next(iter(build._ISA_FLAGS)))
+    monkeypatch.setenv("VISION_BACKBONES_NATIVE_ISA", next(iter(instruction_sets.FLAGS)))
     assert cpu.instruction_set() == best  # never more than the CPU has
     monkeypatch.setenv("VISION_BACKBONES_NATIVE_ISA", "sse2")
     with pytest.raises(ValueError, match="sse2"):
@@ -168,7 +168,7 @@ def test_instruction_set(compilations, monkeypatch):
 )
 def test_instruction_set_of_other_cpus(capability, bfloat16, tiles, expected, sources, monkeypatch):
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
-    monkeypatch.setattr(build, "_richest", build._richest.__wrapped__)
+    monkeypatch.setattr(instruction_sets, "_richest", instruction_sets._richest.__wrapped__)
     monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: bfloat16)
     monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda: tiles)
     assert cpu.instruction_set() == expected
