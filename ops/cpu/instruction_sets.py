@@ -5,7 +5,9 @@ from __future__ import annotations
 import functools
 import os
 
-__all__ = ["COMMON_FLAGS", "FLAGS", "candidates", "flags", "instruction_set"]
+from ops.cpu.settings import SettingError
+
+__all__ = ["COMMON_FLAGS", "FLAGS", "candidates", "flags", "instruction_set", "levels"]
 
 COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-shared", "-ffp-contract=fast", "-fno-math-errno"]
 _AVX512 = [
@@ -27,6 +29,11 @@ def flags(isa: str) -> list[str]:
     return [*COMMON_FLAGS, *FLAGS[isa]]
 
 
+def levels() -> list[str]:
+    """The instruction sets of this machine's architecture, the richest first."""
+    return list(FLAGS)
+
+
 def instruction_set() -> str:
     """The richest instruction set that this CPU runs and that the environment allows.
 
@@ -35,20 +42,20 @@ def instruction_set() -> str:
         ``"avx2"`` or ``"portable"``.
 
     Raises:
-        ValueError: if ``VISION_BACKBONES_NATIVE_ISA`` names none of them.
+        SettingError: if ``VISION_BACKBONES_NATIVE_ISA`` names none of them.
     """
-    known = list(FLAGS)
+    known = levels()
     richest = _richest()
     chosen = os.environ.get("VISION_BACKBONES_NATIVE_ISA", "")
     wanted = chosen.strip().lower() or richest
     if wanted not in known:
-        raise ValueError(f"VISION_BACKBONES_NATIVE_ISA must be one of {known}, got {chosen!r}")
+        raise SettingError(f"VISION_BACKBONES_NATIVE_ISA must be one of {known}, got {chosen!r}")
     return max(richest, wanted, key=known.index)
 
 
 def candidates() -> list[str]:
     """:func:`instruction_set`, then the plainer ones, each of which would run here, too."""
-    known = list(FLAGS)
+    known = levels()
     return known[known.index(instruction_set()) :]
 
 
