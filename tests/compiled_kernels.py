@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import ops.neighborhood
 from ops import cpu
-from ops.cpu import build
+from ops.cpu import build, instruction_sets
 from ops.cpu.gemm.linear import pack_weight, unsupported
 
 # By the names of ops.cpu.activations.ACTIVATIONS.
@@ -39,7 +39,7 @@ if unsupported(torch.device("cpu"), torch.bfloat16, with_bfloat16=True) is not N
 
 def can_run(instructions: str) -> bool:
     """Whether this CPU may, as the environment has it."""
-    return max(instructions, cpu.instruction_set(), key=list(build._ISA_FLAGS).index) == (
+    return max(instructions, cpu.instruction_set(), key=list(instruction_sets.FLAGS).index) == (
         instructions
     )
 
@@ -80,7 +80,8 @@ def compiled_for(instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a machine with other instructions; little is optimised, which takes half the time."""
     monkeypatch.setenv("VISION_BACKBONES_NATIVE_ISA", instructions)
     monkeypatch.setenv("CXX", "c++ -O1")
-    monkeypatch.setattr(build, "_COMMON_FLAGS", ["-std=c++17", "-O1", "-fPIC", "-shared"])
+    monkeypatch.setattr(instruction_sets, "COMMON_FLAGS", ["-std=c++17", "-O1", "-fPIC", "-shared"])
+    monkeypatch.setattr(build, "_together", lambda name: [])
     forget_kernels(monkeypatch)
 
 
@@ -90,7 +91,7 @@ def emulate_tiles(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     header = Path(__file__).with_name("emulated_tiles.h")
     monkeypatch.setenv("CXX", f"c++ -O1 -include {header}")
     monkeypatch.setenv("VISION_BACKBONES_CACHE_DIR", str(cache))
-    monkeypatch.setattr(build, "_richest", lambda: "amx")
+    monkeypatch.setattr(instruction_sets, "_richest", lambda: "amx")
 
 
 def conv_row(*channels: int, bias: bool = True) -> list[nn.Conv2d]:

@@ -2,32 +2,27 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
-import functools
-import hashlib
 import logging
 import os
-import platform
-import sys
 import threading
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from ops.cpu import cache, compiler
+from ops.cpu import batch, cache, compiler, instruction_sets, libraries, openmp
 from ops.cpu.cache import cache_dir
-from ops.cpu.structures import included
+from ops.cpu.instruction_sets import instruction_set
+from ops.cpu.libraries import sources
+from ops.cpu.settings import SWITCH, is_switched_on
 
 __all__ = [
     "Kernel",
     "cache_dir",
-    "instruction_set",
-    "is_emulated",
     "is_switched_on",
     "load",
+    "prepare",
     "sources",
     "status",
     "unavailable_reason",
@@ -35,24 +30,8 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 
-_SOURCES = Path(__file__).parent
-_COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-shared", "-ffp-contract=fast", "-fno-math-errno"]
-_AVX512 = [
-    *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
-    *("-mavx2", "-mfma", "-mprfchw", "-mprefer-vector-width=512"),
-]
-# From the richest to the plainest; a CPU that can run one can run those after it.
-_ISA_FLAGS = {
-    "amx": [*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
-    "avx512bf16": [*_AVX512, "-mavx512bf16"],
-    "avx512": _AVX512,
-    "avx2": ["-mavx2", "-mfma", "-mprfchw"],
-    "portable": [],
-}
-# OpenMP where the compiler has it, else a library with a single thread.
-_THREADING_FLAGS: list[list[str]] = [["-fopenmp"], []]
-_SWITCH = "VISION_BACKBONES_NATIVE"
-_YES, _NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
+# Plain layers use these, too: who needs one of them does not wait for all the others.
+_OF_PLAIN_LAYERS = {"deformable", "neighborhood"}
 
 
 @dataclass(frozen=True)
@@ -62,7 +41,7 @@ class Kernel:
     Attributes:
         library: the loaded library, or ``None``.
         path: its file, or ``None``.
-        instruction_set: what it was compiled for; see :func:`instruction_set`.
+        instruction_set: what it was compiled for; see :mod:`ops.cpu.instruction_sets`.
         reason: why there is no library, in words; ``None`` where there is one.
     """
 
@@ -74,7 +53,6 @@ class Kernel:
 
 _kernels: dict[str, Kernel] = {}
 _kernels_lock = threading.Lock()
-_given_up: str | None = None  # why the compiler is not tried again
 _told: set[str] = set()  # what has been said, and is not said for every kernel
 
 
@@ -85,6 +63,7 @@ def load(name: str) -> ctypes.CDLL | None:
 
     Raises:
         ValueError: if no such kernel exists.
+        SettingError: a variable of the environment has a value that means nothing.
     """
     return status(name).library
 
@@ -105,51 +84,39 @@ def status(name: str) -> Kernel:
     return kernel
 
 
-def is_switched_on() -> bool:
-    """Whether the environment lets kernels be compiled and loaded.
-
-    Raises:
-        ValueError: if ``VISION_BACKBONES_NATIVE`` says neither yes nor no.
-    """
-    chosen = os.environ.get(_SWITCH, "")
-    word = chosen.strip().lower()
-    if word not in ("", *_YES, *_NO):
-        raise ValueError(f"{_SWITCH} must be one of {[*_YES, *_NO]}, got {chosen!r}")
-    return word not in _NO
-
-
-def instruction_set() -> str:
-    """The richest instruction set that this CPU runs and that the environment allows.
+def prepare(isa: str) -> Path | None:
+    """Compile all kernels for an instruction set, which need not be this CPU's; none is loaded.
 
     Returns:
-        ``"amx"`` (with AVX-512 and its instructions for bfloat16), ``"avx512bf16"``, ``"avx512"``,
-        ``"avx2"`` or ``"portable"``.
+        The folder that keeps them; None if they came with the package.
 
     Raises:
-        ValueError: if ``VISION_BACKBONES_NATIVE_ISA`` names none of them.
+        RuntimeError: they cannot be had: why.
     """
-    known = list(_ISA_FLAGS)
-    richest = _richest()
-    chosen = os.environ.get("VISION_BACKBONES_NATIVE_ISA", "")
-    wanted = chosen.strip().lower() or richest
-    if wanted not in known:
-        raise ValueError(f"VISION_BACKBONES_NATIVE_ISA must be one of {known}, got {chosen!r}")
-    return max(richest, wanted, key=known.index)
-
-
-def is_emulated() -> bool:
-    """Whether the environment asks for a plainer CPU than this one."""
-    return instruction_set() != _richest()
-
-
-@functools.cache
-def _richest() -> str:
-    capability = torch.backends.cpu.get_cpu_capability().lower()
-    if capability.startswith("avx512"):
-        if not torch.cpu._is_avx512_bf16_supported():
-            return "avx512"
-        return "amx" if torch.cpu._is_amx_tile_supported() else "avx512bf16"
-    return "avx2" if capability.startswith("avx2") else "portable"
+    if not is_switched_on():
+        raise RuntimeError(f"switched off by {SWITCH}={os.environ[SWITCH]}")
+    stems = {name: libraries.stem(name, isa) for name in sources()}
+    wanted = [name for name in stems if libraries.shipped(stems[name]) is None]
+    if not wanted:
+        return None
+    flaws = []
+    for folder in cache.folders():
+        if (flaw := cache.flaw(folder)) is None:
+            try:
+                missing = [name for name in wanted if not cache.find(folder, stems[name])]
+                if missing:
+                    batch.compile_all(missing, isa, folder, _compilers())
+                missing = [name for name in missing if not cache.find(folder, stems[name])]
+            except (compiler.RefusedError, compiler.CompilerError) as error:
+                raise RuntimeError(str(error)) from error
+            except OSError as error:
+                flaw = cache.refuse(folder, error)
+            else:
+                if missing:
+                    raise RuntimeError(f"no {isa} kernel was made of {', '.join(missing)}")
+                return folder
+        flaws.append(flaw.reason)
+    raise RuntimeError(f"they can be kept nowhere: {'; '.join(flaws)}")
 
 
 def _start_anew() -> None:
@@ -174,11 +141,10 @@ def _find_or_build(name: str) -> Kernel:
     known = sources()
     if known and name not in known:  # else the sources are missing
         raise ValueError(f"no kernel {name!r}; the kernels are {sorted(known)}")
-    sets = list(_ISA_FLAGS)
-    sets = sets[sets.index(instruction_set()) :]
+    sets = instruction_sets.candidates()
     reason, expected, may_build = "", False, True
     if not is_switched_on():
-        reason, expected = f"switched off by {_SWITCH}={os.environ[_SWITCH]}", True
+        reason, expected = f"switched off by {SWITCH}={os.environ[SWITCH]}", True
         sets.clear()
     for isa in sets:
         try:
@@ -204,13 +170,17 @@ def _find_or_build(name: str) -> Kernel:
 
 
 def _find_or_build_for(name: str, isa: str, may_build: bool) -> Kernel | None:
-    """The kernel from the first folder that has it, else compiled into the first that will do.
+    """The kernel that came with the package, else from the first folder that has it, else compiled
+    into the first that will do.
 
     Raises:
         RefusedError: the compilers do not take the source with these instructions.
         CompilerError, _UnavailableError, OSError: it cannot be had, whatever the instructions.
     """
-    stem = f"{name}-{isa}-{_key(name, isa)}"
+    stem = libraries.stem(name, isa)
+    if (path := libraries.shipped(stem)) is not None:
+        with contextlib.suppress(_ForeignError):
+            return Kernel(_open(path), path, isa, None)
     foreign: set[Path] = set()
     flaws: list[str] = []
     for folder in cache.folders(temporary=may_build):
@@ -219,7 +189,7 @@ def _find_or_build_for(name: str, isa: str, may_build: bool) -> Kernel | None:
             try:
                 found = _load_kept(folder, stem, foreign)
                 if found is None and may_build and (flaw := cache.refused(folder)) is None:
-                    found = _build(name, isa, folder, stem, foreign)
+                    found = _build(name, isa, folder, foreign)
             except OSError as error:
                 flaw = cache.refuse(folder, error)
         if found is not None:
@@ -232,22 +202,6 @@ def _find_or_build_for(name: str, isa: str, may_build: bool) -> Kernel | None:
     if not may_build:
         return None
     raise _UnavailableError(f"it can be kept nowhere: {'; '.join(flaws)}")
-
-
-def sources() -> dict[str, Path]:
-    """The source of each kernel, ``<folder>/<name>.cpp``, by its name."""
-    return {path.stem: path for path in sorted(_SOURCES.glob("*/*.cpp"))}
-
-
-def _key(name: str, isa: str) -> str:
-    """What the library depends on, so that no other's is ever loaded: sources, flags, platform."""
-    digest = hashlib.sha256()
-    source = sources().get(name, _SOURCES / f"{name}.cpp")
-    for path in sorted(included(source, _SOURCES)):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    platform_name = f"{sys.platform}-{platform.machine()}"
-    digest.update(repr([platform_name, _COMMON_FLAGS, _ISA_FLAGS[isa], _THREADING_FLAGS]).encode())
-    return digest.hexdigest()[:16]
 
 
 def _load_kept(folder: Path, stem: str, foreign: set[Path]) -> tuple[ctypes.CDLL, Path] | None:
@@ -263,42 +217,38 @@ def _load_kept(folder: Path, stem: str, foreign: set[Path]) -> tuple[ctypes.CDLL
 
 def _open(path: Path) -> ctypes.CDLL:
     try:
-        return ctypes.CDLL(str(path))
+        library = ctypes.CDLL(str(path))
     except OSError as error:
         if cache.may_run(path):
             raise _ForeignError(str(error)) from None
         text = "The system lets no code run there"
         raise PermissionError(errno.EACCES, text, str(path.parent)) from None
+    openmp.give_threads(library)
+    return library
 
 
-def _build(
-    name: str, isa: str, folder: Path, stem: str, foreign: set[Path]
-) -> tuple[ctypes.CDLL, Path]:
-    """Compile into a scratch folder and move it into place, so that no one ever sees half of it."""
+def _build(name: str, isa: str, folder: Path, foreign: set[Path]) -> tuple[ctypes.CDLL, Path]:
+    """Compile the kernel, and beside it those that are likely to be needed soon."""
     compilers = _compilers()
-    with (
-        compiler.cleaning_up(),
-        cache.scratch(folder) as scratch,
-        cache.locked(folder / f"{stem}.lock"),
-    ):
-        # Another process may have built it while this one waited.
-        if (found := _load_kept(folder, stem, foreign)) is not None:
-            return found
-        start, built = time.perf_counter(), scratch / name
-        how = _compile(compilers, name, isa, built)
-        path = cache.keep(built, folder, stem)
-    _log.info(
-        "Compiled the %s kernel for %s in %.1f s with %s, kept in %r",
-        name,
-        isa,
-        time.perf_counter() - start,
-        how,
-        str(path),
-    )
-    try:
-        return _open(path), path
-    except _ForeignError as error:
-        raise _UnavailableError(str(error)) from None
+    wanted = [name, *(other for other in _together(name) if _is_missing(other, isa, folder))]
+    batch.compile_all(wanted, isa, folder, compilers, foreign)
+    if (found := _load_kept(folder, libraries.stem(name, isa), foreign)) is None:
+        raise _UnavailableError(f"what {compilers[0][0]} made of it cannot be loaded")
+    return found
+
+
+def _together(name: str) -> list[str]:
+    """What is compiled beside ``name``: all that a fused model may need, or all of plain layers."""
+    return [
+        n
+        for n in sources()
+        if n != name and (name not in _OF_PLAIN_LAYERS or n in _OF_PLAIN_LAYERS)
+    ]
+
+
+def _is_missing(name: str, isa: str, folder: Path) -> bool:
+    stem = libraries.stem(name, isa)
+    return libraries.shipped(stem) is None and not cache.find(folder, stem)
 
 
 def _compilers() -> list[list[str]]:
@@ -310,28 +260,6 @@ def _compilers() -> list[list[str]]:
         if _is_news("CXX"):
             _log.warning("%s; other compilers are tried", error)
     return compiler.find_compilers(chosen)
-
-
-def _compile(compilers: list[list[str]], name: str, isa: str, built: Path) -> str:
-    """Make the library ``built`` with the first compiler that takes it; in words, with which."""
-    global _given_up
-    if _given_up is not None:
-        raise compiler.CompilerError(_given_up)
-    said = ""
-    for words in compilers:
-        for threading_flags in _THREADING_FLAGS:
-            flags = [*_COMMON_FLAGS, *_ISA_FLAGS[isa], *threading_flags]
-            source = [f"-I{_SOURCES}", str(sources()[name])]
-            try:
-                compiler.run([*words, *flags, *source, "-o", str(built)], built.parent)
-            except compiler.RefusedError as error:
-                said = str(error)
-            except compiler.CompilerError as error:
-                _given_up = str(error)
-                raise
-            else:
-                return words[0] if threading_flags else f"{words[0]} without OpenMP"
-    raise compiler.RefusedError(said)
 
 
 def _is_news(what: str) -> bool:

@@ -1,6 +1,6 @@
 """The one place that decides: which kernel computes a layer, ours, oneDNN's or torch's.
 
-Every rule is a function of dtype, sizes and :func:`ops.cpu.build.instruction_set`; nothing else
+Every rule is a function of dtype, sizes and :mod:`ops.cpu.instruction_sets`; nothing else
 asks what the hardware is, so that ``VISION_BACKBONES_NATIVE_ISA`` decides as a plainer CPU does.
 Docstrings say why, and what was measured. To measure a rule again, run the models that it concerns
 with both answers, in turns::
@@ -23,7 +23,7 @@ from typing import Any, NamedTuple, ParamSpec
 
 import torch
 
-from ops.cpu.build import instruction_set, is_emulated
+from ops.cpu.instruction_sets import instruction_set, is_emulated
 
 __all__ = [
     "Asked",

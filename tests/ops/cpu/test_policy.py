@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 import torch
 
-from ops.cpu import build, policy
+from ops.cpu import instruction_sets, policy
 from ops.cpu.policy import Asked
 
 ROOT = Path(__file__).parents[3]
-SETS = list(build._ISA_FLAGS)
+SETS = list(instruction_sets.FLAGS)
 HALF, FLOAT = torch.bfloat16, torch.float32
 # Around the numbers that rules compare with.
 _ROWS = (1, 512, 513, 2048, 2049, 10**6)
@@ -62,7 +62,7 @@ def _decisions() -> Iterator[tuple[Any, ...]]:
 
 def _use(monkeypatch: pytest.MonkeyPatch, cpu: str, asked_for: str) -> None:
     """A CPU whose richest instruction set is ``cpu``, and an environment that asks for another."""
-    monkeypatch.setattr(build, "_richest", lambda: cpu)
+    monkeypatch.setattr(instruction_sets, "_richest", lambda: cpu)
     # oneDNN takes bfloat16 from AVX-512 on.
     monkeypatch.setattr(policy, "_has_bfloat16", lambda: cpu in ("amx", "avx512bf16", "avx512"))
     monkeypatch.setenv("VISION_BACKBONES_NATIVE_ISA", asked_for)
@@ -90,7 +90,7 @@ def test_instruction_sets_differ(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_bfloat16_without_any_of_our_instruction_sets(monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a CPU of another family, where oneDNN knows what it multiplies."""
-    monkeypatch.setattr(build, "_richest", lambda: "portable")
+    monkeypatch.setattr(instruction_sets, "_richest", lambda: "portable")
     monkeypatch.setattr(policy, "_has_bfloat16", lambda: True)
     monkeypatch.delenv("VISION_BACKBONES_NATIVE_ISA", raising=False)
     assert policy.multiplies(HALF)
@@ -191,11 +191,11 @@ def test_those_who_listen_are_nested() -> None:
 
 
 def test_nothing_else_asks_the_hardware() -> None:
-    """But for ``build``, which finds the instruction set, and ``policy``."""
+    """But for ``instruction_sets``, which finds the richest, and ``policy``."""
     asks = re.compile(r"get_cpu_capability|_is_(amx|avx|mkldnn|vnni|arm)|cpuinfo|get_capabilities")
     asking = {
         path.relative_to(ROOT).as_posix()
         for path in ROOT.glob("ops/**/*.py")
         if asks.search(path.read_text())
     }
-    assert asking == {"ops/cpu/build.py", "ops/cpu/policy.py"}
+    assert asking == {"ops/cpu/instruction_sets.py", "ops/cpu/policy.py"}

@@ -11,7 +11,7 @@ import torch
 from compiled_kernels import forget_kernels, using_threads
 from neighborhood_oracle import normal_inputs
 
-from ops.cpu import build
+from ops.cpu import build, instruction_sets
 from ops.neighborhood import cpu, na1d, na2d
 from ops.neighborhood._geometry import NAParams
 
@@ -130,7 +130,9 @@ def test_no_second_derivative():
 @pytest.mark.parametrize("isa", ["avx2", "portable"])
 def test_other_instruction_sets(isa, tmp_path):
     """The plainer builds of the kernel, which this CPU would not choose, are exact too."""
-    if list(build._ISA_FLAGS).index(isa) <= list(build._ISA_FLAGS).index(build.instruction_set()):
+    if list(instruction_sets.FLAGS).index(isa) <= list(instruction_sets.FLAGS).index(
+        instruction_sets.instruction_set()
+    ):
         return  # the other tests ran on it
     code = (
         "import torch; from ops.cpu import build\n"

@@ -27,7 +27,7 @@ _KERNELS = {
 _RUN = """
 import sys, pytest
 from ops import cpu
-cpu.build._richest = lambda: "amx"
+cpu.instruction_sets._richest = lambda: "amx"
 kernel, *arguments = sys.argv[1:]
 assert cpu.load(kernel).has_emulated_tiles()
 sys.exit(pytest.main(arguments))

