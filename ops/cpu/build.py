@@ -7,7 +7,6 @@ import errno
 import hashlib
 import logging
 import os
-import platform
 import sys
 import threading
 import time
@@ -191,7 +190,7 @@ def _key(name: str, isa: str) -> str:
     source = sources().get(name, _SOURCES / f"{name}.cpp")
     for path in sorted(included(source, _SOURCES)):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    platform_name = f"{sys.platform}-{platform.machine()}"
+    platform_name = f"{sys.platform}-{instruction_sets.machine()}"
     flags = instruction_sets.COMMON_FLAGS, instruction_sets.FLAGS[isa]
     digest.update(repr([platform_name, *flags, instruction_sets.THREADING_FLAGS]).encode())
     return digest.hexdigest()[:16]

@@ -91,7 +91,7 @@ def multiplies(dtype: torch.dtype) -> bool:
     AVX2 took 398 ms, and 12 ms in float32).
     """
     return dtype != torch.bfloat16 or (
-        _has_bfloat16() and instruction_set() not in ("avx512", "avx2")
+        _has_bfloat16() and instruction_set() not in ("avx512", "avx2", "neon")
     )
 
 
@@ -114,8 +114,9 @@ def by_tiles(dtype: torch.dtype) -> bool:
 
 # -- linear layers -------------------------------------------------------------------------------
 
-# With tiles, and without instructions that the kernel was written for, oneDNN catches up.
-_FEW_ROWS = {"amx": 2048, "portable": 2048}
+# With tiles, and without instructions that the kernel was written for, oneDNN catches up; so it may
+# on ARM, where nothing was measured.
+_FEW_ROWS = {"amx": 2048, "neonbf16": 2048, "neon": 2048, "portable": 2048}
 _FEW_ROWS_OF_TILES = 512
 _NARROW = 32
 
