@@ -12,8 +12,8 @@ using simd::F;
 using simd::Floats;
 using simd::W;
 
-// Vectors of queries in a tile, and keys or channels whose sums are in registers. With NEON, where a
-// broadcast takes as long as a product, each is for more vectors.
+// Vectors of queries in a tile, and keys or channels whose sums are in registers. NEON's vectors are
+// short: what is broadcast shall be multiplied with more of them.
 constexpr int VECTORS = VB_NEON ? 4 : 2;
 constexpr int TILE = VECTORS * W;
 constexpr int SUMS = VB_NEON ? 6 : simd::REGISTERS == 32 ? 12 : 5;
