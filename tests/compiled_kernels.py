@@ -78,6 +78,7 @@ def compiled_for(instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VISION_BACKBONES_NATIVE_ISA", instructions)
     monkeypatch.setenv("CXX", "c++ -O1")
     monkeypatch.setattr(instruction_sets, "COMMON_FLAGS", ["-std=c++17", "-O1", "-fPIC", "-shared"])
+    monkeypatch.setattr(build, "_together", lambda name: [])
     forget_kernels(monkeypatch)
 
 

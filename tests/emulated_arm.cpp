@@ -3,6 +3,7 @@
 // page of it that is touched is fetched to the same address, and what was changed is sent back when
 // the function returns.
 #include <dlfcn.h>
+#include <omp.h>
 #include <signal.h>
 #include <sys/auxv.h>
 #include <sys/mman.h>
@@ -137,6 +138,18 @@ static void forget_pages() {
   pages.clear();
 }
 
+// Kernels are given the threads that they share, see ops/cpu/openmp.py.
+extern "C" void GOMP_parallel(void (*)(void*), void*, unsigned, unsigned);
+
+static void* load(const char* path) {
+  void* const library = dlopen(path, RTLD_NOW);
+  if (!library) fail(dlerror());
+  using Use = void (*)(decltype(GOMP_parallel)*, int (*)(), int (*)());
+  const auto use = reinterpret_cast<Use>(dlsym(library, "parallel_use"));
+  if (use) use(GOMP_parallel, omp_get_thread_num, omp_get_num_threads);
+  return library;
+}
+
 static Word call(void* library, const char* name) {
   Word a[ARGUMENTS];
   receive(a, sizeof a);
@@ -156,10 +169,8 @@ int main() {
     const Word command = receive_word();
     Word result = 0;
     if (command == LOAD) {
-      void* const library = dlopen(receive_text().c_str(), RTLD_NOW);
-      if (!library) fail(dlerror());
       result = libraries.size();
-      libraries.push_back(library);
+      libraries.push_back(load(receive_text().c_str()));
     } else if (command == CALL) {
       void* const library = libraries[receive_word()];
       result = call(library, receive_text().c_str());

@@ -39,12 +39,13 @@ class Emulator:
     def __init__(self, instructions: str, scratch: Path) -> None:
         _require_tools()
         program = scratch / "emulated_arm"
-        flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror"]
+        flags = ["-std=c++17", "-O1", "-fopenmp", "-Wall", "-Wextra", "-Werror"]
         subprocess.run([COMPILER, *flags, str(_SOURCE), "-o", str(program)], check=True)
         self._process = subprocess.Popen(
             [EMULATOR, "-L", _SYSROOT, "-cpu", CPUS[instructions], str(program)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
+            env={**os.environ, "OMP_WAIT_POLICY": "passive"},
         )
         self._memory = os.open("/proc/self/mem", os.O_RDONLY)
         self._lock = threading.Lock()
@@ -160,6 +161,7 @@ def become(instructions: str, scratch: Path) -> Emulator:
     Raises:
         RuntimeError: the cross-compiler or the emulator is missing.
     """
+    build._together = lambda name: []  # which are compiled beside one
     native, emulator = cpu.load("replay"), Emulator(instructions, scratch)
     assert native is not None
 

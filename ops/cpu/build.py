@@ -2,21 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import errno
-import hashlib
 import logging
 import os
-import sys
 import threading
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from ops.cpu import cache, compiler, instruction_sets
+from ops.cpu import batch, cache, compiler, instruction_sets, libraries, openmp
 from ops.cpu.cache import cache_dir
 from ops.cpu.instruction_sets import instruction_set
-from ops.cpu.structures import included
+from ops.cpu.libraries import sources
 
 __all__ = [
     "Kernel",
@@ -30,8 +28,9 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 
-_SOURCES = Path(__file__).parent
 _SWITCH = "VISION_BACKBONES_NATIVE"
+# Plain layers use these, too: who needs one of them does not wait for all the others.
+_OF_PLAIN_LAYERS = {"deformable", "neighborhood"}
 _YES, _NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
@@ -54,7 +53,6 @@ class Kernel:
 
 _kernels: dict[str, Kernel] = {}
 _kernels_lock = threading.Lock()
-_given_up: str | None = None  # why the compiler is not tried again
 _told: set[str] = set()  # what has been said, and is not said for every kernel
 
 
@@ -149,13 +147,17 @@ def _find_or_build(name: str) -> Kernel:
 
 
 def _find_or_build_for(name: str, isa: str, may_build: bool) -> Kernel | None:
-    """The kernel from the first folder that has it, else compiled into the first that will do.
+    """The kernel that came with the package, else from the first folder that has it, else compiled
+    into the first that will do.
 
     Raises:
         RefusedError: the compilers do not take the source with these instructions.
         CompilerError, _UnavailableError, OSError: it cannot be had, whatever the instructions.
     """
-    stem = f"{name}-{isa}-{_key(name, isa)}"
+    stem = libraries.stem(name, isa)
+    if (path := libraries.shipped(stem)) is not None:
+        with contextlib.suppress(_ForeignError):
+            return Kernel(_open(path), path, isa, None)
     foreign: set[Path] = set()
     flaws: list[str] = []
     for folder in cache.folders(temporary=may_build):
@@ -164,7 +166,7 @@ def _find_or_build_for(name: str, isa: str, may_build: bool) -> Kernel | None:
             try:
                 found = _load_kept(folder, stem, foreign)
                 if found is None and may_build and (flaw := cache.refused(folder)) is None:
-                    found = _build(name, isa, folder, stem, foreign)
+                    found = _build(name, isa, folder, foreign)
             except OSError as error:
                 flaw = cache.refuse(folder, error)
         if found is not None:
@@ -177,23 +179,6 @@ def _find_or_build_for(name: str, isa: str, may_build: bool) -> Kernel | None:
     if not may_build:
         return None
     raise _UnavailableError(f"it can be kept nowhere: {'; '.join(flaws)}")
-
-
-def sources() -> dict[str, Path]:
-    """The source of each kernel, ``<folder>/<name>.cpp``, by its name."""
-    return {path.stem: path for path in sorted(_SOURCES.glob("*/*.cpp"))}
-
-
-def _key(name: str, isa: str) -> str:
-    """What the library depends on, so that no other's is ever loaded: sources, flags, platform."""
-    digest = hashlib.sha256()
-    source = sources().get(name, _SOURCES / f"{name}.cpp")
-    for path in sorted(included(source, _SOURCES)):
-        digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    platform_name = f"{sys.platform}-{instruction_sets.machine()}"
-    flags = instruction_sets.COMMON_FLAGS, instruction_sets.FLAGS[isa]
-    digest.update(repr([platform_name, *flags, instruction_sets.THREADING_FLAGS]).encode())
-    return digest.hexdigest()[:16]
 
 
 def _load_kept(folder: Path, stem: str, foreign: set[Path]) -> tuple[ctypes.CDLL, Path] | None:
@@ -209,42 +194,38 @@ def _load_kept(folder: Path, stem: str, foreign: set[Path]) -> tuple[ctypes.CDLL
 
 def _open(path: Path) -> ctypes.CDLL:
     try:
-        return ctypes.CDLL(str(path))
+        library = ctypes.CDLL(str(path))
     except OSError as error:
         if cache.may_run(path):
             raise _ForeignError(str(error)) from None
         text = "The system lets no code run there"
         raise PermissionError(errno.EACCES, text, str(path.parent)) from None
+    openmp.give_threads(library)
+    return library
 
 
-def _build(
-    name: str, isa: str, folder: Path, stem: str, foreign: set[Path]
-) -> tuple[ctypes.CDLL, Path]:
-    """Compile into a scratch folder and move it into place, so that no one ever sees half of it."""
+def _build(name: str, isa: str, folder: Path, foreign: set[Path]) -> tuple[ctypes.CDLL, Path]:
+    """Compile the kernel, and beside it those that are likely to be needed soon."""
     compilers = _compilers()
-    with (
-        compiler.cleaning_up(),
-        cache.scratch(folder) as scratch,
-        cache.locked(folder / f"{stem}.lock"),
-    ):
-        # Another process may have built it while this one waited.
-        if (found := _load_kept(folder, stem, foreign)) is not None:
-            return found
-        start, built = time.perf_counter(), scratch / name
-        how = _compile(compilers, name, isa, built)
-        path = cache.keep(built, folder, stem)
-    _log.info(
-        "Compiled the %s kernel for %s in %.1f s with %s, kept in %r",
-        name,
-        isa,
-        time.perf_counter() - start,
-        how,
-        str(path),
-    )
-    try:
-        return _open(path), path
-    except _ForeignError as error:
-        raise _UnavailableError(str(error)) from None
+    wanted = [name, *(other for other in _together(name) if _is_missing(other, isa, folder))]
+    batch.compile_all(wanted, isa, folder, compilers, foreign)
+    if (found := _load_kept(folder, libraries.stem(name, isa), foreign)) is None:
+        raise _UnavailableError(f"what {compilers[0][0]} made of it cannot be loaded")
+    return found
+
+
+def _together(name: str) -> list[str]:
+    """What is compiled beside ``name``: all that a fused model may need, or all of plain layers."""
+    return [
+        n
+        for n in sources()
+        if n != name and (name not in _OF_PLAIN_LAYERS or n in _OF_PLAIN_LAYERS)
+    ]
+
+
+def _is_missing(name: str, isa: str, folder: Path) -> bool:
+    stem = libraries.stem(name, isa)
+    return libraries.shipped(stem) is None and not cache.find(folder, stem)
 
 
 def _compilers() -> list[list[str]]:
@@ -256,28 +237,6 @@ def _compilers() -> list[list[str]]:
         if _is_news("CXX"):
             _log.warning("%s; other compilers are tried", error)
     return compiler.find_compilers(chosen)
-
-
-def _compile(compilers: list[list[str]], name: str, isa: str, built: Path) -> str:
-    """Make the library ``built`` with the first compiler that takes it; in words, with which."""
-    global _given_up
-    if _given_up is not None:
-        raise compiler.CompilerError(_given_up)
-    said = ""
-    for words in compilers:
-        for threading_flags in instruction_sets.THREADING_FLAGS:
-            flags = [*instruction_sets.flags(isa), *threading_flags]
-            source = [f"-I{_SOURCES}", str(sources()[name])]
-            try:
-                compiler.run([*words, *flags, *source, "-o", str(built)], built.parent)
-            except compiler.RefusedError as error:
-                said = str(error)
-            except compiler.CompilerError as error:
-                _given_up = str(error)
-                raise
-            else:
-                return words[0] if threading_flags else f"{words[0]} without OpenMP"
-    raise compiler.RefusedError(said)
 
 
 def _is_news(what: str) -> bool:

@@ -18,6 +18,7 @@ import shutil
 import stat
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -46,8 +47,8 @@ _SCRATCH_PREFIX = "building-"
 # Longer than any compilation may take.
 _STALE_S = 3600.0
 _LEAST_BYTES = 8 << 20  # for the assembler's files, mostly
-# Some kernels take half of that to compile on a busy machine.
-_LOCK_PATIENCE_S = 60.0
+# Some kernels take a quarter of that to compile on a busy machine.
+_LOCK_PATIENCE_S = 120.0
 
 _refused: dict[Path, Flaw] = {}  # where nothing can be written, as was found out
 _temporary: list[Path] = []  # at most one: the folder of this process alone
@@ -270,8 +271,8 @@ def _is_stale(scratch_folder: Path) -> bool:
 
 
 @contextlib.contextmanager
-def locked(path: Path) -> Iterator[None]:
-    """Let one process build while the others wait, for a while.
+def locked(path: Path, stopped: threading.Event | None = None) -> Iterator[None]:
+    """Let one process build while the others wait, for a while, or until ``stopped`` is set.
 
     Only saves work: where the file cannot be locked, or the process that holds it stands still,
     every process builds and the last one wins.
@@ -287,7 +288,7 @@ def locked(path: Path) -> Iterator[None]:
         yield
         return
     try:
-        if not _wait_for(file, path):
+        if not _wait_for(file, path, stopped or threading.Event()):
             yield
             return
         try:
@@ -302,7 +303,7 @@ def locked(path: Path) -> Iterator[None]:
         os.close(file)
 
 
-def _wait_for(file: int, path: Path) -> bool:
+def _wait_for(file: int, path: Path, stopped: threading.Event) -> bool:
     """Whether the lock could be had, within the time that one kernel takes to compile."""
     import fcntl
 
@@ -327,4 +328,5 @@ def _wait_for(file: int, path: Path) -> bool:
         if not told:
             _log.info("Waiting for process %s, which holds %r", holder, str(path))
             told = True
-        time.sleep(0.05)
+        if stopped.wait(0.05):
+            return False

@@ -12,6 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import FrameType
@@ -23,8 +24,10 @@ __all__ = [
     "RefusedError",
     "cleaning_up",
     "command",
+    "ending_all",
     "find_compilers",
     "run",
+    "stopped",
 ]
 
 _log = logging.getLogger(__name__)
@@ -93,6 +96,7 @@ def run(words: Sequence[str], scratch: Path) -> None:
             with _undisturbed():
                 process = stack.enter_context(_start(words, scratch))
                 stack.callback(_end, process)
+                stack.enter_context(_listed(process))
         except OSError as error:
             kind = CompilerError if error.errno in (errno.ENOMEM, errno.EAGAIN) else RefusedError
             raise kind(f"{words[0]}: {error.strerror}") from None
@@ -141,6 +145,41 @@ def _end(process: subprocess.Popen[str]) -> None:
         os.killpg(process.pid, signal.SIGKILL)
 
 
+# ---- several at a time -------------------------------------------------------------------------
+stopped = threading.Event()  # compilers are ended rather than begun
+_running: set[subprocess.Popen[str]] = set()
+_running_lock = threading.Lock()
+
+
+@contextlib.contextmanager
+def _listed(process: subprocess.Popen[str]) -> Iterator[None]:
+    """Inside, ``process`` can be ended by another thread."""
+    with _running_lock:
+        _running.add(process)
+        if stopped.is_set():
+            _end(process)
+    try:
+        yield
+    finally:
+        with _running_lock:
+            _running.remove(process)
+
+
+@contextlib.contextmanager
+def ending_all() -> Iterator[None]:
+    """An error inside, such as a signal, ends the compilers that other threads run."""
+    stopped.clear()
+    try:
+        yield
+    except BaseException:
+        with _running_lock:
+            stopped.set()
+            for process in _running:
+                _end(process)
+        raise
+
+
+# ---- signals -----------------------------------------------------------------------------------
 class _Signal(BaseException):
     """A signal that was to end this process."""
 
@@ -184,6 +223,9 @@ def cleaning_up() -> Iterator[None]:
 def _undisturbed() -> Iterator[None]:
     """Inside, such a signal waits: a process that was started must be known to whoever ends it."""
     global _waiting
+    if threading.current_thread() is not threading.main_thread():  # where no signal is handled
+        yield
+        return
     waiting: list[BaseException] = []
     _waiting = waiting
     try:

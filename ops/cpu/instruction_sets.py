@@ -11,7 +11,6 @@ import sys
 __all__ = [
     "COMMON_FLAGS",
     "FLAGS",
-    "THREADING_FLAGS",
     "candidates",
     "flags",
     "instruction_set",
@@ -20,8 +19,6 @@ __all__ = [
 ]
 
 COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-shared", "-ffp-contract=fast", "-fno-math-errno"]
-# OpenMP where the compiler has it, else a library with a single thread.
-THREADING_FLAGS: list[list[str]] = [["-fopenmp"], []]
 _AVX512 = [
     *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
     *("-mavx2", "-mfma", "-mprfchw", "-mprefer-vector-width=512"),
@@ -44,7 +41,7 @@ _MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}  # what other systems call t
 
 
 def flags(isa: str) -> list[str]:
-    """What a compiler is told for the instruction set ``isa``, but how to make threads."""
+    """What a compiler is told for the instruction set ``isa``."""
     return [*COMMON_FLAGS, *FLAGS[isa]]
 
 

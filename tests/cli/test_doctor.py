@@ -19,7 +19,7 @@ from backbones.cli import doctor
 from backbones.cli.main import main
 from backbones.core import requirements
 from ops import cpu
-from ops.cpu import cache
+from ops.cpu import cache, libraries
 
 
 def severities(findings: list[doctor.Finding]) -> list[str]:
@@ -148,7 +148,7 @@ def test_a_compiler_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_sources_that_are_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(doctor.build, "_SOURCES", tmp_path)
+    monkeypatch.setattr(libraries, "SOURCES", tmp_path)
     (finding,) = doctor.examine_compiler()
     assert finding.severity == "warning"
     assert finding.fix.startswith("pip install --force-reinstall")

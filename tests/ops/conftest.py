@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from ops.cpu import build, cache, compiler
+from ops.cpu import batch, build, cache, compiler, libraries
 
 SOURCE = 'extern "C" int answer() { return 42; }\n'
 
@@ -21,7 +21,7 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (folder / "any" / "small.cpp").write_text(SOURCE)
     for name in ("lasting", "temporary"):
         (tmp_path / name).mkdir()
-    monkeypatch.setattr(build, "_SOURCES", folder)
+    monkeypatch.setattr(libraries, "SOURCES", folder)
     monkeypatch.setattr(cache, "_LASTING", tmp_path / "lasting")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     monkeypatch.setattr(cache, "_temporary", [])
@@ -37,7 +37,8 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def start_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a new process: nothing is known."""
     monkeypatch.setattr(build, "_kernels", {})
-    monkeypatch.setattr(build, "_given_up", None)
+    monkeypatch.setattr(batch, "_given_up", None)
+    monkeypatch.setattr(batch, "_refused", {})
     monkeypatch.setattr(build, "_told", set())
     monkeypatch.setattr(cache, "_refused", {})
 
@@ -49,9 +50,9 @@ def new_process(monkeypatch: pytest.MonkeyPatch):
 
 
 @pytest.fixture(scope="session")
-def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
+def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
     """What ``small.cpp`` compiles to, by its answer: the right one, and another."""
-    folder = tmp_path_factory.mktemp("libraries")
+    folder = tmp_path_factory.mktemp("compiled")
     made = {}
     for answer in (42, 13):
         source = folder / f"{answer}.cpp"
@@ -64,13 +65,13 @@ def libraries(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
 
 @pytest.fixture
 def compilations(
-    sources: Path, libraries: dict[int, Path], monkeypatch: pytest.MonkeyPatch
+    sources: Path, compiled: dict[int, Path], monkeypatch: pytest.MonkeyPatch
 ) -> list[list[str]]:
     """The commands that compiled so far; a copy stands for the compiler, which is slower."""
     done: list[list[str]] = []
 
     def run(words: list[str], scratch: Path) -> None:
-        shutil.copyfile(libraries[42], words[-1])
+        shutil.copyfile(compiled[42], words[-1])
         done.append(words)
 
     monkeypatch.setattr(compiler, "run", run)

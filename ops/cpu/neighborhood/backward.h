@@ -302,10 +302,10 @@ static void backward(const Problem& p, const BackwardTensors& t) {
 
   for (int64_t first = 0; first < blocks; first += wave) {
     const int64_t count = std::min(wave, blocks - first);
-    parallel_for(count * per_head, threads, [&](int64_t i) {
+    parallel::for_each_in_turn(count * per_head, threads, [&](int64_t i) {
       run_unit(first * per_head + i, shares + i / per_head * block * per_head);
     });
-    parallel_for(count * block, threads, [&](int64_t i) {
+    parallel::for_each_in_turn(count * block, threads, [&](int64_t i) {
       const int64_t head = (first + i / block) % layout.head_blocks * block + i % block;
       if (head >= p.kv_heads) return;
       store_head(static_cast<int>((first + i / block) / layout.head_blocks), static_cast<int>(head),

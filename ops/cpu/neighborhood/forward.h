@@ -220,7 +220,7 @@ static void forward(const Problem& p, const ForwardTensors& t) {
   const bool stream =
       static_cast<int64_t>(sizeof(T)) * positions * p.heads * p.value_dim > STREAMED_BYTES &&
       fills_lines<T>(t.out, static_cast<int>(p.value_dim));
-  parallel_for(layout.units(p), layout.threads(p), [&](int64_t index) {
+  parallel::for_each_in_turn(layout.units(p), layout.threads(p), [&](int64_t index) {
     static thread_local ForwardScratch<T> scratch;
     const Unit unit(p, layout, index);
     scratch.keys.set(t.key, p.dim, false, true);

@@ -1,15 +1,9 @@
 // One call's sizes, and how its work is cut into units that threads take one by one. The map is cut
 // by its sizes alone, never by the number of threads, so that results do not depend on that either.
 #pragma once
-#include <atomic>
-#include <exception>
-
+#include "common/parallel.h"
 #include "neighborhood/geometry.h"
 #include "neighborhood/pack.h"
-
-#ifdef _OPENMP
-#include <omp.h>
-#endif
 
 namespace na {
 
@@ -196,31 +190,6 @@ struct Layout {
                 static_cast<int>(p.stride[i]), static_cast<int>(p.dilation[i]), p.causal[i] != 0);
   }
 };
-
-// body(i) for i in 0..n-1, in any order. An exception (no memory) stops the rest and is thrown
-// again here.
-template <class Body>
-static void parallel_for(int64_t n, int64_t threads, const Body& body) {
-#ifdef _OPENMP
-  if (threads > 1 && n > 1) {
-    std::exception_ptr error;
-    std::atomic<bool> failed{false};
-#pragma omp parallel for schedule(dynamic, 1) num_threads(static_cast<int>(std::min(threads, n)))
-    for (int64_t i = 0; i < n; i++) {
-      if (failed) continue;
-      try {
-        body(i);
-      } catch (...) {
-        if (!failed.exchange(true)) error = std::current_exception();
-      }
-    }
-    if (failed) std::rethrow_exception(error);
-    return;
-  }
-#endif
-  (void)threads;
-  for (int64_t i = 0; i < n; i++) body(i);
-}
 
 // The additive bias per head, [heads][2 kz - 1][2 ky - 1][2 kx - 1], times log2(e), its rows padded
 // for vector loads.

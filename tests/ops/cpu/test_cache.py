@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 from ops import cpu
-from ops.cpu import build, cache, compiler
+from ops.cpu import build, cache, compiler, libraries
 
 
 def _warnings(caplog: pytest.LogCaptureFixture) -> list[str]:
@@ -55,11 +55,11 @@ def test_a_damaged_library_is_built_anew(damage, compilations, new_process) -> N
     assert cache.find(path.parent, path.stem.rpartition("-")[0]) == [path]
 
 
-def test_a_replaced_library_is_built_anew(compilations, libraries, new_process) -> None:
+def test_a_replaced_library_is_built_anew(compilations, compiled, new_process) -> None:
     assert cpu.load("small").answer() == 42
     path = cpu.status("small").path
     path.unlink()
-    shutil.copyfile(libraries[13], path)
+    shutil.copyfile(compiled[13], path)
     new_process()
     assert cpu.load("small").answer() == 42
     assert len(compilations) == 2
@@ -68,7 +68,7 @@ def test_a_replaced_library_is_built_anew(compilations, libraries, new_process) 
 def test_a_library_of_another_system_stays(compilations, tmp_path, new_process) -> None:
     """As in a home on machines of several kinds, each of which must not compile at every start."""
     isa = cpu.instruction_set()
-    stem = f"small-{isa}-{build._key('small', isa)}"
+    stem = libraries.stem("small", isa)
     folder = cpu.cache_dir()
     folder.mkdir(parents=True)
     (folder / "built").write_bytes(b"the code of another system")
@@ -93,13 +93,13 @@ def test_to_look_at_a_library_takes_less_than_5_ms(tmp_path) -> None:
 
 # ---- folders that will not do ------------------------------------------------------------------
 def test_a_library_that_others_planted_is_not_loaded(
-    compilations, libraries, private, caplog, new_process
+    compilations, compiled, private, caplog, new_process
 ) -> None:
     folder = cpu.cache_dir()
     folder.mkdir(parents=True)
     isa = cpu.instruction_set()
-    shutil.copyfile(libraries[13], folder / "built")
-    planted = cache.keep(folder / "built", folder, f"small-{isa}-{build._key('small', isa)}")
+    shutil.copyfile(compiled[13], folder / "built")
+    planted = cache.keep(folder / "built", folder, libraries.stem("small", isa))
     assert cpu.load("small").answer() == 13  # as the user's own
     folder.chmod(0o777)
     for _ in range(2):
@@ -292,8 +292,8 @@ def test_a_folder_whose_code_turns_out_not_to_run(
     assert len(compilations) == 2  # once in each folder
 
 
-def test_code_may_run_here(libraries) -> None:
-    assert cache.may_run(libraries[42])
+def test_code_may_run_here(compiled) -> None:
+    assert cache.may_run(compiled[42])
 
 
 def test_private_folders_that_others_took_first(compilations, private, tmp_path, caplog) -> None:
@@ -358,7 +358,7 @@ def test_the_order_of_private_folders(there, sources, private, tmp_path, monkeyp
 # ---- beside other processes --------------------------------------------------------------------
 def _lock_of_small() -> Path:
     isa = cpu.instruction_set()
-    return cpu.cache_dir() / f"small-{isa}-{build._key('small', isa)}.lock"
+    return cpu.cache_dir() / f"{libraries.stem('small', isa)}.lock"
 
 
 def test_a_lock_that_is_never_given_back(compilations, monkeypatch, caplog) -> None:

@@ -1,0 +1,118 @@
+"""Compile several kernels at a time, as many as there are CPUs."""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections.abc import Collection, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from pathlib import Path
+
+from ops.cpu import cache, compiler, libraries
+from ops.cpu.progress import Progress
+from ops.cpu.structures import included
+
+__all__ = ["compile_all"]
+
+_log = logging.getLogger(__name__)
+
+_SHOW_S = 0.2
+# Of a source with what it includes: what compiles in no time.
+_QUICK_BYTES = 22_000
+
+_given_up: str | None = None  # why no compiler is tried again
+_refused: dict[str, str] = {}  # libraries that no compiler could make, and why
+
+
+def compile_all(
+    names: Sequence[str],
+    isa: str,
+    folder: Path,
+    compilers: Sequence[Sequence[str]],
+    foreign: Collection[Path] = (),
+) -> None:
+    """Compile kernels into ``folder``; those that another process compiles are waited for.
+
+    Args:
+        names: the first is the one that must be had; what fails of the others is not told.
+        compilers: as of :func:`ops.cpu.compiler.find_compilers`.
+        foreign: libraries that are there, but were made on another system.
+
+    Raises:
+        RefusedError: the compilers do not take the first with these instructions.
+        CompilerError, OSError: it cannot be had, whatever the instructions.
+    """
+    stems = {name: libraries.stem(name, isa) for name in names}
+    if (reason := _refused.get(stems[names[0]])) is not None:
+        raise compiler.RefusedError(reason)
+    weights = {name: _weight(name) for name in names if stems[name] not in _refused}
+    # The longest ones first, so that all are ready at about the same time.
+    order = sorted(weights, key=lambda name: -weights[name])
+    running: list[str] = []
+
+    def compile_one(name: str) -> None:
+        running.append(name)
+        try:
+            _compile(name, isa, folder, stems[name], compilers, foreign)
+        except compiler.RefusedError as error:
+            _refused[stems[name]] = str(error)
+            raise
+        finally:
+            running.remove(name)
+
+    with (
+        compiler.cleaning_up(),
+        Progress(weights, isa, folder) as progress,
+        ThreadPoolExecutor(_cpus(), "compiling") as pool,
+        compiler.ending_all(),
+    ):
+        futures = {name: pool.submit(compile_one, name) for name in order}
+        pending: set[Future[None]] = set(futures.values())
+        while pending:
+            _, pending = wait(pending, _SHOW_S, FIRST_COMPLETED)
+            progress.show([n for n, future in futures.items() if future.done()], list(running))
+    futures[names[0]].result()
+
+
+def _weight(name: str) -> float:
+    """About how long it takes to compile, in any unit."""
+    files = included(libraries.sources()[name], libraries.SOURCES)
+    return max(1, sum(path.stat().st_size for path in files) - _QUICK_BYTES)
+
+
+def _cpus() -> int:
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity is not None else os.cpu_count() or 1
+
+
+def _compile(
+    name: str,
+    isa: str,
+    folder: Path,
+    stem: str,
+    compilers: Sequence[Sequence[str]],
+    foreign: Collection[Path],
+) -> None:
+    """Compile into a scratch folder and move it into place, so that no one ever sees half of it."""
+    global _given_up
+    with (
+        cache.scratch(folder) as scratch,
+        cache.locked(folder / f"{stem}.lock", compiler.stopped),
+    ):
+        # Another process may have built it while this one waited.
+        if set(cache.find(folder, stem)).difference(foreign):
+            return
+        if _given_up is not None:
+            raise compiler.CompilerError(_given_up)
+        start, built = time.perf_counter(), scratch / name
+        try:
+            used = libraries.compile_into(built, name, isa, compilers)
+        except compiler.CompilerError as error:
+            _given_up = str(error)
+            raise
+        path = cache.keep(built, folder, stem)
+    _log.info(
+        "Compiled the %s kernel for %s in %.1f s with %s, kept in %r",
+        *(name, isa, time.perf_counter() - start, used, str(path)),
+    )

@@ -1,0 +1,72 @@
+"""Kernels run on the threads of torch's OpenMP runtime, whichever that is, and bring none."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ops import cpu
+from ops.cpu import openmp
+
+_RUNTIME = re.compile(r"/lib(?:gomp|iomp5|omp)\b[^/]*$")
+# Neighborhood attention in two threads, after a sum of torch's in two.
+_CODE = """
+import os, sys, torch
+torch.set_num_threads(2)
+torch.ones(1 << 22).sum()
+def tasks(): return len(os.listdir("/proc/self/task"))
+before = tasks()
+from ops.cpu import openmp
+from ops.neighborhood import na2d
+x = torch.randn(1, 24, 24, 4, 32)
+torch.testing.assert_close(na2d(x, x, x, 7, backend="cpu"), na2d(x, x, x, 7, backend="reference"))
+libraries = {line.split(maxsplit=5)[5].strip() for line in open("/proc/self/maps") if "/" in line}
+print(before, tasks(), openmp.runtime(), *sorted(libraries), sep="\\n")
+"""
+
+
+def _run(**variables: str) -> tuple[int, int, Path, list[str]]:
+    environment = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS",)}
+    environment |= {"PYTHONPATH": os.pathsep.join(sys.path), **variables}
+    done = subprocess.run(
+        [sys.executable, "-c", _CODE], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    before, after, runtime, *mapped = done.stdout.splitlines()
+    return int(before), int(after), Path(runtime), [m for m in mapped if _RUNTIME.search(m)]
+
+
+def test_a_process_has_one_runtime_and_one_pool_of_threads() -> None:
+    before, after, runtime, mapped = _run()
+    assert mapped == [str(runtime)]
+    assert after == before
+
+
+@pytest.mark.slow
+def test_a_runtime_that_was_preloaded_is_shared_too() -> None:
+    """As people who tune torch do; torch's own stays mapped, and does nothing."""
+    preloaded = next(Path("/usr/lib").glob("llvm-*/lib/libomp.so.5"), None)
+    if preloaded is None:
+        pytest.fail("the test needs Debian's libomp5")
+    before, after, runtime, _ = _run(LD_PRELOAD=str(preloaded))
+    assert runtime.resolve() == preloaded.resolve()
+    assert after == before
+
+
+def test_no_kernel_is_linked_with_a_runtime() -> None:
+    path = cpu.status("neighborhood").path
+    assert path is not None
+    assert not re.search(rb"lib(gomp|iomp5|omp)\.", path.read_bytes())
+
+
+def test_torch_without_a_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openmp, "_FUNCTIONS", ("no_such_function",) * 3)
+    monkeypatch.setattr(openmp, "_functions", openmp._functions.__wrapped__)
+    assert openmp.runtime() is None
+    library = cpu.load("neighborhood")
+    openmp.give_threads(library)  # which has those that it was given when it was loaded
