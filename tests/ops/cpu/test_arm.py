@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from emulated_arm import CPUS, Emulator
 
-from ops.cpu import instruction_sets
+from ops.cpu import instruction_sets, libraries
 
 _OPS = Path(__file__).parents[1]
 # By the files of their tests.
@@ -70,3 +70,17 @@ def test_what_the_system_says_of_the_cpu(instructions: str, tmp_path: Path) -> N
     says = emulator.capabilities() & instruction_sets.HWCAP2_BF16
     emulator.close()
     assert bool(says) == (instructions == "neonbf16")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cpu", ["apple_m1", "apple_m2"])  # without and with products of bfloat16
+def test_clang_compiles_them_for_macos(cpu: str, tmp_path: Path) -> None:
+    zig = [sys.executable, "-m", "ziglang", "c++", "-target", "aarch64-macos", f"-mcpu={cpu}"]
+    # As the headers' functions are not all used by all kernels.
+    warnings = ["-Wall", "-Wextra", "-Werror", "-Wno-unused-function"]
+    flags = [f for f in instruction_sets.COMMON_FLAGS if f not in ("-O3", "-shared")]
+    include = f"-I{libraries.SOURCES}"
+    for name, source in libraries.sources().items():
+        words = [*zig, *flags, *warnings, include, "-c", str(source), "-o", f"{name}.o"]
+        done = subprocess.run(words, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, f"{name}: {done.stderr[-4000:]}"
