@@ -11,7 +11,7 @@ import shlex
 import shutil
 import sys
 from argparse import ArgumentParser, Namespace
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -23,7 +23,7 @@ from backbones.core.messages import first_line
 from backbones.core.requirements import unmet
 from ops import cpu
 from ops.batch_norm import has_wrong_gradients
-from ops.cpu import build, cache, compiler
+from ops.cpu import build, cache, compiler, libraries, openmp
 from ops.cpu.trust import shell_word
 from ops.neighborhood import BACKENDS, NAParams
 
@@ -241,9 +241,22 @@ def examine_compiler() -> list[Finding]:
         fix = "pip install --force-reinstall --no-deps vision-backbones"
         findings.append(Finding("compiler", "warning", text, fix))
     elif not missing:
-        text = f"{found or 'none'}; compiled kernels: {', '.join(names)}"
-        findings.append(Finding("compiler", "ok", text))
+        findings.append(Finding("compiler", "ok", f"{found or 'none'}; {_kernels(names)}"))
     return findings
+
+
+def _kernels(names: Sequence[str]) -> str:
+    """What there is of kernels: for which instructions, from where, on whose threads."""
+    there: dict[str, list[str]] = {}
+    for name in names:
+        kernel = cpu.status(name)
+        folder = kernel.path.parent if kernel.path is not None else Path()
+        place = "the package" if folder == libraries.SHIPPED else shell_word(folder)
+        there.setdefault(f"for {kernel.instruction_set} from {place}", []).append(name)
+    kinds = (f"{len(those)} of {len(names)} kernels {kind}" for kind, those in there.items())
+    runtime = openmp.runtime()
+    threads = f", on the threads of torch's {runtime.name}" if runtime is not None else ""
+    return ", ".join(kinds) + threads
 
 
 def examine_attention() -> list[Finding]:

@@ -24,6 +24,7 @@ COMMANDS: dict[str, tuple[str, str]] = {
     "export": ("backbones.cli.export", "write an ONNX or a torch.export file, and check it"),
     "verify": ("backbones.cli.verify", "say what a checkpoint is, and compare its outputs"),
     "doctor": ("backbones.cli.doctor", "look for what is missing or clashes on this machine"),
+    "build": ("backbones.cli.build", "compile the C++ kernels ahead of their first use"),
     "validate": ("validate.py", "accuracy of checkpoints on a data set"),
     "upscale": ("backbones.restoration.upscale_files", "enlarge images and restore them"),
     "benchmark": ("benchmark.py", "time and memory, beside other libraries"),

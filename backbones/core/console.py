@@ -17,6 +17,7 @@ import torch
 from backbones.core.checkpoint import CheckpointError
 from backbones.core.messages import first_line, one_line
 from backbones.training.errors import TrainingError
+from ops.cpu import SettingError
 
 __all__ = [
     "CommandError",
@@ -78,7 +79,7 @@ def _status(command: Callable[[], int | None]) -> int:
         return _fail(leaving.code) if isinstance(leaving.code, str) else leaving.code or 0
     except BrokenPipeError:
         return 0
-    except (CommandError, CheckpointError, TrainingError) as error:
+    except (CommandError, CheckpointError, TrainingError, SettingError) as error:
         return _fail(str(error))
     except OSError as error:
         # Of a file it would have a name; what is left is standard output.

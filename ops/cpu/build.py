@@ -15,12 +15,14 @@ from ops.cpu import batch, cache, compiler, instruction_sets, libraries, openmp
 from ops.cpu.cache import cache_dir
 from ops.cpu.instruction_sets import instruction_set
 from ops.cpu.libraries import sources
+from ops.cpu.settings import SWITCH, is_switched_on
 
 __all__ = [
     "Kernel",
     "cache_dir",
     "is_switched_on",
     "load",
+    "prepare",
     "sources",
     "status",
     "unavailable_reason",
@@ -28,10 +30,8 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 
-_SWITCH = "VISION_BACKBONES_NATIVE"
 # Plain layers use these, too: who needs one of them does not wait for all the others.
 _OF_PLAIN_LAYERS = {"deformable", "neighborhood"}
-_YES, _NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,7 @@ def load(name: str) -> ctypes.CDLL | None:
 
     Raises:
         ValueError: if no such kernel exists.
+        SettingError: a variable of the environment has a value that means nothing.
     """
     return status(name).library
 
@@ -83,17 +84,39 @@ def status(name: str) -> Kernel:
     return kernel
 
 
-def is_switched_on() -> bool:
-    """Whether the environment lets kernels be compiled and loaded.
+def prepare(isa: str) -> Path | None:
+    """Compile all kernels for an instruction set, which need not be this CPU's; none is loaded.
+
+    Returns:
+        The folder that keeps them; None if they came with the package.
 
     Raises:
-        ValueError: if ``VISION_BACKBONES_NATIVE`` says neither yes nor no.
+        RuntimeError: they cannot be had: why.
     """
-    chosen = os.environ.get(_SWITCH, "")
-    word = chosen.strip().lower()
-    if word not in ("", *_YES, *_NO):
-        raise ValueError(f"{_SWITCH} must be one of {[*_YES, *_NO]}, got {chosen!r}")
-    return word not in _NO
+    if not is_switched_on():
+        raise RuntimeError(f"switched off by {SWITCH}={os.environ[SWITCH]}")
+    stems = {name: libraries.stem(name, isa) for name in sources()}
+    wanted = [name for name in stems if libraries.shipped(stems[name]) is None]
+    if not wanted:
+        return None
+    flaws = []
+    for folder in cache.folders():
+        if (flaw := cache.flaw(folder)) is None:
+            try:
+                missing = [name for name in wanted if not cache.find(folder, stems[name])]
+                if missing:
+                    batch.compile_all(missing, isa, folder, _compilers())
+                missing = [name for name in missing if not cache.find(folder, stems[name])]
+            except (compiler.RefusedError, compiler.CompilerError) as error:
+                raise RuntimeError(str(error)) from error
+            except OSError as error:
+                flaw = cache.refuse(folder, error)
+            else:
+                if missing:
+                    raise RuntimeError(f"no {isa} kernel was made of {', '.join(missing)}")
+                return folder
+        flaws.append(flaw.reason)
+    raise RuntimeError(f"they can be kept nowhere: {'; '.join(flaws)}")
 
 
 def _start_anew() -> None:
@@ -121,7 +144,7 @@ def _find_or_build(name: str) -> Kernel:
     sets = instruction_sets.candidates()
     reason, expected, may_build = "", False, True
     if not is_switched_on():
-        reason, expected = f"switched off by {_SWITCH}={os.environ[_SWITCH]}", True
+        reason, expected = f"switched off by {SWITCH}={os.environ[SWITCH]}", True
         sets.clear()
     for isa in sets:
         try:

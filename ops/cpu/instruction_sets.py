@@ -8,6 +8,8 @@ import os
 import platform
 import sys
 
+from ops.cpu.settings import SettingError
+
 __all__ = [
     "COMMON_FLAGS",
     "FLAGS",
@@ -64,14 +66,14 @@ def instruction_set() -> str:
         or ``"avx2"``; on ARM ``"neonbf16"`` or ``"neon"``; or ``"portable"``.
 
     Raises:
-        ValueError: if ``VISION_BACKBONES_NATIVE_ISA`` names none of this machine's.
+        SettingError: if ``VISION_BACKBONES_NATIVE_ISA`` names none of this machine's.
     """
     known = levels()
     richest = _richest()
     chosen = os.environ.get("VISION_BACKBONES_NATIVE_ISA", "")
     wanted = chosen.strip().lower() or richest
     if wanted not in known:
-        raise ValueError(f"VISION_BACKBONES_NATIVE_ISA must be one of {known}, got {chosen!r}")
+        raise SettingError(f"VISION_BACKBONES_NATIVE_ISA must be one of {known}, got {chosen!r}")
     return max(richest, wanted, key=known.index)
 
 

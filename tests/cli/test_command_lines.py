@@ -106,6 +106,7 @@ OPTIONS: dict[str, list[Option]] = {
         Option("--size", ["32"], [*BELOW_ONE, "65535"]),
     ],
     "doctor": [Option("--no", [], ["", "x"]), Option("", [], ["", "x", "\udcff"])],
+    "build": [Option("--isa", ["portable", "all"], ["", "x", "sse2", "\udcff"])],
     "validate": [
         Option("--data", ["digits", "{0}/data"], ["", "{0}/none", "{0}/text.txt"], required=True),
         Option("--run", ["{0}"], ["", "{0}/none", "{0}/photos"], True),
@@ -199,6 +200,7 @@ def _leave_out_what_takes_long(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(verify, "_verify_code", lambda name: True)
     patch.setattr(export, "export", lambda *args: None)
     patch.setattr(exporting, "need_onnx", lambda: None)
+    patch.setattr("ops.cpu.prepare", lambda isa: Path("\udcff"))
     patch.setattr("backbones.cli.doctor.examine", lambda: [Finding("x", "ok", "─ ✓ \udcff")])
 
 

@@ -1,0 +1,48 @@
+"""``vision-backbones build``: compile the C++ kernels before a model needs them."""
+
+from __future__ import annotations
+
+import sys
+import time
+from argparse import ArgumentParser, Namespace
+
+from backbones.cli.common import CommandError
+from ops import cpu
+from ops.cpu.trust import shell_word
+
+__all__ = ["EXAMPLE", "add_arguments", "run"]
+
+EXAMPLE = "--isa avx2 avx512bf16"
+_ALL = "all"
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The command line of ``build``."""
+    parser.add_argument(
+        "--isa",
+        nargs="+",
+        choices=[*cpu.levels(), _ALL],
+        metavar="SET",
+        help=f"instruction sets, of {', '.join(cpu.levels())}, or all; default this CPU's",
+    )
+
+
+def run(options: Namespace) -> int:
+    """Run ``build``.
+
+    Raises:
+        CommandError: the kernels cannot be had: why.
+    """
+    sets = options.isa or [cpu.instruction_set()]
+    for isa in cpu.levels() if _ALL in sets else dict.fromkeys(sets):
+        start = time.monotonic()
+        try:
+            folder = cpu.prepare(isa)
+        except RuntimeError as error:
+            raise CommandError(f"no kernels for {isa}: {error}") from error
+        if folder is None:
+            text = "came with the package"
+        else:
+            text = f"in {shell_word(folder)}, after {time.monotonic() - start:.0f} s"
+        sys.stdout.write(f"kernels for {isa}: {text}\n")
+    return 0

@@ -1,0 +1,27 @@
+"""Environment variables that say which kernels may be used."""
+
+from __future__ import annotations
+
+import os
+
+__all__ = ["SWITCH", "SettingError", "is_switched_on"]
+
+SWITCH = "VISION_BACKBONES_NATIVE"
+_YES, _NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
+
+
+class SettingError(ValueError):
+    """A variable of the environment has a value that means nothing; the message says what would."""
+
+
+def is_switched_on() -> bool:
+    """Whether the environment lets kernels be compiled and loaded.
+
+    Raises:
+        SettingError: if ``VISION_BACKBONES_NATIVE`` says neither yes nor no.
+    """
+    chosen = os.environ.get(SWITCH, "")
+    word = chosen.strip().lower()
+    if word not in ("", *_YES, *_NO):
+        raise SettingError(f"{SWITCH} must be one of {[*_YES, *_NO]}, got {chosen!r}")
+    return word not in _NO

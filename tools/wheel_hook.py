@@ -1,0 +1,129 @@
+"""Build hook of hatchling: wheels bring the C++ kernels, compiled for every instruction set.
+
+A wheel from a checkout (``pip wheel .``, ``make wheel``) has them. An editable install and what pip
+makes of a source distribution do not: there, kernels are compiled on first use, for the one CPU
+they run on. So it is where there is no compiler, or ``VISION_BACKBONES_NATIVE=0``.
+
+``VISION_BACKBONES_WHEEL_MACHINE=aarch64`` makes the wheel for that architecture, with a
+cross-compiler, ``CXX`` or by default ``aarch64-linux-gnu-g++``.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+import shutil
+import sys
+import tempfile
+import time
+import types
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from hatchling.builders.hooks.plugin.interface import BuildHookInterface
+
+_PLACE = "ops/cpu/compiled"
+_MACHINES = ("x86_64", "aarch64")
+_CHOSEN = "VISION_BACKBONES_WHEEL_MACHINE"
+# Names of what is inside are only for debuggers, and take half of the space.
+_OPTIONS = ["-s"]
+
+
+class CompiledKernels(BuildHookInterface):
+    """See the top of this file."""
+
+    def initialize(self, version: str, build_data: dict[str, Any]) -> None:
+        """Compile, and say that the wheel has code of this platform in it."""
+        if version == "editable" or Path(self.root, "PKG-INFO").exists():
+            return
+        with _engine(Path(self.root)) as engine:
+            machine = os.environ.get(_CHOSEN) or engine.instruction_sets.machine()
+            if _CHOSEN in os.environ and machine not in _MACHINES:
+                raise ValueError(f"{_CHOSEN} must be one of {_MACHINES}, got {machine!r}")
+            if sys.platform != "linux" or machine not in _MACHINES:
+                return
+            made = self._compile(engine, machine)
+        if made:
+            build_data["pure_python"] = False
+            build_data["tag"] = f"py3-none-linux_{machine}"
+            build_data["force_include"] |= {str(p): f"{_PLACE}/{p.name}" for p in made}
+
+    def _compile(self, engine: types.SimpleNamespace, machine: str) -> list[Path]:
+        """The libraries. They stay in ``build``, for the next wheel of the same sources."""
+        if not engine.settings.is_switched_on():
+            return []
+        try:
+            compilers = _find_compilers(engine, machine)
+        except engine.compiler.NoCompilerError as error:
+            self.app.display_warning(f"A wheel without compiled kernels: {error}")
+            return []
+        folder = Path(self.root, "build", "kernels")
+        folder.mkdir(parents=True, exist_ok=True)
+
+        def library(isa: str, name: str) -> Path | str:
+            path = folder / f"{engine.libraries.stem(name, isa, machine)}.so"
+            if path.exists():
+                return path
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                built = Path(scratch, name)
+                try:
+                    engine.libraries.compile_into(built, name, isa, compilers, _OPTIONS)
+                except engine.compiler.RefusedError as error:
+                    return f"No {name} kernel for {isa}: {error}"
+                os.replace(built, path)
+            return path
+
+        sets = engine.instruction_sets.levels(machine)
+        pairs = [(isa, name) for isa in sets for name in engine.libraries.sources()]
+        self.app.display_info(f"Compiling C++ kernels for {', '.join(sets)}: some minutes")
+        start = time.monotonic()
+        with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
+            outcomes = list(pool.map(lambda pair: library(*pair), pairs))
+        for text in outcomes:
+            if isinstance(text, str):
+                self.app.display_warning(text)
+        made = [path for path in outcomes if isinstance(path, Path)]
+        took = time.monotonic() - start
+        self.app.display_info(f"{len(made)} libraries in {took:.0f} s, kept in {str(folder)!r}")
+        return made
+
+
+def _find_compilers(engine: types.SimpleNamespace, machine: str) -> list[list[str]]:
+    """Commands to try; for another architecture a cross-compiler alone, as others' code is no use.
+
+    Raises:
+        NoCompilerError: there is none for this machine.
+        FileNotFoundError: there is no cross-compiler.
+    """
+    chosen = engine.compiler.command()
+    if machine == engine.instruction_sets.machine():
+        return engine.compiler.find_compilers(chosen)
+    words = chosen or [f"{machine}-linux-gnu-g++"]
+    if shutil.which(words[0]) is None:
+        raise FileNotFoundError(
+            f"a wheel for {machine} needs a cross-compiler, and there is no {words[0]!r}: set CXX, "
+            f"or install one such as Debian's g++-{machine.replace('_', '-')}-linux-gnu"
+        )
+    return [words]
+
+
+@contextmanager
+def _engine(root: Path) -> Iterator[types.SimpleNamespace]:
+    """Modules of ``ops.cpu``, without what the packages import, as torch is not there."""
+    names = ("compiler", "instruction_sets", "libraries", "settings")
+    before = {k: v for k, v in sys.modules.items() if k.partition(".")[0] == "ops"}
+    for name in before:
+        del sys.modules[name]
+    try:
+        for package, folder in (("ops", root / "ops"), ("ops.cpu", root / "ops" / "cpu")):
+            sys.modules[package] = types.ModuleType(package)
+            sys.modules[package].__path__ = [str(folder)]
+        modules = {name: importlib.import_module(f"ops.cpu.{name}") for name in names}
+        yield types.SimpleNamespace(**modules)
+    finally:
+        for name in [k for k in sys.modules if k.partition(".")[0] == "ops"]:
+            del sys.modules[name]
+        sys.modules.update(before)
