@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import os
+import re
 import shutil
 import struct
 import subprocess
@@ -179,6 +180,21 @@ def become(instructions: str, scratch: Path) -> Emulator:
     build._open = open_library
     build._kernels.clear()
     return emulator
+
+
+# What manylinux_2_28 has at most.
+_VERSIONS = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 25), "CXXABI": (1, 3, 11), "GCC": (8,)}
+
+
+def too_new(path: Path) -> list[str]:
+    """What a library wants of the system's that manylinux_2_28 does not have."""
+    command = [COMPILER.replace("g++", "objdump"), "-T", str(path)]
+    table = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return [
+        f"{name}_{version}"
+        for name, version in set(re.findall(r"\b([A-Z]+)_([\d.]+)", table))
+        if tuple(map(int, version.split("."))) > _VERSIONS[name]
+    ]
 
 
 def _require_tools() -> None:

@@ -41,6 +41,7 @@ from ops import cpu
 instructions, scratch, kernel, *arguments = sys.argv[1:]
 emulator = emulated_arm.become(instructions, Path(scratch))
 assert isinstance(cpu.load(kernel), emulated_arm.Emulated), cpu.unavailable_reason(kernel)
+assert not emulated_arm.too_new(cpu.status(kernel).path)
 failed = pytest.main(arguments)
 emulator.close()
 sys.exit(failed)
