@@ -193,7 +193,7 @@ def too_new(path: Path) -> list[str]:
     return [
         f"{name}_{version}"
         for name, version in set(re.findall(r"\b([A-Z]+)_([\d.]+)", table))
-        if tuple(map(int, version.split("."))) > _VERSIONS[name]
+        if tuple(map(int, version.split("."))) > _VERSIONS.get(name, ())
     ]
 
 
