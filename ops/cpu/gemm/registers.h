@@ -10,8 +10,8 @@
 
 namespace linear {
 
-// Two vectors of sums a row, two of weights, one input; with NEON one of inputs a row, and a quarter
-// for weights of this product and the next.
+// Two vectors of sums a row, two of weights, one input; with NEON a vector of inputs for each row, and
+// a quarter of the registers for weights.
 constexpr int MAX_ROWS = VB_NEON ? simd::REGISTERS / 4 : (simd::REGISTERS - 3) / 2;
 constexpr int STEP = 4;  // products between two fetches
 constexpr int64_t SUMMED = 512;  // inputs one after the other; sums of more lose digits
@@ -97,8 +97,8 @@ static VB_INLINE void add_product_of(const Pair* in, F& sum, F x, F w) {
 }
 #endif
 
-// The product J of those that `add_products` adds in a row. Of W products' inputs, which lie side by
-// side, the first loads all.
+// The product J of those that `add_products` adds at once. The first of W products loads the inputs
+// of all, which lie side by side.
 template <int J, class T, int R, int V, size_t P>
 static VB_INLINE void add_lane(const Input<T>* const (&in)[P], ptrdiff_t stride, const T* weight,
                                F (&x)[R], F (&sum)[R][V]) {
@@ -114,7 +114,8 @@ static VB_INLINE void add_lane(const Input<T>* const (&in)[P], ptrdiff_t stride,
   F w[V];
   VB_UNROLL
   for (int v = 0; v < V; v++) {
-    w[v] = load_weights(weight + (I * NEXT_PRODUCT<T, V> + v * NEXT_VECTOR<T>) * W * INPUTS<T>, PART);
+    constexpr int64_t VECTOR = W * INPUTS<T>;
+    w[v] = load_weights(weight + (I * NEXT_PRODUCT<T, V> + v * NEXT_VECTOR<T>) * VECTOR, PART);
   }
   VB_UNROLL
   for (int r = 0; r < R; r++) {
