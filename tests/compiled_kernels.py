@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ops.neighborhood
-from ops import cpu
 from ops.cpu import build, instruction_sets
 from ops.cpu.gemm.linear import pack_weight, unsupported
 
@@ -39,9 +38,7 @@ if unsupported(torch.device("cpu"), torch.bfloat16, with_bfloat16=True) is not N
 
 def can_run(instructions: str) -> bool:
     """Whether this CPU may, as the environment has it."""
-    return max(instructions, cpu.instruction_set(), key=list(instruction_sets.FLAGS).index) == (
-        instructions
-    )
+    return instructions in instruction_sets.candidates()
 
 
 def linear_layer(

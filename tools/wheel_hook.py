@@ -3,15 +3,17 @@
 A wheel from a checkout (``pip wheel .``, ``make wheel``) has them. An editable install and what pip
 makes of a source distribution do not: there, kernels are compiled on first use, for the one CPU
 they run on. So it is where there is no compiler, or ``VISION_BACKBONES_NATIVE=0``.
+
+``VISION_BACKBONES_WHEEL_MACHINE=aarch64`` makes the wheel for that architecture, with a
+cross-compiler, ``CXX`` or by default ``aarch64-linux-gnu-g++``.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
-import platform
+import shutil
 import sys
-import sysconfig
 import tempfile
 import time
 import types
@@ -24,7 +26,8 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 _PLACE = "ops/cpu/compiled"
-_MACHINES = ("x86_64",)
+_MACHINES = ("x86_64", "aarch64")
+_CHOSEN = "VISION_BACKBONES_WHEEL_MACHINE"
 # Names of what is inside are only for debuggers, and take half of the space.
 _OPTIONS = ["-s"]
 
@@ -36,22 +39,24 @@ class CompiledKernels(BuildHookInterface):
         """Compile, and say that the wheel has code of this platform in it."""
         if version == "editable" or Path(self.root, "PKG-INFO").exists():
             return
-        if sys.platform != "linux" or platform.machine() not in _MACHINES:
-            return
         with _engine(Path(self.root)) as engine:
-            made = self._compile(engine)
+            machine = os.environ.get(_CHOSEN) or engine.instruction_sets.machine()
+            if _CHOSEN in os.environ and machine not in _MACHINES:
+                raise ValueError(f"{_CHOSEN} must be one of {_MACHINES}, got {machine!r}")
+            if sys.platform != "linux" or machine not in _MACHINES:
+                return
+            made = self._compile(engine, machine)
         if made:
-            system = sysconfig.get_platform().replace("-", "_").replace(".", "_")
             build_data["pure_python"] = False
-            build_data["tag"] = f"py3-none-{system}"
+            build_data["tag"] = f"py3-none-linux_{machine}"
             build_data["force_include"] |= {str(p): f"{_PLACE}/{p.name}" for p in made}
 
-    def _compile(self, engine: types.SimpleNamespace) -> list[Path]:
+    def _compile(self, engine: types.SimpleNamespace, machine: str) -> list[Path]:
         """The libraries. They stay in ``build``, for the next wheel of the same sources."""
         if not engine.settings.is_switched_on():
             return []
         try:
-            compilers = engine.compiler.find_compilers(engine.compiler.command())
+            compilers = _find_compilers(engine, machine)
         except engine.compiler.NoCompilerError as error:
             self.app.display_warning(f"A wheel without compiled kernels: {error}")
             return []
@@ -59,7 +64,7 @@ class CompiledKernels(BuildHookInterface):
         folder.mkdir(parents=True, exist_ok=True)
 
         def library(isa: str, name: str) -> Path | str:
-            path = folder / f"{engine.libraries.stem(name, isa)}.so"
+            path = folder / f"{engine.libraries.stem(name, isa, machine)}.so"
             if path.exists():
                 return path
             with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -71,7 +76,7 @@ class CompiledKernels(BuildHookInterface):
                 os.replace(built, path)
             return path
 
-        sets = engine.instruction_sets.levels()
+        sets = engine.instruction_sets.levels(machine)
         pairs = [(isa, name) for isa in sets for name in engine.libraries.sources()]
         self.app.display_info(f"Compiling C++ kernels for {', '.join(sets)}: some minutes")
         start = time.monotonic()
@@ -84,6 +89,25 @@ class CompiledKernels(BuildHookInterface):
         took = time.monotonic() - start
         self.app.display_info(f"{len(made)} libraries in {took:.0f} s, kept in {str(folder)!r}")
         return made
+
+
+def _find_compilers(engine: types.SimpleNamespace, machine: str) -> list[list[str]]:
+    """Commands to try; for another architecture a cross-compiler alone, as others' code is no use.
+
+    Raises:
+        NoCompilerError: there is none for this machine.
+        FileNotFoundError: there is no cross-compiler.
+    """
+    chosen = engine.compiler.command()
+    if machine == engine.instruction_sets.machine():
+        return engine.compiler.find_compilers(chosen)
+    words = chosen or [f"{machine}-linux-gnu-g++"]
+    if shutil.which(words[0]) is None:
+        raise FileNotFoundError(
+            f"a wheel for {machine} needs a cross-compiler, and there is no {words[0]!r}: set CXX, "
+            f"or install one such as Debian's g++-{machine.replace('_', '-')}-linux-gnu"
+        )
+    return [words]
 
 
 @contextmanager

@@ -19,8 +19,9 @@ Kernels run on the threads of the OpenMP runtime that torch has loaded (:mod:`op
 Environment variables:
 
 - ``VISION_BACKBONES_NATIVE=0`` (or ``false``, ``no``, ``off``): never compile or load a kernel.
-- ``VISION_BACKBONES_NATIVE_ISA=amx|avx512bf16|avx512|avx2|portable``: at most this instruction set.
-  With avx512 or avx2, inference layers leave no bfloat16 to torch's products either.
+- ``VISION_BACKBONES_NATIVE_ISA=amx|avx512bf16|avx512|avx2|portable``, on ARM
+  ``neonbf16|neon|portable``: at most this instruction set. With avx512, avx2 or neon, inference
+  layers leave no bfloat16 to torch's products either.
 - ``VISION_BACKBONES_CACHE_DIR``: where compiled kernels are kept (a ``native`` folder in it).
 - ``CXX``: the compiler, tried before ``c++``, ``g++`` and ``clang++``.
 """

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import ctypes
 import functools
 import os
+import platform
+import sys
 
 from ops.cpu.settings import SettingError
 
@@ -15,6 +18,7 @@ __all__ = [
     "instruction_set",
     "is_emulated",
     "levels",
+    "machine",
 ]
 
 COMMON_FLAGS = ["-std=c++17", "-O3", "-fPIC", "-shared", "-ffp-contract=fast", "-fno-math-errno"]
@@ -22,14 +26,21 @@ _AVX512 = [
     *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl"),
     *("-mavx2", "-mfma", "-mprfchw", "-mprefer-vector-width=512"),
 ]
-# From the richest to the plainest; a CPU that can run one can run those after it.
 FLAGS = {
     "amx": [*_AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
     "avx512bf16": [*_AVX512, "-mavx512bf16"],
     "avx512": _AVX512,
     "avx2": ["-mavx2", "-mfma", "-mprfchw"],
-    "portable": [],
+    "neonbf16": ["-march=armv8.2-a+bf16"],
+    "neon": [],  # all CPUs of 64 bits have it
+    "portable": ["-DVB_PORTABLE"],
 }
+# From the richest to the plainest; a CPU that can run one can run those after it.
+_LEVELS = {
+    "x86_64": ["amx", "avx512bf16", "avx512", "avx2", "portable"],
+    "aarch64": ["neonbf16", "neon", "portable"],
+}
+_MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}  # what other systems call them
 
 
 def flags(isa: str) -> list[str]:
@@ -37,20 +48,26 @@ def flags(isa: str) -> list[str]:
     return [*COMMON_FLAGS, *FLAGS[isa]]
 
 
-def levels() -> list[str]:
-    """The instruction sets of this machine's architecture, the richest first."""
-    return list(FLAGS)
+def machine() -> str:
+    """The architecture of this machine, as Linux calls it."""
+    name = platform.machine().lower()
+    return _MACHINES.get(name, name)
+
+
+def levels(architecture: str | None = None) -> list[str]:
+    """The instruction sets of an architecture, default this machine's, the richest first."""
+    return _LEVELS.get(architecture or machine(), ["portable"])
 
 
 def instruction_set() -> str:
     """The richest instruction set that this CPU runs and that the environment allows.
 
     Returns:
-        ``"amx"`` (with AVX-512 and its instructions for bfloat16), ``"avx512bf16"``, ``"avx512"``,
-        ``"avx2"`` or ``"portable"``.
+        ``"amx"`` (with AVX-512 and its instructions for bfloat16), ``"avx512bf16"``, ``"avx512"``
+        or ``"avx2"``; on ARM ``"neonbf16"`` or ``"neon"``; or ``"portable"``.
 
     Raises:
-        SettingError: if ``VISION_BACKBONES_NATIVE_ISA`` names none of them.
+        SettingError: if ``VISION_BACKBONES_NATIVE_ISA`` names none of this machine's.
     """
     known = levels()
     richest = _richest()
@@ -74,6 +91,10 @@ def candidates() -> list[str]:
 
 @functools.cache
 def _richest() -> str:
+    if machine() == "aarch64":
+        return "neonbf16" if _has_bfloat16_of_arm() else "neon"
+    if machine() != "x86_64":
+        return "portable"
     import torch  # here, as the flags are read where wheels are built, and torch need not be
 
     capability = torch.backends.cpu.get_cpu_capability().lower()
@@ -82,3 +103,22 @@ def _richest() -> str:
             return "avx512"
         return "amx" if torch.cpu._is_amx_tile_supported() else "avx512bf16"
     return "avx2" if capability.startswith("avx2") else "portable"
+
+
+AT_HWCAP2, HWCAP2_BF16 = 26, 1 << 14  # of Linux
+
+
+def _has_bfloat16_of_arm() -> bool:
+    """Whether the CPU has FEAT_BF16, as the system says; torch 2.7 doesn't."""
+    if sys.platform == "win32":
+        return False
+    system = ctypes.CDLL(None)
+    if sys.platform == "darwin":
+        has, size = ctypes.c_int(0), ctypes.c_size_t(ctypes.sizeof(ctypes.c_int))
+        name = b"hw.optional.arm.FEAT_BF16"
+        failed = system.sysctlbyname(name, ctypes.byref(has), ctypes.byref(size), None, 0)
+        return not failed and bool(has.value)
+    if not hasattr(system, "getauxval"):
+        return False
+    system.getauxval.argtypes, system.getauxval.restype = [ctypes.c_ulong], ctypes.c_ulong
+    return bool(system.getauxval(AT_HWCAP2) & HWCAP2_BF16)

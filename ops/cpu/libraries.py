@@ -7,7 +7,6 @@ where torch need not be, so that neither this module nor what it imports needs i
 from __future__ import annotations
 
 import hashlib
-import platform
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -27,16 +26,19 @@ def sources() -> dict[str, Path]:
     return {path.stem: path for path in sorted(SOURCES.glob("*/*.cpp"))}
 
 
-def stem(name: str, isa: str) -> str:
+def stem(name: str, isa: str, machine: str | None = None) -> str:
     """How the file of a library begins: kernel, instruction set, and a digest of all it depends on.
 
     These are sources, flags and platform; so no library is ever loaded that others were made from.
+
+    Args:
+        machine: the architecture, as of :func:`ops.cpu.instruction_sets.machine`, the default.
     """
     digest = hashlib.sha256()
     source = sources().get(name, SOURCES / f"{name}.cpp")
     for path in sorted(included(source, SOURCES)):
         digest.update(path.name.encode() + b"\0" + path.read_bytes() + b"\0")
-    platform_name = f"{sys.platform}-{platform.machine()}"
+    platform_name = f"{sys.platform}-{machine or instruction_sets.machine()}"
     digest.update(repr([platform_name, instruction_sets.flags(isa)]).encode())
     return f"{name}-{isa}-{digest.hexdigest()[:16]}"
 

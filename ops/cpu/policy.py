@@ -143,7 +143,7 @@ def multiplies(dtype: torch.dtype) -> bool:
         return True
     isa = instruction_set()
     return (
-        isa not in ("avx512", "avx2")
+        isa not in ("avx512", "avx2", "neon")
         and not (isa == "portable" and is_emulated())
         and _has_bfloat16()
     )
@@ -168,8 +168,9 @@ def by_tiles(dtype: torch.dtype) -> bool:
 
 # -- linear layers -------------------------------------------------------------------------------
 
-# With tiles, and without instructions that the kernel was written for, oneDNN catches up.
-_FEW_ROWS = {"amx": 2048, "portable": 2048}
+# With tiles, and without instructions that the kernel was written for, oneDNN catches up; so it may
+# on ARM, where nothing was measured.
+_FEW_ROWS = {"amx": 2048, "neonbf16": 2048, "neon": 2048, "portable": 2048}
 _FEW_ROWS_OF_TILES = 512
 _NARROW = 32
 

@@ -12,9 +12,11 @@ using simd::F;
 using simd::Floats;
 using simd::W;
 
-constexpr int VECTORS = 2;  // of queries in a tile
+// Vectors of queries in a tile, and keys or channels whose sums are in registers. NEON's vectors are
+// short: what is broadcast shall be multiplied with more of them.
+constexpr int VECTORS = VB_NEON ? 4 : 2;
 constexpr int TILE = VECTORS * W;
-constexpr int SUMS = simd::REGISTERS == 32 ? 12 : 5;  // keys or channels whose sums are in registers
+constexpr int SUMS = VB_NEON ? 6 : simd::REGISTERS == 32 ? 12 : 5;
 
 // K keys: scores = terms + keys . query, and the greatest of each lane.
 struct ScoreArgs {
@@ -115,14 +117,23 @@ static constexpr std::array<Mix, SUMS> mix_kernels(std::integer_sequence<int, I.
   return {mix<P, V, I + 1>...};
 }
 constexpr auto UP_TO_SUMS = std::make_integer_sequence<int, SUMS>();
+template <class P, int... V>
+static constexpr std::array<std::array<Score, SUMS>, VECTORS> score_tables(
+    std::integer_sequence<int, V...>) {
+  return {score_kernels<P, V + 1>(UP_TO_SUMS)...};
+}
+template <class P, int... V>
+static constexpr std::array<std::array<Mix, SUMS>, VECTORS> mix_tables(
+    std::integer_sequence<int, V...>) {
+  return {mix_kernels<P, V + 1>(UP_TO_SUMS)...};
+}
+constexpr auto UP_TO_VECTORS = std::make_integer_sequence<int, VECTORS>();
 // [vectors - 1][keys - 1] and [vectors - 1][channels - 1]. Static, or the libraries for different
 // instruction sets in one process would share them.
 template <class P>
-static constexpr std::array<std::array<Score, SUMS>, VECTORS> SCORE = {
-    score_kernels<P, 1>(UP_TO_SUMS), score_kernels<P, 2>(UP_TO_SUMS)};
+static constexpr std::array<std::array<Score, SUMS>, VECTORS> SCORE = score_tables<P>(UP_TO_VECTORS);
 template <class P>
-static constexpr std::array<std::array<Mix, SUMS>, VECTORS> MIX = {
-    mix_kernels<P, 1>(UP_TO_SUMS), mix_kernels<P, 2>(UP_TO_SUMS)};
+static constexpr std::array<std::array<Mix, SUMS>, VECTORS> MIX = mix_tables<P>(UP_TO_VECTORS);
 
 // Calls work(first, count) for even parts of at most SUMS.
 template <class Work>

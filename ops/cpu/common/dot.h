@@ -23,10 +23,25 @@ struct Floats {
 // Two numbers in bfloat16 at once; their products are added in float32.
 struct Pairs {
   static constexpr int COUNT = 2;
+#if VB_NEON
+  static VB_INLINE void add_product(F& sum, F x, F y) { sum = add_pairs(sum, x, y); }
+  // Lane by lane.
+  static VB_INLINE F pack(F first, F second) {
+    const uint16x4_t a = rounded(first), b = rounded(second);
+    return vreinterpretq_f32_u16(vcombine_u16(vzip1_u16(a, b), vzip2_u16(a, b)));
+  }
+  static VB_INLINE F pack(const BFloat16* first, const BFloat16* second, int lanes) {
+    const uint32x4_t low = vreinterpretq_u32_f32(get(first, lanes));
+    const uint32x4_t high = vreinterpretq_u32_f32(get(second, lanes));
+    return vreinterpretq_f32_u32(vsriq_n_u32(high, low, 16));
+  }
+  static VB_INLINE F without_second(F x) {
+    return vreinterpretq_f32_u32(vandq_u32(vreinterpretq_u32_f32(x), vdupq_n_u32(0xffff)));
+  }
+#else
   static VB_INLINE void add_product(F& sum, F x, F y) {
     sum = _mm512_dpbf16_ps(sum, (__m512bh)x, (__m512bh)y);
   }
-  // Lane by lane.
   static VB_INLINE F pack(F first, F second) {
     const auto words = [](int lane) { return (lane + W) << 16 | lane; };
     const __m512i places = _mm512_setr_epi32(
@@ -44,6 +59,7 @@ struct Pairs {
     return _mm512_castsi512_ps(
         _mm512_and_si512(_mm512_castps_si512(x), _mm512_set1_epi32(0xffff)));
   }
+#endif
 };
 // What is quickest for numbers that come as T.
 template <class T>

@@ -21,6 +21,8 @@ static VB_INLINE F swap_pairs(F x) {
   return _mm512_permute_ps(x, 0xB1);
 #elif VB_AVX2
   return _mm256_permute_ps(x, 0xB1);
+#elif VB_NEON
+  return vrev64q_f32(x);
 #else
   F r;
   for (int l = 0; l < W; l++) r[l] = x[l ^ 1];

@@ -18,7 +18,8 @@ constexpr int64_t PAIR_BYTES = 1 << 19, MIN_PAIR_ROWS = 384;
 
 // Other rows are copied and padded first.
 static bool takes_rows_in_place(const float*, int64_t, int64_t) { return true; }
-static bool takes_rows_in_place(const BFloat16*, int64_t in_features, int64_t rows) {
+[[maybe_unused]] static bool takes_rows_in_place(const BFloat16*, int64_t in_features,
+                                                 int64_t rows) {
   if (!VB_BFLOAT16) return false;
   // Tiles are read whole.
   if (has_tiles()) return in_features % TILE_INPUTS == 0 && rows >= TILE_ROWS;

@@ -10,8 +10,9 @@
 
 namespace linear {
 
-// Two vectors of sums a row, two of weights, one input.
-constexpr int MAX_ROWS = (simd::REGISTERS - 3) / 2;
+// Two vectors of sums a row, two of weights, one input; with NEON a vector of inputs for each row, and
+// a quarter of the registers for weights.
+constexpr int MAX_ROWS = VB_NEON ? simd::REGISTERS / 4 : (simd::REGISTERS - 3) / 2;
 constexpr int STEP = 4;  // products between two fetches
 constexpr int64_t SUMMED = 512;  // inputs one after the other; sums of more lose digits
 // Of a group of panels that stays in the second-level cache while the rows of a block, which all of
@@ -59,15 +60,74 @@ static VB_INLINE void add_product(const float*, F& sum, F x, F w) {
 static VB_INLINE F load_input(const BFloat16* place) {
   int32_t pair;
   std::memcpy(&pair, place, sizeof pair);
+#if VB_NEON
+  return vreinterpretq_f32_s32(vdupq_n_s32(pair));
+#else
   return _mm512_castsi512_ps(_mm512_set1_epi32(pair));
+#endif
 }
 static VB_INLINE F load_input(const Pair* place) { return load_input(&place->first); }
 
 static VB_INLINE void add_product(const BFloat16*, F& sum, F x, F w) {
+#if VB_NEON
+  sum = simd::add_pairs(sum, x, w);
+#else
   __asm__("vdpbf16ps %2, %1, %0" : "+v"(sum) : "v"(x), "v"(w));
+#endif
 }
 static VB_INLINE void add_product(const Pair* in, F& sum, F x, F w) {
   add_product(&in->first, sum, x, w);
+}
+#endif
+
+#if VB_NEON
+// A lane of a register is an operand; it need not be broadcast.
+template <int LANE>
+static VB_INLINE void add_product_of(const float*, F& sum, F x, F w) {
+  sum = vfmaq_laneq_f32(sum, w, x, LANE);
+}
+#if VB_BFLOAT16
+template <int LANE>
+static VB_INLINE void add_product_of(const BFloat16*, F& sum, F x, F w) {
+  sum = vbfdotq_laneq_f32(sum, vreinterpretq_bf16_f32(w), vreinterpretq_bf16_f32(x), LANE);
+}
+template <int LANE>
+static VB_INLINE void add_product_of(const Pair* in, F& sum, F x, F w) {
+  add_product_of<LANE>(&in->first, sum, x, w);
+}
+#endif
+
+// The product J of those that `add_products` adds at once. The first of W products loads the inputs
+// of all, which lie side by side.
+template <int J, class T, int R, int V, size_t P>
+static VB_INLINE void add_lane(const Input<T>* const (&in)[P], ptrdiff_t stride, const T* weight,
+                               F (&x)[R], F (&sum)[R][V]) {
+  constexpr int I = J / PARTS<T>, PART = J % PARTS<T>;
+  if constexpr (J % W == 0) {
+    __asm__("" : : : "memory");  // lest they be loaded while there are no registers for them
+    VB_UNROLL
+    for (int r = 0; r < R; r++) {
+      const auto* place = in[r / 3] + r % 3 * stride + I * INPUTS<T> + PART;
+      x[r] = simd::read<F>(place);
+    }
+  }
+  F w[V];
+  VB_UNROLL
+  for (int v = 0; v < V; v++) {
+    constexpr int64_t VECTOR = W * INPUTS<T>;
+    w[v] = load_weights(weight + (I * NEXT_PRODUCT<T, V> + v * NEXT_VECTOR<T>) * VECTOR, PART);
+  }
+  VB_UNROLL
+  for (int r = 0; r < R; r++) {
+    VB_UNROLL
+    for (int v = 0; v < V; v++) add_product_of<J % W>(in[0], sum[r][v], x[r], w[v]);
+  }
+}
+template <class T, int R, int V, size_t P, int... J>
+static VB_INLINE void add_lanes(const Input<T>* const (&in)[P], ptrdiff_t stride, const T* weight,
+                                F (&sum)[R][V], std::integer_sequence<int, J...>) {
+  F x[R];
+  (add_lane<J>(in, stride, weight, x, sum), ...);
 }
 #endif
 
@@ -95,6 +155,12 @@ static VB_INLINE const T* add_products(const Input<T>* first, ptrdiff_t stride, 
   for (int r = 0; r < POINTERS; r++) in[r] = first + 3 * r * stride;
   const auto products = [&](auto steps) VB_INLINE_LAMBDA {
     constexpr int COUNT = decltype(steps)::value;
+#if VB_NEON
+    if constexpr (COUNT == W) {
+      add_lanes(in, stride, weight, sum, std::make_integer_sequence<int, COUNT * PARTS<T>>());
+      weight += COUNT * NEXT_PRODUCT<T, V> * VECTOR;
+    } else
+#endif
     VB_UNROLL
     for (int i = 0; i < COUNT; i++, weight += NEXT_PRODUCT<T, V> * VECTOR) {
       VB_UNROLL

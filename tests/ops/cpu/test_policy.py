@@ -16,7 +16,7 @@ from ops.cpu import instruction_sets, policy
 from ops.cpu.policy import Asked
 
 ROOT = Path(__file__).parents[3]
-SETS = list(instruction_sets.FLAGS)
+SETS = {machine: instruction_sets.levels(machine) for machine in ("x86_64", "aarch64")}
 HALF, FLOAT = torch.bfloat16, torch.float32
 # Around the numbers that rules compare with.
 _ROWS = (1, 512, 513, 2048, 2049, 10**6)
@@ -62,13 +62,19 @@ def _decisions() -> Iterator[tuple[Any, ...]]:
 
 def _use(monkeypatch: pytest.MonkeyPatch, cpu: str, asked_for: str) -> None:
     """A CPU whose richest instruction set is ``cpu``, and an environment that asks for another."""
+    machine = "aarch64" if cpu in SETS["aarch64"] else "x86_64"
+    monkeypatch.setattr(instruction_sets, "machine", lambda: machine)
     monkeypatch.setattr(instruction_sets, "_richest", lambda: cpu)
     # oneDNN takes bfloat16 from AVX-512 on.
-    monkeypatch.setattr(policy, "_has_bfloat16", lambda: cpu in ("amx", "avx512bf16", "avx512"))
+    known = ("amx", "avx512bf16", "avx512", "neonbf16")
+    monkeypatch.setattr(policy, "_has_bfloat16", lambda: cpu in known)
     monkeypatch.setenv("VISION_BACKBONES_NATIVE_ISA", asked_for)
 
 
-@pytest.mark.parametrize(("richer", "emulated"), [*itertools.combinations(SETS, 2)])
+@pytest.mark.parametrize(
+    ("richer", "emulated"),
+    [two for sets in SETS.values() for two in itertools.combinations(sets, 2)],
+)
 def test_every_decision_is_that_of_the_plainer_cpu(
     richer: str, emulated: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -81,7 +87,7 @@ def test_every_decision_is_that_of_the_plainer_cpu(
 def test_instruction_sets_differ(monkeypatch: pytest.MonkeyPatch) -> None:
     """Else the test above would say nothing."""
     found = []
-    for isa in SETS:
+    for isa in SETS["x86_64"]:
         _use(monkeypatch, isa, "")
         found.append(list(_decisions()))
     alike = [a == b for a, b in itertools.pairwise(found)]
@@ -167,7 +173,7 @@ def test_rules_say_why(
 
 def test_every_reason_can_be_put_into_words(monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[Asked] = []
-    for isa in SETS:
+    for isa in SETS["x86_64"]:
         _use(monkeypatch, isa, "")
         with policy.explaining(found.append):
             list(_decisions())

@@ -1,0 +1,210 @@
+"""Kernels as 64-bit ARM runs them, on a CPU of another kind: from a cross-compiler, through qemu.
+
+A process of emulated_arm.cpp runs in qemu for all calls. It asks for the pages of this process's
+memory that a kernel touches, and sends back what was changed: to callers, functions are those of
+any other library, whatever they are given.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import shutil
+import struct
+import subprocess
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from ops import cpu
+from ops.cpu import build, instruction_sets
+
+COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
+_SYSROOT = "/usr/aarch64-linux-gnu"  # Debian's, where the compiler's libraries lie
+# With these instructions and no more that kernels ask for: of 2015, and of 2021.
+CPUS = {"neon": "cortex-a72", "neonbf16": "neoverse-v1"}
+
+_SOURCE = Path(__file__).with_suffix(".cpp")
+_PAGE = 4096
+# As in emulated_arm.cpp.
+_LOAD, _CALL, _CAPABILITIES = range(3)
+_FETCH = 0
+_ARGUMENTS = 6
+
+
+class Emulator:
+    """A process on an ARM CPU that runs functions on this process's memory."""
+
+    def __init__(self, instructions: str, scratch: Path) -> None:
+        _require_tools()
+        program = scratch / "emulated_arm"
+        flags = ["-std=c++17", "-O1", "-fopenmp", "-Wall", "-Wextra", "-Werror"]
+        subprocess.run([COMPILER, *flags, str(_SOURCE), "-o", str(program)], check=True)
+        self._process = subprocess.Popen(
+            [EMULATOR, "-L", _SYSROOT, "-cpu", CPUS[instructions], str(program)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env={**os.environ, "OMP_WAIT_POLICY": "passive"},
+        )
+        self._memory = os.open("/proc/self/mem", os.O_RDONLY)
+        self._lock = threading.Lock()
+
+    def close(self) -> None:
+        assert self._process.stdin is not None and self._process.stdout is not None
+        os.close(self._memory)
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+
+    def capabilities(self) -> int:
+        """What Linux calls AT_HWCAP2."""
+        return self._ask(struct.pack("=Q", _CAPABILITIES))
+
+    def load(self, path: Path) -> int:
+        """A library's number."""
+        return self._ask(struct.pack("=Q", _LOAD) + _text(str(path)))
+
+    def call(self, library: int, function: str, arguments: tuple[int, ...]) -> int:
+        question = struct.pack("=2Q", _CALL, library) + _text(function)
+        return self._ask(question + struct.pack(f"={_ARGUMENTS}q", *arguments))
+
+    def _ask(self, question: bytes) -> int:
+        with self._lock:
+            return self._ask_alone(question)
+
+    def _ask_alone(self, question: bytes) -> int:
+        self._send(question)
+        while True:
+            kind, first, second = struct.unpack("=QqQ", self._receive(24))
+            if kind != _FETCH:
+                break
+            pages = self._pages(first, second)
+            self._send(struct.pack("=Q", len(pages) // _PAGE) + pages)
+        changes, at = self._receive(second), 0
+        while at < len(changes):
+            address, count = struct.unpack_from("=2Q", changes, at)
+            ctypes.memmove(address, changes[at + 16 : at + 16 + count], count)
+            at += 16 + count
+        return first
+
+    def _pages(self, begin: int, count: int) -> bytes:
+        """Those of this process's memory that are there."""
+        try:
+            found = os.pread(self._memory, count * _PAGE, begin)
+        except OSError:
+            return b""
+        return found[: len(found) // _PAGE * _PAGE]
+
+    def _send(self, data: bytes) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.write(data)
+        self._process.stdin.flush()
+
+    def _receive(self, count: int) -> bytes:
+        assert self._process.stdout is not None
+        data = self._process.stdout.read(count)
+        if len(data) < count:
+            raise RuntimeError(f"the emulator ended with status {self._process.wait()}")
+        return data
+
+
+class Emulated:
+    """What stands for a library."""
+
+
+class Library(Emulated):
+    """With functions like those of a ``ctypes.CDLL``."""
+
+    def __init__(self, emulator: Emulator, path: Path) -> None:
+        self._emulator, self._number = emulator, emulator.load(path)
+
+    def __getattr__(self, name: str) -> Any:
+        emulator, number = self._emulator, self._number
+
+        def run(*arguments: int) -> int:
+            return emulator.call(number, name, arguments)
+
+        # By their address, functions take any arguments, as those of a library do; whoever has the
+        # address, such as a replay, can call them, too.
+        called = _Callback(run)
+        function = _Function(ctypes.cast(called, ctypes.c_void_p).value)
+        function.called = called  # which lives as long
+        setattr(self, name, function)
+        return function
+
+
+_Callback = ctypes.CFUNCTYPE(ctypes.c_int64, *[ctypes.c_int64] * _ARGUMENTS)
+
+
+class _Function(ctypes._CFuncPtr):
+    _flags_ = ctypes._FUNCFLAG_CDECL  # type: ignore[attr-defined]
+    _restype_ = ctypes.c_int
+    called: Any
+
+
+class _Replay(Emulated):
+    """Lists of calls are read here; what they call is emulated."""
+
+    def __init__(self, native: ctypes.CDLL, emulated: Library) -> None:
+        self.replay_run, self.replay_room = native.replay_run, native.replay_room
+        self.replay_pointwise = emulated.replay_pointwise
+
+
+def become(instructions: str, scratch: Path) -> Emulator:
+    """From here on, this process compiles kernels for such a CPU and has them emulated.
+
+    Args:
+        instructions: one of :data:`CPUS`.
+        scratch: where the emulator's program is to lie.
+
+    Raises:
+        RuntimeError: the cross-compiler or the emulator is missing.
+    """
+    build._together = lambda name: []  # which are compiled beside one
+    native, emulator = cpu.load("replay"), Emulator(instructions, scratch)
+    assert native is not None
+
+    def open_library(path: Path) -> Any:
+        library = Library(emulator, path)
+        return _Replay(native, library) if path.name.startswith("replay-") else library
+
+    os.environ["CXX"] = COMPILER
+    replaced: dict[str, Callable[..., Any]] = {
+        "machine": lambda: "aarch64",
+        "_richest": lambda: instructions,
+    }
+    for name, function in replaced.items():
+        setattr(instruction_sets, name, function)
+    build._open = open_library
+    build._kernels.clear()
+    return emulator
+
+
+# What manylinux_2_28 has at most.
+_VERSIONS = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 25), "CXXABI": (1, 3, 11), "GCC": (8,)}
+
+
+def too_new(path: Path) -> list[str]:
+    """What a library wants of the system's that manylinux_2_28 does not have."""
+    command = [COMPILER.replace("g++", "objdump"), "-T", str(path)]
+    table = subprocess.run(command, check=True, capture_output=True, text=True).stdout
+    return [
+        f"{name}_{version}"
+        for name, version in set(re.findall(r"\b([A-Z]+)_([\d.]+)", table))
+        if tuple(map(int, version.split("."))) > _VERSIONS.get(name, ())
+    ]
+
+
+def _require_tools() -> None:
+    missing = [tool for tool in (COMPILER, EMULATOR) if shutil.which(tool) is None]
+    if missing:
+        raise RuntimeError(
+            f"no {' and no '.join(missing)}: tests of ARM kernels need Debian's packages "
+            "g++-aarch64-linux-gnu and qemu-user"
+        )
+
+
+def _text(text: str) -> bytes:
+    return struct.pack("=Q", len(text.encode())) + text.encode()
