@@ -24,6 +24,7 @@ from ops.cpu.attention import grouped as grouped_attention
 from ops.cpu.attention import linear as linear_attention
 from ops.cpu.attention.grouped import split_heads
 from ops.cpu.pooling.window_means import window_means
+from ops.inference.forms import stands_for
 from ops.inference.layers import FastLayer, FastLinear, runs_fast, tensors_of
 from ops.inference.packed_linear import PackedLinear
 
@@ -34,6 +35,7 @@ __all__ = [
     "FastPooledAttention",
     "FastRankAugmentedAttention",
     "attend_tokens",
+    "axis_turns",
 ]
 
 # Of queries, keys, values and gates; a batch whose maps take more goes some images at a time, so
@@ -41,6 +43,7 @@ __all__ = [
 _PROJECTED_BYTES = 8 << 20
 
 
+@stands_for(LargeKernelAttention)
 class FastLargeKernelAttention(LargeKernelAttention):
     """The gate is overwritten."""
 
@@ -49,6 +52,7 @@ class FastLargeKernelAttention(LargeKernelAttention):
         return gate.mul_(x) if runs_fast(x, self.pw.weight) else x * gate
 
 
+@stands_for(BiLevelRoutingAttention)
 class FastBiLevelRoutingAttention(BiLevelRoutingAttention):
     """Regions are attended to where they lie; the projection adds the shortcut."""
 
@@ -105,6 +109,7 @@ def _region_rows(height: int, width: int, region_size: tuple[int, int]) -> Tenso
     return tokens.transpose(1, 2).flatten(2).flatten(0, 1).contiguous()
 
 
+@stands_for(HiLoAttention)
 class FastHiLoAttention(FastLayer, HiLoAttention):
     """One projection for all that sees the map, one for what all heads give, with the shortcut."""
 
@@ -175,6 +180,17 @@ def _turns(height: int, width: int, head_dim: int) -> Tensor:
     return torch.complex(cos[:, ::2].contiguous(), sin[:, ::2].contiguous())
 
 
+@functools.lru_cache(maxsize=32)
+def axis_turns(size: int, head_dim: int, axis: int) -> Tensor:
+    """(size, head_dim): cosines, then sines, negated for even channels, of rows or columns."""
+    shape = (size, 1) if axis == 0 else (1, size)
+    cpu = torch.device("cpu")  # whatever the default device is
+    sin, cos = (t.chunk(2, dim=1)[axis] for t in rotary_table(*shape, head_dim, device=cpu))
+    signs = sin.new_tensor([-1.0, 1.0]).repeat(head_dim // 4)
+    return torch.cat((cos, sin * signs), dim=1)
+
+
+@stands_for(PooledAttention)
 class FastPooledAttention(PooledAttention):
     """Without transposed copies of heads."""
 
@@ -210,6 +226,7 @@ def attend_tokens(query: Tensor, key: Tensor, value: Tensor, weight: Tensor) -> 
     return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
 
 
+@stands_for(RankAugmentedAttention)
 class FastRankAugmentedAttention(RankAugmentedAttention):
     """By our kernels; else rotations are products of complex numbers."""
 
@@ -255,11 +272,13 @@ class FastRankAugmentedAttention(RankAugmentedAttention):
         value = qkvo.chunk(4, dim=-1)[2]
         bias = self.lepe(value.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         attend = (
-            linear_attention.gated_linear_attention
+            linear_attention.rank_augmented_attention
             if self.linear
             else gated_attention.gated_attention
         )
-        return self.proj(attend(qkvo, bias, self.num_heads), residual)
+        head_dim = x.shape[3] // self.num_heads
+        tables = (axis_turns(size, head_dim, axis) for axis, size in enumerate(x.shape[1:3]))
+        return self.proj(attend(qkvo, bias, *tables, self.num_heads), residual)
 
 
 def _rotate(x: Tensor, turns: Tensor) -> Tensor:
