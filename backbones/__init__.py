@@ -25,6 +25,7 @@ try:
     from backbones.core.base import Stage, StagedBackbone
     from backbones.core.checkpoint import CheckpointError, LoadReport, load_checkpoint
     from backbones.core.explain import Explanation, explain
+    from backbones.core.isotropic import IsotropicBackbone, IsotropicStage
     from backbones.core.registry import create_model, empty_cache, fuse, list_families, list_models
 
     # Importing a family registers its models, here and with timm; then its inference forms.
@@ -36,6 +37,7 @@ try:
         inception_next,
         litv2,
         medvitv2,
+        proxylessnas,
         ravlt,
         shvit,
         unireplknet,
@@ -48,6 +50,7 @@ try:
         inception_next_inference,
         litv2_inference,
         medvitv2_inference,
+        proxylessnas_inference,
         ravlt_inference,
         unireplknet_inference,
         van_inference,
@@ -62,6 +65,8 @@ __version__ = "0.1.0"
 __all__ = [
     "CheckpointError",
     "Explanation",
+    "IsotropicBackbone",
+    "IsotropicStage",
     "LoadReport",
     "Stage",
     "StagedBackbone",
@@ -79,6 +84,7 @@ __all__ = [
     "litv2",
     "load_checkpoint",
     "medvitv2",
+    "proxylessnas",
     "ravlt",
     "shvit",
     "unireplknet",

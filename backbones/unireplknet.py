@@ -300,6 +300,9 @@ default_cfgs = generate_default_cfgs(
         "unireplknet_s.in22k": _cfg_22k("s_in22k_pretrain"),
         "unireplknet_b.in22k_ft_in1k_384": _cfg_384("b_in22k_to_in1k_384_acc87.40"),
         "unireplknet_b.in22k": _cfg_22k("b_in22k_pretrain"),
+        "unireplknet_b_k400.untrained": _cfg(
+            "", url="", num_classes=400, input_size=(3, 896, 896), crop_pct=1.0
+        ),
         "unireplknet_l.in22k_ft_in1k_384": _cfg_384("l_in22k_to_in1k_384_acc87.88"),
         "unireplknet_l.in22k": _cfg_22k("l_in22k_pretrain", 192),
         "unireplknet_xl.in22k_ft_in1k_384": _cfg_384("xl_in22k_to_in1k_384_acc87.96"),
@@ -370,6 +373,18 @@ def unireplknet_b(pretrained: bool = False, **kwargs: Any) -> UniRepLKNet:
     """UniRepLKNet-B, 99.1 M parameters; 384×384, stochastic depth of the fine-tuning."""
     variant = dict(dims=(128, 256, 512, 1024), drop_path_rate=0.2)
     return build_model(UniRepLKNet, "unireplknet_b", pretrained, variant, kwargs)
+
+
+@register
+def unireplknet_b_k400(pretrained: bool = False, **kwargs: Any) -> UniRepLKNet:
+    """UniRepLKNet-B for video: Kinetics-400, 16 frames as one image, kernels of 11 at the end.
+
+    :func:`ops.frames.frames_to_image` makes the image. Its authors published no weights.
+    """
+    variant = dict(
+        dims=(128, 256, 512, 1024), kernel_sizes=(3, 13, (13, 3, 3), 11), drop_path_rate=0.4
+    )
+    return build_model(UniRepLKNet, "unireplknet_b_k400", pretrained, variant, kwargs)
 
 
 @register

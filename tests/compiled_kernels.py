@@ -22,6 +22,7 @@ PLAIN_ACTIVATIONS = {
     "gelu": F.gelu,
     "silu": F.silu,
     "hardswish": F.hardswish,
+    "relu6": F.relu6,
 }
 
 

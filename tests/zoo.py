@@ -31,6 +31,14 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
         {"dims": (32, 48, 64, 96), "num_heads": (0, 0, 4, 6), "depths": (1, 1, 2, 1)},
     ),
     "medvitv2": ("medvitv2_tiny", {"depths": (1, 2, 3, 1)}),
+    "proxylessnas": (
+        "proxyless_cpu",
+        {
+            "dims": ((24,), (32, 32), (48,), (88, 88, 104), (216,)),
+            "kernel_sizes": ((3,), (5, 3), (3,), (7, 0, 5), (5,)),
+            "expansions": ((1,), (3, 3), (3,), (6, 0, 3), (3,)),
+        },
+    ),
     "ravlt": ("ravlt_t", {"depths": (1, 1, 2, 1)}),
     "shvit": ("shvit_s1", {"depths": (1, 1, 1)}),
     "unireplknet": ("unireplknet_a", {"depths": (1, 1, 2, 1)}),

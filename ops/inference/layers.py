@@ -53,6 +53,7 @@ _PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "silu": F.silu,
     "hardswish": F.hardswish,
+    "relu6": F.relu6,
 }
 _CALLS = (
     "_linear_pointwise",
@@ -194,7 +195,7 @@ def activation_kind(act: nn.Module) -> str | None:
     """The name that layers here know an activation by, if they do."""
     if isinstance(act, nn.GELU):
         return "gelu" if act.approximate == "none" else None
-    kinds = {nn.ReLU: "relu", nn.SiLU: "silu", nn.Hardswish: "hardswish"}
+    kinds = {nn.ReLU: "relu", nn.SiLU: "silu", nn.Hardswish: "hardswish", nn.ReLU6: "relu6"}
     return kinds.get(type(act))
 
 

@@ -31,6 +31,7 @@ ONEDNN: dict[str, tuple[str, list[float | None], str]] = {
     "gelu": ("gelu", [], "none"),
     "silu": ("swish", [], ""),
     "hardswish": ("hardswish", [], ""),
+    "relu6": ("hardtanh", [0.0, 6.0], ""),
 }
 
 

@@ -54,6 +54,7 @@ _PURE = {
     *("torch.nn.functional." + name for name in ("batch_norm", "conv2d", "gelu", "hardsigmoid")),
     *("torch.nn.functional." + name for name in ("hardswish", "interpolate", "layer_norm")),
     *("torch.nn.functional." + name for name in ("leaky_relu", "linear", "pad", "relu", "silu")),
+    "torch.nn.functional.relu6",
     *("torch.nn.functional." + name for name in ("pixel_shuffle", "softmax")),
     "torch.nn.functional.scaled_dot_product_attention",
     *("mkldnn." + name for name in ("_convolution_pointwise.default", "_linear_pointwise.binary")),

@@ -19,6 +19,7 @@ from backbones.cli.parity import (
     summary_error,
     tolerance,
 )
+from ops.frames import frames_to_image
 
 TOLERANCE = tolerance("unireplknet")
 SMALL = "unireplknet_a"
@@ -229,3 +230,35 @@ def test_a_pattern_of_kernels_repeats_over_the_blocks() -> None:
 def test_bad_kernels_are_refused(kernel_sizes: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="kernel"):
         backbones.create_model(SMALL, kernel_sizes=kernel_sizes)
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_videos_are_read_as_the_original_reads_them() -> None:
+    """Its figures are those of 16 frames that its engine made an image of."""
+    figures = reference("unireplknet", "unireplknet_b_k400")
+    model = backbones.create_model("unireplknet_b_k400").eval()
+    backbones.load_checkpoint(model, checkpoint(figures))
+    for case in figures["cases"]:
+        # Its memory is the video's: the figures' own image, of which the video was made.
+        video = image(case["input"], case["seed"]).reshape(case["video"])
+        logits = model(frames_to_image(video))
+        assert relative_error(logits, case["logits"]) <= TOLERANCE
+        tiles = model(frames_to_image(video, "tiles"))
+        assert relative_error(tiles, case["logits"]) > 1e-2
+
+
+def test_the_video_network_is_the_published_one() -> None:
+    figures = reference("unireplknet", "unireplknet_b_k400")
+    with torch.device("meta"):
+        model = backbones.create_model("unireplknet_b_k400")
+    kernels = [
+        [
+            max(p.shape[-1] for p in block.dwconv.parameters() if p.ndim == 4)
+            for block in stage.blocks
+        ]
+        for stage in model.stages
+    ]
+    assert kernels == figures["config"]["kernel_sizes"]
+    height, width = model.default_cfg["input_size"][1:]
+    assert (height, width) == (4 * 224, 4 * 224)

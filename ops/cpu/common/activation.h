@@ -10,8 +10,8 @@ namespace activation {
 using simd::F;
 using simd::W;
 
-// The order is that of ACTIVATIONS in ops/cpu/depthwise/depthwise.py.
-enum Kind : int64_t { NONE, RELU, GELU, SILU, HARDSWISH };
+// The order is that of ACTIVATIONS in ops/cpu/activations.py.
+enum Kind : int64_t { NONE, RELU, GELU, SILU, HARDSWISH, RELU6 };
 
 static VB_INLINE F positive(F x) { return simd::max(simd::zero(), x); }  // NaN stays NaN
 static VB_INLINE F negative(F x) { return simd::zero() - positive(simd::zero() - x); }
@@ -103,10 +103,12 @@ static VB_INLINE F silu(F x) {
   return simd::fma(down, power, up) / (simd::set1(1.f) + power);
 }
 
+static VB_INLINE F relu6(F x) {  // NaN stays NaN
+  return simd::zero() - simd::max(simd::set1(-6.f), simd::zero() - positive(x));
+}
+
 static VB_INLINE F hardswish(F x) {
-  const F six = simd::set1(6.f), shifted = positive(x + simd::set1(3.f));
-  const F clipped = six - positive(six - shifted);
-  return x * clipped * simd::set1(1.f / 6.f);
+  return x * relu6(x + simd::set1(3.f)) * simd::set1(1.f / 6.f);
 }
 
 // In place, for results of type T; not inlined, so that kernels with many variants compile in seconds.
@@ -124,6 +126,9 @@ static __attribute__((noinline)) void apply(F* x, int count, int64_t kind) {
       break;
     case HARDSWISH:
       for (int i = 0; i < count; i++) x[i] = hardswish(x[i]);
+      break;
+    case RELU6:
+      for (int i = 0; i < count; i++) x[i] = relu6(x[i]);
       break;
     default:
       break;

@@ -137,11 +137,13 @@ def test_nan_and_infinity_pass() -> None:
     x = torch.zeros(1, 16, 5, 5)
     x[0, 3, 2, 2], x[0, 4, 2, 2] = float("nan"), float("inf")
     taps = torch.ones(3, 3, 16)
-    for activation in ("relu", "gelu", "silu"):
+    for activation in ("relu", "gelu", "silu", "relu6"):
         out = depthwise_conv2d(x, taps, None, (1, 1), (1, 1), activation=activation)
         assert out[0, 3, 1:4, 1:4].isnan().all()
         assert out[0, 5:].eq(0).all()
     assert depthwise_conv2d(x, taps, None, (1, 1), (1, 1))[0, 4, 1:4, 1:4].isinf().all()
+    clipped = depthwise_conv2d(x, taps, None, (1, 1), (1, 1), activation="relu6")
+    assert clipped[0, 4, 1:4, 1:4].eq(6).all()
 
 
 @pytest.mark.parametrize("threads", [1, 2])

@@ -153,10 +153,11 @@ def test_nan_and_infinity_pass() -> None:
     x = torch.zeros(1, 5, 16)
     x[0, 1, 3], x[0, 2, 3] = float("nan"), float("inf")
     packed = pack_weight(torch.ones(20, 16)), torch.zeros(20)
-    for activation in ("relu", "gelu", "silu"):
+    for activation in ("relu", "gelu", "silu", "relu6"):
         out = packed_linear(x, *packed, activation)
         assert out[0, 1].isnan().all() and out[0, 3:].eq(0).all()
     assert packed_linear(x, *packed)[0, 2].isinf().all()
+    assert packed_linear(x, *packed, "relu6")[0, 2].eq(6).all()
 
 
 def test_no_rows_give_no_rows() -> None:

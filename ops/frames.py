@@ -1,0 +1,41 @@
+"""Videos as images, for networks that take images: some frames become one large picture.
+
+Of "UniRepLKNet: A Universal Perception Large-Kernel ConvNet for Audio, Video, Point Cloud,
+Time-Series and Image Recognition", https://arxiv.org/abs/2311.15599, which recognises actions so.
+"""
+
+from __future__ import annotations
+
+import math
+
+from torch import Tensor
+
+__all__ = ["frames_to_image"]
+
+
+def frames_to_image(video: Tensor, layout: str = "rows") -> Tensor:
+    """n² frames as one image, n times as high and n times as wide.
+
+    (B, C, n², H, W) → (B, C, n·H, n·W).
+
+    Args:
+        video: the frames, in order.
+        layout: ``"rows"`` is what the published code computes: it reads all frames on as one
+            image. n scan lines of a frame stand side by side, so that each frame is a band of H
+            rows divided by n, and H must be a multiple of n for none to share a row with the next.
+            ``"tiles"`` keeps every frame as it is, in n rows of n frames.
+
+    Raises:
+        ValueError: another layout, or frames that make no square.
+    """
+    if video.ndim != 5:
+        raise ValueError(f"video must be (B, C, T, H, W), got {tuple(video.shape)}")
+    batch, channels, frames, height, width = video.shape
+    side = math.isqrt(frames)
+    if side**2 != frames or not frames:
+        raise ValueError(f"the number of frames must be a square, such as 16, got {frames}")
+    if layout == "tiles":
+        video = video.unflatten(2, (side, side)).transpose(3, 4)  # (B, C, n, H, n, W)
+    elif layout != "rows":
+        raise ValueError(f"layout must be 'rows' or 'tiles', got {layout!r}")
+    return video.reshape(batch, channels, side * height, side * width)
