@@ -44,8 +44,8 @@ def attend(
     else:
         back = log_gate_back.to(precise).transpose(1, 2)
         both = ((q, q.flip(2)), (k, k.flip(2)), (v, v.flip(2)), (gate, back.flip(2)))
-        ahead, behind = _scan(*(torch.cat(pair) for pair in both), apart, chunk).chunk(2)
-        out = ahead + behind.flip(2)
+        outs = _scan(*(torch.stack(pair) for pair in both), apart, chunk)
+        out = outs[0] + outs[1].flip(2)
     if bonus is not None:
         weight = (q * bonus.to(precise)[:, None] * k).sum(-1, keepdim=True)
         out = out + weight * v
@@ -53,21 +53,24 @@ def attend(
 
 
 def _scan(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, apart: bool, chunk: int) -> Tensor:
-    """One direction: (B, H, L, K) and (B, H, L, V) → (B, H, L, V)."""
-    tokens = q.shape[2]
+    """Each direction: (…, L, K) and (…, L, V) → (…, L, V)."""
+    tokens = q.shape[-2]
     # Tokens without a key change nothing that comes before them.
     q, k, v, gate = (
-        F.pad(t, (0, 0, 0, -tokens % chunk)).unflatten(2, (-1, chunk)) for t in (q, k, v, gate)
-    )  # (B, H, N, C, ·)
-    decay = _decays(gate)  # (B, H, N, C + 1, C + 1, K); row and column 0 stand before the chunk
+        F.pad(t, (0, 0, 0, -tokens % chunk)).unflatten(-2, (-1, chunk)) for t in (q, k, v, gate)
+    )  # (…, N, C, ·)
+    decay = _decays(gate)  # (…, N, C + 1, C + 1, K); row and column 0 stand before the chunk
     seen = decay[..., :-1, :, :] if apart else decay[..., 1:, :, :]  # (…, C, C + 1, K)
     begin, within = seen[..., 0, :], seen[..., 1:, :]
-    weights = torch.matmul(within * k[..., None, :, :], q[..., None])  # (B, H, N, C, C, 1)
-    kept = decay[..., -1, :, :]  # (…, C + 1, K), to the end of the chunk
-    added = torch.matmul((k * kept[..., 1:, :]).mT, v)  # (B, H, N, K, V)
-    states = _states(kept[..., 0, :], added)
+    weights = torch.matmul(within * k[..., None, :, :], q[..., None])  # (…, N, C, C, 1)
+    kept = decay[..., -1, :, :]  # (…, N, C + 1, K), to the end of the chunk
+    added = torch.matmul((k * kept[..., 1:, :]).mT, v)  # (…, N, K, V)
+    if torch.compiler.is_exporting():
+        states = _states_of_any_number(gate.sum(-2), added)
+    else:
+        states = _states(kept[..., 0, :], added)
     out = torch.matmul(weights.squeeze(-1), v) + torch.matmul(q * begin, states)
-    return out.flatten(2, 3)[:, :, :tokens]
+    return out.flatten(-3, -2)[..., :tokens, :]
 
 
 def _decays(gate: Tensor) -> Tensor:
@@ -83,14 +86,23 @@ def _decays(gate: Tensor) -> Tensor:
 
 
 def _states(decay: Tensor, added: Tensor) -> Tensor:
-    """The state before each chunk: decays (B, H, N, K), what chunks add (B, H, N, K, V).
+    """The state before each chunk: decays (…, N, K), what chunks add (…, N, K, V).
 
     After step i each entry holds what the 2^i chunks up to its own add.
     """
     decay = decay[..., None]
     step = 1
-    while step < added.shape[2] - 1:
-        added = added + decay * F.pad(added, (0, 0, 0, 0, step, 0))[:, :, :-step]
-        decay = decay * F.pad(decay, (0, 0, 0, 0, step, 0))[:, :, :-step]
+    while step < added.shape[-3] - 1:
+        added = added + decay * F.pad(added, (0, 0, 0, 0, step, 0))[..., :-step, :, :]
+        decay = decay * F.pad(decay, (0, 0, 0, 0, step, 0))[..., :-step, :, :]
         step *= 2
-    return F.pad(added, (0, 0, 0, 0, 1, 0))[:, :, :-1]
+    return F.pad(added, (0, 0, 0, 0, 1, 0))[..., :-1, :, :]
+
+
+def _states_of_any_number(gate: Tensor, added: Tensor) -> Tensor:
+    """The same by decays from every chunk to every other, without a step for each doubling.
+
+    Its graph is the same for any number of chunks; their log gates are summed in ``gate``.
+    """
+    decay = _decays(gate)[..., :-1, 1:, :]  # (…, N, N, K)
+    return torch.einsum("...nmk,...mkv->...nkv", decay, added)
