@@ -21,11 +21,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ops.linear_attention import chunked, reference
+from ops.linear_attention import chunked, cpu, reference
+from ops.neighborhood.cpu import needs_grad
 
 __all__ = ["BACKENDS", "gated_linear_attention"]
 
-BACKENDS: dict[str, ModuleType] = {"reference": reference, "chunked": chunked}
+BACKENDS: dict[str, ModuleType] = {"reference": reference, "chunked": chunked, "cpu": cpu}
 
 
 def gated_linear_attention(
@@ -78,7 +79,7 @@ def gated_linear_attention(
     chosen = _best_backend(tensors) if backend is None else _forced_backend(backend, tensors)
     if query.numel() == 0 or value.numel() == 0:
         chosen = reference
-    scale = query.shape[-1] ** -0.5 if scale is None else scale
+    scale = max(1, query.shape[-1]) ** -0.5 if scale is None else scale
     # States and gates stay precise.
     with torch.autocast(query.device.type, enabled=False):
         out: Tensor = chosen.attend(*tensors, scale)
@@ -128,6 +129,11 @@ def _check(
 
 
 def _best_backend(tensors: Tensors) -> ModuleType:
+    """The first of the ladder that can do the call; ``chunked`` can do every call."""
+    if torch.compiler.is_exporting() or needs_grad(tensors):
+        return chunked
+    if cpu.supports(*tensors) is None:
+        return cpu
     return chunked
 
 
