@@ -39,6 +39,7 @@ try:
         shvit,
         unireplknet,
         van,
+        vig,
     )
 except ImportError as error:
     if (_reason := _explanation(error)) is None:
@@ -69,4 +70,5 @@ __all__ = [
     "shvit",
     "unireplknet",
     "van",
+    "vig",
 ]

@@ -1,7 +1,7 @@
 """Gated linear attention: a scan along a sequence, in one direction or two.
 
-https://arxiv.org/abs/2312.06635; both directions as in https://arxiv.org/abs/2405.18425, the bonus as
-in https://arxiv.org/abs/2404.05892. The function here checks its arguments and hands the call to a
+https://arxiv.org/abs/2312.06635; both directions as in https://arxiv.org/abs/2405.18425, the bonus
+as in https://arxiv.org/abs/2404.05892. The function here checks its arguments and hands the call to a
 backend, the first of a short ladder that can do it. Each backend is a file with two functions:
 
 ``supports(query, key, value, log_gate, log_gate_back, bonus) -> str | None``
@@ -53,14 +53,14 @@ def gated_linear_attention(
     and both outputs are added: a token without a bonus is then seen twice, one with a bonus once.
 
     Time and memory grow linearly with L. States are of float32 (float64 for float64 tensors),
-    whatever the dtype of the tensors; there are no divisions by decays, so that gates may be as small
-    as they like, ``-inf`` included.
+    whatever the dtype of the tensors. Nothing is divided by a decay, so that log gates may be as
+    small as they like, ``-inf`` included.
 
     Args:
         query, key: (B, L, H, K).
         value: (B, L, H, V).
-        log_gate: (B, L, H, K), natural logarithms of the gates, at most 0 (which is not checked), in
-            the dtype of query or in float32.
+        log_gate: (B, L, H, K), natural logarithms of the gates, in the dtype of query or in
+            float32. They should be at most 0, which is not checked.
         log_gate_back: as ``log_gate``, of the direction that begins with the last token; default
             None, the first direction alone.
         bonus: (H, K), the weight of the current token; default None, see above.
