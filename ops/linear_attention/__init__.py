@@ -1,7 +1,7 @@
 """Gated linear attention: a scan along a sequence, in one direction or two.
 
-https://arxiv.org/abs/2312.06635; both directions as in https://arxiv.org/abs/2405.18425, the bonus
-as in https://arxiv.org/abs/2404.05892. The function here checks its arguments and hands the call to a
+https://arxiv.org/abs/2312.06635; both directions: https://arxiv.org/abs/2405.18425; the bonus:
+https://arxiv.org/abs/2404.05892. The function here checks its arguments and hands the call to a
 backend, the first of a short ladder that can do it. Each backend is a file with two functions:
 
 ``supports(query, key, value, log_gate, log_gate_back, bonus) -> str | None``
