@@ -51,6 +51,7 @@ try:
         ravlt_inference,
         unireplknet_inference,
         van_inference,
+        vig_inference,
     )
 except ImportError as error:
     if (_reason := _explanation(error)) is None:

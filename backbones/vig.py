@@ -41,7 +41,8 @@ from ops.position import resize_table
 __all__ = ["HierarchicalViG", "ViG"]
 
 _GATE_RANK = 16
-_GATE_DIVISOR = 16  # of log gates, so that they begin near 0 and little is forgotten
+HEAD_NORM_EPS = 1e-6
+GATE_DIVISOR = 16  # of log gates, so that they begin near 0 and little is forgotten
 _XAVIER_GAIN = 2**-2.5
 _TABLE = 14  # side of the position table
 
@@ -71,38 +72,96 @@ class GatedLinearAttention(nn.Module):
         self.num_heads, self.eval_share = num_heads, eval_share
         self.dwconv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
         self.act = nn.SiLU() if act else nn.Identity()
+        self.out_act = nn.SiLU() if act else nn.Identity()
         self.qkv = nn.Linear(dim, 2 * dim, bias=False)
         self.decay_down = nn.Linear(dim, _GATE_RANK, bias=False)
         self.decay_up = nn.Linear(_GATE_RANK, dim)
         self.gate = nn.Linear(dim, dim)
-        self.norm = nn.RMSNorm(dim // num_heads, eps=1e-6)
-        self.local_norm = nn.RMSNorm(dim // num_heads, eps=1e-6)
+        self.norm = nn.RMSNorm(dim // num_heads, eps=HEAD_NORM_EPS)
+        self.local_norm = nn.RMSNorm(dim // num_heads, eps=HEAD_NORM_EPS)
         self.proj = nn.Linear(dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.act(self.dwconv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
-        shape, x = x.shape, x.flatten(1, 2)  # (B, L, dim)
-        local = self._heads(x)
-        half = shape[-1] // 2
-        query, key, value = map(self._heads, self.qkv(x).split((half, half, 2 * half), dim=-1))
-        # Half precision would be too coarse.
-        exact = torch.promote_types(x.dtype, torch.float32)
-        decay = F.logsigmoid(self.decay_up(self.decay_down(x)).to(exact)) / _GATE_DIVISOR
-        ahead, back = map(self._heads, decay.chunk(2, dim=-1))
         share = 0.5 if self.training else self.eval_share
-        scanned = gated_linear_attention(
-            query, key, value, ahead, back, scale=share * query.shape[-1] ** -0.5
-        )
-        gate = self._heads(self.gate(x).sigmoid())
-        x = gate * self.norm(scanned) + (1 - gate) * self.local_norm(local)
-        return self.proj(self.act(x.reshape(shape)))
+        query, key, value = self.qkv(x).split(_widths(x)[:3], dim=-1)
+        decay = self.decay_up(self.decay_down(x))
+        scale = share * (x.shape[-1] // 2 // self.num_heads) ** -0.5
+        scanned = _scan(query, key, value, decay, self.num_heads, scale)
+        return self.proj(self.mix(scanned, self.gate(x), x))
 
-    def _heads(self, x: Tensor) -> Tensor:
-        """(B, L, C) → (B, L, heads, C / heads)"""
-        return x.unflatten(-1, (self.num_heads, -1))
+    def mix(self, scanned: Tensor, gate: Tensor, x: Tensor) -> Tensor:
+        """What was scanned, (B, L, heads, V), and the map, each normalised, by a gate's shares."""
+        gate, local = (_heads(t.flatten(1, 2), self.num_heads) for t in (gate.sigmoid(), x))
+        mixed = gate * self.norm(scanned) + (1 - gate) * self.local_norm(local)
+        return self.out_act(mixed.reshape(x.shape))
+
+    def fuse(self) -> JoinedAttention:
+        """All that the map is projected to first, by one layer."""
+        return JoinedAttention(self)
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}, eval_share={self.eval_share}"
+
+
+class JoinedAttention(nn.Module):
+    """What :class:`GatedLinearAttention` computes in eval mode, with its projections joined.
+
+    (B, H, W, dim) → (B, H, W, dim). The scale of the scan is in the weights of the query.
+    """
+
+    @torch.no_grad()
+    def __init__(self, attn: GatedLinearAttention) -> None:
+        super().__init__()
+        self.num_heads = attn.num_heads
+        self.dwconv, self.act, self.out_act = attn.dwconv, attn.act, attn.out_act
+        parts = (attn.qkv, attn.gate, attn.decay_down)
+        dim = attn.qkv.in_features
+        self.joined = nn.Linear(dim, sum(part.out_features for part in parts))
+        self.joined.to(attn.qkv.weight)
+        self.joined.weight.copy_(torch.cat([part.weight for part in parts]))
+        self.joined.weight[: dim // 2] *= attn.eval_share * (dim // 2 // self.num_heads) ** -0.5
+        self.joined.bias.zero_()[2 * dim : 3 * dim] = attn.gate.bias
+        self.decay_up = attn.decay_up
+        self.norm, self.local_norm, self.proj = attn.norm, attn.local_norm, attn.proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.dwconv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        query, key, value, gate, decay = self.joined(x).split(_widths(x), dim=-1)
+        scanned = _scan(query, key, value, self.decay_up(decay), self.num_heads, 1.0)
+        return self.proj(self.mix(scanned, gate, x))
+
+    mix = GatedLinearAttention.mix
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}"
+
+
+def _widths(x: Tensor) -> list[int]:
+    """Channels of query, key, value, gate, and of what decays are made from."""
+    dim = x.shape[-1]
+    return [dim // 2, dim // 2, dim, dim, _GATE_RANK]
+
+
+def _heads(x: Tensor, num_heads: int) -> Tensor:
+    """(B, L, C) → (B, L, heads, C / heads)"""
+    return x.unflatten(-1, (num_heads, -1))
+
+
+def _scan(
+    query: Tensor, key: Tensor, value: Tensor, decay: Tensor, num_heads: int, scale: float
+) -> Tensor:
+    """Maps (B, H, W, ·), row by row, forward and backward: (B, L, heads, V).
+
+    ``decay`` are logits of the gates of both directions.
+    """
+    # Half precision would be too coarse.
+    exact = torch.promote_types(decay.dtype, torch.float32)
+    log_gate = F.logsigmoid(decay.to(exact)) / GATE_DIVISOR
+    query, key, value, ahead, back = (
+        _heads(t.flatten(1, 2), num_heads) for t in (query, key, value, *log_gate.chunk(2, -1))
+    )
+    return gated_linear_attention(query, key, value, ahead, back, scale=scale)
 
 
 class Block(nn.Module):

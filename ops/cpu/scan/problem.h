@@ -6,7 +6,7 @@
 #include "common/prefetch.h"
 #include "common/simd.h"
 
-namespace scan {
+namespace gated_scan {
 
 using simd::F;
 using simd::W;
@@ -76,13 +76,4 @@ static void fetch(const Sequence& s, const Head& at, const Span& span, int64_t b
   }
 }
 
-// Gates of a chunk: exponentials of their logarithms.
-static void gather_gates(const Sequence& s, const Head& at, const Span& span, int64_t dim,
-                         float* out, int64_t pitch) {
-  gather<float>(s, at, span, 0, dim, LOG2E, out, pitch);
-  for (int64_t c = 0; c < span.count * pitch; c += W) {
-    simd::store(out + c, simd::exp2(simd::load(out + c)));
-  }
-}
-
-}  // namespace scan
+}  // namespace gated_scan
