@@ -8,7 +8,6 @@ from timm.layers import GluMlp
 from torch import Tensor, nn
 
 from backbones import vig
-from ops.cpu.gemm.linear import packed_linear
 from ops.cpu.scan.gated_scan import mixed_scan
 from ops.inference.forms import stands_for
 from ops.inference.layers import FastLayer, FastLinear, tensors_of

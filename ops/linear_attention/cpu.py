@@ -79,9 +79,10 @@ class _Differentiable(torch.autograd.Function):
             grads[1] += own * bonus * query
             grads[2] += weight * grad_out.float()
             grads[5] = (own * query * key).sum((0, 1))
+        needed = ctx.needs_input_grad[:6]
         wanted = (
-            grad.to(tensor.dtype) if needed else None
-            for grad, tensor, needed in zip(grads, ctx.saved_tensors, ctx.needs_input_grad)
+            grad.to(tensor.dtype) if need else None
+            for grad, tensor, need in zip(grads, ctx.saved_tensors, needed, strict=True)
         )
         return (*wanted, None)
 

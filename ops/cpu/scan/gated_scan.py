@@ -86,9 +86,7 @@ def gated_scan_backward(
     require_dtype(torch.float32, log_gate=log_gate, log_gate_back=log_gate_back)
     require_dtype(value.dtype, grad_out=grad_out)
     inputs = (query, key, value, log_gate, log_gate_back)
-    grads = tuple(
-        query.new_empty(0 if t is None else t.shape, dtype=torch.float32) for t in inputs
-    )
+    grads = tuple(query.new_empty(0 if t is None else t.shape, dtype=torch.float32) for t in inputs)
 
     def arguments() -> Any:
         names = ("grad_query", "grad_key", "grad_value", "grad_gate", "grad_gate_back")
