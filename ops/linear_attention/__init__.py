@@ -79,9 +79,13 @@ def gated_linear_attention(
     if query.numel() == 0 or value.numel() == 0:
         chosen = reference
     scale = max(1, query.shape[-1]) ** -0.5 if scale is None else scale
-    # States and gates stay precise.
-    with torch.autocast(query.device.type, enabled=False):
-        out: Tensor = chosen.attend(*tensors, scale)
+    out: Tensor
+    device = query.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        with torch.autocast(device, enabled=False):  # states and gates stay precise
+            out = chosen.attend(*tensors, scale)
+    else:
+        out = chosen.attend(*tensors, scale)
     return out
 
 
