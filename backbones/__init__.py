@@ -42,6 +42,7 @@ try:
         shvit,
         unireplknet,
         van,
+        vig,
     )
     from backbones import (  # noqa: F401  # isort: skip
         biformer_inference,
@@ -54,6 +55,7 @@ try:
         ravlt_inference,
         unireplknet_inference,
         van_inference,
+        vig_inference,
     )
 except ImportError as error:
     if (_reason := _explanation(error)) is None:
@@ -89,4 +91,5 @@ __all__ = [
     "shvit",
     "unireplknet",
     "van",
+    "vig",
 ]
