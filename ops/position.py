@@ -1,16 +1,31 @@
-"""Position told by a convolution: what a depthwise 3×3 sees of its neighbours and the border.
+"""Position, told by a convolution or by a table.
 
-Of "Conditional Positional Encodings for Vision Transformers", https://arxiv.org/abs/2102.10882.
+A depthwise 3×3 sees its neighbours and the border: "Conditional Positional Encodings for Vision
+Transformers", https://arxiv.org/abs/2102.10882.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ops.reparam import fold_scale_after
 
-__all__ = ["ConvPosition"]
+__all__ = ["ConvPosition", "resize_table"]
+
+
+def resize_table(table: Tensor, height: int, width: int) -> Tensor:
+    """(C, h, w) → (C, height, width), bicubically; the same tensor if it fits."""
+    # To interpolate to the same size changes nothing; a symbolic size is not compared.
+    if all(
+        statically_known_true(n == m) for n, m in zip(table.shape[1:], (height, width), strict=True)
+    ):
+        return table
+    exact = table.to(torch.promote_types(table.dtype, torch.float32)).unsqueeze(0)
+    resized = F.interpolate(exact, size=(height, width), mode="bicubic")
+    return resized.squeeze(0).to(table.dtype)
 
 
 class ConvPosition(nn.Module):

@@ -35,6 +35,7 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     "shvit": ("shvit_s1", {"depths": (1, 1, 1)}),
     "unireplknet": ("unireplknet_a", {"depths": (1, 1, 2, 1)}),
     "van": ("van_b0", {"depths": (1, 1, 2, 1)}),
+    "vig": ("vig_h_t", {"depths": (1, 1, 2, 1)}),
 }
 FAMILIES = sorted(SMALL)
 # Image to image: no classifier and no pyramid.

@@ -171,9 +171,10 @@ def case_errors(family: str, variant: str, number: int) -> tuple[float, list[flo
         last, maps = model.forward_intermediates(x)
         error = relative_error(model.forward_head(last), case["logits"])
     # The maps that go from stage to stage. Where the dense copy has norms of its own for what it
-    # puts out (dense_extra), `features` are those, and `stage_outputs` are ours.
-    has_norms = figures.get("dense_extra") and "stage_outputs" in case
-    stages = case.get("features_eps1e-6") or case["stage_outputs" if has_norms else "features"]
+    # puts out (dense_extra), or puts out the last one alone, `stage_outputs` are ours.
+    others = figures.get("dense_extra") or len(case["features"]) < len(maps)
+    inner = others and "stage_outputs" in case
+    stages = case.get("features_eps1e-6") or case["stage_outputs" if inner else "features"]
     return error, [
         summary_error(_like(stage, expected), expected)
         for stage, expected in zip(maps, stages, strict=True)

@@ -157,6 +157,7 @@ _scale = number(-1e6, 1e6)
 _stages = whole(0, 63)
 
 KEYWORDS: Mapping[str, Check] = {
+    "act": flag,
     "alpha": _share,
     "attn_dims": several(_some_channels),
     "band_kernel_size": KERNEL,
@@ -181,6 +182,7 @@ KEYWORDS: Mapping[str, Check] = {
     "layer_scale": _scale,
     "layer_scales": several(_scale),
     "linear": several(flag),
+    "mean_of_directions": flag,
     "mix_ratio": _share,
     "mlp_ratio": _ratio,
     "mlp_ratios": several(_ratio),

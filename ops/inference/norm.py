@@ -1,16 +1,18 @@
-"""The inference forms of layer norm: our kernel, with the activation that follows."""
+"""The inference forms of norms: our kernels; layer norm with the activation that follows."""
 
 from __future__ import annotations
 
 from typing import Any
 
-from timm.layers import LayerNorm2d
+from timm.layers import LayerNorm2d, RmsNorm2d
 from torch import Tensor, nn
 
 from ops.cpu.norm.layer_norm import layer_norm
-from ops.inference.layers import ActivatedLayer
+from ops.cpu.norm.rms_norm import rms_norm
+from ops.inference.forms import stands_for
+from ops.inference.layers import ActivatedLayer, FastLayer
 
-__all__ = ["FastLayerNorm", "FastLayerNorm2d"]
+__all__ = ["FastLayerNorm", "FastLayerNorm2d", "FastRMSNorm", "FastRmsNorm2d"]
 
 
 class _PackedNorm:
@@ -26,6 +28,7 @@ class _PackedNorm:
         return out
 
 
+@stands_for(nn.LayerNorm)
 class FastLayerNorm(ActivatedLayer, nn.LayerNorm):
     """``activation(norm(x))``, (..., dim) → (..., dim)."""
 
@@ -41,6 +44,7 @@ class FastLayerNorm(ActivatedLayer, nn.LayerNorm):
         return None if layer_norm.unsupported(x.device, x.dtype) is not None else _PackedNorm(self)
 
 
+@stands_for(LayerNorm2d)
 class FastLayerNorm2d(FastLayerNorm, LayerNorm2d):
     """``activation(norm(x))``, (B, C, H, W) → (B, C, H, W)."""
 
@@ -49,3 +53,38 @@ class FastLayerNorm2d(FastLayerNorm, LayerNorm2d):
         if packed is None:
             return self._finish(LayerNorm2d.forward(self, x))
         return packed(x.permute(0, 2, 3, 1), self.activation).permute(0, 3, 1, 2)
+
+
+class _RMSNorm(FastLayer):
+    weight: Any
+    eps: Any
+
+    def sources(self) -> list[Tensor]:
+        return [] if self.weight is None else [self.weight]
+
+    def derive(self, x: Tensor) -> tuple[Tensor, float] | None:
+        if self.weight is None or self.weight.ndim != 1 or self.eps is None:
+            return None
+        unsupported = rms_norm.unsupported(x.device, x.dtype)
+        return None if unsupported is not None else (self.weight.detach().float(), self.eps)
+
+
+@stands_for(nn.RMSNorm)
+class FastRMSNorm(_RMSNorm, nn.RMSNorm):
+    """(..., dim) → (..., dim)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        packed = self.derived(x)
+        return nn.RMSNorm.forward(self, x) if packed is None else rms_norm(x, *packed)
+
+
+@stands_for(RmsNorm2d)
+class FastRmsNorm2d(_RMSNorm, RmsNorm2d):
+    """(B, C, H, W) → (B, C, H, W)."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        packed = self.derived(x)
+        if packed is None:
+            return RmsNorm2d.forward(self, x)
+        out: Tensor = rms_norm(x.permute(0, 2, 3, 1), *packed)
+        return out.permute(0, 3, 1, 2)

@@ -73,6 +73,14 @@ class PackedLinear:
         out: Tensor = packed_linear(x, *packed, activation, residual, combination)
         return out
 
+    def times(self, x: Tensor, activation: str, factor: Tensor) -> Tensor:
+        """``activation(linear(x)) * factor``, (B, ..., in_features) → (B, ..., out_features)."""
+        packed = self.packed_for(x, activation)
+        if packed is None:
+            return self._by_onednn(x, activation, None).mul_(factor)
+        out: Tensor = packed_linear(x, *packed, activation, factor, "multiply")
+        return out
+
     def packed_for(self, x: Tensor, activation: str) -> tuple[Tensor, Tensor] | None:
         """What our kernel wants of weight and bias, if it is the faster one for such ``x``."""
         rows = x.numel() // max(1, x.shape[-1])

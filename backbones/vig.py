@@ -1,0 +1,550 @@
+"""ViG: vision by gated linear attention, which reads a map as a sequence, forward and backward.
+
+Bencheng Liao et al., "ViG: Linear-complexity Visual Sequence Learning with Gated Linear Attention",
+https://arxiv.org/abs/2405.18425. (Not the "Vision GNN" that OpenMMLab calls ViG.) ``vig_*`` keep
+stride 16 throughout, ``vig_h_*`` are pyramids.
+
+Any size from 32×32. The position table of ``vig_*``, 14×14, is interpolated for maps of other
+sizes. Their published evaluation code halves the mean of the two directions once more than training
+does; accuracies were measured so, and so it is done here, unless ``mean_of_directions=True``. A
+norm follows, so that only its epsilon makes a difference.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import (
+    ClassifierHead,
+    DropPath,
+    GluMlp,
+    LayerNorm2d,
+    RmsNorm2d,
+    calculate_drop_path_rates,
+    trunc_normal_,
+)
+from timm.models import generate_default_cfgs
+from torch import Tensor, nn
+
+from backbones.core.base import Stage, StagedBackbone
+from backbones.core.keywords import checked, whole
+from backbones.core.registry import build_model, register
+from ops.init import init_trunc_normal
+from ops.linear_attention import gated_linear_attention
+from ops.position import resize_table
+
+__all__ = ["HierarchicalViG", "ViG"]
+
+_GATE_RANK = 16
+HEAD_NORM_EPS = 1e-6
+GATE_DIVISOR = 16  # of log gates, so that they begin near 0 and little is forgotten
+_XAVIER_GAIN = 2**-2.5
+_TABLE = 14  # side of the position table
+
+
+class GatedLinearAttention(nn.Module):
+    """A map is scanned in both directions; what that gives is mixed with the map, gate by gate.
+
+    (B, H, W, dim) → (B, H, W, dim). Keys and queries have half the channels. See
+    :func:`ops.linear_attention.gated_linear_attention`.
+
+    Args:
+        dim: channels.
+        num_heads: divides dim / 2.
+        act: SiLU after the convolution and before the last projection.
+        eval_share: factor of the sum of both directions in eval mode; in training it is 1/2.
+
+    Raises:
+        ValueError: heads that do not divide the channels of the keys.
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int, act: bool = False, eval_share: float = 0.5
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or dim % (2 * num_heads):
+            raise ValueError(f"2 · num_heads must divide dim {dim}, got num_heads {num_heads}")
+        self.num_heads, self.eval_share = num_heads, eval_share
+        self.dwconv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
+        self.act = nn.SiLU() if act else nn.Identity()
+        self.out_act = nn.SiLU() if act else nn.Identity()
+        self.qkv = nn.Linear(dim, 2 * dim, bias=False)
+        self.decay_down = nn.Linear(dim, _GATE_RANK, bias=False)
+        self.decay_up = nn.Linear(_GATE_RANK, dim)
+        self.gate = nn.Linear(dim, dim)
+        self.norm = nn.RMSNorm(dim // num_heads, eps=HEAD_NORM_EPS)
+        self.local_norm = nn.RMSNorm(dim // num_heads, eps=HEAD_NORM_EPS)
+        self.proj = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.dwconv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        share = 0.5 if self.training else self.eval_share
+        query, key, value = self.qkv(x).split(_widths(x)[:3], dim=-1)
+        decay = self.decay_up(self.decay_down(x))
+        scale = share * (x.shape[-1] // 2 // self.num_heads) ** -0.5
+        scanned = _scan(query, key, value, decay, self.num_heads, scale)
+        return self.proj(self.mix(scanned, self.gate(x), x))
+
+    def mix(self, scanned: Tensor, gate: Tensor, x: Tensor) -> Tensor:
+        """What was scanned, (B, L, heads, V), and the map, each normalised, by a gate's shares."""
+        gate, local = (_heads(t.flatten(1, 2), self.num_heads) for t in (gate.sigmoid(), x))
+        mixed = gate * self.norm(scanned) + (1 - gate) * self.local_norm(local)
+        return self.out_act(mixed.reshape(x.shape))
+
+    def fuse(self) -> JoinedAttention:
+        """All that the map is projected to first, by one layer."""
+        return JoinedAttention(self)
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, eval_share={self.eval_share}"
+
+
+class JoinedAttention(nn.Module):
+    """What :class:`GatedLinearAttention` computes in eval mode, with its projections joined.
+
+    (B, H, W, dim) → (B, H, W, dim). The scale of the scan is in the weights of the query.
+    """
+
+    @torch.no_grad()
+    def __init__(self, attn: GatedLinearAttention) -> None:
+        super().__init__()
+        self.num_heads = attn.num_heads
+        self.dwconv, self.act, self.out_act = attn.dwconv, attn.act, attn.out_act
+        parts = (attn.qkv, attn.gate, attn.decay_down)
+        dim = attn.qkv.in_features
+        self.joined = nn.Linear(dim, sum(part.out_features for part in parts))
+        self.joined.to(attn.qkv.weight)
+        self.joined.weight.copy_(torch.cat([part.weight for part in parts]))
+        self.joined.weight[: dim // 2] *= attn.eval_share * (dim // 2 // self.num_heads) ** -0.5
+        self.joined.bias.zero_()[2 * dim : 3 * dim] = attn.gate.bias
+        self.decay_up = attn.decay_up
+        self.norm, self.local_norm, self.proj = attn.norm, attn.local_norm, attn.proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.dwconv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        query, key, value, gate, decay = self.joined(x).split(_widths(x), dim=-1)
+        scanned = _scan(query, key, value, self.decay_up(decay), self.num_heads, 1.0)
+        return self.proj(self.mix(scanned, gate, x))
+
+    mix = GatedLinearAttention.mix
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}"
+
+
+def _widths(x: Tensor) -> list[int]:
+    """Channels of query, key, value, gate, and of what decays are made from."""
+    dim = x.shape[-1]
+    return [dim // 2, dim // 2, dim, dim, _GATE_RANK]
+
+
+def _heads(x: Tensor, num_heads: int) -> Tensor:
+    """(B, L, C) → (B, L, heads, C / heads)"""
+    return x.unflatten(-1, (num_heads, -1))
+
+
+def _scan(
+    query: Tensor, key: Tensor, value: Tensor, decay: Tensor, num_heads: int, scale: float
+) -> Tensor:
+    """Maps (B, H, W, ·), row by row, forward and backward: (B, L, heads, V).
+
+    ``decay`` are logits of the gates of both directions.
+    """
+    # Half precision would be too coarse.
+    exact = torch.promote_types(decay.dtype, torch.float32)
+    log_gate = F.logsigmoid(decay.to(exact)) / GATE_DIVISOR
+    query, key, value, ahead, back = (
+        _heads(t.flatten(1, 2), num_heads) for t in (query, key, value, *log_gate.chunk(2, -1))
+    )
+    return gated_linear_attention(query, key, value, ahead, back, scale=scale)
+
+
+class Block(nn.Module):
+    """Attention, then a gated MLP, each normalised before and added.
+
+    (B, H, W, dim) → (B, H, W, dim).
+
+    Args:
+        dim: channels.
+        hidden_dim: of the MLP.
+        norm_layer: makes a norm of the last axis.
+        drop: dropout in the MLP.
+        num_heads, act, eval_share: see :class:`GatedLinearAttention`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        hidden_dim: int,
+        norm_layer: Callable[[int], nn.Module],
+        drop: float = 0.0,
+        drop_path: float = 0.0,
+        act: bool = False,
+        eval_share: float = 0.5,
+    ) -> None:
+        super().__init__()
+        self.norm1 = norm_layer(dim)
+        self.attn = GatedLinearAttention(dim, num_heads, act, eval_share)
+        self.norm2 = norm_layer(dim)
+        self.mlp = GluMlp(
+            dim, 2 * hidden_dim, act_layer=nn.SiLU, bias=False, drop=drop, gate_last=False
+        )
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
+
+
+class ViGStage(Stage):
+    """A stage whose blocks want channels last."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.downsample(x).permute(0, 2, 3, 1)
+        return self.norm(self.run_blocks(x).permute(0, 3, 1, 2))
+
+
+class Stem(nn.Module):
+    """Patches of 9×9, 8 apart, then every second one, and a position table.
+
+    (B, in_chs, H, W) → (B, dim, ⌈h/2⌉, ⌈w/2⌉) with h = ⌊(H + 1) / 8⌋, w likewise.
+
+    Raises:
+        ValueError: an image of less than 7 pixels a side.
+    """
+
+    def __init__(self, in_chs: int, dim: int) -> None:
+        super().__init__()
+        self.conv1 = nn.Conv2d(in_chs, dim // 2, 9, 8, padding=1)
+        self.norm1 = LayerNorm2d(dim // 2, eps=1e-5)
+        self.act = nn.SiLU()
+        self.conv2 = nn.Conv2d(dim // 2, dim, 3, 2, padding=1)
+        self.norm2 = LayerNorm2d(dim, eps=1e-5)
+        self.pos_embed = nn.Parameter(torch.empty(1, _TABLE * _TABLE, dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.norm2(self.conv2(self.act(self.norm1(self.conv1(x)))))
+        table = self.pos_embed[0].T.unflatten(-1, (_TABLE, _TABLE))  # (dim, 14, 14)
+        return x + resize_table(table, x.shape[-2], x.shape[-1])
+
+
+class ConvNorm(nn.Module):
+    """A 3×3 convolution of stride 2 and a norm: (B, in_chs, H, W) → (B, dim, ⌈H/2⌉, ⌈W/2⌉)."""
+
+    def __init__(self, in_chs: int, dim: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_chs, dim, 3, 2, padding=1)
+        self.norm = LayerNorm2d(dim, eps=1e-5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x))
+
+
+def _hidden_dim(dim: int, multiple: int) -> int:
+    """Channels of a gated MLP with about as many weights as one that widens four times."""
+    return -(-(8 * dim // 3) // multiple) * multiple
+
+
+class ViG(StagedBackbone):
+    """ViG of one resolution, stride 16. The four stages are groups of its blocks.
+
+    Args:
+        dim, num_heads: of all blocks.
+        depths: blocks of each stage.
+        act: SiLU inside the attention, see :class:`GatedLinearAttention`.
+        num_classes, in_chans, global_pool: of classifier, image and pooling.
+        drop_rate: dropout before the classifier.
+        proj_drop_rate: dropout inside the MLPs.
+        drop_path_rate: of the last block; it grows linearly from 0.
+        mean_of_directions: in eval mode, too, the mean of the two directions is what is normalised,
+            not half of it as in the published evaluation.
+    """
+
+    first_conv = "stem.conv1"
+
+    @checked(num_heads=whole(1, 1024))
+    def __init__(
+        self,
+        dim: int = 384,
+        depths: Sequence[int] = (3, 3, 3, 3),
+        num_heads: int = 6,
+        act: bool = False,
+        *,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        mean_of_directions: bool = False,
+    ) -> None:
+        super().__init__(num_classes=num_classes, in_chans=in_chans)
+        rates: Iterator[Any] = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
+        self.stem = Stem(in_chans, dim)
+        self.stages = nn.Sequential(
+            *(
+                ViGStage(
+                    Block(
+                        dim,
+                        num_heads,
+                        _hidden_dim(dim, 256),
+                        partial(nn.RMSNorm, eps=1e-6),
+                        proj_drop_rate,
+                        next(rates),
+                        act,
+                        eval_share=0.5 if mean_of_directions else 0.25,
+                    )
+                    for _ in range(depth)
+                )
+                for depth in depths
+            )
+        )
+        self.norm = RmsNorm2d(dim, eps=1e-6)
+        self.head = ClassifierHead(dim, num_classes, global_pool, drop_rate)
+        self.describe_features([dim] * len(depths), [16] * len(depths))
+        self.apply(_init)
+        trunc_normal_(self.stem.pos_embed, std=0.02)
+
+    def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """From the names of the original, which counts blocks through."""
+        places = [(i, j) for i, stage in enumerate(self.stages) for j in range(len(stage.blocks))]
+
+        def place(match: re.Match[str]) -> str:
+            number = int(match[1])
+            if number >= len(places):
+                return match[0]
+            stage, block = places[number]
+            return f"stages.{stage}.blocks.{block}."
+
+        return {
+            re.sub(r"^blocks\.(\d+)\.", place, _renamed(key, _PLAIN)): tensor
+            for key, tensor in state_dict.items()
+        }
+
+
+class HierarchicalViG(StagedBackbone):
+    """ViG-H, a pyramid.
+
+    Args:
+        dims, depths, num_heads: of the four stages.
+        num_classes, in_chans, global_pool: of classifier, image and pooling.
+        drop_rate: dropout before the classifier.
+        proj_drop_rate: dropout inside the MLPs.
+        drop_path_rate: of the last block; it grows linearly from 0.
+        out_norms: normalise the maps returned, as the original's dense copy does: all, none, or the
+            listed stages.
+    """
+
+    first_conv = "stem.0.conv"
+
+    @checked("dims", "num_heads")
+    def __init__(
+        self,
+        dims: Sequence[int] = (96, 192, 384, 768),
+        depths: Sequence[int] = (2, 2, 5, 2),
+        num_heads: Sequence[int] = (3, 6, 12, 24),
+        *,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        out_norms: bool | Sequence[int] = False,
+    ) -> None:
+        super().__init__(num_classes=num_classes, in_chans=in_chans)
+        rates: Iterator[Any] = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
+        self.stem = nn.Sequential(
+            ConvNorm(in_chans, dims[0] // 2), nn.GELU(), ConvNorm(dims[0] // 2, dims[0])
+        )
+        self.stages = nn.Sequential(
+            *(
+                ViGStage(
+                    [
+                        Block(
+                            dims[i],
+                            num_heads[i],
+                            _hidden_dim(dims[i], 32),
+                            nn.LayerNorm,
+                            proj_drop_rate,
+                            next(rates),
+                        )
+                        for _ in range(depths[i])
+                    ],
+                    downsample=ConvNorm(dims[i - 1], dims[i]) if i else None,
+                )
+                for i in range(len(dims))
+            )
+        )
+        self.norm = LayerNorm2d(dims[-1], eps=1e-5)
+        self.head = ClassifierHead(dims[-1], num_classes, global_pool, drop_rate)
+        self.describe_features(
+            dims,
+            [4 * 2**i for i in range(len(dims))],
+            out_norms=out_norms,
+            out_norm_layer=partial(LayerNorm2d, eps=1e-5),
+        )
+        self.apply(_init_hierarchical)
+
+    def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """From the names of the original's classifier and backbone.
+
+        Its matrices may be 1×1 convolutions.
+        """
+        own = self.state_dict()
+        converted = {}
+        for key, tensor in state_dict.items():
+            name = _renamed(key, _HIERARCHICAL)
+            # The original counts a downsampling to the stage before it.
+            if match := re.match(r"layers\.(\d+)\.downsample\.", name):
+                name = f"stages.{int(match[1]) + 1}.downsample.{name[match.end() :]}"
+            name = re.sub(r"^layers\.", "stages.", name)
+            if tensor.shape[2:] == (1, 1) and name in own and own[name].ndim == 2:
+                tensor = tensor[:, :, 0, 0]
+            converted[name] = tensor
+        return converted
+
+
+def _init(module: nn.Module) -> None:
+    """Linear layers normal (std 0.02), those of the attention and its convolution by Xavier."""
+    if isinstance(module, nn.Linear):
+        nn.init.normal_(module.weight, std=0.02)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+    elif isinstance(module, GatedLinearAttention):
+        for child in module.children():
+            if isinstance(child, nn.Linear | nn.Conv2d):
+                nn.init.xavier_uniform_(child.weight, gain=_XAVIER_GAIN)
+
+
+def _init_hierarchical(module: nn.Module) -> None:
+    """Linear layers truncated normal, the attention's convolution by Xavier; others as torch's."""
+    if isinstance(module, nn.Linear):
+        init_trunc_normal(module)
+    elif isinstance(module, GatedLinearAttention):
+        nn.init.xavier_uniform_(module.dwconv.weight, gain=_XAVIER_GAIN)
+
+
+_MIXER = (
+    (r"\.in_proj\.0\.", ".dwconv."),
+    (r"\.qkv_proj\.", ".qkv."),
+    (r"\.gk_proj\.0\.", ".decay_down."),
+    (r"\.gk_proj\.1\.", ".decay_up."),
+    (r"\.g_proj\.", ".gate."),
+    (r"\.g_norm\.", ".norm."),
+    (r"\.l_norm\.", ".local_norm."),
+    (r"\.o_proj\.", ".proj."),
+)
+_PLAIN = (
+    *_MIXER,
+    (r"^patch_embed\.proj\.0\.", "stem.conv1."),
+    (r"^patch_embed\.proj\.1\.", "stem.norm1."),
+    (r"^patch_embed\.proj\.3\.", "stem.conv2."),
+    (r"^patch_embed\.proj\.4\.", "stem.norm2."),
+    (r"^pos_embed$", "stem.pos_embed"),
+    (r"\.attn_norm\.", ".norm1."),
+    (r"\.mlp_norm\.", ".norm2."),
+    (r"\.mlp\.gate_proj\.", ".mlp.fc1."),
+    (r"\.mlp\.down_proj\.", ".mlp.fc2."),
+    (r"^head\.(weight|bias)$", r"head.fc.\1"),
+)
+_HIERARCHICAL = (
+    (r"\.blocks\.(\d+)\.norm\.", r".blocks.\1.norm1."),
+    (r"\.op\.", ".attn."),
+    *_MIXER,
+    (r"^patch_embed\.0\.", "stem.0.conv."),
+    (r"^patch_embed\.2\.", "stem.0.norm."),
+    (r"^patch_embed\.5\.", "stem.2.conv."),
+    (r"^patch_embed\.7\.", "stem.2.norm."),
+    (r"\.downsample\.1\.", ".downsample.conv."),
+    (r"\.downsample\.3\.", ".downsample.norm."),
+    (r"^outnorm(\d+)\.", r"out_norms.\1."),
+    (r"^classifier\.norm\.", "norm."),
+    (r"^classifier\.head\.", "head.fc."),
+)
+
+
+def _renamed(key: str, renames: Sequence[tuple[str, str]]) -> str:
+    for pattern, name in renames:
+        key = re.sub(pattern, name, key)
+    return key
+
+
+def _cfg(first_conv: str, **kwargs: Any) -> dict[str, Any]:
+    return {
+        "url": "",  # published as a folder, https://huggingface.co/hustvl/ViG
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+        "first_conv": first_conv,
+        "classifier": ViG.classifier,
+        "license": "mit",
+        "origin_url": "https://github.com/hustvl/ViG",
+        "paper_name": "ViG: Linear-complexity Visual Sequence Learning with Gated Linear Attention",
+        "paper_ids": "arXiv:2405.18425",
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        **{f"vig_{size}.untrained": _cfg(ViG.first_conv) for size in "tsb"},
+        **{f"vig_h_{size}.untrained": _cfg(HierarchicalViG.first_conv) for size in "tsb"},
+    }
+)
+
+
+@register
+def vig_t(pretrained: bool = False, **kwargs: Any) -> ViG:
+    """ViG-T, 5.8 M parameters; the one with activations in its attention."""
+    variant = {"dim": 192, "num_heads": 3, "act": True}
+    return build_model(ViG, "vig_t", pretrained, variant, kwargs)
+
+
+@register
+def vig_s(pretrained: bool = False, **kwargs: Any) -> ViG:
+    """ViG-S, 22.6 M parameters."""
+    variant = {"dim": 384, "num_heads": 6, "drop_path_rate": 0.2}
+    return build_model(ViG, "vig_s", pretrained, variant, kwargs)
+
+
+@register
+def vig_b(pretrained: bool = False, **kwargs: Any) -> ViG:
+    """ViG-B, 89.0 M parameters."""
+    variant = {"dim": 768, "num_heads": 12, "drop_path_rate": 0.5}
+    return build_model(ViG, "vig_b", pretrained, variant, kwargs)
+
+
+@register
+def vig_h_t(pretrained: bool = False, **kwargs: Any) -> HierarchicalViG:
+    """ViG-H-T, 28.6 M parameters."""
+    variant = {"drop_path_rate": 0.2}
+    return build_model(HierarchicalViG, "vig_h_t", pretrained, variant, kwargs)
+
+
+@register
+def vig_h_s(pretrained: bool = False, **kwargs: Any) -> HierarchicalViG:
+    """ViG-H-S, 50.1 M parameters."""
+    variant = {"depths": (2, 2, 17, 2), "drop_path_rate": 0.3}
+    return build_model(HierarchicalViG, "vig_h_s", pretrained, variant, kwargs)
+
+
+@register
+def vig_h_b(pretrained: bool = False, **kwargs: Any) -> HierarchicalViG:
+    """ViG-H-B, 88.9 M parameters."""
+    variant = {
+        "dims": (128, 256, 512, 1024),
+        "depths": (2, 2, 17, 2),
+        "num_heads": (4, 8, 16, 32),
+        "drop_path_rate": 0.6,
+    }
+    return build_model(HierarchicalViG, "vig_h_b", pretrained, variant, kwargs)

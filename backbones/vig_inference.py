@@ -1,0 +1,91 @@
+"""Inference forms of ViG's blocks, see :mod:`ops.inference`: fewer passes."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from timm.layers import GluMlp
+from torch import Tensor, nn
+
+from backbones import vig
+from ops.cpu.gemm.linear import packed_linear
+from ops.cpu.scan.gated_scan import mixed_scan
+from ops.inference.forms import stands_for
+from ops.inference.layers import FastLayer, FastLinear, tensors_of
+from ops.inference.packed_linear import PackedLinear
+from ops.replay.module import recorded_form
+
+__all__ = ["ViGAttention", "ViGBlock", "ViGGluMlp"]
+
+
+@stands_for(vig.JoinedAttention)
+class ViGAttention(FastLayer, vig.JoinedAttention):
+    """From the projections to the last one it is one kernel; the shortcut is added there."""
+
+    followed: ClassVar = {"act": ("dwconv",)}
+    needs: ClassVar = {"joined": FastLinear, "decay_up": FastLinear, "proj": FastLinear}
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        norms = self.derived(x)
+        if norms is None:
+            out = vig.JoinedAttention.forward(self, x)
+            return out if residual is None else out + residual
+        x = self.act(self.dwconv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        shape, x = x.shape, x.flatten(1, 2)
+        joined = self.joined(x)
+        decay = self.decay_up(joined[..., 3 * shape[-1] :])
+        mixed = mixed_scan(joined, decay, x, *norms)
+        return self.proj(mixed.view(shape), residual)
+
+    def sources(self) -> list[Tensor]:
+        return [self.norm.weight, self.local_norm.weight]
+
+    def derive(self, x: Tensor) -> tuple[Any, ...] | None:
+        if mixed_scan.unsupported(x.device, x.dtype) is not None:
+            return None
+        weights = (norm.weight.detach().float() for norm in (self.norm, self.local_norm))
+        act = "silu" if isinstance(self.out_act, nn.SiLU) else "none"
+        return (*weights, self.num_heads, float(vig.GATE_DIVISOR), vig.HEAD_NORM_EPS, act)
+
+
+@stands_for(GluMlp, where=lambda mlp: _is_swiglu(mlp))
+class ViGGluMlp(FastLayer, GluMlp):
+    """The activation and the product are those of a linear layer's results."""
+
+    needs: ClassVar = {"fc2": FastLinear}
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        halves = self.derived(x)
+        if halves is None:
+            out = GluMlp.forward(self, x)
+            return out if residual is None else out + residual
+        gate, up = halves
+        return self.fc2(gate.times(x, "silu", up(x, "none", None)), residual)
+
+    def sources(self) -> list[Tensor]:
+        return tensors_of(self.fc1)
+
+    def derive(self, x: Tensor) -> tuple[PackedLinear, PackedLinear] | None:
+        halves = self.fc1.weight.chunk(2)
+        biases = (None, None) if self.fc1.bias is None else self.fc1.bias.chunk(2)
+        gate, up = map(PackedLinear, halves, biases)
+        return gate, up
+
+
+def _is_swiglu(mlp: GluMlp) -> bool:
+    plain = isinstance(mlp.norm, nn.Identity) and not mlp.gate_last
+    return plain and isinstance(mlp.act, nn.SiLU) and not mlp.training
+
+
+@stands_for(vig.Block)
+class ViGBlock(vig.Block):
+    """Attention and MLP add their shortcuts."""
+
+    needs: ClassVar = {"attn": ViGAttention, "mlp": ViGGluMlp}
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.attn(self.norm1(x), x)
+        return self.mlp(self.norm2(x), x)
+
+
+stands_for(vig.ViGStage)(recorded_form(vig.ViGStage))

@@ -1,0 +1,62 @@
+"""Root-mean-square norm on the CPU for inference (``rms.h``)."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ops.cpu.binding import Addresses, Call, kernel
+from ops.cpu.dispatch import require_dtype
+from ops.cpu.structures import structure
+from ops.cpu.threads import VALUES, threads_for
+
+__all__ = ["rms_norm"]
+
+_Problem = structure("norm/rms.h", "rms::Problem")
+_Tensors = structure("norm/rms.h", "rms::Tensors")
+
+
+@kernel("norm", "rms_norm_forward")
+def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Call:
+    """``x / sqrt(mean(x²) + eps) * weight`` over the last axis. No gradients.
+
+    Args:
+        x: (..., dim), float32 or bfloat16.
+        weight: (dim,) float32.
+        eps: added to the mean of the squares.
+
+    Returns:
+        (..., dim), contiguous, in the dtype of ``x``; sums are of float32.
+
+    Raises:
+        ValueError: shapes or dtypes that do not go together.
+        RuntimeError: the kernel is not available here (its ``unsupported`` tells beforehand).
+    """
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(
+            f"x must be (..., dim) and weight (dim,), got {tuple(x.shape)} and "
+            f"{tuple(weight.shape)}"
+        )
+    require_dtype(torch.float32, weight=weight)
+    out = x.new_empty(x.shape)
+
+    def arguments() -> Any:
+        half, pixels = x.dtype == torch.bfloat16, x.numel() // x.shape[-1]
+        problem = _problem(pixels, x.shape[-1], half, eps, torch.get_num_threads())
+        return problem, Addresses(_Tensors, {"in": x.contiguous(), "weight": weight, "out": out})
+
+    return Call(out, arguments)
+
+
+@functools.lru_cache(maxsize=1024)  # a network has few different ones, and filling them in is slow
+def _problem(pixels: int, dim: int, bfloat16: bool, eps: float, threads: int) -> Any:
+    return _Problem(
+        pixels=pixels,
+        dim=dim,
+        bfloat16=bfloat16,
+        eps=eps,
+        threads=threads_for(pixels * dim, VALUES, threads),
+    )

@@ -1,0 +1,205 @@
+// Gated linear attention, forward: the state is cut into tiles that stay in registers while a chunk
+// of tokens passes. A lane is a channel of the values.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include "common/parallel.h"
+#include "common/scratch.h"
+#include "scan/problem.h"
+
+namespace gated_scan {
+
+struct ForwardTensors {
+  Sequence query, key, value;
+  Sequence gate, gate_back;  // logarithms, in float32; the second may be null
+  const float* bonus;        // [heads][dim] where a token stands apart
+  void* out;                 // [batch][tokens][heads][value_dim]
+};
+
+constexpr int ROWS = 4;                                 // of a tile: channels of the keys
+constexpr int COLUMNS = simd::REGISTERS == 32 ? 4 : 2;  // vectors
+
+// A chunk on its way through a tile. `query`, `key` and `gate` are [count][pitch], `value` and `sum`
+// rows that lie `value_pitch` and `sum_step` apart, `state` is [ROWS][state_pitch].
+struct TileArgs {
+  const float *query, *key, *gate;
+  int64_t pitch;
+  const float* value;
+  int64_t value_pitch;
+  float* sum;
+  int64_t sum_step;
+  float* state;
+  int64_t state_pitch;
+  int count;
+};
+
+template <int C, bool APART>
+static void pass_tile(const TileArgs& args) {
+  const TileArgs a = args;  // a copy, which stores through float pointers cannot change
+  F state[ROWS][C];
+  VB_UNROLL
+  for (int r = 0; r < ROWS; r++) {
+    VB_UNROLL
+    for (int c = 0; c < C; c++) state[r][c] = simd::load(a.state + r * a.state_pitch + c * W);
+  }
+  const float *query = a.query, *key = a.key, *gate = a.gate, *value = a.value;
+  float* sum = a.sum;
+  for (int i = 0; i < a.count; i++) {
+    F v[C], out[C];
+    VB_UNROLL
+    for (int c = 0; c < C; c++) {
+      v[c] = simd::in_register(simd::load(value + c * W));
+      out[c] = simd::load(sum + c * W);
+    }
+    VB_UNROLL
+    for (int r = 0; r < ROWS; r++) {
+      const F q = simd::in_register(simd::set1(query[r]));
+      const F k = simd::in_register(simd::set1(key[r]));
+      const F decay = simd::in_register(simd::set1(gate[r]));
+      VB_UNROLL
+      for (int c = 0; c < C; c++) {
+        if (APART) out[c] = simd::fma(q, state[r][c], out[c]);
+        state[r][c] = simd::fma(state[r][c], decay, k * v[c]);
+        if (!APART) out[c] = simd::fma(q, state[r][c], out[c]);
+      }
+    }
+    VB_UNROLL
+    for (int c = 0; c < C; c++) simd::store(sum + c * W, out[c]);
+    query += a.pitch;
+    key += a.pitch;
+    gate += a.pitch;
+    value += a.value_pitch;
+    sum += a.sum_step;
+  }
+  VB_UNROLL
+  for (int r = 0; r < ROWS; r++) {
+    VB_UNROLL
+    for (int c = 0; c < C; c++) simd::store(a.state + r * a.state_pitch + c * W, state[r][c]);
+  }
+}
+
+template <bool APART>
+static void pass(const TileArgs& args, int vectors) {
+  if constexpr (COLUMNS == 4) {
+    if (vectors == 4) return pass_tile<4, APART>(args);
+    if (vectors == 3) return pass_tile<3, APART>(args);
+  }
+  vectors == 1 ? pass_tile<1, APART>(args) : pass_tile<2, APART>(args);
+}
+
+// A part of the values of one head of one image.
+struct Part {
+  Head head;
+  int64_t begin, end;
+};
+
+// Both directions of a part, whose sums go to `ends.finish`, token by token in the order of the last
+// direction; `ends.gates` says what the gates are.
+template <class T, class Ends>
+static void scan(const Problem& p, const Ends& ends, const Part& part) {
+  static thread_local Room<float> rooms[3];
+  const auto& t = ends.t;
+  const int64_t begin = part.begin, end = part.end;
+  const int64_t keys = simd::round_up(p.dim, std::max(W, ROWS));
+  const int64_t values = simd::round_up(end - begin, W);
+  float* const state = rooms[0].of(keys * values);
+  float* const query = rooms[1].of(CHUNK * (3 * keys + values));
+  float *const key = query + CHUNK * keys, *const gate = key + CHUNK * keys;
+  float* const value = gate + CHUNK * keys;
+  float* const sums = rooms[2].of(p.tokens * values);
+  const int64_t chunks = (p.tokens + CHUNK - 1) / CHUNK;
+  for (int direction = 0; direction < ends.directions(); direction++) {
+    std::fill_n(state, keys * values, 0.f);
+    for (int64_t n = 0; n < chunks; n++) {
+      const Span span = chunk_of(n, p.tokens, direction == 1);
+      gather<T>(t.query, part.head, span, 0, p.dim, static_cast<float>(p.scale), query, keys);
+      gather<T>(t.key, part.head, span, 0, p.dim, 1.f, key, keys);
+      gather<T>(t.value, part.head, span, begin, end, 1.f, value, values);
+      ends.gates(p, direction, part.head, span, gate, keys);
+      if (n + 1 < chunks) {
+        const Span next = chunk_of(n + 1, p.tokens, direction == 1);
+        fetch<T>(t.query, part.head, next, 0, p.dim);
+        fetch<T>(t.key, part.head, next, 0, p.dim);
+        fetch<T>(t.value, part.head, next, begin, end);
+        ends.fetch_gates(p, direction, part.head, next);
+      }
+      float* const sum = sums + span.first * values;
+      for (int i = 0; direction == 0 && i < span.count; i++) {
+        const float own = ends.own(p, part.head, query + i * keys, key + i * keys);
+        for (int64_t c = i * values; c < (i + 1) * values; c += W) {
+          simd::store(sum + c, simd::set1(own) * simd::load(value + c));
+        }
+      }
+      for (int64_t c = 0; c < values; c += COLUMNS * W) {
+        const int vectors = static_cast<int>(std::min<int64_t>(COLUMNS, (values - c) / W));
+        for (int64_t r = 0; r < p.dim; r += ROWS) {
+          const TileArgs args{query + r, key + r,              gate + r,
+                              keys,      value + c,            values,
+                              sum + c,   values * span.step,   state + r * values + c,
+                              values,    span.count};
+          p.apart ? pass<true>(args, vectors) : pass<false>(args, vectors);
+        }
+      }
+      for (int i = 0; direction == ends.directions() - 1 && i < span.count; i++) {
+        const int64_t token = span.token(i);
+        ends.finish(p, part, token, sums + token * values);
+      }
+    }
+  }
+}
+
+// The attention as it is.
+template <class T>
+struct Plain {
+  const ForwardTensors& t;
+
+  int directions() const { return t.gate_back.data ? 2 : 1; }
+  const Sequence& gate(int direction) const { return direction ? t.gate_back : t.gate; }
+
+  void gates(const Problem& p, int direction, const Head& at, const Span& span, float* out,
+             int64_t pitch) const {
+    gather<float>(gate(direction), at, span, 0, p.dim, LOG2E, out, pitch);
+    for (int64_t c = 0; c < span.count * pitch; c += W) {
+      simd::store(out + c, simd::exp2(simd::load(out + c)));
+    }
+  }
+  void fetch_gates(const Problem& p, int direction, const Head& at, const Span& span) const {
+    fetch<float>(gate(direction), at, span, 0, p.dim);
+  }
+
+  // How much of its own value a token gets beside those of the state.
+  float own(const Problem& p, const Head& at, const float* query, const float* key) const {
+    const float* const bonus = t.bonus + at.head * p.dim;
+    float sum = 0.f;
+    for (int64_t c = 0; p.apart && c < p.dim; c++) sum += query[c] * bonus[c] * key[c];
+    return sum;
+  }
+
+  void finish(const Problem& p, const Part& part, int64_t token, const float* sum) const {
+    const int64_t row = (part.head.image * p.tokens + token) * p.heads + part.head.head;
+    T* out = static_cast<T*>(t.out) + row * p.value_dim;
+    for (int64_t c = part.begin; c < part.end; c += W) {
+      const int lanes = static_cast<int>(std::min<int64_t>(W, part.end - c));
+      simd::put(out + c, simd::load(sum + c - part.begin), lanes);
+    }
+  }
+};
+
+// A work item is a head, or some of its values where there are more threads than heads; what is
+// added to what doesn't depend on it.
+template <class T>
+static void forward(const Problem& p, const ForwardTensors& t) {
+  const Plain<T> plain{t};
+  const int64_t heads = p.batch * p.heads;
+  const int64_t blocks = (p.value_dim + COLUMNS * W - 1) / (COLUMNS * W);
+  const int64_t parts = std::min(blocks, (p.threads + heads - 1) / heads);
+  const auto work = [&](int64_t index) {
+    const int64_t part = index % parts, head = index / parts;
+    const int64_t begin = blocks * part / parts * COLUMNS * W;
+    const int64_t end = std::min(p.value_dim, blocks * (part + 1) / parts * COLUMNS * W);
+    scan<T>(p, plain, {{head / p.heads, head % p.heads}, begin, end});
+  };
+  parallel::for_each(heads * parts, p.threads, work);
+}
+
+}  // namespace gated_scan

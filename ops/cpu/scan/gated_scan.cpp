@@ -1,0 +1,32 @@
+// Gated linear attention on the CPU: the C interface. Called from gated_scan.py beside it.
+#include "common/interface.h"
+#include "scan/forward.h"
+#include "scan/mixed.h"
+
+VB_EXPORT_BYTES(gated_scan, Problem)
+VB_EXPORT_BYTES(gated_scan, ForwardTensors)
+VB_EXPORT_BYTES(gated_scan, MixedTensors)
+VB_EXPORT_BYTES(gated_scan, Mixture)
+
+extern "C" int gated_scan_forward(const gated_scan::Problem* problem,
+                                  const gated_scan::ForwardTensors* tensors) {
+  return status_of([&] {
+    if (problem->bfloat16) {
+      gated_scan::forward<BFloat16>(*problem, *tensors);
+    } else {
+      gated_scan::forward<float>(*problem, *tensors);
+    }
+  });
+}
+
+extern "C" int gated_scan_mixed(const gated_scan::Problem* problem,
+                                const gated_scan::MixedTensors* tensors,
+                                const gated_scan::Mixture* mixture) {
+  return status_of([&] {
+    if (problem->bfloat16) {
+      gated_scan::forward<BFloat16>(*problem, *tensors, *mixture);
+    } else {
+      gated_scan::forward<float>(*problem, *tensors, *mixture);
+    }
+  });
+}

@@ -1,0 +1,188 @@
+"""Gated linear attention on the CPU (``forward.h``, ``mixed.h``), see :mod:`ops.linear_attention`.
+
+States, gates and sums are of float32.
+"""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ops.cpu.activations import ACTIVATIONS
+from ops.cpu.binding import Addresses, Call, kernel
+from ops.cpu.dispatch import require_dtype
+from ops.cpu.structures import structure
+from ops.cpu.threads import MACS, threads_for
+
+__all__ = ["gated_scan", "mixed_scan"]
+
+_PROBLEM = structure("scan/problem.h", "gated_scan::Problem")
+_SEQUENCE = structure("scan/problem.h", "gated_scan::Sequence")
+_FORWARD = structure("scan/forward.h", "gated_scan::ForwardTensors")
+_MIXED = structure("scan/mixed.h", "gated_scan::MixedTensors")
+_MIXTURE = structure("scan/mixed.h", "gated_scan::Mixture")
+
+
+@kernel("gated_scan", "gated_scan_forward", large_results=True)
+def gated_scan(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_gate: Tensor,
+    log_gate_back: Tensor | None,
+    bonus: Tensor | None,
+    scale: float,
+) -> Call:
+    """The attention; shapes as in :mod:`ops.linear_attention`. No gradients.
+
+    Raises:
+        ValueError: gates or a bonus that are not of float32.
+        RuntimeError: the kernel is not available here (its ``unsupported`` tells beforehand).
+    """
+    require_dtype(torch.float32, log_gate=log_gate, log_gate_back=log_gate_back, bonus=bonus)
+    out = query.new_empty(value.shape)
+
+    def arguments() -> Any:
+        fields = {
+            **_inputs(query, key, value, log_gate, log_gate_back),
+            **{"bonus": None if bonus is None else bonus.contiguous(), "out": out},
+        }
+        return _problem_of(query, value, bonus is not None, scale), Addresses(_FORWARD, fields)
+
+    return Call(out, arguments)
+
+
+@kernel("gated_scan", "gated_scan_mixed", large_results=True)
+def mixed_scan(
+    projected: Tensor,
+    decay: Tensor,
+    local: Tensor,
+    norm: Tensor,
+    local_norm: Tensor,
+    num_heads: int,
+    divisor: float,
+    eps: float,
+    activation: str = "none",
+) -> Call:
+    """The scan of ViG's attention in both directions, and what its output is mixed with.
+
+    ``activation(g * rms_norm(scan) + (1 - g) * rms_norm(local))``, head by head, where g is the
+    sigmoid of ``gate`` and the log gates of the scan are those of ``sigmoid(decay)`` over
+    ``divisor``. No gradients.
+
+    Args:
+        projected: (B, L, 3·dim or more): query and key of dim / 2 channels each, value and gate of
+            dim; what follows is not read. The query is scaled already.
+        decay: (B, L, dim), dim / 2 of each direction, the first one first.
+        local: (B, L, dim).
+        norm, local_norm: (dim / num_heads,) float32, the weights of both norms.
+        num_heads: divides dim / 2.
+        divisor: of the log gates.
+        eps: of both norms.
+        activation: "none" or "silu".
+
+    Returns:
+        (B, L, dim), contiguous.
+
+    Raises:
+        ValueError: shapes or dtypes that do not go together, or another activation.
+        RuntimeError: the kernel is not available here.
+    """
+    batch, tokens, dim = local.shape
+    if decay.shape != local.shape or projected.shape[:2] != (batch, tokens):
+        raise ValueError(
+            f"decay must be {tuple(local.shape)} and projected {(batch, tokens)} × channels, got "
+            f"{tuple(decay.shape)} and {tuple(projected.shape)}"
+        )
+    if projected.shape[2] < 3 * dim or dim % (2 * num_heads):
+        raise ValueError(
+            f"projected must have {3 * dim} channels or more and {num_heads} heads divide "
+            f"{dim // 2}, got {projected.shape[2]}"
+        )
+    if not norm.shape == local_norm.shape == (dim // num_heads,):
+        raise ValueError(f"norms must have {dim // num_heads} weights, got {tuple(norm.shape)}")
+    if activation not in ("none", "silu"):
+        raise ValueError(f"activation must be 'none' or 'silu', got {activation!r}")
+    require_dtype(torch.float32, norm=norm, local_norm=local_norm)
+    require_dtype(local.dtype, projected=projected, decay=decay)
+    out = local.new_empty(local.shape)
+
+    def arguments() -> Any:
+        sizes = (batch, tokens, num_heads, dim // 2 // num_heads, dim // num_heads)
+        bfloat16, threads = local.dtype == torch.bfloat16, torch.get_num_threads()
+        problem = _problem(sizes, False, bfloat16, threads, 1.0)
+        half, places = dim // 2, (0, dim // 2, dim, 2 * dim)
+        names = ("query", "key", "value", "gate")
+        widths = (half, half, dim, dim)
+        fields = {
+            name: _heads(projected, place, width // num_heads)
+            for name, place, width in zip(names, places, widths, strict=True)
+        }
+        fields |= {
+            **{"decay": _heads(decay, 0, half // num_heads)},
+            **{"decay_back": _heads(decay, half, half // num_heads)},
+            **{"local": _heads(local, 0, dim // num_heads)},
+            **{"norm": norm, "local_norm": local_norm, "out": out},
+        }
+        return problem, Addresses(_MIXED, fields), _mixture(divisor, eps, activation)
+
+    return Call(out, arguments)
+
+
+@functools.lru_cache(maxsize=64)
+def _mixture(divisor: float, eps: float, activation: str) -> Any:
+    return _MIXTURE(divisor=divisor, eps=eps, activation=ACTIVATIONS.index(activation))
+
+
+def _inputs(
+    query: Tensor, key: Tensor, value: Tensor, log_gate: Tensor, log_gate_back: Tensor | None
+) -> dict[str, Any]:
+    return {
+        **{"query": _sequence(query), "key": _sequence(key), "value": _sequence(value)},
+        **{"gate": _sequence(log_gate), "gate_back": _sequence(log_gate_back)},
+    }
+
+
+def _sequence(t: Tensor | None) -> Addresses | None:
+    """(B, L, H, C); copied where its channels do not lie side by side."""
+    if t is None:
+        return None
+    t = t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+    names = ("data", "batch", "token", "head")
+    return Addresses(_SEQUENCE, dict(zip(names, (t, *t.stride()[:-1]), strict=True)))
+
+
+def _heads(t: Tensor, first: int, width: int) -> Addresses:
+    """Heads of so many channels each of (B, L, C), from a channel on."""
+    t = t if t.stride(-1) == 1 else t.contiguous()
+    batch, token, _ = t.stride()
+    begin = (t, first * t.element_size())
+    return Addresses(_SEQUENCE, {"data": begin, "batch": batch, "token": token, "head": width})
+
+
+def _problem_of(query: Tensor, value: Tensor, apart: bool, scale: float) -> Any:
+    sizes = (*query.shape, value.shape[-1])
+    bfloat16 = query.dtype == torch.bfloat16
+    return _problem(sizes, apart, bfloat16, torch.get_num_threads(), scale)
+
+
+@functools.lru_cache(maxsize=1024)  # a network has few different ones, and filling them in is slow
+def _problem(
+    sizes: tuple[int, ...], apart: bool, bfloat16: bool, threads: int, scale: float
+) -> Any:
+    batch, tokens, heads, dim, value_dim = sizes
+    work = batch * tokens * heads * dim * value_dim
+    return _PROBLEM(
+        batch=batch,
+        tokens=tokens,
+        heads=heads,
+        dim=dim,
+        value_dim=value_dim,
+        apart=apart,
+        bfloat16=bfloat16,
+        threads=threads_for(work, MACS, threads),
+        scale=scale,
+    )

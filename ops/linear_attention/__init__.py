@@ -1,0 +1,148 @@
+"""Gated linear attention: a scan along a sequence, in one direction or two.
+
+https://arxiv.org/abs/2312.06635; both directions: https://arxiv.org/abs/2405.18425; the bonus:
+https://arxiv.org/abs/2404.05892. The function here checks its arguments and hands the call to a
+backend, the first of a short ladder that can do it. Each backend is a file with two functions:
+
+``supports(query, key, value, log_gate, log_gate_back, bonus) -> str | None``
+    ``None`` if it can do this call here, else the reason in words, for the error message of a
+    forced ``backend=``.
+``attend(query, key, value, log_gate, log_gate_back, bonus, scale) -> out``
+    The attention, differentiable in every tensor it takes.
+
+What a backend may rely on: the arguments are checked, and no tensor is empty. What it must expect:
+tensors of any strides, gates that are more precise than the rest, ``None`` for absent tensors.
+"""
+
+from __future__ import annotations
+
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from ops.linear_attention import chunked, cpu, reference
+from ops.neighborhood.cpu import needs_grad
+
+__all__ = ["BACKENDS", "gated_linear_attention"]
+
+BACKENDS: dict[str, ModuleType] = {"reference": reference, "chunked": chunked, "cpu": cpu}
+
+
+def gated_linear_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_gate: Tensor,
+    log_gate_back: Tensor | None = None,
+    bonus: Tensor | None = None,
+    scale: float | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """Linear attention whose state forgets, a key channel and token at a time.
+
+    A head's state is a K×V matrix S that begins at zero. Without ``bonus`` a token sees itself::
+
+        S = diag(exp(log_gate_t)) S + k_t v_tᵀ          out_t = scale · q_t S
+
+    With ``bonus`` it stands apart, and its gate decays what is left behind::
+
+        out_t = scale · q_t (S + diag(bonus) k_t v_tᵀ)   S = diag(exp(log_gate_t)) S + k_t v_tᵀ
+
+    With ``log_gate_back`` the same recurrence runs from the last token, too, with gates of its own,
+    and both outputs are added: a token without a bonus is then seen twice, one with a bonus once.
+
+    Time and memory grow linearly with L. States are of float32 (float64 for float64 tensors),
+    whatever the dtype of the tensors. Nothing is divided by a decay, so that log gates may be as
+    small as they like, ``-inf`` included.
+
+    Args:
+        query, key: (B, L, H, K).
+        value: (B, L, H, V).
+        log_gate: (B, L, H, K), natural logarithms of the gates, in the dtype of query or in
+            float32. They should be at most 0, which is not checked.
+        log_gate_back: as ``log_gate``, of the direction that begins with the last token; default
+            None, the first direction alone.
+        bonus: (H, K), the weight of the current token; default None, see above.
+        scale: multiplies query · key; default K ** -0.5.
+        backend: one of :data:`BACKENDS`; default the fastest that can do the call.
+
+    Returns:
+        (B, L, H, V) in the dtype of query. It is differentiable in every tensor.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit each other, an unknown ``backend``.
+        NotImplementedError: the ``backend`` asked for cannot do this call; the message says why.
+    """
+    tensors = (query, key, value, log_gate, log_gate_back, bonus)
+    _check(*tensors)
+    chosen = _best_backend(tensors) if backend is None else _forced_backend(backend, tensors)
+    if query.numel() == 0 or value.numel() == 0:
+        chosen = reference
+    scale = max(1, query.shape[-1]) ** -0.5 if scale is None else scale
+    # States and gates stay precise.
+    with torch.autocast(query.device.type, enabled=False):
+        out: Tensor = chosen.attend(*tensors, scale)
+    return out
+
+
+Tensors = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None, Tensor | None]
+
+
+def _check(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_gate: Tensor,
+    log_gate_back: Tensor | None,
+    bonus: Tensor | None,
+) -> None:
+    if query.ndim != 4 or value.ndim != 4:
+        raise ValueError(
+            "query must be (B, L, H, K) and value (B, L, H, V), got "
+            f"{tuple(query.shape)} and {tuple(value.shape)}"
+        )
+    if not query.dtype.is_floating_point:
+        raise ValueError(f"query must be of a floating-point dtype, got {query.dtype}")
+    precise = (query.dtype, torch.float32)
+    for name, t, shape, dtypes in (
+        ("key", key, query.shape, precise[:1]),
+        ("value", value, (*query.shape[:-1], value.shape[-1]), precise[:1]),
+        ("log_gate", log_gate, query.shape, precise),
+        ("log_gate_back", log_gate_back, query.shape, precise),
+        ("bonus", bonus, query.shape[-2:], precise),
+    ):
+        if t is None:
+            continue
+        if t.shape != shape:
+            raise ValueError(
+                f"{name} must be {tuple(shape)} beside a query of {tuple(query.shape)}, "
+                f"got {tuple(t.shape)}"
+            )
+        if t.dtype not in dtypes:
+            raise ValueError(
+                f"{name} must be {' or '.join(map(str, dict.fromkeys(dtypes)))} beside a query of "
+                f"{query.dtype}, got {t.dtype}"
+            )
+        if t.device != query.device:
+            raise ValueError(f"{name} is on {t.device}, query on {query.device}")
+
+
+def _best_backend(tensors: Tensors) -> ModuleType:
+    """The first of the ladder that can do the call; ``chunked`` can do every call."""
+    if torch.compiler.is_exporting() or needs_grad(tensors):
+        return chunked
+    if cpu.supports(*tensors) is None:
+        return cpu
+    return chunked
+
+
+def _forced_backend(backend: str, tensors: Tensors) -> ModuleType:
+    """The backend of this name, if it can do the call."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
+    module = BACKENDS[backend]
+    reason = module.supports(*tensors)
+    if reason is not None:
+        raise NotImplementedError(f"backend {backend!r} cannot do this call: {reason}")
+    return module

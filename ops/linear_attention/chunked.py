@@ -1,0 +1,108 @@
+"""Gated linear attention by matrix products, a chunk of tokens at a time: the form that trains.
+
+Within a chunk, weights of pairs of tokens; between chunks, states, by a scan of doubling steps.
+Chunks as in https://arxiv.org/abs/2312.06635, but nothing is divided by a decay, which would
+overflow where gates are small: the decay from one token to another is the exponential of the sum of
+the log gates between them, each summed on its own.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["CHUNK", "attend", "supports"]
+
+CHUNK = 16  # tokens
+
+
+def supports(*tensors: Tensor | None) -> str | None:
+    """``None``: there is no call that this backend cannot do."""
+    return None
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_gate: Tensor,
+    log_gate_back: Tensor | None,
+    bonus: Tensor | None,
+    scale: float,
+    chunk: int = CHUNK,
+) -> Tensor:
+    """Gated linear attention; shapes as in :mod:`ops.linear_attention`.
+
+    Any device, any dtype. Memory grows with L · chunk · K.
+    """
+    precise = torch.promote_types(query.dtype, torch.float32)
+    q, k, v, gate = (t.to(precise).transpose(1, 2) for t in (query, key, value, log_gate))
+    q, apart = q * scale, bonus is not None
+    if log_gate_back is None:
+        out = _scan(q, k, v, gate, apart, chunk)
+    else:
+        back = log_gate_back.to(precise).transpose(1, 2)
+        both = ((q, q.flip(2)), (k, k.flip(2)), (v, v.flip(2)), (gate, back.flip(2)))
+        outs = _scan(*(torch.stack(pair) for pair in both), apart, chunk)
+        out = outs[0] + outs[1].flip(2)
+    if bonus is not None:
+        weight = (q * bonus.to(precise)[:, None] * k).sum(-1, keepdim=True)
+        out = out + weight * v
+    return out.transpose(1, 2).to(query.dtype)
+
+
+def _scan(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, apart: bool, chunk: int) -> Tensor:
+    """Each direction: (…, L, K) and (…, L, V) → (…, L, V)."""
+    tokens = q.shape[-2]
+    # Tokens without a key change nothing that comes before them.
+    q, k, v, gate = (
+        F.pad(t, (0, 0, 0, -tokens % chunk)).unflatten(-2, (-1, chunk)) for t in (q, k, v, gate)
+    )  # (…, N, C, ·)
+    decay = _decays(gate)  # (…, N, C + 1, C + 1, K); row and column 0 stand before the chunk
+    seen = decay[..., :-1, :, :] if apart else decay[..., 1:, :, :]  # (…, C, C + 1, K)
+    begin, within = seen[..., 0, :], seen[..., 1:, :]
+    weights = torch.matmul(within * k[..., None, :, :], q[..., None])  # (…, N, C, C, 1)
+    kept = decay[..., -1, :, :]  # (…, N, C + 1, K), to the end of the chunk
+    added = torch.matmul((k * kept[..., 1:, :]).mT, v)  # (…, N, K, V)
+    if torch.compiler.is_exporting():
+        states = _states_of_any_number(gate.sum(-2), added)
+    else:
+        states = _states(kept[..., 0, :], added)
+    out = torch.matmul(weights.squeeze(-1), v) + torch.matmul(q * begin, states)
+    return out.flatten(-3, -2)[..., :tokens, :]
+
+
+def _decays(gate: Tensor) -> Tensor:
+    """Decay from token s to token t of a chunk: (…, C, K) → (…, t: C + 1, s: C + 1, K).
+
+    It is 0 where t lies before s. Token 0 stands before the chunk.
+    """
+    size = gate.shape[-2] + 1
+    ones = torch.ones(size, size, dtype=torch.bool, device=gate.device)
+    gate = F.pad(gate, (0, 0, 1, 0))[..., :, None, :]
+    between = torch.where(ones.tril(-1)[..., None], gate, 0.0).cumsum(-3)
+    return torch.where(ones.tril()[..., None], between, -torch.inf).exp()
+
+
+def _states(decay: Tensor, added: Tensor) -> Tensor:
+    """The state before each chunk: decays (…, N, K), what chunks add (…, N, K, V).
+
+    After step i each entry holds what the 2^i chunks up to its own add.
+    """
+    decay = decay[..., None]
+    step = 1
+    while step < added.shape[-3] - 1:
+        added = added + decay * F.pad(added, (0, 0, 0, 0, step, 0))[..., :-step, :, :]
+        decay = decay * F.pad(decay, (0, 0, 0, 0, step, 0))[..., :-step, :, :]
+        step *= 2
+    return F.pad(added, (0, 0, 0, 0, 1, 0))[..., :-1, :, :]
+
+
+def _states_of_any_number(gate: Tensor, added: Tensor) -> Tensor:
+    """The same by decays from every chunk to every other, without a step for each doubling.
+
+    Its graph is the same for any number of chunks; their log gates are summed in ``gate``.
+    """
+    decay = _decays(gate)[..., :-1, 1:, :]  # (…, N, N, K)
+    return torch.einsum("...nmk,...mkv->...nkv", decay, added)

@@ -1,0 +1,49 @@
+"""What gated linear attention means, in the fewest lines: a scan, token by token.
+
+https://arxiv.org/abs/2312.06635. Any device and dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+__all__ = ["attend", "supports"]
+
+
+def supports(*tensors: Tensor | None) -> str | None:
+    """``None``: there is no call that this backend cannot do."""
+    return None
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_gate: Tensor,
+    log_gate_back: Tensor | None,
+    bonus: Tensor | None,
+    scale: float,
+) -> Tensor:
+    """Gated linear attention; shapes as in :mod:`ops.linear_attention`."""
+    precise = torch.promote_types(query.dtype, torch.float32)
+    q, k, v = query.to(precise) * scale, key.to(precise), value.to(precise)
+    out = _scan(q, k, v, log_gate.to(precise).exp(), bonus is not None)
+    if log_gate_back is not None:
+        reversed_ = (t.flip(1) for t in (q, k, v, log_gate_back.to(precise).exp()))
+        out = out + _scan(*reversed_, bonus is not None).flip(1)
+    if bonus is not None:
+        out = out + (q * bonus.to(precise) * k).sum(-1, keepdim=True) * v
+    return out.to(query.dtype)
+
+
+def _scan(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, apart: bool) -> Tensor:
+    """One direction: (B, L, H, V). ``apart``: a token sees what came before it alone."""
+    batch, _, heads, dim = k.shape
+    state = k.new_zeros(batch, heads, dim, v.shape[-1])
+    outs = []
+    for t in range(q.shape[1]):
+        before = state
+        state = gate[:, t, ..., None] * state + k[:, t, ..., None] * v[:, t, :, None]
+        outs.append(torch.einsum("bhk,bhkv->bhv", q[:, t], before if apart else state))
+    return torch.stack(outs, dim=1) if outs else v

@@ -1,0 +1,189 @@
+"""Every backend of gated linear attention gives what the scan in float64 gives."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ops.linear_attention import BACKENDS, chunked, gated_linear_attention
+
+EXACT = {"chunked": torch.float64, "cpu": torch.float32}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2}
+VARIANTS = list(itertools.product((False, True), (False, True)))  # back, bonus
+
+
+def inputs(
+    tokens: int,
+    dim: int = 8,
+    value_dim: int = 5,
+    *,
+    back: bool = True,
+    bonus: bool = False,
+    batch: int = 2,
+    heads: int = 3,
+    extremes: tuple[float, ...] = (-100.0, 0.0),
+    dtype: torch.dtype = torch.float64,
+) -> dict[str, Any]:
+    """Random tensors; a third of the log gates are those of ``extremes``, in turns."""
+    generator = torch.Generator().manual_seed(tokens)
+    shape = (batch, tokens, heads, dim)
+    query, key = torch.randn(2, *shape, dtype=torch.float64, generator=generator)
+    value = torch.randn(*shape[:3], value_dim, dtype=torch.float64, generator=generator)
+    gates = -2 * torch.rand(2, *shape, dtype=torch.float64, generator=generator)
+    for i, extreme in enumerate(extremes):
+        gates[torch.rand(gates.shape, generator=generator) < 0.2 / (i + 1)] = extreme
+    found = {
+        **{"query": query, "key": key, "value": value, "log_gate": gates[0]},
+        "log_gate_back": gates[1] if back else None,
+        "bonus": torch.randn(heads, dim, dtype=torch.float64, generator=generator)
+        if bonus
+        else None,
+    }
+    return {name: t if t is None else t.to(dtype) for name, t in found.items()}
+
+
+def cast(given: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    return {name: t if t is None else t.to(dtype) for name, t in given.items()}
+
+
+def difference(a: Tensor, b: Tensor) -> float:
+    return ((a.double() - b).abs().max() / b.abs().max().clamp(min=1e-30)).item()
+
+
+@pytest.mark.parametrize("backend", EXACT)
+@pytest.mark.parametrize(("back", "bonus"), VARIANTS)
+@pytest.mark.parametrize("tokens", [1, 2, 16, 17, 100])
+def test_equals_the_scan(backend, back, bonus, tokens):
+    given = inputs(tokens, back=back, bonus=bonus)
+    expected = gated_linear_attention(**given, backend="reference")
+    out = gated_linear_attention(**cast(given, EXACT[backend]), backend=backend)
+    assert difference(out, expected) < TOLERANCE[EXACT[backend]]
+
+
+@pytest.mark.parametrize("backend", EXACT)
+@pytest.mark.parametrize("states", [(16, 32), (32, 64), (64, 64), (3, 17), (5, 100)])
+def test_states_of_any_size(backend, states):
+    given = inputs(37, *states, bonus=True)
+    expected = gated_linear_attention(**given, backend="reference")
+    out = gated_linear_attention(**cast(given, EXACT[backend]), backend=backend)
+    assert difference(out, expected) < TOLERANCE[EXACT[backend]]
+
+
+@pytest.mark.parametrize("backend", EXACT)
+@pytest.mark.parametrize("extremes", [(-100.0,), (0.0,), (-torch.inf,), (-1e-6, -1e4)])
+@pytest.mark.parametrize("bonus", [False, True])
+def test_extreme_gates(backend, extremes, bonus):
+    given = inputs(200, bonus=bonus, extremes=extremes)
+    expected = gated_linear_attention(**given, backend="reference")
+    out = gated_linear_attention(**cast(given, EXACT[backend]), backend=backend)
+    assert difference(out, expected) < TOLERANCE[EXACT[backend]]
+
+
+@pytest.mark.parametrize("backend", EXACT)
+@pytest.mark.parametrize("extreme", [0.0, -100.0])
+def test_gates_that_are_all_extreme(backend, extreme):
+    """Nothing is forgotten: prefix sums; everything is: each token alone."""
+    given = inputs(65, back=False)
+    given["log_gate"] = torch.full_like(given["log_gate"], extreme)
+    query, key, value = given["query"], given["key"], given["value"]
+    pairs = torch.einsum("bthk,bshk->bhts", query, key) * query.shape[-1] ** -0.5
+    pairs = pairs.tril() if extreme == 0 else pairs.diagonal(dim1=-2, dim2=-1).diag_embed()
+    expected = torch.einsum("bhts,bshv->bthv", pairs, value)
+    out = gated_linear_attention(**cast(given, EXACT[backend]), backend=backend)
+    assert difference(out, expected) < TOLERANCE[EXACT[backend]]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("backend", EXACT)
+@pytest.mark.parametrize("bonus", [False, True])
+@pytest.mark.parametrize("tokens", [1023, 4096])
+def test_long_sequences(backend, bonus, tokens):
+    given = inputs(tokens, 16, 32, bonus=bonus, batch=1, extremes=(-100.0, 0.0, -1e-4))
+    expected = gated_linear_attention(**given, backend="reference")
+    out = gated_linear_attention(**cast(given, EXACT[backend]), backend=backend)
+    # float32 gates and sums of thousands of tokens.
+    assert difference(out, expected) < 5 * TOLERANCE[EXACT[backend]]
+
+
+@pytest.mark.parametrize("bonus", [False, True])
+def test_chunks_of_any_size(bonus):
+    given = inputs(50, bonus=bonus)
+    expected = chunked.attend(**given, scale=0.5)
+    for chunk in (1, 3, 16, 50, 64):
+        out = chunked.attend(**given, scale=0.5, chunk=chunk)
+        assert difference(out, expected) < 1e-13
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_half_precision(backend):
+    """States, gates and sums are of float32 nevertheless."""
+    given = cast(inputs(80, 16, 32, bonus=True), torch.bfloat16)
+    given["log_gate"] = given["log_gate"].float()  # which may be more precise
+    expected = gated_linear_attention(**cast(given, torch.float64), backend="reference")
+    out = gated_linear_attention(**given, backend=backend)
+    assert out.dtype == torch.bfloat16
+    # As the rounding of the output.
+    assert difference(out, expected) < 2**-8
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_strides_and_scale(backend):
+    given = inputs(20, dtype=torch.float32)
+    expected = 0.25 * gated_linear_attention(**given, scale=1.0)
+    for layout in (
+        lambda t: t.transpose(1, 2).contiguous().transpose(1, 2),
+        lambda t: t.mT.contiguous().mT,
+        lambda t: torch.cat((t, t), dim=-1)[..., : t.shape[-1]],
+        lambda t: torch.cat((t, t), dim=2)[:, :, t.shape[2] :],
+    ):
+        moved = {name: t if t is None else layout(t) for name, t in given.items()}
+        out = gated_linear_attention(**moved, scale=0.25, backend=backend)
+        torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_threads_change_nothing():
+    given = inputs(40, 32, 100, bonus=True, batch=1, heads=2, dtype=torch.float32)
+    threads = torch.get_num_threads()
+    outs = []
+    try:
+        for count in (1, 2, 5):
+            torch.set_num_threads(count)
+            outs.append(gated_linear_attention(**given, backend="cpu"))
+    finally:
+        torch.set_num_threads(threads)
+    assert all(torch.equal(out, outs[0]) for out in outs)
+
+
+@pytest.mark.parametrize("axis", range(4))
+def test_nothing_at_all(axis):
+    shape = [2, 3, 4, 5]
+    shape[axis] = 0
+    query = torch.zeros(shape, requires_grad=True)
+    value = torch.zeros(*shape[:3], 6, requires_grad=True)
+    out = gated_linear_attention(query, query, value, query, query)
+    assert torch.equal(out, torch.zeros(*shape[:3], 6))
+    out.sum().backward()
+
+
+def test_refusals():
+    given = inputs(9, dtype=torch.float32, bonus=True)
+
+    def message(**changes: Any) -> str:
+        with pytest.raises(ValueError) as caught:
+            gated_linear_attention(**{**given, **changes})
+        return str(caught.value)
+
+    assert "query must be (B, L, H, K)" in message(query=given["query"][0])
+    assert "key must be (2, 9, 3, 8)" in message(key=given["key"][:, :8])
+    assert "value must be (2, 9, 3, 5)" in message(value=given["value"][:1])
+    assert "bonus must be (3, 8)" in message(bonus=given["bonus"][0])
+    assert "log_gate must be torch.float32" in message(log_gate=given["log_gate"].double())
+    assert "log_gate_back is on meta" in message(log_gate_back=given["log_gate"].to("meta"))
+    assert "floating-point" in message(query=given["query"].int())
+    assert "one of reference, chunked, cpu" in message(backend="gpu")
+    with pytest.raises(NotImplementedError, match="'cpu' cannot do this call.*float64"):
+        gated_linear_attention(**cast(given, torch.float64), backend="cpu")
