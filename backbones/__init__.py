@@ -40,6 +40,7 @@ try:
         unireplknet,
         van,
         vig,
+        vrwkv,
     )
     from backbones import (  # noqa: F401  # isort: skip
         biformer_inference,
@@ -83,4 +84,5 @@ __all__ = [
     "unireplknet",
     "van",
     "vig",
+    "vrwkv",
 ]
