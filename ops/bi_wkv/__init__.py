@@ -11,11 +11,11 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from ops.bi_wkv import chunked, reference
+from ops.bi_wkv import chunked, cpu, reference
 
 __all__ = ["BACKENDS", "bi_wkv"]
 
-BACKENDS: dict[str, ModuleType] = {"reference": reference, "chunked": chunked}
+BACKENDS: dict[str, ModuleType] = {"reference": reference, "chunked": chunked, "cpu": cpu}
 
 
 def bi_wkv(
@@ -55,27 +55,18 @@ def bi_wkv(
         NotImplementedError: the ``backend`` asked for cannot do this call; the message says why.
     """
     _check(key, value, decay, first, segments)
-    chosen = _best(key) if backend is None else _forced(backend, key, value, decay, first, segments)
-    if key.numel() == 0:
-        chosen = reference
-    device = key.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        with torch.autocast(device, enabled=False):
-            return _attend(chosen, key, value, decay, first, segments)
-    return _attend(chosen, key, value, decay, first, segments)
+    # Sums are precise, under autocast too.
+    with torch.autocast(key.device.type, enabled=False):
+        exact = torch.promote_types(key.dtype, torch.float32)
+        inputs = (key.to(exact), value.to(exact), decay.to(exact), first.to(exact), segments)
+        chosen = _best(inputs) if backend is None else _forced(backend, inputs)
+        if key.numel() == 0:
+            chosen = reference
+        out: Tensor = chosen.attend(*inputs)
+        return out.to(key.dtype)
 
 
-def _attend(
-    chosen: ModuleType,
-    key: Tensor,
-    value: Tensor,
-    decay: Tensor,
-    first: Tensor,
-    segments: int | None,
-) -> Tensor:
-    exact = torch.promote_types(key.dtype, torch.float32)
-    inputs = (tensor.to(exact) for tensor in (key, value, decay, first))
-    return chosen.attend(*inputs, segments).to(key.dtype)
+Inputs = tuple[Tensor, Tensor, Tensor, Tensor, int | None]
 
 
 def _check(key: Tensor, value: Tensor, decay: Tensor, first: Tensor, segments: int | None) -> None:
@@ -100,25 +91,21 @@ def _check(key: Tensor, value: Tensor, decay: Tensor, first: Tensor, segments: i
         raise ValueError(f"segments must be None or an integer of 1 or more, got {segments!r}")
 
 
-def _best(key: Tensor) -> ModuleType:
+def _best(inputs: Inputs) -> ModuleType:
     """The first of the ladder that can do the call."""
-    if not isinstance(key.shape[1], int):
+    if not isinstance(inputs[0].shape[1], int):
         # An exported graph holds for every number of tokens only if no loop depends on it.
         return reference
+    if not torch.compiler.is_exporting() and cpu.supports(*inputs) is None:
+        return cpu
     return chunked
 
 
-def _forced(
-    backend: str,
-    key: Tensor,
-    value: Tensor,
-    decay: Tensor,
-    first: Tensor,
-    segments: int | None,
-) -> ModuleType:
+def _forced(backend: str, inputs: Inputs) -> ModuleType:
+    """The backend of this name, if it can do the call."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
-    reason = BACKENDS[backend].supports(key, value, decay, first, segments)
+    reason = BACKENDS[backend].supports(*inputs)
     if reason is not None:
         raise NotImplementedError(f"backend {backend!r} cannot do this call: {reason}")
     return BACKENDS[backend]
