@@ -24,6 +24,7 @@ if not hasattr(_ops, "OPS_OF_VISION_BACKBONES"):
 try:
     from backbones.core.base import Stage, StagedBackbone
     from backbones.core.checkpoint import CheckpointError, LoadReport, load_checkpoint
+    from backbones.core.isotropic import IsotropicBackbone, IsotropicStage
     from backbones.core.registry import create_model, empty_cache, fuse, list_families, list_models
 
     # Importing a family registers its models, here and with timm; then its inference forms.
@@ -63,6 +64,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CheckpointError",
+    "IsotropicBackbone",
+    "IsotropicStage",
     "LoadReport",
     "Stage",
     "StagedBackbone",

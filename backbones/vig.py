@@ -26,17 +26,17 @@ from timm.layers import (
     LayerNorm2d,
     RmsNorm2d,
     calculate_drop_path_rates,
-    trunc_normal_,
 )
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from backbones.core.base import Stage, StagedBackbone
+from backbones.core.isotropic import IsotropicBackbone, IsotropicStage
 from backbones.core.keywords import checked, whole
 from backbones.core.registry import build_model, register
 from ops.init import init_trunc_normal
 from ops.linear_attention import gated_linear_attention
-from ops.position import resize_table
+from ops.position import PositionTable
 
 __all__ = ["HierarchicalViG", "ViG"]
 
@@ -44,7 +44,6 @@ _GATE_RANK = 16
 HEAD_NORM_EPS = 1e-6
 GATE_DIVISOR = 16  # of log gates, so that they begin near 0 and little is forgotten
 _XAVIER_GAIN = 2**-2.5
-_TABLE = 14  # side of the position table
 
 
 class GatedLinearAttention(nn.Module):
@@ -202,7 +201,11 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-class ViGStage(Stage):
+class ViGStage(IsotropicStage):
+    """Some blocks of a network of one resolution."""
+
+
+class PyramidStage(Stage):
     """A stage whose blocks want channels last."""
 
     def forward(self, x: Tensor) -> Tensor:
@@ -226,12 +229,11 @@ class Stem(nn.Module):
         self.act = nn.SiLU()
         self.conv2 = nn.Conv2d(dim // 2, dim, 3, 2, padding=1)
         self.norm2 = LayerNorm2d(dim, eps=1e-5)
-        self.pos_embed = nn.Parameter(torch.empty(1, _TABLE * _TABLE, dim))
+        self.position = PositionTable(dim, side=14)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.norm2(self.conv2(self.act(self.norm1(self.conv1(x)))))
-        table = self.pos_embed[0].T.unflatten(-1, (_TABLE, _TABLE))  # (dim, 14, 14)
-        return x + resize_table(table, x.shape[-2], x.shape[-1])
+        x = self.act(self.norm1(self.conv1(x)))
+        return self.position(self.norm2(self.conv2(x)))
 
 
 class ConvNorm(nn.Module):
@@ -251,7 +253,7 @@ def _hidden_dim(dim: int, multiple: int) -> int:
     return -(-(8 * dim // 3) // multiple) * multiple
 
 
-class ViG(StagedBackbone):
+class ViG(IsotropicBackbone):
     """ViG of one resolution, stride 16. The four stages are groups of its blocks.
 
     Args:
@@ -264,6 +266,7 @@ class ViG(StagedBackbone):
         drop_path_rate: of the last block; it grows linearly from 0.
         mean_of_directions: in eval mode, too, the mean of the two directions is what is normalised,
             not half of it as in the published evaluation.
+        pyramid: show a pyramid made of the last map, at strides 4 to 32, not the maps of blocks.
     """
 
     first_conv = "stem.conv1"
@@ -283,6 +286,7 @@ class ViG(StagedBackbone):
         proj_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
         mean_of_directions: bool = False,
+        pyramid: bool = False,
     ) -> None:
         super().__init__(num_classes=num_classes, in_chans=in_chans)
         rates: Iterator[Any] = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
@@ -307,20 +311,17 @@ class ViG(StagedBackbone):
         )
         self.norm = RmsNorm2d(dim, eps=1e-6)
         self.head = ClassifierHead(dim, num_classes, global_pool, drop_rate)
-        self.describe_features([dim] * len(depths), [16] * len(depths))
+        self.describe_blocks(dim, pyramid=pyramid)
         self.apply(_init)
-        trunc_normal_(self.stem.pos_embed, std=0.02)
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """From the names of the original, which counts blocks through."""
-        places = [(i, j) for i, stage in enumerate(self.stages) for j in range(len(stage.blocks))]
 
         def place(match: re.Match[str]) -> str:
-            number = int(match[1])
-            if number >= len(places):
+            try:
+                return f"{self.block_name(int(match[1]))}."
+            except IndexError:  # of another variant
                 return match[0]
-            stage, block = places[number]
-            return f"stages.{stage}.blocks.{block}."
 
         return {
             re.sub(r"^blocks\.(\d+)\.", place, _renamed(key, _PLAIN)): tensor
@@ -365,7 +366,7 @@ class HierarchicalViG(StagedBackbone):
         )
         self.stages = nn.Sequential(
             *(
-                ViGStage(
+                PyramidStage(
                     [
                         Block(
                             dims[i],
@@ -447,7 +448,7 @@ _PLAIN = (
     (r"^patch_embed\.proj\.1\.", "stem.norm1."),
     (r"^patch_embed\.proj\.3\.", "stem.conv2."),
     (r"^patch_embed\.proj\.4\.", "stem.norm2."),
-    (r"^pos_embed$", "stem.pos_embed"),
+    (r"^pos_embed$", "stem.position.pos_embed"),
     (r"\.attn_norm\.", ".norm1."),
     (r"\.mlp_norm\.", ".norm2."),
     (r"\.mlp\.gate_proj\.", ".mlp.fc1."),

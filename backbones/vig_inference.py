@@ -8,14 +8,13 @@ from timm.layers import GluMlp
 from torch import Tensor, nn
 
 from backbones import vig
-from ops.cpu.gemm.linear import packed_linear
 from ops.cpu.scan.gated_scan import mixed_scan
 from ops.inference.forms import stands_for
 from ops.inference.layers import FastLayer, FastLinear, tensors_of
 from ops.inference.packed_linear import PackedLinear
-from ops.replay.module import recorded_form
+from ops.replay.module import Recorded, recorded_form
 
-__all__ = ["ViGAttention", "ViGBlock", "ViGGluMlp"]
+__all__ = ["ViGAttention", "ViGBlock", "ViGGluMlp", "ViGStage"]
 
 
 @stands_for(vig.JoinedAttention)
@@ -88,4 +87,14 @@ class ViGBlock(vig.Block):
         return self.mlp(self.norm2(x), x)
 
 
-stands_for(vig.ViGStage)(recorded_form(vig.ViGStage))
+@stands_for(vig.ViGStage)
+class ViGStage(Recorded, vig.ViGStage):
+    """Recorded where all of its blocks run."""
+
+    def forward(self, x: Tensor, first: int = 0, stop: int | None = None) -> Tensor:
+        if first == 0 and stop in (None, len(self.blocks)):
+            return super().forward(x)
+        return vig.ViGStage.forward(self, x, first, stop)
+
+
+stands_for(vig.PyramidStage)(recorded_form(vig.PyramidStage))

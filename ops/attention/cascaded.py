@@ -13,7 +13,6 @@ from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ops.conv import ConvNorm
-from ops.position import resize_table
 
 __all__ = [
     "CascadedGroupAttention",
@@ -66,8 +65,13 @@ def cascaded_group_attention(
 
 
 def resize_distance_table(table: Tensor, height: int, width: int) -> Tensor:
-    """(heads, h, w) → (heads, height, width), see :func:`ops.position.resize_table`."""
-    return resize_table(table, height, width)
+    """(heads, h, w) → (heads, height, width), bicubically; the same tensor if it fits."""
+    # To interpolate to the same size changes nothing; a symbolic size is not compared.
+    if all(
+        statically_known_true(n == m) for n, m in zip(table.shape[1:], (height, width), strict=True)
+    ):
+        return table
+    return F.interpolate(table.unsqueeze(0), size=(height, width), mode="bicubic").squeeze(0)
 
 
 def distance_bias(table: Tensor) -> Tensor:

@@ -22,7 +22,6 @@ import torch
 from torch import Tensor
 
 from ops.linear_attention import chunked, cpu, reference
-from ops.neighborhood.cpu import needs_grad
 
 __all__ = ["BACKENDS", "gated_linear_attention"]
 
@@ -130,9 +129,7 @@ def _check(
 
 def _best_backend(tensors: Tensors) -> ModuleType:
     """The first of the ladder that can do the call; ``chunked`` can do every call."""
-    if torch.compiler.is_exporting() or needs_grad(tensors):
-        return chunked
-    if cpu.supports(*tensors) is None:
+    if not torch.compiler.is_exporting() and cpu.supports(*tensors) is None:
         return cpu
     return chunked
 

@@ -1,14 +1,20 @@
 """Gated linear attention on the CPU by a compiled kernel (:mod:`ops.cpu.scan.gated_scan`).
 
-https://arxiv.org/abs/2312.06635. Deterministic; float32 and bfloat16 tensors.
+https://arxiv.org/abs/2312.06635. Differentiable and deterministic; float32 and bfloat16 tensors.
+Backward, states are made anew from those between chunks, so that little is kept.
 """
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ops.cpu.scan.gated_scan import gated_scan
+from ops.cpu.binding import registered
+from ops.cpu.dispatch import is_plain_call
+from ops.cpu.scan.gated_scan import gated_scan, gated_scan_backward
+from ops.neighborhood.cpu import needs_grad
 
 __all__ = ["attend", "supports"]
 
@@ -37,10 +43,53 @@ def attend(
 ) -> Tensor:
     """Gated linear attention; shapes as in :mod:`ops.linear_attention`.
 
+    Results do not depend on the number of threads, which is that of ``torch.get_num_threads()``.
+
     Raises:
         RuntimeError: if the kernel cannot be built here (:func:`supports` tells beforehand).
     """
     back = None if log_gate_back is None else log_gate_back.float()
     bonus = None if bonus is None else bonus.float()
-    out: Tensor = gated_scan(query, key, value, log_gate.float(), back, bonus, float(scale))
+    inputs = (query, key, value, log_gate.float(), back, bonus)
+    plain = is_plain_call(inputs) and needs_grad(inputs)
+    out: Tensor = (_with_gradients if plain else gated_scan)(*inputs, float(scale))
     return out
+
+
+class _Differentiable(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, *inputs: Any) -> Tensor:
+        with torch._C._AutoDispatchBelowAutograd():
+            out: Tensor = gated_scan(*inputs)
+        ctx.save_for_backward(*inputs[:6])
+        ctx.scale = inputs[6]
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
+        *inputs, bonus = ctx.saved_tensors
+        grads = list(gated_scan_backward(grad_out, *inputs, bonus is not None, ctx.scale))
+        grads.append(None)
+        if bonus is not None:
+            query, key, value = (t.float() for t in inputs[:3])
+            weight = (query * key * bonus).sum(-1, keepdim=True) * ctx.scale  # of each value
+            own = (grad_out.float() * value).sum(-1, keepdim=True) * ctx.scale
+            grads[0] += own * bonus * key
+            grads[1] += own * bonus * query
+            grads[2] += weight * grad_out.float()
+            grads[5] = (own * query * key).sum((0, 1))
+        needed = ctx.needs_input_grad[:6]
+        wanted = (
+            grad.to(tensor.dtype) if need else None
+            for grad, tensor, need in zip(grads, ctx.saved_tensors, needed, strict=True)
+        )
+        return (*wanted, None)
+
+
+@torch.library.impl(registered, "gated_scan", "AutogradCPU")
+def _with_gradients(*inputs: Any) -> Any:
+    if needs_grad(inputs[:6]):
+        return _Differentiable.apply(*inputs)
+    with torch._C._AutoDispatchBelowAutograd():
+        return gated_scan(*inputs)

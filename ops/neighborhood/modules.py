@@ -11,9 +11,9 @@ from typing import ClassVar
 import torch
 from torch import Tensor, nn
 
-from ops import neighborhood
 from ops.init import trunc_normal
 from ops.neighborhood._checks import per_axis_bool, per_axis_int
+from ops.neighborhood.functional import na1d, na2d, na3d
 
 __all__ = ["NeighborhoodAttention1D", "NeighborhoodAttention2D", "NeighborhoodAttention3D"]
 
@@ -68,7 +68,7 @@ class _NeighborhoodAttention(nn.Module):
             )
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, *S, 3, H, D)
         query, key, value = qkv.unbind(dim=-3)
-        attention = (neighborhood.na1d, neighborhood.na2d, neighborhood.na3d)[self.rank - 1]
+        attention = (na1d, na2d, na3d)[self.rank - 1]
         out = attention(
             query,
             key,

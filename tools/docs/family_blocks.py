@@ -387,4 +387,32 @@ BLOCKS: dict[str, Sequence[tuple[str, Sequence[Step]]]] = {
             ],
         ),
     ),
+    "vig": (
+        (
+            "Block",
+            [
+                Residual([norm("RMSNorm"), attn("Bidirectional gated attention")]),
+                Residual([norm("RMSNorm"), mlp("Gated MLP", "SiLU")]),
+            ],
+        ),
+        (
+            "Bidirectional gated attention",
+            [
+                conv("3×3 depthwise"),
+                Branches(
+                    [
+                        [
+                            conv("Query, key, value, gates"),
+                            attn("Scan", "forward + backward"),
+                            norm("RMSNorm"),
+                            note("× g"),
+                        ],
+                        [norm("RMSNorm"), note("× (1 − g)")],
+                    ],
+                    "+",
+                ),
+                conv("Linear"),
+            ],
+        ),
+    ),
 }

@@ -1,9 +1,11 @@
 // Gated linear attention on the CPU: the C interface. Called from gated_scan.py beside it.
 #include "common/interface.h"
+#include "scan/backward.h"
 #include "scan/forward.h"
 #include "scan/mixed.h"
 
 VB_EXPORT_BYTES(gated_scan, Problem)
+VB_EXPORT_BYTES(gated_scan, BackwardTensors)
 VB_EXPORT_BYTES(gated_scan, ForwardTensors)
 VB_EXPORT_BYTES(gated_scan, MixedTensors)
 VB_EXPORT_BYTES(gated_scan, Mixture)
@@ -27,6 +29,17 @@ extern "C" int gated_scan_mixed(const gated_scan::Problem* problem,
       gated_scan::forward<BFloat16>(*problem, *tensors, *mixture);
     } else {
       gated_scan::forward<float>(*problem, *tensors, *mixture);
+    }
+  });
+}
+
+extern "C" int gated_scan_backward(const gated_scan::Problem* problem,
+                                   const gated_scan::BackwardTensors* tensors) {
+  return status_of([&] {
+    if (problem->bfloat16) {
+      gated_scan::differentiate<BFloat16>(*problem, *tensors);
+    } else {
+      gated_scan::differentiate<float>(*problem, *tensors);
     }
   });
 }

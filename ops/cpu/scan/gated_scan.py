@@ -1,4 +1,6 @@
-"""Gated linear attention on the CPU (``forward.h``, ``mixed.h``), see :mod:`ops.linear_attention`.
+"""Gated linear attention on the CPU, see :mod:`ops.linear_attention`.
+
+Forward (``forward.h``), backward (``backward.h``), and inside ViG's attention (``mixed.h``).
 
 States, gates and sums are of float32.
 """
@@ -17,10 +19,11 @@ from ops.cpu.dispatch import require_dtype
 from ops.cpu.structures import structure
 from ops.cpu.threads import MACS, threads_for
 
-__all__ = ["gated_scan", "mixed_scan"]
+__all__ = ["gated_scan", "gated_scan_backward", "mixed_scan"]
 
 _PROBLEM = structure("scan/problem.h", "gated_scan::Problem")
 _SEQUENCE = structure("scan/problem.h", "gated_scan::Sequence")
+_BACKWARD = structure("scan/backward.h", "gated_scan::BackwardTensors")
 _FORWARD = structure("scan/forward.h", "gated_scan::ForwardTensors")
 _MIXED = structure("scan/mixed.h", "gated_scan::MixedTensors")
 _MIXTURE = structure("scan/mixed.h", "gated_scan::Mixture")
@@ -53,6 +56,48 @@ def gated_scan(
         return _problem_of(query, value, bonus is not None, scale), Addresses(_FORWARD, fields)
 
     return Call(out, arguments)
+
+
+@kernel(
+    "gated_scan",
+    "gated_scan_backward",
+    returns="(Tensor, Tensor, Tensor, Tensor, Tensor)",
+    large_results=True,
+)
+def gated_scan_backward(
+    grad_out: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    log_gate: Tensor,
+    log_gate_back: Tensor | None,
+    apart: bool,
+    scale: float,
+) -> Call:
+    """Gradients of query, key, value and both gates, in float32 and contiguous.
+
+    With ``apart`` those of a token through itself, by the bonus, are left out. The last one is a
+    tensor without elements where there is no second gate.
+
+    Raises:
+        ValueError: gates that are not of float32, a gradient of another dtype than the value.
+        RuntimeError: the kernel is not available here.
+    """
+    require_dtype(torch.float32, log_gate=log_gate, log_gate_back=log_gate_back)
+    require_dtype(value.dtype, grad_out=grad_out)
+    inputs = (query, key, value, log_gate, log_gate_back)
+    grads = tuple(query.new_empty(0 if t is None else t.shape, dtype=torch.float32) for t in inputs)
+
+    def arguments() -> Any:
+        names = ("grad_query", "grad_key", "grad_value", "grad_gate", "grad_gate_back")
+        fields = {
+            **_inputs(*inputs),
+            **{"grad_out": _sequence(grad_out)},
+            **dict(zip(names, grads, strict=True)),
+        }
+        return _problem_of(query, value, apart, scale), Addresses(_BACKWARD, fields)
+
+    return Call(grads, arguments)
 
 
 @kernel("gated_scan", "gated_scan_mixed", large_results=True)

@@ -7,51 +7,15 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from compiled_kernels import compiled_for, using_threads
+from scan_inputs import cast, difference, inputs
 
+from ops import cpu
 from ops.linear_attention import BACKENDS, chunked, gated_linear_attention
 
 EXACT = {"chunked": torch.float64, "cpu": torch.float32}
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 2e-6, torch.bfloat16: 1e-2}
 VARIANTS = list(itertools.product((False, True), (False, True)))  # back, bonus
-
-
-def inputs(
-    tokens: int,
-    dim: int = 8,
-    value_dim: int = 5,
-    *,
-    back: bool = True,
-    bonus: bool = False,
-    batch: int = 2,
-    heads: int = 3,
-    extremes: tuple[float, ...] = (-100.0, 0.0),
-    dtype: torch.dtype = torch.float64,
-) -> dict[str, Any]:
-    """Random tensors; a third of the log gates are those of ``extremes``, in turns."""
-    generator = torch.Generator().manual_seed(tokens)
-    shape = (batch, tokens, heads, dim)
-    query, key = torch.randn(2, *shape, dtype=torch.float64, generator=generator)
-    value = torch.randn(*shape[:3], value_dim, dtype=torch.float64, generator=generator)
-    gates = -2 * torch.rand(2, *shape, dtype=torch.float64, generator=generator)
-    for i, extreme in enumerate(extremes):
-        gates[torch.rand(gates.shape, generator=generator) < 0.2 / (i + 1)] = extreme
-    found = {
-        **{"query": query, "key": key, "value": value, "log_gate": gates[0]},
-        "log_gate_back": gates[1] if back else None,
-        "bonus": torch.randn(heads, dim, dtype=torch.float64, generator=generator)
-        if bonus
-        else None,
-    }
-    return {name: t if t is None else t.to(dtype) for name, t in found.items()}
-
-
-def cast(given: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    return {name: t if t is None else t.to(dtype) for name, t in given.items()}
-
-
-def difference(a: Tensor, b: Tensor) -> float:
-    return ((a.double() - b).abs().max() / b.abs().max().clamp(min=1e-30)).item()
 
 
 @pytest.mark.parametrize("backend", EXACT)
@@ -118,6 +82,54 @@ def test_chunks_of_any_size(bonus):
         assert difference(out, expected) < 1e-13
 
 
+def gradients_of(given, backend, dtype):
+    """By name, of a sum of random shares of the output."""
+    tensors = {n: t.to(dtype).requires_grad_() for n, t in given.items() if t is not None}
+    out = gated_linear_attention(**tensors, backend=backend)
+    generator = torch.Generator().manual_seed(1)
+    share = torch.randn(out.shape, dtype=torch.float64, generator=generator).to(dtype)
+    gradients = torch.autograd.grad(
+        (out * share).sum(), list(tensors.values()), materialize_grads=True, allow_unused=True
+    )
+    return dict(zip(tensors, gradients, strict=True))
+
+
+@pytest.mark.parametrize("backend", EXACT)
+@pytest.mark.parametrize(("back", "bonus"), VARIANTS)
+@pytest.mark.parametrize(
+    ("tokens", "dim", "value_dim"), [(1, 8, 5), (17, 3, 17), (50, 32, 64), (40, 64, 64)]
+)
+def test_gradients(backend, back, bonus, tokens, dim, value_dim):
+    given = inputs(tokens, dim, value_dim, back=back, bonus=bonus, heads=2)
+    expected = gradients_of(given, "reference", torch.float64)
+    gradients = gradients_of(given, backend, EXACT[backend])
+    for name, exact in expected.items():
+        scale = exact.abs().max().clamp(min=1e-2)
+        error = (gradients[name].double() - exact).abs().max() / scale
+        assert error < 2 * TOLERANCE[EXACT[backend]], name
+
+
+@pytest.mark.parametrize("backend", EXACT)
+@pytest.mark.parametrize("extremes", [(-100.0, 0.0), (-torch.inf,), (-1e-6, -1e4)])
+def test_gradients_of_extreme_gates(backend, extremes):
+    given = inputs(70, 16, 32, bonus=True, extremes=extremes, heads=2, batch=1)
+    expected = gradients_of(given, "reference", torch.float64)
+    gradients = gradients_of(given, backend, EXACT[backend])
+    for name, exact in expected.items():
+        assert exact.isfinite().all()
+        assert difference(gradients[name], exact) < 3 * TOLERANCE[EXACT[backend]], name
+
+
+@pytest.mark.parametrize("bonus", [False, True])
+def test_gradcheck(bonus):
+    given = inputs(19, 3, 2, bonus=bonus, batch=1, heads=2, extremes=(-20.0, 0.0))
+    tensors = [t if t is None else t.requires_grad_() for t in given.values()]
+    assert torch.autograd.gradcheck(gated_linear_attention, tensors)
+    assert torch.autograd.gradgradcheck(
+        lambda q, k, v, g: gated_linear_attention(q, k, v, g), [t[:, :4] for t in tensors[:4]]
+    )
+
+
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_half_precision(backend):
     """States, gates and sums are of float32 nevertheless."""
@@ -147,15 +159,31 @@ def test_strides_and_scale(backend):
 
 def test_threads_change_nothing():
     given = inputs(40, 32, 100, bonus=True, batch=1, heads=2, dtype=torch.float32)
-    threads = torch.get_num_threads()
-    outs = []
-    try:
-        for count in (1, 2, 5):
-            torch.set_num_threads(count)
-            outs.append(gated_linear_attention(**given, backend="cpu"))
-    finally:
-        torch.set_num_threads(threads)
+    tensors = [t.requires_grad_() for t in given.values()]
+    outs, gradients = [], []
+    for threads in (1, 2, 5):
+        with using_threads(threads):
+            outs.append(gated_linear_attention(*tensors, backend="cpu"))
+            gradients.append(torch.autograd.grad(outs[-1].square().sum(), tensors))
     assert all(torch.equal(out, outs[0]) for out in outs)
+    for others in gradients[1:]:
+        assert all(map(torch.equal, others, gradients[0]))
+
+
+@pytest.mark.parametrize("instructions", ["avx2", "portable"])
+def test_other_instruction_sets(instructions, monkeypatch):
+    compiled_for(instructions, monkeypatch)
+    given = inputs(21, 12, 21, bonus=True)
+    expected = gated_linear_attention(**given, backend="reference")
+    single = {name: t.float().requires_grad_() for name, t in given.items()}
+    out = gated_linear_attention(**single, backend="cpu")
+    assert difference(out, expected) < TOLERANCE[torch.float32]
+    exact = [t.requires_grad_() for t in given.values()]
+    expected = gated_linear_attention(*exact).square().sum()
+    gradients = torch.autograd.grad(out.square().sum(), list(single.values()))
+    for gradient, of in zip(gradients, torch.autograd.grad(expected, exact), strict=True):
+        assert difference(gradient, of) < 2 * TOLERANCE[torch.float32]
+    assert cpu.status("gated_scan").instruction_set == instructions
 
 
 @pytest.mark.parametrize("axis", range(4))
