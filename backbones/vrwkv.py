@@ -14,9 +14,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from itertools import islice
 from typing import Any
 
-import torch
 import torch.nn.functional as F
 from timm.layers import (
     ClassifierHead,
@@ -27,12 +27,12 @@ from timm.layers import (
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from backbones.core.base import Stage, StagedBackbone
-from backbones.core.keywords import KEYWORDS, checked, optional
+from backbones.core.isotropic import IsotropicBackbone, IsotropicStage
+from backbones.core.keywords import KEYWORDS, checked, optional, several, whole
 from backbones.core.registry import build_model, register
 from backbones.vrwkv_blocks import HEAD_DIM, Block, GatedScan, GatedSquaredMlp, WKVAttention
 from ops.init import init_trunc_normal
-from ops.position import resize_table
+from ops.position import PositionTable
 
 __all__ = ["VRWKV"]
 
@@ -50,29 +50,21 @@ class PatchEmbed(nn.Module):
 
     def __init__(self, in_chs: int, dim: int, table_size: int) -> None:
         super().__init__()
-        self.table_size = table_size
         self.conv = nn.Conv2d(in_chs, dim, _PATCH, _PATCH)
-        self.pos_embed = nn.Parameter(torch.zeros(1, table_size**2, dim))
+        self.position = PositionTable(dim, table_size, std=0)
         self.norm = LayerNorm2d(dim, eps=1e-5)
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(F.pad(x, (0, -x.shape[3] % _PATCH, 0, -x.shape[2] % _PATCH)))
-        table = self.pos_embed[0].T.unflatten(-1, (self.table_size, self.table_size))
-        return self.norm(x + resize_table(table, x.shape[-2], x.shape[-1]))
+        return self.norm(self.position(x))
 
 
-class VRWKVStage(Stage):
-    """A stage whose blocks want channels last."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.run_blocks(self.downsample(x).permute(0, 2, 3, 1))
-        return self.norm(x.permute(0, 3, 1, 2))
+class VRWKVStage(IsotropicStage):
+    """A quarter of the blocks."""
 
 
-class VRWKV(StagedBackbone):
+class VRWKV(IsotropicBackbone):
     """Vision-RWKV, stride 16 throughout. The four stages are groups of its blocks.
-
-    As in the original, the final norm belongs to the last stage's map.
 
     Args:
         dim: of all blocks, a multiple of 4; of 64 with ``gated``.
@@ -90,12 +82,14 @@ class VRWKV(StagedBackbone):
         drop_rate: dropout before the classifier.
         proj_drop_rate: dropout inside the feed-forwards.
         drop_path_rate: of the last block; it grows linearly from 0.
+        pyramid: show a pyramid made of the last map, at strides 4 to 32, not the maps of blocks.
 
     Raises:
         ValueError: a ``dim`` that is no such multiple.
     """
 
     @checked(
+        depths=several(whole(1, 1024), count=4),
         layer_scale=optional(KEYWORDS["layer_scale"]),
         head_hidden_dim=optional(KEYWORDS["head_hidden_dim"]),
     )
@@ -118,6 +112,7 @@ class VRWKV(StagedBackbone):
         drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
         drop_path_rate: float = 0.0,
+        pyramid: bool = False,
     ) -> None:
         super().__init__(num_classes=num_classes, in_chans=in_chans)
         multiple = HEAD_DIM if gated else 4
@@ -137,23 +132,17 @@ class VRWKV(StagedBackbone):
             )
             for rate in rates
         ]
-        ends = [sum(depths[: i + 1]) for i in range(len(depths))]
-        self.stages = nn.Sequential(
-            *(
-                VRWKVStage(blocks[end - depth : end], norm=_last_norm(dim, end == ends[-1]))
-                for end, depth in zip(ends, depths, strict=True)
-            )
-        )
-        self.norm = nn.Identity()
+        of_stages = iter(blocks)
+        self.stages = nn.Sequential(*(VRWKVStage(islice(of_stages, depth)) for depth in depths))
+        self.norm = LayerNorm2d(dim, eps=1e-5)
         if head_hidden_dim is None:
             self.head = ClassifierHead(dim, num_classes, global_pool, drop_rate)
         else:
             self.head = NormMlpClassifierHead(
                 dim, num_classes, head_hidden_dim, global_pool, drop_rate, nn.Identity
             )
-        self.describe_features(
-            [dim] * len(depths), [_PATCH] * len(depths), head_hidden_size=head_hidden_dim
-        )
+        self.describe_blocks(dim, pyramid=pyramid)
+        self.head_hidden_size = head_hidden_dim or dim
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 init_trunc_normal(module)
@@ -163,43 +152,26 @@ class VRWKV(StagedBackbone):
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """From the names of the original, which counts blocks through."""
-        places = [(i, j) for i, stage in enumerate(self.stages) for j in range(len(stage.blocks))]
 
         def place(match: re.Match[str]) -> str:
-            number = int(match[1])
-            if number >= len(places):
+            try:
+                return f"{self.block_name(int(match[1]))}."
+            except IndexError:  # of another variant
                 return match[0]
-            stage, block = places[number]
-            return f"stages.{stage}.blocks.{block}."
 
-        last = rf"stages.{len(self.stages) - 1}.norm."
         converted = {}
         for key, tensor in state_dict.items():
             for pattern, name in _RENAMES:
                 key = re.sub(pattern, name, key)
-            key = re.sub(r"^ln1\.", last, key)
             converted[re.sub(r"^layers\.(\d+)\.", place, key)] = tensor
         return converted
-
-    def resize_tensor(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
-        """The position table may be of another size, too."""
-        side = round(tensor.shape[1] ** 0.5) if tensor.ndim == 3 else 0
-        if name == "stem.pos_embed" and side * side == tensor.shape[1]:
-            size, dim = self.stem.table_size, shape[2]
-            if tensor.shape[::2] == (1, dim):
-                table = resize_table(tensor[0].T.reshape(dim, side, side), size, size)
-                return table.flatten(1).T.unsqueeze(0)
-        return super().resize_tensor(name, tensor, shape)
-
-
-def _last_norm(dim: int, last: bool) -> nn.Module | None:
-    return LayerNorm2d(dim, eps=1e-5) if last else None
 
 
 _RENAMES = (
     (r"^patch_embed\.projection\.", "stem.conv."),
-    (r"^pos_embed$", "stem.pos_embed"),
+    (r"^pos_embed$", "stem.position.pos_embed"),
     (r"^layers\.0\.ln0\.", "stem.norm."),
+    (r"^ln1\.", "norm."),
     (r"\.ln([12])\.", r".norm\1."),
     (r"\.gamma([12])$", r".ls\1.gamma"),
     (r"\.att\.", ".attn."),

@@ -179,6 +179,8 @@ def case_errors(family: str, variant: str, number: int) -> tuple[float, list[flo
     stages = case.get("features_eps1e-6") or case["stage_outputs" if inner else "features"]
     if "block_outputs" in case:  # of networks of one resolution
         stages = [case["block_outputs"][i] for i in ends]
+    if figures.get("last_feature_normed"):
+        maps[ends[-1]] = last
     return error, [
         summary_error(_like(maps[i], expected), expected)
         for i, expected in zip(ends, stages, strict=True)

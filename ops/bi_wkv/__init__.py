@@ -11,6 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ops.autocast import without_autocast
 from ops.bi_wkv import chunked, cpu, reference
 
 __all__ = ["BACKENDS", "bi_wkv"]
@@ -56,7 +57,7 @@ def bi_wkv(
     """
     _check(key, value, decay, first, segments)
     # Sums are precise, under autocast too.
-    with torch.autocast(key.device.type, enabled=False):
+    with without_autocast(key.device):
         exact = torch.promote_types(key.dtype, torch.float32)
         inputs = (key.to(exact), value.to(exact), decay.to(exact), first.to(exact), segments)
         chosen = _best(inputs) if backend is None else _forced(backend, inputs)

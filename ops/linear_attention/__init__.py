@@ -21,6 +21,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ops.autocast import without_autocast
 from ops.linear_attention import chunked, cpu, reference
 
 __all__ = ["BACKENDS", "gated_linear_attention"]
@@ -80,7 +81,7 @@ def gated_linear_attention(
         chosen = reference
     scale = max(1, query.shape[-1]) ** -0.5 if scale is None else scale
     # States and gates stay precise.
-    with torch.autocast(query.device.type, enabled=False):
+    with without_autocast(query.device):
         out: Tensor = chosen.attend(*tensors, scale)
     return out
 

@@ -12,7 +12,7 @@ import backbones
 from backbones import vrwkv_blocks
 from backbones.cli.parity import checkpoint, image, reference, relative_error
 from backbones.vrwkv_blocks import Block, GatedScan, WKVAttention, shift
-from ops.position import resize_table
+from ops.position import resize_position_table
 
 VARIANTS = ("vrwkv_t", "vrwkv_s", "vrwkv_b", "vrwkv_l")
 OTHER_FORMS = [
@@ -123,12 +123,11 @@ def test_position_table_of_another_size() -> None:
     model = randomise(small("vrwkv", img_size=64)).eval()
     larger = small("vrwkv", img_size=96).eval()
     report = backbones.load_checkpoint(larger, model.state_dict())
-    assert report.resized == ["stem.pos_embed"]
+    assert report.resized == ["stem.position.pos_embed"]
     x = images(1, 3, 96, 96)
     torch.testing.assert_close(larger(x), model(x))
-    table = model.stem.pos_embed[0].T.unflatten(-1, (4, 4))
-    expected = resize_table(table, 6, 6).flatten(1).T[None]
-    torch.testing.assert_close(larger.stem.pos_embed.data, expected)
+    expected = resize_position_table(model.stem.position.pos_embed, (6, 6))
+    torch.testing.assert_close(larger.stem.position.pos_embed.data, expected)
 
 
 def test_published_first_values() -> None:
@@ -141,7 +140,7 @@ def test_published_first_values() -> None:
     torch.testing.assert_close(first.first.data[:3], torch.tensor([0.3, 0.8, -0.2]))
     torch.testing.assert_close(first.mix_r.data[0, 0, 48], torch.tensor(0.5))
     torch.testing.assert_close(last.mix_v.data[0, 0, 0], torch.tensor(0.3))
-    assert not model.stem.pos_embed.any()
+    assert not model.stem.position.pos_embed.any()
     sixth = backbones.create_model("vrwkv6_t").stages[0].blocks[0].attn
     torch.testing.assert_close(sixth.decay.data[0, 0, [0, -1]], torch.tensor([-6.0, -1.0]))
     assert sixth.mix_up.abs().max() <= 1e-4
