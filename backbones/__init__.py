@@ -54,6 +54,7 @@ try:
         unireplknet_inference,
         van_inference,
         vig_inference,
+        vrwkv_inference,
     )
 except ImportError as error:
     if (_reason := _explanation(error)) is None:

@@ -74,6 +74,11 @@ class WKVAttention(nn.Module):
         self.norm = nn.LayerNorm(dim, eps=1e-5) if norm else nn.Identity()
         self.proj = nn.Linear(dim, dim, bias=False)
 
+    @property
+    def last(self) -> nn.Linear:
+        """The layer that a scale of the result can go into."""
+        return self.proj
+
     def forward(self, x: Tensor) -> Tensor:
         shifted = shift(x)
         change = x - shifted
@@ -137,6 +142,11 @@ class GatedScan(nn.Module):
         self.gate = nn.Linear(dim, dim, bias=False)
         self.proj = nn.Linear(dim, dim, bias=False)
         self.norm = nn.GroupNorm(self.num_heads, dim, eps=1e-5)
+
+    @property
+    def last(self) -> nn.Linear:
+        """The layer that a scale of the result can go into."""
+        return self.proj
 
     def forward(self, x: Tensor) -> Tensor:
         shape = x.shape
@@ -216,6 +226,11 @@ class GatedSquaredMlp(nn.Module):
         self.receptance = nn.Linear(dim, dim, bias=False)
         self.value = nn.Linear(hidden_dim, dim, bias=False)
 
+    @property
+    def last(self) -> nn.Linear:
+        """The layer that a scale of the result can go into."""
+        return self.value
+
     def forward(self, x: Tensor) -> Tensor:
         shifted = shift(x, self.groups)
         change = x - shifted
@@ -279,6 +294,23 @@ class Block(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.drop_path(self.ls1(self._normed(self.norm1, self.attn, x)))
         return x + self.drop_path(self.ls2(self._normed(self.norm2, self.mlp, x)))
+
+    @torch.no_grad()
+    def fuse(self) -> Block:
+        """Residual scales go into what comes before them; changes the block in place."""
+        for norm, part, name in (
+            (self.norm1, self.attn, "ls1"),
+            (self.norm2, self.mlp, "ls2"),
+        ):
+            scale = getattr(self, name)
+            if isinstance(scale, Scale):
+                if self.post_norm:
+                    norm.weight.mul_(scale.gamma)
+                    norm.bias.mul_(scale.gamma)
+                else:
+                    part.last.weight.mul_(scale.gamma[:, None])
+                setattr(self, name, nn.Identity())
+        return self
 
     def _normed(self, norm: nn.Module, part: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
         out: Tensor = norm(part(x)) if self.post_norm else part(norm(x))
