@@ -12,11 +12,16 @@ import torch
 from torch import Tensor
 
 from ops.autocast import without_autocast
-from ops.bi_wkv import chunked, cpu, reference
+from ops.bi_wkv import chunked, cpu, reference, triton
 
 __all__ = ["BACKENDS", "bi_wkv"]
 
-BACKENDS: dict[str, ModuleType] = {"reference": reference, "chunked": chunked, "cpu": cpu}
+BACKENDS: dict[str, ModuleType] = {
+    "reference": reference,
+    "chunked": chunked,
+    "cpu": cpu,
+    "triton": triton,
+}
 
 
 def bi_wkv(
@@ -97,8 +102,11 @@ def _best(inputs: Inputs) -> ModuleType:
     if not isinstance(inputs[0].shape[1], int):
         # An exported graph holds for every number of tokens only if no loop depends on it.
         return reference
-    if not torch.compiler.is_exporting() and cpu.supports(*inputs) is None:
-        return cpu
+    if not torch.compiler.is_exporting():
+        if inputs[0].device.type == "cuda" and triton.supports(*inputs) is None:
+            return triton
+        if cpu.supports(*inputs) is None:
+            return cpu
     return chunked
 
 

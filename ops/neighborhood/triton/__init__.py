@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ops.neighborhood._geometry import NAParams
 
-__all__ = ["attend", "supports"]
+__all__ = ["attend", "device_problem", "supports"]
 
 _MAX_HEAD_DIM = 256
 _OLDEST_TRITON = (3, 4)
@@ -52,6 +52,23 @@ def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
+def device_problem(device: torch.device) -> str | None:
+    """Why Triton's kernels cannot run on a device, or None."""
+    if _TRITON_PROBLEM is not None:
+        return _TRITON_PROBLEM
+    if device.type != "cuda" and not (device.type == "cpu" and _interpreting()):
+        return (
+            f"the kernels need a CUDA device, got {device.type} "
+            "(on the CPU they run only in the interpreter, with TRITON_INTERPRET=1)"
+        )
+    if device.type == "cuda":
+        if torch.version.hip is not None:
+            return "the kernels are written for NVIDIA's GPUs"
+        if torch.cuda.get_device_properties(device).major < 8:
+            return f"the kernels need compute capability 8.0 or newer, {device} has less"
+    return None
+
+
 def supports(
     query: Tensor,
     key: Tensor,
@@ -62,20 +79,10 @@ def supports(
     params: NAParams,
 ) -> str | None:
     """None if the kernels can do this call, else the reason in words."""
-    if _TRITON_PROBLEM is not None:
-        return _TRITON_PROBLEM
     if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"the kernels compute in float32, float16 or bfloat16, got {query.dtype}"
-    if query.device.type != "cuda" and not (query.device.type == "cpu" and _interpreting()):
-        return (
-            f"the kernels need a CUDA device, got {query.device.type} "
-            "(on the CPU they run only in the interpreter, with TRITON_INTERPRET=1)"
-        )
-    if query.device.type == "cuda":
-        if torch.version.hip is not None:
-            return "the kernels are written for NVIDIA's GPUs"
-        if torch.cuda.get_device_properties(query.device).major < 8:
-            return f"the kernels need compute capability 8.0 or newer, {query.device} has less"
+    if (reason := device_problem(query.device)) is not None:
+        return reason
     widest = max(query.shape[-1], value.shape[-1])
     if widest > _MAX_HEAD_DIM:
         return f"head dims go up to {_MAX_HEAD_DIM}, got {widest}"
