@@ -43,6 +43,7 @@ try:
         unireplknet,
         van,
         vig,
+        vrwkv,
     )
     from backbones import (  # noqa: F401  # isort: skip
         biformer_inference,
@@ -56,6 +57,7 @@ try:
         unireplknet_inference,
         van_inference,
         vig_inference,
+        vrwkv_inference,
     )
 except ImportError as error:
     if (_reason := _explanation(error)) is None:
@@ -92,4 +94,5 @@ __all__ = [
     "unireplknet",
     "van",
     "vig",
+    "vrwkv",
 ]

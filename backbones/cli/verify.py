@@ -247,7 +247,7 @@ def _verify_code(name: str) -> bool:
     if family is None:
         sys.stdout.write(f"code: there are no figures of an original of {name}\n")
         return True
-    allowed = parity.tolerance(family)
+    allowed = parity.tolerance(family, name)
     output, stages = parity.case_errors(family, name, 0)
     rows = [(f"stage {i + 1}", error) for i, error in enumerate(stages)] + [("output", output)]
     sys.stdout.write(f"code of {name}, with made-up weights, against the original's figures:\n")

@@ -26,6 +26,7 @@ __all__ = [
     "flag",
     "number",
     "one_of",
+    "optional",
     "several",
     "text",
     "whole",
@@ -142,8 +143,9 @@ def widths(least: int) -> Check:
     return several(whole(least, _MOST_CHANNELS))
 
 
-def _none(name: str, value: None) -> None:
-    return None
+def optional(each: Check) -> Check:
+    """None, or what ``each`` takes."""
+    return either(lambda name, value: None, type(None), second=each)
 
 
 _channels = whole(1, _MOST_CHANNELS)
@@ -170,6 +172,7 @@ KEYWORDS: Mapping[str, Check] = {
     "distilled": flag,
     "drop_path_rate": _share,
     "drop_rate": _share,
+    "gated": flag,
     "global_pool": one_of(*POOLINGS),
     "head_dim": _channels,
     "head_hidden_dim": _channels,
@@ -179,6 +182,7 @@ KEYWORDS: Mapping[str, Check] = {
     "img_size": whole(1, 1 << 20),
     "in_chans": _channels,
     "kernel_sizes": several(KERNEL),
+    "key_norm": flag,
     "layer_scale": _scale,
     "layer_scales": several(_scale),
     "linear": several(flag),
@@ -194,17 +198,19 @@ KEYWORDS: Mapping[str, Check] = {
     "out_indices": one_or_several(whole(-64, 64)),
     "out_norms": either(flag, bool, np.bool_, second=several(_stages, may_be_empty=True)),
     "overlap_ratio": _share,
+    "post_norm": flag,
     "proj_drop_rate": _share,
     "pyramid": flag,
     "qk_dim": _channels,
     "residual": flag,
+    "segments": whole(0, 1 << 20),
     "squeeze_factor": _channels,
     "sr_ratios": several(_window),
     "stem_dim": _channels,
     "stem_dims": several(_channels, count=3),
     "stem_features": flag,
     "swin_layout": flag,
-    "topks": several(either(_none, type(None), second=_count)),
+    "topks": several(optional(_count)),
     "upscale": one_of(1, 2, 3, 4),
     "window_size": _window,
     "window_sizes": several(_window),

@@ -21,6 +21,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ops.autocast import without_autocast
 from ops.linear_attention import chunked, cpu, reference, triton
 
 __all__ = ["BACKENDS", "gated_linear_attention"]
@@ -84,13 +85,9 @@ def gated_linear_attention(
     if query.numel() == 0 or value.numel() == 0:
         chosen = reference
     scale = max(1, query.shape[-1]) ** -0.5 if scale is None else scale
-    out: Tensor
-    device = query.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        with torch.autocast(device, enabled=False):  # states and gates stay precise
-            out = chosen.attend(*tensors, scale)
-    else:
-        out = chosen.attend(*tensors, scale)
+    # States and gates stay precise.
+    with without_autocast(query.device):
+        out: Tensor = chosen.attend(*tensors, scale)
     return out
 
 

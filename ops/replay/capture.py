@@ -48,7 +48,7 @@ _PURE = {
     *("torch.Tensor." + name for name in ("add", "clone", "contiguous", "div", "flatten", "float")),
     *("torch.Tensor." + name for name in ("index_select", "matmul", "mean", "mul", "remainder")),
     *("torch.Tensor." + name for name in ("sigmoid", "softmax", "sqrt", "sub", "sum", "to")),
-    *("torch.Tensor." + name for name in ("reshape", "topk")),
+    *("torch.Tensor." + name for name in ("exp", "reshape", "tanh", "topk")),
     *("torch." + name for name in ("addcmul", "arange", "cat", "full_like", "minimum", "stack")),
     *("torch.nn.functional." + name for name in ("adaptive_avg_pool2d", "avg_pool2d")),
     *("torch.nn.functional." + name for name in ("batch_norm", "conv2d", "gelu", "hardsigmoid")),

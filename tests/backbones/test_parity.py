@@ -45,8 +45,8 @@ def test_parameter_count(family: str, variant: str) -> None:
 @pytest.mark.parametrize(("family", "variant", "number"), _cases())
 def test_outputs(family: str, variant: str, number: int) -> None:
     output, stages = case_errors(family, variant, number)
-    assert output <= tolerance(family)
-    assert max(stages) <= tolerance(family)
+    assert output <= tolerance(family, variant)
+    assert max(stages) <= tolerance(family, variant)
 
 
 def test_parity_page_names_every_variant() -> None:

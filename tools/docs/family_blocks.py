@@ -434,4 +434,58 @@ BLOCKS: dict[str, Sequence[tuple[str, Sequence[Step]]]] = {
             ],
         ),
     ),
+    "vrwkv": (
+        (
+            "Block",
+            [
+                Residual([norm(), attn("Bi-WKV", "VRWKV6: gated scan")]),
+                Residual([norm(), mlp("Gated MLP", "squared ReLU")]),
+            ],
+        ),
+        (
+            "Bi-WKV",
+            [
+                conv("Mix with neighbours"),
+                Branches(
+                    [
+                        [conv("Key, value"), attn("Scan", "forward + backward")],
+                        [conv("Receptance"), act("Sigmoid")],
+                    ],
+                    "×",
+                ),
+                conv("Linear"),
+            ],
+        ),
+        (
+            "Gated scan (VRWKV6)",
+            [
+                conv("Mix with neighbours", "in shares of the tokens' own"),
+                Branches(
+                    [
+                        [
+                            conv("Query, key, value, decay"),
+                            attn("Scan", "forward + backward"),
+                            norm("Norm of heads"),
+                        ],
+                        [conv("Gate"), act("SiLU")],
+                    ],
+                    "×",
+                ),
+                conv("Linear"),
+            ],
+        ),
+        (
+            "Gated MLP",
+            [
+                conv("Mix with neighbours"),
+                Branches(
+                    [
+                        [conv("Linear"), act("Squared ReLU"), conv("Linear")],
+                        [conv("Linear"), act("Sigmoid")],
+                    ],
+                    "×",
+                ),
+            ],
+        ),
+    ),
 }

@@ -1,0 +1,281 @@
+"""Vision-RWKV: a plain network of stride 16 whose tokens are mixed by scans, at linear cost.
+
+Yuchen Duan et al., "Vision-RWKV: Efficient and Scalable Visual Perception with RWKV-Like
+Architectures", https://arxiv.org/abs/2403.02308. ``vrwkv_*`` scan by bi-WKV, ``vrwkv6_*`` by gated
+linear attention; the parts are in :mod:`backbones.vrwkv_blocks`.
+
+Any size from 32×32, padded with zeros to a multiple of 16; the position table is interpolated. The
+CUDA kernel that the published ``vrwkv_*`` were trained with does not compute the paper's formula,
+but differs from it by segments of the sequence. So does the default here, ``segments=32`` (16 for
+``vrwkv_l``); ``segments=0`` is the formula. See :func:`ops.bi_wkv.bi_wkv`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any
+
+import torch.nn.functional as F
+from timm.layers import (
+    ClassifierHead,
+    LayerNorm2d,
+    NormMlpClassifierHead,
+    calculate_drop_path_rates,
+)
+from timm.models import generate_default_cfgs
+from torch import Tensor, nn
+
+from backbones.core.isotropic import IsotropicBackbone, IsotropicStage
+from backbones.core.keywords import KEYWORDS, checked, optional, several, whole
+from backbones.core.registry import build_model, register
+from backbones.vrwkv_blocks import HEAD_DIM, Block, GatedScan, GatedSquaredMlp, WKVAttention
+from ops.init import init_trunc_normal
+from ops.position import PositionTable
+
+__all__ = ["VRWKV"]
+
+_PATCH = 16
+
+
+class PatchEmbed(nn.Module):
+    """Patches of 16×16 and a position table, normalised.
+
+    (B, in_chs, H, W) → (B, dim, ⌈H/16⌉, ⌈W/16⌉).
+
+    Args:
+        table_size: side of the position table.
+    """
+
+    def __init__(self, in_chs: int, dim: int, table_size: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_chs, dim, _PATCH, _PATCH)
+        self.position = PositionTable(dim, table_size, std=0)
+        self.norm = LayerNorm2d(dim, eps=1e-5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.conv(F.pad(x, (0, -x.shape[3] % _PATCH, 0, -x.shape[2] % _PATCH)))
+        return self.norm(self.position(x))
+
+
+class VRWKVStage(IsotropicStage):
+    """A quarter of the blocks."""
+
+
+class VRWKV(IsotropicBackbone):
+    """Vision-RWKV, stride 16 throughout. The four stages are groups of its blocks.
+
+    Args:
+        dim: of all blocks, a multiple of 4; of 64 with ``gated``.
+        depths: blocks of each stage.
+        mlp_ratio: width of the feed-forwards relative to ``dim``.
+        gated: VRWKV6, see :class:`backbones.vrwkv_blocks.GatedScan`.
+        segments: of the scan without ``gated``: those of the published kernel, 32 or 16; 0 for
+            the paper's formula.
+        post_norm: blocks normalise what their parts give rather than what they take.
+        key_norm: norms inside the blocks' parts.
+        layer_scale: initial value of the residual scales; None for none.
+        img_size: of the position table, which other sizes interpolate.
+        head_hidden_dim: of a layer, with tanh, before the classifier; None for none.
+        num_classes, in_chans, global_pool: of classifier, image and pooling.
+        drop_rate: dropout before the classifier.
+        proj_drop_rate: dropout inside the feed-forwards.
+        drop_path_rate: of the last block; it grows linearly from 0.
+        pyramid: show a pyramid made of the last map, at strides 4 to 32, not the maps of blocks.
+
+    Raises:
+        ValueError: a ``dim`` that is no such multiple.
+    """
+
+    @checked(
+        depths=several(whole(1, 1024), count=4),
+        layer_scale=optional(KEYWORDS["layer_scale"]),
+        head_hidden_dim=optional(KEYWORDS["head_hidden_dim"]),
+    )
+    def __init__(
+        self,
+        dim: int = 192,
+        depths: Sequence[int] = (3, 3, 3, 3),
+        mlp_ratio: float = 4,
+        *,
+        gated: bool = False,
+        segments: int = 32,
+        post_norm: bool = False,
+        key_norm: bool = False,
+        layer_scale: float | None = None,
+        img_size: int = 224,
+        head_hidden_dim: int | None = None,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        pyramid: bool = False,
+    ) -> None:
+        super().__init__(num_classes=num_classes, in_chans=in_chans)
+        multiple = HEAD_DIM if gated else 4
+        if dim % multiple:
+            raise ValueError(f"dim must be a multiple of {multiple}, got {dim}")
+        hidden_dim, groups = int(dim * mlp_ratio), dim // HEAD_DIM if gated else 1
+        rates: list[float] = calculate_drop_path_rates(drop_path_rate, sum(depths))
+        self.stem = PatchEmbed(in_chans, dim, -(-img_size // _PATCH))
+        blocks = [
+            Block(
+                dim,
+                GatedScan(dim) if gated else WKVAttention(dim, segments, key_norm),
+                GatedSquaredMlp(dim, hidden_dim, groups, key_norm, proj_drop_rate),
+                post_norm,
+                layer_scale,
+                rate,
+            )
+            for rate in rates
+        ]
+        of_stages = iter(blocks)
+        self.stages = nn.Sequential(*(VRWKVStage(islice(of_stages, depth)) for depth in depths))
+        self.norm = LayerNorm2d(dim, eps=1e-5)
+        if head_hidden_dim is None:
+            self.head = ClassifierHead(dim, num_classes, global_pool, drop_rate)
+        else:
+            self.head = NormMlpClassifierHead(
+                dim, num_classes, head_hidden_dim, global_pool, drop_rate, nn.Identity
+            )
+        self.describe_blocks(dim, pyramid=pyramid)
+        self.head_hidden_size = head_hidden_dim or dim
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                init_trunc_normal(module)
+        for layer, block in enumerate(blocks):
+            for part in (block.attn, block.mlp):
+                part.init_weights(layer, len(blocks))
+
+    def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """From the names of the original, which counts blocks through."""
+
+        def place(match: re.Match[str]) -> str:
+            try:
+                return f"{self.block_name(int(match[1]))}."
+            except IndexError:  # of another variant
+                return match[0]
+
+        converted = {}
+        for key, tensor in state_dict.items():
+            for pattern, name in _RENAMES:
+                key = re.sub(pattern, name, key)
+            converted[re.sub(r"^layers\.(\d+)\.", place, key)] = tensor
+        return converted
+
+
+_RENAMES = (
+    (r"^patch_embed\.projection\.", "stem.conv."),
+    (r"^pos_embed$", "stem.position.pos_embed"),
+    (r"^layers\.0\.ln0\.", "stem.norm."),
+    (r"^ln1\.", "norm."),
+    (r"\.ln([12])\.", r".norm\1."),
+    (r"\.gamma([12])$", r".ls\1.gamma"),
+    (r"\.att\.", ".attn."),
+    (r"\.ffn\.", ".mlp."),
+    (r"\.(?:key_norm|ln_x)\.", ".norm."),
+    (r"\.output\.", ".proj."),
+    (r"\.(?:spatial|time)_(decay|first|mix)", r".\1"),
+    (r"\.time_faaaa$", ".first"),
+    (r"\.time_maa_([xwkvrg])$", r".mix_\1"),
+    (r"\.time_maa_w1$", ".mix_down"),
+    (r"\.time_maa_w2$", ".mix_up"),
+    (r"\.decay_w1$", ".decay_down"),
+    (r"\.decay_w2$", ".decay_up"),
+    (r"^head\.0\.", "head.pre_logits.fc."),
+    (r"^head\.2\.", "head.fc."),
+)
+
+
+def _cfg(file: str, **kwargs: Any) -> dict[str, Any]:
+    return {
+        "url": f"https://huggingface.co/OpenGVLab/Vision-RWKV/resolve/main/{file}.pth",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+        "first_conv": VRWKV.first_conv,
+        "classifier": VRWKV.classifier,
+        "license": "apache-2.0",
+        "origin_url": "https://github.com/OpenGVLab/Vision-RWKV",
+        "paper_name": "Vision-RWKV",
+        "paper_ids": "arXiv:2403.02308",
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "vrwkv_t.in1k": _cfg("vrwkv_t_in1k_224"),
+        "vrwkv_s.in1k": _cfg("vrwkv_s_in1k_224"),
+        "vrwkv_b.in1k": _cfg("vrwkv_b_in1k_224"),
+        "vrwkv_l.in22k_ft_in1k": _cfg(
+            "vrwkv_l_22kto1k_384", input_size=(3, 384, 384), crop_pct=1.0
+        ),
+        "vrwkv6_t.in1k": _cfg("vrwkv6_t_in1k_224"),
+        "vrwkv6_s.in1k": _cfg("vrwkv6_s_in1k_224"),
+        "vrwkv6_b.in1k": _cfg("vrwkv6_b_in1k_224"),
+    }
+)
+
+
+@register
+def vrwkv_t(pretrained: bool = False, **kwargs: Any) -> VRWKV:
+    """VRWKV-T, 6.2 M parameters."""
+    return build_model(VRWKV, "vrwkv_t", pretrained, {"dim": 192}, kwargs)
+
+
+@register
+def vrwkv_s(pretrained: bool = False, **kwargs: Any) -> VRWKV:
+    """VRWKV-S, 23.8 M parameters."""
+    variant = dict(dim=384, post_norm=True, layer_scale=1.0, drop_path_rate=0.3)
+    return build_model(VRWKV, "vrwkv_s", pretrained, variant, kwargs)
+
+
+@register
+def vrwkv_b(pretrained: bool = False, **kwargs: Any) -> VRWKV:
+    """VRWKV-B, 93.6 M parameters."""
+    variant = dict(dim=768, post_norm=True, layer_scale=1e-5, drop_path_rate=0.5)
+    return build_model(VRWKV, "vrwkv_b", pretrained, variant, kwargs)
+
+
+@register
+def vrwkv_l(pretrained: bool = False, **kwargs: Any) -> VRWKV:
+    """VRWKV-L for 384×384, 334.9 M parameters; its position table is of 192×192."""
+    variant = dict(
+        dim=1024,
+        depths=(6, 6, 6, 6),
+        segments=16,
+        post_norm=True,
+        key_norm=True,
+        layer_scale=1e-5,
+        img_size=192,
+        head_hidden_dim=3072,
+        drop_path_rate=0.1,
+    )
+    return build_model(VRWKV, "vrwkv_l", pretrained, variant, kwargs)
+
+
+@register
+def vrwkv6_t(pretrained: bool = False, **kwargs: Any) -> VRWKV:
+    """VRWKV6-T, 7.6 M parameters."""
+    return build_model(VRWKV, "vrwkv6_t", pretrained, dict(dim=192, gated=True), kwargs)
+
+
+@register
+def vrwkv6_s(pretrained: bool = False, **kwargs: Any) -> VRWKV:
+    """VRWKV6-S, 27.7 M parameters."""
+    variant = dict(dim=384, gated=True, post_norm=True, layer_scale=1e-5, drop_path_rate=0.3)
+    return build_model(VRWKV, "vrwkv6_s", pretrained, variant, kwargs)
+
+
+@register
+def vrwkv6_b(pretrained: bool = False, **kwargs: Any) -> VRWKV:
+    """VRWKV6-B, 104.9 M parameters."""
+    variant = dict(dim=768, gated=True, post_norm=True, layer_scale=1e-5, drop_path_rate=0.5)
+    return build_model(VRWKV, "vrwkv6_b", pretrained, variant, kwargs)

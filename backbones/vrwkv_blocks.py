@@ -1,0 +1,320 @@
+"""The blocks of Vision-RWKV: tokens are mixed by a two-way scan, channels by a gated feed-forward.
+
+Yuchen Duan et al., "Vision-RWKV: Efficient and Scalable Visual Perception with RWKV-Like
+Architectures", https://arxiv.org/abs/2403.02308; :mod:`backbones.vrwkv` has the networks.
+
+What a layer of them projects is a mixture of each pixel with its neighbours (:func:`shift`), in
+shares that are learned.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath
+from torch import Tensor, nn
+
+from ops.bi_wkv import bi_wkv
+from ops.linear_attention import gated_linear_attention
+
+__all__ = ["Block", "GatedScan", "GatedSquaredMlp", "WKVAttention", "shift"]
+
+HEAD_DIM = 64  # of a head of VRWKV6
+_MIX_RANK = 32  # of what tells VRWKV6 how much of the neighbours to take
+_DECAY_RANK = 64
+
+
+def shift(x: Tensor, groups: int = 1) -> Tensor:
+    """Neighbours' values: a quarter of the channels each of the left, right, upper and lower one.
+
+    (B, H, W, C) → (B, H, W, C); beyond the border are zeros.
+
+    Args:
+        groups: runs of channels that are quartered on their own; 4 · groups divides C.
+    """
+    left, right, up, down = x.unflatten(-1, (groups, 4, -1)).unbind(-2)
+    none = (0, 0)
+    shifted = (
+        F.pad(left[:, :, :-1], (*none, *none, 1, 0)),
+        F.pad(right[:, :, 1:], (*none, *none, 0, 1)),
+        F.pad(up[:, :-1], (*none, *none, *none, 1, 0)),
+        F.pad(down[:, 1:], (*none, *none, *none, 0, 1)),
+    )
+    return torch.stack(shifted, -2).flatten(-3)
+
+
+def _share(dim: int) -> nn.Parameter:
+    """How much of a pixel's own value there is in a mixture, by channel."""
+    return nn.Parameter(torch.full((1, 1, dim), 0.5))
+
+
+class WKVAttention(nn.Module):
+    """Each channel's mean of all tokens, by their keys and distance, times a gate.
+
+    (B, H, W, dim) → (B, H, W, dim). See :func:`ops.bi_wkv.bi_wkv`. Decay and first are divided by
+    the number of tokens, so that what a map gives depends on its size by design.
+
+    Args:
+        dim: channels, a multiple of 4.
+        segments: of the scan; 0 for the paper's formula.
+        norm: normalise what was scanned.
+    """
+
+    def __init__(self, dim: int, segments: int, norm: bool = False) -> None:
+        super().__init__()
+        self.segments = segments
+        self.decay = nn.Parameter(torch.zeros(dim))
+        self.first = nn.Parameter(torch.zeros(dim))
+        self.mix_k, self.mix_v, self.mix_r = _share(dim), _share(dim), _share(dim)
+        self.key = nn.Linear(dim, dim, bias=False)
+        self.value = nn.Linear(dim, dim, bias=False)
+        self.receptance = nn.Linear(dim, dim, bias=False)
+        self.norm = nn.LayerNorm(dim, eps=1e-5) if norm else nn.Identity()
+        self.proj = nn.Linear(dim, dim, bias=False)
+
+    @property
+    def last(self) -> nn.Linear:
+        """The layer that a scale of the result can go into."""
+        return self.proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        shifted = shift(x)
+        change = x - shifted
+        key = self.key(shifted + change * self.mix_k)
+        value = self.value(shifted + change * self.mix_v)
+        receptance = self.receptance(shifted + change * self.mix_r)
+        decay, first = self.per_token(x.shape[1] * x.shape[2])
+        scanned = bi_wkv(
+            key.flatten(1, 2), value.flatten(1, 2), decay, first, self.segments or None
+        )
+        return self.proj(receptance.sigmoid() * self.norm(scanned.view(key.shape)))
+
+    def per_token(self, tokens: int) -> tuple[Tensor, Tensor]:
+        """Decay and first of the scan, in float32 at least."""
+        exact = torch.promote_types(self.decay.dtype, torch.float32)
+        return self.decay.to(exact) / tokens, self.first.to(exact) / tokens
+
+    def extra_repr(self) -> str:
+        return f"segments={self.segments}"
+
+    @torch.no_grad()
+    def init_weights(self, layer: int, depth: int) -> None:
+        """The published first values; layers differ, and channels within them."""
+        dim = len(self.decay)
+        channel = torch.arange(dim)
+        begun, left = layer / max(1, depth - 1), 1 - layer / depth
+        place = channel / max(1, dim - 1)
+        self.decay.copy_(-5 + 8 * place ** (0.7 + 1.3 * begun))
+        self.first.copy_(0.3 + 0.5 * ((channel + 1) % 3 - 1))
+        self.mix_k.copy_((channel / dim) ** left)
+        self.mix_v.copy_((channel / dim) ** left + 0.3 * begun)
+        self.mix_r.copy_((channel / dim) ** (0.5 * left))
+
+
+class GatedScan(nn.Module):
+    """VRWKV6: linear attention in both directions, whose shares and decays depend on the tokens.
+
+    (B, H, W, dim) → (B, H, W, dim). See :func:`ops.linear_attention.gated_linear_attention`.
+
+    Args:
+        dim: channels, a multiple of 64.
+    """
+
+    def __init__(self, dim: int) -> None:
+        super().__init__()
+        if dim % HEAD_DIM:
+            raise ValueError(f"dim must be a multiple of {HEAD_DIM}, got {dim}")
+        self.num_heads = dim // HEAD_DIM
+        self.mix_x = _share(dim)
+        self.mix_w, self.mix_k, self.mix_v = _share(dim), _share(dim), _share(dim)
+        self.mix_r, self.mix_g = _share(dim), _share(dim)
+        self.mix_down = nn.Parameter(torch.zeros(dim, 5 * _MIX_RANK))
+        self.mix_up = nn.Parameter(torch.zeros(5, _MIX_RANK, dim))
+        self.decay = nn.Parameter(torch.zeros(1, 1, dim))
+        self.decay_down = nn.Parameter(torch.zeros(dim, _DECAY_RANK))
+        self.decay_up = nn.Parameter(torch.zeros(_DECAY_RANK, dim))
+        self.first = nn.Parameter(torch.zeros(self.num_heads, HEAD_DIM))
+        self.receptance = nn.Linear(dim, dim, bias=False)
+        self.key = nn.Linear(dim, dim, bias=False)
+        self.value = nn.Linear(dim, dim, bias=False)
+        self.gate = nn.Linear(dim, dim, bias=False)
+        self.proj = nn.Linear(dim, dim, bias=False)
+        self.norm = nn.GroupNorm(self.num_heads, dim, eps=1e-5)
+
+    @property
+    def last(self) -> nn.Linear:
+        """The layer that a scale of the result can go into."""
+        return self.proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        shape = x.shape
+        change = (shift(x, self.num_heads) - x).flatten(1, 2)
+        x = x.flatten(1, 2)
+        low = torch.tanh((x + change * self.mix_x) @ self.mix_down)
+        shares = torch.einsum("blgr,grc->gblc", low.unflatten(-1, (5, _MIX_RANK)), self.mix_up)
+        of_decay, of_key, of_value, of_receptance, of_gate = (
+            x + change * (own + share)
+            for own, share in zip(
+                (self.mix_w, self.mix_k, self.mix_v, self.mix_r, self.mix_g), shares, strict=True
+            )
+        )
+        query, key, value = (
+            self._heads(layer(mixed))
+            for layer, mixed in (
+                (self.receptance, of_receptance),
+                (self.key, of_key),
+                (self.value, of_value),
+            )
+        )
+        # Half precision would be too coarse.
+        exact = torch.promote_types(query.dtype, torch.float32)
+        decay = self.decay.to(exact) + torch.tanh(of_decay @ self.decay_down) @ self.decay_up
+        log_gate = self._heads(-decay.to(exact).exp())
+        bonus = self.first.to(exact)
+        out = gated_linear_attention(query, key, value, log_gate, log_gate, bonus, scale=1.0)
+        normed = self.norm(out.flatten(0, 1).flatten(1)).view(x.shape)
+        return self.proj(normed * F.silu(self.gate(of_gate))).view(shape)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.unflatten(-1, (self.num_heads, HEAD_DIM))
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}"
+
+    @torch.no_grad()
+    def init_weights(self, layer: int, depth: int) -> None:
+        """The published first values; layers differ, and channels within them."""
+        dim = self.decay.shape[-1]
+        channel = torch.arange(dim)
+        begun, left = layer / max(1, depth - 1), 1 - layer / depth
+        place = channel / max(1, dim - 1)
+        own = 1 - (channel / dim) ** left
+        for mix in (self.mix_x, self.mix_w, self.mix_k):
+            mix.copy_(own)
+        self.mix_v.copy_(own - 0.3 * begun)
+        for mix in (self.mix_r, self.mix_g):
+            mix.copy_(1 - (channel / dim) ** (0.5 * left))
+        for matrix in (self.mix_down, self.mix_up, self.decay_down, self.decay_up):
+            matrix.uniform_(-1e-4, 1e-4)
+        self.decay.copy_(-6 + 5 * place ** (0.7 + 1.3 * begun))
+        first = begun * (1 - place) + 0.1 * ((channel + 1) % 3 - 1)
+        self.first.copy_(first.view_as(self.first))
+
+
+class GatedSquaredMlp(nn.Module):
+    """A feed-forward with a squared ReLU, times a gate: (B, H, W, dim) → (B, H, W, dim).
+
+    Args:
+        dim: channels.
+        hidden_dim: between the layers.
+        groups: of :func:`shift`.
+        norm: normalise the squares.
+        drop: dropout of the squares.
+    """
+
+    def __init__(
+        self, dim: int, hidden_dim: int, groups: int = 1, norm: bool = False, drop: float = 0.0
+    ) -> None:
+        super().__init__()
+        self.groups = groups
+        self.mix_k, self.mix_r = _share(dim), _share(dim)
+        self.key = nn.Linear(dim, hidden_dim, bias=False)
+        self.norm = nn.LayerNorm(hidden_dim, eps=1e-5) if norm else nn.Identity()
+        self.drop = nn.Dropout(drop)
+        self.receptance = nn.Linear(dim, dim, bias=False)
+        self.value = nn.Linear(hidden_dim, dim, bias=False)
+
+    @property
+    def last(self) -> nn.Linear:
+        """The layer that a scale of the result can go into."""
+        return self.value
+
+    def forward(self, x: Tensor) -> Tensor:
+        shifted = shift(x, self.groups)
+        change = x - shifted
+        hidden = self.key(shifted + change * self.mix_k).relu().square()
+        out = self.value(self.drop(self.norm(hidden)))
+        return self.receptance(shifted + change * self.mix_r).sigmoid() * out
+
+    @torch.no_grad()
+    def init_weights(self, layer: int, depth: int) -> None:
+        """The published first values."""
+        dim = self.mix_k.shape[-1]
+        for mix in (self.mix_k, self.mix_r):
+            mix.copy_((torch.arange(dim) / dim) ** (1 - layer / depth))
+
+
+class Scale(nn.Module):
+    """Each channel, the last axis, times a number that is learned."""
+
+    def __init__(self, dim: int, value: float) -> None:
+        super().__init__()
+        self.gamma = nn.Parameter(torch.full((dim,), value))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * self.gamma
+
+
+class Block(nn.Module):
+    """Attention, then feed-forward, each with a shortcut: (B, H, W, dim) → (B, H, W, dim).
+
+    Args:
+        dim: channels.
+        attn, mlp: the two parts.
+        post_norm: normalise what they give rather than what they take.
+        layer_scale: initial value of the residual scales; None for none.
+        drop_path: of both.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        attn: nn.Module,
+        mlp: nn.Module,
+        post_norm: bool,
+        layer_scale: float | None,
+        drop_path: float,
+    ) -> None:
+        super().__init__()
+
+        def scale() -> nn.Module:
+            return nn.Identity() if layer_scale is None else Scale(dim, layer_scale)
+
+        self.post_norm = post_norm
+        self.norm1 = nn.LayerNorm(dim, eps=1e-5)
+        self.attn = attn
+        self.ls1 = scale()
+        self.norm2 = nn.LayerNorm(dim, eps=1e-5)
+        self.mlp = mlp
+        self.ls2 = scale()
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.ls1(self._normed(self.norm1, self.attn, x)))
+        return x + self.drop_path(self.ls2(self._normed(self.norm2, self.mlp, x)))
+
+    @torch.no_grad()
+    def fuse(self) -> Block:
+        """Residual scales go into what comes before them; changes the block in place."""
+        for norm, part, name in (
+            (self.norm1, self.attn, "ls1"),
+            (self.norm2, self.mlp, "ls2"),
+        ):
+            scale = getattr(self, name)
+            if isinstance(scale, Scale):
+                if self.post_norm:
+                    norm.weight.mul_(scale.gamma)
+                    norm.bias.mul_(scale.gamma)
+                else:
+                    part.last.weight.mul_(scale.gamma[:, None])
+                setattr(self, name, nn.Identity())
+        return self
+
+    def _normed(self, norm: nn.Module, part: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
+        out: Tensor = norm(part(x)) if self.post_norm else part(norm(x))
+        return out
+
+    def extra_repr(self) -> str:
+        return f"post_norm={self.post_norm}"

@@ -1,0 +1,184 @@
+"""Inference forms of Vision-RWKV's blocks, see :mod:`ops.inference`: fewer passes."""
+
+from __future__ import annotations
+
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from backbones import vrwkv, vrwkv_blocks
+from ops.cpu.norm.layer_norm import layer_norm
+from ops.cpu.scan.gated_scan import gated_scan
+from ops.cpu.wkv.bi_wkv import bi_wkv_forward
+from ops.cpu.wkv.shift import shifted_mixtures
+from ops.inference.forms import stands_for
+from ops.inference.layers import FastLayer, FastLinear
+from ops.inference.packed_linear import PackedLinear
+from ops.replay.module import Recorded
+
+__all__ = ["VRWKVAttention", "VRWKVBlock", "VRWKVGatedScan", "VRWKVMlp", "VRWKVStage"]
+
+
+def _added(out: Tensor, residual: Tensor | None) -> Tensor:
+    return out if residual is None else out + residual
+
+
+class _Scan(NamedTuple):
+    """Shares of the mixtures; decay and first, by the number of tokens."""
+
+    shares: Tensor
+    per_token: dict[int, tuple[Tensor, Tensor]]
+
+
+@stands_for(vrwkv_blocks.WKVAttention)
+class VRWKVAttention(FastLayer, vrwkv_blocks.WKVAttention):
+    """One kernel mixes, one scans and gates; the last layer adds the shortcut."""
+
+    needs: ClassVar = dict.fromkeys(("key", "value", "receptance", "proj"), FastLinear)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        derived = self.derived(x)
+        if derived is None:
+            return _added(vrwkv_blocks.WKVAttention.forward(self, x), residual)
+        tokens = x.shape[1] * x.shape[2]
+        if tokens not in derived.per_token:
+            derived.per_token[tokens] = self.per_token(tokens)
+        decay, first = derived.per_token[tokens]
+        for_key, for_value, for_gate = shifted_mixtures(x, derived.shares).unbind()
+        key, value = self.key(for_key).flatten(1, 2), self.value(for_value).flatten(1, 2)
+        gate = self.receptance(for_gate).flatten(1, 2)
+        if isinstance(self.norm, nn.Identity):
+            out = bi_wkv_forward(key, value, decay, first, self.segments, gate)
+        else:
+            out = self.norm(bi_wkv_forward(key, value, decay, first, self.segments))
+            out = gate.sigmoid().mul_(out)
+        return self.proj(out.view(x.shape), residual)
+
+    def sources(self) -> list[Tensor]:
+        return [self.mix_k, self.mix_v, self.mix_r, self.decay, self.first]
+
+    def derive(self, x: Tensor) -> _Scan | None:
+        if bi_wkv_forward.unsupported(x.device, x.dtype) is not None:
+            return None
+        mixes = (self.mix_k, self.mix_v, self.mix_r)
+        return _Scan(torch.cat([mix.detach().float().flatten(1) for mix in mixes]), {})
+
+
+class _GatedScan(NamedTuple):
+    """Shares of the first mixtures and of the others, vectors in float32, the packed gate."""
+
+    shares: Tensor
+    own: Tensor
+    bonus: Tensor
+    norm: tuple[Tensor, Tensor]
+    affine: tuple[Tensor, Tensor]
+    gate: PackedLinear
+
+
+@stands_for(vrwkv_blocks.GatedScan)
+class VRWKVGatedScan(FastLayer, vrwkv_blocks.GatedScan):
+    """The five mixtures are computed at once; the gate is a linear layer's results times ours."""
+
+    needs: ClassVar = dict.fromkeys(("key", "value", "receptance", "proj"), FastLinear)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        derived = self.derived(x)
+        if derived is None:
+            return _added(vrwkv_blocks.GatedScan.forward(self, x), residual)
+        shape = x.shape
+        for_low, shifted = shifted_mixtures(x, derived.shares, self.num_heads).unbind()
+        x = x.reshape(-1, shape[-1])
+        change = shifted.view(x.shape).sub(x)
+        low = for_low.view(x.shape).matmul(self.mix_down).tanh()
+        low = low.unflatten(-1, (5, -1)).permute(1, 0, 2)  # (5, pixels, rank)
+        shares = low.matmul(self.mix_up).add(derived.own)
+        mixed = torch.addcmul(x, change, shares).view(5, shape[0], -1, shape[-1])
+        of_decay, of_key, of_value, of_receptance, of_gate = mixed.unbind()
+        query, key, value = (
+            self._heads(layer(y))
+            for layer, y in (
+                (self.receptance, of_receptance),
+                (self.key, of_key),
+                (self.value, of_value),
+            )
+        )
+        decay = of_decay.matmul(self.decay_down).tanh().matmul(self.decay_up).float()
+        log_gate = self._heads(decay.add(self.decay.float()).exp().mul(-1))
+        out = gated_scan(query, key, value, log_gate, log_gate, derived.bonus, 1.0)
+        normed = layer_norm(out, *derived.norm, self.norm.eps).flatten(2)
+        normed = torch.addcmul(derived.affine[1], normed, derived.affine[0])
+        return self.proj(derived.gate.times(of_gate, "silu", normed).view(shape), residual)
+
+    def sources(self) -> list[Tensor]:
+        mixes = [self.mix_x, self.mix_w, self.mix_k, self.mix_v, self.mix_r, self.mix_g]
+        return [*mixes, self.first, self.norm.weight, self.norm.bias, self.gate.weight]
+
+    def derive(self, x: Tensor) -> _GatedScan | None:
+        for needed in (gated_scan, shifted_mixtures, layer_norm):
+            if needed.unsupported(x.device, x.dtype) is not None:
+                return None
+        mixes = (self.mix_w, self.mix_k, self.mix_v, self.mix_r, self.mix_g)
+        mix_x = self.mix_x.detach().float().flatten()
+        return _GatedScan(
+            torch.stack([1 - mix_x, torch.zeros_like(mix_x)]),
+            torch.cat([mix.detach() for mix in mixes]),
+            self.first.detach().float(),
+            (mix_x.new_ones(vrwkv_blocks.HEAD_DIM), mix_x.new_zeros(vrwkv_blocks.HEAD_DIM)),
+            (self.norm.weight.detach(), self.norm.bias.detach()),
+            PackedLinear(self.gate.weight, None),
+        )
+
+
+@stands_for(vrwkv_blocks.GatedSquaredMlp)
+class VRWKVMlp(FastLayer, vrwkv_blocks.GatedSquaredMlp):
+    """One kernel mixes; squares, gate and shortcut are computed in place, or in one pass."""
+
+    needs: ClassVar = dict.fromkeys(("key", "value", "receptance"), FastLinear)
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        shares = self.derived(x)
+        if shares is None:
+            return _added(vrwkv_blocks.GatedSquaredMlp.forward(self, x), residual)
+        for_key, for_gate = shifted_mixtures(x, shares, self.groups).unbind()
+        hidden = torch.nn.functional.relu(self.key(for_key))
+        out = self.value(self.norm(hidden.mul_(hidden)))
+        gate = self.receptance(for_gate).sigmoid()
+        return gate.mul_(out) if residual is None else torch.addcmul(residual, gate, out)
+
+    def sources(self) -> list[Tensor]:
+        return [self.mix_k, self.mix_r]
+
+    def derive(self, x: Tensor) -> Tensor | None:
+        if shifted_mixtures.unsupported(x.device, x.dtype) is not None:
+            return None
+        mixes = (self.mix_k, self.mix_r)
+        return torch.cat([mix.detach().float().flatten(1) for mix in mixes])
+
+
+@stands_for(vrwkv_blocks.Block, where=lambda block: _has_no_scales(block))
+class VRWKVBlock(vrwkv_blocks.Block):
+    """Attention and feed-forward add their shortcuts, where no norm comes between."""
+
+    needs: ClassVar = {"attn": (VRWKVAttention, VRWKVGatedScan), "mlp": VRWKVMlp}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.post_norm:
+            x = x + self.norm1(self.attn(x))
+            return x + self.norm2(self.mlp(x))
+        x = self.attn(self.norm1(x), x)
+        return self.mlp(self.norm2(x), x)
+
+
+def _has_no_scales(block: vrwkv_blocks.Block) -> bool:
+    return all(isinstance(scale, nn.Identity) for scale in (block.ls1, block.ls2))
+
+
+@stands_for(vrwkv.VRWKVStage)
+class VRWKVStage(Recorded, vrwkv.VRWKVStage):
+    """Recorded where all of its blocks run."""
+
+    def forward(self, x: Tensor, first: int = 0, stop: int | None = None) -> Tensor:
+        if first == 0 and stop in (None, len(self.blocks)):
+            return super().forward(x)
+        return vrwkv.VRWKVStage.forward(self, x, first, stop)

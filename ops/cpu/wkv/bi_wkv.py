@@ -1,0 +1,127 @@
+"""Bi-WKV on the CPU (``forward.h``, ``backward.h``), see :mod:`ops.bi_wkv`. Deterministic."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ops.cpu.binding import Addresses, Call, kernel
+from ops.cpu.dispatch import require_dtype
+from ops.cpu.structures import structure
+from ops.cpu.threads import VALUES, threads_for
+
+__all__ = ["bi_wkv_backward", "bi_wkv_forward"]
+
+_PROBLEM = structure("wkv/problem.h", "wkv::Problem")
+_TENSORS = structure("wkv/forward.h", "wkv::Tensors")
+_GRAD_TENSORS = structure("wkv/backward.h", "wkv::GradTensors")
+
+
+@kernel("wkv", "wkv_forward")
+def bi_wkv_forward(
+    key: Tensor,
+    value: Tensor,
+    decay: Tensor,
+    first: Tensor,
+    segments: int,
+    gate: Tensor | None = None,
+) -> Call:
+    """The scan, times the sigmoid of a gate if there is one. No gradients.
+
+    Args:
+        key, value: (B, T, C), float32 or bfloat16.
+        decay, first: (C,) float32.
+        segments: see :func:`ops.bi_wkv.bi_wkv`; 0 for none.
+        gate: (B, T, C).
+
+    Returns:
+        (B, T, C), contiguous; sums are of float32.
+
+    Raises:
+        ValueError: shapes or dtypes that do not go together.
+        RuntimeError: the kernel is not available here (its ``unsupported`` tells beforehand).
+    """
+    _check(key, value, decay, first, segments, gate)
+    require_dtype(key.dtype, value=value, gate=gate)
+    out = key.new_empty(key.shape)
+
+    def arguments() -> Any:
+        tensors = {
+            **{"key": key.contiguous(), "value": value.contiguous()},
+            **{"gate": None if gate is None else gate.contiguous(), "out": out},
+            **{"decay": decay.contiguous(), "first": first.contiguous()},
+        }
+        return _problem_of(key, segments), Addresses(_TENSORS, tensors)
+
+    return Call(out, arguments)
+
+
+@kernel("wkv", "wkv_backward", returns="(Tensor, Tensor, Tensor, Tensor)")
+def bi_wkv_backward(
+    grad_out: Tensor,
+    key: Tensor,
+    value: Tensor,
+    decay: Tensor,
+    first: Tensor,
+    segments: int,
+) -> Call:
+    """Gradients of key and value, (B, T, C), and each image's of decay and first, (B, C).
+
+    All of float32; see :func:`bi_wkv_forward`.
+    """
+    _check(key, value, decay, first, segments, grad_out)
+    require_dtype(torch.float32, grad_out=grad_out, key=key, value=value)
+    of_image = (key.shape[0], key.shape[2])
+    grads = (
+        *(key.new_empty(key.shape), key.new_empty(key.shape)),
+        *(key.new_empty(of_image), key.new_empty(of_image)),
+    )
+
+    def arguments() -> Any:
+        inputs = {"key": key, "value": value, "decay": decay, "first": first, "grad_out": grad_out}
+        names = ("grad_key", "grad_value", "grad_decay", "grad_first")
+        tensors = {name: t.contiguous() for name, t in inputs.items()}
+        outputs = dict(zip(names, grads, strict=True))
+        return _problem_of(key, segments), Addresses(_GRAD_TENSORS, {**tensors, **outputs})
+
+    return Call(grads, arguments)
+
+
+def _check(
+    key: Tensor, value: Tensor, decay: Tensor, first: Tensor, segments: int, other: Tensor | None
+) -> None:
+    if key.ndim != 3 or any(t is not None and t.shape != key.shape for t in (value, other)):
+        raise ValueError(
+            "key, value and what goes with them must be (B, T, C), got "
+            + ", ".join(str(tuple(t.shape)) for t in (key, value, other) if t is not None)
+        )
+    if not decay.shape == first.shape == key.shape[-1:]:
+        raise ValueError(
+            f"decay and first must be ({key.shape[-1]},), got {tuple(decay.shape)} and "
+            f"{tuple(first.shape)}"
+        )
+    if segments < 0:
+        raise ValueError(f"segments must be 0 or more, got {segments}")
+    require_dtype(torch.float32, decay=decay, first=first)
+
+
+def _problem_of(key: Tensor, segments: int) -> Any:
+    batch, tokens, dim = key.shape
+    half = key.dtype == torch.bfloat16
+    return _problem(batch, tokens, dim, segments, half, torch.get_num_threads())
+
+
+@functools.lru_cache(maxsize=1024)  # a network has few different ones, and filling them in is slow
+def _problem(batch: int, tokens: int, dim: int, segments: int, bfloat16: bool, threads: int) -> Any:
+    return _PROBLEM(
+        batch=batch,
+        tokens=tokens,
+        dim=dim,
+        length=-(-tokens // segments) if segments else 0,
+        bfloat16=bfloat16,
+        # An exponential and some thirty multiply-adds for each of them.
+        threads=threads_for(8 * batch * tokens * dim, VALUES, threads),
+    )

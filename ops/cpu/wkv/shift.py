@@ -1,0 +1,77 @@
+"""Mixtures of each pixel with its neighbours on the CPU for inference (``shift.h``)."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ops.cpu.binding import Addresses, Call, kernel
+from ops.cpu.dispatch import require_dtype
+from ops.cpu.structures import structure
+from ops.cpu.threads import VALUES, threads_for
+
+__all__ = ["shifted_mixtures"]
+
+_PROBLEM = structure("wkv/shift.h", "shift::Problem")
+_TENSORS = structure("wkv/shift.h", "shift::Tensors")
+_MOST = 3
+
+
+@kernel("wkv", "wkv_shifted_mixtures", large_results=True)
+def shifted_mixtures(x: Tensor, shares: Tensor, groups: int = 1) -> Call:
+    """``x * share + shifted * (1 - share)`` for each row of ``shares``. No gradients.
+
+    Of each run of channels, a quarter each of ``shifted`` is what the left, right, upper and lower
+    neighbour has, or zeros beyond the border.
+
+    Args:
+        x: (B, H, W, C), float32 or bfloat16.
+        shares: (1 … 3, C) float32.
+        groups: runs of channels; 4 · groups divides C.
+
+    Returns:
+        (rows, B, H, W, C), contiguous.
+
+    Raises:
+        ValueError: shapes or dtypes that do not go together.
+        RuntimeError: the kernel is not available here (its ``unsupported`` tells beforehand).
+    """
+    if x.ndim != 4 or shares.ndim != 2 or shares.shape[1] != x.shape[3]:
+        raise ValueError(
+            f"x must be (B, H, W, C) and shares (n, C), got {tuple(x.shape)} and "
+            f"{tuple(shares.shape)}"
+        )
+    if not 1 <= len(shares) <= _MOST:
+        raise ValueError(f"shares must have 1 … {_MOST} rows, got {len(shares)}")
+    if groups < 1 or x.shape[3] % (4 * groups):
+        raise ValueError(f"4 · groups must divide {x.shape[3]} channels, got groups {groups}")
+    require_dtype(torch.float32, shares=shares)
+    mixtures = x.new_empty(len(shares), *x.shape)
+
+    def arguments() -> Any:
+        half = x.dtype == torch.bfloat16
+        problem = _problem(tuple(x.shape), len(shares), groups, half, torch.get_num_threads())
+        tensors = {"in": x.contiguous(), "shares": shares.contiguous(), "out": mixtures}
+        return problem, Addresses(_TENSORS, tensors)
+
+    return Call(mixtures, arguments)
+
+
+@functools.lru_cache(maxsize=1024)  # a network has few different ones, and filling them in is slow
+def _problem(
+    shape: tuple[int, ...], mixtures: int, groups: int, bfloat16: bool, threads: int
+) -> Any:
+    batch, height, width, dim = shape
+    return _PROBLEM(
+        batch=batch,
+        height=height,
+        width=width,
+        dim=dim,
+        groups=groups,
+        mixtures=mixtures,
+        bfloat16=bfloat16,
+        threads=threads_for(batch * height * width * dim, VALUES, threads),
+    )

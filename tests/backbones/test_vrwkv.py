@@ -1,0 +1,178 @@
+"""Vision-RWKV: the published kernel and the paper's formula, gradients, checkpoints, sizes."""
+
+from __future__ import annotations
+
+from functools import partial
+
+import pytest
+import torch
+from zoo import images, randomise, small
+
+import backbones
+from backbones import vrwkv_blocks
+from backbones.cli.parity import checkpoint, image, reference, relative_error
+from backbones.vrwkv_blocks import Block, GatedScan, WKVAttention, shift
+from ops.position import resize_position_table
+
+VARIANTS = ("vrwkv_t", "vrwkv_s", "vrwkv_b", "vrwkv_l")
+OTHER_FORMS = [
+    pytest.param(variant, form, segments, marks=() if variant == "vrwkv_t" else pytest.mark.slow)
+    for variant in VARIANTS
+    for form, segments in (("logits_formula", 0), ("logits_segments32", 32))
+    if form in reference("vrwkv", variant)["cases"][0]
+]
+
+
+def published(variant: str, **kwargs: object) -> torch.nn.Module:
+    """The variant with the weights that the figures belong to."""
+    model = backbones.create_model(variant, **kwargs).eval()
+    backbones.load_checkpoint(model, checkpoint(reference("vrwkv", variant)))
+    return model
+
+
+@pytest.mark.parametrize(("variant", "form", "segments"), OTHER_FORMS)
+@torch.no_grad()
+def test_other_forms_of_the_scan(variant: str, form: str, segments: int) -> None:
+    model = published(variant, segments=segments)
+    for case in reference("vrwkv", variant)["cases"]:
+        logits = model(image(case["input"], case["seed"]))
+        tolerance = 3e-5 if variant == "vrwkv_l" else 1e-5
+        assert relative_error(logits, case[form]) <= tolerance
+
+
+@pytest.mark.parametrize("variant", ["vrwkv_t", "vrwkv6_t"])
+def test_the_gradient_of_the_image_against_float64(
+    variant: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Through the published weights, in the closed forms of both scans, or what trains."""
+    x = image((2, 3, 96, 128), 2)
+    gradients = []
+    for dtype in (torch.float64, torch.float32):
+        model = published(variant).to(dtype)
+        taken = x.to(dtype).requires_grad_()
+        with monkeypatch.context() as patch:
+            if dtype == torch.float64:
+                for name in ("bi_wkv", "gated_linear_attention"):
+                    scan = getattr(vrwkv_blocks, name)
+                    patch.setattr(vrwkv_blocks, name, partial(scan, backend="reference"))
+            model(taken).square().mean().backward()
+        gradients.append(taken.grad)
+    assert relative_error(gradients[1], gradients[0]) <= 1e-5
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_float64_leaves_what_the_kernel_adds_to_denominators() -> None:
+    """Its sums have 1e-6 of their largest term more; nothing else differs."""
+    case = reference("vrwkv", "vrwkv_t")["cases"][0]
+    model = published("vrwkv_t").double()
+    logits = model(image(case["input"], case["seed"]).double())
+    assert relative_error(logits, case["logits"]) <= 2e-6
+
+
+def test_segments_by_default() -> None:
+    with torch.device("meta"):
+        models = {name: backbones.create_model(name) for name in VARIANTS}
+        formula = backbones.create_model("vrwkv_t", segments=0)
+    for name, model in models.items():
+        segments = {m.segments for m in model.modules() if isinstance(m, WKVAttention)}
+        assert segments == {16 if name == "vrwkv_l" else 32}
+    assert formula.stages[0].blocks[0].attn.segments == 0
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"gated": True}], ids=["vrwkv", "vrwkv6"])
+def test_the_scan_depends_on_the_size_as_published(kwargs: dict) -> None:
+    """Decays are divided by the number of tokens, but not those of VRWKV6."""
+    model = small("vrwkv", **kwargs).eval()
+    attn = model.stages[0].blocks[0].attn
+    if kwargs:
+        assert isinstance(attn, GatedScan)
+    else:
+        decay, first = attn.per_token(50)
+        torch.testing.assert_close(decay * 50, attn.decay)
+        torch.testing.assert_close(first * 50, attn.first)
+        assert all(t.dtype == torch.float32 for t in attn.bfloat16().per_token(50))
+
+
+def test_shift() -> None:
+    x = torch.arange(2 * 3 * 8.0).view(1, 2, 3, 8)
+    shifted = shift(x)
+    assert torch.equal(shifted[0, :, 1:, :2], x[0, :, :-1, :2])  # left neighbours
+    assert torch.equal(shifted[0, :, :-1, 2:4], x[0, :, 1:, 2:4])  # right
+    assert torch.equal(shifted[0, 1:, :, 4:6], x[0, :-1, :, 4:6])  # upper
+    assert torch.equal(shifted[0, :-1, :, 6:], x[0, 1:, :, 6:])  # lower
+    for border in (shifted[0, :, 0, :2], shifted[0, :, -1, 2:4]):
+        assert not border.any()
+    assert not shifted[0, 0, :, 4:6].any() and not shifted[0, -1, :, 6:].any()
+    in_heads = torch.cat([shift(x[..., :4]), shift(x[..., 4:])], -1)
+    assert torch.equal(shift(x, 2), in_heads)
+    assert not shift(x[:, :1, :1]).any()
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"gated": True}], ids=["vrwkv", "vrwkv6"])
+@torch.no_grad()
+def test_images_are_padded_with_zeros(kwargs: dict) -> None:
+    model = randomise(small("vrwkv", **kwargs)).eval()
+    x = images(1, 3, 50, 33)
+    padded = torch.nn.functional.pad(x, (0, 15, 0, 14))
+    torch.testing.assert_close(model(x), model(padded))
+
+
+@torch.no_grad()
+def test_position_table_of_another_size() -> None:
+    model = randomise(small("vrwkv", img_size=64)).eval()
+    larger = small("vrwkv", img_size=96).eval()
+    report = backbones.load_checkpoint(larger, model.state_dict())
+    assert report.resized == ["stem.position.pos_embed"]
+    x = images(1, 3, 96, 96)
+    torch.testing.assert_close(larger(x), model(x))
+    expected = resize_position_table(model.stem.position.pos_embed, (6, 6))
+    torch.testing.assert_close(larger.stem.position.pos_embed.data, expected)
+
+
+def test_published_first_values() -> None:
+    model = backbones.create_model("vrwkv_t")
+    blocks = [block for stage in model.stages for block in stage.blocks]
+    first, last = blocks[0].attn, blocks[-1].attn
+    channel = torch.arange(192) / 191
+    torch.testing.assert_close(first.decay.data, -5 + 8 * channel**0.7)
+    torch.testing.assert_close(last.decay.data, -5 + 8 * channel**2)
+    torch.testing.assert_close(first.first.data[:3], torch.tensor([0.3, 0.8, -0.2]))
+    torch.testing.assert_close(first.mix_r.data[0, 0, 48], torch.tensor(0.5))
+    torch.testing.assert_close(last.mix_v.data[0, 0, 0], torch.tensor(0.3))
+    assert not model.stem.position.pos_embed.any()
+    sixth = backbones.create_model("vrwkv6_t").stages[0].blocks[0].attn
+    torch.testing.assert_close(sixth.decay.data[0, 0, [0, -1]], torch.tensor([-6.0, -1.0]))
+    assert sixth.mix_up.abs().max() <= 1e-4
+
+
+def test_post_norm_and_scales() -> None:
+    block = small("vrwkv", post_norm=True, layer_scale=0.5, key_norm=True).stages[0].blocks[0]
+    assert isinstance(block, Block)
+    x = images(1, 4, 4, 64)
+    expected = x + 0.5 * block.norm1(block.attn(x))
+    torch.testing.assert_close(block(x), expected + 0.5 * block.norm2(block.mlp(expected)))
+
+
+@torch.no_grad()
+def test_a_hidden_layer_in_the_head() -> None:
+    model = small("vrwkv", head_hidden_dim=24, num_classes=7).eval()
+    x = images(2, 3, 32, 32)
+    pooled = model.forward_features(x).mean((2, 3))
+    hidden = model.head.pre_logits.fc(pooled).tanh()
+    torch.testing.assert_close(model(x), model.head.fc(hidden))
+    model.reset_classifier(0)
+    torch.testing.assert_close(model(x), hidden)
+    assert model.head_hidden_size == 24
+
+
+def test_what_is_refused() -> None:
+    for kwargs, words in (
+        ({"dim": 66}, "multiple of 4, got 66"),
+        ({"dim": 96, "gated": True}, "multiple of 64, got 96"),
+        ({"segments": -1}, "segments must lie in 0"),
+        ({"img_size": 0}, "img_size must lie in 1"),
+        ({"head_hidden_dim": 0}, "head_hidden_dim must lie in 1"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            small("vrwkv", **kwargs)

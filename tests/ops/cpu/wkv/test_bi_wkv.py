@@ -1,0 +1,114 @@
+"""The kernel of bi-WKV at home in torch: gates, bfloat16, threads, what does not fit."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compiled_kernels import compiled_for, random, using_threads
+from torch import Tensor
+
+from ops.bi_wkv import bi_wkv
+from ops.cpu.wkv.bi_wkv import bi_wkv_backward, bi_wkv_forward
+
+
+def inputs(tokens: int = 30, dim: int = 21, batch: int = 2) -> list[Tensor]:
+    key, value = random(2, batch, tokens, dim).float()
+    decay, first = random(2, dim, seed=1).float() / tokens
+    return [key, value, decay, first]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("segments", [0, 4])
+def test_a_gate(dtype: torch.dtype, segments: int) -> None:
+    key, value, decay, first = inputs()
+    key, value, gate = (t.to(dtype) for t in (key, value, 5 * random(2, 30, 21, seed=2)))
+    exact = [t.double() for t in (key, value, decay, first)]
+    expected = gate.double().sigmoid() * bi_wkv(*exact, segments or None, "reference")
+    out = bi_wkv_forward(key, value, decay, first, segments, gate)
+    assert out.dtype == dtype
+    bound = 2e-6 if dtype == torch.float32 else 2**-8
+    torch.testing.assert_close(out.double(), expected, rtol=bound, atol=bound)
+
+
+def test_a_gate_has_a_gradient_and_saturates() -> None:
+    key, value, decay, first = (t.requires_grad_() for t in inputs())
+    gate = torch.tensor([-1e4, -30.0, 0.0, 30.0, 1e4]).repeat(2, 30, 5)[..., :21].requires_grad_()
+    out = torch.ops.vision_backbones.bi_wkv_forward(key, value, decay, first, 4, gate)
+    expected = bi_wkv(key, value, decay, first, 4) * gate.sigmoid()
+    torch.testing.assert_close(out, expected)
+    with torch.no_grad():
+        kernel = bi_wkv_forward(key, value, decay, first, 4, gate)
+    torch.testing.assert_close(kernel, expected, rtol=2e-6, atol=2e-6)
+    got, want = (torch.autograd.grad(o.square().sum(), [key, gate]) for o in (out, expected))
+    torch.testing.assert_close(got, want)
+
+
+@pytest.mark.parametrize("isa", ["avx2", "portable"])
+def test_other_instruction_sets(isa: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tokens = inputs(50)
+    grad = random(2, 50, 21, seed=3).float()
+    expected = bi_wkv_forward(*tokens, 8), *bi_wkv_backward(grad, *tokens, 8)
+    compiled_for(isa, monkeypatch)
+    got = bi_wkv_forward(*tokens, 8), *bi_wkv_backward(grad, *tokens, 8)
+    for a, b in zip(got, expected, strict=True):
+        assert (a - b).abs().max() <= 1e-5 * b.abs().max()
+
+
+def test_results_do_not_depend_on_threads_or_strides() -> None:
+    key, value, decay, first = inputs(300, 70)
+    grad = random(2, 300, 70, seed=3).float()
+    out = bi_wkv_forward(key, value, decay, first, 8)
+    grads = bi_wkv_backward(grad, key, value, decay, first, 8)
+    turned = [t.transpose(1, 2).contiguous().transpose(1, 2) for t in (key, value, grad)]
+    with using_threads(2):
+        assert torch.equal(bi_wkv_forward(*turned[:2], decay, first, 8), out)
+        others = bi_wkv_backward(turned[2], *turned[:2], decay, first, 8)
+        assert all(torch.equal(a, b) for a, b in zip(others, grads, strict=True))
+
+
+def test_a_channel_of_wild_decay_leaves_its_neighbours_alone() -> None:
+    """Blocks of channels are computed in one of two ways, as their decays want."""
+    key, value, decay, first = inputs(40, 8)
+    mild = bi_wkv_forward(key, value, decay, first, 0)
+    decay[3] = 50.0
+    wild = bi_wkv_forward(key, value, decay, first, 0)
+    others = [0, 1, 2, 4, 5, 6, 7]
+    torch.testing.assert_close(wild[..., others], mild[..., others], rtol=2e-6, atol=2e-6)
+
+
+def test_not_a_number_stays() -> None:
+    key, value, decay, first = inputs()
+    key[0, 3, 5] = torch.nan
+    out = bi_wkv_forward(key, value, decay, first, 0)
+    assert out[0, :, 5].isnan().all()
+    assert out.isnan().sum() == 30
+
+
+def test_opcheck() -> None:
+    tokens = [t.requires_grad_() for t in inputs(9, 5)]
+    torch.library.opcheck(torch.ops.vision_backbones.bi_wkv_forward, (*tokens, 3, None))
+    detached = [t.detach() for t in tokens]
+    grad = torch.ones_like(detached[0])
+    torch.library.opcheck(torch.ops.vision_backbones.bi_wkv_backward, (grad, *detached, 3))
+
+
+def test_no_second_derivative() -> None:
+    tokens = [t.requires_grad_() for t in inputs(9, 5)]
+    out = bi_wkv(*tokens, backend="cpu")
+    (grad,) = torch.autograd.grad(out.square().sum(), tokens[0], create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_what_does_not_fit() -> None:
+    key, value, decay, first = inputs()
+    for arguments, words in (
+        ((key, value[:1], decay, first, 0), r"\(1, 30, 21\)"),
+        ((key, value, decay[1:], first, 0), r"\(20,\)"),
+        ((key, value, decay, first, -1), "got -1"),
+        ((key, value, decay.double(), first, 0), "torch.float64"),
+        ((key, value.bfloat16(), decay, first, 0), "torch.bfloat16"),
+        ((key, value, decay, first, 0, key[:, 1:]), r"\(2, 29, 21\)"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            bi_wkv_forward(*arguments)
