@@ -26,6 +26,7 @@ __all__ = [
     "flag",
     "number",
     "one_of",
+    "optional",
     "several",
     "text",
     "whole",
@@ -137,6 +138,11 @@ def one_or_several(each: Check) -> Check:
     return either(each, str, second=either(several(each), Sequence, np.ndarray, second=each))
 
 
+def optional(each: Check) -> Check:
+    """None, or a value."""
+    return either(_none, type(None), second=each)
+
+
 def widths(least: int) -> Check:
     """Channels of each stage, where a part of the first one's are those of the stem."""
     return several(whole(least, _MOST_CHANNELS))
@@ -164,6 +170,7 @@ KEYWORDS: Mapping[str, Check] = {
     "compress_ratio": _channels,
     "depths": several(_count),
     "dilation": one_or_several(_window),
+    "dilations": either(text, str, second=one_or_several(one_or_several(_window))),
     "dim": _channels,
     "dims": several(_channels),
     "distilled": flag,
@@ -177,6 +184,7 @@ KEYWORDS: Mapping[str, Check] = {
     "img_range": number(0, 1e6, open_below=True),
     "img_size": whole(1, 1 << 20),
     "in_chans": _channels,
+    "kernel_size": KERNEL,
     "kernel_sizes": several(KERNEL),
     "layer_scale": _scale,
     "layer_scales": several(_scale),
@@ -200,7 +208,7 @@ KEYWORDS: Mapping[str, Check] = {
     "stem_dims": several(_channels, count=3),
     "stem_features": flag,
     "swin_layout": flag,
-    "topks": several(either(_none, type(None), second=_count)),
+    "topks": several(optional(_count)),
     "upscale": one_of(1, 2, 3, 4),
     "window_size": _window,
     "window_sizes": several(_window),
