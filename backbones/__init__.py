@@ -26,7 +26,7 @@ try:
     from backbones.core.checkpoint import CheckpointError, LoadReport, load_checkpoint
     from backbones.core.registry import create_model, empty_cache, fuse, list_families, list_models
 
-    # Importing a family registers its models, here and with timm.
+    # Importing a family registers its models, here and with timm; then its inference forms.
     from backbones import (  # isort: skip
         biformer,
         dinat_s,
@@ -41,6 +41,17 @@ try:
         shvit,
         unireplknet,
         van,
+    )
+    from backbones import (  # noqa: F401  # isort: skip
+        biformer_inference,
+        favit_inference,
+        hat_inference,
+        inception_next_inference,
+        litv2_inference,
+        medvitv2_inference,
+        ravlt_inference,
+        unireplknet_inference,
+        van_inference,
     )
 except ImportError as error:
     if (_reason := _explanation(error)) is None:

@@ -15,8 +15,13 @@ from timm.models import adapt_input_conv
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from backbones.core.fused import FusedBackbone
 from backbones.core.keywords import KEYWORDS, POOLINGS, check, checked, one_of
+from ops.inference.conversion import leave_inference_mode, put_channels_last, take_plain_forms
+from ops.inference.forms import stands_for
+from ops.inference.layers import convert
 from ops.reparam import fuse_children
+from ops.replay.module import recorded_form
 
 __all__ = ["Stage", "StagedBackbone"]
 
@@ -61,6 +66,9 @@ class Stage(nn.Module):
             fuse_children(self)
             self.fused = True
         return self
+
+
+stands_for(Stage)(recorded_form(Stage))
 
 
 class StagedBackbone(nn.Module):
@@ -374,18 +382,16 @@ class StagedBackbone(nn.Module):
             )
         if not isinstance(channels_last, bool) and channels_last != "auto":
             raise ValueError(f"channels_last must be True, False or 'auto', got {channels_last!r}")
-        # The inference forms of the families need the families, which need this class.
-        from backbones.core import fuse as inference
-
         with torch.inference_mode(False):
             self.eval()
-            inference.leave_inference_mode(self)
-            inference.take_plain_forms(self)
+            leave_inference_mode(self)
+            take_plain_forms(self)
             fuse_children(self)
             if dtype is not None:
                 self.to(dtype)
-            if channels_last is not False:
-                inference.put_channels_last(self, always=channels_last is True)
+            if channels_last is not False and put_channels_last(self, always=channels_last is True):
+                whole: Any = convert(self, recorded_form(type(self), FusedBackbone))
+                whole.note_parts()
         return self
 
     def load_state_dict(

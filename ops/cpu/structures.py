@@ -20,13 +20,13 @@ _FIELD = re.compile(r"^(\*?)\s*(\w+)(?:\[(\w+)\])?$")
 
 def included(source: Path, root: Path = SOURCES) -> list[Path]:
     """``source``, the headers that it includes from ``root``, and those that they do."""
-    found, pending = [], [source]
+    found, pending = {source: None}, [source]  # a dictionary keeps the order, and is fast to search
     while pending:
-        path = pending.pop(0)
-        if path not in found:
-            found.append(path)
-            pending += [root / name for name in _INCLUDE.findall(path.read_text())]
-    return found
+        for name in _INCLUDE.findall(_text(pending.pop(0))):
+            if (path := root / name) not in found:
+                found[path] = None
+                pending.append(path)
+    return list(found)
 
 
 @functools.cache
@@ -45,7 +45,7 @@ def structure(header: str, name: str) -> Any:
     space, _, plain = name.rpartition("::")
     pattern = re.compile(rf"^struct {plain} {{(.*?)^}};", re.DOTALL | re.MULTILINE)
     for path in included(SOURCES / header):
-        text = re.sub(r"//[^\n]*", "", path.read_text())
+        text = re.sub(r"//[^\n]*", "", _text(path))
         found = pattern.search(text) if f"namespace {space} {{" in text else None
         if found is not None:
             break
@@ -55,6 +55,11 @@ def structure(header: str, name: str) -> Any:
     for declaration in found[1].partition("(")[0].split(";")[:-1]:
         fields += _fields_of(" ".join(declaration.split()), header, name, text)
     return type(name, (ctypes.Structure,), {"_fields_": fields})
+
+
+@functools.cache
+def _text(path: Path) -> str:
+    return path.read_text()
 
 
 def _fields_of(declaration: str, header: str, name: str, text: str) -> list[tuple[str, Any]]:

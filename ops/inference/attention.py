@@ -24,6 +24,7 @@ from ops.cpu.attention import grouped as grouped_attention
 from ops.cpu.attention import linear as linear_attention
 from ops.cpu.attention.grouped import split_heads
 from ops.cpu.pooling.window_means import window_means
+from ops.inference.forms import stands_for
 from ops.inference.layers import FastLayer, FastLinear, runs_fast, tensors_of
 from ops.inference.packed_linear import PackedLinear
 
@@ -41,6 +42,7 @@ __all__ = [
 _PROJECTED_BYTES = 8 << 20
 
 
+@stands_for(LargeKernelAttention)
 class FastLargeKernelAttention(LargeKernelAttention):
     """The gate is overwritten."""
 
@@ -49,6 +51,7 @@ class FastLargeKernelAttention(LargeKernelAttention):
         return gate.mul_(x) if runs_fast(x, self.pw.weight) else x * gate
 
 
+@stands_for(BiLevelRoutingAttention)
 class FastBiLevelRoutingAttention(BiLevelRoutingAttention):
     """Regions are attended to where they lie; the projection adds the shortcut."""
 
@@ -105,6 +108,7 @@ def _region_rows(height: int, width: int, region_size: tuple[int, int]) -> Tenso
     return tokens.transpose(1, 2).flatten(2).flatten(0, 1).contiguous()
 
 
+@stands_for(HiLoAttention)
 class FastHiLoAttention(FastLayer, HiLoAttention):
     """One projection for all that sees the map, one for what all heads give, with the shortcut."""
 
@@ -175,6 +179,7 @@ def _turns(height: int, width: int, head_dim: int) -> Tensor:
     return torch.complex(cos[:, ::2].contiguous(), sin[:, ::2].contiguous())
 
 
+@stands_for(PooledAttention)
 class FastPooledAttention(PooledAttention):
     """Without transposed copies of heads."""
 
@@ -210,6 +215,7 @@ def attend_tokens(query: Tensor, key: Tensor, value: Tensor, weight: Tensor) -> 
     return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
 
 
+@stands_for(RankAugmentedAttention)
 class FastRankAugmentedAttention(RankAugmentedAttention):
     """By our kernels; else rotations are products of complex numbers."""
 

@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 
 import torch
 from timm.layers import SqueezeExcite
-from torch import Tensor
+from torch import Tensor, nn
 
 from ops.attention.large_kernel import DilatedDepthwiseConv2d
 from ops.conv import InceptionDWConv2d
@@ -19,7 +19,14 @@ from ops.cpu.depthwise.conv import (
     unsupported,
 )
 from ops.cpu.pooling.window_means import window_means
-from ops.inference.layers import FastConv2d, FastLayer, FastPointwiseConv2d, tensors_of
+from ops.inference.forms import stands_for
+from ops.inference.layers import (
+    FastConv2d,
+    FastLayer,
+    FastPointwiseConv2d,
+    conv_kind,
+    tensors_of,
+)
 from ops.inference.pooling import takes
 
 __all__ = [
@@ -44,6 +51,7 @@ class PackedDepthwise:
         return out
 
 
+@stands_for(nn.Conv2d, where=lambda conv: conv_kind(conv) == "depthwise")
 class FastDepthwiseConv2d(FastConv2d):
     """As :class:`FastConv2d`, by our own kernel where that is the faster one."""
 
@@ -64,10 +72,12 @@ class FastDepthwiseConv2d(FastConv2d):
         )
 
 
+@stands_for(DilatedDepthwiseConv2d)
 class FastDilatedDepthwiseConv2d(FastDepthwiseConv2d, DilatedDepthwiseConv2d):
     """By our kernel, which skips the gaps between the taps."""
 
 
+@stands_for(InceptionDWConv2d)
 class FastInceptionDWConv2d(FastLayer, InceptionDWConv2d):
     """All branches into one map, see :func:`ops.cpu.depthwise.conv.depthwise_branches`."""
 
@@ -85,6 +95,7 @@ class FastInceptionDWConv2d(FastLayer, InceptionDWConv2d):
         return [taps_first(w) for w in weights], [b.detach().float() for b in biases]
 
 
+@stands_for(SqueezeExcite)
 class FastSqueezeExcite(SqueezeExcite):
     """Means that go along with the memory; the layer behind may take :meth:`gates` as scales."""
 

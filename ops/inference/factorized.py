@@ -11,12 +11,14 @@ from torch import Tensor, nn
 from ops.attention.factorized import FactorizedAttention, GlobalBranch, LocalBranch, tap_positions
 from ops.cpu import policy
 from ops.cpu.attention.grouped import attend, grouped_attention
+from ops.inference.forms import stands_for
 from ops.inference.layers import FastLayer, FastLinear, runs_fast, tensors_of
 from ops.inference.packed_linear import PackedLinear
 
 __all__ = ["FastFactorizedAttention", "FastGlobalBranch", "FastLocalBranch"]
 
 
+@stands_for(GlobalBranch)
 class FastGlobalBranch(FastLayer, GlobalBranch):
     """Its keys and values alone; patches that do not overlap go through a linear layer."""
 
@@ -42,6 +44,7 @@ class FastGlobalBranch(FastLayer, GlobalBranch):
         return PackedLinear(self.sr.weight.permute(0, 2, 3, 1).flatten(1), self.sr.bias)
 
 
+@stands_for(LocalBranch)
 class FastLocalBranch(FastLayer, LocalBranch):
     """Its keys and values alone; where windows are few, the linear layer averages them, too."""
 
@@ -79,6 +82,7 @@ class FastLocalBranch(FastLayer, LocalBranch):
         return {} if isinstance(self.fc, nn.Identity) else None
 
 
+@stands_for(FactorizedAttention)
 class FastFactorizedAttention(FactorizedAttention):
     """Every branch writes its channels of one map; the projection adds the shortcut."""
 

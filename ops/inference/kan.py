@@ -5,12 +5,14 @@ from __future__ import annotations
 from torch import Tensor
 
 from ops.cpu.feed_forward.kan import PackedKAN, kan_layer, pack_kan
+from ops.inference.forms import stands_for
 from ops.inference.layers import FastLayer, tensors_of
 from ops.kan import KANLayer
 
 __all__ = ["FastKANLayer"]
 
 
+@stands_for(KANLayer)
 class FastKANLayer(FastLayer, KANLayer):
     """In one pass where the kernel can be had."""
 

@@ -19,13 +19,14 @@ from ops.cpu.dispatch import takes_kernels
 from ops.cpu.gemm.convolution import PackedConv2d
 from ops.cpu.gemm.linear import unsupported
 from ops.cpu.stem.packed_stem import PlanesConv2d, packed_stem
-from ops.inference.changes import Seen
+from ops.inference.forms import stands_for
 from ops.inference.packed_linear import (
     ONEDNN,
     PackedLinear,
     scaled,
     scaled_residual,
 )
+from ops.replay.changes import Seen
 
 __all__ = [
     "AbsorbedActivation",
@@ -37,6 +38,7 @@ __all__ = [
     "activate",
     "activation_kind",
     "can_activate",
+    "conv_kind",
     "convert",
     "has_onednn",
     "revert",
@@ -93,7 +95,7 @@ def revert(layer: nn.Module, plain: type[nn.Module]) -> None:
     if not isinstance(layer, plain):
         raise TypeError(f"a {type(layer).__name__} does not stand for a {plain.__name__}")
     layer.__class__ = plain
-    for name in ("_derived", "_made_from", "_records", "activation"):
+    for name in ("_derived", "_made_from", "_records", "_parts", "activation"):
         vars(layer).pop(name, None)
 
 
@@ -116,7 +118,7 @@ class FastLayer(nn.Module):
     """What inference layers share: things derived from tensors, made when needed.
 
     They are in no state dict, copy or pickle, and are made anew when the tensors are seen to have
-    changed (:class:`ops.inference.changes.Seen`) and after :meth:`forget`.
+    changed (:class:`ops.replay.changes.Seen`) and after :meth:`forget`.
     """
 
     _derived: Any = None
@@ -201,6 +203,16 @@ def activate(layer: nn.Module, kind: str) -> None:
     layer.activation = kind
 
 
+def conv_kind(conv: nn.Conv2d) -> str | None:
+    """``"depthwise"``, ``"pointwise"`` or ``"other"``; None where no form knows the padding."""
+    if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
+        return None
+    if conv.groups == conv.in_channels == conv.out_channels:
+        return "depthwise"
+    simple = conv.stride == (1, 1) and conv.padding == (0, 0) and conv.groups == 1
+    return "pointwise" if simple and conv.kernel_size == (1, 1) else "other"
+
+
 class AbsorbedActivation(nn.Identity):
     """Where an activation was that the layers before it apply now; it is kept, as no submodule."""
 
@@ -209,6 +221,7 @@ class AbsorbedActivation(nn.Identity):
         self.kept = (act,)
 
 
+@stands_for(nn.Linear)
 class FastLinear(ActivatedLayer, nn.Linear):
     """``activation(linear(x * scale)) + residual``, (B, …, in_features) → (B, …, out_features).
 
@@ -237,6 +250,7 @@ class FastLinear(ActivatedLayer, nn.Linear):
         return PackedLinear(self.weight, self.bias)
 
 
+@stands_for(nn.Conv2d, where=lambda conv: conv_kind(conv) == "pointwise")
 class FastPointwiseConv2d(ActivatedLayer, nn.Conv2d):
     """``activation(conv(x * scale)) + residual * residual_scale`` with a 1×1 window.
 
@@ -272,6 +286,7 @@ class FastPointwiseConv2d(ActivatedLayer, nn.Conv2d):
         return PackedLinear(self.weight.flatten(1), self.bias)
 
 
+@stands_for(nn.Conv2d, where=lambda conv: conv_kind(conv) == "other")
 class FastConv2d(ActivatedLayer, nn.Conv2d):
     """``activation(conv(x))`` in channels-last, (B, C, H, W) → (B, C', H', W').
 

@@ -14,6 +14,7 @@ from ops.cpu.feed_forward.depthwise_mlp import PackedDepthwiseMlp, depthwise_mlp
 from ops.cpu.gemm.linear import pack_weight, unsupported
 from ops.cpu.gemm.mlp import packed_mlp
 from ops.inference.conv import FastDepthwiseConv2d
+from ops.inference.forms import stands_for
 from ops.inference.layers import FastLayer, FastLinear, FastPointwiseConv2d, tensors_of
 from ops.mlp import DWMlp
 
@@ -124,6 +125,7 @@ def _is_square_of_three(conv: nn.Conv2d) -> bool:
     return geometry == ((3, 3), (1, 1), (1, 1), (1, 1))
 
 
+@stands_for(Mlp)
 class FastMlp(NormedMlp, Mlp):
     """On tokens, (..., dim) → (..., out_dim)."""
 
@@ -141,6 +143,7 @@ class FastMlp(NormedMlp, Mlp):
         return super().derive(x) if isinstance(self.norm, nn.Identity) else None
 
 
+@stands_for(ConvMlp, where=lambda mlp: isinstance(mlp.norm, nn.Identity))
 class FastConvMlp(FastLayer, ConvMlp):
     """(B, dim, H, W) → (B, out_dim, H, W), channels-last, without a norm inside."""
 
@@ -183,6 +186,7 @@ class FastConvMlp(FastLayer, ConvMlp):
         return packed
 
 
+@stands_for(DWMlp)
 class FastDWMlp(NormedMlp, DWMlp):
     """(B, H, W, dim) → (B, H, W, dim)."""
 

@@ -14,6 +14,7 @@ from ops.cpu import policy
 from ops.cpu.attention.cascaded import PackedCascadedAttention, cascaded_attention
 from ops.cpu.gemm.mlp import packed_mlp
 from ops.inference.conv import FastSqueezeExcite
+from ops.inference.forms import stands_for
 from ops.inference.layers import FastLayer, FastPointwiseConv2d, runs_fast, tensors_of
 from ops.mobile import ConvFFN, ExpandMerging, Residual
 
@@ -33,6 +34,7 @@ class _Cascade(NamedTuple):
     biases: dict[tuple[int, int], Tensor]
 
 
+@stands_for(ConvFFN)
 class FastConvFFN(ConvFFN):
     """On tokens; ``fc2`` adds the shortcut. Small maps go through both layers in one call."""
 
@@ -65,6 +67,7 @@ class FastConvFFN(ConvFFN):
         return found
 
 
+@stands_for(ExpandMerging)
 class FastExpandMerging(ExpandMerging):
     """The convolutions apply the activation, the last one the gates."""
 
@@ -77,6 +80,7 @@ class FastExpandMerging(ExpandMerging):
         return self.project(x, scale=se.gates(x))
 
 
+@stands_for(CascadedGroupAttention)
 class FastCascadedGroupAttention(FastLayer, CascadedGroupAttention):
     """On tokens, all heads in one pass, with the table of biases of each map's size made once."""
 
@@ -141,6 +145,7 @@ class FastCascadedGroupAttention(FastLayer, CascadedGroupAttention):
         return torch.cat(outs, dim=2).relu_().view(x.shape)
 
 
+@stands_for(SingleHeadAttention)
 class FastSingleHeadAttention(FastLayer, SingleHeadAttention):
     """On tokens, in one pass where the map is small."""
 
@@ -173,6 +178,7 @@ class FastSingleHeadAttention(FastLayer, SingleHeadAttention):
         return self.proj(mixed.permute(0, 3, 1, 2), residual)
 
 
+@stands_for(Residual)
 class FastResidual(Residual):
     """``x + fn(x)``, where ``fn`` adds ``x`` in its last layer."""
 

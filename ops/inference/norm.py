@@ -8,6 +8,7 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 
 from ops.cpu.norm.layer_norm import layer_norm
+from ops.inference.forms import stands_for
 from ops.inference.layers import ActivatedLayer
 
 __all__ = ["FastLayerNorm", "FastLayerNorm2d"]
@@ -26,6 +27,7 @@ class _PackedNorm:
         return out
 
 
+@stands_for(nn.LayerNorm)
 class FastLayerNorm(ActivatedLayer, nn.LayerNorm):
     """``activation(norm(x))``, (..., dim) → (..., dim)."""
 
@@ -41,6 +43,7 @@ class FastLayerNorm(ActivatedLayer, nn.LayerNorm):
         return None if layer_norm.unsupported(x.device, x.dtype) is not None else _PackedNorm(self)
 
 
+@stands_for(LayerNorm2d)
 class FastLayerNorm2d(FastLayerNorm, LayerNorm2d):
     """``activation(norm(x))``, (B, C, H, W) → (B, C, H, W)."""
 

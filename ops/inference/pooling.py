@@ -7,6 +7,7 @@ from torch import Tensor, nn
 
 from ops.cpu.dispatch import takes_kernels
 from ops.cpu.pooling.window_means import window_means
+from ops.inference.forms import stands_for
 
 __all__ = ["FastAdaptiveAvgPool2d", "takes"]
 
@@ -20,6 +21,7 @@ def takes(x: Tensor) -> bool:
     )
 
 
+@stands_for(nn.AdaptiveAvgPool2d)
 class FastAdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
     """To one pixel by our kernel: (B, C, H, W) → (B, C, 1, 1)."""
 

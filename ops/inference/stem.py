@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ops.cpu import policy
 from ops.cpu.stem.packed_stem import pack_layers, packed_stem
+from ops.inference.forms import stands_for
 from ops.inference.layers import FastLayer, activation_kind, tensors_of
 
 __all__ = ["FastStem", "is_stem"]
@@ -49,6 +50,7 @@ def _is_conv(module: nn.Module) -> bool:
     return shape == ((3, 3), (2, 2), (1, 1), (1, 1))
 
 
+@stands_for(nn.Sequential, where=is_stem)
 class FastStem(FastLayer, nn.Sequential):
     """In one pass, see :func:`packed_stem`; the layers apply the activations that follow them."""
 

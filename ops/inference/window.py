@@ -21,6 +21,7 @@ from ops.attention.window import (
 from ops.cpu import policy
 from ops.cpu.attention import grouped as grouped_attention
 from ops.cpu.attention.grouped import LINE, ScoreTerms, split_heads
+from ops.inference.forms import stands_for
 from ops.inference.layers import FastLayer, FastLinear
 
 __all__ = ["FastOverlappingWindowAttention", "FastWindowAttention"]
@@ -77,6 +78,7 @@ class _InPlace(FastLayer):
         return (self.qkv.in_features // self.num_heads) ** 0.5 * either[:, places]
 
 
+@stands_for(WindowAttention)
 class FastWindowAttention(_InPlace, WindowAttention):
     """(B, H, W, dim) → (B, H, W, dim), plus ``residual``."""
 
@@ -104,6 +106,7 @@ class FastWindowAttention(_InPlace, WindowAttention):
         return _lines(self.window_size, self.shift_size)
 
 
+@stands_for(OverlappingWindowAttention)
 class FastOverlappingWindowAttention(_InPlace, OverlappingWindowAttention):
     """(B, H, W, dim) → (B, H, W, dim), plus ``residual``."""
 

@@ -19,9 +19,8 @@ from torch.nn.modules import module as torch_module
 
 from ops.cpu.build import status
 from ops.cpu.dispatch import is_plain_call, takes_kernels
-from ops.inference.changes import Seen
-from ops.inference.layers import AbsorbedActivation
 from ops.replay.capture import Capture
+from ops.replay.changes import Seen
 from ops.replay.graph import NotCapturableError
 from ops.replay.replay import Replay, unsupported
 
@@ -34,7 +33,6 @@ _KNOWN_PACKAGES = ("backbones.", "ops.", "timm.layers.", "torch.nn.modules.")
 _MOST_INPUTS = 16  # kinds of inputs that are remembered
 _LONGEST_WAIT = 64  # calls before a network that keeps changing is recorded anew
 _GLOBAL_HOOKS = torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks
-_IDENTITIES = (nn.Identity, AbsorbedActivation)
 _LOOKS = ctypes.pythonapi.PyDict_Size, ctypes.pythonapi.PyDict_Next
 
 
@@ -81,6 +79,7 @@ def recorded_form(kind: type[nn.Module], recorded: type[Recorded] = Recorded) ->
     if form is None:
         members = {
             **{name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")},
+            "stands_for": kind,  # see ops.inference.forms
             "__reduce_ex__": lambda self, _: (_restore, (kind, recorded), self.__getstate__()),
         }
         form = _forms[kind, recorded] = type(kind.__name__, (recorded, kind), members)
@@ -169,8 +168,8 @@ class _Snapshot:
             _require_known(inner, is_root=inner is module)
         held = [d for m in modules for d in _dicts_of(m)]
         # An identity, which a folded layer leaves behind, has nothing that could matter.
-        counted = [vars(m) for m in modules if type(m) in _IDENTITIES]
-        compared = [*(vars(m) for m in modules if type(m) not in _IDENTITIES), *held]
+        counted = [vars(m) for m in modules if isinstance(m, nn.Identity)]
+        compared = [*(vars(m) for m in modules if not isinstance(m, nn.Identity)), *held]
         compared += _GLOBAL_HOOKS
         values = [v for d in compared for v in d.values()]
         # Kept, so that nothing else comes to lie there; but for what keeps this very snapshot.

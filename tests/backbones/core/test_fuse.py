@@ -16,9 +16,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from zoo import FAMILIES, RESTORATION, images, randomise, small
 
 import backbones
-from backbones.core.fuse import fast_form
 from ops.cpu.gemm.linear import unsupported
 from ops.inference import layers
+from ops.inference.forms import fast_form
 from ops.inference.mlp import FastMlp, feed_forward
 from ops.replay.module import Recorded
 from ops.replay.replay import Replay

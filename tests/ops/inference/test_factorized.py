@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import nn
 
-from backbones.core.fuse import fast_form
 from ops.attention.factorized import FactorizedAttention
 from ops.inference.factorized import FastLocalBranch
+from ops.inference.forms import fast_form
 from ops.inference.layers import convert
 from ops.reparam import fuse_children
 

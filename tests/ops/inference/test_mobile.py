@@ -9,7 +9,7 @@ import torch
 from compiled_kernels import LINEAR_DTYPES, using_threads, without_kernels
 from torch import Tensor, nn
 
-from backbones.core.fuse import put_channels_last
+from ops.inference.conversion import put_channels_last
 from ops.inference.mobile import FastConvFFN, FastResidual
 from ops.mobile import ConvFFN, Residual
 from ops.reparam import fuse_children

@@ -11,9 +11,9 @@ from hypothesis import strategies as st
 from timm.layers import LayerNorm2d
 from torch import nn
 
-from backbones.core.fuse import put_channels_last
 from ops import cpu
 from ops.cpu import policy
+from ops.inference.conversion import put_channels_last
 from ops.inference.stem import FastStem, is_stem
 from ops.mobile import conv_stem
 from ops.reparam import fuse_children

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from ops import cpu
 from ops.cpu import policy
 from ops.cpu.feed_forward.depthwise_mlp import PackedDepthwiseMlp, depthwise_mlp
-from ops.inference import layers
 from ops.inference import mlp as fast_mlp
+from ops.inference.conversion import put_channels_last
 from ops.inference.mlp import FastConvMlp, FastDWMlp, FastMlp
 from ops.mlp import DWMlp
 
@@ -175,14 +175,7 @@ def test_bad_residuals_are_refused() -> None:
 
 def _fast(mlp: nn.Module) -> nn.Module:
     """As fuse() makes it."""
-    from backbones.core import fuse
-
-    mlp.requires_grad_(False)
-    for module in list(mlp.modules()):
-        if form := fuse.fast_form(module):
-            layers.convert(module, form)
-    for module in list(mlp.modules()):
-        fuse._absorb_activations(module)
+    assert put_channels_last(mlp, always=True)
     return mlp
 
 

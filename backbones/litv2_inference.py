@@ -1,0 +1,61 @@
+"""Inference forms of LITv2's blocks, see :mod:`ops.inference`: fewer passes."""
+
+from __future__ import annotations
+
+from typing import Any, ClassVar
+
+from torch import Tensor
+
+from backbones import litv2
+from ops.cpu.deformable.deformable_conv import deformable_conv2d, pack_taps
+from ops.cpu.dispatch import takes_kernels
+from ops.inference.attention import FastHiLoAttention
+from ops.inference.forms import stands_for
+from ops.inference.layers import FastConv2d
+from ops.inference.mlp import FastDWMlp
+from ops.replay.module import recorded_form
+
+__all__ = ["LITv2Block", "LITv2DeformableConv2d", "LITv2PatchEmbed"]
+
+
+@stands_for(litv2.Block)
+class LITv2Block(litv2.Block):
+    """Attention and MLP add their shortcuts, the MLP takes its norm."""
+
+    needs: ClassVar = {"attn": (FastHiLoAttention, type(None)), "mlp": FastDWMlp}
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.norm1 is not None and self.attn is not None:
+            x = self.attn(self.norm1(x), x)
+        return self.mlp(x, x, self.norm2)
+
+
+@stands_for(litv2.PatchEmbed)
+class LITv2PatchEmbed(litv2.PatchEmbed):
+    """Nothing is copied where there is nothing to pad."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        whole = takes_kernels((x,)) and not (x.shape[2] % 4 or x.shape[3] % 4)
+        return self.norm(self.conv(x)) if whole else super().forward(x)
+
+
+@stands_for(litv2.DeformableConv2d)
+class LITv2DeformableConv2d(FastConv2d, litv2.DeformableConv2d):
+    """Taps, linear map and activation at once."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        derived = self.derived(x)
+        if derived is None:
+            return self._finish(litv2.DeformableConv2d.forward(self, x))
+        weight, bias = derived
+        out: Tensor = deformable_conv2d(x, self.offset(x), weight, bias, 2, 2, self.activation)
+        return out
+
+    def derive(self, x: Tensor) -> Any:
+        if deformable_conv2d.unsupported(x.device, x.dtype) is not None:
+            return None
+        assert self.bias is not None
+        return pack_taps(self.weight), self.bias.detach().float()
+
+
+stands_for(litv2.LITv2Stage)(recorded_form(litv2.LITv2Stage))

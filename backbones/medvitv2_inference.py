@@ -1,0 +1,92 @@
+"""Inference forms of MedViTV2's blocks, see :mod:`ops.inference`: fewer passes."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from backbones import medvitv2_blocks
+from ops.cpu.layout.nchw import join_planes, split_planes
+from ops.inference.conv import FastSqueezeExcite
+from ops.inference.forms import stands_for
+from ops.inference.layers import FastLayer, FastPointwiseConv2d
+from ops.reparam import norm_affine
+
+__all__ = ["MedViTV2ConvFFN", "MedViTV2GlobalBlock", "MedViTV2LocalBlock"]
+
+
+@stands_for(medvitv2_blocks.ConvFFN)
+class MedViTV2ConvFFN(medvitv2_blocks.ConvFFN):
+    """The last layer applies the gates and, if its scale is given, adds the shortcut."""
+
+    needs: ClassVar = {"se": FastSqueezeExcite, "project": FastPointwiseConv2d}
+
+    def forward(self, x: Tensor, residual_scale: Tensor | None = None) -> Tensor:
+        se: Any = self.se
+        hidden = self.dwconv(self.expand(x))
+        residual = None if residual_scale is None else x
+        return self.project(hidden, residual, se.gates(hidden), residual_scale)
+
+
+@stands_for(medvitv2_blocks.FoldedLocalBlock)
+class MedViTV2LocalBlock(FastLayer, medvitv2_blocks.FoldedLocalBlock):
+    """Planes are made with the norm; the feed-forward adds both of its shortcuts."""
+
+    needs: ClassVar = {"norm1": nn.BatchNorm2d, "ffn": MedViTV2ConvFFN}
+
+    def forward(self, x: Tensor) -> Tensor:
+        derived = self.derived(x)
+        if derived is None:
+            return super().forward(x)
+        affine, residual_scale = derived
+        return self.ffn(_add_as_stored(self.attn, x, self.norm1, affine), residual_scale)
+
+    def sources(self) -> list[Tensor]:
+        return [self.scale, *_tensors_of(self.norm1)]
+
+    def derive(self, x: Tensor) -> tuple[Tensor | None, Tensor]:
+        return _affine(self.norm1, x), 1 + self.scale.detach().float()
+
+
+@stands_for(medvitv2_blocks.GlobalBlock)
+class MedViTV2GlobalBlock(FastLayer, medvitv2_blocks.GlobalBlock):
+    """Planes are made with the second norm."""
+
+    needs: ClassVar = {"norm2": nn.BatchNorm2d}
+
+    def forward(self, x: Tensor) -> Tensor:
+        derived = self.derived(x)
+        if derived is None:
+            return super().forward(x)
+        return _add_as_stored(self.kan, self.mix(x), self.norm2, *derived)
+
+    def sources(self) -> list[Tensor]:
+        return _tensors_of(self.norm2)
+
+    def derive(self, x: Tensor) -> tuple[Tensor | None]:
+        return (_affine(self.norm2, x),)
+
+
+def _tensors_of(norm: nn.BatchNorm2d) -> list[Tensor]:
+    return [t for t in norm.state_dict(keep_vars=True).values() if t.is_floating_point()]
+
+
+def _affine(norm: nn.BatchNorm2d, x: Tensor) -> Tensor | None:
+    """Scale and shift (2, C) in float32, or None where there is no kernel for them."""
+    if split_planes.unsupported(x.device, x.dtype) is not None:
+        return None
+    return torch.stack([t.detach() for t in norm_affine(copy.deepcopy(norm).float())])
+
+
+def _add_as_stored(
+    layer: nn.Module, x: Tensor, norm: nn.BatchNorm2d, affine: Tensor | None
+) -> Tensor:
+    """``x`` and what a layer makes of its norm, see :func:`medvitv2_blocks.map_as_stored`."""
+    if affine is None:
+        return x + medvitv2_blocks.map_as_stored(layer, norm(x))
+    batch, dim, height, width = x.shape
+    mixed = layer(split_planes(x, affine).view(batch, height, width, dim))
+    return join_planes(mixed.reshape(x.shape), x)

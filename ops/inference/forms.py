@@ -1,0 +1,51 @@
+"""Which class stands for which layer after ``fuse()``: forms register themselves here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+from torch import nn
+
+__all__ = ["fast_form", "plain_form", "stands_for"]
+
+Form = TypeVar("Form", bound=type[nn.Module])
+
+_forms: dict[type[nn.Module], list[tuple[Callable[[Any], bool] | None, type[nn.Module]]]] = {}
+
+
+def stands_for(
+    plain: type[nn.Module], *, where: Callable[[Any], bool] | None = None
+) -> Callable[[Form], Form]:
+    """Register the class below as the inference form of ``plain``, of which it is a subclass.
+
+    Args:
+        plain: the class of the layers to stand for; subclasses of it are other layers.
+        where: tells for which of those layers; default all. Several forms of one class must not
+            hold for the same layer.
+
+    Raises:
+        TypeError: the form is no subclass of ``plain``.
+    """
+
+    def register(form: Form) -> Form:
+        if not issubclass(form, plain):
+            raise TypeError(f"{form.__name__} does not stand for a {plain.__name__}")
+        form.stands_for = plain  # type: ignore[attr-defined]
+        _forms.setdefault(plain, []).append((where, form))
+        return form
+
+    return register
+
+
+def fast_form(module: nn.Module) -> type[nn.Module] | None:
+    """The class to stand for a layer, if there is one."""
+    for where, form in _forms.get(type(module), ()):
+        if where is None or where(module):
+            return form
+    return None
+
+
+def plain_form(module: nn.Module) -> type[nn.Module] | None:
+    """The class that a layer or model, which has an inference form, had before."""
+    return vars(type(module)).get("stands_for")
