@@ -12,9 +12,11 @@ from collections import OrderedDict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from timm.layers import DropPath, LayerNorm2d, LayerScale, Mlp
 from torch import Size, Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from backbones.core.base import Stage
 from ops.init import trunc_normal
@@ -24,6 +26,7 @@ from ops.reparam import fold_scale_after
 __all__ = [
     "PRESETS",
     "Block",
+    "MapAttention",
     "Pattern",
     "TokenStage",
     "block_dilations",
@@ -93,6 +96,30 @@ class TokenStage(Stage):
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x).permute(0, 2, 3, 1)
         return self.norm(self.run_blocks(x).permute(0, 3, 1, 2))
+
+
+class MapAttention(NeighborhoodAttention2D):
+    """Attention of the whole map, with a position bias that is interpolated for other maps.
+
+    (B, H, W, dim) → (B, H, W, dim).
+
+    Args:
+        map_size: side of the map that the bias is made for.
+    """
+
+    def __init__(self, dim: int, num_heads: int, map_size: int) -> None:
+        super().__init__(dim, num_heads, map_size, rel_pos_bias=True)
+
+    def window(self, size: Sequence[int]) -> tuple[Any, Any, Any, Tensor | None]:
+        """The whole map."""
+        assert self.rpb is not None
+        rpb: Tensor = self.rpb
+        sides = [2 * n - 1 for n in size]
+        if not all(
+            statically_known_true(a == b) for a, b in zip(sides, rpb.shape[1:], strict=True)
+        ):
+            rpb = _bicubic(rpb, sides)
+        return tuple(size), (1, 1), (1, 1), rpb
 
 
 def neighborhood(
@@ -205,8 +232,12 @@ def resized_bias(tensor: Tensor, shape: Size) -> Tensor | None:
     """A position bias (heads, rows, columns) for another kernel size, bicubic as the authors'."""
     if tensor.ndim != 3 or len(shape) != 3 or len(tensor) != shape[0]:
         return None
-    wide = tensor.float().unsqueeze(0)
-    return F.interpolate(wide, tuple(shape[1:]), mode="bicubic")[0].to(tensor.dtype)
+    return _bicubic(tensor, shape[1:])
+
+
+def _bicubic(tensor: Tensor, size: Sequence[int]) -> Tensor:
+    wide = tensor.to(torch.promote_types(tensor.dtype, torch.float32)).unsqueeze(0)
+    return F.interpolate(wide, tuple(size), mode="bicubic")[0].to(tensor.dtype)
 
 
 def cfg(url: str, **kwargs: Any) -> dict[str, Any]:

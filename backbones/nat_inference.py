@@ -1,19 +1,26 @@
-"""The inference form of the block of NAT, DiNAT, DiNAT_s and the isotropic networks."""
+"""Inference form of the blocks of NAT and its kin, see :mod:`ops.inference`: fewer passes."""
 
 from __future__ import annotations
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from torch import Tensor
 
 from backbones import nat_blocks
+from ops.inference.forms import stands_for
 from ops.inference.mlp import FastMlp
 from ops.inference.neighborhood import FastNeighborhoodAttention2D
 from ops.replay.module import recorded_form
 
-__all__ = ["FORMS"]
+__all__ = ["NATBlock", "NATMapAttention"]
 
 
+@stands_for(nat_blocks.MapAttention)
+class NATMapAttention(FastNeighborhoodAttention2D, nat_blocks.MapAttention):
+    """The projection adds the shortcut."""
+
+
+@stands_for(nat_blocks.Block)
 class NATBlock(nat_blocks.Block):
     """Attention and MLP add their shortcuts, the MLP takes its norm."""
 
@@ -24,7 +31,4 @@ class NATBlock(nat_blocks.Block):
         return self.mlp(x, x, self.norm2)
 
 
-FORMS: dict[type[Any], type[Any]] = {
-    nat_blocks.Block: NATBlock,
-    nat_blocks.TokenStage: recorded_form(nat_blocks.TokenStage),
-}
+stands_for(nat_blocks.TokenStage)(recorded_form(nat_blocks.TokenStage))

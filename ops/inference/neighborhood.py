@@ -6,12 +6,14 @@ from typing import ClassVar
 
 from torch import Tensor
 
+from ops.inference.forms import stands_for
 from ops.inference.layers import FastLinear
 from ops.neighborhood import NeighborhoodAttention2D
 
 __all__ = ["FastNeighborhoodAttention2D"]
 
 
+@stands_for(NeighborhoodAttention2D)
 class FastNeighborhoodAttention2D(NeighborhoodAttention2D):
     """(B, H, W, embed_dim) → (B, H, W, embed_dim), plus ``residual``."""
 
