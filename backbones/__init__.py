@@ -24,6 +24,7 @@ if not hasattr(_ops, "OPS_OF_VISION_BACKBONES"):
 try:
     from backbones.core.base import Stage, StagedBackbone
     from backbones.core.checkpoint import CheckpointError, LoadReport, load_checkpoint
+    from backbones.core.isotropic import IsotropicBackbone, IsotropicStage
     from backbones.core.registry import create_model, empty_cache, fuse, list_families, list_models
 
     # Importing a family registers its models, here and with timm; then its inference forms.
@@ -37,6 +38,7 @@ try:
         litv2,
         medvitv2,
         nat,
+        proxylessnas,
         ravlt,
         shvit,
         unireplknet,
@@ -63,6 +65,8 @@ __version__ = "0.1.0"
 
 __all__ = [
     "CheckpointError",
+    "IsotropicBackbone",
+    "IsotropicStage",
     "LoadReport",
     "Stage",
     "StagedBackbone",
@@ -81,6 +85,7 @@ __all__ = [
     "load_checkpoint",
     "medvitv2",
     "nat",
+    "proxylessnas",
     "ravlt",
     "shvit",
     "unireplknet",

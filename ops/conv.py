@@ -23,6 +23,7 @@ class ConvNorm(nn.Module):
         padding: default ``dilation * (kernel_size - 1) // 2``, which keeps the size at stride 1.
         bias: of the convolution; off, since the norm has one.
         norm_scale: initial weight of the norm; 0 starts a residual branch silent.
+        norm_eps: of the norm.
         act_layer: class of the activation; none by default.
     """
 
@@ -38,6 +39,7 @@ class ConvNorm(nn.Module):
         groups: int = 1,
         bias: bool = False,
         norm_scale: float = 1.0,
+        norm_eps: float = 1e-5,
         act_layer: type[nn.Module] | None = None,
     ) -> None:
         super().__init__()
@@ -46,7 +48,7 @@ class ConvNorm(nn.Module):
         self.conv = nn.Conv2d(
             in_chs, out_chs, kernel_size, stride, padding, dilation, groups, bias=bias
         )
-        self.norm = BatchNorm2d(out_chs)
+        self.norm = BatchNorm2d(out_chs, eps=norm_eps)
         nn.init.constant_(self.norm.weight, norm_scale)
         self.act = act_layer() if act_layer is not None else None
 

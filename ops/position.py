@@ -1,16 +1,24 @@
-"""Position told by a convolution: what a depthwise 3×3 sees of its neighbours and the border.
+"""Where a pixel lies: told by a convolution, or by a table.
 
-Of "Conditional Positional Encodings for Vision Transformers", https://arxiv.org/abs/2102.10882.
+:class:`ConvPosition` is what a depthwise 3×3 sees of its neighbours and the border, of "Conditional
+Positional Encodings for Vision Transformers", https://arxiv.org/abs/2102.10882.
+:class:`PositionTable` is the table of the first vision transformers, https://arxiv.org/abs/2010.11929,
+which is interpolated for other sizes.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from timm.layers import trunc_normal_
 from torch import Tensor, nn
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+from torch.nn import functional as F
 
 from ops.reparam import fold_scale_after
 
-__all__ = ["ConvPosition"]
+__all__ = ["ConvPosition", "PositionTable", "resize_position_table"]
 
 
 class ConvPosition(nn.Module):
@@ -38,3 +46,46 @@ class ConvPosition(nn.Module):
         centre = conv.kernel_size[0] // 2
         conv.weight[:, 0, centre, centre] += 1
         return conv
+
+
+class PositionTable(nn.Module):
+    """``x + table``: a learned vector for each pixel of a square map, interpolated for other maps.
+
+    (B, dim, h, w) → (B, dim, h, w).
+
+    Args:
+        dim: channels.
+        side: of the map that the table is made for; 14 for images of 224 pixels at stride 16.
+        std: of the normal distribution, cut at two, that it starts from; 0 for zeros.
+    """
+
+    def __init__(self, dim: int, side: int, std: float = 0.02) -> None:
+        super().__init__()
+        self.pos_embed = nn.Parameter(torch.zeros(1, side**2, dim))
+        if std:
+            trunc_normal_(self.pos_embed, std=std)
+
+    def forward(self, x: Tensor) -> Tensor:
+        table = resize_position_table(self.pos_embed, x.shape[2:])  # (1, h * w, dim)
+        return x + table.transpose(1, 2).unflatten(2, x.shape[2:])
+
+
+def resize_position_table(table: Tensor, size: Sequence[int]) -> Tensor:
+    """(1, n², dim), row by row, to (1, h · w, dim): bicubically, the same tensor if it fits.
+
+    As the published transformers do: cell edges meet (``align_corners=False``), nothing is smoothed
+    when it shrinks, and at least float32 is used.
+
+    Raises:
+        ValueError: the table is not that of a square.
+    """
+    side = round(table.shape[1] ** 0.5)
+    if side**2 != table.shape[1]:
+        raise ValueError(f"a table of positions must be that of a square, got {table.shape[1]}")
+    # To interpolate to the same size changes nothing; a symbolic size is not compared.
+    if all(statically_known_true(n == side) for n in size):
+        return table
+    square = table.to(torch.promote_types(table.dtype, torch.float32))
+    square = square.transpose(1, 2).unflatten(2, (side, side))  # (1, dim, n, n)
+    resized = F.interpolate(square, size=tuple(size), mode="bicubic", align_corners=False)
+    return resized.flatten(2).transpose(1, 2).to(table.dtype)

@@ -67,7 +67,7 @@ def using_threads(count: int) -> Iterator[None]:
 def forget_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     """Until the end of the test, kernels are looked for anew."""
     monkeypatch.setattr(build, "_kernels", {})
-    monkeypatch.setattr(ops.neighborhood, "_known_calls", {})
+    monkeypatch.setattr(ops.neighborhood.functional, "_known_calls", {})
 
 
 def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:

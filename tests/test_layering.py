@@ -1,8 +1,9 @@
-"""Arrows run one way: tools and scripts → backbones → ops; the import stays cheap."""
+"""Arrows run one way: tools and scripts → backbones → ops, in circles never; imports are cheap."""
 
 from __future__ import annotations
 
 import ast
+import functools
 import subprocess
 import sys
 from pathlib import Path
@@ -14,27 +15,100 @@ import backbones
 ROOT = Path(__file__).parent.parent
 
 
+def _modules() -> dict[str, Path]:
+    paths = [path for top in ("backbones", "ops") for path in sorted(ROOT.glob(f"{top}/**/*.py"))]
+    return {".".join(_parts(path)): path for path in paths}
+
+
+def _parts(path: Path) -> tuple[str, ...]:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return parts[:-1] if parts[-1] == "__init__" else parts
+
+
+MODULES = _modules()
+FAMILIES = backbones.list_families()
+
+
+@functools.cache
 def _imports(path: Path) -> set[str]:
-    names = set()
-    for node in ast.walk(ast.parse(path.read_text())):
+    """What a file imports anywhere, inside functions too, but for the sake of types alone."""
+    names, pending = set(), [ast.parse(path.read_text())]
+    while pending:
+        node: ast.AST = pending.pop()
         if isinstance(node, ast.Import):
             names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"relative import in {path}"
             names |= {f"{node.module}.{alias.name}" for alias in node.names}
+        elif not (isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING"):
+            pending += ast.iter_child_nodes(node)
     return names
 
 
-@pytest.mark.parametrize("path", sorted(ROOT.glob("ops/**/*.py")), ids=lambda p: p.stem)
-def test_ops_know_no_backbones(path: Path) -> None:
-    assert not {n for n in _imports(path) if n.split(".")[0] in ("backbones", "tools", "train_cls")}
+def _within(name: str, room: str) -> bool:
+    return f"{name}.".startswith(f"{room}.")
 
 
-@pytest.mark.parametrize("family", backbones.list_families())
+# Who may import nothing of whom.
+CLOSED_DOORS = {
+    "ops": ("backbones", "tools", "train_cls"),
+    "ops.cpu": ("ops.attention", "ops.inference", "ops.neighborhood", "ops.replay"),
+    "ops.replay": ("ops.attention", "ops.inference", "ops.neighborhood"),
+    "ops.attention": ("ops.inference", "ops.replay"),
+    "ops.neighborhood": ("ops.inference", "ops.replay"),
+    "backbones": ("tools", "train_cls"),
+    "backbones.core": (
+        *("backbones.cli", "backbones.openmmlab", "backbones.restoration", "backbones.training"),
+        *(f"backbones.{family}" for family in FAMILIES),
+    ),
+    "backbones.training": ("backbones.cli", "backbones.openmmlab", "backbones.restoration"),
+    **{f"backbones.{family}": ("backbones.cli", "backbones.training") for family in FAMILIES},
+}
+
+
+@pytest.mark.parametrize("room", CLOSED_DOORS)
+def test_arrows_run_one_way(room: str) -> None:
+    for name, path in MODULES.items():
+        if _within(name, room):
+            for imported in _imports(path):
+                upward = [other for other in CLOSED_DOORS[room] if _within(imported, other)]
+                assert not upward, f"{name} imports {imported}"
+
+
+def test_the_engine_knows_no_layers() -> None:
+    """``ops/cpu`` imports nothing of the files of plain layers beside it."""
+    plain = {f"ops.{path.stem}" for path in ROOT.glob("ops/*.py")} - {"ops.__init__"}
+    for name, path in MODULES.items():
+        if _within(name, "ops.cpu"):
+            assert not [i for i in _imports(path) if any(_within(i, p) for p in plain)], name
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 def test_families_do_not_know_each_other(family: str) -> None:
-    others = {f"backbones.{other}" for other in backbones.list_families() if other != family}
-    for name in _imports(ROOT / "backbones" / f"{family}.py"):
-        assert not any(f"{name}.".startswith(f"{other}.") for other in others), name
+    others = [other for other in FAMILIES if other != family]
+    for name, path in MODULES.items():
+        if name.startswith(f"backbones.{family}"):
+            for imported in _imports(path):
+                assert not imported.startswith(tuple(f"backbones.{o}" for o in others)), imported
+
+
+def test_there_is_no_import_circle() -> None:
+    """Modules that only import modules that are done are done; in the end all are."""
+    pending = {name: _own_imports(path) - {name} for name, path in MODULES.items()}
+    while ready := {name for name, imported in pending.items() if not imported & pending.keys()}:
+        for name in ready:
+            del pending[name]
+    assert not pending
+
+
+def _own_imports(path: Path) -> set[str]:
+    """The modules themselves: ``from package import name`` imports the package or one of its."""
+    found = set()
+    for name in _imports(path):
+        while name and name not in MODULES:
+            name = name.rpartition(".")[0]
+        found.add(name)
+    return found - {""}
 
 
 _TIMES = """

@@ -39,6 +39,14 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
         "nat_mini",
         {"depths": (2, 1, 2, 1), "dilations": ((1, 2), 1, (1, 2), 1), "layer_scale": 0.5},
     ),
+    "proxylessnas": (
+        "proxyless_cpu",
+        {
+            "dims": ((24,), (32, 32), (48,), (88, 88, 104), (216,)),
+            "kernel_sizes": ((3,), (5, 3), (3,), (7, 0, 5), (5,)),
+            "expansions": ((1,), (3, 3), (3,), (6, 0, 3), (3,)),
+        },
+    ),
     "ravlt": ("ravlt_t", {"depths": (1, 1, 2, 1)}),
     "shvit": ("shvit_s1", {"depths": (1, 1, 1)}),
     "unireplknet": ("unireplknet_a", {"depths": (1, 1, 2, 1)}),

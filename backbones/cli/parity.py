@@ -174,9 +174,12 @@ def case_errors(family: str, variant: str, number: int) -> tuple[float, list[flo
     # puts out (dense_extra), `features` are those, and `stage_outputs` are ours.
     has_norms = figures.get("dense_extra") and "stage_outputs" in case
     stages = case.get("features_eps1e-6") or case["stage_outputs" if has_norms else "features"]
+    ends = model.stage_features()
+    if "block_outputs" in case:  # of networks of one resolution
+        stages = [case["block_outputs"][i] for i in ends]
     return error, [
-        summary_error(_like(stage, expected), expected)
-        for stage, expected in zip(maps, stages, strict=True)
+        summary_error(_like(maps[i], expected), expected)
+        for i, expected in zip(ends, stages, strict=True)
     ]
 
 

@@ -1,4 +1,4 @@
-"""The picture of ``predict``: images, the heat of their answers over them, and the answers."""
+"""The picture of ``predict``: each image, the heat of its prediction over it, and its classes."""
 
 from __future__ import annotations
 
@@ -7,26 +7,26 @@ from pathlib import Path
 
 import numpy as np
 
-from backbones.cli.predict import Answer
+from backbones.cli.predictions import Prediction
 from backbones.training.pictures import _short, drawable, new_figure, save_figure
 
-__all__ = ["draw_answers"]
+__all__ = ["draw_predictions"]
 
 _HEAT, _STRENGTH = "inferno", 0.6
 
 
-def draw_answers(path: Path, answers: Sequence[Answer], names: Sequence[str]) -> None:
-    """Draw each image beside itself under its heat, with the first answers below.
+def draw_predictions(path: Path, predictions: Sequence[Prediction], names: Sequence[str]) -> None:
+    """Draw each image beside itself under its heat, with the first predictions below.
 
     Args:
         path: the PNG.
-        answers: with ``image`` and ``heat``.
+        predictions: with ``image`` and ``heat``.
         names: of the classes, by number.
     """
     from matplotlib import colormaps
 
-    columns = min(4, len(answers))
-    rows = -(-len(answers) // columns)
+    columns = min(4, len(predictions))
+    rows = -(-len(predictions) // columns)
     width, height = 3.1 * columns + 0.2, 2.25 * rows + 0.15
     figure = new_figure(width, height)
     figure.subplots_adjust(
@@ -40,16 +40,16 @@ def draw_answers(path: Path, answers: Sequence[Answer], names: Sequence[str]) ->
     axes = np.atleast_1d(figure.subplots(rows, columns)).ravel()
     for axis in axes:
         axis.set_axis_off()
-    for axis, answer in zip(axes, answers, strict=False):
-        heat = answer.heat[..., None]
+    for axis, prediction in zip(axes, predictions, strict=False):
+        heat = prediction.heat[..., None]
         colors = colormaps[_HEAT](heat[..., 0])[..., :3]
-        shown = answer.image * (1 - _STRENGTH * heat) + colors * _STRENGTH * heat
+        shown = prediction.image * (1 - _STRENGTH * heat) + colors * _STRENGTH * heat
         gap = np.ones((len(heat), max(1, len(heat) // 40), 3))
-        axis.imshow(np.concatenate((answer.image, gap, shown), axis=1))
-        axis.set_title(_short_path(answer.path), fontsize=9, loc="left", pad=3, color="#56606e")
+        axis.imshow(np.concatenate((prediction.image, gap, shown), axis=1))
+        axis.set_title(_short_path(prediction.path), fontsize=9, loc="left", pad=3, color="#56606e")
         lines = [
             f"{_short(names[number])}  {100 * confidence:.0f} %"
-            for number, confidence in zip(answer.classes[:2], answer.confidences, strict=False)
+            for number, confidence in prediction.ranked()[:2]
         ]
         for i, line in enumerate(lines):
             axis.text(

@@ -5,16 +5,13 @@ Images that cannot be read are named and counted, and the others go on.
 
 from __future__ import annotations
 
-import csv
 import importlib.util
-import io
 import json
 import os
 import sys
 import warnings
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +22,8 @@ from timm.data.readers.img_extensions import get_img_extensions
 from torch import Tensor
 
 from backbones.cli.cam import grad_cam
-from backbones.cli.common import CommandError, Loaded, load, read_labels, table
+from backbones.cli.common import CommandError, Loaded, load, read_labels
+from backbones.cli.predictions import Prediction, as_csv, as_entries, as_table
 from backbones.core import images
 from backbones.core.arguments import (
     file_problem,
@@ -41,7 +39,6 @@ from backbones.training.checkpoint import write_atomically
 
 __all__ = [
     "EXAMPLE",
-    "Answer",
     "add_arguments",
     "find_images",
     "open_image",
@@ -55,25 +52,6 @@ EXAMPLE = "photos/ --checkpoint runs/quickstart/best.safetensors --cam cam.png"
 _PICTURES = 24
 
 
-@dataclass
-class Answer:
-    """What a model says of one image.
-
-    Attributes:
-        classes, confidences: the likeliest first.
-        error: why the image could not be read; the others are empty then.
-        image: (H, W, 3) in 0 … 1, as the model saw it; for the picture only, as ``heat`` is.
-        heat: (H, W) in 0 … 1, see :func:`backbones.cli.cam.grad_cam`.
-    """
-
-    path: Path
-    classes: list[int]
-    confidences: list[float]
-    error: str = ""
-    image: Any = None
-    heat: Any = None
-
-
 def add_arguments(parser: ArgumentParser) -> None:
     """The command line of ``predict``."""
     add = parser.add_argument
@@ -81,8 +59,8 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--model", help="architecture; a checkpoint of train_cls.py knows its own")
     add("--checkpoint", type=nonempty_path, metavar="FILE", help="weights")
     add("--labels", type=nonempty_path, metavar="FILE", help="names: one a line, or JSON")
-    add("--topk", type=whole(1), default=5, metavar="N", help="answers an image (5)")
-    add("--csv", type=nonempty_path, metavar="FILE", help="write a row for each answer")
+    add("--topk", type=whole(1), default=5, metavar="N", help="classes an image (5)")
+    add("--csv", type=nonempty_path, metavar="FILE", help="write a row for each class predicted")
     add("--json", type=nonempty_path, metavar="FILE", help="write an entry for each image")
     add(
         "--cam",
@@ -118,28 +96,28 @@ def run(options: Namespace) -> int:
     loaded.model.to(device)
 
     pictures = _PICTURES if options.cam is not None else 0
-    answers = list(
+    predictions = list(
         predict(loaded, paths, options.topk, options.batch_size, pictures, progress=True)
     )
     names = loaded.classes or [str(number) for number in range(loaded.model.num_classes)]
-    sys.stdout.write(_table(answers, names))
+    sys.stdout.write(as_table(predictions, names))
     if options.csv is not None:
-        _write(options.csv, _csv(answers, names))
+        _write(options.csv, as_csv(predictions, names))
     if options.json is not None:
-        entries = _entries(answers, names)
+        entries = as_entries(predictions, names)
         text = json.dumps(entries, indent=1, ensure_ascii=False, allow_nan=False)
         _write(options.json, text)
     if options.cam is not None:
-        from backbones.cli.pictures import draw_answers
+        from backbones.cli.pictures import draw_predictions
 
-        shown = [answer for answer in answers if answer.image is not None]
+        shown = [prediction for prediction in predictions if prediction.image is not None]
         if shown:
-            draw_answers(options.cam, shown, names)
-    unreadable = [answer for answer in answers if answer.error]
-    for answer in unreadable:
-        sys.stderr.write(f"cannot read {one_line(str(answer.path))}: {answer.error}\n")
+            draw_predictions(options.cam, shown, names)
+    unreadable = [prediction for prediction in predictions if prediction.error]
+    for prediction in unreadable:
+        sys.stderr.write(f"cannot read {one_line(str(prediction.path))}: {prediction.error}\n")
     if unreadable:
-        sys.stderr.write(f"{len(unreadable)} of {len(answers)} images could not be read\n")
+        sys.stderr.write(f"{len(unreadable)} of {len(predictions)} images could not be read\n")
     return 1 if unreadable else 0
 
 
@@ -150,11 +128,11 @@ def predict(
     batch_size: int = 16,
     pictures: int = 0,
     progress: bool = False,
-) -> Iterator[Answer]:
-    """Answers in the order of ``paths``.
+) -> Iterator[Prediction]:
+    """Predictions in the order of ``paths``.
 
     Args:
-        topk: answers an image, at most as many as there are classes.
+        topk: classes an image, at most as many as there are classes.
         pictures: how many readable images come back with what was seen and its Grad-CAM.
         progress: show a bar on standard error, if that is a terminal.
 
@@ -165,24 +143,24 @@ def predict(
     transform = create_transform(**config, is_training=False)
     grey = config["input_size"][0] == 1
     for start in _bar(range(0, len(paths), batch_size), len(paths) > batch_size and progress):
-        batch: list[Answer] = []
+        batch: list[Prediction] = []
         tensors: list[Tensor] = []
         for path in paths[start : start + batch_size]:
-            answer = Answer(path, [], [])
+            prediction = Prediction(path, [], [])
             try:
                 image = open_image(path, grey)
                 _check_shape(image, config)
                 tensors.append(transform(image))
             except images.DECODE_ERRORS as error:
-                answer.error = first_line(error)
+                prediction.error = first_line(error)
             except (MemoryError, RuntimeError) as error:
                 if (shortage := memory_shortage(error)) is None:
                     raise
-                answer.error = shortage
-            batch.append(answer)
+                prediction.error = shortage
+            batch.append(prediction)
         if tensors:
-            read = [answer for answer in batch if not answer.error]
-            drawn = _answer(loaded.model, torch.stack(tensors), read, topk, config, pictures)
+            read = [prediction for prediction in batch if not prediction.error]
+            drawn = _classify(loaded.model, torch.stack(tensors), read, topk, config, pictures)
             pictures -= drawn
         yield from batch
 
@@ -245,36 +223,36 @@ def _check_shape(image: Image.Image, config: dict[str, Any]) -> None:
         raise ValueError(f"{image.width}×{image.height} pixels are too narrow to be resized")
 
 
-def _answer(
+def _classify(
     model: Any,
     seen: Tensor,
-    answers: Sequence[Answer],
+    predictions: Sequence[Prediction],
     topk: int,
     config: dict[str, Any],
     pictures: int,
 ) -> int:
-    """Fill in ``answers``; how many of them got what the picture needs."""
-    drawn = min(pictures, len(answers))
+    """Fill in ``predictions``; how many of them got what the picture needs."""
+    drawn = min(pictures, len(predictions))
     device = next(model.parameters()).device
     if drawn:
         logits, heat = grad_cam(model, seen.to(device))
         mean, std = (torch.tensor(config[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
         pixels = (seen * std + mean).clamp(0, 1).expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
         for i in range(drawn):
-            answers[i].image, answers[i].heat = pixels[i].numpy(), heat[i].cpu().numpy()
+            predictions[i].image, predictions[i].heat = pixels[i].numpy(), heat[i].cpu().numpy()
     else:
         with torch.inference_mode():
             logits = model(seen.to(device))
     finite = logits.isfinite().all(1).tolist()
     if not all(finite):
         raise CommandError(
-            f"what the model gives for {answers[finite.index(False)].path} is not finite"
+            f"what the model gives for {predictions[finite.index(False)].path} is not finite"
         )
     best = logits.float().softmax(1).cpu().topk(min(topk, logits.shape[1]), dim=1)
-    for answer, confidences, classes in zip(
-        answers, best.values.tolist(), best.indices.tolist(), strict=True
+    for prediction, confidences, classes in zip(
+        predictions, best.values.tolist(), best.indices.tolist(), strict=True
     ):
-        answer.confidences, answer.classes = confidences, classes
+        prediction.confidences, prediction.classes = confidences, classes
     return drawn
 
 
@@ -284,47 +262,6 @@ def _bar(steps: range, shown: bool) -> Any:
     from tqdm import tqdm
 
     return tqdm(steps, unit="batch", leave=False)
-
-
-def _table(answers: Sequence[Answer], names: Sequence[str]) -> str:
-    rows = [
-        [
-            one_line(str(answer.path)) if not place else "",
-            names[number],
-            f"{100 * confidence:.1f} %",
-        ]
-        for answer in answers
-        for place, (number, confidence) in enumerate(
-            zip(answer.classes, answer.confidences, strict=True)
-        )
-    ]
-    return table(("image", "class", "confidence"), rows, left=2) if rows else ""
-
-
-def _csv(answers: Sequence[Answer], names: Sequence[str]) -> str:
-    text = io.StringIO()
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(("image", "place", "class", "name", "confidence", "error"))
-    for answer in answers:
-        if answer.error:
-            writer.writerow((answer.path, "", "", "", "", answer.error))
-        for place, (number, confidence) in enumerate(
-            zip(answer.classes, answer.confidences, strict=True), start=1
-        ):
-            writer.writerow((answer.path, place, number, names[number], f"{confidence:.6f}", ""))
-    return text.getvalue()
-
-
-def _entries(answers: Sequence[Answer], names: Sequence[str]) -> list[dict[str, Any]]:
-    entries: list[dict[str, Any]] = []
-    for answer in answers:
-        if answer.error:
-            entries.append({"image": str(answer.path), "error": answer.error})
-            continue
-        pairs = zip(answer.classes, answer.confidences, strict=True)
-        said = [{"class": n, "name": names[n], "confidence": round(c, 6)} for n, c in pairs]
-        entries.append({"image": str(answer.path), "answers": said})
-    return entries
 
 
 def _write(path: Path, text: str) -> None:

@@ -8,6 +8,7 @@ and our checkpoint loader ask of a model follows from those.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import islice
 from typing import Any, Literal
 
 import torch
@@ -23,7 +24,7 @@ from ops.inference.layers import convert
 from ops.reparam import fuse_children
 from ops.replay.module import recorded_form
 
-__all__ = ["Stage", "StagedBackbone"]
+__all__ = ["Stage", "StagedBackbone", "check_format"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # that models run in
 
@@ -48,9 +49,14 @@ class Stage(nn.Module):
         self.grad_checkpointing = False
         self.fused = False
 
-    def run_blocks(self, x: Tensor, *shared: Any) -> Tensor:
-        """The blocks in turn, each called with ``(x, *shared)``; recomputed in backward if set."""
-        for block in self.blocks:
+    def run_blocks(
+        self, x: Tensor, *shared: Any, first: int = 0, stop: int | None = None
+    ) -> Tensor:
+        """The blocks ``first`` … ``stop`` − 1 in turn, each called with ``(x, *shared)``.
+
+        They are recomputed in the backward pass where that is set. Default: all blocks.
+        """
+        for block in islice(self.blocks, first, stop):
             if self.grad_checkpointing and torch.is_grad_enabled():
                 x = checkpoint(block, x, *shared, use_reentrant=False)
             else:
@@ -108,6 +114,8 @@ class StagedBackbone(nn.Module):
         self.in_chans = in_chans
         self.out_norms = nn.ModuleDict()
         self.stem_taps: tuple[int, ...] = ()
+        # Beginnings of the names of what prune_intermediate_layers cut off.
+        self.pruned_parts: tuple[str, ...] = ()
 
     # -- what a family declares ------------------------------------------------------------------
 
@@ -173,6 +181,20 @@ class StagedBackbone(nn.Module):
             return adapt_input_conv(shape[1], tensor)
         return None
 
+    # -- features --------------------------------------------------------------------------------
+
+    def count_features(self) -> int:
+        """How many feature maps there are; fewer than ``feature_info`` lists after pruning."""
+        return len(self.stem_taps) + len(self.stages)
+
+    def stage_features(self) -> list[int]:
+        """Which entry of ``feature_info`` is the map that each stage ends with."""
+        return list(range(len(self.stem_taps), len(self.stem_taps) + len(self.stages)))
+
+    def default_features(self) -> list[int]:
+        """What ``features_only`` returns without ``out_indices``: all maps."""
+        return list(range(self.count_features()))
+
     # -- running ---------------------------------------------------------------------------------
 
     def forward_features(self, x: Tensor) -> Tensor:
@@ -210,8 +232,7 @@ class StagedBackbone(nn.Module):
         Raises:
             ValueError: an index that is not there, or an unknown format.
         """
-        if output_fmt not in ("NCHW", "NHWC"):
-            raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
+        check_format(output_fmt)
         taken = self._take_indices(indices)
         last = len(self.stages) - 1
         first_stage = len(self.stem_taps)
@@ -244,12 +265,14 @@ class StagedBackbone(nn.Module):
 
     def _take_indices(self, indices: int | Sequence[int] | None) -> list[int]:
         """Absolute indices into ``feature_info``, ascending."""
-        count = len(self.stem_taps) + len(self.stages)
+        count = self.count_features()
         if indices is None:
             return list(range(count))
         indices = KEYWORDS["out_indices"]("indices", indices)
-        wanted = range(count - indices, count) if isinstance(indices, int) else indices
-        taken = sorted({i + count if i < 0 else i for i in wanted})
+        if isinstance(indices, int):
+            taken = list(range(count - indices, count))
+        else:
+            taken = sorted({i + count if i < 0 else i for i in indices})
         if not taken or taken[0] < 0 or taken[-1] >= count:
             raise ValueError(
                 f"{type(self).__name__} has {count} feature maps (indices 0 … {count - 1}, or "
@@ -268,6 +291,7 @@ class StagedBackbone(nn.Module):
         first_stage = len(self.stem_taps)
         kept = max(1, taken[-1] + 1 - first_stage)
         cut = kept < len(self.stages)
+        self.pruned_parts = tuple(f"stages.{i}." for i in range(kept, len(self.stages)))
         self.stages = nn.Sequential(*list(self.stages)[:kept])
         for key in list(self.out_norms):
             if int(key) + first_stage not in taken:
@@ -419,6 +443,12 @@ class StagedBackbone(nn.Module):
                 "create the model again, or keep a copy.deepcopy from before fuse()"
             )
         return super().train(mode)
+
+
+def check_format(output_fmt: str) -> None:
+    """Refuse layouts other than NCHW and NHWC with a ValueError."""
+    if output_fmt not in ("NCHW", "NHWC"):
+        raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
 
 
 def _chosen_stages(out_norms: bool | Sequence[int], count: int) -> list[int]:

@@ -153,8 +153,9 @@ def load_checkpoint(
                 f"{name}: {key} has shape {tuple(tensor.shape)}, but the model's is "
                 f"{tuple(own[key].shape)}; is it a checkpoint of another variant?"
             )
-    if not any(key.startswith("out_norms.") for key in tensors):
-        report.reinitialised.extend(key for key in own if key.startswith("out_norms."))
+    for part in ("out_norms.", "pyramid."):  # which classification checkpoints lack
+        if not any(key.startswith(part) for key in tensors):
+            report.reinitialised.extend(key for key in own if key.startswith(part))
     spared = {*fitted, *report.reinitialised}
     report.missing.extend(
         key for key in own if key not in spared and not key.endswith("num_batches_tracked")
@@ -327,8 +328,7 @@ def _absent_parts(model: StagedBackbone, pruned: bool) -> tuple[str, ...]:
         if isinstance(module, nn.Identity) and name.split(".")[0] in ("norm", "head")
     ]
     if pruned:
-        cut = range(len(model.stages), len(model.feature_info))
-        absent += ["head.", "norm.", "out_norms.", *(f"stages.{i}." for i in cut)]
+        absent += ["head.", "norm.", "out_norms.", *model.pruned_parts]
     return tuple(absent)
 
 

@@ -16,10 +16,10 @@ import torch
 
 from backbones.core.checkpoint import CheckpointError
 from backbones.core.messages import first_line, one_line
-from backbones.training.errors import TrainingError
 
 __all__ = [
     "CommandError",
+    "MendableError",
     "Parser",
     "any_text",
     "guard",
@@ -36,8 +36,12 @@ _NO_MEMORY = re.compile(
 )
 
 
-class CommandError(ValueError):
+class MendableError(Exception):
     """What a user can mend; the message is one line that says how."""
+
+
+class CommandError(MendableError, ValueError):
+    """A command line that cannot be done."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -78,7 +82,7 @@ def _status(command: Callable[[], int | None]) -> int:
         return _fail(leaving.code) if isinstance(leaving.code, str) else leaving.code or 0
     except BrokenPipeError:
         return 0
-    except (CommandError, CheckpointError, TrainingError) as error:
+    except (MendableError, CheckpointError) as error:
         return _fail(str(error))
     except OSError as error:
         # Of a file it would have a name; what is left is standard output.

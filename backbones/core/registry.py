@@ -52,9 +52,10 @@ _entries: dict[str, _Entry] = {}
 def register(entrypoint: Entrypoint) -> Entrypoint:
     """Register a model under its function's name, with the ``default_cfgs`` of its module.
 
-    timm receives the name too, unless it has a model of that name itself. A model that can show its
-    stem (``stem_features``) goes to timm a second time with it shown, as ``<name>_pyramid``: for
-    libraries that make their encoders through timm and want a pyramid from stride 2 on.
+    timm receives the name too, unless it has a model of that name itself. A model that can show
+    finer maps than its stages' (``stem_features``), or make a pyramid of one map (``pyramid``),
+    goes to timm a second time with that switched on, as ``<name>_pyramid``: for libraries that make
+    their encoders through timm and want a pyramid from stride 2 or 4 on.
 
     Raises:
         ValueError: the name is taken, or ``default_cfgs`` says nothing about it.
@@ -69,31 +70,30 @@ def register(entrypoint: Entrypoint) -> Entrypoint:
     _entries[name] = _Entry(entrypoint, module.__name__.rsplit(".", 1)[-1], cfgs)
     if not timm.models.is_model(name):
         timm.models.register_model(entrypoint)
-    if _shows_stem(entrypoint, module):
-        pyramid = _with_stem_features(entrypoint)
+    if keyword := _pyramid_keyword(entrypoint, module):
+        pyramid = _with_pyramid(entrypoint, keyword)
         module.default_cfgs[pyramid.__name__] = cfgs
         setattr(module, pyramid.__name__, pyramid)
         timm.models.register_model(pyramid)
     return entrypoint
 
 
-def _shows_stem(entrypoint: Callable[..., nn.Module], module: ModuleType) -> bool:
-    """Whether the class that the entrypoint says it returns takes ``stem_features``."""
+def _pyramid_keyword(entrypoint: Callable[..., nn.Module], module: ModuleType) -> str | None:
+    """What makes a pyramid of the class that the entrypoint says it returns, if anything does."""
     returned = entrypoint.__annotations__.get("return")
     model_class = getattr(module, returned, None) if isinstance(returned, str) else returned
-    return (
-        isinstance(model_class, type)
-        and issubclass(model_class, StagedBackbone)
-        and "stem_features" in inspect.signature(model_class).parameters
-    )
+    if not (isinstance(model_class, type) and issubclass(model_class, StagedBackbone)):
+        return None
+    keywords = inspect.signature(model_class).parameters
+    return next((name for name in ("stem_features", "pyramid") if name in keywords), None)
 
 
-def _with_stem_features(entrypoint: Callable[..., nn.Module]) -> Callable[..., nn.Module]:
+def _with_pyramid(entrypoint: Callable[..., nn.Module], keyword: str) -> Callable[..., nn.Module]:
     """The entrypoint of ``<name>_pyramid``."""
 
     @functools.wraps(entrypoint)
     def pyramid(pretrained: bool = False, **kwargs: Any) -> nn.Module:
-        model: Any = entrypoint(pretrained=pretrained, **{"stem_features": True, **kwargs})
+        model: Any = entrypoint(pretrained=pretrained, **{keyword: True, **kwargs})
         # What timm's hub files call it; the plain name may be a model of timm's.
         model.pretrained_cfg["architecture"] = pyramid.__name__
         return model
@@ -153,7 +153,8 @@ def create_model(
         pretrained: download the published weights (once; they are cached) and load them.
         checkpoint_path: load this file instead, see :func:`backbones.load_checkpoint`.
         features_only: return a model that maps an image to a list of feature maps.
-        out_indices: which maps, with ``features_only``; default all of them.
+        out_indices: which maps, with ``features_only``; default all of them, of networks of one
+            resolution, where they count blocks, those after each quarter.
         pretrained_cfg, pretrained_cfg_overlay: replace, or partly replace, the default cfg.
         **kwargs: arguments of the architecture: ``num_classes``, ``in_chans``, ``drop_rate``,
             ``drop_path_rate``, ``global_pool``, … A value of None means the default, as in timm.
@@ -216,7 +217,7 @@ def build_model(
     if not features_only:
         return model
     if out_indices is None:
-        out_indices = tuple(range(len(model.feature_info)))
+        out_indices = tuple(model.default_features())
     features = FeatureGetterNet(model, out_indices=out_indices)
     features.pretrained_cfg = features.default_cfg = model.pretrained_cfg
     return features

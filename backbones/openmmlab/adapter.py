@@ -1,10 +1,10 @@
-"""Every backbone under mmdet and mmseg: one type, layer-wise learning rates, an FPN from stride 16.
+"""Every backbone under mmdet and mmseg: one type, layer-wise learning rates, mixed precision.
 
-Importing this module registers :class:`VisionBackbone` and :class:`TransposedFPN` as models,
-:class:`CPUAmpOptimWrapper` as optimizer wrapper and :class:`LayerDecayConstructor` as optimizer
-wrappers' constructor in mmengine's registries, which mmdet and mmseg share; stands in for mmcv's
-compiled operators where they are absent; and tells PyTorch's weights-only loading which of
-mmengine's own classes a checkpoint may hold.
+Importing this module registers :class:`VisionBackbone` as a model, :class:`CPUAmpOptimWrapper` as
+optimizer wrapper and :class:`LayerDecayConstructor` as optimizer wrappers' constructor in
+mmengine's registries, which mmdet and mmseg share; stands in for mmcv's compiled operators where
+they are absent; and tells PyTorch's weights-only loading which of mmengine's own classes a
+checkpoint may hold.
 """
 
 from __future__ import annotations
@@ -20,7 +20,6 @@ from mmengine.optim import DefaultOptimWrapperConstructor, OptimWrapper
 from mmengine.registry import MODELS, OPTIM_WRAPPER_CONSTRUCTORS, OPTIM_WRAPPERS
 from timm.models import group_parameters
 from torch import Tensor, nn
-from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from backbones.core.checkpoint import HARMLESS, LOG_BUFFER, load_checkpoint, load_pretrained
@@ -30,7 +29,6 @@ from backbones.openmmlab import mmcv_ops
 __all__ = [
     "CPUAmpOptimWrapper",
     "LayerDecayConstructor",
-    "TransposedFPN",
     "VisionBackbone",
     "allow_mmengine_checkpoints",
     "check_channels",
@@ -44,7 +42,8 @@ class VisionBackbone(BaseModule):
 
     Args:
         name: of :func:`backbones.list_models`.
-        out_indices: which maps to return; default all.
+        out_indices: which maps to return; default all, of networks of one resolution those after
+            each quarter of the blocks, which is what the indices count there.
         drop_path_rate: of the last block; default the variant's.
         frozen_stages: −1 trains everything, 0 freezes the stem, k also the first k stages; their
             norms then use running statistics.
@@ -225,72 +224,6 @@ def _layer_scales(module: nn.Module, rate: float) -> tuple[dict[str, float], set
             "optimizer-wrapper constructor"
         )
     return scales, spared
-
-
-@MODELS.register_module()
-class TransposedFPN(BaseModule):
-    """Feature pyramid that grows finer levels by transposed convolution.
-
-    For backbones that start at stride 16, as the detectors of Liu et al., "EfficientViT",
-    https://arxiv.org/abs/2305.07027, and Yun and Ro, "SHViT", https://arxiv.org/abs/2401.16456, do:
-    1×1 laterals and their top-down sums, as in any FPN; 2×2 transposed convolutions of stride 2
-    that go on from the finest sum; a 3×3 convolution a level; coarser levels by subsampling. That
-    is what both papers' published detectors compute with their ``EfficientViTFPN``.
-
-    Args:
-        in_channels: of the backbone's maps, fine to coarse.
-        out_channels: of every level.
-        num_outs: number of levels returned.
-        num_transposed: how many of them come first, finer than the backbone's finest: 1 for
-            RetinaNet (from stride 8), 2 for Mask R-CNN (from stride 4).
-        init_cfg: mmengine's initialisation.
-
-    Raises:
-        ValueError: fewer levels than there are, or maps that do not have ``in_channels``.
-    """
-
-    def __init__(
-        self,
-        in_channels: Sequence[int],
-        out_channels: int = 256,
-        num_outs: int = 5,
-        num_transposed: int = 1,
-        init_cfg: Mapping[str, Any] | None = None,
-    ) -> None:
-        super().__init__(
-            dict(init_cfg or {"type": "Xavier", "layer": "Conv2d", "distribution": "uniform"})
-        )
-        levels = num_transposed + len(in_channels)
-        if num_transposed < 0 or num_outs < levels:
-            raise ValueError(
-                f"num_transposed must be ≥ 0 and num_outs ≥ {levels} (the backbone's maps and the "
-                f"transposed ones), got {num_transposed} and {num_outs}"
-            )
-        self.in_channels = list(in_channels)
-        self.num_outs = num_outs
-        self.laterals = nn.ModuleList(nn.Conv2d(c, out_channels, 1) for c in in_channels)
-        self.transposed = nn.ModuleList(
-            nn.ConvTranspose2d(out_channels, out_channels, 2, 2) for _ in range(num_transposed)
-        )
-        self.outputs = nn.ModuleList(
-            nn.Conv2d(out_channels, out_channels, 3, padding=1) for _ in range(levels)
-        )
-
-    def forward(self, inputs: Sequence[Tensor]) -> tuple[Tensor, ...]:
-        """(B, in_channels[i], h, w), fine to coarse → num_outs maps (B, out_channels, …)."""
-        given = [x.shape[1] for x in inputs]
-        if given != self.in_channels:
-            raise ValueError(f"the maps have {given} channels; write in_channels={given}")
-        levels = [lateral(x) for lateral, x in zip(self.laterals, inputs, strict=True)]
-        for i in range(len(levels) - 1, 0, -1):
-            size = levels[i - 1].shape[-2:]
-            levels[i - 1] = levels[i - 1] + F.interpolate(levels[i], size=size, mode="nearest")
-        for transposed in self.transposed:
-            levels.insert(0, transposed(levels[0]))
-        maps = [output(x) for output, x in zip(self.outputs, levels, strict=True)]
-        while len(maps) < self.num_outs:
-            maps.append(F.max_pool2d(maps[-1], 1, stride=2))
-        return tuple(maps)
 
 
 def check_channels(model: Mapping[str, Any]) -> None:

@@ -147,8 +147,8 @@ class StudentWithExits(nn.Module):
 
     def __init__(self, student: Any, stages: Sequence[int] | None = None) -> None:
         super().__init__()
-        # The maps inside a stem that some families show come before those of the stages.
-        first, count = len(student.stem_taps), len(student.stages)
+        ends = student.stage_features()
+        count = len(ends)
         wanted = range(count) if stages is None else stages
         chosen = sorted({i + count if i < 0 else i for i in wanted})
         if not chosen or chosen[0] < 0 or chosen[-1] >= count:
@@ -156,7 +156,7 @@ class StudentWithExits(nn.Module):
                 f"ofa_stages must name some of the stages 0 … {count - 1}, not {tuple(wanted)}"
             )
         self.student = student
-        self.indices = [first + i for i in chosen]
+        self.indices = [ends[i] for i in chosen]
         info, last = student.feature_info, student.feature_info[-1]
         self.exits = nn.ModuleList(
             Exit(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from backbones.core.console import MendableError
 from backbones.core.messages import joined_lines
 
 __all__ = [
@@ -21,7 +22,7 @@ BUILDING_ERRORS = (
 """What networks and optimizers raise of arguments that their authors did not think of."""
 
 
-class TrainingError(Exception):
+class TrainingError(MendableError):
     """Any of the below."""
 
 

@@ -35,6 +35,7 @@ __all__ = [
     "FastPooledAttention",
     "FastRankAugmentedAttention",
     "attend_tokens",
+    "axis_turns",
 ]
 
 # Of queries, keys, values and gates; a batch whose maps take more goes some images at a time, so
@@ -179,6 +180,16 @@ def _turns(height: int, width: int, head_dim: int) -> Tensor:
     return torch.complex(cos[:, ::2].contiguous(), sin[:, ::2].contiguous())
 
 
+@functools.lru_cache(maxsize=32)
+def axis_turns(size: int, head_dim: int, axis: int) -> Tensor:
+    """(size, head_dim): cosines, then sines, negated for even channels, of rows or columns."""
+    shape = (size, 1) if axis == 0 else (1, size)
+    cpu = torch.device("cpu")  # whatever the default device is
+    sin, cos = (t.chunk(2, dim=1)[axis] for t in rotary_table(*shape, head_dim, device=cpu))
+    signs = sin.new_tensor([-1.0, 1.0]).repeat(head_dim // 4)
+    return torch.cat((cos, sin * signs), dim=1)
+
+
 @stands_for(PooledAttention)
 class FastPooledAttention(PooledAttention):
     """Without transposed copies of heads."""
@@ -261,11 +272,13 @@ class FastRankAugmentedAttention(RankAugmentedAttention):
         value = qkvo.chunk(4, dim=-1)[2]
         bias = self.lepe(value.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         attend = (
-            linear_attention.gated_linear_attention
+            linear_attention.rank_augmented_attention
             if self.linear
             else gated_attention.gated_attention
         )
-        return self.proj(attend(qkvo, bias, self.num_heads), residual)
+        head_dim = x.shape[3] // self.num_heads
+        tables = (axis_turns(size, head_dim, axis) for axis, size in enumerate(x.shape[1:3]))
+        return self.proj(attend(qkvo, bias, *tables, self.num_heads), residual)
 
 
 def _rotate(x: Tensor, turns: Tensor) -> Tensor:

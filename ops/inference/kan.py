@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import math
+
+import torch
 from torch import Tensor
 
-from ops.cpu.feed_forward.kan import PackedKAN, kan_layer, pack_kan
+from ops.cpu.feed_forward.kan import LARGEST_POWER, PackedKAN, kan_layer
+from ops.cpu.gemm.linear import pack_weight
 from ops.inference.forms import stands_for
 from ops.inference.layers import FastLayer, tensors_of
 from ops.kan import KANLayer
 
-__all__ = ["FastKANLayer"]
+__all__ = ["FastKANLayer", "pack_kan"]
 
 
 @stands_for(KANLayer)
@@ -25,3 +29,26 @@ class FastKANLayer(FastLayer, KANLayer):
 
     def derive(self, x: Tensor) -> PackedKAN | None:
         return None if kan_layer.unsupported(x.device, x.dtype) is not None else pack_kan(self)
+
+
+def pack_kan(layer: KANLayer) -> PackedKAN | None:
+    """The parameters of a layer, or None where its grid is finer than the kernel resolves.
+
+    Raises:
+        RuntimeError: the kernel is not available here.
+    """
+    scale = 2 / (layer.width * math.log(2))
+    grid = layer.grid.detach().double() * scale
+    if grid.abs().max() > LARGEST_POWER:
+        return None
+    by_grid = layer.linear.weight.detach().unflatten(1, (-1, len(grid))).transpose(1, 2).flatten(1)
+    norm_weight, norm_bias = (t.detach().float() for t in layer.norm.parameters())
+    return PackedKAN(
+        norm_weight,
+        norm_bias,
+        torch.exp2(grid).float(),
+        pack_weight(by_grid),
+        norm_bias.new_zeros(len(by_grid)),
+        layer.norm.eps,
+        scale,
+    )

@@ -12,10 +12,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ops import neighborhood
 from ops.init import trunc_normal
 from ops.neighborhood._checks import per_axis_bool, per_axis_int
 from ops.neighborhood._geometry import NAParams
+from ops.neighborhood.functional import BACKENDS, na1d, na2d, na3d
 
 __all__ = ["NeighborhoodAttention1D", "NeighborhoodAttention2D", "NeighborhoodAttention3D"]
 
@@ -105,7 +105,7 @@ class _NeighborhoodAttention(nn.Module):
         query, key, value = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(dim=-3)
         kernel_size, stride, dilation, rpb = self.window(query.shape[1:-2])
         if all(isinstance(k, int) for k in kernel_size):
-            attention = (neighborhood.na1d, neighborhood.na2d, neighborhood.na3d)[self.rank - 1]
+            attention = (na1d, na2d, na3d)[self.rank - 1]
             out = attention(
                 query,
                 key,
@@ -120,8 +120,7 @@ class _NeighborhoodAttention(nn.Module):
             assert isinstance(out, Tensor)
         else:  # a window that depends on open sizes; the function would bind it to a number
             params = NAParams(kernel_size, stride, dilation, self.is_causal, self.scale, False)
-            reference = neighborhood.BACKENDS["reference"]
-            out, _ = reference.attend(query, key, value, None, None, rpb, params)
+            out, _ = BACKENDS["reference"].attend(query, key, value, None, None, rpb, params)
         return out.flatten(-2)
 
     def window(self, size: Sequence[int]) -> tuple[_Sizes, _Sizes, _Sizes, Tensor | None]:

@@ -69,7 +69,7 @@ def test_a_folder_with_a_corrupt_file(
     assert sum(float(row["confidence"]) for row in first) == pytest.approx(1, abs=1e-5)
     entries = json.loads((out / "a.json").read_text())
     assert "error" in entries[-1]
-    assert [a["name"] for a in entries[0]["answers"]] == [row["name"] for row in first]
+    assert [a["name"] for a in entries[0]["predictions"]] == [row["name"] for row in first]
     with Image.open(out / "a.png") as picture:
         width, height = picture.size
     assert width > 1000

@@ -273,6 +273,25 @@ BLOCKS: dict[str, Sequence[tuple[str, Sequence[Step]]]] = {
         ("Block", _transformer_block(NEIGHBORHOOD, mlp("MLP"))),
         ("Neighborhood attention", NEIGHBORHOOD_STEPS),
     ),
+    "proxylessnas": (
+        (
+            "Block",
+            [
+                Residual(
+                    [
+                        mlp("1×1", "3 or 6 times as wide"),
+                        norm("BatchNorm"),
+                        act("ReLU6"),
+                        conv("Depthwise", "3×3, 5×5 or 7×7, as searched"),
+                        norm("BatchNorm"),
+                        act("ReLU6"),
+                        mlp("1×1", "narrow again"),
+                        norm("BatchNorm"),
+                    ]
+                )
+            ],
+        ),
+    ),
     "ravlt": (
         (
             "Block",

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from ops.cpu.attention.grouped import PROBLEM, SMALL_MACS, TENSORS
-from ops.cpu.attention.linear import check_gated, turns, unsupported_heads
+from ops.cpu.attention.linear import gated_out, gated_tensors, unsupported_heads
 from ops.cpu.binding import Addresses, Call, kernel
 
 __all__ = ["gated_attention", "unsupported"]
@@ -27,33 +27,24 @@ def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int) -> str 
 
 
 @kernel("attention", "attention_forward")
-def gated_attention(qkvo: Tensor, bias: Tensor, num_heads: int) -> Call:
+def gated_attention(
+    qkvo: Tensor, bias: Tensor, row_table: Tensor, column_table: Tensor, num_heads: int
+) -> Call:
     """``(softmax attention of queries and keys rotated by the map + bias) * gate``.
 
-    Args, Returns, Raises: as of :func:`ops.cpu.attention.linear.gated_linear_attention`;
-    see also :func:`ops.attention.rank_augmented.rotary_table`.
+    Args, Returns, Raises: as of :func:`ops.cpu.attention.linear.rank_augmented_attention`.
     """
-    check_gated(qkvo, bias, num_heads)
+    out = gated_out(qkvo, bias, row_table, column_table, num_heads)
     batch, height, width, dim = bias.shape
-    head_dim = dim // num_heads
-    reason = unsupported_heads(head_dim)
-    if reason is not None:
-        raise RuntimeError(reason)
-    out = torch.empty_like(bias, memory_format=torch.contiguous_format)
 
     def arguments() -> Any:
         problem = _problem(
-            (batch, num_heads, height, width, head_dim),
+            (batch, num_heads, height, width, dim // num_heads),
             qkvo.dtype == torch.bfloat16,
             torch.get_num_threads(),
         )
-        step = dim * qkvo.element_size()
-        parts = {name: (qkvo, i * step) for i, name in enumerate(("query", "key", "value", "gate"))}
-        tensors = {
-            **{"bias": bias.contiguous(), "out": out},
-            **{"row_table": turns(height, head_dim, 0), "column_table": turns(width, head_dim, 1)},
-        }
-        return problem, Addresses(TENSORS, {**parts, **tensors})
+        tensors = gated_tensors(qkvo, bias, row_table, column_table, out)
+        return problem, Addresses(TENSORS, tensors)
 
     return Call(out, arguments)
 

@@ -12,12 +12,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ops.attention.rank_augmented import rotary_table
 from ops.cpu.binding import Addresses, Call, kernel
 from ops.cpu.structures import structure
 from ops.cpu.threads import VALUES, threads_for
 
-__all__ = ["check_gated", "gated_linear_attention", "turns", "unsupported", "unsupported_heads"]
+__all__ = [
+    "gated_out",
+    "gated_tensors",
+    "rank_augmented_attention",
+    "unsupported",
+    "unsupported_heads",
+]
 
 _EPS = 1e-6
 _WHOLE = 32  # of the channels of a head: two vectors of the widest instruction set
@@ -31,7 +36,7 @@ def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int) -> str 
 
     The first call on a machine compiles the kernel, which takes some seconds.
     """
-    return unsupported_heads(head_dim) or gated_linear_attention.unsupported(device, dtype)
+    return unsupported_heads(head_dim) or rank_augmented_attention.unsupported(device, dtype)
 
 
 def unsupported_heads(head_dim: int) -> str | None:
@@ -41,11 +46,14 @@ def unsupported_heads(head_dim: int) -> str | None:
     return None
 
 
-def check_gated(qkvo: Tensor, bias: Tensor, num_heads: int) -> None:
-    """Refuse tensors that :func:`gated_linear_attention` cannot take.
+def gated_out(
+    qkvo: Tensor, bias: Tensor, row_table: Tensor, column_table: Tensor, num_heads: int
+) -> Tensor:
+    """An empty result, once the tensors of :func:`rank_augmented_attention` have been checked.
 
     Raises:
         ValueError: shapes or dtypes that do not go together.
+        RuntimeError: heads that :func:`unsupported_heads` refuses.
     """
     dim = bias.shape[-1]
     expected = (*bias.shape[:-1], 4 * dim)
@@ -56,15 +64,42 @@ def check_gated(qkvo: Tensor, bias: Tensor, num_heads: int) -> None:
             f"bias must be {qkvo.dtype} and {num_heads} heads divide its {dim} channels, "
             f"got {bias.dtype}"
         )
+    reason = unsupported_heads(dim // num_heads)
+    if reason is not None:
+        raise RuntimeError(reason)
+    tables = {"row_table": row_table, "column_table": column_table}
+    for (name, table), size in zip(tables.items(), bias.shape[1:3], strict=True):
+        shape = (size, dim // num_heads)
+        if table.shape != shape or table.dtype != torch.float32 or not table.is_contiguous():
+            raise ValueError(
+                f"{name} must be {shape}, contiguous and torch.float32, got {tuple(table.shape)} "
+                f"of {table.dtype}"
+            )
+    return torch.empty_like(bias, memory_format=torch.contiguous_format)
+
+
+def gated_tensors(
+    qkvo: Tensor, bias: Tensor, row_table: Tensor, column_table: Tensor, out: Tensor
+) -> dict[str, Any]:
+    """What both kernels take, by the names of their structures' fields."""
+    step = bias.shape[-1] * qkvo.element_size()
+    parts = {name: (qkvo, i * step) for i, name in enumerate(("query", "key", "value", "gate"))}
+    tables = {"row_table": row_table, "column_table": column_table}
+    return {**parts, **tables, "bias": bias.contiguous(), "out": out}
 
 
 @kernel("linear_attention", "linear_attention_forward")
-def gated_linear_attention(qkvo: Tensor, bias: Tensor, num_heads: int) -> Call:
+def rank_augmented_attention(
+    qkvo: Tensor, bias: Tensor, row_table: Tensor, column_table: Tensor, num_heads: int
+) -> Call:
     """``(rank_augmented_linear_attention(q, k, v, rotations of the map) + bias) * gate``.
 
     Args:
         qkvo: (B, H, W, 4·dim), contiguous: queries, keys, values and gates.
         bias: (B, H, W, dim).
+        row_table, column_table: (H, head_dim) and (W, head_dim) in float32: the cosines of the
+            angles that rows and columns turn pairs of channels by, then their sines, negated for
+            even channels.
         num_heads: divides dim, into heads that :func:`unsupported` does not refuse.
 
     Returns:
@@ -74,39 +109,19 @@ def gated_linear_attention(qkvo: Tensor, bias: Tensor, num_heads: int) -> Call:
         ValueError: shapes or dtypes that do not go together.
         RuntimeError: the kernel is not available here.
     """
-    check_gated(qkvo, bias, num_heads)
+    out = gated_out(qkvo, bias, row_table, column_table, num_heads)
     batch, height, width, dim = bias.shape
-    head_dim = dim // num_heads
-    reason = unsupported_heads(head_dim)
-    if reason is not None:
-        raise RuntimeError(reason)
-    out = torch.empty_like(bias, memory_format=torch.contiguous_format)
 
     def arguments() -> Any:
         problem = _problem(
-            (batch, num_heads, height, width, head_dim),
+            (batch, num_heads, height, width, dim // num_heads),
             qkvo.dtype == torch.bfloat16,
             torch.get_num_threads(),
         )
-        step = dim * qkvo.element_size()
-        parts = {name: (qkvo, i * step) for i, name in enumerate(("query", "key", "value", "gate"))}
-        tensors = {
-            **{"bias": bias.contiguous(), "out": out},
-            **{"row_table": turns(height, head_dim, 0), "column_table": turns(width, head_dim, 1)},
-        }
-        return problem, Addresses(_TENSORS, {**parts, **tensors})
+        tensors = gated_tensors(qkvo, bias, row_table, column_table, out)
+        return problem, Addresses(_TENSORS, tensors)
 
     return Call(out, arguments)
-
-
-@functools.lru_cache(maxsize=32)
-def turns(size: int, head_dim: int, axis: int) -> Tensor:
-    """(size, head_dim): cosines, then sines, negated for even channels, of rows or columns."""
-    shape = (size, 1) if axis == 0 else (1, size)
-    cpu = torch.device("cpu")  # whatever the default device is
-    sin, cos = (t.chunk(2, dim=1)[axis] for t in rotary_table(*shape, head_dim, device=cpu))
-    signs = sin.new_tensor([-1.0, 1.0]).repeat(head_dim // 4)
-    return torch.cat((cos, sin * signs), dim=1)
 
 
 @functools.lru_cache(maxsize=1024)  # a network has few different ones, and filling them in is slow

@@ -13,15 +13,14 @@ import torch
 from torch import Tensor
 
 from ops.cpu.binding import Addresses, Call, kernel
-from ops.cpu.gemm.linear import no_products, pack_weight
+from ops.cpu.gemm.linear import no_products
 from ops.cpu.gemm.plan import packed_size
 from ops.cpu.structures import structure
 from ops.cpu.threads import MACS, threads_for
-from ops.kan import KANLayer
 
-__all__ = ["PackedKAN", "kan_layer", "pack_kan"]
+__all__ = ["LARGEST_POWER", "PackedKAN", "kan_layer"]
 
-_FAR = 30.0  # that a grid may reach, in powers of two; half of FAR in kan.h
+LARGEST_POWER = 30.0  # that a grid may reach, of two; half of FAR in kan.h
 
 _PROBLEM = structure("feed_forward/kan.h", "kan::Problem")
 _TENSORS = structure("feed_forward/kan.h", "kan::Tensors")
@@ -44,29 +43,6 @@ class PackedKAN(NamedTuple):
     scale: float
 
 
-def pack_kan(layer: KANLayer) -> PackedKAN | None:
-    """The parameters of a layer, or None where its grid is finer than the kernel resolves.
-
-    Raises:
-        RuntimeError: the kernel is not available here.
-    """
-    scale = 2 / (layer.width * math.log(2))
-    grid = layer.grid.detach().double() * scale
-    if grid.abs().max() > _FAR:
-        return None
-    by_grid = layer.linear.weight.detach().unflatten(1, (-1, len(grid))).transpose(1, 2).flatten(1)
-    norm_weight, norm_bias = (t.detach().float() for t in layer.norm.parameters())
-    return PackedKAN(
-        norm_weight,
-        norm_bias,
-        torch.exp2(grid).float(),
-        pack_weight(by_grid),
-        norm_bias.new_zeros(len(by_grid)),
-        layer.norm.eps,
-        scale,
-    )
-
-
 @kernel("kan", "kan_forward", refuses=no_products)
 def kan_layer(
     x: Tensor,
@@ -78,7 +54,7 @@ def kan_layer(
     eps: float,
     scale: float,
 ) -> Call:
-    """As the :class:`ops.kan.KANLayer` that was packed. No gradients.
+    """As the layer that was packed. No gradients.
 
     Args:
         x: (..., in_features), float32 or bfloat16 as the packed weight.

@@ -14,6 +14,14 @@ from torch import Tensor
 from ops import cpu
 from ops.attention.rank_augmented import rotary_table
 from ops.cpu.attention.gated import gated_attention, unsupported
+from ops.inference.attention import axis_turns
+
+
+def _attend(qkvo: Tensor, bias: Tensor, num_heads: int) -> Tensor:
+    head_dim = bias.shape[3] // num_heads
+    tables = (axis_turns(size, head_dim, axis) for axis, size in enumerate(bias.shape[1:3]))
+    out: Tensor = gated_attention(qkvo, bias, *tables, num_heads)
+    return out
 
 
 def _inputs(batch: int, size: tuple[int, int], dim: int) -> tuple[Tensor, Tensor]:
@@ -40,7 +48,7 @@ def _by_steps(qkvo: Tensor, bias: Tensor, num_heads: int) -> Tensor:
 def test_is_the_steps_one_by_one(batch, size, head_dim, num_heads, dtype) -> None:
     qkvo, bias = (t.to(dtype) for t in _inputs(batch, size, head_dim * num_heads))
     expected = _by_steps(qkvo, bias, num_heads)
-    out = gated_attention(qkvo, bias, num_heads)
+    out = _attend(qkvo, bias, num_heads)
     assert out.dtype == dtype and out.is_contiguous()
     bound = 4e-6 if dtype == torch.float32 else 2**-8
     assert (out - expected).abs().max() <= bound * (1 + expected.abs().max())
@@ -51,9 +59,9 @@ def test_threads_and_maps_of_many_tokens(threads: int) -> None:
     qkvo, bias = _inputs(2, (29, 27), 64)
     expected = _by_steps(qkvo, bias, 2)
     with using_threads(threads):
-        out = gated_attention(qkvo, bias, 2)
+        out = _attend(qkvo, bias, 2)
         assert (out - expected).abs().max() <= 4e-6 * expected.abs().max()
-        assert torch.equal(gated_attention(qkvo, bias, 2), out)
+        assert torch.equal(_attend(qkvo, bias, 2), out)
 
 
 @pytest.mark.parametrize("instructions", ["avx2", "portable"])
@@ -61,7 +69,7 @@ def test_other_instruction_sets(instructions: str, monkeypatch: pytest.MonkeyPat
     compiled_for(instructions, monkeypatch)
     qkvo, bias = _inputs(2, (7, 9), 64)
     expected = _by_steps(qkvo, bias, 2)
-    assert (gated_attention(qkvo, bias, 2) - expected).abs().max() <= 4e-6 * expected.abs().max()
+    assert (_attend(qkvo, bias, 2) - expected).abs().max() <= 4e-6 * expected.abs().max()
     assert cpu.status("attention").instruction_set == instructions
 
 
@@ -69,6 +77,6 @@ def test_what_is_refused() -> None:
     qkvo, bias = _inputs(1, (3, 3), 48)
     assert "32 divides, not 48" in (unsupported(qkvo.device, qkvo.dtype, 48) or "")
     with pytest.raises(RuntimeError, match="32 divides, not 48"):
-        gated_attention(qkvo, bias, 1)
+        _attend(qkvo, bias, 1)
     with pytest.raises(ValueError, match=r"qkvo must be contiguous and \(1, 3, 3, 128\)"):
-        gated_attention(qkvo, bias[..., :32], 1)
+        _attend(qkvo, bias[..., :32], 1)

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from ops import cpu
 from ops.attention.rank_augmented import rank_augmented_linear_attention, rotary_table
-from ops.cpu.attention.linear import gated_linear_attention, unsupported
+from ops.cpu.attention.linear import rank_augmented_attention, unsupported
+from ops.inference.attention import axis_turns
 
 
 def _exact(qkvo: Tensor, bias: Tensor, num_heads: int) -> Tensor:
@@ -23,6 +24,13 @@ def _exact(qkvo: Tensor, bias: Tensor, num_heads: int) -> Tensor:
     rotary = rotary_table(height, width, dim // num_heads, dtype=torch.float64)
     out = rank_augmented_linear_attention(query, key, value, rotary)
     return (out.transpose(1, 2).reshape(bias.shape) + bias.double()) * gate
+
+
+def _attend(qkvo: Tensor, bias: Tensor, num_heads: int) -> Tensor:
+    head_dim = bias.shape[3] // num_heads
+    tables = (axis_turns(size, head_dim, axis) for axis, size in enumerate(bias.shape[1:3]))
+    out: Tensor = rank_augmented_attention(qkvo, bias, *tables, num_heads)
+    return out
 
 
 def _random(batch: int, size: tuple[int, int], dim: int) -> tuple[Tensor, Tensor]:
@@ -41,7 +49,7 @@ def _random(batch: int, size: tuple[int, int], dim: int) -> tuple[Tensor, Tensor
 def test_is_the_definition(batch, size, head_dim, num_heads, dtype) -> None:
     qkvo, bias = (t.to(dtype) for t in _random(batch, size, head_dim * num_heads))
     expected = _exact(qkvo, bias, num_heads)
-    out = gated_linear_attention(qkvo, bias, num_heads)
+    out = _attend(qkvo, bias, num_heads)
     assert out.dtype == dtype
     # The plain form in single precision is as far from it as 4e-6.
     bound = 4e-6 if dtype == torch.float32 else 2**-8
@@ -54,9 +62,9 @@ def test_threads(batch: int) -> None:
     expected = _exact(qkvo, bias, 2)
     for threads in (1, 2, 3):
         with using_threads(threads):
-            out = gated_linear_attention(qkvo, bias, 2)
+            out = _attend(qkvo, bias, 2)
             assert (out - expected).abs().max() <= 4e-6 * expected.abs().max()
-            assert torch.equal(gated_linear_attention(qkvo, bias, 2), out)
+            assert torch.equal(_attend(qkvo, bias, 2), out)
 
 
 @pytest.mark.parametrize("instructions", ["avx2", "portable"])
@@ -64,7 +72,7 @@ def test_other_instruction_sets(instructions: str, monkeypatch: pytest.MonkeyPat
     compiled_for(instructions, monkeypatch)
     qkvo, bias = _random(2, (7, 9), 64)
     expected = _exact(qkvo, bias, 2)
-    out = gated_linear_attention(qkvo, bias, 2)
+    out = _attend(qkvo, bias, 2)
     assert (out - expected).abs().max() <= 4e-6 * expected.abs().max()
     assert cpu.status("linear_attention").instruction_set == instructions
 
@@ -73,7 +81,7 @@ def test_large_numbers() -> None:
     """The softmax over the tokens and the features of very negative keys stay finite."""
     qkvo, bias = _random(1, (9, 9), 32)
     expected = _exact(50 * qkvo, bias, 1)
-    out = gated_linear_attention(50 * qkvo, bias, 1)
+    out = _attend(50 * qkvo, bias, 1)
     assert (out - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
@@ -82,11 +90,14 @@ def test_what_is_refused() -> None:
     reason = unsupported(qkvo.device, qkvo.dtype, 48)
     assert reason == "the kernel takes head dims that 32 divides, not 48"
     with pytest.raises(RuntimeError, match="32 divides, not 48"):
-        gated_linear_attention(qkvo, bias, 1)
+        _attend(qkvo, bias, 1)
     with pytest.raises(ValueError, match=r"qkvo must be contiguous and \(1, 3, 3, 128\)"):
-        gated_linear_attention(qkvo, bias[..., :32], 1)
+        _attend(qkvo, bias[..., :32], 1)
     with pytest.raises(ValueError, match="bias must be torch.float32 .* got torch.bfloat16"):
-        gated_linear_attention(qkvo, bias.bfloat16(), 1)
+        _attend(qkvo, bias.bfloat16(), 1)
     with pytest.raises(ValueError, match="5 heads divide its 48 channels"):
-        gated_linear_attention(qkvo, bias, 5)
+        rank_augmented_attention(qkvo, bias, *[axis_turns(3, 8, 0)] * 2, 5)
+    with pytest.raises(ValueError, match=r"column_table must be \(3, 32\).* got \(4, 32\)"):
+        qkvo, bias = _random(1, (3, 3), 32)
+        rank_augmented_attention(qkvo, bias, axis_turns(3, 32, 0), axis_turns(4, 32, 1), 1)
     assert "float64" in (unsupported(qkvo.device, torch.float64, 32) or "")

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ops import cpu
-from ops.cpu.feed_forward.kan import kan_layer, pack_kan
-from ops.inference.kan import FastKANLayer
+from ops.cpu.feed_forward.kan import kan_layer
+from ops.inference.kan import FastKANLayer, pack_kan
 from ops.inference.layers import convert
 from ops.kan import KANLayer
 

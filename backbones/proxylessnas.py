@@ -1,0 +1,324 @@
+"""ProxylessNAS: inverted bottlenecks that a search chose for the latency of one device each.
+
+Han Cai et al., "ProxylessNAS: Direct Neural Architecture Search on Target Task and Hardware",
+https://arxiv.org/abs/1812.00332.
+
+Any size from 32×32; the stage at stride s has ⌈H/s⌉ rows. The search could leave a block out: an
+identity stands in its place, so that blocks keep their numbers. Batch norms have an eps of 1e-3, on
+which the published weights depend.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from typing import Any
+
+from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates
+from timm.models import generate_default_cfgs
+from torch import Tensor, nn
+
+from backbones.core.base import Stage, StagedBackbone
+from backbones.core.keywords import checked, several, whole
+from backbones.core.registry import build_model, register
+from ops.conv import ConvNorm
+
+__all__ = ["ProxylessNAS"]
+
+
+class MBConv(nn.Module):
+    """Pointwise, depthwise, pointwise, each with a batch norm, and a shortcut where shapes agree.
+
+    ReLU6 follows the first two. (B, dim, H, W) → (B, out_dim, ⌈H / stride⌉, ⌈W / stride⌉), with
+    ``dim * expansion`` channels inside; at an expansion of 1 there is no first layer.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        out_dim: int,
+        kernel_size: int,
+        expansion: int,
+        stride: int = 1,
+        *,
+        norm_eps: float = 1e-3,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        hidden_dim = dim * expansion
+        self.expand: nn.Module = nn.Identity()
+        if expansion != 1:
+            self.expand = ConvNorm(dim, hidden_dim, norm_eps=norm_eps, act_layer=nn.ReLU6)
+        self.dwconv = ConvNorm(
+            hidden_dim,
+            hidden_dim,
+            kernel_size,
+            stride,
+            groups=hidden_dim,
+            norm_eps=norm_eps,
+            act_layer=nn.ReLU6,
+        )
+        self.project = ConvNorm(hidden_dim, out_dim, norm_eps=norm_eps)
+        self.drop_path = DropPath(drop_path)
+        self.has_shortcut = stride == 1 and dim == out_dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.project(self.dwconv(self.expand(x)))
+        return x + self.drop_path(out) if self.has_shortcut else out
+
+
+class MixHead(ClassifierHead):
+    """A pointwise convolution with batch norm and ReLU6, then pooling and a linear layer.
+
+    Without pooling the map passes as it is. (B, dim, H, W) → (B, num_classes).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        num_classes: int,
+        pool_type: str,
+        drop_rate: float,
+        norm_eps: float,
+    ) -> None:
+        super().__init__(hidden_dim, num_classes, pool_type, drop_rate)
+        self._mix = dim, hidden_dim, norm_eps
+        self.mix = self._new_mix(pool_type)
+
+    def _new_mix(self, pool_type: str) -> nn.Module:
+        if not pool_type:
+            return nn.Identity()
+        dim, hidden_dim, norm_eps = self._mix
+        return ConvNorm(dim, hidden_dim, norm_eps=norm_eps, act_layer=nn.ReLU6)
+
+    def reset(self, num_classes: int, pool_type: str | None = None) -> None:
+        """A new classifier, and a new pooling if one is named."""
+        before = self.global_pool.pool_type
+        super().reset(num_classes, pool_type)
+        if pool_type is not None and bool(pool_type) != bool(before):
+            self.mix = self._new_mix(pool_type)
+
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        out: Tensor = super().forward(self.mix(x), pre_logits)
+        return out
+
+
+_BLOCK_DIMS = several(several(whole(1, 1 << 16)))
+_BLOCK_KERNELS = several(several(whole(0, 63)))
+_EXPANSIONS = several(several(whole(0, 64)))
+
+
+class ProxylessNAS(StagedBackbone):
+    """ProxylessNAS.
+
+    Args:
+        stem_dim: channels of the first convolution.
+        dims: output channels of each block, stage by stage. The first block of a stage halves the
+            map, but for the first stage, which has stride 2 and is a part of the stem.
+        kernel_sizes: of each depthwise convolution; 0 leaves the block out.
+        expansions: hidden channels of each block relative to its input; 0 where it is left out.
+        head_hidden_dim: channels before the classifier.
+        norm_eps: of the batch norms.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: of the last block; it grows linearly from 0. Published: none.
+        stem_features: offer the stem's map at stride 2 as a feature, too.
+
+    Raises:
+        ValueError: the three lists differ in shape, an even kernel, or a block left out that
+            changes the map's shape.
+    """
+
+    first_conv = "stem.0.conv"
+
+    @checked(dims=_BLOCK_DIMS, kernel_sizes=_BLOCK_KERNELS, expansions=_EXPANSIONS)
+    def __init__(
+        self,
+        stem_dim: int = 32,
+        dims: Sequence[Sequence[int]] = (
+            (16,),
+            (32,) * 4,
+            (40,) * 4,
+            (80,) * 4 + (96,) * 4,
+            (192,) * 4 + (320,),
+        ),
+        kernel_sizes: Sequence[Sequence[int]] = (
+            (3,),
+            (5, 3, 0, 0),
+            (7, 3, 5, 5),
+            (7, 5, 5, 5, 5, 5, 5, 5),
+            (7, 7, 7, 7, 7),
+        ),
+        expansions: Sequence[Sequence[int]] = (
+            (1,),
+            (3, 3, 0, 0),
+            (3, 3, 3, 3),
+            (6, 3, 3, 3, 6, 3, 3, 3),
+            (6, 6, 3, 3, 6),
+        ),
+        head_hidden_dim: int = 1280,
+        *,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        norm_eps: float = 1e-3,
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        stem_features: bool = False,
+    ) -> None:
+        super().__init__(num_classes=num_classes, in_chans=in_chans)
+        self.depths = tuple(len(stage) for stage in dims)
+        for name, values in (("kernel_sizes", kernel_sizes), ("expansions", expansions)):
+            if tuple(len(stage) for stage in values) != self.depths:
+                raise ValueError(f"{name} must have the shape of dims {dims}, got {values}")
+        if self.depths[0] != 1 or len(dims) < 2:
+            raise ValueError(f"dims must have one block at stride 2, then other stages, got {dims}")
+        rates = iter(calculate_drop_path_rates(drop_path_rate, sum(self.depths)))
+        dim = stem_dim
+        stages = []
+        for i, stage in enumerate(zip(dims, kernel_sizes, expansions, strict=True)):
+            blocks = []
+            for j, (out_dim, kernel_size, expansion) in enumerate(zip(*stage, strict=True)):
+                stride = 2 if i and not j else 1
+                blocks.append(
+                    _block(dim, out_dim, kernel_size, expansion, stride, norm_eps, next(rates))
+                )
+                dim = out_dim
+            stages.append(blocks)
+        first = ConvNorm(in_chans, stem_dim, 3, 2, norm_eps=norm_eps, act_layer=nn.ReLU6)
+        self.stem = nn.Sequential(first, *stages[0])
+        self.stages = nn.Sequential(*(Stage(blocks) for blocks in stages[1:]))
+        self.norm = nn.Identity()
+        self.head = MixHead(dim, head_hidden_dim, num_classes, global_pool, drop_rate, norm_eps)
+        widths = [stage[-1] for stage in dims]
+        self.describe_features(
+            widths[1:],
+            [4 * 2**i for i in range(len(widths) - 1)],
+            head_hidden_size=head_hidden_dim,
+            stem_features=((1, widths[0], 2),) if stem_features else (),
+        )
+
+    def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """From the original's names, where blocks are counted through all stages."""
+        blocks = [f"stages.{i}.blocks.{j}" for i, n in enumerate(self.depths[1:]) for j in range(n)]
+        return {
+            _convert_key(key, ["stem.1", *blocks]): tensor for key, tensor in state_dict.items()
+        }
+
+
+def _block(
+    dim: int,
+    out_dim: int,
+    kernel_size: int,
+    expansion: int,
+    stride: int,
+    norm_eps: float,
+    drop_path: float,
+) -> nn.Module:
+    """An inverted bottleneck, or what stands for one that the search left out."""
+    if kernel_size == expansion == 0:
+        if stride != 1 or dim != out_dim:
+            raise ValueError(
+                f"a block of stride {stride} from {dim} to {out_dim} channels cannot be left out"
+            )
+        return nn.Identity()
+    if kernel_size % 2 == 0 or not expansion:
+        raise ValueError(
+            "a block needs an odd kernel size and an expansion of 1 or more (or 0 for both, which "
+            f"leaves it out), got {kernel_size} and {expansion}"
+        )
+    return MBConv(
+        dim, out_dim, kernel_size, expansion, stride, norm_eps=norm_eps, drop_path=drop_path
+    )
+
+
+_RENAMES = (
+    (r"^first_conv\.", "stem.0."),
+    (r"^feature_mix_layer\.", "head.mix."),
+    (r"^classifier\.linear\.", "head.fc."),
+    (r"\.mobile_inverted_conv\.", "."),
+    (r"\.inverted_bottleneck\.", ".expand."),
+    (r"\.depth_conv\.", ".dwconv."),
+    (r"\.point_linear\.", ".project."),
+    (r"\.bn\.", ".norm."),
+)
+
+
+def _convert_key(key: str, blocks: Sequence[str]) -> str:
+    for pattern, name in _RENAMES:
+        key = re.sub(pattern, name, key)
+    match = re.match(r"blocks\.(\d+)\.", key)
+    if match and int(match[1]) < len(blocks):
+        return f"{blocks[int(match[1])]}.{key[match.end() :]}"
+    return key
+
+
+def _cfg(variant: str) -> dict[str, Any]:
+    return {
+        "url": f"https://raw.githubusercontent.com/han-cai/files/master/proxylessnas/{variant}.pth",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "crop_pct": 0.875,
+        "interpolation": "bilinear",
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+        "first_conv": ProxylessNAS.first_conv,
+        "classifier": ProxylessNAS.classifier,
+        "license": "mit",
+        "origin_url": "https://github.com/mit-han-lab/proxylessnas",
+        "paper_name": "ProxylessNAS: Direct Neural Architecture Search on Target Task and Hardware",
+        "paper_ids": "arXiv:1812.00332",
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "proxyless_cpu.in1k": _cfg("proxyless_cpu"),
+        "proxyless_gpu.in1k": _cfg("proxyless_gpu"),
+        "proxyless_mobile.in1k": _cfg("proxyless_mobile"),
+        "proxyless_mobile_14.in1k": _cfg("proxyless_mobile_14"),
+    }
+)
+
+
+@register
+def proxyless_cpu(pretrained: bool = False, **kwargs: Any) -> ProxylessNAS:
+    """ProxylessNAS-CPU, 4.4 M parameters."""
+    variant = dict(
+        stem_dim=40,
+        dims=((24,), (32,) * 4, (48,) * 4, (88,) * 4 + (104,) * 4, (216,) * 4 + (360,)),
+        kernel_sizes=((3,), (3, 3, 3, 3), (3, 3, 3, 5), (3, 0, 0, 3, 5, 3, 3, 3), (5, 5, 5, 3, 5)),
+        expansions=((1,), (6, 3, 3, 3), (6, 3, 3, 3), (6, 0, 0, 3, 6, 3, 3, 3), (6, 3, 3, 3, 6)),
+        head_hidden_dim=1432,
+    )
+    return build_model(ProxylessNAS, "proxyless_cpu", pretrained, variant, kwargs)
+
+
+@register
+def proxyless_gpu(pretrained: bool = False, **kwargs: Any) -> ProxylessNAS:
+    """ProxylessNAS-GPU, 7.1 M parameters: few blocks with large kernels."""
+    variant = dict(
+        stem_dim=40,
+        dims=((24,), (32,) * 4, (56,) * 4, (112,) * 4 + (128,) * 4, (256,) * 4 + (432,)),
+        kernel_sizes=((3,), (5, 0, 0, 0), (7, 0, 0, 3), (7, 0, 0, 5, 5, 0, 3, 5), (7, 7, 7, 5, 7)),
+        expansions=((1,), (3, 0, 0, 0), (3, 0, 0, 3), (6, 0, 0, 3, 6, 0, 3, 3), (6, 6, 6, 6, 6)),
+        head_hidden_dim=1728,
+    )
+    return build_model(ProxylessNAS, "proxyless_gpu", pretrained, variant, kwargs)
+
+
+@register
+def proxyless_mobile(pretrained: bool = False, **kwargs: Any) -> ProxylessNAS:
+    """ProxylessNAS-Mobile, 4.1 M parameters: the class's defaults."""
+    return build_model(ProxylessNAS, "proxyless_mobile", pretrained, {}, kwargs)
+
+
+@register
+def proxyless_mobile_14(pretrained: bool = False, **kwargs: Any) -> ProxylessNAS:
+    """ProxylessNAS-Mobile, 1.4 times as wide, 6.9 M parameters."""
+    variant = dict(
+        stem_dim=48,
+        dims=((24,), (40,) * 4, (56,) * 4, (112,) * 4 + (136,) * 4, (256,) * 4 + (448,)),
+        head_hidden_dim=1792,
+    )
+    return build_model(ProxylessNAS, "proxyless_mobile_14", pretrained, variant, kwargs)

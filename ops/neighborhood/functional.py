@@ -1,0 +1,341 @@
+"""Neighborhood attention as functions, with the meaning and names of NATTEN.
+
+https://arxiv.org/abs/2204.07143. They check their arguments and hand the call to a
+backend, the first of a short ladder that can do it. Each backend is one file with two functions:
+
+``supports(query, key, value, additional_keys, additional_values, rpb, params) -> str | None``
+    ``None`` if it can do this call here, else the reason in words, for the error message of a
+    forced ``backend=``. Cheap; looks at shapes, dtypes and devices, never at values.
+``attend(query, key, value, additional_keys, additional_values, rpb, params) -> (out, lse)``
+    The attention, differentiable in every tensor it takes, through ``out`` and ``lse`` alike. Where
+    ``params.return_lse`` is false, ``lse`` may be ``None``.
+
+What a backend may rely on: the arguments are checked (shapes, equal dtypes and devices, no empty
+tensor), and ``params`` is a :class:`NAParams` with everything resolved. What it must expect:
+tensors of any strides; key and value heads H_kv that only divide the query heads H (query head h
+reads key head h // (H // H_kv)); a value dim that differs from the query dim; ``None`` for absent
+optional tensors. Shapes:
+
+=================  ==========================================================================
+query              (B, \\*S, H, D)
+key                (B, \\*S, H_kv, D)
+value              (B, \\*S, H_kv, D_v)
+additional_keys    (B, N, H_kv, D), seen by every query in the same softmax, or ``None``
+additional_values  (B, N, H_kv, D_v), or ``None``
+rpb                (H, 2·k₁−1, 2·k₂−1, …), added to the scaled scores of the window, or ``None``;
+                   arrives in the dtype of lse
+out                (B, \\*S, H, D_v), dtype of query
+lse                (B, \\*S, H), natural logarithm of the softmax's denominator; float64 for
+                   float64 inputs, else float32; NaN for a query that sees a NaN key, and infinite
+                   with its scores, as of ``torch.logsumexp``
+=================  ==========================================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType, SimpleNamespace
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.fx.experimental.symbolic_shapes import statically_known_true
+
+from ops.neighborhood import cpu, natten, reference, tiled, triton
+from ops.neighborhood._checks import check_rpb, check_tensors, resolve_params
+from ops.neighborhood._geometry import NAParams
+
+__all__ = [
+    "BACKENDS",
+    "na1d",
+    "na2d",
+    "na3d",
+]
+
+Tensors = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+# Has `attend`.
+Backend = ModuleType | SimpleNamespace
+
+BACKENDS: dict[str, ModuleType] = {
+    "reference": reference,
+    "tiled": tiled,
+    "cpu": cpu,
+    "triton": triton,
+    "natten": natten,
+}
+
+
+def na1d(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] = 1,
+    dilation: int | Sequence[int] = 1,
+    is_causal: bool | Sequence[bool] | None = False,
+    scale: float | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    rpb: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Neighborhood attention along a sequence: every query sees the ``kernel_size`` keys around it.
+
+    At the borders the window moves inwards, so that it stays full. https://arxiv.org/abs/2204.07143
+
+    Args:
+        query: (B, L, H, D).
+        key: (B, L, H_kv, D); H_kv divides H, and query head h reads key head h // (H / H_kv).
+        value: (B, L, H_kv, D_v).
+        kernel_size: keys in a window; of an even number, half lie to the left of the query and
+            half less one to the right. An integer, or a tuple with one for each axis; so are
+            ``stride``, ``dilation`` and ``is_causal``.
+        stride: that many neighbouring queries share the window of the middle one (of the last one
+            on a causal axis); with stride = kernel_size it is attention in separate windows.
+        dilation: distance between the keys of a window.
+        is_causal: a query sees no key behind it. Windows at the start are then not full.
+        scale: multiplies query · key; default D ** -0.5.
+        additional_keys: (B, N, H_kv, D), keys that every query sees too, in the same softmax.
+        additional_values: (B, N, H_kv, D_v).
+        rpb: (H, 2·kernel_size − 1), a bias that is added to the scaled scores of the window, by
+            key place − query place + kernel_size − 1, counted in dilations.
+        return_lse: return the logarithm of the softmax's denominator too.
+        backend: one of :data:`BACKENDS`; default the fastest that can do the call.
+
+    Returns:
+        out (B, L, H, D_v) in the dtype of query; with ``return_lse``, (out, lse) with lse
+        (B, L, H) in float32, or in float64 for float64 inputs. Both are differentiable.
+
+    Raises:
+        ValueError: shapes, dtypes or devices that do not fit each other, kernel_size · dilation
+            above the size of the map, stride above kernel_size, parameters that are not integers
+            of 1 or more, an unknown ``backend``.
+        NotImplementedError: the ``backend`` asked for cannot do this call; the message says why.
+    """
+    tensors = (query, key, value, additional_keys, additional_values, rpb)
+    window = (kernel_size, stride, dilation, is_causal, scale)
+    return _attend(1, tensors, window, return_lse, backend)
+
+
+def na2d(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] = 1,
+    dilation: int | Sequence[int] = 1,
+    is_causal: bool | Sequence[bool] | None = False,
+    scale: float | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    rpb: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Neighborhood attention on a map; the window is the product of those of :func:`na1d`.
+
+    query (B, H, W, heads, D), key and value likewise, rpb (heads, 2·k₁ − 1, 2·k₂ − 1), lse
+    (B, H, W, heads); everything else as in :func:`na1d`.
+    """
+    tensors = (query, key, value, additional_keys, additional_values, rpb)
+    window = (kernel_size, stride, dilation, is_causal, scale)
+    return _attend(2, tensors, window, return_lse, backend)
+
+
+def na3d(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    kernel_size: int | Sequence[int],
+    stride: int | Sequence[int] = 1,
+    dilation: int | Sequence[int] = 1,
+    is_causal: bool | Sequence[bool] | None = False,
+    scale: float | None = None,
+    additional_keys: Tensor | None = None,
+    additional_values: Tensor | None = None,
+    rpb: Tensor | None = None,
+    return_lse: bool = False,
+    backend: str | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Neighborhood attention on a volume; the window is the product of those of :func:`na1d`.
+
+    query (B, T, H, W, heads, D), key and value likewise, rpb (heads, 2·k₁ − 1, 2·k₂ − 1,
+    2·k₃ − 1), lse (B, T, H, W, heads); everything else as in :func:`na1d`.
+    """
+    tensors = (query, key, value, additional_keys, additional_values, rpb)
+    window = (kernel_size, stride, dilation, is_causal, scale)
+    return _attend(3, tensors, window, return_lse, backend)
+
+
+def _attend(
+    rank: int, tensors: Tensors, window: tuple, return_lse: bool, backend: str | None
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Check the arguments, pick a backend, call it."""
+    device = tensors[0].device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        # As scaled_dot_product_attention does: everything but float64 in autocast's dtype.
+        tensors = _autocast(tensors, torch.get_autocast_dtype(device))
+        with torch.autocast(device, enabled=False):
+            return _attend(rank, tensors, window, return_lse, backend)
+
+    params, chosen = _resolved(rank, tensors, window, return_lse, backend)
+    out, lse = chosen.attend(*_tidied(tensors), params)
+    return (out, lse) if return_lse else out
+
+
+class _Call(NamedTuple):
+    """What a call comes to: its parameters, and what does it."""
+
+    params: NAParams
+    backend: Backend
+
+
+def _resolved(
+    rank: int, tensors: Tensors, window: tuple, return_lse: bool, backend: str | None
+) -> _Call:
+    """What to do; raises ValueError if the arguments do not fit.
+
+    What was found is remembered: models repeat their calls, and with cold caches the checks take
+    as long as the attention of a small map.
+    """
+    if torch.compiler.is_compiling():
+        return _resolve(rank, tensors, window, return_lse, backend)
+    # 7, 7.0 and True are equal and have different types.
+    window_types = [tuple(map(type, w)) if type(w) is tuple else type(w) for w in window]
+    try:
+        kinds = [t if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors]
+        call = (rank, *kinds, window, *window_types, return_lse, backend, torch.get_num_threads())
+        known = _known_calls.get(call)
+    except (TypeError, RuntimeError):  # symbolic sizes, windows in lists; no strides
+        return _resolve(rank, tensors, window, return_lse, backend)
+    if known is None:
+        known = _resolve(rank, tensors, window, return_lse, backend)
+        # On a GPU the choice depends on more, on who wants gradients say.
+        if tensors[0].device.type == "cpu" and known.backend not in (triton, natten):
+            if len(_known_calls) >= _MAX_KNOWN_CALLS:
+                _known_calls.clear()
+            _known_calls[call] = known
+    return known
+
+
+_known_calls: dict[tuple, _Call] = {}
+_MAX_KNOWN_CALLS = 256
+
+
+def _resolve(
+    rank: int, tensors: Tensors, window: tuple, return_lse: bool, backend: str | None
+) -> _Call:
+    params = _check(rank, tensors, window, return_lse)
+    tensors = _tidied(tensors)
+    query, value, rpb = tensors[0], tensors[2], tensors[5]
+    chosen: Backend
+    if backend is not None:
+        chosen = _forced_backend(backend, tensors, params)
+    elif _is_full_attention(query, rpb, params):
+        return _Call(params, _WHOLE_MAP)
+    else:
+        chosen = _best_backend(tensors, params)
+    return _Call(params, reference if query.numel() == 0 or value.numel() == 0 else chosen)
+
+
+def _tidied(tensors: Tensors) -> Tensors:
+    """The tensors as backends expect them: rpb as precise as lse, no empty additional keys."""
+    query, key, value, additional_keys, additional_values, rpb = tensors
+    if rpb is not None:
+        rpb = rpb.to(torch.promote_types(query.dtype, torch.float32))
+    if additional_keys is not None and additional_keys.shape[1] == 0:
+        additional_keys = additional_values = None
+    return query, key, value, additional_keys, additional_values, rpb
+
+
+def _check(rank: int, tensors: Tensors, window: tuple, return_lse: bool) -> NAParams:
+    query, key, value, additional_keys, additional_values, rpb = tensors
+    check_tensors(rank, query, key, value, additional_keys, additional_values)
+    kernel_size, stride, dilation, is_causal, scale = window
+    size, dim = query.shape[1:-2], query.shape[-1]
+    params = resolve_params(size, dim, kernel_size, stride, dilation, is_causal, scale, return_lse)
+    if rpb is not None:
+        check_rpb(rpb, query, params)
+    return params
+
+
+def _autocast(tensors: Tensors, dtype: torch.dtype) -> Tensors:
+    def cast(tensor: Tensor) -> Tensor:
+        eligible = tensor.is_floating_point() and tensor.dtype != torch.float64
+        return tensor.to(dtype) if eligible else tensor
+
+    query, key, value, additional_keys, additional_values, rpb = tensors
+    return (
+        cast(query),
+        cast(key),
+        cast(value),
+        None if additional_keys is None else cast(additional_keys),
+        None if additional_values is None else cast(additional_values),
+        rpb,
+    )
+
+
+def _best_backend(tensors: Tensors, params: NAParams) -> ModuleType:
+    """The first of the ladder that can do the call; ``tiled`` can do every call."""
+    device = tensors[0].device.type
+    if torch.compiler.is_exporting():
+        # The only backend whose graph is the same for every size of the map.
+        return reference
+    if device == "cuda":
+        if natten.is_fused(*tensors[:3]) and natten.supports(*tensors, params) is None:
+            return natten
+        if triton.supports(*tensors, params) is None:
+            return triton
+    if device == "cpu" and cpu.supports(*tensors, params) is None:
+        return cpu
+    return tiled
+
+
+def _forced_backend(backend: str, tensors: Tensors, params: NAParams) -> ModuleType:
+    """The backend of this name, if it can do the call."""
+    if backend not in BACKENDS:
+        raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
+    module = BACKENDS[backend]
+    reason = module.supports(*tensors, params)
+    if reason is not None:
+        raise NotImplementedError(f"backend {backend!r} cannot do this call: {reason}")
+    return module
+
+
+def _is_full_attention(query: Tensor, rpb: Tensor | None, params: NAParams) -> bool:
+    """Whether every query sees the whole map and torch's own attention gives all that is asked."""
+    if any(params.is_causal) or rpb is not None or params.return_lse:
+        return False
+    # A size that is symbolic is not known to be any number, and must not be bound to one.
+    return all(
+        statically_known_true(k == n)
+        for k, n in zip(params.kernel_size, query.shape[1:-2], strict=True)
+    )
+
+
+def _full_attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    additional_keys: Tensor | None,
+    additional_values: Tensor | None,
+    rpb: Tensor | None,
+    params: NAParams,
+) -> tuple[Tensor, None]:
+    size, repeats = query.shape[1:-2], query.shape[-2] // key.shape[-2]
+    query, key, value = (tensor.flatten(1, -3) for tensor in (query, key, value))
+    if additional_keys is not None and additional_values is not None:
+        key = torch.cat([key, additional_keys], dim=1)
+        value = torch.cat([value, additional_values], dim=1)
+    out = F.scaled_dot_product_attention(
+        query.transpose(1, 2),
+        key.repeat_interleave(repeats, dim=-2).transpose(1, 2),
+        value.repeat_interleave(repeats, dim=-2).transpose(1, 2),
+        scale=params.scale,
+    )
+    return out.transpose(1, 2).unflatten(1, size), None
+
+
+_WHOLE_MAP = SimpleNamespace(attend=_full_attention)
