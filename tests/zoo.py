@@ -39,6 +39,10 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
         "nat_mini",
         {"depths": (2, 1, 2, 1), "dilations": ((1, 2), 1, (1, 2), 1), "layer_scale": 0.5},
     ),
+    "nat_isotropic": (
+        "dinat_isotropic_small",
+        {"dim": 64, "num_heads": 2, "depths": (1, 1, 2, 1), "kernel_size": 3},
+    ),
     "proxylessnas": (
         "proxyless_cpu",
         {

@@ -273,6 +273,15 @@ BLOCKS: dict[str, Sequence[tuple[str, Sequence[Step]]]] = {
         ("Block", _transformer_block(NEIGHBORHOOD, mlp("MLP"))),
         ("Neighborhood attention", NEIGHBORHOOD_STEPS),
     ),
+    "nat_isotropic": (
+        (
+            "Block",
+            _transformer_block(
+                attn("Attention", "of neighbours, dilated or not, or of all"), mlp("MLP")
+            ),
+        ),
+        ("Neighborhood attention", NEIGHBORHOOD_STEPS),
+    ),
     "proxylessnas": (
         (
             "Block",
