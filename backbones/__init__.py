@@ -52,7 +52,7 @@ try:
         inception_next_inference,
         litv2_inference,
         medvitv2_inference,
-        nat_inference,
+        neighborhood_inference,
         ravlt_inference,
         unireplknet_inference,
         van_inference,

@@ -22,9 +22,8 @@ from torch import Tensor, nn
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import checked
 from backbones.core.registry import build_model, register
-from backbones.nat_blocks import (
+from backbones.neighborhood import (
     PRESETS,
-    Block,
     Pattern,
     TokenStage,
     block_dilations,
@@ -33,8 +32,8 @@ from backbones.nat_blocks import (
     layer_norm,
     neighborhood,
     renamed,
-    resized_bias,
 )
+from ops.neighborhood.block import NeighborhoodBlock, resized_bias
 from ops.patch import PatchEmbed, PatchMerging
 
 __all__ = ["DiNATS"]
@@ -96,7 +95,7 @@ class DiNATS(StagedBackbone):
             *(
                 TokenStage(
                     [
-                        Block(
+                        NeighborhoodBlock(
                             neighborhood(dims[i], num_heads[i], kernel_size, dilation),
                             mlp_ratio,
                             proj_drop_rate,

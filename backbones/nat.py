@@ -25,9 +25,8 @@ from torch import Tensor, nn
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import checked, number, optional, widths
 from backbones.core.registry import build_model, register
-from backbones.nat_blocks import (
+from backbones.neighborhood import (
     PRESETS,
-    Block,
     TokenStage,
     block_dilations,
     cfg,
@@ -35,8 +34,8 @@ from backbones.nat_blocks import (
     layer_norm,
     neighborhood,
     renamed,
-    resized_bias,
 )
+from ops.neighborhood.block import NeighborhoodBlock, resized_bias
 
 __all__ = ["NAT"]
 
@@ -113,7 +112,7 @@ class NAT(StagedBackbone):
             *(
                 TokenStage(
                     [
-                        Block(
+                        NeighborhoodBlock(
                             neighborhood(dims[i], num_heads[i], kernel_size, dilation),
                             mlp_ratio,
                             proj_drop_rate,

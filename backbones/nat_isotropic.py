@@ -24,16 +24,14 @@ from torch import Tensor, nn
 from backbones.core.isotropic import IsotropicBackbone, IsotropicStage
 from backbones.core.keywords import KERNEL, checked, one_or_several, optional, whole
 from backbones.core.registry import build_model, register
-from backbones.nat_blocks import (
-    Block,
-    MapAttention,
+from backbones.neighborhood import (
     cfg,
     init_linear,
     layer_norm,
     neighborhood,
-    resized_bias,
 )
 from ops.neighborhood import NeighborhoodAttention2D
+from ops.neighborhood.block import MapAttention, NeighborhoodBlock, resized_bias
 from ops.patch import PatchEmbed
 
 __all__ = ["NATIsotropic"]
@@ -98,7 +96,7 @@ class NATIsotropic(IsotropicBackbone):
 
         rates = calculate_drop_path_rates(drop_path_rate, sum(depths))
         blocks: Iterator[nn.Module] = (
-            Block(attention(number), mlp_ratio, proj_drop_rate, rate)
+            NeighborhoodBlock(attention(number), mlp_ratio, proj_drop_rate, rate)
             for number, rate in enumerate(rates)
         )
         self.stem = PatchEmbed(in_chans, dim, 16)

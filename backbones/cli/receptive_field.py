@@ -150,7 +150,8 @@ def _merging(module: Any, height: int, width: int) -> Step:
 
 def _neighborhood(module: Any, height: int, width: int) -> Step:
     # At a border the window moves inwards: from corner to corner.
-    spans = (d * (k - 1) for k, d in zip(module.kernel_size, module.dilation, strict=True))
+    kernel_size, _, dilation, _ = module.window((height, width))
+    spans = (d * (k - 1) for k, d in zip(kernel_size, dilation, strict=True))
     return Step(2 * max(spans) + 1)
 
 

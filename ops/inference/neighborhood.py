@@ -1,4 +1,4 @@
-"""The inference form of neighborhood attention: the projection adds the shortcut."""
+"""Inference forms of neighborhood attention and the block around it: fewer passes."""
 
 from __future__ import annotations
 
@@ -8,14 +8,16 @@ from torch import Tensor
 
 from ops.inference.forms import stands_for
 from ops.inference.layers import FastLinear
+from ops.inference.mlp import FastMlp
 from ops.neighborhood import NeighborhoodAttention2D
+from ops.neighborhood.block import MapAttention, NeighborhoodBlock
 
-__all__ = ["FastNeighborhoodAttention2D"]
+__all__ = ["FastMapAttention", "FastNeighborhoodAttention2D", "FastNeighborhoodBlock"]
 
 
 @stands_for(NeighborhoodAttention2D)
 class FastNeighborhoodAttention2D(NeighborhoodAttention2D):
-    """(B, H, W, embed_dim) → (B, H, W, embed_dim), plus ``residual``."""
+    """The projection adds the shortcut: (B, H, W, embed_dim) → the same, plus ``residual``."""
 
     needs: ClassVar = {"proj": FastLinear}
 
@@ -26,3 +28,19 @@ class FastNeighborhoodAttention2D(NeighborhoodAttention2D):
         if padded is not x:
             out = out[:, :height, :width]
         return self.proj(out, residual)
+
+
+@stands_for(MapAttention)
+class FastMapAttention(FastNeighborhoodAttention2D, MapAttention):
+    """The projection adds the shortcut."""
+
+
+@stands_for(NeighborhoodBlock)
+class FastNeighborhoodBlock(NeighborhoodBlock):
+    """Attention and MLP add their shortcuts, the MLP takes its norm."""
+
+    needs: ClassVar = {"attn": FastNeighborhoodAttention2D, "mlp": FastMlp}
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.attn(self.norm1(x), x)
+        return self.mlp(x, x, self.norm2)

@@ -11,8 +11,8 @@ from zoo import images, randomise, small
 
 import backbones
 from backbones.cli.parity import checkpoint, image, reference, summary_error, variants
-from backbones.nat_blocks import MapAttention
 from backbones.nat_isotropic import NATIsotropic
+from ops.neighborhood.block import MapAttention
 
 VARIANTS = [variant for family, variant in variants() if family == "nat_isotropic"]
 SHALLOW: dict[str, Any] = {"dim": 16, "depths": (1, 1, 1, 1), "num_heads": 2, "num_classes": 10}
