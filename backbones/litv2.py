@@ -32,22 +32,10 @@ from ops.attention.hilo import HiLoAttention
 from ops.batch_norm import BatchNorm2d
 from ops.init import init_fan_out
 from ops.mlp import DWMlp
+from ops.patch import PatchEmbed
 from ops.reparam import fold_norm_after
 
 __all__ = ["LITv2"]
-
-
-class PatchEmbed(nn.Module):
-    """Patches of 4×4, normalised: (B, in_chs, H, W) → (B, dim, ⌈H/4⌉, ⌈W/4⌉)."""
-
-    def __init__(self, in_chs: int, dim: int) -> None:
-        super().__init__()
-        self.conv = nn.Conv2d(in_chs, dim, 4, 4)
-        self.norm = LayerNorm2d(dim, eps=1e-5)
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = F.pad(x, (0, -x.shape[3] % 4, 0, -x.shape[2] % 4))
-        return self.norm(self.conv(x))
 
 
 class DeformableConv2d(nn.Conv2d):

@@ -8,14 +8,13 @@ from torch import Tensor
 
 from backbones import litv2
 from ops.cpu.deformable.deformable_conv import deformable_conv2d, pack_taps
-from ops.cpu.dispatch import takes_kernels
 from ops.inference.attention import FastHiLoAttention
 from ops.inference.forms import stands_for
 from ops.inference.layers import FastConv2d
 from ops.inference.mlp import FastDWMlp
 from ops.replay.module import recorded_form
 
-__all__ = ["LITv2Block", "LITv2DeformableConv2d", "LITv2PatchEmbed"]
+__all__ = ["LITv2Block", "LITv2DeformableConv2d"]
 
 
 @stands_for(litv2.Block)
@@ -28,15 +27,6 @@ class LITv2Block(litv2.Block):
         if self.norm1 is not None and self.attn is not None:
             x = self.attn(self.norm1(x), x)
         return self.mlp(x, x, self.norm2)
-
-
-@stands_for(litv2.PatchEmbed)
-class LITv2PatchEmbed(litv2.PatchEmbed):
-    """Nothing is copied where there is nothing to pad."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        whole = takes_kernels((x,)) and not (x.shape[2] % 4 or x.shape[3] % 4)
-        return self.norm(self.conv(x)) if whole else super().forward(x)
 
 
 @stands_for(litv2.DeformableConv2d)

@@ -15,7 +15,7 @@ from ops.attention.pooled import PooledAttention
 from ops.batch_norm import BatchNorm2d
 from ops.conv import ConvNorm
 from ops.kan import KAN
-from ops.neighborhood import BACKENDS, NAParams, NeighborhoodAttention2D, na2d
+from ops.neighborhood import NeighborhoodAttention2D
 from ops.reparam import fold_norm_after, fold_norm_before, fold_scale_after, norm_affine
 
 __all__ = [
@@ -23,37 +23,8 @@ __all__ = [
     "FoldedLocalBlock",
     "GlobalBlock",
     "LocalBlock",
-    "WindowedAttention",
     "map_as_stored",
 ]
-
-
-class WindowedAttention(NeighborhoodAttention2D):
-    """Neighborhood attention with a position bias, whose window fits every map.
-
-    (B, H, W, embed_dim) → (B, H, W, embed_dim).
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        assert self.rpb is not None
-        kernel_size, dilation = [], []
-        rpb: Tensor = self.rpb
-        for axis, size in enumerate(x.shape[1:3]):
-            whole, wide = self.kernel_size[axis], self.dilation[axis]
-            fitted = torch.sym_min(whole, size)
-            kernel_size.append(fitted)
-            dilation.append(1 if wide == 1 else torch.sym_min(wide, size // fitted))
-            # The table is of offsets around its centre.
-            rpb = rpb.narrow(axis + 1, whole - fitted, 2 * fitted - 1)
-        query, key, value = self.qkv(x).unflatten(3, (3, self.num_heads, -1)).unbind(3)
-        if isinstance(kernel_size[0], int) and isinstance(kernel_size[1], int):
-            out = na2d(query, key, value, kernel_size, dilation=dilation, scale=self.scale, rpb=rpb)
-        else:  # a window that depends on open sizes; `na2d` would bind it to a number
-            window = (tuple(kernel_size), (1, 1), tuple(dilation), (False, False))
-            params = NAParams(*window, self.scale, return_lse=False)
-            out, _ = BACKENDS["reference"].attend(query, key, value, None, None, rpb, params)
-        assert isinstance(out, Tensor)
-        return self.proj(out.flatten(3))
 
 
 class ConvFFN(nn.Module):
@@ -92,8 +63,13 @@ class LocalBlock(nn.Module):
     ) -> None:
         super().__init__()
         self.norm1 = BatchNorm2d(dim)
-        self.attn = WindowedAttention(
-            dim, dim // head_dim, window_size, dilation=dilation, rel_pos_bias=True
+        self.attn = NeighborhoodAttention2D(
+            dim,
+            dim // head_dim,
+            window_size,
+            dilation=dilation,
+            rel_pos_bias=True,
+            small_maps="shrink",
         )
         self.drop_path = DropPath(drop)
         self.norm2 = BatchNorm2d(dim)

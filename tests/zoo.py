@@ -12,6 +12,10 @@ import backbones
 # The smallest variant of each family, and the arguments that make it shallow.
 SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     "biformer": ("biformer_tiny", {"depths": (1, 1, 2, 1)}),
+    "dinat_s": (
+        "dinat_s_tiny",
+        {"dims": (32, 64, 96, 128), "num_heads": (1, 2, 3, 4), "depths": (1, 2, 2, 1)},
+    ),
     "efficientvit": ("efficientvit_m0", {"depths": (1, 1, 1)}),
     "favit": ("favit_b0", {"depths": (1, 1, 2, 1)}),
     "hat": (
@@ -31,6 +35,14 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
         {"dims": (32, 48, 64, 96), "num_heads": (0, 0, 4, 6), "depths": (1, 1, 2, 1)},
     ),
     "medvitv2": ("medvitv2_tiny", {"depths": (1, 2, 3, 1)}),
+    "nat": (
+        "nat_mini",
+        {"depths": (2, 1, 2, 1), "dilations": ((1, 2), 1, (1, 2), 1), "layer_scale": 0.5},
+    ),
+    "nat_isotropic": (
+        "dinat_isotropic_small",
+        {"dim": 64, "num_heads": 2, "depths": (1, 1, 2, 1), "kernel_size": 3},
+    ),
     "proxylessnas": (
         "proxyless_cpu",
         {

@@ -29,6 +29,7 @@ from ops.attention.window import OverlappingWindowAttention, WindowAttention
 from ops.conv import InceptionDWConv2d
 from ops.large_kernel import DilatedReparamConv2d
 from ops.neighborhood import NeighborhoodAttention2D
+from ops.patch import PatchMerging
 
 __all__ = ["ReceptiveField", "Step", "follow", "step_of"]
 
@@ -50,7 +51,7 @@ class Step(NamedTuple):
 _EVERYWHERE = float("inf")
 # In the families' own files: BiFormer's attention of all tokens, and MedViTV2's of neighbours in a
 # map whose memory is read in another order, so that neighbours lie anywhere.
-_EVERYWHERE_IN_FAMILIES = ("GlobalAttention", "WindowedAttention")
+_EVERYWHERE_IN_FAMILIES = ("GlobalAttention", "LocalBlock", "FoldedLocalBlock")
 
 
 class ReceptiveField:
@@ -143,9 +144,14 @@ def _dilated(module: Any, height: int, width: int) -> Step:
     return Step(module.large.conv.kernel_size[0])
 
 
+def _merging(module: Any, height: int, width: int) -> Step:
+    return Step(2, 2, 0.5)
+
+
 def _neighborhood(module: Any, height: int, width: int) -> Step:
     # At a border the window moves inwards: from corner to corner.
-    spans = (d * (k - 1) for k, d in zip(module.kernel_size, module.dilation, strict=True))
+    kernel_size, _, dilation, _ = module.window((height, width))
+    spans = (d * (k - 1) for k, d in zip(kernel_size, dilation, strict=True))
     return Step(2 * max(spans) + 1)
 
 
@@ -167,6 +173,7 @@ _RULES: dict[type[nn.Module], Callable[[Any, int, int], Step]] = {
     nn.Conv2d: _conv,
     nn.AvgPool2d: _pool,
     NeighborhoodAttention2D: _neighborhood,
+    PatchMerging: _merging,
     CascadedGroupAttention: _windows,
     OverlappingWindowAttention: _overlapping,
     WindowAttention: _windows,

@@ -44,7 +44,9 @@ _WRAPPERS = (
     "module",
     "params",
 )
-_PREFIXES = ("module.", "_orig_mod.", "backbone.", "model.")
+_PREFIXES = ("module.", "_orig_mod.", "backbone.", "model.", "pixel_level_module.encoder.")
+# Beside what these name there are heads of detectors.
+_BACKBONES = ("backbone.", "pixel_level_module.encoder.")
 # What timm's ``save_for_hf`` writes into a folder, the better first.
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 _SHOWN = 5
@@ -303,7 +305,7 @@ def _strip_prefixes(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list
     while prefix := next((p for p in _PREFIXES if any(k.startswith(p) for k in tensors)), None):
         kept: dict[str, Tensor] = {}
         for key, tensor in tensors.items():
-            if prefix == "backbone." and not key.startswith((prefix, "head.")):
+            if prefix in _BACKBONES and not key.startswith((prefix, "head.")):
                 ignored.append(key)
                 continue
             bare = key.removeprefix(prefix)

@@ -26,6 +26,7 @@ __all__ = [
     "flag",
     "number",
     "one_of",
+    "one_or_several",
     "optional",
     "several",
     "text",
@@ -138,6 +139,11 @@ def one_or_several(each: Check) -> Check:
     return either(each, str, second=either(several(each), Sequence, np.ndarray, second=each))
 
 
+def optional(each: Check) -> Check:
+    """None, or a value."""
+    return either(_none, type(None), second=each)
+
+
 def widths(least: int) -> Check:
     """Channels of each stage, where a part of the first one's are those of the stem."""
     return several(whole(least, _MOST_CHANNELS))
@@ -167,6 +173,7 @@ KEYWORDS: Mapping[str, Check] = {
     "compress_ratio": _channels,
     "depths": several(_count),
     "dilation": one_or_several(_window),
+    "dilations": either(text, str, second=one_or_several(one_or_several(_window))),
     "dim": _channels,
     "dims": several(_channels),
     "distilled": flag,
@@ -181,11 +188,13 @@ KEYWORDS: Mapping[str, Check] = {
     "img_range": number(0, 1e6, open_below=True),
     "img_size": whole(1, 1 << 20),
     "in_chans": _channels,
+    "kernel_size": KERNEL,
     "kernel_sizes": several(KERNEL),
     "key_norm": flag,
     "layer_scale": _scale,
     "layer_scales": several(_scale),
     "linear": several(flag),
+    "map_size": _window,
     "mean_of_directions": flag,
     "mix_ratio": _share,
     "mlp_ratio": _ratio,

@@ -9,13 +9,18 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ops.init import trunc_normal
 from ops.neighborhood._checks import per_axis_bool, per_axis_int
-from ops.neighborhood.functional import na1d, na2d, na3d
+from ops.neighborhood._geometry import NAParams
+from ops.neighborhood.functional import BACKENDS, na1d, na2d, na3d
 
 __all__ = ["NeighborhoodAttention1D", "NeighborhoodAttention2D", "NeighborhoodAttention3D"]
+
+_Sizes = tuple[int, ...]
+_SMALL_MAPS = ("refuse", "shrink", "pad")
 
 
 class _NeighborhoodAttention(nn.Module):
@@ -35,8 +40,13 @@ class _NeighborhoodAttention(nn.Module):
         qk_scale: float | None = None,
         proj_drop: float = 0.0,
         rel_pos_bias: bool = False,
+        small_maps: str = "refuse",
     ) -> None:
         super().__init__()
+        if small_maps not in _SMALL_MAPS:
+            raise ValueError(
+                f"small_maps must be one of {', '.join(_SMALL_MAPS)}, got {small_maps!r}"
+            )
         if num_heads < 1 or embed_dim % num_heads != 0:
             raise ValueError(
                 f"num_heads must divide embed_dim, got {num_heads} heads for {embed_dim} channels"
@@ -51,6 +61,7 @@ class _NeighborhoodAttention(nn.Module):
             raise ValueError(
                 f"stride must not exceed kernel_size, got {self.stride} > {self.kernel_size}"
             )
+        self.small_maps = small_maps
         self.scale = (embed_dim // num_heads) ** -0.5 if qk_scale is None else qk_scale
         self.qkv = nn.Linear(embed_dim, 3 * embed_dim, bias=qkv_bias)
         self.rpb: nn.Parameter | None = None
@@ -66,29 +77,78 @@ class _NeighborhoodAttention(nn.Module):
                 f"x must have a batch, {self.rank} axes and {self.embed_dim} channels last, got "
                 f"{tuple(x.shape)}"
             )
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, *S, 3, H, D)
-        query, key, value = qkv.unbind(dim=-3)
-        attention = (na1d, na2d, na3d)[self.rank - 1]
-        out = attention(
-            query,
-            key,
-            value,
-            kernel_size=self.kernel_size,
-            stride=self.stride,
-            dilation=self.dilation,
-            is_causal=self.is_causal,
-            scale=self.scale,
-            rpb=self.rpb,
+        size = x.shape[1:-1]
+        padded = self.pad(x)
+        out = self.attend(self.qkv(padded))
+        if padded is not x:
+            for axis, length in enumerate(size, 1):
+                out = out.narrow(axis, 0, length)
+        return self.proj_drop(self.proj(out))
+
+    def pad(self, x: Tensor) -> Tensor:
+        """``x`` (B, *S, embed_dim), with zeros after the axes that are to be padded."""
+        if self.small_maps != "pad":
+            return x
+        missing = [
+            torch.sym_max(k * d - n, 0)
+            for n, k, d in zip(x.shape[1:-1], self.kernel_size, self.dilation, strict=True)
+        ]
+        if all(isinstance(m, int) and m == 0 for m in missing):
+            return x
+        amounts = [0, 0]
+        for amount in reversed(missing):
+            amounts += [0, amount]
+        return F.pad(x, amounts)
+
+    def attend(self, qkv: Tensor) -> Tensor:
+        """Between the projections: (B, *S, 3 · embed_dim) → (B, *S, embed_dim)."""
+        query, key, value = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(dim=-3)
+        kernel_size, stride, dilation, rpb = self.window(query.shape[1:-2])
+        if all(isinstance(k, int) for k in kernel_size):
+            attention = (na1d, na2d, na3d)[self.rank - 1]
+            out = attention(
+                query,
+                key,
+                value,
+                kernel_size=kernel_size,
+                stride=stride,
+                dilation=dilation,
+                is_causal=self.is_causal,
+                scale=self.scale,
+                rpb=rpb,
+            )
+            assert isinstance(out, Tensor)
+        else:  # a window that depends on open sizes; the function would bind it to a number
+            params = NAParams(kernel_size, stride, dilation, self.is_causal, self.scale, False)
+            out, _ = BACKENDS["reference"].attend(query, key, value, None, None, rpb, params)
+        return out.flatten(-2)
+
+    def window(self, size: Sequence[int]) -> tuple[_Sizes, _Sizes, _Sizes, Tensor | None]:
+        """Kernel size, stride and dilation on a map of ``size``, and their position bias."""
+        if self.small_maps != "shrink":
+            return self.kernel_size, self.stride, self.dilation, self.rpb
+        kernel_size, dilation = [], []
+        rpb: Tensor | None = self.rpb
+        for axis, (n, whole, wide) in enumerate(
+            zip(size, self.kernel_size, self.dilation, strict=True)
+        ):
+            fitted = torch.sym_min(whole, n)
+            kernel_size.append(fitted)
+            dilation.append(1 if wide == 1 else torch.sym_min(wide, n // fitted))
+            if rpb is not None:  # a table of offsets around its centre
+                rpb = rpb.narrow(axis + 1, whole - fitted, 2 * fitted - 1)
+        stride = tuple(
+            1 if s == 1 else torch.sym_min(s, k)
+            for s, k in zip(self.stride, kernel_size, strict=True)
         )
-        assert isinstance(out, Tensor)
-        return self.proj_drop(self.proj(out.flatten(-2)))
+        return tuple(kernel_size), stride, tuple(dilation), rpb
 
     def extra_repr(self) -> str:
         return (
             f"embed_dim={self.embed_dim}, num_heads={self.num_heads}, "
             f"kernel_size={self.kernel_size}, stride={self.stride}, dilation={self.dilation}, "
             f"is_causal={self.is_causal}, scale={self.scale:.4g}, "
-            f"rel_pos_bias={self.rpb is not None}"
+            f"rel_pos_bias={self.rpb is not None}, small_maps={self.small_maps!r}"
         )
 
 
@@ -106,10 +166,16 @@ class NeighborhoodAttention1D(_NeighborhoodAttention):
         qk_scale: default (embed_dim / num_heads) ** -0.5.
         proj_drop: dropout after the last projection.
         rel_pos_bias: learn a bias for every head and relative position.
+        small_maps: what happens along an axis that is shorter than kernel_size · dilation.
+            ``"refuse"`` raises. ``"shrink"`` takes a smaller dilation, then a smaller window, until
+            that is the whole axis, with the part of the position bias that belongs to it. ``"pad"``
+            adds zeros at the end, before the first projection, and cuts them off before the last:
+            padded tokens are keys like others, as in NATTEN up to 0.14.
 
     Raises:
         ValueError: parameters that :func:`ops.neighborhood.na1d` refuses, heads that do not divide
-            the channels; in the call, an input of the wrong shape or smaller than the window.
+            the channels, an unknown ``small_maps``; in the call, an input of the wrong shape, or
+            one smaller than the window where that is refused.
     """
 
     rank = 1

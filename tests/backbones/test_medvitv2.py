@@ -8,19 +8,13 @@ import re
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 from zoo import images, randomise
 
 import backbones
 from backbones.cli.parity import checkpoint, image, reference, relative_error, summary_error
 from backbones.medvitv2 import MedViTV2
-from backbones.medvitv2_blocks import (
-    FoldedLocalBlock,
-    GlobalBlock,
-    LocalBlock,
-    WindowedAttention,
-)
-from ops.neighborhood import na2d
+from backbones.medvitv2_blocks import FoldedLocalBlock, GlobalBlock, LocalBlock
 
 SHALLOW = {"depths": (1, 2, 3, 1)}
 
@@ -94,43 +88,6 @@ def test_sizes_that_the_original_refuses(size: tuple[int, int]) -> None:
     for name, parameter in model.named_parameters():
         if parameter.requires_grad and not name.startswith(("head", "norm")):
             assert parameter.grad is not None and parameter.grad.isfinite().all(), name
-
-
-def naive_window(layer: WindowedAttention, x: Tensor, table: Tensor) -> Tensor:
-    """Attention to the whole map, with the bias of each offset looked up in the whole table."""
-    _, height, width, dim = x.shape
-    query, key, value = layer.qkv(x).view(-1, 3, layer.num_heads, dim // layer.num_heads).unbind(1)
-    centre = table.shape[1] // 2
-    places = [(i, j) for i in range(height) for j in range(width)]
-    rows = []
-    for n, (i, j) in enumerate(places):
-        heads = []
-        for h in range(layer.num_heads):
-            bias = torch.stack([table[h, centre + y - i, centre + z - j] for y, z in places])
-            logits = key[:, h] @ query[n, h] * layer.scale + bias
-            heads.append(logits.softmax(0) @ value[:, h])
-        rows.append(torch.cat(heads))
-    return layer.proj(torch.stack(rows)).view(x.shape)
-
-
-@pytest.mark.parametrize("size", [(7, 7), (3, 5), (2, 2), (1, 6), (4, 7)])
-@pytest.mark.parametrize("dilation", [1, 2, 3])
-def test_window_of_a_small_map_is_the_map(size: tuple[int, int], dilation: int) -> None:
-    torch.manual_seed(0)
-    layer = WindowedAttention(8, 2, 7, dilation=dilation, rel_pos_bias=True).double()
-    x = torch.randn(1, *size, 8, dtype=torch.float64)
-    with torch.no_grad():
-        layer.rpb.normal_()
-    torch.testing.assert_close(layer(x), naive_window(layer, x, layer.rpb))
-
-
-def test_dilation_shrinks_before_the_window() -> None:
-    torch.manual_seed(0)
-    layer = WindowedAttention(8, 2, 3, dilation=4, rel_pos_bias=True).double()
-    x = torch.randn(1, 12, 7, 8, dtype=torch.float64)  # room for a dilation of 4 by 2
-    query, key, value = layer.qkv(x).view(1, 12, 7, 3, 2, 4).unbind(3)
-    out = na2d(query, key, value, 3, dilation=(4, 2), rpb=layer.rpb)
-    torch.testing.assert_close(layer(x), layer.proj(out.flatten(3)))
 
 
 @torch.no_grad()

@@ -18,6 +18,7 @@ from backbones.cli.summary import describe
 QUICK = {
     *("biformer_tiny", "efficientvit_m0", "favit_b0", "hat_s_x2", "inception_next_atto"),
     *("litv2_s", "medvitv2_tiny", "ravlt_t", "shvit_s1", "unireplknet_a", "van_b0"),
+    *("nat_mini", "dinat_s_tiny", "vitrpb_small"),
 }
 
 

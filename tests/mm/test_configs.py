@@ -54,6 +54,8 @@ QUICK = {
     "fpn_litv2-s",
     "fpn_ravlt-t",
     "fpn_inception-next-tiny",
+    "mask-rcnn_nat-mini",
+    "upernet_dinat-s-tiny",
 }
 
 

@@ -42,6 +42,14 @@ POSITION = Residual([conv("3×3 depthwise", "position")])
 MOBILE_CONV = Residual([conv("3×3 depthwise", "batch norm")])
 MOBILE_FFN = Residual([mlp("1×1, ReLU, 1×1", "twice as wide inside")])
 DW_MLP = mlp("MLP", "3×3 depthwise inside")
+NEIGHBORHOOD = attn("Neighborhood attention", "7×7, dilated or not")
+NEIGHBORHOOD_STEPS: Sequence[Step] = [
+    note("zeros around a map that is smaller than the window"),
+    conv("Query, key, value"),
+    attn("Attend", "to the window around each token, with a bias by offset"),
+    note("cut off what was added"),
+    conv("Linear"),
+]
 
 BLOCKS: dict[str, Sequence[tuple[str, Sequence[Step]]]] = {
     "biformer": (
@@ -63,6 +71,14 @@ BLOCKS: dict[str, Sequence[tuple[str, Sequence[Step]]]] = {
                 ),
                 conv("Linear"),
             ],
+        ),
+    ),
+    "dinat_s": (
+        ("Block", _transformer_block(NEIGHBORHOOD, mlp("MLP"))),
+        ("Neighborhood attention", NEIGHBORHOOD_STEPS),
+        (
+            "Merging",
+            [note("2×2 tokens, side by side"), norm(), conv("Linear", "half as many channels")],
         ),
     ),
     "efficientvit": (
@@ -252,6 +268,19 @@ BLOCKS: dict[str, Sequence[tuple[str, Sequence[Step]]]] = {
                 Residual([norm("BatchNorm"), mlp("Kolmogorov-Arnold layers")]),
             ],
         ),
+    ),
+    "nat": (
+        ("Block", _transformer_block(NEIGHBORHOOD, mlp("MLP"))),
+        ("Neighborhood attention", NEIGHBORHOOD_STEPS),
+    ),
+    "nat_isotropic": (
+        (
+            "Block",
+            _transformer_block(
+                attn("Attention", "of neighbours, dilated or not, or of all"), mlp("MLP")
+            ),
+        ),
+        ("Neighborhood attention", NEIGHBORHOOD_STEPS),
     ),
     "proxylessnas": (
         (

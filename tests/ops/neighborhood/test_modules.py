@@ -8,8 +8,9 @@ import pickle
 import natten
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
+from backbones.cli.parity import checkpoint, reference, summary_error, uniform
 from ops.neighborhood import (
     NeighborhoodAttention1D,
     NeighborhoodAttention2D,
@@ -19,6 +20,7 @@ from ops.neighborhood import (
 
 LAYERS = {1: NeighborhoodAttention1D, 2: NeighborhoodAttention2D, 3: NeighborhoodAttention3D}
 SIZE = (7, 6, 5)
+PAD_CASES = reference("nat", "nat_mini")["pad_cases"]["cases"]
 
 
 @pytest.mark.parametrize("rank", LAYERS)
@@ -127,3 +129,104 @@ def test_refuses_arguments(arguments: tuple, message: str) -> None:
 def test_refuses_inputs(shape: tuple[int, ...], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         NeighborhoodAttention2D(8, 2, 3)(torch.randn(shape))
+
+
+# -- maps that the window does not fit -------------------------------------------------------------
+
+
+def shrinking(kernel_size: int, dilation: int) -> NeighborhoodAttention2D:
+    torch.manual_seed(0)
+    layer = NeighborhoodAttention2D(
+        8, 2, kernel_size, dilation=dilation, rel_pos_bias=True, small_maps="shrink"
+    ).double()
+    nn.init.normal_(layer.rpb)
+    return layer
+
+
+def naive_window(layer: NeighborhoodAttention2D, x: Tensor, table: Tensor) -> Tensor:
+    """Attention to the whole map, with the bias of each offset looked up in the whole table."""
+    _, height, width, dim = x.shape
+    query, key, value = layer.qkv(x).view(-1, 3, layer.num_heads, dim // layer.num_heads).unbind(1)
+    centre = table.shape[1] // 2
+    places = [(i, j) for i in range(height) for j in range(width)]
+    rows = []
+    for n, (i, j) in enumerate(places):
+        heads = []
+        for h in range(layer.num_heads):
+            bias = torch.stack([table[h, centre + y - i, centre + z - j] for y, z in places])
+            logits = key[:, h] @ query[n, h] * layer.scale + bias
+            heads.append(logits.softmax(0) @ value[:, h])
+        rows.append(torch.cat(heads))
+    return layer.proj(torch.stack(rows)).view(x.shape)
+
+
+@pytest.mark.parametrize("size", [(7, 7), (3, 5), (2, 2), (1, 6), (4, 7)])
+@pytest.mark.parametrize("dilation", [1, 2, 3])
+def test_window_of_a_small_map_is_the_map(size: tuple[int, int], dilation: int) -> None:
+    layer = shrinking(7, dilation)
+    x = torch.randn(1, *size, 8, dtype=torch.float64)
+    torch.testing.assert_close(layer(x), naive_window(layer, x, layer.rpb))
+
+
+def test_dilation_shrinks_before_the_window() -> None:
+    layer = shrinking(3, 4)
+    x = torch.randn(1, 12, 7, 8, dtype=torch.float64)  # room for a dilation of 4 by 2
+    query, key, value = layer.qkv(x).view(1, 12, 7, 3, 2, 4).unbind(3)
+    out = na2d(query, key, value, 3, dilation=(4, 2), rpb=layer.rpb)
+    torch.testing.assert_close(layer(x), layer.proj(out.flatten(3)))
+
+
+@pytest.mark.parametrize("number", range(len(PAD_CASES)))
+@torch.no_grad()
+def test_pads_as_published(number: int) -> None:
+    """Zeros before the first projection, keys like others, cut off before the last."""
+    case = PAD_CASES[number]
+    dim, heads, kernel = case["x"][3], case["num_heads"], case["kernel_size"]
+    layer = NeighborhoodAttention2D(
+        dim, heads, kernel, dilation=case["dilation"], rel_pos_bias=True, small_maps="pad"
+    )
+    rows = [(f"pad-{number}.{n}", list(p.shape), "float32") for n, p in layer.named_parameters()]
+    weights = checkpoint({"synth_scale": [[r"\.rpb$", case["rpb_factor"]]]}, rows)
+    layer.load_state_dict({n.split(".", 1)[1]: tensor for n, tensor in weights.items()})
+    x = torch.from_numpy(uniform(f"pad-{number}-x", case["x"])).double()
+    assert summary_error(layer.double()(x), case["out"]) < 1e-6
+    single = layer.float()(x.float())
+    assert summary_error(single, case["out"]) < 1e-5
+
+
+@pytest.mark.parametrize("small_maps", ["shrink", "pad"])
+def test_maps_that_fit_are_left_alone(small_maps: str) -> None:
+    torch.manual_seed(0)
+    plain = NeighborhoodAttention2D(8, 2, 3, dilation=(2, 1), rel_pos_bias=True)
+    other = NeighborhoodAttention2D(
+        8, 2, 3, dilation=(2, 1), rel_pos_bias=True, small_maps=small_maps
+    )
+    other.load_state_dict(plain.state_dict())
+    x = torch.randn(1, 7, 4, 8)  # the dilation does not divide the first side
+    torch.testing.assert_close(other(x), plain(x), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("rank", LAYERS)
+@pytest.mark.parametrize("small_maps", ["shrink", "pad"])
+def test_small_maps_of_any_rank_train(rank: int, small_maps: str) -> None:
+    layer = LAYERS[rank](8, 2, 5, stride=2, rel_pos_bias=True, small_maps=small_maps)
+    x = torch.randn(1, *(2, 6, 3)[:rank], 8, requires_grad=True)
+    out = layer(x)
+    assert out.shape == x.shape
+    out.square().sum().backward()
+    assert x.grad.isfinite().all()
+
+
+@pytest.mark.parametrize("small_maps", ["shrink", "pad"])
+def test_small_maps_of_open_sizes(small_maps: str) -> None:
+    torch._dynamo.reset()
+    layer = NeighborhoodAttention2D(8, 2, 5, rel_pos_bias=True, small_maps=small_maps).eval()
+    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    for size in ((4, 6), (8, 3), (9, 9)):
+        x = torch.randn(1, *size, 8)
+        torch.testing.assert_close(compiled(x), layer(x))
+
+
+def test_refuses_other_ways_of_small_maps() -> None:
+    with pytest.raises(ValueError, match="small_maps must be one of refuse, .*, got 'crop'"):
+        NeighborhoodAttention2D(8, 2, 3, small_maps="crop")

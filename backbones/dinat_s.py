@@ -1,0 +1,212 @@
+"""DiNAT_s: dilated neighborhood attention in the layout of Swin Transformer.
+
+Ali Hassani and Humphrey Shi, "Dilated Neighborhood Attention Transformer",
+https://arxiv.org/abs/2209.15001.
+
+Any size from 32×32 (smaller works down to 1×1): the stem completes its patches and merging its
+2×2 squares with zeros, so that the stage at stride s has ⌈H/s⌉ rows. A map with a side below
+``kernel_size`` · dilation is padded inside attention, see :mod:`backbones.nat`. Detectors and
+segmenters of the paper use ``out_norms=True, num_classes=0`` and other dilations.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import torch
+from timm.layers import ClassifierHead, calculate_drop_path_rates
+from timm.models import generate_default_cfgs
+from torch import Tensor, nn
+
+from backbones.core.base import StagedBackbone
+from backbones.core.keywords import checked
+from backbones.core.registry import build_model, register
+from backbones.neighborhood import (
+    PRESETS,
+    Pattern,
+    TokenStage,
+    block_dilations,
+    cfg,
+    init_linear,
+    layer_norm,
+    neighborhood,
+    renamed,
+)
+from ops.neighborhood.block import NeighborhoodBlock, resized_bias
+from ops.patch import PatchEmbed, PatchMerging
+
+__all__ = ["DiNATS"]
+
+
+# A second stage of two blocks has the last two of the deeper network's four.
+DINAT_S_PRESETS: Mapping[str, Pattern] = {
+    name: (PRESETS[name][0], PRESETS[name][1][-2:], *PRESETS[name][2:])
+    for name in ("imagenet", "imagenet-384", "ade20k", "ade20k-640", "coco")
+}
+
+
+class DiNATS(StagedBackbone):
+    """DiNAT_s.
+
+    Args:
+        dims, depths, num_heads: of the four stages.
+        mlp_ratio: width of the MLPs relative to the stage.
+        kernel_size: side of the window that a token attends to, odd.
+        dilations: of the windows: one for all blocks; for each stage one, or one for each of its
+            blocks; or by name those that were published for ``"imagenet"``, ``"imagenet-384"``,
+            ``"ade20k"`` (at 512), ``"ade20k-640"`` (of the large model) and ``"coco"``. In stages
+            of other depths the pattern goes on, or ends early.
+        num_classes, in_chans, global_pool: of classifier, image and pooling.
+        drop_rate: dropout before the classifier.
+        proj_drop_rate: dropout inside the MLPs.
+        drop_path_rate: of the last block; it grows linearly from 0.
+        out_norms: normalise the maps returned, as detectors do: all, none, or the listed stages.
+            With ``num_classes=0`` there is no final norm then, as in the paper's dense networks.
+
+    Raises:
+        ValueError: sequences that do not name as many stages or blocks, heads that do not divide
+            the width, an unknown name of dilations.
+    """
+
+    @checked("dims", "num_heads")
+    def __init__(
+        self,
+        dims: Sequence[int] = (96, 192, 384, 768),
+        depths: Sequence[int] = (2, 2, 6, 2),
+        num_heads: Sequence[int] = (3, 6, 12, 24),
+        mlp_ratio: float = 4,
+        kernel_size: int = 7,
+        dilations: int | str | Sequence[int | Sequence[int]] = "imagenet",
+        *,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        out_norms: bool | Sequence[int] = False,
+    ) -> None:
+        super().__init__(num_classes=num_classes, in_chans=in_chans)
+        rates: Iterator[Any] = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
+        of_blocks = block_dilations(dilations, depths, DINAT_S_PRESETS)
+        self.stem = PatchEmbed(in_chans, dims[0])
+        self.stages = nn.Sequential(
+            *(
+                TokenStage(
+                    [
+                        NeighborhoodBlock(
+                            neighborhood(dims[i], num_heads[i], kernel_size, dilation),
+                            mlp_ratio,
+                            proj_drop_rate,
+                            next(rates),
+                        )
+                        for dilation in of_blocks[i]
+                    ],
+                    downsample=PatchMerging(dims[i - 1], dims[i]) if i else None,
+                )
+                for i in range(len(dims))
+            )
+        )
+        dense = num_classes == 0 and bool(out_norms)
+        self.norm = nn.Identity() if dense else layer_norm(dims[-1])
+        self.head = ClassifierHead(dims[-1], num_classes, global_pool, drop_rate)
+        self.describe_features(
+            dims,
+            [4 * 2**i for i in range(len(dims))],
+            out_norms=out_norms,
+            out_norm_layer=layer_norm,
+        )
+        self.apply(init_linear)
+
+    def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """From the names of the original and of its dense copies."""
+        return {renamed(key, _RENAMES): tensor for key, tensor in state_dict.items()}
+
+    def resize_tensor(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
+        """A position bias for another kernel size, too."""
+        if name.endswith(".rpb"):
+            return resized_bias(tensor, shape)
+        return super().resize_tensor(name, tensor, shape)
+
+
+_RENAMES = (
+    (r"^patch_embed\.proj\.", "stem.conv."),
+    (r"^patch_embed\.norm\.", "stem.norm."),
+    (r"^layers\.(\d+)\.blocks\.", r"stages.\1.blocks."),
+    (r"^norm(\d)\.", r"out_norms.\1."),
+    (r"^head\.(weight|bias)$", r"head.fc.\1"),
+)
+
+
+def _cfg(file: str, **kwargs: Any) -> dict[str, Any]:
+    url = "dinat/checkpoints/" + file
+    return cfg(url, first_conv=DiNATS.first_conv, classifier=DiNATS.classifier, **kwargs)
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "dinat_s_tiny.in1k": _cfg("imagenet1k/dinat_s_tiny_in1k_224.pth"),
+        "dinat_s_small.in1k": _cfg("imagenet1k/dinat_s_small_in1k_224.pth"),
+        "dinat_s_base.in1k": _cfg("imagenet1k/dinat_s_base_in1k_224.pth"),
+        "dinat_s_large.in22k_ft_in1k": _cfg("imagenet1k/dinat_s_large_in1k_224.pth"),
+        "dinat_s_large_384.in22k_ft_in1k": _cfg(
+            "imagenet1k/dinat_s_large_in1k_384.pth", input_size=(3, 384, 384), crop_pct=1.0
+        ),
+        "dinat_s_large_21k.in22k": _cfg(
+            "imagenet22k/dinat_s_large_in22k_224.pth", num_classes=21841
+        ),
+    }
+)
+
+_LARGE: dict[str, Any] = dict(
+    dims=(192, 384, 768, 1536),
+    depths=(2, 2, 18, 2),
+    num_heads=(6, 12, 24, 48),
+    drop_path_rate=0.35,
+)
+
+
+@register
+def dinat_s_tiny(pretrained: bool = False, **kwargs: Any) -> DiNATS:
+    """DiNAT_s-Tiny, 28.3 M parameters."""
+    return build_model(DiNATS, "dinat_s_tiny", pretrained, {"drop_path_rate": 0.2}, kwargs)
+
+
+@register
+def dinat_s_small(pretrained: bool = False, **kwargs: Any) -> DiNATS:
+    """DiNAT_s-Small, 49.6 M parameters."""
+    variant: dict[str, Any] = dict(depths=(2, 2, 18, 2), drop_path_rate=0.3)
+    return build_model(DiNATS, "dinat_s_small", pretrained, variant, kwargs)
+
+
+@register
+def dinat_s_base(pretrained: bool = False, **kwargs: Any) -> DiNATS:
+    """DiNAT_s-Base, 87.8 M parameters."""
+    variant: dict[str, Any] = dict(
+        dims=(128, 256, 512, 1024),
+        depths=(2, 2, 18, 2),
+        num_heads=(4, 8, 16, 32),
+        drop_path_rate=0.5,
+    )
+    return build_model(DiNATS, "dinat_s_base", pretrained, variant, kwargs)
+
+
+@register
+def dinat_s_large(pretrained: bool = False, **kwargs: Any) -> DiNATS:
+    """DiNAT_s-Large, 196.5 M parameters."""
+    return build_model(DiNATS, "dinat_s_large", pretrained, _LARGE, kwargs)
+
+
+@register
+def dinat_s_large_384(pretrained: bool = False, **kwargs: Any) -> DiNATS:
+    """DiNAT_s-Large for images of 384×384, more dilated; 196.5 M parameters."""
+    variant = {**_LARGE, "dilations": "imagenet-384"}
+    return build_model(DiNATS, "dinat_s_large_384", pretrained, variant, kwargs)
+
+
+@register
+def dinat_s_large_21k(pretrained: bool = False, **kwargs: Any) -> DiNATS:
+    """DiNAT_s-Large with the classes of ImageNet-22k, 228.6 M parameters."""
+    variant = {**_LARGE, "drop_path_rate": 0.2}
+    return build_model(DiNATS, "dinat_s_large_21k", pretrained, variant, kwargs)

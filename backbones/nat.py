@@ -1,0 +1,340 @@
+"""NAT and DiNAT: a convolutional pyramid of tokens that attend to their neighbours.
+
+Ali Hassani et al., "Neighborhood Attention Transformer", https://arxiv.org/abs/2204.07143. DiNAT
+dilates every other block: Ali Hassani and Humphrey Shi, "Dilated Neighborhood Attention
+Transformer", https://arxiv.org/abs/2209.15001.
+
+Any size from 32×32 (smaller works down to 1×1); the stage at stride s has ⌈H/s⌉ rows. A map with a
+side below ``kernel_size`` · dilation is padded with zeros inside attention and cut back, as NATTEN
+did when the weights were trained. Dilations are no weights: every checkpoint loads with any of
+them. Detectors and segmenters of the papers use ``out_norms=True, num_classes=0``, and DiNAT other
+dilations, see ``dilations``.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from timm.layers import ClassifierHead, calculate_drop_path_rates
+from timm.models import generate_default_cfgs
+from torch import Tensor, nn
+
+from backbones.core.base import StagedBackbone
+from backbones.core.keywords import checked, number, optional, widths
+from backbones.core.registry import build_model, register
+from backbones.neighborhood import (
+    PRESETS,
+    TokenStage,
+    block_dilations,
+    cfg,
+    init_linear,
+    layer_norm,
+    neighborhood,
+    renamed,
+)
+from ops.neighborhood.block import NeighborhoodBlock, resized_bias
+
+__all__ = ["NAT"]
+
+
+def _stem(in_chans: int, dim: int) -> nn.Sequential:
+    """(B, in_chans, H, W) → (B, dim, ⌈H/4⌉, ⌈W/4⌉)."""
+    return nn.Sequential(
+        OrderedDict(
+            conv1=nn.Conv2d(in_chans, dim // 2, 3, 2, 1),
+            conv2=nn.Conv2d(dim // 2, dim, 3, 2, 1),
+            norm=layer_norm(dim),
+        )
+    )
+
+
+def _downsample(dim: int, out_dim: int) -> nn.Sequential:
+    """(B, dim, H, W) → (B, out_dim, ⌈H/2⌉, ⌈W/2⌉)."""
+    conv = nn.Conv2d(dim, out_dim, 3, 2, 1, bias=False)
+    return nn.Sequential(OrderedDict(conv=conv, norm=layer_norm(out_dim)))
+
+
+class NAT(StagedBackbone):
+    """Neighborhood Attention Transformer, dilated or not.
+
+    Args:
+        dims, depths, num_heads: of the four stages.
+        mlp_ratio: width of the MLPs relative to the stage.
+        kernel_size: side of the window that a token attends to, odd.
+        dilations: of the windows: one for all blocks; for each stage one, or one for each of its
+            blocks; or by name those that were published for ``"imagenet"``, ``"imagenet-384"``,
+            ``"ade20k"`` (at 512), ``"ade20k-640"``, ``"coco"``, ``"mask2former"``,
+            ``"oneformer"``, ``"oneformer-1280"`` and ``"oneformer-cityscapes"``. The last four are
+            of the large model; ``"mask2former"``, ``"oneformer"`` and ``"oneformer-1280"`` go with
+            ``kernel_size=11``. In stages of other depths the pattern goes on, or ends early.
+        layer_scale: initial value of the residual scales; None for none.
+        num_classes, in_chans, global_pool: of classifier, image and pooling.
+        drop_rate: dropout before the classifier.
+        proj_drop_rate: dropout inside the MLPs.
+        drop_path_rate: of the last block; it grows linearly from 0.
+        out_norms: normalise the maps returned, as detectors do: all, none, or the listed stages.
+            With ``num_classes=0`` there is no final norm then, as in the papers' dense networks.
+
+    Raises:
+        ValueError: sequences that do not name as many stages or blocks, heads that do not divide
+            the width, an unknown name of dilations.
+    """
+
+    first_conv = "stem.conv1"
+
+    @checked("dims", "num_heads", dims=widths(2), layer_scale=optional(number(-1e6, 1e6)))
+    def __init__(
+        self,
+        dims: Sequence[int] = (64, 128, 256, 512),
+        depths: Sequence[int] = (3, 4, 6, 5),
+        num_heads: Sequence[int] = (2, 4, 8, 16),
+        mlp_ratio: float = 3,
+        kernel_size: int = 7,
+        dilations: int | str | Sequence[int | Sequence[int]] = 1,
+        layer_scale: float | None = None,
+        *,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        out_norms: bool | Sequence[int] = False,
+    ) -> None:
+        super().__init__(num_classes=num_classes, in_chans=in_chans)
+        rates: Iterator[Any] = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
+        of_blocks = block_dilations(dilations, depths, PRESETS)
+        self.stem = _stem(in_chans, dims[0])
+        self.stages = nn.Sequential(
+            *(
+                TokenStage(
+                    [
+                        NeighborhoodBlock(
+                            neighborhood(dims[i], num_heads[i], kernel_size, dilation),
+                            mlp_ratio,
+                            proj_drop_rate,
+                            next(rates),
+                            layer_scale,
+                        )
+                        for dilation in of_blocks[i]
+                    ],
+                    downsample=_downsample(dims[i - 1], dims[i]) if i else None,
+                )
+                for i in range(len(dims))
+            )
+        )
+        dense = num_classes == 0 and bool(out_norms)
+        self.norm = nn.Identity() if dense else layer_norm(dims[-1])
+        self.head = ClassifierHead(dims[-1], num_classes, global_pool, drop_rate)
+        self.describe_features(
+            dims,
+            [4 * 2**i for i in range(len(dims))],
+            out_norms=out_norms,
+            out_norm_layer=layer_norm,
+        )
+        self.apply(init_linear)
+
+    def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """From the names of the original, of its dense copies and of Hugging Face's releases."""
+        tensors = {renamed(key, _RENAMES): tensor for key, tensor in state_dict.items()}
+        for key in [k for k in tensors if ".attn.query." in k]:
+            thirds = [key.replace(".query.", f".{part}.") for part in ("query", "key", "value")]
+            if all(third in tensors for third in thirds):
+                joined = torch.cat([tensors.pop(third) for third in thirds])
+                tensors[key.replace(".query.", ".qkv.")] = joined
+        for key in [k for k in tensors if k.endswith(".layer_scale_parameters")]:
+            block = key.removesuffix("layer_scale_parameters")
+            gamma1, gamma2 = tensors.pop(key)
+            tensors |= {f"{block}ls1.gamma": gamma1, f"{block}ls2.gamma": gamma2}
+        return tensors
+
+    def resize_tensor(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
+        """A position bias for another kernel size, too."""
+        if name.endswith(".rpb"):
+            return resized_bias(tensor, shape)
+        return super().resize_tensor(name, tensor, shape)
+
+
+_HUGGING_FACE = (
+    (r"^(?:nat|dinat)\.", ""),
+    (r"^embeddings\.patch_embeddings\.projection\.", "patch_embed.proj."),
+    (r"^embeddings\.norm\.", "patch_embed.norm."),
+    (r"^encoder\.levels\.", "levels."),
+    (r"^levels\.(\d+)\.layers\.", r"levels.\1.blocks."),
+    (r"\.layernorm_before\.", ".norm1."),
+    (r"\.layernorm_after\.", ".norm2."),
+    (r"\.attention\.self\.", ".attn."),
+    (r"\.attention\.output\.dense\.", ".attn.proj."),
+    (r"\.intermediate\.dense\.", ".mlp.fc1."),
+    (r"\.output\.dense\.", ".mlp.fc2."),
+    (r"^hidden_states_norms\.stage1\.", "norm0."),
+    (r"^hidden_states_norms\.stage2\.", "norm1."),
+    (r"^hidden_states_norms\.stage3\.", "norm2."),
+    (r"^hidden_states_norms\.stage4\.", "norm3."),
+    (r"^layernorm\.", "norm."),
+    (r"^classifier\.", "head."),
+)
+_RENAMES = (
+    *_HUGGING_FACE,
+    (r"^patch_embed\.proj\.0\.", "stem.conv1."),
+    (r"^patch_embed\.proj\.1\.", "stem.conv2."),
+    (r"^patch_embed\.norm\.", "stem.norm."),
+    (r"^levels\.(\d+)\.blocks\.", r"stages.\1.blocks."),
+    (r"\.downsample\.reduction\.", ".downsample.conv."),
+    (r"\.gamma([12])$", r".ls\1.gamma"),
+    (r"^norm(\d)\.", r"out_norms.\1."),
+    (r"^head\.(weight|bias)$", r"head.fc.\1"),
+)
+
+
+def _cfg(url: str, **kwargs: Any) -> dict[str, Any]:
+    return cfg(url, first_conv=NAT.first_conv, classifier=NAT.classifier, **kwargs)
+
+
+def _nat(size: str) -> dict[str, Any]:
+    return _cfg(
+        f"nat/checkpoints/CLS/nat_{size}.pth",
+        paper_name="Neighborhood Attention Transformer",
+        paper_ids="arXiv:2204.07143",
+    )
+
+
+_1K, _22K = "dinat/checkpoints/imagenet1k/", "dinat/checkpoints/imagenet22k/"
+_LARGE_IMAGES: dict[str, Any] = dict(input_size=(3, 384, 384), crop_pct=1.0)
+
+default_cfgs = generate_default_cfgs(
+    {
+        "nat_mini.in1k": _nat("mini"),
+        "nat_tiny.in1k": _nat("tiny"),
+        "nat_small.in1k": _nat("small"),
+        "nat_base.in1k": _nat("base"),
+        "dinat_mini.in1k": _cfg(_1K + "dinat_mini_in1k_224.pth"),
+        "dinat_tiny.in1k": _cfg(_1K + "dinat_tiny_in1k_224.pth"),
+        "dinat_small.in1k": _cfg(_1K + "dinat_small_in1k_224.pth"),
+        "dinat_base.in1k": _cfg(_1K + "dinat_base_in1k_224.pth"),
+        "dinat_large.in22k_ft_in1k": _cfg(_1K + "dinat_large_in22k_in1k_224.pth"),
+        "dinat_large_384.in22k_ft_in1k": _cfg(
+            _1K + "dinat_large_in22k_in1k_384.pth", **_LARGE_IMAGES
+        ),
+        "dinat_large_384_11x11.in22k_ft_in1k": _cfg(
+            _1K + "dinat_large_in22k_in1k_384_11x11.pth", **_LARGE_IMAGES
+        ),
+        "dinat_large_21k.in22k": _cfg(_22K + "dinat_large_in22k_224.pth", num_classes=21841),
+        "dinat_large_21k_11x11.in22k": _cfg(
+            _22K + "dinat_large_in22k_224_11x11interp.pth", num_classes=21841
+        ),
+    }
+)
+
+_MINI: dict[str, Any] = dict(
+    dims=(64, 128, 256, 512), num_heads=(2, 4, 8, 16), mlp_ratio=3, drop_path_rate=0.2
+)
+_TINY: dict[str, Any] = dict(_MINI, depths=(3, 4, 18, 5))
+_SMALL: dict[str, Any] = dict(
+    dims=(96, 192, 384, 768),
+    depths=(3, 4, 18, 5),
+    num_heads=(3, 6, 12, 24),
+    mlp_ratio=2,
+    drop_path_rate=0.3,
+)
+_BASE: dict[str, Any] = dict(
+    dims=(128, 256, 512, 1024),
+    depths=(3, 4, 18, 5),
+    num_heads=(4, 8, 16, 32),
+    mlp_ratio=2,
+    layer_scale=1e-5,
+    drop_path_rate=0.5,
+)
+_LARGE: dict[str, Any] = dict(
+    dims=(192, 384, 768, 1536),
+    depths=(3, 4, 18, 5),
+    num_heads=(6, 12, 24, 48),
+    mlp_ratio=2,
+    dilations="imagenet",
+    drop_path_rate=0.35,
+)
+
+
+@register
+def nat_mini(pretrained: bool = False, **kwargs: Any) -> NAT:
+    """NAT-Mini, 20.0 M parameters."""
+    return build_model(NAT, "nat_mini", pretrained, _MINI, kwargs)
+
+
+@register
+def nat_tiny(pretrained: bool = False, **kwargs: Any) -> NAT:
+    """NAT-Tiny, 27.9 M parameters."""
+    return build_model(NAT, "nat_tiny", pretrained, _TINY, kwargs)
+
+
+@register
+def nat_small(pretrained: bool = False, **kwargs: Any) -> NAT:
+    """NAT-Small, 50.7 M parameters."""
+    return build_model(NAT, "nat_small", pretrained, {**_SMALL, "layer_scale": 1e-5}, kwargs)
+
+
+@register
+def nat_base(pretrained: bool = False, **kwargs: Any) -> NAT:
+    """NAT-Base, 89.8 M parameters."""
+    return build_model(NAT, "nat_base", pretrained, _BASE, kwargs)
+
+
+@register
+def dinat_mini(pretrained: bool = False, **kwargs: Any) -> NAT:
+    """DiNAT-Mini, 20.0 M parameters."""
+    return build_model(NAT, "dinat_mini", pretrained, {**_MINI, "dilations": "imagenet"}, kwargs)
+
+
+@register
+def dinat_tiny(pretrained: bool = False, **kwargs: Any) -> NAT:
+    """DiNAT-Tiny, 27.9 M parameters."""
+    return build_model(NAT, "dinat_tiny", pretrained, {**_TINY, "dilations": "imagenet"}, kwargs)
+
+
+@register
+def dinat_small(pretrained: bool = False, **kwargs: Any) -> NAT:
+    """DiNAT-Small, 50.7 M parameters; unlike NAT-Small it has no layer scale."""
+    return build_model(NAT, "dinat_small", pretrained, {**_SMALL, "dilations": "imagenet"}, kwargs)
+
+
+@register
+def dinat_base(pretrained: bool = False, **kwargs: Any) -> NAT:
+    """DiNAT-Base, 89.8 M parameters."""
+    return build_model(NAT, "dinat_base", pretrained, {**_BASE, "dilations": "imagenet"}, kwargs)
+
+
+@register
+def dinat_large(pretrained: bool = False, **kwargs: Any) -> NAT:
+    """DiNAT-Large, 200.9 M parameters."""
+    return build_model(NAT, "dinat_large", pretrained, _LARGE, kwargs)
+
+
+@register
+def dinat_large_384(pretrained: bool = False, **kwargs: Any) -> NAT:
+    """DiNAT-Large for images of 384×384, more dilated; 200.9 M parameters."""
+    variant = {**_LARGE, "dilations": "imagenet-384"}
+    return build_model(NAT, "dinat_large_384", pretrained, variant, kwargs)
+
+
+@register
+def dinat_large_384_11x11(pretrained: bool = False, **kwargs: Any) -> NAT:
+    """DiNAT-Large for images of 384×384 with windows of 11×11, 201.1 M parameters."""
+    variant = {**_LARGE, "kernel_size": 11}
+    return build_model(NAT, "dinat_large_384_11x11", pretrained, variant, kwargs)
+
+
+@register
+def dinat_large_21k(pretrained: bool = False, **kwargs: Any) -> NAT:
+    """DiNAT-Large with the classes of ImageNet-22k, 233.0 M parameters."""
+    variant = {**_LARGE, "drop_path_rate": 0.2}
+    return build_model(NAT, "dinat_large_21k", pretrained, variant, kwargs)
+
+
+@register
+def dinat_large_21k_11x11(pretrained: bool = False, **kwargs: Any) -> NAT:
+    """DiNAT-Large with windows of 11×11 and the classes of ImageNet-22k, 233.2 M parameters."""
+    variant = {**_LARGE, "kernel_size": 11, "drop_path_rate": 0.2}
+    return build_model(NAT, "dinat_large_21k_11x11", pretrained, variant, kwargs)

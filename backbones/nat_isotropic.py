@@ -1,0 +1,190 @@
+"""NAT and DiNAT without a pyramid, and the vision transformer that they are compared with.
+
+Ali Hassani and Humphrey Shi, "Dilated Neighborhood Attention Transformer",
+https://arxiv.org/abs/2209.15001. Patches of 16×16, twelve blocks of one width, and a position bias
+as the only thing that tells where a token lies. In ViT-rpb every token attends to all of the map.
+
+Any size from 32×32 (smaller works down to 1×1): the stem completes its patches with zeros, so that
+a map has ⌈H/16⌉ rows; the original takes the one square size that it was built for. A map with a
+side below ``kernel_size`` · dilation is padded inside attention, see :mod:`backbones.nat`. The bias
+of ViT-rpb, made for 14×14 tokens, is interpolated for other maps; that is not the authors'.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+from timm.layers import ClassifierHead, calculate_drop_path_rates
+from timm.models import generate_default_cfgs
+from torch import Tensor, nn
+
+from backbones.core.isotropic import IsotropicBackbone, IsotropicStage
+from backbones.core.keywords import KERNEL, checked, one_or_several, optional, whole
+from backbones.core.registry import build_model, register
+from backbones.neighborhood import (
+    cfg,
+    init_linear,
+    layer_norm,
+    neighborhood,
+)
+from ops.neighborhood import NeighborhoodAttention2D
+from ops.neighborhood.block import MapAttention, NeighborhoodBlock, resized_bias
+from ops.patch import PatchEmbed
+
+__all__ = ["NATIsotropic"]
+
+
+class NATIsotropic(IsotropicBackbone):
+    """NAT, DiNAT or ViT-rpb of one resolution.
+
+    Args:
+        dim, depths: width of all blocks, and how many there are in each of four groups.
+        num_heads: of all blocks.
+        mlp_ratio: width of the MLPs relative to the blocks.
+        kernel_size: side of the window that a token attends to, odd; None for the whole map.
+        dilations: of the windows: one, or some that the blocks take in turn, again and again.
+        map_size: where tokens attend to the whole map, its side in tokens that the position bias is
+            made for.
+        num_classes, in_chans, global_pool: of classifier, image and pooling.
+        drop_rate: dropout before the classifier.
+        proj_drop_rate: dropout inside the MLPs.
+        drop_path_rate: of the last block; it grows linearly from 0.
+        pyramid: make maps of strides 4, 8, 16 and 32 out of the last one.
+
+    Raises:
+        ValueError: heads that do not divide the width, more dilations than blocks.
+    """
+
+    @checked(
+        num_heads=whole(1, 1024),
+        kernel_size=optional(KERNEL),
+        dilations=one_or_several(whole(1, 1024)),
+    )
+    def __init__(
+        self,
+        dim: int = 384,
+        depths: Sequence[int] = (3, 3, 3, 3),
+        num_heads: int = 12,
+        mlp_ratio: float = 4,
+        kernel_size: int | None = 7,
+        dilations: int | Sequence[int] = 1,
+        map_size: int = 14,
+        *,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        pyramid: bool = False,
+    ) -> None:
+        super().__init__(num_classes=num_classes, in_chans=in_chans)
+        pattern = (dilations,) if isinstance(dilations, int) else tuple(dilations)
+        if len(pattern) > sum(depths):
+            raise ValueError(
+                f"dilations must not be more than the {sum(depths)} blocks of depths "
+                f"{tuple(depths)}, got {pattern}"
+            )
+
+        def attention(number: int) -> NeighborhoodAttention2D:
+            if kernel_size is None:
+                return MapAttention(dim, num_heads, map_size)
+            return neighborhood(dim, num_heads, kernel_size, pattern[number % len(pattern)])
+
+        rates = calculate_drop_path_rates(drop_path_rate, sum(depths))
+        blocks: Iterator[nn.Module] = (
+            NeighborhoodBlock(attention(number), mlp_ratio, proj_drop_rate, rate)
+            for number, rate in enumerate(rates)
+        )
+        self.stem = PatchEmbed(in_chans, dim, 16)
+        self.stages = nn.Sequential(
+            *(IsotropicStage([next(blocks) for _ in range(depth)]) for depth in depths)
+        )
+        self.norm = layer_norm(dim)
+        self.head = ClassifierHead(dim, num_classes, global_pool, drop_rate)
+        self.describe_blocks(dim, pyramid=pyramid)
+        self.apply(init_linear)
+
+    def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """From the names of the original; ViT-rpb's files hold an index that is none of weights."""
+        converted = {}
+        for key, tensor in state_dict.items():
+            if key.endswith(".attn.relative_position_index"):
+                continue
+            if match := re.match(r"layers\.(\d+)\.", key):
+                key = f"{self.block_name(int(match[1]))}.{key[match.end() :]}"
+            key = re.sub(r"^patch_embed\.proj\.", "stem.conv.", key)
+            key = re.sub(r"^patch_embed\.norm\.", "stem.norm.", key)
+            converted[re.sub(r"^head\.(weight|bias)$", r"head.fc.\1", key)] = tensor
+        return converted
+
+    def resize_tensor(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
+        """A position bias for another kernel size, or map, too."""
+        if name.endswith(".rpb"):
+            return resized_bias(tensor, shape)
+        return super().resize_tensor(name, tensor, shape)
+
+
+def _cfg(variant: str) -> dict[str, Any]:
+    return cfg(
+        f"dinat/checkpoints/isotropic/{variant}_in1k_224.pth",
+        first_conv=NATIsotropic.first_conv,
+        classifier=NATIsotropic.classifier,
+    )
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        f"{variant}.in1k": _cfg(variant)
+        for variant in (
+            *("nat_isotropic_small", "dinat_isotropic_small", "vitrpb_small"),
+            *("nat_isotropic_base", "dinat_isotropic_base", "vitrpb_base"),
+        )
+    }
+)
+
+_SMALL: dict[str, Any] = dict(dim=384, num_heads=12, drop_path_rate=0.1)
+_BASE: dict[str, Any] = dict(dim=768, num_heads=24, drop_path_rate=0.4)
+
+
+@register
+def nat_isotropic_small(pretrained: bool = False, **kwargs: Any) -> NATIsotropic:
+    """Isotropic NAT-Small, 22.0 M parameters."""
+    return build_model(NATIsotropic, "nat_isotropic_small", pretrained, _SMALL, kwargs)
+
+
+@register
+def nat_isotropic_base(pretrained: bool = False, **kwargs: Any) -> NATIsotropic:
+    """Isotropic NAT-Base, 86.5 M parameters."""
+    return build_model(NATIsotropic, "nat_isotropic_base", pretrained, _BASE, kwargs)
+
+
+@register
+def dinat_isotropic_small(pretrained: bool = False, **kwargs: Any) -> NATIsotropic:
+    """Isotropic DiNAT-Small, 22.0 M parameters."""
+    variant = {**_SMALL, "dilations": (1, 2)}
+    return build_model(NATIsotropic, "dinat_isotropic_small", pretrained, variant, kwargs)
+
+
+@register
+def dinat_isotropic_base(pretrained: bool = False, **kwargs: Any) -> NATIsotropic:
+    """Isotropic DiNAT-Base, 86.5 M parameters."""
+    variant = {**_BASE, "dilations": (1, 2)}
+    return build_model(NATIsotropic, "dinat_isotropic_base", pretrained, variant, kwargs)
+
+
+@register
+def vitrpb_small(pretrained: bool = False, **kwargs: Any) -> NATIsotropic:
+    """ViT-rpb-Small, 22.1 M parameters: a vision transformer with a position bias."""
+    variant = {**_SMALL, "kernel_size": None}
+    return build_model(NATIsotropic, "vitrpb_small", pretrained, variant, kwargs)
+
+
+@register
+def vitrpb_base(pretrained: bool = False, **kwargs: Any) -> NATIsotropic:
+    """ViT-rpb-Base, 86.6 M parameters: a vision transformer with a position bias."""
+    variant = {**_BASE, "kernel_size": None}
+    return build_model(NATIsotropic, "vitrpb_base", pretrained, variant, kwargs)

@@ -1,0 +1,163 @@
+"""What the families of neighborhood attention share: dilations, and names of published weights.
+
+Ali Hassani et al., "Neighborhood Attention Transformer", https://arxiv.org/abs/2204.07143, and
+Ali Hassani and Humphrey Shi, "Dilated Neighborhood Attention Transformer",
+https://arxiv.org/abs/2209.15001.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from timm.layers import LayerNorm2d
+from torch import Tensor, nn
+
+from backbones.core.base import Stage
+from ops.init import trunc_normal
+from ops.neighborhood import NeighborhoodAttention2D
+
+__all__ = [
+    "PRESETS",
+    "Pattern",
+    "TokenStage",
+    "block_dilations",
+    "cfg",
+    "init_linear",
+    "layer_norm",
+    "neighborhood",
+    "renamed",
+]
+
+
+class TokenStage(Stage):
+    """A stage whose blocks want channels last."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.downsample(x).permute(0, 2, 3, 1)
+        return self.norm(self.run_blocks(x).permute(0, 3, 1, 2))
+
+
+def neighborhood(
+    dim: int, num_heads: int, kernel_size: int, dilation: int
+) -> NeighborhoodAttention2D:
+    """Attention of neighbours as published: small maps are padded."""
+    return NeighborhoodAttention2D(
+        dim, num_heads, kernel_size, dilation=dilation, rel_pos_bias=True, small_maps="pad"
+    )
+
+
+def layer_norm(dim: int) -> nn.Module:
+    """Of a map (B, dim, H, W)."""
+    return LayerNorm2d(dim, eps=1e-5)
+
+
+def init_linear(module: nn.Module) -> None:
+    """Linear layers truncated normal (std 0.02), biases zero; convolutions stay as PyTorch's."""
+    if isinstance(module, nn.Linear):
+        trunc_normal(module.weight)
+        if module.bias is not None:
+            nn.init.zeros_(module.bias)
+
+
+# -- dilations -------------------------------------------------------------------------------------
+
+Pattern = tuple[tuple[int, ...], ...]
+
+# Published dilations by stage. A pattern repeats until the stage ends, or is cut off there.
+_LARGE = (1, 2, 1, 3, 1, 4, 1, 5, 1, 2, 1, 3, 1, 4, 1, 5, 1, 5)
+PRESETS: Mapping[str, Pattern] = {
+    "imagenet": ((1, 8), (1, 4), (1, 2), (1,)),
+    "imagenet-384": ((1, 13), (1, 6), (1, 3), (1,)),
+    "ade20k": ((1, 16), (1, 4, 1, 8), (1, 2, 1, 3, 1, 4), (1, 2)),
+    "ade20k-640": ((1, 20), (1, 5, 1, 10), _LARGE, (1, 2)),
+    "coco": ((1, 28), (1, 7, 1, 14), (1, 3, 1, 5, 1, 7), (1, 3)),
+    "mask2former": ((1, 14), (1, 4, 1, 7), (*(1, 2, 1, 3) * 4, 1, 3), (1,)),
+    "oneformer": ((1, 20), (1, 5, 1, 10), _LARGE, (1, 2)),
+    "oneformer-1280": (
+        (1, 28),
+        (1, 7, 1, 14),
+        (1, 3, 1, 5, 1, 5, 1, 7, 1, 3, 1, 5, 1, 5, 1, 7, 1, 7),
+        (1, 3),
+    ),
+    "oneformer-cityscapes": ((1, 18), (1, 5, 1, 9), (1, 2, 1, 3, 1, 4), (1, 2)),
+}
+
+
+def block_dilations(
+    dilations: int | str | Sequence[int | Sequence[int]],
+    depths: Sequence[int],
+    presets: Mapping[str, Pattern],
+) -> list[tuple[int, ...]]:
+    """The dilation of each block, by stage.
+
+    Args:
+        dilations: one for all blocks, the name of a preset, or for each stage one or a sequence.
+        depths: blocks of each stage.
+        presets: patterns by name.
+
+    Raises:
+        ValueError: an unknown name, or as many stages or blocks as the network does not have.
+    """
+    if isinstance(dilations, str):
+        if dilations not in presets:
+            raise ValueError(
+                f"dilations must be one of {', '.join(map(repr, presets))}, or numbers, got "
+                f"{dilations!r}"
+            )
+        if len(depths) > len(presets[dilations]):
+            raise ValueError(
+                f"dilations {dilations!r} are of {len(presets[dilations])} stages, got depths "
+                f"{tuple(depths)}"
+            )
+        return [
+            tuple(pattern[j % len(pattern)] for j in range(depth))
+            for pattern, depth in zip(presets[dilations], depths, strict=False)
+        ]
+    by_stage = (dilations,) * len(depths) if isinstance(dilations, int) else tuple(dilations)
+    if len(by_stage) != len(depths):
+        raise ValueError(
+            f"dilations must have a value or a sequence for each of the {len(depths)} stages that "
+            f"depths {tuple(depths)} names, got {dilations}"
+        )
+    found = []
+    for stage, (values, depth) in enumerate(zip(by_stage, depths, strict=True)):
+        of_blocks = (values,) * depth if isinstance(values, int) else tuple(values)
+        if len(of_blocks) != depth:
+            raise ValueError(
+                f"dilations[{stage}] must have a value for each of the stage's {depth} blocks, got "
+                f"{values}"
+            )
+        found.append(of_blocks)
+    return found
+
+
+# -- published checkpoints -------------------------------------------------------------------------
+
+
+def renamed(key: str, renames: Sequence[tuple[str, str]]) -> str:
+    """``key`` after each of the replacements; a stage's last downsampling begins the next one."""
+    for pattern, name in renames:
+        key = re.sub(pattern, name, key)
+    if match := re.match(r"(?:levels|layers)\.(\d+)\.downsample\.", key):
+        return f"stages.{int(match[1]) + 1}.downsample.{key[match.end() :]}"
+    return key
+
+
+def cfg(url: str, **kwargs: Any) -> dict[str, Any]:
+    """What the published weights want of their images."""
+    return {
+        "url": "https://shi-labs.com/projects/" + url,
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": (0.485, 0.456, 0.406),
+        "std": (0.229, 0.224, 0.225),
+        "license": "mit",
+        "origin_url": "https://github.com/SHI-Labs/Neighborhood-Attention-Transformer",
+        "paper_name": "Dilated Neighborhood Attention Transformer",
+        "paper_ids": "arXiv:2209.15001",
+        **kwargs,
+    }

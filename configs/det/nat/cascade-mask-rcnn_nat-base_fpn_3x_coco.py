@@ -1,0 +1,13 @@
+"""Cascade Mask R-CNN 3x on COCO with NAT-Base: box AP 52.3, mask AP 45.1
+(its code's README). Hassani et al., "Neighborhood Attention Transformer",
+https://arxiv.org/abs/2204.07143."""
+
+_base_ = ["../_base_/cascade_mask_rcnn_nat.py", "../_base_/coco_mask_3x.py"]
+model = dict(
+    backbone=dict(
+        name="nat_base",
+        drop_path_rate=0.5,
+        init_cfg=dict(type="Pretrained", checkpoint="nat_base.in1k"),
+    ),
+    neck=dict(in_channels=[128, 256, 512, 1024]),
+)

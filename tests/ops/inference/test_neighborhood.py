@@ -1,0 +1,60 @@
+"""The inference forms of neighborhood attention and of its block are the layers, up to rounding."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import Tensor, nn
+from zoo import randomise
+
+from ops.inference.conversion import put_channels_last
+from ops.inference.neighborhood import (
+    FastMapAttention,
+    FastNeighborhoodAttention2D,
+    FastNeighborhoodBlock,
+)
+from ops.neighborhood import NeighborhoodAttention2D
+from ops.neighborhood.block import MapAttention, NeighborhoodBlock
+
+SIZES = [(9, 12), (14, 14), (3, 10), (2, 3)]  # kernel · dilation is 6
+
+
+def attention(small_maps: str) -> NeighborhoodAttention2D:
+    return NeighborhoodAttention2D(
+        32, 2, 3, dilation=2, rel_pos_bias=True, small_maps=small_maps
+    ).eval()
+
+
+def tokens(*size: int) -> Tensor:
+    return torch.randn(2, *size, 32, generator=torch.Generator().manual_seed(0))
+
+
+@pytest.mark.parametrize("small_maps", ["pad", "shrink"])
+@torch.no_grad()
+def test_attention_with_a_shortcut(small_maps: str) -> None:
+    plain = randomise(attention(small_maps))
+    fast = nn.Sequential(copy.deepcopy(plain))
+    put_channels_last(fast, always=False)
+    assert type(fast[0]) is FastNeighborhoodAttention2D
+    for size in SIZES:
+        x = tokens(*size)
+        torch.testing.assert_close(fast[0](x), plain(x), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(fast[0](x, x), x + plain(x), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("of_all", [False, True])
+@torch.no_grad()
+def test_block(of_all: bool) -> None:
+    attn = MapAttention(32, 2, 9) if of_all else attention("pad")
+    plain = randomise(NeighborhoodBlock(attn, 2, 0.0, 0.0)).eval()
+    fast = nn.Sequential(copy.deepcopy(plain))
+    put_channels_last(fast, always=False)
+    block = fast[0]
+    assert type(block) is FastNeighborhoodBlock
+    assert isinstance(block.attn, FastNeighborhoodAttention2D)
+    assert isinstance(block.attn, FastMapAttention) == of_all
+    for size in SIZES:
+        x = tokens(*size)
+        torch.testing.assert_close(fast(x), plain(x), rtol=1e-4, atol=1e-5)
