@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from backbones.core.keywords import KEYWORDS, POOLINGS, check, checked, one_of
+from ops.arguments import require_tensor
 from ops.reparam import fuse_children
 
 __all__ = ["Stage", "StagedBackbone"]
@@ -169,6 +170,7 @@ class StagedBackbone(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The last map, normalised: (B, in_chans, H, W) → (B, num_features, h, w)."""
+        require_tensor("x", x)
         return self.norm(self.stages(self.stem(x)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -200,8 +202,10 @@ class StagedBackbone(nn.Module):
             intermediates_only: return the list alone.
 
         Raises:
+            TypeError: ``x`` that is no tensor, indices that are no whole numbers.
             ValueError: an index that is not there, or an unknown format.
         """
+        require_tensor("x", x)
         if output_fmt not in ("NCHW", "NHWC"):
             raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
         taken = self._take_indices(indices)
