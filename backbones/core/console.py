@@ -17,6 +17,7 @@ import torch
 from backbones.core.checkpoint import CheckpointError
 from backbones.core.messages import first_line, one_line
 from backbones.training.errors import TrainingError
+from ops.cpu.build import instruction_set, is_switched_on
 
 __all__ = [
     "CommandError",
@@ -84,11 +85,25 @@ def _status(command: Callable[[], int | None]) -> int:
         # Of a file it would have a name; what is left is standard output.
         full = error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename is None
         return _fail(_unwritten(error) if full else str(error))
+    except ValueError as error:
+        if str(error) != _environment_fault():
+            raise
+        return _fail(str(error))
     except (MemoryError, RuntimeError) as error:
         shortage = memory_shortage(error)
         if shortage is None:
             raise
         return _fail(shortage)
+
+
+def _environment_fault() -> str | None:
+    """What is wrong with the variables that kernels are chosen by, in words; None if nothing."""
+    try:
+        is_switched_on()
+        instruction_set()
+    except ValueError as error:
+        return str(error)
+    return None
 
 
 def memory_shortage(error: BaseException) -> str | None:
