@@ -171,8 +171,8 @@ class HAT(StagedBackbone):
                 nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
-        height, width = x.shape[2] * self.upscale, x.shape[3] * self.upscale
         image = reflect_pad_to_multiple(x, self.window_size)
+        height, width = x.shape[2] * self.upscale, x.shape[3] * self.upscale
         shallow = self.stem.shallow(image)
         deep = self.norm(self.stages(self.stem.norm(shallow)))
         x = self.head(shallow + self.body_conv(deep)) / self.stem.img_range
@@ -208,13 +208,10 @@ class HAT(StagedBackbone):
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
         """As in the base class; the maps are cropped to the size of the image."""
+        image = reflect_pad_to_multiple(x, self.window_size)
         height, width = x.shape[2:]
         last, maps = super().forward_intermediates(
-            reflect_pad_to_multiple(x, self.window_size),
-            indices,
-            norm,
-            stop_early or intermediates_only,
-            output_fmt,
+            image, indices, norm, stop_early or intermediates_only, output_fmt
         )
         rows = 2 if output_fmt == "NCHW" else 1
         maps = [m.narrow(rows, 0, height).narrow(rows + 1, 0, width) for m in maps]

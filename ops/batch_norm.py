@@ -17,9 +17,12 @@ import torch
 from torch import Tensor, nn
 from torch.fx import Proxy
 
+from ops.arguments import checked
+
 __all__ = ["BatchNorm2d", "has_wrong_gradients", "with_canonical_strides"]
 
 
+@checked()
 def with_canonical_strides(x: Tensor) -> Tensor:
     """``x``, or a view of it whose strides say that its channels are last, if they are.
 

@@ -7,15 +7,23 @@ import math
 from timm.layers import trunc_normal_
 from torch import Tensor, nn
 
+from ops.arguments import checked
+
 __all__ = ["init_fan_out", "init_trunc_normal", "trunc_normal"]
 
 
+@checked()
 def trunc_normal(tensor: Tensor, std: float = 0.02) -> None:
     """Fill with a normal distribution, cut off at five standard deviations.
 
     The usual cut at ±2 is a hundred standard deviations away, and one draw in sixteen million
     lands exactly on it: a weight of −2 among weights of 0.02.
+
+    Raises:
+        ValueError: ``std`` that is not positive.
     """
+    if not std > 0:
+        raise ValueError(f"std must be above 0, got {std}")
     trunc_normal_(tensor, std=std, a=-5 * std, b=5 * std)
 
 
@@ -24,6 +32,7 @@ def _zero_bias(module: nn.Conv2d | nn.Linear) -> None:
         nn.init.zeros_(module.bias)
 
 
+@checked()
 def init_fan_out(module: nn.Module) -> None:
     """Linear layers truncated normal (std 0.02), convolutions normal with variance 2 / fan-out."""
     if isinstance(module, nn.Linear):
@@ -35,6 +44,7 @@ def init_fan_out(module: nn.Module) -> None:
         _zero_bias(module)
 
 
+@checked()
 def init_trunc_normal(module: nn.Module) -> None:
     """Linear layers and convolutions truncated normal (std 0.02), biases zero."""
     if isinstance(module, nn.Linear | nn.Conv2d):

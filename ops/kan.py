@@ -11,9 +11,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ops.arguments import checked
+
 __all__ = ["KAN", "KANLayer", "reflectional_switch"]
 
 
+@checked(ranks={"grid": 1})
 def reflectional_switch(x: Tensor, grid: Tensor, width: float = 0.33) -> Tensor:
     """``1 - tanh²((x - grid) / width)``: a bump around each grid point.
 
@@ -24,7 +27,12 @@ def reflectional_switch(x: Tensor, grid: Tensor, width: float = 0.33) -> Tensor:
 
     Returns:
         (…, num_grids), in 0 … 1.
+
+    Raises:
+        ValueError: ``width`` of 0.
     """
+    if width == 0:
+        raise ValueError("width must not be 0")
     return 1 - torch.tanh((x.unsqueeze(-1) - grid) * (1 / width)).square()
 
 

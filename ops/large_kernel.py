@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from ops.arguments import checked
 from ops.conv import ConvNorm
 from ops.reparam import fold_norm_after
 
@@ -27,6 +28,7 @@ _BRANCHES: dict[int, tuple[tuple[int, int], ...]] = {
 }
 
 
+@checked()
 def merge_dilated_kernels(
     weights: Sequence[Tensor], dilations: Sequence[int], kernel_size: int
 ) -> Tensor:
@@ -43,8 +45,10 @@ def merge_dilated_kernels(
         (dim, 1, kernel_size, kernel_size).
 
     Raises:
-        ValueError: an even kernel, or one that reaches beyond ``kernel_size``.
+        ValueError: an even kernel, one that reaches beyond ``kernel_size``, or none.
     """
+    if not weights:
+        raise ValueError("weights must hold a kernel or more, got none")
     merged = weights[0].new_zeros(*weights[0].shape[:2], kernel_size, kernel_size)
     for weight, dilation in zip(weights, dilations, strict=True):
         _check_branch(weight.shape[-1], dilation, kernel_size)

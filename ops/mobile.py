@@ -10,6 +10,7 @@ import torch
 from timm.layers import DropPath, SelectAdaptivePool2d, SqueezeExcite
 from torch import Tensor, nn
 
+from ops.arguments import checked
 from ops.conv import ConvNorm, ConvResidual, NormLinear
 from ops.init import trunc_normal
 
@@ -23,6 +24,7 @@ __all__ = [
 ]
 
 
+@checked(least={"dim": 8})
 def conv_stem(in_chans: int, dim: int) -> nn.Sequential:
     """Four 3×3 convolutions of stride 2: (B, in_chans, H, W) → (B, dim, ⌈H/16⌉, ⌈W/16⌉).
 
@@ -82,6 +84,7 @@ class ExpandMerging(nn.Module):
         return self.project(self.se(x))
 
 
+@checked()
 def residual_merging(dim: int, out_dim: int) -> nn.Sequential:
     """:class:`ExpandMerging` between residual pairs of depthwise convolution and feed-forward.
 

@@ -5,9 +5,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ops.arguments import checked
+
 __all__ = ["reflect_pad_to_multiple", "reflected_positions"]
 
 
+@checked()
 def reflected_positions(positions: Tensor, size: int) -> Tensor:
     """Fold positions into 0 … size - 1 at both edges, back and forth, without repeating an edge.
 
@@ -21,6 +24,7 @@ def reflected_positions(positions: Tensor, size: int) -> Tensor:
     return torch.minimum(positions, period - positions)
 
 
+@checked(ranks={"x": 4})
 def reflect_pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """Reflect the last rows and columns until both sides are multiples of ``multiple``.
 

@@ -15,6 +15,8 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from ops.arguments import checked
+
 __all__ = [
     "fold_norm_after",
     "fold_norm_before",
@@ -26,6 +28,7 @@ __all__ = [
 Weighted = TypeVar("Weighted", nn.Conv2d, nn.Linear)
 
 
+@checked()
 def norm_affine(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
     """Per-channel ``(scale, shift)``, each (C,), that batch norm applies in eval mode."""
     if norm.running_mean is None or norm.running_var is None:
@@ -50,6 +53,7 @@ def _new_layer(layer: Weighted, weight: Tensor, bias: Tensor | None) -> Weighted
     return folded
 
 
+@checked()
 @torch.no_grad()
 def fold_scale_after(layer: Weighted, scale: Tensor, shift: Tensor | None = None) -> Weighted:
     """A new layer that computes ``layer(x) * scale + shift`` (both (C_out,))."""
@@ -60,12 +64,14 @@ def fold_scale_after(layer: Weighted, scale: Tensor, shift: Tensor | None = None
     return _new_layer(layer, weight, bias)
 
 
+@checked()
 @torch.no_grad()
 def fold_norm_after(layer: Weighted, norm: nn.BatchNorm1d | nn.BatchNorm2d) -> Weighted:
     """A new layer that computes ``norm(layer(x))``."""
     return fold_scale_after(layer, *norm_affine(norm))
 
 
+@checked()
 @torch.no_grad()
 def fold_norm_before(norm: nn.BatchNorm1d | nn.BatchNorm2d, layer: Weighted) -> Weighted:
     """A new layer that computes ``layer(norm(x))``.
@@ -84,6 +90,7 @@ def fold_norm_before(norm: nn.BatchNorm1d | nn.BatchNorm2d, layer: Weighted) -> 
     return _new_layer(layer, weight, bias)
 
 
+@checked()
 def fuse_children(module: nn.Module) -> None:
     """Replace every descendant that has ``fuse()`` by what it returns, from the top down."""
     for name, child in list(module.named_children()):

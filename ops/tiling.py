@@ -12,6 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ops.arguments import checked
+
 __all__ = ["Tile", "run_tiled", "tile_spans", "tiled_strips"]
 
 
@@ -25,6 +27,7 @@ class Tile:
     last: int
 
 
+@checked(least={"size": 0, "overlap": 0})
 def tile_spans(size: int, tile_size: int, overlap: int) -> list[Tile]:
     """Cut a side into tiles; the last one takes what is left.
 
@@ -44,6 +47,7 @@ def tile_spans(size: int, tile_size: int, overlap: int) -> list[Tile]:
     ]
 
 
+@checked(ranks={"x": 4}, least={"overlap": 0, "blend": 0})
 def run_tiled(
     network: Callable[[Tensor], Tensor],
     x: Tensor,
@@ -80,6 +84,7 @@ def run_tiled(
     return torch.cat(list(strips), dim=2)
 
 
+@checked(ranks={"x": 4}, least={"overlap": 0, "blend": 0})
 def tiled_strips(
     network: Callable[[Tensor], Tensor],
     x: Tensor,

@@ -18,6 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from backbones.core.arguments import nonempty_path
 from backbones.core.checkpoint import CheckpointError, read_checkpoint
 from backbones.core.messages import joined_lines
 from backbones.training.checkpoint import save_weights
@@ -61,8 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("checkpoints", nargs="+", type=Path, metavar="FILE")
-    parser.add_argument("--output", type=Path, required=True, help="a .safetensors file")
+    parser.add_argument("checkpoints", nargs="+", type=nonempty_path, metavar="FILE")
+    parser.add_argument("--output", type=nonempty_path, required=True, help="a .safetensors file")
     options = parser.parse_args(argv)
     try:
         if options.output.suffix != ".safetensors":

@@ -49,6 +49,8 @@ from na_contenders import (
 from na_picture import BASELINE, draw
 from torch import Tensor
 
+from backbones.core.arguments import nonempty_path
+
 logger = logging.getLogger("benchmark_na")
 
 DTYPES = ("float32", "bfloat16", "float16")
@@ -257,7 +259,7 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--resume", action="store_true", help="leave out what the output already holds"
     )
-    parser.add_argument("--output", type=Path, default=Path("runs/benchmark_na"))
+    parser.add_argument("--output", type=nonempty_path, default=Path("runs/benchmark_na"))
     return parser.parse_args(arguments)
 
 

@@ -38,6 +38,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import train_cls  # noqa: E402
+from backbones.core.arguments import nonempty_path  # noqa: E402
 from backbones.training import build, optimization  # noqa: E402
 from backbones.training.checkpoint import write_atomically  # noqa: E402
 from backbones.training.corrupt import CorruptImages  # noqa: E402
@@ -214,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     add = parser.add_argument
-    add("--output", type=Path, help="a JSON file")
+    add("--output", type=nonempty_path, help="a JSON file")
     add("--images", type=int, default=512, help="JPEG files of 500×375")
     add("--batch-size", type=int, default=32, help="of the loaders")
     add("--workers", type=int, default=1, help="loader processes")

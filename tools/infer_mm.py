@@ -16,6 +16,7 @@ import torch
 from mmengine.config import Config
 from mmengine.registry import VISUALIZERS, init_default_scope
 
+from backbones.core.arguments import nonempty, nonempty_path
 from backbones.openmmlab import check_channels
 from backbones.openmmlab.runs import provide_data
 
@@ -31,10 +32,14 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("images", nargs="+", type=Path, metavar="IMAGE")
-    parser.add_argument("--config", required=True, help="a file of configs/det or configs/seg")
-    parser.add_argument("--checkpoint", required=True, type=Path, help="a .pth of training")
-    parser.add_argument("--out", required=True, type=Path, help="folder of the pictures")
+    parser.add_argument("images", nargs="+", type=nonempty_path, metavar="IMAGE")
+    parser.add_argument(
+        "--config", required=True, type=nonempty, help="a file of configs/det or configs/seg"
+    )
+    parser.add_argument(
+        "--checkpoint", required=True, type=nonempty_path, help="a .pth of training"
+    )
+    parser.add_argument("--out", required=True, type=nonempty_path, help="folder of the pictures")
     parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--score-thr", type=float, default=0.3, help="boxes below are not drawn")
     args = parser.parse_args(argv)

@@ -27,6 +27,7 @@ import yaml
 from measuring import processor_name
 
 import backbones
+from backbones.core.arguments import nonempty_path
 from backbones.training.checkpoint import write_atomically
 from backbones.training.pictures import GRID, INK, new_figure, save_figure, style_axis
 
@@ -179,7 +180,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--train", nargs="*", metavar="MODEL", help="train these; default: missing")
-    parser.add_argument("--folder", type=Path, default=DOCS, help="where the page and JSON are")
+    parser.add_argument(
+        "--folder", type=nonempty_path, default=DOCS, help="where the page and JSON are"
+    )
     options = parser.parse_args(argv)
     recipe = yaml.safe_load(CONFIG.read_text(encoding="utf-8"))
     models = list(recipe.pop("variants"))

@@ -12,6 +12,7 @@ import argparse
 from collections.abc import Sequence
 from pathlib import Path
 
+from backbones.core.arguments import nonempty_path
 from backbones.openmmlab.quickstart import write_set
 
 
@@ -20,7 +21,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=Path("runs/mm/data"), help="the folder")
+    parser.add_argument(
+        "--out", type=nonempty_path, default=Path("runs/mm/data"), help="the folder"
+    )
     parser.add_argument("--train", type=int, default=64, help="training images")
     parser.add_argument("--val", type=int, default=12, help="validation images")
     args = parser.parse_args(argv)

@@ -24,6 +24,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import backbones
+from backbones.core.arguments import nonempty_path
 
 __all__ = ["KernelCalls", "differences", "kernel_outputs", "main", "model_outputs"]
 
@@ -140,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("action", choices=("record", "compare"))
-    parser.add_argument("file", type=Path)
+    parser.add_argument("file", type=nonempty_path)
     parser.add_argument("--models", nargs="*", default=list(MODELS), metavar="NAME")
     parser.add_argument("--tests", nargs="*", default=list(OPERATOR_TESTS), metavar="PATH")
     args = parser.parse_args(argv)

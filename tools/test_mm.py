@@ -11,13 +11,14 @@ from pathlib import Path
 
 from mmengine.runner import Runner
 
+from backbones.core.arguments import nonempty
 from backbones.openmmlab.runs import load_config, processes, provide_data, shared_arguments
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
     """Evaluate as the command line says; returns the metrics, which mmengine also logs."""
     parser = shared_arguments(__doc__ or "")
-    parser.add_argument("checkpoint", help="a .pth that training wrote")
+    parser.add_argument("checkpoint", type=nonempty, help="a .pth that training wrote")
     args = parser.parse_args(argv)
     cfg = load_config(args)
     if not Path(args.checkpoint).is_file():

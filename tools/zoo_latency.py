@@ -25,6 +25,7 @@ from benchmark_report import describe
 from measuring import machine, write
 
 import backbones
+from backbones.core.arguments import nonempty_path
 from backbones.core.registry import published_weights
 
 OUTPUT = Path(__file__).resolve().parent.parent / "docs" / "performance" / "zoo.json"
@@ -54,7 +55,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--models", nargs="+", metavar="PATTERN", help="default: all")
     parser.add_argument("--rounds", type=int, default=15, help="turns of both forms")
     parser.add_argument("--seconds", type=float, default=60, help="stop a variant's turns after")
-    parser.add_argument("--output", type=Path, default=OUTPUT)
+    parser.add_argument("--output", type=nonempty_path, default=OUTPUT)
     args = parser.parse_args(arguments)
     names = backbones.list_models(args.models or "")
     for pattern in args.models or ():

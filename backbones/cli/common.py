@@ -138,7 +138,8 @@ def load(name: str | None, checkpoint: Path | None) -> Loaded:
         raise FileNotFoundError(f"no checkpoint at {checkpoint}")
     metadata = _metadata(checkpoint)
     recipe = _recipe_beside(checkpoint)
-    name = name or metadata.get("model") or (recipe.model if recipe else None)
+    if name is None:
+        name = metadata.get("model") or (recipe.model if recipe else None)
     if name is None:
         raise CommandError(f"{checkpoint} does not say what model it is of; give --model NAME")
     if recipe is not None and recipe.model.partition(".")[0] != name.partition(".")[0]:

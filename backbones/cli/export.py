@@ -20,6 +20,7 @@ from backbones.cli.common import CommandError, Loaded, add_size_argument, load, 
 from backbones.cli.feasible import need_memory, need_space
 from backbones.cli.predict import preprocessing
 from backbones.cli.ticking import ticking
+from backbones.core.arguments import nonempty_path
 
 __all__ = ["EXAMPLE", "add_arguments", "export", "run"]
 
@@ -29,18 +30,20 @@ EXAMPLE = "van_b0 --checkpoint van_b0.pth --dynamic --out van.onnx"
 def add_arguments(parser: ArgumentParser) -> None:
     """The command line of ``export``."""
     parser.add_argument("model", help="name of the architecture")
-    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help="to write")
+    parser.add_argument("--out", type=nonempty_path, required=True, metavar="FILE", help="to write")
     parser.add_argument(
         "--format", choices=("onnx", "pt2"), help="default: by the ending of --out, else onnx"
     )
-    parser.add_argument("--checkpoint", type=Path, metavar="FILE", help="default: untrained")
+    parser.add_argument(
+        "--checkpoint", type=nonempty_path, metavar="FILE", help="default: untrained"
+    )
     parser.add_argument("--dynamic", action="store_true", help="leave batch and size open")
     add_size_argument(parser, "size to trace at (default: the model's)")
     parser.add_argument("--batch", type=int, default=1, metavar="N", help="if not dynamic (1)")
     parser.add_argument("--fused", action="store_true", help="fold norms and branches first")
     parser.add_argument("--int8", action="store_true", help="quantise the ONNX file (QDQ)")
     parser.add_argument(
-        "--calibration", type=Path, metavar="FOLDER", help="of images, which --int8 needs"
+        "--calibration", type=nonempty_path, metavar="FOLDER", help="of images, which --int8 needs"
     )
     parser.add_argument(
         "--calibration-images", type=int, default=64, metavar="N", help="how many of them (64)"

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from backbones.core.fused import FusedBackbone
 from backbones.core.keywords import KEYWORDS, POOLINGS, check, checked, one_of
+from ops.arguments import require_tensor
 from ops.inference.conversion import leave_inference_mode, put_channels_last, take_plain_forms
 from ops.inference.forms import stands_for
 from ops.inference.layers import convert
@@ -199,6 +200,7 @@ class StagedBackbone(nn.Module):
 
     def forward_features(self, x: Tensor) -> Tensor:
         """The last map, normalised: (B, in_chans, H, W) → (B, num_features, h, w)."""
+        require_tensor("x", x)
         return self.norm(self.stages(self.stem(x)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
@@ -230,8 +232,10 @@ class StagedBackbone(nn.Module):
             intermediates_only: return the list alone.
 
         Raises:
+            TypeError: ``x`` that is no tensor, indices that are no whole numbers.
             ValueError: an index that is not there, or an unknown format.
         """
+        require_tensor("x", x)
         check_format(output_fmt)
         taken = self._take_indices(indices)
         last = len(self.stages) - 1

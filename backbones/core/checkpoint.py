@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from backbones.core.base import StagedBackbone
 from backbones.core.checkpoint_files import HARMLESS, LOG_BUFFER, CheckpointError, read_file
 from backbones.core.download import downloaded, is_url
+from backbones.core.keywords import flag
 from backbones.core.messages import joined_lines, shown
 
 __all__ = [
@@ -115,6 +116,7 @@ def load_checkpoint(
         ConnectionError: a URL that could not be fetched whole, or a server that stays silent.
         TypeError: another model, or another kind of source.
     """
+    flag("strict", strict)
     pruned = isinstance(model, FeatureGetterNet)
     backbone = model.model if pruned else model
     if not isinstance(backbone, StagedBackbone):

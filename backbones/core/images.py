@@ -9,15 +9,24 @@ from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from PIL import ExifTags, Image
+from PIL import ExifTags, Image, UnidentifiedImageError
 
-__all__ = ["DECODE_ERRORS", "as_8_bits", "open_image"]
+__all__ = ["DECODE_ERRORS", "as_8_bits", "open_image", "opened"]
 
 DECODE_ERRORS = (
     *(OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, OverflowError),
     *(Image.DecompressionBombError, struct.error, zlib.error),
 )
 """What Pillow raises of files that are damaged."""
+
+# What Pillow decodes in this process, by itself or by a plug-in. Of PostScript it hands the file to
+# Ghostscript, an interpreter of programs; of others it knows the name alone.
+_FORMATS = (
+    *("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "DIB", "AVIF", "HEIF", "JPEG2000", "PPM", "QOI"),
+    *("ICO", "CUR", "ICNS", "PSD", "DDS", "PCX", "DCX", "SGI", "SUN", "FITS", "XBM", "XPM", "TGA"),
+    *("IM", "IMT", "BLP", "FLI", "FTEX", "GBR", "IPTC", "MCIDAS", "MSP", "PCD", "PIXAR", "SPIDER"),
+)
+_POSTSCRIPT = (b"%!PS", b"\xc5\xd0\xd3\xc6")
 
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -28,6 +37,33 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+
+def opened(source: str | Path | IO[bytes]) -> Image.Image:
+    """``PIL.Image.open`` for the formats that no other program is started for.
+
+    Raises:
+        PIL.UnidentifiedImageError: another format, or no image.
+        others of :data:`DECODE_ERRORS`: a file that is not there, or claims to be huge.
+    """
+    Image.init()
+    try:
+        return Image.open(source, formats=[f for f in _FORMATS if f in Image.OPEN])
+    except UnidentifiedImageError as error:
+        if not _begins(source).startswith(_POSTSCRIPT):
+            raise
+        raise UnidentifiedImageError(
+            "it is PostScript (EPS), a program that draws a picture, and is not run: save the "
+            "picture as PNG"
+        ) from error
+
+
+def _begins(source: str | Path | IO[bytes]) -> bytes:
+    if isinstance(source, (str, Path)):
+        with open(source, "rb") as file:
+            return file.read(4)
+    source.seek(0)
+    return source.read(4)
 
 
 def open_image(
@@ -45,7 +81,7 @@ def open_image(
         one of :data:`DECODE_ERRORS`: no whole image, one that claims to be huge, or values
             without a known range, see :func:`as_8_bits`.
     """
-    with Image.open(source) as image:
+    with opened(source) as image:
         image.load()
         turn = _TURNS.get(_orientation(image)) if upright else None
         return as_8_bits(image if turn is None else image.transpose(turn), mode)

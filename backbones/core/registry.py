@@ -22,6 +22,7 @@ from torch import nn
 from backbones.core.base import StagedBackbone
 from backbones.core.checkpoint import load_checkpoint, load_pretrained
 from backbones.core.keywords import check, flag, several, text, whole
+from backbones.core.messages import shown
 from ops.replay.workspace import workspace
 
 __all__ = [
@@ -117,10 +118,11 @@ def list_models(
 
     Raises:
         ValueError: an unknown family.
-        TypeError: a filter or family that is no text.
+        TypeError: a filter or family that is no text, ``pretrained`` that is no truth value.
     """
     if family is not None:
         _check_name("family", family, list_families())
+    flag("pretrained", pretrained)
     patterns = [filter] if isinstance(filter, str) else several(text)("filter", filter)
     names = []
     for name, entry in _entries.items():
@@ -239,9 +241,12 @@ def fuse(
     :meth:`StagedBackbone.fuse`; ``dtype`` converts the backbones alone.
 
     Raises:
+        TypeError: ``model`` is none.
         ValueError: there is no backbone of ours inside, or what :meth:`StagedBackbone.fuse`
             refuses.
     """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {shown(model)}")
     backbones = [m for m in model.modules() if isinstance(m, StagedBackbone)]
     if not backbones:
         raise ValueError(f"{type(model).__name__} holds no backbone of this library to fuse")

@@ -13,6 +13,7 @@ import torch
 from mmengine.config import Config, DictAction
 from torch import distributed
 
+from backbones.core.arguments import nonempty
 from backbones.openmmlab import check_channels, without_sync_norm
 from backbones.training.distributed import leave_processes
 
@@ -24,8 +25,8 @@ def shared_arguments(description: str) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("config", help="a file of configs/det or configs/seg")
-    parser.add_argument("--work-dir", help="default: runs/mm/<name of the config>")
+    parser.add_argument("config", type=nonempty, help="a file of configs/det or configs/seg")
+    parser.add_argument("--work-dir", type=nonempty, help="default: runs/mm/<name of the config>")
     parser.add_argument("--launcher", choices=("none", "pytorch", "slurm", "mpi"), default="none")
     parser.add_argument(
         "--cfg-options", nargs="+", action=DictAction, metavar="KEY=VALUE", help="overrides"

@@ -17,7 +17,7 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
 from backbones.core.arguments import file_problem
-from backbones.core.images import DECODE_ERRORS, _orientation
+from backbones.core.images import DECODE_ERRORS, _orientation, opened
 from backbones.training.checkpoint import write_atomically
 from backbones.training.errors import DataError
 
@@ -90,7 +90,7 @@ def read_size(path: Path) -> tuple[int, int]:
 
 
 def read_picture(path: Path) -> Picture:
-    """Read PNG, JPEG, WebP, TIFF or whatever else Pillow decodes.
+    """Read PNG, JPEG, WebP, TIFF or whatever else Pillow decodes by itself (not EPS).
 
     Palettes become RGB, CMYK and the like too, without its colour profile; the camera's orientation
     is applied. 16 bits stay 16 bits (PNG; TIFF in colour if ``tifffile`` is installed). Of several
@@ -125,7 +125,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of damage that spoils no pixel
-            with Image.open(path) as image:
+            with opened(path) as image:
                 yield image
     except PictureError:
         raise
@@ -200,7 +200,7 @@ def _profile_fits(icc: bytes | None, channels: int) -> bool:
 
 
 def _explain(path: Path, error: BaseException) -> str:
-    if isinstance(error, UnidentifiedImageError):
+    if isinstance(error, UnidentifiedImageError) and error.__cause__ is None:
         return f"{path} is no picture that can be read (damaged, or another kind of file)"
     return f"{path} cannot be read: {error}"
 

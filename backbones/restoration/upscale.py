@@ -18,6 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
+from backbones.core.messages import shown
 from backbones.restoration.images import Picture, PictureError, read_picture
 from backbones.restoration.memory import available_memory, bytes_per_pixel, used_memory
 from backbones.restoration.resize import resize_bicubic
@@ -92,6 +93,7 @@ class Upscaler:
             on_tile: called after each tile.
 
         Raises:
+            TypeError: no picture.
             ValueError: another kind of picture; a :class:`DataError` if ``max_memory`` does not
                 suffice, or what the model gives is not finite.
         """
@@ -99,6 +101,10 @@ class Upscaler:
             return self._restore(picture, on_tile)
         if isinstance(picture, Image.Image):
             return self._restore(_from_pillow(picture), on_tile).show()
+        if not isinstance(picture, np.ndarray):
+            raise TypeError(
+                f"a picture must be a Pillow image or a NumPy array, got {shown(picture)}"
+            )
         array = picture[:, :, None] if picture.ndim == 2 else picture
         if array.ndim != 3 or array.shape[2] not in (1, 3) or array.dtype.name not in _INTEGERS:
             raise ValueError(
@@ -284,7 +290,7 @@ def upscale(
 
     Raises:
         PictureError: a file that cannot be read.
-        ValueError: see :class:`Upscaler`.
+        TypeError, ValueError: see :class:`Upscaler`.
     """
     upscaler = Upscaler(model, **options)
     if isinstance(picture, (str, Path)):

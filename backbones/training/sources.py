@@ -9,6 +9,8 @@ from typing import IO, Any
 import numpy as np
 from PIL import Image
 
+from backbones.core.images import opened
+
 __all__ = [
     "ArraySource",
     "File",
@@ -130,6 +132,6 @@ def _decode_path(path: str) -> Image.Image:
 
 def decode(file: IO[bytes]) -> Image.Image:
     """The image in an open file, in any mode; closes the file."""
-    with file, Image.open(file) as image:
+    with file, opened(file) as image:
         image.load()
         return image

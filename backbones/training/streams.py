@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch.utils.data import IterableDataset, get_worker_info
 
-from backbones.core.images import DECODE_ERRORS, as_8_bits
+from backbones.core.images import DECODE_ERRORS, as_8_bits, opened
 from backbones.training.corrupt import CorruptImages
 from backbones.training.distributed import World
 from backbones.training.errors import DataError
@@ -160,6 +160,15 @@ def _watch_shards(reader: Any, note: Callable[[str, Exception], bool]) -> None:
     for stage in before:
         if "handler" in getattr(stage, "kw", {}):
             stage.kw["handler"] = note_shard
+    decode_sample, *rest = decoding.args
+    keys = decode_sample.keywords["image_key"].split(";")
+
+    def decode_ours(sample: dict[str, Any]) -> Any:
+        for data in (sample[key] for key in keys if key in sample):
+            opened(io.BytesIO(data)).close()  # timm's would open any format
+        return decode_sample(sample)
+
+    decoding.args = decode_ours, *rest
     decoding.kw["handler"] = lambda error: note(at[0], error)
     reader.ds.pipeline = [*before, remember, decoding, renaming]
 

@@ -13,12 +13,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ops.arguments import checked
+
 __all__ = ["attend_in_turn", "worth_a_turn"]
 
 # Of a window's scores; those of smaller windows take longer to call than to compute.
 _SCORE_BYTES = 1 << 19
 
 
+@checked(ranks={"q": 4, "k": 4, "v": 4, "bias": 3})
 def worth_a_turn(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> bool:
     """Whether :func:`attend_in_turn` can train these, and is the quicker way.
 
@@ -35,6 +38,7 @@ def worth_a_turn(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> bool:
     )
 
 
+@checked(ranks={"q": 4, "k": 4, "v": 4, "bias": 3})
 def attend_in_turn(
     q: Tensor, k: Tensor, v: Tensor, bias: Tensor, masks: Sequence[Tensor | None]
 ) -> Tensor:

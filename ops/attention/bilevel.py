@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from ops.arguments import checked
+
 __all__ = [
     "BiLevelRoutingAttention",
     "bilevel_routing_attention",
@@ -18,6 +20,7 @@ __all__ = [
 ]
 
 
+@checked()
 def bilevel_routing_attention(
     query: Tensor,
     key: Tensor,
@@ -81,6 +84,7 @@ def bilevel_routing_attention(
     return out[:, :height, :width]
 
 
+@checked(ranks={"query": 4, "key": 4})
 def route_regions(query: Tensor, key: Tensor, region_size: tuple[int, int], topk: int) -> Tensor:
     """The ``topk`` regions whose mean key is nearest to a region's mean query.
 
@@ -100,6 +104,7 @@ def route_regions(query: Tensor, key: Tensor, region_size: tuple[int, int], topk
     return nearest_regions(query_mean, key_mean, topk)
 
 
+@checked(ranks={"query_mean": 3, "key_mean": 3})
 def nearest_regions(query_mean: Tensor, key_mean: Tensor, topk: int) -> Tensor:
     """As :func:`route_regions`, from the regions' means.
 

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from ops.arguments import checked
 from ops.conv import ConvNorm
 
 __all__ = [
@@ -26,6 +27,7 @@ _MOST_KNOWN = 64  # sizes; windows of 7×7 have 49
 Projection = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 
 
+@checked(ranks={"x": 4})
 def cascaded_group_attention(
     x: Tensor, projections: Sequence[Projection], bias: Tensor | None = None
 ) -> Tensor:
@@ -64,6 +66,7 @@ def cascaded_group_attention(
     return torch.cat(outputs, dim=1)
 
 
+@checked(ranks={"table": 3})
 def resize_distance_table(table: Tensor, height: int, width: int) -> Tensor:
     """(heads, h, w) → (heads, height, width), bicubically; the same tensor if it fits."""
     # To interpolate to the same size changes nothing; a symbolic size is not compared.
@@ -74,6 +77,7 @@ def resize_distance_table(table: Tensor, height: int, width: int) -> Tensor:
     return F.interpolate(table.unsqueeze(0), size=(height, width), mode="bicubic").squeeze(0)
 
 
+@checked(ranks={"table": 3})
 def distance_bias(table: Tensor) -> Tensor:
     """The bias between all pairs of positions, from a table by distance.
 

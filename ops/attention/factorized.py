@@ -13,12 +13,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from ops.arguments import checked
 from ops.padding import reflected_positions
 from ops.position import ConvPosition
 
 __all__ = ["FactorizedAttention", "cross_window_fusion", "tap_positions"]
 
 
+@checked(ranks={"x": 4})
 def cross_window_fusion(
     x: Tensor, num_heads: int, window_size: int = 7, dilation: int = 1
 ) -> Tensor:
@@ -54,6 +56,7 @@ def cross_window_fusion(
     return taps.reshape(runs).mean(-1)
 
 
+@checked(least={"size": 0})
 def tap_positions(size: int, window_size: int, dilation: int, device: torch.device) -> Tensor:
     """Where along a side the taps of each window lie: (windows, window_size)."""
     span = dilation * (window_size - 1) + 1

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ops.arguments import checked
 from ops.attention.window import window_merge, window_partition
 
 __all__ = [
@@ -20,6 +21,7 @@ __all__ = [
 ]
 
 
+@checked(ranks={"qkv": 4})
 def high_frequency_attention(qkv: Tensor, num_heads: int, window_size: int) -> Tensor:
     """Attention of each window to itself.
 
@@ -32,8 +34,9 @@ def high_frequency_attention(qkv: Tensor, num_heads: int, window_size: int) -> T
         (B, H, W, dim).
 
     Raises:
-        ValueError: sides that do not divide into windows.
+        ValueError: sides that do not divide into windows, or channels into heads.
     """
+    _check_heads(qkv.shape[-1], 3, num_heads)
     windows = window_partition(qkv, window_size)
     # (3, B · windows, heads, window_size², head_dim)
     heads = windows.flatten(0, 2).unflatten(2, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
@@ -43,6 +46,7 @@ def high_frequency_attention(qkv: Tensor, num_heads: int, window_size: int) -> T
     return window_merge(out.reshape(*windows.shape[:4], dim), window_size)
 
 
+@checked(ranks={"query": 4, "key_value": 4})
 def low_frequency_attention(query: Tensor, key_value: Tensor, num_heads: int) -> Tensor:
     """Attention of a map to a coarser one.
 
@@ -53,12 +57,22 @@ def low_frequency_attention(query: Tensor, key_value: Tensor, num_heads: int) ->
 
     Returns:
         (B, H, W, dim).
+
+    Raises:
+        ValueError: channels that do not divide into heads.
     """
+    _check_heads(query.shape[-1], 1, num_heads)
+    _check_heads(key_value.shape[-1], 2, num_heads)
     q = query.flatten(1, 2).unflatten(2, (num_heads, -1)).transpose(1, 2)
     heads = key_value.flatten(1, 2).unflatten(2, (2, num_heads, -1)).permute(2, 0, 3, 1, 4)
     key, value = heads.unbind(0)  # (B, heads, h · w, head_dim)
     out = F.scaled_dot_product_attention(q, key, value)
     return out.transpose(1, 2).reshape(query.shape)
+
+
+def _check_heads(channels: int, parts: int, num_heads: int) -> None:
+    if channels % (parts * num_heads):
+        raise ValueError(f"num_heads must divide dim {channels / parts:g}, got {num_heads}")
 
 
 class HighFrequencyAttention(nn.Module):

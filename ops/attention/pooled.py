@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ops.arguments import checked
 from ops.reparam import fold_norm_before
 
 __all__ = ["PooledAttention", "pool_tokens"]
 
 
+@checked(ranks={"x": 3})
 def pool_tokens(x: Tensor, length: int) -> Tensor:
     """Average runs of consecutive tokens; a remainder is dropped.
 

@@ -11,11 +11,14 @@ import torch.nn.functional as F
 from timm.layers import apply_rot_embed, build_rotary_pos_embed
 from torch import Tensor, nn
 
+from ops.arguments import checked
+
 __all__ = ["RankAugmentedAttention", "rank_augmented_linear_attention", "rotary_table"]
 
 Rotary = tuple[Tensor, Tensor]
 
 
+@checked()
 def rank_augmented_linear_attention(
     query: Tensor,
     key: Tensor,
@@ -86,6 +89,7 @@ def _feature_map(x: Tensor) -> Tensor:
     return x.clamp(max=0).exp() + x.relu()
 
 
+@checked(least={"height": 0, "width": 0})
 def rotary_table(
     height: int,
     width: int,

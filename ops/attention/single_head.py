@@ -9,11 +9,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ops.arguments import checked
 from ops.conv import ConvNorm
 
 __all__ = ["SingleHeadAttention", "single_head_attention"]
 
 
+@checked(ranks={"query": 4, "key": 4, "value": 4})
 def single_head_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """Attention of one head over all positions of a map.
 

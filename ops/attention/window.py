@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ops.arguments import checked
 from ops.attention.biased import attend_in_turn, worth_a_turn
 from ops.init import trunc_normal
 
@@ -30,6 +31,7 @@ __all__ = [
 MASK_VALUE = -100.0  # added to scores
 
 
+@checked(ranks={"x": 4})
 def window_partition(x: Tensor, window_size: int) -> Tensor:
     """Cut a map into windows that do not overlap.
 
@@ -49,9 +51,16 @@ def window_partition(x: Tensor, window_size: int) -> Tensor:
     return x.reshape(batch, rows, columns, window_size**2, dim)
 
 
+@checked(ranks={"windows": 5})
 def window_merge(windows: Tensor, window_size: int) -> Tensor:
-    """Undo :func:`window_partition`: (B, rows, columns, window_size², C) → (B, H, W, C)."""
-    batch, rows, columns, _, dim = windows.shape
+    """Undo :func:`window_partition`: (B, rows, columns, window_size², C) → (B, H, W, C).
+
+    Raises:
+        ValueError: windows of another size.
+    """
+    batch, rows, columns, tokens, dim = windows.shape
+    if tokens != window_size**2:
+        raise ValueError(f"windows of {window_size}×{window_size} have no {tokens} tokens")
     x = windows.reshape(batch, rows, columns, window_size, window_size, dim).transpose(2, 3)
     return x.reshape(batch, rows * window_size, columns * window_size, dim)
 
@@ -84,6 +93,7 @@ def _grid(height: int, width: int, window_size: int) -> tuple[int, int]:
     return height // window_size, width // window_size
 
 
+@checked(ranks={"x": 4})
 def overlapping_windows(x: Tensor, window_size: int, overlap_size: int) -> Tensor:
     """The windows of :func:`window_partition`, grown on all sides into each other and into zeros.
 
@@ -93,7 +103,14 @@ def overlapping_windows(x: Tensor, window_size: int, overlap_size: int) -> Tenso
 
     Returns:
         (B, H // window_size, W // window_size, overlap_size², C).
+
+    Raises:
+        ValueError: another ``overlap_size``.
     """
+    if overlap_size < window_size or (overlap_size - window_size) % 2:
+        raise ValueError(
+            f"overlap_size must be window_size {window_size} and an even number, got {overlap_size}"
+        )
     margin = (overlap_size - window_size) // 2
     batch, height, width, dim = x.shape
     rows, columns = height // window_size, width // window_size
@@ -116,6 +133,7 @@ def _differences(size: int, other: int, device: torch.device | None) -> tuple[Te
     return rows.reshape(size**2, other**2), columns.reshape(size**2, other**2)
 
 
+@checked()
 def relative_position_index(window_size: int, device: torch.device | None = None) -> Tensor:
     """Where in a table of (2·window_size - 1)² rows the bias of each pair of tokens stands.
 
@@ -127,6 +145,7 @@ def relative_position_index(window_size: int, device: torch.device | None = None
     return (rows + last) * (2 * window_size - 1) + columns + last
 
 
+@checked()
 def overlap_position_index(
     window_size: int, overlap_size: int, device: torch.device | None = None
 ) -> Tensor:
@@ -143,6 +162,7 @@ def overlap_position_index(
     return ((first - rows) * side + first - columns).remainder(side**2)
 
 
+@checked(least={"shift_size": 0})
 def shift_masks(
     window_size: int,
     shift_size: int,
@@ -164,6 +184,7 @@ def shift_masks(
     return torch.zeros(apart.shape, dtype=dtype, device=device).masked_fill(apart, MASK_VALUE)
 
 
+@checked(ranks={"query": 6, "key": 6, "value": 6, "bias": 3, "masks": 3})
 def window_attention(
     query: Tensor, key: Tensor, value: Tensor, bias: Tensor, masks: Tensor | None = None
 ) -> Tensor:

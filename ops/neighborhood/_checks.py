@@ -10,7 +10,13 @@ from torch import Tensor
 
 from ops.neighborhood._geometry import NAParams
 
-__all__ = ["check_rpb", "check_tensors", "per_axis_bool", "per_axis_int", "resolve_params"]
+__all__ = [
+    "check_rpb",
+    "check_tensors",
+    "per_axis_bool",
+    "per_axis_int",
+    "resolve_params",
+]
 
 
 def per_axis_int(name: str, value: int | Sequence[int], rank: int) -> tuple[int, ...]:

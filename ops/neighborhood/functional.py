@@ -42,6 +42,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
+from ops.arguments import require_tensor
 from ops.neighborhood import cpu, natten, reference, tiled, triton
 from ops.neighborhood._checks import check_rpb, check_tensors, resolve_params
 from ops.neighborhood._geometry import NAParams
@@ -54,6 +55,7 @@ __all__ = [
 ]
 
 Tensors = tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]
+_TENSORS = ("query", "key", "value", "additional_keys", "additional_values", "rpb")
 # Has `attend`.
 Backend = ModuleType | SimpleNamespace
 
@@ -173,6 +175,9 @@ def _attend(
     rank: int, tensors: Tensors, window: tuple, return_lse: bool, backend: str | None
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Check the arguments, pick a backend, call it."""
+    for place, tensor in enumerate(tensors):
+        if place < 3 or tensor is not None:
+            require_tensor(_TENSORS[place], tensor)
     device = tensors[0].device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
         # As scaled_dot_product_attention does: everything but float64 in autocast's dtype.

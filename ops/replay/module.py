@@ -50,7 +50,7 @@ class Recorded(nn.Module):
     _records: _Records | None = None
 
     def forward(self, x: Tensor) -> Tensor:
-        if not is_plain_call((x,)) or torch._C._len_torch_function_stack():
+        if x is None or not is_plain_call((x,)) or torch._C._len_torch_function_stack():
             return self.compute(x)
         if self._records is None:
             self._records = _Records()

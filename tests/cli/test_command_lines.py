@@ -94,11 +94,12 @@ OPTIONS: dict[str, list[Option]] = {
     ],
     "export": [
         Option("", ["shvit_s1"], ["", "x", "van_b9"], required=True),
-        Option("--out", ["{0}/a.onnx", "{0}/a.pt2"], ["{0}/none/a"], True),
+        Option("--out", ["{0}/a.onnx", "{0}/a.pt2"], ["", "{0}/none/a"], True),
         Option("--format", ["pt2"], ["", "x", "ONNX"]),
         Option("--checkpoint", ["{0}/other/shvit.pth"], [*NO_FILE, "{0}/text.txt"]),
         Option("--size", ["32"], [*BELOW_ONE, "65535", "9" * 30]),
         Option("--batch", ["1", "2"], BELOW_ONE),
+        Option("--calibration", [], ["", "{0}/none"]),
     ],
     "verify": [
         Option(
@@ -281,6 +282,38 @@ def held(folder: Path) -> dict[str, bytes]:
     names = ("best.safetensors", "config.yaml", "hat.pt", "text.txt", "labels.txt", "labels.json")
     paths = [*(folder / name for name in names), *(folder / "photos").iterdir()]
     return {str(path): path.read_bytes() for path in paths}
+
+
+def _fits(option: Option) -> list[str]:
+    return [option.good[0]] if not option.flag else [f"{option.flag}={option.good[0]}"]
+
+
+@pytest.mark.parametrize(
+    ("command", "option"),
+    [
+        pytest.param(command, option, id=f"{command} {option.flag}")
+        for command, options in OPTIONS.items()
+        if not COMMANDS[command][0].endswith(".py")  # their arguments: tests/tools
+        for option in options
+        if "" in option.bad
+    ],
+)
+def test_an_empty_word(command: str, option: Option, folder: Path) -> None:
+    others = [o for o in OPTIONS[command] if o.required and o is not option]
+    words = [word for o in others for word in _fits(o)]
+    words.append(f"{option.flag}=" if option.flag else "")
+    before = set(folder.rglob("*"))
+    status, said = run(command, [word.replace("{0}", str(folder)) for word in words])
+    assert status == 2
+    assert said.startswith("error: ") and len(said.splitlines()) == 1
+    assert set(folder.rglob("*")) == before
+
+
+@pytest.mark.parametrize("place", ["backbones", "tools"])
+def test_no_path_may_be_empty(place: str) -> None:
+    """``Path("")`` is the current folder."""
+    files = (Path(__file__).parents[2] / place).rglob("*.py")
+    assert [file.name for file in files if "type=Path" in file.read_text()] == []
 
 
 @pytest.mark.slow

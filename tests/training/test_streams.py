@@ -122,15 +122,13 @@ def test_webdataset_shards(form, tmp_path):
     assert row.startswith("0,4,")  # epoch 0, 32 / 8 updates
 
 
-def test_16_bits_are_scaled(tmp_path):
-    data = io.BytesIO()
-    Image.fromarray(np.full((20, 20), 0x4040, np.uint16)).save(data, "png")
+def validation_batches(folder, images, max_corrupt=0.0):
     for split in ("train", "val"):
-        shards = write_shards(tmp_path / "shards", split, 2, 1, images=[data.getvalue()] * 2)
+        shards = write_shards(folder / "shards", split, len(images), 1, images=images)
     recipe = Recipe(
         data=f"wds/{shards}",
-        train_split="train-0000.tar|2",
-        val_split="val-0000.tar|2",
+        train_split=f"train-0000.tar|{len(images)}",
+        val_split=f"val-0000.tar|{len(images)}",
         num_classes=3,
         batch_size=2,
         workers=0,
@@ -140,10 +138,29 @@ def test_16_bits_are_scaled(tmp_path):
         **{"mean": (0.0,) * 3, "std": (1.0,) * 3, "crop_mode": "center"},
     }
     source = open_splits(recipe).validation
-    corrupt = CorruptImages(tmp_path / "corrupt.txt", 0.0)
-    loader = ValidationLoader(source, 2, config, recipe, World(0, 1, torch.device("cpu")), corrupt)
-    ((images, _),) = list(loader)
+    corrupt = CorruptImages(folder / "corrupt.txt", max_corrupt)
+    world = World(0, 1, torch.device("cpu"))
+    return list(ValidationLoader(source, 2, config, recipe, world, corrupt))
+
+
+def encoded(image, format):
+    data = io.BytesIO()
+    image.save(data, format)
+    return data.getvalue()
+
+
+def test_16_bits_are_scaled(tmp_path):
+    data = encoded(Image.fromarray(np.full((20, 20), 0x4040, np.uint16)), "png")
+    ((images, _),) = validation_batches(tmp_path, [data] * 2)
     assert torch.allclose(images, torch.tensor(0x40 / 255))
+
+
+def test_no_program_is_started_for_an_image(tmp_path):
+    picture = Image.new("RGB", (20, 20), "white")
+    data = [encoded(picture, format) for format in ("eps", "png", "png")]
+    batches = validation_batches(tmp_path, data, max_corrupt=0.5)
+    assert sum(len(images) for images, _ in batches) == 2
+    assert "it is PostScript" in (tmp_path / "corrupt.txt").read_text()
 
 
 def test_hugging_face_streams(folder, tmp_path):

@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 import io
+import subprocess
+from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import ExifTags, Image, ImageOps
 
-from backbones.core.images import DECODE_ERRORS, as_8_bits, open_image
+from backbones.core.images import DECODE_ERRORS, as_8_bits, open_image, opened
+from backbones.restoration.images import PictureError, read_picture
+from backbones.training.sources import decode
 
 NOISE = Image.fromarray(np.random.default_rng(0).integers(0, 256, (4, 6, 3), np.uint8))
 RAMP = np.arange(256, dtype=np.uint8).reshape(16, 16)
@@ -102,3 +106,36 @@ def test_16_bits_in_files() -> None:
     for kind in ("png", "tiff"):
         seen = open_image(saved(grey_of_16_bits("I;16"), kind))
         assert np.array_equal(np.asarray(seen)[:, :, 0], RAMP)
+
+
+@pytest.fixture
+def postscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A file that Pillow would start Ghostscript for, under the name of a photograph."""
+    path = tmp_path / "cat.jpg"
+    NOISE.save(path, format="EPS")
+
+    def start(*args: object, **kwargs: object) -> None:
+        raise AssertionError("a program was started")
+
+    monkeypatch.setattr(subprocess, "Popen", start)
+    return path
+
+
+def test_no_program_is_started_for_a_picture(postscript: Path) -> None:
+    data = postscript.read_bytes()
+    with_preview = b"\xc5\xd0\xd3\xc6" + bytes(28) + data
+    for source in (postscript, str(postscript), io.BytesIO(data), io.BytesIO(with_preview)):
+        with pytest.raises(OSError, match="it is PostScript .EPS., .* save the picture as PNG"):
+            open_image(source)
+    with pytest.raises(OSError, match="it is PostScript"):
+        decode(io.BytesIO(data))
+    with pytest.raises(PictureError, match=r"cat\.jpg cannot be read: it is PostScript"):
+        read_picture(postscript)
+
+
+@pytest.mark.parametrize("format", ["JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "PPM", "TGA"])
+def test_other_formats_are_decoded_here(format: str) -> None:
+    data = io.BytesIO()
+    NOISE.save(data, format=format)
+    with opened(data) as image:
+        assert (image.format, image.size) == (format, NOISE.size)

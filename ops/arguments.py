@@ -1,0 +1,136 @@
+"""The check of ops that people call by themselves: what an annotation says is what is taken.
+
+A backbone passes what fits; a person passes None, or a list where a tensor belongs, and should read
+the argument's name instead of an error from the midst of the op.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import reprlib
+import types
+import typing
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any, NamedTuple, ParamSpec, TypeVar, Union
+
+import torch
+from torch import Tensor
+from torch.fx import Proxy
+
+__all__ = ["checked", "require_tensor"]
+
+P = ParamSpec("P")
+R = TypeVar("R")
+
+# What stands for a value while a network is traced is one, too.
+_KINDS: dict[Any, tuple[type, ...]] = {
+    int: (int, Integral, torch.SymInt, Proxy),
+    float: (float, int, Real, torch.SymFloat, torch.SymInt, Proxy),
+    Tensor: (Tensor, Proxy),
+}
+_WORDS = {int: "a whole number", float: "a number", Tensor: "a tensor", type(None): "None"}
+
+
+class _Argument(NamedTuple):
+    name: str
+    fits: Callable[[Any], bool]
+    wanted: str
+    rank: int | None
+    least: int | None
+
+    def check(self, value: Any) -> None:
+        if not self.fits(value):
+            raise TypeError(f"{self.name} must be {self.wanted}, got {reprlib.repr(value)}")
+        if self.rank is not None and isinstance(value, Tensor) and len(value.shape) != self.rank:
+            raise ValueError(
+                f"{self.name} must have {self.rank} dimensions, got {tuple(value.shape)}"
+            )
+        if self.least is not None and isinstance(value, Integral) and value < self.least:
+            raise ValueError(f"{self.name} must be {self.least} or more, got {value}")
+
+
+def checked(
+    *, ranks: Mapping[str, int] | None = None, least: Mapping[str, int] | None = None
+) -> Callable[[Callable[P, R]], Callable[P, R]]:
+    """Decorates an op: arguments must be what their annotations say.
+
+    Not while the op is compiled or traced, where sizes are symbols.
+
+    Args:
+        ranks: number of dimensions of tensors.
+        least: the least that whole numbers may be, where that is not 1.
+    """
+
+    def decorate(function: Callable[P, R]) -> Callable[P, R]:
+        hints = typing.get_type_hints(function)
+        arguments = {
+            name: _Argument(
+                name,
+                _test(hints[name]),
+                _words(hints[name]),
+                (ranks or {}).get(name),
+                (least or {}).get(name, 1) if hints[name] is int else None,
+            )
+            for name in inspect.signature(function).parameters
+        }
+        in_order = tuple(arguments.values())
+
+        @functools.wraps(function)
+        def call(*args: P.args, **kwargs: P.kwargs) -> R:
+            if not (torch.compiler.is_compiling() or torch.jit.is_tracing()):
+                for argument, value in zip(in_order, args, strict=False):
+                    argument.check(value)
+                for name in kwargs.keys() & arguments.keys():
+                    arguments[name].check(kwargs[name])
+            return function(*args, **kwargs)
+
+        return call
+
+    return decorate
+
+
+def require_tensor(name: str, value: Any) -> None:
+    """Refuse what is no tensor, nor stands for one while a network is traced.
+
+    Raises:
+        TypeError: it is none.
+    """
+    if not isinstance(value, _KINDS[Tensor]):
+        raise TypeError(f"{name} must be a tensor, got {reprlib.repr(value)}")
+
+
+def _test(hint: Any) -> Callable[[Any], bool]:
+    """Whether a value is what the hint says."""
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if isinstance(hint, TypeVar):
+        origin, parts = Union, hint.__constraints__
+    if origin in (Union, types.UnionType):
+        tests = [_test(part) for part in parts]
+        return lambda value: any(test(value) for test in tests)
+    if origin in (tuple, Sequence):
+        each, count = _test(parts[0]), len(parts) if origin is tuple else None
+        return lambda value: (
+            isinstance(value, Sequence)
+            and not isinstance(value, str | bytes)
+            and count in (None, len(value))
+            and all(map(each, value))
+        )
+    kinds = _KINDS.get(hint, origin or hint)
+    if hint in (int, float):  # True counts as 1
+        return lambda value: isinstance(value, kinds) and not isinstance(value, bool)
+    return lambda value: isinstance(value, kinds)
+
+
+def _words(hint: Any) -> str:
+    origin, parts = typing.get_origin(hint), typing.get_args(hint)
+    if isinstance(hint, TypeVar):
+        origin, parts = Union, hint.__constraints__
+    if origin in (Union, types.UnionType):
+        return " or ".join(map(_words, parts))
+    if origin in (tuple, Sequence):
+        return f"a sequence, each {_words(parts[0])}"
+    if origin is Callable:
+        return "a function"
+    return _WORDS.get(hint) or f"a {hint.__name__}"
