@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from backbones.cli.common import table
+from backbones.core.tables import table
 from backbones.core.messages import one_line
 
 __all__ = ["Prediction", "as_csv", "as_entries", "as_table"]

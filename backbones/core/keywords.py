@@ -139,11 +139,6 @@ def one_or_several(each: Check) -> Check:
     return either(each, str, second=either(several(each), Sequence, np.ndarray, second=each))
 
 
-def optional(each: Check) -> Check:
-    """None, or a value."""
-    return either(_none, type(None), second=each)
-
-
 def widths(least: int) -> Check:
     """Channels of each stage, where a part of the first one's are those of the stem."""
     return several(whole(least, _MOST_CHANNELS))
