@@ -89,7 +89,8 @@ def _plot(options: Namespace, explained: backbones.Explanation) -> None:
 
     if explained.memory is None:
         raise CommandError(
-            f"--plot {options.plot}: there is no memory plan, {options.model} is not replayed here"
+            f"--plot {options.plot}: there is no memory plan, {options.model} is not replayed: "
+            f"{explained.not_replayed}"
         )
     draw_memory(options.plot, explained)
 

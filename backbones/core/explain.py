@@ -93,6 +93,7 @@ class Explanation:
         calls: kernels and functions in the order in which they run, see
             :class:`ops.replay.trace.TracedCall`.
         memory: the plan, if the model is replayed, else None.
+        not_replayed: why a fused model is not; None where it is.
     """
 
     model: str
@@ -104,6 +105,7 @@ class Explanation:
     seconds: float
     calls: list[TracedCall] = field(repr=False)
     memory: MemoryUse | None = None
+    not_replayed: str | None = None
 
     @property
     def between(self) -> float:
@@ -175,6 +177,8 @@ class Explanation:
             "products, where they are counted."
         ]
         memory = self.memory
+        if self.not_replayed is not None:
+            lines.append(f"Layer by layer, without a graph: {self.not_replayed}.")
         if memory is not None:
             total = sum(buffer.nbytes for buffer in memory.planned)
             lines.append(
@@ -185,7 +189,7 @@ class Explanation:
         return "\n".join(lines)
 
 
-_PLAIN = ("model", "dtype", "threads", "instruction_set", "is_fused", "seconds")
+_PLAIN = (*("model", "dtype", "threads", "instruction_set", "is_fused", "seconds", "not_replayed"),)
 _OF_CALLS = ("layer", "library", "kernel", "dtype", "instruction_set", "rule", "flops", "seconds")
 _HEAD = ("layer", "kernel", "shapes", "dtype", "set", "ms", "share", "GFLOP/s", "rule")
 
@@ -241,6 +245,7 @@ def explain(
         found.seconds,
         found.calls,
         _memory_of(found),
+        found.obstacle,
     )
 
 

@@ -10,8 +10,7 @@ import ctypes
 import itertools
 import logging
 import sys
-from collections.abc import Hashable, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Hashable, Iterable
 from typing import Any
 
 import torch
@@ -73,18 +72,13 @@ class Recorded(nn.Module):
             isinstance(program, Replay) for program in records._programs.values()
         )
 
-    @contextmanager
-    def apart(self) -> Iterator[None]:
-        """Inside, calls are recorded anew; afterwards the graphs are those of before."""
-        before = vars(self).get("_records")
-        self._records = None
+    def obstacle(self) -> str | None:
+        """Why no graph of it would ever be followed, or None; its calls may have other reasons."""
         try:
-            yield
-        finally:
-            if before is None:
-                vars(self).pop("_records", None)
-            else:
-                self._records = before
+            _Snapshot(self)
+        except NotCapturableError as error:
+            return str(error)
+        return None
 
     def __getstate__(self) -> dict[str, Any]:
         state: dict[str, Any] = super().__getstate__()

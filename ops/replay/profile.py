@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
@@ -29,29 +29,44 @@ class Profile:
         calls: in their order; ``seconds`` are medians.
         seconds: of the whole network, without a look at its calls: a median, too.
         graph, plan: of replays; None where there are none.
+        obstacle: why there are none, of a network that would have them.
     """
 
     calls: list[TracedCall]
     seconds: float
     graph: Graph | None = None
     plan: MemoryPlan | None = None
+    obstacle: str | None = None
 
 
 @torch.inference_mode()
 def profile(network: nn.Module, x: Tensor, repeats: int) -> Profile:
     """Run a network some times, as a whole and call by call in turns.
 
-    Graphs that it has stay as they are.
+    What its modules keep (packed weights, graphs) is afterwards what it was before.
     """
-    graphs: AbstractContextManager[None] = nullcontext()
-    if isinstance(network, Recorded):
-        graphs = network.apart()
-    with graphs:
+    with _left_as_it_was(network):
+        for module in network.modules():
+            if isinstance(module, Recorded):
+                module.forget()
         for _ in range(3):  # which pack weights, capture a graph and replay it
             network(x)
         if isinstance(network, Recorded) and network.is_replayed:
             return _of_replays(network, x, repeats)
         return _of_layers(network, x, repeats)
+
+
+@contextmanager
+def _left_as_it_was(network: nn.Module) -> Iterator[None]:
+    before = [(vars(module), dict(vars(module))) for module in network.modules()]
+    try:
+        yield
+    finally:
+        for attributes, values in before:
+            for name in attributes.keys() - values.keys():
+                del attributes[name]
+            changed = [name for name, value in values.items() if attributes[name] is not value]
+            attributes.update({name: values[name] for name in changed})
 
 
 def _of_replays(network: Recorded, x: Tensor, repeats: int) -> Profile:
@@ -70,14 +85,20 @@ def _of_replays(network: Recorded, x: Tensor, repeats: int) -> Profile:
 
 
 def _of_layers(network: nn.Module, x: Tensor, repeats: int) -> Profile:
-    def traced() -> list[TracedCall]:
+    def traced() -> Trace:
         with Trace(x, network) as trace:
             network(x)
-        return trace.traced
+        return trace
 
-    calls = traced()
-    seconds = lambda: (call.seconds for call in traced())  # noqa: E731
-    return Profile(calls, _fill_in(calls, lambda: network(x), seconds, repeats))
+    def seconds() -> Iterator[float]:
+        return (call.seconds for call in traced().traced)
+
+    first = traced()
+    total = _fill_in(first.traced, lambda: network(x), seconds, repeats)
+    obstacle = None
+    if isinstance(network, Recorded):
+        obstacle = network.obstacle() or (str(first.failure) if first.failure else None)
+    return Profile(first.traced, total, obstacle=obstacle)
 
 
 def _fill_in(
