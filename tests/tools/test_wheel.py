@@ -8,7 +8,6 @@ import re
 import shutil
 import subprocess
 import sys
-import sysconfig
 import venv
 import zipfile
 from collections.abc import Iterator
@@ -91,7 +90,8 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     place = tmp_path_factory.mktemp("venv")
     venv.create(place, with_pip=False, symlinks=True)
     (site,) = place.glob("lib/python*/site-packages")
-    (site / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    others = [path for path in sys.path if Path(path).name == "site-packages"]
+    (site / "others.pth").write_text("\n".join(others) + "\n")
     with zipfile.ZipFile(wheel) as content:  # which is all that pip does with it, but for scripts
         content.extractall(site)
     return place / "bin" / "python"
@@ -99,7 +99,7 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_every_kernel_is_there_for_every_instruction_set(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as content:
-        names = {n for n in content.namelist() if n.startswith("ops/cpu/compiled/")}
+        names = {name for name in content.namelist() if name.endswith(".so")}
     expected = {
         f"ops/cpu/compiled/{libraries.stem(name, isa)}.so"
         for isa in cpu.levels()
@@ -115,6 +115,29 @@ def test_it_runs_on_any_linux_of_2018_and_later(wheel: Path) -> None:
     assert tag is not None and int(tag[1]) <= _LATEST_GLIBC, said
     assert not re.search("libgomp|libomp", said)
     assert re.search(rf"manylinux_2_{_LATEST_GLIBC}_\w+\.whl$", wheel.name)
+
+
+def _code(library: Path) -> dict[str, bytes]:
+    """What it computes with: instructions and constants."""
+    from elftools.elf.elffile import ELFFile  # auditwheel brings it
+
+    with library.open("rb") as file:
+        return {
+            section.name: section.data()
+            for section in ELFFile(file).iter_sections()
+            if section.name in (".text", ".rodata")
+        }
+
+
+@pytest.mark.parametrize("name", libraries.sources())
+def test_a_kernel_is_the_one_that_is_compiled_at_home(name: str, python: Path) -> None:
+    """So it is as fast, where the same compiler made both."""
+    home = cpu.status(name)
+    (shipped,) = python.parents[1].glob(
+        f"lib/python*/site-packages/ops/cpu/compiled/{name}-{home.instruction_set}-*"
+    )
+    assert home.path is not None and home.path.parent != libraries.SHIPPED
+    assert _code(shipped) == _code(home.path)
 
 
 @pytest.fixture
@@ -162,14 +185,16 @@ def test_what_compiles_on_first_use_brings_nothing(
 ) -> None:
     clone = fresh_clone(tmp_path / "clone")
     if kind == "from a source distribution":
-        (clone / "PKG-INFO").write_text("Metadata-Version: 2.4\n")
+        code = f"import hatchling.build; hatchling.build.build_sdist({str(tmp_path)!r})"
+        _run(sys.executable, "-c", code, cwd=clone)
+        (packed,) = tmp_path.glob("*.tar.gz")
+        shutil.unpack_archive(packed, tmp_path / "unpacked", filter="data")
+        (clone,) = (tmp_path / "unpacked").iterdir()
     if kind == "switched off":
         monkeypatch.setenv("VISION_BACKBONES_NATIVE", "0")
-    build = ["-m", "hatchling", "build", "-t", "wheel", "-d", tmp_path]
-    if kind == "editable":
-        build = ["-m", "pip", "wheel", "--no-deps", "--no-index", "--no-build-isolation"]
-        build += ["--wheel-dir", tmp_path, "--editable", clone]
-    _run(sys.executable, *build, cwd=clone)
+    hook = "build_editable" if kind == "editable" else "build_wheel"
+    code = f"import hatchling.build; hatchling.build.{hook}({str(tmp_path)!r})"
+    _run(sys.executable, "-c", code, cwd=clone)
     (made,) = tmp_path.glob("*.whl")
     assert made.name.endswith("-py3-none-any.whl")
     assert not (clone / "build" / "kernels").exists()
