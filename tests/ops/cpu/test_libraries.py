@@ -10,7 +10,6 @@ import pytest
 from ops import cpu
 from ops.cpu import compiler, instruction_sets, libraries
 
-
 _which = shutil.which
 
 

@@ -1,0 +1,73 @@
+"""What ``vision-backbones build`` compiles, and says."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from backbones.cli.main import main
+from ops import cpu
+
+
+@pytest.fixture
+def prepared(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """The instruction sets that were asked for; no compiler runs."""
+    asked: list[str] = []
+
+    def prepare(isa: str) -> Path | None:
+        asked.append(isa)
+        return None if isa == "portable" else Path("/my kernels")
+
+    monkeypatch.setattr(cpu, "prepare", prepare)
+    return asked
+
+
+def test_this_cpu_by_default(prepared: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["build"]) == 0
+    assert prepared == [cpu.instruction_set()]
+    said = capsys.readouterr().out
+    assert said == f"kernels for {prepared[0]}: in '/my kernels', after 0 s\n"
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [(["portable", "portable"], ["portable"]), (["all"], cpu.levels())],
+)
+def test_those_that_are_named(
+    words: list[str],
+    expected: list[str],
+    prepared: list[str],
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["build", "--isa", *words]) == 0
+    assert prepared == expected
+    assert "kernels for portable: came with the package\n" in capsys.readouterr().out
+
+
+def test_why_not(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setenv("VISION_BACKBONES_NATIVE", "0")
+    assert main(["build", "--isa", "portable"]) == 2
+    said = capsys.readouterr().err
+    assert said == "error: no kernels for portable: switched off by VISION_BACKBONES_NATIVE=0\n"
+
+
+@pytest.mark.parametrize(
+    ("variable", "value"),
+    [("VISION_BACKBONES_NATIVE", "maybe"), ("VISION_BACKBONES_NATIVE_ISA", "sse2")],
+)
+@pytest.mark.parametrize(
+    "words", [["build"], ["summary", "medvitv2_tiny", "--size", "32", "--runs", "1"]], ids=" ".join
+)
+def test_a_variable_that_means_nothing_is_one_line(
+    words: list[str],
+    variable: str,
+    value: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv(variable, value)
+    assert main(words) == 2
+    said = capsys.readouterr().err
+    assert said.startswith(f"error: {variable} must be one of [")
+    assert said.endswith(f"got {value!r}\n") and said.count("\n") == 1
