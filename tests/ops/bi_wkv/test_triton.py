@@ -20,14 +20,13 @@ ROOT = Path(__file__).parents[3]
 CASES = Path(__file__).with_name("triton_cases.py")
 
 
-def test_kernels() -> None:
+def run(*command: str, interpret: bool) -> None:
     outer = ("PYTEST", "TRITON_INTERPRET")
     environment = {k: v for k, v in os.environ.items() if not k.startswith(outer)}
-    if not torch.cuda.is_available():
+    if interpret:
         environment["TRITON_INTERPRET"] = "1"
-    options = ("-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-x")
     done = subprocess.run(
-        [sys.executable, "-m", "pytest", str(CASES), *options],
+        [sys.executable, *command],
         cwd=ROOT,
         env=environment,
         capture_output=True,
@@ -35,7 +34,39 @@ def test_kernels() -> None:
         check=False,
     )
     assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
+
+
+@pytest.mark.parametrize(
+    "marks", ["not slow", pytest.param("slow", marks=pytest.mark.slow)], ids=["quick", "slow"]
+)
+def test_kernels(marks: str) -> None:
+    options = ("-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-x", "-m", marks)
+    run("-m", "pytest", str(CASES), *options, interpret=not torch.cuda.is_available())
+
+
+_COMPILE = """
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from ops.bi_wkv.triton import kernels
+
+for kernel, pointers in ((kernels._forward_kernel, 6), (kernels._backward_kernel, 10)):
+    names = kernel.arg_names
+    kinds = ["*fp32"] * pointers + ["i32"] * 3 + ["constexpr"] * 2
+    for segments in (False, True):
+        source = ASTSource(
+            kernel,
+            dict(zip(names, kinds, strict=True)),
+            {"SEGMENTS": segments, "BLOCK": kernels._BLOCK},
+        )
+        compiled = triton.compile(source, GPUTarget("cuda", 90, 32), {"num_warps": 1})
+        assert compiled.asm["cubin"]
+"""
+
+
+@pytest.mark.slow
+def test_compiles_ahead_of_time() -> None:
+    run("-c", _COMPILE, interpret=False)
 
 
 def test_says_why_it_cannot(monkeypatch: pytest.MonkeyPatch) -> None:

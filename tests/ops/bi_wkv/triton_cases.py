@@ -10,6 +10,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor
+from triton_interpreter import quick_interpreter
 
 from ops.bi_wkv import bi_wkv
 
@@ -19,6 +20,12 @@ pytestmark = pytest.mark.filterwarnings(
     # Triton 3.7 imports a module that Python 3.12 and later warn about.
     "ignore::DeprecationWarning:triton"
 )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quickly():
+    with quick_interpreter():
+        yield
 
 
 def check(tensors: list[Tensor], segments: int | None, bound: float) -> None:
@@ -42,18 +49,22 @@ def tensors(tokens: int, dim: int, scale: float = 1.0) -> list[Tensor]:
     return [key * scale, value, decay, torch.randn(dim, generator=generator) / tokens]
 
 
-@pytest.mark.parametrize("segments", [None, 3, 32])
-@pytest.mark.parametrize(("tokens", "dim"), [(1, 3), (2, 5), (5, 33), (33, 11), (64, 8)])
+SIZES = [pytest.param(*n, marks=pytest.mark.slow) for n in [(1, 3), (2, 35), (33, 11), (64, 8)]]
+
+
+@pytest.mark.parametrize("segments", [None, 3, pytest.param(32, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("tokens", "dim"), [(5, 3), *SIZES])
 def test_outputs_and_gradients(tokens: int, dim: int, segments: int | None) -> None:
     check(tensors(tokens, dim), segments, 3e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", [0.0, 20.0, -20.0])
 def test_extreme_keys_and_decays(step: float) -> None:
-    key, value, decay, first = tensors(19, 7, 80.0)
+    key, value, decay, first = tensors(9, 7, 80.0)
     check([key, value, torch.full_like(decay, step), 50 * first], None, 2e-4)
 
 
 def test_a_decay_of_zero() -> None:
-    key, value, decay, first = tensors(19, 7)
+    key, value, decay, first = tensors(9, 7)
     check([key, value, decay * 0, first], 4, 3e-6)

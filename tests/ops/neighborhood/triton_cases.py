@@ -11,14 +11,13 @@ from __future__ import annotations
 
 import dataclasses
 import os
-import types
 
 import neighborhood_oracle as oracle
 import pytest
 import torch
 import triton
-import triton.language as tl
 from torch import Tensor
+from triton_interpreter import quick_interpreter
 
 from ops.neighborhood import triton as backend
 from ops.neighborhood._geometry import NAParams
@@ -42,33 +41,10 @@ pytestmark = pytest.mark.filterwarnings(
 
 
 @pytest.fixture(scope="session", autouse=True)
-def quick_interpreter():
-    """Spare the interpreter what makes up nine tenths of its time here.
-
-    It patches triton.language anew for every call of a device function, with the same effect each
-    time, and checks every integer operation for overflow.
-    """
-    if not triton.knobs.runtime.interpret:
-        yield
-        return
-    from triton.runtime import interpreter
-
-    patch_lang, patched = interpreter._patch_lang, set()
-
-    def patch_once(function):
-        names = {n for n, m in function.__globals__.items() if m is tl or m is tl.core}
-        if frozenset(names) not in patched:
-            patch_lang(function)
-            patched.add(frozenset(names))
-        return types.SimpleNamespace(restore=lambda: None)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(interpreter, "_patch_lang", patch_once)
-        quick = dataclasses.replace(interpreter.interpreter_builder.options)
-        object.__setattr__(quick, "sanitize_overflow", False)
-        patch.setattr(interpreter.interpreter_builder, "options", quick)
-        # There is no GPU to fill.
-        patch.setattr(launch, "_PROGRAMS", 6)
+def quickly():
+    with quick_interpreter(), pytest.MonkeyPatch.context() as patch:
+        if triton.knobs.runtime.interpret:
+            patch.setattr(launch, "_PROGRAMS", 6)  # there is no GPU to fill
         yield
 
 
