@@ -205,7 +205,8 @@ def explain(
 
     A model is explained as it is: fuse it to see what :func:`backbones.fuse` makes of it. One that
     is replayed has the times of its replays. It runs some times, in evaluation mode and inference
-    mode, and is left as it was.
+    mode, and is left as it was. With one thread, what other processes take of the CPU does not
+    count.
 
     Args:
         model: of :func:`backbones.create_model`, on the CPU.
