@@ -145,8 +145,8 @@ class Trace(Capture):
     ) -> None:
         layer, module = self._caller()
         rules = self._rules_of(layer, module, library == "ours")
-        shapes = [[tuple(t.shape) for t in tensors] for tensors in (inputs, outputs)]
         dtype = str(outputs[0].dtype).removeprefix("torch.")
+        shapes = _shapes(inputs), _shapes(outputs)
         self.traced.append(
             TracedCall(layer, library, kernel, *shapes, dtype, isa, rules, flops, seconds)
         )
@@ -181,6 +181,10 @@ class Trace(Capture):
                     return found
             frame = frame.f_back  # type: ignore[assignment]
         return "", None
+
+
+def _shapes(tensors: Sequence[Tensor]) -> list[Shape]:
+    return [tuple(t.shape) for t in tensors]
 
 
 def _name_of(func: Any) -> str:
