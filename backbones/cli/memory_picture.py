@@ -12,7 +12,10 @@ __all__ = ["draw_memory"]
 
 _PEAK = "#c62828"
 # Of neighbouring parts of the network.
-_COLORS = ("#3f78c4", "#7fa9dd", "#2f8f83", "#86c5ba", "#8a6bb8", "#bda6da", "#d08a3c", "#e6bd8b")
+_COLORS = (
+    *("#3f78c4", "#7fa9dd", "#2f8f83", "#86c5ba", "#8a6bb8", "#bda6da", "#d08a3c", "#e6bd8b"),
+    *("#5f6b7a", "#aab3bf"),
+)
 
 
 def draw_memory(path: Path, explained: Explanation) -> None:
@@ -73,8 +76,9 @@ def draw_memory(path: Path, explained: Explanation) -> None:
     figure.text(
         0.012,
         0.905,
-        f"{len(memory.planned)} buffers of {total:.2f} {unit} in all lie in one workspace; a "
-        "rectangle is as long as its buffer is in use",
+        f"{len(memory.planned)} buffers of {total:.2f} {unit} in all, at most "
+        f"{memory.peak / scale:.2f} {unit} in use at a time; a rectangle is as long as its buffer "
+        "is in use",
         ha="left",
         va="center",
         fontsize=10,
@@ -110,7 +114,7 @@ def _label_largest(
     for buffer in planned:
         text = "×".join(map(str, buffer.shape))
         length, height = buffer.last + 1 - buffer.first, buffer.nbytes / scale
-        if height > 0.045 * top and length > 0.0063 * calls * len(text):
+        if height > 0.045 * top and length > 0.0088 * calls * len(text):
             axis.text(
                 buffer.first + length / 2,
                 (buffer.offset or 0) / scale + height / 2,

@@ -205,7 +205,8 @@ def explain(
 
     A model is explained as it is: fuse it to see what :func:`backbones.fuse` makes of it. One that
     is replayed has the times of its replays. It runs some times, in evaluation mode and inference
-    mode, and is left as it was.
+    mode, and is left as it was. With one thread, what other processes take of the CPU does not
+    count.
 
     Args:
         model: of :func:`backbones.create_model`, on the CPU.
@@ -225,18 +226,19 @@ def explain(
             f"model must be one of create_model(), got a {type(model).__name__} "
             "(for features_only, explain the model inside)"
         )
+    config: Any = model.pretrained_cfg
     weight = next(model.parameters())
     if weight.device.type != "cpu":
         raise ValueError(f"model must be on the CPU to be explained, it is on {weight.device}")
     batch = whole(1, _MOST_IMAGES)("batch_size", batch_size)
-    shape = (batch, *_image_shape(model, input_size))
+    shape = (batch, *_image_shape(model.in_chans, input_size, config["input_size"]))
     repeats = whole(1, _MOST_REPEATS)("repeats", repeats)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(shape, generator=generator, device="cpu").to(weight.dtype)
     with _in_evaluation(model):
         found = profile(model, images, repeats)
     return Explanation(
-        model.pretrained_cfg.get("architecture", type(model).__name__),
+        config.get("architecture", type(model).__name__),
         shape,
         str(weight.dtype).removeprefix("torch."),
         torch.get_num_threads(),
@@ -249,10 +251,11 @@ def explain(
     )
 
 
-def _image_shape(model: StagedBackbone, size: int | Sequence[int] | None) -> tuple[int, ...]:
-    channels = model.in_chans
+def _image_shape(
+    channels: int, size: int | Sequence[int] | None, default: Sequence[int]
+) -> tuple[int, ...]:
     if size is None:
-        return channels, *model.pretrained_cfg["input_size"][1:]
+        return channels, *default[1:]
     side = whole(1, _LARGEST_SIDE)
     if not isinstance(size, Sequence):
         return channels, *[side("input_size", size)] * 2

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import statistics
-import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ops.cpu.build import status
+from ops.replay.clock import clock
 from ops.replay.graph import Graph
 from ops.replay.memory_plan import MemoryPlan
 from ops.replay.module import Recorded
@@ -108,12 +108,13 @@ def _fill_in(
     repeats: int,
 ) -> float:
     """Set the seconds of the calls; return those of the whole."""
+    now = clock()
     totals: list[float] = []
     parts: list[list[float]] = []
     for _ in range(repeats):
-        begin = time.perf_counter()
+        begin = now()
         whole()
-        totals.append(time.perf_counter() - begin)
+        totals.append(now() - begin)
         parts.append(list(by_call()))
     for call, seconds in zip(calls, zip(*parts, strict=True), strict=True):
         call.seconds = statistics.median(seconds)

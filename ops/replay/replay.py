@@ -6,7 +6,6 @@ import ctypes
 import functools
 import itertools
 import operator
-import time
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ops.cpu.build import load, unavailable_reason
+from ops.replay.clock import clock
 from ops.replay.graph import (
     Block,
     Buffer,
@@ -234,6 +234,7 @@ class TimedReplay(Replay):
 
     def __init__(self, graph: Graph) -> None:
         self._stamps: list[float] = []
+        self._clock = clock()
         super().__init__(graph)
 
     def seconds(self, x: Tensor) -> list[float]:
@@ -251,7 +252,7 @@ class TimedReplay(Replay):
         self._steps.append(self._stamp)
 
     def _stamp(self, tensors: _Tensors, bases: Any) -> None:
-        self._stamps.append(time.perf_counter())
+        self._stamps.append(self._clock())
 
 
 def _release(indices: Sequence[int]) -> _Step:

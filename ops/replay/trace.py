@@ -8,7 +8,6 @@ modules, and calls of one module's methods by another are those of the module th
 from __future__ import annotations
 
 import sys
-import time
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +22,7 @@ from ops.cpu.build import status
 from ops.cpu.flops import function_flops, kernel_flops
 from ops.cpu.policy import Asked, explaining
 from ops.replay.capture import NEW, Capture
+from ops.replay.clock import clock
 from ops.replay.graph import tensors_in
 
 __all__ = ["Trace", "TracedCall"]
@@ -44,7 +44,7 @@ class TracedCall:
         instruction_set: that the kernel was compiled for; None for other libraries' functions.
         rules: of :mod:`ops.cpu.policy`, that were asked before; empty where nothing was to choose.
         flops: see :mod:`ops.cpu.flops`; None where they are not counted.
-        seconds: that the call took, without the Python around it.
+        seconds: that the call took, without the Python around it, see :mod:`ops.replay.clock`.
         lowered_from: the function of torch that the kernel stands for in replays, if it does.
     """
 
@@ -85,7 +85,7 @@ class Trace(Capture):
         self._modules = {id(module): (path, module) for path, module in network.named_modules()}
         self._asked: dict[str, list[Asked]] = defaultdict(list)  # by layer, since its last call
         self._refused: dict[str, list[Asked]] = {}  # by layer: why its next calls are torch's
-        self._begin = 0.0
+        self._clock, self._begin = clock(), 0.0
 
     def __enter__(self) -> Trace:
         self._explained = explaining(self._note_rule)
@@ -103,9 +103,9 @@ class Trace(Capture):
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        begin = time.perf_counter()
+        begin = self._clock()
         result = func(*args, **kwargs)
-        seconds = time.perf_counter() - begin
+        seconds = self._clock() - begin
         self._try(self._note_function, func, args, kwargs, result)
         name = _name_of(func)
         outputs = list(tensors_in(args[:1] if name.endswith(".__setitem__") else (result,)))
@@ -120,10 +120,10 @@ class Trace(Capture):
 
     def kernel_called(self, kernel: Kernel, function: Any, arguments: Sequence[Any]) -> None:
         super().kernel_called(kernel, function, arguments)
-        self._begin = time.perf_counter()
+        self._begin = self._clock()
 
     def kernel_returned(self, kernel: Kernel, given: dict[str, Any], result: Any) -> None:
-        seconds = time.perf_counter() - self._begin
+        seconds = self._clock() - self._begin
         with torch._C.DisableTorchFunction():
             inputs = list(tensors_in(given))
             outputs = list(tensors_in((given["out"] if result is None else result,)))
@@ -145,8 +145,8 @@ class Trace(Capture):
     ) -> None:
         layer, module = self._caller()
         rules = self._rules_of(layer, module, library == "ours")
-        shapes = [[tuple(t.shape) for t in tensors] for tensors in (inputs, outputs)]
         dtype = str(outputs[0].dtype).removeprefix("torch.")
+        shapes = _shapes(inputs), _shapes(outputs)
         self.traced.append(
             TracedCall(layer, library, kernel, *shapes, dtype, isa, rules, flops, seconds)
         )
@@ -181,6 +181,10 @@ class Trace(Capture):
                     return found
             frame = frame.f_back  # type: ignore[assignment]
         return "", None
+
+
+def _shapes(tensors: Sequence[Tensor]) -> list[Shape]:
+    return [tuple(t.shape) for t in tensors]
 
 
 def _name_of(func: Any) -> str:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from typing import Any
 
 import pytest
 import torch
+from compiled_kernels import using_threads
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ops.cpu import binding, policy
 from ops.inference import layers
+from ops.replay.clock import clock
 from ops.replay.module import recorded_form
 from ops.replay.profile import profile
 from ops.replay.replay import TimedReplay
@@ -134,3 +137,13 @@ def test_nothing_is_left_behind(fails: bool) -> None:
         profile(network, x, repeats=1)
     assert not torch._C._len_torch_function_stack()
     assert binding._thread.observer is None and policy._thread.note is None
+
+
+def test_the_clock_of_one_thread_stands_still_while_it_waits() -> None:
+    with using_threads(1):
+        now = clock()
+        begin = now()
+        time.sleep(0.05)
+        assert now() - begin < 0.04
+    with using_threads(2):
+        assert clock() is time.perf_counter
