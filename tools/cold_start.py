@@ -75,10 +75,12 @@ def first_image(
     return passed, cpu
 
 
-def measure(way: str, python: str, tree: Path | None, rounds: int) -> list[dict[str, Any]]:
+def measure(
+    way: str, models: Sequence[str], python: str, tree: Path | None, rounds: int
+) -> list[dict[str, Any]]:
     """A result for each model."""
     results = []
-    for model in MODELS:
+    for model in models:
         result: dict[str, Any] = {"way": way, "model": model, "rounds": rounds}
         for form in ("plain", "fused"):
             runs = [first_image(model, form, python, tree, WAYS[way][1]) for _ in range(rounds)]
@@ -122,6 +124,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("way", nargs="?", choices=list(WAYS), help="what to measure anew")
+    parser.add_argument("--models", nargs="+", default=MODELS, metavar="NAME")
     parser.add_argument("--python", default=sys.executable, help="an interpreter, with the wheel")
     parser.add_argument("--tree", type=Path, help="a checkout; default this one, but for a wheel")
     parser.add_argument(
@@ -133,8 +136,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     report = read_report(args.output) if args.way is None else load_report(args.output, here())
     if args.way is not None:
         tree = args.tree or (None if args.way == "wheel" else ROOT)
-        kept = [result for result in report["results"] if result["way"] != args.way]
-        report["results"] = kept + measure(args.way, args.python, tree, args.rounds)
+        anew = measure(args.way, args.models, args.python, tree, args.rounds)
+        names = {(result["way"], result["model"]) for result in anew}
+        kept = [r for r in report["results"] if (r["way"], r["model"]) not in names]
+        report["results"] = kept + anew
         write(args.output, lambda path: path.write_text(json.dumps(report, indent=1) + "\n"))
     write(args.page, lambda path: path.write_text(page(report), encoding="utf-8"))
 
