@@ -60,7 +60,7 @@ sys.exit(failed)
 @pytest.mark.parametrize("tests", list(_KERNELS))
 def test_kernels(tests: str, instructions: str, tmp_path: Path) -> None:
     chosen = " and ".join(f"not {name}" for name in _LEFT_OUT)
-    options = ["-q", "-p", "no:cacheprovider", "-k", chosen, str(_OPS / tests)]
+    options = ["-q", "-p", "no:cacheprovider", "-o", "timeout=800", "-k", chosen, str(_OPS / tests)]
     done = subprocess.run(
         [sys.executable, "-c", _RUN, instructions, str(tmp_path), _KERNELS[tests], *options],
         cwd=_OPS.parents[1],
