@@ -146,7 +146,7 @@ static void scale_weight(const float* weight, int64_t out_features, int64_t in_f
 
 static void scale_weight(const BFloat16* weight, int64_t out_features, int64_t in_features,
                          const float* scale, BFloat16* out) {
-  constexpr int64_t pairs = linear::TILE_ROWS, line = linear::TILE_INPUTS;
+  constexpr int64_t pairs = linear::TILE_ROWS, line = 2 * W;  // a pair of each output of a tile
   for (int64_t n = 0; n < out_features; n += linear::PANEL) {
     const int64_t tiles = std::min<int64_t>(linear::PANEL, linear::padded(out_features) - n) / W;
     for (int64_t k = 0; k < in_features; k += linear::TILE_INPUTS) {
