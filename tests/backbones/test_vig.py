@@ -11,7 +11,7 @@ from zoo import images, randomise
 
 import backbones
 from backbones.cli.parity import checkpoint, image, reference, relative_error, summary_error
-from backbones.vig import GatedLinearAttention, JoinedAttention
+from backbones.vig_blocks import GatedLinearAttention, JoinedAttention
 from backbones.vig_inference import ViGAttention, ViGBlock
 
 SHALLOW: dict[str, dict[str, Any]] = {
