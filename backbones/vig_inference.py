@@ -7,7 +7,7 @@ from typing import Any, ClassVar
 from timm.layers import GluMlp
 from torch import Tensor, nn
 
-from backbones import vig
+from backbones import vig, vig_blocks
 from ops.cpu.scan.gated_scan import mixed_scan
 from ops.inference.forms import stands_for
 from ops.inference.layers import FastLayer, FastLinear, tensors_of
@@ -17,8 +17,8 @@ from ops.replay.module import Recorded, recorded_form
 __all__ = ["ViGAttention", "ViGBlock", "ViGGluMlp", "ViGStage"]
 
 
-@stands_for(vig.JoinedAttention)
-class ViGAttention(FastLayer, vig.JoinedAttention):
+@stands_for(vig_blocks.JoinedAttention)
+class ViGAttention(FastLayer, vig_blocks.JoinedAttention):
     """From the projections to the last one it is one kernel; the shortcut is added there."""
 
     followed: ClassVar = {"act": ("dwconv",)}
@@ -27,7 +27,7 @@ class ViGAttention(FastLayer, vig.JoinedAttention):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         norms = self.derived(x)
         if norms is None:
-            out = vig.JoinedAttention.forward(self, x)
+            out = vig_blocks.JoinedAttention.forward(self, x)
             return out if residual is None else out + residual
         x = self.act(self.dwconv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
         shape, x = x.shape, x.flatten(1, 2)
@@ -44,14 +44,27 @@ class ViGAttention(FastLayer, vig.JoinedAttention):
             return None
         weights = (norm.weight.detach().float() for norm in (self.norm, self.local_norm))
         act = "silu" if isinstance(self.out_act, nn.SiLU) else "none"
-        return (*weights, self.num_heads, float(vig.GATE_DIVISOR), vig.HEAD_NORM_EPS, act)
+        return (
+            *weights,
+            self.num_heads,
+            float(vig_blocks.GATE_DIVISOR),
+            vig_blocks.HEAD_NORM_EPS,
+            act,
+        )
 
 
-@stands_for(GluMlp, where=lambda mlp: _is_swiglu(mlp))
+def _is_swiglu(mlp: GluMlp) -> bool:
+    plain = isinstance(mlp.norm, nn.Identity) and not mlp.gate_last
+    return plain and isinstance(mlp.act, nn.SiLU)
+
+
+@stands_for(GluMlp, where=_is_swiglu)
 class ViGGluMlp(FastLayer, GluMlp):
     """The activation and the product are those of a linear layer's results."""
 
     needs: ClassVar = {"fc2": FastLinear}
+    fc1: Any
+    fc2: Any
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         halves = self.derived(x)
@@ -71,13 +84,8 @@ class ViGGluMlp(FastLayer, GluMlp):
         return gate, up
 
 
-def _is_swiglu(mlp: GluMlp) -> bool:
-    plain = isinstance(mlp.norm, nn.Identity) and not mlp.gate_last
-    return plain and isinstance(mlp.act, nn.SiLU) and not mlp.training
-
-
-@stands_for(vig.Block)
-class ViGBlock(vig.Block):
+@stands_for(vig_blocks.Block)
+class ViGBlock(vig_blocks.Block):
     """Attention and MLP add their shortcuts."""
 
     needs: ClassVar = {"attn": ViGAttention, "mlp": ViGGluMlp}

@@ -1,6 +1,6 @@
 // Gated linear attention, backward: states are kept from chunk to chunk, and made anew inside one
-// while gradients pass through it. A lane is a channel of the keys, since three of the four gradients
-// are sums over the values.
+// while gradients pass through it. A lane is a channel of the keys, since three of the four
+// gradients are sums over the values.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -10,8 +10,8 @@
 
 namespace gated_scan {
 
-// Gradients are of float32 and contiguous; those of the gates are of their logarithms. A bonus is not
-// taken care of.
+// Gradients are of float32 and contiguous; those of the gates are of their logarithms. A bonus is
+// not taken care of.
 struct BackwardTensors {
   Sequence query, key, value;
   Sequence gate, gate_back;  // logarithms, in float32; the second may be null
@@ -109,7 +109,8 @@ static void pass_gradients(const Pieces& p, int count, int64_t row, int64_t colu
   for (int i = count - 1; i >= 0; i--) {
     const int64_t at = i * p.keys + column;
     const float* const before = p.states + i * STATE;
-    const float *const value = p.value + i * p.values + row, *const grad = p.grad + i * p.values + row;
+    const float* const value = p.value + i * p.values + row;
+    const float* const grad = p.grad + i * p.values + row;
     F product[ROWS], own[ROWS];
     VB_UNROLL
     for (int r = 0; r < ROWS; r++) {
@@ -120,7 +121,8 @@ static void pass_gradients(const Pieces& p, int count, int64_t row, int64_t colu
     for (int c = 0; c < C; c++) {
       const F query = simd::load(p.query + at + c * W), key = simd::load(p.key + at + c * W);
       const F gate = simd::load(p.gate + at + c * W);
-      F of_key = simd::load(p.grad_key + at + c * W), of_gate = simd::load(p.grad_gate + at + c * W);
+      F of_key = simd::load(p.grad_key + at + c * W);
+      F of_gate = simd::load(p.grad_gate + at + c * W);
       VB_UNROLL
       for (int r = 0; r < ROWS; r++) {
         F g = APART ? tile[r][c] : simd::fma(query, own[r], tile[r][c]);

@@ -19,8 +19,8 @@ struct ForwardTensors {
 constexpr int ROWS = 4;                                 // of a tile: channels of the keys
 constexpr int COLUMNS = simd::REGISTERS == 32 ? 4 : 2;  // vectors
 
-// A chunk on its way through a tile. `query`, `key` and `gate` are [count][pitch], `value` and `sum`
-// rows that lie `value_pitch` and `sum_step` apart, `state` is [ROWS][state_pitch].
+// A chunk on its way through a tile. `query`, `key` and `gate` are [count][pitch], `value` and
+// `sum` rows that lie `value_pitch` and `sum_step` apart, `state` is [ROWS][state_pitch].
 struct TileArgs {
   const float *query, *key, *gate;
   int64_t pitch;
@@ -93,8 +93,8 @@ struct Part {
   int64_t begin, end;
 };
 
-// Both directions of a part, whose sums go to `ends.finish`, token by token in the order of the last
-// direction; `ends.gates` says what the gates are.
+// Both directions of a part, whose sums go to `ends.finish`, token by token in the order of the
+// last direction; `ends.gates` says what the gates are.
 template <class T, class Ends>
 static void scan(const Problem& p, const Ends& ends, const Part& part) {
   static thread_local Room<float> rooms[3];
@@ -124,19 +124,28 @@ static void scan(const Problem& p, const Ends& ends, const Part& part) {
         ends.fetch_gates(p, direction, part.head, next);
       }
       float* const sum = sums + span.first * values;
-      for (int i = 0; direction == 0 && i < span.count; i++) {
-        const float own = ends.own(p, part.head, query + i * keys, key + i * keys);
+      if (direction == 0) std::fill_n(sum, span.count * values, 0.f);
+      for (int i = 0; p.apart && direction == 0 && i < span.count; i++) {
+        const F own = simd::set1(ends.own(p, part.head, query + i * keys, key + i * keys));
         for (int64_t c = i * values; c < (i + 1) * values; c += W) {
-          simd::store(sum + c, simd::set1(own) * simd::load(value + c));
+          simd::store(sum + c, own * simd::load(value + c));
         }
       }
       for (int64_t c = 0; c < values; c += COLUMNS * W) {
         const int vectors = static_cast<int>(std::min<int64_t>(COLUMNS, (values - c) / W));
         for (int64_t r = 0; r < p.dim; r += ROWS) {
-          const TileArgs args{query + r, key + r,              gate + r,
-                              keys,      value + c,            values,
-                              sum + c,   values * span.step,   state + r * values + c,
-                              values,    span.count};
+          TileArgs args;
+          args.query = query + r;
+          args.key = key + r;
+          args.gate = gate + r;
+          args.pitch = keys;
+          args.value = value + c;
+          args.value_pitch = values;
+          args.sum = sum + c;
+          args.sum_step = values * span.step;
+          args.state = state + r * values + c;
+          args.state_pitch = values;
+          args.count = span.count;
           p.apart ? pass<true>(args, vectors) : pass<false>(args, vectors);
         }
       }
@@ -171,7 +180,7 @@ struct Plain {
   float own(const Problem& p, const Head& at, const float* query, const float* key) const {
     const float* const bonus = t.bonus + at.head * p.dim;
     float sum = 0.f;
-    for (int64_t c = 0; p.apart && c < p.dim; c++) sum += query[c] * bonus[c] * key[c];
+    for (int64_t c = 0; c < p.dim; c++) sum += query[c] * bonus[c] * key[c];
     return sum;
   }
 

@@ -1,5 +1,5 @@
-// The attention of ViG from its projections on: gates from their logits, the scan, and as each token
-// leaves it, its norm and its mixture with the map.
+// The attention of ViG from its projections on: gates from their logits, the scan, and as each
+// token leaves it, its norm and its mixture with the map.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -13,7 +13,7 @@ namespace gated_scan {
 struct MixedTensors {
   Sequence query, key, value;
   Sequence decay, decay_back;  // logits of the gates
-  Sequence gate, local;        // what a token is mixed with, and logits of how much
+  Sequence gate, local;        // logits of the shares of the scan, and what the rest is of
   const float *norm, *local_norm;  // [value_dim]
   void* out;                       // [batch][tokens][heads][value_dim]
 };

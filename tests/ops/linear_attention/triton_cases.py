@@ -13,6 +13,7 @@ import torch
 from scan_inputs import difference, inputs
 
 from ops.linear_attention import gated_linear_attention
+from ops.linear_attention.triton.operators import gated_scan
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -67,5 +68,4 @@ def test_opcheck():
     given = inputs(4, 4, 4, batch=1, heads=1, dtype=torch.float32)
     tensors = [t.to(DEVICE).requires_grad_() for t in list(given.values())[:5]]
     tests = ("test_schema", "test_autograd_registration", "test_faketensor")
-    operator = torch.ops.vision_backbones.triton_gated_scan.default
-    torch.library.opcheck(operator, (*tensors, False, 0.5), test_utils=tests)
+    torch.library.opcheck(gated_scan, (*tensors, False, 0.5), test_utils=tests)

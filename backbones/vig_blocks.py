@@ -1,0 +1,185 @@
+"""The blocks of ViG: bidirectional gated linear attention, and a gated MLP.
+
+Bencheng Liao et al., "ViG: Linear-complexity Visual Sequence Learning with Gated Linear Attention",
+https://arxiv.org/abs/2405.18425.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, GluMlp
+from torch import Tensor, nn
+
+from ops.linear_attention import gated_linear_attention
+
+__all__ = ["GATE_DIVISOR", "HEAD_NORM_EPS", "Block", "GatedLinearAttention", "JoinedAttention"]
+
+_GATE_RANK = 16
+HEAD_NORM_EPS = 1e-6
+GATE_DIVISOR = 16  # of log gates, so that they begin near 0 and little is forgotten
+
+
+class Mixing(nn.Module):
+    """The norms and the activation of what :class:`GatedLinearAttention` mixes, and their use."""
+
+    num_heads: int
+    norm: Any
+    local_norm: Any
+    out_act: nn.Module
+
+    def mix(self, scanned: Tensor, gate: Tensor, x: Tensor) -> Tensor:
+        """What was scanned, (B, L, heads, V), and the map, each normalised, by a gate's shares."""
+        gate, local = (_heads(t.flatten(1, 2), self.num_heads) for t in (gate.sigmoid(), x))
+        mixed = gate * self.norm(scanned) + (1 - gate) * self.local_norm(local)
+        return self.out_act(mixed.reshape(x.shape))
+
+
+class GatedLinearAttention(Mixing):
+    """A map is scanned in both directions; what that gives is mixed with the map, gate by gate.
+
+    (B, H, W, dim) → (B, H, W, dim). Keys and queries have half the channels. See
+    :func:`ops.linear_attention.gated_linear_attention`.
+
+    Args:
+        dim: channels.
+        num_heads: divides dim / 2.
+        act: SiLU after the convolution and before the last projection.
+        eval_share: factor of the sum of both directions in eval mode; in training it is 1/2.
+
+    Raises:
+        ValueError: heads that do not divide the channels of the keys.
+    """
+
+    def __init__(
+        self, dim: int, num_heads: int, act: bool = False, eval_share: float = 0.5
+    ) -> None:
+        super().__init__()
+        if num_heads < 1 or dim % (2 * num_heads):
+            raise ValueError(f"2 · num_heads must divide dim {dim}, got num_heads {num_heads}")
+        self.num_heads, self.eval_share = num_heads, eval_share
+        self.dwconv = nn.Conv2d(dim, dim, 3, padding=1, groups=dim, bias=False)
+        self.act = nn.SiLU() if act else nn.Identity()
+        self.out_act = nn.SiLU() if act else nn.Identity()
+        self.qkv = nn.Linear(dim, 2 * dim, bias=False)
+        self.decay_down = nn.Linear(dim, _GATE_RANK, bias=False)
+        self.decay_up = nn.Linear(_GATE_RANK, dim)
+        self.gate = nn.Linear(dim, dim)
+        self.norm = nn.RMSNorm(dim // num_heads, eps=HEAD_NORM_EPS)
+        self.local_norm = nn.RMSNorm(dim // num_heads, eps=HEAD_NORM_EPS)
+        self.proj = nn.Linear(dim, dim, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.dwconv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        share = 0.5 if self.training else self.eval_share
+        query, key, value = self.qkv(x).split(_widths(x)[:3], dim=-1)
+        decay = self.decay_up(self.decay_down(x))
+        scale = share * (x.shape[-1] // 2 // self.num_heads) ** -0.5
+        scanned = _scan(query, key, value, decay, self.num_heads, scale)
+        return self.proj(self.mix(scanned, self.gate(x), x))
+
+    def fuse(self) -> JoinedAttention:
+        """All that the map is projected to first, by one layer."""
+        return JoinedAttention(self)
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}, eval_share={self.eval_share}"
+
+
+class JoinedAttention(Mixing):
+    """What :class:`GatedLinearAttention` computes in eval mode, with its projections joined.
+
+    (B, H, W, dim) → (B, H, W, dim). The scale of the scan is in the weights of the query.
+    """
+
+    @torch.no_grad()
+    def __init__(self, attn: GatedLinearAttention) -> None:
+        super().__init__()
+        self.num_heads = attn.num_heads
+        self.dwconv, self.act, self.out_act = attn.dwconv, attn.act, attn.out_act
+        parts = (attn.qkv, attn.gate, attn.decay_down)
+        dim = attn.qkv.in_features
+        self.joined = nn.Linear(dim, sum(part.out_features for part in parts))
+        self.joined.to(attn.qkv.weight)
+        self.joined.weight.copy_(torch.cat([part.weight for part in parts]))
+        self.joined.weight[: dim // 2] *= attn.eval_share * (dim // 2 // self.num_heads) ** -0.5
+        self.joined.bias.zero_()[2 * dim : 3 * dim] = attn.gate.bias
+        self.decay_up = attn.decay_up
+        self.norm, self.local_norm, self.proj = attn.norm, attn.local_norm, attn.proj
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.act(self.dwconv(x.permute(0, 3, 1, 2))).permute(0, 2, 3, 1)
+        query, key, value, gate, decay = self.joined(x).split(_widths(x), dim=-1)
+        scanned = _scan(query, key, value, self.decay_up(decay), self.num_heads, 1.0)
+        return self.proj(self.mix(scanned, gate, x))
+
+    def extra_repr(self) -> str:
+        return f"num_heads={self.num_heads}"
+
+
+def _widths(x: Tensor) -> list[int]:
+    """Channels of query, key, value, gate, and of what decays are made from."""
+    dim = x.shape[-1]
+    return [dim // 2, dim // 2, dim, dim, _GATE_RANK]
+
+
+def _heads(x: Tensor, num_heads: int) -> Tensor:
+    """(B, L, C) → (B, L, heads, C / heads)"""
+    return x.unflatten(-1, (num_heads, -1))
+
+
+def _scan(
+    query: Tensor, key: Tensor, value: Tensor, decay: Tensor, num_heads: int, scale: float
+) -> Tensor:
+    """Maps (B, H, W, ·), row by row, forward and backward: (B, L, heads, V).
+
+    ``decay`` are logits of the gates of both directions.
+    """
+    # Half precision would be too coarse.
+    exact = torch.promote_types(decay.dtype, torch.float32)
+    log_gate = F.logsigmoid(decay.to(exact)) / GATE_DIVISOR
+    query, key, value, ahead, back = (
+        _heads(t.flatten(1, 2), num_heads) for t in (query, key, value, *log_gate.chunk(2, -1))
+    )
+    return gated_linear_attention(query, key, value, ahead, back, scale=scale)
+
+
+class Block(nn.Module):
+    """Attention, then a gated MLP, each normalised before and added.
+
+    (B, H, W, dim) → (B, H, W, dim).
+
+    Args:
+        dim: channels.
+        hidden_dim: of the MLP.
+        norm_layer: makes a norm of the last axis.
+        drop: dropout in the MLP.
+        num_heads, act, eval_share: see :class:`GatedLinearAttention`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        hidden_dim: int,
+        norm_layer: Callable[[int], nn.Module],
+        drop: float = 0.0,
+        drop_path: float = 0.0,
+        act: bool = False,
+        eval_share: float = 0.5,
+    ) -> None:
+        super().__init__()
+        self.norm1 = norm_layer(dim)
+        self.attn = GatedLinearAttention(dim, num_heads, act, eval_share)
+        self.norm2 = norm_layer(dim)
+        self.mlp = GluMlp(
+            dim, 2 * hidden_dim, act_layer=nn.SiLU, bias=False, drop=drop, gate_last=False
+        )
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.drop_path(self.attn(self.norm1(x)))
+        return x + self.drop_path(self.mlp(self.norm2(x)))
