@@ -46,7 +46,22 @@ GATE_DIVISOR = 16  # of log gates, so that they begin near 0 and little is forgo
 _XAVIER_GAIN = 2**-2.5
 
 
-class GatedLinearAttention(nn.Module):
+class Mixing(nn.Module):
+    """The norms and the activation of what :class:`GatedLinearAttention` mixes, and their use."""
+
+    num_heads: int
+    norm: Any
+    local_norm: Any
+    out_act: nn.Module
+
+    def mix(self, scanned: Tensor, gate: Tensor, x: Tensor) -> Tensor:
+        """What was scanned, (B, L, heads, V), and the map, each normalised, by a gate's shares."""
+        gate, local = (_heads(t.flatten(1, 2), self.num_heads) for t in (gate.sigmoid(), x))
+        mixed = gate * self.norm(scanned) + (1 - gate) * self.local_norm(local)
+        return self.out_act(mixed.reshape(x.shape))
+
+
+class GatedLinearAttention(Mixing):
     """A map is scanned in both directions; what that gives is mixed with the map, gate by gate.
 
     (B, H, W, dim) → (B, H, W, dim). Keys and queries have half the channels. See
@@ -89,12 +104,6 @@ class GatedLinearAttention(nn.Module):
         scanned = _scan(query, key, value, decay, self.num_heads, scale)
         return self.proj(self.mix(scanned, self.gate(x), x))
 
-    def mix(self, scanned: Tensor, gate: Tensor, x: Tensor) -> Tensor:
-        """What was scanned, (B, L, heads, V), and the map, each normalised, by a gate's shares."""
-        gate, local = (_heads(t.flatten(1, 2), self.num_heads) for t in (gate.sigmoid(), x))
-        mixed = gate * self.norm(scanned) + (1 - gate) * self.local_norm(local)
-        return self.out_act(mixed.reshape(x.shape))
-
     def fuse(self) -> JoinedAttention:
         """All that the map is projected to first, by one layer."""
         return JoinedAttention(self)
@@ -103,7 +112,7 @@ class GatedLinearAttention(nn.Module):
         return f"num_heads={self.num_heads}, eval_share={self.eval_share}"
 
 
-class JoinedAttention(nn.Module):
+class JoinedAttention(Mixing):
     """What :class:`GatedLinearAttention` computes in eval mode, with its projections joined.
 
     (B, H, W, dim) → (B, H, W, dim). The scale of the scan is in the weights of the query.
@@ -129,8 +138,6 @@ class JoinedAttention(nn.Module):
         query, key, value, gate, decay = self.joined(x).split(_widths(x), dim=-1)
         scanned = _scan(query, key, value, self.decay_up(decay), self.num_heads, 1.0)
         return self.proj(self.mix(scanned, gate, x))
-
-    mix = GatedLinearAttention.mix
 
     def extra_repr(self) -> str:
         return f"num_heads={self.num_heads}"

@@ -47,11 +47,18 @@ class ViGAttention(FastLayer, vig.JoinedAttention):
         return (*weights, self.num_heads, float(vig.GATE_DIVISOR), vig.HEAD_NORM_EPS, act)
 
 
-@stands_for(GluMlp, where=lambda mlp: _is_swiglu(mlp))
+def _is_swiglu(mlp: GluMlp) -> bool:
+    plain = isinstance(mlp.norm, nn.Identity) and not mlp.gate_last
+    return plain and isinstance(mlp.act, nn.SiLU)
+
+
+@stands_for(GluMlp, where=_is_swiglu)
 class ViGGluMlp(FastLayer, GluMlp):
     """The activation and the product are those of a linear layer's results."""
 
     needs: ClassVar = {"fc2": FastLinear}
+    fc1: Any
+    fc2: Any
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         halves = self.derived(x)
@@ -69,11 +76,6 @@ class ViGGluMlp(FastLayer, GluMlp):
         biases = (None, None) if self.fc1.bias is None else self.fc1.bias.chunk(2)
         gate, up = map(PackedLinear, halves, biases)
         return gate, up
-
-
-def _is_swiglu(mlp: GluMlp) -> bool:
-    plain = isinstance(mlp.norm, nn.Identity) and not mlp.gate_last
-    return plain and isinstance(mlp.act, nn.SiLU) and not mlp.training
 
 
 @stands_for(vig.Block)

@@ -22,11 +22,16 @@ import torch
 from torch import Tensor
 
 from ops.autocast import without_autocast
-from ops.linear_attention import chunked, cpu, reference
+from ops.linear_attention import chunked, cpu, reference, triton
 
 __all__ = ["BACKENDS", "gated_linear_attention"]
 
-BACKENDS: dict[str, ModuleType] = {"reference": reference, "chunked": chunked, "cpu": cpu}
+BACKENDS: dict[str, ModuleType] = {
+    "reference": reference,
+    "chunked": chunked,
+    "cpu": cpu,
+    "triton": triton,
+}
 
 
 def gated_linear_attention(
@@ -130,7 +135,12 @@ def _check(
 
 def _best_backend(tensors: Tensors) -> ModuleType:
     """The first of the ladder that can do the call; ``chunked`` can do every call."""
-    if not torch.compiler.is_exporting() and cpu.supports(*tensors) is None:
+    if torch.compiler.is_exporting():
+        return chunked
+    device = tensors[0].device.type
+    if device == "cuda" and triton.supports(*tensors) is None:
+        return triton
+    if device == "cpu" and cpu.supports(*tensors) is None:
         return cpu
     return chunked
 

@@ -44,7 +44,8 @@ def attend(
     else:
         back = log_gate_back.to(precise).transpose(1, 2)
         both = ((q, q.flip(2)), (k, k.flip(2)), (v, v.flip(2)), (gate, back.flip(2)))
-        outs = _scan(*(torch.stack(pair) for pair in both), apart, chunk)
+        q_both, k_both, v_both, gates = map(torch.stack, both)
+        outs = _scan(q_both, k_both, v_both, gates, apart, chunk)
         out = outs[0] + outs[1].flip(2)
     if bonus is not None:
         weight = (q * bonus.to(precise)[:, None] * k).sum(-1, keepdim=True)

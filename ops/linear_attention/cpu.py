@@ -68,7 +68,8 @@ class _Differentiable(torch.autograd.Function):
     @staticmethod
     @torch.autograd.function.once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
-        *inputs, bonus = ctx.saved_tensors
+        tensors = ctx.saved_tensors
+        *inputs, bonus = tensors
         grads = list(gated_scan_backward(grad_out, *inputs, bonus is not None, ctx.scale))
         grads.append(None)
         if bonus is not None:
@@ -82,7 +83,7 @@ class _Differentiable(torch.autograd.Function):
         needed = ctx.needs_input_grad[:6]
         wanted = (
             grad.to(tensor.dtype) if need else None
-            for grad, tensor, need in zip(grads, ctx.saved_tensors, needed, strict=True)
+            for grad, tensor, need in zip(grads, tensors, needed, strict=True)
         )
         return (*wanted, None)
 

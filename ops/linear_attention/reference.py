@@ -30,8 +30,9 @@ def attend(
     q, k, v = query.to(precise) * scale, key.to(precise), value.to(precise)
     out = _scan(q, k, v, log_gate.to(precise).exp(), bonus is not None)
     if log_gate_back is not None:
-        reversed_ = (t.flip(1) for t in (q, k, v, log_gate_back.to(precise).exp()))
-        out = out + _scan(*reversed_, bonus is not None).flip(1)
+        gate = log_gate_back.to(precise).exp()
+        back = _scan(q.flip(1), k.flip(1), v.flip(1), gate.flip(1), bonus is not None)
+        out = out + back.flip(1)
     if bonus is not None:
         out = out + (q * bonus.to(precise) * k).sum(-1, keepdim=True) * v
     return out.to(query.dtype)

@@ -7,16 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
-from torch import Tensor
 from zoo import images, randomise
 
 import backbones
 from backbones.cli.parity import checkpoint, image, reference, relative_error, summary_error
 from backbones.vig import GatedLinearAttention, JoinedAttention
 from backbones.vig_inference import ViGAttention, ViGBlock
-from ops.cpu.scan.gated_scan import mixed_scan
-from ops.linear_attention import gated_linear_attention
 
 SHALLOW: dict[str, dict[str, Any]] = {
     "vig_t": {"dim": 64, "num_heads": 2, "depths": (1, 1, 1, 1)},
@@ -134,55 +130,6 @@ def test_projections_joined(act: bool) -> None:
     joined = attn.fuse()
     assert isinstance(joined, JoinedAttention)
     torch.testing.assert_close(joined(x), expected, rtol=1e-10, atol=1e-10)
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("activation", ["none", "silu"])
-@pytest.mark.parametrize(("tokens", "dim", "num_heads"), [(1, 64, 1), (50, 96, 3), (33, 20, 2)])
-def test_mixed_scan(dtype: torch.dtype, activation: str, tokens: int, dim: int, num_heads: int):
-    torch.manual_seed(0)
-    projected, local = torch.randn(2, tokens, 3 * dim + 5), torch.randn(2, tokens, dim)
-    decay = 20 * torch.randn(2, tokens, dim)
-    projected, local, decay = (t.to(dtype) for t in (projected, local, decay))
-    norm, local_norm = torch.rand(2, dim // num_heads) + 0.5
-    out = mixed_scan(projected, decay, local, norm, local_norm, num_heads, 16.0, 1e-6, activation)
-
-    def heads(t: Tensor) -> Tensor:
-        return t.double().unflatten(-1, (num_heads, -1))
-
-    half = dim // 2
-    query, key, value, gate, _ = map(
-        heads_or_rest(num_heads), projected.double().split([half, half, dim, dim, 5], dim=-1)
-    )
-    ahead, back = map(heads, (F.logsigmoid(decay.double()) / 16).chunk(2, dim=-1))
-    scanned = gated_linear_attention(query, key, value, ahead, back, scale=1.0)
-    share = gate.sigmoid()
-    width = (dim // num_heads,)
-    expected = share * F.rms_norm(scanned, width, norm.double(), 1e-6)
-    expected += (1 - share) * F.rms_norm(heads(local), width, local_norm.double(), 1e-6)
-    expected = expected.flatten(2)
-    expected = F.silu(expected) if activation == "silu" else expected
-    assert out.dtype == dtype
-    tolerance = 3e-6 if dtype == torch.float32 else 2**-8
-    assert relative_error(out, expected) < tolerance
-
-
-def heads_or_rest(num_heads: int):
-    """Cut what heads divide into heads."""
-    return lambda t: t.unflatten(-1, (num_heads, -1)) if t.shape[-1] % num_heads == 0 else t
-
-
-def test_mixed_scan_refuses_what_does_not_fit() -> None:
-    x, weight = torch.zeros(1, 4, 8), torch.ones(4)
-    wide = torch.zeros(1, 4, 24)
-    with pytest.raises(ValueError, match="24 channels or more"):
-        mixed_scan(x, x, x, weight, weight, 2, 16.0, 1e-6)
-    with pytest.raises(ValueError, match=r"decay must be \(1, 4, 8\)"):
-        mixed_scan(wide, wide, x, weight, weight, 2, 16.0, 1e-6)
-    with pytest.raises(ValueError, match="norms must have 4 weights"):
-        mixed_scan(wide, x, x, torch.ones(8), weight, 2, 16.0, 1e-6)
-    with pytest.raises(ValueError, match="'none' or 'silu', got 'gelu'"):
-        mixed_scan(wide, x, x, weight, weight, 2, 16.0, 1e-6, "gelu")
 
 
 def test_initial_weights() -> None:

@@ -159,17 +159,16 @@ def mixed_scan(
         sizes = (batch, tokens, num_heads, dim // 2 // num_heads, dim // num_heads)
         bfloat16, threads = local.dtype == torch.bfloat16, torch.get_num_threads()
         problem = _problem(sizes, False, bfloat16, threads, 1.0)
-        half, places = dim // 2, (0, dim // 2, dim, 2 * dim)
-        names = ("query", "key", "value", "gate")
-        widths = (half, half, dim, dim)
+        half = dim // 2
+        keys, values = half // num_heads, dim // num_heads
         fields = {
-            name: _heads(projected, place, width // num_heads)
-            for name, place, width in zip(names, places, widths, strict=True)
-        }
-        fields |= {
-            **{"decay": _heads(decay, 0, half // num_heads)},
-            **{"decay_back": _heads(decay, half, half // num_heads)},
-            **{"local": _heads(local, 0, dim // num_heads)},
+            "query": _heads(projected, 0, keys),
+            "key": _heads(projected, half, keys),
+            "value": _heads(projected, dim, values),
+            "gate": _heads(projected, 2 * dim, values),
+            "decay": _heads(decay, 0, keys),
+            "decay_back": _heads(decay, half, keys),
+            "local": _heads(local, 0, values),
             **{"norm": norm, "local_norm": local_norm, "out": out},
         }
         return problem, Addresses(_MIXED, fields), _mixture(divisor, eps, activation)

@@ -1,0 +1,67 @@
+"""The kernel of root-mean-square norm against float64, and the layers that call it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compiled_kernels import compiled_for, random, using_threads
+from timm.layers import RmsNorm2d
+from torch import nn
+
+from ops.cpu.norm.rms_norm import rms_norm
+from ops.inference.layers import convert
+from ops.inference.norm import FastRMSNorm, FastRmsNorm2d
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dim", [1, 2, 15, 16, 40, 65, 300])
+def test_is_the_norm(dtype, dim):
+    x, weight = random(3, 7, dim).to(dtype), random(dim, seed=1)
+    expected = F.rms_norm(x.double(), (dim,), weight, 1e-3)
+    out = rms_norm(x, weight.float(), 1e-3)
+    assert out.dtype == dtype and out.is_contiguous()
+    tolerance = 2**-8 if dtype == torch.bfloat16 else 1e-6
+    assert (out - expected).abs().max() <= tolerance * expected.abs().max()
+
+
+@pytest.mark.parametrize("instructions", ["avx2", "portable"])
+def test_other_instruction_sets(instructions, monkeypatch):
+    compiled_for(instructions, monkeypatch)
+    x, weight = random(9, 21), random(21, seed=1)
+    expected = F.rms_norm(x, (21,), weight, 1e-6)
+    out = rms_norm(x.float(), weight.float(), 1e-6)
+    assert (out - expected).abs().max() < 1e-6 * expected.abs().max()
+
+
+def test_threads_change_nothing_of_what_lies_apart():
+    x, weight = random(2, 30, 37, 27).float()[..., 3:], random(24, seed=1).float()
+    outs = []
+    for threads in (1, 3, 7):
+        with using_threads(threads):
+            outs.append(rms_norm(x, weight, 1e-6))
+    torch.testing.assert_close(outs[0], F.rms_norm(x, (24,), weight, 1e-6))
+    assert torch.equal(outs[0], outs[1]) and torch.equal(outs[0], outs[2])
+
+
+@torch.inference_mode()
+def test_layers():
+    x = random(2, 12, 5, 7).float()
+    norm, norm2d = nn.RMSNorm(7, eps=1e-6), RmsNorm2d(12, eps=1e-6)
+    nn.init.uniform_(norm.weight)
+    nn.init.uniform_(norm2d.weight)
+    expected = norm(x), norm2d(x)
+    fast, fast2d = convert(norm, FastRMSNorm), convert(norm2d, FastRmsNorm2d)
+    torch.testing.assert_close(fast(x), expected[0])
+    torch.testing.assert_close(fast2d(x), expected[1])
+    plain = nn.RMSNorm((5, 7))  # of two axes: as torch does it
+    torch.testing.assert_close(convert(plain, FastRMSNorm)(x), F.rms_norm(x, (5, 7)))
+
+
+def test_what_does_not_fit_is_refused():
+    x, ones = torch.zeros(2, 3), torch.ones(3)
+    assert rms_norm(x[:0], ones, 1e-6).shape == (0, 3)
+    with pytest.raises(ValueError, match=r"got \(2, 3\) and \(2,\)"):
+        rms_norm(x, ones[:2], 1e-6)
+    with pytest.raises(ValueError, match="weight must be torch.float32"):
+        rms_norm(x, ones.double(), 1e-6)

@@ -1,0 +1,65 @@
+"""The kernel of ViG's attention against its parts in float64, and what it refuses."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compiled_kernels import compiled_for
+from torch import Tensor
+
+from ops.cpu.scan.gated_scan import mixed_scan
+from ops.linear_attention import gated_linear_attention
+
+
+def error(dtype: torch.dtype, activation: str, tokens: int, dim: int, num_heads: int) -> float:
+    """The greatest, over the greatest exact value."""
+    torch.manual_seed(0)
+    given = torch.randn(2, tokens, 3 * dim + 5), 20 * torch.randn(2, tokens, dim)
+    projected, decay, local = (t.to(dtype) for t in (*given, torch.randn(2, tokens, dim)))
+    norm, local_norm = torch.rand(2, dim // num_heads) + 0.5
+    out = mixed_scan(projected, decay, local, norm, local_norm, num_heads, 16.0, 1e-6, activation)
+    assert out.dtype == dtype
+
+    def heads(t: Tensor) -> Tensor:
+        return t.double().unflatten(-1, (num_heads, -1))
+
+    half, width = dim // 2, (dim // num_heads,)
+    parts = projected[..., : 3 * dim].split([half, half, dim, dim], dim=-1)
+    query, key, value, gate = map(heads, parts)
+    ahead, back = map(heads, (F.logsigmoid(decay.double()) / 16).chunk(2, dim=-1))
+    scanned = gated_linear_attention(query, key, value, ahead, back, scale=1.0)
+    share = gate.sigmoid()
+    expected = share * F.rms_norm(scanned, width, norm.double(), 1e-6)
+    expected += (1 - share) * F.rms_norm(heads(local), width, local_norm.double(), 1e-6)
+    expected = expected.flatten(2)
+    if activation == "silu":
+        expected = F.silu(expected)
+    return ((out - expected).abs().max() / expected.abs().max()).item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("activation", ["none", "silu"])
+@pytest.mark.parametrize(("tokens", "dim", "num_heads"), [(1, 64, 1), (50, 96, 3), (33, 20, 2)])
+def test_equals_its_parts(dtype, activation, tokens, dim, num_heads):
+    tolerance = 3e-6 if dtype == torch.float32 else 2**-8
+    assert error(dtype, activation, tokens, dim, num_heads) < tolerance
+
+
+@pytest.mark.parametrize("instructions", ["avx2", "portable"])
+def test_other_instruction_sets(instructions, monkeypatch):
+    compiled_for(instructions, monkeypatch)
+    assert error(torch.float32, "silu", 20, 36, 2) < 3e-6
+
+
+def test_refuses_what_does_not_fit() -> None:
+    x, weight = torch.zeros(1, 4, 8), torch.ones(4)
+    wide = torch.zeros(1, 4, 24)
+    with pytest.raises(ValueError, match="24 channels or more"):
+        mixed_scan(x, x, x, weight, weight, 2, 16.0, 1e-6)
+    with pytest.raises(ValueError, match=r"decay must be \(1, 4, 8\)"):
+        mixed_scan(wide, wide, x, weight, weight, 2, 16.0, 1e-6)
+    with pytest.raises(ValueError, match="norms must have 4 weights"):
+        mixed_scan(wide, x, x, torch.ones(8), weight, 2, 16.0, 1e-6)
+    with pytest.raises(ValueError, match="'none' or 'silu', got 'gelu'"):
+        mixed_scan(wide, x, x, weight, weight, 2, 16.0, 1e-6, "gelu")
