@@ -56,7 +56,7 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     "unireplknet": ("unireplknet_a", {"depths": (1, 1, 2, 1)}),
     "van": ("van_b0", {"depths": (1, 1, 2, 1)}),
     "vig": ("vig_h_t", {"depths": (1, 1, 2, 1)}),
-    "vrwkv": ("vrwkv_t", {"dim": 64, "depths": (1, 1, 2, 1)}),
+    "vrwkv": ("vrwkv_t", {"dim": 64, "depths": (1, 1, 1, 1)}),
 }
 FAMILIES = sorted(SMALL)
 # Image to image: no classifier and no pyramid.

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 
 import pytest
 import torch
+from compiled_kernels import without_kernels
 from zoo import images, randomise, small
 
 import backbones
 from backbones import vrwkv_blocks
 from backbones.cli.parity import checkpoint, image, reference, relative_error
 from backbones.vrwkv_blocks import Block, GatedScan, WKVAttention, shift
+from backbones.vrwkv_inference import VRWKVBlock
 from ops.position import resize_position_table
+from ops.replay.replay import Replay
 
 VARIANTS = ("vrwkv_t", "vrwkv_s", "vrwkv_b", "vrwkv_l")
 OTHER_FORMS = [
@@ -164,6 +168,62 @@ def test_a_hidden_layer_in_the_head() -> None:
     model.reset_classifier(0)
     torch.testing.assert_close(model(x), hidden)
     assert model.head_hidden_size == 24
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"gated": True},
+        {"gated": True, "post_norm": True, "layer_scale": 0.3},
+        {"post_norm": True, "layer_scale": 0.3, "key_norm": True, "segments": 0},
+        {"layer_scale": 0.3},
+    ],
+    ids=["gated", "gated-post", "post", "scaled"],
+)
+@torch.no_grad()
+def test_fused_forms(kwargs: dict) -> None:
+    """Those that the contract's small model does not have; each is recorded."""
+    model = randomise(small("vrwkv", **kwargs)).eval()
+    x = images(2, 3, 70, 45)
+    expected = model(x)
+    half = copy.deepcopy(model).fuse(dtype=torch.bfloat16)
+    fused = model.fuse()
+    assert all(isinstance(block, VRWKVBlock) for s in fused.stages for block in s.blocks)
+    outs = [fused(x) for _ in range(4)]
+    assert all(torch.equal(out, outs[0]) for out in outs)
+    assert relative_error(outs[0], expected) <= 1e-5
+    assert [type(p) for p in fused._records._programs.values()] == [Replay]
+    assert relative_error(half(x.bfloat16()).float(), expected) <= 5e-2
+
+
+def test_fused_forms_have_gradients_of_images() -> None:
+    for kwargs in ({}, {"gated": True}):
+        model = randomise(small("vrwkv", **kwargs)).eval()
+        x = images(1, 3, 64, 48).requires_grad_()
+        (expected,) = torch.autograd.grad(model(x).square().sum(), x)
+        (got,) = torch.autograd.grad(model.fuse()(x).square().sum(), x)
+        assert relative_error(got, expected) <= 1e-4
+
+
+@torch.no_grad()
+def test_fused_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_kernels(monkeypatch)
+    for kwargs in ({}, {"gated": True}):
+        model = randomise(small("vrwkv", **kwargs)).eval()
+        x = images(1, 3, 64, 48)
+        expected = model(x)
+        assert relative_error(model.fuse()(x), expected) <= 1e-5
+
+
+@torch.no_grad()
+def test_changed_weights_show_in_the_fused_model() -> None:
+    model = randomise(small("vrwkv")).eval().fuse()
+    x = images(1, 3, 64, 64)
+    before = [model(x) for _ in range(3)][-1]
+    model.stages[1].blocks[0].attn.decay.add_(2.0)
+    after = [model(x) for _ in range(3)]
+    assert relative_error(after[0], before) > 1e-4
+    assert torch.equal(after[0], after[2])
 
 
 def test_what_is_refused() -> None:

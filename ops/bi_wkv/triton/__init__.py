@@ -24,7 +24,7 @@ def supports(
     """``None`` if the kernels can do the call, else the reason in words."""
     if key.dtype != torch.float32:
         return f"the kernels compute in float32, not {key.dtype}"
-    return device_problem(key.device)
+    return device_problem(key)
 
 
 def attend(

@@ -23,7 +23,7 @@ def supports(query: Tensor, key: Tensor, value: Tensor, *others: Tensor | None) 
         return f"the kernels compute in float32, float16 or bfloat16, got {query.dtype}"
     if query.shape[-1] > _MAX_DIM:
         return f"heads of keys have up to {_MAX_DIM} channels, got {query.shape[-1]}"
-    return device_problem(query.device)
+    return device_problem(query)
 
 
 def attend(

@@ -52,20 +52,20 @@ def _interpreting() -> bool:
     return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
 
 
-def device_problem(device: torch.device) -> str | None:
-    """Why Triton's kernels cannot run on a device, or None."""
+def device_problem(tensor: Tensor) -> str | None:
+    """None if Triton's kernels can run where a tensor is, else the reason in words."""
     if _TRITON_PROBLEM is not None:
         return _TRITON_PROBLEM
-    if device.type != "cuda" and not (device.type == "cpu" and _interpreting()):
+    if tensor.device.type != "cuda" and not (tensor.device.type == "cpu" and _interpreting()):
         return (
-            f"the kernels need a CUDA device, got {device.type} "
+            f"the kernels need a CUDA device, got {tensor.device.type} "
             "(on the CPU they run only in the interpreter, with TRITON_INTERPRET=1)"
         )
-    if device.type == "cuda":
+    if tensor.device.type == "cuda":
         if torch.version.hip is not None:
             return "the kernels are written for NVIDIA's GPUs"
-        if torch.cuda.get_device_properties(device).major < 8:
-            return f"the kernels need compute capability 8.0 or newer, {device} has less"
+        if torch.cuda.get_device_properties(tensor.device).major < 8:
+            return f"the kernels need compute capability 8.0 or newer, {tensor.device} has less"
     return None
 
 
@@ -83,8 +83,9 @@ def supports(
         return _TRITON_PROBLEM or (
             f"the kernels compute in float32, float16 or bfloat16, got {query.dtype}"
         )
-    if (reason := device_problem(query.device)) is not None:
-        return reason
+    problem = device_problem(query)
+    if problem is not None:
+        return problem
     widest = max(query.shape[-1], value.shape[-1])
     if widest > _MAX_HEAD_DIM:
         return f"head dims go up to {_MAX_HEAD_DIM}, got {widest}"

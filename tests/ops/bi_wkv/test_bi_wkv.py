@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import onnxruntime
 import pytest
 import torch
 from torch import Tensor
@@ -78,7 +79,7 @@ def test_outputs_and_gradients(tokens: int, segments: int | None, backend: str) 
         assert (got - want).abs().max() <= 1e-5 * max(1, want.abs().max())
 
 
-@pytest.mark.parametrize("segments", [None, 1, 3, 16])
+@pytest.mark.parametrize("segments", [None, 3])
 def test_gradcheck(segments: int | None) -> None:
     tokens = inputs(18, batch=1, dim=2)
     assert torch.autograd.gradcheck(lambda *t: bi_wkv(*t, segments), tokens)
@@ -145,10 +146,10 @@ def test_autocast_keeps_float32_inside() -> None:
     assert torch.equal(out, expected)
 
 
-@BOTH_FORMS
+@pytest.mark.parametrize("segments", [None, 4])
 @pytest.mark.parametrize("backend", FAST)
 def test_compiles_into_one_graph(segments: int | None, backend: str) -> None:
-    tokens = inputs(37, dtype=torch.float32)
+    tokens = inputs(7, dtype=torch.float32)
 
     def run(*t: Tensor) -> Tensor:
         return bi_wkv(*t, segments, backend).square()
@@ -168,19 +169,28 @@ class Layer(torch.nn.Module):
         return bi_wkv(*tokens, self.segments)
 
 
-@BOTH_FORMS
-def test_onnx(segments: int | None) -> None:
-    onnxruntime = pytest.importorskip("onnxruntime")
-    tokens = [t.detach() for t in inputs(70, dtype=torch.float32)]
-    program = torch.onnx.export(Layer(segments).eval(), tuple(tokens), dynamo=True)
+@pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
+@pytest.mark.parametrize(("segments", "any_size"), [(None, False), (4, True)])
+def test_onnx(segments: int | None, any_size: bool) -> None:
+    tokens = [t.detach() for t in inputs(10, dtype=torch.float32)]
+    axis = {1: torch.export.Dim.DYNAMIC}
+    program = torch.onnx.export(
+        Layer(segments).eval(),
+        tuple(tokens),
+        dynamo=True,
+        dynamic_shapes=((axis, axis, None, None),) if any_size else None,
+        verbose=False,
+    )
     session = onnxruntime.InferenceSession(program.model_proto.SerializeToString())
+    if any_size:
+        tokens = [t.detach() for t in inputs(23, dtype=torch.float32)]
     fed = {i.name: t.numpy() for i, t in zip(session.get_inputs(), tokens, strict=True)}
     (out,) = session.run(None, fed)
     expected = Layer(segments)(*tokens)
     torch.testing.assert_close(torch.from_numpy(out), expected, rtol=1e-5, atol=1e-5)
 
 
-@BOTH_FORMS
+@pytest.mark.parametrize("segments", [32])
 def test_export_for_any_number_of_tokens(segments: int | None) -> None:
     any_size = torch.export.Dim("tokens", min=2, max=4096)
     tokens = tuple(t.detach() for t in inputs(40))
