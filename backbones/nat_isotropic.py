@@ -22,7 +22,7 @@ from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
 from backbones.core.isotropic import IsotropicBackbone, IsotropicStage
-from backbones.core.keywords import KERNEL, checked, one_or_several, optional, whole
+from backbones.core.keywords import KERNEL, checked, one_or_several, optional, several, whole
 from backbones.core.registry import build_model, register
 from backbones.neighborhood import (
     cfg,
@@ -59,6 +59,7 @@ class NATIsotropic(IsotropicBackbone):
     """
 
     @checked(
+        depths=several(whole(1, 1024), count=4),
         num_heads=whole(1, 1024),
         kernel_size=optional(KERNEL),
         dilations=one_or_several(whole(1, 1024)),

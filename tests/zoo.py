@@ -41,7 +41,7 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "nat_isotropic": (
         "dinat_isotropic_small",
-        {"dim": 64, "num_heads": 2, "depths": (1, 1, 2, 1), "kernel_size": 3},
+        {"dim": 64, "num_heads": 2, "depths": (1, 1, 1, 1), "kernel_size": 3},
     ),
     "proxylessnas": (
         "proxyless_cpu",
