@@ -21,8 +21,8 @@ from ops.cpu.gemm.linear import unsupported
 from ops.cpu.stem.packed_stem import PlanesConv2d, packed_stem
 from ops.inference.forms import stands_for
 from ops.inference.packed_linear import (
-    ONEDNN,
     PackedLinear,
+    by_onednn,
     scaled,
     scaled_residual,
 )
@@ -316,14 +316,15 @@ class FastConv2d(ActivatedLayer, nn.Conv2d):
     def _by_onednn(self, x: Tensor, packed: tuple[Tensor, Tensor | None] | None) -> Tensor:
         if packed is None:
             return self._finish(super().forward(x))
-        out = torch.ops.mkldnn._convolution_pointwise.default(
+        out = by_onednn(
+            torch.ops.mkldnn._convolution_pointwise.default,
+            self.activation,
             x.to(packed[0].dtype, memory_format=torch.channels_last),
             *packed,
             self.padding,
             self.stride,
             self.dilation,
             self.groups,
-            *ONEDNN[self.activation],
         )
         return out.to(x.dtype)
 

@@ -61,7 +61,7 @@ _PURE = {
     "mkldnn._linear_pointwise.default",
 }
 # They change the argument that they return.
-_IN_PLACE = {"torch.Tensor.add_", "torch.Tensor.mul_"}
+_IN_PLACE = {"torch.Tensor.add_", "torch.Tensor.mul_", "torch.Tensor.relu_"}
 # Their results, or some of them, lie where an argument does.
 _VIEWS = {
     *("torch.Tensor." + name for name in ("__getitem__", "chunk", "contiguous", "detach")),

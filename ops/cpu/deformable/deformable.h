@@ -71,6 +71,9 @@ static void interpolate(const Problem& p, const T* in, float y, float x, T* out)
   }
 }
 
+// The pixels that made an offset NaN are those of an offset of zero, and are to give NaN.
+static VB_INLINE float zero_if_nan(float offset) { return offset == offset ? offset : 0.f; }
+
 template <class T>
 static void convolve(const Problem& p, const Tensors& t, int64_t first, int64_t end,
                      std::vector<T>& rows) {
@@ -84,8 +87,8 @@ static void convolve(const Problem& p, const Tensors& t, int64_t first, int64_t 
     const float* offset = t.offset + i * taps * 2;
     for (int64_t tap = 0; tap < taps; tap++, offset += 2, row += p.channels) {
       const int64_t from_y = y * p.stride + tap / p.kernel, from_x = x * p.stride + tap % p.kernel;
-      interpolate(p, in, static_cast<float>(from_y) + offset[0],
-                  static_cast<float>(from_x) + offset[1], row);
+      interpolate(p, in, static_cast<float>(from_y) + zero_if_nan(offset[0]),
+                  static_cast<float>(from_x) + zero_if_nan(offset[1]), row);
     }
   }
   linear::map_rows(rows.data(), end - first, features, t.weight, t.bias, p.out_features,

@@ -49,6 +49,21 @@ HOSTILE: dict[str, Callable[[], Any]] = {
 }
 
 
+def _spoilt(value: float, *, whole: bool = False) -> Tensor:
+    x = X.clone()
+    x[0, 0, 5, 5] = value
+    if whole:
+        x[0] = value
+    return x
+
+
+HOSTILE |= {
+    "a pixel of NaN": lambda: _spoilt(float("nan")),
+    "an infinite pixel": lambda: _spoilt(float("inf")),
+    "an image of NaN": lambda: _spoilt(float("nan"), whole=True),
+}
+
+
 def _answer(model: nn.Module, x: Any) -> Tensor | Exception:
     with torch.set_grad_enabled(isinstance(x, Tensor) and x.requires_grad):
         try:
@@ -73,6 +88,31 @@ def test_hostile_images(kind: str, family: str) -> None:
             assert isinstance(out, Tensor), f"fused refuses: {out}"
             scale = float(expected.nan_to_num().abs().max()) if expected.numel() else 1.0
             torch.testing.assert_close(out, expected, rtol=1e-3, atol=1e-3 * scale, equal_nan=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.no_grad()
+def test_weights_of_nan_are_not_lost(family: str) -> None:
+    """One weight of each kind of layer, in each place that a layer of its kind has."""
+    plain = randomise(small(family)).eval()
+    folded = copy.deepcopy(plain).fuse(channels_last=False)
+    fused = plain.fuse()
+    layers, weights = dict(fused.named_modules()), dict(fused.named_parameters())
+    seen = set()
+    for name, parameter in folded.named_parameters():
+        path, _, last = name.rpartition(".")
+        around = type(layers[path.rpartition(".")[0]])
+        kind = (around, type(layers[path]), getattr(layers[path], "activation", ""), last)
+        if kind in seen:
+            continue
+        seen.add(kind)
+        place = (0,) * parameter.ndim
+        before = parameter[place].clone()
+        parameter[place] = weights[name][place] = float("nan")
+        lost = folded(X[:1]).isnan() & ~fused(X[:1]).isnan()
+        assert not lost.any(), name
+        parameter[place] = weights[name][place] = before
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -100,3 +100,16 @@ def test_bad_inputs_are_refused() -> None:
     for other in (x.double(), x.bfloat16()):
         with pytest.raises(ValueError, match=r"x and weight must be float32.*got torch\."):
             deformable_conv2d(other, offset, pack_taps(weight).repeat(8), bias, 2, 2)
+
+
+def test_an_offset_of_nan_reads_where_it_would_without() -> None:
+    """There lies the NaN that it came of, and zero is what is beyond the border."""
+    x, offset, weight, bias = _problem(1, (6, 6), (5, 7), 2, 2)
+    offset.zero_()
+    wanted = deform_conv2d(x, offset, weight, bias, stride=2)
+    offset[:, :3, 1:] = float("nan")
+    out = deformable_conv2d(x, offset, pack_taps(weight), bias, 2, 2)
+    torch.testing.assert_close(out, wanted)
+    x[0, 2, 5, 5] = float("nan")
+    out = deformable_conv2d(x, offset, pack_taps(weight), bias, 2, 2)
+    assert out.isnan().any(1).nonzero().tolist() == [[0, 2, 2]]
