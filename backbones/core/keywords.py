@@ -169,6 +169,7 @@ KEYWORDS: Mapping[str, Check] = {
     "distilled": flag,
     "drop_path_rate": _share,
     "drop_rate": _share,
+    "expansions": several(several(whole(0, 64))),
     "global_pool": one_of(*POOLINGS),
     "head_dim": _channels,
     "head_hidden_dim": _channels,
