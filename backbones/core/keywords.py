@@ -203,6 +203,7 @@ KEYWORDS: Mapping[str, Check] = {
     "stem_dims": several(_channels, count=3),
     "stem_features": flag,
     "swin_layout": flag,
+    "token_pooling": whole(0, 64),
     "topks": several(either(_none, type(None), second=_count)),
     "upscale": one_of(1, 2, 3, 4),
     "window_size": _window,
