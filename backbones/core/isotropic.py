@@ -109,7 +109,7 @@ class IsotropicBackbone(StagedBackbone):
         """
         if self.pyramid is not None:
             raise ValueError("with pyramid=True the features are not the maps of stages")
-        ends = accumulate(len(stage.blocks) for stage in self.stages)  # type: ignore[arg-type, misc]
+        ends = accumulate(len(stage.blocks) for stage in self.stages)  # type: ignore[arg-type]
         return [end - 1 for end in ends]
 
     def default_features(self) -> list[int]:
