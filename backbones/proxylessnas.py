@@ -106,7 +106,6 @@ class MixHead(ClassifierHead):
 
 _BLOCK_DIMS = several(several(whole(1, 1 << 16)))
 _BLOCK_KERNELS = several(several(whole(0, 63)))
-_EXPANSIONS = several(several(whole(0, 64)))
 
 
 class ProxylessNAS(StagedBackbone):
@@ -131,7 +130,7 @@ class ProxylessNAS(StagedBackbone):
 
     first_conv = "stem.0.conv"
 
-    @checked(dims=_BLOCK_DIMS, kernel_sizes=_BLOCK_KERNELS, expansions=_EXPANSIONS)
+    @checked(dims=_BLOCK_DIMS, kernel_sizes=_BLOCK_KERNELS)
     def __init__(
         self,
         stem_dim: int = 32,

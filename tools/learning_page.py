@@ -4,7 +4,7 @@
     python tools/learning_page.py --train van_b0    this one (again), then the page
     python tools/learning_page.py                   the page and its picture, from the JSON alone
 
-Ten trainings of ``configs/cls/bench_digits.yaml`` after one another, one to three minutes each on
+Trainings of ``configs/cls/bench_digits.yaml`` after one another, one to three minutes each on
 an idle core. Each result is written as soon as it is there.
 """
 
@@ -25,6 +25,7 @@ import numpy as np
 import torch
 import yaml
 from measuring import processor_name
+from robust_digits import section as of_robustness
 
 import backbones
 from backbones.core.arguments import nonempty_path
@@ -97,8 +98,12 @@ def train(model: str) -> dict[str, Any]:
     }
 
 
-def page(report: dict[str, Any], throughput: dict[str, Any] | None = None) -> str:
-    """The whole page, with the report of tools/benchmark_training.py if there is one."""
+def page(
+    report: dict[str, Any],
+    throughput: dict[str, Any] | None = None,
+    robustness: dict[str, Any] | None = None,
+) -> str:
+    """The whole page, with the reports of benchmark_training.py and robust_digits.py there are."""
     results = report["results"]
     first = next(iter(results.values()))
     lines = [
@@ -118,6 +123,8 @@ def page(report: dict[str, Any], throughput: dict[str, Any] | None = None) -> st
         lines.append("| " + " | ".join(cells) + " |")
     lines += ["", f"Trained with {report['machine']}."]
     text = "\n".join(lines) + "\n"
+    if robustness is not None:
+        text += of_robustness(robustness)
     return text if throughput is None else text + of_throughput(throughput)
 
 
@@ -163,10 +170,10 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
 def write(report: dict[str, Any], folder: Path) -> None:
     """``learning.json``, ``learning.md`` and ``learning.png``."""
-    measured = folder / "performance" / "training.json"
-    throughput = json.loads(measured.read_text()) if measured.exists() else None
+    paths = (folder / "performance" / "training.json", folder / "robustness.json")
+    others = [json.loads(path.read_text()) if path.exists() else None for path in paths]
     _write(folder / "learning.json", json.dumps(report, indent=1) + "\n")
-    _write(folder / "learning.md", page(report, throughput))
+    _write(folder / "learning.md", page(report, *others))
     draw(report, folder / "learning.png")
 
 

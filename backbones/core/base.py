@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from backbones.core.fused import FusedBackbone
 from backbones.core.keywords import KEYWORDS, POOLINGS, check, checked, one_of
 from ops.arguments import require_tensor
+from ops.attention.token_pooling import pool_tokens_before, token_attentions
 from ops.inference.conversion import leave_inference_mode, put_channels_last, take_plain_forms
 from ops.inference.forms import stands_for
 from ops.inference.layers import convert
@@ -341,6 +342,23 @@ class StagedBackbone(nn.Module):
             )
 
     # -- training --------------------------------------------------------------------------------
+
+    def pool_tokens(self, scales: int = 4) -> None:
+        """Put token-aware average pooling before each attention; changes the model in place.
+
+        Args:
+            scales: see :class:`ops.attention.token_pooling.TokenPooling`.
+
+        Raises:
+            ValueError: there is no attention that it is known for.
+        """
+        found = 0
+        for stage, index in zip(self.stages, self.stage_features(), strict=True):
+            for attention in token_attentions(stage):
+                pool_tokens_before(attention, self.feature_info[index]["num_chs"], scales)
+                found += 1
+        if not found:
+            raise ValueError(f"{type(self).__name__} has no attention that token_pooling is for")
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""

@@ -155,9 +155,9 @@ def load_checkpoint(
                 f"{name}: {key} has shape {tuple(tensor.shape)}, but the model's is "
                 f"{tuple(own[key].shape)}; is it a checkpoint of another variant?"
             )
-    for part in ("out_norms.", "pyramid."):  # which classification checkpoints lack
-        if not any(key.startswith(part) for key in tensors):
-            report.reinitialised.extend(key for key in own if key.startswith(part))
+    for part in ("out_norms.", "pyramid.", "token_pooling."):  # which published weights lack
+        if not any(part in key for key in tensors):
+            report.reinitialised.extend(key for key in own if part in key)
     spared = {*fitted, *report.reinitialised}
     report.missing.extend(
         key for key in own if key not in spared and not key.endswith("num_batches_tracked")

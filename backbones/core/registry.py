@@ -158,6 +158,8 @@ def create_model(
         out_indices: which maps, with ``features_only``; default all of them, of networks of one
             resolution, where they count blocks, those after each quarter.
         pretrained_cfg, pretrained_cfg_overlay: replace, or partly replace, the default cfg.
+        token_pooling: put a :class:`ops.attention.token_pooling.TokenPooling` of so many scales (4
+            in the paper) before each attention; 0 for none.
         **kwargs: arguments of the architecture: ``num_classes``, ``in_chans``, ``drop_rate``,
             ``drop_path_rate``, ``global_pool``, … A value of None means the default, as in timm.
 
@@ -199,6 +201,7 @@ def build_model(
     cache_dir = options.pop("cache_dir", None)
     # With what timm's hub files were saved; timm asks the model for it afterwards.
     saved_with: Any = options.pop("pretrained_model_args", {})
+    token_pooling = check("token_pooling", options.pop("token_pooling", 0))
     cfg = _resolve_cfg(
         name, options.pop("pretrained_cfg", None), options.pop("pretrained_cfg_overlay", None)
     )
@@ -210,6 +213,8 @@ def build_model(
 
     arguments = {"num_classes": cfg.num_classes, "in_chans": cfg.input_size[0], **defaults}
     model = model_class(**{**arguments, **options})
+    if token_pooling:
+        model.pool_tokens(token_pooling)
     model.pretrained_cfg = model.default_cfg = cfg.to_dict()
     model.pretrained_model_args = saved_with
     if checkpoint_path not in (None, ""):

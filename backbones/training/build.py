@@ -15,6 +15,7 @@ from torch import nn
 import backbones
 from backbones.core.messages import first_line, joined_lines, shown
 from backbones.training.distillation import Distillation, build_teacher
+from backbones.training.diversity import DiverseAttention
 from backbones.training.errors import BUILDING_ERRORS, RecipeError, reading_error
 from backbones.training.recipe import Recipe
 
@@ -213,7 +214,7 @@ def build_objective(
     config: dict[str, Any],
     multi_label: bool,
     device: torch.device,
-) -> LabelLoss | Distillation:
+) -> LabelLoss | Distillation | DiverseAttention:
     """What is minimised: called with the network, images and targets, it gives loss and logits.
 
     Args:
@@ -229,11 +230,15 @@ def build_objective(
     if multi_label:
         if _mixes(recipe) or recipe.distill is not None:
             raise RecipeError("several labels an image go with neither mixup, cutmix nor distill")
-        return LabelLoss(_MultiLabelLoss())
-    loss = build_loss(recipe)
-    if recipe.distill is None:
-        return LabelLoss(loss)
-    return Distillation(build_teacher(recipe, num_classes, config).to(device), loss, recipe)
+        objective: LabelLoss | Distillation = LabelLoss(_MultiLabelLoss())
+    elif recipe.distill is None:
+        objective = LabelLoss(build_loss(recipe))
+    else:
+        teacher = build_teacher(recipe, num_classes, config).to(device)
+        objective = Distillation(teacher, build_loss(recipe), recipe)
+    if not recipe.attn_diversity:
+        return objective
+    return DiverseAttention(objective, recipe.attn_diversity)
 
 
 class _MultiLabelLoss(nn.BCEWithLogitsLoss):

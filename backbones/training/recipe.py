@@ -145,6 +145,9 @@ class Recipe:
     bce_loss: bool = key("loss", False, "binary cross-entropy over the classes")
     bce_target_thresh: float | None = key("loss", None, "soft targets above it become 1")
     bce_sum: bool = key("loss", False, "sum over the classes instead of the mean")
+    attn_diversity: float = key(
+        "loss", 0.0, "factor on the likeness of the tokens' attention (ADL; published: 1); 0: none"
+    )
 
     # --- a teacher
     distill: str | None = key(

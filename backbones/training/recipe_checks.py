@@ -37,6 +37,8 @@ def check(recipe: Recipe) -> None:
         _require(recipe, "decay_rate", recipe.decay_rate <= 1, what)
     if recipe.pretrained and recipe.checkpoint:
         raise RecipeError("pretrained and checkpoint exclude each other: give one of them")
+    if recipe.attn_diversity and (recipe.compile or recipe.grad_checkpointing):
+        raise RecipeError("attn_diversity goes with neither compile nor grad_checkpointing")
     _check_teacher(recipe)
     _check_fsdp(recipe)
     mixes = recipe.mixup > 0 or recipe.cutmix > 0 or recipe.cutmix_minmax is not None

@@ -55,6 +55,9 @@ def put_channels_last(model: nn.Module, *, always: bool) -> bool:
     # Of all before the first is converted; then what is inside first, which others may need.
     forms = [(module, fast_form(module)) for module in model.modules()]
     for module, fast in reversed(forms):
+        # Forms of blocks hand more than a map to their attention; pooling is for the map alone.
+        if hasattr(module, "token_pooling"):
+            continue
         if fast is not None and _has_needs(module, fast):
             layers.convert(module, fast)
     for module in list(model.modules()):

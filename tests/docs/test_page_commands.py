@@ -44,6 +44,7 @@ SHORTER = {
     r".* train_cls\.py --config configs/cls/quickstart\.yaml": (
         f"--epochs 1 --img-size 32 {shlex.join(TINY[1:])}"
     ),
+    r".* train_cls\.py --config configs/cls/bench_digits\.yaml .*": "--epochs 1 --img-size 32",
     r".* train_cls\.py .* --data .*": (
         f"{_SHORT} --cooldown-epochs 0 --batch-size 2 --accum-steps 1 --img-size 32"
     ),

@@ -90,10 +90,24 @@ def test_what_the_training_code_costs(tool):
     assert "32 at 64×64 | 172.9 ms | a bare PyTorch loop: 169.1 ms | 1.014 | ≤ 1.05 |" in table[3]
 
 
+def test_robustness(tool):
+    noises = {"gaussian_noise": 80.0, "shot_noise": 70.0, "impulse_noise": 60.0, "all noise": 70.0}
+    seeds = {str(seed): {"clean": 90.0 + seed, **noises} for seed in range(3)}
+    report = {"model": "favit_b0", "depths": [1, 1, 2, 1], "machine": "torch 2.0 on a processor"}
+    text = tool.of_robustness({**report, "results": {"as published": seeds, "with both": seeds}})
+    table = [line for line in text.splitlines() if line.startswith("|")]
+    assert [line.count("|") for line in table] == [7] * 4
+    row = "| 91.0 (90.0–92.0) | 80.0 (80.0–80.0) | 70.0 (70.0–70.0) | 60.0 (60.0–60.0) |"
+    assert table[2].startswith(f"| as published {row}")
+    assert "with depths 1, 1, 2, 1 on the digits above at 32×32" in text
+
+
 def test_the_committed_page_is_that_of_the_committed_figures(tool):
     report = json.loads((tool.DOCS / "learning.json").read_text())
     throughput = json.loads((tool.DOCS / "performance" / "training.json").read_text())
-    assert (tool.DOCS / "learning.md").read_text() == tool.page(report, throughput)
+    path = tool.DOCS / "robustness.json"  # of a measurement of its own, if it was made
+    robustness = json.loads(path.read_text()) if path.exists() else None
+    assert (tool.DOCS / "learning.md").read_text() == tool.page(report, throughput, robustness)
     variants = yaml.safe_load(tool.CONFIG.read_text())
     assert list(report["results"]) == list(variants.pop("variants"))
     assert report["recipe"] == variants

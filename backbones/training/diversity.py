@@ -1,0 +1,124 @@
+"""Attention diversification: tokens of a layer should not all look at the same few others.
+
+Yong Guo, David Stutz and Bernt Schiele, "Robustifying Token Attention for Vision Transformers",
+https://arxiv.org/abs/2303.11126. The loss is the likeness of each token's attention to that of the
+mean token, of which what is weak does not count.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+from backbones.training.errors import RecipeError
+
+__all__ = ["DiverseAttention", "attention_likeness"]
+
+_SOFTMAX = (Tensor.softmax, torch.softmax, F.softmax)
+
+
+def attention_likeness(weights: Tensor, threshold: float = 2.0) -> Tensor:
+    """How much alike the tokens of a layer attend: the mean cosine, in 0 … 1.
+
+    Between each token's attention, averaged over the heads, and the average over the tokens; in
+    both, shares below ``threshold`` times an even one are zero.
+
+    Args:
+        weights: (…, heads, N, M), or (B, N, M) of one head: shares of M keys for N tokens.
+        threshold: 2 is what the paper's code has.
+    """
+    if weights.ndim > 3:
+        weights = weights.mean(dim=-3)
+    least = threshold / weights.shape[-1]
+    mean = weights.mean(dim=-2, keepdim=True)
+    alike = F.cosine_similarity(_above(mean, least), _above(weights, least), dim=-1)
+    return alike.mean()
+
+
+def _above(weights: Tensor, least: float) -> Tensor:
+    return torch.where(weights > least, weights, 0)
+
+
+class DiverseAttention:
+    """What is minimised, and the likeness of all attention in the network besides.
+
+    It watches ``scaled_dot_product_attention`` and softmax over keys while the network runs, and
+    so needs nothing of the network; attention that came without weights is computed once more.
+
+    Args:
+        objective: called with network, images and targets, it gives loss and logits.
+        share: factor on the mean likeness of the layers; the paper's is 1.
+
+    Raises:
+        RecipeError: when it is called and no token attends to others.
+    """
+
+    def __init__(self, objective: Callable[..., tuple[Tensor, Any]], share: float) -> None:
+        self.objective, self.share = objective, share
+
+    def __call__(self, net: nn.Module, images: Tensor, targets: Tensor) -> tuple[Tensor, Any]:
+        """Loss and logits (B, classes) of ``net``."""
+        with _Watcher() as watcher:
+            loss, logits = self.objective(net, images, targets)
+        if not watcher.likeness:
+            raise RecipeError(
+                "attn_diversity needs a network whose tokens attend to one another by softmax"
+            )
+        return loss + self.share * torch.stack(watcher.likeness).mean(), logits
+
+
+class _Watcher(TorchFunctionMode):
+    """Notes the likeness of each attention that is computed with gradients."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.likeness: list[Tensor] = []
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if torch.is_grad_enabled():
+            if func is F.scaled_dot_product_attention:
+                self._note(_weights(*args, **kwargs))
+            elif func in _SOFTMAX and _over_last(args, kwargs):
+                self._note(result)
+        return result
+
+    def _note(self, weights: Tensor) -> None:
+        # With one token, or one key, there is nothing to be diverse about.
+        if weights.ndim >= 3 and min(weights.shape[-2:]) > 1 and weights.requires_grad:
+            self.likeness.append(attention_likeness(weights.float()))
+
+
+def _over_last(args: Any, kwargs: dict[str, Any]) -> bool:
+    dim = args[1] if len(args) > 1 else kwargs.get("dim")
+    return dim in (-1, args[0].ndim - 1)
+
+
+def _weights(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """What ``scaled_dot_product_attention`` weighs its values with, without dropout."""
+    del value, dropout_p
+    if is_causal or enable_gqa:
+        raise RecipeError("attn_diversity does not know causal or grouped attention")
+    scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    if attn_mask is not None:
+        hidden = attn_mask.dtype == torch.bool
+        scores = scores.masked_fill(~attn_mask, -math.inf) if hidden else scores + attn_mask
+    return scores.softmax(dim=-1)

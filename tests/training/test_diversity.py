@@ -1,0 +1,106 @@
+"""Attention diversification: the likeness, and which attention it sees."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from zoo import images, small
+
+from backbones.training.build import build_objective
+from backbones.training.diversity import DiverseAttention, attention_likeness
+from backbones.training.errors import RecipeError
+from backbones.training.recipe import load_recipe
+
+ANSWERS = torch.tensor([0, 1])
+
+
+def _cross_entropy(net: nn.Module, x: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
+    logits = net(x)
+    return F.cross_entropy(logits, targets), logits
+
+
+def test_likeness() -> None:
+    one = torch.zeros(1, 2, 4, 16)
+    one[..., 0] = 1  # all tokens look at the first
+    assert attention_likeness(one).item() == pytest.approx(1)
+    even = torch.full((1, 2, 4, 16), 1 / 16)
+    assert attention_likeness(even).item() == 0  # nothing reaches twice an even share
+    own = torch.eye(16).expand(1, 2, 16, 16)
+    assert attention_likeness(own).item() == 0  # the mean token is even
+    assert attention_likeness(own, 0.5).item() == pytest.approx(16**-0.5)
+
+
+def test_likeness_is_the_formula() -> None:
+    torch.manual_seed(0)
+    weights = (3 * torch.randn(3, 2, 5, 7)).softmax(-1)
+    heads = weights.mean(1)
+    mean = heads.mean(1, keepdim=True)
+    kept, mean = (t * (t > 2 / 7) for t in (heads, mean))
+    cosines = (kept * mean).sum(-1) / (kept.norm(dim=-1) * mean.norm(dim=-1)).clamp(min=1e-8)
+    torch.testing.assert_close(attention_likeness(weights), cosines.mean())
+
+
+class _Attention(nn.Module):
+    """Attention with a mask and a scale, by torch's function or by hand."""
+
+    def __init__(self, by_hand: bool) -> None:
+        super().__init__()
+        self.by_hand = by_hand
+        self.qkv = nn.Linear(8, 24)
+        self.classify = nn.Linear(8, 2)
+        self.weights: Tensor | None = None
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.qkv(x).unflatten(2, (3, 2, 4)).permute(2, 0, 3, 1, 4)
+        mask = torch.linspace(-3, 3, 36).view(6, 6)
+        if self.by_hand:
+            out = (q @ k.transpose(2, 3) * 0.7 + mask).softmax(-1) @ v
+        else:
+            out = F.scaled_dot_product_attention(q, k, v, mask, scale=0.7)
+        return self.classify(out.transpose(1, 2).flatten(2).mean(1))
+
+
+def test_both_ways_of_attention_are_seen() -> None:
+    torch.manual_seed(0)
+    fused, by_hand = _Attention(False), _Attention(True)
+    by_hand.load_state_dict(fused.state_dict())
+    x = 3 * torch.randn(2, 6, 8)
+    losses = []
+    for net in (fused, by_hand):
+        loss, _ = DiverseAttention(_cross_entropy, 5.0)(net, x, ANSWERS)
+        loss.backward()
+        losses.append(loss.detach())
+    plain = _cross_entropy(fused, x, ANSWERS)[0]
+    assert losses[0] > plain + 0.1
+    torch.testing.assert_close(losses[0], losses[1])
+    torch.testing.assert_close(fused.qkv.weight.grad, by_hand.qkv.weight.grad)
+
+
+@pytest.mark.parametrize("family", ["biformer", "efficientvit", "favit", "litv2", "shvit"])
+def test_families_are_seen(family: str) -> None:
+    model = small(family, num_classes=2)
+    loss, logits = DiverseAttention(_cross_entropy, 1.0)(model, images(2, 3, 128, 128), ANSWERS)
+    assert loss >= F.cross_entropy(logits, ANSWERS) - 1e-6
+    loss.backward()
+
+
+def test_faults() -> None:
+    with pytest.raises(RecipeError, match="attend to one another by softmax"):
+        DiverseAttention(_cross_entropy, 1.0)(
+            small("van", num_classes=2), images(2, 3, 64, 64), ANSWERS
+        )
+    with pytest.raises(RecipeError, match="attn_diversity"):
+        load_recipe(None, {"model": "van_b0", "attn_diversity": -1.0})
+
+
+@pytest.mark.parametrize("other", ["compile", "grad_checkpointing"])
+def test_what_it_does_not_go_with(other: str) -> None:
+    given: dict[str, Any] = {"model": "favit_b0", "attn_diversity": 1.0}
+    objective = build_objective(load_recipe(None, given), 2, {}, False, torch.device("cpu"))
+    assert isinstance(objective, DiverseAttention)
+    with pytest.raises(RecipeError, match="neither compile nor grad_checkpointing"):
+        load_recipe(None, {**given, other: True})
