@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from backbones.core.tables import table
 from backbones.core.messages import one_line
+from backbones.core.tables import table
 
 __all__ = ["Prediction", "as_csv", "as_entries", "as_table"]
 

@@ -187,7 +187,7 @@ class Kernel:
         )
         registered.define(f"{self.name}({schema}) -> {returns}")
         registered.impl(self.name, self._run, "CPU")
-        # torch.library.register_fake would look up its caller's source: 10 ms an operator at import.
+        # torch.library.register_fake would look up its caller's source, 10 ms for each import.
         registered.impl(self.name, lambda *a: describe(*a).result, "Meta")
         self._dispatched = getattr(torch.ops.vision_backbones, self.name).default
         self._plans: dict[Hashable, _Plan | None] = {}
