@@ -11,6 +11,7 @@ import torch
 from timm.models import generate_default_cfgs
 
 import backbones
+from backbones import IsotropicBackbone
 from backbones.core.registry import register
 
 TIMMS_OWN = [
@@ -50,7 +51,7 @@ def test_unknown_names_that_resemble_nothing() -> None:
         backbones.create_model("qqq")
     assert "backbones.list_models()" in str(raised.value)
     assert "van_b0" not in str(raised.value)
-    with pytest.raises(ValueError, match="unknown family 'qqq'; there are 'biformer', .*'van'$"):
+    with pytest.raises(ValueError, match="unknown family 'qqq'; there are 'biformer', .*'van'"):
         backbones.list_models(family="qqq")
 
 
@@ -95,7 +96,8 @@ def test_timm_keeps_its_own_names(name: str) -> None:
 def test_timm_makes_all_the_others(name: str) -> None:
     with torch.device("meta"):
         model = timm.create_model(name, features_only=True, pretrained=False)
-    assert model.feature_info.reduction() == [4, 8, 16, 32]
+    plain = isinstance(model.model, IsotropicBackbone)
+    assert model.feature_info.reduction() == ([16] * 4 if plain else [4, 8, 16, 32])
     assert type(model.model).__module__ == f"backbones.{_family(name)}"
 
 
