@@ -146,6 +146,7 @@ class VRWKV(IsotropicBackbone):
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 init_trunc_normal(module)
+        part: Any
         for layer, block in enumerate(blocks):
             for part in (block.attn, block.mlp):
                 part.init_weights(layer, len(blocks))

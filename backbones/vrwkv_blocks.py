@@ -10,6 +10,7 @@ shares that are learned.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -298,6 +299,7 @@ class Block(nn.Module):
     @torch.no_grad()
     def fuse(self) -> Block:
         """Residual scales go into what comes before them; changes the block in place."""
+        part: Any
         for norm, part, name in (
             (self.norm1, self.attn, "ls1"),
             (self.norm2, self.mlp, "ls2"),
