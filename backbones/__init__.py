@@ -1,4 +1,4 @@
-"""Eleven published vision models behind timm's API; ``backbones.create_model`` is the door."""
+"""Fifteen published vision models behind timm's API; ``backbones.create_model`` is the door."""
 
 from __future__ import annotations
 
