@@ -235,8 +235,13 @@ def explain(
     repeats = whole(1, _MOST_REPEATS)("repeats", repeats)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(shape, generator=generator, device="cpu").to(weight.dtype)
-    with _in_evaluation(model):
-        found = profile(model, images, repeats)
+    try:
+        with _in_evaluation(model):
+            found = profile(model, images, repeats)
+    except RuntimeError as error:
+        if "greater than actual input" not in str(error):
+            raise
+        raise ValueError(f"images of {shape[2]}×{shape[3]} are too small: {error}") from error
     return Explanation(
         config.get("architecture", type(model).__name__),
         shape,

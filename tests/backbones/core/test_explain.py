@@ -202,3 +202,10 @@ def test_what_cannot_be_explained(
 ) -> None:
     with pytest.raises(error, match=said):
         call(small("shvit").eval())
+
+
+@pytest.mark.parametrize(("fused", "said"), [(False, "1×1 are too small"), (True, "is smaller")])
+def test_images_that_no_window_fits_in(fused: bool, said: str) -> None:
+    model = small("inception_next").eval()
+    with pytest.raises(ValueError, match=said):
+        backbones.explain(model.fuse() if fused else model, 1)
