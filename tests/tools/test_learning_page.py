@@ -130,7 +130,7 @@ def test_results_of_another_recipe_do_not_stay(tool, tmp_path, monkeypatch):
     report = json.loads((tmp_path / "learning.json").read_text())
     assert trained == list(report["results"]) == ["shvit_s1", "van_b0"]
     tool.main(["--folder", str(tmp_path), "--train"])
-    assert len(trained) == len(set(trained)) == 10
+    assert len(trained) == len(set(trained)) == len(CLASSIFIERS)
 
 
 def test_without_results_there_is_no_page(tool, tmp_path):
