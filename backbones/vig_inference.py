@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from typing import Any, ClassVar
 
-from timm.layers import GluMlp
 from torch import Tensor, nn
 
 from backbones import vig, vig_blocks
 from ops.cpu.scan.gated_scan import mixed_scan
 from ops.inference.forms import stands_for
-from ops.inference.layers import FastLayer, FastLinear, tensors_of
-from ops.inference.packed_linear import PackedLinear
+from ops.inference.layers import FastLayer, FastLinear
+from ops.inference.mlp import FastGluMlp
 from ops.replay.module import Recorded, recorded_form
 
-__all__ = ["ViGAttention", "ViGBlock", "ViGGluMlp", "ViGStage"]
+__all__ = ["ViGAttention", "ViGBlock", "ViGStage"]
 
 
 @stands_for(vig_blocks.JoinedAttention)
@@ -53,42 +52,11 @@ class ViGAttention(FastLayer, vig_blocks.JoinedAttention):
         )
 
 
-def _is_swiglu(mlp: GluMlp) -> bool:
-    plain = isinstance(mlp.norm, nn.Identity) and not mlp.gate_last
-    return plain and isinstance(mlp.act, nn.SiLU)
-
-
-@stands_for(GluMlp, where=_is_swiglu)
-class ViGGluMlp(FastLayer, GluMlp):
-    """The activation and the product are those of a linear layer's results."""
-
-    needs: ClassVar = {"fc2": FastLinear}
-    fc1: Any
-    fc2: Any
-
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        halves = self.derived(x)
-        if halves is None:
-            out = GluMlp.forward(self, x)
-            return out if residual is None else out + residual
-        gate, up = halves
-        return self.fc2(gate.times(x, "silu", up(x, "none", None)), residual)
-
-    def sources(self) -> list[Tensor]:
-        return tensors_of(self.fc1)
-
-    def derive(self, x: Tensor) -> tuple[PackedLinear, PackedLinear] | None:
-        halves = self.fc1.weight.chunk(2)
-        biases = (None, None) if self.fc1.bias is None else self.fc1.bias.chunk(2)
-        gate, up = map(PackedLinear, halves, biases)
-        return gate, up
-
-
 @stands_for(vig_blocks.Block)
 class ViGBlock(vig_blocks.Block):
     """Attention and MLP add their shortcuts."""
 
-    needs: ClassVar = {"attn": ViGAttention, "mlp": ViGGluMlp}
+    needs: ClassVar = {"attn": ViGAttention, "mlp": FastGluMlp}
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.attn(self.norm1(x), x)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, ClassVar
 
-from timm.layers import ConvMlp, Mlp
+from timm.layers import ConvMlp, GluMlp, Mlp
 from torch import Tensor, nn
 
 from ops.cpu import policy
@@ -16,11 +16,13 @@ from ops.cpu.gemm.mlp import packed_mlp
 from ops.inference.conv import FastDepthwiseConv2d
 from ops.inference.forms import stands_for
 from ops.inference.layers import FastLayer, FastLinear, FastPointwiseConv2d, tensors_of
+from ops.inference.packed_linear import PackedLinear
 from ops.mlp import DWMlp
 
 __all__ = [
     "FastConvMlp",
     "FastDWMlp",
+    "FastGluMlp",
     "FastMlp",
     "NormedMlp",
     "feed_forward",
@@ -199,3 +201,34 @@ class FastDWMlp(NormedMlp, DWMlp):
 
     def conv(self) -> nn.Module:
         return self.dwconv
+
+
+def _is_swiglu(mlp: GluMlp) -> bool:
+    plain = isinstance(mlp.norm, nn.Identity) and not mlp.gate_last
+    return plain and isinstance(mlp.act, nn.SiLU)
+
+
+@stands_for(GluMlp, where=_is_swiglu)
+class FastGluMlp(FastLayer, GluMlp):
+    """SwiGLU: activation and product are applied to what a linear layer stores."""
+
+    needs: ClassVar = {"fc2": FastLinear}
+    fc1: Any
+    fc2: Any
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        halves = self.derived(x)
+        if halves is None:
+            out = GluMlp.forward(self, x)
+            return out if residual is None else out + residual
+        gate, up = halves
+        return self.fc2(gate.times(x, "silu", up(x, "none", None)), residual)
+
+    def sources(self) -> list[Tensor]:
+        return tensors_of(self.fc1)
+
+    def derive(self, x: Tensor) -> tuple[PackedLinear, PackedLinear] | None:
+        halves = self.fc1.weight.chunk(2)
+        biases = (None, None) if self.fc1.bias is None else self.fc1.bias.chunk(2)
+        gate, up = map(PackedLinear, halves, biases)
+        return gate, up
