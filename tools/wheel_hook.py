@@ -28,7 +28,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 _PLACE = "ops/cpu/compiled"
 _MACHINES = ("x86_64", "aarch64")
 _CHOSEN = "VISION_BACKBONES_WHEEL_MACHINE"
-# Names of what is inside are only for debuggers, and take half of the space.
+# What is left out names what is inside, for debuggers only.
 _OPTIONS = ["-s"]
 
 

@@ -52,6 +52,8 @@ def compile_all(
     running: list[str] = []
 
     def compile_one(name: str) -> None:
+        if compiler.stopped.is_set():
+            return
         running.append(name)
         try:
             _compile(name, isa, folder, stems[name], compilers, foreign)
@@ -109,7 +111,8 @@ def _compile(
         try:
             used = libraries.compile_into(built, name, isa, compilers)
         except compiler.CompilerError as error:
-            _given_up = str(error)
+            if not compiler.stopped.is_set():
+                _given_up = str(error)
             raise
         path = cache.keep(built, folder, stem)
     _log.info(

@@ -30,7 +30,7 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 
-# Plain layers use these, too: who needs one of them does not wait for all the others.
+# What plain layers use, and few models: nobody waits for these together with all the others.
 _OF_PLAIN_LAYERS = {"deformable", "neighborhood"}
 
 
@@ -238,12 +238,9 @@ def _build(name: str, isa: str, folder: Path, foreign: set[Path]) -> tuple[ctype
 
 
 def _together(name: str) -> list[str]:
-    """What is compiled beside ``name``: all that a fused model may need, or all of plain layers."""
-    return [
-        n
-        for n in sources()
-        if n != name and (name not in _OF_PLAIN_LAYERS or n in _OF_PLAIN_LAYERS)
-    ]
+    """What is compiled beside ``name``: those of fused models, or those of plain layers."""
+    is_plain = name in _OF_PLAIN_LAYERS
+    return [n for n in sources() if n != name and (n in _OF_PLAIN_LAYERS) == is_plain]
 
 
 def _is_missing(name: str, isa: str, folder: Path) -> bool:

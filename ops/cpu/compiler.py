@@ -179,6 +179,17 @@ def ending_all() -> Iterator[None]:
         raise
 
 
+def _start_anew() -> None:
+    """In a fork: the compilers are the parent's, and so is the thread that may hold the lock."""
+    global _running_lock
+    _running_lock = threading.Lock()
+    _running.clear()
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_start_anew)
+
+
 # ---- signals -----------------------------------------------------------------------------------
 class _Signal(BaseException):
     """A signal that was to end this process."""

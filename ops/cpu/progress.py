@@ -32,7 +32,7 @@ class Progress:
         self._weights, self._whole = weights, sum(weights.values())
         count = f"{len(weights)} C++ kernel{'s' if len(weights) > 1 else ''}"
         self._text = (
-            f"Compiling {count} for this CPU ({isa}), as none came with the package: once, then "
+            f"Compiling {count} for {isa}, as none came with the package: once, then "
             f"they are kept in {str(folder)!r}. Ahead of time: vision-backbones build; never: "
             "VISION_BACKBONES_NATIVE=0"
         )

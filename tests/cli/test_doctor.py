@@ -129,6 +129,23 @@ def test_no_kernel_and_no_compiler(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor.examine_compiler()[0].fix == "unset CXX"
 
 
+def test_kernels_by_where_they_came_from(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    kernels = {
+        "gemm": cpu.Kernel(None, libraries.SHIPPED / "gemm.so", "avx2", None),
+        "norm": cpu.Kernel(None, tmp_path / "norm.so", "portable", None),
+        "stem": cpu.Kernel(None, libraries.SHIPPED / "stem.so", "avx2", None),
+    }
+    monkeypatch.setattr(doctor.build, "sources", lambda: dict.fromkeys(kernels))
+    monkeypatch.setattr(cpu, "unavailable_reason", lambda name: None)
+    monkeypatch.setattr(cpu, "status", kernels.__getitem__)
+    monkeypatch.setattr(doctor.openmp, "runtime", lambda: Path("/lib/libgomp.so.1"))
+    (finding,) = doctor.examine_compiler()
+    assert finding.text.partition("; ")[2] == (
+        f"2 of 3 kernels for avx2 from the package, 1 of 3 kernels for portable from {tmp_path}, "
+        "on the threads of torch's libgomp.so.1"
+    )
+
+
 def test_quotes_that_do_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "unavailable_reason", lambda name: None)
     monkeypatch.setenv("CXX", "g++ 'x")

@@ -140,6 +140,29 @@ def test_it_runs_on_any_linux_of_2018_and_later(made: str, request: pytest.Fixtu
     assert name is not None and int(name[1]) <= _LATEST_GLIBC
 
 
+def _code(library: Path) -> dict[str, bytes]:
+    """What it computes with: instructions and constants."""
+    from elftools.elf.elffile import ELFFile  # auditwheel brings it
+
+    with library.open("rb") as file:
+        return {
+            section.name: section.data()
+            for section in ELFFile(file).iter_sections()
+            if section.name in (".text", ".rodata")
+        }
+
+
+@pytest.mark.parametrize("name", libraries.sources())
+def test_a_kernel_is_the_one_that_is_compiled_at_home(name: str, python: Path) -> None:
+    """So it is as fast, where the same compiler made both."""
+    home = cpu.status(name)
+    (shipped,) = python.parents[1].glob(
+        f"lib/python*/site-packages/ops/cpu/compiled/{name}-{home.instruction_set}-*"
+    )
+    assert home.path is not None and home.path.parent != libraries.SHIPPED
+    assert _code(shipped) == _code(home.path)
+
+
 @pytest.fixture
 def without_compiler(tmp_path: Path) -> Iterator[dict[str, str]]:
     """An environment with no compiler, no cache and nothing of ours."""

@@ -100,7 +100,7 @@ def test_a_refusal_is_not_tried_twice(four, monkeypatch) -> None:
     assert len(attempts) == 4
 
 
-def test_a_signal_ends_all_compilers(four, monkeypatch) -> None:
+def test_a_signal_ends_all_compilers_and_is_no_failure(four, compilations, monkeypatch) -> None:
     running = threading.Barrier(3)
 
     def run(words: list[str], scratch: Path) -> None:
@@ -113,6 +113,7 @@ def test_a_signal_ends_all_compilers(four, monkeypatch) -> None:
         running.wait(10)
         os.kill(os.getpid(), signal.SIGINT)
 
+    works = compiler.run
     monkeypatch.setattr(batch, "_cpus", lambda: 2)
     monkeypatch.setattr(compiler, "run", run)
     thread = threading.Thread(target=interrupt)
@@ -121,6 +122,8 @@ def test_a_signal_ends_all_compilers(four, monkeypatch) -> None:
         cpu.load("a")
     thread.join()
     assert {path.suffix for path in cpu.cache_dir().iterdir()} == {".lock"}
+    monkeypatch.setattr(compiler, "run", works)  # as where one goes on in a notebook
+    assert cpu.load("a").answer() == 42
 
 
 # ---- ahead of time -----------------------------------------------------------------------------
@@ -162,7 +165,7 @@ def test_a_terminal_shows_what_why_how_long_and_how_to_avoid_it(
     monkeypatch.setattr("sys.stderr", terminal)
     cpu.load("a")
     first, *bars, last = terminal.getvalue().replace("\r\x1b[K", "\n").splitlines()
-    assert first.startswith(f"Compiling 4 C++ kernels for this CPU ({cpu.instruction_set()})")
+    assert first.startswith(f"Compiling 4 C++ kernels for {cpu.instruction_set()}")
     for word in ("none came with the package", str(cpu.cache_dir()), "vision-backbones build"):
         assert word in first
     assert "VISION_BACKBONES_NATIVE=0" in first
@@ -192,4 +195,4 @@ def test_without_a_terminal_a_long_wait_gets_one_line(seconds, lines, monkeypatc
         shown.show([], ["small"])
     said = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert len(said) == lines
-    assert all("Compiling 1 C++ kernel for this CPU (avx2)" in line for line in said)
+    assert all("Compiling 1 C++ kernel for avx2" in line for line in said)
