@@ -219,8 +219,8 @@ static void forward_of(const Problem& p, const Tensors& t) {
     for (int64_t i = 0; i < images; i++) {
       find_gates(p, t, in + i * p.pixels * p.dim, scratch, gates + i * p.dim);
     }
-    const linear::Tensors before{in,      t.weight1,     t.bias1,      nullptr,
-                                 nullptr, hidden, energy};
+    const linear::Tensors before{in,      t.weight1, t.bias1, nullptr,
+                                 nullptr, hidden,    energy,  nullptr};
     run_layer(p, expand, before, images, gates, scaled);
     for (int64_t i = 0; i < images; i++) find_scales(p, t.response, energy + i * p.hidden);
     const linear::Tensors after{hidden,
@@ -229,6 +229,7 @@ static void forward_of(const Problem& p, const Tensors& t) {
                                 static_cast<const T*>(t.other) + offset,
                                 nullptr,
                                 static_cast<T*>(t.out) + offset,
+                                nullptr,
                                 nullptr};
     run_layer(p, project, after, images, energy, scaled);
   }

@@ -157,7 +157,8 @@ static void run_pixels(const linear::Problem& p, const Layer& layer, const Segme
       const bool wide = left > W;
       const Block<T> block{nullptr, nullptr, layer.bias + n, nullptr,
                            out + range.begin * p.out_stride + n, nullptr,
-                           static_cast<int>(std::min<int64_t>(W, wide ? left - W : left))};
+                           static_cast<int>(std::min<int64_t>(W, wide ? left - W : left)),
+                           nullptr};
       linear::fetch_outputs(p, block, count, wide ? PANEL : W);
       run_of<APART, I, T>(count, wide)(p, segments, range.begin * p.in_stride,
                                        weight + n * p.in_features, block);
