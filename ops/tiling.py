@@ -106,11 +106,6 @@ def tiled_strips(
     Raises:
         ValueError: as :func:`run_tiled`.
     """
-    if tile_size < 1 or overlap < 0 or scale < 1:
-        raise ValueError(
-            "tile_size and scale must be at least 1 and overlap at least 0, "
-            f"got {tile_size}, {scale} and {overlap}"
-        )
     if not 0 <= blend <= min(overlap, tile_size // 2):
         raise ValueError(
             f"blend must lie in 0 … {min(overlap, tile_size // 2)} (overlap, and half of "

@@ -28,8 +28,7 @@ _AROUND = {"kernel_size": 3, "stride": 1, "dilation": 1, "is_causal": False, "sc
 _AROUND |= {"additional_keys": None, "additional_values": None, "rpb": None}
 _AROUND |= {"return_lse": False, "backend": None}
 
-# By module and name, arguments that a call takes: of every function of the pages, of which
-# tests/ops/test_junk.py makes sure.
+# Arguments that a call takes, by module and name, of all functions of the pages (see below).
 GOOD: dict[str, dict[str, Any]] = {
     "ops.attention.biased.attend_in_turn": {
         **{"q": _map(2, 2, 4, 3), "k": _map(2, 2, 4, 3), "v": _map(2, 2, 4, 3)},
