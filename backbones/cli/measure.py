@@ -175,10 +175,14 @@ def _correct_attention(model: nn.Module, counter: FlopCounterMode) -> Iterator[N
         before.append(sum(total.values()))
 
     def leave(module: Any, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        _, height, width, dim = inputs[0].shape
-        window = [min(k, n) for k, n in zip(module.kernel_size, (height, width), strict=True)]
-        tokens = inputs[0].shape[:3].numel()
-        exact = 2 * tokens * (4 * dim * dim + 2 * math.prod(window) * dim)
+        batch, *size, dim = inputs[0].shape
+        padded = [
+            max(n, k * d) if module.small_maps == "pad" else n
+            for n, k, d in zip(size, module.kernel_size, module.dilation, strict=True)
+        ]
+        window = [min(k, n) for k, n in zip(module.kernel_size, padded, strict=True)]
+        inside = batch * math.prod(padded) * (3 * dim * dim + 2 * math.prod(window) * dim)
+        exact = 2 * (inside + batch * math.prod(size) * dim * dim)
         total[_NEIGHBORHOOD] += exact - (sum(total.values()) - before.pop())
 
     for module in model.modules():

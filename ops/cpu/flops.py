@@ -1,8 +1,8 @@
 """How much the kernels compute, and those of torch's functions that stand beside them.
 
 Counted are the multiply-accumulates of convolutions and matrix products, as two operations each;
-what stands around them (norms, activations, softmax, interpolation) is not. What has no entry in a
-table has no count.
+what stands around them (norms, activations, softmax, interpolation) is not, nor is a scan. What has
+no entry in a table has no count.
 """
 
 from __future__ import annotations
@@ -92,7 +92,7 @@ def _gated_attention(given: _Given, result: Any) -> int:
     return int(result.numel() * tokens * 2)
 
 
-def _gated_linear_attention(given: _Given, result: Any) -> int:
+def _rank_augmented_attention(given: _Given, result: Any) -> int:
     head_dim = result.shape[3] // given["num_heads"]
     return int(result.numel() * (2 * head_dim + 2))  # a state, weights of keys and their sum
 
@@ -134,7 +134,7 @@ _KERNELS: dict[str, Callable[[_Given, Any], int | None]] = {
     "deformable_conv2d": _deformable,
     "grouped_attention": _grouped_attention,
     "gated_attention": _gated_attention,
-    "gated_linear_attention": _gated_linear_attention,
+    "rank_augmented_attention": _rank_augmented_attention,
     "cascaded_attention": _cascaded_attention,
     "kan_layer": _kan,
     "response_mlp": _response_mlp,

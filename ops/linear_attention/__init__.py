@@ -142,6 +142,9 @@ def _best_backend(tensors: Tensors) -> ModuleType:
         return triton
     if device == "cpu" and cpu.supports(*tensors) is None:
         return cpu
+    kept = tensors[0].dtype in (torch.float32, torch.bfloat16) and not torch.is_grad_enabled()
+    if device == "meta" and kept:
+        return cpu  # its operator tells the shape; counters of products see none in a scan
     return chunked
 
 

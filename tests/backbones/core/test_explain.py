@@ -88,7 +88,8 @@ def test_functions_of_torch_are_rows_too(monkeypatch: pytest.MonkeyPatch) -> Non
 
 
 def test_rows_add_up_to_the_models_time() -> None:
-    found = backbones.explain(small("ravlt").eval().fuse(), 64, repeats=5)
+    with using_threads(1):  # whose time on the CPU is taken, whatever else the machine does
+        found = backbones.explain(small("ravlt").eval().fuse(), 64, repeats=5)
     shares = [found.share(call.seconds) for call in found.calls]
     assert sum(shares) + found.share(found.between) == pytest.approx(1)
     assert found.seconds == pytest.approx(
