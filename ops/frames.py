@@ -10,9 +10,12 @@ import math
 
 from torch import Tensor
 
+from ops.arguments import checked
+
 __all__ = ["frames_to_image"]
 
 
+@checked()
 def frames_to_image(video: Tensor, layout: str = "rows") -> Tensor:
     """n² frames as one image, n times as high and n times as wide.
 

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 from torch.nn import functional as F
 
+from ops.arguments import checked
 from ops.reparam import fold_scale_after
 
 __all__ = ["ConvPosition", "PositionTable", "resize_position_table"]
@@ -70,6 +71,7 @@ class PositionTable(nn.Module):
         return x + table.transpose(1, 2).unflatten(2, x.shape[2:])
 
 
+@checked(ranks={"table": 3})
 def resize_position_table(table: Tensor, size: Sequence[int]) -> Tensor:
     """(1, n², dim), row by row, to (1, h · w, dim): bicubically, the same tensor if it fits.
 

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from backbones.core.base import Stage, StagedBackbone, check_format
+from ops.arguments import require_tensor
 from ops.position import resize_position_table
 from ops.pyramid import SimplePyramid
 
@@ -139,8 +140,10 @@ class IsotropicBackbone(StagedBackbone):
             intermediates_only: return the list alone.
 
         Raises:
+            TypeError: ``x`` that is no tensor, indices that are no whole numbers.
             ValueError: an index that is not there, or an unknown format.
         """
+        require_tensor("x", x)
         check_format(output_fmt)
         taken = self._take_indices(indices)
         x = self.stem(x)

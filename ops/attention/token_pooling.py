@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ops.arguments import checked
 from ops.attention.bilevel import BiLevelRoutingAttention
 from ops.attention.cascaded import CascadedGroupAttention
 from ops.attention.factorized import FactorizedAttention
@@ -76,11 +77,13 @@ class TokenPooling(nn.Module):
         return f"scales={self.scales}, channels_last={self.channels_last}"
 
 
+@checked()
 def token_attentions(model: nn.Module) -> list[nn.Module]:
     """The layers of a network in which tokens that lie on a map attend to one another."""
     return [m for m in model.modules() if isinstance(m, _CHANNELS_FIRST + _CHANNELS_LAST)]
 
 
+@checked()
 def pool_tokens_before(attention: nn.Module, dim: int, scales: int) -> None:
     """Let an attention of :func:`token_attentions` see its map through a :class:`TokenPooling`.
 

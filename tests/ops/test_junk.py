@@ -79,6 +79,10 @@ GOOD: dict[str, dict[str, Any]] = {
     "ops.attention.single_head.single_head_attention": {
         **{"query": _map(1, 4, 2, 2), "key": _map(1, 4, 2, 2), "value": _map(1, 6, 2, 2)}
     },
+    "ops.attention.token_pooling.pool_tokens_before": {
+        **{"attention": nn.Identity(), "dim": 8, "scales": 2}
+    },
+    "ops.attention.token_pooling.token_attentions": {"model": nn.Identity()},
     "ops.attention.window.overlap_position_index": {
         **{"window_size": 4, "overlap_size": 6, "device": None}
     },
@@ -97,6 +101,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "ops.attention.window.window_partition": {"x": _map(1, 4, 4, 3), "window_size": 2},
     "ops.batch_norm.has_wrong_gradients": {},
     "ops.batch_norm.with_canonical_strides": {"x": _map(1, 2, 3, 3)},
+    "ops.frames.frames_to_image": {"video": _map(1, 3, 4, 2, 2), "layout": "tiles"},
     "ops.init.init_fan_out": {"module": nn.Linear(2, 2)},
     "ops.init.init_trunc_normal": {"module": nn.Linear(2, 2)},
     "ops.init.trunc_normal": {"tensor": _map(2, 2), "std": 0.02},
@@ -117,6 +122,7 @@ GOOD: dict[str, dict[str, Any]] = {
     },
     "ops.padding.reflect_pad_to_multiple": {"x": _map(1, 2, 5, 5), "multiple": 4},
     "ops.padding.reflected_positions": {"positions": torch.arange(6), "size": 4},
+    "ops.position.resize_position_table": {"table": _map(1, 4, 2), "size": (3, 2)},
     "ops.reparam.fold_norm_after": {"layer": nn.Conv2d(2, 2, 1), "norm": nn.BatchNorm2d(2)},
     "ops.reparam.fold_norm_before": {"norm": nn.BatchNorm2d(2), "layer": nn.Conv2d(2, 2, 1)},
     "ops.reparam.fold_scale_after": {

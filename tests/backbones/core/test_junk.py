@@ -55,6 +55,10 @@ GOOD: dict[str, tuple[Callable[..., Any], dict[str, Any]]] = {
         {"name": "van_b0", "features_only": True, "checkpoint_path": None, **_CFG},
     ),
     "empty_cache": (backbones.empty_cache, {}),
+    "explain": (
+        backbones.explain,
+        {"model": _van().eval(), "input_size": 32, "batch_size": 1, "repeats": 1},
+    ),
     "fuse": (backbones.fuse, {"model": _van()}),
     "fuse, how": (_fuse, {"dtype": torch.float32, "channels_last": True}),
     "list_families": (backbones.list_families, {}),
