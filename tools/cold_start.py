@@ -27,6 +27,8 @@ from typing import Any
 import torch
 from measuring import load_report, machine, read_report, write
 
+from backbones.core.arguments import nonempty_path
+
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "docs" / "performance" / "cold_start.json"
 PAGE = ROOT / "docs" / "performance-cold-start.md"
@@ -127,12 +129,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("way", nargs="?", choices=list(WAYS), help="what to measure anew")
     parser.add_argument("--models", nargs="+", default=MODELS, metavar="NAME")
     parser.add_argument("--python", default=sys.executable, help="an interpreter, with the wheel")
-    parser.add_argument("--tree", type=Path, help="a checkout; default this one, but for a wheel")
+    parser.add_argument(
+        "--tree", type=nonempty_path, help="a checkout; default this one, but for a wheel"
+    )
     parser.add_argument(
         "--rounds", type=int, default=1, help="processes of which the median counts"
     )
-    parser.add_argument("--output", type=Path, default=OUTPUT)
-    parser.add_argument("--page", type=Path, default=PAGE)
+    parser.add_argument("--output", type=nonempty_path, default=OUTPUT)
+    parser.add_argument("--page", type=nonempty_path, default=PAGE)
     args = parser.parse_args(arguments)
     report = read_report(args.output) if args.way is None else load_report(args.output, here())
     if args.way is not None:

@@ -15,6 +15,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from backbones.core.arguments import nonempty_path
 from backbones.core.console import Parser, guard
 from backbones.training.checkpoint import write_atomically
 
@@ -118,8 +119,10 @@ def draw(reports: list[dict[str, Any]], path: Path) -> None:
 
 def main(arguments: list[str] | None = None) -> int:
     parser = Parser(description=__doc__)
-    parser.add_argument("reports", nargs="*", type=Path, default=_REPORTS, metavar="JSON")
-    parser.add_argument("--out", type=Path, default=_DOCS / "assets/speed.png", metavar="PNG")
+    parser.add_argument("reports", nargs="*", type=nonempty_path, default=_REPORTS, metavar="JSON")
+    parser.add_argument(
+        "--out", type=nonempty_path, default=_DOCS / "assets/speed.png", metavar="PNG"
+    )
     options: argparse.Namespace = parser.parse_args(arguments)
     draw([json.loads(path.read_text()) for path in options.reports], options.out)
     return 0

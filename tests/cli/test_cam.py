@@ -33,16 +33,23 @@ def simple(family: str) -> Any:
     What is bright in the image is bright in the maps, at the same place; a black image gives 0.
     """
     model = small(family).double().eval()
+    before = None
     for stage, number in zip(model.stages, model.stage_features(), strict=True):
+        info = model.feature_info[number]
         stage.blocks = nn.Sequential()
-        if family == "medvitv2":  # whose blocks change the number of channels
-            stage.blocks.append(Widen(model.feature_info[number]["num_chs"]))
+        if family == "proxylessnas" and before is not None:  # whose first blocks downsample
+            conv = nn.Conv2d(before["num_chs"], info["num_chs"], 3, 2, 1, bias=False)
+            stage.blocks.append(conv.double())
+        elif family in ("medvitv2", "proxylessnas"):  # whose blocks change the channels
+            stage.blocks.append(Widen(info["num_chs"]))
+        before = info
     for module in list(model.modules()):
         for name, child in module.named_children():
             if type(child).__name__ in NORMS:
                 setattr(module, name, nn.Identity())
     for name, parameter in model.named_parameters():
-        nn.init.constant_(parameter, 0.0 if name.endswith("bias") or "offset" in name else 0.1)
+        zero = name.endswith(("bias", "pos_embed")) or "offset" in name
+        nn.init.constant_(parameter, 0.0 if zero else 0.1)
     return model
 
 
