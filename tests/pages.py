@@ -15,6 +15,7 @@ PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.rglob("*.md"
 
 LANGUAGES = {
     "sh": "commands",
+    "dockerfile": "builds an image, for which there is no daemon here",
     "python": "runs, block after block in one namespace",
     "py": "a part of a file, which does not run by itself",
     "text": "a drawing",

@@ -33,19 +33,20 @@ def simple(family: str) -> Any:
     What is bright in the image is bright in the maps, at the same place; a black image gives 0.
     """
     model = small(family).double().eval()
-    before = None
+    before = model.stem(torch.zeros(1, 3, 64, 64, dtype=torch.float64)).shape[1]
     for stage, number in zip(model.stages, model.stage_features(), strict=True):
-        info = model.feature_info[number]
+        dim = model.feature_info[number]["num_chs"]
         stage.blocks = nn.Sequential()
-        if family == "proxylessnas" and before is not None:  # whose first blocks downsample
-            conv = nn.Conv2d(before["num_chs"], info["num_chs"], 3, 2, 1, bias=False)
-            stage.blocks.append(conv.double())
-        elif family in ("medvitv2", "proxylessnas"):  # whose blocks change the channels
-            stage.blocks.append(Widen(info["num_chs"]))
-        before = info
+        if family == "medvitv2":  # whose blocks change the number of channels
+            stage.blocks.append(Widen(dim))
+        elif family == "proxylessnas":  # whose first blocks downsample
+            stage.blocks.append(nn.Conv2d(before, dim, 3, 2, 1, bias=False).double())
+        before = dim
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if type(child).__name__ in NORMS:
+            if type(child).__name__ in NORMS or isinstance(
+                child, nn.ReLU6
+            ):  # cuts off what is bright
                 setattr(module, name, nn.Identity())
     for name, parameter in model.named_parameters():
         zero = name.endswith(("bias", "pos_embed")) or "offset" in name

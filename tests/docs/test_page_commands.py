@@ -20,6 +20,7 @@ COMMANDS = sorted({text for page in pages.PAGES for text in pages.commands(page)
 NOT_RUN = {
     r"make .*": "makes an environment of its own",
     r"pip install .*": "installs from the network",
+    r"(.* )?pip wheel.*": "compiles for minutes; tests/tools/test_wheel.py does it",
     r"export \w+=\S+": "sets a variable",
     r"vision-backbones validate .* --real-labels": "downloads weights, needs ImageNet's names",
     r"#!/bin/bash\n#SBATCH (.|\n)*": "asks Slurm for two nodes of eight GPUs",
