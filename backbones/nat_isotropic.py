@@ -1,4 +1,4 @@
-"""NAT and DiNAT without a pyramid, and the vision transformer that they are compared with.
+"""Isotropic NAT and DiNAT: no pyramid; beside them the vision transformer of their comparison.
 
 Ali Hassani and Humphrey Shi, "Dilated Neighborhood Attention Transformer",
 https://arxiv.org/abs/2209.15001. Patches of 16×16, twelve blocks of one width, and a position bias

@@ -64,6 +64,8 @@ RESTORATION = {"hat"}
 CLASSIFIERS = [family for family in FAMILIES if family not in RESTORATION]
 # The families whose first stage is at stride 16, and which can show their stem.
 STRIDE_16 = [family for family in FAMILIES if family in ("efficientvit", "shvit")]
+# The families that never leave stride 16, and make a pyramid of their last map.
+ISOTROPIC = [family for family in FAMILIES if family in ("nat_isotropic", "vrwkv")]
 
 
 def small(family: str, **kwargs: Any) -> Any:

@@ -11,7 +11,7 @@ import timm
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from zoo import CLASSIFIERS, SMALL, STRIDE_16
+from zoo import CLASSIFIERS, ISOTROPIC, SMALL, STRIDE_16
 
 import backbones
 
@@ -47,7 +47,7 @@ def test_every_family_learns(
     family: str, segmenter: Any, rectangles: Pictures, train: Train
 ) -> None:
     name, arguments = SMALL[family]
-    if family in STRIDE_16:
+    if family in STRIDE_16 + ISOTROPIC:
         name += "_pyramid"
     elif family == "inception_next":
         # timm's own model, which cannot be made shallow.

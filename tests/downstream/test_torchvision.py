@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 from torchvision.ops.feature_pyramid_network import LastLevelMaxPool
-from zoo import CLASSIFIERS, SMALL, STRIDE_16
+from zoo import CLASSIFIERS, ISOTROPIC, SMALL, STRIDE_16
 
 import backbones
 
@@ -50,6 +50,8 @@ def test_every_family_makes_a_pyramid(family: str, run_page: Page) -> None:
     name, arguments = SMALL[family]
     if family in STRIDE_16:
         arguments = {**arguments, "stem_features": True, "out_indices": (1, 2, 3, 4)}
+    elif family in ISOTROPIC:
+        arguments = {**arguments, "pyramid": True}
     page = run_page("torchvision")
     body = backbones.create_model(name, features_only=True, **arguments)
     fpn = page["FeaturePyramidNetwork"](body.feature_info.channels(), 256, LastLevelMaxPool())

@@ -285,7 +285,7 @@ def families_table(data: list[Row]) -> str:
     for family in backbones.list_families():
         sizes = [row.params_m for row in data if row.family == family]
         module = getattr(backbones, family)
-        name, opening = module.__all__[0], (module.__doc__ or "").split("\n")[0]
+        name, opening = min(module.__all__, key=len), (module.__doc__ or "").split("\n")[0]
         idea = opening.rstrip(".").split(": ", 1)[1]
         lines.append(
             f"| [{name}]({family}.md) | {idea[0].upper()}{idea[1:]} | {len(sizes)} "
