@@ -15,8 +15,9 @@ from backbones.cli import parity
 
 ROOT = Path(__file__).resolve().parents[2]
 # Their modules are described as wholes; what is in them is called by the package around them.
-INTERNAL = ("ops/cpu/", "ops/neighborhood/")
-PACKAGES = ("ops/cpu/__init__.py", "ops/neighborhood/__init__.py")
+_OPS_WITH_BACKENDS = ("ops/bi_wkv/", "ops/linear_attention/", "ops/neighborhood/")
+INTERNAL = ("ops/arguments.py", "ops/autocast.py", "ops/cpu/", *_OPS_WITH_BACKENDS)
+PACKAGES = ("ops/cpu/__init__.py", *(f"{folder}__init__.py" for folder in _OPS_WITH_BACKENDS))
 ERRORS = ("SEVERE", "WARNING")
 
 
@@ -114,7 +115,7 @@ def test_numbers_sort(zoo, heading):
 def test_text_sorts(zoo):
     click_heading(zoo, "Variant")
     names = column(zoo, "Variant")
-    assert names[0] == "biformer_base" and names[-1] == "van_b6"
+    assert names[0] == "biformer_base" and names[-1] == "vrwkv6_t"
     click_heading(zoo, "Variant")
     assert column(zoo, "Variant") == names[::-1]
 
