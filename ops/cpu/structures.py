@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import functools
 import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,11 +19,13 @@ _DECLARATION = re.compile(r"^(?:const )?(\w+)\s*(.*)$")
 _FIELD = re.compile(r"^(\*?)\s*(\w+)(?:\[(\w+)\])?$")
 
 
-def included(source: Path, root: Path = SOURCES) -> list[Path]:
+def included(
+    source: Path, root: Path = SOURCES, read: Callable[[Path], str] = Path.read_text
+) -> list[Path]:
     """``source``, the headers that it includes from ``root``, and those that they do."""
     found, pending = {source: None}, [source]  # a dictionary keeps the order, and is fast to search
     while pending:
-        for name in _INCLUDE.findall(_text(pending.pop(0))):
+        for name in _INCLUDE.findall(read(pending.pop(0))):
             if (path := root / name) not in found:
                 found[path] = None
                 pending.append(path)
@@ -44,7 +47,7 @@ def structure(header: str, name: str) -> Any:
     """
     space, _, plain = name.rpartition("::")
     pattern = re.compile(rf"^struct {plain} {{(.*?)^}};", re.DOTALL | re.MULTILINE)
-    for path in included(SOURCES / header):
+    for path in included(SOURCES / header, read=_text):
         text = re.sub(r"//[^\n]*", "", _text(path))
         found = pattern.search(text) if f"namespace {space} {{" in text else None
         if found is not None:
