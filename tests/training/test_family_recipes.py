@@ -11,6 +11,8 @@ from zoo import CLASSIFIERS
 import backbones
 from backbones.training.recipe import load_recipe
 
+# Trained on videos, which are no data of train_cls.py.
+VIDEO = {"unireplknet_b_k400"}
 FOLDER = Path(__file__).parents[2] / "configs" / "cls"
 
 
@@ -20,7 +22,7 @@ def test_recipe_names_every_variant(family: str) -> None:
     variants = list(yaml.safe_load(path.read_text())["variants"])
     # A row may be of certain weights, as in name.tag.
     names = {variant.split(".")[0] for variant in variants}
-    assert sorted(names) == backbones.list_models(family=family)
+    assert sorted(names) == sorted({*backbones.list_models(family=family)} - VIDEO)
     for variant in variants:
         recipe = load_recipe(path, {"model": variant, "data": "x"})
         assert recipe.model == variant
