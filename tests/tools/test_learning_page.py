@@ -14,8 +14,8 @@ import backbones
 
 # At 64×64 the dilated windows of DiNAT_s pad every map to that of 224×224: an hour of training.
 LEARNERS = [family for family in CLASSIFIERS if family != "dinat_s"]
-# Validation accuracy in %, where it is not 90; chance is 10. The 4×4 tokens of this one are padded to
-# its windows of 7×7, so that two thirds of what a token sees are zeros: four epochs are few for it.
+# Validation accuracy in %, where it is not 90; chance is 10. The 4×4 tokens of this one are padded
+# to its windows of 7×7, so that two thirds of what a token sees are zeros: four epochs are few.
 LEAST = {"nat_isotropic_small": 50}
 PATH = Path(__file__).parents[2] / "tools" / "learning_page.py"
 
