@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstdint>
 #include "common/lanes.h"
+#include "common/libm.h"
 #include "common/simd.h"
 
 namespace wkv {

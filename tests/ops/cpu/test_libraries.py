@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 from pathlib import Path
 
@@ -78,3 +79,12 @@ def test_switched_off_means_those_of_the_package_too(
     _ship(package, compiled[42], cpu.instruction_set())
     monkeypatch.setenv("VISION_BACKBONES_NATIVE", "0")
     assert cpu.load("small") is None
+
+
+@pytest.mark.parametrize("name", sorted(libraries.sources()))
+def test_nothing_is_asked_of_a_newer_libc_than_wheels_promise(name: str) -> None:
+    """manylinux_2_28; what a newer one has in place of it is named by its version."""
+    path = cpu.status(name).path
+    assert path is not None
+    versions = re.findall(rb"GLIBC_2\.(\d+)", path.read_bytes())
+    assert max(map(int, versions), default=0) <= 28
