@@ -22,11 +22,12 @@ if not hasattr(_ops, "OPS_OF_VISION_BACKBONES"):
     )
 
 try:
-    from backbones.core.base import Stage, StagedBackbone
+    from backbones.core.base import StagedBackbone
     from backbones.core.checkpoint import CheckpointError, LoadReport, load_checkpoint
     from backbones.core.explain import Explanation, explain
-    from backbones.core.isotropic import IsotropicBackbone, IsotropicStage
+    from backbones.core.isotropic import IsotropicBackbone
     from backbones.core.registry import create_model, empty_cache, fuse, list_families, list_models
+    from backbones.core.stage import IsotropicStage, Stage
 
     # Importing a family registers its models, here and with timm; then its inference forms.
     from backbones import (  # isort: skip
@@ -55,7 +56,6 @@ try:
         inception_next_inference,
         litv2_inference,
         medvitv2_inference,
-        neighborhood_inference,
         proxylessnas_inference,
         ravlt_inference,
         unireplknet_inference,

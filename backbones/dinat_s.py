@@ -11,29 +11,23 @@ segmenters of the paper use ``out_norms=True, num_classes=0`` and other dilation
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-import torch
-from timm.layers import ClassifierHead, calculate_drop_path_rates
 from timm.models import generate_default_cfgs
-from torch import Tensor, nn
+from torch import Tensor
 
-from backbones.core.base import StagedBackbone
 from backbones.core.keywords import checked
 from backbones.core.registry import build_model, register
 from backbones.neighborhood import (
     PRESETS,
+    NeighborhoodPyramid,
     Pattern,
-    TokenStage,
     block_dilations,
     cfg,
-    init_linear,
-    layer_norm,
-    neighborhood,
     renamed,
+    token_stages,
 )
-from ops.neighborhood.block import NeighborhoodBlock, resized_bias
 from ops.patch import PatchEmbed, PatchMerging
 
 __all__ = ["DiNATS"]
@@ -46,7 +40,7 @@ DINAT_S_PRESETS: Mapping[str, Pattern] = {
 }
 
 
-class DiNATS(StagedBackbone):
+class DiNATS(NeighborhoodPyramid):
     """DiNAT_s.
 
     Args:
@@ -88,46 +82,22 @@ class DiNATS(StagedBackbone):
         out_norms: bool | Sequence[int] = False,
     ) -> None:
         super().__init__(num_classes=num_classes, in_chans=in_chans)
-        rates: Iterator[Any] = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
-        of_blocks = block_dilations(dilations, depths, DINAT_S_PRESETS)
         self.stem = PatchEmbed(in_chans, dims[0])
-        self.stages = nn.Sequential(
-            *(
-                TokenStage(
-                    [
-                        NeighborhoodBlock(
-                            neighborhood(dims[i], num_heads[i], kernel_size, dilation),
-                            mlp_ratio,
-                            proj_drop_rate,
-                            next(rates),
-                        )
-                        for dilation in of_blocks[i]
-                    ],
-                    downsample=PatchMerging(dims[i - 1], dims[i]) if i else None,
-                )
-                for i in range(len(dims))
-            )
-        )
-        dense = num_classes == 0 and bool(out_norms)
-        self.norm = nn.Identity() if dense else layer_norm(dims[-1])
-        self.head = ClassifierHead(dims[-1], num_classes, global_pool, drop_rate)
-        self.describe_features(
+        self.stages = token_stages(
             dims,
-            [4 * 2**i for i in range(len(dims))],
-            out_norms=out_norms,
-            out_norm_layer=layer_norm,
+            num_heads,
+            block_dilations(dilations, depths, DINAT_S_PRESETS),
+            kernel_size,
+            mlp_ratio,
+            proj_drop_rate,
+            drop_path_rate,
+            PatchMerging,
         )
-        self.apply(init_linear)
+        self.finish(dims, global_pool, drop_rate, out_norms)
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """From the names of the original and of its dense copies."""
         return {renamed(key, _RENAMES): tensor for key, tensor in state_dict.items()}
-
-    def resize_tensor(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
-        """A position bias for another kernel size, too."""
-        if name.endswith(".rpb"):
-            return resized_bias(tensor, shape)
-        return super().resize_tensor(name, tensor, shape)
 
 
 _RENAMES = (

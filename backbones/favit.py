@@ -20,9 +20,10 @@ from timm.layers import ClassifierHead, DropPath, LayerNorm2d, calculate_drop_pa
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from backbones.core.base import Stage, StagedBackbone
+from backbones.core.base import StagedBackbone
 from backbones.core.keywords import checked
 from backbones.core.registry import build_model, register
+from backbones.core.stage import Stage
 from ops.attention.factorized import FactorizedAttention
 from ops.init import init_fan_out
 from ops.mlp import DWMlp

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from timm.layers import DropPath, Mlp, SqueezeExcite
 from torch import Tensor, nn
 
-from backbones.core.base import Stage
+from backbones.core.stage import Stage
 from ops.attention.window import (
     OverlappingWindowAttention,
     WindowAttention,

@@ -25,9 +25,10 @@ from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 from torchvision.ops import deform_conv2d
 
-from backbones.core.base import Stage, StagedBackbone
+from backbones.core.base import StagedBackbone
 from backbones.core.keywords import checked, several, whole
 from backbones.core.registry import build_model, register
+from backbones.core.stage import TokenStage
 from ops.attention.hilo import HiLoAttention
 from ops.batch_norm import BatchNorm2d
 from ops.init import init_fan_out
@@ -136,14 +137,6 @@ class Block(nn.Module):
         return x + self.drop_path(self.mlp(self.norm2(x)))
 
 
-class LITv2Stage(Stage):
-    """A stage whose blocks want channels last."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.downsample(x).permute(0, 2, 3, 1)
-        return self.norm(self.run_blocks(x).permute(0, 3, 1, 2))
-
-
 class LITv2(StagedBackbone):
     """LITv2.
 
@@ -184,7 +177,7 @@ class LITv2(StagedBackbone):
         self.stem = PatchEmbed(in_chans, dims[0])
         self.stages = nn.Sequential(
             *(
-                LITv2Stage(
+                TokenStage(
                     [
                         Block(
                             dims[i],

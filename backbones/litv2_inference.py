@@ -12,7 +12,6 @@ from ops.inference.attention import FastHiLoAttention
 from ops.inference.forms import stands_for
 from ops.inference.layers import FastConv2d
 from ops.inference.mlp import FastDWMlp
-from ops.replay.module import recorded_form
 
 __all__ = ["LITv2Block", "LITv2DeformableConv2d"]
 
@@ -46,6 +45,3 @@ class LITv2DeformableConv2d(FastConv2d, litv2.DeformableConv2d):
             return None
         assert self.bias is not None
         return pack_taps(self.weight), self.bias.detach().float()
-
-
-stands_for(litv2.LITv2Stage)(recorded_form(litv2.LITv2Stage))

@@ -14,28 +14,24 @@ dilations, see ``dilations``.
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timm.layers import ClassifierHead, calculate_drop_path_rates
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from backbones.core.base import StagedBackbone
 from backbones.core.keywords import checked, number, optional, widths
 from backbones.core.registry import build_model, register
 from backbones.neighborhood import (
     PRESETS,
-    TokenStage,
+    NeighborhoodPyramid,
     block_dilations,
     cfg,
-    init_linear,
     layer_norm,
-    neighborhood,
     renamed,
+    token_stages,
 )
-from ops.neighborhood.block import NeighborhoodBlock, resized_bias
 
 __all__ = ["NAT"]
 
@@ -57,7 +53,7 @@ def _downsample(dim: int, out_dim: int) -> nn.Sequential:
     return nn.Sequential(OrderedDict(conv=conv, norm=layer_norm(out_dim)))
 
 
-class NAT(StagedBackbone):
+class NAT(NeighborhoodPyramid):
     """Neighborhood Attention Transformer, dilated or not.
 
     Args:
@@ -105,37 +101,19 @@ class NAT(StagedBackbone):
         out_norms: bool | Sequence[int] = False,
     ) -> None:
         super().__init__(num_classes=num_classes, in_chans=in_chans)
-        rates: Iterator[Any] = iter(calculate_drop_path_rates(drop_path_rate, sum(depths)))
-        of_blocks = block_dilations(dilations, depths, PRESETS)
         self.stem = _stem(in_chans, dims[0])
-        self.stages = nn.Sequential(
-            *(
-                TokenStage(
-                    [
-                        NeighborhoodBlock(
-                            neighborhood(dims[i], num_heads[i], kernel_size, dilation),
-                            mlp_ratio,
-                            proj_drop_rate,
-                            next(rates),
-                            layer_scale,
-                        )
-                        for dilation in of_blocks[i]
-                    ],
-                    downsample=_downsample(dims[i - 1], dims[i]) if i else None,
-                )
-                for i in range(len(dims))
-            )
-        )
-        dense = num_classes == 0 and bool(out_norms)
-        self.norm = nn.Identity() if dense else layer_norm(dims[-1])
-        self.head = ClassifierHead(dims[-1], num_classes, global_pool, drop_rate)
-        self.describe_features(
+        self.stages = token_stages(
             dims,
-            [4 * 2**i for i in range(len(dims))],
-            out_norms=out_norms,
-            out_norm_layer=layer_norm,
+            num_heads,
+            block_dilations(dilations, depths, PRESETS),
+            kernel_size,
+            mlp_ratio,
+            proj_drop_rate,
+            drop_path_rate,
+            _downsample,
+            layer_scale,
         )
-        self.apply(init_linear)
+        self.finish(dims, global_pool, drop_rate, out_norms)
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """From the names of the original, of its dense copies and of Hugging Face's releases."""
@@ -150,12 +128,6 @@ class NAT(StagedBackbone):
             gamma1, gamma2 = tensors.pop(key)
             tensors |= {f"{block}ls1.gamma": gamma1, f"{block}ls2.gamma": gamma2}
         return tensors
-
-    def resize_tensor(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
-        """A position bias for another kernel size, too."""
-        if name.endswith(".rpb"):
-            return resized_bias(tensor, shape)
-        return super().resize_tensor(name, tensor, shape)
 
 
 _HUGGING_FACE = (

@@ -21,9 +21,10 @@ from timm.layers import ClassifierHead, calculate_drop_path_rates
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from backbones.core.isotropic import IsotropicBackbone, IsotropicStage
+from backbones.core.isotropic import IsotropicBackbone
 from backbones.core.keywords import KERNEL, checked, one_or_several, optional, several, whole
 from backbones.core.registry import build_model, register
+from backbones.core.stage import IsotropicStage
 from backbones.neighborhood import (
     cfg,
     init_linear,

@@ -1,4 +1,4 @@
-"""What the families of neighborhood attention share: dilations, and names of published weights.
+"""What the families of neighborhood attention share: stages, dilations, names of published weights.
 
 Ali Hassani et al., "Neighborhood Attention Transformer", https://arxiv.org/abs/2204.07143, and
 Ali Hassani and Humphrey Shi, "Dilated Neighborhood Attention Transformer",
@@ -8,35 +8,108 @@ https://arxiv.org/abs/2209.15001.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
-from timm.layers import LayerNorm2d
+import torch
+from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates
 from torch import Tensor, nn
 
-from backbones.core.base import Stage
+from backbones.core.base import StagedBackbone
+from backbones.core.stage import TokenStage
 from ops.init import trunc_normal
 from ops.neighborhood import NeighborhoodAttention2D
+from ops.neighborhood.block import NeighborhoodBlock, resized_bias
 
 __all__ = [
     "PRESETS",
+    "NeighborhoodPyramid",
     "Pattern",
-    "TokenStage",
     "block_dilations",
     "cfg",
     "init_linear",
     "layer_norm",
     "neighborhood",
     "renamed",
+    "token_stages",
 ]
 
 
-class TokenStage(Stage):
-    """A stage whose blocks want channels last."""
+class NeighborhoodPyramid(StagedBackbone):
+    """The common part of NAT, DiNAT and DiNAT_s.
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.downsample(x).permute(0, 2, 3, 1)
-        return self.norm(self.run_blocks(x).permute(0, 3, 1, 2))
+    Subclasses set ``stem`` and ``stages`` (see :func:`token_stages`), then call :meth:`finish`.
+    """
+
+    def finish(
+        self,
+        dims: Sequence[int],
+        global_pool: str,
+        drop_rate: float,
+        out_norms: bool | Sequence[int],
+    ) -> None:
+        """Norm, head, what the maps look like, and initial weights.
+
+        Dense networks (``out_norms`` without classes) have no final norm, as the published ones.
+        """
+        dense = self.num_classes == 0 and bool(out_norms)
+        self.norm = nn.Identity() if dense else layer_norm(dims[-1])
+        self.head = ClassifierHead(dims[-1], self.num_classes, global_pool, drop_rate)
+        self.describe_features(
+            dims,
+            [4 * 2**i for i in range(len(dims))],
+            out_norms=out_norms,
+            out_norm_layer=layer_norm,
+        )
+        self.apply(init_linear)
+
+    def resize_tensor(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
+        """A position bias for another kernel size, too."""
+        if name.endswith(".rpb"):
+            return resized_bias(tensor, shape)
+        return super().resize_tensor(name, tensor, shape)
+
+
+def token_stages(
+    dims: Sequence[int],
+    num_heads: Sequence[int],
+    dilations: Sequence[Sequence[int]],
+    kernel_size: int,
+    mlp_ratio: float,
+    proj_drop_rate: float,
+    drop_path_rate: float,
+    downsample: Callable[[int, int], nn.Module],
+    layer_scale: float | None = None,
+) -> nn.Sequential:
+    """Stages of neighborhood attention, NCHW to NCHW.
+
+    Args:
+        dims, num_heads: of each stage.
+        dilations: of each block, by stage.
+        kernel_size, mlp_ratio, proj_drop_rate, layer_scale: of all blocks.
+        drop_path_rate: of the last block; it grows linearly from 0.
+        downsample: what begins a stage, from the channels before and its own; not the first one.
+    """
+    depth = sum(map(len, dilations))
+    rates: Iterator[Any] = iter(calculate_drop_path_rates(drop_path_rate, depth))
+    return nn.Sequential(
+        *(
+            TokenStage(
+                [
+                    NeighborhoodBlock(
+                        neighborhood(dims[i], num_heads[i], kernel_size, dilation),
+                        mlp_ratio,
+                        proj_drop_rate,
+                        next(rates),
+                        layer_scale,
+                    )
+                    for dilation in dilations[i]
+                ],
+                downsample=downsample(dims[i - 1], dims[i]) if i else None,
+            )
+            for i in range(len(dims))
+        )
+    )
 
 
 def neighborhood(

@@ -18,9 +18,10 @@ from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from backbones.core.base import Stage, StagedBackbone
+from backbones.core.base import StagedBackbone
 from backbones.core.keywords import checked, several, whole
 from backbones.core.registry import build_model, register
+from backbones.core.stage import Stage
 from ops.conv import ConvNorm
 
 __all__ = ["ProxylessNAS"]

@@ -19,9 +19,10 @@ from timm.layers import DropPath, LayerNorm2d, SelectAdaptivePool2d, calculate_d
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from backbones.core.base import Stage, StagedBackbone
+from backbones.core.base import StagedBackbone
 from backbones.core.keywords import checked, widths
 from backbones.core.registry import build_model, register
+from backbones.core.stage import Stage
 from ops.attention.rank_augmented import RankAugmentedAttention, rotary_table
 from ops.conv import ConvNorm
 from ops.init import init_trunc_normal

@@ -17,9 +17,10 @@ from timm.layers import calculate_drop_path_rates
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from backbones.core.base import Stage, StagedBackbone
+from backbones.core.base import StagedBackbone
 from backbones.core.keywords import checked, widths
 from backbones.core.registry import build_model, register
+from backbones.core.stage import Stage
 from ops.attention.single_head import SingleHeadAttention
 from ops.conv import ConvResidual
 from ops.mobile import ConvFFN, NormLinearHead, Residual, conv_stem, residual_merging

@@ -26,7 +26,7 @@ from timm.layers import (
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from backbones.core.base import Stage, StagedBackbone
+from backbones.core.base import StagedBackbone
 from backbones.core.keywords import (
     KERNEL,
     POOLINGS,
@@ -37,6 +37,7 @@ from backbones.core.keywords import (
     widths,
 )
 from backbones.core.registry import build_model, register
+from backbones.core.stage import Stage
 from ops.batch_norm import BatchNorm2d
 from ops.init import init_trunc_normal
 from ops.large_kernel import DilatedReparamConv2d

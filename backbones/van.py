@@ -23,9 +23,10 @@ from timm.layers import (
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from backbones.core.base import Stage, StagedBackbone
+from backbones.core.base import StagedBackbone
 from backbones.core.keywords import checked
 from backbones.core.registry import build_model, register
+from backbones.core.stage import Stage
 from ops.attention.large_kernel import LargeKernelAttention
 from ops.batch_norm import BatchNorm2d
 from ops.conv import ConvNorm

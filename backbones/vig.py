@@ -26,10 +26,11 @@ from timm.layers import (
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from backbones.core.base import Stage, StagedBackbone
-from backbones.core.isotropic import IsotropicBackbone, IsotropicStage
+from backbones.core.base import StagedBackbone
+from backbones.core.isotropic import IsotropicBackbone
 from backbones.core.keywords import checked, whole
 from backbones.core.registry import build_model, register
+from backbones.core.stage import IsotropicStage, TokenStage
 from backbones.vig_blocks import Block, GatedLinearAttention
 from ops.init import init_trunc_normal
 from ops.position import PositionTable
@@ -37,18 +38,6 @@ from ops.position import PositionTable
 __all__ = ["HierarchicalViG", "ViG"]
 
 _XAVIER_GAIN = 2**-2.5
-
-
-class ViGStage(IsotropicStage):
-    """Some blocks of a network of one resolution."""
-
-
-class PyramidStage(Stage):
-    """A stage whose blocks want channels last."""
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = self.downsample(x).permute(0, 2, 3, 1)
-        return self.norm(self.run_blocks(x).permute(0, 3, 1, 2))
 
 
 class Stem(nn.Module):
@@ -126,7 +115,7 @@ class ViG(IsotropicBackbone):
         self.stem = Stem(in_chans, dim)
         self.stages = nn.Sequential(
             *(
-                ViGStage(
+                IsotropicStage(
                     Block(
                         dim,
                         num_heads,
@@ -199,7 +188,7 @@ class HierarchicalViG(StagedBackbone):
         )
         self.stages = nn.Sequential(
             *(
-                PyramidStage(
+                TokenStage(
                     [
                         Block(
                             dims[i],

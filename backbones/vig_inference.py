@@ -6,14 +6,13 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from backbones import vig, vig_blocks
+from backbones import vig_blocks
 from ops.cpu.scan.gated_scan import mixed_scan
 from ops.inference.forms import stands_for
 from ops.inference.layers import FastLayer, FastLinear
 from ops.inference.mlp import FastGluMlp
-from ops.replay.module import Recorded, recorded_form
 
-__all__ = ["ViGAttention", "ViGBlock", "ViGStage"]
+__all__ = ["ViGAttention", "ViGBlock"]
 
 
 @stands_for(vig_blocks.JoinedAttention)
@@ -61,16 +60,3 @@ class ViGBlock(vig_blocks.Block):
     def forward(self, x: Tensor) -> Tensor:
         x = self.attn(self.norm1(x), x)
         return self.mlp(self.norm2(x), x)
-
-
-@stands_for(vig.ViGStage)
-class ViGStage(Recorded, vig.ViGStage):
-    """Recorded where all of its blocks run."""
-
-    def forward(self, x: Tensor, first: int = 0, stop: int | None = None) -> Tensor:
-        if first == 0 and stop in (None, len(self.blocks)):
-            return super().forward(x)
-        return vig.ViGStage.forward(self, x, first, stop)
-
-
-stands_for(vig.PyramidStage)(recorded_form(vig.PyramidStage))

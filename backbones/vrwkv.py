@@ -27,9 +27,10 @@ from timm.layers import (
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
-from backbones.core.isotropic import IsotropicBackbone, IsotropicStage
+from backbones.core.isotropic import IsotropicBackbone
 from backbones.core.keywords import KEYWORDS, checked, optional, several, whole
 from backbones.core.registry import build_model, register
+from backbones.core.stage import IsotropicStage
 from backbones.vrwkv_blocks import HEAD_DIM, Block, GatedScan, GatedSquaredMlp, WKVAttention
 from ops.init import init_trunc_normal
 from ops.position import PositionTable
@@ -57,10 +58,6 @@ class PatchEmbed(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         x = self.conv(F.pad(x, (0, -x.shape[3] % _PATCH, 0, -x.shape[2] % _PATCH)))
         return self.norm(self.position(x))
-
-
-class VRWKVStage(IsotropicStage):
-    """A quarter of the blocks."""
 
 
 class VRWKV(IsotropicBackbone):
@@ -133,7 +130,7 @@ class VRWKV(IsotropicBackbone):
             for rate in rates
         ]
         of_stages = iter(blocks)
-        self.stages = nn.Sequential(*(VRWKVStage(islice(of_stages, depth)) for depth in depths))
+        self.stages = nn.Sequential(*(IsotropicStage(islice(of_stages, depth)) for depth in depths))
         self.norm = LayerNorm2d(dim, eps=1e-5)
         if head_hidden_dim is None:
             self.head = ClassifierHead(dim, num_classes, global_pool, drop_rate)

@@ -7,7 +7,7 @@ from typing import ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from backbones import vrwkv, vrwkv_blocks
+from backbones import vrwkv_blocks
 from ops.cpu.norm.layer_norm import layer_norm
 from ops.cpu.scan.gated_scan import gated_scan
 from ops.cpu.wkv.bi_wkv import bi_wkv_forward
@@ -15,9 +15,8 @@ from ops.cpu.wkv.shift import shifted_mixtures
 from ops.inference.forms import stands_for
 from ops.inference.layers import FastLayer, FastLinear
 from ops.inference.packed_linear import PackedLinear
-from ops.replay.module import Recorded
 
-__all__ = ["VRWKVAttention", "VRWKVBlock", "VRWKVGatedScan", "VRWKVMlp", "VRWKVStage"]
+__all__ = ["VRWKVAttention", "VRWKVBlock", "VRWKVGatedScan", "VRWKVMlp"]
 
 
 def _added(out: Tensor, residual: Tensor | None) -> Tensor:
@@ -172,13 +171,3 @@ class VRWKVBlock(vrwkv_blocks.Block):
 
 def _has_no_scales(block: vrwkv_blocks.Block) -> bool:
     return all(isinstance(scale, nn.Identity) for scale in (block.ls1, block.ls2))
-
-
-@stands_for(vrwkv.VRWKVStage)
-class VRWKVStage(Recorded, vrwkv.VRWKVStage):
-    """Recorded where all of its blocks run."""
-
-    def forward(self, x: Tensor, first: int = 0, stop: int | None = None) -> Tensor:
-        if first == 0 and stop in (None, len(self.blocks)):
-            return super().forward(x)
-        return vrwkv.VRWKVStage.forward(self, x, first, stop)

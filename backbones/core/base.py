@@ -7,76 +7,25 @@ and our checkpoint loader ask of a model follows from those.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from itertools import islice
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from backbones.core.fused import FusedBackbone
 from backbones.core.keywords import KEYWORDS, POOLINGS, check, checked, one_of
+from backbones.core.stage import Stage
 from ops.arguments import require_tensor
-from ops.attention.token_pooling import pool_tokens_before, token_attentions
 from ops.inference.conversion import leave_inference_mode, put_channels_last, take_plain_forms
-from ops.inference.forms import stands_for
 from ops.inference.layers import convert
 from ops.reparam import fuse_children
 from ops.replay.module import recorded_form
 
-__all__ = ["Stage", "StagedBackbone", "check_format"]
+__all__ = ["StagedBackbone", "check_format"]
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # that models run in
-
-
-class Stage(nn.Module):
-    """One resolution of a backbone: downsample, blocks, norm. NCHW comes in and goes out.
-
-    A family whose blocks want another layout, or tables that they share, overrides
-    :meth:`forward` and passes them through :meth:`run_blocks`.
-    """
-
-    def __init__(
-        self,
-        blocks: Iterable[nn.Module],
-        downsample: nn.Module | None = None,
-        norm: nn.Module | None = None,
-    ) -> None:
-        super().__init__()
-        self.downsample = downsample if downsample is not None else nn.Identity()
-        self.blocks = nn.Sequential(*blocks)
-        self.norm = norm if norm is not None else nn.Identity()
-        self.grad_checkpointing = False
-        self.fused = False
-
-    def run_blocks(
-        self, x: Tensor, *shared: Any, first: int = 0, stop: int | None = None
-    ) -> Tensor:
-        """The blocks ``first`` … ``stop`` − 1 in turn, each called with ``(x, *shared)``.
-
-        They are recomputed in the backward pass where that is set. Default: all blocks.
-        """
-        for block in islice(self.blocks, first, stop):
-            if self.grad_checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, *shared, use_reentrant=False)
-            else:
-                x = block(x, *shared)
-        return x
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(self.run_blocks(self.downsample(x)))
-
-    def fuse(self) -> Stage:
-        """Fold what can be folded inside; changes the stage in place."""
-        if not self.fused:
-            fuse_children(self)
-            self.fused = True
-        return self
-
-
-stands_for(Stage)(recorded_form(Stage))
 
 
 class StagedBackbone(nn.Module):
@@ -342,23 +291,6 @@ class StagedBackbone(nn.Module):
             )
 
     # -- training --------------------------------------------------------------------------------
-
-    def pool_tokens(self, scales: int = 4) -> None:
-        """Put token-aware average pooling before each attention; changes the model in place.
-
-        Args:
-            scales: see :class:`ops.attention.token_pooling.TokenPooling`.
-
-        Raises:
-            ValueError: there is no attention that it is known for.
-        """
-        found = 0
-        for stage, index in zip(self.stages, self.stage_features(), strict=True):
-            for attention in token_attentions(stage):
-                pool_tokens_before(attention, self.feature_info[index]["num_chs"], scales)
-                found += 1
-        if not found:
-            raise ValueError(f"{type(self).__name__} has no attention that token_pooling is for")
 
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recompute each block in the backward pass instead of keeping its activations."""

@@ -15,25 +15,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from backbones.core.base import Stage, StagedBackbone, check_format
+from backbones.core.base import StagedBackbone, check_format
 from ops.arguments import require_tensor
 from ops.position import resize_position_table
 from ops.pyramid import SimplePyramid
 
-__all__ = ["IsotropicBackbone", "IsotropicStage"]
-
-
-class IsotropicStage(Stage):
-    """Some of the blocks of a network of one resolution, which take and give (B, h, w, dim).
-
-    A family whose blocks want another layout, or tables that they share, overrides
-    :meth:`forward`.
-    """
-
-    def forward(self, x: Tensor, first: int = 0, stop: int | None = None) -> Tensor:
-        """The blocks ``first`` … ``stop`` − 1, default all: (B, dim, h, w) → the same."""
-        x = self.run_blocks(x.permute(0, 2, 3, 1), first=first, stop=stop)
-        return x.permute(0, 3, 1, 2)
+__all__ = ["IsotropicBackbone"]
 
 
 class IsotropicBackbone(StagedBackbone):

@@ -23,6 +23,7 @@ from backbones.core.base import StagedBackbone
 from backbones.core.checkpoint import load_checkpoint, load_pretrained
 from backbones.core.keywords import check, flag, several, text, whole
 from backbones.core.messages import shown
+from ops.attention.token_pooling import pool_tokens_before, token_attentions
 from ops.replay.workspace import workspace
 
 __all__ = [
@@ -214,7 +215,7 @@ def build_model(
     arguments = {"num_classes": cfg.num_classes, "in_chans": cfg.input_size[0], **defaults}
     model = model_class(**{**arguments, **options})
     if token_pooling:
-        model.pool_tokens(token_pooling)
+        _pool_tokens(model, token_pooling)
     model.pretrained_cfg = model.default_cfg = cfg.to_dict()
     model.pretrained_model_args = saved_with
     if checkpoint_path not in (None, ""):
@@ -228,6 +229,17 @@ def build_model(
     features = FeatureGetterNet(model, out_indices=out_indices)
     features.pretrained_cfg = features.default_cfg = model.pretrained_cfg
     return features
+
+
+def _pool_tokens(model: Any, scales: int) -> None:
+    """Put token-aware average pooling before each attention; changes the model in place."""
+    found = 0
+    for stage, index in zip(model.stages, model.stage_features(), strict=True):
+        for attention in token_attentions(stage):
+            pool_tokens_before(attention, model.feature_info[index]["num_chs"], scales)
+            found += 1
+    if not found:
+        raise ValueError(f"{type(model).__name__} has no attention that token_pooling is for")
 
 
 def published_weights(name: str) -> dict[str, PretrainedCfg]:

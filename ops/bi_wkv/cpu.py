@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from ops.cpu.binding import registered
-from ops.cpu.dispatch import is_plain_call
+from ops.cpu.dispatch import is_plain_call, needs_grad
 from ops.cpu.wkv.bi_wkv import bi_wkv_backward, bi_wkv_forward
-from ops.neighborhood.cpu import needs_grad
 
 __all__ = ["attend", "supports"]
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-__all__ = ["is_plain_call", "require_dtype", "takes_kernels"]
+__all__ = ["is_plain_call", "needs_grad", "require_dtype", "takes_kernels"]
 
 
 def _key_set(*names: str) -> int:
@@ -52,6 +52,11 @@ def takes_kernels(tensors: Sequence[Tensor | None]) -> bool:
     modes: int = torch._C._dispatch_tls_local_include_set().raw_repr()
     plain = modes | _PLAIN_MODE == _PLAIN_MODE or _only_watch(modes)
     return plain and _are_plain(tensors)
+
+
+def needs_grad(tensors: Sequence[Tensor | None]) -> bool:
+    """Whether autograd has to know of a call with these tensors."""
+    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _is_transformed() -> bool:

@@ -12,9 +12,8 @@ import torch
 from torch import Tensor
 
 from ops.cpu.binding import registered
-from ops.cpu.dispatch import is_plain_call
+from ops.cpu.dispatch import is_plain_call, needs_grad
 from ops.cpu.scan.gated_scan import gated_scan, gated_scan_backward
-from ops.neighborhood.cpu import needs_grad
 
 __all__ = ["attend", "supports"]
 

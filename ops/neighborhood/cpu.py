@@ -6,7 +6,6 @@ tensors. Memory beyond the tensors does not grow with the window.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,11 +13,11 @@ from torch import Tensor
 
 from ops.cpu.binding import registered
 from ops.cpu.build import unavailable_reason
-from ops.cpu.dispatch import is_plain_call
+from ops.cpu.dispatch import is_plain_call, needs_grad
 from ops.cpu.neighborhood.attention import na_cpu_backward, na_cpu_forward, na_cpu_output
 from ops.neighborhood._geometry import NAParams
 
-__all__ = ["attend", "needs_grad", "supports"]
+__all__ = ["attend", "supports"]
 
 _MAX_DIM = 512
 
@@ -77,11 +76,6 @@ def attend(
     if params.return_lse or needs_grad(inputs[:6]):
         return _forward_autograd(*inputs)
     return na_cpu_output(*inputs), None
-
-
-def needs_grad(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether autograd has to know of a call with these tensors."""
-    return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 class _Differentiable(torch.autograd.Function):

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ops.neighborhood.triton import device_problem
+from ops.triton_devices import device_problem
 
 __all__ = ["attend", "supports"]
 

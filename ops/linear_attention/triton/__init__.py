@@ -10,7 +10,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ops.neighborhood.triton import device_problem
+from ops.triton_devices import device_problem
 
 __all__ = ["attend", "supports"]
 

@@ -15,58 +15,17 @@ products each, which is as exact as float32, unless it allows TF32.
 
 from __future__ import annotations
 
-import importlib.metadata
-import importlib.util
-import os
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ops.neighborhood._geometry import NAParams
+from ops.triton_devices import device_problem
 
-__all__ = ["attend", "device_problem", "supports"]
+__all__ = ["attend", "supports"]
 
 _MAX_HEAD_DIM = 256
-_OLDEST_TRITON = (3, 4)
-
-
-def _triton_problem() -> str | None:
-    """Why the installed triton will not do; found out without importing it."""
-    if importlib.util.find_spec("triton") is None:
-        return "triton is not installed"
-    try:
-        version = importlib.metadata.version("triton")
-    except importlib.metadata.PackageNotFoundError:
-        # Nightly builds ship it under other names, and are new.
-        return None
-    if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST_TRITON:
-        return f"triton 3.4 or newer is needed, found {version}"
-    return None
-
-
-_TRITON_PROBLEM = _triton_problem()
-
-
-def _interpreting() -> bool:
-    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
-
-
-def device_problem(tensor: Tensor) -> str | None:
-    """None if Triton's kernels can run where a tensor is, else the reason in words."""
-    if _TRITON_PROBLEM is not None:
-        return _TRITON_PROBLEM
-    if tensor.device.type != "cuda" and not (tensor.device.type == "cpu" and _interpreting()):
-        return (
-            f"the kernels need a CUDA device, got {tensor.device.type} "
-            "(on the CPU they run only in the interpreter, with TRITON_INTERPRET=1)"
-        )
-    if tensor.device.type == "cuda":
-        if torch.version.hip is not None:
-            return "the kernels are written for NVIDIA's GPUs"
-        if torch.cuda.get_device_properties(tensor.device).major < 8:
-            return f"the kernels need compute capability 8.0 or newer, {tensor.device} has less"
-    return None
 
 
 def supports(
@@ -80,9 +39,7 @@ def supports(
 ) -> str | None:
     """None if the kernels can do this call, else the reason in words."""
     if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        return _TRITON_PROBLEM or (
-            f"the kernels compute in float32, float16 or bfloat16, got {query.dtype}"
-        )
+        return f"the kernels compute in float32, float16 or bfloat16, got {query.dtype}"
     problem = device_problem(query)
     if problem is not None:
         return problem

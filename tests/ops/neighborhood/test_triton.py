@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ops import triton_devices
 from ops.neighborhood import na1d, triton
 from ops.neighborhood._geometry import NAParams
 
@@ -80,11 +81,11 @@ def test_says_why_it_cannot(monkeypatch):
 
 
 def test_says_what_triton_it_needs(monkeypatch):
-    monkeypatch.setattr(triton.importlib.metadata, "version", lambda name: "3.3.1")
-    monkeypatch.setattr(triton, "_TRITON_PROBLEM", triton._triton_problem())
+    monkeypatch.setattr(triton_devices.importlib.metadata, "version", lambda name: "3.3.1")
+    monkeypatch.setattr(triton_devices, "_PROBLEM", triton_devices._problem_of_installation())
     assert call() == "triton 3.4 or newer is needed, found 3.3.1"
-    monkeypatch.setattr(triton.importlib.util, "find_spec", lambda name: None)
-    monkeypatch.setattr(triton, "_TRITON_PROBLEM", triton._triton_problem())
+    monkeypatch.setattr(triton_devices.importlib.util, "find_spec", lambda name: None)
+    monkeypatch.setattr(triton_devices, "_PROBLEM", triton_devices._problem_of_installation())
     assert call() == "triton is not installed"
 
 

@@ -1,0 +1,52 @@
+"""Where Triton's kernels can run; found out without importing triton."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import os
+
+import torch
+from torch import Tensor
+
+__all__ = ["device_problem"]
+
+_OLDEST_TRITON = (3, 4)
+
+
+def _problem_of_installation() -> str | None:
+    """Why the installed triton will not do."""
+    if importlib.util.find_spec("triton") is None:
+        return "triton is not installed"
+    try:
+        version = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        # Nightly builds ship it under other names, and are new.
+        return None
+    if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST_TRITON:
+        return f"triton 3.4 or newer is needed, found {version}"
+    return None
+
+
+_PROBLEM = _problem_of_installation()  # once: looking for packages is slow
+
+
+def _interpreting() -> bool:
+    return os.environ.get("TRITON_INTERPRET", "0").lower() in ("1", "true", "on", "yes")
+
+
+def device_problem(tensor: Tensor) -> str | None:
+    """None if Triton's kernels can run where a tensor is, else the reason in words."""
+    if _PROBLEM is not None:
+        return _PROBLEM
+    if tensor.device.type != "cuda" and not (tensor.device.type == "cpu" and _interpreting()):
+        return (
+            f"the kernels need a CUDA device, got {tensor.device.type} "
+            "(on the CPU they run only in the interpreter, with TRITON_INTERPRET=1)"
+        )
+    if tensor.device.type == "cuda":
+        if torch.version.hip is not None:
+            return "the kernels are written for NVIDIA's GPUs"
+        if torch.cuda.get_device_properties(tensor.device).major < 8:
+            return f"the kernels need compute capability 8.0 or newer, {tensor.device} has less"
+    return None
