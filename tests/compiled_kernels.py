@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ops.neighborhood
-from ops.cpu import build, instruction_sets
+from ops.cpu import build, instruction_sets, policy
 from ops.cpu.gemm.linear import pack_weight, unsupported
 
 # By the names of ops.cpu.activations.ACTIVATIONS.
@@ -80,6 +80,7 @@ def compiled_for(instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CXX", "c++ -O1")
     monkeypatch.setattr(instruction_sets, "COMMON_FLAGS", ["-std=c++17", "-O1", "-fPIC", "-shared"])
     monkeypatch.setattr(build, "_together", lambda name: [])
+    monkeypatch.setattr(policy, "_PRODUCTS", frozenset())  # else portable ones are torch's
     forget_kernels(monkeypatch)
 
 

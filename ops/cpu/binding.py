@@ -20,6 +20,7 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from torch import Tensor
 
+from ops.cpu import policy
 from ops.cpu.build import status, unavailable_reason
 from ops.cpu.dispatch import is_plain_call
 from ops.cpu.huge_pages import ask_for_huge_pages
@@ -204,10 +205,14 @@ class Kernel:
         return self._run_plain(args, tensors)
 
     def unsupported(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """``None`` if the kernel takes such tensors, else the reason in words.
+        """``None`` if such tensors are the kernel's, else the reason in words.
 
         The first call on a machine compiles the library, which takes some seconds.
         """
+        return policy.left_to_torch(self.library, dtype) or self.refusal(device, dtype)
+
+    def refusal(self, device: torch.device, dtype: torch.dtype) -> str | None:
+        """Why the kernel cannot run on such tensors, whether or not torch would be faster."""
         if device.type != "cpu":
             return f"the kernel runs on the CPU, the tensors are on {device.type}"
         if dtype not in (torch.float32, torch.bfloat16):
@@ -251,7 +256,7 @@ class Kernel:
     ) -> tuple[Call, Sequence[Any]]:
         call = self._describe(*args)
         first = next(t for t in self._signature.tensors(args) if t is not None)
-        reason = self.unsupported(first.device, first.dtype)
+        reason = self.refusal(first.device, first.dtype)
         if reason is not None:
             raise RuntimeError(f"the kernel {self.name} is not available: {reason}")
         function = self._function()

@@ -31,6 +31,7 @@ def tool() -> Iterator[ModuleType]:
             "measuring",
             "benchmark_report",
             "op_kinds",
+            "performance_floor",
             "performance_models",
             "peers",
             "runtimes",

@@ -62,7 +62,7 @@ def pack_weight(weight: Tensor) -> Tensor:
     """
     if weight.ndim != 2:
         raise ValueError(f"weight must be (out_features, in_features), got {tuple(weight.shape)}")
-    library, reason = load("gemm"), unsupported(weight.device, weight.dtype, with_bfloat16=True)
+    library, reason = load("gemm"), packed_linear.refusal(weight.device, weight.dtype)
     if library is None or reason is not None:
         raise RuntimeError(f"the kernel of linear layers is not available: {reason}")
     library.linear_packed_size.restype = ctypes.c_int64

@@ -13,6 +13,9 @@ import pytest
 import torch
 
 from ops.cpu import instruction_sets, policy
+from ops.cpu.depthwise.conv import depthwise_conv2d
+from ops.cpu.gemm.linear import packed_linear
+from ops.cpu.libraries import sources
 from ops.cpu.policy import Asked
 
 ROOT = Path(__file__).parents[3]
@@ -30,6 +33,8 @@ def _decisions() -> Iterator[tuple[Any, ...]]:
         yield "computed_in", dtype, policy.computed_in(dtype)
         yield "by_tiles", dtype, policy.by_tiles(dtype)
         yield "few_rows", dtype, policy.few_rows(dtype)
+        for library in ("gemm", "depthwise"):
+            yield "left_to_torch", library, dtype, policy.left_to_torch(library, dtype)
         cases: dict[Any, Any] = {
             policy.linear_by_kernel: itertools.product(
                 _ROWS, (32, 33), (64,), (dtype,), ("none", "gelu")
@@ -205,3 +210,19 @@ def test_nothing_else_asks_the_hardware() -> None:
         if asks.search(path.read_text())
     }
     assert asking == {"ops/cpu/instruction_sets.py", "ops/cpu/policy.py"}
+
+
+def test_without_known_vectors_products_are_torch_s(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But for dtypes that torch would not multiply, and the kernels can still be called."""
+    monkeypatch.setenv("VISION_BACKBONES_NATIVE_ISA", "portable")
+    cpu = torch.device("cpu")
+    assert "torch is faster" in packed_linear.unsupported(cpu, FLOAT)
+    assert packed_linear.refusal(cpu, FLOAT) is None
+    assert depthwise_conv2d.unsupported(cpu, FLOAT) is None
+    assert (packed_linear.unsupported(cpu, HALF) is None) is not policy.multiplies(HALF)
+    monkeypatch.delenv("VISION_BACKBONES_NATIVE_ISA")
+    assert policy.left_to_torch("gemm", FLOAT) is None
+
+
+def test_the_libraries_of_products_exist() -> None:
+    assert set(sources()) >= policy._PRODUCTS

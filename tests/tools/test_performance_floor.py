@@ -1,0 +1,56 @@
+"""The page of floors holds fused models against the faster plain form."""
+
+from __future__ import annotations
+
+import importlib
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+
+TOOLS = Path(__file__).parents[2] / "tools"
+
+
+@pytest.fixture
+def floor(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
+    monkeypatch.syspath_prepend(TOOLS)
+    return importlib.import_module("performance_floor")
+
+
+def report(*rows: tuple[str, int, int, dict[str, float]]) -> dict[str, Any]:
+    return {
+        "machine": {"name": "a CPU", "torch": "2.13.0"},
+        "results": [
+            {
+                "model": model,
+                "batch": batch,
+                "threads": threads,
+                "contenders": {"fused": {"speedup_over": over} if over else {"skipped": "no"}},
+            }
+            for model, batch, threads, over in rows
+        ],
+    }
+
+
+def test_the_faster_plain_form_counts(floor: ModuleType) -> None:
+    measured = report(
+        ("van_b0", 1, 1, {"eager": 1.5, "channels_last": 0.96}),
+        ("van_b0", 8, 1, {"eager": 1.2, "channels_last": 1.4}),
+        ("shvit_s1", 1, 1, {"eager": 0.97, "channels_last": 1.0, "timm": 0.5}),
+        ("shvit_s1", 8, 1, {}),
+    )
+    assert floor.slower(measured) == [("van_b0", 1, 1, 0.96)]
+    text = floor.of_floor({"avx2": measured})
+    assert "| model | batch 1, 1 thread | batch 8, 1 thread |" in text
+    assert "| `van_b0` | **0.96×** | 1.20× |" in text
+    assert "| `shvit_s1` | 0.97× | – |" in text
+    assert "VISION_BACKBONES_NATIVE_ISA=avx2" in text and "VISION_BACKBONES_NATIVE=0" not in text
+
+
+def test_settings_keep_their_order(floor: ModuleType) -> None:
+    rows = report(("van_b0", 1, 2, {"eager": 1.5, "channels_last": 1.1}))
+    text = floor.of_floor(dict.fromkeys(reversed(list(floor.SETTINGS)), rows))
+    titles = [line for line in text.splitlines() if line.startswith("## ")]
+    assert titles == [f"## With {title}" for title, _ in floor.SETTINGS.values()]
+    assert "batch 1, 2 threads" in text
