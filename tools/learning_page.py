@@ -65,8 +65,8 @@ Contenders were measured alternately in one process; the ratio is the median ove
 without a model | {loader[ours_images_per_second]:.0f} images/s | timm's loader: \
 {loader[timm_images_per_second]:.0f} images/s | {loader[ratio]:.3f} | ≥ {loader_aim} |
 | Training step of `{step[model]}`, batch {step[batch_size]} at \
-{step[img_size]}×{step[img_size]} | {step[ours_ms]:.1f} ms | a bare PyTorch loop: {step[bare_ms]:.1f} ms | {step[ratio]:.3f} | \
-≤ {step_aim} |
+{step[img_size]}×{step[img_size]} | {step[ours_ms]:.1f} ms | a bare PyTorch loop: \
+{step[bare_ms]:.1f} ms | {step[ratio]:.3f} | ≤ {step_aim} |
 """
 
 

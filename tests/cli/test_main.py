@@ -73,7 +73,7 @@ def test_the_package_is_a_command() -> None:
         (["verify", ""], "unknown model ''"),
         (["verify"], "give a MODEL"),
         (["export", "van_b0", "--out", "no/such/x.onnx"], "there is no folder no/such"),
-        (["export", "van_b0", "--out", "x.pt2", "--int8"], "--int8 makes ONNX files"),
+        (["export", "van_b0", "--out", "x.pt2", "--int8"], "--int8 requires ONNX"),
     ],
 )
 def test_what_a_user_can_mend_is_one_line(

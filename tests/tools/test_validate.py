@@ -126,7 +126,7 @@ def test_weights_for_other_classes(validate, folder, tmp_path):
         (["--model", "van_b0", "--corrupt", "rain"], "no corruption 'rain'"),
         (["--model", "van_b0", "--severity", "9", "--corrupt"], "severity 9"),
         (["--model", "van_b0", "--real-labels=nowhere"], "cannot read real labels nowhere"),
-        (["--model", "van_b0", f"--list={PICTURE}"], "is no text in UTF-8"),
+        (["--model", "van_b0", f"--list={PICTURE}"], "is not UTF-8 text"),
         (["--model", "van_b0", f"--real-labels={PICTURE}"], "cannot read real labels"),
         (["--model", "van_b0", "--device=meta"], "--device meta cannot be used here"),
         (["--model", "van_b0", "--threads=0"], "--threads must be at least 1, not 0"),
