@@ -108,7 +108,7 @@ def tiled_strips(
     """
     if not 0 <= blend <= min(overlap, tile_size // 2):
         raise ValueError(
-            f"blend must lie in 0 … {min(overlap, tile_size // 2)} (overlap, and half of "
+            f"blend must be in 0 … {min(overlap, tile_size // 2)} (overlap, and half of "
             f"tile_size), got {blend}"
         )
     height, width = x.shape[2:]

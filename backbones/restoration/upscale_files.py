@@ -286,7 +286,7 @@ def run(options: argparse.Namespace) -> int:
         TrainingError, backbones.CheckpointError: nothing can be done; the message says why.
     """
     if not 1 <= options.quality <= 100:
-        raise DataError(f"--quality must lie in 1 … 100, not {shown(options.quality)}")
+        raise DataError(f"--quality must be in 1 … 100, not {shown(options.quality)}")
     model, memory = restorer_of(options)
     suffix = options.suffix
     if suffix is None:

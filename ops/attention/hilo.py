@@ -138,7 +138,7 @@ class HiLoAttention(nn.Module):
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"num_heads must divide dim {dim}, got {num_heads}")
         if not 0 <= alpha <= 1:
-            raise ValueError(f"alpha must lie in 0 … 1, got {alpha}")
+            raise ValueError(f"alpha must be in 0 … 1, got {alpha}")
         if window_size < 1:
             raise ValueError(f"window_size must be 1 or more, got {window_size}")
         self.window_size = window_size

@@ -55,7 +55,7 @@ class SingleHeadAttention(nn.Module):
     def __init__(self, dim: int, attn_dim: int, qk_dim: int = 16) -> None:
         super().__init__()
         if not 0 < attn_dim <= dim:
-            raise ValueError(f"attn_dim must lie in 1 … {dim} (dim), got {attn_dim}")
+            raise ValueError(f"attn_dim must be in 1 … {dim} (dim), got {attn_dim}")
         self.qkv_splits = (qk_dim, qk_dim, attn_dim)
         self.input_splits = (attn_dim, dim - attn_dim)
         self.norm = nn.GroupNorm(1, attn_dim)

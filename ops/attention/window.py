@@ -314,8 +314,7 @@ class WindowAttention(_BiasedAttention):
         super().__init__(dim, window_size, window_size, num_heads)
         if not 0 <= shift_size < window_size:
             raise ValueError(
-                f"shift_size must lie in 0 … {window_size - 1} (below window_size), "
-                f"got {shift_size}"
+                f"shift_size must be in 0 … {window_size - 1} (below window_size), got {shift_size}"
             )
         self.shift_size = shift_size
 

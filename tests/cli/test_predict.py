@@ -91,7 +91,7 @@ def test_what_is_no_file_is_named_and_the_rest_go_on(
     assert predicted(run_folder, photos) == 1
     said = capsys.readouterr()
     assert f"cannot read {photos / 'pipe.png'}: is a named pipe" in said.err
-    assert f"cannot read {photos / 'link.png'}: is a link to nothing" in said.err
+    assert f"cannot read {photos / 'link.png'}: is a broken link" in said.err
     assert "3 of 7 images could not be read" in said.err
     assert "folder.png" not in said.err
     assert predicted(run_folder, photos / "pipe.png") == 1
@@ -163,8 +163,8 @@ def test_names_that_are_no_text(
         (["--csv", "{0}/a.txt", "--json", "{0}/a.txt"], "--csv and --json are both"),
         (["--json", "{0}/a.txt", "--cam", "{0}/./a.txt"], "--json and --cam are both"),
         (["--csv", "{0}"], "is a folder"),
-        (["--csv", "{0}/photos/0.png"], "would be written over"),
-        (["--cam", "{0}/best.safetensors"], "would be written over"),
+        (["--csv", "{0}/photos/0.png"], "would overwrite"),
+        (["--cam", "{0}/best.safetensors"], "would overwrite"),
         (["--csv", "{0}/no/a.csv"], "there is no folder"),
         (["--labels", "{0}/none.txt"], "cannot read --labels"),
         (["--labels", "{0}/photos"], "cannot read --labels"),
@@ -282,7 +282,7 @@ def test_metadata_without_a_list_of_classes(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"dims": [-8, 8, 8]}, "dims[0] must lie in"),
+        ({"dims": [-8, 8, 8]}, "dims[0] must be in"),
         ({"dims": "abc"}, "dims must be a sequence"),
         ({"depths": [1]}, "dims must have a value for each of the 1 stages"),
         ({"nonsense": 1}, "unknown keyword 'nonsense'"),

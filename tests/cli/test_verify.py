@@ -160,7 +160,7 @@ def test_figures_do_not_replace_what_is_read(
     words = ["verify", "--checkpoint", str(published), "--save-figures"]
     before = published.read_bytes()
     assert main([*words, str(published)]) == 2
-    assert "would be written over" in capsys.readouterr().err
+    assert "would overwrite" in capsys.readouterr().err
     assert published.read_bytes() == before
     assert main([*words, str(tmp_path)]) == 2
     assert "is a folder" in capsys.readouterr().err

@@ -116,7 +116,7 @@ def test_mistakes_are_named(weights, tmp_path, capsys, monkeypatch):
     assert "multiple of the model's window of 8, got 12" in error(source, *out, "--tile=12")
     assert "--tile must be a number" in error(source, *out, "--tile=big")
     assert "such as 800M or 2G, not 'lots'" in error(source, *out, "--max-memory=lots")
-    assert "--quality must lie in 1 … 100" in error(source, *out, "--quality=0")
+    assert "--quality must be in 1 … 100" in error(source, *out, "--quality=0")
     assert "--threads must be at least 1, not 0" in error(source, *out, "--threads=0")
     assert "--device pineapple cannot be used here" in error(source, *out, "--device=pineapple")
     words = [str(source), "--out", str(tmp_path / "out")]
@@ -144,7 +144,7 @@ def test_what_is_no_file_is_named_and_the_rest_go_on(weights, tmp_path, capsys):
     assert upscale(weights, folder, "--out", out) == 1
     printed = capsys.readouterr()
     assert f"error: {folder / 'pipe.png'} is a named pipe\n" in printed.err
-    assert f"error: {folder / 'link.png'} is a link to nothing\n" in printed.err
+    assert f"error: {folder / 'link.png'} is a broken link\n" in printed.err
     assert "loop.png" in printed.err
     assert "1 of 4 pictures" in printed.out and "3 failed" in printed.out
     for words in ([folder / "pipe.png"], [f"{folder}/p*.png"]):
@@ -183,8 +183,8 @@ def test_what_cannot_be_done_is_told_before_any_work(weights, tmp_path, monkeypa
         assert "--suffix must be part of a file's name, not " in error(
             source, *out, f"--suffix={suffix}"
         )
-    assert "a.png is no folder" in error(source, "--out", source)
-    assert "a.png is no folder" in error(source, "--out", source / "deeper")
+    assert "a.png is not a folder" in error(source, "--out", source)
+    assert "a.png is not a folder" in error(source, "--out", source / "deeper")
     twin = tmp_path / "a_x2.png"
     assert f"{twin} would be replaced" in error(source, twin, "--out", tmp_path)
     compared = make(tmp_path / "a_x2_compare.png")
@@ -196,7 +196,7 @@ def test_what_cannot_be_done_is_told_before_any_work(weights, tmp_path, monkeypa
             source, *out, f"--max-memory={size}"
         )
     assert "--threads must be at most 1024, not 100000" in error(source, *out, "--threads=100000")
-    assert "--quality must lie in 1 … 100" in error(source, *out, "--quality=101")
+    assert "--quality must be in 1 … 100" in error(source, *out, "--quality=101")
     assert "--device meta cannot be used here" in error(source, *out, "--device=meta")
 
 
@@ -206,7 +206,7 @@ def test_what_cannot_be_done_is_told_before_any_work(weights, tmp_path, monkeypa
         ("[1, 2]", "--model-args must be such as"),
         ("{a: [", "is not YAML"),
         ("[" * 5000, "is not YAML"),
-        ("{dim: -5}", "dim must lie in 1"),
+        ("{dim: -5}", "dim must be in 1"),
         ("{depths: 7}", "hat_nano_x2"),
         ("{window_size: 0}", "window_size"),
         ("{1: 2}", "1"),
@@ -377,7 +377,7 @@ def test_validation_makes_what_is_absent(weights, tmp_path, capsys):
 def test_scores_are_not_written_over_what_is_read(weights, tmp_path, capsys):
     make(tmp_path / "Set/a.png", size=(40, 32))
     options = ["--model=hat_nano_x2", f"--model-args={ARGS}", f"--checkpoint={weights}"]
-    for table, said in ((weights, "would be written over"), (tmp_path, "is a folder")):
+    for table, said in ((weights, "would overwrite"), (tmp_path, "is a folder")):
         assert validate.main([str(tmp_path / "Set"), *options, f"--csv={table}"]) == 2
         assert said in capsys.readouterr().err
     assert validate.main(["", *options]) == 2

@@ -152,7 +152,7 @@ def test_weights_that_would_run_code(images, tmp_path, capsys):
     arguments = (f"--data={images}", f"--output={tmp_path}", "--epochs=1")
     assert train(*arguments, f"--checkpoint={path}") == 1
     said = capsys.readouterr().err
-    assert "neither a file of torch.save" in said and "weights_only" not in said
+    assert "neither a torch.save file" in said and "weights_only" not in said
     assert said.count("\n") == 1
 
 

@@ -23,7 +23,9 @@ def test_files_that_are_no_weights(name, tmp_path):
             load_trained(name, str(path), 10)
         assert "\n" not in str(raised.value)
     torch.save({"state_dict": torch.nn.Linear(1, 1)}, path)
-    with pytest.raises(RecipeError, match=r"a\.pth holds more than .*Linear; it was not run"):
+    with pytest.raises(
+        RecipeError, match=r"a\.pth contains more than .*Linear; it was not executed"
+    ):
         load_trained(name, str(path), 10)
 
 
