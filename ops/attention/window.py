@@ -109,7 +109,7 @@ def overlapping_windows(x: Tensor, window_size: int, overlap_size: int) -> Tenso
     """
     if overlap_size < window_size or (overlap_size - window_size) % 2:
         raise ValueError(
-            f"overlap_size must be window_size {window_size} plus an even number, not {overlap_size}"
+            f"overlap_size must be window_size {window_size} + an even number, got {overlap_size}"
         )
     margin = (overlap_size - window_size) // 2
     batch, height, width, dim = x.shape
