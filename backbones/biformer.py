@@ -1,14 +1,14 @@
-"""BiFormer: a vision transformer whose regions choose, by content, which regions to attend to.
+"""BiFormer: a vision transformer with attention routed between regions by content.
 
 Lei Zhu et al., "BiFormer: Vision Transformer with Bi-Level Routing Attention",
 https://arxiv.org/abs/2303.08810.
 
-Any size from 32×32. The stage at stride s has ⌈H/s⌉ rows; the STL variants (Swin's layout) do not
-pad in their strided convolutions and have ⌊H/s⌋. Where ``n_win`` does not divide a map, it is
-padded as by the original's ``auto_pad=True``; where it does, nothing is padded. ``biformer_stl``
-has no such option in the original, and ``biformer_stl_nchw`` fails there on maps below ``n_win``;
-here the first pads as the others do, and the second has regions of at least one token.
-Detectors and segmenters of the paper use ``out_norms=True, num_classes=0`` with ``n_win=16`` (COCO)
+Accepts any input size from 32×32. The stage at stride s has ⌈H/s⌉ rows; the STL variants (Swin's
+layout) use no padding in their strided convolutions and have ⌊H/s⌋. If ``n_win`` does not divide a
+map, it is padded as with the original's ``auto_pad=True``. In the original, ``biformer_stl`` has no
+such option, and ``biformer_stl_nchw`` fails on maps smaller than ``n_win``; here, the first pads
+like the others, and the second has regions of at least one token.
+The paper's detectors and segmenters use ``out_norms=True, num_classes=0`` with ``n_win=16`` (COCO)
 or ``n_win=8`` (ADE20K).
 """
 
@@ -43,10 +43,10 @@ __all__ = ["BiFormer"]
 
 
 class GlobalAttention(nn.Module):
-    """Attention of all tokens plus a 5×5 depthwise convolution: (B, H, W, dim) → the same.
+    """Global attention plus a 5×5 depthwise convolution: (B, H, W, dim) → (B, H, W, dim).
 
     Args:
-        lepe_on_value: the convolution sees the values rather than the input.
+        lepe_on_value: apply the convolution to the values instead of the input.
     """
 
     def __init__(self, dim: int, num_heads: int = 8, *, lepe_on_value: bool = False) -> None:
@@ -70,11 +70,11 @@ class GlobalAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """Depthwise position term, attention, MLP, each added: (B, dim, H, W) → (B, dim, H, W).
+    """Residual depthwise position term, attention and MLP: (B, dim, H, W) → (B, dim, H, W).
 
     Args:
         attn: (B, H, W, dim) → (B, H, W, dim).
-        pos_embed: whether there is the 3×3 position term.
+        pos_embed: include the 3×3 position term.
     """
 
     def __init__(
@@ -106,20 +106,20 @@ class BiFormer(StagedBackbone):
 
     Args:
         dims, depths, mlp_ratios: of the four stages.
-        topks: regions that each region attends to, by stage; None for attention of all tokens.
-        n_win: regions a side.
-        head_dim: width of the routed attention's heads; attention of all tokens has 8 heads.
+        topks: regions that each region attends to, by stage; None for global attention.
+        n_win: regions per side.
+        head_dim: width of the routed attention's heads; global attention has 8 heads.
         swin_layout: non-overlapping stem and downsampling, no position terms (the STL variants).
-        nchw: the authors' second form. Regions have ⌊H/n_win⌋ rows, so that their number varies;
-            padding follows the projection and does not count in the routing; the convolution
-            beside the attention of all tokens sees the values; the blocks' linear layers start as
-            PyTorch's convolutions do.
-        num_classes, in_chans, global_pool: of classifier, image and pooling.
+        nchw: the authors' second implementation. Regions have ⌊H/n_win⌋ rows, so their number
+            varies; padding is applied after the projection and ignored by the routing; the
+            convolution next to the global attention is applied to the values; the blocks' linear
+            layers are initialised like PyTorch's convolutions.
+        num_classes, in_chans, global_pool: classes, image channels and pooling, as in timm.
         drop_rate: dropout before the classifier.
         proj_drop_rate: dropout inside the MLPs.
-        drop_path_rate: of the last block; it grows linearly from 0.
-        out_norms: normalise the maps returned, as detectors do: all, none, or the listed stages.
-            With ``num_classes=0`` there is no final norm then, as in the paper's dense networks.
+        drop_path_rate: stochastic depth of the last block, increasing linearly from 0.
+        out_norms: normalise the returned maps, as detectors do: all, none, or the listed stages.
+            With ``num_classes=0``, there is then no final norm, as in the paper's dense networks.
     """
 
     first_conv = "stem.0.conv"
@@ -200,7 +200,7 @@ class BiFormer(StagedBackbone):
         (self.head if nchw else self).apply(_init_linear)
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """From the names of the original's five variants and of its dense networks."""
+        """Converts the names of the original's five variants and of its dense networks."""
         converted = {}
         for key, tensor in state_dict.items():
             if tensor.shape[2:] == (1, 1) and not key.startswith("downsample_layers."):
@@ -210,7 +210,7 @@ class BiFormer(StagedBackbone):
 
 
 def _init_linear(module: nn.Module) -> None:
-    """Linear layers truncated normal (std 0.02), biases zero; convolutions stay as PyTorch's."""
+    """Linear layers truncated normal (std 0.02), biases zero; convolutions as in PyTorch."""
     if isinstance(module, nn.Linear):
         trunc_normal(module.weight)
         if module.bias is not None:
@@ -309,5 +309,5 @@ def biformer_stl(pretrained: bool = False, **kwargs: Any) -> BiFormer:
 
 @register
 def biformer_stl_nchw(pretrained: bool = False, **kwargs: Any) -> BiFormer:
-    """BiFormer in Swin-T's layout and the authors' second form, 28.4 M parameters."""
+    """BiFormer in Swin-T's layout, the authors' second implementation, 28.4 M parameters."""
     return build_model(BiFormer, "biformer_stl_nchw", pretrained, {**_STL, "nchw": True}, kwargs)

@@ -3,8 +3,8 @@
 Seokju Yun, Youngmin Ro, "SHViT: Single-Head Vision Transformer with Memory Efficient Macro
 Design", https://arxiv.org/abs/2401.16456.
 
-Any size (from 1×1); the stage at stride s has ⌈H/s⌉ rows. Stages start at stride 16; with
-``stem_features=True`` the stem's maps at strides 2, 4 and 8 come first among the features.
+Accepts any input size (from 1×1); the stage at stride s has ⌈H/s⌉ rows. Stages start at stride 16;
+with ``stem_features=True`` the stem's maps at strides 2, 4 and 8 come first among the features.
 """
 
 from __future__ import annotations
@@ -29,10 +29,12 @@ __all__ = ["SHViT"]
 
 
 class Block(nn.Module):
-    """Depthwise residual, single-head attention, feed-forward: (B, dim, H, W) → the same.
+    """Residual depthwise convolution, single-head attention and feed-forward.
+
+    (B, dim, H, W) → (B, dim, H, W).
 
     Args:
-        attn_dim: channels that attend; 0 leaves attention out, as in the first stage.
+        attn_dim: channels for attention; 0 for no attention, as in the first stage.
     """
 
     def __init__(self, dim: int, attn_dim: int, qk_dim: int, drop_path: float = 0.0) -> None:
@@ -54,14 +56,14 @@ class SHViT(StagedBackbone):
 
     Args:
         dims, depths: of the three stages.
-        attn_dims: channels of each stage that attend; 0 for none.
+        attn_dims: channels for attention in each stage; 0 for no attention.
         qk_dim: width of query and key.
-        num_classes, in_chans, global_pool: of classifier, image and pooling.
+        num_classes, in_chans, global_pool: classes, image channels and pooling, as in timm.
         drop_rate: dropout before the classifier.
-        drop_path_rate: of the last block; it grows linearly from 0.
-        distilled: a second classifier for a teacher's labels, see
+        drop_path_rate: stochastic depth of the last block, increasing linearly from 0.
+        distilled: add a second classifier for a teacher's labels, see
             :class:`ops.mobile.NormLinearHead`.
-        stem_features: offer the stem's maps at strides 2, 4 and 8 as features too.
+        stem_features: also return the stem's maps at strides 2, 4 and 8 as features.
     """
 
     classifier: str | tuple[str, ...] = "head.fc"
@@ -109,7 +111,7 @@ class SHViT(StagedBackbone):
         )
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """From the names of the original, fused or not, and of timm."""
+        """Converts the names of the original, fused or not, and of timm."""
         return {_convert_key(key): tensor for key, tensor in state_dict.items()}
 
 
@@ -136,7 +138,7 @@ def _convert_key(key: str) -> str:
     for pattern, name in _RENAMES:
         key = re.sub(pattern, name, key)
     if match := re.match(r"patch_embed\.(\d)\.", key):
-        # Convolutions stand at even places, activations between them.
+        # Convolutions are at even indices, activations between them.
         child, rest = int(match[1]) // 2, key[match.end() :]
         fused = "." not in rest and child < 3
         return f"stem.{child}.conv.{rest}" if fused else f"stem.{child}.{rest}"
@@ -148,7 +150,7 @@ def _convert_key(key: str) -> str:
 
 
 def _convert_stage(stage: int, place: int, rest: str) -> str:
-    """The original's stages 2 and 3 hold their downsampling in places 0, 1 and 2."""
+    """In the original, blocks 0 to 2 of stages 2 and 3 are the downsampling."""
     if place >= 3:
         return f"stages.{stage}.blocks.{place - 3}.{rest}"
     if place == 1:
@@ -208,6 +210,6 @@ def shvit_s3(pretrained: bool = False, **kwargs: Any) -> SHViT:
 
 @register
 def shvit_s4(pretrained: bool = False, **kwargs: Any) -> SHViT:
-    """SHViT-S4, 16.6 M parameters, made for 256×256."""
+    """SHViT-S4, 16.6 M parameters, for 256×256."""
     variant = dict(dims=(224, 336, 448), depths=(4, 7, 6), attn_dims=(0, 72, 96))
     return build_model(SHViT, "shvit_s4", pretrained, variant, kwargs)

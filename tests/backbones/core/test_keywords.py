@@ -168,7 +168,7 @@ def test_other_arguments_of_one_family() -> None:
         ("medvitv2", {"head_dim": 0}, "head_dim must be in 1 … 65536, got 0"),
         ("biformer", {"head_dim": 7}, "dims must be multiples of head_dim 7"),
         ("efficientvit", {"img_size": 0}, "img_size must be in"),
-        ("hat", {"squeeze_factor": 99}, "squeeze_factor 99 must leave channels of dim 24"),
+        ("hat", {"squeeze_factor": 99}, "squeeze_factor 99 must be at most dim 24"),
         ("shvit", {"attn_dims": (0, 1, 8)}, "attn_dims must be 0, or 2 or more"),
         (
             "van",
