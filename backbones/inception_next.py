@@ -110,8 +110,8 @@ class MlpHead(nn.Module):
             pool = SelectAdaptivePool2d(pool_type=pool_type, flatten=True)
             if pool.feat_mult() != self.global_pool.feat_mult():
                 raise ValueError(
-                    f"pooling {pool_type!r} changes the input width of the head's hidden layer; pass "
-                    "it as global_pool when creating the model"
+                    f"pooling {pool_type!r} changes the input width of the head's hidden layer; "
+                    "pass it as global_pool when creating the model"
                 )
             self.global_pool = pool
         self.fc2 = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()

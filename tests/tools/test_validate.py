@@ -329,5 +329,5 @@ def test_a_table_of_corruptions(validate, folder, tmp_path):
 
 
 def test_images_too_small_to_spoil():
-    with pytest.raises(RecipeError, match="from 32×32 pixels on"):
+    with pytest.raises(RecipeError, match="of at least 32×32 pixels"):
         Corruption("fog", 1)(Image.new("RGB", (16, 40)))

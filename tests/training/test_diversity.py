@@ -89,7 +89,7 @@ def test_families_are_seen(family: str) -> None:
 
 
 def test_faults() -> None:
-    with pytest.raises(RecipeError, match="attend to one another by softmax"):
+    with pytest.raises(RecipeError, match="softmax attention between tokens"):
         DiverseAttention(_cross_entropy, 1.0)(
             small("van", num_classes=2), images(2, 3, 64, 64), ANSWERS
         )
