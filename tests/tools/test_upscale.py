@@ -127,7 +127,9 @@ def test_mistakes_are_named(weights, tmp_path, capsys, monkeypatch):
     # Before anything of it is downloaded.
     monkeypatch.setattr("backbones.core.download.urlopen", lambda *a, **k: pytest.fail("download"))
     assert main(["upscale", *words, "--model=van_b0"]) == 2
-    assert "van_b0 makes no images: take one of list_models('hat*')" in capsys.readouterr().err
+    assert (
+        "van_b0 does not output images: use one of list_models('hat*')" in capsys.readouterr().err
+    )
     # A missing picture is one picture: the rest go on.
     assert upscale(weights, source, tmp_path / "none.png", *out) == 1
     assert "there is no file" in capsys.readouterr().err
@@ -246,7 +248,7 @@ def test_results_that_are_not_finite(weights, tmp_path, capsys):
     out = tmp_path / "out"
     assert upscale(str(tmp_path / "large.pt"), make(tmp_path / "a.png"), "--out", out) == 1
     said = capsys.readouterr().err
-    assert f"error: {tmp_path / 'a.png'}: what the model gives for it is not finite\n" == said
+    assert f"error: {tmp_path / 'a.png'}: the model's output for it is not finite\n" == said
     assert not out.exists()
     make(tmp_path / "Set/a.png", size=(40, 32))
     options = ["--model=hat_nano_x2", f"--model-args={ARGS}", f"--csv={tmp_path / 'a.csv'}"]
@@ -298,7 +300,7 @@ def test_a_picture_too_large_for_the_memory_is_one_picture(weights, tmp_path, mo
     out = tmp_path / "out"
     assert upscale(weights, large, small, "--out", out) == 1
     printed = capsys.readouterr()
-    assert "large.png: the memory that is free does not suffice for 200×300" in printed.err
+    assert "large.png: the free memory is not enough for 200×300" in printed.err
     assert "MiB are missing" in printed.err
     assert [path.name for path in out.iterdir()] == ["small_x2.png"]
 
@@ -308,7 +310,7 @@ def test_what_lies_in_out_is_no_input(tmp_path):
     make(tmp_path / "out/a_x2.png")
     jobs = upscale_files.plan_jobs([tmp_path], tmp_path / "out", "_x2")
     assert [job.source for job in jobs] == [tmp_path / "a.png"]
-    with pytest.raises(DataError, match="no picture below"):
+    with pytest.raises(DataError, match="no pictures in"):
         upscale_files.plan_jobs([tmp_path / "out"], tmp_path / "out", "_x2")
 
 
@@ -410,4 +412,4 @@ def test_validation_names_what_does_not_fit(weights, tmp_path, capsys):
     make(tmp_path / "a/LR/y.png")
     assert "no low-resolution picture for x.png" in error("a")
     make(tmp_path / "a/LR/x.png")
-    assert "is no 2 times smaller" in error("a")
+    assert "is not 2 times smaller" in error("a")
