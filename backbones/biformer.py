@@ -31,12 +31,13 @@ from torch import Tensor, nn
 
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import checked, widths
+from backbones.core.published import imagenet_cfg, renamed
 from backbones.core.registry import build_model, register
 from backbones.core.stage import Stage
 from ops.attention.bilevel import BiLevelRoutingAttention
 from ops.batch_norm import BatchNorm2d
 from ops.conv import ConvNorm, NormConv
-from ops.init import trunc_normal
+from ops.init import init_linear
 from ops.position import ConvPosition
 
 __all__ = ["BiFormer"]
@@ -197,7 +198,7 @@ class BiFormer(StagedBackbone):
             out_norms=out_norms,
             out_norm_layer=LayerNorm2d,
         )
-        (self.head if nchw else self).apply(_init_linear)
+        (self.head if nchw else self).apply(init_linear)
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Converts the names of the original's five variants and of its dense networks."""
@@ -207,14 +208,6 @@ class BiFormer(StagedBackbone):
                 tensor = tensor.flatten(1)  # the NCHW form has convolutions for linear layers
             converted[_convert_key(key, self.swin_layout)] = tensor
         return converted
-
-
-def _init_linear(module: nn.Module) -> None:
-    """Linear layers truncated normal (std 0.02), biases zero; convolutions as in PyTorch."""
-    if isinstance(module, nn.Linear):
-        trunc_normal(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 _RENAMES = (
@@ -230,8 +223,7 @@ _RENAMES = (
 
 
 def _convert_key(key: str, swin_layout: bool) -> str:
-    for pattern, name in _RENAMES:
-        key = re.sub(pattern, name, key)
+    key = renamed(key, _RENAMES)
     if match := re.match(r"downsample_layers\.(\d)\.(\d)\.", key):
         stage, place = int(match[1]), int(match[2])
         rest = key[match.end() :]
@@ -245,14 +237,7 @@ def _convert_key(key: str, swin_layout: bool) -> str:
 def _cfg(item: str) -> dict[str, Any]:
     return {
         "url": f"https://api.onedrive.com/v1.0/shares/{item}/root/content",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
-        "first_conv": BiFormer.first_conv,
-        "classifier": BiFormer.classifier,
+        **imagenet_cfg(BiFormer),
         "license": "mit",
         "origin_url": "https://github.com/rayleizhu/BiFormer",
         "paper_name": "BiFormer: Vision Transformer with Bi-Level Routing Attention",

@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import checked, widths
+from backbones.core.published import imagenet_cfg, renamed
 from backbones.core.registry import build_model, register
 from backbones.core.stage import Stage
 from ops.attention.cascaded import CascadedGroupAttention, resize_distance_table
@@ -135,8 +136,7 @@ class EfficientViT(StagedBackbone):
             if re.search(r"\.(?:dw[01]|downsample\.[03])\.m\.weight$", key):
                 # The original fuses only the norm; our kernel also includes the identity.
                 tensor = _add_identity(tensor)
-            for pattern, name in _RENAMES:
-                key = re.sub(pattern, name, key)
+            key = renamed(key, _RENAMES)
             converted[key] = tensor
         return converted
 
@@ -205,14 +205,7 @@ def _cfg(variant: str) -> dict[str, Any]:
     releases = "https://github.com/xinyuliu-jeffrey/EfficientViT_Model_Zoo/releases/download/v1.0/"
     return {
         "url": f"{releases}{variant}.pth",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
-        "first_conv": EfficientViT.first_conv,
-        "classifier": EfficientViT.classifier,
+        **imagenet_cfg(EfficientViT),
         "license": "mit",
         "origin_url": "https://github.com/microsoft/Cream/tree/main/EfficientViT",
         "paper_name": (

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import checked
+from backbones.core.published import imagenet_cfg, renamed
 from backbones.core.registry import build_model, register
 from backbones.core.stage import Stage
 from ops.attention.factorized import FactorizedAttention
@@ -169,8 +170,7 @@ _STAGE_RENAMES = (
 
 
 def _convert_key(key: str) -> str:
-    for pattern, name in _RENAMES:
-        key = re.sub(pattern, name, key)
+    key = renamed(key, _RENAMES)
     for pattern, name in _STAGE_RENAMES:
         if match := re.match(pattern, key):
             return name.format(int(match[1]) - 1) + key[match.end() :]
@@ -180,14 +180,7 @@ def _convert_key(key: str) -> str:
 def _cfg(**kwargs: Any) -> dict[str, Any]:
     return {
         "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
-        "first_conv": FaViT.first_conv,
-        "classifier": FaViT.classifier,
+        **imagenet_cfg(FaViT),
         "license": "none stated",
         "origin_url": "https://github.com/q2479036243/FaViT",
         "paper_name": "Factorization Vision Transformer: Modeling Long Range Dependency with "

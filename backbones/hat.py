@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import checked, whole
+from backbones.core.published import renamed
 from backbones.core.registry import build_model, register
 from backbones.hat_blocks import HybridBlock, OverlapBlock, ResidualGroup
 from ops.init import init_trunc_normal
@@ -266,8 +267,7 @@ _RENAMES = (
 
 def _convert_key(key: str, depths: dict[str, int]) -> str:
     """``depths``: number of hybrid blocks before each group's overlap block."""
-    for pattern, name in _RENAMES:
-        key = re.sub(pattern, name, key)
+    key = renamed(key, _RENAMES)
     if match := re.match(r"stages\.(\d+)\.overlap_attn\.", key):
         rest = re.sub(r"^(qkv|proj|relative_position)", r"attn.\1", key[match.end() :])
         return f"stages.{match[1]}.blocks.{depths.get(match[1], 0)}.{rest}"

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import checked
+from backbones.core.published import imagenet_cfg
 from backbones.core.registry import build_model, register
 from backbones.core.stage import Stage
 from ops.batch_norm import BatchNorm2d
@@ -201,14 +202,9 @@ def _cfg(variant: str, size: int = 224, crop_pct: float = 0.875) -> dict[str, An
     release = "https://github.com/sail-sg/inceptionnext/releases/download/model/"
     return {
         "url": f"{release}inceptionnext_{variant}.pth",
-        "num_classes": 1000,
+        **imagenet_cfg(InceptionNeXt),
         "input_size": (3, size, size),
         "crop_pct": crop_pct,
-        "interpolation": "bicubic",
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
-        "first_conv": InceptionNeXt.first_conv,
-        "classifier": InceptionNeXt.classifier,
         "license": "apache-2.0",
         "origin_url": "https://github.com/sail-sg/inceptionnext",
         "paper_name": "InceptionNeXt: When Inception Meets ConvNeXt",

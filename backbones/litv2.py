@@ -27,6 +27,7 @@ from torchvision.ops import deform_conv2d
 
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import checked, several, whole
+from backbones.core.published import imagenet_cfg, renamed
 from backbones.core.registry import build_model, register
 from backbones.core.stage import TokenStage
 from ops.attention.hilo import HiLoAttention
@@ -233,8 +234,7 @@ _RENAMES = (
 
 
 def _convert_key(key: str) -> str:
-    for pattern, name in _RENAMES:
-        key = re.sub(pattern, name, key)
+    key = renamed(key, _RENAMES)
     # In the original, merging belongs to the previous stage.
     if match := re.match(r"layers\.(\d)\.downsample\.", key):
         return f"stages.{int(match[1]) + 1}.downsample.{key[match.end() :]}"
@@ -244,14 +244,7 @@ def _convert_key(key: str) -> str:
 def _cfg(file: str, **kwargs: Any) -> dict[str, Any]:
     return {
         "url": f"https://github.com/ziplab/LITv2/releases/download/{file}.pth",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
-        "first_conv": LITv2.first_conv,
-        "classifier": LITv2.classifier,
+        **imagenet_cfg(LITv2),
         "license": "apache-2.0",
         "origin_url": "https://github.com/ziplab/LITv2",
         "paper_name": "Fast Vision Transformers with HiLo Attention",

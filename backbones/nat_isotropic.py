@@ -29,10 +29,10 @@ from backbones.core.registry import build_model, register
 from backbones.core.stage import IsotropicStage
 from backbones.neighborhood import (
     cfg,
-    init_linear,
     layer_norm,
     neighborhood,
 )
+from ops.init import init_linear
 from ops.neighborhood import NeighborhoodAttention2D
 from ops.neighborhood.block import MapAttention, NeighborhoodBlock, resized_bias
 from ops.patch import PatchEmbed

@@ -15,9 +15,10 @@ import torch
 from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates
 from torch import Tensor, nn
 
+from backbones.core import published
 from backbones.core.base import StagedBackbone
 from backbones.core.stage import TokenStage
-from ops.init import trunc_normal
+from ops.init import init_linear
 from ops.neighborhood import NeighborhoodAttention2D
 from ops.neighborhood.block import NeighborhoodBlock, resized_bias
 
@@ -27,7 +28,6 @@ __all__ = [
     "Pattern",
     "block_dilations",
     "cfg",
-    "init_linear",
     "layer_norm",
     "neighborhood",
     "renamed",
@@ -127,14 +127,6 @@ def layer_norm(dim: int) -> nn.Module:
     return LayerNorm2d(dim, eps=1e-5)
 
 
-def init_linear(module: nn.Module) -> None:
-    """Linear layers truncated normal (std 0.02), biases zero; convolutions as in PyTorch."""
-    if isinstance(module, nn.Linear):
-        trunc_normal(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
-
-
 # -- dilations -------------------------------------------------------------------------------------
 
 Pattern = tuple[tuple[int, ...], ...]
@@ -212,8 +204,7 @@ def block_dilations(
 
 def renamed(key: str, renames: Sequence[tuple[str, str]]) -> str:
     """``key`` after the replacements; a stage's final downsampling moves to the next stage."""
-    for pattern, name in renames:
-        key = re.sub(pattern, name, key)
+    key = published.renamed(key, renames)
     if match := re.match(r"(?:levels|layers)\.(\d+)\.downsample\.", key):
         return f"stages.{int(match[1]) + 1}.downsample.{key[match.end() :]}"
     return key

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import checked, widths
+from backbones.core.published import imagenet_cfg, renamed
 from backbones.core.registry import build_model, register
 from backbones.core.stage import Stage
 from ops.attention.rank_augmented import RankAugmentedAttention, rotary_table
@@ -281,8 +282,7 @@ def _convert_key(key: str) -> str:
     """Our names are unchanged: the original's never begin with ``stem`` or ``stages``."""
     if key.startswith(("stem.", "stages.")):
         return key
-    for pattern, name in _RENAMES:
-        key = re.sub(pattern, name, key)
+    key = renamed(key, _RENAMES)
     if match := re.match(r"patch_embed\.proj\.(\d+)\.", key):
         # Repetitions of convolution, norm, activation.
         layer, part = divmod(int(match[1]), 3)
@@ -297,14 +297,7 @@ def _convert_key(key: str) -> str:
 def _cfg(variant: str) -> dict[str, Any]:
     return {
         "url": f"https://huggingface.co/aldjalkdf/RAVLT/resolve/main/RAVLT_{variant}.pth",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
-        "first_conv": RAVLT.first_conv,
-        "classifier": RAVLT.classifier,
+        **imagenet_cfg(RAVLT),
         "license": "mit",  # of the weights, according to their model card; the code has none
         "origin_url": "https://github.com/qhfan/RALA",
         "paper_name": "Breaking the Low-Rank Dilemma of Linear Attention",

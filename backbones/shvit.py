@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import checked, widths
+from backbones.core.published import imagenet_cfg, renamed
 from backbones.core.registry import build_model, register
 from backbones.core.stage import Stage
 from ops.attention.single_head import SingleHeadAttention
@@ -135,8 +136,7 @@ _MERGING = {"conv1": "expand", "conv2": "reduce", "conv3": "project", "se": "se"
 
 
 def _convert_key(key: str) -> str:
-    for pattern, name in _RENAMES:
-        key = re.sub(pattern, name, key)
+    key = renamed(key, _RENAMES)
     if match := re.match(r"patch_embed\.(\d)\.", key):
         # Convolutions are at even indices, activations between them.
         child, rest = int(match[1]) // 2, key[match.end() :]
@@ -162,14 +162,8 @@ def _convert_stage(stage: int, place: int, rest: str) -> str:
 def _cfg(variant: str, size: int = 224) -> dict[str, Any]:
     return {
         "url": f"https://github.com/ysj9909/SHViT/releases/download/v1.0/{variant}.pth",
-        "num_classes": 1000,
+        **imagenet_cfg(SHViT),
         "input_size": (3, size, size),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
-        "first_conv": SHViT.first_conv,
-        "classifier": SHViT.classifier,
         "license": "mit",
         "origin_url": "https://github.com/ysj9909/SHViT",
         "paper_name": "SHViT: Single-Head Vision Transformer with Memory Efficient Macro Design",

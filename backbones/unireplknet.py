@@ -11,7 +11,6 @@ out_norms=True``; merging these fails in the original and works here.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -36,6 +35,7 @@ from backbones.core.keywords import (
     several,
     widths,
 )
+from backbones.core.published import imagenet_cfg, renamed
 from backbones.core.registry import build_model, register
 from backbones.core.stage import Stage
 from ops.batch_norm import BatchNorm2d
@@ -230,8 +230,7 @@ class UniRepLKNet(StagedBackbone):
         """Converts the names of the original, merged or not."""
         converted = {}
         for key, tensor in state_dict.items():
-            for pattern, name in _RENAMES:
-                key = re.sub(pattern, name, key)
+            key = renamed(key, _RENAMES)
             converted[key] = tensor
         if any(key.endswith(".lk_origin.bias") for key in converted):
             return {key.replace(".lk_origin.", "."): t for key, t in converted.items()}
@@ -262,14 +261,7 @@ _RENAMES = (
 def _cfg(weights: str, **kwargs: Any) -> dict[str, Any]:
     return {
         "url": f"https://huggingface.co/DingXiaoH/UniRepLKNet/resolve/main/unireplknet_{weights}.pth",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
-        "first_conv": UniRepLKNet.first_conv,
-        "classifier": UniRepLKNet.classifier,
+        **imagenet_cfg(UniRepLKNet),
         "license": "apache-2.0",
         "origin_url": "https://github.com/AILab-CVC/UniRepLKNet",
         "paper_name": (

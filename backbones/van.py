@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import checked
+from backbones.core.published import renamed
 from backbones.core.registry import build_model, register
 from backbones.core.stage import Stage
 from ops.attention.large_kernel import LargeKernelAttention
@@ -203,8 +204,7 @@ _STAGE_RENAMES = (
 
 
 def _convert_key(key: str) -> str:
-    for pattern, name in _RENAMES:
-        key = re.sub(pattern, name, key)
+    key = renamed(key, _RENAMES)
     for pattern, name in _STAGE_RENAMES:
         if match := re.match(pattern, key):
             return name.format(int(match[1]) - 1) + key[match.end() :]

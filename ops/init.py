@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ops.arguments import checked
 
-__all__ = ["init_fan_out", "init_trunc_normal", "trunc_normal"]
+__all__ = ["init_fan_out", "init_linear", "init_trunc_normal", "trunc_normal"]
 
 
 @checked()
@@ -48,5 +48,13 @@ def init_fan_out(module: nn.Module) -> None:
 def init_trunc_normal(module: nn.Module) -> None:
     """Linear layers and convolutions truncated normal (std 0.02), biases zero."""
     if isinstance(module, nn.Linear | nn.Conv2d):
+        trunc_normal(module.weight)
+        _zero_bias(module)
+
+
+@checked()
+def init_linear(module: nn.Module) -> None:
+    """Linear layers truncated normal (std 0.02), biases zero; convolutions as in PyTorch."""
+    if isinstance(module, nn.Linear):
         trunc_normal(module.weight)
         _zero_bias(module)
