@@ -118,8 +118,8 @@ def test_weights_for_other_classes(validate, folder, tmp_path):
     ("words", "message"),
     [
         ([], "no model: give --model"),
-        (["--model", "nothing_*"], "no model with published weights fits 'nothing_*'"),
-        (["--model", "van_b0", "van_b1", "--checkpoint=x"], "goes with one model, not 2"),
+        (["--model", "nothing_*"], "no model with published weights matches 'nothing_*'"),
+        (["--model", "van_b0", "van_b1", "--checkpoint=x"], "requires one model, not 2"),
         (["--run", "nowhere"], "cannot read the recipe"),
         (["--list", "nowhere"], "cannot read the list nowhere"),
         (["--model", "van_b0", "--split=holdout"], "no split 'holdout'"),
