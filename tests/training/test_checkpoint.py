@@ -69,7 +69,7 @@ def test_no_file(path):
 
 def test_a_foreign_file(path):
     torch.save({"weights": torch.zeros(1)}, path)
-    with pytest.raises(CheckpointFileError, match="holds no training state"):
+    with pytest.raises(CheckpointFileError, match="has no training state"):
         load_state(path)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a", "b")

@@ -245,5 +245,5 @@ def test_a_state_of_something_else(key, value, one_epoch, images, tmp_path, caps
     arguments = (f"--data={images}", f"--output={tmp_path}", "--name=run", "--epochs=2")
     assert train(*arguments, f"--resume={tmp_path / 'last.pt'}") == 1
     said = capsys.readouterr().err
-    assert "does not fit this recipe" in said or "holds no training state" in said
+    assert "does not fit this recipe" in said or "has no training state" in said
     assert said.count("\n") == 1
