@@ -329,9 +329,9 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
         default=0.001,
         help="stop if a larger fraction cannot be decoded",
     )
-    labels = "ImageNet's reassessed labels; without a file, timm's copy"
+    labels = "ImageNet's ReaL labels; FILE defaults to timm's copy"
     add("--real-labels", nargs="?", const="", metavar="FILE", help=labels)
-    spoil = "apply these corruptions; without names, ImageNet-C's fifteen"
+    spoil = "corruptions to apply (no NAME: ImageNet-C's 15)"
     add("--corrupt", nargs="*", metavar="NAME", help=spoil)
     add("--severity", nargs="+", type=int, default=[1, 2, 3, 4, 5])
     output = Path("validation.csv")

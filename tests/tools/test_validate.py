@@ -142,7 +142,7 @@ def test_weights_for_other_classes(validate, folder, tmp_path):
         (["--model", "van_b0", "--output=."], "--output . is a folder"),
         (["--model", "van_b0", f"--output={PICTURE}/a.csv"], "is not a folder"),
         (["--model", "van_b0", f"--report={PICTURE}"], "is not a folder"),
-        (["--list", "x", "--output", "x"], "would be written over x, an input"),
+        (["--list", "x", "--output", "x"], "would overwrite x, an input"),
         (["--model", "van_b0", "--severity=x"], "invalid int value: 'x'"),
     ],
 )
@@ -261,7 +261,7 @@ def test_real_labels_by_hand(tmp_path):
     real = [[1, 5], [], [7], [2]]
     assert real_accuracy(answers, source, real) == pytest.approx(100 * 2 / 3)
     source.files[1] = ("val/n01/cat.png", 0, 0)
-    with pytest.raises(DataError, match=r"which val/n01/cat\.png is not"):
+    with pytest.raises(DataError, match=r"got val/n01/cat\.png"):
         real_accuracy(answers, source, real)
 
 

@@ -206,7 +206,7 @@ def test_weights_that_are_not_finite(official: dict[str, Tensor], value: str) ->
     spoilt["patch_embed1.proj.weight"][3, 1, 2, 2] = float(value)
     model = _van()
     before = model.stem.conv.weight.clone()
-    with pytest.raises(CheckpointError, match="NaN or infinite: stem.conv.weight$"):
+    with pytest.raises(CheckpointError, match="NaN or infinite weights: stem.conv.weight$"):
         load_checkpoint(model, spoilt)
     assert torch.equal(model.stem.conv.weight, before)
     require_finite(model, "a.pth")
@@ -219,7 +219,7 @@ def test_weights_that_are_not_finite(official: dict[str, Tensor], value: str) ->
 def test_numbers_that_only_the_checkpoint_can_hold(official: dict[str, Tensor]) -> None:
     wide = {k: v.double() if v.is_floating_point() else v for k, v in official.items()}
     wide["head.bias"][1] = 1e300
-    with pytest.raises(CheckpointError, match="infinite: head.fc.bias"):
+    with pytest.raises(CheckpointError, match="infinite weights: head.fc.bias"):
         load_checkpoint(_van(), wide)
 
 
