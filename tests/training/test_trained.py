@@ -36,5 +36,5 @@ def test_weights_that_are_not_finite(name, tmp_path):
     model = create(name, num_classes=10)
     next(model.parameters()).data[0] = float("nan")
     torch.save(model.state_dict(), path)
-    with pytest.raises(RecipeError, match=r"a\.pth has weights that are NaN"):
+    with pytest.raises(RecipeError, match=r"a\.pth has NaN or infinite weights"):
         load_trained(name, path, 10)
