@@ -4,10 +4,10 @@
     python train_cls.py --config configs/cls/van.yaml --model van_b2 --data /path/to/imagenet
     torchrun --nproc-per-node 8 train_cls.py --config …
 
-Any key of the recipe is a flag; ``--help`` lists them and ``--print-config`` shows what is
-resolved. Results go to ``OUTPUT/NAME/``: ``best.safetensors``, ``last.pt`` (everything needed to
-go on, weights under ``model``), ``summary.csv``, ``metrics.jsonl``, ``curves.png``,
-``predictions.png``, ``config.yaml``. ``--resume auto`` goes on after a crash or a signal.
+Every key of the recipe is a flag; ``--help`` lists them and ``--print-config`` prints the resolved
+recipe. Results go to ``OUTPUT/NAME/``: ``best.safetensors``, ``last.pt`` (the state for resuming,
+weights under ``model``), ``summary.csv``, ``metrics.jsonl``, ``curves.png``, ``predictions.png``,
+``config.yaml``. ``--resume auto`` continues after a crash or a signal.
 """
 
 from __future__ import annotations
@@ -38,13 +38,13 @@ from backbones.training.recipe import Recipe
 from backbones.training.recipe_checks import check_sizes
 from backbones.training.run import run_from_command_line
 
-_SMALL = 32  # pixels, from which on every network of this library takes images
+_SMALL = 32  # pixels, the smallest images that every network of this library supports
 
 
 class Trainer(TrainingLoop):
-    """A classifier, its images, and what is measured; the loop over them is the base class's.
+    """Training of a classifier: model, data and metrics; the base class has the loop.
 
-    Args: as :class:`TrainingLoop`.
+    Args: as in :class:`TrainingLoop`.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Trainer(TrainingLoop):
             self.try_out(self.train_loader.blank(min(sizes), self.multi_label, self.num_classes))
 
     def resolved_recipe(self) -> Recipe:
-        """With what the model and the data settled."""
+        """Including the settings of model and data."""
         return build.resolved_recipe(
             self.recipe, self.config, self.num_classes, self.lr, self.folder.name
         )
@@ -90,15 +90,15 @@ class Trainer(TrainingLoop):
     # --- a step
 
     def batches(self) -> Iterator[Any]:
-        """Images (B, C, H, W) and labels, from where the epoch stands."""
+        """Images (B, C, H, W) and labels, from the epoch's current position."""
         return self.train_loader.epoch(self.epoch, self.step * self.recipe.accum_steps)
 
     def names(self, epoch: int, step: int) -> list[str]:
-        """What this process's images of one update are called."""
+        """Names of this process's images of an update."""
         return self.train_loader.names(epoch, step)
 
     def compute(self, batch: Any) -> tuple[torch.Tensor, Any]:
-        """Augment, run the network, compare: the loss, and what :meth:`note` counts."""
+        """Augment, run the network, compute the loss; returns it with data for :meth:`note`."""
         images, labels = batch
         images, targets = self.augment(images, labels, self.epoch)
         if self.recipe.channels_last:
@@ -107,18 +107,18 @@ class Trainer(TrainingLoop):
         return loss, (logits, labels)
 
     def note(self, loss: torch.Tensor, seen: Any) -> None:
-        """Count loss and right answers; labels are those from before mixing."""
+        """Count loss and correct predictions, with the labels before mixing."""
         logits, labels = seen
         self.meter.add(loss * len(labels), logits, labels)
 
     # --- an epoch
 
     def facts(self) -> dict[str, str]:
-        """The names of the classes, which ``vision-backbones predict`` shows."""
+        """The class names, for ``vision-backbones predict``."""
         return {"classes": json.dumps(self.classes)}
 
     def new_meter(self) -> Meter:
-        """For the training figures of an epoch."""
+        """The meter for an epoch's training metrics."""
         return Meter(self.device)
 
     def training_figures(self, world: World | None = None) -> dict[str, float]:
@@ -127,7 +127,7 @@ class Trainer(TrainingLoop):
         return {key: means[key] for key in ("loss", "top1")}
 
     def finish_epoch(self) -> int:
-        """Validate, record, save, draw; the signal that came meanwhile, or 0."""
+        """Validate, record, save, draw; returns the signal received meanwhile, or 0."""
         signal = super().finish_epoch()
         if not signal and self.world.is_main:
             pictures.draw_curves(self.folder / "curves.png", self.history, self.folder.name)
@@ -135,7 +135,7 @@ class Trainer(TrainingLoop):
 
     @torch.inference_mode()
     def validate(self, model: nn.Module) -> tuple[dict[str, float], int]:
-        """Loss, top-1 and so on over every validation image once, by all processes together."""
+        """Loss, top-1 and so on over all validation images, divided among the processes."""
         if self.world.size > 1:
             distribute_bn(model, self.world.size, reduce=False)
         model.eval()
@@ -163,7 +163,7 @@ class Trainer(TrainingLoop):
     # --- for people
 
     def describe(self) -> str:
-        """The figures as the text beside the bar."""
+        """The metrics as text for the progress bar."""
         now = self.figures()
         return (
             f"loss {now['loss']:.3f}  accuracy {now['top1']:.1f} %  "
@@ -175,17 +175,17 @@ class Trainer(TrainingLoop):
         return describe_epoch(row, self.epochs, self.seconds_left())
 
     def show_results(self) -> None:
-        """Draw the predictions of the best weights and say where everything is."""
+        """Draw predictions of the best weights and list the files."""
         if not self.world.is_main:
             return
         best, seconds = self.folder / "best.safetensors", time.monotonic() - self.begun
         if best.exists() and not self.multi_label:
-            # A whole model of its own: what was trained may be shared out to the processes.
+            # A new model, since the trained one may be sharded.
             model = build.build_model(self.recipe, self.num_classes, weights=False).to(self.device)
             model.load_state_dict(safetensors.torch.load_file(best))
             images, title = self.val_loader, f"{self.recipe.model}: {self.best:.2f} %"
             shown = pictures.pick_predictions(model.eval(), images, self.config, self.autocast)
-            title += " of the validation images right"
+            title += " of the validation images correct"
             path = self.folder / "predictions.png"
             pictures.draw_predictions(path, shown, self.classes, title)
         kind = "AUC" if self.multi_label else "accuracy"

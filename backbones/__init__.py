@@ -1,4 +1,4 @@
-"""Fifteen published vision models behind timm's API; ``backbones.create_model`` is the door."""
+"""Published vision models behind timm's API; start with ``backbones.create_model``."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ try:
 except (ImportError, RuntimeError) as error:
     raise ImportError(
         _explanation(error)
-        or f"torch, torchvision and timm do not fit each other: {error}. A set that does comes "
-        "with `pip install --force-reinstall torch torchvision timm`."
+        or f"torch, torchvision and timm are incompatible: {error}. Install a compatible set with "
+        "`pip install --force-reinstall torch torchvision timm`."
     ) from error
 
 import ops as _ops
@@ -18,7 +18,7 @@ import ops as _ops
 if not hasattr(_ops, "OPS_OF_VISION_BACKBONES"):
     raise ImportError(
         f"`backbones` needs its own package `ops`, but `import ops` finds {_ops.__file__}. "
-        "Uninstall that package, or put the folder of vision-backbones first on sys.path."
+        "Uninstall that package, or put the folder of vision-backbones first in sys.path."
     )
 
 try:
@@ -29,7 +29,7 @@ try:
     from backbones.core.registry import create_model, empty_cache, fuse, list_families, list_models
     from backbones.core.stage import IsotropicStage, Stage
 
-    # Importing a family registers its models, here and with timm; then its inference forms.
+    # Importing a family registers its models here and with timm, and then its inference forms.
     from backbones import (  # isort: skip
         biformer,
         dinat_s,

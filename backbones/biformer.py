@@ -1,14 +1,14 @@
-"""BiFormer: a vision transformer whose regions choose, by content, which regions to attend to.
+"""BiFormer: a vision transformer with attention routed between regions by content.
 
 Lei Zhu et al., "BiFormer: Vision Transformer with Bi-Level Routing Attention",
 https://arxiv.org/abs/2303.08810.
 
-Any size from 32×32. The stage at stride s has ⌈H/s⌉ rows; the STL variants (Swin's layout) do not
-pad in their strided convolutions and have ⌊H/s⌋. Where ``n_win`` does not divide a map, it is
-padded as by the original's ``auto_pad=True``; where it does, nothing is padded. ``biformer_stl``
-has no such option in the original, and ``biformer_stl_nchw`` fails there on maps below ``n_win``;
-here the first pads as the others do, and the second has regions of at least one token.
-Detectors and segmenters of the paper use ``out_norms=True, num_classes=0`` with ``n_win=16`` (COCO)
+Accepts any input size from 32×32. The stage at stride s has ⌈H/s⌉ rows; the STL variants (Swin's
+layout) use no padding in their strided convolutions and have ⌊H/s⌋. If ``n_win`` does not divide a
+map, it is padded as with the original's ``auto_pad=True``. In the original, ``biformer_stl`` has no
+such option, and ``biformer_stl_nchw`` fails on maps smaller than ``n_win``; here, the first pads
+like the others, and the second has regions of at least one token.
+The paper's detectors and segmenters use ``out_norms=True, num_classes=0`` with ``n_win=16`` (COCO)
 or ``n_win=8`` (ADE20K).
 """
 
@@ -31,22 +31,23 @@ from torch import Tensor, nn
 
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import checked, widths
+from backbones.core.published import imagenet_cfg, renamed
 from backbones.core.registry import build_model, register
 from backbones.core.stage import Stage
 from ops.attention.bilevel import BiLevelRoutingAttention
 from ops.batch_norm import BatchNorm2d
 from ops.conv import ConvNorm, NormConv
-from ops.init import trunc_normal
+from ops.init import init_linear
 from ops.position import ConvPosition
 
 __all__ = ["BiFormer"]
 
 
 class GlobalAttention(nn.Module):
-    """Attention of all tokens plus a 5×5 depthwise convolution: (B, H, W, dim) → the same.
+    """Global attention plus a 5×5 depthwise convolution: (B, H, W, dim) → (B, H, W, dim).
 
     Args:
-        lepe_on_value: the convolution sees the values rather than the input.
+        lepe_on_value: apply the convolution to the values instead of the input.
     """
 
     def __init__(self, dim: int, num_heads: int = 8, *, lepe_on_value: bool = False) -> None:
@@ -70,11 +71,11 @@ class GlobalAttention(nn.Module):
 
 
 class Block(nn.Module):
-    """Depthwise position term, attention, MLP, each added: (B, dim, H, W) → (B, dim, H, W).
+    """Residual depthwise position term, attention and MLP: (B, dim, H, W) → (B, dim, H, W).
 
     Args:
         attn: (B, H, W, dim) → (B, H, W, dim).
-        pos_embed: whether there is the 3×3 position term.
+        pos_embed: include the 3×3 position term.
     """
 
     def __init__(
@@ -106,20 +107,20 @@ class BiFormer(StagedBackbone):
 
     Args:
         dims, depths, mlp_ratios: of the four stages.
-        topks: regions that each region attends to, by stage; None for attention of all tokens.
-        n_win: regions a side.
-        head_dim: width of the routed attention's heads; attention of all tokens has 8 heads.
+        topks: regions that each region attends to, by stage; None for global attention.
+        n_win: regions per side.
+        head_dim: width of the routed attention's heads; global attention has 8 heads.
         swin_layout: non-overlapping stem and downsampling, no position terms (the STL variants).
-        nchw: the authors' second form. Regions have ⌊H/n_win⌋ rows, so that their number varies;
-            padding follows the projection and does not count in the routing; the convolution
-            beside the attention of all tokens sees the values; the blocks' linear layers start as
-            PyTorch's convolutions do.
-        num_classes, in_chans, global_pool: of classifier, image and pooling.
+        nchw: the authors' second implementation. Regions have ⌊H/n_win⌋ rows, so their number
+            varies; padding is applied after the projection and ignored by the routing; the
+            convolution next to the global attention is applied to the values; the blocks' linear
+            layers are initialised like PyTorch's convolutions.
+        num_classes, in_chans, global_pool: classes, image channels and pooling, as in timm.
         drop_rate: dropout before the classifier.
         proj_drop_rate: dropout inside the MLPs.
-        drop_path_rate: of the last block; it grows linearly from 0.
-        out_norms: normalise the maps returned, as detectors do: all, none, or the listed stages.
-            With ``num_classes=0`` there is no final norm then, as in the paper's dense networks.
+        drop_path_rate: stochastic depth of the last block, increasing linearly from 0.
+        out_norms: normalise the returned maps, as detectors do: all, none, or the listed stages.
+            With ``num_classes=0``, there is then no final norm, as in the paper's dense networks.
     """
 
     first_conv = "stem.0.conv"
@@ -197,24 +198,16 @@ class BiFormer(StagedBackbone):
             out_norms=out_norms,
             out_norm_layer=LayerNorm2d,
         )
-        (self.head if nchw else self).apply(_init_linear)
+        (self.head if nchw else self).apply(init_linear)
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """From the names of the original's five variants and of its dense networks."""
+        """Converts the names of the original's five variants and of its dense networks."""
         converted = {}
         for key, tensor in state_dict.items():
             if tensor.shape[2:] == (1, 1) and not key.startswith("downsample_layers."):
                 tensor = tensor.flatten(1)  # the NCHW form has convolutions for linear layers
             converted[_convert_key(key, self.swin_layout)] = tensor
         return converted
-
-
-def _init_linear(module: nn.Module) -> None:
-    """Linear layers truncated normal (std 0.02), biases zero; convolutions stay as PyTorch's."""
-    if isinstance(module, nn.Linear):
-        trunc_normal(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 _RENAMES = (
@@ -230,8 +223,7 @@ _RENAMES = (
 
 
 def _convert_key(key: str, swin_layout: bool) -> str:
-    for pattern, name in _RENAMES:
-        key = re.sub(pattern, name, key)
+    key = renamed(key, _RENAMES)
     if match := re.match(r"downsample_layers\.(\d)\.(\d)\.", key):
         stage, place = int(match[1]), int(match[2])
         rest = key[match.end() :]
@@ -245,14 +237,7 @@ def _convert_key(key: str, swin_layout: bool) -> str:
 def _cfg(item: str) -> dict[str, Any]:
     return {
         "url": f"https://api.onedrive.com/v1.0/shares/{item}/root/content",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
-        "first_conv": BiFormer.first_conv,
-        "classifier": BiFormer.classifier,
+        **imagenet_cfg(BiFormer),
         "license": "mit",
         "origin_url": "https://github.com/rayleizhu/BiFormer",
         "paper_name": "BiFormer: Vision Transformer with Bi-Level Routing Attention",
@@ -309,5 +294,5 @@ def biformer_stl(pretrained: bool = False, **kwargs: Any) -> BiFormer:
 
 @register
 def biformer_stl_nchw(pretrained: bool = False, **kwargs: Any) -> BiFormer:
-    """BiFormer in Swin-T's layout and the authors' second form, 28.4 M parameters."""
+    """BiFormer in Swin-T's layout, the authors' second implementation, 28.4 M parameters."""
     return build_model(BiFormer, "biformer_stl_nchw", pretrained, {**_STL, "nchw": True}, kwargs)

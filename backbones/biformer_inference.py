@@ -1,4 +1,4 @@
-"""Inference forms of BiFormer's blocks, see :mod:`ops.inference`: fewer passes."""
+"""Inference forms of BiFormer's blocks, see :mod:`ops.inference`."""
 
 from __future__ import annotations
 

@@ -3,10 +3,10 @@
 Ali Hassani and Humphrey Shi, "Dilated Neighborhood Attention Transformer",
 https://arxiv.org/abs/2209.15001.
 
-Any size from 32×32 (smaller works down to 1×1): the stem completes its patches and merging its
-2×2 squares with zeros, so that the stage at stride s has ⌈H/s⌉ rows. A map with a side below
-``kernel_size`` · dilation is padded inside attention, see :mod:`backbones.nat`. Detectors and
-segmenters of the paper use ``out_norms=True, num_classes=0`` and other dilations.
+Accepts any input size from 32×32 (smaller ones work down to 1×1). The stem's patches and the 2×2
+squares of merging are zero-padded, so the stage at stride s has ⌈H/s⌉ rows. Maps smaller than
+``kernel_size`` · dilation are padded inside attention, see :mod:`backbones.nat`. The paper's
+detectors and segmenters use ``out_norms=True, num_classes=0`` and other dilations.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from ops.patch import PatchEmbed, PatchMerging
 __all__ = ["DiNATS"]
 
 
-# A second stage of two blocks has the last two of the deeper network's four.
+# A second stage with two blocks uses the dilations of the last two of the deeper network's four.
 DINAT_S_PRESETS: Mapping[str, Pattern] = {
     name: (PRESETS[name][0], PRESETS[name][1][-2:], *PRESETS[name][2:])
     for name in ("imagenet", "imagenet-384", "ade20k", "ade20k-640", "coco")
@@ -46,21 +46,21 @@ class DiNATS(NeighborhoodPyramid):
     Args:
         dims, depths, num_heads: of the four stages.
         mlp_ratio: width of the MLPs relative to the stage.
-        kernel_size: side of the window that a token attends to, odd.
-        dilations: of the windows: one for all blocks; for each stage one, or one for each of its
-            blocks; or by name those that were published for ``"imagenet"``, ``"imagenet-384"``,
-            ``"ade20k"`` (at 512), ``"ade20k-640"`` (of the large model) and ``"coco"``. In stages
-            of other depths the pattern goes on, or ends early.
-        num_classes, in_chans, global_pool: of classifier, image and pooling.
+        kernel_size: side of the attention window, odd.
+        dilations: of the windows: one for all blocks; one per stage or per block of each stage; or
+            the name of a published set: ``"imagenet"``, ``"imagenet-384"``, ``"ade20k"`` (at 512),
+            ``"ade20k-640"`` (large model) and ``"coco"``. In stages of other depths, the pattern is
+            continued or truncated.
+        num_classes, in_chans, global_pool: classes, image channels and pooling, as in timm.
         drop_rate: dropout before the classifier.
         proj_drop_rate: dropout inside the MLPs.
-        drop_path_rate: of the last block; it grows linearly from 0.
-        out_norms: normalise the maps returned, as detectors do: all, none, or the listed stages.
-            With ``num_classes=0`` there is no final norm then, as in the paper's dense networks.
+        drop_path_rate: stochastic depth of the last block, increasing linearly from 0.
+        out_norms: normalise the returned maps, as detectors do: all, none, or the listed stages.
+            With ``num_classes=0``, there is then no final norm, as in the paper's dense networks.
 
     Raises:
-        ValueError: sequences that do not name as many stages or blocks, heads that do not divide
-            the width, an unknown name of dilations.
+        ValueError: sequences of the wrong length, heads that don't divide the width, or an unknown
+            name of dilations.
     """
 
     @checked("dims", "num_heads")
@@ -96,7 +96,7 @@ class DiNATS(NeighborhoodPyramid):
         self.finish(dims, global_pool, drop_rate, out_norms)
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """From the names of the original and of its dense copies."""
+        """Converts the names of the original and of its dense copies."""
         return {renamed(key, _RENAMES): tensor for key, tensor in state_dict.items()}
 
 

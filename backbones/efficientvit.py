@@ -3,12 +3,12 @@
 Xinyu Liu et al., "EfficientViT: Memory Efficient Vision Transformer with Cascaded Group
 Attention", https://arxiv.org/abs/2305.07027.
 
-Any size (from 1×1); the stage at stride s has ⌈H/s⌉ rows. The original's classifier runs only at
-the size that it was built for, and its dense copy fails where the last map is smaller than a
-window: here the biases are interpolated to the window at hand. Where the originals run, the outputs
-are theirs. The dense networks of the paper are ``img_size=448`` (their tables are 7×7 in all
-stages), and for M0 ``kernel_sizes=(7, 5, 3, 3)``. Stages start at stride 16; with
-``stem_features=True`` the stem's maps at strides 2, 4 and 8 come first among the features.
+Accepts any input size (from 1×1); the stage at stride s has ⌈H/s⌉ rows. The original's classifier
+runs only at the size that it was built for, and its dense copy fails if the last map is smaller
+than a window; here, the biases are interpolated to the actual window. Otherwise, the outputs equal
+the original's. The paper's dense networks use ``img_size=448`` (their tables are 7×7 in all
+stages), and ``kernel_sizes=(7, 5, 3, 3)`` for M0. Stages start at stride 16; with
+``stem_features=True``, the stem's maps at strides 2, 4 and 8 precede the other features.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch import Tensor, nn
 
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import checked, widths
+from backbones.core.published import imagenet_cfg, renamed
 from backbones.core.registry import build_model, register
 from backbones.core.stage import Stage
 from ops.attention.cascaded import CascadedGroupAttention, resize_distance_table
@@ -56,22 +57,22 @@ class EfficientViT(StagedBackbone):
 
     Args:
         dims, depths, num_heads: of the three stages.
-        kernel_sizes: of the depthwise convolutions on the queries, one a head.
+        kernel_sizes: of the depthwise convolutions of the queries, one per head.
         qk_dim: width of query and key of a head.
         window_size: side of the attention windows.
-        img_size: square size that the bias tables are made for; a table's side is that of the
-            stage's map, at most ``window_size``. Any other size still runs, on interpolated
-            biases, and tables of other checkpoints are interpolated when they are loaded.
-        num_classes, in_chans, global_pool: of classifier, image and pooling.
+        img_size: square image size that the bias tables are for; a table's side is that of the
+            stage's map, at most ``window_size``. Other sizes use interpolated biases, and tables
+            in checkpoints are interpolated when loaded.
+        num_classes, in_chans, global_pool: classes, image channels and pooling, as in timm.
         drop_rate: dropout before the classifier.
-        drop_path_rate: of the last block; it grows linearly from 0.
-        distilled: a second classifier for a teacher's labels, see
+        drop_path_rate: stochastic depth of the last block, increasing linearly from 0.
+        distilled: add a second classifier for a teacher's labels, see
             :class:`ops.mobile.NormLinearHead`.
-        stem_features: offer the stem's maps at strides 2, 4 and 8 as features too.
+        stem_features: also return the stem's maps at strides 2, 4 and 8 as features.
 
     Raises:
-        ValueError: ``img_size`` below 1, or what
-            :class:`ops.attention.cascaded.CascadedGroupAttention` refuses.
+        ValueError: ``img_size`` below 1, or invalid arguments of
+            :class:`ops.attention.cascaded.CascadedGroupAttention`.
     """
 
     classifier: str | tuple[str, ...] = "head.fc"
@@ -126,22 +127,21 @@ class EfficientViT(StagedBackbone):
         self.describe_features(dims, reductions, stem_features=taps if stem_features else ())
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """From the names of the original, fused or not, and of timm."""
+        """Converts the names of the original, fused or not, and of timm."""
         converted = {}
         for key, tensor in state_dict.items():
             if key.endswith("attention_bias_idxs"):
                 continue
             key = _convert_place(key)
             if re.search(r"\.(?:dw[01]|downsample\.[03])\.m\.weight$", key):
-                # The original fuses the norm only; ours has the identity in the kernel too.
+                # The original fuses only the norm; our kernel also includes the identity.
                 tensor = _add_identity(tensor)
-            for pattern, name in _RENAMES:
-                key = re.sub(pattern, name, key)
+            key = renamed(key, _RENAMES)
             converted[key] = tensor
         return converted
 
     def resize_tensor(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
-        """Also tables of attention biases, bicubically as the paper's detectors do."""
+        """Also resizes tables of attention biases, bicubically like the paper's detectors."""
         if name.endswith(".attention_biases") and tensor.ndim == 2 and len(tensor) == shape[0]:
             old, new = (round(n**0.5) for n in (tensor.shape[1], shape[1]))
             if old * old == tensor.shape[1]:
@@ -178,7 +178,7 @@ _RENAMES = (
 
 
 def _convert_place(key: str) -> str:
-    """Where a block stands: the original counts a stage's downsampling among its blocks."""
+    """A block's name; the original counts a stage's downsampling among its blocks."""
     if match := re.match(r"patch_embed\.(?:conv)?(\d)\.", key):
         # timm counts convolutions from 1, the original also the activations between them.
         child = int(match[1]) - 1 if "conv" in match[0] else int(match[1]) // 2
@@ -205,14 +205,7 @@ def _cfg(variant: str) -> dict[str, Any]:
     releases = "https://github.com/xinyuliu-jeffrey/EfficientViT_Model_Zoo/releases/download/v1.0/"
     return {
         "url": f"{releases}{variant}.pth",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
-        "first_conv": EfficientViT.first_conv,
-        "classifier": EfficientViT.classifier,
+        **imagenet_cfg(EfficientViT),
         "license": "mit",
         "origin_url": "https://github.com/microsoft/Cream/tree/main/EfficientViT",
         "paper_name": (

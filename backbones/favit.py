@@ -4,10 +4,10 @@ Haolin Qin et al., "Factorization Vision Transformer: Modeling Long Range Depend
 Window Cost", https://arxiv.org/abs/2312.08614. Written from the paper and a specification of what
 the published model computes, since the published code states no licence.
 
-Any size (from 1×1); the stage at stride s has ⌈H/s⌉ rows. The original needs more than 96 pixels a
-side, since it cannot reflect a map by more than its size; here the reflection goes on back and
-forth. The normalised map of a stage is both its feature and the next stage's input, in detectors
-and segmenters too.
+Accepts any input size (from 1×1); the stage at stride s has ⌈H/s⌉ rows. The original needs more
+than 96 pixels per side, since it cannot pad a map by more than its size; here, the reflection is
+repeated. The normalised map of a stage is both its feature and the next stage's input, including in
+detectors and segmenters.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import checked
+from backbones.core.published import imagenet_cfg, renamed
 from backbones.core.registry import build_model, register
 from backbones.core.stage import Stage
 from ops.attention.factorized import FactorizedAttention
@@ -47,7 +48,7 @@ class PatchEmbed(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each normalised before and added: (B, H, W, dim) → the same."""
+    """Pre-norm residual attention and MLP: (B, H, W, dim) → (B, H, W, dim)."""
 
     def __init__(
         self,
@@ -60,7 +61,7 @@ class Block(nn.Module):
         drop_path: float,
     ) -> None:
         super().__init__()
-        # Local windows are dilated as far as the global map is shrunk.
+        # Local windows are dilated by the downsampling factor of the global map.
         dilations = (1, sr_ratio) if sr_ratio > 1 else (1,)
         self.norm1 = nn.LayerNorm(dim, eps=1e-6)
         self.attn = FactorizedAttention(dim, num_heads, sr_ratio, dilations, window_size)
@@ -74,7 +75,7 @@ class Block(nn.Module):
 
 
 class FaViTStage(Stage):
-    """A stage whose blocks and norm want channels last."""
+    """A stage whose blocks and norm use channels-last maps (B, H, W, dim)."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x).permute(0, 2, 3, 1)
@@ -86,13 +87,13 @@ class FaViT(StagedBackbone):
 
     Args:
         dims, depths, num_heads, mlp_ratios: of the four stages.
-        sr_ratios: how much each stage shrinks the map of its global branch, and how far it
-            dilates the second of its local branches; 1 leaves that one out.
-        window_size: taps a side of the local windows.
-        num_classes, in_chans, global_pool: of classifier, image and pooling.
+        sr_ratios: downsampling factor of each stage's global branch, and dilation of its second
+            local branch; with 1, there is no second local branch.
+        window_size: taps per side of the local windows.
+        num_classes, in_chans, global_pool: classes, image channels and pooling, as in timm.
         drop_rate: dropout before the classifier.
         proj_drop_rate: dropout inside the MLPs.
-        drop_path_rate: of the last block; it grows linearly from 0.
+        drop_path_rate: stochastic depth of the last block, increasing linearly from 0.
     """
 
     @checked("dims", "num_heads", "mlp_ratios", "sr_ratios")
@@ -142,7 +143,7 @@ class FaViT(StagedBackbone):
         self.apply(init_fan_out)
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """From the names of the original, which counts stages from 1."""
+        """Converts the names of the original, which counts stages from 1."""
         return {_convert_key(key): tensor for key, tensor in state_dict.items()}
 
 
@@ -169,8 +170,7 @@ _STAGE_RENAMES = (
 
 
 def _convert_key(key: str) -> str:
-    for pattern, name in _RENAMES:
-        key = re.sub(pattern, name, key)
+    key = renamed(key, _RENAMES)
     for pattern, name in _STAGE_RENAMES:
         if match := re.match(pattern, key):
             return name.format(int(match[1]) - 1) + key[match.end() :]
@@ -180,14 +180,7 @@ def _convert_key(key: str) -> str:
 def _cfg(**kwargs: Any) -> dict[str, Any]:
     return {
         "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
-        "first_conv": FaViT.first_conv,
-        "classifier": FaViT.classifier,
+        **imagenet_cfg(FaViT),
         "license": "none stated",
         "origin_url": "https://github.com/q2479036243/FaViT",
         "paper_name": "Factorization Vision Transformer: Modeling Long Range Dependency with "

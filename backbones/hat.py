@@ -1,13 +1,14 @@
-"""Hybrid Attention Transformer: image restoration by windows, overlapping windows and channels.
+"""Hybrid Attention Transformer: image restoration with window and channel attention.
 
 Xiangyu Chen et al., "Activating More Pixels in Image Super-Resolution Transformer",
 https://arxiv.org/abs/2205.04437; also "HAT: Hybrid Attention Transformer for Image Restoration",
 https://arxiv.org/abs/2309.05239.
 
-Image to image, RGB in 0 … ``img_range``: the model has neither a pyramid nor a classifier. Any size
-from 1×1: the image is reflected at the right and at the bottom up to a multiple of the window, and
-the result is cropped. Where the original fails, since the padding is as large as the image or
-larger, the reflection goes on back and forth. For big images see :func:`ops.tiling.run_tiled`.
+Maps an RGB image in 0 … ``img_range`` to an image; there is neither a feature pyramid nor a
+classifier. Accepts any input size from 1×1: the image is padded by reflection at the right and
+bottom to a multiple of the window, and the result is cropped. Where the padding is as large as the
+image, which makes the original fail, the reflection is repeated. For large images see
+:func:`ops.tiling.run_tiled`.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import checked, whole
+from backbones.core.published import renamed
 from backbones.core.registry import build_model, register
 from backbones.hat_blocks import HybridBlock, OverlapBlock, ResidualGroup
 from ops.init import init_trunc_normal
@@ -31,12 +33,12 @@ from ops.padding import reflect_pad_to_multiple
 
 __all__ = ["HAT"]
 
-# Of the training images, DIV2K.
+# Mean of the training images, DIV2K.
 _RGB_MEAN = (0.4488, 0.4371, 0.4040)
 
 
 class Stem(nn.Module):
-    """Centre the image, 3×3 convolution, norm: (B, in_chs, H, W) → (B, dim, H, W).
+    """Mean subtraction, 3×3 convolution, norm: (B, in_chs, H, W) → (B, dim, H, W).
 
     Attributes:
         mean: (in_chs, 1, 1), of RGB images; zeros for others.
@@ -48,13 +50,13 @@ class Stem(nn.Module):
         super().__init__()
         self.img_range = img_range
         mean = torch.tensor(_RGB_MEAN) if in_chs == 3 else torch.zeros(in_chs)
-        # Without a batch axis: DDP cannot share a buffer of four axes with channels last.
+        # Without a batch axis, since DDP cannot broadcast a 4-D buffer in channels-last format.
         self.register_buffer("mean", mean.view(in_chs, 1, 1), persistent=False)
         self.conv = nn.Conv2d(in_chs, dim, 3, padding=1)
         self.norm = LayerNorm2d(dim, eps=1e-5)
 
     def shallow(self, x: Tensor) -> Tensor:
-        """What goes past all stages: the map before the norm."""
+        """The map before the norm, which the long skip connection adds after all stages."""
         return self.conv((x - self.mean) * self.img_range)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -85,23 +87,24 @@ class HAT(StagedBackbone):
 
     Args:
         dim: channels of the body.
-        depths, num_heads: hybrid blocks, and heads of their attention, in each group.
-        window_size: side of the windows; every second block shifts them by half.
-        overlap_ratio: how much larger the windows of keys are in a group's last block.
+        depths, num_heads: hybrid blocks and attention heads of each group.
+        window_size: side of the windows; every second block shifts them by half a window.
+        overlap_ratio: additional size of the key windows in a group's last block, relative to
+            ``window_size``.
         compress_ratio, squeeze_factor: see
             :class:`backbones.hat_blocks.ChannelAttentionConv`.
         mlp_ratio: width of the MLPs relative to ``dim``.
         upscale: 1 … 4; 1 restores an image at its size.
-        in_chans: of the image. Of three, the mean of RGB training images is subtracted.
-        img_range: factor between the images and what the network works on.
+        in_chans: image channels. For three channels, the mean of RGB training images is subtracted.
+        img_range: factor between image values and the network's range.
         head_width: channels of the reconstruction.
-        residual: the network only learns what bicubic enlargement lacks, and starts from it; not of
-            the published models.
-        num_classes: 0; there is no classifier.
-        drop_path_rate: of the last hybrid block; it grows linearly from 0.
+        residual: learn the difference from bicubic upscaling, starting at zero; not used by the
+            published models.
+        num_classes: must be 0; there is no classifier.
+        drop_path_rate: stochastic depth of the last hybrid block, increasing linearly from 0.
 
     Raises:
-        ValueError: another ``upscale``, or a number of classes.
+        ValueError: an unsupported ``upscale``, or ``num_classes`` > 0.
     """
 
     classifier = ()
@@ -163,7 +166,7 @@ class HAT(StagedBackbone):
         self.head: nn.Module = Reconstruction(dim, in_chans, upscale, head_width)
         self.describe_features([dim] * len(depths), [1] * len(depths))
         for module in self.modules():
-            # Convolutions start as PyTorch's do.
+            # Convolutions keep PyTorch's initialisation.
             if isinstance(module, nn.Linear):
                 init_trunc_normal(module)
         if residual:
@@ -188,13 +191,13 @@ class HAT(StagedBackbone):
         return super().forward_features(padded)[:, :, : x.shape[2], : x.shape[3]]
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """There is none.
+        """Not supported.
 
         Raises:
             NotImplementedError: always.
         """
         raise NotImplementedError(
-            "HAT makes images and has no classifier; call the model for the image, "
+            "HAT returns images and has no classifier; call the model for the image, or "
             "forward_features for the last map"
         )
 
@@ -207,7 +210,7 @@ class HAT(StagedBackbone):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """As in the base class; the maps are cropped to the size of the image."""
+        """Like the base class; maps are cropped to the image's size."""
         image = reflect_pad_to_multiple(x, self.window_size)
         height, width = x.shape[2:]
         last, maps = super().forward_intermediates(
@@ -218,10 +221,10 @@ class HAT(StagedBackbone):
         return maps if intermediates_only else (last[:, :, :height, :width], maps)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """There is none; ``global_pool=""`` takes the reconstruction away, to leave the features.
+        """There is no classifier; ``global_pool=""`` removes the reconstruction to return features.
 
         Raises:
-            ValueError: a number of classes.
+            ValueError: ``num_classes`` > 0.
         """
         self._refuse_classes(num_classes)
         if global_pool == "":
@@ -233,7 +236,7 @@ class HAT(StagedBackbone):
             raise ValueError(f"HAT has no classifier: num_classes must be 0, got {num_classes}")
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """From the names of the original; its tables of positions are left out."""
+        """Converts the names of the original; its index tables are dropped."""
         hybrid = r"layers\.(\d+)\.residual_group\.blocks\.(\d+)\."
         depths: dict[str, int] = {}
         for key in state_dict:
@@ -263,9 +266,8 @@ _RENAMES = (
 
 
 def _convert_key(key: str, depths: dict[str, int]) -> str:
-    """``depths`` says how many hybrid blocks come before a group's overlap block."""
-    for pattern, name in _RENAMES:
-        key = re.sub(pattern, name, key)
+    """``depths``: number of hybrid blocks before each group's overlap block."""
+    key = renamed(key, _RENAMES)
     if match := re.match(r"stages\.(\d+)\.overlap_attn\.", key):
         rest = re.sub(r"^(qkv|proj|relative_position)", r"attn.\1", key[match.end() :])
         return f"stages.{match[1]}.blocks.{depths.get(match[1], 0)}.{rest}"
@@ -298,7 +300,7 @@ def _published(file: str) -> dict[str, Any]:
     return _cfg(f"{file}.pth in {_FOLDER}")
 
 
-# df2k: DIV2K and Flickr2K; in1k_df2k: ImageNet first; real_gan: for photographs as they are.
+# df2k: DIV2K and Flickr2K; in1k_df2k: pre-trained on ImageNet; real_gan: for real photographs.
 default_cfgs = generate_default_cfgs(
     {
         "hat_nano_x2.untrained": _cfg("ours; configs/sr/quickstart.yaml trains it in minutes"),
@@ -336,7 +338,7 @@ _LARGE = {"depths": (6,) * 12, "num_heads": (6,) * 12, **_BASE}
 
 @register
 def hat_nano_x2(pretrained: bool = False, **kwargs: Any) -> HAT:
-    """A HAT of ours for first steps, 2 times larger images, 0.2 M parameters."""
+    """Our own small HAT for trying things out, ×2, 0.2 M parameters."""
     return build_model(HAT, "hat_nano_x2", pretrained, {**_NANO, "upscale": 2}, kwargs)
 
 

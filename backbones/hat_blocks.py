@@ -1,4 +1,4 @@
-"""The blocks of HAT: attention in windows, across overlapping windows, and over channels.
+"""The blocks of HAT: window attention, overlapping cross-attention and channel attention.
 
 Xiangyu Chen et al., "Activating More Pixels in Image Super-Resolution Transformer",
 https://arxiv.org/abs/2205.04437; :mod:`backbones.hat` has the network around them.
@@ -22,25 +22,25 @@ from ops.attention.window import (
 
 __all__ = ["HybridBlock", "OverlapBlock", "ResidualGroup"]
 
-# How much of the channel branch is added.
+# Weight of the channel branch.
 CONV_SCALE = 0.01
 
 
 class ChannelAttentionConv(nn.Module):
-    """Two 3×3 convolutions with a bottleneck, then a gate for each channel.
+    """Two 3×3 convolutions with a bottleneck, followed by channel attention.
 
     (B, dim, H, W) → (B, dim, H, W).
 
     Args:
-        compress_ratio, squeeze_factor: how much narrower bottleneck and gate are inside.
+        compress_ratio, squeeze_factor: reduction of the width in the bottleneck and in the gate.
     """
 
     def __init__(self, dim: int, compress_ratio: int, squeeze_factor: int) -> None:
         super().__init__()
         if dim < max(compress_ratio, squeeze_factor):
             raise ValueError(
-                f"compress_ratio {compress_ratio} and squeeze_factor {squeeze_factor} must leave "
-                f"channels of dim {dim}"
+                f"compress_ratio {compress_ratio} and squeeze_factor {squeeze_factor} must be at "
+                f"most dim {dim}"
             )
         self.conv1 = nn.Conv2d(dim, dim // compress_ratio, 3, padding=1)
         self.act = nn.GELU()
@@ -52,7 +52,7 @@ class ChannelAttentionConv(nn.Module):
 
 
 class HybridBlock(nn.Module):
-    """Window attention and channel attention side by side, then MLP: (B, H, W, dim) → the same."""
+    """Parallel window and channel attention, then MLP: (B, H, W, dim) → (B, H, W, dim)."""
 
     def __init__(
         self,
@@ -81,7 +81,7 @@ class HybridBlock(nn.Module):
 
 
 class OverlapBlock(nn.Module):
-    """Attention to overlapping windows, then MLP: (B, H, W, dim) → the same."""
+    """Attention to overlapping windows, then MLP: (B, H, W, dim) → (B, H, W, dim)."""
 
     def __init__(
         self, dim: int, num_heads: int, window_size: int, overlap_ratio: float, mlp_ratio: float
@@ -98,7 +98,7 @@ class OverlapBlock(nn.Module):
 
 
 class ResidualGroup(Stage):
-    """Hybrid blocks, an overlap block and a 3×3 convolution, with a shortcut around them."""
+    """Hybrid blocks, an overlap block and a 3×3 convolution, with a shortcut."""
 
     def __init__(
         self, blocks: Sequence[HybridBlock], overlap_block: OverlapBlock, dim: int

@@ -1,4 +1,4 @@
-"""Inference forms of HAT's blocks, see :mod:`ops.inference`: fewer passes."""
+"""Inference forms of HAT's blocks, see :mod:`ops.inference`."""
 
 from __future__ import annotations
 
@@ -26,14 +26,14 @@ class HATChannelAttentionConv(hat_blocks.ChannelAttentionConv):
     needs: ClassVar = {"se": FastSqueezeExcite}
 
     def map_and_gates(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(B, dim, H, W) → the same, and its gates (B, dim)."""
+        """(B, dim, H, W) → (B, dim, H, W) and its channel gates (B, dim)."""
         x = self.conv2(self.act(self.conv1(x)))
         return x, self.se.gates(x)
 
 
 @stands_for(hat_blocks.HybridBlock)
 class HATHybridBlock(hat_blocks.HybridBlock):
-    """As the overlap block; gates and scale of the channel branch go with its addition."""
+    """Gates and scale of the channel branch are applied as it is added."""
 
     needs: ClassVar = {"attn": FastWindowAttention, "conv": HATChannelAttentionConv, "mlp": FastMlp}
 
@@ -72,7 +72,7 @@ class HATOverlapBlock(hat_blocks.OverlapBlock):
 
 @stands_for(hat_blocks.ResidualGroup)
 class HATResidualGroup(Recorded, hat_blocks.ResidualGroup):
-    """Without the tables of positions where the attention keeps its own."""
+    """Skips computing index tables that the attention caches itself."""
 
     needs: ClassVar = {"blocks": (HATHybridBlock, HATOverlapBlock)}
 

@@ -1,8 +1,9 @@
-"""InceptionNeXt: ConvNeXt whose large depthwise kernel is split as an Inception.
+"""InceptionNeXt: ConvNeXt with its large depthwise kernel split into Inception-style branches.
 
 Weihao Yu et al., "InceptionNeXt: When Inception Meets ConvNeXt", https://arxiv.org/abs/2303.16900.
 
-Any size from 32×32; stem and downsampling do not pad, so the stage at stride s has ⌊H/s⌋ rows.
+Accepts any input size from 32×32; the stem and the downsampling use no padding, so the stage at
+stride s has ⌊H/s⌋ rows.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch import Tensor, nn
 
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import checked
+from backbones.core.published import imagenet_cfg
 from backbones.core.registry import build_model, register
 from backbones.core.stage import Stage
 from ops.batch_norm import BatchNorm2d
@@ -59,7 +61,7 @@ class Block(nn.Module):
         return x + self.drop_path(mixed)
 
     def fuse(self) -> nn.Module:
-        """The norm goes into the MLP's first convolution, the scale into its second."""
+        """Fold the norm into the MLP's first convolution and the scale into its second."""
         if isinstance(self.norm, nn.BatchNorm2d) and self.gamma is not None:
             self.mlp.fc1 = fold_norm_before(self.norm, self.mlp.fc1)
             self.mlp.fc2 = fold_scale_after(self.mlp.fc2, self.gamma)
@@ -73,7 +75,7 @@ class MlpHead(nn.Module):
 
     Args:
         mlp_ratio: width inside, relative to ``dim``.
-        num_classes: 0 leaves the normalised hidden features.
+        num_classes: 0 returns the normalised hidden features.
     """
 
     def __init__(
@@ -92,15 +94,15 @@ class MlpHead(nn.Module):
         self.reset(num_classes, pool_type)
 
     def reset(self, num_classes: int, pool_type: str | None = None) -> None:
-        """A new classifier; ``pool_type=""`` takes the whole head away, to leave the map.
+        """Replace the classifier; ``pool_type=""`` removes the whole head to return the map.
 
         Raises:
-            ValueError: a pooling of another width, which would need a new hidden layer.
+            ValueError: a pooling with another width, which would require a new hidden layer.
         """
         if pool_type == "":
             if num_classes:
                 raise ValueError(
-                    "this head classifies vectors: global_pool='' needs 0 classes, "
+                    "this head classifies vectors: global_pool='' requires num_classes=0, "
                     f"got {num_classes}"
                 )
             self.global_pool, self.fc1 = nn.Identity(), nn.Identity()
@@ -109,8 +111,8 @@ class MlpHead(nn.Module):
             pool = SelectAdaptivePool2d(pool_type=pool_type, flatten=True)
             if pool.feat_mult() != self.global_pool.feat_mult():
                 raise ValueError(
-                    f"pooling {pool_type!r} changes the width that the head's hidden layer was "
-                    "made for; give it as global_pool when the model is created"
+                    f"pooling {pool_type!r} changes the input width of the head's hidden layer; "
+                    "pass it as global_pool when creating the model"
                 )
             self.global_pool = pool
         self.fc2 = nn.Linear(self.num_features, num_classes) if num_classes else nn.Identity()
@@ -126,11 +128,11 @@ class InceptionNeXt(StagedBackbone):
     Args:
         dims, depths, mlp_ratios: of the four stages.
         band_kernel_size: length of the 1×k and k×1 kernels.
-        branch_ratio: share of the channels that each convolution branch takes.
-        num_classes, in_chans, global_pool: of classifier, image and pooling.
+        branch_ratio: fraction of the channels of each convolution branch.
+        num_classes, in_chans, global_pool: classes, image channels and pooling, as in timm.
         drop_rate: dropout before the classifier.
-        drop_path_rate: of the last block; it grows linearly from 0.
-        layer_scale: initial value of the residual scales.
+        drop_path_rate: stochastic depth of the last block, increasing linearly from 0.
+        layer_scale: initial value of the layer scales.
     """
 
     classifier = "head.fc2"
@@ -183,7 +185,7 @@ class InceptionNeXt(StagedBackbone):
         self.apply(init_trunc_normal)
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """From the names of the original, which timm shares."""
+        """Converts the names of the original, which timm shares."""
         return {
             re.sub(r"(^stem|\.downsample)\.([01])\.", _convert_place, key): tensor
             for key, tensor in state_dict.items()
@@ -191,7 +193,7 @@ class InceptionNeXt(StagedBackbone):
 
 
 def _convert_place(match: re.Match[str]) -> str:
-    """The stem is convolution and norm, the downsampling norm and convolution."""
+    """Convolution and norm in the stem, norm and convolution in the downsampling."""
     names = ("conv", "norm") if match[1] == "stem" else ("norm", "conv")
     return f"{match[1]}.{names[int(match[2])]}."
 
@@ -200,14 +202,9 @@ def _cfg(variant: str, size: int = 224, crop_pct: float = 0.875) -> dict[str, An
     release = "https://github.com/sail-sg/inceptionnext/releases/download/model/"
     return {
         "url": f"{release}inceptionnext_{variant}.pth",
-        "num_classes": 1000,
+        **imagenet_cfg(InceptionNeXt),
         "input_size": (3, size, size),
         "crop_pct": crop_pct,
-        "interpolation": "bicubic",
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
-        "first_conv": InceptionNeXt.first_conv,
-        "classifier": InceptionNeXt.classifier,
         "license": "apache-2.0",
         "origin_url": "https://github.com/sail-sg/inceptionnext",
         "paper_name": "InceptionNeXt: When Inception Meets ConvNeXt",

@@ -1,14 +1,14 @@
-"""LITv2: convolutional feed-forward stages, then HiLo attention; maps are halved deformably.
+"""LITv2: two stages without attention, then HiLo attention; deformable downsampling.
 
 Zizheng Pan et al., "Fast Vision Transformers with HiLo Attention",
-https://arxiv.org/abs/2205.13213. Deformable merging is that of its forerunner LIT,
+https://arxiv.org/abs/2205.13213. Deformable token merging is from its predecessor LIT,
 https://arxiv.org/abs/2105.14217.
 
-Any size from 29×29. The stem pads to a multiple of 4 and merging drops an odd row: the stage at
-stride s has ⌈H/4⌉ rows halved and rounded down from stage to stage, as in the original's dense
-code. The original's classifier takes the one square size that it was built for; here it is its
-norm, average pool and head on top of that. The paper's segmenters use ``out_norms=True,
-num_classes=0``, its detectors ``out_norms=(1, 2, 3), num_classes=0``.
+Accepts any input size from 29×29. The stem pads to a multiple of 4 and merging drops odd rows: the
+first stage has ⌈H/4⌉ rows, halved and rounded down from stage to stage, as in the original's dense
+code. The original's classifier only accepts the square size that it was built for; here, it
+consists of its norm, average pooling and head on top of the dense network. The paper's segmenters
+use ``out_norms=True, num_classes=0``, its detectors ``out_norms=(1, 2, 3), num_classes=0``.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from torchvision.ops import deform_conv2d
 
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import checked, several, whole
+from backbones.core.published import imagenet_cfg, renamed
 from backbones.core.registry import build_model, register
 from backbones.core.stage import TokenStage
 from ops.attention.hilo import HiLoAttention
@@ -40,10 +41,10 @@ __all__ = ["LITv2"]
 
 
 class DeformableConv2d(nn.Conv2d):
-    """A 2×2 convolution of stride 2 whose taps move to where another convolution says.
+    """A deformable 2×2 convolution of stride 2, with offsets predicted by another convolution.
 
-    (B, in_chs, H, W) → (B, out_chs, ⌊H/2⌋, ⌊W/2⌋). Half precision is too coarse for positions:
-    all is computed in float32 at least, under autocast too.
+    (B, in_chs, H, W) → (B, out_chs, ⌊H/2⌋, ⌊W/2⌋). Half precision is not accurate enough for
+    positions, so everything is computed in float32 or higher, even under autocast.
     """
 
     def __init__(self, in_chs: int, out_chs: int) -> None:
@@ -70,14 +71,14 @@ class DeformableConv2d(nn.Conv2d):
         taken = x.to(exact)
         offset = F.conv2d(taken, offset_weight, offset_bias, stride=2)
         if not torch.compiler.is_exporting():
-            # torchvision reads anywhere for a position that is NaN. The pixels that made it so are
-            # those of an offset of zero, and give NaN.
+            # torchvision reads from an arbitrary address for NaN positions. An offset of zero reads
+            # the pixels that caused the NaN, so the result is NaN.
             offset = offset.nan_to_num(0.0, math.inf, -math.inf)
         return deform_conv2d(taken, offset, weight, bias, stride=2).to(x.dtype)
 
 
 class DeformableMerging(nn.Module):
-    """Halve a map: deformable convolution, norm, GELU.
+    """Downsampling by 2: deformable convolution, norm, GELU.
 
     (B, dim, H, W) → (B, out_dim, ⌊H/2⌋, ⌊W/2⌋).
 
@@ -100,17 +101,17 @@ class DeformableMerging(nn.Module):
         return self.act(self.norm(self.conv(x)))
 
     def fuse(self) -> nn.Module:
-        """The convolution, with the norm inside, and the activation."""
+        """The convolution with the folded norm, and the activation."""
         return nn.Sequential(fold_norm_after(self.conv, self.norm), self.act)
 
 
 class Block(nn.Module):
-    """Attention, if there is any, then MLP, each normalised before and added.
+    """Pre-norm residual attention (optional) and MLP.
 
     (B, H, W, dim) → (B, H, W, dim).
 
     Args:
-        num_heads: 0 leaves attention out.
+        num_heads: 0 for no attention.
         window_size, alpha: see :class:`ops.attention.hilo.HiLoAttention`.
     """
 
@@ -143,15 +144,15 @@ class LITv2(StagedBackbone):
     Args:
         dims, depths: of the four stages.
         num_heads: attention heads of each stage; 0 for none.
-        window_sizes: of HiLo attention in each stage; with 1 all heads attend to all tokens.
-        alpha: share of the heads that attend to averages of windows.
+        window_sizes: of HiLo attention in each stage; with 1, all heads attend to all tokens.
+        alpha: fraction of the heads that attend to window averages.
         mlp_ratio: width of the MLPs relative to the stage.
-        num_classes, in_chans, global_pool: of classifier, image and pooling.
+        num_classes, in_chans, global_pool: classes, image channels and pooling, as in timm.
         drop_rate: dropout before the classifier.
         proj_drop_rate: dropout inside the MLPs.
-        drop_path_rate: of the last block; it grows linearly from 0.
-        out_norms: normalise the maps returned, as detectors do: all, none, or the listed stages.
-            With ``num_classes=0`` there is no final norm then, as in the paper's dense networks.
+        drop_path_rate: stochastic depth of the last block, increasing linearly from 0.
+        out_norms: normalise the returned maps, as detectors do: all, none, or the listed stages.
+            With ``num_classes=0``, there is then no final norm, as in the paper's dense networks.
     """
 
     @checked("dims", "num_heads", "window_sizes", num_heads=several(whole(0, 1024)))
@@ -205,12 +206,12 @@ class LITv2(StagedBackbone):
             out_norm_layer=_layer_norm,
         )
         for module in self.modules():
-            # Convolutions outside the MLPs start as PyTorch's do.
+            # Convolutions outside the MLPs keep PyTorch's initialisation.
             if isinstance(module, nn.Linear | DWMlp):
                 module.apply(init_fan_out)
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """From the names of the original's classifier, detector and segmenter."""
+        """Converts the names of the original's classifier, detector and segmenter."""
         return {_convert_key(key): tensor for key, tensor in state_dict.items()}
 
 
@@ -233,9 +234,8 @@ _RENAMES = (
 
 
 def _convert_key(key: str) -> str:
-    for pattern, name in _RENAMES:
-        key = re.sub(pattern, name, key)
-    # The original counts a merging to the stage before it.
+    key = renamed(key, _RENAMES)
+    # In the original, merging belongs to the previous stage.
     if match := re.match(r"layers\.(\d)\.downsample\.", key):
         return f"stages.{int(match[1]) + 1}.downsample.{key[match.end() :]}"
     return re.sub(r"^layers\.", "stages.", key)
@@ -244,14 +244,7 @@ def _convert_key(key: str) -> str:
 def _cfg(file: str, **kwargs: Any) -> dict[str, Any]:
     return {
         "url": f"https://github.com/ziplab/LITv2/releases/download/{file}.pth",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
-        "first_conv": LITv2.first_conv,
-        "classifier": LITv2.classifier,
+        **imagenet_cfg(LITv2),
         "license": "apache-2.0",
         "origin_url": "https://github.com/ziplab/LITv2",
         "paper_name": "Fast Vision Transformers with HiLo Attention",
@@ -311,7 +304,7 @@ def litv2_b_384(pretrained: bool = False, **kwargs: Any) -> LITv2:
 
 @register
 def litv2_s_alpha_0_0(pretrained: bool = False, **kwargs: Any) -> LITv2:
-    """LITv2-S with alpha 0.0: none attends to averages, 28.1 M parameters."""
+    """LITv2-S with alpha 0.0: no heads attend to averages, 28.1 M parameters."""
     variant = {"alpha": 0.0, "drop_path_rate": 0.2}
     return build_model(LITv2, "litv2_s_alpha_0_0", pretrained, variant, kwargs)
 
@@ -346,13 +339,13 @@ def litv2_s_alpha_0_7(pretrained: bool = False, **kwargs: Any) -> LITv2:
 
 @register
 def litv2_s_alpha_0_9(pretrained: bool = False, **kwargs: Any) -> LITv2:
-    """LITv2-S with alpha 0.9: the paper's choice, trained anew, 27.8 M parameters."""
+    """LITv2-S with alpha 0.9: the paper's choice, trained again, 27.8 M parameters."""
     variant = {"alpha": 0.9, "drop_path_rate": 0.2}
     return build_model(LITv2, "litv2_s_alpha_0_9", pretrained, variant, kwargs)
 
 
 @register
 def litv2_s_alpha_1_0(pretrained: bool = False, **kwargs: Any) -> LITv2:
-    """LITv2-S with alpha 1.0: all attend to averages, 28.1 M parameters."""
+    """LITv2-S with alpha 1.0: all heads attend to averages, 28.1 M parameters."""
     variant = {"alpha": 1.0, "drop_path_rate": 0.2}
     return build_model(LITv2, "litv2_s_alpha_1_0", pretrained, variant, kwargs)

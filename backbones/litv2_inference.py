@@ -1,4 +1,4 @@
-"""Inference forms of LITv2's blocks, see :mod:`ops.inference`: fewer passes."""
+"""Inference forms of LITv2's blocks, see :mod:`ops.inference`."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class LITv2Block(litv2.Block):
 
 @stands_for(litv2.DeformableConv2d)
 class LITv2DeformableConv2d(FastConv2d, litv2.DeformableConv2d):
-    """Taps, linear map and activation at once."""
+    """Sampling, linear map and activation in one kernel."""
 
     def forward(self, x: Tensor) -> Tensor:
         derived = self.derived(x)

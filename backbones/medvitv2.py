@@ -3,14 +3,15 @@
 Omid Nejati Manzari et al., "Medical Image Classification with KAN-Integrated Transformers and
 Dilated Neighborhood Attention", https://arxiv.org/abs/2502.13693.
 
-Any size from 32×32 (smaller works in eval mode), square or not; the stage at stride s has ⌈H/s⌉
-rows. The original takes square images of 97 pixels and more. On a map smaller than the window of
-neighborhood attention, first the dilation shrinks and then the window, until it is the whole map.
+Accepts any input size from 32×32 (smaller ones work in eval mode), square or not; the stage at
+stride s has ⌈H/s⌉ rows. The original only accepts square images of 97 pixels or more. If a map is
+smaller than the window of neighborhood attention, the dilation is reduced first and then the
+window, until it covers the whole map.
 
-Three things are as in the published code, for the sake of its weights, not as in the paper. There
-is no dilation, unless ``dilation`` asks for it. The layers that want channels last get the memory
-of a map with channels first, so that what they take for a pixel's channels is a run of the map.
-And a residual branch of the local blocks adds its normalised input too.
+To match the published weights, three things follow the published code instead of the paper: there
+is no dilation, unless set by ``dilation``; channels-last layers reinterpret the memory of a
+channels-first map, so that what they treat as a pixel's channels is a run of the map; and a
+residual branch of the local blocks also adds its normalised input.
 """
 
 from __future__ import annotations
@@ -51,9 +52,9 @@ def _stem(in_chans: int, dims: Sequence[int]) -> nn.Sequential:
 
 
 def _downsample(in_dim: int, dim: int | None, stride: int) -> nn.Module:
-    """Average pooling that keeps odd edges, then a pointwise convolution, each where needed.
+    """Average pooling (including odd edges) and a pointwise convolution, each if needed.
 
-    ``dim`` None leaves the convolution to the block that follows.
+    With ``dim`` None, the following block has the convolution.
     """
     layers: OrderedDict[str, nn.Module] = OrderedDict()
     if stride > 1:
@@ -66,8 +67,8 @@ def _downsample(in_dim: int, dim: int | None, stride: int) -> nn.Module:
 class MedViTV2(StagedBackbone):
     """Medical vision transformer, second version.
 
-    Stage 1 is of local blocks, stage 2 ends with a global one, of stage 3 every third block is
-    global, and stage 4 is of global ones.
+    Stage 1 has local blocks only, stage 2 ends with a global block, every third block of stage 3 is
+    global, and stage 4 has global blocks only.
 
     Args:
         dims, depths: of the four stages; multiples of ``head_dim``.
@@ -75,22 +76,22 @@ class MedViTV2(StagedBackbone):
         sr_ratios: of the global blocks' attention in each stage, see
             :class:`ops.attention.pooled.PooledAttention`.
         head_dim: channels of a head.
-        mix_ratio: share of a global block's channels that attend.
+        mix_ratio: fraction of a global block's channels for attention.
         window_size: of neighborhood attention.
-        dilation: of neighborhood attention: one for all stages, or one each. The published
-            weights have none.
-        num_classes, in_chans, global_pool: of classifier, image and pooling.
+        dilation: of neighborhood attention: one for all stages, or one per stage. The published
+            weights use none.
+        num_classes, in_chans, global_pool: classes, image channels and pooling, as in timm.
         drop_rate: dropout before the classifier.
-        drop_path_rate: of the last block; it grows linearly from 0.
+        drop_path_rate: stochastic depth of the last block, increasing linearly from 0.
 
     Raises:
-        ValueError: sequences that do not name as many stages, widths that heads do not divide, a
+        ValueError: sequences of different lengths, widths not divisible by ``head_dim``, or a
             dilation below 1.
     """
 
     first_conv = "stem.0.conv"
-    # Without a gradient: the grids of the KANs are constants, and published checkpoints carry a
-    # feed-forward in every global block that nothing calls.
+    # Parameters without gradient: the KANs' grids are constants, and published checkpoints contain
+    # an unused feed-forward in every global block.
     uncalled: tuple[str, ...] = (r"\.kan\.\d+\.grid$", r"\.unused\.")
 
     @checked("dims", "sr_ratios")
@@ -116,7 +117,7 @@ class MedViTV2(StagedBackbone):
         dilations = (dilation,) * count if isinstance(dilation, int) else tuple(dilation)
         if not len(depths) == len(sr_ratios) == len(dilations) == count:
             raise ValueError(
-                f"dims, depths, sr_ratios and dilation must name as many stages, got {dims}, "
+                f"dims, depths, sr_ratios and dilation must have the same length, got {dims}, "
                 f"{depths}, {sr_ratios} and {dilation}"
             )
         if any(dim % head_dim for dim in dims):
@@ -160,10 +161,9 @@ class MedViTV2(StagedBackbone):
         self.apply(init_trunc_normal)
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """From the names of the original, which counts blocks through all stages.
+        """Converts the names of the original, which counts blocks through all stages.
 
-        Its squeeze-and-excitation is of linear layers. Grids that are left out are the constants
-        that the model has.
+        Its squeeze-and-excitation uses linear layers. Missing grids are the model's constants.
         """
         converted = {}
         for key, tensor in state_dict.items():
@@ -178,7 +178,7 @@ class MedViTV2(StagedBackbone):
 
 
 def _is_global(stage: int, block: int, depth: int) -> bool:
-    """Where the paper puts global blocks."""
+    """Whether a block is global, as in the paper."""
     return (False, block == depth - 1, block % 3 == 2, True)[stage]
 
 
@@ -248,7 +248,7 @@ def _cfg(link: str = "") -> dict[str, Any]:
     }
 
 
-# Where the authors start from; what these weights were trained on is not stated.
+# The authors' starting point; what these weights were trained on is not stated.
 default_cfgs = generate_default_cfgs(
     {
         "medvitv2_tiny.pretrain": _cfg(

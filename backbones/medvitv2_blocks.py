@@ -1,8 +1,8 @@
-"""The blocks of MedViTV2: attention of neighbours, and global attention with a KAN.
+"""The blocks of MedViTV2: neighborhood attention, and global attention with a KAN.
 
 Omid Nejati Manzari et al., "Medical Image Classification with KAN-Integrated Transformers and
 Dilated Neighborhood Attention", https://arxiv.org/abs/2502.13693; :mod:`backbones.medvitv2` has the
-network around them, and says where they follow the published code rather than the paper.
+network, and documents where they follow the published code instead of the paper.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class ConvFFN(nn.Module):
 
 
 def map_as_stored(layer: nn.Module, x: Tensor) -> Tensor:
-    """(B, dim, H, W) → (B, dim, H, W), both read as if they were (B, H, W, dim), as published."""
+    """(B, dim, H, W) → (B, dim, H, W), whose memory is reinterpreted as (B, H, W, dim)."""
     batch, dim, height, width = x.shape
     mixed: Tensor = layer(x.reshape(batch, height, width, dim))
     return mixed.reshape(x.shape)
@@ -81,18 +81,18 @@ class LocalBlock(nn.Module):
         return x + normed + self.ffn(normed)
 
     def fuse(self) -> nn.Module:
-        """The second norm goes into the feed-forward; see :class:`FoldedLocalBlock`."""
+        """Fold the second norm into the feed-forward; see :class:`FoldedLocalBlock`."""
         return FoldedLocalBlock(self) if isinstance(self.norm2, nn.BatchNorm2d) else self
 
 
 class FoldedLocalBlock(nn.Module):
-    """What a local block computes in eval mode, with its second norm folded.
+    """A local block in eval mode with its second norm folded.
 
-    (B, dim, H, W) → (B, dim, H, W). A shortcut passes the norm, too: with ``n = norm2(x)``,
-    ``x + n + ffn(n)`` is ``x + scale * x + folded_ffn(x)``.
+    (B, dim, H, W) → (B, dim, H, W). The norm is also on a shortcut: with ``n = norm2(x)``,
+    ``x + n + ffn(n)`` becomes ``x + scale * x + folded_ffn(x)``.
 
     Args:
-        block: gives its first norm, its attention and its feed-forward.
+        block: provides the first norm, the attention and the feed-forward.
     """
 
     def __init__(self, block: LocalBlock) -> None:
@@ -128,9 +128,9 @@ class GroupedConv(nn.Module):
 
 
 class GlobalBlock(nn.Module):
-    """Pooled attention, a convolution of what it gives beside it, then a KAN.
+    """Pooled attention, concatenated with a convolution of its output, then a KAN.
 
-    (B, in_dim, H, W) → (B, dim, H, W); ``mix_ratio`` of the channels attend.
+    (B, in_dim, H, W) → (B, dim, H, W); a fraction ``mix_ratio`` of the channels is for attention.
     """
 
     def __init__(
@@ -149,8 +149,8 @@ class GlobalBlock(nn.Module):
         conv_dim = dim - attn_dim
         if conv_dim < head_dim or conv_dim % head_dim or attn_dim % head_dim:
             raise ValueError(
-                f"heads of {head_dim} do not divide {dim} channels that are split into {attn_dim} "
-                f"for attention and {conv_dim} for convolution (mix_ratio {mix_ratio})"
+                f"head_dim {head_dim} does not divide {dim} channels split into {attn_dim} for "
+                f"attention and {conv_dim} for convolution (mix_ratio {mix_ratio})"
             )
         self.embed = (
             ConvNorm(in_dim, attn_dim) if project_input or in_dim != attn_dim else nn.Identity()
@@ -162,8 +162,8 @@ class GlobalBlock(nn.Module):
         self.conv = GroupedConv(conv_dim, head_dim)
         self.conv_drop_path = DropPath(drop * (1 - mix_ratio))
         self.norm2 = BatchNorm2d(dim)
-        # In the checkpoints, but nothing calls it. Frozen, so that data-parallel training does not
-        # wait for its gradients.
+        # In the checkpoints, but unused. Frozen, so that data-parallel training does not wait for
+        # its gradients.
         self.unused: nn.Module = ConvFFN(dim, 2 * dim).requires_grad_(False)
         self.kan = KAN((dim, 2 * dim, dim))
         self.drop_path = DropPath(drop)
@@ -173,7 +173,7 @@ class GlobalBlock(nn.Module):
         return x + self.drop_path(map_as_stored(self.kan, self.norm2(x)))
 
     def mix(self, x: Tensor) -> Tensor:
-        """The attention and, beside it, the convolution: (B, in_dim, H, W) → (B, dim, H, W)."""
+        """Concatenated attention and convolution: (B, in_dim, H, W) → (B, dim, H, W)."""
         x = self.embed(x)
         mixed = self.attn(self.norm1(x).flatten(2).transpose(1, 2))
         x = x + self.attn_drop_path(mixed.transpose(1, 2).reshape(x.shape))
@@ -182,7 +182,7 @@ class GlobalBlock(nn.Module):
         return torch.cat((x, beside), dim=1)
 
     def fuse(self) -> nn.Module:
-        """The first norm goes into the attention; what is never called goes away."""
+        """Fold the first norm into the attention and remove unused layers."""
         if isinstance(self.norm1, nn.BatchNorm2d):
             self.attn.fold_norm(self.norm1)
             self.norm1 = nn.Identity()

@@ -1,4 +1,4 @@
-"""Inference forms of MedViTV2's blocks, see :mod:`ops.inference`: fewer passes."""
+"""Inference forms of MedViTV2's blocks, see :mod:`ops.inference`."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ class MedViTV2ConvFFN(medvitv2_blocks.ConvFFN):
 
 @stands_for(medvitv2_blocks.FoldedLocalBlock)
 class MedViTV2LocalBlock(FastLayer, medvitv2_blocks.FoldedLocalBlock):
-    """Planes are made with the norm; the feed-forward adds both of its shortcuts."""
+    """The norm converts to NCHW; the feed-forward adds both of its shortcuts."""
 
     needs: ClassVar = {"norm1": nn.BatchNorm2d, "ffn": MedViTV2ConvFFN}
 
@@ -53,7 +53,7 @@ class MedViTV2LocalBlock(FastLayer, medvitv2_blocks.FoldedLocalBlock):
 
 @stands_for(medvitv2_blocks.GlobalBlock)
 class MedViTV2GlobalBlock(FastLayer, medvitv2_blocks.GlobalBlock):
-    """Planes are made with the second norm."""
+    """The second norm converts to NCHW."""
 
     needs: ClassVar = {"norm2": nn.BatchNorm2d}
 
@@ -84,7 +84,7 @@ def _affine(norm: nn.BatchNorm2d, x: Tensor) -> Tensor | None:
 def _add_as_stored(
     layer: nn.Module, x: Tensor, norm: nn.BatchNorm2d, affine: Tensor | None
 ) -> Tensor:
-    """``x`` and what a layer makes of its norm, see :func:`medvitv2_blocks.map_as_stored`."""
+    """``x`` plus a layer applied to its norm, see :func:`medvitv2_blocks.map_as_stored`."""
     if affine is None:
         return x + medvitv2_blocks.map_as_stored(layer, norm(x))
     batch, dim, height, width = x.shape

@@ -1,14 +1,14 @@
-"""NAT and DiNAT: a convolutional pyramid of tokens that attend to their neighbours.
+"""NAT and DiNAT: pyramid transformers with neighborhood attention.
 
 Ali Hassani et al., "Neighborhood Attention Transformer", https://arxiv.org/abs/2204.07143. DiNAT
 dilates every other block: Ali Hassani and Humphrey Shi, "Dilated Neighborhood Attention
 Transformer", https://arxiv.org/abs/2209.15001.
 
-Any size from 32×32 (smaller works down to 1×1); the stage at stride s has ⌈H/s⌉ rows. A map with a
-side below ``kernel_size`` · dilation is padded with zeros inside attention and cut back, as NATTEN
-did when the weights were trained. Dilations are no weights: every checkpoint loads with any of
-them. Detectors and segmenters of the papers use ``out_norms=True, num_classes=0``, and DiNAT other
-dilations, see ``dilations``.
+Accepts any input size from 32×32 (smaller ones work down to 1×1); the stage at stride s has ⌈H/s⌉
+rows. A map smaller than ``kernel_size`` · dilation is zero-padded inside attention and cropped, as
+NATTEN did when the weights were trained. Dilations are not part of checkpoints, which load with
+any. The papers' detectors and segmenters use ``out_norms=True, num_classes=0``, and other
+``dilations`` in DiNAT.
 """
 
 from __future__ import annotations
@@ -59,24 +59,24 @@ class NAT(NeighborhoodPyramid):
     Args:
         dims, depths, num_heads: of the four stages.
         mlp_ratio: width of the MLPs relative to the stage.
-        kernel_size: side of the window that a token attends to, odd.
-        dilations: of the windows: one for all blocks; for each stage one, or one for each of its
-            blocks; or by name those that were published for ``"imagenet"``, ``"imagenet-384"``,
-            ``"ade20k"`` (at 512), ``"ade20k-640"``, ``"coco"``, ``"mask2former"``,
-            ``"oneformer"``, ``"oneformer-1280"`` and ``"oneformer-cityscapes"``. The last four are
-            of the large model; ``"mask2former"``, ``"oneformer"`` and ``"oneformer-1280"`` go with
-            ``kernel_size=11``. In stages of other depths the pattern goes on, or ends early.
-        layer_scale: initial value of the residual scales; None for none.
-        num_classes, in_chans, global_pool: of classifier, image and pooling.
+        kernel_size: side of the attention window, odd.
+        dilations: of the windows: one for all blocks; one per stage or per block of each stage; or
+            the name of a published set: ``"imagenet"``, ``"imagenet-384"``, ``"ade20k"`` (at 512),
+            ``"ade20k-640"``, ``"coco"``, ``"mask2former"``, ``"oneformer"``, ``"oneformer-1280"``
+            and ``"oneformer-cityscapes"``. The last four are for the large model;
+            ``"mask2former"``, ``"oneformer"`` and ``"oneformer-1280"`` require ``kernel_size=11``.
+            In stages of other depths, the pattern is continued or truncated.
+        layer_scale: initial value of the layer scales; None for none.
+        num_classes, in_chans, global_pool: classes, image channels and pooling, as in timm.
         drop_rate: dropout before the classifier.
         proj_drop_rate: dropout inside the MLPs.
-        drop_path_rate: of the last block; it grows linearly from 0.
-        out_norms: normalise the maps returned, as detectors do: all, none, or the listed stages.
-            With ``num_classes=0`` there is no final norm then, as in the papers' dense networks.
+        drop_path_rate: stochastic depth of the last block, increasing linearly from 0.
+        out_norms: normalise the returned maps, as detectors do: all, none, or the listed stages.
+            With ``num_classes=0``, there is then no final norm, as in the papers' dense networks.
 
     Raises:
-        ValueError: sequences that do not name as many stages or blocks, heads that do not divide
-            the width, an unknown name of dilations.
+        ValueError: sequences of the wrong length, heads that don't divide the width, or an unknown
+            name of dilations.
     """
 
     first_conv = "stem.conv1"
@@ -116,7 +116,7 @@ class NAT(NeighborhoodPyramid):
         self.finish(dims, global_pool, drop_rate, out_norms)
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """From the names of the original, of its dense copies and of Hugging Face's releases."""
+        """Converts the names of the original, its dense copies and Hugging Face's releases."""
         tensors = {renamed(key, _RENAMES): tensor for key, tensor in state_dict.items()}
         for key in [k for k in tensors if ".attn.query." in k]:
             thirds = [key.replace(".query.", f".{part}.") for part in ("query", "key", "value")]

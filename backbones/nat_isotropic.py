@@ -1,13 +1,15 @@
-"""Isotropic NAT and DiNAT: no pyramid; beside them the vision transformer of their comparison.
+"""Isotropic NAT and DiNAT, without a pyramid, and ViT-rpb, the baseline they are compared with.
 
 Ali Hassani and Humphrey Shi, "Dilated Neighborhood Attention Transformer",
-https://arxiv.org/abs/2209.15001. Patches of 16×16, twelve blocks of one width, and a position bias
-as the only thing that tells where a token lies. In ViT-rpb every token attends to all of the map.
+https://arxiv.org/abs/2209.15001. Patches of 16×16, twelve blocks of constant width,
+and a relative position bias as the only position encoding. In ViT-rpb, every token attends to the
+whole map.
 
-Any size from 32×32 (smaller works down to 1×1): the stem completes its patches with zeros, so that
-a map has ⌈H/16⌉ rows; the original takes the one square size that it was built for. A map with a
-side below ``kernel_size`` · dilation is padded inside attention, see :mod:`backbones.nat`. The bias
-of ViT-rpb, made for 14×14 tokens, is interpolated for other maps; that is not the authors'.
+Accepts any input size from 32×32 (smaller ones work down to 1×1). The stem's patches are
+zero-padded, so a map has ⌈H/16⌉ rows; the original only accepts the square size it was built for. A
+map smaller than ``kernel_size`` · dilation is padded inside attention, see :mod:`backbones.nat`.
+The bias of ViT-rpb, for 14×14 tokens, is interpolated for other maps, which the original does not
+do.
 """
 
 from __future__ import annotations
@@ -27,10 +29,10 @@ from backbones.core.registry import build_model, register
 from backbones.core.stage import IsotropicStage
 from backbones.neighborhood import (
     cfg,
-    init_linear,
     layer_norm,
     neighborhood,
 )
+from ops.init import init_linear
 from ops.neighborhood import NeighborhoodAttention2D
 from ops.neighborhood.block import MapAttention, NeighborhoodBlock, resized_bias
 from ops.patch import PatchEmbed
@@ -39,24 +41,23 @@ __all__ = ["NATIsotropic"]
 
 
 class NATIsotropic(IsotropicBackbone):
-    """NAT, DiNAT or ViT-rpb of one resolution.
+    """Isotropic NAT, DiNAT or ViT-rpb.
 
     Args:
-        dim, depths: width of all blocks, and how many there are in each of four groups.
+        dim, depths: width of all blocks, and number of blocks in each of four groups.
         num_heads: of all blocks.
         mlp_ratio: width of the MLPs relative to the blocks.
-        kernel_size: side of the window that a token attends to, odd; None for the whole map.
-        dilations: of the windows: one, or some that the blocks take in turn, again and again.
-        map_size: where tokens attend to the whole map, its side in tokens that the position bias is
-            made for.
-        num_classes, in_chans, global_pool: of classifier, image and pooling.
+        kernel_size: side of the attention window, odd; None for the whole map.
+        dilations: of the windows: one for all blocks, or a pattern that is repeated over them.
+        map_size: with global attention, side in tokens of the map that the position bias is for.
+        num_classes, in_chans, global_pool: classes, image channels and pooling, as in timm.
         drop_rate: dropout before the classifier.
         proj_drop_rate: dropout inside the MLPs.
-        drop_path_rate: of the last block; it grows linearly from 0.
-        pyramid: make maps of strides 4, 8, 16 and 32 out of the last one.
+        drop_path_rate: stochastic depth of the last block, increasing linearly from 0.
+        pyramid: derive maps at strides 4, 8, 16 and 32 from the last one.
 
     Raises:
-        ValueError: heads that do not divide the width, more dilations than blocks.
+        ValueError: heads that don't divide the width, or more dilations than blocks.
     """
 
     @checked(
@@ -87,7 +88,7 @@ class NATIsotropic(IsotropicBackbone):
         pattern = (dilations,) if isinstance(dilations, int) else tuple(dilations)
         if len(pattern) > sum(depths):
             raise ValueError(
-                f"dilations must not be more than the {sum(depths)} blocks of depths "
+                f"dilations must not be longer than the {sum(depths)} blocks of depths "
                 f"{tuple(depths)}, got {pattern}"
             )
 
@@ -111,7 +112,7 @@ class NATIsotropic(IsotropicBackbone):
         self.apply(init_linear)
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """From the names of the original; ViT-rpb's files hold an index that is none of weights."""
+        """Converts the names of the original; ViT-rpb's files contain an index table."""
         converted = {}
         for key, tensor in state_dict.items():
             if key.endswith(".attn.relative_position_index"):
@@ -124,7 +125,7 @@ class NATIsotropic(IsotropicBackbone):
         return converted
 
     def resize_tensor(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
-        """A position bias for another kernel size, or map, too."""
+        """Also resizes position biases to another kernel size or map."""
         if name.endswith(".rpb"):
             return resized_bias(tensor, shape)
         return super().resize_tensor(name, tensor, shape)

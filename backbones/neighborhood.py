@@ -1,4 +1,4 @@
-"""What the families of neighborhood attention share: stages, dilations, names of published weights.
+"""Shared by the neighborhood attention families: stages, dilations, names of published weights.
 
 Ali Hassani et al., "Neighborhood Attention Transformer", https://arxiv.org/abs/2204.07143, and
 Ali Hassani and Humphrey Shi, "Dilated Neighborhood Attention Transformer",
@@ -15,9 +15,10 @@ import torch
 from timm.layers import ClassifierHead, LayerNorm2d, calculate_drop_path_rates
 from torch import Tensor, nn
 
+from backbones.core import published
 from backbones.core.base import StagedBackbone
 from backbones.core.stage import TokenStage
-from ops.init import trunc_normal
+from ops.init import init_linear
 from ops.neighborhood import NeighborhoodAttention2D
 from ops.neighborhood.block import NeighborhoodBlock, resized_bias
 
@@ -27,7 +28,6 @@ __all__ = [
     "Pattern",
     "block_dilations",
     "cfg",
-    "init_linear",
     "layer_norm",
     "neighborhood",
     "renamed",
@@ -48,9 +48,9 @@ class NeighborhoodPyramid(StagedBackbone):
         drop_rate: float,
         out_norms: bool | Sequence[int],
     ) -> None:
-        """Norm, head, what the maps look like, and initial weights.
+        """Create norm and head, declare the features, and initialise the weights.
 
-        Dense networks (``out_norms`` without classes) have no final norm, as the published ones.
+        Dense networks (``out_norms`` without classes) have no final norm, like the published ones.
         """
         dense = self.num_classes == 0 and bool(out_norms)
         self.norm = nn.Identity() if dense else layer_norm(dims[-1])
@@ -64,7 +64,7 @@ class NeighborhoodPyramid(StagedBackbone):
         self.apply(init_linear)
 
     def resize_tensor(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
-        """A position bias for another kernel size, too."""
+        """Also resizes position biases to another kernel size."""
         if name.endswith(".rpb"):
             return resized_bias(tensor, shape)
         return super().resize_tensor(name, tensor, shape)
@@ -87,8 +87,9 @@ def token_stages(
         dims, num_heads: of each stage.
         dilations: of each block, by stage.
         kernel_size, mlp_ratio, proj_drop_rate, layer_scale: of all blocks.
-        drop_path_rate: of the last block; it grows linearly from 0.
-        downsample: what begins a stage, from the channels before and its own; not the first one.
+        drop_path_rate: stochastic depth of the last block, increasing linearly from 0.
+        downsample: creates the first layer of each stage except the first, from the channels of
+            the previous stage and its own.
     """
     depth = sum(map(len, dilations))
     rates: Iterator[Any] = iter(calculate_drop_path_rates(drop_path_rate, depth))
@@ -115,30 +116,22 @@ def token_stages(
 def neighborhood(
     dim: int, num_heads: int, kernel_size: int, dilation: int
 ) -> NeighborhoodAttention2D:
-    """Attention of neighbours as published: small maps are padded."""
+    """Neighborhood attention as published: small maps are padded."""
     return NeighborhoodAttention2D(
         dim, num_heads, kernel_size, dilation=dilation, rel_pos_bias=True, small_maps="pad"
     )
 
 
 def layer_norm(dim: int) -> nn.Module:
-    """Of a map (B, dim, H, W)."""
+    """LayerNorm of a map (B, dim, H, W)."""
     return LayerNorm2d(dim, eps=1e-5)
-
-
-def init_linear(module: nn.Module) -> None:
-    """Linear layers truncated normal (std 0.02), biases zero; convolutions stay as PyTorch's."""
-    if isinstance(module, nn.Linear):
-        trunc_normal(module.weight)
-        if module.bias is not None:
-            nn.init.zeros_(module.bias)
 
 
 # -- dilations -------------------------------------------------------------------------------------
 
 Pattern = tuple[tuple[int, ...], ...]
 
-# Published dilations by stage. A pattern repeats until the stage ends, or is cut off there.
+# Published dilations by stage. A pattern is repeated or truncated to the stage's depth.
 _LARGE = (1, 2, 1, 3, 1, 4, 1, 5, 1, 2, 1, 3, 1, 4, 1, 5, 1, 5)
 PRESETS: Mapping[str, Pattern] = {
     "imagenet": ((1, 8), (1, 4), (1, 2), (1,)),
@@ -166,12 +159,12 @@ def block_dilations(
     """The dilation of each block, by stage.
 
     Args:
-        dilations: one for all blocks, the name of a preset, or for each stage one or a sequence.
+        dilations: one for all blocks, the name of a preset, or one or a sequence per stage.
         depths: blocks of each stage.
         presets: patterns by name.
 
     Raises:
-        ValueError: an unknown name, or as many stages or blocks as the network does not have.
+        ValueError: an unknown name, or a wrong number of stages or blocks.
     """
     if isinstance(dilations, str):
         if dilations not in presets:
@@ -191,8 +184,8 @@ def block_dilations(
     by_stage = (dilations,) * len(depths) if isinstance(dilations, int) else tuple(dilations)
     if len(by_stage) != len(depths):
         raise ValueError(
-            f"dilations must have a value or a sequence for each of the {len(depths)} stages that "
-            f"depths {tuple(depths)} names, got {dilations}"
+            f"dilations must have a value or a sequence for each of the {len(depths)} stages of "
+            f"depths {tuple(depths)}, got {dilations}"
         )
     found = []
     for stage, (values, depth) in enumerate(zip(by_stage, depths, strict=True)):
@@ -210,16 +203,15 @@ def block_dilations(
 
 
 def renamed(key: str, renames: Sequence[tuple[str, str]]) -> str:
-    """``key`` after each of the replacements; a stage's last downsampling begins the next one."""
-    for pattern, name in renames:
-        key = re.sub(pattern, name, key)
+    """``key`` after the replacements; a stage's final downsampling moves to the next stage."""
+    key = published.renamed(key, renames)
     if match := re.match(r"(?:levels|layers)\.(\d+)\.downsample\.", key):
         return f"stages.{int(match[1]) + 1}.downsample.{key[match.end() :]}"
     return key
 
 
 def cfg(url: str, **kwargs: Any) -> dict[str, Any]:
-    """What the published weights want of their images."""
+    """The preprocessing of the published weights."""
     return {
         "url": "https://shi-labs.com/projects/" + url,
         "num_classes": 1000,

@@ -1,11 +1,11 @@
-"""ProxylessNAS: inverted bottlenecks that a search chose for the latency of one device each.
+"""ProxylessNAS: inverted bottlenecks chosen by a search for the latency of a device.
 
 Han Cai et al., "ProxylessNAS: Direct Neural Architecture Search on Target Task and Hardware",
 https://arxiv.org/abs/1812.00332.
 
-Any size from 32×32; the stage at stride s has ⌈H/s⌉ rows. The search could leave a block out: an
-identity stands in its place, so that blocks keep their numbers. Batch norms have an eps of 1e-3, on
-which the published weights depend.
+Accepts any input size from 32×32; the stage at stride s has ⌈H/s⌉ rows. Blocks that the search left
+out are identities, so that the others keep their numbers. Batch norms have an eps of 1e-3, on which
+the published weights depend.
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ __all__ = ["ProxylessNAS"]
 
 
 class MBConv(nn.Module):
-    """Pointwise, depthwise, pointwise, each with a batch norm, and a shortcut where shapes agree.
+    """Pointwise, depthwise, pointwise, each with a batch norm, and a shortcut if shapes match.
 
     ReLU6 follows the first two. (B, dim, H, W) → (B, out_dim, ⌈H / stride⌉, ⌈W / stride⌉), with
-    ``dim * expansion`` channels inside; at an expansion of 1 there is no first layer.
+    ``dim * expansion`` hidden channels; with an expansion of 1, there is no first layer.
     """
 
     def __init__(
@@ -71,7 +71,7 @@ class MBConv(nn.Module):
 class MixHead(ClassifierHead):
     """A pointwise convolution with batch norm and ReLU6, then pooling and a linear layer.
 
-    Without pooling the map passes as it is. (B, dim, H, W) → (B, num_classes).
+    Without pooling, it returns its input. (B, dim, H, W) → (B, num_classes).
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class MixHead(ClassifierHead):
         return ConvNorm(dim, hidden_dim, norm_eps=norm_eps, act_layer=nn.ReLU6)
 
     def reset(self, num_classes: int, pool_type: str | None = None) -> None:
-        """A new classifier, and a new pooling if one is named."""
+        """Replace the classifier and, if given, the pooling."""
         before = self.global_pool.pool_type
         super().reset(num_classes, pool_type)
         if pool_type is not None and bool(pool_type) != bool(before):
@@ -114,19 +114,20 @@ class ProxylessNAS(StagedBackbone):
 
     Args:
         stem_dim: channels of the first convolution.
-        dims: output channels of each block, stage by stage. The first block of a stage halves the
-            map, but for the first stage, which has stride 2 and is a part of the stem.
-        kernel_sizes: of each depthwise convolution; 0 leaves the block out.
-        expansions: hidden channels of each block relative to its input; 0 where it is left out.
+        dims: output channels of each block, by stage. The first block of a stage halves the map,
+            except in the first stage, which has stride 2 and belongs to the stem.
+        kernel_sizes: of each depthwise convolution; 0 to omit the block.
+        expansions: hidden channels of each block relative to its input; 0 for omitted blocks.
         head_hidden_dim: channels before the classifier.
         norm_eps: of the batch norms.
         drop_rate: dropout before the classifier.
-        drop_path_rate: of the last block; it grows linearly from 0. Published: none.
-        stem_features: offer the stem's map at stride 2 as a feature, too.
+        drop_path_rate: stochastic depth of the last block, increasing linearly from 0. Published:
+            none.
+        stem_features: also return the stem's map at stride 2 as a feature.
 
     Raises:
-        ValueError: the three lists differ in shape, an even kernel, or a block left out that
-            changes the map's shape.
+        ValueError: the three lists differ in shape, a kernel is even, or an omitted block would
+            change the map's shape.
     """
 
     first_conv = "stem.0.conv"
@@ -199,7 +200,7 @@ class ProxylessNAS(StagedBackbone):
         )
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """From the original's names, where blocks are counted through all stages."""
+        """Converts the original's names, where blocks are counted through all stages."""
         blocks = [f"stages.{i}.blocks.{j}" for i, n in enumerate(self.depths[1:]) for j in range(n)]
         return {
             _convert_key(key, ["stem.1", *blocks]): tensor for key, tensor in state_dict.items()
@@ -215,17 +216,17 @@ def _block(
     norm_eps: float,
     drop_path: float,
 ) -> nn.Module:
-    """An inverted bottleneck, or what stands for one that the search left out."""
+    """An inverted bottleneck, or an identity if the search left it out."""
     if kernel_size == expansion == 0:
         if stride != 1 or dim != out_dim:
             raise ValueError(
-                f"a block of stride {stride} from {dim} to {out_dim} channels cannot be left out"
+                f"a block of stride {stride} from {dim} to {out_dim} channels cannot be omitted"
             )
         return nn.Identity()
     if kernel_size % 2 == 0 or not expansion:
         raise ValueError(
-            "a block needs an odd kernel size and an expansion of 1 or more (or 0 for both, which "
-            f"leaves it out), got {kernel_size} and {expansion}"
+            "a block needs an odd kernel size and an expansion of 1 or more (or 0 for both, to "
+            f"omit it), got {kernel_size} and {expansion}"
         )
     return MBConv(
         dim, out_dim, kernel_size, expansion, stride, norm_eps=norm_eps, drop_path=drop_path

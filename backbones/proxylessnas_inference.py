@@ -1,4 +1,4 @@
-"""Inference form of ProxylessNAS' blocks, see :mod:`ops.inference`: fewer passes."""
+"""Inference form of ProxylessNAS' blocks, see :mod:`ops.inference`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["ProxylessNASBlock"]
 
 @stands_for(proxylessnas.MBConv)
 class ProxylessNASBlock(FastLayer, proxylessnas.MBConv):
-    """The last layer adds the shortcut; with a 3×3 at stride 1, all layers are one pass."""
+    """The last layer adds the shortcut; 3×3 blocks of stride 1 run in one pass."""
 
     needs: ClassVar = {"project": FastPointwiseConv2d}
 

@@ -1,11 +1,11 @@
-"""RAVLT: a vision transformer of linear attention whose state and output have full rank.
+"""RAVLT: a vision transformer with linear attention of increased rank.
 
 Qihang Fan, Huaibo Huang, Ran He, "Breaking the Low-Rank Dilemma of Linear Attention",
 https://arxiv.org/abs/2411.07635. Written from the paper and a specification of what the published
 model computes, since the published code states no licence.
 
-Any size (from 1×1); the stage at stride s has ⌈H/s⌉ rows. Detectors and segmenters of the paper use
-``out_norms=True, num_classes=0``.
+Accepts any input size (from 1×1); the stage at stride s has ⌈H/s⌉ rows. The paper's detectors and
+segmenters use ``out_norms=True, num_classes=0``.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import checked, widths
+from backbones.core.published import imagenet_cfg, renamed
 from backbones.core.registry import build_model, register
 from backbones.core.stage import Stage
 from ops.attention.rank_augmented import RankAugmentedAttention, rotary_table
@@ -49,11 +50,11 @@ class ConvMlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Position term, attention, MLP, the latter two scaled: (B, H, W, dim) → (B, H, W, dim).
+    """Residual position term, attention and MLP, with layer scale: (B, H, W, dim) → (B, H, W, dim).
 
     Args:
         linear: whether attention is linear.
-        layer_scale: initial value of the residual scales.
+        layer_scale: initial value of the layer scales.
     """
 
     def __init__(
@@ -72,7 +73,7 @@ class Block(nn.Module):
         self.attn = RankAugmentedAttention(dim, num_heads, linear=linear)
         self.norm2 = nn.LayerNorm(dim, eps=1e-6)
         self.mlp = ConvMlp(dim, int(dim * mlp_ratio), drop)
-        # Four dimensions, because optimizers spare vectors and the authors decayed these.
+        # 4-D, because optimizers exclude vectors from weight decay and the authors decayed these.
         self.gamma1 = nn.Parameter(torch.full((1, 1, 1, dim), float(layer_scale)))
         self.gamma2 = nn.Parameter(torch.full((1, 1, 1, dim), float(layer_scale)))
         self.drop_path = DropPath(drop_path)
@@ -85,7 +86,7 @@ class Block(nn.Module):
         return x + self.drop_path(branch if self.gamma2 is None else branch * self.gamma2)
 
     def fuse(self) -> nn.Module:
-        """The scales go into the projections before them."""
+        """Fold the scales into the preceding projections."""
         if self.gamma1 is not None:
             self.attn.proj = fold_scale_after(self.attn.proj, self.gamma1.flatten())
             self.mlp.fc2 = fold_scale_after(self.mlp.fc2, self.gamma2.flatten())
@@ -95,7 +96,7 @@ class Block(nn.Module):
 
 
 class RAVLTStage(Stage):
-    """A stage whose blocks want channels last and share the table of rotations.
+    """A stage whose blocks use channels-last maps (B, H, W, dim) and share a rotary table.
 
     Args:
         head_dim: width of a head, for the table.
@@ -117,7 +118,7 @@ class ConvHead(nn.Module):
 
     Args:
         hidden_dim: width after the convolution.
-        num_classes: 0 leaves the pooled hidden features.
+        num_classes: 0 returns the pooled hidden features.
     """
 
     proj: nn.Module
@@ -135,9 +136,9 @@ class ConvHead(nn.Module):
         self.reset(num_classes, pool_type)
 
     def reset(self, num_classes: int, pool_type: str | None = None) -> None:
-        """A new classifier; ``pool_type=""`` takes the whole head away, to leave the map.
+        """Replace the classifier; ``pool_type=""`` removes the whole head to return the map.
 
-        Any other pooling brings it back, untrained.
+        Any other pooling restores it, untrained.
 
         Raises:
             ValueError: classes without pooling.
@@ -169,17 +170,16 @@ class RAVLT(StagedBackbone):
 
     Args:
         dims, depths, num_heads: of the four stages.
-        layer_scales: initial value of the residual scales, by stage.
-        linear: whether attention is linear, by stage; softmax attention where it is not.
+        layer_scales: initial value of the layer scales, by stage.
+        linear: use linear attention, by stage; otherwise softmax attention.
         mlp_ratio: width of the MLPs.
         head_hidden_dim: width of the classifier's hidden layer.
-        num_classes, in_chans, global_pool: of classifier, image and pooling.
+        num_classes, in_chans, global_pool: classes, image channels and pooling, as in timm.
         drop_rate: dropout before the classifier.
         proj_drop_rate: dropout inside the MLPs.
-        drop_path_rate: of the last block; it grows linearly from 0.
-        out_norms: normalise the maps returned, as detectors do: all, none, or the listed stages.
-            With ``num_classes=0`` the classifier's hidden layer is left out then, as in the paper's
-            dense networks.
+        drop_path_rate: stochastic depth of the last block, increasing linearly from 0.
+        out_norms: normalise the returned maps, as detectors do: all, none, or the listed stages.
+            With ``num_classes=0``, there is then no hidden layer, as in the paper's dense networks.
     """
 
     first_conv = "stem.0.conv"
@@ -247,10 +247,10 @@ class RAVLT(StagedBackbone):
         self.apply(init_trunc_normal)
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """From the names of the original's classifiers and dense networks.
+        """Converts the names of the original's classifiers and dense networks.
 
-        Its pointwise convolutions are linear layers here, and its tables of angles follow from the
-        width of a head.
+        Its pointwise convolutions are linear layers here, and its tables of angles are derived from
+        the head's width.
         """
         converted = {}
         for key, tensor in state_dict.items():
@@ -279,17 +279,16 @@ _RENAMES = (
 
 
 def _convert_key(key: str) -> str:
-    """Ours pass: nothing of the original's names begins with ``stem`` or ``stages``."""
+    """Our names are unchanged: the original's never begin with ``stem`` or ``stages``."""
     if key.startswith(("stem.", "stages.")):
         return key
-    for pattern, name in _RENAMES:
-        key = re.sub(pattern, name, key)
+    key = renamed(key, _RENAMES)
     if match := re.match(r"patch_embed\.proj\.(\d+)\.", key):
-        # Convolution, norm, activation, again and again.
+        # Repetitions of convolution, norm, activation.
         layer, part = divmod(int(match[1]), 3)
         return f"stem.{layer}.{('conv', 'norm')[part]}.{key[match.end() :]}"
     if match := re.match(r"layers\.(\d)\.downsample\.(reduction|norm)\.", key):
-        # The original keeps the downsampling with the stage that it leaves.
+        # In the original, downsampling belongs to the previous stage.
         name = match[2].replace("reduction", "conv")
         return f"stages.{int(match[1]) + 1}.downsample.{name}.{key[match.end() :]}"
     return key
@@ -298,15 +297,8 @@ def _convert_key(key: str) -> str:
 def _cfg(variant: str) -> dict[str, Any]:
     return {
         "url": f"https://huggingface.co/aldjalkdf/RAVLT/resolve/main/RAVLT_{variant}.pth",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
-        "first_conv": RAVLT.first_conv,
-        "classifier": RAVLT.classifier,
-        "license": "mit",  # of the weights, says their model card; the code states none
+        **imagenet_cfg(RAVLT),
+        "license": "mit",  # of the weights, according to their model card; the code has none
         "origin_url": "https://github.com/qhfan/RALA",
         "paper_name": "Breaking the Low-Rank Dilemma of Linear Attention",
         "paper_ids": "arXiv:2411.07635",

@@ -1,4 +1,4 @@
-"""Inference forms of RAVLT's blocks, see :mod:`ops.inference`: fewer passes."""
+"""Inference forms of RAVLT's blocks, see :mod:`ops.inference`."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ class RAVLTBlock(ravlt.Block):
 
 @stands_for(ravlt.RAVLTStage)
 class RAVLTStage(Recorded, ravlt.RAVLTStage):
-    """Without the table of rotations where the attention keeps its own."""
+    """Skips computing the rotary table that the attention caches itself."""
 
     needs: ClassVar = {"blocks": RAVLTBlock}
 

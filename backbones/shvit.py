@@ -3,8 +3,8 @@
 Seokju Yun, Youngmin Ro, "SHViT: Single-Head Vision Transformer with Memory Efficient Macro
 Design", https://arxiv.org/abs/2401.16456.
 
-Any size (from 1×1); the stage at stride s has ⌈H/s⌉ rows. Stages start at stride 16; with
-``stem_features=True`` the stem's maps at strides 2, 4 and 8 come first among the features.
+Accepts any input size (from 1×1); the stage at stride s has ⌈H/s⌉ rows. Stages start at stride 16;
+with ``stem_features=True`` the stem's maps at strides 2, 4 and 8 come first among the features.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import checked, widths
+from backbones.core.published import imagenet_cfg, renamed
 from backbones.core.registry import build_model, register
 from backbones.core.stage import Stage
 from ops.attention.single_head import SingleHeadAttention
@@ -29,10 +30,12 @@ __all__ = ["SHViT"]
 
 
 class Block(nn.Module):
-    """Depthwise residual, single-head attention, feed-forward: (B, dim, H, W) → the same.
+    """Residual depthwise convolution, single-head attention and feed-forward.
+
+    (B, dim, H, W) → (B, dim, H, W).
 
     Args:
-        attn_dim: channels that attend; 0 leaves attention out, as in the first stage.
+        attn_dim: channels for attention; 0 for no attention, as in the first stage.
     """
 
     def __init__(self, dim: int, attn_dim: int, qk_dim: int, drop_path: float = 0.0) -> None:
@@ -54,14 +57,14 @@ class SHViT(StagedBackbone):
 
     Args:
         dims, depths: of the three stages.
-        attn_dims: channels of each stage that attend; 0 for none.
+        attn_dims: channels for attention in each stage; 0 for no attention.
         qk_dim: width of query and key.
-        num_classes, in_chans, global_pool: of classifier, image and pooling.
+        num_classes, in_chans, global_pool: classes, image channels and pooling, as in timm.
         drop_rate: dropout before the classifier.
-        drop_path_rate: of the last block; it grows linearly from 0.
-        distilled: a second classifier for a teacher's labels, see
+        drop_path_rate: stochastic depth of the last block, increasing linearly from 0.
+        distilled: add a second classifier for a teacher's labels, see
             :class:`ops.mobile.NormLinearHead`.
-        stem_features: offer the stem's maps at strides 2, 4 and 8 as features too.
+        stem_features: also return the stem's maps at strides 2, 4 and 8 as features.
     """
 
     classifier: str | tuple[str, ...] = "head.fc"
@@ -109,7 +112,7 @@ class SHViT(StagedBackbone):
         )
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """From the names of the original, fused or not, and of timm."""
+        """Converts the names of the original, fused or not, and of timm."""
         return {_convert_key(key): tensor for key, tensor in state_dict.items()}
 
 
@@ -133,10 +136,9 @@ _MERGING = {"conv1": "expand", "conv2": "reduce", "conv3": "project", "se": "se"
 
 
 def _convert_key(key: str) -> str:
-    for pattern, name in _RENAMES:
-        key = re.sub(pattern, name, key)
+    key = renamed(key, _RENAMES)
     if match := re.match(r"patch_embed\.(\d)\.", key):
-        # Convolutions stand at even places, activations between them.
+        # Convolutions are at even indices, activations between them.
         child, rest = int(match[1]) // 2, key[match.end() :]
         fused = "." not in rest and child < 3
         return f"stem.{child}.conv.{rest}" if fused else f"stem.{child}.{rest}"
@@ -148,7 +150,7 @@ def _convert_key(key: str) -> str:
 
 
 def _convert_stage(stage: int, place: int, rest: str) -> str:
-    """The original's stages 2 and 3 hold their downsampling in places 0, 1 and 2."""
+    """In the original, blocks 0 to 2 of stages 2 and 3 are the downsampling."""
     if place >= 3:
         return f"stages.{stage}.blocks.{place - 3}.{rest}"
     if place == 1:
@@ -160,14 +162,8 @@ def _convert_stage(stage: int, place: int, rest: str) -> str:
 def _cfg(variant: str, size: int = 224) -> dict[str, Any]:
     return {
         "url": f"https://github.com/ysj9909/SHViT/releases/download/v1.0/{variant}.pth",
-        "num_classes": 1000,
+        **imagenet_cfg(SHViT),
         "input_size": (3, size, size),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
-        "first_conv": SHViT.first_conv,
-        "classifier": SHViT.classifier,
         "license": "mit",
         "origin_url": "https://github.com/ysj9909/SHViT",
         "paper_name": "SHViT: Single-Head Vision Transformer with Memory Efficient Macro Design",
@@ -208,6 +204,6 @@ def shvit_s3(pretrained: bool = False, **kwargs: Any) -> SHViT:
 
 @register
 def shvit_s4(pretrained: bool = False, **kwargs: Any) -> SHViT:
-    """SHViT-S4, 16.6 M parameters, made for 256×256."""
+    """SHViT-S4, 16.6 M parameters, for 256×256."""
     variant = dict(dims=(224, 336, 448), depths=(4, 7, 6), attn_dims=(0, 72, 96))
     return build_model(SHViT, "shvit_s4", pretrained, variant, kwargs)

@@ -1,17 +1,16 @@
-"""UniRepLKNet: a few large kernels, re-parameterised from dilated ones, among many small ones.
+"""UniRepLKNet: few large kernels, re-parameterised from dilated ones, among many small ones.
 
 Xiaohan Ding et al., "UniRepLKNet: A Universal Perception Large-Kernel ConvNet for Audio, Video,
 Point Cloud, Time-Series and Image Recognition", https://arxiv.org/abs/2311.15599.
 
-Any size (from 1×1); the stage at stride s has ⌈H/s⌉ rows. The paper counts parameters and
-operations after merging, which is ``fuse()`` here; merged checkpoints load into a new model, and
-fuse it, or into a fused one. Its dense networks are ``num_classes=0, out_norms=True``; merging
-those fails in the original and works here.
+Accepts any input size (from 1×1); the stage at stride s has ⌈H/s⌉ rows. The paper counts parameters
+and operations after merging, which is ``fuse()`` here. Merged checkpoints can be loaded into a new
+model, which is then fused, or into a fused one. The paper's dense networks use ``num_classes=0,
+out_norms=True``; merging these fails in the original and works here.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -36,6 +35,7 @@ from backbones.core.keywords import (
     several,
     widths,
 )
+from backbones.core.published import imagenet_cfg, renamed
 from backbones.core.registry import build_model, register
 from backbones.core.stage import Stage
 from ops.batch_norm import BatchNorm2d
@@ -47,10 +47,10 @@ __all__ = ["UniRepLKNet"]
 
 
 class GlobalResponseNorm(nn.Module):
-    """Weigh each channel by its share in the map's energy: (B, H, W, C) → (B, H, W, C).
+    """Global response norm: (B, H, W, C) → (B, H, W, C).
 
-    Of ConvNeXt V2, https://arxiv.org/abs/2301.00808. The parameters have four dimensions, so that
-    weight decay takes them as in the original; timm's have one. Merging takes the bias away.
+    Of ConvNeXt V2, https://arxiv.org/abs/2301.00808. The parameters are 4-D, so that weight decay
+    applies to them as in the original; timm's are 1-D. Merging removes the bias.
     """
 
     def __init__(self, dim: int, eps: float = 1e-6) -> None:
@@ -69,7 +69,7 @@ class GlobalResponseNorm(nn.Module):
 class Block(nn.Module):
     """Depthwise convolution, squeeze-and-excitation, MLP with response norm, scale; residual.
 
-    (B, dim, H, W) → (B, dim, H, W). Kernels from 7 on are re-parameterised.
+    (B, dim, H, W) → (B, dim, H, W). Kernels of 7 and larger are re-parameterised.
     """
 
     gamma: nn.Parameter | None
@@ -103,7 +103,7 @@ class Block(nn.Module):
 
     @torch.no_grad()
     def fuse(self) -> nn.Module:
-        """One depthwise convolution, and one linear layer after the response norm."""
+        """Merge into one depthwise convolution, and one linear layer after the response norm."""
         if isinstance(self.norm1, nn.BatchNorm2d):
             if isinstance(self.dwconv, DilatedReparamConv2d):
                 self.dwconv = self.dwconv.fuse()
@@ -138,15 +138,15 @@ class UniRepLKNet(StagedBackbone):
 
     Args:
         dims, depths: of the four stages.
-        kernel_sizes: of each stage: one for all of its blocks, or a pattern that they repeat.
-        num_classes, in_chans, global_pool: of classifier, image and pooling.
+        kernel_sizes: of each stage: one for all its blocks, or a pattern that is repeated.
+        num_classes, in_chans, global_pool: classes, image channels and pooling, as in timm.
         drop_rate: dropout before the classifier.
-        drop_path_rate: of the last block; it grows linearly from 0.
-        layer_scale: initial value of the residual scales.
+        drop_path_rate: stochastic depth of the last block, increasing linearly from 0.
+        layer_scale: initial value of the layer scales.
         head_init_scale: factor on the classifier's initial weights, 0.001 for fine-tuning.
         out_norms: normalise the returned maps, see
-            :meth:`backbones.StagedBackbone.describe_features`. Without a classifier, the norm
-            before it is left out then, as in the paper's dense networks.
+            :meth:`backbones.StagedBackbone.describe_features`. Without a classifier, there is then
+            no norm before it, as in the paper's dense networks.
 
     Raises:
         ValueError: even kernel sizes, or a large one without published branches, see
@@ -155,7 +155,7 @@ class UniRepLKNet(StagedBackbone):
 
     first_conv = "stem.0"
     classifies_maps = True
-    # The head's norm is as wide as the map.
+    # The head's norm has the width of the map.
     poolings = tuple(pool for pool in POOLINGS if "cat" not in pool)
 
     @checked(
@@ -214,7 +214,7 @@ class UniRepLKNet(StagedBackbone):
                 self.head.fc.bias *= head_init_scale
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """As the base's, but three blocks count as one layer, as in the published fine-tuning."""
+        """Like the base's, but grouping three blocks per layer, as in the published fine-tuning."""
         matcher = super().group_matcher(coarse)
         if not coarse:
             depths = [len(list(stage.get_submodule("blocks").children())) for stage in self.stages]
@@ -227,11 +227,10 @@ class UniRepLKNet(StagedBackbone):
         return matcher
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """From the names of the original, merged or not."""
+        """Converts the names of the original, merged or not."""
         converted = {}
         for key, tensor in state_dict.items():
-            for pattern, name in _RENAMES:
-                key = re.sub(pattern, name, key)
+            key = renamed(key, _RENAMES)
             converted[key] = tensor
         if any(key.endswith(".lk_origin.bias") for key in converted):
             return {key.replace(".lk_origin.", "."): t for key, t in converted.items()}
@@ -262,14 +261,7 @@ _RENAMES = (
 def _cfg(weights: str, **kwargs: Any) -> dict[str, Any]:
     return {
         "url": f"https://huggingface.co/DingXiaoH/UniRepLKNet/resolve/main/unireplknet_{weights}.pth",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
-        "first_conv": UniRepLKNet.first_conv,
-        "classifier": UniRepLKNet.classifier,
+        **imagenet_cfg(UniRepLKNet),
         "license": "apache-2.0",
         "origin_url": "https://github.com/AILab-CVC/UniRepLKNet",
         "paper_name": (
@@ -378,9 +370,9 @@ def unireplknet_b(pretrained: bool = False, **kwargs: Any) -> UniRepLKNet:
 
 @register
 def unireplknet_b_k400(pretrained: bool = False, **kwargs: Any) -> UniRepLKNet:
-    """UniRepLKNet-B for video: Kinetics-400, 16 frames as one image, kernels of 11 at the end.
+    """UniRepLKNet-B for video: Kinetics-400, 16 frames as one image, kernels of 11 in stage 4.
 
-    :func:`ops.frames.frames_to_image` makes the image. Its authors published no weights.
+    :func:`ops.frames.frames_to_image` creates the image. The authors published no weights.
     """
     variant = dict(
         dims=(128, 256, 512, 1024), kernel_sizes=(3, 13, (13, 3, 3), 11), drop_path_rate=0.4

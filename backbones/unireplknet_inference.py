@@ -1,4 +1,4 @@
-"""Inference forms of UniRepLKNet's blocks, see :mod:`ops.inference`: fewer passes."""
+"""Inference forms of UniRepLKNet's blocks, see :mod:`ops.inference`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["UniRepLKNetBlock"]
 
 @stands_for(unireplknet.Block)
 class UniRepLKNetBlock(FastLayer, unireplknet.Block):
-    """All that follows the depthwise convolution in one pass."""
+    """Everything after the depthwise convolution in one pass."""
 
     followed: ClassVar = {"act": ("fc1",)}
     needs: ClassVar = {"se": FastSqueezeExcite, "fc1": FastLinear, "fc2": FastLinear}
@@ -32,7 +32,7 @@ class UniRepLKNetBlock(FastLayer, unireplknet.Block):
         return derived(mixed, shortcut).permute(0, 3, 1, 2)
 
     def _mlp(self, x: Tensor, shortcut: Tensor) -> Tensor:
-        """Gates, response norm and shortcut on the way through the linear layers."""
+        """Gates, response norm and shortcut are applied by the linear layers."""
         se: Any = self.se
         fc1: Any = self.fc1
         hidden, energy = fc1.energy(x, se.gates(x.permute(0, 3, 1, 2)))

@@ -1,10 +1,10 @@
-"""Visual Attention Network: a convolutional transformer whose attention is a large-kernel gate.
+"""Visual Attention Network: a convolutional transformer with large-kernel attention.
 
 Meng-Hao Guo et al., "Visual Attention Network", https://arxiv.org/abs/2202.09741.
 
-Any size from 32×32 (smaller works down to 1×1); the stage at stride s has ⌈H/s⌉ rows. The
-normalised map of a stage is both its feature and the next stage's input. Detectors and segmenters
-of the paper use ``norm_eps=1e-5``.
+Accepts any input size from 32×32 (smaller ones work down to 1×1); the stage at stride s has ⌈H/s⌉
+rows. The normalised map of a stage is both its feature and the next stage's input. Detectors and
+segmenters of the paper use ``norm_eps=1e-5``.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import checked
+from backbones.core.published import renamed
 from backbones.core.registry import build_model, register
 from backbones.core.stage import Stage
 from ops.attention.large_kernel import LargeKernelAttention
@@ -37,7 +38,7 @@ __all__ = ["VAN"]
 
 
 class Attention(nn.Module):
-    """Pointwise, GELU, large-kernel gate, pointwise, and a shortcut around them.
+    """Pointwise, GELU, large-kernel attention, pointwise, with a shortcut.
 
     (B, dim, H, W) → (B, dim, H, W).
     """
@@ -70,7 +71,7 @@ class ConvMlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each normalised before, scaled after and added.
+    """Pre-norm residual attention and MLP with layer scale.
 
     (B, dim, H, W) → (B, dim, H, W).
     """
@@ -92,19 +93,19 @@ class Block(nn.Module):
         return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
 
     def fuse(self) -> nn.Module:
-        """Norms and layer scales go into the pointwise convolutions; see :class:`FoldedBlock`."""
+        """Fold norms and layer scales into the pointwise convolutions; see :class:`FoldedBlock`."""
         norms = isinstance(self.norm1, nn.BatchNorm2d) and isinstance(self.norm2, nn.BatchNorm2d)
         return FoldedBlock(self) if norms else self
 
 
 class FoldedBlock(nn.Module):
-    """What a block computes in eval mode, with its norms and layer scales folded.
+    """A block in eval mode with its norms and layer scales folded.
 
-    (B, dim, H, W) → (B, dim, H, W). The shortcut within the attention passes norm and layer scale,
-    too: ``x + ls1(attn(norm1(x)))`` is ``folded_attn(x) + scale * x``.
+    (B, dim, H, W) → (B, dim, H, W). The shortcut inside the attention includes norm and layer
+    scale, so ``x + ls1(attn(norm1(x)))`` becomes ``folded_attn(x) + scale * x``.
 
     Args:
-        block: gives its attention and MLP, whose pointwise convolutions are replaced.
+        block: provides attention and MLP, whose pointwise convolutions are replaced.
     """
 
     def __init__(self, block: Block) -> None:
@@ -129,11 +130,11 @@ class VAN(StagedBackbone):
 
     Args:
         dims, depths, mlp_ratios: of the four stages.
-        num_classes, in_chans, global_pool: of classifier, image and pooling.
+        num_classes, in_chans, global_pool: classes, image channels and pooling, as in timm.
         drop_rate: dropout before the classifier.
         proj_drop_rate: dropout inside the MLPs.
-        drop_path_rate: of the last block; it grows linearly from 0.
-        layer_scale: initial value of the residual scales.
+        drop_path_rate: stochastic depth of the last block, increasing linearly from 0.
+        layer_scale: initial value of the layer scales.
         norm_eps: of the norm after each stage; the paper's dense networks use 1e-5.
     """
 
@@ -175,7 +176,7 @@ class VAN(StagedBackbone):
         self.apply(init_fan_out)
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """From the names of the original (which counts from 1) and of mmpretrain."""
+        """Converts the names of the original (which counts from 1) and of mmpretrain."""
         return {_convert_key(key): tensor for key, tensor in state_dict.items()}
 
 
@@ -203,8 +204,7 @@ _STAGE_RENAMES = (
 
 
 def _convert_key(key: str) -> str:
-    for pattern, name in _RENAMES:
-        key = re.sub(pattern, name, key)
+    key = renamed(key, _RENAMES)
     for pattern, name in _STAGE_RENAMES:
         if match := re.match(pattern, key):
             return name.format(int(match[1]) - 1) + key[match.end() :]
@@ -240,7 +240,7 @@ default_cfgs = generate_default_cfgs(
         "van_b2.in1k": _cfg(_HUB + "VAN-Base-original/resolve/main/van_base_828.pth.tar"),
         "van_b3.in1k": _cfg(_HUB + "VAN-Large-original/resolve/main/van_large_839.pth.tar"),
         "van_b4.in22k_ft_in1k": _cfg(_MM + "van-b4_3rdparty_in1k_20220909-f4665b92.pth"),
-        # Published as backbones. Without a tag these two are untrained: the * puts that first.
+        # Published as backbones without classifier. The * makes the untrained form the default.
         "van_b4.in22k": _cfg(_MM + "van-b4_3rdparty_in21k_20220909-db926b18.pth", num_classes=0),
         "van_b5.in22k": _cfg(_MM + "van-b5_3rdparty_in21k_20220909-18e904e3.pth", num_classes=0),
         "van_b5.untrained*": _cfg(),

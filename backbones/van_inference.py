@@ -1,4 +1,4 @@
-"""Inference forms of VAN's blocks, see :mod:`ops.inference`: fewer passes."""
+"""Inference forms of VAN's blocks, see :mod:`ops.inference`."""
 
 from __future__ import annotations
 

@@ -1,13 +1,13 @@
-"""ViG: vision by gated linear attention, which reads a map as a sequence, forward and backward.
+"""ViG: bidirectional gated linear attention over the map as a sequence.
 
 Bencheng Liao et al., "ViG: Linear-complexity Visual Sequence Learning with Gated Linear Attention",
 https://arxiv.org/abs/2405.18425. (Not the "Vision GNN" that OpenMMLab calls ViG.) ``vig_*`` keep
 stride 16 throughout, ``vig_h_*`` are pyramids.
 
-Any size from 32×32. The position table of ``vig_*``, 14×14, is interpolated for maps of other
-sizes. Their published evaluation code halves the mean of the two directions once more than training
-does; accuracies were measured so, and so it is done here, unless ``mean_of_directions=True``. A
-norm follows, so that only its epsilon makes a difference.
+Accepts any input size from 32×32. The 14×14 position table of ``vig_*`` is interpolated for other
+maps. Their published evaluation code halves the mean of the two directions again; accuracies were
+measured that way, so this is the default here, unless ``mean_of_directions=True``. Since a norm
+follows, only its epsilon makes a difference.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ _XAVIER_GAIN = 2**-2.5
 
 
 class Stem(nn.Module):
-    """Patches of 9×9, 8 apart, then every second one, and a position table.
+    """9×9 convolution of stride 8, subsampling by 2, and a position table.
 
     (B, in_chs, H, W) → (B, dim, ⌈h/2⌉, ⌈w/2⌉) with h = ⌊(H + 1) / 8⌋, w likewise.
 
@@ -76,19 +76,20 @@ class ConvNorm(nn.Module):
 
 
 class ViG(IsotropicBackbone):
-    """ViG of one resolution, stride 16. The four stages are groups of its blocks.
+    """Isotropic ViG of stride 16. The four stages are groups of its blocks.
 
     Args:
         dim, num_heads: of all blocks.
         depths: blocks of each stage.
         act: SiLU inside the attention, see :class:`GatedLinearAttention`.
-        num_classes, in_chans, global_pool: of classifier, image and pooling.
+        num_classes, in_chans, global_pool: classes, image channels and pooling, as in timm.
         drop_rate: dropout before the classifier.
         proj_drop_rate: dropout inside the MLPs.
-        drop_path_rate: of the last block; it grows linearly from 0.
-        mean_of_directions: in eval mode, too, the mean of the two directions is what is normalised,
-            not half of it as in the published evaluation.
-        pyramid: show a pyramid made of the last map, at strides 4 to 32, not the maps of blocks.
+        drop_path_rate: stochastic depth of the last block, increasing linearly from 0.
+        mean_of_directions: in eval mode, normalise the mean of the two directions as in training,
+            instead of half of it as in the published evaluation.
+        pyramid: return a pyramid at strides 4 to 32 derived from the last map, not the blocks'
+            maps.
     """
 
     first_conv = "stem.conv1"
@@ -137,7 +138,7 @@ class ViG(IsotropicBackbone):
         self.apply(_init)
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """From the names of the original, which counts blocks through."""
+        """Converts the names of the original, which numbers blocks consecutively."""
 
         def place(match: re.Match[str]) -> str:
             try:
@@ -156,10 +157,10 @@ class HierarchicalViG(StagedBackbone):
 
     Args:
         dims, depths, num_heads: of the four stages.
-        num_classes, in_chans, global_pool: of classifier, image and pooling.
+        num_classes, in_chans, global_pool: classes, image channels and pooling, as in timm.
         drop_rate: dropout before the classifier.
         proj_drop_rate: dropout inside the MLPs.
-        drop_path_rate: of the last block; it grows linearly from 0.
+        drop_path_rate: stochastic depth of the last block, increasing linearly from 0.
         out_norms: normalise the maps returned, as the original's dense copy does: all, none, or the
             listed stages.
     """
@@ -216,7 +217,7 @@ class HierarchicalViG(StagedBackbone):
         self.apply(_init_hierarchical)
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """From the names of the original's classifier and backbone.
+        """Converts the names of the original's classifier and backbone.
 
         Its matrices may be 1×1 convolutions.
         """
@@ -224,7 +225,7 @@ class HierarchicalViG(StagedBackbone):
         converted = {}
         for key, tensor in state_dict.items():
             name = _renamed(key, _HIERARCHICAL)
-            # The original counts a downsampling to the stage before it.
+            # In the original, downsampling belongs to the previous stage.
             if match := re.match(r"layers\.(\d+)\.downsample\.", name):
                 name = f"stages.{int(match[1]) + 1}.downsample.{name[match.end() :]}"
             name = re.sub(r"^layers\.", "stages.", name)
@@ -235,7 +236,7 @@ class HierarchicalViG(StagedBackbone):
 
 
 def _hidden_dim(dim: int, multiple: int) -> int:
-    """Channels of a gated MLP with about as many weights as one that widens four times."""
+    """Channels of a gated MLP with about as many weights as a plain one with ratio 4."""
     return -(-(8 * dim // 3) // multiple) * multiple
 
 
@@ -252,7 +253,7 @@ def _init(module: nn.Module) -> None:
 
 
 def _init_hierarchical(module: nn.Module) -> None:
-    """Linear layers truncated normal, the attention's convolution by Xavier; others as torch's."""
+    """Linear layers truncated normal, the attention's convolution by Xavier; others as in torch."""
     if isinstance(module, nn.Linear):
         init_trunc_normal(module)
     elif isinstance(module, GatedLinearAttention):
@@ -333,7 +334,7 @@ default_cfgs = generate_default_cfgs(
 
 @register
 def vig_t(pretrained: bool = False, **kwargs: Any) -> ViG:
-    """ViG-T, 5.8 M parameters; the one with activations in its attention."""
+    """ViG-T, 5.8 M parameters; the only one with activations in its attention."""
     variant = {"dim": 192, "num_heads": 3, "act": True}
     return build_model(ViG, "vig_t", pretrained, variant, kwargs)
 

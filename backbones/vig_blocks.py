@@ -20,11 +20,11 @@ __all__ = ["GATE_DIVISOR", "HEAD_NORM_EPS", "Block", "GatedLinearAttention", "Jo
 
 _GATE_RANK = 16
 HEAD_NORM_EPS = 1e-6
-GATE_DIVISOR = 16  # of log gates, so that they begin near 0 and little is forgotten
+GATE_DIVISOR = 16  # of log gates, so that they start near 0 (slow decay)
 
 
 class Mixing(nn.Module):
-    """The norms and the activation of what :class:`GatedLinearAttention` mixes, and their use."""
+    """The norms, activation and mixing of :class:`GatedLinearAttention`."""
 
     num_heads: int
     norm: Any
@@ -32,14 +32,14 @@ class Mixing(nn.Module):
     out_act: nn.Module
 
     def mix(self, scanned: Tensor, gate: Tensor, x: Tensor) -> Tensor:
-        """What was scanned, (B, L, heads, V), and the map, each normalised, by a gate's shares."""
+        """The gated mixture of the scan's output (B, L, heads, V) and the map, both normalised."""
         gate, local = (_heads(t.flatten(1, 2), self.num_heads) for t in (gate.sigmoid(), x))
         mixed = gate * self.norm(scanned) + (1 - gate) * self.local_norm(local)
         return self.out_act(mixed.reshape(x.shape))
 
 
 class GatedLinearAttention(Mixing):
-    """A map is scanned in both directions; what that gives is mixed with the map, gate by gate.
+    """Bidirectional scan of a map, mixed with a convolution of the map by gates.
 
     (B, H, W, dim) → (B, H, W, dim). Keys and queries have half the channels. See
     :func:`ops.linear_attention.gated_linear_attention`.
@@ -51,7 +51,7 @@ class GatedLinearAttention(Mixing):
         eval_share: factor of the sum of both directions in eval mode; in training it is 1/2.
 
     Raises:
-        ValueError: heads that do not divide the channels of the keys.
+        ValueError: ``dim`` is not a multiple of 2 · ``num_heads``.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class GatedLinearAttention(Mixing):
         return self.proj(self.mix(scanned, self.gate(x), x))
 
     def fuse(self) -> JoinedAttention:
-        """All that the map is projected to first, by one layer."""
+        """Merges the first projections of the map into one layer."""
         return JoinedAttention(self)
 
     def extra_repr(self) -> str:
@@ -90,9 +90,9 @@ class GatedLinearAttention(Mixing):
 
 
 class JoinedAttention(Mixing):
-    """What :class:`GatedLinearAttention` computes in eval mode, with its projections joined.
+    """:class:`GatedLinearAttention` in eval mode with merged projections.
 
-    (B, H, W, dim) → (B, H, W, dim). The scale of the scan is in the weights of the query.
+    (B, H, W, dim) → (B, H, W, dim). The scale of the scan is folded into the query's weights.
     """
 
     @torch.no_grad()
@@ -121,7 +121,7 @@ class JoinedAttention(Mixing):
 
 
 def _widths(x: Tensor) -> list[int]:
-    """Channels of query, key, value, gate, and of what decays are made from."""
+    """Channels of query, key, value, gate, and of the decays' input."""
     dim = x.shape[-1]
     return [dim // 2, dim // 2, dim, dim, _GATE_RANK]
 
@@ -134,11 +134,11 @@ def _heads(x: Tensor, num_heads: int) -> Tensor:
 def _scan(
     query: Tensor, key: Tensor, value: Tensor, decay: Tensor, num_heads: int, scale: float
 ) -> Tensor:
-    """Maps (B, H, W, ·), row by row, forward and backward: (B, L, heads, V).
+    """Scan maps (B, H, W, ·) in row-major order, forward and backward: (B, L, heads, V).
 
-    ``decay`` are logits of the gates of both directions.
+    ``decay`` has the logits of both directions' gates.
     """
-    # Half precision would be too coarse.
+    # Half precision is not accurate enough.
     exact = torch.promote_types(decay.dtype, torch.float32)
     log_gate = F.logsigmoid(decay.to(exact)) / GATE_DIVISOR
     query, key, value, ahead, back = (
@@ -148,14 +148,14 @@ def _scan(
 
 
 class Block(nn.Module):
-    """Attention, then a gated MLP, each normalised before and added.
+    """Pre-norm residual attention and gated MLP.
 
     (B, H, W, dim) → (B, H, W, dim).
 
     Args:
         dim: channels.
         hidden_dim: of the MLP.
-        norm_layer: makes a norm of the last axis.
+        norm_layer: creates a norm over the last axis.
         drop: dropout in the MLP.
         num_heads, act, eval_share: see :class:`GatedLinearAttention`.
     """

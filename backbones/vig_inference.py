@@ -1,4 +1,4 @@
-"""Inference forms of ViG's blocks, see :mod:`ops.inference`: fewer passes."""
+"""Inference forms of ViG's blocks, see :mod:`ops.inference`."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ __all__ = ["ViGAttention", "ViGBlock"]
 
 @stands_for(vig_blocks.JoinedAttention)
 class ViGAttention(FastLayer, vig_blocks.JoinedAttention):
-    """From the projections to the last one it is one kernel; the shortcut is added there."""
+    """One kernel from the input projections to the last projection, which adds the shortcut."""
 
     followed: ClassVar = {"act": ("dwconv",)}
     needs: ClassVar = {"joined": FastLinear, "decay_up": FastLinear, "proj": FastLinear}

@@ -1,13 +1,13 @@
-"""Vision-RWKV: a plain network of stride 16 whose tokens are mixed by scans, at linear cost.
+"""Vision-RWKV: an isotropic network of stride 16 that mixes tokens by scans at linear cost.
 
 Yuchen Duan et al., "Vision-RWKV: Efficient and Scalable Visual Perception with RWKV-Like
 Architectures", https://arxiv.org/abs/2403.02308. ``vrwkv_*`` scan by bi-WKV, ``vrwkv6_*`` by gated
 linear attention; the parts are in :mod:`backbones.vrwkv_blocks`.
 
-Any size from 32×32, padded with zeros to a multiple of 16; the position table is interpolated. The
-CUDA kernel that the published ``vrwkv_*`` were trained with does not compute the paper's formula,
-but differs from it by segments of the sequence. So does the default here, ``segments=32`` (16 for
-``vrwkv_l``); ``segments=0`` is the formula. See :func:`ops.bi_wkv.bi_wkv`.
+Accepts any input size from 32×32, zero-padded to a multiple of 16; the position table is
+interpolated. The CUDA kernel that the published ``vrwkv_*`` were trained with deviates from the
+paper's formula by segments of the sequence. The default here reproduces that kernel,
+``segments=32`` (16 for ``vrwkv_l``); ``segments=0`` is the formula. See :func:`ops.bi_wkv.bi_wkv`.
 """
 
 from __future__ import annotations
@@ -68,21 +68,22 @@ class VRWKV(IsotropicBackbone):
         depths: blocks of each stage.
         mlp_ratio: width of the feed-forwards relative to ``dim``.
         gated: VRWKV6, see :class:`backbones.vrwkv_blocks.GatedScan`.
-        segments: of the scan without ``gated``: those of the published kernel, 32 or 16; 0 for
-            the paper's formula.
-        post_norm: blocks normalise what their parts give rather than what they take.
-        key_norm: norms inside the blocks' parts.
-        layer_scale: initial value of the residual scales; None for none.
-        img_size: of the position table, which other sizes interpolate.
-        head_hidden_dim: of a layer, with tanh, before the classifier; None for none.
-        num_classes, in_chans, global_pool: of classifier, image and pooling.
+        segments: of the scan without ``gated``: the published kernel's 32 or 16; 0 for the paper's
+            formula.
+        post_norm: post-norm instead of pre-norm blocks.
+        key_norm: additional norms inside the blocks' parts.
+        layer_scale: initial value of the layer scales; None for none.
+        img_size: image size of the position table, which is interpolated for other sizes.
+        head_hidden_dim: width of a tanh layer before the classifier; None for none.
+        num_classes, in_chans, global_pool: classes, image channels and pooling, as in timm.
         drop_rate: dropout before the classifier.
         proj_drop_rate: dropout inside the feed-forwards.
-        drop_path_rate: of the last block; it grows linearly from 0.
-        pyramid: show a pyramid made of the last map, at strides 4 to 32, not the maps of blocks.
+        drop_path_rate: stochastic depth of the last block, increasing linearly from 0.
+        pyramid: return a pyramid at strides 4 to 32 derived from the last map, not the blocks'
+            maps.
 
     Raises:
-        ValueError: a ``dim`` that is no such multiple.
+        ValueError: ``dim`` is not such a multiple.
     """
 
     @checked(
@@ -149,7 +150,7 @@ class VRWKV(IsotropicBackbone):
                 part.init_weights(layer, len(blocks))
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """From the names of the original, which counts blocks through."""
+        """Converts the names of the original, which numbers blocks consecutively."""
 
         def place(match: re.Match[str]) -> str:
             try:

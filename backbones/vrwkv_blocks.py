@@ -1,10 +1,10 @@
-"""The blocks of Vision-RWKV: tokens are mixed by a two-way scan, channels by a gated feed-forward.
+"""The blocks of Vision-RWKV: bidirectional scans and gated feed-forwards.
 
 Yuchen Duan et al., "Vision-RWKV: Efficient and Scalable Visual Perception with RWKV-Like
 Architectures", https://arxiv.org/abs/2403.02308; :mod:`backbones.vrwkv` has the networks.
 
-What a layer of them projects is a mixture of each pixel with its neighbours (:func:`shift`), in
-shares that are learned.
+The input of each projection is a learned interpolation between a pixel and its neighbours
+(:func:`shift`).
 """
 
 from __future__ import annotations
@@ -23,17 +23,17 @@ from ops.linear_attention import gated_linear_attention
 __all__ = ["Block", "GatedScan", "GatedSquaredMlp", "WKVAttention", "shift"]
 
 HEAD_DIM = 64  # of a head of VRWKV6
-_MIX_RANK = 32  # of what tells VRWKV6 how much of the neighbours to take
+_MIX_RANK = 32  # rank of VRWKV6's predicted mixing weights
 _DECAY_RANK = 64
 
 
 def shift(x: Tensor, groups: int = 1) -> Tensor:
-    """Neighbours' values: a quarter of the channels each of the left, right, upper and lower one.
+    """Shift a quarter of the channels each from the left, right, upper and lower neighbour.
 
-    (B, H, W, C) → (B, H, W, C); beyond the border are zeros.
+    (B, H, W, C) → (B, H, W, C), with zero padding.
 
     Args:
-        groups: runs of channels that are quartered on their own; 4 · groups divides C.
+        groups: number of channel groups that are quartered separately; 4 · groups divides C.
     """
     left, right, up, down = x.unflatten(-1, (groups, 4, -1)).unbind(-2)
     none = (0, 0)
@@ -47,20 +47,20 @@ def shift(x: Tensor, groups: int = 1) -> Tensor:
 
 
 def _share(dim: int) -> nn.Parameter:
-    """How much of a pixel's own value there is in a mixture, by channel."""
+    """The weight of a pixel's own value in a mixture, by channel."""
     return nn.Parameter(torch.full((1, 1, dim), 0.5))
 
 
 class WKVAttention(nn.Module):
-    """Each channel's mean of all tokens, by their keys and distance, times a gate.
+    """Bi-WKV attention with a gate.
 
-    (B, H, W, dim) → (B, H, W, dim). See :func:`ops.bi_wkv.bi_wkv`. Decay and first are divided by
-    the number of tokens, so that what a map gives depends on its size by design.
+    (B, H, W, dim) → (B, H, W, dim). See :func:`ops.bi_wkv.bi_wkv`. Decay and bonus are divided by
+    the number of tokens, so outputs depend on the size of the map, by design.
 
     Args:
         dim: channels, a multiple of 4.
         segments: of the scan; 0 for the paper's formula.
-        norm: normalise what was scanned.
+        norm: normalise the scan's output.
     """
 
     def __init__(self, dim: int, segments: int, norm: bool = False) -> None:
@@ -77,7 +77,7 @@ class WKVAttention(nn.Module):
 
     @property
     def last(self) -> nn.Linear:
-        """The layer that a scale of the result can go into."""
+        """The layer that a scale of the output can be folded into."""
         return self.proj
 
     def forward(self, x: Tensor) -> Tensor:
@@ -102,7 +102,7 @@ class WKVAttention(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, layer: int, depth: int) -> None:
-        """The published first values; layers differ, and channels within them."""
+        """The published initialisation, which depends on layer and channel."""
         dim = len(self.decay)
         channel = torch.arange(dim)
         begun, left = layer / max(1, depth - 1), 1 - layer / depth
@@ -115,7 +115,7 @@ class WKVAttention(nn.Module):
 
 
 class GatedScan(nn.Module):
-    """VRWKV6: linear attention in both directions, whose shares and decays depend on the tokens.
+    """VRWKV6: bidirectional linear attention with token-dependent mixing and decays.
 
     (B, H, W, dim) → (B, H, W, dim). See :func:`ops.linear_attention.gated_linear_attention`.
 
@@ -146,7 +146,7 @@ class GatedScan(nn.Module):
 
     @property
     def last(self) -> nn.Linear:
-        """The layer that a scale of the result can go into."""
+        """The layer that a scale of the output can be folded into."""
         return self.proj
 
     def forward(self, x: Tensor) -> Tensor:
@@ -169,7 +169,7 @@ class GatedScan(nn.Module):
                 (self.value, of_value),
             )
         )
-        # Half precision would be too coarse.
+        # Half precision is not accurate enough.
         exact = torch.promote_types(query.dtype, torch.float32)
         decay = self.decay.to(exact) + torch.tanh(of_decay @ self.decay_down) @ self.decay_up
         log_gate = self._heads(-decay.to(exact).exp())
@@ -186,7 +186,7 @@ class GatedScan(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, layer: int, depth: int) -> None:
-        """The published first values; layers differ, and channels within them."""
+        """The published initialisation, which depends on layer and channel."""
         dim = self.decay.shape[-1]
         channel = torch.arange(dim)
         begun, left = layer / max(1, depth - 1), 1 - layer / depth
@@ -211,8 +211,8 @@ class GatedSquaredMlp(nn.Module):
         dim: channels.
         hidden_dim: between the layers.
         groups: of :func:`shift`.
-        norm: normalise the squares.
-        drop: dropout of the squares.
+        norm: normalise after the squared ReLU.
+        drop: dropout after the squared ReLU.
     """
 
     def __init__(
@@ -229,7 +229,7 @@ class GatedSquaredMlp(nn.Module):
 
     @property
     def last(self) -> nn.Linear:
-        """The layer that a scale of the result can go into."""
+        """The layer that a scale of the output can be folded into."""
         return self.value
 
     def forward(self, x: Tensor) -> Tensor:
@@ -241,14 +241,14 @@ class GatedSquaredMlp(nn.Module):
 
     @torch.no_grad()
     def init_weights(self, layer: int, depth: int) -> None:
-        """The published first values."""
+        """The published initialisation."""
         dim = self.mix_k.shape[-1]
         for mix in (self.mix_k, self.mix_r):
             mix.copy_((torch.arange(dim) / dim) ** (1 - layer / depth))
 
 
 class Scale(nn.Module):
-    """Each channel, the last axis, times a number that is learned."""
+    """Scales each channel (the last axis) by a learned factor."""
 
     def __init__(self, dim: int, value: float) -> None:
         super().__init__()
@@ -259,13 +259,13 @@ class Scale(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then feed-forward, each with a shortcut: (B, H, W, dim) → (B, H, W, dim).
+    """Residual attention and feed-forward: (B, H, W, dim) → (B, H, W, dim).
 
     Args:
         dim: channels.
         attn, mlp: the two parts.
-        post_norm: normalise what they give rather than what they take.
-        layer_scale: initial value of the residual scales; None for none.
+        post_norm: normalise their outputs instead of their inputs.
+        layer_scale: initial value of the layer scales; None for none.
         drop_path: of both.
     """
 
@@ -298,7 +298,7 @@ class Block(nn.Module):
 
     @torch.no_grad()
     def fuse(self) -> Block:
-        """Residual scales go into what comes before them; changes the block in place."""
+        """Fold layer scales into the preceding layers, in place."""
         part: Any
         for norm, part, name in (
             (self.norm1, self.attn, "ls1"),

@@ -1,4 +1,4 @@
-"""Inference forms of Vision-RWKV's blocks, see :mod:`ops.inference`: fewer passes."""
+"""Inference forms of Vision-RWKV's blocks, see :mod:`ops.inference`."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def _added(out: Tensor, residual: Tensor | None) -> Tensor:
 
 
 class _Scan(NamedTuple):
-    """Shares of the mixtures; decay and first, by the number of tokens."""
+    """Mixing weights; decay and bonus, by the number of tokens."""
 
     shares: Tensor
     per_token: dict[int, tuple[Tensor, Tensor]]
@@ -32,7 +32,7 @@ class _Scan(NamedTuple):
 
 @stands_for(vrwkv_blocks.WKVAttention)
 class VRWKVAttention(FastLayer, vrwkv_blocks.WKVAttention):
-    """One kernel mixes, one scans and gates; the last layer adds the shortcut."""
+    """One kernel for mixing, one for scan and gate; the last layer adds the shortcut."""
 
     needs: ClassVar = dict.fromkeys(("key", "value", "receptance", "proj"), FastLinear)
 
@@ -65,7 +65,7 @@ class VRWKVAttention(FastLayer, vrwkv_blocks.WKVAttention):
 
 
 class _GatedScan(NamedTuple):
-    """Shares of the first mixtures and of the others, vectors in float32, the packed gate."""
+    """Weights of the first and of the other mixtures, vectors in float32, the packed gate."""
 
     shares: Tensor
     own: Tensor
@@ -77,7 +77,7 @@ class _GatedScan(NamedTuple):
 
 @stands_for(vrwkv_blocks.GatedScan)
 class VRWKVGatedScan(FastLayer, vrwkv_blocks.GatedScan):
-    """The five mixtures are computed at once; the gate is a linear layer's results times ours."""
+    """Computes the five mixtures at once; a linear layer applies the gate."""
 
     needs: ClassVar = dict.fromkeys(("key", "value", "receptance", "proj"), FastLinear)
 
@@ -131,7 +131,7 @@ class VRWKVGatedScan(FastLayer, vrwkv_blocks.GatedScan):
 
 @stands_for(vrwkv_blocks.GatedSquaredMlp)
 class VRWKVMlp(FastLayer, vrwkv_blocks.GatedSquaredMlp):
-    """One kernel mixes; squares, gate and shortcut are computed in place, or in one pass."""
+    """One kernel for mixing; squares, gate and shortcut are computed in place, or in one pass."""
 
     needs: ClassVar = dict.fromkeys(("key", "value", "receptance"), FastLinear)
 

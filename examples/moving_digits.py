@@ -1,10 +1,10 @@
-"""Which way does the digit move? A video network on 16 frames as tiles of one image.
+"""Recognise the direction of moving digits: a video network on 16 frames tiled in one image.
 
     python examples/moving_digits.py
 
-Digits of scikit-learn drift to the left, the right, up or down over a torus of 16×16 pixels. One
-frame says nothing of the direction. ``--layout rows`` lays the frames out as the published video
-code does.
+scikit-learn's digits move left, right, up or down on a torus of 16×16 pixels, so that a single
+frame does not reveal the direction. ``--layout rows`` arranges the frames like the published video
+code.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ WAYS = torch.tensor([[0, -1], [0, 1], [-1, 0], [1, 0]])  # left, right, up, down
 def videos(
     digits: Tensor, count: int, layout: str, generator: torch.Generator
 ) -> tuple[Tensor, Tensor]:
-    """``count`` videos of digits (N, 8, 8) as images (count, 3, 64, 64), and their ways."""
+    """``count`` videos of digits (N, 8, 8) as images (count, 3, 64, 64), with their directions."""
     picked = digits[torch.randint(len(digits), (count,), generator=generator)]
     ways = torch.randint(len(WAYS), (count,), generator=generator)
     starts = torch.randint(SIDE, (count, 2), generator=generator)
@@ -42,7 +42,7 @@ def videos(
 
 
 def main(arguments: Sequence[str] | None = None) -> float:
-    """Train and test; returns the share of test videos that are answered rightly."""
+    """Train and test; returns the accuracy on test videos."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--layout", choices=("rows", "tiles"), default="tiles")
     parser.add_argument("--steps", type=int, default=200)
@@ -70,7 +70,7 @@ def main(arguments: Sequence[str] | None = None) -> float:
     images, ways = videos(test, 256, args.layout, generator)
     with torch.inference_mode():
         right = (backbones.fuse(model)(images).argmax(1) == ways).float().mean().item()
-    print(f"{100 * right:.1f} % of 256 new videos are right")
+    print(f"{100 * right:.1f} % of 256 new videos are classified correctly")
     return right
 
 

@@ -1,7 +1,7 @@
-"""The check of ops that people call by themselves: what an annotation says is what is taken.
+"""Argument checks of public ops, derived from their annotations.
 
-A backbone passes what fits; a person passes None, or a list where a tensor belongs, and should read
-the argument's name instead of an error from the midst of the op.
+Users may pass None, or a list instead of a tensor; the error then names the argument instead of
+coming from the inside of the op.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ __all__ = ["checked", "require_tensor"]
 P = ParamSpec("P")
 R = TypeVar("R")
 
-# What stands for a value while a network is traced is one, too.
+# Symbolic values while tracing are accepted, too.
 _KINDS: dict[Any, tuple[type, ...]] = {
     int: (int, Integral, torch.SymInt, Proxy),
     float: (float, int, Real, torch.SymFloat, torch.SymInt, Proxy),
@@ -54,13 +54,13 @@ class _Argument(NamedTuple):
 def checked(
     *, ranks: Mapping[str, int] | None = None, least: Mapping[str, int] | None = None
 ) -> Callable[[Callable[P, R]], Callable[P, R]]:
-    """Decorates an op: arguments must be what their annotations say.
+    """Decorates an op: checks its arguments against their annotations.
 
-    Not while the op is compiled or traced, where sizes are symbols.
+    There are no checks while the op is compiled or traced, since sizes are symbolic then.
 
     Args:
-        ranks: number of dimensions of tensors.
-        least: the least that whole numbers may be, where that is not 1.
+        ranks: number of dimensions of tensors, by argument.
+        least: minimum of integers, by argument, if not 1.
     """
 
     def decorate(function: Callable[P, R]) -> Callable[P, R]:
@@ -92,17 +92,17 @@ def checked(
 
 
 def require_tensor(name: str, value: Any) -> None:
-    """Refuse what is no tensor, nor stands for one while a network is traced.
+    """Check that ``value`` is a tensor, or a tracer's proxy of one.
 
     Raises:
-        TypeError: it is none.
+        TypeError: it is not.
     """
     if not isinstance(value, _KINDS[Tensor]):
         raise TypeError(f"{name} must be a tensor, got {reprlib.repr(value)}")
 
 
 def _test(hint: Any) -> Callable[[Any], bool]:
-    """Whether a value is what the hint says."""
+    """A function that tests whether a value matches the type hint."""
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if isinstance(hint, TypeVar):
         origin, parts = Union, hint.__constraints__
@@ -118,7 +118,7 @@ def _test(hint: Any) -> Callable[[Any], bool]:
             and all(map(each, value))
         )
     kinds = _KINDS.get(hint, origin or hint)
-    if hint in (int, float):  # True counts as 1
+    if hint in (int, float):  # exclude bool
         return lambda value: isinstance(value, kinds) and not isinstance(value, bool)
     return lambda value: isinstance(value, kinds)
 

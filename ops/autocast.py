@@ -1,4 +1,4 @@
-"""Autocast, for functions whose sums have to stay precise."""
+"""Disabling of autocast, for functions that need precise sums."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ __all__ = ["without_autocast"]
 
 
 def without_autocast(device: torch.device) -> AbstractContextManager:
-    """Inside, tensors on ``device`` keep their dtypes; devices may be without autocast, as meta."""
+    """Disable autocast on ``device``, if it supports autocast (meta does not)."""
     if torch.amp.is_autocast_available(device.type):
         return torch.autocast(device.type, enabled=False)
     return nullcontext()

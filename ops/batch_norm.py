@@ -1,12 +1,13 @@
-"""Batch norm whose gradients are right on a CPU for a batch of one, where torch's are not.
+"""Batch norm with correct gradients on a CPU for a batch of one, which torch's lacks.
 
-A dimension of size 1 may have any stride, and a map with channels last that comes from tokens
+A dimension of size 1 may have any stride, and a channels-last map made from tokens
 (``tokens.transpose(1, 2).unflatten(2, (H, W))`` of one image) has strides (C, 1, W·C, C) instead
-of (H·W·C, 1, W·C, C). torch calls such a map dense with channels last, yet guesses from its strides
-that its channels come first. The backward pass of its batch norm on CPUs compares those guesses,
-and then reads gradient and input in one order, though they have two: the gradients of the input
-and of both parameters are those of shuffled pixels. This was seen in torch 2.7, 2.8, 2.13, 2.14 and
-2.15, in eval and in train mode, in every dtype; ``vision-backbones doctor`` looks for it.
+of (H·W·C, 1, W·C, C). torch considers such a map dense in channels-last format, but infers from its
+strides that channels come first. The backward pass of its CPU batch norm relies on that inference
+and reads gradient and input in the same order although their layouts differ, so that the gradients
+of the input and of both parameters are those of shuffled pixels. This was observed in torch 2.7,
+2.8, 2.13, 2.14 and 2.15, in eval and train mode, in every dtype; ``vision-backbones doctor`` tests
+for it.
 """
 
 from __future__ import annotations
@@ -24,15 +25,15 @@ __all__ = ["BatchNorm2d", "has_wrong_gradients", "with_canonical_strides"]
 
 @checked()
 def with_canonical_strides(x: Tensor) -> Tensor:
-    """``x``, or a view of it whose strides say that its channels are last, if they are.
+    """``x``, or a view with the usual channels-last strides if it is in that format.
 
     Args:
         x: (B, C, H, W) in any memory format.
 
     Returns:
-        (B, C, H, W), the same values in the same memory: nothing is copied.
+        (B, C, H, W), sharing memory with ``x``.
     """
-    # Without a dimension of size 1 there is only one way to have channels last.
+    # Without dimensions of size 1, channels-last strides are unique.
     if x.ndim != 4 or 1 not in x.shape or x.is_contiguous():
         return x
     _, channels, height, width = x.shape
@@ -47,15 +48,15 @@ def with_canonical_strides(x: Tensor) -> Tensor:
 
 
 def _canonical_gradient(grad: Tensor | None) -> Tensor | None:
-    """A hook: None leaves the gradient as it is, and is what torch gives where there is none."""
+    """Gradient hook. Returning None keeps the gradient; torch passes None if there is none."""
     return None if grad is None or grad.is_contiguous() else with_canonical_strides(grad)
 
 
 def _with_canonical_gradient(x: Tensor) -> Tensor:
-    """``x`` behind views whose derivatives do what the hook does.
+    """``x`` through views whose derivatives have the effect of the hook.
 
-    Backwards, each dimension of size 1 gets its stride from the one behind it, in the order of
-    channels last.
+    In the backward pass, each dimension of size 1 gets its stride from the next inner one in
+    channels-last order.
     """
     x = x.permute(0, 2, 3, 1)
     for axis in range(3):
@@ -65,10 +66,10 @@ def _with_canonical_gradient(x: Tensor) -> Tensor:
 
 
 class BatchNorm2d(nn.BatchNorm2d):
-    """``nn.BatchNorm2d`` with the right gradients for a batch of one, too.
+    """``nn.BatchNorm2d`` with correct gradients for a batch of one.
 
     (B, num_features, H, W) → (B, num_features, H, W). Arguments, state and outputs are those of
-    ``nn.BatchNorm2d``. Without gradients, and on other devices than a CPU, it is nothing else.
+    ``nn.BatchNorm2d``. Without gradients, and on devices other than CPUs, it is the same.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -85,20 +86,20 @@ class BatchNorm2d(nn.BatchNorm2d):
         if not (out.requires_grad and out.is_contiguous()):
             return out
         if torch.compiler.is_compiling():
-            # Compilers trace no hook that looks at strides, and views cost them nothing.
+            # Compilers can't trace a hook that reads strides, and views are free for them.
             return _with_canonical_gradient(out)
         out.register_hook(_canonical_gradient)
         return out
 
     def _symbolically(self, input: Proxy) -> Any:
-        """One node of torch.fx, which looks into all layers that are not torch's own."""
+        """A single node in torch.fx, which otherwise traces into modules that aren't torch's."""
         tracer: Any = input.tracer
         path = tracer.path_of_module(self)
         return tracer.create_proxy("call_module", path, (input,), {})
 
 
 def has_wrong_gradients() -> bool:
-    """Whether this torch has the fault that this module is there for; takes a millisecond."""
+    """Whether this version of torch has the bug described above; takes a millisecond."""
     x = torch.arange(8.0).view(1, 2, 2, 2).requires_grad_()
     grad = torch.arange(8.0).view(1, 4, 2).transpose(1, 2).unflatten(2, (2, 2))
     out = nn.BatchNorm2d(2).eval()(x)

@@ -1,4 +1,4 @@
-"""Convolutions that the backbones share: with a norm, as a residual, and split as an Inception."""
+"""Shared convolution layers: with a norm, as a residual, and Inception-style."""
 
 from __future__ import annotations
 
@@ -20,11 +20,12 @@ class ConvNorm(nn.Module):
     (B, in_chs, H, W) → (B, out_chs, H', W').
 
     Args:
-        padding: default ``dilation * (kernel_size - 1) // 2``, which keeps the size at stride 1.
-        bias: of the convolution; off, since the norm has one.
-        norm_scale: initial weight of the norm; 0 starts a residual branch silent.
+        padding: default: ``dilation * (kernel_size - 1) // 2``, which preserves the size at
+            stride 1.
+        bias: of the convolution; off by default, since the norm has one.
+        norm_scale: initial weight of the norm; 0 initialises a residual branch to zero.
         norm_eps: of the norm.
-        act_layer: class of the activation; none by default.
+        act_layer: class of the activation; default: none.
     """
 
     def __init__(
@@ -57,7 +58,7 @@ class ConvNorm(nn.Module):
         return x if self.act is None else self.act(x)
 
     def fuse(self) -> nn.Module:
-        """The convolution alone, or followed by the activation in a ``Sequential``."""
+        """The folded convolution, in a ``Sequential`` with the activation if there is one."""
         conv = fold_norm_after(self.conv, self.norm)
         if self.act is None:
             return conv
@@ -82,7 +83,7 @@ class ConvResidual(nn.Module):
 
     @torch.no_grad()
     def fuse(self) -> nn.Module:
-        """One depthwise convolution whose centre tap carries the identity."""
+        """A depthwise convolution whose centre tap includes the identity."""
         conv = fold_norm_after(self.fn.conv, self.fn.norm)
         centre = conv.kernel_size[0] // 2
         conv.weight[:, 0, centre, centre] += 1
@@ -127,12 +128,12 @@ class NormLinear(nn.Module):
 class InceptionDWConv2d(nn.Module):
     """Depthwise convolution in four branches: identity, square, 1×band and band×1.
 
-    Of InceptionNeXt, https://arxiv.org/abs/2303.16900. The first channels pass untouched, then
-    ``int(dim * branch_ratio)`` channels go to each of the three convolutions.
+    Of InceptionNeXt, https://arxiv.org/abs/2303.16900. Each of the three convolutions gets
+    ``int(dim * branch_ratio)`` channels; the first channels are passed through.
     (B, dim, H, W) → (B, dim, H, W).
 
     Raises:
-        ValueError: even kernel sizes, or a ratio that leaves no channel to a branch.
+        ValueError: even kernel sizes, or a ratio that gives a branch no channels.
     """
 
     def __init__(
@@ -145,7 +146,7 @@ class InceptionDWConv2d(nn.Module):
         super().__init__()
         if square_kernel_size % 2 == 0 or band_kernel_size % 2 == 0:
             raise ValueError(
-                f"kernel sizes must be odd to keep the map's size, got {square_kernel_size} "
+                f"kernel sizes must be odd to preserve the map's size, got {square_kernel_size} "
                 f"and {band_kernel_size}"
             )
         width = int(dim * branch_ratio)

@@ -1,7 +1,7 @@
-"""Videos as images, for networks that take images: some frames become one large picture.
+"""Videos as images: several frames are arranged in one large image.
 
 Of "UniRepLKNet: A Universal Perception Large-Kernel ConvNet for Audio, Video, Point Cloud,
-Time-Series and Image Recognition", https://arxiv.org/abs/2311.15599, which recognises actions so.
+Time-Series and Image Recognition", https://arxiv.org/abs/2311.15599, for action recognition.
 """
 
 from __future__ import annotations
@@ -17,19 +17,19 @@ __all__ = ["frames_to_image"]
 
 @checked()
 def frames_to_image(video: Tensor, layout: str = "rows") -> Tensor:
-    """n² frames as one image, n times as high and n times as wide.
+    """Arrange n² frames in one image, n times as high and n times as wide.
 
     (B, C, n², H, W) → (B, C, n·H, n·W).
 
     Args:
         video: the frames, in order.
-        layout: ``"rows"`` is what the published code computes: it reads all frames on as one
-            image. n scan lines of a frame stand side by side, so that each frame is a band of H
-            rows divided by n, and H must be a multiple of n for none to share a row with the next.
-            ``"tiles"`` keeps every frame as it is, in n rows of n frames.
+        layout: ``"rows"``, as in the published code, reinterprets the memory of all frames as one
+            image. n scan lines of a frame are side by side, so that each frame is a band of H / n
+            rows; frames share rows if H is not a multiple of n.
+            ``"tiles"`` keeps the frames intact, in n rows of n frames.
 
     Raises:
-        ValueError: another layout, or frames that make no square.
+        ValueError: another layout, or a number of frames that is not a square.
     """
     if video.ndim != 5:
         raise ValueError(f"video must be (B, C, T, H, W), got {tuple(video.shape)}")

@@ -1,4 +1,4 @@
-"""Initial weights that several families share; pass them to ``model.apply``."""
+"""Weight initialisation shared by several families; pass it to ``model.apply``."""
 
 from __future__ import annotations
 
@@ -9,18 +9,18 @@ from torch import Tensor, nn
 
 from ops.arguments import checked
 
-__all__ = ["init_fan_out", "init_trunc_normal", "trunc_normal"]
+__all__ = ["init_fan_out", "init_linear", "init_trunc_normal", "trunc_normal"]
 
 
 @checked()
 def trunc_normal(tensor: Tensor, std: float = 0.02) -> None:
-    """Fill with a normal distribution, cut off at five standard deviations.
+    """Fill with a normal distribution, truncated at five standard deviations.
 
-    The usual cut at ±2 is a hundred standard deviations away, and one draw in sixteen million
-    lands exactly on it: a weight of −2 among weights of 0.02.
+    timm's truncation at ±2 is a hundred standard deviations away, and one sample in sixteen million
+    is exactly −2, among weights of about 0.02.
 
     Raises:
-        ValueError: ``std`` that is not positive.
+        ValueError: ``std`` is not positive.
     """
     if not std > 0:
         raise ValueError(f"std must be above 0, got {std}")
@@ -48,5 +48,13 @@ def init_fan_out(module: nn.Module) -> None:
 def init_trunc_normal(module: nn.Module) -> None:
     """Linear layers and convolutions truncated normal (std 0.02), biases zero."""
     if isinstance(module, nn.Linear | nn.Conv2d):
+        trunc_normal(module.weight)
+        _zero_bias(module)
+
+
+@checked()
+def init_linear(module: nn.Module) -> None:
+    """Linear layers truncated normal (std 0.02), biases zero; convolutions as in PyTorch."""
+    if isinstance(module, nn.Linear):
         trunc_normal(module.weight)
         _zero_bias(module)

@@ -1,4 +1,4 @@
-"""Kolmogorov-Arnold layers whose learnable functions are sums of reflectional switches.
+"""Kolmogorov-Arnold layers with sums of reflectional switch functions.
 
 Kolmogorov-Arnold networks, https://arxiv.org/abs/2404.19756, with the basis of FasterKAN, as in
 MedViTV2, https://arxiv.org/abs/2502.13693.
@@ -18,18 +18,18 @@ __all__ = ["KAN", "KANLayer", "reflectional_switch"]
 
 @checked(ranks={"grid": 1})
 def reflectional_switch(x: Tensor, grid: Tensor, width: float = 0.33) -> Tensor:
-    """``1 - tanh²((x - grid) / width)``: a bump around each grid point.
+    """Basis functions ``1 - tanh²((x - grid) / width)``, a bump around each grid point.
 
     Args:
         x: (…).
         grid: (num_grids,).
-        width: of the bumps; greater is smoother.
+        width: of the bumps; larger is smoother.
 
     Returns:
         (…, num_grids), in 0 … 1.
 
     Raises:
-        ValueError: ``width`` of 0.
+        ValueError: ``width`` is 0.
     """
     if width == 0:
         raise ValueError("width must not be 0")
@@ -37,14 +37,14 @@ def reflectional_switch(x: Tensor, grid: Tensor, width: float = 0.33) -> Tensor:
 
 
 class KANLayer(nn.Module):
-    """Norm, :func:`reflectional_switch` on a fixed grid, linear map without bias.
+    """LayerNorm, :func:`reflectional_switch` on a fixed grid, and a linear map without bias.
 
     (…, in_features) → (…, out_features).
 
     Args:
         in_features, out_features: channels.
-        num_grids: grid points, evenly from end to end of ``grid_range``.
-        grid_range: where the normalised input is resolved.
+        num_grids: grid points, evenly spaced over ``grid_range``, ends included.
+        grid_range: range of the normalised input covered by the grid.
         width: of the bumps.
 
     Raises:
@@ -67,7 +67,7 @@ class KANLayer(nn.Module):
             )
         self.width = width
         self.norm = nn.LayerNorm(in_features)
-        # A parameter that never trains, as in published checkpoints.
+        # A parameter without gradient, as in published checkpoints.
         self.grid = nn.Parameter(torch.linspace(*grid_range, num_grids), requires_grad=False)
         self.linear = nn.Linear(in_features * num_grids, out_features, bias=False)
         nn.init.xavier_uniform_(self.linear.weight)
@@ -80,14 +80,14 @@ class KANLayer(nn.Module):
 
 
 class KAN(nn.Sequential):
-    """:class:`KANLayer` from width to width: (…, dims[0]) → (…, dims[-1]).
+    """A sequence of :class:`KANLayer`: (…, dims[0]) → (…, dims[-1]).
 
     Args:
         dims: widths, two or more.
         num_grids, grid_range, width: as in :class:`KANLayer`.
 
     Raises:
-        ValueError: fewer than two widths, or what :class:`KANLayer` refuses.
+        ValueError: fewer than two widths, or invalid arguments of :class:`KANLayer`.
     """
 
     def __init__(

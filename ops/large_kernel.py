@@ -16,7 +16,7 @@ from ops.reparam import fold_norm_after
 
 __all__ = ["DilatedReparamConv2d", "merge_dilated_kernels"]
 
-# (kernel size, dilation) of the branches beside a kernel of the given size, as published.
+# Published (kernel size, dilation) of the parallel branches, by size of the large kernel.
 _BRANCHES: dict[int, tuple[tuple[int, int], ...]] = {
     5: ((3, 1), (3, 2)),
     7: ((5, 1), (3, 2), (3, 3)),
@@ -32,23 +32,23 @@ _BRANCHES: dict[int, tuple[tuple[int, int], ...]] = {
 def merge_dilated_kernels(
     weights: Sequence[Tensor], dilations: Sequence[int], kernel_size: int
 ) -> Tensor:
-    """The one kernel whose depthwise convolution is the sum of those with dilated kernels.
+    """Merge dilated depthwise kernels into one that computes the sum of their convolutions.
 
-    All of them of stride 1 and padded so that the map keeps its size.
+    All convolutions have stride 1 and size-preserving padding.
 
     Args:
         weights: (dim, 1, k, k) each, with odd k.
-        dilations: one a kernel.
+        dilations: one per kernel.
         kernel_size: of the result, odd.
 
     Returns:
         (dim, 1, kernel_size, kernel_size).
 
     Raises:
-        ValueError: an even kernel, one that reaches beyond ``kernel_size``, or none.
+        ValueError: no kernels, an even kernel, or one that exceeds ``kernel_size``.
     """
     if not weights:
-        raise ValueError("weights must hold a kernel or more, got none")
+        raise ValueError("weights must have at least one kernel, got none")
     merged = weights[0].new_zeros(*weights[0].shape[:2], kernel_size, kernel_size)
     for weight, dilation in zip(weights, dilations, strict=True):
         _check_branch(weight.shape[-1], dilation, kernel_size)
@@ -70,17 +70,17 @@ def _check_branch(kernel_size: int, dilation: int, largest: int) -> None:
 class DilatedReparamConv2d(nn.Module):
     """The sum of a large depthwise convolution and small dilated ones, each with a batch norm.
 
-    (B, dim, H, W) → (B, dim, H, W). ``fuse()`` makes one depthwise convolution of it, see
+    (B, dim, H, W) → (B, dim, H, W). ``fuse()`` merges them into one depthwise convolution, see
     :func:`merge_dilated_kernels`.
 
     Args:
         dim: channels.
         kernel_size: of the large kernel, odd.
-        branches: ``(kernel size, dilation)`` of the small ones; default as published, for
+        branches: ``(kernel size, dilation)`` of the small ones; default: the published ones, for
             kernels of 5, 7, … 17.
 
     Raises:
-        ValueError: a size without published branches, or a branch that does not fit.
+        ValueError: no published branches for ``kernel_size``, or a branch that exceeds it.
     """
 
     def __init__(
@@ -90,7 +90,7 @@ class DilatedReparamConv2d(nn.Module):
         if branches is None:
             if kernel_size not in _BRANCHES:
                 raise ValueError(
-                    f"no branches are published for kernel_size {kernel_size}; give branches, or "
+                    f"no branches are published for kernel_size {kernel_size}; pass branches, or "
                     f"use one of {', '.join(map(str, _BRANCHES))}"
                 )
             branches = _BRANCHES[kernel_size]

@@ -1,4 +1,4 @@
-"""Feed-forward networks that see a token's neighbours."""
+"""Feed-forward networks with a depthwise convolution."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ __all__ = ["DWMlp"]
 class DWMlp(nn.Module):
     """Linear, 3×3 depthwise, GELU, linear: (B, H, W, dim) → (B, H, W, dim).
 
-    The convolution's zero padding tells tokens where the border is. Of "PVT v2: Improved Baselines
-    with Pyramid Vision Transformer", https://arxiv.org/abs/2106.13797.
+    The convolution's zero padding encodes the position of the border. Of "PVT v2: Improved
+    Baselines with Pyramid Vision Transformer", https://arxiv.org/abs/2106.13797.
     """
 
     def __init__(self, dim: int, hidden_dim: int, drop: float = 0.0) -> None:

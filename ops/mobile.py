@@ -1,7 +1,7 @@
-"""Parts of the stride-16 networks made for latency: EfficientViT and SHViT.
+"""Parts of EfficientViT and SHViT, low-latency networks that start at stride 16.
 
-https://arxiv.org/abs/2305.07027 and https://arxiv.org/abs/2401.16456. All convolutions carry batch
-norms that fold away; residual branches start at zero.
+https://arxiv.org/abs/2305.07027 and https://arxiv.org/abs/2401.16456. All convolutions have batch
+norms that can be folded; residual branches are initialised to zero.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class ConvFFN(nn.Module):
 
 
 class ExpandMerging(nn.Module):
-    """Halve the map inside an inverted bottleneck with squeeze-and-excitation.
+    """Downsampling by an inverted bottleneck with squeeze-and-excitation.
 
     (B, dim, H, W) → (B, out_dim, ⌈H/2⌉, ⌈W/2⌉); ``4 * dim`` channels inside.
     """
@@ -100,16 +100,16 @@ def residual_merging(dim: int, out_dim: int) -> nn.Sequential:
 
 
 class NormLinearHead(nn.Module):
-    """Pool, then a classifier of batch norm and linear layer.
+    """Pooling, followed by a batch norm and a linear classifier.
 
     (B, in_features, H, W) → (B, num_classes).
 
     Args:
-        num_classes: 0 leaves the pooled features.
+        num_classes: 0 returns the pooled features.
         pool_type: of timm's ``SelectAdaptivePool2d``; ``""`` for none.
         drop_rate: dropout before the classifier.
-        distilled: a second classifier ``fc_dist`` for a teacher's labels. Training then gives
-            the pair of logits and evaluation their mean.
+        distilled: add a second classifier ``fc_dist`` for a teacher's labels. In training mode,
+            the head returns both logits, in eval mode their mean.
     """
 
     def __init__(
@@ -128,7 +128,7 @@ class NormLinearHead(nn.Module):
         self.reset(num_classes, pool_type)
 
     def reset(self, num_classes: int, pool_type: str | None = None) -> None:
-        """New classifiers, and a new pooling if one is named."""
+        """Replace the classifiers and, if given, the pooling."""
         if pool_type is not None:
             self.global_pool = SelectAdaptivePool2d(pool_type=pool_type, flatten=bool(pool_type))
         width = self.in_features * self.global_pool.feat_mult()

@@ -1,4 +1,4 @@
-"""Padding by reflection beyond what a map holds, for networks that want multiples of a window."""
+"""Reflection padding of any width, for networks that need multiples of a window."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ __all__ = ["reflect_pad_to_multiple", "reflected_positions"]
 
 @checked()
 def reflected_positions(positions: Tensor, size: int) -> Tensor:
-    """Fold positions into 0 … size - 1 at both edges, back and forth, without repeating an edge.
+    """Reflect positions at both edges into 0 … size - 1, repeatedly, without repeating an edge.
 
     Args:
         positions: integers of any shape.
-        size: length of the side, at least 1; on one of length 1 everything is position 0.
+        size: length of the side, at least 1; if 1, all positions become 0.
     """
     # A tensor, since the size may be symbolic.
     period = torch.full_like(positions[:1], torch.sym_max(2 * (size - 1), 1))
@@ -28,8 +28,8 @@ def reflected_positions(positions: Tensor, size: int) -> Tensor:
 def reflect_pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     """Reflect the last rows and columns until both sides are multiples of ``multiple``.
 
-    As ``F.pad(mode="reflect")`` where that works; it refuses to pad a side by its length or more,
-    while here the reflection goes on back and forth.
+    Equals ``F.pad(mode="reflect")`` where that is supported; beyond the side's length, which
+    ``F.pad`` rejects, the reflection is repeated.
 
     Args:
         x: (B, C, H, W).
@@ -40,7 +40,7 @@ def reflect_pad_to_multiple(x: Tensor, multiple: int) -> Tensor:
     for axis in (2, 3):
         size = x.shape[axis]
         if size % multiple:
-            # Written like this, a compiler sees that an open size divides by the multiple.
+            # In this form, a compiler can infer that a symbolic size is divisible by the multiple.
             padded = (size + multiple - 1) // multiple * multiple
             positions = torch.arange(padded, device=x.device)
             x = x.index_select(axis, reflected_positions(positions, size))

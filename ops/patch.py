@@ -1,4 +1,4 @@
-"""Images cut into patches, and patches put together: layers that do not overlap them."""
+"""Non-overlapping patch embedding and patch merging."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ __all__ = ["PatchEmbed", "PatchMerging"]
 
 
 class PatchEmbed(nn.Module):
-    """Patches, normalised: (B, in_chs, H, W) → (B, dim, ⌈H / patch_size⌉, ⌈W / patch_size⌉).
+    """Patch embedding and norm: (B, in_chs, H, W) → (B, dim, ⌈H / patch_size⌉, ⌈W / patch_size⌉).
 
-    Zeros at the right and the bottom complete the last patches.
+    Incomplete patches at the right and bottom are zero-padded.
     """
 
     def __init__(self, in_chs: int, dim: int, patch_size: int = 4) -> None:
@@ -30,10 +30,10 @@ class PatchEmbed(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """The four tokens of a 2×2 square side by side, normalised and projected.
+    """Concatenate the four tokens of each 2×2 square, normalise and project.
 
     Of Swin Transformer, https://arxiv.org/abs/2103.14030. (B, dim, H, W) → (B, out_dim, ⌈H/2⌉,
-    ⌈W/2⌉); zeros complete odd sides.
+    ⌈W/2⌉); odd sides are zero-padded.
     """
 
     def __init__(self, dim: int, out_dim: int) -> None:
@@ -45,7 +45,7 @@ class PatchMerging(nn.Module):
         x = x.permute(0, 2, 3, 1)
         if not (_is_even(x.shape[1]) and _is_even(x.shape[2])):
             x = F.pad(x, (0, 0, 0, -x.shape[2] % 2, 0, -x.shape[1] % 2))
-        # Down before right: places (0, 0), (1, 0), (0, 1), (1, 1).
+        # In the order (0, 0), (1, 0), (0, 1), (1, 1).
         squares = [x[:, i::2, j::2] for j in (0, 1) for i in (0, 1)]
         return self.reduction(self.norm(torch.cat(squares, dim=-1))).permute(0, 3, 1, 2)
 

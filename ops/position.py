@@ -1,9 +1,9 @@
-"""Where a pixel lies: told by a convolution, or by a table.
+"""Position encodings by a convolution or a learned table.
 
-:class:`ConvPosition` is what a depthwise 3×3 sees of its neighbours and the border, of "Conditional
-Positional Encodings for Vision Transformers", https://arxiv.org/abs/2102.10882.
-:class:`PositionTable` is the table of the first vision transformers, https://arxiv.org/abs/2010.11929,
-which is interpolated for other sizes.
+:class:`ConvPosition` uses a depthwise 3×3 convolution, of "Conditional Positional Encodings for
+Vision Transformers", https://arxiv.org/abs/2102.10882.
+:class:`PositionTable` is the learned table of the first vision transformers,
+https://arxiv.org/abs/2010.11929, interpolated for other sizes.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class ConvPosition(nn.Module):
 
     @torch.no_grad()
     def fuse(self) -> nn.Module:
-        """A depthwise convolution whose centre tap carries the identity."""
+        """A depthwise convolution whose centre tap includes the identity."""
         conv = fold_scale_after(self.conv, torch.ones_like(self.conv.weight[:, 0, 0, 0]))
         centre = conv.kernel_size[0] // 2
         conv.weight[:, 0, centre, centre] += 1
@@ -56,8 +56,8 @@ class PositionTable(nn.Module):
 
     Args:
         dim: channels.
-        side: of the map that the table is made for; 14 for images of 224 pixels at stride 16.
-        std: of the normal distribution, cut at two, that it starts from; 0 for zeros.
+        side: of the map that the table is for; 14 for images of 224 pixels at stride 16.
+        std: of the truncated normal initialisation; 0 for zeros.
     """
 
     def __init__(self, dim: int, side: int, std: float = 0.02) -> None:
@@ -73,18 +73,18 @@ class PositionTable(nn.Module):
 
 @checked(ranks={"table": 3})
 def resize_position_table(table: Tensor, size: Sequence[int]) -> Tensor:
-    """(1, n², dim), row by row, to (1, h · w, dim): bicubically, the same tensor if it fits.
+    """Resize a row-major table (1, n², dim) to (1, h · w, dim) bicubically, if necessary.
 
-    As the published transformers do: cell edges meet (``align_corners=False``), nothing is smoothed
-    when it shrinks, and at least float32 is used.
+    As in the published transformers: ``align_corners=False``, no antialiasing, computed in float32
+    or higher.
 
     Raises:
-        ValueError: the table is not that of a square.
+        ValueError: the table is not square.
     """
     side = round(table.shape[1] ** 0.5)
     if side**2 != table.shape[1]:
-        raise ValueError(f"a table of positions must be that of a square, got {table.shape[1]}")
-    # To interpolate to the same size changes nothing; a symbolic size is not compared.
+        raise ValueError(f"a position table must have n² entries, got {table.shape[1]}")
+    # Interpolation to the same size is the identity, so symbolic sizes need no comparison.
     if all(statically_known_true(n == side) for n in size):
         return table
     square = table.to(torch.promote_types(table.dtype, torch.float32))

@@ -1,7 +1,7 @@
-"""A pyramid out of one map: "Exploring Plain Vision Transformer Backbones for Object Detection".
+"""Simple feature pyramid of "Exploring Plain Vision Transformer Backbones for Object Detection".
 
-https://arxiv.org/abs/2203.16527. Plain transformers have maps of one stride; detectors and decoders
-want several. Theirs come from the last map alone, each by layers of its own.
+https://arxiv.org/abs/2203.16527. Plain transformers have maps of one stride, but detectors and
+decoders need several. The pyramid derives each level from the last map by separate layers.
 """
 
 from __future__ import annotations
@@ -15,12 +15,12 @@ __all__ = ["SimplePyramid"]
 
 
 class SimplePyramid(nn.ModuleList):
-    """Maps of 4, 2, 1 and ½ times the resolution of the one that comes in.
+    """Maps of 4, 2, 1 and ½ times the resolution of the input.
 
-    Two 2×2 transposed convolutions of stride 2 with a norm and GELU between them, one such
-    convolution, nothing, and 2×2 max-pooling. Of a map at stride 16 that makes strides 4, 8, 16 and
-    32. The paper's detectors take a 1×1 and a 3×3 convolution behind each
-    (:class:`backbones.openmmlab.SimpleFPN` has them); decoders bring their own.
+    The levels use two 2×2 transposed convolutions of stride 2 with a norm and GELU in between, one
+    such convolution, the identity, and 2×2 max pooling. A map at stride 16 gives strides 4, 8, 16
+    and 32. The paper's detectors add a 1×1 and a 3×3 convolution to each level
+    (:class:`backbones.openmmlab.SimpleFPN` includes them); decoders have their own.
 
     (B, dim, h, w) → [(B, dim // 4, 4h, 4w), (B, dim // 2, 2h, 2w), (B, dim, h, w),
     (B, dim, ⌈h / 2⌉, ⌈w / 2⌉)].
@@ -29,11 +29,11 @@ class SimplePyramid(nn.ModuleList):
         dim: channels of the map, a multiple of 4.
 
     Attributes:
-        channels: of the maps that are made.
-        scales: their resolution relative to that of the map that comes in.
+        channels: of the levels.
+        scales: resolution of the levels relative to the input.
 
     Raises:
-        ValueError: another ``dim``.
+        ValueError: ``dim`` is not a multiple of 4.
     """
 
     scales: tuple[float, ...] = (4, 2, 1, 0.5)
@@ -57,5 +57,5 @@ class SimplePyramid(nn.ModuleList):
         )
 
     def forward(self, x: Tensor, levels: Sequence[int] | None = None) -> list[Tensor]:
-        """The maps, fine to coarse; ``levels`` names the ones that are wanted."""
+        """The maps, fine to coarse; ``levels`` selects some of them."""
         return [level(x) for i, level in enumerate(self) if levels is None or i in levels]

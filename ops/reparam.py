@@ -1,9 +1,8 @@
-"""Structural re-parameterisation: fold what is linear at inference into the layer beside it.
+"""Structural re-parameterisation: fold linear operations into adjacent layers for inference.
 
-A layer takes part by having ``fuse() -> nn.Module``, which returns the module that replaces it
-(itself, when it only changed inside) and may be called again. :func:`fuse_children` applies it to a
-whole network, as timm's ``reparameterize_model`` does. What is folded is new: the layers that it
-came from stay as they were.
+A layer supports it by a method ``fuse() -> nn.Module``, which returns its replacement (itself, if
+modified in place) and can be called again. :func:`fuse_children` applies it to a whole network,
+like timm's ``reparameterize_model``. Folding creates new layers and leaves the originals unchanged.
 The idea is that of RepVGG, https://arxiv.org/abs/2101.03697.
 """
 
@@ -30,7 +29,7 @@ Weighted = TypeVar("Weighted", nn.Conv2d, nn.Linear)
 
 @checked()
 def norm_affine(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
-    """Per-channel ``(scale, shift)``, each (C,), that batch norm applies in eval mode."""
+    """Per-channel ``(scale, shift)``, each (C,), of a batch norm in eval mode."""
     if norm.running_mean is None or norm.running_var is None:
         raise ValueError("a batch norm without running statistics cannot be folded")
     scale = (norm.running_var + norm.eps).rsqrt()
@@ -43,7 +42,7 @@ def norm_affine(norm: nn.BatchNorm1d | nn.BatchNorm2d) -> tuple[Tensor, Tensor]:
 
 
 def _new_layer(layer: Weighted, weight: Tensor, bias: Tensor | None) -> Weighted:
-    """A copy of ``layer`` with another weight and bias."""
+    """A copy of ``layer`` with the given weight and bias."""
     folded = copy.copy(layer)
     folded._parameters = {}
     trains = layer.weight.requires_grad
@@ -77,10 +76,12 @@ def fold_norm_before(norm: nn.BatchNorm1d | nn.BatchNorm2d, layer: Weighted) -> 
     """A new layer that computes ``layer(norm(x))``.
 
     Raises:
-        ValueError: a convolution that pads or has groups, where the shift would not be exact.
+        ValueError: a convolution with padding or groups, for which folding would not be exact.
     """
     if isinstance(layer, nn.Conv2d) and (layer.groups != 1 or any(map(bool, layer.padding))):
-        raise ValueError(f"a norm cannot be folded into what pads or is grouped: {layer}")
+        raise ValueError(
+            f"a norm cannot be folded into a convolution with padding or groups: {layer}"
+        )
     scale, shift = norm_affine(norm)
     taps = layer.weight.flatten(2).sum(2) if layer.weight.ndim > 2 else layer.weight
     bias = taps @ shift
@@ -92,7 +93,7 @@ def fold_norm_before(norm: nn.BatchNorm1d | nn.BatchNorm2d, layer: Weighted) -> 
 
 @checked()
 def fuse_children(module: nn.Module) -> None:
-    """Replace every descendant that has ``fuse()`` by what it returns, from the top down."""
+    """Replace every descendant that has ``fuse()`` by its result, from the top down."""
     for name, child in list(module.named_children()):
         fuse = getattr(child, "fuse", None)
         if callable(fuse):

@@ -1,7 +1,7 @@
-"""Run a network on an image piece by piece, so that memory does not grow with the image.
+"""Tiled inference, so that memory does not grow with the image.
 
-As in the published code of HAT (https://arxiv.org/abs/2205.04437): tiles are read with what lies
-around them, and of the result only the tile is kept; or neighbours are blended where they meet.
+As in the published code of HAT (https://arxiv.org/abs/2205.04437), tiles are processed with a
+margin that is then cropped; optionally, adjacent tiles are blended at their seams.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ __all__ = ["Tile", "run_tiled", "tile_spans", "tiled_strips"]
 
 @dataclass(frozen=True)
 class Tile:
-    """A tile along one side, in pixels: it covers ``start … stop`` and reads ``first … last``."""
+    """A tile along one side in pixels: covers ``start … stop`` and reads ``first … last``."""
 
     start: int
     stop: int
@@ -29,12 +29,12 @@ class Tile:
 
 @checked(least={"size": 0, "overlap": 0})
 def tile_spans(size: int, tile_size: int, overlap: int) -> list[Tile]:
-    """Cut a side into tiles; the last one takes what is left.
+    """Divide a side into tiles; the last one may be smaller.
 
     Args:
         size: of the side.
         tile_size: of the tiles.
-        overlap: what each reads beyond its ends, within the image.
+        overlap: margin that each tile reads beyond its ends, clipped to the image.
     """
     return [
         Tile(
@@ -59,24 +59,24 @@ def run_tiled(
 ) -> Tensor:
     """``network(x)``, computed tile by tile.
 
-    It differs from the whole where the network sees further than ``overlap``. Networks that pad to
-    a multiple of a window want ``tile_size`` and ``overlap`` to be such multiples, so that tiles
-    and the whole image have their windows in the same places.
+    The result differs from the untiled one if the receptive field exceeds ``overlap``. For networks
+    that pad to a multiple of a window, ``tile_size`` and ``overlap`` should be multiples of it, so
+    that the windows of tiles and whole image coincide.
 
     Args:
         network: maps (B, C, H, W) to (B, C', H·scale, W·scale).
         x: (B, C, H, W).
         tile_size: side of a tile, in pixels of ``x``.
-        overlap: what is read around it.
-        scale: how much larger the result is.
-        blend: pixels of ``x`` on both sides of a seam over which the neighbours change places,
-            linearly; 0 keeps a hard seam, as published.
+        overlap: margin around a tile, in pixels of ``x``.
+        scale: size of the output relative to the input.
+        blend: pixels of ``x`` on both sides of a seam over which adjacent tiles are cross-faded
+            linearly; 0 for hard seams, as published.
 
     Returns:
         (B, C', H·scale, W·scale).
 
     Raises:
-        ValueError: sizes that make no tiles, or a network with another ``scale``.
+        ValueError: invalid sizes, or a network with another ``scale``.
     """
     strips = tiled_strips(
         network, x, tile_size=tile_size, overlap=overlap, scale=scale, blend=blend
@@ -94,7 +94,7 @@ def tiled_strips(
     scale: int = 1,
     blend: int = 0,
 ) -> Iterator[Tensor]:
-    """The result of :func:`run_tiled` from top to bottom, each strip as soon as it is finished.
+    """Yield the result of :func:`run_tiled` in strips from top to bottom.
 
     Only a row of tiles is in memory at a time.
 
@@ -108,7 +108,7 @@ def tiled_strips(
     """
     if not 0 <= blend <= min(overlap, tile_size // 2):
         raise ValueError(
-            f"blend must lie in 0 … {min(overlap, tile_size // 2)} (overlap, and half of "
+            f"blend must be in 0 … {min(overlap, tile_size // 2)} (overlap, and half of "
             f"tile_size), got {blend}"
         )
     height, width = x.shape[2:]
@@ -148,7 +148,7 @@ def tiled_strips(
 def _weights(
     tile: Tile, size: int, scale: int, blend: int, like: Tensor
 ) -> tuple[int, int, Tensor]:
-    """Where a tile counts, in pixels of the result, and how much: those of neighbours add to 1."""
+    """The output range of a tile and its weights there, which add up to 1 with the neighbours'."""
     begin, end = max(tile.start - blend, 0), min(tile.stop + blend, size)
     weights = torch.ones((end - begin) * scale, dtype=like.dtype, device=like.device)
     if blend:

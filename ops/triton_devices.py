@@ -1,4 +1,4 @@
-"""Where Triton's kernels can run; found out without importing triton."""
+"""Whether Triton's kernels can run on a device, without importing triton."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ _OLDEST_TRITON = (3, 4)
 
 
 def _problem_of_installation() -> str | None:
-    """Why the installed triton will not do."""
+    """Why the installed triton is unusable; None if it is usable."""
     if importlib.util.find_spec("triton") is None:
         return "triton is not installed"
     try:
         version = importlib.metadata.version("triton")
     except importlib.metadata.PackageNotFoundError:
-        # Nightly builds ship it under other names, and are new.
+        # Nightly builds have other package names, and are recent enough.
         return None
     if tuple(int(part) for part in version.split(".")[:2]) < _OLDEST_TRITON:
         return f"triton 3.4 or newer is needed, found {version}"
@@ -36,7 +36,7 @@ def _interpreting() -> bool:
 
 
 def device_problem(tensor: Tensor) -> str | None:
-    """None if Triton's kernels can run where a tensor is, else the reason in words."""
+    """Why Triton's kernels can't run on the tensor's device; None if they can."""
     if _PROBLEM is not None:
         return _PROBLEM
     if tensor.device.type != "cuda" and not (tensor.device.type == "cpu" and _interpreting()):

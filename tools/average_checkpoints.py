@@ -3,9 +3,9 @@
     python tools/average_checkpoints.py runs/a/best.safetensors runs/b/best.safetensors \\
         --output soup.safetensors
 
-https://arxiv.org/abs/2203.05482. The files may be of any kind that
-:func:`backbones.load_checkpoint` reads; of a ``last.pt`` with averaged weights, those are taken.
-Floating tensors are averaged in float64, others (counters) come from the first file.
+https://arxiv.org/abs/2203.05482. The files may have any format that
+:func:`backbones.load_checkpoint` reads; averaged weights in a ``last.pt`` take precedence.
+Floating-point tensors are averaged in float64; others (counters) are copied from the first file.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ from backbones.training.errors import CheckpointFileError
 
 
 def average(paths: Sequence[Path]) -> dict[str, Tensor]:
-    """The mean of the checkpoints at ``paths``, in the types of the first.
+    """The mean of the checkpoints at ``paths``, in the dtypes of the first.
 
     Raises:
-        FileNotFoundError, CheckpointError: a file is missing or unreadable, holds NaN or infinite
+        FileNotFoundError, CheckpointError: a file is missing or unreadable, has NaN or infinite
             values, or its tensors differ from those of the first in name or shape.
     """
     first = _read(paths[0])
@@ -53,7 +53,7 @@ def _read(path: Path) -> dict[str, Tensor]:
     tensors = read_checkpoint(path)
     for key, tensor in tensors.items():
         if tensor.is_floating_point() and not torch.isfinite(tensor.double()).all():
-            raise CheckpointError(f"{path}: {key} is not finite, and would spoil the mean")
+            raise CheckpointError(f"{path}: {key} is not finite")
     return tensors
 
 

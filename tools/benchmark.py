@@ -1,21 +1,22 @@
-"""Time and memory of the models: plain, fused and compiled, beside timm, peers and originals.
+"""Benchmark the models: plain, fused and compiled, compared with timm, peers and originals.
 
-All contenders of a row take turns in one process, so that whatever else the machine does meets them
-alike; what counts are the ratios, each taken within one turn. A turn repeats the call for
-``--turn-ms`` and counts the later half: the first calls find the caches as another contender left
-them, which no model in service does. Halfway all are made anew in the reverse order.
+All contenders of a row are measured alternately in one process, so that other load affects them
+equally; compare the ratios, which are taken within a turn. A turn repeats the call for
+``--turn-ms`` and counts the second half, since the first calls run with caches filled by another
+contender, unlike in production. After half of the turns, all models are created again in reverse
+order.
 
     python tools/benchmark.py --models unireplknet_a van_b0 --batches 1 8 --threads 1 2
     python tools/benchmark.py --modes eager fused fused+bfloat16 --against birder ~/original.py
     python tools/benchmark.py --models ravlt_t --sizes 224 384 512 768 1024 --modes fused
     python tools/benchmark.py --compare runs/benchmark.json --output runs/benchmark_new
 
-A mode is one of eager, channels_last (eager with its weights in that format), fused, compile and
-fused+compile, in the row's dtype or, with ``+bfloat16``, in that one. ``--against`` names an
+A mode is one of eager, channels_last (eager with weights in that format), fused, compile and
+fused+compile, in the row's dtype or, with ``+bfloat16``, in bfloat16. ``--against`` names an
 importable module or a Python file with a function ``create_model(name)``, which returns its model
-of our name, or None where it has none; ``timm`` and ``birder`` are known, as are ``onnxruntime``,
-``openvino`` and ``openvino_bf16``, which run our model's ONNX file. Its label in the report is the
-module's or file's name, say ``original``:
+for our name, or None if it has none. ``timm`` and ``birder`` are built in, and so are
+``onnxruntime``, ``openvino`` and ``openvino_bf16``, which run our model's ONNX export. The label in
+the report is the module's or file's name, here ``original``:
 
     import sys
 
@@ -28,9 +29,9 @@ module's or file's name, say ``original``:
         return None
 
 Writes ``<output>.json`` after every row, and ``<output>.md`` and ``<output>.png`` at the end. Runs
-with the same ``--output`` add to one report, so that a long one can be made in pieces: a row that
-is measured again replaces the old one, ``--resume`` measures only those that are missing.
-``--profile`` adds what kinds of operators the plain and the fused model spend their time in.
+with the same ``--output`` extend the same report, so it can be measured in parts: a repeated row
+replaces the old one, and ``--resume`` measures only missing rows. ``--profile`` adds the time spent
+in kinds of operators by the plain and the fused model.
 """
 
 from __future__ import annotations
@@ -78,7 +79,7 @@ MODELS = (
 )
 # Restoration works on tiles.
 DEFAULT_SIZE, DEFAULT_TILE = 224, 64
-# The yardstick of the machine: a product of two square matrices of this size.
+# The machine's reference: a product of two square matrices of this size.
 MATMUL_SIZE = 1024
 CPU = torch.device("cpu")
 
@@ -101,10 +102,10 @@ class Row:
         return torch.randn(batch, 3, self.size, self.size, generator=generator)
 
     def run(self, model: nn.Module, images: Tensor) -> Callable[[], Tensor]:
-        """What is timed: a forward pass, or a training step by plain gradient descent."""
+        """The timed function: a forward pass, or a training step with plain gradient descent."""
         if self.direction == "forward":
             return functools.partial(_forward, model, images)
-        for layer in model.modules():  # stochastic depth is the recipe's, and defaults differ
+        for layer in model.modules():  # stochastic depth depends on the recipe, and defaults differ
             if isinstance(getattr(layer, "drop_prob", None), float):
                 layer.drop_prob = 0.0
         optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1e-9)
@@ -127,7 +128,7 @@ def _step(model: nn.Module, images: Tensor, optimizer: torch.optim.Optimizer) ->
 
 
 def dtype_of(contender: str, row: Row) -> torch.dtype:
-    """In which a contender runs: the row's, but for the modes that say otherwise."""
+    """The contender's dtype: the row's, unless its mode sets another."""
     return torch.bfloat16 if contender.endswith(LOW_PRECISION) else getattr(torch, row.dtype)
 
 
@@ -160,7 +161,7 @@ def measure(
     turn_seconds: float = 0.3,
     profile: bool = False,
 ) -> dict[str, Any]:
-    """Times of all contenders in turn: ``rounds`` turns, or in ``seconds``, but 2 of each half.
+    """Times of all contenders, alternately: ``rounds`` turns or ``seconds``, at least 2 per half.
 
     A turn repeats the call for ``turn_seconds``, see :func:`measuring.steady`.
     """
@@ -175,7 +176,7 @@ def measure(
     results: dict[str, dict[str, Any]] = {}
     outputs: dict[str, Tensor] = {}
     turns: dict[str, list[list[float]]] = {}
-    # Models made later lie in faster memory, by up to 3 %: half of the turns are for each order.
+    # Models created later get faster memory, by up to 3 %, so half of the turns use each order.
     halves = ((list(makers), rounds - rounds // 2), (list(makers)[::-1], rounds // 2))
     for order, part in halves[: min(rounds, 2)]:
         runs: dict[str, Callable[[], Tensor]] = {}
@@ -278,12 +279,12 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
         "--directions", nargs="+", default=["forward"], choices=["forward", "train"]
     )
     parser.add_argument("--against", nargs="*", default=["timm"], metavar="PACKAGE_OR_FILE")
-    parser.add_argument("--rounds", type=whole(1), default=9, help="turns of every contender")
+    parser.add_argument("--rounds", type=whole(1), default=9, help="turns per contender")
     parser.add_argument("--seconds", type=real(0), default=60, help="stop a row's turns after")
-    parser.add_argument("--turn-ms", type=real(0), default=300.0, help="repeat calls for a turn")
-    parser.add_argument("--profile", action="store_true", help="kinds of operators, too")
+    parser.add_argument("--turn-ms", type=real(0), default=300.0, help="duration of a turn")
+    parser.add_argument("--profile", action="store_true", help="also profile kinds of operators")
     parser.add_argument(
-        "--resume", action="store_true", help="leave out what the output already holds"
+        "--resume", action="store_true", help="skip rows that the output already has"
     )
     parser.add_argument(
         "--compare", type=nonempty_path, metavar="OLD.json", help="an earlier report"
@@ -303,7 +304,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     require_writable({"--output": args.output}, makes_folders=True)
     require_writable({"--output": args.output.with_suffix(".json")}, makes_folders=True)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
-    # Read before it may be written over.
+    # Read before it may be overwritten.
     output = args.output.with_suffix(".json")
     try:
         old = None if args.compare is None else read_report(args.compare)
@@ -346,7 +347,7 @@ def here() -> dict[str, Any]:
 
 
 def add_row(report: dict[str, Any], row: dict[str, Any]) -> None:
-    """Put a row in the place of the older one of its kind, else at the end."""
+    """Replace the older row with the same settings, or append the row."""
     keys = [row_key(other) for other in report["results"]]
     if row_key(row) in keys:
         report["results"][keys.index(row_key(row))] = row

@@ -1,21 +1,21 @@
-"""Time and memory of neighborhood attention, every backend beside the ways one would do without.
+"""Benchmark neighborhood attention: every backend, compared with alternatives in torch.
 
-Neighborhood attention: https://arxiv.org/abs/2204.07143. All contenders of a setting take turns in
-one process, so that whatever else the machine does meets them alike; what counts are the ratios,
-each taken within one turn. A turn repeats the call for ``--turn-ms`` and counts the later half: the
-first calls find the caches as another contender left them, while in a model, what attends has just
-been computed. A contender whose calls take longer than ``--seconds`` is timed once.
+Neighborhood attention: https://arxiv.org/abs/2204.07143. All contenders of a setting are measured
+alternately in one process, so that other load affects them equally; compare the ratios, which are
+taken within a turn. A turn repeats the call for ``--turn-ms`` and counts the second half, since the
+first calls run with caches filled by another contender, while in a model the inputs have just been
+computed. A contender whose calls take longer than ``--seconds`` is timed once.
 
     python tools/benchmark_na.py --threads 1 --output runs/benchmark_na
     python tools/benchmark_na.py --device cuda --dtype bfloat16 --settings 56x56-k7-d64
 
-writes ``<output>.json`` after every row and ``<output>.png`` at the end. A contender that cannot do
-a setting, or would need more than ``--max-gib`` of memory for it, or by its time at a smaller batch
-more than ``--max-seconds`` for a call, is listed with the reason instead of a time.
+writes ``<output>.json`` after every row and ``<output>.png`` at the end. A contender that does not
+support a setting, would need more than ``--max-gib`` of memory or, extrapolated from a smaller
+batch, more than ``--max-seconds`` per call, is listed with the reason instead of a time.
 
-The whole sweep takes long. Runs with the same ``--output`` add to one file, so that it can be made
-in pieces (``--settings``); a row that is measured again replaces the old one, and ``--resume``
-measures only those that are missing:
+The full sweep takes long. Runs with the same ``--output`` extend the same file, so it can be
+measured in parts (``--settings``); a repeated row replaces the old one, and ``--resume`` measures
+only missing rows:
 
     python tools/benchmark_na.py --threads 1 --settings 56x56-k7-d32 28x28-k7-d32
     python tools/benchmark_na.py --threads 1 --resume
@@ -58,12 +58,12 @@ DTYPES = ("float32", "bfloat16", "float16")
 OURS = {"cpu": "cpu", "cuda": "triton"}
 # Their first call compiles, or may.
 COMPILED = {*OURS.values(), "flex"}
-# The yardstick of the machine: a product of two square matrices of this size.
+# The machine's reference: a product of two square matrices of this size.
 MATMUL_SIZE = 1024
 
 
 def call(attention: Attention, inputs: Sequence[Tensor], grad: Tensor | None) -> None:
-    """One forward and, with ``grad``, the backward from it."""
+    """A forward and, with ``grad``, a backward pass."""
     out = attention(*inputs)
     if grad is not None:
         torch.autograd.grad(out, inputs, grad)
@@ -71,7 +71,7 @@ def call(attention: Attention, inputs: Sequence[Tensor], grad: Tensor | None) ->
 
 @dataclass(frozen=True)
 class Effort:
-    """How long to measure: turns of each contender, and limits of time and memory."""
+    """Number of turns, and limits of time and memory."""
 
     rounds: int = 15
     seconds: float = 1.0  # that a contender's turns take at most, but for the first 3
@@ -90,7 +90,7 @@ def measure(
     effort: Effort,
     expected: dict[str, float],
 ) -> dict[str, Any]:
-    """Times of all contenders in turn. ``expected`` has seconds of a call, where they are known."""
+    """Times of all contenders, alternately. ``expected``: known or estimated seconds per call."""
     shape = (batch, *setting.size, NUM_HEADS, setting.dim)
     generator = torch.Generator(device).manual_seed(0)
     query, key, value, grad = (
@@ -111,7 +111,9 @@ def measure(
             continue
         if expected.get(name, 0.0) > effort.max_seconds:
             seconds = expected[name]
-            results[name] = {"skipped": f"about {seconds:.0f} s a call, by that of a smaller batch"}
+            results[name] = {
+                "skipped": f"about {seconds:.0f} s per call, extrapolated from a smaller batch"
+            }
             continue
         try:
             attention = contender(name, setting, device)
@@ -167,7 +169,7 @@ def measure(
 
 
 def ratio(times: Sequence[float], others: Sequence[float]) -> float:
-    """Median of the ratios within a turn; of one that took no turns, to the median of the other."""
+    """Median of the ratios within turns; for a contender without turns, to the other's median."""
     if 1 in (len(times), len(others)):
         return statistics.median(times) / statistics.median(others)
     # A turn that one of both left out has no ratio.
@@ -199,7 +201,7 @@ def row_key(row: dict[str, Any]) -> tuple[str, int, str, bool]:
 
 
 def add_row(report: dict[str, Any], row: dict[str, Any]) -> None:
-    """Put a row in its place, in the order of the settings, instead of an older one."""
+    """Insert a row in the order of the settings, replacing an older one."""
     order = [setting.name for setting in SETTINGS]
     others = [other for other in report["results"] if row_key(other) != row_key(row)]
 
@@ -237,27 +239,28 @@ def parse(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, help="of the CPU; default torch's")
     effort = Effort()
-    parser.add_argument("--rounds", type=int, default=effort.rounds, help="turns of a contender")
+    parser.add_argument("--rounds", type=int, default=effort.rounds, help="turns per contender")
     parser.add_argument(
         "--seconds",
         type=float,
         default=effort.seconds,
-        help="stop a contender's turns after, but after 3 of them at least",
+        help="time limit of a contender's turns, of which there are at least 3",
     )
-    parser.add_argument(
-        "--turn-ms", type=float, default=effort.turn_ms, help="repeat calls for a turn"
-    )
+    parser.add_argument("--turn-ms", type=float, default=effort.turn_ms, help="duration of a turn")
     parser.add_argument(
         "--max-seconds",
         type=float,
         default=effort.max_seconds,
-        help="leave out what takes longer for a call, by its time at a smaller batch",
+        help="skip contenders with longer calls, extrapolated from a smaller batch",
     )
     parser.add_argument(
-        "--max-gib", type=float, default=effort.max_gib, help="leave out what needs more memory"
+        "--max-gib",
+        type=float,
+        default=effort.max_gib,
+        help="skip contenders that need more memory",
     )
     parser.add_argument(
-        "--resume", action="store_true", help="leave out what the output already holds"
+        "--resume", action="store_true", help="skip rows that the output already has"
     )
     parser.add_argument("--output", type=nonempty_path, default=Path("runs/benchmark_na"))
     return parser.parse_args(arguments)

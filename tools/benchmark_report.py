@@ -1,4 +1,4 @@
-"""What the reports of ``benchmark.py`` say: a table, growth with size, a comparison, a picture."""
+"""Presents the reports of ``benchmark.py``: table, growth with size, comparison, plot."""
 
 from __future__ import annotations
 
@@ -8,17 +8,17 @@ from typing import Any
 
 __all__ = ["SETTING", "comparison", "describe", "draw", "row_key", "scaling", "table"]
 
-# What a row measures.
+# The settings of a row.
 SETTING = ("model", "size", "batch", "threads", "dtype", "direction")
 
 
 def row_key(row: dict[str, Any]) -> tuple[Any, ...]:
-    """What a row measures, to find it by."""
+    """The settings of a row as a key."""
     return tuple(row[part] for part in SETTING)
 
 
 def table(report: dict[str, Any]) -> str:
-    """All rows in Markdown: ms, and how many times longer the eager model and the peers took."""
+    """All rows in Markdown: ms, and the times of the eager model and the peers relative to it."""
     m = report["machine"]
     lines = [
         f"{m['name']} ({m['cpu_capability']}), torch {m['torch']}; medians of interleaved runs.",
@@ -44,7 +44,7 @@ def table(report: dict[str, Any]) -> str:
 
 
 def scaling(report: dict[str, Any]) -> list[str]:
-    """How times grow with pixels, where a model was measured at several sizes."""
+    """Growth of time with pixels, for models measured at several sizes."""
     lines = []
     for key, sizes in _by_size(report).items():
         (first, start), *_, (last, end) = sorted(sizes.items())
@@ -67,7 +67,7 @@ def _by_size(report: dict[str, Any]) -> dict[tuple[Any, ...], dict[int, float]]:
 
 
 def comparison(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
-    """A line for each time that both reports have: how many times faster the new one is."""
+    """A line for each time in both reports, with the speedup of the new one."""
     before = {row_key(row): row["contenders"] for row in old["results"]}
     lines = []
     for row in new["results"]:
@@ -90,7 +90,7 @@ def describe(figures: dict[str, Any]) -> str:
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """Bars of the speed over eager, a panel for each setting; curves over size where there are."""
+    """Bars of the speed over eager, a panel per setting, and curves over size."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -123,7 +123,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
         axis.set_ylabel("speed over eager", fontsize=8)
         axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=7)
     if curves:
-        # Those that take the longest come first, as in the picture.
+        # The slowest first, in the order of the curves.
         ordered = sorted(curves.items(), key=lambda item: -item[1][max(item[1])])
         tones = colormaps["tab20"].colors
         for i, (key, sizes) in enumerate(ordered):

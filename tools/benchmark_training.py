@@ -1,16 +1,16 @@
-"""How much of the time does the training code itself cost? Loader and step, side by side.
+"""Measure the overhead of the training code: data loader and training step.
 
     python tools/benchmark_training.py --output docs/performance/training.json
-    python tools/learning_page.py                       puts it on docs/learning.md
+    python tools/learning_page.py                       adds it to docs/learning.md
 
 **Loader**: images per second of train_cls.py's loader and of timm's ``create_loader``, same JPEG
 files, same transforms, same number of processes, with a synthetic model that only reads its input.
-**Step**: a step of train_cls.py (with its checks for signals, non-finite losses and time to save,
-its meter and its schedule) and the barest loop in PyTorch, same network, batch and optimizer.
+**Step**: a step of train_cls.py (including checks for signals, non-finite losses and time to save,
+metrics and schedule) and a minimal loop in PyTorch, with the same network, batch and optimizer.
 
-Contenders take turns, and what counts is the median of the ratios of neighbouring turns: a busy
-machine slows both down. The exit status is 1 where the loader is below 90 % of timm's or the step
-more than 5 % above the bare one.
+Contenders are measured alternately, and the result is the median of the ratios of adjacent turns,
+since a busy machine slows both down. The exit status is 1 if the loader is below 90 % of timm's or
+the step is more than 5 % slower than the minimal one.
 """
 
 from __future__ import annotations
@@ -101,7 +101,7 @@ def timms_loader(recipe: Recipe, folder: Path, world: World) -> Any:
 
 
 def read_all(batches: Iterator[Any]) -> float:
-    """Seconds to read an epoch; the synthetic model takes the mean."""
+    """Seconds to read an epoch; the synthetic model computes the mean."""
     begun = time.perf_counter()
     for images, _ in batches:
         images.mean().item()
@@ -109,7 +109,7 @@ def read_all(batches: Iterator[Any]) -> float:
 
 
 def compare_loaders(options: argparse.Namespace, world: World, folder: Path) -> dict[str, Any]:
-    """Both loaders, turn by turn."""
+    """Both loaders, alternately."""
     write_images(folder, options.images)
     recipe = Recipe(
         data=str(folder), batch_size=options.batch_size, workers=options.workers, aa=options.aa
@@ -142,7 +142,7 @@ def compare_loaders(options: argparse.Namespace, world: World, folder: Path) -> 
 
 
 def compare_steps(options: argparse.Namespace, world: World, folder: Path) -> dict[str, Any]:
-    """Both steps, turn by turn, each with its own copy of the network."""
+    """Both steps, alternately, each with its own copy of the network."""
     recipe = Recipe(
         model=options.model,
         data="digits",
@@ -160,7 +160,7 @@ def compare_steps(options: argparse.Namespace, world: World, folder: Path) -> di
     images = torch.randn(options.step_batch_size, 3, options.step_size, options.step_size)
     images, labels = images.to(world.device), torch.arange(len(images)) % 10
     labels = labels.to(world.device)
-    # An epoch of the real loop, over batches that cost nothing.
+    # An epoch of the real loop, with precomputed batches.
     trainer.batches = lambda: repeat((images, labels))  # type: ignore[method-assign]
     trainer.updates_per_epoch = options.steps
 

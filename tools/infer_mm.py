@@ -1,8 +1,8 @@
-"""Draw what a trained detector or segmenter finds in pictures.
+"""Draw the predictions of a trained detector or segmenter.
 
     python tools/infer_mm.py IMAGE… --config CONFIG --checkpoint CHECKPOINT --out FOLDER
 
-One picture an image is written to the folder, under the image's name.
+One picture per image is written to the folder, under the image's name.
 """
 
 from __future__ import annotations
@@ -22,12 +22,11 @@ from backbones.openmmlab.runs import provide_data
 
 
 def main(argv: Sequence[str] | None = None) -> list[Path]:
-    """Draw as the command line says; returns the pictures written.
+    """Draw predictions as given by the command line; returns the written pictures.
 
     Raises:
-        FileNotFoundError: an image or the checkpoint is not there.
-        ValueError: two images of one name, which would overwrite each other; or the parts of the
-            model do not fit together.
+        FileNotFoundError: an image or the checkpoint does not exist.
+        ValueError: two images with the same name, or incompatible parts of the model.
     """
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -41,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     )
     parser.add_argument("--out", required=True, type=nonempty_path, help="folder of the pictures")
     parser.add_argument("--device", default="cuda:0" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--score-thr", type=float, default=0.3, help="boxes below are not drawn")
+    parser.add_argument("--score-thr", type=float, default=0.3, help="minimum score of drawn boxes")
     args = parser.parse_args(argv)
     cfg = Config.fromfile(args.config)
     provide_data(cfg, args.images)
@@ -54,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> list[Path]:
     check_channels(cfg.model)
     init_default_scope(cfg.default_scope)
     detects = cfg.default_scope == "mmdet"
-    # Only now: these need what backbones.openmmlab has put in place.
+    # Imported here, since they need the stand-ins of backbones.openmmlab.
     if detects:
         from mmdet.apis import inference_detector as infer
         from mmdet.apis import init_detector as init

@@ -1,9 +1,9 @@
-"""Write the quickstarts' detection and segmentation set, of any size, anywhere.
+"""Write the quickstarts' detection and segmentation data set, of any size.
 
     python tools/make_mm_quickstart.py --out runs/coins --train 400 --val 40
 
-Coins and galaxies from two pictures inside scikit-image, in COCO's format and in mmseg's. Training
-by one of the quickstart configs makes it by itself, as ``runs/mm/data``.
+Coins and galaxies from two pictures bundled with scikit-image, in COCO's and mmseg's formats.
+Training with a quickstart config creates it automatically, as ``runs/mm/data``.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from backbones.openmmlab.quickstart import write_set
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Write the set as the command line says."""
+    """Run from a command line."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

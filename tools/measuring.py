@@ -1,4 +1,4 @@
-"""What benchmarks share: a stopwatch, peak memory, the machine, reports that grow run by run."""
+"""Shared by the benchmarks: timing, peak memory, machine description, incremental reports."""
 
 from __future__ import annotations
 
@@ -18,10 +18,10 @@ from ops.replay.workspace import workspace
 
 
 class PeakMemory:
-    """Bytes that were held at most during the block, beyond those before it.
+    """Peak additional memory during the block in bytes.
 
-    On the GPU what torch allocates; on Linux the resident memory of the process, which counts
-    every allocator. Elsewhere ``None``.
+    On a GPU, memory allocated by torch; on Linux, the process's resident memory, which covers
+    every allocator; elsewhere ``None``.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -34,7 +34,7 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats()
             self.before = torch.cuda.memory_allocated()
         elif sys.platform == "linux":
-            # Freed memory that we or the C library keep would hide what is allocated anew.
+            # Release cached memory, which would hide new allocations.
             workspace.clear()
             ctypes.CDLL(None).malloc_trim(0)
             Path("/proc/self/clear_refs").write_text("5")
@@ -67,7 +67,7 @@ def stopwatch(run: Callable[[], object], device: torch.device) -> float:
 
 
 def steady(run: Callable[[], object], device: torch.device, seconds: float) -> list[float]:
-    """Seconds of each call in the later half of calls in a row: for ``seconds``, two at least."""
+    """Seconds of each call in the second half of ``seconds`` of calls (at least two)."""
     times = [stopwatch(run, device)]
     while len(times) < 2 or sum(times) < seconds:
         times.append(stopwatch(run, device))
@@ -75,7 +75,7 @@ def steady(run: Callable[[], object], device: torch.device, seconds: float) -> l
 
 
 def processor_name() -> str:
-    """What the processor calls itself, with its number of cores."""
+    """The processor's name, with its number of cores."""
     name = platform.processor() or platform.machine()
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
@@ -86,7 +86,7 @@ def processor_name() -> str:
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What the figures depend on."""
+    """Description of the machine and software."""
     name = torch.cuda.get_device_name() if device.type == "cuda" else processor_name()
     return {
         "device": device.type,
@@ -101,7 +101,7 @@ def load_report(path: Path, current: dict[str, Any]) -> dict[str, Any]:
     """The report of earlier runs into ``path``, or an empty one.
 
     Raises:
-        ValueError: if they ran on another machine, or not as this one does, or it is no report.
+        ValueError: they ran on another machine or configuration, or it is not a report.
     """
     if not path.exists():
         return {"machine": current, "results": []}
@@ -118,18 +118,18 @@ def read_report(path: Path) -> dict[str, Any]:
     """A report that an earlier run wrote.
 
     Raises:
-        ValueError: it is none.
+        ValueError: it is not a report.
     """
     try:
         report: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
         report["machine"], report["results"]
     except (ValueError, LookupError, TypeError, RecursionError) as error:
-        raise ValueError(f"{path} is no report of a benchmark: {error}") from error
+        raise ValueError(f"{path} is not a benchmark report: {error}") from error
     return report
 
 
 def write(path: Path, save: Callable[[Path], object]) -> None:
-    """Write a file under another name first, so that it is never seen half-written."""
+    """Write a file atomically."""
     path.parent.mkdir(parents=True, exist_ok=True)
     unfinished = path.with_name(f".{os.getpid()}-{path.name}")
     save(unfinished)

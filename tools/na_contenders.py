@@ -1,4 +1,4 @@
-"""The shapes of ``benchmark_na.py``, and what attends there: our backends and the other ways.
+"""The shapes and contenders of ``benchmark_na.py``: our backends and alternatives.
 
 Neighborhood attention: https://arxiv.org/abs/2204.07143.
 """
@@ -23,7 +23,7 @@ NUM_HEADS = 4
 
 @dataclass(frozen=True)
 class Setting:
-    """One shape: the map, the window and the head dim; heads and batch come on top."""
+    """A shape: the map, the window and the head dim, without heads and batch."""
 
     size: tuple[int, ...]
     kernel_size: tuple[int, ...]
@@ -43,7 +43,7 @@ class Setting:
         return math.prod(self.size)
 
     def flops(self, batch: int, backward: bool) -> int:
-        """Of the two products forward; of these and the five backward with ``backward``."""
+        """FLOPs of the two forward products, plus the five backward products with ``backward``."""
         product = 2 * batch * NUM_HEADS * self.tokens * math.prod(self.kernel_size) * self.dim
         return product * (7 if backward else 2)
 
@@ -58,11 +58,11 @@ SETTINGS = [
 
 
 class CannotRunError(Exception):
-    """A contender cannot do a setting; the message says why."""
+    """A contender does not support a setting; the message says why."""
 
 
 def visible(setting: Setting, query: Tensor, key: Tensor) -> Tensor:
-    """Whether the query with this flat index sees the key with that one, elementwise."""
+    """Whether queries attend to keys, elementwise, by their flat indices."""
     seen = query == query
     for n, k in zip(reversed(setting.size), reversed(setting.kernel_size), strict=True):
         d = setting.dilation
@@ -76,7 +76,7 @@ def visible(setting: Setting, query: Tensor, key: Tensor) -> Tensor:
 
 
 def backend(name: str, setting: Setting) -> Attention:
-    """One of ours."""
+    """One of our backends."""
     attention = (na1d, na2d, na3d)[len(setting.size) - 1]
 
     def run(query: Tensor, key: Tensor, value: Tensor) -> Any:
@@ -91,7 +91,7 @@ def backend(name: str, setting: Setting) -> Attention:
 
 
 def masked_sdpa(setting: Setting, device: torch.device) -> Attention:
-    """Torch's attention over all pairs with a mask."""
+    """torch's attention over all pairs with a mask."""
     index = torch.arange(setting.tokens, device=device)
     mask = visible(setting, index[:, None], index)
 
@@ -104,7 +104,7 @@ def masked_sdpa(setting: Setting, device: torch.device) -> Attention:
 
 
 def compiled_flex(setting: Setting, device: torch.device) -> Attention:
-    """Torch's flex attention, compiled, with the blocks that no query sees left out."""
+    """torch's flex attention, compiled, skipping fully masked blocks."""
     from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
     def mask(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
@@ -112,7 +112,7 @@ def compiled_flex(setting: Setting, device: torch.device) -> Attention:
 
     n = setting.tokens
     blocks = create_block_mask(mask, None, None, n, n, device=device.type)
-    # After some settings in one process torch would no longer compile, but run it eagerly.
+    # Otherwise torch stops compiling after some settings and runs it eagerly.
     torch.compiler.reset()
     compiled = torch.compile(flex_attention, dynamic=False)
 
@@ -140,13 +140,13 @@ CONTENDERS = ("cpu", "triton", "tiled", "gather", "sdpa-mask", "flex", "natten")
 
 
 def needed_gib(name: str, setting: Setting, batch: int, device: torch.device) -> float:
-    """A lower bound of the memory that a contender needs, where that is much."""
+    """A lower bound of a contender's memory, if it is large."""
     pairs = batch * NUM_HEADS * setting.tokens**2 * 4
     gathered = setting.tokens * math.prod(setting.kernel_size) * setting.dim
     of_contender = {
         "gather": 2 * batch * NUM_HEADS * gathered * 4,
         "sdpa-mask": 5 * setting.tokens**2,
-        # Without kernels NATTEN goes over all pairs.
+        # Without kernels, NATTEN computes all pairs.
         "natten": 2 * pairs if device.type == "cpu" else 0,
     }
     return of_contender.get(name, 0) / 2**30

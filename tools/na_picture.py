@@ -1,4 +1,4 @@
-"""The picture of a report of ``benchmark_na.py``."""
+"""The plot of a report of ``benchmark_na.py``."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
             speedups = [row["contenders"][name].get("speedup_over_tiled", math.nan) for row in rows]
             offset = (i - (len(names) - 1) / 2) / (len(names) + 1)
             places = [place + offset for place in range(len(rows))]
-            # From 1 upwards where faster than tiled, downwards where slower.
+            # Upwards from 1 if faster than tiled, downwards if slower.
             heights = [speedup - 1 for speedup in speedups]
             axis.bar(places, heights, 1 / (len(names) + 1), bottom=1, label=name)
         axis.set_yscale("log")

@@ -1,4 +1,4 @@
-"""What kinds of operators a call spends its time in, by torch's profiler."""
+"""Time of a call by kind of operator, from torch's profiler."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ KINDS = (
     PYTHON,
 )
 
-# The first that fits an operator's name, without its library's, decides; convolutions go by the
-# shape of their weight. Operators that only call others are looked into.
+# The first pattern that matches an operator's name (without library) decides; convolutions are
+# classified by the shape of their weight. Operators that only call others are expanded.
 _PATTERNS = {
     ATTENTION: r"scaled_dot_product|attention|na_cpu|natten|neighborhood",
     PRODUCTS: r"(depthwise|packed|response)_mlp|kan_layer|linear$|_linear_pointwise|matmul$|addmm"
@@ -54,7 +54,7 @@ def time_by_kind(run: Callable[[], object]) -> dict[str, float]:
     """Shares of the time of a call, in the order of KINDS; they add up to 1.
 
     A 1×1 convolution or a whole feed-forward counts as a matrix product. ``outside operators`` is
-    what passes between them: Python, and the profiler itself, so that it is an upper bound.
+    the time between them: Python and the profiler itself, so it is an upper bound.
     """
     with profile(activities=[ProfilerActivity.CPU], record_shapes=True) as profiler:
         run()

@@ -1,4 +1,4 @@
-"""Whom ``benchmark.py`` compares our models with: libraries, other runtimes, code of one's own."""
+"""Peers of ``benchmark.py``: other libraries, other runtimes, custom code."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Create = Callable[[str], nn.Module | None]
 
 
 def create_timm(name: str) -> nn.Module | None:
-    """timm's own model of that name, not one that it has from us."""
+    """timm's own model of that name, not one that we registered."""
     model_class = timm.models.model_entrypoint(name) if timm.models.is_model(name) else None
     if model_class is None or not model_class.__module__.startswith("timm."):
         return None
@@ -43,7 +43,7 @@ def create_birder(name: str) -> nn.Module | None:
 
 
 def peer(name: str) -> tuple[str, Create]:
-    """Label and factory of what ``--against`` names.
+    """Label and factory of a value of ``--against``.
 
     Raises:
         ValueError: no such module or file, or one without ``create_model``.
@@ -72,7 +72,7 @@ def peer(name: str) -> tuple[str, Create]:
 
 
 def is_installed(label: str) -> bool:
-    """Whether a package has that name; modules and files of one's own have no version."""
+    """Whether it is an installed package, which has a version."""
     try:
         return bool(version(label))
     except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""The models' part of the performance page, from a report of ``tools/benchmark.py``."""
+"""The models' section of the performance page, from a report of ``tools/benchmark.py``."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 __all__ = ["of_compiled", "of_lesser", "of_models", "of_runtimes"]
 
 FUSED, LOW, LAST = "fused", "fused+bfloat16", "channels_last"
-# How many times faster than the original, batch 1 and batch 8, the fused model shall be.
+# Target speedup of the fused model over the original, for batch 1 and batch 8.
 AIMS = {
     "efficientvit_m5": {FUSED: (1.55, 1.75), LOW: (2.5, 4.4)},
     "shvit_s4": {FUSED: (1.45, 1.65), LOW: (2.9, 5.4)},
@@ -25,7 +25,7 @@ AIMS = {
 }
 AIM_BATCHES = (1, 8)
 ORIGINAL, OURS = "original", "eager"
-# MedViTV2's original on the kernels that its authors used.
+# MedViTV2's original with the kernels that its authors used.
 NATTEN, NATTEN_AIM = "natten_0_17", 10.0
 LABELS = {
     LAST: "channels last",
@@ -37,90 +37,90 @@ LABELS = {
 }
 # Fused models are compared with runtimes that compute in the same dtype.
 RUNTIMES = {FUSED: ("onnxruntime", "openvino"), LOW: ("openvino_bf16",)}
-# What the profile says in words.
+# Interpretation of the profile.
 READING = {
     "EfficientViT, SHViT": (
-        "Small products of a few hundred rows and, at one image, the calls themselves, which a "
-        "record saves. Linear layers with packed weights save the most, then the stem in one "
-        "pass and depthwise convolutions in our kernel."
+        "Small matrix products of a few hundred rows and, at one image, call overhead, which "
+        "replay removes. Linear layers with packed weights gain the most, followed by the "
+        "single-pass stem and our depthwise convolution kernel."
     ),
     "InceptionNeXt": (
-        "Linear layers at the rate of a large matrix product; what is left is theirs. bfloat16 "
-        "gains what its products gain."
+        "Linear layers, which run at the rate of a large matrix product and dominate the remaining "
+        "time. In bfloat16 the gain is that of the matrix products."
     ),
     "UniRepLKNet": (
-        "Large depthwise convolutions, merged to one and run by our kernel; all that follows them "
-        "in a block, from squeeze and excitation over the global response norm to the shortcut, "
-        "is one call."
+        "Large depthwise convolutions, whose branches are merged and run by our kernel. The rest "
+        "of a block (squeeze and excitation, MLP with global response norm, shortcut) is one call."
     ),
     "VAN": (
-        "Feed-forwards, whose depthwise convolution is part of one pass when fused; depthwise "
-        "convolutions, that one and those of 5×5 and dilated 7×7, take a third of the plain "
-        "form's time. No norm is left but those between the stages."
+        "Feed-forwards, which run in a single pass including their depthwise convolution when "
+        "fused. Depthwise convolutions (those, the 5×5 and the dilated 7×7) take a third of the "
+        "plain model's time. Only the norms between stages remain."
     ),
     "BiFormer": (
-        "Linear layers, then attention to the regions that were chosen; they are attended to where "
-        "they lie, so that nothing is gathered."
+        "Linear layers, then attention to the selected regions, which reads keys and values in "
+        "place instead of gathering them."
     ),
     "LITv2": (
-        "Feed-forwards take most; one pass from norm to shortcut keeps the hidden map in the "
-        "cache. Deformable merging is one kernel from taps to activation."
+        "Feed-forwards dominate; a single pass from norm to shortcut keeps the hidden map in "
+        "cache. Deformable downsampling is one kernel from sampling to activation."
     ),
     "FaViT": (
-        "Feed-forwards and attention to 49 keys of narrow heads; the rest is many small calls. "
-        "Tables of windows are kept."
+        "Feed-forwards and attention of narrow heads to 49 keys; the rest is many small calls. "
+        "Window index tables are cached."
     ),
     "RAVLT": (
-        "Feed-forwards, projections and the stem's convolutions; attention, linear or not, goes "
-        "from the projection to the gate in one pass."
+        "Feed-forwards, projections and the stem's convolutions. Attention, linear or softmax, "
+        "runs in one pass from the projection to the gate."
     ),
     "MedViTV2": (
-        "Linear layers of the KANs, then convolutions; neighborhood attention, most of the "
-        "original's time, is a small part."
+        "Linear layers of the KANs, then convolutions. Neighborhood attention, which dominates "
+        "the original, is a small part."
     ),
     "HAT": (
-        "Attention in windows, then products. Fused, windows are attended to where they lie; plain "
-        "layers copy them out of the map and back."
+        "Window attention, then matrix products. The fused model reads and writes windows in "
+        "place; plain layers copy them out of the map and back."
     ),
 }
 INTRODUCTION = (
-    "A fused model is what `model.fuse()` gives; `fused, bf16` is "
-    "`model.fuse(dtype=torch.bfloat16)`, compared with the others in float32. `original` is the "
-    "code of the authors, `timm` and `birder` (0.8.4) are those libraries' models. MedViTV2's "
-    "`original`, where there is one, gathers the windows of its neighborhood attention. {natten}"
-    "`torch.compile` takes the plain layers of a fused model, whose own kernels are the faster "
-    "ones: fuse or compile. "
-    "A dash: there is no such model, it was not measured, or it failed; the JSON says which."
+    "`fused` is `model.fuse()`; `fused, bf16` is `model.fuse(dtype=torch.bfloat16)`, compared with "
+    "the others in float32. `original` is the authors' code, `timm` and `birder` (0.8.4) are those "
+    "libraries' models. MedViTV2's `original`, where listed, gathers the windows of its "
+    "neighborhood attention. {natten}"
+    "`torch.compile` compiles the plain layers of a fused model and bypasses its faster kernels, "
+    "so use one or the other. "
+    "A dash means that there is no such model, that it was not measured, or that it failed; the "
+    "JSON says which."
 )
 LAST_FORMAT = (
-    "`channels last` is our plain form with its weights in that memory format, as `train_cls.py` "
-    "trains on a CPU."
+    "`channels last` is our plain model with weights in that memory format, as `train_cls.py` "
+    "uses on a CPU."
 )
-# Reports of the same machine held to fewer instructions → title, and the environment that held it.
+# Reports of the same machine restricted to a lesser instruction set → title, environment.
 LESSER = {
     "avx512": (
-        "AVX-512 without bfloat16, as from Skylake to Ice Lake",
+        "AVX-512 without bfloat16 (Skylake to Ice Lake)",
         "VISION_BACKBONES_NATIVE_ISA=avx512 ONEDNN_MAX_CPU_ISA=AVX512_CORE_VNNI",
     ),
     "avx2": (
-        "AVX2, as of most desktops",
+        "AVX2 (most desktop CPUs)",
         "VISION_BACKBONES_NATIVE_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 "
         "MKL_ENABLE_INSTRUCTIONS=AVX2",
     ),
 }
 LESSER_INTRODUCTION = (
-    "The same machine, where oneDNN, MKL, torch and our kernels use less than it has: ratios tell "
-    "of CPUs that have no more, times do not. Where a CPU does not multiply bfloat16, torch takes "
-    "longer for it than for float32, on AVX2 many times as long; fused layers make it float32 on "
-    "the way, from maps and weights of half the size."
+    "Measured on the same machine with oneDNN, MKL, torch and our kernels restricted to fewer "
+    "instructions. The ratios are indicative of CPUs with these instruction sets; the times are "
+    "not. Without bfloat16 arithmetic, torch is slower in bfloat16 than in float32, on AVX2 many "
+    "times slower; fused layers convert to float32 on the fly and read half as many bytes."
 )
-ON_NATTEN = "`original on NATTEN 0.17.3` is its code on those kernels for the CPU. "
+ON_NATTEN = "`original on NATTEN 0.17.3` is its code with NATTEN's CPU kernels. "
 
 
 def of_models(report: dict[str, Any], picture: str, has_aims: bool = True) -> str:
-    """The section; ``picture`` is the path of the benchmark's from the page.
+    """The section; ``picture`` is the benchmark's plot, relative to the page.
 
-    ``has_aims`` tells whether ratios are held against :data:`AIMS`.
+    ``has_aims``: whether to compare ratios with :data:`AIMS`.
     """
     machine = report["machine"]
     parts = [
@@ -147,7 +147,7 @@ def of_models(report: dict[str, Any], picture: str, has_aims: bool = True) -> st
 
 
 def of_compiled(report: dict[str, Any]) -> str:
-    """Beside ``torch.compile``, from a report of its own: many contenders slow each other."""
+    """Comparison with ``torch.compile``, measured separately: many contenders slow each other."""
     names = [OURS, "compile", FUSED, "fused+compile"]
     rows = [
         [f"`{row['model']}`", *(_ms(row, name) for name in names)]
@@ -158,9 +158,9 @@ def of_compiled(report: dict[str, Any]) -> str:
     return (
         "\n\n".join(
             [
-                "## Beside torch.compile",
-                "One image, one thread, float32; kernels older than those above, and a turn was a "
-                "single call, which found colder caches.",
+                "## Compared with torch.compile",
+                "One image, one thread, float32. Measured with older kernels than above and one "
+                "call per turn, so with colder caches.",
                 _table(head, rows),
             ]
         )
@@ -169,7 +169,7 @@ def of_compiled(report: dict[str, Any]) -> str:
 
 
 def of_runtimes(report: dict[str, Any]) -> str:
-    """Beside other runtimes, from a report of its own."""
+    """Comparison with other runtimes, from its own report."""
     versions = {k: v for row in report["results"] for k, v in row["versions"].items()}
     pairs = [(ours, theirs) for ours, others in RUNTIMES.items() for theirs in others]
     names = [FUSED, *RUNTIMES[FUSED], LOW, *RUNTIMES[LOW]]
@@ -184,12 +184,12 @@ def of_runtimes(report: dict[str, Any]) -> str:
     return (
         "\n\n".join(
             [
-                "## Beside ONNX Runtime and OpenVINO",
+                "## Compared with ONNX Runtime and OpenVINO",
                 f"ONNX Runtime {versions['onnxruntime']} and OpenVINO {versions['openvino']} run "
-                "the file that [`export`](guides/export.md) writes with `--fused`: norms and "
-                "branches folded. The last columns say how many times faster the fused model is, "
-                "and that it shall be no slower. A dash: the runtime refuses the file; the JSON "
-                "says why.",
+                "the file written by [`export --fused`](guides/export.md), with norms and "
+                "branches folded. The last columns give the fused model's speedup; the target is "
+                "to be no slower. A dash means that the runtime rejects the file; the JSON says "
+                "why.",
                 _table(["ms", "batch", "threads", *labels, *ratios], rows),
                 _orders(report["results"]),
             ]
@@ -199,8 +199,8 @@ def of_runtimes(report: dict[str, Any]) -> str:
 
 
 def of_lesser(reports: Mapping[str, dict[str, Any]]) -> str:
-    """The same CPU held to fewer instructions, from a report for each of :data:`LESSER`."""
-    parts = ["## Held to fewer instructions", LESSER_INTRODUCTION]
+    """The same CPU with fewer instructions, from a report for each of :data:`LESSER`."""
+    parts = ["## Restricted to fewer instructions", LESSER_INTRODUCTION]
     for name, report in reports.items():
         title, environment = LESSER[name]
         parts += [f"### {title}", f"One thread, with `{environment}`."]
@@ -242,7 +242,7 @@ def _ratio(row: dict[str, Any], name: str, other: str) -> float | None:
 
 
 def _judged(ratio: float | None, aim: float | None) -> str:
-    """A ratio, its aim, and whether it was missed."""
+    """A ratio, its target, and whether it was missed."""
     if ratio is None or aim is None:
         return "–" if ratio is None else f"{ratio:.2f}×"
     missed = round(ratio, 2) < aim
@@ -250,7 +250,7 @@ def _judged(ratio: float | None, aim: float | None) -> str:
 
 
 def _times(rows: list[dict[str, Any]], batch: int, all_aims: Mapping[str, Any]) -> list[str]:
-    """Milliseconds of everything; then ratios with their aims, and what the fused model takes."""
+    """Milliseconds of all contenders, ratios with their targets, and the fused model's figures."""
     names = _names(rows)
     times = _table(
         ["ms", *(LABELS.get(name, name) for name in names)],
@@ -286,11 +286,10 @@ def _times(rows: list[dict[str, Any]], batch: int, all_aims: Mapping[str, Any]) 
     head = ["times faster", "than", f"fused{aim}", f"fused, bf16{aim}", "than timm", "than birder"]
     head += ["p90, ms", "images/s", "G MACs", "GFLOP/s (of matmul)", "memory, MiB"]
     remark = (
-        "Medians of the ratios within a turn, which repeats the call and counts the later half: "
-        "the first calls find the caches as another contender left them. Where the original is "
-        "not compared, our own plain form stands in for it. Figures of the last five columns are "
-        "the fused model's in float32: "
-        "`of matmul` is the share of the rate of a 1024³ matrix product in the same turns. "
+        "Ratios are medians over turns. A turn repeats the call and counts the second half, since "
+        "the first calls run with caches filled by another contender. If there is no original, "
+        "ratios are relative to our plain model. The last five columns are for the fused model in "
+        "float32; `of matmul` is its GFLOP/s relative to a 1024³ matrix product in the same turns. "
         + _orders(rows)
     )
     return [times, remark, _table(head, judged)]
@@ -313,14 +312,14 @@ def _training(rows: list[dict[str, Any]]) -> str:
 
 
 def _orders(rows: list[dict[str, Any]]) -> str:
-    """In which order the contenders were made."""
+    """The order in which the contenders were created."""
     if all(row.get("orders") == 2 for row in rows):
         return (
-            "Half of the turns are taken after the contenders were made anew in the reverse order: "
-            "models made later lie in memory that is up to 3 % faster."
+            "For half of the turns, the contenders are created again in reverse order, because the "
+            "memory of models created later is up to 3 % faster."
         )
     return (
-        "Where the JSON does not say `orders: 2`, ours were made before the others, which costs "
+        "Where the JSON lacks `orders: 2`, our models were created before the others, which costs "
         "them up to 3 %."
     )
 
@@ -343,16 +342,15 @@ def _growth(rows: list[dict[str, Any]]) -> list[str]:
         lines.append([f"`{name}`", *cells, *_grown(*ends)])
     return [
         "### Growth with resolution",
-        "The fused model, one image, one thread, float32, in ms by the side of the image. From the "
-        f"first size to the last there are {(large / small) ** 2:.1f} times as many pixels; beside "
-        "the growth of the time stands that of the multiply-adds, which is larger where attention "
-        "grows faster than the map.",
+        "Time of the fused model in ms by side length of the image (one image, one thread, "
+        f"float32). The largest size has {(large / small) ** 2:.1f} times as many pixels as the "
+        "smallest. Multiply-adds grow faster than the pixels where the cost of attention does.",
         _table(["ms", *map(str, sizes), "time grows", "multiply-adds grow"], lines),
     ]
 
 
 def _grown(small: dict[str, Any] | None, large: dict[str, Any] | None) -> tuple[str, str]:
-    """How many times the time and the multiply-adds grow from a size to another."""
+    """Growth factors of the time and of the multiply-adds from one size to another."""
     if small is None or large is None:
         return "–", "–"
     before, after = (row["contenders"][FUSED]["milliseconds"] for row in (small, large))
@@ -376,10 +374,10 @@ def _shares(rows: list[dict[str, Any]]) -> list[str]:
         return []
     return [
         "### Where the time goes",
-        "Shares of one image's time on one thread by torch's profiler, plain and fused. A 1×1 "
-        "convolution, or a feed-forward in one pass, counts as a matrix product; what is outside "
-        "of operators is Python and the profiler itself. Under a profiler the layers of a fused "
-        "model run one by one; else its calls are recorded, and most of the last column is saved.",
+        "Shares of one image's time on one thread according to torch's profiler, plain and fused. "
+        "1×1 convolutions and single-pass feed-forwards count as matrix products; time outside of "
+        "operators is Python and the profiler itself. Under the profiler, a fused model runs "
+        "eagerly; otherwise its calls are replayed, which removes most of the last column.",
         _table(["share of time", *kinds], lines),
         "\n".join(f"- **{family}**: {said}" for family, said in READING.items()),
     ]

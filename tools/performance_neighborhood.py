@@ -1,4 +1,4 @@
-"""The part of the performance page on neighborhood attention, from ``benchmark_na.py``'s report."""
+"""Neighborhood attention on the performance page, from a report of ``benchmark_na.py``."""
 
 from __future__ import annotations
 
@@ -11,28 +11,28 @@ __all__ = ["of_neighborhood"]
 
 OURS = "cpu"
 INTRODUCTION = (
-    "The C++ kernel in ms, its share of the rate of a 1024³ matrix product in the same turns, its "
-    "peak of extra memory (results included) as a multiple of the inputs', and how many times "
-    "longer the others took: medians of the ratios within a turn. A turn repeats the call and "
-    "counts the later half; contenders that are very slow were timed once, the JSON says which. "
-    "With bfloat16 tensors the kernel computes in float32 nevertheless, while the matrix product "
-    "runs in bfloat16. A dash: it cannot do the call, the JSON says why; GiB: it was left out "
-    "because it needs so much memory; s: because a call would take that long, by its time at "
-    "batch 1.\n\n"
-    "`gather` takes out the window of every query (the `reference` backend), `sdpa-mask` is "
-    "torch's attention over all pairs, `flex` compiled flex attention, `natten` NATTEN 0.21's form "
-    "for the CPU, which has no backward."
+    "The columns give the C++ kernel's time in ms, its GFLOP/s relative to a 1024³ matrix product "
+    "in the same turns, its peak additional memory (results included) as a multiple of the "
+    "inputs', and how many times longer the others took, as medians of the ratios over turns. A "
+    "turn repeats the call and counts the second half; very slow contenders were timed once, as "
+    "noted in the JSON. With bfloat16 tensors the kernel still computes in float32, while the "
+    "matrix product runs in bfloat16. A dash means that the contender does not support the call "
+    "(the JSON says why). An entry in GiB means that it was skipped because it needs that much "
+    "memory; an entry in s, because a call would take that long, extrapolated from batch 1.\n\n"
+    "`gather` copies out the window of every query (the `reference` backend), `sdpa-mask` is "
+    "torch's masked attention over all pairs, `flex` is compiled flex attention, and `natten` is "
+    "NATTEN 0.21's CPU implementation, which has no backward."
 )
 NO_GPU = (
-    "Nothing here ran on a GPU: the Triton kernels are tested in Triton's interpreter and compiled "
-    "ahead of time, but whether they are faster there than compiled flex attention and NATTEN's "
-    "own kernels, as they shall be, is not measured yet."
+    "Nothing here ran on a GPU. The Triton kernels are tested in Triton's interpreter and compiled "
+    "ahead of time, but have not yet been compared with compiled flex attention and NATTEN's own "
+    "kernels on a GPU."
 )
 
 
 @dataclass(frozen=True)
 class Aim:
-    """A figure that shall be reached in the float32 rows of one direction that ``where`` picks."""
+    """A target for the float32 rows of one direction that ``where`` selects."""
 
     title: str
     backward: bool
@@ -47,17 +47,17 @@ class Aim:
 
 
 def over(name: str) -> Callable[[dict[str, Any]], float | None]:
-    """How many times longer a contender took, if it was measured."""
+    """A contender's time relative to ours, if it was measured."""
     return lambda row: row["contenders"].get(name, {}).get("times_ours")
 
 
 def rate(row: dict[str, Any]) -> float:
-    """Percent of the rate of a matrix product."""
+    """GFLOP/s in percent of those of a matrix product."""
     return 100 * row["contenders"][OURS]["fraction_of_matmul"]
 
 
 def memory(row: dict[str, Any]) -> float | None:
-    """Peak of extra memory over the inputs'."""
+    """Peak additional memory relative to the inputs'."""
     peak = row["contenders"][OURS]["peak_bytes"]
     return None if peak is None else peak / row["input_bytes"]
 
@@ -78,7 +78,7 @@ AIMS = [
     Aim("20× `sdpa-mask` at 56²", False, 20, over("sdpa-mask"), side(56)),
     Aim("60× `natten` at batch 1", False, 60, over("natten"), lambda row: row["batch"] == 1),
     Aim("25 % of matmul at 28² and larger", False, 25, rate, large, " %"),
-    Aim("50 % of matmul at 28² and larger, a far aim", False, 50, rate, large, " %"),
+    Aim("50 % of matmul at 28² and larger (long-term)", False, 50, rate, large, " %"),
     Aim("2× `tiled`", True, 2, over("tiled")),
     Aim("20× `gather`", True, 20, over("gather")),
     Aim("15× `sdpa-mask` at 56²", True, 15, over("sdpa-mask"), side(56)),
@@ -88,7 +88,7 @@ AIMS = [
 
 
 def of_neighborhood(report: dict[str, Any], picture: str) -> str:
-    """The section; ``picture`` is the path of the benchmark's from the page."""
+    """The section; ``picture`` is the benchmark's plot, relative to the page."""
     machine = report["machine"]
     parts = [
         "## Neighborhood attention",
@@ -108,7 +108,7 @@ def of_neighborhood(report: dict[str, Any], picture: str) -> str:
 
 
 def aims(rows: list[dict[str, Any]]) -> list[str]:
-    """What shall be reached, how much of it is, and where it is missed."""
+    """The targets, whether they are met, and where they are missed."""
     lines = []
     for aim in AIMS:
         found = [
@@ -132,22 +132,22 @@ def aims(rows: list[dict[str, Any]]) -> list[str]:
     if not lines:
         return []
     head = [
-        "| Aim, float32, over all batches measured | | | the worst, or where it is missed |",
+        "| Target (float32, all measured batches) | | | worst case, or where it is missed |",
         "| --- | --- | --- | --- |",
     ]
-    return ["### Aims", "\n".join(head + lines)]
+    return ["### Targets", "\n".join(head + lines)]
 
 
 def shown(aim: Aim, figure: float, row: dict[str, Any]) -> str:
-    """A figure, and whose it is."""
+    """A figure and the setting it belongs to."""
     digits = 2 if figure < 10 else 1
     batch = "" if row["batch"] == 1 else f" batch {row['batch']}"
     return f"{figure:.{digits}f}{aim.unit} `{row['setting']}`{batch}"
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Every setting of one dtype, batch and direction."""
-    # Triton's kernels run on GPUs alone, where they are ours.
+    """All settings of one dtype, batch and direction."""
+    # On a GPU, the Triton kernels are ours.
     others = [name for name in rows[0]["contenders"] if name not in (OURS, "triton")]
     lines = [
         "| Setting | ours, ms | of matmul | memory | " + " | ".join(others) + " |",
@@ -167,7 +167,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def comparison(result: dict[str, Any]) -> str:
-    """How many times longer a contender took, or what it would have needed."""
+    """A contender's time relative to ours, or the memory or time it would have needed."""
     if "times_ours" in result:
         return f"{result['times_ours']:.1f}×"
     too_much = re.search(r"(\d+)(?:\.\d+)? (GiB|s) ", result.get("skipped", ""))

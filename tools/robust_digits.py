@@ -1,10 +1,10 @@
-"""Does robust token attention resist noise? Trains with and without it; ``docs/robustness.json``.
+"""Measure the robustness of robust token attention to noise; writes ``docs/robustness.json``.
 
-    python tools/robust_digits.py     six short trainings, each validated on spoilt digits
+    python tools/robust_digits.py     six short trainings, each validated on noisy digits
 
 Token-aware average pooling and attention diversification (https://arxiv.org/abs/2303.11126) on the
-digits of ``configs/cls/bench_digits.yaml``, three seeds each. ``tools/learning_page.py`` puts what
-came out on the learning page, once it is there. Each result is written as soon as it is measured.
+digits of ``configs/cls/bench_digits.yaml``, with three seeds each. ``tools/learning_page.py`` adds
+the results to the learning page. Each result is written as soon as it is measured.
 """
 
 from __future__ import annotations

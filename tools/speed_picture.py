@@ -1,9 +1,8 @@
-"""The picture that README opens with: how many times faster fused models are than others.
+"""Draw the picture at the top of the README: speedups of fused models over other implementations.
 
     python tools/speed_picture.py
 
-It reads the reports of ``tools/benchmark.py`` beside the performance pages and draws one image in
-float32 on one thread.
+Reads the reports of ``tools/benchmark.py`` and plots the rows with one image, one thread, float32.
 """
 
 from __future__ import annotations
@@ -22,8 +21,8 @@ from backbones.training.checkpoint import write_atomically
 _DOCS = Path(__file__).resolve().parents[1] / "docs"
 _REPORTS = [_DOCS / f"performance/zen5/{name}.json" for name in ("models", "runtimes")]
 _OURS, _PLACE = "fused", {"batch": 1, "threads": 1, "dtype": "float32", "direction": "forward"}
-# What is drawn of a report: the legend's words, colour, mark, and how far from the line's middle,
-# since the original, timm and birder often take the same time.
+# Contenders to draw: label, colour, marker, and vertical offset, since the original, timm and
+# birder often take the same time.
 _OTHERS = {
     "original": ("the original", "#3b3f46", "o", 0.0),
     "natten_0_17": ("the original (NATTEN 0.17.3)", "#3b3f46", "D", 0.0),
@@ -35,9 +34,9 @@ _OTHERS = {
 
 
 def speedups(reports: Iterable[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """How many times as long each other contender takes as the fused model, by model.
+    """By model, the time of each other contender relative to the fused model.
 
-    Ratios are of times within one report, whose contenders took turns.
+    Ratios are taken within one report, whose contenders were measured alternately.
     """
     found: dict[str, dict[str, float]] = {}
     smallest: dict[str, int] = {}
@@ -58,7 +57,7 @@ def speedups(reports: Iterable[dict[str, Any]]) -> dict[str, dict[str, float]]:
 
 
 def draw(reports: list[dict[str, Any]], path: Path) -> None:
-    """A line for each model, a mark for each contender: PNG."""
+    """A line for each model and a marker for each contender, as PNG."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter, NullFormatter
 
@@ -97,8 +96,7 @@ def draw(reports: list[dict[str, Any]], path: Path) -> None:
     axis.spines[:].set_visible(False)
     machine = reports[0]["machine"]["name"]
     axis.set_xlabel(
-        f"time of others over that of our fused model (line at 1×): one image, one "
-        f"thread, float32, {machine} (Zen 5)",
+        f"time relative to our fused model (1×): one image, one thread, float32, {machine} (Zen 5)",
         fontsize=8.5,
         color="#56606e",
     )

@@ -16,7 +16,7 @@ from backbones.openmmlab.runs import load_config, processes, provide_data, share
 
 
 def main(argv: Sequence[str] | None = None) -> dict[str, float]:
-    """Evaluate as the command line says; returns the metrics, which mmengine also logs."""
+    """Evaluate as given by the command line; returns the metrics, which mmengine also logs."""
     parser = shared_arguments(__doc__ or "")
     parser.add_argument("checkpoint", type=nonempty, help="a .pth that training wrote")
     args = parser.parse_args(argv)

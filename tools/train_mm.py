@@ -5,9 +5,9 @@
     torchrun --nproc-per-node 2 tools/train_mm.py CONFIG --launcher pytorch  # also without a GPU
     srun --ntasks 16 … python tools/train_mm.py CONFIG --launcher slurm
 
-Logs and checkpoints go to ``--work-dir``, by default ``runs/mm/<name of the config>``. Learning
-rates are the config's: scale them by ``--cfg-options optim_wrapper.optimizer.lr=…`` where the
-number of GPUs is not that in its name. The quickstarts make their pictures if they are not there.
+Logs and checkpoints go to ``--work-dir``, by default ``runs/mm/<name of the config>``. Scale the
+config's learning rate with ``--cfg-options optim_wrapper.optimizer.lr=…`` if the number of GPUs
+differs from that in its name. The quickstarts create their pictures if missing.
 """
 
 from __future__ import annotations
@@ -22,13 +22,13 @@ from backbones.openmmlab.runs import load_config, processes, provide_data, share
 
 
 def main(argv: Sequence[str] | None = None) -> Runner:
-    """Train as the command line says; returns the runner, for what one wants of it next."""
+    """Train as given by the command line; returns the runner."""
     parser = shared_arguments(__doc__ or "")
     parser.add_argument(
         "--resume",
         nargs="?",
         const="auto",
-        help="go on from this checkpoint; without a value, from the folder's last",
+        help="continue from this checkpoint; without a value, from the folder's last",
     )
     parser.add_argument(
         "--amp", action="store_true", help="mixed precision: mmengine's; bfloat16 on a CPU"

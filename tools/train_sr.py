@@ -5,9 +5,9 @@
         --train-pictures DF2K/HR --val-pictures Set5/HR
     torchrun --nproc-per-node 8 tools/train_sr.py --config …
 
-Any key of the recipe is a flag; ``--print-config`` shows what is resolved. Results go to
-``OUTPUT/NAME/``: ``best.safetensors``, ``last.pt`` (everything needed to go on), ``summary.csv``,
-``metrics.jsonl``, ``comparison.png``, ``config.yaml``. ``--resume auto`` goes on after a crash.
+Every key of the recipe is a flag; ``--print-config`` prints the resolved recipe. Results go to
+``OUTPUT/NAME/``: ``best.safetensors``, ``last.pt`` (the state for resuming), ``summary.csv``,
+``metrics.jsonl``, ``comparison.png``, ``config.yaml``. ``--resume auto`` continues after a crash.
 """
 
 from __future__ import annotations

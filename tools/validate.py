@@ -1,4 +1,4 @@
-"""Measure trained classifiers: accuracy, real labels, robustness, and what is taken for what.
+"""Evaluate trained classifiers: accuracy, real labels, robustness, and confusion matrices.
 
     vision-backbones validate --data /path/to/imagenet --model van_b0 'shvit_*' timm/resnet18
     vision-backbones validate --data /path/to/images --model van_b0 --checkpoint best.safetensors
@@ -8,9 +8,9 @@ ImageNet's protocol: resize so that the centre crop is ``crop_pct`` of the short
 size, interpolation and normalisation that each model's ``pretrained_cfg`` (or its run's
 ``config.yaml``) states. ``--real-labels`` adds the accuracy on the reassessed labels
 (https://arxiv.org/abs/2006.07159), ``--corrupt`` that on ImageNet-C's corruptions at 5 severities
-(https://arxiv.org/abs/1903.12261). A row for each model goes to ``--output`` as soon as it is
-measured; a model that fails has its error there, the others go on, and the exit status is 1. It is
-2 where nothing can be measured.
+(https://arxiv.org/abs/1903.12261). A row for each model is written to ``--output`` as soon as it is
+measured. If a model fails, its row has the error, the others continue, and the exit status is 1. It
+is 2 if nothing could be measured.
 """
 
 from __future__ import annotations
@@ -137,7 +137,7 @@ class Validator:
         model = model.eval().to(self.world.device)
         answers = self.answers(model, recipe, config, candidate.name, None)
         if not math.isfinite(answers.loss):
-            raise DataError("what the model gives is not finite")
+            raise DataError("the model's output is not finite")
         row = {
             "model": candidate.name,
             "checkpoint": candidate.checkpoint or "published",
@@ -171,7 +171,7 @@ class Validator:
         title: str,
         spoil: Callable[[Any], Any] | None,
     ) -> Answers:
-        """What ``model`` says of the images, spoilt or as they are."""
+        """The predictions of ``model`` for the images, corrupted or clean."""
         with tempfile.TemporaryDirectory() as folder:
             corrupt = CorruptImages(Path(folder) / "corrupt.txt", self.options.max_corrupt)
             recipe.batch_size, recipe.val_batch_size = self.options.batch_size, None
@@ -197,7 +197,7 @@ class Validator:
                 loader.close()
                 self.progress.end()
             if corrupt.count():
-                self.progress.say(f"{title}: {corrupt.count()} images cannot be read, left out")
+                self.progress.say(f"{title}: {corrupt.count()} unreadable images skipped")
         return answers
 
     def spoil(
@@ -243,7 +243,7 @@ def corruption_path(output: Path) -> Path:
 
 
 def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
-    """Write rows as CSV, whole or not at all; their keys may differ."""
+    """Write rows as CSV, atomically; their keys may differ."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(dict.fromkeys(k for row in rows for k in row)), restval="")
     writer.writeheader()
@@ -257,7 +257,7 @@ def find_candidates(options: argparse.Namespace) -> list[Candidate]:
     """The models of the command line: names, patterns, lists in files, and runs.
 
     Raises:
-        RecipeError: there is none, or a list or run cannot be read.
+        RecipeError: no models, or an unreadable list or run.
     """
     wishes = {"img_size": options.img_size, "crop_pct": options.crop_pct}
     wishes |= {"interpolation": options.interpolation, "in_chans": options.in_chans}
@@ -267,7 +267,7 @@ def find_candidates(options: argparse.Namespace) -> list[Candidate]:
     for word in options.model:
         names = backbones.list_models(word, pretrained=True) if set("*?[") & set(word) else [word]
         if not names:
-            raise RecipeError(f"no model with published weights fits {word!r}")
+            raise RecipeError(f"no model with published weights matches {word!r}")
         found += [Candidate(name, options.checkpoint, load_recipe(None, given)) for name in names]
     for path in options.list:
         for line in _lines(path):
@@ -279,7 +279,7 @@ def find_candidates(options: argparse.Namespace) -> list[Candidate]:
     if not found:
         raise RecipeError("no model: give --model NAME …, --list FILE or --run FOLDER")
     if options.checkpoint and len(found) > 1:
-        raise RecipeError(f"--checkpoint goes with one model, not {len(found)}: use --list")
+        raise RecipeError(f"--checkpoint requires one model, not {len(found)}: use --list")
     return found
 
 
@@ -289,7 +289,7 @@ def _lines(path: Path) -> list[str]:
     except OSError as error:
         raise RecipeError(f"cannot read the list {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise RecipeError(f"the list {path} is no text in UTF-8") from error
+        raise RecipeError(f"the list {path} is not UTF-8 text") from error
     return [line.strip() for line in lines if line.strip() and not line.startswith("#")]
 
 
@@ -297,17 +297,21 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     """The command line."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
-    data = "as train_cls.py; only the split to measure is needed"
+    data = "as for train_cls.py; only the split to measure is needed"
     add("--data", required=True, type=nonempty, help=data)
     add("--data-dir", type=nonempty, help="where medmnist/, torch/, hfds/, hfids/ keep files")
     add("--download", action="store_true", help="let the source download its files")
     add("--split", default="validation", help="the split to measure")
     add("--class-map", type=nonempty, help="file that maps class names to numbers")
     add("--model", nargs="+", default=[], help="names, or patterns such as 'van_*'")
-    add("--checkpoint", type=nonempty, help="weights of the one model; without, the published ones")
+    add(
+        "--checkpoint",
+        type=nonempty,
+        help="weights of a single model (default: the published ones)",
+    )
     several: dict[str, Any] = {"nargs": "+", "type": nonempty_path, "default": []}
     add("--list", metavar="FILE", help="lines of NAME [CHECKPOINT]", **several)
-    add("--run", metavar="FOLDER", help="what train_cls.py left", **several)
+    add("--run", metavar="FOLDER", help="folder of a run of train_cls.py", **several)
     add("--model-args", metavar="YAML", help="further keywords of create_model")
     add("--in-chans", type=whole(1), help="channels of the input")
     add("--img-size", type=whole(1, 65535), help="instead of the model's own")
@@ -319,15 +323,20 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--amp", choices=("bf16", "fp16"))
     add("--threads", type=THREADS, help="CPU threads")
     add("--fuse", action="store_true", help="fold norms and branches first")
-    add("--max-corrupt", type=real(0, 1), default=0.001, help="stop when more cannot be decoded")
-    labels = "ImageNet's reassessed labels; without a file, timm's copy"
+    add(
+        "--max-corrupt",
+        type=real(0, 1),
+        default=0.001,
+        help="stop if a larger fraction cannot be decoded",
+    )
+    labels = "ImageNet's ReaL labels; FILE defaults to timm's copy"
     add("--real-labels", nargs="?", const="", metavar="FILE", help=labels)
-    spoil = "apply these corruptions; without names, ImageNet-C's fifteen"
+    spoil = "corruptions to apply (no NAME: ImageNet-C's 15)"
     add("--corrupt", nargs="*", metavar="NAME", help=spoil)
     add("--severity", nargs="+", type=int, default=[1, 2, 3, 4, 5])
     output = Path("validation.csv")
     add("--output", type=nonempty_path, default=output, help="a row for each model")
-    report = "a table by class and a confusion matrix go there"
+    report = "folder for tables by class and confusion matrices"
     add("--report", type=nonempty_path, metavar="FOLDER", help=report)
     return parser.parse_args(argv)
 
@@ -338,7 +347,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def run(options: argparse.Namespace) -> int:
-    """Measure what the options name; 1 if any model failed.
+    """Measure the models of the options; returns 1 if any model failed.
 
     Raises:
         TrainingError, CommandError: nothing can be measured, or the results cannot be written.
@@ -371,7 +380,7 @@ def run(options: argparse.Namespace) -> int:
             row = {"model": candidate.name, "checkpoint": candidate.checkpoint or "published"}
             row["error"] = first_line(error)
             failed.append(candidate.name)
-            sys.stderr.write(f"error: {candidate.name}: {row['error']}; going on\n")
+            sys.stderr.write(f"error: {candidate.name}: {row['error']}; continuing\n")
         rows.append(row)
         write_table(options.output, rows)
     validator.progress.say(f"results are in {options.output}")

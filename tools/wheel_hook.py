@@ -1,11 +1,11 @@
-"""Build hook of hatchling: wheels bring the C++ kernels, compiled for every instruction set.
+"""Build hook of hatchling: adds the C++ kernels to wheels, compiled for every instruction set.
 
-A wheel from a checkout (``pip wheel .``, ``make wheel``) has them. An editable install and what pip
-makes of a source distribution do not: there, kernels are compiled on first use, for the one CPU
-they run on. So it is where there is no compiler, or ``VISION_BACKBONES_NATIVE=0``.
+Wheels built from a checkout (``pip wheel .``, ``make wheel``) include them. Editable installs and
+wheels built from a source distribution don't: there, kernels are compiled on first use for the
+CPU. The same applies without a compiler, and with ``VISION_BACKBONES_NATIVE=0``.
 
-``VISION_BACKBONES_WHEEL_MACHINE=aarch64`` makes the wheel for that architecture, with a
-cross-compiler, ``CXX`` or by default ``aarch64-linux-gnu-g++``.
+``VISION_BACKBONES_WHEEL_MACHINE=aarch64`` builds the wheel for that architecture, with the
+cross-compiler ``CXX``, by default ``aarch64-linux-gnu-g++``.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ class CompiledKernels(BuildHookInterface):
     """See the top of this file."""
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
-        """Compile, and say that the wheel has code of this platform in it."""
+        """Compile, and mark the wheel as platform-specific."""
         if version == "editable" or Path(self.root, "PKG-INFO").exists():
             return
         with _engine(Path(self.root)) as engine:
@@ -52,7 +52,7 @@ class CompiledKernels(BuildHookInterface):
             build_data["force_include"] |= {str(p): f"{_PLACE}/{p.name}" for p in made}
 
     def _compile(self, engine: types.SimpleNamespace, machine: str) -> list[Path]:
-        """The libraries. They stay in ``build``, for the next wheel of the same sources."""
+        """The libraries, cached in ``build`` for the next wheel of the same sources."""
         if not engine.settings.is_switched_on():
             return []
         try:
@@ -92,7 +92,7 @@ class CompiledKernels(BuildHookInterface):
 
 
 def _find_compilers(engine: types.SimpleNamespace, machine: str) -> list[list[str]]:
-    """Commands to try; for another architecture a cross-compiler alone, as others' code is no use.
+    """Compiler commands to try; for another architecture, only the cross-compiler.
 
     Raises:
         NoCompilerError: there is none for this machine.
@@ -112,7 +112,7 @@ def _find_compilers(engine: types.SimpleNamespace, machine: str) -> list[list[st
 
 @contextmanager
 def _engine(root: Path) -> Iterator[types.SimpleNamespace]:
-    """Modules of ``ops.cpu``, without what the packages import, as torch is not there."""
+    """Modules of ``ops.cpu``, without importing the packages, since torch is not available."""
     names = ("compiler", "instruction_sets", "libraries", "settings")
     before = {k: v for k, v in sys.modules.items() if k.partition(".")[0] == "ops"}
     for name in before:

@@ -1,11 +1,11 @@
 """Measure the latency of every variant, for the zoo page: one image, one thread, plain and fused.
 
     python tools/zoo_latency.py
-    python tools/zoo_latency.py --models 'shvit_*' van_b0  # these anew, the rest as it was
+    python tools/zoo_latency.py --models 'shvit_*' van_b0  # only these; the rest is kept
 
-Each variant gets images of its own size, that of its published accuracy. The two forms take turns
+The image size is that of the variant's published accuracy. The two forms are measured alternately
 in one process, as in ``tools/benchmark.py``. Writes ``docs/performance/zoo.json`` after every
-variant; on another machine or with another torch it begins a new file.
+variant; on another machine or with another torch version it starts a new file.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""HAT's groups differ in nothing but their weights: exporters need to see one of them.
+"""Fast export of HAT, whose groups differ only in their weights.
 
-torch.export and torch.onnx take hundredths of a second for every node, and HAT-L has 7000. One of
-its groups is traced and translated, with its weights as inputs, and copied in the others' places.
+torch.export and torch.onnx take hundredths of a second per node, and HAT-L has 7000 nodes. Instead,
+one group is traced and translated with its weights as inputs, and copied for the others.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ _DOMAIN, _OPERATOR = "backbones", "Group"
 
 
 class StandIn(nn.Module):
-    """In the place of a group; in ONNX a node of its own."""
+    """Placeholder for a group; a custom node in ONNX."""
 
     def __init__(self, number: int) -> None:
         super().__init__()
@@ -39,12 +39,12 @@ class StandIn(nn.Module):
 
 
 class Group(nn.Module):
-    """What the groups of a model have in common: (x, weights by name) → their output.
+    """The function that a model's groups share: (x, weights by name) → output.
 
     Attributes:
-        weights: of each.
+        weights: of each group, by name.
         dim: channels.
-        window_size: which the sides of a map are multiples of.
+        window_size: the sides of maps are multiples of it.
     """
 
     def __init__(self, groups: Sequence[ResidualGroup]) -> None:
@@ -60,7 +60,7 @@ class Group(nn.Module):
 
 
 def take_out(model: nn.Module) -> Group | None:
-    """Put stand-ins in the places of groups that are alike; None if there are none.
+    """Replace identical groups by placeholders; None if there are none.
 
     Args:
         model: changed in place.
@@ -84,7 +84,7 @@ def _weights(module: nn.Module) -> dict[str, Tensor]:
 
 
 def _structure(module: nn.Module) -> Any:
-    """What must be the same for the graphs to be; stochastic depth does nothing in eval mode."""
+    """Equal for modules with equal graphs; ignores stochastic depth, a no-op in eval mode."""
     layers = [
         (name, type(layer), layer.extra_repr())
         for name, layer in module.named_modules()
@@ -95,12 +95,12 @@ def _structure(module: nn.Module) -> Any:
 
 
 def fill_in(model: Any, group: Any, weights: Sequence[dict[str, Tensor]]) -> None:
-    """Put copies of a group's nodes in the places of the stand-ins.
+    """Replace the placeholders by copies of a group's nodes.
 
     Args:
-        model: ``onnx_ir.Model`` with stand-ins; changed in place.
+        model: ``onnx_ir.Model`` with placeholders; changed in place.
         group: ``onnx_ir.Model`` of a :class:`Group`, whose inputs are the map and the weights.
-        weights: of each stand-in, in the order of the inputs.
+        weights: of each placeholder, in the order of the inputs.
     """
     import onnx_ir
     from onnx_ir.passes.common import RemoveUnusedOpsetsPass

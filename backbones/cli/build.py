@@ -1,4 +1,4 @@
-"""``vision-backbones build``: compile the C++ kernels before a model needs them."""
+"""``vision-backbones build``: compile the C++ kernels before their first use."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         nargs="+",
         choices=[*cpu.levels(), _ALL],
         metavar="SET",
-        help=f"instruction sets, of {', '.join(cpu.levels())}, or all; default this CPU's",
+        help=f"instruction sets: {', '.join(cpu.levels())}, or all (default: this CPU's)",
     )
 
 
@@ -31,7 +31,7 @@ def run(options: Namespace) -> int:
     """Run ``build``.
 
     Raises:
-        CommandError: the kernels cannot be had: why.
+        CommandError: the kernels are unavailable; it says why.
     """
     sets = options.isa or [cpu.instruction_set()]
     for isa in cpu.levels() if _ALL in sets else dict.fromkeys(sets):
@@ -41,7 +41,7 @@ def run(options: Namespace) -> int:
         except RuntimeError as error:
             raise CommandError(f"no kernels for {isa}: {error}") from error
         if folder is None:
-            text = "came with the package"
+            text = "shipped with the package"
         else:
             text = f"in {shell_word(folder)}, after {time.monotonic() - start:.0f} s"
         sys.stdout.write(f"kernels for {isa}: {text}\n")

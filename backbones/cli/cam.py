@@ -1,4 +1,4 @@
-"""Where a classifier looks: Grad-CAM on the map of a late stage.
+"""Grad-CAM on the feature map of a late stage.
 
 Ramprasaath R. Selvaraju et al., "Grad-CAM: Visual Explanations from Deep Networks via
 Gradient-based Localization", https://arxiv.org/abs/1610.02391.
@@ -16,24 +16,24 @@ from backbones.core.base import StagedBackbone
 
 __all__ = ["grad_cam", "spread"]
 
-# A coarser map than this shows nothing of where.
+# Coarser maps don't localise anything.
 _LEAST_SIDE = 4
 
 
 def grad_cam(
     model: StagedBackbone, images: Tensor, classes: Tensor | None = None
 ) -> tuple[Tensor, Tensor]:
-    """Heat of every image for one class: the map's channels, weighted by the logit's gradient.
+    """Grad-CAM heat maps: a feature map's channels, weighted by the gradient of one logit.
 
-    It works for every family, since all stages give maps (B, C, h, w), tokens or not. Of the maps
-    that are 4 × 4 or larger it takes the last, which on the usual sizes is that of the last stage.
+    Works for every family, since all stages return maps (B, C, h, w). It uses the last map of 4 × 4
+    or larger, which is the last stage's at the usual input sizes.
 
     Args:
         images: (B, C, H, W).
-        classes: (B,); default the likeliest of each image.
+        classes: (B,); default: the most likely class of each image.
 
     Returns:
-        Logits (B, num_classes), and heat (B, H, W) in 0 … 1: 0 where nothing speaks for the class.
+        Logits (B, num_classes), and heat (B, H, W) in 0 … 1, where 0 means no evidence.
     """
     field = ReceptiveField()
     with torch.no_grad(), follow(model, field):
@@ -43,7 +43,7 @@ def grad_cam(
             maps.append(stage(maps[-1]))
             grids.append((field.start, field.stride))
     sides = [min(features.shape[2:]) for features in maps]
-    # The stem's map is no candidate: stage i made maps[i + 1].
+    # The stem's map is not a candidate; maps[i + 1] is the output of stage i.
     taken = max((i for i in range(1, len(maps)) if sides[i] >= _LEAST_SIDE), default=1)
     with torch.enable_grad():
         features = maps[taken].detach().requires_grad_()
@@ -62,10 +62,10 @@ def grad_cam(
 
 
 def spread(heat: Tensor, size: Sequence[int], start: float, stride: int) -> Tensor:
-    """The heat of every pixel from that of the cells of a map: (B, h, w) → (B, H, W).
+    """Interpolate heat from the cells of a map to pixels: (B, h, w) → (B, H, W).
 
-    Linear between the middles of the cells, which lie ``start + i * stride`` pixels from the edge
-    (see :class:`ReceptiveField`), and even beyond the outermost.
+    Linear between the centres of the cells, which are ``start + i * stride`` pixels from the edge
+    (see :class:`ReceptiveField`), and constant beyond the outermost.
     """
     for axis, side in zip((1, 2), size, strict=True):
         cells = torch.arange(heat.shape[axis], device=heat.device)

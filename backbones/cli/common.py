@@ -1,4 +1,4 @@
-"""What the commands share: their error, models with a user's weights."""
+"""Shared by the commands: creating models and loading a user's weights."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ __all__ = [
 
 @dataclass
 class Loaded:
-    """A model in eval mode, and what lies around its checkpoint.
+    """A model in eval mode, with information found next to its checkpoint.
 
     Attributes:
         name: of the architecture.
-        recipe: what ``train_cls.py`` left beside the checkpoint, or None.
-        report: what loading did, a :class:`backbones.LoadReport`; None without a checkpoint.
-        classes: names by number; as many as the model has, or none.
+        recipe: the training recipe saved next to the checkpoint by ``train_cls.py``, or None.
+        report: the :class:`backbones.LoadReport` of loading; None without a checkpoint.
+        classes: class names by index; empty if unknown.
     """
 
     model: Any
@@ -64,15 +64,15 @@ def add_size_argument(parser: ArgumentParser, help: str) -> None:
 def two_sides(
     size: Sequence[int] | None, model: Any, batch: int = 1, runs: bool = True
 ) -> tuple[int, int]:
-    """Height and width: those asked for, or what the model was made for.
+    """Height and width: as given by the user, or else the model's default input size.
 
     Args:
         model: unfused.
         batch: number of images.
-        runs: whether the model will run, for which there must be memory.
+        runs: whether the model will run, so that memory must suffice.
 
     Raises:
-        CommandError: not one or two numbers in 1 … 65535, or more pixels than memory can hold.
+        CommandError: not one or two numbers in 1 … 65535, or images too large for memory.
     """
     if size is None:
         return tuple(model.pretrained_cfg["input_size"][1:])
@@ -94,9 +94,9 @@ def two_sides(
     return sides
 
 
-# JPEG has 16 bits for a side.
+# JPEG stores sides in 16 bits.
 _LONGEST_SIDE = 65535
-# Pixels that need no look at the memory.
+# Up to this number of pixels, memory is not checked.
 _SMALL = 512 * 512
 
 
@@ -104,7 +104,7 @@ def create(name: str, **kwargs: Any) -> Any:
     """A model in eval mode.
 
     Raises:
-        CommandError: no such model, or arguments that it lacks or cannot be made with.
+        CommandError: no such model, or invalid arguments for it.
     """
     try:
         return backbones.create_model(name, **kwargs).eval()
@@ -113,20 +113,20 @@ def create(name: str, **kwargs: Any) -> Any:
     except ValueError as error:
         raise CommandError(str(error)) from error
     except UNMAKEABLE as error:
-        # Without arguments it is a bug.
+        # Without arguments, it is a bug.
         if not kwargs or memory_shortage(error) is not None:
             raise
-        raise CommandError(f"{name} cannot be made with {shown(kwargs)}: {error}") from error
+        raise CommandError(f"cannot create {name} with {shown(kwargs)}: {error}") from error
 
 
 def load(name: str | None, checkpoint: Path | None) -> Loaded:
-    """The model ``name`` with the weights of ``checkpoint``, which may name it.
+    """The model ``name``, or the one that the checkpoint names, with the weights of ``checkpoint``.
 
-    A checkpoint of ``train_cls.py`` brings its recipe (``config.yaml`` beside it) and the names
-    of its classes. Any other one only says how many classes there are.
+    A checkpoint of ``train_cls.py`` comes with a recipe (``config.yaml`` next to it) and class
+    names; for any other, only the number of classes is known.
 
     Raises:
-        CommandError: no model is named, or there is none of that name.
+        CommandError: no model name, or an unknown one.
         FileNotFoundError, backbones.CheckpointError: see :func:`backbones.load_checkpoint`.
     """
     if checkpoint is None:
@@ -141,7 +141,7 @@ def load(name: str | None, checkpoint: Path | None) -> Loaded:
     if name is None:
         name = metadata.get("model") or (recipe.model if recipe else None)
     if name is None:
-        raise CommandError(f"{checkpoint} does not say what model it is of; give --model NAME")
+        raise CommandError(f"{checkpoint} does not name its model; give --model NAME")
     if recipe is not None and recipe.model.partition(".")[0] != name.partition(".")[0]:
         recipe = None
     arguments: dict[str, Any] = {}
@@ -165,7 +165,7 @@ def load(name: str | None, checkpoint: Path | None) -> Loaded:
 
 
 def class_count(model: Any, tensors: dict[str, Any]) -> int | None:
-    """How many classes the classifier in ``tensors`` has; None if there is no classifier."""
+    """The number of classes of the classifier in ``tensors``; None if it has no classifier."""
     if isinstance(model.classifier, tuple) and not model.classifier:
         return None
     path = model.classifier if isinstance(model.classifier, str) else model.classifier[0]
@@ -177,10 +177,10 @@ def class_count(model: Any, tensors: dict[str, Any]) -> int | None:
 
 
 def read_labels(path: Path, count: int) -> list[str]:
-    """Names of classes: a text file with one a line, or JSON (a list, or names by number).
+    """Class names from a text file with one per line, or JSON (a list, or a dict by index).
 
     Raises:
-        CommandError: it cannot be read, is neither, or not of ``count`` classes.
+        CommandError: the file cannot be read, is neither, or doesn't have ``count`` names.
     """
     text = read_text(path, "--labels")
     if path.suffix == ".json":
@@ -190,10 +190,12 @@ def read_labels(path: Path, count: int) -> list[str]:
                 content = [content[str(number)] for number in range(len(content))]
             if not isinstance(content, list):
                 raise TypeError(content)
-            # As ImageNet's are published: of [number in WordNet, name] it is the latter.
+            # ImageNet's are published as [WordNet ID, name]: take the name.
             names = [one_line(str(n[-1] if isinstance(n, list) else n)) for n in content]
         except (ValueError, LookupError, TypeError, RecursionError) as error:
-            raise CommandError(f"{path} is no JSON list of names, nor names by number") from error
+            raise CommandError(
+                f"{path} is not a JSON list of names or a JSON dict of names by index"
+            ) from error
     else:
         names = [one_line(line.strip()) for line in text.splitlines() if line.strip()]
     if len(names) != count:
@@ -205,19 +207,19 @@ def read_text(path: Path, option: str) -> str:
     """The text of a file that an option names.
 
     Raises:
-        CommandError: it cannot be read, or holds no text.
+        CommandError: it cannot be read, or is not text.
     """
     try:
         return path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise CommandError(f"{option} {path} is no text in UTF-8") from error
+        raise CommandError(f"{option} {path} is not UTF-8 text") from error
     except OSError as error:
         raise CommandError(f"cannot read {option} {path}: {error.strerror}") from error
 
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """Nothing from the log of loading: the command says in its own words what matters."""
+    """Silence the log of checkpoint loading; the commands report problems themselves."""
     log = logging.getLogger("backbones.core.checkpoint")
     level = log.level
     log.setLevel(logging.ERROR)
@@ -228,7 +230,7 @@ def quiet() -> Iterator[None]:
 
 
 def _metadata(checkpoint: Path) -> dict[str, str]:
-    """What a safetensors file says beside its tensors."""
+    """The metadata of a safetensors file."""
     if checkpoint.suffix != ".safetensors":
         return {}
     try:
@@ -236,12 +238,12 @@ def _metadata(checkpoint: Path) -> dict[str, str]:
             return file.metadata() or {}
     except SafetensorError as error:
         raise backbones.CheckpointError(
-            f"{checkpoint} is not a whole safetensors file: {error}"
+            f"{checkpoint} is not a complete safetensors file: {error}"
         ) from error
 
 
 def _classes_in(metadata: dict[str, str], checkpoint: Path) -> list[str]:
-    """The names of the classes, where the file says them."""
+    """The class names stored in the file, if any."""
     try:
         names = json.loads(metadata.get("classes", "[]"))
         if not isinstance(names, list):
@@ -259,7 +261,7 @@ def _recipe_beside(checkpoint: Path) -> Recipe | None:
 
 
 def _imagenet_names(model: Any) -> list[str]:
-    """What timm calls the classes of a model for ImageNet."""
+    """timm's class names for a model with ImageNet's 1000 classes."""
     if model.num_classes != 1000:
         return []
     info = ImageNetInfo("imagenet-1k")

@@ -1,4 +1,4 @@
-"""Deformable convolution as samples of a map, which more runtimes know than ONNX's DeformConv."""
+"""Deformable convolution by grid sampling, which more runtimes support than DeformConv."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def sampled_deform_conv2d(
     offset_groups: int,
     use_mask: bool,
 ) -> Tensor:
-    """``torchvision::deform_conv2d`` without masks and groups: each tap samples a map."""
+    """``torchvision::deform_conv2d`` without masks and groups, by one grid_sample per tap."""
     assert not use_mask and groups == offset_groups == 1
     height, width = x.shape[2:]
     top = torch.arange(offset.shape[2], device=x.device).view(-1, 1) * stride_h - pad_h

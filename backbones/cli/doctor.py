@@ -1,4 +1,4 @@
-"""``vision-backbones doctor``: what this machine has, what clashes, and what mends it."""
+"""``vision-backbones doctor``: diagnose this machine and suggest fixes."""
 
 from __future__ import annotations
 
@@ -43,14 +43,14 @@ _SCARCE_BYTES = 1_000_000_000
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that was looked at.
+    """The result of one check.
 
     Attributes:
-        topic: what it is about.
-        severity: ``"ok"``; ``"note"``, nothing needs doing; ``"warning"``, something is slower or
+        topic: heading in the report.
+        severity: ``"ok"``; ``"note"``, no action needed; ``"warning"``, something is slow or
             missing; ``"error"``, something will fail.
         text: what was found.
-        fix: the command that mends it; "" where there is nothing to mend.
+        fix: the command that fixes it; "" if there is nothing to fix.
     """
 
     topic: str
@@ -75,12 +75,12 @@ def run(options: Namespace) -> int:
 
 
 def examine() -> list[Finding]:
-    """Look at everything."""
+    """Run all checks."""
     versions = _installed()
     findings = examine_packages(versions)
     cpu = examine_cpu()
     findings += cpu + examine_gradients() + examine_gpu()
-    # What builds the kernels refuses the instruction sets that are refused there.
+    # Building kernels fails for an invalid instruction set, which is reported once.
     if all(finding.severity != "error" for finding in cpu):
         findings += examine_compiler() + examine_attention()
     findings += examine_mm(versions, importlib.util.find_spec("pkg_resources") is not None)
@@ -88,7 +88,7 @@ def examine() -> list[Finding]:
 
 
 def _encodable(text: str, encoding: str) -> str:
-    """``text`` as a terminal or file of ``encoding`` can take it, whatever the files are named."""
+    """``text`` with characters that ``encoding`` lacks replaced or escaped."""
     for mark, plain in _PLAIN_MARKS.items():
         try:
             mark.encode(encoding)
@@ -98,7 +98,7 @@ def _encodable(text: str, encoding: str) -> str:
 
 
 def examine_packages(versions: Mapping[str, str]) -> list[Finding]:
-    """Whether what this library needs is there, in versions that fit it and each other."""
+    """Whether the required packages are installed in compatible versions."""
     shown = ", ".join(f"{name} {versions[name]}" for name in _PACKAGES[:6] if name in versions)
     findings = [Finding("python", "ok", f"{platform.python_version()} on {platform.platform()}")]
     problems = [
@@ -115,7 +115,7 @@ def examine_packages(versions: Mapping[str, str]) -> list[Finding]:
 
 
 def _torchvision(versions: Mapping[str, str]) -> list[Finding]:
-    """Whether torchvision's operators run where torch does: one may be a build without CUDA."""
+    """Whether torchvision's operators run on torch's device: one may be a build without CUDA."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         torchvision.ops.nms(torch.zeros(1, 4, device=device), torch.zeros(1, device=device), 0.5)
@@ -128,7 +128,7 @@ def _torchvision(versions: Mapping[str, str]) -> list[Finding]:
             Finding(
                 "packages",
                 "error",
-                f"torchvision {versions.get('torchvision')} does not fit torch "
+                f"torchvision {versions.get('torchvision')} does not match torch "
                 f"{versions.get('torch')}: {first_line(error)}",
                 f"pip install --force-reinstall {shlex.quote(pinned.partition(';')[0].strip())} "
                 f"torchvision=={(versions.get('torchvision') or '').partition('+')[0]}",
@@ -158,7 +158,7 @@ def examine_cpu() -> list[Finding]:
 
 
 def examine_gpu() -> list[Finding]:
-    """Whether torch can use the GPU that there is."""
+    """Whether torch can use the GPU, if there is one."""
     present = Path("/dev/nvidiactl").exists() or shutil.which("nvidia-smi") is not None
     reinstall = "pip install --force-reinstall torch torchvision"
     build = torch.version.cuda
@@ -199,14 +199,14 @@ def examine_gradients() -> list[Finding]:
         return []
     text = (
         f"torch {torch.__version__}: on a CPU the gradients of nn.BatchNorm2d are wrong for a "
-        "batch of one that comes from tokens (seen in 2.7, 2.8 and 2.13 to 2.15); the layers of "
-        "this library are not affected, the authors' code and heads of your own may be"
+        "batch of one followed by flattening to tokens (seen in 2.7, 2.8 and 2.13 to 2.15); this "
+        "library's layers are not affected, but the authors' code and your own heads may be"
     )
     return [Finding("torch", "note", text)]
 
 
 def examine_compiler() -> list[Finding]:
-    """Whether the C++ kernels can be had."""
+    """Whether the C++ kernels are available."""
     findings = []
     command: list[str] = []
     try:
@@ -217,7 +217,7 @@ def examine_compiler() -> list[Finding]:
         (p for c in (*command[:1], "c++", "g++", "clang++") if (p := shutil.which(c))), None
     )
     if command and shutil.which(command[0]) is None:
-        text = f"CXX names {command[0]!r}, which is not there"
+        text = f"CXX names {command[0]!r}, which does not exist"
         findings.append(Finding("compiler", "warning", text, "unset CXX"))
     names = sorted(build.sources())
     reasons = {name: cpu.unavailable_reason(name) for name in names}
@@ -234,10 +234,10 @@ def examine_compiler() -> list[Finding]:
             fix = f"sudo apt-get install {'--reinstall ' if found else ''}g++"
         else:
             fix = "xcode-select --install"
-        text = f"not compiled: {without}; slower paths are taken: {reason}"
+        text = f"not compiled: {without}; slower paths are used: {reason}"
         findings.append(Finding("compiler", "warning", text, fix))
     if not names:
-        text = f"the sources of the kernels are missing: {build.__file__!r} lies alone"
+        text = f"the kernels' sources are missing next to {build.__file__!r}"
         fix = "pip install --force-reinstall --no-deps vision-backbones"
         findings.append(Finding("compiler", "warning", text, fix))
     elif not missing:
@@ -246,7 +246,7 @@ def examine_compiler() -> list[Finding]:
 
 
 def _kernels(names: Sequence[str]) -> str:
-    """What there is of kernels: for which instructions, from where, on whose threads."""
+    """The available kernels with their instruction sets, locations and OpenMP runtime."""
     there: dict[str, list[str]] = {}
     for name in names:
         kernel = cpu.status(name)
@@ -260,7 +260,7 @@ def _kernels(names: Sequence[str]) -> str:
 
 
 def examine_attention() -> list[Finding]:
-    """Which backends of neighborhood attention do an ordinary call here, and why others do not."""
+    """Which neighborhood attention backends support an ordinary call, and why others don't."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     query = torch.zeros(1, 14, 14, 2, 32, device=device)
     params = NAParams((7, 7), (1, 1), (1, 1), (False, False), 32**-0.5, False)
@@ -279,7 +279,7 @@ def examine_attention() -> list[Finding]:
 
 
 def examine_mm(versions: Mapping[str, str], has_pkg_resources: bool = True) -> list[Finding]:
-    """Whether OpenMMLab's packages fit each other."""
+    """Whether OpenMMLab's packages are compatible."""
     findings = []
     pairs = (
         ("mmengine", "onedl-mmengine"),
@@ -290,7 +290,7 @@ def examine_mm(versions: Mapping[str, str], has_pkg_resources: bool = True) -> l
     for kept, other in pairs:
         if kept in versions and other in versions:
             # Both own the same folder: removing one takes files of the other away.
-            text = f"{kept} and {other} write the same folder, and break each other"
+            text = f"{kept} and {other} install into the same folder and break each other"
             wanted = f"{kept}=={versions[kept]}"
             fix = f"pip uninstall -y {kept} {other} && pip install {wanted}"
             findings.append(Finding("openmmlab", "error", text, fix))
@@ -307,7 +307,7 @@ def examine_mm(versions: Mapping[str, str], has_pkg_resources: bool = True) -> l
         fix = "pip uninstall -y mmcv && pip install mmcv-lite==2.1.0"
         findings.append(Finding("openmmlab", "error", text, fix))
     elif "mmcv-lite" in versions:
-        text = "mmcv-lite has no operators; torchvision's stand in for those that it has"
+        text = "mmcv-lite has no operators; torchvision's are used where available"
         findings.append(Finding("openmmlab", "note", text))
     if findings and any(finding.severity == "error" for finding in findings):
         return findings
@@ -331,11 +331,11 @@ def examine_export(versions: Mapping[str, str]) -> list[Finding]:
 
 
 def examine_caches() -> list[Finding]:
-    """Where files are kept between runs, and whether they can be."""
+    """The cache folders, and whether they are usable."""
     folder = cpu.cache_dir()
     if (flaw := kernel_flaw(folder)) is not None:
         instead = next((place for place in cache.folders() if kernel_flaw(place) is None), None)
-        then = f"they are kept in {shell_word(instead)}" if instead else "slower paths are taken"
+        then = f"they are cached in {shell_word(instead)}" if instead else "slower paths are used"
         text = f"compiled kernels: {flaw.reason}; {then}"
         kernels = Finding("cache", "warning", text, mend_kernel_cache())
     else:
@@ -389,4 +389,4 @@ def _report(findings: list[Finding]) -> str:
             lines.append(f"  {'':<{width}}  → {finding.fix}")
     counts = {kind: sum(f.severity == kind for f in findings) for kind in ("error", "warning")}
     told = " and ".join(f"{n} {kind}{'s' if n > 1 else ''}" for kind, n in counts.items() if n)
-    return "\n".join([*lines, "", told or "nothing to mend", ""])
+    return "\n".join([*lines, "", told or "no problems found", ""])

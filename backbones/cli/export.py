@@ -1,6 +1,6 @@
-"""``vision-backbones export``: a model as an ONNX or torch.export file, checked before it counts.
+"""``vision-backbones export``: write a model as an ONNX or torch.export file and check it.
 
-The file is compared with the model itself, at three sizes where sizes are open.
+The file is compared with the model, at three sizes if sizes are dynamic.
 """
 
 from __future__ import annotations
@@ -30,23 +30,27 @@ EXAMPLE = "van_b0 --checkpoint van_b0.pth --dynamic --out van.onnx"
 def add_arguments(parser: ArgumentParser) -> None:
     """The command line of ``export``."""
     parser.add_argument("model", help="name of the architecture")
-    parser.add_argument("--out", type=nonempty_path, required=True, metavar="FILE", help="to write")
     parser.add_argument(
-        "--format", choices=("onnx", "pt2"), help="default: by the ending of --out, else onnx"
+        "--out", type=nonempty_path, required=True, metavar="FILE", help="file to write"
+    )
+    parser.add_argument(
+        "--format", choices=("onnx", "pt2"), help="default: by the suffix of --out, else onnx"
     )
     parser.add_argument(
         "--checkpoint", type=nonempty_path, metavar="FILE", help="default: untrained"
     )
-    parser.add_argument("--dynamic", action="store_true", help="leave batch and size open")
+    parser.add_argument("--dynamic", action="store_true", help="dynamic batch and image size")
     add_size_argument(parser, "size to trace at (default: the model's)")
-    parser.add_argument("--batch", type=int, default=1, metavar="N", help="if not dynamic (1)")
+    parser.add_argument(
+        "--batch", type=int, default=1, metavar="N", help="batch size if not dynamic (1)"
+    )
     parser.add_argument("--fused", action="store_true", help="fold norms and branches first")
     parser.add_argument("--int8", action="store_true", help="quantise the ONNX file (QDQ)")
     parser.add_argument(
-        "--calibration", type=nonempty_path, metavar="FOLDER", help="of images, which --int8 needs"
+        "--calibration", type=nonempty_path, metavar="FOLDER", help="images for --int8"
     )
     parser.add_argument(
-        "--calibration-images", type=int, default=64, metavar="N", help="how many of them (64)"
+        "--calibration-images", type=int, default=64, metavar="N", help="their number (64)"
     )
 
 
@@ -59,7 +63,7 @@ def run(options: Namespace) -> int:
 def _run(options: Namespace) -> int:
     format = options.format or ("pt2" if options.out.suffix == ".pt2" else "onnx")
     if options.int8 and format != "onnx":
-        raise CommandError("--int8 makes ONNX files; leave --format pt2 out")
+        raise CommandError("--int8 requires ONNX; omit --format pt2")
     quantizing.check_options(options.int8, options.calibration, options.calibration_images)
     if options.batch < 1:
         raise CommandError(f"--batch must be 1 or more, got {options.batch}")
@@ -68,7 +72,7 @@ def _run(options: Namespace) -> int:
         exporting.need_onnx()
     loaded = load(options.model, options.checkpoint)
     if options.fused:
-        loaded.model.fuse(channels_last=False)  # only folds: kernels are the other runtime's
+        loaded.model.fuse(channels_last=False)  # only fold; the other runtime has its own kernels
     size = two_sides(options.size, loaded.model)
     shape = (options.batch, loaded.model.in_chans, *size)
     need_memory(loaded.model, exporting.check_shapes(shape, options.dynamic))
@@ -94,16 +98,16 @@ def export(
     dynamic: bool = False,
     images: Sequence[Tensor] | None = None,
 ) -> None:
-    """Write ``path`` if what it gives is what the model gives, and say so.
+    """Write ``path`` if its outputs equal the model's, and print a report.
 
     Args:
         format: ``"onnx"`` or ``"pt2"``.
-        size: of the images it is traced with.
-        batch: their number; open with ``dynamic``, as the size is.
-        images: (1, C, H, W) each, to calibrate int8 with; None for no int8.
+        size: of the images to trace with.
+        batch: batch size; ignored if ``dynamic``, like the size.
+        images: (1, C, H, W) each, for int8 calibration; None for no int8.
 
     Raises:
-        CommandError: it cannot be exported or written, or differs; ``path`` is as before then.
+        CommandError: the export or the comparison failed; ``path`` is unchanged.
     """
     model, name = loaded.model, loaded.name
     shape = (batch, model.in_chans, *size)
@@ -116,7 +120,7 @@ def export(
                 _say(f"  {_sizes(found.shape):<16} error {found.error:.1e}{_excuse(found)}")
                 if found.error > found.allowed:
                     raise CommandError(
-                        f"the file differs from the model by {found.error:.1e} of the greatest "
+                        f"the file differs from the model by {found.error:.1e} of the maximum "
                         f"output (allowed: {found.allowed:.0e}); it was not written"
                     )
                 worst = max(worst, found.error)
@@ -128,14 +132,14 @@ def export(
     where = "any batch and size" if dynamic else f"images {_sizes(shape)}"
     accuracy = f"max error {worst:.1e}"
     if images is not None:
-        name, accuracy = f"{name} in int8", f"{accuracy} before it was quantised"
+        name, accuracy = f"{name} in int8", f"{accuracy} before quantisation"
     _say(f"{path}: {name} for {where}, {total / 1e6:.1f} MB, {accuracy}")
 
 
 def _write(
     loaded: Loaded, path: Path, format: str, shape: tuple[int, ...], dynamic: bool
 ) -> exporting.Run:
-    """Trace the model and write the file; what runs it."""
+    """Trace the model and write the file; returns a function that runs it."""
     model, name = loaded.model, loaded.name
     _say(f"{name}: tracing at {_sizes(shape)}")
     if format == "pt2":
@@ -154,25 +158,25 @@ def _write(
 def _quantize(
     model: Any, path: Path, shapes: Sequence[tuple[int, ...]], images: Sequence[Tensor]
 ) -> None:
-    """Quantise the file, and compare it with the model: on the images, and at each size."""
+    """Quantise the file and compare it with the model, on the images and at each size."""
     with ticking("quantising"):
         quantizing.quantize(path, images)
     runner = exporting.onnx_runner(path)
     agreement = quantizing.agreement(model, runner, images)
     if agreement.top1 is not None:
         _say(
-            f"  int8 agrees with float in {100 * agreement.top1:.1f} % of {len(images)} answers; "
-            f"signal to noise {agreement.decibels:.1f} dB"
+            f"  int8 agrees with float in {100 * agreement.top1:.1f} % of {len(images)} "
+            f"predictions, signal to noise {agreement.decibels:.1f} dB"
         )
     else:
-        _say(f"  int8 against float: signal to noise {agreement.decibels:.1f} dB")
+        _say(f"  int8 vs. float: signal to noise {agreement.decibels:.1f} dB")
     for number, shape in enumerate(shapes[1:], start=1):
         found = quantizing.agreement(model, runner, [exporting.noise(shape, number)])
         _say(f"  {_sizes(shape):<16} int8, noise: {found.decibels:.1f} dB")
 
 
 def _metadata(loaded: Loaded) -> dict[str, str]:
-    """What whoever runs the file must know, as strings."""
+    """The metadata needed to run the file, as strings."""
     config: dict[str, Any] = preprocessing(loaded)
     facts = {"model": loaded.name, "torch": torch.__version__}
     facts["preprocessing"] = json.dumps(config, default=list)
@@ -184,7 +188,7 @@ def _metadata(loaded: Loaded) -> dict[str, str]:
 def _excuse(found: exporting.Check) -> str:
     if found.allowed == exporting.TOLERANCE:
         return ""
-    return f"; these weights magnify rounding, of which up to {found.allowed:.1e} may come"
+    return f"; these weights amplify rounding errors, up to {found.allowed:.1e} is expected"
 
 
 def _sizes(shape: tuple[int, ...]) -> str:

@@ -1,4 +1,4 @@
-"""Models as files for other runtimes, torch.export and ONNX, and whether those give the same."""
+"""Export to torch.export and ONNX files, and comparison of these with the model."""
 
 from __future__ import annotations
 
@@ -39,17 +39,15 @@ __all__ = [
 
 Run = Callable[[Tensor], Tensor]
 
-# Greatest error, relative to the greatest output. Kernels sum in another order, which costs about
-# 1e-6; what is wrong differs by far more.
+# Maximum error, relative to the maximum output. Different summation orders cost about 1e-6; real
+# errors are far larger.
 TOLERANCE = 1e-4
-# Where float32 itself is farther than that from float64, how many times as far a file may be from
-# float32: both sum in an order of their own.
+# Where float32 differs from float64 by more than that, allow this multiple of the difference.
 _TIMES_ROUNDING = 4
 
-# Protobuf's limit is 2 GiB; larger weights lie in a file beside the graph.
+# Protobuf's limit is 2 GiB; larger weights are stored in a separate file.
 _LARGEST_FILE = 1_900_000_000
-# What open sizes are while a graph is traced, and nothing is computed: maps of several windows at
-# every stage, whose sides differ and divide by nothing.
+# Dynamic sizes while tracing: several windows per map at every stage, with different prime sides.
 _TRACED_BATCH, _TRACED_SIZE = 3, (739, 997)
 
 
@@ -57,8 +55,8 @@ def trace(model: nn.Module, shape: Sequence[int], dynamic: bool) -> torch.export
     """The graph of a model in eval mode, without gradients.
 
     Args:
-        shape: (B, C, H, W) of the images that it takes.
-        dynamic: leave batch, height and width open.
+        shape: (B, C, H, W) of the images.
+        dynamic: whether batch, height and width are dynamic.
 
     Raises:
         CommandError: an operation cannot be traced; it says which.
@@ -68,11 +66,11 @@ def trace(model: nn.Module, shape: Sequence[int], dynamic: bool) -> torch.export
 
 @dataclass(frozen=True)
 class TracedGroup:
-    """The graph that HAT's groups have in common.
+    """The graph that HAT's groups share.
 
     Attributes:
-        program: takes a map, and the weights of a group.
-        weights: of each.
+        program: takes a map and the weights of a group.
+        weights: of each group.
     """
 
     program: torch.export.ExportedProgram
@@ -82,7 +80,7 @@ class TracedGroup:
 def trace_for_onnx(
     model: nn.Module, shape: Sequence[int], dynamic: bool
 ) -> tuple[torch.export.ExportedProgram, TracedGroup | None]:
-    """As :func:`trace`, what :func:`save_onnx` takes: groups that are alike are traced once."""
+    """Like :func:`trace`, for :func:`save_onnx`: identical groups are traced once."""
     frozen = _frozen(model)
     group = take_out(frozen)
     program = _trace(frozen, shape, dynamic)
@@ -120,15 +118,14 @@ def _trace_group(group: Group, shape: Sequence[int], dynamic: bool) -> TracedGro
 
 
 def _export(module: nn.Module, inputs: tuple[Any, ...], axes: Any) -> torch.export.ExportedProgram:
-    """torch.export; ``axes`` says which are open, as there, or None if none is."""
+    """torch.export with its ``dynamic_shapes=axes``; None if all sizes are static."""
     from torch.fx.experimental import _config
 
     symbolic_config: Any = _config
 
     dynamic = axes is not None
     try:
-        # What is asked of open sizes becomes a note in the graph, instead of a limit to the sizes
-        # that have the same answer.
+        # Conditions on dynamic sizes become assertions in the graph instead of limits to the sizes.
         with _silence(), symbolic_config.patch(backed_size_oblivious=dynamic), torch.no_grad():
             program = torch.export.export(
                 module,
@@ -141,13 +138,13 @@ def _export(module: nn.Module, inputs: tuple[Any, ...], axes: Any) -> torch.expo
         raise CommandError(f"cannot be exported: {_reason(error)}") from error
     if dynamic:
         _lift_limits(program)
-    program.example_inputs = None  # zeros, which a file would hold
+    program.example_inputs = None  # zeros, which would be saved
     return program
 
 
 def save_program(program: torch.export.ExportedProgram, path: Path) -> None:
     """Write a ``.pt2`` file, for ``torch.export.load`` and AOTInductor."""
-    file = io.BytesIO()  # torch's own writer hides what the disk says
+    file = io.BytesIO()  # torch's own writer hides I/O errors
     with _silence():
         torch.export.save(program, file)
     path.write_bytes(file.getbuffer())
@@ -161,13 +158,13 @@ def save_onnx(
 ) -> None:
     """Write an ONNX file with the input ``image`` and the output ``output``.
 
-    Beside it, ``<path>.data`` holds weights of more than 1.9 GB.
+    Weights of more than 1.9 GB are stored in ``<path>.data``.
 
     Args:
-        program, group: of :func:`trace_for_onnx`, or the program alone of :func:`trace`.
+        program, group: of :func:`trace_for_onnx`, or only the program of :func:`trace`.
 
     Raises:
-        CommandError: an operation that ONNX does not know, or onnx is not installed.
+        CommandError: ONNX does not support an operation, or onnx is not installed.
     """
     _need("onnx", "onnxscript")
     made = _onnx(program, input_names=["image"], output_names=["output"])
@@ -193,10 +190,10 @@ def _onnx(program: torch.export.ExportedProgram, **names: Any) -> Any:
 
 @contextlib.contextmanager
 def _linear_time() -> Iterator[None]:
-    """Leave out the one rule of onnxscript's optimiser that looks at pairs of nodes.
+    """Disable the one rule of onnxscript's optimiser with quadratic time.
 
-    It makes a Split of two Slices that halve the last axis, which saves a runtime nothing to speak
-    of, and searches the whole graph for the second one at every node: in HAT-S, for minutes.
+    It merges two Slices that halve the last axis into a Split, which saves almost nothing at run
+    time, but searches the whole graph at every node: for minutes in HAT-S.
     """
     from onnxscript.rewriter.rules import common
 
@@ -209,17 +206,17 @@ def _linear_time() -> Iterator[None]:
 
 
 def program_runner(path: Path) -> Run:
-    """What runs a ``.pt2`` file: images (B, C, H, W) → the model's output."""
+    """A function that runs a ``.pt2`` file: images (B, C, H, W) → the model's output."""
     with _silence():
         module = torch.export.load(path).module()
     return module
 
 
 def onnx_runner(path: Path, threads: int = 1) -> Run:
-    """What runs an ONNX file in onnxruntime on the CPU: images (B, C, H, W) → its output.
+    """A function that runs an ONNX file in onnxruntime on the CPU: images (B, C, H, W) → output.
 
     Raises:
-        CommandError: onnxruntime is missing, or refuses the file.
+        CommandError: onnxruntime is missing or rejects the file.
     """
     _need("onnxruntime")
     import onnxruntime
@@ -232,7 +229,7 @@ def onnx_runner(path: Path, threads: int = 1) -> Run:
             str(path), options, providers=["CPUExecutionProvider"]
         )
     except Exception as error:  # its exceptions have no public base
-        raise CommandError(f"onnxruntime refuses the file: {_reason(error)}") from error
+        raise CommandError(f"onnxruntime rejects the file: {_reason(error)}") from error
 
     def run(images: Tensor) -> Tensor:
         try:
@@ -247,9 +244,9 @@ def onnx_runner(path: Path, threads: int = 1) -> Run:
 
 
 def check_shapes(shape: Sequence[int], dynamic: bool) -> list[tuple[int, ...]]:
-    """Where to compare: at ``shape``, and if sizes are open at a small one and a larger, odd one.
+    """The shapes to compare at: ``shape`` and, if dynamic, a smaller and a larger, odd one.
 
-    The three differ in batch, and two of them in what divides them.
+    The three have different batch sizes.
     """
     batch, channels, height, width = shape
     if not dynamic:
@@ -261,12 +258,12 @@ def check_shapes(shape: Sequence[int], dynamic: bool) -> list[tuple[int, ...]]:
 
 @dataclass(frozen=True)
 class Check:
-    """How far a file is from its model at one size.
+    """The error of a file at one size.
 
     Attributes:
         shape: of the images.
-        error: the greatest difference, relative to the greatest output.
-        allowed: ``TOLERANCE``; more where the model in float32 is that far from itself in float64.
+        error: the maximum difference, relative to the maximum output.
+        allowed: ``TOLERANCE``; more where float32 itself differs that much from float64.
     """
 
     shape: tuple[int, ...]
@@ -276,10 +273,10 @@ class Check:
 
 @torch.inference_mode()
 def check(model: nn.Module, run: Run, shapes: Sequence[Sequence[int]]) -> Iterator[Check]:
-    """Compare what ``run`` gives with what ``model`` gives, shape after shape.
+    """Compare the outputs of ``run`` and ``model`` for each shape.
 
     Raises:
-        CommandError: ``run`` fails, or gives another shape.
+        CommandError: ``run`` fails, or returns another shape.
     """
     for number, shape in enumerate(shapes):
         images = noise(shape, number)
@@ -298,31 +295,31 @@ def noise(shape: Sequence[int], seed: int) -> Tensor:
 
 @torch.inference_mode()
 def outputs(model: nn.Module, run: Run, images: Tensor) -> tuple[Tensor, Tensor]:
-    """What ``model`` and ``run`` give, in float64.
+    """The outputs of ``model`` and ``run``, in float64.
 
     Raises:
-        CommandError: ``run`` fails, or gives another shape.
+        CommandError: ``run`` fails, or returns another shape.
     """
     expected, got = model(images).double(), run(images).double()
     if got.shape != expected.shape:
         raise CommandError(
-            f"at {tuple(images.shape)} the file gives {tuple(got.shape)}, the model "
+            f"at {tuple(images.shape)} the file returns {tuple(got.shape)}, the model "
             f"{tuple(expected.shape)}"
         )
     return expected, got
 
 
 def _difference(value: Tensor, expected: Tensor) -> float:
-    """The greatest, relative to the greatest of ``expected``; infinite where one is no number."""
+    """Maximum difference relative to the maximum of ``expected``; infinite for NaN."""
     error = ((value - expected).abs().max() / expected.abs().max()).item()
     return error if math.isfinite(error) else math.inf
 
 
 def _lift_limits(program: torch.export.ExportedProgram) -> None:
-    """Take what tracing noted on sizes out of the graph.
+    """Remove the assertions on sizes that tracing put into the graph.
 
-    The notes are on how memory is laid out (a batch "is not 1"), which is of no consequence, and
-    would stop sizes at which the graph is right: whether it is, :func:`check` finds out.
+    They concern memory layout (a batch "is not 1"), are irrelevant, and would reject sizes for
+    which the graph is correct, as :func:`check` verifies.
     """
     from torch.utils._sympy.numbers import int_oo
     from torch.utils._sympy.value_ranges import ValueRanges
@@ -338,7 +335,7 @@ def _lift_limits(program: torch.export.ExportedProgram) -> None:
 
 
 def _name_axes(model: Any) -> None:
-    """Give the open axes of an ONNX model the names that people look for."""
+    """Name the dynamic axes of an ONNX model: batch, height, width."""
     names = dict(
         zip(
             (str(axis) for axis in model.graph.inputs[0].shape),
@@ -358,7 +355,7 @@ def _name_axes(model: Any) -> None:
 
 
 def need_onnx() -> None:
-    """Raise a CommandError where what writes and checks ONNX files is not installed."""
+    """Raise a CommandError if the packages for ONNX are not installed."""
     _need("onnx", "onnxscript", "onnxruntime")
 
 
@@ -371,7 +368,7 @@ def _need(*packages: str) -> None:
 
 
 def _reason(error: BaseException) -> str:
-    """The line of an exception, or of what caused it, that says most."""
+    """The first line of an exception's root cause."""
     while error.__cause__ is not None:
         error = error.__cause__
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
@@ -380,7 +377,7 @@ def _reason(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def _silence() -> Iterator[None]:
-    """Exporters warn and log of themselves; what matters to a user is raised."""
+    """Silence the exporters' warnings and logs; problems are raised as exceptions."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:

@@ -1,4 +1,4 @@
-"""What would fail after minutes is found out at once: too little memory, too little space."""
+"""Early checks for problems that would otherwise surface after minutes: memory and disk space."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ __all__ = ["need_memory", "need_space"]
 
 @torch.inference_mode()
 def need_memory(model: Any, shapes: Sequence[Sequence[int]]) -> None:
-    """Find out, on the meta device, whether the model can run for images of these shapes.
+    """Check on the meta device that memory suffices for images of these shapes.
 
     Raises:
-        CommandError: their tensors alone are larger than the memory that is free.
+        CommandError: the live tensors are larger than the free memory.
     """
     dtype = next(model.parameters()).dtype
     shadow = copy.deepcopy(model).to("meta").eval()
@@ -34,19 +34,19 @@ def need_memory(model: Any, shapes: Sequence[Sequence[int]]) -> None:
         if needed > free:
             raise CommandError(
                 f"images of {'×'.join(map(str, shape))} need more than {needed / 1e9:.3g} GB of "
-                f"memory, and {free / 1e9:.3g} GB are free; give a smaller --size or --batch"
+                f"memory, but only {free / 1e9:.3g} GB are free; reduce --size or --batch"
             )
 
 
 def need_space(folder: Path, size: int) -> None:
-    """Find out early that a disk is too full.
+    """Check that a disk has ``size`` bytes left.
 
     Raises:
-        CommandError: fewer bytes than ``size`` are free.
+        CommandError: it has not.
     """
     free = shutil.disk_usage(folder).free
     if free < size:
         raise CommandError(
-            f"no space left on the disk: {size / 1e6:.0f} MB are needed in {folder}, "
+            f"no space left on the disk: {folder} needs {size / 1e6:.0f} MB, only "
             f"{free / 1e6:.0f} MB are free"
         )

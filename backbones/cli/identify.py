@@ -1,4 +1,4 @@
-"""Which published checkpoint a file is, by the names and shapes of its tensors and its checksum."""
+"""Identify a published checkpoint by its tensors' names and shapes and its checksum."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ Signature = dict[str, tuple[int, ...]]
 
 @dataclass(frozen=True)
 class Match:
-    """How a file's tensors compare with those that a published model has.
+    """A file's tensors compared with those of a published model.
 
     Attributes:
-        missing: names of the model's that the file lacks.
-        unexpected: names of the file's that the model lacks.
-        reshaped: names that both have, with other shapes.
+        missing: names that only the model has.
+        unexpected: names that only the file has.
+        reshaped: names that both have with different shapes.
     """
 
     family: str
@@ -36,22 +36,22 @@ class Match:
 
     @property
     def differences(self) -> int:
-        """Tensors that do not fit."""
+        """The number of tensors that do not match."""
         return len(self.missing) + len(self.unexpected) + len(self.reshaped)
 
 
 def signature(tensors: Mapping[str, Tensor]) -> Signature:
-    """Names and shapes of floating tensors; counters and tables of indices follow from those."""
+    """Names and shapes of floating-point tensors (counters and index tables are derived)."""
     return {
         name: tuple(tensor.shape) for name, tensor in tensors.items() if tensor.is_floating_point()
     }
 
 
 def closest(tensors: Mapping[str, Tensor]) -> list[Match]:
-    """The published models whose tensors differ in the fewest places, all of them that tie.
+    """The published models with the fewest mismatching tensors; several if they tie.
 
     Args:
-        tensors: of a checkpoint, with the originals' names.
+        tensors: a checkpoint's, with the original's names.
     """
     own = signature(tensors)
     matches = [_match(own, family, variant) for family, variant in variants()]
@@ -60,9 +60,9 @@ def closest(tensors: Mapping[str, Tensor]) -> list[Match]:
 
 
 def released_file(variant_figures: Mapping[str, Any], path: Path, digest: str) -> str | None:
-    """The address of the release that ``path`` is byte for byte, where a release says its checksum.
+    """The URL of the release that ``path`` is byte for byte, if releases contain checksums.
 
-    OpenMMLab's files do: their names end with the first eight digits of it.
+    OpenMMLab's file names end with the first eight hex digits of the checksum.
     """
     for weights in variant_figures.get("weights") or ():
         name = re.search(r"-([0-9a-f]{8})\.pth", weights.get("url") or "")
@@ -72,7 +72,7 @@ def released_file(variant_figures: Mapping[str, Any], path: Path, digest: str) -
 
 
 def sha256_of(path: Path) -> str:
-    """The checksum of a file."""
+    """The SHA-256 of a file in hex."""
     with open(path, "rb") as file:
         digest = hashlib.sha256()
         while chunk := file.read(1 << 20):

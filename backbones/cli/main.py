@@ -1,4 +1,4 @@
-"""Find the sub-command, run it, and turn what a user can mend into one line."""
+"""Dispatch to the sub-commands; user errors are reported in one line."""
 
 from __future__ import annotations
 
@@ -15,19 +15,19 @@ from backbones.core.requirements import explanation
 
 __all__ = ["COMMANDS", "main", "run_command"]
 
-# Name → module and one line of help. A module offers ``EXAMPLE`` (the words after the command),
-# ``add_arguments`` (of an argparse parser) and ``run`` (parsed options → exit status). A file
-# instead is a script of tools/, whose ``main`` (words → exit status) is called.
+# Name → module and one line of help. A module defines ``EXAMPLE`` (the words after the command),
+# ``add_arguments`` (to an argparse parser) and ``run`` (parsed options → exit status). A ``.py``
+# file is a script in tools/, whose ``main`` (words → exit status) is called.
 COMMANDS: dict[str, tuple[str, str]] = {
-    "predict": ("backbones.cli.predict", "classify images, and show where the model looks"),
+    "predict": ("backbones.cli.predict", "classify images and draw class activation maps"),
     "summary": ("backbones.cli.summary", "shape, parameters, MACs and time of every stage"),
-    "export": ("backbones.cli.export", "write an ONNX or a torch.export file, and check it"),
-    "verify": ("backbones.cli.verify", "say what a checkpoint is, and compare its outputs"),
-    "doctor": ("backbones.cli.doctor", "look for what is missing or clashes on this machine"),
-    "build": ("backbones.cli.build", "compile the C++ kernels ahead of their first use"),
-    "validate": ("validate.py", "accuracy of checkpoints on a data set"),
-    "upscale": ("backbones.restoration.upscale_files", "enlarge images and restore them"),
-    "benchmark": ("benchmark.py", "time and memory, beside other libraries"),
+    "export": ("backbones.cli.export", "write an ONNX or torch.export file and check it"),
+    "verify": ("backbones.cli.verify", "identify a checkpoint and compare its outputs"),
+    "doctor": ("backbones.cli.doctor", "find missing or conflicting software on this machine"),
+    "build": ("backbones.cli.build", "compile the C++ kernels before their first use"),
+    "validate": ("validate.py", "measure the accuracy of checkpoints on a data set"),
+    "upscale": ("backbones.restoration.upscale_files", "enlarge or restore images"),
+    "benchmark": ("benchmark.py", "measure time and memory, also of other libraries"),
 }
 _EXAMPLES = {
     "validate": "--data /path/to/images --model van_b0 --checkpoint van_b0.pth",
@@ -38,9 +38,8 @@ _EXAMPLES = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run ``vision-backbones COMMAND …``; the exit status.
 
-    0: done; 1: done, and something was found wrong (a corrupt image, a failed check); 2: not done,
-    for a reason that one line on standard error says (a name or file that is not there); 130 after
-    Ctrl-C.
+    0: success; 1: finished, but found a problem (a corrupt image, a failed check); 2: not done,
+    with the reason in one line on standard error (an unknown name, a missing file); 130: Ctrl-C.
     """
     words = list(sys.argv[1:] if argv is None else argv)
     if words and words[0] in COMMANDS:
@@ -91,9 +90,9 @@ def _without_command(words: Sequence[str]) -> int:
 
 
 def _run_script(name: str, program: str, argv: Sequence[str]) -> int:
-    """Run a script of tools/ in this process: as a file of the package, or of the checkout.
+    """Run a script of tools/, from the package or the checkout, in this process.
 
-    As a command it has a shorter help than as a script, which begins with its docstring.
+    As a command, its help is shorter than that of the script, which begins with the docstring.
     """
     file, summary = COMMANDS[name]
     here = Path(__file__).parent
@@ -124,7 +123,7 @@ def _overview() -> str:
     lines += [f"  {name:<{width}}{summary}" for name, (_, summary) in COMMANDS.items()]
     lines += [
         "",
-        "`vision-backbones COMMAND --help` says more.",
+        "Run `vision-backbones COMMAND --help` for details.",
         "",
         "example:",
         "  vision-backbones predict cat.jpg --model van_b0 --checkpoint van_b0.pth --cam cat.png",

@@ -1,4 +1,4 @@
-"""What a model costs, part by part: parameters, multiply-accumulates, and its share of the time."""
+"""The cost of a model, part by part: parameters, multiply-accumulates, and share of the time."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ __all__ = ["Part", "count_macs", "measure", "time_shares"]
 
 @dataclass
 class Part:
-    """A stem, a stage, or what comes after the stages.
+    """The stem, a stage, or the head (everything after the stages).
 
     Attributes:
-        shape: (C, H, W) of the map that it gives, without the batch; the output's for ``head``.
+        shape: (C, H, W) of its output map, without the batch; the output's for ``head``.
         params: parameters.
         macs: multiply-accumulates for one image, of convolutions and matrix products.
         receptive_field: side in pixels; infinite for the whole image; None after the stages.
-        share: of the time of a forward pass; None if it was not measured.
+        share: of the forward pass's time; None if not measured.
     """
 
     name: str
@@ -45,13 +45,13 @@ class Part:
 
 @torch.no_grad()
 def measure(model: StagedBackbone, height: int, width: int, runs: int = 0) -> list[Part]:
-    """Parts of a model in the order in which they run.
+    """The parts of a model in execution order.
 
-    All but the time is found on the meta device, where nothing is computed.
+    Everything except the time is determined on the meta device, without computing.
 
     Args:
         height, width: of the image.
-        runs: forward passes that the shares of time are medians of; 0 leaves them out.
+        runs: forward passes to take median times over; 0 for no times.
     """
     shadow = copy.deepcopy(model).to("meta").eval()
     dtype = next(model.parameters()).dtype
@@ -92,9 +92,9 @@ def count_macs(model: StagedBackbone, height: int, width: int) -> int:
 
 @torch.inference_mode()
 def time_shares(model: StagedBackbone, height: int, width: int, runs: int) -> list[float]:
-    """Shares of a forward pass, of the parts of :func:`measure` in turn; they add up to 1.
+    """Shares of a forward pass's time, for the parts of :func:`measure`; they add up to 1.
 
-    Each is the median over ``runs`` passes with one image, after a first pass that does not count.
+    Each is the median over ``runs`` passes with one image, after a warm-up pass.
     """
     parameter = next(model.parameters())
     images = torch.zeros(
@@ -132,7 +132,7 @@ def _removed_after(handles: list[Any]) -> Iterator[None]:
 def _at_ends(
     model: StagedBackbone, call: Callable[[str, nn.Module, Tensor], None]
 ) -> Iterator[None]:
-    """Call with name, module and map, when the stem (all before the stages) and each stage end."""
+    """Call ``call(name, module, map)`` after the stem (all before the stages) and each stage."""
 
     def stem_ended(module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         call("stem", model.stem, inputs[0])
@@ -160,13 +160,13 @@ def _macs(counter: FlopCounterMode) -> int:
 def _deform_conv_flops(
     image: Any, weight: Any, *args: Any, out_shape: Any = None, **kwargs: Any
 ) -> int:
-    """As a dense convolution of the same size; fetching the pixels is not counted."""
+    """Counted as a dense convolution of the same size, without sampling."""
     return 2 * math.prod(weight[1:]) * math.prod(out_shape)
 
 
 @contextmanager
 def _correct_attention(model: nn.Module, counter: FlopCounterMode) -> Iterator[None]:
-    """Count of neighborhood attention what it takes, not what a backend spends on whole tiles."""
+    """Count neighborhood attention by its definition, not by a backend's full tiles."""
     before: list[int] = []
     handles = []
     total = counter.flop_counts["Global"]
@@ -193,5 +193,5 @@ def _correct_attention(model: nn.Module, counter: FlopCounterMode) -> Iterator[N
         yield
 
 
-# Under what name the corrections stand among the counter's operators.
+# The operator's name under which the corrections are counted.
 _NEIGHBORHOOD = "neighborhood attention"

@@ -1,4 +1,4 @@
-"""The picture of ``summary --kernels``: where the buffers of a replayed model lie, call by call."""
+"""The picture of ``summary --kernels``: the memory plan of a replayed model, call by call."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from backbones.training.pictures import GRID, INK, drawable, new_figure, save_fi
 __all__ = ["draw_memory"]
 
 _PEAK = "#c62828"
-# Of neighbouring parts of the network.
+# Of successive parts of the network.
 _COLORS = (
     *("#3f78c4", "#7fa9dd", "#2f8f83", "#86c5ba", "#8a6bb8", "#bda6da", "#d08a3c", "#e6bd8b"),
     *("#5f6b7a", "#aab3bf"),
@@ -19,7 +19,7 @@ _COLORS = (
 
 
 def draw_memory(path: Path, explained: Explanation) -> None:
-    """Draw each buffer of the workspace as long as it is in use, at the place where it lies.
+    """Draw each buffer of the workspace at its offset, over its lifetime.
 
     Args:
         path: the PNG.
@@ -76,9 +76,8 @@ def draw_memory(path: Path, explained: Explanation) -> None:
     figure.text(
         0.012,
         0.905,
-        f"{len(memory.planned)} buffers of {total:.2f} {unit} in all, at most "
-        f"{memory.peak / scale:.2f} {unit} in use at a time; a rectangle is as long as its buffer "
-        "is in use",
+        f"{len(memory.planned)} buffers, {total:.2f} {unit} in total, at most "
+        f"{memory.peak / scale:.2f} {unit} live at a time; a rectangle spans its buffer's lifetime",
         ha="left",
         va="center",
         fontsize=10,
@@ -88,7 +87,7 @@ def draw_memory(path: Path, explained: Explanation) -> None:
 
 
 def _parts(explained: Explanation) -> list[str]:
-    """Which part of the network each call belongs to: the stem, a stage, or what else there is."""
+    """The part of the network each call belongs to: the stem, a stage, or another module."""
     found = []
     for call in explained.calls:
         names = call.layer.split(".")
@@ -110,7 +109,7 @@ def _rectangle(kind: Any, buffer: BufferUse, scale: float, color: str) -> Any:
 def _label_largest(
     axis: Any, planned: list[BufferUse], scale: float, top: float, calls: int
 ) -> None:
-    """The shapes of buffers whose rectangles have room for them."""
+    """Label the rectangles that are large enough with their buffers' shapes."""
     for buffer in planned:
         text = "×".join(map(str, buffer.shape))
         length, height = buffer.last + 1 - buffer.first, buffer.nbytes / scale

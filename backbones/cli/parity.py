@@ -1,7 +1,7 @@
-"""Figures of the published models, and the deterministic checkpoints and images they belong to.
+"""Recorded figures of the published models, with their deterministic checkpoints and images.
 
-The figures were measured with the originals' code. Only NumPy's frozen ``RandomState`` stream is
-used, so that values never change between versions.
+The figures were measured with the originals' code. Random values come from NumPy's frozen
+``RandomState`` stream, so they are the same in every version.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ __all__ = [
     "variants",
 ]
 
-# In a wheel they lie in the package, in a checkout with the tests.
+# In the package in a wheel, with the tests in a checkout.
 FOLDER = next(
     folder
     for base in (Path(__file__).parent, Path(__file__).parents[2] / "tests")
     if (folder := base / "reference").is_dir() or base.name == "tests"
 )
-# Those of ViG-H are as far from float64 themselves.
+# ViG-H's recorded outputs differ that much from float64.
 TOLERANCE = {"litv2": 1e-4, "medvitv2": 1e-4, "efficientvit": 1e-4, "vig": 2e-5, "vrwkv_l": 1e-4}
 
 
@@ -60,12 +60,12 @@ def reference(family: str, variant: str) -> dict[str, Any]:
 
 
 def tolerance(family: str, variant: str = "") -> float:
-    """Greatest relative error allowed against the figures."""
+    """Maximum allowed relative error."""
     return TOLERANCE.get(variant, TOLERANCE.get(family, 1e-5))
 
 
 def uniform(key: str, shape: Iterable[int]) -> np.ndarray:
-    """Uniform values in [-1, 1), seeded by ``key`` alone."""
+    """Uniform values in [-1, 1), seeded by ``key``."""
     stream = np.random.RandomState(zlib.crc32(key.encode()))
     return stream.random_sample(tuple(shape)).astype(np.float32) * 2 - 1
 
@@ -91,8 +91,8 @@ def checkpoint(
 ) -> dict[str, Tensor]:
     """The state dict, with the original's names, that ``figures`` were measured with.
 
-    ``rows`` replaces ``figures["state_dict"]``, for another form of the same model. Integer rows
-    are left out: a model derives those itself.
+    ``rows`` replaces ``figures["state_dict"]``, for another form of the same model. Integer
+    tensors are omitted, since models derive them.
     """
     derived = set(figures.get("derived", ()))
     tensors = {
@@ -113,7 +113,7 @@ def image(shape: Iterable[int], seed: int = 0) -> Tensor:
 
 
 def relative_error(value: Tensor, expected: Any) -> float:
-    """Greatest difference over the greatest expected magnitude."""
+    """Maximum difference relative to the maximum expected magnitude."""
     expected = torch.as_tensor(expected, dtype=torch.float64)
     difference = (value.detach().double().reshape(expected.shape) - expected).abs().max()
     return (difference / expected.abs().max()).item()
@@ -132,9 +132,9 @@ def summary(value: Tensor) -> dict[str, Any]:
 
 
 def summary_error(value: Tensor, figures: dict[str, Any]) -> float:
-    """Greatest relative error of a map against its summary; the shape must be equal.
+    """Maximum relative error of a map against its summary; the shapes must be equal.
 
-    The standard deviation only sets the scale: mean and norm determine it.
+    The standard deviation only sets the scale, since mean and norm determine it.
     """
     assert list(value.shape) == figures["shape"], (value.shape, figures["shape"])
     value = value.detach().double()
@@ -150,7 +150,7 @@ def summary_error(value: Tensor, figures: dict[str, Any]) -> float:
 
 @torch.no_grad()
 def case_errors(family: str, variant: str, number: int) -> tuple[float, list[float]]:
-    """Load the published names into a fresh model and run one case.
+    """Load the synthetic checkpoint into a new model and run one case.
 
     Returns:
         The relative error of the output (logits, or the image), and that of each stage's map.
@@ -171,13 +171,13 @@ def case_errors(family: str, variant: str, number: int) -> tuple[float, list[flo
     else:
         last, maps = model.forward_intermediates(x)
         error = _logits_error(model.forward_head(last), case)
-    # The maps that go from stage to stage. Where the dense copy has norms of its own for what it
-    # puts out (dense_extra), or puts out the last one alone, `stage_outputs` are ours.
+    # Compare the maps passed from stage to stage. Where the original's dense copy normalises its
+    # features (dense_extra) or returns only the last, these are `stage_outputs`.
     ends = model.stage_features()
     others = figures.get("dense_extra") or len(case["features"]) < len(ends)
     inner = others and "stage_outputs" in case
     stages = case.get("features_eps1e-6") or case["stage_outputs" if inner else "features"]
-    if "block_outputs" in case:  # of networks of one resolution
+    if "block_outputs" in case:  # single-resolution networks
         stages = [case["block_outputs"][i] for i in ends]
     if figures.get("last_feature_normed"):
         maps[ends[-1]] = last
@@ -188,7 +188,7 @@ def case_errors(family: str, variant: str, number: int) -> tuple[float, list[flo
 
 
 def _logits_error(logits: Tensor, case: dict[str, Any]) -> float:
-    """Of many thousands of classes the figures have the first ones, and a summary."""
+    """For many thousands of classes, the figures have the first 1000 and a summary."""
     if "logits" in case:
         return relative_error(logits, case["logits"])
     first = case["logits_first1000"]

@@ -1,4 +1,4 @@
-"""The picture of ``predict``: each image, the heat of its prediction over it, and its classes."""
+"""The picture of ``predict``: each image with its Grad-CAM overlay and classes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ _HEAT, _STRENGTH = "inferno", 0.6
 
 
 def draw_predictions(path: Path, predictions: Sequence[Prediction], names: Sequence[str]) -> None:
-    """Draw each image beside itself under its heat, with the first predictions below.
+    """Draw each image next to a copy with its heat map, with the top predictions below.
 
     Args:
         path: the PNG.

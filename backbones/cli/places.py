@@ -1,4 +1,4 @@
-"""Where files can be kept between runs, and the commands that choose another place."""
+"""Cache folders, and the commands that select other ones."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _KERNELS = "VISION_BACKBONES_CACHE_DIR"
 
 
 def free_bytes(folder: Path) -> int | None:
-    """Room for what ``folder`` is to hold, there already or not; None if it cannot be written."""
+    """Free bytes on the disk of an existing or new ``folder``; None if it cannot be written."""
     try:
         there = next(p for p in (folder, *folder.parents) if p.exists())
         if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
@@ -30,7 +30,7 @@ def free_bytes(folder: Path) -> int | None:
 
 
 def elsewhere(variable: str, least: int) -> str:
-    """The command that sets ``variable`` to a folder with more room; "" if there is none."""
+    """The command that sets ``variable`` to a folder with more space; "" if there is none."""
     room = {}
     for place in _places():
         folder = Path(place) / "vision-backbones"
@@ -44,15 +44,15 @@ def elsewhere(variable: str, least: int) -> str:
 
 def _places() -> Iterator[str]:
     home = os.path.expanduser("~")
-    if home != "~":  # the system knows it
+    if home != "~":  # a home directory is known
         yield os.path.join(home, ".cache")
     for find in (os.getcwd, tempfile.gettempdir):
-        with contextlib.suppress(OSError):  # it was removed; there is none
+        with contextlib.suppress(OSError):  # the folder was removed, or there is none
             yield find()
 
 
 def kernel_flaw(folder: Path) -> Flaw | None:
-    """Why compiled kernels cannot be kept in ``folder``; None if they can."""
+    """Why compiled kernels cannot be cached in ``folder``; None if they can."""
     flaw = cache.flaw(folder) or cache.refused(folder)
     if flaw is None and free_bytes(folder) is None:
         return Flaw(f"{shell_word(folder)} cannot be written")
@@ -60,6 +60,6 @@ def kernel_flaw(folder: Path) -> Flaw | None:
 
 
 def mend_kernel_cache() -> str:
-    """The command after which compiled kernels can be kept in the user's cache; "" if none."""
+    """The command that makes the user's kernel cache usable; "" if there is none."""
     flaw = kernel_flaw(cpu.cache_dir())
     return (flaw.mend if flaw else "") or elsewhere(_KERNELS, 0)

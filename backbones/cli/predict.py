@@ -1,6 +1,6 @@
-"""``vision-backbones predict``: classes of images as a table, CSV or JSON, and what spoke for them.
+"""``vision-backbones predict``: classes of images as a table, CSV or JSON, with Grad-CAM pictures.
 
-Images that cannot be read are named and counted, and the others go on.
+Unreadable images are reported and skipped.
 """
 
 from __future__ import annotations
@@ -56,19 +56,19 @@ def add_arguments(parser: ArgumentParser) -> None:
     """The command line of ``predict``."""
     add = parser.add_argument
     add("images", nargs="+", type=nonempty_path, metavar="IMAGE", help="files or folders")
-    add("--model", help="architecture; a checkpoint of train_cls.py knows its own")
+    add("--model", help="architecture; not needed for a checkpoint of train_cls.py")
     add("--checkpoint", type=nonempty_path, metavar="FILE", help="weights")
-    add("--labels", type=nonempty_path, metavar="FILE", help="names: one a line, or JSON")
-    add("--topk", type=whole(1), default=5, metavar="N", help="classes an image (5)")
-    add("--csv", type=nonempty_path, metavar="FILE", help="write a row for each class predicted")
+    add("--labels", type=nonempty_path, metavar="FILE", help="class names: one per line, or JSON")
+    add("--topk", type=whole(1), default=5, metavar="N", help="classes to show per image (5)")
+    add("--csv", type=nonempty_path, metavar="FILE", help="write a row for each predicted class")
     add("--json", type=nonempty_path, metavar="FILE", help="write an entry for each image")
     add(
         "--cam",
         type=nonempty_path,
         metavar="PNG",
-        help=f"draw the first {_PICTURES} with their Grad-CAM",
+        help=f"draw the first {_PICTURES} images with their Grad-CAM",
     )
-    add("--batch-size", type=whole(1), default=16, metavar="N", help="images (16)")
+    add("--batch-size", type=whole(1), default=16, metavar="N", help="images per batch (16)")
     add("--device", default="cpu", help="cpu, cuda, cuda:1, … (cpu)")
 
 
@@ -84,7 +84,9 @@ def run(options: Namespace) -> int:
     )
     loaded = load(options.model, options.checkpoint)
     if options.checkpoint is None:
-        sys.stderr.write(f"note: without --checkpoint, {loaded.name} is untrained and guesses\n")
+        sys.stderr.write(
+            f"note: without --checkpoint, {loaded.name} is untrained; its predictions are random\n"
+        )
     if not loaded.model.num_classes:
         raise CommandError(f"{loaded.name} has no classifier; predict needs one")
     if options.labels is not None:
@@ -132,12 +134,12 @@ def predict(
     """Predictions in the order of ``paths``.
 
     Args:
-        topk: classes an image, at most as many as there are classes.
-        pictures: how many readable images come back with what was seen and its Grad-CAM.
-        progress: show a bar on standard error, if that is a terminal.
+        topk: number of classes per image, clipped to the model's classes.
+        pictures: number of readable images to return with their pixels and Grad-CAM.
+        progress: show a progress bar if standard error is a terminal.
 
     Raises:
-        CommandError: what the model gives for an image is not finite.
+        CommandError: the model's output for an image is not finite.
     """
     config = preprocessing(loaded)
     transform = create_transform(**config, is_training=False)
@@ -168,7 +170,7 @@ def predict(
 def preprocessing(loaded: Loaded) -> dict[str, Any]:
     """``input_size``, ``mean``, ``std``, ``interpolation``, ``crop_pct``, ``crop_mode``.
 
-    Those of the training if its recipe is there, else of the model's published weights.
+    Taken from the training recipe if there is one, else from the published weights.
     """
     if loaded.recipe is not None:
         return build.preprocessing(loaded.recipe, loaded.model)
@@ -176,14 +178,14 @@ def preprocessing(loaded: Loaded) -> dict[str, Any]:
 
 
 def find_images(places: Sequence[Path]) -> list[Path]:
-    """Files as they are named; of folders, the images in them and below, sorted.
+    """The given files, and the images in the given folders (recursively, sorted).
 
-    What is named like an image but is none (a named pipe, a link to nothing) is found too, and
-    reading it will say so.
+    Non-images with an image's name (a named pipe, a broken link) are included; reading them fails
+    with an explanation.
 
     Raises:
-        CommandError: a folder without an image.
-        FileNotFoundError: nothing there.
+        CommandError: a folder without images.
+        FileNotFoundError: a path that does not exist.
     """
     extensions = get_img_extensions(as_set=True)
     found: list[Path] = []
@@ -192,7 +194,7 @@ def find_images(places: Sequence[Path]) -> list[Path]:
             named = (p for p in place.rglob("*") if p.suffix.lower() in extensions)
             inside = sorted(p for p in named if not p.is_dir())
             if not inside:
-                raise CommandError(f"no image below {place}")
+                raise CommandError(f"no images in {place}")
             found += inside
         elif os.path.lexists(place):
             found.append(place)
@@ -202,25 +204,27 @@ def find_images(places: Sequence[Path]) -> list[Path]:
 
 
 def open_image(path: Path, grey: bool = False) -> Image.Image:
-    """Decoded, upright, in RGB or grey; see :func:`backbones.core.images.open_image`.
+    """Decode an upright RGB or greyscale image, see :func:`backbones.core.images.open_image`.
 
     Raises:
-        one of :data:`backbones.core.images.DECODE_ERRORS`: it is no whole image, or no file.
+        one of :data:`backbones.core.images.DECODE_ERRORS`: not a complete image, or not a file.
     """
     if (problem := file_problem(path)) is not None:
         raise OSError(problem)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of damage that spoils no pixel
+        warnings.simplefilter("ignore")  # about damage that doesn't affect pixels
         return images.open_image(path, "L" if grey else "RGB")
 
 
 def _check_shape(image: Image.Image, config: dict[str, Any]) -> None:
-    """Refuse what would become huge once its shorter side has the size of the model's input."""
+    """Refuse images that would become huge when resizing the shorter side to the input size."""
     shorter, longer = sorted(image.size)
     side = max(config["input_size"][1:]) / config["crop_pct"]
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and side * side * longer > 2 * limit * shorter:
-        raise ValueError(f"{image.width}×{image.height} pixels are too narrow to be resized")
+        raise ValueError(
+            f"an image of {image.width}×{image.height} pixels is too narrow to be resized"
+        )
 
 
 def _classify(
@@ -231,7 +235,7 @@ def _classify(
     config: dict[str, Any],
     pictures: int,
 ) -> int:
-    """Fill in ``predictions``; how many of them got what the picture needs."""
+    """Fill in ``predictions``; returns how many of them got pixels and Grad-CAM."""
     drawn = min(pictures, len(predictions))
     device = next(model.parameters()).device
     if drawn:
@@ -246,7 +250,7 @@ def _classify(
     finite = logits.isfinite().all(1).tolist()
     if not all(finite):
         raise CommandError(
-            f"what the model gives for {predictions[finite.index(False)].path} is not finite"
+            f"the model's output for {predictions[finite.index(False)].path} is not finite"
         )
     best = logits.float().softmax(1).cpu().topk(min(topk, logits.shape[1]), dim=1)
     for prediction, confidences, classes in zip(
@@ -265,6 +269,6 @@ def _bar(steps: range, shown: bool) -> Any:
 
 
 def _write(path: Path, text: str) -> None:
-    # Names of files that are no text become escapes, which JSON reads as what they were.
+    # File names that aren't valid text are escaped; JSON readers restore them.
     data = text.encode(errors="backslashreplace")
     write_atomically(path, lambda file: file.write(data))

@@ -1,4 +1,4 @@
-"""What ``predict`` says of images, and how it is written: a table, CSV or JSON."""
+"""Predictions of images, as a table, CSV or JSON."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ __all__ = ["Prediction", "as_csv", "as_entries", "as_table"]
 
 @dataclass
 class Prediction:
-    """What a model says of one image.
+    """A model's prediction for one image.
 
     Attributes:
-        classes, confidences: the likeliest first.
-        error: why the image could not be read; the others are empty then.
-        image: (H, W, 3) in 0 … 1, as the model saw it; for the picture only, as ``heat`` is.
+        classes, confidences: in descending order of confidence.
+        error: why the image could not be read; then the other fields are empty.
+        image: (H, W, 3) in 0 … 1, the model's input; only for pictures, like ``heat``.
         heat: (H, W) in 0 … 1, see :func:`backbones.cli.cam.grad_cam`.
     """
 
@@ -34,12 +34,12 @@ class Prediction:
     heat: Any = None
 
     def ranked(self) -> list[tuple[int, float]]:
-        """Classes and their confidences, the likeliest first."""
+        """(class, confidence) pairs, the most likely first."""
         return list(zip(self.classes, self.confidences, strict=True))
 
 
 def as_table(predictions: Sequence[Prediction], names: Sequence[str]) -> str:
-    """For people; images that could not be read are left out."""
+    """A text table, without unreadable images."""
     rows = [
         [one_line(str(p.path)) if not place else "", names[number], f"{100 * confidence:.1f} %"]
         for p in predictions
@@ -49,7 +49,7 @@ def as_table(predictions: Sequence[Prediction], names: Sequence[str]) -> str:
 
 
 def as_csv(predictions: Sequence[Prediction], names: Sequence[str]) -> str:
-    """A row for each class predicted, and for each image that could not be read."""
+    """CSV with a row for each predicted class and for each unreadable image."""
     text = io.StringIO()
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(("image", "place", "class", "name", "confidence", "error"))
@@ -62,7 +62,7 @@ def as_csv(predictions: Sequence[Prediction], names: Sequence[str]) -> str:
 
 
 def as_entries(predictions: Sequence[Prediction], names: Sequence[str]) -> list[dict[str, Any]]:
-    """For JSON: an entry for each image."""
+    """An entry for each image, for JSON."""
     entries: list[dict[str, Any]] = []
     for p in predictions:
         if p.error:

@@ -1,4 +1,4 @@
-"""ONNX files in int8, by onnxruntime's static quantisation, and how well those agree.
+"""Static int8 quantisation of ONNX files by onnxruntime, and its accuracy.
 
 https://onnxruntime.ai/docs/performance/model-optimizations/quantization.html
 """
@@ -25,7 +25,7 @@ from backbones.core.messages import first_line
 __all__ = ["Agreement", "agreement", "calibration_images", "check_options", "quantize"]
 
 _WANTED = "give a folder of images like those that the model will see"
-# What costs the time; norms, softmax and sums stay in float.
+# The expensive operators; norms, softmax and sums stay in float.
 _QUANTIZED = ["Conv", "MatMul", "Gemm"]
 
 
@@ -34,8 +34,8 @@ class Agreement:
     """How an int8 file compares with the model.
 
     Attributes:
-        top1: share of the images with the same likeliest class; None without classes.
-        decibels: power of the outputs over that of the difference.
+        top1: share of the images with the same top-1 class; None without classes.
+        decibels: signal-to-noise ratio of the outputs.
     """
 
     top1: float | None
@@ -43,7 +43,7 @@ class Agreement:
 
 
 def check_options(int8: bool, folder: Path | None, count: int) -> None:
-    """Look at ``--int8``, ``--calibration`` and ``--calibration-images`` together.
+    """Check ``--int8``, ``--calibration`` and ``--calibration-images`` for consistency.
 
     Raises:
         CommandError: int8 without images, images without int8, or a number below 1.
@@ -51,7 +51,7 @@ def check_options(int8: bool, folder: Path | None, count: int) -> None:
     if int8 and folder is None:
         raise CommandError(f"--int8 needs --calibration FOLDER; {_WANTED}")
     if folder is not None and not int8:
-        raise CommandError("--calibration is for --int8; add that, or leave --calibration out")
+        raise CommandError("--calibration requires --int8; add it, or omit --calibration")
     if count < 1:
         raise CommandError(f"--calibration-images must be 1 or more, got {count}")
 
@@ -61,7 +61,7 @@ def calibration_images(
 ) -> list[Tensor]:
     """``count`` images (1, C, H, W), preprocessed.
 
-    They are spread over all of the folder; those that cannot be read are passed over.
+    They are sampled evenly from the folder; unreadable ones are skipped.
 
     Raises:
         CommandError: no image in the folder can be read.
@@ -80,14 +80,14 @@ def calibration_images(
         except (OSError, ValueError, SyntaxError):
             continue
     if not images:
-        raise CommandError(f"--calibration: no image below {folder} can be read; {_WANTED}")
+        raise CommandError(f"--calibration: no readable images in {folder}; {_WANTED}")
     return images
 
 
 def quantize(path: Path, images: Sequence[Tensor]) -> None:
-    """Put an int8 form in the place of a float ONNX file.
+    """Quantise an ONNX file in place.
 
-    Weights become int8 by channel, activations uint8 with ranges of what the images cause.
+    Weights become per-channel int8, activations uint8 with ranges calibrated on the images.
     """
     from onnxruntime.quantization import (
         CalibrationDataReader,
@@ -109,7 +109,7 @@ def quantize(path: Path, images: Sequence[Tensor]) -> None:
     quantized = path.with_name(f".int8.{path.name}")
     before, folder = logging.root.manager.disable, tempfile.tempdir
     logging.disable(logging.WARNING)
-    tempfile.tempdir = str(path.parent)  # onnxruntime's files go where ours go
+    tempfile.tempdir = str(path.parent)  # for onnxruntime's temporary files
     try:
         quant_pre_process(str(path), str(prepared), skip_symbolic_shape=True)
         quantize_static(
@@ -136,14 +136,14 @@ def agreement(model: nn.Module, run: Run, images: Sequence[Tensor]) -> Agreement
     """How the outputs of ``run`` compare with the model's on ``images``.
 
     Raises:
-        CommandError: ``run`` fails, gives another shape, or what is no number.
+        CommandError: ``run`` fails, or returns another shape or NaN.
     """
     same, signal, noise = 0, 0.0, 0.0
     classifies = True
     for image in images:
         expected, got = outputs(model, run, image)
         if not got.isfinite().all():
-            raise CommandError(f"at {tuple(image.shape)} the int8 file gives what is no number")
+            raise CommandError(f"at {tuple(image.shape)} the int8 file's output is not finite")
         signal += expected.square().sum().item()
         noise += (expected - got).square().sum().item()
         classifies = expected.ndim == 2 and expected.shape[1] > 1

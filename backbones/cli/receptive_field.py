@@ -1,13 +1,13 @@
-"""How many pixels of an image a position of a feature map can see, from kernels and windows.
+"""The receptive field of feature maps, from kernel and window sizes.
 
-The receptive field is the side of the square of pixels from which convolutions, poolings and
-windows lead to one position of the map, padding included, whatever the weights; after attention
-over all positions it is the whole image. Two things do not count: gates by a mean over the whole
-map (squeeze-and-excitation, global response norm), which say nothing of a place, and the learned
-offsets of deformable convolutions, which may lead anywhere.
+The receptive field is the side of the square of pixels that a position of the map depends on
+through convolutions, poolings and windows, padding included, for any weights; after global
+attention it is the whole image. Two things are not counted: gates by a mean over the whole map
+(squeeze-and-excitation, global response norm), which carry no spatial information, and the learned
+offsets of deformable convolutions, which are unbounded.
 
-The positions of a map lie on a grid of pixels: a 4 × 4 convolution of stride 4 without padding puts
-them into the middle of its patches, one of 7 × 7 with padding 3 onto their upper left pixel.
+The positions of a map form a grid in the image: a 4 × 4 convolution of stride 4 without padding
+centres them in its patches, one of 7 × 7 with padding 3 puts them on the patches' upper left pixel.
 """
 
 from __future__ import annotations
@@ -35,12 +35,12 @@ __all__ = ["ReceptiveField", "Step", "follow", "step_of"]
 
 
 class Step(NamedTuple):
-    """What a layer does to places.
+    """The spatial extent of a layer.
 
     Attributes:
-        reach: positions of its input that it looks at along a side; infinite for all of them.
-        stride: positions of its input between neighbouring ones of its output.
-        shift: from the first position of its input to the middle of what its first output sees.
+        reach: input positions per side that an output depends on; infinite for all of them.
+        stride: input positions between adjacent outputs.
+        shift: from the first input position to the centre of the first output's field.
     """
 
     reach: float
@@ -49,19 +49,19 @@ class Step(NamedTuple):
 
 
 _EVERYWHERE = float("inf")
-# In the families' own files: BiFormer's attention of all tokens, and MedViTV2's of neighbours in a
-# map whose memory is read in another order, so that neighbours lie anywhere.
+# Defined in the families: BiFormer's global attention, and MedViTV2's neighborhood attention on a
+# map whose memory is reinterpreted in another order, so that neighbours may come from anywhere.
 _EVERYWHERE_IN_FAMILIES = ("GlobalAttention", "LocalBlock", "FoldedLocalBlock")
 
 
 class ReceptiveField:
-    """Follows the layers of a network in the order in which they run.
+    """The receptive field accumulated over a network's layers in execution order.
 
     Attributes:
-        side: pixels, so far; infinite after global attention.
-        stride: pixels between neighbouring positions of the map.
-        start: pixels from the edge of the image to the middle of what the map's first position
-            sees; that of position i is ``start + i * stride``.
+        side: pixels; infinite after global attention.
+        stride: pixels between adjacent positions of the map.
+        start: pixels from the image's edge to the centre of the first position's field; that of
+            position i is at ``start + i * stride``.
     """
 
     def __init__(self) -> None:
@@ -70,7 +70,7 @@ class ReceptiveField:
         self.start = 0.5
 
     def pass_through(self, step: Step) -> None:
-        """Go through one layer."""
+        """Add one layer."""
         self.side += (step.reach - 1) * self.stride if step.reach > 1 else 0
         self.start += step.shift * self.stride
         self.stride *= step.stride
@@ -78,7 +78,7 @@ class ReceptiveField:
 
 @contextmanager
 def follow(model: nn.Module, field: ReceptiveField) -> Iterator[None]:
-    """Let ``field`` pass through the layers as they run."""
+    """Update ``field`` as the layers of ``model`` run."""
     inside: list[nn.Module] = []
 
     def enter(module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -107,9 +107,9 @@ def follow(model: nn.Module, field: ReceptiveField) -> Iterator[None]:
 
 
 def step_of(module: nn.Module, height: int, width: int) -> Step | None:
-    """What a layer does on a map of that size; None if its children tell, or nothing.
+    """A layer's extent on a map of that size; None if its children determine it, or it has none.
 
-    Of branches side by side it is the widest.
+    For parallel branches, the widest one.
     """
     if type(module).__name__ in _EVERYWHERE_IN_FAMILIES:
         return Step(_EVERYWHERE)
@@ -149,14 +149,14 @@ def _merging(module: Any, height: int, width: int) -> Step:
 
 
 def _neighborhood(module: Any, height: int, width: int) -> Step:
-    # At a border the window moves inwards: from corner to corner.
+    # Windows are shifted inwards at borders, so the reach is from corner to corner.
     kernel_size, _, dilation, _ = module.window((height, width))
     spans = (d * (k - 1) for k, d in zip(kernel_size, dilation, strict=True))
     return Step(2 * max(spans) + 1)
 
 
 def _windows(module: Any, height: int, width: int) -> Step:
-    """Of windows that do not overlap: from one corner to the other, on either side."""
+    """Non-overlapping windows: from one corner to the other, in both directions."""
     side = module.window_size
     if height <= side and width <= side:
         return Step(_EVERYWHERE)

@@ -1,4 +1,4 @@
-"""``vision-backbones summary``: what every stage of a model is and costs, or every kernel."""
+"""``vision-backbones summary``: shape and cost of every stage of a model, or every kernel call."""
 
 from __future__ import annotations
 
@@ -29,17 +29,21 @@ def add_arguments(parser: ArgumentParser) -> None:
     """The command line of ``summary``."""
     add = parser.add_argument
     add("model", help="name of the architecture")
-    add_size_argument(parser, "of the image: a side, or height and width (default: the model's)")
-    add("--fused", action="store_true", help="of the model after fuse()")
-    add("--runs", type=whole(0), help="for the time (5; kernels 10); 0 leaves it out")
-    kernels = parser.add_argument_group("kernels, of the model after fuse()")
+    add_size_argument(parser, "image size: one side, or height and width (default: the model's)")
+    add("--fused", action="store_true", help="apply fuse() first")
+    add("--runs", type=whole(0), help="timed runs (5; with --kernels 10); 0: no times")
+    kernels = parser.add_argument_group("kernels of the model after fuse()")
     add = kernels.add_argument
-    add("--kernels", action="store_true", help="which kernel computes what, why, and how fast")
-    add("--plain", action="store_true", help="of the model before fuse()")
-    add("--batch", type=whole(1), metavar="N", help="images (1)")
-    add("--dtype", choices=_DTYPES, help="of weights and images (float32)")
-    add("--json", action="store_true", help="print what was found as JSON")
-    add("--plot", type=nonempty_path, metavar="PNG", help="draw where buffers lie in memory")
+    add(
+        "--kernels",
+        action="store_true",
+        help="list every kernel call, why it was chosen, and its time",
+    )
+    add("--plain", action="store_true", help="show the model before fuse()")
+    add("--batch", type=whole(1), metavar="N", help="batch size (1)")
+    add("--dtype", choices=_DTYPES, help="dtype of weights and images (float32)")
+    add("--json", action="store_true", help="print JSON")
+    add("--plot", type=nonempty_path, metavar="PNG", help="draw the memory plan")
 
 
 def run(options: Namespace) -> int:
@@ -48,7 +52,7 @@ def run(options: Namespace) -> int:
         return _run_kernels(options)
     for name in ("plain", "batch", "dtype", "json", "plot"):
         if getattr(options, name):
-            raise CommandError(f"--{name} goes with --kernels")
+            raise CommandError(f"--{name} requires --kernels")
     runs = 5 if options.runs is None else options.runs
     model = create(options.model)
     height, width = two_sides(options.size, model, runs=runs > 0)
@@ -61,10 +65,12 @@ def run(options: Namespace) -> int:
 def _run_kernels(options: Namespace) -> int:
     runs = 10 if options.runs is None else options.runs
     if not runs:
-        raise CommandError("--kernels times them: --runs must be at least 1")
+        raise CommandError("--kernels needs times: --runs must be at least 1")
     if options.plain and (options.fused or options.plot is not None):
         other = "--fused" if options.fused else "--plot"
-        raise CommandError(f"--plain and {other} exclude each other: only fused models are planned")
+        raise CommandError(
+            f"--plain and {other} exclude each other: only fused models have a memory plan"
+        )
     if options.plot is not None and importlib.util.find_spec("matplotlib") is None:
         raise CommandError("--plot draws with matplotlib: pip install matplotlib")
     require_writable({"--plot": options.plot})
@@ -89,14 +95,14 @@ def _plot(options: Namespace, explained: backbones.Explanation) -> None:
 
     if explained.memory is None:
         raise CommandError(
-            f"--plot {options.plot}: there is no memory plan, {options.model} is not replayed: "
+            f"--plot {options.plot}: no memory plan, because {options.model} is not replayed: "
             f"{explained.not_replayed}"
         )
     draw_memory(options.plot, explained)
 
 
 def describe(name: str, model: Any, height: int, width: int, runs: int = 5) -> str:
-    """The table as text, with a line that says what its columns are."""
+    """The table as text, with a note that explains the columns."""
     parts = measure(model, height, width, runs)
     params, macs = sum(p.params for p in parts), sum(p.macs for p in parts)
     rows = [
@@ -111,11 +117,11 @@ def describe(name: str, model: Any, height: int, width: int, runs: int = 5) -> s
         for part in parts
     ]
     rows.append(["total", "", count_text(params), count_text(macs), "", ""])
-    text = table(("part", "output", "params", "MACs", "time", "sees"), rows, left=2)
+    text = table(("part", "output", "params", "MACs", "time", "field"), rows, left=2)
     note = (
-        f"{name}, one image of {height}×{width}. MACs: of convolutions and matrix products. Sees: "
-        "the side of the square of pixels from which kernels and windows lead to one position of "
-        "the map; global: all of them, by attention. Gates by a mean over the map do not count."
+        f"{name}, one image of {height}×{width}. MACs: multiply-accumulates of convolutions and "
+        "matrix products. field: the side of the receptive field in pixels, by kernels and windows "
+        "(global: the whole image, by attention); gates by a mean over the map are not counted."
     )
     return f"{text}\n{textwrap.fill(note, 96)}\n"
 

@@ -1,4 +1,4 @@
-"""A line that shows that a long step is still at work."""
+"""A status line for long steps."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ _CLEAR_LINE = "\r\x1b[K"
 
 @contextlib.contextmanager
 def ticking(step: str, interval: float = 1.0) -> Iterator[None]:
-    """Count the seconds of a step on standard error, if that is a terminal, and wipe them out.
+    """Show a step's elapsed seconds if standard error is a terminal, and clear the line at the end.
 
     Args:
-        interval: between two looks at the clock, in seconds.
+        interval: seconds between updates.
     """
     if not sys.stderr.isatty():
         yield

@@ -1,9 +1,9 @@
-"""``vision-backbones verify``: what a checkpoint is, whether it loads, and if outputs are right.
+"""``vision-backbones verify``: identify a checkpoint, load it, and check outputs.
 
-Two comparisons are made stage by stage. With weights that are made up, but the same everywhere, the
-outputs are compared with figures that the original's code gave: that is about the code on this
-machine. With a user's own weights they are compared with figures saved elsewhere by
-``--save-figures``: that is about the checkpoint, the machine and the versions together.
+Two comparisons are made stage by stage. With deterministic synthetic weights, outputs are compared
+with the original's recorded figures, which tests the code on this machine. With the user's weights,
+they are compared with figures saved elsewhere by ``--save-figures``, which tests checkpoint,
+machine and versions together.
 """
 
 from __future__ import annotations
@@ -48,12 +48,17 @@ _SHOWN = 3
 def add_arguments(parser: ArgumentParser) -> None:
     """The command line of ``verify``."""
     add = parser.add_argument
-    add("model", nargs="?", help="default: what the checkpoint says or looks like; or its file")
-    add("--checkpoint", type=nonempty_path, metavar="FILE", help="default: only the code")
-    saved = "of every stage, to compare elsewhere"
+    add("model", nargs="?", help="model, or a checkpoint file (default: the checkpoint's model)")
+    add(
+        "--checkpoint",
+        type=nonempty_path,
+        metavar="FILE",
+        help="weights (default: test only the code)",
+    )
+    saved = "save figures of every stage, to compare elsewhere"
     add("--save-figures", type=nonempty_path, metavar="JSON", help=saved)
-    add("--figures", type=nonempty_path, metavar="JSON", help="compare with those")
-    add_size_argument(parser, "of the image for --save-figures (default: the model's)")
+    add("--figures", type=nonempty_path, metavar="JSON", help="compare with saved figures")
+    add_size_argument(parser, "image size for --save-figures (default: the model's)")
 
 
 def run(options: Namespace) -> int:
@@ -67,8 +72,8 @@ def run(options: Namespace) -> int:
         if options.model is None:
             raise CommandError("give a MODEL, a --checkpoint FILE, or both")
         if options.figures is not None or options.save_figures is not None:
-            raise CommandError("figures are of weights: give --checkpoint FILE")
-        create(options.model)  # refuses a name that there is not
+            raise CommandError("figures depend on weights: give --checkpoint FILE")
+        create(options.model)  # raises for an unknown name
         return int(not _verify_code(options.model))
     if not options.checkpoint.is_file():
         raise FileNotFoundError(f"no checkpoint at {options.checkpoint}")
@@ -76,7 +81,7 @@ def run(options: Namespace) -> int:
     looks_like = _identify(options.checkpoint)
     name = looks_like if options.model is None else options.model
     if name is None:
-        raise CommandError(f"give the MODEL that {options.checkpoint} is of")
+        raise CommandError(f"give the MODEL of {options.checkpoint}")
     loads = _verify_loading(name, options.checkpoint)
     if loads is None:
         return 1
@@ -91,29 +96,29 @@ def run(options: Namespace) -> int:
     elif options.save_figures is None:
         make_figures(loads.model, two_sides(options.size, loads.model))
         sys.stdout.write(
-            "outputs of these weights: nothing to compare with; make figures where they are right "
-            "with\n  --save-figures figures.json, and give --figures figures.json here\n"
+            "outputs of these weights: nothing to compare with; save figures where they are right\n"
+            "  with --save-figures figures.json, then give --figures figures.json here\n"
         )
     return int(not right)
 
 
 def _is_file(word: str | None) -> bool:
-    """Whether the word in the place of the model is no model's name, but a file."""
+    """Whether the model argument is a file instead of a model's name."""
     return word is not None and word not in backbones.list_models() and os.path.isfile(word)
 
 
 def make_figures(model: Any, size: tuple[int, int], seed: int = 0) -> dict[str, Any]:
     """Shape, mean, deviation, norm and first values of every stage's map and of the output.
 
-    The image is the same everywhere, see :func:`backbones.cli.parity.image`.
+    The image is deterministic, see :func:`backbones.cli.parity.image`.
 
     Raises:
-        CommandError: what the model gives for it is not finite.
+        CommandError: the outputs are not finite.
     """
     shape = (1, model.in_chans, *size)
     maps, output = _outputs(model, parity.image(shape, seed))
     if not all(value.isfinite().all() for value in (*maps, output)):
-        raise CommandError("what these weights give is not finite")
+        raise CommandError("the outputs of these weights are not finite")
     return {
         "torch": torch.__version__,
         "input": list(shape),
@@ -127,7 +132,7 @@ def compare(model: Any, figures: dict[str, Any]) -> list[tuple[str, float]]:
     """Relative error of every stage and of the output against :func:`make_figures`.
 
     Raises:
-        CommandError: the figures are of other shapes, or no figures.
+        CommandError: the figures are invalid or have other shapes.
     """
     try:
         shape, seed = figures["input"], figures["seed"]
@@ -152,12 +157,12 @@ def _outputs(model: Any, images: Tensor) -> tuple[list[Tensor], Tensor]:
 
 
 def _identify(path: Path) -> str | None:
-    """Say what the file is; the model that it looks like, if it is one."""
+    """Print what the file is; returns the model that it looks like, if any."""
     tensors, around = _strip_prefixes(read_checkpoint(path))
     digest = sha256_of(path)
     numbers = sum(tensor.numel() for tensor in tensors.values())
     sys.stdout.write(
-        f"{one_line(str(path))}: {len(tensors)} tensors, {count_text(numbers)} numbers"
+        f"{one_line(str(path))}: {len(tensors)} tensors, {count_text(numbers)} values"
         f"{f', and {len(around)} of parts around the backbone' if around else ''}\n"
         f"sha256 {digest}\n"
     )
@@ -171,18 +176,18 @@ def _identify(path: Path) -> str | None:
                 return match.variant
         names = " or ".join(match.variant for match in matches)
         sys.stdout.write(
-            f"release: names and shapes are those of the original's {names}; whether the values "
-            "are too,\n  its authors publish no checksum to tell\n"
+            f"release: names and shapes match the original's {names}; the values can't be\n"
+            "  checked, because the authors publish no checksum\n"
         )
         _list_releases(matches[0].variant)
         return matches[0].variant
     ours = _own_form(tensors)
     if ours is not None:
-        sys.stdout.write(f"release: none; these are weights of this library's {ours}\n")
+        sys.stdout.write(f"release: none; these are weights of {ours} in this library's format\n")
         return ours
     match = matches[0]
     if match.differences > len(tensors) // 2:
-        sys.stdout.write("release: none; it resembles none of the published models\n")
+        sys.stdout.write("release: none; it does not resemble any published model\n")
         return None
     differences = _some(
         {
@@ -192,13 +197,13 @@ def _identify(path: Path) -> str | None:
         }
     )
     sys.stdout.write(
-        f"release: none; nearest is {match.variant} of the original, with {differences}\n"
+        f"release: none; closest is the original's {match.variant}, with {differences}\n"
     )
     return match.variant
 
 
 def _some(kinds: dict[str, list[str]]) -> str:
-    """How many names there are of each kind, and the first of them."""
+    """The number of names of each kind, and the first ones."""
     parts = []
     for kind, names in kinds.items():
         if names:
@@ -214,7 +219,7 @@ def _list_releases(variant: str) -> None:
 
 
 def _own_form(tensors: dict[str, Tensor]) -> str | None:
-    """The variant whose own names and shapes these are, but for the classifier's width."""
+    """The variant of this library with these names and shapes, except for the classifier's."""
     own = {name: tuple(t.shape) for name, t in tensors.items() if not name.startswith("head.")}
     if not any(name.startswith("stages.0.") for name in own):
         return None
@@ -228,29 +233,31 @@ def _own_form(tensors: dict[str, Tensor]) -> str | None:
 
 
 def _verify_loading(name: str | None, path: Path) -> Any:
-    """Say whether it loads; the model, or None if it does not."""
+    """Print whether it loads; returns the model, or None if it does not."""
     try:
         loaded = load(name, path)
     except backbones.CheckpointError as error:
         sys.stdout.write(f"loading: fails: {one_line(str(error))}\n")
         return None
     kinds = {k: v for k, v in vars(loaded.report).items() if k != "source" and v}
-    text = _some(kinds) or "strictly: every tensor has its place, and every place its tensor"
+    text = _some(kinds) or "strictly: all tensors match"
     classes = f", {loaded.model.num_classes} classes" if loaded.model.num_classes else ""
     sys.stdout.write(f"loading: into {loaded.name}{classes}, {text}\n")
     return loaded
 
 
 def _verify_code(name: str) -> bool:
-    """Compare with the original's figures; whether all are right."""
+    """Compare with the original's figures; returns whether all agree."""
     family = next((family for family, variant in parity.variants() if variant == name), None)
     if family is None:
-        sys.stdout.write(f"code: there are no figures of an original of {name}\n")
+        sys.stdout.write(f"code: no figures of an original are recorded for {name}\n")
         return True
     allowed = parity.tolerance(family, name)
     output, stages = parity.case_errors(family, name, 0)
     rows = [(f"stage {i + 1}", error) for i, error in enumerate(stages)] + [("output", output)]
-    sys.stdout.write(f"code of {name}, with made-up weights, against the original's figures:\n")
+    sys.stdout.write(
+        f"code of {name}, with synthetic weights, compared with the original's figures:\n"
+    )
     return _show(rows, allowed)
 
 
@@ -259,9 +266,9 @@ def _read_figures(path: Path) -> dict[str, Any]:
     try:
         figures = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise CommandError(f"{path} is no JSON: {error}") from error
+        raise CommandError(f"{path} is not JSON: {error}") from error
     if not isinstance(figures, dict):
-        raise CommandError(f"{path} holds no figures of --save-figures")
+        raise CommandError(f"{path} has no figures of --save-figures")
     return figures
 
 
@@ -269,15 +276,15 @@ def _verify_figures(loaded: Any, figures: dict[str, Any], path: Path) -> bool:
     if figures.get("model") != loaded.name:
         of = shown(figures.get("model"))
         raise CommandError(f"{path} has figures of {of}, not of {loaded.name}")
-    sys.stdout.write(f"these weights, against {path} (torch {figures.get('torch')}):\n")
+    sys.stdout.write(f"these weights, compared with {path} (torch {figures.get('torch')}):\n")
     return _show(compare(loaded.model, figures), _ALLOWED)
 
 
-# Relative: kernels of other machines sum in another order.
+# Relative; kernels of other machines sum in a different order.
 _ALLOWED = 1e-4
-# What figures that are none, or of another model, lead to.
+# Raised for invalid figures, or those of another model.
 _UNFIT = (LookupError, TypeError, ValueError, ArithmeticError, AssertionError, RuntimeError)
-# Values of an image that figures may be of: three channels of 8192 × 8192.
+# Largest input that figures may have: three channels of 8192 × 8192.
 _LARGEST_INPUT = 3 * 8192**2
 
 

@@ -1,4 +1,4 @@
-"""Files that are whole or not there: whatever ends the command, what is half-written goes."""
+"""Atomic file output: whatever ends the command, partial files are removed."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from backbones.cli.common import CommandError
 
 __all__ = ["check_place", "replace_whole", "tidy_on_signals"]
 
-# What asks a command to end and Python does not turn into an exception of its own.
+# Termination signals that Python doesn't turn into exceptions by default.
 _SIGNALS = ("SIGTERM", "SIGHUP")
 _FULL = {
     errno.ENOSPC: "no space left on the disk",
@@ -27,27 +27,27 @@ _FULL = {
 
 
 def check_place(path: Path) -> None:
-    """Find out early that a file cannot be written.
+    """Check early that a file can be written.
 
     Raises:
-        CommandError: there is no such folder, or ``path`` is one, or a device.
+        CommandError: the folder does not exist, or ``path`` is a folder or a device.
     """
     if path.is_dir():
         raise CommandError(f"{path} is a folder; give the file to write, such as {path / 'x.onnx'}")
     if path.exists() and not path.is_file():
-        raise CommandError(f"{path} is no file that could be replaced")
+        raise CommandError(f"{path} is not a regular file and can't be replaced")
     if not path.parent.is_dir():
-        raise CommandError(f"there is no folder {path.parent} to write {path.name} to")
+        raise CommandError(f"cannot write {path.name}: there is no folder {path.parent}")
 
 
 @contextlib.contextmanager
 def replace_whole(path: Path) -> Iterator[Path]:
-    """Where to write: a file of the same name, moved to ``path`` if the block succeeds.
+    """Yields a temporary path of the same name, which is moved to ``path`` if the block succeeds.
 
-    What is written beside it, under a longer name, moves along. What else is left goes.
+    Files whose names extend the temporary file's are moved along; any others are deleted.
 
     Raises:
-        CommandError: ``path`` cannot be written, or not wholly; it is as before then.
+        CommandError: ``path`` could not be written completely and is unchanged.
     """
     check_place(path)
     scratch = path.parent / f".export-{secrets.token_hex(4)}"
@@ -70,9 +70,9 @@ def replace_whole(path: Path) -> Iterator[Path]:
 
 
 def _why_unwritten(error: BaseException) -> str | None:
-    """What the disk refused, or None if ``error`` is of something else.
+    """The I/O problem behind ``error``, or None if it has another cause.
 
-    Libraries wrap the error of a full disk in errors of their own.
+    Libraries wrap the error of a full disk in their own.
     """
     if isinstance(error, OSError) and error.errno not in _FULL:
         return error.strerror or str(error)
@@ -86,10 +86,10 @@ def _why_unwritten(error: BaseException) -> str | None:
 
 @contextlib.contextmanager
 def tidy_on_signals() -> Iterator[None]:
-    """SIGTERM and SIGHUP leave the block as Ctrl-C does, through every ``finally``.
+    """Make SIGTERM and SIGHUP raise an exception, so that every ``finally`` runs.
 
     Raises:
-        SystemExit: 128 and the signal's number, as a shell says it.
+        SystemExit: status 128 + signal, as in a shell.
     """
     if threading.current_thread() is not threading.main_thread():
         yield  # Python lets only the main thread handle signals

@@ -1,7 +1,7 @@
-"""What may stand on a command line: paths, numbers within their range, devices, files to write.
+"""Command-line arguments: paths, numbers in a range, devices, output files.
 
-The first functions are types for ``argparse``: from a word to a value, or a sentence on what would
-be right.
+The first functions are ``argparse`` types: they convert a word to a value, or raise an error that
+says what is allowed.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ __all__ = [
 
 
 def nonempty(word: str) -> str:
-    """The name of a file or folder: an empty one would be the current folder's."""
+    """A type for names of files or folders; an empty name would mean the current folder."""
     if not word or "\0" in word:
         raise argparse.ArgumentTypeError(f"must be the name of a file or folder, not {word!r}")
     return word
@@ -47,7 +47,7 @@ def nonempty_path(word: str) -> Path:
 
 
 def whole(low: int, high: int | None = None) -> Callable[[str], int]:
-    """A type of whole numbers from ``low`` on, up to ``high`` if there is one."""
+    """A type for integers ≥ ``low`` and, if given, ≤ ``high``."""
 
     def convert(word: str) -> int:
         try:
@@ -60,10 +60,10 @@ def whole(low: int, high: int | None = None) -> Callable[[str], int]:
 
 
 def real(low: float, high: float | None = None, above: bool = False) -> Callable[[str], float]:
-    """A type of finite numbers from ``low`` on, up to ``high`` if there is one.
+    """A type for finite numbers ≥ ``low`` and, if given, ≤ ``high``.
 
     Args:
-        above: ``low`` itself is not among them.
+        above: exclude ``low`` itself.
     """
 
     def convert(word: str) -> float:
@@ -91,27 +91,27 @@ def _within(number: _Number, great: bool, least: str, high: float | None) -> _Nu
 
 
 THREADS = whole(1, 1024)
-"""The type of ``--threads``: PyTorch would start as many as are asked for."""
+"""The type of ``--threads``; PyTorch itself has no upper limit."""
 
 
 UNMAKEABLE = (
     *(TypeError, ValueError, ArithmeticError, AssertionError),
     *(AttributeError, LookupError, RuntimeError),
 )
-"""What layers raise of keywords that make none (sizes below 0, lists of another length)."""
+"""Exceptions that layers raise for invalid keywords (negative sizes, lists of wrong length)."""
 
 
 def file_problem(file: str | Path) -> str | None:
-    """Why ``file`` cannot be read as a file that lies on a disk; None if it can.
+    """Why ``file`` is not a readable regular file; None if it is one.
 
-    Opening a named pipe would wait until somebody writes to it, and a device may never end.
+    Opening a named pipe would block, and a device may never end.
     """
     try:
         mode = os.stat(file).st_mode
     except FileNotFoundError:
-        return "is a link to nothing" if os.path.islink(file) else "does not exist"
+        return "is a broken link" if os.path.islink(file) else "does not exist"
     except (OSError, ValueError) as error:
-        return f"cannot be looked at: {getattr(error, 'strerror', None) or error}"
+        return f"cannot be accessed: {getattr(error, 'strerror', None) or error}"
     if stat.S_ISREG(mode):
         return None
     return f"is {_KINDS.get(stat.S_IFMT(mode), 'no file')}"
@@ -131,16 +131,16 @@ def require_writable(
     inputs: Iterable[str | Path | None] = (),
     makes_folders: bool = False,
 ) -> None:
-    """Refuse files that could not be written in the end, before any work is done.
+    """Check output files before any work is done.
 
     Args:
-        outputs: files by the option that names them; None for options that are not given.
-        inputs: files that are read, which must not be written over.
-        makes_folders: whether those that are missing will be made.
+        outputs: files by option; None for options that are not given.
+        inputs: input files, which must not be overwritten.
+        makes_folders: whether missing folders will be created.
 
     Raises:
-        CommandError: two outputs are one file, one of them is an input, or a folder, or lies in
-            none that can be written to.
+        CommandError: two outputs are the same file, or an output is an input, a folder, or in a
+            folder that cannot be written to.
     """
     read = {os.path.realpath(file): file for file in inputs if file is not None}
     options: dict[str, str] = {}
@@ -151,37 +151,37 @@ def require_writable(
         if real in options:
             raise CommandError(f"{options[real]} and {option} are both {file}: name two files")
         if real in read:
-            raise CommandError(f"{option} {file} would be written over {read[real]}, an input")
+            raise CommandError(f"{option} {file} would overwrite {read[real]}, an input")
         options[real] = option
         if file.is_dir():
             raise CommandError(f"{option} {file} is a folder: name a file in it")
         if not makes_folders and not file.parent.is_dir():
-            raise CommandError(f"there is no folder {file.parent} to write {file.name} to")
+            raise CommandError(f"cannot write {file.name}: there is no folder {file.parent}")
         require_folder(option, file.parent)
 
 
 def require_folder(option: str, folder: Path) -> None:
-    """Refuse a folder that cannot be written to, nor be made.
+    """Check that a folder is writable or can be created.
 
     Raises:
-        CommandError: it says why.
+        CommandError: it is not.
     """
     there = next(p for p in (folder, *folder.parents) if os.path.lexists(p) or p == p.parent)
     if not there.is_dir():
-        raise CommandError(f"{option}: {there} is no folder")
+        raise CommandError(f"{option}: {there} is not a folder")
     if not os.access(there, os.W_OK | os.X_OK):
         raise CommandError(f"{option}: the folder {there} cannot be written to")
 
 
 def usable_device(name: str, option: str = "--device") -> torch.device:
-    """The device of that name, on which a tensor has been made and read.
+    """The device of that name, after creating and reading a tensor on it.
 
     Raises:
-        CommandError: there is none, or it holds no values.
+        CommandError: it does not exist, or cannot hold values.
     """
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of names that are no longer in use
+            warnings.simplefilter("ignore")  # about deprecated names
             device = torch.device(name)
             torch.zeros(1, device=device).tolist()
     except (RuntimeError, AssertionError, ImportError, ValueError, TypeError) as error:

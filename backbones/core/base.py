@@ -1,8 +1,8 @@
-"""The one implementation of timm's model protocol, shared by every family.
+"""The implementation of timm's model API that all families share.
 
 A family assembles ``stem``, ``stages`` (of :class:`Stage`), ``norm`` and ``head`` and calls
-:meth:`StagedBackbone.describe_features`; all that timm, its feature extractors, its optimizers
-and our checkpoint loader ask of a model follows from those.
+:meth:`StagedBackbone.describe_features`. Everything that timm, its feature extractors, its
+optimizers and our checkpoint loader need is derived from those.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ class StagedBackbone(nn.Module):
 
     Class attributes:
         classifier: path of the last linear layer (a tuple of paths where there are several).
-        first_conv: path of the convolution that sees the image; ``in_chans`` is adapted there.
-        undecayed: last parts of the names of parameters that weight decay must spare, beyond
-            the vectors that timm's optimizers spare anyway.
+        first_conv: path of the first convolution, which is adapted to ``in_chans``.
+        undecayed: last components of the names of parameters without weight decay, in addition to
+            the vectors that timm's optimizers exclude.
         centres_images: whether a mean is subtracted from images first, which promotes their dtype
-            and takes one channel for all.
-        classifies_maps: whether the head gives a map of logits where it does not pool.
-        poolings: what ``global_pool`` may be.
+            and broadcasts a single channel.
+        classifies_maps: whether the head returns a map of logits if it does not pool.
+        poolings: allowed values of ``global_pool``.
     """
 
     classifier: str | tuple[str, ...] = "head.fc"
@@ -65,7 +65,7 @@ class StagedBackbone(nn.Module):
         self.in_chans = in_chans
         self.out_norms = nn.ModuleDict()
         self.stem_taps: tuple[int, ...] = ()
-        # Beginnings of the names of what prune_intermediate_layers cut off.
+        # Name prefixes of the modules that prune_intermediate_layers removed.
         self.pruned_parts: tuple[str, ...] = ()
 
     # -- what a family declares ------------------------------------------------------------------
@@ -80,20 +80,20 @@ class StagedBackbone(nn.Module):
         out_norms: bool | Sequence[int] = False,
         out_norm_layer: Callable[[int], nn.Module] | None = None,
     ) -> None:
-        """State what the maps look like; call it once all submodules are there.
+        """Declare the feature maps; call it after all submodules have been created.
 
         Args:
             dims: channels of each stage.
             reductions: stride of each stage relative to the image.
-            head_hidden_size: width before the classifier; default that of the last stage.
+            head_hidden_size: width before the classifier; default: that of the last stage.
             stem_features: ``(child of stem, channels, reduction)`` of maps inside the stem that
-                come first among the features, so that a stride-16 network offers a pyramid.
-            out_norms: normalise the maps that are returned (not those that go on), as detectors
-                do: all of them, none, or the listed stages.
-            out_norm_layer: makes such a norm from a number of channels.
+                precede the stages' features, so that a stride-16 network has a full pyramid.
+            out_norms: normalise the returned maps (not those passed to the next stage), as
+                detectors do: all of them, none, or the listed stages.
+            out_norm_layer: creates such a norm from a number of channels.
 
         Raises:
-            ValueError: ``out_norms`` names a stage that is not there, or no norm is known.
+            ValueError: ``out_norms`` names an unknown stage, or there is no ``out_norm_layer``.
         """
         self.stem_taps = tuple(child for child, _, _ in stem_features)
         self.feature_info: list[dict[str, Any]] = [
@@ -115,14 +115,14 @@ class StagedBackbone(nn.Module):
             self.out_norms[str(i)] = out_norm_layer(dims[i])
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Rename a published checkpoint's tensors to ours; ours must come through unchanged."""
+        """Rename a published checkpoint's tensors to our names; our own names must be kept."""
         return state_dict
 
     def resize_tensor(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
-        """``tensor`` made to fit ``shape``, or None where that makes no sense.
+        """``tensor`` adapted to ``shape``, or None if that is impossible.
 
-        The first convolution takes another number of input channels; families add tables that
-        can be interpolated.
+        The first convolution is adapted to another number of input channels; families add tables
+        that can be interpolated.
         """
         if (
             name == f"{self.first_conv}.weight"
@@ -135,26 +135,26 @@ class StagedBackbone(nn.Module):
     # -- features --------------------------------------------------------------------------------
 
     def count_features(self) -> int:
-        """How many feature maps there are; fewer than ``feature_info`` lists after pruning."""
+        """The number of feature maps; after pruning, fewer than in ``feature_info``."""
         return len(self.stem_taps) + len(self.stages)
 
     def stage_features(self) -> list[int]:
-        """Which entry of ``feature_info`` is the map that each stage ends with."""
+        """The index in ``feature_info`` of each stage's output."""
         return list(range(len(self.stem_taps), len(self.stem_taps) + len(self.stages)))
 
     def default_features(self) -> list[int]:
-        """What ``features_only`` returns without ``out_indices``: all maps."""
+        """The maps that ``features_only`` returns without ``out_indices``: all of them."""
         return list(range(self.count_features()))
 
     # -- running ---------------------------------------------------------------------------------
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """The last map, normalised: (B, in_chans, H, W) → (B, num_features, h, w)."""
+        """The last stage's map, normalised: (B, in_chans, H, W) → (B, num_features, h, w)."""
         require_tensor("x", x)
         return self.norm(self.stages(self.stem(x)))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Logits (B, num_classes) of the last map, or with ``pre_logits`` what they come from."""
+        """Logits (B, num_classes) of the last map; with ``pre_logits``, the classifier's input."""
         return self.head(x, pre_logits=pre_logits)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -169,21 +169,24 @@ class StagedBackbone(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The maps of chosen stages, and the last one normalised.
+        """Run the model and return the selected intermediate maps.
 
         Args:
             x: (B, in_chans, H, W).
-            indices: which of ``feature_info``: the last n (int), all (None) or those listed;
-                negative ones count from the end.
+            indices: entries of ``feature_info``: the last n (int), all (None) or a list; negative
+                indices count from the end.
             norm: apply the final norm to the last stage's map.
-            stop_early: leave out the stages after the last one asked for; the first value
-                returned is then that stage's map.
+            stop_early: skip the stages after the last selected one; the first return value is
+                then that stage's map.
             output_fmt: ``"NCHW"`` or ``"NHWC"``.
-            intermediates_only: return the list alone.
+            intermediates_only: return only the list of maps.
+
+        Returns:
+            The normalised last map and the list of selected maps, or only the list.
 
         Raises:
-            TypeError: ``x`` that is no tensor, indices that are no whole numbers.
-            ValueError: an index that is not there, or an unknown format.
+            TypeError: ``x`` is not a tensor, or indices are not integers.
+            ValueError: an index out of range, or an unknown format.
         """
         require_tensor("x", x)
         check_format(output_fmt)
@@ -240,7 +243,7 @@ class StagedBackbone(nn.Module):
         prune_norm: bool = False,
         prune_head: bool = True,
     ) -> list[int]:
-        """Drop what the chosen maps do not need; returns their absolute indices."""
+        """Remove the layers that the selected maps don't need; returns their absolute indices."""
         taken = self._take_indices(indices)
         first_stage = len(self.stem_taps)
         kept = max(1, taken[-1] + 1 - first_stage)
@@ -268,11 +271,11 @@ class StagedBackbone(nn.Module):
         return tuple(self.get_submodule(path) for path in self.classifier)
 
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Give the model a new, untrained classifier; 0 classes leave the pooled features.
+        """Replace the classifier by an untrained one; with 0 classes, pooled features are returned.
 
         Args:
             num_classes: ≥ 0.
-            global_pool: new pooling (``"avg"``, ``"max"``, …, ``""`` for none); default unchanged.
+            global_pool: new pooling (``"avg"``, ``"max"``, …, ``""`` for none); default: unchanged.
         """
         num_classes = check("num_classes", num_classes)
         self._check_pooling(num_classes, global_pool)
@@ -280,14 +283,13 @@ class StagedBackbone(nn.Module):
         self.num_classes = num_classes
 
     def _check_pooling(self, num_classes: int, global_pool: str | None = None) -> None:
-        """Refuse poolings that there are not, and classes of a map that is not pooled."""
+        """Reject unknown poolings, and classifiers without pooling."""
         if global_pool is None:
             global_pool = getattr(getattr(self.head, "global_pool", None), "pool_type", "avg")
         one_of(*self.poolings)("global_pool", global_pool)
         if num_classes and global_pool == "" and not self.classifies_maps:
             raise ValueError(
-                f"global_pool='' leaves a map, which nothing can classify: num_classes must be 0, "
-                f"got {num_classes}"
+                f"global_pool='' does not pool the map, so num_classes must be 0, got {num_classes}"
             )
 
     # -- training --------------------------------------------------------------------------------
@@ -299,9 +301,9 @@ class StagedBackbone(nn.Module):
             stage.grad_checkpointing = enable
 
     def group_matcher(self, coarse: bool = False) -> dict[str, Any]:
-        """Groups of parameters for layer-wise learning-rate decay: stem, each block, the tail.
+        """Parameter groups for layer-wise learning-rate decay: stem, each block, the tail.
 
-        ``coarse`` makes a group of each stage. A downsampling goes with the first block after it.
+        ``coarse`` groups by stage. A downsampling layer belongs to the first block after it.
         """
         tail = (99999,)
         if coarse:
@@ -316,7 +318,7 @@ class StagedBackbone(nn.Module):
         return {"stem": r"^stem\b", "blocks": blocks}
 
     def no_weight_decay(self) -> set[str]:
-        """Names of the parameters that weight decay must spare."""
+        """Names of the parameters without weight decay."""
         return {n for n, _ in self.named_parameters() if n.rsplit(".", 1)[-1] in self.undecayed}
 
     # -- inference -------------------------------------------------------------------------------
@@ -324,34 +326,34 @@ class StagedBackbone(nn.Module):
     def fuse(
         self, dtype: torch.dtype | None = None, channels_last: bool | Literal["auto"] = "auto"
     ) -> StagedBackbone:
-        """Make the model fast for inference: fold, then pick memory format and kernels.
+        """Optimise the model for inference: fold layers, then choose memory format and kernels.
 
-        Norms, branches and scales are folded into their neighbours. Then, on a CPU with oneDNN,
-        the layers get their inference forms (:mod:`ops.inference`), which work on maps with
-        channels last. Names and state dict are those of the folded model; the outputs are the
-        model's, up to rounding. Gradients of the images still exist, those of the parameters do
-        not. ``torch.compile`` and ``torch.export`` see the folded model in its plain form. What is
-        called for a size of image is captured with the second one, and then replayed without Python
-        between the kernels until something in the model changes (:mod:`ops.replay.module`).
+        Norms, branches and scales are folded into adjacent layers. Then, on a CPU with oneDNN, the
+        layers get their inference forms (:mod:`ops.inference`), which use the channels-last format.
+        Names and state dict are those of the folded model; outputs are equal up to rounding. The
+        model supports gradients with respect to images, but not to parameters. ``torch.compile``
+        and ``torch.export`` see the plain form of the folded model. For each input layout, the
+        second call is captured, and later calls are replayed without Python between the kernels
+        until the model changes (:mod:`ops.replay.module`).
 
-        Noticed are weights and buffers that are written to by functions of torch, that get other
-        memory (``p.data = …``, ``vector_to_parameters``), or that are replaced, and hooks; a layer
-        that is replaced by another is refused. What torch cannot see, writes through NumPy, say, or
-        in place through ``.data``, takes effect with the next call of ``fuse()``.
+        Changes are detected if weights and buffers are modified by torch functions, get other
+        memory (``p.data = …``, ``vector_to_parameters``) or are replaced, and if hooks change;
+        replacing a layer raises an error. Writes that torch cannot see, such as through NumPy or in
+        place through ``.data``, take effect after the next call of ``fuse()``.
 
-        Changes the model in place, puts it in eval mode and returns it; a second call finds
-        nothing left to do. Afterwards ``train()`` raises.
+        Modifies the model in place, puts it in eval mode and returns it; a second call has no
+        effect. Afterwards ``train()`` raises.
 
         Args:
-            dtype: convert the parameters after folding, to ``torch.bfloat16`` say; images must
-                then have that dtype too. On CPUs that multiply bfloat16 (AMX, AVX512-BF16) that
-                takes about half the time, on others as long as float32. Default: leave them.
-            channels_last: False only folds. True puts channels last on any device; ``"auto"``
-                where this was measured to be faster, which is on the CPU.
+            dtype: convert the parameters after folding, for example to ``torch.bfloat16``; images
+                must then have that dtype. On CPUs with bfloat16 arithmetic (AMX, AVX512-BF16) this
+                takes about half the time of float32, on others the same. Default: unchanged.
+            channels_last: False: only fold. True: use the channels-last format on any device.
+                ``"auto"``: use it where it was measured to be faster, which is on the CPU.
 
         Raises:
-            ValueError: a ``dtype`` that is not floating-point, another ``channels_last``.
-            TypeError: a ``dtype`` that is none, such as a name.
+            ValueError: ``dtype`` is not floating-point, or ``channels_last`` is invalid.
+            TypeError: ``dtype`` is not a torch.dtype, for example a string.
         """
         if dtype is not None and dtype not in _DTYPES:
             kind = TypeError if not isinstance(dtype, torch.dtype) else ValueError
@@ -375,22 +377,22 @@ class StagedBackbone(nn.Module):
     def load_state_dict(
         self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
     ) -> Any:
-        """As ``nn.Module.load_state_dict``; names from before :meth:`fuse` change nothing."""
+        """Like ``nn.Module.load_state_dict``, but rejects weights from before :meth:`fuse`."""
         if self.fused and strict and (foreign := state_dict.keys() - self.state_dict().keys()):
             raise RuntimeError(
-                f"{type(self).__name__} has been fused and takes weights that were saved after "
+                f"{type(self).__name__} has been fused and needs weights that were saved after "
                 f"fuse(), not {min(foreign)} and {len(foreign) - 1} other tensors: load weights "
-                "from before fuse() into a new model, then fuse that"
+                "from before fuse() into a new model, then fuse it"
             )
         return super().load_state_dict(state_dict, strict, assign)
 
     @property
     def fused(self) -> bool:
-        """Whether :meth:`fuse` (or timm's ``reparameterize_model``) has been here."""
+        """Whether :meth:`fuse` (or timm's ``reparameterize_model``) has been called."""
         return any(stage.fused for stage in self.stages)
 
     def train(self, mode: bool = True) -> StagedBackbone:
-        """As ``nn.Module.train``; a fused model refuses, since its norms are gone."""
+        """Like ``nn.Module.train``; raises for a fused model, whose norms are folded."""
         if mode and self.fused:
             raise RuntimeError(
                 f"{type(self).__name__} has been fused for inference and cannot be trained; "
@@ -400,7 +402,7 @@ class StagedBackbone(nn.Module):
 
 
 def check_format(output_fmt: str) -> None:
-    """Refuse layouts other than NCHW and NHWC with a ValueError."""
+    """Raise a ValueError for layouts other than NCHW and NHWC."""
     if output_fmt not in ("NCHW", "NHWC"):
         raise ValueError(f"output_fmt must be 'NCHW' or 'NHWC', got {output_fmt!r}")
 

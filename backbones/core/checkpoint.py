@@ -1,4 +1,4 @@
-"""Published checkpoints, loaded as they are: read, unwrap, convert, fit, and report strictly."""
+"""Loading of published checkpoints: read, unwrap, convert and fit, with a strict report."""
 
 from __future__ import annotations
 
@@ -46,28 +46,28 @@ _WRAPPERS = (
     "params",
 )
 _PREFIXES = ("module.", "_orig_mod.", "backbone.", "model.", "pixel_level_module.encoder.")
-# Beside what these name there are heads of detectors.
+# Prefixes of backbones inside detectors, whose other tensors are ignored.
 _BACKBONES = ("backbone.", "pixel_level_module.encoder.")
-# What timm's ``save_for_hf`` writes into a folder, the better first.
+# Files that timm's ``save_for_hf`` writes, in order of preference.
 _HUB_FILES = ("model.safetensors", "pytorch_model.bin")
 _SHOWN = 5
-# Wrappers within wrappers; a checkpoint of more contains itself.
+# Maximum depth of nested wrappers; beyond it, a checkpoint contains itself.
 _DEEPEST = 20
 
 
 @dataclass(frozen=True)
 class LoadReport:
-    """What :func:`load_checkpoint` did; all lists hold the model's own names.
+    """The result of :func:`load_checkpoint`; all lists contain the model's own names.
 
     Attributes:
         source: where the weights came from.
         missing: tensors of the model that the checkpoint lacks.
         unexpected: tensors of the checkpoint that the model lacks.
-        resized: tensors that were fitted to another number of input channels or table size.
-        reinitialised: tensors left as they were made: a classifier for another number of classes,
-            output norms where a classification checkpoint has none.
-        nonfinite: loaded tensors that hold a NaN or an infinite number.
-        ignored: tensors of parts around the backbone (a detector's heads).
+        resized: tensors adapted to another number of input channels or another table size.
+        reinitialised: tensors left at their initial values: a classifier with another number of
+            classes, or output norms that a classification checkpoint lacks.
+        nonfinite: loaded tensors that contain NaN or infinite values.
+        ignored: tensors outside the backbone (a detector's heads).
     """
 
     source: str
@@ -92,28 +92,27 @@ def load_checkpoint(
     source: str | Path | Mapping[str, Any],
     strict: bool = True,
 ) -> LoadReport:
-    """Load weights into a model: ours, the original's, or those of a detector around it.
+    """Load weights into a model: our own, the original's, or those of a detector around it.
 
-    The original's names are converted, ``in_chans`` and tables are fitted, and a classifier for
-    another number of classes is left as it is. Weights that were saved after ``fuse()`` fuse the
-    model first. The model is changed only if everything fits.
+    The original's names are converted, ``in_chans`` and tables are adapted, and a classifier with
+    another number of classes keeps its initial weights. If the weights were saved after ``fuse()``,
+    the model is fused first. The model is modified only if everything fits.
 
     Args:
-        model: a backbone, or what ``features_only=True`` made of one.
+        model: a backbone, or a ``features_only=True`` wrapper of one.
         source: a ``.pth``, ``.pt``, ``.bin`` or ``.safetensors`` file, an http(s) URL of one, or
-            its content.
-        strict: whether missing and unexpected tensors, and weights that are NaN or infinite, are
-            an error.
+            a loaded state dict.
+        strict: whether missing and unexpected tensors, and NaN or infinite weights, are errors.
 
     Returns:
-        What was missing, unexpected, resized, reinitialised, not finite or ignored.
+        Names of missing, unexpected, resized, reinitialised, non-finite and ignored tensors.
 
     Raises:
         FileNotFoundError: no such file.
         CheckpointError: not a checkpoint, a damaged one, or one that does not fit; it names the
-            file and the first tensors. (Damage shows in what ``torch.save`` writes since torch 1.6,
-            which has checksums; in older files and safetensors only that of their structure.)
-        ConnectionError: a URL that could not be fetched whole, or a server that stays silent.
+            file and the first tensors. (Files of ``torch.save`` since torch 1.6 have checksums;
+            in older files and safetensors, only damage to the structure is detected.)
+        ConnectionError: a URL could not be fetched completely, or the server timed out.
         TypeError: another model, or another kind of source.
     """
     flag("strict", strict)
@@ -126,9 +125,9 @@ def load_checkpoint(
     try:
         tensors = backbone.convert_state_dict(tensors)
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
-        # Names of the original's on tensors of other ranks than the original's.
+        # The original's names, on tensors of other ranks.
         raise CheckpointError(
-            f"{name} does not fit {type(backbone).__name__}: no way to convert it ({error})"
+            f"{name} does not fit {type(backbone).__name__}: it cannot be converted ({error})"
         ) from error
     heads = (backbone.classifier,) if isinstance(backbone.classifier, str) else backbone.classifier
     absent = _absent_parts(backbone, pruned)
@@ -155,7 +154,7 @@ def load_checkpoint(
                 f"{name}: {key} has shape {tuple(tensor.shape)}, but the model's is "
                 f"{tuple(own[key].shape)}; is it a checkpoint of another variant?"
             )
-    for part in ("out_norms.", "pyramid.", "token_pooling."):  # which published weights lack
+    for part in ("out_norms.", "pyramid.", "token_pooling."):  # not in published weights
         if not any(part in key for key in tensors):
             report.reinitialised.extend(key for key in own if part in key)
     spared = {*fitted, *report.reinitialised}
@@ -181,9 +180,9 @@ def load_checkpoint(
 
 
 def read_checkpoint(source: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of a checkpoint by name, out of whatever wraps them.
+    """The tensors of a checkpoint by name, without wrappers.
 
-    Pickles are read with ``weights_only=True``: a file that would run code is refused.
+    Pickles are read with ``weights_only=True``: files that would execute code are rejected.
 
     Raises:
         TypeError, FileNotFoundError, CheckpointError, ConnectionError: see
@@ -205,23 +204,23 @@ def read_checkpoint(source: str | Path | Mapping[str, Any]) -> dict[str, Tensor]
 
 
 def require_finite(model: nn.Module, source: str) -> None:
-    """Refuse a model whose weights are NaN or infinite: so would be all that it computes.
+    """Reject a model with NaN or infinite weights.
 
-    :func:`load_checkpoint` does so by itself; this is for weights that came another way.
+    :func:`load_checkpoint` includes this check; this is for weights loaded by other means.
 
     Args:
         model: any module.
         source: where its weights came from, for the message.
 
     Raises:
-        CheckpointError: it names the first such parameter or buffer of the state dict.
+        CheckpointError: it names the first such parameters or buffers of the state dict.
     """
     if spoilt := not_finite(model.state_dict()):
         raise CheckpointError(_not_finite_text(source, spoilt))
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Names of the tensors that hold a NaN or an infinite number."""
+    """Names of the tensors that contain NaN or infinite values."""
     return [name for name, tensor in tensors.items() if not _is_finite(tensor)]
 
 
@@ -229,14 +228,14 @@ def _is_finite(tensor: Tensor) -> bool:
     if tensor.is_meta or not tensor.is_floating_point() or tensor.numel() == 0:
         return True
     if tensor.itemsize == 1:
-        tensor = tensor.float()  # torch has no minimum of float8
-    # One pass without a mask of the tensor's size; a NaN comes through as both.
+        tensor = tensor.float()  # aminmax does not support float8
+    # A single pass without a mask of the tensor's size; NaN propagates to both results.
     least, greatest = torch.aminmax(tensor)
     return bool(torch.isfinite(least) and torch.isfinite(greatest))
 
 
 def _not_finite_text(source: str, names: list[str]) -> str:
-    return f"{source} has weights that are NaN or infinite: {_some(names)}"
+    return f"{source} has NaN or infinite weights: {_some(names)}"
 
 
 def load_pretrained(
@@ -249,17 +248,17 @@ def load_pretrained(
     """Load the published weights of a model: from its cfg, the cache, or the network.
 
     Args:
-        model: as of :func:`load_checkpoint`.
+        model: as in :func:`load_checkpoint`.
         name: of the model, for messages and the cache.
-        cfg: names a ``file`` (or the folder that timm's ``save_for_hf`` wrote), a ``state_dict``,
+        cfg: has a ``file`` (or a folder written by timm's ``save_for_hf``), a ``state_dict``,
             a ``url`` or a ``hf_hub_id``.
-        published: all cfgs of the model by tag, for the message where ``cfg`` has no weights.
-        cache_dir: default torch hub's.
+        published: all cfgs of the model by tag, for the error message if ``cfg`` has no weights.
+        cache_dir: default: torch hub's.
 
     Raises:
-        CheckpointError: no weights that can be downloaded were published, or what
-            :func:`load_checkpoint` refuses.
-        ConnectionError: the network failed; it says what to fetch and where to put it.
+        CheckpointError: no downloadable weights were published, or :func:`load_checkpoint`
+            rejects them.
+        ConnectionError: the download failed; it says what to fetch and where to put it.
     """
     if cfg.state_dict is not None:
         return load_checkpoint(model, cfg.state_dict)
@@ -277,32 +276,32 @@ def load_pretrained(
     fetchable = [f"{name}.{tag}" for tag, other in published.items() if other.url]
     by_hand = [note for other in published.values() for note in other.notes or ()]
     if fetchable:
-        hint = f"there are: {', '.join(fetchable)}"
+        hint = f"available: {', '.join(fetchable)}"
     elif by_hand:
-        hint = f"fetch them by hand and pass checkpoint_path=; {' '.join(by_hand)}"
+        hint = f"download them manually and pass checkpoint_path=; {' '.join(by_hand)}"
     else:
         hint = "its authors published none"
-    raise CheckpointError(f"{name} has no weights that can be downloaded: {hint}")
+    raise CheckpointError(f"{name} has no downloadable weights: {hint}")
 
 
 def _unwrap(content: Any, name: str) -> dict[str, Tensor]:
     """The innermost mapping of tensors."""
     for _ in range(_DEEPEST):
         if not isinstance(content, Mapping):
-            raise CheckpointError(f"{name} holds no state dict, but {_briefly(content)}")
+            raise CheckpointError(f"{name} is not a state dict, but {_briefly(content)}")
         wrapper = next((w for w in _WRAPPERS if isinstance(content.get(w), Mapping)), None)
         if wrapper is None:
             tensors = {str(k): v for k, v in content.items() if isinstance(v, Tensor)}
             if not tensors:
                 keys = _some([str(key) for key in content])
-                raise CheckpointError(f"{name} holds no state dict (keys {keys})")
+                raise CheckpointError(f"{name} has no state dict (keys {keys})")
             return tensors
         content = content[wrapper]
-    raise CheckpointError(f"{name} holds no state dict: its {wrapper!r} contains itself")
+    raise CheckpointError(f"{name} has no state dict: its {wrapper!r} contains itself")
 
 
 def _strip_prefixes(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
-    """Remove what wrappers put before every name; drop what a detector has beside its backbone."""
+    """Remove the prefixes of wrappers, and the tensors of a detector outside its backbone."""
     ignored: list[str] = []
     while prefix := next((p for p in _PREFIXES if any(k.startswith(p) for k in tensors)), None):
         kept: dict[str, Tensor] = {}
@@ -319,10 +318,10 @@ def _strip_prefixes(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list
 
 
 def _absent_parts(model: StagedBackbone, pruned: bool) -> tuple[str, ...]:
-    """Beginnings of names that a whole checkpoint has and this model does without.
+    """Name prefixes of parts that a full checkpoint has and this model lacks.
 
-    Those are what stands as an identity after the stages (a dense network has no final norm, one
-    without classes no classifier) and what ``features_only`` cut off.
+    These are identities after the stages (dense networks have no final norm, networks without
+    classes no classifier) and the layers that ``features_only`` removed.
     """
     absent = [
         f"{name}."
@@ -337,9 +336,9 @@ def _absent_parts(model: StagedBackbone, pruned: bool) -> tuple[str, ...]:
 def _fused_like(
     model: StagedBackbone, tensors: dict[str, Tensor], absent: tuple[str, ...]
 ) -> StagedBackbone | None:
-    """A fused copy of ``model`` if the tensors belong to that form, all or most, else None.
+    """A fused copy of ``model`` if all or most of the tensors belong to that form, else None.
 
-    ``absent`` are the beginnings of names that the model may lack.
+    ``absent`` are name prefixes that the model may lack.
     """
     names = {key for key in tensors if not key.startswith(absent)}
     foreign = len(names - model.state_dict().keys())
@@ -351,7 +350,7 @@ def _fused_like(
 
 
 def _misfit(tensor: Tensor, own: Tensor) -> str:
-    """Why copying ``tensor`` into ``own``, which has its shape, would fail or change it; or ""."""
+    """Why ``tensor`` can't be copied into ``own``, of the same shape, without loss; else ""."""
     if tensor.is_meta:
         return "has no data (it is on the meta device)"
     if tensor.layout != torch.strided or tensor.is_quantized:
@@ -363,7 +362,7 @@ def _misfit(tensor: Tensor, own: Tensor) -> str:
     if not own.is_floating_point() and not torch.equal(
         tensor.to(own.dtype).to(tensor.dtype), tensor
     ):
-        return "holds other numbers than whole ones"
+        return "contains non-integers"
     return ""
 
 
@@ -373,5 +372,5 @@ def _some(names: list[str]) -> str:
 
 
 def _briefly(value: Any) -> str:
-    """Type and value of what is no checkpoint, on one line."""
+    """Type and value of an object that is not a checkpoint, on one line."""
     return "None" if value is None else f"{type(value).__name__} {shown(value)}"

@@ -1,4 +1,4 @@
-"""Files of weights, read without running anything in them, and only if they are whole."""
+"""Reading of weight files, without executing code in them, and only if they are intact."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = [
 ]
 
 _ZIP = b"PK\x03\x04"
-# What torch.save writes first since 0.2 and before 1.6: this number, pickled.
+# Files of torch.save from 0.2 until 1.6 begin with this number, pickled.
 _MAGIC = 0x1950A86A20F9469CFC6C
 _LEGACY = (_MAGIC.to_bytes(10, "little"), f"L{_MAGIC}L".encode())
 _HEAD = 512
@@ -36,56 +36,56 @@ _BLOCKED = re.compile(r"GLOBAL (\S+)")
 
 
 class CheckpointError(ValueError):
-    """A checkpoint that cannot be read, or does not fit the model."""
+    """A checkpoint that can't be read or does not fit the model."""
 
 
 class DamagedFileError(CheckpointError):
-    """A file that is truncated, corrupt or no checkpoint at all: another copy may be better."""
+    """A file that is truncated, corrupt or not a checkpoint; another copy may be intact."""
 
 
 class _LogBuffer:
-    """In place of mmengine's log buffers, whose content is of no use here."""
+    """Replaces mmengine's log buffers, whose content is not needed."""
 
     def __setstate__(self, state: Any) -> None:
-        """Forget it."""
+        """Discard the state."""
 
 
 def _statistic(owner: Any, name: str) -> Any:
-    """What a pickle's ``getattr`` may do: name a statistic of a log buffer."""
+    """Replaces ``getattr`` in pickles, which may only access statistics of log buffers."""
     if name not in ("min", "max", "current", "mean"):
         raise ValueError(f"a checkpoint may not read {name!r} of {owner!r}")
     return getattr(owner, name, None)
 
 
 def _harmless() -> Iterator[Any]:
-    """Plain values that training scripts leave in their checkpoints beside the tensors."""
+    """Types of plain values that training scripts save next to the tensors."""
     yield from (argparse.Namespace, pathlib.PurePosixPath, pathlib.PosixPath)
     yield pathlib.PureWindowsPath
     yield from (np.ndarray, np.dtype)
     yield from (type(np.dtype(kind)) for kind in ("f4", "f8", "i4", "i8", "u1", "?"))
     for made, name in ((np.empty(0), "_reconstruct"), (np.float64(0), "scalar")):
-        # NumPy 2 moved these; a checkpoint holds the name of the version that wrote it.
+        # NumPy 2 moved these; checkpoints contain the old or the new name.
         for module in ("numpy.core", "numpy._core"):
             yield made.__reduce__()[0], f"{module}.multiarray.{name}"
     yield _statistic, "builtins.getattr"
 
 
-# What weights-only loading may meet besides tensors: all that mmengine saves but its log buffers.
+# Allowed in weights-only loading besides tensors: all that mmengine saves except its log buffers.
 HARMLESS: tuple[Any, ...] = tuple(_harmless())
 LOG_BUFFER = "mmengine.logging.history_buffer.HistoryBuffer"
 
 
 def read_file(path: Path) -> Any:
-    """What a file of weights holds, on the CPU.
+    """The content of a weight file, on the CPU.
 
-    Its content, not its name, says how to read it: as safetensors, or as what ``torch.save``
-    writes. Pickles are read with ``weights_only=True``, so that a file that would run code is
-    refused. Of zips (``torch.save`` since torch 1.6) every checksum is compared; older files and
+    The format, safetensors or that of ``torch.save``, is detected from the content, not the name.
+    Pickles are read with ``weights_only=True``, so that files that would execute code are rejected.
+    In zip files (``torch.save`` since torch 1.6), all checksums are verified; older files and
     safetensors have none.
 
     Raises:
-        DamagedFileError: truncated, corrupt, or no file of weights.
-        CheckpointError: it holds more than tensors and plain values.
+        DamagedFileError: truncated, corrupt, or not a weight file.
+        CheckpointError: it contains more than tensors and plain values.
         OSError: it cannot be opened.
     """
     with open(path, "rb") as file:
@@ -99,41 +99,41 @@ def read_file(path: Path) -> Any:
     if path.suffix == ".safetensors" or _starts_as_safetensors(head, size):
         try:
             return load_file(path)
-        except Exception as error:  # whatever a reader makes of bytes that are no such file
-            reason = _what_else(head) or f"is not a whole safetensors file: {_one_line(error)}"
+        except Exception as error:  # arbitrary bytes may cause any exception
+            reason = _what_else(head) or f"is not a complete safetensors file: {_one_line(error)}"
             raise DamagedFileError(f"{path} {reason}") from error
     raise DamagedFileError(
-        f"{path} {_what_else(head) or 'is neither a file of torch.save nor safetensors'}"
+        f"{path} {_what_else(head) or 'is neither a torch.save file nor safetensors'}"
     )
 
 
 def check_archive(path: Path) -> None:
-    """Compare the checksum of everything in a zip, which torch's own reader does not.
+    """Verify all checksums in a zip file, which torch's own reader does not.
 
     Raises:
-        DamagedFileError: a wrong checksum, or no complete zip.
+        DamagedFileError: a wrong checksum, or an incomplete zip file.
         OSError: it cannot be opened.
     """
     with open(path, "rb") as file:
         try:
             with zipfile.ZipFile(file) as archive:
                 if len(set(archive.namelist())) < len(archive.namelist()):
-                    raise zipfile.BadZipFile("two members of one name")
+                    raise zipfile.BadZipFile("two members of the same name")
                 for member in archive.infolist():
                     if member.external_attr & _FOLDER and not member.is_dir():
-                        # torch would read nothing of it, and leave the memory as it was.
+                        # torch would skip it and leave memory uninitialised.
                         raise zipfile.BadZipFile(f"{member.filename} is marked as a folder")
                     with archive.open(member) as content:
                         while content.read(_CHUNK):
                             pass
-        except Exception as error:  # whatever a reader makes of bytes that are no zip
+        except Exception as error:  # arbitrary bytes may cause any exception
             reason = _one_line(error)
             raise DamagedFileError(f"{path} is truncated or corrupt: {reason}") from error
 
 
 def _load_pickle(path: Path) -> Any:
     try:
-        # Not what is allowed anyway: leaving the context would forbid it.
+        # Exclude globals that are already allowed, since leaving the context removes them.
         always = torch.serialization.get_safe_globals()
         allowed = [k for k in (*HARMLESS, (_LogBuffer, LOG_BUFFER)) if k not in always]
         with (
@@ -141,20 +141,20 @@ def _load_pickle(path: Path) -> Any:
             torch.serialization.safe_globals(allowed),
             warnings.catch_warnings(),
         ):
-            # Protocols other than 2 load as well, or fail with an error of their own.
+            # Protocols other than 2 load as well, or raise their own error.
             warnings.filterwarnings("ignore", "Detected pickle protocol")
-            # Not by its path: torch goes by the name's ending.
+            # Pass the open file: given a path, torch decides by the suffix.
             return torch.load(file, map_location="cpu", weights_only=True)
-    except Exception as error:  # whatever a reader makes of bytes that are no pickle
+    except Exception as error:  # arbitrary bytes may cause any exception
         if "TorchScript" in str(error):
             raise CheckpointError(
-                f"{path} is a TorchScript archive, which holds code; save the state_dict() of the "
-                "model alone and load that"
+                f"{path} is a TorchScript archive, which contains code; save only the model's "
+                "state_dict() and load that"
             ) from error
         if blocked := _BLOCKED.search(str(error)):
             raise CheckpointError(
-                f"{path} holds more than tensors and plain values: {blocked[1]}; it "
-                "was not run. If you trust it, save its state dict alone and load that."
+                f"{path} contains more than tensors and plain values: {blocked[1]}; it was not "
+                "executed. If you trust it, save only its state dict and load that."
             ) from error
         raise DamagedFileError(
             f"{path} is truncated or not a checkpoint: {_one_line(error)}"
@@ -162,28 +162,28 @@ def _load_pickle(path: Path) -> Any:
 
 
 def _starts_as_safetensors(head: bytes, size: int) -> bool:
-    """A header's length of eight bytes, and the JSON that it is of."""
+    """Whether it begins with a header length in eight bytes, followed by JSON."""
     return head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size - 8
 
 
 def _what_else(head: bytes) -> str:
-    """What a file is that is no checkpoint, if that can be told."""
+    """What kind of file it is instead of a checkpoint, if that can be detected."""
     if not head:
         return "is empty"
     if _MARKUP.match(head):
-        return "is a web page, not a checkpoint: an error or a log-in, perhaps, in its place"
+        return "is a web page, not a checkpoint; perhaps an error or log-in page"
     if head.startswith(b"version https://git-lfs"):
-        return "is a pointer of Git LFS, not a checkpoint: `git lfs pull` fetches the file itself"
+        return "is a Git LFS pointer, not a checkpoint: `git lfs pull` downloads the file"
     if head[:1] == b"\x80" and head[1:2] <= b"\5":
         return (
-            "is a bare pickle, not a file of torch.save; it was not run. If you trust it, load it "
-            "where it was made and save its state dict by torch.save."
+            "is a bare pickle, not a torch.save file; it was not executed. If you trust it, load "
+            "it where it was created and save its state dict with torch.save."
         )
     return ""
 
 
 def _one_line(error: Exception) -> str:
-    """The reason alone, without torch's advice to trust the file."""
+    """The reason without torch's advice to trust the file."""
     text = str(error).rpartition("WeightsUnpickler error:")[2]
     lines = text.replace("Weights only load failed.", "").strip().splitlines() or [""]
     return lines[0] if lines[0] and "weights_only" not in lines[0] else type(error).__name__

@@ -1,4 +1,4 @@
-"""What all command lines share: text in any encoding, errors of one line, and exit statuses."""
+"""Shared by all command lines: output in any encoding, one-line errors, exit statuses."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ __all__ = [
 ]
 
 _HANDLER = "backbones.spelled_out"
-# What the commands draw with; anything else that an encoding lacks becomes an escape.
+# Replacements for symbols that an encoding lacks; other characters are escaped.
 _SPELLED = {
     **{"─": "-", "✓": "v", "✗": "x", "×": "x", "·": ".", "…": "...", "→": "->"},
     **{"≤": "<=", "≥": ">=", "∞": "inf", "²": "^2", "µ": "u"},
 }
-# How PyTorch says on a CPU that there is no memory, or that no address space would hold a tensor.
+# PyTorch's messages on a CPU if memory, or the address space, does not suffice.
 _NO_MEMORY = re.compile(
     r"DefaultCPUAllocator|Storage size calculation overflowed|Stride calculation overflowed"
     r"|allocate memory|invalid size, try allocating"
@@ -41,33 +41,33 @@ _NO_MEMORY = re.compile(
 
 
 class MendableError(Exception):
-    """What a user can mend; the message is one line that says how."""
+    """An error that the user can fix; the message is one line that says how."""
 
 
 class CommandError(MendableError, ValueError):
-    """A command line that cannot be done."""
+    """A command line that cannot be executed."""
 
 
 class Parser(argparse.ArgumentParser):
-    """Says in one line what it cannot take, without the usage, and keeps line breaks in texts."""
+    """Reports errors in one line, without the usage, and keeps line breaks in texts."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         kwargs.setdefault("formatter_class", argparse.RawDescriptionHelpFormatter)
         super().__init__(*args, **kwargs)
 
     def error(self, message: str) -> NoReturn:
-        """Leave with status 2."""
-        # "argument --size: must be …" of what follows from a type is a sentence without the two.
+        """Exit with status 2."""
+        # Errors of types read "argument --size: must be …"; make that a sentence.
         message = re.sub(r"^argument (\S+): (?=must )", r"\1 ", message)
         self.exit(2, f"error: {one_line(message)}\n")
 
 
 def guard(command: Callable[[], int | None]) -> int:
-    """The exit status of ``command``, whatever ends it.
+    """Run ``command`` and return its exit status, however it ends.
 
-    Its own (None counts as 0); 2 if it could not be done, for a reason that a user can mend and
-    that one line on standard error says; 130 after Ctrl-C; 0 if whoever read the output has gone
-    (``… | head``). Any other error is a bug and keeps its trace.
+    That is its own status (None means 0); 2 after errors that the user can fix, which are printed
+    in one line on standard error; 130 after Ctrl-C; and 0 if the reader of the output has exited
+    (``… | head``). Any other exception is a bug and propagates.
     """
     with any_text():
         status = _status(command)
@@ -82,14 +82,14 @@ def _status(command: Callable[[], int | None]) -> int:
         return command() or 0
     except KeyboardInterrupt:
         return 130
-    except SystemExit as leaving:  # argparse: 0 after --help, 2 after what it cannot take
+    except SystemExit as leaving:  # argparse: 0 after --help, 2 after errors
         return _fail(leaving.code) if isinstance(leaving.code, str) else leaving.code or 0
     except BrokenPipeError:
         return 0
     except (MendableError, CheckpointError, SettingError) as error:
         return _fail(str(error))
     except OSError as error:
-        # Of a file it would have a name; what is left is standard output.
+        # Errors of files have a filename; without one, it was standard output.
         full = error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename is None
         return _fail(_unwritten(error) if full else str(error))
     except (MemoryError, RuntimeError) as error:
@@ -100,7 +100,7 @@ def _status(command: Callable[[], int | None]) -> int:
 
 
 def memory_shortage(error: BaseException) -> str | None:
-    """What to say of an error if it is that memory does not suffice; None for other errors."""
+    """The message for an out-of-memory error; None for other errors."""
     text = str(error)
     if not isinstance(error, (MemoryError, torch.OutOfMemoryError)) and not _NO_MEMORY.search(text):
         return None
@@ -109,8 +109,8 @@ def memory_shortage(error: BaseException) -> str | None:
 
 @contextmanager
 def any_text() -> Iterator[None]:
-    """Standard output and error take text that their encoding lacks (cp1252, ASCII, names of files
-    that are no text): marks are spelled out, other characters become escapes as in Python.
+    """Let standard output and error accept characters that their encoding lacks (cp1252, ASCII,
+    undecodable file names): symbols are replaced, other characters are escaped as in Python.
     """
     with ExitStack() as after:
         for name in ("stdout", "stderr"):
@@ -151,7 +151,7 @@ def _unwritten(broken: OSError) -> str:
 
 
 def _flush() -> OSError | None:
-    """The error if the streams cannot be written; what is left of them goes nowhere then."""
+    """Flush the streams; returns the error if that fails, after discarding what is left."""
     broken = None
     for stream in (sys.stdout, sys.stderr):
         try:

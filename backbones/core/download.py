@@ -1,4 +1,4 @@
-"""Files of weights from the network, kept in a cache."""
+"""Downloading of weight files into a cache."""
 
 from __future__ import annotations
 
@@ -20,37 +20,36 @@ from backbones.core.checkpoint_files import CheckpointError, DamagedFileError
 
 __all__ = ["downloaded", "fetch", "file_name", "is_url"]
 
-# Seconds that a server may be silent for, before it answers and while it sends.
+# Timeout in seconds for the server's response and between chunks.
 TIMEOUT = 30.0
 _CHUNK = 1 << 17
 _LONGEST_NAME = 100
 _UNSAFE = re.compile(r"[^\w.+=-]")  # in a file's name
-# As OpenMMLab, torchvision and timm name their files: the first digits of the SHA-256. Eight
-# decimal digits alone are a date.
+# File names of OpenMMLab, torchvision and timm contain the first digits of the SHA-256. Eight
+# decimal digits are a date.
 _HASH = re.compile(r"-(?!\d{8}\.)([0-9a-f]{8}|[0-9a-f]{64})\.")
 
 
 def is_url(source: str) -> bool:
-    """Whether a source of weights is for the network."""
+    """Whether a source of weights is an http(s) URL."""
     return source.lower().startswith(("http://", "https://"))
 
 
 @contextmanager
 def downloaded(url: str, label: str = "", cache_dir: str | Path | None = None) -> Iterator[Path]:
-    """The file at ``url``, from the cache if it is there; it appears in the cache whole or not.
+    """The file at ``url``, downloaded to the cache atomically unless it is there.
 
-    Where the caller finds that it is damaged, it is deleted, so that the next call does not meet it
-    again.
+    If the caller raises a :class:`DamagedFileError`, the file is deleted from the cache.
 
     Args:
-        url: http or https. Two URLs never share a file.
-        label: to begin the file's name with.
-        cache_dir: default torch hub's.
+        url: http or https. Different URLs never share a file.
+        label: prefix of the file's name.
+        cache_dir: default: torch hub's.
 
     Raises:
-        ConnectionError: it could not be fetched whole, or the server was silent for
+        ConnectionError: it could not be downloaded completely, or the server sent nothing for
             :data:`TIMEOUT` seconds; it says what to fetch and where to put it.
-        CheckpointError: its checksum is not the one in its name, or the caller's error.
+        CheckpointError: its checksum differs from the one in its name, or the caller's error.
         OSError: the cache cannot be written.
     """
     folder = Path(cache_dir) if cache_dir else Path(torch.hub.get_dir()) / "checkpoints"
@@ -64,14 +63,14 @@ def downloaded(url: str, label: str = "", cache_dir: str | Path | None = None) -
     except DamagedFileError as error:
         path.unlink(missing_ok=True)
         raise DamagedFileError(
-            f"{error}; what {url} had sent was deleted, and the next call downloads it again"
+            f"{error}; the download from {url} was deleted, and the next call repeats it"
         ) from error
 
 
 def file_name(url: str, label: str = "") -> str:
-    """The name under which a download is kept.
+    """The name of a download in the cache.
 
-    It depends on the whole address: many end in the same name, or differ in a query alone.
+    It depends on the whole URL, since many end in the same name or differ only in the query.
     """
     key = hashlib.sha256(url.encode()).hexdigest()[:10]
     base = _UNSAFE.sub("_", _base_name(url))[-_LONGEST_NAME:]
@@ -83,10 +82,10 @@ def _base_name(url: str) -> str:
 
 
 def fetch(url: str, path: Path, checksum: str = "") -> None:
-    """Download ``url`` to ``path``, which is there whole afterwards or not at all.
+    """Download ``url`` to ``path`` atomically.
 
     Args:
-        checksum: how the SHA-256 must begin.
+        checksum: prefix of the SHA-256 in hex.
 
     Raises:
         ConnectionError, CheckpointError, OSError: see :func:`downloaded`.
@@ -100,8 +99,8 @@ def fetch(url: str, path: Path, checksum: str = "") -> None:
                 digest.update(chunk)
         if not (found := digest.hexdigest()).startswith(checksum):
             raise CheckpointError(
-                f"what {url} sent was not kept: its SHA-256 begins with {found[: len(checksum)]}, "
-                f"not with {checksum} as its name says"
+                f"the download from {url} was discarded: its SHA-256 begins with "
+                f"{found[: len(checksum)]}, not with {checksum} as its name says"
             )
         os.replace(temporary, path)
     except OSError as error:
@@ -129,14 +128,14 @@ def _receive(url: str, path: Path) -> Generator[bytes]:
                     bar.update(len(chunk))
                     yield chunk
         if expected is not None and received != expected:
-            raise ConnectionError(f"it ended after {received} of {expected} bytes")
+            raise ConnectionError(f"it stopped after {received} of {expected} bytes")
     except (OSError, HTTPException, ValueError) as error:
         if isinstance(error, HTTPError):
             error.close()  # it holds the connection
         silent = isinstance(error, TimeoutError) or isinstance(
             getattr(error, "reason", None), TimeoutError
         )
-        reason = f"the server was silent for {TIMEOUT:g} s" if silent else error
+        reason = f"the server sent nothing for {TIMEOUT:g} s" if silent else error
         raise ConnectionError(
-            f"could not fetch {url} ({reason}); download it elsewhere and save it as {path}"
+            f"could not download {url} ({reason}); download it elsewhere and save it as {path}"
         ) from error

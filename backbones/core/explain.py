@@ -1,4 +1,4 @@
-"""``explain()``: which kernel computes each layer of a model, why it is that one, and how fast."""
+"""``explain()``: which kernel runs each layer of a model, why, and how fast."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ _MOST_REPEATS = 10**6
 
 @dataclass
 class BufferUse:
-    """A piece of memory between calls.
+    """A buffer between calls.
 
     Attributes:
-        first, last: the calls, by their index, that use it first and last. The input is there
-            before the first call (-1), and the result is left after the last one.
-        offset: where in the workspace it begins; None of what lies elsewhere: the input, the
-            result and what torch allocates.
-        nbytes: how large it is.
-        shape: of the tensor that it was made for.
+        first, last: indices of the first and last call that use it. The input exists before the
+            first call (-1), and the result outlives the last one.
+        offset: in the workspace, in bytes; None for buffers elsewhere: the input, the result and
+            those allocated by torch.
+        nbytes: size in bytes.
+        shape: of the tensor it was allocated for.
     """
 
     first: int
@@ -47,11 +47,11 @@ class BufferUse:
 
 @dataclass
 class MemoryUse:
-    """The memory plan of a model that is replayed.
+    """The memory plan of a replayed model.
 
     Attributes:
-        nbytes: of the workspace, which buffers share.
-        buffers: all of them.
+        nbytes: size of the shared workspace.
+        buffers: all buffers.
     """
 
     nbytes: int
@@ -59,18 +59,18 @@ class MemoryUse:
 
     @property
     def planned(self) -> list[BufferUse]:
-        """Those in the workspace."""
+        """The buffers in the workspace."""
         return [buffer for buffer in self.buffers if buffer.offset is not None]
 
     @property
     def reuse(self) -> float:
-        """How many times the workspace its buffers would take, if each had memory of its own."""
+        """Total size of the workspace's buffers relative to the workspace."""
         total = sum(buffer.nbytes for buffer in self.planned)
         return total / self.nbytes if self.nbytes else 1.0
 
     @property
     def peak(self) -> int:
-        """The most bytes of the workspace's buffers that are in use at a time."""
+        """The maximum number of bytes that are live at a time."""
         starts = {buffer.first for buffer in self.planned}
         return max(
             (sum(b.nbytes for b in self.planned if b.first <= now <= b.last) for now in starts),
@@ -80,20 +80,20 @@ class MemoryUse:
 
 @dataclass
 class Explanation:
-    """What :func:`explain` found; ``print`` it.
+    """The result of :func:`explain`; ``print`` shows it as a table.
 
     Attributes:
         model: the architecture's name.
         input_shape: (B, C, H, W).
         dtype: of parameters and images.
         threads: of torch.
-        instruction_set: what kernels are compiled for and rules are asked for.
+        instruction_set: used by the kernels and the policy's rules.
         is_fused: whether layers have their inference forms.
-        seconds: of one call of the model: the median.
-        calls: kernels and functions in the order in which they run, see
+        seconds: median time of one call of the model.
+        calls: kernels and functions in execution order, see
             :class:`ops.replay.trace.TracedCall`.
-        memory: the plan, if the model is replayed, else None.
-        not_replayed: why a fused model is not; None where it is.
+        memory: the memory plan if the model is replayed, else None.
+        not_replayed: why a fused model is not replayed; None if it is.
     """
 
     model: str
@@ -109,15 +109,15 @@ class Explanation:
 
     @property
     def between(self) -> float:
-        """Seconds that pass between the calls, in Python."""
+        """Seconds spent between the calls, in Python."""
         return max(0.0, self.seconds - sum(call.seconds for call in self.calls))
 
     def share(self, seconds: float) -> float:
-        """Of the time of all rows; the shares of the calls and of ``between`` add up to 1."""
+        """Fraction of the total time; those of all calls and of ``between`` add up to 1."""
         return seconds / (self.between + sum(call.seconds for call in self.calls))
 
     def to_dict(self) -> dict[str, Any]:
-        """Numbers, text, lists and dictionaries, as JSON has them."""
+        """The explanation in JSON-compatible types."""
         memory = self.memory
         return {
             **{name: getattr(self, name) for name in _PLAIN},
@@ -141,7 +141,7 @@ class Explanation:
         }
 
     def __str__(self) -> str:
-        """A table with a row for each call, and what the memory plan comes to."""
+        """A table with a row for each call, and a summary of the memory plan."""
         rows = [
             [
                 call.layer or "(model)",
@@ -173,18 +173,18 @@ class Explanation:
 
     def _notes(self) -> str:
         lines = [
-            "Without a rule there is nothing to choose. GFLOP/s: of convolutions and matrix "
-            "products, where they are counted."
+            "Rows without a rule have no alternative. GFLOP/s: convolutions and matrix products, "
+            "where counted."
         ]
         memory = self.memory
         if self.not_replayed is not None:
-            lines.append(f"Layer by layer, without a graph: {self.not_replayed}.")
+            lines.append(f"Not replayed, runs layer by layer: {self.not_replayed}.")
         if memory is not None:
             total = sum(buffer.nbytes for buffer in memory.planned)
             lines.append(
-                f"Memory: {len(memory.planned)} buffers of {_mebibytes(total)} share a workspace "
-                f"of {_mebibytes(memory.nbytes)} (reuse {memory.reuse:.1f}×); at most "
-                f"{_mebibytes(memory.peak)} are in use at a time."
+                f"Memory: {len(memory.planned)} buffers ({_mebibytes(total)} in total) share a "
+                f"workspace of {_mebibytes(memory.nbytes)} (reuse {memory.reuse:.1f}×), of which "
+                f"at most {_mebibytes(memory.peak)} are live at a time."
             )
         return "\n".join(lines)
 
@@ -201,25 +201,25 @@ def explain(
     batch_size: int = 1,
     repeats: int = 10,
 ) -> Explanation:
-    """Which kernels and functions of torch compute a model, in their order, why, and how fast.
+    """List the kernels and torch functions that run a model, why each was chosen, and its time.
 
-    A model is explained as it is: fuse it to see what :func:`backbones.fuse` makes of it. One that
-    is replayed has the times of its replays. It runs some times, in evaluation mode and inference
-    mode, and is left as it was. With one thread, what other processes take of the CPU does not
-    count.
+    The model is explained as it is; fuse it first to see the effect of :func:`backbones.fuse`. If
+    it is replayed, the times are those of replays. It is called a few times in eval and inference
+    mode and left unchanged. With one thread, CPU time is measured, so that other processes don't
+    affect the result.
 
     Args:
         model: of :func:`backbones.create_model`, on the CPU.
-        input_size: of the images: a side, (H, W) or (C, H, W); default the model's own.
-        batch_size: how many images at a time.
-        repeats: calls that times are medians of.
+        input_size: image size: a side, (H, W) or (C, H, W); default: the model's.
+        batch_size: number of images.
+        repeats: number of calls to take median times over.
 
     Returns:
-        :class:`backbones.Explanation`: ``print`` it, or take its ``calls`` and ``memory``.
+        :class:`backbones.Explanation`: ``print`` it, or use its ``calls`` and ``memory``.
 
     Raises:
-        TypeError: no such model, or numbers that are none.
-        ValueError: a model on another device, or a size, a batch or repeats out of their range.
+        TypeError: ``model`` is not one of this library's, or a number is of another type.
+        ValueError: the model is not on the CPU, or size, batch or repeats are out of range.
     """
     if not isinstance(model, StagedBackbone):
         raise TypeError(
@@ -229,7 +229,7 @@ def explain(
     config: Any = model.pretrained_cfg
     weight = next(model.parameters())
     if weight.device.type != "cpu":
-        raise ValueError(f"model must be on the CPU to be explained, it is on {weight.device}")
+        raise ValueError(f"model must be on the CPU to be explained, but is on {weight.device}")
     batch = whole(1, _MOST_IMAGES)("batch_size", batch_size)
     shape = (batch, *_image_shape(model.in_chans, input_size, config["input_size"]))
     repeats = whole(1, _MOST_REPEATS)("repeats", repeats)
@@ -276,7 +276,7 @@ def _image_shape(
 
 @contextmanager
 def _in_evaluation(model: nn.Module) -> Iterator[None]:
-    """Inside, no module trains; afterwards those do that did before."""
+    """Temporarily put all modules into eval mode."""
     training = [module for module in model.modules() if module.training]
     for module in training:
         module.training = False

@@ -1,4 +1,4 @@
-"""What a fused model refuses: images and layers that it was not made for."""
+"""Checks of fused models: unsupported images and replaced layers."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["FusedBackbone"]
 
 
 class FusedBackbone(Recorded):
-    """What a model's inference form refuses where its layers might compute something else."""
+    """Rejects inputs and modifications that a fused model's layers would silently get wrong."""
 
     _parts: tuple[list[nn.Module], list[nn.Module | None]] | None = None
 
@@ -32,14 +32,14 @@ class FusedBackbone(Recorded):
         return super().forward_intermediates(x, *args, **kwargs)  # type: ignore[misc]
 
     def note_parts(self) -> None:
-        """Remember what the layers are fused with: those of stages, and others that have a form."""
+        """Remember the layers that were fused: those of the stages, and others with a form."""
         stages: Any = self.stages
         within = {m for stage in stages for m in stage.modules()}
         parents = [m for m in self.modules() if m is not self and (m in within or _is_fused(m))]
         self._parts = parents, _children_of(parents)
 
     def _check(self, x: Any) -> None:
-        """Refuse images and layers that the model was not made for.
+        """Reject unsupported images and replaced layers.
 
         Raises:
             TypeError: not a tensor.
@@ -47,13 +47,13 @@ class FusedBackbone(Recorded):
             RuntimeError: a layer has been replaced.
         """
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or isinstance(x, torch.fx.Proxy):
-            return  # they have no numbers to look at
-        with torch._C.DisableTorchFunction():  # a recorder is not to see it
+            return  # symbolic values
+        with torch._C.DisableTorchFunction():  # hide this from a capture
             _require_images(x, self)
         if self._parts is not None and _children_of(self._parts[0]) != self._parts[1]:
             raise RuntimeError(
-                f"a layer inside the {type(self).__name__} was replaced after fuse(), which had "
-                "made one of it and its neighbours; call fuse() again"
+                f"a layer inside the {type(self).__name__} was replaced after fuse() had combined "
+                "it with its neighbours; call fuse() again"
             )
 
 

@@ -1,4 +1,4 @@
-"""Image files as networks take them: 8 bits a channel, RGB or grey, whatever the file holds."""
+"""Decoding of image files to 8-bit RGB or greyscale, whatever their format."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ DECODE_ERRORS = (
     *(OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, OverflowError),
     *(Image.DecompressionBombError, struct.error, zlib.error),
 )
-"""What Pillow raises of files that are damaged."""
+"""Exceptions that Pillow raises for damaged files."""
 
-# What Pillow decodes in this process, by itself or by a plug-in. Of PostScript it hands the file to
-# Ghostscript, an interpreter of programs; of others it knows the name alone.
+# Formats that Pillow decodes in this process, by itself or with a plug-in. It passes PostScript to
+# Ghostscript, an interpreter of programs, and only identifies the others.
 _FORMATS = (
     *("JPEG", "PNG", "WEBP", "GIF", "TIFF", "BMP", "DIB", "AVIF", "HEIF", "JPEG2000", "PPM", "QOI"),
     *("ICO", "CUR", "ICNS", "PSD", "DDS", "PCX", "DCX", "SGI", "SUN", "FITS", "XBM", "XPM", "TGA"),
@@ -40,11 +40,11 @@ _TURNS = {
 
 
 def opened(source: str | Path | IO[bytes]) -> Image.Image:
-    """``PIL.Image.open`` for the formats that no other program is started for.
+    """``PIL.Image.open`` restricted to formats that start no other program.
 
     Raises:
-        PIL.UnidentifiedImageError: another format, or no image.
-        others of :data:`DECODE_ERRORS`: a file that is not there, or claims to be huge.
+        PIL.UnidentifiedImageError: another format, or not an image.
+        others of :data:`DECODE_ERRORS`: a missing file, or one that claims to be huge.
     """
     Image.init()
     try:
@@ -53,8 +53,7 @@ def opened(source: str | Path | IO[bytes]) -> Image.Image:
         if not _begins(source).startswith(_POSTSCRIPT):
             raise
         raise UnidentifiedImageError(
-            "it is PostScript (EPS), a program that draws a picture, and is not run: save the "
-            "picture as PNG"
+            "PostScript (EPS) is a program and is not executed: convert the picture to PNG"
         ) from error
 
 
@@ -69,16 +68,15 @@ def _begins(source: str | Path | IO[bytes]) -> bytes:
 def open_image(
     source: str | Path | IO[bytes], mode: str = "RGB", upright: bool = True
 ) -> Image.Image:
-    """The image in a file, decoded, with 8 bits a channel; of several frames the first.
+    """Decode an image file to 8 bits per channel; of several frames, the first.
 
     Args:
         source: a path, or an open file, which stays open.
-        mode: ``RGB``, or ``L`` for grey.
-        upright: turn it as the camera's EXIF orientation says; values other than 1 … 8 are
-            ignored.
+        mode: ``RGB``, or ``L`` for greyscale.
+        upright: apply the EXIF orientation; values other than 1 … 8 are ignored.
 
     Raises:
-        one of :data:`DECODE_ERRORS`: no whole image, one that claims to be huge, or values
+        one of :data:`DECODE_ERRORS`: an incomplete image, one that claims to be huge, or values
             without a known range, see :func:`as_8_bits`.
     """
     with opened(source) as image:
@@ -88,14 +86,14 @@ def open_image(
 
 
 def as_8_bits(image: Image.Image, mode: str = "RGB") -> Image.Image:
-    """A decoded image of any mode in ``mode``, without a copy if it has that already.
+    """Convert a decoded image to ``mode``, without a copy if it has that mode.
 
-    16 bits are scaled, where Pillow's ``convert`` would clip at 255. Opacity is left out: the
-    colours stay what they are, as in torchvision and timm.
+    16-bit values are scaled, where Pillow's ``convert`` would clip at 255. Alpha is dropped
+    without changing colours, as in torchvision and timm.
 
     Args:
         image: decoded.
-        mode: ``RGB``, or ``L`` for grey.
+        mode: ``RGB``, or ``L`` for greyscale.
 
     Raises:
         ValueError: floating-point values outside 0 … 1, or integers outside 16 bits.
@@ -118,12 +116,12 @@ def as_8_bits(image: Image.Image, mode: str = "RGB") -> Image.Image:
             )
         image = Image.fromarray(((values.astype(np.uint32) * 255 + 32767) // 65535).astype("u1"))
     elif image.mode == "P" and "transparency" in image.info:
-        image = image.convert("RGBA")  # to RGB at once, Pillow warns that opacity is lost
+        image = image.convert("RGBA")  # Pillow warns when converting directly to RGB
     return image if image.mode == mode else image.convert(mode)
 
 
 def _orientation(image: Image.Image) -> Any:
-    """EXIF's orientation; 1 where the notes are damaged, which spoils no pixel."""
+    """The EXIF orientation; 1 if EXIF is damaged, which does not affect pixels."""
     with contextlib.suppress(*DECODE_ERRORS):
         return image.getexif().get(ExifTags.Base.Orientation, 1)
     return 1

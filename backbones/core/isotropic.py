@@ -1,9 +1,9 @@
-"""Networks of one resolution: the shell of plain vision transformers on timm's model protocol.
+"""Single-resolution (isotropic) networks, like plain vision transformers, with timm's model API.
 
-All blocks work on maps of one width and one stride, 16 as a rule. They stand in four groups, which
-are the stages; what :attr:`feature_info` counts are the blocks, as with timm's vision transformers,
-so that ``out_indices=(2, 5, 8, 11)`` means of a network of twelve what it means there. Where a
-pyramid is wanted, it is made of the last map, see :class:`ops.pyramid.SimplePyramid`.
+All blocks have the same width and stride, usually 16, and are divided into four groups, the stages.
+:attr:`feature_info` lists blocks, as in timm's vision transformers, so that ``out_indices=(2, 5, 8,
+11)`` has the same meaning there and here for twelve blocks. A pyramid, if requested, is derived
+from the last map, see :class:`ops.pyramid.SimplePyramid`.
 """
 
 from __future__ import annotations
@@ -24,31 +24,31 @@ __all__ = ["IsotropicBackbone"]
 
 
 class IsotropicBackbone(StagedBackbone):
-    """Stem → blocks of one width and stride, in groups → norm → head.
+    """Stem → groups of blocks of the same width and stride → norm → head.
 
     Subclasses set ``stem``, ``stages`` (of :class:`IsotropicStage`, without downsampling or norms),
-    ``norm`` and ``head``, then call :meth:`describe_blocks`. A table of positions belongs to the
-    stem, as :class:`ops.position.PositionTable`; checkpoints made for another size of image have
-    theirs interpolated.
+    ``norm`` and ``head``, then call :meth:`describe_blocks`. Position embeddings belong to the
+    stem, as :class:`ops.position.PositionTable`; those of checkpoints for another image size are
+    interpolated.
 
-    The keyword ``pyramid`` makes the features maps at a quarter, a half, once and twice the stride
-    (4, 8, 16 and 32), in place of one a block; their layers have no published weights.
+    With the keyword ``pyramid``, the features are maps at 1/4, 1/2, 1 and 2 times the stride (4, 8,
+    16 and 32) instead of one per block; the pyramid's layers have no published weights.
     """
 
     def describe_blocks(self, dim: int, *, stride: int = 16, pyramid: bool = False) -> None:
-        """State what the maps look like; call it once all submodules are there.
+        """Declare the feature maps; call it after all submodules have been created.
 
         Args:
             dim: channels of all blocks.
             stride: of all maps relative to the image, a multiple of 4.
-            pyramid: show a pyramid made of the last map, not the maps of blocks.
+            pyramid: return a pyramid derived from the last map instead of the blocks' maps.
         """
         places = [
             (i, j)
             for i, stage in enumerate(self.stages)
             for j in range(len(stage.blocks))  # type: ignore[arg-type]
         ]
-        self._places = tuple(places)  # stage and number in it of each block
+        self._places = tuple(places)  # (stage, index in it) of each block
         self.describe_features([dim] * len(self.stages), [stride] * len(self.stages))
         self.feature_info = [
             {"num_chs": dim, "reduction": stride, "module": f"stages.{i}.blocks.{j}"}
@@ -65,7 +65,7 @@ class IsotropicBackbone(StagedBackbone):
             ]
 
     def block_name(self, number: int) -> str:
-        """Path of a block by its number in the whole network, which checkpoints use.
+        """Path of a block by its index in the whole network, as used in checkpoints.
 
         Raises:
             IndexError: there is no such block.
@@ -74,7 +74,7 @@ class IsotropicBackbone(StagedBackbone):
         return f"stages.{i}.blocks.{j}"
 
     def resize_tensor(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
-        """Fits the first convolution and tables of positions."""
+        """Adapts the first convolution and position embeddings."""
         if name.endswith("pos_embed") and tensor.ndim == 3 and tensor.shape[2] == shape[2]:
             sides = [round(n**0.5) for n in (tensor.shape[1], shape[1])]
             if [side**2 for side in sides] == [tensor.shape[1], shape[1]]:
@@ -84,13 +84,13 @@ class IsotropicBackbone(StagedBackbone):
     # -- features --------------------------------------------------------------------------------
 
     def count_features(self) -> int:
-        """How many feature maps there are: blocks, or levels of the pyramid."""
+        """The number of feature maps: blocks, or levels of the pyramid."""
         if self.pyramid is not None:
             return len(self.pyramid)
         return sum(len(stage.blocks) for stage in self.stages)  # type: ignore[arg-type, misc]
 
     def stage_features(self) -> list[int]:
-        """Which entry of ``feature_info`` is the map that each stage ends with.
+        """The index in ``feature_info`` of each stage's output.
 
         Raises:
             ValueError: the features are a pyramid.
@@ -101,7 +101,7 @@ class IsotropicBackbone(StagedBackbone):
         return [end - 1 for end in ends]
 
     def default_features(self) -> list[int]:
-        """What ``features_only`` returns without ``out_indices``: four maps, one a stage."""
+        """The maps that ``features_only`` returns without ``out_indices``: one per stage."""
         return self.stage_features() if self.pyramid is None else super().default_features()
 
     def forward_intermediates(
@@ -113,22 +113,25 @@ class IsotropicBackbone(StagedBackbone):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> list[Tensor] | tuple[Tensor, list[Tensor]]:
-        """The maps of chosen blocks, and the last one normalised.
+        """Run the model and return the selected intermediate maps.
 
         Args:
             x: (B, in_chans, H, W).
-            indices: which of ``feature_info``: the last n (int), all (None) or those listed;
-                negative ones count from the end.
-            norm: apply the final norm to all maps that are returned, or to that of which the
-                pyramid is made.
-            stop_early: leave out the blocks after the last one asked for; the first value
-                returned is then that block's map.
+            indices: entries of ``feature_info``: the last n (int), all (None) or a list; negative
+                indices count from the end.
+            norm: apply the final norm to all returned maps, or to the map that the pyramid is
+                derived from.
+            stop_early: skip the blocks after the last selected one; the first return value is
+                then that block's map.
             output_fmt: ``"NCHW"`` or ``"NHWC"``.
-            intermediates_only: return the list alone.
+            intermediates_only: return only the list of maps.
+
+        Returns:
+            The normalised last map and the list of selected maps, or only the list.
 
         Raises:
-            TypeError: ``x`` that is no tensor, indices that are no whole numbers.
-            ValueError: an index that is not there, or an unknown format.
+            TypeError: ``x`` is not a tensor, or indices are not integers.
+            ValueError: an index out of range, or an unknown format.
         """
         require_tensor("x", x)
         check_format(output_fmt)
@@ -149,9 +152,9 @@ class IsotropicBackbone(StagedBackbone):
         return maps if intermediates_only else (last, maps)
 
     def _run_until(self, x: Tensor, taken: Sequence[int], end: int) -> tuple[Tensor, list[Tensor]]:
-        """What comes out of the first ``end`` blocks, and the maps behind those that are taken."""
+        """The output of the first ``end`` blocks, and the outputs of the selected ones."""
         maps = []
-        before = 0  # blocks of the stages that are done
+        before = 0  # number of blocks in the previous stages
         for stage in self.stages:
             if before >= end:
                 break
@@ -172,7 +175,7 @@ class IsotropicBackbone(StagedBackbone):
         prune_norm: bool = False,
         prune_head: bool = True,
     ) -> list[int]:
-        """Drop what the chosen maps do not need; returns their absolute indices."""
+        """Remove the layers that the selected maps don't need; returns their absolute indices."""
         taken = self._take_indices(indices)
         if self.pyramid is not None:
             unused = [i for i in range(len(self.pyramid)) if i not in taken]

@@ -1,7 +1,7 @@
-"""What arguments may be: one table for the keywords of all families, and the checks in it.
+"""Checks of arguments, in one table for the keywords of all families.
 
-A check takes the name of an argument and its value, and returns the value in Python's own type, or
-raises: a TypeError for another kind of value, a ValueError for one that is out of range.
+A check takes an argument's name and value, and returns the value as a built-in type. It raises a
+TypeError for another kind of value, and a ValueError for one out of range.
 """
 
 from __future__ import annotations
@@ -48,14 +48,14 @@ POOLINGS = (
 
 
 def whole(least: int, greatest: int, odd: bool = False) -> Check:
-    """A whole number in a range; of NumPy's types too, but no truth value."""
+    """An integer in a range, NumPy's included, but not a bool."""
 
     def check(name: str, value: Any) -> int:
         try:
             if isinstance(value, bool | np.bool_):
                 raise TypeError
             result = operator.index(value)
-        except (TypeError, RuntimeError):  # the latter of tensors without data
+        except (TypeError, RuntimeError):  # RuntimeError: a tensor without data
             raise TypeError(f"{name} must be a whole number, got {shown(value)}") from None
         if odd and result % 2 == 0:
             raise ValueError(f"{name} must be odd, got {result}")
@@ -65,7 +65,7 @@ def whole(least: int, greatest: int, odd: bool = False) -> Check:
 
 
 def number(least: float, greatest: float, open_below: bool = False) -> Check:
-    """A number in a range; ``open_below`` leaves ``least`` out."""
+    """A number in a range; ``open_below`` excludes ``least``."""
 
     def check(name: str, value: Any) -> float:
         if not isinstance(value, numbers.Real) or isinstance(value, bool):
@@ -79,8 +79,8 @@ def number(least: float, greatest: float, open_below: bool = False) -> Check:
 
 
 def _in_range(name: str, value: Any, least: float, greatest: float) -> Any:
-    if not least <= value <= greatest:  # so is NaN
-        raise ValueError(f"{name} must lie in {least} … {greatest}, got {value}")
+    if not least <= value <= greatest:  # also if NaN
+        raise ValueError(f"{name} must be in {least} … {greatest}, got {value}")
     return value
 
 
@@ -113,7 +113,7 @@ def one_of(*choices: Any) -> Check:
 
 
 def several(each: Check, count: int | None = None, may_be_empty: bool = False) -> Check:
-    """A sequence of values, as a tuple; of ``count`` values if that is given."""
+    """A sequence of values, as a tuple; of length ``count`` if given."""
 
     def check(name: str, value: Any) -> tuple[Any, ...]:
         if isinstance(value, np.ndarray):
@@ -123,7 +123,7 @@ def several(each: Check, count: int | None = None, may_be_empty: bool = False) -
         if count is not None and len(value) != count:
             raise ValueError(f"{name} must have {count} values, got {shown(value)}")
         if not (value or may_be_empty):
-            raise ValueError(f"{name} must have a value or more, got {shown(value)}")
+            raise ValueError(f"{name} must have at least one value, got {shown(value)}")
         return tuple(each(f"{name}[{i}]", item) for i, item in enumerate(value))
 
     return check
@@ -135,17 +135,17 @@ def either(first: Check, *kinds: type, second: Check) -> Check:
 
 
 def one_or_several(each: Check) -> Check:
-    """A value, or a sequence of them."""
+    """A single value or a sequence of values."""
     return either(each, str, second=either(several(each), Sequence, np.ndarray, second=each))
 
 
 def widths(least: int) -> Check:
-    """Channels of each stage, where a part of the first one's are those of the stem."""
+    """Channels of each stage, where the stem has a fraction of the first stage's."""
     return several(whole(least, _MOST_CHANNELS))
 
 
 def optional(each: Check) -> Check:
-    """None, or what ``each`` takes."""
+    """None, or a value that ``each`` accepts."""
     return either(lambda name, value: None, type(None), second=each)
 
 
@@ -224,20 +224,20 @@ KEYWORDS: Mapping[str, Check] = {
 
 
 def check(name: str, value: Any) -> Any:
-    """The value of an argument by its name's entry in :data:`KEYWORDS`.
+    """Check an argument's value by its entry in :data:`KEYWORDS`, and return it.
 
     Raises:
-        TypeError, ValueError: it cannot be that.
+        TypeError, ValueError: the value is not allowed.
     """
     return KEYWORDS[name](name, value)
 
 
 def checked(*each_stage: str, **own: Check) -> Callable[[Callable[P, T]], Callable[P, T]]:
-    """Decorates a constructor: arguments are checked by :data:`KEYWORDS` before it runs.
+    """Decorates a constructor: checks its arguments by :data:`KEYWORDS` before it runs.
 
     Args:
         each_stage: arguments that must have as many values as ``depths``.
-        own: checks of this constructor, which go before those of the table.
+        own: checks for this constructor, which take precedence over the table.
     """
     checks = {**KEYWORDS, **own}
 
@@ -264,8 +264,8 @@ def _check_stages(values: Mapping[str, Any], each_stage: Sequence[str]) -> None:
     for name in each_stage:
         if len(values[name]) != len(values["depths"]):
             raise ValueError(
-                f"{name} must have a value for each of the {len(values['depths'])} stages that "
-                f"depths {values['depths']} names, got {values[name]}"
+                f"{name} must have a value for each of the {len(values['depths'])} stages of "
+                f"depths {values['depths']}, got {values[name]}"
             )
 
 
@@ -275,4 +275,4 @@ def _check_widths(values: Mapping[str, Any]) -> None:
         ratios = values[name] if name == "mlp_ratios" else (values[name],) * len(dims)
         for dim, ratio in zip(dims, ratios, strict=True):
             if int(dim * ratio) < 1:
-                raise ValueError(f"{name} {values[name]} leaves no channel of {dim}")
+                raise ValueError(f"{name} {values[name]} gives less than one channel for {dim}")

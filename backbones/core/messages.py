@@ -1,4 +1,4 @@
-"""What others wrote (names, values, errors of libraries), fit for one line of a message."""
+"""Formatting of foreign text (names, values, errors of libraries) for one-line messages."""
 
 from __future__ import annotations
 
@@ -16,18 +16,18 @@ _BREAKS = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028\u2029]")
 
 
 def one_line(text: str, longest: int = _LONGEST) -> str:
-    """``text`` with escapes for line breaks and other control characters, cut off if it is long."""
+    """``text`` with escaped line breaks and control characters, truncated if it is long."""
     text = _BREAKS.sub(lambda found: ascii(found[0])[1:-1], text)
     return text if len(text) <= longest else f"{text[:longest]} …"
 
 
 def joined_lines(text: object, longest: int = _LONGEST) -> str:
-    """An error or other text of several lines as one, with single blanks between the words."""
+    """Multi-line text or an error as one line, with single spaces between words."""
     return one_line(" ".join(str(text).split()) or type(text).__name__, longest)
 
 
 def first_line(error: BaseException) -> str:
-    """What an error of another library says first; the rest is advice to programmers."""
+    """The first line of another library's error; the rest is advice to programmers."""
     lines = str(error).strip().splitlines()
     return one_line(lines[0]) if lines else type(error).__name__
 

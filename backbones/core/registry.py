@@ -1,4 +1,4 @@
-"""The table of models, the factory that reads it, and the names that timm receives from us."""
+"""The model registry, the factory, and the registration with timm."""
 
 from __future__ import annotations
 
@@ -54,13 +54,13 @@ _entries: dict[str, _Entry] = {}
 def register(entrypoint: Entrypoint) -> Entrypoint:
     """Register a model under its function's name, with the ``default_cfgs`` of its module.
 
-    timm receives the name too, unless it has a model of that name itself. A model that can show
-    finer maps than its stages' (``stem_features``), or make a pyramid of one map (``pyramid``),
-    goes to timm a second time with that switched on, as ``<name>_pyramid``: for libraries that make
-    their encoders through timm and want a pyramid from stride 2 or 4 on.
+    The name is also registered with timm, unless timm has a model of that name. A model that can
+    return maps of its stem (``stem_features``) or derive a pyramid from one map (``pyramid``) is
+    registered with timm a second time, as ``<name>_pyramid`` with that option on, for libraries
+    that create encoders through timm and need a pyramid from stride 2 or 4.
 
     Raises:
-        ValueError: the name is taken, or ``default_cfgs`` says nothing about it.
+        ValueError: the name is taken, or ``default_cfgs`` has no entry for it.
     """
     name = entrypoint.__name__
     module = sys.modules[entrypoint.__module__]
@@ -81,7 +81,7 @@ def register(entrypoint: Entrypoint) -> Entrypoint:
 
 
 def _pyramid_keyword(entrypoint: Callable[..., nn.Module], module: ModuleType) -> str | None:
-    """What makes a pyramid of the class that the entrypoint says it returns, if anything does."""
+    """The keyword that enables a pyramid in the class that the entrypoint returns, if any."""
     returned = entrypoint.__annotations__.get("return")
     model_class = getattr(module, returned, None) if isinstance(returned, str) else returned
     if not (isinstance(model_class, type) and issubclass(model_class, StagedBackbone)):
@@ -96,7 +96,7 @@ def _with_pyramid(entrypoint: Callable[..., nn.Module], keyword: str) -> Callabl
     @functools.wraps(entrypoint)
     def pyramid(pretrained: bool = False, **kwargs: Any) -> nn.Module:
         model: Any = entrypoint(pretrained=pretrained, **{keyword: True, **kwargs})
-        # What timm's hub files call it; the plain name may be a model of timm's.
+        # The name in timm's hub files; the plain name may belong to a timm model.
         model.pretrained_cfg["architecture"] = pyramid.__name__
         return model
 
@@ -119,7 +119,7 @@ def list_models(
 
     Raises:
         ValueError: an unknown family.
-        TypeError: a filter or family that is no text, ``pretrained`` that is no truth value.
+        TypeError: a filter or family that is not a string, or ``pretrained`` that is not a bool.
     """
     if family is not None:
         _check_name("family", family, list_families())
@@ -152,22 +152,22 @@ def create_model(
     """Create a model by name.
 
     Args:
-        name: a name of :func:`list_models`, or ``name.tag`` for certain weights.
-        pretrained: download the published weights (once; they are cached) and load them.
+        name: a name of :func:`list_models`, or ``name.tag`` to select weights.
+        pretrained: download (and cache) the published weights and load them.
         checkpoint_path: load this file instead, see :func:`backbones.load_checkpoint`.
         features_only: return a model that maps an image to a list of feature maps.
-        out_indices: which maps, with ``features_only``; default all of them, of networks of one
-            resolution, where they count blocks, those after each quarter.
+        out_indices: the maps to return with ``features_only``; default: all of them or, in
+            single-resolution networks, where they count blocks, those after each quarter.
         pretrained_cfg, pretrained_cfg_overlay: replace, or partly replace, the default cfg.
-        token_pooling: put a :class:`ops.attention.token_pooling.TokenPooling` of so many scales (4
-            in the paper) before each attention; 0 for none.
+        token_pooling: put a :class:`ops.attention.token_pooling.TokenPooling` with this number of
+            scales (4 in the paper) before each attention; 0 for none.
         **kwargs: arguments of the architecture: ``num_classes``, ``in_chans``, ``drop_rate``,
             ``drop_path_rate``, ``global_pool``, … A value of None means the default, as in timm.
 
     Raises:
-        ValueError: an unknown name or tag, or an argument out of its range.
-        TypeError: a keyword that the architecture does not take, or a value of another kind.
-        CheckpointError: weights that do not fit, see :func:`backbones.load_checkpoint`.
+        ValueError: an unknown name or tag, or an argument out of range.
+        TypeError: an unknown keyword, or a value of another type.
+        CheckpointError: weights that don't fit, see :func:`backbones.load_checkpoint`.
     """
     architecture, _, tag = text("name", name).partition(".")
     _check_name("model", architecture, _entries)
@@ -186,21 +186,21 @@ def build_model(
     defaults: dict[str, Any],
     kwargs: dict[str, Any],
 ) -> Any:
-    """What every entrypoint returns: ``model_class(**defaults, **kwargs)``, loaded and wrapped.
+    """Create ``model_class(**defaults, **kwargs)``, load weights, and wrap it for features.
 
     Args:
         model_class: the family's class.
         name: the registered name.
         pretrained: load the published weights.
         defaults: the variant's arguments.
-        kwargs: the caller's: the factory's own (see :func:`create_model`) and the class's.
+        kwargs: the caller's: options of the factory (see :func:`create_model`) and of the class.
     """
     options = dict(kwargs)
     checkpoint_path = options.pop("checkpoint_path", None)
     features_only = flag("features_only", options.pop("features_only", False))
     out_indices = options.pop("out_indices", None)
     cache_dir = options.pop("cache_dir", None)
-    # With what timm's hub files were saved; timm asks the model for it afterwards.
+    # Stored in timm's hub files; timm reads it from the model afterwards.
     saved_with: Any = options.pop("pretrained_model_args", {})
     token_pooling = check("token_pooling", options.pop("token_pooling", 0))
     cfg = _resolve_cfg(
@@ -209,7 +209,7 @@ def build_model(
     if out_indices is not None:
         out_indices = check("out_indices", out_indices)
         if not features_only:
-            raise TypeError("out_indices goes with features_only=True")
+            raise TypeError("out_indices requires features_only=True")
     _check_keywords(model_class, name, options)
 
     arguments = {"num_classes": cfg.num_classes, "in_chans": cfg.input_size[0], **defaults}
@@ -232,14 +232,14 @@ def build_model(
 
 
 def _pool_tokens(model: Any, scales: int) -> None:
-    """Put token-aware average pooling before each attention; changes the model in place."""
+    """Put token-aware average pooling before each attention; modifies the model in place."""
     found = 0
     for stage, index in zip(model.stages, model.stage_features(), strict=True):
         for attention in token_attentions(stage):
             pool_tokens_before(attention, model.feature_info[index]["num_chs"], scales)
             found += 1
     if not found:
-        raise ValueError(f"{type(model).__name__} has no attention that token_pooling is for")
+        raise ValueError(f"{type(model).__name__} has no attention that supports token_pooling")
 
 
 def published_weights(name: str) -> dict[str, PretrainedCfg]:
@@ -252,31 +252,30 @@ def fuse(
     dtype: torch.dtype | None = None,
     channels_last: bool | Literal["auto"] = "auto",
 ) -> nn.Module:
-    """Make every backbone inside ``model`` fast for inference.
+    """Optimise every backbone inside ``model`` for inference.
 
-    Changes ``model`` in place and returns it. For the arguments see
-    :meth:`StagedBackbone.fuse`; ``dtype`` converts the backbones alone.
+    Modifies ``model`` in place and returns it. For the arguments and their errors see
+    :meth:`StagedBackbone.fuse`; ``dtype`` converts only the backbones.
 
     Raises:
-        TypeError: ``model`` is none.
-        ValueError: there is no backbone of ours inside, or what :meth:`StagedBackbone.fuse`
-            refuses.
+        TypeError: ``model`` is not a module.
+        ValueError: it contains no backbone of this library.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {shown(model)}")
     backbones = [m for m in model.modules() if isinstance(m, StagedBackbone)]
     if not backbones:
-        raise ValueError(f"{type(model).__name__} holds no backbone of this library to fuse")
+        raise ValueError(f"{type(model).__name__} contains no backbone of this library to fuse")
     for backbone in backbones:
         backbone.fuse(dtype, channels_last)
     return model
 
 
 def empty_cache() -> None:
-    """Give back the memory that fused models keep on the CPU for their next calls.
+    """Release the memory that fused models keep on the CPU for their next calls.
 
-    That is as much as the largest call needed between its layers, until 16 calls in a row could do
-    with half of it; of calls at a time, each has its own.
+    Without this, they keep a workspace as large as the largest call needed, until 16 calls in a row
+    need less than half of it. Concurrent calls have separate workspaces.
     """
     workspace.clear()
 
@@ -286,7 +285,7 @@ def _resolve_cfg(
     given: str | dict[str, Any] | PretrainedCfg | None,
     overlay: dict[str, Any] | None,
 ) -> PretrainedCfg:
-    """The cfg to use: the default one, that of a tag, or the caller's; then its overlay."""
+    """The cfg to use: the default, a tag's, or the caller's, with the overlay applied."""
     cfgs = _entries[name].cfgs
     if given is None:
         tag, cfg = cfgs.default_with_tag
@@ -309,7 +308,7 @@ def _resolve_cfg(
 
 
 def _check_keywords(model_class: type[StagedBackbone], name: str, keywords: dict[str, Any]) -> None:
-    """Refuse what the class does not take, as Python would, but with the nearest valid name."""
+    """Raise a TypeError for unknown keywords, with the closest valid name."""
     valid = list(inspect.signature(model_class).parameters)
     for keyword in keywords:
         if keyword not in valid:
@@ -322,12 +321,12 @@ def _check_name(kind: str, name: str, valid: Collection[str]) -> None:
 
 
 def _unknown(kind: str, value: str, valid: Sequence[str]) -> str:
-    """A sentence that names the nearest valid names or, where none is near, says what there is."""
+    """An error message with the closest valid names, or all of them if none is close."""
     said = f"unknown {kind} {value!r}"
     near = difflib.get_close_matches(value, valid, n=4, cutoff=0.5)
     if near:
         return f"{said}; did you mean {', '.join(map(repr, near))}?"
     if kind == "model":
         families = ", ".join(list_families())
-        return f"{said}; backbones.list_models() has all names, of the families {families}"
-    return f"{said}; there are {', '.join(map(repr, sorted(valid)))}"
+        return f"{said}; backbones.list_models() lists all names; the families are {families}"
+    return f"{said}; valid: {', '.join(map(repr, sorted(valid)))}"

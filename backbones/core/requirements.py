@@ -1,4 +1,4 @@
-"""Which packages this library needs and does not find, and the command that brings them."""
+"""Missing or incompatible requirements, and the command that installs them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ __all__ = ["Unmet", "explanation", "unmet"]
 
 @dataclass(frozen=True)
 class Unmet:
-    """A package that is missing or of another version.
+    """A package that is missing or has an incompatible version.
 
     Attributes:
-        wanted: name and versions, as pip takes them.
-        found: the version that is installed; None if there is none.
+        wanted: name and version specifier, for pip.
+        found: the installed version; None if there is none.
     """
 
     wanted: str
@@ -28,7 +28,7 @@ class Unmet:
 
 
 def unmet() -> list[Unmet]:
-    """What ``pip install vision-backbones`` asks for and is not there; no extras."""
+    """The unmet requirements of vision-backbones, without extras."""
     from packaging.requirements import Requirement
 
     found = []
@@ -43,7 +43,7 @@ def unmet() -> list[Unmet]:
 
 
 def explanation(error: BaseException) -> str | None:
-    """What to say of a failed import; None if all that is needed is there."""
+    """The message for a failed import; None if all requirements are met."""
     try:
         packages = unmet()
     except ImportError:  # `packaging` comes with timm
@@ -52,7 +52,7 @@ def explanation(error: BaseException) -> str | None:
         return None
     told = ", ".join(f"{p.wanted} (found: {p.found or 'nothing'})" for p in packages)
     wanted = " ".join(shlex.quote(p.wanted) for p in packages)
-    return f"vision-backbones needs {told}: {error}. `pip install {wanted}` brings it."
+    return f"vision-backbones needs {told}: {error}. Run `pip install {wanted}`."
 
 
 def _version(name: str) -> str | None:

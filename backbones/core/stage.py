@@ -1,6 +1,6 @@
-"""The stages that backbones are made of, and how they are recorded after ``fuse()``.
+"""Stages of backbones, and their captured forms after ``fuse()``.
 
-A family whose blocks want another layout, or tables that they share, makes a stage of its own.
+A family whose blocks need another layout or shared tables defines its own stage.
 """
 
 from __future__ import annotations
@@ -21,10 +21,10 @@ __all__ = ["IsotropicStage", "Stage", "TokenStage"]
 
 
 class Stage(nn.Module):
-    """One resolution of a backbone: downsample, blocks, norm. NCHW comes in and goes out.
+    """One resolution of a backbone: downsample, blocks, norm. Input and output are NCHW.
 
-    A family whose blocks want another layout, or tables that they share, overrides
-    :meth:`forward` and passes them through :meth:`run_blocks`.
+    A family whose blocks need another layout or shared tables overrides :meth:`forward` and passes
+    them to :meth:`run_blocks`.
     """
 
     def __init__(
@@ -43,9 +43,9 @@ class Stage(nn.Module):
     def run_blocks(
         self, x: Tensor, *shared: Any, first: int = 0, stop: int | None = None
     ) -> Tensor:
-        """The blocks ``first`` … ``stop`` − 1 in turn, each called with ``(x, *shared)``.
+        """Run the blocks ``first`` … ``stop`` − 1 (default: all), each with ``(x, *shared)``.
 
-        They are recomputed in the backward pass where that is set. Default: all blocks.
+        With gradient checkpointing, they are recomputed in the backward pass.
         """
         for block in islice(self.blocks, first, stop):
             if self.grad_checkpointing and torch.is_grad_enabled():
@@ -58,7 +58,7 @@ class Stage(nn.Module):
         return self.norm(self.run_blocks(self.downsample(x)))
 
     def fuse(self) -> Stage:
-        """Fold what can be folded inside; changes the stage in place."""
+        """Fold layers in place."""
         if not self.fused:
             fuse_children(self)
             self.fused = True
@@ -66,7 +66,7 @@ class Stage(nn.Module):
 
 
 class TokenStage(Stage):
-    """A stage whose blocks take and give (B, h, w, dim); downsample and norm work on NCHW."""
+    """A stage whose blocks map (B, h, w, dim) to (B, h, w, dim); downsample and norm use NCHW."""
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.downsample(x).permute(0, 2, 3, 1)
@@ -74,14 +74,13 @@ class TokenStage(Stage):
 
 
 class IsotropicStage(Stage):
-    """Some of the blocks of a network of one resolution, which take and give (B, h, w, dim).
+    """A group of blocks of a single-resolution network, which map (B, h, w, dim) to (B, h, w, dim).
 
-    A family whose blocks want another layout, or tables that they share, overrides
-    :meth:`forward`.
+    A family whose blocks need another layout or shared tables overrides :meth:`forward`.
     """
 
     def forward(self, x: Tensor, first: int = 0, stop: int | None = None) -> Tensor:
-        """The blocks ``first`` … ``stop`` − 1, default all: (B, dim, h, w) → the same."""
+        """Run the blocks ``first`` … ``stop`` − 1 (default: all) on a map (B, dim, h, w)."""
         x = self.run_blocks(x.permute(0, 2, 3, 1), first=first, stop=stop)
         return x.permute(0, 3, 1, 2)
 
@@ -92,7 +91,7 @@ for _kind in (Stage, TokenStage):
 
 @stands_for(IsotropicStage)
 class RecordedIsotropicStage(Recorded, IsotropicStage):
-    """Recorded where all of its blocks run."""
+    """Captured only if all of its blocks run."""
 
     def forward(self, x: Tensor, first: int = 0, stop: int | None = None) -> Tensor:
         if first == 0 and stop in (None, len(self.blocks)):

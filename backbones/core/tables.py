@@ -1,4 +1,4 @@
-"""Tables of text, and numbers in them."""
+"""Text tables, and formatting of numbers for them."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ __all__ = ["count_text", "table"]
 def table(
     head: Sequence[str], rows: Sequence[Sequence[str]], left: int = 1, last_left: bool = False
 ) -> str:
-    """Columns of text, aligned; the first ``left`` to the left, the others to the right.
+    """A text table; the first ``left`` columns are left-aligned, the others right-aligned.
 
     Args:
-        last_left: whether the last one is to the left, too.
+        last_left: left-align the last column, too.
     """
     widths = [max(map(len, column)) for column in zip(head, *rows, strict=True)]
     lines = []
@@ -29,7 +29,7 @@ def table(
 
 
 def count_text(number: float) -> str:
-    """Three or four digits and a letter: ``4.11 M``."""
+    """Three significant digits or more with a unit prefix: ``4.11 M``."""
     for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if number >= size:
             return f"{number / size:.2f} {letter}"

@@ -1,10 +1,9 @@
-"""Every backbone under mmdet and mmseg: one type, layer-wise learning rates, mixed precision.
+"""Adapter for mmdet and mmseg: one backbone type, layer-wise learning rates, mixed precision.
 
 Importing this module registers :class:`VisionBackbone` as a model, :class:`CPUAmpOptimWrapper` as
-optimizer wrapper and :class:`LayerDecayConstructor` as optimizer wrappers' constructor in
-mmengine's registries, which mmdet and mmseg share; stands in for mmcv's compiled operators where
-they are absent; and tells PyTorch's weights-only loading which of mmengine's own classes a
-checkpoint may hold.
+an optimizer wrapper and :class:`LayerDecayConstructor` as an optimizer wrapper constructor in
+mmengine's registries, which mmdet and mmseg share. It also replaces mmcv's compiled operators if
+they are missing, and allows mmengine's classes in PyTorch's weights-only loading.
 """
 
 from __future__ import annotations
@@ -42,30 +41,30 @@ class VisionBackbone(BaseModule):
 
     Args:
         name: of :func:`backbones.list_models`.
-        out_indices: which maps to return; default all, of networks of one resolution those after
-            each quarter of the blocks, which is what the indices count there.
-        drop_path_rate: of the last block; default the variant's.
-        frozen_stages: −1 trains everything, 0 freezes the stem, k also the first k stages; their
-            norms then use running statistics.
-        norm_eval: keep every batch norm on its running statistics while training.
+        out_indices: the maps to return; default: all or, in single-resolution networks, where the
+            indices count blocks, those after each quarter.
+        drop_path_rate: stochastic depth of the last block; default: the variant's.
+        frozen_stages: −1 trains everything, 0 freezes the stem, k also the first k stages; frozen
+            norms use running statistics.
+        norm_eval: use running statistics in all batch norms during training.
         out_norms: normalise the returned maps: all (True) or the listed stages; for the families
-            whose published detectors do.
-        with_cp: recompute each block in the backward pass, to save memory.
-        in_channels: of the image.
+            whose published detectors do so.
+        with_cp: recompute each block in the backward pass to save memory.
+        in_channels: image channels.
         init_cfg: ``dict(type="Pretrained", checkpoint=...)``: a file or URL of a classification
             or dense checkpoint, the original's or ours, or the name of published weights, such as
-            ``"van_b2.in1k"``. Read by :meth:`init_weights`.
+            ``"van_b2.in1k"``. Used by :meth:`init_weights`.
         **arguments: further arguments of the architecture (``img_size``, ``n_win``,
-            ``norm_eps``, …); an unknown one raises.
+            ``norm_eps``, …); unknown ones raise an error.
 
     Attributes:
-        channels: of the returned maps; what a neck or head wants as ``in_channels``.
+        channels: of the returned maps, the ``in_channels`` of a neck or head.
         reductions: their strides.
 
     Raises:
-        ValueError: an unknown name, ``out_indices`` or ``frozen_stages`` that are not there, or an
+        ValueError: an unknown name, invalid ``out_indices`` or ``frozen_stages``, or an
             ``init_cfg`` that is not ``Pretrained``.
-        TypeError: an argument that the architecture does not take.
+        TypeError: an unknown argument of the architecture.
     """
 
     _is_init: bool
@@ -87,7 +86,7 @@ class VisionBackbone(BaseModule):
             init_cfg.get("type") != "Pretrained" or set(init_cfg) != {"type", "checkpoint"}
         ):
             raise ValueError(
-                "init_cfg must be dict(type='Pretrained', checkpoint=...), which looks for the "
+                "init_cfg must be dict(type='Pretrained', checkpoint=...), which finds the "
                 f"backbone inside a detector by itself, got {init_cfg}"
             )
         super().__init__(dict(init_cfg) if init_cfg is not None else None)
@@ -101,7 +100,7 @@ class VisionBackbone(BaseModule):
             out_norms=out_norms,
             **arguments,
         )
-        # Nothing after the maps: a parameter without a gradient stops distributed training.
+        # Remove layers after the maps: distributed training fails for parameters without gradients.
         self.model.model.head = nn.Identity()
         stages = len(self.model.model.stages)
         if not -1 <= frozen_stages <= stages:
@@ -118,7 +117,7 @@ class VisionBackbone(BaseModule):
             part.requires_grad_(False)
 
     def init_weights(self) -> None:
-        """Load what ``init_cfg`` names; a backbone without one stays as it was made."""
+        """Load the checkpoint of ``init_cfg``, if any."""
         if self.init_cfg and not self._is_init:
             _load(self.model, self.init_cfg["checkpoint"])
         self._is_init = True
@@ -127,7 +126,7 @@ class VisionBackbone(BaseModule):
         return tuple(self.model(x))
 
     def train(self, mode: bool = True) -> VisionBackbone:
-        """As ``nn.Module.train``, but what is frozen stays in eval mode."""
+        """Like ``nn.Module.train``, but frozen parts stay in eval mode."""
         super().train(mode)
         if mode:
             for part in self._frozen_parts():
@@ -146,29 +145,29 @@ class VisionBackbone(BaseModule):
 
 @OPTIM_WRAPPERS.register_module()
 class CPUAmpOptimWrapper(OptimWrapper):
-    """Mixed precision on a CPU, which mmengine's ``AmpOptimWrapper`` refuses.
+    """Mixed precision on a CPU, which mmengine's ``AmpOptimWrapper`` does not support.
 
     Training steps run under PyTorch's autocast to bfloat16; parameters, their gradients and the
-    optimizer stay float32, and losses need no scaling. Evaluation is left in float32, as with
-    mmengine's. Arguments are those of mmengine's ``OptimWrapper``.
+    optimizer stay in float32, and losses need no scaling. Evaluation runs in float32, as with
+    mmengine's wrapper. Arguments are those of mmengine's ``OptimWrapper``.
     """
 
     @contextmanager
     def optim_context(self, model: nn.Module) -> Iterator[None]:
-        """Around the forward pass and the losses of one step."""
+        """Context of the forward pass and the losses of a step."""
         with super().optim_context(model), torch.autocast("cpu", torch.bfloat16):
             yield
 
 
 @OPTIM_WRAPPER_CONSTRUCTORS.register_module()
 class LayerDecayConstructor(DefaultOptimWrapperConstructor):
-    """Learning rates that shrink from the backbone's last layer to its stem.
+    """Layer-wise learning rate decay from the backbone's last layer to its stem.
 
-    Layers are those of the backbone's ``group_matcher``; the parameters outside the backbone have
-    the full rate, its last layer ``decay_rate`` times that, the one before ``decay_rate``² times.
-    Vectors, biases and what the backbone's ``no_weight_decay`` names have no weight decay.
+    Layers are defined by the backbone's ``group_matcher``. Parameters outside the backbone have
+    the full rate, its last layer ``decay_rate`` times that, the previous one ``decay_rate``² times.
+    Vectors, biases and parameters in the backbone's ``no_weight_decay`` have no weight decay.
 
-    ``paramwise_cfg`` holds ``decay_rate``, in (0, 1]; 1 for equal rates. Nothing else.
+    ``paramwise_cfg`` has the single key ``decay_rate``, in (0, 1]; 1 for equal rates.
 
     Raises:
         ValueError: another key, a rate out of bounds, or a model without a
@@ -207,7 +206,7 @@ def _order(item: tuple[tuple[float, bool], list[nn.Parameter]]) -> tuple[float, 
 
 
 def _layer_scales(module: nn.Module, rate: float) -> tuple[dict[str, float], set[str]]:
-    """Factor on the learning rate of each of the backbone's parameters, and the undecayed ones."""
+    """Learning rate factors of the backbone's parameters, and those without weight decay."""
     scales: dict[str, float] = {}
     spared: set[str] = set()
     for prefix, child in module.named_modules():
@@ -220,21 +219,21 @@ def _layer_scales(module: nn.Module, rate: float) -> tuple[dict[str, float], set
             spared |= {inner + name for name in network.no_weight_decay()}
     if not scales:
         raise ValueError(
-            f"{type(module).__name__} has no VisionBackbone; for others use mmengine's own "
+            f"{type(module).__name__} has no VisionBackbone; for others, use mmengine's own "
             "optimizer-wrapper constructor"
         )
     return scales, spared
 
 
 def check_channels(model: Mapping[str, Any]) -> None:
-    """Whether the parts of a model's config fit its backbone, before it is built.
+    """Check that a model's config is consistent with its backbone, before building it.
 
     Args:
         model: the config's ``model``.
 
     Raises:
-        ValueError: the backbone's arguments are wrong, or the neck (without one, the decode
-            heads) expects other maps; the message says what to write.
+        ValueError: invalid arguments of the backbone, or a neck (or decode head without a neck)
+            that expects other maps; the message says what to write.
     """
     backbone = model.get("backbone", {})
     if backbone.get("type") != "VisionBackbone":
@@ -262,14 +261,14 @@ def check_channels(model: Mapping[str, Any]) -> None:
         fitting = found if several else found[0]
         if (list(wanted) if isinstance(wanted, list | tuple) else wanted) != fitting:
             raise ValueError(
-                f"{part}.in_channels={wanted} does not fit {backbone['name']}, whose maps at "
+                f"{part}.in_channels={wanted} does not match {backbone['name']}, whose maps at "
                 f"out_indices={backbone.get('out_indices')} have {channels} channels; write "
                 f"in_channels={fitting}"
             )
 
 
 def _parts(model: Mapping[str, Any], key: str) -> list[tuple[str, Mapping[str, Any]]]:
-    """The configs of a part that there may be one, several or none of, with their names."""
+    """The configs of an optional or repeated part, with their names."""
     part = model.get(key) or []
     if isinstance(part, Mapping):
         return [(key, part)]
@@ -277,9 +276,9 @@ def _parts(model: Mapping[str, Any], key: str) -> list[tuple[str, Mapping[str, A
 
 
 def without_sync_norm(cfg: Any) -> Any:
-    """A config, or a part of one, with plain batch norms for synchronised ones.
+    """Replace synchronised batch norms, which need several processes and GPUs, by plain ones.
 
-    Those need several processes and a GPU. Changes ``cfg`` in place and returns it.
+    Modifies the config, or a part of one, in place and returns it.
     """
     if isinstance(cfg, dict):
         if cfg.get("type") == "SyncBN":
@@ -293,17 +292,17 @@ def without_sync_norm(cfg: Any) -> Any:
 
 
 def allow_mmengine_checkpoints() -> None:
-    """Let ``torch.load(weights_only=True)`` read what mmengine saves beside the tensors.
+    """Let ``torch.load(weights_only=True)`` read what mmengine saves next to the tensors.
 
-    That is its log buffers: NumPy arrays, and names of the buffer's own statistics; and the plain
-    values that :func:`backbones.load_checkpoint` takes anyway, such as paths. Nothing else that a
-    pickle could name is allowed by this.
+    These are its log buffers (NumPy arrays, and names of the buffers' statistics) and the plain
+    values that :func:`backbones.load_checkpoint` accepts anyway, such as paths. Nothing else is
+    allowed in pickles.
     """
     torch.serialization.add_safe_globals([*HARMLESS, (HistoryBuffer, LOG_BUFFER)])
 
 
 def _load(model: nn.Module, checkpoint: str) -> None:
-    """Load a file, a URL, or published weights by their name."""
+    """Load a file, a URL, or published weights by name."""
     name, _, tag = checkpoint.partition(".")
     published = published_weights(name) if name in list_models() else {}
     if tag in published:

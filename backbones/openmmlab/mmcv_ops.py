@@ -1,8 +1,7 @@
-"""mmcv's compiled operators, as far as torchvision has them, for an mmcv without a compiler.
+"""Replacement of mmcv's compiled operators by torchvision's, where available.
 
-``mmcv-lite`` is mmcv without its extension ``mmcv._ext``, which mmdet imports all the same. What
-stands in for it here computes the same numbers; operators that torchvision lacks raise only when
-they are called.
+``mmcv-lite`` lacks mmcv's extension ``mmcv._ext``, which mmdet imports anyway. This replacement
+computes the same values; operators that torchvision lacks raise an error when called.
 """
 
 from __future__ import annotations
@@ -25,23 +24,23 @@ _NAME = "mmcv._ext"
 
 
 def install() -> bool:
-    """Put the stand-in in place of ``mmcv._ext`` unless the compiled one is there.
+    """Install the replacement as ``mmcv._ext``, unless the compiled extension is available.
 
     Call it before ``mmcv.ops`` is imported.
 
     Returns:
-        Whether the stand-in is in use.
+        Whether the replacement is in use.
     """
     present = sys.modules.get(_NAME)
     if present is None and importlib.util.find_spec(_NAME) is None:
         present = sys.modules[_NAME] = _StandIn(_NAME, __doc__)
-        # mmengine asks for the loader to know whether mmcv is compiled: it is not.
+        # mmengine uses the loader to detect whether mmcv is compiled, which it is not.
         present.__spec__ = ModuleSpec(_NAME, None)
     return isinstance(present, _StandIn)
 
 
 def nms(bboxes: Tensor, scores: Tensor, iou_threshold: float, offset: int) -> Tensor:
-    """Indices of the boxes (N, 4) that stay, best first; ``offset`` 1 counts edges as inside."""
+    """Indices of the kept boxes (N, 4), best first; ``offset`` 1 includes the edge pixels."""
     if offset:
         bboxes = bboxes + bboxes.new_tensor([0, 0, offset, offset])
     return torchvision.ops.nms(_known(bboxes), _known(scores), iou_threshold)
@@ -60,7 +59,7 @@ def roi_align_forward(
     pool_mode: int,
     aligned: bool,
 ) -> None:
-    """Average of each cell of each region (K, 5) of ``input`` (B, C, H, W), into ``output``."""
+    """RoIAlign of the regions (K, 5) of ``input`` (B, C, H, W), written to ``output``."""
     _only_average(pool_mode)
     size = (aligned_height, aligned_width)
     output.copy_(
@@ -83,7 +82,7 @@ def roi_align_backward(
     pool_mode: int,
     aligned: bool,
 ) -> None:
-    """Gradient of :func:`roi_align_forward`, into ``grad_input``."""
+    """Gradient of :func:`roi_align_forward`, written to ``grad_input``."""
     _only_average(pool_mode)
     size = (aligned_height, aligned_width)
     grad_input.copy_(
@@ -102,9 +101,9 @@ def roi_align_backward(
 def sigmoid_focal_loss_forward(
     input: Tensor, target: Tensor, weight: Tensor, output: Tensor, gamma: float, alpha: float
 ) -> None:
-    """Focal loss of logits (N, C) and classes (N,), where class C is background; into ``output``.
+    """Focal loss of logits (N, C) and classes (N,), where C is background, written to ``output``.
 
-    ``weight`` (C,) or empty multiplies the rows of its class; background counts once.
+    ``weight``, (C,) or empty, has the classes' weights; that of background is 1.
     """
     output.copy_(_focal_loss(input, target, weight, gamma, alpha))
 
@@ -112,7 +111,7 @@ def sigmoid_focal_loss_forward(
 def sigmoid_focal_loss_backward(
     input: Tensor, target: Tensor, weight: Tensor, grad_input: Tensor, gamma: float, alpha: float
 ) -> None:
-    """Gradient of the sum of :func:`sigmoid_focal_loss_forward`, into ``grad_input``."""
+    """Gradient of the sum of :func:`sigmoid_focal_loss_forward`, written to ``grad_input``."""
     with torch.enable_grad():
         logits = input.detach().requires_grad_()
         loss = _focal_loss(logits, target, weight, gamma, alpha).sum()
@@ -141,7 +140,7 @@ def _only_average(pool_mode: int) -> None:
 
 
 class _StandIn(ModuleType):
-    """The module: what is above, and an explanation in place of everything else."""
+    """The module: the functions above, and explanatory errors for everything else."""
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
@@ -150,7 +149,7 @@ class _StandIn(ModuleType):
 
 
 class _Missing:
-    """An operator that nothing stands in for."""
+    """A missing operator, which raises an error when called."""
 
     def __init__(self, name: str) -> None:
         self.name = name

@@ -1,4 +1,4 @@
-"""Necks for backbones that begin at stride 16, or never leave it, registered with mmengine."""
+"""Necks for backbones that start at, or stay at, stride 16, registered with mmengine."""
 
 from __future__ import annotations
 
@@ -18,20 +18,20 @@ __all__ = ["SimpleFPN", "TransposedFPN"]
 
 @MODELS.register_module()
 class SimpleFPN(BaseModule):
-    """Feature pyramid of the last map alone, for backbones of one resolution.
+    """Feature pyramid from the last map, for single-resolution backbones.
 
     Of "Exploring Plain Vision Transformer Backbones for Object Detection",
     https://arxiv.org/abs/2203.16527: :class:`ops.pyramid.SimplePyramid`, then a 1×1 and a 3×3
-    convolution a level, each with a norm over channels; coarser levels by subsampling.
+    convolution per level, each with a norm over channels; coarser levels by subsampling.
 
     Args:
-        in_channels: of the backbone's last map; of several, the last one is used.
+        in_channels: of the backbone's last map; of a list, the last value is used.
         out_channels: of every level.
         num_outs: number of levels returned, 4 (strides 4 to 32) or more.
         init_cfg: mmengine's initialisation.
 
     Raises:
-        ValueError: fewer levels, or a map that does not have ``in_channels``.
+        ValueError: fewer levels than 4, or a map with other channels than ``in_channels``.
     """
 
     def __init__(
@@ -72,24 +72,24 @@ class SimpleFPN(BaseModule):
 
 @MODELS.register_module()
 class TransposedFPN(BaseModule):
-    """Feature pyramid that grows finer levels by transposed convolution.
+    """Feature pyramid with finer levels from transposed convolutions.
 
-    For backbones that start at stride 16, as the detectors of Liu et al., "EfficientViT",
-    https://arxiv.org/abs/2305.07027, and Yun and Ro, "SHViT", https://arxiv.org/abs/2401.16456, do:
-    1×1 laterals and their top-down sums, as in any FPN; 2×2 transposed convolutions of stride 2
-    that go on from the finest sum; a 3×3 convolution a level; coarser levels by subsampling. That
-    is what both papers' published detectors compute with their ``EfficientViTFPN``.
+    For backbones that start at stride 16, as in the detectors of Liu et al., "EfficientViT",
+    https://arxiv.org/abs/2305.07027, and Yun and Ro, "SHViT", https://arxiv.org/abs/2401.16456:
+    1×1 lateral convolutions and top-down sums, as in any FPN; 2×2 transposed convolutions of
+    stride 2 from the finest sum; a 3×3 convolution per level; coarser levels by subsampling. Both
+    papers' published detectors compute the same with their ``EfficientViTFPN``.
 
     Args:
         in_channels: of the backbone's maps, fine to coarse.
         out_channels: of every level.
         num_outs: number of levels returned.
-        num_transposed: how many of them come first, finer than the backbone's finest: 1 for
-            RetinaNet (from stride 8), 2 for Mask R-CNN (from stride 4).
+        num_transposed: number of levels finer than the backbone's finest: 1 for RetinaNet (from
+            stride 8), 2 for Mask R-CNN (from stride 4).
         init_cfg: mmengine's initialisation.
 
     Raises:
-        ValueError: fewer levels than there are, or maps that do not have ``in_channels``.
+        ValueError: too few levels, or maps with other channels than ``in_channels``.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class TransposedFPN(BaseModule):
 
 
 def _with_coarser(maps: list[Tensor], count: int) -> tuple[Tensor, ...]:
-    """``count`` maps: those given, and every other pixel of the last one again and again."""
+    """``count`` maps: the given ones, followed by repeated subsampling of the last one."""
     while len(maps) < count:
         maps.append(F.max_pool2d(maps[-1], 1, stride=2))
     return tuple(maps)

@@ -1,12 +1,12 @@
-"""A small detection and segmentation set from two pictures inside scikit-image.
+"""A small detection and segmentation data set from two pictures bundled with scikit-image.
 
-Coins (the greek ones of Pompeii) and galaxies (Hubble's deep field, enlarged twice) take turns. The
-left part of each picture gives the training images, the right one those of validation, so that no
-pixel is in both (of one coin, each side may have a half). Boxes and masks are the pictures' own
-segmentations: for coins a watershed of the gradient from dark and bright markers, holes filled; for
-galaxies what is brighter than a threshold after smoothing; then the parts are labelled. The folder
-holds ``images/{train,val}/*.png``, their COCO annotations ``{train,val}.json`` and, for mmseg,
-``masks/{train,val}/*.png`` with 1 on coins and 2 on galaxies.
+Images alternate between coins (Greek coins from Pompeii) and galaxies (Hubble's deep field,
+enlarged twice). Training images come from the left part of each picture, validation images from
+the right part, so that they share no pixels (a coin may be split between both). Boxes and masks
+come from segmentations: for coins, a watershed of the gradient from dark and bright markers with
+filled holes; for galaxies, a threshold after smoothing; followed by connected components. The
+folder contains ``images/{train,val}/*.png``, their COCO annotations ``{train,val}.json`` and, for
+mmseg, ``masks/{train,val}/*.png`` with 1 for coins and 2 for galaxies.
 """
 
 from __future__ import annotations
@@ -29,27 +29,29 @@ __all__ = ["make_once", "write_set"]
 
 CLASSES = ("coin", "galaxy")
 SIDE = 128
-# Columns left of this share of the width are for training.
+# Columns left of this fraction of the width are for training.
 SPLIT = 0.63
 SMALLEST = 300
 
 
 def make_once(folder: Path, train: int, val: int) -> None:
-    """:func:`write_set`, unless the set is there; of several processes that ask, one makes it."""
+    """:func:`write_set`, unless the data set exists; among several processes, only one does."""
     if _is_whole(folder):
         return
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.lock")):
         if not _is_whole(folder):
-            sys.stdout.write(f"making {folder}: {train} images to train, {val} to validate\n")
+            sys.stdout.write(
+                f"creating {folder}: {train} training images, {val} validation images\n"
+            )
             write_set(folder, train, val)
 
 
 def write_set(folder: Path, train: int, val: int) -> None:
-    """Write the set; every file is written elsewhere first, and replaces one of its name.
+    """Write the data set; every file is written atomically and replaces an existing one.
 
     Args:
-        train, val: how many images.
+        train, val: numbers of images.
 
     Raises:
         ValueError: a number of images below 1.
@@ -80,12 +82,12 @@ def write_set(folder: Path, train: int, val: int) -> None:
 
 
 def _is_whole(folder: Path) -> bool:
-    """Whether the annotations are there, which :func:`write_set` moves last."""
+    """Whether the annotations exist, which :func:`write_set` writes last."""
     return all((folder / name).is_file() for name in ("train.json", "val.json"))
 
 
 def label_coins() -> tuple[np.ndarray, np.ndarray]:
-    """The picture (H, W, 3) in 8 bits, and the number of the coin at each pixel, 0 for none."""
+    """The 8-bit picture (H, W, 3), and the label of the coin at each pixel, 0 for none."""
     picture = data.coins()
     markers = np.zeros(picture.shape, dtype=np.int32)
     markers[picture < 30] = 1
@@ -108,9 +110,9 @@ def label_galaxies() -> tuple[np.ndarray, np.ndarray]:
 def make_crops(
     picture: np.ndarray, labels: np.ndarray, count: int, rng: np.random.Generator
 ) -> list[tuple[np.ndarray, np.ndarray]]:
-    """``count`` crops of SIDE×SIDE, turned and mirrored, of the picture and its labels.
+    """``count`` randomly rotated and mirrored crops of SIDE×SIDE of the picture and its labels.
 
-    Each holds at least one object.
+    Each contains at least one object.
     """
     crops: list[tuple[np.ndarray, np.ndarray]] = []
     while len(crops) < count:
@@ -131,7 +133,7 @@ def write_split(
     """Write images, masks and annotations of a split; returns the annotations.
 
     Args:
-        crops: category (from 1), picture and labels of each.
+        crops: category (from 1), picture and labels of each image.
     """
     coco: dict[str, Any] = {
         "images": [],

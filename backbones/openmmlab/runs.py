@@ -1,4 +1,4 @@
-"""What the tools for mmdet and mmseg share: arguments, the config they make, data, processes."""
+"""Shared by the tools for mmdet and mmseg: arguments, config, data, process groups."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ __all__ = ["load_config", "processes", "provide_data", "shared_arguments"]
 
 
 def shared_arguments(description: str) -> argparse.ArgumentParser:
-    """The arguments that training and testing have in common."""
+    """The common arguments of training and testing."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -35,11 +35,11 @@ def shared_arguments(description: str) -> argparse.ArgumentParser:
 
 
 def load_config(args: argparse.Namespace) -> Config:
-    """The config with its overrides, its folder, and norms that the devices at hand can run.
+    """The config with overrides, work folder, and norms that the available devices support.
 
     Raises:
         FileNotFoundError: no such config.
-        ValueError: the parts of the model do not fit together, or a launcher that needs CUDA.
+        ValueError: incompatible parts of the model, or a launcher that needs CUDA.
     """
     cfg = Config.fromfile(args.config)
     if args.cfg_options:
@@ -55,7 +55,7 @@ def load_config(args: argparse.Namespace) -> Config:
 
 
 def _for_cpus(cfg: Config, launcher: str) -> None:
-    """What a run of several processes has otherwise where there is no GPU."""
+    """Adjust the config of a multi-process run without GPUs."""
     if launcher != "pytorch" or "RANK" not in os.environ:
         raise ValueError(
             f"--launcher {launcher} needs CUDA here; on CPUs use --launcher none, or --launcher "
@@ -69,13 +69,13 @@ def _for_cpus(cfg: Config, launcher: str) -> None:
 
 
 def provide_data(cfg: Config, files: Iterable[Path] | None = None) -> None:
-    """Make the set that a config names as its ``quickstart_data``, if it is not there.
+    """Create the config's ``quickstart_data``, if it has one that does not exist.
 
     Args:
-        files: those that will be read, where that is not the whole set.
+        files: the files to be read, if not the whole data set.
 
     Raises:
-        FileNotFoundError: a package is missing that the set is made with.
+        FileNotFoundError: a required package is missing.
         ValueError: a number of images below 1.
     """
     data = cfg.get("quickstart_data")
@@ -95,11 +95,10 @@ def provide_data(cfg: Config, files: Iterable[Path] | None = None) -> None:
 
 @contextmanager
 def processes(cfg: Config) -> Iterator[None]:
-    """Within it, the processes that torchrun started without a GPU are a group.
+    """Create the process group for processes that torchrun started without GPUs.
 
-    mmengine's own launchers would ask for a GPU; they leave a group alone that is there already.
-    ``env_cfg.dist_cfg.timeout`` is in seconds, as theirs. Where there is a GPU, or one process,
-    nothing is done here.
+    mmengine's launchers require a GPU, but reuse an existing group. ``env_cfg.dist_cfg.timeout`` is
+    in seconds, as there. With a GPU, or a single process, this does nothing.
     """
     if cfg.launcher == "none" or torch.cuda.is_available() or distributed.is_initialized():
         yield
@@ -108,8 +107,8 @@ def processes(cfg: Config) -> Iterator[None]:
     distributed.init_process_group("gloo", timeout=seconds and timedelta(seconds=seconds))
     try:
         yield
-        # Who is done first would cut the connections that the others still use.
+        # The first process to finish would close connections that the others still use.
         distributed.barrier()
     finally:
-        # Before the interpreter ends, which takes its threads by surprise.
+        # Before the interpreter shuts down while the group's threads are running.
         leave_processes()

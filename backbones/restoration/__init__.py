@@ -1,1 +1,1 @@
-"""Image restoration from picture to picture; never imported by ``import backbones``."""
+"""Image restoration; not imported by ``import backbones``."""

@@ -1,4 +1,4 @@
-"""Pairs of spoilt and true patches, cut while training; what they are follows from a seed."""
+"""Reproducible pairs of degraded and ground-truth patches, cropped during training."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Pair = tuple[Tensor, Tensor]
 
 
 def find_pictures(what: str, training: bool) -> list[Path]:
-    """The files of a folder and what lies below it, of a glob, or of ``photographs``.
+    """The files of a folder (recursively), of a glob, or of ``photographs``.
 
     Raises:
         DataError: there are none.
@@ -65,7 +65,7 @@ def to_tensor(pixels: np.ndarray, channels: int) -> Tensor:
 
 
 def load_truth(path: Path, channels: int, scale: int) -> Tensor:
-    """A picture as (channels, H, W) in 0 … 1, cut to multiples of ``scale``.
+    """A picture as (channels, H, W) in 0 … 1, cropped to multiples of ``scale``.
 
     Raises:
         PictureError: it cannot be read, or is smaller than ``scale``.
@@ -78,13 +78,13 @@ def load_truth(path: Path, channels: int, scale: int) -> Tensor:
 
 
 def spoil_whole(recipe: RestorationRecipe, truth: Tensor, scale: int, number: int) -> Pair:
-    """What the model gets to see of a validation picture, and what it should make of it.
+    """The model's input and the target for a validation picture, deterministically.
 
-    The same at every call. Of several noises or qualities the pictures get one in turn.
+    If there are several noise levels or qualities, pictures cycle through them.
 
     Args:
         truth: (C, H, W) in 0 … 1, sides multiples of ``scale``.
-        number: of the picture.
+        number: index of the picture.
     """
     generator = np.random.default_rng(mix_seed(0, number))
     if recipe.task == "denoise":
@@ -110,13 +110,13 @@ def _spoil(
 
 
 class Patches(Dataset[Pair]):
-    """Pairs (C, p, p) and (C, p·scale, p·scale); an unreadable picture gives way to another.
+    """Pairs (C, p, p) and (C, p·scale, p·scale); unreadable pictures are replaced by others.
 
     Args:
         paths: the pictures.
         recipe: the task and the size of the patches.
         scale: of the model.
-        corrupt: where unreadable pictures are noted.
+        corrupt: records unreadable pictures.
     """
 
     def __init__(
@@ -134,7 +134,7 @@ class Patches(Dataset[Pair]):
         return self.cut(pixels, generator)
 
     def cut(self, pixels: np.ndarray, generator: np.random.Generator) -> Pair:
-        """A patch at random from (H, W, C) of integers, spoilt at random."""
+        """A random patch from (H, W, C) of integers, randomly degraded."""
         scale, side = self.scale, self.recipe.patch_size * self.scale
         rows, columns = ((n // scale) * scale for n in pixels.shape[:2])
         top = int(generator.integers((rows - side) // scale + 1)) * scale
@@ -180,16 +180,16 @@ class Patches(Dataset[Pair]):
 
 
 def _flip(x: Tensor, which: int) -> Tensor:
-    """One of the 8 symmetries of the square: bits for rows, columns, diagonal."""
+    """One of the 8 symmetries of the square: bits for flipping rows, columns and the diagonal."""
     axes = [axis for bit, axis in ((1, 1), (2, 2)) if which & bit]
     x = x.flip(axes) if axes else x
     return (x.transpose(1, 2) if which & 4 else x).contiguous()
 
 
 class PatchLoader:
-    """Batches of patches, by epoch; what is in them depends on seed, epoch and position alone.
+    """Batches of patches, by epoch, which depend only on seed, epoch and position.
 
-    Args: as :class:`Patches`, and
+    Args: as in :class:`Patches`, and
         world: this process among all.
     """
 
@@ -203,7 +203,7 @@ class PatchLoader:
     ) -> None:
         self.paths, self.recipe, self.world = paths, recipe, world
         self.batches = batches = recipe.updates_per_epoch * recipe.accum_steps
-        # The sampler draws without putting back: as many numbers as patches, modulo the pictures.
+        # The sampler draws without replacement: as many numbers as patches, modulo the pictures.
         self._sampler = TrainSampler(
             batches * recipe.batch_size * world.size, replace(recipe, aug_repeats=0), world
         )
@@ -229,7 +229,7 @@ class PatchLoader:
             self._current.close()
 
     def names(self, epoch: int, update: int) -> list[str]:
-        """What this process's pictures of one update are called."""
+        """Names of this process's pictures of an update."""
         accum = self.recipe.accum_steps
         batches = range(update * accum, (update + 1) * accum)
         keys = [key for batch in batches for key in self._sampler.batch(epoch, batch)]

@@ -1,8 +1,8 @@
-"""How training images are spoilt: noise, JPEG, and the chain of Real-ESRGAN for real photographs.
+"""Degradations of training images: noise, JPEG, and Real-ESRGAN's chain for real photographs.
 
 Xintao Wang et al., "Real-ESRGAN: Training Real-World Blind Super-Resolution with Pure Synthetic
 Data", https://arxiv.org/abs/2107.10833: blur, resize, noise and JPEG, twice, and a sinc filter for
-ringing. Everything random comes from the generator that is given.
+ringing. All random numbers come from the given generator.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def add_noise(image: Tensor, sigma: float, generator: np.random.Generator) -> Te
 
 
 def compress(image: Tensor, quality: int) -> Tensor:
-    """What is left of (C, H, W) in 0 … 1 after JPEG of ``quality`` 1 … 100; C is 1 or 3.
+    """Compress (C, H, W) in 0 … 1 as JPEG of ``quality`` 1 … 100 and decode it; C is 1 or 3.
 
-    Colour is halved in resolution, as Pillow and most cameras do.
+    Uses 4:2:0 chroma subsampling, like Pillow and most cameras.
     """
     pixels = (image.clamp(0, 1) * 255).round().byte().permute(1, 2, 0).squeeze(2).numpy()
     data = io.BytesIO()
@@ -89,7 +89,7 @@ def gaussian_kernel(
 
 
 def sinc_kernel(size: int, cutoff: float) -> Tensor:
-    """A circular low-pass filter of (size, size) that rings; ``cutoff`` in radians a pixel."""
+    """A circular sinc (low-pass) filter of (size, size); ``cutoff`` in radians per pixel."""
     places = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
     radius = (places[:, None] ** 2 + places**2).sqrt()
     centre = radius == 0
@@ -113,7 +113,7 @@ def sharpen(image: Tensor, weight: float = 0.5, radius: int = 50, threshold: flo
 
 
 def _blur_separably(image: Tensor, taps: Tensor) -> Tensor:
-    """With edges mirrored back and forth, so that the kernel may be larger than the image."""
+    """With repeatedly mirrored edges, so that the kernel may be larger than the image."""
     margin = len(taps) // 2
     for axis in (1, 2):
         size = image.shape[axis]
@@ -129,9 +129,9 @@ class Pass:
     """Ranges of one of the two passes, from the paper's supplement.
 
     Attributes:
-        blur: probability of it.
+        blur: probability of blurring.
         sigma: of the blur, in pixels.
-        resize: probabilities of growing, shrinking, keeping the size.
+        resize: probabilities of enlarging, reducing, keeping the size.
         factor: smallest and largest.
         noise: σ of Gaussian noise, of 255.
         shot: scale of Poisson noise.
@@ -154,14 +154,14 @@ _SINC, _FINAL_SINC, _GREY_NOISE, _GAUSSIAN_NOISE = 0.1, 0.8, 0.4, 0.5
 
 
 def real_world(image: Tensor, scale: int, generator: np.random.Generator) -> Tensor:
-    """Spoil an image as cameras, editors and the internet do.
+    """Degrade an image with Real-ESRGAN's chain.
 
     Args:
         image: (3, H, W) in 0 … 1; sides are multiples of ``scale``.
-        scale: how much smaller the result is.
+        scale: reduction of the size.
 
     Returns:
-        (3, H / scale, W / scale) in 0 … 1, with 8 bits.
+        (3, H / scale, W / scale) in 0 … 1, rounded to 8 bits.
     """
     height, width = image.shape[1:]
     x = _half(image, FIRST_PASS, (height, width), generator)
@@ -185,7 +185,7 @@ def real_world(image: Tensor, scale: int, generator: np.random.Generator) -> Ten
 def _half(
     x: Tensor, ranges: Pass, reference: tuple[int, int], generator: np.random.Generator
 ) -> Tensor:
-    """Blur, resize to a random share of ``reference``, noise."""
+    """Blur, resize to a random fraction of ``reference``, noise."""
     if generator.random() < ranges.blur:
         x = _fitting_blur(x, _random_kernel(ranges.sigma, generator))
     kind = generator.choice(3, p=ranges.resize)
@@ -203,7 +203,7 @@ def _half(
 
 
 def _shot_noise(x: Tensor, grey: bool, scale: float, generator: np.random.Generator) -> Tensor:
-    """Poisson noise as if the image had been counted with as many photons as it has grey levels."""
+    """Poisson noise with as many photons as the image has grey levels."""
     if grey:
         x = (0.299 * x[0] + 0.587 * x[1] + 0.114 * x[2]).unsqueeze(0)
     x = (x.clamp(0, 1) * 255).round() / 255
@@ -232,7 +232,7 @@ def _random_kernel(sigma: tuple[float, float], generator: np.random.Generator) -
 
 
 def _around_one(low: float, high: float, generator: np.random.Generator) -> float:
-    """Below and above 1 equally often."""
+    """A random value, below and above 1 with equal probability."""
     bounds = (low, 1.0) if generator.random() < 0.5 else (1.0, high)
     return float(generator.uniform(*bounds))
 
@@ -253,7 +253,7 @@ def _fitting_blur(x: Tensor, kernel: Tensor) -> Tensor:
 
 
 def _resize(x: Tensor, size: tuple[int, ...], generator: np.random.Generator) -> Tensor:
-    """By areas, bilinearly or bicubically: real tools differ."""
+    """Resize by area, bilinear or bicubic interpolation, at random."""
     mode = str(generator.choice(("area", "bilinear", "bicubic")))
     if mode == "bicubic":
         return resize_bicubic(x, size=(size[0], size[1]), antialias=False)

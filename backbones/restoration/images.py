@@ -1,4 +1,4 @@
-"""Picture files as arrays in 0 … 1 and back: every mode, 8 and 16 bits, nothing half-written."""
+"""Reading and writing of picture files: every mode, 8 and 16 bits, atomically."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from backbones.training.errors import DataError
 __all__ = ["SUFFIXES", "Picture", "PictureError", "read_picture", "read_size", "write_picture"]
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
-"""Endings of the files that a folder is searched for."""
+"""Suffixes of the files that folders are searched for."""
 _DEEP = (".png", ".tif", ".tiff")
 # A TIFF's own notes are EXIF too, and most of them say how the old file is built.
 _KEPT_TAGS = {
@@ -32,24 +32,24 @@ _KEPT_TAGS = {
     *(ExifTags.Base.Software, ExifTags.Base.DateTime, ExifTags.Base.Artist),
     *(ExifTags.Base.Copyright, ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo),
 }
-# What Pillow and torchvision (RuntimeError) raise of files that are damaged.
+# Exceptions of Pillow and torchvision (RuntimeError) for damaged files.
 _ERRORS = (*DECODE_ERRORS, RuntimeError)
 
 
 class PictureError(DataError):
-    """A file that is no picture we can read, or cannot be written; the message names it."""
+    """A picture that cannot be read or written; the message names the file."""
 
 
 @dataclass(frozen=True)
 class Picture:
-    """A picture upright, with what its file said of it.
+    """An upright picture with its metadata.
 
     Attributes:
-        pixels: uint8 or uint16 (H, W, 3), or (H, W, 1) of a grey one.
-        alpha: opacity, (H, W) of the same type; None where all is opaque.
-        icc: the colour profile, if it is one for such pixels.
-        exif: the camera's notes, without the orientation and what describes the old file.
-        note: what was left out, for people; "" if nothing.
+        pixels: uint8 or uint16 (H, W, 3), or (H, W, 1) if greyscale.
+        alpha: (H, W) of the same dtype; None if opaque.
+        icc: the ICC profile, if it matches the pixels.
+        exif: EXIF data, without the orientation and tags that describe the original file.
+        note: what was dropped, as text; "" if nothing.
     """
 
     pixels: np.ndarray
@@ -69,7 +69,7 @@ class Picture:
         return self.pixels.shape[2] == 1
 
     def with_pixels(self, pixels: np.ndarray, alpha: np.ndarray | None) -> Picture:
-        """The same file with other contents."""
+        """The same metadata with other pixels."""
         return replace(self, pixels=pixels, alpha=alpha)
 
     def show(self) -> Image.Image:
@@ -78,10 +78,10 @@ class Picture:
 
 
 def read_size(path: Path) -> tuple[int, int]:
-    """Height and width of the upright picture, from the file's head.
+    """Height and width of the upright picture, from the file's header.
 
     Raises:
-        PictureError: no picture.
+        PictureError: not a picture.
     """
     with _opened(path) as image:
         width, height = image.size
@@ -90,14 +90,14 @@ def read_size(path: Path) -> tuple[int, int]:
 
 
 def read_picture(path: Path) -> Picture:
-    """Read PNG, JPEG, WebP, TIFF or whatever else Pillow decodes by itself (not EPS).
+    """Read PNG, JPEG, WebP, TIFF, or any other format that Pillow decodes by itself (not EPS).
 
-    Palettes become RGB, CMYK and the like too, without its colour profile; the camera's orientation
-    is applied. 16 bits stay 16 bits (PNG; TIFF in colour if ``tifffile`` is installed). Of several
-    frames the first is taken, and :attr:`Picture.note` says so.
+    Palettes, CMYK and others become RGB, without their colour profile; EXIF orientation is applied.
+    16 bits are kept (PNG; colour TIFF if ``tifffile`` is installed). Of several frames, the first
+    is used, and :attr:`Picture.note` says so.
 
     Raises:
-        PictureError: missing, damaged, or of a kind that has no place here.
+        PictureError: missing, damaged, or of an unsupported kind.
     """
     with _opened(path) as image:
         image.load()
@@ -117,7 +117,7 @@ def read_picture(path: Path) -> Picture:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[Image.Image]:
-    """The file as Pillow opens it; whatever is wrong with it is a PictureError."""
+    """The file opened by Pillow; all errors become PictureErrors."""
     if not os.path.lexists(path):
         raise PictureError(f"there is no file {path}")
     if (problem := file_problem(path)) is not None:
@@ -134,17 +134,17 @@ def _opened(path: Path) -> Iterator[Image.Image]:
 
 
 def write_picture(path: Path, picture: Picture, quality: int = 95) -> None:
-    """Write the format of the ending; the file appears whole or not at all.
+    """Write a picture atomically, in the format of the file's suffix.
 
-    16 bits are kept in PNG and TIFF, alpha in PNG, WebP and TIFF; the camera's notes in all but BMP
-    and a TIFF of 16 bits.
+    16 bits are kept in PNG and TIFF, alpha in PNG, WebP and TIFF, and EXIF data in all formats
+    except BMP and 16-bit TIFF.
 
     Args:
         quality: of JPEG and WebP, 1 … 100.
 
     Raises:
-        PictureError: an ending that means no format we write, a format that cannot hold the
-            picture, or a disk that cannot.
+        PictureError: an unsupported suffix, a format that does not support the picture, or a
+            failed write.
     """
     suffix = path.suffix.lower()
     if suffix not in SUFFIXES:
@@ -175,7 +175,7 @@ def write_picture(path: Path, picture: Picture, quality: int = 95) -> None:
 
 
 def _notes(image: Image.Image) -> bytes | None:
-    """What the camera noted and is still true of another picture made of this one."""
+    """EXIF tags that remain valid for a picture made from this one."""
     with suppress(*DECODE_ERRORS):  # damaged notes spoil no pixel
         exif = image.getexif()
         for tag in set(exif) - _KEPT_TAGS:
@@ -188,20 +188,20 @@ def _notes(image: Image.Image) -> bytes | None:
 
 
 def _has_directories(notes: bytes | None) -> bool:
-    """Whether there are notes of the camera or a place: Pillow cannot compress a TIFF with them."""
+    """Whether there are camera or GPS tags, with which Pillow can't compress a TIFF."""
     exif = Image.Exif()
     exif.load(notes or b"")
     return not {ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo}.isdisjoint(exif)
 
 
 def _profile_fits(icc: bytes | None, channels: int) -> bool:
-    """Whether a colour profile is of grey or of RGB, as the pixels are: CMYK became RGB."""
+    """Whether a colour profile matches the pixels, greyscale or RGB (CMYK became RGB)."""
     return icc is not None and icc[16:20] == (b"GRAY" if channels == 1 else b"RGB ")
 
 
 def _explain(path: Path, error: BaseException) -> str:
     if isinstance(error, UnidentifiedImageError) and error.__cause__ is None:
-        return f"{path} is no picture that can be read (damaged, or another kind of file)"
+        return f"{path} is not a readable picture (damaged, or another kind of file)"
     return f"{path} cannot be read: {error}"
 
 
@@ -221,7 +221,7 @@ def _arrays(image: Image.Image, path: Path) -> tuple[np.ndarray, np.ndarray | No
         array = array.astype(np.uint16)[:, :, None]
         return array, _opacity_but(image.info.get("transparency"), array)
     if image.mode == "F":
-        raise PictureError(f"{path} holds floating-point values; save it with 8 or 16 bits")
+        raise PictureError(f"{path} has floating-point values; save it with 8 or 16 bits")
     if image.mode in ("P", "PA", "1", "L", "LA") or "transparency" in image.info:
         clear = "transparency" in image.info or image.mode in ("PA", "LA")
         grey = image.mode in ("1", "L", "LA")
@@ -238,14 +238,14 @@ def _arrays(image: Image.Image, path: Path) -> tuple[np.ndarray, np.ndarray | No
 
 
 def _opacity_but(clear: int | tuple[int, ...] | None, pixels: np.ndarray) -> np.ndarray | None:
-    """Opacity of 16-bit pixels (H, W, C) of which one colour is transparent; None without one."""
+    """Alpha of 16-bit pixels (H, W, C) with one transparent colour; None without one."""
     if clear is None:
         return None
     return np.where((pixels == np.array(clear)).all(2), 0, 65535).astype(np.uint16)
 
 
 def _is_deep_colour(image: Image.Image) -> bool:
-    """Whether the file has 16 bits of several channels, of which Pillow would keep 8."""
+    """Whether the file has several 16-bit channels, which Pillow would reduce to 8 bits."""
     if image.format == "PNG":
         with open(image.filename, "rb") as file:  # type: ignore[attr-defined]
             head = file.read(26)
@@ -281,7 +281,7 @@ _ON_THEIR_SIDE = (5, 6, 7, 8)
 
 
 def _upright(array: np.ndarray, orientation: object) -> np.ndarray:
-    """Turn and mirror as EXIF's orientation 1 … 8 asks; other values ask for nothing."""
+    """Apply the EXIF orientation 1 … 8; other values are ignored."""
     if orientation in _ON_THEIR_SIDE:
         array = array.swapaxes(0, 1)
     if orientation in (3, 4, 7, 8):

@@ -1,4 +1,4 @@
-"""How much memory a network needs for a tile: measured on a small one, then scaled by its area."""
+"""Memory requirement of a network per tile: measured on a small tile, then scaled by area."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ from backbones.training.progress import peak_memory
 
 __all__ = ["available_memory", "bytes_per_pixel", "live_bytes", "peak_bytes", "used_memory"]
 
-# Measured: what kernels take for themselves and, above all, what the allocator keeps of tensors
-# below 32 MiB after they are freed make almost twice of what is alive.
+# Measured: workspaces of kernels and, above all, freed tensors below 32 MiB that the allocator
+# keeps almost double the live memory.
 _MARGIN = 2.0
-# oneDNN and cuDNN may repack what goes in and what comes out.
+# oneDNN and cuDNN may reorder inputs and outputs.
 _REPACKING = ("aten::convolution", "aten::mkldnn_convolution", "aten::_convolution")
 
 
 class _LiveTensors(TorchDispatchMode):
-    """Counts the bytes of the tensors that were made inside and are still alive."""
+    """Counts the bytes of live tensors that were created inside the block."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -68,8 +68,8 @@ def bytes_per_pixel(network: Callable[[Tensor], Tensor], x: Tensor) -> float:
     """Peak memory of ``network(x)`` over the pixels of ``x``, with a margin.
 
     Args:
-        network: whose memory grows as its input does, as that of windows and convolutions. It runs
-            twice: what it makes at its first call and keeps, as packed weights, is no pixel's.
+        network: with memory proportional to its input. It runs twice, to exclude what it creates
+            and keeps in the first call, such as packed weights.
         x: (B, C, H, W), small but as large as two windows.
     """
     network(x)
@@ -77,7 +77,7 @@ def bytes_per_pixel(network: Callable[[Tensor], Tensor], x: Tensor) -> float:
 
 
 def live_bytes(network: Callable[[Tensor], Tensor], x: Tensor) -> int:
-    """The most bytes of tensors made by ``network(x)`` that are alive at once."""
+    """Peak number of bytes of live tensors created by ``network(x)``."""
     live = _LiveTensors()
     with live:
         network(x)
@@ -85,17 +85,17 @@ def live_bytes(network: Callable[[Tensor], Tensor], x: Tensor) -> int:
 
 
 def peak_bytes(network: nn.Module, shape: Sequence[int]) -> float:
-    """Bytes that ``network`` takes for an input of that shape, beside its weights; without running.
+    """Bytes that ``network`` needs for an input of that shape, without weights and without running.
 
-    A copy of it is followed on the meta device. Nothing is added for what kernels take for
-    themselves and what the allocator keeps.
+    A copy is traced on the meta device. Workspaces of kernels and memory kept by the allocator are
+    not included.
 
     Args:
-        network: of plain layers; fused ones work in tiles, as many calls as the size asks for.
-        shape: of float32 values (B, C, H, W).
+        network: with plain layers; fused ones work in tiles.
+        shape: (B, C, H, W), float32.
 
     Returns:
-        Infinity if no address space would hold one of its tensors.
+        Bytes; infinity if a tensor would exceed the address space.
     """
     shadow = copy.deepcopy(network).to("meta").eval()
     try:
@@ -108,7 +108,7 @@ def peak_bytes(network: nn.Module, shape: Sequence[int]) -> float:
 
 
 def used_memory(device: torch.device) -> int:
-    """Bytes that this process has on the device now; for a CPU, of the machine's memory."""
+    """Bytes that this process currently uses on the device or, for a CPU, of main memory."""
     if device.type == "cuda":
         return torch.cuda.memory_reserved(device)
     try:
@@ -121,10 +121,10 @@ def used_memory(device: torch.device) -> int:
 
 
 def available_memory(device: torch.device, unknown: int = 4 * 2**30) -> int:
-    """Bytes that could still be taken: of the GPU; of the machine and its control group.
+    """Available bytes of the GPU, or of main memory within the control group.
 
     Args:
-        unknown: the answer where the system does not say.
+        unknown: returned if the system does not provide it.
     """
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]

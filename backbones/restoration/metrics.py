@@ -1,4 +1,4 @@
-"""PSNR and SSIM on the luma, with the border cut off, as super-resolution papers report them.
+"""PSNR and SSIM on luma without the border, as reported in super-resolution papers.
 
 SSIM: Zhou Wang et al., "Image Quality Assessment: From Error Visibility to Structural Similarity"
 (2004). Luma: ITU-R BT.601 in the studio range 16 … 235, MATLAB's ``rgb2ycbcr``.
@@ -16,7 +16,7 @@ __all__ = ["luma", "psnr", "quality", "quantize", "ssim"]
 
 
 def quantize(image: Tensor) -> Tensor:
-    """Values in 0 … 1 as they are after being saved with 8 bits."""
+    """Round values in 0 … 1 to 8 bits."""
     return (image.clamp(0, 1) * 255).round() / 255
 
 
@@ -70,11 +70,11 @@ def ssim(image: Tensor, truth: Tensor) -> float:
 
 
 def quality(image: Tensor, truth: Tensor, border: int) -> dict[str, float]:
-    """``psnr_y`` and ``ssim_y`` of an image that is saved with 8 bits.
+    """``psnr_y`` and ``ssim_y`` of an image rounded to 8 bits.
 
     Args:
         image, truth: (C, H, W) in 0 … 1.
-        border: pixels to cut off at each side; papers take the scale of the super-resolution.
+        border: pixels to crop at each side; papers use the scale factor.
     """
     _same_shape(image, truth)
     pair = [luma(quantize(t)) for t in (image, truth)]

@@ -1,4 +1,4 @@
-"""Pictures side by side with captions, all showing the same detail at the same size."""
+"""Comparison figures: the same detail of several pictures side by side, with captions."""
 
 from __future__ import annotations
 
@@ -28,9 +28,8 @@ class Panel:
 
     Attributes:
         name: above it.
-        image: (C, H, W) in 0 … 1, C 1 or 3; smaller ones than the others are enlarged pixel by
-            pixel.
-        text: in a second line.
+        image: (C, H, W) in 0 … 1, C 1 or 3; smaller images are enlarged by nearest neighbour.
+        text: second line of the caption.
     """
 
     name: str
@@ -43,8 +42,8 @@ def most_detailed(image: Tensor, side: int, step: int) -> Window:
 
     Args:
         image: (C, H, W).
-        side: of the square; smaller images are taken whole.
-        step: the square begins and ends at multiples of it.
+        side: of the square; smaller images are used entirely.
+        step: the square starts and ends at multiples of it.
     """
     grey = image.mean(0, keepdim=True)
     height, width = grey.shape[1:]
@@ -70,11 +69,11 @@ def draw_panels(
     """Write a PNG with the panels in a row.
 
     Args:
-        path: the file; it appears whole or not at all.
-        panels: the largest of them sets the measure; the others are a whole number smaller.
+        path: the file, written atomically.
+        panels: sizes of the images are integer fractions of the largest.
         window: top, left, bottom, right in pixels of the largest.
-        title: above all.
-        least: width of a panel; smaller details are enlarged by a whole factor.
+        title: of the figure.
+        least: minimum width of a panel; smaller details are enlarged by an integer factor.
     """
     largest = max(panel.image.shape[2] for panel in panels)
     top, left, bottom, right = window

@@ -1,4 +1,4 @@
-"""Photographs that scikit-image and scikit-learn carry inside them: nothing to download."""
+"""Photographs bundled with scikit-image and scikit-learn, which need no download."""
 
 from __future__ import annotations
 
@@ -34,5 +34,5 @@ def find_photographs(names: tuple[str, ...]) -> list[Path]:
     paths = [(of_sklearn if n in _OF_SKLEARN else of_skimage) / n for n in names]
     for path in paths:
         if not path.is_file():
-            raise FileNotFoundError(f"this version of the package does not carry {path.name}")
+            raise FileNotFoundError(f"this version of the package does not include {path.name}")
     return paths

@@ -1,4 +1,4 @@
-"""The recipe of a restoration training: the keys that any training has, and what to restore."""
+"""The recipe of a restoration training: the keys of any training, and the restoration task."""
 
 from __future__ import annotations
 
@@ -62,34 +62,34 @@ class RestorationRecipe(Recipe):
     decay_milestones: tuple[int, ...] = key("schedule", (50, 80, 90, 95), "multistep, in epochs")
     decay_rate: float = key("schedule", 0.5, "step, multistep, plateau: factor; poly: power")
     ema: bool = key("ema", True, "keep one, validate it and save it as the best weights")
-    ema_decay: float = key("ema", 0.999, "share of the old average that an update keeps")
+    ema_decay: float = key("ema", 0.999, "fraction of the old average that an update keeps")
     eval_every: int = key("run", 1, "epochs between two validations")
 
     # --- what is restored
     task: str = key(
         "task",
         "sr",
-        "sr: smaller by the model's upscale (bicubic, as MATLAB); denoise: Gaussian noise; jpeg: "
-        "its artifacts; real: the chain of Real-ESRGAN",
+        "sr: downscaled by the model's upscale (bicubic, as in MATLAB); denoise: Gaussian noise; "
+        "jpeg: JPEG artifacts; real: the chain of Real-ESRGAN",
         ("sr", "denoise", "jpeg", "real"),
     )
-    sigma: tuple[float, ...] = key("task", (25.0,), "denoise: σ of 255; of several, one at random")
+    sigma: tuple[float, ...] = key("task", (25.0,), "denoise: σ in 0 … 255; several: one at random")
     quality: tuple[int, ...] = key("task", (10, 40), "jpeg: lowest and highest quality")
-    usm: bool = key("task", True, "real: the truth is sharpened, as published")
+    usm: bool = key("task", True, "real: sharpen the ground truth, as published")
 
     # --- the pictures
     train_pictures: str = key(
-        "pictures", "", "folder of pictures, a glob, or photographs: those inside scikit-image"
+        "pictures", "", "folder of pictures, a glob, or photographs (bundled with scikit-image)"
     )
     val_pictures: str = key("pictures", "", "the same for validation")
-    patch_size: int = key("pictures", 64, "side of the patches that the model sees, in pixels")
+    patch_size: int = key("pictures", 64, "side of the model's input patches, in pixels")
     updates_per_epoch: int = key("pictures", 5000, "length of an epoch")
-    symmetries: bool = key("pictures", True, "flip and turn patches at random")
+    symmetries: bool = key("pictures", True, "random flips and rotations of patches")
     cache: bool = key("pictures", False, "keep decoded pictures in memory")
     val_tile: int = key("pictures", 0, "validate in tiles of this side, to save memory; 0: whole")
 
     def __post_init__(self) -> None:
-        """Refuse what contradicts itself.
+        """Reject contradictory keys.
 
         Raises:
             RecipeError: naming the key.

@@ -1,8 +1,8 @@
-"""Bicubic resizing with MATLAB's antialiased kernel, by which restoration papers make their images.
+"""Bicubic resizing with MATLAB's antialiased kernel, as used in restoration papers.
 
 Robert G. Keys, "Cubic convolution interpolation for digital image processing" (1981), a = -1/2.
-MATLAB's ``imresize`` widens the kernel by as much as it shrinks the image, and mirrors the image at
-its edges with the edge itself repeated. Neither Pillow nor ``F.interpolate`` does both.
+When reducing an image, MATLAB's ``imresize`` widens the kernel by the same factor; it mirrors the
+image at its edges, repeating the edge itself. Neither Pillow nor ``F.interpolate`` does both.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ def cubic(x: Tensor) -> Tensor:
 def axis_weights(
     size: int, scale: float, start: int, stop: int, antialias: bool = True
 ) -> tuple[Tensor, Tensor]:
-    """Which pixels make up those at ``start … stop - 1`` of the resized side, and by how much.
+    """Source pixels and weights of the pixels ``start … stop - 1`` of the resized side.
 
     Args:
-        size: of the side before.
-        scale: after over before.
-        antialias: widen the kernel where the side shrinks.
+        size: original size of the side.
+        scale: new size relative to the original.
+        antialias: widen the kernel when reducing.
 
     Returns:
-        int64 places and float64 weights, (stop - start, taps); weights add to 1.
+        int64 indices and float64 weights, (stop - start, taps); weights add up to 1.
     """
     shrink = min(scale, 1.0) if antialias else 1.0
     width = 4 / shrink
@@ -55,22 +55,22 @@ def resize_bicubic(
     window: tuple[int, int, int, int] | None = None,
     antialias: bool = True,
 ) -> Tensor:
-    """Resize images as MATLAB's ``imresize`` does; nothing is rounded or clipped.
+    """Resize images like MATLAB's ``imresize``, without rounding or clipping.
 
     Args:
         x: (…, H, W), of a floating type.
         scale: the result has ⌈H · scale⌉ × ⌈W · scale⌉ pixels.
-        size: the size of the result instead.
-        window: top, left, bottom and right of the part of the result to compute; it is exactly
-            that part of the whole.
-        antialias: as MATLAB's ``Antialiasing``.
+        size: the size of the result, as an alternative.
+        window: top, left, bottom and right of the part of the result to compute; it exactly
+            equals that part of the whole result.
+        antialias: like MATLAB's ``Antialiasing``.
 
     Returns:
         (…, H', W').
 
     Raises:
-        ValueError: neither or both of ``scale`` and ``size``, a side without pixels, a window that
-            leaves the result.
+        ValueError: neither or both of ``scale`` and ``size``, an empty side, or a window that
+            exceeds the result.
     """
     if (scale is None) == (size is None):
         raise ValueError(f"give either scale or size, got {scale} and {size}")
@@ -78,7 +78,7 @@ def resize_bicubic(
     if scale is not None:
         if scale <= 0:
             raise ValueError(f"scale must be positive, got {scale}")
-        # 3 · (1/3) must not become 2 pixels for a rounding error of the quotient.
+        # 3 · (1/3) must not become 2 pixels because of a rounding error.
         size = (math.ceil(sides[0] * scale - 1e-9), math.ceil(sides[1] * scale - 1e-9))
         scales = (scale, scale)
     else:
@@ -88,7 +88,7 @@ def resize_bicubic(
         raise ValueError(f"cannot resize {sides[0]}×{sides[1]} to {size[0]}×{size[1]}")
     top, left, bottom, right = window or (0, 0, *size)
     if not (0 <= top < bottom <= size[0] and 0 <= left < right <= size[1]):
-        raise ValueError(f"window {window} leaves the result of {size[0]}×{size[1]}")
+        raise ValueError(f"window {window} exceeds the result of {size[0]}×{size[1]}")
     for axis, start, stop in ((-2, top, bottom), (-1, left, right)):
         x = _resize_axis(x, axis, scales[axis], start, stop, antialias)
     return x

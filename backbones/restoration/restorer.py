@@ -1,4 +1,4 @@
-"""The model of ``upscale`` and ``validate_sr``, as their command lines name it."""
+"""The model of ``upscale`` and ``validate_sr``, from their command lines."""
 
 from __future__ import annotations
 
@@ -21,30 +21,33 @@ __all__ = ["add_model_arguments", "load_restorer", "parse_size", "restorer_of"]
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
-    """The options that say which model to use, and how."""
+    """Add the options for the model."""
     parser.add_argument("--model", required=True, help="one of backbones.list_models('hat*')")
     parser.add_argument("--checkpoint", type=nonempty_path, metavar="FILE", help="its weights")
     parser.add_argument(
-        "--model-args", default="{}", metavar="YAML", help="further keywords, as '{upscale: 1}'"
+        "--model-args",
+        default="{}",
+        metavar="YAML",
+        help="further keywords, such as '{upscale: 1}'",
     )
     parser.add_argument(
         "--max-memory", metavar="SIZE", help="such as 2G or 800M (default: half of what is free)"
     )
-    parser.add_argument("--tta", action="store_true", help="average over 8 flips and turns")
-    parser.add_argument("--amp", action="store_true", help="bfloat16 where it does no harm")
+    parser.add_argument("--tta", action="store_true", help="average over 8 flips and rotations")
+    parser.add_argument("--amp", action="store_true", help="autocast to bfloat16")
     parser.add_argument("--device", help="cpu, cuda, … (default: a GPU if there is one)")
     parser.add_argument("--threads", type=THREADS, help="CPU threads")
 
 
 def restorer_of(options: argparse.Namespace) -> tuple[nn.Module, int | None]:
-    """The model that the options name, on its device, and the bytes that it may take, if given.
+    """The model of the options, on its device, and the memory limit in bytes, if given.
 
-    On a CPU it is fused, unless it shall run in bfloat16 where that does no harm: fused layers have
-    one dtype. Sets PyTorch's number of threads if the options do.
+    On a CPU it is fused, except with autocast, since fused layers have a single dtype. Sets
+    PyTorch's number of threads if given.
 
     Raises:
         DataError, CheckpointError: see :func:`load_restorer`.
-        CommandError: a device that cannot be used.
+        CommandError: an unusable device.
     """
     if options.threads is not None:
         torch.set_num_threads(options.threads)
@@ -58,13 +61,13 @@ def restorer_of(options: argparse.Namespace) -> tuple[nn.Module, int | None]:
 
 
 def load_restorer(name: str, checkpoint: str | Path | None, arguments: str = "{}") -> nn.Module:
-    """A model that makes images, with its weights.
+    """A restoration model with its weights.
 
     Args:
         arguments: further keywords of :func:`backbones.create_model`, as YAML.
 
     Raises:
-        DataError: another kind of model, or keywords that it does not take.
+        DataError: another kind of model, or invalid keywords.
         CheckpointError: no weights, or those of another model.
     """
     keywords = _keywords(arguments)
@@ -78,11 +81,11 @@ def load_restorer(name: str, checkpoint: str | Path | None, arguments: str = "{}
     except UNMAKEABLE as error:
         if not keywords:  # a bug
             raise
-        raise DataError(f"{name} cannot be made with {shown(keywords)}: {error}") from error
+        raise DataError(f"cannot create {name} with {shown(keywords)}: {error}") from error
     if not hasattr(kind, "upscale"):
-        raise DataError(f"{name} makes no images: take one of list_models('hat*')")
+        raise DataError(f"{name} does not output images: use one of list_models('hat*')")
     try:
-        # Without a file this says where the published one is.
+        # Without a file, the error says where to find the published weights.
         model: nn.Module = backbones.create_model(
             name, pretrained=checkpoint is None, checkpoint_path=checkpoint, **keywords
         )
@@ -103,7 +106,7 @@ def _keywords(arguments: str) -> dict[str, Any]:
 
 
 def parse_size(text: str) -> int:
-    """``800M`` or ``1.5G`` as bytes; a bare number counts MiB.
+    """``800M`` or ``1.5G`` in bytes; a plain number is in MiB.
 
     Raises:
         DataError: anything else.

@@ -41,7 +41,7 @@ __all__ = ["RestorationTrainer", "build_restorer", "main"]
 _RESULTS = {
     **{name: RESULTS[name] for name in ("best.safetensors", "last.pt", "summary.csv")},
     **{name: RESULTS[name] for name in ("metrics.jsonl", "config.yaml", "bad_batches.txt")},
-    "comparison.png": "a validation picture before, after, and the truth",
+    "comparison.png": "a validation picture: input, result and ground truth",
     "corrupt_train.txt": RESULTS["corrupt_train.txt"],
 }
 _VAL_OVERLAP = 32
@@ -53,7 +53,7 @@ def build_restorer(recipe: RestorationRecipe) -> Any:
     """The network of the recipe.
 
     Raises:
-        RecipeError: no such model, a classifier, or a scale that does not fit the task.
+        RecipeError: an unknown model, a classifier, or a scale that does not match the task.
     """
     if not recipe.model:
         raise RecipeError("no model: give --model one of backbones.list_models('hat*')")
@@ -69,10 +69,10 @@ def build_restorer(recipe: RestorationRecipe) -> Any:
         raise model_error(recipe, error) from error
     scale = getattr(model, "upscale", None)
     if scale is None:
-        raise RecipeError(f"{recipe.model} makes no images: take one of list_models('hat*')")
+        raise RecipeError(f"{recipe.model} does not output images: use one of list_models('hat*')")
     if recipe.task in ("denoise", "jpeg") and scale != 1:
         raise RecipeError(
-            f"task {recipe.task} keeps the size, {recipe.model} makes it {scale} times larger: "
+            f"task {recipe.task} keeps the size, but {recipe.model} enlarges {scale} times: "
             "give --model-args '{upscale: 1}'"
         )
     if recipe.task == "sr" and scale == 1:
@@ -90,9 +90,9 @@ class Sums:
 
 
 class RestorationTrainer(TrainingLoop):
-    """L1 between what the model makes of spoilt patches and the truth; PSNR-Y decides.
+    """Training with the L1 loss on degraded patches; the best weights are selected by PSNR-Y.
 
-    Args: as :class:`TrainingLoop`.
+    Args: as in :class:`TrainingLoop`.
     """
 
     score_key = "psnr_y"
@@ -153,7 +153,7 @@ class RestorationTrainer(TrainingLoop):
 
     @torch.inference_mode()
     def validate(self, model: nn.Module) -> tuple[dict[str, float], int]:
-        """PSNR and SSIM on the luma, the mean over whole pictures, each on one process."""
+        """Mean PSNR and SSIM on luma over whole pictures, which are divided among processes."""
         model.eval()
         self.progress.begin("validation", len(self.val_paths))
         first = not self.input_quality  # what is put in stays the same: measured once
@@ -181,7 +181,7 @@ class RestorationTrainer(TrainingLoop):
         return {"psnr_y": psnr, "ssim_y": ssim}, 0
 
     def pair(self, number: int) -> Pair:
-        """A validation picture, spoilt and true, as (C, H, W).
+        """Input and ground truth of a validation picture, as (C, H, W).
 
         Raises:
             DataError: it cannot be read.
@@ -193,7 +193,7 @@ class RestorationTrainer(TrainingLoop):
         return spoil_whole(self.recipe, truth, self.scale, number)
 
     def restore(self, model: nn.Module, spoilt: Tensor) -> Tensor:
-        """What the model makes of (C, H, W), on the CPU."""
+        """The model's output for (C, H, W), on the CPU."""
         x = spoilt.unsqueeze(0).to(self.device)
         tile = self.recipe.val_tile or max(x.shape[2:])
         overlap = _VAL_OVERLAP if self.recipe.val_tile else 0
@@ -228,7 +228,7 @@ class RestorationTrainer(TrainingLoop):
         return "  ".join([*parts, f"{duration(self.seconds_left())} left"])
 
     def show_results(self) -> None:
-        """Draw a validation picture with the best weights and say where everything is."""
+        """Draw a validation picture with the best weights and list the files."""
         if not self.world.is_main:
             return
         model, best = list(self.models().values())[-1], self.folder / "best.safetensors"
@@ -239,11 +239,11 @@ class RestorationTrainer(TrainingLoop):
         self.progress.say_results(self.folder, _RESULTS)
 
     def spent(self) -> str:
-        """How long this process trained."""
+        """The training time of this process."""
         return duration(time.monotonic() - self.begun)
 
     def gain(self) -> str:
-        """How much better than the input, or than bicubic."""
+        """The improvement over the input, or over bicubic."""
         before = self.input_quality.get("psnr_y")
         if before is None:
             return ""
@@ -252,9 +252,9 @@ class RestorationTrainer(TrainingLoop):
 
     @torch.inference_mode()
     def draw_comparison(self, model: nn.Module, path: Path, side: int = 128) -> None:
-        """Input, bicubic (where sizes differ), ours and the truth of a detail, with the numbers.
+        """A detail of input, bicubic (if sizes differ), result and ground truth, with metrics.
 
-        The numbers are of the whole picture.
+        The metrics are for the whole picture.
         """
         spoilt, truth = self.pair(0)
         ours = self.restore(model, spoilt)

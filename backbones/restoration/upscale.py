@@ -1,5 +1,4 @@
-"""A restoration model from picture to picture: in tiles that fit the memory, with whatever alpha,
-palette and depth the picture has.
+"""Restoration of pictures: in tiles that fit into memory, with any alpha, palette and bit depth.
 
 Tiles and seams: :mod:`ops.tiling`. Self-ensemble over the 8 symmetries of the square: Radu Timofte
 et al., "Seven ways to improve example-based single image super resolution",
@@ -28,26 +27,26 @@ from ops.tiling import tile_spans, tiled_strips
 __all__ = ["Upscaler", "upscale"]
 
 _DEFAULT_SHARE = 0.5
-"""Of the memory that is free, without ``max_memory``."""
+"""Fraction of the free memory to use without ``max_memory``."""
 
 
 class Upscaler:
-    """Restores pictures with a model, and keeps to a memory limit.
+    """Restores pictures with a model, within a memory limit.
 
     Args:
-        model: maps (B, C, H, W) in 0 … 1 to (B, C, H·upscale, W·upscale), with ``upscale`` and
-            ``in_chans`` (1 or 3) as HAT; it is set to evaluation mode. One of a single channel
-            gets the three of a picture in colour one by one.
+        model: maps (B, C, H, W) in 0 … 1 to (B, C, H·upscale, W·upscale), with attributes
+            ``upscale`` and ``in_chans`` (1 or 3) like HAT; it is put into eval mode. A model with
+            a single channel processes the channels of colour pictures separately.
         tile: side of the tiles in pixels of the input, a multiple of the model's window; "auto"
-            for the largest that fit; None for the picture as a whole.
-        overlap: what tiles read around them; half of it is blended.
-        tta: average over flips and quarter turns; 8 times slower.
-        amp: bfloat16 where it does no harm.
-        max_memory: bytes that this process may have at most (on a GPU: of its memory); None for
-            half of what is free. It decides on "auto" tiles only.
+            for the largest that fit; None for no tiling.
+        overlap: margin around tiles, half of which is blended.
+        tta: average over flips and rotations by 90°; 8 times slower.
+        amp: autocast to bfloat16.
+        max_memory: memory limit of this process in bytes (on a GPU: of its memory); None for half
+            of the free memory. It only affects "auto" tiles.
 
     Raises:
-        ValueError: a model that makes no images, or sizes that make no tiles.
+        ValueError: a model that does not output images, or invalid sizes.
     """
 
     def __init__(
@@ -62,7 +61,7 @@ class Upscaler:
     ) -> None:
         self.scale, self.channels = (getattr(model, n, 0) for n in ("upscale", "in_chans"))
         if not self.scale or self.channels not in (1, 3):
-            raise ValueError(f"{type(model).__name__} makes no images of 1 or 3 channels")
+            raise ValueError(f"{type(model).__name__} does not output images of 1 or 3 channels")
         if isinstance(tile, str) and tile != "auto":
             raise ValueError(f"tile must be a number of pixels, 'auto' or None, got {tile!r}")
         self.window = int(getattr(model, "window_size", 16))
@@ -72,7 +71,7 @@ class Upscaler:
                     f"{name} must be a multiple of the model's window of {self.window}, got {value}"
                 )
         if tile == 0:
-            raise ValueError("tile must be positive, 'auto', or None for the picture as a whole")
+            raise ValueError("tile must be positive, 'auto', or None for no tiling")
         self.model = model.eval()
         self.device = next(model.parameters()).device
         self.dtype = next(model.parameters()).dtype
@@ -88,14 +87,14 @@ class Upscaler:
         """Restore a picture.
 
         Args:
-            picture: a :class:`Picture`, a Pillow image of 8 bits, or an array (H, W), (H, W, 1) or
-                (H, W, 3) of uint8 or uint16; the result is the same kind of thing.
+            picture: a :class:`Picture`, an 8-bit Pillow image, or an array (H, W), (H, W, 1) or
+                (H, W, 3) of uint8 or uint16; the result has the same type.
             on_tile: called after each tile.
 
         Raises:
-            TypeError: no picture.
-            ValueError: another kind of picture; a :class:`DataError` if ``max_memory`` does not
-                suffice, or what the model gives is not finite.
+            TypeError: not a picture.
+            ValueError: an unsupported kind of picture; a :class:`DataError` if ``max_memory`` is
+                too low, or the model's output is not finite.
         """
         if isinstance(picture, Picture):
             return self._restore(picture, on_tile)
@@ -115,18 +114,18 @@ class Upscaler:
         return out[:, :, 0] if picture.ndim == 2 else out
 
     def tiles(self, height: int, width: int) -> int:
-        """How many tiles a picture of this size is cut into."""
+        """The number of tiles for a picture of this size."""
         side = self.tile_side(height, width)
         return math.prod(len(tile_spans(n, side, self.overlap)) for n in (height, width))
 
     def tile_side(self, height: int, width: int, depth: int = 1) -> int:
-        """Side of the tiles of a picture, the picture's own if it is not cut.
+        """Side of the tiles of a picture; the picture's own without tiling.
 
         Args:
             depth: bytes of a value in the file, 1 or 2.
 
         Raises:
-            DataError: ``max_memory`` does not suffice for the smallest tile.
+            DataError: ``max_memory`` is too low for the smallest tile.
         """
         whole = max(height, width)
         if self.tile != "auto":
@@ -143,9 +142,9 @@ class Upscaler:
             side -= self.window
         if side < self.window:
             least = self._needs(self.window, height, width) - budget
-            limit = "the memory that is free" if self.max_memory is None else "max_memory"
+            limit = "the free memory" if self.max_memory is None else "max_memory"
             raise DataError(
-                f"{limit} does not suffice for {height}×{width} pixels in tiles of {self.window} "
+                f"{limit} is not enough for {height}×{width} pixels in tiles of {self.window} "
                 f"with an overlap of {self.overlap}: {least / 2**20:.0f} MiB are missing"
             )
         return side
@@ -156,12 +155,12 @@ class Upscaler:
         return -(-side // self.window) * self.window
 
     def _probe_side(self) -> int:
-        """At least two windows, for there are inner and shifted ones; and so many pixels that the
-        tables of positions weigh little beside them."""
+        """Size of the tile to measure: at least two windows (inner and shifted ones), and large
+        compared with the position tables."""
         return max(32, 3 * self.window)
 
     def _measure(self) -> tuple[float, float]:
-        """Bytes that a pixel of a tile takes, and those that pictures and tiles may; found once."""
+        """Bytes per pixel of a tile, and the memory limit; measured once."""
         if self._budget is None:
             side = self._probe_side()
             probe = torch.zeros(1, self.channels, side, side, device=self.device, dtype=self.dtype)
@@ -173,10 +172,10 @@ class Upscaler:
         return self._budget
 
     def _needs(self, side: int, height: int, width: int) -> float:
-        """Bytes for a tile of ``side`` with what it reads around it, and for a row of them."""
+        """Bytes for a tile of ``side`` with its margin, and for a row of tiles."""
         per_pixel, _ = self._measure()
         rows, columns = (min(side + 2 * self.overlap, self._padded(n)) for n in (height, width))
-        # A strip of the result, the next one's share in it, and two copies while it is rounded.
+        # A strip of the result, the part shared with the next one, and two copies for rounding.
         strip = 4 * 12 * rows * width * self.scale**2
         return per_pixel * rows * columns + strip
 
@@ -188,7 +187,8 @@ class Upscaler:
         if self.device.type != "cpu":
             return 0.0  # strips leave the GPU as they are finished
         before, after = height * width, height * width * self.scale**2
-        # As read and as float; the result, Pillow's four bytes a pixel or a copy, and the file.
+        # Input as read and as float; the result, Pillow's 4 bytes per pixel or a copy, and the
+        # file.
         return before * (4 * depth + 12) + after * (3 * depth + 4 * depth + 3 * depth)
 
     # --- the picture
@@ -198,7 +198,8 @@ class Upscaler:
         limit = np.iinfo(picture.pixels.dtype).max
         height, width, colours = picture.pixels.shape
         x = torch.from_numpy(picture.pixels.astype(np.float32)).permute(2, 0, 1) / float(limit)
-        # (1, 3, H, W); grey becomes colour for models of colour, colours become grey pictures.
+        # (1, 3, H, W); colour models get greyscale as RGB, greyscale models the channels as a
+        # batch.
         x = x.unsqueeze(1) if self.channels == 1 else x.expand(3, -1, -1).unsqueeze(0)
         out = np.empty((height * self.scale, width * self.scale, colours), picture.pixels.dtype)
         side, row = self.tile_side(height, width, picture.bits // 8), 0
@@ -215,7 +216,7 @@ class Upscaler:
         for strip in strips:
             values = strip.squeeze(0 if self.channels == 3 else 1)  # (3 or colours, rows, W)
             if not values.isfinite().all():
-                raise DataError("what the model gives for it is not finite")
+                raise DataError("the model's output for it is not finite")
             if len(values) > colours:
                 values = values.mean(0, keepdim=True)
             whole = (values.clamp(0, 1) * limit).round().permute(1, 2, 0).cpu().numpy()
@@ -224,7 +225,7 @@ class Upscaler:
         return picture.with_pixels(out, self._enlarge_alpha(picture.alpha))
 
     def _network(self, x: Tensor) -> Tensor:
-        """The model on a tile, float32 in and out; averaged over the symmetries if asked."""
+        """Run the model on a float32 tile; with ``tta``, averaged over the symmetries."""
         x = x.to(self.device, self.dtype)
         if not self.tta:
             return self._model(x)
@@ -243,7 +244,7 @@ class Upscaler:
             return self.model(x).float()
 
     def _enlarge_alpha(self, alpha: np.ndarray | None) -> np.ndarray | None:
-        """Opacity is no photograph: bicubic."""
+        """Alpha is resized bicubically."""
         if alpha is None or self.scale == 1:
             return alpha
         limit = np.iinfo(alpha.dtype).max
@@ -255,7 +256,7 @@ _INTEGERS = ("uint8", "uint16")
 
 
 class _Counted:
-    """A network, and something to call after each call of it."""
+    """A network with a callback after each call."""
 
     def __init__(
         self, network: Callable[[Tensor], Tensor], after: Callable[[], object] | None

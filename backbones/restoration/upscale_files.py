@@ -54,12 +54,12 @@ class Job:
 
 @dataclass
 class Report:
-    """What became of the pictures.
+    """The outcome.
 
     Attributes:
         written: the new files.
-        failed: the pictures that could not be read or written, and why.
-        skipped: those whose result was there already.
+        failed: pictures that could not be read or written, with the reason.
+        skipped: pictures whose result already existed.
     """
 
     written: list[Path] = field(default_factory=list)
@@ -74,20 +74,20 @@ def plan_jobs(
     format: str | None = None,
     compare: bool = False,
 ) -> list[Job]:
-    """Which files to read, and where the results go.
+    """The files to read and the files to write.
 
     Args:
-        inputs: files, folders (with all below them, in the same order of folders in ``out``), and
-            globs. What lies in ``out`` is never taken for an input of a folder.
+        inputs: files, folders (recursively, with the same structure in ``out``) and globs. Files
+            in ``out`` are never used as a folder's inputs.
         out: the folder for the results.
-        suffix: between the name of a picture and its ending.
-        format: ending of all results, such as ``png``; None for that of the picture, or PNG where
-            we write no such kind.
-        compare: there will be comparisons beside the results.
+        suffix: appended to the names of pictures.
+        format: suffix of all results, such as ``png``; None for the picture's own, or PNG if that
+            can't be written.
+        compare: whether comparisons will be written.
 
     Raises:
-        DataError: nothing there, two results with one name, a result that would replace a picture,
-            or a suffix that is none.
+        DataError: no pictures, two results of the same name, a result that would replace a picture,
+            or an invalid suffix.
         CommandError: ``out`` cannot be written to.
     """
     if not _is_part_of_a_name(suffix):
@@ -98,10 +98,10 @@ def plan_jobs(
         path = Path(item)
         if path.is_dir():
             named = (p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
-            # Named pipes and links to nothing too: reading them says what they are.
+            # Include named pipes and broken links; reading them reports the problem.
             pictures = sorted(p for p in named if not p.is_dir() and not _below(p, out))
             if not pictures:
-                raise DataError(f"no picture below {path} ({', '.join(SUFFIXES)})")
+                raise DataError(f"no pictures in {path} ({', '.join(SUFFIXES)})")
             found |= {p: p.relative_to(path) for p in pictures if p not in found}
         elif os.path.lexists(path) or not glob.has_magic(item):
             found.setdefault(path, Path(path.name))
@@ -143,18 +143,18 @@ def upscale_files(
     progress: Progress | None = None,
     on_error: Callable[[str], object] | None = None,
 ) -> Report:
-    """Restore pictures one after the other; one that fails does not stop the others: it cannot be
-    read or written, or is too large for the memory.
+    """Restore pictures one after the other, continuing after errors (unreadable, unwritable, or too
+    large for memory).
 
     Args:
-        upscaler: the model and how to use it.
+        upscaler: the configured model.
         jobs: of :func:`plan_jobs`.
         quality: of JPEG and WebP.
-        compare: write ``NAME_compare.png`` beside each result (``NAME_jpg_compare.png`` and so on
-            beside those of other formats than PNG): a detail before and after.
-        skip_existing: leave out pictures whose result is there.
-        progress: where to show how far it is, and the time left.
-        on_error: told of every picture that failed.
+        compare: for each result, also write ``NAME_compare.png`` (``NAME_jpg_compare.png`` and so
+            on for formats other than PNG), a detail before and after.
+        skip_existing: skip pictures whose result exists.
+        progress: shows progress and the time left.
+        on_error: called for every picture that failed.
     """
     report = Report()
 
@@ -201,7 +201,7 @@ def upscale_files(
 
 
 class _Clock:
-    """Tiles done of all tiles, and the time left."""
+    """Progress in tiles, and the time left."""
 
     def __init__(self, progress: Progress | None, total: int, pictures: int) -> None:
         self.progress, self.total, self.begun = progress, total, time.monotonic()
@@ -211,11 +211,11 @@ class _Clock:
             progress.begin("tiles", total)
 
     def next(self, name: str, tiles: int) -> None:
-        """Go to the next picture."""
+        """Start the next picture."""
         self.name, self.number, self.until = name, self.number + 1, self.until + tiles
 
     def tick(self) -> None:
-        """A tile is done."""
+        """Record a finished tile."""
         self.done = min(self.done + 1, self.until)
         if self.progress is not None and (self.progress.live or self.progress.due()):
             left = (time.monotonic() - self.begun) / self.done * (self.total - self.done)
@@ -223,12 +223,12 @@ class _Clock:
             self.progress.show(self.done, text)
 
     def give_up(self) -> None:
-        """The tiles of this picture will not come."""
+        """Remove the remaining tiles of a failed picture."""
         self.done = self.until
 
 
 def _comparison(target: Path) -> Path:
-    """Results that differ in their ending alone have comparisons of their own."""
+    """The name of a comparison; distinct for results that differ only in the suffix."""
     kind = "" if target.suffix == ".png" else f"_{target.suffix[1:]}"
     return target.with_name(f"{target.stem}{kind}_compare.png")
 
@@ -267,26 +267,30 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--tile", default="auto", help="side in pixels, auto, or none (default: auto)"
     )
     parser.add_argument(
-        "--overlap", type=int, default=32, help="what tiles read around them (default: 32)"
+        "--overlap", type=int, default=32, help="margin around tiles in pixels (default: 32)"
     )
-    parser.add_argument("--compare", action="store_true", help="a picture of before and after too")
-    parser.add_argument("--suffix", help="after the name of a picture (default: _x4, …)")
+    parser.add_argument("--compare", action="store_true", help="also write a comparison picture")
+    parser.add_argument("--suffix", help="suffix of the results' names (default: _x4, …)")
     endings = [s[1:] for s in SUFFIXES]
-    parser.add_argument("--format", choices=endings, help="of the results (default: as the input)")
-    parser.add_argument("--quality", type=int, default=95, help="of JPEG and WebP (default: 95)")
     parser.add_argument(
-        "--skip-existing", action="store_true", help="leave out what is there already"
+        "--format", choices=endings, help="format of the results (default: the input's)"
+    )
+    parser.add_argument(
+        "--quality", type=int, default=95, help="quality of JPEG and WebP (default: 95)"
+    )
+    parser.add_argument(
+        "--skip-existing", action="store_true", help="skip pictures whose result exists"
     )
 
 
 def run(options: argparse.Namespace) -> int:
-    """Do it; 0, or 1 where a picture failed.
+    """Run ``upscale``; returns 0, or 1 if a picture failed.
 
     Raises:
-        TrainingError, backbones.CheckpointError: nothing can be done; the message says why.
+        TrainingError, backbones.CheckpointError: nothing could be done; the message says why.
     """
     if not 1 <= options.quality <= 100:
-        raise DataError(f"--quality must lie in 1 … 100, not {shown(options.quality)}")
+        raise DataError(f"--quality must be in 1 … 100, not {shown(options.quality)}")
     model, memory = restorer_of(options)
     suffix = options.suffix
     if suffix is None:
@@ -318,7 +322,7 @@ def run(options: argparse.Namespace) -> int:
         progress.end()
     parts = [f"{len(report.written)} of {len(jobs)} pictures in {options.out}"]
     if report.skipped:
-        parts.append(f"{len(report.skipped)} were there already")
+        parts.append(f"{len(report.skipped)} already existed")
     if report.failed:
         parts.append(f"{len(report.failed)} failed")
     progress.say(f"{', '.join(parts)}, {duration(time.monotonic() - begun)}")

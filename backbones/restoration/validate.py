@@ -34,7 +34,7 @@ _INPUTS = ("LR", "LR/X{}", "LRbicx{}", "LR_bicubic/X{}", "X{}", "image_SRF_{}")
 
 @dataclass(frozen=True)
 class Score:
-    """One picture: what the model makes of it, and what bicubic does."""
+    """Scores of the model and of bicubic upscaling for a picture."""
 
     dataset: str
     picture: str
@@ -47,15 +47,15 @@ class Score:
 
 
 def find_pairs(folder: Path, scale: int) -> list[tuple[Path, Path | None]]:
-    """The true pictures of a folder, each with its smaller one where there is one.
+    """The ground-truth pictures of a folder, with their low-resolution ones if present.
 
-    True ones are in ``HR``, ``GT``, ``GTmod12``, ``GTmod4``, ``original`` or ``image_SRF_4`` (of
-    scale 4), or in the folder itself; smaller ones in ``LR``, ``LR/X4``, ``LRbicx4``,
-    ``LR_bicubic/X4``, ``X4`` or ``image_SRF_4``. They belong together if their names are the same
-    but for ``x4``, ``_SRF_4``, ``_HR``, ``_LR`` at the end.
+    Ground truth is in ``HR``, ``GT``, ``GTmod12``, ``GTmod4``, ``original`` or ``image_SRF_4`` (for
+    scale 4), or in the folder itself; low-resolution pictures are in ``LR``, ``LR/X4``,
+    ``LRbicx4``, ``LR_bicubic/X4``, ``X4`` or ``image_SRF_4``. They are matched by name, ignoring
+    ``x4``, ``_SRF_4``, ``_HR`` and ``_LR`` at the end.
 
     Raises:
-        DataError: no picture, or a folder of smaller ones that has none for a true one.
+        DataError: no pictures, or a missing low-resolution picture.
     """
     if not folder.is_dir():
         raise DataError(f"there is no folder {folder}")
@@ -84,13 +84,13 @@ def find_pairs(folder: Path, scale: int) -> list[tuple[Path, Path | None]]:
 def validate(
     upscaler: Upscaler, folder: Path, on_picture: Callable[[str], object] | None = None
 ) -> list[Score]:
-    """Score the model on a folder; the border of ``scale`` pixels does not count.
+    """Score the model on a folder, excluding a border of ``scale`` pixels.
 
-    Smaller pictures that are not there are made from the true ones as the papers did, bicubically
+    Missing low-resolution pictures are made bicubically from the ground truth, as in the papers
     (see :mod:`backbones.restoration.resize`), and rounded to 8 bits.
 
     Raises:
-        DataError: see :func:`find_pairs`; a picture that cannot be read, or two that do not fit.
+        DataError: see :func:`find_pairs`; an unreadable picture, or a pair of mismatching sizes.
     """
     scale, scores = upscaler.scale, []
     for truth_path, input_path in find_pairs(folder, scale):
@@ -104,8 +104,8 @@ def validate(
                 small = Picture(small.pixels.repeat(3, axis=2))
             if tuple(n * scale for n in small.pixels.shape[:2]) != (height, width):
                 raise PictureError(
-                    f"{input_path} of {small.pixels.shape[1]}×{small.pixels.shape[0]} is no "
-                    f"{scale} times smaller {truth_path} of {width}×{height}"
+                    f"{input_path} of {small.pixels.shape[1]}×{small.pixels.shape[0]} is not "
+                    f"{scale} times smaller than {truth_path} of {width}×{height}"
                 )
         ours = to_tensor(upscaler(small).pixels, 3)
         bicubic = resize_bicubic(to_tensor(small.pixels, 3), scale)
@@ -126,7 +126,7 @@ def validate(
 
 
 def mean_score(scores: Sequence[Score]) -> Score:
-    """The mean of a dataset, as papers report it: over its pictures."""
+    """The mean over a data set's pictures, as reported in papers."""
     means = [
         sum(getattr(score, name) for score in scores) / len(scores)
         for name in ("psnr_y", "ssim_y", "bicubic_psnr_y", "bicubic_ssim_y")
@@ -135,7 +135,7 @@ def mean_score(scores: Sequence[Score]) -> Score:
 
 
 def write_csv(path: Path, scores: Sequence[Score]) -> None:
-    """A row for each picture, and one for the mean of each dataset; whole or not at all."""
+    """Write a row for each picture and one for the mean of each data set, atomically."""
     text = io.StringIO()
     writer = csv.DictWriter(text, list(asdict(scores[0])), lineterminator="\n")
     writer.writeheader()
@@ -165,22 +165,22 @@ def _to_picture(image: Tensor) -> Picture:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of the command."""
     parser.add_argument(
-        "folders", nargs="+", type=nonempty_path, metavar="FOLDER", help="a data set each"
+        "folders", nargs="+", type=nonempty_path, metavar="FOLDER", help="folders, one per data set"
     )
     add_model_arguments(parser)
     parser.add_argument("--csv", type=nonempty_path, metavar="FILE", help="a row for each picture")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Do it and print a line for each data set; 0.
+    """Run ``validate_sr`` and print a line for each data set; returns 0.
 
     Raises:
-        TrainingError, backbones.CheckpointError: it cannot be done; the message says why.
+        TrainingError, backbones.CheckpointError: it could not be done; the message says why.
     """
     require_writable({"--csv": options.csv}, [options.checkpoint])
     model, memory = restorer_of(options)
     if model.upscale == 1:
-        raise DataError("a model that keeps the size has no super-resolution to validate")
+        raise DataError("this validates super-resolution; the model's upscale is 1")
     upscaler = Upscaler(model, tta=options.tta, amp=options.amp, max_memory=memory)
     pairs = {folder: find_pairs(folder, upscaler.scale) for folder in options.folders}
     progress = Progress(World(0, 1, upscaler.device))
@@ -202,7 +202,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 class _Bar:
-    """How many pictures are done."""
+    """Print the number of finished pictures."""
 
     def __init__(self, progress: Progress, title: str, total: int) -> None:
         self.progress, self.done = progress, 0
@@ -215,7 +215,7 @@ class _Bar:
 
 
 def main(argv: Sequence[str] | None = None, description: str = "") -> int:
-    """Run from a command line: 0, or 2 where it could not be done."""
+    """Run from a command line; returns 0, or 2 if it could not be done."""
     parser = Parser(description=description)
     add_arguments(parser)
     return guard(lambda: run(parser.parse_args(argv)))

@@ -1,1 +1,1 @@
-"""What ``train_cls.py`` is made of; never imported by ``import backbones``."""
+"""Implementation of ``train_cls.py``; not imported by ``import backbones``."""

@@ -1,4 +1,4 @@
-"""What a classifier answers to a whole set of images, and how right that is."""
+"""Predictions of a classifier on a data set, and their accuracy."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ _IMAGENET_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
 
 @dataclass
 class Answers:
-    """What a model said of every image that could be read, in the order of the data.
+    """Predictions for all readable images, in the order of the data.
 
     Attributes:
-        top5: (N, ≤ 5) classes, the likeliest first.
-        labels: (N,) the truth.
-        place: (N,) number of each image in the data.
+        top5: (N, ≤ 5) classes, the most likely first.
+        labels: (N,) ground truth.
+        place: (N,) index of each image in the data.
         loss: mean cross-entropy.
         seconds: of the whole pass.
     """
@@ -43,7 +43,7 @@ class Answers:
     seconds: float
 
     def accuracy(self, k: int) -> float:
-        """Share of the images, in percent, whose class is among the ``k`` likeliest."""
+        """Top-``k`` accuracy in percent."""
         return 100 * float((self.top5[:, :k] == self.labels[:, None]).any(1).mean())
 
 
@@ -57,7 +57,7 @@ def answer_all(
         model: in evaluation mode, on the loader's device.
         loader: of one process.
         amp: None, "bf16" or "fp16".
-        show: told the number of batches done.
+        show: called with the number of finished batches.
     """
     device = loader.world.device
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp or "")
@@ -98,7 +98,7 @@ def read_real_labels(path: str) -> list[list[int]]:
 
 
 def real_accuracy(answers: Answers, source: ImageSource, real: list[list[int]]) -> float:
-    """Share of the images with real labels, in percent, whose first answer is one of them.
+    """Top-1 accuracy in percent on the images that have reassessed labels.
 
     Raises:
         DataError: the images are not named as ImageNet's validation images are.
@@ -109,8 +109,8 @@ def real_accuracy(answers: Answers, source: ImageSource, real: list[list[int]]) 
         number = int(found[1]) if found else 0
         if not 1 <= number <= len(real):
             raise DataError(
-                f"real labels go by the name ILSVRC2012_val_00000001.JPEG … {len(real):08d}.JPEG, "
-                f"which {source.name(place)} is not"
+                f"real labels need images ILSVRC2012_val_00000001.JPEG … {len(real):08d}.JPEG, "
+                f"got {source.name(place)}"
             )
         if real[number - 1]:
             right.append(answer in real[number - 1])

@@ -1,4 +1,4 @@
-"""The policies that the key ``aa`` names, spelt as timm spells them, with what each may say."""
+"""Validation of timm's augmentation policies, the key ``aa``."""
 
 from __future__ import annotations
 
@@ -33,15 +33,15 @@ _SECTIONS: Mapping[str, Mapping[str, tuple[type, Range]]] = {
     },
     **{name: {"mstd": (float, _NOISE)} for name in _FIXED},
 }
-# The sets of operations that RandAugment may draw from; timm takes its common one for any other.
+# RandAugment's sets of operations; timm uses its default for unknown names.
 _SETS = ("tweights", "t3a", "t3aw")
 
 
 def check_policy(text: str) -> None:
-    """Refuse a policy that timm would misread, pass over in part, or never get done with.
+    """Reject a policy that timm would misinterpret, partly ignore, or take forever to apply.
 
     Raises:
-        RecipeError: naming the part that is wrong and what would be right.
+        RecipeError: names the invalid part and what is allowed.
     """
     name, *sections = text.split("-")
     if name not in _SECTIONS:

@@ -15,10 +15,10 @@ class BadSteps:
     """Count of skipped updates.
 
     Args:
-        allowed: how many in a row are survived.
+        allowed: number of consecutive bad updates that end the run.
 
     Attributes:
-        in_a_row: epoch and step of those that came one after the other, up to now.
+        in_a_row: epoch and step of the current consecutive bad updates.
     """
 
     def __init__(self, allowed: int) -> None:
@@ -26,7 +26,7 @@ class BadSteps:
         self.in_a_row: list[tuple[int, int]] = []
 
     def note(self, bad: bool, epoch: int, step: int) -> bool:
-        """Note how an update went; whether these were too many in a row."""
+        """Record an update; returns whether there were too many bad ones in a row."""
         if not bad:
             self.in_a_row.clear()
             return False
@@ -34,10 +34,10 @@ class BadSteps:
         return len(self.in_a_row) >= self.allowed
 
     def error(self, images: Sequence[str], folder: Path, write: bool, left: str) -> DivergedError:
-        """What to raise; the names of the ``images`` go to a file in ``folder``.
+        """The error to raise; writes the names of the ``images`` to a file in ``folder``.
 
         Args:
-            left: which checkpoints there are, for people.
+            left: description of the remaining checkpoints.
         """
         path = folder / "bad_batches.txt"
         if write:

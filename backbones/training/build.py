@@ -1,4 +1,4 @@
-"""From a recipe to the parts of a run: model, preprocessing, batch augmentation, loss."""
+"""Builds the parts of a run from a recipe: model, preprocessing, batch augmentation, loss."""
 
 from __future__ import annotations
 
@@ -36,10 +36,10 @@ Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
 
 
 def build_model(recipe: Recipe, num_classes: int, weights: bool = True) -> Any:
-    """The network of the recipe, with the weights that the recipe starts from if wanted.
+    """The recipe's model, with its initial weights if ``weights`` is true.
 
     Raises:
-        RecipeError: no such model or weights, or it does not take one of the arguments.
+        RecipeError: unknown model or weights, or invalid arguments.
     """
     if not recipe.model:
         raise RecipeError("no model: give --model one of backbones.list_models()")
@@ -65,8 +65,8 @@ def build_model(recipe: Recipe, num_classes: int, weights: bool = True) -> Any:
 
 
 def model_error(recipe: Recipe, error: Exception) -> Exception:
-    """What to raise of an error in making the recipe's model: it is the recipe's, or a bug."""
-    if isinstance(error, (ValueError, OSError)):  # written for people
+    """The exception to raise for an error while creating the model: the recipe's, or a bug."""
+    if isinstance(error, (ValueError, OSError)):  # have readable messages
         return RecipeError(reading_error(error, recipe.checkpoint))
     if recipe.model_args:
         arguments = shown(recipe.model_args)
@@ -75,13 +75,13 @@ def model_error(recipe: Recipe, error: Exception) -> Exception:
 
 
 def settle_memory_format(recipe: Recipe, device: torch.device) -> Recipe:
-    """With ``channels_last`` settled: left open, it is what trains faster on the device.
+    """The recipe with ``channels_last`` resolved; if unset, to what trains faster on the device.
 
-    Not in bfloat16: of strided depthwise convolutions with channels last, on a map of one pixel,
-    oneDNN leaves parts of the weights' gradient unwritten (torch 2.13).
+    Not used in bfloat16, because oneDNN leaves parts of the weight gradient uninitialised for
+    strided channels-last depthwise convolutions on a map of one pixel (torch 2.13).
 
     Returns:
-        The recipe itself where it says what it wants, else a copy.
+        The recipe itself if it is set, else a copy.
     """
     if recipe.channels_last is not None:
         return recipe
@@ -92,7 +92,7 @@ def settle_memory_format(recipe: Recipe, device: torch.device) -> Recipe:
 def preprocessing(recipe: Recipe, model: nn.Module) -> dict[str, Any]:
     """``input_size``, ``mean``, ``std``, ``interpolation``, ``crop_pct``, ``crop_mode``.
 
-    The recipe's, and where it is silent those of the model's ``pretrained_cfg``.
+    From the recipe or, if unset, the model's ``pretrained_cfg``.
     """
     size: Any = recipe.img_size
     if size is None:
@@ -114,9 +114,9 @@ def preprocessing(recipe: Recipe, model: nn.Module) -> dict[str, Any]:
 
 
 class BatchAugmentation:
-    """Random erasing, then mixup or CutMix, on a batch that is on the device.
+    """Random erasing, then mixup or CutMix, on a batch on the device.
 
-    Both draw from the global generators, whose states a checkpoint holds.
+    Both use the global random generators, whose states are saved in checkpoints.
 
     Args:
         recipe: probabilities and strengths.
@@ -158,7 +158,7 @@ class BatchAugmentation:
 def resolved_recipe(
     recipe: Recipe, config: dict[str, Any], num_classes: int, lr: float, name: str
 ) -> Recipe:
-    """The recipe with all that was left open filled in; it starts the same run once more."""
+    """The recipe with all defaults resolved; it repeats the same run."""
     return dataclasses.replace(
         recipe,
         img_size=config["input_size"][-1],
@@ -178,7 +178,7 @@ def build_loss(recipe: Recipe) -> Loss:
     """The training loss: logits (B, classes) and labels, hard or soft → scalar."""
     if recipe.bce_loss:
         return BinaryCrossEntropy(
-            # Mixed labels are smoothed already.
+            # Mixed labels are already smoothed.
             smoothing=0.0 if _mixes(recipe) else recipe.smoothing,
             target_threshold=recipe.bce_target_thresh,
             sum_classes=recipe.bce_sum,
@@ -191,7 +191,7 @@ def build_loss(recipe: Recipe) -> Loss:
 
 
 class LabelLoss:
-    """What is minimised without a teacher.
+    """The objective without a teacher.
 
     Args:
         loss: logits (B, classes) and targets → scalar.
@@ -215,7 +215,7 @@ def build_objective(
     multi_label: bool,
     device: torch.device,
 ) -> LabelLoss | Distillation | DiverseAttention:
-    """What is minimised: called with the network, images and targets, it gives loss and logits.
+    """The objective, a callable: network, images and targets → loss and logits.
 
     Args:
         recipe: loss and teacher.
@@ -224,12 +224,11 @@ def build_objective(
         device: of the batches.
 
     Raises:
-        RecipeError: the recipe wants what several labels an image do not allow, or a teacher
-            that there is not.
+        RecipeError: options that multi-label data does not support, or an unknown teacher.
     """
     if multi_label:
         if _mixes(recipe) or recipe.distill is not None:
-            raise RecipeError("several labels an image go with neither mixup, cutmix nor distill")
+            raise RecipeError("multi-label data does not support mixup, cutmix or distill")
         objective: LabelLoss | Distillation = LabelLoss(_MultiLabelLoss())
     elif recipe.distill is None:
         objective = LabelLoss(build_loss(recipe))
@@ -247,9 +246,9 @@ class _MultiLabelLoss(nn.BCEWithLogitsLoss):
 
 
 class RunningStatsGuard:
-    """Keeps a copy of a model's buffers, so that a bad step leaves no trace in them.
+    """Backs up a model's buffers, to restore them after a bad step.
 
-    A forward pass over a batch with a NaN spoils BatchNorm's running statistics for good.
+    A forward pass on a batch with NaN corrupts BatchNorm's running statistics permanently.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -262,7 +261,7 @@ class RunningStatsGuard:
             torch._foreach_copy_(self.copies, self.buffers)
 
     def restore(self) -> None:
-        """Put the copies back."""
+        """Restore the buffers."""
         if self.buffers:
             torch._foreach_copy_(self.buffers, self.copies)
 

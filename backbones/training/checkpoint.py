@@ -1,4 +1,4 @@
-"""Checkpoints that survive: written beside, flushed, renamed; the one before is kept."""
+"""Crash-safe checkpoints: written atomically, with the previous one kept."""
 
 from __future__ import annotations
 
@@ -38,28 +38,28 @@ __all__ = [
 
 
 FULL_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-"""What the system says of a full disk, a used-up quota, a file that may not grow."""
+"""Error numbers of a full disk, an exhausted quota and a file size limit."""
 READING_ERRORS = (
     *(AssertionError, AttributeError, EOFError, LookupError, MemoryError, OSError, OverflowError),
     *(RuntimeError, TypeError, ValueError, zipfile.BadZipFile, zlib.error, struct.error),
 )
-"""What zipfile and torch raise of files that are damaged or something else."""
+"""Exceptions of zipfile and torch for damaged or unrelated files."""
 
 
 def previous_path(path: Path) -> Path:
-    """Where the checkpoint before ``path`` is kept: ``last.pt`` → ``last.prev.pt``."""
+    """The path of the previous checkpoint: ``last.pt`` → ``last.prev.pt``."""
     return path.with_suffix(f".prev{path.suffix}")
 
 
 def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
-    """Let ``write`` fill a temporary file and move it to ``path`` once it is safely on disk.
+    """Let ``write`` fill a temporary file and rename it to ``path`` after flushing it to disk.
 
-    Whatever happens, ``path`` is the old file or the whole new one. Of a link that is the file it
-    leads to, and devices and pipes (``/dev/stdout``) are written to as they are.
+    In any case, ``path`` is either the old file or the complete new one. Links are followed;
+    devices and pipes (``/dev/stdout``) are written to directly.
 
     Raises:
         CheckpointFileError: the file cannot be written (disk full, no permission); ``path`` is
-            untouched then.
+            unchanged.
     """
     target = Path(os.path.realpath(path))
     temporary = target.with_name(f".{target.name}.tmp")
@@ -77,18 +77,18 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
-        # torch's own writer wraps the OSError of a full disk in a RuntimeError.
+        # torch's writer wraps the OSError of a full disk in a RuntimeError.
         if not isinstance(error, (OSError, RuntimeError)):
             raise
-        kept = "; the file that was there is untouched" if path.exists() else ""
+        kept = "; the existing file is unchanged" if path.exists() else ""
         problem = write_problem(error, path.parent)
         raise CheckpointFileError(f"cannot write {path}: {problem}{kept}") from error
 
 
 def validated_path(path: Path) -> Path:
-    """Where the last checkpoint is kept that a validation found good: ``last.validated.pt``.
+    """The path of the last checkpoint that passed validation: ``last.validated.pt``.
 
-    The same file as ``path``, under a second name, until that is replaced.
+    A hard link to ``path`` until that is replaced.
     """
     return path.with_suffix(f".validated{path.suffix}")
 
@@ -97,7 +97,7 @@ def save_state(path: Path, state: dict[str, Any], validated: bool = False) -> No
     """Save ``state`` (tensors and plain Python values) as ``path``, the old file as ``.prev``.
 
     Args:
-        validated: keep it as :func:`validated_path` too, where the file system has hard links.
+        validated: also link it as :func:`validated_path`, if the file system supports hard links.
 
     Raises:
         CheckpointFileError: see :func:`write_atomically`.
@@ -120,7 +120,7 @@ def save_state(path: Path, state: dict[str, Any], validated: bool = False) -> No
 
 
 def save_weights(path: Path, weights: dict[str, torch.Tensor], metadata: dict[str, str]) -> None:
-    """Save weights alone, as safetensors.
+    """Save only weights, as safetensors.
 
     Raises:
         CheckpointFileError: see :func:`write_atomically`.
@@ -131,10 +131,10 @@ def save_weights(path: Path, weights: dict[str, torch.Tensor], metadata: dict[st
 
 
 def load_state(path: Path) -> dict[str, Any]:
-    """Read what :func:`save_state` wrote, onto the CPU, after checking every byte's checksum.
+    """Read a file of :func:`save_state` onto the CPU, after verifying its checksums.
 
     Raises:
-        CheckpointFileError: missing, truncated, corrupt, or no checkpoint of ours.
+        CheckpointFileError: missing, truncated, corrupt, or not a training checkpoint.
     """
     try:
         state = read_file(path)
@@ -143,19 +143,19 @@ def load_state(path: Path) -> dict[str, Any]:
     except (CheckpointError, OSError) as error:
         raise CheckpointFileError(str(error)) from error
     if not isinstance(state, dict) or "model" not in state:
-        raise CheckpointFileError(f"{path} holds no training state (no 'model' in it)")
+        raise CheckpointFileError(f"{path} has no training state (no 'model' in it)")
     return state
 
 
 def load_latest(path: Path) -> tuple[dict[str, Any], Path, str] | None:
-    """The state of ``path``, or of the one before it if ``path`` is missing or damaged.
+    """The state of ``path``, or of the previous checkpoint if ``path`` is missing or damaged.
 
     Returns:
-        State, the file that it came from, and a sentence on what was wrong ("" if nothing);
-        None if there is neither file.
+        State, its file, and a sentence on what was wrong ("" if nothing); None if neither file
+        exists.
 
     Raises:
-        CheckpointFileError: there are files, and none can be read.
+        CheckpointFileError: files exist, but none can be read.
     """
     candidates = [p for p in (path, previous_path(path)) if p.exists()]
     if not candidates:
@@ -170,7 +170,7 @@ def load_latest(path: Path) -> tuple[dict[str, Any], Path, str] | None:
 
 
 def get_rng_state(cuda: bool = True) -> dict[str, Any]:
-    """The state of Python's, NumPy's and torch's generators, in types that weights_only allows."""
+    """The states of Python's, NumPy's and torch's generators, in types allowed by weights_only."""
     kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     return {
         "python": random.getstate(),
@@ -187,7 +187,7 @@ def get_rng_state(cuda: bool = True) -> dict[str, Any]:
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """Put back what :func:`get_rng_state` returned."""
+    """Restore the states of :func:`get_rng_state`."""
     version, internal, gauss = state["python"]
     random.setstate((version, tuple(internal), gauss))
     kind, keys, position, has_gauss, cached = state["numpy"]
@@ -198,9 +198,9 @@ def set_rng_state(state: dict[str, Any]) -> None:
 
 
 def write_problem(error: BaseException, folder: Path) -> str:
-    """Why a file in ``folder`` could not be written, in the words of the system.
+    """Why a file in ``folder`` could not be written.
 
-    torch's own writer hides the error of a full disk behind one about positions in its archive.
+    torch's writer hides the error of a full disk behind one about positions in its archive.
     """
     cause: BaseException | None = error
     while cause is not None and not (isinstance(cause, OSError) and cause.strerror):
@@ -213,7 +213,7 @@ def write_problem(error: BaseException, folder: Path) -> str:
 
 
 def _link(path: Path, other: Path) -> None:
-    """Give the file a second name, so that ``path`` is there at every moment."""
+    """Hard-link the file, so that ``path`` exists at every moment."""
     link = other.with_name(f".{other.name}.tmp")
     link.unlink(missing_ok=True)
     os.link(path, link)
@@ -222,7 +222,7 @@ def _link(path: Path, other: Path) -> None:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a rename durable. Windows has no such call, and renames durably by itself."""
+    """Make a rename durable; not available, and not needed, on Windows."""
     if os.name == "nt":
         return
     descriptor = os.open(folder, os.O_RDONLY)

@@ -22,14 +22,14 @@ def parse_command_line(
     description: str = "",
     recipe_class: type[AnyRecipe] = Recipe,  # type: ignore[assignment]
 ) -> tuple[AnyRecipe, argparse.Namespace]:
-    """The recipe that a command line asks for, and the options that are not recipe keys.
+    """The recipe given by a command line, and the options that are not recipe keys.
 
     Every key is a flag: ``batch_size`` is ``--batch-size`` (or ``--batch_size``), a true/false key
     is ``--ema`` or ``--no-ema``, ``null`` is ``none``, a list takes several words, and a mapping
-    is YAML in quotes. ``--config FILE`` and ``--print-config`` come on top.
+    is quoted YAML. Additional options are ``--config FILE`` and ``--print-config``.
 
     Raises:
-        RecipeError: as :func:`load_recipe`; words that are no option, or lack their value.
+        RecipeError: as in :func:`load_recipe`; unknown options, or missing values.
     """
     parser = _Parser(
         description=description,
@@ -38,7 +38,7 @@ def parse_command_line(
     )
     parser.add_argument("--config", metavar="FILE", help="YAML recipe, such as configs/cls/*.yaml")
     parser.add_argument(
-        "--print-config", action="store_true", help="print the resolved recipe and stop"
+        "--print-config", action="store_true", help="print the resolved recipe and exit"
     )
     groups: dict[str, Any] = {}
     fields, hints = fields_of(recipe_class), typing.get_type_hints(recipe_class)
@@ -57,7 +57,7 @@ def parse_command_line(
 
 
 class _Parser(argparse.ArgumentParser):
-    """Tells mistakes as the recipe's others are told: no usage of a hundred lines, and no exit."""
+    """Raises RecipeErrors instead of printing a hundred lines of usage and exiting."""
 
     def error(self, message: str) -> NoReturn:
         raise RecipeError(message)

@@ -1,4 +1,4 @@
-"""Images that cannot be decoded are noted, counted and survived, up to a stated share."""
+"""Undecodable images are recorded, counted and tolerated up to a given fraction."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ _MOST_IN_A_ROW = 1000
 
 
 class CorruptImages:
-    """The list of images that could not be decoded, in a file that all processes append to.
+    """The list of undecodable images, in a file that all processes append to.
 
     Args:
-        path: the file, one name a line; empty or missing when all is well.
-        allowed: share of the data set that may be corrupt. All of it may not.
+        path: the file with one name per line; missing if there are none.
+        allowed: maximum fraction of undecodable images; even with 1, one must be readable.
     """
 
     def __init__(self, path: Path, allowed: float) -> None:
@@ -28,18 +28,18 @@ class CorruptImages:
         self._read = 0  # bytes of the file that are in the names
 
     def add(self, name: str, error: Exception) -> None:
-        """Note one; a short line is written whole, whoever else writes."""
+        """Record an image; short lines are appended atomically."""
         line = f"{one_line(name)}\t{type(error).__name__}: {joined_lines(error)}"[:1000] + "\n"
         with open(self.path, "a", encoding="utf-8", errors="backslashreplace") as file:
             file.write(line)
         self.in_a_row += 1
 
     def add_good(self) -> None:
-        """Note that an image could be decoded."""
+        """Record a decoded image."""
         self.in_a_row = 0
 
     def count(self) -> int:
-        """How many different ones there are."""
+        """The number of distinct images."""
         if self.path.exists():
             with open(self.path, "rb") as file:
                 file.seek(self._read)
@@ -52,8 +52,8 @@ class CorruptImages:
         """Stop the run if there are too many.
 
         Raises:
-            DataError: more than ``allowed`` of ``size`` images are corrupt, or all of them, or so
-                many one after the other that the search for a good one is given up.
+            DataError: more than ``allowed`` of ``size`` images are corrupt, all of them are, or too
+                many in a row.
         """
         count = self.count()
         if count >= size:
@@ -62,7 +62,7 @@ class CorruptImages:
             allowed = f"more than max_corrupt={self.allowed:g} allows"
             problem = f"{count} of {size} images cannot be read, {allowed}"
         elif self.in_a_row >= _MOST_IN_A_ROW:
-            problem = f"{self.in_a_row} images one after the other cannot be read"
+            problem = f"{self.in_a_row} images in a row cannot be read"
         else:
             return
-        raise DataError(f"{problem}; {self.path} names them")
+        raise DataError(f"{problem}; {self.path} lists them")

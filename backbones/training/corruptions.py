@@ -29,20 +29,20 @@ ALEXNET_ERROR = {
     "pixelate": 71.7840,
     "jpeg_compression": 60.6500,
 }
-"""AlexNet's top-1 error in percent, mean of the five severities: the measure of the paper.
+"""AlexNet's top-1 error in percent, averaged over the five severities, the paper's baseline.
 
-Read in AugMix's ``imagenet.py``, which takes them from https://github.com/hendrycks/robustness.
+Taken from AugMix's ``imagenet.py``, which has them from https://github.com/hendrycks/robustness.
 """
 
 CORRUPTIONS = tuple(ALEXNET_ERROR)
-"""The fifteen of the benchmark."""
+"""The fifteen corruptions of the benchmark."""
 
 
 class Corruption:
-    """One corruption of RGB images from 32×32 pixels on.
+    """A corruption of RGB images of 32×32 pixels or more.
 
-    The same image is spoilt the same way each time (but for impulse_noise and glass_blur, whose
-    randomness the package does not let one seed).
+    It is deterministic per image, except impulse_noise and glass_blur, which the package offers no
+    seed for.
 
     Args:
         name: one of :data:`CORRUPTIONS`, or speckle_noise, gaussian_blur, spatter, saturate.
@@ -70,7 +70,7 @@ class Corruption:
 
         pixels = np.asarray(image.convert("RGB"))
         if min(pixels.shape[:2]) < 32:
-            raise RecipeError(f"corruptions need images from 32×32 pixels on, not {image.size}")
+            raise RecipeError(f"corruptions need images of at least 32×32 pixels, not {image.size}")
         before = np.random.get_state()
         np.random.seed(zlib.crc32(pixels.tobytes()))
         try:

@@ -1,4 +1,4 @@
-"""From ``--data`` to checked training and validation images."""
+"""Opens and checks the training and validation images of ``--data``."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ from backbones.training.streams import StreamSource, missing_shards
 __all__ = ["Splits", "open_splits"]
 
 _MEDMNIST_URL = "https://zenodo.org/records/10519652/files/{}.npz"
-# What timm, torchvision and datasets raise of a name, a split or a file that is not there.
+# Exceptions of timm, torchvision and datasets for unknown names, splits or files.
 _READER_ERRORS = (AssertionError, LookupError, OSError, RuntimeError, TypeError, ValueError)
 _FOLDER_NAMES = {
     "train": ("train", "training"),
@@ -60,7 +60,7 @@ class Splits:
     multi_label: bool = False
 
     def head_size(self, recipe: Recipe) -> int:
-        """How many classes the model is to tell apart: those of the data, or as many as asked."""
+        """The number of classes of the model: the recipe's, or else the data's."""
         return len(self.classes) if recipe.num_classes is None else recipe.num_classes
 
 
@@ -68,8 +68,8 @@ def open_splits(recipe: Recipe) -> Splits:
     """Open ``recipe.data`` and check it.
 
     Raises:
-        DataError: nothing there, a split is missing, a class folder is empty, a label lies
-            outside the classes, or the splits disagree about the classes.
+        DataError: no data, a missing split, an empty class folder, a label out of range, or splits
+            with different classes.
     """
     kind, _, rest = recipe.data.partition("/")
     if not recipe.data:
@@ -95,7 +95,7 @@ def _from_sources(train: ImageSource, validation: ImageSource, classes: Sequence
 
 
 def _digits() -> Splits:
-    """scikit-learn's 1797 handwritten digits of 8×8 pixels; every fifth of a class held out."""
+    """scikit-learn's 1797 handwritten digits of 8×8 pixels; a fifth of each class is held out."""
     try:
         from sklearn.datasets import load_digits
     except ImportError:
@@ -120,18 +120,18 @@ def _medmnist(recipe: Recipe, name: str) -> Splits:
     url = _MEDMNIST_URL.format(name)
     if not path.exists():
         if not recipe.download:
-            raise DataError(f"{path} is missing: fetch it from {url}, or add --download")
+            raise DataError(f"{path} is missing: download it from {url}, or add --download")
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             fetch(url, path)
         except OSError as error:
             raise DataError(str(error)) from error
     try:
-        # Opened here: NumPy leaves a damaged file open.
+        # Opened here, because NumPy does not close a damaged file.
         with open(path, "rb") as file, np.load(file, allow_pickle=False) as archive:
             arrays = {key: archive[key] for key in archive.files}
     except (OSError, ValueError, EOFError, RuntimeError, zipfile.BadZipFile, zlib.error) as error:
-        raise DataError(f"{path} is no MedMNIST file: {first_line(error)}") from error
+        raise DataError(f"{path} is not a MedMNIST file: {first_line(error)}") from error
     sources = []
     for split in (recipe.train_split, recipe.val_split):
         short = "val" if split in _FOLDER_NAMES["validation"][:4] else split
@@ -139,7 +139,7 @@ def _medmnist(recipe: Recipe, name: str) -> Splits:
             raise DataError(f"{path} has no split {split!r}; it has train, val and test")
         images, labels = arrays[f"{short}_images"], arrays[f"{short}_labels"]
         if images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[3] != 3):
-            raise DataError(f"{name} holds images of shape {images.shape[1:]}, not 2D ones")
+            raise DataError(f"{name} has images of shape {images.shape[1:]}, not 2D ones")
         if len(images) != len(labels):
             raise DataError(f"{path}: {len(images)} {short} images have {len(labels)} labels")
         if labels.ndim != 2 or labels.shape[1] == 1:
@@ -173,7 +173,7 @@ def _torchvision(recipe: Recipe, name: str) -> Splits:
 
 
 def _hugging_face(recipe: Recipe) -> Splits:
-    """A set of the Hugging Face hub, or a folder in its formats, through timm's reader."""
+    """A data set of the Hugging Face hub, or a folder in its formats, with timm's reader."""
     readers = [_reader(recipe, split) for split in (recipe.train_split, recipe.val_split)]
     names = {number: str(name) for name, number in readers[0].class_to_idx.items()}
     train, validation = (ReaderSource(reader) for reader in readers)
@@ -195,7 +195,7 @@ def _reader(recipe: Recipe, split: str) -> Any:
 
 
 def _streams(recipe: Recipe, kind: str, rest: str) -> Splits:
-    """WebDataset shards or a streamed hub set: read in order, never by number."""
+    """WebDataset shards or a streamed hub data set, which can only be read in order."""
     if kind == "wds":
         name, root = "wds/", os.path.join(recipe.data_dir or "", rest)
     else:
@@ -234,7 +234,7 @@ def _streams(recipe: Recipe, kind: str, rest: str) -> Splits:
             raise DataError(f"{recipe.data}, split {split!r}: {first_line(error)}") from error
         if not reader.num_samples:
             raise DataError(
-                f"{recipe.data}, split {split!r}: unknown length; write it after the shards as "
+                f"{recipe.data}, split {split!r}: unknown length; append it to the shards as "
                 f"'{split}|COUNT', or give num_samples and val_num_samples"
             )
         missing = missing_shards(reader) if kind == "wds" else []
@@ -243,7 +243,7 @@ def _streams(recipe: Recipe, kind: str, rest: str) -> Splits:
         sizes.append(int(reader.num_samples))
     names = {number: str(name) for name, number in (reader.class_to_idx or {}).items()}
     if not names and recipe.num_classes is None:
-        raise DataError(f"{recipe.data} does not say how many classes it has: give --num-classes")
+        raise DataError(f"{recipe.data} does not state its number of classes: give --num-classes")
     count = max(names) + 1 if names else recipe.num_classes
     assert count is not None
     classes = [names.get(number, str(number)) for number in range(count)]
@@ -257,14 +257,14 @@ def _streams(recipe: Recipe, kind: str, rest: str) -> Splits:
 def _folder(recipe: Recipe, root: Path) -> Splits:
     """``root/train/CLASS/…`` and ``root/validation/CLASS/…``, or ``train.tar`` and so on."""
     if not root.is_dir():
-        raise DataError(f"no data at {root}: it must be a folder that holds train and validation")
+        raise DataError(f"no data at {root}: it must be a folder with train and validation")
     class_to_idx = _class_map(recipe)
     sources = []
     for split in (recipe.train_split, recipe.val_split):
         path = _find_split(root, split)
         files = _list_tar(path) if path.is_file() else _list_folder(path)
         if not files:
-            raise DataError(f"no image below {path} ({', '.join(get_img_extensions())})")
+            raise DataError(f"no images in {path} ({', '.join(get_img_extensions())})")
         if class_to_idx is None:
             class_to_idx = {name: i for i, name in enumerate(sorted({c for c, _ in files}))}
         unknown = sorted({c for c, _ in files} - set(class_to_idx))
@@ -312,14 +312,14 @@ def _list_tar(path: Path) -> list[tuple[str, File]]:
                         (inner.parent.name, (member.name, member.offset_data, member.size))
                     )
     except (tarfile.TarError, OSError) as error:
-        raise DataError(f"{path} is no uncompressed tar file: {error}") from error
+        raise DataError(f"{path} is not an uncompressed tar file: {error}") from error
     return sorted(files, key=lambda entry: entry[1][0])
 
 
 def _class_map(recipe: Recipe) -> dict[str, int] | None:
-    """Classes by name, from a text of one a line in the order of their numbers; None without it.
+    """Class indices by name, from a text file with one name per line; None if not given.
 
-    timm would read some files as pickles, which may run code.
+    timm would read some files as pickles, which may execute code.
     """
     path = recipe.class_map
     if path is None:
@@ -329,7 +329,7 @@ def _class_map(recipe: Recipe) -> dict[str, int] | None:
     except OSError as error:
         raise DataError(f"cannot read class_map {path}: {error.strerror}") from None
     except UnicodeDecodeError:
-        raise DataError(f"class_map {path} is no text of one class a line") from None
+        raise DataError(f"class_map {path} is not a text file with one class per line") from None
     numbers: dict[str, int] = {}
     for number, line in enumerate(lines):
         name = line.strip()

@@ -1,7 +1,7 @@
-"""A student learns from a teacher: soft or hard labels, and One-for-All through exits.
+"""Distillation from a teacher: soft or hard labels, and One-for-All with early exits.
 
 Soft labels: https://arxiv.org/abs/1503.02531. Hard labels: https://arxiv.org/abs/2012.12877.
-One-for-All (OFA-KD), for pairs of unlike architectures: https://arxiv.org/abs/2310.19444; written
+One-for-All (OFA-KD), for heterogeneous architectures: https://arxiv.org/abs/2310.19444; written
 from the paper.
 """
 
@@ -41,10 +41,10 @@ def soft_label_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) 
 
     Args:
         student, teacher: logits (B, classes).
-        temperature: above 1 shows more of what the teacher holds for unlikely.
+        temperature: values above 1 emphasise the teacher's less likely classes.
 
     Returns:
-        Mean over the batch; at every temperature of the scale of a cross-entropy's gradients.
+        Mean over the batch; gradients have the scale of cross-entropy at any temperature.
     """
     log_p = F.log_softmax(student / temperature, dim=1)
     log_q = F.log_softmax(teacher / temperature, dim=1)
@@ -52,7 +52,7 @@ def soft_label_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) 
 
 
 def hard_label_loss(student: Tensor, teacher: Tensor) -> Tensor:
-    """Cross-entropy with the class that the teacher finds likeliest; logits (B, classes)."""
+    """Cross-entropy with the teacher's most likely class; logits (B, classes)."""
     return F.cross_entropy(student, teacher.argmax(dim=1))
 
 
@@ -65,15 +65,15 @@ def ofa_loss(
 
     .. math:: -(1 + p^t_ĉ)^γ \log p^s_ĉ - \sum_{c ≠ ĉ} p^t_c \log p^s_c
 
-    The surer the teacher is of the truth, the more the truth counts; at γ = 1 this is the sum of
-    the cross-entropies with the label and with the teacher.
+    The true class is weighted by the teacher's confidence in it; for γ = 1, this is the sum of the
+    cross-entropies with the label and with the teacher.
 
     Args:
         student, teacher: logits (B, classes).
-        labels: classes (B,), or their shares (B, classes) after mixup: then the mean over the
-            labels that they stand for.
+        labels: classes (B,), or their weights (B, classes) after mixup; the loss is then the
+            weighted mean over the labels.
         gamma: ≥ 1.
-        temperature: of both predictions; the paper has 1.
+        temperature: of both predictions; the paper uses 1.
 
     Returns:
         Mean over the batch.
@@ -88,16 +88,16 @@ def ofa_loss(
 
 
 class Exit(nn.Module):
-    """A branch from the map of a stage to logits; only training has it.
+    """An early exit, only used in training, that maps a stage's output to logits.
 
-    Depthwise-separable convolutions halve the map until it is as coarse as the student's last
-    one (at least one of them works on it), then mean, norm and a linear layer. (B, in_chs, H, W)
-    → (B, num_classes).
+    Depthwise-separable convolutions (at least one) halve the map down to the resolution of the
+    student's last one, followed by mean, norm and a linear layer. (B, in_chs, H, W) →
+    (B, num_classes).
 
     Args:
         in_chs: channels of the stage.
         out_chs: channels before the classifier, those of the student's last stage.
-        halvings: how often the map is halved.
+        halvings: number of times the map is halved.
         num_classes: of the logits.
     """
 
@@ -106,7 +106,7 @@ class Exit(nn.Module):
         layers: list[nn.Module] = []
         steps = max(halvings, 1)
         for step in range(steps):
-            # Widths grow geometrically from the stage's to the last one's.
+            # Widths grow geometrically from the stage's to the last stage's.
             width = round(in_chs * (out_chs / in_chs) ** ((step + 1) / steps))
             layers += [
                 nn.Conv2d(
@@ -135,11 +135,11 @@ class Exit(nn.Module):
 
 
 class StudentWithExits(nn.Module):
-    """A backbone that answers at several depths: images → logits, and those of each exit.
+    """A backbone with early exits: images → logits, and the logits of each exit.
 
     Args:
         student: a backbone of this library, with a classifier.
-        stages: which of its stages have an exit; negative ones count from the end.
+        stages: indices of the stages with an exit; negative ones count from the end.
 
     Raises:
         RecipeError: there is no such stage.
@@ -175,7 +175,7 @@ class StudentWithExits(nn.Module):
 
 
 class Teacher(nn.Module):
-    """A frozen network that is shown the student's batches, normalised and sized as it is used to.
+    """A frozen network that receives the student's batches in its own normalisation and size.
 
     Args:
         network: images → logits.
@@ -203,7 +203,7 @@ class Teacher(nn.Module):
         self.register_buffer("shift", (means[0] - means[1]) / stds[1])
 
     def train(self, mode: bool = True) -> Teacher:
-        """Do nothing: a teacher does not learn."""
+        """Do nothing, since the teacher is frozen."""
         return self
 
     @torch.no_grad()
@@ -222,9 +222,9 @@ class Distillation:
     Args:
         teacher: images → logits.
         labels_loss: logits and targets → scalar.
-        recipe: ``distill`` (what is learnt from the teacher), ``distill_alpha``,
-            ``distill_temperature``, ``ofa_gamma``. For ``ofa`` the student's answer is a pair of
-            logits and a list of those at its exits, and the losses of all of them add up.
+        recipe: ``distill`` (the method), ``distill_alpha``, ``distill_temperature``, ``ofa_gamma``.
+            For ``ofa``, the student returns its logits and a list of the exits' logits, and the
+            losses of all of them are added.
     """
 
     def __init__(self, teacher: Teacher, labels_loss: Loss, recipe: Recipe) -> None:
@@ -254,7 +254,7 @@ class Distillation:
 
 
 def add_exits(recipe: Recipe, student: Any) -> nn.Module:
-    """The student with the exits that the recipe's distillation needs, if it needs any."""
+    """The student, with exits if the recipe's distillation needs them."""
     if recipe.distill != "ofa":
         return student
     return StudentWithExits(student, recipe.ofa_stages)

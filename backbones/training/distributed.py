@@ -1,4 +1,4 @@
-"""One or many processes behind one object; torchrun's environment says which."""
+"""The group of training processes, from torchrun's environment; possibly just one."""
 
 from __future__ import annotations
 
@@ -59,9 +59,9 @@ class World:
 
 
 class Verdict:
-    """What the processes agree on at every step: was a loss bad, must we stop, shall we save.
+    """Per-step consensus of the processes: whether a loss was bad, to stop, or to save.
 
-    Asked before the backward pass and read after it was queued, so that a GPU is never idle.
+    Sent before the backward pass and read after that was queued, so that GPUs are never idle.
     """
 
     def __init__(self, world: World) -> None:
@@ -71,7 +71,7 @@ class Verdict:
         self._arrived = torch.cuda.Event() if self._on_gpu else None
 
     def ask(self, loss: torch.Tensor, signal: int, save: bool) -> None:
-        """Put this process's view to the others."""
+        """Send this process's state to the others."""
         others = torch.tensor([float(signal), float(save)])
         if self._on_gpu:
             others = others.pin_memory().to(loss.device, non_blocking=True)
@@ -90,13 +90,13 @@ class Verdict:
 
 @contextmanager
 def world_of_processes(device: str | None) -> Iterator[World]:
-    """Join the processes that torchrun started, or be alone; leave them at the end.
+    """Join the processes that torchrun started, if any, and leave the group at the end.
 
     Args:
-        device: ``cpu``, ``cuda``, ``cuda:1``, …; None for a GPU where there is one.
+        device: ``cpu``, ``cuda``, ``cuda:1``, …; None for a GPU if there is one.
 
     Raises:
-        RecipeError: there is no such device here, or the others cannot be reached.
+        RecipeError: the device is unavailable, or the other processes cannot be reached.
     """
     size = _world_size()
     name = device or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -119,8 +119,8 @@ def world_of_processes(device: str | None) -> Iterator[World]:
 def leave_processes() -> None:
     """Destroy the default process group.
 
-    Its last owner is DDP, which keeps Python's lock while gloo's threads end; they wait for that
-    lock to let go of the last tensors, and everything stands still. So a reference stays here.
+    DDP would otherwise be its last owner and hold the GIL while gloo's threads end; these wait for
+    the GIL to release their last tensors, a deadlock. Therefore a reference is kept here.
     """
     _kept_groups.append(dist.group.WORLD)
     dist.destroy_process_group()
@@ -134,7 +134,7 @@ def _world_size() -> int:
 
 
 def _usable(name: str) -> torch.device:
-    """The device of that name, with which a tensor has been made; a GPU becomes the current one."""
+    """The device of that name, after creating a tensor on it; a GPU becomes the current device."""
     try:
         target = torch.device(name)
         torch.zeros(1, device=target).item()  # which the device "meta" cannot

@@ -1,8 +1,8 @@
-"""Attention diversification: tokens of a layer should not all look at the same few others.
+"""Attention diversification: a loss that keeps tokens from attending to the same few others.
 
 Yong Guo, David Stutz and Bernt Schiele, "Robustifying Token Attention for Vision Transformers",
-https://arxiv.org/abs/2303.11126. The loss is the likeness of each token's attention to that of the
-mean token, of which what is weak does not count.
+https://arxiv.org/abs/2303.11126. The loss is the similarity of each token's attention to the mean
+attention, ignoring weak weights.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ _SOFTMAX = (Tensor.softmax, torch.softmax, F.softmax)
 
 
 def attention_likeness(weights: Tensor, threshold: float = 2.0) -> Tensor:
-    """How much alike the tokens of a layer attend: the mean cosine, in 0 … 1.
+    """Similarity of the tokens' attention in a layer: the mean cosine, in 0 … 1.
 
     Between each token's attention, averaged over the heads, and the average over the tokens; in
-    both, shares below ``threshold`` times an even one are zero.
+    both, weights below ``threshold`` times the uniform weight are set to zero.
 
     Args:
-        weights: (…, heads, N, M), or (B, N, M) of one head: shares of M keys for N tokens.
-        threshold: 2 is what the paper's code has.
+        weights: (…, heads, N, M), or (B, N, M) for one head: attention of N tokens to M keys.
+        threshold: 2 in the paper's code.
     """
     if weights.ndim > 3:
         weights = weights.mean(dim=-3)
@@ -46,17 +46,17 @@ def _above(weights: Tensor, least: float) -> Tensor:
 
 
 class DiverseAttention:
-    """What is minimised, and the likeness of all attention in the network besides.
+    """An objective plus the similarity of all attention in the network.
 
-    It watches ``scaled_dot_product_attention`` and softmax over keys while the network runs, and
-    so needs nothing of the network; attention that came without weights is computed once more.
+    It intercepts ``scaled_dot_product_attention`` and softmax over keys while the network runs, so
+    it works with any network; the weights of fused attention are computed again.
 
     Args:
-        objective: called with network, images and targets, it gives loss and logits.
-        share: factor on the mean likeness of the layers; the paper's is 1.
+        objective: network, images and targets → loss and logits.
+        share: weight of the layers' mean similarity; 1 in the paper.
 
     Raises:
-        RecipeError: when it is called and no token attends to others.
+        RecipeError: when called with a network without attention.
     """
 
     def __init__(self, objective: Callable[..., tuple[Tensor, Any]], share: float) -> None:
@@ -68,13 +68,13 @@ class DiverseAttention:
             loss, logits = self.objective(net, images, targets)
         if not watcher.likeness:
             raise RecipeError(
-                "attn_diversity needs a network whose tokens attend to one another by softmax"
+                "attn_diversity needs a network with softmax attention between tokens"
             )
         return loss + self.share * torch.stack(watcher.likeness).mean(), logits
 
 
 class _Watcher(TorchFunctionMode):
-    """Notes the likeness of each attention that is computed with gradients."""
+    """Records the similarity of each attention that is computed with gradients."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -93,7 +93,7 @@ class _Watcher(TorchFunctionMode):
         return result
 
     def _note(self, weights: Tensor) -> None:
-        # With one token, or one key, there is nothing to be diverse about.
+        # Not defined for a single token or key.
         if weights.ndim >= 3 and min(weights.shape[-2:]) > 1 and weights.requires_grad:
             self.likeness.append(attention_likeness(weights.float()))
 
@@ -113,10 +113,10 @@ def _weights(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """What ``scaled_dot_product_attention`` weighs its values with, without dropout."""
+    """The attention weights of ``scaled_dot_product_attention``, without dropout."""
     del value, dropout_p
     if is_causal or enable_gqa:
-        raise RecipeError("attn_diversity does not know causal or grouped attention")
+        raise RecipeError("attn_diversity does not support causal or grouped attention")
     scores = query @ key.transpose(-2, -1) * (query.shape[-1] ** -0.5 if scale is None else scale)
     if attn_mask is not None:
         hidden = attn_mask.dtype == torch.bool

@@ -1,4 +1,4 @@
-"""The errors of a training that a user can mend; scripts print them without a traceback."""
+"""Errors of a training that users can fix; scripts print them without a traceback."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ BUILDING_ERRORS = (
     *(ArithmeticError, AssertionError, AttributeError, LookupError),
     *(OSError, RuntimeError, TypeError, ValueError),
 )
-"""What networks and optimizers raise of arguments that their authors did not think of."""
+"""Exceptions that networks and optimizers raise for invalid arguments."""
 
 
 class TrainingError(MendableError):
-    """Any of the below."""
+    """Base class of the errors below."""
 
 
 class RecipeError(TrainingError, ValueError):
-    """A recipe that cannot be used; the message names the key and what would be right."""
+    """An invalid recipe; the message names the key and what is allowed."""
 
 
 class DataError(TrainingError, ValueError):
-    """Data that cannot be trained on; the message names the path, class or label."""
+    """Invalid data; the message names the path, class or label."""
 
 
 class CheckpointFileError(TrainingError, RuntimeError):
@@ -39,11 +39,11 @@ class CheckpointFileError(TrainingError, RuntimeError):
 
 
 class DivergedError(TrainingError, RuntimeError):
-    """Loss or weights ceased to be finite: too many times in a row, or at a validation."""
+    """Loss or weights are not finite: too many times in a row, or in a validation."""
 
 
 def reading_error(error: BaseException, file: object) -> str:
-    """What a reader said of a checkpoint, but for its advice to load it unsafely."""
+    """The message of a failed read of a checkpoint, without advice to load it unsafely."""
     if "weights_only" not in str(error):
         return joined_lines(error)
-    return f"{file} holds more than tensors and plain values, or is no checkpoint; it was not run"
+    return f"{file} is not a checkpoint of tensors and plain values; it was not executed"

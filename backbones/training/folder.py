@@ -1,4 +1,4 @@
-"""Where a run puts its files: a folder of its own, and never over anything else unasked."""
+"""The folder of a run, whose existing files are never replaced unless requested."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from backbones.training.recipe import Recipe
 
 __all__ = ["RunFolder"]
 
-# All that runs leave, of classifiers and of restoration models, but the recipe.
+# All files of runs, of classifiers and of restoration models, except the recipe.
 _RESULTS = (
     *("best.safetensors", "last.pt", "last.prev.pt", "last.validated.pt", "diverged.pt"),
     *("summary.csv", "metrics.jsonl", "curves.png", "predictions.png", "comparison.png"),
@@ -25,10 +25,10 @@ _RECIPE, _FIRST_LINE = "config.yaml", b"# --- model"
 
 
 class RunFolder:
-    """``output/name``, made, and locked until it is left.
+    """``output/name``, created if necessary, and locked inside the ``with`` block.
 
-    Without a name it is that of the config, and of the model if the command line chose it; where
-    that is taken by another run, a number follows. ``resume: auto`` takes the last of them.
+    The default name is the config's, plus the model's if given on the command line, and a number if
+    another run has that name. ``resume: auto`` selects the latest of these.
 
     Args:
         recipe: ``output``, ``name``, ``resume``, ``overwrite``, ``model``.
@@ -36,11 +36,11 @@ class RunFolder:
 
     Attributes:
         path: the folder.
-        unlocked: why it is not locked, where the system cannot; "" if it is.
+        unlocked: why it could not be locked; "" if it is.
 
     Raises:
-        RecipeError: another process trains in it; the named run exists already; it holds files of
-            something else under our names; or it cannot be made.
+        RecipeError: another process uses it; the named run already exists; another program's files
+            have the names of ours; or it cannot be created.
     """
 
     def __init__(self, recipe: Recipe, options: Namespace) -> None:
@@ -100,7 +100,7 @@ class RunFolder:
         used, recipe = _used(self.path), self.path / _RECIPE
         if used and not (self._resumes or self._replaces):
             raise RecipeError(
-                f"{self.path} holds an earlier run: go on with --resume auto, choose another "
+                f"{self.path} holds an earlier run: continue with --resume auto, choose another "
                 "--name, or replace it with --overwrite"
             )
         foreign = used and self._replaces
@@ -109,12 +109,12 @@ class RunFolder:
                 foreign = file.readline().rstrip() != _FIRST_LINE
         if foreign:
             raise RecipeError(
-                f"{self.path} holds files that are of no run of ours and would be replaced: "
-                "nothing was touched; choose another --name"
+                f"{self.path} holds files of another program that would be replaced; nothing "
+                "was changed. Choose another --name"
             )
 
     def clear(self) -> None:
-        """With ``overwrite``, remove what the earlier run left; other files and folders stay."""
+        """With ``overwrite``, delete the earlier run's files; other files and folders are kept."""
         if not self._replaces:
             return
         names = {*_RESULTS, *_LISTS, _RECIPE}
@@ -124,7 +124,7 @@ class RunFolder:
                 path.unlink()
 
     def leave(self) -> None:
-        """Unlock it, and remove it if it was made for nothing."""
+        """Unlock the folder, and remove it if it is new and empty."""
         if self._lock is not None:
             self._lock.release()
         if self._is_new:

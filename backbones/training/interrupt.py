@@ -1,4 +1,4 @@
-"""Signals that ask a run to stop are noted; the loop finishes its step, saves and leaves."""
+"""Termination signals are recorded; the loop then finishes its step, saves and exits."""
 
 from __future__ import annotations
 
@@ -12,17 +12,17 @@ __all__ = ["StopRequest", "stop_on_signals"]
 
 
 class StopRequest:
-    """Whether a signal came.
+    """The received signal.
 
     Attributes:
-        signal: its number; 0 as long as none came.
+        signal: its number; 0 if none was received.
     """
 
     def __init__(self) -> None:
         self.signal = 0
 
     def note(self, number: int, frame: FrameType | None) -> None:
-        """Handle a signal; a second Ctrl-C stops at once."""
+        """Handle a signal; a second Ctrl-C stops immediately."""
         if number == signal.SIGINT and self.signal == signal.SIGINT:
             raise KeyboardInterrupt
         self.signal = number
@@ -30,7 +30,7 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Note SIGINT, SIGTERM and SIGUSR1 (Slurm's warning) inside the block."""
+    """Record SIGINT, SIGTERM and SIGUSR1 (Slurm's warning) inside the block."""
     request = StopRequest()
     if threading.current_thread() is not threading.main_thread():
         yield request  # Python lets only the main thread handle signals

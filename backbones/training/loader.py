@@ -1,4 +1,4 @@
-"""Batches whose content depends on seed, epoch and position alone, so that a run can be resumed."""
+"""Data loaders whose batches depend only on seed, epoch and position, so runs can be resumed."""
 
 from __future__ import annotations
 
@@ -39,10 +39,10 @@ _GRACE_SECONDS = 20
 
 
 class TrainLoader:
-    """Endless supply of shuffled, augmented training batches, by epoch.
+    """Shuffled, augmented training batches, by epoch.
 
-    Every process gets the same number of batches of the same size; what does not fill a batch is
-    left out, and differs from epoch to epoch.
+    Every process gets the same number of batches of the same size; the remainder is dropped, and
+    differs from epoch to epoch.
 
     Args:
         source: the images, or a stream of them.
@@ -50,10 +50,10 @@ class TrainLoader:
         config: ``input_size``, ``mean``, ``std``, ``interpolation`` as timm resolves them.
         recipe: augmentation, batch size, workers.
         world: this process among all.
-        corrupt: where unreadable images are noted.
+        corrupt: records unreadable images.
 
     Raises:
-        DataError: fewer images than one batch a process.
+        DataError: fewer images than one batch per process.
     """
 
     def __init__(
@@ -81,8 +81,8 @@ class TrainLoader:
         """Normalised images (B, C, H, W) and labels (B,) of one epoch, on the device.
 
         Args:
-            epoch: which; the order and the augmentation follow from it.
-            start: batches to leave out at the beginning, when a run is resumed.
+            epoch: index; determines order and augmentation.
+            start: number of batches to skip when resuming.
         """
         if isinstance(self.source, ImageSource):
             self._sampler.epoch, self._sampler.start = epoch, start
@@ -96,7 +96,7 @@ class TrainLoader:
     def blank(
         self, size: int, multi_label: bool, num_classes: int
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """A batch of images (B, C, size, size) of zeros and labels as :meth:`epoch` gives them."""
+        """A batch of zeros (B, C, size, size) with labels, in the format of :meth:`epoch`."""
         batch, device = self.recipe.batch_size, self.world.device
         shape = (batch, num_classes) if multi_label else (batch,)
         images = torch.zeros(batch, self.recipe.in_chans, size, size, device=device)
@@ -108,7 +108,7 @@ class TrainLoader:
             self._current.close()
 
     def names(self, epoch: int, update: int) -> list[str]:
-        """What this process's images of one update are called; streams cannot tell."""
+        """Names of this process's images of an update; not available for streams."""
         if not isinstance(self.source, ImageSource):
             return ["(a stream does not name its images)"]
         accum = self.recipe.accum_steps
@@ -117,7 +117,7 @@ class TrainLoader:
         return [self.source.name(index) for index, _ in keys]
 
     def _image_size(self, epoch: int) -> int:
-        """The side of the images: the schedule's last entry that has begun, or the model's."""
+        """The image size of an epoch: the schedule's, or else the model's."""
         begun = [e for e in self.recipe.img_size_schedule if e <= epoch]
         if begun:
             return self.recipe.img_size_schedule[max(begun)]
@@ -138,7 +138,7 @@ class TrainLoader:
         return self._loaders[image_size]
 
     def _stream_loader(self, epoch: int) -> DataLoader[Any]:
-        # A stream's readers keep state from epoch to epoch: fresh ones make an epoch repeatable.
+        # A stream's readers keep state between epochs; new ones make epochs reproducible.
         assert isinstance(self.source, StreamSource)
         stream = self.source.open()
         stream.set_epoch(epoch)
@@ -159,12 +159,11 @@ class TrainLoader:
 class ValidationLoader:
     """Every validation image exactly once over all processes, in order.
 
-    Every process gets the same number of batches; positions that only fill them up carry the
-    label :data:`NO_LABEL`, as do images that cannot be read. (Only for a stream can the number
-    differ by one, which ``equal_batches`` tells.)
+    Every process gets the same number of batches; padding and unreadable images have the label
+    :data:`NO_LABEL`. (For streams, the number may differ by one, see ``equal_batches``.)
 
-    Args: as :class:`TrainLoader`, and
-        spoil: applied to every image once it has its final size, such as a corruption.
+    Args: as in :class:`TrainLoader`, and
+        spoil: applied to every image at its final size, for example a corruption.
     """
 
     def __init__(
@@ -231,7 +230,7 @@ class ValidationLoader:
 
 
 class _Images(Dataset[tuple[torch.Tensor, int]]):
-    """Decode, convert, augment. An unreadable training image gives way to another one."""
+    """Decode, convert, augment. Unreadable training images are replaced by others."""
 
     def __init__(
         self,
@@ -281,7 +280,7 @@ def _mode(in_chans: int) -> str:
 
 
 class _Sized:
-    """The first ``length`` batches of a loader, of which ``skip`` are read and dropped."""
+    """The first ``length`` batches of a loader, without the first ``skip``."""
 
     def __init__(self, loader: DataLoader[Any], length: int, skip: int = 0) -> None:
         self.loader, self.length, self.skip = loader, length, skip
@@ -323,7 +322,7 @@ class _Sized:
 def _train_transform(
     image_size: int, config: dict[str, Any], recipe: Recipe
 ) -> Callable[[Any], torch.Tensor]:
-    """timm's training transform up to uint8; normalisation and erasing happen on the device."""
+    """timm's training transform up to uint8; normalisation and erasing run on the device."""
     transform: Callable[[Any], torch.Tensor] = create_transform(
         (recipe.in_chans, image_size, image_size),
         is_training=True,
@@ -367,9 +366,9 @@ def _loader_options(recipe: Recipe, world: World, persistent: bool) -> dict[str,
 
 
 def _quiet_worker(worker_id: int) -> None:
-    """A signal that asks a run to stop often reaches its workers too; they must serve the step.
+    """Ignore termination signals in workers, which must finish the step.
 
-    Ending them is the main process's business; where it cannot, they end themselves.
+    The main process ends them; if it dies, they end themselves.
     """
     for name in ("SIGINT", "SIGUSR1"):
         if hasattr(signal, name):

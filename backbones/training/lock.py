@@ -1,4 +1,4 @@
-"""One run a folder: a lock that the system takes back when its holder dies, and who holds it."""
+"""Locks of run folders, which the system releases when the holder dies."""
 
 from __future__ import annotations
 
@@ -24,15 +24,15 @@ class LockedError(Exception):
 class FolderLock:
     """An exclusive ``flock`` on the file :data:`LOCK_NAME` in a folder.
 
-    The system gives it up with the process, however that ends; a file that was left says nothing.
-    Forked children, such as loader processes, do not keep it.
+    The system releases it when the process ends, in whatever way; a remaining file has no meaning.
+    Forked children, such as loader processes, do not hold it.
 
     Attributes:
-        problem: why there is no lock, where the system or the file system has none; "" if there
-            is.
+        problem: why there is no lock, if the system or file system does not support it; "" if
+            there is.
 
     Raises:
-        LockedError: another process has it.
+        LockedError: another process holds it.
         OSError: the folder cannot be written.
     """
 
@@ -67,7 +67,7 @@ class FolderLock:
             os.write(descriptor, json.dumps(facts).encode())
 
     def release(self) -> None:
-        """Give it up and remove the file."""
+        """Release the lock and remove the file."""
         if self._descriptor is None:
             return
         with contextlib.suppress(OSError):
@@ -85,7 +85,7 @@ def _is_at(descriptor: int, path: Path) -> bool:
 
 
 def _describe(path: Path) -> str:
-    """What the holder wrote into its file."""
+    """The holder's description from its file."""
     try:
         facts = json.loads(path.read_text())
         since = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(facts["since"]))

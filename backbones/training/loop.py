@@ -1,4 +1,4 @@
-"""The loop of a training: updates that can be skipped, validation, signals."""
+"""The training loop: updates that can be skipped, validation, signals."""
 
 from __future__ import annotations
 
@@ -30,17 +30,17 @@ __all__ = ["TrainingLoop"]
 
 
 class TrainingLoop(Resumable):
-    """All that a run consists of, and the loop over it; a task fills in what it trains on.
+    """The state of a run and its loop; subclasses implement the task.
 
     A subclass builds its data, calls :meth:`set_up` at the end of its ``__init__``, and implements
     the abstract methods.
 
-    Attributes: as :class:`Resumable`, and
-        net: what a step calls: the network, or its DDP wrapper.
+    Attributes: as in :class:`Resumable`, and
+        net: the network, or its DDP wrapper, that a step calls.
     """
 
     score_key: str
-    """Which figure of a validation says how good the weights are; more is better."""
+    """The validation metric that selects the best weights; higher is better."""
 
     def __init__(
         self, recipe: Recipe, folder: Path, world: World, stop: StopRequest, progress: Progress
@@ -57,9 +57,9 @@ class TrainingLoop(Resumable):
         """Optimizer, schedule, average and everything else around the network.
 
         Args:
-            model: what the run is about, on the device.
+            model: the model, on the device.
             updates_per_epoch: number of updates.
-            network: ``model`` with what only training needs around it.
+            network: ``model``, wrapped with parts needed only in training.
         """
         recipe, world = self.recipe, self.world
         self.model, self.updates_per_epoch = model, updates_per_epoch
@@ -105,10 +105,10 @@ class TrainingLoop(Resumable):
         random_seed(recipe.seed, world.rank)
 
     def try_out(self, batch: Any) -> None:
-        """Compute the loss of a batch and forget it: some networks cannot take small images.
+        """Compute the loss of a batch, to detect networks that don't support the image size.
 
         Raises:
-            RecipeError: naming the network and what it says.
+            RecipeError: names the network and its error.
         """
         self.net.train()
         self.guard.keep()
@@ -127,7 +127,7 @@ class TrainingLoop(Resumable):
     # --- what a task fills in
 
     def facts(self) -> dict[str, str]:
-        """What the best weights say of themselves beside the model and the epoch."""
+        """Metadata of the best weights, in addition to the model and the epoch."""
         return {}
 
     @abstractmethod
@@ -136,11 +136,11 @@ class TrainingLoop(Resumable):
 
     @abstractmethod
     def names(self, epoch: int, step: int) -> list[str]:
-        """What this process's images of one update are called."""
+        """Names of this process's images of an update."""
 
     @abstractmethod
     def compute(self, batch: Any) -> tuple[Tensor, Any]:
-        """The loss of a batch, by ``net``, and whatever :meth:`note` wants to know."""
+        """The loss of a batch, computed by ``net``, and data for :meth:`note`."""
 
     @abstractmethod
     def note(self, loss: Tensor, seen: Any) -> None:
@@ -148,26 +148,26 @@ class TrainingLoop(Resumable):
 
     @abstractmethod
     def training_figures(self, world: World | None = None) -> dict[str, float]:
-        """What the meter says, of this process or of all; ``loss`` among it."""
+        """The meter's metrics, including ``loss``, of this process or of all."""
 
     @abstractmethod
     def validate(self, model: nn.Module) -> tuple[dict[str, float], int]:
-        """Figures over every validation image once, and the signal that came meanwhile, or 0."""
+        """Metrics over all validation images, and the signal received meanwhile, or 0."""
 
     @abstractmethod
     def describe_epoch(self, row: dict[str, Any]) -> str:
-        """A finished epoch as a line for people."""
+        """A finished epoch as a line of text."""
 
     @abstractmethod
     def show_results(self) -> None:
-        """What a finished run leaves for people."""
+        """Write the pictures of a finished run."""
 
     def resolved_recipe(self) -> Recipe:
-        """The recipe to write beside the results."""
+        """The resolved recipe to save with the results."""
         return self.recipe
 
     def begin(self) -> None:
-        """Open the logs, at the place where the run goes on."""
+        """Open the logs at the position where the run continues."""
         self.log.open()
         if self.resumed_from is not None:
             self.log.rewind(self.updates, self.history)
@@ -188,10 +188,12 @@ class TrainingLoop(Resumable):
                 last = self.folder / "last.pt"
                 saved = f"saved in {last}"
                 if self.saved_at != self.updates:
-                    saved = f"not saved, as the loss is not finite; {last} is older, if it is there"
+                    saved = (
+                        f"not saved, because the loss is not finite; {last}, if present, is older"
+                    )
                 self.progress.say(
                     f"stopped by signal {signal} after {self.updates} updates, {saved}; "
-                    "--resume auto goes on"
+                    "--resume auto continues"
                 )
                 return 128 + signal
         self.progress.end()
@@ -199,7 +201,7 @@ class TrainingLoop(Resumable):
         return 0
 
     def train_epoch(self) -> int:
-        """Train from ``step`` to the end of the epoch; the signal that came, or 0."""
+        """Train from ``step`` to the end of the epoch; returns the received signal, or 0."""
         self.net.train()
         title = f"epoch {self.epoch + 1:{len(str(self.epochs))}}/{self.epochs}"
         self.progress.begin(title, self.updates_per_epoch, self.step)
@@ -226,7 +228,7 @@ class TrainingLoop(Resumable):
         return 0
 
     def update(self, batches: Iterator[Any]) -> tuple[bool, int, bool]:
-        """One update from ``accum_steps`` batches: was it skipped, the signal, shall we save."""
+        """One update of ``accum_steps`` batches: whether skipped, signal, whether to save."""
         accum, bad, signal, save = self.recipe.accum_steps, False, 0, False
         self.guard.keep()
         for micro in range(accum):
@@ -262,7 +264,7 @@ class TrainingLoop(Resumable):
             self.ema.update(self.model, step=self.updates + 1)
 
     def finish_epoch(self) -> int:
-        """Validate, record, keep the best, save; the signal that came meanwhile, or 0."""
+        """Validate, record, keep the best, save; returns the signal received meanwhile, or 0."""
         train, score = self.training_figures(self.world), None
         row: dict[str, Any] = {"epoch": self.epoch, "update": self.updates}
         row |= {f"train_{key}": value for key, value in train.items()}
@@ -297,11 +299,11 @@ class TrainingLoop(Resumable):
     # --- parts of the loop
 
     def models(self) -> dict[str, nn.Module]:
-        """The networks to validate; the last one is what the run is about."""
+        """The networks to validate; the last one determines the best weights."""
         return {"val": self.model} | ({"ema": self.ema.module} if self.ema is not None else {})
 
     def autocast(self) -> Any:
-        """Mixed precision, if the recipe wants it."""
+        """Autocast, if the recipe uses mixed precision."""
         return torch.autocast(self.device.type, self.amp, enabled=self.amp is not None)
 
     def give_up(self) -> NoReturn:
@@ -312,10 +314,10 @@ class TrainingLoop(Resumable):
         raise self.bad_steps.error(everyone, self.folder, self.world.is_main, left)
 
     def check_figures(self, figures: dict[str, float], model: nn.Module) -> None:
-        """Stop where a validation shows that the weights are no good: they are saved nowhere.
+        """Stop without saving if a validation shows that the weights have diverged.
 
         Raises:
-            DivergedError: a figure is NaN, the loss infinite, or a weight one of these.
+            DivergedError: a metric is NaN, the loss is infinite, or a weight is not finite.
         """
         wrong = [
             f"{key} {value}"
@@ -353,11 +355,11 @@ class TrainingLoop(Resumable):
         }
 
     def seconds_left(self) -> float:
-        """Of the whole run, at the pace of this process so far."""
+        """Estimate for the whole run, from the speed of this process so far."""
         left = self.epochs * self.updates_per_epoch - self.updates
         pace = (time.monotonic() - self.begun) / max(self.updates - self.done_before, 1)
         return left * pace
 
     @abstractmethod
     def describe(self) -> str:
-        """The figures of the epoch so far as the text beside the bar."""
+        """The epoch's metrics so far, as text for the progress bar."""

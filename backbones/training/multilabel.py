@@ -1,4 +1,4 @@
-"""Several labels an image, as in chest X-rays: each class is a yes or no of its own."""
+"""Multi-label classification, for example of chest X-rays: each class is a binary decision."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ __all__ = ["mean_auc", "validation_loss"]
 def validation_loss(logits: Tensor, labels: Tensor) -> Tensor:
     """The loss of a validation batch, summed over its images.
 
-    Cross-entropy, or with several labels an image binary cross-entropy, averaged over the classes.
+    Cross-entropy or, for multi-label data, binary cross-entropy averaged over the classes.
 
     Args:
         logits: (B, classes).
-        labels: (B,), or (B, classes) of 0 and 1; images with negative ones are left out.
+        labels: (B,), or (B, classes) of 0 and 1; images with negative labels are ignored.
     """
     if labels.ndim == 1:
         return F.cross_entropy(logits, labels, ignore_index=-1, reduction="sum")
@@ -27,18 +27,17 @@ def validation_loss(logits: Tensor, labels: Tensor) -> Tensor:
 
 
 def mean_auc(scores: Tensor, labels: Tensor) -> float:
-    """Area under the ROC curve, averaged over the classes; what MedMNIST is measured by.
+    """Area under the ROC curve, averaged over the classes, MedMNIST's metric.
 
-    The share of the pairs of a positive and a negative image that the scores order rightly, a tie
-    counting half.
+    The fraction of pairs of a positive and a negative image that the scores order correctly; ties
+    count half.
 
     Args:
         scores: (N, classes), any increasing function of the probability.
         labels: (N, classes) of 0 and 1.
 
     Returns:
-        0 … 1; classes of which there are only positive or only negative images are left out, and
-        without any other it is NaN.
+        0 … 1; classes with only positive or only negative images are ignored; NaN if none are left.
     """
     areas = []
     for score, label in zip(scores.double().T, labels.T, strict=True):

@@ -1,4 +1,4 @@
-"""Optimizer and schedule of a recipe: any of timm's, tried before they are relied upon."""
+"""Optimizer and schedule of a recipe: any of timm's, tested before the run starts."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ _MOST_EPOCHS = 10**6
 
 
 def images_per_update(recipe: Recipe, world_size: int) -> int:
-    """How many images one update of the weights sees, over all processes."""
+    """The number of images per update, over all processes."""
     return recipe.batch_size * recipe.accum_steps * world_size
 
 
 def learning_rate(recipe: Recipe, world_size: int) -> float:
-    """``lr``, or ``lr_base`` scaled to the number of images that an update sees."""
+    """``lr``, or ``lr_base`` scaled by the number of images per update."""
     if recipe.lr is not None:
         return recipe.lr
     ratio = images_per_update(recipe, world_size) / recipe.lr_base_size
@@ -44,8 +44,8 @@ def build_optimizer(recipe: Recipe, model: nn.Module, lr: float) -> torch.optim.
     """Any of timm's optimizers.
 
     Raises:
-        RecipeError: timm has no such optimizer, or it does not take one of the arguments; a
-            pattern of ``lr_factors`` that fits no parameter, or a factor that is no number > 0.
+        RecipeError: an unknown optimizer or argument, a pattern of ``lr_factors`` that matches no
+            parameter, or a factor that is not a number > 0.
     """
     try:
         _try_optimizer(recipe, lr, next(model.parameters()).device)
@@ -73,7 +73,7 @@ def _create_optimizer(
 
 
 def _try_optimizer(recipe: Recipe, lr: float, device: torch.device) -> None:
-    """Take a step with a layer of its own: many find their arguments wrong only then."""
+    """Take a step on a small layer, since many optimizers check their arguments only then."""
     layer = nn.Linear(4, 4, device=device)
     with torch.compiler.set_stance("force_eager"):  # some compile their steps, for half a minute
         optimizer = _create_optimizer(recipe, layer, lr, layer_decay=None)
@@ -98,7 +98,7 @@ def add_exits_to_optimizer(
 
 
 def _lr_factors(patterns: dict[str, Any], model: nn.Module) -> dict[int, float]:
-    """``id`` of each parameter that a pattern fits → its factor."""
+    """``id`` of each parameter that matches a pattern → its factor."""
     factors: dict[int, float] = {}
     for pattern, factor in patterns.items():
         try:
@@ -109,7 +109,7 @@ def _lr_factors(patterns: dict[str, Any], model: nn.Module) -> dict[int, float]:
         chosen = [p for name, p in model.named_parameters() if expression.search(name)]
         if not chosen or not 0 < number < math.inf:
             raise RecipeError(
-                f"lr_factors: {pattern!r}: {factor!r} fits {len(chosen)} parameters; give a "
+                f"lr_factors: {pattern!r}: {factor!r} matches {len(chosen)} parameters; give a "
                 "pattern of names in model.named_parameters() and a factor > 0"
             )
         factors.update((id(p), number) for p in chosen)
@@ -117,26 +117,25 @@ def _lr_factors(patterns: dict[str, Any], model: nn.Module) -> dict[int, float]:
 
 
 def _split_groups(optimizer: torch.optim.Optimizer, factors: dict[int, float]) -> None:
-    """Give the parameters with a factor groups of their own; timm's schedulers heed lr_scale."""
+    """Put parameters with a factor into separate groups with lr_scale, for timm's schedulers."""
     for group in list(optimizer.param_groups):
         for factor in sorted({factors[id(p)] for p in group["params"] if id(p) in factors}):
             chosen = [p for p in group["params"] if factors.get(id(p)) == factor]
             group["params"] = [p for p in group["params"] if factors.get(id(p)) != factor]
             scale = factor * group.get("lr_scale", 1.0)
-            # Not add_param_group: those of wrappers such as Lookahead leave the lists as they are.
+            # Not by add_param_group, which in wrappers such as Lookahead does not update the lists.
             optimizer.param_groups.append({**group, "params": chosen, "lr_scale": scale})
 
 
 def build_scheduler(
     recipe: Recipe, optimizer: torch.optim.Optimizer, updates_per_epoch: int
 ) -> tuple[Any, int]:
-    """Any of timm's schedulers, and the number of epochs that it asks for.
+    """Any of timm's schedulers, and its number of epochs.
 
-    It moves with every update, only "plateau" with every epoch; "none" gives None.
+    It is stepped with every update, "plateau" with every epoch; "none" gives None.
 
     Raises:
-        RecipeError: keys that do not make a schedule, or one with a rate that is no number from 0
-            on.
+        RecipeError: an invalid schedule, or one with a negative or non-finite learning rate.
     """
     try:
         scheduler, epochs = create_scheduler_v2(
@@ -170,7 +169,7 @@ def build_scheduler(
 
 
 def _try_schedule(scheduler: Any, epochs: int, updates_per_epoch: int) -> None:
-    """Ask for the rates around the beginnings of epochs, where cycles and decays begin too."""
+    """Check the learning rates at the starts of epochs, where cycles and decays start, too."""
     if epochs > _MOST_EPOCHS:
         raise ValueError(f"its cycles take {epochs:.3g} epochs, more than {_MOST_EPOCHS}")
     if scheduler is None or not hasattr(scheduler, "step_update") or scheduler.t_in_epochs:

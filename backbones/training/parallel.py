@@ -1,8 +1,8 @@
-"""Copies (DDP) or shares (FSDP2) of a network on several processes, and its whole state again.
+"""Replicated (DDP) and sharded (FSDP2) networks, and their full state.
 
-FSDP2 is ``torch.distributed.fsdp.fully_shard``: every process keeps a part of each weight, of its
-gradient and of what the optimizer knows about it, and fetches a block's other parts when that
-block runs. Checkpoints hold whole tensors all the same, so they do not depend on the processes.
+FSDP2 is ``torch.distributed.fsdp.fully_shard``: every process keeps a shard of each weight, its
+gradient and its optimizer state, and gathers a block's weights when that block runs. Checkpoints
+contain full tensors, so they don't depend on the number of processes.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ _LARGEST = 1e12
 
 
 def replicate(network: nn.Module, world: World) -> nn.Module:
-    """What the loop calls: the network, wrapped in DDP where there are several processes."""
+    """The network, wrapped in DDP if there are several processes."""
     if world.size == 1:
         return network
     ids = [world.device.index] if world.device.type == "cuda" else None
@@ -38,7 +38,7 @@ def replicate(network: nn.Module, world: World) -> nn.Module:
 
 
 def shard(network: nn.Module, world: World) -> nn.Module:
-    """Share out the weights, block by block; changes ``network`` in place and returns it.
+    """Shard the weights block by block; modifies ``network`` in place and returns it.
 
     Raises:
         RecipeError: torchrun did not start this process.
@@ -46,8 +46,8 @@ def shard(network: nn.Module, world: World) -> nn.Module:
     if not dist.is_initialized():
         raise RecipeError("fsdp needs torchrun: torchrun --nproc-per-node N train_cls.py …")
     mesh = init_device_mesh(world.device.type, (world.size,))
-    # Blocks that work on tokens return a view, which only an in-place op after them would spoil;
-    # there is none, and tests/training/test_parallel.py compares every family's gradients.
+    # Token blocks return a view, which is a problem only for in-place ops after them. There are
+    # none, and tests/training/test_parallel.py compares every family's gradients.
     warnings.filterwarnings("ignore", r"FSDP2-wrapped module \(.*\) returned a view tensor")
     for backbone in network.modules():
         if isinstance(backbone, StagedBackbone):
@@ -60,7 +60,7 @@ def shard(network: nn.Module, world: World) -> nn.Module:
 
 
 def synchronized_gradients(net: nn.Module, last: bool) -> AbstractContextManager[None]:
-    """Within it, processes exchange gradients only with the ``last`` batch of an update."""
+    """Inside, processes synchronise gradients only for the ``last`` batch of an update."""
     if isinstance(net, DistributedDataParallel) and not last:
         return net.no_sync()
     if isinstance(net, FSDPModule):
@@ -69,9 +69,9 @@ def synchronized_gradients(net: nn.Module, last: bool) -> AbstractContextManager
 
 
 def is_sound(network: nn.Module, world: World) -> bool:
-    """Whether every weight and running statistic is a number within ±10¹²; all processes must ask.
+    """Whether all weights and running statistics are within ±10¹²; a collective call.
 
-    A norm hides for a while that the weights before it grow without end: the loss stays finite.
+    A norm can hide that the preceding weights grow without bound while the loss stays finite.
     """
     tensors: list[Tensor] = list(network.parameters())
     tensors += [
@@ -83,7 +83,7 @@ def is_sound(network: nn.Module, world: World) -> bool:
 
 
 def whole(state: Any) -> Any:
-    """A nested state with whole tensors for shared ones; every process must ask for it."""
+    """A nested state with sharded tensors gathered to full ones; a collective call."""
     if isinstance(state, DTensor):
         return state.full_tensor().cpu()
     if isinstance(state, dict):
@@ -94,7 +94,7 @@ def whole(state: Any) -> Any:
 
 
 def load_whole(part: Any, state: dict[str, Any]) -> None:
-    """Let a module, optimizer or scheduler load a state of whole tensors, its share of them."""
+    """Load a state of full tensors into a possibly sharded module, optimizer or scheduler."""
     if isinstance(part, nn.Module):
         own = part.state_dict()
         state = {name: _share(value, own.get(name)) for name, value in state.items()}
@@ -111,10 +111,10 @@ def load_whole(part: Any, state: dict[str, Any]) -> None:
 
 
 def _share(value: Any, owner: Any) -> Any:
-    """This process's share of ``value``, if it is as ``owner`` is."""
+    """This process's shard of ``value``, if ``owner`` is sharded."""
     if not (isinstance(owner, DTensor) and isinstance(value, Tensor)):
         return value
-    if value.shape != owner.shape:  # a counter of steps, or a misfit that loading will name
+    if value.shape != owner.shape:  # a step counter, or a mismatch that loading reports
         return value
     mesh = owner.device_mesh
     # Every process has read the same file: nothing needs to be sent.

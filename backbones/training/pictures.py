@@ -1,4 +1,4 @@
-"""Two pictures of a run: how loss and accuracy went, and what the model says of some images."""
+"""The pictures of a run: curves of loss and accuracy, and predictions for some images."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ INK, GRID = "#222b38", "#e4e8ee"
 
 @dataclass
 class Prediction:
-    """One validation image and what the model said.
+    """A validation image with its prediction.
 
     Attributes:
         image: (H, W, 3) in 0..1.
-        truth, answer: class numbers.
+        truth, answer: class indices of label and prediction.
         confidence: probability of ``answer``.
     """
 
@@ -64,14 +64,14 @@ def pick_predictions(
     count: int = 32,
     looked_at: int = 2000,
 ) -> list[Prediction]:
-    """Choose ``count`` images to show: at most a quarter mistakes, the surest first.
+    """Choose ``count`` images to show: at most a quarter mistakes, the most confident first.
 
     Args:
         model: in evaluation mode.
         batches: normalised images (B, C, H, W) and labels (B,).
         config: ``mean`` and ``std`` of the normalisation.
-        autocast: makes the context to call the model in.
-        count, looked_at: how many to choose, out of how many.
+        autocast: creates the context to call the model in.
+        count, looked_at: number of images to choose, and to choose from.
     """
     right: list[Prediction] = []
     wrong: list[Prediction] = []
@@ -131,17 +131,17 @@ def draw_curves(path: Path, history: Sequence[dict[str, Any]], title: str) -> No
 def draw_predictions(
     path: Path, shown: Sequence[Prediction], classes: Sequence[str], title: str
 ) -> None:
-    """Draw a grid of images, each with the answer and its confidence; mistakes stand out.
+    """Draw a grid of images with prediction and confidence; mistakes are highlighted.
 
     Args:
         path: the PNG.
         shown: the images.
         classes: names by number.
-        title: above it; where they are, it adds that mistakes come first.
+        title: above it; a note is added if mistakes come first.
     """
     columns = min(8, max(4, len(shown)))
     rows = max(1, -(-len(shown) // columns))
-    # Long names leave no room for the confidence beside them.
+    # Long names leave no room for the confidence.
     long = max(len(name) for name in classes) > 6
     width, height = 1.62 * columns + 0.3, (2.3 if long else 2.1) * rows + 0.55
     figure = new_figure(width, height)
@@ -182,8 +182,8 @@ def draw_predictions(
 
 
 def new_figure(width: float, height: float) -> Figure:
-    """An empty picture of so many inches."""
-    # Figure itself, not pyplot: no global state, no display.
+    """An empty figure of the given size in inches."""
+    # Figure instead of pyplot: no global state, no display.
     from matplotlib.figure import Figure
 
     return Figure(figsize=(width, height), dpi=110, facecolor="white")
@@ -225,20 +225,20 @@ def _short(name: str) -> str:
 
 
 def drawable(name: str) -> str:
-    """A name for a picture: one line, no formula between dollar signs, no half characters."""
+    """A name for a figure: one line, without math mode and surrogates."""
     return one_line(name).encode(errors="backslashreplace").decode().replace("$", r"\$")
 
 
 @contextmanager
 def quiet_about_glyphs() -> Iterator[None]:
-    """Boxes stand for characters that the font lacks, without a warning for each."""
+    """Suppress warnings about characters that the font lacks."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "Glyph .* missing from")
         yield
 
 
 def save_figure(figure: Figure, path: Path) -> None:
-    """Write a PNG, whole or not at all."""
+    """Write a PNG atomically."""
     data = io.BytesIO()
     with quiet_about_glyphs():
         figure.savefig(data, format="png")

@@ -1,6 +1,6 @@
-"""Posterizing to 0 bits, which RandAugment at its highest magnitude asks for and Pillow 13 refuses.
+"""Posterizing to 0 bits, used by RandAugment at its highest magnitude and rejected by Pillow 13.
 
-The published recipes were trained where it made a black image; so it does here.
+The published recipes were trained with versions that returned a black image, as is done here.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def allow_no_bits(transform: Any) -> None:
 
 
 def _posterize(image: Image.Image, bits: int, **_: Any) -> Image.Image:
-    """As timm's operation of this name, whose further keywords it does not use either."""
+    """Like timm's operation of this name; further keywords are ignored, as there."""
     if bits >= 8:
         return image
     return ImageOps.posterize(image, bits) if bits > 0 else Image.new(image.mode, image.size)

@@ -1,4 +1,4 @@
-"""What a run tells: a live bar or plain lines, metrics.jsonl, summary.csv, TensorBoard, W&B."""
+"""Progress output of a run: bar or lines, metrics.jsonl, summary.csv, TensorBoard, W&B."""
 
 from __future__ import annotations
 
@@ -26,27 +26,27 @@ __all__ = ["RESULTS", "Meter", "Progress", "RunLog", "describe_epoch", "duration
 
 RESULTS = {
     "best.safetensors": "the weights of the best epoch",
-    "last.pt": "all that --resume needs; weights under `model`",
-    "summary.csv": "a row for each epoch",
+    "last.pt": "the state for --resume; weights under `model`",
+    "summary.csv": "a row per epoch",
     "metrics.jsonl": "an entry every few updates",
     "curves.png": "loss and accuracy",
-    "predictions.png": "validation images, answers and truth",
+    "predictions.png": "validation images, predictions and labels",
     "config.yaml": "the recipe, fully resolved",
     "bad_batches.txt": "images whose loss was not finite",
-    "corrupt_train.txt": "training images that could not be read",
-    "corrupt_validation.txt": "validation images that could not be read",
+    "corrupt_train.txt": "unreadable training images",
+    "corrupt_validation.txt": "unreadable validation images",
 }
-"""The files of a run, and what is in them."""
+"""The files of a run, with descriptions."""
 
 _BAR = "{desc} {percentage:3.0f}% {bar} {n}/{total}  {postfix}"
 
 
 class Meter:
-    """Sums of loss, right answers and images, kept on the device until they are read.
+    """Sums of loss, correct predictions and images, kept on the device until read.
 
     Args:
-        device: where the losses are.
-        keep_scores: keep all logits and labels too, for the area under the ROC curve.
+        device: of the losses.
+        keep_scores: also keep all logits and labels, for the area under the ROC curve.
     """
 
     def __init__(self, device: torch.device, keep_scores: bool = False) -> None:
@@ -59,7 +59,7 @@ class Meter:
         Args:
             loss_sum: over its images.
             logits: (B, classes).
-            labels: (B,), or (B, classes) of 0 and 1; images with negative ones are not counted.
+            labels: (B,), or (B, classes) of 0 and 1; images with negative labels are not counted.
         """
         if labels.ndim == 2:
             counted = labels[:, 0] >= 0
@@ -75,10 +75,10 @@ class Meter:
         self.sums += torch.cat([loss_sum.detach().view(1), counts])
 
     def read(self, world: World | None = None) -> dict[str, float]:
-        """Means ``loss``, ``top1`` and ``top5`` (in percent), and the ``count`` behind them.
+        """Means ``loss``, ``top1`` and ``top5`` (in percent), and the ``count`` of images.
 
-        With several labels an image ``top1`` is the share of right yes or no answers, and ``auc``
-        comes with kept scores.
+        For multi-label data, ``top1`` is the fraction of correct binary decisions; ``auc`` is
+        included if scores are kept.
 
         Args:
             world: over all of its processes; None for this one alone.
@@ -96,7 +96,7 @@ class Meter:
 
 
 class Progress:
-    """One bar for each epoch on a terminal, and now and then a line where there is none.
+    """A progress bar for each epoch on a terminal; elsewhere, occasional lines.
 
     Args:
         world: only the main process shows anything.
@@ -137,7 +137,7 @@ class Progress:
             )
 
     def due(self) -> bool:
-        """Whether it is time for new figures; reading them makes a GPU wait."""
+        """Whether an update of the metrics is due, which synchronises with the GPU."""
         return self.active and time.monotonic() - self._shown >= self.pause
 
     def show(self, done: int, text: str) -> None:
@@ -169,11 +169,11 @@ class RunLog:
     Args:
         folder: ``metrics.jsonl`` (an entry every ``log_every`` updates and every epoch) and
             ``summary.csv`` (a row an epoch) go there.
-        recipe: says whether TensorBoard and W&B hear of it too.
-        active: False makes every method do nothing.
+        recipe: whether to report to TensorBoard and W&B, too.
+        active: if False, all methods do nothing.
 
     Raises:
-        RecipeError: TensorBoard or W&B is asked for and not installed.
+        RecipeError: TensorBoard or W&B is requested, but not installed.
     """
 
     def __init__(self, folder: Path, recipe: Recipe, active: bool) -> None:
@@ -184,10 +184,10 @@ class RunLog:
         self._reporter = _wandb_module() if active and recipe.wandb else None
 
     def open(self) -> None:
-        """Begin to report to TensorBoard and W&B.
+        """Start reporting to TensorBoard and W&B.
 
         Raises:
-            RecipeError: W&B does not take the run.
+            RecipeError: W&B rejects the run.
         """
         if self._writer is not None:
             self._board = self._writer(str(self.folder))
@@ -195,12 +195,12 @@ class RunLog:
             self._wandb = _start_wandb(self._reporter, self.folder, self.recipe)
 
     def rewind(self, updates: int, history: Sequence[dict[str, Any]]) -> None:
-        """Let the files say what was up to ``updates``: a resumed run does the rest again.
+        """Truncate the files to ``updates``; a resumed run repeats the rest.
 
         A run can be killed between saving an epoch and recording it, or in the middle of a line.
 
         Args:
-            updates: where the run stands.
+            updates: the number of updates done.
             history: the rows of its finished epochs.
         """
         path = self.folder / "metrics.jsonl"
@@ -226,7 +226,7 @@ class RunLog:
         """Append one entry; it needs the key ``update``.
 
         Raises:
-            CheckpointFileError: the disk is full, or so.
+            CheckpointFileError: the file cannot be written.
         """
         if not self.active:
             return
@@ -259,7 +259,7 @@ class RunLog:
         write_atomically(self.folder / "summary.csv", lambda file: file.write(data))
 
     def close(self) -> None:
-        """Flush what other programs are told."""
+        """Flush the loggers."""
         if self._board is not None:
             self._board.close()
         if self._wandb is not None:
@@ -296,7 +296,7 @@ def describe_epoch(row: dict[str, Any], epochs: int, seconds_left: float) -> str
 
 
 def peak_memory(device: torch.device) -> float:
-    """MiB that were in use at most: of the GPU, or of the process."""
+    """Peak memory in MiB, of the GPU or of the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**20
     try:
@@ -337,4 +337,4 @@ def _start_wandb(wandb: Any, folder: Path, recipe: Recipe) -> Any:
             resume="allow",
         )
     except Exception as error:  # the network, an account, a name: it has errors of its own for each
-        raise RecipeError(f"wandb does not take the run: {first_line(error)}") from error
+        raise RecipeError(f"wandb rejects the run: {first_line(error)}") from error

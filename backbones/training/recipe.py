@@ -33,9 +33,9 @@ def key(group: str, default: Any, help: str, choices: Sequence[Any] = ()) -> Any
     """A field of a recipe.
 
     Args:
-        group: under which heading it is listed; ``"run"`` for what changes no result.
+        group: heading under which it is listed; ``"run"`` for keys that don't affect results.
         help: its line in ``--help`` and in written recipes.
-        choices: all values that it may have; empty for any of its type.
+        choices: allowed values; empty for any value of its type.
     """
     metadata = {"group": group, "help": help, "choices": tuple(choices)}
     if isinstance(default, dict):
@@ -51,7 +51,7 @@ class Recipe:
 
     Class attributes:
         refused: inherited keys that a recipe of another kind does not have.
-        ranges: what every number may be.
+        ranges: allowed range of every number.
     """
 
     refused: ClassVar[frozenset[str]] = frozenset()
@@ -62,7 +62,7 @@ class Recipe:
     pretrained: bool = key("model", False, "start from the published weights")
     checkpoint: str | None = key("model", None, "start from the weights in this file")
     num_classes: int | None = key("model", None, "None: as many as the data has")
-    in_chans: int = key("model", 3, "channels of the input; 1: grey", (1, 3))
+    in_chans: int = key("model", 3, "channels of the input; 1: greyscale", (1, 3))
     drop: float | None = key("model", None, "dropout before the classifier; None: as published")
     drop_path: float | None = key("model", None, "stochastic depth; None: as published")
     global_pool: str | None = key("model", None, "pooling of the head; None: as published")
@@ -78,7 +78,7 @@ class Recipe:
     data_dir: str | None = key("data", None, "where medmnist/, torch/, hfds/, hfids/ keep files")
     train_split: str = key("data", "train", "name (wds: shard pattern) of the training split")
     val_split: str = key("data", "validation", "name (wds: shard pattern) of the other split")
-    num_samples: int | None = key("data", None, "training images, where the source cannot tell")
+    num_samples: int | None = key("data", None, "number of training images, if the source lacks it")
     val_num_samples: int | None = key("data", None, "the same for validation")
     class_map: str | None = key("data", None, "file that maps class names to numbers")
     input_key: str | None = key("data", None, "image column or suffix (hfds, hfids, wds)")
@@ -88,24 +88,29 @@ class Recipe:
     val_batch_size: int | None = key("data", None, "None: batch_size")
     workers: int = key("data", 4, "loader processes per training process; 0: load in the loop")
     pin_memory: bool = key("data", True, "page-locked batches, on a GPU")
-    max_corrupt: float = key("data", 0.001, "stop when more than this share cannot be decoded")
+    max_corrupt: float = key("data", 0.001, "stop if more than this fraction cannot be decoded")
 
     # --- preprocessing; None takes the model's own
     img_size: int | None = key("preprocessing", None, "side of the square input, in pixels")
     img_size_schedule: dict[int, int] = key(
         "preprocessing", {}, "training size from an epoch on, such as {0: 128, 100: 160}"
     )
-    crop_pct: float | None = key("preprocessing", None, "share of the image that validation sees")
+    crop_pct: float | None = key(
+        "preprocessing", None, "fraction of the image that validation crops"
+    )
     crop_mode: str | None = key(
-        "preprocessing", None, "how validation crops", (None, "center", "squash", "border")
+        "preprocessing", None, "crop mode in validation", (None, "center", "squash", "border")
     )
     interpolation: str | None = key(
-        "preprocessing", None, "resizing at validation", (None, "bilinear", "bicubic", "nearest")
+        "preprocessing",
+        None,
+        "interpolation in validation",
+        (None, "bilinear", "bicubic", "nearest"),
     )
     train_interpolation: str = key(
         "preprocessing",
         "random",
-        "resizing in training",
+        "interpolation in training",
         ("random", "bilinear", "bicubic", "nearest"),
     )
     mean: tuple[float, ...] | None = key("preprocessing", None, "per channel, of pixels in 0..1")
@@ -121,22 +126,22 @@ class Recipe:
     hflip: float = key("augmentation", 0.5, "probability of a horizontal flip")
     vflip: float = key("augmentation", 0.0, "probability of a vertical flip")
     color_jitter: float = key("augmentation", 0.4, "strength; unused with aa")
-    grayscale_prob: float = key("augmentation", 0.0, "probability of a grey image")
+    grayscale_prob: float = key("augmentation", 0.0, "probability of a greyscale image")
     gaussian_blur_prob: float = key("augmentation", 0.0, "probability of a blurred image")
     aa: str | None = key(
         "augmentation", None, "rand-m9-mstd0.5-inc1, augmix-m3-w3, original, 3a (3-Augment), …"
     )
     reprob: float = key("augmentation", 0.0, "probability of random erasing")
-    remode: str = key("augmentation", "pixel", "what erasing leaves", ("const", "rand", "pixel"))
+    remode: str = key("augmentation", "pixel", "fill of erased boxes", ("const", "rand", "pixel"))
     recount: int = key("augmentation", 1, "erased boxes per image, at most")
     aug_repeats: int = key("augmentation", 0, "repeated augmentation: copies of each image")
     mixup: float = key("augmentation", 0.0, "mixup alpha")
     cutmix: float = key("augmentation", 0.0, "CutMix alpha")
     cutmix_minmax: tuple[float, ...] | None = key("augmentation", None, "box size instead of alpha")
     mixup_prob: float = key("augmentation", 1.0, "probability that a batch is mixed")
-    mixup_switch_prob: float = key("augmentation", 0.5, "of CutMix where both are on")
+    mixup_switch_prob: float = key("augmentation", 0.5, "probability of CutMix if both are on")
     mixup_mode: str = key(
-        "augmentation", "batch", "what is drawn at once", ("batch", "pair", "elem")
+        "augmentation", "batch", "granularity of mixing", ("batch", "pair", "elem")
     )
     mixup_off_epoch: int = key("augmentation", 0, "no mixing from this epoch on; 0: always mix")
 
@@ -146,7 +151,7 @@ class Recipe:
     bce_target_thresh: float | None = key("loss", None, "soft targets above it become 1")
     bce_sum: bool = key("loss", False, "sum over the classes instead of the mean")
     attn_diversity: float = key(
-        "loss", 0.0, "factor on the likeness of the tokens' attention (ADL; published: 1); 0: none"
+        "loss", 0.0, "weight of the attention diversification loss (published: 1); 0: none"
     )
 
     # --- a teacher
@@ -163,9 +168,9 @@ class Recipe:
     teacher_img_size: int | None = key(
         "distillation", None, "side of its images; None: its own where fixed, else the student's"
     )
-    distill_alpha: float = key("distillation", 0.5, "share of the teacher's loss, 0 … 1")
+    distill_alpha: float = key("distillation", 0.5, "weight of the teacher's loss, 0 … 1")
     distill_temperature: float = key("distillation", 1.0, "softens both predictions (soft, ofa)")
-    ofa_gamma: float = key("distillation", 1.5, "how much a sure teacher enhances the truth, ≥ 1")
+    ofa_gamma: float = key("distillation", 1.5, "exponent of the weight of the true class, ≥ 1")
     ofa_stages: tuple[int, ...] | None = key(
         "distillation", None, "stages of the student with an exit; None: all"
     )
@@ -179,13 +184,13 @@ class Recipe:
         "optimizer", "linear", "how lr grows with the batch", ("linear", "sqrt")
     )
     weight_decay: float = key("optimizer", 0.05, "not applied to biases and norms")
-    momentum: float = key("optimizer", 0.9, "for those that have one")
+    momentum: float = key("optimizer", 0.9, "for optimizers that have one")
     opt_eps: float | None = key("optimizer", None, "None: the optimizer's own")
     opt_betas: tuple[float, ...] | None = key("optimizer", None, "None: the optimizer's own")
     opt_args: dict[str, Any] = key("optimizer", {}, "further keywords of the optimizer")
     layer_decay: float | None = key("optimizer", None, "learning rate factor from layer to layer")
     lr_factors: dict[str, Any] = key(
-        "optimizer", {}, "pattern of parameter names (re.search): factor on their learning rate"
+        "optimizer", {}, "regular expression for parameter names: factor on their learning rate"
     )
     clip_grad: float | None = key("optimizer", None, "None: gradients are not clipped")
     clip_mode: str = key("optimizer", "norm", "what clip_grad limits", ("norm", "value", "agc"))
@@ -226,7 +231,7 @@ class Recipe:
 
     # --- the moving average of the weights
     ema: bool = key("ema", False, "keep one, validate it and save it as the best weights")
-    ema_decay: float = key("ema", 0.9999, "share of the old average that an update keeps")
+    ema_decay: float = key("ema", 0.9999, "fraction of the old average that an update keeps")
     ema_warmup: bool = key("ema", False, "let the decay rise from 0 to ema_decay")
 
     # --- speed
@@ -239,20 +244,20 @@ class Recipe:
     compile: bool = key("speed", False, "torch.compile")
     grad_checkpointing: bool = key("speed", False, "recompute activations, to save memory")
     sync_bn: bool = key("speed", False, "BatchNorm statistics over all processes")
-    fsdp: bool = key("speed", False, "share out weights, gradients and averages (FSDP2)")
+    fsdp: bool = key("speed", False, "shard weights, gradients and averages (FSDP2)")
 
     # --- the run
     output: str = key("run", "runs", "folder of all runs")
     name: str | None = key("run", None, "folder of this one; None: config-model, numbered")
     overwrite: bool = key("run", False, "replace an earlier run of the same name")
-    resume: str | None = key("run", None, "auto: go on with this run if it began; or a path")
-    seed: int = key("run", 42, "of everything that is random")
+    resume: str | None = key("run", None, "auto: continue this run if it exists; or a path")
+    seed: int = key("run", 42, "seed of all random numbers")
     save_every_steps: int = key("run", 0, "checkpoint within an epoch, in updates; 0: never")
-    save_every_minutes: float = key("run", 15.0, "the same by the clock; 0: never")
+    save_every_minutes: float = key("run", 15.0, "the same, in minutes; 0: never")
     eval_every: int = key("run", 1, "epochs between two validations")
     log_every: int = key("run", 50, "updates between two entries of metrics.jsonl")
     max_bad_steps: int = key("run", 10, "updates in a row with a non-finite loss before stopping")
-    tensorboard: bool = key("run", False, "write TensorBoard events too")
+    tensorboard: bool = key("run", False, "also write TensorBoard events")
     wandb: str | None = key("run", None, "Weights & Biases project to report to")
 
 
@@ -276,15 +281,15 @@ def load_recipe(
     """Read a recipe: defaults, then the file, then its row for the model, then ``overrides``.
 
     Args:
-        path: a YAML file of keys. Its ``variants`` maps model names to keys that differ; where it
-            has one, the model must be in it.
-        overrides: keys that win, values as in YAML or as strings from a command line.
+        path: a YAML file of keys. Its ``variants``, if present, maps model names to keys that
+            differ, and must include the model.
+        overrides: keys that take precedence; values as in YAML, or strings from a command line.
         recipe_class: the kind of recipe.
 
     Raises:
-        RecipeError: an unknown key (the nearest are named), a value of the wrong type, a model
-            that ``variants`` lacks, a file that is missing or no YAML mapping, a value outside its
-            range, values that contradict each other.
+        RecipeError: an unknown key (it suggests the closest), a value of the wrong type or out of
+            range, a model missing from ``variants``, a missing file or one that is not a YAML
+            mapping, or contradictory values.
     """
     fields = fields_of(recipe_class)
     overrides = dict(overrides or {})
@@ -320,7 +325,7 @@ def dump_recipe(recipe: Recipe) -> str:
 
 
 def differences(recipe: Recipe, earlier: Mapping[str, Any]) -> list[str]:
-    """The keys that change a result and differ from those of an earlier run, for people."""
+    """A description of the keys that affect results and differ from those of an earlier run."""
     lines = []
     for name, f in fields_of(type(recipe)).items():
         before, now = earlier.get(name), getattr(recipe, name)

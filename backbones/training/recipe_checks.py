@@ -1,4 +1,4 @@
-"""What the values of a recipe may be, each for itself and together."""
+"""Checks of a recipe's values and of their combinations."""
 
 from __future__ import annotations
 
@@ -20,10 +20,10 @@ _FALLING_BY_A_FACTOR = ("step", "multistep", "plateau")
 
 
 def check(recipe: Recipe) -> None:
-    """Refuse values outside their range, and keys that contradict each other.
+    """Reject values out of range and contradictory keys.
 
     Raises:
-        RecipeError: naming the key, its value and what would be right.
+        RecipeError: names the key, its value and what is allowed.
     """
     check_ranges(vars(recipe), recipe.ranges)
     for name in ("mean", "std"):
@@ -38,7 +38,7 @@ def check(recipe: Recipe) -> None:
     if recipe.pretrained and recipe.checkpoint:
         raise RecipeError("pretrained and checkpoint exclude each other: give one of them")
     if recipe.attn_diversity and (recipe.compile or recipe.grad_checkpointing):
-        raise RecipeError("attn_diversity goes with neither compile nor grad_checkpointing")
+        raise RecipeError("attn_diversity does not support compile or grad_checkpointing")
     _check_teacher(recipe)
     _check_fsdp(recipe)
     mixes = recipe.mixup > 0 or recipe.cutmix > 0 or recipe.cutmix_minmax is not None
@@ -47,29 +47,29 @@ def check(recipe: Recipe) -> None:
 
 
 def check_learning_rate(recipe: Recipe, lr: float) -> None:
-    """Refuse a schedule that would rise where it is to fall.
+    """Reject a schedule whose learning rate would rise instead of falling.
 
     Args:
-        lr: what the recipe comes to with the images of an update.
+        lr: the recipe's learning rate, after scaling.
 
     Raises:
-        RecipeError: naming both ends.
+        RecipeError: names both learning rates.
     """
     if recipe.sched in _FALLING_TO_MIN_LR and recipe.min_lr > lr:
         raise RecipeError(
-            f"min_lr must be at most the learning rate of {lr:g}, where sched {recipe.sched} "
-            f"begins, not {recipe.min_lr:g}"
+            f"min_lr must be at most {lr:g}, the learning rate where sched {recipe.sched} "
+            f"starts, not {recipe.min_lr:g}"
         )
 
 
 def check_sizes(recipe: Recipe, sizes: Iterable[int]) -> None:
-    """Refuse CutMix boxes that do not differ by a pixel.
+    """Reject ranges of CutMix boxes of less than a pixel.
 
     Args:
         sizes: sides of the training images.
 
     Raises:
-        RecipeError: naming the smallest size.
+        RecipeError: names the smallest size.
     """
     if recipe.cutmix_minmax is None:
         return
@@ -93,7 +93,7 @@ def _check_teacher(recipe: Recipe) -> None:
 
 
 def _check_fsdp(recipe: Recipe) -> None:
-    """Refuse what needs whole weights, or values of all processes that it does not ask for."""
+    """Reject options that need full weights, or values of all processes without gathering them."""
     if not recipe.fsdp:
         return
     _require(recipe, "opt", recipe.opt in _FSDP_OPTIMIZERS, f"of {_FSDP_OPTIMIZERS} with fsdp")

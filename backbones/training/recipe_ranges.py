@@ -1,4 +1,4 @@
-"""The range of every number in a recipe: one table, which ``--help`` shows and loading checks."""
+"""The ranges of all numbers in a recipe, shown by ``--help`` and checked on loading."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ __all__ = ["RANGES", "Range", "check_ranges"]
 
 @dataclass(frozen=True)
 class Range:
-    """The values that a number may have; of a list each of its numbers, of a mapping each value.
+    """The allowed range of a number, of the numbers in a list, or of a mapping's values.
 
     Attributes:
-        low, high: the ends, which belong to it.
-        above, below: an end that does not belong to it, instead of ``low`` or ``high``.
-        counts: how many numbers a list may have; empty for any.
-        rising: the numbers of a list grow.
+        low, high: inclusive bounds.
+        above, below: exclusive bounds, instead of ``low`` or ``high``.
+        counts: allowed lengths of a list; empty for any.
+        rising: the numbers of a list must increase.
         keys: the range of a mapping's keys.
     """
 
@@ -34,7 +34,7 @@ class Range:
     keys: Range | None = None
 
     def holds(self, value: Any) -> bool:
-        """Whether ``value``, a number, a list of numbers or a mapping to numbers, is in it."""
+        """Whether ``value``, a number, a list of numbers or a mapping to numbers, is in range."""
         if isinstance(value, dict):
             keys = self.keys or Range()
             return all(map(keys.holds, value)) and all(map(self.holds, value.values()))
@@ -156,14 +156,14 @@ RANGES: dict[str, Range] = {
     "log_every": Range(low=1, high=10**9),
     "max_bad_steps": _COUNT,
 }
-"""By the names of the keys. ``None`` is always allowed where a key's type is: it leaves it open."""
+"""Ranges by key. ``None`` is always allowed if the key's type includes it."""
 
 
 def check_ranges(values: Mapping[str, Any], ranges: Mapping[str, Range]) -> None:
-    """Refuse the first of ``values`` that is outside its range.
+    """Reject the first of ``values`` that is out of range.
 
     Raises:
-        RecipeError: naming the key, its value and what would be right.
+        RecipeError: names the key, its value and the range.
     """
     for name, span in ranges.items():
         value = values.get(name)

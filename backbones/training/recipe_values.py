@@ -1,4 +1,4 @@
-"""What YAML or a command line gave, as the type of its key; or an error that says what is right."""
+"""Conversion of values from YAML or a command line to the types of their keys."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _ERRORS = (TypeError, ValueError, OverflowError)
 
 
 def nearest(kind: str, value: str, valid: Iterable[Any]) -> str:
-    """A sentence that names the valid names closest to a wrong one."""
+    """An error message with the valid names closest to a wrong one."""
     names = [str(name) for name in valid]
     near = difflib.get_close_matches(value[:80], names, n=4, cutoff=0.5) or sorted(names)[:12]
     return f"unknown {kind} {shown(value)}" + (f"; did you mean {', '.join(near)}?" if near else "")
@@ -40,8 +40,8 @@ def as_type_of(f: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
     """``value`` as the type ``hint`` of a key. YAML 1.1 reads 1e-3 as a string; flags all are.
 
     Raises:
-        RecipeError: it is of another type, or none of the key's choices; text that is empty where
-            the default is not, or holds control characters.
+        RecipeError: another type, or none of the key's choices; text with control characters, or
+            empty text if the default is not empty.
     """
     name, inner = f.name, inner_type(hint)
     if inner is not hint and (
@@ -66,8 +66,8 @@ def as_type_of(f: dataclasses.Field[Any], hint: Any, value: Any) -> Any:
 
 def _check_text(name: str, text: str, may_be_empty: bool) -> None:
     if not text and not may_be_empty:
-        raise RecipeError(f"{name} is empty: give a value, or leave it out")
-    # Control characters, and bytes of a command line that are no UTF-8.
+        raise RecipeError(f"{name} is empty: give a value, or omit it")
+    # Control characters, and command-line bytes that are not UTF-8.
     if any(unicodedata.category(c) in ("Cc", "Cs") for c in text):
         raise RecipeError(f"{name} must be printable text, not {shown(text)}")
 
@@ -105,7 +105,7 @@ def _convert(kind: Any, value: Any) -> Any:
 
 
 def _check_plain(value: Any) -> None:
-    """Only what a checkpoint can hold and a person can read: numbers, text, lists, mappings."""
+    """Only plain values: numbers, text, lists, mappings."""
     pending, seen = [(value, 0)], 0
     while pending:
         value, depth = pending.pop()

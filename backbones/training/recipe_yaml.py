@@ -1,4 +1,4 @@
-"""YAML of recipes and flags: plain values only, and no key twice."""
+"""Parsing of YAML in recipes and flags: plain values only, without duplicate keys."""
 
 from __future__ import annotations
 
@@ -13,23 +13,23 @@ from backbones.training.errors import RecipeError
 __all__ = ["parse_yaml", "read_mapping"]
 
 _MOST_BYTES = 2**20
-# What PyYAML raises of text that only looks like a value, beside its own errors: RecursionError
-# of deep nesting, the others of tags such as !!int with nothing behind them.
+# Exceptions that PyYAML raises besides its own: RecursionError for deep nesting, the others for
+# tags such as !!int without a value.
 _ERRORS = (yaml.YAMLError, ValueError, LookupError, AttributeError, TypeError, RecursionError)
 
 
 class _Loader(yaml.SafeLoader):
-    """Refuses a mapping that has a key twice, of which YAML would silently take the last."""
+    """Rejects duplicate keys, of which YAML would silently use the last."""
 
     def compose_mapping_node(self, anchor: Any) -> Any:
-        # Before references are filled in, which may stand beside a key that they hold too.
+        # Before merge keys (<<) are expanded, which may legitimately repeat a key.
         node = super().compose_mapping_node(anchor)
         seen: set[tuple[str, Any]] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode):
                 if (key.tag, key.value) in seen:
                     raise yaml.composer.ComposerError(
-                        None, None, f"the key {key.value!r} stands there twice", key.start_mark
+                        None, None, f"duplicate key {key.value!r}", key.start_mark
                     )
                 seen.add((key.tag, key.value))
         return node
@@ -39,7 +39,7 @@ def parse_yaml(text: str) -> Any:
     """The value of a YAML text.
 
     Raises:
-        ValueError: it is no YAML, or has a key twice; the message is one line.
+        ValueError: not YAML, or a duplicate key; the message is one line.
     """
     try:
         return yaml.load(text, _Loader)
@@ -53,7 +53,7 @@ def read_mapping(path: Path) -> dict[str, Any]:
     """The mapping in a YAML file.
 
     Raises:
-        RecipeError: missing, no text, no YAML, or no mapping.
+        RecipeError: missing, or not a YAML mapping in UTF-8.
     """
     try:
         with open(path, "rb") as file:
@@ -62,11 +62,11 @@ def read_mapping(path: Path) -> dict[str, Any]:
         reason = getattr(error, "strerror", None) or error
         raise RecipeError(f"cannot read the recipe {path}: {reason}") from None
     if len(data) > _MOST_BYTES:
-        raise RecipeError(f"{path} is no recipe: it is larger than {_MOST_BYTES} bytes")
+        raise RecipeError(f"{path} is not a recipe: it is larger than {_MOST_BYTES} bytes")
     try:
         content = parse_yaml(data.decode())
     except UnicodeDecodeError:
-        raise RecipeError(f"{path} is no recipe: it holds no UTF-8 text") from None
+        raise RecipeError(f"{path} is not a recipe: it is not UTF-8 text") from None
     except ValueError as error:
         raise RecipeError(f"{path} is not YAML: {error}") from None
     if not isinstance(content, dict):

@@ -1,4 +1,4 @@
-"""What a classifier gets right and what it takes for what: a table by class, and a picture."""
+"""Per-class metrics and the confusion matrix of a classifier."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ _NAMED, _NUMBERED = 40, 20  # so many classes still leave room for their names a
 
 
 def confusion_matrix(truth: np.ndarray, answers: np.ndarray, count: int) -> np.ndarray:
-    """Number of images by true class (rows) and answer (columns): (N,), (N,) → (count, count)."""
+    """Images by true class (rows) and prediction (columns): (N,), (N,) → (count, count)."""
     return np.bincount(truth * count + answers, minlength=count * count).reshape(count, count)
 
 
 def class_report(matrix: np.ndarray, classes: Sequence[str]) -> list[dict[str, Any]]:
-    """A row for each class: how many of its images were found, and what they were taken for.
+    """A row for each class with its metrics and the most frequent mistake.
 
     Args:
         matrix: (classes, classes), see :func:`confusion_matrix`.
@@ -60,7 +60,7 @@ def class_report(matrix: np.ndarray, classes: Sequence[str]) -> list[dict[str, A
 
 
 def draw_confusion(path: Path, matrix: np.ndarray, classes: Sequence[str], title: str) -> None:
-    """Draw the matrix, each row as shares of its class; mistakes stand out from the diagonal.
+    """Draw the matrix, normalised by row, with highlighted mistakes.
 
     Args:
         path: the PNG.

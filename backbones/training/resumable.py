@@ -1,4 +1,4 @@
-"""What of a run can be taken up again: ``last.pt``, how it is written, and what has to fit it."""
+"""Saving and resuming of runs: the contents of ``last.pt``, and checks when it is loaded."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from backbones.training.recipe import Recipe, differences, fields_of
 __all__ = ["Resumable"]
 
 _COUNTERS = ("epoch", "step", "updates", "skipped", "history", "best", "seconds", "waited")
-# Keys that decide which tensors there are, and how the optimizer groups them.
+# Keys that determine the tensors and the optimizer's groups.
 _STRUCTURE = (
     *("model", "model_args", "num_classes", "in_chans", "global_pool", "ema", "distill"),
     *("ofa_stages", "opt", "opt_args", "opt_betas", "weight_decay", "layer_decay", "lr_factors"),
@@ -38,21 +38,21 @@ _SETTINGS = {
     "opt_betas": "betas",
     "opt_eps": "eps",
 }
-# What a plateau has seen; the rest of its state is the recipe's.
+# The plateau scheduler's own state; the rest comes from the recipe.
 _PLATEAU = ("best", "num_bad_epochs", "cooldown_counter", "last_epoch")
 
 
 class Resumable(ABC):
-    """A run that can be saved, and taken up again bit for bit.
+    """A run that can be saved and resumed bit for bit.
 
     Attributes:
-        model: the bare network. ``network`` has around it what only training needs (exits for
-            distillation), if anything.
+        model: the plain network. ``network`` includes parts that only training needs (exits for
+            distillation), if any.
         meter: sums of the epoch so far, with ``sums`` (a tensor).
-        epoch, step, updates: the position: updates within the epoch, and since the beginning.
+        epoch, step, updates: the position: updates within the epoch, and since the start.
         history: a row for each finished epoch.
-        saved_at: the updates that ``last.pt`` is of, if this process wrote it.
-        resumed_from: the file that the run goes on from, if it does.
+        saved_at: the number of updates in ``last.pt``, if this process wrote it.
+        resumed_from: the file that the run was resumed from, if any.
     """
 
     recipe: Recipe
@@ -82,9 +82,9 @@ class Resumable(ABC):
         """An empty meter for an epoch."""
 
     def parts(self) -> dict[str, Any]:
-        """All that has a ``state_dict``, by its name in the checkpoint.
+        """All objects with a ``state_dict``, by name in the checkpoint.
 
-        timm's schedules are functions of the number of updates, but for ``plateau``.
+        timm's schedules are functions of the number of updates, except ``plateau``.
         """
         parts: dict[str, Any] = {"model": self.model, "optimizer": self.optimizer}
         parts["scaler"] = self.scaler
@@ -99,10 +99,10 @@ class Resumable(ABC):
     # --- written
 
     def save(self, validated: bool = False) -> None:
-        """Write ``last.pt``, unless what would be in it diverges.
+        """Write ``last.pt``, unless the weights have diverged.
 
         Args:
-            validated: whether a validation has just found the weights good.
+            validated: whether the weights have just passed validation.
         """
         mine = {"rng": checkpoint.get_rng_state(), "meter": self.meter.sums.cpu()}
         ranks = self.world.gather(mine)
@@ -121,22 +121,22 @@ class Resumable(ABC):
             checkpoint.save_state(self.folder / "last.pt", state, validated)
 
     def abandon(self, since: int) -> str:
-        """Leave weights in ``last.pt`` from before the run went wrong; the last: ``diverged.pt``.
+        """Restore ``last.pt`` to a state before divergence; the current one is ``diverged.pt``.
 
-        Those of the last validation where there are any: a training loss may stay finite while
-        weights grow without end. Otherwise those of a save that a finite loss followed. What was
-        there before this process is left alone.
+        This is the last validated state, if any, since a training loss may stay finite while
+        weights grow without bound; otherwise, a state that was followed by a finite loss.
+        Checkpoints from before this process are not changed.
 
         Args:
-            since: the updates after which nothing was finite any more.
+            since: the number of updates after which nothing was finite.
 
         Returns:
-            What there is now, for people.
+            A description of the remaining checkpoints.
         """
         last = self.folder / "last.pt"
         previous, validated = checkpoint.previous_path(last), checkpoint.validated_path(last)
         if self.saved_at is None and self.resumed_from is not None:
-            return f"it went on from {self.resumed_from}, which is as it was"
+            return f"it was resumed from {self.resumed_from}, which is unchanged"
         if self.world.is_main and self.saved_at is not None and not self._validated:
             if validated.exists():
                 os.replace(last, self.folder / "diverged.pt")
@@ -152,7 +152,7 @@ class Resumable(ABC):
     # --- taken up
 
     def take_up(self) -> None:
-        """Go on as ``recipe.resume`` says; the latest whole checkpoint, or a certain one.
+        """Resume from the latest intact checkpoint or the one given by ``recipe.resume``.
 
         Raises:
             CheckpointFileError: unreadable, or of another model or recipe.
@@ -169,10 +169,10 @@ class Resumable(ABC):
             self.resume(checkpoint.load_state(path), path)
 
     def resume(self, state: dict[str, Any], path: Path) -> None:
-        """Continue from ``state``, bit for bit if the processes are as many as before.
+        """Continue from ``state``, bit for bit with the same number of processes.
 
-        What the recipe says of learning rate, schedule, weight decay and the like counts from here
-        on, changed or not.
+        The recipe's learning rate, schedule, weight decay and similar settings apply from here on,
+        even if changed.
 
         Raises:
             CheckpointFileError: it belongs to another model or recipe.
@@ -180,7 +180,7 @@ class Resumable(ABC):
         missing = [key for key in ("optimizer", *_COUNTERS) if key not in state]
         missing += [key for key in ("ranks", "recipe") if not state.get(key)]
         if missing:
-            raise CheckpointFileError(f"{path} holds no training state (no {missing[0]!r} in it)")
+            raise CheckpointFileError(f"{path} has no training state (no {missing[0]!r} in it)")
         try:
             known = fields_of(type(self.recipe))
             earlier = type(self.recipe)(**{k: v for k, v in state["recipe"].items() if k in known})
@@ -200,7 +200,7 @@ class Resumable(ABC):
             ) from error
         if not parallel.is_sound(self.network, self.world):
             raise CheckpointFileError(
-                f"{path} holds weights that are not finite or beyond 1e12: it diverged"
+                f"{path} has weights that are not finite or beyond 1e12: it diverged"
             )
         now = images_per_update(self.recipe, self.world.size)
         if before != now:  # go on with the image where it stopped, as nearly as batches allow
@@ -209,7 +209,7 @@ class Resumable(ABC):
         if self.scheduler is not None:
             self.scheduler.step_update(self.updates)
         self.resumed_from = path
-        self.progress.say(f"going on from {path}: epoch {self.epoch + 1}, update {self.updates}")
+        self.progress.say(f"resuming from {path}: epoch {self.epoch + 1}, update {self.updates}")
         for line in differences(self.recipe, state["recipe"]):
             self.progress.say(f"  changed since: {line}")
 
@@ -231,14 +231,14 @@ class Resumable(ABC):
         ]
         now, before = self.recipe.opt_args, earlier.opt_args
         changed += [key for key in now | before if now.get(key) != before.get(key)]
-        # A plateau has lowered the rate step by step; all other rates follow from the recipe.
+        # A plateau schedule has lowered the rate; all other rates follow from the recipe.
         if self.recipe.sched != "plateau" or self.lr != learning_rate(earlier, len(state["ranks"])):
             changed += ["lr", "initial_lr"]
         for group, new in zip(self.optimizer.param_groups, fresh, strict=True):
             group |= {k: v for k, v in new.items() if k in changed or k not in group}
 
     def _misfit(self, earlier: Any, error: BaseException) -> str:
-        """The keys that explain why a state does not fit; else what was said of it."""
+        """The keys that explain a mismatch, or else the error itself."""
         if isinstance(earlier, dict):
             lines = [
                 f"{key}: {shown(earlier.get(key))} → {shown(getattr(self.recipe, key))}"

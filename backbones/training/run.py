@@ -1,4 +1,4 @@
-"""From a command line to a finished run: what all training scripts do around their trainer."""
+"""The main function of the training scripts, from command line to finished run."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ def run_from_command_line(
     argv: Sequence[str] | None = None,
     description: str = "",
 ) -> int:
-    """Read the recipe, build the trainer, take up an earlier state if wanted, and train.
+    """Read the recipe, build the trainer, resume if requested, and train.
 
-    What a user can mend goes to standard error in one line, without a traceback.
+    Errors that users can fix are printed to standard error in one line, without a traceback.
 
     Args:
-        build_trainer: a :class:`TrainingLoop`'s class.
-        recipe_class: the kind of recipe that it takes.
+        build_trainer: a subclass of :class:`TrainingLoop`.
+        recipe_class: its kind of recipe.
         argv: the command line; None for this process's.
-        description: what ``--help`` begins with.
+        description: introduction of ``--help``.
 
     Returns:
         The exit status: 0, 1 after an error, 128 + the signal that stopped the run.
@@ -64,7 +64,7 @@ def run_from_command_line(
     except RuntimeError as error:
         text = first_line(error)
         if text.startswith("DataLoader worker"):
-            why = "mostly for want of memory: lower workers or batch_size"
+            why = "usually for lack of memory: lower workers or batch_size"
             return _fail(f"a loader process was ended by the system, {why} ({text})")
         if any(words in text for words in _OUT_OF_MEMORY):
             return _fail(f"out of memory: lower batch_size or img_size ({text})")
@@ -109,10 +109,10 @@ def _train(
 def _folder_of(
     recipe: Recipe, options: Namespace, world: World
 ) -> Iterator[tuple[Path, RunFolder | None]]:
-    """Where the run writes; the folder itself for the main process only, which holds its lock.
+    """The run's folder, which the main process creates and locks.
 
     Raises:
-        RecipeError: it cannot be had; every process hears of it.
+        RecipeError: it is unavailable; raised in every process.
     """
     folder, problem = None, ""
     if world.is_main:

@@ -1,4 +1,4 @@
-"""The order of the images: a function of seed and epoch, shared out to the processes."""
+"""The order of the images, a function of seed and epoch, divided among the processes."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from backbones.training.recipe import Recipe
 __all__ = ["NO_LABEL", "Key", "TrainSampler", "ValidationSampler", "mix_seed", "seeded"]
 
 NO_LABEL = -1
-"""Label of a position that must not be counted: padding, or an image that cannot be read."""
+"""Label of positions that are not counted: padding and unreadable images."""
 
 Key = tuple[int, int]  # number of an image; seed of its augmentation, or NO_LABEL for padding
 
 
 def mix_seed(*numbers: int) -> int:
-    """One well-spread seed of several numbers."""
+    """A well-distributed seed from several numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(2))
 
 
 @contextmanager
 def seeded(seed: int) -> Iterator[None]:
-    """Seed Python's, NumPy's and torch's CPU generators; put them back if others use them."""
+    """Seed Python's, NumPy's and torch's CPU generators, and optionally restore them."""
     shared = get_worker_info() is None
     before = get_rng_state(cuda=False) if shared else None
     random.seed(seed)
@@ -43,7 +43,7 @@ def seeded(seed: int) -> Iterator[None]:
 
 
 class TrainSampler(Sampler[list[Key]]):
-    """Batches of keys: a permutation drawn from seed and epoch, dealt out to the processes."""
+    """Batches of keys: a permutation by seed and epoch, divided among the processes."""
 
     def __init__(self, size: int, recipe: Recipe, world: World) -> None:
         self.size, self.world = size, world
@@ -67,7 +67,7 @@ class TrainSampler(Sampler[list[Key]]):
     def _epoch_order(self, epoch: int) -> tuple[torch.Tensor, torch.Tensor]:
         generator = torch.Generator().manual_seed(mix_seed(self.seed, epoch))
         order = torch.randperm(self.size, generator=generator)
-        # The copies of repeated augmentation go to different processes, each with its own seed.
+        # Copies of repeated augmentation go to different processes, each with its own seed.
         order = order.repeat_interleave(self.repeats)[: self.size]
         seeds = torch.randint(2**62, (self.size,), generator=generator)
         share = slice(self.world.rank, None, self.world.size)

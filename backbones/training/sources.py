@@ -1,4 +1,4 @@
-"""Where images come from: arrays, files, archives, other libraries; one interface."""
+"""Sources of images with a common interface: arrays, files, archives, other libraries."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ File = tuple[str, int, int]  # name; offset and length within an archive
 
 
 class ImageSource:
-    """Images that can be asked for by number.
+    """Images with random access.
 
     Attributes:
-        labels: class number of each image, where that is known without opening it; (N, classes)
-            of 0 and 1 where an image has several.
+        labels: class index of each image, if known without opening it; (N, classes) of 0 and 1
+            for multi-label data.
     """
 
     labels: np.ndarray | None = None
@@ -42,7 +42,7 @@ class ImageSource:
         raise NotImplementedError
 
     def name(self, index: int) -> str:
-        """What to call the image in a message."""
+        """The image's name for messages."""
         raise NotImplementedError
 
 
@@ -76,7 +76,7 @@ class FileSource(ImageSource):
 
     def load(self, index: int) -> tuple[Image.Image, int]:
         name, offset, length = self.files[index]
-        # Opened each time: a handle shared by forked loader processes shares its position too.
+        # Opened for each image, since forked loader processes would share a handle's position.
         with open(self.archive or name, "rb") as file:
             file.seek(offset)
             data = file.read(length) if self.archive else file.read()
@@ -106,7 +106,7 @@ class ReaderSource(ImageSource):
 
 
 class TorchvisionSource(ImageSource):
-    """A set of ``torchvision.datasets``."""
+    """A data set of ``torchvision.datasets``."""
 
     def __init__(self, dataset: Any, title: str) -> None:
         self.dataset, self.title = dataset, title

@@ -1,4 +1,4 @@
-"""Images that come in order, never by number: WebDataset shards and streamed hub sets."""
+"""Sources without random access: WebDataset shards and streamed hub data sets."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ __all__ = ["StreamImages", "StreamSource", "missing_shards"]
 
 @dataclass(frozen=True)
 class StreamSource:
-    """A stream that can be opened afresh.
+    """A stream that can be opened repeatedly.
 
     Attributes:
-        open: gives a timm ``IterableImageDataset``.
+        open: returns a timm ``IterableImageDataset``.
         size: number of images, as stated.
-        num_classes: how many there may be.
+        num_classes: number of classes.
     """
 
     open: Callable[[], Any]
@@ -41,16 +41,16 @@ class StreamSource:
 
 
 class StreamImages(IterableDataset[tuple[torch.Tensor, int]]):
-    """Decode, convert, augment. An unreadable training image gives way to another one.
+    """Decode, convert, augment. Unreadable training images are replaced by others.
 
     Args:
-        source: where the stream comes from.
-        stream: an open one.
+        source: of the stream.
+        stream: the open stream.
         transform: of the images.
-        mode: Pillow's, such as RGB.
-        corrupt: where unreadable images are noted.
+        mode: Pillow mode, such as RGB.
+        corrupt: records unreadable images.
         seed: of the augmentation, together with the position; None for validation.
-        share: keep every n-th image, those of this process.
+        share: keep every n-th image, for this process.
     """
 
     def __init__(
@@ -63,7 +63,8 @@ class StreamImages(IterableDataset[tuple[torch.Tensor, int]]):
         seed: int | None = None,
         share: World | None = None,
     ) -> None:
-        # Not the source itself: loader processes that are not forked get this object pickled.
+        # Don't store the source, since this object is pickled for loader processes that aren't
+        # forked.
         self.size, self.num_classes = source.size, source.num_classes
         self.stream, self.transform = stream, transform
         self.mode, self.corrupt, self.seed, self.share = mode, corrupt, seed, share
@@ -93,7 +94,7 @@ class StreamImages(IterableDataset[tuple[torch.Tensor, int]]):
             yield sample, label
 
     def _readable(self) -> Iterator[tuple[Image.Image, int]]:
-        """Images and labels; in training, the last good one stands in for one that is not."""
+        """Images and labels; in training, unreadable images are replaced by the last good one."""
         good, owed = None, 0
         for position, (image, label) in enumerate(self.stream):
             if self.share is not None and position % self.share.size != self.share.rank:
@@ -130,19 +131,19 @@ class StreamImages(IterableDataset[tuple[torch.Tensor, int]]):
 
 
 def missing_shards(reader: Any) -> list[str]:
-    """The shards of a timm reader that are files and not there."""
+    """The missing files among the shards of a timm reader."""
     paths = [os.path.join(reader.root, name) for name in reader.split_info.filenames]
     return [path for path in paths if ":" not in path and not os.path.exists(path)]
 
 
 def _watch_shards(reader: Any, note: Callable[[str, Exception], bool]) -> None:
-    """Let ``note`` hear, by name, of what timm's WebDataset reader would pass over in silence."""
+    """Report images that timm's WebDataset reader would silently skip to ``note``, by name."""
     shards = len(reader.split_info.filenames)
     reader._lazy_init()
     if reader.is_training and shards < reader.global_num_workers:
         raise DataError(
             f"{shards} shard(s) are too few for {reader.global_num_workers} loader processes "
-            f"({reader.num_workers} a process): lower workers, or make more shards"
+            f"({reader.num_workers} per process): lower workers, or make more shards"
         )
     *before, decoding, renaming = reader.ds.pipeline
     at = [""]
@@ -174,7 +175,7 @@ def _watch_shards(reader: Any, note: Callable[[str, Exception], bool]) -> None:
 
 
 def _leave_undecoded(reader: Any) -> None:
-    """Let timm's reader of hub sets hand out files: an error in decoding would end the stream."""
+    """Let timm's hub reader return undecoded files, since decoding errors would end the stream."""
     feature = importlib.import_module("datasets").Image(decode=False)  # an extra
 
     reader._lazy_init()

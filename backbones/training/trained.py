@@ -1,4 +1,4 @@
-"""A network whose every weight is trained, of this library or of timm: for teaching, for tests."""
+"""Fully trained networks of this library or of timm, as teachers and for evaluation."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ def load_trained(
     in_chans: int = 3,
     arguments: dict[str, Any] | None = None,
 ) -> nn.Module:
-    """Create a network and load all of its weights, the classifier's too.
+    """Create a network and load all of its weights, including the classifier's.
 
     Args:
-        name: a model of this library, or any other of timm; ``timm/NAME`` for timm's own where
-            both have one of that name.
+        name: a model of this library or of timm; ``timm/NAME`` for timm's own if both have a model
+            of that name.
         checkpoint: file of the weights; None for the published ones.
-        num_classes, in_chans: what it must take and tell apart.
+        num_classes, in_chans: required classes and image channels.
         arguments: further keywords of ``create_model``.
 
     Raises:
@@ -65,7 +65,7 @@ def load_trained(
     known = (getattr(network, "pretrained_cfg", None) or {}).get("num_classes", num_classes)
     if published and known != num_classes:
         raise RecipeError(
-            f"{name}: the published weights tell {known} classes apart, not {num_classes}: give a "
+            f"{name}: the published weights have {known} classes, not {num_classes}: give a "
             "checkpoint that was trained on these"
         )
     return network

@@ -1,1 +1,1 @@
-"""Attention of the published backbones, each usable alone as a function and as a module."""
+"""Attention operators of the published backbones, each as a function and as a module."""

@@ -1,8 +1,8 @@
-"""Attention with a trained bias added to its scores, as a CPU trains it quickest.
+"""Fast CPU training of attention with a trainable bias.
 
-No kernel of torch's gives a gradient of the bias there, and its plain form reads and writes the
-scores of all windows from one step to the next. Here a window's scores go through all steps while
-they lie in the cache.
+On a CPU, torch's fused kernels don't compute the bias gradient, and its unfused implementation
+reads and writes the scores of all windows at each step. Here, windows are processed one at a time,
+so that a window's scores stay in cache.
 """
 
 from __future__ import annotations
@@ -17,15 +17,15 @@ from ops.arguments import checked
 
 __all__ = ["attend_in_turn", "worth_a_turn"]
 
-# Of a window's scores; those of smaller windows take longer to call than to compute.
+# Minimum size of a window's scores; below it, call overhead dominates.
 _SCORE_BYTES = 1 << 19
 
 
 @checked(ranks={"q": 4, "k": 4, "v": 4, "bias": 3})
 def worth_a_turn(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> bool:
-    """Whether :func:`attend_in_turn` can train these, and is the quicker way.
+    """Whether :func:`attend_in_turn` supports these tensors (of the same shapes) and is faster.
 
-    Shapes: as there. Compilers have ways of their own, and autocast mixes dtypes.
+    It is not used under compilation, which has its own fusion, or autocast, which mixes dtypes.
     """
     return (
         q.is_cpu
@@ -44,7 +44,7 @@ def attend_in_turn(
 ) -> Tensor:
     """``softmax(q kᵀ / √head_dim + bias + mask) v`` for each window.
 
-    There are gradients of all but the masks.
+    Differentiable with respect to everything except the masks.
 
     Args:
         q: (windows, heads, N, head_dim).
@@ -79,7 +79,7 @@ class _InTurn(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, out_grad: Tensor) -> tuple[Tensor | None, ...]:
         q, k, v, bias, weights = ctx.saved_tensors
-        if torch.is_grad_enabled():  # someone wants the gradient of a gradient
+        if torch.is_grad_enabled():  # a second derivative is required
             none = bias.new_zeros(bias.shape[1:])
             masks = torch.stack([none if mask is None else mask for mask in ctx.masks])
             scores = ctx.scale * q @ k.transpose(2, 3) + bias + masks.unsqueeze(1)

@@ -1,4 +1,4 @@
-"""Bi-level routing attention: regions choose regions, then tokens attend to the chosen ones.
+"""Bi-level routing attention: each region selects regions, whose tokens its tokens attend to.
 
 Of BiFormer, https://arxiv.org/abs/2303.08810.
 """
@@ -32,40 +32,40 @@ def bilevel_routing_attention(
 ) -> Tensor:
     """Each region's tokens attend to all tokens of the ``topk`` regions nearest to it.
 
-    Keys and values are gathered once a region, so memory grows with H·W·topk·T (T tokens a
-    region), not with (H·W)². A map that ``region_size`` does not divide is continued by zeros at
-    the bottom and on the right; those are keys and values too, but do not count in the routing.
+    Keys and values are gathered once per region, so memory grows with H·W·topk·T (T tokens per
+    region) instead of (H·W)². If ``region_size`` does not divide the map, it is zero-padded at the
+    bottom and right; the padding acts as keys and values, but is ignored by the routing.
 
     Args:
         query, key: (B, H, W, qk_dim).
         value: (B, H, W, dim).
         num_heads: divides qk_dim and dim.
         region_size: rows and columns of a region.
-        topk: regions to attend to; more than there are means all of them.
-        scale: of the logits; default qk_dim^-0.5, not the heads' own width, as published.
+        topk: number of regions to attend to; clipped to the number of regions.
+        scale: of the logits; default: qk_dim^-0.5 as published, not that of the heads' width.
 
     Returns:
-        (B, H, W, dim). The choice of regions has no gradient.
+        (B, H, W, dim). The selection of regions is not differentiable.
 
     Raises:
-        ValueError: shapes, heads, region or ``topk`` that do not go together.
+        ValueError: incompatible shapes, heads, region or ``topk``.
     """
     _check(query, key, value, num_heads, region_size, topk)
     batch, height, width, qk_dim = query.shape
     scale = qk_dim**-0.5 if scale is None else scale
     rows, columns = _parts(height, region_size[0]), _parts(width, region_size[1])
     regions, tokens = rows * columns, region_size[0] * region_size[1]
-    # Their number may be symbolic, as in an export, and is then not asked for.
+    # The number of regions may be symbolic during export; don't add a guard on it.
     everyone = statically_known_true(topk >= regions)
     topk = torch.sym_min(topk, regions)
     routes = None if everyone else route_regions(query, key, region_size, topk)
     query, key, value = (_split_regions(t, region_size) for t in (query, key, value))
     if routes is None:
-        # Everyone sees everyone, in whatever order: nothing to gather.
+        # All regions attend to all regions, so nothing has to be gathered.
         query, key, value = (t.flatten(1, 2) for t in (query, key, value))  # (B, R·T, …)
     else:
-        # Regions are the rows of a table: a look-up copies them faster than gather, and its
-        # gradient is many times faster.
+        # Treat regions as rows of an embedding table: a lookup is faster than gather, and its
+        # gradient many times faster.
         routes = routes + torch.arange(batch, device=routes.device).view(-1, 1, 1) * regions
         query = query.flatten(0, 1)  # (B·R, T, qk_dim)
         key, value = (
@@ -90,13 +90,13 @@ def route_regions(query: Tensor, key: Tensor, region_size: tuple[int, int], topk
 
     Args:
         query, key: (B, H, W, qk_dim).
-        region_size: rows and columns of a region; those at the border may be cut off.
+        region_size: rows and columns of a region; regions at the border may be smaller.
         topk: at most the number of regions R = ⌈H/rows⌉·⌈W/columns⌉.
 
     Returns:
-        (B, R, topk) indices of regions, counted row by row, in no particular order.
+        (B, R, topk) indices of regions in row-major order, unsorted.
     """
-    # Half precision would find regions equally near that are not.
+    # Half precision would produce ties.
     wide = torch.promote_types(query.dtype, torch.float32)
     query_mean, key_mean = (
         _region_means(t.detach(), region_size).to(wide).transpose(1, 2) for t in (query, key)
@@ -106,7 +106,7 @@ def route_regions(query: Tensor, key: Tensor, region_size: tuple[int, int], topk
 
 @checked(ranks={"query_mean": 3, "key_mean": 3})
 def nearest_regions(query_mean: Tensor, key_mean: Tensor, topk: int) -> Tensor:
-    """As :func:`route_regions`, from the regions' means.
+    """Like :func:`route_regions`, given the regions' means.
 
     Args:
         query_mean, key_mean: (B, R, qk_dim), float32 at least.
@@ -120,19 +120,19 @@ def nearest_regions(query_mean: Tensor, key_mean: Tensor, topk: int) -> Tensor:
 
 
 def _region_means(x: Tensor, region_size: tuple[int, int]) -> Tensor:
-    """(B, H, W, C) → (B, C, regions): of what belongs to the map."""
+    """(B, H, W, C) → (B, C, regions): means without padding."""
     if all(isinstance(side, int) for side in region_size):
         return F.avg_pool2d(
             x.permute(0, 3, 1, 2), region_size, ceil_mode=True, count_include_pad=False
         ).flatten(2)
-    # Pooling takes no symbolic size.
+    # Pooling does not support symbolic sizes.
     sums = _split_regions(x, region_size).sum(2)
     counts = _split_regions(x.new_ones(1, *x.shape[1:3], 1), region_size).sum(2)
     return (sums / counts).transpose(1, 2)
 
 
 def _split_regions(x: Tensor, region_size: tuple[int, int]) -> Tensor:
-    """(B, H, W, C) → (B, regions, tokens of a region, C), zeros where the map ends early."""
+    """(B, H, W, C) → (B, regions, tokens of a region, C), zero-padded."""
     rows, columns = (_parts(n, side) for n, side in zip(x.shape[1:3], region_size, strict=True))
     x = _pad_to(x, rows * region_size[0], columns * region_size[1])
     x = x.unflatten(2, (columns, region_size[1])).unflatten(1, (rows, region_size[0]))
@@ -140,14 +140,14 @@ def _split_regions(x: Tensor, region_size: tuple[int, int]) -> Tensor:
 
 
 def _parts(size: int, part: int) -> int:
-    """⌈size / part⌉, by a division of no negative number: exporters round those to zero."""
+    """⌈size / part⌉ without negative numerators, which exporters round towards zero."""
     if statically_known_true(size % part == 0):
         return size // part
     return (size + part - 1) // part
 
 
 def _pad_to(x: Tensor, height: int, width: int) -> Tensor:
-    """Zeros at the bottom and on the right of (B, H, W, C)."""
+    """Zero-pad (B, H, W, C) at the bottom and right."""
     bottom, right = height - x.shape[1], width - x.shape[2]
     if statically_known_true(bottom == 0) and statically_known_true(right == 0):
         return x
@@ -179,25 +179,25 @@ def _check(
 
 
 class BiLevelRoutingAttention(nn.Module):
-    """See :func:`bilevel_routing_attention`; a depthwise convolution of the values is added.
+    """:func:`bilevel_routing_attention` plus a depthwise convolution of the values.
 
     (B, H, W, dim) → (B, H, W, dim), any H and W.
 
     Args:
         dim: channels.
         num_heads: divides ``dim``.
-        n_win: regions a side.
+        n_win: regions per side.
         topk: regions that each region attends to.
-        lepe_kernel_size: of the convolution of the values (odd), the positional term.
-        pad_input: what happens where ``n_win`` does not divide the map. True: zeros continue the
-            input to n_win × n_win regions of equal size, and become tokens (they equal the
-            projection's bias) that count as any other. False: regions have ⌊H/n_win⌋ × ⌊W/n_win⌋
-            tokens (at least one), there are as many as it takes, and zeros continue query, key
-            and value.
+        lepe_kernel_size: of the convolution of the values, the positional term; odd.
+        pad_input: behaviour if ``n_win`` does not divide the map. True: the input is zero-padded
+            to n_win × n_win regions of equal size, and the padding (the projection's bias after
+            projection) is treated like any other token. False: regions have ⌊H/n_win⌋ × ⌊W/n_win⌋
+            tokens (at least one), there are as many as necessary, and query, key and value are
+            zero-padded.
 
     Raises:
-        ValueError: ``num_heads`` that does not divide ``dim``, an even kernel, or ``n_win`` or
-            ``topk`` below 1.
+        ValueError: ``num_heads`` does not divide ``dim``, the kernel is even, or ``n_win`` or
+            ``topk`` is below 1.
     """
 
     def __init__(

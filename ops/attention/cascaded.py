@@ -1,4 +1,4 @@
-"""Cascaded group attention, of EfficientViT: each head sees its channels plus the head before.
+"""Cascaded group attention of EfficientViT: each head's input includes the previous head's output.
 
 https://arxiv.org/abs/2305.07027
 """
@@ -31,32 +31,32 @@ Projection = Callable[[Tensor], tuple[Tensor, Tensor, Tensor]]
 def cascaded_group_attention(
     x: Tensor, projections: Sequence[Projection], bias: Tensor | None = None
 ) -> Tensor:
-    """Attention over all positions of a map, head after head.
+    """Attention over all positions of a map, one head after the other.
 
-    Head i attends within its share of the channels, to which the output of head i − 1 is added
-    before the projection: softmax(q·kᵀ / √qk_dim + bias)·v.
+    Head i uses its slice of the channels, plus the output of head i − 1, as the input of its
+    projection and computes softmax(q·kᵀ / √qk_dim + bias)·v.
 
     Args:
         x: (B, dim, H, W).
-        projections: one a head, from a share (B, dim / heads, H, W) to query and key, both
+        projections: one per head, from its slice (B, dim / heads, H, W) to query and key, both
             (B, qk_dim, H, W), and value (B, dim / heads, H, W).
         bias: (heads, HW, HW), added to the logits.
 
     Returns:
-        (B, dim, H, W): the outputs of the heads in turn.
+        (B, dim, H, W): the concatenated outputs of the heads.
 
     Raises:
-        ValueError: the channels cannot be shared out equally.
+        ValueError: the channels are not divisible by the number of heads.
     """
     heads = len(projections)
     if heads == 0 or x.shape[1] % heads:
-        raise ValueError(f"{x.shape[1]} channels cannot be shared out to {heads} heads")
+        raise ValueError(f"{x.shape[1]} channels are not divisible by {heads} heads")
     outputs: list[Tensor] = []
     for head, (share, project) in enumerate(zip(x.chunk(heads, dim=1), projections, strict=True)):
         query, key, value = project(share + outputs[-1] if outputs else share)
         q, k, v = (t.flatten(2) for t in (query, key, value))  # (B, width, HW)
-        # Windows are small: two plain products without copies are faster than the fused
-        # attention, which wants positions before channels.
+        # Windows are small: two plain matrix products without copies are faster than fused
+        # attention, which needs positions before channels.
         scale = q.shape[1] ** -0.5
         if bias is None:
             logits = (scale * q).transpose(1, 2) @ k
@@ -68,8 +68,8 @@ def cascaded_group_attention(
 
 @checked(ranks={"table": 3})
 def resize_distance_table(table: Tensor, height: int, width: int) -> Tensor:
-    """(heads, h, w) → (heads, height, width), bicubically; the same tensor if it fits."""
-    # To interpolate to the same size changes nothing; a symbolic size is not compared.
+    """Resize a table (heads, h, w) → (heads, height, width) bicubically, if necessary."""
+    # Interpolation to the same size is the identity, so symbolic sizes need no comparison.
     if all(
         statically_known_true(n == m) for n, m in zip(table.shape[1:], (height, width), strict=True)
     ):
@@ -94,10 +94,10 @@ _known_places: dict[tuple[int, int, torch.device], Tensor] = {}
 
 
 def _places(height: int, width: int, device: torch.device) -> Tensor:
-    """(HW, HW): where in a flattened table each pair of positions has its bias.
+    """(HW, HW): index into the flattened bias table for each pair of positions.
 
-    Remembered, since a network asks for the same in each block; but not while it is compiled or
-    traced, where sizes and tensors are symbolic.
+    Cached for the blocks of a network, except while compiling or tracing, where sizes and tensors
+    are symbolic.
     """
     if torch.compiler.is_compiling() or not isinstance(height * width, int):
         return _find_places(height, width, device)
@@ -136,24 +136,23 @@ class _HeadProjection(nn.Module):
 
 
 class CascadedGroupAttention(nn.Module):
-    """See :func:`cascaded_group_attention`, within windows; a ReLU and a projection follow.
+    """:func:`cascaded_group_attention` within windows, followed by a ReLU and a projection.
 
-    (B, dim, H, W) → (B, dim, H, W). A map that is no larger than a window is one window. A larger
-    one is padded with zeros at the bottom and right to whole windows; as in the original, padded
-    positions are not masked. Where the table's side is not the window's, it is interpolated.
+    (B, dim, H, W) → (B, dim, H, W). A map no larger than a window is a single window. A larger one
+    is zero-padded at the bottom and right to a multiple of the window; as in the original, padding
+    is not masked. The bias table is interpolated if its side differs from the window's.
 
     Args:
         dim: channels of the map.
         num_heads: heads; each gets ``dim / num_heads`` channels.
         qk_dim: width of query and key of a head.
         window_size: side of the windows.
-        kernel_sizes: of the depthwise convolution on the query of each head; further ones are
-            ignored.
-        table_size: side of the table of biases by distance; default ``window_size``.
+        kernel_sizes: of the depthwise convolution of each head's query; extra values are ignored.
+        table_size: side of the table of biases by distance; default: ``window_size``.
 
     Raises:
-        ValueError: channels that cannot be shared out, too few or even kernel sizes, a window or
-            table without entries.
+        ValueError: channels not divisible by the heads, too few or even kernel sizes, or an empty
+            window or table.
     """
 
     def __init__(
@@ -175,7 +174,7 @@ class CascadedGroupAttention(nn.Module):
             )
         if len(kernel_sizes) < num_heads or any(k % 2 == 0 for k in kernel_sizes):
             raise ValueError(
-                f"kernel_sizes must be {num_heads} odd numbers, one a head, got {kernel_sizes}"
+                f"kernel_sizes must be {num_heads} odd numbers, one per head, got {kernel_sizes}"
             )
         self.window_size = window_size
         self.table_size = table_size
@@ -197,7 +196,7 @@ class CascadedGroupAttention(nn.Module):
         out = _from_windows(windows, rows, columns)[:, :, :height, :width]
         if isinstance(height, int) and isinstance(width, int):
             return out
-        # A symbolic size may be either: the first window alone is taken where it is the map.
+        # With symbolic sizes, both cases are possible; crop to the map in case of a single window.
         first = self._attend(x[:, :, : torch.sym_min(height, size), : torch.sym_min(width, size)])
         first = F.pad(first, (0, width - first.shape[3], 0, height - first.shape[2]))
         is_map = 1 // (rows * columns)

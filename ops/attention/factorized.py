@@ -1,7 +1,7 @@
-"""Factorized attention: every pixel sees tokens fused across dilated windows, and a coarse map.
+"""Factorized attention: every pixel attends to tokens fused across dilated windows, and globally.
 
 Of FaViT, https://arxiv.org/abs/2312.08614: the attention matrix is factorized into sparse ones, a
-local group for each dilation and one global group, at the cost of attention inside windows.
+local group per dilation and one global group, at the cost of window attention.
 """
 
 from __future__ import annotations
@@ -26,17 +26,17 @@ def cross_window_fusion(
 ) -> Tensor:
     """One token for each tap of a dilated window, averaged over all windows of the map.
 
-    The map is cut into windows that span ``dilation * (window_size - 1) + 1`` pixels a side, of
-    which ``window_size`` a side, the taps, are read; what windows lack at the bottom and on the
-    right is reflected, however small the map. The average mixes channels, as in the published
-    model: of each tap, the windows' channels form one sequence (the channel counts fastest), and
-    token channel j is the mean of its j-th run of as many entries as there are windows.
+    The map is divided into windows of ``dilation * (window_size - 1) + 1`` pixels per side, of
+    which ``window_size`` per side, the taps, are used. Incomplete windows at the bottom and right
+    are padded by reflection, however small the map. The average mixes channels, as in the published
+    model: for each tap, the windows' channels are concatenated (window by window), and channel j of
+    the token is the mean of the j-th run of as many entries as there are windows.
 
     Args:
         x: (B, H, W, dim).
-        num_heads: channels are split into so many heads before they are mixed.
-        window_size: taps a side.
-        dilation: pixels from tap to tap.
+        num_heads: number of heads that channels are split into before mixing.
+        window_size: taps per side.
+        dilation: distance between taps in pixels.
 
     Returns:
         (B, num_heads, window_size², dim // num_heads).
@@ -58,7 +58,7 @@ def cross_window_fusion(
 
 @checked(least={"size": 0})
 def tap_positions(size: int, window_size: int, dilation: int, device: torch.device) -> Tensor:
-    """Where along a side the taps of each window lie: (windows, window_size)."""
+    """Positions of each window's taps along a side: (windows, window_size)."""
     span = dilation * (window_size - 1) + 1
     starts = torch.arange((size + span - 1) // span, device=device) * span
     positions = starts[:, None] + torch.arange(window_size, device=device) * dilation
@@ -66,10 +66,10 @@ def tap_positions(size: int, window_size: int, dilation: int, device: torch.devi
 
 
 class GlobalBranch(nn.Module):
-    """Single-head attention to a map shrunk ``sr_ratio`` times.
+    """Single-head attention to a map downsampled by ``sr_ratio``.
 
-    Query (B, N, dim) and map (B, H, W, dim) → (B, N, dim). Sides below ``sr_ratio`` are reflected
-    up to it; otherwise rows and columns left over are not seen.
+    Query (B, N, dim) and map (B, H, W, dim) → (B, N, dim). Sides below ``sr_ratio`` are padded to
+    it by reflection; otherwise, remaining rows and columns are dropped.
     """
 
     def __init__(self, dim: int, sr_ratio: int) -> None:
@@ -83,7 +83,7 @@ class GlobalBranch(nn.Module):
     def forward(self, query: Tensor, x: Tensor) -> Tensor:
         for axis in (1, 2):
             size = x.shape[axis]
-            # A size that is symbolic, as in an export, may be either: taking positions suits both.
+            # With symbolic sizes, both cases are possible; indexing handles both.
             if not statically_known_true(size >= self.sr_ratio):
                 positions = torch.arange(torch.sym_max(size, self.sr_ratio), device=x.device)
                 x = x.index_select(axis, reflected_positions(positions, size))
@@ -95,7 +95,7 @@ class GlobalBranch(nn.Module):
 
 
 class LocalBranch(nn.Module):
-    """Multi-head attention to the tokens that :func:`cross_window_fusion` makes of a map.
+    """Multi-head attention to the tokens of :func:`cross_window_fusion`.
 
     Query (B, heads, N, head_dim) and map (B, H, W, dim) → (B, N, dim).
     """
@@ -119,7 +119,7 @@ class LocalBranch(nn.Module):
         return out.transpose(1, 2).flatten(2)
 
     def fuse(self) -> nn.Module:
-        """The two linear layers have nothing between them: they become one."""
+        """Merge the two consecutive linear layers into one."""
         if isinstance(self.fc, nn.Linear):
             self.kv = _chain(self.fc, self.kv)
             self.fc = nn.Identity()
@@ -132,20 +132,20 @@ class LocalBranch(nn.Module):
 class FactorizedAttention(nn.Module):
     """Self-attention in sparse factors: (B, H, W, dim) → (B, H, W, dim).
 
-    An eighth of the channels attends globally, see :class:`GlobalBranch`; the others are shared
-    out to one :class:`LocalBranch` for each dilation. All queries come from one projection. Those
-    of the local branches are split by head first, then by branch, and keys and values the other
-    way round, as in the published model.
+    An eighth of the channels attends globally, see :class:`GlobalBranch`; the others are divided
+    among one :class:`LocalBranch` per dilation. All queries come from one projection. As in the
+    published model, the local branches' queries are split by head first and then by branch, keys
+    and values the other way round.
 
     Args:
         dim: channels.
         num_heads: of each local branch; the global one has a single head.
-        sr_ratio: how much coarser the global branch's map is.
-        dilations: of the windows of the local branches.
-        window_size: taps a side of those windows.
+        sr_ratio: downsampling factor of the global branch's map.
+        dilations: of the local branches' windows.
+        window_size: taps per side of these windows.
 
     Raises:
-        ValueError: ``dim`` does not divide into these branches and heads.
+        ValueError: ``dim`` is not divisible into these branches and heads.
     """
 
     def __init__(

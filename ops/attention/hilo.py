@@ -1,4 +1,4 @@
-"""HiLo attention: some heads attend within small windows, the others to averages of them.
+"""HiLo attention: some heads attend within small windows, the others to window averages.
 
 Of "Fast Vision Transformers with HiLo Attention", https://arxiv.org/abs/2205.13213.
 """
@@ -27,14 +27,14 @@ def high_frequency_attention(qkv: Tensor, num_heads: int, window_size: int) -> T
 
     Args:
         qkv: (B, H, W, 3·dim), queries, keys and values; sides are multiples of ``window_size``.
-        num_heads: heads that the dim channels are split into.
+        num_heads: divides dim.
         window_size: side of a window.
 
     Returns:
         (B, H, W, dim).
 
     Raises:
-        ValueError: sides that do not divide into windows, or channels into heads.
+        ValueError: sides not divisible by ``window_size``, or channels by ``num_heads``.
     """
     _check_heads(qkv.shape[-1], 3, num_heads)
     windows = window_partition(qkv, window_size)
@@ -53,13 +53,13 @@ def low_frequency_attention(query: Tensor, key_value: Tensor, num_heads: int) ->
     Args:
         query: (B, H, W, dim).
         key_value: (B, h, w, 2·dim), keys and values.
-        num_heads: heads that the dim channels are split into.
+        num_heads: divides dim.
 
     Returns:
         (B, H, W, dim).
 
     Raises:
-        ValueError: channels that do not divide into heads.
+        ValueError: channels not divisible by ``num_heads``.
     """
     _check_heads(query.shape[-1], 1, num_heads)
     _check_heads(key_value.shape[-1], 2, num_heads)
@@ -117,20 +117,18 @@ class LowFrequencyAttention(nn.Module):
 
 
 class HiLoAttention(nn.Module):
-    """Heads of high and of low frequencies side by side: (B, H, W, dim) → (B, H, W, dim).
+    """High- and low-frequency heads in parallel: (B, H, W, dim) → (B, H, W, dim).
 
-    Sides that are no multiples of the window are padded with zeros, which attend and are attended
-    to like all else.
+    Sides that are not multiples of the window are zero-padded; the padding is not masked.
 
     Args:
         dim: channels.
-        num_heads: heads of both kinds together.
+        num_heads: total number of heads; divides ``dim``.
         window_size: side of the windows; with 1, all heads attend to all tokens.
-        alpha: share of the heads (rounded down) that attend to averages; the channels are shared
-            out alike.
+        alpha: fraction of the heads (rounded down), and of the channels, for averages.
 
     Raises:
-        ValueError: heads that do not divide the channels, or an ``alpha`` outside 0 … 1.
+        ValueError: ``num_heads`` does not divide ``dim``, or ``alpha`` is outside 0 … 1.
     """
 
     def __init__(self, dim: int, num_heads: int, window_size: int = 2, alpha: float = 0.5) -> None:
@@ -138,7 +136,7 @@ class HiLoAttention(nn.Module):
         if num_heads < 1 or dim % num_heads:
             raise ValueError(f"num_heads must divide dim {dim}, got {num_heads}")
         if not 0 <= alpha <= 1:
-            raise ValueError(f"alpha must lie in 0 … 1, got {alpha}")
+            raise ValueError(f"alpha must be in 0 … 1, got {alpha}")
         if window_size < 1:
             raise ValueError(f"window_size must be 1 or more, got {window_size}")
         self.window_size = window_size

@@ -13,16 +13,16 @@ __all__ = ["DilatedDepthwiseConv2d", "LargeKernelAttention"]
 
 
 class DilatedDepthwiseConv2d(nn.Conv2d):
-    """A depthwise convolution with gaps between its taps, which keeps the size of the map.
+    """A dilated depthwise convolution that preserves the map's size.
 
-    (B, dim, H, W) → (B, dim, H, W). A CPU has no quick kernel for wide ones (7×7, dilation 3). The
-    pixels at every ``dilation``-th row and column are a map of their own and are convolved without
-    gaps; on small maps that pads more than it saves.
+    (B, dim, H, W) → (B, dim, H, W). CPUs lack fast kernels for wide ones (7×7, dilation 3).
+    Therefore, the pixels at every ``dilation``-th row and column are treated as a separate map and
+    convolved without dilation, except on small maps, where the padding costs more than it saves.
 
     Args:
         dim: channels.
         kernel_size: odd.
-        dilation: from one tap to the next, in pixels.
+        dilation: distance between taps in pixels.
     """
 
     def __init__(self, dim: int, kernel_size: int, dilation: int) -> None:
@@ -68,8 +68,8 @@ def _join_phases(maps: Tensor, step: int, shape: torch.Size) -> Tensor:
 class LargeKernelAttention(nn.Module):
     """``x * pw(dw_dilated(dw(x)))``: (B, dim, H, W) → (B, dim, H, W).
 
-    A ``kernel_size`` 5 depthwise convolution, one of ``dilated_kernel_size`` 7 at ``dilation`` 3
-    and a pointwise one together see 23×23 pixels; their product with the input is the attention.
+    With the defaults, a 5×5 depthwise convolution, a 7×7 one with dilation 3 and a pointwise one
+    cover 23×23 pixels; their output gates the input.
     """
 
     def __init__(

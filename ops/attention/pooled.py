@@ -1,4 +1,4 @@
-"""Multi-head attention to tokens averaged in runs: the E-MHSA of Next-ViT, MedViT and MedViTV2.
+"""Multi-head attention to averaged runs of tokens: the E-MHSA of Next-ViT, MedViT and MedViTV2.
 
 https://arxiv.org/abs/2207.05501, https://arxiv.org/abs/2302.09462, https://arxiv.org/abs/2502.13693.
 """
@@ -19,8 +19,8 @@ __all__ = ["PooledAttention", "pool_tokens"]
 def pool_tokens(x: Tensor, length: int) -> Tensor:
     """Average runs of consecutive tokens; a remainder is dropped.
 
-    The runs are of the sequence, not of squares of the map that it may come from. A sequence
-    shorter than ``length`` becomes one token.
+    Runs are along the sequence, not squares of the map it may come from. A sequence shorter than
+    ``length`` becomes one token.
 
     Args:
         x: (B, N, dim).
@@ -47,11 +47,11 @@ class PooledAttention(nn.Module):
     Args:
         dim: channels.
         num_heads: heads.
-        sr_ratio: keys and values come from runs of ``sr_ratio ** 2`` tokens, batch-normalised;
-            at 1 from the tokens themselves, without a norm.
+        sr_ratio: keys and values are computed from batch-normalised runs of ``sr_ratio ** 2``
+            tokens; if 1, from the tokens themselves without a norm.
 
     Raises:
-        ValueError: heads that do not divide the channels.
+        ValueError: ``num_heads`` does not divide ``dim``.
     """
 
     def __init__(self, dim: int, num_heads: int, sr_ratio: int = 1) -> None:
@@ -77,7 +77,7 @@ class PooledAttention(nn.Module):
         return self.proj(out.transpose(1, 2).flatten(2))
 
     def fuse(self) -> PooledAttention:
-        """The norm goes into the projections of keys and values."""
+        """Fold the norm into the projections of keys and values."""
         if isinstance(self.norm, nn.BatchNorm1d):
             self.k = fold_norm_before(self.norm, self.k)
             self.v = fold_norm_before(self.norm, self.v)
@@ -85,7 +85,7 @@ class PooledAttention(nn.Module):
         return self
 
     def fold_norm(self, norm: nn.BatchNorm2d) -> None:
-        """Take over a batch norm of the input; averages commute with it."""
+        """Fold a batch norm of the input, which commutes with the averages."""
         self.fuse()
         self.q = fold_norm_before(norm, self.q)
         self.k = fold_norm_before(norm, self.k)

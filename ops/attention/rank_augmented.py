@@ -1,7 +1,7 @@
-"""Rank-augmented linear attention: keys weighted by what the mean query seeks, outputs gated.
+"""Rank-augmented linear attention: keys weighted by the mean query's attention, gated outputs.
 
 Of RAVLT, "Breaking the Low-Rank Dilemma of Linear Attention", https://arxiv.org/abs/2411.07635.
-Written from the paper and a description of its checkpoints.
+Written from the paper and a specification of what the published model computes.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ def rank_augmented_linear_attention(
     scale: float | None = None,
     eps: float = 1e-6,
 ) -> Tensor:
-    """Linear attention whose keys weigh as much as the mean query attends to them.
+    """Linear attention with keys weighted by the mean query's attention to them.
 
     With φ = ELU + 1, q = φ(query), k = φ(key), w = softmax(scale · mean(q)·kᵀ) over the tokens and
     R the rotation, token t gets ``(R q_t) Σ_s w_s (R k_s)ᵀ v_s / (q_t · Σ_s w_s k_s + eps)``. The
-    paper multiplies w by the number of tokens N and averages over them; the factors cancel, and
-    without them no sum grows with N. All of it is computed in float32 (or float64), whatever
-    comes in and whether or not autocast is on.
+    paper multiplies w by the number of tokens N and averages over them; these factors cancel and
+    are omitted, so that no sum grows with N. Everything is computed in float32 (or float64),
+    regardless of the input dtype and autocast.
 
     Args:
         query, key, value: (B, num_heads, N, head_dim).
         rotary: sines and cosines, each (N, head_dim), see :func:`rotary_table`; None for no R.
-        scale: of the logits of w; default head_dim^-0.5.
-        eps: keeps the division finite.
+        scale: of the logits of w; default: head_dim^-0.5.
+        eps: added to the denominator.
 
     Returns:
-        (B, num_heads, N, head_dim) in the dtype of ``value``. Time and memory grow with N.
+        (B, num_heads, N, head_dim) in the dtype of ``value``. Time and memory are O(N).
 
     Raises:
-        ValueError: shapes that do not go together.
+        ValueError: incompatible shapes.
     """
     shape = query.shape
     if query.ndim != 4 or key.shape != shape or value.shape != shape:
@@ -84,7 +84,7 @@ def _linear_attention(
 def _feature_map(x: Tensor) -> Tensor:
     """ELU + 1: x + 1 above 0 and eˣ below.
 
-    Not by ``F.elu``: torch.compile expects other strides of its gradient than it has.
+    ``F.elu`` is avoided because torch.compile expects other strides of its gradient.
     """
     return x.clamp(max=0).exp() + x.relu()
 
@@ -98,18 +98,18 @@ def rotary_table(
     device: torch.device | str | None = None,
     dtype: torch.dtype = torch.float32,
 ) -> Rotary:
-    """Sines and cosines that rotate pairs of channels by their pixel's row and column.
+    """2-D rotary embedding: sines and cosines that rotate pairs of channels by row and column.
 
-    Channels (2i, 2i+1) of the first half turn by row·ω_i, those of the second half by column·ω_i;
-    ω falls from 1 to 1e-4 in ``head_dim / 4`` geometric steps, both ends included. Rows and columns
-    count from 0, whatever the size of the map.
+    Channels (2i, 2i+1) of the first half are rotated by row·ω_i, those of the second half by
+    column·ω_i; ω decreases from 1 to 1e-4 in ``head_dim / 4`` geometric steps, both ends included.
+    Rows and columns count from 0, whatever the size of the map.
 
     Returns:
         Two (height·width, head_dim) tables in row-major order, for ``timm.layers.apply_rot_embed``;
-        in float32 or, if ``dtype`` is that, float64.
+        float64 if ``dtype`` is float64, else float32.
 
     Raises:
-        ValueError: ``head_dim`` that 4 does not divide.
+        ValueError: ``head_dim`` is not a multiple of 4.
     """
     if head_dim < 4 or head_dim % 4:
         raise ValueError(f"head_dim must be a multiple of 4, got {head_dim}")
@@ -122,20 +122,20 @@ def rotary_table(
 
 
 class RankAugmentedAttention(nn.Module):
-    """See :func:`rank_augmented_linear_attention`; a 5×5 term and a gate complete it.
+    """:func:`rank_augmented_linear_attention` with a depthwise 5×5 term and a gate.
 
-    (B, H, W, dim) → (B, H, W, dim), any H and W. One projection makes query, key, value and gate; a
-    depthwise convolution of the values is added to what attention returns, and the gate multiplies
-    the sum.
+    (B, H, W, dim) → (B, H, W, dim), any H and W. One projection computes query, key, value and
+    gate; a depthwise convolution of the values is added to the attention's output, and the sum is
+    multiplied by the gate.
 
     Args:
         dim: channels.
-        num_heads: divides ``dim``, into heads whose width 4 divides.
-        linear: False puts softmax attention of the rotated query and key in place of the linear
-            one, as the deeper stages of RAVLT do.
+        num_heads: divides ``dim`` into heads whose width is a multiple of 4.
+        linear: False uses softmax attention of the rotated query and key instead of linear
+            attention, as the deeper stages of RAVLT do.
 
     Raises:
-        ValueError: ``num_heads`` that does not fit ``dim``.
+        ValueError: ``dim`` is not a multiple of 4 · ``num_heads``.
     """
 
     def __init__(self, dim: int, num_heads: int, *, linear: bool = True) -> None:
@@ -149,7 +149,7 @@ class RankAugmentedAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, rotary: Rotary | None = None) -> Tensor:
-        """``rotary`` saves making the :func:`rotary_table` of the map again and again."""
+        """``rotary``: the :func:`rotary_table` of the map, if it has been computed already."""
         height, width, dim = x.shape[1:]
         if rotary is None:
             head_dim = dim // self.num_heads

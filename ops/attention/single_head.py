@@ -28,8 +28,8 @@ def single_head_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """
     q, k, v = (t.flatten(2) for t in (query, key, value))  # (B, width, HW)
     if query.is_cpu:
-        # Queries are narrower than values, which torch's fused attention takes apart there: two
-        # plain products are faster.
+        # torch has no fused kernel for queries narrower than values, so two plain matrix products
+        # are faster.
         logits = (q.shape[1] ** -0.5 * q).transpose(1, 2) @ k
         return (v @ logits.softmax(dim=-1).transpose(1, 2)).reshape(value.shape)
     q, k, v = (t.transpose(1, 2).unsqueeze(1) for t in (q, k, v))
@@ -38,24 +38,24 @@ def single_head_attention(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
 
 
 class SingleHeadAttention(nn.Module):
-    """See :func:`single_head_attention`; the first ``attn_dim`` channels attend, the rest pass.
+    """:func:`single_head_attention` on the first ``attn_dim`` channels; the others bypass it.
 
     (B, dim, H, W) → (B, dim, H, W). The attended channels are normalised first; a ReLU and a
     projection over all channels follow.
 
     Args:
         dim: channels of the map.
-        attn_dim: how many of them attend.
+        attn_dim: number of attended channels.
         qk_dim: width of query and key.
 
     Raises:
-        ValueError: ``attn_dim`` outside 1 … ``dim``.
+        ValueError: ``attn_dim`` is outside 1 … ``dim``.
     """
 
     def __init__(self, dim: int, attn_dim: int, qk_dim: int = 16) -> None:
         super().__init__()
         if not 0 < attn_dim <= dim:
-            raise ValueError(f"attn_dim must lie in 1 … {dim} (dim), got {attn_dim}")
+            raise ValueError(f"attn_dim must be in 1 … {dim} (dim), got {attn_dim}")
         self.qkv_splits = (qk_dim, qk_dim, attn_dim)
         self.input_splits = (attn_dim, dim - attn_dim)
         self.norm = nn.GroupNorm(1, attn_dim)

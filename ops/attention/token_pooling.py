@@ -1,8 +1,8 @@
-"""Token-aware average pooling: each token chooses how wide a mean it hands to the attention.
+"""Token-aware average pooling: tokens are averaged over neighbourhoods of predicted size.
 
 Yong Guo, David Stutz and Bernt Schiele, "Robustifying Token Attention for Vision Transformers",
-https://arxiv.org/abs/2303.11126. Attention that rests on few tokens fails when those are corrupted;
-with their neighbours in them, no token is alone.
+https://arxiv.org/abs/2303.11126. Attention that relies on few tokens fails when these are
+corrupted; averaging over neighbours makes it more robust.
 """
 
 from __future__ import annotations
@@ -36,18 +36,18 @@ _CHANNELS_LAST = (
 
 
 class TokenPooling(nn.Module):
-    """A mean of means: 3×3 ones of dilation 1 … ``scales`` − 1 and the token itself.
+    """Weighted average of the token and 3×3 means with dilation 1 … ``scales`` − 1.
 
-    Two 3×3 convolutions with a batch norm between them tell the share of each, which sum to one at
-    every token. What lies beyond the map counts as zero. (B, dim, H, W) → (B, dim, H, W).
+    Two 3×3 convolutions with a batch norm in between predict each token's weights, which sum to 1.
+    The map is zero-padded. (B, dim, H, W) → (B, dim, H, W).
 
     Args:
         dim: channels.
-        scales: how many there are to choose from; 1 changes nothing.
-        channels_last: (B, H, W, dim) comes in and goes out.
+        scales: number of averages, including the token itself; 1 is the identity.
+        channels_last: use (B, H, W, dim) for input and output.
 
     Raises:
-        ValueError: ``scales`` below 1.
+        ValueError: ``scales`` is below 1.
     """
 
     def __init__(self, dim: int, scales: int = 4, *, channels_last: bool = False) -> None:
@@ -79,15 +79,15 @@ class TokenPooling(nn.Module):
 
 @checked()
 def token_attentions(model: nn.Module) -> list[nn.Module]:
-    """The layers of a network in which tokens that lie on a map attend to one another."""
+    """The layers of a network with attention between the tokens of a map."""
     return [m for m in model.modules() if isinstance(m, _CHANNELS_FIRST + _CHANNELS_LAST)]
 
 
 @checked()
 def pool_tokens_before(attention: nn.Module, dim: int, scales: int) -> None:
-    """Let an attention of :func:`token_attentions` see its map through a :class:`TokenPooling`.
+    """Insert a :class:`TokenPooling` before the input of an attention of :func:`token_attentions`.
 
-    It becomes the layer's ``token_pooling``; all other names stay, so that published weights fit.
+    It becomes the layer's ``token_pooling``; other names are unchanged, so published weights fit.
     """
     attention.token_pooling = TokenPooling(
         dim, scales, channels_last=isinstance(attention, _CHANNELS_LAST)
@@ -96,5 +96,5 @@ def pool_tokens_before(attention: nn.Module, dim: int, scales: int) -> None:
 
 
 def _pool(attention: Any, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The hook: the map is the first of the inputs."""
+    """Forward pre-hook; the map is the first input."""
     return attention.token_pooling(inputs[0]), *inputs[1:]

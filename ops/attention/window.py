@@ -1,8 +1,8 @@
-"""Self-attention within windows, plain or shifted, and to windows that overlap.
+"""Self-attention within windows, plain or shifted, and to overlapping windows.
 
 Of Swin Transformer (https://arxiv.org/abs/2103.14030) and HAT (https://arxiv.org/abs/2205.04437).
-A window is added one term to its scores, the same for all windows of a kind: the bias of relative
-positions, plus the mask of the shift for those at the end of a row or column.
+The relative position bias is added to the scores of each window; shifted windows in the last row or
+column also have a mask.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ MASK_VALUE = -100.0  # added to scores
 
 @checked(ranks={"x": 4})
 def window_partition(x: Tensor, window_size: int) -> Tensor:
-    """Cut a map into windows that do not overlap.
+    """Divide a map into non-overlapping windows.
 
     Args:
         x: (B, H, W, C).
@@ -43,7 +43,7 @@ def window_partition(x: Tensor, window_size: int) -> Tensor:
         (B, H // window_size, W // window_size, window_size², C).
 
     Raises:
-        ValueError: a side that is no multiple of ``window_size``.
+        ValueError: a side that is not a multiple of ``window_size``.
     """
     batch, height, width, dim = x.shape
     rows, columns = _grid(height, width, window_size)
@@ -53,20 +53,20 @@ def window_partition(x: Tensor, window_size: int) -> Tensor:
 
 @checked(ranks={"windows": 5})
 def window_merge(windows: Tensor, window_size: int) -> Tensor:
-    """Undo :func:`window_partition`: (B, rows, columns, window_size², C) → (B, H, W, C).
+    """Inverse of :func:`window_partition`: (B, rows, columns, window_size², C) → (B, H, W, C).
 
     Raises:
         ValueError: windows of another size.
     """
     batch, rows, columns, tokens, dim = windows.shape
     if tokens != window_size**2:
-        raise ValueError(f"windows of {window_size}×{window_size} have no {tokens} tokens")
+        raise ValueError(f"windows of {window_size}×{window_size} do not have {tokens} tokens")
     x = windows.reshape(batch, rows, columns, window_size, window_size, dim).transpose(2, 3)
     return x.reshape(batch, rows * window_size, columns * window_size, dim)
 
 
 def _heads_of_windows(x: Tensor, window_size: int, parts: int, num_heads: int) -> Tensor:
-    """Windows of a map whose channels are those of ``parts`` for each head.
+    """Windows of a map with channels (``parts``, heads, head_dim).
 
     (B, H, W, parts · heads · head_dim) → (B, rows, columns, parts, heads, window_size², head_dim).
     """
@@ -88,33 +88,33 @@ def _grid(height: int, width: int, window_size: int) -> tuple[int, int]:
     """Rows and columns of windows in a map."""
     if height % window_size or width % window_size:
         raise ValueError(
-            f"a map of {height}×{width} does not divide into windows of {window_size}; pad it first"
+            f"a map of {height}×{width} can't be divided into windows of {window_size}; pad it"
         )
     return height // window_size, width // window_size
 
 
 @checked(ranks={"x": 4})
 def overlapping_windows(x: Tensor, window_size: int, overlap_size: int) -> Tensor:
-    """The windows of :func:`window_partition`, grown on all sides into each other and into zeros.
+    """The windows of :func:`window_partition`, enlarged on all sides, with zero padding.
 
     Args:
         x: (B, H, W, C); sides are multiples of ``window_size``.
-        overlap_size: side of the grown windows; more than ``window_size`` by an even number.
+        overlap_size: side of the enlarged windows: ``window_size`` plus an even number.
 
     Returns:
         (B, H // window_size, W // window_size, overlap_size², C).
 
     Raises:
-        ValueError: another ``overlap_size``.
+        ValueError: an invalid ``overlap_size``.
     """
     if overlap_size < window_size or (overlap_size - window_size) % 2:
         raise ValueError(
-            f"overlap_size must be window_size {window_size} and an even number, got {overlap_size}"
+            f"overlap_size must be window_size {window_size} + an even number, got {overlap_size}"
         )
     margin = (overlap_size - window_size) // 2
     batch, height, width, dim = x.shape
     rows, columns = height // window_size, width // window_size
-    # Of a gather, the gradient takes an eighth of the time that that of two `unfold` takes.
+    # The gradient of a gather takes an eighth of the time of the gradient of two `unfold` calls.
     padded = F.pad(x, (0, 0, margin, margin, margin, margin)).flatten(1, 2)
     inside = torch.arange(overlap_size, device=x.device)
     row = window_size * torch.arange(rows, device=x.device).unsqueeze(1) + inside
@@ -125,7 +125,7 @@ def overlapping_windows(x: Tensor, window_size: int, overlap_size: int) -> Tenso
 
 
 def _differences(size: int, other: int, device: torch.device | None) -> tuple[Tensor, Tensor]:
-    """Row and column of each token of a window less those of each token of another window."""
+    """Row and column differences between the tokens of two windows."""
     own, others = torch.arange(size, device=device), torch.arange(other, device=device)
     difference = own[:, None] - others
     rows = difference[:, None, :, None].expand(size, size, other, other)
@@ -135,10 +135,10 @@ def _differences(size: int, other: int, device: torch.device | None) -> tuple[Te
 
 @checked()
 def relative_position_index(window_size: int, device: torch.device | None = None) -> Tensor:
-    """Where in a table of (2·window_size - 1)² rows the bias of each pair of tokens stands.
+    """Index into a bias table of (2·window_size - 1)² rows for each pair of tokens.
 
     Returns:
-        int64 (window_size², window_size²), for query and key.
+        int64 (window_size², window_size²), for (query, key).
     """
     rows, columns = _differences(window_size, window_size, device)
     last = window_size - 1
@@ -149,10 +149,10 @@ def relative_position_index(window_size: int, device: torch.device | None = None
 def overlap_position_index(
     window_size: int, overlap_size: int, device: torch.device | None = None
 ) -> Tensor:
-    """The same for keys in a window of ``overlap_size``, in (window_size + overlap_size - 1)² rows.
+    """The same for keys in a window of ``overlap_size`` and (window_size + overlap_size - 1)² rows.
 
-    The published model counts from where the index is negative for some pairs and so takes their
-    bias from the end of the table: its weights were trained that way.
+    As in the published model, whose weights depend on it, negative indices of some pairs wrap
+    around to the end of the table.
 
     Returns:
         int64 (window_size², overlap_size²).
@@ -169,12 +169,11 @@ def shift_masks(
     dtype: torch.dtype = torch.float32,
     device: torch.device | None = None,
 ) -> Tensor:
-    """What keeps tokens apart that only the cyclic shift brought together.
+    """Masks for windows that contain both ends of the map after the cyclic shift.
 
     Returns:
         (3, window_size², window_size²), ``MASK_VALUE`` where query and key come from different
-        ends of the map: in the windows of the last column, of the last row, and in the last of
-        both.
+        ends of the map: for windows in the last column, in the last row, and in both.
     """
     wrapped = (torch.arange(window_size, device=device) + shift_size) // window_size  # 0 or 1
     row = wrapped[:, None].expand(window_size, window_size).flatten()
@@ -194,8 +193,8 @@ def window_attention(
         query: (B, rows, columns, N, heads, head_dim).
         key, value: (B, rows, columns, M, heads, head_dim).
         bias: (heads, N, M), added to the scores of every window.
-        masks: (3, N, M), added to those of the last column, row and window,
-            see :func:`shift_masks`; M is N then.
+        masks: (3, N, M), added to the scores in the last column, row and window,
+            see :func:`shift_masks`; requires M = N.
 
     Returns:
         (B, rows, columns, N, heads · head_dim).
@@ -238,13 +237,13 @@ def _attend_shifted(qkv: Tensor, bias: Tensor, masks: Tensor) -> Tensor:
 
 
 def _rest_and_last(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """All entries along ``dim`` but the last, of which there may be none, and the last."""
+    """All entries along ``dim`` except the last (possibly none), and the last."""
     rest = x.shape[dim] - 1
     return x.narrow(dim, 0, rest), x.narrow(dim, rest, 1)
 
 
 def _masks_of_windows(batch: int, rows: int, columns: int, masks: Tensor) -> list[Tensor | None]:
-    """For each window None, or which of :func:`shift_masks` is its."""
+    """The mask of :func:`shift_masks`, or None, for each window."""
     of_column, of_row, of_corner = masks
     inner: list[Tensor | None] = [*[None] * (columns - 1), of_column]
     last: list[Tensor | None] = [*[of_row] * (columns - 1), of_corner]
@@ -252,7 +251,7 @@ def _masks_of_windows(batch: int, rows: int, columns: int, masks: Tensor) -> lis
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
-    """Attention of windows that share their term.
+    """Attention of windows with the same bias.
 
     Args:
         q: (windows, heads, N, head_dim).
@@ -266,15 +265,15 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         return attend_in_turn(q, k, v, bias, [None] * len(q))
     scale = q.shape[-1] ** -0.5
     if q.is_cpu and bias.requires_grad and torch.is_grad_enabled():
-        # No kernel of torch's gives a gradient of the bias there, and its plain form guards the
-        # softmax against rows of -inf, which takes a tenth of a training step.
+        # torch's fused CPU kernels don't compute the bias gradient, and its unfused implementation
+        # guards the softmax against rows of -inf, which takes a tenth of a training step.
         scores = (scale * q) @ k.transpose(2, 3)
         return (scores + bias).softmax(dim=-1) @ v
     return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.unsqueeze(0), scale=scale)
 
 
 class _BiasedAttention(nn.Module):
-    """Projections and bias table that both kinds of window attention have."""
+    """Projections and bias table of both kinds of window attention."""
 
     def __init__(self, dim: int, window_size: int, key_size: int, num_heads: int) -> None:
         super().__init__()
@@ -290,7 +289,7 @@ class _BiasedAttention(nn.Module):
         self.proj = nn.Linear(dim, dim)
 
     def bias(self, index: Tensor) -> Tensor:
-        """Places in the table, (N, M) or flattened → (heads, N, M)."""
+        """Table indices (N, M), possibly flattened → (heads, N, M)."""
         table = self.relative_position_bias_table.t().contiguous()
         return table.index_select(1, index.flatten()).unflatten(1, (self.window_size**2, -1))
 
@@ -304,25 +303,24 @@ class WindowAttention(_BiasedAttention):
         dim: channels.
         window_size: side of a window; H and W are multiples of it.
         num_heads: heads.
-        shift_size: rows and columns that the map is rolled by before it is cut into windows.
+        shift_size: rows and columns to roll the map by before partitioning it.
 
     Raises:
-        ValueError: heads that do not divide the channels, or a shift of a window or more.
+        ValueError: ``num_heads`` does not divide ``dim``, or ``shift_size`` ≥ ``window_size``.
     """
 
     def __init__(self, dim: int, window_size: int, num_heads: int, shift_size: int = 0) -> None:
         super().__init__(dim, window_size, window_size, num_heads)
         if not 0 <= shift_size < window_size:
             raise ValueError(
-                f"shift_size must lie in 0 … {window_size - 1} (below window_size), "
-                f"got {shift_size}"
+                f"shift_size must be in 0 … {window_size - 1} (below window_size), got {shift_size}"
             )
         self.shift_size = shift_size
 
     def forward(
         self, x: Tensor, index: Tensor | None = None, masks: Tensor | None = None
     ) -> Tensor:
-        """``index`` and ``masks`` may be given where several layers share them.
+        """``index`` and ``masks`` can be passed in to share them between layers.
 
         Args:
             x: (B, H, W, dim).
@@ -356,19 +354,19 @@ class WindowAttention(_BiasedAttention):
 
 
 class OverlappingWindowAttention(_BiasedAttention):
-    """Multi-head attention of windows to larger windows around them, of HAT.
+    """HAT's multi-head attention of windows to larger windows around them.
 
-    (B, H, W, dim) → (B, H, W, dim). Keys and values beyond the map are zero: they take part in the
-    softmax, with their bias.
+    (B, H, W, dim) → (B, H, W, dim). Keys and values beyond the map are zero and not masked: they
+    take part in the softmax with their bias.
 
     Args:
         dim: channels.
         window_size: side of the queries' window; H and W are multiples of it.
         num_heads: heads.
-        overlap_ratio: how much larger the keys' window is, as a part of ``window_size``.
+        overlap_ratio: additional size of the keys' window relative to ``window_size``.
 
     Raises:
-        ValueError: heads that do not divide the channels, or windows that cannot be concentric.
+        ValueError: ``num_heads`` does not divide ``dim``, or the windows can't be concentric.
     """
 
     def __init__(
@@ -384,7 +382,7 @@ class OverlappingWindowAttention(_BiasedAttention):
         self.overlap_size = overlap_size
 
     def forward(self, x: Tensor, index: Tensor | None = None) -> Tensor:
-        """``index`` may be given where several layers share it.
+        """``index`` can be passed in to share it between layers.
 
         Args:
             x: (B, H, W, dim).

@@ -1,7 +1,7 @@
-"""Bi-WKV in torch in time and memory O(T): scans in chunks of 16 tokens, differentiable.
+"""Differentiable bi-WKV in plain torch with O(T) time and memory, by scans in chunks of 16 tokens.
 
-A sum of exponentials is a triple: the logarithm of a scale that is at least as great as each term
-of the sum, which is a constant for autograd, and the sums of value and 1 relative to it.
+A sum of exponentials is represented by a triple: the logarithm of a scale that bounds each term
+(a constant for autograd), and the sums of value and of 1 relative to that scale.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ Sums = tuple[Tensor, Tensor, Tensor]
 def supports(
     key: Tensor, value: Tensor, decay: Tensor, first: Tensor, segments: int | None
 ) -> str | None:
-    """Takes every call whose number of tokens is known."""
-    return None if isinstance(key.shape[1], int) else "it must know the number of tokens"
+    """Supports every call with a known number of tokens."""
+    return None if isinstance(key.shape[1], int) else "the number of tokens must not be symbolic"
 
 
 def attend(
     key: Tensor, value: Tensor, decay: Tensor, first: Tensor, segments: int | None
 ) -> Tensor:
-    """See :func:`ops.bi_wkv.bi_wkv`; everything has one dtype here."""
+    """See :func:`ops.bi_wkv.bi_wkv`; all tensors have the same dtype."""
     scale = key.detach()
     weight = (key - scale).exp()  # 1, with the gradient of the exponential
     own = scale, weight * value, weight
@@ -52,9 +52,9 @@ def _flipped(x: Tensor) -> Tensor:
 
 
 def _segment_terms(own: Sums, decay: Tensor, length: int) -> list[Sums]:
-    """What the published kernel adds to a token's sums for those before it in its segment.
+    """The published kernel's additional terms for the preceding tokens in the segment.
 
-    Of token i for token t, where begin is the segment's first one: (eʷ − 1) exp(kᵢ − w(t − i)) for
+    For tokens i and t, where begin is the segment's first token: (eʷ − 1) exp(kᵢ − w(t − i)) for
     begin ≤ i < t, and −(eʷ − 1) exp(kᵢ + w(t − i)) for begin < i ≤ t.
     """
     batch, size, dim = own[0].shape
@@ -74,10 +74,10 @@ def _segment_terms(own: Sums, decay: Tensor, length: int) -> list[Sums]:
 
 
 def _scan(sums: Sums, decay: Tensor) -> Sums:
-    """Along axis 1: the sums of all tokens until this one, times e^(−decay) a step."""
+    """Prefix sums along axis 1 (inclusive), decayed by e^(−decay) per step."""
     rows, size, dim = sums[0].shape
     if size > _CHUNK:
-        # Within chunks, from chunk to chunk, and what that gives to the tokens of the next one.
+        # Within chunks, across chunks, and from there to the tokens of the next chunk.
         chunks = _each(_padded(sums, 0, -size % _CHUNK), lambda x: x.reshape(-1, _CHUNK, dim))
         inner = _each(_scan(chunks, decay), lambda x: x.reshape(rows, -1, _CHUNK, dim))
         ends = _scan(_each(inner, lambda x: x[:, :, -1]), decay * _CHUNK)
@@ -93,13 +93,13 @@ def _scan(sums: Sums, decay: Tensor) -> Sums:
 
 
 def _shifted(sums: Sums, steps: int) -> Sums:
-    """Those of the token so many steps before; nothing where there is none."""
+    """The sums of the token ``steps`` earlier; empty sums at the start."""
     kept = sums[0].shape[1] - steps
     return _padded(_each(sums, lambda x: x[:, :kept]), steps, 0)
 
 
 def _padded(sums: Sums, before: int, behind: int) -> Sums:
-    """With sums of nothing at both ends of axis 1."""
+    """Pad both ends of axis 1 with empty sums."""
     room = (0, 0, before, behind)
     scale, numerator, denominator = sums
     nothing = torch.finfo(scale.dtype).min / 4
@@ -112,7 +112,7 @@ def _each(sums: Sums, function: Callable[[Tensor], Tensor]) -> Sums:
 
 
 def _scaled(sums: Sums, exponent: Tensor) -> Sums:
-    """Times e^exponent, whose gradient goes into the sums."""
+    """Multiply by e^exponent; its gradient flows through the sums."""
     scale, numerator, denominator = sums
     constant = exponent.detach()
     one = (exponent - constant).exp()

@@ -20,9 +20,9 @@ __all__ = ["attend", "supports"]
 def supports(
     key: Tensor, value: Tensor, decay: Tensor, first: Tensor, segments: int | None
 ) -> str | None:
-    """``None`` if this kernel can do the call, else the reason in words.
+    """``None`` if this kernel supports the call, else the reason.
 
-    The first call on a machine compiles the kernel, which takes some seconds.
+    The first call may compile the kernel, which takes a few seconds.
     """
     return _unsupported(key.device, key.dtype)
 
@@ -35,10 +35,10 @@ def _unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
 def attend(
     key: Tensor, value: Tensor, decay: Tensor, first: Tensor, segments: int | None
 ) -> Tensor:
-    """See :func:`ops.bi_wkv.bi_wkv`; everything is of float32 here.
+    """See :func:`ops.bi_wkv.bi_wkv`; all tensors are float32.
 
     Raises:
-        RuntimeError: if the kernel cannot be built here (:func:`supports` tells beforehand).
+        RuntimeError: the kernel is unavailable (check with :func:`supports`).
     """
     inputs = (key, value, decay, first, segments or 0, None)
     if is_plain_call(inputs[:4]) and needs_grad(inputs[:4]):

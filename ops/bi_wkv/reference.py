@@ -1,4 +1,4 @@
-"""What bi-WKV means, in the fewest lines: all pairs of tokens, in O(T²) time and memory."""
+"""Reference implementation of bi-WKV over all pairs of tokens, in O(T²) time and memory."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ __all__ = ["attend", "supports"]
 def supports(
     key: Tensor, value: Tensor, decay: Tensor, first: Tensor, segments: int | None
 ) -> str | None:
-    """Takes every call."""
+    """Supports every call."""
     return None
 
 
 def attend(
     key: Tensor, value: Tensor, decay: Tensor, first: Tensor, segments: int | None
 ) -> Tensor:
-    """See :func:`ops.bi_wkv.bi_wkv`; everything has one dtype here."""
+    """See :func:`ops.bi_wkv.bi_wkv`; all tensors have the same dtype."""
     size = key.shape[1]
     i = torch.arange(size, device=key.device)
     t = i[:, None]

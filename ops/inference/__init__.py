@@ -1,10 +1,10 @@
-"""Layers for inference on the CPU: the same parameters and functions as the plain ones, faster.
+"""Inference forms: faster layers for inference on the CPU with the same parameters and outputs.
 
-Each is a subclass of the layer that it stands for. :func:`ops.inference.layers.convert` turns a
-layer into one in place, so that names, parameters and state dict stay as they were; weights in the
-order that oneDNN or our kernels want are derived from the parameters at the first call. Wherever
-the fast way does not apply (another device or dtype, gradients, autocast, ``torch.compile`` and
-``torch.export``, a torch without oneDNN) a layer computes what its plain form does.
+Each is a subclass of the layer that it replaces. :func:`ops.inference.layers.convert` converts a
+layer in place, so that names, parameters and state dict are unchanged; packed weights for oneDNN or
+our kernels are derived from the parameters at the first call. Where the fast path does not apply
+(another device or dtype, gradients, autocast, ``torch.compile`` and ``torch.export``, torch without
+oneDNN), a layer runs its plain form.
 """
 
 from __future__ import annotations

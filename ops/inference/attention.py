@@ -1,4 +1,4 @@
-"""Inference forms of attention layers: cached tables, fewer passes, shortcuts added on the way."""
+"""Inference forms of attention layers: cached tables, fewer passes, fused shortcuts."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ __all__ = [
     "axis_turns",
 ]
 
-# Of queries, keys, values and gates; a batch whose maps take more goes some images at a time, so
-# that they stay in the cache and allocate less than what the system takes back when it is freed.
+# Bytes of queries, keys, values and gates; larger batches are processed a few images at a time, so
+# that maps stay in cache and below the size that malloc returns to the system when freed.
 _PROJECTED_BYTES = 8 << 20
 
 
 @stands_for(LargeKernelAttention)
 class FastLargeKernelAttention(LargeKernelAttention):
-    """The gate is overwritten."""
+    """Overwrites the gate."""
 
     def forward(self, x: Tensor) -> Tensor:
         gate = self.pw(self.dw_dilated(self.dw(x)))
@@ -54,7 +54,7 @@ class FastLargeKernelAttention(LargeKernelAttention):
 
 @stands_for(BiLevelRoutingAttention)
 class FastBiLevelRoutingAttention(BiLevelRoutingAttention):
-    """Regions are attended to where they lie; the projection adds the shortcut."""
+    """Attends to regions in place; the projection adds the shortcut."""
 
     needs: ClassVar = {"proj": FastLinear}
 
@@ -81,7 +81,7 @@ class FastBiLevelRoutingAttention(BiLevelRoutingAttention):
             return bilevel_routing_attention(
                 query, key, value, self.num_heads, region_size, self.topk
             )
-        # Half precision would find regions equally near that are not.
+        # Half precision would produce ties.
         wide = torch.promote_types(query.dtype, torch.float32)
         query_mean, key_mean = (
             window_means(t, region_size).flatten(1, 2).to(wide) for t in (query, key)
@@ -94,14 +94,14 @@ class FastBiLevelRoutingAttention(BiLevelRoutingAttention):
 
 
 def _unsupported(x: Tensor) -> str | None:
-    """``None`` if there are kernels for attention to regions and for their means, else why not."""
+    """``None`` if the kernels for attention to regions and region means are available, else why."""
     reason = grouped_attention.grouped_attention.unsupported(x.device, x.dtype)
     return reason or window_means.unsupported(x.device, x.dtype)
 
 
 @functools.lru_cache(maxsize=32)
 def _region_rows(height: int, width: int, region_size: tuple[int, int]) -> Tensor:
-    """The tokens of each region of a map that they divide: (regions, tokens of a region)."""
+    """The tokens of each region of an evenly divided map: (regions, tokens of a region)."""
     cpu = torch.device("cpu")  # whatever the default device is
     tokens = torch.arange(height * width, dtype=torch.int32, device=cpu).view(
         height // region_size[0], region_size[0], width // region_size[1], region_size[1]
@@ -111,7 +111,7 @@ def _region_rows(height: int, width: int, region_size: tuple[int, int]) -> Tenso
 
 @stands_for(HiLoAttention)
 class FastHiLoAttention(FastLayer, HiLoAttention):
-    """One projection for all that sees the map, one for what all heads give, with the shortcut."""
+    """One joint input projection, and one output projection for all heads with the shortcut."""
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         derived = self.derived(x)
@@ -130,7 +130,7 @@ class FastHiLoAttention(FastLayer, HiLoAttention):
         return leave(mixed, "none", residual)
 
     def _attend(self, x: Tensor, projected: Tensor, mixed: Tensor) -> None:
-        """``projected`` is (B, H, W, …), ``mixed`` (B, H, W, dim) receives what all heads see."""
+        """``projected`` is (B, H, W, …); ``mixed`` (B, H, W, dim) receives the heads' outputs."""
         high, low = self.high, self.low
         high_dim = 0 if high is None else high.proj.in_features
         of_high, of_low = projected.tensor_split([3 * high_dim], dim=-1)
@@ -205,13 +205,13 @@ class FastPooledAttention(PooledAttention):
 
 
 def attend_tokens(query: Tensor, key: Tensor, value: Tensor, weight: Tensor) -> Tensor:
-    """softmax(query · keyᵀ / √head_dim) · value, by whichever is the faster kernel.
+    """softmax(query · keyᵀ / √head_dim) · value, by the faster kernel.
 
     Args:
         query: (B, N, heads, head_dim).
         key: (B, M, heads, head_dim).
         value: (B, M, heads, value_dim).
-        weight: of the layer, which may ask for gradients.
+        weight: of the layer, which may require gradients.
 
     Returns:
         (B, N, heads, value_dim).
@@ -228,7 +228,7 @@ def attend_tokens(query: Tensor, key: Tensor, value: Tensor, weight: Tensor) -> 
 
 @stands_for(RankAugmentedAttention)
 class FastRankAugmentedAttention(RankAugmentedAttention):
-    """By our kernels; else rotations are products of complex numbers."""
+    """Uses our kernels if available; otherwise rotates by complex products."""
 
     needs: ClassVar = {"proj": FastLinear}
 
@@ -287,7 +287,7 @@ def _rotate(x: Tensor, turns: Tensor) -> Tensor:
 
 
 def _linear_attention(query: Tensor, key: Tensor, value: Tensor, turns: Tensor) -> Tensor:
-    """As :func:`ops.attention.rank_augmented.rank_augmented_linear_attention`, in float32."""
+    """Like :func:`ops.attention.rank_augmented.rank_augmented_linear_attention`, in float32."""
     q, k = (F.elu(t).add_(1) for t in (query, key))
     logits = (q.shape[-1] ** -0.5 * q.mean(dim=2, keepdim=True)) @ k.transpose(2, 3)
     k.mul_(logits.softmax(dim=-1).transpose(2, 3))

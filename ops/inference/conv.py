@@ -1,4 +1,4 @@
-"""Inference forms of depthwise convolutions and of what stands around them in some families."""
+"""Inference forms of depthwise convolutions and of layers around them in some families."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ class PackedDepthwise:
 
 @stands_for(nn.Conv2d, where=lambda conv: conv_kind(conv) == "depthwise")
 class FastDepthwiseConv2d(FastConv2d):
-    """As :class:`FastConv2d`, by our own kernel where that is the faster one."""
+    """Like :class:`FastConv2d`, with our own kernel where it is faster."""
 
     def suits_kernel(self, x: Tensor) -> bool:
         return self._by_kernel(x, x.numel())
@@ -64,7 +64,7 @@ class FastDepthwiseConv2d(FastConv2d):
         return PackedDepthwise(self), None if self._by_kernel(x) else self.for_onednn(x)
 
     def _by_kernel(self, x: Tensor, values: int = sys.maxsize) -> bool:
-        """Whether it is, for a map of so many values; by default for any number of them."""
+        """Whether it is faster for a map of ``values`` values; by default for any number."""
         is_nhwc = x.is_contiguous(memory_format=torch.channels_last)
         padding: Any = self.padding
         return policy.depthwise_by_kernel(
@@ -74,7 +74,7 @@ class FastDepthwiseConv2d(FastConv2d):
 
 @stands_for(DilatedDepthwiseConv2d)
 class FastDilatedDepthwiseConv2d(FastDepthwiseConv2d, DilatedDepthwiseConv2d):
-    """By our kernel, which skips the gaps between the taps."""
+    """With our kernel, which handles dilation directly."""
 
 
 @stands_for(InceptionDWConv2d)
@@ -97,7 +97,7 @@ class FastInceptionDWConv2d(FastLayer, InceptionDWConv2d):
 
 @stands_for(SqueezeExcite)
 class FastSqueezeExcite(SqueezeExcite):
-    """Means that go along with the memory; the layer behind may take :meth:`gates` as scales."""
+    """Reads NHWC maps in memory order; the next layer can apply :meth:`gates` as scales."""
 
     followed: ClassVar = {"act": ("fc1",)}
     needs: ClassVar = {"fc1": FastPointwiseConv2d, "fc2": FastPointwiseConv2d}
@@ -106,7 +106,7 @@ class FastSqueezeExcite(SqueezeExcite):
         return x * self.gates(x)[:, :, None, None]
 
     def gates(self, x: Tensor) -> Tensor:
-        """What the channels are to be multiplied by: (B, dim, H, W) → (B, dim)."""
+        """The channels' gates: (B, dim, H, W) → (B, dim)."""
         pixels = x.permute(0, 2, 3, 1)
         if takes(x):
             squeezed = window_means(pixels, (x.shape[2], x.shape[3])).flatten(1)

@@ -1,7 +1,7 @@
-"""The fast path of ``fuse()``: a folded model's layers become their inference forms, in place.
+"""Conversion of a folded model's layers to their inference forms, in place.
 
-Importing this module registers the forms of the layers of ``ops``, timm and torch; a family
-registers those of its blocks.
+Importing this module registers the forms of layers of ``ops``, timm and torch; families register
+those of their blocks.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ from ops.inference.forms import fast_form, plain_form
 __all__ = ["leave_inference_mode", "put_channels_last", "take_plain_forms"]
 
 
-# Of a block of memory; glibc's threshold follows the size of what is freed up to here.
+# glibc's mmap threshold adapts to the size of freed blocks up to this limit.
 _LARGEST_KEPT_BYTES = 31 << 20
 
 
 def put_channels_last(model: nn.Module, *, always: bool) -> bool:
-    """Run a folded model on maps with channels last: where it is faster, or ``always``.
+    """Convert a folded model to channels last: where that is faster, or ``always``.
 
-    On a CPU with oneDNN all layers get their inference forms, where they have one; elsewhere only
-    the convolutions' weights change their memory format. Parameters stop asking for gradients:
-    with them the plain forms would run. Layers that have a form are given it anew.
+    On a CPU with oneDNN, all layers with an inference form are converted; elsewhere, only the
+    convolutions' weights change their memory format. Parameters no longer require gradients, since
+    the plain forms would run otherwise. Layers that have a form already are converted again.
 
     Returns:
-        Whether the layers got their forms.
+        Whether the layers were converted.
     """
     model.requires_grad_(False)
     weight = next(model.parameters())
@@ -52,10 +52,12 @@ def put_channels_last(model: nn.Module, *, always: bool) -> bool:
         if always:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return False
-    # Of all before the first is converted; then what is inside first, which others may need.
+    # Collect all modules before converting the first one; convert inner ones first, since others
+    # may need them.
     forms = [(module, fast_form(module)) for module in model.modules()]
     for module, fast in reversed(forms):
-        # Forms of blocks hand more than a map to their attention; pooling is for the map alone.
+        # Blocks' forms pass more than a map to their attention; token pooling only applies to the
+        # map.
         if hasattr(module, "token_pooling"):
             continue
         if fast is not None and _has_needs(module, fast):
@@ -67,7 +69,7 @@ def put_channels_last(model: nn.Module, *, always: bool) -> bool:
 
 
 def _has_needs(module: nn.Module, fast: type[nn.Module]) -> bool:
-    """Whether the layers inside have the forms that this one calls in ways of their own."""
+    """Whether the layers inside have the forms that this one requires."""
     for name, kinds in getattr(fast, "needs", {}).items():
         part = getattr(module, name)
         parts = part if isinstance(part, nn.Sequential | nn.ModuleList) else (part,)
@@ -77,7 +79,7 @@ def _has_needs(module: nn.Module, fast: type[nn.Module]) -> bool:
 
 
 def take_plain_forms(model: nn.Module) -> None:
-    """Undo what :func:`put_channels_last` did, but for the memory formats."""
+    """Undo :func:`put_channels_last`, except for memory formats."""
     for module in model.modules():
         for name, child in module._modules.items():
             if type(child) is layers.AbsorbedActivation:
@@ -88,7 +90,7 @@ def take_plain_forms(model: nn.Module) -> None:
 
 
 def leave_inference_mode(model: nn.Module) -> None:
-    """Make tensors of inference mode ordinary ones: torch does not count their changes."""
+    """Replace inference-mode tensors by ordinary ones, whose modifications torch counts."""
     ordinary: dict[int, Tensor] = {}  # a tensor may be in several places
     for module in model.modules():
         for tensors in (module._parameters, module._buffers):
@@ -105,18 +107,18 @@ def leave_inference_mode(model: nn.Module) -> None:
 
 
 def _keep_freed_memory() -> None:
-    """Let the maps of one image find the memory of the image before.
+    """Make malloc reuse the memory of large maps.
 
-    glibc gives large blocks back to the system when they are freed, and each of their pages then
-    costs a fault when the next map is written: a tenth to a fifth of the time of small networks. It
-    keeps blocks as large as the largest that a process has freed (``man mallopt``,
-    M_MMAP_THRESHOLD). This one is never touched, so it takes no memory.
+    glibc returns large freed blocks to the system, and writing the next map then causes a page
+    fault per page: a tenth to a fifth of the time of small networks. It keeps blocks as large as
+    the largest block that the process has freed (``man mallopt``, M_MMAP_THRESHOLD). The block
+    freed here is never written to, so it uses no memory.
     """
     torch.empty(_LARGEST_KEPT_BYTES, dtype=torch.uint8, device="cpu")
 
 
 def _absorb_activations(module: nn.Module) -> None:
-    """Let layers apply the activation that follows them; an identity takes its place."""
+    """Let layers apply the activation that follows them, which is replaced by an identity."""
     if type(module) in (nn.Sequential, stem.FastStem):
         names = list(module._modules)
         for name, following in itertools.pairwise(names):
@@ -126,7 +128,7 @@ def _absorb_activations(module: nn.Module) -> None:
 
 
 def _absorb(module: nn.Module, act: str, names: Sequence[str]) -> None:
-    """``act`` is called after each of the layers ``names``, and nowhere else."""
+    """``act`` is only called directly after each of the layers ``names``."""
     kind = layers.activation_kind(module.get_submodule(act))
     before = [module.get_submodule(name) for name in names]
     if kind is not None and all(layers.can_activate(layer) for layer in before):

@@ -1,4 +1,4 @@
-"""FaViT's attention for inference: positions of taps kept, all branches into one map."""
+"""FaViT's attention for inference: cached tap positions, all branches written to one map."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = ["FastFactorizedAttention", "FastGlobalBranch", "FastLocalBranch"]
 
 @stands_for(GlobalBranch)
 class FastGlobalBranch(FastLayer, GlobalBranch):
-    """Its keys and values alone; patches that do not overlap go through a linear layer."""
+    """Only its keys and values; non-overlapping patches go through a linear layer."""
 
     def keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, H, W, dim), no side below ``sr_ratio`` → (B, h·w, 1, dim) each."""
@@ -46,7 +46,7 @@ class FastGlobalBranch(FastLayer, GlobalBranch):
 
 @stands_for(LocalBranch)
 class FastLocalBranch(FastLayer, LocalBranch):
-    """Its keys and values alone; where windows are few, the linear layer averages them, too."""
+    """Only its keys and values; for few windows, the linear layer includes the average."""
 
     def keys_and_values(self, x: Tensor) -> tuple[Tensor, Tensor]:
         """(B, H, W, dim) → (B, window_size², heads, head_dim) each."""
@@ -78,13 +78,13 @@ class FastLocalBranch(FastLayer, LocalBranch):
         return tensors_of(self.kv)
 
     def derive(self, x: Tensor) -> dict[int, PackedLinear] | None:
-        """By the number of windows; filled when they are met."""
+        """Layers by number of windows; created on first use."""
         return {} if isinstance(self.fc, nn.Identity) else None
 
 
 @stands_for(FactorizedAttention)
 class FastFactorizedAttention(FactorizedAttention):
-    """Every branch writes its channels of one map; the projection adds the shortcut."""
+    """Every branch writes its channels of a shared map; the projection adds the shortcut."""
 
     needs: ClassVar = {
         "global_branch": FastGlobalBranch,
@@ -122,7 +122,7 @@ class FastFactorizedAttention(FactorizedAttention):
 
 @functools.lru_cache(maxsize=64)
 def _taps(height: int, width: int, window_size: int, dilation: int) -> Tensor:
-    """Which pixels each tap of the windows sees, taps first: (window_size² · windows,)."""
+    """The pixel of each tap of each window, taps first: (window_size² · windows,)."""
     cpu = torch.device("cpu")
     rows = tap_positions(height, window_size, dilation, cpu)
     columns = tap_positions(width, window_size, dilation, cpu)

@@ -1,4 +1,4 @@
-"""Which class stands for which layer after ``fuse()``: forms register themselves here."""
+"""Registry of inference forms: the classes that replace layers in ``fuse()``."""
 
 from __future__ import annotations
 
@@ -17,15 +17,15 @@ _forms: dict[type[nn.Module], list[tuple[Callable[[Any], bool] | None, type[nn.M
 def stands_for(
     plain: type[nn.Module], *, where: Callable[[Any], bool] | None = None
 ) -> Callable[[Form], Form]:
-    """Register the class below as the inference form of ``plain``, of which it is a subclass.
+    """Register the decorated class, a subclass of ``plain``, as the inference form of ``plain``.
 
     Args:
-        plain: the class of the layers to stand for; subclasses of it are other layers.
-        where: tells for which of those layers; default all. Several forms of one class must not
-            hold for the same layer.
+        plain: exact class of the layers to replace; its subclasses are other layers.
+        where: predicate that selects layers; default: all. Several forms of one class must not
+            apply to the same layer.
 
     Raises:
-        TypeError: the form is no subclass of ``plain``.
+        TypeError: the form is not a subclass of ``plain``.
     """
 
     def register(form: Form) -> Form:
@@ -39,7 +39,7 @@ def stands_for(
 
 
 def fast_form(module: nn.Module) -> type[nn.Module] | None:
-    """The class to stand for a layer, if there is one."""
+    """The inference form of a layer, if there is one."""
     for where, form in _forms.get(type(module), ()):
         if where is None or where(module):
             return form
@@ -47,5 +47,5 @@ def fast_form(module: nn.Module) -> type[nn.Module] | None:
 
 
 def plain_form(module: nn.Module) -> type[nn.Module] | None:
-    """The class that a layer or model, which has an inference form, had before."""
+    """The plain class of a converted layer or model."""
     return vars(type(module)).get("stands_for")

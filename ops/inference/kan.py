@@ -18,7 +18,7 @@ __all__ = ["FastKANLayer", "pack_kan"]
 
 @stands_for(KANLayer)
 class FastKANLayer(FastLayer, KANLayer):
-    """In one pass where the kernel can be had."""
+    """Runs in one pass if the kernel is available."""
 
     def forward(self, x: Tensor) -> Tensor:
         packed = self.derived(x)
@@ -32,7 +32,7 @@ class FastKANLayer(FastLayer, KANLayer):
 
 
 def pack_kan(layer: KANLayer) -> PackedKAN | None:
-    """The parameters of a layer, or None where its grid is finer than the kernel resolves.
+    """The kernel's parameters of a layer, or None if its grid is finer than the kernel supports.
 
     Raises:
         RuntimeError: the kernel is not available here.

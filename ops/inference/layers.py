@@ -1,7 +1,7 @@
-"""Linear layers and convolutions with packed weights, activation and residual add in one pass.
+"""Linear layers and convolutions with packed weights, fused activation and residual add.
 
-Maps are channels-last, so that a pointwise convolution is a linear layer on the last axis. The
-calls to oneDNN are the ones that torch's own compiler makes; they are private, hence the checks.
+Maps are channels-last, so a pointwise convolution is a linear layer on the last axis. oneDNN is
+called through the private functions that torch's compiler uses, hence the checks.
 """
 
 from __future__ import annotations
@@ -65,9 +65,9 @@ _CALLS = (
 
 @functools.cache
 def has_onednn(dtype: torch.dtype) -> bool:
-    """Whether this torch has oneDNN's linear layers and convolutions for ``dtype``.
+    """Whether torch provides oneDNN's linear layers and convolutions for ``dtype``.
 
-    On CPUs that do not multiply bfloat16 they compute in float32 and round what comes out.
+    On CPUs without bfloat16 arithmetic, these compute in float32 and round the results.
     """
     if dtype not in (torch.float32, torch.bfloat16) or not torch.backends.mkldnn.is_available():
         return False
@@ -75,7 +75,7 @@ def has_onednn(dtype: torch.dtype) -> bool:
 
 
 def convert(layer: nn.Module, fast: type[Module]) -> Module:
-    """Turn ``layer``, in place, into an instance of ``fast``, a subclass of its class.
+    """Convert ``layer`` in place to an instance of ``fast``, a subclass of its class.
 
     Raises:
         TypeError: ``fast`` is not a subclass.
@@ -88,10 +88,10 @@ def convert(layer: nn.Module, fast: type[Module]) -> Module:
 
 
 def revert(layer: nn.Module, plain: type[nn.Module]) -> None:
-    """Turn what :func:`convert` gave, in place, back into a ``plain`` layer.
+    """Convert a layer of :func:`convert` back to a ``plain`` layer, in place.
 
     Raises:
-        TypeError: ``plain`` is no class that the layer's class is a subclass of.
+        TypeError: the layer's class is not a subclass of ``plain``.
     """
     if not isinstance(layer, plain):
         raise TypeError(f"a {type(layer).__name__} does not stand for a {plain.__name__}")
@@ -101,7 +101,7 @@ def revert(layer: nn.Module, plain: type[nn.Module]) -> None:
 
 
 def runs_fast(x: Tensor, weight: Tensor) -> bool:
-    """Whether a layer with this weight may take its fast way for ``x``, else its plain one."""
+    """Whether a layer with this weight can use its fast path for ``x``."""
     return (
         takes_kernels((x, weight))
         and x.dtype == weight.dtype
@@ -110,19 +110,19 @@ def runs_fast(x: Tensor, weight: Tensor) -> bool:
 
 
 def tensors_of(*layers: Any) -> list[Tensor]:
-    """The weights and biases that layers compute with, be they parameters or not."""
+    """The weights and biases of layers, whether or not they are parameters."""
     both = (t for layer in layers for t in (layer.weight, layer.bias))
     return [t for t in both if t is not None]
 
 
 class FastLayer(nn.Module):
-    """What inference layers share: things derived from tensors, made when needed.
+    """Base class of inference layers: data derived from tensors, created on demand.
 
-    They are in no state dict, copy or pickle, and are made anew when the tensors are seen to have
-    changed (:class:`ops.replay.changes.Seen`) and after :meth:`forget`.
+    Derived data are not part of state dicts, copies or pickles, and are created again if the
+    tensors have changed (:class:`ops.replay.changes.Seen`) and after :meth:`forget`.
 
     Attributes:
-        decisions: the rules of :mod:`ops.cpu.policy` that were asked to make them.
+        decisions: the rules of :mod:`ops.cpu.policy` consulted in creating them.
     """
 
     _derived: Any = None
@@ -130,7 +130,7 @@ class FastLayer(nn.Module):
     decisions: Sequence[policy.Asked] = ()
 
     def derived(self, x: Tensor) -> Any:
-        """What :meth:`derive` gave, or None where the plain form must do for ``x``."""
+        """The result of :meth:`derive`, or None if ``x`` requires the plain form."""
         if torch.compiler.is_compiling():
             return None
         sources = self.sources()
@@ -141,25 +141,25 @@ class FastLayer(nn.Module):
                 return None
             made_from = Seen(sources)
             decisions: list[policy.Asked] = []
-            # On the device of the input, whatever the default one is.
+            # On the input's device, whatever the default device is.
             with torch.no_grad(), x.device, policy.explaining(decisions.append):
                 self._derived = self.derive(x)
             self._made_from, self.decisions = made_from, decisions
         return self._derived
 
     def forget(self) -> None:
-        """Let things be derived anew."""
+        """Discard the derived data."""
         self._made_from = None
 
     def sources(self) -> list[Tensor]:
-        """The tensors that things are derived from; they share dtype and device."""
+        """The tensors that data are derived from, of the same dtype and device."""
         return tensors_of(self)
 
     def derive(self, x: Tensor) -> Any:
-        """From the parameters, with ``x`` as an example of the inputs; each subclass says how."""
+        """Derive data from the parameters, with ``x`` as an example input."""
         raise NotImplementedError
 
-    # These two may change tensors of inference mode, too, or swap what is in tensors.
+    # These two may also modify inference-mode tensors, or swap tensors' storages.
 
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:
         self.forget()
@@ -177,7 +177,7 @@ class FastLayer(nn.Module):
 
 
 class ActivatedLayer(FastLayer):
-    """A layer that applies an activation to what it computes."""
+    """A layer that applies an activation to its output."""
 
     activation: str = "none"
     forward: Callable[..., Tensor]
@@ -192,7 +192,7 @@ class ActivatedLayer(FastLayer):
 
 
 def activation_kind(act: nn.Module) -> str | None:
-    """The name that layers here know an activation by, if they do."""
+    """The name of a supported activation, else None."""
     if isinstance(act, nn.GELU):
         return "gelu" if act.approximate == "none" else None
     kinds = {nn.ReLU: "relu", nn.SiLU: "silu", nn.Hardswish: "hardswish", nn.ReLU6: "relu6"}
@@ -200,18 +200,18 @@ def activation_kind(act: nn.Module) -> str | None:
 
 
 def can_activate(layer: nn.Module) -> bool:
-    """Whether a layer can still take an activation."""
+    """Whether a layer can apply an activation and does not have one yet."""
     return isinstance(layer, ActivatedLayer) and layer.activation == "none"
 
 
 def activate(layer: nn.Module, kind: str) -> None:
-    """Let a layer that :func:`can_activate` apply an activation to what it computes."""
+    """Let a layer that :func:`can_activate` apply an activation to its output."""
     assert isinstance(layer, ActivatedLayer)
     layer.activation = kind
 
 
 def conv_kind(conv: nn.Conv2d) -> str | None:
-    """``"depthwise"``, ``"pointwise"`` or ``"other"``; None where no form knows the padding."""
+    """``"depthwise"``, ``"pointwise"`` or ``"other"``; None if no form supports the padding."""
     if conv.padding_mode != "zeros" or isinstance(conv.padding, str):
         return None
     if conv.groups == conv.in_channels == conv.out_channels:
@@ -221,7 +221,7 @@ def conv_kind(conv: nn.Conv2d) -> str | None:
 
 
 class AbsorbedActivation(nn.Identity):
-    """Where an activation was that the layers before it apply now; it is kept, as no submodule."""
+    """Replaces an activation that preceding layers apply; keeps it, but not as a submodule."""
 
     def __init__(self, act: nn.Module) -> None:
         super().__init__()
@@ -283,7 +283,7 @@ class FastPointwiseConv2d(ActivatedLayer, nn.Conv2d):
         return out.permute(0, 3, 1, 2)
 
     def on_last(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        """The same for channels in the last place: (..., C) → (..., C')."""
+        """The same for channels in the last axis: (..., C) → (..., C')."""
         packed = self.derived(x)
         if packed is None:
             return self._finish(F.linear(x, self.weight.flatten(1), self.bias), residual)
@@ -297,8 +297,8 @@ class FastPointwiseConv2d(ActivatedLayer, nn.Conv2d):
 class FastConv2d(ActivatedLayer, nn.Conv2d):
     """``activation(conv(x))`` in channels-last, (B, C, H, W) → (B, C', H', W').
 
-    Between the stages of a network oneDNN waits for weights and maps; there windows are copied and
-    go through our linear kernel. Images are read as they lie.
+    Between stages, oneDNN's convolutions are limited by memory; there, windows are copied and
+    passed to our linear kernel. Images are read in their own layout.
     """
 
     def forward(self, x: Tensor) -> Tensor:
@@ -329,13 +329,13 @@ class FastConv2d(ActivatedLayer, nn.Conv2d):
         return out.to(x.dtype)
 
     def derive(self, x: Tensor) -> tuple[Any, Any]:
-        """For our kernel and for oneDNN, or None where one is never wanted."""
+        """Derived data for our kernel and for oneDNN; None for one that is never used."""
         own = self.for_kernel(x)
         always = isinstance(own, PackedConv2d) and not policy.by_tiles(x.dtype)
         return own, None if always else self.for_onednn(x)
 
     def for_kernel(self, x: Tensor) -> PackedConv2d | PlanesConv2d | None:
-        """The convolution by one of our kernels, if one is ever the faster way."""
+        """The convolution by one of our kernels, if one is ever faster."""
         stride: Any = self.stride
         dilation: Any = self.dilation
         if not policy.convolves_windows(stride, dilation, self.groups, x.dtype):

@@ -1,4 +1,4 @@
-"""Feed-forwards for inference: some tokens go through both layers while they are in the cache."""
+"""Feed-forwards for inference: blocks of tokens go through both layers while in cache."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ __all__ = [
     "feed_forward",
 ]
 
-# Of the map between the two layers: what a core's second-level cache holds; but no fewer rows than
-# make it worth to read the weights again.
+# Bytes of the hidden map that fit into a core's L2 cache, and the minimum number of rows, below
+# which re-reading the weights does not pay off.
 _CHUNK_BYTES = 1 << 20
 _CHUNK_ROWS = 384
 
@@ -41,13 +41,13 @@ def feed_forward(
     hidden_dim: int,
     residual: Tensor | None = None,
 ) -> Tensor:
-    """``project(expand(x), residual)``, some rows at a time where the map between is large.
+    """``project(expand(x), residual)``, in blocks of rows if the hidden map is large.
 
     Args:
         x: (..., dim).
         expand: (n, dim) → (n, hidden_dim).
         project: (n, hidden_dim) and, or None, (n, out_dim) to add → (n, out_dim).
-        hidden_dim: of the map between.
+        hidden_dim: of the hidden map.
         residual: (..., out_dim), added to the result.
 
     Returns:
@@ -73,7 +73,7 @@ def feed_forward(
 
 
 class NormedMlp(FastLayer):
-    """``mlp(norm(x)) + residual``: all at once by our kernel, or layer by layer."""
+    """``mlp(norm(x)) + residual``: in one pass by our kernel, or layer by layer."""
 
     fc1: Any
     act: Any
@@ -82,7 +82,7 @@ class NormedMlp(FastLayer):
     def forward(
         self, x: Tensor, residual: Tensor | None = None, norm: nn.LayerNorm | None = None
     ) -> Tensor:
-        """``norm`` comes before the MLP.
+        """Apply ``norm`` and the MLP.
 
         Args:
             x: (B, ..., dim).
@@ -94,11 +94,11 @@ class NormedMlp(FastLayer):
         return self.in_layers(x if norm is None else norm(x), residual)
 
     def in_layers(self, x: Tensor, residual: Tensor | None) -> Tensor:
-        """Without norm, one layer after the other; each subclass has its own."""
+        """Without norm, one layer after the other; implemented by subclasses."""
         raise NotImplementedError
 
     def conv(self) -> nn.Module | None:
-        """What is between the layers, if anything."""
+        """The layer between the linear layers, if any."""
         return None
 
     def sources(self) -> list[Tensor]:
@@ -210,7 +210,7 @@ def _is_swiglu(mlp: GluMlp) -> bool:
 
 @stands_for(GluMlp, where=_is_swiglu)
 class FastGluMlp(FastLayer, GluMlp):
-    """SwiGLU: activation and product are applied to what a linear layer stores."""
+    """SwiGLU: activation and product are applied in a linear layer's epilogue."""
 
     needs: ClassVar = {"fc2": FastLinear}
     fc1: Any

@@ -1,4 +1,4 @@
-"""Inference layers of the mobile networks: residual branches and their attention, channels-last."""
+"""Inference forms of the mobile networks: residual branches and attention, channels-last."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class _Cascade(NamedTuple):
 
 @stands_for(ConvFFN)
 class FastConvFFN(ConvFFN):
-    """On tokens; ``fc2`` adds the shortcut. Small maps go through both layers in one call."""
+    """Uses NHWC; ``fc2`` adds the shortcut. Small maps go through both layers in one call."""
 
     followed: ClassVar = {"act": ("fc1",)}
     needs: ClassVar = {"fc1": FastPointwiseConv2d, "fc2": FastPointwiseConv2d}
@@ -54,7 +54,7 @@ class FastConvFFN(ConvFFN):
         return out.permute(0, 3, 1, 2)
 
     def _packed_pair(self, x: Tensor, tokens: Tensor) -> list[Tensor] | None:
-        """Weights and biases of both layers, where our kernel is the faster one for both."""
+        """Weights and biases of both layers, if our kernel is faster for both."""
         if not isinstance(self.act, nn.Identity):
             return None
         found: list[Tensor] = []
@@ -82,7 +82,7 @@ class FastExpandMerging(ExpandMerging):
 
 @stands_for(CascadedGroupAttention)
 class FastCascadedGroupAttention(FastLayer, CascadedGroupAttention):
-    """On tokens, all heads in one pass, with the table of biases of each map's size made once."""
+    """Uses NHWC; all heads in one pass, with bias tables cached by map size."""
 
     needs: ClassVar = {"proj": FastPointwiseConv2d}
 
@@ -118,7 +118,7 @@ class FastCascadedGroupAttention(FastLayer, CascadedGroupAttention):
         return self.proj(mixed[:, :height, :width].permute(0, 3, 1, 2), residual)
 
     def _mix(self, x: Tensor, cascade: _Cascade) -> Tensor:
-        """All but the projection: (N, h, w, dim) → (N, h, w, dim)."""
+        """Everything except the projection: (N, h, w, dim) → (N, h, w, dim)."""
         height, width = x.shape[1:3]
         bias = cascade.biases.get((height, width))
         if bias is None:
@@ -147,7 +147,7 @@ class FastCascadedGroupAttention(FastLayer, CascadedGroupAttention):
 
 @stands_for(SingleHeadAttention)
 class FastSingleHeadAttention(FastLayer, SingleHeadAttention):
-    """On tokens, in one pass where the map is small."""
+    """Uses NHWC; small maps in one pass."""
 
     needs: ClassVar = {"proj": FastPointwiseConv2d}
 

@@ -1,4 +1,4 @@
-"""Inference forms of neighborhood attention and the block around it: fewer passes."""
+"""Inference forms of neighborhood attention and its block."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ class FastMapAttention(FastNeighborhoodAttention2D, MapAttention):
 
 @stands_for(NeighborhoodBlock)
 class FastNeighborhoodBlock(NeighborhoodBlock):
-    """Attention and MLP add their shortcuts, the MLP takes its norm."""
+    """Attention and MLP add their shortcuts; the MLP includes its norm."""
 
     needs: ClassVar = {"attn": FastNeighborhoodAttention2D, "mlp": FastMlp}
 

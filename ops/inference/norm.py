@@ -1,4 +1,4 @@
-"""The inference forms of norms: our kernels; layer norm with the activation that follows."""
+"""Inference forms of norms with our kernels; layer norm with the following activation."""
 
 from __future__ import annotations
 

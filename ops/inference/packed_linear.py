@@ -1,6 +1,6 @@
-"""Linear layers with packed weights, by our kernel or by oneDNN, whichever is the faster one.
+"""Linear layers with packed weights, by our kernel or oneDNN, whichever is faster.
 
-The calls to oneDNN are the ones that torch's own compiler makes; they are private, see
+oneDNN is called through the private functions that torch's compiler uses, see
 :func:`ops.inference.layers.has_onednn`.
 """
 
@@ -38,10 +38,10 @@ _ONEDNN: dict[str, tuple[str, list[float | None], str]] = {
 
 
 def by_onednn(function: Callable[..., Tensor], activation: str, *arguments: Any) -> Tensor:
-    """What one of oneDNN's functions gives, with an activation.
+    """Call a function of oneDNN with an activation.
 
-    Its ReLU makes 0 of NaN. torch's does not, and its pass over a map of 64 channels takes 1 % of
-    the time of a 3×3 convolution.
+    ReLU is applied by torch instead, since oneDNN's converts NaN to 0; the additional pass takes
+    1 % of the time of a 3×3 convolution with 64 channels.
     """
     if activation == "relu":
         return function(*arguments, *_ONEDNN["none"]).relu_()
@@ -51,7 +51,7 @@ def by_onednn(function: Callable[..., Tensor], activation: str, *arguments: Any)
 class PackedLinear:
     """A linear layer whose weight is packed for our kernel, for oneDNN, or for both.
 
-    Which of them runs depends on the number of rows; a packed weight is made when it is first used.
+    The choice depends on the number of rows; weights are packed on first use.
 
     Args:
         weight: (out_features, in_features).
@@ -96,7 +96,7 @@ class PackedLinear:
         return out
 
     def packed_for(self, x: Tensor, activation: str) -> tuple[Tensor, Tensor] | None:
-        """What our kernel wants of weight and bias, if it is the faster one for such ``x``."""
+        """Packed weight and bias for our kernel, if it is faster for inputs like ``x``."""
         rows = x.numel() // max(1, x.shape[-1])
         if not self._has_kernel or x.ndim < 2:
             return None
@@ -115,7 +115,7 @@ class PackedLinear:
     def energy(
         self, x: Tensor, activation: str, scale: Tensor | None
     ) -> tuple[Tensor, Tensor] | None:
-        """The layer and the sums of its squares; None where our kernel cannot be had."""
+        """The layer's output and the sums of its squares; None if our kernel is unavailable."""
         if not self._has_kernel:
             return None
         out, energy = packed_linear_energy(x, *self._packed(), activation, scale)
@@ -131,7 +131,7 @@ class PackedLinear:
     ) -> Tensor:
         if residual is None:
             residual_scale = None
-        if not self._has_kernel:  # without which each takes a pass of its own
+        if not self._has_kernel:  # otherwise each takes a separate pass
             x, residual = scaled(x, scale), scaled_residual(residual, residual_scale)
             return self(x, activation, residual)
         added = "add" if residual_scale is None else "add_scaled"
@@ -156,7 +156,7 @@ def scaled(x: Tensor, scale: Tensor | None) -> Tensor:
 
 
 def scaled_residual(residual: Tensor | None, scale: Tensor | None) -> Tensor | None:
-    """(B, …, C) times (C,) of float32."""
+    """(B, …, C) times float32 (C,)."""
     return residual if residual is None or scale is None else residual * scale.to(residual.dtype)
 
 

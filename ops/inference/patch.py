@@ -1,4 +1,4 @@
-"""Inference forms of layers that cut images into patches."""
+"""Inference forms of patch embedding."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["FastPatchEmbed"]
 
 @stands_for(PatchEmbed)
 class FastPatchEmbed(PatchEmbed):
-    """Nothing is copied where there is nothing to pad."""
+    """Skips the copy if there is nothing to pad."""
 
     def forward(self, x: Tensor) -> Tensor:
         side = self.patch_size

@@ -13,7 +13,7 @@ __all__ = ["FastAdaptiveAvgPool2d", "takes"]
 
 
 def takes(x: Tensor) -> bool:
-    """Whether :func:`window_means` may stand for torch's functions on ``x``, of any layout."""
+    """Whether :func:`window_means` can replace torch's functions on ``x``, in any layout."""
     return (
         takes_kernels((x,))
         and not (torch.is_grad_enabled() and x.requires_grad)
@@ -23,7 +23,7 @@ def takes(x: Tensor) -> bool:
 
 @stands_for(nn.AdaptiveAvgPool2d)
 class FastAdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
-    """To one pixel by our kernel: (B, C, H, W) → (B, C, 1, 1)."""
+    """Global pooling with our kernel: (B, C, H, W) → (B, C, 1, 1)."""
 
     def forward(self, x: Tensor) -> Tensor:
         if not takes(x) or self.output_size not in (1, (1, 1)) or x.ndim != 4 or not x.numel():

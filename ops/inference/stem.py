@@ -1,4 +1,4 @@
-"""The first layers of a network on the CPU for inference: 3×3 convolutions of stride 2 in a row."""
+"""Inference form of stems: consecutive 3×3 convolutions of stride 2."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ __all__ = ["FastStem", "is_stem"]
 
 
 def is_stem(module: nn.Module) -> bool:
-    """Whether a module is convolutions in a row that :class:`FastStem` knows, two at least.
+    """Whether a module is a sequence of at least two convolutions that :class:`FastStem` supports.
 
-    After each there may be a :class:`timm.layers.LayerNorm2d`, then an activation.
+    Each may be followed by a :class:`timm.layers.LayerNorm2d` and an activation.
     """
     if type(module) is not nn.Sequential:
         return False
@@ -37,7 +37,7 @@ def is_stem(module: nn.Module) -> bool:
 
 
 def _leaves(module: nn.Module) -> list[nn.Module]:
-    """The layers of nested sequences, but for identities."""
+    """The layers of nested sequences, without identities."""
     if isinstance(module, nn.Sequential):
         return [leaf for child in module for leaf in _leaves(child)]
     return [] if isinstance(module, nn.Identity) else [module]
@@ -52,7 +52,7 @@ def _is_conv(module: nn.Module) -> bool:
 
 @stands_for(nn.Sequential, where=is_stem)
 class FastStem(FastLayer, nn.Sequential):
-    """In one pass, see :func:`packed_stem`; the layers apply the activations that follow them."""
+    """Runs in one pass, see :func:`packed_stem`, including the activations."""
 
     def forward(self, x: Tensor) -> Tensor:
         derived = self.derived(x)

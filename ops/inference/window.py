@@ -1,4 +1,4 @@
-"""Inference forms of window attention: windows are attended to where they lie in the map."""
+"""Inference forms of window attention, which reads and writes windows of the map in place."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _CPU = torch.device("cpu")  # of what is kept, whatever the default device is
 
 
 class _InPlace(FastLayer):
-    """Nothing is rolled, cut or put together; the projection adds the shortcut."""
+    """Without rolling, partitioning or merging; the projection adds the shortcut."""
 
     needs: ClassVar = {"qkv": FastLinear, "proj": FastLinear}
     window_size: int
@@ -55,7 +55,7 @@ class _InPlace(FastLayer):
         raise NotImplementedError
 
     def _tokens(self, height: int, width: int) -> tuple[Tensor, Tensor, Tensor | None]:
-        """Of each window the tokens that ask, those that are seen, and its kind."""
+        """The query tokens, key tokens and kind of each window."""
         raise NotImplementedError
 
     def _lines(self) -> tuple[Tensor, Tensor]:
@@ -66,7 +66,7 @@ class _InPlace(FastLayer):
         return [self.relative_position_bias_table]
 
     def derive(self, x: Tensor) -> Tensor | None:
-        """(heads, lines, LINE): what is added to the scores before they are scaled."""
+        """(heads, lines, LINE): the terms added to the scores before scaling."""
         side = self._key_size()
         if not policy.window_attention_by_kernel(side, x.dtype):
             return None
@@ -134,7 +134,7 @@ class FastOverlappingWindowAttention(_InPlace, OverlappingWindowAttention):
 def _windows(
     height: int, width: int, window_size: int, shift_size: int
 ) -> tuple[Tensor, Tensor | None]:
-    """The tokens of each window, and its kind: 0, or one more than its mask's place in a shift's.
+    """The tokens of each window, and its kind: 0, or one plus the index of its shift mask.
 
     Returns:
         int32 (windows, window_size²), and (windows,) or, without a shift, None.
@@ -150,7 +150,7 @@ def _windows(
 
 @functools.lru_cache(maxsize=8)
 def _grown_windows(height: int, width: int, window_size: int, overlap_size: int) -> Tensor:
-    """The tokens of each grown window, -1 beyond the map: int32 (windows, overlap_size²)."""
+    """The tokens of each enlarged window, -1 outside the map: int32 (windows, overlap_size²)."""
     tokens = 1 + torch.arange(height * width, device=_CPU).view(1, height, width, 1)
     windows = overlapping_windows(tokens, window_size, overlap_size)
     return (windows.flatten(0, 2).flatten(1) - 1).int().contiguous()
@@ -158,7 +158,7 @@ def _grown_windows(height: int, width: int, window_size: int, overlap_size: int)
 
 @functools.lru_cache(maxsize=8)
 def _lines(window_size: int, shift_size: int) -> tuple[Tensor, Tensor]:
-    """See :func:`_distinct_lines`; the kinds are no mask and those of a shift."""
+    """See :func:`_distinct_lines`; the kinds are no mask and a shift's masks."""
     index = relative_position_index(window_size, _CPU)
     masked = torch.zeros(1, *index.shape, device=_CPU)
     if shift_size:
@@ -174,15 +174,15 @@ def _grown_lines(window_size: int, overlap_size: int) -> tuple[Tensor, Tensor]:
 
 
 def _distinct_lines(index: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
-    """The lines of :class:`ops.cpu.attention.grouped.ScoreTerms`, each once.
+    """The distinct lines of :class:`ops.cpu.attention.grouped.ScoreTerms`.
 
     Args:
-        index: (N, M), where in the table the biases of queries and keys stand.
-        masked: (kinds, N, M), which of them are masked.
+        index: (N, M), the table index of the bias for query and key.
+        masked: (kinds, N, M), whether a pair is masked.
 
     Returns:
-        int64 (number of lines, LINE), twice the place in the table, plus one where it is masked;
-        int32 (kinds, ⌈N / LINE⌉, M), which line it is.
+        int64 (number of lines, LINE), twice the table index, plus one if masked; int32 (kinds,
+        ⌈N / LINE⌉, M), indices of lines.
     """
     places = 2 * index + masked
     rest = -places.shape[1] % LINE

@@ -1,17 +1,17 @@
-"""Gated linear attention: a scan along a sequence, in one direction or two.
+"""Gated linear attention: a unidirectional or bidirectional scan along a sequence.
 
 https://arxiv.org/abs/2312.06635; both directions: https://arxiv.org/abs/2405.18425; the bonus:
-https://arxiv.org/abs/2404.05892. The function here checks its arguments and hands the call to a
-backend, the first of a short ladder that can do it. Each backend is a file with two functions:
+https://arxiv.org/abs/2404.05892. The function checks its arguments and calls the first backend in
+order of preference that supports the call. Each backend is a module with two functions:
 
 ``supports(query, key, value, log_gate, log_gate_back, bonus) -> str | None``
-    ``None`` if it can do this call here, else the reason in words, for the error message of a
-    forced ``backend=``.
+    ``None`` if it supports the call, else the reason, for the error message of an explicit
+    ``backend=``.
 ``attend(query, key, value, log_gate, log_gate_back, bonus, scale) -> out``
-    The attention, differentiable in every tensor it takes.
+    The attention, differentiable with respect to all tensors.
 
-What a backend may rely on: the arguments are checked, and no tensor is empty. What it must expect:
-tensors of any strides, gates that are more precise than the rest, ``None`` for absent tensors.
+Backends may assume that arguments have been checked and that no tensor is empty. They must handle
+arbitrary strides, gates of higher precision than the rest, and ``None`` for absent tensors.
 """
 
 from __future__ import annotations
@@ -44,40 +44,39 @@ def gated_linear_attention(
     scale: float | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """Linear attention whose state forgets, a key channel and token at a time.
+    """Linear attention with per-token decay gates for each key channel.
 
-    A head's state is a K×V matrix S that begins at zero. Without ``bonus`` a token sees itself::
+    A head's state is a K×V matrix S, initially zero. Without ``bonus``, a token attends to itself::
 
         S = diag(exp(log_gate_t)) S + k_t v_tᵀ          out_t = scale · q_t S
 
-    With ``bonus`` it stands apart, and its gate decays what is left behind::
+    With ``bonus``, the current token is weighted separately, and its gate applies afterwards::
 
         out_t = scale · q_t (S + diag(bonus) k_t v_tᵀ)   S = diag(exp(log_gate_t)) S + k_t v_tᵀ
 
-    With ``log_gate_back`` the same recurrence runs from the last token, too, with gates of its own,
-    and both outputs are added: a token without a bonus is then seen twice, one with a bonus once.
+    With ``log_gate_back``, the same recurrence also runs backwards with these gates, and both
+    outputs are added. The current token is then counted twice without a bonus, once with it.
 
-    Time and memory grow linearly with L. States are of float32 (float64 for float64 tensors),
-    whatever the dtype of the tensors. Nothing is divided by a decay, so that log gates may be as
-    small as they like, ``-inf`` included.
+    Time and memory are linear in L. States are float32 (float64 for float64 tensors), whatever the
+    dtype of the tensors. The computation never divides by a decay, so log gates may be arbitrarily
+    small, including ``-inf``.
 
     Args:
         query, key: (B, L, H, K).
         value: (B, L, H, V).
         log_gate: (B, L, H, K), natural logarithms of the gates, in the dtype of query or in
             float32. They should be at most 0, which is not checked.
-        log_gate_back: as ``log_gate``, of the direction that begins with the last token; default
-            None, the first direction alone.
-        bonus: (H, K), the weight of the current token; default None, see above.
-        scale: multiplies query · key; default K ** -0.5.
-        backend: one of :data:`BACKENDS`; default the fastest that can do the call.
+        log_gate_back: like ``log_gate``, for the backward direction; default: None, forward only.
+        bonus: (H, K), the weight of the current token; default: None, see above.
+        scale: multiplies query · key; default: K ** -0.5.
+        backend: one of :data:`BACKENDS`; default: the fastest that supports the call.
 
     Returns:
-        (B, L, H, V) in the dtype of query. It is differentiable in every tensor.
+        (B, L, H, V) in the dtype of query, differentiable with respect to all tensors.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit each other, an unknown ``backend``.
-        NotImplementedError: the ``backend`` asked for cannot do this call; the message says why.
+        ValueError: incompatible shapes, dtypes or devices, or an unknown ``backend``.
+        NotImplementedError: the given ``backend`` does not support this call; it says why.
     """
     tensors = (query, key, value, log_gate, log_gate_back, bonus)
     _check(*tensors)
@@ -85,7 +84,7 @@ def gated_linear_attention(
     if query.numel() == 0 or value.numel() == 0:
         chosen = reference
     scale = max(1, query.shape[-1]) ** -0.5 if scale is None else scale
-    # States and gates stay precise.
+    # Keep states and gates in full precision.
     with without_autocast(query.device):
         out: Tensor = chosen.attend(*tensors, scale)
     return out
@@ -134,7 +133,7 @@ def _check(
 
 
 def _best_backend(tensors: Tensors) -> ModuleType:
-    """The first of the ladder that can do the call; ``chunked`` can do every call."""
+    """The first backend in order of preference that supports the call; ``chunked`` always does."""
     if torch.compiler.is_exporting():
         return chunked
     device = tensors[0].device.type
@@ -144,12 +143,12 @@ def _best_backend(tensors: Tensors) -> ModuleType:
         return cpu
     kept = tensors[0].dtype in (torch.float32, torch.bfloat16) and not torch.is_grad_enabled()
     if device == "meta" and kept:
-        return cpu  # its operator tells the shape; counters of products see none in a scan
+        return cpu  # only its operator is traceable by shape and counted by FLOP counters
     return chunked
 
 
 def _forced_backend(backend: str, tensors: Tensors) -> ModuleType:
-    """The backend of this name, if it can do the call."""
+    """The backend of this name, if it supports the call."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
     module = BACKENDS[backend]

@@ -1,9 +1,9 @@
-"""Gated linear attention by matrix products, a chunk of tokens at a time: the form that trains.
+"""Gated linear attention by matrix products over chunks of tokens, for training.
 
-Within a chunk, weights of pairs of tokens; between chunks, states, by a scan of doubling steps.
-Chunks as in https://arxiv.org/abs/2312.06635, but nothing is divided by a decay, which would
-overflow where gates are small: the decay from one token to another is the exponential of the sum of
-the log gates between them, each summed on its own.
+Within a chunk, it uses the weights of pairs of tokens; between chunks, states, computed by a scan
+with doubling steps. Chunks are as in https://arxiv.org/abs/2312.06635, but without dividing by
+decays, which would overflow for small gates: the decay between two tokens is the exponential of the
+sum of the log gates between them, each summed separately.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ CHUNK = 16  # tokens
 
 
 def supports(*tensors: Tensor | None) -> str | None:
-    """``None``: there is no call that this backend cannot do."""
+    """``None``: this backend supports every call."""
     return None
 
 
@@ -56,7 +56,7 @@ def attend(
 def _scan(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, apart: bool, chunk: int) -> Tensor:
     """Each direction: (…, L, K) and (…, L, V) → (…, L, V)."""
     tokens = q.shape[-2]
-    # Tokens without a key change nothing that comes before them.
+    # Padding at the end: tokens without a key don't affect earlier ones.
     q, k, v, gate = (
         F.pad(t, (0, 0, 0, -tokens % chunk)).unflatten(-2, (-1, chunk)) for t in (q, k, v, gate)
     )  # (…, N, C, ·)
@@ -77,7 +77,7 @@ def _scan(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, apart: bool, chunk: int
 def _decays(gate: Tensor) -> Tensor:
     """Decay from token s to token t of a chunk: (…, C, K) → (…, t: C + 1, s: C + 1, K).
 
-    It is 0 where t lies before s. Token 0 stands before the chunk.
+    It is 0 for t < s. Index 0 is the position before the chunk.
     """
     size = gate.shape[-2] + 1
     ones = torch.ones(size, size, dtype=torch.bool, device=gate.device)
@@ -87,9 +87,9 @@ def _decays(gate: Tensor) -> Tensor:
 
 
 def _states(decay: Tensor, added: Tensor) -> Tensor:
-    """The state before each chunk: decays (…, N, K), what chunks add (…, N, K, V).
+    """The state before each chunk, from decays (…, N, K) and the chunks' updates (…, N, K, V).
 
-    After step i each entry holds what the 2^i chunks up to its own add.
+    After step i, each entry has the accumulated updates of the last 2^i chunks.
     """
     decay = decay[..., None]
     step = 1
@@ -101,9 +101,9 @@ def _states(decay: Tensor, added: Tensor) -> Tensor:
 
 
 def _states_of_any_number(gate: Tensor, added: Tensor) -> Tensor:
-    """The same by decays from every chunk to every other, without a step for each doubling.
+    """The same by decays between all pairs of chunks, without doubling steps.
 
-    Its graph is the same for any number of chunks; their log gates are summed in ``gate``.
+    Its graph is independent of the number of chunks; ``gate`` has the chunks' summed log gates.
     """
     decay = _decays(gate)[..., :-1, 1:, :]  # (…, N, N, K)
     return torch.einsum("...nmk,...mkv->...nkv", decay, added)

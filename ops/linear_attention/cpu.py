@@ -1,7 +1,7 @@
 """Gated linear attention on the CPU by a compiled kernel (:mod:`ops.cpu.scan.gated_scan`).
 
 https://arxiv.org/abs/2312.06635. Differentiable and deterministic; float32 and bfloat16 tensors.
-Backward, states are made anew from those between chunks, so that little is kept.
+The backward pass recomputes states from those between chunks to save memory.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ __all__ = ["attend", "supports"]
 
 
 def supports(query: Tensor, *tensors: Tensor | None) -> str | None:
-    """``None`` if this kernel can do the call, else the reason in words.
+    """``None`` if this kernel supports the call, else the reason.
 
-    The first call on a machine compiles the kernel, which takes some seconds.
+    The first call may compile the kernel, which takes a few seconds.
     """
     return _unsupported(query.device, query.dtype)
 
@@ -42,10 +42,10 @@ def attend(
 ) -> Tensor:
     """Gated linear attention; shapes as in :mod:`ops.linear_attention`.
 
-    Results do not depend on the number of threads, which is that of ``torch.get_num_threads()``.
+    Results do not depend on the number of threads, ``torch.get_num_threads()``.
 
     Raises:
-        RuntimeError: if the kernel cannot be built here (:func:`supports` tells beforehand).
+        RuntimeError: the kernel is unavailable (check with :func:`supports`).
     """
     back = None if log_gate_back is None else log_gate_back.float()
     bonus = None if bonus is None else bonus.float()

@@ -1,4 +1,4 @@
-"""What gated linear attention means, in the fewest lines: a scan, token by token.
+"""Reference implementation of gated linear attention: a token-by-token scan.
 
 https://arxiv.org/abs/2312.06635. Any device and dtype.
 """
@@ -12,7 +12,7 @@ __all__ = ["attend", "supports"]
 
 
 def supports(*tensors: Tensor | None) -> str | None:
-    """``None``: there is no call that this backend cannot do."""
+    """``None``: this backend supports every call."""
     return None
 
 
@@ -39,7 +39,7 @@ def attend(
 
 
 def _scan(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, apart: bool) -> Tensor:
-    """One direction: (B, L, H, V). ``apart``: a token sees what came before it alone."""
+    """One direction: (B, L, H, V). ``apart``: exclude the current token."""
     batch, _, heads, dim = k.shape
     state = k.new_zeros(batch, heads, dim, v.shape[-1])
     outs = []

@@ -1,7 +1,7 @@
-"""Neighborhood attention in one, two and three dimensions, with the meaning and names of NATTEN.
+"""Neighborhood attention in one, two and three dimensions, with NATTEN's names and semantics.
 
-https://arxiv.org/abs/2204.07143. Functions are in ``functional.py``, which checks arguments and
-chooses a backend; layers in ``modules.py``; every other file is a backend or what backends share.
+https://arxiv.org/abs/2204.07143. The functions in ``functional.py`` check arguments and choose a
+backend; ``modules.py`` has the layers; the other files are backends and code they share.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Argument checks of neighborhood attention: a refusal names the value and what would be right."""
+"""Argument checks of neighborhood attention."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ __all__ = [
 
 
 def per_axis_int(name: str, value: int | Sequence[int], rank: int) -> tuple[int, ...]:
-    """One positive integer an axis, from one for all axes or a sequence of ``rank``.
+    """A positive integer per axis, from an integer or a sequence of length ``rank``.
 
     Raises:
         ValueError: anything else.
@@ -34,7 +34,7 @@ def per_axis_int(name: str, value: int | Sequence[int], rank: int) -> tuple[int,
 
 
 def per_axis_bool(name: str, value: bool | Sequence[bool] | None, rank: int) -> tuple[bool, ...]:
-    """One bool an axis, from one for all axes or a sequence of ``rank``; ``None`` is false.
+    """A bool per axis, from a bool, a sequence of length ``rank``, or ``None`` for false.
 
     Raises:
         ValueError: anything else.
@@ -55,11 +55,11 @@ def resolve_params(
     scale: float | None,
     return_lse: bool,
 ) -> NAParams:
-    """The parameters of a call on a map of ``size``, one entry an axis.
+    """The parameters of a call on a map of ``size``, one entry per axis.
 
     Raises:
-        ValueError: a parameter of the wrong type or length, a window that does not fit the map
-            (kernel_size · dilation > size), a stride above the kernel size.
+        ValueError: a parameter of the wrong type or length, a window larger than the map
+            (kernel_size · dilation > size), or a stride larger than the kernel size.
     """
     rank = len(size)
     kernel_sizes = per_axis_int("kernel_size", kernel_size, rank)
@@ -93,7 +93,7 @@ def check_tensors(
     additional_keys: Tensor | None,
     additional_values: Tensor | None,
 ) -> None:
-    """Raise ValueError unless the tensors fit each other and a map of ``rank`` axes."""
+    """Raise ValueError unless the tensors have compatible shapes with ``rank`` map axes."""
     axes = ("length", "height, width", "depth, height, width")[rank - 1]
     for name, tensor in (("query", query), ("key", key), ("value", value)):
         if tensor.dim() != rank + 3:

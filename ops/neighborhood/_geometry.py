@@ -1,11 +1,11 @@
-"""Which keys a query sees, axis by axis: the windows of neighborhood attention.
+"""The windows of neighborhood attention: which keys a query attends to along each axis.
 
 Neighborhood attention: https://arxiv.org/abs/2204.07143, its dilation: https://arxiv.org/abs/2209.15001,
 its stride and causal axes: https://arxiv.org/abs/2504.16922.
 
-An axis of n positions falls into ``dilation`` groups. Position i lies in group g = i mod d at place
-p = i div d; the group has L = ceil((n − g) / d) places and place j of it is position j·d + g.
-Windows never leave a group, so all windows are given in places.
+An axis of n positions is divided into ``dilation`` groups. Position i is in group g = i mod d at
+place p = i div d; the group has L = ceil((n − g) / d) places, and its place j is position j·d + g.
+Windows never extend beyond a group, so they are given in places.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ IntOrTensor = TypeVar("IntOrTensor", int, Tensor)
 
 @dataclass(frozen=True)
 class NAParams:
-    """The checked, per-axis parameters of one call; every tuple has one entry an axis.
+    """The checked parameters of a call; every tuple has one entry per axis.
 
-    ``scale`` is already resolved: ``None`` of the public functions has become head_dim ** -0.5.
-    Where ``return_lse`` is false a backend may skip the lse and return ``None`` for it.
+    ``scale`` is resolved: the public functions' ``None`` has become head_dim ** -0.5.
+    If ``return_lse`` is false, a backend may return ``None`` for the lse.
     """
 
     kernel_size: tuple[int, ...]
@@ -39,19 +39,19 @@ class NAParams:
 
     @property
     def rank(self) -> int:
-        """How many axes the map has: 1, 2 or 3."""
+        """The number of map axes: 1, 2 or 3."""
         return len(self.kernel_size)
 
 
 def window_of(
     place: IntOrTensor, group_size: IntOrTensor, kernel_size: int, stride: int, is_causal: bool
 ) -> tuple[IntOrTensor, IntOrTensor]:
-    """First place and number of places that the query at ``place`` of its group sees.
+    """First place and number of places in the window of the query at ``place`` of its group.
 
-    Neither end of a window moves back as the query moves on, no window is empty, and together the
-    windows of a group see every place of it.
+    Both ends of the window are monotonic in the query's place, no window is empty, and the windows
+    of a group cover all of its places.
     """
-    # The queries of one stride share the window of their leader.
+    # The queries of a stride share the window of their leader.
     first = place // stride * stride
     if is_causal:
         leader = _at_most(first + stride - 1, group_size - 1)
@@ -65,7 +65,7 @@ def window_of(
 def group_of(position: Tensor, dilation: int) -> Tensor:
     """The dilation group of every position, position mod dilation.
 
-    Spelled out, as the ONNX exporter has no remainder by a dilation that is symbolic.
+    Not a remainder, which the ONNX exporter does not support for symbolic dilations.
     """
     return position - position // dilation * dilation
 
@@ -81,8 +81,8 @@ def axis_windows(
     """:func:`window_of` for every query of an axis; ``size`` may be symbolic.
 
     Returns:
-        start, length: int64 (size,); query i sees the places start[i] … start[i] + length[i] − 1
-        of its own group, which are the positions place · dilation + i mod dilation.
+        start, length: int64 (size,); query i attends to places start[i] … start[i] + length[i] − 1
+        of its group, which are the positions place · dilation + i mod dilation.
     """
     position = torch.arange(size, device=device)
     group_size = (size - group_of(position, dilation) + dilation - 1) // dilation
@@ -98,7 +98,7 @@ def cross_index(outer: Tensor, inner: Tensor, size: int) -> Tensor:
 
 
 def cross_mask(outer: Tensor, inner: Tensor) -> Tensor:
-    """What is allowed along both axes: (A, B) and (C, D) → (A·C, B·D)."""
+    """Conjunction over both axes: (A, B) and (C, D) → (A·C, B·D)."""
     return _cross(outer, inner, torch.logical_and)
 
 

@@ -1,4 +1,4 @@
-"""How the tiled backend of neighborhood attention cuts a map: tiles that lie alike share a mask.
+"""Tiles of the tiled neighborhood attention backend; congruent tiles share a mask.
 
 Neighborhood attention: https://arxiv.org/abs/2204.07143.
 """
@@ -17,21 +17,21 @@ from ops.neighborhood._geometry import cross_index, cross_mask, window_of
 
 __all__ = ["Tiles", "tiles_of_map"]
 
-# Queries of a tile along each axis, by the rank of the map. Larger tiles share more keys, smaller
-# ones mask fewer.
+# Queries per tile along each axis, by the map's rank. Larger tiles share more keys, smaller ones
+# mask fewer.
 _TILE_SIZE = {1: (64,), 2: (8, 8), 3: (2, 4, 4)}
 
 
 @dataclass(frozen=True)
 class Tiles:
-    """Tiles whose queries and keys lie alike, so that one mask and one bias serve them all.
+    """Congruent tiles, which share a mask and a bias.
 
     Attributes:
         queries: (tiles, T) tokens of the map.
         keys: (tiles, U) tokens of the map, the union of the queries' windows.
-        visible: (T, U) bool, which of them a query sees.
-        offsets: (T, U) entries of the flattened relative position bias; any where not visible.
-        all_visible: whether every query sees every key of its tile, so that no mask is needed.
+        visible: (T, U) bool, whether a query attends to a key.
+        offsets: (T, U) indices into the flattened relative position bias; arbitrary if not visible.
+        all_visible: whether every query attends to every key of its tile, so no mask is needed.
     """
 
     queries: Tensor
@@ -41,7 +41,7 @@ class Tiles:
     all_visible: bool = False
 
     def split(self, tiles: int) -> Iterator[Tiles]:
-        """Pieces of up to so many tiles."""
+        """Split into parts of at most ``tiles`` tiles."""
         for queries, keys in zip(self.queries.split(tiles), self.keys.split(tiles), strict=True):
             yield replace(self, queries=queries, keys=keys)
 
@@ -55,7 +55,7 @@ def tiles_of_map(
     is_causal: tuple[bool, ...],
     device: torch.device,
 ) -> tuple[Tiles, ...]:
-    """All tiles of a map; every query lies in exactly one."""
+    """All tiles of a map; every query is in exactly one."""
     tile_size = _TILE_SIZE[len(size)]
     along_axes = [
         _tiles_of_axis(n, k, s, d, causal, tile, device)
@@ -69,7 +69,7 @@ def tiles_of_map(
 def _cross(
     along_axes: tuple[Tiles, ...], size: tuple[int, ...], kernel_size: tuple[int, ...]
 ) -> Tiles:
-    """The tiles of a map that lie so along each axis."""
+    """The map's tiles with the given layout along each axis."""
     first, *others = along_axes
     queries, keys, visible, offsets = first.queries, first.keys, first.visible, first.offsets
     for tiles, n, k in zip(others, size[1:], kernel_size[1:], strict=True):
@@ -89,7 +89,7 @@ def _tiles_of_axis(
     tile_size: int,
     device: torch.device,
 ) -> list[Tiles]:
-    """The tiles of one axis; none crosses a dilation group."""
+    """The tiles of one axis; no tile spans several dilation groups."""
     alike: dict[tuple, list[tuple[int, int]]] = {}
     for group in range(dilation):
         group_size = (n - group + dilation - 1) // dilation
@@ -117,10 +117,10 @@ def _axis_tiles(
     dilation: int,
     device: torch.device,
 ) -> Tiles:
-    """Tiles from the positions of their first query and key, and from how a tile looks inside.
+    """Tiles from the positions of their first query and key, and their internal layout.
 
-    ``shift`` is the place of the first key less that of the first query, ``looks`` the window of
-    every query, counted from the first key.
+    ``shift`` is the place of the first key minus that of the first query, ``looks`` the window of
+    every query relative to the first key.
     """
     first_query, first_key = torch.tensor(positions, device=device).T.unsqueeze(-1)
     start, length = torch.tensor(looks, device=device).T.unsqueeze(-1)
@@ -135,9 +135,9 @@ def _axis_tiles(
 
 
 def _even_tile_size(group_size: int, tile_size: int, stride: int) -> int:
-    """A whole number of strides near ``tile_size`` that cuts the group into like pieces.
+    """A multiple of the stride near ``tile_size`` that divides the group into similar parts.
 
-    Whole strides, because only then the tiles look alike.
+    Tiles are congruent only if they are multiples of the stride.
     """
     strides = -(-group_size // stride)
     strides_of_tile = max(1, round(tile_size / stride))

@@ -1,4 +1,4 @@
-"""The transformer block around neighborhood attention, of NAT, DiNAT and their kin.
+"""The transformer block of NAT, DiNAT and their variants.
 
 Ali Hassani et al., "Neighborhood Attention Transformer", https://arxiv.org/abs/2204.07143.
 """
@@ -22,13 +22,13 @@ __all__ = ["MapAttention", "NeighborhoodBlock", "resized_bias"]
 
 
 class NeighborhoodBlock(nn.Module):
-    """Attention, then MLP, each normalised before, scaled after if asked, and added.
+    """Pre-norm block of attention and MLP, with optional layer scale.
 
     (B, H, W, dim) → (B, H, W, dim).
 
     Args:
-        attn: of neighbours, or of the whole map.
-        layer_scale: initial value of the residual scales; None for none.
+        attn: neighborhood or global attention.
+        layer_scale: initial value of the layer scales; None for none.
     """
 
     def __init__(
@@ -58,9 +58,9 @@ class NeighborhoodBlock(nn.Module):
         return x + self.drop_path(self.ls2(self.mlp(self.norm2(x))))
 
     def fuse(self) -> nn.Module:
-        """The residual scales go into the layers before them.
+        """Fold the layer scales into the preceding layers.
 
-        What is folded has names of its own, lest weights of one form load into the other.
+        The folded layers get other names, so that weights of one form don't load into the other.
         """
         if not (isinstance(self.ls1, LayerScale) and isinstance(self.ls2, LayerScale)):
             return self
@@ -71,12 +71,12 @@ class NeighborhoodBlock(nn.Module):
 
 
 class MapAttention(NeighborhoodAttention2D):
-    """Attention of the whole map, with a position bias that is interpolated for other maps.
+    """Global attention with a relative position bias that is interpolated for other map sizes.
 
     (B, H, W, dim) → (B, H, W, dim).
 
     Args:
-        map_size: side of the map that the bias is made for.
+        map_size: side of the map that the bias is for.
     """
 
     def __init__(self, dim: int, num_heads: int, map_size: int) -> None:
@@ -95,7 +95,7 @@ class MapAttention(NeighborhoodAttention2D):
 
 
 def resized_bias(tensor: Tensor, shape: Size) -> Tensor | None:
-    """A position bias (heads, rows, columns) for another kernel size, bicubic as the authors'."""
+    """Resize a position bias (heads, rows, columns) bicubically, like the authors do."""
     if tensor.ndim != 3 or len(shape) != 3 or len(tensor) != shape[0]:
         return None
     return _bicubic(tensor, shape[1:])

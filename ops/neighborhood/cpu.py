@@ -31,9 +31,9 @@ def supports(
     rpb: Tensor | None,
     params: NAParams,
 ) -> str | None:
-    """``None`` if this kernel can do the call, else the reason in words.
+    """``None`` if this kernel supports the call, else the reason.
 
-    The first call on a machine compiles the kernel, which takes some seconds.
+    The first call may compile the kernel, which takes a few seconds.
     """
     if query.device.type != "cpu":
         return f"the compiled kernel runs on the CPU, the tensors are on {query.device.type}"
@@ -59,13 +59,13 @@ def attend(
     rpb: Tensor | None,
     params: NAParams,
 ) -> tuple[Tensor, Tensor | None]:
-    """Neighborhood attention, differentiable in every tensor; shapes as in ``ops.neighborhood``.
+    """Neighborhood attention, differentiable in all tensors; shapes as in ``ops.neighborhood``.
 
-    Results do not depend on the number of threads, which is that of ``torch.get_num_threads()``;
-    small calls (below about 2 MFLOP) use one.
+    Results do not depend on the number of threads, ``torch.get_num_threads()``; small calls (below
+    about 2 MFLOP) use one thread.
 
     Raises:
-        RuntimeError: if the kernel cannot be built here (:func:`supports` tells beforehand).
+        RuntimeError: the kernel is unavailable (check with :func:`supports`).
     """
     inputs: tuple[Any, ...] = (
         *(query, key, value, additional_keys, additional_values, rpb),

@@ -1,33 +1,33 @@
-"""Neighborhood attention as functions, with the meaning and names of NATTEN.
+"""Neighborhood attention as functions, with NATTEN's names and semantics.
 
-https://arxiv.org/abs/2204.07143. They check their arguments and hand the call to a
-backend, the first of a short ladder that can do it. Each backend is one file with two functions:
+https://arxiv.org/abs/2204.07143. They check their arguments and call the first backend in order of
+preference that supports the call. Each backend is a module with two functions:
 
 ``supports(query, key, value, additional_keys, additional_values, rpb, params) -> str | None``
-    ``None`` if it can do this call here, else the reason in words, for the error message of a
-    forced ``backend=``. Cheap; looks at shapes, dtypes and devices, never at values.
+    ``None`` if it supports the call, else the reason, for the error message of an explicit
+    ``backend=``. Cheap: depends on shapes, dtypes and devices, never on values.
 ``attend(query, key, value, additional_keys, additional_values, rpb, params) -> (out, lse)``
-    The attention, differentiable in every tensor it takes, through ``out`` and ``lse`` alike. Where
+    The attention, differentiable with respect to all tensors through both ``out`` and ``lse``. If
     ``params.return_lse`` is false, ``lse`` may be ``None``.
 
-What a backend may rely on: the arguments are checked (shapes, equal dtypes and devices, no empty
-tensor), and ``params`` is a :class:`NAParams` with everything resolved. What it must expect:
-tensors of any strides; key and value heads H_kv that only divide the query heads H (query head h
-reads key head h // (H // H_kv)); a value dim that differs from the query dim; ``None`` for absent
+Backends may assume that arguments have been checked (shapes, equal dtypes and devices, no empty
+tensor), and that ``params`` is a fully resolved :class:`NAParams`. They must handle arbitrary
+strides; fewer key and value heads H_kv than query heads H (query head h uses key head
+h // (H // H_kv)); a value dim that differs from the query dim; and ``None`` for absent
 optional tensors. Shapes:
 
 =================  ==========================================================================
 query              (B, \\*S, H, D)
 key                (B, \\*S, H_kv, D)
 value              (B, \\*S, H_kv, D_v)
-additional_keys    (B, N, H_kv, D), seen by every query in the same softmax, or ``None``
+additional_keys    (B, N, H_kv, D), attended to by all queries in the same softmax, or ``None``
 additional_values  (B, N, H_kv, D_v), or ``None``
 rpb                (H, 2·k₁−1, 2·k₂−1, …), added to the scaled scores of the window, or ``None``;
                    arrives in the dtype of lse
 out                (B, \\*S, H, D_v), dtype of query
 lse                (B, \\*S, H), natural logarithm of the softmax's denominator; float64 for
-                   float64 inputs, else float32; NaN for a query that sees a NaN key, and infinite
-                   with its scores, as of ``torch.logsumexp``
+                   float64 inputs, else float32; NaN for a query with a NaN key, and infinite
+                   with its scores, like ``torch.logsumexp``
 =================  ==========================================================================
 """
 
@@ -83,38 +83,38 @@ def na1d(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Neighborhood attention along a sequence: every query sees the ``kernel_size`` keys around it.
+    """1-D neighborhood attention: every query attends to the ``kernel_size`` keys around it.
 
-    At the borders the window moves inwards, so that it stays full. https://arxiv.org/abs/2204.07143
+    At the borders, windows are shifted inwards to remain full. https://arxiv.org/abs/2204.07143
 
     Args:
         query: (B, L, H, D).
-        key: (B, L, H_kv, D); H_kv divides H, and query head h reads key head h // (H / H_kv).
+        key: (B, L, H_kv, D); H_kv divides H, and query head h uses key head h // (H / H_kv).
         value: (B, L, H_kv, D_v).
-        kernel_size: keys in a window; of an even number, half lie to the left of the query and
-            half less one to the right. An integer, or a tuple with one for each axis; so are
-            ``stride``, ``dilation`` and ``is_causal``.
-        stride: that many neighbouring queries share the window of the middle one (of the last one
-            on a causal axis); with stride = kernel_size it is attention in separate windows.
+        kernel_size: number of keys in a window; if even, kernel_size / 2 keys are to the left of
+            the query and kernel_size / 2 − 1 to the right. An integer or a tuple with one per axis,
+            like ``stride``, ``dilation`` and ``is_causal``.
+        stride: number of adjacent queries that share the window of the middle one (the last one on
+            a causal axis); stride = kernel_size gives non-overlapping windows.
         dilation: distance between the keys of a window.
-        is_causal: a query sees no key behind it. Windows at the start are then not full.
-        scale: multiplies query · key; default D ** -0.5.
-        additional_keys: (B, N, H_kv, D), keys that every query sees too, in the same softmax.
+        is_causal: exclude keys after the query. Windows at the start are then not full.
+        scale: multiplies query · key; default: D ** -0.5.
+        additional_keys: (B, N, H_kv, D), keys that all queries also attend to, in the same softmax.
         additional_values: (B, N, H_kv, D_v).
-        rpb: (H, 2·kernel_size − 1), a bias that is added to the scaled scores of the window, by
-            key place − query place + kernel_size − 1, counted in dilations.
-        return_lse: return the logarithm of the softmax's denominator too.
-        backend: one of :data:`BACKENDS`; default the fastest that can do the call.
+        rpb: (H, 2·kernel_size − 1), a bias added to the scaled scores of the window, indexed by
+            key place − query place + kernel_size − 1, in units of the dilation.
+        return_lse: also return the logarithm of the softmax's denominator.
+        backend: one of :data:`BACKENDS`; default: the fastest that supports the call.
 
     Returns:
         out (B, L, H, D_v) in the dtype of query; with ``return_lse``, (out, lse) with lse
         (B, L, H) in float32, or in float64 for float64 inputs. Both are differentiable.
 
     Raises:
-        ValueError: shapes, dtypes or devices that do not fit each other, kernel_size · dilation
-            above the size of the map, stride above kernel_size, parameters that are not integers
-            of 1 or more, an unknown ``backend``.
-        NotImplementedError: the ``backend`` asked for cannot do this call; the message says why.
+        ValueError: incompatible shapes, dtypes or devices, kernel_size · dilation larger than the
+            map, stride larger than kernel_size, parameters that are not positive integers, or an
+            unknown ``backend``.
+        NotImplementedError: the given ``backend`` does not support this call; it says why.
     """
     tensors = (query, key, value, additional_keys, additional_values, rpb)
     window = (kernel_size, stride, dilation, is_causal, scale)
@@ -136,7 +136,7 @@ def na2d(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Neighborhood attention on a map; the window is the product of those of :func:`na1d`.
+    """2-D neighborhood attention; the window is the product of 1-D windows, see :func:`na1d`.
 
     query (B, H, W, heads, D), key and value likewise, rpb (heads, 2·k₁ − 1, 2·k₂ − 1), lse
     (B, H, W, heads); everything else as in :func:`na1d`.
@@ -161,7 +161,7 @@ def na3d(
     return_lse: bool = False,
     backend: str | None = None,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    """Neighborhood attention on a volume; the window is the product of those of :func:`na1d`.
+    """3-D neighborhood attention; the window is the product of 1-D windows, see :func:`na1d`.
 
     query (B, T, H, W, heads, D), key and value likewise, rpb (heads, 2·k₁ − 1, 2·k₂ − 1,
     2·k₃ − 1), lse (B, T, H, W, heads); everything else as in :func:`na1d`.
@@ -180,7 +180,7 @@ def _attend(
             require_tensor(_TENSORS[place], tensor)
     device = tensors[0].device.type
     if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        # As scaled_dot_product_attention does: everything but float64 in autocast's dtype.
+        # Like scaled_dot_product_attention: cast everything except float64 to autocast's dtype.
         tensors = _autocast(tensors, torch.get_autocast_dtype(device))
         with torch.autocast(device, enabled=False):
             return _attend(rank, tensors, window, return_lse, backend)
@@ -191,7 +191,7 @@ def _attend(
 
 
 class _Call(NamedTuple):
-    """What a call comes to: its parameters, and what does it."""
+    """A resolved call: its parameters and the backend."""
 
     params: NAParams
     backend: Backend
@@ -200,14 +200,14 @@ class _Call(NamedTuple):
 def _resolved(
     rank: int, tensors: Tensors, window: tuple, return_lse: bool, backend: str | None
 ) -> _Call:
-    """What to do; raises ValueError if the arguments do not fit.
+    """Resolve a call; raises ValueError for invalid arguments.
 
-    What was found is remembered: models repeat their calls, and with cold caches the checks take
-    as long as the attention of a small map.
+    Results are cached: models repeat their calls, and with cold caches the checks take as long as
+    the attention on a small map.
     """
     if torch.compiler.is_compiling():
         return _resolve(rank, tensors, window, return_lse, backend)
-    # 7, 7.0 and True are equal and have different types.
+    # Include types in the key, since 7 == 7.0 and 1 == True.
     window_types = [tuple(map(type, w)) if type(w) is tuple else type(w) for w in window]
     try:
         kinds = [t if t is None else (t.shape, t.stride(), t.dtype, t.device) for t in tensors]
@@ -217,7 +217,7 @@ def _resolved(
         return _resolve(rank, tensors, window, return_lse, backend)
     if known is None:
         known = _resolve(rank, tensors, window, return_lse, backend)
-        # On a GPU the choice depends on more, on who wants gradients say.
+        # On a GPU, the choice depends on more, such as whether gradients are required.
         if tensors[0].device.type == "cpu" and known.backend not in (triton, natten):
             if len(_known_calls) >= _MAX_KNOWN_CALLS:
                 _known_calls.clear()
@@ -246,7 +246,7 @@ def _resolve(
 
 
 def _tidied(tensors: Tensors) -> Tensors:
-    """The tensors as backends expect them: rpb as precise as lse, no empty additional keys."""
+    """The tensors as backends expect them: rpb in the dtype of lse, no empty additional keys."""
     query, key, value, additional_keys, additional_values, rpb = tensors
     if rpb is not None:
         rpb = rpb.to(torch.promote_types(query.dtype, torch.float32))
@@ -283,7 +283,7 @@ def _autocast(tensors: Tensors, dtype: torch.dtype) -> Tensors:
 
 
 def _best_backend(tensors: Tensors, params: NAParams) -> ModuleType:
-    """The first of the ladder that can do the call; ``tiled`` can do every call."""
+    """The first backend in order of preference that supports the call; ``tiled`` always does."""
     device = tensors[0].device.type
     if torch.compiler.is_exporting():
         # The only backend whose graph is the same for every size of the map.
@@ -299,7 +299,7 @@ def _best_backend(tensors: Tensors, params: NAParams) -> ModuleType:
 
 
 def _forced_backend(backend: str, tensors: Tensors, params: NAParams) -> ModuleType:
-    """The backend of this name, if it can do the call."""
+    """The backend of this name, if it supports the call."""
     if backend not in BACKENDS:
         raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
     module = BACKENDS[backend]
@@ -310,10 +310,10 @@ def _forced_backend(backend: str, tensors: Tensors, params: NAParams) -> ModuleT
 
 
 def _is_full_attention(query: Tensor, rpb: Tensor | None, params: NAParams) -> bool:
-    """Whether every query sees the whole map and torch's own attention gives all that is asked."""
+    """Whether every query attends to the whole map, so that torch's own attention suffices."""
     if any(params.is_causal) or rpb is not None or params.return_lse:
         return False
-    # A size that is symbolic is not known to be any number, and must not be bound to one.
+    # Symbolic sizes must not be specialised.
     return all(
         statically_known_true(k == n)
         for k, n in zip(params.kernel_size, query.shape[1:-2], strict=True)

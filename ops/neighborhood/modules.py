@@ -1,4 +1,4 @@
-"""Neighborhood attention as a layer, with the projections around it and NATTEN's constructor.
+"""Neighborhood attention layers with input and output projections and NATTEN's constructor.
 
 https://arxiv.org/abs/2204.07143.
 """
@@ -24,7 +24,7 @@ _SMALL_MAPS = ("refuse", "shrink", "pad")
 
 
 class _NeighborhoodAttention(nn.Module):
-    """What the layers of all ranks share."""
+    """Base class of the layers of all ranks."""
 
     rank: ClassVar[int]
 
@@ -86,7 +86,7 @@ class _NeighborhoodAttention(nn.Module):
         return self.proj_drop(self.proj(out))
 
     def pad(self, x: Tensor) -> Tensor:
-        """``x`` (B, *S, embed_dim), with zeros after the axes that are to be padded."""
+        """``x`` (B, *S, embed_dim), zero-padded at the end of the axes that need it."""
         if self.small_maps != "pad":
             return x
         missing = [
@@ -101,7 +101,7 @@ class _NeighborhoodAttention(nn.Module):
         return F.pad(x, amounts)
 
     def attend(self, qkv: Tensor) -> Tensor:
-        """Between the projections: (B, *S, 3 · embed_dim) → (B, *S, embed_dim)."""
+        """The attention without projections: (B, *S, 3 · embed_dim) → (B, *S, embed_dim)."""
         query, key, value = qkv.unflatten(-1, (3, self.num_heads, -1)).unbind(dim=-3)
         kernel_size, stride, dilation, rpb = self.window(query.shape[1:-2])
         if all(isinstance(k, int) for k in kernel_size):
@@ -118,13 +118,13 @@ class _NeighborhoodAttention(nn.Module):
                 rpb=rpb,
             )
             assert isinstance(out, Tensor)
-        else:  # a window that depends on open sizes; the function would bind it to a number
+        else:  # a window that depends on symbolic sizes, which the function would specialise
             params = NAParams(kernel_size, stride, dilation, self.is_causal, self.scale, False)
             out, _ = BACKENDS["reference"].attend(query, key, value, None, None, rpb, params)
         return out.flatten(-2)
 
     def window(self, size: Sequence[int]) -> tuple[_Sizes, _Sizes, _Sizes, Tensor | None]:
-        """Kernel size, stride and dilation on a map of ``size``, and their position bias."""
+        """Kernel size, stride, dilation and position bias for a map of ``size``."""
         if self.small_maps != "shrink":
             return self.kernel_size, self.stride, self.dilation, self.rpb
         kernel_size, dilation = [], []
@@ -153,29 +153,29 @@ class _NeighborhoodAttention(nn.Module):
 
 
 class NeighborhoodAttention1D(_NeighborhoodAttention):
-    """See :func:`ops.neighborhood.na1d`; between a projection to query, key, value and one back.
+    """:func:`ops.neighborhood.na1d` with projections to query, key and value, and of the output.
 
-    (B, L, embed_dim) → (B, L, embed_dim). Parameters are named as NATTEN's: ``qkv``, ``proj``, and
-    ``rpb`` as in NAT.
+    (B, L, embed_dim) → (B, L, embed_dim). Parameters are named as in NATTEN (``qkv``, ``proj``) and
+    NAT (``rpb``).
 
     Args:
         embed_dim: channels.
         num_heads: heads; divides ``embed_dim``.
-        kernel_size, stride, dilation, is_causal: as :func:`ops.neighborhood.na1d`.
+        kernel_size, stride, dilation, is_causal: as in :func:`ops.neighborhood.na1d`.
         qkv_bias: bias of the first projection.
-        qk_scale: default (embed_dim / num_heads) ** -0.5.
+        qk_scale: default: (embed_dim / num_heads) ** -0.5.
         proj_drop: dropout after the last projection.
         rel_pos_bias: learn a bias for every head and relative position.
-        small_maps: what happens along an axis that is shorter than kernel_size · dilation.
-            ``"refuse"`` raises. ``"shrink"`` takes a smaller dilation, then a smaller window, until
-            that is the whole axis, with the part of the position bias that belongs to it. ``"pad"``
-            adds zeros at the end, before the first projection, and cuts them off before the last:
-            padded tokens are keys like others, as in NATTEN up to 0.14.
+        small_maps: behaviour on an axis shorter than kernel_size · dilation.
+            ``"refuse"`` raises an error. ``"shrink"`` reduces the dilation, then the window, until
+            it covers the whole axis, and uses the central part of the position bias. ``"pad"``
+            zero-pads the end before the first projection, and crops before the last one; padded
+            tokens are not masked, as in NATTEN up to 0.14.
 
     Raises:
-        ValueError: parameters that :func:`ops.neighborhood.na1d` refuses, heads that do not divide
-            the channels, an unknown ``small_maps``; in the call, an input of the wrong shape, or
-            one smaller than the window where that is refused.
+        ValueError: invalid arguments of :func:`ops.neighborhood.na1d`, ``num_heads`` that does not
+            divide ``embed_dim``, or an unknown ``small_maps``; in a call, an input of the wrong
+            shape, or smaller than the window with ``small_maps="refuse"``.
     """
 
     rank = 1
@@ -184,7 +184,7 @@ class NeighborhoodAttention1D(_NeighborhoodAttention):
 class NeighborhoodAttention2D(_NeighborhoodAttention):
     """See :func:`ops.neighborhood.na2d`: (B, H, W, embed_dim) → (B, H, W, embed_dim).
 
-    Arguments and errors as :class:`NeighborhoodAttention1D`.
+    Arguments and errors as in :class:`NeighborhoodAttention1D`.
     """
 
     rank = 2
@@ -193,7 +193,7 @@ class NeighborhoodAttention2D(_NeighborhoodAttention):
 class NeighborhoodAttention3D(_NeighborhoodAttention):
     """See :func:`ops.neighborhood.na3d`: (B, T, H, W, embed_dim) → (B, T, H, W, embed_dim).
 
-    Arguments and errors as :class:`NeighborhoodAttention1D`.
+    Arguments and errors as in :class:`NeighborhoodAttention1D`.
     """
 
     rank = 3

@@ -1,7 +1,7 @@
-"""The kernels of NATTEN, where the user has installed it and it can do the call.
+"""NATTEN's kernels, if it is installed and supports the call.
 
 Generalized neighborhood attention: https://arxiv.org/abs/2504.16922. NATTEN is imported on first
-use; without it this backend says so.
+use.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ __all__ = ["attend", "is_fused", "supports"]
 
 
 def is_fused(query: Tensor, key: Tensor, value: Tensor) -> bool:
-    """Whether NATTEN has a compiled kernel for these; what PyPI installs has none at all."""
+    """Whether NATTEN has a compiled kernel for these tensors; PyPI's package has none."""
     if _library() is None:
         return False
     kernel = _kernel("choose_backend", query, key, value)
@@ -34,7 +34,7 @@ def supports(
     rpb: Tensor | None,
     params: NAParams,
 ) -> str | None:
-    """``None`` if NATTEN can do this call on this device, else the reason."""
+    """``None`` if NATTEN supports this call on this device, else the reason."""
     if _library() is None:
         return "natten is not installed; `pip install natten`"
     if rpb is not None:
@@ -42,18 +42,18 @@ def supports(
     if 1 in params.kernel_size:
         return f"natten needs kernel sizes of 2 or more, got {params.kernel_size}"
     if params.scale == 0:
-        return "natten takes a scale of 0 for its default"
+        return "natten treats a scale of 0 as its default"
     tensors = (query, key, value, additional_keys, additional_values)
     if query.device.type == "cpu":
         # There NATTEN runs on torch's flex attention.
         if any(tensor is not None and tensor.requires_grad for tensor in tensors):
-            return "natten has no backward on CPU and takes nothing that requires a gradient there"
+            return "natten has no backward on CPU and rejects tensors that require gradients there"
         if torch.compiler.is_compiling():
             return "natten cannot be compiled on CPU"
     whole_map = params.kernel_size == tuple(query.shape[1:-2])
     if not whole_map and _kernel("choose_backend", query, key, value) is None:
         return _no_kernel(query, value)
-    # Additional keys and windows as large as the map go to its attention of whole sequences.
+    # It uses its sequence attention for additional keys and for windows as large as the map.
     if whole_map or additional_keys is not None:
         flat = (tensor.flatten(1, -3) for tensor in (query, key, value))
         causal = whole_map and params.is_causal == (True,)
@@ -82,7 +82,7 @@ def attend(
 def _with_gradient(
     lse: Tensor, query: Tensor, key: Tensor, additional_keys: Tensor | None, params: NAParams
 ) -> Tensor:
-    """The lse with its gradient, which NATTEN's kernels leave out.
+    """The lse with its gradient, which NATTEN's kernels lack.
 
     With the weights p of the attention held constant, scale · query · Σ p·key has the gradient of
     the lse in query and in key; and Σ p·key is the attention with the keys for values.
@@ -110,7 +110,7 @@ def _run(
     library = _library()
     assert library is not None
     attention = (library.na1d, library.na2d, library.na3d)[params.rank - 1]
-    # NATTEN refuses a query with strides where there are additional keys.
+    # NATTEN rejects a non-contiguous query with additional keys.
     return attention(
         query.contiguous(),
         key.contiguous(),
@@ -141,7 +141,7 @@ def _import_natten() -> ModuleType | None:
 
 
 def _kernel(chooser: str, *tensors: Tensor, **options: bool) -> str | None:
-    """Which kernel NATTEN itself would take, or ``None``."""
+    """The kernel that NATTEN would choose, or ``None``."""
     from natten import backends
 
     try:

@@ -1,7 +1,7 @@
-"""What neighborhood attention means, in the fewest lines: gather the window, then softmax.
+"""Reference implementation of neighborhood attention: gather the windows, then softmax.
 
-Neighborhood attention: https://arxiv.org/abs/2204.07143. Any device, dtype and size, symbolic sizes
-included; memory grows with the number of keys in a window.
+Neighborhood attention: https://arxiv.org/abs/2204.07143. Supports any device, dtype and size,
+including symbolic sizes; memory grows with the number of keys in a window.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def supports(
     rpb: Tensor | None,
     params: NAParams,
 ) -> str | None:
-    """``None``: there is no call that this backend cannot do."""
+    """``None``: this backend supports every call."""
     return None
 
 
@@ -75,11 +75,11 @@ def attend(
 def _windows(
     size: Sequence[int], params: NAParams, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """For every query (N) and key of its window (K), flat over the axes, both (N, K).
+    """Indices for every query (N) and key of its window (K), flattened over the axes; each (N, K).
 
     Returns:
-        keys: which token it is. offsets: which entry of the flattened rpb belongs to it.
-        visible: whether it is there at all; only causal windows are not full.
+        keys: token of the key. offsets: index into the flattened rpb. visible: whether the key
+        exists; false only in causal windows, which may not be full.
     """
     keys = offsets = torch.zeros(1, 1, dtype=torch.long, device=device)
     visible = torch.ones(1, 1, dtype=torch.bool, device=device)
@@ -90,7 +90,7 @@ def _windows(
         start, length = axis_windows(n, k, s, d, causal, device)
         position, step = torch.arange(n, device=device), torch.arange(k, device=device)
         place = start[:, None] + step  # (n, k)
-        # A place beyond a causal window must still be an index; it is masked.
+        # Places beyond a causal window must be valid indices; they are masked.
         seen = step < length[:, None]
         place = torch.where(seen, place, start[:, None])
         keys = cross_index(keys, place * d + group_of(position, d)[:, None], n)

@@ -1,11 +1,10 @@
-"""Exact neighborhood attention in plain torch, tile by tile; the fastest without a compiler.
+"""Exact tiled neighborhood attention in plain torch; the fastest backend without a compiler.
 
-Neighborhood attention: https://arxiv.org/abs/2204.07143. The queries are cut into tiles. A tile
-attends to the union of its queries' windows, and a mask, one for all tiles that lie alike towards
-the borders, hides what a query does not see. The backward computes the scores anew, again tile by
-tile, so that memory does not grow with the window. Hidden keys weigh zero, not nothing: a value
-that is not finite spreads to all queries of the tiles that read it, and so does a key, in gradients
-and where no lse is wanted.
+Neighborhood attention: https://arxiv.org/abs/2204.07143. Queries are divided into tiles. A tile
+attends to the union of its queries' windows, with a mask that is shared by congruent tiles. The
+backward pass recomputes the scores tile by tile, so that memory does not grow with the window.
+Masked keys have weight zero but are read: a non-finite value affects all queries of the tiles that
+read it, and so does a non-finite key, in gradients and if no lse is requested.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from ops.neighborhood._tiles import Tiles, tiles_of_map
 
 __all__ = ["attend", "supports"]
 
-# Elements that the temporary tensors of one step may take, about what the caches hold.
+# Maximum number of elements of a step's temporary tensors, to fit into the caches.
 _STEP = 1 << 20
 
 _ARGUMENTS = (
@@ -41,7 +40,7 @@ def supports(
     rpb: Tensor | None,
     params: NAParams,
 ) -> str | None:
-    """``None``: there is no call that this backend cannot do."""
+    """``None``: this backend supports every call."""
     return None
 
 
@@ -56,7 +55,7 @@ def attend(
 ) -> tuple[Tensor, Tensor | None]:
     """Neighborhood attention and its lse; shapes as in :mod:`ops.neighborhood`.
 
-    Gradients of gradients are not available.
+    Second derivatives are not supported.
     """
     out, lse = _forward(
         query,
@@ -97,8 +96,8 @@ def _forward(
     out, lse = _empty_outputs(query, value, return_lse)
     out_tokens = out.flatten(1, -3)
     tokens = _tokens(query, key, value, additional_keys, additional_values)
-    # Explicit is what torch's fused attention does not do: give the lse, take a bias that is more
-    # precise than the query or, on the CPU, two head dims.
+    # Computed explicitly where torch's fused attention does not apply: it returns no lse, and
+    # supports neither a bias of higher precision than the query nor, on the CPU, two head dims.
     explicit = return_lse or query.shape[-1] != value.shape[-1]
     explicit |= rpb is not None and rpb.dtype != query.dtype
     windows = (kernel_size, stride, dilation, is_causal)
@@ -144,7 +143,7 @@ def _backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
 ) -> list[Tensor]:
-    """Gradients of query, key, value and then of those others that are not ``None``."""
+    """Gradients of query, key and value, followed by those of the other tensors given."""
     precise, heads = _precise(query.dtype), query.shape[-2]
     tokens = _tokens(query, key, value, additional_keys, additional_values)
     grad_out_tokens = grad_out.flatten(1, -3)
@@ -208,9 +207,9 @@ _forward.register_autograd(_backward_of_op, setup_context=_setup_context)
 
 
 class _Tokens(NamedTuple):
-    """The tensors of a call, the map flattened and every query head with its key head.
+    """The tensors of a call, with a flattened map and key heads repeated for the query heads.
 
-    (B, N, H, D) and the like for the whole map, (B·tiles, H, T, D) for some tiles of it.
+    Tensors are (B, N, H, D) for the whole map, (B·tiles, H, T, D) for some of its tiles.
     """
 
     query: Tensor
@@ -243,7 +242,7 @@ def _tokens(
 
 
 def _as_input(grad: Tensor, tensor: Tensor) -> Tensor:
-    """The gradient of an argument from that of its tokens: undoes :func:`_tokens`."""
+    """The gradient of an argument from that of its tokens: the adjoint of :func:`_tokens`."""
     heads = tensor.shape[-2]
     if grad.shape[-2] != heads:
         grad = grad.unflatten(-2, (heads, -1)).sum(-2)
@@ -253,9 +252,9 @@ def _as_input(grad: Tensor, tensor: Tensor) -> Tensor:
 def _steps(
     query: Tensor, value: Tensor, windows: tuple[list, ...], score_tensors: int
 ) -> Iterator[Tiles]:
-    """The tiles of the map, in portions whose temporary tensors stay small.
+    """The tiles of the map, in portions with small temporary tensors.
 
-    ``score_tensors`` is how many tensors of the size of the scores a step holds.
+    ``score_tensors`` is the number of tensors of the scores' size that a step holds.
     """
     batch, *size, heads, dim = query.shape
     kernel_size, stride, dilation, is_causal = (tuple(axes) for axes in windows)
@@ -276,7 +275,7 @@ def _gather_all(tokens: _Tokens, tiles: Tiles) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _gather(tokens: Tensor, index: Tensor, extra: Tensor | None = None) -> Tensor:
-    """(B, N, H, D) by (tiles, T) → (B·tiles, H, T + extra, D), a view with the heads behind."""
+    """Gather (B, N, H, D) by (tiles, T) → (B·tiles, H, T + extra, D), a transposed view."""
     gathered = tokens.index_select(1, index.flatten()).unflatten(1, index.shape)
     if extra is not None:
         everywhere = extra.unsqueeze(1).expand(-1, index.shape[0], -1, -1, -1)
@@ -285,13 +284,13 @@ def _gather(tokens: Tensor, index: Tensor, extra: Tensor | None = None) -> Tenso
 
 
 def _scatter(tokens: Tensor, index: Tensor, tiles: Tensor) -> None:
-    """Write (B·tiles, H, T, D) to the places (tiles, T) of (B, N, H, D)."""
+    """Write (B·tiles, H, T, D) to the tokens (tiles, T) of (B, N, H, D)."""
     rows = tiles.transpose(1, 2).reshape(tokens.shape[0], -1, *tokens.shape[2:])
     tokens.index_copy_(1, index.flatten(), rows.to(tokens.dtype))
 
 
 def _scatter_add(tokens: Tensor, extra: Tensor | None, index: Tensor, tiles: Tensor) -> None:
-    """Add (B·tiles, H, U + extra, D) to the places (tiles, U) of (B, N, H, D) and to extra."""
+    """Add (B·tiles, H, U + extra, D) to the tokens (tiles, U) of (B, N, H, D) and to extra."""
     num_keys = index.shape[1]
     rows = tiles[:, :, :num_keys].transpose(1, 2).reshape(tokens.shape[0], -1, *tokens.shape[2:])
     tokens.index_add_(1, index.flatten(), rows)
@@ -301,19 +300,19 @@ def _scatter_add(tokens: Tensor, extra: Tensor | None, index: Tensor, tiles: Ten
 
 
 def _scores(scaled_query: Tensor, key: Tensor, tiles: Tiles, rpb: Tensor | None) -> Tensor:
-    """(B·tiles, H, T, U + extra), −∞ where a query does not see a key."""
+    """(B·tiles, H, T, U + extra), −∞ for masked keys."""
     scores = scaled_query @ key.mT
     of_window = scores[..., : tiles.keys.shape[1]]
     if rpb is not None:
         of_window += rpb.flatten(1)[:, tiles.offsets].to(scores.dtype)
     if not tiles.all_visible:
-        # Not added, as in `_bias`: what a query does not see may be NaN.
+        # Filled instead of added as in `_bias`, since masked keys may be NaN.
         of_window.masked_fill_(~tiles.visible, -math.inf)
     return scores
 
 
 def _bias(tiles: Tiles, rpb: Tensor | None, num_keys: int, dtype: torch.dtype) -> Tensor | None:
-    """What is added to the scores, (T, U + extra) or for every head (H, T, U + extra)."""
+    """The bias and mask added to the scores, (T, U + extra) or, per head, (H, T, U + extra)."""
     if rpb is not None:
         bias = rpb.flatten(1)[:, tiles.offsets].to(dtype)
     elif tiles.all_visible:
@@ -325,7 +324,7 @@ def _bias(tiles: Tiles, rpb: Tensor | None, num_keys: int, dtype: torch.dtype) -
 
 
 def _empty_outputs(query: Tensor, value: Tensor, return_lse: bool) -> tuple[Tensor, Tensor]:
-    """Contiguous out and lse to be filled; without ``return_lse`` the latter has no element."""
+    """Uninitialised, contiguous out and lse; without ``return_lse``, the latter is empty."""
     out = query.new_empty(*query.shape[:-1], value.shape[-1])
     shape = query.shape[:-1] if return_lse else (0,)
     return out, query.new_empty(shape, dtype=_precise(query.dtype))

@@ -149,7 +149,7 @@ def test_bad_arguments_are_named() -> None:
         backbones.create_model("biformer_tiny", dims=(60, 128, 256, 512), head_dim=7)
     with pytest.raises(ValueError, match="num_heads must divide dim 100, got 8"):
         backbones.create_model("biformer_tiny", dims=(64, 128, 256, 100))
-    with pytest.raises(ValueError, match="n_win must lie in 1 … 1024, got 0"):
+    with pytest.raises(ValueError, match="n_win must be in 1 … 1024, got 0"):
         backbones.create_model("biformer_tiny", n_win=0)
     with pytest.raises(ValueError, match="out_norms"):
         backbones.create_model("biformer_tiny", out_norms=(4,))

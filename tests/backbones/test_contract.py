@@ -161,7 +161,7 @@ def test_intermediates_are_those_of_forward(family: str) -> None:
     normed = model.forward_intermediates(x, indices=1, norm=True, intermediates_only=True)
     torch.testing.assert_close(normed[0], last)
     for wrong in ([len(maps)], [-len(maps) - 1], len(maps) + 1, 0, []):
-        with pytest.raises(ValueError, match="feature maps|must have a value or more"):
+        with pytest.raises(ValueError, match="feature maps|must have at least one value"):
             model.forward_intermediates(x, indices=wrong)
     with pytest.raises(ValueError, match="NLC"):
         model.forward_intermediates(x, output_fmt="NLC")

@@ -35,7 +35,7 @@ def test_head_keeps_its_width() -> None:
     model = backbones.create_model("inception_next_atto").eval()
     model.reset_classifier(4, "max")
     assert model(images(1, 3, 64, 64)).shape == (1, 4)
-    with pytest.raises(ValueError, match="'catavgmax' changes the width"):
+    with pytest.raises(ValueError, match="'catavgmax' changes the input width"):
         model.reset_classifier(4, "catavgmax")
     with pytest.raises(ValueError, match="num_classes must be 0, got 4"):
         model.reset_classifier(4, "")

@@ -149,7 +149,7 @@ def test_fuse_leaves_the_norms_that_shortcuts_carry() -> None:
 
 
 def test_errors() -> None:
-    with pytest.raises(ValueError, match="as many stages"):
+    with pytest.raises(ValueError, match="the same length"):
         MedViTV2(dilation=(1, 1))
     with pytest.raises(ValueError, match="multiples of head_dim 32"):
         MedViTV2(dims=(64, 128, 200, 512))

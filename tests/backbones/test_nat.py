@@ -86,10 +86,10 @@ def test_dilations_of_stages_and_blocks() -> None:
     ("dilations", "error", "said"),
     [
         ("cocoa", ValueError, "dilations must be one of 'imagenet', .*, or numbers, got 'cocoa'"),
-        (0, ValueError, "dilations must lie in 1 … 1024, got 0"),
-        ((1, 2, 1), ValueError, r"dilations must .* the 4 stages that depths \(3, 4, 6, 5\) names"),
+        (0, ValueError, "dilations must be in 1 … 1024, got 0"),
+        ((1, 2, 1), ValueError, r"dilations must .* the 4 stages of depths \(3, 4, 6, 5\)"),
         ((1, (1, 2), 1, 1), ValueError, r"dilations\[1\] must .* stage's 4 blocks, got \(1, 2\)"),
-        ((1, (1, 2, 1, 0), 1, 1), ValueError, r"dilations\[1\]\[3\] must lie in 1 … 1024, got 0"),
+        ((1, (1, 2, 1, 0), 1, 1), ValueError, r"dilations\[1\]\[3\] must be in 1 … 1024, got 0"),
         (2.5, TypeError, "dilations must be a whole number, got 2.5"),
     ],
     ids=str,

@@ -53,9 +53,9 @@ def test_dilations_in_turn() -> None:
     with torch.device("meta"):
         assert dilations_of(NATIsotropic(dilations=3, **SHALLOW)) == [3] * 4
         assert dilations_of(NATIsotropic(dilations=(1, 2, 5), **SHALLOW)) == [1, 2, 5, 1]
-        with pytest.raises(ValueError, match=r"dilations must not be more than the 4 blocks"):
+        with pytest.raises(ValueError, match=r"dilations must not be longer than the 4 blocks"):
             NATIsotropic(dilations=(1,) * 5, **SHALLOW)
-        with pytest.raises(ValueError, match=r"dilations\[1\] must lie in 1 … 1024, got 0"):
+        with pytest.raises(ValueError, match=r"dilations\[1\] must be in 1 … 1024, got 0"):
             NATIsotropic(dilations=(1, 0), **SHALLOW)
         with pytest.raises(ValueError, match="kernel_size must be odd, got 4"):
             NATIsotropic(kernel_size=4, **SHALLOW)

@@ -92,7 +92,7 @@ def test_fused_convolutions_apply_the_activation() -> None:
         ({"kernel_sizes": ((3,), (4, 3))}, "odd kernel size .* got 4 and 3"),
         ({"kernel_sizes": ((3,), (0, 3)), "expansions": ((1,), (0, 3))}, "stride 2 from 16 to 32"),
         ({"dims": ((16, 16), (32, 32))}, "one block at stride 2|shape of dims"),
-        ({"dims": ((16,), (32, 0))}, r"dims\[1\]\[1\] must lie in 1"),
+        ({"dims": ((16,), (32, 0))}, r"dims\[1\]\[1\] must be in 1"),
     ],
 )
 def test_faults(arguments: dict[str, Any], message: str) -> None:

@@ -230,9 +230,9 @@ def test_what_is_refused() -> None:
     for kwargs, words in (
         ({"dim": 66}, "multiple of 4, got 66"),
         ({"dim": 96, "gated": True}, "multiple of 64, got 96"),
-        ({"segments": -1}, "segments must lie in 0"),
-        ({"img_size": 0}, "img_size must lie in 1"),
-        ({"head_hidden_dim": 0}, "head_hidden_dim must lie in 1"),
+        ({"segments": -1}, "segments must be in 0"),
+        ({"img_size": 0}, "img_size must be in 1"),
+        ({"head_hidden_dim": 0}, "head_hidden_dim must be in 1"),
     ):
         with pytest.raises(ValueError, match=words):
             small("vrwkv", **kwargs)

@@ -43,7 +43,7 @@ def test_those_that_are_named(
 ) -> None:
     assert main(["build", "--isa", *words]) == 0
     assert prepared == expected
-    assert "kernels for portable: came with the package\n" in capsys.readouterr().out
+    assert "kernels for portable: shipped with the package\n" in capsys.readouterr().out
 
 
 def test_why_not(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

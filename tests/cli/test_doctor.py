@@ -199,7 +199,7 @@ def test_a_cache_that_others_may_write_to(
     finding = doctor.examine_caches()[0]
     assert finding.severity == "warning"
     assert f"others may write to {str(folder)!r} (mode 777)" in finding.text
-    assert f"they are kept in {private}" in finding.text
+    assert f"they are cached in {private}" in finding.text
     subprocess.run(["sh", "-c", finding.fix], check=True)
     assert doctor.examine_caches()[0].severity == "ok"
 
@@ -235,7 +235,7 @@ def test_any_encoding_and_any_name(
         text = written.getvalue().decode(encoding)
         if words == ["doctor"]:
             *lines, empty, last = text.splitlines()
-            assert len(lines) == 2 and not empty and last == "nothing to mend"
+            assert len(lines) == 2 and not empty and last == "no problems found"
             assert lines[0].startswith("✓" if encoding == "utf-8" else "+")
         else:
             assert len(json.loads(text)) == 2

@@ -91,7 +91,7 @@ def test_onnx_by_the_command_in_int8(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert "int8 agrees with float in" in out
     assert "  3×3×32×32        int8, noise: " in out
     assert "  2×3×91×77        int8, noise: " in out
-    assert out.endswith("before it was quantised\n")
+    assert out.endswith("before quantisation\n")
     file = onnx.load(path)
     assert {"QuantizeLinear", "DequantizeLinear"} <= {node.op_type for node in file.graph.node}
     axes = [d.dim_param or d.dim_value for d in file.graph.input[0].type.tensor_type.shape.dim]
@@ -152,7 +152,7 @@ def test_errors_of_check() -> None:
     model = small("shvit").eval()
     (error,) = errors(model, lambda x: model(x) * float("nan"), [(1, 3, 64, 64)])
     assert error == float("inf")
-    with pytest.raises(CommandError, match=r"the file gives \(1, 10\)"):
+    with pytest.raises(CommandError, match=r"the file returns \(1, 10\)"):
         errors(model, lambda x: model(x)[:, :10], [(1, 3, 64, 64)])
 
 
@@ -188,9 +188,9 @@ def test_agreement_counts_answers_and_noise() -> None:
     assert same == quantizing.Agreement(1.0, float("inf"))
     half = quantizing.agreement(model, lambda x: torch.tensor([[1.0, 0.0]]), pictures)
     assert half.top1 == 0.5
-    with pytest.raises(CommandError, match="at .1, 2. the int8 file gives what is no number"):
+    with pytest.raises(CommandError, match="at .1, 2. the int8 file's output is not finite"):
         quantizing.agreement(model, lambda x: x * float("nan"), pictures)
-    with pytest.raises(CommandError, match="the file gives"):
+    with pytest.raises(CommandError, match="the file returns"):
         quantizing.agreement(model, lambda x: x[:, :1], pictures)
     assert half.decibels == pytest.approx(0, abs=1e-9)
 
@@ -198,7 +198,7 @@ def test_agreement_counts_answers_and_noise() -> None:
 def test_calibration_images(tmp_path: Path) -> None:
     loaded = Loaded(small("shvit"), "shvit")
     (tmp_path / "broken.png").write_bytes(b"no image")
-    with pytest.raises(CommandError, match="no image below .* can be read; give a folder of"):
+    with pytest.raises(CommandError, match="no readable images in .*; give a folder of"):
         quantizing.calibration_images(loaded, tmp_path, 3, (32, 48))
     Image.new("RGB", (50, 40)).save(tmp_path / "grey.png")
     images = quantizing.calibration_images(loaded, tmp_path, 3, (32, 48))

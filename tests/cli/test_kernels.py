@@ -82,7 +82,7 @@ def test_without_kernels_there_is_no_plan(
     words = ["summary", "van_b0", "--kernels", "--size", "64", "--runs", "1"]
     assert main([*words, "--plot", str(tmp_path / "x.png")]) == 2
     said = capsys.readouterr()
-    assert "there is no memory plan, van_b0 is not replayed: switched off by" in said.err
+    assert "no memory plan, because van_b0 is not replayed: switched off by" in said.err
     assert not list(tmp_path.iterdir())
     assert main(words) == 0
     assert "oneDNN linear" in capsys.readouterr().out
@@ -91,10 +91,10 @@ def test_without_kernels_there_is_no_plan(
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["--plain"], "--plain goes with --kernels"),
-        (["--json"], "--json goes with --kernels"),
-        (["--plot", "x.png"], "--plot goes with --kernels"),
-        (["--batch", "2"], "--batch goes with --kernels"),
+        (["--plain"], "--plain requires --kernels"),
+        (["--json"], "--json requires --kernels"),
+        (["--plot", "x.png"], "--plot requires --kernels"),
+        (["--batch", "2"], "--batch requires --kernels"),
         (["--kernels", "--runs", "0"], "--runs must be at least 1"),
         (["--kernels", "--batch", "0"], "--batch must be at least 1, not 0"),
         (["--kernels", "--batch", "99999999", "--size", "1"], "99999999 images of that size would"),

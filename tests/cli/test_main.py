@@ -46,7 +46,7 @@ def test_the_package_is_a_command() -> None:
     [
         (["sumary"], "no command 'sumary'; did you mean summary?"),
         (["summary", "van_b9"], "unknown model 'van_b9'; did you mean 'van_b"),
-        (["summary", "nonsense"], "unknown model 'nonsense'; backbones.list_models() has all"),
+        (["summary", "nonsense"], "unknown model 'nonsense'; backbones.list_models() lists all"),
         (["sum\nmary"], "no command 'sum\\nmary'"),
         (["summary", ""], "unknown model ''"),
         (["summary", "van_b0", "--size", "0"], "--size takes one side"),
@@ -73,7 +73,7 @@ def test_the_package_is_a_command() -> None:
         (["verify", ""], "unknown model ''"),
         (["verify"], "give a MODEL"),
         (["export", "van_b0", "--out", "no/such/x.onnx"], "there is no folder no/such"),
-        (["export", "van_b0", "--out", "x.pt2", "--int8"], "--int8 makes ONNX files"),
+        (["export", "van_b0", "--out", "x.pt2", "--int8"], "--int8 requires ONNX"),
     ],
 )
 def test_what_a_user_can_mend_is_one_line(

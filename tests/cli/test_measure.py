@@ -90,7 +90,7 @@ def test_attention_sees_everything() -> None:
 
 def test_the_table_reads_well() -> None:
     lines = describe("van_b0", small("van"), 64, 64, runs=0).splitlines()
-    assert lines[0].split() == ["part", "output", "params", "MACs", "time", "sees"]
+    assert lines[0].split() == ["part", "output", "params", "MACs", "time", "field"]
     assert lines[2].startswith("stem     32×16×16")
     assert lines[8].startswith("total")
     assert all(len(line) <= 100 for line in lines)

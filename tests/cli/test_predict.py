@@ -91,7 +91,7 @@ def test_what_is_no_file_is_named_and_the_rest_go_on(
     assert predicted(run_folder, photos) == 1
     said = capsys.readouterr()
     assert f"cannot read {photos / 'pipe.png'}: is a named pipe" in said.err
-    assert f"cannot read {photos / 'link.png'}: is a link to nothing" in said.err
+    assert f"cannot read {photos / 'link.png'}: is a broken link" in said.err
     assert "3 of 7 images could not be read" in said.err
     assert "folder.png" not in said.err
     assert predicted(run_folder, photos / "pipe.png") == 1
@@ -129,7 +129,7 @@ def test_too_narrow_to_be_resized(
 ) -> None:
     Image.new("RGB", (60000, 1)).save(tmp_path / "a.png")
     assert predicted(run_folder, tmp_path / "a.png") == 1
-    assert "60000×1 pixels are too narrow to be resized" in capsys.readouterr().err
+    assert "60000×1 pixels is too narrow to be resized" in capsys.readouterr().err
 
 
 def test_names_that_are_no_text(
@@ -163,17 +163,17 @@ def test_names_that_are_no_text(
         (["--csv", "{0}/a.txt", "--json", "{0}/a.txt"], "--csv and --json are both"),
         (["--json", "{0}/a.txt", "--cam", "{0}/./a.txt"], "--json and --cam are both"),
         (["--csv", "{0}"], "is a folder"),
-        (["--csv", "{0}/photos/0.png"], "would be written over"),
-        (["--cam", "{0}/best.safetensors"], "would be written over"),
+        (["--csv", "{0}/photos/0.png"], "would overwrite"),
+        (["--cam", "{0}/best.safetensors"], "would overwrite"),
         (["--csv", "{0}/no/a.csv"], "there is no folder"),
         (["--labels", "{0}/none.txt"], "cannot read --labels"),
         (["--labels", "{0}/photos"], "cannot read --labels"),
-        (["--labels", "{0}/photos/0.png"], "is no text in UTF-8"),
+        (["--labels", "{0}/photos/0.png"], "is not UTF-8 text"),
         (["--labels", "{0}/two.txt"], "two.txt names 2 classes, but the model has 3"),
         (["--labels", "{0}/four.txt"], "four.txt names 4 classes, but the model has 3"),
-        (["--labels", "{0}/text.json"], "text.json is no JSON list of names"),
-        (["--labels", "{0}/empty.json"], "empty.json is no JSON list of names"),
-        (["--labels", "{0}/deep.json"], "deep.json is no JSON list of names"),
+        (["--labels", "{0}/text.json"], "text.json is not a JSON list of names"),
+        (["--labels", "{0}/empty.json"], "empty.json is not a JSON list of names"),
+        (["--labels", "{0}/deep.json"], "deep.json is not a JSON list of names"),
     ],
 )
 def test_what_cannot_be_done_is_told_before_any_work(
@@ -263,7 +263,7 @@ def test_answers_that_are_not_finite(
         out = run_folder / "a.json"
         assert predicted(run_folder, photos / "0.png", "--json", out, *words) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert line == f"error: what the model gives for {photos / '0.png'} is not finite"
+        assert line == f"error: the model's output for {photos / '0.png'} is not finite"
         assert not out.exists()
         assert not (run_folder / "a.png").exists()
 
@@ -282,7 +282,7 @@ def test_metadata_without_a_list_of_classes(
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        ({"dims": [-8, 8, 8]}, "dims[0] must lie in"),
+        ({"dims": [-8, 8, 8]}, "dims[0] must be in"),
         ({"dims": "abc"}, "dims must be a sequence"),
         ({"depths": [1]}, "dims must have a value for each of the 1 stages"),
         ({"nonsense": 1}, "unknown keyword 'nonsense'"),
@@ -340,7 +340,7 @@ def test_label_files(tmp_path: Path) -> None:
     with pytest.raises(CommandError, match="names 2 classes, but the model has 3"):
         read_labels(tmp_path / "l.json", 3)
     (tmp_path / "l.json").write_text("{")
-    with pytest.raises(CommandError, match="no JSON list"):
+    with pytest.raises(CommandError, match="not a JSON list"):
         read_labels(tmp_path / "l.json", 2)
 
 

@@ -26,7 +26,7 @@ def published(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_a_release(published: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", "--checkpoint", str(published)]) == 0
     out = capsys.readouterr().out
-    assert "names and shapes are those of the original's shvit_s1" in out
+    assert "names and shapes match the original's shvit_s1" in out
     assert "shvit_s1.in1k: https://github.com/ysj9909/SHViT/releases" in out
     assert "into shvit_s1, 1000 classes, strictly" in out
     assert "nothing to compare with" in out
@@ -106,16 +106,16 @@ def test_outputs_that_are_not_finite(
     for more in ([], ["--save-figures", str(figures)]):
         assert main([*words, *more]) == 2
         (line,) = capsys.readouterr().err.splitlines()
-        assert line == "error: what these weights give is not finite"
+        assert line == "error: the outputs of these weights are not finite"
     assert not figures.exists()
 
 
 @pytest.mark.parametrize(
     ("content", "said"),
     [
-        (b"\x89PNG", "is no text"),
-        (b"{", "is no JSON"),
-        (b"[]", "holds no figures"),
+        (b"\x89PNG", "is not UTF-8 text"),
+        (b"{", "is not JSON"),
+        (b"[]", "has no figures"),
         (None, "cannot"),
     ],
 )
@@ -160,7 +160,7 @@ def test_figures_do_not_replace_what_is_read(
     words = ["verify", "--checkpoint", str(published), "--save-figures"]
     before = published.read_bytes()
     assert main([*words, str(published)]) == 2
-    assert "would be written over" in capsys.readouterr().err
+    assert "would overwrite" in capsys.readouterr().err
     assert published.read_bytes() == before
     assert main([*words, str(tmp_path)]) == 2
     assert "is a folder" in capsys.readouterr().err
@@ -177,10 +177,10 @@ def test_what_does_not_load(
     torch.save(tensors, tmp_path / "cut.pth")
     assert main(["verify", "--checkpoint", str(tmp_path / "cut.pth")]) == 1
     out = capsys.readouterr().out
-    assert "nearest is shvit_s1 of the original, with 2 missing" in out
+    assert "closest is the original's shvit_s1, with 2 missing" in out
     torch.save({"x": torch.ones(2)}, tmp_path / "other.pth")
     assert main(["verify", "--checkpoint", str(tmp_path / "other.pth")]) == 2
-    assert "resembles none" in capsys.readouterr().out
+    assert "does not resemble any" in capsys.readouterr().out
 
 
 def test_own_weights_are_known(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -188,7 +188,7 @@ def test_own_weights_are_known(tmp_path: Path, capsys: pytest.CaptureFixture[str
     torch.save(model.state_dict(), tmp_path / "own.pth")
     assert main(["verify", "--checkpoint", str(tmp_path / "own.pth")]) == 0
     out = capsys.readouterr().out
-    assert "weights of this library's efficientvit_m0" in out
+    assert "weights of efficientvit_m0 in this library's format" in out
     assert "into efficientvit_m0, 5 classes, strictly" in out
 
 

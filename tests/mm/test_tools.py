@@ -70,7 +70,9 @@ def test_a_quickstart_makes_its_set_once(
     provide_data(cfg, [Path("mine.png")])
     assert not any(tmp_path.iterdir())
     provide_data(cfg, [Path("mine.png"), tmp_path / "runs/mm/data/images/val/000.png"])
-    assert capsys.readouterr().out == "making runs/mm/data: 2 images to train, 1 to validate\n"
+    assert (
+        capsys.readouterr().out == "creating runs/mm/data: 2 training images, 1 validation images\n"
+    )
     data = tmp_path / "runs/mm/data"
     made = {path: path.stat().st_mtime_ns for path in data.rglob("*.*")}
     assert len(made) == 8

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from ops.init import init_fan_out, init_trunc_normal, trunc_normal
+from ops.init import init_fan_out, init_linear, init_trunc_normal, trunc_normal
 
 
 def test_spread() -> None:
@@ -24,9 +24,15 @@ def test_spread() -> None:
         assert layer.weight.std().item() == pytest.approx(0.02, rel=0.03)
         assert layer.weight.abs().max() <= 2
         assert layer.bias is None or not layer.bias.any()
-    linear = nn.Linear(300, 300)
-    init_fan_out(linear)
-    assert linear.weight.std().item() == pytest.approx(0.02, rel=0.03)
+    for initialise in (init_fan_out, init_linear):
+        linear = nn.Linear(300, 300)
+        initialise(linear)
+        assert linear.weight.std().item() == pytest.approx(0.02, rel=0.03)
+        assert not linear.bias.any()
+    conv = nn.Conv2d(3, 4, 3)
+    before = conv.weight.clone()
+    init_linear(conv)
+    assert torch.equal(conv.weight, before)
     norm = nn.BatchNorm2d(3)
     init_fan_out(norm)
     assert torch.equal(norm.weight, torch.ones(3))

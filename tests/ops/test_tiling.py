@@ -79,7 +79,7 @@ def test_bad_arguments_are_named() -> None:
     x = images(1, 1, 8, 8)
     with pytest.raises(ValueError, match="tile_size must be 1 or more, got 0"):
         run_tiled(grow, x, tile_size=0, overlap=2)
-    with pytest.raises(ValueError, match=r"blend must lie in 0 … 2 .* got 3"):
+    with pytest.raises(ValueError, match=r"blend must be in 0 … 2 .* got 3"):
         run_tiled(grow, x, tile_size=4, overlap=3, blend=3)
     with pytest.raises(ValueError, match="scale 3 a tile should become 18×18, but .* made 12×12"):
         run_tiled(grow, x, tile_size=4, overlap=2, scale=3)

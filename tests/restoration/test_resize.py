@@ -134,5 +134,5 @@ def test_bad_arguments_are_named() -> None:
         resize_bicubic(x, -1)
     with pytest.raises(ValueError, match="cannot resize 8×8 to 0×4"):
         resize_bicubic(x, size=(0, 4))
-    with pytest.raises(ValueError, match=r"window \(0, 0, 5, 4\) leaves the result of 4×4"):
+    with pytest.raises(ValueError, match=r"window \(0, 0, 5, 4\) exceeds the result of 4×4"):
         resize_bicubic(x, 0.5, window=(0, 0, 5, 4))

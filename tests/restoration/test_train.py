@@ -159,9 +159,9 @@ def test_mistakes_are_named(pictures, tmp_path, capsys):
         return capsys.readouterr().err
 
     assert "unknown option '--mixup'" in error("--mixup=0.2")
-    assert "task denoise keeps the size, hat_nano_x2 makes it 2" in error("--task=denoise")
+    assert "task denoise keeps the size, but hat_nano_x2 enlarges 2" in error("--task=denoise")
     assert "needs a model whose upscale is 2, 3 or 4" in error("--model-args={upscale: 1}")
-    assert "van_b0 makes no images" in error("--model=van_b0", "--model-args={}")
+    assert "van_b0 does not output images" in error("--model=van_b0", "--model-args={}")
     assert "sigma must be within 0 … 255, not (-1.0,)" in error("--sigma", "-1")
     assert "sigma must be one or more numbers" in error("--sigma=[]")
     assert "quality must be the lowest and the highest" in error("--quality", "40", "10")

@@ -178,7 +178,7 @@ def test_auto_tiles_follow_the_limit() -> None:
         assert upscaler._needs(side + 8, 2000, 3000) > mebibytes * 2**20
         sides.append(side)
     assert sides == sorted(sides) and sides[0] < sides[-1]
-    with pytest.raises(ValueError, match=r"max_memory does not suffice .* MiB are missing"):
+    with pytest.raises(ValueError, match=r"max_memory is not enough .* MiB are missing"):
         Upscaler(model, max_memory=2**20)(pixels(64, 64, 3))
 
 
@@ -252,7 +252,7 @@ def test_bad_arguments_are_named() -> None:
     ):
         with pytest.raises(ValueError, match=message):
             Upscaler(model, **keywords)
-    with pytest.raises(ValueError, match="Linear makes no images"):
+    with pytest.raises(ValueError, match="Linear does not output images"):
         Upscaler(nn.Linear(2, 2))
     for array in (pixels(4, 4, 2), pixels(4, 4, 3).astype(np.float32)):
         with pytest.raises(ValueError, match="of uint8 or uint16, got"):

@@ -88,7 +88,9 @@ def test_slow_contenders_are_timed_once_and_hopeless_ones_named(tool: ModuleType
         ]
 
     contenders = measure(tool.Effort(rounds=4, seconds=0.0, turn_ms=0.0), {"gather": 21.4})
-    assert contenders["gather"] == {"skipped": "about 21 s a call, by that of a smaller batch"}
+    assert contenders["gather"] == {
+        "skipped": "about 21 s per call, extrapolated from a smaller batch"
+    }
     assert contenders["sdpa-mask"]["rounds"] == 1
     assert contenders["sdpa-mask"]["milliseconds"] > 0
     contenders = measure(tool.Effort(rounds=4, seconds=9.0, turn_ms=1.0), {"gather": 1.0})

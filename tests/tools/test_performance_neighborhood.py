@@ -49,7 +49,9 @@ def test_aims(page: ModuleType) -> None:
         row((128, 128), backward=True, tiled=12.25),
     ]
     rows[0]["contenders"]["cpu"]["fraction_of_matmul"] = 0.5
-    rows[2]["contenders"]["gather"] = {"skipped": "about 21 s a call, by that of a smaller batch"}
+    rows[2]["contenders"]["gather"] = {
+        "skipped": "about 21 s per call, extrapolated from a smaller batch"
+    }
     text = page.of_neighborhood(report(*rows), "na.png")
     lines = text.splitlines()
     missed = "**missed in 2 of 3** | 2.50× `28x28` batch 8, 3.75× `28x28` |"
@@ -76,7 +78,9 @@ def test_memory_is_missed_above(page: ModuleType) -> None:
 
 def test_table(page: ModuleType) -> None:
     rows = [row((56, 56), tiled=4.04), row((28, 28), batch=8, tiled=2.0)]
-    rows[1]["contenders"]["tiled"] = {"skipped": "about 21 s a call, by that of a smaller batch"}
+    rows[1]["contenders"]["tiled"] = {
+        "skipped": "about 21 s per call, extrapolated from a smaller batch"
+    }
     text = page.of_neighborhood(report(*rows), "na.png")
     assert "### Forward, float32, batch 1" in text
     assert "| Setting | ours, ms | of matmul | memory | tiled | natten |" in text

@@ -116,7 +116,7 @@ def test_mistakes_are_named(weights, tmp_path, capsys, monkeypatch):
     assert "multiple of the model's window of 8, got 12" in error(source, *out, "--tile=12")
     assert "--tile must be a number" in error(source, *out, "--tile=big")
     assert "such as 800M or 2G, not 'lots'" in error(source, *out, "--max-memory=lots")
-    assert "--quality must lie in 1 … 100" in error(source, *out, "--quality=0")
+    assert "--quality must be in 1 … 100" in error(source, *out, "--quality=0")
     assert "--threads must be at least 1, not 0" in error(source, *out, "--threads=0")
     assert "--device pineapple cannot be used here" in error(source, *out, "--device=pineapple")
     words = [str(source), "--out", str(tmp_path / "out")]
@@ -127,7 +127,9 @@ def test_mistakes_are_named(weights, tmp_path, capsys, monkeypatch):
     # Before anything of it is downloaded.
     monkeypatch.setattr("backbones.core.download.urlopen", lambda *a, **k: pytest.fail("download"))
     assert main(["upscale", *words, "--model=van_b0"]) == 2
-    assert "van_b0 makes no images: take one of list_models('hat*')" in capsys.readouterr().err
+    assert (
+        "van_b0 does not output images: use one of list_models('hat*')" in capsys.readouterr().err
+    )
     # A missing picture is one picture: the rest go on.
     assert upscale(weights, source, tmp_path / "none.png", *out) == 1
     assert "there is no file" in capsys.readouterr().err
@@ -144,7 +146,7 @@ def test_what_is_no_file_is_named_and_the_rest_go_on(weights, tmp_path, capsys):
     assert upscale(weights, folder, "--out", out) == 1
     printed = capsys.readouterr()
     assert f"error: {folder / 'pipe.png'} is a named pipe\n" in printed.err
-    assert f"error: {folder / 'link.png'} is a link to nothing\n" in printed.err
+    assert f"error: {folder / 'link.png'} is a broken link\n" in printed.err
     assert "loop.png" in printed.err
     assert "1 of 4 pictures" in printed.out and "3 failed" in printed.out
     for words in ([folder / "pipe.png"], [f"{folder}/p*.png"]):
@@ -183,8 +185,8 @@ def test_what_cannot_be_done_is_told_before_any_work(weights, tmp_path, monkeypa
         assert "--suffix must be part of a file's name, not " in error(
             source, *out, f"--suffix={suffix}"
         )
-    assert "a.png is no folder" in error(source, "--out", source)
-    assert "a.png is no folder" in error(source, "--out", source / "deeper")
+    assert "a.png is not a folder" in error(source, "--out", source)
+    assert "a.png is not a folder" in error(source, "--out", source / "deeper")
     twin = tmp_path / "a_x2.png"
     assert f"{twin} would be replaced" in error(source, twin, "--out", tmp_path)
     compared = make(tmp_path / "a_x2_compare.png")
@@ -196,7 +198,7 @@ def test_what_cannot_be_done_is_told_before_any_work(weights, tmp_path, monkeypa
             source, *out, f"--max-memory={size}"
         )
     assert "--threads must be at most 1024, not 100000" in error(source, *out, "--threads=100000")
-    assert "--quality must lie in 1 … 100" in error(source, *out, "--quality=101")
+    assert "--quality must be in 1 … 100" in error(source, *out, "--quality=101")
     assert "--device meta cannot be used here" in error(source, *out, "--device=meta")
 
 
@@ -206,7 +208,7 @@ def test_what_cannot_be_done_is_told_before_any_work(weights, tmp_path, monkeypa
         ("[1, 2]", "--model-args must be such as"),
         ("{a: [", "is not YAML"),
         ("[" * 5000, "is not YAML"),
-        ("{dim: -5}", "dim must lie in 1"),
+        ("{dim: -5}", "dim must be in 1"),
         ("{depths: 7}", "hat_nano_x2"),
         ("{window_size: 0}", "window_size"),
         ("{1: 2}", "1"),
@@ -246,7 +248,7 @@ def test_results_that_are_not_finite(weights, tmp_path, capsys):
     out = tmp_path / "out"
     assert upscale(str(tmp_path / "large.pt"), make(tmp_path / "a.png"), "--out", out) == 1
     said = capsys.readouterr().err
-    assert f"error: {tmp_path / 'a.png'}: what the model gives for it is not finite\n" == said
+    assert f"error: {tmp_path / 'a.png'}: the model's output for it is not finite\n" == said
     assert not out.exists()
     make(tmp_path / "Set/a.png", size=(40, 32))
     options = ["--model=hat_nano_x2", f"--model-args={ARGS}", f"--csv={tmp_path / 'a.csv'}"]
@@ -298,7 +300,7 @@ def test_a_picture_too_large_for_the_memory_is_one_picture(weights, tmp_path, mo
     out = tmp_path / "out"
     assert upscale(weights, large, small, "--out", out) == 1
     printed = capsys.readouterr()
-    assert "large.png: the memory that is free does not suffice for 200×300" in printed.err
+    assert "large.png: the free memory is not enough for 200×300" in printed.err
     assert "MiB are missing" in printed.err
     assert [path.name for path in out.iterdir()] == ["small_x2.png"]
 
@@ -308,7 +310,7 @@ def test_what_lies_in_out_is_no_input(tmp_path):
     make(tmp_path / "out/a_x2.png")
     jobs = upscale_files.plan_jobs([tmp_path], tmp_path / "out", "_x2")
     assert [job.source for job in jobs] == [tmp_path / "a.png"]
-    with pytest.raises(DataError, match="no picture below"):
+    with pytest.raises(DataError, match="no pictures in"):
         upscale_files.plan_jobs([tmp_path / "out"], tmp_path / "out", "_x2")
 
 
@@ -377,7 +379,7 @@ def test_validation_makes_what_is_absent(weights, tmp_path, capsys):
 def test_scores_are_not_written_over_what_is_read(weights, tmp_path, capsys):
     make(tmp_path / "Set/a.png", size=(40, 32))
     options = ["--model=hat_nano_x2", f"--model-args={ARGS}", f"--checkpoint={weights}"]
-    for table, said in ((weights, "would be written over"), (tmp_path, "is a folder")):
+    for table, said in ((weights, "would overwrite"), (tmp_path, "is a folder")):
         assert validate.main([str(tmp_path / "Set"), *options, f"--csv={table}"]) == 2
         assert said in capsys.readouterr().err
     assert validate.main(["", *options]) == 2
@@ -410,4 +412,4 @@ def test_validation_names_what_does_not_fit(weights, tmp_path, capsys):
     make(tmp_path / "a/LR/y.png")
     assert "no low-resolution picture for x.png" in error("a")
     make(tmp_path / "a/LR/x.png")
-    assert "is no 2 times smaller" in error("a")
+    assert "is not 2 times smaller" in error("a")

@@ -118,15 +118,15 @@ def test_weights_for_other_classes(validate, folder, tmp_path):
     ("words", "message"),
     [
         ([], "no model: give --model"),
-        (["--model", "nothing_*"], "no model with published weights fits 'nothing_*'"),
-        (["--model", "van_b0", "van_b1", "--checkpoint=x"], "goes with one model, not 2"),
+        (["--model", "nothing_*"], "no model with published weights matches 'nothing_*'"),
+        (["--model", "van_b0", "van_b1", "--checkpoint=x"], "requires one model, not 2"),
         (["--run", "nowhere"], "cannot read the recipe"),
         (["--list", "nowhere"], "cannot read the list nowhere"),
         (["--model", "van_b0", "--split=holdout"], "no split 'holdout'"),
         (["--model", "van_b0", "--corrupt", "rain"], "no corruption 'rain'"),
         (["--model", "van_b0", "--severity", "9", "--corrupt"], "severity 9"),
         (["--model", "van_b0", "--real-labels=nowhere"], "cannot read real labels nowhere"),
-        (["--model", "van_b0", f"--list={PICTURE}"], "is no text in UTF-8"),
+        (["--model", "van_b0", f"--list={PICTURE}"], "is not UTF-8 text"),
         (["--model", "van_b0", f"--real-labels={PICTURE}"], "cannot read real labels"),
         (["--model", "van_b0", "--device=meta"], "--device meta cannot be used here"),
         (["--model", "van_b0", "--threads=0"], "--threads must be at least 1, not 0"),
@@ -140,9 +140,9 @@ def test_weights_for_other_classes(validate, folder, tmp_path):
         (["--model", "van_b0", "--checkpoint="], "--checkpoint must be the name of a file"),
         (["--model", "van_b0", "--output="], "--output must be the name of a file"),
         (["--model", "van_b0", "--output=."], "--output . is a folder"),
-        (["--model", "van_b0", f"--output={PICTURE}/a.csv"], "is no folder"),
-        (["--model", "van_b0", f"--report={PICTURE}"], "is no folder"),
-        (["--list", "x", "--output", "x"], "would be written over x, an input"),
+        (["--model", "van_b0", f"--output={PICTURE}/a.csv"], "is not a folder"),
+        (["--model", "van_b0", f"--report={PICTURE}"], "is not a folder"),
+        (["--list", "x", "--output", "x"], "would overwrite x, an input"),
         (["--model", "van_b0", "--severity=x"], "invalid int value: 'x'"),
     ],
 )
@@ -261,7 +261,7 @@ def test_real_labels_by_hand(tmp_path):
     real = [[1, 5], [], [7], [2]]
     assert real_accuracy(answers, source, real) == pytest.approx(100 * 2 / 3)
     source.files[1] = ("val/n01/cat.png", 0, 0)
-    with pytest.raises(DataError, match=r"which val/n01/cat\.png is not"):
+    with pytest.raises(DataError, match=r"got val/n01/cat\.png"):
         real_accuracy(answers, source, real)
 
 
@@ -329,5 +329,5 @@ def test_a_table_of_corruptions(validate, folder, tmp_path):
 
 
 def test_images_too_small_to_spoil():
-    with pytest.raises(RecipeError, match="from 32×32 pixels on"):
+    with pytest.raises(RecipeError, match="of at least 32×32 pixels"):
         Corruption("fog", 1)(Image.new("RGB", (16, 40)))

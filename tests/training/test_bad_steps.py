@@ -154,4 +154,4 @@ def test_a_checkpoint_that_diverged_is_refused(arguments, tmp_path, capsys):
     next(iter(state["model"].values())).fill_(float("inf"))
     save_state(tmp_path / "run" / "last.pt", state)
     assert train(*arguments, "--epochs=2", "--resume=auto") == 1
-    assert "holds weights that are not finite" in capsys.readouterr().err
+    assert "has weights that are not finite" in capsys.readouterr().err

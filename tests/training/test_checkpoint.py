@@ -69,7 +69,7 @@ def test_no_file(path):
 
 def test_a_foreign_file(path):
     torch.save({"weights": torch.zeros(1)}, path)
-    with pytest.raises(CheckpointFileError, match="holds no training state"):
+    with pytest.raises(CheckpointFileError, match="has no training state"):
         load_state(path)
     with zipfile.ZipFile(path, "w") as archive:
         archive.writestr("a", "b")
@@ -85,12 +85,12 @@ class Malicious:
 def test_a_pickle_that_runs_code_is_refused(path):
     torch.save({"model": Malicious()}, path)
     with pytest.raises(
-        CheckpointFileError, match="more than tensors .*: eval; it was not run"
+        CheckpointFileError, match="more than tensors .*: eval; it was not executed"
     ) as e:
         load_state(path)
     assert "weights_only" not in str(e.value) and "\n" not in str(e.value)
     path.write_bytes(pickle.dumps({"model": Malicious()}))
-    with pytest.raises(CheckpointFileError, match="bare pickle.*it was not run"):
+    with pytest.raises(CheckpointFileError, match="bare pickle.*it was not executed"):
         load_state(path)
 
 

@@ -45,7 +45,7 @@ def test_tar_archives(folder, tmp_path):
     assert_usable(open_splits(Recipe(data=str(tmp_path))))
     with tarfile.open(tmp_path / "val.tar", "w:gz") as archive:
         archive.add(folder / "val", arcname=".")
-    with pytest.raises(DataError, match=r"val\.tar is no uncompressed tar"):
+    with pytest.raises(DataError, match=r"val\.tar is not an uncompressed tar"):
         open_splits(Recipe(data=str(tmp_path)))
 
 
@@ -89,7 +89,7 @@ def test_medmnist(tmp_path):
 
 def test_medmnist_sets_that_do_not_suit(tmp_path):
     recipe = Recipe(data="medmnist/chestmnist", data_dir=str(tmp_path))
-    with pytest.raises(DataError, match=r"chestmnist\.npz is missing: fetch it from https://"):
+    with pytest.raises(DataError, match=r"chestmnist\.npz is missing: download it from https://"):
         open_splits(recipe)
     write_medmnist(tmp_path / "chestmnist.npz", labels=np.full((12, 14), 2))
     with pytest.raises(DataError, match="labels other than 0 and 1"):
@@ -98,7 +98,7 @@ def test_medmnist_sets_that_do_not_suit(tmp_path):
     with pytest.raises(DataError, match="not 2D"):
         open_splits(recipe)
     (tmp_path / "chestmnist.npz").write_bytes(b"PK no")
-    with pytest.raises(DataError, match="no MedMNIST file"):
+    with pytest.raises(DataError, match="not a MedMNIST file"):
         open_splits(recipe)
 
 
@@ -149,7 +149,7 @@ def test_a_class_map(folder, tmp_path):
     [
         (b"class2\nclass1\nclass2\n", "has 'class2' twice, in lines 1 and 3"),
         (b"\n", "is empty"),
-        (bytes(range(256)), "is no text of one class a line"),
+        (bytes(range(256)), "is not a text file with one class per line"),
         (None, "cannot read class_map"),
     ],
 )
@@ -174,7 +174,7 @@ def test_medmnist_files_that_are_damaged(tmp_path):
     recipe = Recipe(data="medmnist/set", data_dir=str(tmp_path))
     data = (tmp_path / "set.npz").read_bytes()
     (tmp_path / "set.npz").write_bytes(data[: len(data) // 2])
-    with pytest.raises(DataError, match="is no MedMNIST file"):
+    with pytest.raises(DataError, match="is not a MedMNIST file"):
         open_splits(recipe)
     (tmp_path / "set.npz").write_bytes(data)
     with np.load(tmp_path / "set.npz") as archive:

@@ -196,5 +196,5 @@ def test_an_elastic_torchrun_restarts_a_killed_worker(images, tmp_path):
     ]
     # Without it the processes of both turns share a store, and new ones may find dead addresses.
     said = run(command, timeout=180, env={"TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"})
-    assert "going on from" in said
+    assert "resuming from" in said
     assert same(*(final_state(tmp_path / name) for name in ("undisturbed", "elastic")))

@@ -84,7 +84,7 @@ def test_a_folder_of_something_else_is_not_touched(name, arguments, tmp_path, ca
     before = content(folder)
     assert train(*arguments, "--overwrite", "true") == 1
     message = capsys.readouterr().err
-    assert "holds files that are of no run of ours" in message and message.count("\n") == 1
+    assert "holds files of another program" in message and message.count("\n") == 1
     assert content(folder) == before
 
 

@@ -35,7 +35,7 @@ def test_what_was_saved_stays(size, images, tmp_path, capsys):
         assert train(*arguments, "--epochs=2", "--resume=auto") == 1
     said = capsys.readouterr().err
     assert f"no space is left in {folder} (File too large)" in said and said.count("\n") == 1
-    assert "the file that was there is untouched" in said
+    assert "the existing file is unchanged" in said
     assert same(final_state(folder), before)
     assert (folder / "best.safetensors").read_bytes() == best
     assert not list(folder.glob(".*"))

@@ -214,7 +214,7 @@ def test_the_search_for_a_readable_image_ends(tmp_path):
         corrupt.add(f"{number}", ValueError("two\nlines"))
         corrupt.check(10**6)
     corrupt.add("999", ValueError())
-    with pytest.raises(DataError, match="1000 images one after the other cannot be read"):
+    with pytest.raises(DataError, match="1000 images in a row cannot be read"):
         corrupt.check(10**6)
     corrupt.add_good()
     corrupt.check(10**6)

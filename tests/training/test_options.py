@@ -132,7 +132,7 @@ def test_compile(images, tmp_path):
         (["--model-args={depths: 3}"], "shvit_s1 with model_args {'depths': 3}: "),
         (["--opt-args={betas: [0.9]}"], "opt='adamw'"),
         (["--opt=adahessian"], "second derivatives"),
-        (["--min-lr=0.1"], "min_lr must be at most the learning rate of 0.001"),
+        (["--min-lr=0.1"], "min_lr must be at most 0.001, the learning rate"),
         (["--lr-cycle-limit=30", "--lr-cycle-mul=9"], "its cycles take"),
         (["--cutmix-minmax", "0.5", "0.51"], "that are pixels apart in images of 32 pixels"),
         (["--img-size=64", "--batch-size=1"], "cannot be trained with batches (1, 3, 64, 64)"),
@@ -152,7 +152,7 @@ def test_weights_that_would_run_code(images, tmp_path, capsys):
     arguments = (f"--data={images}", f"--output={tmp_path}", "--epochs=1")
     assert train(*arguments, f"--checkpoint={path}") == 1
     said = capsys.readouterr().err
-    assert "neither a file of torch.save" in said and "weights_only" not in said
+    assert "neither a torch.save file" in said and "weights_only" not in said
     assert said.count("\n") == 1
 
 

@@ -103,7 +103,7 @@ def test_flags():
         ("--config nowhere.yaml", "cannot read the recipe nowhere.yaml"),
         ("--batch-size", "argument --batch-size/--batch_size: expected one argument"),
         ("--no-ema=1", "ignored explicit argument '1'"),
-        ("--checkpoint=", "checkpoint is empty: give a value, or leave it out"),
+        ("--checkpoint=", "checkpoint is empty: give a value, or omit it"),
         ("--name=a\nb", "name must be printable text"),
         # Every number has its range, and only numbers are in it.
         ("--clip-grad -1", "clip_grad must be above 0"),
@@ -169,8 +169,8 @@ def test_the_help_shows_the_ranges(capsys):
         ("a: [", "is not YAML"),
         ("[" * 5000, "is not YAML: nested too deeply"),
         ("lr: !!int", "is not YAML"),
-        ("lr: 1\nepochs: 3\nlr: 2", "the key 'lr' stands there twice .* line 3"),
-        ("model_args: {a: 1, a: 2}", "the key 'a' stands there twice"),
+        ("lr: 1\nepochs: 3\nlr: 2", "duplicate key 'lr' .* line 3"),
+        ("model_args: {a: 1, a: 2}", "duplicate key 'a'"),
         (
             "variants: {van_b0: 3}\nmodel: van_b0",
             "variant van_b0: must be a mapping of keys, not 3",
@@ -220,7 +220,7 @@ def test_files_that_are_no_text(tmp_path, capsys):
     Image.new("RGB", (40, 40), (1, 2, 3)).save(tmp_path / "image.png")
     (tmp_path / "large").write_bytes(b" " * (2**20 + 1))
     for path, message in (
-        (tmp_path / "image.png", "holds no UTF-8 text"),
+        (tmp_path / "image.png", "is not UTF-8 text"),
         (tmp_path / "large", "is larger than 1048576 bytes"),
         (tmp_path, "Is a directory"),
     ):

@@ -235,7 +235,7 @@ def test_a_state_that_lacks_something(missing, one_epoch, images, tmp_path, caps
     save_state(tmp_path / "last.pt", state)
     arguments = (f"--data={images}", f"--output={tmp_path}", "--name=run", "--epochs=2")
     assert train(*arguments, f"--resume={tmp_path / 'last.pt'}") == 1
-    assert f"holds no training state (no '{missing}' in it)" in capsys.readouterr().err
+    assert f"has no training state (no '{missing}' in it)" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("key", ["ranks", "recipe", "optimizer", "model"])
@@ -245,5 +245,5 @@ def test_a_state_of_something_else(key, value, one_epoch, images, tmp_path, caps
     arguments = (f"--data={images}", f"--output={tmp_path}", "--name=run", "--epochs=2")
     assert train(*arguments, f"--resume={tmp_path / 'last.pt'}") == 1
     said = capsys.readouterr().err
-    assert "does not fit this recipe" in said or "holds no training state" in said
+    assert "does not fit this recipe" in said or "has no training state" in said
     assert said.count("\n") == 1

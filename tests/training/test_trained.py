@@ -23,7 +23,9 @@ def test_files_that_are_no_weights(name, tmp_path):
             load_trained(name, str(path), 10)
         assert "\n" not in str(raised.value)
     torch.save({"state_dict": torch.nn.Linear(1, 1)}, path)
-    with pytest.raises(RecipeError, match=r"a\.pth holds more than .*Linear; it was not run"):
+    with pytest.raises(
+        RecipeError, match=r"a\.pth contains more than .*Linear; it was not executed"
+    ):
         load_trained(name, str(path), 10)
 
 
@@ -34,5 +36,5 @@ def test_weights_that_are_not_finite(name, tmp_path):
     model = create(name, num_classes=10)
     next(model.parameters()).data[0] = float("nan")
     torch.save(model.state_dict(), path)
-    with pytest.raises(RecipeError, match=r"a\.pth has weights that are NaN"):
+    with pytest.raises(RecipeError, match=r"a\.pth has NaN or infinite weights"):
         load_trained(name, path, 10)

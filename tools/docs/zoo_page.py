@@ -119,9 +119,9 @@ def machine_line(report: dict[str, Any] | None) -> str:
         return "No latencies have been measured yet (`python tools/zoo_latency.py`)."
     place = report["machine"]
     return (
-        "Latencies are of one image of that size in float32 on one thread, medians of turns that "
-        f"both forms took in one process, measured on {place['name']} ({place['cpu_capability']}) "
-        f"with torch {place['torch']}."
+        "Latencies are for one image of that size in float32 on one thread; both forms were "
+        f"measured alternately in one process on {place['name']} ({place['cpu_capability']}) "
+        f"with torch {place['torch']}, and medians are shown."
     )
 
 

@@ -1,9 +1,9 @@
 """Bi-WKV as Triton kernels, forward and backward; deterministic.
 
-https://arxiv.org/abs/2403.02308. Some channels of an image are a program, which goes along the
-sequence as the C++ kernel does. Exponents are kept relative to the greatest one so far, so that
-nothing overflows. They run on NVIDIA GPUs from compute capability 8.0 on, and on any device in
-Triton's interpreter, which is how they are tested without a GPU.
+https://arxiv.org/abs/2403.02308. Each program scans the sequence for a block of an image's
+channels, like the C++ kernel. Exponents are relative to the running maximum, to avoid overflow.
+The kernels support NVIDIA GPUs with compute capability 8.0 or newer, and any device in Triton's
+interpreter, which is how they are tested without a GPU.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["attend", "supports"]
 def supports(
     key: Tensor, value: Tensor, decay: Tensor, first: Tensor, segments: int | None
 ) -> str | None:
-    """``None`` if the kernels can do the call, else the reason in words."""
+    """``None`` if the kernels support the call, else the reason."""
     if key.dtype != torch.float32:
         return f"the kernels compute in float32, not {key.dtype}"
     return device_problem(key)
@@ -30,14 +30,14 @@ def supports(
 def attend(
     key: Tensor, value: Tensor, decay: Tensor, first: Tensor, segments: int | None
 ) -> Tensor:
-    """See :func:`ops.bi_wkv.bi_wkv`; everything is of float32 here."""
+    """See :func:`ops.bi_wkv.bi_wkv`; all tensors are float32."""
     out: Tensor = _forward(key, value, decay, first, segments or 0)
     return out
 
 
 @torch.library.custom_op("vision_backbones::triton_bi_wkv", mutates_args=())
 def _forward(key: Tensor, value: Tensor, decay: Tensor, first: Tensor, segments: int) -> Tensor:
-    # Imported on first use, because triton need not be installed.
+    # Imported on first use, since triton is optional.
     from ops.bi_wkv.triton import kernels
 
     return kernels.forward(key, value, decay, first, segments)

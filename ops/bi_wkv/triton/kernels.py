@@ -1,11 +1,10 @@
-"""The Triton kernels of bi-WKV (https://arxiv.org/abs/2403.02308), and their launches.
+"""Triton kernels of bi-WKV (https://arxiv.org/abs/2403.02308), and their launches.
 
-A sum of exponentials is a scale, an exponent at least as great as that of each term, and the sums
-relative to it. Exponents of tokens i are counted from the begin of the sequence (key + decay · i)
-for those before a token, and to it (key − decay · i) for those after.
+A sum of exponentials is represented by a scale, an exponent that bounds each term's, and the sums
+relative to it. Exponents of tokens i are relative to the start of the sequence: key + decay · i for
+tokens before the current one, and key − decay · i for tokens after it.
 """
-
-# The kernels' arguments are what Triton makes of them.
+# Triton determines the types of the kernels' arguments.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
 
 from __future__ import annotations
@@ -41,11 +40,11 @@ def _add_four(scale, a, b, c, d, exponent, x, y, z, w):
 
 @triton.jit
 def _weights(decay):
-    """Of a segment: of nearer and farther tokens, their common factor, and both slopes."""
+    """A segment's factors of nearer and farther tokens, their common factor, and both slopes."""
     grows = decay > 0
     up = tl.where(grows, decay, 0.0)
     small = tl.exp(-tl.abs(decay))
-    # 1 − exp(−|decay|), by its series where rounding would leave little of it.
+    # 1 − exp(−|decay|), by its series for small values to avoid cancellation.
     size = tl.abs(decay)
     series = size * (1 - size / 2 * (1 - size / 3 * (1 - size / 4 * (1 - size / 5))))
     rest = tl.where(size < 0.1, series, 1 - small)
@@ -152,7 +151,7 @@ def _backward_kernel(
     nothing = zero + _NOTHING
     slots = noted + image * 6 + channel
 
-    # Beside each sum its derivative by the decay: of terms times their distance.
+    # With each sum, its derivative with respect to the decay: the sum of terms times distance.
     scale, a, b, da, db = nothing, zero, zero, zero, zero
     for back in range(tokens):
         t = tokens - 1 - back
@@ -292,14 +291,14 @@ def _backward_kernel(
 
 
 def _launch(key: Tensor, segments: int) -> tuple[tuple[int, int], tuple[int, ...], bool]:
-    """The grid, the sizes that kernels take, and whether segments make a difference."""
+    """The grid, the kernels' size arguments, and whether there are segments."""
     batch, tokens, dim = key.shape
     length = -(-tokens // segments) if segments else 1
     return (triton.cdiv(dim, _BLOCK), batch), (tokens, dim, length), segments > 0
 
 
 def forward(key: Tensor, value: Tensor, decay: Tensor, first: Tensor, segments: int) -> Tensor:
-    """(B, T, C); see :func:`ops.bi_wkv.bi_wkv`, of which 0 segments are None."""
+    """(B, T, C); see :func:`ops.bi_wkv.bi_wkv`, with 0 segments instead of None."""
     key, value, decay, first = (t.contiguous() for t in (key, value, decay, first))
     out = torch.empty_like(key)
     noted = key.new_empty(3 * key.numel())
@@ -313,7 +312,7 @@ def forward(key: Tensor, value: Tensor, decay: Tensor, first: Tensor, segments: 
 def backward(
     grad_out: Tensor, key: Tensor, value: Tensor, decay: Tensor, first: Tensor, segments: int
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of key and value, and each image's of decay and first, (B, C)."""
+    """Gradients of key and value, and per image (B, C) of decay and first."""
     tensors = [t.contiguous() for t in (grad_out, key, value, decay, first)]
     grad_key, grad_value = torch.empty_like(tensors[1]), torch.empty_like(tensors[2])
     image = (key.shape[0], key.shape[2])

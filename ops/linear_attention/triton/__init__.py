@@ -1,8 +1,8 @@
 """Gated linear attention as Triton kernels, with gradients.
 
-https://arxiv.org/abs/2312.06635. The kernels run on NVIDIA GPUs from compute capability 8.0 on, and
-on any device in Triton's interpreter (``TRITON_INTERPRET=1`` when triton is first imported), which
-is how they are tested. States and sums are of float32; repeated calls give equal bits.
+https://arxiv.org/abs/2312.06635. The kernels support NVIDIA GPUs with compute capability 8.0 or
+newer, and any device in Triton's interpreter (``TRITON_INTERPRET=1`` when triton is first
+imported), which is how they are tested. States and sums are float32; results are deterministic.
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ _MAX_DIM = 256
 
 
 def supports(query: Tensor, key: Tensor, value: Tensor, *others: Tensor | None) -> str | None:
-    """None if the kernels can do this call, else the reason in words."""
+    """None if the kernels support this call, else the reason."""
     if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"the kernels compute in float32, float16 or bfloat16, got {query.dtype}"
     if query.shape[-1] > _MAX_DIM:
-        return f"heads of keys have up to {_MAX_DIM} channels, got {query.shape[-1]}"
+        return f"the kernels support up to {_MAX_DIM} key channels per head, got {query.shape[-1]}"
     return device_problem(query)
 
 
@@ -36,7 +36,7 @@ def attend(
     scale: float,
 ) -> Tensor:
     """Gated linear attention; shapes as in :mod:`ops.linear_attention`."""
-    # On first use: to register operators takes time, and triton need not be installed.
+    # Imported on first use: registering operators takes time, and triton is optional.
     from ops.linear_attention.triton.operators import gated_scan
 
     back = None if log_gate_back is None else log_gate_back.float()

@@ -1,13 +1,13 @@
-"""Triton kernels of gated linear attention: a program scans a block of a head's values.
+"""Triton kernels of gated linear attention: each program scans a block of a head's values.
 
 https://arxiv.org/abs/2312.06635. A program's state, (K, BLOCK), stays in registers from the first
-token to the last. Backward, the states before each chunk are kept, and a chunk's are made anew in
-memory of the program's own while gradients pass through it. Nothing is summed by atomics.
+token to the last. The backward pass has the states before each chunk and recomputes those within a
+chunk in a scratch buffer of the program. There are no atomics.
 
-Strides are those of (B, L, H, C) tensors, in elements; results are of float32, contiguous, and one
-for each direction, and for each block of the values where they are sums over these.
+Strides are those of (B, L, H, C) tensors, in elements. Results are float32 and contiguous, separate
+for each direction and, if they are sums over blocks of values, for each block.
 """
-# The annotations of a kernel are Triton's, not Python's.
+# Kernel annotations are Triton's, not Python's.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
 
 import triton
@@ -66,7 +66,7 @@ def forward_kernel(
     APART: tl.constexpr,
     FOR_BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """The output; or, for the backward pass, gradients of queries, and states before chunks."""
+    """The output or, for the backward pass, gradients of queries and states before chunks."""
     block, direction, batch, head = _program(batches, heads)
     channel = tl.arange(0, PADDED_DIM)
     column = block * BLOCK + tl.arange(0, BLOCK)

@@ -19,7 +19,7 @@ _MOST_CELLS = 2048  # of a program's state
 def _common(
     query: Tensor, key: Tensor, value: Tensor, gate: Tensor, back: Tensor | None, scale: float
 ) -> tuple[dict[str, Any], tuple[int, int]]:
-    """What all kernels take, and their grid."""
+    """Arguments common to all kernels, and the grid."""
     batches, tokens, heads, dim = query.shape
     padded = max(16, triton.next_power_of_2(dim))
     block = min(max(16, triton.next_power_of_2(value.shape[-1])), max(16, _MOST_CELLS // padded))
@@ -76,7 +76,7 @@ def backward(
     def empty(*shape: int) -> Tensor:
         return query.new_empty(shape, dtype=torch.float32)
 
-    # Kernels count two directions, be there one or two.
+    # Kernels always index two directions.
     of_keys = (blocks, 2, batches, tokens, heads, dim)
     grad_query, grad_key, grad_gate = (empty(*of_keys) for _ in range(3))
     grad_value = empty(directions, batches, tokens, heads, value_dim)

@@ -1,4 +1,4 @@
-"""The Triton kernels of gated linear attention as operators of torch, with gradients."""
+"""The Triton kernels of gated linear attention as torch operators, with gradients."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def _backward_op(
     scale: float,
 ) -> tuple[Tensor, ...]:
     *grads, of_back = launch.backward(grad_out, query, key, value, gate, back, apart, scale)
-    # An operator returns tensors always.
+    # Operators can't return None.
     return (*grads, query.new_empty(0, dtype=torch.float32) if of_back is None else of_back)
 
 

@@ -4,13 +4,13 @@ Hassani et al., "Neighborhood Attention Transformer" (CVPR 2023, https://arxiv.o
 strides and causal axes as in https://arxiv.org/abs/2504.16922. See :mod:`ops.neighborhood` for
 what a backend takes and returns.
 
-The kernels run on NVIDIA GPUs from compute capability 8.0 on, and on any device in Triton's
+The kernels support NVIDIA GPUs with compute capability 8.0 or newer, and any device in Triton's
 interpreter (``TRITON_INTERPRET=1`` when triton is first imported), which is how they are tested
-without a GPU. Tiles are tuned on first use, once for each kind of call (so call once before
-capturing a CUDA graph); under ``torch.use_deterministic_algorithms(True)`` fixed ones are taken
-instead. Either way nothing is summed by atomics, and repeated calls give equal bits. float32
-products follow torch's setting for CUDA (``torch.set_float32_matmul_precision``): three TF32
-products each, which is as exact as float32, unless it allows TF32.
+without a GPU. Tile sizes are autotuned on first use, once for each kind of call (so call once
+before capturing a CUDA graph); under ``torch.use_deterministic_algorithms(True)``, fixed tile sizes
+are used instead. In both cases there are no atomics, and results are deterministic. float32
+products follow torch's CUDA setting (``torch.set_float32_matmul_precision``): three TF32 products
+each, which are as exact as float32, unless it allows TF32.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def supports(
     rpb: Tensor | None,
     params: NAParams,
 ) -> str | None:
-    """None if the kernels can do this call, else the reason in words."""
+    """None if the kernels support this call, else the reason."""
     if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"the kernels compute in float32, float16 or bfloat16, got {query.dtype}"
     problem = device_problem(query)
@@ -46,8 +46,8 @@ def supports(
     widest = max(query.shape[-1], value.shape[-1])
     if widest > _MAX_HEAD_DIM:
         return f"head dims go up to {_MAX_HEAD_DIM}, got {widest}"
-    # Within one head of one image the kernels count in 32 bits. Under export the sizes are
-    # symbols, on which such a limit would be a constraint.
+    # Within a head of an image, the kernels use 32-bit offsets. During export, sizes are symbolic,
+    # and such a limit would become a constraint.
     if not torch.compiler.is_compiling() and any(_span(t) >= 2**31 for t in (query, key, value)):
         return "one head of one image spans 2^31 elements or more"
     return None
@@ -70,9 +70,9 @@ def attend(
     rpb: Tensor | None,
     params: NAParams,
 ) -> tuple[Tensor, Tensor]:
-    """Neighborhood attention and its log-sum-exp, differentiable in every tensor.
+    """Neighborhood attention and its log-sum-exp, differentiable in all tensors.
 
-    Shapes as in :mod:`ops.neighborhood`. Gradients of gradients are not available.
+    Shapes as in :mod:`ops.neighborhood`. Second derivatives are not supported.
     """
     out: Tensor
     lse: Tensor
@@ -127,7 +127,7 @@ def _attend_op(
     is_causal: list[bool],
     scale: float,
 ) -> tuple[Tensor, Tensor]:
-    # Imported on first use, because triton need not be installed.
+    # Imported on first use, since triton is optional.
     from ops.neighborhood.triton import launch
 
     return launch.forward(
@@ -201,7 +201,7 @@ def _backward_op(
         _params(kernel_size, stride, dilation, is_causal, scale),
         needed,
     )
-    # An operator returns tensors always; an empty one stands for a gradient that is not needed.
+    # Operators can't return None; an empty tensor replaces a gradient that is not needed.
     return tuple(query.new_empty(0) if grad is None else grad for grad in grads)
 
 

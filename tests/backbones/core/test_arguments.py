@@ -74,7 +74,7 @@ def test_what_is_no_file(tmp_path: Path) -> None:
     assert said == {
         "file": None,
         "pipe": "is a named pipe",
-        "link": "is a link to nothing",
+        "link": "is a broken link",
         "socket": "is a socket",
     }
     assert arguments.file_problem(tmp_path) == "is a folder"
@@ -96,11 +96,11 @@ def test_outputs_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
     assert "--csv and --json are both" in refused({"--csv": csv, "--json": csv})
     same = tmp_path / "." / "x" / ".." / "a.csv"
     assert "are both" in refused({"--csv": csv, "--json": same})
-    assert "would be written over" in refused({"--csv": tmp_path / "link"})
+    assert "would overwrite" in refused({"--csv": tmp_path / "link"})
     assert "is a folder" in refused({"--csv": tmp_path})
     assert "there is no folder" in refused({"--csv": tmp_path / "no" / "a.csv"})
     arguments.require_writable({"--csv": tmp_path / "no" / "a.csv"}, makes_folders=True)
-    assert "is no folder" in refused({"--csv": tmp_path / "in" / "a.csv"}, makes_folders=True)
+    assert "is not a folder" in refused({"--csv": tmp_path / "in" / "a.csv"}, makes_folders=True)
     monkeypatch.setattr(os, "access", lambda *args: False)
     assert "cannot be written to" in refused({"--csv": csv})
 

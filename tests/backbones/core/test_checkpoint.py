@@ -206,20 +206,20 @@ def test_weights_that_are_not_finite(official: dict[str, Tensor], value: str) ->
     spoilt["patch_embed1.proj.weight"][3, 1, 2, 2] = float(value)
     model = _van()
     before = model.stem.conv.weight.clone()
-    with pytest.raises(CheckpointError, match="NaN or infinite: stem.conv.weight$"):
+    with pytest.raises(CheckpointError, match="NaN or infinite weights: stem.conv.weight$"):
         load_checkpoint(model, spoilt)
     assert torch.equal(model.stem.conv.weight, before)
     require_finite(model, "a.pth")
     report = load_checkpoint(model, spoilt, strict=False)
     assert report.nonfinite == ["stem.conv.weight"]
-    with pytest.raises(CheckpointError, match="a.pth has weights .*: stem.conv.weight$"):
+    with pytest.raises(CheckpointError, match="a.pth has NaN or infinite weights: stem.conv.weight$"):
         require_finite(model, "a.pth")
 
 
 def test_numbers_that_only_the_checkpoint_can_hold(official: dict[str, Tensor]) -> None:
     wide = {k: v.double() if v.is_floating_point() else v for k, v in official.items()}
     wide["head.bias"][1] = 1e300
-    with pytest.raises(CheckpointError, match="infinite: head.fc.bias"):
+    with pytest.raises(CheckpointError, match="infinite weights: head.fc.bias"):
         load_checkpoint(_van(), wide)
 
 
@@ -246,15 +246,15 @@ def test_another_kind_of_source(source: Any) -> None:
 
 def test_content_that_is_no_state_dict(tmp_path: Path) -> None:
     for content, said in (
-        (None, "but None"),
-        ([1, 2], r"but list \[1, 2\]"),
-        ("van", "but str 'van'"),
-        ({"epoch": 3}, r"\(keys epoch\)"),
-        ({"state_dict": [1]}, r"\(keys state_dict\)"),
-        ({"model": {}}, r"\(keys none\)"),
+        (None, "is not a state dict, but None"),
+        ([1, 2], r"is not a state dict, but list \[1, 2\]"),
+        ("van", "is not a state dict, but str 'van'"),
+        ({"epoch": 3}, r"has no state dict \(keys epoch\)"),
+        ({"state_dict": [1]}, r"has no state dict \(keys state_dict\)"),
+        ({"model": {}}, r"has no state dict \(keys none\)"),
     ):
         torch.save(content, tmp_path / "a.pth")
-        with pytest.raises(CheckpointError, match=f"a.pth holds no state dict,? ?{said}$"):
+        with pytest.raises(CheckpointError, match=f"a.pth {said}$"):
             read_checkpoint(tmp_path / "a.pth")
 
 

@@ -82,7 +82,7 @@ def test_two_members_of_one_name(tmp_path: Path) -> None:
         pytest.warns(UserWarning, match="Duplicate name"),
     ):
         archive.writestr("a/data/0", bytes(4000))
-    with pytest.raises(DamagedFileError, match="two members of one name"):
+    with pytest.raises(DamagedFileError, match="two members of the same name"):
         read_file(tmp_path / "a.pth")
 
 
@@ -91,10 +91,10 @@ def test_two_members_of_one_name(tmp_path: Path) -> None:
     [
         (b"<html><title>404</title></html>", "a web page"),
         (b"\xef\xbb\xbf\r\n <!DOCTYPE html>\n<html>", "a web page"),
-        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "a pointer of Git LFS"),
+        (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\n", "a Git LFS pointer"),
         (b"", "empty"),
         (b"\x80", "a bare pickle"),
-        (b"no weights", "neither a file of torch.save nor safetensors|not a whole safetensors"),
+        (b"no weights", "neither a torch.save file nor safetensors|not a complete safetensors"),
         (pickle.dumps({"a": 1}), "a bare pickle"),
         (pickle.dumps([1, 2], protocol=2), "a bare pickle"),
         (b"PK\x03\x04 and more", "truncated or corrupt: File is not a zip file"),
@@ -144,10 +144,12 @@ def test_pickles_that_are_not_run(
     path = tmp_path / "a.pth"
     if form == "bare":
         path.write_bytes(pickle.dumps(content))
-        expected = r"a\.pth is a bare pickle, not a file of torch.save; it was not run"
+        expected = r"a\.pth is a bare pickle, not a torch.save file; it was not executed"
     else:
         _save(content, path, form)
-        expected = rf"a\.pth holds more than tensors and plain values: {blocked}; it was not run"
+        expected = (
+            rf"a\.pth contains more than tensors and plain values: {blocked}; it was not executed"
+        )
     with pytest.raises(CheckpointError, match=expected) as raised:
         read_file(path)
     message = str(raised.value)
@@ -189,7 +191,7 @@ def test_headers_of_safetensors(tmp_path: Path) -> None:
         assert old in header
         text = header.replace(old, new, 1).encode()
         path.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
-        with pytest.raises(DamagedFileError, match="is not a whole safetensors file|neither"):
+        with pytest.raises(DamagedFileError, match="is not a complete safetensors file|neither"):
             read_file(path)
 
 

@@ -137,7 +137,7 @@ def test_what_is_not_replayed_has_no_plan(monkeypatch: pytest.MonkeyPatch) -> No
     found = backbones.explain(model, 64, repeats=1)
     assert found.memory is None and seen
     assert found.not_replayed == "a Stage has hooks"
-    assert "Layer by layer, without a graph: a Stage has hooks." in str(found)
+    assert "Not replayed, runs layer by layer: a Stage has hooks." in str(found)
     assert any(call.library == "ours" for call in found.calls)
     assert "Memory" not in str(found)
     assert found.to_dict()["memory"] is None
@@ -181,7 +181,7 @@ def test_a_model_in_training_mode_is_not_trained() -> None:
 @pytest.mark.parametrize(
     ("call", "error", "said"),
     [
-        (lambda m: backbones.explain(m, 0), ValueError, "input_size must lie in 1 … 65536, got 0"),
+        (lambda m: backbones.explain(m, 0), ValueError, "input_size must be in 1 … 65536, got 0"),
         (
             lambda m: backbones.explain(m, (64,)),
             ValueError,
@@ -189,11 +189,11 @@ def test_a_model_in_training_mode_is_not_trained() -> None:
         ),
         (lambda m: backbones.explain(m, (1, 3, 8, 8)), ValueError, "a side"),
         (lambda m: backbones.explain(m, (4, 64, 64)), ValueError, "images of 3 channels"),
-        (lambda m: backbones.explain(m, (64, -1)), ValueError, r"input_size\[1\] must lie in"),
+        (lambda m: backbones.explain(m, (64, -1)), ValueError, r"input_size\[1\] must be in"),
         (lambda m: backbones.explain(m, "64"), TypeError, "input_size must be a sequence"),
         (lambda m: backbones.explain(m, 6.5), TypeError, "input_size must be a whole number"),
-        (lambda m: backbones.explain(m, 64, batch_size=0), ValueError, "batch_size must lie in"),
-        (lambda m: backbones.explain(m, 64, repeats=0), ValueError, "repeats must lie in"),
+        (lambda m: backbones.explain(m, 64, batch_size=0), ValueError, "batch_size must be in"),
+        (lambda m: backbones.explain(m, 64, repeats=0), ValueError, "repeats must be in"),
         (lambda m: backbones.explain(m.to("meta"), 64), ValueError, "on the CPU .* on meta"),
         (lambda m: backbones.explain(nn.Linear(3, 3)), TypeError, "create_model.., got a Linear"),
     ],

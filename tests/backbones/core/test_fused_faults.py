@@ -231,5 +231,5 @@ def test_tracing_takes_the_plain_layers(family: str) -> None:
 def test_what_fuse_refuses(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
     with pytest.raises(error, match=message):
         small("shvit").fuse(**arguments)
-    with pytest.raises(ValueError, match="holds no backbone"):
+    with pytest.raises(ValueError, match="contains no backbone"):
         backbones.fuse(nn.Linear(2, 2))

@@ -138,11 +138,11 @@ def test_a_refused_classifier_changes_nothing(family: str) -> None:
     [
         ({"in_chans": "3"}, TypeError, "in_chans must be a whole number, got '3'"),
         ({"in_chans": 2.5}, TypeError, "in_chans must be a whole number, got 2.5"),
-        ({"in_chans": 0}, ValueError, "in_chans must lie in 1 … 65536, got 0"),
+        ({"in_chans": 0}, ValueError, "in_chans must be in 1 … 65536, got 0"),
         ({"num_classes": "10"}, TypeError, "num_classes must be a whole number, got '10'"),
-        ({"num_classes": -1}, ValueError, "num_classes must lie in 0 … 100000000, got -1"),
+        ({"num_classes": -1}, ValueError, "num_classes must be in 0 … 100000000, got -1"),
         ({"num_classes": True}, TypeError, "num_classes must be a whole number, got True"),
-        ({"drop_path_rate": float("nan")}, ValueError, "drop_path_rate must lie in 0 … 1, got nan"),
+        ({"drop_path_rate": float("nan")}, ValueError, "drop_path_rate must be in 0 … 1, got nan"),
         ({"global_pool": "median"}, ValueError, "global_pool must be one of .*, got 'median'"),
         ({"features_only": "no"}, TypeError, "features_only must be True or False, got 'no'"),
         ({"pretrained": "no"}, TypeError, "pretrained must be True or False, got 'no'"),
@@ -164,13 +164,17 @@ def test_the_factory(arguments: dict[str, Any], error: type[Exception], said: st
 
 def test_other_arguments_of_one_family() -> None:
     for family, arguments, said in (
-        ("biformer", {"head_dim": 0}, "head_dim must lie in 1 … 65536, got 0"),
-        ("medvitv2", {"head_dim": 0}, "head_dim must lie in 1 … 65536, got 0"),
+        ("biformer", {"head_dim": 0}, "head_dim must be in 1 … 65536, got 0"),
+        ("medvitv2", {"head_dim": 0}, "head_dim must be in 1 … 65536, got 0"),
         ("biformer", {"head_dim": 7}, "dims must be multiples of head_dim 7"),
-        ("efficientvit", {"img_size": 0}, "img_size must lie in"),
-        ("hat", {"squeeze_factor": 99}, "squeeze_factor 99 must leave channels of dim 24"),
+        ("efficientvit", {"img_size": 0}, "img_size must be in"),
+        ("hat", {"squeeze_factor": 99}, "squeeze_factor 99 must be at most dim 24"),
         ("shvit", {"attn_dims": (0, 1, 8)}, "attn_dims must be 0, or 2 or more"),
-        ("van", {"mlp_ratios": (1e-3, 8, 4, 4)}, "mlp_ratios .* leaves no channel of 32"),
+        (
+            "van",
+            {"mlp_ratios": (1e-3, 8, 4, 4)},
+            "mlp_ratios .* gives less than one channel for 32",
+        ),
     ):
         with pytest.raises(ValueError, match=said):
             small(family, **arguments)

@@ -76,7 +76,7 @@ def test_published_weights_leave_it_as_it_is() -> None:
 
 
 def test_networks_without_attention_refuse_it() -> None:
-    with pytest.raises(ValueError, match="VAN has no attention that token_pooling is for"):
+    with pytest.raises(ValueError, match="VAN has no attention that supports token_pooling"):
         small("van", token_pooling=4)
-    with pytest.raises(ValueError, match="token_pooling must lie in 0 … 64, got -1"):
+    with pytest.raises(ValueError, match="token_pooling must be in 0 … 64, got -1"):
         small("favit", token_pooling=-1)

@@ -229,9 +229,9 @@ def test_a_bias_for_all_windows_is_enough() -> None:
 def test_bad_arguments_are_named() -> None:
     with pytest.raises(ValueError, match="num_heads must divide dim 6, got 4"):
         WindowAttention(6, 4, 4)
-    with pytest.raises(ValueError, match=r"shift_size must lie in 0 … 3 \(below window_size\)"):
+    with pytest.raises(ValueError, match=r"shift_size must be in 0 … 3 \(below window_size\)"):
         WindowAttention(4, 4, 2, 4)
     with pytest.raises(ValueError, match=r"overlap_ratio 0\.25 grows windows of 4 to 5"):
         OverlappingWindowAttention(4, 4, 2, 0.25)
-    with pytest.raises(ValueError, match="6×8 does not divide into windows of 4"):
+    with pytest.raises(ValueError, match="6×8 can't be divided into windows of 4"):
         WindowAttention(4, 4, 2)(torch.randn(1, 6, 8, 4))

@@ -1,0 +1,56 @@
+"""The architecture page names files, rules and inference forms that exist."""
+
+from __future__ import annotations
+
+import importlib
+import re
+
+import pytest
+from pages import DOCS, ROOT
+
+from backbones.cli.main import run_command
+from ops.cpu import instruction_sets, policy
+
+PAGE = (DOCS / "architecture.md").read_text()
+PATHS = sorted(
+    {
+        path
+        for path in re.findall(r"[\w./]+/[\w.]*|\w+\.(?:py|h|cpp)", PAGE)
+        if path.startswith(("backbones/", "ops/", "tests/", "tools/", "common/"))
+    }
+)
+
+
+@pytest.mark.parametrize("path", PATHS)
+def test_paths_exist(path: str) -> None:
+    """Headers in ``common/`` are named without the engine's folder."""
+    path = path.rstrip(".")
+    assert (ROOT / path).exists() or (ROOT / "ops/cpu" / path).exists()
+
+
+def test_instruction_sets_are_those_of_the_engine() -> None:
+    table = PAGE.split("## Instruction sets")[1].split("\n## ")[0]
+    names = re.findall(r"^\| `(\w+)` \|", table, re.MULTILINE)
+    assert set(names) == set(instruction_sets.FLAGS)
+
+
+def test_rules_of_the_sample_are_policies() -> None:
+    names = set(re.findall(r"(\w+_by_kernel):", PAGE))
+    assert names and names <= set(policy.__all__)
+
+
+def test_forms_of_the_diagram_are_registered() -> None:
+    van = importlib.import_module("backbones.van_inference")
+    conv = importlib.import_module("ops.inference.layers")
+    assert "Block → VANBlock, Conv2d → FastConv2d" in PAGE
+    assert hasattr(van, "VANBlock") and hasattr(conv, "FastConv2d")
+
+
+def test_the_sample_is_what_the_command_prints(capsys: pytest.CaptureFixture[str]) -> None:
+    """Headings and notes; the rows depend on the CPU."""
+    assert run_command("summary", ["van_b0", "--kernels", "--size", "32", "--runs", "1"]) == 0
+    title, _, head, *_, notes, memory = capsys.readouterr().out.rstrip().splitlines()
+    assert f"\n{title.partition(':')[0]}: " in PAGE
+    assert head.split() == re.search(r"^layer .*$", PAGE, re.MULTILINE)[0].split()
+    assert notes in PAGE
+    assert re.sub(r"[\d.]+", "N", memory) in re.sub(r"[\d.]+", "N", PAGE)
