@@ -13,7 +13,7 @@
 #include "attention/attention.h"
 #include "depthwise/square.h"
 #include "common/lanes.h"
-#include "gemm/gemm.h"
+#include "gemm/call.h"
 #include "common/parallel.h"
 #include "common/simd.h"
 

@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 #include "common/lanes.h"
-#include "gemm/gemm.h"
+#include "gemm/call.h"
 #include "norm/norm.h"
 #include "common/parallel.h"
 #include "common/scratch.h"

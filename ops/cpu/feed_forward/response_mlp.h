@@ -9,7 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include "common/lanes.h"
-#include "gemm/gemm.h"
+#include "gemm/call.h"
 #include "common/parallel.h"
 #include "common/scratch.h"
 #include "common/simd.h"

@@ -5,8 +5,8 @@
 // While some panels are worked on, the next ones are therefore fetched ahead.
 #pragma once
 #include <utility>
+#include "gemm/block.h"
 #include "gemm/pack.h"
-#include "gemm/problem.h"
 
 namespace linear {
 
@@ -19,15 +19,12 @@ constexpr int64_t SUMMED = 512;  // inputs one after the other; sums of more los
 // them are multiplied with, stay in the first-level one. With few blocks a group is one panel.
 constexpr int64_t GROUP_BYTES = 512 * 1024, MIN_BLOCKS = 16;
 
-// A lane's share of one product is as large as a float: a float, or two bfloat16. Where the CPU does
-// not multiply these, it is two floats one after the other. A `Pair` is a share whose weights lie
-// where floats would.
+// Where the CPU does not multiply bfloat16, a lane's two are floats one after the other. A `Pair` is
+// those of a lane, whose weights lie where floats would.
 struct Pair {
   BFloat16 first, second;
 };
 
-template <class T>
-constexpr int64_t INPUTS = sizeof(float) / sizeof(T);
 template <class T>
 constexpr int PARTS = sizeof(Input<T>) / sizeof(T);
 

@@ -1,34 +1,16 @@
 // Linear layers of bfloat16 by AMX, whose tiles hold 16 rows of 32 inputs, or 16 rows of 16 sums.
 // The outputs are cut into panels of two tiles; up to 32 rows are worked on at once.
 #pragma once
+#include "gemm/amx.h"
+#include "gemm/block.h"
 #include "gemm/pack.h"
-#include "gemm/problem.h"
-
-#if VB_BFLOAT16 && defined(__AMX_BF16__) && defined(__linux__)
-#define VB_AMX 1
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-// The intrinsics do not say all that they read and write; where they are inlined, compilers would
-// take memory for unused.
-#define VB_APART __attribute__((noinline))
-#endif
 
 namespace linear {
 
 #if VB_AMX
-// Whether this process may use AMX, which Linux wants to be asked for.
-static bool has_tiles() {
-  static const bool has = [] {
-    unsigned a, b, c, d;
-    constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-    if (!(d & amx_bf16) || !(d & amx_tile)) return false;
-    constexpr long request_permission = 0x1023, tile_data = 18;
-    return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
-  }();
-  return has;
-}
+// The intrinsics do not say all that they read and write; where they are inlined, compilers would
+// take memory for unused.
+#define VB_APART __attribute__((noinline))
 
 // Tiles 0 to 3 are the sums, 4 and 5 rows, 6 and 7 weights. What was configured comes back at the
 // end: other libraries use tiles too.
@@ -171,7 +153,6 @@ static void run_tiles(const Problem& p, const Tensors& t, const Rows<BFloat16>& 
 }
 
 #else
-static bool has_tiles() { return false; }
 static void run_tiles(const Problem&, const Tensors&, const Rows<BFloat16>&, Range) {}
 #endif
 
