@@ -143,7 +143,7 @@ def _kernel_call(
         return None
     padded = [*axes, *[(0, 0, 0, 0)] * (_MOST_AXES - len(axes))]
     where = next((i for i, axis in enumerate(axes) if axis is of_table), -1)
-    threads = threads_for(math.prod(out.size), VALUES, torch.get_num_threads())
+    threads = threads_for(math.prod(out.size), VALUES)
     problem = _Problem(operation, out.dtype.itemsize, len(axes), where, threads)
     for name, values in zip(
         ("sizes", "out_strides", "first_strides", "second_strides"),

@@ -6,14 +6,13 @@ torch longer to call than to compute. What is not a projection is computed in fl
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ops.cpu.binding import Addresses, Call, kernel
+from ops.cpu.binding import Addresses, Call, kernel, problem_of
 from ops.cpu.depthwise.conv import taps_first
 from ops.cpu.dispatch import require_dtype
 from ops.cpu.gemm.linear import no_products, pack_weight
@@ -113,8 +112,16 @@ def cascaded_attention(
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
 
     def arguments() -> Any:
-        half, threads = x.dtype == torch.bfloat16, torch.get_num_threads()
-        problem = _problem(tuple(x.shape), (heads, head_dim, qk_dim), eps, half, threads)
+        problem = problem_of(
+            _PROBLEM,
+            x,
+            "images height width dim",
+            heads=heads,
+            head_dim=head_dim,
+            qk_dim=qk_dim,
+            eps=eps,
+            threads=threads_for(len(x) * tokens, _TOKENS),
+        )
         tensors = {
             **{"in": x.contiguous(), "norm_weight": norm_weight, "norm_bias": norm_bias},
             **{"weight": weight, "bias": bias, "kernels": kernels, "taps": taps},
@@ -124,22 +131,3 @@ def cascaded_attention(
         return problem, Addresses(_TENSORS, tensors)
 
     return Call(out, arguments)
-
-
-@functools.lru_cache(maxsize=1024)  # a network has few different ones, and filling them in is slow
-def _problem(
-    shape: tuple[int, ...], heads: tuple[int, int, int], eps: float, bfloat16: bool, threads: int
-) -> Any:
-    images, height, width, dim = shape
-    return _PROBLEM(
-        images=images,
-        height=height,
-        width=width,
-        dim=dim,
-        heads=heads[0],
-        head_dim=heads[1],
-        qk_dim=heads[2],
-        eps=eps,
-        bfloat16=bfloat16,
-        threads=threads_for(images * height * width, _TOKENS, threads),
-    )

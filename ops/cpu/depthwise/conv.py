@@ -6,7 +6,7 @@ ones, 1×k and k×1, and every one of them with an activation behind it.
 
 from __future__ import annotations
 
-import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ops.cpu.activations import ACTIVATIONS
-from ops.cpu.binding import Addresses, Call, kernel
+from ops.cpu.binding import Addresses, Call, kernel, problem_of
 from ops.cpu.dispatch import require_dtype
 from ops.cpu.structures import structure
 from ops.cpu.threads import MACS, threads_for
@@ -101,15 +101,7 @@ def depthwise_conv2d(
 
     def arguments() -> Any:
         pixels = _channels_last(x)
-        problem = _problem(
-            (*x.shape, *taps.shape[:2], *out.shape[2:]),
-            (*stride, *padding, *dilation),
-            _strides(pixels),
-            _strides(out),
-            activation,
-            x.dtype == torch.bfloat16,
-            torch.get_num_threads(),
-        )
+        problem = _problem(pixels, out, taps, stride, padding, dilation, activation)
         tensors = {"in": pixels, "weight": taps, "bias": bias, "out": out}
         return problem, Addresses(_TENSORS, tensors)
 
@@ -139,9 +131,10 @@ def depthwise_branches(x: Tensor, taps: Sequence[Tensor], biases: Sequence[Tenso
 
     def arguments() -> Any:
         pixels, size = _channels_last(x), x.element_size()
-        half, threads = x.dtype == torch.bfloat16, torch.get_num_threads()
-        strides = _strides(pixels), _strides(out)
-        problems = _branch_problems(tuple(x.shape), kernels, strides, half, threads)
+        problems = [
+            _problem(pixels, out, t, (1, 1), [side // 2 for side in t.shape[:2]], (1, 1))
+            for t in taps
+        ]
         branches = [
             Addresses(
                 _TENSORS,
@@ -152,7 +145,7 @@ def depthwise_branches(x: Tensor, taps: Sequence[Tensor], biases: Sequence[Tenso
             )
             for start, t, bias in zip(starts, taps, biases, strict=True)
         ]
-        return problems, branches, len(branches), starts[0]
+        return (_PROBLEM * len(taps))(*problems), branches, len(taps), starts[0]
 
     return Call(out, arguments)
 
@@ -176,30 +169,6 @@ def _branch_starts(
     return starts
 
 
-@functools.lru_cache(maxsize=1024)
-def _branch_problems(
-    shape: tuple[int, ...],
-    kernels: tuple[tuple[int, ...], ...],
-    strides: tuple[tuple[int, ...], tuple[int, ...]],
-    bfloat16: bool,
-    threads: int,
-) -> Any:
-    """An array of them."""
-    batch, _, *size = shape
-    problems = [
-        _problem(
-            (batch, width, *size, rows, columns, *size),
-            (1, 1, rows // 2, columns // 2, 1, 1),
-            *strides,
-            "none",
-            bfloat16,
-            threads,
-        )
-        for rows, columns, width in kernels
-    ]
-    return (_PROBLEM * len(problems))(*problems)
-
-
 def _empty(like: Tensor, shape: Sequence[int]) -> Tensor:
     return torch.empty(
         shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last
@@ -213,32 +182,32 @@ def _channels_last(x: Tensor) -> Tensor:
     return x.contiguous(memory_format=torch.channels_last)
 
 
-@functools.lru_cache(maxsize=1024)  # a network has few different ones, and filling them in is slow
 def _problem(
-    sizes: tuple[int, ...],
-    steps: tuple[int, ...],
-    in_stride: tuple[int, ...],
-    out_stride: tuple[int, ...],
-    activation: str,
-    bfloat16: bool,
-    threads: int,
+    x: Tensor,
+    out: Tensor,
+    taps: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str = "none",
 ) -> Any:
-    batch, channels, height, width, rows, columns, out_height, out_width = sizes
-    macs = batch * channels * out_height * out_width * rows * columns
-    return _PROBLEM(
-        batch=batch,
+    """Of the channels that ``taps`` has."""
+    size, out_size, channels = tuple(x.shape[2:]), tuple(out.shape[2:]), taps.shape[2]
+    return problem_of(
+        _PROBLEM,
+        x,
+        batch=len(x),
         channels=channels,
-        size=(height, width),
-        out_size=(out_height, out_width),
-        kernel=(rows, columns),
-        stride=steps[:2],
-        padding=steps[2:4],
-        dilation=steps[4:],
-        in_stride=in_stride,
-        out_stride=out_stride,
-        activation=ACTIVATIONS.index(activation),
-        bfloat16=bfloat16,
-        threads=threads_for(macs, MACS, threads),
+        size=size,
+        out_size=out_size,
+        kernel=tuple(taps.shape[:2]),
+        stride=tuple(stride),
+        padding=tuple(padding),
+        dilation=tuple(dilation),
+        in_stride=_strides(x),
+        out_stride=_strides(out),
+        activation=activation,
+        threads=threads_for(len(x) * math.prod(out_size) * taps.numel(), MACS),
     )
 
 

@@ -6,14 +6,12 @@ in the cache.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ops.cpu.activations import ACTIVATIONS
-from ops.cpu.binding import Addresses, Call, kernel
+from ops.cpu.binding import Addresses, Call, kernel, problem_of
 from ops.cpu.depthwise.conv import taps_first
 from ops.cpu.dispatch import require_dtype
 from ops.cpu.gemm.linear import no_products, pack_weight
@@ -138,15 +136,24 @@ def depthwise_mlp(
 
     def arguments() -> Any:
         # Without a convolution, tokens are a column.
-        size = tuple(x.shape[:3]) if taps is not None else (1, x.numel() // x.shape[-1], 1)
-        problem = _problem(
-            (*size, x.shape[-1], len(bias1), out.shape[-1]),
-            x.dtype,
-            taps is not None,
-            activation,
-            conv_activation,
-            eps,
-            torch.get_num_threads(),
+        in_features, hidden, out_features = x.shape[-1], len(bias1), out.shape[-1]
+        pixels, span = x.numel() // in_features, _span(hidden, x.dtype)
+        batch, height, width = x.shape[:3] if taps is not None else (1, pixels, 1)
+        problem = problem_of(
+            _PROBLEM,
+            x,
+            batch=batch,
+            height=height,
+            width=width,
+            in_features=in_features,
+            hidden=hidden,
+            out_features=out_features,
+            chunk=_CHUNK if taps is not None and x.dtype == torch.float32 else span,
+            span=span,
+            activation=activation,
+            conv_activation=conv_activation,
+            eps=eps,
+            threads=threads_for(pixels * hidden * (in_features + out_features), MACS),
         )
         tensors = {
             **{"in": x.contiguous(), "norm_weight": norm_weight, "norm_bias": norm_bias},
@@ -157,33 +164,3 @@ def depthwise_mlp(
         return problem, Addresses(_TENSORS, tensors)
 
     return Call(out, arguments)
-
-
-@functools.lru_cache(maxsize=1024)  # a network has few different ones, and filling them in is slow
-def _problem(
-    sizes: tuple[int, ...],
-    dtype: torch.dtype,
-    has_conv: bool,
-    activation: str,
-    conv_activation: str,
-    eps: float,
-    threads: int,
-) -> Any:
-    batch, height, width, in_features, hidden, out_features = sizes
-    macs = batch * height * width * hidden * (in_features + out_features)
-    span, bfloat16 = _span(hidden, dtype), dtype == torch.bfloat16
-    return _PROBLEM(
-        batch=batch,
-        height=height,
-        width=width,
-        in_features=in_features,
-        hidden=hidden,
-        out_features=out_features,
-        chunk=_CHUNK if has_conv and not bfloat16 else span,
-        span=span,
-        activation=ACTIVATIONS.index(activation),
-        conv_activation=ACTIVATIONS.index(conv_activation),
-        eps=eps,
-        bfloat16=bfloat16,
-        threads=threads_for(macs, MACS, threads),
-    )

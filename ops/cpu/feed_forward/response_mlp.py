@@ -6,14 +6,13 @@ the work in them, and multiplies scales of channels into the smaller of map and 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ops.cpu.binding import Addresses, Call, kernel
+from ops.cpu.binding import Addresses, Call, kernel, problem_of
 from ops.cpu.gemm.linear import no_products, pack_weight
 from ops.cpu.structures import structure
 from ops.cpu.threads import MACS, threads_for
@@ -101,26 +100,20 @@ def response_mlp(x: Tensor, shortcut: Tensor, weights: Sequence[Tensor], eps: fl
     out = x.new_empty(x.shape)
 
     def arguments() -> Any:
-        sizes = (len(x), x.shape[1] * x.shape[2], dim, len(weights[1]), len(weights[6]))
-        problem = _problem(sizes, dtype == torch.bfloat16, eps, torch.get_num_threads())
+        squeezed, hidden = len(weights[1]), len(weights[6])
+        problem = problem_of(
+            _PROBLEM,
+            x,
+            images=len(x),
+            pixels=x.shape[1] * x.shape[2],
+            dim=dim,
+            squeezed=squeezed,
+            hidden=hidden,
+            eps=eps,
+            threads=threads_for(2 * x.numel() * hidden, MACS),
+        )
         named = dict(zip(_WEIGHTS, weights, strict=True))
         maps = {"in": x.contiguous(), "other": shortcut.contiguous(), "out": out}
         return problem, Addresses(_TENSORS, {**maps, **named})
 
     return Call(out, arguments)
-
-
-@functools.lru_cache(maxsize=1024)  # a network has few different ones, and filling them in is slow
-def _problem(sizes: tuple[int, ...], bfloat16: bool, eps: float, threads: int) -> Any:
-    images, pixels, dim, squeezed, hidden = sizes
-    macs = 2 * images * pixels * dim * hidden
-    return _PROBLEM(
-        images=images,
-        pixels=pixels,
-        dim=dim,
-        squeezed=squeezed,
-        hidden=hidden,
-        bfloat16=bfloat16,
-        eps=eps,
-        threads=threads_for(macs, MACS, threads),
-    )

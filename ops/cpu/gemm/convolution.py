@@ -5,7 +5,7 @@ The kernel (``convolution.h``) copies the windows of some pixels at a time.
 
 from __future__ import annotations
 
-import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ops.cpu.activations import ACTIVATIONS
-from ops.cpu.binding import Addresses, Call, kernel
+from ops.cpu.binding import Addresses, Call, kernel, problem_of
 from ops.cpu.gemm.linear import no_products, pack_weight
 from ops.cpu.structures import structure
 from ops.cpu.threads import MACS, threads_for
@@ -95,44 +95,20 @@ def packed_conv2d(
 
     def arguments() -> Any:
         pixels = x.contiguous(memory_format=torch.channels_last)
-        problem = _problem(
-            tuple(x.shape),
-            tuple(out.shape),
-            tuple(sides),
-            x.dtype == torch.bfloat16,
-            activation,
-            torch.get_num_threads(),
+        problem = problem_of(
+            _PROBLEM,
+            x,
+            "batch channels height width",
+            out_height=size[0],
+            out_width=size[1],
+            out_channels=len(bias),
+            kernel=tuple(kernel_size),
+            stride=tuple(stride),
+            padding=tuple(padding),
+            activation=activation,
+            threads=threads_for(out.numel() * channels * math.prod(kernel_size), MACS),
         )
         tensors = {"in": pixels, "weight": weight, "bias": bias, "out": out}
         return problem, Addresses(_TENSORS, tensors)
 
     return Call(out, arguments)
-
-
-@functools.lru_cache(maxsize=256)
-def _problem(
-    shape: tuple[int, ...],
-    out_shape: tuple[int, ...],
-    sides: tuple[int, ...],
-    bfloat16: bool,
-    activation: str,
-    threads: int,
-) -> Any:
-    batch, channels, height, width = shape
-    _, out_channels, out_height, out_width = out_shape
-    macs = batch * out_height * out_width * out_channels * channels * sides[0] * sides[1]
-    return _PROBLEM(
-        batch=batch,
-        height=height,
-        width=width,
-        channels=channels,
-        out_height=out_height,
-        out_width=out_width,
-        out_channels=out_channels,
-        kernel=sides[:2],
-        stride=sides[2:4],
-        padding=sides[4:],
-        activation=ACTIVATIONS.index(activation),
-        bfloat16=bfloat16,
-        threads=threads_for(macs, MACS, threads),
-    )

@@ -115,9 +115,8 @@ def packed_linear(
         rows, in_stride = with_rows(x)
         added, other_stride = with_rows(other)
         problem = linear_problem(
-            x.shape,
+            x,
             len(bias),
-            x.dtype,
             activation,
             combination,
             in_stride=in_stride,
@@ -155,9 +154,7 @@ def packed_linear_energy(
 
     def arguments() -> Any:
         rows, in_stride = with_rows(x)
-        problem = linear_problem(
-            x.shape, len(bias), x.dtype, activation, in_stride=in_stride, by_image=True
-        )
+        problem = linear_problem(x, len(bias), activation, in_stride=in_stride, by_image=True)
         tensors = {
             **{"in": rows, "weight": weight, "bias": bias, "out": out, "energy": energy},
             "scale": None if scale is None else scale.float().contiguous(),

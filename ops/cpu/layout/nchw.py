@@ -6,13 +6,12 @@ transposes tiles of it in registers; torch takes several passes, slow ones where
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ops.cpu.binding import Call, kernel
+from ops.cpu.binding import Call, kernel, problem_of
 from ops.cpu.dispatch import require_dtype
 from ops.cpu.structures import structure
 from ops.cpu.threads import VALUES, threads_for
@@ -86,13 +85,10 @@ def _check_map(x: Tensor) -> None:
 
 
 def _problem_of(x: Tensor) -> Any:
-    threads = threads_for(x.numel(), VALUES, torch.get_num_threads())
-    return _problem(tuple(x.shape), x.dtype == torch.bfloat16, threads)
-
-
-@functools.lru_cache(maxsize=256)
-def _problem(shape: tuple[int, ...], bfloat16: bool, threads: int) -> Any:
-    batch, channels, height, width = shape
-    return _PROBLEM(
-        batch=batch, channels=channels, pixels=height * width, bfloat16=bfloat16, threads=threads
+    return problem_of(
+        _PROBLEM,
+        x,
+        "batch channels",
+        pixels=x.shape[2] * x.shape[3],
+        threads=threads_for(x.numel(), VALUES),
     )

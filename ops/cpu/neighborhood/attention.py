@@ -6,14 +6,13 @@ multiplied as they come, and weights are rounded before they multiply values.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ops.cpu.binding import Addresses, Call, kernel
+from ops.cpu.binding import Addresses, Call, kernel, problem_of
 from ops.cpu.structures import structure
 
 __all__ = ["na_cpu_backward", "na_cpu_forward", "na_cpu_output"]
@@ -190,45 +189,22 @@ def _problem_of(
 ) -> Any:
     query, key, value, additional_keys, *_ = tensors
     assert query is not None and key is not None and value is not None
-    return _problem(
-        query.shape,
-        key.shape[-2],
-        value.shape[-1],
-        0 if additional_keys is None else additional_keys.shape[1],
-        (tuple(kernel_size), tuple(stride), tuple(dilation), tuple(is_causal)),
-        query.dtype == torch.bfloat16,
-        torch.get_num_threads(),
-        scale,
-    )
-
-
-@functools.lru_cache(maxsize=256)
-def _problem(
-    query_shape: Sequence[int],
-    kv_heads: int,
-    value_dim: int,
-    additional: int,
-    window: tuple[tuple[Any, ...], ...],
-    bfloat16: bool,
-    threads: int,
-    scale: float,
-) -> Any:
-    batch, *size, heads, dim = query_shape
+    batch, *size, heads, dim = query.shape
     missing = 3 - len(size)
-    kernel_size, stride, dilation, is_causal = window
-    return _PROBLEM(
+    return problem_of(
+        _PROBLEM,
+        query,
         batch=batch,
         heads=heads,
-        kv_heads=kv_heads,
+        kv_heads=key.shape[-2],
         dim=dim,
-        value_dim=value_dim,
-        additional=additional,
+        value_dim=value.shape[-1],
+        additional=0 if additional_keys is None else additional_keys.shape[1],
         size=(*missing * (1,), *size),
         kernel=(*missing * (1,), *kernel_size),
         stride=(*missing * (1,), *stride),
         dilation=(*missing * (1,), *dilation),
         causal=(*missing * (0,), *is_causal),
-        bfloat16=bfloat16,
-        threads=threads,
+        threads=torch.get_num_threads(),
         scale=scale,
     )

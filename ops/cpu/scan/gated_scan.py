@@ -7,14 +7,14 @@ States, gates and sums are of float32.
 
 from __future__ import annotations
 
-import functools
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ops.cpu.activations import ACTIVATIONS
-from ops.cpu.binding import Addresses, Call, kernel
+from ops.cpu.binding import Addresses, Call, kernel, problem_of
 from ops.cpu.dispatch import require_dtype
 from ops.cpu.structures import structure
 from ops.cpu.threads import MACS, threads_for
@@ -156,11 +156,9 @@ def mixed_scan(
     out = local.new_empty(local.shape)
 
     def arguments() -> Any:
-        sizes = (batch, tokens, num_heads, dim // 2 // num_heads, dim // num_heads)
-        bfloat16, threads = local.dtype == torch.bfloat16, torch.get_num_threads()
-        problem = _problem(sizes, False, bfloat16, threads, 1.0)
         half = dim // 2
         keys, values = half // num_heads, dim // num_heads
+        problem = _problem((batch, tokens, num_heads, keys, values), local, False, 1.0)
         fields = {
             "query": _heads(projected, 0, keys),
             "key": _heads(projected, half, keys),
@@ -171,14 +169,10 @@ def mixed_scan(
             "local": _heads(local, 0, values),
             **{"norm": norm, "local_norm": local_norm, "out": out},
         }
-        return problem, Addresses(_MIXED, fields), _mixture(divisor, eps, activation)
+        mixture = _MIXTURE(divisor=divisor, eps=eps, activation=ACTIVATIONS.index(activation))
+        return problem, Addresses(_MIXED, fields), mixture
 
     return Call(out, arguments)
-
-
-@functools.lru_cache(maxsize=64)
-def _mixture(divisor: float, eps: float, activation: str) -> Any:
-    return _MIXTURE(divisor=divisor, eps=eps, activation=ACTIVATIONS.index(activation))
 
 
 def _inputs(
@@ -208,25 +202,20 @@ def _heads(t: Tensor, first: int, width: int) -> Addresses:
 
 
 def _problem_of(query: Tensor, value: Tensor, apart: bool, scale: float) -> Any:
-    sizes = (*query.shape, value.shape[-1])
-    bfloat16 = query.dtype == torch.bfloat16
-    return _problem(sizes, apart, bfloat16, torch.get_num_threads(), scale)
+    return _problem((*query.shape, value.shape[-1]), query, apart, scale)
 
 
-@functools.lru_cache(maxsize=1024)  # a network has few different ones, and filling them in is slow
-def _problem(
-    sizes: tuple[int, ...], apart: bool, bfloat16: bool, threads: int, scale: float
-) -> Any:
+def _problem(sizes: tuple[int, ...], like: Tensor, apart: bool, scale: float) -> Any:
     batch, tokens, heads, dim, value_dim = sizes
-    work = batch * tokens * heads * dim * value_dim
-    return _PROBLEM(
+    return problem_of(
+        _PROBLEM,
+        like,
         batch=batch,
         tokens=tokens,
         heads=heads,
         dim=dim,
         value_dim=value_dim,
         apart=apart,
-        bfloat16=bfloat16,
-        threads=threads_for(work, MACS, threads),
+        threads=threads_for(math.prod(sizes), MACS),
         scale=scale,
     )

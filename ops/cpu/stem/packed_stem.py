@@ -7,7 +7,6 @@ are no gradients.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ops.cpu.activations import ACTIVATIONS
-from ops.cpu.binding import Addresses, Call, kernel
+from ops.cpu.binding import Addresses, Call, kernel, problem_of
 from ops.cpu.dispatch import require_dtype
 from ops.cpu.gemm.linear import no_products, pack_weight
 from ops.cpu.gemm.plan import packed_size
@@ -135,39 +134,21 @@ def packed_stem(
             if norm.numel():
                 behind = (norm, norm.shape[1] * norm.element_size())
                 layer.update(norm_weight=norm, norm_bias=behind, eps=term)
-        problem = _problem(
-            tuple(x.shape),
-            tuple(window),
-            len(weights),
-            x.dtype == torch.bfloat16,
-            torch.get_num_threads(),
+        problem = problem_of(
+            _PROBLEM,
+            x,
+            "batch channels height width",
+            side=side,
+            stride=stride,
+            padding=padding,
+            layers=len(weights),
+            threads=threads_for(x.shape[2] * x.shape[3], _PIXELS),
         )
         return problem, [Addresses(_LAYER, layer) for layer in layers], x.contiguous(), out
 
     return Call(out, arguments)
 
 
-@functools.lru_cache(maxsize=256)
-def _problem(
-    shape: tuple[int, ...], window: tuple[int, ...], layers: int, bfloat16: bool, threads: int
-) -> Any:
-    batch, channels, height, width = shape
-    side, stride, padding = window
-    return _PROBLEM(
-        batch=batch,
-        channels=channels,
-        height=height,
-        width=width,
-        side=side,
-        stride=stride,
-        padding=padding,
-        layers=layers,
-        bfloat16=bfloat16,
-        threads=threads_for(height * width, _PIXELS, threads),
-    )
-
-
-@functools.lru_cache(maxsize=64)
 def _check_layers(
     channels: int,
     sizes: tuple[tuple[int, int], ...],

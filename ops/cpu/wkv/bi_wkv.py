@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ops.cpu.binding import Addresses, Call, kernel
+from ops.cpu.binding import Addresses, Call, kernel, problem_of
 from ops.cpu.dispatch import require_dtype
 from ops.cpu.structures import structure
 from ops.cpu.threads import VALUES, threads_for
@@ -109,19 +108,12 @@ def _check(
 
 
 def _problem_of(key: Tensor, segments: int) -> Any:
-    batch, tokens, dim = key.shape
-    half = key.dtype == torch.bfloat16
-    return _problem(batch, tokens, dim, segments, half, torch.get_num_threads())
-
-
-@functools.lru_cache(maxsize=1024)  # a network has few different ones, and filling them in is slow
-def _problem(batch: int, tokens: int, dim: int, segments: int, bfloat16: bool, threads: int) -> Any:
-    return _PROBLEM(
-        batch=batch,
-        tokens=tokens,
-        dim=dim,
+    tokens = key.shape[1]
+    return problem_of(
+        _PROBLEM,
+        key,
+        "batch tokens dim",
         length=-(-tokens // segments) if segments else 0,
-        bfloat16=bfloat16,
         # An exponential and some thirty multiply-adds for each of them.
-        threads=threads_for(8 * batch * tokens * dim, VALUES, threads),
+        threads=threads_for(8 * key.numel(), VALUES),
     )
