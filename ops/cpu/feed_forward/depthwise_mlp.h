@@ -27,7 +27,7 @@ using simd::W;
 // depthwise_mlp.py reads the fields from here.
 struct Problem {
   int64_t batch, height, width, in_features, hidden, out_features;
-  int64_t chunk;                          // hidden channels at a time, whole panels of linear.h
+  int64_t chunk;                          // hidden channels at a time, whole panels
   int64_t span;                           // inputs of the second layer at a time, whole chunks
   int64_t activation, conv_activation;    // after the first layer, after the convolution
   double eps;                             // of the norm
@@ -60,7 +60,7 @@ constexpr int64_t STRIP_ROWS = 8, BLOCK_COLUMNS = 64;
 
 template <class T>
 struct Scratch {
-  Room<T> normed, hidden, mixed;
+  ScratchBuffer<T> normed, hidden, mixed;
 };
 
 // ---- strips ------------------------------------------------------------------------------------

@@ -32,12 +32,12 @@ struct Block {
 
 // Memory to be fetched, some lines with every few products. It may go on behind its end, into what
 // is wanted next.
-struct Ahead {
+struct Prefetch {
   const char* place;
   int64_t bytes_a_step;
 
   // `steps` times `fetch` brings in `bytes`.
-  Ahead(const void* begin, int64_t bytes, int64_t steps)
+  Prefetch(const void* begin, int64_t bytes, int64_t steps)
       : place(static_cast<const char*>(begin)),
         bytes_a_step(round_up(bytes, steps * LINE) / steps) {}
 

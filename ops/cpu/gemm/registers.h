@@ -194,9 +194,9 @@ static VB_INLINE const T* add_products(const Input<T>* first, ptrdiff_t stride, 
 
 // Adds the products of all inputs of some rows of one panel.
 template <class T, int R, int V>
-static VB_INLINE void add_rows(const Rows<T>& rows, const Block<T>& block, Ahead& ahead,
+static VB_INLINE void add_rows(const Rows<T>& rows, const Block<T>& block, Prefetch& prefetch,
                                F (&sum)[R][V]) {
-  Ahead fetched = ahead;
+  Prefetch fetched = prefetch;
   const auto fetch = [&]() VB_INLINE_LAMBDA { fetched.fetch(); };
   if constexpr (INPUTS<T> == 1) {
     add_products<STEP>(block.in, rows.in_stride, rows.in_features, block.weight, fetch, sum);
@@ -207,7 +207,7 @@ static VB_INLINE void add_rows(const Rows<T>& rows, const Block<T>& block, Ahead
       add_products<STEP>(block.in + k, rows.in_stride, count, weight, fetch, sum);
     }
   }
-  ahead = fetched;
+  prefetch = fetched;
 }
 
 // `before` [R][V][W] are sums of inputs before these.
@@ -222,21 +222,21 @@ static VB_INLINE void add_sums(const float* before, F (&sum)[R][V]) {
 
 // The last inputs of some rows. `sums` are those of the inputs before, or null.
 template <class T, int R, int V>
-static void run(const Problem& p, const Rows<T>& rows, const Block<T>& block, Ahead& ahead,
+static void run(const Problem& p, const Rows<T>& rows, const Block<T>& block, Prefetch& prefetch,
                 float* sums) {
   F sum[R][V];
   start(block, sum);
-  add_rows(rows, block, ahead, sum);
+  add_rows(rows, block, prefetch, sum);
   if (sums) add_sums(sums, sum);
   finish<T, R, V>(p, block, sum);
 }
 
 // Inputs before the last ones, which `sums` receive.
 template <class T, int R, int V>
-static void run_first(const Problem&, const Rows<T>& rows, const Block<T>& block, Ahead& ahead,
+static void run_first(const Problem&, const Rows<T>& rows, const Block<T>& block, Prefetch& prefetch,
                       float* sums) {
   F sum[R][V] = {};
-  add_rows(rows, block, ahead, sum);
+  add_rows(rows, block, prefetch, sum);
   add_sums(sums, sum);
   VB_UNROLL
   for (int r = 0; r < R; r++) {
@@ -246,7 +246,7 @@ static void run_first(const Problem&, const Rows<T>& rows, const Block<T>& block
 }
 
 template <class T>
-using Run = void (*)(const Problem&, const Rows<T>&, const Block<T>&, Ahead&, float*);
+using Run = void (*)(const Problem&, const Rows<T>&, const Block<T>&, Prefetch&, float*);
 
 // How to run some rows: the inputs before the last ones, and the last ones.
 template <class T>
@@ -269,20 +269,20 @@ static Runs<T> runs_of(int64_t rows, bool wide) {
 // Some rows of one panel, whose inputs are summed in parts.
 template <class T>
 static void run_block(const Problem& p, Rows<T> rows, Block<T> block, int64_t count, bool wide,
-                      Ahead& ahead) {
+                      Prefetch& prefetch) {
   const Runs<T> runs = runs_of<T>(count, wide);
   fetch_outputs(p, block, count, wide ? PANEL : W);
-  if (rows.in_features <= SUMMED) return runs.last(p, rows, block, ahead, nullptr);
+  if (rows.in_features <= SUMMED) return runs.last(p, rows, block, prefetch, nullptr);
   alignas(64) float sums[MAX_ROWS * PANEL] = {};
   int64_t left = rows.in_features;
   rows.in_features = SUMMED;
   for (; left > SUMMED; left -= SUMMED) {
-    runs.first(p, rows, block, ahead, sums);
+    runs.first(p, rows, block, prefetch, sums);
     block.in += SUMMED;
     block.weight += SUMMED * (wide ? PANEL : W);
   }
   rows.in_features = left;
-  runs.last(p, rows, block, ahead, sums);
+  runs.last(p, rows, block, prefetch, sums);
 }
 
 template <class T>
@@ -301,7 +301,7 @@ static void run_in_registers(const Problem& p, const Tensors& t, const Rows<T>& 
     const int64_t count = group.end - group.begin;
     const int64_t next =
         std::min({blocks < MIN_BLOCKS ? 1 : 2 * count, fitting, panels.end - group.end});
-    Ahead ahead(begin_of(group.end), (begin_of(group.end + next) - begin_of(group.end)) * size,
+    Prefetch prefetch(begin_of(group.end), (begin_of(group.end + next) - begin_of(group.end)) * size,
                 std::max<int64_t>(1, count * blocks * (k / INPUTS<T> / STEP)));
     for (int64_t i = 0; i < blocks; i++) {
       const Range range = share(rows.count, i, blocks);
@@ -314,7 +314,7 @@ static void run_in_registers(const Problem& p, const Tensors& t, const Rows<T>& 
                        static_cast<int>(std::min<int64_t>(W, wide ? left - W : left)),
                        t.other_scale ? t.other_scale + n : nullptr};
         if (rows.other) block.other = rows.other + range.begin * p.other_stride + n;
-        run_block(p, rows, block, range.end - range.begin, wide, ahead);
+        run_block(p, rows, block, range.end - range.begin, wide, prefetch);
       }
     }
     group = {group.end, group.end + next};

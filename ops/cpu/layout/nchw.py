@@ -16,13 +16,13 @@ from ops.cpu.dispatch import require_dtype
 from ops.cpu.structures import structure
 from ops.cpu.threads import VALUES, threads_for
 
-__all__ = ["join_planes", "split_planes"]
+__all__ = ["nchw_from_nhwc", "nhwc_from_nchw"]
 
 _PROBLEM = structure("layout/nchw.h", "nchw::Problem")
 
 
 @kernel("nchw", "nchw_from_nhwc")
-def split_planes(x: Tensor, affine: Tensor) -> Call:
+def nchw_from_nhwc(x: Tensor, affine: Tensor) -> Call:
     """``x * scale + shift``, channel by channel, in NCHW. No gradients.
 
     Args:
@@ -50,11 +50,11 @@ def split_planes(x: Tensor, affine: Tensor) -> Call:
 
 
 @kernel("nchw", "nchw_to_nhwc")
-def join_planes(planes: Tensor, x: Tensor) -> Call:
-    """``planes + x`` with channels last. No gradients.
+def nhwc_from_nchw(nchw: Tensor, x: Tensor) -> Call:
+    """``nchw + x`` with channels last. No gradients.
 
     Args:
-        planes: (B, C, H, W), float32 or bfloat16; copied where they are not contiguous.
+        nchw: (B, C, H, W), float32 or bfloat16; copied where it is not contiguous.
         x: the same of channels last; copied where they are not.
 
     Returns:
@@ -65,14 +65,14 @@ def join_planes(planes: Tensor, x: Tensor) -> Call:
         RuntimeError: the kernel is not available here (its ``unsupported`` tells beforehand).
     """
     _check_map(x)
-    require_dtype(x.dtype, planes=planes)
-    if planes.shape != x.shape:
-        raise ValueError(f"planes must be {tuple(x.shape)}, got {tuple(planes.shape)}")
+    require_dtype(x.dtype, nchw=nchw)
+    if nchw.shape != x.shape:
+        raise ValueError(f"nchw must be {tuple(x.shape)}, got {tuple(nchw.shape)}")
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
 
     def arguments() -> Any:
         nhwc = x.contiguous(memory_format=torch.channels_last)
-        return _problem_of(x), planes.contiguous(), nhwc, out
+        return _problem_of(x), nchw.contiguous(), nhwc, out
 
     return Call(out, arguments)
 

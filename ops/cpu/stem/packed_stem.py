@@ -1,6 +1,6 @@
-"""The first layers of a network on the CPU for inference, straight from the planes of an image.
+"""The first layers of a network on the CPU for inference, straight from an image in NCHW.
 
-The kernel (``ops/cpu/stem/stem.cpp``) reads the planes as they lie and keeps the maps between the
+The kernel (``ops/cpu/stem/stem.cpp``) reads the image as it lies and keeps the maps between the
 layers in the cache. It takes float32, and bfloat16 where the CPU multiplies that in vectors; there
 are no gradients.
 """
@@ -22,10 +22,10 @@ from ops.cpu.policy import multiplies
 from ops.cpu.structures import structure
 from ops.cpu.threads import threads_for
 
-__all__ = ["PlanesConv2d", "pack_layers", "packed_stem"]
+__all__ = ["NCHWConv2d", "pack_layers", "packed_stem"]
 
 _PIXELS = 512  # of an image, of a thread
-_STRIDES = (2, 4)  # of windows in planes
+_STRIDES = (2, 4)  # of windows in NCHW
 _USUAL = (3, 2, 1)  # side, stride and padding of windows
 
 _PROBLEM = structure("stem/stem.h", "stem::Problem")
@@ -184,8 +184,8 @@ def _check_layers(
         channels = bias
 
 
-class PlanesConv2d:
-    """``activation(conv(x))`` of the planes of an image.
+class NCHWConv2d:
+    """``activation(conv(x))`` of an image in NCHW.
 
     Args:
         conv: one that it :meth:`takes`, in float32 or bfloat16.
@@ -198,7 +198,7 @@ class PlanesConv2d:
     def __init__(self, conv: nn.Conv2d) -> None:
         if not self.takes(conv):
             raise ValueError(
-                "a convolution of planes must have square windows 2 or 4 apart, zeros around, no "
+                "a convolution of NCHW must have square windows 2 or 4 apart, zeros around, no "
                 f"groups and no dilation, got {conv}"
             )
         self._packed = pack_layers([conv], conv.weight.dtype)
