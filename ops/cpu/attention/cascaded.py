@@ -17,6 +17,7 @@ from ops.cpu.depthwise.conv import taps_first
 from ops.cpu.dispatch import require_dtype
 from ops.cpu.gemm.linear import no_products, pack_weight
 from ops.cpu.structures import structure
+from ops.cpu.tensors import bias_of, dense
 from ops.cpu.threads import threads_for
 
 __all__ = ["PackedCascadedAttention", "cascaded_attention"]
@@ -54,7 +55,7 @@ class PackedCascadedAttention:
     ) -> None:
         self._qk_dim, self._eps = qk_dim, 0.0 if norm is None else norm.eps
         weight = torch.cat([pack_weight(layer.weight.flatten(1)) for layer in projections])
-        self._projection = weight, torch.stack([_bias(layer) for layer in projections])
+        self._projection = weight, torch.stack([bias_of(layer) for layer in projections])
         self._norm: tuple[Tensor | None, Tensor | None] = (None, None)
         if norm is not None:
             self._norm = norm.weight.detach().float(), norm.bias.detach().float()
@@ -62,7 +63,7 @@ class PackedCascadedAttention:
         if convs:
             sides = torch.tensor([conv.kernel_size[0] for conv in convs])
             taps = torch.cat([taps_first(conv.weight).flatten() for conv in convs])
-            self._convs = sides, taps, torch.stack([_bias(conv) for conv in convs])
+            self._convs = sides, taps, torch.stack([bias_of(conv) for conv in convs])
         self._parameters = (*self._norm, *self._projection, *self._convs)
 
     def __call__(self, x: Tensor, table: Tensor | None = None) -> Tensor:
@@ -77,11 +78,6 @@ class PackedCascadedAttention:
         """
         out: Tensor = cascaded_attention(x, *self._parameters, table, self._qk_dim, self._eps)
         return out
-
-
-def _bias(layer: nn.Conv2d) -> Tensor:
-    assert layer.bias is not None
-    return layer.bias.detach().float()
 
 
 @kernel("cascaded_attention", "cascaded_attention_forward", refuses=no_products)
@@ -126,7 +122,7 @@ def cascaded_attention(
             **{"in": x.contiguous(), "norm_weight": norm_weight, "norm_bias": norm_bias},
             **{"weight": weight, "bias": bias, "kernels": kernels, "taps": taps},
             **{"taps_bias": taps_bias, "out": out},
-            "table": None if table is None else table.contiguous(),
+            "table": dense(table),
         }
         return problem, Addresses(_TENSORS, tensors)
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from ops.cpu.binding import Addresses, Call, kernel, problem_of
 from ops.cpu.dispatch import require_dtype
 from ops.cpu.structures import structure
+from ops.cpu.tensors import dense
 
 __all__ = [
     "LINE",
@@ -218,7 +219,7 @@ def grouped_attention(
         tables = {"regions": routes, "terms": terms, "lines": lines, "kinds": kinds}
         tensors = {
             **{"query": q, "key": k, "value": v, "rows": rows, "key_rows": key_rows, "out": out},
-            **{n: None if t is None else t.contiguous() for n, t in tables.items()},
+            **{n: dense(t) for n, t in tables.items()},
         }
         return problem, Addresses(TENSORS, tensors)
 

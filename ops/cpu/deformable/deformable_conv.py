@@ -15,6 +15,7 @@ from ops.cpu.binding import Addresses, Call, kernel, problem_of
 from ops.cpu.gemm.linear import no_products, pack_weight
 from ops.cpu.gemm.plan import packed_size
 from ops.cpu.structures import structure
+from ops.cpu.tensors import as_nhwc
 from ops.cpu.threads import MACS, threads_for
 
 __all__ = ["deformable_conv2d", "pack_taps"]
@@ -77,7 +78,7 @@ def deformable_conv2d(
     out = x.new_empty(x.shape[0], height, width, len(bias)).permute(0, 3, 1, 2)
 
     def arguments() -> Any:
-        nhwc = x if x.stride(1) == 1 else x.contiguous(memory_format=torch.channels_last)
+        nhwc = as_nhwc(x)
         problem = problem_of(
             _PROBLEM,
             x,

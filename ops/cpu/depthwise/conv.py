@@ -13,10 +13,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ops.cpu.activations import ACTIVATIONS
+from ops.cpu.activations import require_activation
 from ops.cpu.binding import Addresses, Call, kernel, problem_of
 from ops.cpu.dispatch import require_dtype
 from ops.cpu.structures import structure
+from ops.cpu.tensors import as_nhwc, empty_nhwc
 from ops.cpu.threads import MACS, threads_for
 
 __all__ = ["depthwise_branches", "depthwise_conv2d", "taps_first", "unsupported"]
@@ -83,8 +84,7 @@ def depthwise_conv2d(
     if bias is not None and bias.shape != x.shape[1:2]:
         raise ValueError(f"bias must be ({x.shape[1]},), got {tuple(bias.shape)}")
     require_dtype(torch.float32, taps=taps, bias=bias)
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
+    require_activation(activation)
     if not 1 <= stride[1] <= 2:
         raise RuntimeError(f"the kernel takes strides of 1 and 2, not {stride[1]}")
     size = []
@@ -97,10 +97,10 @@ def depthwise_conv2d(
                 f"a window of {taps.shape[0]}×{taps.shape[1]} with dilation {tuple(dilation)}"
             )
         size.append(free // stride[axis] + 1)
-    out = _empty(x, (x.shape[0], x.shape[1], *size))
+    out = empty_nhwc(x, (x.shape[0], x.shape[1], *size))
 
     def arguments() -> Any:
-        pixels = _channels_last(x)
+        pixels = as_nhwc(x)
         problem = _problem(pixels, out, taps, stride, padding, dilation, activation)
         tensors = {"in": pixels, "weight": taps, "bias": bias, "out": out}
         return problem, Addresses(_TENSORS, tensors)
@@ -127,10 +127,10 @@ def depthwise_branches(x: Tensor, taps: Sequence[Tensor], biases: Sequence[Tenso
     starts = _branch_starts(x.shape[1], kernels, tuple(tuple(b.shape) for b in biases))
     for t, bias in zip(taps, biases, strict=True):
         require_dtype(torch.float32, taps=t, biases=bias)
-    out = _empty(x, x.shape)
+    out = empty_nhwc(x, x.shape)
 
     def arguments() -> Any:
-        pixels, size = _channels_last(x), x.element_size()
+        pixels, size = as_nhwc(x), x.element_size()
         problems = [
             _problem(pixels, out, t, (1, 1), [side // 2 for side in t.shape[:2]], (1, 1))
             for t in taps
@@ -167,19 +167,6 @@ def _branch_starts(
         starts.append(start)
         start += width
     return starts
-
-
-def _empty(like: Tensor, shape: Sequence[int]) -> Tensor:
-    return torch.empty(
-        shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last
-    )
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    """``x`` with neighbouring channels side by side: itself, a copy where it is otherwise."""
-    if x.stride(1) == 1 or x.shape[1] == 1:
-        return x
-    return x.contiguous(memory_format=torch.channels_last)
 
 
 def _problem(

@@ -16,6 +16,7 @@ from ops.cpu.depthwise.conv import taps_first
 from ops.cpu.dispatch import require_dtype
 from ops.cpu.gemm.linear import no_products, pack_weight
 from ops.cpu.structures import structure
+from ops.cpu.tensors import bias_of, dense
 from ops.cpu.threads import MACS, threads_for
 
 __all__ = ["PackedDepthwiseMlp", "depthwise_mlp"]
@@ -55,12 +56,12 @@ class PackedDepthwiseMlp:
         hidden = len(weight1)
         spans = [pack_weight(part) for part in weight2.split(_span(hidden, weight2.dtype), dim=1)]
         # The bias once, zeros for the spans that only add.
-        bias2 = torch.cat((_bias(fc2), _zeros(fc2)))
+        bias2 = torch.cat((bias_of(fc2), torch.zeros_like(bias_of(fc2))))
         self._in_features, self._dtype = weight1.shape[1], weight2.dtype
-        self._weights = (pack_weight(weight1), _bias(fc1))
+        self._weights = (pack_weight(weight1), bias_of(fc1))
         self._conv: tuple[Tensor | None, Tensor | None] = (None, None)
         if conv is not None:
-            self._conv = taps_first(conv.weight).view(9, hidden), _bias(conv)
+            self._conv = taps_first(conv.weight).view(9, hidden), bias_of(conv)
         self._weights2 = (torch.cat(spans), bias2)
         self._activations = (activation, conv_activation)
 
@@ -95,15 +96,6 @@ class PackedDepthwiseMlp:
         layers = (*affine, *self._weights, *self._conv, *self._weights2)
         out: Tensor = depthwise_mlp(x, *layers, residual, eps, *self._activations)
         return out
-
-
-def _bias(layer: nn.Linear | nn.Conv2d) -> Tensor:
-    return _zeros(layer) if layer.bias is None else layer.bias.detach().float()
-
-
-def _zeros(layer: nn.Linear | nn.Conv2d) -> Tensor:
-    """One for each output."""
-    return layer.weight.new_zeros(len(layer.weight), dtype=torch.float32)
 
 
 def _span(hidden: int, dtype: torch.dtype) -> int:
@@ -159,7 +151,7 @@ def depthwise_mlp(
             **{"in": x.contiguous(), "norm_weight": norm_weight, "norm_bias": norm_bias},
             **{"weight1": weight1, "bias1": bias1, "taps": taps, "conv_bias": conv_bias},
             **{"weight2": weight2, "bias2": bias2, "out": out},
-            "other": None if residual is None else residual.contiguous(),
+            "other": dense(residual),
         }
         return problem, Addresses(_TENSORS, tensors)
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ops.cpu.binding import Addresses, Call, kernel, problem_of
 from ops.cpu.gemm.linear import no_products, pack_weight
 from ops.cpu.structures import structure
+from ops.cpu.tensors import bias_of
 from ops.cpu.threads import MACS, threads_for
 
 __all__ = ["PackedResponseMlp", "response_mlp"]
@@ -56,9 +56,9 @@ class PackedResponseMlp:
     ) -> None:
         self._eps = eps
         self._weights = [
-            *(t for layer in (squeeze, excite) for t in (_inputs_first(layer), _bias(layer))),
-            *(pack_weight(fc1.weight), _bias(fc1), response.detach().float().flatten()),
-            *(pack_weight(fc2.weight), _bias(fc2)),
+            *(t for layer in (squeeze, excite) for t in (_inputs_first(layer), bias_of(layer))),
+            *(pack_weight(fc1.weight), bias_of(fc1), response.detach().float().flatten()),
+            *(pack_weight(fc2.weight), bias_of(fc2)),
         ]
 
     def __call__(self, x: Tensor, shortcut: Tensor) -> Tensor:
@@ -78,12 +78,6 @@ class PackedResponseMlp:
 def _inputs_first(layer: nn.Linear | nn.Conv2d) -> Tensor:
     """(in_features, out_features), contiguous, float32."""
     return layer.weight.detach().flatten(1).float().t().contiguous()
-
-
-def _bias(layer: nn.Linear | nn.Conv2d) -> Tensor:
-    if layer.bias is None:
-        return layer.weight.new_zeros(len(layer.weight), dtype=torch.float32)
-    return layer.bias.detach().float()
 
 
 @kernel("response_mlp", "response_mlp_forward", refuses=no_products)

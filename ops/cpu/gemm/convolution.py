@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ops.cpu.activations import ACTIVATIONS
+from ops.cpu.activations import require_activation
 from ops.cpu.binding import Addresses, Call, kernel, problem_of
 from ops.cpu.gemm.linear import no_products, pack_weight
 from ops.cpu.structures import structure
+from ops.cpu.tensors import bias_of, empty_nhwc
 from ops.cpu.threads import MACS, threads_for
 
 __all__ = ["PackedConv2d", "packed_conv2d"]
@@ -43,8 +44,7 @@ class PackedConv2d:
             raise ValueError(f"a convolution must be padded with a number of zeros, got {conv}")
         weight = conv.weight.detach()
         self._weight = pack_weight(weight.permute(0, 2, 3, 1).flatten(1))
-        bias = weight.new_zeros(len(weight)) if conv.bias is None else conv.bias.detach()
-        self._bias = bias.float()
+        self._bias = bias_of(conv)
         self._geometry = [conv.in_channels, *conv.kernel_size, *conv.stride, *padding]
 
     def __call__(self, x: Tensor, activation: str = "none") -> Tensor:
@@ -78,8 +78,7 @@ def packed_conv2d(
         raise ValueError(
             f"x must be (B, {channels}, H, W) of {weight.dtype}, got {tuple(x.shape)} of {x.dtype}"
         )
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
+    require_activation(activation)
     kernel_size, stride, padding = sides[:2], sides[2:4], sides[4:]
     size = [
         (n + 2 * p - k) // s + 1
@@ -90,8 +89,7 @@ def packed_conv2d(
             f"a map of {tuple(x.shape[2:])} with padding {tuple(padding)} is smaller than the "
             f"window of {tuple(kernel_size)}"
         )
-    shape = (len(x), len(bias), *size)
-    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    out = empty_nhwc(x, (len(x), len(bias), *size))
 
     def arguments() -> Any:
         pixels = x.contiguous(memory_format=torch.channels_last)

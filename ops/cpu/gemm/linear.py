@@ -18,6 +18,7 @@ from ops.cpu.build import load, unavailable_reason
 from ops.cpu.dispatch import require_dtype
 from ops.cpu.gemm.plan import TENSORS, linear_problem, output_shape, with_rows
 from ops.cpu.policy import multiplies
+from ops.cpu.tensors import dense
 
 __all__ = ["no_products", "pack_weight", "packed_linear", "packed_linear_energy", "unsupported"]
 
@@ -126,7 +127,7 @@ def packed_linear(
         tensors = {
             **{"in": rows, "weight": weight, "bias": bias, "other": added, "out": out},
             "scale": None if scale is None else scale.float().contiguous(),
-            "other_scale": None if other_scale is None else other_scale.contiguous(),
+            "other_scale": dense(other_scale),
         }
         return problem, Addresses(TENSORS, tensors)
 

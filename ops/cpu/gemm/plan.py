@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ops.cpu.activations import ACTIVATIONS
+from ops.cpu.activations import require_activation
 from ops.cpu.binding import problem_of
 from ops.cpu.build import status
 from ops.cpu.dispatch import require_dtype
@@ -65,8 +65,7 @@ def output_shape(
     Raises:
         ValueError: shapes or dtypes that do not go together, an unknown activation or combination.
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
+    require_activation(activation)
     if combination not in COMBINATIONS or (combination == "none") != (other is None):
         raise ValueError(
             f"combination must be one of {COMBINATIONS}, other than 'none' if and only if there "

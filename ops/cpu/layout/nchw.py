@@ -14,6 +14,7 @@ from torch import Tensor
 from ops.cpu.binding import Call, kernel, problem_of
 from ops.cpu.dispatch import require_dtype
 from ops.cpu.structures import structure
+from ops.cpu.tensors import empty_nhwc
 from ops.cpu.threads import VALUES, threads_for
 
 __all__ = ["nchw_from_nhwc", "nhwc_from_nchw"]
@@ -68,7 +69,7 @@ def nhwc_from_nchw(nchw: Tensor, x: Tensor) -> Call:
     require_dtype(x.dtype, nchw=nchw)
     if nchw.shape != x.shape:
         raise ValueError(f"nchw must be {tuple(x.shape)}, got {tuple(nchw.shape)}")
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    out = empty_nhwc(x, x.shape)
 
     def arguments() -> Any:
         nhwc = x.contiguous(memory_format=torch.channels_last)

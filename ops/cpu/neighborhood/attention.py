@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ops.cpu.binding import Addresses, Call, kernel, problem_of
 from ops.cpu.structures import structure
+from ops.cpu.tensors import dense
 
 __all__ = ["na_cpu_backward", "na_cpu_forward", "na_cpu_output"]
 
@@ -124,7 +125,7 @@ def na_cpu_backward(
             **of_inputs,
             **{"out": _with_channels(out), "lse": _per_query(lse.contiguous())},
             "grad_out": _with_channels(grad_out),
-            "grad_lse": _per_query(None if grad_lse is None else grad_lse.contiguous()),
+            "grad_lse": _per_query(dense(grad_lse)),
             "grad_rpb": None if rpb is None else grads[5],
         }
         problem = _problem_of(inputs, kernel_size, stride, dilation, is_causal, scale)

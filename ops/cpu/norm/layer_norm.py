@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ops.cpu.activations import ACTIVATIONS
+from ops.cpu.activations import require_activation
 from ops.cpu.binding import Addresses, Call, kernel, problem_of
 from ops.cpu.dispatch import require_dtype
 from ops.cpu.structures import structure
@@ -41,8 +41,7 @@ def layer_norm(
         ValueError: shapes or dtypes that do not go together, or an unknown activation.
         RuntimeError: the kernel is not available here (its ``unsupported`` tells beforehand).
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
+    require_activation(activation)
     if not weight.shape == bias.shape == x.shape[-1:]:
         raise ValueError(
             "x must be (..., dim), weight and bias (dim,), got "

@@ -17,6 +17,7 @@ from ops.cpu.activations import ACTIVATIONS
 from ops.cpu.binding import Addresses, Call, kernel, problem_of
 from ops.cpu.dispatch import require_dtype
 from ops.cpu.structures import structure
+from ops.cpu.tensors import dense
 from ops.cpu.threads import MACS, threads_for
 
 __all__ = ["gated_scan", "gated_scan_backward", "mixed_scan"]
@@ -51,7 +52,7 @@ def gated_scan(
     def arguments() -> Any:
         fields = {
             **_inputs(query, key, value, log_gate, log_gate_back),
-            **{"bonus": None if bonus is None else bonus.contiguous(), "out": out},
+            **{"bonus": dense(bonus), "out": out},
         }
         return _problem_of(query, value, bonus is not None, scale), Addresses(_FORWARD, fields)
 

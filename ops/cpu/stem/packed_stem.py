@@ -20,6 +20,7 @@ from ops.cpu.gemm.linear import no_products, pack_weight
 from ops.cpu.gemm.plan import packed_size
 from ops.cpu.policy import multiplies
 from ops.cpu.structures import structure
+from ops.cpu.tensors import bias_of, empty_nhwc
 from ops.cpu.threads import threads_for
 
 __all__ = ["NCHWConv2d", "pack_layers", "packed_stem"]
@@ -63,8 +64,7 @@ def pack_layers(
             weight = nn.functional.pad(weight, (0, weight.shape[3] % 2))  # whole pairs a row
         weight = weight.flatten(1).contiguous()
         weights.append(pack_weight(weight.view(torch.float32)))  # pairs as if they were floats
-        bias = conv.weight.new_zeros(len(weight)) if conv.bias is None else conv.bias.detach()
-        biases.append(bias.float())
+        biases.append(bias_of(conv))
     return weights, biases
 
 
@@ -122,8 +122,7 @@ def packed_stem(
             f"of {side}×{side}"
         )
     size = [-(-n // 2 ** (len(weights) - 1)) for n in size]
-    shape = (len(x), len(biases[-1]), *size)
-    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    out = empty_nhwc(x, (len(x), len(biases[-1]), *size))
 
     def arguments() -> Any:
         layers = [

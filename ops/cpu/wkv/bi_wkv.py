@@ -10,6 +10,7 @@ from torch import Tensor
 from ops.cpu.binding import Addresses, Call, kernel, problem_of
 from ops.cpu.dispatch import require_dtype
 from ops.cpu.structures import structure
+from ops.cpu.tensors import dense
 from ops.cpu.threads import VALUES, threads_for
 
 __all__ = ["bi_wkv_backward", "bi_wkv_forward"]
@@ -50,7 +51,7 @@ def bi_wkv_forward(
     def arguments() -> Any:
         tensors = {
             **{"key": key.contiguous(), "value": value.contiguous()},
-            **{"gate": None if gate is None else gate.contiguous(), "out": out},
+            **{"gate": dense(gate), "out": out},
             **{"decay": decay.contiguous(), "first": first.contiguous()},
         }
         return _problem_of(key, segments), Addresses(_TENSORS, tensors)
