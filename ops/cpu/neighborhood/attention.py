@@ -40,15 +40,10 @@ def na_cpu_output(
     scale: float,
 ) -> Call:
     """The attention; shapes as in :mod:`ops.neighborhood`. No gradients."""
-    tensors = (query, key, value, additional_keys, additional_values, rpb)
+    inputs = (query, key, value, additional_keys, additional_values, rpb)
+    window = (kernel_size, stride, dilation, is_causal)
     out = _empty_out(query, value)
-
-    def arguments() -> Any:
-        fields = {**_inputs(*tensors), "out": _with_channels(out)}
-        problem = _problem_of(tensors, kernel_size, stride, dilation, is_causal, scale)
-        return problem, Addresses(_FORWARD, fields)
-
-    return Call(out, arguments)
+    return Call(out, lambda: _forward_arguments(inputs, window, scale, out))
 
 
 @kernel("neighborhood", "na_forward", returns="(Tensor, Tensor)", large_results=True)
@@ -66,16 +61,11 @@ def na_cpu_forward(
     scale: float,
 ) -> Call:
     """The attention and the logarithms of its sums, in float32."""
-    tensors = (query, key, value, additional_keys, additional_values, rpb)
+    inputs = (query, key, value, additional_keys, additional_values, rpb)
+    window = (kernel_size, stride, dilation, is_causal)
     out = _empty_out(query, value)
     lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
-
-    def arguments() -> Any:
-        fields = {**_inputs(*tensors), "out": _with_channels(out), "lse": _per_query(lse)}
-        problem = _problem_of(tensors, kernel_size, stride, dilation, is_causal, scale)
-        return problem, Addresses(_FORWARD, fields)
-
-    return Call((out, lse), arguments)
+    return Call((out, lse), lambda: _forward_arguments(inputs, window, scale, out, lse))
 
 
 @kernel(
@@ -128,7 +118,7 @@ def na_cpu_backward(
             "grad_lse": _per_query(dense(grad_lse)),
             "grad_rpb": None if rpb is None else grads[5],
         }
-        problem = _problem_of(inputs, kernel_size, stride, dilation, is_causal, scale)
+        problem = _problem_of(inputs, (kernel_size, stride, dilation, is_causal), scale)
         return problem, Addresses(_BACKWARD, fields)
 
     return Call(tuple(grads), tuple if empty else arguments)
@@ -180,16 +170,21 @@ def _strided(t: Tensor, strides: Sequence[int]) -> Addresses:
     return Addresses(_TENSOR, {"data": t, "batch": batch, **fields, "head": head})
 
 
-def _problem_of(
-    tensors: Sequence[Tensor | None],
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    is_causal: Sequence[bool],
+def _forward_arguments(
+    inputs: Sequence[Any],
+    window: Sequence[Sequence[int]],
     scale: float,
-) -> Any:
-    query, key, value, additional_keys, *_ = tensors
-    assert query is not None and key is not None and value is not None
+    out: Tensor,
+    lse: Tensor | None = None,
+) -> Sequence[Any]:
+    fields = {**_inputs(*inputs), "out": _with_channels(out), "lse": _per_query(lse)}
+    return _problem_of(inputs, window, scale), Addresses(_FORWARD, fields)
+
+
+def _problem_of(inputs: Sequence[Any], window: Sequence[Sequence[int]], scale: float) -> Any:
+    """``window``: kernel sizes, strides, dilations, and whether axes are causal."""
+    query, key, value, additional_keys, *_ = inputs
+    kernel_size, stride, dilation, is_causal = window
     batch, *size, heads, dim = query.shape
     missing = 3 - len(size)
     return problem_of(
