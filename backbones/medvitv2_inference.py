@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from backbones import medvitv2_blocks
-from ops.cpu.layout.nchw import nhwc_from_nchw, nchw_from_nhwc
+from ops.cpu.layout.nchw import nchw_from_nhwc, nhwc_from_nchw
 from ops.inference.conv import FastSqueezeExcite
 from ops.inference.forms import stands_for
 from ops.inference.layers import FastLayer, FastPointwiseConv2d
