@@ -1,6 +1,6 @@
 """Which library a kernel has for an instruction set, and how it is compiled.
 
-Wheels bring compiled libraries; the hook that compiles them (``tools/wheel/build_hook.py``) runs
+Wheels bring compiled libraries; the hook that compiles them (``tools/wheel_hook.py``) runs
 where torch need not be, so that neither this module nor what it imports needs it.
 """
 
