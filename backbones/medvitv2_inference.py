@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from backbones import medvitv2_blocks
-from ops.cpu.layout.nchw import join_planes, split_planes
+from ops.cpu.layout.nchw import nchw_from_nhwc, nhwc_from_nchw
 from ops.inference.conv import FastSqueezeExcite
 from ops.inference.forms import stands_for
 from ops.inference.layers import FastLayer, FastPointwiseConv2d
@@ -76,7 +76,7 @@ def _tensors_of(norm: nn.BatchNorm2d) -> list[Tensor]:
 
 def _affine(norm: nn.BatchNorm2d, x: Tensor) -> Tensor | None:
     """Scale and shift (2, C) in float32, or None where there is no kernel for them."""
-    if split_planes.unsupported(x.device, x.dtype) is not None:
+    if nchw_from_nhwc.unsupported(x.device, x.dtype) is not None:
         return None
     return torch.stack([t.detach() for t in norm_affine(copy.deepcopy(norm).float())])
 
@@ -88,5 +88,5 @@ def _add_as_stored(
     if affine is None:
         return x + medvitv2_blocks.map_as_stored(layer, norm(x))
     batch, dim, height, width = x.shape
-    mixed = layer(split_planes(x, affine).view(batch, height, width, dim))
-    return join_planes(mixed.reshape(x.shape), x)
+    mixed = layer(nchw_from_nhwc(x, affine).view(batch, height, width, dim))
+    return nhwc_from_nchw(mixed.reshape(x.shape), x)

@@ -141,9 +141,15 @@ static void forget_pages() {
 // Kernels are given the threads that they share, see ops/cpu/openmp.py.
 extern "C" void GOMP_parallel(void (*)(void*), void*, unsigned, unsigned);
 
+// And the kernel of linear layers, which is loaded before those that call it, see ops/cpu/build.py.
+static void* gemm = nullptr;
+
 static void* load(const char* path) {
   void* const library = dlopen(path, RTLD_NOW);
   if (!library) fail(dlerror());
+  if (void* const forward = dlsym(library, "linear_forward")) gemm = forward;
+  const auto use_gemm = reinterpret_cast<void (*)(void*)>(dlsym(library, "linear_use"));
+  if (use_gemm) use_gemm(gemm);
   using Use = void (*)(decltype(GOMP_parallel)*, int (*)(), int (*)());
   const auto use = reinterpret_cast<Use>(dlsym(library, "parallel_use"));
   if (use) use(GOMP_parallel, omp_get_thread_num, omp_get_num_threads);

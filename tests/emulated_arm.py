@@ -148,7 +148,7 @@ class _Replay(Emulated):
     """Lists of calls are read here; what they call is emulated."""
 
     def __init__(self, native: ctypes.CDLL, emulated: Library) -> None:
-        self.replay_run, self.replay_room = native.replay_run, native.replay_room
+        self.replay_run, self.replay_scratch_bytes = native.replay_run, native.replay_scratch_bytes
         self.replay_pointwise = emulated.replay_pointwise
 
 
@@ -178,6 +178,7 @@ def become(instructions: str, scratch: Path) -> Emulator:
     for name, function in replaced.items():
         setattr(instruction_sets, name, function)
     build._open = open_library
+    build._give_gemm = lambda library, gemm: None  # emulated_arm.cpp does
     build._kernels.clear()
     return emulator
 

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from ops.cpu import policy
+from ops.cpu.activations import ACTIVATIONS
 from ops.cpu.build import status, unavailable_reason
 from ops.cpu.dispatch import is_plain_call
 from ops.cpu.huge_pages import ask_for_huge_pages
@@ -32,6 +33,7 @@ __all__ = [
     "Observer",
     "kernel",
     "observed_by",
+    "problem_of",
     "registered",
     "words_of",
 ]
@@ -67,6 +69,22 @@ class Addresses(NamedTuple):
             else:
                 found.append(value)
         return found
+
+
+def problem_of(structure: Any, x: Tensor, axes: str = "", **fields: Any) -> Any:
+    """A structure of numbers, which tells a kernel the sizes of a call.
+
+    Args:
+        structure: see :func:`ops.cpu.structures.structure`; it has a field ``bfloat16``, which says
+            whether that is the dtype of ``x``.
+        axes: fields that hold the sizes of the axes of ``x``, such as ``"batch height width dim"``;
+            ``_`` for an axis that none does.
+        fields: the others, those of activations by their names.
+    """
+    sizes = dict(zip(axes.split(), x.shape, strict=False))
+    sizes.pop("_", None)
+    numbers = {n: ACTIVATIONS.index(v) if isinstance(v, str) else v for n, v in fields.items()}
+    return structure(bfloat16=x.dtype == torch.bfloat16, **sizes, **numbers)
 
 
 # What C functions take: numbers, and the addresses of a structure or an array of them, of pointers

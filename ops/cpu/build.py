@@ -8,6 +8,7 @@ import errno
 import logging
 import os
 import threading
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -52,7 +53,7 @@ class Kernel:
 
 
 _kernels: dict[str, Kernel] = {}
-_kernels_lock = threading.Lock()
+_kernels_lock = threading.RLock()  # one kernel may want another
 _told: set[str] = set()  # what has been said, and is not said for every kernel
 
 
@@ -76,12 +77,7 @@ def unavailable_reason(name: str) -> str | None:
 def status(name: str) -> Kernel:
     """Build and load the kernel ``name`` on the first call; later calls repeat the outcome."""
     kernel = _kernels.get(name)
-    if kernel is None:
-        with _kernels_lock:
-            kernel = _kernels.get(name)
-            if kernel is None:
-                kernel = _kernels[name] = _find_or_build(name)
-    return kernel
+    return _remembered(name, _together(name)) if kernel is None else kernel
 
 
 def prepare(isa: str) -> Path | None:
@@ -122,7 +118,7 @@ def prepare(isa: str) -> Path | None:
 def _start_anew() -> None:
     """In a fork: whoever holds the lock is a thread of the parent, and not here."""
     global _kernels_lock
-    _kernels_lock = threading.Lock()
+    _kernels_lock = threading.RLock()
 
 
 if hasattr(os, "register_at_fork"):
@@ -137,18 +133,44 @@ class _ForeignError(Exception):
     """The library cannot be loaded on this system: why."""
 
 
-def _find_or_build(name: str) -> Kernel:
+def _remembered(name: str, beside: Sequence[str]) -> Kernel:
+    """The kernel; where it is compiled, ``beside`` those that are likely to be needed soon."""
+    with _kernels_lock:
+        kernel = _kernels.get(name)
+        if kernel is None:
+            kernel = _kernels[name] = _find_or_build(name, beside)
+        return kernel
+
+
+def _find_or_build(name: str, beside: Sequence[str]) -> Kernel:
     known = sources()
     if known and name not in known:  # else the sources are missing
         raise ValueError(f"no kernel {name!r}; the kernels are {sorted(known)}")
-    sets = instruction_sets.candidates()
+    if not (known and libraries.calls_gemm(name)):
+        return _find_or_build_alone(name, beside, instruction_sets.candidates())
+    gemm = _remembered(libraries.GEMM, beside)
+    if gemm.library is None:
+        return gemm
+    # It takes weights that were packed for its own vectors.
+    kernel = _find_or_build_alone(name, beside, [gemm.instruction_set])
+    if kernel.library is not None:
+        _give_gemm(kernel.library, gemm.library)
+    return kernel
+
+
+def _give_gemm(library: ctypes.CDLL, gemm: ctypes.CDLL) -> None:
+    library.linear_use(ctypes.cast(gemm.linear_forward, ctypes.c_void_p))
+
+
+def _find_or_build_alone(name: str, beside: Sequence[str], sets: list[str]) -> Kernel:
+    """The kernel for the first of the instruction sets that it can be had for."""
     reason, expected, may_build = "", False, True
     if not is_switched_on():
         reason, expected = f"switched off by {SWITCH}={os.environ[SWITCH]}", True
         sets.clear()
     for isa in sets:
         try:
-            kernel = _find_or_build_for(name, isa, may_build)
+            kernel = _find_or_build_for(name, isa, beside if may_build else None)
         except compiler.RefusedError as error:
             # An old compiler may not know the instructions of a new CPU.
             reason = str(error)
@@ -169,15 +191,18 @@ def _find_or_build(name: str) -> Kernel:
     return Kernel(None, None, instruction_set(), reason)
 
 
-def _find_or_build_for(name: str, isa: str, may_build: bool) -> Kernel | None:
+def _find_or_build_for(name: str, isa: str, beside: Sequence[str] | None) -> Kernel | None:
     """The kernel that came with the package, else from the first folder that has it, else compiled
     into the first that will do.
+
+    Args:
+        beside: see :func:`_remembered`; None to compile nothing.
 
     Raises:
         RefusedError: the compilers do not take the source with these instructions.
         CompilerError, _UnavailableError, OSError: it cannot be had, whatever the instructions.
     """
-    stem = libraries.stem(name, isa)
+    stem, may_build = libraries.stem(name, isa), beside is not None
     if (path := libraries.shipped(stem)) is not None:
         with contextlib.suppress(_ForeignError):
             return Kernel(_open(path), path, isa, None)
@@ -188,8 +213,8 @@ def _find_or_build_for(name: str, isa: str, may_build: bool) -> Kernel | None:
         if flaw is None:
             try:
                 found = _load_kept(folder, stem, foreign)
-                if found is None and may_build and (flaw := cache.refused(folder)) is None:
-                    found = _build(name, isa, folder, foreign)
+                if found is None and beside is not None and not (flaw := cache.refused(folder)):
+                    found = _build(name, isa, folder, foreign, beside)
             except OSError as error:
                 flaw = cache.refuse(folder, error)
         if found is not None:
@@ -227,10 +252,13 @@ def _open(path: Path) -> ctypes.CDLL:
     return library
 
 
-def _build(name: str, isa: str, folder: Path, foreign: set[Path]) -> tuple[ctypes.CDLL, Path]:
-    """Compile the kernel, and beside it those that are likely to be needed soon."""
+def _build(
+    name: str, isa: str, folder: Path, foreign: set[Path], beside: Sequence[str]
+) -> tuple[ctypes.CDLL, Path]:
+    """Compile the kernel and those of ``beside`` that are missing, too."""
     compilers = _compilers()
-    wanted = [name, *(other for other in _together(name) if _is_missing(other, isa, folder))]
+    others = [other for other in beside if other != name and _is_missing(other, isa, folder)]
+    wanted = [name, *others]
     batch.compile_all(wanted, isa, folder, compilers, foreign)
     if (found := _load_kept(folder, libraries.stem(name, isa), foreign)) is None:
         raise _UnavailableError(f"what {compilers[0][0]} made of it cannot be loaded")
@@ -238,9 +266,9 @@ def _build(name: str, isa: str, folder: Path, foreign: set[Path]) -> tuple[ctype
 
 
 def _together(name: str) -> list[str]:
-    """What is compiled beside ``name``: those of fused models, or those of plain layers."""
+    """What is compiled at once with ``name``: those of fused models, or those of plain layers."""
     is_plain = name in _OF_PLAIN_LAYERS
-    return [n for n in sources() if n != name and (n in _OF_PLAIN_LAYERS) == is_plain]
+    return [n for n in sources() if n == libraries.GEMM or (n in _OF_PLAIN_LAYERS) == is_plain]
 
 
 def _is_missing(name: str, isa: str, folder: Path) -> bool:

@@ -1,6 +1,6 @@
 """Which library a kernel has for an instruction set, and how it is compiled.
 
-Wheels bring compiled libraries; the hook that compiles them (``tools/wheel/build_hook.py``) runs
+Wheels bring compiled libraries; the hook that compiles them (``tools/wheel_hook.py``) runs
 where torch need not be, so that neither this module nor what it imports needs it.
 """
 
@@ -14,9 +14,10 @@ from pathlib import Path
 from ops.cpu import compiler, instruction_sets
 from ops.cpu.structures import included
 
-__all__ = ["SHIPPED", "compile_into", "shipped", "sources", "stem"]
+__all__ = ["GEMM", "SHIPPED", "calls_gemm", "compile_into", "shipped", "sources", "stem"]
 
 SOURCES = Path(__file__).parent
+GEMM = "gemm"  # the kernel of linear layers, which others call
 # Wheels have it. What lies in the package is as trustworthy as its Python.
 SHIPPED = SOURCES / "compiled"
 
@@ -24,6 +25,11 @@ SHIPPED = SOURCES / "compiled"
 def sources() -> dict[str, Path]:
     """The source of each kernel, ``<folder>/<name>.cpp``, by its name."""
     return {path.stem: path for path in sorted(SOURCES.glob("*/*.cpp"))}
+
+
+def calls_gemm(name: str) -> bool:
+    """Whether a kernel wants the function of :data:`GEMM`, for the same instruction set."""
+    return SOURCES / "gemm" / "call.h" in included(sources()[name], SOURCES)
 
 
 def stem(name: str, isa: str, machine: str | None = None) -> str:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import torch
+
 __all__ = ["MACS", "VALUES", "threads_for"]
 
 # What keeps a thread busy for a few microseconds, which is about what it costs to share the work
@@ -11,6 +13,6 @@ MACS = 1e5  # multiply-adds of matrix products
 VALUES = 1 << 14  # of a map that is read once, or few times
 
 
-def threads_for(work: float, of_a_thread: float, threads: int) -> int:
-    """``threads``, or as many as have at least ``of_a_thread`` of the work each; at least 1."""
-    return max(1, min(threads, int(work / of_a_thread)))
+def threads_for(work: float, of_a_thread: float) -> int:
+    """Those of torch, or as many as have at least ``of_a_thread`` of the work each; at least 1."""
+    return max(1, min(torch.get_num_threads(), int(work / of_a_thread)))

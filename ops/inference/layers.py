@@ -18,7 +18,7 @@ from ops.cpu import policy
 from ops.cpu.dispatch import takes_kernels
 from ops.cpu.gemm.convolution import PackedConv2d
 from ops.cpu.gemm.linear import unsupported
-from ops.cpu.stem.packed_stem import PlanesConv2d, packed_stem
+from ops.cpu.stem.packed_stem import NCHWConv2d, packed_stem
 from ops.inference.forms import stands_for
 from ops.inference.packed_linear import (
     PackedLinear,
@@ -334,7 +334,7 @@ class FastConv2d(ActivatedLayer, nn.Conv2d):
         always = isinstance(own, PackedConv2d) and not policy.by_tiles(x.dtype)
         return own, None if always else self.for_onednn(x)
 
-    def for_kernel(self, x: Tensor) -> PackedConv2d | PlanesConv2d | None:
+    def for_kernel(self, x: Tensor) -> PackedConv2d | NCHWConv2d | None:
         """The convolution by one of our kernels, if one is ever faster."""
         stride: Any = self.stride
         dilation: Any = self.dilation
@@ -343,8 +343,8 @@ class FastConv2d(ActivatedLayer, nn.Conv2d):
         if policy.channels_enough_for_windows(self.in_channels):
             reason = unsupported(x.device, x.dtype, with_bfloat16=True)
             return PackedConv2d(self) if reason is None else None
-        own = PlanesConv2d.takes(self) and packed_stem.unsupported(x.device, x.dtype) is None
-        return PlanesConv2d(self) if own and not policy.by_tiles(x.dtype) else None
+        own = NCHWConv2d.takes(self) and packed_stem.unsupported(x.device, x.dtype) is None
+        return NCHWConv2d(self) if own and not policy.by_tiles(x.dtype) else None
 
     def for_onednn(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         """Packed weight and bias."""

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from ops.cpu.build import load
+from ops.cpu.structures import structure
 from ops.cpu.threads import VALUES, threads_for
 from ops.replay.graph import Block, Buffer, KernelCall, Place, TorchCall, View
 
@@ -24,19 +25,7 @@ _COPY, _ADD, _MULTIPLY = range(3)  # those of ops/cpu/replay/pointwise.h
 _MOST_AXES = 6
 _MOST_ELEMENTS = 1 << 19
 _COMBINED = ({torch.float32}, {torch.bfloat16})
-
-
-class _Problem(ctypes.Structure):
-    """``pointwise::Problem`` of ops/cpu/replay/pointwise.h."""
-
-    _fields_ = [
-        *((n, ctypes.c_int64) for n in ("operation", "element_bytes", "axes")),
-        *((n, ctypes.c_int64) for n in ("table_axis", "threads")),
-        *(
-            (n, ctypes.c_int64 * _MOST_AXES)
-            for n in ("sizes", "out_strides", "first_strides", "second_strides")
-        ),
-    ]
+_PROBLEM = structure("replay/pointwise.h", "pointwise::Problem")
 
 
 class _Operand(NamedTuple):
@@ -143,14 +132,18 @@ def _kernel_call(
         return None
     padded = [*axes, *[(0, 0, 0, 0)] * (_MOST_AXES - len(axes))]
     where = next((i for i, axis in enumerate(axes) if axis is of_table), -1)
-    threads = threads_for(math.prod(out.size), VALUES, torch.get_num_threads())
-    problem = _Problem(operation, out.dtype.itemsize, len(axes), where, threads)
-    for name, values in zip(
-        ("sizes", "out_strides", "first_strides", "second_strides"),
-        zip(*padded, strict=True),
-        strict=True,
-    ):
-        setattr(problem, name, (ctypes.c_int64 * _MOST_AXES)(*values))
+    threads = threads_for(math.prod(out.size), VALUES)
+    sizes, *strides = zip(*padded, strict=True)
+    names = ("out_strides", "first_strides", "second_strides")
+    problem = _PROBLEM(
+        operation=operation,
+        element_bytes=out.dtype.itemsize,
+        axes=len(axes),
+        table_axis=where,
+        threads=threads,
+        sizes=sizes,
+        **dict(zip(names, strides, strict=True)),
+    )
     begins = (out.begin, first.begin, 0 if second is None else second.begin, table)
     words = (ctypes.c_int64 * 4)(*(0 if isinstance(b, Place) else b for b in begins))
     places = tuple((8 * i, b) for i, b in enumerate(begins) if isinstance(b, Place))

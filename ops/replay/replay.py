@@ -68,8 +68,8 @@ class Replay:
         if library is None:
             raise NotCapturableError(f"there is no kernel: {unsupported()}")
         self._run = library.replay_run
-        library.replay_room.restype = ctypes.c_int64
-        self._room = library.replay_room()
+        library.replay_scratch_bytes.restype = ctypes.c_int64
+        self._scratch_bytes = library.replay_scratch_bytes()
         self._buffers, self._constants = graph.buffers, list(graph.constants)
         calls: list[KernelCall | TorchCall] = []
         self.lowered: list[int] = []
@@ -199,17 +199,17 @@ class Replay:
         if not 2 <= len(call.arguments) <= 4:
             raise NotCapturableError(f"a kernel takes {len(call.arguments)} arguments")
         self._words += (call.function, len(call.arguments))
-        room = 0
+        scratch = 0
         for argument in call.arguments:
             if isinstance(argument, Place):
                 self._words += (_PLACE, *self._base(argument))
             elif isinstance(argument, Block):
-                room += -(-len(argument.data) // 16) * 16 if argument.places else 0
+                scratch += -(-len(argument.data) // 16) * 16 if argument.places else 0
                 self._write_block(argument)
             else:
                 self._words += (_VALUE, argument)
-        if room > self._room:
-            raise NotCapturableError(f"the arguments of a kernel take {room} bytes")
+        if scratch > self._scratch_bytes:
+            raise NotCapturableError(f"the arguments of a kernel take {scratch} bytes")
 
     def _write_block(self, block: Block) -> None:
         kept = ctypes.create_string_buffer(block.data, len(block.data))

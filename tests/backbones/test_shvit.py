@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
+from zoo import images, randomise, small
 
 import backbones
 from backbones.cli.parity import checkpoint, image, reference, summary_error
+from ops.replay.replay import Replay
 
 
 @pytest.mark.parametrize("variant", ["shvit_s1", pytest.param("shvit_s4", marks=pytest.mark.slow)])
@@ -37,3 +39,12 @@ def test_residual_branches_start_silent() -> None:
     assert downsample[0].fn.norm.weight.min() == downsample[3].fn.norm.weight.min() == 1
     assert isinstance(block.mixer.fn.norm, nn.GroupNorm)
     assert 0.018 < model.head.fc.linear.weight.std() < 0.022
+
+
+@torch.no_grad()
+def test_maps_that_are_too_large_for_one_pass_are_replayed_too() -> None:
+    model = randomise(small("shvit")).eval().fuse()
+    x = images(1, 3, 272, 288)  # 17×18 tokens
+    outs = [model(x) for _ in range(4)]
+    assert [type(program) for program in model._records._programs.values()] == [Replay]
+    assert all(torch.equal(out, model.compute(x)) for out in outs)

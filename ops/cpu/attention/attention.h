@@ -174,24 +174,25 @@ static void forward(const Problem& p, const Tensors& t) {
   const bool few = are_few(p, t);
   const int64_t chunk_queries = few ? p.queries : queries_a_task(p);
   const int64_t chunks = (p.queries + chunk_queries - 1) / chunk_queries;
+  const int64_t row_keys = round_up(keys, LANES);
   const auto work = [&](int64_t index) {
-    static thread_local Room<float> rooms[7];
-    static thread_local Room<const float*> places[2];
-    Scratch s{rooms[0].of(round_up(keys, LANES) * p.dim + W),
-              rooms[1].of((keys + 1) * p.value_dim + LANES),
-              rooms[2].of(round_up(p.dim, LANES) * TILE),
-              rooms[3].of(W * std::max(round_up(p.dim, LANES), round_up(p.value_dim, LANES))),
-              rooms[4].of(std::max(int64_t{BLOCK * TILE}, few ? FEW * round_up(keys, LANES) : 0)),
-              rooms[5].of(std::max(round_up(p.value_dim, LANES) * TILE, round_up(p.dim, LANES))),
-              rooms[6].of(few ? round_up(p.dim, LANES) * round_up(keys, LANES) : 0),
-              places[0].of(few ? std::max(round_up(keys, LANES), p.dim) : 0),
+    static thread_local ScratchBuffer<float> buffers[7];
+    static thread_local ScratchBuffer<const float*> places[2];
+    Scratch s{buffers[0].of(round_up(keys, LANES) * p.dim + W),
+              buffers[1].of((keys + 1) * p.value_dim + LANES),
+              buffers[2].of(round_up(p.dim, LANES) * TILE),
+              buffers[3].of(W * std::max(round_up(p.dim, LANES), round_up(p.value_dim, LANES))),
+              buffers[4].of(std::max(int64_t{BLOCK * TILE}, few ? MAX_QUERIES * row_keys : 0)),
+              buffers[5].of(std::max(round_up(p.value_dim, LANES) * TILE, round_up(p.dim, LANES))),
+              buffers[6].of(few ? round_up(p.dim, LANES) * row_keys : 0),
+              places[0].of(few ? std::max(row_keys, p.dim) : 0),
               places[1].of(few ? keys : 0)};
     // Heads of the same tokens follow each other: they are neighbours in memory, which threads should
     // not share.
     const int64_t head = index % p.heads, chunk = index / p.heads % chunks;
     const int64_t group = index / (p.heads * chunks);
     const Group<T, P> own{p, t, group / p.groups, group % p.groups, head, s};
-    if (few) return Few<T, P>{own}.run();
+    if (few) return FewQueries<T, P>{own}.run();
     const Tiles<T, P> tiles{own};
     tiles.take_keys();
     const int64_t end = std::min(p.queries, (chunk + 1) * chunk_queries);

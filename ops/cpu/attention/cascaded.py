@@ -6,18 +6,18 @@ torch longer to call than to compute. What is not a projection is computed in fl
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ops.cpu.binding import Addresses, Call, kernel
+from ops.cpu.binding import Addresses, Call, kernel, problem_of
 from ops.cpu.depthwise.conv import taps_first
 from ops.cpu.dispatch import require_dtype
 from ops.cpu.gemm.linear import no_products, pack_weight
 from ops.cpu.structures import structure
+from ops.cpu.tensors import bias_of, dense
 from ops.cpu.threads import threads_for
 
 __all__ = ["PackedCascadedAttention", "cascaded_attention"]
@@ -55,7 +55,7 @@ class PackedCascadedAttention:
     ) -> None:
         self._qk_dim, self._eps = qk_dim, 0.0 if norm is None else norm.eps
         weight = torch.cat([pack_weight(layer.weight.flatten(1)) for layer in projections])
-        self._projection = weight, torch.stack([_bias(layer) for layer in projections])
+        self._projection = weight, torch.stack([bias_of(layer) for layer in projections])
         self._norm: tuple[Tensor | None, Tensor | None] = (None, None)
         if norm is not None:
             self._norm = norm.weight.detach().float(), norm.bias.detach().float()
@@ -63,7 +63,7 @@ class PackedCascadedAttention:
         if convs:
             sides = torch.tensor([conv.kernel_size[0] for conv in convs])
             taps = torch.cat([taps_first(conv.weight).flatten() for conv in convs])
-            self._convs = sides, taps, torch.stack([_bias(conv) for conv in convs])
+            self._convs = sides, taps, torch.stack([bias_of(conv) for conv in convs])
         self._parameters = (*self._norm, *self._projection, *self._convs)
 
     def __call__(self, x: Tensor, table: Tensor | None = None) -> Tensor:
@@ -78,11 +78,6 @@ class PackedCascadedAttention:
         """
         out: Tensor = cascaded_attention(x, *self._parameters, table, self._qk_dim, self._eps)
         return out
-
-
-def _bias(layer: nn.Conv2d) -> Tensor:
-    assert layer.bias is not None
-    return layer.bias.detach().float()
 
 
 @kernel("cascaded_attention", "cascaded_attention_forward", refuses=no_products)
@@ -113,33 +108,22 @@ def cascaded_attention(
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
 
     def arguments() -> Any:
-        half, threads = x.dtype == torch.bfloat16, torch.get_num_threads()
-        problem = _problem(tuple(x.shape), (heads, head_dim, qk_dim), eps, half, threads)
+        problem = problem_of(
+            _PROBLEM,
+            x,
+            "images height width dim",
+            heads=heads,
+            head_dim=head_dim,
+            qk_dim=qk_dim,
+            eps=eps,
+            threads=threads_for(len(x) * tokens, _TOKENS),
+        )
         tensors = {
             **{"in": x.contiguous(), "norm_weight": norm_weight, "norm_bias": norm_bias},
             **{"weight": weight, "bias": bias, "kernels": kernels, "taps": taps},
             **{"taps_bias": taps_bias, "out": out},
-            "table": None if table is None else table.contiguous(),
+            "table": dense(table),
         }
         return problem, Addresses(_TENSORS, tensors)
 
     return Call(out, arguments)
-
-
-@functools.lru_cache(maxsize=1024)  # a network has few different ones, and filling them in is slow
-def _problem(
-    shape: tuple[int, ...], heads: tuple[int, int, int], eps: float, bfloat16: bool, threads: int
-) -> Any:
-    images, height, width, dim = shape
-    return _PROBLEM(
-        images=images,
-        height=height,
-        width=width,
-        dim=dim,
-        heads=heads[0],
-        head_dim=heads[1],
-        qk_dim=heads[2],
-        eps=eps,
-        bfloat16=bfloat16,
-        threads=threads_for(images * height * width, _TOKENS, threads),
-    )

@@ -13,7 +13,7 @@
 #include "attention/attention.h"
 #include "depthwise/square.h"
 #include "common/lanes.h"
-#include "gemm/gemm.h"
+#include "gemm/call.h"
 #include "common/parallel.h"
 #include "common/simd.h"
 
@@ -32,7 +32,7 @@ struct Problem {
   int64_t bfloat16, threads;
 };
 
-// `in` and `out` are [image][height][width][dim]. A head's `weight`, as linear.h packs it, and
+// `in` and `out` are [image][height][width][dim]. A head's `weight`, as pack.h packs it, and
 // `bias` give 2 * qk_dim + head_dim channels: query, key, value. Null where they are not wanted:
 // `norm_weight` and `norm_bias` [heads * head_dim], of a norm over all positions and channels of a
 // head; `kernels` [heads], sides of the windows whose `taps` [side][side][qk_dim] lie one after the
@@ -54,14 +54,14 @@ struct Scratch {
 };
 
 template <class U>
-static U* room(std::vector<U>& buffer, int64_t count) {
+static U* resized(std::vector<U>& buffer, int64_t count) {
   if (buffer.size() < static_cast<size_t>(count)) buffer.resize(static_cast<size_t>(count));
   return buffer.data();
 }
 
 static const float* as_floats(const float* in, int64_t, std::vector<float>&) { return in; }
 static const float* as_floats(const BFloat16* in, int64_t count, std::vector<float>& buffer) {
-  float* out = room(buffer, count + W);  // whole vectors are written
+  float* out = resized(buffer, count + W);  // whole vectors are written
   attention::to_floats(in, out, static_cast<int>(count));
   return out;
 }
@@ -80,12 +80,12 @@ struct Task {
 
   void run() const {
     const int64_t whole = simd::round_up(tokens, TILE);
-    room(s.keys, tokens * p.qk_dim);
-    room(s.queries, whole * qk_pitch);
-    room(s.tile, qk_pitch * TILE);
-    room(s.scores, tokens * TILE);
-    room(s.sums, out_pitch * TILE);
-    room(s.outs, whole * out_pitch);
+    resized(s.keys, tokens * p.qk_dim);
+    resized(s.queries, whole * qk_pitch);
+    resized(s.tile, qk_pitch * TILE);
+    resized(s.scores, tokens * TILE);
+    resized(s.sums, out_pitch * TILE);
+    resized(s.outs, whole * out_pitch);
     const float* taps = t.taps;
     for (int64_t head = 0; head < p.heads; head++) {
       const float* projected = project(head);
@@ -143,7 +143,7 @@ struct Task {
   // [token][query, key, value]
   const float* project(int64_t head) const {
     const int64_t pitch = linear::padded_inputs(in, p.head_dim);
-    T* shares = room(s.shares, tokens * pitch);
+    T* shares = resized(s.shares, tokens * pitch);
     float mean = 0, factor = 1;
     if (t.norm_weight) statistics(head, &mean, &factor);
     for (int64_t token = 0; token < tokens; token++) {
@@ -164,7 +164,7 @@ struct Task {
                      static_cast<const T*>(t.weight) +
                          head * linear::packed_size(shares, features, p.head_dim),
                      t.bias + head * features, features, activation::NONE,
-                     room(s.projected, tokens * features));
+                     resized(s.projected, tokens * features));
     return as_floats(s.projected.data(), tokens * features, s.floats);
   }
 

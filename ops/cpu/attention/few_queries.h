@@ -13,12 +13,12 @@
 
 namespace attention {
 
-constexpr int FEW = W * 3 / 4;  // queries at most
-constexpr int64_t FEW_KEYS = 1024;  // at most, lest their columns leave the cache
+constexpr int MAX_QUERIES = W * 3 / 4;  // queries at most
+constexpr int64_t MAX_KEYS = 1024;  // at most, lest their columns leave the cache
 constexpr int LANES = 2 * W;  // whose sums are in registers
 
 // Rows of Q queries, in steps of Floats or Pairs, times what lies in columns.
-struct FewArgs {
+struct QueriesArgs {
   const float* rows;  // [Q][row_pitch]
   ptrdiff_t row_pitch;
   const float* const* columns;  // [step], of which a multiple of LANES can be read
@@ -28,8 +28,8 @@ struct FewArgs {
 };
 
 template <class P, int Q>
-static void multiply_few(const FewArgs& args) {
-  const FewArgs a = args;
+static void multiply_queries(const QueriesArgs& args) {
+  const QueriesArgs a = args;
   for (int lane = 0; lane < a.lanes; lane += LANES) {
     F sum[Q][2] = {};
     for (int i = 0; i < a.steps; i++) {
@@ -50,25 +50,26 @@ static void multiply_few(const FewArgs& args) {
   }
 }
 
-using MultiplyFew = void (*)(const FewArgs&);
+using MultiplyQueries = void (*)(const QueriesArgs&);
 
 template <class P, int... I>
-static constexpr std::array<MultiplyFew, FEW> few_kernels(std::integer_sequence<int, I...>) {
-  return {multiply_few<P, I + 1>...};
+static constexpr std::array<MultiplyQueries, MAX_QUERIES> query_kernels(
+    std::integer_sequence<int, I...>) {
+  return {multiply_queries<P, I + 1>...};
 }
 // [queries - 1]
 template <class P>
-static constexpr std::array<MultiplyFew, FEW> MULTIPLY_FEW =
-    few_kernels<P>(std::make_integer_sequence<int, FEW>());
+static constexpr std::array<MultiplyQueries, MAX_QUERIES> MULTIPLY_QUERIES =
+    query_kernels<P>(std::make_integer_sequence<int, MAX_QUERIES>());
 
 static bool are_few(const Problem& p, const Tensors& t) {
   const int64_t keys = p.region_keys * p.routes;
-  return p.queries <= FEW && keys >= W && keys <= FEW_KEYS && !t.terms;
+  return p.queries <= MAX_QUERIES && keys >= W && keys <= MAX_KEYS && !t.terms;
 }
 
 // A group of a few queries.
 template <class T, class P>
-struct Few : Group<T, P> {
+struct FewQueries : Group<T, P> {
   using Group<T, P>::p;
   using Group<T, P>::t;
   using Group<T, P>::s;
@@ -84,9 +85,9 @@ struct Few : Group<T, P> {
     find_keys(steps);
     keys_to_columns(steps, key_pitch);
     for (int q = 0; q < count; q++) take_row(q, s.query + q * row_pitch);
-    const MultiplyFew multiply = MULTIPLY_FEW<P>[count - 1];
+    const MultiplyQueries multiply = MULTIPLY_QUERIES<P>[count - 1];
     multiply({s.query, row_pitch, s.key, steps, keys(), s.scores, key_pitch});
-    float factor[FEW];
+    float factor[MAX_QUERIES];
     for (int q = 0; q < count; q++) factor[q] = 1.f / weigh_row(s.scores + q * key_pitch);
     const int key_steps = simd::steps<P>(keys());
     multiply({s.scores, key_pitch, s.value, key_steps, value_dim, s.sums, sum_pitch});

@@ -5,15 +5,14 @@ The kernel is that of :mod:`ops.cpu.attention.grouped`.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ops.cpu.attention.grouped import PROBLEM, SMALL_MACS, TENSORS
+from ops.cpu.attention.grouped import PROBLEM, TENSORS, attention_threads
 from ops.cpu.attention.linear import gated_out, gated_tensors, unsupported_heads
-from ops.cpu.binding import Addresses, Call, kernel
+from ops.cpu.binding import Addresses, Call, kernel, problem_of
 
 __all__ = ["gated_attention", "unsupported"]
 
@@ -38,40 +37,30 @@ def gated_attention(
     batch, height, width, dim = bias.shape
 
     def arguments() -> Any:
-        problem = _problem(
-            (batch, num_heads, height, width, dim // num_heads),
-            qkvo.dtype == torch.bfloat16,
-            torch.get_num_threads(),
+        tokens, head_dim = height * width, dim // num_heads
+        whole, projected = (tokens * dim, dim, head_dim), (4 * tokens * dim, 4 * dim, head_dim)
+        problem = problem_of(
+            PROBLEM,
+            qkvo,
+            batch=batch,
+            groups=1,
+            heads=num_heads,
+            queries=tokens,
+            region_keys=tokens,
+            routes=1,
+            dim=head_dim,
+            value_dim=head_dim,
+            query_stride=projected,
+            key_stride=projected,
+            value_stride=projected,
+            out_stride=whole,
+            bias_stride=whole,
+            gate_stride=projected,
+            width=width,
+            scale=head_dim**-0.5,
+            threads=attention_threads(2 * bias.numel() * tokens),
         )
         tensors = gated_tensors(qkvo, bias, row_table, column_table, out)
         return problem, Addresses(TENSORS, tensors)
 
     return Call(out, arguments)
-
-
-@functools.lru_cache(maxsize=1024)  # a network has few different ones, and filling them in is slow
-def _problem(sizes: tuple[int, ...], bfloat16: bool, threads: int) -> Any:
-    batch, heads, height, width, head_dim = sizes
-    dim, tokens = heads * head_dim, height * width
-    whole, projected = (tokens * dim, dim, head_dim), (4 * tokens * dim, 4 * dim, head_dim)
-    macs = batch * tokens * tokens * 2 * dim
-    return PROBLEM(
-        batch=batch,
-        groups=1,
-        heads=heads,
-        queries=tokens,
-        region_keys=tokens,
-        routes=1,
-        dim=head_dim,
-        value_dim=head_dim,
-        query_stride=projected,
-        key_stride=projected,
-        value_stride=projected,
-        out_stride=whole,
-        bias_stride=whole,
-        gate_stride=projected,
-        width=width,
-        scale=head_dim**-0.5,
-        bfloat16=bfloat16,
-        threads=1 if macs < SMALL_MACS else threads,
-    )

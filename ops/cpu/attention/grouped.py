@@ -7,30 +7,30 @@ rounded to bfloat16 on CPUs that multiply it by AVX512-BF16 (those with AMX are 
 
 from __future__ import annotations
 
-import functools
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from ops.cpu.binding import Addresses, Call, kernel
+from ops.cpu.binding import Addresses, Call, kernel, problem_of
 from ops.cpu.dispatch import require_dtype
 from ops.cpu.structures import structure
+from ops.cpu.tensors import dense
 
 __all__ = [
     "LINE",
     "PROBLEM",
-    "SMALL_MACS",
     "TENSORS",
     "ScoreTerms",
     "attend",
     "attend_regions",
     "attend_windows",
+    "attention_threads",
     "grouped_attention",
     "split_heads",
 ]
 
-SMALL_MACS = 2e6  # below it one thread is quicker than waking others
+_SMALL_MACS = 2e6
 LINE = 16  # queries, see ScoreTerms
 
 PROBLEM = structure("attention/group.h", "attention::Problem")
@@ -51,6 +51,11 @@ class ScoreTerms(NamedTuple):
     values: Tensor
     lines: Tensor
     kinds: Tensor | None
+
+
+def attention_threads(macs: int) -> int:
+    """One thread for little work, where it is quicker than waking others."""
+    return torch.get_num_threads() if macs >= _SMALL_MACS else 1
 
 
 def split_heads(x: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...]:
@@ -191,20 +196,30 @@ def grouped_attention(
         batch, queries, heads, dim = query.shape
         groups, tokens = (1, queries) if rows is None else rows.shape
         seen = rows if key_rows is None else key_rows
-        problem = _problem(
-            (batch, groups, heads, tokens, key.shape[1] if seen is None else seen.shape[1]),
-            1 if routes is None else routes.shape[2],
-            (dim, value.shape[3]),
-            tuple(t.stride()[:3] for t in (q, k, v, out)),
-            0 if terms is None else terms.shape[1],
-            dim**-0.5 if scale is None else scale,
-            query.dtype == torch.bfloat16,
-            torch.get_num_threads(),
+        region_keys = key.shape[1] if seen is None else seen.shape[1]
+        chosen = 1 if routes is None else routes.shape[2]
+        scores = batch * groups * heads * tokens * region_keys * chosen
+        problem = problem_of(
+            PROBLEM,
+            query,
+            "batch _ heads dim",
+            groups=groups,
+            queries=tokens,
+            region_keys=region_keys,
+            routes=chosen,
+            value_dim=value.shape[3],
+            query_stride=q.stride()[:3],
+            key_stride=k.stride()[:3],
+            value_stride=v.stride()[:3],
+            out_stride=out.stride()[:3],
+            term_lines=0 if terms is None else terms.shape[1],
+            scale=dim**-0.5 if scale is None else scale,
+            threads=attention_threads(scores * (dim + value.shape[3])),
         )
         tables = {"regions": routes, "terms": terms, "lines": lines, "kinds": kinds}
         tensors = {
             **{"query": q, "key": k, "value": v, "rows": rows, "key_rows": key_rows, "out": out},
-            **{n: None if t is None else t.contiguous() for n, t in tables.items()},
+            **{n: dense(t) for n, t in tables.items()},
         }
         return problem, Addresses(TENSORS, tensors)
 
@@ -246,36 +261,3 @@ def _check_terms(
             f"windows of {own} tokens that see {seen} take terms and lines of {wanted}, and a kind "
             f"and a row of keys each, got {tuple(terms.shape)}, {tuple(lines.shape)}"
         )
-
-
-@functools.lru_cache(maxsize=1024)  # a network has few different ones, and filling them in is slow
-def _problem(
-    sizes: tuple[int, ...],
-    routes: int,
-    dims: tuple[int, int],
-    strides: tuple[tuple[int, ...], ...],
-    term_lines: int,
-    scale: float,
-    bfloat16: bool,
-    threads: int,
-) -> Any:
-    batch, groups, heads, queries, region_keys = sizes
-    macs = batch * groups * heads * queries * region_keys * routes * sum(dims)
-    return PROBLEM(
-        batch=batch,
-        groups=groups,
-        heads=heads,
-        queries=queries,
-        region_keys=region_keys,
-        routes=routes,
-        dim=dims[0],
-        value_dim=dims[1],
-        query_stride=strides[0],
-        key_stride=strides[1],
-        value_stride=strides[2],
-        out_stride=strides[3],
-        term_lines=term_lines,
-        scale=scale,
-        bfloat16=bfloat16,
-        threads=1 if macs < SMALL_MACS else threads,
-    )

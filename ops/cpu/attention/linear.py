@@ -6,13 +6,12 @@ them, and computes in float32.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ops.cpu.binding import Addresses, Call, kernel
+from ops.cpu.binding import Addresses, Call, kernel, problem_of
 from ops.cpu.structures import structure
 from ops.cpu.threads import VALUES, threads_for
 
@@ -113,33 +112,21 @@ def rank_augmented_attention(
     batch, height, width, dim = bias.shape
 
     def arguments() -> Any:
-        problem = _problem(
-            (batch, num_heads, height, width, dim // num_heads),
-            qkvo.dtype == torch.bfloat16,
-            torch.get_num_threads(),
+        tokens, head_dim = height * width, dim // num_heads
+        problem = problem_of(
+            _PROBLEM,
+            qkvo,
+            "batch height width",
+            heads=num_heads,
+            dim=head_dim,
+            stride=(4 * tokens * dim, 4 * dim, head_dim),
+            bias_stride=(tokens * dim, dim, head_dim),
+            out_stride=(tokens * dim, dim, head_dim),
+            scale=head_dim**-0.5,
+            eps=_EPS,
+            threads=threads_for(bias.numel(), VALUES),
         )
         tensors = gated_tensors(qkvo, bias, row_table, column_table, out)
         return problem, Addresses(_TENSORS, tensors)
 
     return Call(out, arguments)
-
-
-@functools.lru_cache(maxsize=1024)  # a network has few different ones, and filling them in is slow
-def _problem(sizes: tuple[int, ...], bfloat16: bool, threads: int) -> Any:
-    batch, heads, height, width, head_dim = sizes
-    dim, tokens = heads * head_dim, height * width
-    strides = tokens * dim, dim, head_dim
-    return _PROBLEM(
-        batch=batch,
-        heads=heads,
-        height=height,
-        width=width,
-        dim=head_dim,
-        stride=(4 * tokens * dim, 4 * dim, head_dim),
-        bias_stride=strides,
-        out_stride=strides,
-        scale=head_dim**-0.5,
-        eps=_EPS,
-        bfloat16=bfloat16,
-        threads=threads_for(batch * tokens * dim, VALUES, threads),
-    )

@@ -118,13 +118,13 @@ static void multiply(ProductArgs args, int rows, int dim) {
 // ---- one head of one image ---------------------------------------------------------------------
 // What the tokens of a segment add to.
 struct Sums {
-  Room<float> room;
+  ScratchBuffer<float> buffer;
   float *vector, *state;
   float top, total;
 };
 
 struct Scratch {
-  Room<float> rooms[3];
+  ScratchBuffer<float> buffers[3];
   float *features, *weights, *mean;
   std::vector<Sums> sums;  // of each segment; at the end the first has those of all
 };
@@ -248,18 +248,19 @@ struct Head {
   // All of it, with the tokens in segments that threads share.
   void attend(int64_t threads) const {
     const int64_t chunks = (tokens + CHUNK - 1) / CHUNK, segments = std::min(threads, chunks);
-    s.features = s.rooms[0].of(tokens * dim);
-    s.weights = s.rooms[1].of(tokens + W);
-    s.mean = s.rooms[2].of(dim);
+    s.features = s.buffers[0].of(tokens * dim);
+    s.weights = s.buffers[1].of(tokens + W);
+    s.mean = s.buffers[2].of(dim);
     s.sums.resize(segments);
     for (Sums& sums : s.sums) {
-      sums.state = sums.room.of((int64_t{dim} + 1) * dim);
+      sums.state = sums.buffer.of((int64_t{dim} + 1) * dim);
       sums.vector = sums.state + dim * dim;
     }
     const auto each_segment = [&](const auto& work) {
       parallel::for_each(segments, threads, [&](int64_t i) {
-        static thread_local Room<float> rooms[3];
-        Pieces pieces{rooms[0].of(CHUNK * dim), rooms[1].of(CHUNK * dim), rooms[2].of(CHUNK * dim)};
+        static thread_local ScratchBuffer<float> buffers[3];
+        const int64_t size = CHUNK * dim;
+        Pieces pieces{buffers[0].of(size), buffers[1].of(size), buffers[2].of(size)};
         const int64_t first = i * chunks / segments * CHUNK;
         const int64_t end = std::min(tokens, (i + 1) * chunks / segments * CHUNK);
         work(first, end, s.sums[i], pieces);

@@ -7,7 +7,7 @@
 // It is kept from call to call, grows as needed and begins with a line of the cache: vectors that lie
 // across two lines take twice as long to read.
 template <class T>
-class Room {
+class ScratchBuffer {
  public:
   T* of(int64_t count) {
     const size_t bytes = static_cast<size_t>(count) * sizeof(T) + LINE;

@@ -8,7 +8,7 @@
 #include <cstdint>
 #include <vector>
 #include "common/lanes.h"
-#include "gemm/gemm.h"
+#include "gemm/call.h"
 #include "common/parallel.h"
 #include "common/simd.h"
 

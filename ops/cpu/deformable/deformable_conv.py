@@ -6,17 +6,16 @@ linear layer with packed weights while it is in the cache.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ops.cpu.activations import ACTIVATIONS
-from ops.cpu.binding import Addresses, Call, kernel
+from ops.cpu.binding import Addresses, Call, kernel, problem_of
 from ops.cpu.gemm.linear import no_products, pack_weight
 from ops.cpu.gemm.plan import packed_size
 from ops.cpu.structures import structure
+from ops.cpu.tensors import as_nhwc
 from ops.cpu.threads import MACS, threads_for
 
 __all__ = ["deformable_conv2d", "pack_taps"]
@@ -79,44 +78,22 @@ def deformable_conv2d(
     out = x.new_empty(x.shape[0], height, width, len(bias)).permute(0, 3, 1, 2)
 
     def arguments() -> Any:
-        nhwc = x if x.stride(1) == 1 else x.contiguous(memory_format=torch.channels_last)
-        batch, channels, rows, columns = x.shape
-        problem = _problem(
-            (batch, rows, columns, channels, height, width, len(bias), kernel_size, stride),
-            (nhwc.stride(0), nhwc.stride(2), nhwc.stride(3)),
-            activation,
-            x.dtype == torch.bfloat16,
-            torch.get_num_threads(),
+        nhwc = as_nhwc(x)
+        problem = problem_of(
+            _PROBLEM,
+            x,
+            "batch channels height width",
+            out_height=height,
+            out_width=width,
+            out_features=len(bias),
+            kernel=kernel_size,
+            stride=stride,
+            in_stride=(nhwc.stride(0), nhwc.stride(2), nhwc.stride(3)),
+            activation=activation,
+            threads=threads_for(out.numel() * inputs, MACS),
         )
         offsets = offset.permute(0, 2, 3, 1).float().contiguous()
         tensors = {"in": nhwc, "offset": offsets, "weight": weight, "bias": bias, "out": out}
         return problem, Addresses(_TENSORS, tensors)
 
     return Call(out, arguments)
-
-
-@functools.lru_cache(maxsize=1024)  # a network has few different ones, and filling them in is slow
-def _problem(
-    sizes: tuple[int, ...],
-    in_stride: tuple[int, ...],
-    activation: str,
-    bfloat16: bool,
-    threads: int,
-) -> Any:
-    batch, height, width, channels, out_height, out_width, out_features, kernel_size, stride = sizes
-    macs = batch * out_height * out_width * out_features * channels * kernel_size**2
-    return _PROBLEM(
-        batch=batch,
-        height=height,
-        width=width,
-        channels=channels,
-        out_height=out_height,
-        out_width=out_width,
-        out_features=out_features,
-        kernel=kernel_size,
-        stride=stride,
-        in_stride=in_stride,
-        activation=ACTIVATIONS.index(activation),
-        bfloat16=bfloat16,
-        threads=threads_for(macs, MACS, threads),
-    )

@@ -26,7 +26,7 @@ static void pass_row(const Problem& p, const T* in, int64_t count, int64_t ahead
 template <class T>
 static void branches(const Problem* problems, const Tensors* tensors, int64_t count,
                      int64_t passed) {
-  static thread_local Room<float> room;
+  static thread_local ScratchBuffer<float> buffer;
   const Problem& p = problems[0];
   const bool fetches = p.batch * p.in_stride[0] * int64_t{sizeof(T)} > FETCHED_BYTES;
   int64_t ahead = 0, band_rows = p.size[0], packed_floats = 0;
@@ -35,7 +35,7 @@ static void branches(const Problem* problems, const Tensors* tensors, int64_t co
     band_rows = std::min(band_rows, rows_a_task(problems[i]));
     packed_floats += packed_size(problems[i]);
   }
-  float* const packed = room.of(packed_floats);
+  float* const packed = buffer.of(packed_floats);
   float* next = packed;
   for (int64_t i = 0; i < count; next += packed_size(problems[i++])) {
     pack(problems[i], tensors[i].weight, next);

@@ -6,17 +6,18 @@ ones, 1×k and k×1, and every one of them with an activation behind it.
 
 from __future__ import annotations
 
-import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ops.cpu.activations import ACTIVATIONS
-from ops.cpu.binding import Addresses, Call, kernel
+from ops.cpu.activations import require_activation
+from ops.cpu.binding import Addresses, Call, kernel, problem_of
 from ops.cpu.dispatch import require_dtype
 from ops.cpu.structures import structure
+from ops.cpu.tensors import as_nhwc, empty_nhwc
 from ops.cpu.threads import MACS, threads_for
 
 __all__ = ["depthwise_branches", "depthwise_conv2d", "taps_first", "unsupported"]
@@ -83,8 +84,7 @@ def depthwise_conv2d(
     if bias is not None and bias.shape != x.shape[1:2]:
         raise ValueError(f"bias must be ({x.shape[1]},), got {tuple(bias.shape)}")
     require_dtype(torch.float32, taps=taps, bias=bias)
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
+    require_activation(activation)
     if not 1 <= stride[1] <= 2:
         raise RuntimeError(f"the kernel takes strides of 1 and 2, not {stride[1]}")
     size = []
@@ -97,19 +97,11 @@ def depthwise_conv2d(
                 f"a window of {taps.shape[0]}×{taps.shape[1]} with dilation {tuple(dilation)}"
             )
         size.append(free // stride[axis] + 1)
-    out = _empty(x, (x.shape[0], x.shape[1], *size))
+    out = empty_nhwc(x, (x.shape[0], x.shape[1], *size))
 
     def arguments() -> Any:
-        pixels = _channels_last(x)
-        problem = _problem(
-            (*x.shape, *taps.shape[:2], *out.shape[2:]),
-            (*stride, *padding, *dilation),
-            _strides(pixels),
-            _strides(out),
-            activation,
-            x.dtype == torch.bfloat16,
-            torch.get_num_threads(),
-        )
+        pixels = as_nhwc(x)
+        problem = _problem(pixels, out, taps, stride, padding, dilation, activation)
         tensors = {"in": pixels, "weight": taps, "bias": bias, "out": out}
         return problem, Addresses(_TENSORS, tensors)
 
@@ -135,13 +127,14 @@ def depthwise_branches(x: Tensor, taps: Sequence[Tensor], biases: Sequence[Tenso
     starts = _branch_starts(x.shape[1], kernels, tuple(tuple(b.shape) for b in biases))
     for t, bias in zip(taps, biases, strict=True):
         require_dtype(torch.float32, taps=t, biases=bias)
-    out = _empty(x, x.shape)
+    out = empty_nhwc(x, x.shape)
 
     def arguments() -> Any:
-        pixels, size = _channels_last(x), x.element_size()
-        half, threads = x.dtype == torch.bfloat16, torch.get_num_threads()
-        strides = _strides(pixels), _strides(out)
-        problems = _branch_problems(tuple(x.shape), kernels, strides, half, threads)
+        pixels, size = as_nhwc(x), x.element_size()
+        problems = [
+            _problem(pixels, out, t, (1, 1), [side // 2 for side in t.shape[:2]], (1, 1))
+            for t in taps
+        ]
         branches = [
             Addresses(
                 _TENSORS,
@@ -152,7 +145,7 @@ def depthwise_branches(x: Tensor, taps: Sequence[Tensor], biases: Sequence[Tenso
             )
             for start, t, bias in zip(starts, taps, biases, strict=True)
         ]
-        return problems, branches, len(branches), starts[0]
+        return (_PROBLEM * len(taps))(*problems), branches, len(taps), starts[0]
 
     return Call(out, arguments)
 
@@ -176,69 +169,32 @@ def _branch_starts(
     return starts
 
 
-@functools.lru_cache(maxsize=1024)
-def _branch_problems(
-    shape: tuple[int, ...],
-    kernels: tuple[tuple[int, ...], ...],
-    strides: tuple[tuple[int, ...], tuple[int, ...]],
-    bfloat16: bool,
-    threads: int,
-) -> Any:
-    """An array of them."""
-    batch, _, *size = shape
-    problems = [
-        _problem(
-            (batch, width, *size, rows, columns, *size),
-            (1, 1, rows // 2, columns // 2, 1, 1),
-            *strides,
-            "none",
-            bfloat16,
-            threads,
-        )
-        for rows, columns, width in kernels
-    ]
-    return (_PROBLEM * len(problems))(*problems)
-
-
-def _empty(like: Tensor, shape: Sequence[int]) -> Tensor:
-    return torch.empty(
-        shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last
-    )
-
-
-def _channels_last(x: Tensor) -> Tensor:
-    """``x`` with neighbouring channels side by side: itself, a copy where it is otherwise."""
-    if x.stride(1) == 1 or x.shape[1] == 1:
-        return x
-    return x.contiguous(memory_format=torch.channels_last)
-
-
-@functools.lru_cache(maxsize=1024)  # a network has few different ones, and filling them in is slow
 def _problem(
-    sizes: tuple[int, ...],
-    steps: tuple[int, ...],
-    in_stride: tuple[int, ...],
-    out_stride: tuple[int, ...],
-    activation: str,
-    bfloat16: bool,
-    threads: int,
+    x: Tensor,
+    out: Tensor,
+    taps: Tensor,
+    stride: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    activation: str = "none",
 ) -> Any:
-    batch, channels, height, width, rows, columns, out_height, out_width = sizes
-    macs = batch * channels * out_height * out_width * rows * columns
-    return _PROBLEM(
-        batch=batch,
+    """Of the channels that ``taps`` has."""
+    size, out_size, channels = tuple(x.shape[2:]), tuple(out.shape[2:]), taps.shape[2]
+    return problem_of(
+        _PROBLEM,
+        x,
+        batch=len(x),
         channels=channels,
-        size=(height, width),
-        out_size=(out_height, out_width),
-        kernel=(rows, columns),
-        stride=steps[:2],
-        padding=steps[2:4],
-        dilation=steps[4:],
-        in_stride=in_stride,
-        out_stride=out_stride,
-        activation=ACTIVATIONS.index(activation),
-        bfloat16=bfloat16,
-        threads=threads_for(macs, MACS, threads),
+        size=size,
+        out_size=out_size,
+        kernel=tuple(taps.shape[:2]),
+        stride=tuple(stride),
+        padding=tuple(padding),
+        dilation=tuple(dilation),
+        in_stride=_strides(x),
+        out_stride=_strides(out),
+        activation=activation,
+        threads=threads_for(len(x) * math.prod(out_size) * taps.numel(), MACS),
     )
 
 

@@ -20,7 +20,7 @@ namespace depthwise {
 using simd::F;
 using simd::W;
 
-// depthwise.py reads the fields from here. Axes are (rows, columns).
+// conv.py reads the fields from here. Axes are (rows, columns).
 struct Problem {
   int64_t batch, channels;
   int64_t size[2], out_size[2], kernel[2], stride[2], padding[2], dilation[2];
@@ -150,13 +150,14 @@ struct Task {
 // Copies the input rows of a task into a strip with zeros left and right; returns the first of
 // them, and in `count` how many there are.
 template <class T>
-static int64_t fill(const Task<T>& task, int64_t width, Room<float>& room, int64_t* count) {
+static int64_t fill(const Task<T>& task, int64_t width, ScratchBuffer<float>& buffer,
+                    int64_t* count) {
   const Problem& p = task.p;
   const int64_t first = std::max<int64_t>(0, task.first_row * p.stride[0] - p.padding[0]);
   const int64_t reach = (task.end_row - 1) * p.stride[0] - p.padding[0];
   const int64_t end = std::min(p.size[0], reach + (p.kernel[0] - 1) * p.dilation[0] + 1);
   *count = std::max<int64_t>(0, end - first);
-  float* const strip = room.of(*count * width * W);
+  float* const strip = buffer.of(*count * width * W);
   const int64_t inside = std::max<int64_t>(0, std::min(p.size[1], width - p.padding[1]));
   for (int64_t y = 0; y < *count; y++) {
     const T* in = task.in + (first + y) * p.in_stride[1];
@@ -174,12 +175,12 @@ static int64_t fill(const Task<T>& task, int64_t width, Room<float>& room, int64
 
 template <class T>
 static void convolve(const Task<T>& task, const float* weight, const float* bias,
-                     Room<float>& room) {
+                     ScratchBuffer<float>& buffer) {
   const Problem& p = task.p;
   const int64_t width = (p.out_size[1] - 1) * p.stride[1] + (p.kernel[1] - 1) * p.dilation[1] + 1;
   int64_t count;
-  const int64_t strip_row = fill(task, width, room, &count);
-  const float* const strip = room.of(count * width * W);
+  const int64_t strip_row = fill(task, width, buffer, &count);
+  const float* const strip = buffer.of(count * width * W);
   // Two output rows this far apart share the input rows of their taps.
   const int64_t apart = p.dilation[0] / std::gcd(p.stride[0], p.dilation[0]);
   const int64_t shift = apart * p.stride[0] / p.dilation[0];
@@ -245,7 +246,7 @@ static int64_t packed_size(const Problem& p) {
 template <class T>
 static void convolve_band(const Problem& p, const Tensors& tensors, const float* packed,
                           int64_t image, int64_t block, int64_t first, int64_t end) {
-  static thread_local Room<float> strip;
+  static thread_local ScratchBuffer<float> strip;
   const int64_t channel = block * W;
   const int lanes = static_cast<int>(std::min<int64_t>(W, p.channels - channel));
   float bias[W] = {};
@@ -262,7 +263,7 @@ static void convolve_band(const Problem& p, const Tensors& tensors, const float*
 
 template <class T>
 static void forward(const Problem& p, const Tensors& tensors) {
-  static thread_local Room<float> packed;
+  static thread_local ScratchBuffer<float> packed;
   const int64_t blocks = (p.channels + W - 1) / W;
   const int64_t task_rows = rows_a_task(p), bands = (p.out_size[0] + task_rows - 1) / task_rows;
   float* const weights = packed.of(packed_size(p));

@@ -12,7 +12,7 @@
 #include "common/activation.h"
 #include "depthwise/square.h"
 #include "common/lanes.h"
-#include "gemm/gemm.h"
+#include "gemm/call.h"
 #include "norm/norm.h"
 #include "common/parallel.h"
 #include "common/scratch.h"
@@ -27,7 +27,7 @@ using simd::W;
 // depthwise_mlp.py reads the fields from here.
 struct Problem {
   int64_t batch, height, width, in_features, hidden, out_features;
-  int64_t chunk;                          // hidden channels at a time, whole panels of linear.h
+  int64_t chunk;                          // hidden channels at a time, whole panels
   int64_t span;                           // inputs of the second layer at a time, whole chunks
   int64_t activation, conv_activation;    // after the first layer, after the convolution
   double eps;                             // of the norm
@@ -60,7 +60,7 @@ constexpr int64_t STRIP_ROWS = 8, BLOCK_COLUMNS = 64;
 
 template <class T>
 struct Scratch {
-  Room<T> normed, hidden, mixed;
+  ScratchBuffer<T> normed, hidden, mixed;
 };
 
 // ---- strips ------------------------------------------------------------------------------------
@@ -153,19 +153,10 @@ struct Task {
 
   int64_t channels(int64_t c) const { return std::min(p.chunk, p.hidden - c * p.chunk); }
 
-  static linear::Problem layer(int64_t rows, int64_t in_features, int64_t out_features) {
-    linear::Problem problem{};
-    problem.rows = rows;
-    problem.in_features = problem.in_stride = in_features;
-    problem.out_features = problem.out_stride = out_features;
-    problem.threads = 1;
-    return problem;
-  }
-
   void expand(int64_t c, const T* in, int64_t height, T* map) const {
     const bool whole = t.norm_weight || in_a_row(width());
     const int64_t calls = whole ? 1 : height, pixels = height * width() / calls;
-    linear::Problem problem = layer(pixels, p.in_features, channels(c));
+    linear::Problem problem = linear::layer_of<T>(pixels, p.in_features, channels(c));
     problem.out_stride = pitch(p.chunk);
     problem.activation = p.activation;
     linear::Tensors tensors{};
@@ -175,7 +166,7 @@ struct Task {
     for (int64_t i = 0; i < calls; i++) {
       tensors.in = in + i * p.width * p.in_features;
       tensors.out = map + i * pixels * problem.out_stride;
-      linear::forward_of<T>(problem, tensors);
+      linear::forward(problem, tensors);
     }
   }
 
@@ -214,7 +205,7 @@ struct Task {
   void project(Range inputs, const T* mixed, Range strip) const {
     const int64_t calls = in_a_row(length(columns)) ? 1 : length(strip);
     const int64_t pixels = length(strip) * length(columns) / calls;
-    linear::Problem problem = layer(pixels, length(inputs), p.out_features);
+    linear::Problem problem = linear::layer_of<T>(pixels, length(inputs), p.out_features);
     problem.in_stride = pitch(p.span);
     problem.other_stride = p.out_features;
     const void* other = inputs.begin ? t.out : t.other;
@@ -229,7 +220,7 @@ struct Task {
       tensors.in = mixed + i * pixels * problem.in_stride;
       tensors.out = static_cast<T*>(t.out) + from;
       tensors.other = other ? static_cast<const T*>(other) + from : nullptr;
-      linear::forward_of<T>(problem, tensors);
+      linear::forward(problem, tensors);
     }
   }
 };

@@ -6,18 +6,17 @@ in the cache.
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ops.cpu.activations import ACTIVATIONS
-from ops.cpu.binding import Addresses, Call, kernel
+from ops.cpu.binding import Addresses, Call, kernel, problem_of
 from ops.cpu.depthwise.conv import taps_first
 from ops.cpu.dispatch import require_dtype
 from ops.cpu.gemm.linear import no_products, pack_weight
 from ops.cpu.structures import structure
+from ops.cpu.tensors import bias_of, dense
 from ops.cpu.threads import MACS, threads_for
 
 __all__ = ["PackedDepthwiseMlp", "depthwise_mlp"]
@@ -57,12 +56,12 @@ class PackedDepthwiseMlp:
         hidden = len(weight1)
         spans = [pack_weight(part) for part in weight2.split(_span(hidden, weight2.dtype), dim=1)]
         # The bias once, zeros for the spans that only add.
-        bias2 = torch.cat((_bias(fc2), _zeros(fc2)))
+        bias2 = torch.cat((bias_of(fc2), torch.zeros_like(bias_of(fc2))))
         self._in_features, self._dtype = weight1.shape[1], weight2.dtype
-        self._weights = (pack_weight(weight1), _bias(fc1))
+        self._weights = (pack_weight(weight1), bias_of(fc1))
         self._conv: tuple[Tensor | None, Tensor | None] = (None, None)
         if conv is not None:
-            self._conv = taps_first(conv.weight).view(9, hidden), _bias(conv)
+            self._conv = taps_first(conv.weight).view(9, hidden), bias_of(conv)
         self._weights2 = (torch.cat(spans), bias2)
         self._activations = (activation, conv_activation)
 
@@ -99,15 +98,6 @@ class PackedDepthwiseMlp:
         return out
 
 
-def _bias(layer: nn.Linear | nn.Conv2d) -> Tensor:
-    return _zeros(layer) if layer.bias is None else layer.bias.detach().float()
-
-
-def _zeros(layer: nn.Linear | nn.Conv2d) -> Tensor:
-    """One for each output."""
-    return layer.weight.new_zeros(len(layer.weight), dtype=torch.float32)
-
-
 def _span(hidden: int, dtype: torch.dtype) -> int:
     """Inputs of the second layer at a time: all of them where sums of a part would be rounded."""
     return _SPAN if dtype == torch.float32 else hidden
@@ -138,52 +128,31 @@ def depthwise_mlp(
 
     def arguments() -> Any:
         # Without a convolution, tokens are a column.
-        size = tuple(x.shape[:3]) if taps is not None else (1, x.numel() // x.shape[-1], 1)
-        problem = _problem(
-            (*size, x.shape[-1], len(bias1), out.shape[-1]),
-            x.dtype,
-            taps is not None,
-            activation,
-            conv_activation,
-            eps,
-            torch.get_num_threads(),
+        in_features, hidden, out_features = x.shape[-1], len(bias1), out.shape[-1]
+        pixels, span = x.numel() // in_features, _span(hidden, x.dtype)
+        batch, height, width = x.shape[:3] if taps is not None else (1, pixels, 1)
+        problem = problem_of(
+            _PROBLEM,
+            x,
+            batch=batch,
+            height=height,
+            width=width,
+            in_features=in_features,
+            hidden=hidden,
+            out_features=out_features,
+            chunk=_CHUNK if taps is not None and x.dtype == torch.float32 else span,
+            span=span,
+            activation=activation,
+            conv_activation=conv_activation,
+            eps=eps,
+            threads=threads_for(pixels * hidden * (in_features + out_features), MACS),
         )
         tensors = {
             **{"in": x.contiguous(), "norm_weight": norm_weight, "norm_bias": norm_bias},
             **{"weight1": weight1, "bias1": bias1, "taps": taps, "conv_bias": conv_bias},
             **{"weight2": weight2, "bias2": bias2, "out": out},
-            "other": None if residual is None else residual.contiguous(),
+            "other": dense(residual),
         }
         return problem, Addresses(_TENSORS, tensors)
 
     return Call(out, arguments)
-
-
-@functools.lru_cache(maxsize=1024)  # a network has few different ones, and filling them in is slow
-def _problem(
-    sizes: tuple[int, ...],
-    dtype: torch.dtype,
-    has_conv: bool,
-    activation: str,
-    conv_activation: str,
-    eps: float,
-    threads: int,
-) -> Any:
-    batch, height, width, in_features, hidden, out_features = sizes
-    macs = batch * height * width * hidden * (in_features + out_features)
-    span, bfloat16 = _span(hidden, dtype), dtype == torch.bfloat16
-    return _PROBLEM(
-        batch=batch,
-        height=height,
-        width=width,
-        in_features=in_features,
-        hidden=hidden,
-        out_features=out_features,
-        chunk=_CHUNK if has_conv and not bfloat16 else span,
-        span=span,
-        activation=ACTIVATIONS.index(activation),
-        conv_activation=ACTIVATIONS.index(conv_activation),
-        eps=eps,
-        bfloat16=bfloat16,
-        threads=threads_for(macs, MACS, threads),
-    )

@@ -5,7 +5,7 @@
 #include <algorithm>
 #include <cstdint>
 #include "common/lanes.h"
-#include "gemm/gemm.h"
+#include "gemm/call.h"
 #include "norm/norm.h"
 #include "common/parallel.h"
 #include "common/scratch.h"
@@ -67,11 +67,11 @@ static void bump(const Problem& p, const Tensors& t, const float* normed, T* out
 
 template <class T>
 static void run(const Problem& p, const Tensors& t, int64_t begin, int64_t end) {
-  static thread_local Room<T> bumps_room;
-  static thread_local Room<float> normed_room;
+  static thread_local ScratchBuffer<T> bumps_buffer;
+  static thread_local ScratchBuffer<float> normed_buffer;
   const int64_t features = p.grids * p.in_features;
-  T* const bumps = bumps_room.of((end - begin) * features);
-  float* const normed = normed_room.of(ROWS * p.in_features + W);
+  T* const bumps = bumps_buffer.of((end - begin) * features);
+  float* const normed = normed_buffer.of(ROWS * p.in_features + W);
   const norm::Norm<float> norm{p.in_features, t.norm_weight, t.norm_bias,
                                static_cast<float>(p.eps)};
   for (int64_t first = begin; first < end; first += ROWS) {

@@ -5,14 +5,11 @@ The kernel (``kan.h``) makes the bumps of some rows and maps them while they are
 
 from __future__ import annotations
 
-import functools
-import math
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
-from ops.cpu.binding import Addresses, Call, kernel
+from ops.cpu.binding import Addresses, Call, kernel, problem_of
 from ops.cpu.gemm.linear import no_products
 from ops.cpu.gemm.plan import packed_size
 from ops.cpu.structures import structure
@@ -80,9 +77,17 @@ def kan_layer(
     out = x.new_empty(*x.shape[:-1], len(bias))
 
     def arguments() -> Any:
-        sizes = (x.numel() // len(norm_weight), len(norm_weight), len(powers), len(bias))
-        half = x.dtype == torch.bfloat16
-        problem = _problem(sizes, eps, scale, half, torch.get_num_threads())
+        problem = problem_of(
+            _PROBLEM,
+            x,
+            rows=x.numel() // len(norm_weight),
+            in_features=len(norm_weight),
+            grids=len(powers),
+            out_features=len(bias),
+            eps=eps,
+            scale=scale,
+            threads=threads_for(x.numel() * len(powers) * len(bias), MACS),
+        )
         tensors = {
             **{"in": x.contiguous(), "norm_weight": norm_weight, "norm_bias": norm_bias},
             **{"powers": powers, "weight": weight, "bias": bias, "out": out},
@@ -90,18 +95,3 @@ def kan_layer(
         return problem, Addresses(_TENSORS, tensors)
 
     return Call(out, arguments)
-
-
-@functools.lru_cache(maxsize=1024)  # a network has few different ones, and filling them in is slow
-def _problem(sizes: tuple[int, ...], eps: float, scale: float, bfloat16: bool, threads: int) -> Any:
-    rows, in_features, grids, out_features = sizes
-    return _PROBLEM(
-        rows=rows,
-        in_features=in_features,
-        grids=grids,
-        out_features=out_features,
-        eps=eps,
-        scale=scale,
-        bfloat16=bfloat16,
-        threads=threads_for(math.prod(sizes), MACS, threads),
-    )

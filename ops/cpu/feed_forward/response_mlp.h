@@ -9,7 +9,7 @@
 #include <cmath>
 #include <cstdint>
 #include "common/lanes.h"
-#include "gemm/gemm.h"
+#include "gemm/call.h"
 #include "common/parallel.h"
 #include "common/scratch.h"
 #include "common/simd.h"
@@ -29,7 +29,7 @@ struct Problem {
 };
 
 // Maps are [images][pixels][dim], float or BFloat16 as the weights of the two layers, which are
-// packed (linear.h). Floats all the rest: `squeeze` [dim][squeezed], `excite` [squeezed][dim],
+// packed (gemm/pack.h). Floats all the rest: `squeeze` [dim][squeezed], `excite` [squeezed][dim],
 // `response` [hidden] and biases.
 struct Tensors {
   const void* in;
@@ -132,7 +132,7 @@ static void find_scales(const Problem& p, const float* response, float* energy) 
 }
 
 // ---- layers ------------------------------------------------------------------------------------
-// A packed weight with its inputs multiplied by `scale`, see linear_pack.h.
+// A packed weight with its inputs multiplied by `scale`, see gemm/pack.h.
 static void scale_weight(const float* weight, int64_t out_features, int64_t in_features,
                          const float* scale, float* out) {
   for (int64_t n = 0; n < out_features; n += linear::PANEL) {
@@ -165,7 +165,7 @@ static void scale_weight(const BFloat16* weight, int64_t out_features, int64_t i
 // One of the two layers for some images. `scale` [images][in_features] is of the inputs.
 template <class T>
 static void run_layer(const Problem& p, linear::Problem layer, linear::Tensors tensors,
-                      int64_t images, const float* scale, Room<T>& room) {
+                      int64_t images, const float* scale, ScratchBuffer<T>& buffer) {
   const T* const in = static_cast<const T*>(tensors.in);
   const int64_t features = layer.in_features;
   const bool copied = !linear::takes_rows_in_place(in, features, p.pixels);
@@ -178,7 +178,7 @@ static void run_layer(const Problem& p, linear::Problem layer, linear::Tensors t
   }
   const T* const weight = static_cast<const T*>(tensors.weight);
   layer.rows = p.pixels;
-  T* const scaled = room.of(linear::packed_size(in, layer.out_features, features));
+  T* const scaled = buffer.of(linear::packed_size(in, layer.out_features, features));
   linear::Tensors image = tensors;
   image.weight = scaled;
   for (int64_t i = 0; i < images; i++) {
@@ -194,15 +194,15 @@ static void run_layer(const Problem& p, linear::Problem layer, linear::Tensors t
 
 template <class T>
 static void forward_of(const Problem& p, const Tensors& t) {
-  static thread_local Room<T> hidden_room, scaled;
-  static thread_local Room<float> gates_room, energy_room, scratch_room;
+  static thread_local ScratchBuffer<T> hidden_buffer, scaled;
+  static thread_local ScratchBuffer<float> gates_buffer, energy_buffer, scratch_buffer;
   const int64_t image_hidden = p.pixels * p.hidden;
-  const int64_t fitting = group_bytes(hidden_room.of(0)) / (image_hidden * int64_t{sizeof(T)});
+  const int64_t fitting = group_bytes(hidden_buffer.of(0)) / (image_hidden * int64_t{sizeof(T)});
   const int64_t group = std::min(p.images, std::max<int64_t>(1, fitting));
-  T* const hidden = hidden_room.of(group * image_hidden);
-  float* const gates = gates_room.of(group * p.dim);
-  float* const energy = energy_room.of(group * p.hidden);
-  float* const scratch = scratch_room.of(simd::round_up(p.dim, W) + p.squeezed);
+  T* const hidden = hidden_buffer.of(group * image_hidden);
+  float* const gates = gates_buffer.of(group * p.dim);
+  float* const energy = energy_buffer.of(group * p.hidden);
+  float* const scratch = scratch_buffer.of(simd::round_up(p.dim, W) + p.squeezed);
 
   linear::Problem expand{}, project{};
   expand.in_features = expand.in_stride = project.out_features = project.out_stride = p.dim;

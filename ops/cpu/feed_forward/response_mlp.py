@@ -6,16 +6,15 @@ the work in them, and multiplies scales of channels into the smaller of map and 
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ops.cpu.binding import Addresses, Call, kernel
+from ops.cpu.binding import Addresses, Call, kernel, problem_of
 from ops.cpu.gemm.linear import no_products, pack_weight
 from ops.cpu.structures import structure
+from ops.cpu.tensors import bias_of
 from ops.cpu.threads import MACS, threads_for
 
 __all__ = ["PackedResponseMlp", "response_mlp"]
@@ -57,9 +56,9 @@ class PackedResponseMlp:
     ) -> None:
         self._eps = eps
         self._weights = [
-            *(t for layer in (squeeze, excite) for t in (_inputs_first(layer), _bias(layer))),
-            *(pack_weight(fc1.weight), _bias(fc1), response.detach().float().flatten()),
-            *(pack_weight(fc2.weight), _bias(fc2)),
+            *(t for layer in (squeeze, excite) for t in (_inputs_first(layer), bias_of(layer))),
+            *(pack_weight(fc1.weight), bias_of(fc1), response.detach().float().flatten()),
+            *(pack_weight(fc2.weight), bias_of(fc2)),
         ]
 
     def __call__(self, x: Tensor, shortcut: Tensor) -> Tensor:
@@ -81,12 +80,6 @@ def _inputs_first(layer: nn.Linear | nn.Conv2d) -> Tensor:
     return layer.weight.detach().flatten(1).float().t().contiguous()
 
 
-def _bias(layer: nn.Linear | nn.Conv2d) -> Tensor:
-    if layer.bias is None:
-        return layer.weight.new_zeros(len(layer.weight), dtype=torch.float32)
-    return layer.bias.detach().float()
-
-
 @kernel("response_mlp", "response_mlp_forward", refuses=no_products)
 def response_mlp(x: Tensor, shortcut: Tensor, weights: Sequence[Tensor], eps: float) -> Call:
     """See :class:`PackedResponseMlp`, which packs the weights."""
@@ -101,26 +94,20 @@ def response_mlp(x: Tensor, shortcut: Tensor, weights: Sequence[Tensor], eps: fl
     out = x.new_empty(x.shape)
 
     def arguments() -> Any:
-        sizes = (len(x), x.shape[1] * x.shape[2], dim, len(weights[1]), len(weights[6]))
-        problem = _problem(sizes, dtype == torch.bfloat16, eps, torch.get_num_threads())
+        squeezed, hidden = len(weights[1]), len(weights[6])
+        problem = problem_of(
+            _PROBLEM,
+            x,
+            images=len(x),
+            pixels=x.shape[1] * x.shape[2],
+            dim=dim,
+            squeezed=squeezed,
+            hidden=hidden,
+            eps=eps,
+            threads=threads_for(2 * x.numel() * hidden, MACS),
+        )
         named = dict(zip(_WEIGHTS, weights, strict=True))
         maps = {"in": x.contiguous(), "other": shortcut.contiguous(), "out": out}
         return problem, Addresses(_TENSORS, {**maps, **named})
 
     return Call(out, arguments)
-
-
-@functools.lru_cache(maxsize=1024)  # a network has few different ones, and filling them in is slow
-def _problem(sizes: tuple[int, ...], bfloat16: bool, eps: float, threads: int) -> Any:
-    images, pixels, dim, squeezed, hidden = sizes
-    macs = 2 * images * pixels * dim * hidden
-    return _PROBLEM(
-        images=images,
-        pixels=pixels,
-        dim=dim,
-        squeezed=squeezed,
-        hidden=hidden,
-        bfloat16=bfloat16,
-        eps=eps,
-        threads=threads_for(macs, MACS, threads),
-    )

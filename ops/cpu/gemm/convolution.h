@@ -17,7 +17,7 @@ struct Problem {
   int64_t activation, bfloat16, threads;
 };
 
-// Maps are [batch][height][width][channels], `weight` is as linear.h packs [out_channels][inputs of
+// Maps are [batch][height][width][channels], `weight` is as pack.h packs [out_channels][inputs of
 // a window], which are ordered as in the map. Pointers to void are to float or BFloat16.
 struct Tensors {
   const void *in, *weight;
@@ -52,7 +52,7 @@ static void copy_window(const Problem& p, const T* image, int64_t y, int64_t x, 
 
 template <class T>
 static void forward_of(const Problem& p, const Tensors& t) {
-  static thread_local Room<T> room;
+  static thread_local ScratchBuffer<T> buffer;
   constexpr int64_t line = linear::LINE / int64_t{sizeof(T)};
   const int64_t window = p.kernel[0] * p.kernel[1] * p.channels;
   // An odd number of lines, lest rows fall on the same lines of the first-level cache.
@@ -60,7 +60,7 @@ static void forward_of(const Problem& p, const Tensors& t) {
   const int64_t fitting = std::max(MIN_ROWS, STRIP_BYTES / (pitch * int64_t{sizeof(T)}));
   const int64_t image_pixels = p.out_height * p.out_width, pixels = p.batch * image_pixels;
   const int64_t strips = (pixels + fitting * p.threads - 1) / (fitting * p.threads);
-  T* const rows = room.of((pixels + strips - 1) / strips * pitch);
+  T* const rows = buffer.of((pixels + strips - 1) / strips * pitch);
   for (int64_t i = 0; i < strips; i++) {
     const linear::Range strip = linear::share(pixels, i, strips);
     const int64_t count = strip.end - strip.begin;

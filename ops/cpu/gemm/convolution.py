@@ -5,17 +5,18 @@ The kernel (``convolution.h``) copies the windows of some pixels at a time.
 
 from __future__ import annotations
 
-import functools
+import math
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ops.cpu.activations import ACTIVATIONS
-from ops.cpu.binding import Addresses, Call, kernel
+from ops.cpu.activations import require_activation
+from ops.cpu.binding import Addresses, Call, kernel, problem_of
 from ops.cpu.gemm.linear import no_products, pack_weight
 from ops.cpu.structures import structure
+from ops.cpu.tensors import bias_of, empty_nhwc
 from ops.cpu.threads import MACS, threads_for
 
 __all__ = ["PackedConv2d", "packed_conv2d"]
@@ -43,8 +44,7 @@ class PackedConv2d:
             raise ValueError(f"a convolution must be padded with a number of zeros, got {conv}")
         weight = conv.weight.detach()
         self._weight = pack_weight(weight.permute(0, 2, 3, 1).flatten(1))
-        bias = weight.new_zeros(len(weight)) if conv.bias is None else conv.bias.detach()
-        self._bias = bias.float()
+        self._bias = bias_of(conv)
         self._geometry = [conv.in_channels, *conv.kernel_size, *conv.stride, *padding]
 
     def __call__(self, x: Tensor, activation: str = "none") -> Tensor:
@@ -78,8 +78,7 @@ def packed_conv2d(
         raise ValueError(
             f"x must be (B, {channels}, H, W) of {weight.dtype}, got {tuple(x.shape)} of {x.dtype}"
         )
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
+    require_activation(activation)
     kernel_size, stride, padding = sides[:2], sides[2:4], sides[4:]
     size = [
         (n + 2 * p - k) // s + 1
@@ -90,49 +89,24 @@ def packed_conv2d(
             f"a map of {tuple(x.shape[2:])} with padding {tuple(padding)} is smaller than the "
             f"window of {tuple(kernel_size)}"
         )
-    shape = (len(x), len(bias), *size)
-    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    out = empty_nhwc(x, (len(x), len(bias), *size))
 
     def arguments() -> Any:
         pixels = x.contiguous(memory_format=torch.channels_last)
-        problem = _problem(
-            tuple(x.shape),
-            tuple(out.shape),
-            tuple(sides),
-            x.dtype == torch.bfloat16,
-            activation,
-            torch.get_num_threads(),
+        problem = problem_of(
+            _PROBLEM,
+            x,
+            "batch channels height width",
+            out_height=size[0],
+            out_width=size[1],
+            out_channels=len(bias),
+            kernel=tuple(kernel_size),
+            stride=tuple(stride),
+            padding=tuple(padding),
+            activation=activation,
+            threads=threads_for(out.numel() * channels * math.prod(kernel_size), MACS),
         )
         tensors = {"in": pixels, "weight": weight, "bias": bias, "out": out}
         return problem, Addresses(_TENSORS, tensors)
 
     return Call(out, arguments)
-
-
-@functools.lru_cache(maxsize=256)
-def _problem(
-    shape: tuple[int, ...],
-    out_shape: tuple[int, ...],
-    sides: tuple[int, ...],
-    bfloat16: bool,
-    activation: str,
-    threads: int,
-) -> Any:
-    batch, channels, height, width = shape
-    _, out_channels, out_height, out_width = out_shape
-    macs = batch * out_height * out_width * out_channels * channels * sides[0] * sides[1]
-    return _PROBLEM(
-        batch=batch,
-        height=height,
-        width=width,
-        channels=channels,
-        out_height=out_height,
-        out_width=out_width,
-        out_channels=out_channels,
-        kernel=sides[:2],
-        stride=sides[2:4],
-        padding=sides[4:],
-        activation=ACTIVATIONS.index(activation),
-        bfloat16=bfloat16,
-        threads=threads_for(macs, MACS, threads),
-    )

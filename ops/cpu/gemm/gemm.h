@@ -9,22 +9,9 @@
 
 namespace linear {
 
-// Inputs that are read again for every panel; they share a core's second-level cache with a panel.
-constexpr int64_t CHUNK_BYTES = 768 * 1024;
-constexpr int64_t MIN_CHUNK = 112;
 constexpr int64_t THREAD_ROWS = 32;  // at least
 // Of what is between two layers; but no fewer rows than make it worth to read the weights again.
 constexpr int64_t PAIR_BYTES = 1 << 19, MIN_PAIR_ROWS = 384;
-
-// Other rows are copied and padded first.
-static bool takes_rows_in_place(const float*, int64_t, int64_t) { return true; }
-[[maybe_unused]] static bool takes_rows_in_place(const BFloat16*, int64_t in_features,
-                                                 int64_t rows) {
-  if (!VB_BFLOAT16) return false;
-  // Tiles are read whole.
-  if (has_tiles()) return in_features % TILE_INPUTS == 0 && rows >= TILE_ROWS;
-  return in_features % INPUTS<BFloat16> == 0;
-}
 
 static void run_panels(const Problem& p, const Tensors& t, const Rows<float>& rows, Range panels) {
   run_in_registers(p, t, rows, panels);
@@ -112,24 +99,6 @@ static void forward_of(const Problem& p, const Tensors& t) {
     }
   };
   parallel::for_each(threads, threads, work);
-}
-
-// Rows without gaps through a layer, by one thread.
-template <class T>
-static void map_rows(const T* in, int64_t rows, int64_t in_features, const void* weight,
-                     const float* bias, int64_t out_features, int64_t activation, T* out) {
-  Problem problem{};
-  problem.rows = rows;
-  problem.in_features = problem.in_stride = in_features;
-  problem.out_features = problem.out_stride = out_features;
-  problem.activation = activation;
-  problem.threads = 1;
-  Tensors tensors{};
-  tensors.in = in;
-  tensors.weight = weight;
-  tensors.bias = bias;
-  tensors.out = out;
-  forward_of<T>(problem, tensors);
 }
 
 // Some rows at a time through two layers; what is between them, the output of the first and the input

@@ -8,6 +8,7 @@ what is in it becomes float32 on the way.
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -18,6 +19,7 @@ from ops.cpu.build import load, unavailable_reason
 from ops.cpu.dispatch import require_dtype
 from ops.cpu.gemm.plan import TENSORS, linear_problem, output_shape, with_rows
 from ops.cpu.policy import multiplies
+from ops.cpu.tensors import dense
 
 __all__ = ["no_products", "pack_weight", "packed_linear", "packed_linear_energy", "unsupported"]
 
@@ -110,26 +112,12 @@ def packed_linear(
     shape = output_shape(x, weight, bias, activation, other, combination)
     _check_scales(x, bias, combination, scale, other_scale)
     out = x.new_empty(shape)
+    tensors = {"weight": weight, "bias": bias, "scale": scale, "out": out}
 
     def arguments() -> Any:
-        rows, in_stride = with_rows(x)
         added, other_stride = with_rows(other)
-        problem = linear_problem(
-            x.shape,
-            len(bias),
-            x.dtype,
-            activation,
-            combination,
-            in_stride=in_stride,
-            other_stride=other_stride,
-            by_image=scale is not None,
-        )
-        tensors = {
-            **{"in": rows, "weight": weight, "bias": bias, "other": added, "out": out},
-            "scale": None if scale is None else scale.float().contiguous(),
-            "other_scale": None if other_scale is None else other_scale.contiguous(),
-        }
-        return problem, Addresses(TENSORS, tensors)
+        tensors.update(other=added, other_scale=dense(other_scale))
+        return _arguments(x, tensors, activation, combination, other_stride=other_stride)
 
     return Call(out, arguments)
 
@@ -152,19 +140,30 @@ def packed_linear_energy(
     energy = (
         bias.new_zeros(shape[0], len(bias)) if 0 in shape else bias.new_empty(shape[0], len(bias))
     )
+    tensors = {"weight": weight, "bias": bias, "scale": scale, "out": out, "energy": energy}
+    return Call((out, energy), lambda: _arguments(x, tensors, activation))
 
-    def arguments() -> Any:
-        rows, in_stride = with_rows(x)
-        problem = linear_problem(
-            x.shape, len(bias), x.dtype, activation, in_stride=in_stride, by_image=True
-        )
-        tensors = {
-            **{"in": rows, "weight": weight, "bias": bias, "out": out, "energy": energy},
-            "scale": None if scale is None else scale.float().contiguous(),
-        }
-        return problem, Addresses(TENSORS, tensors)
 
-    return Call((out, energy), arguments)
+def _arguments(
+    x: Tensor,
+    tensors: dict[str, Any],
+    activation: str,
+    combination: str = "none",
+    other_stride: int = 0,
+) -> Sequence[Any]:
+    rows, in_stride = with_rows(x)
+    scale, energy = tensors["scale"], tensors.get("energy")
+    problem = linear_problem(
+        x,
+        len(tensors["bias"]),
+        activation,
+        combination,
+        in_stride=in_stride,
+        other_stride=other_stride,
+        by_image=scale is not None or energy is not None,
+    )
+    scale = None if scale is None else scale.float().contiguous()
+    return problem, Addresses(TENSORS, {**tensors, "in": rows, "scale": scale})
 
 
 def _check_scales(

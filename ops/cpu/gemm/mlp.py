@@ -52,9 +52,11 @@ def packed_mlp(
         rows, in_stride = with_rows(x)
         other, other_stride = with_rows(residual)
         return (
-            linear_problem(x.shape, len(bias1), x.dtype, activation, in_stride=in_stride),
+            linear_problem(x, len(bias1), activation, in_stride=in_stride),
             Addresses(TENSORS, {"in": rows, "weight": weight1, "bias": bias1}),
-            linear_problem(hidden, len(bias2), x.dtype, "none", added, other_stride=other_stride),
+            linear_problem(
+                x, len(bias2), "none", added, in_features=len(bias1), other_stride=other_stride
+            ),
             Addresses(TENSORS, {"weight": weight2, "bias": bias2, "other": other, "out": out}),
         )
 

@@ -1,6 +1,7 @@
-// The order in which weights of linear layers lie in memory.
+// The order in which weights of linear layers lie in memory, and what their inputs must be like.
 #pragma once
 #include <algorithm>
+#include "gemm/amx.h"
 #include "gemm/problem.h"
 
 namespace linear {
@@ -12,6 +13,16 @@ constexpr int64_t TILE_INPUTS = 32, TILE_ROWS = TILE_INPUTS / 2;
 static int64_t padded_inputs(const float*, int64_t in_features) { return in_features; }
 static int64_t padded_inputs(const BFloat16*, int64_t in_features) {
   return round_up(in_features, TILE_INPUTS);
+}
+
+// Other rows are copied and padded first.
+static bool takes_rows_in_place(const float*, int64_t, int64_t) { return true; }
+[[maybe_unused]] static bool takes_rows_in_place(const BFloat16*, int64_t in_features,
+                                                 int64_t rows) {
+  if (!VB_BFLOAT16) return false;
+  // Tiles are read whole.
+  if (has_tiles()) return in_features % TILE_INPUTS == 0 && rows >= TILE_ROWS;
+  return in_features % INPUTS<BFloat16> == 0;
 }
 
 template <class T>

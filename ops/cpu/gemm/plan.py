@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -11,7 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ops.cpu.activations import ACTIVATIONS
+from ops.cpu.activations import require_activation
+from ops.cpu.binding import problem_of
 from ops.cpu.build import status
 from ops.cpu.dispatch import require_dtype
 from ops.cpu.structures import structure
@@ -65,8 +65,7 @@ def output_shape(
     Raises:
         ValueError: shapes or dtypes that do not go together, an unknown activation or combination.
     """
-    if activation not in ACTIVATIONS:
-        raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
+    require_activation(activation)
     if combination not in COMBINATIONS or (combination == "none") != (other is None):
         raise ValueError(
             f"combination must be one of {COMBINATIONS}, other than 'none' if and only if there "
@@ -97,7 +96,6 @@ def with_rows(t: Tensor | None) -> tuple[Tensor | None, int]:
     return (t.contiguous(), t.shape[-1]) if stride is None else (t, stride)
 
 
-@functools.lru_cache(maxsize=1024)
 def _row_stride(shape: tuple[int, ...], strides: tuple[int, ...]) -> int | None:
     """From row to row, if they lie equally far apart and are dense themselves."""
     if strides[-1] != 1 and shape[-1] != 1:
@@ -115,53 +113,35 @@ def _row_stride(shape: tuple[int, ...], strides: tuple[int, ...]) -> int | None:
 
 
 def linear_problem(
-    shape: Sequence[int],
+    x: Tensor,
     out_features: int,
-    dtype: torch.dtype,
     activation: str = "none",
     combination: str = "none",
     *,
+    in_features: int = 0,
     in_stride: int = 0,
     other_stride: int = 0,
     by_image: bool = False,
 ) -> Any:
-    """The sizes of a layer whose input is (B, ..., in_features).
+    """The sizes of a layer of ``x``, (B, ..., in_features), or of as many rows.
 
     Args:
+        in_features: of other rows than those of ``x``.
         in_stride, other_stride: from row to row; default those of contiguous tensors.
         by_image: whether scales, or sums of squares, are an image's.
     """
-    rows = math.prod(shape[:-1])
-    return _problem(
-        (rows, shape[-1], out_features, in_stride or shape[-1], other_stride or out_features),
-        rows // max(1, shape[0]) if by_image else 0,
-        activation,
-        combination,
-        dtype == torch.bfloat16,
-        torch.get_num_threads(),
-    )
-
-
-@functools.lru_cache(maxsize=1024)  # a network has few different ones, and filling them in is slow
-def _problem(
-    sizes: tuple[int, ...],
-    image_rows: int,
-    activation: str,
-    combination: str,
-    bfloat16: bool,
-    threads: int,
-) -> Any:
-    rows, in_features, out_features, in_stride, other_stride = sizes
-    return _PROBLEM(
+    rows, in_features = math.prod(x.shape[:-1]), in_features or x.shape[-1]
+    return problem_of(
+        _PROBLEM,
+        x,
         rows=rows,
         in_features=in_features,
         out_features=out_features,
-        in_stride=in_stride,
+        in_stride=in_stride or in_features,
         out_stride=out_features,
-        other_stride=other_stride,
-        image_rows=image_rows,
-        activation=ACTIVATIONS.index(activation),
+        other_stride=other_stride or out_features,
+        image_rows=rows // max(1, len(x)) if by_image else 0,
+        activation=activation,
         combination=COMBINATIONS.index(combination),
-        bfloat16=bfloat16,
-        threads=threads_for(rows * in_features * out_features, MACS, threads),
+        threads=threads_for(rows * in_features * out_features, MACS),
     )

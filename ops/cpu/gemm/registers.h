@@ -5,8 +5,8 @@
 // While some panels are worked on, the next ones are therefore fetched ahead.
 #pragma once
 #include <utility>
+#include "gemm/block.h"
 #include "gemm/pack.h"
-#include "gemm/problem.h"
 
 namespace linear {
 
@@ -19,15 +19,12 @@ constexpr int64_t SUMMED = 512;  // inputs one after the other; sums of more los
 // them are multiplied with, stay in the first-level one. With few blocks a group is one panel.
 constexpr int64_t GROUP_BYTES = 512 * 1024, MIN_BLOCKS = 16;
 
-// A lane's share of one product is as large as a float: a float, or two bfloat16. Where the CPU does
-// not multiply these, it is two floats one after the other. A `Pair` is a share whose weights lie
-// where floats would.
+// Where the CPU does not multiply bfloat16, a lane's two are floats one after the other. A `Pair` is
+// those of a lane, whose weights lie where floats would.
 struct Pair {
   BFloat16 first, second;
 };
 
-template <class T>
-constexpr int64_t INPUTS = sizeof(float) / sizeof(T);
 template <class T>
 constexpr int PARTS = sizeof(Input<T>) / sizeof(T);
 
@@ -197,9 +194,9 @@ static VB_INLINE const T* add_products(const Input<T>* first, ptrdiff_t stride, 
 
 // Adds the products of all inputs of some rows of one panel.
 template <class T, int R, int V>
-static VB_INLINE void add_rows(const Rows<T>& rows, const Block<T>& block, Ahead& ahead,
+static VB_INLINE void add_rows(const Rows<T>& rows, const Block<T>& block, Prefetch& prefetch,
                                F (&sum)[R][V]) {
-  Ahead fetched = ahead;
+  Prefetch fetched = prefetch;
   const auto fetch = [&]() VB_INLINE_LAMBDA { fetched.fetch(); };
   if constexpr (INPUTS<T> == 1) {
     add_products<STEP>(block.in, rows.in_stride, rows.in_features, block.weight, fetch, sum);
@@ -210,7 +207,7 @@ static VB_INLINE void add_rows(const Rows<T>& rows, const Block<T>& block, Ahead
       add_products<STEP>(block.in + k, rows.in_stride, count, weight, fetch, sum);
     }
   }
-  ahead = fetched;
+  prefetch = fetched;
 }
 
 // `before` [R][V][W] are sums of inputs before these.
@@ -225,21 +222,21 @@ static VB_INLINE void add_sums(const float* before, F (&sum)[R][V]) {
 
 // The last inputs of some rows. `sums` are those of the inputs before, or null.
 template <class T, int R, int V>
-static void run(const Problem& p, const Rows<T>& rows, const Block<T>& block, Ahead& ahead,
+static void run(const Problem& p, const Rows<T>& rows, const Block<T>& block, Prefetch& prefetch,
                 float* sums) {
   F sum[R][V];
   start(block, sum);
-  add_rows(rows, block, ahead, sum);
+  add_rows(rows, block, prefetch, sum);
   if (sums) add_sums(sums, sum);
   finish<T, R, V>(p, block, sum);
 }
 
 // Inputs before the last ones, which `sums` receive.
 template <class T, int R, int V>
-static void run_first(const Problem&, const Rows<T>& rows, const Block<T>& block, Ahead& ahead,
+static void run_first(const Problem&, const Rows<T>& rows, const Block<T>& block, Prefetch& prefetch,
                       float* sums) {
   F sum[R][V] = {};
-  add_rows(rows, block, ahead, sum);
+  add_rows(rows, block, prefetch, sum);
   add_sums(sums, sum);
   VB_UNROLL
   for (int r = 0; r < R; r++) {
@@ -249,7 +246,7 @@ static void run_first(const Problem&, const Rows<T>& rows, const Block<T>& block
 }
 
 template <class T>
-using Run = void (*)(const Problem&, const Rows<T>&, const Block<T>&, Ahead&, float*);
+using Run = void (*)(const Problem&, const Rows<T>&, const Block<T>&, Prefetch&, float*);
 
 // How to run some rows: the inputs before the last ones, and the last ones.
 template <class T>
@@ -272,20 +269,20 @@ static Runs<T> runs_of(int64_t rows, bool wide) {
 // Some rows of one panel, whose inputs are summed in parts.
 template <class T>
 static void run_block(const Problem& p, Rows<T> rows, Block<T> block, int64_t count, bool wide,
-                      Ahead& ahead) {
+                      Prefetch& prefetch) {
   const Runs<T> runs = runs_of<T>(count, wide);
   fetch_outputs(p, block, count, wide ? PANEL : W);
-  if (rows.in_features <= SUMMED) return runs.last(p, rows, block, ahead, nullptr);
+  if (rows.in_features <= SUMMED) return runs.last(p, rows, block, prefetch, nullptr);
   alignas(64) float sums[MAX_ROWS * PANEL] = {};
   int64_t left = rows.in_features;
   rows.in_features = SUMMED;
   for (; left > SUMMED; left -= SUMMED) {
-    runs.first(p, rows, block, ahead, sums);
+    runs.first(p, rows, block, prefetch, sums);
     block.in += SUMMED;
     block.weight += SUMMED * (wide ? PANEL : W);
   }
   rows.in_features = left;
-  runs.last(p, rows, block, ahead, sums);
+  runs.last(p, rows, block, prefetch, sums);
 }
 
 template <class T>
@@ -304,7 +301,7 @@ static void run_in_registers(const Problem& p, const Tensors& t, const Rows<T>& 
     const int64_t count = group.end - group.begin;
     const int64_t next =
         std::min({blocks < MIN_BLOCKS ? 1 : 2 * count, fitting, panels.end - group.end});
-    Ahead ahead(begin_of(group.end), (begin_of(group.end + next) - begin_of(group.end)) * size,
+    Prefetch prefetch(begin_of(group.end), (begin_of(group.end + next) - begin_of(group.end)) * size,
                 std::max<int64_t>(1, count * blocks * (k / INPUTS<T> / STEP)));
     for (int64_t i = 0; i < blocks; i++) {
       const Range range = share(rows.count, i, blocks);
@@ -317,7 +314,7 @@ static void run_in_registers(const Problem& p, const Tensors& t, const Rows<T>& 
                        static_cast<int>(std::min<int64_t>(W, wide ? left - W : left)),
                        t.other_scale ? t.other_scale + n : nullptr};
         if (rows.other) block.other = rows.other + range.begin * p.other_stride + n;
-        run_block(p, rows, block, range.end - range.begin, wide, ahead);
+        run_block(p, rows, block, range.end - range.begin, wide, prefetch);
       }
     }
     group = {group.end, group.end + next};

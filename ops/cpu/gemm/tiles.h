@@ -1,34 +1,16 @@
 // Linear layers of bfloat16 by AMX, whose tiles hold 16 rows of 32 inputs, or 16 rows of 16 sums.
 // The outputs are cut into panels of two tiles; up to 32 rows are worked on at once.
 #pragma once
+#include "gemm/amx.h"
+#include "gemm/block.h"
 #include "gemm/pack.h"
-#include "gemm/problem.h"
-
-#if VB_BFLOAT16 && defined(__AMX_BF16__) && defined(__linux__)
-#define VB_AMX 1
-#include <cpuid.h>
-#include <sys/syscall.h>
-#include <unistd.h>
-// The intrinsics do not say all that they read and write; where they are inlined, compilers would
-// take memory for unused.
-#define VB_APART __attribute__((noinline))
-#endif
 
 namespace linear {
 
 #if VB_AMX
-// Whether this process may use AMX, which Linux wants to be asked for.
-static bool has_tiles() {
-  static const bool has = [] {
-    unsigned a, b, c, d;
-    constexpr unsigned amx_bf16 = 1u << 22, amx_tile = 1u << 24;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
-    if (!(d & amx_bf16) || !(d & amx_tile)) return false;
-    constexpr long request_permission = 0x1023, tile_data = 18;
-    return syscall(SYS_arch_prctl, request_permission, tile_data) == 0;
-  }();
-  return has;
-}
+// The intrinsics do not say all that they read and write; where they are inlined, compilers would
+// take memory for unused.
+#define VB_APART __attribute__((noinline))
 
 // Tiles 0 to 3 are the sums, 4 and 5 rows, 6 and 7 weights. What was configured comes back at the
 // end: other libraries use tiles too.
@@ -56,7 +38,7 @@ class Tiles {
 template <int R, int V>
 VB_APART static void multiply(const BFloat16* in, ptrdiff_t second, int64_t in_stride,
                               const BFloat16* weight, int64_t steps, const float* bias,
-                              Ahead& ahead, float* sums) {
+                              Prefetch& prefetch, float* sums) {
   constexpr int64_t tile = TILE_ROWS * TILE_INPUTS;
   const int64_t pitch = in_stride * int64_t{sizeof(BFloat16)};
   __asm__ volatile("" : : : "memory");  // the loads below do not say that they read memory
@@ -65,7 +47,7 @@ VB_APART static void multiply(const BFloat16* in, ptrdiff_t second, int64_t in_s
   if (R == 2) _tile_loadd(2, bias, 0);
   if (R == 2 && V == 2) _tile_loadd(3, bias + W, 0);
   for (int64_t k = 0; k < steps; k++, in += TILE_INPUTS, weight += V * tile) {
-    ahead.fetch();
+    prefetch.fetch();
     _tile_loadd(6, weight, 64);
     _tile_loadd(4, in, pitch);
     _tile_dpbf16ps(0, 4, 6);
@@ -120,7 +102,7 @@ static void finish_rows(const Problem& p, const Block<BFloat16>& block, float* s
 
 template <int V>
 static void run_panel(const Problem& p, const Rows<BFloat16>& rows, const Block<BFloat16>& panel,
-                      Ahead& ahead) {
+                      Prefetch& prefetch) {
   alignas(64) float sums[2 * TILE_ROWS * V * W];
   const int64_t steps = rows.in_features / TILE_INPUTS;
   for (int64_t row = 0; row < rows.count; row += 2 * TILE_ROWS) {
@@ -131,9 +113,9 @@ static void run_panel(const Problem& p, const Rows<BFloat16>& rows, const Block<
     const bool two = row + TILE_ROWS < rows.count;
     if (two) {
       multiply<2, V>(in, (second - first) * rows.in_stride, rows.in_stride, panel.weight, steps,
-                     panel.bias, ahead, sums);
+                     panel.bias, prefetch, sums);
     } else {
-      multiply<1, V>(in, 0, rows.in_stride, panel.weight, steps, panel.bias, ahead, sums);
+      multiply<1, V>(in, 0, rows.in_stride, panel.weight, steps, panel.bias, prefetch, sums);
     }
     const auto store = [&](int64_t begin, int64_t tile, float* tile_sums) {
       const int64_t end = std::min(begin + TILE_ROWS, rows.count);
@@ -156,7 +138,7 @@ static void run_tiles(const Problem& p, const Tensors& t, const Rows<BFloat16>& 
     const bool wide = left > W, last = panel + 1 == panels.end;
     const BFloat16* weight = static_cast<const BFloat16*>(t.weight) + n * rows.in_features;
     const int64_t next = std::min<int64_t>(PANEL, padded(p.out_features) - n - PANEL);
-    Ahead ahead(weight + PANEL * rows.in_features,
+    Prefetch prefetch(weight + PANEL * rows.in_features,
                 last ? 0 : next * rows.in_features * int64_t{sizeof(BFloat16)},
                 blocks * (rows.in_features / TILE_INPUTS));
     alignas(64) float bias[PANEL] = {};
@@ -166,12 +148,11 @@ static void run_tiles(const Problem& p, const Tensors& t, const Rows<BFloat16>& 
                                 rows.energy ? rows.energy + n : nullptr,
                                 static_cast<int>(std::min<int64_t>(W, wide ? left - W : left)),
                                 t.other_scale ? t.other_scale + n : nullptr};
-    wide ? run_panel<2>(p, rows, block, ahead) : run_panel<1>(p, rows, block, ahead);
+    wide ? run_panel<2>(p, rows, block, prefetch) : run_panel<1>(p, rows, block, prefetch);
   }
 }
 
 #else
-static bool has_tiles() { return false; }
 static void run_tiles(const Problem&, const Tensors&, const Rows<BFloat16>&, Range) {}
 #endif
 

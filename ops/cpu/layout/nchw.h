@@ -1,5 +1,4 @@
-// Maps between channels that lie side by side and planes of pixels, with the norm before and the
-// shortcut after what works on the planes.
+// Maps from NHWC to NCHW, with the norm before what works on that, and back, with the shortcut.
 #pragma once
 #include <algorithm>
 #include <cstdint>

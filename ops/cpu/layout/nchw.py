@@ -6,24 +6,24 @@ transposes tiles of it in registers; torch takes several passes, slow ones where
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ops.cpu.binding import Call, kernel
+from ops.cpu.binding import Call, kernel, problem_of
 from ops.cpu.dispatch import require_dtype
 from ops.cpu.structures import structure
+from ops.cpu.tensors import empty_nhwc
 from ops.cpu.threads import VALUES, threads_for
 
-__all__ = ["join_planes", "split_planes"]
+__all__ = ["nchw_from_nhwc", "nhwc_from_nchw"]
 
 _PROBLEM = structure("layout/nchw.h", "nchw::Problem")
 
 
 @kernel("nchw", "nchw_from_nhwc")
-def split_planes(x: Tensor, affine: Tensor) -> Call:
+def nchw_from_nhwc(x: Tensor, affine: Tensor) -> Call:
     """``x * scale + shift``, channel by channel, in NCHW. No gradients.
 
     Args:
@@ -51,11 +51,11 @@ def split_planes(x: Tensor, affine: Tensor) -> Call:
 
 
 @kernel("nchw", "nchw_to_nhwc")
-def join_planes(planes: Tensor, x: Tensor) -> Call:
-    """``planes + x`` with channels last. No gradients.
+def nhwc_from_nchw(nchw: Tensor, x: Tensor) -> Call:
+    """``nchw + x`` with channels last. No gradients.
 
     Args:
-        planes: (B, C, H, W), float32 or bfloat16; copied where they are not contiguous.
+        nchw: (B, C, H, W), float32 or bfloat16; copied where it is not contiguous.
         x: the same of channels last; copied where they are not.
 
     Returns:
@@ -66,14 +66,14 @@ def join_planes(planes: Tensor, x: Tensor) -> Call:
         RuntimeError: the kernel is not available here (its ``unsupported`` tells beforehand).
     """
     _check_map(x)
-    require_dtype(x.dtype, planes=planes)
-    if planes.shape != x.shape:
-        raise ValueError(f"planes must be {tuple(x.shape)}, got {tuple(planes.shape)}")
-    out = torch.empty(x.shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    require_dtype(x.dtype, nchw=nchw)
+    if nchw.shape != x.shape:
+        raise ValueError(f"nchw must be {tuple(x.shape)}, got {tuple(nchw.shape)}")
+    out = empty_nhwc(x, x.shape)
 
     def arguments() -> Any:
         nhwc = x.contiguous(memory_format=torch.channels_last)
-        return _problem_of(x), planes.contiguous(), nhwc, out
+        return _problem_of(x), nchw.contiguous(), nhwc, out
 
     return Call(out, arguments)
 
@@ -86,13 +86,10 @@ def _check_map(x: Tensor) -> None:
 
 
 def _problem_of(x: Tensor) -> Any:
-    threads = threads_for(x.numel(), VALUES, torch.get_num_threads())
-    return _problem(tuple(x.shape), x.dtype == torch.bfloat16, threads)
-
-
-@functools.lru_cache(maxsize=256)
-def _problem(shape: tuple[int, ...], bfloat16: bool, threads: int) -> Any:
-    batch, channels, height, width = shape
-    return _PROBLEM(
-        batch=batch, channels=channels, pixels=height * width, bfloat16=bfloat16, threads=threads
+    return problem_of(
+        _PROBLEM,
+        x,
+        "batch channels",
+        pixels=x.shape[2] * x.shape[3],
+        threads=threads_for(x.numel(), VALUES),
     )

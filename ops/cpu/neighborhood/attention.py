@@ -6,15 +6,15 @@ multiplied as they come, and weights are rounded before they multiply values.
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ops.cpu.binding import Addresses, Call, kernel
+from ops.cpu.binding import Addresses, Call, kernel, problem_of
 from ops.cpu.structures import structure
+from ops.cpu.tensors import dense
 
 __all__ = ["na_cpu_backward", "na_cpu_forward", "na_cpu_output"]
 
@@ -40,15 +40,10 @@ def na_cpu_output(
     scale: float,
 ) -> Call:
     """The attention; shapes as in :mod:`ops.neighborhood`. No gradients."""
-    tensors = (query, key, value, additional_keys, additional_values, rpb)
+    inputs = (query, key, value, additional_keys, additional_values, rpb)
+    window = (kernel_size, stride, dilation, is_causal)
     out = _empty_out(query, value)
-
-    def arguments() -> Any:
-        fields = {**_inputs(*tensors), "out": _with_channels(out)}
-        problem = _problem_of(tensors, kernel_size, stride, dilation, is_causal, scale)
-        return problem, Addresses(_FORWARD, fields)
-
-    return Call(out, arguments)
+    return Call(out, lambda: _forward_arguments(inputs, window, scale, out))
 
 
 @kernel("neighborhood", "na_forward", returns="(Tensor, Tensor)", large_results=True)
@@ -66,16 +61,11 @@ def na_cpu_forward(
     scale: float,
 ) -> Call:
     """The attention and the logarithms of its sums, in float32."""
-    tensors = (query, key, value, additional_keys, additional_values, rpb)
+    inputs = (query, key, value, additional_keys, additional_values, rpb)
+    window = (kernel_size, stride, dilation, is_causal)
     out = _empty_out(query, value)
     lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
-
-    def arguments() -> Any:
-        fields = {**_inputs(*tensors), "out": _with_channels(out), "lse": _per_query(lse)}
-        problem = _problem_of(tensors, kernel_size, stride, dilation, is_causal, scale)
-        return problem, Addresses(_FORWARD, fields)
-
-    return Call((out, lse), arguments)
+    return Call((out, lse), lambda: _forward_arguments(inputs, window, scale, out, lse))
 
 
 @kernel(
@@ -125,10 +115,10 @@ def na_cpu_backward(
             **of_inputs,
             **{"out": _with_channels(out), "lse": _per_query(lse.contiguous())},
             "grad_out": _with_channels(grad_out),
-            "grad_lse": _per_query(None if grad_lse is None else grad_lse.contiguous()),
+            "grad_lse": _per_query(dense(grad_lse)),
             "grad_rpb": None if rpb is None else grads[5],
         }
-        problem = _problem_of(inputs, kernel_size, stride, dilation, is_causal, scale)
+        problem = _problem_of(inputs, (kernel_size, stride, dilation, is_causal), scale)
         return problem, Addresses(_BACKWARD, fields)
 
     return Call(tuple(grads), tuple if empty else arguments)
@@ -180,55 +170,37 @@ def _strided(t: Tensor, strides: Sequence[int]) -> Addresses:
     return Addresses(_TENSOR, {"data": t, "batch": batch, **fields, "head": head})
 
 
-def _problem_of(
-    tensors: Sequence[Tensor | None],
-    kernel_size: Sequence[int],
-    stride: Sequence[int],
-    dilation: Sequence[int],
-    is_causal: Sequence[bool],
+def _forward_arguments(
+    inputs: Sequence[Any],
+    window: Sequence[Sequence[int]],
     scale: float,
-) -> Any:
-    query, key, value, additional_keys, *_ = tensors
-    assert query is not None and key is not None and value is not None
-    return _problem(
-        query.shape,
-        key.shape[-2],
-        value.shape[-1],
-        0 if additional_keys is None else additional_keys.shape[1],
-        (tuple(kernel_size), tuple(stride), tuple(dilation), tuple(is_causal)),
-        query.dtype == torch.bfloat16,
-        torch.get_num_threads(),
-        scale,
-    )
+    out: Tensor,
+    lse: Tensor | None = None,
+) -> Sequence[Any]:
+    fields = {**_inputs(*inputs), "out": _with_channels(out), "lse": _per_query(lse)}
+    return _problem_of(inputs, window, scale), Addresses(_FORWARD, fields)
 
 
-@functools.lru_cache(maxsize=256)
-def _problem(
-    query_shape: Sequence[int],
-    kv_heads: int,
-    value_dim: int,
-    additional: int,
-    window: tuple[tuple[Any, ...], ...],
-    bfloat16: bool,
-    threads: int,
-    scale: float,
-) -> Any:
-    batch, *size, heads, dim = query_shape
-    missing = 3 - len(size)
+def _problem_of(inputs: Sequence[Any], window: Sequence[Sequence[int]], scale: float) -> Any:
+    """``window``: kernel sizes, strides, dilations, and whether axes are causal."""
+    query, key, value, additional_keys, *_ = inputs
     kernel_size, stride, dilation, is_causal = window
-    return _PROBLEM(
+    batch, *size, heads, dim = query.shape
+    missing = 3 - len(size)
+    return problem_of(
+        _PROBLEM,
+        query,
         batch=batch,
         heads=heads,
-        kv_heads=kv_heads,
+        kv_heads=key.shape[-2],
         dim=dim,
-        value_dim=value_dim,
-        additional=additional,
+        value_dim=value.shape[-1],
+        additional=0 if additional_keys is None else additional_keys.shape[1],
         size=(*missing * (1,), *size),
         kernel=(*missing * (1,), *kernel_size),
         stride=(*missing * (1,), *stride),
         dilation=(*missing * (1,), *dilation),
         causal=(*missing * (0,), *is_causal),
-        bfloat16=bfloat16,
-        threads=threads,
+        threads=torch.get_num_threads(),
         scale=scale,
     )

@@ -1,6 +1,6 @@
 // Backward in one pass over the queries: the probabilities are recomputed from lse; each tile sums
-// its dQ in scratch and adds its share of dK and dV to rows that belong to the unit of work alone.
-// Where units overlap, their shares are then added in a fixed order. So there are no atomics, and
+// its dQ in scratch and adds its share of dK and dV to rows that belong to the work item alone.
+// Where items overlap, their shares are then added in a fixed order. So there are no atomics, and
 // the result depends neither on timing nor on the thread count. (A second, key-centric pass over
 // inverse windows would need seven products where this needs five.)
 #pragma once
@@ -22,7 +22,7 @@ template <class T>
 using BackwardKeys = KeyRing<T, Floats, Products<T>>;
 
 template <class T>
-struct BackwardScratch : UnitScratch<BackwardKeys<T>> {
+struct BackwardScratch : ItemScratch<BackwardKeys<T>> {
   GradientRing<T> grad_keys, grad_values;
   Buffer query_rows, query, grad_rows, grad, score, grad_score, sum, bias_lanes;
 };
@@ -96,8 +96,8 @@ static F row_delta(const TilePlace& place, const Tensor& out, int row, int chann
 
 template <class T>
 static void backward_tile(const Problem& p, const BackwardTensors& t, const TilePlace& place,
-                          const BackwardKeys<T>& ring, const Unit& unit, const Bias& bias,
-                          const Lanes& shared, Ahead& ahead, BackwardScratch<T>& scratch,
+                          const BackwardKeys<T>& ring, const WorkItem& item, const Bias& bias,
+                          const Lanes& shared, Prefetch& prefetch, BackwardScratch<T>& scratch,
                           KeyGradients& grads, bool large) {
   using P = Products<T>;
   const int rows = place.tile.rows, dim = static_cast<int>(p.dim),
@@ -113,8 +113,8 @@ static void backward_tile(const Problem& p, const BackwardTensors& t, const Tile
   float* grad_score = scratch.grad_score.get(MAX_ROWS * SCORE_PITCH);
   float* sum = scratch.sum.get(static_cast<size_t>(MAX_ROWS) * W * pitch);
 
-  if (!large) add_rows<T>(ahead, place, t.grad_query, dim);
-  ahead.set_portions(2 * (place.tile.high - place.tile.low) + place.lanes.valid / 2 +
+  if (!large) add_rows<T>(prefetch, place, t.grad_query, dim);
+  prefetch.set_portions(2 * (place.tile.high - place.tile.low) + place.lanes.valid / 2 +
                      2 * (place.lanes.last - place.lanes.base));
   float lse[MAX_ROWS][W], delta[MAX_ROWS][W];
   for (int r = 0; r < rows; r++) {
@@ -136,7 +136,7 @@ static void backward_tile(const Problem& p, const BackwardTensors& t, const Tile
     }
   }
 
-  const int valid = place.lanes.valid, low = unit.segment.low, slot = place.kv_slot;
+  const int valid = place.lanes.valid, low = item.segment.low, slot = place.kv_slot;
   const Additional *more_keys = nullptr, *more_values = nullptr;
   if (p.additional) {
     more_keys = &scratch.additional_keys[slot];
@@ -149,24 +149,24 @@ static void backward_tile(const Problem& p, const BackwardTensors& t, const Tile
     for (const Slice* s = first; s < last; s++) {
       if (s->plane < 0) {
         score_slice<P>(*s, shared, 0, steps, scale * LOG2E, more_keys->column_pitch, query, score,
-                       ahead, [&](int) { return more_keys->columns.data(); });
+                       prefetch, [&](int) { return more_keys->columns.data(); });
         score_slice<P>(*s, shared, 0, value_steps, 1.f, more_values->column_pitch, grad,
-                       grad_score, ahead, [&](int) { return more_values->columns.data(); });
+                       grad_score, prefetch, [&](int) { return more_values->columns.data(); });
         softmax_backward(*s, shared, lse, delta, score, grad_score);
         continue;
       }
       score_slice<P>(
-          *s, place.lanes, low, steps, scale * LOG2E, ring.column_pitch(), query, score, ahead,
+          *s, place.lanes, low, steps, scale * LOG2E, ring.column_pitch(), query, score, prefetch,
           [&](int y) { return ring.columns(scratch.keys, slot, s->plane, s->key_row + y); });
       if (bias) add_bias(bias, place, *s, score);
       score_slice<P>(
-          *s, place.lanes, low, value_steps, 1.f, ring.column_pitch(), grad, grad_score, ahead,
+          *s, place.lanes, low, value_steps, 1.f, ring.column_pitch(), grad, grad_score, prefetch,
           [&](int y) { return ring.columns(scratch.values, slot, s->plane, s->key_row + y); });
       softmax_backward(*s, place.lanes, lse, delta, score, grad_score);
       clear_unseen(*s, rows, score);
       clear_unseen(*s, rows, grad_score);
       if (t.grad_rpb) {
-        const size_t head = place.head - unit.first_head * (p.heads / p.kv_heads);
+        const size_t head = place.head - item.first_head * (p.heads / p.kv_heads);
         add_bias_gradient(bias, place, *s, grad_score,
                           scratch.bias_lanes.data() + head * bias.per_head() * W);
       }
@@ -176,26 +176,26 @@ static void backward_tile(const Problem& p, const BackwardTensors& t, const Tile
         const auto at = [](const Buffer& b) {
           return [&b](const Slice&, int) { return b.data(); };
         };
-        mix_group<Floats>(group, place, shared, 0, pitch, grad_score, sum, fresh, ahead,
+        mix_group<Floats>(group, place, shared, 0, pitch, grad_score, sum, fresh, prefetch,
                           at(more_keys->rows));
-        Spread(group, shared, valid, 0, pitch, grad_score, query_rows, at(grads.additional_keys))
-            .run(ahead);
-        Spread(group, shared, valid, 0, value_pitch, score, grad_rows, at(grads.additional_values))
-            .run(ahead);
+        Scatter(group, shared, valid, 0, pitch, grad_score, query_rows, at(grads.additional_keys))
+            .run(prefetch);
+        Scatter(group, shared, valid, 0, value_pitch, score, grad_rows, at(grads.additional_values))
+            .run(prefetch);
       } else {
         const auto rows_of = [&](const GradientRing<T>& r) {
           return [&r, slot](const Slice& s, int y) { return r.row(slot, s.plane, s.key_row + y); };
         };
-        mix_group<Floats>(group, place, place.lanes, low, pitch, grad_score, sum, fresh, ahead,
+        mix_group<Floats>(group, place, place.lanes, low, pitch, grad_score, sum, fresh, prefetch,
                           [&](const Slice& s, int y) {
                             return ring.rows(scratch.keys, slot, s.plane, s.key_row + y);
                           });
-        Spread(group, place.lanes, valid, low, pitch, grad_score, query_rows,
+        Scatter(group, place.lanes, valid, low, pitch, grad_score, query_rows,
                rows_of(scratch.grad_keys))
-            .run(ahead);
-        Spread(group, place.lanes, valid, low, value_pitch, score, grad_rows,
+            .run(prefetch);
+        Scatter(group, place.lanes, valid, low, value_pitch, score, grad_rows,
                rows_of(scratch.grad_values))
-            .run(ahead);
+            .run(prefetch);
       }
       fresh = false;
     });
@@ -229,12 +229,12 @@ static void backward(const Problem& p, const BackwardTensors& t) {
   const bool large = static_cast<int64_t>(sizeof(T)) * p.batch * p.size[0] * p.size[1] * p.size[2] *
                          (p.heads * p.dim + p.kv_heads * (p.dim + p.value_dim)) >
                      STREAMED_BYTES;
-  const int per_head = layout.units_per_head, block = layout.head_block;
+  const int per_head = layout.items_per_head, block = layout.head_block;
   const int64_t blocks = p.batch * layout.head_blocks, threads = layout.threads(p);
   // The blocks of heads are taken in waves, just large enough to keep the threads busy, so that few
   // shares are kept.
   const int64_t wave = std::min(blocks, threads > 1 ? (4 * threads + per_head - 1) / per_head : 1);
-  // shares[(block of the wave * heads + head) * units per head + unit]
+  // shares[(block of the wave * heads + head) * items per head + item]
   static thread_local std::vector<KeyGradients> kept;
   const size_t kept_count = static_cast<size_t>(wave) * block * per_head;
   if (kept.size() < kept_count) kept = std::vector<KeyGradients>(kept_count);
@@ -244,46 +244,47 @@ static void backward(const Problem& p, const BackwardTensors& t) {
 
   const auto run_unit = [&](int64_t index, KeyGradients* block_shares) {
     static thread_local BackwardScratch<T> scratch;
-    const Unit unit(p, layout, index);
+    const WorkItem item(p, layout, index);
     scratch.keys.set(t.key, dim, true, true);
     scratch.values.set(t.value, value_dim, false, true);
-    BackwardKeys<T> ring(layout, unit.segment, unit.batch, unit.first_head, unit.heads,
+    BackwardKeys<T> ring(layout, item.segment, item.batch, item.first_head, item.heads,
                          scratch.keys, scratch.values);
-    scratch.pack_additional(p, unit, t.additional_key, t.additional_value);
+    scratch.pack_additional(p, item, t.additional_key, t.additional_value);
     const auto share = [&](int h) -> KeyGradients& {
-      return block_shares[h * per_head + unit.index];
+      return block_shares[h * per_head + item.index];
     };
     const auto key_share = [&](int h) { return share(h).keys.data(); };
     const auto value_share = [&](int h) { return share(h).values.data(); };
-    const size_t shared_keys = unit.shared_keys();
-    for (int h = 0; h < unit.heads; h++) {
+    const size_t shared_keys = item.shared_keys();
+    for (int h = 0; h < item.heads; h++) {
       KeyGradients& g = share(h);
       g.keys.get(shared_keys * pitch);
       g.values.get(shared_keys * value_pitch);
       zeroed(g.additional_keys, static_cast<size_t>(additional) * pitch);
       zeroed(g.additional_values, static_cast<size_t>(additional) * value_pitch);
     }
-    scratch.grad_keys.start(unit, t.grad_key, dim, LN2, large);
-    scratch.grad_values.start(unit, t.grad_value, value_dim, 1.f, large);
-    zeroed(scratch.bias_lanes, unit.heads * bias_size * W);
-    const auto next = [&](const TilePlace& place, Ahead& ahead) {
-      add_rows<T>(ahead, place, t.query, dim);
-      add_rows<T>(ahead, place, t.grad_out, value_dim);
-      add_rows<T>(ahead, place, t.out, value_dim);
+    scratch.grad_keys.start(item, t.grad_key, dim, LN2, large);
+    scratch.grad_values.start(item, t.grad_value, value_dim, 1.f, large);
+    zeroed(scratch.bias_lanes, item.heads * bias_size * W);
+    const auto next = [&](const TilePlace& place, Prefetch& prefetch) {
+      add_rows<T>(prefetch, place, t.query, dim);
+      add_rows<T>(prefetch, place, t.grad_out, value_dim);
+      add_rows<T>(prefetch, place, t.out, value_dim);
       if (place.head % groups) return;
-      scratch.grad_keys.add_leaving(ahead, place.kv_slot, place.z, place.tile.low);
-      scratch.grad_values.add_leaving(ahead, place.kv_slot, place.z, place.tile.low);
+      scratch.grad_keys.add_leaving(prefetch, place.kv_slot, place.z, place.tile.low);
+      scratch.grad_values.add_leaving(prefetch, place.kv_slot, place.z, place.tile.low);
     };
-    for_each_tile(p, layout, unit, ring, scratch, next, [&](const TilePlace& place, Ahead& ahead) {
+    const auto body = [&](const TilePlace& place, Prefetch& prefetch) {
       scratch.grad_keys.advance(place.tile.low, place.tile.high, key_share);
       scratch.grad_values.advance(place.tile.low, place.tile.high, value_share);
-      backward_tile<T>(p, t, place, ring, unit, bias, shared, ahead, scratch, share(place.kv_slot),
+      backward_tile<T>(p, t, place, ring, item, bias, shared, prefetch, scratch, share(place.kv_slot),
                        large);
-    });
+    };
+    for_each_tile(p, layout, item, ring, scratch, next, body);
     scratch.grad_keys.finish(key_share);
     scratch.grad_values.finish(value_share);
     if (large) simd::end_streams();
-    for (int h = 0; bias_size && h < unit.heads; h++) {
+    for (int h = 0; bias_size && h < item.heads; h++) {
       float* sums = share(h).bias.get(bias_size);
       const float* lanes = scratch.bias_lanes.data() + h * bias_size * W;
       for (size_t i = 0; i < bias_size; i++) sums[i] = simd::reduce_add(simd::load(lanes + i * W));

@@ -3,7 +3,7 @@
 // ("FlashAttention", Dao et al. 2022, with the window of "Neighborhood Attention Transformer",
 // Hassani et al. 2023).
 #pragma once
-#include "neighborhood/unit.h"
+#include "neighborhood/work_item.h"
 
 namespace na {
 
@@ -17,7 +17,7 @@ template <class T>
 using ForwardKeys = KeyRing<T, Products<T>, Products<T>>;
 
 template <class T>
-struct ForwardScratch : UnitScratch<ForwardKeys<T>> {
+struct ForwardScratch : ItemScratch<ForwardKeys<T>> {
   Buffer query, score, sum;
 };
 
@@ -129,7 +129,7 @@ static void online_softmax(const Slice* first, const Slice* last, const TilePlac
 template <class T>
 static void forward_tile(const Problem& p, const ForwardTensors& t, const TilePlace& place,
                          const ForwardKeys<T>& ring, int low, const Bias& bias, const Lanes& shared,
-                         bool stream, Ahead& ahead, ForwardScratch<T>& scratch) {
+                         bool stream, Prefetch& prefetch, ForwardScratch<T>& scratch) {
   using P = Products<T>;
   const int rows = place.tile.rows, dim = static_cast<int>(p.dim), steps = simd::steps<P>(dim),
             value_dim = static_cast<int>(p.value_dim);
@@ -142,7 +142,7 @@ static void forward_tile(const Problem& p, const ForwardTensors& t, const TilePl
     load_query_columns<T, P>(place, t.query, r, dim, scale,
                              query + static_cast<size_t>(r) * W * steps);
   }
-  if (!stream) add_rows<T>(ahead, place, t.out, value_dim);
+  if (!stream) add_rows<T>(prefetch, place, t.out, value_dim);
   float top[MAX_ROWS][W], total[MAX_ROWS][W] = {};
   std::fill(&top[0][0], &top[0][0] + MAX_ROWS * W, -INFINITY);
 
@@ -157,11 +157,11 @@ static void forward_tile(const Problem& p, const ForwardTensors& t, const TilePl
     const Slice* last = scratch.plan.slices.data() + block_end;
     for (const Slice* s = first; s < last; s++) {
       if (s->plane < 0) {
-        score_slice<P>(*s, shared, 0, steps, scale, more_keys->column_pitch, query, score, ahead,
+        score_slice<P>(*s, shared, 0, steps, scale, more_keys->column_pitch, query, score, prefetch,
                        [&](int) { return more_keys->columns.data(); });
         continue;
       }
-      score_slice<P>(*s, place.lanes, low, steps, scale, ring.column_pitch(), query, score, ahead,
+      score_slice<P>(*s, place.lanes, low, steps, scale, ring.column_pitch(), query, score, prefetch,
                      [&](int y) {
                        return ring.columns(scratch.keys, place.kv_slot, s->plane, s->key_row + y);
                      });
@@ -170,10 +170,10 @@ static void forward_tile(const Problem& p, const ForwardTensors& t, const TilePl
     online_softmax<P>(first, last, place, shared, score, top, total, sum, pitch);
     for_each_group(first, last, [&](const SliceGroup& group) {
       if (group.first->plane < 0) {
-        mix_group<P>(group, place, shared, 0, pitch, score, sum, fresh, ahead,
+        mix_group<P>(group, place, shared, 0, pitch, score, sum, fresh, prefetch,
                      [&](const Slice&, int) { return more_values->rows.data(); });
       } else {
-        mix_group<P>(group, place, place.lanes, low, pitch, score, sum, fresh, ahead,
+        mix_group<P>(group, place, place.lanes, low, pitch, score, sum, fresh, prefetch,
                      [&](const Slice& s, int y) {
                        return ring.rows(scratch.values, place.kv_slot, s.plane, s.key_row + y);
                      });
@@ -220,20 +220,21 @@ static void forward(const Problem& p, const ForwardTensors& t) {
   const bool stream =
       static_cast<int64_t>(sizeof(T)) * positions * p.heads * p.value_dim > STREAMED_BYTES &&
       fills_lines<T>(t.out, static_cast<int>(p.value_dim));
-  parallel::for_each_in_turn(layout.units(p), layout.threads(p), [&](int64_t index) {
+  parallel::for_each_in_turn(layout.items(p), layout.threads(p), [&](int64_t index) {
     static thread_local ForwardScratch<T> scratch;
-    const Unit unit(p, layout, index);
+    const WorkItem item(p, layout, index);
     scratch.keys.set(t.key, p.dim, false, true);
     scratch.values.set(t.value, p.value_dim, true, false);
-    ForwardKeys<T> ring(layout, unit.segment, unit.batch, unit.first_head, unit.heads, scratch.keys,
+    ForwardKeys<T> ring(layout, item.segment, item.batch, item.first_head, item.heads, scratch.keys,
                         scratch.values);
-    scratch.pack_additional(p, unit, t.additional_key, t.additional_value);
-    const auto next = [&](const TilePlace& place, Ahead& ahead) {
-      add_rows<T>(ahead, place, t.query, p.dim);
+    scratch.pack_additional(p, item, t.additional_key, t.additional_value);
+    const auto next = [&](const TilePlace& place, Prefetch& prefetch) {
+      add_rows<T>(prefetch, place, t.query, p.dim);
     };
-    for_each_tile(p, layout, unit, ring, scratch, next, [&](const TilePlace& place, Ahead& ahead) {
-      forward_tile<T>(p, t, place, ring, unit.segment.low, bias, shared, stream, ahead, scratch);
-    });
+    const auto body = [&](const TilePlace& place, Prefetch& prefetch) {
+      forward_tile<T>(p, t, place, ring, item.segment.low, bias, shared, stream, prefetch, scratch);
+    };
+    for_each_tile(p, layout, item, ring, scratch, next, body);
     if (stream) simd::end_streams();
   });
 }

@@ -1,10 +1,10 @@
 // The gradients of keys and values. Every tile of queries adds to those of the keys around it, so a
-// unit of work keeps the rows that its current tile sees in a ring. A row that no later tile of the
-// unit sees leaves the ring: straight for the caller's tensor, but for positions that other units
-// see too, whose shares are kept and added in a fixed order when all units are done.
+// work item keeps the rows that its current tile sees in a ring. A row that no later tile of the
+// item sees leaves the ring: straight for the caller's tensor, but for positions that other items
+// see too, whose shares are kept and added in a fixed order when all items are done.
 #pragma once
-#include "neighborhood/spread.h"
-#include "neighborhood/unit.h"
+#include "neighborhood/scatter.h"
+#include "neighborhood/work_item.h"
 
 namespace na {
 
@@ -14,9 +14,9 @@ static inline float* zeroed(Buffer& b, size_t n) {
   return p;
 }
 
-// One unit's share of the gradients that other units also contribute to.
+// One item's share of the gradients that other items also contribute to.
 struct KeyGradients {
-  Buffer keys, values;  // [key that other units see][channel], plane by plane, row by row
+  Buffer keys, values;  // [key that other items see][channel], plane by plane, row by row
   Buffer additional_keys, additional_values;
   Buffer bias;  // [head of the group][rpb]
 };
@@ -24,18 +24,18 @@ struct KeyGradients {
 template <class T>
 class GradientRing {
  public:
-  // The gradient of `t` times `scale`, for the heads of one unit; share(head) is where the shares
+  // The gradient of `t` times `scale`, for the heads of one item; share(head) is where the shares
   // of one of them go. `large`: the results do not stay in the caches anyway.
-  void start(const Unit& unit, const Tensor& t, int channels, float scale, bool large) {
-    layout_ = &unit.layout;
-    unit_ = &unit;
+  void start(const WorkItem& item, const Tensor& t, int channels, float scale, bool large) {
+    layout_ = &item.layout;
+    item_ = &item;
     tensor_ = t;
     channels_ = channels;
     scale_ = scale;
     stream_ = large && fills_lines<T>(t, channels);
-    row_size_ = static_cast<size_t>(unit.segment.columns) * round_up(channels, W);
-    left_ = entered_ = unit.chunk.low;
-    rows_.get(static_cast<size_t>(unit.heads) * layout_->z.size * layout_->ring_rows * row_size_);
+    row_size_ = static_cast<size_t>(item.segment.columns) * round_up(channels, W);
+    left_ = entered_ = item.chunk.low;
+    rows_.get(static_cast<size_t>(item.heads) * layout_->z.size * layout_->ring_rows * row_size_);
   }
 
   // The next tile sees the key rows [low, high).
@@ -43,7 +43,7 @@ class GradientRing {
   void advance(int low, int high, const Share& share) {
     for (; left_ < low; left_++) {
       if (left_ == entered_) clear(entered_++);  // a row that no query sees
-      for (int h = 0; h < unit_->heads; h++) {
+      for (int h = 0; h < item_->heads; h++) {
         for (int z = 0; z < layout_->z.size; z++) leave(h, z, left_, share(h));
       }
     }
@@ -51,12 +51,12 @@ class GradientRing {
   }
   template <class Share>
   void finish(const Share& share) {
-    advance(unit_->chunk.high, unit_->chunk.high, share);
+    advance(item_->chunk.high, item_->chunk.high, share);
   }
 
   // Where the rows that leave before `low` will be stored, but past the caches.
-  void add_leaving(Ahead& ahead, int head, int z, int low) const {
-    for (int y = left_; y < low && !stream_; y++) ahead.add(line(head, z, y), tensor_.x, channels_);
+  void add_leaving(Prefetch& prefetch, int head, int z, int low) const {
+    for (int y = left_; y < low && !stream_; y++) prefetch.add(line(head, z, y), tensor_.x, channels_);
   }
 
   // [key column of the segment][channel]
@@ -67,13 +67,13 @@ class GradientRing {
 
  private:
   T* line(int head, int z, int y) const {
-    return static_cast<T*>(tensor_.data) + tensor_.at(unit_->batch, layout_->z.order[z],
+    return static_cast<T*>(tensor_.data) + tensor_.at(item_->batch, layout_->z.order[z],
                                                       layout_->y.order[y],
-                                                      unit_->first_head + head);
+                                                      item_->first_head + head);
   }
 
   void clear(int y) {
-    for (int h = 0; h < unit_->heads; h++) {
+    for (int h = 0; h < item_->heads; h++) {
       for (int z = 0; z < layout_->z.size; z++)
         std::memset(row(h, z, y), 0, row_size_ * sizeof(float));
     }
@@ -81,10 +81,10 @@ class GradientRing {
 
   void leave(int head, int z, int y, float* share) {
     const int pitch = round_up(channels_, W);
-    const Segment& segment = unit_->segment;
+    const Segment& segment = item_->segment;
     const float* from = row(head, z, y);
     T* out = line(head, z, y);
-    share += unit_->shared_keys(z, y) * pitch;
+    share += item_->shared_keys(z, y) * pitch;
     for (int i = 0; i < segment.columns; i++, from += pitch) {
       const int x = segment.low + i;
       if (!layout_->seen_once(y, x)) {
@@ -99,7 +99,7 @@ class GradientRing {
   }
 
   const Layout* layout_ = nullptr;
-  const Unit* unit_ = nullptr;
+  const WorkItem* item_ = nullptr;
   Tensor tensor_{};
   int channels_ = 0;
   float scale_ = 1.f;
@@ -109,8 +109,8 @@ class GradientRing {
   Buffer rows_;
 };
 
-// Adds the units' shares of one tensor and stores them, where not exactly one unit has seen a key;
-// `share(unit)` is a unit's array.
+// Adds the items' shares of one tensor and stores them, where not exactly one item has seen a key;
+// `share(item)` is an item's array.
 template <class T, class Share>
 static void store_key_gradient(const Layout& layout, const Tensor& t, int batch, int head,
                                int channels, float scale, const Share& share) {
@@ -122,10 +122,10 @@ static void store_key_gradient(const Layout& layout, const Tensor& t, int batch,
     if (layout.row_chunks[y] == 1 && columns_once) continue;
     for (int z = 0; z < layout.z.size; z++) {
       float* sum = zeroed(line, static_cast<size_t>(layout.x.size) * pitch);
-      int unit = 0;
+      int item = 0;
       for (const Chunk& c : layout.chunks) {
         for (const Segment& s : layout.segments) {
-          const float* from = share(unit++);
+          const float* from = share(item++);
           if (y < c.low || y >= c.high) continue;
           from += layout.shared_keys(c, s, z, y) * pitch;
           for (int x = s.low; x < s.low + s.columns; x++) {
@@ -147,13 +147,13 @@ static void store_key_gradient(const Layout& layout, const Tensor& t, int batch,
 }
 
 template <class T, class Share>
-static void store_additional_gradient(const Tensor& t, int n, int units, int batch, int head,
+static void store_additional_gradient(const Tensor& t, int n, int items, int batch, int head,
                                       int channels, float scale, const Share& share) {
   if (!n) return;
   const int pitch = round_up(channels, W);
   Buffer line;
   float* sum = zeroed(line, static_cast<size_t>(n) * pitch);
-  for (int u = 0; u < units; u++) {
+  for (int u = 0; u < items; u++) {
     const float* from = share(u);
     for (size_t i = 0; i < static_cast<size_t>(n) * pitch; i++) sum[i] += from[i];
   }

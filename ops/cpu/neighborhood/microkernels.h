@@ -1,4 +1,4 @@
-// The two register-blocked products of neighborhood attention; the third, in `spread.h`, is the
+// The two register-blocked products of neighborhood attention; the third, in `scatter.h`, is the
 // transpose of one of them.
 #pragma once
 #include <array>

@@ -1,5 +1,5 @@
-// One call's sizes, and how its work is cut into units that threads take one by one. The map is cut
-// by its sizes alone, never by the number of threads, so that results do not depend on that either.
+// One call's sizes, and how its work is cut into work items that threads take one by one. The map is
+// cut by its sizes alone, never by the number of threads, so that results do not depend on that.
 #pragma once
 #include "common/parallel.h"
 #include "neighborhood/geometry.h"
@@ -7,7 +7,7 @@
 
 namespace na {
 
-// Mirrored by the ctypes structure in ops/neighborhood/cpu.py. Lower ranks are padded with axes of
+// attention.py reads the fields from here. Lower ranks are padded with axes of
 // length 1 in front.
 struct Problem {
   int64_t batch, heads, kv_heads, dim, value_dim, additional;
@@ -37,17 +37,17 @@ struct Layout {
   std::vector<Chunk> chunks;
   int ring_rows = 0;    // most key rows that one tile sees
   int max_columns = 0;  // most key columns of a segment
-  int units_per_head = 0;
+  int items_per_head = 0;
   // How many chunks see a key row, how many segments a key column.
   std::vector<int> row_chunks, column_segments;
   // How many of the key rows before one several chunks see, and of the columns, several segments.
   std::vector<int> shared_rows, shared_columns;
-  // Key heads that one unit takes: neighbours in memory, so that fetching one helps the others.
+  // Key heads that one item takes: neighbours in memory, so that fetching one helps the others.
   // Each head is computed by itself, so this may depend on the number of threads.
   int head_block = 1;
   int head_blocks = 1;
 
-  Layout(const Problem& p, bool sums_over_units) : z(axis(p, 0)), y(axis(p, 1)), x(axis(p, 2)) {
+  Layout(const Problem& p, bool sums_over_items) : z(axis(p, 0)), y(axis(p, 1)), x(axis(p, 2)) {
     lanes = make_lanes(x);
     tiles = make_row_tiles(y);
     for (const RowTile& t : tiles) ring_rows = std::max(ring_rows, t.high - t.low);
@@ -55,18 +55,18 @@ struct Layout {
     const int lane_groups = static_cast<int>(lanes.size()),
               tile_count = static_cast<int>(tiles.size());
     const int64_t heads = std::max<int64_t>(1, p.batch * p.kv_heads);
-    // Enough units to keep many threads busy, but each large beside the border of keys that
-    // neighbours pack again and, where sums over units are wanted, also sum and keep.
-    constexpr int64_t WANTED_UNITS = 64;
-    constexpr double UNIT_FLOPS = 10e6;
-    int64_t wanted = (std::min<int64_t>(WANTED_UNITS, flops(p) / FLOPS_OF_A_THREAD) + heads - 1) /
+    // Enough items to keep many threads busy, but each large beside the border of keys that
+    // neighbours pack again and, where sums over items are wanted, also sum and keep.
+    constexpr int64_t WANTED_ITEMS = 64;
+    constexpr double ITEM_FLOPS = 10e6;
+    int64_t wanted = (std::min<int64_t>(WANTED_ITEMS, flops(p) / FLOPS_OF_A_THREAD) + heads - 1) /
                      heads;
-    if (sums_over_units) {
-      wanted = std::min<int64_t>(WANTED_UNITS, static_cast<int64_t>(flops(p) / UNIT_FLOPS)) / heads;
+    if (sums_over_items) {
+      wanted = std::min<int64_t>(WANTED_ITEMS, static_cast<int64_t>(flops(p) / ITEM_FLOPS)) / heads;
       wanted = std::max<int64_t>(wanted, 1);
     }
-    wanted = p.threads == 1 && !sums_over_units ? 1 : std::max<int64_t>(wanted, 1);
-    const int windows = sums_over_units ? 4 : 2;
+    wanted = p.threads == 1 && !sums_over_items ? 1 : std::max<int64_t>(wanted, 1);
+    const int windows = sums_over_items ? 4 : 2;
     const int min_tiles = std::max(2, (windows * y.max_count + MAX_ROWS - 1) / MAX_ROWS);
     const int chunk_count =
         static_cast<int>(std::min<int64_t>(wanted, std::max(1, tile_count / min_tiles)));
@@ -100,7 +100,7 @@ struct Layout {
       max_columns = std::max(max_columns, s.columns);
       segments.push_back(s);
     }
-    units_per_head = chunk_count * segment_count;
+    items_per_head = chunk_count * segment_count;
     row_chunks.resize(y.size);
     column_segments.resize(x.size);
     for (const Chunk& c : chunks) {
@@ -112,10 +112,10 @@ struct Layout {
     shared_rows = shared_before(row_chunks);
     shared_columns = shared_before(column_segments);
 
-    // Where sums over units are wanted, in backward, the keys are packed both ways, and two rings of
+    // Where sums over items are wanted, in backward, the keys are packed both ways, and two rings of
     // gradients lie beside.
     const int64_t head_bytes =
-        sums_over_units ? column_bytes * (max_columns + 3 * simd::W) * 5 / 2
+        sums_over_items ? column_bytes * (max_columns + 3 * simd::W) * 5 / 2
                         : column_bytes * max_columns;
     head_block =
         static_cast<int>(std::min(p.kv_heads, std::max<int64_t>(1, CACHE_BYTES / head_bytes)));
@@ -127,15 +127,15 @@ struct Layout {
     const auto blocks = [&] {
       return static_cast<int>((p.kv_heads + head_block - 1) / head_block);
     };
-    while (head_block > 1 && p.batch * blocks() * units_per_head < busy) head_block--;
+    while (head_block > 1 && p.batch * blocks() * items_per_head < busy) head_block--;
     head_blocks = blocks();
     head_block = static_cast<int>((p.kv_heads + head_blocks - 1) / head_blocks);  // evenly
   }
-  // Whether exactly one unit of a head sees the key.
+  // Whether exactly one item of a head sees the key.
   bool seen_once(int key_row, int key_column) const {
     return row_chunks[key_row] == 1 && column_segments[key_column] == 1;
   }
-  // How many keys of a plane that a unit sees, in the rows before `key_row`, other units see too.
+  // How many keys of a plane that an item sees, in the rows before `key_row`, other items see too.
   size_t shared_keys(const Chunk& chunk, const Segment& segment, int key_row) const {
     const size_t rows = key_row - chunk.low,
                  shared = shared_rows[key_row] - shared_rows[chunk.low],
@@ -147,7 +147,7 @@ struct Layout {
   size_t shared_keys(const Chunk& chunk, const Segment& segment, int plane, int key_row) const {
     return plane * shared_keys(chunk, segment, chunk.high) + shared_keys(chunk, segment, key_row);
   }
-  int64_t units(const Problem& p) const { return p.batch * head_blocks * units_per_head; }
+  int64_t items(const Problem& p) const { return p.batch * head_blocks * items_per_head; }
 
   // Less is done before others are awake.
   static constexpr double FLOPS_OF_A_THREAD = 1e6;
@@ -214,7 +214,7 @@ struct Bias {
 };
 
 // The keys and values of a block of heads around the current query rows, packed; a ring of rows for
-// each plane. Rows enter as the queries advance, so every row is packed once a unit.
+// each plane. Rows enter as the queries advance, so every row is packed once an item.
 template <class T, class RowProducts, class ColumnProducts>
 class KeyRing {
  public:
@@ -270,10 +270,10 @@ class KeyRing {
   }
 
   // The key rows that enter next.
-  template <class Ahead>
-  void add_rows(Ahead& ahead, int head, int z, int low, int high) const {
+  template <class Prefetch>
+  void add_rows(Prefetch& prefetch, int head, int z, int low, int high) const {
     for (int y = low; y < high; y++) {
-      for (const Field* f : fields_) ahead.add(line(*f, head, z, y), f->tensor.x, f->channels);
+      for (const Field* f : fields_) prefetch.add(line(*f, head, z, y), f->tensor.x, f->channels);
     }
   }
 

@@ -19,7 +19,7 @@ struct TilePlace {
   const RowTile& tile;
   const Lanes& lanes;
   int batch, z, head;
-  int kv_slot;  // its key head, counted from the first one of the unit
+  int kv_slot;  // its key head, counted from the first one of the item
 
   template <class T>
   T* line(const Tensor& t, int row) const {
@@ -31,10 +31,10 @@ struct TilePlace {
 
 // Memory that is needed soon, asked for in small portions while the current tile is computed. Heads
 // lie between each other's positions, so that the hardware does not foresee which lines come next.
-class Ahead {
+class Prefetch {
  public:
   // The lines will be asked for in `portions` calls of `fetch`.
-  Ahead(const int* order, int positions, int portions)
+  Prefetch(const int* order, int positions, int portions)
       : order_(order), positions_(positions), portions_(portions) {}
   void set_portions(int portions) { portions_ = portions; }
 
@@ -98,8 +98,8 @@ static void load_query_columns(const TilePlace& place, const Tensor& t, int row,
 
 // The rows of a tile that are loaded or stored soon.
 template <class T>
-static void add_rows(Ahead& ahead, const TilePlace& place, const Tensor& t, int64_t channels) {
-  for (int r = 0; r < place.tile.rows; r++) ahead.add(place.line<const T>(t, r), t.x, channels);
+static void add_rows(Prefetch& prefetch, const TilePlace& place, const Tensor& t, int64_t channels) {
+  for (int r = 0; r < place.tile.rows; r++) prefetch.add(place.line<const T>(t, r), t.x, channels);
 }
 
 // One number for each query of a row; unused lanes repeat the last one.
@@ -113,7 +113,7 @@ static inline void load_lanes(const TilePlace& place, const Tensor& t, int row, 
 // slice's i-th key row, [step][position] from column `low`; `scale` is of Pairs.
 template <class P, class ColumnsOf>
 static void score_slice(const Slice& s, const Lanes& lanes, int low, int steps, float scale,
-                        size_t column_pitch, const float* query, float* score, Ahead& ahead,
+                        size_t column_pitch, const float* query, float* score, Prefetch& prefetch,
                         const ColumnsOf& columns_of) {
   const int parts = (s.width + MAX_KEYS - 1) / MAX_KEYS, step = (s.width + parts - 1) / parts;
   ScoreArgs a;
@@ -132,7 +132,7 @@ static void score_slice(const Slice& s, const Lanes& lanes, int low, int steps, 
       a.score = out + k * W;
       kernels[std::min(step, s.width - k) - 1](a);
     }
-    ahead.fetch();
+    prefetch.fetch();
   }
 }
 
@@ -166,7 +166,7 @@ static void for_each_group(const Slice* first, const Slice* last, const Body& bo
 // column `low`.
 template <class P, class RowsOf>
 static void mix_group(const SliceGroup& group, const TilePlace& place, const Lanes& lanes, int low,
-                      int pitch, const float* weight, float* sum, bool fresh, Ahead& ahead,
+                      int pitch, const float* weight, float* sum, bool fresh, Prefetch& prefetch,
                       const RowsOf& rows_of) {
   KeyRow rows[BLOCK_KEYS];
   MixArgs a;
@@ -213,7 +213,7 @@ static void mix_group(const SliceGroup& group, const TilePlace& place, const Lan
     a.lane = l;
     for (int i = 0; i < n; i++)
       a.start[i] = static_cast<size_t>(lanes.start[l + i] + offset - low) * pitch;
-    ahead.fetch();
+    prefetch.fetch();
     const int parts = (vectors + most - 1) / most, step = (vectors + parts - 1) / parts;
     for (int c = 0; c < vectors; c += step) {
       a.channel = c * W;

@@ -102,9 +102,9 @@ static void run(const Problem& p, const Tensors& t, int64_t begin, int64_t end) 
   const T* in = static_cast<const T*>(t.in) + begin * p.dim;
   T* out = static_cast<T*>(t.out) + begin * p.dim;
   if (p.activation == activation::NONE) return normalise(norm, in, end - begin, out);
-  static thread_local Room<float> room;
+  static thread_local ScratchBuffer<float> buffer;
   const int64_t at_once = std::max<int64_t>(1, VALUES / p.dim);
-  float* const normed = room.of(at_once * p.dim + W);
+  float* const normed = buffer.of(at_once * p.dim + W);
   for (int64_t i = begin; i < end; i += at_once) {
     const int64_t pixels = std::min(at_once, end - i), values = pixels * p.dim;
     normalise(norm, in, pixels, normed);

@@ -2,21 +2,20 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ops.cpu.binding import Addresses, Call, kernel
+from ops.cpu.binding import Addresses, Call, kernel, problem_of
 from ops.cpu.dispatch import require_dtype
 from ops.cpu.structures import structure
 from ops.cpu.threads import VALUES, threads_for
 
 __all__ = ["rms_norm"]
 
-_Problem = structure("norm/rms.h", "rms::Problem")
-_Tensors = structure("norm/rms.h", "rms::Tensors")
+_PROBLEM = structure("norm/rms.h", "rms::Problem")
+_TENSORS = structure("norm/rms.h", "rms::Tensors")
 
 
 @kernel("norm", "rms_norm_forward")
@@ -44,19 +43,14 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Call:
     out = x.new_empty(x.shape)
 
     def arguments() -> Any:
-        half, pixels = x.dtype == torch.bfloat16, x.numel() // x.shape[-1]
-        problem = _problem(pixels, x.shape[-1], half, eps, torch.get_num_threads())
-        return problem, Addresses(_Tensors, {"in": x.contiguous(), "weight": weight, "out": out})
+        problem = problem_of(
+            _PROBLEM,
+            x,
+            pixels=x.numel() // x.shape[-1],
+            dim=x.shape[-1],
+            eps=eps,
+            threads=threads_for(x.numel(), VALUES),
+        )
+        return problem, Addresses(_TENSORS, {"in": x.contiguous(), "weight": weight, "out": out})
 
     return Call(out, arguments)
-
-
-@functools.lru_cache(maxsize=1024)  # a network has few different ones, and filling them in is slow
-def _problem(pixels: int, dim: int, bfloat16: bool, eps: float, threads: int) -> Any:
-    return _Problem(
-        pixels=pixels,
-        dim=dim,
-        bfloat16=bfloat16,
-        eps=eps,
-        threads=threads_for(pixels * dim, VALUES, threads),
-    )

@@ -69,12 +69,12 @@ static void pool(const Problem& p, const T* in, int64_t rows, int64_t columns, i
 
 template <class T>
 static void forward_of(const Problem& p, const T* in, T* out) {
-  static thread_local Room<float> room;
+  static thread_local ScratchBuffer<float> buffer;
   const int64_t rows = (p.height + p.window[0] - 1) / p.window[0];
   const int64_t columns = (p.width + p.window[1] - 1) / p.window[1];
   const int64_t bands = (std::min(p.window[0], p.height) + BAND - 1) / BAND;
   const int64_t size = columns * p.channels;
-  float* const sums = bands > 1 ? room.of(p.batch * rows * bands * size) : nullptr;
+  float* const sums = bands > 1 ? buffer.of(p.batch * rows * bands * size) : nullptr;
   const auto columns_of = [&](int64_t x) { return std::min(p.window[1], p.width - x); };
   const auto rows_of = [&](int64_t row) {
     return std::min(p.window[0], p.height - row % rows * p.window[0]);

@@ -5,14 +5,13 @@ The kernel (``pooling.h``) reads NHWC in memory order, for which torch's takes m
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ops.cpu.binding import Call, kernel
+from ops.cpu.binding import Call, kernel, problem_of
 from ops.cpu.structures import structure
 from ops.cpu.threads import VALUES, threads_for
 
@@ -49,30 +48,14 @@ def window_means(x: Tensor, window_size: Sequence[int]) -> Call:
 
     def arguments() -> Any:
         nhwc = x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
-        threads = threads_for(x.numel(), VALUES, torch.get_num_threads())
-        half = x.dtype == torch.bfloat16
-        problem = _problem(tuple(x.shape), nhwc.stride()[:3], tuple(window_size), half, threads)
+        problem = problem_of(
+            _PROBLEM,
+            x,
+            "batch height width channels",
+            stride=nhwc.stride()[:3],
+            window=tuple(window_size),
+            threads=threads_for(x.numel(), VALUES),
+        )
         return problem, nhwc, out
 
     return Call(out, arguments)
-
-
-@functools.lru_cache(maxsize=256)
-def _problem(
-    shape: tuple[int, ...],
-    stride: tuple[int, ...],
-    window: tuple[int, ...],
-    bfloat16: bool,
-    threads: int,
-) -> Any:
-    batch, height, width, channels = shape
-    return _PROBLEM(
-        batch=batch,
-        height=height,
-        width=width,
-        channels=channels,
-        stride=stride,
-        window=window,
-        bfloat16=bfloat16,
-        threads=threads,
-    )

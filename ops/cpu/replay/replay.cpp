@@ -10,16 +10,16 @@ namespace {
 using Word = int64_t;
 
 constexpr int MOST_ARGUMENTS = 4;
-constexpr int64_t ROOM_BYTES = 4096;
+constexpr int64_t SCRATCH_BYTES = 4096;
 
 // What an argument is; the numbers are those of ops/replay/replay.py.
 enum Kind : Word { VALUE, PLACE, BLOCK };
 
 char* place(const Word* words, char* const* bases) { return bases[words[0]] + words[1]; }
 
-// Reads an argument from the list. A block is copied to `room`, then addresses go into it, so that
+// Reads an argument from the list. A block is copied to `scratch`, then addresses go into it, so that
 // several threads may run the same list.
-Word argument(const Word*& words, char*& room, char* const* bases) {
+Word argument(const Word*& words, char*& scratch, char* const* bases) {
   switch (*words++) {
     case PLACE: {
       char* const address = place(words, bases);
@@ -28,9 +28,9 @@ Word argument(const Word*& words, char*& room, char* const* bases) {
     }
     case BLOCK: {
       const Word bytes = words[1], addresses = words[2];
-      char* const block = room;
+      char* const block = scratch;
       std::memcpy(block, reinterpret_cast<const void*>(words[0]), bytes);
-      room += (bytes + 15) / 16 * 16;
+      scratch += (bytes + 15) / 16 * 16;
       words += 3;
       for (Word i = 0; i < addresses; ++i, words += 3) {
         char* const address = place(words + 1, bases);
@@ -59,14 +59,14 @@ int call(Word function, Word count, const Word* a) {
 extern "C" {
 
 // Bytes that the blocks of one call may take together, each rounded up to 16.
-int64_t replay_room() { return ROOM_BYTES; }
+int64_t replay_scratch_bytes() { return SCRATCH_BYTES; }
 
 // Calls what stands from `words` to `end`. Returns 0, or 1 where a kernel had no memory.
 int replay_run(const Word* words, const Word* end, char* const* bases) {
-  alignas(64) char room[ROOM_BYTES];
+  alignas(64) char scratch[SCRATCH_BYTES];
   while (words < end) {
     const Word function = *words++, count = *words++;
-    char* free = room;
+    char* free = scratch;
     Word arguments[MOST_ARGUMENTS];
     for (Word i = 0; i < count; ++i) arguments[i] = argument(words, free, bases);
     if (call(function, count, arguments)) return 1;

@@ -189,13 +189,13 @@ static void sum_lanes(const float* in, int64_t rows, float* out) {
 
 template <class T>
 static void differentiate(const Problem& p, const BackwardTensors& t, const Head& at) {
-  static thread_local Room<float> rooms[2];
+  static thread_local ScratchBuffer<float> buffers[2];
   Pieces s;
   s.keys = simd::round_up(p.dim, W);
   s.values = simd::round_up(p.value_dim, W);
   const int64_t state = s.keys * s.values, of_keys = CHUNK * s.keys, of_values = CHUNK * s.values;
   const int64_t chunks = (p.tokens + CHUNK - 1) / CHUNK;
-  s.query = rooms[0].of(6 * of_keys + (2 + W) * of_values + (CHUNK + 1) * ROWS * COLUMNS * W);
+  s.query = buffers[0].of(6 * of_keys + (2 + W) * of_values + (CHUNK + 1) * ROWS * COLUMNS * W);
   s.key = s.query + of_keys;
   s.gate = s.key + of_keys;
   s.grad_query = s.gate + of_keys;
@@ -205,7 +205,7 @@ static void differentiate(const Problem& p, const BackwardTensors& t, const Head
   s.grad = s.value + of_values;
   s.products = s.grad + of_values;
   s.states = s.products + W * of_values;
-  float* const states = rooms[1].of((chunks + 1) * state);  // before each chunk
+  float* const states = buffers[1].of((chunks + 1) * state);  // before each chunk
   float* const grad_state = states + chunks * state;
   for (int direction = 0; direction < (t.gate_back.data ? 2 : 1); direction++) {
     const Sequence& gates = direction ? t.gate_back : t.gate;

@@ -97,16 +97,16 @@ struct Part {
 // last direction; `ends.gates` says what the gates are.
 template <class T, class Ends>
 static void scan(const Problem& p, const Ends& ends, const Part& part) {
-  static thread_local Room<float> rooms[3];
+  static thread_local ScratchBuffer<float> buffers[3];
   const auto& t = ends.t;
   const int64_t begin = part.begin, end = part.end;
   const int64_t keys = simd::round_up(p.dim, std::max(W, ROWS));
   const int64_t values = simd::round_up(end - begin, W);
-  float* const state = rooms[0].of(keys * values);
-  float* const query = rooms[1].of(CHUNK * (3 * keys + values));
+  float* const state = buffers[0].of(keys * values);
+  float* const query = buffers[1].of(CHUNK * (3 * keys + values));
   float *const key = query + CHUNK * keys, *const gate = key + CHUNK * keys;
   float* const value = gate + CHUNK * keys;
-  float* const sums = rooms[2].of(p.tokens * values);
+  float* const sums = buffers[2].of(p.tokens * values);
   const int64_t chunks = (p.tokens + CHUNK - 1) / CHUNK;
   for (int direction = 0; direction < ends.directions(); direction++) {
     std::fill_n(state, keys * values, 0.f);

@@ -7,16 +7,17 @@ States, gates and sums are of float32.
 
 from __future__ import annotations
 
-import functools
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ops.cpu.activations import ACTIVATIONS
-from ops.cpu.binding import Addresses, Call, kernel
+from ops.cpu.binding import Addresses, Call, kernel, problem_of
 from ops.cpu.dispatch import require_dtype
 from ops.cpu.structures import structure
+from ops.cpu.tensors import dense
 from ops.cpu.threads import MACS, threads_for
 
 __all__ = ["gated_scan", "gated_scan_backward", "mixed_scan"]
@@ -51,7 +52,7 @@ def gated_scan(
     def arguments() -> Any:
         fields = {
             **_inputs(query, key, value, log_gate, log_gate_back),
-            **{"bonus": None if bonus is None else bonus.contiguous(), "out": out},
+            **{"bonus": dense(bonus), "out": out},
         }
         return _problem_of(query, value, bonus is not None, scale), Addresses(_FORWARD, fields)
 
@@ -156,11 +157,9 @@ def mixed_scan(
     out = local.new_empty(local.shape)
 
     def arguments() -> Any:
-        sizes = (batch, tokens, num_heads, dim // 2 // num_heads, dim // num_heads)
-        bfloat16, threads = local.dtype == torch.bfloat16, torch.get_num_threads()
-        problem = _problem(sizes, False, bfloat16, threads, 1.0)
         half = dim // 2
         keys, values = half // num_heads, dim // num_heads
+        problem = _problem((batch, tokens, num_heads, keys, values), local, False, 1.0)
         fields = {
             "query": _heads(projected, 0, keys),
             "key": _heads(projected, half, keys),
@@ -171,14 +170,10 @@ def mixed_scan(
             "local": _heads(local, 0, values),
             **{"norm": norm, "local_norm": local_norm, "out": out},
         }
-        return problem, Addresses(_MIXED, fields), _mixture(divisor, eps, activation)
+        mixture = _MIXTURE(divisor=divisor, eps=eps, activation=ACTIVATIONS.index(activation))
+        return problem, Addresses(_MIXED, fields), mixture
 
     return Call(out, arguments)
-
-
-@functools.lru_cache(maxsize=64)
-def _mixture(divisor: float, eps: float, activation: str) -> Any:
-    return _MIXTURE(divisor=divisor, eps=eps, activation=ACTIVATIONS.index(activation))
 
 
 def _inputs(
@@ -208,25 +203,20 @@ def _heads(t: Tensor, first: int, width: int) -> Addresses:
 
 
 def _problem_of(query: Tensor, value: Tensor, apart: bool, scale: float) -> Any:
-    sizes = (*query.shape, value.shape[-1])
-    bfloat16 = query.dtype == torch.bfloat16
-    return _problem(sizes, apart, bfloat16, torch.get_num_threads(), scale)
+    return _problem((*query.shape, value.shape[-1]), query, apart, scale)
 
 
-@functools.lru_cache(maxsize=1024)  # a network has few different ones, and filling them in is slow
-def _problem(
-    sizes: tuple[int, ...], apart: bool, bfloat16: bool, threads: int, scale: float
-) -> Any:
+def _problem(sizes: tuple[int, ...], like: Tensor, apart: bool, scale: float) -> Any:
     batch, tokens, heads, dim, value_dim = sizes
-    work = batch * tokens * heads * dim * value_dim
-    return _PROBLEM(
+    return problem_of(
+        _PROBLEM,
+        like,
         batch=batch,
         tokens=tokens,
         heads=heads,
         dim=dim,
         value_dim=value_dim,
         apart=apart,
-        bfloat16=bfloat16,
-        threads=threads_for(work, MACS, threads),
+        threads=threads_for(math.prod(sizes), MACS),
         scale=scale,
     )

@@ -1,13 +1,12 @@
-"""The first layers of a network on the CPU for inference, straight from the planes of an image.
+"""The first layers of a network on the CPU for inference, straight from an image in NCHW.
 
-The kernel (``ops/cpu/stem/stem.cpp``) reads the planes as they lie and keeps the maps between the
+The kernel (``ops/cpu/stem/stem.cpp``) reads the image as it lies and keeps the maps between the
 layers in the cache. It takes float32, and bfloat16 where the CPU multiplies that in vectors; there
 are no gradients.
 """
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -15,18 +14,19 @@ import torch
 from torch import Tensor, nn
 
 from ops.cpu.activations import ACTIVATIONS
-from ops.cpu.binding import Addresses, Call, kernel
+from ops.cpu.binding import Addresses, Call, kernel, problem_of
 from ops.cpu.dispatch import require_dtype
 from ops.cpu.gemm.linear import no_products, pack_weight
 from ops.cpu.gemm.plan import packed_size
 from ops.cpu.policy import multiplies
 from ops.cpu.structures import structure
+from ops.cpu.tensors import bias_of, empty_nhwc
 from ops.cpu.threads import threads_for
 
-__all__ = ["PlanesConv2d", "pack_layers", "packed_stem"]
+__all__ = ["NCHWConv2d", "pack_layers", "packed_stem"]
 
 _PIXELS = 512  # of an image, of a thread
-_STRIDES = (2, 4)  # of windows in planes
+_STRIDES = (2, 4)  # of windows in NCHW
 _USUAL = (3, 2, 1)  # side, stride and padding of windows
 
 _PROBLEM = structure("stem/stem.h", "stem::Problem")
@@ -64,8 +64,7 @@ def pack_layers(
             weight = nn.functional.pad(weight, (0, weight.shape[3] % 2))  # whole pairs a row
         weight = weight.flatten(1).contiguous()
         weights.append(pack_weight(weight.view(torch.float32)))  # pairs as if they were floats
-        bias = conv.weight.new_zeros(len(weight)) if conv.bias is None else conv.bias.detach()
-        biases.append(bias.float())
+        biases.append(bias_of(conv))
     return weights, biases
 
 
@@ -123,8 +122,7 @@ def packed_stem(
             f"of {side}×{side}"
         )
     size = [-(-n // 2 ** (len(weights) - 1)) for n in size]
-    shape = (len(x), len(biases[-1]), *size)
-    out = torch.empty(shape, dtype=x.dtype, device=x.device, memory_format=torch.channels_last)
+    out = empty_nhwc(x, (len(x), len(biases[-1]), *size))
 
     def arguments() -> Any:
         layers = [
@@ -135,39 +133,21 @@ def packed_stem(
             if norm.numel():
                 behind = (norm, norm.shape[1] * norm.element_size())
                 layer.update(norm_weight=norm, norm_bias=behind, eps=term)
-        problem = _problem(
-            tuple(x.shape),
-            tuple(window),
-            len(weights),
-            x.dtype == torch.bfloat16,
-            torch.get_num_threads(),
+        problem = problem_of(
+            _PROBLEM,
+            x,
+            "batch channels height width",
+            side=side,
+            stride=stride,
+            padding=padding,
+            layers=len(weights),
+            threads=threads_for(x.shape[2] * x.shape[3], _PIXELS),
         )
         return problem, [Addresses(_LAYER, layer) for layer in layers], x.contiguous(), out
 
     return Call(out, arguments)
 
 
-@functools.lru_cache(maxsize=256)
-def _problem(
-    shape: tuple[int, ...], window: tuple[int, ...], layers: int, bfloat16: bool, threads: int
-) -> Any:
-    batch, channels, height, width = shape
-    side, stride, padding = window
-    return _PROBLEM(
-        batch=batch,
-        channels=channels,
-        height=height,
-        width=width,
-        side=side,
-        stride=stride,
-        padding=padding,
-        layers=layers,
-        bfloat16=bfloat16,
-        threads=threads_for(height * width, _PIXELS, threads),
-    )
-
-
-@functools.lru_cache(maxsize=64)
 def _check_layers(
     channels: int,
     sizes: tuple[tuple[int, int], ...],
@@ -203,8 +183,8 @@ def _check_layers(
         channels = bias
 
 
-class PlanesConv2d:
-    """``activation(conv(x))`` of the planes of an image.
+class NCHWConv2d:
+    """``activation(conv(x))`` of an image in NCHW.
 
     Args:
         conv: one that it :meth:`takes`, in float32 or bfloat16.
@@ -217,7 +197,7 @@ class PlanesConv2d:
     def __init__(self, conv: nn.Conv2d) -> None:
         if not self.takes(conv):
             raise ValueError(
-                "a convolution of planes must have square windows 2 or 4 apart, zeros around, no "
+                "a convolution of NCHW must have square windows 2 or 4 apart, zeros around, no "
                 f"groups and no dilation, got {conv}"
             )
         self._packed = pack_layers([conv], conv.weight.dtype)

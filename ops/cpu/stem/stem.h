@@ -33,7 +33,7 @@ struct Problem {
   int64_t layers, bfloat16, threads;
 };
 
-// `weight` as linear.h packs [channels][inputs of a window], which are ordered as the layer reads
+// `weight` as pack.h packs [channels][inputs of a window], which are ordered as the layer reads
 // them: channel, row, column by the first layer, row, column, channel by the others. Floats or, for
 // maps of BFloat16, pairs; an odd row of the first layer's window has a zero behind its last column.
 struct Layer {
@@ -81,7 +81,7 @@ struct Segments {
 
 // Some pixels and one panel. I is the type of a layer's inputs and weights, T that of the maps.
 template <class I, class T, int R, int V>
-static void run_map(const linear::Problem& p, const Segments<I>& segments, ptrdiff_t place,
+static void run_nhwc(const linear::Problem& p, const Segments<I>& segments, ptrdiff_t place,
                     const I* weight, const Block<T>& block) {
   F sum[R][V];
   linear::start(block, sum);
@@ -96,7 +96,7 @@ static void run_map(const linear::Problem& p, const Segments<I>& segments, ptrdi
 // The same for rows of windows in a plane, those of neighbours `APART` from each other: all places
 // are constants.
 template <class I, class T, int APART, int R, int V>
-static void run_planes(const linear::Problem& p, const Segments<I>& segments, ptrdiff_t place,
+static void run_nchw(const linear::Problem& p, const Segments<I>& segments, ptrdiff_t place,
                        const I* weight, const Block<T>& block) {
   F sum[R][V];
   linear::start(block, sum);
@@ -129,10 +129,10 @@ using Run = void (*)(const linear::Problem&, const Segments<I>&, ptrdiff_t, cons
 template <int APART, class I, class T, int V, size_t... J>
 static Run<I, T> run_of(int64_t pixels, std::index_sequence<J...>) {
   if constexpr (APART) {
-    static constexpr Run<I, T> runs[] = {run_planes<I, T, APART, J + 1, V>...};
+    static constexpr Run<I, T> runs[] = {run_nchw<I, T, APART, J + 1, V>...};
     return runs[pixels - 1];
   } else {
-    static constexpr Run<I, T> runs[] = {run_map<I, T, J + 1, V>...};
+    static constexpr Run<I, T> runs[] = {run_nhwc<I, T, J + 1, V>...};
     return runs[pixels - 1];
   }
 }
@@ -181,7 +181,7 @@ static linear::Problem problem_of(const Layer& layer, int64_t inputs, int64_t in
 template <class I, class T>
 static void first_row(const Problem& problem, const Layer& layer,
                       const std::vector<Map<const T>>& planes, int64_t y, T* out) {
-  static thread_local Room<I> room;
+  static thread_local ScratchBuffer<I> buffer;
   const int64_t count = static_cast<int64_t>(planes.size()) * problem.side, width = planes[0].width;
   const int64_t pixels = first_size(problem, width), columns = units<I>(problem.side);
   const int64_t seen = (pixels - 1) * units<I>(problem.stride) + columns;
@@ -189,7 +189,7 @@ static void first_row(const Problem& problem, const Layer& layer,
   const int64_t pitch = std::max(seen, units<I>(copied));
   Segments<I> segments{{}, columns};
   segments.rows.reserve(static_cast<size_t>(count));
-  I* copy = room.of(count * pitch);
+  I* copy = buffer.of(count * pitch);
   for (const Map<const T>& plane : planes) {
     for (int64_t k = 0; k < problem.side; k++, copy += pitch) {
       T* const row = reinterpret_cast<T*>(copy);

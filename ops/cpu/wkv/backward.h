@@ -61,8 +61,8 @@ static void backward(const Problem& p, const GradTensors& tensors, int64_t image
   const float* grad_out = tensors.grad_out + offset;
   const auto c = channel_of<P>(tensors.decay + first_channel, tensors.first + first_channel, lanes,
                                p.length > 0);
-  static thread_local Room<NotedGrad<P>> room;
-  NotedGrad<P>* const noted = room.of(tokens);
+  static thread_local ScratchBuffer<NotedGrad<P>> buffer;
+  NotedGrad<P>* const noted = buffer.of(tokens);
   weigh<P>(key, tokens, dim, lanes, noted);
 
   const V zero = P::same(0.f), one = P::same(1.f), minus = P::same(-1.f);

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ops.cpu.binding import Addresses, Call, kernel
+from ops.cpu.binding import Addresses, Call, kernel, problem_of
 from ops.cpu.dispatch import require_dtype
 from ops.cpu.structures import structure
+from ops.cpu.tensors import dense
 from ops.cpu.threads import VALUES, threads_for
 
 __all__ = ["bi_wkv_backward", "bi_wkv_forward"]
@@ -51,7 +51,7 @@ def bi_wkv_forward(
     def arguments() -> Any:
         tensors = {
             **{"key": key.contiguous(), "value": value.contiguous()},
-            **{"gate": None if gate is None else gate.contiguous(), "out": out},
+            **{"gate": dense(gate), "out": out},
             **{"decay": decay.contiguous(), "first": first.contiguous()},
         }
         return _problem_of(key, segments), Addresses(_TENSORS, tensors)
@@ -109,19 +109,12 @@ def _check(
 
 
 def _problem_of(key: Tensor, segments: int) -> Any:
-    batch, tokens, dim = key.shape
-    half = key.dtype == torch.bfloat16
-    return _problem(batch, tokens, dim, segments, half, torch.get_num_threads())
-
-
-@functools.lru_cache(maxsize=1024)  # a network has few different ones, and filling them in is slow
-def _problem(batch: int, tokens: int, dim: int, segments: int, bfloat16: bool, threads: int) -> Any:
-    return _PROBLEM(
-        batch=batch,
-        tokens=tokens,
-        dim=dim,
+    tokens = key.shape[1]
+    return problem_of(
+        _PROBLEM,
+        key,
+        "batch tokens dim",
         length=-(-tokens // segments) if segments else 0,
-        bfloat16=bfloat16,
         # An exponential and some thirty multiply-adds for each of them.
-        threads=threads_for(8 * batch * tokens * dim, VALUES, threads),
+        threads=threads_for(8 * key.numel(), VALUES),
     )

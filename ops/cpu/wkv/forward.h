@@ -48,8 +48,8 @@ static void forward(const Problem& p, const Tensors& tensors, int64_t image, int
   T* out = static_cast<T*>(tensors.out) + offset;
   const auto c = channel_of<P>(tensors.decay + first_channel, tensors.first + first_channel, lanes,
                                p.length > 0);
-  static thread_local Room<Noted<P>> room;
-  Noted<P>* const noted = room.of(p.tokens);
+  static thread_local ScratchBuffer<Noted<P>> buffer;
+  Noted<P>* const noted = buffer.of(p.tokens);
   weigh<P>(key, p.tokens, dim, lanes, noted);
 
   const V one = P::same(1.f);

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import functools
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ops.cpu.binding import Addresses, Call, kernel
+from ops.cpu.binding import Addresses, Call, kernel, problem_of
 from ops.cpu.dispatch import require_dtype
 from ops.cpu.structures import structure
 from ops.cpu.threads import VALUES, threads_for
@@ -52,26 +51,15 @@ def shifted_mixtures(x: Tensor, shares: Tensor, groups: int = 1) -> Call:
     mixtures = x.new_empty(len(shares), *x.shape)
 
     def arguments() -> Any:
-        half = x.dtype == torch.bfloat16
-        problem = _problem(tuple(x.shape), len(shares), groups, half, torch.get_num_threads())
+        problem = problem_of(
+            _PROBLEM,
+            x,
+            "batch height width dim",
+            groups=groups,
+            mixtures=len(shares),
+            threads=threads_for(x.numel(), VALUES),
+        )
         tensors = {"in": x.contiguous(), "shares": shares.contiguous(), "out": mixtures}
         return problem, Addresses(_TENSORS, tensors)
 
     return Call(mixtures, arguments)
-
-
-@functools.lru_cache(maxsize=1024)  # a network has few different ones, and filling them in is slow
-def _problem(
-    shape: tuple[int, ...], mixtures: int, groups: int, bfloat16: bool, threads: int
-) -> Any:
-    batch, height, width, dim = shape
-    return _PROBLEM(
-        batch=batch,
-        height=height,
-        width=width,
-        dim=dim,
-        groups=groups,
-        mixtures=mixtures,
-        bfloat16=bfloat16,
-        threads=threads_for(batch * height * width * dim, VALUES, threads),
-    )

@@ -174,6 +174,46 @@ def test_compiler_that_does_not_know_the_instructions(sources, monkeypatch, tmp_
     assert cpu.status("small").instruction_set == "portable"
 
 
+@pytest.fixture
+def caller(sources):
+    """A kernel that calls the one of linear layers."""
+    (sources / "gemm").mkdir()
+    (sources / "gemm" / "gemm.cpp").write_text(
+        'extern "C" int linear_forward() { return 6; }\n#ifdef VB_OLD\n#error no\n#endif\n'
+    )
+    (sources / "gemm" / "call.h").write_text(
+        'static int (*gemm)();\nextern "C" void linear_use(int (*forward)()) { gemm = forward; }\n'
+    )
+    (sources / "any" / "caller.cpp").write_text(
+        '#include "gemm/call.h"\nextern "C" int answer() { return 7 * gemm(); }\n'
+    )
+    return sources
+
+
+@pytest.mark.parametrize("plain", [set(), {"caller"}])
+def test_a_kernel_is_given_the_one_of_linear_layers(plain, caller, monkeypatch):
+    monkeypatch.setattr(build, "_OF_PLAIN_LAYERS", plain)
+    (caller / "any" / "small.cpp").unlink()
+    assert cpu.load("caller").answer() == 42
+    assert len(list(cpu.cache_dir().glob("*.so"))) == 2  # which were compiled at once
+
+
+def test_a_kernel_has_the_instructions_of_the_one_that_it_calls(caller, monkeypatch):
+    """As weights are packed for these."""
+    monkeypatch.setitem(instruction_sets.FLAGS, cpu.instruction_set(), ["-DVB_OLD"])
+    assert cpu.load("caller").answer() == 42
+    sets = {cpu.status(name).instruction_set for name in ("caller", "gemm")}
+    assert len(sets) == 1 and sets != {cpu.instruction_set()}
+    assert cpu.status("small").instruction_set == cpu.instruction_set()
+
+
+def test_a_kernel_is_missing_with_the_one_that_it_calls(caller):
+    (caller / "gemm" / "gemm.cpp").write_text("this is not C++\n")
+    assert cpu.load("caller") is None
+    assert "gemm.cpp" in cpu.unavailable_reason("caller")
+    assert cpu.load("small").answer() == 42
+
+
 def test_only_a_compiler_that_refuses_them_leads_to_fewer_instructions(
     compilations, monkeypatch, new_process, caplog
 ):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+from compiled_kernels import using_threads
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,7 +16,8 @@ from ops.cpu.threads import MACS, VALUES, threads_for
     threads=st.integers(1, 256),
 )
 def test_each_has_enough_and_none_is_left_out(work, of_a_thread, threads: int) -> None:
-    count = threads_for(work, of_a_thread, threads)
+    with using_threads(threads):
+        count = threads_for(work, of_a_thread)
     assert 1 <= count <= threads
     assert count == 1 or work / count >= of_a_thread
     assert count == threads or work / (count + 1) < of_a_thread
@@ -23,5 +25,6 @@ def test_each_has_enough_and_none_is_left_out(work, of_a_thread, threads: int) -
 
 @pytest.mark.parametrize("threads", [1, 2, 64])
 def test_nothing_to_do_and_plenty(threads: int) -> None:
-    assert threads_for(0, MACS, threads) == 1
-    assert threads_for(1e12, MACS, threads) == threads
+    with using_threads(threads):
+        assert threads_for(0, MACS) == 1
+        assert threads_for(1e12, MACS) == threads

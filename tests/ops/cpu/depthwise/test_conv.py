@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from ops import cpu
+from ops.cpu.activations import ACTIVATIONS
 from ops.cpu.depthwise.conv import (
-    ACTIVATIONS,
     depthwise_branches,
     depthwise_conv2d,
     taps_first,

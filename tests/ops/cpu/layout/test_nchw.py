@@ -1,4 +1,4 @@
-"""Planes of a map, and back, against torch's passes; what is refused."""
+"""NHWC to NCHW and back, against torch's passes; what is refused."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from ops.cpu.layout.nchw import join_planes, split_planes
+from ops.cpu.layout.nchw import nchw_from_nhwc, nhwc_from_nchw
 
 
 def _split(x: Tensor, affine: Tensor) -> Tensor:
@@ -33,7 +33,7 @@ def test_split_and_joined(dtype, batch, size, channels, channels_last, threads) 
     x, other = (t.contiguous(memory_format=layout) for t in (x, other))
     affine = random(2, channels).float()
     with using_threads(threads):
-        planes, joined = split_planes(x, affine), join_planes(other, x)
+        planes, joined = nchw_from_nhwc(x, affine), nhwc_from_nchw(other, x)
     tolerance = 1e-6 if dtype == torch.float32 else 2**-8
     torch.testing.assert_close(planes.double(), _split(x, affine), rtol=tolerance, atol=tolerance)
     assert planes.dtype == dtype and planes.is_contiguous()
@@ -47,37 +47,37 @@ def test_other_instruction_sets(instructions: str, monkeypatch, tmp_path) -> Non
     compiled_for(instructions, monkeypatch)
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 2**-8)):
         x, affine = random(2, 75, 9, 11).to(dtype), random(2, 75).float()
-        planes = split_planes(x, affine)
+        planes = nchw_from_nhwc(x, affine)
         torch.testing.assert_close(
             planes.double(), _split(x, affine), rtol=tolerance, atol=tolerance
         )
-        assert torch.equal(join_planes(planes, x), planes + x)
+        assert torch.equal(nhwc_from_nchw(planes, x), planes + x)
 
 
 def test_nothing_comes_of_nothing() -> None:
     x = torch.zeros(0, 5, 3, 4)
-    assert split_planes(x, torch.ones(2, 5)).shape == join_planes(x, x).shape == x.shape
+    assert nchw_from_nhwc(x, torch.ones(2, 5)).shape == nhwc_from_nchw(x, x).shape == x.shape
 
 
 def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
     x = random(1, 8, 3, 4).float()
     with pytest.raises(ValueError, match=r"affine must be \(2, 8\), got \(2, 7\)"):
-        split_planes(x, torch.ones(2, 7))
+        nchw_from_nhwc(x, torch.ones(2, 7))
     with pytest.raises(ValueError, match="affine must be torch.float32"):
-        split_planes(x, torch.ones(2, 8).double())
+        nchw_from_nhwc(x, torch.ones(2, 8).double())
     with pytest.raises(ValueError, match=r"x must be \(B, C, H, W\) of float32 or bfloat16"):
-        split_planes(x[0], torch.ones(2, 8))
-    with pytest.raises(ValueError, match="planes must be torch.float32, got torch.bfloat16"):
-        join_planes(x.bfloat16(), x)
-    with pytest.raises(ValueError, match=r"planes must be \(1, 8, 3, 4\), got \(1, 8, 4, 3\)"):
-        join_planes(x.transpose(2, 3), x)
-    assert "float64" in str(split_planes.unsupported(torch.device("cpu"), torch.float64))
+        nchw_from_nhwc(x[0], torch.ones(2, 8))
+    with pytest.raises(ValueError, match="nchw must be torch.float32, got torch.bfloat16"):
+        nhwc_from_nchw(x.bfloat16(), x)
+    with pytest.raises(ValueError, match=r"nchw must be \(1, 8, 3, 4\), got \(1, 8, 4, 3\)"):
+        nhwc_from_nchw(x.transpose(2, 3), x)
+    assert "float64" in str(nchw_from_nhwc.unsupported(torch.device("cpu"), torch.float64))
     without_kernels(monkeypatch)
-    with pytest.raises(RuntimeError, match="the kernel join_planes is not available"):
-        join_planes(x, x)
+    with pytest.raises(RuntimeError, match="the kernel nhwc_from_nchw is not available"):
+        nhwc_from_nchw(x, x)
 
 
 def test_the_dispatcher_sees_one_operator() -> None:
     x, affine = random(2, 24, 5, 3).float(), random(2, 24).float()
-    torch.library.opcheck(torch.ops.vision_backbones.split_planes.default, (x, affine))
-    torch.library.opcheck(torch.ops.vision_backbones.join_planes.default, (x, x))
+    torch.library.opcheck(torch.ops.vision_backbones.nchw_from_nhwc.default, (x, affine))
+    torch.library.opcheck(torch.ops.vision_backbones.nhwc_from_nchw.default, (x, x))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from ops.cpu import policy
 from ops.cpu.activations import ACTIVATIONS
-from ops.cpu.stem.packed_stem import PlanesConv2d, pack_layers, packed_stem
+from ops.cpu.stem.packed_stem import NCHWConv2d, pack_layers, packed_stem
 from ops.inference.layers import FastConv2d, convert
 
 
@@ -113,8 +113,8 @@ def test_large_images_go_some_rows_at_a_time(height: int, threads: int) -> None:
 def test_images_are_read_as_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the first layer of a network, where its windows lie 2 or 4 apart."""
     calls = []
-    call = PlanesConv2d.__call__
-    monkeypatch.setattr(PlanesConv2d, "__call__", lambda *a: calls.append(a[1].shape) or call(*a))
+    call = NCHWConv2d.__call__
+    monkeypatch.setattr(NCHWConv2d, "__call__", lambda *a: calls.append(a[1].shape) or call(*a))
     torch.manual_seed(0)
     by_kernel = [nn.Conv2d(3, 32, 4, 4), nn.Conv2d(3, 20, 7, 4, 3), nn.Conv2d(2, 8, 3, 2, 1)]
     others = [
@@ -131,9 +131,9 @@ def test_images_are_read_as_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
                 torch.testing.assert_close(fast(image), layer(image), rtol=1e-5, atol=1e-5)
     assert [shape[1] for shape in calls] == [3, 3, 2]
     with pytest.raises(ValueError, match=r"image of \(2, 50\) with padding 0.*window of 4×4"):
-        PlanesConv2d(by_kernel[0])(torch.zeros(1, 3, 2, 50), "none")
+        NCHWConv2d(by_kernel[0])(torch.zeros(1, 3, 2, 50), "none")
     with pytest.raises(ValueError, match=r"square windows 2 or 4 apart.*stride=\(3, 3\)"):
-        PlanesConv2d(others[1])
+        NCHWConv2d(others[1])
 
 
 def test_tiles_are_left_to_onednn(monkeypatch: pytest.MonkeyPatch) -> None:

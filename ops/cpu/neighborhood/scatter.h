@@ -8,7 +8,7 @@ namespace na {
 // ---- kernels -----------------------------------------------------------------------------------
 // One lane a channel. For N keys, the query rows and the lanes that see them:
 // sum[n] += sum over r and l of weight[r][n][lane] * row[r][l].
-struct SpreadArgs {
+struct ScatterArgs {
   const float* row;  // [query row][lane][channel], at the channels wanted
   size_t row_pitch;  // from one query row to the next
   size_t pitch;      // from one lane to the next
@@ -23,7 +23,7 @@ struct SpreadArgs {
 };
 
 template <int N, int C>
-struct SpreadSums {
+struct ScatterSums {
   F sum[N][C];
 
   // `at(n)` is where the channels of key n are.
@@ -57,7 +57,7 @@ struct SpreadSums {
     }
   }
   // What the lanes of query row `r` add.
-  VB_INLINE void add_lanes(const SpreadArgs& a, int r, int first, int last) {
+  VB_INLINE void add_lanes(const ScatterArgs& a, int r, int first, int last) {
     const float* weights = a.weight + r * a.weight_row_pitch;
     const float* row = a.row + r * a.row_pitch + a.lane * a.pitch;
     for (int l = a.lane; l < a.lane_end; l++, row += a.pitch)
@@ -74,9 +74,9 @@ enum Stairs : int {
 
 // Keys of one column.
 template <int N, int C, int STAIRS>
-static void spread_rows(const SpreadArgs& args) {
-  const SpreadArgs a = args;
-  SpreadSums<N, C> sums;
+static void scatter_rows(const ScatterArgs& args) {
+  const ScatterArgs a = args;
+  ScatterSums<N, C> sums;
   const auto at = [&](int n) VB_INLINE_LAMBDA { return a.sums[n] + a.offset; };
   sums.load(at);
   if constexpr (STAIRS == LEVEL) {
@@ -92,9 +92,9 @@ static void spread_rows(const SpreadArgs& args) {
 // Neighbouring keys of one row. EDGE -1: of the N - 1 lanes before `lane`, each sees one key more
 // than the last; 1: of those from `lane_end` on, each sees one key less.
 template <int N, int C, int EDGE>
-static void spread_columns(const SpreadArgs& args) {
-  const SpreadArgs a = args;
-  SpreadSums<N, C> sums;
+static void scatter_columns(const ScatterArgs& args) {
+  const ScatterArgs a = args;
+  ScatterSums<N, C> sums;
   const auto at = [&](int n) VB_INLINE_LAMBDA { return a.sums[0] + a.offset + n * a.pitch; };
   sums.load(at);
   for (int r = 0; r < a.row_count; r++) {
@@ -115,42 +115,42 @@ static void spread_columns(const SpreadArgs& args) {
   sums.store(at);
 }
 
-constexpr int MAX_SPREAD_CHANNELS = 2;  // vectors of channels at once
-constexpr int MAX_SPREAD_KEYS = simd::REGISTERS == 32 ? 10 : 6;
+constexpr int MAX_SCATTER_CHANNELS = 2;  // vectors of channels at once
+constexpr int MAX_SCATTER_KEYS = simd::REGISTERS == 32 ? 10 : 6;
 
-using SpreadKernel = void (*)(const SpreadArgs&);
-using SpreadKernels = std::array<std::array<SpreadKernel, MAX_SPREAD_KEYS>, MAX_SPREAD_CHANNELS>;
+using ScatterKernel = void (*)(const ScatterArgs&);
+using ScatterKernels = std::array<std::array<ScatterKernel, MAX_SCATTER_KEYS>, MAX_SCATTER_CHANNELS>;
 
 template <int STAIRS, int C, int... N>
-static constexpr std::array<SpreadKernel, MAX_SPREAD_KEYS> spread_rows_of(
+static constexpr std::array<ScatterKernel, MAX_SCATTER_KEYS> scatter_rows_of(
     std::integer_sequence<int, N...>) {
-  return {spread_rows<N + 1, C, (N + 1 < MAX_ROWS ? int{LEVEL} : STAIRS)>...};
+  return {scatter_rows<N + 1, C, (N + 1 < MAX_ROWS ? int{LEVEL} : STAIRS)>...};
 }
 template <int EDGE, int C, int... N>
-static constexpr std::array<SpreadKernel, MAX_SPREAD_KEYS> spread_columns_of(
+static constexpr std::array<ScatterKernel, MAX_SCATTER_KEYS> scatter_columns_of(
     std::integer_sequence<int, N...>) {
-  return {spread_columns<N + 1, C, EDGE>...};
+  return {scatter_columns<N + 1, C, EDGE>...};
 }
 template <int STAIRS>
-static constexpr SpreadKernels spread_rows_table() {
-  constexpr auto keys = std::make_integer_sequence<int, MAX_SPREAD_KEYS>();
-  return {spread_rows_of<STAIRS, 1>(keys), spread_rows_of<STAIRS, 2>(keys)};
+static constexpr ScatterKernels scatter_rows_table() {
+  constexpr auto keys = std::make_integer_sequence<int, MAX_SCATTER_KEYS>();
+  return {scatter_rows_of<STAIRS, 1>(keys), scatter_rows_of<STAIRS, 2>(keys)};
 }
 template <int EDGE>
-static constexpr SpreadKernels spread_columns_table() {
-  constexpr auto keys = std::make_integer_sequence<int, MAX_SPREAD_KEYS>();
-  return {spread_columns_of<EDGE, 1>(keys), spread_columns_of<EDGE, 2>(keys)};
+static constexpr ScatterKernels scatter_columns_table() {
+  constexpr auto keys = std::make_integer_sequence<int, MAX_SCATTER_KEYS>();
+  return {scatter_columns_of<EDGE, 1>(keys), scatter_columns_of<EDGE, 2>(keys)};
 }
 // [stairs][channel vectors - 1][keys - 1]
-static constexpr std::array<SpreadKernels, 4> SPREAD_ROWS = {
-    spread_rows_table<LEVEL>(), spread_rows_table<LOW>(), spread_rows_table<HIGH>(),
-    spread_rows_table<LOW | HIGH>()};
+static constexpr std::array<ScatterKernels, 4> SCATTER_ROWS = {
+    scatter_rows_table<LEVEL>(), scatter_rows_table<LOW>(), scatter_rows_table<HIGH>(),
+    scatter_rows_table<LOW | HIGH>()};
 // [edge + 1][channel vectors - 1][keys - 1]
-static constexpr std::array<SpreadKernels, 3> SPREAD_COLUMNS = {
-    spread_columns_table<-1>(), spread_columns_table<0>(), spread_columns_table<1>()};
+static constexpr std::array<ScatterKernels, 3> SCATTER_COLUMNS = {
+    scatter_columns_table<-1>(), scatter_columns_table<0>(), scatter_columns_table<1>()};
 
 // ---- a tile ------------------------------------------------------------------------------------
-// Zero scores where a query row does not see a key row of its group, as `spread_group` wants it.
+// Zero scores where a query row does not see a key row of its group, as `scatter_group` wants it.
 static inline void clear_unseen(const Slice& s, int rows, float* score) {
   for (int r = 0; r < rows; r++) {
     if (r >= s.row && r < s.row + s.row_count) continue;
@@ -160,12 +160,12 @@ static inline void clear_unseen(const Slice& s, int rows, float* score) {
 }
 
 // Adds to the key rows of one group of slices.
-class Spread {
+class Scatter {
  public:
   // `queries` is [row][lane][channel], `sums_of(slice, i)` the slice's i-th key row,
   // [column][channel] from column `low`.
   template <class SumsOf>
-  Spread(const SliceGroup& group, const Lanes& lanes, int valid, int low, int pitch,
+  Scatter(const SliceGroup& group, const Lanes& lanes, int valid, int low, int pitch,
          const float* weight, const float* queries, const SumsOf& sums_of)
       : lanes_(lanes),
         valid_(valid),
@@ -188,11 +188,11 @@ class Spread {
     args_.weight_row_pitch = SCORE_PITCH;
   }
 
-  void run(Ahead& ahead) {
+  void run(Prefetch& prefetch) {
     if (key_rows_ == 1 && slides()) {
-      run_sliding(ahead);
+      run_sliding(prefetch);
     } else {
-      run_columns(ahead);
+      run_columns(prefetch);
     }
   }
 
@@ -205,19 +205,19 @@ class Spread {
     return yes;
   }
 
-  void run_sliding(Ahead& ahead) {
+  void run_sliding(Prefetch& prefetch) {
     const int edge = valid_ - 1;
     const Part part(*this, 0, 1);
     // Columns [from, to), of which the lanes before one that moves along see all.
     const auto add = [&](int from, int to, int edge_kind) {
-      const int parts = (to - from + MAX_SPREAD_KEYS - 1) / MAX_SPREAD_KEYS;
+      const int parts = (to - from + MAX_SCATTER_KEYS - 1) / MAX_SCATTER_KEYS;
       for (int i = 0; i < parts; i++) {
         const int column = from + (to - from) * i / parts,
                   columns = from + (to - from) * (i + 1) / parts - column;
         args_.lane = edge_kind < 0 ? column + columns - width_ : 0;
         args_.lane_end = edge_kind > 0 ? column + 1 : valid_;
-        add_columns(part, SPREAD_COLUMNS[edge_kind + 1], column, columns);
-        ahead.fetch();
+        add_columns(part, SCATTER_COLUMNS[edge_kind + 1], column, columns);
+        prefetch.fetch();
       }
     };
     add(0, edge, 1);
@@ -225,9 +225,9 @@ class Spread {
     add(width_, width_ + edge, -1);
   }
 
-  void run_columns(Ahead& ahead) {
-    Part parts[BLOCK_KEYS / MAX_SPREAD_KEYS + 1];
-    const int part_count = (key_rows_ + MAX_SPREAD_KEYS - 1) / MAX_SPREAD_KEYS,
+  void run_columns(Prefetch& prefetch) {
+    Part parts[BLOCK_KEYS / MAX_SCATTER_KEYS + 1];
+    const int part_count = (key_rows_ + MAX_SCATTER_KEYS - 1) / MAX_SCATTER_KEYS,
               row_step = (key_rows_ + part_count - 1) / part_count;
     for (int i = 0; i < part_count; i++)
       parts[i] = Part(*this, i * row_step, std::min(row_step, key_rows_ - i * row_step));
@@ -249,16 +249,16 @@ class Spread {
       columns = 1;
       move_lanes(column + 1);
       if (key_rows_ == 1) {  // neighbouring columns that the same lanes see go together
-        while (columns < MAX_SPREAD_KEYS && lane == args_.lane && lane_end == args_.lane_end)
+        while (columns < MAX_SCATTER_KEYS && lane == args_.lane && lane_end == args_.lane_end)
           move_lanes(column + ++columns);
       }
       if (args_.lane >= args_.lane_end) continue;
       if (key_rows_ == 1) {
-        add_columns(parts[0], SPREAD_COLUMNS[1], column, columns);
+        add_columns(parts[0], SCATTER_COLUMNS[1], column, columns);
       } else {
         for (int i = 0; i < part_count; i++) add_rows(parts[i], column);
       }
-      ahead.fetch();
+      prefetch.fetch();
     }
   }
 
@@ -269,7 +269,7 @@ class Spread {
     int stairs = LEVEL;
 
     Part() = default;
-    Part(const Spread& s, int first, int rows) : first(first), rows(rows) {
+    Part(const Scatter& s, int first, int rows) : first(first), rows(rows) {
       int end_row = 0;
       for (int i = first; i < first + rows; i++) {
         low_row = std::min(low_row, s.first_row_[i]);
@@ -295,14 +295,14 @@ class Spread {
   // One column, counted from the first.
   void add_rows(const Part& part, int column) {
     args_.weight_key_pitch = static_cast<size_t>(width_) * W;
-    add(part, SPREAD_ROWS[part.stairs], column, part.rows);
+    add(part, SCATTER_ROWS[part.stairs], column, part.rows);
   }
   // Neighbouring columns of one key row.
-  void add_columns(const Part& part, const SpreadKernels& kernels, int column, int columns) {
+  void add_columns(const Part& part, const ScatterKernels& kernels, int column, int columns) {
     args_.weight_key_pitch = W;
     add(part, kernels, column, columns);
   }
-  void add(const Part& part, const SpreadKernels& kernels, int column, int keys) {
+  void add(const Part& part, const ScatterKernels& kernels, int column, int keys) {
     const int vectors = static_cast<int>(args_.pitch) / W;
     args_.row_count = part.row_count;
     args_.sums = sums_ + part.first;
@@ -311,7 +311,7 @@ class Spread {
     args_.offset = (lanes_.base + offset_ - low_ + column) * args_.pitch;
     args_.row = queries_ + part.low_row * args_.row_pitch;
     for (int c = 0, step; c < vectors; c += step) {
-      step = std::min(MAX_SPREAD_CHANNELS, vectors - c);
+      step = std::min(MAX_SCATTER_CHANNELS, vectors - c);
       kernels[step - 1][keys - 1](args_);
       args_.offset += step * W;
       args_.row += step * W;
@@ -325,7 +325,7 @@ class Spread {
   float* sums_[BLOCK_KEYS];
   int first_row_[BLOCK_KEYS], end_row_[BLOCK_KEYS];  // the query rows that see the key row
   int32_t lane_offset_[W];
-  SpreadArgs args_;
+  ScatterArgs args_;
 };
 
 }  // namespace na

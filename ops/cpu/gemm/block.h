@@ -1,0 +1,123 @@
+// What a micro-kernel of linear layers is given, what it prefetches, and what it does with its sums
+// before they are stored.
+#pragma once
+#include "common/lanes.h"
+#include "gemm/problem.h"
+
+namespace linear {
+
+// The rows of one image, or all where images do not matter.
+template <class T>
+struct Rows {
+  const Input<T>* in;
+  int64_t in_stride, in_features;
+  const T* other;
+  T* out;
+  float* energy;
+  int64_t count;
+};
+
+// Some rows of one panel. `lanes` of the last vector are outputs.
+template <class T>
+struct Block {
+  const Input<T>* in;
+  const T* weight;
+  const float* bias;
+  const T* other;
+  T* out;
+  float* energy;
+  int lanes;
+  const float* other_scale;
+};
+
+// Memory to be fetched, some lines with every few products. It may go on behind its end, into what
+// is wanted next.
+struct Prefetch {
+  const char* place;
+  int64_t bytes_a_step;
+
+  // `steps` times `fetch` brings in `bytes`.
+  Prefetch(const void* begin, int64_t bytes, int64_t steps)
+      : place(static_cast<const char*>(begin)),
+        bytes_a_step(round_up(bytes, steps * LINE) / steps) {}
+
+  VB_INLINE void fetch() {
+    for (const char* end = place + bytes_a_step; place < end; place += LINE) {
+      __builtin_prefetch(place, 0, 2);
+    }
+  }
+};
+
+// Brings in what `width` outputs of some rows will be written to, and what will be added to them.
+template <class T>
+static VB_INLINE void fetch_outputs(const Problem& p, const Block<T>& block, int64_t rows,
+                                    int64_t width) {
+  for (int64_t r = 0; r < rows; r++) {
+    memory::fetch<memory::WRITE>(block.out + r * p.out_stride, width);
+    if (block.other) memory::fetch<memory::READ>(block.other + r * p.other_stride, width);
+  }
+}
+
+// `scale` is that of `other`, if there is one.
+static VB_INLINE F combine(const Problem& p, const float* scale, int lanes, F x, F other) {
+  if (p.combination == ADD_SCALED) return simd::fma(other, simd::get(scale, lanes), x);
+  return p.combination == ADD ? x + other : x * other;
+}
+
+// Activation, combination, energies; R rows of V vectors are stored.
+template <class T, int R, int V>
+static VB_INLINE void finish(const Problem& p, const Block<T>& block, F (&sum)[R][V]) {
+  if (p.activation == activation::RELU) {
+    VB_UNROLL
+    for (int r = 0; r < R; r++) {
+      VB_UNROLL
+      for (int v = 0; v < V; v++) sum[r][v] = activation::positive(sum[r][v]);
+    }
+  } else if (p.activation != activation::NONE) {
+    F copy[R * V];  // the sums themselves need no memory
+    VB_UNROLL
+    for (int r = 0; r < R; r++) {
+      VB_UNROLL
+      for (int v = 0; v < V; v++) copy[r * V + v] = sum[r][v];
+    }
+    activation::apply<T>(copy, R * V, p.activation);
+    VB_UNROLL
+    for (int r = 0; r < R; r++) {
+      VB_UNROLL
+      for (int v = 0; v < V; v++) sum[r][v] = copy[r * V + v];
+    }
+  }
+  T* const out = block.out;
+  const ptrdiff_t stride = p.out_stride;
+  if (p.combination == NONE && !block.energy) {
+    VB_UNROLL
+    for (int r = 0; r < R; r++) {
+      VB_UNROLL
+      for (int v = 0; v < V; v++) {
+        simd::put(out + r * stride + v * W, sum[r][v], v == V - 1 ? block.lanes : W);
+      }
+    }
+    return;
+  }
+  VB_UNROLL
+  for (int v = 0; v < V; v++) {
+    const int lanes = v == V - 1 ? block.lanes : W;
+    F energy = simd::zero();
+    VB_UNROLL
+    for (int r = 0; r < R; r++) {
+      F x = sum[r][v];
+      if (p.combination != NONE) {
+        const F other = simd::get(block.other + r * p.other_stride + v * W, lanes);
+        x = combine(p, block.other_scale + v * W, lanes, x, other);
+      }
+      if (block.energy) energy = simd::fma(x, x, energy);
+      simd::put(out + r * stride + v * W, x, lanes);
+    }
+    if (block.energy) {
+      float* place = block.energy + v * W;
+      simd::put(place, simd::get(place, lanes) + energy, lanes);
+    }
+  }
+}
+
+}  // namespace linear

@@ -1,0 +1,41 @@
+"""Tensors as kernels want them: dense, with channels last, biases of layers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import overload
+
+import torch
+from torch import Tensor, nn
+
+__all__ = ["as_nhwc", "bias_of", "dense", "empty_nhwc"]
+
+
+@overload
+def dense(t: Tensor) -> Tensor: ...
+@overload
+def dense(t: Tensor | None) -> Tensor | None: ...
+def dense(t: Tensor | None) -> Tensor | None:
+    """Contiguous; None stays None."""
+    return None if t is None else t.contiguous()
+
+
+def as_nhwc(x: Tensor) -> Tensor:
+    """(B, C, H, W) whose channels lie side by side: itself, a copy where it is otherwise."""
+    if x.stride(1) == 1 or x.shape[1] == 1:
+        return x
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def empty_nhwc(like: Tensor, shape: Sequence[int]) -> Tensor:
+    """(B, C, H, W), channels-last, of the dtype of ``like``."""
+    return torch.empty(
+        shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last
+    )
+
+
+def bias_of(layer: nn.Linear | nn.Conv2d) -> Tensor:
+    """(out_features,) float32; zeros where the layer has none."""
+    if layer.bias is None:
+        return layer.weight.new_zeros(len(layer.weight), dtype=torch.float32)
+    return layer.bias.detach().float()
