@@ -73,6 +73,10 @@ struct Mixed {
     fetch<T>(t.local, at, span, 0, p.value_dim);
   }
 
+  void fetch_outputs(const Problem& p, const Part& part, const Span& span) const {
+    gated_scan::fetch_outputs<T>(p, t.out, part.head, span, 0, p.value_dim);
+  }
+
   float own(const Problem&, const Head&, const float*, const float*) const { return 0.f; }
 
   F factor(F squares, int64_t dim) const {
@@ -81,8 +85,7 @@ struct Mixed {
   }
 
   void finish(const Problem& p, const Part& part, int64_t token, const float* sum) const {
-    const int64_t row_of = (part.head.image * p.tokens + token) * p.heads + part.head.head;
-    T* out = static_cast<T*>(t.out) + row_of * p.value_dim;
+    T* const out = output_row<T>(p, t.out, part.head, token);
     const T *gate = row<T>(t.gate, part.head, token), *local = row<T>(t.local, part.head, token);
     F scanned = simd::zero(), nearby = simd::zero();
     for (int64_t c = 0; c < p.value_dim; c += W) {
