@@ -261,7 +261,7 @@ def _times(rows: list[dict[str, Any]], batch: int, all_aims: Mapping[str, Any]) 
         [[f"`{row['model']}`", *(_ms(row, name) for name in names)] for row in rows],
     )
     place = AIM_BATCHES.index(batch) if batch in AIM_BATCHES else None
-    judged = []
+    comparisons = []
     for row in rows:
         aims = all_aims.get(row["model"], {})
         base = ORIGINAL if _ratio(row, FUSED, ORIGINAL) is not None else OURS
@@ -280,12 +280,12 @@ def _times(rows: list[dict[str, Any]], batch: int, all_aims: Mapping[str, Any]) 
             cells.append("–" if peak is None else str(peak >> 20))
         else:
             cells += ["–"] * 5
-        judged.append(cells)
+        comparisons.append(cells)
         over_natten = [_ratio(row, name, NATTEN) for name in (FUSED, LOW)]
         if over_natten[0] is not None:
             natten_aim = NATTEN_AIM if all_aims else None
             ratios = [judged(ratio, natten_aim) for ratio in over_natten]
-            judged.append([cells[0], LABELS[NATTEN], *ratios, *["–"] * 7])
+            comparisons.append([cells[0], LABELS[NATTEN], *ratios, *["–"] * 7])
     aim = " (aim)" if all_aims else ""
     head = ["times faster", "than", f"fused{aim}", f"fused, bf16{aim}", "than timm", "than birder"]
     head += ["p90, ms", "images/s", "G MACs", "GFLOP/s (of matmul)", "memory, MiB"]
@@ -297,7 +297,7 @@ def _times(rows: list[dict[str, Any]], batch: int, all_aims: Mapping[str, Any]) 
         "`of matmul` is the share of the rate of a 1024³ matrix product in the same turns. "
         + _orders(rows)
     )
-    return [times, remark, table(head, judged)]
+    return [times, remark, table(head, comparisons)]
 
 
 def _training(rows: list[dict[str, Any]]) -> str:
