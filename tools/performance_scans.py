@@ -35,8 +35,8 @@ def of_bounds(report: dict[str, Any]) -> str:
                 "## What is left to gain",
                 "A network's multiply-adds over its time, beside the rate of a 1024³ matrix "
                 "product. Were every multiply-add as fast as those, and all else free, the fused "
-                "model would be `at most` so many times faster than the plain one: where that is "
-                "less than an aim, no kernel reaches it on this CPU.",
+                "model would be `at most` so many times faster than the plain one: an aim above "
+                "that asks for products faster than torch's largest ones.",
                 table(head, rows),
             ]
         )
