@@ -6,13 +6,20 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from backbones import vig_blocks
+from backbones import vig, vig_blocks
 from ops.cpu.scan.gated_scan import mixed_scan
 from ops.inference.forms import stands_for
 from ops.inference.layers import FastLayer, FastLinear
 from ops.inference.mlp import FastGluMlp
 
-__all__ = ["ViGAttention", "ViGBlock"]
+__all__ = ["ViGAttention", "ViGBlock", "ViGStem"]
+
+
+@stands_for(vig.Stem)
+class ViGStem(vig.Stem):
+    """The first norm applies the activation after it."""
+
+    followed: ClassVar = {"act": ("norm1",)}
 
 
 @stands_for(vig_blocks.JoinedAttention)
@@ -42,13 +49,7 @@ class ViGAttention(FastLayer, vig_blocks.JoinedAttention):
             return None
         weights = (norm.weight.detach().float() for norm in (self.norm, self.local_norm))
         act = "silu" if isinstance(self.out_act, nn.SiLU) else "none"
-        return (
-            *weights,
-            self.num_heads,
-            float(vig_blocks.GATE_DIVISOR),
-            vig_blocks.HEAD_NORM_EPS,
-            act,
-        )
+        return (*weights, self.num_heads, vig_blocks.HEAD_NORM_EPS, act)
 
 
 @stands_for(vig_blocks.Block)

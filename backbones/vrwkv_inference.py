@@ -129,30 +129,38 @@ class VRWKVGatedScan(FastLayer, vrwkv_blocks.GatedScan):
         )
 
 
+class _Mlp(NamedTuple):
+    """Shares of the mixtures, and the packed first layer."""
+
+    shares: Tensor
+    key: PackedLinear
+
+
 @stands_for(vrwkv_blocks.GatedSquaredMlp)
 class VRWKVMlp(FastLayer, vrwkv_blocks.GatedSquaredMlp):
-    """One kernel for mixing; squares, gate and shortcut are computed in place, or in one pass."""
+    """One kernel mixes, the first layer applies its ReLU; the rest takes few passes."""
 
     needs: ClassVar = dict.fromkeys(("key", "value", "receptance"), FastLinear)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        shares = self.derived(x)
-        if shares is None:
+        derived = self.derived(x)
+        if derived is None:
             return _added(vrwkv_blocks.GatedSquaredMlp.forward(self, x), residual)
-        for_key, for_gate = shifted_mixtures(x, shares, self.groups).unbind()
-        hidden = torch.nn.functional.relu(self.key(for_key))
+        for_key, for_gate = shifted_mixtures(x, derived.shares, self.groups).unbind()
+        hidden = derived.key(for_key, "relu", None)
         out = self.value(self.norm(hidden.mul_(hidden)))
         gate = self.receptance(for_gate).sigmoid()
         return gate.mul_(out) if residual is None else torch.addcmul(residual, gate, out)
 
     def sources(self) -> list[Tensor]:
-        return [self.mix_k, self.mix_r]
+        return [self.mix_k, self.mix_r, self.key.weight]
 
-    def derive(self, x: Tensor) -> Tensor | None:
+    def derive(self, x: Tensor) -> _Mlp | None:
         if shifted_mixtures.unsupported(x.device, x.dtype) is not None:
             return None
         mixes = (self.mix_k, self.mix_r)
-        return torch.cat([mix.detach().float().flatten(1) for mix in mixes])
+        shares = torch.cat([mix.detach().float().flatten(1) for mix in mixes])
+        return _Mlp(shares, PackedLinear(self.key.weight, None))
 
 
 @stands_for(vrwkv_blocks.Block, where=lambda block: _has_no_scales(block))

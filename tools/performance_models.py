@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["of_compiled", "of_lesser", "of_models", "of_runtimes"]
+__all__ = ["judged", "of_compiled", "of_lesser", "of_models", "of_runtimes", "table"]
 
 FUSED, LOW, LAST = "fused", "fused+bfloat16", "channels_last"
 # Target speedup of the fused model over the original, for batch 1 and batch 8.
@@ -22,6 +22,10 @@ AIMS = {
     "ravlt_t": {FUSED: (1.6, 1.6), LOW: (2.0, 2.0)},
     "medvitv2_tiny": {FUSED: (2.0, 2.0), LOW: (2.0, 2.0)},
     "hat_s_x2": {FUSED: (1.6, 1.6), LOW: (2.0, 2.0)},
+    **{f"{nat}nat_mini": {FUSED: (2.5, 2.5), LOW: (4.0, 4.0)} for nat in ("", "di")},
+    **{f"vig_{size}": {FUSED: (2.0, 2.0)} for size in ("t", "h_t")},
+    **{f"proxyless_{kind}": {FUSED: (2.5, 2.5)} for kind in ("cpu", "gpu", "mobile")},
+    **{f"vrwkv{version}_t": {FUSED: (2.0, 2.0)} for version in ("", "6")},
 }
 AIM_BATCHES = (1, 8)
 ORIGINAL, OURS = "original", "eager"
@@ -151,7 +155,7 @@ def of_compiled(report: dict[str, Any]) -> str:
     names = [OURS, "compile", FUSED, "fused+compile"]
     rows = [
         [f"`{row['model']}`", *(_ms(row, name) for name in names)]
-        + [_judged(_ratio(row, FUSED, OURS), None), _judged(_ratio(row, "compile", OURS), None)]
+        + [judged(_ratio(row, FUSED, OURS), None), judged(_ratio(row, "compile", OURS), None)]
         for row in report["results"]
     ]
     head = ["ms", *names, "fused, times faster than eager", "compile, times faster than eager"]
@@ -161,7 +165,7 @@ def of_compiled(report: dict[str, Any]) -> str:
                 "## Compared with torch.compile",
                 "One image, one thread, float32. Measured with older kernels than above and one "
                 "call per turn, so with colder caches.",
-                _table(head, rows),
+                table(head, rows),
             ]
         )
         + "\n"
@@ -176,7 +180,7 @@ def of_runtimes(report: dict[str, Any]) -> str:
     rows = [
         [f"`{row['model']}`", str(row["batch"]), str(row["threads"])]
         + [_ms(row, name) for name in names]
-        + [_judged(_ratio(row, ours, theirs), 1.0) for ours, theirs in pairs]
+        + [judged(_ratio(row, ours, theirs), 1.0) for ours, theirs in pairs]
         for row in report["results"]
     ]
     labels = [LABELS.get(name, name) for name in names]
@@ -190,7 +194,7 @@ def of_runtimes(report: dict[str, Any]) -> str:
                 "branches folded. The last columns give the fused model's speedup; the target is "
                 "to be no slower. A dash means that the runtime rejects the file; the JSON says "
                 "why.",
-                _table(["ms", "batch", "threads", *labels, *ratios], rows),
+                table(["ms", "batch", "threads", *labels, *ratios], rows),
                 _orders(report["results"]),
             ]
         )
@@ -208,12 +212,12 @@ def of_lesser(reports: Mapping[str, dict[str, Any]]) -> str:
         rows = []
         for row in report["results"]:
             base = ORIGINAL if _ratio(row, FUSED, ORIGINAL) is not None else OURS
-            ratios = [_judged(_ratio(row, name, base), None) for name in (FUSED, LOW)]
+            ratios = [judged(_ratio(row, name, base), None) for name in (FUSED, LOW)]
             times = [_ms(row, name) for name in names]
             rows.append([f"`{row['model']}`", str(row["batch"]), *times, base, *ratios])
         labels = [LABELS.get(name, name) for name in names]
         head = ["ms", "batch", *labels, "times faster than", FUSED, LABELS[LOW]]
-        parts += [_table(head, rows), _orders(report["results"])]
+        parts += [table(head, rows), _orders(report["results"])]
     return "\n\n".join(parts) + "\n"
 
 
@@ -221,7 +225,7 @@ def _usual_size(row: dict[str, Any]) -> int:
     return 64 if row["model"].startswith("hat") else 224
 
 
-def _table(head: list[str], rows: list[list[str]]) -> str:
+def table(head: list[str], rows: list[list[str]]) -> str:
     lines = [head, ["---", *["---:"] * (len(head) - 1)], *rows]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
@@ -241,7 +245,7 @@ def _ratio(row: dict[str, Any], name: str, other: str) -> float | None:
     return row["contenders"].get(name, {}).get("speedup_over", {}).get(other)
 
 
-def _judged(ratio: float | None, aim: float | None) -> str:
+def judged(ratio: float | None, aim: float | None) -> str:
     """A ratio, its target, and whether it was missed."""
     if ratio is None or aim is None:
         return "–" if ratio is None else f"{ratio:.2f}×"
@@ -252,21 +256,21 @@ def _judged(ratio: float | None, aim: float | None) -> str:
 def _times(rows: list[dict[str, Any]], batch: int, all_aims: Mapping[str, Any]) -> list[str]:
     """Milliseconds of all contenders, ratios with their targets, and the fused model's figures."""
     names = _names(rows)
-    times = _table(
+    times = table(
         ["ms", *(LABELS.get(name, name) for name in names)],
         [[f"`{row['model']}`", *(_ms(row, name) for name in names)] for row in rows],
     )
     place = AIM_BATCHES.index(batch) if batch in AIM_BATCHES else None
-    judged = []
+    comparisons = []
     for row in rows:
         aims = all_aims.get(row["model"], {})
         base = ORIGINAL if _ratio(row, FUSED, ORIGINAL) is not None else OURS
         cells = [f"`{row['model']}`", base]
         for name in (FUSED, LOW):
             aim = aims[name][place] if place is not None and name in aims else None
-            cells.append(_judged(_ratio(row, name, base), aim))
+            cells.append(judged(_ratio(row, name, base), aim))
         ahead = 1.0 if all_aims else None
-        cells += [_judged(_ratio(row, FUSED, peer), ahead) for peer in ("timm", "birder")]
+        cells += [judged(_ratio(row, FUSED, peer), ahead) for peer in ("timm", "birder")]
         fused = row["contenders"].get(FUSED, {})
         if "milliseconds" in fused:
             cells += [f"{fused['p90']:.1f}", f"{fused['images_per_second']:.1f}"]
@@ -276,12 +280,12 @@ def _times(rows: list[dict[str, Any]], batch: int, all_aims: Mapping[str, Any]) 
             cells.append("–" if peak is None else str(peak >> 20))
         else:
             cells += ["–"] * 5
-        judged.append(cells)
+        comparisons.append(cells)
         over_natten = [_ratio(row, name, NATTEN) for name in (FUSED, LOW)]
         if over_natten[0] is not None:
             natten_aim = NATTEN_AIM if all_aims else None
-            ratios = [_judged(ratio, natten_aim) for ratio in over_natten]
-            judged.append([cells[0], LABELS[NATTEN], *ratios, *["–"] * 7])
+            ratios = [judged(ratio, natten_aim) for ratio in over_natten]
+            comparisons.append([cells[0], LABELS[NATTEN], *ratios, *["–"] * 7])
     aim = " (aim)" if all_aims else ""
     head = ["times faster", "than", f"fused{aim}", f"fused, bf16{aim}", "than timm", "than birder"]
     head += ["p90, ms", "images/s", "G MACs", "GFLOP/s (of matmul)", "memory, MiB"]
@@ -292,20 +296,20 @@ def _times(rows: list[dict[str, Any]], batch: int, all_aims: Mapping[str, Any]) 
         "float32; `of matmul` is its GFLOP/s relative to a 1024³ matrix product in the same turns. "
         + _orders(rows)
     )
-    return [times, remark, _table(head, judged)]
+    return [times, remark, table(head, comparisons)]
 
 
 def _training(rows: list[dict[str, Any]]) -> str:
     names = _names(rows)
     ours = [name for name in (OURS, LAST) if name in names]
     labels = [LABELS.get(name, name) for name in names]
-    return _table(
+    return table(
         ["ms", "batch", "threads", *labels]
         + [f"{LABELS.get(name, name)}, times faster than the original" for name in ours],
         [
             [f"`{row['model']}`", str(row["batch"]), str(row["threads"])]
             + [_ms(row, name) for name in names]
-            + [_judged(_ratio(row, name, ORIGINAL), 1.0) for name in ours]
+            + [judged(_ratio(row, name, ORIGINAL), 1.0) for name in ours]
             for row in rows
         ],
     )
@@ -345,7 +349,7 @@ def _growth(rows: list[dict[str, Any]]) -> list[str]:
         "Time of the fused model in ms by side length of the image (one image, one thread, "
         f"float32). The largest size has {(large / small) ** 2:.1f} times as many pixels as the "
         "smallest. Multiply-adds grow faster than the pixels where the cost of attention does.",
-        _table(["ms", *map(str, sizes), "time grows", "multiply-adds grow"], lines),
+        table(["ms", *map(str, sizes), "time grows", "multiply-adds grow"], lines),
     ]
 
 
@@ -378,6 +382,6 @@ def _shares(rows: list[dict[str, Any]]) -> list[str]:
         "1×1 convolutions and single-pass feed-forwards count as matrix products; time outside of "
         "operators is Python and the profiler itself. Under the profiler, a fused model runs "
         "eagerly; otherwise its calls are replayed, which removes most of the last column.",
-        _table(["share of time", *kinds], lines),
+        table(["share of time", *kinds], lines),
         "\n".join(f"- **{family}**: {said}" for family, said in READING.items()),
     ]

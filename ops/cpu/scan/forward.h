@@ -106,8 +106,11 @@ static void scan(const Problem& p, const Ends& ends, const Part& part) {
   float* const query = buffers[1].of(CHUNK * (3 * keys + values));
   float *const key = query + CHUNK * keys, *const gate = key + CHUNK * keys;
   float* const value = gate + CHUNK * keys;
-  float* const sums = buffers[2].of(p.tokens * values);
+  // The last direction finishes a chunk's sums at once; only those of one before it are kept.
+  const bool kept = ends.directions() > 1;
+  float* const sums = buffers[2].of((kept ? p.tokens : CHUNK) * values);
   const int64_t chunks = (p.tokens + CHUNK - 1) / CHUNK;
+  const int64_t tiles = ((values / W + COLUMNS - 1) / COLUMNS) * ((p.dim + ROWS - 1) / ROWS);
   for (int direction = 0; direction < ends.directions(); direction++) {
     std::fill_n(state, keys * values, 0.f);
     for (int64_t n = 0; n < chunks; n++) {
@@ -116,14 +119,9 @@ static void scan(const Problem& p, const Ends& ends, const Part& part) {
       gather<T>(t.key, part.head, span, 0, p.dim, 1.f, key, keys);
       gather<T>(t.value, part.head, span, begin, end, 1.f, value, values);
       ends.gates(p, direction, part.head, span, gate, keys);
-      if (n + 1 < chunks) {
-        const Span next = chunk_of(n + 1, p.tokens, direction == 1);
-        fetch<T>(t.query, part.head, next, 0, p.dim);
-        fetch<T>(t.key, part.head, next, 0, p.dim);
-        fetch<T>(t.value, part.head, next, begin, end);
-        ends.fetch_gates(p, direction, part.head, next);
-      }
-      float* const sum = sums + span.first * values;
+      const Span next =
+          n + 1 < chunks ? chunk_of(n + 1, p.tokens, direction == 1) : Span{span.first, 0, span.step};
+      float* const sum = kept ? sums + span.first * values : sums;
       if (direction == 0) std::fill_n(sum, span.count * values, 0.f);
       for (int i = 0; p.apart && direction == 0 && i < span.count; i++) {
         const F own = simd::set1(ends.own(p, part.head, query + i * keys, key + i * keys));
@@ -131,6 +129,7 @@ static void scan(const Problem& p, const Ends& ends, const Part& part) {
           simd::store(sum + c, own * simd::load(value + c));
         }
       }
+      int64_t tile = 0;
       for (int64_t c = 0; c < values; c += COLUMNS * W) {
         const int vectors = static_cast<int>(std::min<int64_t>(COLUMNS, (values - c) / W));
         for (int64_t r = 0; r < p.dim; r += ROWS) {
@@ -147,11 +146,20 @@ static void scan(const Problem& p, const Ends& ends, const Part& part) {
           args.state_pitch = values;
           args.count = span.count;
           p.apart ? pass<true>(args, vectors) : pass<false>(args, vectors);
+          // Few at a time, lest the tiles wait: a core has few misses under way.
+          const Span ahead = next.share(tile++, tiles);
+          fetch<T>(t.query, part.head, ahead, 0, p.dim);
+          fetch<T>(t.key, part.head, ahead, 0, p.dim);
+          fetch<T>(t.value, part.head, ahead, begin, end);
+          ends.fetch_gates(p, direction, part.head, ahead);
+          if (direction == ends.directions() - 1) ends.fetch_outputs(p, part, ahead);
+          if (kept && ahead.count) {
+            memory::fetch<memory::WRITE>(sums + ahead.lowest() * values, ahead.count * values);
+          }
         }
       }
       for (int i = 0; direction == ends.directions() - 1 && i < span.count; i++) {
-        const int64_t token = span.token(i);
-        ends.finish(p, part, token, sums + token * values);
+        ends.finish(p, part, span.token(i), sum + i * span.step * values);
       }
     }
   }
@@ -176,6 +184,10 @@ struct Plain {
     fetch<float>(gate(direction), at, span, 0, p.dim);
   }
 
+  void fetch_outputs(const Problem& p, const Part& part, const Span& span) const {
+    gated_scan::fetch_outputs<T>(p, t.out, part.head, span, part.begin, part.end);
+  }
+
   // How much of its own value a token gets beside those of the state.
   float own(const Problem& p, const Head& at, const float* query, const float* key) const {
     const float* const bonus = t.bonus + at.head * p.dim;
@@ -185,8 +197,7 @@ struct Plain {
   }
 
   void finish(const Problem& p, const Part& part, int64_t token, const float* sum) const {
-    const int64_t row = (part.head.image * p.tokens + token) * p.heads + part.head.head;
-    T* out = static_cast<T*>(t.out) + row * p.value_dim;
+    T* const out = output_row<T>(p, t.out, part.head, token);
     for (int64_t c = part.begin; c < part.end; c += W) {
       const int lanes = static_cast<int>(std::min<int64_t>(W, part.end - c));
       simd::put(out + c, simd::load(sum + c - part.begin), lanes);

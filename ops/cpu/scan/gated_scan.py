@@ -109,15 +109,13 @@ def mixed_scan(
     norm: Tensor,
     local_norm: Tensor,
     num_heads: int,
-    divisor: float,
     eps: float,
     activation: str = "none",
 ) -> Call:
     """The scan of ViG's attention in both directions, and what its output is mixed with.
 
     ``activation(g * rms_norm(scan) + (1 - g) * rms_norm(local))``, head by head, where g is the
-    sigmoid of ``gate`` and the log gates of the scan are those of ``sigmoid(decay)`` over
-    ``divisor``. No gradients.
+    sigmoid of ``gate``, and the gates of the scan are ``sigmoid(decay) ** (1 / 16)``. No gradients.
 
     Args:
         projected: (B, L, 3·dim or more): query and key of dim / 2 channels each, value and gate of
@@ -126,7 +124,6 @@ def mixed_scan(
         local: (B, L, dim).
         norm, local_norm: (dim / num_heads,) float32, the weights of both norms.
         num_heads: divides dim / 2.
-        divisor: of the log gates.
         eps: of both norms.
         activation: "none" or "silu".
 
@@ -170,7 +167,7 @@ def mixed_scan(
             "local": _heads(local, 0, values),
             **{"norm": norm, "local_norm": local_norm, "out": out},
         }
-        mixture = _MIXTURE(divisor=divisor, eps=eps, activation=ACTIVATIONS.index(activation))
+        mixture = _MIXTURE(eps=eps, activation=ACTIVATIONS.index(activation))
         return problem, Addresses(_MIXED, fields), mixture
 
     return Call(out, arguments)

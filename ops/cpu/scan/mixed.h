@@ -19,24 +19,37 @@ struct MixedTensors {
 };
 
 struct Mixture {
-  double divisor;  // of the logarithms of the gates
-  double eps;      // of both norms
+  double eps;  // of both norms
   int64_t activation;
 };
 
-// Exponents are never positive.
-static VB_INLINE F sigmoid(F x) {
-  const F down = activation::negative(x) * simd::set1(LOG2E);
-  const F up = activation::positive(x) * simd::set1(LOG2E);
-  return simd::exp2(down) / (simd::set1(1.f) + simd::exp2(down - up));
+// exp(x) below zero, 1 above, for x of -inf … inf with `power` = exp(-|x|): the numerator of a sigmoid.
+static VB_INLINE F at_most_one(F x, F power) {
+  // A step from 1 down to less than any power.
+  return simd::max(simd::fma(activation::negative(x), simd::set1(1e30f), simd::set1(1.f)), power);
 }
 
-// log2(1 + x) for x in 0 … 1 within 2e-8 and rounding: the odd series of log((1 + t) / (1 - t)).
-static VB_INLINE F log2_of_more(F x) {
-  const F t = x / (x + simd::set1(2.f)), t2 = t * t;
-  F p = simd::set1(1.f / 13.f);
-  for (float odd = 11.f; odd > 0.f; odd -= 2.f) p = simd::fma(p, t2, simd::set1(1.f / odd));
-  return t * p * simd::set1(2.885390082f);  // 2 / ln 2
+static VB_INLINE F minus_magnitude(F x) { return activation::negative(x) - activation::positive(x); }
+
+static VB_INLINE F sigmoid(F x) {
+  const F power = simd::exp2(minus_magnitude(x) * simd::set1(LOG2E));
+  return at_most_one(x, power) / (simd::set1(1.f) + power);
+}
+
+constexpr int GATE_ROOT = 16;
+
+// The 16th root of the sigmoid: that of exp(min(x, 0)), times (1 + u)^(-1/16) for u = exp(-|x|) of
+// 0 … 1, by Chebyshev's polynomial within 4e-8.
+static VB_INLINE F root_of_sigmoid(F x) {
+  constexpr float TERMS[] = {-7.1102503e-4f, 3.7126574e-3f,  -9.2089353e-3f, 1.5544219e-2f,
+                             -2.2387711e-2f, 3.3151720e-2f, -6.2497634e-2f, 1.f};
+  const F root = simd::exp2(minus_magnitude(x) * simd::set1(LOG2E / GATE_ROOT));
+  F u = root * root;
+  for (int power = 2; power < GATE_ROOT; power *= 2) u = u * u;
+  F sum = simd::set1(TERMS[0]);
+  VB_UNROLL
+  for (int i = 1; i < 8; i++) sum = simd::fma(sum, u, simd::set1(TERMS[i]));
+  return at_most_one(x, root) * sum;
 }
 
 template <class T>
@@ -47,21 +60,21 @@ struct Mixed {
   int directions() const { return 2; }
   const Sequence& decay(int direction) const { return direction ? t.decay_back : t.decay; }
 
-  // exp(log(sigmoid(x)) / divisor)
   void gates(const Problem& p, int direction, const Head& at, const Span& span, float* out,
              int64_t pitch) const {
-    gather<T>(decay(direction), at, span, 0, p.dim, LOG2E, out, pitch);
-    const F share = simd::set1(static_cast<float>(1 / m.divisor));
+    gather<T>(decay(direction), at, span, 0, p.dim, 1.f, out, pitch);
     for (int64_t c = 0; c < span.count * pitch; c += W) {
-      const F x = simd::load(out + c), down = activation::negative(x);
-      const F power = simd::exp2(down - activation::positive(x));
-      simd::store(out + c, simd::exp2((down - log2_of_more(power)) * share));
+      simd::store(out + c, root_of_sigmoid(simd::load(out + c)));
     }
   }
   void fetch_gates(const Problem& p, int direction, const Head& at, const Span& span) const {
     fetch<T>(decay(direction), at, span, 0, p.dim);
     fetch<T>(t.gate, at, span, 0, p.value_dim);
     fetch<T>(t.local, at, span, 0, p.value_dim);
+  }
+
+  void fetch_outputs(const Problem& p, const Part& part, const Span& span) const {
+    gated_scan::fetch_outputs<T>(p, t.out, part.head, span, 0, p.value_dim);
   }
 
   float own(const Problem&, const Head&, const float*, const float*) const { return 0.f; }
@@ -72,8 +85,7 @@ struct Mixed {
   }
 
   void finish(const Problem& p, const Part& part, int64_t token, const float* sum) const {
-    const int64_t row_of = (part.head.image * p.tokens + token) * p.heads + part.head.head;
-    T* out = static_cast<T*>(t.out) + row_of * p.value_dim;
+    T* const out = output_row<T>(p, t.out, part.head, token);
     const T *gate = row<T>(t.gate, part.head, token), *local = row<T>(t.local, part.head, token);
     F scanned = simd::zero(), nearby = simd::zero();
     for (int64_t c = 0; c < p.value_dim; c += W) {

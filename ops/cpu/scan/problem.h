@@ -44,6 +44,11 @@ struct Span {
   int count, step;
 
   int64_t token(int i) const { return first + i * step; }
+  Span share(int64_t index, int64_t shares) const {
+    const int begin = static_cast<int>(count * index / shares);
+    return {token(begin), static_cast<int>(count * (index + 1) / shares) - begin, step};
+  }
+  int64_t lowest() const { return step < 0 ? token(count - 1) : first; }
 };
 
 // The chunks of a direction in its order.
@@ -51,6 +56,22 @@ static VB_INLINE Span chunk_of(int64_t index, int64_t tokens, bool backward) {
   const int64_t done = index * CHUNK;
   const int count = static_cast<int>(std::min<int64_t>(CHUNK, tokens - done));
   return backward ? Span{tokens - 1 - done, count, -1} : Span{done, count, 1};
+}
+
+// Where the values of a head's tokens go: out is [batch][tokens][heads][value_dim].
+template <class T>
+static VB_INLINE T* output_row(const Problem& p, void* out, const Head& at, int64_t token) {
+  return static_cast<T*>(out) + ((at.image * p.tokens + token) * p.heads + at.head) * p.value_dim;
+}
+
+// Brings in where `begin` … `end` of a chunk's values go.
+template <class T>
+static void fetch_outputs(const Problem& p, void* out, const Head& at, const Span& span,
+                          int64_t begin, int64_t end) {
+  for (int i = 0; i < span.count; i++) {
+    T* const row = output_row<T>(p, out, at, span.token(i));
+    memory::fetch<memory::WRITE>(row + begin, end - begin);
+  }
 }
 
 // Rows of a chunk times a number, as floats, zeros behind the last channel: [count][pitch].

@@ -18,7 +18,7 @@ def error(dtype: torch.dtype, activation: str, tokens: int, dim: int, num_heads:
     given = torch.randn(2, tokens, 3 * dim + 5), 20 * torch.randn(2, tokens, dim)
     projected, decay, local = (t.to(dtype) for t in (*given, torch.randn(2, tokens, dim)))
     norm, local_norm = torch.rand(2, dim // num_heads) + 0.5
-    out = mixed_scan(projected, decay, local, norm, local_norm, num_heads, 16.0, 1e-6, activation)
+    out = mixed_scan(projected, decay, local, norm, local_norm, num_heads, 1e-6, activation)
     assert out.dtype == dtype
 
     def heads(t: Tensor) -> Tensor:
@@ -46,6 +46,21 @@ def test_equals_its_parts(dtype, activation, tokens, dim, num_heads):
     assert error(dtype, activation, tokens, dim, num_heads) < tolerance
 
 
+@pytest.mark.parametrize("logit", [-2000.0, -100.0, -1e-30, 0.0, 1e-30, 100.0, 2000.0])
+def test_extreme_logits(logit):
+    """Of the gates and of the shares of what was scanned."""
+    projected = torch.ones(1, 40, 3)
+    projected[..., 2] = logit
+    decay, local, one = torch.full((1, 40, 2), logit), torch.zeros(1, 40, 1), torch.ones(1)
+    projected, local = projected.repeat_interleave(2, -1), local.repeat(1, 1, 2)
+    out = mixed_scan(projected, decay, local, one.repeat(2), one.repeat(2), 1, 1e-6)
+    gate = torch.tensor(logit, dtype=torch.float64).sigmoid() ** (1 / 16)
+    kept = gate ** torch.arange(40)
+    scanned = kept.cumsum(0) + kept.cumsum(0).flip(0)
+    expected = torch.tensor(logit).sigmoid() * scanned / (scanned.square() + 1e-6).sqrt()
+    torch.testing.assert_close(out[0, :, 0].double(), expected, atol=1e-6, rtol=1e-5)
+
+
 @pytest.mark.parametrize("instructions", ["avx2", "portable"])
 def test_other_instruction_sets(instructions, monkeypatch):
     compiled_for(instructions, monkeypatch)
@@ -56,10 +71,10 @@ def test_refuses_what_does_not_fit() -> None:
     x, weight = torch.zeros(1, 4, 8), torch.ones(4)
     wide = torch.zeros(1, 4, 24)
     with pytest.raises(ValueError, match="24 channels or more"):
-        mixed_scan(x, x, x, weight, weight, 2, 16.0, 1e-6)
+        mixed_scan(x, x, x, weight, weight, 2, 1e-6)
     with pytest.raises(ValueError, match=r"decay must be \(1, 4, 8\)"):
-        mixed_scan(wide, wide, x, weight, weight, 2, 16.0, 1e-6)
+        mixed_scan(wide, wide, x, weight, weight, 2, 1e-6)
     with pytest.raises(ValueError, match="norms must have 4 weights"):
-        mixed_scan(wide, x, x, torch.ones(8), weight, 2, 16.0, 1e-6)
+        mixed_scan(wide, x, x, torch.ones(8), weight, 2, 1e-6)
     with pytest.raises(ValueError, match="'none' or 'silu', got 'gelu'"):
-        mixed_scan(wide, x, x, weight, weight, 2, 16.0, 1e-6, "gelu")
+        mixed_scan(wide, x, x, weight, weight, 2, 1e-6, "gelu")

@@ -1,0 +1,93 @@
+"""The benchmark of the scan, what the page says of it, and NATTEN's layers as a contender."""
+
+from __future__ import annotations
+
+import copy
+import importlib.util
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+
+import pytest
+import torch
+from zoo import small
+
+import backbones
+from ops.neighborhood import NeighborhoodAttention2D
+
+TOOLS = Path(__file__).parents[2] / "tools"
+LOADED = ("measuring", "performance_models")
+
+
+def load(name: str) -> ModuleType:
+    spec = importlib.util.spec_from_file_location(name, TOOLS / f"{name}.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(autouse=True)
+def tools(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    monkeypatch.syspath_prepend(str(TOOLS))
+    yield
+    for name in LOADED:
+        sys.modules.pop(name, None)
+
+
+def test_scans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool, page = load("benchmark_scan"), load("performance_scans")
+    networks = {"vig_t": lambda: torch.ones(1), "deit_tiny": lambda: torch.ones(1)}
+    monkeypatch.setattr(tool, "TOKENS", (5, 9))
+    monkeypatch.setattr(tool, "networks", lambda: networks)
+    monkeypatch.setattr(tool, "steady", lambda run, *_: [run().numel() * 1e-6])
+    output = tmp_path / "scans.json"
+    tool.main(["--output", str(output), "--rounds", "2"])
+    report = json.loads(output.read_text())
+    for found in report["scans"].values():
+        assert list(found) == [*tool.BACKENDS]
+        assert all(figures["difference"] < 1e-5 for figures in found.values())
+        assert all(figures["times_longer"] == 1 for figures in found.values())
+    text = page.of_scans(report)
+    assert "| 5 | 0.960 | 192000 | **1.00× (missed 20)** | 1.00× |" in text
+    assert "An image of 1024×1024 takes fused `vig_t` 0.0 s" in text and "missed 3" in text
+
+
+def test_bounds_and_natten() -> None:
+    page = load("performance_scans")
+    contenders = {
+        "eager": {"milliseconds": 2.0, "gflops": 50.0},
+        "fused": {
+            **{"milliseconds": 1.25, "gflops": 80.0},
+            "speedup_over": {"eager": 1.6, "natten_0_17": 46.0},
+        },
+        "natten_0_17": {"milliseconds": 57.5},
+    }
+    row = {"model": "nat_mini", "batch": 8, "dtype": "float32", "contenders": contenders}
+    row["matmul_gflops"] = {"float32": 90.0}
+    assert "| `nat_mini` | 8 | 50 | 80 | 90 | 1.80× | 1.60× |" in page.of_bounds({"results": [row]})
+    text = page.of_natten({"machine": {"torch": "2.8.0"}, "results": [row]})
+    assert "| `nat_mini` | 8 | 1.2 | 2.0 | 57.5 | 46.00× (10) |" in text
+
+
+def test_natten_takes_the_place_of_our_layers(monkeypatch: pytest.MonkeyPatch) -> None:
+    contender, made = load("natten_0_17"), []
+
+    class Layer(NeighborhoodAttention2D):
+        def __init__(self, *arguments: object, **options: object) -> None:
+            made.append(options)
+            super().__init__(*arguments, **options)
+
+    old = SimpleNamespace(__version__="0.17.3", NeighborhoodAttention2D=Layer)
+    monkeypatch.setitem(sys.modules, "natten", old)
+    models = {name: small(name) for name in ("nat", "vig")}
+    monkeypatch.setattr(backbones, "create_model", lambda name: copy.deepcopy(models[name]))
+    model = contender.create_model("nat")
+    layers = [m for m in model.modules() if isinstance(m, NeighborhoodAttention2D)]
+    assert layers and all(type(layer) is Layer for layer in layers)
+    assert {options["rel_pos_bias"] for options in made} == {True}
+    assert contender.create_model("vig") is None
+    old.__version__ = "0.21.0"
+    with pytest.raises(ImportError, match=r"NATTEN 0\.17 is wanted, 0\.21\.0 is installed"):
+        contender.create_model("nat")

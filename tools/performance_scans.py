@@ -1,0 +1,105 @@
+"""What the newest families' pages say beside their times: what bounds them, NATTEN, the scan."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from performance_models import FUSED, LABELS, NATTEN, NATTEN_AIM, OURS, judged, table
+
+__all__ = ["of_bounds", "of_natten", "of_scans"]
+
+SCAN, SCAN_AIM = "reference", 20.0
+FORM, FORM_AIM = "fla", 1.5
+NETWORK_AIM = 3.0
+
+
+def of_bounds(report: dict[str, Any]) -> str:
+    """How much faster than plain a fused model could be, were all its products at full rate."""
+    rows = []
+    for row in report["results"]:
+        plain, fused = (row["contenders"].get(name, {}) for name in (OURS, FUSED))
+        if "gflops" not in plain or FUSED not in row["contenders"]:
+            continue
+        peak = row["matmul_gflops"][row["dtype"]]
+        rows.append(
+            [
+                *(f"`{row['model']}`", str(row["batch"])),
+                *(f"{plain['gflops']:.0f}", f"{fused['gflops']:.0f}", f"{peak:.0f}"),
+                *(f"{peak / plain['gflops']:.2f}×", f"{fused['speedup_over'][OURS]:.2f}×"),
+            ]
+        )
+    head = ["GFLOP/s", "batch", "plain", "fused", "1024³ product", "at most", "reached"]
+    return (
+        "\n\n".join(
+            [
+                "## What is left to gain",
+                "A network's multiply-adds over its time, beside the rate of a 1024³ matrix "
+                "product. Were every multiply-add as fast as those, and all else free, the fused "
+                "model would be `at most` so many times faster than the plain one: an aim above "
+                "that asks for products faster than torch's largest ones.",
+                table(head, rows),
+            ]
+        )
+        + "\n"
+    )
+
+
+def of_natten(report: dict[str, Any]) -> str:
+    """Beside the kernels that NAT was published with, from a report in an older torch."""
+    rows = []
+    for row in report["results"]:
+        contenders = row["contenders"]
+        times = [f"{contenders[name]['milliseconds']:.1f}" for name in (FUSED, OURS, NATTEN)]
+        ratio = contenders[FUSED]["speedup_over"][NATTEN]
+        rows.append(
+            [f"`{row['model']}`", str(row["batch"]), *times, judged(ratio, NATTEN_AIM)],
+        )
+    label = LABELS[NATTEN].removeprefix("original ")
+    head = ["ms", "batch", FUSED, "plain", label, "fused, times faster (aim)"]
+    return (
+        "\n\n".join(
+            [
+                "## Beside NATTEN 0.17.3",
+                "Our network with that release's layers, compiled from its source with the "
+                f"defaults (`tools/natten_0_17.py`), torch {report['machine']['torch']}, one "
+                "thread, float32.",
+                table(head, rows),
+            ]
+        )
+        + "\n"
+    )
+
+
+def of_scans(report: dict[str, Any]) -> str:
+    """Gated linear attention by length, and ViG beside attention, from benchmark_scan.py."""
+    names = list(dict.fromkeys(name for row in report["scans"].values() for name in row))
+    others = names[1:]
+    aims = {SCAN: SCAN_AIM, FORM: FORM_AIM}
+    rows = []
+    for tokens, found in report["scans"].items():
+        own = found[names[0]]["milliseconds"]
+        cells = [tokens, f"{own:.3f}", f"{1e6 * own / int(tokens):.0f}"]
+        cells += [
+            judged(found[name]["times_longer"], aims.get(name)) if name in found else "–"
+            for name in others
+        ]
+        rows.append(cells)
+    head = ["tokens", "kernel, ms", "ns a token"]
+    labels = {SCAN: "scan in Python", "chunked": "chunks in torch", FORM: "`fla`'s form"}
+    head += [f"{labels.get(name, name)}, times longer" for name in others]
+    side, networks = report["networks"]["side"], report["networks"]
+    ours, theirs = (networks[name]["milliseconds"] / 1e3 for name in ("vig_t", "deit_tiny"))
+    longer = judged(networks["deit_tiny"]["times_longer"], NETWORK_AIM)
+    return (
+        "\n\n".join(
+            [
+                "## Gated linear attention",
+                "One direction with the states of ViG-T, 3 heads of 32×64, one thread, float32, "
+                "by `python tools/benchmark_scan.py`.",
+                table(head, rows),
+                f"An image of {side}×{side} takes fused `vig_t` {ours:.1f} s, and timm's "
+                f"`deit_tiny_patch16_224` {theirs:.1f} s: {longer} as long.",
+            ]
+        )
+        + "\n"
+    )
