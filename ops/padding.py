@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from ops.arguments import checked
+from ops.sizes import larger
 
 __all__ = ["reflect_pad_to_multiple", "reflected_positions"]
 
@@ -19,7 +20,7 @@ def reflected_positions(positions: Tensor, size: int) -> Tensor:
         size: length of the side, at least 1; if 1, all positions become 0.
     """
     # A tensor, since the size may be symbolic.
-    period = torch.full_like(positions[:1], torch.sym_max(2 * (size - 1), 1))
+    period = torch.full_like(positions[:1], larger(2 * (size - 1), 1))
     positions = positions.remainder(period)
     return torch.minimum(positions, period - positions)
 

@@ -24,7 +24,7 @@ Gradients = dict[str, Tensor]
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 # Those whose outputs for an image do not depend on the others of its batch, in train mode either.
-NO_BATCH_STATISTICS = ("favit", "hat")
+NO_BATCH_STATISTICS = ("dinat_s", "favit", "hat", "nat", "nat_isotropic", "vig", "vrwkv")
 PRECISIONS = ("float32", "bfloat16", "autocast")
 
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ops.arguments import checked
+from ops.attention.softmax import softmax_attention
+from ops.sizes import larger, smaller
 
 __all__ = [
     "BiLevelRoutingAttention",
@@ -57,7 +59,7 @@ def bilevel_routing_attention(
     regions, tokens = rows * columns, region_size[0] * region_size[1]
     # The number of regions may be symbolic during export; don't add a guard on it.
     everyone = statically_known_true(topk >= regions)
-    topk = torch.sym_min(topk, regions)
+    topk = smaller(topk, regions)
     routes = None if everyone else route_regions(query, key, region_size, topk)
     query, key, value = (_split_regions(t, region_size) for t in (query, key, value))
     if routes is None:
@@ -77,7 +79,7 @@ def bilevel_routing_attention(
     query, key, value = (
         t.unflatten(-1, (num_heads, -1)).transpose(1, 2) for t in (query, key, value)
     )
-    out = F.scaled_dot_product_attention(query, key, value, scale=scale)  # (B·R, heads, T, …)
+    out = softmax_attention(query, key, value, scale=scale)  # (B·R, heads, T, …)
     dim = num_heads * out.shape[-1]  # a batch may be empty
     out = out.transpose(1, 2).reshape(batch, rows, columns, *region_size, dim).transpose(2, 3)
     out = out.reshape(batch, rows * region_size[0], columns * region_size[1], dim)
@@ -232,7 +234,7 @@ class BiLevelRoutingAttention(nn.Module):
             region_size = (_parts(height, n_win), _parts(width, n_win))
             x = _pad_to(x, n_win * region_size[0], n_win * region_size[1])
         else:
-            region_size = (torch.sym_max(1, height // n_win), torch.sym_max(1, width // n_win))
+            region_size = (larger(1, height // n_win), larger(1, width // n_win))
         query, key, value = self.qkv(x).chunk(3, dim=-1)
         out = bilevel_routing_attention(query, key, value, self.num_heads, region_size, self.topk)
         out = out + self.lepe(value.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)

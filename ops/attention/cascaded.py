@@ -14,6 +14,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ops.arguments import checked
 from ops.conv import ConvNorm
+from ops.sizes import smaller
 
 __all__ = [
     "CascadedGroupAttention",
@@ -197,7 +198,7 @@ class CascadedGroupAttention(nn.Module):
         if isinstance(height, int) and isinstance(width, int):
             return out
         # With symbolic sizes, both cases are possible; crop to the map in case of a single window.
-        first = self._attend(x[:, :, : torch.sym_min(height, size), : torch.sym_min(width, size)])
+        first = self._attend(x[:, :, : smaller(height, size), : smaller(width, size)])
         first = F.pad(first, (0, width - first.shape[3], 0, height - first.shape[2]))
         is_map = 1 // (rows * columns)
         return first * is_map + out * (1 - is_map)

@@ -9,13 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ops.arguments import checked
+from ops.attention.softmax import softmax_attention
 from ops.padding import reflected_positions
 from ops.position import ConvPosition
+from ops.sizes import larger
 
 __all__ = ["FactorizedAttention", "cross_window_fusion", "tap_positions"]
 
@@ -85,13 +86,13 @@ class GlobalBranch(nn.Module):
             size = x.shape[axis]
             # With symbolic sizes, both cases are possible; indexing handles both.
             if not statically_known_true(size >= self.sr_ratio):
-                positions = torch.arange(torch.sym_max(size, self.sr_ratio), device=x.device)
+                positions = torch.arange(larger(size, self.sr_ratio), device=x.device)
                 x = x.index_select(axis, reflected_positions(positions, size))
         reduced = self.sr(x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)  # (B, h, w, dim)
         key, value = self.kv(self.norm(reduced)).chunk(2, dim=-1)
         value = self.local_conv(value.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         query, key, value = (t.flatten(1, -2).unsqueeze(1) for t in (query, key, value))
-        return F.scaled_dot_product_attention(query, key, value).squeeze(1)
+        return softmax_attention(query, key, value).squeeze(1)
 
 
 class LocalBranch(nn.Module):
@@ -115,7 +116,7 @@ class LocalBranch(nn.Module):
         key, value = self.kv(self.fc(tokens)).chunk(2, dim=-1)  # (B, heads, k², head_dim)
         taps = value.transpose(2, 3).reshape(x.shape[0], -1, self.window_size, self.window_size)
         value = self.local_conv(taps).reshape(value.transpose(2, 3).shape).transpose(2, 3)
-        out = F.scaled_dot_product_attention(query, key, value)
+        out = softmax_attention(query, key, value)
         return out.transpose(1, 2).flatten(2)
 
     def fuse(self) -> nn.Module:

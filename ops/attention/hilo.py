@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ops.arguments import checked
+from ops.attention.softmax import softmax_attention
 from ops.attention.window import window_merge, window_partition
 
 __all__ = [
@@ -41,7 +42,7 @@ def high_frequency_attention(qkv: Tensor, num_heads: int, window_size: int) -> T
     # (3, B · windows, heads, window_size², head_dim)
     heads = windows.flatten(0, 2).unflatten(2, (3, num_heads, -1)).permute(2, 0, 3, 1, 4)
     query, key, value = heads.unbind(0)
-    out = F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+    out = softmax_attention(query, key, value).transpose(1, 2)
     dim = num_heads * out.shape[-1]  # a batch may be empty
     return window_merge(out.reshape(*windows.shape[:4], dim), window_size)
 
@@ -66,7 +67,7 @@ def low_frequency_attention(query: Tensor, key_value: Tensor, num_heads: int) ->
     q = query.flatten(1, 2).unflatten(2, (num_heads, -1)).transpose(1, 2)
     heads = key_value.flatten(1, 2).unflatten(2, (2, num_heads, -1)).permute(2, 0, 3, 1, 4)
     key, value = heads.unbind(0)  # (B, heads, h · w, head_dim)
-    out = F.scaled_dot_product_attention(q, key, value)
+    out = softmax_attention(q, key, value)
     return out.transpose(1, 2).reshape(query.shape)
 
 

@@ -5,12 +5,12 @@ https://arxiv.org/abs/2207.05501, https://arxiv.org/abs/2302.09462, https://arxi
 
 from __future__ import annotations
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ops.arguments import checked
+from ops.attention.softmax import softmax_attention
 from ops.reparam import fold_norm_before
+from ops.sizes import smaller
 
 __all__ = ["PooledAttention", "pool_tokens"]
 
@@ -34,7 +34,7 @@ def pool_tokens(x: Tensor, length: int) -> Tensor:
     """
     if length < 1:
         raise ValueError(f"length must be 1 or more, got {length}")
-    length = torch.sym_min(length, x.shape[1])
+    length = smaller(length, x.shape[1])
     count = x.shape[1] // length
     return x[:, : count * length].unflatten(1, (count, length)).mean(2)
 
@@ -73,7 +73,7 @@ class PooledAttention(nn.Module):
             t.unflatten(2, (self.num_heads, -1)).transpose(1, 2)  # (B, heads, N, head_dim)
             for t in (self.q(x), self.k(pooled), self.v(pooled))
         )
-        out = F.scaled_dot_product_attention(query, key, value)
+        out = softmax_attention(query, key, value)
         return self.proj(out.transpose(1, 2).flatten(2))
 
     def fuse(self) -> PooledAttention:

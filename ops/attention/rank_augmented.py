@@ -7,11 +7,12 @@ Written from the paper and a specification of what the published model computes.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from timm.layers import apply_rot_embed, build_rotary_pos_embed
 from torch import Tensor, nn
 
 from ops.arguments import checked
+from ops.attention.softmax import softmax_attention
+from ops.autocast import autocasts, without_autocast
 
 __all__ = ["RankAugmentedAttention", "rank_augmented_linear_attention", "rotary_table"]
 
@@ -60,9 +61,8 @@ def rank_augmented_linear_attention(
             f"{tuple(rotary[1].shape)}"
         )
     scale = shape[-1] ** -0.5 if scale is None else scale
-    device = query.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        with torch.autocast(device, enabled=False):
+    if autocasts(query.device):
+        with without_autocast(query.device):
             return _linear_attention(query, key, value, rotary, scale, eps)
     return _linear_attention(query, key, value, rotary, scale, eps)
 
@@ -161,8 +161,9 @@ class RankAugmentedAttention(nn.Module):
         if self.linear:
             out = rank_augmented_linear_attention(query, key, value, rotary)
         else:
-            query, key = apply_rot_embed(query, *rotary), apply_rot_embed(key, *rotary)
-            out = F.scaled_dot_product_attention(query, key, value)
+            # In timm 1.0.22 the results have the dtype of the tables.
+            query, key = (apply_rot_embed(t, *rotary).to(t.dtype) for t in (query, key))
+            out = softmax_attention(query, key, value)
         out = out.transpose(1, 2).reshape(x.shape)
         out = out + self.lepe(qkv[2].permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         return self.proj(out * gate)

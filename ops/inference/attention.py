@@ -18,6 +18,7 @@ from ops.attention.hilo import HiLoAttention
 from ops.attention.large_kernel import LargeKernelAttention
 from ops.attention.pooled import PooledAttention, pool_tokens
 from ops.attention.rank_augmented import RankAugmentedAttention, Rotary, rotary_table
+from ops.attention.softmax import softmax_attention
 from ops.cpu import policy
 from ops.cpu.attention import gated as gated_attention
 from ops.cpu.attention import grouped as grouped_attention
@@ -223,7 +224,7 @@ def attend_tokens(query: Tensor, key: Tensor, value: Tensor, weight: Tensor) -> 
         grouped_attention.attend(query, key, value, out)
         return out
     query, key, value = (t.transpose(1, 2) for t in (query, key, value))
-    return F.scaled_dot_product_attention(query, key, value).transpose(1, 2)
+    return softmax_attention(query, key, value).transpose(1, 2)
 
 
 @stands_for(RankAugmentedAttention)
@@ -253,7 +254,7 @@ class FastRankAugmentedAttention(RankAugmentedAttention):
             out = _linear_attention(query.float(), key.float(), value.float(), turns).to(x.dtype)
         else:
             query, key = (_rotate(t.float(), turns).to(x.dtype) for t in (query, key))
-            out = F.scaled_dot_product_attention(query, key, value)
+            out = softmax_attention(query, key, value)
         out = out.transpose(1, 2).reshape(x.shape)
         out = self.lepe(qkv[2].permute(0, 3, 1, 2)).permute(0, 2, 3, 1).add_(out).mul_(gate)
         return self.proj(out, residual)

@@ -167,4 +167,6 @@ def _same_kind(name: str, tensor: Tensor, query: Tensor) -> None:
 
 
 def _is_int(value: object) -> bool:
-    return isinstance(value, numbers.Integral | torch.SymInt) and not isinstance(value, bool)
+    # Its own type first: the compiler of torch 2.8 cannot look for abstract ones.
+    whole = type(value) is int or isinstance(value, numbers.Integral | torch.SymInt)
+    return whole and not isinstance(value, bool)

@@ -43,6 +43,7 @@ from torch import Tensor
 from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ops.arguments import require_tensor
+from ops.autocast import autocasts, without_autocast
 from ops.neighborhood import cpu, natten, reference, tiled, triton
 from ops.neighborhood._checks import check_rpb, check_tensors, resolve_params
 from ops.neighborhood._geometry import NAParams
@@ -178,11 +179,11 @@ def _attend(
     for place, tensor in enumerate(tensors):
         if place < 3 or tensor is not None:
             require_tensor(_TENSORS[place], tensor)
-    device = tensors[0].device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+    device = tensors[0].device
+    if autocasts(device):
         # Like scaled_dot_product_attention: cast everything except float64 to autocast's dtype.
-        tensors = _autocast(tensors, torch.get_autocast_dtype(device))
-        with torch.autocast(device, enabled=False):
+        tensors = _autocast(tensors, torch.get_autocast_dtype(device.type))
+        with without_autocast(device):
             return _attend(rank, tensors, window, return_lse, backend)
 
     params, chosen = _resolved(rank, tensors, window, return_lse, backend)

@@ -16,6 +16,7 @@ from ops.init import trunc_normal
 from ops.neighborhood._checks import per_axis_bool, per_axis_int
 from ops.neighborhood._geometry import NAParams
 from ops.neighborhood.functional import BACKENDS, na1d, na2d, na3d
+from ops.sizes import larger, smaller
 
 __all__ = ["NeighborhoodAttention1D", "NeighborhoodAttention2D", "NeighborhoodAttention3D"]
 
@@ -90,7 +91,7 @@ class _NeighborhoodAttention(nn.Module):
         if self.small_maps != "pad":
             return x
         missing = [
-            torch.sym_max(k * d - n, 0)
+            larger(k * d - n, 0)
             for n, k, d in zip(x.shape[1:-1], self.kernel_size, self.dilation, strict=True)
         ]
         if all(isinstance(m, int) and m == 0 for m in missing):
@@ -132,14 +133,13 @@ class _NeighborhoodAttention(nn.Module):
         for axis, (n, whole, wide) in enumerate(
             zip(size, self.kernel_size, self.dilation, strict=True)
         ):
-            fitted = torch.sym_min(whole, n)
+            fitted = smaller(whole, n)
             kernel_size.append(fitted)
-            dilation.append(1 if wide == 1 else torch.sym_min(wide, n // fitted))
+            dilation.append(1 if wide == 1 else smaller(wide, n // fitted))
             if rpb is not None:  # a table of offsets around its centre
                 rpb = rpb.narrow(axis + 1, whole - fitted, 2 * fitted - 1)
         stride = tuple(
-            1 if s == 1 else torch.sym_min(s, k)
-            for s, k in zip(self.stride, kernel_size, strict=True)
+            1 if s == 1 else smaller(s, k) for s, k in zip(self.stride, kernel_size, strict=True)
         )
         return tuple(kernel_size), stride, tuple(dilation), rpb
 

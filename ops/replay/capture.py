@@ -41,14 +41,14 @@ _QUESTIONS = {
     *("torch.Tensor." + name for name in ("storage_offset", "stride")),
     *(f"torch.Tensor.{name}.__get__" for name in ("_version", "device", "dtype", "is_cpu")),
     *(f"torch.Tensor.{name}.__get__" for name in ("nbytes", "ndim", "requires_grad", "shape")),
-    *("torch.promote_types", "torch.sym_min", "torch.sym_max"),
+    "torch.promote_types",
 }
 # Their results follow from their arguments alone, and they change no argument.
 _PURE = {
     *("torch.Tensor." + name for name in ("add", "clone", "contiguous", "div", "flatten", "float")),
     *("torch.Tensor." + name for name in ("index_select", "matmul", "mean", "mul", "remainder")),
     *("torch.Tensor." + name for name in ("sigmoid", "softmax", "sqrt", "sub", "sum", "to")),
-    *("torch.Tensor." + name for name in ("exp", "reshape", "tanh", "topk")),
+    *("torch.Tensor." + name for name in ("exp", "new_zeros", "reshape", "tanh", "topk")),
     *("torch." + name for name in ("addcmul", "arange", "cat", "full_like", "minimum", "stack")),
     *("torch.nn.functional." + name for name in ("adaptive_avg_pool2d", "avg_pool2d", "relu6")),
     *("torch.nn.functional." + name for name in ("batch_norm", "conv2d", "gelu", "hardsigmoid")),

@@ -275,7 +275,7 @@ def test_fuse_keeps_the_output(family: str, how: str, tmp_path: Path) -> None:
     elif how == "function":
         fused = backbones.fuse(model)
     else:
-        fused = timm.models.reparameterize_model(model)
+        fused = timm.utils.reparameterize_model(model)
         assert torch.equal(model(images(*sizes[0])), expected[0])
     for size, value in zip(sizes, expected, strict=True):
         assert _relative(fused(images(*size)), value) <= 1e-4

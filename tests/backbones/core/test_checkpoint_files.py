@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import os
 import pickle
+import warnings
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -158,7 +159,8 @@ def test_pickles_that_are_not_run(
 
 
 def test_torchscript(tmp_path: Path) -> None:
-    with pytest.warns(DeprecationWarning, match="torch.jit"):
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of torch.jit
         torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), tmp_path / "a.pt")
     with pytest.raises(CheckpointError, match=r"a\.pt is a TorchScript archive.*state_dict\(\)"):
         read_file(tmp_path / "a.pt")

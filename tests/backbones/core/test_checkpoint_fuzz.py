@@ -1,10 +1,11 @@
-"""A thousand spoilt checkpoints: each is refused with a documented error, or loads as it was."""
+"""Spoilt checkpoints by the thousand: refused with a documented error, or loaded as they were."""
 
 from __future__ import annotations
 
 import io
 import struct
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,8 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
-from zoo import randomise
+from torch import Tensor
+from zoo import FAMILIES, randomise, small
 
 from backbones import CheckpointError, load_checkpoint
 from backbones.van import VAN
@@ -207,3 +209,66 @@ def test_pickles_with_right_checksums(target: Target, edit: Edit) -> None:
             archive.writestr(info.filename, content)
     if target.load(buffer.getvalue()):
         target.clear()
+
+
+SPOILT: dict[str, Callable[[Tensor], Any]] = {
+    "none": lambda t: None,
+    "text": lambda t: "x",
+    "list": lambda t: t.flatten()[:3].tolist(),
+    "number": lambda t: 3,
+    "mapping": lambda t: {"weight": t},
+    "whole numbers": lambda t: t.to(torch.int64),
+    "truth values": lambda t: t.bool(),
+    "complex": lambda t: t.to(torch.complex64),
+    "double": lambda t: t.double(),
+    "scalar": lambda t: t.new_zeros(()),
+    "empty": lambda t: t.new_zeros(0),
+    "flat": lambda t: t.flatten(),
+    "axis": lambda t: t[None],
+    "last axis": lambda t: t[..., None],
+    "turned": lambda t: t.permute(*reversed(range(t.ndim))),
+    "long": lambda t: torch.cat([t, t]) if t.ndim else t,
+    "nan": lambda t: torch.full_like(t, float("nan")) if t.is_floating_point() else t,
+    "sparse": lambda t: t.to_sparse(),
+    "meta": lambda t: t.to("meta"),
+}
+NAMES = ("", ".", "x", "module.", "backbone.", "layers.0.weight", "\n", "head.weight", 3, None)
+
+
+@st.composite
+def spoilt_states(draw: st.DrawFn, state: dict[str, Tensor]) -> dict[Any, Any]:
+    """Tensors replaced, left out, under another's name or under one of nobody's."""
+    names = st.sampled_from(sorted(state))
+    spoilt: dict[Any, Any] = dict(state)
+    for _ in range(draw(st.integers(1, 3))):
+        name, other = draw(names), draw(st.one_of(names, st.sampled_from(NAMES)))
+        if (how := draw(st.sampled_from([*SPOILT, "left out", "renamed", "swapped"]))) in SPOILT:
+            spoilt[name] = SPOILT[how](state[name])
+        elif how == "swapped":
+            spoilt[name], spoilt[other] = spoilt.get(other), spoilt.get(name)
+        elif name in spoilt:
+            tensor = spoilt.pop(name)
+            if how == "renamed":
+                spoilt[other] = tensor
+    return spoilt
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_spoilt_states_of_every_family(family: str) -> None:
+    """Whatever fails, the model is as before."""
+    model = randomise(small(family))
+    state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+
+    @cases(60)
+    @given(spoilt_states(state), st.booleans())
+    def check(spoilt: dict[Any, Any], strict: bool) -> None:
+        try:
+            load_checkpoint(model, spoilt, strict)
+        except CheckpointError as error:
+            assert "\n" not in str(error)
+            now = model.state_dict()
+            assert all(torch.equal(now[name], state[name]) for name in state)
+        else:
+            model.load_state_dict(state)
+
+    check()
