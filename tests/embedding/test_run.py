@@ -348,7 +348,7 @@ def test_out_is_beside_the_source(
     assert run(*words(photos, photos.parent / "out", checkpoint)) == 2
     assert "holds files of something else (notes.md)" in capsys.readouterr().err
     assert run(*words(photos, photos.parent / "out" / "notes.md", checkpoint)) == 2
-    assert "notes.md is a file, not a folder" in capsys.readouterr().err
+    assert "notes.md is a file, or lies in one" in capsys.readouterr().err
 
 
 def test_a_source_that_goes_away_is_no_corrupt_image(
