@@ -20,6 +20,7 @@ __all__ = ["COMMANDS", "main", "run_command"]
 # file is a script in tools/, whose ``main`` (words → exit status) is called.
 COMMANDS: dict[str, tuple[str, str]] = {
     "predict": ("backbones.cli.predict", "classify images and draw class activation maps"),
+    "embed": ("backbones.cli.embed", "write features of many images to Parquet; resumable"),
     "summary": ("backbones.cli.summary", "shape, parameters, MACs and time of every stage"),
     "export": ("backbones.cli.export", "write an ONNX or torch.export file and check it"),
     "verify": ("backbones.cli.verify", "identify a checkpoint and compare its outputs"),

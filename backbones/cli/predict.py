@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
-from timm.data.readers.img_extensions import get_img_extensions
 from torch import Tensor
 
 from backbones.cli.cam import grad_cam
@@ -151,7 +150,7 @@ def predict(
             prediction = Prediction(path, [], [])
             try:
                 image = open_image(path, grey)
-                _check_shape(image, config)
+                images.require_wide(image, config)
                 tensors.append(transform(image))
             except images.DECODE_ERRORS as error:
                 prediction.error = first_line(error)
@@ -187,12 +186,10 @@ def find_images(places: Sequence[Path]) -> list[Path]:
         CommandError: a folder without images.
         FileNotFoundError: a path that does not exist.
     """
-    extensions = get_img_extensions(as_set=True)
     found: list[Path] = []
     for place in places:
         if place.is_dir():
-            named = (p for p in place.rglob("*") if p.suffix.lower() in extensions)
-            inside = sorted(p for p in named if not p.is_dir())
+            inside = [place / name for name in images.images_below(place)]
             if not inside:
                 raise CommandError(f"no images in {place}")
             found += inside
@@ -214,17 +211,6 @@ def open_image(path: Path, grey: bool = False) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about damage that doesn't affect pixels
         return images.open_image(path, "L" if grey else "RGB")
-
-
-def _check_shape(image: Image.Image, config: dict[str, Any]) -> None:
-    """Refuse images that would become huge when resizing the shorter side to the input size."""
-    shorter, longer = sorted(image.size)
-    side = max(config["input_size"][1:]) / config["crop_pct"]
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and side * side * longer > 2 * limit * shorter:
-        raise ValueError(
-            f"an image of {image.width}×{image.height} pixels is too narrow to be resized"
-        )
 
 
 def _classify(
