@@ -18,7 +18,6 @@ from typing import Any
 import torch
 from PIL import Image
 from timm.data import create_transform, resolve_data_config
-from timm.data.readers.img_extensions import get_img_extensions
 from torch import Tensor
 
 from backbones.cli.cam import grad_cam
@@ -185,12 +184,10 @@ def find_images(places: Sequence[Path]) -> list[Path]:
         CommandError: a folder without an image.
         FileNotFoundError: nothing there.
     """
-    extensions = get_img_extensions(as_set=True)
     found: list[Path] = []
     for place in places:
         if place.is_dir():
-            named = (p for p in place.rglob("*") if p.suffix.lower() in extensions)
-            inside = sorted(p for p in named if not p.is_dir())
+            inside = [place / name for name in images.images_below(place)]
             if not inside:
                 raise CommandError(f"no image below {place}")
             found += inside

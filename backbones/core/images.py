@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 import struct
 import zlib
 from pathlib import Path
@@ -10,8 +11,9 @@ from typing import IO, Any
 
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
+from timm.data.readers.img_extensions import get_img_extensions
 
-__all__ = ["DECODE_ERRORS", "as_8_bits", "open_image", "opened"]
+__all__ = ["DECODE_ERRORS", "as_8_bits", "images_below", "open_image", "opened"]
 
 DECODE_ERRORS = (
     *(OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, OverflowError),
@@ -37,6 +39,28 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+
+
+def images_below(folder: str | Path) -> list[str]:
+    """What is named like an image in a folder and below, by its path from there, sorted.
+
+    Folders that are links are not entered. What is no file (a named pipe, a link to nothing) is
+    listed too, and reading it will say so.
+
+    Raises:
+        OSError: a folder cannot be listed.
+    """
+    extensions = get_img_extensions(as_set=True)
+
+    def fail(error: OSError) -> None:
+        raise error
+
+    found: list[str] = []
+    for inner, _, names in os.walk(folder, onerror=fail):
+        below = os.path.relpath(inner, folder)
+        named = [name for name in names if os.path.splitext(name)[1].lower() in extensions]
+        found += named if below == os.curdir else [os.path.join(below, name) for name in named]
+    return sorted(found, key=lambda name: name.split(os.sep))
 
 
 def opened(source: str | Path | IO[bytes]) -> Image.Image:

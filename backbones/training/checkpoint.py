@@ -31,6 +31,7 @@ __all__ = [
     "save_state",
     "save_weights",
     "set_rng_state",
+    "sync_folder",
     "validated_path",
     "write_atomically",
     "write_problem",
@@ -73,7 +74,7 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
             file.flush()
             os.fsync(file.fileno())
         os.replace(temporary, target)
-        _sync_folder(target.parent)
+        sync_folder(target.parent)
     except BaseException as error:
         with contextlib.suppress(OSError):
             temporary.unlink(missing_ok=True)
@@ -221,7 +222,7 @@ def _link(path: Path, other: Path) -> None:
     link.unlink(missing_ok=True)  # which stays where both were the same file already
 
 
-def _sync_folder(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """Make a rename durable. Windows has no such call, and renames durably by itself."""
     if os.name == "nt":
         return

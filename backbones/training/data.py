@@ -30,7 +30,7 @@ from backbones.training.sources import (
 )
 from backbones.training.streams import StreamSource, missing_shards
 
-__all__ = ["Splits", "open_splits"]
+__all__ = ["Splits", "list_tar", "open_splits"]
 
 _MEDMNIST_URL = "https://zenodo.org/records/10519652/files/{}.npz"
 # What timm, torchvision and datasets raise of a name, a split or a file that is not there.
@@ -262,7 +262,7 @@ def _folder(recipe: Recipe, root: Path) -> Splits:
     sources = []
     for split in (recipe.train_split, recipe.val_split):
         path = _find_split(root, split)
-        files = _list_tar(path) if path.is_file() else _list_folder(path)
+        files = list_tar(path) if path.is_file() else _list_folder(path)
         if not files:
             raise DataError(f"no image below {path} ({', '.join(get_img_extensions())})")
         if class_to_idx is None:
@@ -299,8 +299,15 @@ def _list_folder(root: Path) -> list[tuple[str, File]]:
     return files
 
 
-def _list_tar(path: Path) -> list[tuple[str, File]]:
-    """The images of an uncompressed archive; the folder that holds one is its class."""
+def list_tar(path: Path, damage: list[str] | None = None) -> list[tuple[str, File]]:
+    """The images of an uncompressed archive, each after its class, the folder that holds it.
+
+    Args:
+        damage: gets a sentence where the archive breaks off; None makes an error of it.
+
+    Raises:
+        DataError: it is no uncompressed tar file.
+    """
     extensions = get_img_extensions(as_set=True)
     files = []
     try:
@@ -312,7 +319,10 @@ def _list_tar(path: Path) -> list[tuple[str, File]]:
                         (inner.parent.name, (member.name, member.offset_data, member.size))
                     )
     except (tarfile.TarError, OSError) as error:
-        raise DataError(f"{path} is no uncompressed tar file: {error}") from error
+        problem = f"{path} is no uncompressed tar file: {error}"
+        if damage is None:
+            raise DataError(problem) from error
+        damage.append(problem)
     return sorted(files, key=lambda entry: entry[1][0])
 
 

@@ -1,0 +1,1 @@
+"""Features of many images: computed, kept in tables, read again."""

@@ -1,0 +1,406 @@
+"""Where many images come from, cut into parts that processes and machines read alone.
+
+A source lists what there is, once and in a fixed order. A reader opens the images of one part, and
+single ones by their key; it is made anew, from a few words in ``metadata.json``, wherever there is
+work.
+"""
+
+from __future__ import annotations
+
+import bisect
+import functools
+import glob
+import hashlib
+import io
+import os
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, NamedTuple
+
+from PIL import Image
+
+from backbones.core.arguments import file_problem
+from backbones.core.images import images_below
+from backbones.core.messages import first_line, one_line
+from backbones.embedding.table import metadata, require_pyarrow
+from backbones.training.data import list_tar, open_splits
+from backbones.training.errors import DataError
+from backbones.training.recipe import Recipe
+from backbones.training.sources import ImageSource
+
+__all__ = ["Item", "Reader", "Source", "image_bytes", "open_source", "reader"]
+
+_TRAINING = ("digits", "medmnist", "torch", "torchvision", "hfds")
+
+
+class Item(NamedTuple):
+    """An image that has not been opened yet.
+
+    Attributes:
+        key: unique within its source, text of one line.
+        open: gives a file, which the caller closes, or a decoded image; OSError if it cannot.
+    """
+
+    key: str
+    open: Callable[[], IO[bytes] | Image.Image]
+
+
+class Reader:
+    """Opens images of a source of one kind.
+
+    Args:
+        description: what ``metadata.json`` says of the source: ``kind``, ``path`` and more.
+    """
+
+    def __init__(self, description: dict[str, Any]) -> None:
+        self.description = description
+        self.root = Path(description["path"])
+
+    def items(self, part: Any) -> Iterator[Item]:
+        """The images of a part, in order.
+
+        Args:
+            part: one of :attr:`Source.parts`.
+
+        Raises:
+            DataError: what holds them (an archive, a table) is damaged from here on.
+        """
+        raise NotImplementedError
+
+    def find(self, key: str) -> IO[bytes] | Image.Image:
+        """The image with that key, as of :attr:`Item.open`. OSError or KeyError if there is none."""
+        raise NotImplementedError
+
+
+@dataclass
+class Source:
+    """Images in a fixed order.
+
+    Attributes:
+        description: see :class:`Reader`; with a digest of what was listed.
+        parts: what :meth:`Reader.items` takes, for each of them.
+        images: how many; None where only reading tells.
+    """
+
+    description: dict[str, Any]
+    parts: Sequence[Any]
+    images: int | None
+
+
+def open_source(
+    place: str | Path, rows: int = 1024, split: str = "train", column: str | None = None
+) -> Source:
+    """List the images of a source.
+
+    Args:
+        place: a folder of images, at any depth, of ``.tar`` shards or of ``.parquet`` files; one
+            such file, or a pattern (``shards/*.tar``) of them; a text (``.txt``) of one path a
+            line, relative to its folder; ``digits``, ``medmnist/NAME``, ``torch/NAME`` or
+            ``hfds/NAME`` as training takes them.
+        rows: images of a part; shards of an archive are parts of their own.
+        split: of the last four kinds.
+        column: of images, in Parquet and ``hfds``; None for the only one that there is.
+
+    Raises:
+        DataError: there is nothing, it holds no image, or it cannot be read.
+    """
+    place = str(place)
+    if place.partition("/")[0] in _TRAINING and not os.path.lexists(place):
+        return _training_images(place, rows, split, column)
+    path = Path(os.path.abspath(place))
+    if path.is_dir():
+        return _folder(path, rows, column)
+    if glob.has_magic(place) and not path.exists():
+        found = sorted(path for path in glob.glob(str(path)) if os.path.isfile(path))
+        if not found:
+            raise DataError(f"no file matches {place}")
+        root = Path(os.path.commonpath([os.path.dirname(name) for name in found]))
+        return _containers(root, [os.path.relpath(name, root) for name in found], rows, column)
+    if (problem := file_problem(path)) is not None:
+        raise DataError(f"the source {place} {problem}")
+    if path.suffix == ".txt":
+        return _list(path, rows)
+    return _containers(path.parent, [path.name], rows, column)
+
+
+def reader(description: dict[str, Any]) -> Reader:
+    """What opens the images of a source that is described so."""
+    return _READERS[description["kind"]](description)
+
+
+def image_bytes(folder: str | Path, key: str) -> bytes:
+    """The file of an image, from the source that a table of embeddings was made of.
+
+    Args:
+        folder: of the table.
+        key: of the image, as the table has it. What is no file in its source becomes a PNG.
+
+    Raises:
+        FileNotFoundError, TableError: see :func:`backbones.embedding.table.metadata`.
+        OSError: the source, or the image in it, is not there any more, or cannot be read.
+    """
+    source = reader(metadata(folder)["source"])
+    try:
+        found = source.find(key)
+    except (LookupError, ValueError) as error:
+        raise FileNotFoundError(f"no image {one_line(key)} in {source.root}") from error
+    if isinstance(found, Image.Image):
+        file = io.BytesIO()
+        found.save(file, "PNG")
+        return file.getvalue()
+    with found:
+        return found.read()
+
+
+# -- files -----------------------------------------------------------------------------------------
+
+
+def _folder(root: Path, rows: int, column: str | None) -> Source:
+    for ending in (".tar", ".parquet"):
+        if found := sorted(str(p.relative_to(root)) for p in root.rglob(f"*{ending}")):
+            return _containers(root, found, rows, column)
+    try:
+        names = images_below(root)
+    except OSError as error:
+        raise DataError(f"cannot list {error.filename or root}: {error.strerror}") from error
+    if not names:
+        raise DataError(f"no image, .tar or .parquet below {root}")
+    return _source("folder", root, names, _slices(names, rows), len(names))
+
+
+def _list(path: Path, rows: int) -> Source:
+    try:
+        lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
+    except OSError as error:
+        raise DataError(f"cannot read the list {path}: {error.strerror}") from error
+    names = [name for line in lines if (name := line.strip())]
+    if not names:
+        raise DataError(f"the list {path} is empty")
+    if len(set(names)) < len(names):
+        seen: set[str] = set()
+        twice = next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise DataError(f"the list {path} has {one_line(twice)} twice")
+    return _source("list", path.parent, names, _slices(names, rows), len(names))
+
+
+class _Files(Reader):
+    """Files by their paths: parts are tuples of names."""
+
+    def items(self, part: Sequence[str]) -> Iterator[Item]:
+        for name in part:
+            yield Item(_text(name), functools.partial(self.find, name))
+
+    def find(self, key: str) -> IO[bytes]:
+        path = self.root / key
+        if (problem := file_problem(path)) is not None:
+            raise OSError(f"it {problem}")
+        return open(path, "rb")
+
+
+# -- archives and tables ---------------------------------------------------------------------------
+
+
+def _containers(root: Path, names: list[str], rows: int, column: str | None) -> Source:
+    endings = {Path(name).suffix for name in names}
+    if endings == {".tar"}:
+        return _source("tar", root, names, names, None)
+    if endings == {".parquet"}:
+        return _parquet(root, names, rows, column)
+    raise DataError(
+        f"{root / names[0]} is no source of images: give a folder, .tar or .parquet files, a list "
+        "of paths in a .txt, or digits, medmnist/NAME, torch/NAME, hfds/NAME"
+    )
+
+
+class _Archives(Reader):
+    """Members of tar files, one of which is a part; a key is the name of both."""
+
+    def items(self, part: str) -> Iterator[Item]:
+        damage: list[str] = []
+        members = {name: (start, size) for _, (name, start, size) in self._members(part, damage)}
+        for name, place in members.items():
+            yield Item(_text(f"{part}/{name}"), functools.partial(self._open, part, *place))
+        if damage:
+            raise DataError(damage[0])
+
+    def find(self, key: str) -> IO[bytes]:
+        archive, _, member = key.partition(".tar/")
+        files = {name: place for _, (name, *place) in self._members(f"{archive}.tar", [])}
+        start, size = files[member]
+        return self._open(f"{archive}.tar", start, size)
+
+    def _members(self, archive: str, damage: list[str]) -> Iterable[Any]:
+        return list_tar(self.root / archive, damage)
+
+    def _open(self, archive: str, start: int, size: int) -> IO[bytes]:
+        with open(self.root / archive, "rb") as file:
+            file.seek(start)
+            return io.BytesIO(file.read(size))
+
+
+def _parquet(root: Path, names: list[str], rows: int, column: str | None) -> Source:
+    """Runs of row groups of at least ``rows`` rows."""
+    pa = require_pyarrow()
+    parts: list[tuple[str, int, int, int]] = []  # file, first row, row groups from … to
+    total = 0
+    for name in names:
+        try:
+            with pa.parquet.ParquetFile(root / name) as file:
+                chosen = _image_column(file.schema_arrow, root / name, column)
+                groups = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(
+                f"{root / name} is no whole Parquet file: {first_line(error)}"
+            ) from error
+        column = chosen
+        first = begin = gathered = 0
+        for number, count in enumerate(groups, start=1):
+            gathered += count
+            if gathered >= rows or number == len(groups):
+                parts.append((name, first, begin, number))
+                first, begin, gathered = first + gathered, number, 0
+        total += sum(groups)
+    if not total:
+        raise DataError(f"the Parquet files in {root} have no rows")
+    return _source("parquet", root, [*names, str(parts)], parts, total, column=column)
+
+
+def _image_column(columns: Any, path: Path, wanted: str | None) -> str:
+    """The column of files: binary, or a struct with ``bytes`` as Hugging Face writes it."""
+    pa = require_pyarrow()
+
+    def holds_files(kind: Any) -> bool:
+        if pa.types.is_struct(kind):
+            return "bytes" in {kind.field(i).name for i in range(kind.num_fields)}
+        return pa.types.is_binary(kind) or pa.types.is_large_binary(kind)
+
+    found = [field.name for field in columns if holds_files(field.type)]
+    if wanted is not None and wanted in found:
+        return wanted
+    if wanted is None and len(found) == 1:
+        return found[0]
+    told = f"it has {', '.join(found)}" if found else "it has none of bytes"
+    asked = f"no column {wanted} of images" if wanted else "no single column of images"
+    raise DataError(f"{path} has {asked}; {told}: say which by --column")
+
+
+class _Tables(Reader):
+    """Rows of Parquet files; a key is the file's name and the row's number."""
+
+    def items(self, part: tuple[str, int, int, int]) -> Iterator[Item]:
+        name, row, begin, end = part
+        pa = require_pyarrow()
+        try:
+            with pa.parquet.ParquetFile(self.root / name) as file:
+                for data in self._rows(file, range(begin, end)):
+                    yield Item(_text(f"{name}/{row}"), functools.partial(_as_file, data))
+                    row += 1
+        except (pa.ArrowException, OSError) as error:
+            raise DataError(f"from row {row} on: {first_line(error)}") from error
+
+    def _rows(self, file: Any, groups: Iterable[int]) -> Iterator[bytes | None]:
+        column = self.description["column"]
+        for batch in file.iter_batches(batch_size=64, row_groups=list(groups), columns=[column]):
+            for value in batch.column(0):
+                value = value.as_py()
+                yield value["bytes"] if isinstance(value, dict) else value
+
+    def find(self, key: str) -> IO[bytes]:
+        name, _, number = key.rpartition("/")
+        pa = require_pyarrow()
+        with pa.parquet.ParquetFile(self.root / name) as file:
+            counts = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
+            ends = [sum(counts[: i + 1]) for i in range(len(counts))]
+            group = bisect.bisect_right(ends, int(number))
+            row = int(number) - (ends[group] - counts[group])
+            for place, data in enumerate(self._rows(file, [group])):
+                if place == row:
+                    return _as_file(data)
+        raise KeyError(key)
+
+
+def _as_file(data: bytes | None) -> IO[bytes]:
+    if data is None:
+        raise OSError("its row holds no bytes")
+    return io.BytesIO(data)
+
+
+# -- what training reads ---------------------------------------------------------------------------
+
+
+def _training_images(place: str, rows: int, split: str, column: str | None) -> Source:
+    images = _open_split(place, split, column)
+    described = {"data": place, "split": split, "column": column}
+    bounds = range(0, len(images), rows)
+    parts = [(start, min(start + rows, len(images))) for start in bounds]
+    listed = [place, split, str(column), str(len(images))]
+    return _source("training", Path(os.path.abspath(".")), listed, parts, len(images), **described)
+
+
+def _open_split(place: str, split: str, column: str | None) -> ImageSource:
+    halves = {"train_split": split, "val_split": split}
+    if place == "digits":
+        if split not in ("train", "validation"):
+            raise DataError(f"digits has the splits train and validation, not {split!r}")
+        halves = {}
+    splits = open_splits(Recipe(data=place, input_key=column, **halves))
+    images = splits.validation if split == "validation" and not halves else splits.train
+    assert isinstance(images, ImageSource)
+    return images
+
+
+class _Training(Reader):
+    """Images by number."""
+
+    @functools.cached_property
+    def images(self) -> ImageSource:
+        said = self.description
+        return _open_split(said["data"], said["split"], said["column"])
+
+    def items(self, part: tuple[int, int]) -> Iterator[Item]:
+        for index in range(*part):
+            yield Item(self._key(index), functools.partial(self._load, index))
+
+    def find(self, key: str) -> Image.Image:
+        index = int(key.rpartition("[")[2].rstrip("]"))
+        if not 0 <= index < len(self.images) or self._key(index) != key:
+            raise KeyError(key)
+        return self._load(index)
+
+    def _key(self, index: int) -> str:
+        return _text(self.images.name(index))
+
+    def _load(self, index: int) -> Image.Image:
+        return self.images.load(index)[0]
+
+
+_READERS: dict[str, type[Reader]] = {
+    "folder": _Files,
+    "list": _Files,
+    "tar": _Archives,
+    "parquet": _Tables,
+    "training": _Training,
+}
+
+
+def _source(
+    kind: str,
+    root: Path,
+    listed: Iterable[str],
+    parts: Sequence[Any],
+    images: int | None,
+    **more: Any,
+) -> Source:
+    digest = hashlib.sha256("\n".join(listed).encode(errors="surrogateescape")).hexdigest()
+    description = {"kind": kind, "path": str(root), **more, "digest": digest}
+    return Source(description, parts, images)
+
+
+def _slices(names: list[str], rows: int) -> list[tuple[str, ...]]:
+    return [tuple(names[start : start + rows]) for start in range(0, len(names), rows)]
+
+
+def _text(name: str) -> str:
+    """A name as Parquet takes it: escapes for bytes that are no text, and for line breaks."""
+    return one_line(name.encode(errors="backslashreplace").decode(), len(name) * 8)

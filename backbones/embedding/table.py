@@ -1,0 +1,401 @@
+"""The one format of embeddings: a folder of Parquet shards, and ``metadata.json`` that explains it.
+
+    FOLDER/metadata.json             model, weights, preprocessing, features, source, versions
+    FOLDER/shards/part-00000.parquet a row for each image that could be decoded
+    FOLDER/corrupt.txt               the others: key, tab, reason
+
+Columns: ``key`` (the path relative to the source, or shard and member), ``height`` and ``width`` of
+the image once it is upright, ``embedding`` (a list of ``dim`` numbers; of a map the C·H·W values
+of its ``shape``) and, if they were asked for, ``classes`` and their ``scores``, the likeliest first.
+A shard is whole or not there, and names the metadata that it belongs to.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+
+from backbones.core.console import MendableError
+from backbones.core.messages import first_line
+from backbones.training.checkpoint import sync_folder, write_atomically, write_problem
+from backbones.training.errors import CheckpointFileError
+
+if TYPE_CHECKING:
+    import pyarrow
+
+__all__ = [
+    "CORRUPT",
+    "METADATA",
+    "SHARDS",
+    "ShardWriter",
+    "TableError",
+    "batches",
+    "corrupt_in",
+    "identity",
+    "load",
+    "metadata",
+    "require_pyarrow",
+    "schema",
+    "shard_path",
+    "shard_paths",
+    "write_corrupt",
+    "write_metadata",
+]
+
+METADATA, SHARDS, CORRUPT = "metadata.json", "shards", "corrupt.txt"
+_FORMAT = 1
+# In the metadata of a shard: which metadata.json it belongs to, and what could not be decoded.
+_IDENTITY, _CORRUPT = b"backbones.embedding", b"backbones.corrupt"
+# What must be the same for two shards to be of one table; versions and names may differ.
+_DECISIVE = (
+    *("format", "model", "weights", "preprocessing", "features", "shape", "dim", "dtype"),
+    *("computed", "classes", "source", "images", "shards", "rows"),
+)
+_DTYPES = ("float32", "float16")
+# Bytes of embeddings that are gathered before they are written: a row group.
+_GROUP = 1 << 25
+
+
+class TableError(MendableError, ValueError):
+    """A folder that is no whole table of embeddings; the message says what is wrong."""
+
+
+def require_pyarrow() -> Any:
+    """The module ``pyarrow``, which an extra brings.
+
+    Raises:
+        TableError: it is not installed.
+    """
+    try:
+        import pyarrow
+        import pyarrow.parquet
+    except ImportError:
+        raise TableError("embeddings are kept in Parquet: pip install pyarrow") from None
+    return pyarrow
+
+
+def schema(dim: int, dtype: str = "float32", classes: bool = False) -> pyarrow.Schema:
+    """The columns of a table.
+
+    Args:
+        dim: numbers of an embedding.
+        dtype: ``"float32"`` or ``"float16"``.
+        classes: with the columns ``classes`` and ``scores``.
+
+    Raises:
+        ValueError: another ``dtype``, or no positive ``dim``.
+    """
+    pa = require_pyarrow()
+    if dtype not in _DTYPES:
+        raise ValueError(f"dtype must be {' or '.join(_DTYPES)}, got {dtype!r}")
+    if dim < 1:
+        raise ValueError(f"dim must be at least 1, got {dim}")
+    value = pa.float32() if dtype == "float32" else pa.float16()
+    fields = [
+        pa.field("key", pa.string(), nullable=False),
+        pa.field("height", pa.int32(), nullable=False),
+        pa.field("width", pa.int32(), nullable=False),
+        pa.field("embedding", pa.list_(value, dim), nullable=False),
+    ]
+    if classes:
+        fields += [("classes", pa.list_(pa.int32())), ("scores", pa.list_(pa.float32()))]
+    return pa.schema(fields)
+
+
+def metadata(folder: str | Path) -> dict[str, Any]:
+    """What ``metadata.json`` says.
+
+    ``model``; ``weights`` (``file``, ``sha256``); ``preprocessing``; ``features``; ``shape`` and
+    ``dim`` of an embedding; ``dtype`` of the stored numbers and ``computed``, the one that they
+    were computed in; ``classes``, how many are kept of an image, and their ``names``; ``source``
+    (``kind``, ``path``, …); ``images`` in it (None where only reading tells), ``shards`` and the
+    ``rows`` of one; ``versions``.
+
+    Raises:
+        FileNotFoundError: there is no such folder, or no ``metadata.json`` in it.
+        TableError: it is damaged, or of another format.
+    """
+    path = Path(folder) / METADATA
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(
+            f"{folder} holds no embeddings: there is no {METADATA} (`vision-backbones embed` "
+            "writes it)"
+        ) from None
+    except NotADirectoryError:
+        raise TableError(f"{folder} is a file; give the folder of embeddings") from None
+    except (ValueError, RecursionError) as error:
+        raise TableError(f"{path} is damaged: {first_line(error)}") from error
+    if not isinstance(content, dict) or content.get("format") != _FORMAT:
+        raise TableError(f"{path} does not describe embeddings (format {_FORMAT})")
+    lacking = [key for key in _DECISIVE if key not in content]
+    if lacking:
+        raise TableError(f"{path} lacks {', '.join(lacking)}")
+    return content
+
+
+def write_metadata(folder: Path, content: dict[str, Any]) -> None:
+    """Write ``metadata.json``; see :func:`metadata` for what it must say, but for the format.
+
+    Raises:
+        CheckpointFileError: it cannot be written.
+    """
+    text = json.dumps({"format": _FORMAT, **content}, indent=1, ensure_ascii=False)
+    data = text.encode(errors="backslashreplace") + b"\n"
+    write_atomically(folder / METADATA, lambda file: file.write(data))
+
+
+def identity(content: dict[str, Any]) -> str:
+    """A digest of what all shards of a table must agree in."""
+    decisive = {key: content[key] for key in _DECISIVE if key != "format"}
+    return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+
+def shard_path(folder: str | Path, number: int) -> Path:
+    """The file of shard ``number``."""
+    return Path(folder) / SHARDS / f"part-{number:05}.parquet"
+
+
+def shard_paths(folder: str | Path) -> list[Path]:
+    """The files of a whole table, in order.
+
+    Raises:
+        FileNotFoundError, TableError: see :func:`metadata`; or shards are missing.
+    """
+    content = metadata(folder)
+    paths = [shard_path(folder, number) for number in range(content["shards"])]
+    there = set(os.listdir(Path(folder) / SHARDS)) if (Path(folder) / SHARDS).is_dir() else set()
+    missing = [path.name for path in paths if path.name not in there]
+    if missing:
+        raise TableError(
+            f"{folder} is incomplete: {len(missing)} of {len(paths)} shards are not there yet "
+            f"({missing[0]}); `vision-backbones embed` is still running, or the same command "
+            "again goes on"
+        )
+    return paths
+
+
+def batches(
+    folder: str | Path, columns: Sequence[str] | None = None, rows: int = 8192
+) -> Iterator[pyarrow.RecordBatch]:
+    """The rows of a whole table, in order, a few at a time.
+
+    Args:
+        columns: which; None for all.
+        rows: most of a batch.
+
+    Raises:
+        FileNotFoundError, TableError: see :func:`shard_paths`; or a shard is damaged, or belongs to
+            another table.
+        ValueError: a column that the table lacks.
+    """
+    pa = require_pyarrow()
+    content = metadata(folder)
+    paths = shard_paths(folder)
+    expected = schema(content["dim"], content["dtype"], bool(content["classes"]))
+    lacking = [name for name in columns or () if name not in expected.names]
+    if lacking:
+        raise ValueError(f"{folder} has no column {lacking[0]}, but {', '.join(expected.names)}")
+    for path in paths:
+        try:
+            with pa.parquet.ParquetFile(path) as file:
+                _check(path, file.schema_arrow, expected, identity(content))
+                yield from file.iter_batches(batch_size=rows, columns=columns)
+        except (pa.ArrowException, OSError) as error:
+            raise TableError(f"{path} is damaged: {first_line(error)}") from error
+
+
+def load(folder: str | Path) -> tuple[list[str], np.ndarray]:
+    """The keys, and the embeddings (n, dim) in float32, of a whole table.
+
+    Raises:
+        FileNotFoundError, TableError: see :func:`batches`.
+    """
+    keys = [key for batch in batches(folder, ["key"]) for key in batch.column("key").to_pylist()]
+    vectors = np.empty((len(keys), metadata(folder)["dim"]), np.float32)
+    row = 0
+    for batch in batches(folder, ["embedding"]):
+        values = batch.column("embedding").flatten().to_numpy()
+        vectors[row : row + len(batch)] = values.reshape(len(batch), -1)
+        row += len(batch)
+    return keys, vectors
+
+
+def corrupt_in(path: Path, expected: str) -> tuple[int, list[tuple[str, str]]]:
+    """Of a shard: how many rows it has, and keys and reasons of what could not be decoded.
+
+    Args:
+        expected: the :func:`identity` that it must have.
+
+    Raises:
+        TableError: it is damaged, or belongs to another table.
+    """
+    pa = require_pyarrow()
+    try:
+        with pa.parquet.ParquetFile(path) as file:
+            _check(path, file.schema_arrow, None, expected)
+            noted = json.loads(file.metadata.metadata[_CORRUPT])
+            return file.metadata.num_rows, [(key, reason) for key, reason in noted]
+    except (pa.ArrowException, OSError, LookupError, json.JSONDecodeError) as error:
+        raise TableError(f"{path} is damaged: {first_line(error)}") from error
+
+
+def write_corrupt(folder: Path, corrupt: Sequence[tuple[str, str]]) -> None:
+    """Write ``corrupt.txt``: key, tab and reason of each image that could not be decoded.
+
+    Raises:
+        CheckpointFileError: it cannot be written.
+    """
+    text = "".join(f"{key}\t{reason}\n" for key, reason in corrupt)
+    write_atomically(folder / CORRUPT, lambda file: file.write(text.encode()))
+
+
+def _check(path: Path, found: Any, expected: Any, of: str) -> None:
+    if (found.metadata or {}).get(_IDENTITY) != of.encode():
+        raise TableError(
+            f"{path} belongs to other embeddings (another model, weights, preprocessing or "
+            f"source) than the {METADATA} beside it"
+        )
+    if expected is not None and not found.equals(expected):
+        raise TableError(f"{path} has other columns than {METADATA} says: {found.names}")
+
+
+class ShardWriter:
+    """Writes one shard: under another name first, and moved once it is safely on the disk.
+
+    Leaving the ``with`` block by an error removes what was written. Two writers of one shard, such
+    as a process that was thought dead and its successor, do not meet.
+
+    Args:
+        path: of the shard; its folder exists.
+        schema: of :func:`schema`.
+        identity: of :func:`identity`.
+
+    Raises:
+        CheckpointFileError: here or later, it cannot be written.
+    """
+
+    def __init__(self, path: Path, schema: pyarrow.Schema, identity: str) -> None:
+        self._pa = require_pyarrow()
+        self.path, self.schema = path, schema.with_metadata({_IDENTITY: identity.encode()})
+        self._temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        self._rows: list[dict[str, Any]] = []
+        self._corrupt: list[tuple[str, str]] = []
+        self._bytes = 0
+        self._file: IO[bytes] | None = None
+        self._writer: Any = None
+        try:
+            self._file = open(self._temporary, "wb")  # noqa: SIM115 - closed when the block ends
+            # Embeddings are noise to a general compressor; what is fast to read is left as it is.
+            self._writer = self._pa.parquet.ParquetWriter(
+                self._file, self.schema, compression="none", use_dictionary=False
+            )
+        except OSError as error:
+            self._leave()
+            raise self._unwritten(error) from error
+
+    def add(
+        self,
+        keys: Sequence[str],
+        sizes: Sequence[tuple[int, int]],
+        embeddings: np.ndarray,
+        classes: np.ndarray | None = None,
+        scores: np.ndarray | None = None,
+    ) -> None:
+        """Add rows.
+
+        Args:
+            keys: of n images.
+            sizes: height and width of each.
+            embeddings: (n, dim).
+            classes, scores: (n, k), if the schema has them.
+        """
+        columns = {
+            "key": keys,
+            "height": [height for height, _ in sizes],
+            "width": [width for _, width in sizes],
+            "embedding": embeddings,
+        }
+        if classes is not None:
+            columns |= {"classes": classes, "scores": scores}
+        self._rows.append(columns)
+        self._bytes += embeddings.nbytes
+        if self._bytes >= _GROUP:
+            self._flush()
+
+    def add_corrupt(self, key: str, reason: str) -> None:
+        """Note an image that could not be decoded."""
+        self._corrupt.append((key, reason))
+
+    def _flush(self) -> None:
+        if not self._rows:
+            return
+        pa, rows = self._pa, self._rows
+        self._rows, self._bytes = [], 0
+        arrays = [self._array(field, [part[field.name] for part in rows]) for field in self.schema]
+        try:
+            self._writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=self.schema))
+        except OSError as error:
+            raise self._unwritten(error) from error
+
+    def _array(self, field: Any, parts: list[Any]) -> Any:
+        pa = self._pa
+        if pa.types.is_fixed_size_list(field.type):
+            dtype = field.type.value_type.to_pandas_dtype()
+            flat = np.concatenate([part.astype(dtype, copy=False).reshape(-1) for part in parts])
+            return pa.FixedSizeListArray.from_arrays(pa.array(flat), type=field.type)
+        if pa.types.is_list(field.type):
+            return pa.array([row for part in parts for row in part.tolist()], field.type)
+        return pa.array([value for part in parts for value in part], field.type)
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if kind is None:
+                self._flush()
+                self._finish()
+        finally:
+            self._leave()
+
+    def _finish(self) -> None:
+        assert self._file is not None
+        try:
+            self._writer.add_key_value_metadata({_CORRUPT: json.dumps(self._corrupt)})
+            self._writer.close()
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            os.replace(self._temporary, self.path)
+            sync_folder(self.path.parent)
+        except OSError as error:
+            raise self._unwritten(error) from error
+
+    def _leave(self) -> None:
+        """Close and remove what has not been moved."""
+        for file in (self._writer, self._file):
+            try:
+                if file is not None:
+                    file.close()
+            except OSError:  # what it still holds does not fit either, and is not wanted
+                pass
+        self._temporary.unlink(missing_ok=True)
+
+    def _unwritten(self, error: OSError) -> CheckpointFileError:
+        problem = write_problem(error, self.path.parent)
+        return CheckpointFileError(f"cannot write {self.path}: {problem}")
