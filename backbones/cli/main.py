@@ -20,6 +20,7 @@ __all__ = ["COMMANDS", "main", "run_command"]
 # instead is a script of tools/, whose ``main`` (words → exit status) is called.
 COMMANDS: dict[str, tuple[str, str]] = {
     "predict": ("backbones.cli.predict", "classify images, and show where the model looks"),
+    "embed": ("backbones.cli.embed", "features of many images, in Parquet; goes on after any end"),
     "summary": ("backbones.cli.summary", "shape, parameters, MACs and time of every stage"),
     "export": ("backbones.cli.export", "write an ONNX or a torch.export file, and check it"),
     "verify": ("backbones.cli.verify", "say what a checkpoint is, and compare its outputs"),

@@ -148,7 +148,7 @@ def predict(
             prediction = Prediction(path, [], [])
             try:
                 image = open_image(path, grey)
-                _check_shape(image, config)
+                images.require_wide(image, config)
                 tensors.append(transform(image))
             except images.DECODE_ERRORS as error:
                 prediction.error = first_line(error)
@@ -209,15 +209,6 @@ def open_image(path: Path, grey: bool = False) -> Image.Image:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of damage that spoils no pixel
         return images.open_image(path, "L" if grey else "RGB")
-
-
-def _check_shape(image: Image.Image, config: dict[str, Any]) -> None:
-    """Refuse what would become huge once its shorter side has the size of the model's input."""
-    shorter, longer = sorted(image.size)
-    side = max(config["input_size"][1:]) / config["crop_pct"]
-    limit = Image.MAX_IMAGE_PIXELS
-    if limit is not None and side * side * longer > 2 * limit * shorter:
-        raise ValueError(f"{image.width}×{image.height} pixels are too narrow to be resized")
 
 
 def _classify(

@@ -13,7 +13,7 @@ import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 from timm.data.readers.img_extensions import get_img_extensions
 
-__all__ = ["DECODE_ERRORS", "as_8_bits", "images_below", "open_image", "opened"]
+__all__ = ["DECODE_ERRORS", "as_8_bits", "images_below", "open_image", "opened", "require_wide"]
 
 DECODE_ERRORS = (
     *(OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, OverflowError),
@@ -144,6 +144,22 @@ def as_8_bits(image: Image.Image, mode: str = "RGB") -> Image.Image:
     elif image.mode == "P" and "transparency" in image.info:
         image = image.convert("RGBA")  # to RGB at once, Pillow warns that opacity is lost
     return image if image.mode == mode else image.convert(mode)
+
+
+def require_wide(image: Image.Image, config: dict[str, Any]) -> None:
+    """Refuse what would become huge once its shorter side has the size of a model's input.
+
+    Args:
+        config: preprocessing, as timm resolves it.
+
+    Raises:
+        ValueError: it would.
+    """
+    shorter, longer = sorted(image.size)
+    side = max(config["input_size"][1:]) / config["crop_pct"]
+    limit = Image.MAX_IMAGE_PIXELS
+    if limit is not None and side * side * longer > 2 * limit * shorter:
+        raise ValueError(f"{image.width}×{image.height} pixels are too narrow to be resized")
 
 
 def _orientation(image: Image.Image) -> Any:

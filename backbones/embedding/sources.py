@@ -69,7 +69,7 @@ class Reader:
         raise NotImplementedError
 
     def find(self, key: str) -> IO[bytes] | Image.Image:
-        """The image with that key, as of :attr:`Item.open`. OSError or KeyError if there is none."""
+        """The image with that key, as of :attr:`Item.open`; OSError or KeyError if none is."""
         raise NotImplementedError
 
 
@@ -339,7 +339,7 @@ def _training_images(place: str, rows: int, split: str, column: str | None) -> S
 
 
 def _open_split(place: str, split: str, column: str | None) -> ImageSource:
-    halves = {"train_split": split, "val_split": split}
+    halves: dict[str, Any] = {"train_split": split, "val_split": split}
     if place == "digits":
         if split not in ("train", "validation"):
             raise DataError(f"digits has the splits train and validation, not {split!r}")

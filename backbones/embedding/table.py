@@ -4,9 +4,10 @@
     FOLDER/shards/part-00000.parquet a row for each image that could be decoded
     FOLDER/corrupt.txt               the others: key, tab, reason
 
-Columns: ``key`` (the path relative to the source, or shard and member), ``height`` and ``width`` of
-the image once it is upright, ``embedding`` (a list of ``dim`` numbers; of a map the C·H·W values
-of its ``shape``) and, if they were asked for, ``classes`` and their ``scores``, the likeliest first.
+Columns: ``key`` (the path relative to the source, or shard and member), ``height`` and ``width``
+of the image once it is upright, ``embedding`` (a list of ``dim`` numbers; of a map the C·H·W values
+of its ``shape``) and, if they were asked for, ``classes`` and their ``scores``, the likeliest
+first.
 A shard is whole or not there, and names the metadata that it belongs to.
 """
 
@@ -24,7 +25,7 @@ from typing import IO, TYPE_CHECKING, Any
 import numpy as np
 
 from backbones.core.console import MendableError
-from backbones.core.messages import first_line
+from backbones.core.messages import first_line, shown
 from backbones.training.checkpoint import sync_folder, write_atomically, write_problem
 from backbones.training.errors import CheckpointFileError
 
@@ -35,10 +36,12 @@ __all__ = [
     "CORRUPT",
     "METADATA",
     "SHARDS",
+    "DamagedShardError",
     "ShardWriter",
     "TableError",
     "batches",
     "corrupt_in",
+    "differences",
     "identity",
     "load",
     "metadata",
@@ -57,7 +60,7 @@ _IDENTITY, _CORRUPT = b"backbones.embedding", b"backbones.corrupt"
 # What must be the same for two shards to be of one table; versions and names may differ.
 _DECISIVE = (
     *("format", "model", "weights", "preprocessing", "features", "shape", "dim", "dtype"),
-    *("computed", "classes", "source", "images", "shards", "rows"),
+    *("computed", "classes", "rows", "source", "images", "shards"),
 )
 _DTYPES = ("float32", "float16")
 # Bytes of embeddings that are gathered before they are written: a row group.
@@ -66,6 +69,10 @@ _GROUP = 1 << 25
 
 class TableError(MendableError, ValueError):
     """A folder that is no whole table of embeddings; the message says what is wrong."""
+
+
+class DamagedShardError(TableError):
+    """A shard that is no whole Parquet file."""
 
 
 def require_pyarrow() -> Any:
@@ -156,8 +163,38 @@ def write_metadata(folder: Path, content: dict[str, Any]) -> None:
 
 def identity(content: dict[str, Any]) -> str:
     """A digest of what all shards of a table must agree in."""
-    decisive = {key: content[key] for key in _DECISIVE if key != "format"}
+    decisive = {key: _essence(key, content[key]) for key in _DECISIVE if key != "format"}
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+
+def differences(there: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
+    """What makes two descriptions of a table different ones, as "model: a there, b now"."""
+    found = []
+    for key in _DECISIVE:
+        if key == "format" or (key in ("images", "shards") and found):
+            continue  # these follow from the others
+        old, new = _essence(key, there[key]), _essence(key, wanted[key])
+        if isinstance(old, dict) and isinstance(new, dict):
+            parts = [k for k in {**old, **new} if old.get(k) != new.get(k)]
+            if parts == ["digest"]:
+                found.append(
+                    f"the images listed in {old['path']} have changed "
+                    f"({there['images'] or there['shards']} there, "
+                    f"{wanted['images'] or wanted['shards']} now)"
+                )
+                continue
+            parts = [k for k in parts if k != "digest"]
+            found += [
+                f"{key}: {k} {shown(old.get(k))} there, {shown(new.get(k))} now" for k in parts
+            ]
+        elif old != new:
+            found.append(f"{key}: {shown(old)} there, {shown(new)} now")
+    return found
+
+
+def _essence(key: str, value: Any) -> Any:
+    """Without the name of the file of weights, which may be a copy."""
+    return {"sha256": value["sha256"]} if key == "weights" else value
 
 
 def shard_path(folder: str | Path, number: int) -> Path:
@@ -211,7 +248,7 @@ def batches(
                 _check(path, file.schema_arrow, expected, identity(content))
                 yield from file.iter_batches(batch_size=rows, columns=columns)
         except (pa.ArrowException, OSError) as error:
-            raise TableError(f"{path} is damaged: {first_line(error)}") from error
+            raise DamagedShardError(f"{path} is damaged: {first_line(error)}") from error
 
 
 def load(folder: str | Path) -> tuple[list[str], np.ndarray]:
@@ -237,7 +274,8 @@ def corrupt_in(path: Path, expected: str) -> tuple[int, list[tuple[str, str]]]:
         expected: the :func:`identity` that it must have.
 
     Raises:
-        TableError: it is damaged, or belongs to another table.
+        DamagedShardError: it is damaged.
+        TableError: it belongs to another table.
     """
     pa = require_pyarrow()
     try:
@@ -246,7 +284,7 @@ def corrupt_in(path: Path, expected: str) -> tuple[int, list[tuple[str, str]]]:
             noted = json.loads(file.metadata.metadata[_CORRUPT])
             return file.metadata.num_rows, [(key, reason) for key, reason in noted]
     except (pa.ArrowException, OSError, LookupError, json.JSONDecodeError) as error:
-        raise TableError(f"{path} is damaged: {first_line(error)}") from error
+        raise DamagedShardError(f"{path} is damaged: {first_line(error)}") from error
 
 
 def write_corrupt(folder: Path, corrupt: Sequence[tuple[str, str]]) -> None:
@@ -319,7 +357,7 @@ class ShardWriter:
             embeddings: (n, dim).
             classes, scores: (n, k), if the schema has them.
         """
-        columns = {
+        columns: dict[str, Any] = {
             "key": keys,
             "height": [height for height, _ in sizes],
             "width": [width for _, width in sizes],

@@ -1,0 +1,83 @@
+"""``vision-backbones embed``: features of many images, as a folder of Parquet shards.
+
+Any number of images, and any end of the process: the same command goes on where the last one was.
+"""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser, Namespace
+
+from backbones.cli.whole_files import tidy_on_signals
+from backbones.core.arguments import nonempty, nonempty_path, whole
+from backbones.core.messages import one_line
+from backbones.embedding.network import COMPUTED, FEATURES
+from backbones.embedding.run import ENGINES, embed
+from backbones.embedding.table import CORRUPT
+
+__all__ = ["EXAMPLE", "add_arguments", "run"]
+
+EXAMPLE = "photos/ --model van_b0 --checkpoint van_b0.pth --out features/"
+
+_SHOWN = 5
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The command line of ``embed``."""
+    add = parser.add_argument
+    add(
+        "source",
+        type=nonempty,
+        metavar="SOURCE",
+        help="folder of images, .tar or .parquet files, one such file or a pattern of them, list "
+        "of paths (.txt), digits, medmnist/NAME, torch/NAME, hfds/NAME",
+    )
+    add("--model", help="architecture; a checkpoint of train_cls.py knows its own")
+    add("--checkpoint", type=nonempty_path, metavar="FILE", help="weights")
+    add("--out", type=nonempty_path, metavar="FOLDER", required=True, help="new, or to go on with")
+    add("--features", default="head", metavar="WHICH", help=f"{FEATURES} (head)")
+    add("--classes", type=whole(0), default=0, metavar="N", help="keep the likeliest N too (0)")
+    add("--dtype", default="float32", choices=COMPUTED, help="to compute in (float32)")
+    add("--store", default="float32", choices=("float32", "float16"), help="in shards (float32)")
+    add("--split", default="train", help="of digits, medmnist/, torch/, hfds/ (train)")
+    add("--column", metavar="NAME", help="of images, in Parquet and hfds/")
+    add("--rows", type=whole(1), default=1024, metavar="N", help="images a shard (1024)")
+    add("--batch-size", type=whole(1), metavar="N", help="images (16, on a GPU 256)")
+    add("--workers", type=whole(1, 1024), metavar="N", help="processes (one a core or GPU)")
+    add("--decoders", type=whole(0, 1024), metavar="N", help="threads a process that decode")
+    add("--device", default="cpu", help="cpu, cuda (all GPUs), cuda:1, … (cpu)")
+    add("--engine", default="local", choices=ENGINES, help="this machine, or Ray (local)")
+    add("--address", help="of the Ray cluster: auto, HOST:PORT (one on this machine)")
+
+
+def run(options: Namespace) -> int:
+    """Run ``embed``; 1 if an image could not be decoded."""
+    with tidy_on_signals():
+        done = embed(
+            options.source,
+            options.out,
+            options.model,
+            options.checkpoint,
+            features=options.features,
+            classes=options.classes,
+            dtype=options.dtype,
+            store=options.store,
+            split=options.split,
+            column=options.column,
+            rows=options.rows,
+            batch_size=options.batch_size,
+            workers=options.workers,
+            decoders=options.decoders,
+            device=options.device,
+            engine=options.engine,
+            address=options.address,
+            progress=sys.stderr,
+        )
+    rate = f", {done.done / done.seconds:.0f} images/s" if done.done else ""
+    sys.stdout.write(f"{done.rows} embeddings in {options.out}{rate}\n")
+    for key, reason in done.corrupt[:_SHOWN]:
+        sys.stderr.write(f"cannot read {one_line(key)}: {reason}\n")
+    if done.corrupt:
+        count = len(done.corrupt)
+        sys.stderr.write(f"{count} images are corrupt, see {options.out / CORRUPT}\n")
+    return 1 if done.corrupt else 0

@@ -1,0 +1,113 @@
+"""Parts embedded by the machines of a Ray cluster: Ray schedules, retries, and waits for machines.
+
+What travels is the description of a part and what became of it: each machine reads the source and
+writes its shards itself, so all of them must see both under the same paths (NFS, a shared volume).
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import pickle
+import warnings
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+
+from backbones.core.console import MendableError
+from backbones.core.messages import first_line
+from backbones.embedding.worker import Event, Job, Worker
+
+__all__ = ["require_ray", "run_on_cluster"]
+
+# Tasks that Ray keeps an account of; beyond that, several parts make one.
+_MOST_TASKS = 100_000
+
+# Of the process that runs tasks: Ray gives it many of one job.
+_worker: tuple[Job, Worker] | None = None
+
+
+def require_ray() -> Any:
+    """The module ``ray`` with ``ray.data``, which an extra brings.
+
+    Raises:
+        MendableError: it is not installed.
+    """
+    try:
+        import ray
+        import ray.data
+    except ImportError:
+        raise MendableError("--engine ray needs Ray: pip install 'ray[data]'") from None
+    return ray
+
+
+def run_on_cluster(
+    job: Job, address: str | None, parts: Iterable[tuple[int, Any]]
+) -> Iterator[Event]:
+    """Embed by Ray Data: a task for each part, on a core, or on a GPU where ``job`` says so.
+
+    Tasks of a machine that is lost are done by the others.
+
+    Args:
+        address: of the cluster, as ``ray.init`` takes it; None starts one on this machine.
+
+    Raises:
+        MendableError: Ray is not installed or not reached, or a worker cannot go on.
+    """
+    ray = require_ray()
+    started = not ray.is_initialized()
+    if started:
+        _connect(ray, address)
+    context = ray.data.DataContext.get_current()
+    before = context.enable_progress_bars
+    context.enable_progress_bars = False  # there is one of ours
+    needs = {"num_cpus": 1} if job.device == "cpu" else {"num_gpus": 1}
+    orders = [{"order": pickle.dumps((job, *part))} for part in parts]
+    try:
+        tasks = ray.data.from_items(orders, override_num_blocks=min(len(orders), _MOST_TASKS))
+        for row in tasks.map(_embed, **needs).iter_rows():
+            event = pickle.loads(row["event"])
+            if event.error:
+                raise MendableError(event.error)
+            yield event
+    except ray.exceptions.RayError as error:
+        raise MendableError(f"Ray gave up: {first_line(error)}") from error
+    finally:
+        context.enable_progress_bars = before
+        if started:
+            ray.shutdown()
+
+
+def _connect(ray: Any, address: str | None) -> None:
+    try:
+        ray.init(
+            address=address,
+            log_to_driver=False,
+            include_dashboard=False if address is None else None,
+            logging_level=logging.ERROR,
+        )
+    except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+        raise MendableError(
+            f"--address {address}: there is no Ray cluster to join ({first_line(error)}); "
+            "`ray start --head` starts one"
+        ) from error
+
+
+def _embed(row: dict[str, Any]) -> dict[str, Any]:
+    """On a machine of the cluster: one part."""
+    global _worker
+    job, number, part = pickle.loads(row["order"])
+    rows, corrupt = 0, []
+    try:
+        if _worker is None or _worker[0] != job:
+            torch.set_num_threads(1 if job.device == "cpu" else os.cpu_count() or 1)
+            _worker = job, Worker(job)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of damage that spoils no pixel
+            for event in _worker[1](number, part):
+                rows += event.rows
+                corrupt += event.corrupt
+    except (MendableError, OSError, ValueError) as error:
+        return {"event": pickle.dumps(Event(number, error=first_line(error)))}
+    return {"event": pickle.dumps(Event(number, rows, tuple(corrupt), done=True))}

@@ -1,0 +1,176 @@
+"""A model as `embed` uses it: with its weights, fused, and giving features instead of answers."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from backbones.cli.common import Loaded, load
+from backbones.cli.predict import preprocessing
+from backbones.core.console import CommandError
+from backbones.core.messages import shown
+from ops.cpu import policy
+
+__all__ = ["COMPUTED", "FEATURES", "Features", "Network", "digest", "features_of"]
+
+FEATURES = "head, stage:N or stage:N:map"
+COMPUTED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_WORDS = re.compile(r"head|stage:(-?\d+)(:map)?")
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Features:
+    """Which values of a network are an image's embedding.
+
+    Attributes:
+        stage: its last map, as an index of ``forward_intermediates``; None for what the classifier
+            would get.
+        pooled: the mean of the map over height and width.
+    """
+
+    stage: int | None
+    pooled: bool
+
+
+def features_of(words: str, model: Any, name: str) -> Features:
+    """What ``--features`` means for ``model``.
+
+    Raises:
+        CommandError: other words, a stage that there is not, or a model without a classifier's
+            features.
+    """
+    found = _WORDS.fullmatch(words)
+    if found is None:
+        raise CommandError(f"--features must be {FEATURES}, not {shown(words)}")
+    if model.classifier == ():
+        raise CommandError(f"{name} restores images; it has no features to embed them by")
+    if found[1] is None:
+        return Features(None, True)
+    stages = model.stage_features()
+    if not 0 <= int(found[1]) < len(stages):
+        raise CommandError(
+            f"{name} has the stages 0 … {len(stages) - 1}, no {words.partition(':')[2]}"
+        )
+    return Features(stages[int(found[1])], found[2] is None)
+
+
+def digest(checkpoint: Path) -> str:
+    """The SHA-256 of a file, as ``sha256sum`` says it."""
+    with open(checkpoint, "rb") as file:
+        state = hashlib.sha256()
+        while data := file.read(1 << 20):
+            state.update(data)
+    return state.hexdigest()
+
+
+class Network:
+    """A model with the weights of a checkpoint, ready to embed images.
+
+    Args:
+        model: name; None where the checkpoint knows it.
+        checkpoint: file of the weights.
+        features: see :func:`features_of`.
+        classes: how many of the likeliest come along; 0 for none.
+
+    Attributes:
+        name: of the model.
+        preprocessing: see :func:`backbones.cli.predict.preprocessing`.
+        names: of the classes, if they are known.
+        shape: of an image's embedding.
+
+    Raises:
+        CommandError, CheckpointError, FileNotFoundError: see :func:`backbones.cli.common.load`, or
+            the model lacks what is asked for.
+    """
+
+    def __init__(self, model: str | None, checkpoint: Path, features: str, classes: int) -> None:
+        loaded: Loaded = load(model, checkpoint)
+        self.name, self.model, self.names = loaded.name, loaded.model, loaded.classes
+        self.features = features_of(features, self.model, self.name)
+        self.classes = classes
+        if classes > self.model.num_classes:
+            raise CommandError(
+                f"{self.name} has {self.model.num_classes} classes, of which {classes} were asked "
+                "for"
+            )
+        if self.model.in_chans not in (1, 3):
+            raise CommandError(
+                f"{self.name} takes {self.model.in_chans} channels; images are read as RGB or grey"
+            )
+        self.preprocessing: dict[str, Any] = preprocessing(loaded)
+        self.dtype, self.device = torch.float32, torch.device("cpu")
+        if self.features.stage is None and not classes:
+            self.model.reset_classifier(0)  # then its forward, which is recorded, gives them
+        blank = torch.zeros(1, *self.preprocessing["input_size"])
+        self.shape = tuple(self(blank)[0].shape[1:])
+
+    def prepare(self, computed: str, device: torch.device) -> None:
+        """Make it fast: fused and by our kernels on a CPU, by autocast on a GPU.
+
+        Args:
+            computed: float32, bfloat16, or float16 on a GPU.
+        """
+        self.dtype, self.device = COMPUTED[computed], device
+        if device.type == "cpu":
+            self.model.fuse(self.dtype if self.dtype != torch.float32 else None)
+        else:
+            self.model.fuse(channels_last=False).to(device)
+
+    @torch.inference_mode()
+    def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Of normalised images (B, C, H, W) embeddings (B, …), and classes and scores (B, classes).
+
+        In float32, on the network's device.
+        """
+        images = images.to(self.device)
+        if self.device.type == "cpu":
+            return self._compute(images.to(self.dtype))
+        reduced = self.dtype != torch.float32
+        with torch.autocast(self.device.type, self.dtype if reduced else None, enabled=reduced):
+            return self._compute(images)
+
+    def _compute(self, images: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        model, stage = self.model, self.features.stage
+        classes = scores = None
+        if stage is None and not self.classes:
+            found = model(images)
+        elif stage is None:
+            last = model.forward_features(images)
+            found = model.forward_head(last, pre_logits=True)
+        else:
+            kept = not self.classes
+            answer = model.forward_intermediates(images, [stage], intermediates_only=kept)
+            last, maps = (None, answer) if kept else answer
+            found = maps[0]
+            if self.features.pooled:
+                found = found.mean((2, 3), dtype=torch.float32)
+        if self.classes:
+            logits = model.forward_head(last)
+            scores, classes = logits.float().softmax(1).topk(self.classes, dim=1)
+        return found.float(), classes, scores
+
+
+def check_dtype(computed: str, device: torch.device) -> None:
+    """Refuse a dtype that the device does not multiply.
+
+    Raises:
+        CommandError: it does not, or there is no such dtype.
+    """
+    if computed not in COMPUTED:
+        raise CommandError(f"--dtype must be {', '.join(COMPUTED)}, not {shown(computed)}")
+    if device.type == "cpu" and computed == "float16":
+        raise CommandError("--dtype float16 is for GPUs; CPUs take bfloat16 or float32")
+    if device.type == "cpu" and computed == "bfloat16" and not policy.multiplies(torch.bfloat16):
+        raise CommandError(
+            "--dtype bfloat16: this CPU does not multiply it (no AMX, no AVX512-BF16), and would "
+            "take longer than for float32: leave it out"
+        )

@@ -1,0 +1,379 @@
+"""From a source of images to a folder of embeddings, begun or gone on with."""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.metadata
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TextIO
+
+import torch
+
+from backbones.core.arguments import usable_device
+from backbones.core.console import CommandError
+from backbones.core.messages import one_line, shown
+from backbones.embedding import table
+from backbones.embedding.cluster import require_ray, run_on_cluster
+from backbones.embedding.local import cores, run_here, run_in_processes
+from backbones.embedding.network import Network, check_dtype, digest
+from backbones.embedding.sources import Source, open_source
+from backbones.embedding.worker import Event, Job
+from backbones.training.checkpoint import write_problem
+from backbones.training.distributed import World
+from backbones.training.errors import CheckpointFileError
+from backbones.training.lock import FolderLock, LockedError
+from backbones.training.progress import Progress, duration
+
+__all__ = ["ENGINES", "Summary", "embed"]
+
+ENGINES = ("local", "ray")
+_PACKAGES = ("vision-backbones", "torch", "torchvision", "timm", "pillow", "numpy", "pyarrow")
+_BATCH = {"cpu": 16}
+_GPU_BATCH = 256
+
+
+@dataclass
+class Summary:
+    """What is in the folder in the end.
+
+    Attributes:
+        rows: of all shards.
+        corrupt: keys and reasons of the images that have none.
+        done: rows that this call has added.
+        seconds: that it took.
+    """
+
+    rows: int
+    corrupt: list[tuple[str, str]]
+    done: int
+    seconds: float
+
+
+def embed(
+    source: str | Path,
+    out: str | Path,
+    model: str | None = None,
+    checkpoint: str | Path | None = None,
+    *,
+    features: str = "head",
+    classes: int = 0,
+    dtype: str = "float32",
+    store: str = "float32",
+    split: str = "train",
+    column: str | None = None,
+    rows: int = 1024,
+    batch_size: int | None = None,
+    workers: int | None = None,
+    decoders: int | None = None,
+    device: str = "cpu",
+    engine: str = "local",
+    address: str | None = None,
+    progress: TextIO | None = None,
+) -> Summary:
+    """Embed all images of ``source`` into the folder ``out``; the same call again goes on.
+
+    The folder's format is that of :mod:`backbones.embedding.table`. Whatever ends the call, shards
+    that are done stay, and the next one computes the others: each image is in the table once, with
+    the embedding that an undisturbed call gives.
+
+    Args:
+        source: see :func:`backbones.embedding.sources.open_source`, as for ``split``, ``column``
+            and ``rows``, the images of a shard.
+        out: is made, but for its parent.
+        model: name; a checkpoint of ``train_cls.py`` knows its own.
+        checkpoint: file of the weights.
+        features: ``"head"``, what the classifier would get; ``"stage:N"``, the mean of that stage's
+            map; ``"stage:N:map"``, the map.
+        classes: store so many of the likeliest classes too.
+        dtype: to compute in: ``"float32"``, ``"bfloat16"``, on a GPU ``"float16"``.
+        store: of the stored numbers: ``"float32"`` or ``"float16"``.
+        batch_size: images that go through the network at once; None: 16, on a GPU 256.
+        workers: processes; None: one a core, or one a GPU.
+        decoders: threads a process that decode beside the network; None: 1, for a GPU the cores
+            that there are for it.
+        device: ``"cpu"``, ``"cuda"`` (all GPUs), ``"cuda:1"``.
+        engine: ``"local"``, or ``"ray"``.
+        address: of the Ray cluster; None starts one on this machine.
+        progress: where to show images a second, time left and corrupt images; None for nowhere.
+
+    Raises:
+        CommandError, DataError: no such model or source, arguments that exclude each other.
+        TableError: ``out`` holds embeddings of another model, other weights, another preprocessing
+            or source: the message says what differs.
+        CheckpointFileError: ``out`` cannot be written.
+    """
+    begun = time.monotonic()
+    table.require_pyarrow()
+    if engine not in ENGINES:
+        raise CommandError(f"--engine must be {' or '.join(ENGINES)}, not {shown(engine)}")
+    if engine == "ray":
+        require_ray()
+    if checkpoint is None:
+        raise CommandError("give --checkpoint FILE: an untrained network's features say nothing")
+    target = usable_device(device)
+    check_dtype(dtype, target)
+    out, checkpoint = Path(out), Path(checkpoint)
+    if _is_within(out, Path(source)):
+        raise CommandError(f"--out {out} lies in the source {source}; choose a folder beside it")
+    images = open_source(source, rows, split, column)
+    network = Network(model, checkpoint, features, classes)
+    content = _content(network, checkpoint, images, features, dtype, store, rows)
+    with _locked(out):
+        content = _begin(out, content)
+        work = _Work(out, content, images, progress)
+        job = Job(
+            out.absolute(),
+            content,
+            checkpoint.absolute(),
+            device,
+            batch_size or (_BATCH["cpu"] if target.type == "cpu" else _GPU_BATCH),
+            _decoders(decoders, target, workers),
+        )
+        work.show_begin(network.name)
+        if work.pending:
+            work.follow(_events(job, network, work.pending, engine, address, workers))
+        rows_there, corrupt = work.finish()
+    return Summary(rows_there, corrupt, work.done, time.monotonic() - begun)
+
+
+def _events(
+    job: Job,
+    network: Network,
+    pending: list[tuple[int, Any]],
+    engine: str,
+    address: str | None,
+    workers: int | None,
+) -> Iterator[Event]:
+    if engine == "ray":
+        return run_on_cluster(job, address, pending)
+    if job.device == "cpu":
+        devices = ["cpu"] * (workers or cores())
+    elif job.device == "cuda":
+        devices = [f"cuda:{i}" for i in range(torch.cuda.device_count())][:workers]
+    else:
+        devices = [job.device]
+    devices = devices[: len(pending)]
+    if len(devices) == 1 and job.device == "cpu":
+        return run_here(job, network, pending)
+    return run_in_processes(job, devices, pending)
+
+
+def _decoders(asked: int | None, device: torch.device, workers: int | None) -> int:
+    if asked is not None:
+        return asked
+    if device.type == "cpu":
+        return 1
+    return max(1, cores() // (workers or torch.cuda.device_count()))
+
+
+# -- the folder ------------------------------------------------------------------------------------
+
+
+def _is_within(out: Path, source: Path) -> bool:
+    return source.is_dir() and Path(os.path.realpath(source)) in (
+        Path(os.path.realpath(out)),
+        *Path(os.path.realpath(out)).parents,
+    )
+
+
+@contextlib.contextmanager
+def _locked(out: Path) -> Iterator[None]:
+    """``out``, made and held by this process alone."""
+    is_new = not out.exists()
+    try:
+        (out / table.SHARDS).mkdir(parents=True, exist_ok=True)
+        lock = FolderLock(out)
+    except LockedError as error:
+        raise CommandError(f"{out} is in use by {error}: wait for it, or choose another") from None
+    except FileExistsError:
+        raise CommandError(f"--out {out} is a file, not a folder") from None
+    except OSError as error:
+        raise CommandError(f"cannot use the folder {out}: {error.strerror}") from error
+    try:
+        yield
+    finally:
+        for left in (out / table.SHARDS).glob(".*.tmp"):  # by processes that were killed
+            left.unlink(missing_ok=True)
+        lock.release()
+        if is_new and not (out / table.METADATA).exists():
+            with contextlib.suppress(OSError):
+                (out / table.SHARDS).rmdir()
+                out.rmdir()
+
+
+def _content(
+    network: Network,
+    checkpoint: Path,
+    images: Source,
+    features: str,
+    dtype: str,
+    store: str,
+    rows: int,
+) -> dict[str, Any]:
+    dim = 1
+    for side in network.shape:
+        dim *= side
+    return {
+        "model": network.name,
+        "weights": {"file": checkpoint.name, "sha256": digest(checkpoint)},
+        "preprocessing": network.preprocessing,
+        "features": features,
+        "shape": list(network.shape),
+        "dim": dim,
+        "dtype": store,
+        "computed": dtype,
+        "classes": network.classes,
+        "names": network.names if network.classes else [],
+        "source": images.description,
+        "images": images.images,
+        "shards": len(images.parts),
+        "rows": rows,
+        "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
+    }
+
+
+def _begin(out: Path, content: dict[str, Any]) -> dict[str, Any]:
+    """Write ``metadata.json``, or compare with the one that is there; as it is on disk.
+
+    Raises:
+        TableError: they differ, or the folder is of something else.
+    """
+    if not (out / table.METADATA).exists():
+        foreign = [p.name for p in out.iterdir() if p.name[0] != "." and p.name != table.SHARDS]
+        foreign += [f"{table.SHARDS}/{p.name}" for p in (out / table.SHARDS).glob("[!.]*")]
+        if foreign:
+            raise table.TableError(
+                f"{out} holds files of something else ({one_line(foreign[0])}): choose a new folder"
+            )
+        table.write_metadata(out, content)
+        return table.metadata(out)
+    there = table.metadata(out)
+    if different := table.differences(there, json.loads(json.dumps(content))):
+        raise table.TableError(
+            f"{out} was begun otherwise: {'; '.join(different)}; choose another --out"
+        )
+    return there
+
+
+class _Work:
+    """What is done, what is left, and how that is shown.
+
+    Attributes:
+        pending: numbers and parts that have no shard yet.
+        done: rows added.
+    """
+
+    def __init__(
+        self, out: Path, content: dict[str, Any], images: Source, stream: TextIO | None
+    ) -> None:
+        self.out, self.content, self.images = out, content, images
+        self.identity, self.done = table.identity(content), 0
+        self.corrupt: dict[int, list[tuple[str, str]]] = {}
+        self.rows = 0
+        self.pending: list[tuple[int, Any]] = []
+        for number, part in enumerate(images.parts):
+            if not self._take(number):
+                self.pending.append((number, part))
+        self._before = self.rows + self._corrupt_count()
+        self._new_corrupt = 0
+        self._parts_before = len(images.parts) - len(self.pending)
+        self._parts = self._parts_before
+        self._begun = time.monotonic()
+        main = World(0 if stream is not None else 1, 1, torch.device("cpu"))
+        self._progress = Progress(main, stream or sys.stderr)
+        self._write_corrupt()
+
+    def _take(self, number: int) -> bool:
+        """Note what a shard holds; whether it is there, and whole."""
+        path = table.shard_path(self.out, number)
+        if not path.exists():
+            return False
+        try:
+            rows, corrupt = table.corrupt_in(path, self.identity)
+        except table.DamagedShardError:
+            path.unlink()  # a disk that lost what it had said was safe
+            return False
+        self.rows += rows
+        if corrupt:
+            self.corrupt[number] = corrupt
+        return True
+
+    def _corrupt_count(self) -> int:
+        return sum(map(len, self.corrupt.values()))
+
+    def _write_corrupt(self) -> None:
+        ordered = [entry for number in sorted(self.corrupt) for entry in self.corrupt[number]]
+        table.write_corrupt(self.out, ordered)
+
+    def show_begin(self, model: str) -> None:
+        """Say what is about to happen."""
+        total = self.images.images
+        count = f"{total} images" if total is not None else f"{len(self.images.parts)} archives"
+        done = f", {self._before} images done before" if self._before else ""
+        self._progress.say(
+            f"{model}: {count} into {self.out}, {self.content['dim']} numbers each{done}"
+        )
+        self._progress.begin("embed", total or len(self.images.parts), self._at())
+
+    def follow(self, events: Iterator[Event]) -> None:
+        """Let the engine work."""
+        corrupt: dict[int, list[tuple[str, str]]] = {}
+        try:
+            for event in events:
+                self.done += event.rows
+                if event.rows < 0:  # a process died, and its part begins anew
+                    self._new_corrupt -= len(corrupt.pop(event.part, ()))
+                self._new_corrupt += len(event.corrupt)
+                corrupt.setdefault(event.part, []).extend(event.corrupt)
+                if event.done:
+                    self._parts += 1
+                    if lines := corrupt.pop(event.part):
+                        self.corrupt[event.part] = lines
+                        self._append(lines)
+                if self._progress.due():
+                    self._progress.show(self._at(), self._figures())
+        finally:
+            close = getattr(events, "close", None)
+            if close is not None:
+                close()  # ends the processes
+            self._progress.end()
+
+    def _append(self, lines: Sequence[tuple[str, str]]) -> None:
+        try:
+            with open(self.out / table.CORRUPT, "a", encoding="utf-8") as file:
+                file.writelines(f"{key}\t{reason}\n" for key, reason in lines)
+        except OSError as error:
+            raise CheckpointFileError(
+                f"cannot write {self.out / table.CORRUPT}: {write_problem(error, self.out)}"
+            ) from error
+
+    def _at(self) -> int:
+        if self.images.images is None:
+            return self._parts
+        return self._before + self.done + self._new_corrupt
+
+    def _figures(self) -> str:
+        seconds = time.monotonic() - self._begun
+        seen = self.done + self._new_corrupt
+        if self.images.images is None:
+            done, left = self._parts - self._parts_before, len(self.images.parts) - self._parts
+        else:
+            done, left = seen, self.images.images - self._before - seen
+        parts = [f"{seen / max(seconds, 1e-9):.0f} images/s"]
+        if done:
+            parts.append(f"{duration(seconds / done * left)} left")
+        if count := self._corrupt_count():
+            parts.append(f"{count} corrupt")
+        return "  ".join(parts)
+
+    def finish(self) -> tuple[int, list[tuple[str, str]]]:
+        """Rows of the whole table, and what is corrupt, in the order of the source."""
+        self._write_corrupt()
+        ordered = [entry for number in sorted(self.corrupt) for entry in self.corrupt[number]]
+        return self.rows + self.done, ordered

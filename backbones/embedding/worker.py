@@ -1,0 +1,299 @@
+"""What embeds one part of a source after the other: in this process, in others, or on a cluster.
+
+Started as a program, it takes a :class:`Job` and then numbered parts from its standard input,
+pickled, and answers with :class:`Event`; it ends with its input, or when nobody reads its answers.
+"""
+
+from __future__ import annotations
+
+import collections
+import errno
+import functools
+import itertools
+import os
+import pickle
+import signal
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.data import create_transform
+from torch import Tensor
+
+from backbones.core.console import MendableError, memory_shortage
+from backbones.core.images import DECODE_ERRORS, as_8_bits, open_image, require_wide
+from backbones.core.messages import first_line
+from backbones.embedding import table
+from backbones.embedding.network import Network, digest
+from backbones.embedding.sources import Item, reader
+from backbones.training.errors import DataError
+
+__all__ = ["Event", "Images", "Job", "Worker"]
+
+# What the system says of network disks that are gone, and of too many open files.
+_OUT_OF_REACH = {
+    getattr(errno, name)
+    for name in ("ESTALE", "ENOTCONN", "ETIMEDOUT", "EHOSTDOWN", "EHOSTUNREACH", "EMFILE", "ENFILE")
+    if hasattr(errno, name)
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """All that a process needs to know.
+
+    Attributes:
+        folder: of the table.
+        content: of its ``metadata.json``.
+        checkpoint: file of the weights.
+        device: where the network runs.
+        batch_size: images that go through it at once.
+        decoders: threads that decode beside it; 0 to decode in turns with it.
+    """
+
+    folder: Path
+    content: dict[str, Any]
+    checkpoint: Path
+    device: str
+    batch_size: int
+    decoders: int
+
+
+class Event(NamedTuple):
+    """What became of a part.
+
+    Attributes:
+        part: its number.
+        rows: written since the last event of that part.
+        corrupt: keys and reasons of images that could not be decoded since then.
+        done: whether the part is on disk.
+        error: why it will not be; "" if all is well.
+    """
+
+    part: int
+    rows: int = 0
+    corrupt: tuple[tuple[str, str], ...] = ()
+    done: bool = False
+    error: str = ""
+
+
+class Images:
+    """Decodes images and gives them a network's size, as ``predict`` does, up to 8 bits.
+
+    Args:
+        config: preprocessing, as timm resolves it.
+    """
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        self.config = config
+        self.mode = "L" if config["input_size"][0] == 1 else "RGB"
+        self._transform = create_transform(**config, is_training=False, use_prefetcher=True)
+        shape = (1, -1, 1, 1)
+        self._mean, self._std = (torch.tensor(config[key]).view(shape) for key in ("mean", "std"))
+
+    def decode(self, item: Item) -> tuple[np.ndarray, tuple[int, int]]:
+        """Of an image that is opened here (C, H, W) of uint8, and its height and width.
+
+        Raises:
+            one of :data:`backbones.core.images.DECODE_ERRORS`: it cannot be read.
+        """
+        source = item.open()
+        if isinstance(source, Image.Image):
+            image = as_8_bits(source, self.mode)
+        else:
+            with source:
+                image = open_image(source, self.mode)
+        require_wide(image, self.config)
+        return np.asarray(self._transform(image)), (image.height, image.width)
+
+    def normalise(self, images: Sequence[np.ndarray]) -> Tensor:
+        """A batch (B, C, H, W) for the network: to the last bit what timm's transform gives."""
+        batch = torch.from_numpy(np.stack(images)).float()
+        return batch.div_(255).sub_(self._mean).div_(self._std)
+
+
+class Worker:
+    """A network and the folder that it fills.
+
+    Raises:
+        CommandError, CheckpointError, OSError: the model cannot be made here.
+        DataError: the weights are not those that ``metadata.json`` names.
+    """
+
+    def __init__(self, job: Job, network: Network | None = None) -> None:
+        said = job.content
+        if network is None:
+            if digest(job.checkpoint) != said["weights"]["sha256"]:
+                raise DataError(
+                    f"{job.checkpoint} is not the file that {job.folder} was begun with; every "
+                    "machine must have the same"
+                )
+            network = Network(said["model"], job.checkpoint, said["features"], said["classes"])
+        self.job, self.network = job, network
+        network.prepare(said["computed"], torch.device(job.device))
+        self._reader = reader(said["source"])
+        self._images = Images(said["preprocessing"])
+        self._identity = table.identity(said)
+        self._schema = table.schema(said["dim"], said["dtype"], bool(said["classes"]))
+        self._pool = ThreadPoolExecutor(job.decoders) if job.decoders else None
+
+    def close(self) -> None:
+        """End the threads."""
+        if self._pool is not None:
+            self._pool.shutdown(cancel_futures=True)
+
+    def __call__(self, number: int, part: Any) -> Iterator[Event]:
+        """Write shard ``number`` from the images of ``part``.
+
+        Raises:
+            CheckpointFileError: it cannot be written; nothing is left of it.
+        """
+        path = table.shard_path(self.job.folder, number)
+        corrupt: list[tuple[str, str]] = []
+        with table.ShardWriter(path, self._schema, self._identity) as shard:
+            decoded = self._decoded(part, corrupt)
+            while batch := list(itertools.islice(decoded, self.job.batch_size)):
+                rows = self._embed(batch, shard, corrupt)
+                yield Event(number, rows, _take(corrupt, shard))
+            last = _take(corrupt, shard)
+        yield Event(number, 0, last, done=True)
+
+    def _embed(
+        self, batch: list[_Decoded], shard: table.ShardWriter, corrupt: list[tuple[str, str]]
+    ) -> int:
+        # Always as many images: a network's fused form is made for a size of batch.
+        padded = [image for _, image, _ in batch]
+        padded += padded[-1:] * (self.job.batch_size - len(batch))
+        found, classes, scores = self.network(self._images.normalise(padded))
+        found = found[: len(batch)].flatten(1).cpu()
+        stored = found.half() if self.job.content["dtype"] == "float16" else found
+        finite = stored.isfinite().all(1)
+        for i in (~finite).nonzero()[:, 0].tolist():
+            beyond = ", which float16 does not hold" if found[i].isfinite().all() else ""
+            value = found[i].abs().max().item()
+            reason = f"ValueError: its embedding reaches {value:g}{beyond}"
+            corrupt.append((batch[i].key, reason))
+        kept = finite.nonzero()[:, 0].tolist()
+        shard.add(
+            [batch[i].key for i in kept],
+            [batch[i].size for i in kept],
+            stored[finite].numpy(),
+            None if classes is None else classes[: len(batch)].cpu()[finite].numpy(),
+            None if scores is None else scores[: len(batch)].cpu()[finite].numpy(),
+        )
+        return len(kept)
+
+    def _decoded(self, part: Any, corrupt: list[tuple[str, str]]) -> Iterator[_Decoded]:
+        """The images of a part that can be decoded, in order."""
+        for item, decoding in self._ahead(part, corrupt):
+            try:
+                image, size = decoding()
+            except DECODE_ERRORS as error:
+                self._require_source(error)
+                corrupt.append((item.key, _reason(error)))
+            except (MemoryError, RuntimeError) as error:
+                if (shortage := memory_shortage(error)) is None:
+                    raise
+                corrupt.append((item.key, shortage))
+            else:
+                yield _Decoded(item.key, image, size)
+
+    def _ahead(
+        self, part: Any, corrupt: list[tuple[str, str]]
+    ) -> Iterator[tuple[Item, Callable[[], tuple[np.ndarray, tuple[int, int]]]]]:
+        """Items, and what gives their decoded images; with threads, some are being decoded."""
+        items = self._items(part, corrupt)
+        if self._pool is None:
+            for item in items:
+                yield item, functools.partial(self._images.decode, item)
+            return
+        waiting: collections.deque[tuple[Item, Future[Any]]] = collections.deque()
+        try:
+            for item in items:
+                waiting.append((item, self._pool.submit(self._images.decode, item)))
+                if len(waiting) > 2 * self.job.batch_size:
+                    item, future = waiting.popleft()
+                    yield item, future.result
+            while waiting:
+                item, future = waiting.popleft()
+                yield item, future.result
+        finally:
+            for _, future in waiting:
+                future.cancel()
+
+    def _items(self, part: Any, corrupt: list[tuple[str, str]]) -> Iterator[Item]:
+        """What an archive or a table holds before it breaks off, if it does."""
+        try:
+            yield from self._reader.items(part)
+        except DataError as error:
+            self._require_source(error)
+            name = part if isinstance(part, str) else part[0]
+            corrupt.append((name, _reason(error)))
+
+    def _require_source(self, error: Exception) -> None:
+        """Tell a source that is out of reach from an image that is corrupt.
+
+        Raises:
+            MendableError: it is.
+        """
+        root = self._reader.root
+        if isinstance(error, OSError) and error.errno in _OUT_OF_REACH:
+            raise MendableError(f"cannot read {root}: {error.strerror}") from error
+        if not root.is_dir():
+            raise MendableError(f"the source {root} is not there any more") from error
+
+
+def _reason(error: Exception) -> str:
+    # Pillow names the open file, which has no name that would mean anything.
+    said = first_line(error).replace("cannot identify image file <_io.", "no known format: <_io.")
+    return f"{type(error).__name__}: {said.partition(': <_io.')[0]}"
+
+
+class _Decoded(NamedTuple):
+    key: str
+    image: np.ndarray
+    size: tuple[int, int]
+
+
+def _take(corrupt: list[tuple[str, str]], shard: table.ShardWriter) -> tuple[tuple[str, str], ...]:
+    taken = tuple(corrupt)
+    corrupt.clear()
+    for key, reason in taken:
+        shard.add_corrupt(key, reason)
+    return taken
+
+
+def main() -> None:
+    """Serve until the input ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; one decides
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+
+    def say(event: Event) -> None:
+        pickle.dump(event, answers)
+        answers.flush()
+
+    warnings.simplefilter("ignore")  # of damage that spoils no pixel
+    number = -1
+    try:
+        with sys.stdin.buffer as orders:
+            job: Job = pickle.load(orders)
+            torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+            worker = Worker(job)
+            say(Event(-1))
+            while True:
+                number, part = pickle.load(orders)
+                for event in worker(number, part):
+                    say(event)
+    except (EOFError, BrokenPipeError):
+        os._exit(0)  # the first process has ended, or wants this one to
+    except (MendableError, OSError, ValueError) as error:
+        say(Event(number, error=f"{first_line(error)}"))
+        os._exit(2)
