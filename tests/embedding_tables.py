@@ -26,7 +26,7 @@ def make_table(
     dim = vectors.shape[1]
     starts = range(0, len(vectors), rows)
     content = {
-        **{"model": "shvit_s1", "weights": {"file": "x.pth", "sha256": "0" * 64}},
+        **{"model": "shvit_s1", "weights": {"file": "x.pth", "path": "x.pth", "sha256": "0" * 64}},
         **{"preprocessing": {}, "features": "pre_logits", "shape": [dim], "dim": dim},
         **{"dtype": dtype, "computed": "float32", "classes": 0, "names": []},
         **{"source": {"kind": "folder", "path": str(folder)}, "images": len(vectors)},

@@ -21,6 +21,9 @@ __all__ = ["COMMANDS", "main", "run_command"]
 COMMANDS: dict[str, tuple[str, str]] = {
     "predict": ("backbones.cli.predict", "classify images, and show where the model looks"),
     "embed": ("backbones.cli.embed", "features of many images, in Parquet; goes on after any end"),
+    "search": ("backbones.cli.search", "the embedded images that are most like others"),
+    "duplicates": ("backbones.cli.duplicates", "groups of embedded images that hardly differ"),
+    "probe": ("backbones.cli.probe", "how well embeddings tell classes apart"),
     "summary": ("backbones.cli.summary", "shape, parameters, MACs and time of every stage"),
     "export": ("backbones.cli.export", "write an ONNX or a torch.export file, and check it"),
     "verify": ("backbones.cli.verify", "say what a checkpoint is, and compare its outputs"),

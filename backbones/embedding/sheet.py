@@ -29,12 +29,14 @@ class Tile:
         heading: in bold under it, such as its score.
         key: its name.
         framed: whether it stands out, as the query among its answers does.
+        group: what a page shows it with alone, such as "3 → 8".
     """
 
     image: Image.Image | None
     heading: str
     key: str
     framed: bool = False
+    group: str = ""
 
 
 @dataclass
