@@ -53,9 +53,11 @@ def facts(folder: Path, **more: str) -> dict[str, str]:
     """What a page says at its head: of the table, and ``more``."""
     said = metadata(folder)
     weights = f"{said['weights']['file']} (SHA-256 {said['weights']['sha256'][:16]}…)"
+    source = said["source"]
+    place = f"{source['data']}, {source['split']}" if "data" in source else source["path"]
     return {
         "embeddings": f"{count_rows(folder)} of {said['dim']} numbers in {folder}",
-        "images": str(said["source"]["path"]),
+        "images": str(place),
         "model": f"{said['model']}, {weights}",
         **more,
     }

@@ -42,7 +42,9 @@ def draw_confusion(path: Path, report: Report, title: str) -> None:
     count = len(report.classes)
     bars = 4.1 if count > _FIGURES else 0.0
     panel = _SIDE + _LEFT
-    width, height = len(report.methods) * panel + 0.3, 0.95 + _SIDE + _BELOW + bars
+    # Names that are long stand upright.
+    below = _BELOW if _NAMES >= count and max(map(len, report.classes)) > 2 else 0.7
+    width, height = len(report.methods) * panel + 0.3, 0.95 + _SIDE + below + bars
     figure = new_figure(width, height)
     figure.text(
         0.15 / width,
@@ -59,7 +61,7 @@ def draw_confusion(path: Path, report: Report, title: str) -> None:
 
     for place, method in enumerate(report.methods):
         left = place * panel + _LEFT
-        axis = add(left, bars + _BELOW, _SIDE, _SIDE)
+        axis = add(left, bars + below, _SIDE, _SIDE)
         axis.set_title(
             f"{method.name}: {100 * method.accuracy:.1f} %", fontsize=12, color=INK, loc="left"
         )

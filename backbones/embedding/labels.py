@@ -17,6 +17,7 @@ from backbones.embedding.table import batches, metadata
 __all__ = ["LabelError", "labels_of", "read_assignments", "split_of"]
 
 _KEY_NAMES = ("key", "image", "file", "filename", "file_name", "path", "name")
+_LABEL_NAMES = ("label", "class", "split")
 _SPLITS = {
     **dict.fromkeys(("train", "training"), "train"),
     **dict.fromkeys(("test", "val", "valid", "validation"), "test"),
@@ -154,10 +155,10 @@ def _in_columns(path: Path, text: str) -> Iterator[tuple[str, str]]:
         return
     names = [cell.strip().lower() for cell in rows[0]]
     key, label = 0, 1
-    if names[0] in _KEY_NAMES or {"key", "label"} <= set(names):
-        key = next(i for i, name in enumerate(names) if name in _KEY_NAMES)
-        named = [i for i, n in enumerate(names) if n in ("label", "class", "split") and i != key]
-        label = named[0] if named else 1
+    named = [i for i, name in enumerate(names) if name in _LABEL_NAMES]
+    keys = [i for i, name in enumerate(names) if name in _KEY_NAMES]
+    if keys and (named or keys[0] == 0):
+        key, label = keys[0], named[0] if named else 1
         rows = rows[1:]
     for row in rows:
         if len(row) <= max(key, label):

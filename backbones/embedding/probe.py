@@ -336,4 +336,5 @@ def _interval(right: int, count: int) -> tuple[float, float]:
     middle = p + z * z / (2 * count)
     reach = z * (p * (1 - p) / count + z * z / (4 * count * count)) ** 0.5
     scale = 1 + z * z / count
-    return max(0.0, (middle - reach) / scale), min(1.0, (middle + reach) / scale)
+    low = (middle - reach) / scale if right else 0.0
+    return low, (middle + reach) / scale if right < count else 1.0

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -60,9 +61,12 @@ def draw_sheet(path: Path, title: str, rows: Sequence[Row], columns: int = 8) ->
         rows: with a tile each at least.
         columns: images side by side.
     """
-    columns = min(columns, max(4, *(len(row.tiles) for row in rows)))
     step = _SIDE + _GAP
-    heights = [_CAPTION + -(-len(row.tiles) // columns) * (_SIDE + _BELOW) for row in rows]
+    lines = _lines(rows, columns)
+    columns = max(4, *(line[-1].column + min(len(line[-1].row.tiles), columns) for line in lines))
+    heights = [
+        _CAPTION + -(-len(line[0].row.tiles) // columns) * (_SIDE + _BELOW) for line in lines
+    ]
     width = 2 * _MARGIN + columns * step - _GAP
     height = _TITLE + sum(heights) + _MARGIN
     canvas = Image.new("RGB", (width, height), "white")
@@ -76,19 +80,41 @@ def draw_sheet(path: Path, title: str, rows: Sequence[Row], columns: int = 8) ->
 
     write(_MARGIN, 12, title, 13, INK, bold=True)
     top = _TITLE
-    for row, taken in zip(rows, heights, strict=True):
-        write(_MARGIN, top + 8, row.caption, 9.5, _MUTED)
-        for number, tile in enumerate(row.tiles):
-            x = _MARGIN + number % columns * step
-            y = top + _CAPTION + number // columns * (_SIDE + _BELOW)
-            _paste(canvas, tile, x, y)
-            write(x, y + _SIDE + 5, tile.heading, 9, _FRAME if tile.framed else INK, bold=True)
-            write(x, y + _SIDE + 22, short_key(tile.key, 22), 7.5, _MUTED)
-            if tile.image is None:
-                write(x + 8, y + 8, "cannot be read", 8, _MUTED)
+    for line, taken in zip(lines, heights, strict=True):
+        for place in line:
+            left = _MARGIN + place.column * step
+            room = 21 * min(len(place.row.tiles), columns)
+            write(left, top + 8, short_key(place.row.caption, room), 9.5, _MUTED)
+            for number, tile in enumerate(place.row.tiles):
+                x = left + number % columns * step
+                y = top + _CAPTION + number // columns * (_SIDE + _BELOW)
+                _paste(canvas, tile, x, y)
+                write(x, y + _SIDE + 5, tile.heading, 9, _FRAME if tile.framed else INK, bold=True)
+                write(x, y + _SIDE + 22, short_key(tile.key, 22), 7.5, _MUTED)
+                if tile.image is None:
+                    write(x + 8, y + 8, "cannot be read", 8, _MUTED)
         top += taken
     figure.figimage(np.asarray(canvas))
     save_figure(figure, path)
+
+
+class _Place(NamedTuple):
+    row: Row
+    column: int
+
+
+def _lines(rows: Sequence[Row], columns: int) -> list[list[_Place]]:
+    """Rows of few images side by side, a column apart; one of more than a line has all of it."""
+    lines: list[list[_Place]] = []
+    free = -1
+    for row in rows:
+        count = len(row.tiles)
+        if count > free:
+            lines.append([])
+            free = columns
+        lines[-1].append(_Place(row, columns - free))
+        free -= count + 1
+    return lines
 
 
 def short_key(key: str, longest: int) -> str:

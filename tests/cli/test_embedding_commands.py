@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from embedding_runs import Embedded, embed_images
+from embedded_images import Embedded, embed_images
 from PIL import Image
 
 from backbones.cli.main import main
@@ -59,11 +59,6 @@ def test_search_draws_into_the_folder_by_itself(embedded: Embedded, tmp_path: Pa
     table = shutil.copytree(embedded.table, tmp_path / "table")
     assert run("search", table, "--key", "val/class0/000.png") == 0
     assert has_colour(table / "search.png")
-    shutil.rmtree(tmp_path / "table" / "shards" / "nothing", ignore_errors=True)
-    assert run("duplicates", table, "--threshold", "0.5") == 0
-    assert has_colour(table / "duplicates.png")
-    assert run("probe", table, "--labels", "folder") == 0
-    assert (table / "confusion.png").is_file()
 
 
 def test_a_query_that_cannot_be_read(

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from embedding_runs import Embedded, embed_images
+from embedded_images import Embedded, embed_images
 
 from backbones.core.console import MendableError
 from backbones.embedding import query, table
