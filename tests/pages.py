@@ -19,6 +19,7 @@ LANGUAGES = {
     "python": "runs, block after block in one namespace",
     "py": "a part of a file, which does not run by itself",
     "text": "a drawing",
+    "yaml": "is read",
 }
 _BLOCK = re.compile(r"^( *)```([^\n]*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 _SPAN = re.compile(r"`([^`\n]+)`")

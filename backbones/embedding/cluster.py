@@ -62,11 +62,12 @@ def run_on_cluster(
     context = ray.data.DataContext.get_current()
     before = context.enable_progress_bars
     context.enable_progress_bars = False  # there is one of ours
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     needs = {"num_cpus": 1} if job.device == "cpu" else {"num_gpus": 1}
-    orders = [{"order": pickle.dumps((job, *part))} for part in parts]
+    orders = [{"order": pickle.dumps(part)} for part in parts]
     try:
         tasks = ray.data.from_items(orders, override_num_blocks=min(len(orders), _MOST_TASKS))
-        for row in tasks.map(_embed, **needs).iter_rows():
+        for row in tasks.map(_embed, fn_kwargs={"job": job}, **needs).iter_rows():
             event = pickle.loads(row["event"])
             if event.error:
                 raise MendableError(event.error)
@@ -94,10 +95,10 @@ def _connect(ray: Any, address: str | None) -> None:
         ) from error
 
 
-def _embed(row: dict[str, Any]) -> dict[str, Any]:
+def _embed(row: dict[str, Any], job: Job) -> dict[str, Any]:
     """On a machine of the cluster: one part."""
     global _worker
-    job, number, part = pickle.loads(row["order"])
+    number, part = pickle.loads(row["order"])
     rows, corrupt = 0, []
     try:
         if _worker is None or _worker[0] != job:

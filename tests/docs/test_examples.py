@@ -15,6 +15,7 @@ from typing import Any
 import pages
 import pytest
 import torch
+import yaml
 from pages import ROOT, blocks, fenced
 from stand_ins import DOWNLOADS, Shelf
 
@@ -55,6 +56,8 @@ def test_blocks_are_of_a_known_language(page: Path) -> None:
         assert language in pages.LANGUAGES, text
         if language in ("python", "py"):
             ast.parse(text)
+        elif language == "yaml":
+            assert yaml.safe_load(text)
         elif text.startswith("#!/bin/bash"):
             subprocess.run(["bash", "-n"], input=text, text=True, check=True)
 

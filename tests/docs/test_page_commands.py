@@ -24,6 +24,9 @@ NOT_RUN = {
     r"export \w+=\S+": "sets a variable",
     r"vision-backbones validate .* --real-labels": "downloads weights, needs ImageNet's names",
     r"#!/bin/bash\n#SBATCH (.|\n)*": "asks Slurm for two nodes of eight GPUs",
+    r"ray start .*": "makes this machine one of a cluster; so does tests/embedding/test_cluster.py",
+    r"kubectl .*": "asks a cluster of Kubernetes",
+    r"vision-backbones embed .* --engine ray --address auto": "needs that cluster",
     r"python tools/benchmark_training\.py": "measures for minutes; its status is the measurement's",
 }
 # What stands in a page for something of the reader's.

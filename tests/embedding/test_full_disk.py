@@ -1,0 +1,65 @@
+"""A full disk ends `embed` with one line that names the folder; what is done stays, and goes on."""
+
+from __future__ import annotations
+
+import contextlib
+import resource
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from embedding_runs import make_photos, same, tiny_checkpoint, words
+
+from backbones.cli.main import main
+from backbones.embedding import table
+
+
+@contextlib.contextmanager
+def files_that_may_not_grow(beyond: int) -> Iterator[None]:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (beyond, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("size", [100, 1500, 2500])
+def test_what_is_done_stays(
+    size: int, workers: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """100 bytes do not take the metadata, 1500 no end of a shard, 2500 no row group of it."""
+    checkpoint = tiny_checkpoint(tmp_path / "model")
+    photos, out = make_photos(tmp_path / "photos", 10), tmp_path / "out"
+    argv = words(photos, out, checkpoint, f"--workers={workers}")
+    assert main(words(photos, tmp_path / "undisturbed", checkpoint)) == 0
+    capsys.readouterr()
+    with files_that_may_not_grow(size):
+        assert main(argv) == 2
+    said = capsys.readouterr().err
+    folder = out if size == 100 else out / "shards"
+    assert f"no space is left in {folder} (File too large)" in said
+    assert [line for line in said.splitlines() if line.startswith("error: ")] == [
+        said.splitlines()[-1]
+    ]
+    assert "Traceback" not in said
+    assert not list(out.rglob(".*")) if out.exists() else size == 100
+    assert main(argv) == 0
+    assert same(out, tmp_path / "undisturbed")
+
+
+def test_a_list_that_grows(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "model")
+    photos, out = make_photos(tmp_path / "photos", 3), tmp_path / "out"
+    (photos / "none.jpg").write_text("no image")
+    argv = words(photos, out, checkpoint)
+    assert main(argv) == 1
+    table.shard_path(out, 0).unlink()
+    (out / "corrupt.txt").unlink()
+    (out / "corrupt.txt").symlink_to("/dev/full")
+    monkeypatch.setattr(table, "write_corrupt", lambda folder, corrupt: None)
+    assert main(argv) == 2
+    assert "corrupt.txt: no space is left" in capsys.readouterr().err

@@ -1,0 +1,387 @@
+"""Embeddings are the network's own, of each image once, and a folder is of one thing alone."""
+
+from __future__ import annotations
+
+import functools
+import json
+import os
+import re
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from embedding_runs import make_photos, same, tiny_checkpoint, words
+from PIL import Image
+from timm.data import create_transform
+from zoo import SMALL
+
+import backbones
+from backbones.cli.common import load as load_model
+from backbones.cli.main import main
+from backbones.cli.predict import open_image, preprocessing
+from backbones.core.console import CommandError
+from backbones.embedding import embed, local, network, table, worker
+from backbones.embedding.network import Network
+from backbones.training.checkpoint import save_weights
+from backbones.training.lock import FolderLock
+
+
+@pytest.fixture(scope="module")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_checkpoint(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    return make_photos(tmp_path / "photos", 10)
+
+
+def run(*argv: str) -> int:
+    return main(list(argv))
+
+
+def test_embeddings_are_those_of_the_plain_model(photos: Path, checkpoint: Path) -> None:
+    out = photos.parent / "out"
+    done = embed(photos, out, checkpoint=checkpoint, classes=2, rows=4, batch_size=3, workers=1)
+    assert (done.rows, done.done, done.corrupt) == (10, 10, [])
+    loaded = load_model(None, checkpoint)
+    transform = create_transform(**preprocessing(loaded), is_training=False)
+    keys, vectors = table.load(out)
+    assert keys == sorted(str(p.relative_to(photos)) for p in photos.rglob("*.*"))
+    images = torch.stack([transform(open_image(photos / key)) for key in keys])
+    with torch.inference_mode():
+        features = loaded.model.forward_head(loaded.model.forward_features(images), pre_logits=True)
+        scores = loaded.model(images).softmax(1)
+    assert np.allclose(vectors, features.numpy(), rtol=1e-4, atol=1e-5)
+    assert vectors.std() > 0.1
+    columns = [row for batch in table.batches(out) for row in batch.to_pylist()]
+    assert [row["classes"] for row in columns] == scores.topk(2).indices.tolist()
+    assert np.allclose([row["scores"] for row in columns], scores.topk(2).values, atol=1e-5)
+    for row in columns:
+        with Image.open(photos / row["key"]) as image:
+            assert (row["width"], row["height"]) == image.size
+
+
+@pytest.mark.parametrize("features", ["stage:2", "stage:0:map"])
+@pytest.mark.parametrize("classes", [0, 1])
+def test_features_of_a_stage(photos: Path, checkpoint: Path, features: str, classes: int) -> None:
+    out = photos.parent / "out"
+    embed(photos, out, checkpoint=checkpoint, features=features, classes=classes, workers=1)
+    loaded = load_model(None, checkpoint)
+    transform = create_transform(**preprocessing(loaded), is_training=False)
+    keys, vectors = table.load(out)
+    images = torch.stack([transform(open_image(photos / key)) for key in keys])
+    stage = loaded.model.stage_features()[int(features[6])]
+    with torch.inference_mode():
+        (maps,) = loaded.model.forward_intermediates(images, [stage], intermediates_only=True)
+    expected = maps if features.endswith("map") else maps.mean((2, 3))
+    assert table.metadata(out)["shape"] == list(expected.shape[1:])
+    assert np.allclose(vectors, expected.flatten(1).numpy(), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", sorted(set(SMALL) - {"hat"}))
+def test_every_family_has_features(family: str, tmp_path: Path) -> None:
+    """What its forward gives without a classifier is what the classifier would get."""
+    name, arguments = SMALL[family]
+    model = backbones.create_model(name, **arguments).eval()
+    images = torch.rand(2, 3, 64, 64)
+    with torch.inference_mode():
+        wanted = model.forward_head(model.forward_features(images), pre_logits=True)
+        model.reset_classifier(0)
+        assert torch.equal(model(images), wanted)
+
+
+def test_half_of_the_bytes(photos: Path, checkpoint: Path, tmp_path: Path) -> None:
+    for store in ("float32", "float16"):
+        embed(photos, tmp_path / store, checkpoint=checkpoint, store=store, workers=1)
+    exact, half = (table.load(tmp_path / store)[1] for store in ("float32", "float16"))
+    assert np.array_equal(half, exact.astype(np.float16).astype(np.float32))
+
+
+def test_what_is_not_finite_is_corrupt(
+    photos: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = Network.__call__
+
+    def overflowing(self: Network, images: Any) -> Any:
+        found, *answers = plain(self, images)
+        found[0] *= 1e6
+        return found, *answers
+
+    monkeypatch.setattr(Network, "__call__", overflowing)
+    done = embed(photos, tmp_path / "out", checkpoint=checkpoint, store="float16", batch_size=10)
+    assert done.rows == 9
+    ((key, reason),) = done.corrupt
+    assert key == "000.png"
+    assert reason.endswith(", which float16 does not hold")
+
+
+def test_images_that_cannot_be_read(
+    photos: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A named pipe would be waited for; what claims to be huge would not fit into memory."""
+    out = photos.parent / "out"
+    (photos / "cut.jpg").write_bytes((photos / "sub" / "001.jpg").read_bytes()[:300])
+    (photos / "none.jpg").write_text("no image")
+    os.mkfifo(photos / "pipe.png")
+    (photos / "link.png").symlink_to("nowhere")
+    header = bytearray((photos / "000.png").read_bytes())
+    header[16:24] = (60_000).to_bytes(4, "big") * 2
+    (photos / "huge.png").write_bytes(bytes(header))
+    Image.new("RGB", (1, 60_000)).save(photos / "narrow.png")
+    assert run(*words(photos, out, checkpoint)) == 1
+    said = capsys.readouterr()
+    assert said.out.startswith(f"10 embeddings in {out}")
+    assert "6 images are corrupt" in said.err
+    assert len(table.load(out)[0]) == 10
+    noted = dict(line.split("\t") for line in (out / "corrupt.txt").read_text().splitlines())
+    assert {name: reason.partition(":")[0] for name, reason in noted.items()} == {
+        "cut.jpg": "OSError",
+        "huge.png": "DecompressionBombError",
+        "link.png": "OSError",
+        "narrow.png": "ValueError",
+        "none.jpg": "UnidentifiedImageError",
+        "pipe.png": "OSError",
+    }
+    assert noted["pipe.png"] == "OSError: it is a named pipe"
+    before = (out / "corrupt.txt").read_bytes()
+    assert run(*words(photos, out, checkpoint)) == 1
+    assert (out / "corrupt.txt").read_bytes() == before
+
+
+@pytest.mark.parametrize("decoders", [0, 3])
+def test_decoding_beside_the_network_changes_nothing(
+    photos: Path, checkpoint: Path, tmp_path: Path, decoders: int
+) -> None:
+    (photos / "none.jpg").write_text("no image")
+    outs = tmp_path / "a", tmp_path / "b"
+    for out, threads in zip(outs, (1, decoders), strict=True):
+        assert run(*words(photos, out, checkpoint, f"--decoders={threads}")) == 1
+    assert same(*outs)
+
+
+def test_normalising_is_to_the_last_bit_what_timm_does(photos: Path, checkpoint: Path) -> None:
+    config = preprocessing(load_model(None, checkpoint))
+    plain = create_transform(**config, is_training=False)
+    images = worker.Images(config)
+    for path in photos.rglob("*.jpg"):
+        item = worker.Item(path.name, functools.partial(path.open, "rb"))
+        pixels, _ = images.decode(item)
+        assert torch.equal(images.normalise([pixels])[0], plain(open_image(path)))
+
+
+def test_the_same_call_goes_on(
+    photos: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Shards that are there stay as they are; one that is damaged is made anew."""
+    out, undisturbed = tmp_path / "out", tmp_path / "undisturbed"
+    for folder in (out, undisturbed):
+        assert run(*words(photos, folder, checkpoint)) == 0
+    kept, lost, damaged = (table.shard_path(out, number) for number in range(3))
+    lost.unlink()
+    damaged.write_bytes(damaged.read_bytes()[:-1])
+    (out / "shards" / ".part-00001.parquet.0123.tmp").write_text("of a process that was killed")
+    (out / "corrupt.txt").write_text("half a li")
+    written = kept.stat().st_mtime_ns
+    done = embed(photos, out, checkpoint=checkpoint, rows=4, batch_size=3, workers=1)
+    assert (done.rows, done.done) == (10, 6)
+    assert kept.stat().st_mtime_ns == written
+    assert same(out, undisturbed)
+    assert sorted(p.name for p in out.iterdir()) == ["corrupt.txt", "metadata.json", "shards"]
+    assert len(list((out / "shards").iterdir())) == 3
+    assert (out / "corrupt.txt").read_text() == ""
+
+
+@pytest.mark.parametrize(
+    ("change", "told"),
+    [
+        (["--features=stage:1"], "features: 'head' there, 'stage:1' now"),
+        (["--store=float16"], "dtype: 'float32' there, 'float16' now"),
+        (["--rows=5"], "rows: 4 there, 5 now"),
+        (["--classes=1"], "classes: 0 there, 1 now"),
+        ("seed", r"weights: sha256 '\w+' there, '\w+' now"),
+        ("crop_pct", "preprocessing: crop_pct 0.875 there, 0.5 now"),
+        ("images", "the images listed in .*photos have changed .10 there, 11 now"),
+        ("source", "source: path '.*photos' there, '.*other' now"),
+    ],
+)
+def test_a_folder_of_something_else(
+    photos: Path,
+    checkpoint: Path,
+    capsys: pytest.CaptureFixture[str],
+    change: list[str] | str,
+    told: str,
+) -> None:
+    out, more = photos.parent / "out", []
+    assert run(*words(photos, out, checkpoint)) == 0
+    before = {p: p.read_bytes() for p in out.rglob("*.*")}
+    if change == "seed":
+        checkpoint = tiny_checkpoint(photos.parent / "model", seed=1)
+    elif change == "crop_pct":
+        checkpoint = tiny_checkpoint(photos.parent / "model", crop_pct=0.5)
+    elif change == "images":
+        shutil.copy(photos / "000.png", photos / "new.png")
+    elif change == "source":
+        photos = photos.rename(photos.parent / "other")
+    else:
+        more = list(change)
+    capsys.readouterr()
+    assert run(*words(photos, out, checkpoint, *more)) == 2
+    said = capsys.readouterr().err
+    assert said.count("\n") == 1
+    assert re.search(f"{out} was begun otherwise: .*{told}", said), said
+    assert {p: p.read_bytes() for p in out.rglob("*.*")} == before
+
+
+def test_a_folder_is_of_one_process(
+    photos: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = photos.parent / "out"
+    assert run(*words(photos, out, checkpoint)) == 0
+    capsys.readouterr()
+    lock = FolderLock(out)
+    try:
+        assert run(*words(photos, out, checkpoint)) == 2
+    finally:
+        lock.release()
+    assert f"{out} is in use by process {os.getpid()}" in capsys.readouterr().err
+
+
+def test_processes_that_die_are_replaced(
+    photos: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The system kills one that takes too much memory; the second time, it may fit."""
+    assert run(*words(photos, tmp_path / "here", checkpoint)) == 0
+    monkeypatch.setattr(
+        local,
+        "_PROGRAM",
+        "import os, pathlib, backbones.embedding.table as t\n"
+        "from backbones.embedding.worker import main\n"
+        "plain, mark = t.ShardWriter._finish, pathlib.Path('died')\n"
+        "def die_once(self):\n"
+        "    if self.path.name == 'part-00001.parquet' and not mark.exists():\n"
+        "        mark.touch(); os.kill(os.getpid(), 9)\n"
+        "    plain(self)\n"
+        "t.ShardWriter._finish = die_once\n"
+        "main()",
+    )
+    monkeypatch.chdir(tmp_path)
+    done = embed(photos, tmp_path / "out", checkpoint=checkpoint, rows=4, batch_size=3, workers=2)
+    assert (done.rows, done.done) == (10, 10)
+    assert (tmp_path / "died").exists()
+    assert same(tmp_path / "out", tmp_path / "here")
+
+
+def test_processes_that_keep_dying(
+    photos: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local, "_MOST_DEATHS", 1)
+    kill = "import os, backbones.embedding.worker as w\n"
+    kill += "w.Worker.__call__ = lambda self, *part: os.kill(os.getpid(), 9)\nw.main()"
+    monkeypatch.setattr(local, "_PROGRAM", kill)
+    with pytest.raises(Exception, match="processes died of part 0, the last with status -9"):
+        embed(photos, photos.parent / "out", checkpoint=checkpoint, rows=6, workers=2)
+
+
+@pytest.mark.parametrize(
+    ("more", "told"),
+    [
+        (["--model=shvit_s9"], "shvit_s9"),
+        (["--features=head:1"], "--features must be head, stage:N or stage:N:map, not 'head:1'"),
+        (["--features=stage:3"], "shvit_s1 has the stages 0 … 2, no 3"),
+        (["--classes=6"], "shvit_s1 has 5 classes, of which 6 were asked for"),
+        (["--dtype=float16"], "--dtype float16 is for GPUs"),
+        (["--device=cuda:7"], "--device cuda:7 cannot be used here"),
+        (["--checkpoint=absent.pth"], "no checkpoint at absent.pth"),
+        (["--engine=ray", "--address=127.0.0.1:1"], "there is no Ray cluster to join"),
+    ],
+)
+def test_bad_words_are_one_line(
+    photos: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str], more: list[str], told: str
+) -> None:
+    out = photos.parent / "out"
+    assert run(*words(photos, out, checkpoint, *more)) == 2
+    said = capsys.readouterr().err
+    assert told in said
+    assert "error: " in said
+    assert more[0].startswith("--engine") or not out.exists()
+
+
+def test_bfloat16_is_for_cpus_that_multiply_it(
+    photos: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(network.policy, "multiplies", lambda dtype: False)
+    with pytest.raises(CommandError, match="this CPU does not multiply it"):
+        embed(photos, photos.parent / "out", checkpoint=checkpoint, dtype="bfloat16")
+
+
+@pytest.mark.parametrize("package", ["pyarrow", "ray"])
+def test_packages_that_are_missing(
+    photos: Path,
+    checkpoint: Path,
+    package: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    assert run(*words(photos, photos.parent / "out", checkpoint, "--engine=ray")) == 2
+    assert f"pip install {'pyarrow' if package == 'pyarrow' else 'ray[data]'}" in (
+        capsys.readouterr().err.replace("'", "")
+    )
+
+
+def test_out_is_beside_the_source(
+    photos: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(*words(photos, photos / "out", checkpoint)) == 2
+    assert "lies in the source" in capsys.readouterr().err
+    (photos.parent / "out").mkdir()
+    (photos.parent / "out" / "notes.md").write_text("mine")
+    assert run(*words(photos, photos.parent / "out", checkpoint)) == 2
+    assert "holds files of something else (notes.md)" in capsys.readouterr().err
+    assert run(*words(photos, photos / "000.png", checkpoint)) == 2
+    assert "000.png is a file, not a folder" in capsys.readouterr().err
+
+
+def test_a_source_that_goes_away_is_no_corrupt_image(
+    photos: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain = worker.Worker.__call__
+
+    def moved(self: worker.Worker, number: int, part: Any) -> Iterator[worker.Event]:
+        if photos.exists():
+            photos.rename(photos.parent / "moved")
+        return plain(self, number, part)
+
+    monkeypatch.setattr(worker.Worker, "__call__", moved)
+    with pytest.raises(Exception, match="the source .*photos is not there any more"):
+        embed(photos, photos.parent / "out", checkpoint=checkpoint, workers=1)
+    assert (photos.parent / "out" / "corrupt.txt").read_text() == ""
+
+
+def test_an_untrained_model_is_refused(photos: Path) -> None:
+    with pytest.raises(CommandError, match="give --checkpoint FILE"):
+        embed(photos, photos.parent / "out", "shvit_s1")
+
+
+def test_a_restorer_has_no_features(photos: Path, tmp_path: Path) -> None:
+    model = backbones.create_model("hat_s_x2")
+    save_weights(tmp_path / "hat.safetensors", model.state_dict(), {"model": "hat_s_x2"})
+    with pytest.raises(CommandError, match="restores images; it has no features"):
+        embed(photos, tmp_path / "out", checkpoint=tmp_path / "hat.safetensors")
+
+
+def test_metadata_explains_the_table(photos: Path, checkpoint: Path) -> None:
+    out = photos.parent / "out"
+    embed(photos, out, checkpoint=checkpoint, classes=1, workers=1)
+    said = json.loads((out / "metadata.json").read_text())
+    assert said["model"] == "shvit_s1"
+    assert said["weights"] == {"file": "best.safetensors", "sha256": network.digest(checkpoint)}
+    assert said["preprocessing"]["input_size"] == [3, 32, 32]
+    assert (said["dim"], said["images"], said["shards"]) == (32, 10, 1)
+    assert said["versions"]["torch"] == torch.__version__

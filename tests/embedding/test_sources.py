@@ -1,0 +1,172 @@
+"""Every kind of source gives each of its images once, and finds one again by its key."""
+
+from __future__ import annotations
+
+import io
+import tarfile
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+from embedding_runs import make_photos
+from PIL import Image
+
+from backbones.embedding.sources import Source, open_source, reader
+from backbones.training.errors import DataError
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    return make_photos(tmp_path / "photos", 10)
+
+
+def contents(source: Source) -> dict[str, bytes]:
+    """Key → file of every image, through a reader that knows the description alone."""
+    opener = reader(source.description)
+    found: dict[str, bytes] = {}
+    for part in source.parts:
+        for item in opener.items(part):
+            assert item.key not in found
+            file = item.open()
+            assert not isinstance(file, Image.Image)
+            with file:
+                found[item.key] = file.read()
+            again = opener.find(item.key)
+            assert not isinstance(again, Image.Image)
+            with again:
+                assert again.read() == found[item.key]
+    return found
+
+
+def files(photos: Path) -> dict[str, bytes]:
+    paths = sorted(p for p in photos.rglob("*") if p.is_file())
+    return {str(p.relative_to(photos)): p.read_bytes() for p in paths}
+
+
+def test_a_folder(photos: Path) -> None:
+    source = open_source(photos, rows=4)
+    assert contents(source) == files(photos)
+    assert source.images == 10
+    assert [len(part) for part in source.parts] == [4, 4, 2]
+
+
+def test_a_list_of_paths(photos: Path) -> None:
+    wanted = ["sub/004.jpg", "000.png", str(photos / "sub" / "001.jpg")]
+    (photos / "list.txt").write_text("\n".join([*wanted, ""]))
+    source = open_source(photos / "list.txt")
+    found = contents(source)
+    assert list(found) == wanted
+    assert found["000.png"] == files(photos)["000.png"]
+
+
+def test_tar_shards(photos: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "shards" / "deep"
+    folder.mkdir(parents=True)
+    names = list(files(photos))
+    for number in range(2):
+        with tarfile.open(folder / f"{number}.tar", "w") as archive:
+            for name in names[number::2]:
+                archive.add(photos / name, name)
+                archive.addfile(tarfile.TarInfo(f"{name}.cls"), io.BytesIO())
+    for place in (tmp_path / "shards", str(tmp_path / "shards" / "*" / "*.tar")):
+        source = open_source(place)
+        inner = "" if "*" in str(place) else "deep/"
+        found = contents(source)
+        assert source.images is None
+        assert {key.partition(".tar/")[2]: data for key, data in found.items()} == files(photos)
+        assert f"{inner}0.tar/{names[0]}" in found
+
+
+def test_an_archive_that_breaks_off(photos: Path, tmp_path: Path) -> None:
+    path = tmp_path / "a.tar"
+    with tarfile.open(path, "w") as archive:
+        for name in files(photos):
+            archive.add(photos / name, name)
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    source = open_source(path)
+    found = []
+    with pytest.raises(DataError, match=r"a\.tar is no uncompressed tar file"):
+        for item in reader(source.description).items(source.parts[0]):
+            found.append(item.key)
+    assert found == [f"a.tar/{name}" for name in files(photos)][: len(found)]
+    assert 0 < len(found) < 10
+
+
+@pytest.mark.parametrize("wrapped", [False, True])
+def test_parquet(photos: Path, tmp_path: Path, wrapped: bool) -> None:
+    data = list(files(photos).values())
+    images = [{"bytes": d, "path": None} for d in data] if wrapped else data
+    columns = pa.table({"label": list(range(10)), "picture": images})
+    pa.parquet.write_table(columns, tmp_path / "a.parquet", row_group_size=3)
+    source = open_source(tmp_path / "a.parquet", rows=4)
+    assert contents(source) == {f"a.parquet/{row}": d for row, d in enumerate(data)}
+    assert source.images == 10
+    assert len(source.parts) == 2
+
+
+@pytest.mark.parametrize(
+    ("columns", "column", "told"),
+    [
+        ({"a": [b"1"], "b": [b"2"]}, None, "no single column of images; it has a, b"),
+        ({"a": [1]}, None, "no single column of images; it has none of bytes"),
+        ({"a": [b"1"], "b": [1]}, "b", "no column b of images; it has a"),
+        ({"a": pa.array([], pa.binary())}, None, "have no rows"),
+    ],
+)
+def test_columns_that_are_no_images(
+    tmp_path: Path, columns: dict[str, list[object]], column: str | None, told: str
+) -> None:
+    pa.parquet.write_table(pa.table(columns), tmp_path / "a.parquet")
+    with pytest.raises(DataError, match=told):
+        open_source(tmp_path, column=column)
+
+
+@pytest.mark.parametrize(("split", "count"), [("train", 1442), ("validation", 355)])
+def test_what_training_reads(split: str, count: int) -> None:
+    source = open_source("digits", 1000, split)
+    opener = reader(source.description)
+    items = [item for part in source.parts for item in opener.items(part)]
+    assert len({item.key for item in items}) == source.images == count
+    last = items[-1].open()
+    assert isinstance(last, Image.Image)
+    assert np.array_equal(np.asarray(last), np.asarray(opener.find(items[-1].key)))
+    with pytest.raises(KeyError):
+        opener.find(f"digits/{split}[{count}]")
+
+
+def _cut(folder: Path) -> Path:
+    (folder / "a.parquet").write_bytes(b"PAR1 and nothing else")
+    return folder
+
+
+def _write(name: str, text: str) -> Callable[[Path], Path]:
+    def write(folder: Path) -> Path:
+        (folder / name).write_text(text)
+        return folder / name
+
+    return write
+
+
+@pytest.mark.parametrize(
+    ("make", "told"),
+    [
+        (lambda folder: folder, "no image, .tar or .parquet below"),
+        (lambda folder: folder / "absent", "absent does not exist"),
+        (lambda folder: folder / "*.tar", r"no file matches .*\*\.tar"),
+        (lambda folder: "digits", "digits has the splits train and validation, not 'test'"),
+        (lambda folder: "medmnist/pathmnist", "pathmnist.npz is missing"),
+        (_cut, "a.parquet is no whole Parquet file"),
+        (_write("a.txt", " \n"), "the list .* is empty"),
+        (_write("a.txt", "x\ny\nx\n"), "a.txt has x twice"),
+        (_write("a.zip", ""), "a.zip is no source of images: give a folder"),
+    ],
+)
+def test_sources_that_are_none(
+    tmp_path: Path, make: Callable[[Path], Path], told: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(DataError, match=told):
+        open_source(make(tmp_path), split="test")

@@ -1,0 +1,142 @@
+"""Tables are whole or say what is missing, damaged or of something else."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet
+import pytest
+
+from backbones.embedding import table
+
+CONTENT: dict[str, Any] = {
+    **{"model": "van_b0", "weights": {"file": "a.pth", "sha256": "12"}, "preprocessing": {}},
+    **{"features": "head", "shape": [2, 2], "dim": 4, "dtype": "float32", "computed": "float32"},
+    **{"classes": 0, "names": [], "source": {"kind": "folder", "path": "/x", "digest": "3"}},
+    **{"images": 6, "shards": 2, "rows": 3, "versions": {}},
+}
+
+
+def written(folder: Path, shards: int = 2, **changes: Any) -> Path:
+    """A table of shards of three rows, and two columns more if ``classes`` are asked for."""
+    (folder / "shards").mkdir()
+    content = {**CONTENT, **changes}
+    table.write_metadata(folder, content)
+    schema = table.schema(4, content["dtype"], bool(content["classes"]))
+    for number in range(shards):
+        vectors = np.arange(12, dtype=np.float32).reshape(3, 4) + 12 * number
+        answers = (np.array([[1, 0]] * 3), np.full((3, 2), 0.5, np.float32))
+        path = table.shard_path(folder, number)
+        with table.ShardWriter(path, schema, table.identity(content)) as shard:
+            for i in range(3):
+                more = [answer[i : i + 1] for answer in answers] if content["classes"] else []
+                shard.add([f"{number}/{i}.png"], [(5, 6)], vectors[i : i + 1], *more)
+            shard.add_corrupt(f"{number}/bad.png", "OSError: it does not exist")
+    return folder
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+@pytest.mark.parametrize("classes", [0, 2])
+def test_what_is_written_is_read(tmp_path: Path, dtype: str, classes: int) -> None:
+    folder = written(tmp_path, dtype=dtype, classes=classes)
+    keys, vectors = table.load(folder)
+    assert keys == [f"{shard}/{i}.png" for shard in (0, 1) for i in range(3)]
+    assert vectors.dtype == np.float32
+    assert np.array_equal(vectors, np.arange(24).reshape(6, 4))
+    (first, second) = table.batches(folder)
+    assert first.schema.field("embedding").type.value_type == getattr(pa, dtype)()
+    assert second.column("height").to_pylist() == [5, 5, 5]
+    assert ("classes" in first.schema.names) == bool(classes)
+    if classes:
+        assert first.column("classes").to_pylist() == [[1, 0]] * 3
+    noted = table.corrupt_in(
+        table.shard_path(folder, 1), table.identity({**CONTENT, "dtype": dtype, "classes": classes})
+    )
+    assert noted == (3, [("1/bad.png", "OSError: it does not exist")])
+
+
+def test_columns_can_be_chosen(tmp_path: Path) -> None:
+    folder = written(tmp_path)
+    assert [b.schema.names for b in table.batches(folder, ["width"], rows=2)] == [["width"]] * 4
+    with pytest.raises(ValueError, match="has no column classes, but key, height"):
+        next(table.batches(folder, ["classes"]))
+
+
+def test_a_table_that_is_not_whole(tmp_path: Path) -> None:
+    with pytest.raises(table.TableError, match="1 of 2 shards are not there yet .part-00001"):
+        table.load(written(tmp_path, shards=1))
+
+
+def test_shards_of_another_table(tmp_path: Path) -> None:
+    folder = written(tmp_path)
+    table.write_metadata(folder, {**CONTENT, "weights": {"file": "a.pth", "sha256": "13"}})
+    with pytest.raises(table.TableError, match=r"part-00000.parquet belongs to other embeddings"):
+        table.load(folder)
+    table.write_metadata(folder, {**CONTENT, "weights": {"file": "copy.pth", "sha256": "12"}})
+    assert len(table.load(folder)[0]) == 6
+
+
+def test_damage_is_named(tmp_path: Path) -> None:
+    folder = written(tmp_path)
+    path = table.shard_path(folder, 1)
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(table.DamagedShardError, match=r"part-00001.parquet is damaged"):
+        table.load(folder)
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"format": 2}', '{"format": 1}', "[" * 100_000])
+def test_metadata_of_something_else(tmp_path: Path, text: str) -> None:
+    (tmp_path / "metadata.json").write_text(text)
+    with pytest.raises(table.TableError, match=r"metadata\.json (is damaged|does not|lacks)"):
+        table.metadata(tmp_path)
+
+
+def test_no_table_at_all(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="holds no embeddings: there is no metadata.json"):
+        table.load(tmp_path)
+    (tmp_path / "file").touch()
+    with pytest.raises(table.TableError, match="is a file; give the folder"):
+        table.load(tmp_path / "file")
+
+
+def test_differences_are_told() -> None:
+    now = json.loads(json.dumps(CONTENT))
+    assert table.differences(CONTENT, now) == []
+    now |= {"model": "van_b1", "preprocessing": {"crop_pct": 0.9}, "shards": 3}
+    assert table.differences({**CONTENT, "preprocessing": {"crop_pct": 1.0}}, now) == [
+        "model: 'van_b0' there, 'van_b1' now",
+        "preprocessing: crop_pct 1.0 there, 0.9 now",
+    ]
+    now = {**CONTENT, "source": {**CONTENT["source"], "digest": "4"}, "images": 7}
+    (told,) = table.differences(CONTENT, now)
+    assert told == "the images listed in /x have changed (6 there, 7 now)"
+
+
+def test_an_error_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "shards").mkdir()
+    schema, path = table.schema(4), table.shard_path(tmp_path, 0)
+    with pytest.raises(ZeroDivisionError), table.ShardWriter(path, schema, "x") as shard:
+        shard.add(["a"], [(1, 1)], np.zeros((1, 4), np.float32))
+        raise ZeroDivisionError
+    assert not os.listdir(tmp_path / "shards")
+
+
+@pytest.mark.parametrize(("dim", "dtype"), [(0, "float32"), (4, "float64")])
+def test_schemas_that_there_are_not(dim: int, dtype: str) -> None:
+    with pytest.raises(ValueError, match="must be"):
+        table.schema(dim, dtype)
+
+
+def test_large_groups_are_written_as_they_come(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Maps of many images are not gathered in memory."""
+    monkeypatch.setattr(table, "_GROUP", 16)
+    folder = written(tmp_path)
+    assert pa.parquet.ParquetFile(table.shard_path(folder, 0)).num_row_groups == 3
+    assert len(table.load(folder)[0]) == 6

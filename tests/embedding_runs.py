@@ -1,0 +1,74 @@
+"""Small runs of ``vision-backbones embed`` for the tests: a tiny model, small images, processes."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from PIL import Image
+from training_runs import Run
+
+import backbones
+from backbones.cli.main import main
+from backbones.embedding.table import load
+from backbones.training.checkpoint import save_weights
+
+_SHALLOW = {"dims": [16, 24, 32], "depths": [1, 1, 1], "attn_dims": [0, 8, 8]}
+
+
+def tiny_checkpoint(folder: Path, seed: int = 0, **changes: Any) -> Path:
+    """Weights of a shallow SHViT for 5 classes and 32×32 pixels, and the recipe beside them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    torch.manual_seed(seed)
+    model = backbones.create_model("shvit_s1", num_classes=5, **_SHALLOW)
+    for parameter in model.parameters():  # the normal start leaves nearly nothing of an image
+        torch.nn.init.normal_(parameter, std=0.3)
+    path = folder / "best.safetensors"
+    save_weights(path, model.state_dict(), {"model": "shvit_s1"})
+    recipe = {"model": "shvit_s1", "model_args": _SHALLOW, "num_classes": 5, "img_size": 32}
+    (folder / "config.yaml").write_text(yaml.safe_dump({**recipe, "data": "x", **changes}))
+    return path
+
+
+def make_photos(folder: Path, count: int) -> Path:
+    """``folder/N.png`` and ``folder/sub/N.jpg`` of noise, all sizes different."""
+    (folder / "sub").mkdir(parents=True)
+    generator = np.random.default_rng(0)
+    for number in range(count):
+        pixels = generator.integers(0, 255, (36 + number % 7, 40 + number % 5, 3), dtype=np.uint8)
+        name = f"sub/{number:03}.jpg" if number % 3 else f"{number:03}.png"
+        Image.fromarray(pixels).save(folder / name)
+    return folder
+
+
+def words(source: Path | str, out: Path, checkpoint: Path, *more: str) -> list[str]:
+    """A command line of ``vision-backbones``, by one process unless ``more`` says otherwise."""
+    start = ["embed", str(source), "--out", str(out), "--checkpoint", str(checkpoint)]
+    return [*start, "--rows=4", "--batch-size=3", "--workers=1", *more]
+
+
+def start(argv: list[str], before: Callable[[], None] | None = None) -> Run:
+    """The command in a process of its own; ``before`` runs in it first."""
+    process = Run(target=_run, args=(argv, before))
+    process.start()
+    return process
+
+
+def _run(argv: list[str], before: Callable[[], None] | None) -> None:
+    os.setpgid(0, 0)  # a process that it starts is found by that, too
+    if before is not None:
+        before()
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for the life of the process
+    os._exit(main(argv))
+
+
+def same(one: Path, other: Path) -> bool:
+    """Whether two tables have the same keys and, to the last bit, the same embeddings."""
+    (keys, vectors), (other_keys, other_vectors) = load(one), load(other)
+    return keys == other_keys and np.array_equal(vectors, other_vectors)

@@ -1,0 +1,355 @@
+"""Measure `vision-backbones embed` beside the script that people write, and write its page.
+
+    python tools/benchmark_embed.py speed ray memory decoding
+    python tools/benchmark_embed.py              # the page alone, from what was measured
+
+The script is timm's model in float32 behind a ``DataLoader`` with a process for each core. Both do
+the same 512 JPEGs of 500×375 pixels, several times each, in turns, on the same cores. Counted is
+the time from the first results on, not what starts before them. Writes
+``docs/performance/embed.json`` and ``docs/performance-embed.md``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import io
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import yaml
+from measuring import load_report, machine, read_report, write
+from PIL import Image
+
+import backbones
+from backbones.core.arguments import nonempty_path
+from backbones.core.images import open_image
+from backbones.embedding import embed
+from backbones.embedding.local import cores
+from backbones.embedding.worker import Images
+from backbones.restoration.photographs import TRAINING, VALIDATION, find_photographs
+from backbones.training.checkpoint import save_weights
+
+ROOT = Path(__file__).resolve().parent.parent
+OUTPUT = ROOT / "docs" / "performance" / "embed.json"
+PAGE = ROOT / "docs" / "performance-embed.md"
+MODELS = ("shvit_s1", "van_b0", "unireplknet_a")
+IMAGES, SIZE = 512, (500, 375)
+_SCRIPT = """
+import json, sys, time
+import timm, torch
+import backbones  # registers what timm lacks
+from pathlib import Path
+from PIL import Image
+from torch.utils.data import DataLoader, Dataset
+name, checkpoint, folder, processes = sys.argv[1:]
+model = timm.create_model(name).eval()
+model.load_state_dict(torch.load(checkpoint)) if checkpoint else None
+transform = timm.data.create_transform(**timm.data.resolve_data_config({}, model=model))
+class Photos(Dataset):
+    def __init__(self): self.paths = sorted(Path(folder).rglob("*.jpg"))
+    def __len__(self): return len(self.paths)
+    def __getitem__(self, i):
+        with Image.open(self.paths[i]) as image: return transform(image.convert("RGB"))
+done, begun = 0, None
+with torch.inference_mode():
+    for images in DataLoader(Photos(), batch_size=64, num_workers=int(processes)):
+        model.forward_head(model.forward_features(images), pre_logits=True).numpy()
+        if begun is None: begun = time.perf_counter()
+        else: done += len(images)
+print(json.dumps(done / (time.perf_counter() - begun)))
+"""
+
+
+# -- what is embedded ------------------------------------------------------------------------------
+
+
+def make_photos(
+    folder: Path, copies: int, size: tuple[int, int] = SIZE, count: int = IMAGES
+) -> Path:
+    """``count`` JPEGs, cut from photographs at random places, each under ``copies`` names."""
+    rng = np.random.default_rng(0)
+    scenes = [open_image(path) for path in find_photographs(TRAINING + VALIDATION)]
+    for number in range(count):
+        scene = scenes[number % len(scenes)]
+        share = rng.uniform(0.5, 1)
+        width, height = (round(share * side) for side in scene.size)
+        left, top = (
+            rng.integers(0, scene.width - width + 1),
+            rng.integers(0, scene.height - height + 1),
+        )
+        cut = scene.crop((left, top, left + width, top + height)).resize(
+            size, Image.Resampling.BICUBIC
+        )
+        for copy in range(copies):
+            path = folder / f"{copy:04}" / f"{number:03}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            if copy:
+                os.link(folder / "0000" / path.name, path)
+            else:
+                cut.save(path, quality=90)
+    return folder
+
+
+def make_checkpoint(folder: Path, name: str, **arguments: Any) -> Path:
+    """Untrained weights; with ``arguments`` or another size of image, the recipe beside them."""
+    folder.mkdir(parents=True, exist_ok=True)
+    size = arguments.pop("img_size", None)
+    model = backbones.create_model(name, **arguments)
+    save_weights(folder / "a.safetensors", model.state_dict(), {"model": name})
+    if size is not None:
+        recipe = {"model": name, "model_args": arguments, "img_size": size, "data": "x"}
+        (folder / "config.yaml").write_text(yaml.safe_dump(recipe))
+    return folder / "a.safetensors"
+
+
+# -- measuring -------------------------------------------------------------------------------------
+
+
+def rate_of_embed(photos: Path, checkpoint: Path, **options: Any) -> float:
+    """Images a second, from the time that each process has written its first shard."""
+    with tempfile.TemporaryDirectory() as place:
+        embed(photos, Path(place) / "out", checkpoint=checkpoint, rows=32, **options)
+        times = sorted(p.stat().st_mtime_ns for p in Path(place).glob("out/shards/*.parquet"))
+    begun = cores()
+    return 32 * (len(times) - begun) / ((times[-1] - times[begun - 1]) * 1e-9)
+
+
+def rate_of_script(photos: Path, name: str) -> float:
+    """Images a second of the usual script, from its second batch on."""
+    words = [sys.executable, "-c", _SCRIPT, name, "", str(photos), str(cores())]
+    done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
+    return float(json.loads(done.stdout.splitlines()[-1]))
+
+
+def in_turns(rounds: int, *ways: Callable[[], float]) -> list[list[float]]:
+    """The figures of each way, round by round."""
+    figures = [[way() for way in ways] for _ in range(rounds)]
+    return [list(column) for column in zip(*figures, strict=True)]
+
+
+def measure_speed(folder: Path, rounds: int, models: Sequence[str]) -> Iterator[dict[str, Any]]:
+    photos = make_photos(folder / "photos", copies=2)
+    for name in models:
+        checkpoint = make_checkpoint(folder / name, name)
+        ours, script = in_turns(
+            rounds,
+            lambda checkpoint=checkpoint: rate_of_embed(photos, checkpoint),
+            lambda name=name: rate_of_script(photos, name),
+        )
+        ratio = statistics.median(a / b for a, b in zip(ours, script, strict=True))
+        yield {"part": "speed", "model": name, "embed": ours, "script": script, "ratio": ratio}
+
+
+def measure_ray(folder: Path, rounds: int, models: Sequence[str]) -> Iterator[dict[str, Any]]:
+    photos = make_photos(folder / "photos", copies=2)
+    for name in models:
+        checkpoint = make_checkpoint(folder / name, name)
+        local, ray = in_turns(
+            rounds,
+            lambda checkpoint=checkpoint: rate_of_embed(photos, checkpoint),
+            lambda checkpoint=checkpoint: rate_of_embed(photos, checkpoint, engine="ray"),
+        )
+        overhead = statistics.median(a / b for a, b in zip(local, ray, strict=True)) - 1
+        yield {"part": "ray", "model": name, "local": local, "ray": ray, "overhead": overhead}
+
+
+def measure_memory(folder: Path, rounds: int, models: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Resident memory of one process over 100 000 rows, of small images and a small model."""
+    photos = make_photos(folder / "small", copies=200, size=(64, 48), count=500)
+    small = {"dims": [16, 24, 32], "depths": [1, 1, 1], "attn_dims": [0, 8, 8]}
+    checkpoint = make_checkpoint(folder / "tiny", "shvit_s1", img_size=32, **small)
+    out, seen = folder / "out", []
+
+    def watch() -> None:
+        while not stop.wait(0.5):
+            shards = len(list(out.glob("shards/part-*")))
+            fields = Path("/proc/self/statm").read_text().split()
+            seen.append((shards * 1000, int(fields[1]) * os.sysconf("SC_PAGESIZE") / 2**20))
+
+    stop = threading.Event()
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        done = embed(photos, out, checkpoint=checkpoint, rows=1000, workers=1)
+    finally:
+        stop.set()
+        thread.join()
+    at = {share: max(m for rows, m in seen if rows <= share * done.rows) for share in (0.1, 0.5, 1)}
+    yield {
+        "part": "memory",
+        "model": "shvit_s1, shallow",
+        "rows": done.rows,
+        "seconds": round(done.seconds, 1),
+        "mib": {f"{share:.0%}": round(peak) for share, peak in at.items()},
+    }
+
+
+def measure_decoding(folder: Path, rounds: int, models: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Milliseconds of CPU time an image, of decoders and of what follows, and what is equal."""
+    files = [p.read_bytes() for p in sorted(make_photos(folder / "d", 1, count=64).rglob("*.jpg"))]
+    config = {"input_size": (3, 224, 224), "interpolation": "bicubic", "crop_pct": 0.9}
+    config |= {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "crop_mode": "center"}
+    transform = Images(config)._transform
+    decoded = [open_image(io.BytesIO(data)) for data in files]
+    ways: dict[str, Callable[[int], Any]] = {
+        "Pillow, as embed opens it": lambda i: open_image(io.BytesIO(files[i])),
+        **{name: lambda i, f=f: f(files[i]) for name, f in _decoders().items()},
+        "timm's resizing and cropping": lambda i: transform(decoded[i]),
+    }
+    taken: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds):
+        for name, way in ways.items():
+            begun = time.process_time()
+            for number in range(len(files)):
+                way(number)
+            taken[name].append(1000 * (time.process_time() - begun) / len(files))
+    for name, way in ways.items():
+        found = np.asarray(way(0))
+        same = found.shape == (SIZE[1], SIZE[0], 3) and all(
+            np.array_equal(np.asarray(way(i)), np.asarray(decoded[i])) for i in range(len(files))
+        )
+        yield {
+            "part": "decoding",
+            "model": name,
+            "ms": statistics.median(taken[name]),
+            "same": same,
+        }
+
+
+def _decoders() -> dict[str, Callable[[bytes], Any]]:
+    """Those that are installed."""
+    found: dict[str, Callable[[bytes], Any]] = {}
+    from torchvision.io import decode_jpeg
+
+    def by_torchvision(data: bytes) -> Any:
+        return decode_jpeg(torch.frombuffer(bytearray(data), dtype=torch.uint8)).permute(1, 2, 0)
+
+    found["torchvision.io.decode_jpeg"] = by_torchvision
+    try:
+        import simplejpeg
+
+        found["simplejpeg"] = simplejpeg.decode_jpeg
+    except ImportError:
+        pass
+    try:
+        import pyvips
+
+        found["pyvips"] = lambda data: pyvips.Image.new_from_buffer(data, "").numpy()
+    except (ImportError, OSError):
+        pass
+    return found
+
+
+PARTS = {
+    "speed": measure_speed,
+    "ray": measure_ray,
+    "memory": measure_memory,
+    "decoding": measure_decoding,
+}
+
+
+# -- the page --------------------------------------------------------------------------------------
+
+
+def page(report: dict[str, Any]) -> str:
+    """The page of a report."""
+    results: dict[str, list[dict[str, Any]]] = {}
+    for result in report["results"]:
+        results.setdefault(result["part"], []).append(result)
+    lines = [
+        "# Embedding many images\n",
+        "What `vision-backbones embed` does in a second; [the guide](guides/embed.md) says how it "
+        "is used.\n",
+        "Generated by `python tools/benchmark_embed.py` from `docs/performance/embed.json`. "
+        f"Measured on {report['machine']['name']} ({report['machine']['cpu_capability']}), torch "
+        f"{report['machine']['torch']}, all cores. All contenders of a row took turns; figures "
+        "are medians, and the ratios are medians of the ratios of each round.\n",
+    ]
+    if rows := results.get("speed"):
+        lines += [
+            "## Beside the usual script\n",
+            "The script is timm's model in float32 behind a `DataLoader` with a process for each "
+            f"core. Both read the same JPEGs of {SIZE[0]}×{SIZE[1]} pixels; what starts before the "
+            "first results is not counted.\n",
+            "| model | embed, images/s | script, images/s | ratio |",
+            "| --- | ---: | ---: | ---: |",
+        ]
+        for row in rows:
+            ours, script = (statistics.median(row[key]) for key in ("embed", "script"))
+            lines.append(f"| `{row['model']}` | {ours:.1f} | {script:.1f} | {row['ratio']:.2f} |")
+        lines.append("")
+    if rows := results.get("decoding"):
+        lines += [
+            "## Decoding\n",
+            "CPU time for one of these JPEGs, and whether its pixels are those that Pillow "
+            "gives.\n",
+            "| step | ms an image | same pixels |",
+            "| --- | ---: | --- |",
+        ]
+        for row in rows:
+            same = "–" if row["model"].startswith("timm") else "yes" if row["same"] else "no"
+            lines.append(f"| {row['model']} | {row['ms']:.2f} | {same} |")
+        lines.append("")
+    if rows := results.get("ray"):
+        lines += [
+            "## Ray on one machine\n",
+            "| model | local, images/s | Ray, images/s | overhead |",
+            "| --- | ---: | ---: | ---: |",
+        ]
+        for row in rows:
+            local, ray = (statistics.median(row[key]) for key in ("local", "ray"))
+            percent = f"{100 * row['overhead']:.1f} %"
+            lines.append(f"| `{row['model']}` | {local:.1f} | {ray:.1f} | {percent} |")
+        lines.append("")
+    for row in results.get("memory", ()):
+        peaks = ", ".join(f"{mib} MiB at {share}" for share, mib in row["mib"].items())
+        lines += [
+            "## Memory\n",
+            f"Of one process over {row['rows']} rows ({row['model']}, JPEGs of 64×48 pixels, "
+            f"{row['seconds']:.0f} s), at most so far: {peaks} of them.\n",
+        ]
+    return "\n".join(lines).rstrip() + "\n"
+
+
+@contextmanager
+def _place() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="embed-") as place:
+        yield Path(place)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], help="what to measure anew")
+    parser.add_argument("--models", nargs="+", default=MODELS, metavar="NAME")
+    parser.add_argument("--rounds", type=int, default=3, help="of which the medians count")
+    parser.add_argument("--output", type=nonempty_path, default=OUTPUT)
+    parser.add_argument("--page", type=nonempty_path, default=PAGE)
+    args = parser.parse_args(arguments)
+    here = {**machine(torch.device("cpu")), "threads": cores()}
+    report = load_report(args.output, here) if args.parts else read_report(args.output)
+    for part in args.parts:
+        with _place() as folder:
+            anew = list(PARTS[part](folder, args.rounds, args.models))
+        names = {(result["part"], result["model"]) for result in anew}
+        kept = [r for r in report["results"] if (r["part"], r["model"]) not in names]
+        report["results"] = kept + anew
+        write(args.output, lambda path: path.write_text(json.dumps(report, indent=1) + "\n"))
+    write(args.page, lambda path: path.write_text(page(report), encoding="utf-8"))
+
+
+if __name__ == "__main__":
+    main()
