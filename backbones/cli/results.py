@@ -40,7 +40,9 @@ def check_outputs(options: Namespace, picture: str, inputs: Iterable[Path | None
     """
     metadata(options.folder)
     if importlib.util.find_spec("matplotlib") is None:
-        raise CommandError("the picture is drawn with matplotlib: pip install matplotlib")
+        raise CommandError(
+            "the picture is drawn with matplotlib: pip install matplotlib (or '.[search]')"
+        )
     path: Path = options.out or options.folder / picture
     outputs = {"--out": path, "--html": options.html, "--json": options.json}
     if "csv" in options:

@@ -43,7 +43,7 @@ def draw_confusion(path: Path, report: Report, title: str) -> None:
     bars = 4.1 if count > _FIGURES else 0.0
     panel = _SIDE + _LEFT
     # Names that are long stand upright.
-    below = _BELOW if _NAMES >= count and max(map(len, report.classes)) > 2 else 0.7
+    below = _BELOW if count <= _NAMES and max(map(len, report.classes)) > 2 else 0.7
     width, height = len(report.methods) * panel + 0.3, 0.95 + _SIDE + below + bars
     figure = new_figure(width, height)
     figure.text(

@@ -60,7 +60,8 @@ def open_graph(folder: str | Path, progress: bool = False) -> Graph:
         import faiss
     except ImportError:
         raise GraphError(
-            "the index hnsw needs faiss: pip install faiss-cpu, or choose --index exact"
+            "the index hnsw needs faiss: pip install faiss-cpu (or '.[search]'), or "
+            "choose --index exact"
         ) from None
     content = metadata(folder)
     rows, dim = count_rows(folder), content["dim"]

@@ -131,7 +131,9 @@ def probe(
     try:
         import sklearn  # noqa: F401
     except ImportError:
-        raise MendableError("probe needs scikit-learn: pip install scikit-learn") from None
+        raise MendableError(
+            "probe needs scikit-learn: pip install scikit-learn (or '.[search]')"
+        ) from None
     known = labels_of(folder, labels)
     rows, labelled = len(known), sum(label is not None for label in known)
     generator = np.random.default_rng(seed)
