@@ -14,7 +14,7 @@ from typing import Any
 from backbones.core.arguments import nonempty_path, require_writable
 from backbones.core.console import CommandError
 from backbones.embedding.rows import count_rows
-from backbones.embedding.table import metadata
+from backbones.embedding.table import METADATA, metadata, shard_paths
 from backbones.training.checkpoint import write_atomically
 
 __all__ = ["add_outputs", "as_csv", "as_json", "check_outputs", "facts", "write_text"]
@@ -38,7 +38,8 @@ def check_outputs(options: Namespace, picture: str, inputs: Iterable[Path | None
         CommandError, FileNotFoundError, TableError: there is no table, matplotlib is missing, or a
             file cannot be written.
     """
-    metadata(options.folder)
+    tables = [options.folder, *filter(None, [getattr(options, "test", None)])]
+    held = [path for folder in tables for path in (folder / METADATA, *shard_paths(folder))]
     if importlib.util.find_spec("matplotlib") is None:
         raise CommandError(
             "the picture is drawn with matplotlib: pip install matplotlib (or '.[search]')"
@@ -47,7 +48,7 @@ def check_outputs(options: Namespace, picture: str, inputs: Iterable[Path | None
     outputs = {"--out": path, "--html": options.html, "--json": options.json}
     if "csv" in options:
         outputs["--csv"] = options.csv
-    require_writable(outputs, [options.folder / "metadata.json", *inputs])
+    require_writable(outputs, [*held, *inputs])
     return path
 
 

@@ -10,12 +10,13 @@ from typing import Any
 
 import numpy as np
 
+from backbones.core.console import MendableError
 from backbones.embedding.hnsw import open_graph
 from backbones.embedding.rows import blocks, by_number, count_rows, unit
 from backbones.embedding.search import choose_index
 from backbones.embedding.table import metadata
 
-__all__ = ["EXACT_ROWS", "THRESHOLD", "Member", "find_duplicates"]
+__all__ = ["EXACT_ROWS", "THRESHOLD", "Member", "ThresholdError", "find_duplicates"]
 
 THRESHOLD = 0.95
 """The cosine from which on two images are near-duplicates, if no other is given."""
@@ -26,6 +27,8 @@ EXACT_ROWS = 200_000
 _HELD, _TILE = 1 << 28, 1024
 # What the cosine of two equal embeddings may lack of 1.
 _ROUNDING = 1e-6
+# More pairs than these are no near-duplicates: nearly all images are alike to the model.
+_MOST_PAIRS = 1_000_000_000
 # How many neighbours of each row a graph is asked for.
 _NEIGHBOURS = 64
 
@@ -71,6 +74,7 @@ def find_duplicates(
     Raises:
         ValueError: ``threshold`` out of its range, or no such ``index``.
         FileNotFoundError, TableError: see :func:`backbones.embedding.table.batches`.
+        ThresholdError: nearly all pairs of many images reach it.
         GraphError: see :func:`backbones.embedding.hnsw.open_graph`.
     """
     if not 0 < threshold <= 1:
@@ -79,7 +83,14 @@ def find_duplicates(
     exact = choose_index(index, rows, EXACT_ROWS) == "exact"
     pairs = (_all_pairs if exact else _neighbours)(folder, rows, threshold, progress)
     groups, nearest = Groups(rows), np.full(rows, -1, np.float32)
+    count = 0
     for one, other, similar in pairs:
+        count += len(one)
+        if count > _MOST_PAIRS:
+            raise ThresholdError(
+                f"more than {_MOST_PAIRS:,} pairs of images in {folder} have a cosine of at least "
+                f"{threshold:g}: choose a higher threshold"
+            )
         groups.join(one, other)
         np.maximum.at(nearest, one, similar)
         np.maximum.at(nearest, other, similar)
@@ -92,6 +103,10 @@ def find_duplicates(
     for group in members.values():
         group.sort(key=lambda member: (-member.height * member.width, member.row))
     return sorted(members.values(), key=lambda group: (-len(group), group[0].row))
+
+
+class ThresholdError(MendableError, ValueError):
+    """A threshold that nearly all pairs of images reach."""
 
 
 class Groups:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -89,7 +88,7 @@ def _decode(images: Images, path: Path) -> np.ndarray:
         raise OSError(problem)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of damage that spoils no pixel
-        pixels, _ = images.decode(Item(str(path), functools.partial(open, path, "rb")))
+        pixels, _ = images.decode(Item(str(path), lambda: open(path, "rb")))
     return pixels
 
 

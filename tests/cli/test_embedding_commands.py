@@ -149,6 +149,7 @@ def test_probe(embedded: Embedded, tmp_path: Path, capsys: pytest.CaptureFixture
         (["search", "{table}", "--query", "{image}", "--top", "0"], "--top must be at least 1"),
         (["search", "{table}", "--key", "x", "--index", "flat"], "argument --index: invalid"),
         (["search", "{table}", "--key", "x", "--html", "a", "--csv", "a"], "--html and --csv"),
+        (["duplicates", "{table}", "--csv", "{shard}"], "would be written over"),
         (["duplicates", "{images}"], "holds no embeddings"),
         (["duplicates", "{table}", "--threshold", "0"], "--threshold must be above 0"),
         (["duplicates", "{table}", "--threshold", "1.1"], "--threshold must be at most 1"),
@@ -169,7 +170,8 @@ def test_what_a_user_can_mend_is_one_line(
     words: list[str], said: str, embedded: Embedded, capsys: pytest.CaptureFixture[str]
 ) -> None:
     image = embedded.images / "val/class0/000.png"
-    places = {"table": embedded.table, "images": embedded.images, "image": image}
+    places = {"shard": embedded.table / "shards" / "part-00000.parquet"}
+    places |= {"table": embedded.table, "images": embedded.images, "image": image}
     before = sorted(embedded.table.rglob("*"))
     assert run(*(word.format(**places) for word in words)) == 2
     (line,) = capsys.readouterr().err.splitlines()

@@ -9,7 +9,7 @@ import pytest
 from embedding_tables import make_table
 
 from backbones.embedding import duplicates
-from backbones.embedding.duplicates import Groups, find_duplicates
+from backbones.embedding.duplicates import Groups, ThresholdError, find_duplicates
 
 
 def at_angles(degrees: list[float]) -> np.ndarray:
@@ -78,6 +78,15 @@ def test_none(tmp_path: Path) -> None:
     assert find_duplicates(make_table(tmp_path / "b", np.empty((0, 4), np.float32))) == []
     # Rows that are no direction resemble nothing, each other neither.
     assert find_duplicates(make_table(tmp_path / "c", np.zeros((4, 4), np.float32))) == []
+
+
+def test_where_all_are_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table = make_table(tmp_path / "table", np.ones((60, 4), np.float32))
+    (group,) = find_duplicates(table)
+    assert [member.row for member in group] == list(range(60))
+    monkeypatch.setattr(duplicates, "_MOST_PAIRS", 60 * 59 // 2 - 1)
+    with pytest.raises(ThresholdError, match=r"have a cosine of at least 0.95: choose a higher"):
+        find_duplicates(table)
 
 
 def test_groups_of_many_at_once() -> None:
