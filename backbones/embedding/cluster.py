@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 import pickle
+import socket
 import warnings
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -81,14 +82,17 @@ def run_on_cluster(
 
 
 def _connect(ray: Any, address: str | None) -> None:
+    host, _, port = (address or "").rpartition("://")[2].rpartition(":")
     try:
+        if host and port.isdigit():  # Ray would try for minutes
+            socket.create_connection((host, int(port)), timeout=5).close()
         ray.init(
             address=address,
             log_to_driver=False,
             include_dashboard=False if address is None else None,
             logging_level=logging.ERROR,
         )
-    except (ConnectionError, OSError, RuntimeError, ValueError) as error:
+    except (OSError, OverflowError, RuntimeError, ValueError) as error:
         raise MendableError(
             f"--address {address}: there is no Ray cluster to join ({first_line(error)}); "
             "`ray start --head` starts one"

@@ -79,6 +79,7 @@ def run_in_processes(job: Job, devices: list[str], parts: Iterable[Part]) -> Ite
             process, event = events.get()
             if isinstance(event, int):
                 running.discard(process)
+                process.close()
                 lost = process.part
                 if lost is None and not process.ready:
                     raise MendableError(f"a process ended as it began, with status {event}")
@@ -147,12 +148,12 @@ class _Process:
         if part is not None:
             self._send(part)
         else:
-            self._close()
+            self.close()
 
     def kill(self) -> None:
         """End it now."""
         self._process.kill()
-        self._close()
+        self.close()
         self._thread.join()
 
     def _send(self, thing: Any) -> None:
@@ -161,7 +162,8 @@ class _Process:
             pickle.dump(thing, self._process.stdin)
             self._process.stdin.flush()
 
-    def _close(self) -> None:
+    def close(self) -> None:
+        """Say that there is nothing more to do."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()

@@ -191,8 +191,8 @@ def _locked(out: Path) -> Iterator[None]:
         lock = FolderLock(out)
     except LockedError as error:
         raise CommandError(f"{out} is in use by {error}: wait for it, or choose another") from None
-    except FileExistsError:
-        raise CommandError(f"--out {out} is a file, not a folder") from None
+    except (FileExistsError, NotADirectoryError):
+        raise CommandError(f"--out {out} is a file, or lies in one, and no folder") from None
     except OSError as error:
         raise CommandError(f"cannot use the folder {out}: {error.strerror}") from error
     try:

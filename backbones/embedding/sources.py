@@ -31,7 +31,8 @@ from backbones.training.sources import ImageSource
 
 __all__ = ["Item", "Reader", "Source", "image_bytes", "open_source", "reader"]
 
-_TRAINING = ("digits", "medmnist", "torch", "torchvision", "hfds")
+_IN_FOLDER = ("medmnist", "torch", "torchvision")
+_TRAINING = (*_IN_FOLDER, "digits", "hfds")
 
 
 class Item(NamedTuple):
@@ -330,21 +331,23 @@ def _as_file(data: bytes | None) -> IO[bytes]:
 
 
 def _training_images(place: str, rows: int, split: str, column: str | None) -> Source:
-    images = _open_split(place, split, column)
-    described = {"data": place, "split": split, "column": column}
+    # Where training looks for files that are not Hugging Face's, which has a cache of its own.
+    folder = os.path.abspath("data") if place.partition("/")[0] in _IN_FOLDER else None
+    described = {"data": place, "split": split, "column": column, "folder": folder}
+    images = _open_split(**described)
     bounds = range(0, len(images), rows)
     parts = [(start, min(start + rows, len(images))) for start in bounds]
     listed = [place, split, str(column), str(len(images))]
     return _source("training", Path(os.path.abspath(".")), listed, parts, len(images), **described)
 
 
-def _open_split(place: str, split: str, column: str | None) -> ImageSource:
+def _open_split(data: str, split: str, column: str | None, folder: str | None) -> ImageSource:
     halves: dict[str, Any] = {"train_split": split, "val_split": split}
-    if place == "digits":
+    if data == "digits":
         if split not in ("train", "validation"):
             raise DataError(f"digits has the splits train and validation, not {split!r}")
         halves = {}
-    splits = open_splits(Recipe(data=place, input_key=column, **halves))
+    splits = open_splits(Recipe(data=data, data_dir=folder, input_key=column, **halves))
     images = splits.validation if split == "validation" and not halves else splits.train
     assert isinstance(images, ImageSource)
     return images
@@ -356,7 +359,7 @@ class _Training(Reader):
     @functools.cached_property
     def images(self) -> ImageSource:
         said = self.description
-        return _open_split(said["data"], said["split"], said["column"])
+        return _open_split(**{key: said[key] for key in ("data", "split", "column", "folder")})
 
     def items(self, part: tuple[int, int]) -> Iterator[Item]:
         for index in range(*part):

@@ -69,8 +69,7 @@ def test_killed_at_random_moments(kills: int, workers: int, tmp_path: Path) -> N
     assert not list(out.rglob(".*"))
 
 
-@pytest.mark.parametrize("name", ["fsync", "replace"])
-@pytest.mark.parametrize("number", [0, 1, 3])
+@pytest.mark.parametrize(("name", "number"), [("fsync", 0), ("replace", 1), ("fsync", 5)])
 def test_killed_as_it_writes(name: str, number: int, tmp_path: Path) -> None:
     """Before and after each step in which metadata, the list or a shard gets its place."""
     checkpoint = tiny_checkpoint(tmp_path / "model")
@@ -85,6 +84,7 @@ def test_killed_as_it_writes(name: str, number: int, tmp_path: Path) -> None:
     assert not list((tmp_path / "out").rglob(".*"))
 
 
+@pytest.mark.slow
 def test_workers_end_with_their_parent(tmp_path: Path) -> None:
     checkpoint = tiny_checkpoint(tmp_path / "model")
     photos = make_photos(tmp_path / "photos", 200)

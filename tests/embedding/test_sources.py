@@ -13,6 +13,7 @@ import pyarrow.parquet
 import pytest
 from embedding_runs import make_photos
 from PIL import Image
+from training_runs import make_images
 
 from backbones.embedding.sources import Source, open_source, reader
 from backbones.training.errors import DataError
@@ -135,6 +136,20 @@ def test_what_training_reads(split: str, count: int) -> None:
     assert np.array_equal(np.asarray(last), np.asarray(opener.find(items[-1].key)))
     with pytest.raises(KeyError):
         opener.find(f"digits/{split}[{count}]")
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
+def test_hugging_face_sets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    images = make_images(tmp_path / "images", {"train": 6, "validation": 3})
+    source = open_source(f"hfds/{images}", rows=2, split="validation")
+    opener = reader(source.description)
+    items = [item for part in source.parts for item in opener.items(part)]
+    assert len({item.key for item in items}) == source.images == 3
+    for item in items:
+        found = item.open(), opener.find(item.key)
+        assert all(isinstance(image, Image.Image) for image in found)
+        assert np.array_equal(*map(np.asarray, found))
 
 
 def _cut(folder: Path) -> Path:
