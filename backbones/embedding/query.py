@@ -5,8 +5,9 @@ from __future__ import annotations
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 import torch
@@ -88,8 +89,12 @@ def _decode(images: Images, path: Path) -> np.ndarray:
         raise OSError(problem)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of damage that spoils no pixel
-        pixels, _ = images.decode(Item(str(path), lambda: open(path, "rb")))
+        pixels, _ = images.decode(Item(str(path), partial(_open, path)))
     return pixels
+
+
+def _open(path: Path) -> IO[bytes]:
+    return open(path, "rb")
 
 
 def _weights(folder: str | Path, said: dict[str, Any], checkpoint: str | Path | None) -> Path:

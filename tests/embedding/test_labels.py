@@ -9,6 +9,9 @@ import pytest
 from embedding_tables import make_table
 
 from backbones.embedding.labels import LabelError, labels_of, read_assignments, split_of
+from backbones.embedding.sources import open_source
+from backbones.training.data import open_splits
+from backbones.training.recipe import Recipe
 
 KEYS = ["train/cat/0.png", "train/dog/1.png", "val/cat/2.png", "3.png"]
 
@@ -75,12 +78,8 @@ def test_labels_of_rows(table: Path, tmp_path: Path) -> None:
 
 def test_labels_of_the_source(tmp_path: Path) -> None:
     """Of scikit-learn's digits, in the order of training's split."""
-    from backbones.training.data import open_splits
-    from backbones.training.recipe import Recipe
-
     images = open_splits(Recipe(data="digits")).validation
-    source = {"kind": "training", "path": str(tmp_path), "data": "digits"}
-    source |= {"split": "validation", "column": None}
+    source = open_source("digits", split="validation").description
     keys = [images.name(i) for i in (0, 7, 3)]
     table = make_table(tmp_path / "table", np.eye(3, dtype=np.float32), keys, source=source)
     assert labels_of(table, "source") == [str(images.labels[i]) for i in (0, 7, 3)]
