@@ -134,58 +134,75 @@ def probe(
         raise MendableError(
             "probe needs scikit-learn: pip install scikit-learn (or '.[search]')"
         ) from None
-    known = labels_of(folder, labels)
-    rows, labelled = len(known), sum(label is not None for label in known)
     generator = np.random.default_rng(seed)
-    notes: list[str] = []
-    if test is not None:
-        if split is not None:
-            raise ValueError("give either test or split")
-        _require_alike(folder, test)
-        others = labels_of(test, labels if test_labels is None else test_labels)
-        rows, labelled = rows + len(others), labelled + sum(x is not None for x in others)
-        sets = [(folder, _labelled(known)), (test, _labelled(others))]
-    else:
-        if split is not None:
-            parts = split_of(folder, split)
-            chosen = [
-                [i for i in _labelled(known) if parts[i] == part] for part in ("train", "test")
-            ]
-        else:
-            chosen = _stratified(known, held_out, generator)
-        sets, others = [(folder, chosen[0]), (folder, chosen[1])], known
-    (_, train_rows), (_, test_rows) = sets
-    classes = _order({str(known[i]) for i in train_rows})
+    train, held, seen = _sides(folder, labels, test, test_labels, split, held_out, generator)
+    classes = _order({str(train.labels[i]) for i in train.rows})
     if len(classes) < 2:
         raise LabelError(f"to tell classes apart there must be two, and {folder} has {classes}")
-    unknown = sorted({str(others[i]) for i in test_rows} - set(classes))
+    number_of = {name: number for number, name in enumerate(classes)}
+    notes: list[str] = []
+    unknown = sorted({str(held.labels[i]) for i in held.rows} - set(classes))
     if unknown:
-        test_rows = [i for i in test_rows if others[i] in classes]
+        held.rows = [i for i in held.rows if held.labels[i] in number_of]
         notes.append(
             f"{len(unknown)} classes are held out alone and were left out, such as {unknown[0]}"
         )
-    if not test_rows:
+    if not held.rows:
         raise LabelError("no image of a known class is held out to measure on")
-    reduced = []
-    for name, numbers, given in (("learn from", train_rows, known), ("measure", test_rows, others)):
-        if len(numbers) > most_rows:
-            notes.append(f"of {len(numbers)} images to {name} {most_rows} were chosen at random")
-            numbers = _fewer(numbers, given, most_rows, generator)
-        reduced.append(np.array(sorted(numbers)))
-    number_of = {name: number for number, name in enumerate(classes)}
-    y, y_test = (
-        np.array([number_of[str(given[i])] for i in numbers])
-        for numbers, given in zip(reduced, (known, others), strict=True)
-    )
-    x, _ = _vectors(sets[0][0], reduced[0])
-    x_test, keys = _vectors(sets[1][0], reduced[1])
-    truth = _Truth(classes, y_test, keys, str(sets[1][0]))
+    for side, what in ((train, "learn from"), (held, "measure on")):
+        if (count := len(side.rows)) > most_rows:
+            side.rows = _fewer(side, most_rows, generator)
+            notes.append(f"of {count} images to {what} {len(side.rows)} were chosen at random")
+    (x, y, _), (x_test, y_test, keys) = (side.read(number_of) for side in (train, held))
+    truth = _Truth(classes, y_test, keys, str(held.folder))
     methods = [
         _nearest(x, y, x_test, truth, neighbors),
         _linear(x, y, x_test, truth, c, seed),
     ]
     chance = float((y_test == np.bincount(y).argmax()).mean())
-    return Report(rows, labelled, len(y), len(y_test), classes, chance, methods, notes)
+    labelled = sum(label is not None for label in seen)
+    return Report(len(seen), labelled, len(y), len(y_test), classes, chance, methods, notes)
+
+
+@dataclass
+class _Side:
+    """Images to learn from, or to measure on: some rows of a table."""
+
+    folder: str | Path
+    labels: list[str | None]
+    rows: list[int]
+
+    def read(self, number_of: Mapping[str, int]) -> tuple[np.ndarray, np.ndarray, list[str]]:
+        """Embeddings (n, dim), numbers of classes (n,) and keys, in the table's order."""
+        rows = np.array(sorted(self.rows))
+        vectors, keys = _vectors(self.folder, rows)
+        return vectors, np.array([number_of[str(self.labels[i])] for i in rows]), keys
+
+
+def _sides(
+    folder: str | Path,
+    labels: Labels,
+    test: str | Path | None,
+    test_labels: Labels | None,
+    split: Labels | None,
+    held_out: float,
+    generator: np.random.Generator,
+) -> tuple[_Side, _Side, list[str | None]]:
+    """What to learn from, what to measure on, and the classes of all rows that there are."""
+    known = labels_of(folder, labels)
+    if test is not None:
+        if split is not None:
+            raise ValueError("give either test or split")
+        _require_alike(folder, test)
+        others = labels_of(test, labels if test_labels is None else test_labels)
+        train, held = _Side(folder, known, _labelled(known)), _Side(test, others, _labelled(others))
+        return train, held, known + others
+    if split is None:
+        chosen = _stratified(known, held_out, generator)
+    else:
+        parts = split_of(folder, split)
+        chosen = [[i for i in _labelled(known) if parts[i] == part] for part in ("train", "test")]
+    return _Side(folder, known, chosen[0]), _Side(folder, known, chosen[1]), known
 
 
 def _check(held_out: float, neighbors: int, c: float, most_rows: int) -> None:
@@ -244,16 +261,11 @@ def _stratified(
     return [train, test]
 
 
-def _fewer(
-    numbers: Sequence[int],
-    labels: Sequence[str | None],
-    most: int,
-    generator: np.random.Generator,
-) -> list[int]:
-    """At most ``most`` of some rows, the same share of every class, one of each at least."""
+def _fewer(side: _Side, most: int, generator: np.random.Generator) -> list[int]:
+    """About ``most`` of the rows, the same share of every class, one of each at least."""
     chosen: list[int] = []
-    for _, inside in sorted(_by_class(numbers, labels).items()):
-        count = max(1, int(len(inside) * most / len(numbers)))
+    for _, inside in sorted(_by_class(side.rows, side.labels).items()):
+        count = max(1, int(len(inside) * most / len(side.rows)))
         chosen += generator.permutation(inside)[:count].tolist()
     return chosen
 

@@ -129,7 +129,7 @@ def test_rows_are_bounded(hard: Path) -> None:
     assert (report.train, report.test) == (30, 30)
     assert report.notes == [
         "of 144 images to learn from 30 were chosen at random",
-        "of 36 images to measure 30 were chosen at random",
+        "of 36 images to measure on 30 were chosen at random",
     ]
 
 
