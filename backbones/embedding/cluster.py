@@ -103,7 +103,8 @@ def _embed(row: dict[str, Any], job: Job) -> dict[str, Any]:
     """On a machine of the cluster: one part."""
     global _worker
     number, part = pickle.loads(row["order"])
-    rows, corrupt = 0, []
+    rows = 0
+    corrupt: list[tuple[str, str]] = []
     try:
         if _worker is None or _worker[0] != job:
             torch.set_num_threads(1 if job.device == "cpu" else os.cpu_count() or 1)

@@ -333,7 +333,7 @@ def _as_file(data: bytes | None) -> IO[bytes]:
 def _training_images(place: str, rows: int, split: str, column: str | None) -> Source:
     # Where training looks for files that are not Hugging Face's, which has a cache of its own.
     folder = os.path.abspath("data") if place.partition("/")[0] in _IN_FOLDER else None
-    described = {"data": place, "split": split, "column": column, "folder": folder}
+    described: dict[str, Any] = {"data": place, "split": split, "column": column, "folder": folder}
     images = _open_split(**described)
     bounds = range(0, len(images), rows)
     parts = [(start, min(start + rows, len(images))) for start in bounds]

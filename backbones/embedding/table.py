@@ -169,7 +169,7 @@ def identity(content: dict[str, Any]) -> str:
 
 def differences(there: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
     """What makes two descriptions of a table different ones, as "model: a there, b now"."""
-    found = []
+    found: list[str] = []
     for key in _DECISIVE:
         if key == "format" or (key in ("images", "shards") and found):
             continue  # these follow from the others
