@@ -41,7 +41,8 @@ def _kill_somewhere(process: Run, out: Path, chance: random.Random) -> bool:
     [
         (3, 1),
         pytest.param(12, 1, marks=pytest.mark.slow),
-        pytest.param(10, 2, marks=pytest.mark.slow),
+        # Two processes more import torch each time.
+        pytest.param(10, 2, marks=[pytest.mark.slow, pytest.mark.timeout(1200)]),
     ],
 )
 def test_killed_at_random_moments(kills: int, workers: int, tmp_path: Path) -> None:
