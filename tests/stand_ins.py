@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from embedded_images import embed_images
 from PIL import Image
 from restoration_runs import make_pictures
 from training_runs import TINY, make_images
@@ -81,6 +82,19 @@ def _quickstart(path: Path) -> None:
     assert train_cls.main(words) == 0
 
 
+def _embedded(path: Path) -> None:
+    """What ``vision-backbones embed`` leaves, of a folder with ``train`` and ``val`` in it."""
+    made = path.with_name(f"{path.name}_made")
+    made.mkdir()
+    shutil.copytree(embed_images(made).table, path)
+
+
+def _labels(path: Path) -> None:
+    """Classes of these images."""
+    keys = [f"train/class{i % 3}/{i:03}.png" for i in range(12)]
+    path.write_text("key,label\n" + "".join(f"{key},{key.split('/')[1]}\n" for key in keys))
+
+
 def _detector(config: str, path: Path) -> None:
     """What ``tools/train_mm.py`` leaves."""
     with _openmmlab():
@@ -140,6 +154,8 @@ MAKERS: dict[str, Callable[[Path], object]] = {
     "scans": lambda path: _picture(path / "page.tif", mode="L"),
     "a.jpg": _picture,
     "photo.jpg": _picture,
+    "embedded": _embedded,
+    "labels.csv": _labels,
     "images": lambda path: make_images(path, {"train": 6, "val": 3}, CLASSES),
     "data/Set5": lambda path: make_pictures(path, 2, side=64),
     "data/Urban100": lambda path: make_pictures(path, 2, side=64),

@@ -21,6 +21,9 @@ __all__ = ["COMMANDS", "main", "run_command"]
 COMMANDS: dict[str, tuple[str, str]] = {
     "predict": ("backbones.cli.predict", "classify images and draw class activation maps"),
     "embed": ("backbones.cli.embed", "write features of many images to Parquet; resumable"),
+    "search": ("backbones.cli.search", "find the embedded images most similar to given ones"),
+    "duplicates": ("backbones.cli.duplicates", "group embedded images that are nearly identical"),
+    "probe": ("backbones.cli.probe", "measure how well embeddings separate classes"),
     "summary": ("backbones.cli.summary", "shape, parameters, MACs and time of every stage"),
     "export": ("backbones.cli.export", "write an ONNX or torch.export file and check it"),
     "verify": ("backbones.cli.verify", "identify a checkpoint and compare its outputs"),

@@ -221,7 +221,11 @@ def _content(
         dim *= side
     return {
         "model": network.name,
-        "weights": {"file": checkpoint.name, "sha256": digest(checkpoint)},
+        "weights": {
+            "file": checkpoint.name,
+            "path": str(checkpoint.absolute()),
+            "sha256": digest(checkpoint),
+        },
         "preprocessing": network.preprocessing,
         "features": features,
         "shape": list(network.shape),

@@ -120,11 +120,11 @@ def schema(dim: int, dtype: str = "float32", classes: bool = False) -> pyarrow.S
 def metadata(folder: str | Path) -> dict[str, Any]:
     """What ``metadata.json`` says.
 
-    ``model``; ``weights`` (``file``, ``sha256``); ``preprocessing``; ``features``; ``shape`` and
-    ``dim`` of an embedding; ``dtype`` of the stored numbers and ``computed``, the one that they
-    were computed in; ``classes``, how many are kept of an image, and their ``names``; ``source``
-    (``kind``, ``path``, …); ``images`` in it (None where only reading tells), ``shards`` and the
-    ``rows`` of one; ``versions``.
+    ``model``; ``weights`` (``file``, its name, ``path``, ``sha256``); ``preprocessing``;
+    ``features``; ``shape`` and ``dim`` of an embedding; ``dtype`` of the stored numbers and
+    ``computed``, the one that they were computed in; ``classes``, how many are kept of an image,
+    and their ``names``; ``source`` (``kind``, ``path``, …); ``images`` in it (None where only
+    reading tells), ``shards`` and the ``rows`` of one; ``versions``.
 
     Raises:
         FileNotFoundError: there is no such folder, or no ``metadata.json`` in it.

@@ -20,6 +20,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from embedding_tables import make_table
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from PIL import Image
@@ -64,6 +65,13 @@ class Line:
     bad: bool = False
 
 
+NO_TABLE = [*NO_FILE, "{0}/photos", "{0}/text.txt"]
+
+RESULTS = [
+    Option("--out", ["{0}/a.png", "/dev/null"], NO_TARGET, required=True),
+    Option("--html", ["{0}/a.html", "/dev/null"], NO_TARGET),
+    Option("--json", ["{0}/a.json", "/dev/null"], NO_TARGET),
+]
 RESTORER = [
     Option("--model", ["hat_nano_x2"], ["", "van_b0", "x", "hat_nano_x9"], required=True),
     Option("--checkpoint", ["{0}/hat.pt"], [*NO_FILE, "{0}/text.txt", "{0}/photos/0.png"], True),
@@ -83,6 +91,36 @@ OPTIONS: dict[str, list[Option]] = {
         Option("--json", ["{0}/a.json", "/dev/null"], NO_TARGET),
         Option("--batch-size", ["1", "99999999999"], BELOW_ONE),
         Option("--device", ["cpu", "cpu:0"], NO_DEVICE),
+    ],
+    "search": [
+        Option("", ["{0}/table"], NO_TABLE, required=True),
+        Option("--key", ["00001.png"], ["x", "\udcff"], True),
+        Option("--query", [], [*NO_FILE, "{0}/empty"]),
+        Option("--top", ["1", "3", "99999999999"], BELOW_ONE),
+        Option("--index", ["auto", "exact"], ["", "x"]),
+        Option("--checkpoint", ["{0}/best.safetensors"], [""]),
+        *RESULTS,
+        Option("--csv", ["{0}/a.csv", "/dev/null"], NO_TARGET),
+    ],
+    "duplicates": [
+        Option("", ["{0}/table"], NO_TABLE, required=True),
+        Option("--threshold", ["1", "0.5"], ["", "x", "nan", "inf", "0", "-1", "1.01"]),
+        Option("--index", ["auto", "exact"], ["", "x"]),
+        *RESULTS,
+        Option("--csv", ["{0}/a.csv", "/dev/null"], NO_TARGET),
+    ],
+    "probe": [
+        Option("", ["{0}/table"], NO_TABLE, required=True),
+        Option("--labels", ["{0}/classes.csv"], ["", "{0}/none", "{0}/photos", "source"], True),
+        Option("--test", ["{0}/table"], NO_TABLE),
+        Option("--test-labels", [], ["", "x"]),
+        Option("--split", [], ["", "folder", "{0}/none"]),
+        Option("--held-out", ["0.5"], ["", "x", "nan", "0", "-1", "1"]),
+        Option("--neighbors", ["1", "99999999999"], BELOW_ONE),
+        Option("--c", ["1", "1e-3"], ["", "x", "nan", "inf", "0", "-1"]),
+        Option("--most-rows", ["4", "99999999999"], [*BELOW_ONE, "1"]),
+        Option("--seed", ["0", "4294967295"], [*NO_NUMBER, "-1", "4294967296"]),
+        *RESULTS,
     ],
     "summary": [
         Option("", ["shvit_s1", "van_b0"], ["", "x", "van_b9", "\udcff", "--"], required=True),
@@ -174,6 +212,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     (folder / "labels.txt").write_text("a\nb\nc\n")
     (folder / "labels.json").write_text('["a", "b", "c"]')
     (folder / "report.json").write_text('{"machine": {}, "results": []}')
+    (folder / "classes.csv").write_text("".join(f"0000{i}.png,{'abab'[i]}\n" for i in range(4)))
+    make_table(folder / "table", np.random.default_rng(0).normal(size=(4, 3)).astype(np.float32))
     (folder / "loop").symlink_to("loop")
     (folder / "empty").mkdir()
     pixels = np.random.RandomState(0).randint(0, 255, (2, 9, 8, 3)).astype(np.uint8)

@@ -384,7 +384,11 @@ def test_metadata_explains_the_table(photos: Path, checkpoint: Path) -> None:
     embed(photos, out, checkpoint=checkpoint, classes=1, workers=1)
     said = json.loads((out / "metadata.json").read_text())
     assert said["model"] == "shvit_s1"
-    assert said["weights"] == {"file": "best.safetensors", "sha256": network.digest(checkpoint)}
+    assert said["weights"] == {
+        "file": "best.safetensors",
+        "path": str(checkpoint.absolute()),
+        "sha256": network.digest(checkpoint),
+    }
     assert said["preprocessing"]["input_size"] == [3, 32, 32]
     assert (said["dim"], said["images"], said["shards"]) == (32, 10, 1)
     assert said["versions"]["torch"] == torch.__version__

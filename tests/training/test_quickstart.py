@@ -13,6 +13,7 @@ from training_runs import QUICK, make_images, train
 
 import backbones
 import train_cls
+from backbones.cli.main import main
 from backbones.training.data import open_splits
 from backbones.training.distributed import World
 from backbones.training.progress import RESULTS, Progress, duration
@@ -100,7 +101,19 @@ def test_durations():
 
 
 @pytest.mark.slow
-def test_the_promised_accuracy(tmp_path):
+def test_the_promised_accuracy_and_features(tmp_path):
+    """Nearest neighbours among the digits that were trained on know those that were not."""
     assert train_cls.main(["--config", str(QUICKSTART), f"--output={tmp_path}"]) == 0
-    rows = read_summary(tmp_path / "quickstart")
-    assert max(float(row["val_top1"]) for row in rows) >= 98.5
+    run = tmp_path / "quickstart"
+    assert max(float(row["val_top1"]) for row in read_summary(run)) >= 98.5
+
+    tables = [tmp_path / split for split in ("train", "validation")]
+    for table in tables:
+        words = ["embed", "digits", "--checkpoint", run / "best.safetensors", "--workers", "1"]
+        assert main([*map(str, words), f"--split={table.name}", f"--out={table}"]) == 0
+    words = ["probe", tables[0], "--test", tables[1], "--labels", "source"]
+    assert main([*map(str, words), f"--json={tmp_path / 'probe.json'}"]) == 0
+    report = json.loads((tmp_path / "probe.json").read_text())
+    assert (report["train"], report["test"]) == (1442, 355)
+    for method in report["methods"].values():
+        assert method["accuracy"] >= 0.98

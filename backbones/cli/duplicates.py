@@ -1,0 +1,112 @@
+"""``vision-backbones duplicates``: groups of images whose embeddings hardly differ."""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+from backbones.cli.results import add_outputs, as_csv, as_json, check_outputs, facts, write_text
+from backbones.core.arguments import nonempty_path, real
+from backbones.core.messages import one_line
+from backbones.core.tables import table
+from backbones.embedding.duplicates import THRESHOLD, Member, find_duplicates
+from backbones.embedding.page import write_page
+from backbones.embedding.rows import count_rows
+from backbones.embedding.search import INDEXES
+from backbones.embedding.sheet import Row, Tile, draw_sheet
+from backbones.embedding.thumbnails import thumbnails
+
+__all__ = ["EXAMPLE", "add_arguments", "run"]
+
+EXAMPLE = "features/ --threshold 0.98 --csv duplicates.csv"
+
+_PICTURE = "duplicates.png"
+# So many groups are in the picture and on the page, with so many images each.
+_DRAWN, _SHOWN, _TILES = 24, 200, 16
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The command line of ``duplicates``."""
+    add = parser.add_argument
+    add("folder", type=nonempty_path, metavar="FOLDER", help="of `vision-backbones embed`")
+    add(
+        "--threshold",
+        type=real(0, 1, above=True),
+        default=THRESHOLD,
+        metavar="C",
+        help=f"least cosine of two near-duplicates ({THRESHOLD})",
+    )
+    add("--index", choices=INDEXES, default="auto", help="exact, or hnsw beyond 200,000 rows")
+    add_outputs(parser, _PICTURE, "contact sheet of the groups", "image in a group")
+
+
+def run(options: Namespace) -> int:
+    """Run ``duplicates``."""
+    folder: Path = options.folder
+    path = check_outputs(options, _PICTURE)
+    groups = find_duplicates(folder, options.threshold, options.index, progress=True)
+    rows = [
+        (number, m.key, m.height, m.width, f"{m.similarity:.6f}")
+        for number, group in enumerate(groups, start=1)
+        for m in group
+    ]
+    sys.stdout.write(_as_table(groups))
+    extra = sum(map(len, groups)) - len(groups)
+    said = (
+        f"{len(groups)} groups; without {extra} of {count_rows(folder)} images each is there once"
+    )
+    sys.stdout.write(f"{said}\n")
+    write_text(options.csv, as_csv(("group", "key", "height", "width", "similarity"), rows))
+    write_text(options.json, as_json(_entries(groups)))
+    if groups:
+        shown = _rows(folder, groups[: _DRAWN if options.html is None else _SHOWN])
+        title = f"Near-duplicates in {folder}"
+        draw_sheet(path, title, shown[:_DRAWN])
+        if options.html is not None:
+            told = {"threshold": f"cosine of at least {options.threshold:g}", "found": said}
+            write_page(options.html, title, facts(folder, **told), shown)
+    return 0
+
+
+def _as_table(groups: Sequence[Sequence[Member]]) -> str:
+    rows = [
+        [
+            str(number) if not place else "",
+            f"{m.similarity:.3f}",
+            f"{m.height}×{m.width}",
+            one_line(m.key),
+        ]
+        for number, group in enumerate(groups, start=1)
+        for place, m in enumerate(group)
+    ]
+    return table(("group", "similarity", "size", "image"), rows, last_left=True) if rows else ""
+
+
+def _entries(groups: Sequence[Sequence[Member]]) -> list[list[dict[str, object]]]:
+    return [
+        [
+            {
+                "key": m.key,
+                "height": m.height,
+                "width": m.width,
+                "similarity": round(m.similarity, 6),
+            }
+            for m in group
+        ]
+        for group in groups
+    ]
+
+
+def _rows(folder: Path, groups: Sequence[Sequence[Member]]) -> list[Row]:
+    find = thumbnails(folder)
+    rows = []
+    for number, group in enumerate(groups, start=1):
+        left_out = f", {_TILES} of them shown" if len(group) > _TILES else ""
+        tiles = [
+            Tile(find(m.key), f"{m.similarity:.3f}   {m.height}×{m.width}", m.key)
+            for m in group[:_TILES]
+        ]
+        rows.append(Row(f"group {number}: {len(group)} images{left_out}", tiles))
+    return rows

@@ -1,0 +1,184 @@
+"""``vision-backbones probe``: how well the embeddings of a table tell classes apart."""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from backbones.cli.results import add_outputs, as_json, check_outputs, facts, write_text
+from backbones.core.arguments import nonempty, nonempty_path, real, whole
+from backbones.core.console import CommandError
+from backbones.core.messages import one_line
+from backbones.core.tables import table
+from backbones.embedding.confusion import confusions, draw_confusion
+from backbones.embedding.page import Table, write_page
+from backbones.embedding.probe import MOST_ROWS, Method, Report, probe
+from backbones.embedding.sheet import Row, Tile
+from backbones.embedding.thumbnails import thumbnails
+
+__all__ = ["EXAMPLE", "add_arguments", "run"]
+
+EXAMPLE = "features/ --labels labels.csv --html probe.html"
+
+_PICTURE = "confusion.png"
+# So many mistakes of each method, and so many kinds of them, are on the page.
+_MISTAKES, _KINDS = 120, 20
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The command line of ``probe``."""
+    add = parser.add_argument
+    add("folder", type=nonempty_path, metavar="FOLDER", help="of `vision-backbones embed`")
+    add(
+        "--labels",
+        type=nonempty,
+        required=True,
+        metavar="WHICH",
+        help="a CSV, TSV or JSON of keys and classes; folder: the name of an image's folder; "
+        "source: what digits, medmnist/, torch/, hfds/ say",
+    )
+    add("--test", type=nonempty_path, metavar="FOLDER", help="measure on these embeddings")
+    add("--test-labels", type=nonempty, metavar="WHICH", help="of those, if --labels lacks them")
+    add(
+        "--split",
+        type=nonempty,
+        metavar="WHICH",
+        help="a CSV, TSV or JSON of keys and train or test; folder: train/, val/ or test/ in keys",
+    )
+    add("--held-out", type=real(0, 0.99, above=True), default=0.2, metavar="SHARE", help="(0.2)")
+    add("--neighbors", type=whole(1), default=5, metavar="N", help="that vote (5)")
+    add("--c", type=real(0, above=True), default=1.0, help="1 / regularisation, linear probe (1)")
+    add(
+        "--most-rows",
+        type=whole(2),
+        default=MOST_ROWS,
+        metavar="N",
+        help=f"to learn from, and to measure on ({MOST_ROWS:,})",
+    )
+    add("--seed", type=whole(0, 2**32 - 1), default=0, metavar="N", help="of random choices (0)")
+    add_outputs(parser, _PICTURE, "picture of what is taken for what")
+
+
+def run(options: Namespace) -> int:
+    """Run ``probe``."""
+    folder: Path = options.folder
+    if options.test is not None and options.split is not None:
+        raise CommandError("give either --test or --split")
+    if options.test is None and options.test_labels is not None:
+        raise CommandError("--test-labels are of the embeddings in --test FOLDER")
+    given = [options.labels, options.test_labels, options.split]
+    files = [Path(word) for word in given if word not in (None, "folder", "source")]
+    path = check_outputs(options, _PICTURE, files)
+    report = probe(
+        folder,
+        options.labels,
+        options.test,
+        options.test_labels,
+        options.split,
+        options.held_out,
+        options.neighbors,
+        options.c,
+        options.most_rows,
+        options.seed,
+    )
+    data = _data(report)
+    sys.stdout.write(f"{data}\n{table(_HEAD, _figures(report))}")
+    for note in (*report.notes, *(f"{m.name}: {m.note}" for m in report.methods if m.note)):
+        sys.stderr.write(f"note: {one_line(note)}\n")
+    write_text(options.json, as_json(_entries(report)))
+    title = f"Probe of {folder}, {len(report.classes)} classes"
+    draw_confusion(path, report, title)
+    if options.html is not None:
+        write_page(
+            options.html,
+            title,
+            facts(folder, data=data),
+            _rows(report),
+            [Table(_HEAD, _figures(report)), *map(_kinds, report.methods, [report] * 2)],
+            path.read_bytes() if path.is_file() else None,
+            f"{report.methods[0].name} and {report.methods[1].name}: what is taken for what",
+        )
+    return 0
+
+
+_HEAD = ("method", "accuracy", "95 % interval", "mean of classes")
+
+
+def _figures(report: Report) -> list[list[str]]:
+    rows = [
+        [
+            method.name,
+            f"{100 * method.accuracy:.1f} %",
+            f"{100 * method.low:.1f} … {100 * method.high:.1f} %",
+            f"{100 * method.per_class:.1f} %",
+        ]
+        for method in report.methods
+    ]
+    return [*rows, ["always the most frequent class", f"{100 * report.chance:.1f} %", "", ""]]
+
+
+def _data(report: Report) -> str:
+    return (
+        f"{report.rows} images, {report.labelled} of them of {len(report.classes)} known classes: "
+        f"{report.train} to learn from, {report.test} held out"
+    )
+
+
+def _entries(report: Report) -> dict[str, Any]:
+    counts = {key: getattr(report, key) for key in ("rows", "labelled", "train", "test", "chance")}
+    methods = {
+        method.name: {
+            **{k: getattr(method, k) for k in ("accuracy", "low", "high", "per_class", "note")},
+            "confusions": confusions(method, report.classes),
+            "mistakes": [
+                {
+                    "key": m.key,
+                    "class": m.truth,
+                    "taken_for": m.answer,
+                    "confidence": round(m.confidence, 6),
+                }
+                for m in method.mistakes
+            ],
+        }
+        for method in report.methods
+    }
+    return {**counts, "classes": report.classes, "notes": report.notes, "methods": methods}
+
+
+def _group(method: Method, truth: str, answer: str) -> str:
+    return f"{method.name}: {truth} → {answer}"
+
+
+def _kinds(method: Method, report: Report) -> Table:
+    """The most frequent confusions of a method."""
+    found = confusions(method, report.classes)[:_KINDS]
+    return Table(
+        (f"{method.name}: class", "taken for", "images"),
+        [(truth, answer, str(count)) for truth, answer, count in found],
+        [_group(method, truth, answer) for truth, answer, _ in found],
+    )
+
+
+def _rows(report: Report) -> list[Row]:
+    rows = []
+    for method in report.methods:
+        shown: Sequence[Any] = method.mistakes[:_MISTAKES]
+        if not shown:
+            continue
+        find = thumbnails(shown[0].folder)
+        tiles = [
+            Tile(
+                find(m.key),
+                f"{m.truth} → {m.answer}   {100 * m.confidence:.0f} %",
+                m.key,
+                group=_group(method, m.truth, m.answer),
+            )
+            for m in shown
+        ]
+        count = len(method.mistakes)
+        some = f", the surest {len(shown)} shown" if count > len(shown) else ", the surest first"
+        rows.append(Row(f"{method.name}: {count} mistakes{some}", tiles))
+    return rows

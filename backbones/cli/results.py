@@ -1,0 +1,86 @@
+"""What the commands on embeddings share: where results go, and what a page says at its head."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import io
+import json
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+from backbones.core.arguments import nonempty_path, require_writable
+from backbones.core.console import CommandError
+from backbones.embedding.rows import count_rows
+from backbones.embedding.table import METADATA, metadata, shard_paths
+from backbones.training.checkpoint import write_atomically
+
+__all__ = ["add_outputs", "as_csv", "as_json", "check_outputs", "facts", "write_text"]
+
+
+def add_outputs(parser: ArgumentParser, picture: str, what: str, rows: str = "") -> None:
+    """``--out``, ``--html``, ``--json`` and, if ``rows`` says of what, ``--csv``."""
+    add = parser.add_argument
+    named = f"{what} (FOLDER/{picture})"
+    add("--out", type=nonempty_path, metavar="PNG", help=named)
+    add("--html", type=nonempty_path, metavar="FILE", help="a page, for a browser, in one file")
+    if rows:
+        add("--csv", type=nonempty_path, metavar="FILE", help=f"write a row for each {rows}")
+    add("--json", type=nonempty_path, metavar="FILE", help="write all that was found")
+
+
+def check_outputs(options: Namespace, picture: str, inputs: Iterable[Path | None] = ()) -> Path:
+    """Where the picture goes; refuses early what could not be written.
+
+    Raises:
+        CommandError, FileNotFoundError, TableError: there is no table, matplotlib is missing, or a
+            file cannot be written.
+    """
+    tables = [options.folder, *filter(None, [getattr(options, "test", None)])]
+    held = [path for folder in tables for path in (folder / METADATA, *shard_paths(folder))]
+    if importlib.util.find_spec("matplotlib") is None:
+        raise CommandError(
+            "the picture is drawn with matplotlib: pip install matplotlib (or '.[search]')"
+        )
+    path: Path = options.out or options.folder / picture
+    outputs = {"--out": path, "--html": options.html, "--json": options.json}
+    if "csv" in options:
+        outputs["--csv"] = options.csv
+    require_writable(outputs, [*held, *inputs])
+    return path
+
+
+def facts(folder: Path, **more: str) -> dict[str, str]:
+    """What a page says at its head: of the table, and ``more``."""
+    said = metadata(folder)
+    weights = f"{said['weights']['file']} (SHA-256 {said['weights']['sha256'][:16]}…)"
+    source = said["source"]
+    place = f"{source['data']}, {source['split']}" if "data" in source else source["path"]
+    return {
+        "embeddings": f"{count_rows(folder)} of {said['dim']} numbers in {folder}",
+        "images": str(place),
+        "model": f"{said['model']}, {weights}",
+        **more,
+    }
+
+
+def as_json(content: Any) -> str:
+    """Text of JSON."""
+    return json.dumps(content, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def as_csv(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
+    """Text of CSV."""
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerows([head, *rows])
+    return text.getvalue()
+
+
+def write_text(path: Path | None, text: str) -> None:
+    """Write a file if one is asked for."""
+    if path is not None:
+        data = text.encode(errors="backslashreplace")
+        write_atomically(path, lambda file: file.write(data))

@@ -1,0 +1,131 @@
+"""``vision-backbones search``: the images of a table of embeddings that are most like others."""
+
+from __future__ import annotations
+
+import sys
+from argparse import ArgumentParser, Namespace
+from collections.abc import Sequence
+from pathlib import Path
+
+import numpy as np
+
+from backbones.cli.predict import find_images
+from backbones.cli.results import add_outputs, as_csv, as_json, check_outputs, facts, write_text
+from backbones.core.arguments import nonempty_path, whole
+from backbones.core.console import CommandError
+from backbones.core.images import DECODE_ERRORS
+from backbones.core.messages import one_line
+from backbones.core.tables import table
+from backbones.embedding.page import write_page
+from backbones.embedding.query import embed_queries
+from backbones.embedding.rows import vectors_of
+from backbones.embedding.search import INDEXES, Match, search
+from backbones.embedding.sheet import Row, Tile, draw_sheet
+from backbones.embedding.thumbnails import small, thumbnails
+
+__all__ = ["EXAMPLE", "add_arguments", "run"]
+
+EXAMPLE = "features/ --query photo.jpg --out similar.png"
+
+_PICTURE = "search.png"
+# So many queries are drawn, with so many images each.
+_QUERIES, _TILES = 20, 47
+
+
+def add_arguments(parser: ArgumentParser) -> None:
+    """The command line of ``search``."""
+    add = parser.add_argument
+    add("folder", type=nonempty_path, metavar="FOLDER", help="of `vision-backbones embed`")
+    add(
+        "--query", type=nonempty_path, nargs="+", default=[], metavar="IMAGE", help="files, folders"
+    )
+    add("--key", nargs="+", default=[], metavar="KEY", help="images of FOLDER, by their keys")
+    add("--top", type=whole(1), default=12, metavar="N", help="images to find of each (12)")
+    add("--index", choices=INDEXES, default="auto", help="exact, or hnsw beyond 1,000,000 rows")
+    add("--checkpoint", type=nonempty_path, metavar="FILE", help="the weights, if they were moved")
+    add_outputs(parser, _PICTURE, "contact sheet", "image found")
+
+
+def run(options: Namespace) -> int:
+    """Run ``search``; 1 if a query could not be read."""
+    if not options.query and not options.key:
+        raise CommandError("give --query IMAGE, or the --key of an image in FOLDER")
+    folder: Path = options.folder
+    paths = find_images(options.query)
+    path = check_outputs(options, _PICTURE, [*paths, options.checkpoint])
+    names: list[str] = []
+    numbers: list[int | None] = []
+    vectors = []
+    unreadable: list[tuple[Path, str]] = []
+    if options.key:
+        try:
+            own, found = vectors_of(folder, options.key)
+        except ValueError as error:
+            raise CommandError(str(error)) from error
+        names, numbers, vectors = [*options.key], [*own], [found]
+    if paths:
+        queries = embed_queries(folder, paths, options.checkpoint)
+        unreadable = queries.unreadable
+        names += map(str, queries.paths)
+        numbers += [None] * len(queries.paths)
+        vectors.append(queries.vectors)
+    results = search(
+        folder, np.concatenate(vectors), options.top, options.index, numbers, progress=True
+    )
+    sys.stdout.write(_as_table(names, results))
+    rows = [
+        (name, place, match.key, f"{match.score:.6f}")
+        for name, matches in zip(names, results, strict=True)
+        for place, match in enumerate(matches, start=1)
+    ]
+    write_text(options.csv, as_csv(("query", "place", "key", "score"), rows))
+    write_text(options.json, as_json(_entries(names, results)))
+    if names:
+        drawn = _rows(folder, names, numbers, results)
+        title = f"Most similar images in {folder}"
+        draw_sheet(path, title, drawn)
+        if options.html is not None:
+            write_page(options.html, title, facts(folder, score="cosine, at most 1"), drawn)
+    for query, reason in unreadable:
+        sys.stderr.write(f"cannot read {one_line(str(query))}: {reason}\n")
+    return 1 if unreadable else 0
+
+
+def _as_table(names: Sequence[str], results: Sequence[Sequence[Match]]) -> str:
+    rows = [
+        [one_line(name) if not place else "", f"{match.score:.3f}", one_line(match.key)]
+        for name, matches in zip(names, results, strict=True)
+        for place, match in enumerate(matches)
+    ]
+    return table(("query", "score", "image"), rows, last_left=True) if rows else ""
+
+
+def _entries(names: Sequence[str], results: Sequence[Sequence[Match]]) -> list[dict[str, object]]:
+    return [
+        {
+            "query": name,
+            "matches": [{"key": match.key, "score": round(match.score, 6)} for match in matches],
+        }
+        for name, matches in zip(names, results, strict=True)
+    ]
+
+
+def _rows(
+    folder: Path,
+    names: Sequence[str],
+    numbers: Sequence[int | None],
+    results: Sequence[Sequence[Match]],
+) -> list[Row]:
+    """What is drawn: the query, then what was found."""
+    find = thumbnails(folder)
+    rows = []
+    for name, number, matches in list(zip(names, numbers, results, strict=True))[:_QUERIES]:
+        try:
+            image = small(Path(name)) if number is None else find(name)
+        except DECODE_ERRORS:  # it was there a moment ago
+            image = None
+        tiles = [Tile(image, "query", name, framed=True)]
+        for place, match in enumerate(matches[:_TILES], start=1):
+            tiles.append(Tile(find(match.key), f"{place}   {match.score:.3f}", match.key))
+        rows.append(Row(name, tiles))
+    return rows

@@ -1,0 +1,118 @@
+"""A graph of neighbours over a table of embeddings, by faiss, kept beside the table."""
+
+from __future__ import annotations
+
+import os
+import secrets
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from backbones.core.console import MendableError
+from backbones.core.messages import first_line
+from backbones.embedding.rows import blocks, count_rows, unit
+from backbones.embedding.table import identity, metadata, shard_paths
+from backbones.restoration.memory import available_memory
+
+__all__ = ["Graph", "GraphError", "open_graph"]
+
+# Neighbours of a node, in one direction, and how widely they are looked for.
+_LINKS, _BUILD_WIDTH, _SEARCH_WIDTH = 32, 100, 128
+_NAME = "hnsw-{}.faiss"
+
+
+class GraphError(MendableError, RuntimeError):
+    """There can be no graph here; the message says what to do."""
+
+
+class Graph:
+    """Finds similar rows without looking at all of them."""
+
+    def __init__(self, index: Any) -> None:
+        self._index = index
+
+    def search(self, queries: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
+        """Scores and row numbers (queries, most) of the most similar rows, -1 where there are none.
+
+        Args:
+            queries: (queries, dim), at unit length.
+        """
+        self._index.hnsw.efSearch = max(_SEARCH_WIDTH, 2 * most)
+        scores, numbers = self._index.search(np.ascontiguousarray(queries), most)
+        return np.clip(scores, -1, 1), numbers
+
+
+def open_graph(folder: str | Path, progress: bool = False) -> Graph:
+    """The graph that lies beside a table, built first if there is none for these rows.
+
+    A row takes 4 · dim + 276 bytes in it, of memory and of disk.
+
+    Args:
+        progress: show a bar on standard error while it is built, if that is a terminal.
+
+    Raises:
+        GraphError: faiss is missing, or memory for all rows, or the disk's space.
+        FileNotFoundError, TableError: see :func:`backbones.embedding.table.batches`.
+    """
+    try:
+        import faiss
+    except ImportError:
+        raise GraphError(
+            "the index hnsw needs faiss: pip install faiss-cpu (or '.[search]'), or "
+            "choose --index exact"
+        ) from None
+    content = metadata(folder)
+    rows, dim = count_rows(folder), content["dim"]
+    path = Path(folder) / _NAME.format(identity(content)[:16])
+    need = rows * (4 * dim + 4 * (2 * _LINKS + 5))
+    free = available_memory(torch.device("cpu"), unknown=need)
+    if need > free:
+        raise GraphError(
+            f"a graph over {rows} rows of {dim} would take {need / 2**30:.1f} GiB of memory, and "
+            f"{free / 2**30:.1f} GiB are free; --index exact needs hardly any"
+        )
+    if path.is_file() and path.stat().st_mtime >= _newest(folder):
+        try:
+            index = faiss.read_index(str(path))
+            if index.ntotal == rows and index.d == dim:
+                return Graph(index)
+        except RuntimeError:  # damaged: it is built anew
+            pass
+    index = faiss.IndexHNSWFlat(dim, _LINKS, faiss.METRIC_INNER_PRODUCT)
+    index.hnsw.efConstruction = _BUILD_WIDTH
+    bar = None
+    if progress and os.isatty(2):
+        from tqdm import tqdm
+
+        bar = tqdm(total=rows, unit="row", desc="index", leave=False)
+    for block in blocks(folder):
+        index.add(unit(block.vectors))
+        if bar is not None:
+            bar.update(len(block.keys))
+    if bar is not None:
+        bar.close()
+    _keep(index, path)
+    return Graph(index)
+
+
+def _newest(folder: str | Path) -> float:
+    """When the last shard was written."""
+    return max((shard.stat().st_mtime for shard in shard_paths(folder)), default=0.0)
+
+
+def _keep(index: Any, path: Path) -> None:
+    """Write it whole or not at all, in the place of those of earlier tables."""
+    import faiss
+
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        faiss.write_index(index, str(temporary))
+        for earlier in path.parent.glob(_NAME.format("*")):
+            earlier.unlink()
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:
+        raise GraphError(f"cannot write {path}: {first_line(error)}") from error
+    finally:
+        temporary.unlink(missing_ok=True)

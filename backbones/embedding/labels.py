@@ -1,0 +1,182 @@
+"""Which class an image of a table is of: by a file, its folder's name or its source."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from backbones.core.console import MendableError
+from backbones.core.messages import first_line, one_line, shown
+from backbones.embedding.sources import reader
+from backbones.embedding.table import batches, metadata
+
+__all__ = ["LabelError", "labels_of", "read_assignments", "split_of"]
+
+_KEY_NAMES = ("key", "image", "file", "filename", "file_name", "path", "name")
+_LABEL_NAMES = ("label", "class", "split")
+_SPLITS = {
+    **dict.fromkeys(("train", "training"), "train"),
+    **dict.fromkeys(("test", "val", "valid", "validation"), "test"),
+}
+
+
+class LabelError(MendableError, ValueError):
+    """Labels that cannot be read, or fit no image; the message says why."""
+
+
+def labels_of(folder: str | Path, labels: Mapping[str, str] | str | Path) -> list[str | None]:
+    """The class of each row of a table, in order; None where nothing says it.
+
+    Args:
+        folder: of the table.
+        labels: classes by key; a file of them, see :func:`read_assignments`; ``"folder"`` for the
+            name of the folder that the image lies in; ``"source"`` for what the set says whose
+            images they are (``digits``, ``medmnist/…``, ``torch/…``, ``hfds/…``).
+
+    Raises:
+        LabelError: a file that cannot be read, or no image has a class.
+        FileNotFoundError, TableError: see :func:`backbones.embedding.table.batches`.
+    """
+    find = _finder(folder, labels)
+    found: list[str | None] = []
+    example = ""
+    for key in _keys(folder):
+        example = example or key
+        found.append(find(key))
+    if found and not any(label is not None for label in found):
+        if labels == "folder":
+            raise LabelError(
+                f"no image of {folder} lies in a folder of a class: its keys are like "
+                f"{shown(example)}"
+            )
+        told = "" if isinstance(labels, Mapping) else f"{labels}: "
+        raise LabelError(
+            f"{told}none of its keys is in {folder}, where they are like {shown(example)}"
+        )
+    return found
+
+
+def split_of(folder: str | Path, split: Mapping[str, str] | str | Path) -> list[str | None]:
+    """``"train"``, ``"test"`` or None (of neither) for each row of a table, in order.
+
+    Args:
+        split: as for :func:`labels_of`, with the words train and test (or val, valid, validation);
+            ``"folder"`` for one of them in an image's path, the first from the left.
+
+    Raises:
+        LabelError: another word in a file, or no image is of a split.
+        FileNotFoundError, TableError: see :func:`backbones.embedding.table.batches`.
+    """
+    if split == "folder":
+        found = [
+            next((_SPLITS[part] for part in key.split("/")[:-1] if part in _SPLITS), None)
+            for key in _keys(folder)
+        ]
+        if not any(found):
+            raise LabelError(f"no image of {folder} lies in a folder named train, test or val")
+        return found
+    words = labels_of(folder, split)
+    for word in words:
+        if word is not None and word not in _SPLITS:
+            raise LabelError(f"{split}: a split is {', '.join(_SPLITS)}, not {shown(word)}")
+    return [None if word is None else _SPLITS[word] for word in words]
+
+
+def read_assignments(path: Path) -> dict[str, str]:
+    """Labels by key: CSV or TSV with a key and a label in a row, or JSON.
+
+    A first row that names the columns (``key,label``) is left out; other columns are ignored then.
+    JSON is an object of labels by key, or a list of pairs or of objects with ``key`` and ``label``.
+
+    Raises:
+        LabelError: it cannot be read, is none of these, or gives a key two labels.
+    """
+    try:
+        text = path.read_text(encoding="utf-8-sig", errors="backslashreplace")
+    except OSError as error:
+        raise LabelError(f"cannot read {path}: {error.strerror}") from error
+    pairs = _in_json(path, text) if path.suffix == ".json" else _in_columns(path, text)
+    found: dict[str, str] = {}
+    for key, label in pairs:
+        if found.setdefault(key, label) != label:
+            raise LabelError(
+                f"{path} gives {shown(key)} two labels, {shown(found[key])} and {shown(label)}"
+            )
+    if not found:
+        raise LabelError(f"{path} has no labels")
+    return found
+
+
+def _finder(
+    folder: str | Path, labels: Mapping[str, str] | str | Path
+) -> Callable[[str], str | None]:
+    if isinstance(labels, Mapping):
+        return labels.get
+    if labels == "folder":
+        return lambda key: key.split("/")[-2] if "/" in key else None
+    if labels == "source":
+        return _of_source(folder).get
+    return read_assignments(Path(labels)).get
+
+
+def _of_source(folder: str | Path) -> dict[str, str]:
+    """Labels by key, where the images are of a set that training reads."""
+    source = metadata(folder)["source"]
+    if source["kind"] != "training":
+        raise LabelError(
+            f"the images of {folder} come from a {source['kind']}, which says no classes: give a "
+            "file of labels, or folder"
+        )
+    images: Any = reader(source)
+    numbers = images.images.labels
+    if numbers is None or numbers.ndim != 1:
+        raise LabelError(f"{source['data']} does not say one class for each image")
+    items = images.items((0, len(numbers)))
+    return {item.key: str(int(n)) for item, n in zip(items, numbers, strict=True)}
+
+
+def _keys(folder: str | Path) -> Iterator[str]:
+    for batch in batches(folder, ["key"]):
+        yield from batch.column("key").to_pylist()
+
+
+def _in_columns(path: Path, text: str) -> Iterator[tuple[str, str]]:
+    head = text.partition("\n")[0]
+    separator = "\t" if "\t" in head else ","
+    try:
+        rows = [row for row in csv.reader(io.StringIO(text), delimiter=separator) if row]
+    except csv.Error as error:
+        raise LabelError(f"{path} is no table: {first_line(error)}") from error
+    if not rows:
+        return
+    names = [cell.strip().lower() for cell in rows[0]]
+    key, label = 0, 1
+    named = [i for i, name in enumerate(names) if name in _LABEL_NAMES]
+    keys = [i for i, name in enumerate(names) if name in _KEY_NAMES]
+    if keys and (named or keys[0] == 0):
+        key, label = keys[0], named[0] if named else 1
+        rows = rows[1:]
+    for row in rows:
+        if len(row) <= max(key, label):
+            raise LabelError(
+                f"{path}: a row is a key and a label with a comma or a tab between them, not "
+                f"{shown(separator.join(row))}"
+            )
+        yield row[key].strip(), one_line(row[label].strip())
+
+
+def _in_json(path: Path, text: str) -> Iterator[tuple[str, str]]:
+    try:
+        content = json.loads(text)
+        entries = content.items() if isinstance(content, dict) else content
+        for entry in entries:
+            key, label = (entry["key"], entry["label"]) if isinstance(entry, dict) else tuple(entry)
+            if not isinstance(key, str) or not isinstance(label, (str, int)):
+                raise TypeError(entry)
+            yield key, one_line(str(label))
+    except (ValueError, LookupError, TypeError, RecursionError) as error:
+        raise LabelError(f"{path} is no JSON of labels by key, nor of pairs of them") from error

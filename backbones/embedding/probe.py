@@ -1,0 +1,354 @@
+"""How well embeddings tell classes apart: by nearest neighbours, and by a linear classifier.
+
+Both learn from some of the images and are measured on others, which they have not seen.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from backbones.core.console import MendableError
+from backbones.embedding.labels import LabelError, labels_of, split_of
+from backbones.embedding.rows import blocks, unit
+from backbones.embedding.table import metadata
+
+__all__ = ["MOST_ROWS", "Method", "Mistake", "Report", "probe"]
+
+MOST_ROWS = 100_000
+"""So many rows are learned from at most unless something else is asked for."""
+
+Labels = Mapping[str, str] | str | Path
+
+
+@dataclass(frozen=True)
+class Mistake:
+    """An image whose class was not found.
+
+    Attributes:
+        folder: of the table that it is in.
+        confidence: of the answer, 0 … 1.
+    """
+
+    key: str
+    folder: str
+    truth: str
+    answer: str
+    confidence: float
+
+
+@dataclass
+class Method:
+    """One way to tell the classes apart, and how well that went.
+
+    Attributes:
+        accuracy: share of the held-out images whose class was found.
+        low, high: within which the accuracy on many more such images would lie, at 95 %
+            confidence (E. B. Wilson's interval).
+        per_class: the mean of the classes' own shares, in which rare classes count as much.
+        confusion: (classes, classes); how often a class, by row, was taken for each, by column.
+        mistakes: the surest first.
+        note: what the figures suffer from; "" if nothing.
+    """
+
+    name: str
+    accuracy: float
+    low: float
+    high: float
+    per_class: float
+    confusion: np.ndarray
+    mistakes: list[Mistake]
+    note: str = ""
+
+
+@dataclass
+class Report:
+    """What came out of :func:`probe`.
+
+    Attributes:
+        rows: of the table, or of both.
+        labelled: those of which the class is known.
+        train, test: how many were learned from, and how many were held out.
+        classes: names, by number.
+        chance: the accuracy of always saying the class that is the most frequent in training.
+        notes: what the user should know of the data.
+    """
+
+    rows: int
+    labelled: int
+    train: int
+    test: int
+    classes: list[str]
+    chance: float
+    methods: list[Method]
+    notes: list[str] = field(default_factory=list)
+
+
+def probe(
+    folder: str | Path,
+    labels: Labels,
+    test: str | Path | None = None,
+    test_labels: Labels | None = None,
+    split: Labels | None = None,
+    held_out: float = 0.2,
+    neighbors: int = 5,
+    c: float = 1.0,
+    most_rows: int = MOST_ROWS,
+    seed: int = 0,
+) -> Report:
+    """Accuracy of k nearest neighbours and of a linear classifier on held-out images.
+
+    Neighbours are those of the greatest cosine; they vote, the nearer the more. The linear
+    classifier is a logistic regression on embeddings at mean 0 and standard deviation 1.
+
+    Args:
+        folder: of the table.
+        labels: classes, see :func:`backbones.embedding.labels.labels_of`.
+        test: a second table to measure on, of the same model; None to hold out a part of the first.
+        test_labels: classes of the second table; None if ``labels`` has them.
+        split: which images to hold out, see :func:`backbones.embedding.labels.split_of`; None to
+            choose a share of every class at random.
+        held_out: that share, between 0 and 1.
+        neighbors: how many vote.
+        c: the inverse strength of the classifier's regularisation, above 0.
+        most_rows: beyond so many to learn from, or to measure on, a share of every class is chosen
+            at random: time and memory are bounded.
+        seed: of what is chosen at random.
+
+    Raises:
+        ValueError: a number out of its range.
+        LabelError: see :func:`backbones.embedding.labels.labels_of`; or there are no two classes,
+            or nothing is left to learn from or to measure on.
+        TableError, FileNotFoundError: see :func:`backbones.embedding.table.batches`.
+        MendableError: scikit-learn is missing; or the two tables are of different models.
+    """
+    _check(held_out, neighbors, c, most_rows)
+    try:
+        import sklearn  # noqa: F401
+    except ImportError:
+        raise MendableError(
+            "probe needs scikit-learn: pip install scikit-learn (or '.[search]')"
+        ) from None
+    generator = np.random.default_rng(seed)
+    train, held, seen = _sides(folder, labels, test, test_labels, split, held_out, generator)
+    classes = _order({str(train.labels[i]) for i in train.rows})
+    if len(classes) < 2:
+        raise LabelError(f"to tell classes apart there must be two, and {folder} has {classes}")
+    number_of = {name: number for number, name in enumerate(classes)}
+    notes: list[str] = []
+    unknown = sorted({str(held.labels[i]) for i in held.rows} - set(classes))
+    if unknown:
+        held.rows = [i for i in held.rows if held.labels[i] in number_of]
+        notes.append(
+            f"{len(unknown)} classes are held out alone and were left out, such as {unknown[0]}"
+        )
+    if not held.rows:
+        raise LabelError("no image of a known class is held out to measure on")
+    for side, what in ((train, "learn from"), (held, "measure on")):
+        if (count := len(side.rows)) > most_rows:
+            side.rows = _fewer(side, most_rows, generator)
+            notes.append(f"of {count} images to {what} {len(side.rows)} were chosen at random")
+    (x, y, _), (x_test, y_test, keys) = (side.read(number_of) for side in (train, held))
+    truth = _Truth(classes, y_test, keys, str(held.folder))
+    methods = [
+        _nearest(x, y, x_test, truth, neighbors),
+        _linear(x, y, x_test, truth, c, seed),
+    ]
+    chance = float((y_test == np.bincount(y).argmax()).mean())
+    labelled = sum(label is not None for label in seen)
+    return Report(len(seen), labelled, len(y), len(y_test), classes, chance, methods, notes)
+
+
+@dataclass
+class _Side:
+    """Images to learn from, or to measure on: some rows of a table."""
+
+    folder: str | Path
+    labels: list[str | None]
+    rows: list[int]
+
+    def read(self, number_of: Mapping[str, int]) -> tuple[np.ndarray, np.ndarray, list[str]]:
+        """Embeddings (n, dim), numbers of classes (n,) and keys, in the table's order."""
+        rows = np.array(sorted(self.rows))
+        vectors, keys = _vectors(self.folder, rows)
+        return vectors, np.array([number_of[str(self.labels[i])] for i in rows]), keys
+
+
+def _sides(
+    folder: str | Path,
+    labels: Labels,
+    test: str | Path | None,
+    test_labels: Labels | None,
+    split: Labels | None,
+    held_out: float,
+    generator: np.random.Generator,
+) -> tuple[_Side, _Side, list[str | None]]:
+    """What to learn from, what to measure on, and the classes of all rows that there are."""
+    known = labels_of(folder, labels)
+    if test is not None:
+        if split is not None:
+            raise ValueError("give either test or split")
+        _require_alike(folder, test)
+        others = labels_of(test, labels if test_labels is None else test_labels)
+        train, held = _Side(folder, known, _labelled(known)), _Side(test, others, _labelled(others))
+        return train, held, known + others
+    if split is None:
+        chosen = _stratified(known, held_out, generator)
+    else:
+        parts = split_of(folder, split)
+        chosen = [[i for i in _labelled(known) if parts[i] == part] for part in ("train", "test")]
+    return _Side(folder, known, chosen[0]), _Side(folder, known, chosen[1]), known
+
+
+def _check(held_out: float, neighbors: int, c: float, most_rows: int) -> None:
+    if not 0 < held_out < 1:
+        raise ValueError(f"held_out must be between 0 and 1, got {held_out}")
+    if neighbors < 1:
+        raise ValueError(f"neighbors must be at least 1, got {neighbors}")
+    if not 0 < c < float("inf"):
+        raise ValueError(f"c must be above 0, got {c}")
+    if most_rows < 2:
+        raise ValueError(f"most_rows must be at least 2, got {most_rows}")
+
+
+def _require_alike(folder: str | Path, other: str | Path) -> None:
+    """Refuse to compare embeddings of two kinds."""
+    one, two = metadata(folder), metadata(other)
+    for key in ("model", "weights", "features", "preprocessing"):
+        first, second = (
+            said[key]["sha256"] if key == "weights" else said[key] for said in (one, two)
+        )
+        if first != second:
+            raise MendableError(
+                f"{folder} and {other} cannot be compared, their {key} differ: {first}, {second}"
+            )
+
+
+def _labelled(labels: Sequence[str | None]) -> list[int]:
+    return [i for i, label in enumerate(labels) if label is not None]
+
+
+def _order(names: set[str]) -> list[str]:
+    """Numbers as numbers, else by the alphabet."""
+    if all(name.isdecimal() for name in names):
+        return sorted(names, key=int)
+    return sorted(names)
+
+
+def _by_class(numbers: Sequence[int], labels: Sequence[str | None]) -> dict[str, list[int]]:
+    found: dict[str, list[int]] = {}
+    for i in numbers:
+        found.setdefault(str(labels[i]), []).append(i)
+    return found
+
+
+def _stratified(
+    labels: Sequence[str | None], held_out: float, generator: np.random.Generator
+) -> list[list[int]]:
+    """Rows to learn from and rows held out: a share of every class; of a class of one, none."""
+    train: list[int] = []
+    test: list[int] = []
+    for _, numbers in sorted(_by_class(_labelled(labels), labels).items()):
+        count = min(max(1, round(held_out * len(numbers))), len(numbers) - 1)
+        order = generator.permutation(numbers).tolist()
+        test += order[:count]
+        train += order[count:]
+    return [train, test]
+
+
+def _fewer(side: _Side, most: int, generator: np.random.Generator) -> list[int]:
+    """About ``most`` of the rows, the same share of every class, one of each at least."""
+    chosen: list[int] = []
+    for _, inside in sorted(_by_class(side.rows, side.labels).items()):
+        count = max(1, int(len(inside) * most / len(side.rows)))
+        chosen += generator.permutation(inside)[:count].tolist()
+    return chosen
+
+
+def _vectors(folder: str | Path, rows: np.ndarray) -> tuple[np.ndarray, list[str]]:
+    """Embeddings (n, dim) and keys of some rows, in order."""
+    parts, keys = [], []
+    for block in blocks(folder):
+        low, high = np.searchsorted(rows, (block.first, block.first + len(block.keys)))
+        inside = rows[low:high] - block.first
+        parts.append(block.vectors[inside])
+        keys += block.keys.take(inside).to_pylist()
+    vectors = np.concatenate(parts)
+    if not np.isfinite(vectors).all():
+        raise LabelError(f"{folder} has embeddings that are NaN or infinite")
+    return vectors, keys
+
+
+@dataclass
+class _Truth:
+    classes: list[str]
+    numbers: np.ndarray
+    keys: list[str]
+    folder: str
+
+    def judge(self, name: str, found: np.ndarray, sure: np.ndarray, note: str = "") -> Method:
+        """What answers and their confidences are worth."""
+        count = len(self.classes)
+        confusion = np.zeros((count, count), np.int64)
+        np.add.at(confusion, (self.numbers, found), 1)
+        right = int(np.trace(confusion))
+        sizes = confusion.sum(axis=1)
+        shares = np.diag(confusion)[sizes > 0] / sizes[sizes > 0]
+        wrong = np.flatnonzero(found != self.numbers)
+        mistakes = [
+            Mistake(
+                self.keys[i],
+                self.folder,
+                self.classes[self.numbers[i]],
+                self.classes[found[i]],
+                float(sure[i]),
+            )
+            for i in wrong[np.argsort(-sure[wrong], kind="stable")].tolist()
+        ]
+        low, high = _interval(right, len(found))
+        accuracy = right / len(found)
+        return Method(name, accuracy, low, high, float(shares.mean()), confusion, mistakes, note)
+
+
+def _nearest(x: np.ndarray, y: np.ndarray, x_test: np.ndarray, truth: _Truth, k: int) -> Method:
+    from sklearn.neighbors import KNeighborsClassifier
+
+    used = min(k, len(y))
+    # At unit length, those of the least distance are those of the greatest cosine.
+    model = KNeighborsClassifier(used, weights="distance", algorithm="brute")
+    shares = model.fit(unit(x), y).predict_proba(unit(x_test))
+    note = f"only {used} images to be neighbours of" if used < k else ""
+    return truth.judge(f"{used} nearest", shares.argmax(axis=1), shares.max(axis=1), note)
+
+
+def _linear(
+    x: np.ndarray, y: np.ndarray, x_test: np.ndarray, truth: _Truth, c: float, seed: int
+) -> Method:
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.linear_model import LogisticRegression
+    from sklearn.pipeline import make_pipeline
+    from sklearn.preprocessing import StandardScaler
+
+    regression = LogisticRegression(C=c, max_iter=1000, random_state=seed)
+    model: Any = make_pipeline(StandardScaler(), regression)
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("ignore")
+        warnings.simplefilter("always", ConvergenceWarning)
+        shares = model.fit(x, y).predict_proba(x_test)
+    note = "its training had not converged after 1000 iterations" if said else ""
+    return truth.judge("linear probe", shares.argmax(axis=1), shares.max(axis=1), note)
+
+
+def _interval(right: int, count: int) -> tuple[float, float]:
+    """Wilson's, at 95 %."""
+    z, p = 1.96, right / count
+    middle = p + z * z / (2 * count)
+    reach = z * (p * (1 - p) / count + z * z / (4 * count * count)) ** 0.5
+    scale = 1 + z * z / count
+    low = (middle - reach) / scale if right else 0.0
+    return low, (middle + reach) / scale if right < count else 1.0

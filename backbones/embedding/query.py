@@ -1,0 +1,123 @@
+"""Images that are not in a table, embedded as those in it were."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+import torch
+
+from backbones.core.arguments import file_problem
+from backbones.core.console import MendableError
+from backbones.core.images import DECODE_ERRORS
+from backbones.core.messages import first_line
+from backbones.embedding.network import Network, digest
+from backbones.embedding.sources import Item
+from backbones.embedding.table import metadata
+from backbones.embedding.worker import Images
+from ops.cpu import policy
+
+__all__ = ["Queries", "embed_queries"]
+
+# As many as `embed` lets through the network at once: a fused form is made for a size of batch.
+_BATCH = 16
+
+
+@dataclass
+class Queries:
+    """What became of images that were to be embedded.
+
+    Attributes:
+        paths: of those that could be read.
+        vectors: of those, (n, dim).
+        unreadable: the others, and why.
+    """
+
+    paths: list[Path]
+    vectors: np.ndarray
+    unreadable: list[tuple[Path, str]] = field(default_factory=list)
+
+
+def embed_queries(
+    folder: str | Path, paths: Sequence[str | Path], checkpoint: str | Path | None = None
+) -> Queries:
+    """Embed files by the model, weights and preprocessing of a table.
+
+    Args:
+        folder: of the table.
+        paths: of the images.
+        checkpoint: the file of the weights, if it is not where it was when the table was made.
+
+    Raises:
+        MendableError: the weights are not there, are others, or this version of the library
+            prepares images in another way than the table says.
+        FileNotFoundError, TableError: see :func:`backbones.embedding.table.metadata`.
+    """
+    said = metadata(folder)
+    network = Network(said["model"], _weights(folder, said, checkpoint), said["features"], 0)
+    _require_same(folder, said["preprocessing"], network.preprocessing)
+    # What was computed by a GPU, or in what this CPU does not multiply, is computed in float32.
+    same = said["computed"] == "bfloat16" and policy.multiplies(torch.bfloat16)
+    network.prepare("bfloat16" if same else "float32", torch.device("cpu"))
+    images = Images(said["preprocessing"])
+    queries = Queries([], np.empty((0, said["dim"]), np.float32))
+    vectors = [queries.vectors]
+    for start in range(0, len(paths), _BATCH):
+        decoded = []
+        for path in map(Path, paths[start : start + _BATCH]):
+            try:
+                decoded.append(_decode(images, path))
+                queries.paths.append(path)
+            except DECODE_ERRORS as error:
+                queries.unreadable.append((path, first_line(error)))
+        if decoded:
+            count = len(decoded)
+            decoded += decoded[-1:] * (_BATCH - count)
+            found, _, _ = network(images.normalise(decoded))
+            vectors.append(found[:count].flatten(1).numpy())
+    queries.vectors = np.concatenate(vectors)
+    return queries
+
+
+def _decode(images: Images, path: Path) -> np.ndarray:
+    if (problem := file_problem(path)) is not None:
+        raise OSError(problem)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of damage that spoils no pixel
+        pixels, _ = images.decode(Item(str(path), partial(_open, path)))
+    return pixels
+
+
+def _open(path: Path) -> IO[bytes]:
+    return open(path, "rb")
+
+
+def _weights(folder: str | Path, said: dict[str, Any], checkpoint: str | Path | None) -> Path:
+    """The file of the weights, which must be that of the table, byte for byte."""
+    weights = said["weights"]
+    path = Path(checkpoint or weights["path"])
+    if (problem := file_problem(path)) is not None:
+        raise MendableError(
+            f"the weights that {folder} was made with, {path}, cannot be read: it {problem}; give "
+            "their new place by --checkpoint"
+        )
+    if (found := digest(path)) != weights["sha256"]:
+        raise MendableError(
+            f"{path} is not what {folder} was made with: its SHA-256 is {found[:16]}…, and that of "
+            f"{weights['file']} was {weights['sha256'][:16]}…"
+        )
+    return path
+
+
+def _require_same(folder: str | Path, there: dict[str, Any], now: dict[str, Any]) -> None:
+    """Refuse queries that would be prepared in another way than the images of the table."""
+    now = {key: list(value) if isinstance(value, tuple) else value for key, value in now.items()}
+    differing = [key for key in there | now if there.get(key) != now.get(key)]
+    if differing:
+        told = ", ".join(f"{k} {there.get(k)} there, {now.get(k)} now" for k in differing)
+        raise MendableError(f"{folder} was made by another preprocessing of images: {told}")

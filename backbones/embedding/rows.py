@@ -1,0 +1,133 @@
+"""The rows of a table of embeddings, a block at a time: at unit length, or some by their keys."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from backbones.core.messages import shown
+from backbones.embedding.table import TableError, batches, metadata, require_pyarrow, shard_paths
+
+if TYPE_CHECKING:
+    import pyarrow
+
+__all__ = ["Block", "blocks", "by_number", "count_rows", "unit", "vectors_of"]
+
+
+@dataclass
+class Block:
+    """Some rows that follow each other.
+
+    Attributes:
+        first: the number of the first, counted from 0.
+        keys: of n images.
+        vectors: (n, dim), float32.
+    """
+
+    first: int
+    keys: pyarrow.Array
+    vectors: np.ndarray
+
+
+def unit(vectors: np.ndarray) -> np.ndarray:
+    """Rows at length 1, whose products are cosines; those that are 0 or not finite become 0.
+
+    Args:
+        vectors: (n, dim).
+
+    Returns:
+        (n, dim), float32.
+    """
+    with np.errstate(over="ignore", invalid="ignore"):
+        vectors = vectors.astype(np.float32)
+        # Scaled first: squares of large numbers would overflow.
+        largest = np.abs(vectors).max(axis=1, initial=0, keepdims=True)
+        usable = np.isfinite(largest) & (largest > 0)
+        vectors = np.where(usable, vectors / np.where(usable, largest, 1), 0)
+    length = np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors / np.where(length > 0, length, 1)
+
+
+def count_rows(folder: str | Path) -> int:
+    """How many rows a whole table has, by the ends of its files.
+
+    Raises:
+        FileNotFoundError, TableError: see :func:`backbones.embedding.table.shard_paths`; or a shard
+            is damaged.
+    """
+    pa = require_pyarrow()
+    total = 0
+    for path in shard_paths(folder):
+        try:
+            total += pa.parquet.read_metadata(path).num_rows
+        except (pa.ArrowException, OSError) as error:
+            raise TableError(f"{path} is damaged") from error
+    return total
+
+
+def blocks(folder: str | Path, rows: int = 8192) -> Iterator[Block]:
+    """All rows of a table in order, with their embeddings as they are stored.
+
+    Args:
+        rows: most of a block.
+
+    Raises:
+        FileNotFoundError, TableError: see :func:`backbones.embedding.table.batches`.
+    """
+    dim, first = metadata(folder)["dim"], 0
+    for batch in batches(folder, ["key", "embedding"], rows):
+        yield Block(first, batch.column("key"), _array(batch, dim))
+        first += len(batch)
+
+
+def by_number(
+    folder: str | Path, numbers: Collection[int], columns: Sequence[str]
+) -> dict[int, dict[str, Any]]:
+    """Some columns of the rows of these numbers.
+
+    Raises:
+        FileNotFoundError, TableError: see :func:`backbones.embedding.table.batches`.
+    """
+    wanted = np.unique(np.fromiter(numbers, np.int64))
+    found: dict[int, dict[str, Any]] = {}
+    first = 0
+    for batch in batches(folder, columns):
+        low, high = np.searchsorted(wanted, (first, first + len(batch)))
+        if low < high:
+            inside = wanted[low:high]
+            entries = batch.take(require_pyarrow().array(inside - first)).to_pylist()
+            found.update(zip(inside.tolist(), entries, strict=True))
+        first += len(batch)
+    return found
+
+
+def vectors_of(folder: str | Path, keys: Sequence[str]) -> tuple[list[int], np.ndarray]:
+    """Row numbers and embeddings (n, dim) of n keys of the table.
+
+    Raises:
+        ValueError: a key that is not in the table.
+        FileNotFoundError, TableError: see :func:`backbones.embedding.table.batches`.
+    """
+    import pyarrow.compute
+
+    wanted = pyarrow.array(keys, pyarrow.string())
+    found: dict[str, tuple[int, np.ndarray]] = {}
+    example = ""
+    for block in blocks(folder):
+        example = example or block.keys[0].as_py()
+        for place in np.flatnonzero(pyarrow.compute.is_in(block.keys, wanted)).tolist():
+            found[block.keys[place].as_py()] = block.first + place, block.vectors[place]
+    missing = [key for key in keys if key not in found]
+    if missing:
+        others = f"; its keys are like {shown(example)}" if example else ""
+        raise ValueError(f"{folder} has no image of the key {shown(missing[0])}{others}")
+    return [found[key][0] for key in keys], np.stack([found[key][1] for key in keys])
+
+
+def _array(batch: pyarrow.RecordBatch, dim: int) -> np.ndarray:
+    values = batch.column("embedding").flatten().to_numpy()
+    return values.reshape(-1, dim).astype(np.float32, copy=False)

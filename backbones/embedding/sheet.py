@@ -1,0 +1,138 @@
+"""Contact sheets: rows of small images with a heading and a name under each."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from backbones.core.messages import one_line
+from backbones.training.pictures import INK, drawable, new_figure, save_figure
+
+__all__ = ["Row", "Tile", "draw_sheet", "short_key"]
+
+# All in pixels.
+_SIDE, _GAP, _MARGIN = 150, 14, 16
+_TITLE, _CAPTION, _BELOW = 44, 30, 44
+_MUTED, _FRAME, _EMPTY = "#56606e", "#1f5fbf", "#eef1f5"
+
+
+@dataclass
+class Tile:
+    """One image of a sheet.
+
+    Attributes:
+        image: None if it can no longer be read.
+        heading: in bold under it, such as its score.
+        key: its name.
+        framed: whether it stands out, as the query among its answers does.
+        group: what a page shows it with alone, such as "3 → 8".
+    """
+
+    image: Image.Image | None
+    heading: str
+    key: str
+    framed: bool = False
+    group: str = ""
+
+
+@dataclass
+class Row:
+    """Images that belong together; they go on in a new line where there are many.
+
+    Attributes:
+        caption: above them.
+    """
+
+    caption: str
+    tiles: list[Tile] = field(default_factory=list)
+
+
+def draw_sheet(path: Path, title: str, rows: Sequence[Row], columns: int = 8) -> None:
+    """Draw rows of images with what is said of them.
+
+    Args:
+        path: the PNG.
+        title: above all.
+        rows: with a tile each at least.
+        columns: images side by side.
+    """
+    step = _SIDE + _GAP
+    lines = _lines(rows, columns)
+    columns = max(4, *(line[-1].column + min(len(line[-1].row.tiles), columns) for line in lines))
+    heights = [
+        _CAPTION + -(-len(line[0].row.tiles) // columns) * (_SIDE + _BELOW) for line in lines
+    ]
+    width = 2 * _MARGIN + columns * step - _GAP
+    height = _TITLE + sum(heights) + _MARGIN
+    canvas = Image.new("RGB", (width, height), "white")
+    figure = new_figure(1, 1)
+    figure.set_size_inches(width / figure.dpi, height / figure.dpi)
+
+    def write(x: float, y: float, text: str, size: float, color: str, bold: bool = False) -> None:
+        weight = "bold" if bold else "normal"
+        at = x / width, 1 - y / height
+        figure.text(*at, drawable(text), fontsize=size, color=color, weight=weight, va="top")
+
+    write(_MARGIN, 12, title, 13, INK, bold=True)
+    top = _TITLE
+    for line, taken in zip(lines, heights, strict=True):
+        for place in line:
+            left = _MARGIN + place.column * step
+            room = 21 * min(len(place.row.tiles), columns)
+            write(left, top + 8, short_key(place.row.caption, room), 9.5, _MUTED)
+            for number, tile in enumerate(place.row.tiles):
+                x = left + number % columns * step
+                y = top + _CAPTION + number // columns * (_SIDE + _BELOW)
+                _paste(canvas, tile, x, y)
+                write(x, y + _SIDE + 5, tile.heading, 9, _FRAME if tile.framed else INK, bold=True)
+                write(x, y + _SIDE + 22, short_key(tile.key, 22), 7.5, _MUTED)
+                if tile.image is None:
+                    write(x + 8, y + 8, "cannot be read", 8, _MUTED)
+        top += taken
+    figure.figimage(np.asarray(canvas))
+    save_figure(figure, path)
+
+
+class _Place(NamedTuple):
+    row: Row
+    column: int
+
+
+def _lines(rows: Sequence[Row], columns: int) -> list[list[_Place]]:
+    """Rows of few images side by side, a column apart; one of more than a line has all of it."""
+    lines: list[list[_Place]] = []
+    free = -1
+    for row in rows:
+        count = len(row.tiles)
+        if count > free:
+            lines.append([])
+            free = columns
+        lines[-1].append(_Place(row, columns - free))
+        free -= count + 1
+    return lines
+
+
+def short_key(key: str, longest: int) -> str:
+    """The end of a key, which tells images of a folder apart."""
+    key = one_line(key, 10**9)
+    return key if len(key) <= longest else f"…{key[1 - longest :]}"
+
+
+def _paste(canvas: Image.Image, tile: Tile, x: int, y: int) -> None:
+    """Put an image into the middle of its square, whole."""
+    draw = ImageDraw.Draw(canvas)
+    draw.rectangle((x, y, x + _SIDE - 1, y + _SIDE - 1), fill=_EMPTY)
+    if tile.image is not None:
+        scale = _SIDE / max(tile.image.size)
+        size = [max(1, round(side * scale)) for side in tile.image.size]
+        # Enlarged, small images show the pixels that they have.
+        smooth = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST
+        shown = tile.image.resize((size[0], size[1]), smooth)
+        canvas.paste(shown, (x + (_SIDE - size[0]) // 2, y + (_SIDE - size[1]) // 2))
+    if tile.framed:
+        draw.rectangle((x, y, x + _SIDE - 1, y + _SIDE - 1), outline=_FRAME, width=4)

@@ -1,0 +1,60 @@
+"""Small images of what a table was made of, for pictures and pages."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import IO
+
+from PIL import Image
+
+from backbones.core.images import DECODE_ERRORS, as_8_bits, open_image
+from backbones.embedding.sources import reader
+from backbones.embedding.table import metadata
+
+__all__ = ["SIDE", "small", "thumbnails"]
+
+SIDE = 200
+"""The longer side of a small image, in pixels; smaller ones stay as they are."""
+
+
+def thumbnails(folder: str | Path) -> Callable[[str], Image.Image | None]:
+    """What gives the small image of a key; None if it is not there any more or cannot be read.
+
+    Args:
+        folder: of the table.
+
+    Raises:
+        FileNotFoundError, TableError: see :func:`backbones.embedding.table.metadata`.
+    """
+    source = reader(metadata(folder)["source"])
+
+    def find(key: str) -> Image.Image | None:
+        try:
+            return small(source.find(key))
+        except DECODE_ERRORS:  # as is what a reader says of a key that it does not have
+            return None
+
+    return find
+
+
+def small(source: Path | IO[bytes] | Image.Image) -> Image.Image:
+    """An image in RGB, with a longer side of at most :data:`SIDE`.
+
+    Raises:
+        one of :data:`backbones.core.images.DECODE_ERRORS`: it cannot be read.
+    """
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of damage that spoils no pixel
+        if isinstance(source, Image.Image):
+            image = as_8_bits(source)
+        elif isinstance(source, Path):
+            image = open_image(source)
+        else:
+            with source:
+                image = open_image(source)
+    if max(image.size) > SIDE:
+        image = image.copy()
+        image.thumbnail((SIDE, SIDE), Image.Resampling.LANCZOS)
+    return image

@@ -1,0 +1,204 @@
+"""search, duplicates and probe: what they print, write and draw."""
+
+from __future__ import annotations
+
+import csv
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from embedded_images import Embedded, embed_images
+from PIL import Image
+
+from backbones.cli.main import main
+
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory: pytest.TempPathFactory) -> Embedded:
+    return embed_images(tmp_path_factory.mktemp("commands"))
+
+
+def run(*words: str | Path) -> int:
+    return main(list(map(str, words)))
+
+
+def has_colour(path: Path) -> bool:
+    """Whether a picture shows more than text on white."""
+    with Image.open(path) as picture:
+        pixels = np.asarray(picture.convert("RGB")).astype(int)
+    spread = pixels.max(axis=2) - pixels.min(axis=2)
+    return bool((spread > 60).mean() > 0.02)
+
+
+def test_search(embedded: Embedded, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    query = embedded.images / "val/class2/002.png"
+    words = ["search", embedded.table, "--query", query, "--key", "train/class1/copy.png"]
+    words += ["--top", "4", "--out", tmp_path / "a.png", "--html", tmp_path / "a.html"]
+    assert run(*words, "--csv", tmp_path / "a.csv", "--json", tmp_path / "a.json") == 0
+    first, second = json.loads((tmp_path / "a.json").read_text())
+    assert (first["query"], second["query"]) == ("train/class1/copy.png", str(query))
+    # The key itself is not among what resembles it; a file that is in the table is.
+    assert first["matches"][0] == {"key": "train/class1/004.png", "score": 1.0}
+    assert second["matches"][0] == {"key": "val/class2/002.png", "score": 1.0}
+    assert [len(entry["matches"]) for entry in (first, second)] == [4, 4]
+    rows = list(csv.DictReader((tmp_path / "a.csv").read_text().splitlines()))
+    assert [row["key"] for row in rows[:4]] == [match["key"] for match in first["matches"]]
+    assert [row["place"] for row in rows] == ["1", "2", "3", "4"] * 2
+    said = capsys.readouterr().out.splitlines()
+    assert said[0].split() == ["query", "score", "image"] and len(said) == 10
+    assert said[2].split() == ["train/class1/copy.png", "1.000", "train/class1/004.png"]
+    assert has_colour(tmp_path / "a.png")
+    page = (tmp_path / "a.html").read_text()
+    assert page.count("<img") == 10 and "cannot be read" not in page
+
+
+def test_search_draws_into_the_folder_by_itself(embedded: Embedded, tmp_path: Path) -> None:
+    table = shutil.copytree(embedded.table, tmp_path / "table")
+    assert run("search", table, "--key", "val/class0/000.png") == 0
+    assert has_colour(table / "search.png")
+
+
+def test_a_query_that_cannot_be_read(
+    embedded: Embedded, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    queries = tmp_path / "queries"
+    queries.mkdir()
+    (queries / "no.png").write_text("no image")
+    words = ["search", embedded.table, "--query", queries, "--out", tmp_path / "a.png"]
+    assert run(*words) == 1
+    assert f"cannot read {queries / 'no.png'}: cannot identify" in capsys.readouterr().err
+    assert not (tmp_path / "a.png").exists()
+    shutil.copy(embedded.images / "val/class2/002.png", queries)
+    assert run(*words) == 1
+    assert "val/class2/002.png" in capsys.readouterr().out
+    assert has_colour(tmp_path / "a.png")
+
+
+def test_images_that_are_gone(embedded: Embedded, tmp_path: Path) -> None:
+    """What was found is told all the same."""
+    moved = shutil.move(embedded.images, tmp_path / "moved")
+    try:
+        words = ["search", embedded.table, "--key", "val/class0/000.png", "--top", "3"]
+        assert run(*words, "--out", tmp_path / "a.png", "--html", tmp_path / "a.html") == 0
+    finally:
+        shutil.move(moved, embedded.images)
+    assert not has_colour(tmp_path / "a.png")
+    page = (tmp_path / "a.html").read_text()
+    assert page.count("cannot be read") == 4 and "<img" not in page
+
+
+def test_duplicates(embedded: Embedded, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = {name: tmp_path / f"a.{name}" for name in ("png", "html", "csv", "json")}
+    words = ["duplicates", embedded.table, "--threshold", "1", "--out", out["png"]]
+    words += ["--html", out["html"], "--csv", out["csv"], "--json", out["json"]]
+    assert run(*words) == 0
+    ((first, second),) = json.loads(out["json"].read_text())
+    assert [first["key"], second["key"]] == ["train/class1/004.png", "train/class1/copy.png"]
+    assert (first["height"], first["width"], first["similarity"]) == (40, 36, 1)
+    rows = list(csv.reader(out["csv"].read_text().splitlines()))
+    assert rows[0] == ["group", "key", "height", "width", "similarity"]
+    assert rows[1] == ["1", "train/class1/004.png", "40", "36", "1.000000"]
+    said = capsys.readouterr().out
+    assert "1 groups; without 1 of 19 images each is there once" in said
+    assert has_colour(out["png"]) and out["html"].read_text().count("<img") == 2
+
+
+def test_no_duplicates(
+    embedded: Embedded, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from embedding_tables import make_table
+
+    table = make_table(tmp_path / "table", np.eye(4, dtype=np.float32))
+    assert run("duplicates", table, "--json", tmp_path / "a.json") == 0
+    assert capsys.readouterr().out.startswith("0 groups; without 0 of 4 images")
+    assert json.loads((tmp_path / "a.json").read_text()) == []
+    assert not (table / "duplicates.png").exists()
+
+
+def test_probe(embedded: Embedded, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = {name: tmp_path / f"a.{name}" for name in ("png", "html", "json")}
+    words = ["probe", embedded.table, "--labels", "folder", "--split", "folder"]
+    words += ["--out", out["png"], "--html", out["html"], "--json", out["json"]]
+    assert run(*words) == 0
+    said = capsys.readouterr().out
+    assert "19 images, 19 of them of 3 known classes: 13 to learn from, 6 held out" in said
+    report = json.loads(out["json"].read_text())
+    assert report["classes"] == ["class0", "class1", "class2"] and report["test"] == 6
+    assert set(report["methods"]) == {"5 nearest", "linear probe"}
+    for name, method in report["methods"].items():
+        assert method["accuracy"] == pytest.approx(1 - len(method["mistakes"]) / 6)
+        assert f"{name}" in said and f"{100 * method['accuracy']:.1f} %" in said
+    assert "always the most frequent class" in said
+    assert has_colour(out["png"])
+    assert '<img class="picture" alt="5 nearest and linear probe' in out["html"].read_text()
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["search", "{table}"], "give --query IMAGE, or the --key"),
+        (["search", "{images}", "--key", "x"], "holds no embeddings: there is no metadata.json"),
+        (["search", "{table}", "--key", "x"], "no image of the key 'x'; its keys are like 'train/"),
+        (["search", "{table}", "--query", "{table}/none.png"], "no image at"),
+        (["search", "{table}", "--query", "{image}", "--checkpoint", "x.pth"], "by --checkpoint"),
+        (["search", "{table}", "--query", "{image}", "--out", "{image}"], "be written over"),
+        (["search", "{table}", "--query", "{image}", "--out", "{table}"], "is a folder"),
+        (["search", "{table}", "--query", "{image}", "--top", "0"], "--top must be at least 1"),
+        (["search", "{table}", "--key", "x", "--index", "flat"], "argument --index: invalid"),
+        (["search", "{table}", "--key", "x", "--html", "a", "--csv", "a"], "--html and --csv"),
+        (["duplicates", "{table}", "--csv", "{shard}"], "would be written over"),
+        (["duplicates", "{images}"], "holds no embeddings"),
+        (["duplicates", "{table}", "--threshold", "0"], "--threshold must be above 0"),
+        (["duplicates", "{table}", "--threshold", "1.1"], "--threshold must be at most 1"),
+        (["probe", "{table}"], "the following arguments are required: --labels"),
+        (["probe", "{table}", "--labels", "{table}/none.csv"], "cannot read "),
+        (["probe", "{table}", "--labels", "source"], "come from a folder, which says no classes"),
+        (["probe", "{table}", "--labels", "folder", "--held-out", "1"], "--held-out must be at"),
+        (["probe", "{table}", "--labels", "folder", "--test", "{images}"], "holds no embeddings"),
+        (["probe", "{table}", "--labels", "folder", "--c", "0"], "--c must be above 0"),
+        (
+            ["probe", "{table}", "--labels", "folder", "--split", "folder", "--test", "{table}"],
+            "give either --test or --split",
+        ),
+        (["probe", "{table}", "--labels", "folder", "--test-labels", "folder"], "--test FOLDER"),
+    ],
+)
+def test_what_a_user_can_mend_is_one_line(
+    words: list[str], said: str, embedded: Embedded, capsys: pytest.CaptureFixture[str]
+) -> None:
+    image = embedded.images / "val/class0/000.png"
+    places = {"shard": embedded.table / "shards" / "part-00000.parquet"}
+    places |= {"table": embedded.table, "images": embedded.images, "image": image}
+    before = sorted(embedded.table.rglob("*"))
+    assert run(*(word.format(**places) for word in words)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    assert said in line
+    assert sorted(embedded.table.rglob("*")) == before
+
+
+@pytest.mark.parametrize(
+    ("package", "words", "said"),
+    [
+        ("faiss", ["search", "--key", "val/class0/000.png", "--index", "hnsw"], "faiss-cpu"),
+        ("sklearn", ["probe", "--labels", "folder"], "pip install scikit-learn"),
+        ("pyarrow", ["duplicates"], "pip install pyarrow"),
+    ],
+)
+def test_packages_that_are_missing(
+    package: str,
+    words: list[str],
+    said: str,
+    embedded: Embedded,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setitem(sys.modules, package, None)
+    command, *rest = words
+    assert run(command, embedded.table, *rest, "--out", tmp_path / "a.png") == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and said in line

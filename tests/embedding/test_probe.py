@@ -1,0 +1,190 @@
+"""How well embeddings tell classes apart, on images that were held out."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from embedding_tables import make_table
+from PIL import Image
+
+from backbones.core.console import MendableError
+from backbones.embedding import probe as module
+from backbones.embedding.confusion import confusions, draw_confusion
+from backbones.embedding.labels import LabelError
+from backbones.embedding.probe import Report, probe
+
+
+def clouds(counts: list[int], noise: float, dim: int = 12) -> tuple[np.ndarray, list[str]]:
+    """Embeddings around a centre for each class, and their keys, of which folders tell it."""
+    generator = np.random.default_rng(0)
+    classes = np.repeat(np.arange(len(counts)), counts)
+    centres = np.random.default_rng(1).normal(size=(len(counts), dim))
+    vectors = centres[classes] + noise * generator.normal(size=(len(classes), dim))
+    keys = [f"class{label}/{i:04}.png" for i, label in enumerate(classes)]
+    return vectors.astype(np.float32), keys
+
+
+@pytest.fixture(scope="module")
+def easy(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_table(tmp_path_factory.mktemp("probe") / "easy", *clouds([40, 30, 30], 0.1))
+
+
+@pytest.fixture(scope="module")
+def hard(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_table(tmp_path_factory.mktemp("probe") / "hard", *clouds([90, 60, 30], 1.5))
+
+
+def test_what_is_easy_is_found(easy: Path) -> None:
+    report = probe(easy, "folder")
+    assert (report.rows, report.labelled, report.train, report.test) == (100, 100, 80, 20)
+    assert report.classes == ["class0", "class1", "class2"]
+    assert report.chance == pytest.approx(0.4)
+    assert [method.name for method in report.methods] == ["5 nearest", "linear probe"]
+    for method in report.methods:
+        assert method.accuracy == method.high == method.per_class == 1
+        assert method.low == pytest.approx(0.839, abs=1e-3)  # Wilson's for 20 of 20
+        np.testing.assert_array_equal(method.confusion, np.diag([8, 6, 6]))
+        assert not method.mistakes and not method.note
+
+
+def test_what_is_hard_is_accounted_for(hard: Path) -> None:
+    report = probe(hard, "folder")
+    for method in report.methods:
+        wrong = sum(count for _, _, count in confusions(method, report.classes))
+        assert 0 < wrong == len(method.mistakes) == report.test - np.trace(method.confusion)
+        assert method.accuracy == pytest.approx(1 - wrong / report.test)
+        assert method.low < method.accuracy < method.high
+        sizes = method.confusion.sum(axis=1)
+        np.testing.assert_array_equal(sizes, [18, 12, 6])
+        shares = np.diag(method.confusion) / sizes
+        assert method.per_class == pytest.approx(shares.mean())
+        for mistake in method.mistakes:
+            assert mistake.key.startswith(f"{mistake.truth}/") and mistake.truth != mistake.answer
+        sure = [mistake.confidence for mistake in method.mistakes]
+        assert sure == sorted(sure, reverse=True) and 1 >= sure[0] > 1 / 3
+
+
+def figures(report: Report) -> list[object]:
+    return [(m.accuracy, m.confusion.tolist(), m.mistakes) for m in report.methods]
+
+
+def test_a_seed_decides_what_is_held_out(hard: Path) -> None:
+    first = figures(probe(hard, "folder", seed=3))
+    assert figures(probe(hard, "folder", seed=3)) == first
+    assert figures(probe(hard, "folder", seed=4)) != first
+
+
+def test_neighbours_are_those_of_the_greatest_cosine(tmp_path: Path) -> None:
+    """The length of an embedding does not count; of two the nearer has the greater vote."""
+    vectors = np.array([[1, 0], [0, 100], [0.01, 0.002], [3, 100]], np.float32)
+    table = make_table(tmp_path / "table", vectors, list("abcd"))
+    labels = {"a": "right", "b": "up", "c": "right", "d": "up"}
+    split = {"a": "train", "b": "train", "c": "test", "d": "test"}
+    (nearest, _) = probe(table, labels, split=split, neighbors=2).methods
+    assert nearest.accuracy == 1
+
+
+def test_a_second_table_to_measure_on(easy: Path, tmp_path: Path) -> None:
+    vectors, keys = clouds([5, 5, 4], 0.1)
+    keys = [f"val/{key}" for key in keys]
+    other = make_table(tmp_path / "other", vectors, keys)
+    report = probe(easy, "folder", test=other)
+    assert (report.rows, report.train, report.test) == (114, 100, 14)
+    assert [method.accuracy for method in report.methods] == [1, 1]
+    labels = dict.fromkeys(keys[:3], "class1") | {keys[3]: "new"}
+    report = probe(easy, "folder", test=other, test_labels=labels)
+    assert (report.labelled, report.test) == (104, 3)
+    assert report.notes == ["1 classes are held out alone and were left out, such as new"]
+    assert [method.accuracy for method in report.methods] == [0, 0]
+    assert {mistake.folder for mistake in report.methods[0].mistakes} == {str(other)}
+    changed = make_table(tmp_path / "changed", vectors, keys, model="van_b0")
+    with pytest.raises(MendableError, match="their model differ: shvit_s1, van_b0"):
+        probe(easy, "folder", test=changed)
+
+
+def test_splits_of_the_user(tmp_path: Path) -> None:
+    vectors, keys = clouds([10, 10], 0.1)
+    keys = [f"{'val' if i % 5 == 0 else 'train'}/{key}" for i, key in enumerate(keys)]
+    table = make_table(tmp_path / "table", vectors, keys)
+    report = probe(table, "folder", split="folder")
+    assert (report.train, report.test) == (16, 4)
+    split = {key: "test" if key.endswith("1.png") else "train" for key in keys[:15]}
+    report = probe(table, "folder", split=split)
+    assert (report.labelled, report.train, report.test) == (20, 13, 2)
+
+
+def test_a_class_of_one_image_is_learned_from(tmp_path: Path) -> None:
+    table = make_table(tmp_path / "table", *clouds([10, 1, 2], 0.1))
+    report = probe(table, "folder", neighbors=50)
+    assert (report.train, report.test) == (10, 3)
+    np.testing.assert_array_equal(report.methods[0].confusion.sum(axis=1), [2, 0, 1])
+    assert report.methods[0].note == "only 10 images to be neighbours of"
+
+
+def test_rows_are_bounded(hard: Path) -> None:
+    report = probe(hard, "folder", most_rows=30)
+    assert (report.train, report.test) == (30, 30)
+    assert report.notes == [
+        "of 144 images to learn from 30 were chosen at random",
+        "of 36 images to measure on 30 were chosen at random",
+    ]
+
+
+def test_classes_in_numbers_are_in_their_order(tmp_path: Path) -> None:
+    vectors, keys = clouds([4] * 12, 0.1)
+    labels = {key: str(i // 4) for i, key in enumerate(keys)}
+    report = probe(make_table(tmp_path / "table", vectors, keys), labels)
+    assert report.classes == [str(number) for number in range(12)]
+
+
+def test_no_convergence_is_told(easy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from sklearn.linear_model import LogisticRegression
+
+    made = LogisticRegression.__init__
+    monkeypatch.setattr(
+        LogisticRegression,
+        "__init__",
+        lambda self, **kwargs: made(self, **{**kwargs, "max_iter": 1}),
+    )
+    assert "had not converged" in probe(easy, "folder").methods[1].note
+
+
+def test_bad_input(easy: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for options, said in (
+        ({"held_out": 1.0}, "held_out must be between 0 and 1, got 1.0"),
+        ({"neighbors": 0}, "neighbors must be at least 1, got 0"),
+        ({"c": 0.0}, "c must be above 0, got 0.0"),
+        ({"most_rows": 1}, "most_rows must be at least 2, got 1"),
+        ({"test": easy, "split": "folder"}, "give either test or split"),
+    ):
+        with pytest.raises(ValueError, match=said):
+            probe(easy, "folder", **options)  # type: ignore[arg-type]
+    with pytest.raises(LabelError, match="there must be two"):
+        probe(easy, {"class0/0000.png": "a", "class0/0001.png": "a"})
+    one_each = {"class0/0000.png": "a", "class0/0001.png": "b"}
+    with pytest.raises(LabelError, match="no image of a known class is held out"):
+        probe(easy, one_each)
+    broken = np.full((4, 2), np.nan, np.float32)
+    table = make_table(tmp_path / "table", broken, [f"{c}/{i}" for i, c in enumerate("aabb")])
+    with pytest.raises(LabelError, match="embeddings that are NaN or infinite"):
+        probe(table, "folder")
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(MendableError, match="pip install scikit-learn"):
+        probe(easy, "folder")
+
+
+@pytest.mark.parametrize("count", [3, 16, 60])
+def test_the_picture_of_few_and_of_many_classes(count: int, tmp_path: Path) -> None:
+    generator = np.random.default_rng(0)
+    names = [f"a $name$ of some length\n{i}" for i in range(count)]
+    numbers = generator.integers(0, count, 500)
+    truth = module._Truth(names, numbers, [""] * 500, "")
+    right = truth.judge("right", numbers, np.ones(500))
+    wrong = truth.judge("wrong", generator.integers(0, count, 500), np.ones(500))
+    report = Report(500, 500, 1, 500, names, 0.1, [right, wrong])
+    draw_confusion(tmp_path / "a.png", report, "title")
+    with Image.open(tmp_path / "a.png") as picture:
+        assert picture.size[0] > 1300 and picture.size[1] > 800

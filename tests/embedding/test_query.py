@@ -1,0 +1,83 @@
+"""Images that are not in a table, embedded as those in it."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from embedded_images import Embedded, embed_images
+
+from backbones.core.console import MendableError
+from backbones.embedding import query, table
+from backbones.embedding.query import embed_queries
+
+
+@pytest.fixture(scope="module")
+def embedded(tmp_path_factory: pytest.TempPathFactory) -> Embedded:
+    return embed_images(tmp_path_factory.mktemp("query"))
+
+
+def test_as_they_are_in_the_table(embedded: Embedded) -> None:
+    keys, vectors = table.load(embedded.table)
+    assert len(keys) == 19
+    found = embed_queries(embedded.table, [embedded.images / key for key in keys])
+    assert found.paths == [embedded.images / key for key in keys]
+    np.testing.assert_allclose(found.vectors, vectors, rtol=1e-5, atol=1e-6)
+
+
+def test_what_cannot_be_read_is_named_and_the_rest_go_on(
+    embedded: Embedded, tmp_path: Path
+) -> None:
+    (tmp_path / "no.png").write_text("no image")
+    good = embedded.images / "val/class0/000.png"
+    paths = [tmp_path / "no.png", good, tmp_path / "none.png"]
+    found = embed_queries(embedded.table, paths)
+    assert found.paths == [good] and found.vectors.shape == (1, 32)
+    assert [path for path, _ in found.unreadable] == [paths[0], paths[2]]
+    assert found.unreadable[1][1] == "does not exist"
+    assert embed_queries(embedded.table, [tmp_path / "none.png"]).vectors.shape == (0, 32)
+
+
+def test_the_weights_must_be_the_same(embedded: Embedded, tmp_path: Path) -> None:
+    moved = shutil.copytree(embedded.checkpoint.parent, tmp_path / "moved")
+    good = [embedded.images / "val/class0/000.png"]
+    assert embed_queries(embedded.table, good, moved / "best.safetensors").vectors.shape == (1, 32)
+    with open(moved / "best.safetensors", "ab") as file:
+        file.write(b"\0")
+    with pytest.raises(MendableError, match=r"is not what .* was made with: its SHA-256 is "):
+        embed_queries(embedded.table, good, moved / "best.safetensors")
+    copy = shutil.copytree(embedded.table, tmp_path / "table")
+    said = table.metadata(copy)
+    said["weights"]["path"] = str(tmp_path / "gone.pth")
+    table.write_metadata(copy, said)
+    with pytest.raises(MendableError, match=r"gone.pth, cannot be read: it does not exist; give"):
+        embed_queries(copy, good)
+
+
+def test_the_preprocessing_must_be_the_same(embedded: Embedded, tmp_path: Path) -> None:
+    """As when the recipe beside the weights was lost or changed."""
+    moved = shutil.copytree(embedded.checkpoint.parent, tmp_path / "moved")
+    recipe = moved / "config.yaml"
+    recipe.write_text(recipe.read_text().replace("img_size: 32", "img_size: 64"))
+    with pytest.raises(MendableError, match=r"another preprocessing .*input_size \[3, 32, 32\] th"):
+        embed_queries(embedded.table, [], moved / "best.safetensors")
+
+
+@pytest.mark.parametrize("multiplies", [False, True])
+def test_a_number_format_that_this_processor_lacks(
+    multiplies: bool, embedded: Embedded, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = shutil.copytree(embedded.table, tmp_path / "table")
+    table.write_metadata(copy, {**table.metadata(copy), "computed": "bfloat16"})
+    monkeypatch.setattr(query.policy, "multiplies", lambda dtype: multiplies)
+    seen = []
+    prepare = query.Network.prepare
+    monkeypatch.setattr(
+        query.Network,
+        "prepare",
+        lambda self, computed, device: (seen.append(computed), prepare(self, "float32", device)),
+    )
+    embed_queries(copy, [embedded.images / "val/class0/000.png"])
+    assert seen == ["bfloat16" if multiplies else "float32"]

@@ -1,0 +1,163 @@
+"""What is similar to a query: all rows compared, or a graph of them."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+from embedding_tables import make_table
+
+from backbones.embedding import hnsw
+from backbones.embedding.hnsw import GraphError
+from backbones.embedding.rows import unit, vectors_of
+from backbones.embedding.search import choose_index, search
+from backbones.embedding.table import TableError
+
+
+@pytest.fixture(scope="module")
+def vectors() -> np.ndarray:
+    """Of lengths that cosines do not see."""
+    generator = np.random.default_rng(0)
+    numbers = generator.normal(size=(300, 16)) * generator.uniform(0.1, 50, (300, 1))
+    return numbers.astype(np.float32)
+
+
+@pytest.fixture(scope="module")
+def table(vectors: np.ndarray, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_table(tmp_path_factory.mktemp("search") / "table", vectors)
+
+
+def cosines(queries: np.ndarray, vectors: np.ndarray) -> np.ndarray:
+    lengths = np.linalg.norm(queries, axis=1)[:, None] * np.linalg.norm(vectors, axis=1)
+    return queries @ vectors.T / lengths
+
+
+@pytest.mark.parametrize("index", ["exact", "hnsw"])
+def test_the_most_similar_come_first(index: str, table: Path, vectors: np.ndarray) -> None:
+    queries = np.random.default_rng(1).normal(size=(4, 16)).astype(np.float32)
+    found = search(table, queries, top=7, index=index)
+    expected = cosines(queries, vectors)
+    for matches, similar in zip(found, expected, strict=True):
+        best = np.argsort(-similar)[:7]
+        assert [match.row for match in matches] == best.tolist()
+        assert [match.key for match in matches] == [f"{row:05}.png" for row in best]
+        np.testing.assert_allclose([m.score for m in matches], similar[best], atol=1e-5)
+
+
+@pytest.mark.parametrize("index", ["exact", "hnsw"])
+def test_a_query_of_the_table_itself(index: str, table: Path) -> None:
+    rows, vectors = vectors_of(table, ["00070.png", "00003.png"])
+    assert rows == [70, 3]
+    with_itself = search(table, vectors, 2, index)
+    assert [matches[0].row for matches in with_itself] == rows
+    assert with_itself[0][0].score == pytest.approx(1, abs=1e-5)
+    others = search(table, vectors, 2, index, without=rows)
+    assert [matches[0] for matches in others] == [matches[1] for matches in with_itself]
+    assert [len(matches) for matches in others] == [2, 2]
+
+
+@pytest.mark.parametrize("index", ["exact", "hnsw"])
+def test_more_than_there_are(index: str, tmp_path: Path) -> None:
+    table = make_table(tmp_path / "table", np.eye(3, dtype=np.float32))
+    (matches,) = search(table, np.array([[3, 2, 1]], np.float32), top=9, index=index)
+    assert [match.row for match in matches] == [0, 1, 2]
+    (others,) = search(table, np.array([[3, 2, 1]], np.float32), 9, index, without=[1])
+    assert [match.row for match in others] == [0, 2]
+    assert search(table, np.empty((0, 3), np.float32)) == []
+
+
+def test_of_equal_ones_the_earlier(tmp_path: Path) -> None:
+    table = make_table(tmp_path / "table", np.ones((120, 4), np.float32))
+    (matches,) = search(table, np.ones((1, 4), np.float32), top=3)
+    assert [match.row for match in matches] == [0, 1, 2]
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16"])
+def test_rows_that_are_no_direction_are_found_last(dtype: str, tmp_path: Path) -> None:
+    """Of float16 a sum may be infinite."""
+    vectors = np.array([[np.inf, 1], [np.nan, 1], [0, 0], [6e4, 6e4], [1e-7, 0]], np.float32)
+    table = make_table(tmp_path / "table", vectors, dtype=dtype)
+    (matches,) = search(table, np.array([[1, 0.9]], np.float32), top=5)
+    assert [match.row for match in matches] == [3, 4, 0, 1, 2]
+    assert [match.score for match in matches[2:]] == [0, 0, 0]
+
+
+def test_vectors_of_any_size_have_length_one() -> None:
+    lengths = np.linalg.norm(unit(np.array([[3e38, 3e38], [1e-38, 0], [4, 3]])), axis=1)
+    np.testing.assert_allclose(lengths, 1, rtol=1e-6)
+    assert unit(np.empty((0, 3))).shape == (0, 3)
+
+
+def test_the_graph_is_kept_until_rows_change(
+    vectors: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    table = make_table(tmp_path / "table", vectors)
+    first = search(table, vectors[:2], index="hnsw")
+    (path,) = table.glob("hnsw-*.faiss")
+    before = path.stat().st_ino
+    assert search(table, vectors[:2], index="hnsw") == first
+    assert path.stat().st_ino == before
+    path.write_bytes(path.read_bytes()[:1000])
+    assert search(table, vectors[:2], index="hnsw") == first
+    assert path.stat().st_ino != before
+    before = path.stat().st_ino
+    shard = table / "shards" / "part-00000.parquet"
+    monkeypatch.setattr(hnsw, "_newest", lambda folder: shard.stat().st_mtime + 1e6)
+    assert search(table, vectors[:2], index="hnsw") == first
+    assert path.stat().st_ino != before
+    assert {p.name for p in table.iterdir()} == {"metadata.json", "shards", path.name}
+
+
+def test_index_by_the_number_of_rows() -> None:
+    assert choose_index("auto", 1_000_000) == "exact"
+    assert choose_index("auto", 1_000_001) == "hnsw"
+    assert choose_index("exact", 10**9) == "exact"
+    with pytest.raises(ValueError, match="index must be auto, exact or hnsw, got 'flat'"):
+        choose_index("flat", 5)
+
+
+def test_what_is_missing_is_named(
+    table: Path, vectors: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "faiss", None)
+    with pytest.raises(GraphError, match=r"pip install faiss-cpu .*, or choose --index exact"):
+        search(table, vectors[:1], index="hnsw")
+    monkeypatch.undo()
+    monkeypatch.setattr(hnsw, "available_memory", lambda device, unknown: 1000)
+    with pytest.raises(GraphError, match="a graph over 300 rows of 16 would take"):
+        search(table, vectors[:1], index="hnsw")
+
+
+def test_a_graph_that_cannot_be_written(
+    vectors: np.ndarray, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import faiss
+
+    def full(index: object, path: str) -> None:
+        Path(path).write_bytes(b"half")
+        raise RuntimeError("Error: 'f' failed: No space left on device")
+
+    table = make_table(tmp_path / "table", vectors)
+    monkeypatch.setattr(faiss, "write_index", full)
+    with pytest.raises(GraphError, match=r"cannot write .*hnsw-.*No space left"):
+        search(table, vectors[:1], index="hnsw")
+    assert {p.name for p in table.iterdir()} == {"metadata.json", "shards"}
+
+
+def test_bad_input(table: Path, vectors: np.ndarray, tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"vectors must be \(queries, 16\) .* got \(1, 4\)"):
+        search(table, np.ones((1, 4), np.float32))
+    with pytest.raises(ValueError, match="vectors must be finite"):
+        search(table, np.full((1, 16), np.nan, np.float32))
+    with pytest.raises(ValueError, match="top must be at least 1, got 0"):
+        search(table, vectors[:1], top=0)
+    with pytest.raises(ValueError, match=r"no image of the key 'x'; its keys are like '00000.png'"):
+        vectors_of(table, ["00001.png", "x"])
+    with pytest.raises(FileNotFoundError, match="holds no embeddings"):
+        search(tmp_path, vectors[:1])
+    broken = make_table(tmp_path / "broken", vectors)
+    (broken / "shards" / "part-00002.parquet").write_bytes(b"PAR1")
+    with pytest.raises(TableError, match=r"part-00002\.parquet is damaged"):
+        search(broken, vectors[:1])

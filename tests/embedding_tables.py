@@ -1,0 +1,42 @@
+"""Small tables of embeddings for the tests, of numbers that need no model."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from backbones.embedding.table import ShardWriter, identity, schema, shard_path, write_metadata
+
+
+def make_table(
+    folder: Path,
+    vectors: np.ndarray,
+    keys: Sequence[str] | None = None,
+    sizes: Sequence[tuple[int, int]] | None = None,
+    rows: int = 50,
+    dtype: str = "float32",
+    **facts: Any,
+) -> Path:
+    """A whole table with shards of ``rows`` rows; ``facts`` go into its metadata."""
+    keys = [f"{number:05}.png" for number in range(len(vectors))] if keys is None else keys
+    sizes = [(40, 36)] * len(vectors) if sizes is None else sizes
+    dim = vectors.shape[1]
+    starts = range(0, len(vectors), rows)
+    content = {
+        **{"model": "shvit_s1", "weights": {"file": "x.pth", "path": "x.pth", "sha256": "0" * 64}},
+        **{"preprocessing": {}, "features": "pre_logits", "shape": [dim], "dim": dim},
+        **{"dtype": dtype, "computed": "float32", "classes": 0, "names": []},
+        **{"source": {"kind": "folder", "path": str(folder)}, "images": len(vectors)},
+        **{"shards": len(starts), "rows": rows, "versions": {}, "format": 1, **facts},
+    }
+    (folder / "shards").mkdir(parents=True)
+    write_metadata(folder, content)
+    columns = schema(dim, dtype)
+    for number, start in enumerate(starts):
+        part = slice(start, start + rows)
+        with ShardWriter(shard_path(folder, number), columns, identity(content)) as writer:
+            writer.add(keys[part], sizes[part], vectors[part])
+    return folder
