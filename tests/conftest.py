@@ -7,7 +7,6 @@ cache; of two processes that do so at once, one may read half of it.
 from __future__ import annotations
 
 import contextlib
-import gc
 
 import pytest
 
@@ -30,9 +29,3 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     """Turn the order, once it is known which tests there are."""
     first = int(len(items) * config.getoption("--begin-at"))
     items[:] = items[first:] + items[:first]
-
-
-def pytest_collection_finish() -> None:
-    """The thousands of tests and all modules stay: leave them out of each later collection."""
-    gc.collect()
-    gc.freeze()
