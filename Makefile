@@ -4,8 +4,11 @@ VENV := .venv
 BIN := $(VENV)/bin
 TEST_WORKERS ?= 2
 TEST_ARGS ?=
-# One thread a process: on a busy machine two are several times slower.
-TEST_ENV := OMP_NUM_THREADS=1
+# One thread a process: on a busy machine two are several times slower. Containers often keep Python
+# from writing what it compiled; many tests start processes, and each would compile all of it anew.
+TEST_ENV := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
+# A worker runs whole files, whose fixtures are made once then, until it helps out at the end.
+PYTEST := $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist worksteal
 
 .PHONY: venv train test test-slow test-lowest test-newest wheel wheel-aarch64 docs check format
 
@@ -30,11 +33,10 @@ train: $(VENV)/train.stamp
 	$(BIN)/python train_cls.py --config configs/cls/quickstart.yaml
 
 test: $(VENV)/test.stamp
-	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(TEST_WORKERS) $(TEST_ARGS)
+	$(TEST_ENV) $(PYTEST) $(TEST_ARGS)
 
 test-slow: $(VENV)/test.stamp
-	$(TEST_ENV) $(BIN)/python -m pytest -q -n $(TEST_WORKERS) -m slow \
-		-o timeout=900 -o faulthandler_timeout=840 $(TEST_ARGS)
+	$(TEST_ENV) $(PYTEST) -m slow -o timeout=900 -o faulthandler_timeout=840 $(TEST_ARGS)
 
 # The quick tests with the lowest versions that pyproject.toml names on the oldest Python, and with the
 # newest on the newest, each in an environment of its own: needs uv, and those Pythons where it finds

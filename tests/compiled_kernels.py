@@ -75,7 +75,13 @@ def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def compiled_for(instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a machine with other instructions; little is optimised, which takes half the time."""
+    """As on a machine with these instructions."""
+    if instructions != instruction_sets.instruction_set():  # else they are compiled already
+        _compile_anew(instructions, monkeypatch)
+
+
+def _compile_anew(instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With little optimised, which takes half the time."""
     monkeypatch.setenv("VISION_BACKBONES_NATIVE_ISA", instructions)
     monkeypatch.setenv("CXX", "c++ -O1")
     monkeypatch.setattr(instruction_sets, "COMMON_FLAGS", ["-std=c++17", "-O1", "-fPIC", "-shared"])
@@ -86,7 +92,7 @@ def compiled_for(instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 def emulate_tiles(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     """As on a machine with AMX; its instructions run step by step, on AVX512-BF16."""
-    compiled_for("avx512bf16", monkeypatch)
+    _compile_anew("avx512bf16", monkeypatch)
     header = Path(__file__).with_name("emulated_tiles.h")
     monkeypatch.setenv("CXX", f"c++ -O1 -include {header}")
     monkeypatch.setenv("VISION_BACKBONES_CACHE_DIR", str(cache))

@@ -130,8 +130,8 @@ print(sorted(heavy & (sys.modules.keys() - before)))
 
 
 def test_import_is_cheap() -> None:
-    """`import backbones` adds at most 0.3 s of the CPU to `import timm`; the best of five."""
-    times, loaded = [], ""
+    """`import backbones` adds at most 0.3 s of the CPU to `import timm`; the best of up to five."""
+    times: list[float] = []
     for _ in range(5):
         run = subprocess.run(
             [sys.executable, "-c", _TIMES],
@@ -142,9 +142,11 @@ def test_import_is_cheap() -> None:
             timeout=120,
         )
         seconds, loaded = run.stdout.splitlines()
+        assert loaded == "[]"
         times.append(float(seconds))
+        if times[-1] <= 0.3:
+            break
     assert min(times) <= 0.3
-    assert loaded == "[]"
 
 
 def test_a_foreign_ops_is_named(tmp_path: Path) -> None:

@@ -157,7 +157,9 @@ def require_wide(image: Image.Image, config: dict[str, Any]) -> None:
     side = max(config["input_size"][1:]) / config["crop_pct"]
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and side * side * longer > 2 * limit * shorter:
-        raise ValueError(f"{image.width}×{image.height} pixels are too narrow to be resized")
+        raise ValueError(
+            f"an image of {image.width}×{image.height} pixels is too narrow to be resized"
+        )
 
 
 def _orientation(image: Image.Image) -> Any:

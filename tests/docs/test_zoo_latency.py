@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import sys
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -28,9 +29,10 @@ def tools(monkeypatch):
             del sys.modules[name]
 
 
-def test_from_measurement_to_row(tools, tmp_path):
+def test_from_measurement_to_row(tools, tmp_path, monkeypatch):
     output = tmp_path / "zoo.json"
     zoo_latency, zoo_page = tools("zoo_latency"), tools("zoo_page")
+    monkeypatch.setattr(zoo_latency, "measure", partial(zoo_latency.measure, turn_seconds=0))
     options = ["--rounds", "3", "--seconds", "0", "--output", str(output), "--models"]
     zoo_latency.main([*options, "shvit_s4"])
     first = json.loads(output.read_text())["results"]

@@ -119,10 +119,15 @@ def test_a_signal_to_one_stops_both_and_one_can_go_on_alone(images, tmp_path):
 @pytest.mark.parametrize(
     "words",
     [
-        ["--opt=adamw", "--lr=1e-3", "--weight-decay=0.05", "--clip-grad=0.5"],
-        [*SGD, "--accum-steps=2", "--batch-size=4"],
+        pytest.param(
+            ["--opt=adamw", "--lr=1e-3", "--weight-decay=0.05", "--clip-grad=0.5"], id="adamw"
+        ),
+        pytest.param(
+            [*SGD, "--accum-steps=2", "--batch-size=4"],
+            id="sgd in two steps",
+            marks=pytest.mark.slow,
+        ),
     ],
-    ids=["adamw", "sgd in two steps"],
 )
 def test_shared_out_weights_equal_whole_ones(words, images, tmp_path):
     arguments = (f"--data={images}", f"--output={tmp_path}", *words, "--epochs=2")

@@ -146,7 +146,7 @@ def test_autocast_keeps_float32_inside() -> None:
     assert torch.equal(out, expected)
 
 
-@pytest.mark.parametrize("segments", [None, 4])
+@pytest.mark.parametrize("segments", [pytest.param(None, marks=pytest.mark.slow), 4])
 @pytest.mark.parametrize("backend", FAST)
 def test_compiles_into_one_graph(segments: int | None, backend: str) -> None:
     tokens = inputs(7, dtype=torch.float32)
@@ -170,7 +170,9 @@ class Layer(torch.nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
-@pytest.mark.parametrize(("segments", "any_size"), [(None, False), (4, True)])
+@pytest.mark.parametrize(
+    ("segments", "any_size"), [pytest.param(None, False, marks=pytest.mark.slow), (4, True)]
+)
 def test_onnx(segments: int | None, any_size: bool) -> None:
     tokens = [t.detach() for t in inputs(10, dtype=torch.float32)]
     axis = {1: torch.export.Dim.DYNAMIC}

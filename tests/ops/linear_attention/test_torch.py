@@ -64,7 +64,7 @@ class Scan(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:.*LeafSpec.*:FutureWarning")
-@pytest.mark.parametrize("bonus", [False, True])
+@pytest.mark.parametrize("bonus", [pytest.param(False, marks=pytest.mark.slow), True])
 @torch.no_grad()
 def test_onnx_with_any_number_of_tokens(bonus):
     layer = Scan(bonus).eval()

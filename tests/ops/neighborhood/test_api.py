@@ -169,7 +169,7 @@ def test_a_forced_backend_says_why_it_cannot() -> None:
 
 
 @pytest.mark.parametrize("backend", ["tiled", None])
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [pytest.param(False, marks=pytest.mark.slow), True])
 def test_compile(backend: str | None, dynamic: bool) -> None:
     torch._dynamo.reset()
 

@@ -1,21 +1,15 @@
 """The compiled CPU kernel at home in torch and on other CPUs."""
 
 import itertools
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
-from compiled_kernels import forget_kernels, using_threads
-from neighborhood_oracle import normal_inputs
+from compiled_kernels import compiled_for, forget_kernels, using_threads
+from neighborhood_oracle import Limits, assert_exact, normal_inputs, random_case
 
 from ops.cpu import build, instruction_sets
 from ops.neighborhood import cpu, na1d, na2d
 from ops.neighborhood._geometry import NAParams
-
-ROOT = Path(__file__).parents[3]
 
 
 def test_supports():
@@ -128,26 +122,14 @@ def test_no_second_derivative():
 
 
 @pytest.mark.parametrize("isa", ["avx2", "portable"])
-def test_other_instruction_sets(isa, tmp_path):
+def test_other_instruction_sets(isa, monkeypatch):
     """The plainer builds of the kernel, which this CPU would not choose, are exact too."""
     if isa not in instruction_sets.candidates()[1:]:
         return  # the other tests ran on it
-    code = (
-        "import torch; from ops.cpu import build\n"
-        "from neighborhood_oracle import *\n"
-        "torch.set_num_threads(1)\n"
-        f"assert build.status('neighborhood').instruction_set == {isa!r}\n"
-        "for seed in range(40): assert_exact(random_case(seed), 'cpu')\n"
-        "wide = Limits(max_size={1: 200, 2: 26, 3: 9}, dims=(1, 7, 16, 20, 32))\n"
-        "for seed in range(1000, 1006): assert_exact(random_case(seed, wide), 'cpu')\n"
-    )
-    environment = {
-        **os.environ,
-        "VISION_BACKBONES_NATIVE_ISA": isa,
-        "VISION_BACKBONES_CACHE_DIR": str(tmp_path),
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
-    }
-    done = subprocess.run(
-        [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
+    compiled_for(isa, monkeypatch)
+    assert build.status("neighborhood").instruction_set == isa
+    for seed in range(40):
+        assert_exact(random_case(seed), "cpu")
+    wide = Limits(max_size={1: 200, 2: 26, 3: 9}, dims=(1, 7, 16, 20, 32))
+    for seed in range(1000, 1006):
+        assert_exact(random_case(seed, wide), "cpu")

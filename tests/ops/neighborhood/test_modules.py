@@ -217,11 +217,12 @@ def test_small_maps_of_any_rank_train(rank: int, small_maps: str) -> None:
     assert x.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("small_maps", ["shrink", "pad"])
-def test_small_maps_of_open_sizes(small_maps: str) -> None:
+def test_small_maps_of_open_sizes(small_maps: str, backend: str) -> None:
     torch._dynamo.reset()
     layer = NeighborhoodAttention2D(8, 2, 5, rel_pos_bias=True, small_maps=small_maps).eval()
-    compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)
+    compiled = torch.compile(layer, fullgraph=True, backend=backend, dynamic=True)
     for size in ((4, 6), (8, 3), (9, 9)):
         x = torch.randn(1, *size, 8)
         torch.testing.assert_close(compiled(x), layer(x))

@@ -42,13 +42,16 @@ def in_onnxruntime(module: nn.Module, example: Tensor, dynamic: tuple[int, ...])
             NeighborhoodAttention1D(8, 2, 4, stride=3, is_causal=True, rel_pos_bias=True),
             [(9,), (4,), (14,)],
         ),
-        (
+        # Ten seconds and more each.
+        pytest.param(
             NeighborhoodAttention2D(8, 2, (3, 4), dilation=(2, 1), rel_pos_bias=True),
             [(7, 8), (6, 4), (11, 5)],
+            marks=pytest.mark.slow,
         ),
-        (
+        pytest.param(
             NeighborhoodAttention3D(8, 2, (2, 3, 3), is_causal=(True, False, False)),
             [(4, 5, 6), (2, 3, 3), (3, 7, 4)],
+            marks=pytest.mark.slow,
         ),
     ],
     ids=["1d", "2d", "3d"],

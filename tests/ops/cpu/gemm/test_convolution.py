@@ -67,8 +67,7 @@ def test_is_the_convolution(
 
 
 @pytest.mark.parametrize("instructions", ["avx2", "portable"])
-def test_other_instruction_sets(instructions: str, monkeypatch, tmp_path) -> None:
-    monkeypatch.setenv("VISION_BACKBONES_CACHE_DIR", str(tmp_path))
+def test_other_instruction_sets(instructions: str, monkeypatch) -> None:
     compiled_for(instructions, monkeypatch)
     conv = _conv(20, 40, kernel_size=3, stride=2, padding=1)
     _agrees(random(2, 20, 37, 50).float(), conv, "relu", 1e-6)

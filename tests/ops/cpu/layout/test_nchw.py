@@ -42,8 +42,7 @@ def test_split_and_joined(dtype, batch, size, channels, channels_last, threads) 
 
 
 @pytest.mark.parametrize("instructions", ["avx2", "portable"])
-def test_other_instruction_sets(instructions: str, monkeypatch, tmp_path) -> None:
-    monkeypatch.setenv("VISION_BACKBONES_CACHE_DIR", str(tmp_path))
+def test_other_instruction_sets(instructions: str, monkeypatch) -> None:
     compiled_for(instructions, monkeypatch)
     for dtype, tolerance in ((torch.float32, 1e-6), (torch.bfloat16, 2**-8)):
         x, affine = random(2, 75, 9, 11).to(dtype), random(2, 75).float()

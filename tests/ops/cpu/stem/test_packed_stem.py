@@ -150,8 +150,7 @@ def test_pairs_of_channels() -> None:
 
 
 @pytest.mark.parametrize("instructions", ["avx2", "portable"])
-def test_other_instruction_sets(instructions: str, monkeypatch, tmp_path) -> None:
-    monkeypatch.setenv("VISION_BACKBONES_CACHE_DIR", str(tmp_path))
+def test_other_instruction_sets(instructions: str, monkeypatch) -> None:
     compiled_for(instructions, monkeypatch)
     _agrees(random(2, 3, 37, 50).float(), conv_row(3, 20, 40), ["relu", "none"])
 
