@@ -148,7 +148,7 @@ def test_init_cfg_names_published_weights() -> None:
             init_cfg=dict(type="Pretrained", checkpoint="favit_b0.untrained"),
         )
     )
-    with pytest.raises(backbones.CheckpointError, match="favit_b0 has no weights"):
+    with pytest.raises(backbones.CheckpointError, match="favit_b0 has no downloadable weights"):
         model.init_weights()
 
 

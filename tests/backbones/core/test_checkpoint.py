@@ -212,9 +212,7 @@ def test_weights_that_are_not_finite(official: dict[str, Tensor], value: str) ->
     require_finite(model, "a.pth")
     report = load_checkpoint(model, spoilt, strict=False)
     assert report.nonfinite == ["stem.conv.weight"]
-    with pytest.raises(
-        CheckpointError, match="a.pth has NaN or infinite weights: stem.conv.weight$"
-    ):
+    with pytest.raises(CheckpointError, match="a.pth has NaN or infinite weights: stem.conv"):
         require_finite(model, "a.pth")
 
 
