@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -14,20 +15,25 @@ from torch import Tensor, nn
 PAGE = Path(__file__).parents[2] / "docs" / "downstream.md"
 
 
-@pytest.fixture
-def run_page(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[str], dict[str, Any]]:
-    """A function that runs the page's code below a heading, in an empty folder."""
-    monkeypatch.chdir(tmp_path)
+@pytest.fixture(scope="module")
+def run_page(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Any]]:
+    """A function that runs the page's code below a heading, in an empty folder, once a module.
 
+    Its models take seconds to make: each is trained by one test.
+    """
+
+    @functools.cache
     def run(heading: str) -> dict[str, Any]:
         section = PAGE.read_text().split(f"\n## {heading}\n")[1].split("\n## ")[0]
         blocks = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
         assert blocks
         names: dict[str, Any] = {}
         torch.manual_seed(0)
-        for block in blocks:
-            assert len(block.splitlines()) <= 15
-            exec(compile(block, str(PAGE), "exec"), names)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(tmp_path_factory.mktemp("page"))
+            for block in blocks:
+                assert len(block.splitlines()) <= 15
+                exec(compile(block, str(PAGE), "exec"), names)
         return names
 
     return run
@@ -52,6 +58,7 @@ def train() -> Callable[..., list[float]]:
     """A function that minimises ``loss()`` and returns its value at each step."""
 
     def run(model: nn.Module, loss: Callable[[], Tensor], steps: int, lr: float) -> list[float]:
+        torch.manual_seed(0)
         model.train()
         optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
         values = []

@@ -27,7 +27,7 @@ from mmengine.structures import InstanceData, PixelData
 from mmseg.structures import SegDataSample
 
 import backbones
-from backbones.openmmlab import check_channels, without_sync_norm
+from backbones.openmmlab import VisionBackbone, adapter, check_channels, without_sync_norm
 
 ROOT = Path(__file__).parents[2] / "configs"
 LEAVES = sorted(path for kind in ("det", "seg") for path in ROOT.glob(f"{kind}/[a-z]*/*.py"))
@@ -57,6 +57,9 @@ QUICK = {
     "mask-rcnn_nat-mini",
     "upernet_dinat-s-tiny",
 }
+# Of these, head and family are each trained in another one.
+TWICE = {"upernet_van-b0", "retinanet_van-b0", "mask-rcnn_van-b0", "upernet_unireplknet-t"}
+TRAINED = QUICK - TWICE
 
 
 def _key(path: Path) -> str:
@@ -67,8 +70,20 @@ def _ids(path: Path) -> str:
     return path.stem
 
 
+_known: dict[str, SimpleNamespace] = {}
+
+
+def _backbone(**arguments: Any) -> SimpleNamespace:
+    """Most are those of several configs; what their maps are is found out once."""
+    key = repr(sorted(arguments.items()))
+    if key not in _known:
+        _known[key] = SimpleNamespace(channels=VisionBackbone(**arguments).channels)
+    return _known[key]
+
+
 @pytest.mark.parametrize("path", LEAVES, ids=_ids)
-def test_file_says_what_it_is(path: Path) -> None:
+def test_file_says_what_it_is(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(adapter, "VisionBackbone", _backbone)
     text = path.read_text()
     assert len(text.splitlines()) <= 15
     docstring = ast.get_docstring(ast.parse(text))
@@ -168,13 +183,13 @@ def _segmentation() -> SegDataSample:
     return sample
 
 
-@pytest.mark.parametrize("path", [p for p in LEAVES if _key(p) in QUICK], ids=_ids)
+@pytest.mark.parametrize("path", [p for p in LEAVES if _key(p) in TRAINED], ids=_ids)
 def test_forward_and_backward(path: Path) -> None:
     _train_once(path)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", [p for p in LEAVES if _key(p) not in QUICK], ids=_ids)
+@pytest.mark.parametrize("path", [p for p in LEAVES if _key(p) not in TRAINED], ids=_ids)
 def test_forward_and_backward_of_the_others(path: Path) -> None:
     _train_once(path)
 

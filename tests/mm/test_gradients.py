@@ -35,6 +35,9 @@ def build(path: str, memory_format: str) -> nn.Module:
     else:
         from mmseg.registry import MODELS
     family = path.split("/")[1]
+    for name in ("decode_head", "auxiliary_head"):
+        if name in cfg.model:
+            cfg.model[name].channels = 32
     cfg.model.backbone.pop("init_cfg", None)
     cfg.model.backbone.update(drop_path_rate=0.0, depths=SMALL[family][1]["depths"])
     torch.manual_seed(0)
