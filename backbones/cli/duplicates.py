@@ -30,13 +30,13 @@ _DRAWN, _SHOWN, _TILES = 24, 200, 16
 def add_arguments(parser: ArgumentParser) -> None:
     """The command line of ``duplicates``."""
     add = parser.add_argument
-    add("folder", type=nonempty_path, metavar="FOLDER", help="of `vision-backbones embed`")
+    add("folder", type=nonempty_path, metavar="FOLDER", help="written by `vision-backbones embed`")
     add(
         "--threshold",
         type=real(0, 1, above=True),
         default=THRESHOLD,
         metavar="C",
-        help=f"least cosine of two near-duplicates ({THRESHOLD})",
+        help=f"minimum cosine similarity ({THRESHOLD})",
     )
     add("--index", choices=INDEXES, default="auto", help="exact, or hnsw beyond 200,000 rows")
     add_outputs(parser, _PICTURE, "contact sheet of the groups", "image in a group")
@@ -54,9 +54,7 @@ def run(options: Namespace) -> int:
     ]
     sys.stdout.write(_as_table(groups))
     extra = sum(map(len, groups)) - len(groups)
-    said = (
-        f"{len(groups)} groups; without {extra} of {count_rows(folder)} images each is there once"
-    )
+    said = f"{len(groups)} groups; {extra} of {count_rows(folder)} images are redundant"
     sys.stdout.write(f"{said}\n")
     write_text(options.csv, as_csv(("group", "key", "height", "width", "similarity"), rows))
     write_text(options.json, as_json(_entries(groups)))

@@ -1,4 +1,4 @@
-"""``vision-backbones embed``: features of many images, as a folder of Parquet shards.
+"""``vision-backbones embed``: write the features of many images to a folder of Parquet shards.
 
 Any number of images, and any end of the process: the same command goes on where the last one was.
 """
@@ -32,22 +32,33 @@ def add_arguments(parser: ArgumentParser) -> None:
         help="folder of images, .tar or .parquet files, one such file or a pattern of them, list "
         "of paths (.txt), digits, medmnist/NAME, torch/NAME, hfds/NAME",
     )
-    add("--model", help="architecture; a checkpoint of train_cls.py knows its own")
+    add("--model", help="model name; optional for checkpoints of train_cls.py")
     add("--checkpoint", type=nonempty_path, metavar="FILE", help="weights")
-    add("--out", type=nonempty_path, metavar="FOLDER", required=True, help="new, or to go on with")
+    add(
+        "--out",
+        type=nonempty_path,
+        metavar="FOLDER",
+        required=True,
+        help="a new folder, or one to resume",
+    )
     add("--features", default="head", metavar="WHICH", help=f"{FEATURES} (head)")
-    add("--classes", type=whole(0), default=0, metavar="N", help="keep the likeliest N too (0)")
-    add("--dtype", default="float32", choices=COMPUTED, help="to compute in (float32)")
-    add("--store", default="float32", choices=("float32", "float16"), help="in shards (float32)")
+    add("--classes", type=whole(0), default=0, metavar="N", help="also store the top N classes (0)")
+    add("--dtype", default="float32", choices=COMPUTED, help="of the computation (float32)")
+    add(
+        "--store",
+        default="float32",
+        choices=("float32", "float16"),
+        help="dtype in the shards (float32)",
+    )
     add("--split", default="train", help="of digits, medmnist/, torch/, hfds/ (train)")
-    add("--column", metavar="NAME", help="of images, in Parquet and hfds/")
-    add("--rows", type=whole(1), default=1024, metavar="N", help="images a shard (1024)")
-    add("--batch-size", type=whole(1), metavar="N", help="images (16, on a GPU 256)")
-    add("--workers", type=whole(1, 1024), metavar="N", help="processes (one a core or GPU)")
-    add("--decoders", type=whole(0, 1024), metavar="N", help="threads a process that decode")
+    add("--column", metavar="NAME", help="the image column of Parquet and hfds/")
+    add("--rows", type=whole(1), default=1024, metavar="N", help="images per shard (1024)")
+    add("--batch-size", type=whole(1), metavar="N", help="images per batch (16; on a GPU 256)")
+    add("--workers", type=whole(1, 1024), metavar="N", help="processes (one per core or GPU)")
+    add("--decoders", type=whole(0, 1024), metavar="N", help="decoding threads per process")
     add("--device", default="cpu", help="cpu, cuda (all GPUs), cuda:1, … (cpu)")
-    add("--engine", default="local", choices=ENGINES, help="this machine, or Ray (local)")
-    add("--address", help="of the Ray cluster: auto, HOST:PORT (one on this machine)")
+    add("--engine", default="local", choices=ENGINES, help="this machine, or a Ray cluster (local)")
+    add("--address", help="Ray cluster: auto or HOST:PORT (default: start one here)")
 
 
 def run(options: Namespace) -> int:

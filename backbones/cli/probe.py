@@ -31,35 +31,48 @@ _MISTAKES, _KINDS = 120, 20
 def add_arguments(parser: ArgumentParser) -> None:
     """The command line of ``probe``."""
     add = parser.add_argument
-    add("folder", type=nonempty_path, metavar="FOLDER", help="of `vision-backbones embed`")
+    add("folder", type=nonempty_path, metavar="FOLDER", help="written by `vision-backbones embed`")
     add(
         "--labels",
         type=nonempty,
         required=True,
         metavar="WHICH",
-        help="a CSV, TSV or JSON of keys and classes; folder: the name of an image's folder; "
-        "source: what digits, medmnist/, torch/, hfds/ say",
+        help="a CSV, TSV or JSON file of keys and classes; folder: the name of an image's folder; "
+        "source: the labels of digits, medmnist/, torch/, hfds/",
     )
-    add("--test", type=nonempty_path, metavar="FOLDER", help="measure on these embeddings")
-    add("--test-labels", type=nonempty, metavar="WHICH", help="of those, if --labels lacks them")
+    add("--test", type=nonempty_path, metavar="FOLDER", help="test on these embeddings")
+    add(
+        "--test-labels", type=nonempty, metavar="WHICH", help="labels of --test, if not in --labels"
+    )
     add(
         "--split",
         type=nonempty,
         metavar="WHICH",
-        help="a CSV, TSV or JSON of keys and train or test; folder: train/, val/ or test/ in keys",
+        help="a CSV, TSV or JSON file of keys and train/test; folder: train/, val/, test/ in keys",
     )
-    add("--held-out", type=real(0, 0.99, above=True), default=0.2, metavar="SHARE", help="(0.2)")
-    add("--neighbors", type=whole(1), default=5, metavar="N", help="that vote (5)")
-    add("--c", type=real(0, above=True), default=1.0, help="1 / regularisation, linear probe (1)")
+    add(
+        "--held-out",
+        type=real(0, 0.99, above=True),
+        default=0.2,
+        metavar="SHARE",
+        help="share to test on (0.2)",
+    )
+    add("--neighbors", type=whole(1), default=5, metavar="N", help="k of the kNN classifier (5)")
+    add(
+        "--c",
+        type=real(0, above=True),
+        default=1.0,
+        help="inverse regularisation of the linear probe (1)",
+    )
     add(
         "--most-rows",
         type=whole(2),
         default=MOST_ROWS,
         metavar="N",
-        help=f"to learn from, and to measure on ({MOST_ROWS:,})",
+        help=f"limit of train and of test rows ({MOST_ROWS:,})",
     )
-    add("--seed", type=whole(0, 2**32 - 1), default=0, metavar="N", help="of random choices (0)")
-    add_outputs(parser, _PICTURE, "picture of what is taken for what")
+    add("--seed", type=whole(0, 2**32 - 1), default=0, metavar="N", help="random seed (0)")
+    add_outputs(parser, _PICTURE, "confusion matrix")
 
 
 def run(options: Namespace) -> int:
@@ -99,7 +112,7 @@ def run(options: Namespace) -> int:
             _rows(report),
             [Table(_HEAD, _figures(report)), *map(_kinds, report.methods, [report] * 2)],
             path.read_bytes() if path.is_file() else None,
-            f"{report.methods[0].name} and {report.methods[1].name}: what is taken for what",
+            f"{report.methods[0].name} and {report.methods[1].name}: confusion matrices",
         )
     return 0
 

@@ -35,15 +35,20 @@ _QUERIES, _TILES = 20, 47
 def add_arguments(parser: ArgumentParser) -> None:
     """The command line of ``search``."""
     add = parser.add_argument
-    add("folder", type=nonempty_path, metavar="FOLDER", help="of `vision-backbones embed`")
+    add("folder", type=nonempty_path, metavar="FOLDER", help="written by `vision-backbones embed`")
     add(
-        "--query", type=nonempty_path, nargs="+", default=[], metavar="IMAGE", help="files, folders"
+        "--query",
+        type=nonempty_path,
+        nargs="+",
+        default=[],
+        metavar="IMAGE",
+        help="image files or folders",
     )
-    add("--key", nargs="+", default=[], metavar="KEY", help="images of FOLDER, by their keys")
-    add("--top", type=whole(1), default=12, metavar="N", help="images to find of each (12)")
+    add("--key", nargs="+", default=[], metavar="KEY", help="keys of images in FOLDER")
+    add("--top", type=whole(1), default=12, metavar="N", help="results per query (12)")
     add("--index", choices=INDEXES, default="auto", help="exact, or hnsw beyond 1,000,000 rows")
-    add("--checkpoint", type=nonempty_path, metavar="FILE", help="the weights, if they were moved")
-    add_outputs(parser, _PICTURE, "contact sheet", "image found")
+    add("--checkpoint", type=nonempty_path, metavar="FILE", help="the weights, if they have moved")
+    add_outputs(parser, _PICTURE, "contact sheet", "result")
 
 
 def run(options: Namespace) -> int:

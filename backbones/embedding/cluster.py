@@ -1,4 +1,4 @@
-"""Parts embedded by the machines of a Ray cluster: Ray schedules, retries, and waits for machines.
+"""Embed parts on a Ray cluster, which schedules and retries them.
 
 What travels is the description of a part and what became of it: each machine reads the source and
 writes its shards itself, so all of them must see both under the same paths (NFS, a shared volume).
@@ -30,7 +30,7 @@ _worker: tuple[Job, Worker] | None = None
 
 
 def require_ray() -> Any:
-    """The module ``ray`` with ``ray.data``, which an extra brings.
+    """Import ``ray`` with ``ray.data``, an optional dependency.
 
     Raises:
         MendableError: it is not installed.
@@ -46,7 +46,7 @@ def require_ray() -> Any:
 def run_on_cluster(
     job: Job, address: str | None, parts: Iterable[tuple[int, Any]]
 ) -> Iterator[Event]:
-    """Embed by Ray Data: a task for each part, on a core, or on a GPU where ``job`` says so.
+    """Embed with Ray Data: one task per part, on a core or, if ``job`` says so, a GPU.
 
     Tasks of a machine that is lost are done by the others.
 

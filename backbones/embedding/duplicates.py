@@ -56,7 +56,7 @@ def find_duplicates(
     index: str = "auto",
     progress: bool = False,
 ) -> list[list[Member]]:
-    """Groups of near-duplicates, the largest groups first.
+    """Find groups of near-duplicates, largest groups first.
 
     Two images are near-duplicates if the cosine of their embeddings is at least ``threshold``. A
     group is all that hangs together by such pairs: of two images in it that are less similar, both
@@ -110,7 +110,7 @@ class ThresholdError(MendableError, ValueError):
 
 
 class Groups:
-    """Which of n things hang together; pairs of them are added many at a time.
+    """Connected components of n items; edges are added in batches.
 
     Each thing points to one of a lower number in its group, the first to itself.
     """

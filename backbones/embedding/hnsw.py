@@ -45,7 +45,7 @@ class Graph:
 
 
 def open_graph(folder: str | Path, progress: bool = False) -> Graph:
-    """The graph that lies beside a table, built first if there is none for these rows.
+    """Open the graph stored beside a table, building it if it is missing or outdated.
 
     A row takes 4 · dim + 276 bytes in it, of memory and of disk.
 

@@ -29,7 +29,7 @@ class LabelError(MendableError, ValueError):
 
 
 def labels_of(folder: str | Path, labels: Mapping[str, str] | str | Path) -> list[str | None]:
-    """The class of each row of a table, in order; None where nothing says it.
+    """The class of each row of a table, in order; None if unlabelled.
 
     Args:
         folder: of the table.

@@ -29,7 +29,7 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Features:
-    """Which values of a network are an image's embedding.
+    """Selects the output of a network that is stored as the embedding.
 
     Attributes:
         stage: its last map, as an index of ``forward_intermediates``; None for what the classifier
@@ -114,7 +114,7 @@ class Network:
         self.shape = tuple(self(blank)[0].shape[1:])
 
     def prepare(self, computed: str, device: torch.device) -> None:
-        """Make it fast: fused and by our kernels on a CPU, by autocast on a GPU.
+        """Prepare for inference: fuse on a CPU, autocast on a GPU.
 
         Args:
             computed: float32, bfloat16, or float16 on a GPU.
@@ -160,7 +160,7 @@ class Network:
 
 
 def check_dtype(computed: str, device: torch.device) -> None:
-    """Refuse a dtype that the device does not multiply.
+    """Reject a dtype that the device does not support.
 
     Raises:
         CommandError: it does not, or there is no such dtype.

@@ -1,4 +1,4 @@
-"""How well embeddings tell classes apart: by nearest neighbours, and by a linear classifier.
+"""Measure how well embeddings separate classes: kNN and a linear classifier.
 
 Both learn from some of the images and are measured on others, which they have not seen.
 """
@@ -28,7 +28,7 @@ Labels = Mapping[str, str] | str | Path
 
 @dataclass(frozen=True)
 class Mistake:
-    """An image whose class was not found.
+    """A misclassified image.
 
     Attributes:
         folder: of the table that it is in.
@@ -44,7 +44,7 @@ class Mistake:
 
 @dataclass
 class Method:
-    """One way to tell the classes apart, and how well that went.
+    """A classifier and its results.
 
     Attributes:
         accuracy: share of the held-out images whose class was found.
@@ -68,7 +68,7 @@ class Method:
 
 @dataclass
 class Report:
-    """What came out of :func:`probe`.
+    """The result of :func:`probe`.
 
     Attributes:
         rows: of the table, or of both.
@@ -101,7 +101,7 @@ def probe(
     most_rows: int = MOST_ROWS,
     seed: int = 0,
 ) -> Report:
-    """Accuracy of k nearest neighbours and of a linear classifier on held-out images.
+    """Measure the accuracy of kNN and of a linear classifier on held-out images.
 
     Neighbours are those of the greatest cosine; they vote, the nearer the more. The linear
     classifier is a logistic regression on embeddings at mean 0 and standard deviation 1.

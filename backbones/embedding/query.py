@@ -30,7 +30,7 @@ _BATCH = 16
 
 @dataclass
 class Queries:
-    """What became of images that were to be embedded.
+    """Embedded queries, and those that could not be read.
 
     Attributes:
         paths: of those that could be read.
@@ -46,7 +46,7 @@ class Queries:
 def embed_queries(
     folder: str | Path, paths: Sequence[str | Path], checkpoint: str | Path | None = None
 ) -> Queries:
-    """Embed files by the model, weights and preprocessing of a table.
+    """Embed files with the model, weights and preprocessing of a table.
 
     Args:
         folder: of the table.

@@ -20,7 +20,7 @@ __all__ = ["Block", "blocks", "by_number", "count_rows", "unit", "vectors_of"]
 
 @dataclass
 class Block:
-    """Some rows that follow each other.
+    """Consecutive rows.
 
     Attributes:
         first: the number of the first, counted from 0.
@@ -53,7 +53,7 @@ def unit(vectors: np.ndarray) -> np.ndarray:
 
 
 def count_rows(folder: str | Path) -> int:
-    """How many rows a whole table has, by the ends of its files.
+    """Count the rows of a table from its files' footers.
 
     Raises:
         FileNotFoundError, TableError: see :func:`backbones.embedding.table.shard_paths`; or a shard

@@ -1,4 +1,4 @@
-"""From a source of images to a folder of embeddings, begun or gone on with."""
+"""Embed a source of images into a folder, resuming what is there."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ _GPU_BATCH = 256
 
 @dataclass
 class Summary:
-    """What is in the folder in the end.
+    """The state of the folder after a run.
 
     Attributes:
         rows: of all shards.
@@ -76,36 +76,36 @@ def embed(
     address: str | None = None,
     progress: TextIO | None = None,
 ) -> Summary:
-    """Embed all images of ``source`` into the folder ``out``; the same call again goes on.
+    """Embed all images of ``source`` into the folder ``out``; the same call resumes a partial run.
 
-    The folder's format is that of :mod:`backbones.embedding.table`. Whatever ends the call, shards
-    that are done stay, and the next one computes the others: each image is in the table once, with
-    the embedding that an undisturbed call gives.
+    :mod:`backbones.embedding.table` defines the format. However a call ends, finished shards are
+    kept and the next call computes the rest: each image is in the table exactly once, with the
+    embedding of an uninterrupted run.
 
     Args:
         source: see :func:`backbones.embedding.sources.open_source`, as for ``split``, ``column``
             and ``rows``, the images of a shard.
-        out: is made, but for its parent.
-        model: name; a checkpoint of ``train_cls.py`` knows its own.
+        out: created if missing; its parent must exist.
+        model: name; optional for checkpoints of ``train_cls.py``.
         checkpoint: file of the weights.
-        features: ``"head"``, what the classifier would get; ``"stage:N"``, the mean of that stage's
+        features: ``"head"``, the input of the classifier; ``"stage:N"``, the mean of that stage's
             map; ``"stage:N:map"``, the map.
-        classes: store so many of the likeliest classes too.
-        dtype: to compute in: ``"float32"``, ``"bfloat16"``, on a GPU ``"float16"``.
-        store: of the stored numbers: ``"float32"`` or ``"float16"``.
-        batch_size: images that go through the network at once; None: 16, on a GPU 256.
-        workers: processes; None: one a core, or one a GPU.
-        decoders: threads a process that decode beside the network; None: 1, for a GPU the cores
-            that there are for it.
+        classes: how many of the most likely classes to store as well.
+        dtype: of the computation: ``"float32"``, ``"bfloat16"``, on a GPU ``"float16"``.
+        store: dtype of the stored embeddings: ``"float32"`` or ``"float16"``.
+        batch_size: images per batch; None: 16, on a GPU 256.
+        workers: processes; None: one per core, or one per GPU.
+        decoders: decoding threads per process; None: 1, or on GPUs the cores divided by the
+            processes.
         device: ``"cpu"``, ``"cuda"`` (all GPUs), ``"cuda:1"``.
         engine: ``"local"``, or ``"ray"``.
         address: of the Ray cluster; None starts one on this machine.
-        progress: where to show images a second, time left and corrupt images; None for nowhere.
+        progress: stream for the progress bar; None shows none.
 
     Raises:
-        CommandError, DataError: no such model or source, arguments that exclude each other.
-        TableError: ``out`` holds embeddings of another model, other weights, another preprocessing
-            or source: the message says what differs.
+        CommandError, DataError: unknown model or source, or conflicting arguments.
+        TableError: ``out`` holds embeddings of a different model, weights, preprocessing or source;
+            the message names the difference.
         CheckpointFileError: ``out`` cannot be written.
     """
     begun = time.monotonic()
@@ -184,7 +184,7 @@ def _is_within(out: Path, source: Path) -> bool:
 
 @contextlib.contextmanager
 def _locked(out: Path) -> Iterator[None]:
-    """``out``, made and held by this process alone."""
+    """Create and lock ``out``."""
     is_new = not out.exists()
     try:
         (out / table.SHARDS).mkdir(parents=True, exist_ok=True)
@@ -260,13 +260,13 @@ def _begin(out: Path, content: dict[str, Any]) -> dict[str, Any]:
     there = table.metadata(out)
     if different := table.differences(there, json.loads(json.dumps(content))):
         raise table.TableError(
-            f"{out} was begun otherwise: {'; '.join(different)}; choose another --out"
+            f"{out} was started differently: {'; '.join(different)}; choose another --out"
         )
     return there
 
 
 class _Work:
-    """What is done, what is left, and how that is shown.
+    """Tracks and shows which parts are done.
 
     Attributes:
         pending: numbers and parts that have no shard yet.

@@ -1,4 +1,4 @@
-"""The images of a table that are most similar to others, by the cosine of their embeddings.
+"""Find similar images by the cosine similarity of their embeddings.
 
 Up to a million rows each is looked at, in blocks, so that memory does not grow with the table.
 Beyond that a graph of neighbours is searched (Yu. A. Malkov and D. A. Yashunin, "Efficient and
@@ -27,7 +27,7 @@ INDEXES = ("auto", "exact", "hnsw")
 
 @dataclass(frozen=True)
 class Match:
-    """An image that was found.
+    """A search result.
 
     Attributes:
         row: its number in the table.
@@ -63,7 +63,7 @@ def search(
     without: Sequence[int | None] | None = None,
     progress: bool = False,
 ) -> list[list[Match]]:
-    """The rows of a table that are most similar to each of ``vectors``, the best first.
+    """Find the rows of a table most similar to each of ``vectors``, best first.
 
     Args:
         folder: of the table.

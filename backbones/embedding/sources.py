@@ -1,4 +1,4 @@
-"""Where many images come from, cut into parts that processes and machines read alone.
+"""Sources of images, divided into parts that workers read independently.
 
 A source lists what there is, once and in a fixed order. A reader opens the images of one part, and
 single ones by their key; it is made anew, from a few words in ``metadata.json``, wherever there is
@@ -131,7 +131,7 @@ def reader(description: dict[str, Any]) -> Reader:
 
 
 def image_bytes(folder: str | Path, key: str) -> bytes:
-    """The file of an image, from the source that a table of embeddings was made of.
+    """Read an image's file from the source of a table of embeddings.
 
     Args:
         folder: of the table.
@@ -139,7 +139,7 @@ def image_bytes(folder: str | Path, key: str) -> bytes:
 
     Raises:
         FileNotFoundError, TableError: see :func:`backbones.embedding.table.metadata`.
-        OSError: the source, or the image in it, is not there any more, or cannot be read.
+        OSError: the source or the image no longer exists or cannot be read.
     """
     source = reader(metadata(folder)["source"])
     try:

@@ -1,4 +1,4 @@
-"""The one format of embeddings: a folder of Parquet shards, and ``metadata.json`` that explains it.
+"""The format of embeddings: a folder of Parquet shards described by ``metadata.json``.
 
     FOLDER/metadata.json             model, weights, preprocessing, features, source, versions
     FOLDER/shards/part-00000.parquet a row for each image that could be decoded
@@ -76,7 +76,7 @@ class DamagedShardError(TableError):
 
 
 def require_pyarrow() -> Any:
-    """The module ``pyarrow``, which an extra brings.
+    """Import ``pyarrow``, an optional dependency.
 
     Raises:
         TableError: it is not installed.
@@ -118,7 +118,7 @@ def schema(dim: int, dtype: str = "float32", classes: bool = False) -> pyarrow.S
 
 
 def metadata(folder: str | Path) -> dict[str, Any]:
-    """What ``metadata.json`` says.
+    """Read ``metadata.json``.
 
     ``model``; ``weights`` (``file``, its name, ``path``, ``sha256``); ``preprocessing``;
     ``features``; ``shape`` and ``dim`` of an embedding; ``dtype`` of the stored numbers and
@@ -308,7 +308,7 @@ def _check(path: Path, found: Any, expected: Any, of: str) -> None:
 
 
 class ShardWriter:
-    """Writes one shard: under another name first, and moved once it is safely on the disk.
+    """Writes one shard atomically.
 
     Leaving the ``with`` block by an error removes what was written. Two writers of one shard, such
     as a process that was thought dead and its successor, do not meet.

@@ -20,7 +20,7 @@ SIDE = 200
 
 
 def thumbnails(folder: str | Path) -> Callable[[str], Image.Image | None]:
-    """What gives the small image of a key; None if it is not there any more or cannot be read.
+    """Make a function from keys to thumbnails, or None if an image is missing or unreadable.
 
     Args:
         folder: of the table.

@@ -1,4 +1,4 @@
-"""What embeds one part of a source after the other: in this process, in others, or on a cluster.
+"""Embeds parts of a source: in this process, in worker processes, or on a cluster.
 
 Started as a program, it takes a :class:`Job` and then numbered parts from its standard input,
 pickled, and answers with :class:`Event`; it ends with its input, or when nobody reads its answers.
@@ -47,7 +47,7 @@ _OUT_OF_REACH = {
 
 @dataclass(frozen=True)
 class Job:
-    """All that a process needs to know.
+    """The configuration of a worker process.
 
     Attributes:
         folder: of the table.
@@ -67,7 +67,7 @@ class Job:
 
 
 class Event(NamedTuple):
-    """What became of a part.
+    """Progress of a part.
 
     Attributes:
         part: its number.
@@ -85,7 +85,7 @@ class Event(NamedTuple):
 
 
 class Images:
-    """Decodes images and gives them a network's size, as ``predict`` does, up to 8 bits.
+    """Decodes and resizes images as ``predict`` does, up to 8 bits.
 
     Args:
         config: preprocessing, as timm resolves it.
@@ -120,7 +120,7 @@ class Images:
 
 
 class Worker:
-    """A network and the folder that it fills.
+    """Embeds parts and writes their shards.
 
     Raises:
         CommandError, CheckpointError, OSError: the model cannot be made here.
@@ -238,16 +238,16 @@ class Worker:
             corrupt.append((name, _reason(error)))
 
     def _require_source(self, error: Exception) -> None:
-        """Tell a source that is out of reach from an image that is corrupt.
+        """Distinguish an unreachable source from a corrupt image.
 
         Raises:
-            MendableError: it is.
+            MendableError: the source is unreachable.
         """
         root = self._reader.root
         if isinstance(error, OSError) and error.errno in _OUT_OF_REACH:
             raise MendableError(f"cannot read {root}: {error.strerror}") from error
         if not root.is_dir():
-            raise MendableError(f"the source {root} is not there any more") from error
+            raise MendableError(f"the source {root} no longer exists") from error
 
 
 def _reason(error: Exception) -> str:

@@ -102,7 +102,7 @@ def test_duplicates(embedded: Embedded, tmp_path: Path, capsys: pytest.CaptureFi
     assert rows[0] == ["group", "key", "height", "width", "similarity"]
     assert rows[1] == ["1", "train/class1/004.png", "40", "36", "1.000000"]
     said = capsys.readouterr().out
-    assert "1 groups; without 1 of 19 images each is there once" in said
+    assert "1 groups; 1 of 19 images are redundant" in said
     assert has_colour(out["png"]) and out["html"].read_text().count("<img") == 2
 
 

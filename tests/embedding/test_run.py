@@ -235,7 +235,7 @@ def test_a_folder_of_something_else(
     assert run(*words(photos, out, checkpoint, *more)) == 2
     said = capsys.readouterr().err
     assert said.count("\n") == 1
-    assert re.search(f"{out} was begun otherwise: .*{told}", said), said
+    assert re.search(f"{out} was started differently: .*{told}", said), said
     assert {p: p.read_bytes() for p in out.rglob("*.*")} == before
 
 
@@ -362,7 +362,7 @@ def test_a_source_that_goes_away_is_no_corrupt_image(
         return plain(self, number, part)
 
     monkeypatch.setattr(worker.Worker, "__call__", moved)
-    with pytest.raises(Exception, match="the source .*photos is not there any more"):
+    with pytest.raises(Exception, match="the source .*photos no longer exists"):
         embed(photos, photos.parent / "out", checkpoint=checkpoint, workers=1)
     assert (photos.parent / "out" / "corrupt.txt").read_text() == ""
 
