@@ -1,4 +1,4 @@
-"""Isotropic NAT and DiNAT, without a pyramid, and ViT-rpb, the baseline they are compared with.
+"""Isotropic NAT and DiNAT: no pyramid; with ViT-rpb, the baseline they are compared with.
 
 Ali Hassani and Humphrey Shi, "Dilated Neighborhood Attention Transformer",
 https://arxiv.org/abs/2209.15001. Patches of 16×16, twelve blocks of constant width,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from training_runs import Run
 
 import backbones
 from backbones.cli.main import main
+from backbones.embedding import worker
 from backbones.embedding.table import load
 from backbones.training.checkpoint import save_weights
 
@@ -66,6 +68,17 @@ def _run(argv: list[str], before: Callable[[], None] | None) -> None:
         before()
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for the life of the process
     os._exit(main(argv))
+
+
+def decode_slowly() -> None:
+    """Decode so few images a second that there is time to kill this process."""
+    decode = worker.Images.decode
+
+    def slowly(*args: Any) -> Any:
+        time.sleep(0.01)
+        return decode(*args)
+
+    worker.Images.decode = slowly
 
 
 def same(one: Path, other: Path) -> bool:

@@ -43,8 +43,8 @@ Token-aware average pooling (`token_pooling=4`) and attention diversification (`
 of [2303.11126](https://arxiv.org/abs/2303.11126), measured by `python tools/robust_digits.py`:
 `{model}` with depths {depths} on the digits above at {side}×{side}, with {epochs} epochs of their
 recipe. Top-1 in %, mean and range of {seeds} seeds; noise is that of `imagecorruptions` with
-severities {severities}, of which training sees none. An image of the 355 is worth 0.3 %: what
-differs by less is no difference.
+severities {severities}, of which training sees none. One of the 355 images is worth 0.3 %; smaller
+differences mean nothing.
 
 | | clean | {noises} | all noise |
 |---|{rules}---:|---:|

@@ -113,7 +113,7 @@ def test_no_duplicates(
 
     table = make_table(tmp_path / "table", np.eye(4, dtype=np.float32))
     assert run("duplicates", table, "--json", tmp_path / "a.json") == 0
-    assert capsys.readouterr().out.startswith("0 groups; without 0 of 4 images")
+    assert capsys.readouterr().out.startswith("0 groups; 0 of 4 images")
     assert json.loads((tmp_path / "a.json").read_text()) == []
     assert not (table / "duplicates.png").exists()
 
@@ -144,12 +144,12 @@ def test_probe(embedded: Embedded, tmp_path: Path, capsys: pytest.CaptureFixture
         (["search", "{table}", "--key", "x"], "no image of the key 'x'; its keys are like 'train/"),
         (["search", "{table}", "--query", "{table}/none.png"], "no image at"),
         (["search", "{table}", "--query", "{image}", "--checkpoint", "x.pth"], "by --checkpoint"),
-        (["search", "{table}", "--query", "{image}", "--out", "{image}"], "be written over"),
+        (["search", "{table}", "--query", "{image}", "--out", "{image}"], "would overwrite"),
         (["search", "{table}", "--query", "{image}", "--out", "{table}"], "is a folder"),
         (["search", "{table}", "--query", "{image}", "--top", "0"], "--top must be at least 1"),
         (["search", "{table}", "--key", "x", "--index", "flat"], "argument --index: invalid"),
         (["search", "{table}", "--key", "x", "--html", "a", "--csv", "a"], "--html and --csv"),
-        (["duplicates", "{table}", "--csv", "{shard}"], "would be written over"),
+        (["duplicates", "{table}", "--csv", "{shard}"], "would overwrite"),
         (["duplicates", "{images}"], "holds no embeddings"),
         (["duplicates", "{table}", "--threshold", "0"], "--threshold must be above 0"),
         (["duplicates", "{table}", "--threshold", "1.1"], "--threshold must be at most 1"),

@@ -25,6 +25,7 @@ NOT_RUN = {
     r"vision-backbones validate .* --real-labels": "downloads weights, needs ImageNet's names",
     r"#!/bin/bash\n#SBATCH (.|\n)*": "asks Slurm for two nodes of eight GPUs",
     r"ray start .*": "makes this machine one of a cluster; so does tests/embedding/test_cluster.py",
+    r"pytest .*": "runs these tests",
     r"kubectl .*": "asks a cluster of Kubernetes",
     r"vision-backbones embed .* --engine ray --address auto": "needs that cluster",
     r"python tools/benchmark_training\.py": "measures for minutes; its status is the measurement's",

@@ -89,7 +89,7 @@ def test_an_archive_that_breaks_off(photos: Path, tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
     source = open_source(path)
     found = []
-    with pytest.raises(DataError, match=r"a\.tar is no uncompressed tar file"):
+    with pytest.raises(DataError, match=r"a\.tar is not an uncompressed tar file"):
         for item in reader(source.description).items(source.parts[0]):
             found.append(item.key)
     assert found == [f"a.tar/{name}" for name in files(photos)][: len(found)]

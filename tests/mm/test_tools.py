@@ -279,7 +279,7 @@ def test_mixed_precision_on_a_cpu(
     ]
     if name.endswith("upernet"):
         # Where the CPU has no products of bfloat16, its wide heads take minutes.
-        options += [f"model.{head}.channels=16" for head in ("decode_head", "auxiliary_head")]
+        options += [f"model.{head}.channels=64" for head in ("decode_head", "auxiliary_head")]
     with nn.modules.module.register_module_forward_hook(watch):
         runner = tool.main([_config(name), "--amp", "--cfg-options", *options])
     # The validation at the end is in float32, as with mmengine's wrapper.

@@ -103,6 +103,7 @@ GOOD: dict[str, dict[str, Any]] = {
     "ops.batch_norm.with_canonical_strides": {"x": _map(1, 2, 3, 3)},
     "ops.frames.frames_to_image": {"video": _map(1, 3, 4, 2, 2), "layout": "tiles"},
     "ops.init.init_fan_out": {"module": nn.Linear(2, 2)},
+    "ops.init.init_linear": {"module": nn.Linear(2, 2)},
     "ops.init.init_trunc_normal": {"module": nn.Linear(2, 2)},
     "ops.init.trunc_normal": {"tensor": _map(2, 2), "std": 0.02},
     "ops.kan.reflectional_switch": {"x": _map(2, 3), "grid": _map(4), "width": 0.3},

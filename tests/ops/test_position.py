@@ -60,5 +60,5 @@ def test_a_table_is_interpolated(size: tuple[int, int]) -> None:
 
 
 def test_only_squares_have_tables() -> None:
-    with pytest.raises(ValueError, match="square, got 15"):
+    with pytest.raises(ValueError, match="n² entries, got 15"):
         resize_position_table(torch.zeros(1, 15, 2), (4, 4))
