@@ -226,7 +226,7 @@ class Kernel:
     def unsupported(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """``None`` if the kernel computes such tensors, else the reason.
 
-        The first call on a machine compiles the library, which takes some seconds.
+        The first call on a machine compiles the library, which takes a few seconds.
         """
         return policy.left_to_torch(self.library, dtype) or self.refusal(device, dtype)
 
