@@ -10,7 +10,8 @@
 namespace linear {
 
 constexpr int64_t THREAD_ROWS = 32;  // at least
-// Bytes of hidden values per block of rows, and the fewest rows that justify reading the weights again.
+// Bytes of hidden values per block of rows, and the fewest rows that justify reading the weights
+// again.
 constexpr int64_t PAIR_BYTES = 1 << 19, MIN_PAIR_ROWS = 384;
 
 static void run_panels(const Problem& p, const Tensors& t, const Rows<float>& rows, Range panels) {

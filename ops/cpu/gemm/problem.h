@@ -50,7 +50,8 @@ constexpr int64_t INPUTS = sizeof(float) / sizeof(T);
 
 constexpr int PANEL = 2 * W;
 
-// Bytes of inputs per block of rows. They are read again for every panel and share the L2 cache with it.
+// Bytes of inputs per block of rows. They are read again for every panel and share the L2 cache with
+// it.
 constexpr int64_t CHUNK_BYTES = 768 * 1024;
 constexpr int64_t MIN_CHUNK = 112;
 
