@@ -250,7 +250,7 @@ def _by_class(numbers: Sequence[int], labels: Sequence[str | None]) -> dict[str,
 def _stratified(
     labels: Sequence[str | None], held_out: float, generator: np.random.Generator
 ) -> list[list[int]]:
-    """Training rows and held-out rows; a share of every class is held out, unless it has one row."""
+    """Training and held-out rows: a share of every class is held out, unless it has one row."""
     train: list[int] = []
     test: list[int] = []
     for _, numbers in sorted(_by_class(_labelled(labels), labels).items()):
