@@ -1,11 +1,13 @@
-"""What conversion says of dtypes that gain nothing."""
+"""Conversion leaves alone, or names, what would gain nothing."""
 
 from __future__ import annotations
 
 import pytest
 import torch
+from compiled_kernels import without_kernels
 from torch import nn
 
+from ops.attention.large_kernel import DilatedDepthwiseConv2d
 from ops.cpu import policy
 from ops.inference import conversion
 
@@ -29,3 +31,13 @@ def test_a_dtype_without_instructions_is_named_once(
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == warnings
     assert all("no instructions for bfloat16" in line for line in said)
+
+
+@pytest.mark.parametrize(("always", "has_kernels"), [(False, True), (True, False), (False, False)])
+def test_dilated_depthwise_convolutions_stay_in_nchw_without_kernels(
+    always: bool, has_kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not has_kernels:
+        without_kernels(monkeypatch)
+    model = nn.Sequential(DilatedDepthwiseConv2d(4, 7, 3)).eval()
+    assert conversion.put_channels_last(model, always=always) == (always or has_kernels)
