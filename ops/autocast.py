@@ -1,4 +1,4 @@
-"""Disabling of autocast, for functions that need precise sums."""
+"""Disabling autocast in functions that need full-precision sums."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ __all__ = ["autocasts", "without_autocast"]
 
 
 def _available(device_type: str) -> bool:
-    # The compiler of torch 2.8 cannot ask, but every device that it compiles for has autocast.
+    # torch 2.8 cannot compile this query, but every device that it compiles for supports autocast.
     compiles = torch.compiler.is_compiling() and device_type != "meta"
     return compiles or bool(torch.amp.is_autocast_available(device_type))
 
 
 def autocasts(device: torch.device) -> bool:
-    """Whether autocast is on for ``device``; devices may be without it, as meta."""
+    """Whether autocast is enabled on ``device``; False if unsupported, as on meta."""
     return _available(device.type) and torch.is_autocast_enabled(device.type)
 
 

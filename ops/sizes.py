@@ -1,4 +1,4 @@
-"""The smaller and the larger of two sizes, which may be symbolic."""
+"""Minimum and maximum of two sizes, which may be symbolic."""
 
 from __future__ import annotations
 
@@ -6,14 +6,15 @@ import torch
 
 __all__ = ["larger", "smaller"]
 
-# Numbers are compared by Python: the compiler of torch 2.8 takes those of torch for symbols only.
+# Plain integers use Python's min and max: the compiler of torch 2.8 accepts torch.sym_min and
+# torch.sym_max for symbols only.
 
 
 def smaller(a: int, b: int) -> int:
-    """min(a, b); a symbol for symbols."""
+    """min(a, b); symbolic if ``a`` or ``b`` is."""
     return min(a, b) if isinstance(a, int) and isinstance(b, int) else torch.sym_min(a, b)
 
 
 def larger(a: int, b: int) -> int:
-    """max(a, b); a symbol for symbols."""
+    """max(a, b); symbolic if ``a`` or ``b`` is."""
     return max(a, b) if isinstance(a, int) and isinstance(b, int) else torch.sym_max(a, b)

@@ -18,7 +18,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def fresh_clone(folder: Path) -> Path:
-    """Make ``folder`` what ``git clone`` would bring, with what is not committed yet."""
+    """Make ``folder`` like a fresh ``git clone``, plus changes that are not committed yet."""
     for name in _tracked():
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -28,7 +28,7 @@ def fresh_clone(folder: Path) -> Path:
 
 @functools.cache
 def _tracked() -> list[str]:
-    """The files under version control that are there; without it, all that are not ignored."""
+    """Existing files under version control or, without Git, all files that are not ignored."""
     git = ["git", "-c", f"safe.directory={ROOT}", "ls-files", "-z"]
     if (ROOT / ".git").exists() and shutil.which("git"):
         listed = subprocess.run(git, cwd=ROOT, capture_output=True, text=True, check=True).stdout
@@ -44,11 +44,11 @@ def _tracked() -> list[str]:
 
 
 class Workshop:
-    """Runs Python programs with the library of a clone, which it imports once for all of them.
+    """Runs Python programs against a clone's library, which is imported once for all of them.
 
     Args:
-        clone: of :func:`fresh_clone`; what programs import comes from there.
-        modules: that are imported beforehand.
+        clone: from :func:`fresh_clone`; programs import from there.
+        modules: modules to import beforehand.
     """
 
     def __init__(self, clone: Path, modules: Sequence[str]) -> None:
@@ -75,15 +75,15 @@ class Workshop:
     def run(
         self, words: Sequence[str], cwd: Path, seconds: float, env: Mapping[str, str] | None = None
     ) -> str:
-        """What the program prints, on both streams.
+        """Run a program and return its output on both streams.
 
         Args:
-            words: what follows ``python`` on a command line.
-            seconds: it may take.
+            words: the command line after ``python``.
+            seconds: time limit.
             env: further environment variables.
 
         Raises:
-            AssertionError: it failed or took longer; with what was printed.
+            AssertionError: it failed or exceeded the limit; the message has the output.
         """
         output = cwd.with_name(f"{cwd.name}.output")
         job = {"words": list(words), "cwd": str(cwd), "seconds": seconds, "env": dict(env or {})}
@@ -96,7 +96,7 @@ class Workshop:
         return said
 
     def close(self) -> None:
-        """End the server, and what it may have left."""
+        """Stop the server and any processes that it left."""
         os.killpg(self._server.pid, signal.SIGKILL)
         self._server.communicate()
 

@@ -1,4 +1,4 @@
-"""Commands for the tests: none outlives its time, and one that fails shows what it printed."""
+"""Run commands in tests, with a time limit; failures show the output."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
-# So much of what a failing command printed is shown, in characters before the end.
+# Characters of a failing command's output that are shown, from the end.
 SHOWN = 20_000
 
 
@@ -23,19 +23,19 @@ def run(
     cwd: Path | None = None,
     env: Mapping[str, str] | None = None,
 ) -> str:
-    """What the command prints, on both streams; nothing that it started is left at the end.
+    """Run a command and return its output on both streams; leaves no process running.
 
-    Not as ``subprocess.run``: torchrun's workers have sessions of their own, survive it when a time
-    limit ends it, and hold on to a pipe that one would then read for ever. Here the output goes to
-    a file, and the end comes to all of them, known by an environment variable. At a time limit
-    those in Python first say where they are.
+    With ``subprocess.run``, torchrun's workers, which have sessions of their own, would survive a
+    timeout and keep the pipe open, so that reading it would block forever. Here the output goes to
+    a file, and all processes, identified by an environment variable, are killed. At a timeout,
+    Python processes first print their stacks.
 
     Args:
         timeout: in seconds.
         env: further environment variables.
 
     Raises:
-        AssertionError: the command failed or took longer; with what was printed.
+        AssertionError: the command failed or timed out; the message has the output.
     """
     mark = f"STARTED_BY_TEST={uuid.uuid4()}"
     name, value = mark.split("=")
@@ -66,14 +66,14 @@ def run(
 
 
 def _signal(mark: str, number: signal.Signals, pause: float = 0.0) -> int:
-    """Send a signal to every process with ``mark`` in its environment; how many there were.
+    """Send a signal to every process with ``mark`` in its environment; returns their number.
 
     Args:
-        pause: after each, in seconds: what they print shall not be mixed.
+        pause: seconds to wait after each, so that their outputs are not interleaved.
     """
     found = 0
     for folder in Path("/proc").glob("[0-9]*"):
-        # Of others' and of ended processes nothing is read.
+        # The environment of other users' and of ended processes cannot be read.
         with suppress(OSError):
             if mark.encode() in (folder / "environ").read_bytes():
                 os.kill(int(folder.name), number)

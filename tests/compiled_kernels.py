@@ -1,4 +1,4 @@
-"""For tests of compiled kernels: inputs, layers, activations of torch, other machines' kernels."""
+"""Helpers for tests of compiled kernels: inputs, layers, activations, other instruction sets."""
 
 from __future__ import annotations
 
@@ -31,21 +31,21 @@ def random(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
-# bfloat16 keeps 8 bits; sums are of float32 in both.
+# bfloat16 has 8 significant bits; sums are float32 for both dtypes.
 LINEAR_DTYPES = {torch.float32: 1e-6, torch.bfloat16: 2**-8}
 if unsupported(torch.device("cpu"), torch.bfloat16, with_bfloat16=True) is not None:
     del LINEAR_DTYPES[torch.bfloat16]
 
 
 def can_run(instructions: str) -> bool:
-    """Whether this CPU may, as the environment has it."""
+    """Whether this CPU supports the instruction set and the environment allows it."""
     return instructions in instruction_sets.candidates()
 
 
 def linear_layer(
     in_features: int, out_features: int, dtype: torch.dtype = torch.float32
 ) -> tuple[Tensor, Tensor, tuple[Tensor, Tensor]]:
-    """Weight and bias in float64, and as :mod:`ops.cpu.gemm.linear` wants them."""
+    """Weight and bias in float64, and in the form for :mod:`ops.cpu.gemm.linear`."""
     weight = random(out_features, in_features, seed=1).to(dtype)
     bias = random(out_features, seed=2).float()
     return weight.double(), bias.double(), (pack_weight(weight), bias)
@@ -53,7 +53,7 @@ def linear_layer(
 
 @contextmanager
 def using_threads(count: int) -> Iterator[None]:
-    """Inside, torch and the kernels have so many threads."""
+    """Set the number of threads of torch and the kernels within the block."""
     before = torch.get_num_threads()
     torch.set_num_threads(count)
     try:
@@ -63,35 +63,35 @@ def using_threads(count: int) -> Iterator[None]:
 
 
 def forget_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Until the end of the test, kernels are looked for anew."""
+    """Discard loaded kernels until the end of the test, so that they are looked up again."""
     monkeypatch.setattr(build, "_kernels", {})
     monkeypatch.setattr(ops.neighborhood.functional, "_known_calls", {})
 
 
 def without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a machine where nothing can be compiled."""
+    """Simulate a machine that cannot compile kernels."""
     monkeypatch.setenv("VISION_BACKBONES_NATIVE", "0")
     forget_kernels(monkeypatch)
 
 
 def compiled_for(instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """As on a machine with these instructions."""
-    if instructions != instruction_sets.instruction_set():  # else they are compiled already
+    """Simulate a machine with this instruction set."""
+    if instructions != instruction_sets.instruction_set():  # otherwise already compiled
         _compile_anew(instructions, monkeypatch)
 
 
 def _compile_anew(instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """With little optimised, which takes half the time."""
+    """Compile kernels again, with few optimisations, which takes half the time."""
     monkeypatch.setenv("VISION_BACKBONES_NATIVE_ISA", instructions)
     monkeypatch.setenv("CXX", "c++ -O1")
     monkeypatch.setattr(instruction_sets, "COMMON_FLAGS", ["-std=c++17", "-O1", "-fPIC", "-shared"])
     monkeypatch.setattr(build, "_together", lambda name: [])
-    monkeypatch.setattr(policy, "_PRODUCTS", frozenset())  # else portable ones are torch's
+    monkeypatch.setattr(policy, "_PRODUCTS", frozenset())  # keep portable ones from torch
     forget_kernels(monkeypatch)
 
 
 def emulate_tiles(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
-    """As on a machine with AMX; its instructions run step by step, on AVX512-BF16."""
+    """Simulate a machine with AMX, whose instructions are emulated on AVX512-BF16."""
     _compile_anew("avx512bf16", monkeypatch)
     header = Path(__file__).with_name("emulated_tiles.h")
     monkeypatch.setenv("CXX", f"c++ -O1 -include {header}")
@@ -100,7 +100,7 @@ def emulate_tiles(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
 
 
 def conv_row(*channels: int, bias: bool = True) -> list[nn.Conv2d]:
-    """3×3 convolutions of stride 2 and padding 1, from each number of channels to the next."""
+    """3×3 convolutions with stride 2 and padding 1, from each channel count to the next."""
     torch.manual_seed(0)
     return [
         nn.Conv2d(before, after, 3, 2, 1, bias=bias)

@@ -1,7 +1,8 @@
-"""What concerns all tests; loaded by pytest before pytest-xdist starts its workers.
+"""Configuration of all tests; loaded by pytest before pytest-xdist starts its workers.
 
-At its first import in an environment yapf, which mmengine needs, writes its grammar to the user's
-cache; of two processes that do so at once, one may read half of it.
+When yapf, which mmengine needs, is first imported in an environment, it writes its grammar to the
+user's cache. If two processes did so at once, one might read an incomplete file, so it is imported
+here.
 """
 
 from __future__ import annotations
@@ -26,6 +27,6 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 @pytest.hookimpl(trylast=True)
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Turn the order, once it is known which tests there are."""
+    """Rotate the order of the collected tests."""
     first = int(len(items) * config.getoption("--begin-at"))
     items[:] = items[first:] + items[:first]

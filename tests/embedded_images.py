@@ -18,11 +18,11 @@ _ARGUMENTS = {"dims": [16, 24, 32], "depths": [1, 1, 1], "attn_dims": [0, 8, 8]}
 
 
 class Embedded(NamedTuple):
-    """Where everything lies.
+    """Paths of the images, the checkpoint and the table.
 
     Attributes:
-        images: ``train`` and ``val`` of three classes, and a copy of one image.
-        checkpoint: with its recipe beside it.
+        images: folder with ``train`` and ``val`` of three classes, and a copy of one image.
+        checkpoint: with its recipe next to it.
         table: of the images.
     """
 

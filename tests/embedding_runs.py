@@ -25,11 +25,11 @@ _SHALLOW = {"dims": [16, 24, 32], "depths": [1, 1, 1], "attn_dims": [0, 8, 8]}
 
 
 def tiny_checkpoint(folder: Path, seed: int = 0, **changes: Any) -> Path:
-    """Weights of a shallow SHViT for 5 classes and 32×32 pixels, and the recipe beside them."""
+    """Write weights of a shallow SHViT for 5 classes and 32×32 pixels, and their recipe."""
     folder.mkdir(parents=True, exist_ok=True)
     torch.manual_seed(seed)
     model = backbones.create_model("shvit_s1", num_classes=5, **_SHALLOW)
-    for parameter in model.parameters():  # the normal start leaves nearly nothing of an image
+    for parameter in model.parameters():  # default initialisation would nearly erase the image
         torch.nn.init.normal_(parameter, std=0.3)
     path = folder / "best.safetensors"
     save_weights(path, model.state_dict(), {"model": "shvit_s1"})
@@ -39,7 +39,7 @@ def tiny_checkpoint(folder: Path, seed: int = 0, **changes: Any) -> Path:
 
 
 def make_photos(folder: Path, count: int) -> Path:
-    """``folder/N.png`` and ``folder/sub/N.jpg`` of noise, all sizes different."""
+    """Write noise of different sizes to ``folder/N.png`` and ``folder/sub/N.jpg``."""
     (folder / "sub").mkdir(parents=True)
     generator = np.random.default_rng(0)
     for number in range(count):
@@ -50,28 +50,28 @@ def make_photos(folder: Path, count: int) -> Path:
 
 
 def words(source: Path | str, out: Path, checkpoint: Path, *more: str) -> list[str]:
-    """A command line of ``vision-backbones``, by one process unless ``more`` says otherwise."""
+    """A ``vision-backbones`` command line, with one process unless ``more`` says otherwise."""
     start = ["embed", str(source), "--out", str(out), "--checkpoint", str(checkpoint)]
     return [*start, "--rows=4", "--batch-size=3", "--workers=1", *more]
 
 
 def start(argv: list[str], before: Callable[[], None] | None = None) -> Run:
-    """The command in a process of its own; ``before`` runs in it first."""
+    """Start the command in a process of its own, which runs ``before`` first."""
     process = Run(target=_run, args=(argv, before))
     process.start()
     return process
 
 
 def _run(argv: list[str], before: Callable[[], None] | None) -> None:
-    os.setpgid(0, 0)  # a process that it starts is found by that, too
+    os.setpgid(0, 0)  # so that its child processes can be found
     if before is not None:
         before()
-    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for the life of the process
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - open until the process ends
     os._exit(main(argv))
 
 
 def decode_slowly() -> None:
-    """Decode so few images a second that there is time to kill this process."""
+    """Slow down decoding, so that there is time to kill this process."""
     decode = worker.Images.decode
 
     def slowly(*args: Any) -> Any:
@@ -82,6 +82,6 @@ def decode_slowly() -> None:
 
 
 def same(one: Path, other: Path) -> bool:
-    """Whether two tables have the same keys and, to the last bit, the same embeddings."""
+    """Whether two tables have the same keys and bit-identical embeddings."""
     (keys, vectors), (other_keys, other_vectors) = load(one), load(other)
     return keys == other_keys and np.array_equal(vectors, other_vectors)

@@ -1,4 +1,4 @@
-"""Small tables of embeddings for the tests, of numbers that need no model."""
+"""Small tables of given embeddings for the tests, made without a model."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def make_table(
     dtype: str = "float32",
     **facts: Any,
 ) -> Path:
-    """A whole table with shards of ``rows`` rows; ``facts`` go into its metadata."""
+    """Write a complete table with shards of ``rows`` rows; ``facts`` go into its metadata."""
     keys = [f"{number:05}.png" for number in range(len(vectors))] if keys is None else keys
     sizes = [(40, 36)] * len(vectors) if sizes is None else sizes
     dim = vectors.shape[1]

@@ -1,8 +1,8 @@
-"""Kernels as 64-bit ARM runs them, on a CPU of another kind: from a cross-compiler, through qemu.
+"""Run the 64-bit ARM kernels on another CPU, with a cross-compiler and qemu.
 
-A process of emulated_arm.cpp runs in qemu for all calls. It asks for the pages of this process's
-memory that a kernel touches, and sends back what was changed: to callers, functions are those of
-any other library, whatever they are given.
+A process of emulated_arm.cpp runs in qemu for all calls. It fetches the pages of this process's
+memory that a kernel touches and sends modified ones back, so callers can use functions like those
+of any other library, with any arguments.
 """
 
 from __future__ import annotations
@@ -22,8 +22,8 @@ from ops import cpu
 from ops.cpu import build, instruction_sets
 
 COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
-_SYSROOT = "/usr/aarch64-linux-gnu"  # Debian's, where the compiler's libraries lie
-# With these instructions and no more that kernels ask for: of 2015, and of 2021.
+_SYSROOT = "/usr/aarch64-linux-gnu"  # Debian's folder of the cross-compiler's libraries
+# CPUs with exactly these of the instruction sets that kernels use: from 2015 and 2021.
 CPUS = {"neon": "cortex-a72", "neonbf16": "neoverse-v1"}
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
@@ -35,7 +35,7 @@ _ARGUMENTS = 6
 
 
 class Emulator:
-    """A process on an ARM CPU that runs functions on this process's memory."""
+    """A process on an emulated ARM CPU that runs functions on this process's memory."""
 
     def __init__(self, instructions: str, scratch: Path) -> None:
         _require_tools()
@@ -59,11 +59,11 @@ class Emulator:
         self._process.stdout.close()
 
     def capabilities(self) -> int:
-        """What Linux calls AT_HWCAP2."""
+        """The value of Linux's AT_HWCAP2."""
         return self._ask(struct.pack("=Q", _CAPABILITIES))
 
     def load(self, path: Path) -> int:
-        """A library's number."""
+        """Load a library; returns its number."""
         return self._ask(struct.pack("=Q", _LOAD) + _text(str(path)))
 
     def call(self, library: int, function: str, arguments: tuple[int, ...]) -> int:
@@ -90,7 +90,7 @@ class Emulator:
         return first
 
     def _pages(self, begin: int, count: int) -> bytes:
-        """Those of this process's memory that are there."""
+        """The contents of this process's mapped pages."""
         try:
             found = os.pread(self._memory, count * _PAGE, begin)
         except OSError:
@@ -111,7 +111,7 @@ class Emulator:
 
 
 class Emulated:
-    """What stands for a library."""
+    """Stands in for a library."""
 
 
 class Library(Emulated):
@@ -126,11 +126,11 @@ class Library(Emulated):
         def run(*arguments: int) -> int:
             return emulator.call(number, name, arguments)
 
-        # By their address, functions take any arguments, as those of a library do; whoever has the
-        # address, such as a replay, can call them, too.
+        # A function called by address accepts any arguments, like one of a library, and can be
+        # called by whatever has the address, such as a replay.
         called = _Callback(run)
         function = _Function(ctypes.cast(called, ctypes.c_void_p).value)
-        function.called = called  # which lives as long
+        function.called = called  # keep it alive
         setattr(self, name, function)
         return function
 
@@ -145,7 +145,7 @@ class _Function(ctypes._CFuncPtr):
 
 
 class _Replay(Emulated):
-    """Lists of calls are read here; what they call is emulated."""
+    """Runs lists of calls natively; the functions that they call are emulated."""
 
     def __init__(self, native: ctypes.CDLL, emulated: Library) -> None:
         self.replay_run, self.replay_scratch_bytes = native.replay_run, native.replay_scratch_bytes
@@ -153,16 +153,16 @@ class _Replay(Emulated):
 
 
 def become(instructions: str, scratch: Path) -> Emulator:
-    """From here on, this process compiles kernels for such a CPU and has them emulated.
+    """Make this process compile kernels for such a CPU and run them in the emulator.
 
     Args:
         instructions: one of :data:`CPUS`.
-        scratch: where the emulator's program is to lie.
+        scratch: folder for the emulator's program.
 
     Raises:
         RuntimeError: the cross-compiler or the emulator is missing.
     """
-    build._together = lambda name: []  # which are compiled beside one
+    build._together = lambda name: []  # compile no other kernels along with one
     native, emulator = cpu.load("replay"), Emulator(instructions, scratch)
     assert native is not None
 
@@ -183,12 +183,12 @@ def become(instructions: str, scratch: Path) -> Emulator:
     return emulator
 
 
-# What manylinux_2_28 has at most.
+# Newest symbol versions in manylinux_2_28.
 _VERSIONS = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 25), "CXXABI": (1, 3, 11), "GCC": (8,)}
 
 
 def too_new(path: Path) -> list[str]:
-    """What a library wants of the system's that manylinux_2_28 does not have."""
+    """Symbol versions that a library needs and manylinux_2_28 lacks."""
     command = [COMPILER.replace("g++", "objdump"), "-T", str(path)]
     table = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return [

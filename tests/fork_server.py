@@ -1,9 +1,9 @@
-"""Run Python programs one after another, each in a process that has imported the library already.
+"""Run Python programs one after another, each in a fork that has already imported the library.
 
 A script of :class:`clones.Workshop`. Its arguments are modules to import. Each line of its input is
-a job in JSON: ``words``, what follows ``python`` on a command line; ``cwd``; ``env``, further
-variables of the environment; ``output``, the file for both streams; ``seconds``, after which the
-program says where it stands and ends. The answer is a line with the exit status.
+a job in JSON: ``words``, the command line after ``python``; ``cwd``; ``env``, further environment
+variables; ``output``, the file for both streams; ``seconds``, the time limit, after which the
+program prints its stacks and exits. The answer is a line with the exit status.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from typing import Any
 
 
 def main() -> None:
-    """Import, say so, and serve until the input ends."""
-    sys.path.pop(0)  # the folder of this file, which no program shall see
+    """Import the modules, report that, and run jobs until the input ends."""
+    sys.path.pop(0)  # hide the folder of this file from programs
     answers = os.fdopen(os.dup(1), "w")
     os.dup2(2, 1)
     for module in sys.argv[1:]:
@@ -35,7 +35,7 @@ def main() -> None:
 
 
 def _run(job: dict[str, Any]) -> None:
-    """Be the program; does not return."""
+    """Run the program in this process; does not return."""
     os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
     os.dup2(os.open(job["output"], os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644), 1)
     os.dup2(1, 2)
@@ -60,7 +60,7 @@ def _run(job: dict[str, Any]) -> None:
 
 
 def _interpret(words: list[str]) -> None:
-    """As Python itself: ``-m MODULE …`` or ``FILE …``."""
+    """Interpret a command line like Python itself: ``-m MODULE …`` or ``FILE …``."""
     if words[0] == "-m":
         sys.path.insert(0, os.getcwd())
         sys.argv = words[1:]

@@ -1,4 +1,4 @@
-"""The gradient of an image alone is its gradient within a batch: what the tests of it share."""
+"""Helpers for testing that an image's gradient alone equals its gradient within a batch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from backbones.training.distributed import leave_processes
 Gradients = dict[str, Tensor]
 
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
-# Those whose outputs for an image do not depend on the others of its batch, in train mode either.
+# Families whose output for an image is independent of the rest of the batch even in train mode.
 NO_BATCH_STATISTICS = ("dinat_s", "favit", "hat", "nat", "nat_isotropic", "vig", "vrwkv")
 PRECISIONS = ("float32", "bfloat16", "autocast")
 
@@ -31,8 +31,8 @@ PRECISIONS = ("float32", "bfloat16", "autocast")
 class Case(NamedTuple):
     """A model and how it is trained.
 
-    ``mode`` is eval, frozen (train mode, but for the norms) or train, ``memory_format`` one of
-    FORMATS, ``precision`` one of PRECISIONS or float64.
+    ``mode`` is eval, frozen (train mode except for norms) or train; ``memory_format`` is one of
+    FORMATS; ``precision`` is one of PRECISIONS or float64.
     """
 
     family: str
@@ -42,16 +42,16 @@ class Case(NamedTuple):
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of parameters and images."""
+        """The dtype of parameters and images."""
         return getattr(torch, self.precision.replace("autocast", "float32"))
 
     def autocast(self) -> AbstractContextManager[Any]:
-        """Mixed precision, if that is the case."""
+        """Context for mixed precision, if the case uses it."""
         return torch.autocast("cpu", torch.bfloat16, enabled=self.precision == "autocast")
 
 
 def cases(families: list[str], precisions: tuple[str, ...]) -> Iterator[Case]:
-    """Every family in every mode that it has, in both memory formats."""
+    """Every family in each of its modes and in both memory formats."""
     for family, mode, memory_format, precision in itertools.product(
         families, ("eval", "frozen", "train"), FORMATS, precisions
     ):
@@ -60,10 +60,10 @@ def cases(families: list[str], precisions: tuple[str, ...]) -> Iterator[Case]:
 
 
 class Objective(nn.Module):
-    """A sum over images, with all that a user may put behind a backbone.
+    """A sum over images of whatever a user may compute from a backbone.
 
-    The classifier's logits; and the maps as tokens, layer-normed: that sends gradients back whose
-    strides torch's batch norm misreads. For restoration the absolute error.
+    It uses the classifier's logits and the layer-normed maps as tokens, whose gradients have
+    strides that torch's batch norm handles incorrectly. For restoration, it is the absolute error.
     """
 
     def __init__(self, case: Case) -> None:
@@ -93,21 +93,21 @@ def _weights(out: Tensor, seed: int) -> Tensor:
 
 
 def freeze_norms(model: nn.Module) -> None:
-    """Running statistics instead of the batch's."""
+    """Use running statistics instead of the batch's."""
     for module in model.modules():
         if isinstance(module, _BatchNorm):
             module.eval()
 
 
 def pictures(case: Case, count: int = 2) -> Tensor:
-    """So small that some maps have one row, and others more."""
+    """Images so small that some maps have a single row."""
     size = (16, 24) if case.family in RESTORATION else (64, 96)
     x = images(count, 3, *size).to(case.dtype)
     return x.contiguous(memory_format=FORMATS[case.memory_format])
 
 
 def gradients(objective: Callable[[Tensor], Tensor], x: Tensor, model: nn.Module) -> Gradients:
-    """Of the images (``"images"``) and of the parameters that take part."""
+    """Gradients of the images (``"images"``) and of the parameters that are used."""
     named = {n: p for n, p in model.named_parameters() if p.requires_grad}
     x = x.detach().clone().requires_grad_()
     found = torch.autograd.grad(objective(x), [x, *named.values()], allow_unused=True)
@@ -116,7 +116,7 @@ def gradients(objective: Callable[[Tensor], Tensor], x: Tensor, model: nn.Module
 
 
 def alone(objective: Callable[[Tensor], Tensor], x: Tensor, model: nn.Module) -> Gradients:
-    """What the images give one by one: their gradients in a row, and the parameters' sums."""
+    """Gradients from one image at a time: concatenated for images, summed for parameters."""
     each = [gradients(objective, image, model) for image in x.split(1)]
     return {
         name: torch.cat([one[name] for one in each])
@@ -127,10 +127,10 @@ def alone(objective: Callable[[Tensor], Tensor], x: Tensor, model: nn.Module) ->
 
 
 def assert_same(found: Gradients, wanted: Gradients, case: Case, model: nn.Module) -> None:
-    """Up to rounding, each tensor; a tiny one is measured by what is typical in the model."""
+    """Check that gradients agree up to rounding; tiny ones relative to the model's median norm."""
     exact = case.precision in ("float32", "float64")
     if not exact:
-        # torch adds up the gradients of layer norm's parameters in bfloat16 itself.
+        # torch itself accumulates the gradients of layer norm's parameters in bfloat16.
         rough = {
             f"{name}.{parameter}"
             for name, module in model.named_modules()
@@ -149,14 +149,14 @@ def assert_same(found: Gradients, wanted: Gradients, case: Case, model: nn.Modul
 def start_one_of_two(
     *arguments: Any, before: None = None, env: dict[str, str] | None = None
 ) -> training_runs.Run:
-    """A process that trains with another, see :func:`shared_gradients`."""
+    """Start one of the two processes of :func:`shared_gradients`."""
     process = training_runs.Run(target=_share, args=(*arguments, env or {}))
     process.start()
     return process
 
 
 def shared_gradients(wanted: list[Case], folder: Path) -> list[Gradients]:
-    """What two processes of DDP, each with one image, have after the backward pass."""
+    """The gradients in two DDP processes, each with one image, after the backward pass."""
     launched = training_runs.start_two(wanted, folder, launch=start_one_of_two)
     assert training_runs.join(launched) == [0, 0]
     ranks = [torch.load(folder / f"{rank}.pt") for rank in range(2)]
@@ -173,12 +173,12 @@ def _share(wanted: list[Case], folder: Path, env: dict[str, str]) -> None:
     found = []
     for case in wanted:
         objective = Objective(case)
-        # Some families carry parameters of the original that it never used.
+        # Some families have parameters of the original that are never used.
         net = DistributedDataParallel(objective, find_unused_parameters=True)
         x = pictures(case)[rank : rank + 1].clone().requires_grad_()
         with case.autocast():
             net(x).backward()
-        # DDP takes the mean over the processes.
+        # DDP averages over the processes.
         named = {n: p.grad * 2 for n, p in objective.named_parameters() if p.grad is not None}
         found.append({**named, "images": x.grad})
     torch.save(found, folder / f"{rank}.pt")
@@ -187,5 +187,5 @@ def _share(wanted: list[Case], folder: Path, env: dict[str, str]) -> None:
 
 
 def quick_cases() -> list[Case]:
-    """One a family in float32, in either memory format."""
+    """One case per family in float32, in either memory format."""
     return [case for case in cases(FAMILIES, ("float32",)) if case.mode != "frozen"]

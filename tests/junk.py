@@ -1,4 +1,4 @@
-"""What people pass by mistake, and what a function may say of it."""
+"""Arguments passed by mistake, and the acceptable reactions of a function."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-# No argument of any function is one of these.
+# Never valid for any argument of any function.
 NEVER: list[Any] = [b"x", 1j, object(), {}, {"x": 3}, {1}, lambda: 0, int]
-# Some argument may be one of these.
+# Valid for some arguments.
 PERHAPS: list[Any] = [
     *(None, True, -1, 0, 3, 2.5, float("nan"), "", "x", [], (), [None], ["x"]),
     *(torch.zeros(2, 3), torch.zeros(2, 2, 8, 8, dtype=torch.int64)),
@@ -17,11 +17,11 @@ PERHAPS: list[Any] = [
 
 
 def complaints(function: Callable[..., Any], good: Mapping[str, Any]) -> list[str]:
-    """What ``function`` does of junk in place of any one of its good arguments that it must not.
+    """Replace each good argument by junk; return the unacceptable reactions of ``function``.
 
-    It may take it, or say in a TypeError or ValueError what is wrong with it (or that there is no
-    such file, or no such way to compute); of tensors that do
-    not fit each other and of devices torch speaks for itself, in a RuntimeError.
+    It may accept the junk, or raise a TypeError or ValueError that says what is wrong (or that the
+    file does not exist, or that the computation is not supported). For incompatible tensors and for
+    devices, torch's RuntimeError is acceptable.
     """
     function(**good)
     found = []

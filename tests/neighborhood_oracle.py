@@ -1,7 +1,7 @@
 """Neighborhood attention by brute force in float64, random cases for it, and the comparison.
 
-Nothing here uses the code under test: the windows are spelled out query by query from the
-definition, then one dense masked softmax over all pairs does the attention.
+Nothing here uses the code under test: the window of each query is enumerated from the definition,
+and the attention is a dense masked softmax over all pairs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ops.neighborhood import na1d, na2d, na3d
 
 NA: dict[int, Callable] = {1: na1d, 2: na2d, 3: na3d}
 
-# Largest error over max(1, largest true value), of outputs and of gradients.
+# Largest error relative to max(1, largest true value), for outputs and gradients.
 TOLERANCE = {
     torch.float64: (1e-12, 1e-11),
     torch.float32: (5e-6, 2e-5),
@@ -30,7 +30,7 @@ TOLERANCE = {
 
 @dataclass(frozen=True)
 class Case:
-    """One call: sizes and parameters, everything but the numbers in the tensors."""
+    """One call: sizes and parameters, everything except the tensors' values."""
 
     size: tuple[int, ...]
     kernel_size: tuple[int, ...]
@@ -42,7 +42,7 @@ class Case:
     kv_heads: int = 1
     dim: int = 8
     value_dim: int = 8
-    extra: int = 0  # how many additional keys
+    extra: int = 0  # number of additional keys
     has_rpb: bool = False
     scale: float | None = None
     packed: bool = False  # query, key and value are strided views
@@ -62,7 +62,7 @@ class Case:
 
 @dataclass
 class Inputs:
-    """The tensors of a case, named as the arguments of na1d, na2d and na3d."""
+    """The tensors of a case, named like the arguments of na1d, na2d and na3d."""
 
     query: Tensor
     key: Tensor
@@ -72,7 +72,7 @@ class Inputs:
     rpb: Tensor | None = None
 
     def present(self) -> dict[str, Tensor]:
-        """The tensors that are there, by name."""
+        """The tensors that are not None, by name."""
         named = {f.name: getattr(self, f.name) for f in fields(self)}
         return {name: tensor for name, tensor in named.items() if tensor is not None}
 
@@ -82,7 +82,7 @@ class Inputs:
 
 @dataclass(frozen=True)
 class Limits:
-    """What the random cases may contain; narrow it for a backend that cannot do everything."""
+    """Limits of the random cases; narrow them for a backend that does not support everything."""
 
     ranks: tuple[int, ...] = (1, 2, 3)
     dims: tuple[int, ...] = (1, 2, 3, 5, 7, 8, 13, 16, 17, 24, 31, 32, 33, 48, 64, 80, 127, 128)
@@ -94,7 +94,7 @@ class Limits:
 
 
 def random_case(seed: int, limits: Limits | None = None) -> Case:
-    """The case of this seed, the same on every machine."""
+    """A random case, which depends only on the seed and is the same on every machine."""
     limits = limits or Limits()
     rng = random.Random(seed)
     rank = rng.choice(limits.ranks)
@@ -171,7 +171,7 @@ def normal_inputs(
 def window(
     i: int, n: int, kernel_size: int, stride: int, dilation: int, is_causal: bool
 ) -> list[int]:
-    """Positions of an axis of n that its query i sees, in order."""
+    """Positions that query i sees on an axis of length n, in order."""
     g, p = i % dilation, i // dilation
     group_size = math.ceil((n - g) / dilation)
     if is_causal:
@@ -185,11 +185,11 @@ def window(
 
 
 def brute_force(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor]:
-    """Out (B, *S, H, D_v) and lse (B, *S, H), by every pair of positions, in the inputs' dtype."""
+    """Out (B, *S, H, D_v) and lse (B, *S, H), from all pairs of positions, in the inputs' dtype."""
     n = math.prod(case.size)
     device = inputs.query.device
     mask = torch.zeros(n, n, dtype=torch.bool)
-    # Which entry of the flattened rpb belongs to a pair; 0 where the pair is masked anyway.
+    # Index of each pair's entry in the flattened rpb; 0 for masked pairs.
     offset = torch.zeros(n, n, dtype=torch.long)
     axes = list(
         zip(case.size, case.kernel_size, case.stride, case.dilation, case.is_causal, strict=True)
@@ -239,17 +239,17 @@ UNUSUAL_SCORES = ("nan key", "nan additional key", "infinite key", "infinite key
 
 
 def unusual_inputs(kind: str, device: str | torch.device = "cpu") -> Inputs:
-    """Those of :data:`UNUSUAL`, of which ``kind`` makes some scores NaN or infinite."""
+    """Inputs of :data:`UNUSUAL`, modified by ``kind`` so that some scores are NaN or infinite."""
     inputs = make_inputs(UNUSUAL, torch.float32, device)
     assert inputs.additional_keys is not None and inputs.rpb is not None
     if kind == "nan key":
         inputs.key[:, 4, 5, 0, 3] = math.nan
     elif kind == "nan additional key":
         inputs.additional_keys[0, 1, 1, 0] = math.nan
-    elif kind == "infinite key":  # of either sign to different queries
+    elif kind == "infinite key":  # with either sign, depending on the query
         inputs.key[:, 4, 5:7, 0, 3] = math.inf
         inputs.key[:, 4, 6, 0, 5] = math.nan
-    elif kind == "infinite keys":  # some queries have no other score than -inf
+    elif kind == "infinite keys":  # all scores of some queries are -inf
         for keys in (inputs.key, inputs.additional_keys):
             keys[..., 0] = math.inf
     else:
@@ -262,7 +262,7 @@ def unusual_inputs(kind: str, device: str | torch.device = "cpu") -> Inputs:
 def assert_lse_of_unusual_scores(
     kind: str, backend: str | None, device: str | torch.device = "cpu"
 ) -> None:
-    """The lse is NaN, infinite and finite where torch's is, and so is the output."""
+    """Check that lse and output are NaN, infinite and finite in the same places as torch's."""
     inputs = unusual_inputs(kind, device)
     arguments = {**UNUSUAL.arguments, "return_lse": True, "backend": backend}
     got = NA[UNUSUAL.rank](**inputs.present(), **arguments)
@@ -273,7 +273,7 @@ def assert_lse_of_unusual_scores(
 
 
 def error(got: Tensor, true: Tensor) -> float:
-    """Largest absolute error over max(1, largest true value)."""
+    """Largest absolute error relative to max(1, largest true value)."""
     assert got.shape == true.shape, (got.shape, true.shape)
     if true.numel() == 0:
         return 0.0
@@ -291,8 +291,8 @@ def errors(
 ) -> dict[str, float]:
     """Error of the output, the lse and every gradient, by name ("out", "lse", "grad query", …).
 
-    Both sides see the same numbers, those that ``dtype`` can hold. The gradient is that of a
-    random weighting of the output and, with ``return_lse``, of the lse at once.
+    Both sides get the same numbers, rounded to ``dtype``. Gradients are those of a randomly
+    weighted sum of the output and, with ``return_lse``, of the lse as well.
     """
     attention = attention or NA[case.rank]
     inputs = make_inputs(case, dtype, device).map(lambda t: t.detach().requires_grad_(gradients))
@@ -334,7 +334,7 @@ def assert_exact(
     device: str | torch.device = "cpu",
     gradients: bool = True,
 ) -> None:
-    """The backend agrees with brute force within :data:`TOLERANCE`."""
+    """Check that the backend agrees with brute force within :data:`TOLERANCE`."""
     output_tolerance, gradient_tolerance = TOLERANCE[dtype]
     for name, value in errors(case, backend, dtype, device, gradients).items():
         tolerance = gradient_tolerance if name.startswith("grad") else output_tolerance

@@ -1,4 +1,4 @@
-"""What the documentation has its readers type: commands, and code of other languages."""
+"""Commands and code that the documentation has its readers run."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-# All but the changelog, which may name what is no more.
+# All pages except the changelog, which may mention removed things.
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *DOCS.rglob("*.md")])
 
 LANGUAGES = {
@@ -23,7 +23,7 @@ LANGUAGES = {
 }
 _BLOCK = re.compile(r"^( *)```([^\n]*)\n(.*?)^\1```$", re.MULTILINE | re.DOTALL)
 _SPAN = re.compile(r"`([^`\n]+)`")
-# What a span of code begins with that is a command; a name alone is the program, not a call of it.
+# Beginnings of code spans that are commands; a name alone refers to the program.
 _PROGRAMS = (
     *("vision-backbones", "python", "python3", "torchrun", "pytest", "mkdocs", "ruff", "mypy"),
     *("pip", "conda", "uv", "apt-get", "apt", "git", "make", "docker", "bash", "sh", "curl"),
@@ -33,12 +33,12 @@ COMMAND = re.compile(rf"(\w+=\S+ )*({'|'.join(_PROGRAMS)}) \S")
 
 
 def name(page: Path) -> str:
-    """Of a page, for messages."""
+    """The name of a page in messages."""
     return page.relative_to(ROOT).as_posix()
 
 
 def fenced(page: Path) -> list[tuple[str, str]]:
-    """The blocks of code of a page: language and text, without the indentation of the block."""
+    """The code blocks of a page: language and text, without the block's indentation."""
     return [
         (language, "\n".join(line.removeprefix(indent) for line in text.split("\n")))
         for indent, language, text in _BLOCK.findall(page.read_text())
@@ -46,12 +46,12 @@ def fenced(page: Path) -> list[tuple[str, str]]:
 
 
 def blocks(page: Path, language: str) -> list[str]:
-    """Those of one language."""
+    """The code blocks of one language."""
     return [text for found, text in fenced(page) if found == language]
 
 
 def commands(page: Path) -> list[str]:
-    """The commands of a page, in its blocks and in its sentences; a script is one command."""
+    """The commands of a page, in code blocks and in sentences; a script is one command."""
     found = []
     for text in blocks(page, "sh"):
         found += [text] if text.startswith("#!") else list(lines(text))
@@ -62,7 +62,7 @@ def commands(page: Path) -> list[str]:
 
 
 def strings(page: Path) -> Iterator[str]:
-    """Those in the Python of a page."""
+    """The string literals in the Python code of a page."""
     for text in blocks(page, "python"):
         for node in ast.walk(ast.parse(text)):
             if isinstance(node, ast.Constant) and isinstance(node.value, str):
@@ -70,7 +70,7 @@ def strings(page: Path) -> Iterator[str]:
 
 
 def lines(text: str) -> Iterator[str]:
-    """The commands of a block, each as one line without its comment."""
+    """The commands of a block, each as one line without comments."""
     for line in text.replace("\\\n", " ").splitlines():
         if words := shlex.split(line, comments=True):
             yield shlex.join(words)

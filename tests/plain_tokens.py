@@ -1,4 +1,4 @@
-"""A network of one resolution with nothing in its blocks that a family would have."""
+"""A single-resolution network whose blocks are plain feed-forwards."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Block(nn.Module):
 
 
 class PlainTokens(IsotropicBackbone):
-    """Patches of 16 × 16, a table of positions, feed-forwards."""
+    """16 × 16 patches, a position table, and feed-forwards."""
 
     first_conv = "stem.0"
 
@@ -69,10 +69,10 @@ default_cfgs = generate_default_cfgs(
 
 
 def plain_tokens(pretrained: bool = False, **kwargs: Any) -> PlainTokens:
-    """The registered form; :func:`register_plain_tokens` puts it into the tables."""
+    """Entrypoint, registered by :func:`register_plain_tokens`."""
     return build_model(PlainTokens, "plain_tokens", pretrained, {}, kwargs)
 
 
 def register_plain_tokens() -> None:
-    """Put the network into our table, and it and its pyramid into timm's."""
+    """Register the network with us, and the network and its pyramid with timm."""
     register(plain_tokens)

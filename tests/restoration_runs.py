@@ -26,7 +26,7 @@ QUICK = [
 
 
 def make_pictures(folder: Path, count: int, side: int = 40) -> Path:
-    """``folder/N.png``: smooth colours with some edges."""
+    """Write ``folder/N.png``: smooth colours with some edges."""
     folder.mkdir(parents=True, exist_ok=True)
     generator = np.random.default_rng(count)
     for number in range(count):
@@ -39,7 +39,7 @@ def make_pictures(folder: Path, count: int, side: int = 40) -> Path:
 
 
 def train(*arguments: str, pictures: bool = False) -> int:
-    """``tools/train_sr.py`` in this process; the picture only if wanted."""
+    """Run ``tools/train_sr.py`` in this process; draw the picture only if ``pictures`` is set."""
     if pictures:
         return restoration.main([*QUICK, *arguments])
     with patch.object(restoration.RestorationTrainer, "draw_comparison"):
@@ -49,7 +49,7 @@ def train(*arguments: str, pictures: bool = False) -> int:
 def start(
     *arguments: str, before: Callable[[], None] | None = None, env: dict[str, str] | None = None
 ) -> training_runs.Run:
-    """The same in a process of its own; ``before`` runs in it first."""
+    """Start ``tools/train_sr.py`` in a process of its own, which runs ``before`` first."""
     process = training_runs.Run(target=_run, args=(arguments, before, env or {}))
     process.start()
     return process
@@ -58,13 +58,13 @@ def start(
 def start_two(
     *arguments: str, before: Sequence[Callable[[], None] | None] = (None, None)
 ) -> list[training_runs.Run]:
-    """Two processes of one run, as torchrun starts them."""
+    """Start two processes of one run, like torchrun."""
     return training_runs.start_two(*arguments, before=before, launch=start)
 
 
 def _run(argv: tuple[str, ...], before: Callable[[], None] | None, env: dict[str, str]) -> None:
     os.environ.update(env)
-    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for the life of the process
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - open until the process ends
     if before is not None:
         before()
     os._exit(train(*argv))

@@ -1,4 +1,4 @@
-"""Inputs of gated linear attention, and how far results are from exact ones."""
+"""Inputs of gated linear attention, and the error of results."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def inputs(
     extremes: tuple[float, ...] = (-100.0, 0.0),
     dtype: torch.dtype = torch.float64,
 ) -> dict[str, Any]:
-    """Random tensors; a third of the log gates are those of ``extremes``, in turns."""
+    """Random tensors; about a third of the log gates are replaced by ``extremes``."""
     generator = torch.Generator().manual_seed(tokens)
     shape = (batch, tokens, heads, dim)
     query, key = torch.randn(2, *shape, dtype=torch.float64, generator=generator)

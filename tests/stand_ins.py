@@ -1,4 +1,4 @@
-"""Small, real files for those that the documentation's commands and code read."""
+"""Small but valid files for those that the documentation's commands and code read."""
 
 from __future__ import annotations
 
@@ -26,12 +26,12 @@ from backbones.core.download import file_name
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = 3
-# Where torch's hub is told to keep its downloads.
+# Download folder for torch.hub.
 DOWNLOADS = "downloads"
 
 
 class Shelf:
-    """Makes each file once, and puts copies where they are wanted.
+    """Makes each file once and copies it to where it is needed.
 
     Args:
         folder: for the originals.
@@ -41,7 +41,7 @@ class Shelf:
         self.folder = folder
 
     def provide(self, words: Iterable[str], clone: Path) -> None:
-        """Put into ``clone`` what the words of a command need."""
+        """Copy the files that the words of a command need into ``clone``."""
         for place in dict.fromkeys(place for word in words for place in places(word)):
             kept, target = self.folder / place, clone / place
             if not kept.exists():
@@ -52,7 +52,7 @@ class Shelf:
 
 
 def places(word: str) -> tuple[str, ...]:
-    """The keys of :data:`MAKERS` that a word of a command stands for."""
+    """The keys of :data:`MAKERS` that a word of a command refers to."""
     place = word.rstrip("/")
     return NEEDS.get(word, (place,) if place in MAKERS else ())
 
@@ -66,37 +66,37 @@ def _picture(
 
 
 def _weights(name: str, path: Path, **arguments: Any) -> None:
-    """A state dict under our names."""
+    """Write a state dict with our parameter names."""
     torch.save(backbones.create_model(name, **arguments).state_dict(), path)
 
 
 def _published(family: str, name: str, path: Path) -> None:
-    """A state dict under the authors' names."""
+    """Write a state dict with the authors' parameter names."""
     torch.save({"state_dict": parity.checkpoint(parity.reference(family, name))}, path)
 
 
 def _quickstart(path: Path) -> None:
-    """What ``train_cls.py`` leaves."""
+    """Write the output of ``train_cls.py``."""
     recipe = ["--config", str(ROOT / "configs/cls/quickstart.yaml"), "--epochs=1", "--img-size=32"]
     words = [*recipe, *TINY, f"--output={path.parent}", f"--name={path.name}"]
     assert train_cls.main(words) == 0
 
 
 def _embedded(path: Path) -> None:
-    """What ``vision-backbones embed`` leaves, of a folder with ``train`` and ``val`` in it."""
+    """Write the output of ``vision-backbones embed`` for a folder with ``train`` and ``val``."""
     made = path.with_name(f"{path.name}_made")
     made.mkdir()
     shutil.copytree(embed_images(made).table, path)
 
 
 def _labels(path: Path) -> None:
-    """Classes of these images."""
+    """Write the classes of these images."""
     keys = [f"train/class{i % 3}/{i:03}.png" for i in range(12)]
     path.write_text("key,label\n" + "".join(f"{key},{key.split('/')[1]}\n" for key in keys))
 
 
 def _detector(config: str, path: Path) -> None:
-    """What ``tools/train_mm.py`` leaves."""
+    """Write the output of ``tools/train_mm.py``."""
     with _openmmlab():
         from mmengine.config import Config
         from mmengine.registry import MODELS, init_default_scope
@@ -110,15 +110,15 @@ def _detector(config: str, path: Path) -> None:
 
 @contextmanager
 def _openmmlab() -> Iterator[None]:
-    """Within it, OpenMMLab's packages can be imported, and warn of nothing."""
+    """Make OpenMMLab's packages importable, without warnings, within the block."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        importlib.import_module("backbones.openmmlab")  # puts in place what mmdet imports
+        importlib.import_module("backbones.openmmlab")  # installs the stand-ins that mmdet imports
         yield
 
 
 def _coco(path: Path) -> None:
-    """COCO 2017, of two pictures a split."""
+    """Write COCO 2017 with two pictures per split."""
     with _openmmlab():
         from mmdet.datasets import CocoDataset
     names = enumerate(CocoDataset.METAINFO["classes"], 1)
@@ -136,7 +136,7 @@ def _coco(path: Path) -> None:
 
 
 def _ade20k(path: Path) -> None:
-    """ADE20K, of two pictures a split."""
+    """Write ADE20K with two pictures per split."""
     for split in ("training", "validation"):
         for number in range(2):
             _picture(path / f"images/{split}/{number}.jpg", (96, 64))
@@ -148,7 +148,7 @@ _HUB = f"{DOWNLOADS}/hub/checkpoints"
 _VAN = "https://huggingface.co/Visual-Attention-Network/VAN-{}-original/resolve/main/{}"
 _VAN_B0 = f"{_HUB}/{file_name(_VAN.format('Tiny', 'van_tiny_754.pth.tar'), 'van_b0')}"
 _VAN_B2 = f"{_HUB}/{file_name(_VAN.format('Base', 'van_base_828.pth.tar'), 'van_b2')}"
-# Where a file or folder lies, and what makes it.
+# Path of a file or folder → the function that makes it.
 MAKERS: dict[str, Callable[[Path], object]] = {
     "photos": lambda path: _picture(path / "photo.jpg"),
     "scans": lambda path: _picture(path / "page.tif", mode="L"),
@@ -176,7 +176,7 @@ MAKERS: dict[str, Callable[[Path], object]] = {
     ),
     f"runs/mm/{_MASK_RCNN}/epoch_12.pth": partial(_detector, f"configs/det/van/{_MASK_RCNN}.py"),
 }
-# What a word needs that is not itself such a place, or a page's code without naming it.
+# Paths needed by words that are not paths themselves, or by a page's code that does not name them.
 NEEDS: dict[str, tuple[str, ...]] = {
     "README.md": (_VAN_B0,),
     "scans/*.tif": ("scans",),

@@ -1,4 +1,4 @@
-"""A clone holds what is under version control, and programs that run in it end in time."""
+"""A clone contains the files under version control, and programs in it respect time limits."""
 
 from __future__ import annotations
 

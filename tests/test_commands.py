@@ -1,4 +1,4 @@
-"""Commands of the tests end in time, with all that they started, and show what they printed."""
+"""Test commands respect time limits, leave no processes and show their output."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 from commands import run
 
-# A child in a session of its own, as torchrun's, that keeps the streams open.
+# Starts a child in a session of its own, like torchrun's, that keeps the streams open.
 _WITH_A_CHILD = """
 import pathlib, subprocess, sys, time
 child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"],

@@ -1,4 +1,4 @@
-"""Arrows run one way: tools and scripts → backbones → ops, in circles never; imports are cheap."""
+"""Imports go one way: tools and scripts → backbones → ops, without cycles; importing is cheap."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ FAMILIES = backbones.list_families()
 
 @functools.cache
 def _imports(path: Path) -> set[str]:
-    """What a file imports anywhere, inside functions too, but for the sake of types alone."""
+    """The imports of a file, including those in functions, but not those for type checking only."""
     names, pending = set(), [ast.parse(path.read_text())]
     while pending:
         node: ast.AST = pending.pop()
@@ -49,7 +49,7 @@ def _within(name: str, room: str) -> bool:
     return f"{name}.".startswith(f"{room}.")
 
 
-# Who may import nothing of whom.
+# Part → parts that it must not import from.
 CLOSED_DOORS = {
     "ops": ("backbones", "tools", "train_cls"),
     "ops.cpu": ("ops.attention", "ops.inference", "ops.neighborhood", "ops.replay"),
@@ -76,7 +76,7 @@ def test_arrows_run_one_way(room: str) -> None:
 
 
 def test_the_engine_knows_no_layers() -> None:
-    """``ops/cpu`` imports nothing of the files of plain layers beside it."""
+    """``ops/cpu`` imports nothing from the plain layers next to it."""
     plain = {f"ops.{path.stem}" for path in ROOT.glob("ops/*.py")} - {"ops.__init__"}
     for name, path in MODULES.items():
         if _within(name, "ops.cpu"):
@@ -84,7 +84,7 @@ def test_the_engine_knows_no_layers() -> None:
 
 
 def _family(name: str) -> str | None:
-    """Whose module it is: ``<family>.py``, or ``<family>_<part>.py``."""
+    """The family of a module: ``<family>.py`` or ``<family>_<part>.py``."""
     top = name.split(".")[1] if name.startswith("backbones.") else ""
     named = [f for f in FAMILIES if f"{top}_".startswith(f"{f}_")]
     return max(named, key=len, default=None)
@@ -97,7 +97,7 @@ def test_families_do_not_know_each_other() -> None:
 
 
 def test_there_is_no_import_circle() -> None:
-    """Modules that only import modules that are done are done; in the end all are."""
+    """Repeatedly remove modules whose imports have all been removed; none may remain."""
     pending = {name: _own_imports(path) - {name} for name, path in MODULES.items()}
     while ready := {name for name, imported in pending.items() if not imported & pending.keys()}:
         for name in ready:
@@ -106,7 +106,7 @@ def test_there_is_no_import_circle() -> None:
 
 
 def _own_imports(path: Path) -> set[str]:
-    """The modules themselves: ``from package import name`` imports the package or one of its."""
+    """Imported modules: in ``from package import name``, the package or its submodule ``name``."""
     found = set()
     for name in _imports(path):
         while name and name not in MODULES:
@@ -130,7 +130,7 @@ print(sorted(heavy & (sys.modules.keys() - before)))
 
 
 def test_import_is_cheap() -> None:
-    """`import backbones` adds at most 0.3 s of the CPU to `import timm`; the best of up to five."""
+    """`import backbones` adds at most 0.3 s of CPU time to `import timm`; best of up to five."""
     times: list[float] = []
     for _ in range(5):
         run = subprocess.run(

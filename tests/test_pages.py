@@ -1,4 +1,4 @@
-"""Commands are found wherever a page has them, and nothing else is taken for one."""
+"""All commands of a page are found, and nothing else is mistaken for one."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Waiting for a training of the tests ends."""
+"""Waiting for a training in the tests times out."""
 
 from __future__ import annotations
 

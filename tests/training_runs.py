@@ -36,27 +36,27 @@ QUICK = [
     *("--lr=1e-3", "--warmup-epochs=1", "--save-every-minutes=0"),
 ]
 
-# A run takes seconds; one that waits for ever, in seconds, fails its test, and says where it stood.
-# Two of them, one after the other, are within the time of a test.
+# Time limit of a run in seconds. Runs take seconds; one that hangs fails its test and prints its
+# stacks. Twice this limit is below the timeout of a test.
 PATIENCE = 140
 
-# The server is a Python of its own and reads sys.path from here.
+# The server is a separate Python process that takes its sys.path from here.
 _folders = [str(Path(__file__).parent), str(Path(train_cls.__file__).parent)]
 os.environ["PYTHONPATH"] = os.pathsep.join([*_folders, os.environ.get("PYTHONPATH", "")])
-# One server imports torch and the library; every run is forked from it, in milliseconds.
+# A server imports torch and the library once; each run is forked from it within milliseconds.
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["training_runs"])
 
 
 class Run(_context.Process):  # type: ignore[name-defined]
-    """A training in a process of its own; waiting for it ends."""
+    """A training in a process of its own; waiting for it has a time limit."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._patience = PATIENCE
 
     def join(self, timeout: float | None = None) -> None:
-        """Wait for ``timeout`` seconds; without one, fail when it still runs after a while."""
+        """Wait for ``timeout`` seconds; without one, fail if it exceeds the time limit."""
         super().join(timeout or self._patience)
         if not self.is_alive():
             self._stacks(self.pid).unlink(missing_ok=True)
@@ -76,12 +76,12 @@ class Run(_context.Process):  # type: ignore[name-defined]
 
     @staticmethod
     def _stacks(pid: int | None) -> Path:
-        """Where a run says what its threads are at when half of its time is over."""
+        """The file that a run dumps its threads' stacks to after half of its time limit."""
         return Path(tempfile.gettempdir()) / f"training-run-{pid}.stacks"
 
 
 def make_images(folder: Path, counts: dict[str, int], classes: int = 3) -> Path:
-    """``folder/SPLIT/CLASS/N.png``: noise whose colour tells the class."""
+    """Write ``folder/SPLIT/CLASS/N.png``: noise whose colour depends on the class."""
     generator = np.random.default_rng(0)
     for split, count in counts.items():
         for number in range(count):
@@ -95,7 +95,7 @@ def make_images(folder: Path, counts: dict[str, int], classes: int = 3) -> Path:
 
 
 def train(*arguments: str, pictures: bool = False) -> int:
-    """``train_cls.py`` in this process; drawing takes longer than these trainings."""
+    """Run ``train_cls.py`` in this process, by default without plots, which would dominate."""
     if pictures:
         return train_cls.main([*QUICK, *arguments])
     with (
@@ -108,7 +108,7 @@ def train(*arguments: str, pictures: bool = False) -> int:
 def start(
     *arguments: str, before: Callable[[], None] | None = None, env: dict[str, str] | None = None
 ) -> Run:
-    """``train_cls.py`` in a process of its own; ``before`` runs in it first."""
+    """Start ``train_cls.py`` in a process of its own, which runs ``before`` first."""
     process = Run(target=_run, args=(arguments, before, env or {}))
     process.start()
     return process
@@ -119,7 +119,7 @@ def start_two(
     before: Sequence[Callable[[], None] | None] = (None, None),
     launch: Callable[..., Run] = start,
 ) -> list[Run]:
-    """Two processes that work together, of ``train_cls.py`` or of what ``launch`` starts."""
+    """Start two cooperating processes of ``train_cls.py``, or of what ``launch`` starts."""
     shared = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [
         launch(
@@ -132,7 +132,7 @@ def start_two(
 
 
 def free_port() -> int:
-    """A port that nobody listens at, and that the system gives to no one who asks for any."""
+    """A free port outside the range from which the system assigns ports."""
     while True:
         port = random.SystemRandom().randrange(15_000, 32_000)
         with socket.socket() as server, suppress(OSError):
@@ -141,7 +141,7 @@ def free_port() -> int:
 
 
 def join(processes: Sequence[Run]) -> list[int | None]:
-    """Wait for all; their exit codes."""
+    """Wait for all processes; returns their exit codes."""
     for process in processes:
         process.join()
     return [process.exitcode for process in processes]
@@ -149,17 +149,17 @@ def join(processes: Sequence[Run]) -> list[int | None]:
 
 def _run(argv: tuple[str, ...], before: Callable[[], None] | None, env: dict[str, str]) -> None:
     os.environ.update(env)
-    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - for the life of the process
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - open until the process ends
     if before is not None:
         before()
     os._exit(train(*argv))
 
 
 def kill_at_call(name: str, number: int, sent: int = signal.SIGKILL) -> None:
-    """A signal to this process at call ``number`` of ``os.<name>``, counted from 0.
+    """Send a signal to this process at call ``number`` of ``os.<name>``, counted from 0.
 
-    What a run does first stands here, and not beside the test that wants it: the run imports it
-    by the name of its module.
+    Functions for ``before`` are defined here and not in the test's module, since the run imports
+    them by the name of their module.
     """
     original, calls = getattr(os, name), iter(range(number))
 
@@ -172,7 +172,7 @@ def kill_at_call(name: str, number: int, sent: int = signal.SIGKILL) -> None:
 
 
 def freeze_batch_norm() -> None:
-    """Batch statistics of a half batch differ from those of the whole: take the running ones."""
+    """Use running statistics: those of half a batch would differ from those of the whole."""
 
     def train(self: nn.Module, mode: bool = True) -> nn.Module:
         return nn.Module.train(self, False)
@@ -181,7 +181,7 @@ def freeze_batch_norm() -> None:
 
 
 def start_leaving(port: int) -> Run:
-    """A process that leaves its group while gloo's threads still hold tensors of Python's."""
+    """Start a process that leaves its group while gloo's threads still hold Python tensors."""
     process = Run(target=_leave, args=(port,))
     process.start()
     return process
@@ -199,13 +199,13 @@ def _leave(port: int) -> None:
 
 
 def kill(process: Run) -> None:
-    """SIGKILL, and wait."""
+    """Send SIGKILL and wait."""
     process.kill()
     process.join()
 
 
 def final_state(folder: Path) -> dict[str, Any]:
-    """What ``last.pt`` says, without what differs from run to run: clocks and options."""
+    """The contents of ``last.pt`` except what differs between runs: clocks and options."""
     state = load_state(folder / "last.pt")
     for row in state["history"]:
         for key in ("images_per_second", "data_wait", "memory_mb", "seconds"):
@@ -216,7 +216,7 @@ def final_state(folder: Path) -> dict[str, Any]:
 
 
 def same(a: Any, b: Any) -> bool:
-    """Whether two nested states are equal, bit for bit."""
+    """Whether two nested states are bit-identical."""
     if isinstance(a, torch.Tensor):
         return isinstance(b, torch.Tensor) and a.dtype == b.dtype and torch.equal(a, b)
     if isinstance(a, dict):

@@ -1,4 +1,4 @@
-"""Triton's interpreter without what makes up nine tenths of its time in small tests."""
+"""Triton's interpreter without the overhead that takes nine tenths of its time in small tests."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ import triton.language as tl
 
 @contextmanager
 def quick_interpreter() -> Iterator[None]:
-    """Inside, if triton interprets at all, its module is patched once, and sums may overflow.
+    """In interpreter mode, patch triton.language only once and skip overflow checks.
 
-    The interpreter patches triton.language anew for every call of a device function, with the same
-    effect each time, and checks every integer operation for overflow.
+    By default, the interpreter patches triton.language for every call of a device function, with
+    the same effect each time, and checks every integer operation for overflow.
     """
     if not triton.knobs.runtime.interpret:
         yield

@@ -1,4 +1,4 @@
-"""Which models stand for their family in the quick tests, made shallow and awkward."""
+"""The models that represent their family in the quick tests: shallow, with randomised values."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import nn
 
 import backbones
 
-# The smallest variant of each family, and the arguments that make it shallow.
+# The smallest variant of each family, and arguments that make it shallow.
 SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     "biformer": ("biformer_tiny", {"depths": (1, 1, 2, 1)}),
     "dinat_s": (
@@ -59,12 +59,12 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     "vrwkv": ("vrwkv_t", {"dim": 64, "depths": (1, 1, 1, 1)}),
 }
 FAMILIES = sorted(SMALL)
-# Image to image: no classifier and no pyramid.
+# Image-to-image models, without classifier and pyramid.
 RESTORATION = {"hat"}
 CLASSIFIERS = [family for family in FAMILIES if family not in RESTORATION]
-# The families whose first stage is at stride 16, and which can show their stem.
+# Families whose first stage has stride 16, and which can expose their stem.
 STRIDE_16 = [family for family in FAMILIES if family in ("efficientvit", "shvit")]
-# The families that never leave stride 16, and make a pyramid of their last map.
+# Families with stride 16 throughout, which build a pyramid from their last map.
 ISOTROPIC = [family for family in FAMILIES if family in ("nat_isotropic", "vrwkv")]
 
 
@@ -77,7 +77,7 @@ def small(family: str, **kwargs: Any) -> Any:
 
 @torch.no_grad()
 def randomise(model: nn.Module) -> nn.Module:
-    """Give norms, scales and zero-initialised tensors values that hide no branch; returns it."""
+    """Randomise norms, scales and zero-initialised tensors, so that no branch is hidden."""
     generator = torch.Generator().manual_seed(1)
     for module in model.modules():
         if isinstance(module, nn.BatchNorm1d | nn.BatchNorm2d):

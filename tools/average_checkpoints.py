@@ -58,7 +58,7 @@ def _read(path: Path) -> dict[str, Tensor]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run from a command line; the exit status."""
+    """Run from a command line and return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

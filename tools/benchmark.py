@@ -70,7 +70,7 @@ __all__ = ["KINDS", "Row", "comparison", "describe", "kind_of", "main", "measure
 logger = logging.getLogger("benchmark")
 
 MODES = ("eager", "channels_last", "fused", "compile", "fused+compile")
-PLAIN = ("eager", "channels_last")  # what a fused model must not be slower than
+PLAIN = ("eager", "channels_last")  # forms that a fused model must not be slower than
 LOW_PRECISION = "+bfloat16"
 DTYPES = ("float32", "bfloat16")
 MODELS = (

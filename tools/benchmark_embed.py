@@ -1,11 +1,11 @@
-"""Measure `vision-backbones embed` beside the script that people write, and write its page.
+"""Compare `vision-backbones embed` with the usual hand-written script, and write its page.
 
     python tools/benchmark_embed.py speed ray memory decoding
-    python tools/benchmark_embed.py              # the page alone, from what was measured
+    python tools/benchmark_embed.py              # only the page, from existing measurements
 
-The script is timm's model in float32 behind a ``DataLoader`` with a process for each core. Both do
-the same 512 JPEGs of 500×375 pixels, several times each, in turns, on the same cores. Counted is
-the time from the first results on, not what starts before them. Writes
+The script runs timm's model in float32 behind a ``DataLoader`` with one process per core. Both
+embed the same 512 JPEGs of 500×375 pixels, several times each, alternately, on the same cores. The
+time is counted from the first results on, so startup is excluded. Writes
 ``docs/performance/embed.json`` and ``docs/performance-embed.md``.
 """
 
@@ -74,13 +74,13 @@ print(json.dumps(done / (time.perf_counter() - begun)))
 """
 
 
-# -- what is embedded ------------------------------------------------------------------------------
+# -- images and weights ----------------------------------------------------------------------------
 
 
 def make_photos(
     folder: Path, copies: int, size: tuple[int, int] = SIZE, count: int = IMAGES
 ) -> Path:
-    """``count`` JPEGs, cut from photographs at random places, each under ``copies`` names."""
+    """Write ``count`` random crops of photographs as JPEGs, each under ``copies`` names."""
     rng = np.random.default_rng(0)
     scenes = [open_image(path) for path in find_photographs(TRAINING + VALIDATION)]
     for number in range(count):
@@ -105,7 +105,7 @@ def make_photos(
 
 
 def make_checkpoint(folder: Path, name: str, **arguments: Any) -> Path:
-    """Untrained weights; with ``arguments`` or another size of image, the recipe beside them."""
+    """Write untrained weights; with ``arguments`` or another image size, also their recipe."""
     folder.mkdir(parents=True, exist_ok=True)
     size = arguments.pop("img_size", None)
     model = backbones.create_model(name, **arguments)
@@ -120,7 +120,7 @@ def make_checkpoint(folder: Path, name: str, **arguments: Any) -> Path:
 
 
 def rate_of_embed(photos: Path, checkpoint: Path, **options: Any) -> float:
-    """Images a second, from the time that each process has written its first shard."""
+    """Images per second, from the time when each process has written its first shard."""
     with tempfile.TemporaryDirectory() as place:
         embed(photos, Path(place) / "out", checkpoint=checkpoint, rows=32, **options)
         times = sorted(p.stat().st_mtime_ns for p in Path(place).glob("out/shards/*.parquet"))
@@ -129,14 +129,14 @@ def rate_of_embed(photos: Path, checkpoint: Path, **options: Any) -> float:
 
 
 def rate_of_script(photos: Path, name: str) -> float:
-    """Images a second of the usual script, from its second batch on."""
+    """Images per second of the usual script, from its second batch on."""
     words = [sys.executable, "-c", _SCRIPT, name, "", str(photos), str(cores())]
     done = subprocess.run(words, stdout=subprocess.PIPE, text=True, check=True)
     return float(json.loads(done.stdout.splitlines()[-1]))
 
 
 def in_turns(rounds: int, *ways: Callable[[], float]) -> list[list[float]]:
-    """The figures of each way, round by round."""
+    """Run the functions alternately; return the figures of each, by round."""
     figures = [[way() for way in ways] for _ in range(rounds)]
     return [list(column) for column in zip(*figures, strict=True)]
 
@@ -170,7 +170,7 @@ def measure_ray(folder: Path, rounds: int, models: Sequence[str]) -> Iterator[di
 
 
 def measure_memory(folder: Path, rounds: int, models: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Resident memory of one process over 100 000 rows, of small images and a small model."""
+    """Resident memory of one process over 100 000 rows, with small images and a small model."""
     photos = make_photos(folder / "small", copies=200, size=(64, 48), count=500)
     small = {"dims": [16, 24, 32], "depths": [1, 1, 1], "attn_dims": [0, 8, 8]}
     checkpoint = make_checkpoint(folder / "tiny", "shvit_s1", img_size=32, **small)
@@ -201,7 +201,7 @@ def measure_memory(folder: Path, rounds: int, models: Sequence[str]) -> Iterator
 
 
 def measure_decoding(folder: Path, rounds: int, models: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Milliseconds of CPU time an image, of decoders and of what follows, and what is equal."""
+    """CPU milliseconds per image of decoders and the later steps, and whether results are equal."""
     files = [p.read_bytes() for p in sorted(make_photos(folder / "d", 1, count=64).rglob("*.jpg"))]
     config = {"input_size": (3, 224, 224), "interpolation": "bicubic", "crop_pct": 0.9}
     config |= {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "crop_mode": "center"}
@@ -233,7 +233,7 @@ def measure_decoding(folder: Path, rounds: int, models: Sequence[str]) -> Iterat
 
 
 def _decoders() -> dict[str, Callable[[bytes], Any]]:
-    """Those that are installed."""
+    """The installed JPEG decoders."""
     found: dict[str, Callable[[bytes], Any]] = {}
     from torchvision.io import decode_jpeg
 
@@ -327,7 +327,7 @@ def page(report: dict[str, Any]) -> str:
 
 
 def _plan(rows: list[dict[str, Any]]) -> list[str]:
-    """What a billion images would take."""
+    """The section on the resources for a billion images."""
     shards = _BILLION // _IN_SHARD
     task = len(pickle.dumps({"order": pickle.dumps((99_999, "shards/099999.tar"))}))
     lines = [

@@ -9,7 +9,7 @@ computed. A contender whose calls take longer than ``--seconds`` is timed once.
     python tools/benchmark_na.py --threads 1 --output runs/benchmark_na
     python tools/benchmark_na.py --device cuda --dtype bfloat16 --settings 56x56-k7-d64
 
-writes ``<output>.json`` after every row and ``<output>.png`` at the end. A contender that does not
+Writes ``<output>.json`` after every row and ``<output>.png`` at the end. A contender that does not
 support a setting, would need more than ``--max-gib`` of memory or, extrapolated from a smaller
 batch, more than ``--max-seconds`` per call, is listed with the reason instead of a time.
 
@@ -54,9 +54,9 @@ from backbones.core.arguments import nonempty_path
 logger = logging.getLogger("benchmark_na")
 
 DTYPES = ("float32", "bfloat16", "float16")
-# Our kernels by the type of device.
+# Our kernels, by device type.
 OURS = {"cpu": "cpu", "cuda": "triton"}
-# Their first call compiles, or may.
+# Contenders whose first call may compile.
 COMPILED = {*OURS.values(), "flex"}
 # The machine's reference: a product of two square matrices of this size.
 MATMUL_SIZE = 1024
@@ -74,7 +74,7 @@ class Effort:
     """Number of turns, and limits of time and memory."""
 
     rounds: int = 15
-    seconds: float = 1.0  # that a contender's turns take at most, but for the first 3
+    seconds: float = 1.0  # limit for all turns of a contender, except for the first 3
     turn_ms: float = 20.0
     max_seconds: float = 20.0
     max_gib: float = 4.0
@@ -90,7 +90,7 @@ def measure(
     effort: Effort,
     expected: dict[str, float],
 ) -> dict[str, Any]:
-    """Times of all contenders, alternately. ``expected``: known or estimated seconds per call."""
+    """Time all contenders alternately. ``expected``: known or estimated seconds per call."""
     shape = (batch, *setting.size, NUM_HEADS, setting.dim)
     generator = torch.Generator(device).manual_seed(0)
     query, key, value, grad = (
@@ -100,7 +100,7 @@ def measure(
     matrix = torch.randn(MATMUL_SIZE, MATMUL_SIZE, device=device).to(dtype)
     runs: dict[str, Callable[[], object]] = {"matmul": lambda: matrix @ matrix}
     results: dict[str, dict[str, Any]] = {}
-    # By turn; a contender that is too slow to take turns has one, outside of them.
+    # Seconds per turn; a contender that is too slow for turns has a single measurement instead.
     times: dict[str, list[float]] = {"matmul": []}
     estimates = {"matmul": stopwatch(runs["matmul"], device)}
 
@@ -169,17 +169,17 @@ def measure(
 
 
 def ratio(times: Sequence[float], others: Sequence[float]) -> float:
-    """Median of the ratios within turns; for a contender without turns, to the other's median."""
+    """Median of the ratios within turns; without turns, the ratio to the other's median."""
     if 1 in (len(times), len(others)):
         return statistics.median(times) / statistics.median(others)
-    # A turn that one of both left out has no ratio.
+    # Turns that one of the two left out have no ratio.
     return statistics.median(a / b for a, b in zip(times, others, strict=False))
 
 
 def expected_seconds(
     report: dict[str, Any], setting: Setting, batch: int, dtype: str, backward: bool
 ) -> dict[str, float]:
-    """Seconds of a call by contender, from the same one at the largest smaller batch."""
+    """Seconds per call by contender, extrapolated from the largest smaller batch."""
     smaller = [
         row
         for row in report["results"]
@@ -196,7 +196,7 @@ def expected_seconds(
 
 
 def row_key(row: dict[str, Any]) -> tuple[str, int, str, bool]:
-    """What a row measures."""
+    """The settings of a row as a key."""
     return row["setting"], row["batch"], row["dtype"], row["backward"]
 
 
@@ -303,7 +303,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
 
 
 def describe(result: dict[str, Any]) -> str:
-    """One line on a contender."""
+    """The figures of a contender in one line."""
     if "skipped" in result:
         return f"left out: {result['skipped']}"
     peak = result["peak_bytes"]

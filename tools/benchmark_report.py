@@ -1,4 +1,4 @@
-"""Presents the reports of ``benchmark.py``: table, growth with size, comparison, plot."""
+"""Present the reports of ``benchmark.py``: table, growth with size, comparison, plot."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def scaling(report: dict[str, Any]) -> list[str]:
 
 
 def _by_size(report: dict[str, Any]) -> dict[tuple[Any, ...], dict[int, float]]:
-    """(model, contender, …) → size → ms, where there are two sizes or more."""
+    """(model, contender, …) → size → ms, for at least two sizes."""
     series: dict[tuple[Any, ...], dict[int, float]] = {}
     for row in report["results"]:
         for name, figures in row["contenders"].items():
@@ -82,7 +82,7 @@ def comparison(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
 
 
 def describe(figures: dict[str, Any]) -> str:
-    """One line on a contender."""
+    """The figures of a contender in one line."""
     if "skipped" in figures:
         return f"left out: {figures['skipped']}"
     over = "  ".join(f"{v:5.2f}× {k}" for k, v in figures["speedup_over"].items())
@@ -90,7 +90,7 @@ def describe(figures: dict[str, Any]) -> str:
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """Bars of the speed over eager, a panel per setting, and curves over size."""
+    """Draw speedups over eager, with a panel per setting, and curves over size."""
     from matplotlib import colormaps
     from matplotlib.figure import Figure
 
@@ -100,7 +100,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
             "speedup_over" not in f or "eager" not in f["speedup_over"]
             for f in row["contenders"].values()
         ):
-            continue  # nothing to compare with; its curve over size is drawn
+            continue  # nothing to compare with; only its curve over size is drawn
         title = "{size}², batch {batch}, {threads} thread(s), {dtype}, {direction}".format(**row)
         panels.setdefault(title, []).append(row)
     everyone = dict.fromkeys(n for rows in panels.values() for r in rows for n in r["contenders"])
@@ -123,7 +123,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
         axis.set_ylabel("speed over eager", fontsize=8)
         axis.legend(loc="center left", bbox_to_anchor=(1, 0.5), fontsize=7)
     if curves:
-        # The slowest first, in the order of the curves.
+        # Slowest first, in the order of the curves.
         ordered = sorted(curves.items(), key=lambda item: -item[1][max(item[1])])
         tones = colormaps["tab20"].colors
         for i, (key, sizes) in enumerate(ordered):

@@ -1,12 +1,12 @@
-"""Gated linear attention on the CPU by length, beside other forms, and ViG beside attention.
+"""Benchmark gated linear attention on the CPU by length, and ViG compared with attention.
 
     python tools/benchmark_scan.py --output docs/performance/avx2/scans.json
 
-One direction, one thread, float32, with the states of ViG-T. The others are the scan in Python
-(``reference``), chunks in torch (``chunked``) and, where ``fla`` can be imported, the form of that
-library that runs on a CPU (https://pypi.org/project/flash-linear-attention). Images of 1024×1024
-then go through fused ViG-T and through timm's DeiT-T, whose attention is quadratic. All contenders
-take turns in one process; the ratios are medians of those within a turn.
+One direction, one thread, float32, with ViG-T's state size. Our kernel is compared with the scan in
+Python (``reference``), chunks in torch (``chunked``) and, if ``fla`` can be imported, that
+library's CPU implementation (https://pypi.org/project/flash-linear-attention). In addition, fused
+ViG-T is compared with timm's DeiT-T, whose attention is quadratic, on 1024×1024 images. All
+contenders are measured alternately in one process; ratios are medians of those within a turn.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ Runs = Mapping[str, Callable[[], Tensor]]
 
 
 def scans(tokens: int) -> Runs:
-    """What attends to a sequence of so many tokens."""
+    """The contenders for a sequence of ``tokens`` tokens."""
     generator = torch.Generator().manual_seed(0)
     query, key = torch.randn(2, 1, tokens, HEADS, KEYS, generator=generator)
     value = torch.randn(1, tokens, HEADS, VALUES, generator=generator)
@@ -58,7 +58,7 @@ def scans(tokens: int) -> Runs:
 
 
 def networks() -> Runs:
-    """ViG-T, fused, and timm's DeiT-T, an image each."""
+    """Fused ViG-T and timm's DeiT-T on one image."""
     ours = backbones.create_model("vig_t").eval().fuse()
     theirs = timm.create_model("deit_tiny_patch16_224", dynamic_img_size=True).eval()
     image = torch.randn(1, 3, SIDE, SIDE)
@@ -66,7 +66,7 @@ def networks() -> Runs:
 
 
 def measure(runs: Runs, rounds: int, seconds: float) -> dict[str, dict[str, float]]:
-    """Milliseconds of each, and how many times longer it took than the first one."""
+    """Milliseconds of each contender, and its time relative to the first one's."""
     first = next(iter(runs))
     expected = runs[first]()
     turns: dict[str, list[float]] = {name: [] for name in runs}
@@ -101,7 +101,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             report["scans"][str(tokens)] = found
             logger.info("%d tokens: %s", tokens, found)
         found = measure(networks(), min(3, options.rounds), 1.0)
-        for figures in found.values():  # of different networks
+        for figures in found.values():  # outputs of different networks cannot be compared
             del figures["difference"]
         report["networks"] = {"side": SIDE, **found}
         logger.info("%d×%d: %s", SIDE, SIDE, found)

@@ -109,14 +109,14 @@ def read_all(batches: Iterator[Any]) -> float:
 
 
 def compare_loaders(options: argparse.Namespace, world: World, folder: Path) -> dict[str, Any]:
-    """Both loaders, alternately."""
+    """Measure both loaders alternately."""
     write_images(folder, options.images)
     recipe = Recipe(
         data=str(folder), batch_size=options.batch_size, workers=options.workers, aa=options.aa
     )
     recipe.train_interpolation = "bicubic"
     ours, timms = our_loader(recipe, folder, world), timms_loader(recipe, folder, world)
-    read_all(ours.epoch(0))  # processes start, files come into the cache
+    read_all(ours.epoch(0))  # start processes, fill the file cache
     read_all(iter(timms))
     turns = []
     for turn in range(options.turns):
@@ -142,7 +142,7 @@ def compare_loaders(options: argparse.Namespace, world: World, folder: Path) -> 
 
 
 def compare_steps(options: argparse.Namespace, world: World, folder: Path) -> dict[str, Any]:
-    """Both steps, alternately, each with its own copy of the network."""
+    """Measure both steps alternately, each with its own copy of the network."""
     recipe = Recipe(
         model=options.model,
         data="digits",
@@ -210,7 +210,7 @@ def compare_steps(options: argparse.Namespace, world: World, folder: Path) -> di
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run from a command line; the exit status."""
+    """Run from a command line and return the exit status."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

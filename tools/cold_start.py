@@ -1,6 +1,6 @@
 """Measure how long the first image takes in a new process, and write the page on cold starts.
 
-    python tools/cold_start.py wheel --python /path/to/venv/bin/python  # with only the wheel
+    python tools/cold_start.py wheel --python /path/to/venv/bin/python  # venv with only the wheel
     python tools/cold_start.py source
     python tools/cold_start.py no-compiler
     python tools/cold_start.py before --tree /path/to/an/older/checkout
@@ -60,7 +60,7 @@ print(json.dumps([time.perf_counter() - start[0], cpu() - start[1]]))
 def first_image(
     model: str, form: str, python: str, tree: Path | None, compiler: bool
 ) -> tuple[float, float]:
-    """Wall-clock seconds and seconds of CPU time."""
+    """Wall-clock seconds and CPU seconds."""
     with tempfile.TemporaryDirectory() as empty:
         environment = {**os.environ, "VISION_BACKBONES_CACHE_DIR": empty, "OMP_NUM_THREADS": "1"}
         environment.pop("PYTHONPATH", None)

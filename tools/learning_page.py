@@ -1,11 +1,11 @@
 """Train the smallest variant of each family on scikit-learn's digits; write ``docs/learning.md``.
 
-    python tools/learning_page.py --train           what docs/learning.json lacks, then the page
-    python tools/learning_page.py --train van_b0    this one (again), then the page
-    python tools/learning_page.py                   the page and its picture, from the JSON alone
+    python tools/learning_page.py --train           # what docs/learning.json lacks, then the page
+    python tools/learning_page.py --train van_b0    # only this model (again), then the page
+    python tools/learning_page.py                   # only the page and its picture, from the JSON
 
-Trainings of ``configs/cls/bench_digits.yaml`` after one another, one to three minutes each on
-an idle core. Each result is written as soon as it is there.
+Runs the trainings of ``configs/cls/bench_digits.yaml`` one after another, one to three minutes each
+on an idle core. Each result is written as soon as it is measured.
 """
 
 from __future__ import annotations
@@ -130,14 +130,14 @@ def page(
 
 
 def of_throughput(report: dict[str, Any]) -> str:
-    """Loader and training step compared with others."""
+    """The section on the speed of the loader and the training step."""
     loader, step = report["loader"], report["step"]
     aims = {"loader_aim": loader["aim"].split()[-1], "step_aim": step["aim"].split()[-1]}
     return THROUGHPUT.format(**report["machine"], loader=loader, step=step, **aims)
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """A small plot for each family, with the others in grey."""
+    """Draw a small plot for each family, with the others in grey."""
     results = report["results"]
     curves = {
         model: [row["val_top1"] for row in result["history"]] for model, result in results.items()
@@ -170,7 +170,7 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
 
 def write(report: dict[str, Any], folder: Path) -> None:
-    """``learning.json``, ``learning.md`` and ``learning.png``."""
+    """Write ``learning.json``, ``learning.md`` and ``learning.png``."""
     paths = (folder / "performance" / "training.json", folder / "robustness.json")
     others = [json.loads(path.read_text()) if path.exists() else None for path in paths]
     _write(folder / "learning.json", json.dumps(report, indent=1) + "\n")
@@ -197,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     path = options.folder / "learning.json"
     report = json.loads(path.read_text()) if path.exists() else {"results": {}}
     if report["results"] and report["recipe"] != recipe and options.train is not None:
-        report = {"results": {}}  # of another recipe: nothing of it can stay
+        report = {"results": {}}  # the recipe changed: discard all results
     if options.train is not None:
         report["machine"] = f"torch {torch.__version__} on {processor_name()}, one thread"
         report["recipe"] = recipe

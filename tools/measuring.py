@@ -1,4 +1,4 @@
-"""Shared by the benchmarks: timing, peak memory, machine description, incremental reports."""
+"""Shared code of the benchmarks: timing, peak memory, machine description, incremental reports."""
 
 from __future__ import annotations
 

@@ -23,7 +23,7 @@ NUM_HEADS = 4
 
 @dataclass(frozen=True)
 class Setting:
-    """A shape: the map, the window and the head dim, without heads and batch."""
+    """The sizes of a call: map, window and head dim, without heads and batch."""
 
     size: tuple[int, ...]
     kernel_size: tuple[int, ...]
@@ -62,7 +62,7 @@ class CannotRunError(Exception):
 
 
 def visible(setting: Setting, query: Tensor, key: Tensor) -> Tensor:
-    """Whether queries attend to keys, elementwise, by their flat indices."""
+    """Whether each query attends to each key, given flat indices; elementwise."""
     seen = query == query
     for n, k in zip(reversed(setting.size), reversed(setting.kernel_size), strict=True):
         d = setting.dilation

@@ -1,4 +1,4 @@
-"""The plot of a report of ``benchmark_na.py``."""
+"""Plot a report of ``benchmark_na.py``."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ BASELINE = "tiled"
 
 
 def draw(report: dict[str, Any], path: Path) -> None:
-    """Bars of the speed over the tiled backend, a panel for each dtype, batch and direction."""
+    """Draw speedups over the tiled backend, with a panel for each dtype, batch and direction."""
     from matplotlib.figure import Figure
     from matplotlib.ticker import FuncFormatter
 
@@ -50,6 +50,6 @@ def draw(report: dict[str, Any], path: Path) -> None:
 
 
 def label(setting: str) -> str:
-    """The name of a setting in two lines: the map, the rest."""
+    """The name of a setting in two lines: the map, then the rest."""
     size, *rest = setting.split("-")
     return f"{size}\n{' '.join(rest)}"

@@ -1,7 +1,7 @@
-"""NAT and DiNAT on the kernels that they were published with: a contender for ``benchmark.py``.
+"""NAT and DiNAT with the kernels they were published with: a contender for ``benchmark.py``.
 
-The networks are ours, each layer of neighborhood attention is NATTEN 0.17.3's, the last release but
-one whose layers take the relative position bias. It is for older torch, and needs a compiler:
+The networks are ours, with neighborhood attention layers from NATTEN 0.17.3, the last release but
+one whose layers support the relative position bias. It needs an older torch and a compiler:
 
     pip install cmake ninja && pip install --no-build-isolation natten==0.17.3
     python tools/benchmark.py --models nat_mini dinat_mini --modes eager fused \
@@ -23,10 +23,10 @@ __all__ = ["create_model"]
 
 
 def create_model(name: str) -> nn.Module | None:
-    """Our network of that name with NATTEN's layers; None where it has no neighborhood attention.
+    """Our network of that name with NATTEN's layers; None if it has no neighborhood attention.
 
     Raises:
-        ImportError: NATTEN is not installed, or newer.
+        ImportError: NATTEN is not installed or is too new.
     """
     model = backbones.create_model(name)
     ours = [
@@ -43,7 +43,7 @@ def create_model(name: str) -> nn.Module | None:
 
 
 def _layer_class() -> Any:
-    # What NATTEN imports from there has moved since.
+    # NATTEN imports this name, which newer versions of torch have moved.
     if not hasattr(torch.cuda, "_device_t"):
         torch.cuda._device_t = torch.types.Device  # type: ignore[attr-defined]
     import natten

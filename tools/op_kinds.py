@@ -38,7 +38,7 @@ _CONVOLUTION = re.compile(r"conv(olution|\dd|_transpose)|_convolution_pointwise"
 
 
 def kind_of(name: str, shapes: list[Any]) -> str | None:
-    """The kind of an operator; None if it has none by its name."""
+    """The kind of an operator; None if no pattern matches its name."""
     short = name.split("::")[-1]
     if _CONVOLUTION.search(short) and "depthwise" not in short:
         weight = shapes[1] if len(shapes) > 1 else []

@@ -64,7 +64,7 @@ def row(family: str, variant: str, errors: dict[str, float]) -> str:
 
 
 def _reported(reported: dict[str, Any]) -> str:
-    """ImageNet top-1, of a fine-tuned form if necessary, or the first medical set; else a dash."""
+    """ImageNet top-1 (fine-tuned if necessary), or that of the first medical set; else a dash."""
     if reported.get("top1") is not None:
         return f"{reported['top1']}"
     for how, figures in reported.items():

@@ -25,7 +25,7 @@ Create = Callable[[str], nn.Module | None]
 
 
 def create_timm(name: str) -> nn.Module | None:
-    """timm's own model of that name, not one that we registered."""
+    """timm's own model of that name, even if we registered one, too."""
     model_class = timm.models.model_entrypoint(name) if timm.models.is_model(name) else None
     if model_class is None or not model_class.__module__.startswith("timm."):
         return None
@@ -72,7 +72,7 @@ def peer(name: str) -> tuple[str, Create]:
 
 
 def is_installed(label: str) -> bool:
-    """Whether it is an installed package, which has a version."""
+    """Whether the contender is an installed package, which has a version."""
     try:
         return bool(version(label))
     except PackageNotFoundError:

@@ -1,4 +1,4 @@
-"""The page that holds fused models against plain ones where our kernels have the least to offer."""
+"""The page that compares fused models with plain ones in the settings least favourable to us."""
 
 from __future__ import annotations
 
@@ -7,10 +7,10 @@ from typing import Any
 
 __all__ = ["FLOOR", "SETTINGS", "of_floor", "slower"]
 
-# No fused model may run at less than this share of its plain form's speed; what is below one is
-# what two measurements of the same code differ by.
+# Smallest allowed speed of a fused model relative to its plain form. The gap to 1 is the difference
+# between two measurements of the same code.
 FLOOR = 0.97
-# Reports -> what they are called on the page, and the environment that they were measured in.
+# Report -> its name on the page, and the environment that it was measured in.
 SETTINGS = {
     "off": ("no kernels of ours", "VISION_BACKBONES_NATIVE=0"),
     "portable": ("kernels without vector instructions", "VISION_BACKBONES_NATIVE_ISA=portable"),
@@ -27,7 +27,7 @@ INTRODUCTION = (
 
 
 def _ratio(row: Mapping[str, Any]) -> float | None:
-    """The fused model's speed over that of the faster plain form."""
+    """The fused model's speed relative to the faster plain form."""
     over = row["contenders"].get("fused", {}).get("speedup_over", {})
     return min((over[name] for name in ("eager", "channels_last") if name in over), default=None)
 
@@ -43,7 +43,7 @@ def slower(report: Mapping[str, Any]) -> list[tuple[str, int, int, float]]:
 
 
 def of_floor(reports: Mapping[str, Mapping[str, Any]]) -> str:
-    """The page, from a report of ``tools/benchmark.py`` for each of :data:`SETTINGS`."""
+    """The page, from one report of ``tools/benchmark.py`` for each of :data:`SETTINGS`."""
     parts = [INTRODUCTION.format(floor=FLOOR)]
     for name in (name for name in SETTINGS if name in reports):
         title, environment = SETTINGS[name]

@@ -29,7 +29,7 @@ AIMS = {
 }
 AIM_BATCHES = (1, 8)
 ORIGINAL, OURS = "original", "eager"
-# MedViTV2's original with the kernels that its authors used.
+# MedViTV2's original with the kernels used by its authors.
 NATTEN, NATTEN_AIM = "natten_0_17", 10.0
 LABELS = {
     LAST: "channels last",
@@ -39,7 +39,7 @@ LABELS = {
     "openvino": "OpenVINO",
     "openvino_bf16": "OpenVINO, bf16",
 }
-# Fused models are compared with runtimes that compute in the same dtype.
+# Fused models are compared to runtimes that compute in the same dtype.
 RUNTIMES = {FUSED: ("onnxruntime", "openvino"), LOW: ("openvino_bf16",)}
 # Interpretation of the profile.
 READING = {

@@ -32,7 +32,7 @@ NO_GPU = (
 
 @dataclass(frozen=True)
 class Aim:
-    """A target for the float32 rows of one direction that ``where`` selects."""
+    """A target for the float32 rows of one direction selected by ``where``."""
 
     title: str
     backward: bool
@@ -52,7 +52,7 @@ def over(name: str) -> Callable[[dict[str, Any]], float | None]:
 
 
 def rate(row: dict[str, Any]) -> float:
-    """GFLOP/s in percent of those of a matrix product."""
+    """GFLOP/s as a percentage of a matrix product's."""
     return 100 * row["contenders"][OURS]["fraction_of_matmul"]
 
 
@@ -108,7 +108,7 @@ def of_neighborhood(report: dict[str, Any], picture: str) -> str:
 
 
 def aims(rows: list[dict[str, Any]]) -> list[str]:
-    """The targets, whether they are met, and where they are missed."""
+    """The targets, whether they are met, and which settings miss them."""
     lines = []
     for aim in AIMS:
         found = [

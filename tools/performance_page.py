@@ -51,7 +51,7 @@ GENERATED = (
 
 
 class Page(NamedTuple):
-    """One machine's measurements: the page's name under ``docs``, its introduction, the folder."""
+    """One machine's measurements: name of the page under ``docs``, introduction, and folder."""
 
     name: str
     introduction: str
@@ -148,7 +148,7 @@ def generate(about: Page) -> str:
 
 
 def floor() -> str:
-    """The page that holds fused models against plain ones, setting by setting."""
+    """The page that compares fused models with plain ones in each setting."""
     files = sorted((DOCS / FLOOR).glob("*.json"))
     return of_floor({file.stem: json.loads(file.read_text()) for file in files})
 

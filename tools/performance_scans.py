@@ -1,4 +1,4 @@
-"""What the newest families' pages say beside their times: what bounds them, NATTEN, the scan."""
+"""Further sections on the newest families: bounds, NATTEN, and gated linear attention."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ NETWORK_AIM = 3.0
 
 
 def of_bounds(report: dict[str, Any]) -> str:
-    """How much faster than plain a fused model could be, were all its products at full rate."""
+    """The speedup over plain that a fused model would have with all products at full rate."""
     rows = []
     for row in report["results"]:
         plain, fused = (row["contenders"].get(name, {}) for name in (OURS, FUSED))
@@ -45,7 +45,7 @@ def of_bounds(report: dict[str, Any]) -> str:
 
 
 def of_natten(report: dict[str, Any]) -> str:
-    """Beside the kernels that NAT was published with, from a report in an older torch."""
+    """Comparison with the kernels NAT was published with, from a report with an older torch."""
     rows = []
     for row in report["results"]:
         contenders = row["contenders"]
@@ -71,7 +71,7 @@ def of_natten(report: dict[str, Any]) -> str:
 
 
 def of_scans(report: dict[str, Any]) -> str:
-    """Gated linear attention by length, and ViG beside attention, from benchmark_scan.py."""
+    """Gated linear attention by length, and ViG compared with attention, from benchmark_scan.py."""
     names = list(dict.fromkeys(name for row in report["scans"].values() for name in row))
     others = names[1:]
     aims = {SCAN: SCAN_AIM, FORM: FORM_AIM}

@@ -1,6 +1,6 @@
-"""Record what models and kernels compute, and compare another tree with it, to the last bit.
+"""Record the outputs of models and kernels, and compare another tree with them, bit for bit.
 
-Before a change of the engine, and after each of its steps:
+Before a change to the engine, and after each step of it:
 
     python tools/record_outputs.py record before.pt
     python tools/record_outputs.py compare before.pt
@@ -39,15 +39,15 @@ MODELS = (
 DTYPES = (torch.float32, torch.bfloat16)
 SIZES = ((224, 224), (97, 130))
 RESTORED_SIZES = ((48, 48), (37, 50))
-CALLS = 3  # the first by the layers, the second captured, the third replayed
-# Tests of operators, each of which calls kernels with inputs of fixed seeds.
+CALLS = 3  # the first runs eagerly, the second is captured, the third replayed
+# Tests of operators, which call kernels on inputs with fixed seeds.
 OPERATOR_TESTS = ("tests/ops",)
 
 Outputs = dict[str, Tensor]
 
 
 def model_outputs(names: tuple[str, ...] = MODELS) -> Iterator[tuple[str, Tensor]]:
-    """Of fused models at one and eight images, one and two threads, even and odd sizes."""
+    """Outputs of fused models for one and eight images, one and two threads, even and odd sizes."""
     for name in names:
         for dtype in DTYPES:
             torch.manual_seed(0)
@@ -66,7 +66,7 @@ def model_outputs(names: tuple[str, ...] = MODELS) -> Iterator[tuple[str, Tensor
 
 
 class KernelCalls(TorchDispatchMode):
-    """Keeps the results of our operators, by a digest of their names and arguments."""
+    """Records the results of our operators by a digest of their names and arguments."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -107,7 +107,7 @@ def _digest(value: Any) -> str:
 
 
 def kernel_outputs(tests: tuple[str, ...] = OPERATOR_TESTS) -> Outputs:
-    """Of every kernel with the inputs that its tests have."""
+    """Outputs of every kernel for the inputs of its tests."""
     torch.set_num_threads(2)
     calls = KernelCalls()
 
@@ -124,7 +124,7 @@ def kernel_outputs(tests: tuple[str, ...] = OPERATOR_TESTS) -> Outputs:
 
 
 def differences(before: Outputs, now: Outputs) -> list[tuple[str, float]]:
-    """What isn't equal to the last bit, with the greatest difference relative to the largest."""
+    """Outputs that are not bit-identical, with the greatest difference relative to the maximum."""
     found = []
     for key in before.keys() & now.keys():
         old, new = before[key], now[key]
@@ -137,7 +137,7 @@ def differences(before: Outputs, now: Outputs) -> list[tuple[str, float]]:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Record or compare; the exit status is 1 where something differs."""
+    """Record or compare; the exit status is 1 if anything differs."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("action", choices=("record", "compare"))

@@ -1,6 +1,6 @@
 """Measure the robustness of robust token attention to noise; writes ``docs/robustness.json``.
 
-    python tools/robust_digits.py     six short trainings, each validated on noisy digits
+    python tools/robust_digits.py     # six short trainings, each validated on noisy digits
 
 Token-aware average pooling and attention diversification (https://arxiv.org/abs/2303.11126) on the
 digits of ``configs/cls/bench_digits.yaml``, with three seeds each. ``tools/learning_page.py`` adds
@@ -63,7 +63,7 @@ def run(command: Sequence[Any]) -> None:
 
 
 def measure(kind: str, seed: int, folder: Path) -> dict[str, float]:
-    """Train one network; its top-1 by noise, mean of the severities, and on clean digits."""
+    """Train a network; return its top-1 per noise (mean over severities) and on clean digits."""
     arguments, flags = KINDS[kind]
     model_args = json.dumps({"depths": DEPTHS, **arguments})
     train = [ROOT / "train_cls.py", "--config", CONFIG, "--model", MODEL, "--seed", seed]
@@ -84,7 +84,7 @@ def measure(kind: str, seed: int, folder: Path) -> dict[str, float]:
 
 
 def section(report: dict[str, Any]) -> str:
-    """The part of the learning page."""
+    """The section of the learning page."""
     columns = ["clean", *NOISES, "all noise"]
     text = SECTION.format(
         model=report["model"],
@@ -107,7 +107,7 @@ def section(report: dict[str, Any]) -> str:
 
 
 def main() -> None:
-    """Measure what is not there yet."""
+    """Measure all missing results."""
     argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     ).parse_args()

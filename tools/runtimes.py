@@ -1,7 +1,7 @@
 """Our models in other runtimes, as contenders of ``benchmark.py``: ONNX Runtime and OpenVINO.
 
-Each runs the ONNX file that ``vision-backbones export --fused`` would write: norms and branches are
-folded, kernels are the runtime's.
+Each runs the ONNX file that ``vision-backbones export --fused`` would write: with folded norms and
+branches, and the runtime's own kernels.
 """
 
 from __future__ import annotations
@@ -26,14 +26,13 @@ Run = Callable[[Tensor], Tensor]
 
 
 class Exported(nn.Module):
-    """A model that another runtime runs, in eval mode only: (B, 3, H, W) → its output.
+    """A model run by another runtime, in eval mode only: (B, 3, H, W) → its output.
 
-    It is exported when it is first called, for inputs of that shape and as many threads as torch
-    has then.
+    It is exported at the first call, for that input shape and torch's current number of threads.
 
     Args:
         name: of the model.
-        start: from an ONNX file and a number of threads to what runs it.
+        start: function from an ONNX file and a number of threads to a function that runs it.
     """
 
     def __init__(self, name: str, start: Callable[[Path, int], Run]) -> None:
@@ -52,13 +51,13 @@ class Exported(nn.Module):
 
 @functools.cache
 def _folder() -> Path:
-    """For files as long as the process runs, even where this module is forgotten sooner."""
+    """A folder that exists until the process ends, even if this module is unloaded earlier."""
     folder = tempfile.mkdtemp()
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return Path(folder)
 
 
-@functools.lru_cache(maxsize=1)  # runtimes read the file at once, the next one takes its place
+@functools.lru_cache(maxsize=1)  # runtimes read the file at once, so the next may replace it
 def _exported(name: str, shape: tuple[int, ...]) -> Path:
     path = _folder() / "model.onnx"
     torch.manual_seed(0)
@@ -69,11 +68,11 @@ def _exported(name: str, shape: tuple[int, ...]) -> Path:
 
 @functools.cache
 def _openvino_core() -> Any:
-    """For as long as the process runs, even where this module is forgotten sooner.
+    """OpenVINO's core, kept until the process ends, even if this module is unloaded earlier.
 
-    OpenVINO gives the thread that first asks it for the CPU another stack for signals. When the
-    last that refers to it goes, it unmaps that stack in whichever thread this happens, and the
-    first thread dies, without a word, at the next signal that Python handles.
+    OpenVINO gives the thread that first queries the CPU an alternate signal stack. When the last
+    reference to the core is released, it unmaps that stack, in whatever thread this happens; the
+    first thread then dies silently at the next signal that Python handles.
     """
     import openvino
 
@@ -97,7 +96,7 @@ def _openvino(precision: str, path: Path, threads: int) -> Run:
     return run
 
 
-# By their labels. OpenVINO takes and gives float32 also where it computes in bfloat16.
+# By label. OpenVINO's inputs and outputs are float32 even if it computes in bfloat16.
 RUNTIMES: dict[str, Callable[[str], nn.Module]] = {
     "onnxruntime": lambda name: Exported(name, exporting.onnx_runner),
     "openvino": lambda name: Exported(name, functools.partial(_openvino, "f32")),

@@ -34,7 +34,7 @@ _OTHERS = {
 
 
 def speedups(reports: Iterable[dict[str, Any]]) -> dict[str, dict[str, float]]:
-    """By model, the time of each other contender relative to the fused model.
+    """For each model, the time of each other contender relative to the fused model.
 
     Ratios are taken within one report, whose contenders were measured alternately.
     """

@@ -1,8 +1,8 @@
-"""Compile the Triton kernels of neighborhood attention ahead of time and report what they need.
+"""Compile the Triton kernels of neighborhood attention and report the resources that they need.
 
-No GPU is needed. For every kernel that a call would start, in all the tiles that autotuning would
-try, the table says how many registers a thread takes, how many bytes it spills to memory, and how
-much shared memory a program takes::
+No GPU is needed. For every kernel that a call would launch, with all tiles that autotuning would
+try, the table gives the registers per thread, the bytes that are spilled, and the shared memory per
+program::
 
     python -m tools.triton_report --arch 80 90 --dtype float32 bfloat16 --head-dim 32 64 128
 
@@ -34,14 +34,14 @@ from ops.neighborhood.triton import launch, tiles
 __all__ = ["Need", "Start", "compile_start", "report", "starts"]
 
 _POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
-# Kernel sizes that a report is made for, by rank.
+# Kernel sizes in the report, by rank.
 _KERNEL_SIZES = {1: (63,), 2: (7, 7), 3: (3, 7, 7)}
 _SIZES = {1: (4096,), 2: (56, 56), 3: (8, 28, 28)}
 
 
 @dataclass(frozen=True)
 class Start:
-    """A kernel with the arguments it would be started with; ``config`` is one of its tiles."""
+    """A launch: a kernel with its arguments; ``config`` is one of its tiles."""
 
     kernel: Any
     arguments: dict[str, Any]
@@ -50,7 +50,7 @@ class Start:
 
 @dataclass(frozen=True)
 class Need:
-    """What a compiled kernel needs: registers a thread, spilled bytes, shared bytes a program."""
+    """A compiled kernel's registers per thread, and its spilled and shared bytes per program."""
 
     kernel: str
     arch: int
@@ -74,12 +74,12 @@ def starts(
     rpb: bool = False,
     first: bool = False,
 ) -> Iterator[Start]:
-    """Yield every kernel of a forward and backward call in every tile that would be tried.
+    """Yield every kernel of a forward and backward call, with every tile that would be tried.
 
-    With ``first``, only in the tiles that are taken where nothing is measured.
+    With ``first``, yield only the tiles that are used without autotuning.
 
-    The launcher itself names them: it is given tensors on the meta device, and what it would start
-    is recorded instead.
+    The launcher itself is run on tensors of the meta device, and the launches are recorded instead
+    of executed.
     """
     recorded: list[tuple[Any, dict[str, Any], triton.Config | None]] = []
 
@@ -128,7 +128,7 @@ def compile_start(start: Start, arch: int) -> Need:
     options = {"num_warps": start.config.num_warps, "num_stages": start.config.num_stages}
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
     registers, spilled = _assemble(compiled.asm["ptx"])
-    # The kernel for delta sees no query, but its output is of the same rank and type.
+    # The kernel for delta takes no query, but its output has the same rank and dtype.
     query = start.arguments["q_ptr" if "q_ptr" in start.arguments else "out_ptr"]
     tile = "x".join(map(str, start.config.kwargs.values())).replace(" ", "")
     return Need(
@@ -154,7 +154,7 @@ def _specialize(
     *,
     fixed: bool,
 ) -> Any:
-    """Type of an argument, with the assumptions that a launch would make from its value."""
+    """Type of an argument, with the specialisation that a launch would derive from its value."""
     if isinstance(value, tuple):
         return tuple(
             _specialize((*path, i), item, constexprs, attributes, fixed=fixed)
@@ -174,7 +174,7 @@ def _specialize(
 
 
 def _assemble(ptx: str) -> tuple[int, int]:
-    """Registers a thread and spilled bytes, as ptxas states them."""
+    """Registers per thread and spilled bytes, as reported by ptxas."""
     target = re.search(r"\.target (\w+)", ptx)
     if target is None:
         raise ValueError("the PTX names no target")
@@ -192,7 +192,7 @@ def _assemble(ptx: str) -> tuple[int, int]:
 
 
 def report(needs: Sequence[Need]) -> str:
-    """A Markdown table, one row a kernel."""
+    """A Markdown table with one row per kernel."""
     columns = list(Need.__dataclass_fields__)
     rows = [[str(getattr(need, name)) for name in columns] for need in needs]
     widths = [max(map(len, cells)) for cells in zip(columns, *rows, strict=True)]
@@ -204,7 +204,7 @@ def report(needs: Sequence[Need]) -> str:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Write the report to standard output; 1 if a kernel exceeds what a GPU has."""
+    """Write the report to standard output; returns 1 if a kernel exceeds a GPU's resources."""
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--arch", type=int, nargs="+", default=[80, 90], help="default: 80 90")
     parser.add_argument("--dtype", nargs="+", default=["float32", "bfloat16"])

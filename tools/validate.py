@@ -66,12 +66,12 @@ from backbones.training.sources import ImageSource
 from backbones.training.trained import load_trained
 
 FAILURES = (TrainingError, backbones.CheckpointError, OSError, MemoryError, *UNMAKEABLE)
-"""What is one model's failure."""
+"""Exceptions that count as a failure of one model; the others continue."""
 
 
 @dataclass
 class Candidate:
-    """A model to measure: its name, its weights (None: the published ones), what it wants."""
+    """A model to measure: name, weights (None: the published ones) and recipe."""
 
     name: str
     checkpoint: str | None
@@ -101,7 +101,7 @@ class Validator:
             batch_size=options.batch_size,
             workers=options.workers,
         )
-        if options.data == "digits":  # has its splits by itself
+        if options.data == "digits":  # a dataset with fixed splits
             self.data_recipe.train_split = "train"
         self.splits: Splits = open_splits(self.data_recipe)
         self.real = None
@@ -113,14 +113,14 @@ class Validator:
         self.severities = sorted(set(options.severity))
         for name in self.corruptions:
             for severity in self.severities:
-                Corruption(name, severity)  # an unknown name is told before anything runs
+                Corruption(name, severity)  # report an unknown name before anything runs
         self.spoilt_rows: list[dict[str, Any]] = []
 
     def measure(self, candidate: Candidate) -> dict[str, Any]:
         """One row of the results.
 
         Raises:
-            TrainingError, CheckpointError, OSError, RuntimeError: whatever goes wrong.
+            TrainingError, CheckpointError, OSError, RuntimeError: the model cannot be measured.
         """
         options, recipe = self.options, candidate.recipe
         model = load_trained(
@@ -224,7 +224,7 @@ class Validator:
         return row
 
     def report(self, candidate: Candidate, answers: Answers) -> None:
-        """``NAME.classes.csv`` and ``NAME.confusion.png``."""
+        """Write ``NAME.classes.csv`` and ``NAME.confusion.png``."""
         folder = self.options.report
         folder.mkdir(parents=True, exist_ok=True)
         classes, name = self.splits.classes, candidate.name.replace("/", "_")
@@ -248,7 +248,7 @@ def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     writer = csv.DictWriter(text, list(dict.fromkeys(k for row in rows for k in row)), restval="")
     writer.writeheader()
     writer.writerows(rows)
-    data = text.getvalue().encode(errors="backslashreplace")  # of names that are no text
+    data = text.getvalue().encode(errors="backslashreplace")  # names may not be valid text
     path.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(path, lambda file: file.write(data))
 
@@ -294,7 +294,7 @@ def _lines(path: Path) -> list[str]:
 
 
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
-    """The command line."""
+    """Parse the command line."""
     parser = Parser(description=__doc__)
     add = parser.add_argument
     data = "as for train_cls.py; only the split to measure is needed"
@@ -342,7 +342,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run from a command line; the exit status: 1 if any model failed, 2 if nothing was done."""
+    """Run from a command line; returns 1 if any model failed, 2 if nothing was measured."""
     return guard(lambda: run(parse(argv)))
 
 

@@ -3,9 +3,9 @@
     python tools/validate_sr.py data/Set5 data/Urban100 --model hat_x4 --checkpoint HAT_SRx4.pth \\
         --csv scores.csv
 
-A folder has pictures, or subfolders ``HR`` (or ``GTmod12``, …) and ``LR`` (or ``LRbicx4``, ``X4``,
-…); missing low-resolution pictures are made with MATLAB's bicubic kernel. Metrics are computed on
-luma, without a border as wide as the scale, as in papers.
+A folder contains pictures, or subfolders ``HR`` (or ``GTmod12``, …) and ``LR`` (or ``LRbicx4``,
+``X4``, …); missing low-resolution pictures are made with MATLAB's bicubic kernel. As in papers,
+metrics are computed on luma, without a border as wide as the scale.
 """
 
 from __future__ import annotations

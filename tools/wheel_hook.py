@@ -1,4 +1,4 @@
-"""Build hook of hatchling: adds the C++ kernels to wheels, compiled for every instruction set.
+"""Hatchling build hook: adds the C++ kernels to wheels, compiled for every instruction set.
 
 Wheels built from a checkout (``pip wheel .``, ``make wheel``) include them. Editable installs and
 wheels built from a source distribution don't: there, kernels are compiled on first use for the
@@ -28,7 +28,7 @@ from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 _PLACE = "ops/cpu/compiled"
 _MACHINES = ("x86_64", "aarch64")
 _CHOSEN = "VISION_BACKBONES_WHEEL_MACHINE"
-# What is left out names what is inside, for debuggers only.
+# Strip symbols, which only debuggers need.
 _OPTIONS = ["-s"]
 
 
@@ -52,7 +52,7 @@ class CompiledKernels(BuildHookInterface):
             build_data["force_include"] |= {str(p): f"{_PLACE}/{p.name}" for p in made}
 
     def _compile(self, engine: types.SimpleNamespace, machine: str) -> list[Path]:
-        """The libraries, cached in ``build`` for the next wheel of the same sources."""
+        """Compile the libraries, or reuse those cached in ``build`` for the same sources."""
         if not engine.settings.is_switched_on():
             return []
         try:

@@ -34,13 +34,13 @@ logger = logging.getLogger("zoo_latency")
 
 
 def own_size(name: str) -> int:
-    """Side of the images that the first published weights are for."""
+    """Image size of the first published weights."""
     cfg = next(iter(published_weights(name).values()))
     return cfg.input_size[-1]
 
 
 def report_so_far(path: Path, here: dict[str, Any]) -> dict[str, Any]:
-    """What is measured already, if it was on this machine."""
+    """The existing report, if it was measured on this machine."""
     if path.exists():
         report = json.loads(path.read_text())
         if report["machine"] == here:

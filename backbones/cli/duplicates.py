@@ -1,4 +1,4 @@
-"""``vision-backbones duplicates``: groups of images whose embeddings hardly differ."""
+"""``vision-backbones duplicates``: groups of images whose embeddings are nearly equal."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ __all__ = ["EXAMPLE", "add_arguments", "run"]
 EXAMPLE = "features/ --threshold 0.98 --csv duplicates.csv"
 
 _PICTURE = "duplicates.png"
-# So many groups are in the picture and on the page, with so many images each.
+# Most groups in the picture and on the page, and most images of each.
 _DRAWN, _SHOWN, _TILES = 24, 200, 16
 
 

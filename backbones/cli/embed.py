@@ -1,6 +1,6 @@
 """``vision-backbones embed``: write the features of many images to a folder of Parquet shards.
 
-Any number of images, and any end of the process: the same command goes on where the last one was.
+It handles any number of images. After an interruption, the same command resumes.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""``vision-backbones probe``: how well the embeddings of a table tell classes apart."""
+"""``vision-backbones probe``: how well the embeddings of a table separate classes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ __all__ = ["EXAMPLE", "add_arguments", "run"]
 EXAMPLE = "features/ --labels labels.csv --html probe.html"
 
 _PICTURE = "confusion.png"
-# So many mistakes of each method, and so many kinds of them, are on the page.
+# Most mistakes of each method on the page, and most kinds of mistakes.
 _MISTAKES, _KINDS = 120, 20
 
 

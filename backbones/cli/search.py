@@ -1,4 +1,4 @@
-"""``vision-backbones search``: the images of a table of embeddings that are most like others."""
+"""``vision-backbones search``: the images of a table of embeddings most similar to given ones."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = ["EXAMPLE", "add_arguments", "run"]
 EXAMPLE = "features/ --query photo.jpg --out similar.png"
 
 _PICTURE = "search.png"
-# So many queries are drawn, with so many images each.
+# Most queries that are drawn, and most images of each.
 _QUERIES, _TILES = 20, 47
 
 
@@ -121,13 +121,13 @@ def _rows(
     numbers: Sequence[int | None],
     results: Sequence[Sequence[Match]],
 ) -> list[Row]:
-    """What is drawn: the query, then what was found."""
+    """The rows to draw: each query followed by its matches."""
     find = thumbnails(folder)
     rows = []
     for name, number, matches in list(zip(names, numbers, results, strict=True))[:_QUERIES]:
         try:
             image = small(Path(name)) if number is None else find(name)
-        except DECODE_ERRORS:  # it was there a moment ago
+        except DECODE_ERRORS:  # it disappeared after it was embedded
             image = None
         tiles = [Tile(image, "query", name, framed=True)]
         for place, match in enumerate(matches[:_TILES], start=1):

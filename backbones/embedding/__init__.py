@@ -1,4 +1,4 @@
-"""Features of many images: computed, kept in tables, read again."""
+"""Embeddings of many images: compute them, store them in tables, search and evaluate them."""
 
 from backbones.embedding.run import embed
 

@@ -1,7 +1,8 @@
 """Embed parts on a Ray cluster, which schedules and retries them.
 
-What travels is the description of a part and what became of it: each machine reads the source and
-writes its shards itself, so all of them must see both under the same paths (NFS, a shared volume).
+Only descriptions of parts and their results are sent over the network. Each machine reads the
+source and writes its shards itself, so all of them must see both under the same paths (NFS, a
+shared volume).
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from backbones.embedding.worker import Event, Job, Worker
 
 __all__ = ["require_ray", "run_on_cluster"]
 
-# Tasks that Ray keeps an account of; beyond that, several parts make one.
+# Most tasks that Ray is given; if there are more parts, a task covers several.
 _MOST_TASKS = 100_000
 
-# Of the process that runs tasks: Ray gives it many of one job.
+# The worker of this process, kept because Ray runs many tasks of a job in one process.
 _worker: tuple[Job, Worker] | None = None
 
 
@@ -48,13 +49,13 @@ def run_on_cluster(
 ) -> Iterator[Event]:
     """Embed with Ray Data: one task per part, on a core or, if ``job`` says so, a GPU.
 
-    Tasks of a machine that is lost are done by the others.
+    If a machine is lost, the others take over its tasks.
 
     Args:
-        address: of the cluster, as ``ray.init`` takes it; None starts one on this machine.
+        address: of the cluster, as for ``ray.init``; None starts one on this machine.
 
     Raises:
-        MendableError: Ray is not installed or not reached, or a worker cannot go on.
+        MendableError: Ray is not installed or unreachable, or a worker cannot continue.
     """
     ray = require_ray()
     started = not ray.is_initialized()
@@ -62,7 +63,7 @@ def run_on_cluster(
         _connect(ray, address)
     context = ray.data.DataContext.get_current()
     before = context.enable_progress_bars
-    context.enable_progress_bars = False  # there is one of ours
+    context.enable_progress_bars = False  # we show our own
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     needs = {"num_cpus": 1} if job.device == "cpu" else {"num_gpus": 1}
     orders = [{"order": pickle.dumps(part)} for part in parts]
@@ -84,7 +85,7 @@ def run_on_cluster(
 def _connect(ray: Any, address: str | None) -> None:
     host, _, port = (address or "").rpartition("://")[2].rpartition(":")
     try:
-        if host and port.isdigit():  # Ray would try for minutes
+        if host and port.isdigit():  # Ray itself would retry for minutes
             socket.create_connection((host, int(port)), timeout=5).close()
         ray.init(
             address=address,
@@ -100,7 +101,7 @@ def _connect(ray: Any, address: str | None) -> None:
 
 
 def _embed(row: dict[str, Any], job: Job) -> dict[str, Any]:
-    """On a machine of the cluster: one part."""
+    """Embed the parts of a task, on a machine of the cluster."""
     global _worker
     number, part = pickle.loads(row["order"])
     rows = 0
@@ -110,7 +111,7 @@ def _embed(row: dict[str, Any], job: Job) -> dict[str, Any]:
             torch.set_num_threads(1 if job.device == "cpu" else os.cpu_count() or 1)
             _worker = job, Worker(job)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of damage that spoils no pixel
+            warnings.simplefilter("ignore")  # about damage that affects no pixel
             for event in _worker[1](number, part):
                 rows += event.rows
                 corrupt += event.corrupt

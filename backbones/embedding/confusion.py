@@ -1,4 +1,4 @@
-"""Which classes are taken for which: a picture of what a probe found."""
+"""Draw the confusion matrices of a probe."""
 
 from __future__ import annotations
 
@@ -13,18 +13,19 @@ from backbones.training.pictures import GRID, INK, drawable, new_figure, save_fi
 
 __all__ = ["confusions", "draw_confusion"]
 
-# With more classes than these, cells have no figures in them, and then no names.
+# With more classes than the first, cells carry no figures; with more than the second, a chart of
+# the accuracy by class, without names, replaces the matrix.
 _FIGURES, _NAMES = 14, 40
 _LISTED = 16
-# In inches: of a matrix, and the room for names at its left and below it.
+# In inches: side of a matrix, and the space for names to its left and below it.
 _SIDE, _LEFT, _BELOW = 5.2, 1.35, 1.25
-# Blue and orange are told apart with any colour vision; both grow darker.
+# Blue and orange are distinguishable with any colour vision deficiency.
 _RIGHT, _WRONG, _FOUND, _BAR = "Blues", "Oranges", "#5b93c7", "#d9822b"
 _MUTED = "#56606e"
 
 
 def confusions(method: Method, classes: Sequence[str]) -> list[tuple[str, str, int]]:
-    """Class, what it was taken for, and how often: the most frequent first."""
+    """Confusions as (true class, predicted class, count), most frequent first."""
     matrix = method.confusion.copy()
     np.fill_diagonal(matrix, 0)
     ones, others = np.nonzero(matrix)
@@ -36,13 +37,13 @@ def draw_confusion(path: Path, report: Report, title: str) -> None:
     """Draw the confusion matrix of each method, and the most frequent confusions where it is large.
 
     Args:
-        path: the PNG.
-        title: above all.
+        path: of the PNG.
+        title: heading of the picture.
     """
     count = len(report.classes)
     bars = 4.1 if count > _FIGURES else 0.0
     panel = _SIDE + _LEFT
-    # Names that are long stand upright.
+    # Long names are set vertically and need more space.
     below = _BELOW if count <= _NAMES and max(map(len, report.classes)) > 2 else 0.7
     width, height = len(report.methods) * panel + 0.3, 0.95 + _SIDE + below + bars
     figure = new_figure(width, height)
@@ -80,7 +81,7 @@ def _matrix(axis: Any, method: Method, classes: Sequence[str]) -> None:
     colors = np.ones((count, count, 3))
     right = np.eye(count, dtype=bool)
     for where, name in ((right, _RIGHT), (~right, _WRONG)):
-        # From pale on: a cell that is not empty is seen; a root makes rare ones visible.
+        # An offset and a square root keep cells with few images visible.
         strength = 0.15 + 0.75 * np.sqrt(shares)
         colors = np.where(
             (where & (matrix > 0))[..., None], colormaps[name](strength)[..., :3], colors
@@ -104,7 +105,7 @@ def _matrix(axis: Any, method: Method, classes: Sequence[str]) -> None:
 
 
 def _by_class(axis: Any, method: Method, classes: Sequence[str]) -> None:
-    """How well each class was found, where a matrix would have cells that nobody sees."""
+    """Draw the accuracy by class, if there are too many classes for a matrix."""
     sizes = method.confusion.sum(axis=1)
     seen = np.flatnonzero(sizes)
     found = np.sort(100 * np.diag(method.confusion)[seen] / sizes[seen])
@@ -123,7 +124,7 @@ def _by_class(axis: Any, method: Method, classes: Sequence[str]) -> None:
 
 
 def _bars(axis: Any, method: Method, classes: Sequence[str]) -> None:
-    """The most frequent confusions."""
+    """Draw the most frequent confusions."""
     found = confusions(method, classes)[:_LISTED]
     axis.set_title("most frequent confusions", fontsize=10.5, color=_MUTED, loc="left", pad=6)
     for side in ("top", "right", "bottom", "left"):

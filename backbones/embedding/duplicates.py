@@ -1,4 +1,4 @@
-"""Groups of images in a table whose embeddings hardly differ."""
+"""Find groups of images in a table whose embeddings are nearly equal."""
 
 from __future__ import annotations
 
@@ -19,17 +19,18 @@ from backbones.embedding.table import metadata
 __all__ = ["EXACT_ROWS", "THRESHOLD", "Member", "ThresholdError", "find_duplicates"]
 
 THRESHOLD = 0.95
-"""The cosine from which on two images are near-duplicates, if no other is given."""
+"""Default threshold: the smallest cosine at which two images are near-duplicates."""
 EXACT_ROWS = 200_000
-"""Of so many rows each pair is compared unless something else is asked for."""
+"""Most rows of which ``index="auto"`` compares all pairs."""
 
-# Bytes of embeddings that are held while all that follow them pass by, and rows compared at a time.
+# Bytes of embeddings held in memory while all later rows are streamed past them, and rows compared
+# at a time.
 _HELD, _TILE = 1 << 28, 1024
-# What the cosine of two equal embeddings may lack of 1.
+# Rounding error of a cosine: that of two equal embeddings may be so much below 1.
 _ROUNDING = 1e-6
-# More pairs than these are no near-duplicates: nearly all images are alike to the model.
+# With more pairs than this, the threshold is useless: nearly all images reach it.
 _MOST_PAIRS = 1_000_000_000
-# How many neighbours of each row a graph is asked for.
+# Neighbours of each row to query from a graph.
 _NEIGHBOURS = 64
 
 
@@ -38,9 +39,9 @@ class Member:
     """An image that has near-duplicates.
 
     Attributes:
-        row: its number in the table.
-        height, width: of the image in its file.
-        similarity: to the most similar other member, the cosine of the two embeddings.
+        row: its row number in the table.
+        height, width: of the original image.
+        similarity: cosine of its embedding with that of the most similar other member.
     """
 
     key: str
@@ -59,22 +60,22 @@ def find_duplicates(
     """Find groups of near-duplicates, largest groups first.
 
     Two images are near-duplicates if the cosine of their embeddings is at least ``threshold``. A
-    group is all that hangs together by such pairs: of two images in it that are less similar, both
-    resemble a third one. In a group the image of most pixels comes first.
+    group is a connected component of such pairs, so two of its images may be less similar if others
+    link them. Within a group, the image with the most pixels comes first.
 
     Args:
         folder: of the table.
         threshold: above 0, at most 1.
-        index: ``"exact"`` compares all pairs, in tiles: memory grows by 12 bytes a row, time with
-            their square. ``"hnsw"`` compares each row with its 64 nearest, which a graph finds,
-            and may miss some (faiss-cpu, memory for all rows). ``"auto"`` takes it beyond
-            :data:`EXACT_ROWS`.
+        index: ``"exact"`` compares all pairs, in tiles: memory grows by 12 bytes per row, time with
+            the square of the number of rows. ``"hnsw"`` compares each row with its 64 nearest
+            neighbours in a graph and may miss some; it needs faiss-cpu and memory for all rows.
+            ``"auto"`` uses it beyond :data:`EXACT_ROWS`.
         progress: show a bar on standard error, if that is a terminal.
 
     Raises:
-        ValueError: ``threshold`` out of its range, or no such ``index``.
+        ValueError: ``threshold`` out of range, or unknown ``index``.
         FileNotFoundError, TableError: see :func:`backbones.embedding.table.batches`.
-        ThresholdError: nearly all pairs of many images reach it.
+        ThresholdError: nearly all pairs of many images reach the threshold.
         GraphError: see :func:`backbones.embedding.hnsw.open_graph`.
     """
     if not 0 < threshold <= 1:
@@ -106,34 +107,35 @@ def find_duplicates(
 
 
 class ThresholdError(MendableError, ValueError):
-    """A threshold that nearly all pairs of images reach."""
+    """The threshold is so low that nearly all pairs of images reach it."""
 
 
 class Groups:
     """Connected components of n items; edges are added in batches.
 
-    Each thing points to one of a lower number in its group, the first to itself.
+    A union-find forest: each item points to a lower one of its group, the first to itself.
     """
 
     def __init__(self, n: int) -> None:
         self._above = np.arange(n)
 
     def find(self, things: np.ndarray) -> np.ndarray:
-        """The first thing of the group of each."""
+        """The first item of the group of each of ``things``."""
         while True:
             above = self._above[self._above[things]]
-            self._above[things] = above  # the way is shorter next time
+            self._above[things] = above  # path compression
             if np.array_equal(above, things):
                 return things
             things = above
 
     def join(self, ones: np.ndarray, others: np.ndarray) -> None:
-        """Put the groups of each pair together."""
+        """Merge the groups of each pair."""
         while len(ones):
             ones, others = self.find(ones), self.find(others)
             apart = ones != others
             ones, others = ones[apart], others[apart]
-            # Of several that one is to point to, the lowest counts; the others are still apart.
+            # If a root appears in several pairs, it is linked to the lowest other root. The loop
+            # repeats for the remaining pairs.
             np.minimum.at(self._above, np.maximum(ones, others), np.minimum(ones, others))
 
 
@@ -141,7 +143,7 @@ Pairs = Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]
 
 
 def _all_pairs(folder: str | Path, rows: int, threshold: float, progress: bool) -> Pairs:
-    """Rows, other rows that come later, and their similarity, of pairs that are similar enough."""
+    """Pairs that reach the threshold: rows, later rows, and their similarities."""
     dim = metadata(folder)["dim"]
     most = max(_TILE, _HELD // (4 * dim))
     starts = range(0, rows, most)
@@ -161,7 +163,7 @@ def _all_pairs(folder: str | Path, rows: int, threshold: float, progress: bool) 
 def _tiles(
     held: np.ndarray, start: int, vectors: np.ndarray, first: int, threshold: float
 ) -> Pairs:
-    """As :func:`_all_pairs`, between two ranges of rows that begin at ``start`` and ``first``."""
+    """Like :func:`_all_pairs`, between two ranges of rows that begin at ``start`` and ``first``."""
     for offset in range(0, len(held), _TILE):
         similar = held[offset : offset + _TILE] @ vectors.T
         ones, others = np.nonzero(similar >= threshold - _ROUNDING)
@@ -172,7 +174,7 @@ def _tiles(
 
 
 def _neighbours(folder: str | Path, rows: int, threshold: float, progress: bool) -> Pairs:
-    """As :func:`_all_pairs`, of each row and its nearest, as far as a graph finds them."""
+    """Like :func:`_all_pairs`, but approximate: each row with its nearest rows in a graph."""
     graph = open_graph(folder, progress)
     with _bar(rows, progress) as bar:
         for block in blocks(folder):

@@ -1,4 +1,4 @@
-"""A graph of neighbours over a table of embeddings, by faiss, kept beside the table."""
+"""A faiss HNSW graph of a table of embeddings, stored next to the table."""
 
 from __future__ import annotations
 
@@ -18,17 +18,18 @@ from backbones.restoration.memory import available_memory
 
 __all__ = ["Graph", "GraphError", "open_graph"]
 
-# Neighbours of a node, in one direction, and how widely they are looked for.
+# Links per node (M), and the candidates considered when building (efConstruction) and searching
+# (efSearch).
 _LINKS, _BUILD_WIDTH, _SEARCH_WIDTH = 32, 100, 128
 _NAME = "hnsw-{}.faiss"
 
 
 class GraphError(MendableError, RuntimeError):
-    """There can be no graph here; the message says what to do."""
+    """The graph cannot be built or opened; the message says what to do."""
 
 
 class Graph:
-    """Finds similar rows without looking at all of them."""
+    """An approximate index that finds similar rows without comparing all of them."""
 
     def __init__(self, index: Any) -> None:
         self._index = index
@@ -47,13 +48,13 @@ class Graph:
 def open_graph(folder: str | Path, progress: bool = False) -> Graph:
     """Open the graph stored beside a table, building it if it is missing or outdated.
 
-    A row takes 4 · dim + 276 bytes in it, of memory and of disk.
+    It takes 4 · dim + 276 bytes per row, both in memory and on disk.
 
     Args:
         progress: show a bar on standard error while it is built, if that is a terminal.
 
     Raises:
-        GraphError: faiss is missing, or memory for all rows, or the disk's space.
+        GraphError: faiss is not installed, or there is not enough memory or disk space.
         FileNotFoundError, TableError: see :func:`backbones.embedding.table.batches`.
     """
     try:
@@ -78,7 +79,7 @@ def open_graph(folder: str | Path, progress: bool = False) -> Graph:
             index = faiss.read_index(str(path))
             if index.ntotal == rows and index.d == dim:
                 return Graph(index)
-        except RuntimeError:  # damaged: it is built anew
+        except RuntimeError:  # damaged: rebuild it
             pass
     index = faiss.IndexHNSWFlat(dim, _LINKS, faiss.METRIC_INNER_PRODUCT)
     index.hnsw.efConstruction = _BUILD_WIDTH
@@ -98,12 +99,12 @@ def open_graph(folder: str | Path, progress: bool = False) -> Graph:
 
 
 def _newest(folder: str | Path) -> float:
-    """When the last shard was written."""
+    """Modification time of the newest shard."""
     return max((shard.stat().st_mtime for shard in shard_paths(folder)), default=0.0)
 
 
 def _keep(index: Any, path: Path) -> None:
-    """Write it whole or not at all, in the place of those of earlier tables."""
+    """Write the graph atomically, replacing graphs of earlier versions of the table."""
     import faiss
 
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")

@@ -1,4 +1,4 @@
-"""Which class an image of a table is of: by a file, its folder's name or its source."""
+"""The class of each image of a table: from a file, the name of its folder or its source."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _SPLITS = {
 
 
 class LabelError(MendableError, ValueError):
-    """Labels that cannot be read, or fit no image; the message says why."""
+    """The labels cannot be read or match no image; the message says why."""
 
 
 def labels_of(folder: str | Path, labels: Mapping[str, str] | str | Path) -> list[str | None]:
@@ -34,11 +34,11 @@ def labels_of(folder: str | Path, labels: Mapping[str, str] | str | Path) -> lis
     Args:
         folder: of the table.
         labels: classes by key; a file of them, see :func:`read_assignments`; ``"folder"`` for the
-            name of the folder that the image lies in; ``"source"`` for what the set says whose
-            images they are (``digits``, ``medmnist/…``, ``torch/…``, ``hfds/…``).
+            name of the folder that contains the image; ``"source"`` for the labels of the dataset
+            that was embedded (``digits``, ``medmnist/…``, ``torch/…``, ``hfds/…``).
 
     Raises:
-        LabelError: a file that cannot be read, or no image has a class.
+        LabelError: the file cannot be read, or no image has a class.
         FileNotFoundError, TableError: see :func:`backbones.embedding.table.batches`.
     """
     find = _finder(folder, labels)
@@ -61,14 +61,14 @@ def labels_of(folder: str | Path, labels: Mapping[str, str] | str | Path) -> lis
 
 
 def split_of(folder: str | Path, split: Mapping[str, str] | str | Path) -> list[str | None]:
-    """``"train"``, ``"test"`` or None (of neither) for each row of a table, in order.
+    """``"train"``, ``"test"`` or None (neither) for each row of a table, in order.
 
     Args:
-        split: as for :func:`labels_of`, with the words train and test (or val, valid, validation);
-            ``"folder"`` for one of them in an image's path, the first from the left.
+        split: like ``labels`` of :func:`labels_of`, with the values train and test (or val, valid,
+            validation); ``"folder"`` for the first of these words in the image's path.
 
     Raises:
-        LabelError: another word in a file, or no image is of a split.
+        LabelError: another value in a file, or no image is in a split.
         FileNotFoundError, TableError: see :func:`backbones.embedding.table.batches`.
     """
     if split == "folder":
@@ -87,13 +87,13 @@ def split_of(folder: str | Path, split: Mapping[str, str] | str | Path) -> list[
 
 
 def read_assignments(path: Path) -> dict[str, str]:
-    """Labels by key: CSV or TSV with a key and a label in a row, or JSON.
+    """Read labels by key: CSV or TSV with a key and a label per row, or JSON.
 
-    A first row that names the columns (``key,label``) is left out; other columns are ignored then.
+    A header row (``key,label``) is optional; with one, further columns are allowed and ignored.
     JSON is an object of labels by key, or a list of pairs or of objects with ``key`` and ``label``.
 
     Raises:
-        LabelError: it cannot be read, is none of these, or gives a key two labels.
+        LabelError: the file cannot be read, has another format, or gives a key two labels.
     """
     try:
         text = path.read_text(encoding="utf-8-sig", errors="backslashreplace")
@@ -124,7 +124,7 @@ def _finder(
 
 
 def _of_source(folder: str | Path) -> dict[str, str]:
-    """Labels by key, where the images are of a set that training reads."""
+    """Labels by key, for images of a dataset that training supports."""
     source = metadata(folder)["source"]
     if source["kind"] != "training":
         raise LabelError(

@@ -1,4 +1,4 @@
-"""Parts embedded by processes of this machine: one a core, or one a GPU."""
+"""Embed parts in processes of this machine: one per core, or one per GPU."""
 
 from __future__ import annotations
 
@@ -28,12 +28,12 @@ __all__ = ["cores", "run_here", "run_in_processes"]
 Part = tuple[int, Any]
 
 _PROGRAM = "from backbones.embedding.worker import main; main()"
-# A part that so many processes died of is given up.
+# Give up on a part after so many processes died while embedding it.
 _MOST_DEATHS = 3
 
 
 def cores() -> int:
-    """How many this process may use."""
+    """The number of cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -47,7 +47,7 @@ def run_here(job: Job, network: Network, parts: Iterable[Part]) -> Iterator[Even
     """
     threads = torch.get_num_threads()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of damage that spoils no pixel
+        warnings.simplefilter("ignore")  # about damage that affects no pixel
         worker = Worker(job, network)
         try:
             torch.set_num_threads(1)
@@ -59,13 +59,13 @@ def run_here(job: Job, network: Network, parts: Iterable[Part]) -> Iterator[Even
 
 
 def run_in_processes(job: Job, devices: list[str], parts: Iterable[Part]) -> Iterator[Event]:
-    """Embed in a process for each of ``devices``; whoever is idle gets the next part.
+    """Embed with one process for each of ``devices``; idle processes get the next part.
 
-    A process that dies is replaced, and another one does its part.
+    A process that dies is replaced, and its part is embedded again.
 
     Raises:
-        MendableError: a process cannot go on, for a reason that a user can mend, or so many died of
-            one part.
+        MendableError: a process cannot continue for a reason that the user can fix, or three
+            processes died while embedding the same part.
     """
     pending = collections.deque(parts)
     events: queue.Queue[tuple[_Process, Event | int]] = queue.Queue()
@@ -108,12 +108,12 @@ def run_in_processes(job: Job, devices: list[str], parts: Iterable[Part]) -> Ite
 
 
 class _Process:
-    """One process, and the thread that listens to it.
+    """A worker process, and the thread that receives its events.
 
     Attributes:
-        ready: whether it has made its network.
-        part: what it is at.
-        rows: of that, so far.
+        ready: whether it has built its network.
+        part: the part it is working on, or None.
+        rows: rows of that part so far.
     """
 
     def __init__(self, job: Job, share: int, events: queue.Queue[Any]) -> None:
@@ -136,14 +136,14 @@ class _Process:
         self._thread.start()
 
     def note(self, event: Event) -> None:
-        """Keep up with what it does."""
+        """Update the state from an event of the process."""
         self.ready = True
         self.rows += event.rows
         if event.done:
             self.part = None
 
     def give(self, part: Part | None) -> None:
-        """Let it do a part; None lets it end."""
+        """Send a part to the process; None ends it."""
         self.part, self.rows = part, 0
         if part is not None:
             self._send(part)
@@ -151,19 +151,19 @@ class _Process:
             self.close()
 
     def kill(self) -> None:
-        """End it now."""
+        """Kill the process."""
         self._process.kill()
         self.close()
         self._thread.join()
 
     def _send(self, thing: Any) -> None:
         assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):  # it has died, as the thread will say
+        with contextlib.suppress(BrokenPipeError):  # it died; the listening thread reports that
             pickle.dump(thing, self._process.stdin)
             self._process.stdin.flush()
 
     def close(self) -> None:
-        """Say that there is nothing more to do."""
+        """Close the input of the process, which ends it."""
         assert self._process.stdin is not None
         with contextlib.suppress(BrokenPipeError):
             self._process.stdin.close()
@@ -175,6 +175,6 @@ class _Process:
                 try:
                     event = pickle.load(answers)
                 except (EOFError, pickle.UnpicklingError, OSError):
-                    break  # it has ended, in the middle of a word perhaps
+                    break  # it has ended, possibly in the middle of an event
                 events.put((self, event))
         events.put((self, self._process.wait()))

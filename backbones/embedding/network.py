@@ -1,4 +1,4 @@
-"""A model as `embed` uses it: with its weights, fused, and giving features instead of answers."""
+"""The network that `embed` runs: a model with weights, fused, that returns features."""
 
 from __future__ import annotations
 
@@ -32,9 +32,9 @@ class Features:
     """Selects the output of a network that is stored as the embedding.
 
     Attributes:
-        stage: its last map, as an index of ``forward_intermediates``; None for what the classifier
-            would get.
-        pooled: the mean of the map over height and width.
+        stage: the stage whose output is taken, as an index of ``forward_intermediates``; None for
+            the input of the classifier.
+        pooled: whether the map is averaged over height and width.
     """
 
     stage: int | None
@@ -42,10 +42,10 @@ class Features:
 
 
 def features_of(words: str, model: Any, name: str) -> Features:
-    """What ``--features`` means for ``model``.
+    """Parse the value of ``--features`` for ``model``.
 
     Raises:
-        CommandError: other words, a stage that there is not, or a model without a classifier's
+        CommandError: an unknown value, a stage that the model lacks, or a model without classifier
             features.
     """
     found = _WORDS.fullmatch(words)
@@ -64,7 +64,7 @@ def features_of(words: str, model: Any, name: str) -> Features:
 
 
 def digest(checkpoint: Path) -> str:
-    """The SHA-256 of a file, as ``sha256sum`` says it."""
+    """The SHA-256 of a file, as ``sha256sum`` prints it."""
     with open(checkpoint, "rb") as file:
         state = hashlib.sha256()
         while data := file.read(1 << 20):
@@ -76,20 +76,20 @@ class Network:
     """A model with the weights of a checkpoint, ready to embed images.
 
     Args:
-        model: name; None where the checkpoint knows it.
+        model: name; None if the checkpoint contains it.
         checkpoint: file of the weights.
         features: see :func:`features_of`.
-        classes: how many of the likeliest come along; 0 for none.
+        classes: how many of the most likely classes to return; 0 for none.
 
     Attributes:
         name: of the model.
         preprocessing: see :func:`backbones.cli.predict.preprocessing`.
-        names: of the classes, if they are known.
+        names: of the classes, if known.
         shape: of an image's embedding.
 
     Raises:
         CommandError, CheckpointError, FileNotFoundError: see :func:`backbones.cli.common.load`, or
-            the model lacks what is asked for.
+            the model lacks the requested features or classes.
     """
 
     def __init__(self, model: str | None, checkpoint: Path, features: str, classes: int) -> None:
@@ -109,7 +109,7 @@ class Network:
         self.preprocessing: dict[str, Any] = preprocessing(loaded)
         self.dtype, self.device = torch.float32, torch.device("cpu")
         if self.features.stage is None and not classes:
-            self.model.reset_classifier(0)  # then its forward, which is recorded, gives them
+            self.model.reset_classifier(0)  # so that forward, which is replayed, returns them
         blank = torch.zeros(1, *self.preprocessing["input_size"])
         self.shape = tuple(self(blank)[0].shape[1:])
 
@@ -127,9 +127,9 @@ class Network:
 
     @torch.inference_mode()
     def __call__(self, images: Tensor) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Of normalised images (B, C, H, W) embeddings (B, …), and classes and scores (B, classes).
+        """Embeddings (B, …), and classes and scores (B, classes), of images (B, C, H, W).
 
-        In float32, on the network's device.
+        Images are normalised. Embeddings are float32, on the network's device.
         """
         images = images.to(self.device)
         if self.device.type == "cpu":
@@ -163,7 +163,7 @@ def check_dtype(computed: str, device: torch.device) -> None:
     """Reject a dtype that the device does not support.
 
     Raises:
-        CommandError: it does not, or there is no such dtype.
+        CommandError: unsupported or unknown dtype.
     """
     if computed not in COMPUTED:
         raise CommandError(f"--dtype must be {', '.join(COMPUTED)}, not {shown(computed)}")

@@ -1,4 +1,4 @@
-"""A page of results in one file, which a browser opens from a disk and which fetches nothing."""
+"""A page of results as a single, self-contained HTML file."""
 
 from __future__ import annotations
 
@@ -18,18 +18,19 @@ from backbones.training.checkpoint import write_atomically
 
 __all__ = ["Table", "write_page"]
 
-# Below this many pixels an image is kept as it is, and shown with its pixels.
+# Images below this many pixels are stored losslessly and enlarged without smoothing.
 _TINY = 64
 
 
 @dataclass
 class Table:
-    """Figures on a page.
+    """A table on a page.
 
     Attributes:
-        head: of the columns.
-        rows: of text.
-        groups: for each row, the :attr:`Tile.group` that a button shows alone; empty without.
+        head: column headers.
+        rows: text of the cells, by row.
+        groups: for each row, the :attr:`Tile.group` that its button filters by; empty for no
+            buttons.
     """
 
     head: Sequence[str]
@@ -46,15 +47,16 @@ def write_page(
     picture: bytes | None = None,
     told: str = "",
 ) -> None:
-    """Write a page with images and a field that filters them by their names.
+    """Write a page with images and a field that filters them by name.
 
     Args:
-        path: the HTML.
-        title, facts: at its head; facts by what they are of.
+        path: of the HTML file.
+        title: heading of the page.
+        facts: label and value pairs below the title.
         rows: images under headings.
-        tables: figures above them.
-        picture: a PNG above them.
-        told: what the picture shows, for those who do not see it.
+        tables: shown above the images.
+        picture: a PNG shown above the images.
+        told: alternative text of the picture.
 
     Raises:
         CheckpointFileError: see :func:`backbones.training.checkpoint.write_atomically`.

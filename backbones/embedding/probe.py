@@ -1,6 +1,6 @@
 """Measure how well embeddings separate classes: kNN and a linear classifier.
 
-Both learn from some of the images and are measured on others, which they have not seen.
+Both are trained on some of the images and measured on held-out ones.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from backbones.embedding.table import metadata
 __all__ = ["MOST_ROWS", "Method", "Mistake", "Report", "probe"]
 
 MOST_ROWS = 100_000
-"""So many rows are learned from at most unless something else is asked for."""
+"""Default limit of the rows to train on, and of those to measure on."""
 
 Labels = Mapping[str, str] | str | Path
 
@@ -31,8 +31,8 @@ class Mistake:
     """A misclassified image.
 
     Attributes:
-        folder: of the table that it is in.
-        confidence: of the answer, 0 … 1.
+        folder: of its table.
+        confidence: of the prediction, 0 … 1.
     """
 
     key: str
@@ -47,13 +47,12 @@ class Method:
     """A classifier and its results.
 
     Attributes:
-        accuracy: share of the held-out images whose class was found.
-        low, high: within which the accuracy on many more such images would lie, at 95 %
-            confidence (E. B. Wilson's interval).
-        per_class: the mean of the classes' own shares, in which rare classes count as much.
-        confusion: (classes, classes); how often a class, by row, was taken for each, by column.
-        mistakes: the surest first.
-        note: what the figures suffer from; "" if nothing.
+        accuracy: share of the held-out images that were classified correctly.
+        low, high: 95 % confidence interval of the accuracy (E. B. Wilson's).
+        per_class: mean of the accuracies of the classes, which weights rare classes equally.
+        confusion: (classes, classes); counts by true class (row) and predicted class (column).
+        mistakes: most confident first.
+        note: a caveat on the figures; "" if there is none.
     """
 
     name: str
@@ -71,12 +70,12 @@ class Report:
     """The result of :func:`probe`.
 
     Attributes:
-        rows: of the table, or of both.
-        labelled: those of which the class is known.
-        train, test: how many were learned from, and how many were held out.
+        rows: number of rows of the table, or of both tables.
+        labelled: how many of them have a class.
+        train, test: how many images were trained on and held out.
         classes: names, by number.
-        chance: the accuracy of always saying the class that is the most frequent in training.
-        notes: what the user should know of the data.
+        chance: accuracy of always predicting the most frequent class of the training images.
+        notes: remarks on the data for the user.
     """
 
     rows: int
@@ -103,29 +102,30 @@ def probe(
 ) -> Report:
     """Measure the accuracy of kNN and of a linear classifier on held-out images.
 
-    Neighbours are those of the greatest cosine; they vote, the nearer the more. The linear
-    classifier is a logistic regression on embeddings at mean 0 and standard deviation 1.
+    kNN takes the neighbours with the greatest cosine and weights their votes by distance. The
+    linear classifier is a logistic regression on embeddings standardised to mean 0 and standard
+    deviation 1.
 
     Args:
         folder: of the table.
         labels: classes, see :func:`backbones.embedding.labels.labels_of`.
-        test: a second table to measure on, of the same model; None to hold out a part of the first.
-        test_labels: classes of the second table; None if ``labels`` has them.
+        test: a second table of the same model to measure on; None to hold out part of the first.
+        test_labels: classes of the second table; None to use ``labels``.
         split: which images to hold out, see :func:`backbones.embedding.labels.split_of`; None to
             choose a share of every class at random.
         held_out: that share, between 0 and 1.
-        neighbors: how many vote.
-        c: the inverse strength of the classifier's regularisation, above 0.
-        most_rows: beyond so many to learn from, or to measure on, a share of every class is chosen
-            at random: time and memory are bounded.
-        seed: of what is chosen at random.
+        neighbors: number of neighbours that vote.
+        c: inverse strength of the classifier's regularisation, above 0.
+        most_rows: limit of the rows to train on and of those to measure on. Beyond it, a share of
+            every class is sampled at random, which bounds time and memory.
+        seed: of the random choices.
 
     Raises:
-        ValueError: a number out of its range.
-        LabelError: see :func:`backbones.embedding.labels.labels_of`; or there are no two classes,
-            or nothing is left to learn from or to measure on.
+        ValueError: a number out of range.
+        LabelError: see :func:`backbones.embedding.labels.labels_of`; or there are fewer than two
+            classes, or nothing is left to train on or to measure on.
         TableError, FileNotFoundError: see :func:`backbones.embedding.table.batches`.
-        MendableError: scikit-learn is missing; or the two tables are of different models.
+        MendableError: scikit-learn is not installed, or the tables are of different models.
     """
     _check(held_out, neighbors, c, most_rows)
     try:
@@ -166,14 +166,14 @@ def probe(
 
 @dataclass
 class _Side:
-    """Images to learn from, or to measure on: some rows of a table."""
+    """Images to train on or to measure on: some rows of a table."""
 
     folder: str | Path
     labels: list[str | None]
     rows: list[int]
 
     def read(self, number_of: Mapping[str, int]) -> tuple[np.ndarray, np.ndarray, list[str]]:
-        """Embeddings (n, dim), numbers of classes (n,) and keys, in the table's order."""
+        """Embeddings (n, dim), class numbers (n,) and keys, in the table's order."""
         rows = np.array(sorted(self.rows))
         vectors, keys = _vectors(self.folder, rows)
         return vectors, np.array([number_of[str(self.labels[i])] for i in rows]), keys
@@ -188,7 +188,7 @@ def _sides(
     held_out: float,
     generator: np.random.Generator,
 ) -> tuple[_Side, _Side, list[str | None]]:
-    """What to learn from, what to measure on, and the classes of all rows that there are."""
+    """The images to train on, those to measure on, and the classes of all rows."""
     known = labels_of(folder, labels)
     if test is not None:
         if split is not None:
@@ -217,7 +217,7 @@ def _check(held_out: float, neighbors: int, c: float, most_rows: int) -> None:
 
 
 def _require_alike(folder: str | Path, other: str | Path) -> None:
-    """Refuse to compare embeddings of two kinds."""
+    """Refuse tables whose embeddings are not comparable."""
     one, two = metadata(folder), metadata(other)
     for key in ("model", "weights", "features", "preprocessing"):
         first, second = (
@@ -234,7 +234,7 @@ def _labelled(labels: Sequence[str | None]) -> list[int]:
 
 
 def _order(names: set[str]) -> list[str]:
-    """Numbers as numbers, else by the alphabet."""
+    """Sort names numerically if all are numbers, else alphabetically."""
     if all(name.isdecimal() for name in names):
         return sorted(names, key=int)
     return sorted(names)
@@ -250,7 +250,7 @@ def _by_class(numbers: Sequence[int], labels: Sequence[str | None]) -> dict[str,
 def _stratified(
     labels: Sequence[str | None], held_out: float, generator: np.random.Generator
 ) -> list[list[int]]:
-    """Rows to learn from and rows held out: a share of every class; of a class of one, none."""
+    """Training and held-out rows: a share of every class is held out, unless it has one row."""
     train: list[int] = []
     test: list[int] = []
     for _, numbers in sorted(_by_class(_labelled(labels), labels).items()):
@@ -262,7 +262,7 @@ def _stratified(
 
 
 def _fewer(side: _Side, most: int, generator: np.random.Generator) -> list[int]:
-    """About ``most`` of the rows, the same share of every class, one of each at least."""
+    """Sample about ``most`` rows: the same share of every class, at least one row each."""
     chosen: list[int] = []
     for _, inside in sorted(_by_class(side.rows, side.labels).items()):
         count = max(1, int(len(inside) * most / len(side.rows)))
@@ -271,7 +271,7 @@ def _fewer(side: _Side, most: int, generator: np.random.Generator) -> list[int]:
 
 
 def _vectors(folder: str | Path, rows: np.ndarray) -> tuple[np.ndarray, list[str]]:
-    """Embeddings (n, dim) and keys of some rows, in order."""
+    """Embeddings (n, dim) and keys of the given rows, in order."""
     parts, keys = [], []
     for block in blocks(folder):
         low, high = np.searchsorted(rows, (block.first, block.first + len(block.keys)))
@@ -292,7 +292,7 @@ class _Truth:
     folder: str
 
     def judge(self, name: str, found: np.ndarray, sure: np.ndarray, note: str = "") -> Method:
-        """What answers and their confidences are worth."""
+        """Evaluate predictions and their confidences."""
         count = len(self.classes)
         confusion = np.zeros((count, count), np.int64)
         np.add.at(confusion, (self.numbers, found), 1)
@@ -319,7 +319,7 @@ def _nearest(x: np.ndarray, y: np.ndarray, x_test: np.ndarray, truth: _Truth, k:
     from sklearn.neighbors import KNeighborsClassifier
 
     used = min(k, len(y))
-    # At unit length, those of the least distance are those of the greatest cosine.
+    # At unit length, the smallest distance is the greatest cosine.
     model = KNeighborsClassifier(used, weights="distance", algorithm="brute")
     shares = model.fit(unit(x), y).predict_proba(unit(x_test))
     note = f"only {used} images to be neighbours of" if used < k else ""
@@ -345,7 +345,7 @@ def _linear(
 
 
 def _interval(right: int, count: int) -> tuple[float, float]:
-    """Wilson's, at 95 %."""
+    """Wilson's interval at 95 % confidence."""
     z, p = 1.96, right / count
     middle = p + z * z / (2 * count)
     reach = z * (p * (1 - p) / count + z * z / (4 * count * count)) ** 0.5

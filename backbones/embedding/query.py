@@ -1,4 +1,4 @@
-"""Images that are not in a table, embedded as those in it were."""
+"""Embed images that are not in a table in the same way as those that are."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from ops.cpu import policy
 
 __all__ = ["Queries", "embed_queries"]
 
-# As many as `embed` lets through the network at once: a fused form is made for a size of batch.
+# The batch size of `embed`: the fused form of a network depends on it.
 _BATCH = 16
 
 
@@ -33,9 +33,9 @@ class Queries:
     """Embedded queries, and those that could not be read.
 
     Attributes:
-        paths: of those that could be read.
-        vectors: of those, (n, dim).
-        unreadable: the others, and why.
+        paths: of the images that could be read.
+        vectors: their embeddings, (n, dim).
+        unreadable: the other paths, with reasons.
     """
 
     paths: list[Path]
@@ -51,17 +51,17 @@ def embed_queries(
     Args:
         folder: of the table.
         paths: of the images.
-        checkpoint: the file of the weights, if it is not where it was when the table was made.
+        checkpoint: file of the weights, if it was moved since the table was made.
 
     Raises:
-        MendableError: the weights are not there, are others, or this version of the library
-            prepares images in another way than the table says.
+        MendableError: the weights are missing or differ, or this version of the library
+            preprocesses images differently from the table.
         FileNotFoundError, TableError: see :func:`backbones.embedding.table.metadata`.
     """
     said = metadata(folder)
     network = Network(said["model"], _weights(folder, said, checkpoint), said["features"], 0)
     _require_same(folder, said["preprocessing"], network.preprocessing)
-    # What was computed by a GPU, or in what this CPU does not multiply, is computed in float32.
+    # If the table was computed on a GPU or in a dtype that this CPU cannot multiply, use float32.
     same = said["computed"] == "bfloat16" and policy.multiplies(torch.bfloat16)
     network.prepare("bfloat16" if same else "float32", torch.device("cpu"))
     images = Images(said["preprocessing"])
@@ -88,7 +88,7 @@ def _decode(images: Images, path: Path) -> np.ndarray:
     if (problem := file_problem(path)) is not None:
         raise OSError(problem)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of damage that spoils no pixel
+        warnings.simplefilter("ignore")  # about damage that affects no pixel
         pixels, _ = images.decode(Item(str(path), partial(_open, path)))
     return pixels
 
@@ -98,7 +98,7 @@ def _open(path: Path) -> IO[bytes]:
 
 
 def _weights(folder: str | Path, said: dict[str, Any], checkpoint: str | Path | None) -> Path:
-    """The file of the weights, which must be that of the table, byte for byte."""
+    """The file of the weights; it must be byte-identical to the table's."""
     weights = said["weights"]
     path = Path(checkpoint or weights["path"])
     if (problem := file_problem(path)) is not None:
@@ -115,7 +115,7 @@ def _weights(folder: str | Path, said: dict[str, Any], checkpoint: str | Path | 
 
 
 def _require_same(folder: str | Path, there: dict[str, Any], now: dict[str, Any]) -> None:
-    """Refuse queries that would be prepared in another way than the images of the table."""
+    """Refuse queries that would be preprocessed differently from the images of the table."""
     now = {key: list(value) if isinstance(value, tuple) else value for key, value in now.items()}
     differing = [key for key in there | now if there.get(key) != now.get(key)]
     if differing:

@@ -1,4 +1,4 @@
-"""The rows of a table of embeddings, a block at a time: at unit length, or some by their keys."""
+"""Read rows of a table of embeddings: block by block, by number or by key."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ class Block:
     """Consecutive rows.
 
     Attributes:
-        first: the number of the first, counted from 0.
-        keys: of n images.
+        first: number of the first row, counted from 0.
+        keys: of the n images.
         vectors: (n, dim), float32.
     """
 
@@ -34,7 +34,9 @@ class Block:
 
 
 def unit(vectors: np.ndarray) -> np.ndarray:
-    """Rows at length 1, whose products are cosines; those that are 0 or not finite become 0.
+    """Scale rows to unit length, so that dot products are cosines.
+
+    Rows that are zero or not finite become 0.
 
     Args:
         vectors: (n, dim).
@@ -44,7 +46,7 @@ def unit(vectors: np.ndarray) -> np.ndarray:
     """
     with np.errstate(over="ignore", invalid="ignore"):
         vectors = vectors.astype(np.float32)
-        # Scaled first: squares of large numbers would overflow.
+        # Scale by the maximum first: squares of large numbers would overflow.
         largest = np.abs(vectors).max(axis=1, initial=0, keepdims=True)
         usable = np.isfinite(largest) & (largest > 0)
         vectors = np.where(usable, vectors / np.where(usable, largest, 1), 0)
@@ -70,10 +72,10 @@ def count_rows(folder: str | Path) -> int:
 
 
 def blocks(folder: str | Path, rows: int = 8192) -> Iterator[Block]:
-    """All rows of a table in order, with their embeddings as they are stored.
+    """All rows of a table, in order and in blocks, with the embeddings as stored.
 
     Args:
-        rows: most of a block.
+        rows: most rows per block.
 
     Raises:
         FileNotFoundError, TableError: see :func:`backbones.embedding.table.batches`.
@@ -87,7 +89,7 @@ def blocks(folder: str | Path, rows: int = 8192) -> Iterator[Block]:
 def by_number(
     folder: str | Path, numbers: Collection[int], columns: Sequence[str]
 ) -> dict[int, dict[str, Any]]:
-    """Some columns of the rows of these numbers.
+    """Read some columns of the rows with the given numbers.
 
     Raises:
         FileNotFoundError, TableError: see :func:`backbones.embedding.table.batches`.

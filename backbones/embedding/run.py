@@ -1,4 +1,4 @@
-"""Embed a source of images into a folder, resuming what is there."""
+"""Embed a source of images into a folder, resuming a partial run."""
 
 from __future__ import annotations
 
@@ -44,9 +44,9 @@ class Summary:
 
     Attributes:
         rows: of all shards.
-        corrupt: keys and reasons of the images that have none.
-        done: rows that this call has added.
-        seconds: that it took.
+        corrupt: keys and reasons of the images that could not be embedded.
+        done: rows added by this call.
+        seconds: duration of this call.
     """
 
     rows: int
@@ -83,8 +83,7 @@ def embed(
     embedding of an uninterrupted run.
 
     Args:
-        source: see :func:`backbones.embedding.sources.open_source`, as for ``split``, ``column``
-            and ``rows``, the images of a shard.
+        source, split, column: see :func:`backbones.embedding.sources.open_source`.
         out: created if missing; its parent must exist.
         model: name; optional for checkpoints of ``train_cls.py``.
         checkpoint: file of the weights.
@@ -93,6 +92,7 @@ def embed(
         classes: how many of the most likely classes to store as well.
         dtype: of the computation: ``"float32"``, ``"bfloat16"``, on a GPU ``"float16"``.
         store: dtype of the stored embeddings: ``"float32"`` or ``"float16"``.
+        rows: images per shard; see :func:`backbones.embedding.sources.open_source`.
         batch_size: images per batch; None: 16, on a GPU 256.
         workers: processes; None: one per core, or one per GPU.
         decoders: decoding threads per process; None: 1, or on GPUs the cores divided by the
@@ -198,7 +198,7 @@ def _locked(out: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        for left in (out / table.SHARDS).glob(".*.tmp"):  # by processes that were killed
+        for left in (out / table.SHARDS).glob(".*.tmp"):  # from killed processes
             left.unlink(missing_ok=True)
         lock.release()
         if is_new and not (out / table.METADATA).exists():
@@ -243,10 +243,10 @@ def _content(
 
 
 def _begin(out: Path, content: dict[str, Any]) -> dict[str, Any]:
-    """Write ``metadata.json``, or compare with the one that is there; as it is on disk.
+    """Write ``metadata.json``, or compare ``content`` with the existing file; return the file's.
 
     Raises:
-        TableError: they differ, or the folder is of something else.
+        TableError: they differ, or the folder holds other files.
     """
     if not (out / table.METADATA).exists():
         foreign = [p.name for p in out.iterdir() if p.name[0] != "." and p.name != table.SHARDS]
@@ -269,7 +269,7 @@ class _Work:
     """Tracks and shows which parts are done.
 
     Attributes:
-        pending: numbers and parts that have no shard yet.
+        pending: parts without a shard, with their numbers.
         done: rows added.
     """
 
@@ -294,14 +294,14 @@ class _Work:
         self._write_corrupt()
 
     def _take(self, number: int) -> bool:
-        """Note what a shard holds; whether it is there, and whole."""
+        """Count the rows of a shard; False if it is missing or damaged."""
         path = table.shard_path(self.out, number)
         if not path.exists():
             return False
         try:
             rows, corrupt = table.corrupt_in(path, self.identity)
         except table.DamagedShardError:
-            path.unlink()  # a disk that lost what it had said was safe
+            path.unlink()  # the disk lost data that had been synced
             return False
         self.rows += rows
         if corrupt:
@@ -316,7 +316,7 @@ class _Work:
         table.write_corrupt(self.out, ordered)
 
     def show_begin(self, model: str) -> None:
-        """Say what is about to happen."""
+        """Show what is about to be computed."""
         total = self.images.images
         count = f"{total} images" if total is not None else f"{len(self.images.parts)} archives"
         done = f", {self._before} images done before" if self._before else ""
@@ -326,12 +326,12 @@ class _Work:
         self._progress.begin("embed", total or len(self.images.parts), self._at())
 
     def follow(self, events: Iterator[Event]) -> None:
-        """Let the engine work."""
+        """Consume the engine's events until all parts are done."""
         corrupt: dict[int, list[tuple[str, str]]] = {}
         try:
             for event in events:
                 self.done += event.rows
-                if event.rows < 0:  # a process died, and its part begins anew
+                if event.rows < 0:  # a process died, and its part starts over
                     self._new_corrupt -= len(corrupt.pop(event.part, ()))
                 self._new_corrupt += len(event.corrupt)
                 corrupt.setdefault(event.part, []).extend(event.corrupt)
@@ -377,7 +377,7 @@ class _Work:
         return "  ".join(parts)
 
     def finish(self) -> tuple[int, list[tuple[str, str]]]:
-        """Rows of the whole table, and what is corrupt, in the order of the source."""
+        """Rows of the whole table, and its corrupt images in the order of the source."""
         self._write_corrupt()
         ordered = [entry for number in sorted(self.corrupt) for entry in self.corrupt[number]]
         return self.rows + self.done, ordered

@@ -1,9 +1,9 @@
 """Find similar images by the cosine similarity of their embeddings.
 
-Up to a million rows each is looked at, in blocks, so that memory does not grow with the table.
-Beyond that a graph of neighbours is searched (Yu. A. Malkov and D. A. Yashunin, "Efficient and
-robust approximate nearest neighbor search using Hierarchical Navigable Small World graphs",
-https://arxiv.org/abs/1603.09320), which is built once and lies beside the table.
+Up to a million rows, all are compared, in blocks, so that memory does not grow with the table.
+Beyond that, an HNSW graph is searched (Yu. A. Malkov and D. A. Yashunin, "Efficient and robust
+approximate nearest neighbor search using Hierarchical Navigable Small World graphs",
+https://arxiv.org/abs/1603.09320), which is built once and stored next to the table.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from backbones.embedding.table import metadata
 __all__ = ["EXACT_ROWS", "INDEXES", "Match", "choose_index", "search"]
 
 EXACT_ROWS = 1_000_000
-"""So many rows are searched one by one unless something else is asked for."""
+"""Most rows that ``index="auto"`` searches exhaustively."""
 INDEXES = ("auto", "exact", "hnsw")
 
 
@@ -30,8 +30,8 @@ class Match:
     """A search result.
 
     Attributes:
-        row: its number in the table.
-        score: the cosine of the angle between its embedding and the query's, -1 … 1.
+        row: its row number in the table.
+        score: cosine of its embedding with the query's, -1 … 1.
     """
 
     key: str
@@ -40,13 +40,13 @@ class Match:
 
 
 def choose_index(index: str, rows: int, exact_rows: int = EXACT_ROWS) -> str:
-    """``"exact"`` or ``"hnsw"``.
+    """Resolve ``index`` to ``"exact"`` or ``"hnsw"``.
 
     Args:
-        index: one of :data:`INDEXES`; ``"auto"`` goes by ``rows``.
+        index: one of :data:`INDEXES`; ``"auto"`` chooses by ``rows``.
 
     Raises:
-        ValueError: another word.
+        ValueError: unknown ``index``.
     """
     if index not in INDEXES:
         raise ValueError(f"index must be {', '.join(INDEXES[:-1])} or {INDEXES[-1]}, got {index!r}")
@@ -67,15 +67,15 @@ def search(
 
     Args:
         folder: of the table.
-        vectors: (queries, dim), of any length.
-        top: how many to find of each; fewer if the table has no more.
-        index: ``"exact"`` compares all rows; ``"hnsw"`` misses a few, and needs faiss-cpu and
-            memory for all rows; ``"auto"`` takes it beyond :data:`EXACT_ROWS`.
-        without: a row for each query that is not to be found, such as its own.
+        vectors: (queries, dim), of any norm.
+        top: most matches per query; fewer if the table is smaller.
+        index: ``"exact"`` compares all rows; ``"hnsw"`` may miss a few, and needs faiss-cpu and
+            memory for all rows; ``"auto"`` uses it beyond :data:`EXACT_ROWS`.
+        without: for each query, a row to exclude, such as its own.
         progress: show a bar on standard error while a graph is built, if that is a terminal.
 
     Raises:
-        ValueError: ``vectors`` of another shape or that are not finite, ``top`` below 1.
+        ValueError: ``vectors`` of another shape or not finite, or ``top`` below 1.
         FileNotFoundError, TableError: see :func:`backbones.embedding.table.batches`.
         GraphError: see :func:`backbones.embedding.hnsw.open_graph`.
     """
@@ -107,7 +107,7 @@ def search(
 
 
 def _exact(folder: str | Path, queries: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """Scores and row numbers (queries, most), the best first; of equal ones the earlier row."""
+    """Scores and row numbers (queries, most), best first; ties go to the earlier row."""
     scores = np.full((len(queries), most), -np.inf, np.float32)
     numbers = np.full((len(queries), most), -1, np.int64)
     for block in blocks(folder):

@@ -1,4 +1,4 @@
-"""Contact sheets: rows of small images with a heading and a name under each."""
+"""Contact sheets: rows of thumbnails, each with a heading and a name below it."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from backbones.training.pictures import INK, drawable, new_figure, save_figure
 
 __all__ = ["Row", "Tile", "draw_sheet", "short_key"]
 
-# All in pixels.
+# In pixels.
 _SIDE, _GAP, _MARGIN = 150, 14, 16
 _TITLE, _CAPTION, _BELOW = 44, 30, 44
 _MUTED, _FRAME, _EMPTY = "#56606e", "#1f5fbf", "#eef1f5"
@@ -27,10 +27,10 @@ class Tile:
 
     Attributes:
         image: None if it can no longer be read.
-        heading: in bold under it, such as its score.
-        key: its name.
-        framed: whether it stands out, as the query among its answers does.
-        group: what a page shows it with alone, such as "3 → 8".
+        heading: bold text below the image, such as its score.
+        key: name of the image.
+        framed: whether it is highlighted, as the query is.
+        group: what a page can filter it by, such as "3 → 8".
     """
 
     image: Image.Image | None
@@ -42,10 +42,10 @@ class Tile:
 
 @dataclass
 class Row:
-    """Images that belong together; they go on in a new line where there are many.
+    """Images that belong together, wrapped into several lines if there are many.
 
     Attributes:
-        caption: above them.
+        caption: heading above them.
     """
 
     caption: str
@@ -53,13 +53,13 @@ class Row:
 
 
 def draw_sheet(path: Path, title: str, rows: Sequence[Row], columns: int = 8) -> None:
-    """Draw rows of images with what is said of them.
+    """Draw rows of images with their captions, headings and names.
 
     Args:
-        path: the PNG.
-        title: above all.
-        rows: with a tile each at least.
-        columns: images side by side.
+        path: of the PNG.
+        title: heading of the sheet.
+        rows: each with at least one tile.
+        columns: images per line.
     """
     step = _SIDE + _GAP
     lines = _lines(rows, columns)
@@ -104,7 +104,7 @@ class _Place(NamedTuple):
 
 
 def _lines(rows: Sequence[Row], columns: int) -> list[list[_Place]]:
-    """Rows of few images side by side, a column apart; one of more than a line has all of it."""
+    """Pack short rows side by side, a column apart; a longer row gets lines of its own."""
     lines: list[list[_Place]] = []
     free = -1
     for row in rows:
@@ -118,19 +118,19 @@ def _lines(rows: Sequence[Row], columns: int) -> list[list[_Place]]:
 
 
 def short_key(key: str, longest: int) -> str:
-    """The end of a key, which tells images of a folder apart."""
+    """The end of a key, the part that distinguishes the images of a folder."""
     key = one_line(key, 10**9)
     return key if len(key) <= longest else f"…{key[1 - longest :]}"
 
 
 def _paste(canvas: Image.Image, tile: Tile, x: int, y: int) -> None:
-    """Put an image into the middle of its square, whole."""
+    """Draw the whole image, centred in its square."""
     draw = ImageDraw.Draw(canvas)
     draw.rectangle((x, y, x + _SIDE - 1, y + _SIDE - 1), fill=_EMPTY)
     if tile.image is not None:
         scale = _SIDE / max(tile.image.size)
         size = [max(1, round(side * scale)) for side in tile.image.size]
-        # Enlarged, small images show the pixels that they have.
+        # Small images are enlarged without smoothing.
         smooth = Image.Resampling.LANCZOS if scale < 1 else Image.Resampling.NEAREST
         shown = tile.image.resize((size[0], size[1]), smooth)
         canvas.paste(shown, (x + (_SIDE - size[0]) // 2, y + (_SIDE - size[1]) // 2))

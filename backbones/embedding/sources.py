@@ -1,8 +1,7 @@
 """Sources of images, divided into parts that workers read independently.
 
-A source lists what there is, once and in a fixed order. A reader opens the images of one part, and
-single ones by their key; it is made anew, from a few words in ``metadata.json``, wherever there is
-work.
+A source lists its images once, in a fixed order. A reader opens the images of a part, or a single
+image by key. Each worker creates its own reader from the source's description in ``metadata.json``.
 """
 
 from __future__ import annotations
@@ -39,8 +38,8 @@ class Item(NamedTuple):
     """An image that has not been opened yet.
 
     Attributes:
-        key: unique within its source, text of one line.
-        open: gives a file, which the caller closes, or a decoded image; OSError if it cannot.
+        key: unique within its source, a single line of text.
+        open: returns a file, which the caller closes, or a decoded image; OSError if it fails.
     """
 
     key: str
@@ -48,10 +47,10 @@ class Item(NamedTuple):
 
 
 class Reader:
-    """Opens images of a source of one kind.
+    """Opens images of a source; there is a subclass for each kind of source.
 
     Args:
-        description: what ``metadata.json`` says of the source: ``kind``, ``path`` and more.
+        description: of the source, from ``metadata.json``: ``kind``, ``path`` and more.
     """
 
     def __init__(self, description: dict[str, Any]) -> None:
@@ -65,12 +64,12 @@ class Reader:
             part: one of :attr:`Source.parts`.
 
         Raises:
-            DataError: what holds them (an archive, a table) is damaged from here on.
+            DataError: the archive or table that holds them is damaged from this point on.
         """
         raise NotImplementedError
 
     def find(self, key: str) -> IO[bytes] | Image.Image:
-        """The image with that key, as of :attr:`Item.open`; OSError or KeyError if none is."""
+        """The image with that key, as from :attr:`Item.open`; OSError or KeyError if none."""
         raise NotImplementedError
 
 
@@ -79,9 +78,9 @@ class Source:
     """Images in a fixed order.
 
     Attributes:
-        description: see :class:`Reader`; with a digest of what was listed.
-        parts: what :meth:`Reader.items` takes, for each of them.
-        images: how many; None where only reading tells.
+        description: see :class:`Reader`; includes a digest of the listing.
+        parts: the arguments of :meth:`Reader.items`, one for each part.
+        images: number of images; None if unknown before reading.
     """
 
     description: dict[str, Any]
@@ -96,15 +95,15 @@ def open_source(
 
     Args:
         place: a folder of images, at any depth, of ``.tar`` shards or of ``.parquet`` files; one
-            such file, or a pattern (``shards/*.tar``) of them; a text (``.txt``) of one path a
-            line, relative to its folder; ``digits``, ``medmnist/NAME``, ``torch/NAME`` or
-            ``hfds/NAME`` as training takes them.
-        rows: images of a part; shards of an archive are parts of their own.
-        split: of the last four kinds.
-        column: of images, in Parquet and ``hfds``; None for the only one that there is.
+            such file, or a pattern (``shards/*.tar``) of them; a text file (``.txt``) with one path
+            per line, relative to its folder; ``digits``, ``medmnist/NAME``, ``torch/NAME`` or
+            ``hfds/NAME``, as for training.
+        rows: images per part; each ``.tar`` shard is a part of its own.
+        split: for the last four kinds.
+        column: of the images, for Parquet and ``hfds``; None for the only one there is.
 
     Raises:
-        DataError: there is nothing, it holds no image, or it cannot be read.
+        DataError: it does not exist, contains no image, or cannot be read.
     """
     place = str(place)
     if place.partition("/")[0] in _TRAINING and not os.path.lexists(place):
@@ -126,7 +125,7 @@ def open_source(
 
 
 def reader(description: dict[str, Any]) -> Reader:
-    """What opens the images of a source that is described so."""
+    """Create the reader for a source's description."""
     return _READERS[description["kind"]](description)
 
 
@@ -135,7 +134,7 @@ def image_bytes(folder: str | Path, key: str) -> bytes:
 
     Args:
         folder: of the table.
-        key: of the image, as the table has it. What is no file in its source becomes a PNG.
+        key: of the image, as in the table. Images that are not files in the source become PNGs.
 
     Raises:
         FileNotFoundError, TableError: see :func:`backbones.embedding.table.metadata`.
@@ -186,7 +185,7 @@ def _list(path: Path, rows: int) -> Source:
 
 
 class _Files(Reader):
-    """Files by their paths: parts are tuples of names."""
+    """Files by path: parts are tuples of names."""
 
     def items(self, part: Sequence[str]) -> Iterator[Item]:
         for name in part:
@@ -215,7 +214,7 @@ def _containers(root: Path, names: list[str], rows: int, column: str | None) -> 
 
 
 class _Archives(Reader):
-    """Members of tar files, one of which is a part; a key is the name of both."""
+    """Members of tar files: each file is a part; a key names the file and the member."""
 
     def items(self, part: str) -> Iterator[Item]:
         damage: list[str] = []
@@ -241,7 +240,7 @@ class _Archives(Reader):
 
 
 def _parquet(root: Path, names: list[str], rows: int, column: str | None) -> Source:
-    """Runs of row groups of at least ``rows`` rows."""
+    """Parts are runs of row groups with at least ``rows`` rows in total."""
     pa = require_pyarrow()
     parts: list[tuple[str, int, int, int]] = []  # file, first row, row groups from … to
     total = 0
@@ -268,7 +267,7 @@ def _parquet(root: Path, names: list[str], rows: int, column: str | None) -> Sou
 
 
 def _image_column(columns: Any, path: Path, wanted: str | None) -> str:
-    """The column of files: binary, or a struct with ``bytes`` as Hugging Face writes it."""
+    """The column of image files: binary, or a struct with ``bytes`` as written by Hugging Face."""
     pa = require_pyarrow()
 
     def holds_files(kind: Any) -> bool:
@@ -287,7 +286,7 @@ def _image_column(columns: Any, path: Path, wanted: str | None) -> str:
 
 
 class _Tables(Reader):
-    """Rows of Parquet files; a key is the file's name and the row's number."""
+    """Rows of Parquet files; a key consists of the file's name and the row's number."""
 
     def items(self, part: tuple[str, int, int, int]) -> Iterator[Item]:
         name, row, begin, end = part
@@ -327,11 +326,11 @@ def _as_file(data: bytes | None) -> IO[bytes]:
     return io.BytesIO(data)
 
 
-# -- what training reads ---------------------------------------------------------------------------
+# -- training datasets -----------------------------------------------------------------------------
 
 
 def _training_images(place: str, rows: int, split: str, column: str | None) -> Source:
-    # Where training looks for files that are not Hugging Face's, which has a cache of its own.
+    # Training's default folder for datasets. Hugging Face uses its own cache.
     folder = os.path.abspath("data") if place.partition("/")[0] in _IN_FOLDER else None
     described: dict[str, Any] = {"data": place, "split": split, "column": column, "folder": folder}
     images = _open_split(**described)
@@ -354,7 +353,7 @@ def _open_split(data: str, split: str, column: str | None, folder: str | None) -
 
 
 class _Training(Reader):
-    """Images by number."""
+    """Images of a training dataset, by number."""
 
     @functools.cached_property
     def images(self) -> ImageSource:
@@ -405,5 +404,5 @@ def _slices(names: list[str], rows: int) -> list[tuple[str, ...]]:
 
 
 def _text(name: str) -> str:
-    """A name as Parquet takes it: escapes for bytes that are no text, and for line breaks."""
+    """A name as valid text for Parquet: undecodable bytes and line breaks are escaped."""
     return one_line(name.encode(errors="backslashreplace").decode(), len(name) * 8)

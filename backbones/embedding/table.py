@@ -1,14 +1,14 @@
 """The format of embeddings: a folder of Parquet shards described by ``metadata.json``.
 
     FOLDER/metadata.json             model, weights, preprocessing, features, source, versions
-    FOLDER/shards/part-00000.parquet a row for each image that could be decoded
+    FOLDER/shards/part-00000.parquet one row for each image that could be decoded
     FOLDER/corrupt.txt               the others: key, tab, reason
 
-Columns: ``key`` (the path relative to the source, or shard and member), ``height`` and ``width``
-of the image once it is upright, ``embedding`` (a list of ``dim`` numbers; of a map the C·H·W values
-of its ``shape``) and, if they were asked for, ``classes`` and their ``scores``, the likeliest
+Columns: ``key`` (the path relative to the source, or shard and member), ``height`` and ``width`` of
+the image after its orientation is applied, ``embedding`` (a list of ``dim`` numbers; for a map, the
+C·H·W values of its ``shape``) and, if requested, ``classes`` and their ``scores``, most likely
 first.
-A shard is whole or not there, and names the metadata that it belongs to.
+Shards are written atomically, and each names the metadata that it belongs to.
 """
 
 from __future__ import annotations
@@ -55,24 +55,25 @@ __all__ = [
 
 METADATA, SHARDS, CORRUPT = "metadata.json", "shards", "corrupt.txt"
 _FORMAT = 1
-# In the metadata of a shard: which metadata.json it belongs to, and what could not be decoded.
+# Keys in a shard's metadata: the metadata.json it belongs to, and the images that could not be
+# decoded.
 _IDENTITY, _CORRUPT = b"backbones.embedding", b"backbones.corrupt"
-# What must be the same for two shards to be of one table; versions and names may differ.
+# Fields that must be equal for two shards to belong to one table; versions and names may differ.
 _DECISIVE = (
     *("format", "model", "weights", "preprocessing", "features", "shape", "dim", "dtype"),
     *("computed", "classes", "rows", "source", "images", "shards"),
 )
 _DTYPES = ("float32", "float16")
-# Bytes of embeddings that are gathered before they are written: a row group.
+# Bytes of embeddings per row group.
 _GROUP = 1 << 25
 
 
 class TableError(MendableError, ValueError):
-    """A folder that is no whole table of embeddings; the message says what is wrong."""
+    """The folder is not a complete table of embeddings; the message says what is wrong."""
 
 
 class DamagedShardError(TableError):
-    """A shard that is no whole Parquet file."""
+    """A shard is not a complete Parquet file."""
 
 
 def require_pyarrow() -> Any:
@@ -93,12 +94,12 @@ def schema(dim: int, dtype: str = "float32", classes: bool = False) -> pyarrow.S
     """The columns of a table.
 
     Args:
-        dim: numbers of an embedding.
+        dim: length of an embedding.
         dtype: ``"float32"`` or ``"float16"``.
-        classes: with the columns ``classes`` and ``scores``.
+        classes: include the columns ``classes`` and ``scores``.
 
     Raises:
-        ValueError: another ``dtype``, or no positive ``dim``.
+        ValueError: another ``dtype``, or ``dim`` below 1.
     """
     pa = require_pyarrow()
     if dtype not in _DTYPES:
@@ -120,15 +121,16 @@ def schema(dim: int, dtype: str = "float32", classes: bool = False) -> pyarrow.S
 def metadata(folder: str | Path) -> dict[str, Any]:
     """Read ``metadata.json``.
 
-    ``model``; ``weights`` (``file``, its name, ``path``, ``sha256``); ``preprocessing``;
-    ``features``; ``shape`` and ``dim`` of an embedding; ``dtype`` of the stored numbers and
-    ``computed``, the one that they were computed in; ``classes``, how many are kept of an image,
-    and their ``names``; ``source`` (``kind``, ``path``, …); ``images`` in it (None where only
-    reading tells), ``shards`` and the ``rows`` of one; ``versions``.
+    Its fields are ``model``; ``weights`` (``file``, its name, ``path``, ``sha256``);
+    ``preprocessing``; ``features``; ``shape`` and ``dim`` of an embedding; ``dtype`` of the stored
+    numbers and ``computed``, the dtype of the computation; ``classes``, the number stored per
+    image, and their ``names``; ``source`` (``kind``, ``path``, …); the number of ``images`` in it
+    (None if unknown before reading), the number of ``shards`` and the ``rows`` per shard;
+    ``versions``.
 
     Raises:
-        FileNotFoundError: there is no such folder, or no ``metadata.json`` in it.
-        TableError: it is damaged, or of another format.
+        FileNotFoundError: the folder does not exist or has no ``metadata.json``.
+        TableError: the file is damaged or has another format.
     """
     path = Path(folder) / METADATA
     try:
@@ -151,7 +153,7 @@ def metadata(folder: str | Path) -> dict[str, Any]:
 
 
 def write_metadata(folder: Path, content: dict[str, Any]) -> None:
-    """Write ``metadata.json``; see :func:`metadata` for what it must say, but for the format.
+    """Write ``metadata.json``; :func:`metadata` lists its fields. The format version is added.
 
     Raises:
         CheckpointFileError: it cannot be written.
@@ -162,17 +164,17 @@ def write_metadata(folder: Path, content: dict[str, Any]) -> None:
 
 
 def identity(content: dict[str, Any]) -> str:
-    """A digest of what all shards of a table must agree in."""
+    """A digest of the fields that must be equal in all shards of a table."""
     decisive = {key: _essence(key, content[key]) for key in _DECISIVE if key != "format"}
     return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
 
 def differences(there: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
-    """What makes two descriptions of a table different ones, as "model: a there, b now"."""
+    """The differences between two descriptions of a table, as "model: a there, b now"."""
     found: list[str] = []
     for key in _DECISIVE:
         if key == "format" or (key in ("images", "shards") and found):
-            continue  # these follow from the others
+            continue  # derived from other fields
         old, new = _essence(key, there[key]), _essence(key, wanted[key])
         if isinstance(old, dict) and isinstance(new, dict):
             parts = [k for k in {**old, **new} if old.get(k) != new.get(k)]
@@ -193,7 +195,7 @@ def differences(there: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
 
 
 def _essence(key: str, value: Any) -> Any:
-    """Without the name of the file of weights, which may be a copy."""
+    """A field's value without the name of the weights' file, which may be a copy."""
     return {"sha256": value["sha256"]} if key == "weights" else value
 
 
@@ -203,7 +205,7 @@ def shard_path(folder: str | Path, number: int) -> Path:
 
 
 def shard_paths(folder: str | Path) -> list[Path]:
-    """The files of a whole table, in order.
+    """The files of a complete table, in order.
 
     Raises:
         FileNotFoundError, TableError: see :func:`metadata`; or shards are missing.
@@ -224,16 +226,16 @@ def shard_paths(folder: str | Path) -> list[Path]:
 def batches(
     folder: str | Path, columns: Sequence[str] | None = None, rows: int = 8192
 ) -> Iterator[pyarrow.RecordBatch]:
-    """The rows of a whole table, in order, a few at a time.
+    """The rows of a complete table, in order and in batches.
 
     Args:
-        columns: which; None for all.
-        rows: most of a batch.
+        columns: which columns to read; None for all.
+        rows: most rows per batch.
 
     Raises:
-        FileNotFoundError, TableError: see :func:`shard_paths`; or a shard is damaged, or belongs to
+        FileNotFoundError, TableError: see :func:`shard_paths`; or a shard is damaged or belongs to
             another table.
-        ValueError: a column that the table lacks.
+        ValueError: the table lacks a column.
     """
     pa = require_pyarrow()
     content = metadata(folder)
@@ -252,7 +254,7 @@ def batches(
 
 
 def load(folder: str | Path) -> tuple[list[str], np.ndarray]:
-    """The keys, and the embeddings (n, dim) in float32, of a whole table.
+    """The keys, and the embeddings (n, dim) in float32, of a complete table.
 
     Raises:
         FileNotFoundError, TableError: see :func:`batches`.
@@ -268,14 +270,14 @@ def load(folder: str | Path) -> tuple[list[str], np.ndarray]:
 
 
 def corrupt_in(path: Path, expected: str) -> tuple[int, list[tuple[str, str]]]:
-    """Of a shard: how many rows it has, and keys and reasons of what could not be decoded.
+    """A shard's number of rows, and keys and reasons of its images that could not be decoded.
 
     Args:
-        expected: the :func:`identity` that it must have.
+        expected: the :func:`identity` that the shard must have.
 
     Raises:
-        DamagedShardError: it is damaged.
-        TableError: it belongs to another table.
+        DamagedShardError: the shard is damaged.
+        TableError: the shard belongs to another table.
     """
     pa = require_pyarrow()
     try:
@@ -310,16 +312,16 @@ def _check(path: Path, found: Any, expected: Any, of: str) -> None:
 class ShardWriter:
     """Writes one shard atomically.
 
-    Leaving the ``with`` block by an error removes what was written. Two writers of one shard, such
-    as a process that was thought dead and its successor, do not meet.
+    If the ``with`` block raises, the partial file is removed. Two writers of the same shard, such
+    as a process presumed dead and its replacement, do not interfere.
 
     Args:
-        path: of the shard; its folder exists.
-        schema: of :func:`schema`.
-        identity: of :func:`identity`.
+        path: of the shard; its folder must exist.
+        schema: from :func:`schema`.
+        identity: from :func:`identity`.
 
     Raises:
-        CheckpointFileError: here or later, it cannot be written.
+        CheckpointFileError: the file cannot be written, here or in a later call.
     """
 
     def __init__(self, path: Path, schema: pyarrow.Schema, identity: str) -> None:
@@ -333,7 +335,7 @@ class ShardWriter:
         self._writer: Any = None
         try:
             self._file = open(self._temporary, "wb")  # noqa: SIM115 - closed when the block ends
-            # Embeddings are noise to a general compressor; what is fast to read is left as it is.
+            # Embeddings do not compress, so they are stored uncompressed for fast reading.
             self._writer = self._pa.parquet.ParquetWriter(
                 self._file, self.schema, compression="none", use_dictionary=False
             )
@@ -371,7 +373,7 @@ class ShardWriter:
             self._flush()
 
     def add_corrupt(self, key: str, reason: str) -> None:
-        """Note an image that could not be decoded."""
+        """Record an image that could not be decoded."""
         self._corrupt.append((key, reason))
 
     def _flush(self) -> None:
@@ -425,12 +427,12 @@ class ShardWriter:
             raise self._unwritten(error) from error
 
     def _leave(self) -> None:
-        """Close and remove what has not been moved."""
+        """Close the files and remove the temporary file, if it is still there."""
         for file in (self._writer, self._file):
             try:
                 if file is not None:
                     file.close()
-            except OSError:  # what it still holds does not fit either, and is not wanted
+            except OSError:  # buffered data that cannot be written is discarded anyway
                 pass
         self._temporary.unlink(missing_ok=True)
 

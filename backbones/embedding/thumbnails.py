@@ -1,4 +1,4 @@
-"""Small images of what a table was made of, for pictures and pages."""
+"""Thumbnails of a table's images, for contact sheets and pages."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from backbones.embedding.table import metadata
 __all__ = ["SIDE", "small", "thumbnails"]
 
 SIDE = 200
-"""The longer side of a small image, in pixels; smaller ones stay as they are."""
+"""The longer side of a thumbnail in pixels; smaller images keep their size."""
 
 
 def thumbnails(folder: str | Path) -> Callable[[str], Image.Image | None]:
@@ -33,20 +33,20 @@ def thumbnails(folder: str | Path) -> Callable[[str], Image.Image | None]:
     def find(key: str) -> Image.Image | None:
         try:
             return small(source.find(key))
-        except DECODE_ERRORS:  # as is what a reader says of a key that it does not have
+        except DECODE_ERRORS:  # these include a reader's error for a missing key
             return None
 
     return find
 
 
 def small(source: Path | IO[bytes] | Image.Image) -> Image.Image:
-    """An image in RGB, with a longer side of at most :data:`SIDE`.
+    """Shrink an image to a longer side of at most :data:`SIDE`, in RGB.
 
     Raises:
         one of :data:`backbones.core.images.DECODE_ERRORS`: it cannot be read.
     """
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of damage that spoils no pixel
+        warnings.simplefilter("ignore")  # about damage that affects no pixel
         if isinstance(source, Image.Image):
             image = as_8_bits(source)
         elif isinstance(source, Path):

@@ -1,7 +1,8 @@
 """Embeds parts of a source: in this process, in worker processes, or on a cluster.
 
-Started as a program, it takes a :class:`Job` and then numbered parts from its standard input,
-pickled, and answers with :class:`Event`; it ends with its input, or when nobody reads its answers.
+As a program, it reads a pickled :class:`Job` and then numbered parts from standard input, and
+writes pickled :class:`Event` objects to standard output. It exits at the end of its input, or when
+its output is closed.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from backbones.training.errors import DataError
 
 __all__ = ["Event", "Images", "Job", "Worker"]
 
-# What the system says of network disks that are gone, and of too many open files.
+# Errors for unreachable network disks and for too many open files.
 _OUT_OF_REACH = {
     getattr(errno, name)
     for name in ("ESTALE", "ENOTCONN", "ETIMEDOUT", "EHOSTDOWN", "EHOSTUNREACH", "EMFILE", "ENFILE")
@@ -53,9 +54,9 @@ class Job:
         folder: of the table.
         content: of its ``metadata.json``.
         checkpoint: file of the weights.
-        device: where the network runs.
-        batch_size: images that go through it at once.
-        decoders: threads that decode beside it; 0 to decode in turns with it.
+        device: that the network runs on.
+        batch_size: images per call of the network.
+        decoders: threads that decode while the network runs; 0 to alternate in one thread.
     """
 
     folder: Path
@@ -70,11 +71,11 @@ class Event(NamedTuple):
     """Progress of a part.
 
     Attributes:
-        part: its number.
-        rows: written since the last event of that part.
+        part: number of the part.
+        rows: rows written since the part's last event.
         corrupt: keys and reasons of images that could not be decoded since then.
-        done: whether the part is on disk.
-        error: why it will not be; "" if all is well.
+        done: whether the shard is on disk.
+        error: why the part failed; "" if it did not.
     """
 
     part: int
@@ -88,7 +89,7 @@ class Images:
     """Decodes and resizes images as ``predict`` does, up to 8 bits.
 
     Args:
-        config: preprocessing, as timm resolves it.
+        config: preprocessing, as resolved by timm.
     """
 
     def __init__(self, config: dict[str, Any]) -> None:
@@ -99,7 +100,7 @@ class Images:
         self._mean, self._std = (torch.tensor(config[key]).view(shape) for key in ("mean", "std"))
 
     def decode(self, item: Item) -> tuple[np.ndarray, tuple[int, int]]:
-        """Of an image that is opened here (C, H, W) of uint8, and its height and width.
+        """Open and decode an image: (C, H, W) uint8, and its original height and width.
 
         Raises:
             one of :data:`backbones.core.images.DECODE_ERRORS`: it cannot be read.
@@ -114,7 +115,7 @@ class Images:
         return np.asarray(self._transform(image)), (image.height, image.width)
 
     def normalise(self, images: Sequence[np.ndarray]) -> Tensor:
-        """A batch (B, C, H, W) for the network: to the last bit what timm's transform gives."""
+        """Make a batch (B, C, H, W) for the network, bit-identical to timm's transform."""
         batch = torch.from_numpy(np.stack(images)).float()
         return batch.div_(255).sub_(self._mean).div_(self._std)
 
@@ -123,8 +124,8 @@ class Worker:
     """Embeds parts and writes their shards.
 
     Raises:
-        CommandError, CheckpointError, OSError: the model cannot be made here.
-        DataError: the weights are not those that ``metadata.json`` names.
+        CommandError, CheckpointError, OSError: the model cannot be created here.
+        DataError: the weights differ from those in ``metadata.json``.
     """
 
     def __init__(self, job: Job, network: Network | None = None) -> None:
@@ -145,7 +146,7 @@ class Worker:
         self._pool = ThreadPoolExecutor(job.decoders) if job.decoders else None
 
     def close(self) -> None:
-        """End the threads."""
+        """Stop the threads."""
         if self._pool is not None:
             self._pool.shutdown(cancel_futures=True)
 
@@ -153,7 +154,7 @@ class Worker:
         """Write shard ``number`` from the images of ``part``.
 
         Raises:
-            CheckpointFileError: it cannot be written; nothing is left of it.
+            CheckpointFileError: the shard cannot be written; no partial file is left.
         """
         path = table.shard_path(self.job.folder, number)
         corrupt: list[tuple[str, str]] = []
@@ -168,7 +169,7 @@ class Worker:
     def _embed(
         self, batch: list[_Decoded], shard: table.ShardWriter, corrupt: list[tuple[str, str]]
     ) -> int:
-        # Always as many images: a network's fused form is made for a size of batch.
+        # Pad the last batch: the fused form of a network depends on the batch size.
         padded = [image for _, image, _ in batch]
         padded += padded[-1:] * (self.job.batch_size - len(batch))
         found, classes, scores = self.network(self._images.normalise(padded))
@@ -208,7 +209,7 @@ class Worker:
     def _ahead(
         self, part: Any, corrupt: list[tuple[str, str]]
     ) -> Iterator[tuple[Item, Callable[[], tuple[np.ndarray, tuple[int, int]]]]]:
-        """Items, and what gives their decoded images; with threads, some are being decoded."""
+        """Items with functions that return the decoded images, prefetched if there are threads."""
         items = self._items(part, corrupt)
         if self._pool is None:
             for item in items:
@@ -229,7 +230,7 @@ class Worker:
                 future.cancel()
 
     def _items(self, part: Any, corrupt: list[tuple[str, str]]) -> Iterator[Item]:
-        """What an archive or a table holds before it breaks off, if it does."""
+        """The items of a part; those before the damage if its archive or table is damaged."""
         try:
             yield from self._reader.items(part)
         except DataError as error:
@@ -251,7 +252,7 @@ class Worker:
 
 
 def _reason(error: Exception) -> str:
-    # Pillow names the open file, which has no name that would mean anything.
+    # Pillow's message contains the repr of the open file, which tells the user nothing.
     said = first_line(error).replace("cannot identify image file <_io.", "no known format: <_io.")
     return f"{type(error).__name__}: {said.partition(': <_io.')[0]}"
 
@@ -271,8 +272,8 @@ def _take(corrupt: list[tuple[str, str]], shard: table.ShardWriter) -> tuple[tup
 
 
 def main() -> None:
-    """Serve until the input ends."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # a terminal sends it to all; one decides
+    """Process parts from standard input until it ends."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is handled by the parent process
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)
 
@@ -280,7 +281,7 @@ def main() -> None:
         pickle.dump(event, answers)
         answers.flush()
 
-    warnings.simplefilter("ignore")  # of damage that spoils no pixel
+    warnings.simplefilter("ignore")  # about damage that affects no pixel
     number = -1
     try:
         with sys.stdin.buffer as orders:
@@ -293,7 +294,7 @@ def main() -> None:
                 for event in worker(number, part):
                     say(event)
     except (EOFError, BrokenPipeError):
-        os._exit(0)  # the first process has ended, or wants this one to
+        os._exit(0)  # the parent process has ended or closed the input
     except (MendableError, OSError, ValueError) as error:
         say(Event(number, error=f"{first_line(error)}"))
         os._exit(2)

@@ -1,4 +1,4 @@
-"""Softmax attention by torch's fused kernels, in which NaN stays NaN."""
+"""Softmax attention with torch's fused kernels that propagates NaN."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import Tensor
 
 __all__ = ["softmax_attention"]
 
-# The widest vector register that torch has kernels for holds as many numbers.
+# float32 lanes of the widest vector register that torch's kernels use.
 _LANES = 16
 
 
@@ -17,10 +17,9 @@ def softmax_attention(
 ) -> Tensor:
     """softmax(query · keyᵀ · scale) · value.
 
-    torch's kernel for CPUs finds the greatest score of a row without regard to NaN where the row
-    does not fill a vector register. A row of nothing but NaN then looks to it as one that is masked
-    as a whole does, and comes out as 0: weights that diverged give numbers that look right. With a
-    mask, even one that hides nothing, it does not.
+    torch's CPU kernel ignores NaN when it computes the maximum of a row that does not fill a vector
+    register. A row of NaN is then treated like a fully masked row and yields 0, so diverged weights
+    give plausible numbers. Passing a mask, even one that masks nothing, avoids this.
 
     Args:
         query: (B, heads, N, head_dim).
@@ -31,7 +30,7 @@ def softmax_attention(
     Returns:
         (B, heads, N, value_dim).
     """
-    # A number of keys may be symbolic for compilers and tracers: they take torch as it is.
+    # Compilers and tracers may see a symbolic number of keys, so they get no mask.
     seen = not (torch.compiler.is_compiling() or torch.jit.is_tracing())
     mask = query.new_zeros(1, 1) if seen and query.is_cpu and key.shape[-2] < _LANES else None
     return F.scaled_dot_product_attention(query, key, value, attn_mask=mask, scale=scale)

@@ -1,4 +1,4 @@
-"""Bi-WKV, Vision-RWKV's bidirectional scan, by its formula or as the published kernel computes it.
+"""Bi-WKV, Vision-RWKV's bidirectional scan: its formula, or what the published kernel computes.
 
 https://arxiv.org/abs/2403.02308. Each backend is a module with two functions: ``supports``, which
 returns ``None`` or the reason why it does not support a call, and ``attend``, which is

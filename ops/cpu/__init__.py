@@ -1,28 +1,29 @@
-"""C++ kernels: compiled already in wheels, else on first use with the system's compiler.
+"""C++ kernels, shipped compiled in wheels, otherwise compiled on first use.
 
-A kernel is one ``.cpp`` file of this folder together with the headers beside it. It has a plain C
-interface and includes nothing of torch, so that it compiles in seconds and outlives torch versions.
-:func:`load` gives its library, or ``None`` where it cannot be had; the caller then takes its path
-in pure torch, and :func:`unavailable_reason` tells people why.
+A kernel is one ``.cpp`` file in a subfolder and the headers next to it. It has a plain C interface
+and includes no torch headers, so it compiles in seconds and does not depend on the torch version.
+:func:`load` returns its library, or ``None`` if it is unavailable. The caller then falls back to
+pure torch, and :func:`unavailable_reason` returns the reason.
 
-A wheel has a library for each kernel and instruction set in ``compiled``, in files whose names tell
-what sources they were made from. What is missing is compiled together, as many kernels at a time as
-there are CPUs, with a bar that shows it (:mod:`ops.cpu.batch`), or ahead of time by
-``vision-backbones build``. It is kept in a folder of the user's cache, and loaded only from one
-that nobody but the user and root may change (:mod:`ops.cpu.trust`), and only if it is intact. Where
-the cache will not do (others may write to it, it cannot be written, no code may run there, the disk
-is full), libraries lie in a private folder below ``/var/tmp``, ``$XDG_RUNTIME_DIR`` or the folder
-for temporary files; a warning says so once (:mod:`ops.cpu.cache`).
+A wheel has a library for each kernel and instruction set in ``compiled``; the file names contain a
+digest of the sources. Missing libraries are compiled together, one kernel per CPU at a time, with a
+progress bar (:mod:`ops.cpu.batch`), or ahead of time by ``vision-backbones build``. They are kept
+in the user's cache. Libraries are loaded only if they are intact and only from folders that nobody
+but the user and root can change (:mod:`ops.cpu.trust`). If the cache is unusable (others can write
+to it, it is not writable, mounted noexec, or the disk is full), a private folder below
+``/var/tmp``, ``$XDG_RUNTIME_DIR`` or the temporary directory is used instead, and a warning is
+logged once (:mod:`ops.cpu.cache`).
 
-Kernels run on the threads of the OpenMP runtime that torch has loaded (:mod:`ops.cpu.openmp`).
+Kernels run on the threads of torch's OpenMP runtime (:mod:`ops.cpu.openmp`).
 
 Environment variables:
 
 - ``VISION_BACKBONES_NATIVE=0`` (or ``false``, ``no``, ``off``): never compile or load a kernel.
 - ``VISION_BACKBONES_NATIVE_ISA=amx|avx512bf16|avx512|avx2|portable``, on ARM
-  ``neonbf16|neon|portable``: at most this instruction set. With avx512, avx2 or neon, inference
-  layers leave no bfloat16 to torch's products either.
-- ``VISION_BACKBONES_CACHE_DIR``: where compiled kernels are kept (a ``native`` folder in it).
+  ``neonbf16|neon|portable``: the richest instruction set to use. With avx512, avx2 or neon,
+    inference layers don't use torch's bfloat16 matrix products either.
+- ``VISION_BACKBONES_CACHE_DIR``: the cache folder; compiled kernels are kept in its ``native``
+  folder.
 - ``CXX``: the compiler, tried before ``c++``, ``g++`` and ``clang++``.
 """
 

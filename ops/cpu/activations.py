@@ -1,18 +1,18 @@
-"""The activations that kernels apply to what they compute."""
+"""The activations that kernels can fuse."""
 
 from __future__ import annotations
 
 __all__ = ["ACTIVATIONS", "require_activation"]
 
-# The order is that of `activation::Kind` in common/activation.h. GELU is the exact one.
+# In the order of `activation::Kind` in common/activation.h. GELU is the exact one.
 ACTIVATIONS = ("none", "relu", "gelu", "silu", "hardswish", "relu6")
 
 
 def require_activation(name: str) -> None:
-    """Refuse what kernels do not apply.
+    """Raise an error for activations that kernels cannot apply.
 
     Raises:
-        ValueError: another name.
+        ValueError: the name is not in :data:`ACTIVATIONS`.
     """
     if name not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {ACTIVATIONS}, got {name!r}")

@@ -1,4 +1,4 @@
-"""Compile several kernels at a time, as many as there are CPUs."""
+"""Compile several kernels in parallel, one per CPU."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ __all__ = ["compile_all"]
 _log = logging.getLogger(__name__)
 
 _SHOW_S = 0.2
-# Of a source with what it includes: what compiles in no time.
+# The size of a source with its headers that compiles almost instantly.
 _QUICK_BYTES = 22_000
 
-_given_up: str | None = None  # why no compiler is tried again
-_refused: dict[str, str] = {}  # libraries that no compiler could make, and why
+_given_up: str | None = None  # why compilers are no longer tried
+_refused: dict[str, str] = {}  # libraries that no compiler could build, and why
 
 
 def compile_all(
@@ -32,22 +32,22 @@ def compile_all(
     compilers: Sequence[Sequence[str]],
     foreign: Collection[Path] = (),
 ) -> None:
-    """Compile kernels into ``folder``; those that another process compiles are waited for.
+    """Compile kernels into ``folder``, waiting for those that another process is compiling.
 
     Args:
-        names: the first is the one that must be had; what fails of the others is not told.
-        compilers: as of :func:`ops.cpu.compiler.find_compilers`.
-        foreign: libraries that are there, but were made on another system.
+        names: the first is required; failures of the others are ignored.
+        compilers: the result of :func:`ops.cpu.compiler.find_compilers`.
+        foreign: existing libraries that were built on another system.
 
     Raises:
-        RefusedError: the compilers do not take the first with these instructions.
-        CompilerError, OSError: it cannot be had, whatever the instructions.
+        RefusedError: no compiler accepts the first kernel for this instruction set.
+        CompilerError, OSError: it cannot be built for any instruction set.
     """
     stems = {name: libraries.stem(name, isa) for name in names}
     if (reason := _refused.get(stems[names[0]])) is not None:
         raise compiler.RefusedError(reason)
     weights = {name: _weight(name) for name in names if stems[name] not in _refused}
-    # The longest ones first, so that all are ready at about the same time.
+    # Longest first, so that all threads finish at about the same time.
     order = sorted(weights, key=lambda name: -weights[name])
     running: list[str] = []
 
@@ -78,7 +78,7 @@ def compile_all(
 
 
 def _weight(name: str) -> float:
-    """About how long it takes to compile, in any unit."""
+    """The approximate compile time, in arbitrary units."""
     files = included(libraries.sources()[name], libraries.SOURCES)
     return max(1, sum(path.stat().st_size for path in files) - _QUICK_BYTES)
 
@@ -96,13 +96,13 @@ def _compile(
     compilers: Sequence[Sequence[str]],
     foreign: Collection[Path],
 ) -> None:
-    """Compile into a scratch folder and move it into place, so that no one ever sees half of it."""
+    """Compile into a scratch folder and move the library into place atomically."""
     global _given_up
     with (
         cache.scratch(folder) as scratch,
         cache.locked(folder / f"{stem}.lock", compiler.stopped),
     ):
-        # Another process may have built it while this one waited.
+        # Another process may have built it in the meantime.
         if set(cache.find(folder, stem)).difference(foreign):
             return
         if _given_up is not None:

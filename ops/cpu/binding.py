@@ -1,9 +1,9 @@
-"""The one way from torch to a kernel: schema, dispatch, arguments, errors, capture.
+"""The binding of kernels to torch: schema, dispatch, arguments, errors, capture.
 
-A kernel is described by a Python function of its name: it checks what it is given, allocates the
-results and says what the C function is called with. :func:`kernel` makes an operator of torch of it
-(with the shapes that ``torch.compile`` and ``torch.export`` ask for), and calls it past torch's
-dispatcher where that would do nothing else; to go through it takes longer than a small map.
+A kernel is described by a Python function of the same name that checks its arguments, allocates the
+results and returns the arguments of the C function. :func:`kernel` registers it as a torch operator
+(with a meta implementation for ``torch.compile`` and ``torch.export``) and bypasses torch's
+dispatcher where that would only call the kernel: dispatch takes longer than computing a small map.
 """
 
 from __future__ import annotations
@@ -40,21 +40,21 @@ __all__ = [
 
 
 class Addresses(NamedTuple):
-    """A structure of pointers, and of numbers beside them.
+    """A structure of pointers and numbers.
 
     Attributes:
-        structure: see :func:`ops.cpu.structures.structure`; its fields have 8 bytes each, or are
-            such structures themselves.
-        fields: what they hold: a tensor whose address it is, a tensor and how many bytes behind its
-            beginning, a number, or the addresses of an inner structure. Those that are missing, or
-            None, are zeros and null pointers.
+        structure: see :func:`ops.cpu.structures.structure`; each field has 8 bytes or is itself
+            such a structure.
+        fields: the values: a tensor (its address), a tensor with an offset in bytes, a number, or
+            the ``Addresses`` of a nested structure. Fields that are missing or None are zeros and
+            null pointers.
     """
 
     structure: Any
     fields: dict[str, Any]
 
     def words(self) -> list[int | tuple[Tensor, int]]:
-        """Its 8-byte words in their order: numbers, and tensors with offsets in bytes."""
+        """The 8-byte words in order: numbers, and tensors with offsets in bytes."""
         found: list[Any] = []
         for name, kind in self.structure._fields_:
             value = self.fields.get(name)
@@ -72,14 +72,14 @@ class Addresses(NamedTuple):
 
 
 def problem_of(structure: Any, x: Tensor, axes: str = "", **fields: Any) -> Any:
-    """A structure of numbers, which tells a kernel the sizes of a call.
+    """A structure of numbers: the sizes that a kernel is called with.
 
     Args:
-        structure: see :func:`ops.cpu.structures.structure`; it has a field ``bfloat16``, which says
-            whether that is the dtype of ``x``.
-        axes: fields that hold the sizes of the axes of ``x``, such as ``"batch height width dim"``;
-            ``_`` for an axis that none does.
-        fields: the others, those of activations by their names.
+        structure: see :func:`ops.cpu.structures.structure`; its field ``bfloat16`` is set if ``x``
+            has that dtype.
+        axes: the fields for the sizes of the axes of ``x``, such as ``"batch height width dim"``;
+            ``_`` skips an axis.
+        fields: all other fields; activations are given by name.
     """
     sizes = dict(zip(axes.split(), x.shape, strict=False))
     sizes.pop("_", None)
@@ -87,18 +87,18 @@ def problem_of(structure: Any, x: Tensor, axes: str = "", **fields: Any) -> Any:
     return structure(bfloat16=x.dtype == torch.bfloat16, **sizes, **numbers)
 
 
-# What C functions take: numbers, and the addresses of a structure or an array of them, of pointers
-# in structures, or in an array of them, and of tensors.
+# Arguments of C functions: numbers, and the addresses of a structure or an array of structures of
+# numbers, of a structure or an array of structures of pointers, and of tensors.
 Argument = int | ctypes.Structure | ctypes.Array | Addresses | Sequence[Addresses] | Tensor
 
 
 class Call(NamedTuple):
-    """What a call comes to.
+    """The result and the C arguments of a call.
 
     Attributes:
-        result: what the operator returns; it is allocated, and the kernel fills it in.
-        arguments: makes the arguments of the C function; it isn't called where only shapes are
-            asked for, or where the first result is empty.
+        result: what the operator returns, allocated; the kernel fills it in.
+        arguments: makes the arguments of the C function; not called if only shapes are needed or
+            the first result is empty.
     """
 
     result: Any
@@ -106,12 +106,12 @@ class Call(NamedTuple):
 
 
 class Observer(Protocol):
-    """What is told of every call of a kernel in its thread, before it runs and after."""
+    """Notified of every kernel call in its thread, before and after the call."""
 
     def kernel_called(self, called: Kernel, function: Any, arguments: Sequence[Any]) -> None: ...
 
     def kernel_returned(self, called: Kernel, given: dict[str, Any], result: Any) -> None:
-        """``given`` are the operator's arguments, by their names."""
+        """``given`` are the operator's arguments by name."""
 
 
 class _Thread(threading.local):
@@ -122,7 +122,7 @@ _thread = _Thread()
 
 
 class observed_by:  # noqa: N801 (a context manager that reads like a function)
-    """Inside, in this thread, ``observer`` is told of every call."""
+    """Context manager that notifies ``observer`` of every call in this thread."""
 
     def __init__(self, observer: Observer) -> None:
         self._observer = observer
@@ -142,7 +142,7 @@ _TYPES = {
     **{"float": "float", "float | None": "float?", "Sequence[float]": "float[]"},
     **{"str": "str", "Sequence[str]": "str[]"},
 }
-_MOST_PLANS = 256  # of a kernel: layouts that are remembered
+_MOST_PLANS = 256  # layouts remembered per kernel
 _UNKNOWN: Any = object()
 
 
@@ -155,15 +155,16 @@ def kernel(
     large_results: bool = False,
     refuses: Callable[[torch.device, torch.dtype], str | None] | None = None,
 ) -> Callable[[Callable[..., Call]], Kernel]:
-    """Make a :class:`Kernel` of the function below that describes its calls.
+    """Decorator that makes a :class:`Kernel` from the function that describes its calls.
 
     Args:
         library: the name of its source, ``ops/cpu/<folder>/<library>.cpp``.
-        function: of its C interface; it returns 0, or 1 where memory ran out.
-        returns: of the schema.
+        function: the C function; it returns 0, or 1 if it ran out of memory.
+        returns: the return type in the schema.
         mutates: parameters that are written to.
-        large_results: whether results may be so large that they want huge pages.
-        refuses: why tensors of a device and a dtype are refused that other kernels take, or None.
+        large_results: whether results may be large enough to benefit from huge pages.
+        refuses: returns why the kernel refuses a device and dtype that other kernels accept, or
+            None.
     """
 
     def made_of(describe: Callable[..., Call]) -> Kernel:
@@ -174,15 +175,15 @@ def kernel(
 
 
 class Kernel:
-    """A function of a library of kernels, called like the function that describes it.
+    """A kernel's C function, called like the Python function that describes it.
 
-    There are no gradients. Calls whose arguments have a layout that was there before are not
-    described again: that takes longer than a small map.
+    There are no gradients. Plans are cached by the layout of the arguments, since describing a call
+    takes longer than computing a small map.
 
     Raises:
-        ValueError: what the description refuses.
-        RuntimeError: the library cannot be had here (:meth:`unsupported` tells beforehand).
-        MemoryError: there is no memory for its scratch buffers.
+        ValueError: the description rejects the arguments.
+        RuntimeError: the library is not available here (check :meth:`unsupported` first).
+        MemoryError: the scratch buffers cannot be allocated.
     """
 
     def __init__(
@@ -206,7 +207,7 @@ class Kernel:
         )
         registered.define(f"{self.name}({schema}) -> {returns}")
         registered.impl(self.name, self._run, "CPU")
-        # torch.library.register_fake would look up its caller's source, 10 ms for each import.
+        # torch.library.register_fake would look up its caller's source: 10 ms per import.
         registered.impl(self.name, lambda *a: describe(*a).result, "Meta")
         self._dispatched = getattr(torch.ops.vision_backbones, self.name).default
         self._plans: dict[Hashable, _Plan | None] = {}
@@ -223,14 +224,14 @@ class Kernel:
         return self._run_plain(args, tensors)
 
     def unsupported(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """``None`` if such tensors are the kernel's, else the reason in words.
+        """``None`` if the kernel computes such tensors, else the reason.
 
-        The first call on a machine compiles the library, which takes some seconds.
+        The first call on a machine compiles the library, which takes a few seconds.
         """
         return policy.left_to_torch(self.library, dtype) or self.refusal(device, dtype)
 
     def refusal(self, device: torch.device, dtype: torch.dtype) -> str | None:
-        """Why the kernel cannot run on such tensors, whether or not torch would be faster."""
+        """Why the kernel cannot run on such tensors, even if torch would be faster."""
         if device.type != "cpu":
             return f"the kernel runs on the CPU, the tensors are on {device.type}"
         if dtype not in (torch.float32, torch.bfloat16):
@@ -313,7 +314,7 @@ class Kernel:
 
 
 class _Signature:
-    """Which arguments are tensors, and what a call depends on beside their values."""
+    """Which arguments are tensors, and the layout key of a call."""
 
     def __init__(self, types: Sequence[str]) -> None:
         self._single = [i for i, kind in enumerate(types) if kind in ("Tensor", "Tensor?")]
@@ -323,7 +324,7 @@ class _Signature:
         self._sequences = [i for i in others if types[i].endswith("[]")]
 
     def tensors(self, args: Sequence[Any]) -> list[Tensor | None]:
-        """The single ones first."""
+        """The tensors, single arguments before those in lists."""
         found = [args[i] for i in self._single]
         for i in self._lists:
             found += args[i]
@@ -342,12 +343,12 @@ class _Signature:
 
 
 class _Plan:
-    """The arguments of calls whose tensors have a certain layout, without describing them again.
+    """Makes the C arguments of calls with a known layout without describing them again.
 
     Args:
-        templates: an argument each: what is the same in every call, or the index of a pointer, or
-            what packs words, and which ones; of those of :meth:`arguments`.
-        shifted: of words that lie behind where a tensor begins, its index and the bytes.
+        templates: one per argument: a constant, the index of a pointer among the words of
+            :meth:`arguments`, or a packer with the words that it packs.
+        shifted: the index and the offset in bytes of each word that points inside a tensor.
         constants: words that are numbers.
         results: sizes, strides and dtypes.
         gives: what the operator returns: a tensor, several, or None.
@@ -368,7 +369,7 @@ class _Plan:
     def of(
         cls, tensors: Sequence[Tensor | None], call: Call, arguments: Sequence[Any]
     ) -> _Plan | None:
-        """None where tensors were copied, or made for the call: then it is to be described."""
+        """None if tensors were copied or created for the call, which then has to be described."""
         results = _results(call)
         if not arguments:
             return None
@@ -414,7 +415,7 @@ class _Plan:
 
 
 def words_of(argument: Any) -> list[int | tuple[Tensor, int]] | None:
-    """Those of structures with pointers, or of a tensor; None for what is no address of tensors."""
+    """The words of pointer structures or of a tensor; None for arguments without addresses."""
     if isinstance(argument, Addresses):
         return argument.words()
     if isinstance(argument, list):
@@ -423,7 +424,7 @@ def words_of(argument: Any) -> list[int | tuple[Tensor, int]] | None:
 
 
 def _require_same_bytes(library: str, argument: Any) -> None:
-    """Refuse a library whose structures are others than those that headers declare."""
+    """Raise an error if the library's structures differ from the headers' declarations."""
     of = argument[0] if isinstance(argument, list) else argument
     kind: Any = of.structure if isinstance(of, Addresses) else type(argument)
     if issubclass(kind, ctypes.Array):

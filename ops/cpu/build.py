@@ -1,4 +1,4 @@
-"""Compile each C++ kernel once, on first use, and load it."""
+"""Find, compile on first use, and load C++ kernels."""
 
 from __future__ import annotations
 
@@ -31,19 +31,19 @@ __all__ = [
 
 _log = logging.getLogger(__name__)
 
-# What plain layers use, and few models: nobody waits for these together with all the others.
+# Used by plain layers but few models, so these are not compiled along with all the others.
 _OF_PLAIN_LAYERS = {"deformable", "neighborhood"}
 
 
 @dataclass(frozen=True)
 class Kernel:
-    """What became of one kernel in this process.
+    """The state of a kernel in this process.
 
     Attributes:
         library: the loaded library, or ``None``.
         path: its file, or ``None``.
-        instruction_set: what it was compiled for; see :mod:`ops.cpu.instruction_sets`.
-        reason: why there is no library, in words; ``None`` where there is one.
+        instruction_set: the one it was compiled for; see :mod:`ops.cpu.instruction_sets`.
+        reason: why there is no library, or ``None``.
     """
 
     library: ctypes.CDLL | None
@@ -53,41 +53,41 @@ class Kernel:
 
 
 _kernels: dict[str, Kernel] = {}
-_kernels_lock = threading.RLock()  # one kernel may want another
-_told: set[str] = set()  # what has been said, and is not said for every kernel
+_kernels_lock = threading.RLock()  # loading one kernel may load another
+_told: set[str] = set()  # messages that are logged once rather than per kernel
 
 
 def load(name: str) -> ctypes.CDLL | None:
-    """The library of the kernel ``name``, compiled if need be; ``None`` if it cannot be had.
+    """The library of the kernel ``name``, compiled if needed; ``None`` if it is unavailable.
 
-    The outcome is remembered for the life of the process.
+    The outcome is cached for the life of the process.
 
     Raises:
-        ValueError: if no such kernel exists.
-        SettingError: a variable of the environment has a value that means nothing.
+        ValueError: no such kernel exists.
+        SettingError: an environment variable has an invalid value.
     """
     return status(name).library
 
 
 def unavailable_reason(name: str) -> str | None:
-    """Why :func:`load` gives ``None``, in words; ``None`` where it gives a library."""
+    """Why :func:`load` returns ``None``, or ``None`` if it returns a library."""
     return status(name).reason
 
 
 def status(name: str) -> Kernel:
-    """Build and load the kernel ``name`` on the first call; later calls repeat the outcome."""
+    """Build and load the kernel ``name`` on the first call; later calls return the same state."""
     kernel = _kernels.get(name)
     return _remembered(name, _together(name)) if kernel is None else kernel
 
 
 def prepare(isa: str) -> Path | None:
-    """Compile all kernels for an instruction set, which need not be this CPU's; none is loaded.
+    """Compile all kernels for an instruction set, not necessarily this CPU's, without loading them.
 
     Returns:
-        The folder that keeps them; None if they came with the package.
+        The folder that holds them; None if they came with the package.
 
     Raises:
-        RuntimeError: they cannot be had: why.
+        RuntimeError: they cannot be built; the message says why.
     """
     if not is_switched_on():
         raise RuntimeError(f"switched off by {SWITCH}={os.environ[SWITCH]}")
@@ -116,7 +116,7 @@ def prepare(isa: str) -> Path | None:
 
 
 def _start_anew() -> None:
-    """In a fork: whoever holds the lock is a thread of the parent, and not here."""
+    """After a fork: a lock held by a thread of the parent would never be released."""
     global _kernels_lock
     _kernels_lock = threading.RLock()
 
@@ -126,15 +126,15 @@ if hasattr(os, "register_at_fork"):
 
 
 class _UnavailableError(Exception):
-    """Why a kernel cannot be had, whatever the instructions."""
+    """A kernel is unavailable for every instruction set; the message says why."""
 
 
 class _ForeignError(Exception):
-    """The library cannot be loaded on this system: why."""
+    """The library cannot be loaded on this system; the message says why."""
 
 
 def _remembered(name: str, beside: Sequence[str]) -> Kernel:
-    """The kernel; where it is compiled, ``beside`` those that are likely to be needed soon."""
+    """The kernel; if it has to be compiled, so are those in ``beside``, likely needed soon."""
     with _kernels_lock:
         kernel = _kernels.get(name)
         if kernel is None:
@@ -151,7 +151,7 @@ def _find_or_build(name: str, beside: Sequence[str]) -> Kernel:
     gemm = _remembered(libraries.GEMM, beside)
     if gemm.library is None:
         return gemm
-    # It takes weights that were packed for its own vectors.
+    # Weights are packed for gemm's vectors, so the instruction sets must match.
     kernel = _find_or_build_alone(name, beside, [gemm.instruction_set])
     if kernel.library is not None:
         _give_gemm(kernel.library, gemm.library)
@@ -163,7 +163,7 @@ def _give_gemm(library: ctypes.CDLL, gemm: ctypes.CDLL) -> None:
 
 
 def _find_or_build_alone(name: str, beside: Sequence[str], sets: list[str]) -> Kernel:
-    """The kernel for the first of the instruction sets that it can be had for."""
+    """The kernel for the first of the instruction sets that is available."""
     reason, expected, may_build = "", False, True
     if not is_switched_on():
         reason, expected = f"switched off by {SWITCH}={os.environ[SWITCH]}", True
@@ -172,17 +172,17 @@ def _find_or_build_alone(name: str, beside: Sequence[str], sets: list[str]) -> K
         try:
             kernel = _find_or_build_for(name, isa, beside if may_build else None)
         except compiler.RefusedError as error:
-            # An old compiler may not know the instructions of a new CPU.
+            # An old compiler may not support a new CPU's instructions.
             reason = str(error)
         except (_UnavailableError, compiler.CompilerError, OSError) as error:
-            # Fewer instructions would not help; a library that was compiled for them would.
+            # A plainer instruction set would not help, unless it is compiled already.
             reason, may_build = str(error), False
             expected = isinstance(error, compiler.NoCompilerError)
         else:
             if kernel is not None:
                 return kernel
     _log.log(
-        # To have no compiler, or to want no kernels, is nothing out of the ordinary.
+        # A missing compiler or disabled kernels are no reason for a warning.
         logging.INFO if expected or not _is_news("failure") else logging.WARNING,
         "No compiled %s kernel, the pure torch path is used: %s",
         name,
@@ -192,15 +192,15 @@ def _find_or_build_alone(name: str, beside: Sequence[str], sets: list[str]) -> K
 
 
 def _find_or_build_for(name: str, isa: str, beside: Sequence[str] | None) -> Kernel | None:
-    """The kernel that came with the package, else from the first folder that has it, else compiled
-    into the first that will do.
+    """The kernel from the package, else from the first folder that has it, else compiled into the
+    first usable folder.
 
     Args:
-        beside: see :func:`_remembered`; None to compile nothing.
+        beside: see :func:`_remembered`; None disables compilation.
 
     Raises:
-        RefusedError: the compilers do not take the source with these instructions.
-        CompilerError, _UnavailableError, OSError: it cannot be had, whatever the instructions.
+        RefusedError: no compiler accepts the source for this instruction set.
+        CompilerError, _UnavailableError, OSError: it is unavailable for every instruction set.
     """
     stem, may_build = libraries.stem(name, isa), beside is not None
     if (path := libraries.shipped(stem)) is not None:
@@ -230,12 +230,12 @@ def _find_or_build_for(name: str, isa: str, beside: Sequence[str] | None) -> Ker
 
 
 def _load_kept(folder: Path, stem: str, foreign: set[Path]) -> tuple[ctypes.CDLL, Path] | None:
-    """A library that is there already; those that do not load here are added to ``foreign``."""
+    """An existing library; those that cannot be loaded here are added to ``foreign``."""
     for path in cache.find(folder, stem):
         if path not in foreign:
             try:
                 return _open(path), path
-            except _ForeignError:  # of another system that shares the folder
+            except _ForeignError:  # from another system that shares the folder
                 foreign.add(path)
     return None
 
@@ -255,7 +255,7 @@ def _open(path: Path) -> ctypes.CDLL:
 def _build(
     name: str, isa: str, folder: Path, foreign: set[Path], beside: Sequence[str]
 ) -> tuple[ctypes.CDLL, Path]:
-    """Compile the kernel and those of ``beside`` that are missing, too."""
+    """Compile the kernel and the missing ones of ``beside``."""
     compilers = _compilers()
     others = [other for other in beside if other != name and _is_missing(other, isa, folder)]
     wanted = [name, *others]
@@ -266,7 +266,7 @@ def _build(
 
 
 def _together(name: str) -> list[str]:
-    """What is compiled at once with ``name``: those of fused models, or those of plain layers."""
+    """The kernels compiled along with ``name``: those of fused models, or those of plain layers."""
     is_plain = name in _OF_PLAIN_LAYERS
     return [n for n in sources() if n == libraries.GEMM or (n in _OF_PLAIN_LAYERS) == is_plain]
 
@@ -288,7 +288,7 @@ def _compilers() -> list[list[str]]:
 
 
 def _is_news(what: str) -> bool:
-    """Whether it is the first time in this process."""
+    """Whether this is the first call for ``what`` in this process."""
     if what in _told:
         return False
     _told.add(what)

@@ -1,8 +1,8 @@
-"""Where compiled libraries lie: which folders will do, and what is intact and safe to load there.
+"""The folders of compiled libraries: which are usable, and which files are safe to load.
 
-A library's name ends in the digest of its contents, so that one which was cut off or changed is
-known before it is loaded, and libraries that several systems compile into a shared home lie side by
-side. Everything is made beside its place and moved into it.
+A library's name ends in the digest of its contents, so truncated or modified files are detected
+before they are loaded, and several systems can compile into a shared home directory. Files are
+written to a scratch folder and then moved into place.
 """
 
 from __future__ import annotations
@@ -41,36 +41,36 @@ __all__ = [
 _log = logging.getLogger(__name__)
 
 _SUFFIX = ".dll" if sys.platform == "win32" else ".so"
-# Where files outlive a restart of the machine, and everyone has room.
+# Survives reboots and is writable by everyone.
 _LASTING = Path("/var/tmp")
 _SCRATCH_PREFIX = "building-"
-# Longer than any compilation may take.
+# Longer than any compilation is allowed to take.
 _STALE_S = 3600.0
-_LEAST_BYTES = 8 << 20  # for the assembler's files, mostly
-# Some kernels take a quarter of that to compile on a busy machine.
+_LEAST_BYTES = 8 << 20  # mostly for the assembler's files
+# Some kernels take a quarter of this to compile on a busy machine.
 _LOCK_PATIENCE_S = 120.0
 
-_refused: dict[Path, Flaw] = {}  # where nothing can be written, as was found out
-_temporary: list[Path] = []  # at most one: the folder of this process alone
+_refused: dict[Path, Flaw] = {}  # folders where writing has failed
+_temporary: list[Path] = []  # at most one: this process's own folder
 
 
 # ---- folders -----------------------------------------------------------------------------------
 def cache_dir() -> Path:
-    """The folder that compiled kernels are to be kept in; it need not exist, nor will it always do.
+    """The preferred folder of compiled kernels; it may be missing or unusable.
 
-    Where it will not, they lie in another; see :func:`folders`.
+    If it is unusable, another one of :func:`folders` is used.
     """
     return next(folders())
 
 
 def folders(temporary: bool = False) -> Iterator[Path]:
-    """Where compiled libraries may lie, from the best place on.
+    """The folders that may hold compiled libraries, in order of preference.
 
-    After the user's cache come private folders, for where that is missing or will not do.
+    After the user's cache come private folders, used if the cache is missing or unusable.
 
     Args:
-        temporary: at last, make one that is removed when this process ends; else it comes only if
-            it has been made.
+        temporary: finally create one that is removed when this process ends; by default it is
+            included only if it exists already.
     """
     yield _user_cache()
     user = "" if sys.platform == "win32" else f"-{os.geteuid()}"
@@ -79,7 +79,7 @@ def folders(temporary: bool = False) -> Iterator[Path]:
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     if runtime and os.path.isdir(runtime):
         yield Path(runtime) / "vision-backbones" / "native"
-    with contextlib.suppress(OSError):  # there may be no folder for temporary files
+    with contextlib.suppress(OSError):  # there may be no temporary directory
         yield Path(tempfile.gettempdir()) / f"vision-backbones{user}" / "native"
         if temporary and not _temporary:
             _temporary.append(Path(tempfile.mkdtemp(prefix="vision-backbones-")))
@@ -88,7 +88,7 @@ def folders(temporary: bool = False) -> Iterator[Path]:
 
 
 def _user_cache() -> Path:
-    # Where nobody knows the user's home, the "~" stays.
+    # If the home directory is unknown, the "~" remains.
     chosen = os.environ.get("VISION_BACKBONES_CACHE_DIR")
     if chosen:
         return Path(os.path.expanduser(chosen)) / "native"
@@ -108,7 +108,7 @@ def _remove_temporary(pid: int) -> None:
 
 
 def flaw(folder: Path) -> Flaw | None:
-    """Why no library may be loaded from ``folder``, there already or not; None if it will do."""
+    """Why no library may be loaded from ``folder``, which need not exist; None if it is usable."""
     if folder.parts[0].startswith("~"):
         return Flaw(f"there is no home for {str(folder)!r}")
     try:
@@ -127,13 +127,13 @@ def flaw(folder: Path) -> Flaw | None:
 
 
 def refuse(folder: Path, error: OSError) -> Flaw:
-    """Compile nothing more into ``folder`` in this process, because of ``error``."""
+    """Stop compiling into ``folder`` in this process because of ``error``."""
     _refused[folder] = Flaw(_words(error))
     return _refused[folder]
 
 
 def refused(folder: Path) -> Flaw | None:
-    """Why nothing more is compiled into ``folder``; None if that was never tried in vain."""
+    """Why nothing more is compiled into ``folder``; None if no attempt has failed."""
     return _refused.get(folder)
 
 
@@ -178,7 +178,7 @@ def _digest(path: Path) -> str:
 
 
 def keep(built: Path, folder: Path, stem: str) -> Path:
-    """Move the library ``built``, which lies in a scratch folder of ``folder``, to its place."""
+    """Move the library ``built`` from a scratch folder in ``folder`` to its final place."""
     path = folder / f"{stem}-{_digest(built)}{_SUFFIX}"
     built.chmod(stat.S_IMODE(built.stat().st_mode) & ~0o022)  # whatever the umask is
     os.replace(built, path)
@@ -186,7 +186,7 @@ def keep(built: Path, folder: Path, stem: str) -> Path:
 
 
 def may_run(path: Path) -> bool:
-    """Whether the system lets the code of the file ``path`` run, where it lies."""
+    """Whether the system allows code to be loaded from ``path`` (not mounted noexec)."""
     if sys.platform != "linux":
         return True
     try:
@@ -200,14 +200,14 @@ def may_run(path: Path) -> bool:
 # ---- building ----------------------------------------------------------------------------------
 @contextlib.contextmanager
 def scratch(folder: Path) -> Iterator[Path]:
-    """A folder in ``folder``, which is made if need be, that is gone afterwards.
+    """A temporary folder in ``folder``, which is created if needed.
 
-    Those that killed processes left are removed, too.
+    Leftovers of killed processes are removed, too.
 
     Raises:
         OSError: nothing can be written there.
     """
-    # A link may lead to what is not there yet.
+    # A link may point to a folder that doesn't exist yet.
     _make(Path(os.path.realpath(folder)), 0o755 if folder == _user_cache() else 0o700)
     if (found := flaw_of(folder)) is not None:  # another user was faster
         raise OSError(found.reason)
@@ -226,7 +226,7 @@ def scratch(folder: Path) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def _held(folder: Path) -> Iterator[None]:
-    """Keep other processes from taking ``folder`` for one that was left, where locks exist."""
+    """Lock ``folder``, where locks exist, so that other processes don't consider it a leftover."""
     if sys.platform == "win32":
         yield
         return
@@ -242,7 +242,7 @@ def _held(folder: Path) -> Iterator[None]:
 
 
 def _make(folder: Path, mode: int) -> None:
-    """Make ``folder`` and those above it that are missing."""
+    """Create ``folder`` and its missing parents."""
     if not folder.is_dir():
         _make(folder.parent, mode)
         with contextlib.suppress(FileExistsError):
@@ -250,7 +250,7 @@ def _make(folder: Path, mode: int) -> None:
 
 
 def _is_stale(scratch_folder: Path) -> bool:
-    """Whether it is old and nobody holds it; a lock outlives no process, on whatever machine."""
+    """Whether it is old and unlocked; locks end with their process, on any machine."""
     try:
         if time.time() - scratch_folder.stat().st_mtime < _STALE_S:
             return False
@@ -266,16 +266,16 @@ def _is_stale(scratch_folder: Path) -> bool:
     except BlockingIOError:
         return False
     except OSError:
-        pass  # no locks there: its age must do
+        pass  # no locks there: go by age alone
     return True
 
 
 @contextlib.contextmanager
 def locked(path: Path, stopped: threading.Event | None = None) -> Iterator[None]:
-    """Let one process build while the others wait, for a while, or until ``stopped`` is set.
+    """Let one process build while the others wait, up to a timeout or until ``stopped`` is set.
 
-    Only saves work: where the file cannot be locked, or the process that holds it stands still,
-    every process builds and the last one wins.
+    This only saves work: if the file cannot be locked or its holder hangs, every process builds
+    and the last one wins.
     """
     if sys.platform == "win32":
         yield
@@ -297,14 +297,14 @@ def locked(path: Path, stopped: threading.Event | None = None) -> Iterator[None]
                 os.pwrite(file, f"{os.getpid()}\n".encode(), 0)
             yield
         finally:
-            # Closing would not do: a process that was forked meanwhile has the file open, too.
+            # Closing is not enough: a process forked in the meantime has the file open, too.
             fcntl.flock(file, fcntl.LOCK_UN)
     finally:
         os.close(file)
 
 
 def _wait_for(file: int, path: Path, stopped: threading.Event) -> bool:
-    """Whether the lock could be had, within the time that one kernel takes to compile."""
+    """Whether the lock was acquired within the time allowed for compiling one kernel."""
     import fcntl
 
     start, told = time.monotonic(), False

@@ -1,4 +1,4 @@
-"""Run the system's C++ compiler, tell why it failed, and leave nothing of it behind."""
+"""Run the system's C++ compiler, report why it failed, and clean up after it."""
 
 from __future__ import annotations
 
@@ -33,32 +33,34 @@ __all__ = [
 _log = logging.getLogger(__name__)
 
 _TIMEOUT_S = 300
-# What compilers, assemblers and linkers say where neither the source nor the options are at fault.
+# Messages of compilers, assemblers and linkers for failures not caused by the source or options.
 _FULL = re.compile("No space left on device|Disk quota exceeded")
 _ENDED = re.compile("signal terminated|terminated with signal|[Oo]ut of memory|allocate memory")
-_LEAST_BYTES = 1 << 20  # a linker that maps its output is ended by a full disk, and says nothing
+_LEAST_BYTES = (
+    1 << 20
+)  # a linker that maps its output is killed without a message if the disk is full
 _SIGNALS = [
     getattr(signal, name) for name in ("SIGINT", "SIGTERM", "SIGHUP") if hasattr(signal, name)
 ]
 
 
 class RefusedError(Exception):
-    """A compiler does not take a source or an option: what it says."""
+    """A compiler rejects a source or an option; the message is the compiler's."""
 
 
 class CompilerError(Exception):
-    """No source can be compiled here: why."""
+    """No source can be compiled here; the message says why."""
 
 
 class NoCompilerError(CompilerError):
-    """There is none."""
+    """No compiler was found."""
 
 
 def command() -> list[str]:
     """The words of ``CXX``.
 
     Raises:
-        ValueError: quotes that do not end.
+        ValueError: unbalanced quotes.
     """
     chosen = os.environ.get("CXX", "")
     try:
@@ -68,7 +70,7 @@ def command() -> list[str]:
 
 
 def find_compilers(chosen: Sequence[str]) -> list[list[str]]:
-    """The commands to try, as argument lists, ``chosen`` first if it is there.
+    """The commands to try, as argument lists; ``chosen`` comes first if it exists.
 
     Raises:
         NoCompilerError: there is none.
@@ -84,12 +86,12 @@ def find_compilers(chosen: Sequence[str]) -> list[list[str]]:
 
 
 def run(words: Sequence[str], scratch: Path) -> None:
-    """Run a compiler to its end; its own temporary files lie in ``scratch``, too.
+    """Run a compiler and wait for it; its temporary files go to ``scratch``.
 
     Raises:
-        RefusedError: it does not take the source or an option, or is no compiler.
-        CompilerError: it was ended, or does not end.
-        OSError: the disk is full, or nothing else can be written to ``scratch`` either.
+        RefusedError: it rejects the source or an option, or is not a compiler.
+        CompilerError: it was killed or timed out.
+        OSError: the disk is full, or ``scratch`` is not writable.
     """
     with contextlib.ExitStack() as stack:
         try:
@@ -129,9 +131,9 @@ def _start(words: Sequence[str], scratch: Path) -> subprocess.Popen[str]:
         stderr=subprocess.PIPE,
         encoding="utf-8",
         errors="replace",
-        # Without translations, which are not known here.
+        # Untranslated, since the messages are matched above.
         env={**os.environ, "LC_ALL": "C", "TMPDIR": str(scratch)},
-        # The compiler proper and the linker are children of its children.
+        # A process group, as the compiler proper and the linker are grandchildren.
         start_new_session=True,
     )
 
@@ -146,14 +148,14 @@ def _end(process: subprocess.Popen[str]) -> None:
 
 
 # ---- several at a time -------------------------------------------------------------------------
-stopped = threading.Event()  # compilers are ended rather than begun
+stopped = threading.Event()  # set to end running compilers and start no more
 _running: set[subprocess.Popen[str]] = set()
 _running_lock = threading.Lock()
 
 
 @contextlib.contextmanager
 def _listed(process: subprocess.Popen[str]) -> Iterator[None]:
-    """Inside, ``process`` can be ended by another thread."""
+    """Context in which other threads can end ``process``."""
     with _running_lock:
         _running.add(process)
         if stopped.is_set():
@@ -167,7 +169,7 @@ def _listed(process: subprocess.Popen[str]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def ending_all() -> Iterator[None]:
-    """An error inside, such as a signal, ends the compilers that other threads run."""
+    """Context in which an error, such as a signal, ends the compilers of other threads."""
     stopped.clear()
     try:
         yield
@@ -180,7 +182,7 @@ def ending_all() -> Iterator[None]:
 
 
 def _start_anew() -> None:
-    """In a fork: the compilers are the parent's, and so is the thread that may hold the lock."""
+    """After a fork: the compilers, and any thread that holds the lock, belong to the parent."""
     global _running_lock
     _running_lock = threading.Lock()
     _running.clear()
@@ -192,17 +194,18 @@ if hasattr(os, "register_at_fork"):
 
 # ---- signals -----------------------------------------------------------------------------------
 class _Signal(BaseException):
-    """A signal that was to end this process."""
+    """A signal that would have ended this process."""
 
 
-_waiting: list[BaseException] | None = None  # what is raised once nothing is to be disturbed
+_waiting: list[BaseException] | None = None  # raised when the undisturbed section ends
 
 
 @contextlib.contextmanager
 def cleaning_up() -> Iterator[None]:
-    """Inside, a signal that ends this process lets what is open be closed first.
+    """Context in which a signal that ends this process unwinds the stack first.
 
-    Only in the main thread, as Python has it, and where the program does not handle the signal.
+    This works only in the main thread, a limitation of Python, and for signals that the program
+    does not handle itself.
     """
     before: dict[int, Any] = {}
 
@@ -232,9 +235,9 @@ def cleaning_up() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _undisturbed() -> Iterator[None]:
-    """Inside, such a signal waits: a process that was started must be known to whoever ends it."""
+    """Context that delays such signals, so that no started process goes unrecorded."""
     global _waiting
-    if threading.current_thread() is not threading.main_thread():  # where no signal is handled
+    if threading.current_thread() is not threading.main_thread():  # signals are handled elsewhere
         yield
         return
     waiting: list[BaseException] = []

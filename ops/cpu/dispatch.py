@@ -1,4 +1,4 @@
-"""Whether a kernel's call may go past torch's dispatcher, and the dtypes of what it is given."""
+"""Whether a kernel call may bypass torch's dispatcher, and checks of dtypes."""
 
 from __future__ import annotations
 
@@ -29,10 +29,11 @@ _dispatch_keys = torch._C._dispatch_keys
 
 
 def is_plain_call(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether the dispatcher would do nothing with these CPU tensors but call the kernel.
+    """Whether the dispatcher would only call the kernel for these CPU tensors.
 
-    The way through it and back into Python takes as long as some kernels do on a small map. The
-    profiler and other modes need it, and so do all for which :func:`takes_kernels` does not hold.
+    The round trip through the dispatcher and back into Python takes as long as some kernels on a
+    small map. The profiler and other modes need it, as does everything for which
+    :func:`takes_kernels` is false.
     """
     if _is_transformed() or torch.autograd._profiler_enabled():
         return False
@@ -41,11 +42,11 @@ def is_plain_call(tensors: Sequence[Tensor | None]) -> bool:
 
 
 def takes_kernels(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether kernels may stand for torch's functions on these CPU tensors.
+    """Whether kernels may replace torch's functions on these CPU tensors.
 
-    What only watches sees them as operators: the profiler, modes that count. Compilers, tracers,
-    subclasses, autocast, functorch's transforms and forward-mode differentiation have to see what
-    torch's functions do. Differentiation backward has to, too, but is not asked about here.
+    Observers such as the profiler and modes that count see kernels as operators. Compilers,
+    tracers, subclasses, autocast, functorch's transforms and forward-mode differentiation need
+    torch's own functions. So does backward differentiation, which is not checked here.
     """
     if _is_transformed():
         return False
@@ -55,12 +56,12 @@ def takes_kernels(tensors: Sequence[Tensor | None]) -> bool:
 
 
 def needs_grad(tensors: Sequence[Tensor | None]) -> bool:
-    """Whether autograd has to know of a call with these tensors."""
+    """Whether autograd has to record a call with these tensors."""
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
 
 
 def _is_transformed() -> bool:
-    """By what the modes that torch's dispatcher includes do not tell."""
+    """Whether compilation, forward-mode AD or autocast is active, which modes don't show."""
     return (
         torch.compiler.is_compiling()
         or forward_ad._current_level >= 0
@@ -69,7 +70,7 @@ def _is_transformed() -> bool:
 
 
 def _only_watch(modes: int) -> bool:
-    """Whether the modes are those of Python, and none of them puts something else in place."""
+    """Whether the modes are Python modes that only observe and replace nothing."""
     get = torch._C._get_dispatch_mode
     return modes | _WATCHED_MODE == _WATCHED_MODE and not any(map(get, _REPLACING_MODES))
 
@@ -86,10 +87,10 @@ def _are_plain(tensors: Sequence[Tensor | None]) -> bool:
 
 
 def require_dtype(dtype: torch.dtype, **tensors: Tensor | None) -> None:
-    """Refuse tensors that a kernel, which only sees where they begin, would misread.
+    """Check the dtypes of tensors, since a kernel receives only addresses.
 
     Raises:
-        ValueError: one of another dtype, by its name.
+        ValueError: a tensor has a different dtype; the message names it.
     """
     for name, t in tensors.items():
         if t is not None and t.dtype != dtype:

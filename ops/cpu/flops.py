@@ -1,8 +1,8 @@
-"""How much the kernels compute, and those of torch's functions that stand beside them.
+"""FLOP counts of the kernels and of the torch functions used with them.
 
-Counted are the multiply-accumulates of convolutions and matrix products, as two operations each;
-what stands around them (norms, activations, softmax, interpolation) is not, nor is a scan. What has
-no entry in a table has no count.
+Multiply-accumulates of convolutions and matrix products count as two operations each. Norms,
+activations, softmax, interpolation and scans are not counted. Operators without an entry in a table
+have no count.
 """
 
 from __future__ import annotations
@@ -15,11 +15,11 @@ __all__ = ["function_flops", "kernel_flops"]
 
 
 def kernel_flops(name: str, given: Mapping[str, Any], result: Any) -> int | None:
-    """Of a call of a kernel of :mod:`ops.cpu`; None where there is no count.
+    """FLOPs of a call of a kernel of :mod:`ops.cpu`; None if there is no count.
 
     Args:
-        name: of the operator.
-        given: its arguments, by their names.
+        name: the operator's name.
+        given: its arguments by name.
         result: what it returned.
     """
     count = _KERNELS.get(name)
@@ -28,7 +28,7 @@ def kernel_flops(name: str, given: Mapping[str, Any], result: Any) -> int | None
 
 
 def function_flops(name: str, args: Sequence[Any], kwargs: Any, result: Any) -> int | None:
-    """Of a call of a function of torch, by its full name; None where there is no count."""
+    """FLOPs of a call of a torch function, given its full name; None if there is no count."""
     count = _FUNCTIONS.get(name)
     return None if count is None else 2 * count(args, kwargs, result)
 
@@ -44,7 +44,7 @@ def _linear(given: _Given, result: Any) -> int:
 
 def _mlp(given: _Given, result: Any) -> int:
     x, hidden, out_features = given["x"], len(given["bias1"]), result.shape[-1]
-    taps = given.get("taps")  # of a convolution between the two layers, (9, hidden)
+    taps = given.get("taps")  # of the convolution between the layers, (9, hidden)
     between = 0 if taps is None else len(taps)
     rows = x.numel() // x.shape[-1]
     return int(rows * hidden * (x.shape[-1] + between + out_features))
@@ -94,7 +94,7 @@ def _gated_attention(given: _Given, result: Any) -> int:
 
 def _rank_augmented_attention(given: _Given, result: Any) -> int:
     head_dim = result.shape[3] // given["num_heads"]
-    return int(result.numel() * (2 * head_dim + 2))  # a state, weights of keys and their sum
+    return int(result.numel() * (2 * head_dim + 2))  # state, weights of keys and their sum
 
 
 def _cascaded_attention(given: _Given, result: Any) -> int:
@@ -141,22 +141,22 @@ _KERNELS: dict[str, Callable[[_Given, Any], int | None]] = {
     **dict.fromkeys(("na_cpu_output", "na_cpu_forward"), _neighborhood),
 }
 
-# -- of functions of torch ------------------------------------------------------------------------
+# -- multiply-accumulates of torch functions ------------------------------------------------------
 
 
 def _of_weight(args: Sequence[Any], kwargs: Any, result: Any) -> int:
-    """What comes out, times the weight of one output channel."""
+    """Output elements times the size of one output channel's weight."""
     weight = args[1] if len(args) > 1 else kwargs["weight"]
     return int(result.numel() * math.prod(weight.shape[1:]))
 
 
 def _of_first(args: Sequence[Any], kwargs: Any, result: Any) -> int:
-    """What comes out, times the last axis of the first matrix."""
+    """Output elements times the last axis of the first matrix."""
     return int(result.numel() * args[0].shape[-1])
 
 
 def _of_second(args: Sequence[Any], kwargs: Any, result: Any) -> int:
-    """Of a product that is added to the first argument."""
+    """The same, for a product that is added to the first argument."""
     return int(result.numel() * args[1].shape[-1])
 
 

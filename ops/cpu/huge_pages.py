@@ -1,4 +1,4 @@
-"""Large results in huge pages."""
+"""Huge pages for large results."""
 
 from __future__ import annotations
 
@@ -11,8 +11,8 @@ from torch import Tensor
 
 __all__ = ["ask_for_huge_pages"]
 
-# Smaller tensors hold few whole huge pages. (glibc may keep blocks of up to 32 MiB for the next
-# call, where their pages are at hand, but it gives back what lies free at the end of its heap.)
+# Smaller tensors contain few whole huge pages. (glibc may reuse blocks of up to 32 MiB, whose pages
+# are mapped already, but it returns free memory at the end of its heap to the system.)
 _LARGE_BYTES = 4 << 20
 
 
@@ -29,14 +29,13 @@ _madvise = _load_madvise()
 
 
 def ask_for_huge_pages(*tensors: Tensor) -> None:
-    """Call it on contiguous CPU tensors that are fresh from ``torch.empty``, before filling them.
+    """Request huge pages for contiguous CPU tensors fresh from ``torch.empty``, not yet written.
 
-    The memory of a large tensor is new at every call, and writing it stops at each page until the
-    system has found and cleared one: with pages of 4 KiB that takes longer than the writing itself,
-    with huge pages (2 MiB) a third of that. Linux hands them out to all or to those who ask, as
-    ``/sys/kernel/mm/transparent_hugepage/enabled`` says; numpy asks, torch does not. It is advice:
-    the values are the same whether it is heeded or not. On small tensors and other systems this
-    does nothing.
+    The memory of a large tensor is newly mapped at every call, and writing it faults on each page:
+    with 4 KiB pages, the faults take longer than the writes; with huge pages (2 MiB), a third of
+    that. Linux gives huge pages to all allocations or only on request, depending on
+    ``/sys/kernel/mm/transparent_hugepage/enabled``; numpy requests them, torch does not. It is only
+    a hint and doesn't affect values. Does nothing for small tensors and on other systems.
     """
     if _madvise is None:
         return

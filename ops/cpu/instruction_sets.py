@@ -1,4 +1,4 @@
-"""The instruction sets that kernels are compiled for, and the richest that this CPU runs."""
+"""The instruction sets that kernels are compiled for, and the richest one of this CPU."""
 
 from __future__ import annotations
 
@@ -32,10 +32,10 @@ FLAGS = {
     "avx512": _AVX512,
     "avx2": ["-mavx2", "-mfma", "-mprfchw"],
     "neonbf16": ["-march=armv8.2-a+bf16"],
-    "neon": [],  # all CPUs of 64 bits have it
+    "neon": [],  # all 64-bit CPUs have it
     "portable": ["-DVB_PORTABLE"],
 }
-# From the richest to the plainest; a CPU that can run one can run those after it.
+# From the richest to the plainest; a CPU that supports one supports those after it.
 _LEVELS = {
     "x86_64": ["amx", "avx512bf16", "avx512", "avx2", "portable"],
     "aarch64": ["neonbf16", "neon", "portable"],
@@ -44,30 +44,30 @@ _MACHINES = {"amd64": "x86_64", "arm64": "aarch64"}  # what other systems call t
 
 
 def flags(isa: str) -> list[str]:
-    """What a compiler is told for the instruction set ``isa``."""
+    """The compiler flags for the instruction set ``isa``."""
     return [*COMMON_FLAGS, *FLAGS[isa]]
 
 
 def machine() -> str:
-    """The architecture of this machine, as Linux calls it."""
+    """The architecture of this machine, under Linux's name."""
     name = platform.machine().lower()
     return _MACHINES.get(name, name)
 
 
 def levels(architecture: str | None = None) -> list[str]:
-    """The instruction sets of an architecture, default this machine's, the richest first."""
+    """The instruction sets of an architecture (default: this machine's), richest first."""
     return _LEVELS.get(architecture or machine(), ["portable"])
 
 
 def instruction_set() -> str:
-    """The richest instruction set that this CPU runs and that the environment allows.
+    """The richest instruction set that this CPU supports and the environment allows.
 
     Returns:
         ``"amx"`` (with AVX-512 and its instructions for bfloat16), ``"avx512bf16"``, ``"avx512"``
         or ``"avx2"``; on ARM ``"neonbf16"`` or ``"neon"``; or ``"portable"``.
 
     Raises:
-        SettingError: if ``VISION_BACKBONES_NATIVE_ISA`` names none of this machine's.
+        SettingError: ``VISION_BACKBONES_NATIVE_ISA`` is not an instruction set of this machine.
     """
     known = levels()
     richest = _richest()
@@ -79,12 +79,12 @@ def instruction_set() -> str:
 
 
 def is_emulated() -> bool:
-    """Whether the environment asks for a plainer CPU than this one."""
+    """Whether the environment selects a plainer instruction set than this CPU's richest."""
     return instruction_set() != _richest()
 
 
 def candidates() -> list[str]:
-    """:func:`instruction_set`, then the plainer ones, each of which would run here, too."""
+    """:func:`instruction_set`, then the plainer ones, all of which run here."""
     known = levels()
     return known[known.index(instruction_set()) :]
 
@@ -95,7 +95,7 @@ def _richest() -> str:
         return "neonbf16" if _has_bfloat16_of_arm() else "neon"
     if machine() != "x86_64":
         return "portable"
-    import torch  # here, as the flags are read where wheels are built, and torch need not be
+    import torch  # not at the top: building wheels needs the flags but not torch
 
     capability = torch.backends.cpu.get_cpu_capability().lower()
     if capability.startswith("avx512"):
@@ -105,11 +105,11 @@ def _richest() -> str:
     return "avx2" if capability.startswith("avx2") else "portable"
 
 
-AT_HWCAP2, HWCAP2_BF16 = 26, 1 << 14  # of Linux
+AT_HWCAP2, HWCAP2_BF16 = 26, 1 << 14  # Linux's
 
 
 def _has_bfloat16_of_arm() -> bool:
-    """Whether the CPU has FEAT_BF16, as the system says; torch 2.7 doesn't."""
+    """Whether the system reports FEAT_BF16; torch 2.7 doesn't tell."""
     if sys.platform == "win32":
         return False
     system = ctypes.CDLL(None)

@@ -1,7 +1,7 @@
-"""Which library a kernel has for an instruction set, and how it is compiled.
+"""The library of a kernel for an instruction set, and how it is compiled.
 
-Wheels bring compiled libraries; the hook that compiles them (``tools/wheel_hook.py``) runs
-where torch need not be, so that neither this module nor what it imports needs it.
+Wheels ship compiled libraries. The hook that compiles them (``tools/wheel_hook.py``) runs without
+torch, so neither this module nor its imports may need it.
 """
 
 from __future__ import annotations
@@ -17,28 +17,28 @@ from ops.cpu.structures import included
 __all__ = ["GEMM", "SHIPPED", "calls_gemm", "compile_into", "shipped", "sources", "stem"]
 
 SOURCES = Path(__file__).parent
-GEMM = "gemm"  # the kernel of linear layers, which others call
-# Wheels have it. What lies in the package is as trustworthy as its Python.
+GEMM = "gemm"  # the kernel of linear layers, called by others
+# In wheels. Libraries in the package are as trustworthy as its Python code.
 SHIPPED = SOURCES / "compiled"
 
 
 def sources() -> dict[str, Path]:
-    """The source of each kernel, ``<folder>/<name>.cpp``, by its name."""
+    """The source of each kernel, ``<folder>/<name>.cpp``, by name."""
     return {path.stem: path for path in sorted(SOURCES.glob("*/*.cpp"))}
 
 
 def calls_gemm(name: str) -> bool:
-    """Whether a kernel wants the function of :data:`GEMM`, for the same instruction set."""
+    """Whether a kernel calls the function of :data:`GEMM` for the same instruction set."""
     return SOURCES / "gemm" / "call.h" in included(sources()[name], SOURCES)
 
 
 def stem(name: str, isa: str, machine: str | None = None) -> str:
-    """How the file of a library begins: kernel, instruction set, and a digest of all it depends on.
+    """The start of a library's file name: kernel, instruction set and a digest.
 
-    These are sources, flags and platform; so no library is ever loaded that others were made from.
+    The digest covers sources, flags and platform, so outdated libraries are never loaded.
 
     Args:
-        machine: the architecture, as of :func:`ops.cpu.instruction_sets.machine`, the default.
+        machine: the architecture; default :func:`ops.cpu.instruction_sets.machine`.
     """
     digest = hashlib.sha256()
     source = sources().get(name, SOURCES / f"{name}.cpp")
@@ -50,7 +50,7 @@ def stem(name: str, isa: str, machine: str | None = None) -> str:
 
 
 def shipped(stem: str) -> Path | None:
-    """The library that came with the package, if it was made from the sources beside it."""
+    """The library that came with the package, if it was built from the package's sources."""
     path = SHIPPED / f"{stem}.so"
     return path if path.is_file() else None
 
@@ -62,16 +62,16 @@ def compile_into(
     compilers: Sequence[Sequence[str]],
     options: Sequence[str] = (),
 ) -> str:
-    """Make the library ``built`` with the first compiler that takes it, whose path is returned.
+    """Compile the library ``built`` with the first compiler that accepts it; return its path.
 
     Args:
-        built: in a folder where the compiler may leave what it needs for a while.
-        compilers: commands, as of :func:`ops.cpu.compiler.find_compilers`; at least one.
-        options: further ones.
+        built: the output, in a folder that also holds the compiler's temporary files.
+        compilers: commands, see :func:`ops.cpu.compiler.find_compilers`; at least one.
+        options: additional compiler options.
 
     Raises:
         RefusedError, CompilerError, OSError: see :func:`ops.cpu.compiler.run`; the first if no
-            compiler takes it.
+            compiler accepts it.
     """
     flags = [*instruction_sets.flags(isa), *options, f"-I{SOURCES}", str(sources()[name])]
     refused: compiler.RefusedError | None = None

@@ -1,9 +1,9 @@
-"""The OpenMP runtime that torch has loaded, whose threads the kernels share.
+"""Torch's OpenMP runtime, whose threads the kernels share.
 
-A second one in a process would keep a pool of threads of its own, and both would run on the same
-cores. Which one is loaded differs: ``libgomp`` under a name of its own in a wheel, LLVM's in conda
-and on macOS, whatever ``LD_PRELOAD`` says. So no kernel is linked with any; each is given three
-functions, which all of these have.
+A second runtime in the process would create its own thread pool, and both would compete for the
+same cores. Which runtime is loaded varies: wheels bring a renamed ``libgomp``, conda and macOS use
+LLVM's, and ``LD_PRELOAD`` can select any. So kernels are not linked with OpenMP; each receives
+pointers to three functions that all these runtimes have.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ _FUNCTIONS = "GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads"
 
 
 def give_threads(library: ctypes.CDLL) -> None:
-    """Let the kernels of ``library`` share torch's threads; they use one if it has none."""
+    """Let the kernels of ``library`` use torch's threads; without a runtime they use one thread."""
     try:
         use = library.parallel_use
     except (AttributeError, UnicodeDecodeError):  # the error quotes the path, whatever its bytes
-        return  # not all have work to share
+        return  # a kernel without parallel work
     if (functions := _functions()) is not None:
         use(*map(ctypes.c_void_p, functions))
 
 
 def runtime() -> Path | None:
-    """The file of torch's OpenMP runtime; None if it has none, or the system does not tell."""
+    """The file of torch's OpenMP runtime; None if there is none or it cannot be determined."""
     functions = _functions()
     if functions is None or sys.platform != "linux":
         return None
@@ -45,9 +45,9 @@ def runtime() -> Path | None:
 
 @functools.cache
 def _functions() -> tuple[int, ...] | None:
-    """The addresses of what regions of torch call."""
-    # The system looks for torch's functions among those of the process first, where a preloaded
-    # runtime comes before the one that torch brings; on macOS, at torch's libraries alone.
+    """The addresses of the functions that torch's parallel regions call."""
+    # The loader resolves torch's symbols in the process first, where a preloaded runtime precedes
+    # torch's own; on macOS, only in torch's libraries.
     torch_itself = torch._C.__file__
     for path in (torch_itself,) if sys.platform == "darwin" else (None, torch_itself):
         try:

@@ -1,14 +1,14 @@
-"""The one place that decides: which kernel computes a layer, ours, oneDNN's or torch's.
+"""The rules that select the kernel of each layer: ours, oneDNN's or torch's.
 
-Every rule is a function of dtype, sizes and :mod:`ops.cpu.instruction_sets`; nothing else
-asks what the hardware is, so that ``VISION_BACKBONES_NATIVE_ISA`` decides as a plainer CPU does.
-Docstrings say why, and what was measured. To measure a rule again, run the models that it concerns
-with both answers, in turns::
+Every rule is a function of dtype, sizes and :mod:`ops.cpu.instruction_sets`. No other module checks
+the hardware, so ``VISION_BACKBONES_NATIVE_ISA`` gives the decisions of a plainer CPU. Docstrings
+give reasons and measurements. To measure a rule again, run the affected models with both answers,
+in alternation::
 
     python tools/benchmark.py --models shvit_s4 --batches 1 8 --modes fused
 
-While :func:`explaining`, the rules that are asked are told, with their reasons: that is what the
-last column of ``vision-backbones summary MODEL --kernels`` shows.
+:func:`explaining` reports the consulted rules and their reasons; they are the last column of
+``vision-backbones summary MODEL --kernels``.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ __all__ = [
 
 
 class Asked(NamedTuple):
-    """A rule, by its name, that was asked, and what it said.
+    """A consulted rule and its answer.
 
     Attributes:
-        arguments: by their names.
-        reason: why, with what the rule compared.
+        arguments: its arguments by name.
+        reason: the reason, with the values compared.
         outcome: what computes the layer.
-        instruction_set: that the rule was asked for.
+        instruction_set: the instruction set that the rule was applied to.
     """
 
     rule: str
@@ -74,10 +74,10 @@ class Asked(NamedTuple):
 
 
 class _Verdict(NamedTuple):
-    """What a rule says, and why.
+    """The answer of a rule, and why.
 
-    The reason names the rule's arguments and ``limit`` in braces, and is put into words only if
-    somebody wants to read it: rules are asked in every call of a layer.
+    The reason contains the rule's arguments and ``limit`` in braces. It is formatted only on
+    demand, since rules are consulted in every call of a layer.
     """
 
     answer: bool
@@ -95,7 +95,7 @@ P = ParamSpec("P")
 
 @contextmanager
 def explaining(note: Callable[[Asked], object]) -> Iterator[None]:
-    """Inside, ``note`` is told of the rules that this thread asks."""
+    """Context in which ``note`` is called with each rule that this thread consults."""
     before, _thread.note = _thread.note, note
     try:
         yield
@@ -104,7 +104,7 @@ def explaining(note: Callable[[Asked], object]) -> Iterator[None]:
 
 
 def _rule(yes: str, no: str) -> Callable[[Callable[P, _Verdict]], Callable[P, bool]]:
-    """A rule whose answers mean that ``yes`` or ``no`` computes the layer."""
+    """Decorator for rules: ``yes`` or ``no`` names what computes the layer."""
 
     def made_of(function: Callable[P, _Verdict]) -> Callable[P, bool]:
         @functools.wraps(function)
@@ -130,9 +130,9 @@ def _in_words(value: Any) -> str:
     return "∞" if value == sys.maxsize else str(value).removeprefix("torch.")
 
 
-# -- CPUs whose vectors we do not know ------------------------------------------------------------
+# -- CPUs without known vector instructions -------------------------------------------------------
 
-# Libraries of kernels that spend most of their time on products.
+# Libraries of kernels that spend most of their time on matrix products.
 _PRODUCTS = frozenset(
     ("gemm", "attention", "cascaded_attention", "linear_attention", "stem")
     + ("depthwise_mlp", "response_mlp", "kan")
@@ -140,11 +140,11 @@ _PRODUCTS = frozenset(
 
 
 def left_to_torch(library: str, dtype: torch.dtype) -> str | None:
-    """Why torch computes what the kernels of ``library`` would, or None where they do.
+    """Why torch is used instead of the kernels of ``library``, or None if the kernels are used.
 
-    Compiled for no instruction set in particular, kernels that are mostly products take up to
-    twice as long as MKL and oneDNN, which bring code for every CPU. Left to those, fused SHViT-S4
-    and InceptionNeXt-T went from 0.6 and 0.4 to 1.1 times the speed of their plain forms.
+    Compiled for no particular instruction set, kernels that are mostly matrix products take up to
+    twice as long as MKL and oneDNN, which have code for every CPU. With those libraries, fused
+    SHViT-S4 and InceptionNeXt-T went from 0.6 and 0.4 to 1.1 times the speed of their plain forms.
     """
     if (
         instruction_set() == "portable"
@@ -156,15 +156,15 @@ def left_to_torch(library: str, dtype: torch.dtype) -> str | None:
     return None
 
 
-# -- what the CPU multiplies ---------------------------------------------------------------------
+# -- dtypes of matrix products -------------------------------------------------------------------
 
 
 def multiplies(dtype: torch.dtype) -> bool:
-    """Whether torch's layers have products of ``dtype``, float32 or bfloat16, on this CPU.
+    """Whether torch has fast matrix products of ``dtype``, float32 or bfloat16, on this CPU.
 
-    Without, oneDNN refuses bfloat16 or takes many times as long as for float32 (EfficientViT on
-    AVX2 took 398 ms, and 12 ms in float32). A CPU that is not of the x86 family may multiply
-    bfloat16 without any of our instruction sets; one that is emulated by the plainest does not.
+    If not, oneDNN rejects bfloat16 or takes many times as long as for float32 (EfficientViT on
+    AVX2: 398 ms, and 12 ms in float32). A CPU that is not x86 may support bfloat16 without any of
+    our instruction sets; one emulated by selecting the plainest instruction set does not.
     """
     if dtype != torch.bfloat16:
         return True
@@ -184,29 +184,30 @@ def _has_bfloat16() -> bool:
 
 
 def computed_in(dtype: torch.dtype) -> torch.dtype:
-    """What oneDNN is to multiply: float32 for what the CPU does not multiply."""
+    """The dtype that oneDNN computes in: float32 if the CPU doesn't support ``dtype``."""
     return dtype if multiplies(dtype) else torch.float32
 
 
 def by_tiles(dtype: torch.dtype) -> bool:
-    """Whether oneDNN multiplies ``dtype`` in tiles (AMX), which not all of our kernels do."""
+    """Whether oneDNN multiplies ``dtype`` with AMX tiles, which not all of our kernels use."""
     return dtype == torch.bfloat16 and instruction_set() == "amx"
 
 
 # -- linear layers -------------------------------------------------------------------------------
 
-# With tiles, and without instructions that the kernel was written for, oneDNN catches up; so it may
-# on ARM, where nothing was measured.
+# oneDNN catches up with AMX tiles and on CPUs without the instructions that the kernel was written
+# for; the same is assumed on ARM, where nothing was measured.
 _FEW_ROWS = {"amx": 2048, "neonbf16": 2048, "neon": 2048, "portable": 2048}
 _FEW_ROWS_OF_TILES = 512
 _NARROW = 32
 
 
 def few_rows(dtype: torch.dtype) -> int:
-    """Up to how many rows our linear kernel, which prefetches weights, is faster than oneDNN's.
+    """The row count up to which our linear kernel, which prefetches weights, beats oneDNN's.
 
-    With AVX2 and AVX-512 for any number, since it prefetches what it will write: 0.99 to 1.02 of
-    oneDNN's time in ten models at eight images, 1.15 times as fast in MedViTV2 at 1024×1024.
+    There is no limit with AVX2 and AVX-512, since the kernel prefetches output cache lines: 0.99 to
+    1.02 of oneDNN's time in ten models at eight images, 1.15 times as fast in MedViTV2 at
+    1024×1024.
     """
     if by_tiles(dtype):
         return _FEW_ROWS_OF_TILES
@@ -217,9 +218,9 @@ def few_rows(dtype: torch.dtype) -> int:
 def linear_by_kernel(
     rows: int, in_features: int, out_features: int, dtype: torch.dtype, activation: str
 ) -> _Verdict:
-    """Our linear kernel: few rows, few features, or a GELU that oneDNN computes in bfloat16.
+    """Our linear kernel: for few rows, few features, or a GELU that oneDNN computes in bfloat16.
 
-    Also where torch does not multiply ``dtype``.
+    Also if torch has no fast products of ``dtype``.
     """
     if not multiplies(dtype):
         return _Verdict(True, "torch has no products of it")
@@ -235,17 +236,17 @@ def linear_by_kernel(
 
 @_rule(yes="both layers in one pass", no="layer by layer")
 def feed_forward_by_kernel(dtype: torch.dtype) -> _Verdict:
-    """Two linear layers in one pass; with AMX, those of bfloat16 were measured one by one only."""
+    """Two linear layers in one pass, except bfloat16 with AMX: only measured layer by layer."""
     return _Verdict(False, "in tiles") if by_tiles(dtype) else _Verdict(True, "not in tiles")
 
 
 # -- convolutions --------------------------------------------------------------------------------
 
-# Of fewer channels windows take long to copy. Maps of so few are images, in NCHW.
+# With fewer channels, copying windows is slow. Maps with so few are images in NCHW.
 _FEWEST_CHANNELS = 16
-# From this many taps on, or with other than square, dense windows, our kernel is the faster one.
+# From this many taps on, and for oblong or dilated windows, our kernel is faster.
 _LARGE_WINDOW = 49
-# So it is for maps of up to so many values: oneDNN takes longer to be called.
+# Also for maps of up to this many values, as oneDNN has a larger call overhead.
 _SMALL_MAP = 1 << 17
 _VECTOR = 16  # floats, at most
 
@@ -259,10 +260,10 @@ def channels_enough_for_windows(in_channels: int) -> bool:
 def convolves_windows(
     stride: tuple[int, ...], dilation: tuple[int, ...], groups: int, dtype: torch.dtype
 ) -> _Verdict:
-    """Convolutions of all channels that one of our kernels is ever the faster one for.
+    """Dense convolutions for which one of our kernels can be faster.
 
-    They have strides, with which oneDNN waits for weights and maps; :func:`conv_by_kernel` says
-    from case to case.
+    These are strided, where oneDNN stalls on loads of weights and maps; :func:`conv_by_kernel`
+    decides case by case.
     """
     if groups != 1:
         return _Verdict(False, "{groups} groups")
@@ -277,7 +278,7 @@ def convolves_windows(
 
 @_rule(yes="our convolution", no="oneDNN")
 def conv_by_kernel(in_channels: int, pixels: int, is_nchw: bool, dtype: torch.dtype) -> _Verdict:
-    """Our strided convolution: images that lie in NCHW, and few enough pixels (see few_rows).
+    """Our strided convolution: for images in NCHW and few enough pixels (see few_rows).
 
     1.3 to 2 times as fast as oneDNN's in the first layers of all families.
     """
@@ -292,7 +293,7 @@ def conv_by_kernel(in_channels: int, pixels: int, is_nchw: bool, dtype: torch.dt
 
 @_rule(yes="the first layers in one pass", no="layer by layer")
 def stem_by_kernel(has_odd_channels: bool, dtype: torch.dtype) -> _Verdict:
-    """3×3 convolutions in a row in one pass, but with AMX; pairs of bfloat16 want even channels."""
+    """A chain of 3×3 convolutions in one pass, except with AMX; bfloat16 needs even channels."""
     if by_tiles(dtype):
         return _Verdict(False, "in tiles")
     if has_odd_channels and dtype == torch.bfloat16:
@@ -310,10 +311,10 @@ def depthwise_by_kernel(
     is_nhwc: bool,
     dtype: torch.dtype,
 ) -> _Verdict:
-    """Our depthwise convolution: large, oblong or dilated windows, 3×3, and small maps.
+    """Our depthwise convolution: for large, oblong or dilated windows, 3×3, and small maps.
 
-    oneDNN would copy a part of the channels, which our kernel reads where it lies; of bfloat16 it
-    has whole vectors only.
+    oneDNN would copy a slice of the channels, which our kernel reads in place; in bfloat16, oneDNN
+    handles whole vectors only.
     """
     rows, columns = kernel_size
     if values <= _SMALL_MAP:
@@ -326,7 +327,7 @@ def depthwise_by_kernel(
         return _Verdict(True, "dilation {dilation}")
     if rows != columns or rows * columns >= _LARGE_WINDOW:
         return _Verdict(True, "window {kernel_size}, oblong or of ≥ {limit} taps", _LARGE_WINDOW)
-    # For these our kernel has a way of its own; but a part of a vector of bfloat16 is slow.
+    # A specialized code path of our kernel, but slow for partial vectors of bfloat16.
     own = (rows, columns) == (3, 3) and tuple(padding) == (1, 1)
     if own and (dtype == torch.float32 or channels % _VECTOR == 0):
         return _Verdict(True, "window {kernel_size}, padding {padding}")
@@ -337,15 +338,15 @@ def depthwise_by_kernel(
 
 _MOST_KEYS_OF_TILES = 256
 _MOST_TOKENS = 256
-# Of keys, along a side: to find out which lines are the same takes longer for larger ones.
+# Keys along a side. For larger windows, finding identical lines of terms takes too long.
 _LARGEST_WINDOW = 48
-# Of the inputs of a linear layer that averages runs of a sequence on the way.
+# Input features of a linear layer that averages runs of a sequence on the way.
 _LARGEST_SEQUENCE = 1024
 
 
 @_rule(yes="softmax attention in one pass", no="torch")
 def softmax_attention_by_kernel(keys: int, dtype: torch.dtype) -> _Verdict:
-    """Our softmax attention, but for many keys in bfloat16 with AMX, which torch multiplies."""
+    """Our softmax attention, except for many keys in bfloat16 with AMX, where torch is used."""
     return _softmax_attention(keys, dtype, "keys {keys}")
 
 
@@ -359,7 +360,7 @@ def _softmax_attention(keys: int, dtype: torch.dtype, named: str) -> _Verdict:
 
 @_rule(yes="windows where they lie", no="copies of windows")
 def window_attention_by_kernel(window_size: int, dtype: torch.dtype) -> _Verdict:
-    """Windows attended to where they lie in the map, up to a side of 48 keys."""
+    """Window attention in place in the map, up to a side of 48 keys."""
     if window_size > _LARGEST_WINDOW:
         return _Verdict(False, "side {window_size} > {limit}", _LARGEST_WINDOW)
     return _softmax_attention(window_size**2, dtype, "keys {window_size}²")
@@ -367,9 +368,9 @@ def window_attention_by_kernel(window_size: int, dtype: torch.dtype) -> _Verdict
 
 @_rule(yes="rotated attention in one pass", no="torch")
 def rotated_attention_by_kernel(tokens: int, dtype: torch.dtype) -> _Verdict:
-    """RAVLT's softmax attention in one pass, but for large maps in bfloat16 that torch multiplies.
+    """RAVLT's softmax attention in one pass, except for large maps in bfloat16, left to torch.
 
-    RAVLT-T 1.08 times as fast at one image and at eight in float32, 1.02 and 1.06 in bfloat16.
+    RAVLT-T is 1.08 times as fast at one image and at eight in float32, 1.02 and 1.06 in bfloat16.
     """
     if tokens <= _MOST_TOKENS:
         return _Verdict(True, "tokens {tokens} ≤ {limit}", _MOST_TOKENS)
@@ -382,7 +383,7 @@ def rotated_attention_by_kernel(tokens: int, dtype: torch.dtype) -> _Verdict:
 def single_head_by_kernel(tokens: int) -> _Verdict:
     """SHViT's attention in one pass for small maps; torch's products are faster for larger ones.
 
-    SHViT-S4 17.2 to 14.9 ms at one image, 79.1 to 76.9 at eight.
+    SHViT-S4: from 17.2 to 14.9 ms at one image, from 79.1 to 76.9 at eight.
     """
     if tokens <= _MOST_TOKENS:
         return _Verdict(True, "tokens {tokens} ≤ {limit}", _MOST_TOKENS)
@@ -391,9 +392,9 @@ def single_head_by_kernel(tokens: int) -> _Verdict:
 
 @_rule(yes="means by the linear layer", no="means, then the linear layer")
 def averages_in_linear(features: int) -> _Verdict:
-    """FaViT's means of runs of a sequence by the linear layer behind them, up to 1024 inputs.
+    """FaViT's means of runs of a sequence, folded into the next linear layer up to 1024 inputs.
 
-    FaViT-B0 23.1 to 21.8 ms at one image, 113.2 to 110.9 at eight.
+    FaViT-B0: from 23.1 to 21.8 ms at one image, from 113.2 to 110.9 at eight.
     """
     if features <= _LARGEST_SEQUENCE:
         return _Verdict(True, "features {features} ≤ {limit}", _LARGEST_SEQUENCE)

@@ -1,4 +1,4 @@
-"""What is shown while kernels are compiled: what, why, how far it is, and how to avoid it."""
+"""The progress display of kernel compilation."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _log = logging.getLogger(__name__)
 
 _CLEAR_LINE = "\r\x1b[K"
 _BAR = 24
-# Where there is no terminal to draw on, a wait of more seconds gets a line in the log.
+# Without a terminal, a longer wait (in seconds) is logged.
 _LONG_S = 5.0
 
 
 class Progress:
-    """A bar on standard error, if that is a terminal; else one warning, if it takes long.
+    """A bar on standard error if that is a terminal, else one warning if compilation is slow.
 
     Args:
-        weights: of each kernel that is compiled, about how long that takes, in any unit.
+        weights: the approximate compile time of each kernel, in arbitrary units.
         isa: the instruction set.
         folder: where the libraries are kept.
     """
@@ -56,7 +56,7 @@ class Progress:
             sys.stderr.flush()
 
     def show(self, done: Collection[str], running: Collection[str]) -> None:
-        """Draw the bar anew.
+        """Redraw the bar.
 
         Args:
             done, running: names of kernels.

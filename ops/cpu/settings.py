@@ -11,14 +11,14 @@ _YES, _NO = ("1", "true", "yes", "on"), ("0", "false", "no", "off")
 
 
 class SettingError(ValueError):
-    """A variable of the environment has a value that means nothing; the message says what would."""
+    """An environment variable has an invalid value; the message lists the valid ones."""
 
 
 def is_switched_on() -> bool:
-    """Whether the environment lets kernels be compiled and loaded.
+    """Whether the environment allows kernels to be compiled and loaded.
 
     Raises:
-        SettingError: if ``VISION_BACKBONES_NATIVE`` says neither yes nor no.
+        SettingError: ``VISION_BACKBONES_NATIVE`` is neither a yes nor a no.
     """
     chosen = os.environ.get(SWITCH, "")
     word = chosen.strip().lower()

@@ -1,4 +1,4 @@
-"""Structures of the kernels' C interface, read from the headers that declare them."""
+"""Structures of the kernels' C interface, parsed from the headers that declare them."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from typing import Any
 
 __all__ = ["included", "structure"]
 
-SOURCES = Path(__file__).parent  # that headers are included from
+SOURCES = Path(__file__).parent  # the include path
 
 _INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
 _SCALARS: dict[str, Any] = {"int64_t": ctypes.c_int64, "double": ctypes.c_double}
@@ -22,8 +22,8 @@ _FIELD = re.compile(r"^(\*?)\s*(\w+)(?:\[(\w+)\])?$")
 def included(
     source: Path, root: Path = SOURCES, read: Callable[[Path], str] = Path.read_text
 ) -> list[Path]:
-    """``source``, the headers that it includes from ``root``, and those that they do."""
-    found, pending = {source: None}, [source]  # a dictionary keeps the order, and is fast to search
+    """``source`` and the headers that it includes from ``root``, directly and indirectly."""
+    found, pending = {source: None}, [source]  # a dictionary is ordered and fast to search
     while pending:
         for name in _INCLUDE.findall(read(pending.pop(0))):
             if (path := root / name) not in found:
@@ -34,16 +34,16 @@ def included(
 
 @functools.cache
 def structure(header: str, name: str) -> Any:
-    """A structure as ctypes has it: the fields of ``name`` in their order.
+    """The ctypes structure with the fields of ``name`` in order.
 
     Args:
-        header: a file below ``ops/cpu``, such as ``"norm/norm.h"``; what it includes is searched,
-            too, the nearest first.
-        name: with its namespace, such as ``"norm::Problem"``. Its fields are ``int64_t``,
+        header: a file below ``ops/cpu``, such as ``"norm/norm.h"``; its includes are searched, too,
+            nearest first.
+        name: with its namespace, such as ``"norm::Problem"``. Fields may be ``int64_t``,
             ``double``, pointers, arrays of numbers, and structures of the same namespace.
 
     Raises:
-        ValueError: there is no such structure, or it has fields of other types.
+        ValueError: no such structure, or a field of another type.
     """
     space, _, plain = name.rpartition("::")
     pattern = re.compile(rf"^struct {plain} {{(.*?)^}};", re.DOTALL | re.MULTILINE)
@@ -66,7 +66,7 @@ def _text(path: Path) -> str:
 
 
 def _fields_of(declaration: str, header: str, name: str, text: str) -> list[tuple[str, Any]]:
-    """Those that ``const float *a, *b`` or ``int64_t sizes[3], axes`` declares."""
+    """The fields in ``const float *a, *b`` or ``int64_t sizes[3], axes``."""
     whole = _DECLARATION.match(declaration)
     assert whole is not None
     kind, declared = whole.groups()
@@ -84,7 +84,7 @@ def _fields_of(declaration: str, header: str, name: str, text: str) -> list[tupl
 
 
 def _number(count: str, text: str) -> int:
-    """A literal, or a constant of the header."""
+    """The value of a literal or of a constant in the header."""
     if count.isdigit():
         return int(count)
     constant = re.search(rf"constexpr \w+ {count} = (\d+);", text)

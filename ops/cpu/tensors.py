@@ -1,4 +1,4 @@
-"""Tensors as kernels want them: dense, with channels last, biases of layers."""
+"""Convert tensors to the layouts that kernels require."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ def dense(t: Tensor) -> Tensor: ...
 @overload
 def dense(t: Tensor | None) -> Tensor | None: ...
 def dense(t: Tensor | None) -> Tensor | None:
-    """Contiguous; None stays None."""
+    """A contiguous tensor; None stays None."""
     return None if t is None else t.contiguous()
 
 
 def as_nhwc(x: Tensor) -> Tensor:
-    """(B, C, H, W) whose channels lie side by side: itself, a copy where it is otherwise."""
+    """``x``, (B, C, H, W), channels-last; copied if it isn't."""
     if x.stride(1) == 1 or x.shape[1] == 1:
         return x
     return x.contiguous(memory_format=torch.channels_last)
 
 
 def empty_nhwc(like: Tensor, shape: Sequence[int]) -> Tensor:
-    """(B, C, H, W), channels-last, of the dtype of ``like``."""
+    """An uninitialized (B, C, H, W) tensor, channels-last, in the dtype of ``like``."""
     return torch.empty(
         shape, dtype=like.dtype, device=like.device, memory_format=torch.channels_last
     )
 
 
 def bias_of(layer: nn.Linear | nn.Conv2d) -> Tensor:
-    """(out_features,) float32; zeros where the layer has none."""
+    """The bias, (out_features,) float32; zeros if the layer has none."""
     if layer.bias is None:
         return layer.weight.new_zeros(len(layer.weight), dtype=torch.float32)
     return layer.bias.detach().float()

@@ -1,4 +1,4 @@
-"""How many threads a kernel's call gets."""
+"""The number of threads of a kernel call."""
 
 from __future__ import annotations
 
@@ -6,13 +6,13 @@ import torch
 
 __all__ = ["MACS", "VALUES", "threads_for"]
 
-# What keeps a thread busy for a few microseconds, which is about what it costs to share the work
-# out. Fewer threads would not only compute for longer: what the others have just written has to
-# come from their caches, line by line.
+# Work that keeps a thread busy for a few microseconds, about the cost of a parallel region. Using
+# fewer threads costs more than compute time: data that the others have just written have to be
+# fetched from their caches line by line.
 MACS = 1e5  # multiply-adds of matrix products
-VALUES = 1 << 14  # of a map that is read once, or few times
+VALUES = 1 << 14  # of a map that is read once or a few times
 
 
 def threads_for(work: float, of_a_thread: float) -> int:
-    """Those of torch, or as many as have at least ``of_a_thread`` of the work each; at least 1."""
+    """Torch's threads, or fewer so that each has at least ``of_a_thread`` work; at least 1."""
     return max(1, min(torch.get_num_threads(), int(work / of_a_thread)))

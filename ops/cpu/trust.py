@@ -1,8 +1,8 @@
-"""Who else may decide what lies at a path: a library that is loaded may do all that its user may.
+"""Check that nobody else controls a path: a loaded library runs with all the user's rights.
 
-As ssh and sudo ask of their files, every folder on the way must belong to the user or to root, and
-no one else may write to it; to a sticky folder such as ``/tmp`` all may, as there nobody moves what
-belongs to another. Windows has access lists instead, which are not looked at.
+As ssh and sudo require of their files, every folder on the path must belong to the user or root and
+be writable by nobody else. Sticky folders such as ``/tmp`` may be world-writable, since nobody can
+move another user's files there. Windows has access lists instead, which are not checked.
 """
 
 from __future__ import annotations
@@ -17,24 +17,24 @@ from typing import NamedTuple
 
 __all__ = ["Flaw", "flaw_of", "is_own_file", "shell_word"]
 
-_MOST_LINKS = 40  # that one path may lead through, as on Linux
+_MOST_LINKS = 40  # in the resolution of one path, as on Linux
 _ACCESS_LIST = "system.posix_acl_access"
 
 
 class Flaw(NamedTuple):
-    """What is wrong with a folder, in words, and the command that mends it; "" if none does."""
+    """What is wrong with a folder, and a shell command that fixes it ("" if there is none)."""
 
     reason: str
     mend: str = ""
 
 
 def flaw_of(path: Path) -> Flaw | None:
-    """Why others may decide what ``path`` holds; None where nobody but the user and root may.
+    """Why others can change the contents of ``path``; None if only the user and root can.
 
-    Folders that are not there yet are not looked at: whoever makes them will own them.
+    Missing folders are not checked: they will belong to whoever creates them.
 
     Raises:
-        OSError: it cannot be looked at: a loop of links, a file on the way, a closed folder.
+        OSError: the path cannot be checked: a loop of links, a file as a folder, no permission.
     """
     if sys.platform == "win32":
         return None
@@ -67,7 +67,7 @@ def flaw_of(path: Path) -> Flaw | None:
 
 
 def shell_word(path: Path) -> str:
-    """``path`` as a word for a shell, on one line and of printable characters."""
+    """``path`` quoted for a shell, on one line, in printable characters."""
     if str(path).isprintable():
         return shlex.quote(str(path))
     escaped = (
@@ -78,7 +78,7 @@ def shell_word(path: Path) -> str:
 
 
 def is_own_file(path: Path) -> bool:
-    """Whether ``path`` is a plain file of the user or root that no one else may write to."""
+    """Whether ``path`` is a regular file of the user or root that nobody else can write to."""
     found = path.lstat()
     if not stat.S_ISREG(found.st_mode):
         return False
@@ -90,12 +90,12 @@ def is_own_file(path: Path) -> bool:
 def _is_trusted(uid: int, is_last: bool) -> bool:
     if uid in (0, os.geteuid()):
         return True
-    # In a container that maps the user alone, root's folders seem to belong to "nobody".
+    # In a container that maps only the user, root's folders appear to belong to "nobody".
     return not is_last and uid == _unmapped_root()
 
 
 def _unmapped_root() -> int | None:
-    """Who owns root's files where this process's user namespace has no root; None if it has."""
+    """The apparent owner of root's files if the user namespace has no root; None if it has."""
     try:
         ranges = Path("/proc/self/uid_map").read_text().splitlines()
         if any(line.split()[0] == "0" for line in ranges):
@@ -112,7 +112,7 @@ def _others_may_write(place: Path, found: os.stat_result) -> bool:
 
 
 def _is_private_group(place: Path, found: os.stat_result) -> bool:
-    """Whether the group of ``place`` has its owner alone, as where the umask is 002."""
+    """Whether the owner is the only member of the group of ``place``, as with a umask of 002."""
     import grp
     import pwd
 
@@ -124,7 +124,7 @@ def _is_private_group(place: Path, found: os.stat_result) -> bool:
         return False
     if not set(group.gr_mem) <= {owner.pw_name}:
         return False
-    # With an access list, the group's bits tell what anyone on the list may do at most.
+    # With an access list, the group bits are the mask of the list's permissions.
     try:
         return sys.platform != "linux" or _ACCESS_LIST not in os.listxattr(place)
     except OSError as error:

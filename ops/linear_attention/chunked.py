@@ -1,9 +1,9 @@
 """Gated linear attention by matrix products over chunks of tokens, for training.
 
-Within a chunk, it uses the weights of pairs of tokens; between chunks, states, computed by a scan
-with doubling steps. Chunks are as in https://arxiv.org/abs/2312.06635, but without dividing by
-decays, which would overflow for small gates: the decay between two tokens is the exponential of the
-sum of the log gates between them, each summed separately.
+Within a chunk, it uses the weights of pairs of tokens; between chunks, it uses states, computed by
+a scan with doubling steps. Chunks are as in https://arxiv.org/abs/2312.06635, but without dividing
+by decays, which would overflow for small gates: the decay between two tokens is the exponential of
+the sum of the log gates between them, each summed separately.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def _scan(q: Tensor, k: Tensor, v: Tensor, gate: Tensor, apart: bool, chunk: int
     q, k, v, gate = (
         F.pad(t, (0, 0, 0, -tokens % chunk)).unflatten(-2, (-1, chunk)) for t in (q, k, v, gate)
     )  # (…, N, C, ·)
-    decay = _decays(gate)  # (…, N, C + 1, C + 1, K); row and column 0 stand before the chunk
+    decay = _decays(gate)  # (…, N, C + 1, C + 1, K); row and column 0 precede the chunk
     seen = decay[..., :-1, :, :] if apart else decay[..., 1:, :, :]  # (…, C, C + 1, K)
     begin, within = seen[..., 0, :], seen[..., 1:, :]
     weights = torch.matmul(within * k[..., None, :, :], q[..., None])  # (…, N, C, C, 1)
@@ -101,7 +101,7 @@ def _states(decay: Tensor, added: Tensor) -> Tensor:
 
 
 def _states_of_any_number(gate: Tensor, added: Tensor) -> Tensor:
-    """The same by decays between all pairs of chunks, without doubling steps.
+    """Like :func:`_states`, from the decays between all pairs of chunks, without doubling steps.
 
     Its graph is independent of the number of chunks; ``gate`` has the chunks' summed log gates.
     """

@@ -1,7 +1,7 @@
 """Gated linear attention on the CPU by a compiled kernel (:mod:`ops.cpu.scan.gated_scan`).
 
 https://arxiv.org/abs/2312.06635. Differentiable and deterministic; float32 and bfloat16 tensors.
-The backward pass recomputes states from those between chunks to save memory.
+To save memory, the backward pass recomputes the states within a chunk from the one before it.
 """
 
 from __future__ import annotations

@@ -1,1 +1,1 @@
-"""Capture and replay of pieces of networks: capture → graph → memory plan → replay."""
+"""Capture and replay of modules: capture → graph → memory plan → replay."""

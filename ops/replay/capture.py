@@ -1,9 +1,9 @@
-"""Capture: what a piece of a network calls, with which memory, seen once to be replayed.
+"""Capture: records one call of a module, with the memory it uses, so that it can be replayed.
 
-A capture sees the functions of torch that Python calls and, as an observer of
-:mod:`ops.cpu.binding`, the kernels with their tensors; what either does inside stays closed. It
-knows of every tensor whether it was allocated during the capture, where it then lies from call to
-call is free, or was there before, such as weights.
+A capture records the torch functions called from Python and, as an observer of
+:mod:`ops.cpu.binding`, the kernels with their tensors, but nothing that happens inside either. It
+distinguishes tensors allocated during the capture, which a replay may place anywhere, from tensors
+that existed before, such as weights.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ from ops.replay.graph import (
 __all__ = ["NEW", "Capture"]
 
 NEW = {"torch.empty", "torch.empty_like", "torch.Tensor.new_empty"}
-# They ask how tensors are laid out; what is in a tensor must not decide what is called.
+# Queries of a tensor's metadata. Queries of its values, which could change the sequence of calls,
+# must not be listed.
 _QUESTIONS = {
     *("torch.Tensor." + name for name in ("__len__", "dim", "element_size", "is_contiguous")),
     *("torch.Tensor." + name for name in ("is_floating_point", "is_inference", "numel", "size")),
@@ -43,7 +44,7 @@ _QUESTIONS = {
     *(f"torch.Tensor.{name}.__get__" for name in ("nbytes", "ndim", "requires_grad", "shape")),
     "torch.promote_types",
 }
-# Their results follow from their arguments alone, and they change no argument.
+# Functions whose results depend only on their arguments, and which modify no argument.
 _PURE = {
     *("torch.Tensor." + name for name in ("add", "clone", "contiguous", "div", "flatten", "float")),
     *("torch.Tensor." + name for name in ("index_select", "matmul", "mean", "mul", "remainder")),
@@ -59,9 +60,9 @@ _PURE = {
     *("mkldnn." + name for name in ("_convolution_pointwise.default", "_linear_pointwise.binary")),
     "mkldnn._linear_pointwise.default",
 }
-# They change the argument that they return.
+# Functions that modify and return an argument.
 _IN_PLACE = {"torch.Tensor.add_", "torch.Tensor.mul_", "torch.Tensor.relu_"}
-# Their results, or some of them, lie where an argument does.
+# Functions whose results may share memory with an argument.
 _VIEWS = {
     *("torch.Tensor." + name for name in ("__getitem__", "chunk", "contiguous", "detach")),
     *("torch.Tensor." + name for name in ("expand", "flatten", "float", "narrow", "permute")),
@@ -71,16 +72,16 @@ _VIEWS = {
 
 
 class Capture(TorchFunctionMode):
-    """Notes what is called with an input, and what follows from it, while it is entered.
+    """Context manager that records the calls made on an input and on tensors computed from it.
 
-    It changes nothing of what it sees, also where that turns out not to be capturable.
+    The recorded calls run unchanged, even if they turn out not to be capturable.
 
     Args:
         x: the input.
 
     Attributes:
-        failure: why what was called cannot be replayed; then the rest was not noted.
-        calls, buffers, constants: those of the :class:`ops.replay.graph.Graph`.
+        failure: why the calls cannot be replayed; recording stops at the first failure.
+        calls, buffers, constants: of the :class:`ops.replay.graph.Graph`.
     """
 
     def __init__(self, x: Tensor) -> None:
@@ -89,8 +90,8 @@ class Capture(TorchFunctionMode):
         self.calls: list[KernelCall | TorchCall] = []
         self.buffers = [_buffer(x)]
         self.constants: list[Any] = []
-        self._by_storage = {_memory(x): 0}  # those of tensors that there are
-        # What tells when memory is free again, and another tensor may come to lie there.
+        self._by_storage = {_memory(x): 0}  # buffer indices of live storages
+        # Finalizers that forget freed storages, since new tensors may reuse their addresses.
         self._ends: list[weakref.finalize[Any, Any]] = []
 
     def __enter__(self) -> Capture:
@@ -105,11 +106,11 @@ class Capture(TorchFunctionMode):
         super().__exit__(*error)
 
     def finish(self, result: Any) -> Graph:
-        """The graph that ends with ``result``.
+        """The graph that returns ``result``.
 
         Raises:
-            NotCapturableError: something called cannot be replayed, or the result is no tensor that
-                was allocated.
+            NotCapturableError: a call cannot be replayed, or the result is not a tensor allocated
+                during the capture.
         """
         if self.failure is not None:
             raise self.failure
@@ -120,7 +121,7 @@ class Capture(TorchFunctionMode):
             raise NotCapturableError("the result does not follow from the input")
         return Graph(self.calls, self.buffers, self.constants, view)
 
-    # -- functions of torch ----------------------------------------------------------------------
+    # -- torch functions -------------------------------------------------------------------------
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -208,12 +209,12 @@ class Capture(TorchFunctionMode):
     # -- kernels ---------------------------------------------------------------------------------
 
     def kernel_called(self, kernel: Kernel, function: Any, arguments: Sequence[Any]) -> None:
-        """Note a call of a kernel, with the tensors that it works on."""
-        with torch._C.DisableTorchFunction():  # what follows asks torch, too
+        """Record a kernel call with its tensors."""
+        with torch._C.DisableTorchFunction():  # don't record the queries below
             self._try(self._note_kernel_call, kernel, function, arguments)
 
     def kernel_returned(self, kernel: Kernel, given: dict[str, Any], result: Any) -> None:
-        """Nothing more to note."""
+        """Do nothing: the call has already been recorded."""
 
     def _note_kernel_call(self, kernel: Kernel, function: Any, arguments: Sequence[Any]) -> None:
         address = ctypes.cast(function, ctypes.c_void_p).value
@@ -234,7 +235,7 @@ class Capture(TorchFunctionMode):
         return Block(struct.pack(f"={len(numbers)}q", *numbers), places)
 
     def _place_of(self, t: Tensor, offset: int = 0) -> int | Place:
-        """Where a tensor begins: in a buffer, or the address of a constant, which is kept."""
+        """The place of a tensor in a buffer, or the address of a constant, which is kept alive."""
         index = self._index(t)
         if index is None:
             self.constants.append(t.untyped_storage())
@@ -253,11 +254,11 @@ def _buffer(t: Tensor) -> Buffer:
 
 
 def _drops_nothing(name: str | None, args: Any, kwargs: dict[str, Any]) -> bool:
-    """Whether it is dropout that gives its input back."""
+    """Whether this is dropout outside training, which returns its input."""
     training = args[2] if len(args) > 2 else kwargs.get("training", True)
     return name == "torch.nn.functional.dropout" and not training
 
 
 def _memory(t: Tensor) -> int:
-    """Where its storage begins; weights that oneDNN packed have none that could be seen."""
+    """The address of a tensor's storage; -1 for weights packed by oneDNN, which expose none."""
     return -1 if t.is_mkldnn else t.untyped_storage().data_ptr()

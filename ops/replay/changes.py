@@ -1,4 +1,4 @@
-"""Whether tensors are still what they were, for things that were made of what is in them."""
+"""Change detection for tensors whose values something else was derived from."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ __all__ = ["Seen"]
 
 
 class Seen:
-    """Tensors as they are now.
+    """A snapshot of tensors that detects later changes to them.
 
-    Noticed later on are other tensors, other memory (which ``vector_to_parameters`` gives them) and
-    changes in place that torch counts. It counts those of operators, whether gradients are tracked
-    or not, but neither writes through ``.data``, NumPy or DLPack nor those of optimizers with
-    ``fused=True``, nor any of a tensor that was made in inference mode.
+    Detects replaced tensors, replaced memory (as by ``vector_to_parameters``) and in-place changes
+    that torch's version counter covers: those by operators, with or without gradient tracking. The
+    counter misses writes through ``.data``, NumPy or DLPack, writes by optimizers with
+    ``fused=True``, and all writes to tensors created in inference mode.
     """
 
     def __init__(self, tensors: Iterable[Tensor]) -> None:
@@ -26,15 +26,17 @@ class Seen:
         self._ids = list(map(id, self._tensors))
         self._versions = list(map(_version, self._versioned))
         self._memory = list(map(_memory, self._tensors))
-        self._kept = [t.detach() for t in self._tensors]  # lest something else comes to lie there
+        self._kept = [
+            t.detach() for t in self._tensors
+        ]  # so that no other tensor reuses the memory
 
     def are(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these are the same tensors, unchanged."""
-        with torch._C.DisableTorchFunction():  # a recorder is not to see it
+        with torch._C.DisableTorchFunction():  # hide this from captures
             return list(map(id, tensors)) == self._ids and self.unchanged()
 
     def unchanged(self) -> bool:
-        """Whether they are as they were."""
+        """Whether the tensors are unchanged since the snapshot."""
         return (
             list(map(_version, self._versioned)) == self._versions
             and list(map(_memory, self._tensors)) == self._memory

@@ -1,4 +1,4 @@
-"""The clock that calls are timed with."""
+"""The clock for timing calls."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 
 __all__ = ["clock"]
 
-_FINE = 1e-6  # seconds, that a clock must be able to tell apart
+_FINE = 1e-6  # required resolution of the clock, in seconds
 
 
 def clock() -> Callable[[], float]:
-    """What tells the time in seconds, for calls by as many threads as torch has now.
+    """A function that returns the time in seconds, suited to torch's current number of threads.
 
-    With a single thread, which never waits for another, it is the time that the CPU gave to it:
-    what other processes take of a busy machine does not count.
+    With a single thread, which never waits for others, this is the thread's CPU time, so other
+    processes on a busy machine do not affect it. Otherwise it is wall-clock time.
     """
     fine = time.get_clock_info("thread_time").resolution <= _FINE
     return time.thread_time if fine and torch.get_num_threads() == 1 else time.perf_counter

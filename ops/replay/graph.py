@@ -1,4 +1,4 @@
-"""The graph of a captured piece of a network: calls of kernels and of torch, and their buffers."""
+"""The graph of a captured module: kernel and torch calls, and their buffers."""
 
 from __future__ import annotations
 
@@ -23,18 +23,18 @@ __all__ = [
 
 
 class NotCapturableError(Exception):
-    """Why a piece of a network cannot be captured, and runs eagerly."""
+    """A module cannot be captured and runs eagerly; the message says why."""
 
 
 class Place(NamedTuple):
-    """Bytes from where a buffer begins."""
+    """A byte offset into a buffer."""
 
     buffer: int
     offset: int
 
 
 class View(NamedTuple):
-    """A tensor in a buffer; the offset is in elements."""
+    """A tensor in a buffer; the offset is in elements, not bytes."""
 
     buffer: int
     size: tuple[int, ...]
@@ -43,7 +43,7 @@ class View(NamedTuple):
 
 
 class Block(NamedTuple):
-    """Bytes that a kernel is given the address of, and the places whose addresses are in them."""
+    """Bytes passed to a kernel by address, and the places whose addresses they contain."""
 
     data: bytes
     places: tuple[tuple[int, Place], ...]
@@ -51,7 +51,7 @@ class Block(NamedTuple):
 
 @dataclass
 class Buffer:
-    """Memory that came into being, for a tensor: its layout, from which address, and to which."""
+    """Memory of a tensor: its layout, and its first and end address during the capture."""
 
     size: tuple[int, ...]
     stride: tuple[int, ...]
@@ -66,14 +66,14 @@ class Buffer:
 
 @dataclass
 class KernelCall:
-    """A kernel's function, by its address, its arguments, and the operator that it belongs to."""
+    """A kernel call: the address of its function, its arguments, and its operator's name."""
 
     function: int
     arguments: list[int | Place | Block]
     name: str = "kernel"
 
     def places(self) -> Iterator[Place]:
-        """What it works on."""
+        """The places that the kernel reads or writes."""
         for argument in self.arguments:
             if isinstance(argument, Block):
                 yield from (place for _, place in argument.places)
@@ -83,9 +83,9 @@ class KernelCall:
 
 @dataclass
 class TorchCall:
-    """A function of torch, with views where tensors that are not constant stand in the arguments.
+    """A call of a torch function, with views in place of the non-constant tensor arguments.
 
-    ``results`` are the buffers that it makes, by their index among its results.
+    ``results`` maps the position of a result to the buffer that the call allocates for it.
     """
 
     name: str
@@ -95,23 +95,23 @@ class TorchCall:
     results: dict[int, int] = field(default_factory=dict)
 
     def views(self) -> Iterator[View]:
-        """What it works on, its results aside."""
+        """The non-constant tensors among the arguments."""
         return (leaf for leaf in _leaves((self.args, self.kwargs)) if isinstance(leaf, View))
 
     def constants(self) -> Iterator[Tensor]:
-        """What it reads that was there before."""
+        """The arguments that existed before the capture."""
         return tensors_in((self.args, self.kwargs))
 
 
 @dataclass
 class Graph:
-    """What was captured, for other inputs of the same shape, strides and dtype.
+    """A captured sequence of calls, valid for inputs of the same shape, strides and dtype.
 
     Attributes:
-        calls: in their order.
-        buffers: the memory that they work on; the first is the input's.
-        constants: what else they read; it must be kept.
-        result: where it lies.
+        calls: in execution order.
+        buffers: the memory that the calls use; the first holds the input.
+        constants: other memory that the calls read, which must be kept alive.
+        result: the returned tensor.
     """
 
     calls: list[KernelCall | TorchCall]
@@ -120,7 +120,7 @@ class Graph:
     result: View
 
     def __str__(self) -> str:
-        """A line a call, with the buffers that it works on, then the buffers."""
+        """One line per call, with its buffers, followed by one line per buffer."""
         lines = []
         for call in self.calls:
             if isinstance(call, KernelCall):
@@ -152,5 +152,5 @@ def _leaves(value: Any) -> Iterator[Any]:
 
 
 def tensors_in(value: Any) -> Iterator[Tensor]:
-    """Those in nested sequences and dictionaries."""
+    """The tensors in nested sequences and dictionaries."""
     return (leaf for leaf in _leaves(value) if isinstance(leaf, Tensor))

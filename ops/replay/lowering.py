@@ -1,7 +1,7 @@
-"""Lowering: functions of torch that a kernel replaces in a replay, without Python and torch.
+"""Lowering: replaces torch calls in a replay by a kernel that needs neither Python nor torch.
 
-The kernel (``ops/cpu/replay/pointwise.h``) copies, adds, multiplies and picks rows, with torch's
-results, bit by bit. It is for tensors so small that calling torch takes as long.
+The kernel (``ops/cpu/replay/pointwise.h``) copies, adds, multiplies and selects rows, bit-identical
+to torch. It is for tensors so small that the overhead of calling torch dominates.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from ops.replay.graph import Block, Buffer, KernelCall, Place, TorchCall, View
 
 __all__ = ["lowered"]
 
-_COPY, _ADD, _MULTIPLY = range(3)  # those of ops/cpu/replay/pointwise.h
+_COPY, _ADD, _MULTIPLY = range(3)  # as in ops/cpu/replay/pointwise.h
 _MOST_AXES = 6
 _MOST_ELEMENTS = 1 << 19
 _COMBINED = ({torch.float32}, {torch.bfloat16})
@@ -29,7 +29,7 @@ _PROBLEM = structure("replay/pointwise.h", "pointwise::Problem")
 
 
 class _Operand(NamedTuple):
-    """Where a tensor begins, a place or an address, and its layout."""
+    """The start of a tensor (a place or an address) and its layout."""
 
     begin: Place | int
     size: tuple[int, ...]
@@ -38,9 +38,9 @@ class _Operand(NamedTuple):
 
 
 def lowered(call: TorchCall, buffers: Sequence[Buffer]) -> KernelCall | None:
-    """The kernel's call that does the same, or None where there is none.
+    """The equivalent kernel call, or None if there is none.
 
-    The memory of the constants of ``call`` must be kept.
+    The caller must keep the memory of the constants of ``call`` alive.
     """
     lower = _LOWER.get(call.name)
     if lower is None or call.kwargs or len(call.results) > 1:
@@ -67,7 +67,7 @@ def _copy(call: TorchCall, out: _Operand, operands: Sequence[_Operand]) -> Kerne
     (source,) = operands
     if source.dtype != out.dtype:
         return None
-    # What changes shapes fills its result from front to back.
+    # A copy that changes the shape fills its result in row-major order.
     strides = out.stride if out.size == source.size else _dense(source.size)
     if out.size != source.size and out.stride != _dense(out.size):
         return None
@@ -112,7 +112,7 @@ _LOWER: dict[str, _Lower] = {
     "torch.Tensor.index_select": _pick,
 }
 
-_Axis = tuple[int, int, int, int]  # size; strides of the result and of what it comes from
+_Axis = tuple[int, int, int, int]  # size; strides of the result and of both operands
 
 
 def _kernel_call(
@@ -148,14 +148,14 @@ def _kernel_call(
     words = (ctypes.c_int64 * 4)(*(0 if isinstance(b, Place) else b for b in begins))
     places = tuple((8 * i, b) for i, b in enumerate(begins) if isinstance(b, Place))
     library = load("replay")
-    assert library is not None  # whose lists this is for
+    assert library is not None  # Replay requires it
     function = ctypes.cast(library.replay_pointwise, ctypes.c_void_p).value
     assert function is not None
     return KernelCall(function, [Block(bytes(problem), ()), Block(bytes(words), places)])
 
 
 def _merged(axes: list[_Axis], of_table: _Axis | None) -> list[_Axis]:
-    """The same elements with few axes, those that are far apart in the result first."""
+    """Merge adjacent axes where possible and sort them by descending stride in the result."""
     merged: list[_Axis] = []
     for axis in sorted(axes, key=lambda axis: -axis[1]):
         before = merged[-1] if merged else None
@@ -181,7 +181,7 @@ def _dense(size: Sequence[int]) -> tuple[int, ...]:
 
 
 def _broadcast(operand: _Operand, size: Sequence[int]) -> list[int]:
-    """Its strides along the axes of ``size``."""
+    """The strides of an operand broadcast to ``size``."""
     missing = len(size) - len(operand.size)
     given = zip(operand.size, operand.stride, size[missing:], strict=True)
     return [0] * missing + [0 if n != wanted else stride for n, stride, wanted in given]

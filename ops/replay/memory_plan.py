@@ -1,4 +1,4 @@
-"""The memory plan of a graph: which buffers share a workspace, and where in it they lie."""
+"""The memory plan of a graph: which buffers share a workspace, and at which offsets."""
 
 from __future__ import annotations
 
@@ -10,17 +10,17 @@ from ops.replay.graph import Buffer, KernelCall, TorchCall
 
 __all__ = ["MemoryPlan", "Use", "lay_out", "plan_memory", "uses_of"]
 
-_LINE = 64  # bytes, that buffers begin with
+_LINE = 64  # alignment of buffers in bytes: a cache line
 
 
 @dataclass
 class MemoryPlan:
-    """Where buffers lie.
+    """The placement of buffers.
 
     Attributes:
-        uses: of each buffer.
-        offsets: in the workspace, of those that torch does not allocate.
-        nbytes: of the workspace.
+        uses: lifetime of each buffer.
+        offsets: workspace offset of each buffer that torch does not allocate.
+        nbytes: size of the workspace.
     """
 
     uses: list[Use]
@@ -31,16 +31,16 @@ class MemoryPlan:
 def plan_memory(
     calls: Sequence[KernelCall | TorchCall], buffers: Sequence[Buffer], result: int
 ) -> MemoryPlan:
-    """The plan for calls in this order; ``result`` is the buffer that is returned."""
+    """Plan the memory of calls in this order; ``result`` is the index of the returned buffer."""
     uses = uses_of(calls, len(buffers), result)
     return MemoryPlan(uses, *lay_out(buffers, uses))
 
 
 @dataclass
 class Use:
-    """Of a buffer: the first and the last call with it, whether torch makes it or reads it.
+    """The lifetime of a buffer: first and last call, and whether torch allocates or reads it.
 
-    The input is there before the first call, and the result after the last.
+    The input is live before the first call, and the result after the last.
     """
 
     first: int
@@ -50,7 +50,7 @@ class Use:
 
 
 def uses_of(calls: Sequence[KernelCall | TorchCall], buffers: int, result: int) -> list[Use]:
-    """Which calls use each buffer; the first is the input, and ``result`` is returned."""
+    """The lifetime of each buffer; buffer 0 is the input, and ``result`` is returned."""
     uses = [Use(len(calls), -1) for _ in range(buffers)]
     for now, call in enumerate(calls):
         by_torch = isinstance(call, TorchCall)
@@ -68,13 +68,13 @@ def uses_of(calls: Sequence[KernelCall | TorchCall], buffers: int, result: int) 
 
 
 def lay_out(buffers: Sequence[Buffer], uses: Sequence[Use]) -> tuple[dict[int, int], int]:
-    """Offsets in a shared piece of memory of what torch does not make, and the bytes of that.
+    """Workspace offsets of the buffers that torch does not allocate, and the workspace's size.
 
-    The largest first, each lies as low as it can beside those that are in use at the same time.
+    Buffers are placed largest first, each at the lowest offset that is free during its lifetime.
     """
     calls = uses[0].last
     within = [i for i, use in enumerate(uses) if not use.made and 0 <= use.last < calls]
-    placed: list[tuple[int, int, Use]] = []  # from and to where
+    placed: list[tuple[int, int, Use]] = []  # begin, end, lifetime
     offsets: dict[int, int] = {}
     for index in sorted(within, key=lambda i: -buffers[i].nbytes):
         use = uses[index]

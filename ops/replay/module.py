@@ -1,7 +1,7 @@
-"""Pieces of networks whose calls are recorded, then repeated without Python.
+"""Modules whose calls are captured once and then replayed without Python.
 
-A fused block of a small network takes Python and torch as long to call as it takes to compute:
-between kernels, which fill the caches with weights, every step of theirs waits for memory.
+For a fused block of a small network, the overhead of Python and torch is as large as the
+computation: kernels fill the caches with weights, so that each step in between misses them.
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ __all__ = ["Recorded", "recorded_form"]
 
 _log = logging.getLogger(__name__)
 
-# Whose layers do nothing but compute: others might count calls, say, which nobody would repeat.
+# Packages whose layers only compute. Others may have side effects, such as counting calls, which a
+# replay would not reproduce.
 _KNOWN_PACKAGES = ("backbones.", "ops.", "timm.layers.", "torch.nn.modules.")
-_MOST_INPUTS = 16  # kinds of inputs that are remembered
-_LONGEST_WAIT = 64  # calls before a network that keeps changing is recorded anew
+_MOST_INPUTS = 16  # remembered combinations of shape, strides, dtype and threads
+_LONGEST_WAIT = 64  # calls before a module that keeps changing is captured again
 _GLOBAL_HOOKS = torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks
 _LOOKS = ctypes.pythonapi.PyDict_Size, ctypes.pythonapi.PyDict_Next
 
 
 class Recorded(nn.Module):
-    """Before a class whose ``forward`` takes a tensor and gives one: its calls may be repeated.
+    """Mixin, placed before a class with a tensor-to-tensor ``forward``, that replays its calls.
 
-    The first call with inputs of some shape, strides and dtype runs as ever, the second is
-    recorded, those after it follow the record as long as no module inside, nothing that one refers
-    to, no parameter and no hook has changed. The layers themselves run otherwise, and where
-    gradients, hooks inside, compilation, tracing, profiling or autocast need them. Results are the
-    same to the last bit.
+    The first call with an input of a given shape, strides and dtype runs eagerly, the second is
+    captured, and later calls replay the graph for as long as no submodule, attribute, parameter or
+    hook has changed. After a change, and whenever gradients, hooks inside, compilation, tracing,
+    profiling or autocast require it, the layers run eagerly. Results are bit-identical.
     """
 
     _records: _Records | None = None
@@ -56,24 +56,24 @@ class Recorded(nn.Module):
         return self._records(self, x)
 
     def compute(self, x: Tensor) -> Tensor:
-        """By the layers: what ``forward`` is where it is not recorded."""
+        """Run the layers eagerly, as the class's own ``forward`` does."""
         result: Tensor = super().forward(x)
         return result
 
     def forget(self) -> None:
-        """Let calls be recorded anew."""
+        """Drop all graphs, so that calls are captured again."""
         self._records = None
 
     @property
     def is_replayed(self) -> bool:
-        """Whether there is a graph that calls follow."""
+        """Whether there is a graph to replay."""
         records = self._records
         return records is not None and any(
             isinstance(program, Replay) for program in records._programs.values()
         )
 
     def obstacle(self) -> str | None:
-        """Why no graph of it would ever be followed, or None; its calls may have other reasons."""
+        """Why this module can never be replayed, or None; individual calls may still be refused."""
         try:
             _Snapshot(self)
         except NotCapturableError as error:
@@ -90,7 +90,7 @@ _forms: dict[tuple[type[nn.Module], type[Recorded]], type[nn.Module]] = {}
 
 
 def recorded_form(kind: type[nn.Module], recorded: type[Recorded] = Recorded) -> type[nn.Module]:
-    """``kind`` with ``recorded`` before it, under its name; instances may be pickled."""
+    """A picklable subclass of ``recorded`` and ``kind`` under the name of ``kind``."""
     form = _forms.get((kind, recorded))
     if form is None:
         members = {
@@ -108,13 +108,13 @@ def _restore(kind: type[nn.Module], recorded: type[Recorded] = Recorded) -> nn.M
 
 
 class _Records:
-    """The programs of a module, by what they take. The module is passed, lest it never be freed."""
+    """The replays of a module by input. Holds no reference to the module, to avoid a cycle."""
 
     def __init__(self) -> None:
-        # How often there was such an input, or None where its calls cannot be recorded.
+        # A replay, the number of calls so far, or None if calls cannot be captured.
         self._programs: dict[Hashable, Replay | int | None] = {}
         self._snapshot: _Snapshot | None = None
-        self._wait = 1  # calls before one is recorded
+        self._wait = 1  # eager calls before one is captured
 
     def __call__(self, module: Recorded, x: Tensor) -> Tensor:
         key = (x.shape, x.stride(), x.dtype, torch.get_num_threads())
@@ -141,13 +141,13 @@ class _Records:
             snapshot = self._snapshot or _Snapshot(module)
         except NotCapturableError as error:
             _log.debug("%s is not recorded: %s", type(module).__name__, error)
-            self._programs[key] = -_LONGEST_WAIT  # hooks may go again
+            self._programs[key] = -_LONGEST_WAIT  # try again later: hooks may be removed
             return module.compute(x)
         if snapshot.wants_gradients(x):
             return module.compute(x)
         with Capture(x) as capture:
             result = module.compute(x)
-        if not snapshot.holds():  # weights were packed anew, say
+        if not snapshot.holds():  # for example, weights were packed again
             self._begin_anew()
             return result
         try:
@@ -165,10 +165,10 @@ class _Records:
 
 
 class _Snapshot:
-    """What a module refers to, for telling whether that has changed.
+    """Everything that a module refers to, for detecting changes.
 
     Raises:
-        NotCapturableError: there are hooks inside, layers of which nothing is known, or no kernel.
+        NotCapturableError: hooks inside, layers of an unknown package, or no kernel.
     """
 
     def __init__(self, module: Recorded) -> None:
@@ -177,18 +177,19 @@ class _Snapshot:
             raise NotCapturableError(reason)
         if not getattr(sys, "_is_gil_enabled", lambda: True)():
             raise NotCapturableError("a Python without its lock may change what is looked at")
-        # Through PyDLL, since Python's lock has to be held.
+        # Through PyDLL, which holds the GIL.
         self._same_values = ctypes.PyDLL(str(status("replay").path)).replay_same_values
         modules = list(module.modules())
         for inner in modules:
             _require_known(inner, is_root=inner is module)
         held = [d for m in modules for d in _dicts_of(m)]
-        # An identity, which a folded layer leaves behind, has nothing that could matter.
+        # An identity, as left behind by a folded layer, has no attribute that affects the result.
         counted = [vars(m) for m in modules if isinstance(m, nn.Identity)]
         compared = [*(vars(m) for m in modules if not isinstance(m, nn.Identity)), *held]
         compared += _GLOBAL_HOOKS
         values = [v for d in compared for v in d.values()]
-        # Kept, so that nothing else comes to lie there; but for what keeps this very snapshot.
+        # Kept alive, so that ids are not reused. What refers to this snapshot is left out, to avoid
+        # a cycle.
         self._kept = [
             *(d for d in (*compared, *counted) if d is not vars(module)),
             *(v for v in values if v is not module._records),
@@ -207,11 +208,11 @@ class _Snapshot:
         self._seen = Seen(self._tensors)
 
     def holds(self) -> bool:
-        """Whether all is as it was."""
+        """Whether nothing has changed."""
         return bool(self._same_values(*self._arguments)) and self._seen.unchanged()
 
     def wants_gradients(self, x: Tensor) -> bool:
-        """Whether autograd has to know of a call with ``x``."""
+        """Whether autograd must see a call with ``x``."""
         if not torch.is_grad_enabled():
             return False
         return x.requires_grad or any(t.requires_grad for t in self._tensors)
@@ -226,7 +227,7 @@ def _require_known(module: nn.Module, *, is_root: bool) -> None:
 
 
 def _dicts_of(module: nn.Module) -> tuple[Any, ...]:
-    """What it holds, but for its attributes."""
+    """The dictionaries of a module other than its attributes."""
     hooks = module._forward_hooks, module._forward_pre_hooks
     return module._parameters, module._buffers, module._modules, *hooks
 

@@ -1,4 +1,4 @@
-"""Profile: how long each call of a network takes, in replays where there are any."""
+"""Profile: the time of each call of a network, measured in replays if it can be replayed."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ __all__ = ["Profile", "profile"]
 
 @dataclass
 class Profile:
-    """What :func:`profile` found.
+    """The result of :func:`profile`.
 
     Attributes:
-        calls: in their order; ``seconds`` are medians.
-        seconds: of the whole network, without a look at its calls: a median, too.
-        graph, plan: of replays; None where there are none.
-        obstacle: why there are none, of a network that would have them.
+        calls: in execution order; ``seconds`` are medians.
+        seconds: median time of the whole network, run without timing its calls.
+        graph, plan: of the replays; None if the network is not replayed.
+        obstacle: why a network that supports replay is not replayed.
     """
 
     calls: list[TracedCall]
@@ -41,15 +41,15 @@ class Profile:
 
 @torch.inference_mode()
 def profile(network: nn.Module, x: Tensor, repeats: int) -> Profile:
-    """Run a network some times, as a whole and call by call in turns.
+    """Time a network, alternating between runs as a whole and runs call by call.
 
-    What its modules keep (packed weights, graphs) is afterwards what it was before.
+    The state of its modules (packed weights, graphs) is restored afterwards.
     """
     with _left_as_it_was(network):
         for module in network.modules():
             if isinstance(module, Recorded):
                 module.forget()
-        for _ in range(3):  # which pack weights, capture a graph and replay it
+        for _ in range(3):  # pack weights, capture a graph, replay it
             network(x)
         if isinstance(network, Recorded) and network.is_replayed:
             return _of_replays(network, x, repeats)
@@ -107,7 +107,7 @@ def _fill_in(
     by_call: Callable[[], Iterable[float]],
     repeats: int,
 ) -> float:
-    """Set the seconds of the calls; return those of the whole."""
+    """Set the seconds of each call and return those of the whole network."""
     now = clock()
     totals: list[float] = []
     parts: list[list[float]] = []

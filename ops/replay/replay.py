@@ -1,4 +1,4 @@
-"""Replay: the calls of a graph with memory planned ahead; Python calls once for many kernels."""
+"""Replay: runs a graph with preplanned memory, many kernels per call from Python."""
 
 from __future__ import annotations
 
@@ -32,8 +32,9 @@ from ops.replay.workspace import workspace
 __all__ = ["Replay", "TimedReplay", "unsupported"]
 
 _KERNEL = "replay"
-_VALUE, _PLACE, _BLOCK = range(3)  # those of ops/cpu/replay/replay.cpp
-# What torch made is given back at once if it is larger, else when kernels are no longer in a row.
+_VALUE, _PLACE, _BLOCK = range(3)  # as in ops/cpu/replay/replay.cpp
+# Tensors allocated by torch are released at once from this size on, and otherwise at the next torch
+# call, so that lists of kernels are not split.
 _LARGE_BYTES = 4 << 20
 
 _Tensors = list[Any]  # of buffers, during a replay
@@ -41,26 +42,25 @@ _Step = Callable[[_Tensors, Any], None]
 
 
 def unsupported() -> str | None:
-    """``None`` if graphs can be replayed here, else the reason in words."""
+    """None if graphs can be replayed here, else the reason."""
     return unavailable_reason(_KERNEL)
 
 
 class Replay:
-    """A graph, to be run for other inputs of the same shape, strides and dtype.
+    """A graph that can be run on inputs of the same shape, strides and dtype.
 
-    Kernels that follow each other are called from a list, without Python between them. The buffers
-    between calls, unless torch allocates them, share one workspace. Several threads may call it at
-    a time.
+    Consecutive kernels are called from a list, without Python in between. Intermediate buffers
+    share one workspace, except those that torch allocates. Thread-safe.
 
     Args:
-        graph: what was captured.
+        graph: the captured graph.
 
     Attributes:
-        plan: where buffers lie.
-        lowered: which calls are a kernel's in place of torch's.
+        plan: the memory plan.
+        lowered: indices of the torch calls that a kernel replaces.
 
     Raises:
-        NotCapturableError: calls with larger arguments than the list can hold.
+        NotCapturableError: a call's arguments are larger than the list supports.
     """
 
     def __init__(self, graph: Graph) -> None:
@@ -81,9 +81,9 @@ class Replay:
             calls.append(other or call)
         result = graph.result
         self.plan = plan_memory(calls, self._buffers, result.buffer)
-        self._blocks: list[Any] = []  # that the list has addresses of
+        self._blocks: list[Any] = []  # kept alive: the list holds their addresses
         self._words: list[int] = []
-        self._begun = 0  # where the list of kernels goes on that is not yet a step
+        self._begun = 0  # start of the words that are not part of a step yet
         self._steps: list[_Step] = []
         self._write(calls)
         self._result = _reader(result, self._buffers[result.buffer])
@@ -94,10 +94,10 @@ class Replay:
         del self._buffers
 
     def __call__(self, x: Tensor) -> Tensor:
-        """The result for an input.
+        """Run the graph on ``x`` and return its result.
 
         Raises:
-            MemoryError: a kernel has no memory to work in.
+            MemoryError: a kernel cannot allocate its scratch buffer.
         """
         tensors: _Tensors = [None] * (self._count + 1)
         bases = self._bases()
@@ -111,13 +111,13 @@ class Replay:
     # -- writing the steps -----------------------------------------------------------------------
 
     def _write(self, calls: Sequence[KernelCall | TorchCall]) -> None:
-        begins, ends = defaultdict(list), defaultdict(list)  # of tensors, by calls
+        begins, ends = defaultdict(list), defaultdict(list)  # buffers by first and last call
         for i, use in enumerate(self.plan.uses):
             if use.made:
                 ends[use.last].append(i)
             elif i not in self.plan.offsets or use.by_torch:
                 begins[use.first].append(i)
-        free: list[int] = []  # what torch made and nobody needs any more
+        free: list[int] = []  # allocated by torch and no longer needed
         for now, call in enumerate(calls):
             if begins[now] or isinstance(call, TorchCall):
                 self._end_list()
@@ -136,10 +136,10 @@ class Replay:
         self._end_list()
 
     def _call_written(self) -> None:
-        """After what runs a call: nothing, by default."""
+        """Hook for subclasses, called after the steps of each call were written."""
 
     def _begin(self, index: int) -> _Step:
-        """What makes a tensor of a buffer: in the shared piece, or of its own."""
+        """A step that creates a buffer's tensor, in the workspace or in memory of its own."""
         buffer, offset, shared = (
             self._buffers[index],
             self.plan.offsets.get(index),
@@ -184,7 +184,7 @@ class Replay:
         return step
 
     def _filler(self, value: Any) -> Callable[[_Tensors], Any]:
-        """What puts tensors where views stand in a value."""
+        """A function that replaces the views in a value by tensors."""
         if isinstance(value, View):
             return _reader(value, self._buffers[value.buffer])
         if isinstance(value, dict):
@@ -230,7 +230,7 @@ class Replay:
 
 
 class TimedReplay(Replay):
-    """A replay that stops the time of each call; kernels no longer run in a row."""
+    """A replay that times each call, so kernels are called one by one."""
 
     def __init__(self, graph: Graph) -> None:
         self._stamps: list[float] = []
@@ -238,7 +238,7 @@ class TimedReplay(Replay):
         super().__init__(graph)
 
     def seconds(self, x: Tensor) -> list[float]:
-        """Of each call of the graph, with what was lowered, in their order."""
+        """The time of each call of the graph, lowered calls included, in execution order."""
         self._stamps = []
         self(x)
         return [end - begin for begin, end in itertools.pairwise(self._stamps)]
@@ -264,7 +264,7 @@ def _release(indices: Sequence[int]) -> _Step:
 
 
 def _reader(view: View, buffer: Buffer) -> Callable[[_Tensors], Tensor]:
-    """What finds a view among the tensors."""
+    """A function that returns the tensor of a view."""
     index, size, stride, offset = view
     if not offset and (size, stride) == (buffer.size, buffer.stride):
         return operator.itemgetter(index)

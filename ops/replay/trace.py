@@ -1,8 +1,9 @@
-"""Trace: the calls of a network one by one, with the layer that makes each, and why it is that one.
+"""Trace: each call of a network, with the calling layer and the reason for the chosen kernel.
 
-A trace is a capture that also runs where there is nothing to replay. Which layer calls is read from
-Python's stack: the innermost method of a module that the network has. So nothing is hooked into the
-modules, and calls of one module's methods by another are those of the module that they belong to.
+A trace is a capture that also works for networks that cannot be replayed. The calling layer is read
+from Python's stack: it is the innermost frame that is a method of one of the network's modules. So
+modules need no hooks, and a call is attributed to the module whose method makes it, even if another
+module called that method.
 """
 
 from __future__ import annotations
@@ -32,20 +33,20 @@ Shape = tuple[int, ...]
 
 @dataclass
 class TracedCall:
-    """A call of a kernel, or of a function of torch that computes something.
+    """A call of a kernel, or of a torch function that computes something.
 
     Attributes:
-        layer: the path of the module that called; empty for the network itself.
-        library: ``"ours"``, ``"oneDNN"`` (asked directly) or ``"torch"``.
-        kernel: the operator or function, by its name there.
-        inputs: the shapes of the tensors that it was given, weights among them.
-        outputs: the shapes of what it returned or wrote to.
+        layer: path of the calling module; empty for the network itself.
+        library: ``"ours"``, ``"oneDNN"`` (called directly) or ``"torch"``.
+        kernel: name of the operator or function in that library.
+        inputs: shapes of the tensor arguments, including weights.
+        outputs: shapes of the tensors that were returned or written to.
         dtype: of the first output.
-        instruction_set: that the kernel was compiled for; None for other libraries' functions.
-        rules: of :mod:`ops.cpu.policy`, that were asked before; empty where nothing was to choose.
-        flops: see :mod:`ops.cpu.flops`; None where they are not counted.
-        seconds: that the call took, without the Python around it, see :mod:`ops.replay.clock`.
-        lowered_from: the function of torch that the kernel stands for in replays, if it does.
+        instruction_set: the one the kernel was compiled for; None for other libraries.
+        rules: of :mod:`ops.cpu.policy`, as evaluated for this call; empty if there was no choice.
+        flops: see :mod:`ops.cpu.flops`; None if not counted.
+        seconds: time of the call, without Python around it; see :mod:`ops.replay.clock`.
+        lowered_from: the torch function that the kernel replaces in replays, if any.
     """
 
     layer: str
@@ -62,21 +63,21 @@ class TracedCall:
 
     @property
     def rule(self) -> str:
-        """Why this kernel: the rules in words; empty where nothing was to choose."""
+        """Why this kernel was chosen, in words; empty if there was no choice."""
         if self.lowered_from is not None:
             return f"a small {self.lowered_from}, without torch in replays"
         return "; ".join(map(str, self.rules))
 
 
 class Trace(Capture):
-    """Notes the calls that follow from an input while it is entered; see :class:`Capture`.
+    """Context manager that records the calls made on an input; see :class:`Capture`.
 
     Args:
         x: the input.
-        network: whose modules' paths are noted.
+        network: the network whose module paths are recorded.
 
     Attributes:
-        traced: the calls; as many as the graph has where there is one, in the same order.
+        traced: the calls; if there is a graph, they match its calls one to one.
     """
 
     def __init__(self, x: Tensor, network: nn.Module) -> None:
@@ -84,7 +85,7 @@ class Trace(Capture):
         self.traced: list[TracedCall] = []
         self._modules = {id(module): (path, module) for path, module in network.named_modules()}
         self._asked: dict[str, list[Asked]] = defaultdict(list)  # by layer, since its last call
-        self._refused: dict[str, list[Asked]] = {}  # by layer: why its next calls are torch's
+        self._refused: dict[str, list[Asked]] = {}  # by layer: why its next calls go to torch
         self._clock, self._begin = clock(), 0.0
 
     def __enter__(self) -> Trace:
@@ -97,7 +98,7 @@ class Trace(Capture):
         super().__exit__(*error)
         self._explained.__exit__(*error)
 
-    # -- functions of torch ----------------------------------------------------------------------
+    # -- torch functions -------------------------------------------------------------------------
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -152,10 +153,10 @@ class Trace(Capture):
         )
 
     def _rules_of(self, layer: str, module: nn.Module | None, is_ours: bool) -> list[Asked]:
-        """Those that led to a call: what was asked before it, or when weights were packed.
+        """The rules behind a call: evaluated just before it, or when weights were packed.
 
-        Where a rule said no, all that torch computes in the layer follows from it. Where it said
-        yes, torch may still copy what our kernel is going to read.
+        A rule that refused a kernel explains all torch calls of the layer that follow. A rule that
+        chose one does not: torch may still be called, say to copy the kernel's input.
         """
         asked = self._asked[layer]
         if asked and (is_ours or not asked[-1].answer):
@@ -194,10 +195,10 @@ def _name_of(func: Any) -> str:
 
 
 def _computes(name: str, args: Any, kwargs: dict[str, Any], outputs: Sequence[Tensor]) -> bool:
-    """Whether a function does more than to look at tensors, or to allocate memory."""
+    """Whether a function does more than query tensors, make views or allocate memory."""
     if not outputs or name in NEW:
         return False
-    # Of what oneDNN packed, the memory is not to be seen; it is no view of anything.
+    # Tensors packed by oneDNN do not expose their memory; they are never views.
     given = {t.untyped_storage().data_ptr() for t in tensors_in((args, kwargs)) if not t.is_mkldnn}
     if any(t.is_mkldnn or t.untyped_storage().data_ptr() not in given for t in outputs):
         return True

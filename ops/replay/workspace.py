@@ -1,7 +1,8 @@
-"""The workspace of replays: memory that is kept from one call to the next.
+"""The workspace of replays: memory that is kept between calls.
 
-The system clears what it gives, page by page, as it is first written to. For maps of many MiB,
-which the C library does not keep, that takes as long as computing them.
+The operating system zeroes new pages when they are first written to. For feature maps of many MiB,
+whose memory the C library returns to the system when it is freed, that takes as long as computing
+them.
 """
 
 from __future__ import annotations
@@ -18,27 +19,27 @@ from ops.cpu.huge_pages import ask_for_huge_pages
 
 __all__ = ["Workspace", "workspace"]
 
-# After so many calls in a row that could do with half of a piece, or without it, it is given back.
+# A piece is freed after this many consecutive calls that needed at most half of it.
 _PATIENCE = 16
 
 
 @dataclass(eq=False)  # compared by identity
 class _Piece:
     memory: Tensor
-    idle: int = 0  # calls since one needed it
+    idle: int = 0  # calls since one needed more than half of it
 
 
 class Workspace:
-    """Pieces of memory, as many as there are calls at a time. Threads share them."""
+    """A thread-safe pool of memory, with one piece per concurrent call."""
 
     def __init__(self) -> None:
         self._pieces: list[_Piece] = []
-        # Nobody waits for it: a process forked while it is held will never get it.
+        # Never waited for: in a process forked while it is held, it stays locked forever.
         self._lock = threading.Lock()
 
     @contextmanager
     def borrow(self, nbytes: int) -> Iterator[Tensor]:
-        """So many bytes or more, of any value: (N,) uint8, not an inference tensor."""
+        """At least ``nbytes`` uninitialised bytes: (N,) uint8, not an inference tensor."""
         piece = self._taken(nbytes)
         yield piece.memory
         if 2 * nbytes > piece.memory.nbytes:
@@ -48,12 +49,12 @@ class Workspace:
             self._lock.release()
 
     def clear(self) -> None:
-        """Give back what no call uses now."""
+        """Free all memory that no call is using."""
         self._pieces = []
 
     @property
     def nbytes(self) -> int:
-        """What is kept."""
+        """Total size of the memory that no call is using."""
         return sum(piece.memory.nbytes for piece in self._pieces)
 
     def _taken(self, nbytes: int) -> _Piece:
@@ -71,7 +72,7 @@ class Workspace:
         return _Piece(memory)
 
     def _kept(self, nbytes: int) -> _Piece | None:
-        """The smallest that is large enough; where none is, the largest makes room for another."""
+        """Take the smallest sufficient piece; without one, free the largest and return None."""
         for piece in self._pieces:
             piece.idle += 1
         pieces = [p for p in self._pieces if p.idle <= _PATIENCE]
@@ -82,4 +83,4 @@ class Workspace:
 
 
 workspace = Workspace()
-"""The one that all replays share."""
+"""The workspace shared by all replays."""

@@ -1,4 +1,4 @@
-"""Ray Data as the engine: the same table, and a machine that is lost changes nothing of it."""
+"""Ray Data as the engine: the table is the same, even if a machine is lost."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from ray.cluster_utils import Cluster
 from backbones.cli.main import main
 from backbones.embedding import embed, table
 
-# A whole cluster on this machine; Ray's processes take their time to begin.
+# A complete cluster on this machine; Ray's processes start slowly.
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(900)]
 _NODE = {"num_cpus": 1, "object_store_memory": 80 * 2**20, "include_dashboard": False}
 
 
 @pytest.fixture
 def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
-    """Two machines, of a core each."""
+    """Two machines with one core each."""
     monkeypatch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     started = Cluster(initialize_head=True, head_node_args=_NODE)
     try:
@@ -44,7 +44,7 @@ def test_a_machine_that_is_lost(cluster: Any, tmp_path: Path) -> None:
     lost: list[int] = []
 
     def lose() -> None:
-        """After the first shards, pull the plug of the second machine."""
+        """Kill the second machine after the first shards."""
         while (shards := len(list(out.glob("shards/part-*")))) < 5:
             time.sleep(0.005)
         cluster.remove_node(list(cluster.list_all_nodes())[1], allow_graceful=False)
@@ -72,7 +72,7 @@ def test_a_machine_that_is_lost(cluster: Any, tmp_path: Path) -> None:
 def test_what_a_worker_cannot_do_is_one_line(
     cluster: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A machine that does not see the same weights says so; the command line, in one sentence."""
+    """A machine with different weights reports that; the command line shows a single line."""
     checkpoint = tiny_checkpoint(tmp_path / "model")
     photos = make_photos(tmp_path / "photos", 4)
     (photos / "sub").chmod(0o755)

@@ -19,7 +19,7 @@ def at_angles(degrees: list[float]) -> np.ndarray:
 
 @pytest.mark.parametrize("index", ["exact", "hnsw"])
 def test_chains_are_groups(index: str, tmp_path: Path) -> None:
-    """10° are near; the outer ones of three are not near each other, but both to the middle one."""
+    """10° is near: of three images, the outer two are near the middle one, not each other."""
     vectors = at_angles([0, 90, 10, 180, 20, 185, 270]) * np.arange(1, 8)[:, None]
     sizes = [(8, 8), (9, 9), (8, 9), (1, 7), (8, 9), (7, 1), (9, 9)]
     table = make_table(tmp_path / "table", vectors.astype(np.float32), sizes=sizes, rows=3)
@@ -33,7 +33,7 @@ def test_chains_are_groups(index: str, tmp_path: Path) -> None:
 
 
 def reference(vectors: np.ndarray, threshold: float) -> set[tuple[int, ...]]:
-    """Groups by looking at every row again and again."""
+    """Groups by repeated passes over all rows."""
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     near = (vectors / lengths) @ (vectors / lengths).T >= threshold
     groups, left = set(), set(range(len(vectors)))
@@ -76,7 +76,7 @@ def test_equal_images_at_a_threshold_of_one(index: str, tmp_path: Path) -> None:
 def test_none(tmp_path: Path) -> None:
     assert find_duplicates(make_table(tmp_path / "a", np.eye(4, dtype=np.float32))) == []
     assert find_duplicates(make_table(tmp_path / "b", np.empty((0, 4), np.float32))) == []
-    # Rows that are no direction resemble nothing, each other neither.
+    # Zero vectors are similar to nothing, not even to each other.
     assert find_duplicates(make_table(tmp_path / "c", np.zeros((4, 4), np.float32))) == []
 
 

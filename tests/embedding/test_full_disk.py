@@ -1,4 +1,4 @@
-"""A full disk ends `embed` with one line that names the folder; what is done stays, and goes on."""
+"""On a full disk, `embed` fails with one line that names the folder, and can be resumed."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def files_that_may_not_grow(beyond: int) -> Iterator[None]:
 def test_what_is_done_stays(
     size: int, workers: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """100 bytes do not take the metadata, 1500 no shard."""
+    """100 bytes are too few for the metadata, 1500 for a shard."""
     checkpoint = tiny_checkpoint(tmp_path / "model")
     photos, out = make_photos(tmp_path / "photos", 10), tmp_path / "out"
     argv = words(photos, out, checkpoint, f"--workers={workers}")

@@ -1,4 +1,4 @@
-"""SIGKILL at any moment: the same command goes on, and in the end nothing is lost or twice."""
+"""After SIGKILL at any moment, the same command resumes, and no row is lost or duplicated."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def _shards(out: Path) -> int:
 
 
 def _kill_somewhere(process: Run, out: Path, chance: random.Random) -> bool:
-    """Kill it as it begins, or at some moment after its next shard; whether it still ran."""
+    """Kill it at startup or at some moment after its next shard; returns whether it still ran."""
     before, until = _shards(out), time.monotonic() + PATIENCE
     if chance.random() < 0.25:
         time.sleep(chance.uniform(0, 0.5))
@@ -41,12 +41,12 @@ def _kill_somewhere(process: Run, out: Path, chance: random.Random) -> bool:
     [
         (3, 1),
         pytest.param(12, 1, marks=pytest.mark.slow),
-        # Two processes more import torch each time.
+        # Each run starts two more processes that import torch.
         pytest.param(10, 2, marks=[pytest.mark.slow, pytest.mark.timeout(1200)]),
     ],
 )
 def test_killed_at_random_moments(kills: int, workers: int, tmp_path: Path) -> None:
-    """With two workers these outlive their parent for a moment, beside its successor's."""
+    """With two workers, these outlive their parent briefly, while its successor's already run."""
     checkpoint = tiny_checkpoint(tmp_path / "model")
     photos = make_photos(tmp_path / "photos", 24 * kills)
     (photos / "none.jpg").write_text("no image")
@@ -72,7 +72,7 @@ def test_killed_at_random_moments(kills: int, workers: int, tmp_path: Path) -> N
 
 @pytest.mark.parametrize(("name", "number"), [("fsync", 0), ("replace", 1), ("fsync", 5)])
 def test_killed_as_it_writes(name: str, number: int, tmp_path: Path) -> None:
-    """Before and after each step in which metadata, the list or a shard gets its place."""
+    """Killed before and after each step that puts metadata, the list or a shard in place."""
     checkpoint = tiny_checkpoint(tmp_path / "model")
     photos = make_photos(tmp_path / "photos", 9)
     argv = words(photos, tmp_path / "out", checkpoint)

@@ -1,4 +1,4 @@
-"""Classes of images: from files of several kinds, from folders, from the source."""
+"""Classes of images from files in several formats, from folders, and from the source."""
 
 from __future__ import annotations
 
@@ -77,7 +77,7 @@ def test_labels_of_rows(table: Path, tmp_path: Path) -> None:
 
 
 def test_labels_of_the_source(tmp_path: Path) -> None:
-    """Of scikit-learn's digits, in the order of training's split."""
+    """Labels of scikit-learn's digits, in the order of the training split."""
     images = open_splits(Recipe(data="digits")).validation
     source = open_source("digits", split="validation").description
     keys = [images.name(i) for i in (0, 7, 3)]

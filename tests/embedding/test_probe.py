@@ -1,4 +1,4 @@
-"""How well embeddings tell classes apart, on images that were held out."""
+"""How well embeddings separate classes, measured on held-out images."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from backbones.embedding.probe import Report, probe
 
 
 def clouds(counts: list[int], noise: float, dim: int = 12) -> tuple[np.ndarray, list[str]]:
-    """Embeddings around a centre for each class, and their keys, of which folders tell it."""
+    """Embeddings around a centre for each class, and keys whose folders name the class."""
     generator = np.random.default_rng(0)
     classes = np.repeat(np.arange(len(counts)), counts)
     centres = np.random.default_rng(1).normal(size=(len(counts), dim))
@@ -45,7 +45,7 @@ def test_what_is_easy_is_found(easy: Path) -> None:
     assert [method.name for method in report.methods] == ["5 nearest", "linear probe"]
     for method in report.methods:
         assert method.accuracy == method.high == method.per_class == 1
-        assert method.low == pytest.approx(0.839, abs=1e-3)  # Wilson's for 20 of 20
+        assert method.low == pytest.approx(0.839, abs=1e-3)  # Wilson's interval for 20 of 20
         np.testing.assert_array_equal(method.confusion, np.diag([8, 6, 6]))
         assert not method.mistakes and not method.note
 
@@ -78,7 +78,7 @@ def test_a_seed_decides_what_is_held_out(hard: Path) -> None:
 
 
 def test_neighbours_are_those_of_the_greatest_cosine(tmp_path: Path) -> None:
-    """The length of an embedding does not count; of two the nearer has the greater vote."""
+    """The norm of an embedding is irrelevant; of two neighbours, the nearer has more weight."""
     vectors = np.array([[1, 0], [0, 100], [0.01, 0.002], [3, 100]], np.float32)
     table = make_table(tmp_path / "table", vectors, list("abcd"))
     labels = {"a": "right", "b": "up", "c": "right", "d": "up"}

@@ -1,4 +1,4 @@
-"""Images that are not in a table, embedded as those in it."""
+"""Images that are not in a table are embedded like those in it."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def test_the_weights_must_be_the_same(embedded: Embedded, tmp_path: Path) -> Non
 
 
 def test_the_preprocessing_must_be_the_same(embedded: Embedded, tmp_path: Path) -> None:
-    """As when the recipe beside the weights was lost or changed."""
+    """For example, the recipe next to the weights was lost or changed."""
     moved = shutil.copytree(embedded.checkpoint.parent, tmp_path / "moved")
     recipe = moved / "config.yaml"
     recipe.write_text(recipe.read_text().replace("img_size: 32", "img_size: 64"))

@@ -1,4 +1,4 @@
-"""Embeddings are the network's own, of each image once, and a folder is of one thing alone."""
+"""Embeddings equal the network's, each image is embedded once, and a folder holds one table."""
 
 from __future__ import annotations
 
@@ -87,7 +87,7 @@ def test_features_of_a_stage(photos: Path, checkpoint: Path, features: str, clas
 
 @pytest.mark.parametrize("family", sorted(set(SMALL) - {"hat"}))
 def test_every_family_has_features(family: str, tmp_path: Path) -> None:
-    """What its forward gives without a classifier is what the classifier would get."""
+    """Without a classifier, forward returns the classifier's input."""
     name, arguments = SMALL[family]
     model = backbones.create_model(name, **arguments).eval()
     images = torch.rand(2, 3, 64, 64)
@@ -124,7 +124,7 @@ def test_what_is_not_finite_is_corrupt(
 def test_images_that_cannot_be_read(
     photos: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """A named pipe would be waited for; what claims to be huge would not fit into memory."""
+    """Opening a named pipe would block; an image of a huge declared size would exhaust memory."""
     out = photos.parent / "out"
     (photos / "cut.jpg").write_bytes((photos / "sub" / "001.jpg").read_bytes()[:300])
     (photos / "none.jpg").write_text("no image")
@@ -179,7 +179,7 @@ def test_normalising_is_to_the_last_bit_what_timm_does(photos: Path, checkpoint:
 def test_the_same_call_goes_on(
     photos: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Shards that are there stay as they are; one that is damaged is made anew."""
+    """Existing shards are kept; a damaged one is computed again."""
     out, undisturbed = tmp_path / "out", tmp_path / "undisturbed"
     for folder in (out, undisturbed):
         assert run(*words(photos, folder, checkpoint)) == 0
@@ -257,7 +257,7 @@ def test_a_folder_is_of_one_process(
 def test_processes_that_die_are_replaced(
     photos: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The system kills one that takes too much memory; the second time, it may fit."""
+    """The system kills a process that uses too much memory; the next attempt may succeed."""
     assert run(*words(photos, tmp_path / "here", checkpoint)) == 0
     monkeypatch.setattr(
         local,

@@ -1,4 +1,4 @@
-"""What is similar to a query: all rows compared, or a graph of them."""
+"""Search for rows similar to a query, exhaustively or with a graph."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from backbones.embedding.table import TableError
 
 @pytest.fixture(scope="module")
 def vectors() -> np.ndarray:
-    """Of lengths that cosines do not see."""
+    """Vectors of various norms, which do not affect cosines."""
     generator = np.random.default_rng(0)
     numbers = generator.normal(size=(300, 16)) * generator.uniform(0.1, 50, (300, 1))
     return numbers.astype(np.float32)
@@ -76,7 +76,7 @@ def test_of_equal_ones_the_earlier(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 def test_rows_that_are_no_direction_are_found_last(dtype: str, tmp_path: Path) -> None:
-    """Of float16 a sum may be infinite."""
+    """In float16, a sum may overflow."""
     vectors = np.array([[np.inf, 1], [np.nan, 1], [0, 0], [6e4, 6e4], [1e-7, 0]], np.float32)
     table = make_table(tmp_path / "table", vectors, dtype=dtype)
     (matches,) = search(table, np.array([[1, 0.9]], np.float32), top=5)

@@ -1,4 +1,4 @@
-"""Every kind of source gives each of its images once, and finds one again by its key."""
+"""Every kind of source yields each of its images once, and finds an image by its key."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def photos(tmp_path: Path) -> Path:
 
 
 def contents(source: Source) -> dict[str, bytes]:
-    """Key → file of every image, through a reader that knows the description alone."""
+    """Key → file of every image, through a reader created from the description alone."""
     opener = reader(source.description)
     found: dict[str, bytes] = {}
     for part in source.parts:

@@ -1,4 +1,4 @@
-"""Tables are whole or say what is missing, damaged or of something else."""
+"""Reading a table reports shards that are missing, damaged or from another table."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ CONTENT: dict[str, Any] = {
 
 
 def written(folder: Path, shards: int = 2, **changes: Any) -> Path:
-    """A table of shards of three rows, and two columns more if ``classes`` are asked for."""
+    """Write a table with three rows per shard, and two more columns if ``classes`` is set."""
     (folder / "shards").mkdir()
     content = {**CONTENT, **changes}
     table.write_metadata(folder, content)
@@ -135,7 +135,7 @@ def test_schemas_that_there_are_not(dim: int, dtype: str) -> None:
 def test_large_groups_are_written_as_they_come(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Maps of many images are not gathered in memory."""
+    """Maps of many images are not accumulated in memory."""
     monkeypatch.setattr(table, "_GROUP", 16)
     folder = written(tmp_path)
     assert pa.parquet.ParquetFile(table.shard_path(folder, 0)).num_row_groups == 3

@@ -1,7 +1,7 @@
-"""Diagrams of blocks as inline SVG: boxes from top to bottom, shortcuts and parallel branches.
+"""Draw block diagrams as inline SVG: boxes from top to bottom, shortcuts and parallel branches.
 
-A diagram is data (see ``family_blocks.py``), so that it says no more than what it is made of. The
-colours are those of the page (``docs/assets/site.css``), so that one drawing serves light and dark.
+Diagrams are described by data (see ``family_blocks.py``). Their colours come from the page's style
+sheet (``docs/assets/site.css``), so that the same drawing works in light and dark mode.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ DETAIL_LETTER = 6.1
 
 @dataclass(frozen=True)
 class Box:
-    """One step. ``kind`` names its colour: norm, conv, attn, mlp, act or plain; "note" has none."""
+    """One step. ``kind`` selects its colour: norm, conv, attn, mlp, act, plain; "note" has none."""
 
     label: str
     kind: str = "plain"
@@ -49,10 +49,10 @@ Step = Box | Residual | Branches
 
 @dataclass
 class Drawing:
-    """SVG elements in a frame of their own; a line comes in at the top, goes out at the bottom.
+    """SVG elements in a coordinate system of their own, with a line from the top to the bottom.
 
     Attributes:
-        axis: where that line is, from the left.
+        axis: x coordinate of that line.
     """
 
     width: float
@@ -61,24 +61,24 @@ class Drawing:
     elements: list[str] = field(default_factory=list)
 
     def place(self, other: Drawing, x: float, y: float) -> None:
-        """Put ``other`` inside, its corner at (x, y)."""
+        """Insert ``other`` with its upper left corner at (x, y)."""
         self.elements.append(f'<g transform="translate({x:g},{y:g})">')
         self.elements += [*other.elements, "</g>"]
 
     def line(self, *points: tuple[float, float], arrow: bool = False) -> None:
-        """A line through the points."""
+        """Draw a line through the points."""
         path = "M" + "L".join(f"{x:g},{y:g}" for x, y in points)
         end = ' marker-end="url(#arrow)"' if arrow else ""
         self.elements.append(f'<path class="wire" d="{path}"{end}/>')
 
     def text(self, text: str, y: float, style: str = "label") -> None:
-        """Text centred on the axis."""
+        """Draw text centred on the axis."""
         self.elements.append(
             f'<text class="{style}" x="{self.axis:g}" y="{y:g}">{html.escape(text)}</text>'
         )
 
     def node(self, sign: str, y: float) -> float:
-        """A sign in a circle, or a word in a pill, on the axis; returns half its width."""
+        """Draw a sign in a circle, or a word in a pill, on the axis; returns half its width."""
         half = RADIUS if len(sign) == 1 else 8 + len(sign) * DETAIL_LETTER / 2
         self.elements.append(
             f'<rect class="node" x="{self.axis - half:g}" y="{y - RADIUS:g}" '
@@ -89,14 +89,14 @@ class Drawing:
 
 
 def draw(step: Step) -> Drawing:
-    """One step."""
+    """Draw one step."""
     if isinstance(step, Box):
         return _box(step)
     return _residual(step) if isinstance(step, Residual) else _branches(step)
 
 
 def draw_sequence(steps: Sequence[Step]) -> Drawing:
-    """Steps below each other, with arrows between them."""
+    """Draw steps below each other, with arrows between them."""
     drawings = [draw(step) for step in steps]
     left = max((d.axis for d in drawings), default=0)
     right = max((d.width - d.axis for d in drawings), default=0)
@@ -111,7 +111,7 @@ def draw_sequence(steps: Sequence[Step]) -> Drawing:
 
 
 def _is_boxed(step: Step) -> bool:
-    """Whether an arrow may end here; groups have arrows of their own, and notes are no steps."""
+    """Whether an arrow may end here: not at groups, which draw their own, nor at notes."""
     return isinstance(step, Box) and step.kind != "note"
 
 
@@ -181,7 +181,7 @@ def panel(title: str, steps: Sequence[Step]) -> str:
     """One titled diagram as an ``<svg>`` on one line, so that Markdown leaves it alone."""
     inner = draw_sequence(steps)
     width = max(inner.width, len(title) * LETTER) + 2 * MARGIN
-    # The line through the middle of the picture, and air around it.
+    # Centre the line in the picture, with a margin.
     left = max(MARGIN, (width - inner.width) / 2)
     top = GAP + 4
     whole = Drawing(width, inner.height + 2 * top, left + inner.axis)
@@ -203,5 +203,5 @@ def panel(title: str, steps: Sequence[Step]) -> str:
 
 
 def diagram(panels: Sequence[tuple[str, Sequence[Step]]]) -> str:
-    """All diagrams of a family, side by side where there is room."""
+    """All diagrams of a family, side by side if there is room."""
     return '<div class="blocks">' + "".join(panel(*each) for each in panels) + "</div>"

@@ -1,8 +1,8 @@
-"""Our docstrings for mkdocstrings: Sphinx's roles, tables and definitions turned into Markdown.
+"""Convert our docstrings for mkdocstrings: Sphinx roles, tables and definitions become Markdown.
 
-The docstrings are written for people who read the source. What Markdown would show raw is
-translated here, when griffe has read a docstring: ``:func:`na1d``` becomes a link where the site
-has a target, tables of ``====`` become pipe tables, and indented definitions a definition list.
+Docstrings are written to be read in the source. Markup that Markdown would show raw is converted
+after griffe has read a docstring: ``:func:`na1d``` becomes a link if the site has a target, tables
+of ``====`` become pipe tables, and indented definitions become definition lists.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ TERM = re.compile(r"^``.*``$")
 
 
 def resolve(obj: griffe.Object, name: str) -> str:
-    """The full path of a name that the docstring of ``obj`` mentions."""
+    """The full path of a name mentioned in the docstring of ``obj``."""
     if name.startswith(("backbones.", "ops.")):
         return name
     try:
@@ -29,13 +29,16 @@ def resolve(obj: griffe.Object, name: str) -> str:
 
 
 def link(obj: griffe.Object, name: str) -> str:
-    """A link for autorefs, or plain code where nothing on the site has that name."""
+    """A link for autorefs, or plain code if nothing on the site has that name."""
     target, shown = html.escape(resolve(obj, name)), html.escape(name)
     return f'<autoref optional identifier="{target}"><code>{shown}</code></autoref>'
 
 
 def table(rows: list[str], rule: str) -> list[str]:
-    """Lines between two rules as a Markdown table without headings; a line may continue a cell."""
+    """Convert the lines between two rules to a Markdown table without headings.
+
+    A line may continue a cell.
+    """
     starts = [match.start() for match in re.finditer("=+", rule)]
     cells: list[list[str]] = []
     for row in rows:
@@ -49,7 +52,7 @@ def table(rows: list[str], rule: str) -> list[str]:
 
 
 def to_markdown(text: str) -> str:
-    """Tables and definitions; everything else stays."""
+    """Convert tables and definitions; keep everything else."""
     lines, out, i = text.split("\n"), [], 0
     while i < len(lines):
         line = lines[i]
@@ -58,7 +61,7 @@ def to_markdown(text: str) -> str:
             out += ["", *table(lines[i + 1 : end], line), ""]
             i = end + 1
             continue
-        if line.strip() == "::":  # what follows is indented, which is code in Markdown too
+        if line.strip() == "::":  # the indented lines that follow are code in Markdown, too
             i += 1
             continue
         following = lines[i + 1] if i + 1 < len(lines) else ""

@@ -1,4 +1,4 @@
-"""What the blocks of each family are made of, for the diagrams of the site.
+"""The structure of each family's blocks, for the diagrams of the site.
 
 Follows the ``forward`` methods in ``backbones/`` and ``ops/``; stochastic depth is left out.
 """

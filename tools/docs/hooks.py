@@ -1,6 +1,6 @@
-"""MkDocs hooks: pages get their generated parts, the site the libraries that it ships.
+"""MkDocs hooks: insert the generated parts of pages, and add the libraries that the site ships.
 
-A line ``<!-- generated: zoo -->`` in a page is replaced by what ``GENERATED`` has under that name.
+A line ``<!-- generated: zoo -->`` in a page is replaced by the entry of ``GENERATED`` of that name.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def _rows() -> list[zoo_page.Row]:
     return zoo_page.rows(zoo_page.latency_report())
 
 
-# Each from the name of the page's file, which for a family's page is the family.
+# Functions of the name of the page's file, which for a family's page is the family.
 GENERATED = {
     "machine": lambda page: zoo_page.machine_line(zoo_page.latency_report()),
     "zoo": lambda page: zoo_page.zoo(_rows()),
@@ -42,14 +42,14 @@ GENERATED = {
 
 
 def on_files(files: Files, *, config: MkDocsConfig) -> Files:
-    """Add plotly.js as its Python package carries it."""
+    """Add plotly.js from its Python package."""
     script = resources.files("plotly") / "package_data" / "plotly.min.js"
     files.append(File.generated(config, "assets/plotly.min.js", content=script.read_bytes()))
     return files
 
 
 def on_page_markdown(markdown: str, *, page: Page, config: MkDocsConfig, files: Files) -> str:
-    """Fill in the generated parts; a pipe in the code of a table needs no backslash here."""
+    """Insert the generated parts, and unescape pipes in the code of tables."""
     name = Path(page.file.src_uri).stem
 
     def fill(match: re.Match[str]) -> str:

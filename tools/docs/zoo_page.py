@@ -1,8 +1,8 @@
 """The table and the plots of the zoo page, and the tables of the families' pages.
 
 Nothing is measured here: figures of the originals come from ``tests/reference``, errors from
-``docs/parity.json``, latencies from ``docs/performance/zoo.json`` (``tools/zoo_latency.py``). What
-was not measured is a dash.
+``docs/parity.json``, latencies from ``docs/performance/zoo.json`` (``tools/zoo_latency.py``).
+Missing figures are shown as dashes.
 """
 
 from __future__ import annotations
@@ -31,17 +31,17 @@ DASH = "–"
 
 @dataclass(frozen=True)
 class Row:
-    """One variant; None where there is no figure.
+    """One variant; missing figures are None.
 
     Attributes:
-        macs_g: of the original, on images of ``macs_size`` pixels.
-        top1: ImageNet-1k, as its authors report it, on images of ``top1_size`` pixels.
-        claim: what they report, in words, where that is not a plain top-1.
-        plot_macs_g: MACs at ``top1_size``: ``macs_g`` if that is its size, else the authors' own.
-        error: greatest relative difference of the output from that of the original.
+        macs_g: of the original, for images of ``macs_size`` pixels.
+        top1: on ImageNet-1k, as reported by the authors, for images of ``top1_size`` pixels.
+        claim: the reported result in words, if it is not a plain top-1.
+        plot_macs_g: MACs at ``top1_size``: ``macs_g`` if the sizes agree, else the authors' figure.
+        error: greatest relative difference between its output and the original's.
         latency_ms, fused_ms: of one image of ``latency_size`` pixels, before and after ``fuse()``.
-        pretrained: what ``pretrained=True`` downloads, None if nothing.
-        url: where that is, or else the first place where the authors published weights.
+        pretrained: the weights that ``pretrained=True`` downloads; None if there are none.
+        url: of these weights, or else the first place where the authors published any.
     """
 
     name: str
@@ -63,12 +63,12 @@ class Row:
 
 
 def latency_report(path: Path = LATENCY) -> dict[str, Any] | None:
-    """What ``tools/zoo_latency.py`` wrote, None if it has not run."""
+    """The report of ``tools/zoo_latency.py``; None if there is none."""
     return json.loads(path.read_text()) if path.exists() else None
 
 
 def rows(report: dict[str, Any] | None) -> list[Row]:
-    """All variants, by family and size; ``report`` has the latencies."""
+    """All variants, sorted by family and size; ``report`` contains the latencies."""
     errors = json.loads(PARITY.read_text())
     measured = {result["model"]: result for result in (report or {"results": []})["results"]}
     found = [
@@ -109,12 +109,12 @@ def _row(family: str, name: str, error: float | None, measured: dict[str, Any] |
 
 
 def _milliseconds(measured: dict[str, Any] | None, form: str) -> float | None:
-    """Median time of one form, None if there is none."""
+    """Median time of one form; None if not measured."""
     return measured["contenders"][form].get("milliseconds") if measured else None
 
 
 def machine_line(report: dict[str, Any] | None) -> str:
-    """Where the latencies come from, as a sentence."""
+    """A sentence on the machine that the latencies were measured on."""
     if report is None:
         return "No latencies have been measured yet (`python tools/zoo_latency.py`)."
     place = report["machine"]
@@ -138,7 +138,7 @@ def _claim(reported: dict[str, Any]) -> tuple[float | None, str, float | None]:
 
 
 def _licence(text: str) -> str:
-    """The licence's name; what else the original says about it is on the family's page."""
+    """The licence's name, without the remarks, which the family's page has."""
     return "none stated" if text.startswith(("none", "no ")) else re.sub(r" \(.*", "", text)
 
 
@@ -147,7 +147,7 @@ def _number(value: float | None, digits: int) -> str:
 
 
 def _cell(shown: str, value: float | str | None = None, *, number: bool = True) -> str:
-    """A table cell with what it sorts by; without ``value`` it goes to the end."""
+    """A table cell with its sort key; cells without ``value`` are sorted to the end."""
     key = "" if value is None else f' data-key="{html.escape(str(value))}"'
     return f"<td{' class=number' if number else ''}{key}>{shown}</td>"
 
@@ -157,7 +157,7 @@ def _remark(text: str) -> str:
 
 
 def _weights(row: Row) -> str:
-    """What there is to download, as a link."""
+    """A link to the weights."""
     if row.url is None:
         return DASH
     word = row.pretrained or ("file" if row.url.endswith(DIRECT) else "page")
@@ -205,14 +205,14 @@ def _options(values: list[str]) -> str:
 
 
 def zoo(data: list[Row]) -> str:
-    """Filters, table and plots as HTML; ``docs/assets/zoo.js`` makes them work."""
+    """Filters, table and plots as HTML, driven by ``docs/assets/zoo.js``."""
     families = sorted({row.family for row in data})
     licences = sorted({row.licence for row in data})
     headings = "".join(
         f'<th scope="col" data-type="{kind}"><button type="button">{name}</button></th>'
         for name, kind in HEADINGS
     )
-    # A script element ends at the first "</", whatever it is part of.
+    # A script element would end at the first "</", even inside a string.
     figures = json.dumps([asdict(row) for row in data]).replace("</", "<\\/")
     parts = [
         '<div class="zoo-plots">',
@@ -245,7 +245,7 @@ def zoo(data: list[Row]) -> str:
 
 
 def variants_table(data: list[Row], family: str) -> str:
-    """The variants of one family in Markdown, from small to large."""
+    """The variants of one family as a Markdown table, smallest first."""
     lines = [
         "| Variant | M params | G MACs | Reported top-1, % | Weights |",
         "|---|---:|---:|---:|---|",
@@ -270,7 +270,7 @@ def variants_table(data: list[Row], family: str) -> str:
 
 
 def _sources(family: str) -> str:
-    """Where the accuracies of a family are reported."""
+    """The sources of a family's accuracies."""
     found = {
         parity.reference(family, name)["source"] for of, name in parity.variants() if of == family
     }
@@ -280,7 +280,7 @@ def _sources(family: str) -> str:
 
 
 def families_table(data: list[Row]) -> str:
-    """All families with the idea that opens their module."""
+    """All families with the idea stated in their module's docstring."""
     lines = ["| Family | Idea | Variants | M params |", "|---|---|---:|---|"]
     for family in backbones.list_families():
         sizes = [row.params_m for row in data if row.family == family]

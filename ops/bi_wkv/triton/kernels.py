@@ -17,7 +17,7 @@ from torch import Tensor
 __all__ = ["backward", "forward"]
 
 _BLOCK = 32  # channels of a program
-_SLOTS = 6  # that the backward kernel notes of each token and channel
+_SLOTS = 6  # values that the backward kernel records per token and channel
 
 _NOTHING = tl.constexpr(-1e30)  # the scale of an empty sum
 
@@ -40,7 +40,7 @@ def _add_four(scale, a, b, c, d, exponent, x, y, z, w):
 
 @triton.jit
 def _weights(decay):
-    """A segment's factors of nearer and farther tokens, their common factor, and both slopes."""
+    """Scale, common factor, and slopes of a segment's terms for nearer and farther tokens."""
     grows = decay > 0
     up = tl.where(grows, decay, 0.0)
     small = tl.exp(-tl.abs(decay))
@@ -234,8 +234,8 @@ def _backward_kernel(
         grad = tl.load(grad_out + image + t * dim + channel, mask, 0.0) / all_b
         of_decay += grad * (all_da - result * all_db)
         of_first += grad * tl.exp(u + k - all_) * (v - result)
-        # What its values, and its weights besides, get for a weight of exp(all_); the same of those
-        # before it.
+        # Record the token's scale and its terms of the gradients of values and weights, then the
+        # accumulated terms of the tokens before it.
         tl.store(slot, -all_, mask)
         tl.store(slot + dim, grad, mask)
         tl.store(slot + 2 * dim, -grad * result, mask)

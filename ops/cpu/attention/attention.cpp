@@ -1,4 +1,4 @@
-// Softmax attention of groups of tokens on the CPU: the C interface. Called from grouped.py and gated.py beside it.
+// Softmax attention of groups of tokens: the C interface, called from grouped.py and gated.py.
 #include "common/interface.h"
 #include "attention/attention.h"
 
@@ -11,7 +11,7 @@ extern "C" int attention_forward(const attention::Problem* problem,
     using namespace attention;
     if (!problem->bfloat16) {
       forward<float, Floats>(*problem, *tensors);
-    } else if (tensors->row_table) {  // rotated ones would have to be rounded
+    } else if (tensors->row_table) {  // rotated values would have to be rounded
       forward<BFloat16, Floats>(*problem, *tensors);
     } else {
       forward<BFloat16, simd::Products<BFloat16>>(*problem, *tensors);

@@ -1,6 +1,6 @@
-// Softmax attention of groups of tokens to groups of tokens, which tables of rows pick from maps
-// where they lie, such as windows, or regions that regions choose, without any copy of the maps
-// ("FlashAttention", Dao et al. 2022, is the online softmax).
+// Softmax attention between groups of tokens, such as windows or routed regions. Tables of row
+// indices select the tokens in place, so maps are never copied. The softmax is computed online
+// ("FlashAttention", Dao et al. 2022).
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -15,10 +15,10 @@
 
 namespace attention {
 
-constexpr int BLOCK = 128;  // keys at a time: scores, keys and values stay near the L1 cache
+constexpr int BLOCK = 128;  // keys at a time, so that scores, keys and values about fit in L1
 constexpr int64_t TASK_QUERIES = 512;
 
-// A group whose queries are worked on some at a time; its keys are copied once.
+// A group with its queries processed in tiles; its keys are copied once.
 template <class T, class P>
 struct Tiles : Group<T, P> {
   using Group<T, P>::p;
@@ -34,7 +34,7 @@ struct Tiles : Group<T, P> {
     });
   }
 
-  // Queries as columns; lanes without a query repeat the last one.
+  // Loads queries as columns; lanes without a query repeat the last one.
   void take_queries(int64_t first, int count) const {
     const int dim = static_cast<int>(p.dim), pitch = round_up(dim, W);
     const F sign = simd::set1(p.scale < 0 ? -1.f : 1.f);
@@ -56,7 +56,7 @@ struct Tiles : Group<T, P> {
     }
   }
 
-  // [number][TILE] -> [step][TILE], of one vector.
+  // [number][TILE] -> [step][TILE], for one vector.
   static void pack_steps(float* columns, int count) {
     if constexpr (!std::is_same_v<P, Floats>) {
       for (int i = 0; i < count; i++) {
@@ -83,7 +83,7 @@ struct Tiles : Group<T, P> {
     }
   }
 
-  // A vector's scores of a block -> weights, in the same place; returns their sums.
+  // Turns a block's scores of one vector into weights in place; returns their sums.
   F weigh(float* score, int keys, F scale, F top) const {
     const F shift = simd::zero() - top * scale;
     F sums[4] = {simd::zero(), simd::zero(), simd::zero(), simd::zero()};
@@ -162,7 +162,7 @@ struct Tiles : Group<T, P> {
   }
 };
 
-// Of one head and group; threads share a group's queries out where there are fewer groups.
+// For one head and group. Threads split a group's queries if there are fewer groups than threads.
 static int64_t queries_a_task(const Problem& p) {
   const int64_t of_a_thread = (p.batch * p.groups * p.queries + p.threads - 1) / p.threads;
   return std::clamp<int64_t>(round_up(of_a_thread, W), TILE, TASK_QUERIES);
@@ -187,8 +187,8 @@ static void forward(const Problem& p, const Tensors& t) {
               buffers[6].of(few ? round_up(p.dim, LANES) * row_keys : 0),
               places[0].of(few ? std::max(row_keys, p.dim) : 0),
               places[1].of(few ? keys : 0)};
-    // Heads of the same tokens follow each other: they are neighbours in memory, which threads should
-    // not share.
+    // Heads of the same tokens are consecutive tasks: they are adjacent in memory, and threads
+    // should not share cache lines.
     const int64_t head = index % p.heads, chunk = index / p.heads % chunks;
     const int64_t group = index / (p.heads * chunks);
     const Group<T, P> own{p, t, group / p.groups, group % p.groups, head, s};

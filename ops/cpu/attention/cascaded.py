@@ -1,7 +1,8 @@
-"""Attention within small maps on the CPU in one pass, all between two projections, for inference.
+"""Cascaded attention within small maps on the CPU in one pass, for inference.
 
-The kernel (``cascaded_attention.h``) is for networks whose maps are so small that a head takes
-torch longer to call than to compute. What is not a projection is computed in float32.
+The kernel (``cascaded_attention.h``) computes everything between two projections. It is for maps so
+small that torch's call overhead per head exceeds the compute time. All but the projections is
+computed in float32.
 """
 
 from __future__ import annotations
@@ -22,25 +23,25 @@ from ops.cpu.threads import threads_for
 
 __all__ = ["PackedCascadedAttention", "cascaded_attention"]
 
-_TOKENS = 32  # of a thread
+_TOKENS = 32  # per thread
 
 _PROBLEM = structure("attention/cascaded_attention.h", "cascaded_attention::Problem")
 _TENSORS = structure("attention/cascaded_attention.h", "cascaded_attention::Tensors")
 
 
 class PackedCascadedAttention:
-    """Heads in turn, each on its share of the channels plus what the head before it gave; ReLU.
+    """Heads in sequence, each on its channels plus the previous head's output, then ReLU.
 
-    A head computes ``softmax(q·kᵀ / √qk_dim + table)·v`` over all positions of a map. The channels
-    after those of the heads pass; the ReLU is applied to them, too.
+    A head computes ``softmax(q·kᵀ / √qk_dim + table)·v`` over all positions of a map. Channels
+    beyond those of the heads pass through, apart from the ReLU.
 
     Args:
-        projections: one 1×1 convolution a head, of ``head_dim`` channels to query and key of
-            ``qk_dim`` and value of ``head_dim``, with bias.
+        projections: one 1×1 convolution with bias per head, from ``head_dim`` channels to a query
+            and a key of ``qk_dim`` and a value of ``head_dim``.
         qk_dim: channels of query and key.
-        convs: depthwise convolutions of the queries, one a head, with odd square windows, padding
-            that keeps the size, and bias; none by default.
-        norm: of a head's channels and all positions together, before the projection.
+        convs: depthwise convolutions of the queries, one per head, with odd square windows, same
+            padding and bias; none by default.
+        norm: a norm over a head's channels and all positions together, before the projection.
 
     Raises:
         RuntimeError: the kernel is not available here.
@@ -70,11 +71,11 @@ class PackedCascadedAttention:
         """(N, H, W, dim) → (N, H, W, dim).
 
         Args:
-            x: in the dtype of the weights; copied where it is not contiguous.
-            table: (heads, HW, HW) float32, added to the logits of key and query, in this order.
+            x: in the dtype of the weights; copied unless contiguous.
+            table: (heads, HW, HW) float32, added to the logits; axes are heads, keys, queries.
 
         Raises:
-            ValueError: another dtype, shapes that do not go together.
+            ValueError: wrong dtype or mismatched shapes.
         """
         out: Tensor = cascaded_attention(x, *self._parameters, table, self._qk_dim, self._eps)
         return out

@@ -1,4 +1,4 @@
-// Attention within small maps on the CPU: the C interface. Called from cascaded.py beside it.
+// Cascaded attention within small maps: the C interface, called from cascaded.py.
 #include "common/interface.h"
 #include "attention/cascaded_attention.h"
 

@@ -1,8 +1,8 @@
-// Attention within small maps, as the networks made for latency have it: narrow heads one after the
-// other, each of which sees its share of the channels plus what the head before it gave. Everything
-// between two projections over all channels is one pass, while an image's map is in the cache: norm,
-// queries, keys and values, a depthwise convolution of the queries, attention with a table of
-// biases, and the ReLU behind it, also of the channels that do not attend.
+// Cascaded attention within the small maps of low-latency networks: narrow heads in sequence, each
+// applied to its channels plus the previous head's output. Everything between two projections over
+// all channels is one pass while an image's map is in the cache: norm, queries, keys and values, a
+// depthwise convolution of the queries, attention with a table of biases, and the ReLU, which also
+// applies to the channels that do not attend.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -24,19 +24,19 @@ using attention::TILE;
 using simd::F;
 using simd::W;
 
-// cascaded.py reads the fields from here.
+// cascaded.py parses these fields.
 struct Problem {
   int64_t images, height, width, dim;
-  int64_t heads, head_dim, qk_dim;  // heads * head_dim ≤ dim channels attend, the first ones
+  int64_t heads, head_dim, qk_dim;  // the first heads * head_dim ≤ dim channels attend
   double eps;                       // of the norm
   int64_t bfloat16, threads;
 };
 
-// `in` and `out` are [image][height][width][dim]. A head's `weight`, as pack.h packs it, and
-// `bias` give 2 * qk_dim + head_dim channels: query, key, value. Null where they are not wanted:
-// `norm_weight` and `norm_bias` [heads * head_dim], of a norm over all positions and channels of a
-// head; `kernels` [heads], sides of the windows whose `taps` [side][side][qk_dim] lie one after the
-// other, with `taps_bias` [heads][qk_dim]; `table` [heads][key][query].
+// `in` and `out` are [image][height][width][dim]. A head's `weight`, packed by pack.h, and `bias`
+// have 2 * qk_dim + head_dim outputs: query, key, value. Null if unused: `norm_weight` and
+// `norm_bias` [heads * head_dim], of a norm over all positions and channels of a head; `kernels`
+// [heads], the window sides, whose `taps` [side][side][qk_dim] are concatenated, with `taps_bias`
+// [heads][qk_dim]; `table` [heads][key][query].
 struct Tensors {
   const void* in;
   const float *norm_weight, *norm_bias;
@@ -113,13 +113,13 @@ struct Task {
     }
   }
 
-  // What a head sees of its share, before the norm; zeros behind the last channel.
+  // A head's inputs before the norm; zeros past the last channel.
   F seen(int64_t head, int64_t token, int64_t c, int lanes) const {
     const F x = simd::get(in + token * p.dim + head * p.head_dim + c, lanes);
     return head ? x + simd::get(s.outs.data() + token * out_pitch + c, lanes) : x;
   }
 
-  // The mean, and the reciprocal of the deviation.
+  // The mean, and the reciprocal of the standard deviation.
   void statistics(int64_t head, float* mean, float* factor) const {
     const float count = static_cast<float>(tokens * p.head_dim);
     F sum = simd::zero(), squares = simd::zero();
@@ -190,7 +190,7 @@ struct Task {
     }
   }
 
-  // The sums of values of the queries from `first` on, in columns.
+  // The weighted sums of values for the queries from `first` on, as columns.
   void attend(int64_t head, const float* values, int64_t first) const {
     const int64_t count = std::min<int64_t>(TILE, tokens - first);
     const int vectors = static_cast<int>((count + W - 1) / W), keys = static_cast<int>(tokens);

@@ -1,5 +1,5 @@
-// Softmax attention of a few queries. A lane is a key, then a channel: most lanes of queries would be
-// empty. Keys and values are not copied where they can be read as they lie.
+// Softmax attention of a few queries. Lanes are keys, then channels, since most lanes of queries
+// would be empty. Keys and values are read in place if possible.
 #pragma once
 #include <algorithm>
 #include <array>
@@ -14,14 +14,14 @@
 namespace attention {
 
 constexpr int MAX_QUERIES = W * 3 / 4;  // queries at most
-constexpr int64_t MAX_KEYS = 1024;  // at most, lest their columns leave the cache
-constexpr int LANES = 2 * W;  // whose sums are in registers
+constexpr int64_t MAX_KEYS = 1024;  // at most, so that their columns stay in the cache
+constexpr int LANES = 2 * W;  // with sums in registers
 
-// Rows of Q queries, in steps of Floats or Pairs, times what lies in columns.
+// Rows of Q queries, in steps of Floats or Pairs, times columns.
 struct QueriesArgs {
   const float* rows;  // [Q][row_pitch]
   ptrdiff_t row_pitch;
-  const float* const* columns;  // [step], of which a multiple of LANES can be read
+  const float* const* columns;  // [step], each readable up to a multiple of LANES
   int steps, lanes;
   float* sums;  // [Q][sum_pitch], a multiple of LANES
   ptrdiff_t sum_pitch;
@@ -67,7 +67,7 @@ static bool are_few(const Problem& p, const Tensors& t) {
   return p.queries <= MAX_QUERIES && keys >= W && keys <= MAX_KEYS && !t.terms;
 }
 
-// A group of a few queries.
+// A group with few queries.
 template <class T, class P>
 struct FewQueries : Group<T, P> {
   using Group<T, P>::p;
@@ -101,7 +101,7 @@ struct FewQueries : Group<T, P> {
   }
 
   void find_keys(int steps) const {
-    // Steps that fill whole vectors as they lie; rotated rows are copies.
+    // Steps fill whole vectors and are read in place; rotated rows are copies.
     const bool steps_lie = sizeof(T) * P::COUNT == sizeof(float) && p.dim % (W * P::COUNT) == 0;
     const bool keys_lie = steps_lie && !t.row_table;
     const bool values_lie = std::is_same_v<T, float> && p.value_dim % LANES == 0;
@@ -122,7 +122,7 @@ struct FewQueries : Group<T, P> {
     });
   }
 
-  // In place of each row of keys comes each column. Behind the last key are zeros.
+  // Transposes rows of keys into columns, with zeros past the last key.
   void keys_to_columns(int steps, ptrdiff_t pitch) const {
     float* zeros = s.sums;
     std::fill_n(zeros, round_up(steps, W), 0.f);
@@ -137,7 +137,7 @@ struct FewQueries : Group<T, P> {
     for (int i = 0; i < steps; i++) s.key[i] = s.columns + i * pitch;
   }
 
-  // A query in steps.
+  // Copies a query in steps.
   void take_row(int64_t query, float* out) const {
     const int dim = static_cast<int>(p.dim);
     const int64_t token = query_row(query);
@@ -151,8 +151,8 @@ struct FewQueries : Group<T, P> {
     }
   }
 
-  // Scores of a query -> weights, in steps, in the same place; returns their sum. A score behind the
-  // last key gives none.
+  // Turns the scores of a query into weights, in steps, in place; returns their sum. Scores past
+  // the last key have no weight.
   float weigh_row(float* score) const {
     const int rest = (keys() - 1) % W + 1;
     float* const last = score + keys() - rest;
@@ -170,7 +170,7 @@ struct FewQueries : Group<T, P> {
     F sum = simd::zero();
     for (float* x = score; x <= last; x += W) {
       F weight = simd::exp2(simd::fma(simd::load(x), scale, shift));
-      if (x == last) weight = weight * simd::load(inside);  // a scale of zero leaves them 1
+      if (x == last) weight = weight * simd::load(inside);  // with a scale of zero they are 1
       sum = sum + weight;
       if constexpr (std::is_same_v<P, Floats>) {
         simd::store(x, weight);

@@ -1,4 +1,4 @@
-"""Rotated softmax attention on the CPU with a bias and a gate, in one pass.
+"""Softmax attention with rotations, a bias and a gate on the CPU, in one pass.
 
 The kernel is that of :mod:`ops.cpu.attention.grouped`.
 """
@@ -18,9 +18,9 @@ __all__ = ["gated_attention", "unsupported"]
 
 
 def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """``None`` if the kernel takes such tensors, else the reason in words.
+    """``None`` if the kernel accepts such tensors, else the reason.
 
-    The first call on a machine compiles the kernel, which takes some seconds.
+    The first call on a machine compiles the kernel, which takes a few seconds.
     """
     return unsupported_heads(head_dim) or gated_attention.unsupported(device, dtype)
 
@@ -31,7 +31,7 @@ def gated_attention(
 ) -> Call:
     """``(softmax attention of queries and keys rotated by the map + bias) * gate``.
 
-    Args, Returns, Raises: as of :func:`ops.cpu.attention.linear.rank_augmented_attention`.
+    Args, Returns, Raises: see :func:`ops.cpu.attention.linear.rank_augmented_attention`.
     """
     out = gated_out(qkvo, bias, row_table, column_table, num_heads)
     batch, height, width, dim = bias.shape

@@ -1,5 +1,5 @@
-// What attention is asked for, and the rows of one head of one group: where they lie, copies of keys
-// and values, what becomes of results.
+// The parameters of attention, and the rows of one head of one group: their addresses, copies of
+// keys and values, and the epilogue.
 #pragma once
 #include <algorithm>
 #include <cstddef>
@@ -16,30 +16,30 @@ using simd::Floats;
 using simd::round_up;
 using simd::W;
 
-// grouped.py reads the fields from here.
+// grouped.py parses these fields.
 struct Problem {
   int64_t batch, groups, heads, queries, region_keys, routes, dim, value_dim;
   int64_t query_stride[3], key_stride[3], value_stride[3], out_stride[3];  // image, token, head
   int64_t bias_stride[3], gate_stride[3];
-  int64_t width;       // of the map, for rotations
-  int64_t term_lines;  // of a head
+  int64_t width;       // of the map, used for rotations
+  int64_t term_lines;  // per head
   double scale;
   int64_t bfloat16, threads;
 };
 
 struct Tensors {
   const void *query, *key, *value;
-  const int32_t* rows;      // [group][token], or null: one group of `queries` sees `region_keys`
-  const int32_t* key_rows;  // of keys and values, where they differ; zeros for those below 0
-  const int64_t* regions;   // [image][group][route], of keys and values, or null
-  // Queries and keys are rotated, see rotation.h, or not where these are null.
+  const int32_t* rows;      // [group][token]; null: one group, `queries` to `region_keys`
+  const int32_t* key_rows;  // for keys and values, if they differ; negative: zeros
+  const int64_t* regions;   // [image][group][route], for keys and values, or null
+  // Rotations of queries and keys, see rotation.h; null for none.
   const float *row_table, *column_table;
-  // What is added to products of queries and keys before they are scaled, or null: a key has a line
-  // of numbers for every LINE queries.
+  // Terms added to products of queries and keys before scaling, or null: each key has a line of
+  // numbers for each LINE queries.
   const float* terms;    // [head][line][LINE]
   const int32_t* lines;  // [kind][block of queries][key]
   const int32_t* kinds;  // [group], or null
-  // What attention gives plus the one times the other, like the output; both or neither are null.
+  // The output is (attention + bias) * gate; both have its shape, and both or neither are null.
   const void *bias, *gate;
   void* out;
 };
@@ -47,7 +47,7 @@ struct Tensors {
 constexpr int64_t ROWS_AHEAD = 8;
 constexpr float LOG2E = 1.44269504f;
 
-// In whole vectors, with zeros behind.
+// Copies whole vectors, padded with zeros.
 template <class T>
 static VB_INLINE void to_floats(const T* in, float* out, int count) {
   for (int c = 0; c < count; c += W) simd::store(out + c, simd::get(in + c, std::min(W, count - c)));
@@ -58,18 +58,18 @@ static VB_INLINE void from_floats(const float* in, T* out, int count) {
 }
 
 struct Scratch {
-  float* keys;    // [key][step], and room for a vector, as for two behind the values
+  float* keys;    // [key][step], padded by a vector, values by two
   float* values;  // [step][channel]
-  float* query;   // [channel][TILE], then [step][TILE]; of a few [query][step]
+  float* query;   // [channel][TILE], then [step][TILE]; for few queries [query][step]
   float* rows;    // [W][channel]
   float *scores, *sums;
   // For a few queries.
   float* columns;       // [step][key]
-  const float** key;    // [key], where its row lies, then [step], where its column lies
-  const float** value;  // [step of keys], where its channels lie
+  const float** key;    // [key], addresses of rows, then [step], addresses of columns
+  const float** value;  // [step of keys], addresses of channels
 };
 
-// One head of one group. P says how T are multiplied; rotated ones as Floats.
+// One head of one group. P is how values of T are multiplied; rotated ones are Floats.
 template <class T, class P>
 struct Group {
   const Problem& p;
@@ -111,7 +111,7 @@ struct Group {
     }
   }
 
-  // Short rows, for which the hardware does not look ahead.
+  // Prefetches rows too short for the hardware prefetcher.
   static VB_INLINE void prefetch(const T* row, int64_t dim) {
     __builtin_prefetch(row);
     __builtin_prefetch(row + dim - 1);
@@ -140,7 +140,7 @@ struct Group {
     }
   }
 
-  // Zeros where `in` is null.
+  // Zeros if `in` is null.
   void take_value(const T* in, int key) const {
     const int dim = static_cast<int>(p.value_dim);
     float* out = s.values + static_cast<ptrdiff_t>(key / P::COUNT) * dim;
@@ -160,7 +160,7 @@ struct Group {
     }
   }
 
-  // In whole vectors.
+  // Processes whole vectors.
   void finish(int64_t token, float* out) const {
     const T* bias = row(t.bias, p.bias_stride, token);
     const T* gate = row(t.gate, p.gate_stride, token);

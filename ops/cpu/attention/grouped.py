@@ -1,8 +1,8 @@
-"""Softmax attention on the CPU to few keys, of tokens where they lie, without gradients.
+"""Softmax attention to few keys on the CPU, on tokens in place, without gradients.
 
-The kernel (``attention.h``) is for what torch's is slow at: narrow heads, few keys, regions that
-would have to be gathered, and windows with terms of their own. Sums are of float32, and weights are
-rounded to bfloat16 on CPUs that multiply it by AVX512-BF16 (those with AMX are faster in float32).
+The kernel (``attention.h``) covers the cases where torch is slow: narrow heads, few keys, regions
+that would have to be gathered, and windows with their own score terms. Sums are accumulated in
+float32. Weights are rounded to bfloat16 if products use AVX512-BF16 (float32 is faster with AMX).
 """
 
 from __future__ import annotations
@@ -31,21 +31,22 @@ __all__ = [
 ]
 
 _SMALL_MACS = 2e6
-LINE = 16  # queries, see ScoreTerms
+LINE = 16  # queries per line, see ScoreTerms
 
 PROBLEM = structure("attention/group.h", "attention::Problem")
 TENSORS = structure("attention/group.h", "attention::Tensors")
 
 
 class ScoreTerms(NamedTuple):
-    """What is added to scores, such as biases of relative positions and masks.
+    """Terms added to scores, such as relative position biases and masks.
 
-    Every key has a line of ``LINE`` numbers for every ``LINE`` queries; many lines are the same.
+    Each key has a line of ``LINE`` numbers for each ``LINE`` queries. Identical lines are stored
+    once.
 
     Attributes:
-        values: (heads, number of lines, LINE) float32, to be added before scores are scaled.
-        lines: (kinds, ⌈N / LINE⌉, M) int32, which line it is.
-        kinds: (groups,) int32, or None for the first kind everywhere.
+        values: (heads, number of lines, LINE) float32, added before scores are scaled.
+        lines: (kinds, ⌈N / LINE⌉, M) int32, indices of lines.
+        kinds: (groups,) int32, or None if all groups are of the first kind.
     """
 
     values: Tensor
@@ -54,19 +55,19 @@ class ScoreTerms(NamedTuple):
 
 
 def attention_threads(macs: int) -> int:
-    """One thread for little work, where it is quicker than waking others."""
+    """The thread count: one for little work, where waking others takes longer."""
     return torch.get_num_threads() if macs >= _SMALL_MACS else 1
 
 
 def split_heads(x: Tensor, parts: int, num_heads: int) -> tuple[Tensor, ...]:
-    """(B, H, W, parts · dim) → each of the parts as (B, H · W, num_heads, head_dim), views."""
+    """(B, H, W, parts · dim) → a view of each part as (B, H · W, num_heads, head_dim)."""
     return x.flatten(1, 2).unflatten(2, (parts, num_heads, -1)).unbind(2)
 
 
 def attend(
     query: Tensor, key: Tensor, value: Tensor, out: Tensor, scale: float | None = None
 ) -> None:
-    """softmax(scale · query · keyᵀ) · value into ``out``, which may be a part of a larger tensor.
+    """Write softmax(scale · query · keyᵀ) · value to ``out``, which may be part of a larger tensor.
 
     Args:
         query: (B, N, heads, head_dim).
@@ -76,7 +77,7 @@ def attend(
         scale: of the logits; default head_dim^-0.5.
 
     Raises:
-        ValueError: shapes or dtypes that do not go together.
+        ValueError: mismatched shapes or dtypes.
         RuntimeError: the kernel is not available here.
     """
     _attend(query, key, value, out, scale=scale)
@@ -91,21 +92,21 @@ def attend_regions(
     scale: float | None = None,
     out: Tensor | None = None,
 ) -> Tensor:
-    """The tokens of each region attend to all tokens of the regions that it chose.
+    """Attend from the tokens of each region to all tokens of the regions it routes to.
 
     Args:
         query, key: (B, N, heads, head_dim), a map's tokens.
         value: (B, N, heads, value_dim).
-        rows: (regions, tokens of a region) int32, contiguous: which tokens are a region's.
-        routes: (B, regions, topk) int64, the regions that each one chose; default itself.
+        rows: (regions, tokens of a region) int32, contiguous: the tokens of each region.
+        routes: (B, regions, topk) int64, the regions that each region attends to; default itself.
         scale: of the logits; default head_dim^-0.5.
-        out: (B, N, heads, value_dim), where the result goes; default a contiguous tensor.
+        out: (B, N, heads, value_dim), the result; default a new contiguous tensor.
 
     Returns:
         (B, N, heads, value_dim).
 
     Raises:
-        ValueError: shapes or dtypes that do not go together.
+        ValueError: mismatched shapes or dtypes.
         RuntimeError: the kernel is not available here.
     """
     _require_all_tokens(query, rows)
@@ -124,22 +125,22 @@ def attend_windows(
     terms: ScoreTerms,
     out: Tensor,
 ) -> None:
-    """The queries of each window attend to the keys of a window, with terms added to the scores.
+    """Attend from the queries of each window to the keys of a window, with terms added to scores.
 
     ``softmax(head_dim^-0.5 · (query · keyᵀ + terms)) · value``
 
     Args:
         query, key: (B, N, heads, head_dim), a map's tokens.
         value: (B, N, heads, value_dim).
-        rows: (windows, tokens of a window) int32, contiguous: whose queries are a window's; each
+        rows: (windows, tokens of a window) int32, contiguous: the query tokens of each window; each
             token is in one window.
-        key_rows: (windows, keys of a window) int32, contiguous: which tokens it sees; -1 for a
-            token of zeros.
-        terms: those of N tokens of a window and M keys.
-        out: (B, N, heads, value_dim), where the result goes.
+        key_rows: (windows, keys of a window) int32, contiguous: the key tokens of each window; -1
+            for a token of zeros.
+        terms: for the N tokens of a window and its M keys.
+        out: (B, N, heads, value_dim), the result.
 
     Raises:
-        ValueError: shapes or dtypes that do not go together.
+        ValueError: mismatched shapes or dtypes.
         RuntimeError: the kernel is not available here.
     """
     _require_all_tokens(query, rows)
@@ -183,7 +184,7 @@ def grouped_attention(
     kinds: Tensor | None,
     scale: float | None,
 ) -> Call:
-    """What the functions above have in common; ``terms`` to ``kinds`` are :class:`ScoreTerms`."""
+    """The kernel of the functions above; ``terms`` to ``kinds`` are :class:`ScoreTerms`."""
     _check(query, key, value, out)
     require_dtype(torch.int32, rows=rows, key_rows=key_rows, lines=lines, kinds=kinds)
     require_dtype(torch.int64, routes=routes)

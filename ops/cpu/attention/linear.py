@@ -1,7 +1,7 @@
 """Rank-augmented linear attention on the CPU in few passes, see :mod:`ops.attention`.
 
-The kernel (``linear_attention.h``) takes queries, keys, values and gates where one projection left
-them, and computes in float32.
+The kernel (``linear_attention.h``) reads queries, keys, values and gates from the output of one
+projection, and computes in float32.
 """
 
 from __future__ import annotations
@@ -24,22 +24,22 @@ __all__ = [
 ]
 
 _EPS = 1e-6
-_WHOLE = 32  # of the channels of a head: two vectors of the widest instruction set
+_WHOLE = 32  # divides head_dim: two vectors of the widest instruction set
 
 _PROBLEM = structure("attention/linear_attention.h", "linear_attention::Problem")
 _TENSORS = structure("attention/linear_attention.h", "linear_attention::Tensors")
 
 
 def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
-    """``None`` if the kernel takes such tensors, else the reason in words.
+    """``None`` if the kernel accepts such tensors, else the reason.
 
-    The first call on a machine compiles the kernel, which takes some seconds.
+    The first call on a machine compiles the kernel, which takes a few seconds.
     """
     return unsupported_heads(head_dim) or rank_augmented_attention.unsupported(device, dtype)
 
 
 def unsupported_heads(head_dim: int) -> str | None:
-    """``None`` if kernels rotate heads of so many channels, else the reason in words."""
+    """``None`` if kernels can rotate heads of ``head_dim`` channels, else the reason."""
     if head_dim % _WHOLE:
         return f"the kernel takes head dims that {_WHOLE} divides, not {head_dim}"
     return None
@@ -48,11 +48,11 @@ def unsupported_heads(head_dim: int) -> str | None:
 def gated_out(
     qkvo: Tensor, bias: Tensor, row_table: Tensor, column_table: Tensor, num_heads: int
 ) -> Tensor:
-    """An empty result, once the tensors of :func:`rank_augmented_attention` have been checked.
+    """Check the arguments of :func:`rank_augmented_attention` and allocate its result.
 
     Raises:
-        ValueError: shapes or dtypes that do not go together.
-        RuntimeError: heads that :func:`unsupported_heads` refuses.
+        ValueError: mismatched shapes or dtypes.
+        RuntimeError: a head_dim that :func:`unsupported_heads` rejects.
     """
     dim = bias.shape[-1]
     expected = (*bias.shape[:-1], 4 * dim)
@@ -80,7 +80,7 @@ def gated_out(
 def gated_tensors(
     qkvo: Tensor, bias: Tensor, row_table: Tensor, column_table: Tensor, out: Tensor
 ) -> dict[str, Any]:
-    """What both kernels take, by the names of their structures' fields."""
+    """The tensors that both kernels take, by the names of their structures' fields."""
     step = bias.shape[-1] * qkvo.element_size()
     parts = {name: (qkvo, i * step) for i, name in enumerate(("query", "key", "value", "gate"))}
     tables = {"row_table": row_table, "column_table": column_table}
@@ -97,15 +97,15 @@ def rank_augmented_attention(
         qkvo: (B, H, W, 4·dim), contiguous: queries, keys, values and gates.
         bias: (B, H, W, dim).
         row_table, column_table: (H, head_dim) and (W, head_dim) in float32: the cosines of the
-            angles that rows and columns turn pairs of channels by, then their sines, negated for
-            even channels.
-        num_heads: divides dim, into heads that :func:`unsupported` does not refuse.
+            rotation angles of channel pairs per row and column, then their sines, negated for even
+            channels.
+        num_heads: divides dim; :func:`unsupported` must accept the resulting head_dim.
 
     Returns:
         (B, H, W, dim), contiguous.
 
     Raises:
-        ValueError: shapes or dtypes that do not go together.
+        ValueError: mismatched shapes or dtypes.
         RuntimeError: the kernel is not available here.
     """
     out = gated_out(qkvo, bias, row_table, column_table, num_heads)

@@ -1,4 +1,4 @@
-// Rank-augmented linear attention on the CPU: the C interface. Called from linear.py beside it.
+// Rank-augmented linear attention: the C interface, called from linear.py.
 #include "common/interface.h"
 #include "attention/linear_attention.h"
 

@@ -1,5 +1,5 @@
-// Rank-augmented linear attention of RAVLT: every map is read once or twice, in pieces that stay in
-// the first-level cache. A lane is a channel.
+// Rank-augmented linear attention of RAVLT. Every map is read once or twice, in pieces that stay in
+// the L1 cache. Lanes are channels.
 #pragma once
 #include <algorithm>
 #include <array>
@@ -18,7 +18,7 @@ namespace linear_attention {
 using simd::F;
 using simd::W;
 
-// linear.py reads the fields from here.
+// linear.py parses these fields.
 struct Problem {
   int64_t batch, heads, height, width, dim;      // dim: of a head, a multiple of 2 W
   int64_t stride[3], bias_stride[3], out_stride[3];  // of image, token and head
@@ -28,7 +28,7 @@ struct Problem {
 
 struct Tensors {
   const void *query, *key, *value, *gate;
-  const void* bias;  // added to what attention gives, before the gate; null for none
+  const void* bias;  // added to the attention before the gate; null for none
   const float *row_table, *column_table;  // see rotation.h
   void* out;
 };
@@ -44,8 +44,9 @@ static VB_INLINE F feature(F x) {
   return up + simd::exp2((x - up) * simd::set1(LOG2E));
 }
 
-// ---- products of small matrices ----------------------------------------------------------------
-// out[r][c] (+)= sum over i of a[r * a_row + i * a_step] * b[i * pitch + c]; `out` has the pitch too.
+// ---- small matrix products ---------------------------------------------------------------------
+// out[r][c] (+)= sum over i of a[r * a_row + i * a_step] * b[i * pitch + c]; `out` has the pitch
+// too.
 struct ProductArgs {
   const float* a;
   ptrdiff_t a_row, a_step;
@@ -99,7 +100,7 @@ static constexpr std::array<std::array<Product, COLUMNS>, ROWS> product_rows(
 static constexpr std::array<std::array<Product, COLUMNS>, ROWS> PRODUCT =
     product_rows(std::make_integer_sequence<int, ROWS>());
 
-// `rows` × `dim` of the above, a piece that registers hold at a time.
+// `rows` × `dim` outputs of the above, one register block at a time.
 static void multiply(ProductArgs args, int rows, int dim) {
   const float *a = args.a, *b = args.b;
   float* out = args.out;
@@ -116,7 +117,7 @@ static void multiply(ProductArgs args, int rows, int dim) {
 }
 
 // ---- one head of one image ---------------------------------------------------------------------
-// What the tokens of a segment add to.
+// Accumulators of the tokens of a segment.
 struct Sums {
   ScratchBuffer<float> buffer;
   float *vector, *state;
@@ -126,10 +127,10 @@ struct Sums {
 struct Scratch {
   ScratchBuffer<float> buffers[3];
   float *features, *weights, *mean;
-  std::vector<Sums> sums;  // of each segment; at the end the first has those of all
+  std::vector<Sums> sums;  // per segment; finally, the first holds the totals
 };
 
-// Pieces of tokens that one thread works on.
+// A thread's buffers for pieces of tokens.
 struct Pieces {
   float *left, *right, *out;
 };
@@ -165,7 +166,7 @@ struct Head {
     }
   }
 
-  // Features of the keys, and how well each fits the mean query.
+  // The features of the keys, and their scores against the mean query.
   void compare_keys(int64_t first, int64_t end, Sums& sums) const {
     sums.top = -INFINITY;
     for (int64_t n = first; n < end; n++) {
@@ -182,10 +183,11 @@ struct Head {
     }
   }
 
-  // The state is the sum of rotated weighted keys times values; the vector that of weighted keys.
+  // Accumulates the state, the sum of rotated weighted keys times values, and the sum of weighted
+  // keys.
   void collect(int64_t first, int64_t end, float top, Sums& sums, Pieces& pieces) const {
     std::fill_n(sums.vector, dim, 0.f);
-    for (int64_t n = end; n % W; n++) s.weights[n] = -INFINITY;  // of the last segment
+    for (int64_t n = end; n % W; n++) s.weights[n] = -INFINITY;  // past the last segment
     F total = simd::zero();
     for (int64_t n = first; n < end; n += W) {
       const F x = simd::exp2(simd::load(s.weights + n) - simd::set1(top));
@@ -225,7 +227,7 @@ struct Head {
           sum = simd::fma(x, simd::load(sums.vector + c), sum);
           simd::store(left + c, x);
         }
-        // Both sums are `total` times what they should be.
+        // Both sums are too large by a factor of `total`.
         factor[i] = 1.f / (simd::reduce_add(sum) + static_cast<float>(p.eps) * sums.total);
         rotate(left, begin + i, simd::set1(1.f), left);
       }
@@ -245,7 +247,7 @@ struct Head {
     }
   }
 
-  // All of it, with the tokens in segments that threads share.
+  // The whole computation, with segments of tokens split among threads.
   void attend(int64_t threads) const {
     const int64_t chunks = (tokens + CHUNK - 1) / CHUNK, segments = std::min(threads, chunks);
     s.features = s.buffers[0].of(tokens * dim);
@@ -287,7 +289,7 @@ struct Head {
     for (int64_t i = 1; i < segments; i++) {
       const Sums& other = s.sums[i];
       all.total += other.total;
-      for (int c = 0; c < (dim + 1) * dim; c++) all.state[c] += other.state[c];  // vectors, too
+      for (int c = 0; c < (dim + 1) * dim; c++) all.state[c] += other.state[c];  // and vector
     }
     each_segment([&](int64_t first, int64_t end, Sums&, Pieces& pieces) {
       give(first, end, all, pieces);
@@ -298,7 +300,7 @@ struct Head {
 template <class T>
 static void forward(const Problem& p, const Tensors& t) {
   const int64_t heads = p.batch * p.heads;
-  // Few heads share the threads out inside, many among them.
+  // With few heads, threads split each head; with many, they split the heads.
   const bool inside = heads < p.threads;
   parallel::for_each(heads, inside ? 1 : p.threads, [&](int64_t index) {
     static thread_local Scratch s;

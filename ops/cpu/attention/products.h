@@ -1,5 +1,5 @@
-// The two products of softmax attention, for a tile of queries. A lane is a query, so that every head
-// dim fills the vectors; keys and values are broadcast.
+// The two products of softmax attention, for a tile of queries. Lanes are queries, so that vectors
+// are full for any head dim; keys and values are broadcast.
 #pragma once
 #include <array>
 #include <cstdint>
@@ -12,18 +12,18 @@ using simd::F;
 using simd::Floats;
 using simd::W;
 
-// Vectors of queries in a tile, and keys or channels whose sums are in registers. NEON's vectors are
-// short: what is broadcast shall be multiplied with more of them.
+// Vectors of queries in a tile, and keys or channels with sums in registers. NEON's vectors are
+// short, so each broadcast value is multiplied with more of them.
 constexpr int VECTORS = VB_NEON ? 4 : 2;
 constexpr int TILE = VECTORS * W;
 constexpr int SUMS = VB_NEON ? 6 : simd::REGISTERS == 32 ? 12 : 5;
 
-// K keys: scores = terms + keys . query, and the greatest of each lane.
+// K keys: scores = terms + keys . query, and the maximum of each lane.
 struct ScoreArgs {
   const float* query;  // [step][TILE], in steps of Floats or Pairs
   const float* keys;   // [key][step]
   int steps;
-  // What each vector of queries starts from, the line-th LINE floats for each key; or null.
+  // The initial values of each vector of queries, LINE floats per line; or null.
   const float* terms[VECTORS];
   const int32_t* lines[VECTORS];  // [key]
   float* scores;                  // [key][TILE]
@@ -69,7 +69,7 @@ static void score(const ScoreArgs& args) {
 // C channels: sums = sums * factor + weights . values.
 struct MixArgs {
   const float* weights;  // [step][TILE], in steps of Floats or Pairs of keys
-  const float* values;   // [step][channel], at the first of the channels
+  const float* values;   // [step][channel], from the first channel of the block
   int steps, value_dim;
   const float* factor;  // [TILE], or null to start from zero
   float* sums;          // [channel][TILE]
@@ -128,14 +128,14 @@ static constexpr std::array<std::array<Mix, SUMS>, VECTORS> mix_tables(
   return {mix_kernels<P, V + 1>(UP_TO_SUMS)...};
 }
 constexpr auto UP_TO_VECTORS = std::make_integer_sequence<int, VECTORS>();
-// [vectors - 1][keys - 1] and [vectors - 1][channels - 1]. Static, or the libraries for different
-// instruction sets in one process would share them.
+// [vectors - 1][keys - 1] and [vectors - 1][channels - 1]. Static, since libraries for different
+// instruction sets in one process would otherwise share them.
 template <class P>
 static constexpr std::array<std::array<Score, SUMS>, VECTORS> SCORE = score_tables<P>(UP_TO_VECTORS);
 template <class P>
 static constexpr std::array<std::array<Mix, SUMS>, VECTORS> MIX = mix_tables<P>(UP_TO_VECTORS);
 
-// Calls work(first, count) for even parts of at most SUMS.
+// Calls work(first, count) for even parts of at most SUMS each.
 template <class Work>
 static void in_parts(int total, const Work& work) {
   for (int parts = (total + SUMS - 1) / SUMS, first = 0; parts > 0; parts--) {

@@ -1,4 +1,4 @@
-// Activations of vectors of floats, for kernels that apply them before they store a result.
+// Activations of vectors of floats, applied by kernels before results are stored.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -10,7 +10,7 @@ namespace activation {
 using simd::F;
 using simd::W;
 
-// The order is that of ACTIVATIONS in ops/cpu/activations.py.
+// In the order of ACTIVATIONS in ops/cpu/activations.py.
 enum Kind : int64_t { NONE, RELU, GELU, SILU, HARDSWISH, RELU6 };
 
 static VB_INLINE F positive(F x) { return simd::max(simd::zero(), x); }  // NaN stays NaN
@@ -18,10 +18,10 @@ static VB_INLINE F negative(F x) { return simd::zero() - positive(simd::zero() -
 
 // GELU is x Φ(x) = max(x, 0) - |x| Φ(-|x|).
 #if VB_AVX512
-// There a look-up among 32 numbers is one instruction: Φ(-x) in 32 pieces around multiples of
-// 1 / SCALE, each a polynomial through the function at Chebyshev's nodes. Of four terms it is within
-// 2e-7 of Φ, of three, which are enough for what is rounded to bfloat16, within 1e-5. The last piece
-// ends at zero.
+// AVX-512 looks up one of 32 numbers in one instruction: Φ(-x) is split into 32 pieces around
+// multiples of 1 / SCALE, each interpolated by a polynomial at Chebyshev nodes. The error is below
+// 2e-7 with four terms and below 1e-5 with three, which suffice for results rounded to bfloat16.
+// The last piece ends at zero.
 template <int TERMS>
 struct Tail {
   static constexpr int PIECES = 2 * W;
@@ -31,7 +31,7 @@ struct Tail {
   Tail() {
     for (int piece = 0; piece < PIECES; piece++) {
       const double begin = std::max(0.0, (piece - 0.5) / SCALE), end = (piece + 0.5) / SCALE;
-      double node[TERMS], c[TERMS];  // by divided differences, then from Newton's form to powers
+      double node[TERMS], c[TERMS];  // divided differences, then Newton's form to powers
       for (int i = 0; i < TERMS; i++) {
         const double share = 0.5 - 0.5 * std::cos(std::acos(-1.0) * (2 * i + 1) / (2 * TERMS));
         node[i] = begin + share * (end - begin);
@@ -62,10 +62,10 @@ static VB_INLINE void gelu(F* x, int count) {
     low[i] = simd::load(tail.terms[i]);
     high[i] = simd::load(tail.terms[i] + W);
   }
-  constexpr int SMALLER_MAGNITUDE = 0b1010;  // of two numbers; the other one where one is NaN
+  constexpr int SMALLER_MAGNITUDE = 0b1010;  // of two numbers; the other one if one is NaN
   const F end = simd::set1(static_cast<float>(Tail<TERMS>::END * (1 - 0x1p-20)));
   const F scale = simd::set1(static_cast<float>(Tail<TERMS>::SCALE));
-  const F rounding = simd::set1(0x1.8p23f);  // leaves whole numbers in the last bits
+  const F rounding = simd::set1(0x1.8p23f);  // leaves integers in the low bits
   for (int i = 0; i < count; i++) {
     const F place = _mm512_range_ps(x[i], end, SMALLER_MAGNITUDE);
     const __m512i piece = _mm512_castps_si512(simd::fma(place, scale, rounding));
@@ -96,7 +96,7 @@ static VB_INLINE void gelu(F* x, int count) {
 }
 #endif
 
-// x / (1 + exp(-x)), with an exponent that is never positive.
+// x / (1 + exp(-x)), computed with an exponent that is never positive.
 static VB_INLINE F silu(F x) {
   const F up = positive(x), down = negative(x);
   const F power = simd::exp2((down - up) * simd::set1(1.44269504f));
@@ -111,7 +111,7 @@ static VB_INLINE F hardswish(F x) {
   return x * relu6(x + simd::set1(3.f)) * simd::set1(1.f / 6.f);
 }
 
-// In place, for results of type T; not inlined, so that kernels with many variants compile in seconds.
+// In place, for results of type T. Not inlined, to keep kernels with many variants fast to compile.
 template <class T>
 static __attribute__((noinline)) void apply(F* x, int count, int64_t kind) {
   switch (kind) {

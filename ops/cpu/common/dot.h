@@ -1,9 +1,9 @@
-// How the numbers that kernels hold in place of floats are multiplied.
+// Products of the operand types of kernels.
 #pragma once
 #include <type_traits>
 #include "common/lanes.h"
 
-// Intel's CPUs with AMX have the instruction for pairs, too, but multiply floats twice as fast
+// Intel CPUs with AMX also have the instruction for pairs, but multiply floats twice as fast
 // (https://github.com/libxsmm/tpp-mlir/pull/1025).
 #if VB_BFLOAT16 && !defined(__AMX_TILE__)
 #define VB_PAIRS 1
@@ -13,14 +13,14 @@
 
 namespace simd {
 
-// One by one, in float32.
+// Single numbers, in float32.
 struct Floats {
   static constexpr int COUNT = 1;
   static VB_INLINE void add_product(F& sum, F x, F y) { sum = fma(x, y, sum); }
 };
 
 #if VB_PAIRS
-// Two numbers in bfloat16 at once; their products are added in float32.
+// Pairs of bfloat16, with products accumulated in float32.
 struct Pairs {
   static constexpr int COUNT = 2;
 #if VB_NEON
@@ -61,7 +61,7 @@ struct Pairs {
   }
 #endif
 };
-// What is quickest for numbers that come as T.
+// The fastest operand type for values stored as T.
 template <class T>
 using Products = std::conditional_t<std::is_same_v<T, BFloat16>, Pairs, Floats>;
 #else
@@ -69,7 +69,7 @@ template <class T>
 using Products = Floats;
 #endif
 
-// How many it takes to hold so many numbers.
+// The number of steps that hold `count` numbers.
 template <class P>
 static constexpr int steps(int numbers) {
   return (numbers + P::COUNT - 1) / P::COUNT;

@@ -1,5 +1,5 @@
-// The C interface of a library: its functions return 0, or 1 where memory ran out, and it says how
-// many bytes its structures have, which ops/cpu/binding.py compares with those it fills in.
+// The C interface of a library. Functions return 0, or 1 if they ran out of memory. The library
+// reports the sizes of its structures, which ops/cpu/binding.py compares with its own.
 #pragma once
 #include <cstdint>
 #include <exception>

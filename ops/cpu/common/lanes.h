@@ -1,4 +1,4 @@
-// Where fewer channels are left than a vector has lanes.
+// Partial vectors, for channels left over at the end.
 #pragma once
 #include "common/simd.h"
 
@@ -7,7 +7,7 @@ namespace simd {
 #if VB_AVX512
 static VB_INLINE __mmask16 first(int lanes) { return static_cast<__mmask16>((1u << lanes) - 1); }
 
-// The first `lanes` of `x`.
+// Stores the first `lanes` of `x`.
 static VB_INLINE void put(float* out, F x, int lanes) {
   if (lanes == W) return store(out, x);
   _mm512_mask_storeu_ps(out, first(lanes), x);
@@ -16,7 +16,7 @@ static VB_INLINE void put(BFloat16* out, F x, int lanes) {
   _mm256_mask_storeu_epi16(out, first(lanes), rounded(x));
 }
 
-// `lanes` values, zeros behind them.
+// Loads `lanes` values, followed by zeros.
 static VB_INLINE F get(const float* in, int lanes) {
   if (lanes == W) return load(in);
   return _mm512_maskz_loadu_ps(first(lanes), in);
@@ -46,7 +46,7 @@ static VB_INLINE F get(const T* in, int lanes) {
 }
 #endif
 
-// `count` values, a vector at a time.
+// Processes `count` values, a vector at a time.
 template <class T>
 static VB_INLINE void copy(const T* in, int64_t count, T* out) {
   int64_t i = 0;

@@ -1,6 +1,6 @@
-// Tasks shared out to the threads of the OpenMP runtime that torch has loaded. A library that was
-// linked with a runtime might get another one, whose pool of threads stands in the way of torch's; so
-// none is, and ops/cpu/openmp.py hands torch's over when it loads a library.
+// Distributes tasks over the threads of torch's OpenMP runtime. A library linked with a runtime
+// might load a different one, whose thread pool would compete with torch's. So kernels are not
+// linked with any, and ops/cpu/openmp.py passes torch's runtime to each library that it loads.
 #pragma once
 #include <algorithm>
 #include <atomic>
@@ -10,18 +10,18 @@
 
 namespace parallel {
 
-// What GCC's code calls for `#pragma omp parallel`; LLVM's and Intel's runtimes have the same.
+// The functions that GCC's code calls for `#pragma omp parallel`; LLVM's and Intel's runtimes have
+// them, too.
 struct Runtime {
   void (*run)(void (*region)(void*), void* data, unsigned threads, unsigned flags);
-  int (*thread)();   // this one's number in the region
-  int (*threads)();  // of the region, which may be fewer than were asked for
+  int (*thread)();   // this thread's number in the region
+  int (*threads)();  // in the region, possibly fewer than requested
 };
 
-// Without one, all is done by the thread that calls.
+// Without a runtime, the calling thread does everything.
 static Runtime runtime;
 
-// Calls part(index, count) for all parts of a whole, as many as there are threads,
-// `threads` at most.
+// Calls part(index, count) on each thread, on at most `threads` threads.
 template <class Part>
 static void in_threads(int64_t threads, const Part& part) {
   if (threads <= 1 || !runtime.run) return part(0, 1);
@@ -29,8 +29,8 @@ static void in_threads(int64_t threads, const Part& part) {
               const_cast<void*>(static_cast<const void*>(&part)), static_cast<unsigned>(threads), 0);
 }
 
-// Calls work(0) … work(tasks - 1) on at most `threads` threads, each of which gets a run of them;
-// throws std::bad_alloc if memory ran out in one.
+// Calls work(0) … work(tasks - 1) on at most `threads` threads, each with a contiguous run of
+// tasks; throws std::bad_alloc if any ran out of memory.
 template <class Work>
 static void for_each(int64_t tasks, int64_t threads, const Work& work) {
   std::atomic<bool> failed{false};
@@ -50,8 +50,8 @@ static void for_each(int64_t tasks, int64_t threads, const Work& work) {
   if (failed) throw std::bad_alloc();
 }
 
-// The same for tasks that take unequal time: each thread takes the next one when it is done, and
-// none is begun once memory ran out.
+// The same with dynamic scheduling, for tasks of unequal length; no task starts after memory ran
+// out.
 template <class Work>
 static void for_each_in_turn(int64_t tasks, int64_t threads, const Work& work) {
   std::atomic<bool> failed{false};

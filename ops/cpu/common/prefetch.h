@@ -1,4 +1,4 @@
-// Memory that is brought into the first-level cache before it is wanted.
+// Prefetching into the L1 cache.
 #pragma once
 #include <cstdint>
 #include "common/simd.h"
@@ -7,8 +7,8 @@ namespace memory {
 
 constexpr int64_t LINE = 64;  // bytes
 
-// What is written has to be there, too: stores are made one after the other, and each waits for its
-// line where that is not in a cache of the core's.
+// Memory to be written is prefetched, too: stores retire in order, and each waits for its line
+// unless that is in one of the core's caches.
 enum Use { READ, WRITE };
 
 template <Use use, class T>

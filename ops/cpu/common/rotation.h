@@ -1,4 +1,4 @@
-// Rotation of pairs of channels by their pixel's row and column.
+// Rotation of channel pairs by the row and column of their pixel.
 #pragma once
 #include <cstdint>
 #include "common/simd.h"
@@ -8,8 +8,8 @@ namespace rotation {
 using simd::F;
 using simd::W;
 
-// Cosines, then sines that are negated for even channels: [rows or columns][2][dim / 2]. The first
-// half of the channels turns by the row.
+// Cosines, then sines (negated for even channels): [rows or columns][2][dim / 2]. The first half of
+// the channels is rotated by the row, the second by the column.
 struct Tables {
   const float *row, *column;
   int64_t width;  // of the map
@@ -30,7 +30,7 @@ static VB_INLINE F swap_pairs(F x) {
 #endif
 }
 
-// `in` times the token's rotation and a factor; `out` may be `in`.
+// Rotates `in` for the token and multiplies it by a factor; `out` may be `in`.
 static VB_INLINE void rotate(const Tables& tables, const float* in, int64_t token, F factor,
                              float* out) {
   const int half = tables.dim / 2;

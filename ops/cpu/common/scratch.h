@@ -1,11 +1,11 @@
-// Memory that a kernel works in.
+// Scratch buffers of kernels.
 #pragma once
 #include <cstddef>
 #include <cstdint>
 #include <vector>
 
-// It is kept from call to call, grows as needed and begins with a line of the cache: vectors that lie
-// across two lines take twice as long to read.
+// Kept between calls, grown as needed, and aligned to cache lines: loads of vectors that cross a
+// line take twice as long.
 template <class T>
 class ScratchBuffer {
  public:

@@ -1,7 +1,7 @@
-// One vector `F` of `W` floats and the few operations that the kernels need, for AVX-512, AVX2, NEON
-// and, through the vector extensions of GCC and Clang, everything else. The instruction set is fixed
-// when the file is compiled: `build.py` compiles a kernel once per instruction set and picks the
-// library that fits the CPU at run time.
+// A vector `F` of `W` floats and the operations that kernels need, for AVX-512, AVX2, NEON and,
+// with the vector extensions of GCC and Clang, everything else. The instruction set is fixed at
+// compile time: `build.py` compiles a kernel once per instruction set and selects the library for
+// the CPU at run time.
 #pragma once
 #include <cmath>
 #include <cstdint>
@@ -10,7 +10,7 @@
 #include <utility>
 
 #if defined(VB_PORTABLE)
-// Whatever the compiler offers.
+// The compiler's vector extensions.
 #elif defined(__AVX512F__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && \
     defined(__AVX512VL__)
 #define VB_AVX512 1
@@ -23,7 +23,7 @@
 #define VB_NEON 0
 #endif
 
-// Whether this CPU rounds to bfloat16, and multiplies pairs of them.
+// Whether this CPU has instructions to round to bfloat16 and multiply pairs of bfloat16.
 #if (VB_AVX512 && defined(__AVX512BF16__)) || \
     (VB_NEON && defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC))
 #define VB_BFLOAT16 1
@@ -65,21 +65,22 @@ static VB_INLINE void assign(BFloat16* p, float x) {
 
 }  // namespace simd
 
-// What an instruction set has of its own:
+// Each instruction set defines:
 //
-// - W, REGISTERS, and HAS_PERMUTE: lookups in registers cost less than a gather
+// - W, REGISTERS, and HAS_PERMUTE: whether lookups in registers cost less than a gather
 // - set1, load, store, fma
-// - max(a, b): NaN where `b` is
-// - round: to whole numbers, for |x| < 2^22; times_power_of_two(x, n): x 2^n, for a whole n
+// - max(a, b): NaN where `b` is NaN
+// - round: to integers, for |x| < 2^22; times_power_of_two(x, n): x 2^n, for an integer n
 // - load_bf16, store_from_float: to bfloat16, to nearest even; NaN stays NaN
-// - load_of_pairs(p, part): one of each of W pairs
-// - permute(v, index): v[index[l]] in lane l; permute(low, high, index, shift): table[index[l] + shift],
-//   where the 2 W entries of the table are in two registers; gather(p, index): p[index[l]]
+// - load_of_pairs(p, part): one element of each of W pairs
+// - permute(v, index): v[index[l]] in lane l; permute(low, high, index, shift):
+//   table[index[l] + shift], with the table's 2 W entries in two registers; gather(p, index):
+//   p[index[l]]
 // - keep_below(v, limit, at, other): v[l] where limit[l] > at, else other[l]
 // - all_equal(a, b)
-// - stream: a store past the caches, which does not fetch first what it overwrites, for whole cache
-//   lines that nobody reads soon, `p` being aligned to a vector's size in memory; after end_streams,
-//   other threads see what this one has streamed
+// - stream: a non-temporal store, which bypasses the caches and does not read the line first, for
+//   whole cache lines not read soon; `p` is aligned to the size of a vector in memory. After
+//   end_streams, other threads see this thread's streamed stores
 // - transpose(rows, r): r[i][l] = rows[l][i]
 #if VB_AVX512
 #include "common/simd_avx512.h"
@@ -94,7 +95,7 @@ static VB_INLINE void assign(BFloat16* p, float x) {
 namespace simd {
 
 static VB_INLINE F zero() { return set1(0.f); }
-// Infinite numbers become the nearest that are not; NaN stays NaN.
+// Clamps infinities to the largest finite numbers; NaN stays NaN.
 static VB_INLINE F at_most_finite(F x) {
   return zero() - max(set1(-std::numeric_limits<float>::max()), zero() - x);
 }
@@ -102,17 +103,17 @@ static VB_INLINE F finite(F x) {
   return at_most_finite(max(set1(-std::numeric_limits<float>::max()), x));
 }
 
-// To the next multiple.
+// Rounds up to a multiple.
 template <class N>
 static constexpr N round_up(N n, int64_t multiple) {
   return static_cast<N>((n + multiple - 1) / multiple * multiple);
 }
 
-// v[k] = load(p + k), where 2 W floats can be read from `p` on.
+// v[k] = load(p + k); 2 W floats must be readable at `p`.
 template <size_t... K>
 static VB_INLINE void load_run(const float* p, F (&v)[sizeof...(K)], std::index_sequence<K...>) {
 #if VB_AVX512
-  // All but one of those loads would lie across two cache lines, which takes twice as long.
+  // All but one of those loads would cross a cache line, which takes twice as long.
   const __m512i low = _mm512_loadu_si512(p), high = _mm512_loadu_si512(p + W);
   ((v[K] = _mm512_castsi512_ps(_mm512_alignr_epi32(high, low, K))), ...);
 #else
@@ -120,8 +121,7 @@ static VB_INLINE void load_run(const float* p, F (&v)[sizeof...(K)], std::index_
 #endif
 }
 
-// Makes the compiler load `v` once and keep it, where it would rather repeat the load as an operand
-// of every use.
+// Makes the compiler load `v` once instead of repeating the load as an operand of each use.
 static VB_INLINE F in_register(F v) {
 #if VB_AVX512 || VB_AVX2
   __asm__("" : "+v"(v));
@@ -133,7 +133,7 @@ static VB_INLINE F in_register(F v) {
 
 // ---- functions ---------------------------------------------------------------------------------
 // 2^x for x <= 0 with a relative error below 2.2e-7 (minimax polynomial on [-0.5, 0.5]). Below -126
-// it gives 2^-126, which vanishes beside the largest term of a softmax; NaN stays NaN.
+// it returns 2^-126, negligible next to the largest term of a softmax; NaN stays NaN.
 static VB_INLINE F exp2(F x) {
   x = max(set1(-126.f), x);
   const F n = round(x), f = x - n;
@@ -156,7 +156,7 @@ static VB_INLINE F reciprocal(F x) {
 }
 
 // log2(x) for normal x >= 1 with an absolute error below 2e-7 + 1 ulp: x = 2^n m with m in
-// [0.7, 1.4], then the odd series of log((1 + t) / (1 - t)).
+// [0.7, 1.4], then the odd series of log((1 + t) / (1 - t)) is summed.
 static VB_INLINE F log2(F x) {
   float value[W], mantissa[W], exponent[W];
   store(value, x);
@@ -194,8 +194,8 @@ static VB_INLINE F load_as_float(const BFloat16* p) { return load_bf16(p); }
 static VB_INLINE void store_from_float(float* p, F v) { store(p, v); }
 
 // ---- transposition -----------------------------------------------------------------------------
-// out[i * out_pitch + l] = rows[l][i] * scale for l in 0..W-1 and i in 0..count-1, count <= W. Reads
-// W elements of each row.
+// out[i * out_pitch + l] = rows[l][i] * scale for l in 0..W-1 and i in 0..count-1, count <= W.
+// Reads W elements of each row.
 static VB_INLINE void transpose(const float* const (&rows)[W], float* out, size_t out_pitch,
                                 int count, float scale = 1.f) {
   F r[W];
@@ -211,7 +211,7 @@ static VB_INLINE void transpose(const float* const (&rows)[W], float* out, size_
   }
 }
 
-// The same for rows that lie `in_pitch` apart.
+// The same for rows `in_pitch` apart.
 static VB_INLINE void transpose(const float* in, size_t in_pitch, float* out, size_t out_pitch,
                                 int count) {
   const float* rows[W];

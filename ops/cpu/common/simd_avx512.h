@@ -63,8 +63,8 @@ static VB_INLINE void stream(BFloat16* p, F v) {
 }
 static VB_INLINE void end_streams() { _mm_sfence(); }
 static VB_INLINE void transpose(const float* const (&rows)[W], F (&r)[W]) {
-  // Each register takes the same four columns of lanes l, l+4, l+8, l+12, so that two rounds of
-  // unpacking finish it.
+  // Each register holds the same four columns of lanes l, l+4, l+8, l+12, so that two rounds of
+  // unpacking complete the transpose.
   F t[4];
   VB_UNROLL
   for (int c = 0; c < 4; c++) {

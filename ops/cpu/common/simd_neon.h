@@ -1,4 +1,4 @@
-// The vectors of simd.h with NEON, which all CPUs with 64-bit ARM instructions have.
+// The vectors of simd.h with NEON, which all 64-bit ARM CPUs have.
 #pragma once
 #include <arm_neon.h>
 #include <cstdint>
@@ -11,7 +11,7 @@ constexpr bool HAS_PERMUTE = true;
 constexpr int REGISTERS = 32;
 using F = float32x4_t;
 static VB_INLINE F set1(float x) { return vdupq_n_f32(x); }
-// Whatever else memory is read and written as.
+// A type that may alias any memory.
 template <class V>
 static VB_INLINE V read(const void* p) {
   V v;
@@ -48,7 +48,7 @@ static VB_INLINE uint16x4_t rounded(F v) {
   return vbsl_u16(vmovn_u32(vceqq_f32(v, v)), r, vdup_n_u16(0x7fc0));
 #endif
 }
-// Of the floats that `index` says, where their bytes are in a table of floats.
+// The byte positions of the floats selected by `index` in a table of floats.
 static VB_INLINE uint8x16_t places(int32x4_t index) {
   return vreinterpretq_u8_s32(vmlaq_s32(vdupq_n_s32(0x03020100), index, vdupq_n_s32(0x04040404)));
 }
@@ -91,7 +91,7 @@ static VB_INLINE void transpose(const float* const (&rows)[W], F (&r)[W]) {
 }
 
 #if VB_BFLOAT16
-// Lane by lane, sum + x · y, whose lanes are two bfloat16 each.
+// sum + x · y per lane, where each lane of x and y has two bfloat16.
 static VB_INLINE F add_pairs(F sum, F x, F y) {
   return vbfdotq_f32(sum, vreinterpretq_bf16_f32(x), vreinterpretq_bf16_f32(y));
 }

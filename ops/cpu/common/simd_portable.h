@@ -1,4 +1,4 @@
-// The vectors of simd.h through the vector extensions of GCC and Clang.
+// The vectors of simd.h with the vector extensions of GCC and Clang.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -24,7 +24,7 @@ static VB_INLINE F max(F a, F b) {
 }
 static VB_INLINE F round(F x) {
   const F magic =
-      set1(12582912.f);  // 1.5 * 2^23: adding it leaves no bits after the point, for |x| < 2^22
+      set1(12582912.f);  // 1.5 * 2^23: adding it leaves no fractional bits, for |x| < 2^22
   return (x + magic) - magic;
 }
 static VB_INLINE F times_power_of_two(F x, F n) {

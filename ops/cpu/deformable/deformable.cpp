@@ -1,4 +1,4 @@
-// Deformable convolution on the CPU: the C interface. Called from deformable_conv.py beside it.
+// Deformable convolution: the C interface, called from deformable_conv.py.
 #include "common/interface.h"
 #include "deformable/deformable.h"
 

@@ -1,5 +1,6 @@
-// Deformable convolution of channels-last maps: for some output pixels at a time, what their taps
-// see is interpolated into rows, which a linear layer takes while they are in the cache.
+// Deformable convolution of channels-last maps: for some output pixels at a time, the inputs of
+// their taps are interpolated into rows, to which a linear layer is applied while they are in the
+// cache.
 // https://arxiv.org/abs/1703.06211
 #pragma once
 #include <algorithm>
@@ -17,17 +18,18 @@ namespace deformable {
 using simd::F;
 using simd::W;
 
-// deformable_conv.py reads the fields from here.
+// deformable_conv.py parses these fields.
 struct Problem {
   int64_t batch, height, width, channels;          // of the input
   int64_t out_height, out_width, out_features;
-  int64_t kernel, stride;                          // of rows and columns alike, without padding
-  int64_t in_stride[3];                            // of image, row and pixel, in elements
+  int64_t kernel, stride;                          // the same for rows and columns; no padding
+  int64_t in_stride[3];                            // for image, row and pixel, in elements
   int64_t activation, bfloat16, threads;
 };
 
-// `offset` is [batch][out_height][out_width][tap][row, column], `weight` the packed one of a linear
-// layer from [tap][channel] to out_features, `out` [batch][out_height][out_width][out_features].
+// `offset` is [batch][out_height][out_width][tap][row, column], `weight` the packed weight of a
+// linear layer from [tap][channel] to out_features, `out`
+// [batch][out_height][out_width][out_features].
 struct Tensors {
   const void* in;
   const float* offset;
@@ -37,14 +39,14 @@ struct Tensors {
 };
 
 constexpr int64_t ROW_BYTES = 384 * 1024;  // interpolated at a time
-constexpr int64_t FEWEST_PIXELS = 56;      // that make it worth to read the weights again
+constexpr int64_t FEWEST_PIXELS = 56;      // that justify reading the weights again
 
-// The map at (y, x), between pixels; beyond the border it is zero.
+// Interpolates the map at (y, x); it is zero beyond the border.
 template <class T>
 static void interpolate(const Problem& p, const T* in, float y, float x, T* out) {
   const float top = std::floor(y), left = std::floor(x);
   const float down = y - top, right = x - left;
-  // Comparisons that NaN fails, before anything is made an integer.
+  // NaN fails these comparisons, before any conversion to integer.
   const bool seen = y > -1.f && x > -1.f && y < static_cast<float>(p.height) &&
                     x < static_cast<float>(p.width);
   if (!seen) {
@@ -71,7 +73,8 @@ static void interpolate(const Problem& p, const T* in, float y, float x, T* out)
   }
 }
 
-// The pixels that made an offset NaN are those of an offset of zero, and are to give NaN.
+// A NaN offset comes from NaN pixels. They are sampled with an offset of zero, so the result is
+// NaN.
 static VB_INLINE float zero_if_nan(float offset) { return offset == offset ? offset : 0.f; }
 
 template <class T>

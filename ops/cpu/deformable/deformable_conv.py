@@ -1,7 +1,7 @@
 """Deformable convolution of channels-last maps on the CPU, for inference.
 
-The kernel (``deformable.h``) interpolates what the taps of some pixels see and takes it through a
-linear layer with packed weights while it is in the cache.
+The kernel (``deformable.h``) interpolates the inputs of some pixels at a time and applies a linear
+layer with packed weights while they are in the cache.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ _TENSORS = structure("deformable/deformable.h", "deformable::Tensors")
 
 
 def pack_taps(weight: Tensor) -> Tensor:
-    """The weight of a convolution, (out_chs, in_chs, k, k), as the kernel wants it.
+    """Pack the weight of a convolution, (out_chs, in_chs, k, k), for the kernel.
 
     Raises:
         RuntimeError: the kernel is not available here.
@@ -43,24 +43,23 @@ def deformable_conv2d(
     stride: int,
     activation: str = "none",
 ) -> Call:
-    """As ``torchvision.ops.deform_conv2d`` without padding or mask, then an activation.
+    """``torchvision.ops.deform_conv2d`` without padding or mask, then an activation.
 
     Args:
-        x: (B, C, H, W), float32 or bfloat16 as the weight; another memory format than channels-last
-            is copied.
-        offset: (B, 2·k², H', W'), of any dtype: row and column of each tap, where
+        x: (B, C, H, W), float32 or bfloat16 like the weight; copied unless channels-last.
+        offset: (B, 2·k², H', W'), of any dtype: row and column offsets of each tap, where
             H' = (H - k) // stride + 1.
         weight: see :func:`pack_taps`.
         bias: (out_chs,) float32.
-        kernel_size, stride: k and stride, of rows and columns alike.
+        kernel_size, stride: k and stride, the same for rows and columns.
         activation: one of :data:`ops.cpu.activations.ACTIVATIONS`; GELU is the exact one.
 
     Returns:
         (B, out_chs, H', W'), channels-last.
 
     Raises:
-        ValueError: offsets or a weight that do not go with the map, dtypes that do not.
-        RuntimeError: the kernel is not available here (its ``unsupported`` tells beforehand).
+        ValueError: offsets, a weight or dtypes that do not match the map.
+        RuntimeError: the kernel is not available here (check its ``unsupported`` first).
     """
     height, width = ((n - kernel_size) // stride + 1 for n in x.shape[2:])
     expected = (x.shape[0], 2 * kernel_size**2, height, width)

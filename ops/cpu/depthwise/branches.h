@@ -1,15 +1,16 @@
-// Depthwise convolutions side by side: each has some of the channels of a map, others pass. All of
-// them go down the map together, so that rows are read, and written, while they lie in the cache.
+// Parallel depthwise convolutions of groups of a map's channels; other channels pass through. All
+// branches proceed down the map together, so that rows are read and written while they are in the
+// cache.
 #pragma once
 #include "depthwise/square.h"
 
 namespace depthwise {
 
-// Smaller maps lie in the second-level cache already.
+// Smaller maps are already in the L2 cache.
 constexpr int64_t FETCHED_BYTES = 2 << 20;
 
-// Copies `count` channels of an output row. With `ahead`, fetches what all the branches will want:
-// the input so many rows further down, and the output.
+// Copies `count` channels of an output row. With `ahead`, prefetches for all branches the input
+// that many rows further down, and the output.
 template <class T>
 static void pass_row(const Problem& p, const T* in, int64_t count, int64_t ahead, T* out) {
   for (int64_t x = 0; x < p.size[1]; x++, in += p.in_stride[2], out += p.out_stride[2]) {
@@ -21,8 +22,8 @@ static void pass_row(const Problem& p, const T* in, int64_t count, int64_t ahead
   }
 }
 
-// Convolutions with a stride of one that keep the map's size, each of its own channels; the `passed`
-// channels before those of the first one are copied.
+// Convolutions with stride 1 that keep the map's size, each of its own channels; the `passed`
+// channels before those of the first are copied.
 template <class T>
 static void branches(const Problem* problems, const Tensors* tensors, int64_t count,
                      int64_t passed) {

@@ -1,7 +1,7 @@
 """Depthwise convolution of channels-last maps on the CPU, for inference.
 
-The kernels (``depthwise.h``, ``branches.h``) are for what torch is slow at: large windows, dilated
-ones, 1×k and k×1, and every one of them with an activation behind it.
+The kernels (``depthwise.h``, ``branches.h``) cover the cases where torch is slow: large windows,
+dilated ones, 1×k and k×1, and fused activations.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ _TENSORS = structure("depthwise/depthwise.h", "depthwise::Tensors")
 
 
 def taps_first(weight: Tensor) -> Tensor:
-    """The weight of a depthwise convolution as the kernel wants it.
+    """Reorder the weight of a depthwise convolution for the kernel.
 
     Args:
         weight: (C, 1, kh, kw).
@@ -39,9 +39,9 @@ def taps_first(weight: Tensor) -> Tensor:
 
 
 def unsupported(stride: Sequence[int], device: torch.device, dtype: torch.dtype) -> str | None:
-    """``None`` if the kernel takes such a convolution, else the reason in words.
+    """``None`` if the kernel accepts such a convolution, else the reason.
 
-    The first call on a machine compiles the kernel, which takes some seconds.
+    The first call on a machine compiles the kernel, which takes a few seconds.
     """
     if not 1 <= stride[1] <= 2:
         return f"the kernel takes strides of 1 and 2, not {stride[1]}"
@@ -61,20 +61,20 @@ def depthwise_conv2d(
     """Convolve each channel with its own window, then apply an activation. No gradients.
 
     Args:
-        x: (B, C, H, W), float32 or bfloat16; another memory format than channels-last is copied.
+        x: (B, C, H, W), float32 or bfloat16; copied unless channels-last.
         taps: (kh, kw, C) float32, see :func:`taps_first`.
         bias: (C,) float32.
-        stride: of rows and columns; that of columns 1 or 2.
-        padding: zeros at both sides of rows and columns.
+        stride: of rows and columns; the column stride must be 1 or 2.
+        padding: zeros on both sides of rows and columns.
         dilation: of rows and columns.
         activation: one of :data:`ops.cpu.activations.ACTIVATIONS`.
 
     Returns:
-        (B, C, H', W'), channels-last, in the dtype of ``x``; sums are of float32.
+        (B, C, H', W'), channels-last, in the dtype of ``x``; sums are in float32.
 
     Raises:
-        ValueError: shapes or dtypes that do not go together, or an unknown activation.
-        RuntimeError: the kernel is not available here (:func:`unsupported` tells beforehand).
+        ValueError: mismatched shapes or dtypes, or an unknown activation.
+        RuntimeError: the kernel is not available here (check :func:`unsupported` first).
     """
     if x.ndim != 4 or taps.ndim != 3 or taps.shape[2] != x.shape[1]:
         raise ValueError(
@@ -110,11 +110,13 @@ def depthwise_conv2d(
 
 @kernel("depthwise", "depthwise_branches")
 def depthwise_branches(x: Tensor, taps: Sequence[Tensor], biases: Sequence[Tensor]) -> Call:
-    """Convolve the last channels, a group with each kernel; the first channels pass. No gradients.
+    """Convolve groups of the last channels, each with its own kernel size; the first pass through.
+
+    No gradients.
 
     Args:
         x: (B, C, H, W), as for :func:`depthwise_conv2d`.
-        taps: (kh, kw, c) each, with odd kernels, float32; their channels add up to C at most.
+        taps: (kh, kw, c) each, with odd kernel sizes, float32; at most C channels in total.
         biases: (c,) each, float32.
 
     Returns:
@@ -153,7 +155,7 @@ def depthwise_branches(x: Tensor, taps: Sequence[Tensor], biases: Sequence[Tenso
 def _branch_starts(
     channels: int, kernels: tuple[tuple[int, ...], ...], biases: tuple[tuple[int, ...], ...]
 ) -> list[int]:
-    """The first channel of each."""
+    """The first channel of each branch."""
     start = channels - sum(kernel[2] for kernel in kernels)
     if not kernels or start < 0 or biases != tuple(kernel[2:] for kernel in kernels):
         raise ValueError(
@@ -178,7 +180,7 @@ def _problem(
     dilation: Sequence[int],
     activation: str = "none",
 ) -> Any:
-    """Of the channels that ``taps`` has."""
+    """The sizes of a call for the channels in ``taps``."""
     size, out_size, channels = tuple(x.shape[2:]), tuple(out.shape[2:]), taps.shape[2]
     return problem_of(
         _PROBLEM,
@@ -199,6 +201,6 @@ def _problem(
 
 
 def _strides(x: Tensor) -> tuple[int, int, int]:
-    """Of image, row and pixel."""
+    """The strides of images, rows and pixels."""
     batch, _, row, pixel = x.stride()
     return batch, row, pixel

@@ -1,4 +1,4 @@
-// Depthwise convolution on the CPU: the C interface. Called from conv.py beside it.
+// Depthwise convolution: the C interface, called from conv.py.
 #include "common/interface.h"
 #include "depthwise/branches.h"
 

@@ -1,7 +1,7 @@
-// Depthwise convolution of maps whose channels lie side by side. A vector holds as many channels of
-// one pixel; the rows that a band of the output needs are copied, `W` channels at a time, into a
-// strip that stays in the cache and has zeros at both sides. Two output rows that share input rows
-// are summed at once, for a run of pixels: all their sums stay in registers.
+// Depthwise convolution of channels-last maps. A vector holds `W` channels of one pixel. The input
+// rows of a band of output rows are copied, `W` channels at a time, into a strip that stays in the
+// cache and is padded with zeros on both sides. Two output rows that share input rows are computed
+// together, for a run of pixels, with all sums in registers.
 #pragma once
 #include <algorithm>
 #include <cstddef>
@@ -20,11 +20,11 @@ namespace depthwise {
 using simd::F;
 using simd::W;
 
-// conv.py reads the fields from here. Axes are (rows, columns).
+// conv.py parses these fields. Axes are (rows, columns).
 struct Problem {
   int64_t batch, channels;
   int64_t size[2], out_size[2], kernel[2], stride[2], padding[2], dilation[2];
-  int64_t in_stride[3], out_stride[3];  // of image, row and pixel, in elements
+  int64_t in_stride[3], out_stride[3];  // for image, row and pixel, in elements
   int64_t activation, bfloat16, threads;
 };
 
@@ -36,24 +36,23 @@ struct Tensors {
   void* out;
 };
 
-// Two rows of sums, a register for a tap's weight of each row, one for the pixels.
+// Registers: two rows of sums, one tap's weight per row, and one for pixels.
 constexpr int MAX_RUN = (simd::REGISTERS - 3) / 2;
-// The strip of a band; half of what a core's first-level cache holds today, or more where the
-// kernel is tall.
+// The size of a band's strip: half of the L1 cache of current cores; tall kernels need more.
 constexpr int64_t STRIP_FLOATS = 10 * 1024;
 
-// Where the taps of a pair of output rows lie. Row `i` of the taps begins at `in + i * pitch`; the
-// first output row has taps in rows 0 … taps[0] - 1, the second `shift` rows further down. Only
-// rows `begin` … `end` - 1 lie inside the map.
+// The inputs of a pair of output rows. Row `i` of the taps begins at `in + i * pitch`. The first
+// output row has taps in rows 0 … taps[0] - 1, the second `shift` rows further down. Only rows
+// `begin` … `end` - 1 are inside the map.
 struct Rows {
   const float* in;
-  ptrdiff_t pitch, step;  // from tap to tap, down and across
+  ptrdiff_t pitch, step;  // between taps, down and across
   const float* weight;
   int64_t taps[2];
   int64_t shift, begin, end;
 };
 
-// R pixels, every SX-th, of one output row, or of two with PAIR.
+// R pixels of one output row, or of two with PAIR, with column stride SX.
 template <int R, int SX, bool PAIR>
 static VB_INLINE void sum(const Rows& rows, F bias, F (&first)[R], F (&second)[R]) {
   VB_UNROLL
@@ -97,7 +96,7 @@ static VB_INLINE void sum(const Rows& rows, F bias, F (&first)[R], F (&second)[R
 template <class T>
 struct Output {
   T* first;
-  T* second;  // null for a row alone
+  T* second;  // null for a single row
   int64_t pixel;
   int lanes;
   int64_t activation;
@@ -136,7 +135,7 @@ static Run<T> run_of(int64_t pixels, int64_t stride) {
   return stride == 1 ? run_of<T, 1>(pixels, variants) : run_of<T, 2>(pixels, variants);
 }
 
-// What one thread works on: some output rows of `W` channels of one image.
+// A task of one thread: some output rows of `W` channels of one image.
 template <class T>
 struct Task {
   const Problem& p;
@@ -147,8 +146,8 @@ struct Task {
   T* out;
 };
 
-// Copies the input rows of a task into a strip with zeros left and right; returns the first of
-// them, and in `count` how many there are.
+// Copies the input rows of a task into a strip with zeros left and right. Returns the first row,
+// and in `count` the number of rows.
 template <class T>
 static int64_t fill(const Task<T>& task, int64_t width, ScratchBuffer<float>& buffer,
                     int64_t* count) {
@@ -190,7 +189,7 @@ static void convolve(const Task<T>& task, const float* weight, const float* bias
   Rows rows{nullptr, p.dilation[0] * width * W, p.dilation[1] * W, weight,
             {p.kernel[0], p.kernel[1]}, shift, 0, 0};
   for (int64_t y = task.first_row; y < task.end_row; y++) {
-    if ((y - task.first_row) / apart % 2) continue;  // it was the second row of a pair
+    if ((y - task.first_row) / apart % 2) continue;  // done as the second row of a pair
     const bool pair = y + apart < task.end_row;
     const int64_t top = y * p.stride[0] - p.padding[0] - strip_row;  // of the taps, in the strip
     const int64_t d = p.dilation[0];
@@ -213,8 +212,8 @@ static void convolve(const Task<T>& task, const float* weight, const float* bias
   }
 }
 
-// Output rows of a task: as many as keep the strip in the cache, but no fewer than the kernel is
-// tall, lest most of the strip be copied several times.
+// Output rows per task: as many as keep the strip in the cache, but at least the kernel's height,
+// so that most of the strip is not copied several times.
 static int64_t rows_a_task(const Problem& p) {
   const int64_t width = (p.out_size[1] - 1) * p.stride[1] + (p.kernel[1] - 1) * p.dilation[1] + 1;
   const int64_t reach = (p.kernel[0] - 1) * p.dilation[0];
@@ -227,7 +226,7 @@ static int64_t rows_a_task(const Problem& p) {
   return (even + pairs - 1) / pairs * pairs;
 }
 
-// [taps][channels] → [blocks of W channels][taps][W], zeros behind the last channel.
+// [taps][channels] → [blocks of W channels][taps][W], padded with zeros.
 static void pack(const Problem& p, const float* weight, float* out) {
   const int64_t taps = p.kernel[0] * p.kernel[1], blocks = (p.channels + W - 1) / W;
   for (int64_t t = 0; t < taps; t++) {
@@ -242,7 +241,7 @@ static int64_t packed_size(const Problem& p) {
   return (p.channels + W - 1) / W * W * p.kernel[0] * p.kernel[1];
 }
 
-// Some output rows of one image, and a block of `W` channels.
+// Computes some output rows of one image for a block of `W` channels.
 template <class T>
 static void convolve_band(const Problem& p, const Tensors& tensors, const float* packed,
                           int64_t image, int64_t block, int64_t first, int64_t end) {

@@ -1,6 +1,6 @@
-// Depthwise convolution with windows of 3×3 and a padding of one, straight from the map. Each pixel
-// of a row is loaded once for all the outputs of a run that see it; channels are the inner loop, so
-// that rows are read as they lie.
+// Depthwise 3×3 convolution with padding 1, directly from the map. Each pixel of a row is loaded
+// once for all outputs of a run that use it. Channels are the inner loop, so that rows are read in
+// memory order.
 #pragma once
 #include "depthwise/depthwise.h"
 
@@ -8,12 +8,12 @@ namespace depthwise {
 
 constexpr int RUN_PIXELS = 8;
 
-// A run of output pixels of one vector of channels, in a row of the output.
+// A run of output pixels of one vector of channels in an output row.
 template <class T>
 struct Square {
-  const T* rows[3];      // at the pixel left of the run's first one; null outside the map
-  ptrdiff_t pixel;       // from pixel to pixel of the input, in elements
-  bool has_first, has_last;  // whether the run's first and last columns lie inside the map
+  const T* rows[3];      // at the pixel left of the run; null outside the map
+  ptrdiff_t pixel;       // input pixel stride in elements
+  bool has_first, has_last;  // whether the run's first and last columns are inside the map
   const float* weight;   // [9][channels]
   ptrdiff_t channels;
   const float* bias;     // or null
@@ -115,7 +115,7 @@ static void convolve_row(const Problem& p, const Tensors& t, int64_t image, int6
   }
 }
 
-// Any window, each in the way that is the faster one for it.
+// Any window, with the faster of the two methods.
 template <class T>
 static void forward_any(const Problem& p, const Tensors& t) {
   if (!is_square(p)) return forward<T>(p, t);

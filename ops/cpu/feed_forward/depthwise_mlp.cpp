@@ -1,4 +1,4 @@
-// Feed-forwards with a depthwise convolution inside on the CPU: the C interface. Called from depthwise_mlp.py beside it.
+// Feed-forwards with a depthwise convolution: the C interface, called from depthwise_mlp.py.
 #include "common/interface.h"
 #include "feed_forward/depthwise_mlp.h"
 

@@ -1,8 +1,7 @@
-// A feed-forward whose hidden map passes a depthwise 3×3 convolution, or nothing, between its two
-// linear layers. The hidden map is many times larger than what comes in and goes out; it is made in
-// strips of rows, wide ones from one block of columns to the next, and, where the whole map is one
-// strip, in chunks of channels, so that it never leaves the second-level cache. The norm before and
-// the shortcut after are part of it.
+// A feed-forward with an optional depthwise 3×3 convolution between its two linear layers, fused
+// with the norm before and the shortcut after. The hidden map is many times larger than input and
+// output. It is computed in strips of rows, split into blocks of columns if wide. If the whole map
+// is a single strip, it is computed in chunks of channels. So it never leaves the L2 cache.
 #pragma once
 #include <algorithm>
 #include <cstddef>
@@ -24,20 +23,20 @@ using linear::Range;
 using simd::F;
 using simd::W;
 
-// depthwise_mlp.py reads the fields from here.
+// depthwise_mlp.py parses these fields.
 struct Problem {
   int64_t batch, height, width, in_features, hidden, out_features;
-  int64_t chunk;                          // hidden channels at a time, whole panels
-  int64_t span;                           // inputs of the second layer at a time, whole chunks
+  int64_t chunk;                          // hidden channels per step, whole panels
+  int64_t span;                           // inputs of the second layer per step, whole chunks
   int64_t activation, conv_activation;    // after the first layer, after the convolution
   double eps;                             // of the norm
   int64_t bfloat16, threads;
 };
 
-// Maps are [batch][height][width][features]. Null where they are not wanted: `norm_weight` and
-// `norm_bias` [in_features], `taps` [9][hidden] with `conv_bias` [hidden], and `other`, which is
-// added to the result. `weight2` has each span of inputs packed on its own. Pointers to void are to
-// float or BFloat16.
+// Maps are [batch][height][width][features]. Null if unused: `norm_weight` and `norm_bias`
+// [in_features], `taps` [9][hidden] with `conv_bias` [hidden], and `other`, which is added to the
+// result. In `weight2`, each span of inputs is packed separately. Void pointers are to float or
+// BFloat16.
 struct Tensors {
   const void *in, *norm_weight, *norm_bias, *weight1;
   const float *bias1, *taps, *conv_bias;
@@ -47,15 +46,15 @@ struct Tensors {
   void* out;
 };
 
-// Values of the hidden map; a core's second-level cache holds it before and after the convolution,
-// inputs, outputs and weights. In bfloat16 the map after the convolution is as large.
+// Values of the hidden map per step. The L2 cache of a core holds the map before and after the
+// convolution, inputs, outputs and weights. In bfloat16 the map after the convolution is as large.
 template <class T>
 constexpr int64_t STRIP = 96 * 1024;
 template <>
 constexpr int64_t STRIP<BFloat16> = 48 * 1024;
 
-// A strip should have so many rows, with those of its neighbours, and a block at least so many
-// columns: what neighbours of both share is computed or copied twice.
+// Wanted rows of a strip, including those shared with neighbours, and least columns of a block.
+// Shared rows and columns are computed or copied twice.
 constexpr int64_t STRIP_ROWS = 8, BLOCK_COLUMNS = 64;
 
 template <class T>
@@ -66,7 +65,7 @@ struct Scratch {
 // ---- strips ------------------------------------------------------------------------------------
 static int64_t length(Range range) { return range.end - range.begin; }
 
-// Rows of a block of columns of one image for one thread.
+// The rows of a block of columns of one image, for one thread.
 template <class T>
 struct Task {
   const Problem& p;
@@ -76,8 +75,8 @@ struct Task {
   Scratch<T>& s;
 
   int64_t margin() const { return t.taps ? 1 : 0; }
-  // Of a pixel in a map of so many channels at a time: an odd number of lines of the first-level
-  // cache, lest pixels fall on the same ones.
+  // The pixel stride of a map with `channels` channels: an odd number of cache lines, so that
+  // pixels do not map to the same sets of the L1 cache.
   int64_t pitch(int64_t channels) const {
     constexpr int64_t line = linear::LINE / int64_t{sizeof(T)};
     return ((std::min(channels, p.hidden) + line - 1) / line | 1) * line;
@@ -90,7 +89,7 @@ struct Task {
   }
   int64_t width() const { return length(seen_columns()); }
 
-  // How many blocks of columns there should be.
+  // The number of blocks of columns.
   int64_t blocks() const {
     const int64_t fitting =
         std::max<int64_t>(1, 2 * STRIP<T> / (STRIP_ROWS * pitch(p.chunk) * chunks()));
@@ -104,7 +103,7 @@ struct Task {
     const int64_t fitting =
         std::max<int64_t>(1, 2 * STRIP<T> / (row * chunks) - 2 * margin());
     const int64_t strips = whole ? 1 : (count + fitting - 1) / fitting;
-    // All chunks of a strip are kept for the next one, which begins with their last rows.
+    // All chunks of a strip are kept for the next strip, which starts with their last rows.
     const int64_t height = (count + strips - 1) / strips + 2 * margin();
     T* hidden = s.hidden.of(height * row * (strips > 1 ? chunks : 1));
     Range had{0, 0};
@@ -131,10 +130,10 @@ struct Task {
   }
 
   int64_t place(int64_t y, int64_t x) const { return (image * p.height + y) * p.width + x; }
-  // Whether rows of so many pixels lie in one piece in what comes in and goes out.
+  // Whether rows of `width` pixels are contiguous in input and output.
   bool in_a_row(int64_t width) const { return width == p.width; }
 
-  // Rows of what the block sees, which lie in one piece where there is a norm.
+  // Input rows of the block; contiguous if there is a norm.
   const T* input(Range range) const {
     const T* in = static_cast<const T*>(t.in) +
                   place(range.begin, seen_columns().begin) * p.in_features;
@@ -170,8 +169,8 @@ struct Task {
     }
   }
 
-  // Into a map of a span of channels. Those of one vector after the other: their rows stay in the
-  // first-level cache.
+  // Convolves into a map of a span of channels, one vector of channels at a time, so that its rows
+  // stay in the L1 cache.
   void mix(int64_t c, const T* map, Range seen, Range strip, T* out) const {
     const int64_t step = pitch(p.chunk), out_step = pitch(p.span), own = length(columns);
     const int64_t runs = (own + depthwise::RUN_PIXELS - 1) / depthwise::RUN_PIXELS;
@@ -201,7 +200,7 @@ struct Task {
     }
   }
 
-  // Adds what some of the inputs of the second layer give.
+  // Adds the products of some inputs of the second layer.
   void project(Range inputs, const T* mixed, Range strip) const {
     const int64_t calls = in_a_row(length(columns)) ? 1 : length(strip);
     const int64_t pixels = length(strip) * length(columns) / calls;
@@ -213,7 +212,7 @@ struct Task {
     linear::Tensors tensors{};
     tensors.weight =
         static_cast<const T*>(t.weight2) + inputs.begin * linear::padded(p.out_features);
-    // The first inputs start the sums, the others add to them.
+    // The first inputs initialize the sums, the others accumulate.
     tensors.bias = t.bias2 + (inputs.begin ? p.out_features : 0);
     for (int64_t i = 0; i < calls; i++) {
       const int64_t from = place(strip.begin + i, columns.begin) * p.out_features;

@@ -1,7 +1,7 @@
-"""Feed-forwards on the CPU in one pass: norm, two linear layers, what is between them, shortcut.
+"""Feed-forwards on the CPU in one pass: norm, linear, depthwise convolution, linear, shortcut.
 
-The kernel (``depthwise_mlp.h``) makes the hidden map, the widest of a network, in pieces that stay
-in the cache.
+The kernel (``depthwise_mlp.h``) computes the hidden map, the widest of a network, in pieces that
+stay in the cache.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from ops.cpu.threads import MACS, threads_for
 
 __all__ = ["PackedDepthwiseMlp", "depthwise_mlp"]
 
-# Hidden channels of float32 at a time, in front of a convolution and of the second layer: multiples
-# of the panels that weights are packed in, and the second of the first.
+# float32 hidden channels per step of the convolution (chunk) and of the second layer (span). Both
+# are multiples of the packed panels' width, and the span is a multiple of the chunk.
 _CHUNK = 192
 _SPAN = 384
-_FEWEST_ROWS = 4  # of a thread, which computes the hidden rows above and below them, too
+_FEWEST_ROWS = 4  # per thread, which also computes the hidden rows above and below
 
 _PROBLEM = structure("feed_forward/depthwise_mlp.h", "depthwise_mlp::Problem")
 _TENSORS = structure("feed_forward/depthwise_mlp.h", "depthwise_mlp::Tensors")
@@ -35,10 +35,10 @@ class PackedDepthwiseMlp:
     """``fc2(conv_activation(conv(activation(fc1(norm(x)))))) + residual``.
 
     Args:
-        fc1: from ``in_features`` to ``hidden``; it and ``fc2`` may be convolutions of 1×1.
+        fc1: from ``in_features`` to ``hidden``; it and ``fc2`` may be 1×1 convolutions.
         conv: depthwise 3×3 with padding 1, of ``hidden`` channels; None for none.
-        fc2: from ``hidden`` to ``out_features``, as all of them in float32 or bfloat16.
-        activation, conv_activation: one of :data:`ops.cpu.activations.ACTIVATIONS` each.
+        fc2: from ``hidden`` to ``out_features``. All layers are in float32 or bfloat16.
+        activation, conv_activation: from :data:`ops.cpu.activations.ACTIVATIONS`.
 
     Raises:
         RuntimeError: the kernel is not available here.
@@ -55,7 +55,7 @@ class PackedDepthwiseMlp:
         weight1, weight2 = (layer.weight.detach().flatten(1) for layer in (fc1, fc2))
         hidden = len(weight1)
         spans = [pack_weight(part) for part in weight2.split(_span(hidden, weight2.dtype), dim=1)]
-        # The bias once, zeros for the spans that only add.
+        # The bias for the first span, zeros for those that accumulate.
         bias2 = torch.cat((bias_of(fc2), torch.zeros_like(bias_of(fc2))))
         self._in_features, self._dtype = weight1.shape[1], weight2.dtype
         self._weights = (pack_weight(weight1), bias_of(fc1))
@@ -66,7 +66,7 @@ class PackedDepthwiseMlp:
         self._activations = (activation, conv_activation)
 
     def shares_out(self, x: Tensor) -> bool:
-        """Whether there is enough for each thread; a thread needs some rows of the map."""
+        """Whether there is enough work for all threads; each needs several rows of the map."""
         rows = x.shape[0] * -(-x.shape[1] // _FEWEST_ROWS) if x.ndim == 4 else x.shape[0]
         return torch.get_num_threads() <= rows
 
@@ -76,13 +76,14 @@ class PackedDepthwiseMlp:
         """(B, H, W, in_features) → (B, H, W, out_features).
 
         Args:
-            x: in the dtype of the weights, contiguous or copied; without a convolution of any rank,
-                (..., in_features).
+            x: in the dtype of the weights; copied unless contiguous. Without a convolution, it may
+                have any rank: (..., in_features).
             residual: (B, H, W, out_features), added to the result.
-            norm: with weight and bias, of the input's last axis.
+            norm: over the input's last axis, with weight and bias.
 
-        Raises:
-            ValueError: another dtype or shape, a norm of other features or without weight and bias.
+            Raises:
+                ValueError: wrong dtype or shape, or a norm of another width or without weight and
+                    bias.
         """
         features, dtype = self._in_features, self._dtype
         if x.shape[-1] != features or x.dtype != dtype:
@@ -99,7 +100,7 @@ class PackedDepthwiseMlp:
 
 
 def _span(hidden: int, dtype: torch.dtype) -> int:
-    """Inputs of the second layer at a time: all of them where sums of a part would be rounded."""
+    """Inputs of the second layer per step: all if partial sums would be rounded."""
     return _SPAN if dtype == torch.float32 else hidden
 
 
@@ -127,7 +128,7 @@ def depthwise_mlp(
     require_dtype(x.dtype, residual=residual, **affine)
 
     def arguments() -> Any:
-        # Without a convolution, tokens are a column.
+        # Without a convolution, tokens form a single column.
         in_features, hidden, out_features = x.shape[-1], len(bias1), out.shape[-1]
         pixels, span = x.numel() // in_features, _span(hidden, x.dtype)
         batch, height, width = x.shape[:3] if taps is not None else (1, pixels, 1)

@@ -1,4 +1,4 @@
-// Kolmogorov-Arnold layers on the CPU: the C interface. Called from kan.py beside it.
+// Kolmogorov-Arnold layers: the C interface, called from kan.py.
 #include "common/interface.h"
 #include "feed_forward/kan.h"
 

@@ -1,5 +1,5 @@
-// Kolmogorov-Arnold layers: layer norm, bumps around the points of a grid, and a linear map of
-// them. The bumps of some rows at a time are made, and mapped while they are in the cache.
+// Kolmogorov-Arnold layers: layer norm, basis functions around the points of a grid, and a linear
+// layer. The basis functions of some rows at a time are computed and multiplied while in the cache.
 // https://arxiv.org/abs/2404.19756, https://arxiv.org/abs/2502.13693
 #pragma once
 #include <algorithm>
@@ -16,17 +16,17 @@ namespace kan {
 using simd::F;
 using simd::W;
 
-// kan.py reads the fields from here.
+// kan.py parses these fields.
 struct Problem {
   int64_t rows, in_features, grids, out_features;
   double eps;    // of the norm
-  double scale;  // of inputs: 2 / (width ln 2)
+  double scale;  // scale of inputs: 2 / (width ln 2)
   int64_t bfloat16, threads;
 };
 
-// `in` [rows][in_features], `norm_weight` and `norm_bias` [in_features], `powers` [grids]: 2 to the
-// grid's points times `scale`, `weight` the packed one of a linear layer from [grid][in_features] to
-// out_features, `bias` its zeros.
+// `in` is [rows][in_features]; `norm_weight` and `norm_bias` are [in_features]; `powers` [grids]
+// are two to the power of grid points times `scale`; `weight` is the packed weight of a linear
+// layer from [grid][in_features] to out_features, and `bias` its bias, zeros.
 struct Tensors {
   const void* in;
   const float *norm_weight, *norm_bias, *powers;
@@ -35,17 +35,18 @@ struct Tensors {
   void* out;
 };
 
-// Powers of two up to which inputs are told apart; grids reach half as far at most.
+// The exponent of two at which inputs are clamped; grids reach at most half as far.
 constexpr float FAR = 60.f;
-constexpr int64_t ROWS = 8;  // that are normed at once
+constexpr int64_t ROWS = 8;  // normalised at once
 
 static VB_INLINE F clamped(F x, float bound) {
-  // NaN stays: `max` gives what comes second.
+  // NaN is preserved: `max` returns its second argument.
   x = simd::max(simd::set1(-bound), x);
   return simd::zero() - simd::max(simd::set1(-bound), simd::zero() - x);
 }
 
-// One row: 1 - tanh²(u) = 4 e / (1 + e)² with e = exp(-2 u), u from a grid point in widths.
+// One row: 1 - tanh²(u) = 4 e / (1 + e)² with e = exp(-2 u), u the distance from a grid point in
+// widths.
 template <class T>
 static void bump(const Problem& p, const Tensors& t, const float* normed, T* out) {
   const float high = static_cast<float>(p.scale), low = static_cast<float>(p.scale - high);
@@ -53,7 +54,8 @@ static void bump(const Problem& p, const Tensors& t, const float* normed, T* out
   for (int64_t c = 0; c < p.in_features; c += W) {
     const int lanes = static_cast<int>(std::min<int64_t>(W, p.in_features - c));
     const F x = clamped(simd::load(normed + c), FAR / high), power = simd::zero() - x * scale;
-    // What rounding took from the power, which may be large beside its distance from the grid's.
+    // The rounding error of the power, which may be large compared to its distance from the grid
+    // point's.
     const F lost = simd::fma(x, scale, power) + x * rest;
     const F rounded = simd::exp2(power), e = simd::fma(rounded * ln2, simd::zero() - lost, rounded);
     T* place = out + c;

@@ -1,6 +1,7 @@
 """Kolmogorov-Arnold layers on the CPU in one pass, for inference.
 
-The kernel (``kan.h``) makes the bumps of some rows and maps them while they are in the cache.
+The kernel (``kan.h``) computes the basis functions of some rows at a time and applies the linear
+layer while they are in the cache.
 """
 
 from __future__ import annotations
@@ -17,18 +18,18 @@ from ops.cpu.threads import MACS, threads_for
 
 __all__ = ["LARGEST_POWER", "PackedKAN", "kan_layer"]
 
-LARGEST_POWER = 30.0  # that a grid may reach, of two; half of FAR in kan.h
+LARGEST_POWER = 30.0  # the largest exponent of two in a grid; half of FAR in kan.h
 
 _PROBLEM = structure("feed_forward/kan.h", "kan::Problem")
 _TENSORS = structure("feed_forward/kan.h", "kan::Tensors")
 
 
 class PackedKAN(NamedTuple):
-    """A layer's parameters as the kernel wants them.
+    """A layer's parameters in the kernel's layout.
 
-    ``norm_weight`` and ``norm_bias`` (in_features,), ``powers`` (num_grids,), two to the grid
-    points times ``scale``, and ``bias`` (out_features,), zeros, are float32; ``weight`` is packed,
-    from num_grids · in_features.
+    ``norm_weight`` and ``norm_bias`` (in_features,), ``powers`` (num_grids,), which are two to the
+    power of grid points times ``scale``, and ``bias`` (out_features,), zeros, are float32.
+    ``weight`` is packed and has num_grids · in_features inputs.
     """
 
     norm_weight: Tensor
@@ -51,18 +52,18 @@ def kan_layer(
     eps: float,
     scale: float,
 ) -> Call:
-    """As the layer that was packed. No gradients.
+    """Apply a packed KAN layer. No gradients.
 
     Args:
-        x: (..., in_features), float32 or bfloat16 as the packed weight.
+        x: (..., in_features), float32 or bfloat16 like the packed weight.
         norm_weight, norm_bias, powers, weight, bias, eps, scale: see :class:`PackedKAN`.
 
     Returns:
         (..., out_features), contiguous.
 
     Raises:
-        ValueError: inputs of another width or dtype.
-        RuntimeError: the kernel is not available here (its ``unsupported`` tells beforehand).
+        ValueError: inputs of the wrong width or dtype.
+        RuntimeError: the kernel is not available here (check its ``unsupported`` first).
     """
     if x.shape[-1:] != norm_weight.shape or x.dtype != weight.dtype:
         raise ValueError(

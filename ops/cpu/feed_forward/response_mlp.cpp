@@ -1,4 +1,4 @@
-// Feed-forwards with a response norm inside on the CPU: the C interface. Called from response_mlp.py beside it.
+// Feed-forwards with a response norm: the C interface, called from response_mlp.py.
 #include "common/interface.h"
 #include "feed_forward/response_mlp.h"
 

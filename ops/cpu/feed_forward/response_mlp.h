@@ -1,9 +1,10 @@
-// A feed-forward with squeeze and excitation before it and a response norm between its two layers,
-// in one pass: gates from the means of a map, hidden map with its energies, scales from those, result
-// with the shortcut. Some images at a time, so that what is between stays in the cache.
+// A feed-forward with squeeze-and-excitation before it and a response norm between its two layers,
+// in one pass: gates from the means of a map, the hidden map with its energies, scales from those,
+// and the result with the shortcut. A few images at a time, so that intermediates stay in the
+// cache.
 //
-// Gates and scales belong to an image and to the inputs of a layer. Where an image has more pixels
-// than the layer has outputs, it is the weights that they are multiplied into.
+// Gates and scales are per image and input of a layer. If an image has more pixels than the layer
+// has outputs, they are multiplied into the weights rather than the map.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -19,17 +20,17 @@ namespace response_mlp {
 using simd::F;
 using simd::W;
 
-// response_mlp.py reads the fields from here.
+// response_mlp.py parses these fields.
 struct Problem {
-  int64_t images, pixels;  // pixels of one image
+  int64_t images, pixels;  // pixels per image
   int64_t dim, squeezed, hidden;
   int64_t bfloat16;
   double eps;
   int64_t threads;
 };
 
-// Maps are [images][pixels][dim], float or BFloat16 as the weights of the two layers, which are
-// packed (gemm/pack.h). Floats all the rest: `squeeze` [dim][squeezed], `excite` [squeezed][dim],
+// Maps are [images][pixels][dim], float or BFloat16 like the packed weights of the two layers
+// (gemm/pack.h). All others are float: `squeeze` [dim][squeezed], `excite` [squeezed][dim],
 // `response` [hidden] and biases.
 struct Tensors {
   const void* in;
@@ -43,15 +44,15 @@ struct Tensors {
   void* out;
 };
 
-// Of the hidden maps of the images that are worked on at once. In bfloat16 it is the weights that
-// take long to read, and more rows at a time share them.
+// Bytes of the hidden maps of the images processed at once. In bfloat16, reading weights takes
+// longer, so that more rows share them.
 constexpr int64_t group_bytes(const float*) { return 512 << 10; }
 constexpr int64_t group_bytes(const BFloat16*) { return 2 << 20; }
-constexpr int64_t PARTIAL_PIXELS = 256;  // that are added up before they are added to the rest
+constexpr int64_t PARTIAL_PIXELS = 256;  // per partial sum
 constexpr int MEAN_VECTORS = 4, CHAINS = 4;
 
 // ---- gates -------------------------------------------------------------------------------------
-// V vectors of channels of `pixels` pixels; the last vector has `lanes`.
+// Sums V vectors of channels over `pixels` pixels; the last vector has `lanes` channels.
 template <int V, class T>
 static void add_pixels(const T* in, int64_t pixels, int64_t dim, int lanes, float* sums) {
   F sum[V];
@@ -83,7 +84,7 @@ static void sum_pixels(const T* in, int64_t pixels, int64_t dim, float* sums) {
   }
 }
 
-// in [count] times weight [count][outs] plus bias [outs].
+// Computes in [count] times weight [count][outs] plus bias [outs].
 static void multiply(const float* in, int64_t count, const float* weight, const float* bias,
                      int64_t outs, float* out) {
   for (int64_t j = 0; j < outs; j += W) {
@@ -105,8 +106,8 @@ static void multiply(const float* in, int64_t count, const float* weight, const 
   }
 }
 
-// What the channels of one image are to be multiplied by. `scratch` holds dim, in whole vectors, and
-// squeezed floats.
+// Computes the gates of one image's channels. `scratch` holds dim floats, in whole vectors, and
+// `squeezed` floats.
 template <class T>
 static void find_gates(const Problem& p, const Tensors& t, const T* in, float* scratch,
                        float* gates) {
@@ -120,7 +121,7 @@ static void find_gates(const Problem& p, const Tensors& t, const T* in, float* s
   for (int64_t c = 0; c < p.dim; c++) gates[c] = 1.f / (1.f + std::exp(-gates[c]));
 }
 
-// Energies of one image's hidden channels to the scales of the response norm, in place.
+// Turns the energies of one image's hidden channels into the scales of the response norm, in place.
 static void find_scales(const Problem& p, const float* response, float* energy) {
   float sum = 0.f;
   for (int64_t c = 0; c < p.hidden; c++) {
@@ -132,7 +133,7 @@ static void find_scales(const Problem& p, const float* response, float* energy) 
 }
 
 // ---- layers ------------------------------------------------------------------------------------
-// A packed weight with its inputs multiplied by `scale`, see gemm/pack.h.
+// Multiplies the inputs of a packed weight by `scale`, see gemm/pack.h.
 static void scale_weight(const float* weight, int64_t out_features, int64_t in_features,
                          const float* scale, float* out) {
   for (int64_t n = 0; n < out_features; n += linear::PANEL) {
@@ -146,7 +147,7 @@ static void scale_weight(const float* weight, int64_t out_features, int64_t in_f
 
 static void scale_weight(const BFloat16* weight, int64_t out_features, int64_t in_features,
                          const float* scale, BFloat16* out) {
-  constexpr int64_t pairs = linear::TILE_ROWS, line = 2 * W;  // a pair of each output of a tile
+  constexpr int64_t pairs = linear::TILE_ROWS, line = 2 * W;  // one pair of each output of a tile
   for (int64_t n = 0; n < out_features; n += linear::PANEL) {
     const int64_t tiles = std::min<int64_t>(linear::PANEL, linear::padded(out_features) - n) / W;
     for (int64_t k = 0; k < in_features; k += linear::TILE_INPUTS) {
@@ -162,7 +163,7 @@ static void scale_weight(const BFloat16* weight, int64_t out_features, int64_t i
   }
 }
 
-// One of the two layers for some images. `scale` [images][in_features] is of the inputs.
+// One of the two layers for some images. `scale` [images][in_features] multiplies the inputs.
 template <class T>
 static void run_layer(const Problem& p, linear::Problem layer, linear::Tensors tensors,
                       int64_t images, const float* scale, ScratchBuffer<T>& buffer) {
@@ -235,7 +236,7 @@ static void forward_of(const Problem& p, const Tensors& t) {
   }
 }
 
-// Threads take images where those share out about evenly, else a part of every layer.
+// Threads split the images if those divide about evenly, else each layer.
 template <class T>
 static void share_out(const Problem& p, const Tensors& t) {
   const bool evenly = p.images % p.threads == 0 || p.images >= 4 * p.threads;

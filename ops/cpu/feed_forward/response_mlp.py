@@ -1,7 +1,7 @@
-"""Feed-forwards with squeeze and excitation before them and a response norm inside, in one pass.
+"""Feed-forwards with squeeze-and-excitation before and a response norm inside, in one pass.
 
-The kernel (``response_mlp.h``) saves the many small operators on vectors, which take longer than
-the work in them, and multiplies scales of channels into the smaller of map and weight.
+The kernel (``response_mlp.h``) avoids many small operators on vectors, whose call overhead exceeds
+their work, and multiplies channel scales into the map or the weight, whichever is smaller.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["PackedResponseMlp", "response_mlp"]
 
 _PROBLEM = structure("feed_forward/response_mlp.h", "response_mlp::Problem")
 _TENSORS = structure("feed_forward/response_mlp.h", "response_mlp::Tensors")
-# The order of the weights of an operator's call.
+# The order of the operator's weights.
 _WEIGHTS = (
     *("squeeze", "squeeze_bias", "excite", "excite_bias"),
     *("weight1", "bias1", "response", "weight2", "bias2"),
@@ -31,9 +31,9 @@ _WEIGHTS = (
 class PackedResponseMlp:
     """``fc2(norm(gelu(fc1(x * gates(x))))) + shortcut``.
 
-    The gates, one for each image and channel, are ``sigmoid(excite(relu(squeeze(mean(x)))))`` with
-    the mean over the map. The norm is ``h * (1 + response * share)``; ``share`` is the root of the
-    sum of a channel's squares over the map, over the mean of all channels' roots plus ``eps``.
+    The gates, one per image and channel, are ``sigmoid(excite(relu(squeeze(mean(x)))))`` with the
+    mean over the map. The norm is ``h * (1 + response * share)``, where ``share`` is the root of
+    the sum of a channel's squares over the map, divided by the mean of these roots plus ``eps``.
 
     Args:
         squeeze, excite: from ``dim`` to fewer channels and back, linear layers or 1×1 convolutions.
@@ -65,11 +65,11 @@ class PackedResponseMlp:
         """(B, H, W, dim) → (B, H, W, dim).
 
         Args:
-            x: in the dtype of the weights; contiguous, or copied.
+            x: in the dtype of the weights; copied unless contiguous.
             shortcut: (B, H, W, dim).
 
         Raises:
-            ValueError: another dtype or shape.
+            ValueError: wrong dtype or shape.
         """
         out: Tensor = response_mlp(x, shortcut, self._weights, self._eps)
         return out

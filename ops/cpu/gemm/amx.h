@@ -1,4 +1,4 @@
-// Whether this process may multiply bfloat16 by AMX.
+// Whether this process may use AMX for products of bfloat16.
 #pragma once
 #include "common/simd.h"
 
@@ -12,7 +12,7 @@
 namespace linear {
 
 #if VB_AMX
-// Linux wants to be asked for it.
+// Linux requires a process to request permission.
 static bool has_tiles() {
   static const bool has = [] {
     unsigned a, b, c, d;

@@ -1,12 +1,11 @@
-// What a micro-kernel of linear layers is given, what it prefetches, and what it does with its sums
-// before they are stored.
+// The inputs of a linear micro-kernel, its prefetches, and its epilogue.
 #pragma once
 #include "common/lanes.h"
 #include "gemm/problem.h"
 
 namespace linear {
 
-// The rows of one image, or all where images do not matter.
+// The rows of one image, or all rows if images do not matter.
 template <class T>
 struct Rows {
   const Input<T>* in;
@@ -17,7 +16,7 @@ struct Rows {
   int64_t count;
 };
 
-// Some rows of one panel. `lanes` of the last vector are outputs.
+// Some rows of one panel. The last vector has `lanes` outputs.
 template <class T>
 struct Block {
   const Input<T>* in;
@@ -30,13 +29,13 @@ struct Block {
   const float* other_scale;
 };
 
-// Memory to be fetched, some lines with every few products. It may go on behind its end, into what
-// is wanted next.
+// Memory to prefetch, a few lines with every few products. It may run past the end, into data that
+// are needed next.
 struct Prefetch {
   const char* place;
   int64_t bytes_a_step;
 
-  // `steps` times `fetch` brings in `bytes`.
+  // `steps` calls of `fetch` prefetch `bytes`.
   Prefetch(const void* begin, int64_t bytes, int64_t steps)
       : place(static_cast<const char*>(begin)),
         bytes_a_step(round_up(bytes, steps * LINE) / steps) {}
@@ -48,7 +47,7 @@ struct Prefetch {
   }
 };
 
-// Brings in what `width` outputs of some rows will be written to, and what will be added to them.
+// Prefetches the memory of `width` outputs of some rows, and of the terms to be added to them.
 template <class T>
 static VB_INLINE void fetch_outputs(const Problem& p, const Block<T>& block, int64_t rows,
                                     int64_t width) {
@@ -58,13 +57,13 @@ static VB_INLINE void fetch_outputs(const Problem& p, const Block<T>& block, int
   }
 }
 
-// `scale` is that of `other`, if there is one.
+// `scale` multiplies `other`; it may be null.
 static VB_INLINE F combine(const Problem& p, const float* scale, int lanes, F x, F other) {
   if (p.combination == ADD_SCALED) return simd::fma(other, simd::get(scale, lanes), x);
   return p.combination == ADD ? x + other : x * other;
 }
 
-// Activation, combination, energies; R rows of V vectors are stored.
+// The epilogue: activation, combination, energies, and the stores of R rows of V vectors.
 template <class T, int R, int V>
 static VB_INLINE void finish(const Problem& p, const Block<T>& block, F (&sum)[R][V]) {
   if (p.activation == activation::RELU) {
@@ -74,7 +73,7 @@ static VB_INLINE void finish(const Problem& p, const Block<T>& block, F (&sum)[R
       for (int v = 0; v < V; v++) sum[r][v] = activation::positive(sum[r][v]);
     }
   } else if (p.activation != activation::NONE) {
-    F copy[R * V];  // the sums themselves need no memory
+    F copy[R * V];  // so that the sums can stay in registers
     VB_UNROLL
     for (int r = 0; r < R; r++) {
       VB_UNROLL

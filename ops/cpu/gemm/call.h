@@ -1,6 +1,6 @@
-// Linear layers for other kernels. Their micro-kernels take long to compile and are large, so they are
-// in the library of gemm.cpp alone; ops/cpu/build.py hands its function to each library that includes
-// this header.
+// Linear layers for other kernels. Their micro-kernels are large and slow to compile, so they are
+// only in the library of gemm.cpp; ops/cpu/build.py passes its function to each library that
+// includes this header.
 #pragma once
 #include <new>
 #include "gemm/pack.h"
@@ -15,7 +15,7 @@ static void forward(const Problem& p, const Tensors& t) {
   if (gemm(&p, &t)) throw std::bad_alloc();
 }
 
-// Rows without gaps, by one thread.
+// Contiguous rows, in one thread.
 template <class T>
 static Problem layer_of(int64_t rows, int64_t in_features, int64_t out_features) {
   Problem p{};

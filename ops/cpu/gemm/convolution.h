@@ -1,5 +1,5 @@
-// Convolutions of all channels as linear layers: the windows of some pixels at a time are copied
-// into rows, which stay in the second-level cache.
+// Dense convolutions as linear layers (im2col): the windows of some pixels at a time are copied
+// into rows, which stay in the L2 cache.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -9,7 +9,7 @@
 
 namespace convolution {
 
-// convolution.py reads the fields from here.
+// convolution.py parses these fields.
 struct Problem {
   int64_t batch, height, width, channels;
   int64_t out_height, out_width, out_channels;
@@ -17,8 +17,8 @@ struct Problem {
   int64_t activation, bfloat16, threads;
 };
 
-// Maps are [batch][height][width][channels], `weight` is as pack.h packs [out_channels][inputs of
-// a window], which are ordered as in the map. Pointers to void are to float or BFloat16.
+// Maps are [batch][height][width][channels]; `weight` is [out_channels][inputs of a window], packed
+// by pack.h, with inputs in the order of the map. Void pointers are to float or BFloat16.
 struct Tensors {
   const void *in, *weight;
   const float* bias;
@@ -26,11 +26,11 @@ struct Tensors {
 };
 
 constexpr int64_t STRIP_BYTES = 384 * 1024;
-constexpr int64_t MIN_ROWS = 8 * linear::MAX_ROWS;  // to multiply with weights that are fetched once
+constexpr int64_t MIN_ROWS = 8 * linear::MAX_ROWS;  // multiplied each time the weights are read
 
-constexpr int64_t AHEAD = 4;  // windows, that what they see is fetched before it is copied
+constexpr int64_t AHEAD = 4;  // windows between the prefetch of inputs and their copy
 
-// What an output pixel sees, with zeros beyond the map.
+// The window of an output pixel, with zeros beyond the map.
 template <class T>
 static void copy_window(const Problem& p, const T* image, int64_t y, int64_t x, T* out) {
   const int64_t top = y * p.stride[0] - p.padding[0], left = x * p.stride[1] - p.padding[1];
@@ -55,7 +55,7 @@ static void forward_of(const Problem& p, const Tensors& t) {
   static thread_local ScratchBuffer<T> buffer;
   constexpr int64_t line = linear::LINE / int64_t{sizeof(T)};
   const int64_t window = p.kernel[0] * p.kernel[1] * p.channels;
-  // An odd number of lines, lest rows fall on the same lines of the first-level cache.
+  // An odd number of cache lines, so that rows do not map to the same sets of the L1 cache.
   const int64_t pitch = (linear::round_up(window, line) / line | 1) * line;
   const int64_t fitting = std::max(MIN_ROWS, STRIP_BYTES / (pitch * int64_t{sizeof(T)}));
   const int64_t image_pixels = p.out_height * p.out_width, pixels = p.batch * image_pixels;

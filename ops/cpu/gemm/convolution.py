@@ -1,6 +1,6 @@
-"""Convolutions of all channels on the CPU for inference, as linear layers on windows.
+"""Dense convolutions on the CPU for inference, as linear layers on windows (im2col).
 
-The kernel (``convolution.h``) copies the windows of some pixels at a time.
+The kernel (``convolution.h``) copies the windows of a few pixels at a time.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ class PackedConv2d:
     """``activation(conv(x))``.
 
     Args:
-        conv: without groups and dilation, padded with zeros, in float32 or bfloat16.
+        conv: without groups or dilation, zero-padded, in float32 or bfloat16.
 
     Raises:
-        ValueError: a convolution with groups or dilation, or padded otherwise.
+        ValueError: a convolution with groups, dilation or another padding mode.
         RuntimeError: the kernel is not available here, see :func:`ops.cpu.gemm.linear.unsupported`.
     """
 
@@ -60,8 +60,8 @@ def packed_conv2d(
     """A convolution and an activation. No gradients.
 
     Args:
-        x: (B, C, H, W), in the dtype of the weight; copied where its channels are not last.
-        weight: that of (C', kh · kw · C), packed.
+        x: (B, C, H, W), in the dtype of the weight; copied unless channels-last.
+        weight: the packed weight of shape (C', kh · kw · C).
         bias: (C',) float32.
         geometry: C, then rows and columns of the kernel, the stride and the padding.
         activation: one of :data:`ops.cpu.activations.ACTIVATIONS`.
@@ -70,7 +70,7 @@ def packed_conv2d(
         (B, C', H', W'), channels-last.
 
     Raises:
-        ValueError: another dtype or number of channels, a map that no window fits in, an unknown
+        ValueError: wrong dtype or number of channels, a map smaller than the window, or an unknown
             activation.
     """
     channels, *sides = geometry

@@ -1,4 +1,5 @@
-// Linear layers, and convolutions by them, on the CPU: the C interface. Called from linear.py, mlp.py and convolution.py beside it.
+// Linear layers and convolutions: the C interface, called from linear.py, mlp.py and
+// convolution.py.
 #include "common/interface.h"
 #include "gemm/convolution.h"
 
@@ -7,10 +8,10 @@ VB_EXPORT_BYTES(linear, Tensors)
 VB_EXPORT_BYTES(convolution, Problem)
 VB_EXPORT_BYTES(convolution, Tensors)
 
-// Whether this CPU has products of bfloat16, else layers make it float32 first.
+// Whether this CPU has products of bfloat16; if not, layers convert it to float32.
 extern "C" int linear_multiplies_bfloat16() { return VB_BFLOAT16; }
 
-// Elements of a packed weight.
+// The number of elements of a packed weight.
 extern "C" int64_t linear_packed_size(int64_t out_features, int64_t in_features, int bfloat16) {
   return bfloat16 ? linear::packed_size(static_cast<BFloat16*>(nullptr), out_features, in_features)
                   : linear::packed_size(static_cast<float*>(nullptr), out_features, in_features);
@@ -31,7 +32,7 @@ extern "C" int linear_forward(const linear::Problem* problem, const linear::Tens
   return status_of([&] { linear::forward(*problem, *tensors); });
 }
 
-// Two layers, one after the other, of as many rows; the intermediate is never materialised.
+// Two layers in sequence; the intermediate is never materialised.
 extern "C" int linear_forward_pair(const linear::Problem* first, const linear::Tensors* before,
                                    const linear::Problem* second, const linear::Tensors* after) {
   return status_of([&] { linear::forward_pair(*first, *before, *second, *after); });

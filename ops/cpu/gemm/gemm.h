@@ -1,5 +1,5 @@
-// A linear layer with what stands around it in a network: activation, shortcut or gate, scales of
-// its inputs, energies of its outputs. Some rows at a time go through all the weights.
+// A linear layer with a fused prologue and epilogue: scales of inputs, activation, shortcut or
+// gate, energies of outputs. Blocks of rows are multiplied with all the weights.
 #pragma once
 #include <vector>
 #include "gemm/pack.h"
@@ -10,7 +10,8 @@
 namespace linear {
 
 constexpr int64_t THREAD_ROWS = 32;  // at least
-// Of what is between two layers; but no fewer rows than make it worth to read the weights again.
+// Bytes of hidden values per block of rows, and the fewest rows that justify reading the weights
+// again.
 constexpr int64_t PAIR_BYTES = 1 << 19, MIN_PAIR_ROWS = 384;
 
 static void run_panels(const Problem& p, const Tensors& t, const Rows<float>& rows, Range panels) {
@@ -21,7 +22,7 @@ static void run_panels(const Problem& p, const Tensors& t, const Rows<BFloat16>&
   has_tiles() ? run_tiles(p, t, rows, panels) : run_in_registers(p, t, rows, panels);
 }
 
-// `count` values times `scale`, or as they are where it is null, and zeros up to `padded`.
+// Copies `count` values, times `scale` unless it is null, and zeros up to `padded`.
 template <class T>
 static void copy_row(const T* in, const float* scale, int64_t count, int64_t padded,
                      Input<T>* out) {
@@ -38,7 +39,7 @@ static void copy_row(const T* in, const float* scale, int64_t count, int64_t pad
   std::fill(out + count, out + padded, Input<T>{});
 }
 
-// Rows `range` of one image, or of all of them without scales and energies.
+// Rows `range` of one image, or of all images if there are no scales or energies.
 template <class T>
 static void run_rows(const Problem& p, const Tensors& t, Range range, Range panels) {
   static thread_local std::vector<Input<T>> copied;
@@ -66,16 +67,16 @@ static void run_rows(const Problem& p, const Tensors& t, Range range, Range pane
       }
       rows.in = copied.data();
       rows.in_stride = pitch;
-      // Tiles are read whole.
+      // Only whole tiles are read.
       rows.in_features = has_tiles() ? pitch : round_up(p.in_features, INPUTS<T>);
     }
     run_panels(p, t, rows, panels);
   }
 }
 
-// Whether a thread takes some of the panels, which spares it weights to read, instead of some rows.
-// Rows that several threads have read are slow to write: they must be invalidated in the other cores'
-// caches first.
+// Whether threads split the panels, so that each reads fewer weights, instead of the rows. Cache
+// lines that several threads have read are slow to write: the other cores' copies must be
+// invalidated first.
 static bool shares_panels(const Problem& p) {
   return p.out_features > 8 * p.rows || p.rows < THREAD_ROWS * p.threads;
 }
@@ -101,13 +102,12 @@ static void forward_of(const Problem& p, const Tensors& t) {
   parallel::for_each(threads, threads, work);
 }
 
-// Some rows at a time through two layers; what is between them, the output of the first and the input
-// of the second, stays in the cache.
+// Two layers, a block of rows at a time; the hidden rows between them stay in the cache.
 template <class T>
 static void forward_pair_of(Problem first, Tensors before, Problem second, Tensors after) {
   static thread_local std::vector<T> hidden;
   constexpr int64_t line = LINE / int64_t{sizeof(T)};
-  // An odd number of lines, lest rows fall on the same lines of the first-level cache.
+  // An odd number of cache lines, so that rows do not map to the same sets of the L1 cache.
   const int64_t pitch = (round_up(first.out_features, line) / line | 1) * line;
   const int64_t fitting = std::max(MIN_PAIR_ROWS, PAIR_BYTES / (pitch * int64_t{sizeof(T)}));
   const int64_t count = first.rows, chunks = (count + fitting - 1) / fitting;

@@ -1,8 +1,8 @@
-"""Linear layers on the CPU for inference, with what stands around them in one pass.
+"""Linear layers on the CPU for inference, with fused epilogues.
 
-The kernel (``gemm.h``) is for a thread or a few, where oneDNN spends much of a small batch on
-waiting for weights: it prefetches them. Sums are of float32; on CPUs that do not multiply bfloat16,
-what is in it becomes float32 on the way.
+The kernel (``gemm.h``) prefetches weights. It is for one or a few threads, where oneDNN stalls on
+weights for much of a small batch. Sums are accumulated in float32. On CPUs without bfloat16
+products, bfloat16 operands are converted to float32 as they are loaded.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ __all__ = ["no_products", "pack_weight", "packed_linear", "packed_linear_energy"
 
 
 def no_products(device: torch.device, dtype: torch.dtype) -> str | None:
-    """``None`` if kernels multiply ``dtype`` as well as torch does, else the reason in words."""
+    """``None`` if kernels multiply ``dtype`` as fast as torch, else the reason."""
     library = load("gemm")
     half = dtype == torch.bfloat16 and multiplies(dtype)
     if half and library is not None and not library.linear_multiplies_bfloat16():
@@ -36,13 +36,13 @@ def no_products(device: torch.device, dtype: torch.dtype) -> str | None:
 def unsupported(
     device: torch.device, dtype: torch.dtype, *, with_bfloat16: bool = False
 ) -> str | None:
-    """``None`` if the kernel takes such tensors, else the reason in words.
+    """``None`` if the kernel accepts such tensors, else the reason.
 
-    The first call on a machine compiles the kernel, which takes some seconds.
+    The first call on a machine compiles the kernel, which takes a few seconds.
 
     Args:
-        with_bfloat16: whether bfloat16 will do beside float32. Without AMX or AVX512-BF16 the
-            kernel makes it float32 on the way; where torch need not, that is no gain.
+        with_bfloat16: whether to accept bfloat16 even if the kernel has to convert it to float32
+            (without AMX or AVX512-BF16), which doesn't pay off if torch need not convert.
     """
     if dtype == torch.bfloat16 and not with_bfloat16:
         return f"the kernel takes float32, not {dtype}"
@@ -50,13 +50,13 @@ def unsupported(
 
 
 def pack_weight(weight: Tensor) -> Tensor:
-    """The weight of a linear layer in the kernel's order.
+    """Pack the weight of a linear layer for the kernel.
 
     Args:
         weight: (out_features, in_features), float32 or bfloat16, on the CPU.
 
     Returns:
-        A flat tensor of the same dtype, for the CPU of this process only.
+        A flat tensor of the same dtype, valid only on this process's CPU.
 
     Raises:
         ValueError: not a matrix.
@@ -91,23 +91,23 @@ def packed_linear(
     """``activation((x * scale) @ weight.T + bias)``, combined with ``other``. No gradients.
 
     Args:
-        x: (B, ..., in_features), float32 or bfloat16 as the weight. Rows that lie equally far apart
+        x: (B, ..., in_features), float32 or bfloat16 like the weight. Rows with a constant stride
             are not copied.
         weight: see :func:`pack_weight`.
-        bias: (out_features,) float32; its length tells that of the result.
+        bias: (out_features,) float32; its length sets the width of the result.
         activation: one of :data:`ops.cpu.activations.ACTIVATIONS`.
         other: (B, ..., out_features), in the dtype of ``x``.
-        combination: one of :data:`ops.cpu.gemm.plan.COMBINATIONS`: what comes out ``+ other``,
+        combination: one of :data:`ops.cpu.gemm.plan.COMBINATIONS`: the output ``+ other``,
             ``* other`` or ``+ other * other_scale``.
-        scale: (B, in_features) float32, by which the inputs are multiplied.
-        other_scale: (out_features,) float32, of ``add_scaled`` and of it alone.
+        scale: (B, in_features) float32, multiplied with the inputs.
+        other_scale: (out_features,) float32, only for ``add_scaled``.
 
     Returns:
-        (B, ..., out_features), contiguous; sums are of float32.
+        (B, ..., out_features), contiguous; sums are in float32.
 
     Raises:
-        ValueError: shapes or dtypes that do not go together, an unknown activation or combination.
-        RuntimeError: the kernel is not available here (:func:`unsupported` tells beforehand).
+        ValueError: mismatched shapes or dtypes, an unknown activation or combination.
+        RuntimeError: the kernel is not available here (check :func:`unsupported` first).
     """
     shape = output_shape(x, weight, bias, activation, other, combination)
     _check_scales(x, bias, combination, scale, other_scale)
@@ -126,7 +126,7 @@ def packed_linear(
 def packed_linear_energy(
     x: Tensor, weight: Tensor, bias: Tensor, activation: str = "none", scale: Tensor | None = None
 ) -> Call:
-    """As :func:`packed_linear`, and the sums of squares of the results, image by image.
+    """As :func:`packed_linear`, also returning the sums of squares of the results per image.
 
     Returns:
         (B, ..., out_features), contiguous, and (B, out_features) float32.

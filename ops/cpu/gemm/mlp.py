@@ -1,6 +1,6 @@
-"""Two linear layers on the CPU for inference, an activation between them, in one pass.
+"""Two linear layers with an activation between them on the CPU for inference, in one pass.
 
-The kernel is that of :mod:`ops.cpu.gemm.linear`: some rows at a time go through both layers, whose
+The kernel is that of :mod:`ops.cpu.gemm.linear`. A few rows at a time go through both layers, so
 hidden rows stay in the cache.
 """
 
@@ -30,7 +30,7 @@ def packed_mlp(
     """``activation(x @ weight1.T + bias1) @ weight2.T + bias2 + residual``. No gradients.
 
     Args:
-        x: (B, ..., in_features), float32 or bfloat16 as the weights.
+        x: (B, ..., in_features), float32 or bfloat16 like the weights.
         weight1, weight2: see :func:`ops.cpu.gemm.linear.pack_weight`.
         bias1: (hidden,) float32.
         bias2: (out_features,) float32.

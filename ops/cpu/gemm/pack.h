@@ -1,4 +1,4 @@
-// The order in which weights of linear layers lie in memory, and what their inputs must be like.
+// The packed layout of linear weights, and the layout that inputs must have.
 #pragma once
 #include <algorithm>
 #include "gemm/amx.h"
@@ -6,21 +6,21 @@
 
 namespace linear {
 
-// A tile of bfloat16: inputs, and pairs of them.
+// A tile of bfloat16: its inputs, and its pairs of inputs.
 constexpr int64_t TILE_INPUTS = 32, TILE_ROWS = TILE_INPUTS / 2;
 
-// What rows that are copied are padded to.
+// The padded length of copied rows.
 static int64_t padded_inputs(const float*, int64_t in_features) { return in_features; }
 static int64_t padded_inputs(const BFloat16*, int64_t in_features) {
   return round_up(in_features, TILE_INPUTS);
 }
 
-// Other rows are copied and padded first.
+// Whether rows are used in place; others are copied and padded first.
 static bool takes_rows_in_place(const float*, int64_t, int64_t) { return true; }
 [[maybe_unused]] static bool takes_rows_in_place(const BFloat16*, int64_t in_features,
                                                  int64_t rows) {
   if (!VB_BFLOAT16) return false;
-  // Tiles are read whole.
+  // Only whole tiles are read.
   if (has_tiles()) return in_features % TILE_INPUTS == 0 && rows >= TILE_ROWS;
   return in_features % INPUTS<BFloat16> == 0;
 }
@@ -30,8 +30,8 @@ static int64_t packed_size(const T* type, int64_t out_features, int64_t in_featu
   return padded(out_features) * padded_inputs(type, in_features);
 }
 
-// [out_features][in_features] → [panels][in_features][vectors of the panel], zeros at the end.
-// A last panel that needs one vector only has one.
+// [out_features][in_features] → [panels][in_features][vectors of the panel], padded with zeros. The
+// last panel has a single vector if one is enough.
 static void pack(const float* weight, int64_t out_features, int64_t in_features, float* out) {
   for (int64_t n = 0; n < out_features; n += PANEL) {
     const int64_t width = std::min<int64_t>(PANEL, padded(out_features) - n);
@@ -43,8 +43,9 @@ static void pack(const float* weight, int64_t out_features, int64_t in_features,
   }
 }
 
-// [out_features][in_features] → [panels][in_features / 32][tiles of the panel][16][16][2]: in a
-// tile pairs of inputs, then outputs, then the two of a pair. Zeros at both ends.
+// [out_features][in_features] → [panels][in_features / 32][tiles of the panel][16][16][2]: the axes
+// of a tile are pairs of inputs, outputs, and the two inputs of a pair. Both dimensions are padded
+// with zeros.
 static void pack(const BFloat16* weight, int64_t out_features, int64_t in_features,
                  BFloat16* out) {
   for (int64_t n = 0; n < out_features; n += PANEL) {

@@ -1,4 +1,4 @@
-"""What linear layers must be given, and the sizes that their kernel is called with."""
+"""Argument checks of linear layers, and the sizes passed to their kernel."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ __all__ = [
     "with_rows",
 ]
 
-# The order is that of `linear::Combination` in problem.h.
+# In the order of `linear::Combination` in problem.h.
 COMBINATIONS = ("none", "add", "multiply", "add_scaled")
 TENSORS = structure("gemm/problem.h", "linear::Tensors")
 
@@ -34,7 +34,7 @@ _PROBLEM = structure("gemm/problem.h", "linear::Problem")
 
 
 def packed_size(out_features: int, in_features: int, dtype: torch.dtype) -> int:
-    """How many numbers the packed weight of a linear layer has.
+    """The number of elements of a linear layer's packed weight.
 
     Raises:
         RuntimeError: the kernel is not available here.
@@ -57,13 +57,13 @@ def output_shape(
     combination: str = "none",
     shape: Sequence[int] | None = None,
 ) -> tuple[int, ...]:
-    """That of a layer; the arguments are those of :func:`ops.cpu.gemm.linear.packed_linear`.
+    """Check the arguments of :func:`ops.cpu.gemm.linear.packed_linear`; return the output shape.
 
     Args:
-        shape: of the input, where it is another than that of ``x``.
+        shape: the shape of the input, if it differs from that of ``x``.
 
     Raises:
-        ValueError: shapes or dtypes that do not go together, an unknown activation or combination.
+        ValueError: mismatched shapes or dtypes, an unknown activation or combination.
     """
     require_activation(activation)
     if combination not in COMBINATIONS or (combination == "none") != (other is None):
@@ -89,7 +89,7 @@ def output_shape(
 
 
 def with_rows(t: Tensor | None) -> tuple[Tensor | None, int]:
-    """(..., features), copied unless its rows are dense and equally far apart; the distance."""
+    """``t``, copied unless its rows are dense with a constant stride, and the row stride."""
     if t is None:
         return None, 0
     stride = _row_stride(tuple(t.shape), t.stride())
@@ -97,7 +97,7 @@ def with_rows(t: Tensor | None) -> tuple[Tensor | None, int]:
 
 
 def _row_stride(shape: tuple[int, ...], strides: tuple[int, ...]) -> int | None:
-    """From row to row, if they lie equally far apart and are dense themselves."""
+    """The row stride, or None unless it is constant and the rows are dense."""
     if strides[-1] != 1 and shape[-1] != 1:
         return None
     first, span = None, 0
@@ -123,12 +123,12 @@ def linear_problem(
     other_stride: int = 0,
     by_image: bool = False,
 ) -> Any:
-    """The sizes of a layer of ``x``, (B, ..., in_features), or of as many rows.
+    """The sizes of a layer applied to ``x``, (B, ..., in_features), or to as many other rows.
 
     Args:
-        in_features: of other rows than those of ``x``.
-        in_stride, other_stride: from row to row; default those of contiguous tensors.
-        by_image: whether scales, or sums of squares, are an image's.
+        in_features: the width of the rows, if it differs from that of ``x``.
+        in_stride, other_stride: row strides; default those of contiguous tensors.
+        by_image: whether scales or sums of squares are per image.
     """
     rows, in_features = math.prod(x.shape[:-1]), in_features or x.shape[-1]
     return problem_of(

@@ -1,4 +1,4 @@
-// What a linear layer is asked for, in the terms that its callers and its micro-kernels share.
+// The parameters of a linear layer, shared by callers and micro-kernels.
 #pragma once
 #include <algorithm>
 #include <cstddef>
@@ -15,21 +15,20 @@ using simd::F;
 using simd::round_up;
 using simd::W;
 
-// plan.py reads the fields from here. Strides are from row to row, in elements.
+// plan.py parses these fields. Strides are between rows, in elements.
 struct Problem {
   int64_t rows, in_features, out_features, in_stride, out_stride, other_stride;
-  int64_t image_rows;  // that share their scales and energies
+  int64_t image_rows;  // rows that share scales and energies
   int64_t activation, combination, bfloat16, threads;
 };
 
-// The order is that of COMBINATIONS in plan.py: after the activation, what is done with
-// `other`.
+// How the activated output is combined with `other`, in the order of COMBINATIONS in plan.py.
 enum Combination : int64_t { NONE, ADD, MULTIPLY, ADD_SCALED };
 
-// `weight` as `pack` gives it, `bias` [out_features]. Null where it is not wanted: `other`
-// [rows][out_features], `scale` [images][in_features], by which inputs are multiplied, and `energy`
-// [images][out_features], which receives the sums of squared outputs; `other_scale` [out_features]
-// is what `other` is multiplied by before it is added. T is float or BFloat16.
+// `weight` is packed by `pack`, `bias` is [out_features]. Null if unused: `other`
+// [rows][out_features]; `scale` [images][in_features], multiplied with the inputs; `energy`
+// [images][out_features], which receives the sums of squared outputs; `other_scale` [out_features],
+// multiplied with `other` before it is added. T is float or BFloat16.
 struct Tensors {
   const void* in;
   const void* weight;
@@ -41,24 +40,25 @@ struct Tensors {
   const float* other_scale;
 };
 
-// What is multiplied in a layer of T: floats, where the CPU has no products of bfloat16.
+// The operand type of a layer of T: float if the CPU has no products of bfloat16.
 template <class T>
 using Input = std::conditional_t<VB_BFLOAT16, T, float>;
 
-// A lane's share of one product is as large as a float: a float, or two bfloat16.
+// A lane holds one float or two bfloat16 per product.
 template <class T>
 constexpr int64_t INPUTS = sizeof(float) / sizeof(T);
 
 constexpr int PANEL = 2 * W;
 
-// Inputs that are read again for every panel; they share a core's second-level cache with a panel.
+// Bytes of inputs per block of rows. They are read again for every panel and share the L2 cache with
+// it.
 constexpr int64_t CHUNK_BYTES = 768 * 1024;
 constexpr int64_t MIN_CHUNK = 112;
 
-// Outputs with those that fill the last vector.
+// The outputs, rounded up to whole vectors.
 static int64_t padded(int64_t out_features) { return round_up(out_features, W); }
 
-// Some of the rows or panels.
+// A range of rows or panels.
 struct Range {
   int64_t begin, end;
 };

@@ -1,8 +1,8 @@
-// Linear layers whose sums stay in registers. The outputs are cut into panels of one or two vectors.
-// The weights of a panel lie together, and for some rows at a time its sums are in registers.
+// Linear layers with accumulators in registers. The outputs are split into panels of one or two
+// vectors. A panel's weights are contiguous, and the sums of a few rows at a time are in registers.
 //
-// With few rows the time goes into fetching the weights, which a network reads once per image.
-// While some panels are worked on, the next ones are therefore fetched ahead.
+// With few rows, most of the time is spent on loading the weights, which a network reads once per
+// image. The weights of the next panels are therefore prefetched.
 #pragma once
 #include <utility>
 #include "gemm/block.h"
@@ -10,17 +10,17 @@
 
 namespace linear {
 
-// Two vectors of sums a row, two of weights, one input; with NEON a vector of inputs for each row, and
-// a quarter of the registers for weights.
+// Registers: two vectors of sums per row, two of weights, one input. With NEON: one vector of
+// inputs per row, and a quarter of the registers for weights.
 constexpr int MAX_ROWS = VB_NEON ? simd::REGISTERS / 4 : (simd::REGISTERS - 3) / 2;
-constexpr int STEP = 4;  // products between two fetches
-constexpr int64_t SUMMED = 512;  // inputs one after the other; sums of more lose digits
-// Of a group of panels that stays in the second-level cache while the rows of a block, which all of
-// them are multiplied with, stay in the first-level one. With few blocks a group is one panel.
+constexpr int STEP = 4;  // products between two prefetches
+constexpr int64_t SUMMED = 512;  // inputs per running sum; longer sums lose precision
+// A group of panels stays in the L2 cache while a block of rows, which is multiplied with all of
+// them, stays in the L1 cache. With few blocks a group is one panel.
 constexpr int64_t GROUP_BYTES = 512 * 1024, MIN_BLOCKS = 16;
 
-// Where the CPU does not multiply bfloat16, a lane's two are floats one after the other. A `Pair` is
-// those of a lane, whose weights lie where floats would.
+// Two bfloat16 of a lane. A pair of weights has the place of a float. On CPUs without products of
+// bfloat16, its two halves are multiplied as floats, one after the other.
 struct Pair {
   BFloat16 first, second;
 };
@@ -28,8 +28,7 @@ struct Pair {
 template <class T>
 constexpr int PARTS = sizeof(Input<T>) / sizeof(T);
 
-// Where `pack` puts the vectors of weights for one product, and those for the next; in units of a
-// vector of T.
+// The packed layout of the vectors of weights for one product and the next, in vectors of T.
 template <class T>
 constexpr int64_t NEXT_VECTOR = INPUTS<T> == 1 ? 1 : TILE_ROWS;
 template <class T, int V>
@@ -42,9 +41,9 @@ static VB_INLINE F load_weights(const T* place, int part) {
 }
 static VB_INLINE F load_input(const float* place) { return simd::set1(*place); }
 
-// sum += x * w, of the type that the first argument points to, in the register that holds the sum:
-// left to choose among the forms of the instruction, compilers move sums around, some of them
-// through memory.
+// sum += x * w, in the type that the first argument points to. The result stays in the register of
+// the sum: given a choice among the forms of the instruction, compilers move sums between registers
+// or even spill them.
 static VB_INLINE void add_product(const float*, F& sum, F x, F w) {
 #if VB_AVX512 || VB_AVX2
   __asm__("vfmadd231ps %2, %1, %0" : "+v"(sum) : "v"(x), "v"(w));
@@ -78,7 +77,7 @@ static VB_INLINE void add_product(const Pair* in, F& sum, F x, F w) {
 #endif
 
 #if VB_NEON
-// A lane of a register is an operand; it need not be broadcast.
+// The instruction takes a lane as its operand, so no broadcast is needed.
 template <int LANE>
 static VB_INLINE void add_product_of(const float*, F& sum, F x, F w) {
   sum = vfmaq_laneq_f32(sum, w, x, LANE);
@@ -94,14 +93,14 @@ static VB_INLINE void add_product_of(const Pair* in, F& sum, F x, F w) {
 }
 #endif
 
-// The product J of those that `add_products` adds at once. The first of W products loads the inputs
-// of all, which lie side by side.
+// Product J of those that `add_products` adds per step. The first of W products loads the
+// contiguous inputs of all W.
 template <int J, class T, int R, int V, size_t P>
 static VB_INLINE void add_lane(const Input<T>* const (&in)[P], ptrdiff_t stride, const T* weight,
                                F (&x)[R], F (&sum)[R][V]) {
   constexpr int I = J / PARTS<T>, PART = J % PARTS<T>;
   if constexpr (J % W == 0) {
-    __asm__("" : : : "memory");  // lest they be loaded while there are no registers for them
+    __asm__("" : : : "memory");  // prevents loads before registers are free
     VB_UNROLL
     for (int r = 0; r < R; r++) {
       const auto* place = in[r / 3] + r % 3 * stride + I * INPUTS<T> + PART;
@@ -138,13 +137,13 @@ static VB_INLINE void start(const Block<T>& block, F (&sum)[R][V]) {
   }
 }
 
-// Adds `count` products of each row's inputs, the first of which begins at `first`, with their
-// weights; returns where the weights end. `fetch` is called before every `S` of them.
+// Adds `count` products of inputs and weights per row; the first row begins at `first`. Returns the
+// end of the weights. `fetch` is called before every `S` products.
 template <int S, class T, int R, int V, class Fetch>
 static VB_INLINE const T* add_products(const Input<T>* first, ptrdiff_t stride, int64_t count,
                                        const T* weight, const Fetch& fetch, F (&sum)[R][V]) {
-  // Every third row has a pointer; the others lie one or two strides further on, which is part of
-  // an address. So many rows have no registers for a pointer each.
+  // Every third row has a pointer, since there are too few registers for one per row; the others
+  // are addressed one or two strides from it.
   constexpr int POINTERS = (R + 2) / 3;
   constexpr int64_t VECTOR = W * INPUTS<T>;
   const Input<T>* in[POINTERS];
@@ -192,7 +191,7 @@ static VB_INLINE const T* add_products(const Input<T>* first, ptrdiff_t stride, 
   return weight;
 }
 
-// Adds the products of all inputs of some rows of one panel.
+// Adds the products of all inputs for some rows of one panel.
 template <class T, int R, int V>
 static VB_INLINE void add_rows(const Rows<T>& rows, const Block<T>& block, Prefetch& prefetch,
                                F (&sum)[R][V]) {
@@ -210,7 +209,7 @@ static VB_INLINE void add_rows(const Rows<T>& rows, const Block<T>& block, Prefe
   prefetch = fetched;
 }
 
-// `before` [R][V][W] are sums of inputs before these.
+// Adds `before` [R][V][W], the sums of the preceding inputs.
 template <int R, int V>
 static VB_INLINE void add_sums(const float* before, F (&sum)[R][V]) {
   VB_UNROLL
@@ -220,7 +219,7 @@ static VB_INLINE void add_sums(const float* before, F (&sum)[R][V]) {
   }
 }
 
-// The last inputs of some rows. `sums` are those of the inputs before, or null.
+// The last inputs of some rows. `sums` are the sums of the preceding inputs, or null.
 template <class T, int R, int V>
 static void run(const Problem& p, const Rows<T>& rows, const Block<T>& block, Prefetch& prefetch,
                 float* sums) {
@@ -231,7 +230,7 @@ static void run(const Problem& p, const Rows<T>& rows, const Block<T>& block, Pr
   finish<T, R, V>(p, block, sum);
 }
 
-// Inputs before the last ones, which `sums` receive.
+// Inputs before the last ones; the results go to `sums`.
 template <class T, int R, int V>
 static void run_first(const Problem&, const Rows<T>& rows, const Block<T>& block, Prefetch& prefetch,
                       float* sums) {
@@ -248,7 +247,7 @@ static void run_first(const Problem&, const Rows<T>& rows, const Block<T>& block
 template <class T>
 using Run = void (*)(const Problem&, const Rows<T>&, const Block<T>&, Prefetch&, float*);
 
-// How to run some rows: the inputs before the last ones, and the last ones.
+// The functions for some rows: for inputs before the last ones, and for the last ones.
 template <class T>
 struct Runs {
   Run<T> first, last;
@@ -266,7 +265,7 @@ static Runs<T> runs_of(int64_t rows, bool wide) {
   return wide ? runs_of<T, 2>(rows, variants) : runs_of<T, 1>(rows, variants);
 }
 
-// Some rows of one panel, whose inputs are summed in parts.
+// Some rows of one panel, with inputs summed in parts.
 template <class T>
 static void run_block(const Problem& p, Rows<T> rows, Block<T> block, int64_t count, bool wide,
                       Prefetch& prefetch) {
@@ -295,7 +294,8 @@ static void run_in_registers(const Problem& p, const Tensors& t, const Rows<T>& 
     return weights + std::min(panel * PANEL, padded(p.out_features)) * k;
   };
   const int64_t fitting = std::max<int64_t>(1, GROUP_BYTES / (PANEL * k * size));
-  // Each group is twice the one before, lest nothing be fetched ahead of a large first one.
+  // Each group is twice as large as the one before: the weights of the first group cannot be
+  // prefetched.
   Range group{panels.begin, panels.begin + 1};
   while (group.begin < panels.end) {
     const int64_t count = group.end - group.begin;

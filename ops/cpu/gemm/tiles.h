@@ -1,5 +1,5 @@
-// Linear layers of bfloat16 by AMX, whose tiles hold 16 rows of 32 inputs, or 16 rows of 16 sums.
-// The outputs are cut into panels of two tiles; up to 32 rows are worked on at once.
+// Linear layers of bfloat16 with AMX, whose tiles hold 16 rows of 32 inputs or 16 rows of 16 sums.
+// The outputs are split into panels of two tiles; up to 32 rows are computed at once.
 #pragma once
 #include "gemm/amx.h"
 #include "gemm/block.h"
@@ -8,12 +8,12 @@
 namespace linear {
 
 #if VB_AMX
-// The intrinsics do not say all that they read and write; where they are inlined, compilers would
-// take memory for unused.
+// The intrinsics do not declare all their reads and writes. If they were inlined, compilers would
+// treat memory as unused.
 #define VB_APART __attribute__((noinline))
 
-// Tiles 0 to 3 are the sums, 4 and 5 rows, 6 and 7 weights. What was configured comes back at the
-// end: other libraries use tiles too.
+// Tiles 0 to 3 are the sums, 4 and 5 rows, 6 and 7 weights. The previous configuration is restored
+// at the end, since other libraries use tiles, too.
 class Tiles {
  public:
   VB_APART Tiles() {
@@ -34,14 +34,14 @@ class Tiles {
   alignas(64) char before_[64];
 };
 
-// R tiles of rows, `second` elements apart, times V tiles of weights → R × V tiles of sums.
+// R tiles of rows, `second` elements apart, times V tiles of weights: R × V tiles of sums.
 template <int R, int V>
 VB_APART static void multiply(const BFloat16* in, ptrdiff_t second, int64_t in_stride,
                               const BFloat16* weight, int64_t steps, const float* bias,
                               Prefetch& prefetch, float* sums) {
   constexpr int64_t tile = TILE_ROWS * TILE_INPUTS;
   const int64_t pitch = in_stride * int64_t{sizeof(BFloat16)};
-  __asm__ volatile("" : : : "memory");  // the loads below do not say that they read memory
+  __asm__ volatile("" : : : "memory");  // the loads below do not declare that they read memory
   _tile_loadd(0, bias, 0);
   if (V == 2) _tile_loadd(1, bias + W, 0);
   if (R == 2) _tile_loadd(2, bias, 0);
@@ -68,7 +68,7 @@ VB_APART static void multiply(const BFloat16* in, ptrdiff_t second, int64_t in_s
   if (R == 2 && V == 2) _tile_stored(3, sums + TILE_ROWS * V * W + W, sums_pitch);
 }
 
-// The sums of `count` rows, as `multiply` leaves them. They are changed.
+// Stores the sums of `count` rows in the layout of `multiply`, modifying them.
 template <int V>
 static void finish_rows(const Problem& p, const Block<BFloat16>& block, float* sums,
                         int64_t count) {
@@ -106,7 +106,7 @@ static void run_panel(const Problem& p, const Rows<BFloat16>& rows, const Block<
   alignas(64) float sums[2 * TILE_ROWS * V * W];
   const int64_t steps = rows.in_features / TILE_INPUTS;
   for (int64_t row = 0; row < rows.count; row += 2 * TILE_ROWS) {
-    // Tiles that would reach beyond the last row begin earlier; what they repeat is not stored.
+    // Tiles that would reach past the last row begin earlier; repeated rows are not stored.
     const int64_t last = std::max<int64_t>(0, rows.count - TILE_ROWS);
     const int64_t first = std::min(row, last), second = std::min(row + TILE_ROWS, last);
     const BFloat16* in = panel.in + first * rows.in_stride;

@@ -1,4 +1,4 @@
-// NHWC maps to NCHW and back on the CPU: the C interface. Called from nchw.py beside it.
+// NHWC maps to NCHW and back: the C interface, called from nchw.py.
 #include "common/interface.h"
 #include "layout/nchw.h"
 

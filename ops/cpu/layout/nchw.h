@@ -1,4 +1,4 @@
-// Maps from NHWC to NCHW, with the norm before what works on that, and back, with the shortcut.
+// Converts maps from NHWC to NCHW with a fused affine, and back with a fused shortcut.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -11,13 +11,13 @@ namespace nchw {
 using simd::F;
 using simd::W;
 
-// nchw.py reads the fields from here.
+// nchw.py parses these fields.
 struct Problem {
   int64_t batch, channels, pixels;
   int64_t bfloat16, threads;
 };
 
-// Of one task: whole lines of a plane.
+// Pixels per task: whole cache lines of a plane.
 constexpr int64_t TASK_PIXELS = 4 * W;
 
 // A tile of one image: `lanes` channels from `channel` on, `count` pixels from `pixel` on.
@@ -26,7 +26,7 @@ struct Tile {
   int lanes, count;
 };
 
-// Calls run(image, tile) for all the tiles.
+// Calls run(image, tile) for all tiles.
 template <class Run>
 static void for_each_tile(const Problem& p, const Run& run) {
   const int64_t parts = (p.pixels + TASK_PIXELS - 1) / TASK_PIXELS;
@@ -43,7 +43,7 @@ static void for_each_tile(const Problem& p, const Run& run) {
   });
 }
 
-// `rows` of W numbers, those behind `count` zero, as columns.
+// Transposes `rows` of W numbers, with zeros past `count`, into columns.
 template <class Row>
 static VB_INLINE void transposed(const Row& row, int count, F (&columns)[W]) {
   alignas(64) float tile[W][W];
@@ -74,7 +74,7 @@ static void from_nhwc(const Problem& p, const T* in, const float* scale, const f
   });
 }
 
-// in [batch][channels][pixels] + other → [batch][pixels][channels], as which `other` lies.
+// in [batch][channels][pixels] + other → [batch][pixels][channels], the layout of `other`.
 template <class T>
 static void to_nhwc(const Problem& p, const T* in, const T* other, T* out) {
   for_each_tile(p, [&](int64_t image, const Tile& tile) {

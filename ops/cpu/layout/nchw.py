@@ -1,7 +1,7 @@
-"""NHWC maps to NCHW and back on the CPU for inference, with the norm before and the shortcut after.
+"""Convert NHWC maps to NCHW and back on the CPU for inference, with a fused affine and shortcut.
 
-Some layers read a map in NCHW, where all others have channels last. The kernel (``nchw.h``)
-transposes tiles of it in registers; torch takes several passes, slow ones where two layouts meet.
+Some layers read a map in NCHW, while all others are channels-last. The kernel (``nchw.h``)
+transposes tiles in registers. Torch takes several passes, which are slow for mixed layouts.
 """
 
 from __future__ import annotations
@@ -24,18 +24,18 @@ _PROBLEM = structure("layout/nchw.h", "nchw::Problem")
 
 @kernel("nchw", "nchw_from_nhwc")
 def nchw_from_nhwc(x: Tensor, affine: Tensor) -> Call:
-    """``x * scale + shift``, channel by channel, in NCHW. No gradients.
+    """``x * scale + shift`` per channel, in NCHW. No gradients.
 
     Args:
-        x: (B, C, H, W), float32 or bfloat16; copied where its channels are not last.
+        x: (B, C, H, W), float32 or bfloat16; copied unless channels-last.
         affine: (2, C) float32, the scales and the shifts.
 
     Returns:
         (B, C, H, W), contiguous, in the dtype of ``x``.
 
     Raises:
-        ValueError: shapes or dtypes that do not go together.
-        RuntimeError: the kernel is not available here (its ``unsupported`` tells beforehand).
+        ValueError: mismatched shapes or dtypes.
+        RuntimeError: the kernel is not available here (check its ``unsupported`` first).
     """
     _check_map(x)
     require_dtype(torch.float32, affine=affine)
@@ -52,18 +52,18 @@ def nchw_from_nhwc(x: Tensor, affine: Tensor) -> Call:
 
 @kernel("nchw", "nchw_to_nhwc")
 def nhwc_from_nchw(nchw: Tensor, x: Tensor) -> Call:
-    """``nchw + x`` with channels last. No gradients.
+    """``nchw + x``, channels-last. No gradients.
 
     Args:
-        nchw: (B, C, H, W), float32 or bfloat16; copied where it is not contiguous.
-        x: the same of channels last; copied where they are not.
+        nchw: (B, C, H, W), float32 or bfloat16; copied unless contiguous.
+        x: the same shape and dtype; copied unless channels-last.
 
     Returns:
         (B, C, H, W), channels-last, in the dtype of ``x``.
 
     Raises:
-        ValueError: shapes or dtypes that do not go together.
-        RuntimeError: the kernel is not available here (its ``unsupported`` tells beforehand).
+        ValueError: mismatched shapes or dtypes.
+        RuntimeError: the kernel is not available here (check its ``unsupported`` first).
     """
     _check_map(x)
     require_dtype(x.dtype, nchw=nchw)

@@ -1,7 +1,7 @@
 """Neighborhood attention on the CPU, forward and backward (``forward.h``, ``backward.h``).
 
-Sums are of float32. On CPUs with AVX512-BF16 but without AMX, queries and keys in bfloat16 are
-multiplied as they come, and weights are rounded before they multiply values.
+Sums are accumulated in float32. On CPUs with AVX512-BF16 but without AMX, bfloat16 queries and keys
+are multiplied directly, and weights are rounded to bfloat16 before they multiply values.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ def na_cpu_forward(
     is_causal: Sequence[bool],
     scale: float,
 ) -> Call:
-    """The attention and the logarithms of its sums, in float32."""
+    """The attention, and the float32 logarithms of its sums of exponentials (log-sum-exp)."""
     inputs = (query, key, value, additional_keys, additional_values, rpb)
     window = (kernel_size, stride, dilation, is_causal)
     out = _empty_out(query, value)
@@ -91,9 +91,9 @@ def na_cpu_backward(
     is_causal: Sequence[bool],
     scale: float,
 ) -> Call:
-    """The gradients of the inputs; that of ``rpb`` is of float32.
+    """The gradients of the inputs; that of ``rpb`` is in float32.
 
-    An operator cannot return None: an absent gradient is a tensor without elements.
+    An operator cannot return None, so missing gradients are empty tensors.
     """
     inputs = (query, key, value, additional_keys, additional_values, rpb)
     empty = out.numel() == 0
@@ -151,7 +151,7 @@ def _inputs(
 
 
 def _with_channels(t: Tensor | None) -> Addresses | None:
-    """[B, *S, H, C], or [B, N, H, C]; copied where its channels do not lie side by side."""
+    """[B, *S, H, C] or [B, N, H, C]; copied unless the channels are dense."""
     if t is None:
         return None
     t = t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
@@ -164,7 +164,7 @@ def _per_query(t: Tensor | None) -> Addresses | None:
 
 
 def _strided(t: Tensor, strides: Sequence[int]) -> Addresses:
-    """The axes of S that are missing are the first ones of z, y and x."""
+    """Addresses with strides of z, y and x; missing axes are the first ones."""
     batch, *spatial, head = strides
     fields = dict(zip(_AXES[3 - len(spatial) :], spatial, strict=True))
     return Addresses(_TENSOR, {"data": t, "batch": batch, **fields, "head": head})
@@ -182,7 +182,7 @@ def _forward_arguments(
 
 
 def _problem_of(inputs: Sequence[Any], window: Sequence[Sequence[int]], scale: float) -> Any:
-    """``window``: kernel sizes, strides, dilations, and whether axes are causal."""
+    """``window`` holds kernel sizes, strides, dilations, and whether axes are causal."""
     query, key, value, additional_keys, *_ = inputs
     kernel_size, stride, dilation, is_causal = window
     batch, *size, heads, dim = query.shape

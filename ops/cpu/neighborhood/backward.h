@@ -1,8 +1,8 @@
-// Backward in one pass over the queries: the probabilities are recomputed from lse; each tile sums
-// its dQ in scratch and adds its share of dK and dV to rows that belong to the work item alone.
-// Where items overlap, their shares are then added in a fixed order. So there are no atomics, and
-// the result depends neither on timing nor on the thread count. (A second, key-centric pass over
-// inverse windows would need seven products where this needs five.)
+// Backward in one pass over the queries. Probabilities are recomputed from lse. Each tile
+// accumulates its dQ in scratch and adds its contribution to dK and dV to rows owned by the work
+// item. Where items overlap, their shares are then added in a fixed order, so there are no atomics,
+// and the result depends neither on timing nor on the number of threads. (A second, key-centric
+// pass over inverse windows would need seven products; this needs five.)
 #pragma once
 #include "neighborhood/key_gradients.h"
 #include "common/lanes.h"
@@ -17,7 +17,7 @@ struct BackwardTensors {
   float* grad_rpb;
 };
 
-// Rows are multiplied by gradients, which are not rounded.
+// Rows are multiplied by gradients, which are not rounded to bfloat16.
 template <class T>
 using BackwardKeys = KeyRing<T, Floats, Products<T>>;
 
@@ -40,7 +40,7 @@ static void softmax_backward(const Slice& s, const Lanes& lanes, const float (*l
       simd::store(p, x);
       simd::store(g, x * (simd::load(g) - d));
     }
-    if (lanes.ragged) {  // keys beyond a lane's window must not reach the bias
+    if (lanes.ragged) {  // keys outside a lane's window must not affect the bias
       g -= static_cast<size_t>(n) * W;
       for (int i = 0; i < n; i++, g += W) {
         simd::store(
@@ -50,7 +50,7 @@ static void softmax_backward(const Slice& s, const Lanes& lanes, const float (*l
   }
 }
 
-// sums[rpb][lane] += ds; the lanes have a column each, so that they never collide.
+// sums[rpb][lane] += ds; each lane has its own column, so that lanes never collide.
 static void add_bias_gradient(const Bias& bias, const TilePlace& place, const Slice& s,
                               const float* grad_score, float* sums) {
   if (s.plane < 0) return;
@@ -72,7 +72,7 @@ static void add_bias_gradient(const Bias& bias, const TilePlace& place, const Sl
   }
 }
 
-// delta = sum over the channels of out . grad_out, for each query of a row; `grad` is [lane][channel].
+// delta = sum over channels of out . grad_out, for each query of a row; `grad` is [lane][channel].
 template <class T>
 static F row_delta(const TilePlace& place, const Tensor& out, int row, int channels,
                    const float* grad) {
@@ -225,14 +225,14 @@ static void backward(const Problem& p, const BackwardTensors& t) {
   const int dim = static_cast<int>(p.dim), value_dim = static_cast<int>(p.value_dim);
   const int pitch = round_up(dim, W), value_pitch = round_up(value_dim, W);
   const Lanes shared = make_shared_lanes(additional);
-  // The three gradients together.
+  // The size of the three gradients together.
   const bool large = static_cast<int64_t>(sizeof(T)) * p.batch * p.size[0] * p.size[1] * p.size[2] *
                          (p.heads * p.dim + p.kv_heads * (p.dim + p.value_dim)) >
                      STREAMED_BYTES;
   const int per_head = layout.items_per_head, block = layout.head_block;
   const int64_t blocks = p.batch * layout.head_blocks, threads = layout.threads(p);
-  // The blocks of heads are taken in waves, just large enough to keep the threads busy, so that few
-  // shares are kept.
+  // Blocks of heads are processed in waves just large enough to keep the threads busy, so that few
+  // shares are stored.
   const int64_t wave = std::min(blocks, threads > 1 ? (4 * threads + per_head - 1) / per_head : 1);
   // shares[(block of the wave * heads + head) * items per head + item]
   static thread_local std::vector<KeyGradients> kept;

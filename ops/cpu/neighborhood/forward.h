@@ -21,8 +21,8 @@ struct ForwardScratch : ItemScratch<ForwardKeys<T>> {
   Buffer query, score, sum;
 };
 
-// The scores of some key rows of `width` keys -> unnormalised probabilities, in the steps of P at the
-// beginning of each row. Adds to two sums.
+// Turns the scores of some key rows of `width` keys into unnormalised probabilities, stored in the
+// steps of P at the start of each row. Adds to two sums.
 template <class P>
 static VB_INLINE void weigh(float* score, int rows, int width, F top, F (&sum)[2]) {
   const auto take = [&](const float* p, int i) VB_INLINE_LAMBDA {
@@ -53,7 +53,7 @@ static VB_INLINE void weigh(float* score, int rows, int width, F top, F (&sum)[2
   }
 }
 
-// Scores of query row `r` that are infinitely high -> the highest that are not.
+// Clamps infinite scores of query row `r` to the largest finite number.
 static void limit_scores(const Slice* first, const Slice* last, int r, float* score) {
   for (const Slice* s = first; s < last; s++) {
     if (r < s->row || r >= s->row + s->row_count) continue;
@@ -63,9 +63,9 @@ static void limit_scores(const Slice* first, const Slice* last, int r, float* sc
   }
 }
 
-// Scores -> unnormalised probabilities in place, see `weigh`; `top` and `total` carry each lane's
-// maximum and sum from block to block, and the sums of values so far are rescaled where the maximum
-// has grown.
+// Turns scores into unnormalised probabilities in place, see `weigh`. `top` and `total` carry each
+// lane's maximum and sum from block to block; if the maximum has grown, the sums of values so far
+// are rescaled.
 template <class P>
 static void online_softmax(const Slice* first, const Slice* last, const TilePlace& place,
                            const Lanes& shared, float* score, float (*top)[W], float (*total)[W],
@@ -100,7 +100,7 @@ static void online_softmax(const Slice* first, const Slice* last, const TilePlac
     }
     if (!seen) continue;
     const F now = simd::max(a, b);
-    // Infinities have no difference: beside one, the other scores must vanish all the same.
+    // The difference of infinities is NaN; next to an infinite score, the others must still vanish.
     const F highest = simd::finite(now);
     if (!simd::all_equal(now, highest)) limit_scores(first, last, r, score);
     F sums[2] = {simd::zero(), simd::zero()};
@@ -188,7 +188,7 @@ static void forward_tile(const Problem& p, const ForwardTensors& t, const TilePl
   for (int r = 0; r < rows; r++) {
     const F highest = simd::load(top[r]), denominator = simd::load(total[r]);
     float factor[W];
-    // As a softmax has it, NaN where the highest score is infinite.
+    // Like softmax: NaN if the highest score is infinite.
     simd::store(factor, simd::set1(1.f) / denominator + (highest - highest));
     T* out_line = place.line<T>(t.out, r);
     for (int l = 0; l < valid; l++) {
@@ -202,8 +202,8 @@ static void forward_tile(const Problem& p, const ForwardTensors& t, const TilePl
     }
     if (!t.lse.data) continue;
     float lse[W];
-    // As logsumexp has it: infinite with the highest score, NaN where any score is NaN, which the
-    // logarithm does not see.
+    // Like logsumexp: infinite if the highest score is, NaN if any score is NaN, which log2 does
+    // not propagate.
     const F log = simd::log2(denominator) + (denominator - denominator);
     simd::store(lse, (highest + log) * simd::set1(LN2));
     float* lse_line = place.line<float>(t.lse, r);

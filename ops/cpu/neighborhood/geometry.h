@@ -1,7 +1,7 @@
-// Which keys a query sees, written once per axis as small tables. An axis is walked in "packed"
-// order: the positions of dilation group 0, then those of group 1, ...; in that order the window of
-// every query is a contiguous run of keys, and window starts and ends never decrease. Border,
-// dilation, stride and causality are nothing but entries of these tables.
+// Small tables per axis of which keys a query sees. An axis is traversed in "packed" order: the
+// positions of dilation group 0, then those of group 1, and so on. In that order, the window of
+// every query is a contiguous run of keys, and window starts and ends never decrease. Borders,
+// dilation, stride and causality only change the entries of these tables.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -42,20 +42,20 @@ struct Axis {
   int end(int i) const { return start[i] + count[i]; }
 };
 
-// Keys that the score kernel takes from one base: as many as accumulators for MAX_ROWS query rows
-// fit the registers.
+// Keys that the score kernel reads from one base: as many as registers can hold accumulators for
+// MAX_ROWS query rows.
 constexpr int MAX_KEYS = simd::REGISTERS == 32 ? 8 : 4;
 
-// How the keys of W neighbouring queries are fetched from a row of keys.
+// How the keys of W adjacent queries are loaded from a row of keys.
 enum Fetch : int {
   DIRECT,       // lane l sees key base + l + j: one load
-  PERMUTE,      // the j-th keys of the lanes lie in W neighbouring columns: a load and a lookup
-  PERMUTE_TWO,  // all keys of the lanes lie in 2 W neighbouring columns: a lookup in two registers
+  PERMUTE,      // the j-th keys of the lanes are in W adjacent columns: a load and a lookup
+  PERMUTE_TWO,  // all keys of the lanes are in 2 W adjacent columns: a lookup in two registers
   GATHER,       // anything else
   BROADCAST,    // every lane sees the same key
 };
 
-// W queries that are neighbours along the last axis, one in each lane.
+// W queries adjacent along the last axis, one per lane.
 struct Lanes {
   int first = 0,
       valid = 0;            // packed index of lane 0; lanes in use (the others repeat the last one)
@@ -113,7 +113,7 @@ static inline std::vector<Lanes> make_lanes(const Axis& axis) {
   return all;
 }
 
-// The additional keys, seen by all lanes alike.
+// The additional keys, seen by all lanes.
 static inline Lanes make_shared_lanes(int keys) {
   Lanes t{};
   t.valid = simd::W;
@@ -123,9 +123,8 @@ static inline Lanes make_shared_lanes(int keys) {
   return t;
 }
 
-// Up to `MAX_ROWS` query rows of one dilation group, handled together so that a key that was
-// fetched serves several of them; `runs` splits the union of their key rows by which of the rows
-// see them.
+// Up to `MAX_ROWS` query rows of one dilation group, processed together so that each loaded key is
+// used for several of them. `runs` splits the union of their key rows by which query rows see them.
 constexpr int MAX_ROWS = 3;
 struct KeyRun {
   int low, high;       // key rows
@@ -137,7 +136,7 @@ struct RowTile {
   std::vector<KeyRun> runs;
 };
 
-// As many rows in each tile as can be, but no tile of one row where others have three.
+// Tiles with as many rows as possible, but no tile of one row next to tiles of three.
 static inline std::vector<RowTile> make_row_tiles(const Axis& axis) {
   std::vector<RowTile> tiles;
   for (int first = 0; first < axis.size;) {
@@ -166,9 +165,9 @@ static inline std::vector<RowTile> make_row_tiles(const Axis& axis) {
 }
 
 // A rectangle of keys that is scored at once: key rows x offsets from each lane's window start.
-// `slot` is where its scores lie in the score buffer. Slices are grouped into blocks whose scores
-// fit `BLOCK_KEYS` slots; between blocks the softmax is carried on "online", so that memory does
-// not grow with the kernel size.
+// `slot` is the position of its scores in the score buffer. Slices are grouped into blocks whose
+// scores fit `BLOCK_KEYS` slots. The softmax over blocks is online, so memory does not grow with
+// the kernel size.
 constexpr int BLOCK_KEYS = 128;
 struct Slice {
   int plane, key_row, rows;  // plane < 0: the additional keys
@@ -193,7 +192,7 @@ static inline void make_plan(int plane, int planes, const RowTile& tile, int wid
   const auto add = [&](Slice s, int row_end, int width_total) {
     while (s.key_row < row_end) {
       if (used + std::min(width_total, BLOCK_KEYS) > BLOCK_KEYS) close_block();
-      if (width_total > BLOCK_KEYS) {  // one row is already too much
+      if (width_total > BLOCK_KEYS) {  // even one row is too large
         s.rows = 1;
         for (s.offset = 0; s.offset < width_total; s.offset += s.width) {
           close_block();

@@ -1,7 +1,8 @@
-// The gradients of keys and values. Every tile of queries adds to those of the keys around it, so a
-// work item keeps the rows that its current tile sees in a ring. A row that no later tile of the
-// item sees leaves the ring: straight for the caller's tensor, but for positions that other items
-// see too, whose shares are kept and added in a fixed order when all items are done.
+// The gradients of keys and values. Every tile of queries adds to the gradients of the keys around
+// it, so a work item keeps the rows that its current tile sees in a ring buffer. A row that no
+// later tile of the item sees leaves the ring. It is written to the caller's tensor, except for
+// positions that other items see, too: their shares are stored and added in a fixed order when all
+// items are done.
 #pragma once
 #include "neighborhood/scatter.h"
 #include "neighborhood/work_item.h"
@@ -10,7 +11,7 @@ namespace na {
 
 static inline float* zeroed(Buffer& b, size_t n) {
   float* p = b.get(n);
-  std::fill_n(p, n, 0.f);  // which may be none, of no memory
+  std::fill_n(p, n, 0.f);  // n may be 0 and p null
   return p;
 }
 
@@ -24,8 +25,8 @@ struct KeyGradients {
 template <class T>
 class GradientRing {
  public:
-  // The gradient of `t` times `scale`, for the heads of one item; share(head) is where the shares
-  // of one of them go. `large`: the results do not stay in the caches anyway.
+  // Starts the gradient of `t` times `scale` for the heads of one item. share(head) is the buffer
+  // for the shares of a head. `large`: the results do not fit the caches.
   void start(const WorkItem& item, const Tensor& t, int channels, float scale, bool large) {
     layout_ = &item.layout;
     item_ = &item;
@@ -38,7 +39,7 @@ class GradientRing {
     rows_.get(static_cast<size_t>(item.heads) * layout_->z.size * layout_->ring_rows * row_size_);
   }
 
-  // The next tile sees the key rows [low, high).
+  // Prepares for the next tile, which sees the key rows [low, high).
   template <class Share>
   void advance(int low, int high, const Share& share) {
     for (; left_ < low; left_++) {
@@ -54,7 +55,7 @@ class GradientRing {
     advance(item_->chunk.high, item_->chunk.high, share);
   }
 
-  // Where the rows that leave before `low` will be stored, but past the caches.
+  // Prefetches the destinations of rows that leave before `low`, unless stores bypass the caches.
   void add_leaving(Prefetch& prefetch, int head, int z, int low) const {
     for (int y = left_; y < low && !stream_; y++) prefetch.add(line(head, z, y), tensor_.x, channels_);
   }
@@ -105,12 +106,12 @@ class GradientRing {
   float scale_ = 1.f;
   bool stream_ = false;
   size_t row_size_ = 0;
-  int left_ = 0, entered_ = 0;  // the rows before `left_` have left the ring
+  int left_ = 0, entered_ = 0;  // rows before `left_` have left the ring
   Buffer rows_;
 };
 
-// Adds the items' shares of one tensor and stores them, where not exactly one item has seen a key;
-// `share(item)` is an item's array.
+// Adds and stores the items' shares of one tensor, for keys not seen by exactly one item;
+// share(item) is an item's array.
 template <class T, class Share>
 static void store_key_gradient(const Layout& layout, const Tensor& t, int batch, int head,
                                int channels, float scale, const Share& share) {

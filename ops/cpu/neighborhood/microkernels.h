@@ -1,4 +1,4 @@
-// The two register-blocked products of neighborhood attention; the third, in `scatter.h`, is the
+// Two register-blocked products of neighborhood attention; the third, in `scatter.h`, is the
 // transpose of one of them.
 #pragma once
 #include <array>
@@ -15,28 +15,27 @@ using simd::Products;
 using simd::W;
 
 // ---- scores: s = q . k -------------------------------------------------------------------------
-// One lane a query. For R query rows and K keys: score[r][k] = sum over c of query[r][c] *
-// column[c][offset + k], where `query` is [R][steps][W] and `column` is [steps][pitch], of Floats or
-// Pairs. Each key is fetched once for the R rows.
+// Lanes are queries. For R query rows and K keys: score[r][k] = sum over c of query[r][c] *
+// column[c][offset + k], where `query` is [R][steps][W] and `column` is [steps][pitch], of Floats
+// or Pairs. Each key is loaded once for the R rows.
 struct ScoreArgs {
   const float* query;
   int steps;
-  float scale;  // of Pairs; Floats come with it
+  float scale;  // for Pairs; Floats are scaled already
   const float* column;
   size_t pitch;
   const int32_t* offset;
   float* score;
-  size_t score_pitch;  // from one query row to the next
+  size_t score_pitch;  // between query rows
 };
 
-// Keys come from the second-level cache; where a load lies across two lines of it, the processor
-// waits for them unless they are on their way.
+// Keys come from the L2 cache. Loads that cross cache lines stall unless the lines are prefetched.
 constexpr int CHANNELS_AHEAD = 16;
 
 template <class P, int R, int K, int FETCH>
 static void score_kernel(const ScoreArgs& args) {
-  const ScoreArgs a = args;  // a copy, which stores through float pointers cannot change
-  // With one query row only, loads across cache lines would take longer than the arithmetic.
+  const ScoreArgs a = args;  // a copy, as stores through float pointers might alias `args`
+  // With a single query row, loads across cache lines would take longer than the arithmetic.
   constexpr bool RUN = FETCH == DIRECT && R == 1;
   F sum[R][K];
   VB_UNROLL
@@ -50,7 +49,7 @@ static void score_kernel(const ScoreArgs& args) {
     F low = simd::zero(), high = low, run[K], q[R];
     if constexpr (RUN) simd::load_run(column, run, std::make_index_sequence<K>());
     if (FETCH == DIRECT || FETCH == PERMUTE || FETCH == PERMUTE_TWO) {
-      // Behind the last channel lies the next key row.
+      // Past the last channel, this prefetches the next key row.
       __builtin_prefetch(column + CHANNELS_AHEAD * a.pitch);
       __builtin_prefetch(column + CHANNELS_AHEAD * a.pitch + W);
       if (FETCH == DIRECT) __builtin_prefetch(column + CHANNELS_AHEAD * a.pitch + W + K - 1);
@@ -85,31 +84,31 @@ static void score_kernel(const ScoreArgs& args) {
 }
 
 // ---- weighted sum of keys: o += p . v ----------------------------------------------------------
-// One lane a channel. For L neighbouring queries of each of R query rows, C vectors of channels:
+// Lanes are channels. For L adjacent queries of each of R query rows, and C vectors of channels:
 // sum[r][l] += sum over the key rows that r sees, and their keys, of
 //              weight[r][key row][key][lane l] * values[start(l) + key].
-// The weights are scalars that are broadcast from the score buffer, so neither v nor o is ever
-// transposed. Weights of Pairs are those of a key and the next one, as values are.
+// The weights are scalars broadcast from the score buffer, so neither v nor o is transposed. Pairs
+// of weights, like pairs of values, belong to a key and the next one.
 struct KeyRow {
   const float* values;   // [position][channel]
-  const float* weights;  // of query row 0: [key or pair of keys][W]
+  const float* weights;  // for query row 0: [key or pair of keys][W]
   int row, row_count;    // the query rows that see it
 };
 struct MixArgs {
   const KeyRow* rows;
   int row_count;
-  int channel;      // the first of the channels wanted
-  size_t pitch;     // from one position to the next
-  size_t start[4];  // element offset of the first key, for each of the L lanes
+  int channel;      // the first channel
+  size_t pitch;     // between positions
+  size_t start[4];  // element offset of the first key, per lane
   int keys;
-  int lane;                 // the first of the lanes
-  size_t weight_row_pitch;  // from one query row to the next
+  int lane;                 // the first lane
+  size_t weight_row_pitch;  // between query rows
   float* sum;               // [R][L][channel]
-  size_t sum_row_pitch;     // from one query row to the next
-  bool fresh;               // start from zero instead of from `sum`
+  size_t sum_row_pitch;     // between query rows
+  bool fresh;               // start from zero rather than `sum`
 };
 
-// A position's values times the weights of one lane of the query rows FIRST .. FIRST + COUNT - 1.
+// Adds a position's values times the weights of one lane of query rows FIRST .. FIRST + COUNT - 1.
 template <class P, int FIRST, int COUNT, int R, int C>
 static VB_INLINE void add_values(const MixArgs& a, const float* weight, const F (&v)[C],
                                  F (&sum)[R][C]) {
@@ -121,7 +120,7 @@ static VB_INLINE void add_values(const MixArgs& a, const float* weight, const F 
   }
 }
 
-// The channels of one position; LAST leaves out what Pairs hold of the next one.
+// Loads the channels of one position; with LAST, without those of the next one in Pairs.
 template <class P, bool LAST, int C>
 static VB_INLINE void load_values(const float* value, F (&v)[C]) {
   VB_UNROLL
@@ -132,7 +131,7 @@ static VB_INLINE void load_values(const float* value, F (&v)[C]) {
   }
 }
 
-// One key row for the query rows FIRST .. FIRST + COUNT - 1.
+// Adds one key row for the query rows FIRST .. FIRST + COUNT - 1.
 template <class P, int FIRST, int COUNT, int R, int C, int L>
 static VB_INLINE void mix_row(const MixArgs& a, const KeyRow& row, F (&sum)[L][R][C]) {
   const float* weight = row.weights + a.lane;
@@ -157,17 +156,17 @@ static VB_INLINE void mix_row(const MixArgs& a, const KeyRow& row, F (&sum)[L][R
   }
 }
 
-// The same where the windows of the L lanes start one position after the other and hold L keys or
-// more: each vector of values is loaded once for all lanes that begin a step there.
+// The same if the windows of the L lanes start at consecutive positions and have at least L keys:
+// each vector of values is loaded once for all lanes that start a step there.
 template <class P, int FIRST, int COUNT, int R, int C, int L>
 static VB_INLINE void slide_row(const MixArgs& a, const KeyRow& row, F (&sum)[L][R][C]) {
   static_assert(L % P::COUNT == 0);
   constexpr int AT_ONCE = L / P::COUNT;
   const float* value = row.values + a.channel + a.start[0];
   const float* weight = row.weights + a.lane;  // of lane 0
-  // The next positions, as many as P holds. At each of them every P::COUNT-th lane begins a step;
-  // those from `first` to `last` among them do it within their windows, and where `ends`, it is the
-  // first one's last key.
+  // The next P::COUNT positions. At each of them, every P::COUNT-th lane starts a step; of these
+  // lanes, `first` to `last` are within their windows. With `ends`, it is the last key of the
+  // first.
   const auto add = [&](int first, int last, bool ends) VB_INLINE_LAMBDA {
     VB_UNROLL
     for (int i = 0; i < P::COUNT; i++, value += a.pitch) {
@@ -187,7 +186,7 @@ static VB_INLINE void slide_row(const MixArgs& a, const KeyRow& row, F (&sum)[L]
   VB_UNROLL
   for (int k = 0; k < AT_ONCE - 1; k++) add(0, k, false);
   for (int k = AT_ONCE - 1; k < count - 1; k++) add(0, AT_ONCE - 1, false);
-  // From here on one lane after the other comes to its last step.
+  // From here on, one lane after the other reaches its last step.
   if (a.keys % P::COUNT == 0) {
     VB_UNROLL
     for (int k = 0; k < AT_ONCE; k++) add(k, AT_ONCE - 1, false);
@@ -262,7 +261,7 @@ constexpr int MAX_CHANNELS = simd::REGISTERS == 32 ? 4 : 2;  // vectors of chann
 // Lanes at once in `mix`: enough sums to hide the latency of the arithmetic.
 static constexpr int mix_lanes(int rows) { return rows == 1 ? 4 : 2; }
 
-// And where their windows slide, with as many channels as sums fit the registers.
+// The same if windows slide, with as many channels as there are registers for sums.
 constexpr int SLIDE_LANES = 4;
 static constexpr int slide_channels(int rows) {
   return std::min(MAX_CHANNELS, simd::REGISTERS * 3 / 4 / (SLIDE_LANES * rows));
@@ -281,15 +280,15 @@ static constexpr std::array<std::array<ScoreKernel, MAX_KEYS>, MAX_ROWS> score_r
   return {score_row<P, 1, FETCH>(keys), score_row<P, 2, FETCH>(keys),
           score_row<P, 3, FETCH>(keys)};
 }
-// [fetch][query rows - 1][keys - 1]. Static, or the libraries for different instruction sets in one
-// process would share it.
+// [fetch][query rows - 1][keys - 1]. Static, since libraries for different instruction sets in one
+// process would otherwise share it.
 template <class P>
 static constexpr std::array<std::array<std::array<ScoreKernel, MAX_KEYS>, MAX_ROWS>, 5> SCORE = {
     score_rows<P, DIRECT>(), score_rows<P, PERMUTE>(), score_rows<P, PERMUTE_TWO>(),
     score_rows<P, GATHER>(), score_rows<P, BROADCAST>()};
 
-// For tiles of some query rows: one lane, several, several whose windows slide; by the vectors of
-// channels - 1.
+// Kernels for one lane, several lanes, and several lanes with sliding windows, indexed by the
+// number of vectors of channels - 1.
 struct MixKernels {
   MixKernel one[MAX_CHANNELS], several[MAX_CHANNELS], sliding[MAX_CHANNELS];
 };

@@ -1,4 +1,4 @@
-// Neighborhood attention on the CPU: the C interface. Called from attention.py beside it.
+// Neighborhood attention: the C interface, called from attention.py.
 #include "common/interface.h"
 #include "neighborhood/backward.h"
 #include "neighborhood/forward.h"

@@ -1,7 +1,7 @@
-// Between the caller's tensors (any strides, float32 or bfloat16) and the two layouts that the
-// kernels read, of simd::Floats: "rows", [position][channel] with the channels padded to whole
-// vectors, and "columns", [channel][position]. Of simd::Pairs, a row has each position's channels
-// with those of the next one, and columns have two channels.
+// Packing of the caller's tensors (any strides, float32 or bfloat16) into the two layouts that the
+// kernels read. For simd::Floats: "rows", [position][channel] with channels padded to whole
+// vectors, and "columns", [channel][position]. For simd::Pairs, rows pair each position's channels
+// with those of the next position, and columns pair two channels.
 #pragma once
 #include <algorithm>
 #include <new>
@@ -13,7 +13,7 @@ namespace na {
 
 using simd::round_up;
 
-// A [B, Z, Y, X, H, C] tensor whose last stride is 1; the strides count elements.
+// A [B, Z, Y, X, H, C] tensor whose last stride is 1; strides are in elements.
 struct Tensor {
   void* data;
   int64_t batch, z, y, x, head;
@@ -21,8 +21,8 @@ struct Tensor {
   int64_t at(int b, int iz, int iy, int h) const { return b * batch + iz * z + iy * y + h * head; }
 };
 
-// A growing scratch buffer, aligned to cache lines. New memory is zero, so that padding never holds
-// NaN or denormals.
+// A growing scratch buffer, aligned to cache lines. New memory is zeroed, so that padding never
+// contains NaN or denormals.
 class Buffer {
  public:
   Buffer() = default;
@@ -53,11 +53,11 @@ class Buffer {
 };
 
 constexpr size_t CACHE_LINE = 64;
-// Results larger than this, the caches of a core, are stored past them: whoever reads them would find
-// little there anyway.
+// Results larger than this, the size of a core's caches, are stored with non-temporal stores:
+// readers would find little of them in the caches anyway.
 constexpr int64_t STREAMED_BYTES = 8 << 20;
 
-// One position's channels, times `scale`, zero-padded to whole vectors.
+// Loads one position's channels, times `scale`, zero-padded to whole vectors.
 template <class T>
 static VB_INLINE void load_channels(const T* in, int channels, float scale, float* out) {
   const simd::F factor = simd::set1(scale);
@@ -87,15 +87,15 @@ static inline bool fills_lines(const Tensor& t, int channels) {
   return reinterpret_cast<uintptr_t>(t.data) % CACHE_LINE == 0 && channels % LINE == 0 &&
          (t.batch | t.z | t.y | t.x | t.head) % LINE == 0;
 }
-// `store_channels` past the caches, where `fills_lines`.
+// `store_channels` that bypasses the caches; requires `fills_lines`.
 template <class T>
 static VB_INLINE void stream_channels(const float* in, int channels, float scale, T* out) {
   const simd::F factor = simd::set1(scale);
   for (int c = 0; c < channels; c += simd::W) simd::stream(out + c, simd::load(in + c) * factor);
 }
 
-// Asks for `count` positions from order[first] on; heads lie between them, so that the hardware does
-// not foresee their memory.
+// Prefetches `count` positions from order[first] on. Other heads lie between them, which defeats
+// the hardware prefetcher.
 template <class T>
 static VB_INLINE void prefetch_positions(const T* line, int64_t stride, const int* order, int n,
                                          int channels, int first, int count) {
@@ -116,9 +116,9 @@ static void load_rows(const T* line, int64_t stride, const int* order, int n, in
   }
 }
 
-// Positions order[0..n-1] of one line of a tensor, times `scale` -> columns, without the way over
-// rows. Writes whole vectors from column -before on; the columns that are too many repeat the first
-// and the last position.
+// Positions order[0..n-1] of one line of a tensor, times `scale` -> columns, directly rather than
+// via rows. Writes whole vectors from column -before on; excess columns repeat the first and the
+// last position.
 template <class T>
 static void load_columns(const T* line, int64_t stride, const int* order, int n, int channels,
                          float scale, float* columns, size_t column_pitch, int before = 0) {
@@ -149,7 +149,7 @@ static void load_columns(const T* line, int64_t stride, const int* order, int n,
 }
 
 #if VB_PAIRS
-// The last position has no next one.
+// Like `load_rows` for Pairs; the last position has no next one.
 static inline void load_pair_rows(const BFloat16* line, int64_t stride, const int* order, int n,
                                   int channels, float* rows) {
   const int pitch = round_up(channels, simd::W);
@@ -192,7 +192,7 @@ static inline void load_pair_columns(const BFloat16* line, int64_t stride, const
 }
 #endif
 
-// Either layout, in the numbers that P multiplies.
+// Loads either layout, in the operand type P.
 template <class P, class T>
 static void pack_rows(const T* line, int64_t stride, const int* order, int n, int channels,
                       float* rows) {
@@ -202,7 +202,7 @@ static void pack_rows(const T* line, int64_t stride, const int* order, int n, in
     load_pair_rows(line, stride, order, n, channels, rows);
   }
 }
-// Times `scale` only where they are Floats.
+// Multiplied by `scale` only for Floats.
 template <class P, class T>
 static void pack_columns(const T* line, int64_t stride, const int* order, int n, int channels,
                          float scale, float* columns, size_t column_pitch, int before = 0) {

@@ -1,5 +1,5 @@
-// One call's sizes, and how its work is cut into work items that threads take one by one. The map is
-// cut by its sizes alone, never by the number of threads, so that results do not depend on that.
+// The sizes of a call, and its division into work items that threads process one by one. The
+// division of the map depends only on sizes, never on the number of threads, and so do results.
 #pragma once
 #include "common/parallel.h"
 #include "neighborhood/geometry.h"
@@ -7,8 +7,7 @@
 
 namespace na {
 
-// attention.py reads the fields from here. Lower ranks are padded with axes of
-// length 1 in front.
+// attention.py parses these fields. Lower ranks are padded with leading axes of length 1.
 struct Problem {
   int64_t batch, heads, kv_heads, dim, value_dim, additional;
   int64_t size[3], kernel[3], stride[3], dilation[3], causal[3];
@@ -16,14 +15,14 @@ struct Problem {
   double scale;
 };
 
-// A stretch of the last axis: the lane groups [first, end) and the key columns [low, low + columns)
-// that they see.
+// A segment of the last axis: the lane groups [first, end), and the key columns [low, low +
+// columns) that they see.
 struct Segment {
   int first, end;
   int low, columns;
 };
 
-// A stretch of query row tiles [first, end) and the key rows [low, high) that they see.
+// A chunk of query row tiles [first, end), and the key rows [low, high) that they see.
 struct Chunk {
   int first, end;
   int low, high;
@@ -35,15 +34,16 @@ struct Layout {
   std::vector<RowTile> tiles;
   std::vector<Segment> segments;
   std::vector<Chunk> chunks;
-  int ring_rows = 0;    // most key rows that one tile sees
-  int max_columns = 0;  // most key columns of a segment
+  int ring_rows = 0;    // maximum key rows that a tile sees
+  int max_columns = 0;  // maximum key columns of a segment
   int items_per_head = 0;
-  // How many chunks see a key row, how many segments a key column.
+  // The number of chunks that see a key row, and of segments that see a key column.
   std::vector<int> row_chunks, column_segments;
-  // How many of the key rows before one several chunks see, and of the columns, several segments.
+  // Prefix counts of the key rows seen by several chunks, and of the columns seen by several
+  // segments.
   std::vector<int> shared_rows, shared_columns;
-  // Key heads that one item takes: neighbours in memory, so that fetching one helps the others.
-  // Each head is computed by itself, so this may depend on the number of threads.
+  // Key heads per item. They are adjacent in memory, so loading one helps the others. Heads are
+  // independent, so this may depend on the number of threads.
   int head_block = 1;
   int head_blocks = 1;
 
@@ -55,8 +55,8 @@ struct Layout {
     const int lane_groups = static_cast<int>(lanes.size()),
               tile_count = static_cast<int>(tiles.size());
     const int64_t heads = std::max<int64_t>(1, p.batch * p.kv_heads);
-    // Enough items to keep many threads busy, but each large beside the border of keys that
-    // neighbours pack again and, where sums over items are wanted, also sum and keep.
+    // Enough items to keep many threads busy, but each large compared to the border of keys that
+    // neighbouring items pack again and, if sums over items are needed, sum and store again.
     constexpr int64_t WANTED_ITEMS = 64;
     constexpr double ITEM_FLOPS = 10e6;
     int64_t wanted = (std::min<int64_t>(WANTED_ITEMS, flops(p) / FLOPS_OF_A_THREAD) + heads - 1) /
@@ -78,7 +78,7 @@ struct Layout {
       }
       chunks.push_back(k);
     }
-    // A segment's packed keys should stay in the second-level cache.
+    // A segment's packed keys should fit the L2 cache.
     constexpr int64_t CACHE_BYTES = 768 << 10;
     const int64_t column_bytes =
         static_cast<int64_t>(z.size) * ring_rows * (p.dim + p.value_dim) * 4;
@@ -112,8 +112,8 @@ struct Layout {
     shared_rows = shared_before(row_chunks);
     shared_columns = shared_before(column_segments);
 
-    // Where sums over items are wanted, in backward, the keys are packed both ways, and two rings of
-    // gradients lie beside.
+    // Backward, which needs sums over items, packs keys in both layouts and has two more rings for
+    // gradients.
     const int64_t head_bytes =
         sums_over_items ? column_bytes * (max_columns + 3 * simd::W) * 5 / 2
                         : column_bytes * max_columns;
@@ -131,11 +131,11 @@ struct Layout {
     head_blocks = blocks();
     head_block = static_cast<int>((p.kv_heads + head_blocks - 1) / head_blocks);  // evenly
   }
-  // Whether exactly one item of a head sees the key.
+  // Whether exactly one item of a head sees a key.
   bool seen_once(int key_row, int key_column) const {
     return row_chunks[key_row] == 1 && column_segments[key_column] == 1;
   }
-  // How many keys of a plane that an item sees, in the rows before `key_row`, other items see too.
+  // The number of an item's keys in a plane, in rows before `key_row`, that other items see, too.
   size_t shared_keys(const Chunk& chunk, const Segment& segment, int key_row) const {
     const size_t rows = key_row - chunk.low,
                  shared = shared_rows[key_row] - shared_rows[chunk.low],
@@ -143,13 +143,13 @@ struct Layout {
                            shared_columns[segment.low];
     return shared * segment.columns + (rows - shared) * columns;
   }
-  // The same of all planes up to a row of `plane`.
+  // The same for all planes up to a row of `plane`.
   size_t shared_keys(const Chunk& chunk, const Segment& segment, int plane, int key_row) const {
     return plane * shared_keys(chunk, segment, chunk.high) + shared_keys(chunk, segment, key_row);
   }
   int64_t items(const Problem& p) const { return p.batch * head_blocks * items_per_head; }
 
-  // Less is done before others are awake.
+  // Less work is finished before other threads wake up.
   static constexpr double FLOPS_OF_A_THREAD = 1e6;
   static int64_t threads(const Problem& p) {
     const auto busy = static_cast<int64_t>(flops(p) / FLOPS_OF_A_THREAD);
@@ -166,9 +166,10 @@ struct Layout {
   }
 
  private:
-  // The queries, keys, values and results of more cannot stay in the last cache until other heads
-  // need what lies between those of one. There it is quicker to fetch runs of bytes, although the
-  // packed keys of so many heads leave the second-level cache, up to MOST_BYTES of them.
+  // In larger images, queries, keys, values and results don't stay in the last-level cache until
+  // the heads interleaved with this one are processed. Then it is faster to load runs of RUN_BYTES
+  // for several heads at once, although their packed keys, up to MOST_BYTES, don't fit the L2
+  // cache.
   static constexpr int64_t LARGE_IMAGE_BYTES = 16 << 20, RUN_BYTES = 512, MOST_BYTES = 7 << 20;
   static int64_t element_bytes(const Problem& p) { return p.bfloat16 ? 2 : 4; }
   static int64_t image_bytes(const Problem& p) {
@@ -191,8 +192,8 @@ struct Layout {
   }
 };
 
-// The additive bias per head, [heads][2 kz - 1][2 ky - 1][2 kx - 1], times log2(e), its rows padded
-// for vector loads.
+// The additive bias per head, [heads][2 kz - 1][2 ky - 1][2 kx - 1], times log2(e), with rows
+// padded for vector loads.
 struct Bias {
   int rows[2] = {0, 0}, columns = 0;
   size_t pitch = 0;
@@ -213,8 +214,8 @@ struct Bias {
   size_t per_head() const { return static_cast<size_t>(rows[0]) * rows[1] * columns; }
 };
 
-// The keys and values of a block of heads around the current query rows, packed; a ring of rows for
-// each plane. Rows enter as the queries advance, so every row is packed once an item.
+// The packed keys and values of a block of heads around the current query rows, in a ring buffer of
+// rows per plane. Rows enter as the queries advance, so each row is packed once per item.
 template <class T, class RowProducts, class ColumnProducts>
 class KeyRing {
  public:
@@ -250,7 +251,7 @@ class KeyRing {
     before_ = (segment.low - inner.base) & (simd::W - 1);
     column_pitch_ = round_up(before_ + segment.columns + 3 * simd::W + MAX_KEYS, 16);
     if (column_pitch_ / 16 % 2 == 0)
-      column_pitch_ += 16;  // neighbouring channels fall into different cache sets
+      column_pitch_ += 16;  // adjacent channels map to different cache sets
     const size_t slots = static_cast<size_t>(heads) * layout.z.size * layout.ring_rows;
     for (Field* f : fields_) {
       if (f->pack_rows) f->rows.get(slots * row_size(*f));
@@ -269,7 +270,7 @@ class KeyRing {
     next_ = std::max(next_, high);
   }
 
-  // The key rows that enter next.
+  // Prefetches the key rows that enter next.
   template <class Prefetch>
   void add_rows(Prefetch& prefetch, int head, int z, int low, int high) const {
     for (int y = low; y < high; y++) {
@@ -320,7 +321,7 @@ class KeyRing {
   const Segment& segment_;
   int batch_, first_head_, heads_;
   Field* fields_[2];
-  int before_;  // columns in front, such that most lane groups read whole vectors
+  int before_;  // leading columns, which align most lane groups to whole vectors
   size_t column_pitch_;
   int next_ = 0;
 };

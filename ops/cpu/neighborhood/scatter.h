@@ -1,32 +1,32 @@
-// The transpose of the weighted sum in `tile.h`: what the queries of a tile add to the gradients of
-// the keys or values that they see, dV += P^T . dO.
+// The transpose of the weighted sum in `tile.h`: adds the contributions of a tile's queries to the
+// gradients of the keys or values that they see, dV += P^T . dO.
 #pragma once
 #include "neighborhood/tile.h"
 
 namespace na {
 
 // ---- kernels -----------------------------------------------------------------------------------
-// One lane a channel. For N keys, the query rows and the lanes that see them:
+// Lanes are channels. For N keys, and the query rows and lanes that see them:
 // sum[n] += sum over r and l of weight[r][n][lane] * row[r][l].
 struct ScatterArgs {
-  const float* row;  // [query row][lane][channel], at the channels wanted
-  size_t row_pitch;  // from one query row to the next
-  size_t pitch;      // from one lane to the next
+  const float* row;  // [query row][lane][channel], at the current channels
+  size_t row_pitch;  // between query rows
+  size_t pitch;      // between lanes
   int row_count;
   int lane, lane_end;   // the lanes that see all keys
-  const float* weight;  // such that [lane_offset[l]] is the weight of lane l
+  const float* weight;  // [lane_offset[l]] is the weight of lane l
   const int32_t* lane_offset;
-  size_t weight_row_pitch;  // from one query row to the next
-  size_t weight_key_pitch;  // from one key to the next
+  size_t weight_row_pitch;  // between query rows
+  size_t weight_key_pitch;  // between keys
   float* const* sums;       // for each key row, its first channel
-  size_t offset;            // of the column and the channels wanted
+  size_t offset;            // of the column and the channels
 };
 
 template <int N, int C>
 struct ScatterSums {
   F sum[N][C];
 
-  // `at(n)` is where the channels of key n are.
+  // at(n) is the offset of the channels of key n.
   template <class At>
   VB_INLINE void load(const At& at) {
     VB_UNROLL
@@ -43,7 +43,7 @@ struct ScatterSums {
       for (int c = 0; c < C; c++) simd::store(at(n) + c * W, sum[n][c]);
     }
   }
-  // What one query adds to the keys from `first` to `last`.
+  // Adds the contribution of one query to the keys from `first` to `last`.
   VB_INLINE void add(const float* row, const float* weight, size_t key_pitch, int first, int last) {
     F v[C];
     VB_UNROLL
@@ -56,7 +56,7 @@ struct ScatterSums {
       for (int c = 0; c < C; c++) sum[n][c] = simd::fma(p, v[c], sum[n][c]);
     }
   }
-  // What the lanes of query row `r` add.
+  // Adds the contributions of the lanes of query row `r`.
   VB_INLINE void add_lanes(const ScatterArgs& a, int r, int first, int last) {
     const float* weights = a.weight + r * a.weight_row_pitch;
     const float* row = a.row + r * a.row_pitch + a.lane * a.pitch;
@@ -65,11 +65,11 @@ struct ScatterSums {
   }
 };
 
-// How the windows of a tile's query rows lie to the N key rows.
+// How the windows of a tile's query rows relate to the N key rows.
 enum Stairs : int {
-  LEVEL = 0,  // every query row sees all of them; one that does not has zero weights there
+  LEVEL = 0,  // every query row sees all of them, or has zero weights for those it doesn't
   LOW = 1,    // bit: there are MAX_ROWS query rows, each of which starts one key row after the last
-  HIGH = 2,   // bit: and ends one after it
+  HIGH = 2,   // bit: and each ends one key row after the last
 };
 
 // Keys of one column.
@@ -89,8 +89,8 @@ static void scatter_rows(const ScatterArgs& args) {
   sums.store(at);
 }
 
-// Neighbouring keys of one row. EDGE -1: of the N - 1 lanes before `lane`, each sees one key more
-// than the last; 1: of those from `lane_end` on, each sees one key less.
+// Adjacent keys of one row. EDGE -1: each of the N - 1 lanes before `lane` sees one key more than
+// the one before it; 1: each of those from `lane_end` on sees one key less.
 template <int N, int C, int EDGE>
 static void scatter_columns(const ScatterArgs& args) {
   const ScatterArgs a = args;
@@ -150,7 +150,7 @@ static constexpr std::array<ScatterKernels, 3> SCATTER_COLUMNS = {
     scatter_columns_table<-1>(), scatter_columns_table<0>(), scatter_columns_table<1>()};
 
 // ---- a tile ------------------------------------------------------------------------------------
-// Zero scores where a query row does not see a key row of its group, as `scatter_group` wants it.
+// Zeroes scores of key rows of a group that a query row does not see, as `scatter_group` requires.
 static inline void clear_unseen(const Slice& s, int rows, float* score) {
   for (int r = 0; r < rows; r++) {
     if (r >= s.row && r < s.row + s.row_count) continue;
@@ -162,7 +162,7 @@ static inline void clear_unseen(const Slice& s, int rows, float* score) {
 // Adds to the key rows of one group of slices.
 class Scatter {
  public:
-  // `queries` is [row][lane][channel], `sums_of(slice, i)` the slice's i-th key row,
+  // `queries` is [row][lane][channel]; sums_of(slice, i) is the slice's i-th key row,
   // [column][channel] from column `low`.
   template <class SumsOf>
   Scatter(const SliceGroup& group, const Lanes& lanes, int valid, int low, int pitch,
@@ -197,7 +197,7 @@ class Scatter {
   }
 
  private:
-  // Whether the windows of the lanes start one position after the other and all lanes share a key.
+  // Whether the windows of the lanes start at consecutive positions and all lanes share a key.
   bool slides() const {
     bool yes = width_ >= valid_;
     for (int l = 0; yes && l < valid_; l++)
@@ -208,7 +208,7 @@ class Scatter {
   void run_sliding(Prefetch& prefetch) {
     const int edge = valid_ - 1;
     const Part part(*this, 0, 1);
-    // Columns [from, to), of which the lanes before one that moves along see all.
+    // Adds columns [from, to), all of which are seen by the lanes before a moving one.
     const auto add = [&](int from, int to, int edge_kind) {
       const int parts = (to - from + MAX_SCATTER_KEYS - 1) / MAX_SCATTER_KEYS;
       for (int i = 0; i < parts; i++) {
@@ -231,7 +231,7 @@ class Scatter {
               row_step = (key_rows_ + part_count - 1) / part_count;
     for (int i = 0; i < part_count; i++)
       parts[i] = Part(*this, i * row_step, std::min(row_step, key_rows_ - i * row_step));
-    // The lanes that see a column; both ends only ever move up.
+    // The lanes that see a column; both ends only increase.
     int lane = 0, lane_end = 0;
     const auto move_lanes = [&](int column) {
       column += lanes_.base + offset_;
@@ -248,7 +248,7 @@ class Scatter {
       args_.lane_end = lane_end;
       columns = 1;
       move_lanes(column + 1);
-      if (key_rows_ == 1) {  // neighbouring columns that the same lanes see go together
+      if (key_rows_ == 1) {  // adjacent columns seen by the same lanes are combined
         while (columns < MAX_SCATTER_KEYS && lane == args_.lane && lane_end == args_.lane_end)
           move_lanes(column + ++columns);
       }
@@ -262,7 +262,7 @@ class Scatter {
     }
   }
 
-  // Key rows that are added to at once.
+  // Key rows that are processed at once.
   struct Part {
     int first = 0, rows = 0;
     int low_row = MAX_ROWS, row_count = 0;  // the query rows that see any of them
@@ -292,12 +292,12 @@ class Scatter {
     }
   };
 
-  // One column, counted from the first.
+  // Adds one column, counted from the first.
   void add_rows(const Part& part, int column) {
     args_.weight_key_pitch = static_cast<size_t>(width_) * W;
     add(part, SCATTER_ROWS[part.stairs], column, part.rows);
   }
-  // Neighbouring columns of one key row.
+  // Adds adjacent columns of one key row.
   void add_columns(const Part& part, const ScatterKernels& kernels, int column, int columns) {
     args_.weight_key_pitch = W;
     add(part, kernels, column, columns);

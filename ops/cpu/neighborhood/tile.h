@@ -1,4 +1,4 @@
-// What forward and backward share: a tile of up to MAX_ROWS x W queries, and the three products
+// Code shared by forward and backward: a tile of up to MAX_ROWS x W queries, and the three products
 // applied to a slice of keys.
 #pragma once
 #include "neighborhood/microkernels.h"
@@ -9,17 +9,17 @@ namespace na {
 constexpr float LOG2E = 1.4426950408889634f;
 constexpr float LN2 = 0.6931471805599453f;
 
-// Distance between the scores of two query rows; the extra vector keeps rows out of each other's
-// cache sets.
+// Distance between the scores of two query rows; the extra vector puts rows in different cache
+// sets.
 constexpr size_t SCORE_PITCH = (BLOCK_KEYS + 1) * W;
 
-// The queries of one tile, and where they are in the caller's tensors.
+// The queries of one tile, and their positions in the caller's tensors.
 struct TilePlace {
   const Layout& layout;
   const RowTile& tile;
   const Lanes& lanes;
   int batch, z, head;
-  int kv_slot;  // its key head, counted from the first one of the item
+  int kv_slot;  // its key head, counted from the item's first
 
   template <class T>
   T* line(const Tensor& t, int row) const {
@@ -29,16 +29,16 @@ struct TilePlace {
   const int* order() const { return layout.x.order.data() + lanes.first; }
 };
 
-// Memory that is needed soon, asked for in small portions while the current tile is computed. Heads
-// lie between each other's positions, so that the hardware does not foresee which lines come next.
+// Prefetches memory in small portions while the current tile is computed. Heads are interleaved,
+// which defeats the hardware prefetcher.
 class Prefetch {
  public:
-  // The lines will be asked for in `portions` calls of `fetch`.
+  // The lines are prefetched in `portions` calls of `fetch`.
   Prefetch(const int* order, int positions, int portions)
       : order_(order), positions_(positions), portions_(portions) {}
   void set_portions(int portions) { portions_ = portions; }
 
-  // `channels` at each of the positions in the row that starts at `line`.
+  // Adds `channels` at each position of the row that starts at `line`.
   template <class T>
   void add(const T* line, int64_t stride, int64_t channels) {
     if (count_ == MAX_LINES) return;
@@ -73,11 +73,11 @@ class Prefetch {
   int count_ = 0;
   const int* order_;
   int positions_, portions_;
-  int portion_ = 0;              // position x line that one call asks for
-  int line_ = 0, position_ = 0;  // the next; neighbours lie in the same page of memory
+  int portion_ = 0;              // positions x lines per call
+  int line_ = 0, position_ = 0;  // the next ones; neighbours are in the same memory page
 };
 
-// One row of queries -> [lane][channel]; unused lanes repeat the last one.
+// Loads a row of queries as [lane][channel]; unused lanes repeat the last one.
 template <class T>
 static void load_queries(const TilePlace& place, const Tensor& t, int row, int channels,
                          float scale, float* rows) {
@@ -88,7 +88,8 @@ static void load_queries(const TilePlace& place, const Tensor& t, int row, int c
     std::memcpy(rows + static_cast<size_t>(l) * pitch, last, pitch * sizeof(float));
 }
 
-// One row of queries -> [step][lane] of P, Floats times `scale`; unused lanes repeat the last one.
+// Loads a row of queries as [step][lane] of P, Floats times `scale`; unused lanes repeat the last
+// one.
 template <class T, class P>
 static void load_query_columns(const TilePlace& place, const Tensor& t, int row, int channels,
                                float scale, float* columns) {
@@ -96,21 +97,22 @@ static void load_query_columns(const TilePlace& place, const Tensor& t, int row,
                   scale, columns, W);
 }
 
-// The rows of a tile that are loaded or stored soon.
+// Prefetches the rows of a tile that are loaded or stored soon.
 template <class T>
 static void add_rows(Prefetch& prefetch, const TilePlace& place, const Tensor& t, int64_t channels) {
   for (int r = 0; r < place.tile.rows; r++) prefetch.add(place.line<const T>(t, r), t.x, channels);
 }
 
-// One number for each query of a row; unused lanes repeat the last one.
+// Loads one number per query of a row; unused lanes repeat the last one.
 static inline void load_lanes(const TilePlace& place, const Tensor& t, int row, float* out) {
   const float* line = place.line<const float>(t, row);
   for (int l = 0; l < W; l++)
     out[l] = line[place.order()[std::min(l, place.lanes.valid - 1)] * t.x];
 }
 
-// Scores of the slice's keys. `query` is [row][step][lane] of the whole tile, `columns_of(i)` the
-// slice's i-th key row, [step][position] from column `low`; `scale` is of Pairs.
+// Computes scores of the slice's keys. `query` is [row][step][lane] of the whole tile;
+// columns_of(i) is the slice's i-th key row, [step][position] from column `low`; `scale` is used
+// for Pairs.
 template <class P, class ColumnsOf>
 static void score_slice(const Slice& s, const Lanes& lanes, int low, int steps, float scale,
                         size_t column_pitch, const float* query, float* score, Prefetch& prefetch,
@@ -136,8 +138,8 @@ static void score_slice(const Slice& s, const Lanes& lanes, int low, int steps, 
   }
 }
 
-// Slices of one block that lie side by side in the score buffer and share lanes and offsets:
-// [first, last).
+// Slices [first, last) of one block that are adjacent in the score buffer and share lanes and
+// offsets.
 struct SliceGroup {
   const Slice* first;
   const Slice* last;
@@ -148,7 +150,7 @@ struct SliceGroup {
   }
 };
 
-// Calls body(group) for the groups of a block; the additional keys are a group of their own.
+// Calls body(group) for the groups of a block; the additional keys are a separate group.
 template <class Body>
 static void for_each_group(const Slice* first, const Slice* last, const Body& body) {
   while (first < last) {
@@ -162,7 +164,7 @@ static void for_each_group(const Slice* first, const Slice* last, const Body& bo
   }
 }
 
-// sum[row][lane][channel] += weight * keys. `rows_of(slice, i)` is the slice's i-th key row, from
+// sum[row][lane][channel] += weight * keys. rows_of(slice, i) is the slice's i-th key row, from
 // column `low`.
 template <class P, class RowsOf>
 static void mix_group(const SliceGroup& group, const TilePlace& place, const Lanes& lanes, int low,
@@ -186,7 +188,7 @@ static void mix_group(const SliceGroup& group, const TilePlace& place, const Lan
   const int vectors = pitch / W, together = mix_lanes(place.tile.rows);
   const MixKernels& kernels = MIX<P>[place.tile.rows - 1];
   const auto keys_of = [&](int l) { return std::max(0, std::min(lanes.count[l] - offset, width)); };
-  // Whether the `n` lanes from `l` on have equally many keys, which start `step` after each other.
+  // Whether the `n` lanes from `l` on have the same number of keys, with starts `step` apart.
   const auto alike = [&](int l, int n) {
     bool yes = l + n <= valid;
     for (int i = 1; yes && i < n; i++) yes = keys_of(l + i) == keys_of(l);
@@ -223,7 +225,7 @@ static void mix_group(const SliceGroup& group, const TilePlace& place, const Lan
   }
 }
 
-// The bias that the lanes see beyond one key: line[bias[l] + offset], for increasing offsets.
+// The bias of each lane for one key: line[bias[l] + offset], for increasing offsets.
 static VB_INLINE F bias_at(const Lanes& lanes, const float* line) {
   if (lanes.bias_uniform) return simd::set1(*line);
   if (simd::HAS_PERMUTE && lanes.bias_reach < 2 * W) {
@@ -232,7 +234,7 @@ static VB_INLINE F bias_at(const Lanes& lanes, const float* line) {
   return simd::gather(line, lanes.bias);
 }
 
-// Index of the bias of (key row, query row) and the first key of the slice, in lines of `pitch`.
+// The index of the bias of (key row, query row) and the slice's first key, in lines of `pitch`.
 static inline size_t bias_index(const Bias& bias, const TilePlace& place, const Slice& s,
                                 int key_row, int row, size_t pitch) {
   const int dz = s.plane - place.z + bias.rows[0] / 2,

@@ -1,5 +1,5 @@
-// The work items of a call, each a walk over the tiles of a chunk of query rows with the keys
-// around them packed in a ring.
+// The work items of a call. Each processes the tiles of a chunk of query rows, with the keys around
+// them packed in a ring buffer.
 #pragma once
 #include "neighborhood/tile.h"
 
@@ -28,8 +28,8 @@ struct Additional {
   }
 };
 
-// One work item: a chunk of query rows and a segment of the last axis, for a block of key heads
-// and their query heads.
+// A work item: a chunk of query rows and a segment of the last axis, for a block of key heads and
+// their query heads.
 struct WorkItem {
   const Layout& layout;
   const Segment& segment;
@@ -47,7 +47,7 @@ struct WorkItem {
                    layout.head_block),
         heads(std::min(layout.head_block, static_cast<int>(p.kv_heads) - first_head)) {}
 
-  // The keys that other items see too: how many, and how many of them lie before a key row.
+  // The number of keys that other items see, too, in total and before a key row.
   size_t shared_keys() const {
     return layout.z.size * layout.shared_keys(chunk, segment, chunk.high);
   }
@@ -56,7 +56,7 @@ struct WorkItem {
   }
 };
 
-// What a thread keeps from item to item.
+// A thread's buffers, kept between items.
 template <class Ring>
 struct ItemScratch {
   typename Ring::Field keys, values;
@@ -80,8 +80,8 @@ struct ItemScratch {
 };
 
 // Calls body(place, prefetch) for each tile of the item, with the tile's plan made and its keys in
-// the ring; before that next(place, prefetch) for the tile below it, or beside it where the item has
-// but one row of tiles, to add what that one will load.
+// the ring. Before that, it calls next(place, prefetch), which adds prefetches for the tile below,
+// or for the adjacent tile if the item has a single row of tiles.
 template <class Ring, class Next, class Body>
 static void for_each_tile(const Problem& p, const Layout& layout, const WorkItem& item, Ring& ring,
                           ItemScratch<Ring>& scratch, const Next& next, const Body& body) {
@@ -94,7 +94,8 @@ static void for_each_tile(const Problem& p, const Layout& layout, const WorkItem
         const Lanes& lanes = layout.lanes[g];
         make_plan(layout.z.start[z], layout.z.count[z], tile, lanes.width,
                   static_cast<int>(p.additional), scratch.plan);
-        // As often as the tile asks at least: with each row of scores, and the sums of some lanes.
+        // The least number of calls of fetch in a tile: per row of scores, and per sums of some
+        // lanes.
         int portions = static_cast<int>(scratch.plan.blocks.size()) *
                        ((lanes.valid + SLIDE_LANES - 1) / SLIDE_LANES);
         for (const Slice& slice : scratch.plan.slices) portions += slice.rows;

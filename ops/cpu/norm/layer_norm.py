@@ -1,6 +1,6 @@
-"""Layer norm on the CPU for inference, with an activation behind it (``norm.h``).
+"""Layer norm on the CPU for inference, with a fused activation (``norm.h``).
 
-The kernel norms some pixels together; torch's waits for the sums of each one.
+The kernel interleaves several pixels; torch's stalls on the sums of each one.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ def layer_norm(
         activation: one of :data:`ops.cpu.activations.ACTIVATIONS`; GELU is the exact one.
 
     Returns:
-        (..., dim), contiguous, in the dtype of ``x``; sums are of float32.
+        (..., dim), contiguous, in the dtype of ``x``; sums are in float32.
 
     Raises:
-        ValueError: shapes or dtypes that do not go together, or an unknown activation.
-        RuntimeError: the kernel is not available here (its ``unsupported`` tells beforehand).
+        ValueError: mismatched shapes or dtypes, or an unknown activation.
+        RuntimeError: the kernel is not available here (check its ``unsupported`` first).
     """
     require_activation(activation)
     if not weight.shape == bias.shape == x.shape[-1:]:

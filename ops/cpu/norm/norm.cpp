@@ -1,4 +1,4 @@
-// Norms on the CPU: the C interface. Called from layer_norm.py and rms_norm.py beside it.
+// Norms: the C interface, called from layer_norm.py and rms_norm.py.
 #include "common/interface.h"
 #include "norm/norm.h"
 #include "norm/rms.h"

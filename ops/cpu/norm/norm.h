@@ -1,4 +1,4 @@
-// Layer norm over channels that lie side by side, and an activation after it.
+// Layer norm over dense channels, with a fused activation.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -14,9 +14,9 @@ namespace norm {
 using simd::F;
 using simd::W;
 
-constexpr int64_t VALUES = 64 * W;  // that an activation is applied to at once
+constexpr int64_t VALUES = 64 * W;  // per call of an activation
 
-// layer_norm.py reads the fields from here.
+// layer_norm.py parses these fields.
 struct Problem {
   int64_t pixels, dim;
   int64_t activation, bfloat16;
@@ -24,7 +24,7 @@ struct Problem {
   int64_t threads;
 };
 
-// `in` and `out` [pixels][dim], `weight` and `bias` [dim].
+// `in` and `out` are [pixels][dim], `weight` and `bias` [dim].
 struct Tensors {
   const void* in;
   const float* weight;
@@ -32,7 +32,8 @@ struct Tensors {
   void* out;
 };
 
-// How to norm pixels of so many channels. T, of `weight` and `bias` [dim], is float or BFloat16.
+// Normalises pixels of `dim` channels. T, the type of `weight` and `bias` [dim], is float or
+// BFloat16.
 template <class T>
 struct Norm {
   int64_t dim;
@@ -41,8 +42,8 @@ struct Norm {
   float eps;
 };
 
-// N pixels together, so that none waits for the sums of another. `inside` is 1 in those lanes of the
-// last vector that are channels, else 0.
+// Normalises N pixels together, to hide the latency of their sums. `inside` is 1 in the lanes of
+// the last vector that are channels, else 0.
 template <int N, class T, class In, class Out>
 static VB_INLINE void normalise(const Norm<T>& norm, F inside, const In* in, Out* out) {
   const int64_t dim = norm.dim, last = (dim - 1) / W * W;

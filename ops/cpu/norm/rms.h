@@ -1,4 +1,4 @@
-// Root-mean-square norm over channels that lie side by side: no mean is taken off.
+// Root-mean-square norm over dense channels: the mean is not subtracted.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -12,14 +12,14 @@ namespace rms {
 using simd::F;
 using simd::W;
 
-// rms_norm.py reads the fields from here.
+// rms_norm.py parses these fields.
 struct Problem {
   int64_t pixels, dim, bfloat16;
   double eps;
   int64_t threads;
 };
 
-// `in` and `out` [pixels][dim], `weight` [dim].
+// `in` and `out` are [pixels][dim], `weight` is [dim].
 struct Tensors {
   const void* in;
   const float* weight;

@@ -28,11 +28,11 @@ def rms_norm(x: Tensor, weight: Tensor, eps: float) -> Call:
         eps: added to the mean of the squares.
 
     Returns:
-        (..., dim), contiguous, in the dtype of ``x``; sums are of float32.
+        (..., dim), contiguous, in the dtype of ``x``; sums are in float32.
 
     Raises:
-        ValueError: shapes or dtypes that do not go together.
-        RuntimeError: the kernel is not available here (its ``unsupported`` tells beforehand).
+        ValueError: mismatched shapes or dtypes.
+        RuntimeError: the kernel is not available here (check its ``unsupported`` first).
     """
     if weight.shape != x.shape[-1:]:
         raise ValueError(

@@ -1,4 +1,4 @@
-// Means of windows on the CPU: the C interface. Called from window_means.py beside it.
+// Means of windows: the C interface, called from window_means.py.
 #include "common/interface.h"
 #include "pooling/pooling.h"
 

@@ -1,4 +1,4 @@
-// Means of the windows of a map with channels last, side by side; those at its end may be cut off.
+// Means of adjacent windows of a channels-last map; windows at its end may be cut off.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -12,8 +12,8 @@ namespace pooling {
 using simd::F;
 using simd::W;
 
-// window_means.py reads the fields from here. Strides are in elements, from image
-// to image, row to row and pixel to pixel; the result has none.
+// window_means.py parses these fields. Strides are in elements, for image, row and pixel; the
+// result is contiguous.
 struct Problem {
   int64_t batch, height, width, channels;
   int64_t stride[3];
@@ -21,14 +21,14 @@ struct Problem {
   int64_t bfloat16, threads;
 };
 
-constexpr int VECTORS = 4;  // of channels at a time, so that sums need not wait for each other
+constexpr int VECTORS = 4;  // of channels at a time, to hide the latency of additions
 
-// Rows of a window that one task takes. Threads share rows rather than channels: lines of memory that
-// several of them have read take long to be written again.
+// Window rows per task. Threads split rows rather than channels: cache lines that several threads
+// have read are slow to write.
 constexpr int64_t BAND = 8;
 
-// N vectors of a window's mean, or of a sum where `count` is 1. The sums of rows are added up, so that
-// few numbers are added to a large one.
+// N vectors of a window's mean, or of its sum if `count` is 1. Rows are summed separately first,
+// for precision.
 template <int N, class T, class Out>
 static void mean(const Problem& p, const T* in, int64_t rows, int64_t columns, int64_t count,
                  int lanes, Out* out) {
@@ -52,7 +52,7 @@ static void mean(const Problem& p, const T* in, int64_t rows, int64_t columns, i
   }
 }
 
-// All channels of a window, as above.
+// The same for all channels of a window.
 template <class T, class Out>
 static void pool(const Problem& p, const T* in, int64_t rows, int64_t columns, int64_t count,
                  Out* out) {

@@ -1,6 +1,6 @@
-"""Means of windows on the CPU for inference: pooling, squeezing, representing regions.
+"""Means of windows on the CPU for inference: pooling, squeeze layers, region descriptors.
 
-The kernel (``pooling.h``) reads NHWC in memory order, for which torch's takes many times as long.
+The kernel (``pooling.h``) reads NHWC in memory order; torch takes many times as long for it.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ _PROBLEM = structure("pooling/pooling.h", "pooling::Problem")
 
 @kernel("pooling", "pooling_forward")
 def window_means(x: Tensor, window_size: Sequence[int]) -> Call:
-    """The means of windows side by side, each of what belongs to the map. No gradients.
+    """The means of adjacent windows, over the pixels inside the map. No gradients.
 
     Args:
-        x: (B, H, W, C), float32 or bfloat16; copied where its channels are not neighbours.
+        x: (B, H, W, C), float32 or bfloat16; copied unless the channels are dense.
         window_size: rows and columns of a window.
 
     Returns:
-        (B, ⌈H/rows⌉, ⌈W/columns⌉, C), contiguous, in the dtype of ``x``; sums are of float32.
+        (B, ⌈H/rows⌉, ⌈W/columns⌉, C), contiguous, in the dtype of ``x``; sums are in float32.
 
     Raises:
-        ValueError: not four axes, an empty map, another dtype, or a window without pixels.
-        RuntimeError: the kernel is not available here (its ``unsupported`` tells beforehand).
+        ValueError: not four axes, an empty map, a wrong dtype, or an empty window.
+        RuntimeError: the kernel is not available here (check its ``unsupported`` first).
     """
     if x.ndim != 4 or x.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(

@@ -1,5 +1,5 @@
-// Copies, sums and products of small tensors, and rows picked from one: for calls between kernels,
-// where torch takes longer to be called than to compute.
+// Copies, sums, products and row lookups of small tensors, for calls between kernels where torch's
+// call overhead exceeds the compute time.
 #pragma once
 #include <cstdint>
 #include <cstring>
@@ -9,14 +9,14 @@
 
 namespace pointwise {
 
-// The numbers are those of ops/replay/lowering.py.
+// With the values of ops/replay/lowering.py.
 enum Operation : int64_t { COPY, ADD, MULTIPLY };
 
 constexpr int MOST_AXES = 6;
 
-// lowering.py reads the fields from here. Strides are in elements; those of
-// the last axis are 1 for the result, 0 or 1 for what it comes from. Along `table_axis`, if it is
-// one, the first tensor is read where the table says.
+// lowering.py parses these fields. Strides are in elements; those of the last axis are 1 for the
+// result, and 0 or 1 for the operands. Along `table_axis`, if it is an axis, the first operand is
+// indexed by the table.
 struct Problem {
   int64_t operation, element_bytes, axes, table_axis, threads;
   int64_t sizes[MOST_AXES];
@@ -68,7 +68,7 @@ static inline void copy_row(const Problem& p, char* out, const char* a) {
   }
 }
 
-// All rows within an axis, from where the axes before it have led.
+// Runs all rows within an axis, from the offsets of the preceding axes.
 static void run_axis(const Problem& p, const Tensors& t, int64_t axis, char* out, const char* a,
                      const char* b) {
   if (axis == p.axes - 1) {
@@ -83,7 +83,7 @@ static void run_axis(const Problem& p, const Tensors& t, int64_t axis, char* out
   }
 }
 
-// Those of the first axis from `begin` to `end`.
+// Runs the part of the first axis from `begin` to `end`.
 static void run_part(Problem p, Tensors t, int64_t begin, int64_t end) {
   const int64_t bytes = begin * p.element_bytes;
   p.sizes[0] = end - begin;

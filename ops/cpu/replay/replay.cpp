@@ -1,5 +1,5 @@
-// Calls of other kernels in a row, from a list that was captured: the plain C interface. Called from
-// ops/replay/replay.py, which writes the lists.
+// Replays a captured list of kernel calls: the C interface, called from ops/replay/replay.py, which
+// writes the lists.
 #include <cstdint>
 #include <cstring>
 
@@ -12,13 +12,13 @@ using Word = int64_t;
 constexpr int MOST_ARGUMENTS = 4;
 constexpr int64_t SCRATCH_BYTES = 4096;
 
-// What an argument is; the numbers are those of ops/replay/replay.py.
+// Kinds of arguments, with the values of ops/replay/replay.py.
 enum Kind : Word { VALUE, PLACE, BLOCK };
 
 char* place(const Word* words, char* const* bases) { return bases[words[0]] + words[1]; }
 
-// Reads an argument from the list. A block is copied to `scratch`, then addresses go into it, so that
-// several threads may run the same list.
+// Reads an argument from the list. A block is copied to `scratch` before addresses are written to
+// it, so that several threads can run the same list.
 Word argument(const Word*& words, char*& scratch, char* const* bases) {
   switch (*words++) {
     case PLACE: {
@@ -58,10 +58,10 @@ int call(Word function, Word count, const Word* a) {
 
 extern "C" {
 
-// Bytes that the blocks of one call may take together, each rounded up to 16.
+// The maximum bytes of the blocks of one call, each rounded up to 16.
 int64_t replay_scratch_bytes() { return SCRATCH_BYTES; }
 
-// Calls what stands from `words` to `end`. Returns 0, or 1 where a kernel had no memory.
+// Runs the calls from `words` to `end`. Returns 0, or 1 if a kernel ran out of memory.
 int replay_run(const Word* words, const Word* end, char* const* bases) {
   alignas(64) char scratch[SCRATCH_BYTES];
   while (words < end) {
@@ -80,9 +80,9 @@ int replay_pointwise(const pointwise::Problem* problem, const pointwise::Tensors
   return 0;
 }
 
-// Whether dictionaries of Python's hold the very objects that they held: `counts` of each, `values`
-// of all in turn. Of a dictionary with a count of -1 - n, only that there are n matters. `size` and
-// `next` are PyDict_Size and PyDict_Next; the caller holds Python's lock.
+// Whether Python dictionaries still hold the same objects: `counts` are their sizes, `values` all
+// their values in order. For a dictionary with a count of -1 - n, only its size n is compared.
+// `size` and `next` are PyDict_Size and PyDict_Next; the caller holds the GIL.
 int replay_same_values(intptr_t (*size)(void*), int (*next)(void*, intptr_t*, void**, void**),
                         int64_t dicts, void* const* dict, const int64_t* counts,
                         void* const* values) {

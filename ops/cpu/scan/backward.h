@@ -1,6 +1,6 @@
-// Gated linear attention, backward: states are kept from chunk to chunk, and made anew inside one
-// while gradients pass through it. A lane is a channel of the keys, since three of the four
-// gradients are sums over the values.
+// Gated linear attention, backward: states are stored per chunk and recomputed within a chunk while
+// gradients pass through it. Lanes are channels of the keys, since three of the four gradients are
+// sums over the values.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -10,8 +10,8 @@
 
 namespace gated_scan {
 
-// Gradients are of float32 and contiguous; those of the gates are of their logarithms. A bonus is
-// not taken care of.
+// Gradients are float32 and contiguous; those of gates are with respect to their logarithms. The
+// bonus is not handled.
 struct BackwardTensors {
   Sequence query, key, value;
   Sequence gate, gate_back;  // logarithms, in float32; the second may be null
@@ -22,19 +22,19 @@ struct BackwardTensors {
 
 namespace backward {
 
-constexpr int ROWS = 2;                                 // of a tile: channels of the values
+constexpr int ROWS = 2;                                 // per tile: channels of the values
 constexpr int COLUMNS = simd::REGISTERS == 32 ? 6 : 4;  // vectors of channels of the keys
 
-// A chunk in the order of its direction, and its gradients: [CHUNK][keys] or [CHUNK][values].
+// A chunk in the order of its direction, and its gradients, [CHUNK][keys] or [CHUNK][values].
 struct Pieces {
   int64_t keys, values;
-  float *query, *key, *gate, *value, *grad;  // `grad`: of the output, scaled
+  float *query, *key, *gate, *value, *grad;  // `grad`: of the output, times the scale
   float *grad_query, *grad_key, *grad_gate;
-  float* products;  // [CHUNK][values][W]: parts of the sums that are the gradient of the values
+  float* products;  // [CHUNK][values][W]: partial sums of the gradient of the values
   float* states;    // [CHUNK + 1][ROWS][COLUMNS][W] of a tile
 };
 
-// One token: the state becomes that behind it.
+// Advances the state by one token.
 template <int C>
 static VB_INLINE void step(F (&state)[ROWS][C], const float* gate, const float* key,
                            const float* value) {
@@ -66,7 +66,7 @@ static VB_INLINE void store_tile(const F (&tile)[ROWS][C], float* out, int64_t p
   }
 }
 
-// `state` is [values][keys], as `grad_state` is.
+// `state` and `grad_state` are [values][keys].
 template <int C>
 static void pass_state(const Pieces& p, int count, int64_t row, int64_t column, float* state) {
   F tile[ROWS][C];
@@ -105,7 +105,7 @@ static void pass_gradients(const Pieces& p, int count, int64_t row, int64_t colu
     store_tile(tile, p.states + (i + 1) * STATE, PITCH);
   }
   float* const place = grad_state + row * p.keys + column;
-  load_tile(place, p.keys, tile);  // from here on the gradient of the state
+  load_tile(place, p.keys, tile);  // from here on, `tile` is the gradient of the state
   for (int i = count - 1; i >= 0; i--) {
     const int64_t at = i * p.keys + column;
     const float* const before = p.states + i * STATE;
@@ -159,7 +159,7 @@ static void each_tile(const Pieces& p, const Work& work) {
   }
 }
 
-// Rows of a chunk's gradient to where they belong, added to what is there, or not.
+// Writes rows of a chunk's gradient to their destination, or adds them to it.
 static void give(const Problem& p, const Head& at, const Span& span, const float* in, int64_t pitch,
                  int64_t dim, bool add, float* out) {
   for (int i = 0; i < span.count; i++) {
@@ -172,7 +172,7 @@ static void give(const Problem& p, const Head& at, const Span& span, const float
   }
 }
 
-// The sums of W lanes each: [rows][W] → [rows], a multiple of W.
+// Sums W lanes each: [rows][W] → [rows], a multiple of W.
 static void sum_lanes(const float* in, int64_t rows, float* out) {
   for (int64_t r = 0; r < rows; r += W) {
     const float* lines[W];
@@ -259,7 +259,7 @@ static void differentiate(const Problem& p, const BackwardTensors& t, const Head
 
 }  // namespace backward
 
-// A work item is a head of an image.
+// A work item is one head of one image.
 template <class T>
 static void differentiate(const Problem& p, const BackwardTensors& t) {
   parallel::for_each(p.batch * p.heads, p.threads, [&](int64_t index) {

@@ -1,5 +1,5 @@
-// Gated linear attention, forward: the state is cut into tiles that stay in registers while a chunk
-// of tokens passes. A lane is a channel of the values.
+// Gated linear attention, forward: the state is split into tiles that stay in registers for a chunk
+// of tokens. Lanes are channels of the values.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -12,15 +12,15 @@ namespace gated_scan {
 struct ForwardTensors {
   Sequence query, key, value;
   Sequence gate, gate_back;  // logarithms, in float32; the second may be null
-  const float* bonus;        // [heads][dim] where a token stands apart
+  const float* bonus;        // [heads][dim], if tokens stand apart
   void* out;                 // [batch][tokens][heads][value_dim]
 };
 
-constexpr int ROWS = 4;                                 // of a tile: channels of the keys
+constexpr int ROWS = 4;                                 // per tile: channels of the keys
 constexpr int COLUMNS = simd::REGISTERS == 32 ? 4 : 2;  // vectors
 
-// A chunk on its way through a tile. `query`, `key` and `gate` are [count][pitch], `value` and
-// `sum` rows that lie `value_pitch` and `sum_step` apart, `state` is [ROWS][state_pitch].
+// The arguments of a tile and a chunk. `query`, `key` and `gate` are [count][pitch], rows of
+// `value` and `sum` are `value_pitch` and `sum_step` apart, `state` is [ROWS][state_pitch].
 struct TileArgs {
   const float *query, *key, *gate;
   int64_t pitch;
@@ -35,7 +35,7 @@ struct TileArgs {
 
 template <int C, bool APART>
 static void pass_tile(const TileArgs& args) {
-  const TileArgs a = args;  // a copy, which stores through float pointers cannot change
+  const TileArgs a = args;  // a copy, as stores through float pointers might alias `args`
   F state[ROWS][C];
   VB_UNROLL
   for (int r = 0; r < ROWS; r++) {
@@ -93,8 +93,8 @@ struct Part {
   int64_t begin, end;
 };
 
-// Both directions of a part, whose sums go to `ends.finish`, token by token in the order of the
-// last direction; `ends.gates` says what the gates are.
+// Both directions of a part. Sums go to `ends.finish`, token by token in the order of the last
+// direction; `ends.gates` computes the gates.
 template <class T, class Ends>
 static void scan(const Problem& p, const Ends& ends, const Part& part) {
   static thread_local ScratchBuffer<float> buffers[3];
@@ -106,7 +106,7 @@ static void scan(const Problem& p, const Ends& ends, const Part& part) {
   float* const query = buffers[1].of(CHUNK * (3 * keys + values));
   float *const key = query + CHUNK * keys, *const gate = key + CHUNK * keys;
   float* const value = gate + CHUNK * keys;
-  // The last direction finishes a chunk's sums at once; only those of one before it are kept.
+  // The last direction finishes a chunk's sums immediately; only those of the first are stored.
   const bool kept = ends.directions() > 1;
   float* const sums = buffers[2].of((kept ? p.tokens : CHUNK) * values);
   const int64_t chunks = (p.tokens + CHUNK - 1) / CHUNK;
@@ -146,7 +146,7 @@ static void scan(const Problem& p, const Ends& ends, const Part& part) {
           args.state_pitch = values;
           args.count = span.count;
           p.apart ? pass<true>(args, vectors) : pass<false>(args, vectors);
-          // Few at a time, lest the tiles wait: a core has few misses under way.
+          // Few at a time, so that tiles don't stall: a core supports few outstanding misses.
           const Span ahead = next.share(tile++, tiles);
           fetch<T>(t.query, part.head, ahead, 0, p.dim);
           fetch<T>(t.key, part.head, ahead, 0, p.dim);
@@ -165,7 +165,7 @@ static void scan(const Problem& p, const Ends& ends, const Part& part) {
   }
 }
 
-// The attention as it is.
+// The plain attention.
 template <class T>
 struct Plain {
   const ForwardTensors& t;
@@ -188,7 +188,7 @@ struct Plain {
     gated_scan::fetch_outputs<T>(p, t.out, part.head, span, part.begin, part.end);
   }
 
-  // How much of its own value a token gets beside those of the state.
+  // The weight of a token's own value, added to the state's contribution.
   float own(const Problem& p, const Head& at, const float* query, const float* key) const {
     const float* const bonus = t.bonus + at.head * p.dim;
     float sum = 0.f;
@@ -205,8 +205,8 @@ struct Plain {
   }
 };
 
-// A work item is a head, or some of its values where there are more threads than heads; what is
-// added to what doesn't depend on it.
+// A work item is a head, or some of its values if there are more threads than heads; the order of
+// additions doesn't depend on it.
 template <class T>
 static void forward(const Problem& p, const ForwardTensors& t) {
   const Plain<T> plain{t};

@@ -1,4 +1,4 @@
-// Gated linear attention on the CPU: the C interface. Called from gated_scan.py beside it.
+// Gated linear attention: the C interface, called from gated_scan.py.
 #include "common/interface.h"
 #include "scan/backward.h"
 #include "scan/forward.h"

@@ -2,7 +2,7 @@
 
 Forward (``forward.h``), backward (``backward.h``), and inside ViG's attention (``mixed.h``).
 
-States, gates and sums are of float32.
+States, gates and sums are in float32.
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ def gated_scan(
     """The attention; shapes as in :mod:`ops.linear_attention`. No gradients.
 
     Raises:
-        ValueError: gates or a bonus that are not of float32.
-        RuntimeError: the kernel is not available here (its ``unsupported`` tells beforehand).
+        ValueError: gates or a bonus not in float32.
+        RuntimeError: the kernel is not available here (check its ``unsupported`` first).
     """
     require_dtype(torch.float32, log_gate=log_gate, log_gate_back=log_gate_back, bonus=bonus)
     out = query.new_empty(value.shape)
@@ -77,11 +77,11 @@ def gated_scan_backward(
 ) -> Call:
     """Gradients of query, key, value and both gates, in float32 and contiguous.
 
-    With ``apart`` those of a token through itself, by the bonus, are left out. The last one is a
-    tensor without elements where there is no second gate.
+    With ``apart``, gradients of a token through itself, by the bonus, are omitted. The last
+    gradient is an empty tensor if there is no second gate.
 
     Raises:
-        ValueError: gates that are not of float32, a gradient of another dtype than the value.
+        ValueError: gates not in float32, or a gradient with a dtype other than the value's.
         RuntimeError: the kernel is not available here.
     """
     require_dtype(torch.float32, log_gate=log_gate, log_gate_back=log_gate_back)
@@ -112,15 +112,15 @@ def mixed_scan(
     eps: float,
     activation: str = "none",
 ) -> Call:
-    """The scan of ViG's attention in both directions, and what its output is mixed with.
+    """The scan of ViG's attention in both directions, mixed with its local branch.
 
-    ``activation(g * rms_norm(scan) + (1 - g) * rms_norm(local))``, head by head, where g is the
-    sigmoid of ``gate``, and the gates of the scan are ``sigmoid(decay) ** (1 / 16)``. No gradients.
+    ``activation(g * rms_norm(scan) + (1 - g) * rms_norm(local))`` per head, where g is the sigmoid
+    of ``gate``, and the gates of the scan are ``sigmoid(decay) ** (1 / 16)``. No gradients.
 
     Args:
         projected: (B, L, 3·dim or more): query and key of dim / 2 channels each, value and gate of
-            dim; what follows is not read. The query is scaled already.
-        decay: (B, L, dim), dim / 2 of each direction, the first one first.
+            dim each; further channels are not read. The query is already scaled.
+        decay: (B, L, dim), dim / 2 for each direction, forward first.
         local: (B, L, dim).
         norm, local_norm: (dim / num_heads,) float32, the weights of both norms.
         num_heads: divides dim / 2.
@@ -131,7 +131,7 @@ def mixed_scan(
         (B, L, dim), contiguous.
 
     Raises:
-        ValueError: shapes or dtypes that do not go together, or another activation.
+        ValueError: mismatched shapes or dtypes, or another activation.
         RuntimeError: the kernel is not available here.
     """
     batch, tokens, dim = local.shape
@@ -183,7 +183,7 @@ def _inputs(
 
 
 def _sequence(t: Tensor | None) -> Addresses | None:
-    """(B, L, H, C); copied where its channels do not lie side by side."""
+    """(B, L, H, C); copied unless the channels are dense."""
     if t is None:
         return None
     t = t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
@@ -192,7 +192,7 @@ def _sequence(t: Tensor | None) -> Addresses | None:
 
 
 def _heads(t: Tensor, first: int, width: int) -> Addresses:
-    """Heads of so many channels each of (B, L, C), from a channel on."""
+    """Heads of ``width`` channels each of (B, L, C), from channel ``first`` on."""
     t = t if t.stride(-1) == 1 else t.contiguous()
     batch, token, _ = t.stride()
     begin = (t, first * t.element_size())

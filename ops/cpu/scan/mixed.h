@@ -1,5 +1,5 @@
-// The attention of ViG from its projections on: gates from their logits, the scan, and as each
-// token leaves it, its norm and its mixture with the map.
+// The attention of ViG after its projections: gates from their logits, the scan and, for each token
+// that leaves it, the norm and the mixture with the local map.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -9,11 +9,11 @@
 
 namespace gated_scan {
 
-// All but the norms in the dtype of the tensors.
+// All but the norms have the dtype of the tensors.
 struct MixedTensors {
   Sequence query, key, value;
   Sequence decay, decay_back;  // logits of the gates
-  Sequence gate, local;        // logits of the shares of the scan, and what the rest is of
+  Sequence gate, local;        // logits of the scan's shares, and the map with the rest
   const float *norm, *local_norm;  // [value_dim]
   void* out;                       // [batch][tokens][heads][value_dim]
 };
@@ -23,9 +23,9 @@ struct Mixture {
   int64_t activation;
 };
 
-// exp(x) below zero, 1 above, for x of -inf … inf with `power` = exp(-|x|): the numerator of a sigmoid.
+// The numerator of a sigmoid: exp(x) below zero, 1 above, for x in -inf … inf, `power` = exp(-|x|).
 static VB_INLINE F at_most_one(F x, F power) {
-  // A step from 1 down to less than any power.
+  // A step from 1 to below any power.
   return simd::max(simd::fma(activation::negative(x), simd::set1(1e30f), simd::set1(1.f)), power);
 }
 
@@ -38,8 +38,8 @@ static VB_INLINE F sigmoid(F x) {
 
 constexpr int GATE_ROOT = 16;
 
-// The 16th root of the sigmoid: that of exp(min(x, 0)), times (1 + u)^(-1/16) for u = exp(-|x|) of
-// 0 … 1, by Chebyshev's polynomial within 4e-8.
+// The 16th root of the sigmoid: that of exp(min(x, 0)), times (1 + u)^(-1/16) for u = exp(-|x|) in
+// 0 … 1, by a Chebyshev polynomial with an error below 4e-8.
 static VB_INLINE F root_of_sigmoid(F x) {
   constexpr float TERMS[] = {-7.1102503e-4f, 3.7126574e-3f,  -9.2089353e-3f, 1.5544219e-2f,
                              -2.2387711e-2f, 3.3151720e-2f, -6.2497634e-2f, 1.f};

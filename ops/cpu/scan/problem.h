@@ -1,4 +1,4 @@
-// Gated linear attention on the CPU: what a call is given, and pieces of its sequences.
+// Gated linear attention: the parameters of a call, and chunks of its sequences.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -11,21 +11,21 @@ namespace gated_scan {
 using simd::F;
 using simd::W;
 
-// gated_scan.py reads the fields of these from here.
+// gated_scan.py parses the fields of these structures.
 struct Problem {
   int64_t batch, tokens, heads, dim, value_dim;
-  int64_t apart;  // whether a token sees what came before it alone, and itself by the bonus
+  int64_t apart;  // whether a token sees only earlier tokens, and itself by the bonus
   int64_t bfloat16, threads;
   double scale;
 };
 
-// [batch][tokens][heads][channels], channels side by side, at these distances in elements.
+// [batch][tokens][heads][channels] with dense channels and these strides in elements.
 struct Sequence {
   const void* data;
   int64_t batch, token, head;
 };
 
-constexpr int CHUNK = 16;  // tokens at a time, whose pieces stay in the first-level cache
+constexpr int CHUNK = 16;  // tokens at a time, which fit the L1 cache
 constexpr float LOG2E = 1.44269504f;
 
 // One head of one image.
@@ -38,7 +38,7 @@ static VB_INLINE const T* row(const Sequence& s, const Head& at, int64_t token) 
   return static_cast<const T*>(s.data) + at.image * s.batch + token * s.token + at.head * s.head;
 }
 
-// A chunk in the order of a direction: i-th is token `first` + i, or `first` - i.
+// A chunk in the order of a direction: the i-th token is `first` + i, or `first` - i.
 struct Span {
   int64_t first;
   int count, step;
@@ -51,20 +51,20 @@ struct Span {
   int64_t lowest() const { return step < 0 ? token(count - 1) : first; }
 };
 
-// The chunks of a direction in its order.
+// The chunk with an index in the order of a direction.
 static VB_INLINE Span chunk_of(int64_t index, int64_t tokens, bool backward) {
   const int64_t done = index * CHUNK;
   const int count = static_cast<int>(std::min<int64_t>(CHUNK, tokens - done));
   return backward ? Span{tokens - 1 - done, count, -1} : Span{done, count, 1};
 }
 
-// Where the values of a head's tokens go: out is [batch][tokens][heads][value_dim].
+// The destination of a head's values: out is [batch][tokens][heads][value_dim].
 template <class T>
 static VB_INLINE T* output_row(const Problem& p, void* out, const Head& at, int64_t token) {
   return static_cast<T*>(out) + ((at.image * p.tokens + token) * p.heads + at.head) * p.value_dim;
 }
 
-// Brings in where `begin` … `end` of a chunk's values go.
+// Prefetches the destination of values `begin` … `end` of a chunk.
 template <class T>
 static void fetch_outputs(const Problem& p, void* out, const Head& at, const Span& span,
                           int64_t begin, int64_t end) {
@@ -74,7 +74,7 @@ static void fetch_outputs(const Problem& p, void* out, const Head& at, const Spa
   }
 }
 
-// Rows of a chunk times a number, as floats, zeros behind the last channel: [count][pitch].
+// Loads rows of a chunk, times a number, as floats padded with zeros: [count][pitch].
 template <class T>
 static void gather(const Sequence& s, const Head& at, const Span& span, int64_t begin, int64_t end,
                    float scale, float* out, int64_t pitch) {
@@ -89,7 +89,7 @@ static void gather(const Sequence& s, const Head& at, const Span& span, int64_t 
   }
 }
 
-// Brings rows of a chunk into the cache: those of a head lie apart, which the CPU doesn't foresee.
+// Prefetches rows of a chunk: a head's rows are far apart, which defeats the hardware prefetcher.
 template <class T>
 static void fetch(const Sequence& s, const Head& at, const Span& span, int64_t begin, int64_t end) {
   for (int i = 0; i < span.count; i++) {

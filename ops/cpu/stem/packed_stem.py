@@ -1,8 +1,8 @@
-"""The first layers of a network on the CPU for inference, straight from an image in NCHW.
+"""The first layers of a network on the CPU for inference, applied to an image in NCHW.
 
-The kernel (``ops/cpu/stem/stem.cpp``) reads the image as it lies and keeps the maps between the
-layers in the cache. It takes float32, and bfloat16 where the CPU multiplies that in vectors; there
-are no gradients.
+The kernel (``ops/cpu/stem/stem.cpp``) reads the NCHW image directly and keeps the intermediate maps
+in the cache. It supports float32, and bfloat16 if the CPU has vector products of bfloat16. No
+gradients.
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from ops.cpu.threads import threads_for
 
 __all__ = ["NCHWConv2d", "pack_layers", "packed_stem"]
 
-_PIXELS = 512  # of an image, of a thread
+_PIXELS = 512  # of an image, per thread
 _STRIDES = (2, 4)  # of windows in NCHW
-_USUAL = (3, 2, 1)  # side, stride and padding of windows
+_USUAL = (3, 2, 1)  # side, stride and padding of the window
 
 _PROBLEM = structure("stem/stem.h", "stem::Problem")
 _LAYER = structure("stem/stem.h", "stem::Layer")
@@ -42,15 +42,15 @@ def _no_vectors(device: torch.device, dtype: torch.dtype) -> str | None:
 def pack_layers(
     convs: Sequence[nn.Conv2d], dtype: torch.dtype = torch.float32
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The weights of the convolutions in the kernel's order, and their biases.
+    """The packed weights of the convolutions, and their biases.
 
     Args:
-        convs: the first with square windows; their channels, but for those of the image, are even
-            in number for bfloat16.
-        dtype: of the maps.
+        convs: the first has a square window; for bfloat16, all channel counts but the image's are
+            even.
+        dtype: the dtype of the maps.
 
     Returns:
-        Float32; for bfloat16 pairs of it lie in each number of the weights.
+        Float32 tensors; for bfloat16, each element of the weights holds a bfloat16 pair.
 
     Raises:
         RuntimeError: the kernel is not available here.
@@ -61,9 +61,9 @@ def pack_layers(
         if i:
             weight = weight.permute(0, 2, 3, 1)
         elif dtype == torch.bfloat16:
-            weight = nn.functional.pad(weight, (0, weight.shape[3] % 2))  # whole pairs a row
+            weight = nn.functional.pad(weight, (0, weight.shape[3] % 2))  # whole pairs per row
         weight = weight.flatten(1).contiguous()
-        weights.append(pack_weight(weight.view(torch.float32)))  # pairs as if they were floats
+        weights.append(pack_weight(weight.view(torch.float32)))  # pairs packed like floats
         biases.append(bias_of(conv))
     return weights, biases
 
@@ -81,21 +81,21 @@ def packed_stem(
     """Convolutions, each with norm and activation: 3×3 of stride 2 and padding 1. No gradients.
 
     Args:
-        x: (B, C, H, W) float32 or bfloat16; copied where it is not contiguous.
-        weights, biases: see :func:`pack_layers`, of the dtype of ``x``.
-        activations: of :data:`ops.cpu.activations.ACTIVATIONS`, one a layer; GELU is the exact one.
-        norms: weights and biases of layer norms over the channels, (2, C) float32 a layer, or
-            without a number where a layer has no norm; empty where none has.
-        eps: of the norms, one a layer; empty where there are none.
-        window: side, stride and padding of the first convolution, where they are others; the
-            stride is 2 or 4.
+        x: (B, C, H, W) float32 or bfloat16; copied unless contiguous.
+        weights, biases: see :func:`pack_layers`, for the dtype of ``x``.
+        activations: from :data:`ops.cpu.activations.ACTIVATIONS`, one per layer; GELU is exact.
+        norms: weights and biases of layer norms over the channels, (2, C) float32 per layer, or an
+            empty tensor if a layer has no norm; no tensors if none has.
+        eps: of the norms, one per layer; empty if there are none.
+        window: side, stride and padding of the first convolution, if they differ; the stride is 2
+            or 4.
 
     Returns:
-        (B, C', H', W'), channels-last; usually H' is ⌈H/2ⁿ⌉ of ``n`` layers.
+        (B, C', H', W'), channels-last; by default H' is ⌈H/2ⁿ⌉ for ``n`` layers.
 
     Raises:
-        ValueError: shapes or dtypes that do not go together, an unknown activation, no layer,
-            another stride, an image that no window fits in.
+        ValueError: mismatched shapes or dtypes, an unknown activation, no layers, another stride,
+            or an image smaller than the window.
         RuntimeError: the kernel is not available here.
     """
     if x.ndim != 4 or x.dtype not in (torch.float32, torch.bfloat16):
@@ -172,7 +172,7 @@ def _check_layers(
         raise ValueError(f"maps of bfloat16 must have even channels, got {odd[0]}")
     for i, (weight, bias) in enumerate(sizes):
         side = 3 if i else window[0]
-        inputs = side * side * channels  # or pairs, of channels or neighbours
+        inputs = side * side * channels  # for bfloat16, pairs of channels or of neighbouring pixels
         if bfloat16:
             inputs = inputs // 2 if i else side * -(-side // 2) * channels
         if weight != packed_size(bias, inputs, torch.float32):
@@ -187,10 +187,10 @@ class NCHWConv2d:
     """``activation(conv(x))`` of an image in NCHW.
 
     Args:
-        conv: one that it :meth:`takes`, in float32 or bfloat16.
+        conv: a convolution that :meth:`takes` accepts, in float32 or bfloat16.
 
     Raises:
-        ValueError: another convolution.
+        ValueError: an unsupported convolution.
         RuntimeError: the kernel is not available here, see :func:`packed_stem`.
     """
 
@@ -211,7 +211,7 @@ class NCHWConv2d:
 
     @staticmethod
     def takes(conv: nn.Conv2d) -> bool:
-        """Whether the windows are square, lie 2 or 4 apart and are padded with zeros, if at all."""
+        """Whether the window is square, the stride 2 or 4, and any padding zeros."""
         if conv.groups != 1 or conv.dilation != (1, 1) or conv.padding_mode != "zeros":
             return False
         sides: Any = (conv.kernel_size, conv.stride, conv.padding)

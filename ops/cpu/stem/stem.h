@@ -1,10 +1,9 @@
-// The first layers of a network, convolutions one after the other, some rows of an image at a time,
-// so that what lies between the layers stays in the caches. The first, of any window, reads the
-// planes of the image as they lie; the others are of 3×3 with a stride of 2 and a padding of 1, and
-// their maps have channels last. The inputs of a window are segments of neighbours, the same for all
-// pixels of an output row but for the place where they begin: to the kernel of linear layers, pixels
-// are rows and segments parts of a row. BFloat16 is multiplied in pairs: of neighbours in a plane,
-// then of channels.
+// The first layers of a network: a chain of convolutions, computed for some rows of an image at a
+// time, so that intermediate maps stay in the caches. The first layer has any window and reads the
+// image's planes directly. The others are 3×3 with stride 2 and padding 1, on channels-last maps.
+// The inputs of a window are contiguous segments, the same for all pixels of an output row apart
+// from an offset: for the linear kernel, pixels are rows and segments are parts of a row. BFloat16
+// is multiplied in pairs: of adjacent pixels in a plane, then of channels.
 #pragma once
 #include <algorithm>
 #include <cstddef>
@@ -26,41 +25,42 @@ using linear::Range;
 using simd::F;
 using simd::W;
 
-// packed_stem.py reads the fields from here.
+// packed_stem.py parses these fields.
 struct Problem {
   int64_t batch, channels, height, width;  // of the images
   int64_t side, stride, padding;           // of the first layer's window; the stride is 2 or 4
   int64_t layers, bfloat16, threads;
 };
 
-// `weight` as pack.h packs [channels][inputs of a window], which are ordered as the layer reads
-// them: channel, row, column by the first layer, row, column, channel by the others. Floats or, for
-// maps of BFloat16, pairs; an odd row of the first layer's window has a zero behind its last column.
+// `weight` is [channels][inputs of a window], packed by pack.h, in the order in which the layer
+// reads inputs: channel, row, column in the first layer; row, column, channel in the others. Floats
+// or, for maps of BFloat16, pairs; rows of the first layer's window are padded with zeros to whole
+// pairs.
 struct Layer {
   const void* weight;
   const float* bias;
-  const float *norm_weight, *norm_bias;  // of a layer norm before the activation, or null
+  const float *norm_weight, *norm_bias;  // layer norm before the activation, or null
   int64_t channels, activation;
   double eps;  // of the norm
 };
 
 constexpr int SIDE = 3, STRIDE = 2;
-// In a plane, in units of I, which is a float or a pair: so many numbers.
+// The number of units I, floats or pairs, that hold `numbers` numbers of a plane.
 template <class I>
 static constexpr int64_t units(int64_t numbers) {
   return std::is_same_v<I, float> ? numbers : (numbers + 1) / 2;
 }
-// Of what lies between the layers at a time, unless that is a row of the result.
+// Bytes of intermediate maps per step, unless one row of the result needs more.
 constexpr int64_t BETWEEN_BYTES = 4 << 20;
 
 static int64_t halved(int64_t size) { return (size + 1) / 2; }
-// What the first layer makes of a side of the image.
+// The output size of the first layer along one side of the image.
 static int64_t first_size(const Problem& p, int64_t size) {
   return (size + 2 * p.padding - p.side) / p.stride + 1;
 }
 
-// A map with channels last, or a plane, of which there are rows from `first` on, and where the first
-// pixel of that row is. Rows outside of the map are `zeros`.
+// A channels-last map or a plane, stored from row `first` on, with the address of that row's first
+// pixel. Rows outside the map are `zeros`.
 template <class T>
 struct Map {
   T* origin;
@@ -72,14 +72,14 @@ struct Map {
   const T* row(int64_t y) const { return y < 0 || y >= height ? zeros : place(y); }
 };
 
-// Of one output row: what its windows see, from the left end of pixel 0's on.
+// The window inputs of one output row, from the left end of pixel 0's window.
 template <class T>
 struct Segments {
   std::vector<const T*> rows;
   int64_t length;  // of each
 };
 
-// Some pixels and one panel. I is the type of a layer's inputs and weights, T that of the maps.
+// Some pixels and one panel. I is the type of a layer's inputs and weights, T that of maps.
 template <class I, class T, int R, int V>
 static void run_nhwc(const linear::Problem& p, const Segments<I>& segments, ptrdiff_t place,
                     const I* weight, const Block<T>& block) {
@@ -93,8 +93,7 @@ static void run_nhwc(const linear::Problem& p, const Segments<I>& segments, ptrd
   linear::finish<T, R, V>(p, block, sum);
 }
 
-// The same for rows of windows in a plane, those of neighbours `APART` from each other: all places
-// are constants.
+// The same for windows in a plane, `APART` from each other, with constant offsets.
 template <class I, class T, int APART, int R, int V>
 static void run_nchw(const linear::Problem& p, const Segments<I>& segments, ptrdiff_t place,
                        const I* weight, const Block<T>& block) {
@@ -103,7 +102,7 @@ static void run_nchw(const linear::Problem& p, const Segments<I>& segments, ptrd
   for (const I* row : segments.rows) {
     const I* in = row + place;
     for (const I* const end = in + segments.length; in < end; in++, weight += V * W) {
-      // Lest the compiler keep what two pixels share, for which there are no registers.
+      // Keeps the compiler from reusing inputs that pixels share: there are no registers left.
       __asm__("" : "+r"(in));
       F w[V];
       VB_UNROLL
@@ -125,7 +124,7 @@ template <class I, class T>
 using Run = void (*)(const linear::Problem&, const Segments<I>&, ptrdiff_t, const I*,
                      const Block<T>&);
 
-// APART is that of the windows in a plane, or 0 in a map.
+// APART is the distance of windows in a plane, or 0 in a map.
 template <int APART, class I, class T, int V, size_t... J>
 static Run<I, T> run_of(int64_t pixels, std::index_sequence<J...>) {
   if constexpr (APART) {
@@ -143,7 +142,7 @@ static Run<I, T> run_of(int64_t pixels, bool wide) {
   return wide ? run_of<APART, I, T, 2>(pixels, variants) : run_of<APART, I, T, 1>(pixels, variants);
 }
 
-// An output row; of the first layer with APART.
+// An output row; APART is nonzero in the first layer.
 template <int APART, class I, class T>
 static void run_pixels(const linear::Problem& p, const Layer& layer, const Segments<I>& segments,
                        int64_t pixels, T* out) {
@@ -166,7 +165,7 @@ static void run_pixels(const linear::Problem& p, const Layer& layer, const Segme
   }
 }
 
-// `inputs` of a window and `in_stride` in units of their type.
+// `inputs` of a window and `in_stride` are in units of the input type.
 static linear::Problem problem_of(const Layer& layer, int64_t inputs, int64_t in_stride) {
   linear::Problem p{};
   p.in_features = inputs;
@@ -176,8 +175,8 @@ static linear::Problem problem_of(const Layer& layer, int64_t inputs, int64_t in
   return p;
 }
 
-// An output row of the first layer. The rows that it sees are copied, with the zeros that the first
-// and the last window reach.
+// An output row of the first layer. Its input rows are copied, with zeros for the padding of the
+// first and last windows.
 template <class I, class T>
 static void first_row(const Problem& problem, const Layer& layer,
                       const std::vector<Map<const T>>& planes, int64_t y, T* out) {
@@ -207,7 +206,7 @@ static void first_row(const Problem& problem, const Layer& layer,
   }
 }
 
-// An output row of another layer; its input has a column of zeros at both sides.
+// An output row of another layer; its input has a column of zeros on both sides.
 template <class I, class T>
 static void next_row(const Layer& layer, const Map<T>& in, int64_t channels, int64_t y, T* out) {
   const int64_t shares = channels * int64_t{sizeof(T)} / int64_t{sizeof(I)};
@@ -226,10 +225,10 @@ static void normalise(const Layer& layer, int64_t pixels, T* row) {
   norm::forward(p, {row, layer.norm_weight, layer.norm_bias, row});
 }
 
-// How many rows of the last map are computed at a time.
+// The number of rows of the last map computed at a time.
 template <class T>
 static int64_t rows_at_a_time(const std::vector<Map<T>>& maps, int64_t threads) {
-  int64_t values = 0;  // of the other maps, for each of these rows
+  int64_t values = 0;  // of the other maps, per row
   for (size_t i = 0; i + 1 < maps.size(); i++) values = STRIDE * (values + maps[i].pitch);
   const int64_t rows = BETWEEN_BYTES / std::max<int64_t>(1, values * int64_t{sizeof(T)});
   const int64_t height = maps.back().height;
@@ -241,7 +240,7 @@ static void forward_of(const Problem& p, const Layer* layers, const T* in, T* ou
   static thread_local std::vector<std::vector<T>> buffers;
   const size_t last = static_cast<size_t>(p.layers) - 1;
   buffers.resize(last + 1);
-  std::vector<Map<T>> maps;  // behind each layer
+  std::vector<Map<T>> maps;  // the output of each layer
   int64_t height = p.height, width = p.width, widest = width;
   for (size_t i = 0; i <= last; i++) {
     height = i ? halved(height) : first_size(p, height);
@@ -255,7 +254,7 @@ static void forward_of(const Problem& p, const Layer* layers, const T* in, T* ou
   zeros.assign(static_cast<size_t>(widest), T{});
   for (size_t i = 0; i < last; i++) {
     Map<T>& map = maps[i];
-    // The last row of those before, and the new ones.
+    // The last of the previous rows, and the new ones.
     const int64_t rows = 1 + std::min(map.height, at_once << (last - i));
     const int64_t channels = layers[i].channels;
     buffers[i].resize(static_cast<size_t>(rows * map.pitch));

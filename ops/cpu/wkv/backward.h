@@ -1,11 +1,11 @@
-// The derivatives of what forward.h computes. As there, then the same sums over the tokens whose
-// outputs a token has a part in.
+// The gradients of forward.h. The passes are those of forward.h, followed by the same sums over the
+// tokens whose outputs a token contributes to.
 #pragma once
 #include "wkv/forward.h"
 
 namespace wkv {
 
-// As of the forward pass; `grad_decay` and `grad_first` [batch][dim].
+// As in the forward pass; `grad_decay` and `grad_first` are [batch][dim].
 struct GradTensors {
   const float* key;
   const float* value;
@@ -18,7 +18,7 @@ struct GradTensors {
   float* grad_first;
 };
 
-// Sums of numbers, and of numbers times their distance.
+// Sums of numbers, and of numbers times their distances.
 template <class P>
 struct Distant {
   using V = typename P::V;
@@ -31,8 +31,8 @@ struct Distant {
   VB_INLINE void add(V weight, const V (&x)[2]) {
     all.add(weight, {x[0], x[1], P::same(0.f), P::same(0.f)});
   }
-  // The sums times a factor, and their derivative by the decay: times `slope`, and minus or plus the
-  // distance.
+  // The sums times a factor, and their derivative with respect to the decay: times `slope`, minus
+  // or plus the distance.
   VB_INLINE typename P::template Sums<4> derived(V factor, V slope, V distance) const {
     const V(&s)[4] = all.sum;
     return all.with({factor * s[0], factor * s[1], slope * s[0] + distance * s[2],
@@ -40,8 +40,8 @@ struct Distant {
   }
 };
 
-// What is noted of a token: its weight and the sums of those after it; of its output, a weight, what
-// a value gets for a weight of 1, and what the weight itself gets besides; and sums of such.
+// Stored per token: its weight and the sums over later tokens; for its output, a weight, the
+// gradient of a value per unit of weight, and the extra gradient of the weight; and sums of these.
 template <class P>
 struct NotedGrad {
   typename P::V weight;

@@ -29,7 +29,7 @@ def bi_wkv_forward(
     segments: int,
     gate: Tensor | None = None,
 ) -> Call:
-    """The scan, times the sigmoid of a gate if there is one. No gradients.
+    """The scan, multiplied by the sigmoid of an optional gate. No gradients.
 
     Args:
         key, value: (B, T, C), float32 or bfloat16.
@@ -38,11 +38,11 @@ def bi_wkv_forward(
         gate: (B, T, C).
 
     Returns:
-        (B, T, C), contiguous; sums are of float32.
+        (B, T, C), contiguous; sums are in float32.
 
     Raises:
-        ValueError: shapes or dtypes that do not go together.
-        RuntimeError: the kernel is not available here (its ``unsupported`` tells beforehand).
+        ValueError: mismatched shapes or dtypes.
+        RuntimeError: the kernel is not available here (check its ``unsupported`` first).
     """
     _check(key, value, decay, first, segments, gate)
     require_dtype(key.dtype, value=value, gate=gate)
@@ -68,9 +68,9 @@ def bi_wkv_backward(
     first: Tensor,
     segments: int,
 ) -> Call:
-    """Gradients of key and value, (B, T, C), and each image's of decay and first, (B, C).
+    """Gradients of key and value, (B, T, C), and of decay and first per image, (B, C).
 
-    All of float32; see :func:`bi_wkv_forward`.
+    All are float32; see :func:`bi_wkv_forward`.
     """
     _check(key, value, decay, first, segments, grad_out)
     require_dtype(torch.float32, grad_out=grad_out, key=key, value=value)
@@ -115,6 +115,6 @@ def _problem_of(key: Tensor, segments: int) -> Any:
         key,
         "batch tokens dim",
         length=-(-tokens // segments) if segments else 0,
-        # An exponential and some thirty multiply-adds for each of them.
+        # An exponential and some thirty multiply-adds per value.
         threads=threads_for(8 * key.numel(), VALUES),
     )

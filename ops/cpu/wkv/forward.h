@@ -1,4 +1,4 @@
-// Bi-WKV, a block of channels at a time: back along the sequence, for what comes after each token,
+// Bi-WKV, a block of channels at a time: backward along the sequence, for sums over later tokens,
 // then forward.
 #pragma once
 #include "common/scratch.h"
@@ -6,8 +6,8 @@
 
 namespace wkv {
 
-// `key`, `value`, `out` and, if there is one, `gate` [batch][tokens][dim]; `decay`, `first` [dim].
-// The result is multiplied by the gate's sigmoid.
+// `key`, `value`, `out` and the optional `gate` are [batch][tokens][dim]; `decay` and `first`
+// [dim]. The result is multiplied by the gate's sigmoid.
 struct Tensors {
   const void* key;
   const void* value;
@@ -17,14 +17,14 @@ struct Tensors {
   void* out;
 };
 
-// What is noted of a token: the weight of its key, and the sums of those after it.
+// Stored per token: the weight of its key, and the sums over later tokens.
 template <class P>
 struct Noted {
   typename P::V weight;
   typename P::template Sums<2> after;
 };
 
-// Weights of all keys, `stride` apart.
+// Computes the weights of all keys, `stride` apart.
 template <class P, class T, class Token>
 static VB_INLINE void weigh(const T* key, int64_t tokens, int64_t stride, int lanes, Token* noted) {
   auto greatest = P::get(key, lanes);
@@ -61,7 +61,7 @@ static void forward(const Problem& p, const Tensors& tensors, int64_t image, int
   }
   Sums before = Sums::none(), nearer = Sums::none(), farther = Sums::none();
   const V minus = P::same(-1.f) * c.factor;
-  int64_t place = 0;  // in the segment
+  int64_t place = 0;  // within the segment
   for (int64_t t = 0; t < p.tokens; t++) {
     const V own[2] = {P::get(value + t * dim, lanes), one};
     Sums all = Sums::none();

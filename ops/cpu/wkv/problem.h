@@ -1,4 +1,4 @@
-// Bi-WKV along a sequence: what a call is given, and how it is shared out.
+// Bi-WKV along a sequence: the parameters of a call, and its division among threads.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -9,18 +9,18 @@
 
 namespace wkv {
 
-// bi_wkv.py reads the fields from here.
+// bi_wkv.py parses these fields.
 struct Problem {
   int64_t batch, tokens, dim;
-  int64_t length;  // tokens of a segment; 0 for the formula
+  int64_t length;  // tokens per segment; 0 for the formula
   int64_t bfloat16, threads;
 };
 
-// Weights that depend on the channel alone, as P has them. Where begin is the first token of t's
-// segment, token i weighs for t, before its key:
-//   step λ^(|t - i| - 1), and own where i = t;
-//   besides, nearer · factor · λ^(t - i - 1) where begin <= i < t,
-//   minus farther · factor · μ^(t - i) where begin < i <= t.
+// Weights that depend only on the channel, in the representation P. If begin is the first token of
+// t's segment, the weight of token i for t, before its key, is the sum of
+//   step λ^(|t - i| - 1), or own if i = t;
+//   nearer · factor · λ^(t - i - 1) if begin <= i < t;
+//   -farther · factor · μ^(t - i) if begin < i <= t.
 template <class P>
 struct Channel {
   using V = typename P::V;
@@ -28,7 +28,7 @@ struct Channel {
   V step, own, nearer, farther;
   V factor;                          // nearer · factor is 1 - λ, farther · factor is μ - 1
   V nearer_slope, farther_slope;     // nearer · slope is λ, farther · slope is μ
-  V steps;                           // that `step` is, 0 or 1
+  V steps;                           // the value of `step`, 0 or 1
 };
 
 template <class P>
@@ -57,8 +57,8 @@ static Channel<P> channel_of(const float* decay, const float* first, int lanes, 
           P::same(segments ? 1.f : 0.f)};
 }
 
-// Whether factors neither overflow nor vanish beside others, whatever the keys are: else exponents
-// are kept. Decays of networks, a few units over all tokens, are far from that.
+// Whether factors neither overflow nor vanish next to others for any keys; otherwise exponents are
+// used. Decays of networks, a few units over all tokens, are far from these limits.
 static bool are_mild(const float* decay, const float* first, int lanes, int64_t tokens) {
   constexpr float MOST = 20.f;
   const float count = static_cast<float>(tokens);
@@ -68,8 +68,8 @@ static bool are_mild(const float* decay, const float* first, int lanes, int64_t 
   return true;
 }
 
-// Calls mild(image, channel, lanes) for some channels of an image at once, or else
-// wild(image, channel) for one.
+// Calls mild(image, channel, lanes) for several channels of an image at once, or
+// wild(image, channel) for a single one.
 template <class Mild, class Wild>
 static void for_each_block(const Problem& p, const float* decay, const float* first,
                            const Mild& mild, const Wild& wild) {

@@ -1,4 +1,4 @@
-// Mixtures of each pixel of a map with its neighbours, several at once.
+// Several mixtures of each pixel of a map with its neighbours.
 #pragma once
 #include <algorithm>
 #include <cstdint>
@@ -11,16 +11,16 @@ namespace shift {
 using simd::F;
 using simd::W;
 
-// shift.py reads the fields from here. Of each of `groups` runs of channels, a quarter takes the
-// left neighbour, the next ones the right, upper and lower one; there are zeros beyond the border.
+// shift.py parses these fields. In each of `groups` runs of channels, the four quarters take the
+// left, right, upper and lower neighbour; there are zeros beyond the border.
 struct Problem {
   int64_t batch, height, width, dim;
   int64_t groups, mixtures;
   int64_t bfloat16, threads;
 };
 
-// `in` [batch][height][width][dim], `out` as many of it as mixtures, `shares` [mixtures][dim]: of the
-// pixel itself, the rest is the neighbour's.
+// `in` is [batch][height][width][dim], `out` [mixtures] of that shape, `shares` [mixtures][dim]:
+// the share of the pixel; the neighbour has the rest.
 struct Tensors {
   const void* in;
   const float* shares;

@@ -23,8 +23,8 @@ _MOST = 3
 def shifted_mixtures(x: Tensor, shares: Tensor, groups: int = 1) -> Call:
     """``x * share + shifted * (1 - share)`` for each row of ``shares``. No gradients.
 
-    Of each run of channels, a quarter each of ``shifted`` is what the left, right, upper and lower
-    neighbour has, or zeros beyond the border.
+    In each run of channels of ``shifted``, one quarter each comes from the left, right, upper and
+    lower neighbour; zeros beyond the border.
 
     Args:
         x: (B, H, W, C), float32 or bfloat16.
@@ -35,8 +35,8 @@ def shifted_mixtures(x: Tensor, shares: Tensor, groups: int = 1) -> Call:
         (rows, B, H, W, C), contiguous.
 
     Raises:
-        ValueError: shapes or dtypes that do not go together.
-        RuntimeError: the kernel is not available here (its ``unsupported`` tells beforehand).
+        ValueError: mismatched shapes or dtypes.
+        RuntimeError: the kernel is not available here (check its ``unsupported`` first).
     """
     if x.ndim != 4 or shares.ndim != 2 or shares.shape[1] != x.shape[3]:
         raise ValueError(

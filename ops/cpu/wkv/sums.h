@@ -1,5 +1,5 @@
-// Sums of numbers that weigh exponentially, in two ways: plain factors, of W channels in float, or
-// exponents that cannot overflow, of one channel in double.
+// Exponentially weighted sums in two representations: plain factors, for W channels in float, or
+// exponents that cannot overflow, for one channel in double.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -19,7 +19,7 @@ struct Factors {
   using V = F;
   static constexpr int LANES = W;
 
-  // A factor that is applied once a token, with what rounding leaves of it.
+  // A factor that is applied per token, with its rounding error.
   struct Decay {
     F high, low;
   };
@@ -53,7 +53,7 @@ struct Factors {
     simd::put(out, x, lanes);
   }
   static VB_INLINE F greater(F a, F b) { return simd::max(a, b); }
-  // Of a key, relative to the greatest.
+  // The weight of a key relative to the greatest key.
   static VB_INLINE F weight_of(F key, F greatest) { return exponential(key - greatest); }
   static VB_INLINE F times(F a, F b) { return a * b; }
   static VB_INLINE F sigmoid(F x) {
@@ -82,17 +82,17 @@ struct Factors {
     VB_INLINE void add(F weight, F factor, const Sums& other) {
       for (int n = 0; n < N; n++) sum[n] = simd::fma(weight * factor, other.sum[n], sum[n]);
     }
-    // The same sums of numbers that come from these.
+    // The same sums of M derived numbers.
     template <int M>
     VB_INLINE Sums<M> with(const F (&x)[M]) const {
       Sums<M> s;
       for (int n = 0; n < M; n++) s.sum[n] = x[n];
       return s;
     }
-    // What a weight is beside these sums, and the weight of what is divided by them.
+    // A weight relative to these sums, and the weight of a quotient by them.
     VB_INLINE F share(F weight) const { return weight; }
     VB_INLINE F inverse() const { return simd::set1(1.f); }
-    // All of them, times a weight.
+    // The sums times a weight.
     VB_INLINE F scaled(F weight, int n) const { return weight * sum[n]; }
   };
 };

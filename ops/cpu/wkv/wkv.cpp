@@ -1,5 +1,4 @@
-// Bi-WKV and what goes before it, on the CPU: the C interface. Called from bi_wkv.py and shift.py
-// beside it.
+// Bi-WKV and the mixtures before it: the C interface, called from bi_wkv.py and shift.py.
 #include "common/interface.h"
 #include "wkv/backward.h"
 #include "wkv/forward.h"

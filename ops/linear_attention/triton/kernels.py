@@ -1,8 +1,8 @@
 """Triton kernels of gated linear attention: each program scans a block of a head's values.
 
 https://arxiv.org/abs/2312.06635. A program's state, (K, BLOCK), stays in registers from the first
-token to the last. The backward pass has the states before each chunk and recomputes those within a
-chunk in a scratch buffer of the program. There are no atomics.
+token to the last. The backward pass loads the state before each chunk and recomputes those within
+the chunk into a scratch buffer of the program. There are no atomics.
 
 Strides are those of (B, L, H, C) tensors, in elements. Results are float32 and contiguous, separate
 for each direction and, if they are sums over blocks of values, for each block.
@@ -66,12 +66,12 @@ def forward_kernel(
     APART: tl.constexpr,
     FOR_BACKWARD: tl.constexpr,
 ):  # fmt: skip
-    """The output or, for the backward pass, gradients of queries and states before chunks."""
+    """The output or, for the backward pass, query gradients and the state before each chunk."""
     block, direction, batch, head = _program(batches, heads)
     channel = tl.arange(0, PADDED_DIM)
     column = block * BLOCK + tl.arange(0, BLOCK)
     valid, inside = channel < DIM, column < VALUE_DIM
-    image = (direction * batches + batch) * tokens  # of a result, which has the tokens' order
+    image = (direction * batches + batch) * tokens  # results are in token order
     chunks = (tokens + CHUNK - 1) // CHUNK
     program = (direction * batches + batch) * heads + head
     state = tl.zeros([PADDED_DIM, BLOCK], tl.float32)

@@ -12,8 +12,8 @@ from ops.linear_attention.triton.kernels import backward_kernel, forward_kernel
 
 __all__ = ["backward", "forward"]
 
-_CHUNK = 16  # tokens between states that are kept
-_MOST_CELLS = 2048  # of a program's state
+_CHUNK = 16  # tokens between stored states
+_MOST_CELLS = 2048  # largest state of a program, in elements
 
 
 def _common(

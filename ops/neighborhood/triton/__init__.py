@@ -1,16 +1,16 @@
 """Neighborhood attention as one fused Triton kernel for one, two and three axes, with gradients.
 
 Hassani et al., "Neighborhood Attention Transformer" (CVPR 2023, https://arxiv.org/abs/2204.07143),
-strides and causal axes as in https://arxiv.org/abs/2504.16922. See :mod:`ops.neighborhood` for
-what a backend takes and returns.
+strides and causal axes as in https://arxiv.org/abs/2504.16922. See :mod:`ops.neighborhood` for the
+interface of a backend.
 
 The kernels support NVIDIA GPUs with compute capability 8.0 or newer, and any device in Triton's
 interpreter (``TRITON_INTERPRET=1`` when triton is first imported), which is how they are tested
 without a GPU. Tile sizes are autotuned on first use, once for each kind of call (so call once
 before capturing a CUDA graph); under ``torch.use_deterministic_algorithms(True)``, fixed tile sizes
-are used instead. In both cases there are no atomics, and results are deterministic. float32
-products follow torch's CUDA setting (``torch.set_float32_matmul_precision``): three TF32 products
-each, which are as exact as float32, unless it allows TF32.
+are used instead. There are no atomics, and results are deterministic in both cases. float32
+products follow torch's CUDA setting (``torch.set_float32_matmul_precision``): one TF32 product if
+it allows TF32, otherwise three, which are as accurate as float32.
 """
 
 from __future__ import annotations

@@ -1,10 +1,10 @@
-"""Triton kernels of neighborhood attention, backward: every gradient without atomics.
+"""Triton kernels for the backward pass of neighborhood attention, without atomics.
 
 Hassani et al., "Neighborhood Attention Transformer" (CVPR 2023, https://arxiv.org/abs/2204.07143),
 with the recomputed scores of Dao, "FlashAttention-2" (2023, https://arxiv.org/abs/2307.08691).
 """
 
-# The annotations of a kernel are Triton's, not Python's.
+# Kernel annotations are Triton's, not Python's.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
 
 import triton
@@ -48,9 +48,9 @@ def delta_kernel(
     HAS_GRAD_LSE: tl.constexpr,
     ROWS: tl.constexpr,
 ):
-    """Sum of out * grad_out over the value dim, less grad_lse: what every score's gradient lacks.
+    """Sum of out * grad_out over the value dim, minus grad_lse.
 
-    `out` and `delta` are contiguous.
+    The gradient of a score is p * (grad_out · v - delta). `out` and `delta` are contiguous.
     """
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     valid = row < rows
@@ -113,7 +113,7 @@ def grad_query_kernel(
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Gradient of a tile of queries: the walk of the forward pass once more."""
+    """Gradient of a tile of queries; iterates over the same key blocks as the forward pass."""
     batch, head, group, origin, length = program(size, heads, DILATION, TILE)
     if (origin[0] >= length[0]) | (origin[1] >= length[1]) | (origin[2] >= length[2]):
         return
@@ -143,7 +143,7 @@ def grad_query_kernel(
     end = end_keys(last, length, KERNEL, STRIDE, CAUSAL)
     common_low = first_keys(last, length, KERNEL, STRIDE, CAUSAL)
     common_end = end_keys(origin, length, KERNEL, STRIDE, CAUSAL)
-    # Rows beyond the axis have no window, and no entry in the bias's table.
+    # Rows beyond the end of an axis have no window and no entry in the bias table.
     whole = covers(origin, length, origin, TILE)
     counts = block_counts(low, end, BLOCK)
 
@@ -180,7 +180,7 @@ def grad_query_kernel(
                 extra_v_ptr, extra * extra_v_strides[1], extra_v_strides[3], valid,
                 VALUE_DIM, PADDED_VALUE_DIM,
             )  # fmt: skip
-            # Keys beyond the last are loaded as zeros and add nothing to the gradient.
+            # Keys beyond the last are loaded as zeros and contribute nothing to the gradient.
             scores = dot(q, tl.trans(k), PRECISION) * (scale * LOG2_E)
             scores = tl.where(valid[None, :], scores, float("-inf"))
             p = tl.math.exp2(scores - lse[:, None])
@@ -230,7 +230,7 @@ def grad_key_value_kernel(
     TILE: tl.constexpr,
     BLOCK: tl.constexpr,
 ):
-    """Gradients of a tile of keys and values, walking over the queries that see any of them."""
+    """Gradients of a tile of keys and values; iterates over the queries that see any of them."""
     batch, kv_head, group, origin, length = program(size, kv_heads, DILATION, TILE)
     if (origin[0] >= length[0]) | (origin[1] >= length[1]) | (origin[2] >= length[2]):
         return

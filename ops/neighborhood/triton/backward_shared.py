@@ -1,10 +1,12 @@
-"""Triton kernels of neighborhood attention, backward: what all queries share, without atomics.
+"""Triton kernels for the backward pass of neighborhood attention: gradients shared by all queries.
+
+These are the gradients of the additional keys and values and of the bias, computed without atomics.
 
 Hassani et al., "Neighborhood Attention Transformer" (CVPR 2023, https://arxiv.org/abs/2204.07143),
 with the recomputed scores of Dao, "FlashAttention-2" (2023, https://arxiv.org/abs/2307.08691).
 """
 
-# The annotations of a kernel are Triton's, not Python's.
+# Kernel annotations are Triton's, not Python's.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
 
 import triton
@@ -53,10 +55,10 @@ def grad_extra_kernel(
     ROWS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
-    """Gradients of the additional keys and values, which every query sees.
+    """Gradients of the additional keys and values, which every query attends to.
 
-    There are few of them and many queries, so the queries are split among programs; the partial
-    sums, [splits, B, N, H_kv, D] and contiguous, are added afterwards in a fixed order.
+    There are few additional keys and many queries, so the queries are split among programs. The
+    partial sums, [splits, B, N, H_kv, D] and contiguous, are added afterwards in a fixed order.
     """
     pid = tl.program_id(0)
     tiles = tl.cdiv(num_extra, ROWS)
@@ -142,11 +144,12 @@ def grad_bias_kernel(
 ):
     """Gradient of the relative position bias, summed without atomics in a fixed order.
 
-    A program fixes the head, the distance from query to key along z and y, and how far a span of
-    keys lies from its span of queries along x. Over all lines of all images the distances along x
-    are then the same [SPAN, SPAN] matrix, so the gradients of the scores are added up in place,
-    and only at the end does one sum a diagonal give the table's entries. Entry l of a program's
-    2 * SPAN partial sums belongs to the distance (spans_away - 1) * SPAN + l - (KERNEL_x - 1).
+    Each program handles one head, one distance from query to key along z and y, and one distance
+    between a span of keys and its span of queries along x. The distances along x then form the same
+    [SPAN, SPAN] matrix for all lines of all images, so the score gradients are accumulated in
+    place, and summing the diagonals once at the end gives the table's entries. Entry l of a
+    program's 2 * SPAN partial sums belongs to the distance
+    (spans_away - 1) * SPAN + l - (KERNEL_x - 1).
     """
     wide_z: tl.constexpr = 2 * KERNEL[0] - 1
     wide_y: tl.constexpr = 2 * KERNEL[1] - 1

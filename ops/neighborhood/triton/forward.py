@@ -1,10 +1,10 @@
-"""Triton kernel of neighborhood attention, forward.
+"""Triton kernel for the forward pass of neighborhood attention.
 
 Hassani et al., "Neighborhood Attention Transformer" (CVPR 2023, https://arxiv.org/abs/2204.07143),
 with the online softmax of Dao, "FlashAttention-2" (2023, https://arxiv.org/abs/2307.08691).
 """
 
-# The annotations of a kernel are Triton's, not Python's.
+# Kernel annotations are Triton's, not Python's.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
 
 import triton
@@ -102,10 +102,10 @@ def forward_kernel(
     last = last_of(origin, length, TILE)
     low = first_keys(origin, length, KERNEL, STRIDE, CAUSAL)
     end = end_keys(last, length, KERNEL, STRIDE, CAUSAL)
-    # What the first and the last query both see, all queries of the tile see.
+    # Keys that both the first and the last query see are seen by all queries of the tile.
     common_low = first_keys(last, length, KERNEL, STRIDE, CAUSAL)
     common_end = end_keys(origin, length, KERNEL, STRIDE, CAUSAL)
-    # Rows beyond the axis have no window, and no entry in the bias's table.
+    # Rows beyond the end of an axis have no window and no entry in the bias table.
     whole = covers(origin, length, origin, TILE)
     counts = block_counts(low, end, BLOCK)
 
@@ -148,7 +148,7 @@ def forward_kernel(
 
     out_ptr += head_start(out_strides, batch, head)
     out_at = token_offsets(out_strides, query, group, DILATION)
-    # Rows beyond the axis saw no key.
+    # Rows beyond the end of an axis have seen no key.
     total = tl.where(query_valid, total, 1.0)
     acc = acc / total[:, None]
     store_rows(out_ptr, out_at, out_strides[5], query_valid, acc, VALUE_DIM, PADDED_VALUE_DIM)

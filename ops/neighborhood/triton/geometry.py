@@ -1,31 +1,31 @@
-"""What the Triton kernels of neighborhood attention share: windows, tiles, masks, memory.
+"""Shared parts of the Triton kernels of neighborhood attention: windows, tiles, masks, memory.
 
 Hassani et al., "Neighborhood Attention Transformer" (CVPR 2023, https://arxiv.org/abs/2204.07143);
 strides and causal axes as in https://arxiv.org/abs/2504.16922.
 
-Every map has three axes here (shorter ranks are padded in front with axes of length 1). A program
-owns a tile of one dilation group of one head: `TILE` positions whose rows it keeps in registers,
-and it walks over the positions that they meet in blocks of `BLOCK`. Because windows move
-monotonically along an axis, the positions that a tile meets form a box whose corners follow from
-the first and the last position of the tile. The walk starts at the box's low corner, aligned to
-nothing, which is what keeps the number of blocks small for small windows.
+All maps have three axes here (lower ranks are padded in front with axes of length 1). A program
+handles a tile of one dilation group of one head: it keeps the rows of `TILE` positions in registers
+and iterates over the positions they interact with, in blocks of `BLOCK`. Because windows move
+monotonically along an axis, these positions form a box whose corners follow from the first and the
+last position of the tile. The iteration starts at the box's low corner without any alignment, which
+keeps the number of blocks small for small windows.
 
-Coordinates are counted within the dilation group, in triples (z, y, x). Strides are those of
-[B, Z, Y, X, H, D] tensors, in elements. Scores live in units of log2, so that exp2 serves.
+Coordinates are relative to the dilation group, in triples (z, y, x). Strides are those of
+[B, Z, Y, X, H, D] tensors, in elements. Scores are scaled by log2(e), so that exp2 can be used.
 """
-# The annotations of a kernel are Triton's, not Python's.
+# Kernel annotations are Triton's, not Python's.
 # mypy: disable-error-code="no-untyped-def, no-untyped-call"
 
 import triton
 import triton.language as tl
 
-# Triton's interpreter computes on NumPy arrays, which know no bfloat16.
+# Triton's interpreter computes on NumPy arrays, which do not support bfloat16.
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 LOG2_E = tl.constexpr(1.4426950408889634)
 LN_2 = tl.constexpr(0.6931471805599453)
-# Where the running maximum starts: finite, so that a row that has met no key yet yields no NaN.
+# Initial running maximum: finite, so that a row that has seen no key yet yields no NaN.
 LOWEST = tl.constexpr(-1.0e38)
-# Where it ends: finite, so that only NaN among the scores makes their sum NaN.
+# Upper bound of the running maximum: finite, so that the sum is NaN only if a score is NaN.
 HIGHEST = tl.constexpr(3.0e38)
 
 
@@ -42,7 +42,7 @@ def dot(a, b, PRECISION: tl.constexpr):
 
 @triton.jit
 def first_key(query, length, KERNEL: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr):
-    """First key that `query` sees; never decreases with `query`."""
+    """First key that `query` sees; non-decreasing in `query`."""
     if CAUSAL:
         leader = tl.minimum(query // STRIDE * STRIDE + (STRIDE - 1), length - 1)
         return tl.maximum(leader - (KERNEL - 1), 0)
@@ -53,7 +53,7 @@ def first_key(query, length, KERNEL: tl.constexpr, STRIDE: tl.constexpr, CAUSAL:
 
 @triton.jit
 def end_key(query, length, KERNEL: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr):
-    """One past the last key that `query` sees; never decreases with `query`."""
+    """One past the last key that `query` sees; non-decreasing in `query`."""
     if CAUSAL:
         return query + 1
     else:
@@ -75,8 +75,8 @@ def first_query(key, length, KERNEL: tl.constexpr, STRIDE: tl.constexpr, CAUSAL:
 @triton.jit
 def end_query(key, length, KERNEL: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr):
     """One past the last query whose window starts at `key` or before."""
-    # The window must start at `key` or before, which bounds the leader from above; the last
-    # leader and the last window are clamped to the axis and then nothing bounds the query.
+    # The window must start at `key` or before, which bounds the leader from above. The last leader
+    # and the last window are clamped to the axis, in which case the query is unbounded.
     if CAUSAL:
         leader = key + (KERNEL - 1)
         stride_block = (leader - (STRIDE - 1)) // STRIDE
@@ -90,11 +90,11 @@ def end_query(key, length, KERNEL: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: t
 
 @triton.jit
 def in_window(query, key, length, KERNEL: tl.constexpr, STRIDE: tl.constexpr, CAUSAL: tl.constexpr):
-    """Whether `query` sees `key`; no query beyond the axis sees anything."""
+    """Whether `query` sees `key`; queries beyond the end of the axis see nothing."""
     first = first_key(query, length, KERNEL, STRIDE, CAUSAL)
     count = end_key(query, length, KERNEL, STRIDE, CAUSAL) - first
     count = tl.where(query < length, count, 0)
-    # Unsigned, one comparison tests both ends.
+    # A single unsigned comparison tests both ends.
     return (key - first).to(tl.uint32) < count.to(tl.uint32)
 
 
@@ -108,7 +108,7 @@ def program(size, heads, DILATION: tl.constexpr, TILE: tl.constexpr):
     tiles_y = tl.cdiv(tl.cdiv(size[1], DILATION[1]), TILE[1])
     tiles_x = tl.cdiv(tl.cdiv(size[2], DILATION[2]), TILE[2])
     groups = DILATION[0] * DILATION[1] * DILATION[2]
-    # Tiles run fastest, so that programs which share keys are near each other in time.
+    # The tile is the fastest index, so that programs that share keys run at about the same time.
     in_head = tl.program_id(0) % (tiles_z * tiles_y * tiles_x * groups)
     batch_head = tl.program_id(0) // (tiles_z * tiles_y * tiles_x * groups)
     g = in_head % groups
@@ -193,7 +193,7 @@ def end_queries(key, length, KERNEL: tl.constexpr, STRIDE: tl.constexpr, CAUSAL:
 
 @triton.jit
 def block_counts(low, end, BLOCK: tl.constexpr):
-    """Blocks along each axis of the box from `low` to `end`, none where the box is empty."""
+    """Blocks along each axis of the box from `low` to `end`; 0 if the box is empty."""
     return (
         tl.cdiv(tl.maximum(end[0] - low[0], 0), BLOCK[0]),
         tl.cdiv(tl.maximum(end[1] - low[1], 0), BLOCK[1]),
@@ -212,7 +212,7 @@ def block_origin(index, low, counts, BLOCK: tl.constexpr):
 
 @triton.jit
 def covers(low, end, origin, BLOCK: tl.constexpr):
-    """Whether the box from `low` to `end` holds all of the block at `origin`."""
+    """Whether the box from `low` to `end` contains the whole block at `origin`."""
     return (
         (origin[0] >= low[0])
         & (origin[1] >= low[1])
@@ -234,7 +234,7 @@ def visible(
     CAUSAL: tl.constexpr,
     ROWS_ARE_QUERIES: tl.constexpr,
 ):
-    """Mask of the score matrix; axes that only pad the rank cost nothing."""
+    """Mask of the score matrix; padded axes are skipped."""
     if ROWS_ARE_QUERIES:
         q = (query[0][:, None], query[1][:, None], query[2][:, None])
         k = (key[0][None, :], key[1][None, :], key[2][None, :])
@@ -253,7 +253,7 @@ def visible(
 def bias_offset(
     query, key, RANK: tl.constexpr, KERNEL: tl.constexpr, ROWS_ARE_QUERIES: tl.constexpr
 ):
-    """Where each pair's entry lies in a head's table: linear in key and query, hence separable."""
+    """Offset of each pair's entry in a head's bias table: linear in key and query, so separable."""
     wide_y: tl.constexpr = 2 * KERNEL[1] - 1
     wide_x: tl.constexpr = 2 * KERNEL[2] - 1
     centre: tl.constexpr = ((KERNEL[0] - 1) * wide_y + KERNEL[1] - 1) * wide_x + KERNEL[2] - 1
@@ -284,7 +284,7 @@ def finish_scores(
     MAY_FILL: tl.constexpr,
     ROWS_ARE_QUERIES: tl.constexpr,
 ):
-    """Add the bias and hide what is outside of the windows, unless the block is interior."""
+    """Add the bias, and mask pairs outside the windows unless the block is interior."""
     if HAS_BIAS:
         bias_at = bias_ptr + bias_offset(query, key, RANK, KERNEL, ROWS_ARE_QUERIES)
     if MAY_FILL:
@@ -309,7 +309,7 @@ def finish_scores(
 
 @triton.jit
 def head_start(strides, batch, head):
-    # 64 bits: a whole tensor may be larger than 2^31 elements, one head of one image is not.
+    # 64 bits: a tensor may have more than 2^31 elements; one head of one image may not.
     return batch.to(tl.int64) * strides[0] + head.to(tl.int64) * strides[4]
 
 

@@ -29,12 +29,12 @@ from ops.neighborhood.triton.tiles import (
 
 __all__ = ["backward", "forward", "run"]
 
-# Programs that fill a large GPU, for sums that must be split because their results are few.
+# Number of programs that fill a large GPU. Sums with few results are split into about as many.
 _PROGRAMS = 1024
 
 
 def _fixed(arguments: dict[str, Any]) -> triton.Config | None:
-    """The tiles to take without measuring, or None where tuning is due."""
+    """The tiles to use without measuring, or None to autotune."""
     if triton.knobs.runtime.interpret:
         return configs(arguments["RANK"])[-1]
     if torch.are_deterministic_algorithms_enabled():
@@ -65,7 +65,7 @@ def _tuned(kernel: Any, rank: int) -> Any:
 
 
 def run(kernel: Any, grid: Any, arguments: dict[str, Any], config: triton.Config | None) -> None:
-    """Start a kernel, with tiles that autotuning finds where ``config`` is None."""
+    """Launch a kernel; if ``config`` is None, autotune its tiles."""
     if config is None:
         _tuned(kernel, arguments["RANK"])[grid](**arguments)
     else:
@@ -73,7 +73,7 @@ def run(kernel: Any, grid: Any, arguments: dict[str, Any], config: triton.Config
 
 
 def _run_tiles(kernel: Any, batch_heads: int, arguments: dict[str, Any]) -> None:
-    """Start a kernel whose programs own tiles of all the dilation groups of all the heads."""
+    """Launch a kernel with a program for each tile of each dilation group and head."""
     size, dilation = arguments["size"], arguments["DILATION"]
 
     def grid(meta: dict[str, Any]) -> tuple[int]:
@@ -82,7 +82,7 @@ def _run_tiles(kernel: Any, batch_heads: int, arguments: dict[str, Any]) -> None
             programs *= triton.cdiv(triton.cdiv(n, d), tile) * d
         return (programs,)
 
-    # Shapes of about the same work share their tuning.
+    # Shapes with a similar amount of work share a tuning result.
     work = (batch_heads * math.prod(size)).bit_length()
     run(kernel, grid, {**arguments, "work": work}, _fixed(arguments))
 
@@ -99,15 +99,15 @@ def _strides(tensor: Tensor, rank: int) -> tuple[int, ...]:
 
 
 def _precision() -> str:
-    # torch before 2.9 knows only allow_tf32; asking newer ones for it may be an error.
+    # torch before 2.9 has only allow_tf32; reading it may raise an error in newer versions.
     matmul = torch.backends.cuda.matmul
     allowed = getattr(matmul, "fp32_precision", None) or ("tf32" if matmul.allow_tf32 else "ieee")
-    # Three TF32 products are as exact as float32 and much faster than its scalar arithmetic.
+    # Three TF32 products are as accurate as float32 and much faster than scalar arithmetic.
     return "tf32" if allowed == "tf32" else "tf32x3"
 
 
 def _common(query: Tensor, key: Tensor, value: Tensor, params: NAParams) -> dict[str, Any]:
-    """What every kernel but the one for delta takes."""
+    """Arguments of all kernels except the one for delta."""
     rank = params.rank
     return {
         "q_ptr": query,
@@ -124,7 +124,7 @@ def _common(query: Tensor, key: Tensor, value: Tensor, params: NAParams) -> dict
 
 
 def _windows(key: Tensor, value: Tensor, rpb: Tensor | None, params: NAParams) -> dict[str, Any]:
-    """What the kernels that look through the windows take on top."""
+    """Further arguments of the kernels that iterate over windows."""
     return {
         "k_ptr": key,
         "v_ptr": value,
@@ -219,8 +219,9 @@ def backward(
 ) -> tuple[Tensor | None, ...]:
     """Gradients of query, key, value, additional keys, additional values and rpb.
 
-    ``out`` and ``lse`` are those that :func:`forward` returned. ``needed`` says for query, key or
-    value, additional keys or values, and rpb which gradients to compute; the others are None.
+    ``out`` and ``lse`` are the results of :func:`forward`. ``needed`` selects the gradients to
+    compute: of query, of key and value, of additional keys and values, and of rpb. The others are
+    None.
     """
     rank = params.rank
     batches, heads, kv_heads = query.shape[0], query.shape[-2], key.shape[-2]
@@ -283,7 +284,7 @@ def _grad_extra(
     row_bytes = dims * additional_keys.element_size()
     rows = columns = 32 if row_bytes <= 512 else 16
     programs = triton.cdiv(num_extra, rows) * batches * kv_heads
-    # Each program should have a few blocks to walk. The same on any GPU, so that the sums are too.
+    # Give each program a few blocks. Independent of the GPU, so that the sums are, too.
     splits = max(1, min(triton.cdiv(_PROGRAMS, programs), tokens // (4 * columns)))
     lse = arguments["lse_ptr"]
     partial_keys = lse.new_empty(splits, *additional_keys.shape)
@@ -305,9 +306,9 @@ def _grad_extra(
 
 
 def _bias_span(size: int, row_bytes: int) -> int:
-    """Queries and keys along the last axis that a program of the bias's gradient takes at once."""
+    """Queries and keys along the last axis per step of a program of the bias gradient."""
     span = min(64, padded(size))
-    # Beyond that, the rows do not fit in the registers.
+    # Longer spans do not fit in registers.
     while span > 16 and span * row_bytes > 8 * 1024:
         span //= 2
     return span
@@ -334,7 +335,8 @@ def _grad_rpb(rpb: Tensor, batches: int, arguments: dict[str, Any]) -> Tensor:
     }
     config = triton.Config({"SPAN": span}, num_warps=4, num_stages=1)
     run(grad_bias_kernel, (programs * splits,), arguments, config)
-    # The upper half of a span's sums belongs to the same entries as the lower half of the next's.
+    # The upper half of a span's sums and the lower half of the next one's belong to the same
+    # entries.
     sums = partial.sum(0)
     table = F.pad(sums[..., 0, :], (0, 0, 0, 1)) + F.pad(sums[..., 1, :], (0, 0, 1, 0))
     table = table.flatten(-2)[..., span : span + wide[2]]

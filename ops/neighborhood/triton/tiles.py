@@ -1,4 +1,4 @@
-"""Which tiles the Triton kernels of neighborhood attention may take, and which fit a GPU.
+"""Tile sizes of the Triton kernels of neighborhood attention, and which of them fit a GPU.
 
 Neighborhood attention: https://arxiv.org/abs/2204.07143.
 """
@@ -12,28 +12,29 @@ import triton
 
 __all__ = ["configs", "fitting", "may_fill_keys", "may_fill_queries", "padded"]
 
-# More than this of shared memory for each program leaves too few of them on a multiprocessor.
+# With more shared memory per program, too few programs run on a multiprocessor.
 _SHARED_BYTES = 96 * 1024
 
 Triple = tuple[int, int, int]
 
 
 def padded(dim: int) -> int:
-    """The smallest width a matrix product takes that holds ``dim`` columns."""
+    """The smallest width of a matrix product with room for ``dim`` columns."""
     return max(16, triton.next_power_of_2(dim))
 
 
 def may_fill_queries(keywords: dict[str, Any]) -> bool:
-    """Whether some block can lie within all the windows of a tile, away from the borders.
+    """Whether a block can lie within the windows of all queries of a tile, away from the borders.
 
-    Else the branch for unmasked blocks is not compiled. The windows of neighbours move by one
-    stride an axis, or by one position if the axis is causal, where a window ends at its query.
+    Otherwise the branch for unmasked blocks is not compiled. From one query to the next, windows
+    move by at most one stride per axis. On a causal axis, where a window ends at its query, they
+    move by one position.
     """
     return _may_fill(keywords, keywords["TILE"], keywords["BLOCK"])
 
 
 def may_fill_keys(keywords: dict[str, Any]) -> bool:
-    """The same where the tile holds keys and the blocks hold queries."""
+    """Like :func:`may_fill_queries`, for tiles of keys and blocks of queries."""
     return _may_fill(keywords, keywords["BLOCK"], keywords["TILE"])
 
 
@@ -48,7 +49,7 @@ def _may_fill(keywords: dict[str, Any], queries: Triple, keys: Triple) -> bool:
 
 
 def configs(rank: int) -> list[triton.Config]:
-    """The tiles, blocks, warps and stages that autotuning tries, from the safest on."""
+    """The tiles, blocks, warps and stages that autotuning tries, safest first."""
     shapes: list[tuple[Triple, Triple, int, int]]
     if rank == 1:
         shapes = [
@@ -92,9 +93,10 @@ def configs(rank: int) -> list[triton.Config]:
 
 
 def fitting(rank: int, arguments: dict[str, Any]) -> list[triton.Config]:
-    """Those that fit in shared memory, and first those that also fit in the registers.
+    """The configurations that fit in shared memory; those that also fit in registers come first.
 
-    Both are estimates that ``tools/triton_report.py`` confirms; the smallest always counts.
+    Both criteria are estimates, confirmed by ``tools/triton_report.py``. If none fits, the smallest
+    is returned.
     """
     item_size = arguments["q_ptr"].element_size()
     dims = arguments["PADDED_DIM"] + arguments["PADDED_VALUE_DIM"]
@@ -105,7 +107,7 @@ def fitting(rank: int, arguments: dict[str, Any]) -> list[triton.Config]:
         items = (rows + config.num_stages * columns) * dims
         held = (rows + columns) * dims + rows * columns
         if item_size == 4:
-            # Operands are split for their three products, in more than four warps many times over.
+            # Operands are split for three TF32 products; more than four warps repeat this work.
             items += 3 * rows * columns
             crowded = held > 72 * 32 * min(config.num_warps, 4)
         else:

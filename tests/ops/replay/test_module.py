@@ -1,4 +1,4 @@
-"""Calls that are recorded, then repeated: equal to the last bit, while nothing changes."""
+"""Captured calls are replayed bit-identically for as long as nothing changes."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def no_gradients():
 
 
 class _Block(nn.Module):
-    """Linear layers by our kernels, functions of torch and views."""
+    """Linear layers that use our kernels, torch functions and views."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class _Block(nn.Module):
         return self.fc2(both.mul(gates.unsqueeze(1)).mul(self.scale)).transpose(1, 2)
 
 
-_Block.__module__ = "ops.tests"  # of the packages whose layers are known
+_Block.__module__ = "ops.tests"  # a package whose layers may be captured
 RecordedBlock = recorded_form(_Block)
 
 
@@ -69,7 +69,7 @@ def _programs(block: Recorded) -> list[Replay]:
 
 
 def _settle(block: Recorded, x: Tensor) -> Replay:
-    """Call it until it is recorded, which is the second time."""
+    """Call it until it is captured, which happens at the second call."""
     for calls in range(2):
         assert len(_programs(block)) == 0, calls
         assert torch.equal(block(x), block.compute(x))
@@ -105,7 +105,7 @@ def test_each_kind_of_input_has_a_record() -> None:
         for _ in range(4):
             block(_input())
     assert len(_programs(block)) == 4
-    part = torch.randn(4, 5, 8)[1:3]  # begins within its memory
+    part = torch.randn(4, 5, 8)[1:3]  # does not start at its storage's beginning
     assert torch.equal(block(part), block.compute(part)) and len(_programs(block)) == 4
 
 
@@ -177,7 +177,7 @@ def test_changes_are_seen(change: Callable[[nn.Module], None]) -> None:
 def test_after_a_change_it_is_recorded_again() -> None:
     block, x = _recorded(), _input()
     block(x)
-    block.fc1.weight.zero_()  # before it is recorded, and after
+    block.fc1.weight.zero_()  # a change before it is captured, then one after
     for _ in range(2):
         for _ in range(8):
             assert torch.equal(block(x), block.compute(x))
@@ -312,7 +312,7 @@ def test_activations_in_place_and_dropout(act: nn.Module) -> None:
     for seed in range(4):
         assert torch.equal(block(_input(seed)), block.compute(_input(seed)))
     assert len(_programs(block)) == 1
-    act.train()  # then dropout drops
+    act.train()  # activates dropout
     for seed in range(4):
         block(_input(seed))
     assert bool(_programs(block)) is not isinstance(act, nn.Dropout)

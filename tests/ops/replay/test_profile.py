@@ -1,4 +1,4 @@
-"""Traces and profiles: the calls of a network with their layers, in replays and without."""
+"""Traces and profiles: the calls of a network with their layers, with and without replays."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ops.replay.trace import Trace
 
 
 class _Inner(nn.Module):
-    """Calls another module's methods, not the module."""
+    """Calls another module's methods instead of the module."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class _Network(nn.Module):
 
 
 for _kind in (_Inner, _Network):
-    _kind.__module__ = "ops.tests"  # of the packages whose layers are known
+    _kind.__module__ = "ops.tests"  # a package whose layers may be captured
 
 CALLS = [
     ("", "torch", "contiguous"),
@@ -80,7 +80,7 @@ def test_layers_of_calls() -> None:
     assert energy.inputs[0] == (2, 4, 8) and energy.outputs == [(2, 4, 8), (2, 8)]
     assert energy.flops == trace.traced[3].flops == 2 * 2 * 4 * 8 * 8
     assert [asked.rule for asked in trace.traced[3].rules] == ["linear_by_kernel"]
-    assert not energy.rules and energy.rule == ""  # no other kernel gives it
+    assert not energy.rules and energy.rule == ""  # there is no alternative kernel
 
 
 class _Replayed(_Network):

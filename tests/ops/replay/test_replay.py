@@ -1,4 +1,4 @@
-"""Capture and replay: what is seen, where memory is laid, and what kernels are given."""
+"""Capture and replay: recorded calls, memory plans, and arguments of kernels."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ _sizes = st.lists(st.integers(1, 6), min_size=1, max_size=3).flatmap(
 
 @st.composite
 def _functions(draw: st.DrawFn) -> tuple[tuple[int, ...], torch.dtype, Callable[[Tensor], Tensor]]:
-    """The shape of an input, its dtype, and what is done with it."""
+    """The shape of an input, its dtype, and a function of it."""
     shape = draw(_sizes)
     rank = len(shape)
     dtype = draw(st.sampled_from([torch.float32, torch.bfloat16]))
@@ -146,7 +146,7 @@ def test_no_two_buffers_share_memory_at_a_time(lives: list[tuple[int, int, int, 
         buffers.append(_buffer(size))
         uses.append(Use(first, first + length, made))
     buffers += [_buffer(1), _buffer(1 << 20)]
-    uses += [Use(3, calls), Use(calls, -1)]  # the result, and what no call needs
+    uses += [Use(3, calls), Use(calls, -1)]  # the result, and an unused buffer
     offsets, total = lay_out(buffers, uses)
     assert set(offsets) == {i + 1 for i, (*_, made) in enumerate(lives) if not made}
     for i, offset in offsets.items():
@@ -159,7 +159,7 @@ def test_no_two_buffers_share_memory_at_a_time(lives: list[tuple[int, int, int, 
 
 
 def test_maps_share_memory_with_those_before_them() -> None:
-    """However large they are, of kernels and in functions of torch; a result is its own."""
+    """Maps of any size, from kernels and passed to torch; the result has memory of its own."""
 
     def function(x: Tensor) -> Tensor:
         for _ in range(6):
@@ -212,7 +212,7 @@ def test_what_torch_made_is_freed_when_nobody_needs_it() -> None:
 
 
 def test_a_capture_keeps_nothing_alive() -> None:
-    """Memory is used again during a capture, and its calls are told apart."""
+    """Memory is reused during a capture, and the buffers are distinguished."""
 
     other = torch.randn(1 << 20)
 
@@ -249,7 +249,7 @@ def _by_hand(calls: list[KernelCall], x: Tensor, out: Tensor) -> Replay:
 
 
 def _kernel(arguments: int, run: Callable[..., int]) -> tuple[int, object]:
-    """Its address, and what must be kept for it."""
+    """The address of a kernel function, and an object that must be kept alive for it."""
     kept = ctypes.CFUNCTYPE(ctypes.c_int, *[ctypes.c_int64] * arguments)(run)
     address = ctypes.cast(kept, ctypes.c_void_p).value
     assert address is not None

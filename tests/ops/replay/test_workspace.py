@@ -1,4 +1,4 @@
-"""Memory that is kept between calls: whose it is, how much of it, and for how long."""
+"""Memory kept between calls: which call gets it, how much is kept, and for how long."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def test_the_smallest_that_fits_is_taken(own: Workspace) -> None:
 
 
 def test_a_lock_that_nobody_gives_back_stops_nobody(own: Workspace) -> None:
-    """As in a process that was forked while another thread held it."""
+    """This occurs in a process that was forked while another thread held the lock."""
     _address(own, 100)
     with own._lock:
         for target, arguments in ((_address, (own, 100)), (own.clear, ())):

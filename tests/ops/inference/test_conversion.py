@@ -1,0 +1,43 @@
+"""Conversion leaves alone, or names, what would gain nothing."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from compiled_kernels import without_kernels
+from torch import nn
+
+from ops.attention.large_kernel import DilatedDepthwiseConv2d
+from ops.cpu import policy
+from ops.inference import conversion
+
+
+@pytest.mark.parametrize(
+    ("multiplied", "dtype", "warnings"),
+    [(False, torch.bfloat16, 1), (True, torch.bfloat16, 0), (True, torch.float32, 0)],
+)
+def test_a_dtype_without_instructions_is_named_once(
+    multiplied: bool,
+    dtype: torch.dtype,
+    warnings: int,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(policy, "multiplies", lambda _: multiplied)
+    conversion._say_that_it_is_no_faster.cache_clear()
+    for _ in range(2):
+        model = nn.Sequential(nn.Linear(4, 4)).eval().to(dtype)
+        assert conversion.put_channels_last(model, always=False)
+    said = [record.getMessage() for record in caplog.records]
+    assert len(said) == warnings
+    assert all("no instructions for bfloat16" in line for line in said)
+
+
+@pytest.mark.parametrize(("always", "has_kernels"), [(False, True), (True, False), (False, False)])
+def test_dilated_depthwise_convolutions_stay_in_nchw_without_kernels(
+    always: bool, has_kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not has_kernels:
+        without_kernels(monkeypatch)
+    model = nn.Sequential(DilatedDepthwiseConv2d(4, 7, 3)).eval()
+    assert conversion.put_channels_last(model, always=always) == (always or has_kernels)
