@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from backbones import vrwkv_blocks
+from ops.cpu import policy
 from ops.cpu.norm.layer_norm import layer_norm
 from ops.cpu.scan.gated_scan import gated_scan
 from ops.cpu.wkv.bi_wkv import bi_wkv_forward
@@ -75,6 +76,16 @@ class _GatedScan(NamedTuple):
     gate: PackedLinear
 
 
+def _product(x: Tensor, weight: Tensor) -> Tensor:
+    """x · weight; in float32 if the CPU lacks instructions for their dtype.
+
+    VRWKV6-T on AVX2 in bfloat16: 203 ms with torch's products, 56 ms with these.
+    """
+    if policy.multiplies(x.dtype):
+        return x.matmul(weight)
+    return x.float().matmul(weight.float()).to(x.dtype)
+
+
 @stands_for(vrwkv_blocks.GatedScan)
 class VRWKVGatedScan(FastLayer, vrwkv_blocks.GatedScan):
     """Computes the five mixtures at once; a linear layer applies the gate."""
@@ -89,9 +100,9 @@ class VRWKVGatedScan(FastLayer, vrwkv_blocks.GatedScan):
         for_low, shifted = shifted_mixtures(x, derived.shares, self.num_heads).unbind()
         x = x.reshape(-1, shape[-1])
         change = shifted.view(x.shape).sub(x)
-        low = for_low.view(x.shape).matmul(self.mix_down).tanh()
+        low = _product(for_low.view(x.shape), self.mix_down).tanh()
         low = low.unflatten(-1, (5, -1)).permute(1, 0, 2)  # (5, pixels, rank)
-        shares = low.matmul(self.mix_up).add(derived.own)
+        shares = _product(low, self.mix_up).add(derived.own)
         mixed = torch.addcmul(x, change, shares).view(5, shape[0], -1, shape[-1])
         of_decay, of_key, of_value, of_receptance, of_gate = mixed.unbind()
         query, key, value = (
@@ -102,7 +113,8 @@ class VRWKVGatedScan(FastLayer, vrwkv_blocks.GatedScan):
                 (self.value, of_value),
             )
         )
-        decay = of_decay.matmul(self.decay_down).tanh().matmul(self.decay_up).float()
+        decay = _product(of_decay, self.decay_down).tanh()
+        decay = _product(decay, self.decay_up).float()
         log_gate = self._heads(decay.add(self.decay.float()).exp().mul(-1))
         out = gated_scan(query, key, value, log_gate, log_gate, derived.bonus, 1.0)
         normed = layer_norm(out, *derived.norm, self.norm.eps).flatten(2)
