@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import sys
 from pathlib import Path
 
@@ -36,7 +37,8 @@ def runtime() -> Path | None:
     functions = _functions()
     if functions is None or sys.platform != "linux":
         return None
-    for line in Path("/proc/self/maps").read_text().splitlines():
+    for mapped in Path("/proc/self/maps").read_bytes().splitlines():
+        line = os.fsdecode(mapped)  # names may have any bytes
         begin, _, end = line.partition(" ")[0].partition("-")
         if int(begin, 16) <= functions[0] < int(end, 16):
             return Path(line.split(maxsplit=5)[5])

@@ -16,7 +16,10 @@ from backbones.cli import parity
 ROOT = Path(__file__).resolve().parents[2]
 # Their modules are described as wholes; what is in them is called by the package around them.
 _OPS_WITH_BACKENDS = ("ops/bi_wkv/", "ops/linear_attention/", "ops/neighborhood/")
-_SHARED = ("ops/arguments.py", "ops/autocast.py", "ops/cpu/", "ops/triton_devices.py")
+_SHARED = (
+    *("ops/arguments.py", "ops/attention/softmax.py", "ops/autocast.py", "ops/cpu/"),
+    *("ops/sizes.py", "ops/triton_devices.py"),
+)
 INTERNAL = (*_SHARED, *_OPS_WITH_BACKENDS)
 PACKAGES = ("ops/cpu/__init__.py", *(f"{folder}__init__.py" for folder in _OPS_WITH_BACKENDS))
 ERRORS = ("SEVERE", "WARNING")
