@@ -117,7 +117,8 @@ def draw(report: dict[str, Any], path: Path) -> None:
             places = [j + (i - (len(names) - 1) / 2) / (len(names) + 1) for j in range(len(rows))]
             axis.bar(places, speeds, 1 / (len(names) + 1), label=name, color=colours[name])
         axis.axhline(1, color="black", linewidth=0.8)
-        axis.set_xticks(range(len(rows)), [row["model"] for row in rows], fontsize=6)
+        turned = {"rotation": 20, "ha": "right"} if len(rows) > 8 else {}
+        axis.set_xticks(range(len(rows)), [row["model"] for row in rows], fontsize=6, **turned)
         axis.set_xlim(-0.6, max(len(rows), 4) - 0.4)
         axis.set_title(title, fontsize=9)
         axis.set_ylabel("speed over eager", fontsize=8)

@@ -92,6 +92,16 @@ OPTIONS: dict[str, list[Option]] = {
         Option("--batch-size", ["1", "99999999999"], BELOW_ONE),
         Option("--device", ["cpu", "cpu:0"], NO_DEVICE),
     ],
+    "embed": [
+        Option("", ["{0}/photos"], ["", "{0}/none", "{0}/empty"], required=True),
+        Option("--out", ["{0}/a"], ["", "{0}/none/below/that"], required=True),
+        Option("--checkpoint", ["{0}/best.safetensors"], ["", "{0}/none"], required=True),
+        # Those of the first call, which others resume.
+        Option("--classes", ["0"], ["", "x", "-1", "1.5"]),
+        Option("--dtype", ["float32"], ["", "x"]),
+        Option("--rows", ["1024"], BELOW_ONE),
+        Option("--workers", ["1"], BELOW_ONE),
+    ],
     "search": [
         Option("", ["{0}/table"], NO_TABLE, required=True),
         Option("--key", ["00001.png"], ["x", "\udcff"], True),
