@@ -111,7 +111,7 @@ _RENAMES = (
 
 def _cfg(file: str, **kwargs: Any) -> dict[str, Any]:
     url = "dinat/checkpoints/" + file
-    return cfg(url, first_conv=DiNATS.first_conv, classifier=DiNATS.classifier, **kwargs)
+    return cfg(DiNATS, url, **kwargs)
 
 
 default_cfgs = generate_default_cfgs(

@@ -163,7 +163,7 @@ _RENAMES = (
 
 
 def _cfg(url: str, **kwargs: Any) -> dict[str, Any]:
-    return cfg(url, first_conv=NAT.first_conv, classifier=NAT.classifier, **kwargs)
+    return cfg(NAT, url, **kwargs)
 
 
 def _nat(size: str) -> dict[str, Any]:

@@ -132,11 +132,7 @@ class NATIsotropic(IsotropicBackbone):
 
 
 def _cfg(variant: str) -> dict[str, Any]:
-    return cfg(
-        f"dinat/checkpoints/isotropic/{variant}_in1k_224.pth",
-        first_conv=NATIsotropic.first_conv,
-        classifier=NATIsotropic.classifier,
-    )
+    return cfg(NATIsotropic, f"dinat/checkpoints/isotropic/{variant}_in1k_224.pth")
 
 
 default_cfgs = generate_default_cfgs(

@@ -210,16 +210,11 @@ def renamed(key: str, renames: Sequence[tuple[str, str]]) -> str:
     return key
 
 
-def cfg(url: str, **kwargs: Any) -> dict[str, Any]:
+def cfg(model_class: type[StagedBackbone], url: str, **kwargs: Any) -> dict[str, Any]:
     """The preprocessing of the published weights."""
     return {
         "url": "https://shi-labs.com/projects/" + url,
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
+        **published.imagenet_cfg(model_class),
         "license": "mit",
         "origin_url": "https://github.com/SHI-Labs/Neighborhood-Attention-Transformer",
         "paper_name": "Dilated Neighborhood Attention Transformer",

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import checked, several, whole
+from backbones.core.published import imagenet_cfg, renamed
 from backbones.core.registry import build_model, register
 from backbones.core.stage import Stage
 from ops.conv import ConvNorm
@@ -246,8 +247,7 @@ _RENAMES = (
 
 
 def _convert_key(key: str, blocks: Sequence[str]) -> str:
-    for pattern, name in _RENAMES:
-        key = re.sub(pattern, name, key)
+    key = renamed(key, _RENAMES)
     match = re.match(r"blocks\.(\d+)\.", key)
     if match and int(match[1]) < len(blocks):
         return f"{blocks[int(match[1])]}.{key[match.end() :]}"
@@ -257,14 +257,8 @@ def _convert_key(key: str, blocks: Sequence[str]) -> str:
 def _cfg(variant: str) -> dict[str, Any]:
     return {
         "url": f"https://raw.githubusercontent.com/han-cai/files/master/proxylessnas/{variant}.pth",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "crop_pct": 0.875,
+        **imagenet_cfg(ProxylessNAS),
         "interpolation": "bilinear",
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
-        "first_conv": ProxylessNAS.first_conv,
-        "classifier": ProxylessNAS.classifier,
         "license": "mit",
         "origin_url": "https://github.com/mit-han-lab/proxylessnas",
         "paper_name": "ProxylessNAS: Direct Neural Architecture Search on Target Task and Hardware",

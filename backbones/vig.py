@@ -29,6 +29,7 @@ from torch import Tensor, nn
 from backbones.core.base import StagedBackbone
 from backbones.core.isotropic import IsotropicBackbone
 from backbones.core.keywords import checked, whole
+from backbones.core.published import imagenet_cfg, renamed
 from backbones.core.registry import build_model, register
 from backbones.core.stage import IsotropicStage, TokenStage
 from backbones.vig_blocks import Block, GatedLinearAttention
@@ -147,7 +148,7 @@ class ViG(IsotropicBackbone):
                 return match[0]
 
         return {
-            re.sub(r"^blocks\.(\d+)\.", place, _renamed(key, _PLAIN)): tensor
+            re.sub(r"^blocks\.(\d+)\.", place, renamed(key, _PLAIN)): tensor
             for key, tensor in state_dict.items()
         }
 
@@ -224,7 +225,7 @@ class HierarchicalViG(StagedBackbone):
         own = self.state_dict()
         converted = {}
         for key, tensor in state_dict.items():
-            name = _renamed(key, _HIERARCHICAL)
+            name = renamed(key, _HIERARCHICAL)
             # In the original, downsampling belongs to the previous stage.
             if match := re.match(r"layers\.(\d+)\.downsample\.", name):
                 name = f"stages.{int(match[1]) + 1}.downsample.{name[match.end() :]}"
@@ -299,23 +300,10 @@ _HIERARCHICAL = (
 )
 
 
-def _renamed(key: str, renames: Sequence[tuple[str, str]]) -> str:
-    for pattern, name in renames:
-        key = re.sub(pattern, name, key)
-    return key
-
-
-def _cfg(first_conv: str, **kwargs: Any) -> dict[str, Any]:
+def _cfg(model_class: type[StagedBackbone], **kwargs: Any) -> dict[str, Any]:
     return {
         "url": "",  # published as a folder, https://huggingface.co/hustvl/ViG
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
-        "first_conv": first_conv,
-        "classifier": ViG.classifier,
+        **imagenet_cfg(model_class),
         "license": "mit",
         "origin_url": "https://github.com/hustvl/ViG",
         "paper_name": "ViG: Linear-complexity Visual Sequence Learning with Gated Linear Attention",
@@ -326,8 +314,8 @@ def _cfg(first_conv: str, **kwargs: Any) -> dict[str, Any]:
 
 default_cfgs = generate_default_cfgs(
     {
-        **{f"vig_{size}.untrained": _cfg(ViG.first_conv) for size in "tsb"},
-        **{f"vig_h_{size}.untrained": _cfg(HierarchicalViG.first_conv) for size in "tsb"},
+        **{f"vig_{size}.untrained": _cfg(ViG) for size in "tsb"},
+        **{f"vig_h_{size}.untrained": _cfg(HierarchicalViG) for size in "tsb"},
     }
 )
 

@@ -29,6 +29,7 @@ from torch import Tensor, nn
 
 from backbones.core.isotropic import IsotropicBackbone
 from backbones.core.keywords import KEYWORDS, checked, optional, several, whole
+from backbones.core.published import imagenet_cfg, renamed
 from backbones.core.registry import build_model, register
 from backbones.core.stage import IsotropicStage
 from backbones.vrwkv_blocks import HEAD_DIM, Block, GatedScan, GatedSquaredMlp, WKVAttention
@@ -160,9 +161,7 @@ class VRWKV(IsotropicBackbone):
 
         converted = {}
         for key, tensor in state_dict.items():
-            for pattern, name in _RENAMES:
-                key = re.sub(pattern, name, key)
-            converted[re.sub(r"^layers\.(\d+)\.", place, key)] = tensor
+            converted[re.sub(r"^layers\.(\d+)\.", place, renamed(key, _RENAMES))] = tensor
         return converted
 
 
@@ -192,14 +191,7 @@ _RENAMES = (
 def _cfg(file: str, **kwargs: Any) -> dict[str, Any]:
     return {
         "url": f"https://huggingface.co/OpenGVLab/Vision-RWKV/resolve/main/{file}.pth",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": (0.485, 0.456, 0.406),
-        "std": (0.229, 0.224, 0.225),
-        "first_conv": VRWKV.first_conv,
-        "classifier": VRWKV.classifier,
+        **imagenet_cfg(VRWKV),
         "license": "apache-2.0",
         "origin_url": "https://github.com/OpenGVLab/Vision-RWKV",
         "paper_name": "Vision-RWKV",

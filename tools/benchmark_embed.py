@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import torch
 import yaml
-from measuring import load_report, machine, read_report, write
+from measuring import load_report, machine, read_report, replace_results, write
 from PIL import Image
 
 import backbones
@@ -372,10 +372,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     for part in args.parts:
         with _place() as folder:
             anew = list(PARTS[part](folder, args.rounds, args.models))
-        names = {(result["part"], result["model"]) for result in anew}
-        kept = [r for r in report["results"] if (r["part"], r["model"]) not in names]
-        report["results"] = kept + anew
-        write(args.output, lambda path: path.write_text(json.dumps(report, indent=1) + "\n"))
+        replace_results(args.output, report, anew, ("part", "model"))
     write(args.page, lambda path: path.write_text(page(report), encoding="utf-8"))
 
 

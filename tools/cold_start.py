@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from measuring import load_report, machine, read_report, write
+from measuring import load_report, machine, read_report, replace_results, write
 
 from backbones.core.arguments import nonempty_path
 
@@ -139,10 +139,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     if args.way is not None:
         tree = args.tree or (None if args.way == "wheel" else ROOT)
         anew = measure(args.way, args.models, args.python, tree, args.rounds)
-        names = {(result["way"], result["model"]) for result in anew}
-        kept = [r for r in report["results"] if (r["way"], r["model"]) not in names]
-        report["results"] = kept + anew
-        write(args.output, lambda path: path.write_text(json.dumps(report, indent=1) + "\n"))
+        replace_results(args.output, report, anew, ("way", "model"))
     write(args.page, lambda path: path.write_text(page(report), encoding="utf-8"))
 
 

@@ -8,7 +8,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -126,6 +126,16 @@ def read_report(path: Path) -> dict[str, Any]:
     except (ValueError, LookupError, TypeError, RecursionError) as error:
         raise ValueError(f"{path} is not a benchmark report: {error}") from error
     return report
+
+
+def replace_results(
+    path: Path, report: dict[str, Any], anew: Sequence[dict[str, Any]], keys: Sequence[str]
+) -> None:
+    """Put results into a report in place of those with the same values of ``keys``; write it."""
+    names = {tuple(result[key] for key in keys) for result in anew}
+    kept = [r for r in report["results"] if tuple(r[key] for key in keys) not in names]
+    report["results"] = kept + anew
+    write(path, lambda path: path.write_text(json.dumps(report, indent=1) + "\n"))
 
 
 def write(path: Path, save: Callable[[Path], object]) -> None:

@@ -6,6 +6,7 @@ image by key. Each worker creates its own reader from the source's description i
 
 from __future__ import annotations
 
+import abc
 import bisect
 import functools
 import glob
@@ -46,7 +47,7 @@ class Item(NamedTuple):
     open: Callable[[], IO[bytes] | Image.Image]
 
 
-class Reader:
+class Reader(abc.ABC):
     """Opens images of a source; there is a subclass for each kind of source.
 
     Args:
@@ -57,6 +58,7 @@ class Reader:
         self.description = description
         self.root = Path(description["path"])
 
+    @abc.abstractmethod
     def items(self, part: Any) -> Iterator[Item]:
         """The images of a part, in order.
 
@@ -66,11 +68,10 @@ class Reader:
         Raises:
             DataError: the archive or table that holds them is damaged from this point on.
         """
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def find(self, key: str) -> IO[bytes] | Image.Image:
         """The image with that key, as from :attr:`Item.open`; OSError or KeyError if none."""
-        raise NotImplementedError
 
 
 @dataclass

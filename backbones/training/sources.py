@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import abc
 import io
 from pathlib import Path
 from typing import IO, Any
@@ -24,7 +25,7 @@ __all__ = [
 File = tuple[str, int, int]  # name; offset and length within an archive
 
 
-class ImageSource:
+class ImageSource(abc.ABC):
     """Images with random access.
 
     Attributes:
@@ -34,16 +35,17 @@ class ImageSource:
 
     labels: np.ndarray | None = None
 
+    @abc.abstractmethod
     def __len__(self) -> int:
-        raise NotImplementedError
+        """The number of images."""
 
+    @abc.abstractmethod
     def load(self, index: int) -> tuple[Image.Image, Any]:
         """The image, in any mode, and its class or labels. OSError if it cannot be decoded."""
-        raise NotImplementedError
 
+    @abc.abstractmethod
     def name(self, index: int) -> str:
         """The image's name for messages."""
-        raise NotImplementedError
 
 
 class ArraySource(ImageSource):

@@ -45,6 +45,7 @@ def test_the_faster_plain_form_counts(floor: ModuleType) -> None:
     assert "| model | batch 1, 1 thread | batch 8, 1 thread |" in text
     assert "| `van_b0` | **0.96×** | 1.20× |" in text
     assert "| `shvit_s1` | 0.97× | – |" in text
+    assert "Below 0.97: `van_b0` at batch 1 with 1 thread (0.960)." in text
     assert "VISION_BACKBONES_NATIVE_ISA=avx2" in text and "VISION_BACKBONES_NATIVE=0" not in text
 
 
