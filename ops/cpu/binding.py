@@ -8,101 +8,23 @@ dispatcher where that would only call the kernel: dispatch takes longer than com
 
 from __future__ import annotations
 
-import ctypes
 import functools
 import inspect
-import operator
-import struct
 import threading
 from collections.abc import Callable, Hashable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from ops.cpu import policy
-from ops.cpu.activations import ACTIVATIONS
 from ops.cpu.build import status, unavailable_reason
+from ops.cpu.call import Call, pack, require_same_bytes
 from ops.cpu.dispatch import is_plain_call
 from ops.cpu.huge_pages import ask_for_huge_pages
+from ops.cpu.plan import Plan, Signature
 
-__all__ = [
-    "Addresses",
-    "Call",
-    "Kernel",
-    "Observer",
-    "kernel",
-    "observed_by",
-    "problem_of",
-    "registered",
-    "words_of",
-]
-
-
-class Addresses(NamedTuple):
-    """A structure of pointers and numbers.
-
-    Attributes:
-        structure: see :func:`ops.cpu.structures.structure`; each field has 8 bytes or is itself
-            such a structure.
-        fields: the values: a tensor (its address), a tensor with an offset in bytes, a number, or
-            the ``Addresses`` of a nested structure. Fields that are missing or None are zeros and
-            null pointers.
-    """
-
-    structure: Any
-    fields: dict[str, Any]
-
-    def words(self) -> list[int | tuple[Tensor, int]]:
-        """The 8-byte words in order: numbers, and tensors with offsets in bytes."""
-        found: list[Any] = []
-        for name, kind in self.structure._fields_:
-            value = self.fields.get(name)
-            if isinstance(value, Addresses):
-                found += value.words()
-            elif value is None:
-                found += [0] * (ctypes.sizeof(kind) // 8)
-            elif isinstance(value, Tensor):
-                found.append((value, 0))
-            elif isinstance(value, float):
-                found += struct.unpack("=q", struct.pack("=d", value))
-            else:
-                found.append(value)
-        return found
-
-
-def problem_of(structure: Any, x: Tensor, axes: str = "", **fields: Any) -> Any:
-    """A structure of numbers: the sizes that a kernel is called with.
-
-    Args:
-        structure: see :func:`ops.cpu.structures.structure`; its field ``bfloat16`` is set if ``x``
-            has that dtype.
-        axes: the fields for the sizes of the axes of ``x``, such as ``"batch height width dim"``;
-            ``_`` skips an axis.
-        fields: all other fields; activations are given by name.
-    """
-    sizes = dict(zip(axes.split(), x.shape, strict=False))
-    sizes.pop("_", None)
-    numbers = {n: ACTIVATIONS.index(v) if isinstance(v, str) else v for n, v in fields.items()}
-    return structure(bfloat16=x.dtype == torch.bfloat16, **sizes, **numbers)
-
-
-# Arguments of C functions: numbers, and the addresses of a structure or an array of structures of
-# numbers, of a structure or an array of structures of pointers, and of tensors.
-Argument = int | ctypes.Structure | ctypes.Array | Addresses | Sequence[Addresses] | Tensor
-
-
-class Call(NamedTuple):
-    """The result and the C arguments of a call.
-
-    Attributes:
-        result: what the operator returns, allocated; the kernel fills it in.
-        arguments: makes the arguments of the C function; not called if only shapes are needed or
-            the first result is empty.
-    """
-
-    result: Any
-    arguments: Callable[[], Sequence[Any]]
+__all__ = ["Kernel", "Observer", "kernel", "observed_by", "registered"]
 
 
 class Observer(Protocol):
@@ -200,7 +122,7 @@ class Kernel:
         self.name, self.library, self.function = describe.__name__, library, function
         self._describe, self._large_results, self._refuses = describe, large_results, refuses
         self._parameters = list(inspect.signature(describe).parameters.values())
-        self._signature = _Signature([_TYPES[p.annotation] for p in self._parameters])
+        self._signature = Signature([_TYPES[p.annotation] for p in self._parameters])
         schema = ", ".join(
             f"{_TYPES[p.annotation]}{'(a!)' if p.name in mutates else ''} {p.name}"
             for p in self._parameters
@@ -210,7 +132,7 @@ class Kernel:
         # torch.library.register_fake would look up its caller's source: 10 ms per import.
         registered.impl(self.name, lambda *a: describe(*a).result, "Meta")
         self._dispatched = getattr(torch.ops.vision_backbones, self.name).default
-        self._plans: dict[Hashable, _Plan | None] = {}
+        self._plans: dict[Hashable, Plan | None] = {}
 
     def __repr__(self) -> str:
         return f"<kernel {self.name}: {self.function} of {self.library}>"
@@ -264,7 +186,7 @@ class Kernel:
             call, arguments = self._run_described(args)
             if len(self._plans) >= _MOST_PLANS:
                 self._plans.clear()
-            self._plans[layout] = _Plan.of(tensors, call, arguments)
+            self._plans[layout] = Plan.of(tensors, call, arguments)
             return call.result
         if plan is None:
             return self._run_described(args)[0].result
@@ -279,7 +201,7 @@ class Kernel:
         if reason is not None:
             raise RuntimeError(f"the kernel {self.name} is not available: {reason}")
         function = self._function()
-        results = _results(call)
+        results = call.results()
         if results and not results[0].numel():
             return call, ()
         if self._large_results:
@@ -287,18 +209,19 @@ class Kernel:
         arguments = call.arguments()
         if not arguments:
             return call, ()
+        library = status(self.library).library
         for argument in arguments:
-            _require_same_bytes(self.library, argument)
+            require_same_bytes(library, argument)
         if observer is not None:
             observer.kernel_called(self, function, arguments)
         with torch._C.DisableTorchFunction():
-            self._invoke(function, [_pack(argument) for argument in arguments])
+            self._invoke(function, [pack(argument) for argument in arguments])
         if observer is not None:
             given = {p.name: value for p, value in zip(self._parameters, args, strict=True)}
             observer.kernel_returned(self, given, call.result)
         return call, arguments
 
-    def _run_planned(self, tensors: Sequence[Tensor | None], plan: _Plan) -> Any:
+    def _run_planned(self, tensors: Sequence[Tensor | None], plan: Plan) -> Any:
         results = [torch.empty_strided(n, step, dtype=kind) for n, step, kind in plan.results]
         if self._large_results:
             ask_for_huge_pages(*results)
@@ -311,150 +234,3 @@ class Kernel:
 
     def _function(self) -> Any:
         return getattr(status(self.library).library, self.function)
-
-
-class _Signature:
-    """Which arguments are tensors, and the layout key of a call."""
-
-    def __init__(self, types: Sequence[str]) -> None:
-        self._single = [i for i, kind in enumerate(types) if kind in ("Tensor", "Tensor?")]
-        self._lists = [i for i, kind in enumerate(types) if kind == "Tensor[]"]
-        others = [i for i in range(len(types)) if i not in (*self._single, *self._lists)]
-        self._values = [i for i in others if not types[i].endswith("[]")]
-        self._sequences = [i for i in others if types[i].endswith("[]")]
-
-    def tensors(self, args: Sequence[Any]) -> list[Tensor | None]:
-        """The tensors, single arguments before those in lists."""
-        found = [args[i] for i in self._single]
-        for i in self._lists:
-            found += args[i]
-        return found
-
-    def layout(self, args: Sequence[Any], tensors: Sequence[Tensor | None]) -> Hashable:
-        parts: list[Any] = [torch.get_num_threads()]
-        for t in tensors:
-            parts += (None,) if t is None else (t.shape, t.stride(), t.dtype)
-        parts += [args[i] for i in self._values]
-        for i in self._sequences:
-            parts.append(tuple(args[i]))
-        for i in self._lists:
-            parts.append(len(args[i]))
-        return tuple(parts)
-
-
-class _Plan:
-    """Makes the C arguments of calls with a known layout without describing them again.
-
-    Args:
-        templates: one per argument: a constant, the index of a pointer among the words of
-            :meth:`arguments`, or a packer with the words that it packs.
-        shifted: the index and the offset in bytes of each word that points inside a tensor.
-        constants: words that are numbers.
-        results: sizes, strides and dtypes.
-        gives: what the operator returns: a tensor, several, or None.
-    """
-
-    def __init__(
-        self,
-        templates: Sequence[Any],
-        shifted: Sequence[tuple[int, int]],
-        constants: Sequence[int],
-        results: Sequence[tuple[Any, ...]],
-        gives: type,
-    ) -> None:
-        self._templates, self._shifted, self._constants = templates, shifted, list(constants)
-        self.results, self.gives = results, gives
-
-    @classmethod
-    def of(
-        cls, tensors: Sequence[Tensor | None], call: Call, arguments: Sequence[Any]
-    ) -> _Plan | None:
-        """None if tensors were copied or created for the call, which then has to be described."""
-        results = _results(call)
-        if not arguments:
-            return None
-        known = [*tensors, *results]
-        index = {id(t): i for i, t in enumerate(known)}
-        of_arguments = [
-            [(argument, 0)] if isinstance(argument, Tensor) else words_of(argument)
-            for argument in arguments
-        ]
-        words = [word for of_one in of_arguments for word in of_one or ()]
-        if any(not isinstance(word, int) and id(word[0]) not in index for word in words):
-            return None
-        keys = {w: w if isinstance(w, int) else (index[id(w[0])], w[1]) for w in words}
-        shifted = sorted({k for k in keys.values() if isinstance(k, tuple) and k[1]})
-        constants = sorted({k for k in keys.values() if isinstance(k, int)})
-        place: dict[Any, int] = {(i, 0): i for i in range(len(known))}
-        for key in (*shifted, *constants):
-            place[key] = len(place)
-        templates: list[Any] = []
-        for argument, of_one in zip(arguments, of_arguments, strict=True):
-            if of_one is None:
-                templates.append(_pack(argument))
-            elif isinstance(argument, Tensor):
-                templates.append(place[keys[of_one[0]]])
-            else:
-                pick = operator.itemgetter(*(place[keys[word]] for word in of_one), 0)
-                templates.append((struct.Struct(f"={len(of_one)}q"), pick))
-        layouts = [(t.shape, t.stride(), t.dtype) for t in results]
-        return cls(templates, shifted, constants, layouts, type(call.result))
-
-    def arguments(self, tensors: Sequence[Tensor | None], results: Sequence[Tensor]) -> list[Any]:
-        words = [0 if t is None else t.data_ptr() for t in (*tensors, *results)]
-        words += [words[i] + offset for i, offset in self._shifted]
-        words += self._constants
-        return [
-            t[0].pack(*t[1](words)[:-1])
-            if isinstance(t, tuple)
-            else ctypes.c_void_p(words[t])
-            if isinstance(t, int)
-            else t
-            for t in self._templates
-        ]
-
-
-def words_of(argument: Any) -> list[int | tuple[Tensor, int]] | None:
-    """The words of pointer structures or of a tensor; None for arguments without addresses."""
-    if isinstance(argument, Addresses):
-        return argument.words()
-    if isinstance(argument, list):
-        return [word for addresses in argument for word in addresses.words()]
-    return None
-
-
-def _require_same_bytes(library: str, argument: Any) -> None:
-    """Raise an error if the library's structures differ from the headers' declarations."""
-    of = argument[0] if isinstance(argument, list) else argument
-    kind: Any = of.structure if isinstance(of, Addresses) else type(argument)
-    if issubclass(kind, ctypes.Array):
-        kind = kind._type_
-    if issubclass(kind, ctypes.Structure):
-        _compare_bytes(status(library).library, kind)
-
-
-@functools.lru_cache(maxsize=256)
-def _compare_bytes(library: Any, kind: Any) -> None:
-    function = getattr(library, f"{kind.__name__.replace('::', '_')}_bytes")
-    function.restype = ctypes.c_int64
-    if function() != ctypes.sizeof(kind):
-        raise RuntimeError(
-            f"{kind.__name__} has {function()} bytes in the library and {ctypes.sizeof(kind)} here"
-        )
-
-
-def _results(call: Call) -> list[Tensor]:
-    result = call.result
-    return [] if result is None else [result] if isinstance(result, Tensor) else list(result)
-
-
-def _pack(argument: Any) -> Any:
-    if isinstance(argument, int):
-        return ctypes.c_int64(argument)
-    if isinstance(argument, Tensor):
-        return ctypes.c_void_p(argument.data_ptr())
-    words = words_of(argument)
-    if words is None:
-        return ctypes.byref(argument)
-    addresses = [w if isinstance(w, int) else w[0].data_ptr() + w[1] for w in words]
-    return ctypes.byref((ctypes.c_int64 * len(addresses))(*addresses))

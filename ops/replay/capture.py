@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode, resolve_name
 
-from ops.cpu.binding import Kernel, observed_by, words_of
+from ops.cpu.binding import Kernel, observed_by
+from ops.cpu.call import words_of
 from ops.replay.graph import (
     Block,
     Buffer,

@@ -12,7 +12,8 @@ from torch import Tensor
 
 from ops.cpu.attention.grouped import PROBLEM, TENSORS, attention_threads
 from ops.cpu.attention.linear import gated_out, gated_tensors, unsupported_heads
-from ops.cpu.binding import Addresses, Call, kernel, problem_of
+from ops.cpu.binding import kernel
+from ops.cpu.call import Addresses, Call, problem_of
 
 __all__ = ["gated_attention", "unsupported"]
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ops.cpu.binding import Addresses, Call, kernel, problem_of
+from ops.cpu.binding import kernel
+from ops.cpu.call import Addresses, Call, problem_of
 from ops.cpu.structures import structure
 from ops.cpu.threads import VALUES, threads_for
 

@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ops.cpu.binding import Addresses, Call, kernel, problem_of
+from ops.cpu.binding import kernel
+from ops.cpu.call import Addresses, Call, problem_of
 from ops.cpu.depthwise.conv import taps_first
 from ops.cpu.dispatch import require_dtype
 from ops.cpu.gemm.linear import no_products, pack_weight

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from ops.cpu.activations import require_activation
-from ops.cpu.binding import Addresses, Call, kernel, problem_of
+from ops.cpu.binding import kernel
+from ops.cpu.call import Addresses, Call, problem_of
 from ops.cpu.gemm.linear import no_products, pack_weight
 from ops.cpu.structures import structure
 from ops.cpu.tensors import bias_of, empty_nhwc

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ops.cpu.binding import Addresses, Call, kernel
+from ops.cpu.binding import kernel
 from ops.cpu.build import load, unavailable_reason
+from ops.cpu.call import Addresses, Call
 from ops.cpu.dispatch import require_dtype
 from ops.cpu.gemm.plan import TENSORS, linear_problem, output_shape, with_rows
 from ops.cpu.policy import multiplies

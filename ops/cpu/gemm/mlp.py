@@ -10,7 +10,8 @@ from typing import Any
 
 from torch import Tensor
 
-from ops.cpu.binding import Addresses, Call, kernel
+from ops.cpu.binding import kernel
+from ops.cpu.call import Addresses, Call
 from ops.cpu.gemm.linear import no_products
 from ops.cpu.gemm.plan import TENSORS, linear_problem, output_shape, with_rows
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from ops.cpu.activations import require_activation
-from ops.cpu.binding import problem_of
 from ops.cpu.build import status
+from ops.cpu.call import problem_of
 from ops.cpu.dispatch import require_dtype
 from ops.cpu.structures import structure
 from ops.cpu.threads import MACS, threads_for

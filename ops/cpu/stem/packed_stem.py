@@ -14,7 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from ops.cpu.activations import ACTIVATIONS
-from ops.cpu.binding import Addresses, Call, kernel, problem_of
+from ops.cpu.binding import kernel
+from ops.cpu.call import Addresses, Call, problem_of
 from ops.cpu.dispatch import require_dtype
 from ops.cpu.gemm.linear import no_products, pack_weight
 from ops.cpu.gemm.plan import packed_size

@@ -12,7 +12,8 @@ from compiled_kernels import linear_layer, random, using_threads
 from torch import Tensor
 
 from ops.cpu import binding
-from ops.cpu.binding import Addresses, Call, Kernel, observed_by, words_of
+from ops.cpu.binding import Kernel, observed_by
+from ops.cpu.call import Addresses, Call, words_of
 from ops.cpu.depthwise.conv import depthwise_branches, depthwise_conv2d, taps_first
 from ops.cpu.gemm.linear import packed_linear, packed_linear_energy
 from ops.cpu.norm.layer_norm import layer_norm
@@ -71,7 +72,7 @@ def test_planned_calls_are_the_others(dtype: torch.dtype, monkeypatch) -> None:
             assert out.stride() == outs[0].stride() and out.dtype == outs[0].dtype
         assert torch.equal(outs[0], outs[2]) and torch.equal(outs[1], outs[3])
         with monkeypatch.context() as patch:
-            patch.setattr(binding._Plan, "of", lambda *_: None)
+            patch.setattr(binding.Plan, "of", lambda *_: None)
             for kernel in (layer_norm, depthwise_conv2d, depthwise_branches, packed_linear):
                 kernel._plans.clear()
             assert torch.equal(call(maps[1]), outs[1])
