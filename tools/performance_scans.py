@@ -33,10 +33,10 @@ def of_bounds(report: dict[str, Any]) -> str:
         "\n\n".join(
             [
                 "## What is left to gain",
-                "A network's multiply-adds over its time, beside the rate of a 1024³ matrix "
-                "product. Were every multiply-add as fast as those, and all else free, the fused "
-                "model would be `at most` so many times faster than the plain one: an aim above "
-                "that asks for products faster than torch's largest ones.",
+                "The rate of a network's multiply-adds, and that of a 1024³ matrix product. If all "
+                "multiply-adds ran at the product's rate and everything else were free, the fused "
+                "model would be `at most` this many times faster than the plain one. A target "
+                "above that requires products faster than torch's largest.",
                 table(head, rows),
             ]
         )
@@ -59,7 +59,7 @@ def of_natten(report: dict[str, Any]) -> str:
     return (
         "\n\n".join(
             [
-                "## Beside NATTEN 0.17.3",
+                "## Compared with NATTEN 0.17.3",
                 "Our network with that release's layers, compiled from its source with the "
                 f"defaults (`tools/natten_0_17.py`), torch {report['machine']['torch']}, one "
                 "thread, float32.",
@@ -84,9 +84,9 @@ def of_scans(report: dict[str, Any]) -> str:
             for name in others
         ]
         rows.append(cells)
-    head = ["tokens", "kernel, ms", "ns a token"]
+    head = ["tokens", "kernel, ms", "ns per token"]
     labels = {SCAN: "scan in Python", "chunked": "chunks in torch", FORM: "`fla`'s form"}
-    head += [f"{labels.get(name, name)}, times longer" for name in others]
+    head += [f"{labels.get(name, name)}, times slower" for name in others]
     side, networks = report["networks"]["side"], report["networks"]
     ours, theirs = (networks[name]["milliseconds"] / 1e3 for name in ("vig_t", "deit_tiny"))
     longer = judged(networks["deit_tiny"]["times_longer"], NETWORK_AIM)
@@ -97,8 +97,8 @@ def of_scans(report: dict[str, Any]) -> str:
                 "One direction with the states of ViG-T, 3 heads of 32×64, one thread, float32, "
                 "by `python tools/benchmark_scan.py`.",
                 table(head, rows),
-                f"An image of {side}×{side} takes fused `vig_t` {ours:.1f} s, and timm's "
-                f"`deit_tiny_patch16_224` {theirs:.1f} s: {longer} as long.",
+                f"An image of {side}×{side} takes {ours:.1f} s with fused `vig_t` and "
+                f"{theirs:.1f} s with timm's `deit_tiny_patch16_224`: a speedup of {longer}.",
             ]
         )
         + "\n"

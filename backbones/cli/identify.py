@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from torch import Tensor
 
 from backbones.cli.parity import reference, variants
 
-__all__ = ["Match", "closest", "released_file", "sha256_of", "signature"]
+__all__ = ["Match", "closest", "released_file", "signature"]
 
 Signature = dict[str, tuple[int, ...]]
 
@@ -69,15 +68,6 @@ def released_file(variant_figures: Mapping[str, Any], path: Path, digest: str) -
         if name is not None and digest.startswith(name[1]):
             return str(weights["url"])
     return None
-
-
-def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file in hex."""
-    with open(path, "rb") as file:
-        digest = hashlib.sha256()
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _match(own: Signature, family: str, variant: str) -> Match:

@@ -29,9 +29,10 @@ from backbones.cli.common import (
     read_text,
     two_sides,
 )
-from backbones.cli.identify import closest, released_file, sha256_of
+from backbones.cli.identify import closest, released_file
 from backbones.core.arguments import nonempty_path, require_writable
 from backbones.core.checkpoint import _strip_prefixes, read_checkpoint
+from backbones.core.checkpoint_files import sha256_of
 from backbones.core.console import memory_shortage
 from backbones.core.messages import one_line, shown
 from backbones.core.registry import published_weights

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
 import pathlib
 import re
 import warnings
@@ -22,6 +23,7 @@ __all__ = [
     "DamagedFileError",
     "check_archive",
     "read_file",
+    "sha256_of",
 ]
 
 _ZIP = b"PK\x03\x04"
@@ -73,6 +75,15 @@ def _harmless() -> Iterator[Any]:
 # Allowed in weights-only loading besides tensors: all that mmengine saves except its log buffers.
 HARMLESS: tuple[Any, ...] = tuple(_harmless())
 LOG_BUFFER = "mmengine.logging.history_buffer.HistoryBuffer"
+
+
+def sha256_of(path: Path) -> str:
+    """The SHA-256 of a file in hex, as ``sha256sum`` prints it."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
 
 
 def read_file(path: Path) -> Any:

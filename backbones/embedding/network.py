@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import re
 from dataclasses import dataclass
@@ -18,7 +17,7 @@ from backbones.core.console import CommandError
 from backbones.core.messages import shown
 from ops.cpu import policy
 
-__all__ = ["COMPUTED", "FEATURES", "Features", "Network", "digest", "features_of"]
+__all__ = ["COMPUTED", "FEATURES", "Features", "Network", "features_of"]
 
 FEATURES = "head, stage:N or stage:N:map"
 COMPUTED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -61,15 +60,6 @@ def features_of(words: str, model: Any, name: str) -> Features:
             f"{name} has the stages 0 … {len(stages) - 1}, no {words.partition(':')[2]}"
         )
     return Features(stages[int(found[1])], found[2] is None)
-
-
-def digest(checkpoint: Path) -> str:
-    """The SHA-256 of a file, as ``sha256sum`` prints it."""
-    with open(checkpoint, "rb") as file:
-        state = hashlib.sha256()
-        while data := file.read(1 << 20):
-            state.update(data)
-    return state.hexdigest()
 
 
 class Network:

@@ -13,10 +13,11 @@ import numpy as np
 import torch
 
 from backbones.core.arguments import file_problem
+from backbones.core.checkpoint_files import sha256_of
 from backbones.core.console import MendableError
 from backbones.core.images import DECODE_ERRORS
 from backbones.core.messages import first_line
-from backbones.embedding.network import Network, digest
+from backbones.embedding.network import Network
 from backbones.embedding.sources import Item
 from backbones.embedding.table import metadata
 from backbones.embedding.worker import Images
@@ -106,7 +107,7 @@ def _weights(folder: str | Path, said: dict[str, Any], checkpoint: str | Path | 
             f"the weights that {folder} was made with, {path}, cannot be read: it {problem}; give "
             "their new place by --checkpoint"
         )
-    if (found := digest(path)) != weights["sha256"]:
+    if (found := sha256_of(path)) != weights["sha256"]:
         raise MendableError(
             f"{path} is not what {folder} was made with: its SHA-256 is {found[:16]}…, and that of "
             f"{weights['file']} was {weights['sha256'][:16]}…"

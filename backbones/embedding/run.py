@@ -16,12 +16,13 @@ from typing import Any, TextIO
 import torch
 
 from backbones.core.arguments import usable_device
+from backbones.core.checkpoint_files import sha256_of
 from backbones.core.console import CommandError
 from backbones.core.messages import one_line, shown
 from backbones.embedding import table
 from backbones.embedding.cluster import require_ray, run_on_cluster
 from backbones.embedding.local import cores, run_here, run_in_processes
-from backbones.embedding.network import Network, check_dtype, digest
+from backbones.embedding.network import Network, check_dtype
 from backbones.embedding.sources import Source, open_source
 from backbones.embedding.worker import Event, Job
 from backbones.training.checkpoint import write_problem
@@ -224,7 +225,7 @@ def _content(
         "weights": {
             "file": checkpoint.name,
             "path": str(checkpoint.absolute()),
-            "sha256": digest(checkpoint),
+            "sha256": sha256_of(checkpoint),
         },
         "preprocessing": network.preprocessing,
         "features": features,

@@ -28,11 +28,12 @@ from PIL import Image
 from timm.data import create_transform
 from torch import Tensor
 
+from backbones.core.checkpoint_files import sha256_of
 from backbones.core.console import MendableError, memory_shortage
 from backbones.core.images import DECODE_ERRORS, as_8_bits, open_image, require_wide
 from backbones.core.messages import first_line
 from backbones.embedding import table
-from backbones.embedding.network import Network, digest
+from backbones.embedding.network import Network
 from backbones.embedding.sources import Item, reader
 from backbones.training.errors import DataError
 
@@ -131,7 +132,7 @@ class Worker:
     def __init__(self, job: Job, network: Network | None = None) -> None:
         said = job.content
         if network is None:
-            if digest(job.checkpoint) != said["weights"]["sha256"]:
+            if sha256_of(job.checkpoint) != said["weights"]["sha256"]:
                 raise DataError(
                     f"{job.checkpoint} is not the file that {job.folder} was begun with; every "
                     "machine must have the same"

@@ -13,6 +13,7 @@ from backbones.cli import identify, parity
 from backbones.cli.common import CommandError
 from backbones.cli.main import main
 from backbones.cli.verify import compare, make_figures
+from backbones.core.checkpoint_files import sha256_of
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +32,7 @@ def test_a_release(published: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "into shvit_s1, 1000 classes, strictly" in out
     assert "nothing to compare with" in out
     assert out.count("✓") == 4
-    assert identify.sha256_of(published) in out
+    assert sha256_of(published) in out
 
 
 def test_figures_from_elsewhere(

@@ -25,6 +25,7 @@ import backbones
 from backbones.cli.common import load as load_model
 from backbones.cli.main import main
 from backbones.cli.predict import open_image, preprocessing
+from backbones.core.checkpoint_files import sha256_of
 from backbones.core.console import CommandError
 from backbones.embedding import embed, local, network, table, worker
 from backbones.embedding.network import Network
@@ -387,7 +388,7 @@ def test_metadata_explains_the_table(photos: Path, checkpoint: Path) -> None:
     assert said["weights"] == {
         "file": "best.safetensors",
         "path": str(checkpoint.absolute()),
-        "sha256": network.digest(checkpoint),
+        "sha256": sha256_of(checkpoint),
     }
     assert said["preprocessing"]["input_size"] == [3, 32, 32]
     assert (said["dim"], said["images"], said["shards"]) == (32, 10, 1)

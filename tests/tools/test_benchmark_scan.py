@@ -51,7 +51,7 @@ def test_scans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
         assert all(figures["times_longer"] == 1 for figures in found.values())
     text = page.of_scans(report)
     assert "| 5 | 0.960 | 192000 | **1.00× (missed 20)** | 1.00× |" in text
-    assert "An image of 1024×1024 takes fused `vig_t` 0.0 s" in text and "missed 3" in text
+    assert "An image of 1024×1024 takes 0.0 s with fused `vig_t`" in text and "missed 3" in text
 
 
 def test_bounds_and_natten() -> None:
