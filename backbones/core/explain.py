@@ -15,6 +15,8 @@ from backbones.core.keywords import several, whole
 from backbones.core.messages import shown
 from backbones.core.tables import table
 from ops.cpu.build import instruction_set
+from ops.inference.conversion import slow_in_nhwc
+from ops.replay.module import Recorded
 from ops.replay.profile import Profile, profile
 from ops.replay.trace import TracedCall
 
@@ -252,7 +254,7 @@ def explain(
         found.seconds,
         found.calls,
         _memory_of(found),
-        found.obstacle,
+        _obstacle(model, found),
     )
 
 
@@ -285,6 +287,13 @@ def _in_evaluation(model: nn.Module) -> Iterator[None]:
     finally:
         for module in training:
             module.training = True
+
+
+def _obstacle(model: StagedBackbone, found: Profile) -> str | None:
+    """Why a fused model is not replayed; None if it is, or is not fused."""
+    if not model.fused or isinstance(model, Recorded):
+        return found.obstacle
+    return slow_in_nhwc(model) or "its layers are those of torch, not in channels last"
 
 
 def _memory_of(found: Profile) -> MemoryUse | None:

@@ -34,7 +34,7 @@ from ops.inference import (  # noqa: F401  (they register their forms)
 )
 from ops.inference.forms import fast_form, plain_form
 
-__all__ = ["leave_inference_mode", "put_channels_last", "take_plain_forms"]
+__all__ = ["leave_inference_mode", "put_channels_last", "slow_in_nhwc", "take_plain_forms"]
 
 _log = logging.getLogger(__name__)
 
@@ -60,7 +60,7 @@ def put_channels_last(model: nn.Module, *, always: bool) -> bool:
         return False
     if not policy.multiplies(weight.dtype):
         _say_that_it_is_no_faster(weight.dtype)
-    if not always and _is_slow_in_nhwc(model, weight):
+    if not always and slow_in_nhwc(model) is not None:
         return False
     # Collect all modules before converting the first one; convert inner ones first, since others
     # may need them.
@@ -87,15 +87,16 @@ def _say_that_it_is_no_faster(dtype: torch.dtype) -> None:
     )
 
 
-def _is_slow_in_nhwc(model: nn.Module, weight: Tensor) -> bool:
-    """Whether the model has dilated depthwise convolutions, and oneDNN would compute them.
+def slow_in_nhwc(model: nn.Module) -> str | None:
+    """Why oneDNN computes the model's dilated depthwise convolutions; None if our kernel does.
 
     oneDNN is slow at those in NHWC: without our kernel, fused VAN-B0 takes 83 ms in that format,
     and its plain form 71 ms in NCHW.
     """
     if not any(isinstance(module, DilatedDepthwiseConv2d) for module in model.modules()):
-        return False
-    return depthwise_conv2d.unsupported(weight.device, weight.dtype) is not None
+        return None
+    weight = next(model.parameters())
+    return depthwise_conv2d.unsupported(weight.device, weight.dtype)
 
 
 def _has_needs(module: nn.Module, fast: type[nn.Module]) -> bool:

@@ -129,6 +129,12 @@ def test_text_and_json() -> None:
     assert told["memory"]["nbytes"] == found.memory.nbytes
 
 
+def test_a_folded_model_is_not_replayed() -> None:
+    found = backbones.explain(small("van").eval().fuse(channels_last=False), 64, repeats=1)
+    assert found.is_fused and found.memory is None
+    assert found.not_replayed == "its layers are those of torch, not in channels last"
+
+
 def test_what_is_not_replayed_has_no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
     """A hook inside wants its module to be called: by the layers, which are timed as they are."""
     model = small("shvit").eval().fuse()
