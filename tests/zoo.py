@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import functools
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
+from torch.overrides import TorchFunctionMode
 
 import backbones
 
-# The smallest variant of each family, and arguments that make it shallow.
+# The smallest variant of each family, and arguments that make it shallow and narrow.
 SMALL: dict[str, tuple[str, dict[str, Any]]] = {
-    "biformer": ("biformer_tiny", {"depths": (1, 1, 2, 1)}),
+    "biformer": ("biformer_tiny", {"dims": (64, 96, 128, 192), "depths": (1, 1, 2, 1)}),
     "dinat_s": (
         "dinat_s_tiny",
         {"dims": (32, 64, 96, 128), "num_heads": (1, 2, 3, 4), "depths": (1, 2, 2, 1)},
@@ -34,10 +39,16 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
         "litv2_s_alpha_0_5",
         {"dims": (32, 48, 64, 96), "num_heads": (0, 0, 4, 6), "depths": (1, 1, 2, 1)},
     ),
-    "medvitv2": ("medvitv2_tiny", {"depths": (1, 2, 3, 1)}),
+    "medvitv2": ("medvitv2_tiny", {"dims": (64, 128, 128, 192), "depths": (1, 2, 3, 1)}),
     "nat": (
         "nat_mini",
-        {"depths": (2, 1, 2, 1), "dilations": ((1, 2), 1, (1, 2), 1), "layer_scale": 0.5},
+        {
+            "dims": (64, 96, 128, 192),
+            "num_heads": (2, 3, 4, 6),
+            "depths": (2, 1, 2, 1),
+            "dilations": ((1, 2), 1, (1, 2), 1),
+            "layer_scale": 0.5,
+        },
     ),
     "nat_isotropic": (
         "dinat_isotropic_small",
@@ -51,11 +62,17 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
             "expansions": ((1,), (3, 3), (3,), (6, 0, 3), (3,)),
         },
     ),
-    "ravlt": ("ravlt_t", {"depths": (1, 1, 2, 1)}),
+    "ravlt": (
+        "ravlt_t",
+        {"dims": (64, 64, 128, 192), "num_heads": (1, 1, 2, 3), "depths": (1, 1, 2, 1)},
+    ),
     "shvit": ("shvit_s1", {"depths": (1, 1, 1)}),
     "unireplknet": ("unireplknet_a", {"depths": (1, 1, 2, 1)}),
     "van": ("van_b0", {"depths": (1, 1, 2, 1)}),
-    "vig": ("vig_h_t", {"depths": (1, 1, 2, 1)}),
+    "vig": (
+        "vig_h_t",
+        {"dims": (64, 96, 128, 192), "num_heads": (2, 3, 4, 6), "depths": (1, 1, 2, 1)},
+    ),
     "vrwkv": ("vrwkv_t", {"dim": 64, "depths": (1, 1, 1, 1)}),
 }
 FAMILIES = sorted(SMALL)
@@ -70,9 +87,52 @@ ISOTROPIC = [family for family in FAMILIES if family in ("nat_isotropic", "vrwkv
 
 def small(family: str, **kwargs: Any) -> Any:
     """A shallow model of the family, the same on every call."""
+    is_plain = all(isinstance(value, int | float) for value in kwargs.values())
+    if not is_plain or not torch.empty(0).is_cpu:
+        return _initialised(family, **kwargs)
+    # A copy is quicker than the initialisation.
+    model, random_state = _prototype(family, **kwargs)
+    torch.manual_seed(0)
+    torch.set_rng_state(random_state)
+    return copy.deepcopy(model)
+
+
+@functools.lru_cache(maxsize=2 * len(FAMILIES), typed=True)
+def _prototype(family: str, **kwargs: float) -> tuple[Any, torch.Tensor]:
+    """The model, and the state of the random numbers after its initialisation."""
+    with torch.inference_mode(False):  # whatever the first test that wants it
+        return _initialised(family, **kwargs), torch.get_rng_state()
+
+
+def _initialised(family: str, **kwargs: Any) -> Any:
     name, arguments = SMALL[family]
     torch.manual_seed(0)
     return backbones.create_model(name, **{**arguments, **kwargs})
+
+
+@contextlib.contextmanager
+def outlines() -> Iterator[None]:
+    """Models made inside are on the meta device, to be looked at only."""
+    with torch.device("meta"), _Uninitialised():
+        yield
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Skips what initialises values: without any, it would still take most of the time."""
+
+    SKIPPED = ("uniform_", "normal_", "erfinv_", "mul_", "add_", "clamp_", "fill_", "zero_")
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func.__name__ in self.SKIPPED:
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **kwargs)
 
 
 @torch.no_grad()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import nn
-from zoo import images
+from zoo import images, outlines
 
 import backbones
 
@@ -21,7 +21,7 @@ def test_initial_weights() -> None:
 
 
 def test_published_defaults() -> None:
-    with torch.device("meta"):
+    with outlines():
         model = backbones.create_model("inception_next_base_384")
         atto = backbones.create_model("inception_next_atto")
     rates = (model.head.drop.p, model.stages[-1].blocks[-1].drop_path.drop_prob)

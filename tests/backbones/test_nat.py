@@ -9,7 +9,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from zoo import images, randomise, small
+from zoo import images, outlines, randomise, small
 
 import backbones
 from backbones.cli.parity import (
@@ -57,7 +57,7 @@ def dilations_of(model: Any) -> list[list[int]]:
 @pytest.mark.parametrize(("family", "variant"), PYRAMIDS)
 def test_published_dilations(family: str, variant: str) -> None:
     figures = reference(family, variant)
-    with torch.device("meta"):
+    with outlines():
         model = backbones.create_model(variant)
     published = figures["config"]["dilations"]
     assert dilations_of(model) == (published or [[1] * d for d in figures["config"]["depths"]])
@@ -65,14 +65,14 @@ def test_published_dilations(family: str, variant: str) -> None:
         name = PRESETS[case["preset"]]
         if case["dilations"][0][1] == 20 and name == "ade20k":
             name = "ade20k-640"
-        with torch.device("meta"):
+        with outlines():
             model = backbones.create_model(variant, dilations=name, kernel_size=case["kernel_size"])
         assert dilations_of(model) == case["dilations"]
         assert model.stages[0].blocks[0].attn.kernel_size == (case["kernel_size"],) * 2
 
 
 def test_dilations_of_stages_and_blocks() -> None:
-    with torch.device("meta"):
+    with outlines():
         assert dilations_of(NAT(dilations=3)) == [[3] * 3, [3] * 4, [3] * 6, [3] * 5]
         model = NAT(depths=(1, 2, 2, 1), dilations=(4, (1, 2), 1, (3,)))
         assert dilations_of(model) == [[4], [1, 2], [1, 1], [3]]
@@ -95,12 +95,12 @@ def test_dilations_of_stages_and_blocks() -> None:
     ids=str,
 )
 def test_refuses_dilations(dilations: Any, error: type[Exception], said: str) -> None:
-    with torch.device("meta"), pytest.raises(error, match=said):
+    with outlines(), pytest.raises(error, match=said):
         NAT(dilations=dilations)
 
 
 def test_refuses_dilations_of_other_networks() -> None:
-    with torch.device("meta"):
+    with outlines():
         with pytest.raises(ValueError, match="are of 4 stages, got depths"):
             NAT((16,) * 5, (1,) * 5, (1,) * 5, dilations="coco")
         with pytest.raises(ValueError, match="dilations must be one of .*, got 'mask2former'"):

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from zoo import images, randomise, small
+from zoo import images, outlines, randomise, small
 
 import backbones
 from backbones.cli.parity import checkpoint, image, reference, summary_error, variants
@@ -43,14 +43,14 @@ def dilations_of(model: Any) -> list[int]:
 
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_published_dilations(variant: str) -> None:
-    with torch.device("meta"):
+    with outlines():
         model = backbones.create_model(variant)
     published = reference("nat_isotropic", variant)["config"].get("dilations")
     assert dilations_of(model) == (published or [1] * 12)
 
 
 def test_dilations_in_turn() -> None:
-    with torch.device("meta"):
+    with outlines():
         assert dilations_of(NATIsotropic(dilations=3, **SHALLOW)) == [3] * 4
         assert dilations_of(NATIsotropic(dilations=(1, 2, 5), **SHALLOW)) == [1, 2, 5, 1]
         with pytest.raises(ValueError, match=r"dilations must not be longer than the 4 blocks"):

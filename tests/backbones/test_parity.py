@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from zoo import SMALL
+from zoo import SMALL, outlines
 
 import backbones
 from backbones.cli.parity import case_errors, reference, tolerance, variants
@@ -37,7 +36,7 @@ def test_every_variant_is_registered_and_measured() -> None:
 
 @pytest.mark.parametrize(("family", "variant"), variants())
 def test_parameter_count(family: str, variant: str) -> None:
-    with torch.device("meta"):
+    with outlines():
         model = backbones.create_model(variant)
     assert sum(p.numel() for p in model.parameters()) == reference(family, variant)["params"]
 

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from zoo import images, randomise, small
+from zoo import images, outlines, randomise, small
 
 import backbones
 from backbones.cli.parity import checkpoint, reference
@@ -19,7 +19,7 @@ VARIANTS = backbones.list_models(family="proxylessnas")
 def test_blocks_keep_their_numbers(name: str) -> None:
     """As the published table has them: a zero branch is an identity, and counts."""
     config = reference("proxylessnas", name)["config"]
-    with torch.device("meta"):
+    with outlines():
         model = backbones.create_model(name)
     stages = [[model.stem[1]], *(list(stage.blocks) for stage in model.stages)]
     there = [[int(not isinstance(block, nn.Identity)) for block in stage] for stage in stages]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from timm.optim import param_groups_layer_decay
 from torch import Tensor, nn
-from zoo import images, randomise
+from zoo import images, outlines, randomise
 
 import backbones
 from backbones.cli.parity import (
@@ -142,7 +142,7 @@ def test_dense_checkpoints(variant: str) -> None:
 @pytest.mark.parametrize("size", ["s", "b", "l", "xl"])
 def test_heads_of_imagenet_22k(size: str) -> None:
     figures = reference("unireplknet", f"unireplknet_{size}")
-    with torch.device("meta"):
+    with outlines():
         model = backbones.create_model(f"unireplknet_{size}.in22k")
     own = model.state_dict()
     for name, shape, _ in figures["heads"]["in22k"]:
@@ -155,7 +155,7 @@ def test_heads_of_imagenet_22k(size: str) -> None:
 def test_published_arguments(size: str) -> None:
     figures = reference("unireplknet", f"unireplknet_{size}")
     recipe = figures["recipe"]
-    with torch.device("meta"):
+    with outlines():
         model = backbones.create_model(f"unireplknet_{size}")
     blocks = [block for stage in model.stages for block in stage.blocks]
     expected = recipe.get("in1k", recipe.get("in22k_to_in1k"))["drop_path"]
@@ -189,7 +189,7 @@ def test_response_norms_are_decayed() -> None:
 
 
 def test_layer_decay_takes_three_blocks_together() -> None:
-    with torch.device("meta"):
+    with outlines():
         model = backbones.create_model("unireplknet_s")
     groups = param_groups_layer_decay(model, weight_decay=1e-8, layer_decay=0.8)
     assert sum(len(g["params"]) for g in groups) == len(list(model.parameters()))
@@ -250,7 +250,7 @@ def test_videos_are_read_as_the_original_reads_them() -> None:
 
 def test_the_video_network_is_the_published_one() -> None:
     figures = reference("unireplknet", "unireplknet_b_k400")
-    with torch.device("meta"):
+    with outlines():
         model = backbones.create_model("unireplknet_b_k400")
     kernels = [
         [

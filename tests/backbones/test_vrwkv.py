@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from compiled_kernels import without_kernels
-from zoo import images, randomise, small
+from zoo import images, outlines, randomise, small
 
 import backbones
 from backbones import vrwkv_blocks
@@ -75,7 +75,7 @@ def test_float64_leaves_what_the_kernel_adds_to_denominators() -> None:
 
 
 def test_segments_by_default() -> None:
-    with torch.device("meta"):
+    with outlines():
         models = {name: backbones.create_model(name) for name in VARIANTS}
         formula = backbones.create_model("vrwkv_t", segments=0)
     for name, model in models.items():

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from torch import nn
-from zoo import small
+from zoo import outlines, small
 
 import backbones
 from backbones.cli import parity
@@ -32,7 +32,7 @@ QUICK = {
 def test_macs_and_params_are_those_of_the_original(family: str, variant: str) -> None:
     figures = parity.reference(family, variant)
     height, width = figures.get("macs_input", figures["cases"][0]["input"])[2:]
-    with torch.device("meta"):
+    with outlines():
         model = backbones.create_model(variant)
     parts = measure(model, height, width)
     assert sum(part.macs for part in parts) == pytest.approx(figures["macs"], rel=0.01)

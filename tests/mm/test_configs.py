@@ -25,6 +25,7 @@ from mmengine.registry import (
 )
 from mmengine.structures import InstanceData, PixelData
 from mmseg.structures import SegDataSample
+from zoo import outlines
 
 import backbones
 from backbones.openmmlab import VisionBackbone, adapter, check_channels, without_sync_norm
@@ -77,7 +78,8 @@ def _backbone(**arguments: Any) -> SimpleNamespace:
     """Most are those of several configs; what their maps are is found out once."""
     key = repr(sorted(arguments.items()))
     if key not in _known:
-        _known[key] = SimpleNamespace(channels=VisionBackbone(**arguments).channels)
+        with outlines():
+            _known[key] = SimpleNamespace(channels=VisionBackbone(**arguments).channels)
     return _known[key]
 
 

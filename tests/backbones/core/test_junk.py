@@ -11,7 +11,7 @@ import pytest
 import torch
 from junk import NEVER, complaints
 from torch import nn
-from zoo import FAMILIES, small
+from zoo import FAMILIES, outlines, small
 
 import backbones
 from backbones.restoration.upscale import Upscaler, upscale
@@ -39,7 +39,7 @@ class _Restorer(nn.Conv2d):
 
 
 def _create(**arguments: Any) -> Any:
-    with torch.device("meta"):
+    with outlines():
         return backbones.create_model(**VAN, **arguments)
 
 
@@ -109,7 +109,7 @@ def test_what_is_no_image(family: str) -> None:
     if family == "fused":
         model = _van().fuse()
     else:
-        with torch.device("meta"):
+        with outlines():
             model = small(family).eval()
     for call in (model, model.forward_features, model.forward_intermediates):
         for value in (None, 3, "x", [], *NEVER):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 from collections.abc import Iterator
 from typing import Any
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from zoo import CLASSIFIERS, FAMILIES, SMALL, small
+from zoo import CLASSIFIERS, FAMILIES, SMALL, outlines, small
 
 import backbones
 from backbones.core.keywords import KEYWORDS, POOLINGS
@@ -26,10 +27,10 @@ PERHAPS: list[Any] = [
 ]
 
 
+@functools.cache
 def _class(family: str) -> Any:
-    entrypoint, _ = SMALL[family]
-    with torch.device("meta"):
-        return type(backbones.create_model(entrypoint))
+    with outlines():
+        return type(small(family))
 
 
 def _keywords(family: str) -> dict[str, Any]:
@@ -47,7 +48,7 @@ def _variants(value: Any, nasty: list[Any]) -> Iterator[Any]:
 
 
 def _refused(family: str, keyword: str, value: Any) -> str:
-    with pytest.raises((TypeError, ValueError)) as raised:
+    with outlines(), pytest.raises((TypeError, ValueError)) as raised:
         _class(family)(**{**SMALL[family][1], keyword: value})
     return str(raised.value)
 
@@ -62,7 +63,7 @@ def test_values_that_nothing_can_be(family: str) -> None:
     model_class, arguments = _class(family), SMALL[family][1]
     for keyword, default in _keywords(family).items():
         for value in _variants(default, NEVER):
-            with pytest.raises((TypeError, ValueError)) as raised:
+            with outlines(), pytest.raises((TypeError, ValueError)) as raised:
                 model_class(**{**arguments, keyword: value})
             message = str(raised.value)
             assert message.startswith(keyword) and "\n" not in message, (value, message)
@@ -87,7 +88,7 @@ def test_refused_or_a_model_that_works(family: str) -> None:
     keywords = _keywords(family)
     for keyword, default in keywords.items():
         for value in _variants(default, PERHAPS):
-            with torch.device("meta"):
+            with outlines():
                 try:
                     model = model_class(**{**arguments, keyword: value}).eval()
                 except (TypeError, ValueError) as error:
@@ -104,7 +105,7 @@ def test_refused_or_a_model_that_works(family: str) -> None:
 @pytest.mark.parametrize("family", CLASSIFIERS)
 def test_poolings(family: str, poolings: tuple[str, ...]) -> None:
     model_class, arguments = _class(family), SMALL[family][1]
-    with torch.device("meta"):
+    with outlines():
         images = torch.zeros(1, 3, 64, 64)
         for pooling in poolings:
             for classes in (0, 5):
@@ -121,7 +122,7 @@ def test_poolings(family: str, poolings: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize("family", CLASSIFIERS)
 def test_a_refused_classifier_changes_nothing(family: str) -> None:
-    with torch.device("meta"):
+    with outlines():
         model = small(family, num_classes=3)
         before = model.get_classifier()
         for arguments in (("3",), (2.5,), (-1,), (None,), (5, "AVG"), (5, 3), (5, "nonsense")):
@@ -205,7 +206,7 @@ def test_indices_of_maps() -> None:
 
 
 def test_numbers_of_numpy_and_lists() -> None:
-    with torch.device("meta"):
+    with outlines():
         model = small("van", num_classes=np.int64(5), depths=[1, 1, 1, 1], dims=np.full(4, 16))
     assert type(model.num_classes) is int
     assert model(torch.zeros(1, 3, 64, 64, device="meta")).shape == (1, 5)

@@ -9,6 +9,7 @@ import pytest
 import timm
 import torch
 from timm.models import generate_default_cfgs
+from zoo import outlines
 
 import backbones
 from backbones import IsotropicBackbone
@@ -70,7 +71,7 @@ def test_every_family_refuses_a_rate(family: str) -> None:
 
 
 def test_tags_and_overlays() -> None:
-    with torch.device("meta"):
+    with outlines():
         backbone = backbones.create_model("van_b4.in22k")
         assert (backbone.num_classes, backbone.default_cfg["tag"]) == (0, "in22k")
         assert backbones.create_model("van_b4").default_cfg["tag"] == "in22k_ft_in1k"
@@ -94,7 +95,7 @@ def test_timm_keeps_its_own_names(name: str) -> None:
     "name", [n for n in backbones.list_models() if n not in TIMMS_OWN and not n.startswith("hat")]
 )
 def test_timm_makes_all_the_others(name: str) -> None:
-    with torch.device("meta"):
+    with outlines():
         model = timm.create_model(name, features_only=True, pretrained=False)
     plain = isinstance(model.model, IsotropicBackbone)
     assert model.feature_info.reduction() == ([16] * 4 if plain else [4, 8, 16, 32])
