@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -29,6 +30,14 @@ THEIRS = (
     # mmengine leaves its log files open.
     "ignore::ResourceWarning",
 )
+
+
+@pytest.fixture(scope="session", autouse=True)
+def configs_as_written() -> Iterator[None]:
+    """A run logs and keeps its config, which mmengine takes a second to lay out."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("mmengine.config.config.FormatCode", lambda text, **_: (text, True))
+        yield
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
