@@ -342,28 +342,21 @@ def test_other_runtimes_run_our_model(tool: ModuleType) -> None:
     assert measured["versions"].keys() == {"onnxruntime", "openvino"}
 
 
-def test_signals_are_handled_when_openvino_is_forgotten_in_another_thread() -> None:
+def test_runtimes_that_are_forgotten() -> None:
+    """Signals are still handled after OpenVINO was collected in another thread.
+
+    What runtimes read goes with the process: not with the module, which tests forget, nor after it.
+    """
     script = (
         "import gc, runtimes, signal, sys, threading\n"
         "signal.signal(signal.SIGUSR1, lambda *_: print('handled'))\n"
         "runtimes._openvino_core()\n"
+        "folder = runtimes._folder()\n"
         "del runtimes, sys.modules['runtimes']\n"
         "thread = threading.Thread(target=gc.collect)\n"
         "thread.start()\n"
         "thread.join()\n"
-        "signal.raise_signal(signal.SIGUSR1)"
-    )
-    path = os.pathsep.join([str(TOOLS), str(TOOLS.parent)])
-    assert "handled" in run([sys.executable, "-c", script], 120, env={"PYTHONPATH": path})
-
-
-def test_what_runtimes_read_goes_with_the_process() -> None:
-    """Not with the module, which tests forget, nor after it."""
-    script = (
-        "import gc, runtimes, sys\n"
-        "folder = runtimes._folder()\n"
-        "del runtimes, sys.modules['runtimes']\n"
-        "gc.collect()\n"
+        "signal.raise_signal(signal.SIGUSR1)\n"
         "assert folder.is_dir()\n"
         "print(folder)"
     )
@@ -371,6 +364,7 @@ def test_what_runtimes_read_goes_with_the_process() -> None:
     path = os.pathsep.join([str(TOOLS), str(TOOLS.parent)])
     said = run(command, 120, env={"PYTHONPATH": path})
     assert not Path(said.strip().splitlines()[-1]).exists() and "Warning" not in said
+    assert "handled" in said
 
 
 def test_other_runtimes_do_not_train(tool: ModuleType) -> None:

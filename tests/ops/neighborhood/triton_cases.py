@@ -281,7 +281,9 @@ def test_keys_outside_of_the_windows_get_no_gradient():
     "case",
     [
         dataclasses.replace(PLAIN, batch=1, heads=1, kv_heads=1, size=(5, 3)),
-        dataclasses.replace(RICH, size=(4, 4)),
+        dataclasses.replace(
+            RICH, size=(4,), kernel_size=(2,), stride=(2,), dilation=(2,), is_causal=(True,)
+        ),
     ],
     ids=["plain", "rich"],
 )
