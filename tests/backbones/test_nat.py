@@ -195,7 +195,7 @@ def test_a_bias_for_another_kernel() -> None:
     report = backbones.load_checkpoint(larger, model.state_dict())
     assert len(report.resized) == 6
     table = larger.stages[1].blocks[0].attn.rpb
-    assert table.shape == (4, 21, 21)
+    assert table.shape == (3, 21, 21)
     torch.testing.assert_close(table, -table.flip(1))
     assert (table[:, 1:] > table[:, :-1]).all()
     torch.testing.assert_close(table[:, :, 1:], table[:, :, :-1])

@@ -1,5 +1,6 @@
 """Learning from a teacher: the losses against their formulas, exits, and runs that go on."""
 
+import json
 import math
 from functools import partial
 
@@ -8,7 +9,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from training_runs import TINY, final_state, kill_at_call, make_images, same, start, train
-from zoo import CLASSIFIERS, small
+from zoo import CLASSIFIERS, SMALL, small
 
 import backbones
 from backbones.training.build import LabelLoss
@@ -208,7 +209,8 @@ def teachers(tmp_path_factory):
     return folder
 
 
-OWN = ["--teacher=biformer_tiny", "--teacher-args={depths: [1, 1, 2, 1]}"]
+_NAME, _ARGUMENTS = SMALL["biformer"]
+OWN = [f"--teacher={_NAME}", f"--teacher-args={json.dumps(_ARGUMENTS)}"]
 
 
 def test_teachers_of_timm_and_their_size(teachers):
@@ -257,8 +259,8 @@ def test_a_teacher_that_would_run_code(teacher, images, tmp_path, capsys):
 
 def test_a_teacher_of_other_classes(teachers):
     recipe = Recipe(
-        teacher="biformer_tiny",
-        teacher_args={"depths": [1, 1, 2, 1]},
+        teacher=_NAME,
+        teacher_args=_ARGUMENTS,
         teacher_checkpoint=str(teachers / "own.pth"),
     )
     with pytest.raises(RecipeError, match="are not for 4 classes"):
