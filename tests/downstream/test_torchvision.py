@@ -33,12 +33,14 @@ def test_detectors_of_the_page_learn(
 ) -> None:
     model = run_page("torchvision")[name]
     model.transform.min_size = (64,)
+    steps = 8
     if name == "mask_rcnn":
         # Fewer regions, as befits one object an image.
         model.rpn._pre_nms_top_n = {"training": 100, "testing": 50}
         model.roi_heads.fg_bg_sampler.batch_size_per_image = 8
         model.roi_heads.detections_per_img = 10
-    losses = train(model, _loss(model, rectangles), 8, lr=1e-4)
+        steps = 5
+    losses = train(model, _loss(model, rectangles), steps, lr=1e-4)
     assert sum(losses[-2:]) < 0.8 * sum(losses[:2])
     found = model.eval()(list(rectangles[0]))
     assert len(found) == 4 and all(f["boxes"].shape[1:] == (4,) for f in found)
