@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import platform
+import re
 import shlex
 import shutil
 import sys
@@ -120,17 +121,19 @@ def _torchvision(versions: Mapping[str, str]) -> list[Finding]:
     try:
         torchvision.ops.nms(torch.zeros(1, 4, device=device), torch.zeros(1, device=device), 0.5)
     except RuntimeError as error:
-        pinned = next(
-            (r for r in importlib.metadata.requires("torchvision") or () if r.startswith("torch=")),
-            "torch",
+        # Either torch==2.13.0 or torch (==2.8.0), perhaps with a marker.
+        required = (
+            re.sub(r"[\s()]", "", requirement.partition(";")[0])
+            for requirement in importlib.metadata.requires("torchvision") or ()
         )
+        pinned = next((r for r in required if r.startswith("torch==")), "torch")
         return [
             Finding(
                 "packages",
                 "error",
                 f"torchvision {versions.get('torchvision')} does not match torch "
                 f"{versions.get('torch')}: {first_line(error)}",
-                f"pip install --force-reinstall {shlex.quote(pinned.partition(';')[0].strip())} "
+                f"pip install --force-reinstall {shlex.quote(pinned)} "
                 f"torchvision=={(versions.get('torchvision') or '').partition('+')[0]}",
             )
         ]

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import importlib
 import importlib.util
+import inspect
 import io
 import logging
 import math
@@ -125,20 +127,33 @@ def _export(module: nn.Module, inputs: tuple[Any, ...], axes: Any) -> torch.expo
 
     dynamic = axes is not None
     try:
-        # Conditions on dynamic sizes become assertions in the graph instead of limits to the sizes.
         with _silence(), symbolic_config.patch(backed_size_oblivious=dynamic), torch.no_grad():
-            program = torch.export.export(
-                module,
-                inputs,
-                dynamic_shapes=axes,
-                strict=False,
-                prefer_deferred_runtime_asserts_over_guards=dynamic,
-            )
+            program = _export_with_assertions(module, inputs, axes)
     except Exception as error:  # torch raises many kinds, some of them private
         raise CommandError(f"cannot be exported: {_reason(error)}") from error
     if dynamic:
         _lift_limits(program)
     program.example_inputs = None  # zeros, which would be saved
+    return program
+
+
+def _export_with_assertions(
+    module: nn.Module, inputs: tuple[Any, ...], axes: Any
+) -> torch.export.ExportedProgram:
+    """Conditions on dynamic sizes become assertions in the graph instead of limits to the sizes."""
+    arguments: dict[str, Any] = {"dynamic_shapes": axes, "strict": False}
+    option = "prefer_deferred_runtime_asserts_over_guards"
+    if option in inspect.signature(torch.export.export).parameters:
+        return torch.export.export(module, inputs, **arguments, **{option: axes is not None})
+    # torch 2.8 has the option only in the function behind torch.export.export.
+    private: Any = importlib.import_module("torch.export._trace")
+    program: torch.export.ExportedProgram = private._export(
+        module,
+        inputs,
+        **arguments,
+        pre_dispatch=True,
+        allow_complex_guards_as_runtime_asserts=axes is not None,
+    )
     return program
 
 

@@ -309,15 +309,18 @@ import backbones.cli.main
     assert f"`pip install '{name}>=" in last
 
 
-def test_a_torchvision_of_another_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("required", ["torch==2.9.0", "torch (==2.9.0)", "torch==2.9.0; 1 < 2"])
+def test_a_torchvision_of_another_torch(required: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import torchvision.ops
 
     def broken(*args: object) -> None:
         raise RuntimeError("operator torchvision::nms does not exist")
 
     monkeypatch.setattr(torchvision.ops, "nms", broken)
-    errors = [f for f in doctor.examine_packages(doctor._installed()) if f.severity == "error"]
-    assert errors[0].fix.startswith("pip install --force-reinstall torch==")
+    monkeypatch.setattr(doctor.importlib.metadata, "requires", lambda name: ["numpy", required])
+    (finding,) = doctor._torchvision(doctor._installed())
+    assert finding.severity == "error"
+    assert finding.fix.startswith("pip install --force-reinstall torch==2.9.0 torchvision==")
 
 
 def test_what_keeps_the_doctor_from_running_is_said_in_its_place(tmp_path: Path) -> None:

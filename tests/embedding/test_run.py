@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import importlib.metadata
 import json
 import os
 import re
@@ -392,4 +393,4 @@ def test_metadata_explains_the_table(photos: Path, checkpoint: Path) -> None:
     }
     assert said["preprocessing"]["input_size"] == [3, 32, 32]
     assert (said["dim"], said["images"], said["shards"]) == (32, 10, 1)
-    assert said["versions"]["torch"] == torch.__version__
+    assert said["versions"]["torch"] == importlib.metadata.version("torch")
