@@ -33,8 +33,8 @@ from torch import nn
 
 import backbones
 from backbones.core.arguments import (
+    CREATION_ERRORS,
     THREADS,
-    UNMAKEABLE,
     nonempty,
     nonempty_path,
     real,
@@ -65,7 +65,7 @@ from backbones.training.report import class_report, confusion_matrix, draw_confu
 from backbones.training.sources import ImageSource
 from backbones.training.trained import load_trained
 
-FAILURES = (TrainingError, backbones.CheckpointError, OSError, MemoryError, *UNMAKEABLE)
+FAILURES = (TrainingError, backbones.CheckpointError, OSError, MemoryError, *CREATION_ERRORS)
 """Exceptions that count as a failure of one model; the others continue."""
 
 

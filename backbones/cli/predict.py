@@ -215,7 +215,7 @@ def open_image(path: Path, grey: bool = False) -> Image.Image:
 
 def _classify(
     model: Any,
-    seen: Tensor,
+    batch: Tensor,
     predictions: Sequence[Prediction],
     topk: int,
     config: dict[str, Any],
@@ -225,14 +225,14 @@ def _classify(
     drawn = min(pictures, len(predictions))
     device = next(model.parameters()).device
     if drawn:
-        logits, heat = grad_cam(model, seen.to(device))
+        logits, heat = grad_cam(model, batch.to(device))
         mean, std = (torch.tensor(config[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
-        pixels = (seen * std + mean).clamp(0, 1).expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
+        pixels = (batch * std + mean).clamp(0, 1).expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
         for i in range(drawn):
             predictions[i].image, predictions[i].heat = pixels[i].numpy(), heat[i].cpu().numpy()
     else:
         with torch.inference_mode():
-            logits = model(seen.to(device))
+            logits = model(batch.to(device))
     finite = logits.isfinite().all(1).tolist()
     if not all(finite):
         raise CommandError(

@@ -31,7 +31,7 @@ from backbones.cli.common import (
 )
 from backbones.cli.identify import closest, released_file
 from backbones.core.arguments import nonempty_path, require_writable
-from backbones.core.checkpoint import _strip_prefixes, read_checkpoint
+from backbones.core.checkpoint import read_checkpoint, strip_prefixes
 from backbones.core.checkpoint_files import sha256_of
 from backbones.core.console import memory_shortage
 from backbones.core.messages import one_line, shown
@@ -159,7 +159,7 @@ def _outputs(model: Any, images: Tensor) -> tuple[list[Tensor], Tensor]:
 
 def _identify(path: Path) -> str | None:
     """Print what the file is; returns the model that it looks like, if any."""
-    tensors, around = _strip_prefixes(read_checkpoint(path))
+    tensors, around = strip_prefixes(read_checkpoint(path))
     digest = sha256_of(path)
     numbers = sum(tensor.numel() for tensor in tensors.values())
     sys.stdout.write(

@@ -21,8 +21,8 @@ from backbones.core.console import CommandError
 from backbones.core.messages import first_line, shown
 
 __all__ = [
+    "CREATION_ERRORS",
     "THREADS",
-    "UNMAKEABLE",
     "file_problem",
     "nonempty",
     "nonempty_path",
@@ -94,7 +94,7 @@ THREADS = whole(1, 1024)
 """The type of ``--threads``; PyTorch itself has no upper limit."""
 
 
-UNMAKEABLE = (
+CREATION_ERRORS = (
     *(TypeError, ValueError, ArithmeticError, AssertionError),
     *(AttributeError, LookupError, RuntimeError),
 )

@@ -371,7 +371,7 @@ class StagedBackbone(nn.Module):
                 self.to(dtype)
             if channels_last is not False and put_channels_last(self, always=channels_last is True):
                 whole: Any = convert(self, recorded_form(type(self), FusedBackbone))
-                whole.note_parts()
+                whole.remember_parts()
         return self
 
     def load_state_dict(

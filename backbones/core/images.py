@@ -30,7 +30,7 @@ _FORMATS = (
 )
 _POSTSCRIPT = (b"%!PS", b"\xc5\xd0\xd3\xc6")
 
-_TURNS = {
+_TRANSPOSES = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -42,10 +42,10 @@ _TURNS = {
 
 
 def images_below(folder: str | Path) -> list[str]:
-    """What is named like an image in a folder and below, by its path from there, sorted.
+    """Sorted relative paths of all entries with an image's suffix in a folder and its subfolders.
 
-    Folders that are links are not entered. What is no file (a named pipe, a link to nothing) is
-    listed too, and reading it will say so.
+    Linked folders are not followed. Entries that aren't files (named pipes, broken links) are
+    listed too; reading them fails with the reason.
 
     Raises:
         OSError: a folder cannot be listed.
@@ -68,20 +68,20 @@ def opened(source: str | Path | IO[bytes]) -> Image.Image:
 
     Raises:
         PIL.UnidentifiedImageError: another format, or not an image.
-        others of :data:`DECODE_ERRORS`: a missing file, or one that claims to be huge.
+        others of :data:`DECODE_ERRORS`: a missing file, or one that is too large.
     """
     Image.init()
     try:
         return Image.open(source, formats=[f for f in _FORMATS if f in Image.OPEN])
     except UnidentifiedImageError as error:
-        if not _begins(source).startswith(_POSTSCRIPT):
+        if not _first_bytes(source).startswith(_POSTSCRIPT):
             raise
         raise UnidentifiedImageError(
             "PostScript (EPS) is a program and is not executed: convert the picture to PNG"
         ) from error
 
 
-def _begins(source: str | Path | IO[bytes]) -> bytes:
+def _first_bytes(source: str | Path | IO[bytes]) -> bytes:
     if isinstance(source, (str, Path)):
         with open(source, "rb") as file:
             return file.read(4)
@@ -100,13 +100,13 @@ def open_image(
         upright: apply the EXIF orientation; values other than 1 … 8 are ignored.
 
     Raises:
-        one of :data:`DECODE_ERRORS`: an incomplete image, one that claims to be huge, or values
+        one of :data:`DECODE_ERRORS`: an incomplete image, one that is too large, or values
             without a known range, see :func:`as_8_bits`.
     """
     with opened(source) as image:
         image.load()
-        turn = _TURNS.get(_orientation(image)) if upright else None
-        return as_8_bits(image if turn is None else image.transpose(turn), mode)
+        transpose = _TRANSPOSES.get(_orientation(image)) if upright else None
+        return as_8_bits(image if transpose is None else image.transpose(transpose), mode)
 
 
 def as_8_bits(image: Image.Image, mode: str = "RGB") -> Image.Image:
@@ -145,7 +145,7 @@ def as_8_bits(image: Image.Image, mode: str = "RGB") -> Image.Image:
 
 
 def require_wide(image: Image.Image, config: dict[str, Any]) -> None:
-    """Refuse what would become huge once its shorter side has the size of a model's input.
+    """Reject an image that becomes too large when its shorter side is resized to a model's input.
 
     Args:
         config: preprocessing, as timm resolves it.

@@ -10,7 +10,7 @@ from gradient_law import FORMATS
 from torch import Tensor, autograd, nn
 from zoo import CLASSIFIERS, images, randomise, small
 
-from backbones.cli.cam import grad_cam, spread
+from backbones.cli.cam import grad_cam, upsample_heat
 from backbones.cli.receptive_field import ReceptiveField, follow
 
 NORMS = ("LayerNorm", "LayerNorm2d", "SEModule")
@@ -113,13 +113,13 @@ def test_heat_of_one_cell() -> None:
     for start, size in ((0.5, (110, 139)), (16.0, (131, 170))):
         cells = torch.zeros(1, 4, 5)
         cells[0, 1, 2] = 1
-        heat = spread(cells, size, start, 32)
+        heat = upsample_heat(cells, size, start, 32)
         assert heat.shape == (1, *size)
         assert middle(heat[0]) == pytest.approx([start + 32, start + 64], abs=1e-4)
         assert (heat.sum(0) > 0).sum(0).max() == 63 + (start == 16.0)
     # Beyond the outermost cells nothing changes.
     even = torch.full((2, 3, 3), 0.7)
-    torch.testing.assert_close(spread(even, (99, 70), 0.5, 32), torch.full((2, 99, 70), 0.7))
+    torch.testing.assert_close(upsample_heat(even, (99, 70), 0.5, 32), torch.full((2, 99, 70), 0.7))
 
 
 @pytest.mark.parametrize("family", CLASSIFIERS)
@@ -186,5 +186,5 @@ def test_it_finds_what_matters() -> None:
         model.head.fc.weight[0, 0] = 1
     picture = images(1, 3, 160, 160)
     _, heat = grad_cam(model, picture, torch.tensor([0]))
-    channel = spread(model.forward_features(picture)[:, 0].relu(), (160, 160), 0.5, 32)
+    channel = upsample_heat(model.forward_features(picture)[:, 0].relu(), (160, 160), 0.5, 32)
     torch.testing.assert_close(heat, channel / channel.max())

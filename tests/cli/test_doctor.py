@@ -276,10 +276,12 @@ def test_a_full_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_packages_that_are_missing_or_old(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = requirements._version
+    real = requirements.installed_version
     versions = {"pyyaml": None, "timm": "0.9.0"}
     monkeypatch.setattr(
-        requirements, "_version", lambda name: versions[name] if name in versions else real(name)
+        requirements,
+        "installed_version",
+        lambda name: versions[name] if name in versions else real(name),
     )
     errors = [f for f in doctor.examine_packages(doctor._installed()) if f.severity == "error"]
     assert {error.text: error.fix for error in errors} == {

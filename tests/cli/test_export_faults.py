@@ -19,11 +19,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from backbones.cli import exporting, quantizing, whole_files
+from backbones.cli import atomic_files, exporting, quantizing
 from backbones.cli.common import CommandError, Loaded
+from backbones.cli.elapsed import show_elapsed
 from backbones.cli.export import export
 from backbones.cli.main import main
-from backbones.cli.ticking import ticking
 
 
 class Plain(nn.Module):
@@ -86,7 +86,7 @@ def test_one_line(
 def test_a_size_that_would_fit_but_for_what_the_network_makes_of_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("backbones.cli.feasible.available_memory", lambda device: 4_000_000)
+    monkeypatch.setattr("backbones.cli.resources.available_memory", lambda device: 4_000_000)
     words = ["export", "shvit_s1", "--size", "512", "--out", str(tmp_path / "x.pt2")]
     assert main(words) == 2  # an image has 3 MB
     assert "images of 1×3×512×512 need more than 0.0" in capsys.readouterr().err
@@ -98,7 +98,7 @@ def test_a_folder_that_cannot_be_written_to(
     def refuse(path: Path) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr(whole_files.Path, "mkdir", refuse)
+    monkeypatch.setattr(atomic_files.Path, "mkdir", refuse)
     with pytest.raises(CommandError, match=r"^plain: cannot write .*x\.pt2: Permission denied$"):
         export(Loaded(Plain().eval(), "plain"), tmp_path / "x.pt2", "pt2", (16, 16))
 
@@ -126,7 +126,7 @@ def test_a_full_disk_however_it_is_wrapped(tmp_path: Path) -> None:
     path = tmp_path / "x.onnx"
     with (
         pytest.raises(CommandError, match=f"cannot write {path}: no space left on the disk"),
-        whole_files.replace_whole(path) as scratch,
+        atomic_files.replace_atomically(path) as scratch,
     ):
         scratch.write_text("half")
         try:
@@ -134,7 +134,7 @@ def test_a_full_disk_however_it_is_wrapped(tmp_path: Path) -> None:
         except OSError as error:
             raise RuntimeError("the writer failed") from error
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(KeyError), whole_files.replace_whole(path):
+    with pytest.raises(KeyError), atomic_files.replace_atomically(path):
         raise KeyError("no matter of the disk")
 
 
@@ -146,7 +146,7 @@ def test_a_full_disk_while_quantising(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr("onnxruntime.quantization.shape_inference.quant_pre_process", full)
     with (
         pytest.raises(CommandError, match="no space left on the disk"),
-        whole_files.replace_whole(path) as scratch,
+        atomic_files.replace_atomically(path) as scratch,
     ):
         quantizing.quantize(scratch, [torch.zeros(1, 3, 16, 16)])
     assert list(tmp_path.iterdir()) == []
@@ -197,7 +197,7 @@ def test_a_signal_while_scratch_files_go(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(shutil, "rmtree", interrupted)
     with (
         pytest.raises(KeyboardInterrupt),
-        whole_files.replace_whole(tmp_path / "x") as scratch,
+        atomic_files.replace_atomically(tmp_path / "x") as scratch,
     ):
         scratch.write_text("whole")
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
@@ -210,11 +210,11 @@ class Terminal(io.StringIO):
 
 def test_long_steps_tick_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", Terminal())
-    with ticking("writing", interval=0.01):
+    with show_elapsed("writing", interval=0.01):
         time.sleep(0.1)
     shown = sys.stderr.getvalue()
     assert "\r\x1b[Kwriting, 0 s" in shown and shown.endswith("\r\x1b[K")
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    with ticking("writing", interval=0.01):
+    with show_elapsed("writing", interval=0.01):
         time.sleep(0.02)
     assert not sys.stderr.getvalue()

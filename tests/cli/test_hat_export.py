@@ -14,7 +14,7 @@ from zoo import small
 
 import backbones
 from backbones.cli import exporting
-from backbones.cli.alike import take_out
+from backbones.cli.hat_export import extract_group
 from backbones.cli.main import main
 
 TINY: dict[str, Any] = {"dim": 24, "window_size": 4, "compress_ratio": 3, "squeeze_factor": 8}
@@ -63,12 +63,12 @@ def test_open_sizes_down_to_one_pixel(tmp_path: Path) -> None:
 
 def test_only_groups_that_are_alike_are_taken_out() -> None:
     drop_path = tiny(3, drop_path_rate=0.5)
-    assert take_out(drop_path) is not None
-    assert take_out(tiny(2, depths=(2, 1))) is None
-    assert take_out(tiny(2, num_heads=(2, 4))) is None
-    assert take_out(tiny(1)) is None
-    assert take_out(small("shvit")) is None
-    assert take_out(nn.Linear(1, 1)) is None
+    assert extract_group(drop_path) is not None
+    assert extract_group(tiny(2, depths=(2, 1))) is None
+    assert extract_group(tiny(2, num_heads=(2, 4))) is None
+    assert extract_group(tiny(1)) is None
+    assert extract_group(small("shvit")) is None
+    assert extract_group(nn.Linear(1, 1)) is None
 
 
 class Halves(nn.Module):
