@@ -34,7 +34,7 @@ from backbones.core.arguments import (
 from backbones.core.console import memory_shortage
 from backbones.core.messages import first_line, one_line
 from backbones.training import build
-from backbones.training.checkpoint import write_atomically
+from backbones.training.checkpoint import write_text_atomically
 
 __all__ = [
     "EXAMPLE",
@@ -103,11 +103,11 @@ def run(options: Namespace) -> int:
     names = loaded.classes or [str(number) for number in range(loaded.model.num_classes)]
     sys.stdout.write(as_table(predictions, names))
     if options.csv is not None:
-        _write(options.csv, as_csv(predictions, names))
+        write_text_atomically(options.csv, as_csv(predictions, names))
     if options.json is not None:
         entries = as_entries(predictions, names)
         text = json.dumps(entries, indent=1, ensure_ascii=False, allow_nan=False)
-        _write(options.json, text)
+        write_text_atomically(options.json, text)
     if options.cam is not None:
         from backbones.cli.pictures import draw_predictions
 
@@ -252,9 +252,3 @@ def _bar(steps: range, shown: bool) -> Any:
     from tqdm import tqdm
 
     return tqdm(steps, unit="batch", leave=False)
-
-
-def _write(path: Path, text: str) -> None:
-    # File names that aren't valid text are escaped; JSON readers restore them.
-    data = text.encode(errors="backslashreplace")
-    write_atomically(path, lambda file: file.write(data))

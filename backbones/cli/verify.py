@@ -37,7 +37,7 @@ from backbones.core.console import memory_shortage
 from backbones.core.messages import one_line, shown
 from backbones.core.registry import published_weights
 from backbones.core.tables import count_text, table
-from backbones.training.checkpoint import write_atomically
+from backbones.training.checkpoint import write_text_atomically
 
 __all__ = ["EXAMPLE", "add_arguments", "compare", "make_figures", "run"]
 
@@ -90,7 +90,8 @@ def run(options: Namespace) -> int:
     if options.save_figures is not None:
         size = two_sides(options.size, loads.model)
         figures = {"model": loads.name, **make_figures(loads.model, size)}
-        _write(options.save_figures, figures)
+        text = json.dumps(figures, indent=1, allow_nan=False)
+        write_text_atomically(options.save_figures, text)
         sys.stdout.write(f"figures of these weights: saved as {options.save_figures}\n")
     if known is not None:
         right &= _verify_figures(loads, known, options.figures)
@@ -294,8 +295,3 @@ def _show(rows: list[tuple[str, float]], allowed: float) -> bool:
     cells = [[name, f"{error:.1e}", "✓" if error <= allowed else "✗"] for name, error in rows]
     sys.stdout.write(table(("", "error", f"≤ {allowed:.0e}"), cells))
     return right
-
-
-def _write(path: Path, figures: dict[str, Any]) -> None:
-    text = json.dumps(figures, indent=1, allow_nan=False)
-    write_atomically(path, lambda file: file.write(text.encode()))

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from backbones.training.checkpoint import write_atomically
 
-__all__ = ["Panel", "draw_panels", "most_detailed"]
+__all__ = ["Panel", "draw_panels", "most_detailed_window"]
 
 _INK, _FAINT, _PAPER = "#222b38", "#5c6675", "#ffffff"
 _MARGIN, _TITLE = 14, 40
@@ -37,7 +37,7 @@ class Panel:
     text: str = ""
 
 
-def most_detailed(image: Tensor, side: int, step: int) -> Window:
+def most_detailed_window(image: Tensor, side: int, step: int) -> Window:
     """Top, left, bottom, right of the square with the most contrast between neighbours.
 
     Args:

@@ -23,7 +23,7 @@ from backbones.restoration.images import (
     read_size,
     write_picture,
 )
-from backbones.restoration.panels import Panel, draw_panels, most_detailed
+from backbones.restoration.panels import Panel, draw_panels, most_detailed_window
 from backbones.restoration.resize import resize_bicubic
 from backbones.restoration.restorer import add_model_arguments, restorer_of
 from backbones.restoration.upscale import Upscaler
@@ -243,7 +243,7 @@ def _draw(path: Path, job: Job, before: Picture, after: Picture) -> None:
         Panel("before" if step == 1 else "before (bicubic)", enlarged),
         Panel("after", result),
     ]
-    draw_panels(path, panels, most_detailed(result, 480, step), job.source.name)
+    draw_panels(path, panels, most_detailed_window(result, 480, step), job.source.name)
 
 
 def _below(path: Path, folder: Path) -> bool:

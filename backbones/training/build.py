@@ -28,8 +28,8 @@ __all__ = [
     "build_objective",
     "model_error",
     "preprocessing",
+    "resolve_memory_format",
     "resolved_recipe",
-    "settle_memory_format",
 ]
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -74,7 +74,7 @@ def model_error(recipe: Recipe, error: Exception) -> Exception:
     return RecipeError(joined_lines(error)) if isinstance(error, TypeError) else error
 
 
-def settle_memory_format(recipe: Recipe, device: torch.device) -> Recipe:
+def resolve_memory_format(recipe: Recipe, device: torch.device) -> Recipe:
     """The recipe with ``channels_last`` resolved; if unset, to what trains faster on the device.
 
     Not used in bfloat16, because oneDNN leaves parts of the weight gradient uninitialised for
@@ -97,7 +97,7 @@ def preprocessing(recipe: Recipe, model: nn.Module) -> dict[str, Any]:
     size: Any = recipe.img_size
     if size is None:
         size = model.pretrained_cfg["input_size"][-1]  # type: ignore[index]
-    wishes = {
+    settings = {
         "input_size": (recipe.in_chans, size, size),
         "mean": recipe.mean,
         "std": recipe.std,
@@ -105,7 +105,7 @@ def preprocessing(recipe: Recipe, model: nn.Module) -> dict[str, Any]:
         "crop_pct": recipe.crop_pct,
         "crop_mode": recipe.crop_mode,
     }
-    config = resolve_data_config(wishes, model=model)
+    config = resolve_data_config(settings, model=model)
     for key in ("mean", "std"):
         if len(config[key]) != recipe.in_chans:
             average = sum(config[key]) / len(config[key])

@@ -16,7 +16,7 @@ import torch
 from tqdm import tqdm
 
 from backbones.core.messages import first_line
-from backbones.training.checkpoint import write_atomically, write_problem
+from backbones.training.checkpoint import write_problem, write_text_atomically
 from backbones.training.distributed import World
 from backbones.training.errors import CheckpointFileError, RecipeError
 from backbones.training.multilabel import mean_auc
@@ -218,8 +218,7 @@ class RunLog:
                 entries.append(entry)
         entries += [{k: _rounded(v) for k, v in row.items()} for row in history]
         entries.sort(key=lambda entry: entry["update"])  # stable: an epoch's row is the last
-        text = "".join(json.dumps(entry) + "\n" for entry in entries)
-        write_atomically(path, lambda file: file.write(text.encode()))
+        write_text_atomically(path, "".join(json.dumps(entry) + "\n" for entry in entries))
         self.summarize(history)
 
     def add(self, entry: dict[str, Any]) -> None:
@@ -255,8 +254,7 @@ class RunLog:
         writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows({k: _rounded(v) for k, v in row.items()} for row in history)
-        data = text.getvalue().encode()
-        write_atomically(self.folder / "summary.csv", lambda file: file.write(data))
+        write_text_atomically(self.folder / "summary.csv", text.getvalue())
 
     def close(self) -> None:
         """Flush the loggers."""

@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from training_runs import TINY, make_images, train
 
 import backbones
-from backbones.training.answers import Answers, read_real_labels, real_accuracy
 from backbones.training.corruptions import (
     ALEXNET_ERROR,
     CORRUPTIONS,
@@ -24,6 +23,7 @@ from backbones.training.corruptions import (
     mean_corruption_error,
 )
 from backbones.training.errors import DataError, RecipeError
+from backbones.training.predictions import Predictions, read_real_labels, real_accuracy
 from backbones.training.report import class_report, confusion_matrix
 from backbones.training.sources import FileSource
 
@@ -252,7 +252,7 @@ def imagenet_answers(first):
     names = [(f"val/n01/ILSVRC2012_val_{number:08d}.JPEG", 0, 0) for number in (3, 1, 2, 4)]
     source = FileSource(Path("val"), names, np.zeros(4, dtype=np.int64))
     place = np.arange(4)
-    return Answers(np.array(first)[:, None], np.zeros(4), place, 0.0, 1.0), source
+    return Predictions(np.array(first)[:, None], np.zeros(4), place, 0.0, 1.0), source
 
 
 def test_real_labels_by_hand(tmp_path):

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from zoo import images, small
 
 from backbones.training.build import build_objective
-from backbones.training.diversity import DiverseAttention, attention_likeness
+from backbones.training.diversity import DiverseAttention, attention_similarity
 from backbones.training.errors import RecipeError
 from backbones.training.recipe import load_recipe
 
@@ -26,12 +26,12 @@ def _cross_entropy(net: nn.Module, x: Tensor, targets: Tensor) -> tuple[Tensor, 
 def test_likeness() -> None:
     one = torch.zeros(1, 2, 4, 16)
     one[..., 0] = 1  # all tokens look at the first
-    assert attention_likeness(one).item() == pytest.approx(1)
+    assert attention_similarity(one).item() == pytest.approx(1)
     even = torch.full((1, 2, 4, 16), 1 / 16)
-    assert attention_likeness(even).item() == 0  # nothing reaches twice an even share
+    assert attention_similarity(even).item() == 0  # nothing reaches twice an even share
     own = torch.eye(16).expand(1, 2, 16, 16)
-    assert attention_likeness(own).item() == 0  # the mean token is even
-    assert attention_likeness(own, 0.5).item() == pytest.approx(16**-0.5)
+    assert attention_similarity(own).item() == 0  # the mean token is even
+    assert attention_similarity(own, 0.5).item() == pytest.approx(16**-0.5)
 
 
 def test_likeness_is_the_formula() -> None:
@@ -41,7 +41,7 @@ def test_likeness_is_the_formula() -> None:
     mean = heads.mean(1, keepdim=True)
     kept, mean = (t * (t > 2 / 7) for t in (heads, mean))
     cosines = (kept * mean).sum(-1) / (kept.norm(dim=-1) * mean.norm(dim=-1)).clamp(min=1e-8)
-    torch.testing.assert_close(attention_likeness(weights), cosines.mean())
+    torch.testing.assert_close(attention_similarity(weights), cosines.mean())
 
 
 class _Attention(nn.Module):

@@ -84,7 +84,7 @@ def test_an_option_runs_and_resumes(words, images, tmp_path):
     ],
 )
 def test_the_memory_format_that_is_left_open(wishes, device, expected):
-    settled = build.settle_memory_format(Recipe(**wishes), torch.device(device))
+    settled = build.resolve_memory_format(Recipe(**wishes), torch.device(device))
     assert settled.channels_last is expected
 
 
