@@ -187,12 +187,12 @@ class InceptionNeXt(StagedBackbone):
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Converts the names of the original, which timm shares."""
         return {
-            re.sub(r"(^stem|\.downsample)\.([01])\.", _convert_place, key): tensor
+            re.sub(r"(^stem|\.downsample)\.([01])\.", _convert_layer, key): tensor
             for key, tensor in state_dict.items()
         }
 
 
-def _convert_place(match: re.Match[str]) -> str:
+def _convert_layer(match: re.Match[str]) -> str:
     """Convolution and norm in the stem, norm and convolution in the downsampling."""
     names = ("conv", "norm") if match[1] == "stem" else ("norm", "conv")
     return f"{match[1]}.{names[int(match[2])]}."

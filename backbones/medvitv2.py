@@ -92,7 +92,7 @@ class MedViTV2(StagedBackbone):
     first_conv = "stem.0.conv"
     # Parameters without gradient: the KANs' grids are constants, and published checkpoints contain
     # an unused feed-forward in every global block.
-    uncalled: tuple[str, ...] = (r"\.kan\.\d+\.grid$", r"\.unused\.")
+    unused_parameters: tuple[str, ...] = (r"\.kan\.\d+\.grid$", r"\.unused\.")
 
     @checked("dims", "sr_ratios")
     def __init__(

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from ops import cpu
 from ops.cpu import cache
-from ops.cpu.trust import Flaw, shell_word
+from ops.cpu.trust import Problem, shell_word
 
 __all__ = ["free_bytes", "kernel_cache_fix", "kernel_cache_problem", "suggest_folder"]
 
@@ -51,15 +51,15 @@ def _candidates() -> Iterator[str]:
             yield find()
 
 
-def kernel_cache_problem(folder: Path) -> Flaw | None:
+def kernel_cache_problem(folder: Path) -> Problem | None:
     """Why compiled kernels cannot be cached in ``folder``; None if they can."""
-    problem = cache.flaw(folder) or cache.refused(folder)
+    problem = cache.problem(folder) or cache.write_failure(folder)
     if problem is None and free_bytes(folder) is None:
-        return Flaw(f"{shell_word(folder)} cannot be written")
+        return Problem(f"{shell_word(folder)} cannot be written")
     return problem
 
 
 def kernel_cache_fix() -> str:
     """The command that makes the user's kernel cache usable; "" if there is none."""
     problem = kernel_cache_problem(cpu.cache_dir())
-    return (problem.mend if problem else "") or suggest_folder(_KERNELS, 0)
+    return (problem.fix if problem else "") or suggest_folder(_KERNELS, 0)

@@ -18,7 +18,11 @@ from backbones.core.fused import FusedBackbone
 from backbones.core.keywords import KEYWORDS, POOLINGS, check, checked, one_of
 from backbones.core.stage import Stage
 from ops.arguments import require_tensor
-from ops.inference.conversion import leave_inference_mode, put_channels_last, take_plain_forms
+from ops.inference.conversion import (
+    convert_to_channels_last,
+    leave_inference_mode,
+    restore_plain_forms,
+)
 from ops.inference.layers import convert
 from ops.reparam import fuse_children
 from ops.replay.module import recorded_form
@@ -365,11 +369,13 @@ class StagedBackbone(nn.Module):
         with torch.inference_mode(False):
             self.eval()
             leave_inference_mode(self)
-            take_plain_forms(self)
+            restore_plain_forms(self)
             fuse_children(self)
             if dtype is not None:
                 self.to(dtype)
-            if channels_last is not False and put_channels_last(self, always=channels_last is True):
+            if channels_last is not False and convert_to_channels_last(
+                self, always=channels_last is True
+            ):
                 whole: Any = convert(self, recorded_form(type(self), FusedBackbone))
                 whole.remember_parts()
         return self

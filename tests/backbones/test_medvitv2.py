@@ -67,7 +67,9 @@ def test_what_is_never_called() -> None:
     assert unused
     frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
     assert frozen == [
-        n for n, _ in model.named_parameters() if any(re.search(p, n) for p in model.uncalled)
+        n
+        for n, _ in model.named_parameters()
+        if any(re.search(p, n) for p in model.unused_parameters)
     ]
     before = {n: b.clone() for n, b in model.named_buffers() if ".unused." in n}
     model(images(2, 3, 64, 64)).sum().backward()

@@ -175,12 +175,12 @@ def test_sources_that_are_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 def private(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Where kernels are kept if the cache will not do."""
     (tmp_path / "lasting").mkdir()
-    monkeypatch.setattr(cache, "_LASTING", tmp_path / "lasting")
+    monkeypatch.setattr(cache, "_PERSISTENT", tmp_path / "lasting")
     return tmp_path / "lasting" / f"vision-backbones-{os.geteuid()}" / "native"
 
 
 def test_kernels_that_can_be_kept_nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(cpu, "unavailable_reason", lambda name: "it can be kept nowhere: …")
+    monkeypatch.setattr(cpu, "unavailable_reason", lambda name: "no folder can hold it: …")
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("VISION_BACKBONES_CACHE_DIR", str(tmp_path / "file"))
     monkeypatch.setattr(cache, "folders", lambda: iter([tmp_path / "file" / "native"]))

@@ -169,7 +169,7 @@ def test_the_model_is_left_as_it_was(size: tuple[int, int], threads: int) -> Non
         assert [*vars(module)] == [*values]
         assert all(vars(module)[name] is value for name, value in values.items())
     assert model._records is records and _program(model) is program
-    assert records._snapshot is not None and records._snapshot.holds()
+    assert records._snapshot is not None and records._snapshot.is_valid()
     assert torch.equal(model(x), outs[0])
 
 

@@ -142,7 +142,9 @@ def test_prepare_says_why_not(four, monkeypatch) -> None:
         cpu.prepare("portable")
     monkeypatch.delenv("VISION_BACKBONES_NATIVE")
     (four / "any" / "b.cpp").write_text("this is not C++\n")
-    with pytest.raises(RuntimeError, match="no portable kernel was made of b|'this' does not name"):
+    with pytest.raises(
+        RuntimeError, match="no portable kernel was built from b|'this' does not name"
+    ):
         cpu.prepare("portable")
     monkeypatch.setattr(compiler.shutil, "which", lambda name: None)
     with pytest.raises(RuntimeError, match="no C\\+\\+ compiler"):

@@ -104,7 +104,7 @@ def test_compiler_of_the_environment_with_quotes_that_do_not_end(compilations, m
     with caplog.at_level(logging.WARNING, logger="ops.cpu"):
         assert cpu.load("small").answer() == 42
     assert [r.getMessage() for r in caplog.records] == [
-        'CXX="g++ \'x" is no command: No closing quotation; other compilers are tried'
+        'CXX="g++ \'x" is not a command: No closing quotation; other compilers are tried'
     ]
 
 
@@ -289,7 +289,7 @@ def test_threads_that_load_at_once(compilations):
 def test_a_fork_does_not_wait_for_a_thread_of_its_parent(compilations, monkeypatch):
     monkeypatch.setattr(build, "_kernels_lock", threading.Lock())
     with build._kernels_lock:
-        build._start_anew()
+        build._reset_after_fork()
         assert cpu.load("small").answer() == 42
 
 

@@ -87,7 +87,7 @@ def test_to_look_at_a_library_takes_less_than_5_ms(tmp_path) -> None:
     times = []
     for _ in range(10):
         start = time.perf_counter()
-        assert cache.flaw(tmp_path) is None and cache.find(tmp_path, "small") == [path]
+        assert cache.problem(tmp_path) is None and cache.find(tmp_path, "small") == [path]
         times.append(time.perf_counter() - start)
     assert min(times) < 5e-3
 
@@ -283,7 +283,7 @@ def test_a_folder_whose_code_turns_out_not_to_run(
         return real(path)
 
     monkeypatch.setattr(build.ctypes, "CDLL", load)
-    monkeypatch.setattr(cache, "may_run", lambda path: path.parent != cpu.cache_dir())
+    monkeypatch.setattr(cache, "allows_execution", lambda path: path.parent != cpu.cache_dir())
     for _ in range(2):
         new_process()
         caplog.clear()
@@ -294,7 +294,7 @@ def test_a_folder_whose_code_turns_out_not_to_run(
 
 
 def test_code_may_run_here(compiled) -> None:
-    assert cache.may_run(compiled[42])
+    assert cache.allows_execution(compiled[42])
 
 
 def test_private_folders_that_others_took_first(compilations, private, tmp_path, caplog) -> None:
@@ -426,6 +426,6 @@ def test_scratch_folders_that_killed_processes_left(state, compilations) -> None
         os.utime(left, (old, old))
     with contextlib.ExitStack() as stack:
         if state == "held":
-            stack.enter_context(cache._held(left))
+            stack.enter_context(cache._locked_folder(left))
         assert cpu.load("small").answer() == 42
     assert left.exists() == (state != "left")

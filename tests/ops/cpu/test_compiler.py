@@ -122,7 +122,7 @@ from pathlib import Path
 spec = importlib.util.spec_from_file_location("compiler", sys.argv[1])
 compiler = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(compiler)
-with compiler.cleaning_up(), tempfile.TemporaryDirectory(dir=sys.argv[2]) as scratch:
+with compiler.unwinding_on_signals(), tempfile.TemporaryDirectory(dir=sys.argv[2]) as scratch:
     compiler.run(sys.argv[3:], Path(scratch))
 """
 
@@ -160,7 +160,7 @@ def test_a_signal_that_comes_while_the_compiler_starts(tmp_path: Path, monkeypat
         return started[0]
 
     monkeypatch.setattr(compiler, "_start", start)
-    with pytest.raises(KeyboardInterrupt), compiler.cleaning_up():
+    with pytest.raises(KeyboardInterrupt), compiler.unwinding_on_signals():
         compiler.run(script(tmp_path, "exec sleep 60"), scratch(tmp_path))
     assert started[0].returncode == -signal.SIGKILL
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
@@ -170,11 +170,11 @@ def test_a_program_that_handles_the_signal_goes_on_doing_so(monkeypatch) -> None
     seen = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
     try:
-        with compiler.cleaning_up():
+        with compiler.unwinding_on_signals():
             os.kill(os.getpid(), signal.SIGTERM)
         assert seen == [signal.SIGTERM]
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        with compiler.cleaning_up():
+        with compiler.unwinding_on_signals():
             assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     finally:

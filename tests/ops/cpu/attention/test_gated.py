@@ -14,12 +14,12 @@ from torch import Tensor
 from ops import cpu
 from ops.attention.rank_augmented import rotary_table
 from ops.cpu.attention.gated import gated_attention, unsupported
-from ops.inference.attention import axis_turns
+from ops.inference.attention import axis_rotations
 
 
 def _attend(qkvo: Tensor, bias: Tensor, num_heads: int) -> Tensor:
     head_dim = bias.shape[3] // num_heads
-    tables = (axis_turns(size, head_dim, axis) for axis, size in enumerate(bias.shape[1:3]))
+    tables = (axis_rotations(size, head_dim, axis) for axis, size in enumerate(bias.shape[1:3]))
     out: Tensor = gated_attention(qkvo, bias, *tables, num_heads)
     return out
 
