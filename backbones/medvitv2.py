@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import checked
+from backbones.core.published import imagenet_cfg
 from backbones.core.registry import build_model, register
 from backbones.core.stage import Stage
 from backbones.medvitv2_blocks import GlobalBlock, LocalBlock
@@ -228,15 +229,12 @@ def _convert_key(key: str, depths: Sequence[int]) -> str:
 def _cfg(link: str = "") -> dict[str, Any]:
     return {
         "url": f"https://dl.dropbox.com/scl/fi/{link}&dl=1",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
+        **imagenet_cfg(MedViTV2),
         "crop_pct": 1.0,
         "crop_mode": "squash",
         "interpolation": "bilinear",
         "mean": (0.5, 0.5, 0.5),
         "std": (0.5, 0.5, 0.5),
-        "first_conv": MedViTV2.first_conv,
-        "classifier": MedViTV2.classifier,
         "license": "mit",
         "origin_url": "https://github.com/Omid-Nejati/MedViTV2",
         "paper_name": "Medical Image Classification with KAN-Integrated Transformers and Dilated "

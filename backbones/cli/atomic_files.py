@@ -7,13 +7,12 @@ import errno
 import os
 import secrets
 import shutil
-import signal
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
 from backbones.cli.common import CommandError
+from backbones.training.interrupt import handle_signals
 
 __all__ = ["check_target", "exit_on_signals", "replace_atomically"]
 
@@ -91,17 +90,9 @@ def exit_on_signals() -> Iterator[None]:
     Raises:
         SystemExit: status 128 + signal, as in a shell.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield  # Python lets only the main thread handle signals
-        return
 
     def leave(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
-    numbers = [getattr(signal, name) for name in _SIGNALS if hasattr(signal, name)]
-    before = {number: signal.signal(number, leave) for number in numbers}
-    try:
+    with handle_signals(_SIGNALS, leave):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

@@ -32,7 +32,7 @@ from backbones.training.distributed import World
 from backbones.training.errors import BUILDING_ERRORS, DataError, RecipeError
 from backbones.training.interrupt import StopRequest
 from backbones.training.loop import TrainingLoop
-from backbones.training.progress import RESULTS, Progress, duration
+from backbones.training.progress import RESULTS, Progress, duration, epoch_line
 from backbones.training.run import run_from_command_line
 from ops.tiling import run_tiled
 
@@ -215,17 +215,12 @@ class RestorationTrainer(TrainingLoop):
         )
 
     def describe_epoch(self, row: dict[str, Any]) -> str:
-        parts = [f"epoch {row['epoch'] + 1:{len(str(self.epochs))}}/{self.epochs}"]
-        parts.append(f"L1 {row['train_loss']:.4f}")
+        parts = [f"L1 {row['train_loss']:.4f}"]
         for prefix, name in (("val", "validation"), ("ema", "averaged")):
             if f"{prefix}_psnr_y" in row:
                 parts.append(f"{name} {row[f'{prefix}_psnr_y']:.2f} dB")
         parts.append(f"{row['images_per_second']:.0f} patches/s")
-        if row["data_wait"] > 0.1:
-            parts.append(f"{100 * row['data_wait']:.0f} % waiting for data")
-        if row["skipped"]:
-            parts.append(f"{row['skipped']} updates skipped")
-        return "  ".join([*parts, f"{duration(self.seconds_left())} left"])
+        return epoch_line(row, self.epochs, parts, self.seconds_left())
 
     def show_results(self) -> None:
         """Draw a validation picture with the best weights and list the files."""

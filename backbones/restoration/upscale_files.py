@@ -173,7 +173,7 @@ def upscale_files(
             planned.append((job, upscaler.tiles(*read_size(job.source))))
         except DataError as error:
             fail(job.source, error)
-    clock = _Clock(progress, sum(tiles for _, tiles in planned), len(planned))
+    clock = _TileProgress(progress, sum(tiles for _, tiles in planned), len(planned))
     for job, tiles in planned:
         clock.next(job.source.name, tiles)
         try:
@@ -200,7 +200,7 @@ def upscale_files(
     return report
 
 
-class _Clock:
+class _TileProgress:
     """Progress in tiles, and the time left."""
 
     def __init__(self, progress: Progress | None, total: int, pictures: int) -> None:
@@ -314,7 +314,7 @@ def run(options: argparse.Namespace) -> int:
             compare=options.compare,
             skip_existing=options.skip_existing,
             progress=progress,
-            on_error=_tell,
+            on_error=_print_error,
         )
     except ValueError as error:
         raise DataError(str(error)) from error
@@ -337,5 +337,5 @@ def _parse_tile(text: str) -> int | str | None:
     return int(text)
 
 
-def _tell(message: str) -> None:
+def _print_error(message: str) -> None:
     sys.stderr.write(f"error: {one_line(message)}\n")

@@ -131,7 +131,7 @@ class BatchAugmentation:
             self.erase = RandomErasing(
                 recipe.reprob, mode=recipe.remode, max_count=recipe.recount, device=device
             )
-        if _mixes(recipe):
+        if recipe.mixes_images:
             self.mix = Mixup(
                 mixup_alpha=recipe.mixup,
                 cutmix_alpha=recipe.cutmix,
@@ -179,11 +179,11 @@ def build_loss(recipe: Recipe) -> Loss:
     if recipe.bce_loss:
         return BinaryCrossEntropy(
             # Mixed labels are already smoothed.
-            smoothing=0.0 if _mixes(recipe) else recipe.smoothing,
+            smoothing=0.0 if recipe.mixes_images else recipe.smoothing,
             target_threshold=recipe.bce_target_thresh,
             sum_classes=recipe.bce_sum,
         )
-    if _mixes(recipe):
+    if recipe.mixes_images:
         return SoftTargetCrossEntropy()
     if recipe.smoothing:
         return LabelSmoothingCrossEntropy(smoothing=recipe.smoothing)
@@ -227,7 +227,7 @@ def build_objective(
         RecipeError: options that multi-label data does not support, or an unknown teacher.
     """
     if multi_label:
-        if _mixes(recipe) or recipe.distill is not None:
+        if recipe.mixes_images or recipe.distill is not None:
             raise RecipeError("multi-label data does not support mixup, cutmix or distill")
         objective: LabelLoss | Distillation = LabelLoss(_MultiLabelLoss())
     elif recipe.distill is None:
@@ -264,7 +264,3 @@ class RunningStatsGuard:
         """Restore the buffers."""
         if self.buffers:
             torch._foreach_copy_(self.buffers, self.copies)
-
-
-def _mixes(recipe: Recipe) -> bool:
-    return recipe.mixup > 0 or recipe.cutmix > 0 or recipe.cutmix_minmax is not None

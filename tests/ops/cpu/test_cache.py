@@ -73,7 +73,7 @@ def test_a_library_of_another_system_stays(compilations, tmp_path, new_process) 
     folder = cpu.cache_dir()
     folder.mkdir(parents=True)
     (folder / "built").write_bytes(b"the code of another system")
-    foreign = cache.keep(folder / "built", folder, stem)
+    foreign = cache.store(folder / "built", folder, stem)
     for _ in range(2):
         new_process()
         assert cpu.load("small").answer() == 42
@@ -83,7 +83,7 @@ def test_a_library_of_another_system_stays(compilations, tmp_path, new_process) 
 
 def test_to_look_at_a_library_takes_less_than_5_ms(tmp_path) -> None:
     (tmp_path / "built").write_bytes(os.urandom(400_000))  # the largest kernels are as large
-    path = cache.keep(tmp_path / "built", tmp_path, "small")
+    path = cache.store(tmp_path / "built", tmp_path, "small")
     times = []
     for _ in range(10):
         start = time.perf_counter()
@@ -100,7 +100,7 @@ def test_a_library_that_others_planted_is_not_loaded(
     folder.mkdir(parents=True)
     isa = cpu.instruction_set()
     shutil.copyfile(compiled[13], folder / "built")
-    planted = cache.keep(folder / "built", folder, libraries.stem("small", isa))
+    planted = cache.store(folder / "built", folder, libraries.stem("small", isa))
     assert cpu.load("small").answer() == 13  # as the user's own
     folder.chmod(0o777)
     for _ in range(2):
@@ -197,7 +197,7 @@ def test_what_a_cache_that_cannot_be_written_has_is_loaded(
 ) -> None:
     assert cpu.load("small").answer() == 42
     new_process()
-    cache.refuse(cpu.cache_dir(), PermissionError(errno.EACCES, "Permission denied"))
+    cache.mark_unusable(cpu.cache_dir(), PermissionError(errno.EACCES, "Permission denied"))
     assert cpu.load("small").answer() == 42
     assert cpu.status("small").path.parent == cpu.cache_dir()
     assert not _warnings(caplog)
