@@ -90,7 +90,7 @@ def test_the_grid_of_every_map(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", CLASSIFIERS)
-def test_a_bright_square_is_where_the_heat_is(family: str) -> None:
+def test_heat_is_at_a_bright_square(family: str) -> None:
     model, field = simple(family), ReceptiveField()
     size = size_of(model)
     with torch.no_grad(), follow(model, field):
@@ -135,9 +135,7 @@ def test_every_family(family: str) -> None:
 
 @pytest.mark.parametrize("family", CLASSIFIERS)
 @pytest.mark.parametrize("memory_format", FORMATS)
-def test_an_image_alone_has_the_heat_that_it_has_in_a_batch(
-    family: str, memory_format: str
-) -> None:
+def test_heat_does_not_depend_on_the_batch(family: str, memory_format: str) -> None:
     model = randomise(small(family, num_classes=4)).double().eval()
     model.to(memory_format=FORMATS[memory_format])
     # The last maps are too coarse to show: gradients come through the stages behind.

@@ -368,7 +368,7 @@ def test_no_path_may_be_empty(place: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", sorted(COMMANDS))
-def test_any_words(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_random_command_lines(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import runpy
 
     loaded = runpy.run_path

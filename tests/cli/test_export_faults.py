@@ -83,7 +83,7 @@ def test_one_line(
     assert os.listdir() == ["file"]
 
 
-def test_a_size_that_would_fit_but_for_what_the_network_makes_of_it(
+def test_a_size_whose_feature_maps_do_not_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("backbones.cli.resources.available_memory", lambda device: 4_000_000)
@@ -92,9 +92,7 @@ def test_a_size_that_would_fit_but_for_what_the_network_makes_of_it(
     assert "images of 1×3×512×512 need more than 0.0" in capsys.readouterr().err
 
 
-def test_a_folder_that_cannot_be_written_to(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unwritable_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: Path) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
@@ -113,7 +111,7 @@ def small_files() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("ending", ["onnx", "pt2"])
-def test_what_the_disk_refuses(ending: str, tmp_path: Path, small_files: None) -> None:
+def test_files_larger_than_the_limit(ending: str, tmp_path: Path, small_files: None) -> None:
     path = tmp_path / f"x.{ending}"
     path.write_text("as it was")
     with pytest.raises(CommandError, match=f"cannot write {path}: the file is larger than"):
@@ -122,7 +120,7 @@ def test_what_the_disk_refuses(ending: str, tmp_path: Path, small_files: None) -
     assert path.read_text() == "as it was"
 
 
-def test_a_full_disk_however_it_is_wrapped(tmp_path: Path) -> None:
+def test_wrapped_disk_full_errors(tmp_path: Path) -> None:
     path = tmp_path / "x.onnx"
     with (
         pytest.raises(CommandError, match=f"cannot write {path}: no space left on the disk"),
@@ -152,7 +150,7 @@ def test_a_full_disk_while_quantising(tmp_path: Path, monkeypatch: pytest.Monkey
     assert list(tmp_path.iterdir()) == []
 
 
-def test_too_little_space_is_found_out_first(
+def test_disk_space_is_checked_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1_000_000))
@@ -185,7 +183,7 @@ def test_signals_leave_nothing_behind(
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGHUP)] == before
 
 
-def test_a_signal_while_scratch_files_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_during_cleanup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original, calls = shutil.rmtree, []
 
     def interrupted(folder: Path, ignore_errors: bool) -> None:
@@ -208,7 +206,7 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_long_steps_tick_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_elapsed_time_is_shown_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", Terminal())
     with show_elapsed("writing", interval=0.01):
         time.sleep(0.1)

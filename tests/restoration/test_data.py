@@ -85,7 +85,7 @@ def test_batches_follow_from_seed_epoch_and_place(tmp_path: Path) -> None:
     assert len(used) == 6
 
 
-def test_an_unreadable_picture_gives_way(tmp_path: Path) -> None:
+def test_unreadable_pictures_are_replaced(tmp_path: Path) -> None:
     folder = make_pictures(tmp_path / "p", 3)
     (folder / "1.png").write_bytes(b"no picture")
     paths = find_pictures(str(folder), True)
@@ -120,7 +120,7 @@ def test_photographs_are_inside_the_packages() -> None:
     assert load_truth(training[2], 1, 4).shape == (1, 512, 512)
 
 
-def test_nothing_there_is_named(tmp_path: Path) -> None:
+def test_missing_pictures_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="give --val-pictures a folder"):
         find_pictures("", False)
     with pytest.raises(DataError, match="train_pictures: no picture at"):

@@ -23,7 +23,7 @@ def group():
 
 
 @pytest.mark.parametrize("family", CLASSIFIERS)
-def test_every_family_can_be_shared_out(family, group):
+def test_every_family_can_be_sharded(family, group):
     model, images = small(family, num_classes=3).eval(), torch.randn(2, 3, 64, 64)
     logits = model(images)
     logits.square().sum().backward()
@@ -40,7 +40,7 @@ def test_every_family_can_be_shared_out(family, group):
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "lion"])
-def test_states_go_from_whole_to_shared_and_back(name, group):
+def test_states_are_sharded_and_gathered(name, group):
     import timm.optim
 
     states = []
@@ -81,12 +81,12 @@ def test_weights_of_another_model_are_refused(group):
         ),
     ],
 )
-def test_what_does_not_go_with_shared_weights(words, message):
+def test_unsupported_with_sharding(words, message):
     with pytest.raises(RecipeError, match=message):
         parse_command_line(["--fsdp", *words.split()])
 
 
-def test_alone_there_is_nobody_to_share_with(tmp_path, capsys):
+def test_sharding_needs_several_processes(tmp_path, capsys):
     images = make_images(tmp_path / "images", {"train": 9, "val": 3})
     assert train(f"--data={images}", f"--output={tmp_path}", "--fsdp", "--epochs=1") == 1
     assert "fsdp needs torchrun" in capsys.readouterr().err

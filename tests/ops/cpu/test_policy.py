@@ -169,14 +169,14 @@ def _decision(rule: Any, *given: Any, **named: Any) -> Decision:
         ),
     ],
 )
-def test_rules_say_why(
+def test_rules_give_reasons(
     cpu: str, rule: Any, given: tuple[Any, ...], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _use(monkeypatch, cpu, "")
     assert str(_decision(rule, *given)) == said
 
 
-def test_every_reason_can_be_put_into_words(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_every_reason_formats(monkeypatch: pytest.MonkeyPatch) -> None:
     found: list[Decision] = []
     for isa in SETS["x86_64"]:
         _use(monkeypatch, isa, "")
@@ -189,7 +189,7 @@ def test_every_reason_can_be_put_into_words(monkeypatch: pytest.MonkeyPatch) -> 
     assert named == rules
 
 
-def test_those_who_listen_are_nested() -> None:
+def test_observers_nest() -> None:
     outer: list[Decision] = []
     inner: list[Decision] = []
     with observe_decisions(outer.append):
@@ -201,7 +201,7 @@ def test_those_who_listen_are_nested() -> None:
     assert [a.arguments["tokens"] for a in outer] == [2]
 
 
-def test_nothing_else_asks_the_hardware() -> None:
+def test_only_policy_checks_the_hardware() -> None:
     """But for ``instruction_sets``, which finds the richest, and ``policy``."""
     asks = re.compile(r"get_cpu_capability|_is_(amx|avx|mkldnn|vnni|arm)|cpuinfo|get_capabilities")
     asking = {
@@ -212,7 +212,7 @@ def test_nothing_else_asks_the_hardware() -> None:
     assert asking == {"ops/cpu/instruction_sets.py", "ops/cpu/policy.py"}
 
 
-def test_without_known_vectors_products_are_torch_s(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_vector_instructions_torch_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
     """But for dtypes that torch would not multiply, and the kernels can still be called."""
     monkeypatch.setenv("VISION_BACKBONES_NATIVE_ISA", "portable")
     cpu = torch.device("cpu")

@@ -42,7 +42,7 @@ def test_own_folders(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o757, 0o775, 0o1777])
-def test_a_folder_that_others_may_write_to(folder: Path, mode: int, no_private_groups) -> None:
+def test_a_writable_folder(folder: Path, mode: int, no_private_groups) -> None:
     folder.chmod(mode)
     problem = permission_problem(folder)
     assert problem is not None
@@ -52,9 +52,7 @@ def test_a_folder_that_others_may_write_to(folder: Path, mode: int, no_private_g
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o775])
-def test_a_folder_above_that_others_may_write_to(
-    folder: Path, mode: int, no_private_groups
-) -> None:
+def test_a_writable_parent(folder: Path, mode: int, no_private_groups) -> None:
     folder.parent.chmod(mode)
     problem = permission_problem(folder)
     assert problem is not None and repr(str(folder.parent)) in problem.reason
@@ -130,7 +128,7 @@ def test_a_link_of_another_user(folder: Path, monkeypatch: pytest.MonkeyPatch) -
     assert permission_problem(folder.parent / "link") is not None
 
 
-def test_a_container_that_maps_the_user_alone(folder: Path, monkeypatch) -> None:
+def test_a_container_that_maps_only_the_user(folder: Path, monkeypatch) -> None:
     """Root's folders seem to be nobody's there; what is nobody's itself is not the user's."""
     (folder / "own").mkdir()
     monkeypatch.setattr(trust.os, "geteuid", lambda: 12345)
@@ -177,7 +175,7 @@ def test_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", [b"plain", b"two words", b"a\nb", b"it's \xff\\", "ä".encode()])
-def test_words_for_a_shell(name: bytes) -> None:
+def test_shell_quoting(name: bytes) -> None:
     word = shell_word(Path(os.fsdecode(name)))
     assert word.isprintable()
     done = subprocess.run(["bash", "-c", f"printf %s {word}"], capture_output=True, check=True)

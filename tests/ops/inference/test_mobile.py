@@ -35,7 +35,7 @@ def _image(batch: int, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", list(LINEAR_DTYPES))
-def test_small_and_large_maps_one_after_the_other(dtype: torch.dtype) -> None:
+def test_alternating_map_sizes(dtype: torch.dtype) -> None:
     plain, fast = _both(dtype)
     bound = 4 * LINEAR_DTYPES[dtype]
     for _ in range(2):

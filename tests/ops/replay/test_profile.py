@@ -123,7 +123,7 @@ def test_times_of_layers() -> None:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_nothing_is_left_behind(fails: bool) -> None:
+def test_state_is_restored(fails: bool) -> None:
     class Failing(_Network):
         def forward(self, x: Tensor) -> Tensor:
             raise RuntimeError("it fails")

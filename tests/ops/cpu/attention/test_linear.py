@@ -85,7 +85,7 @@ def test_large_numbers() -> None:
     assert (out - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-def test_what_is_refused() -> None:
+def test_rejects_bad_arguments() -> None:
     qkvo, bias = _random(1, (3, 3), 48)
     reason = unsupported(qkvo.device, qkvo.dtype, 48)
     assert reason == "the kernel takes head dims that 32 divides, not 48"
