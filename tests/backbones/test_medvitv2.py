@@ -1,4 +1,4 @@
-"""MedViTV2 beyond the contract: double precision, dilation, small maps, what is never called."""
+"""MedViTV2 beyond the contract: double precision, dilation, small maps, unused parameters."""
 
 from __future__ import annotations
 

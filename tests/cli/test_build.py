@@ -1,4 +1,4 @@
-"""What ``vision-backbones build`` compiles, and says."""
+"""``vision-backbones build``."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Heat lies over what caused it, in every family and at any size."""
+"""Grad-CAM highlights the cause, in every family and at any size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the doctor finds, and what it says mends it."""
+"""What ``doctor`` finds, and the fixes that it names."""
 
 from __future__ import annotations
 

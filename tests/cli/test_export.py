@@ -1,4 +1,4 @@
-"""Files for other runtimes give what the model gives, at sizes that they were not traced with."""
+"""Exported files reproduce the model, also at sizes that they were not traced with."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What goes wrong in an export is one line, and leaves nothing behind."""
+"""Failed exports print one line and leave no files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""HAT's ONNX export takes no more time for more groups, and its file holds their tables once."""
+"""HAT's ONNX export: its time does not grow with the groups, and tables are stored once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``summary --kernels``: the table, JSON and the picture of memory."""
+"""``summary --kernels``: the table, JSON and the memory plot."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The command as a whole: short help, one clear line for what a user can mend."""
+"""The command as a whole: short help, one-line errors."""
 
 from __future__ import annotations
 

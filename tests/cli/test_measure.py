@@ -1,4 +1,4 @@
-"""Parts of a model: costs are those of the originals, receptive fields what positions see."""
+"""Costs and receptive fields of a model's parts."""
 
 from __future__ import annotations
 

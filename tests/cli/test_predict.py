@@ -1,4 +1,4 @@
-"""Answers for files of all kinds, with names, pictures and errors."""
+"""``predict``: files of all kinds, class names, pictures, errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a checkpoint is said to be, and comparisons stage by stage."""
+"""``verify``: identification of checkpoints, and comparison stage by stage."""
 
 from __future__ import annotations
 

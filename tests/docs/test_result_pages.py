@@ -1,4 +1,4 @@
-"""Pages of search, duplicates and probe, opened from a disk: complete, and asking nobody."""
+"""HTML pages of search, duplicates and probe: complete and self-contained."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The built site: complete, self-contained, and its zoo page does what it promises."""
+"""The built site is complete and self-contained, and its zoo page works."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A kernel that compiles in no time, in a folder of its own, and caches of one test alone."""
+"""A kernel that compiles instantly, and caches and folders of each test's own."""
 
 from __future__ import annotations
 

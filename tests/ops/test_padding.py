@@ -1,4 +1,4 @@
-"""Reflection back and forth."""
+"""Reflection padding."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pairs of patches: where they come from, and that a seed says everything."""
+"""Pairs of patches: their source, and that the seed determines everything."""
 
 from __future__ import annotations
 

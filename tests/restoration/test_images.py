@@ -1,4 +1,4 @@
-"""Picture files of every kind come in right and go out whole."""
+"""Reading and writing picture files of every kind."""
 
 from __future__ import annotations
 

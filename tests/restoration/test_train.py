@@ -1,4 +1,4 @@
-"""``tools/train_sr.py``: it learns, goes on bit for bit, alone and in two processes."""
+"""``tools/train_sr.py`` learns, and resumes bit for bit, also with two processes."""
 
 from __future__ import annotations
 

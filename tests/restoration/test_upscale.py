@@ -1,4 +1,4 @@
-"""Pictures through a model: tiles, memory, self-ensemble, grey, alpha, 16 bits."""
+"""Upscaling pictures: tiles, memory, self-ensemble, greyscale, alpha, 16 bits."""
 
 from __future__ import annotations
 

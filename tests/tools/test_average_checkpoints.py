@@ -1,4 +1,4 @@
-"""The mean of checkpoints, and files that have none."""
+"""The mean of checkpoints, and files that cannot be averaged."""
 
 import importlib.util
 import subprocess

@@ -1,4 +1,4 @@
-"""What benchmarks share measures what it says."""
+"""The shared code of the benchmarks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``vision-backbones upscale`` and ``tools/validate_sr.py``, as they are called."""
+"""``vision-backbones upscale`` and ``tools/validate_sr.py``."""
 
 from __future__ import annotations
 

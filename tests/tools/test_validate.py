@@ -1,4 +1,4 @@
-"""Accuracy of trained models, real labels, corruptions, and lists that go on after an error."""
+"""Accuracy of trained models, real labels, corruptions, and lists that continue after errors."""
 
 import csv
 import importlib.util

@@ -1,4 +1,4 @@
-"""The wheel: kernels for every instruction set, and no wait where there is no compiler."""
+"""The wheel contains kernels for every instruction set and needs no compiler."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A loss that is not finite: skipped without a trace, counted, and in the end explained."""
+"""Non-finite losses: skipped without effect, counted, and finally reported."""
 
 import csv
 import json

@@ -1,4 +1,4 @@
-"""Checkpoint files: whole or untouched, checked, and free of code."""
+"""Checkpoint files: atomic, verified, and free of code."""
 
 import io
 import pickle

@@ -1,4 +1,4 @@
-"""Every kind of ``--data``, and the mistakes in them that are found before training starts."""
+"""Every kind of ``--data``, and errors that are found before training starts."""
 
 import tarfile
 

@@ -1,4 +1,4 @@
-"""Learning from a teacher: the losses against their formulas, exits, and runs that go on."""
+"""Distillation: losses against their formulas, exits, resumed runs."""
 
 import math
 from functools import partial

@@ -1,4 +1,4 @@
-"""Two gloo processes train as one does: same gradients, same validation, same way back."""
+"""Two gloo processes train like one: gradients, validation, resuming."""
 
 import os
 import signal

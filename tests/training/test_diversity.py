@@ -1,4 +1,4 @@
-"""Attention diversification: the likeness, and which attention it sees."""
+"""Attention diversification: the similarity, and which attention is included."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The folder of a run: never over anything else, and one run at a time."""
+"""The folder of a run: nothing is overwritten, and it is locked."""
 
 from __future__ import annotations
 

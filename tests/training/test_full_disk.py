@@ -1,4 +1,4 @@
-"""A full disk ends a run with one line that names its folder; what was saved stays."""
+"""A full disk ends a run with a one-line error; earlier files remain."""
 
 from __future__ import annotations
 

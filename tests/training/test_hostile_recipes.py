@@ -1,4 +1,4 @@
-"""Whatever a recipe or a command line says: a run, or one line that says what is wrong with it."""
+"""Any recipe or command line gives a run or a one-line error."""
 
 from __future__ import annotations
 

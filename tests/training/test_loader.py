@@ -1,4 +1,4 @@
-"""Batches: repeatable, shared out evenly, counted once, and undisturbed by broken files."""
+"""Batches: repeatable, divided evenly, complete, robust against broken files."""
 
 import struct
 

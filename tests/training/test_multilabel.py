@@ -1,4 +1,4 @@
-"""Several labels an image: loss, accuracy, AUC and a MedMNIST run."""
+"""Multi-label training: loss, accuracy, AUC and a MedMNIST run."""
 
 import numpy as np
 import pytest

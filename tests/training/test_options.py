@@ -1,4 +1,4 @@
-"""Every option of a recipe runs, and those whose effect can be seen have it."""
+"""Every option of a recipe runs and has its effect."""
 
 import dataclasses
 import json

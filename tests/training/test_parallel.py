@@ -1,4 +1,4 @@
-"""Weights shared out to processes: every family runs so, and its state is whole again."""
+"""Sharded training: every family runs, and its full state is restored."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""Recipes: YAML, the table of variants, the command line, and what they refuse."""
+"""Recipes: YAML, the table of variants, the command line, and invalid values."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""A run that was killed and resumed ends as one that was not, bit for bit."""
+"""A killed and resumed run ends bit for bit like an uninterrupted one."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""Images that come in order: shards and streamed hub sets, whole, broken, and on two processes."""
+"""Streamed images: shards and hub data sets, broken data, two processes."""
 
 import csv
 import io

@@ -1,4 +1,4 @@
-"""Networks with all of their weights: what is wrong with a file is said in one line."""
+"""Networks with trained weights: errors in files are reported in one line."""
 
 import pickle
 

@@ -1,4 +1,4 @@
-"""Words of a command line: what they may be, and a sentence for those that they may not."""
+"""Argument types of the command line, and their error messages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Checkpoints as users meet them: wrapped, prefixed, foreign, of another form."""
+"""Loading checkpoints: wrappers, prefixes, other releases' names, mismatches."""
 
 from __future__ import annotations
 

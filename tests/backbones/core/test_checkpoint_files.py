@@ -1,4 +1,4 @@
-"""Files as they arrive: whole, cut off, with flipped bits, hostile, or something else."""
+"""Checkpoint files: intact, truncated, corrupted, malicious, or of another format."""
 
 from __future__ import annotations
 

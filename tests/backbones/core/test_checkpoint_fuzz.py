@@ -1,4 +1,4 @@
-"""Spoilt checkpoints by the thousand: refused with a documented error, or loaded as they were."""
+"""Fuzzing: corrupted checkpoints raise a documented error or load unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every command line shares: any text can be written, any end has its status and one line."""
+"""Shared behaviour of all commands: output in any encoding, exit statuses, one-line errors."""
 
 from __future__ import annotations
 

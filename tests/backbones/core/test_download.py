@@ -1,4 +1,4 @@
-"""Published weights over the network: servers that are silent, stop half-way, or send a page."""
+"""Downloads of published weights: silent servers, interrupted transfers, error pages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``explain()``: calls with their layers, rules and figures; the model stays as it was."""
+"""``explain()``: calls with layers, rules and figures; the model is unchanged."""
 
 from __future__ import annotations
 

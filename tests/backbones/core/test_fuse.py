@@ -1,4 +1,4 @@
-"""The fast forms that fuse() gives: equal outputs, the same names, and the plain form where due."""
+"""``fuse()``: equal outputs, equal names, and the plain form where required."""
 
 from __future__ import annotations
 

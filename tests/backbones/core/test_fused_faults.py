@@ -1,4 +1,4 @@
-"""A fused model answers as the plain one does: hostile images, changed weights, tracing."""
+"""Fused models behave like plain ones: bad images, changed weights, tracing."""
 
 from __future__ import annotations
 

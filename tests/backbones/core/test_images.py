@@ -1,4 +1,4 @@
-"""Image files of every mode come out with 8 bits a channel, as bright as they were."""
+"""Image files of every mode become 8 bits per channel without a change of brightness."""
 
 from __future__ import annotations
 

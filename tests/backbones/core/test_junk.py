@@ -1,4 +1,4 @@
-"""Junk in place of any argument of what `backbones` offers: refused by its name."""
+"""Invalid values for any argument of `backbones` raise errors that name it."""
 
 from __future__ import annotations
 

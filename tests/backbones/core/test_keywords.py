@@ -1,4 +1,4 @@
-"""Arguments of every family: refused by their names, or they make a model that works."""
+"""Keywords of every family: rejected by name, or the model works."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The factory: names, tags, keywords, cfgs, and what timm is given."""
+"""The factory: names, tags, keywords, cfgs, and registration in timm."""
 
 from __future__ import annotations
 

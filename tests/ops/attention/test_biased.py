@@ -1,4 +1,4 @@
-"""Attention that trains its bias, a window at a time, is the attention that it says."""
+"""Window-by-window training of attention with a bias equals plain attention."""
 
 from __future__ import annotations
 

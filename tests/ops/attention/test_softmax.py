@@ -1,4 +1,4 @@
-"""Softmax attention: torch's, but for NaN, which stays; gradients are those of the formula."""
+"""Softmax attention equals torch's, except that NaN propagates."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Token-aware average pooling: its formula, and networks that take it."""
+"""Token-aware average pooling: its formula, and networks that support it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Kernels as 64-bit ARM runs them: their own tests, with a cross-compiler's libraries in qemu."""
+"""Kernels for 64-bit ARM: their own tests, cross-compiled and run in qemu."""
 
 from __future__ import annotations
 

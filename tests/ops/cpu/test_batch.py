@@ -1,4 +1,4 @@
-"""Kernels that are missing are compiled together, and the wait is announced."""
+"""Missing kernels are compiled together, and the wait is announced."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The binding: arguments, errors, what is remembered of calls, and who is told of them."""
+"""The binding: arguments, errors, cached plans, observers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Building kernels: once, atomically, beside other processes, and quietly not at all."""
+"""Building kernels: once, atomically, with concurrent processes, and without a compiler."""
 
 import errno
 import logging

@@ -1,4 +1,4 @@
-"""Where compiled libraries lie, what is loaded from there, and what happens where they cannot."""
+"""The cache of compiled libraries: location, safety, and fallbacks."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The compiler: why it failed, and that nothing of it is left."""
+"""Running the compiler: failure messages and cleanup."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which calls may go past torch's dispatcher."""
+"""Which calls may bypass torch's dispatcher."""
 
 from __future__ import annotations
 

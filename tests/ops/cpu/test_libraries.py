@@ -1,4 +1,4 @@
-"""Libraries that came with the package: taken before any other, and never stale."""
+"""Shipped libraries: preferred, and never stale."""
 
 from __future__ import annotations
 

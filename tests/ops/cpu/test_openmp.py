@@ -1,4 +1,4 @@
-"""Kernels run on the threads of torch's OpenMP runtime, whichever that is, and bring none."""
+"""Kernels use the threads of torch's OpenMP runtime and load no other."""
 
 from __future__ import annotations
 

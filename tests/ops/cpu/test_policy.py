@@ -1,4 +1,4 @@
-"""Decisions: those of a plainer CPU where one is emulated, and each with its reason in words."""
+"""Decisions: those of an emulated plainer CPU, and their reasons."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who else may decide what lies at a path."""
+"""Who else may change the contents of a path."""
 
 from __future__ import annotations
 

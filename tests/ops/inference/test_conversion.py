@@ -1,4 +1,4 @@
-"""Conversion leaves alone, or names, what would gain nothing."""
+"""Conversion skips, or names, what would not become faster."""
 
 from __future__ import annotations
 

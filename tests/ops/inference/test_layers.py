@@ -1,4 +1,4 @@
-"""Layers with packed weights: what repeated calls are remembered as changes nothing."""
+"""Layers with packed weights: repeated calls of different kinds stay correct."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The inference forms of neighborhood attention and of its block are the layers, up to rounding."""
+"""Inference forms of neighborhood attention and its block against the plain layers."""
 
 from __future__ import annotations
 

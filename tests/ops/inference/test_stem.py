@@ -1,4 +1,4 @@
-"""What is a stem, and its fast form."""
+"""Detection of stems, and their inference form."""
 
 from __future__ import annotations
 

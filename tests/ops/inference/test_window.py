@@ -1,4 +1,4 @@
-"""Windows attended to where they lie against the layers that cut them out."""
+"""Window attention in place against the plain layers, which copy windows."""
 
 from __future__ import annotations
 

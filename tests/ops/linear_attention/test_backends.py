@@ -1,4 +1,4 @@
-"""Every backend of gated linear attention gives what the scan in float64 gives."""
+"""Every backend of gated linear attention against the scan in float64."""
 
 from __future__ import annotations
 

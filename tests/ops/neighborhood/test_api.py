@@ -1,4 +1,4 @@
-"""The public functions: what they refuse, which backend they pick, and how they meet torch."""
+"""The public functions: bad arguments, backend selection, autocast and compilation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Laws of neighborhood attention that hold for every backend, and the edges of its domain."""
+"""Invariants of neighborhood attention that hold for every backend, and edge cases."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention of tokens where they lie against torch's in float64."""
+"""Attention on tokens in place against torch's in float64."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The depthwise kernel against torch's convolution in float64, and what it refuses."""
+"""The depthwise kernel against torch's convolution in float64; bad arguments."""
 
 from __future__ import annotations
 

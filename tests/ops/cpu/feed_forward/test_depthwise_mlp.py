@@ -1,4 +1,4 @@
-"""Feed-forwards in one pass against float64, and where their layers run one by one."""
+"""Feed-forwards in one pass against float64, and the fallback to their layers."""
 
 from __future__ import annotations
 

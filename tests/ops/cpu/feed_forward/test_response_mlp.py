@@ -1,4 +1,4 @@
-"""Feed-forwards with gates and a response norm in one pass against float64, and their refusals."""
+"""Feed-forwards with gates and a response norm against float64; bad arguments."""
 
 from __future__ import annotations
 

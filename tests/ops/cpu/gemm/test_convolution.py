@@ -1,4 +1,4 @@
-"""Convolutions as linear layers against float64, which kernel runs, and what is refused."""
+"""Convolutions as matrix products against float64; kernel selection; bad arguments."""
 
 from __future__ import annotations
 

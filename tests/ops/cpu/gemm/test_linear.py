@@ -1,4 +1,4 @@
-"""The kernel of linear layers against float64, and what it refuses."""
+"""The linear kernel against float64; bad arguments."""
 
 from __future__ import annotations
 

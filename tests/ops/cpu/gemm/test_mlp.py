@@ -1,4 +1,4 @@
-"""Two layers in one pass against float64, and what they refuse."""
+"""Two linear layers in one pass against float64; bad arguments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""NHWC to NCHW and back, against torch's passes; what is refused."""
+"""NHWC to NCHW and back, against torch; bad arguments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The kernel of layer norm against float64, what it refuses, and the layer that calls it."""
+"""The layer norm kernel against float64, bad arguments, and the layer that calls it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The kernel of root-mean-square norm against float64, and the layers that call it."""
+"""The RMS norm kernel against float64, and the layers that call it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Means of windows against torch's, where they stand for them, and what is refused."""
+"""Means of windows against torch's; fallbacks; bad arguments."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Stems in one pass against their layers in float64, and what is refused."""
+"""Stems in one pass against their layers in float64; bad arguments."""
 
 from __future__ import annotations
 

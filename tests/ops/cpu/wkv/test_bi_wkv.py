@@ -1,4 +1,4 @@
-"""The kernel of bi-WKV at home in torch: gates, bfloat16, threads, what does not fit."""
+"""The bi-WKV kernel in torch: gates, bfloat16, threads, bad arguments."""
 
 from __future__ import annotations
 
