@@ -53,7 +53,7 @@ def _candidates() -> Iterator[str]:
 
 def kernel_cache_problem(folder: Path) -> Problem | None:
     """Why compiled kernels cannot be cached in ``folder``; None if they can."""
-    problem = cache.problem(folder) or cache.write_failure(folder)
+    problem = cache.problem(folder) or cache.failure(folder)
     if problem is None and free_bytes(folder) is None:
         return Problem(f"{shell_word(folder)} cannot be written")
     return problem

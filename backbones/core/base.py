@@ -18,11 +18,7 @@ from backbones.core.fused import FusedBackbone
 from backbones.core.keywords import KEYWORDS, POOLINGS, check, checked, one_of
 from backbones.core.stage import Stage
 from ops.arguments import require_tensor
-from ops.inference.conversion import (
-    convert_to_channels_last,
-    leave_inference_mode,
-    restore_plain_forms,
-)
+from ops.inference import conversion
 from ops.inference.layers import convert
 from ops.reparam import fuse_children
 from ops.replay.module import recorded_form
@@ -368,12 +364,12 @@ class StagedBackbone(nn.Module):
             raise ValueError(f"channels_last must be True, False or 'auto', got {channels_last!r}")
         with torch.inference_mode(False):
             self.eval()
-            leave_inference_mode(self)
-            restore_plain_forms(self)
+            conversion.leave_inference_mode(self)
+            conversion.restore_plain_forms(self)
             fuse_children(self)
             if dtype is not None:
                 self.to(dtype)
-            if channels_last is not False and convert_to_channels_last(
+            if channels_last is not False and conversion.to_channels_last(
                 self, always=channels_last is True
             ):
                 whole: Any = convert(self, recorded_form(type(self), FusedBackbone))

@@ -187,7 +187,7 @@ def upscale_files(
             shortage = memory_shortage(error)
             if shortage is None and not isinstance(error, (TrainingError, OSError)):
                 raise
-            clock.give_up()
+            clock.skip_rest()
             fail(job.source, MemoryError(shortage) if shortage else error)
             continue
         report.written.append(job.target)
@@ -222,7 +222,7 @@ class _TileProgress:
             text = f"{self.name} ({self.number}/{self.pictures})  {duration(left)} left"
             self.progress.show(self.done, text)
 
-    def give_up(self) -> None:
+    def skip_rest(self) -> None:
         """Remove the remaining tiles of a failed picture."""
         self.done = self.until
 

@@ -23,14 +23,7 @@ from backbones.core.base import StagedBackbone
 from backbones.training.distributed import World
 from backbones.training.errors import RecipeError
 
-__all__ = [
-    "full_state",
-    "is_bounded",
-    "load_full_state",
-    "replicate",
-    "shard",
-    "synchronized_gradients",
-]
+__all__ = ["full_state", "is_bounded", "load_state", "replicate", "shard", "synchronized_gradients"]
 
 
 _LARGEST = 1e12
@@ -100,7 +93,7 @@ def full_state(state: Any) -> Any:
     return state
 
 
-def load_full_state(part: Any, state: dict[str, Any]) -> None:
+def load_state(part: Any, state: dict[str, Any]) -> None:
     """Load a state of full tensors into a possibly sharded module, optimizer or scheduler."""
     if isinstance(part, nn.Module):
         own = part.state_dict()

@@ -223,7 +223,7 @@ class Resumable(ABC):
                 values = {key: values[key] for key in _PLATEAU}
             if name == "scaler" and not values:
                 continue  # it was without fp16
-            parallel.load_full_state(part, values)
+            parallel.load_state(part, values)
         for name in _COUNTERS:
             setattr(self, name, state[name])
         changed = [

@@ -92,14 +92,14 @@ def prepare(isa: str) -> Path | None:
     if not is_switched_on():
         raise RuntimeError(f"switched off by {SWITCH}={os.environ[SWITCH]}")
     stems = {name: libraries.stem(name, isa) for name in sources()}
-    names_to_build = [name for name in stems if libraries.shipped(stems[name]) is None]
-    if not names_to_build:
+    needed = [name for name in stems if libraries.shipped(stems[name]) is None]
+    if not needed:
         return None
     problems = []
     for folder in cache.folders():
         if (problem := cache.problem(folder)) is None:
             try:
-                missing = [name for name in names_to_build if not cache.find(folder, stems[name])]
+                missing = [name for name in needed if not cache.find(folder, stems[name])]
                 if missing:
                     batch.compile_all(missing, isa, folder, _compilers())
                 missing = [name for name in missing if not cache.find(folder, stems[name])]
@@ -213,11 +213,7 @@ def _find_or_build_for(name: str, isa: str, beside: Sequence[str] | None) -> Ker
         if problem is None:
             try:
                 found = _load_cached(folder, stem, foreign)
-                if (
-                    found is None
-                    and beside is not None
-                    and not (problem := cache.write_failure(folder))
-                ):
+                if found is None and beside is not None and not (problem := cache.failure(folder)):
                     found = _build(name, isa, folder, foreign, beside)
             except OSError as error:
                 problem = cache.mark_unusable(folder, error)
@@ -262,8 +258,8 @@ def _build(
     """Compile the kernel and the missing ones of ``beside``."""
     compilers = _compilers()
     others = [other for other in beside if other != name and _is_missing(other, isa, folder)]
-    names_to_build = [name, *others]
-    batch.compile_all(names_to_build, isa, folder, compilers, foreign)
+    needed = [name, *others]
+    batch.compile_all(needed, isa, folder, compilers, foreign)
     if (found := _load_cached(folder, libraries.stem(name, isa), foreign)) is None:
         raise _UnavailableError(f"the library that {compilers[0][0]} built cannot be loaded")
     return found

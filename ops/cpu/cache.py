@@ -28,6 +28,7 @@ from ops.cpu.trust import Problem, is_own_file, permission_problem
 __all__ = [
     "allows_execution",
     "cache_dir",
+    "failure",
     "find",
     "folders",
     "locked",
@@ -35,7 +36,6 @@ __all__ = [
     "problem",
     "scratch",
     "store",
-    "write_failure",
 ]
 
 _log = logging.getLogger(__name__)
@@ -132,7 +132,7 @@ def mark_unusable(folder: Path, error: OSError) -> Problem:
     return _refused[folder]
 
 
-def write_failure(folder: Path) -> Problem | None:
+def failure(folder: Path) -> Problem | None:
     """Why nothing more is compiled into ``folder``; None if no attempt has failed."""
     return _refused.get(folder)
 

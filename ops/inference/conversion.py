@@ -34,12 +34,7 @@ from ops.inference import (  # noqa: F401  (they register their forms)
 )
 from ops.inference.forms import fast_form, plain_form
 
-__all__ = [
-    "convert_to_channels_last",
-    "leave_inference_mode",
-    "restore_plain_forms",
-    "slow_in_nhwc",
-]
+__all__ = ["leave_inference_mode", "restore_plain_forms", "slow_in_nhwc", "to_channels_last"]
 
 _log = logging.getLogger(__name__)
 
@@ -47,7 +42,7 @@ _log = logging.getLogger(__name__)
 _LARGEST_KEPT_BYTES = 31 << 20
 
 
-def convert_to_channels_last(model: nn.Module, *, always: bool) -> bool:
+def to_channels_last(model: nn.Module, *, always: bool) -> bool:
     """Convert a folded model to channels last: where that is faster, or ``always``.
 
     On a CPU with oneDNN, all layers with an inference form are converted; elsewhere, only the
@@ -115,7 +110,7 @@ def _meets_needs(module: nn.Module, fast: type[nn.Module]) -> bool:
 
 
 def restore_plain_forms(model: nn.Module) -> None:
-    """Undo :func:`convert_to_channels_last`, except for memory formats."""
+    """Undo :func:`to_channels_last`, except for memory formats."""
     for module in model.modules():
         for name, child in module._modules.items():
             if type(child) is layers.AbsorbedActivation:

@@ -50,8 +50,8 @@ def test_states_are_sharded_and_gathered(name, group):
             parallel.shard(model, ALONE)
         optimizer = timm.optim.create_optimizer_v2(model, name, lr=1e-3, momentum=0.9)
         if states:
-            parallel.load_full_state(model, states[0][0])
-            parallel.load_full_state(optimizer, states[0][1])
+            parallel.load_state(model, states[0][0])
+            parallel.load_state(optimizer, states[0][1])
             moments = [v for s in optimizer.state.values() for v in s.values() if v is not None]
             assert any(isinstance(value, DTensor) for value in moments)
         else:
@@ -64,7 +64,7 @@ def test_states_are_sharded_and_gathered(name, group):
 def test_weights_of_another_model_are_refused(group):
     shared = parallel.shard(small("van", num_classes=3), ALONE)
     with pytest.raises(RuntimeError, match="size mismatch"):
-        parallel.load_full_state(shared, small("van", num_classes=4).state_dict())
+        parallel.load_state(shared, small("van", num_classes=4).state_dict())
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import torch
 from compiled_kernels import LINEAR_DTYPES, using_threads, without_kernels
 from torch import Tensor, nn
 
-from ops.inference.conversion import convert_to_channels_last
+from ops.inference.conversion import to_channels_last
 from ops.inference.mobile import FastConvFFN, FastResidual
 from ops.mobile import ConvFFN, Residual
 from ops.reparam import fuse_children
@@ -25,7 +25,7 @@ def _both(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, nn.Module]:
     fuse_children(plain)
     plain = plain.to(dtype).requires_grad_(False)
     fast = copy.deepcopy(plain)
-    convert_to_channels_last(fast, always=False)
+    to_channels_last(fast, always=False)
     assert type(fast[0]) is FastResidual and type(fast[0].fn) is FastConvFFN
     return plain, fast
 

@@ -16,7 +16,7 @@ from ops import cpu
 from ops.cpu import policy
 from ops.cpu.feed_forward.depthwise_mlp import PackedDepthwiseMlp, depthwise_mlp
 from ops.inference import mlp as fast_mlp
-from ops.inference.conversion import convert_to_channels_last
+from ops.inference.conversion import to_channels_last
 from ops.inference.mlp import FastConvMlp, FastDWMlp, FastMlp
 from ops.mlp import DWMlp
 
@@ -175,7 +175,7 @@ def test_bad_residuals_are_refused() -> None:
 
 def _fast(mlp: nn.Module) -> nn.Module:
     """As fuse() makes it."""
-    assert convert_to_channels_last(mlp, always=True)
+    assert to_channels_last(mlp, always=True)
     return mlp
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ops.cpu.pooling.window_means import window_means
 from ops.inference.layers import convert
-from ops.inference.pooling import FastAdaptiveAvgPool2d, supports_window_means
+from ops.inference.pooling import FastAdaptiveAvgPool2d, supported
 
 
 def _plain(x: Tensor, window_size: tuple[int, int]) -> Tensor:
@@ -108,6 +108,6 @@ def test_rejects_bad_arguments(monkeypatch) -> None:
     assert "VISION_BACKBONES_NATIVE" in str(
         window_means.unsupported(torch.device("cpu"), torch.float32)
     )
-    assert not supports_window_means(torch.zeros(1, 2, 2, 3))
+    assert not supported(torch.zeros(1, 2, 2, 3))
     with pytest.raises(RuntimeError, match="kernel"):
         window_means(torch.zeros(1, 2, 2, 3), (1, 1))
