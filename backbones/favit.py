@@ -138,7 +138,7 @@ class FaViT(StagedBackbone):
         )
         self.norm = nn.Identity()
         self.head = ClassifierHead(dims[-1], num_classes, global_pool, drop_rate)
-        self.describe_features(dims, [4 * 2**i for i in range(len(dims))])
+        self.describe_features(dims)
         self.apply(init_fan_out)
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -177,11 +177,7 @@ class InceptionNeXt(StagedBackbone):
         )
         self.norm = nn.Identity()
         self.head = MlpHead(dims[-1], num_classes, global_pool, mlp_ratio=3, drop_rate=drop_rate)
-        self.describe_features(
-            dims,
-            [4 * 2**i for i in range(len(dims))],
-            head_hidden_size=self.head.num_features,
-        )
+        self.describe_features(dims, head_hidden_size=self.head.num_features)
         self.apply(init_trunc_normal)
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

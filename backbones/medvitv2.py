@@ -158,7 +158,7 @@ class MedViTV2(StagedBackbone):
         self.stages = nn.Sequential(*stages)
         self.norm = BatchNorm2d(dims[-1])
         self.head = ClassifierHead(dims[-1], num_classes, global_pool, drop_rate)
-        self.describe_features(dims, [4 * 2**i for i in range(count)])
+        self.describe_features(dims)
         self.apply(init_trunc_normal)
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -73,7 +73,7 @@ class StagedBackbone(nn.Module):
     def describe_features(
         self,
         dims: Sequence[int],
-        reductions: Sequence[int],
+        reductions: Sequence[int] | None = None,
         *,
         head_hidden_size: int | None = None,
         stem_features: Sequence[tuple[int, int, int]] = (),
@@ -84,7 +84,7 @@ class StagedBackbone(nn.Module):
 
         Args:
             dims: channels of each stage.
-            reductions: stride of each stage relative to the image.
+            reductions: stride of each stage relative to the image; default: 4, 8, 16, ….
             head_hidden_size: width before the classifier; default: that of the last stage.
             stem_features: ``(child of stem, channels, reduction)`` of maps inside the stem that
                 precede the stages' features, so that a stride-16 network has a full pyramid.
@@ -95,6 +95,7 @@ class StagedBackbone(nn.Module):
         Raises:
             ValueError: ``out_norms`` names an unknown stage, or there is no ``out_norm_layer``.
         """
+        strides = [4 * 2**i for i in range(len(dims))] if reductions is None else reductions
         self.stem_taps = tuple(child for child, _, _ in stem_features)
         self.feature_info: list[dict[str, Any]] = [
             {"num_chs": chs, "reduction": stride, "module": f"stem.{child}"}
@@ -102,7 +103,7 @@ class StagedBackbone(nn.Module):
         ]
         self.feature_info += [
             {"num_chs": chs, "reduction": stride, "module": f"stages.{i}"}
-            for i, (chs, stride) in enumerate(zip(dims, reductions, strict=True))
+            for i, (chs, stride) in enumerate(zip(dims, strides, strict=True))
         ]
         self.num_features = dims[-1]
         self.head_hidden_size = head_hidden_size or dims[-1]
