@@ -109,7 +109,7 @@ def _is_file(word: str | None) -> bool:
     return word is not None and word not in backbones.list_models() and os.path.isfile(word)
 
 
-def make_figures(model: Any, size: tuple[int, int], seed: int = 0) -> dict[str, Any]:
+def make_figures(model: Any, size: tuple[int, int]) -> dict[str, Any]:
     """Shape, mean, deviation, norm and first values of every stage's map and of the output.
 
     The image is deterministic, see :func:`backbones.cli.parity.image`.
@@ -117,7 +117,7 @@ def make_figures(model: Any, size: tuple[int, int], seed: int = 0) -> dict[str, 
     Raises:
         CommandError: the outputs are not finite.
     """
-    shape = (1, model.in_chans, *size)
+    shape, seed = (1, model.in_chans, *size), 0
     maps, output = _outputs(model, parity.image(shape, seed))
     if not all(value.isfinite().all() for value in (*maps, output)):
         raise CommandError("the outputs of these weights are not finite")

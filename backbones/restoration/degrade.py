@@ -99,15 +99,15 @@ def sinc_kernel(size: int, cutoff: float) -> Tensor:
     return (values / values.sum()).float()
 
 
-def sharpen(image: Tensor, weight: float = 0.5, radius: int = 50, threshold: float = 10) -> Tensor:
-    """Unsharp masking where edges are stronger than ``threshold`` of 255, softly blended."""
-    radius += 1 - radius % 2
+def sharpen(image: Tensor) -> Tensor:
+    """Half-strength unsharp masking where edges are stronger than 10 of 255, softly blended."""
+    size = 51
     # OpenCV's rule for the sigma of a Gaussian that is given by its size.
-    sigma = 0.3 * ((radius - 1) * 0.5 - 1) + 0.8
-    taps = gaussian_kernel(radius, (sigma, sigma)).sum(0)
+    sigma = 0.3 * ((size - 1) * 0.5 - 1) + 0.8
+    taps = gaussian_kernel(size, (sigma, sigma)).sum(0)
     residual = image - _blur_separably(image, taps)
-    mask = (residual.abs() * 255 > threshold).to(image)
-    sharp = (image + weight * residual).clamp(0, 1)
+    mask = (residual.abs() * 255 > 10).to(image)
+    sharp = (image + 0.5 * residual).clamp(0, 1)
     soft = _blur_separably(mask, taps)
     return soft * sharp + (1 - soft) * image
 

@@ -246,7 +246,7 @@ class RestorationTrainer(TrainingLoop):
         return f": {self.best - before:+.2f} dB over {what} ({before:.2f} dB)"
 
     @torch.inference_mode()
-    def draw_comparison(self, model: nn.Module, path: Path, side: int = 128) -> None:
+    def draw_comparison(self, model: nn.Module, path: Path) -> None:
         """A detail of input, bicubic (if sizes differ), result and ground truth, with metrics.
 
         The metrics are for the whole picture.
@@ -260,7 +260,7 @@ class RestorationTrainer(TrainingLoop):
             text = f"{figures['psnr_y']:.2f} dB, SSIM {figures['ssim_y']:.4f}"
             panels.append(Panel(name, image, text))
         panels.append(Panel("truth", truth))
-        window = most_detailed_window(truth, side, self.scale)
+        window = most_detailed_window(truth, 128, self.scale)
         draw_panels(path, panels, window, f"{self.val_paths[0].name}, {self.recipe.model}")
 
 

@@ -35,8 +35,8 @@ def test_every_family_can_be_sharded(family, group):
     answer.square().sum().backward()
     for name, parameter in shared.named_parameters():
         if grads[name] is not None:
-            torch.testing.assert_close(parallel.whole(parameter.grad), grads[name])
-    assert same(parallel.whole(dict(shared.state_dict())), dict(model.state_dict()))
+            torch.testing.assert_close(parallel.full_state(parameter.grad), grads[name])
+    assert same(parallel.full_state(dict(shared.state_dict())), dict(model.state_dict()))
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "lion"])
@@ -57,7 +57,7 @@ def test_states_are_sharded_and_gathered(name, group):
         else:
             model(torch.randn(2, 3, 32, 32)).sum().backward()
             optimizer.step()
-        states.append([parallel.whole(part.state_dict()) for part in (model, optimizer)])
+        states.append([parallel.full_state(part.state_dict()) for part in (model, optimizer)])
     assert same([dict(states[0][0]), states[0][1]], [dict(states[1][0]), states[1][1]])
 
 
