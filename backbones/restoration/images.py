@@ -187,10 +187,10 @@ def _kept_exif(image: Image.Image) -> bytes | None:
     return None
 
 
-def _has_directories(exif: bytes | None) -> bool:
+def _has_directories(data: bytes | None) -> bool:
     """Whether there are camera or GPS tags, with which Pillow can't compress a TIFF."""
     exif = Image.Exif()
-    exif.load(exif or b"")
+    exif.load(data or b"")
     return not {ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo}.isdisjoint(exif)
 
 
