@@ -153,7 +153,7 @@ class VRWKV(IsotropicBackbone):
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Converts the names of the original, which numbers blocks consecutively."""
 
-        def block_prefix(match: re.Match[str]) -> str:
+        def place(match: re.Match[str]) -> str:
             try:
                 return f"{self.block_name(int(match[1]))}."
             except IndexError:  # of another variant
@@ -161,7 +161,7 @@ class VRWKV(IsotropicBackbone):
 
         converted = {}
         for key, tensor in state_dict.items():
-            converted[re.sub(r"^layers\.(\d+)\.", block_prefix, renamed(key, _RENAMES))] = tensor
+            converted[re.sub(r"^layers\.(\d+)\.", place, renamed(key, _RENAMES))] = tensor
         return converted
 
 

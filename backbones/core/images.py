@@ -30,7 +30,7 @@ _FORMATS = (
 )
 _POSTSCRIPT = (b"%!PS", b"\xc5\xd0\xd3\xc6")
 
-_TRANSPOSES = {
+_TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -68,7 +68,7 @@ def opened(source: str | Path | IO[bytes]) -> Image.Image:
 
     Raises:
         PIL.UnidentifiedImageError: another format, or not an image.
-        others of :data:`DECODE_ERRORS`: a missing file, or one that is too large.
+        others of :data:`DECODE_ERRORS`: a missing file, or one that claims to be huge.
     """
     Image.init()
     try:
@@ -100,13 +100,13 @@ def open_image(
         upright: apply the EXIF orientation; values other than 1 … 8 are ignored.
 
     Raises:
-        one of :data:`DECODE_ERRORS`: an incomplete image, one that is too large, or values
+        one of :data:`DECODE_ERRORS`: an incomplete image, one that claims to be huge, or values
             without a known range, see :func:`as_8_bits`.
     """
     with opened(source) as image:
         image.load()
-        transpose = _TRANSPOSES.get(_orientation(image)) if upright else None
-        return as_8_bits(image if transpose is None else image.transpose(transpose), mode)
+        turn = _TURNS.get(_orientation(image)) if upright else None
+        return as_8_bits(image if turn is None else image.transpose(turn), mode)
 
 
 def as_8_bits(image: Image.Image, mode: str = "RGB") -> Image.Image:
@@ -145,7 +145,7 @@ def as_8_bits(image: Image.Image, mode: str = "RGB") -> Image.Image:
 
 
 def require_wide(image: Image.Image, config: dict[str, Any]) -> None:
-    """Reject an image that becomes too large when its shorter side is resized to a model's input.
+    """Refuse what would become huge once its shorter side has the size of a model's input.
 
     Args:
         config: preprocessing, as timm resolves it.

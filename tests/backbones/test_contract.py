@@ -1,4 +1,4 @@
-"""The contract of every registered model."""
+"""What every registered model promises, whatever its family."""
 
 from __future__ import annotations
 
@@ -181,7 +181,7 @@ def test_intermediates_are_those_of_forward(family: str) -> None:
 
 @every_family
 @torch.no_grad()
-def test_features_only_equals_timms(family: str) -> None:
+def test_features_only_as_timm_makes_it(family: str) -> None:
     name, arguments = SMALL[family]
     x = images(1, 3, 64, 64)
     maker = timm if name not in _timms_own() else backbones
@@ -355,7 +355,7 @@ def test_compiles_into_one_graph(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", _quick_few("inception_next", "nat_isotropic", "vrwkv"))
-def test_forward_and_backward_graphs(family: str) -> None:
+def test_the_graph_becomes_one_of_forward_and_backward(family: str) -> None:
     """The quick ones are small; traced are attention, our operators and convolutions."""
     _compiled_agrees(family, "aot_eager")
 

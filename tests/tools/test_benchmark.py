@@ -357,7 +357,7 @@ def test_signals_are_handled_when_openvino_is_forgotten_in_another_thread() -> N
     assert "handled" in run([sys.executable, "-c", script], 120, env={"PYTHONPATH": path})
 
 
-def test_runtime_files_are_removed_at_exit() -> None:
+def test_what_runtimes_read_goes_with_the_process() -> None:
     """Not with the module, which tests forget, nor after it."""
     script = (
         "import gc, runtimes, sys\n"

@@ -1,4 +1,4 @@
-"""Keywords of every family: rejected by name, or the model works."""
+"""Arguments of every family: refused by their names, or they make a model that works."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_every_keyword_has_its_check(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_values_that_are_always_invalid(family: str) -> None:
+def test_values_that_nothing_can_be(family: str) -> None:
     model_class, arguments = _class(family), SMALL[family][1]
     for keyword, default in _keywords(family).items():
         for value in _variants(default, NEVER):
@@ -69,7 +69,7 @@ def test_values_that_are_always_invalid(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_sequences_of_the_wrong_length(family: str) -> None:
+def test_a_value_too_few_or_too_many(family: str) -> None:
     for keyword, value in _keywords(family).items():
         if isinstance(value, tuple) and (family, keyword) != ("efficientvit", "kernel_sizes"):
             for other in ((), value[:-1], (*value, value[-1])):
@@ -81,7 +81,7 @@ def test_sequences_of_the_wrong_length(family: str) -> None:
 @pytest.mark.slow
 @pytest.mark.filterwarnings("error")
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_value_is_rejected_or_works(family: str) -> None:
+def test_refused_or_a_model_that_works(family: str) -> None:
     """Every keyword with everything that some keyword takes."""
     model_class, arguments = _class(family), SMALL[family][1]
     keywords = _keywords(family)
@@ -120,7 +120,7 @@ def test_poolings(family: str, poolings: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("family", CLASSIFIERS)
-def test_a_rejected_classifier_changes_nothing(family: str) -> None:
+def test_a_refused_classifier_changes_nothing(family: str) -> None:
     with torch.device("meta"):
         model = small(family, num_classes=3)
         before = model.get_classifier()
@@ -180,7 +180,7 @@ def test_other_arguments_of_one_family() -> None:
             small(family, **arguments)
 
 
-def test_undecodable_names() -> None:
+def test_names_that_are_no_text() -> None:
     for call in (
         lambda: backbones.create_model(None),
         lambda: backbones.create_model(3),

@@ -1,4 +1,4 @@
-"""The factory: names, tags, keywords, cfgs, and registration in timm."""
+"""The factory: names, tags, keywords, cfgs, and what timm is given."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_unknown_names_suggest_the_nearest() -> None:
         backbones.create_model("van_b0", num_classes=-3)
 
 
-def test_unknown_names_without_suggestions() -> None:
+def test_unknown_names_that_resemble_nothing() -> None:
     with pytest.raises(ValueError, match="unknown model 'qqq'; ") as raised:
         backbones.create_model("qqq")
     assert "backbones.list_models()" in str(raised.value)
@@ -84,7 +84,7 @@ def test_tags_and_overlays() -> None:
 
 
 @pytest.mark.parametrize("name", [n for n in TIMMS_OWN if n in backbones.list_models()])
-def test_timms_own_names_are_kept(name: str) -> None:
+def test_timm_keeps_its_own_names(name: str) -> None:
     assert timm.models.model_entrypoint(name).__module__.startswith("timm.models.")
     assert any(n.startswith(f"{name}.") for n in timm.list_models(pretrained=True))
     assert type(backbones.create_model(name)).__module__.startswith("backbones.")
@@ -93,7 +93,7 @@ def test_timms_own_names_are_kept(name: str) -> None:
 @pytest.mark.parametrize(
     "name", [n for n in backbones.list_models() if n not in TIMMS_OWN and not n.startswith("hat")]
 )
-def test_timm_creates_all_the_others(name: str) -> None:
+def test_timm_makes_all_the_others(name: str) -> None:
     with torch.device("meta"):
         model = timm.create_model(name, features_only=True, pretrained=False)
     plain = isinstance(model.model, IsotropicBackbone)

@@ -54,7 +54,7 @@ def test_plain_layers_kernels_compile_alone(four, compilations, monkeypatch) -> 
     assert len(compilations) == 4
 
 
-def test_plain_layers_kernels_exist() -> None:
+def test_those_of_plain_layers_exist() -> None:
     assert not build._OF_PLAIN_LAYERS.difference(build.sources())
 
 
