@@ -50,7 +50,7 @@ class Trainer(TrainingLoop):
     def __init__(
         self, recipe: Recipe, folder: Path, world: World, stop: StopRequest, progress: Progress
     ) -> None:
-        recipe = build.settle_memory_format(recipe, world.device)
+        recipe = build.resolve_memory_format(recipe, world.device)
         super().__init__(recipe, folder, world, stop, progress)
         splits = open_splits(recipe)
         self.classes, self.multi_label = splits.classes, splits.multi_label
@@ -79,7 +79,7 @@ class Trainer(TrainingLoop):
         )
         self.set_up(model, self.train_loader.batches // recipe.accum_steps, network)
         if min(sizes) < _SMALL or recipe.batch_size == 1 or recipe.distill is not None:
-            self.try_out(self.train_loader.blank(min(sizes), self.multi_label, self.num_classes))
+            self.dry_run(self.train_loader.blank(min(sizes), self.multi_label, self.num_classes))
 
     def resolved_recipe(self) -> Recipe:
         """Including the settings of model and data."""
@@ -160,7 +160,7 @@ class Trainer(TrainingLoop):
         self.val_loader.close()
         super().close()
 
-    # --- for people
+    # --- reporting
 
     def describe(self) -> str:
         """The metrics as text for the progress bar."""

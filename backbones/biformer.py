@@ -192,12 +192,7 @@ class BiFormer(StagedBackbone):
         dense = num_classes == 0 and bool(out_norms)
         self.norm = nn.Identity() if dense else BatchNorm2d(dims[-1])
         self.head = ClassifierHead(dims[-1], num_classes, global_pool, drop_rate)
-        self.describe_features(
-            dims,
-            [4 * 2**i for i in range(len(dims))],
-            out_norms=out_norms,
-            out_norm_layer=LayerNorm2d,
-        )
+        self.describe_features(dims, out_norms=out_norms, out_norm_layer=LayerNorm2d)
         (self.head if nchw else self).apply(init_linear)
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -132,7 +132,7 @@ class EfficientViT(StagedBackbone):
         for key, tensor in state_dict.items():
             if key.endswith("attention_bias_idxs"):
                 continue
-            key = _convert_place(key)
+            key = _convert_position(key)
             if re.search(r"\.(?:dw[01]|downsample\.[03])\.m\.weight$", key):
                 # The original fuses only the norm; our kernel also includes the identity.
                 tensor = _add_identity(tensor)
@@ -177,7 +177,7 @@ _RENAMES = (
 )
 
 
-def _convert_place(key: str) -> str:
+def _convert_position(key: str) -> str:
     """A block's name; the original counts a stage's downsampling among its blocks."""
     if match := re.match(r"patch_embed\.(?:conv)?(\d)\.", key):
         # timm counts convolutions from 1, the original also the activations between them.

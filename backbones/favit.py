@@ -12,7 +12,6 @@ detectors and segmenters.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
@@ -22,7 +21,7 @@ from torch import Tensor, nn
 
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import checked
-from backbones.core.published import imagenet_cfg, renamed
+from backbones.core.published import imagenet_cfg, renamed, renamed_stage
 from backbones.core.registry import build_model, register
 from backbones.core.stage import Stage
 from ops.attention.factorized import FactorizedAttention
@@ -139,12 +138,15 @@ class FaViT(StagedBackbone):
         )
         self.norm = nn.Identity()
         self.head = ClassifierHead(dims[-1], num_classes, global_pool, drop_rate)
-        self.describe_features(dims, [4 * 2**i for i in range(len(dims))])
+        self.describe_features(dims)
         self.apply(init_fan_out)
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Converts the names of the original, which counts stages from 1."""
-        return {_convert_key(key): tensor for key, tensor in state_dict.items()}
+        return {
+            renamed_stage(renamed(key, _RENAMES), _STAGE_PREFIXES): tensor
+            for key, tensor in state_dict.items()
+        }
 
 
 _RENAMES = (
@@ -161,20 +163,12 @@ _RENAMES = (
     (r"\.dwconv\.dwconv\.", ".dwconv."),
     (r"^head\.(weight|bias)$", r"head.fc.\1"),
 )
-_STAGE_RENAMES = (
+_STAGE_PREFIXES = (
     (r"^patch_embed(\d)\.proj\.", "stages.{}.downsample.conv."),
     (r"^patch_embed(\d)\.norm\.", "stages.{}.downsample.norm."),
     (r"^block(\d)\.", "stages.{}.blocks."),
     (r"^norm(\d)\.", "stages.{}.norm."),
 )
-
-
-def _convert_key(key: str) -> str:
-    key = renamed(key, _RENAMES)
-    for pattern, name in _STAGE_RENAMES:
-        if match := re.match(pattern, key):
-            return name.format(int(match[1]) - 1) + key[match.end() :]
-    return key
 
 
 def _cfg(**kwargs: Any) -> dict[str, Any]:

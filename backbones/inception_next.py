@@ -177,22 +177,18 @@ class InceptionNeXt(StagedBackbone):
         )
         self.norm = nn.Identity()
         self.head = MlpHead(dims[-1], num_classes, global_pool, mlp_ratio=3, drop_rate=drop_rate)
-        self.describe_features(
-            dims,
-            [4 * 2**i for i in range(len(dims))],
-            head_hidden_size=self.head.num_features,
-        )
+        self.describe_features(dims, head_hidden_size=self.head.num_features)
         self.apply(init_trunc_normal)
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Converts the names of the original, which timm shares."""
         return {
-            re.sub(r"(^stem|\.downsample)\.([01])\.", _convert_place, key): tensor
+            re.sub(r"(^stem|\.downsample)\.([01])\.", _convert_layer, key): tensor
             for key, tensor in state_dict.items()
         }
 
 
-def _convert_place(match: re.Match[str]) -> str:
+def _convert_layer(match: re.Match[str]) -> str:
     """Convolution and norm in the stem, norm and convolution in the downsampling."""
     names = ("conv", "norm") if match[1] == "stem" else ("norm", "conv")
     return f"{match[1]}.{names[int(match[2])]}."

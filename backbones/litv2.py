@@ -199,12 +199,7 @@ class LITv2(StagedBackbone):
         dense = num_classes == 0 and bool(out_norms)
         self.norm = nn.Identity() if dense else _layer_norm(dims[-1])
         self.head = ClassifierHead(dims[-1], num_classes, global_pool, drop_rate)
-        self.describe_features(
-            dims,
-            [4 * 2**i for i in range(len(dims))],
-            out_norms=out_norms,
-            out_norm_layer=_layer_norm,
-        )
+        self.describe_features(dims, out_norms=out_norms, out_norm_layer=_layer_norm)
         for module in self.modules():
             # Convolutions outside the MLPs keep PyTorch's initialisation.
             if isinstance(module, nn.Linear | DWMlp):

@@ -30,6 +30,7 @@ from torch import Tensor, nn
 
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import checked
+from backbones.core.published import imagenet_cfg
 from backbones.core.registry import build_model, register
 from backbones.core.stage import Stage
 from backbones.medvitv2_blocks import GlobalBlock, LocalBlock
@@ -92,7 +93,7 @@ class MedViTV2(StagedBackbone):
     first_conv = "stem.0.conv"
     # Parameters without gradient: the KANs' grids are constants, and published checkpoints contain
     # an unused feed-forward in every global block.
-    uncalled: tuple[str, ...] = (r"\.kan\.\d+\.grid$", r"\.unused\.")
+    unused_parameters: tuple[str, ...] = (r"\.kan\.\d+\.grid$", r"\.unused\.")
 
     @checked("dims", "sr_ratios")
     def __init__(
@@ -157,7 +158,7 @@ class MedViTV2(StagedBackbone):
         self.stages = nn.Sequential(*stages)
         self.norm = BatchNorm2d(dims[-1])
         self.head = ClassifierHead(dims[-1], num_classes, global_pool, drop_rate)
-        self.describe_features(dims, [4 * 2**i for i in range(count)])
+        self.describe_features(dims)
         self.apply(init_trunc_normal)
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -228,15 +229,12 @@ def _convert_key(key: str, depths: Sequence[int]) -> str:
 def _cfg(link: str = "") -> dict[str, Any]:
     return {
         "url": f"https://dl.dropbox.com/scl/fi/{link}&dl=1",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
+        **imagenet_cfg(MedViTV2),
         "crop_pct": 1.0,
         "crop_mode": "squash",
         "interpolation": "bilinear",
         "mean": (0.5, 0.5, 0.5),
         "std": (0.5, 0.5, 0.5),
-        "first_conv": MedViTV2.first_conv,
-        "classifier": MedViTV2.classifier,
         "license": "mit",
         "origin_url": "https://github.com/Omid-Nejati/MedViTV2",
         "paper_name": "Medical Image Classification with KAN-Integrated Transformers and Dilated "

@@ -23,7 +23,7 @@ __all__ = [
     "FoldedLocalBlock",
     "GlobalBlock",
     "LocalBlock",
-    "map_as_stored",
+    "apply_reinterpreted",
 ]
 
 
@@ -45,7 +45,7 @@ class ConvFFN(nn.Module):
         return self.project(self.se(self.dwconv(self.expand(x))))
 
 
-def map_as_stored(layer: nn.Module, x: Tensor) -> Tensor:
+def apply_reinterpreted(layer: nn.Module, x: Tensor) -> Tensor:
     """(B, dim, H, W) → (B, dim, H, W), whose memory is reinterpreted as (B, H, W, dim)."""
     batch, dim, height, width = x.shape
     mixed: Tensor = layer(x.reshape(batch, height, width, dim))
@@ -76,7 +76,7 @@ class LocalBlock(nn.Module):
         self.ffn = ConvFFN(dim, 3 * dim, ffn_kernel)
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + self.drop_path(map_as_stored(self.attn, self.norm1(x)))
+        x = x + self.drop_path(apply_reinterpreted(self.attn, self.norm1(x)))
         normed = self.norm2(x)
         return x + normed + self.ffn(normed)
 
@@ -108,7 +108,7 @@ class FoldedLocalBlock(nn.Module):
         self.scale = nn.Parameter(scale.detach())
 
     def forward(self, x: Tensor) -> Tensor:
-        x = x + map_as_stored(self.attn, self.norm1(x))
+        x = x + apply_reinterpreted(self.attn, self.norm1(x))
         return x + self.scale.view(1, -1, 1, 1) * x + self.ffn(x)
 
 
@@ -170,7 +170,7 @@ class GlobalBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.mix(x)
-        return x + self.drop_path(map_as_stored(self.kan, self.norm2(x)))
+        return x + self.drop_path(apply_reinterpreted(self.kan, self.norm2(x)))
 
     def mix(self, x: Tensor) -> Tensor:
         """Concatenated attention and convolution: (B, in_dim, H, W) → (B, dim, H, W)."""

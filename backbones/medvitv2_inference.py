@@ -42,7 +42,7 @@ class MedViTV2LocalBlock(FastLayer, medvitv2_blocks.FoldedLocalBlock):
         if derived is None:
             return super().forward(x)
         affine, residual_scale = derived
-        return self.ffn(_add_as_stored(self.attn, x, self.norm1, affine), residual_scale)
+        return self.ffn(_add_reinterpreted(self.attn, x, self.norm1, affine), residual_scale)
 
     def sources(self) -> list[Tensor]:
         return [self.scale, *_tensors_of(self.norm1)]
@@ -61,7 +61,7 @@ class MedViTV2GlobalBlock(FastLayer, medvitv2_blocks.GlobalBlock):
         derived = self.derived(x)
         if derived is None:
             return super().forward(x)
-        return _add_as_stored(self.kan, self.mix(x), self.norm2, *derived)
+        return _add_reinterpreted(self.kan, self.mix(x), self.norm2, *derived)
 
     def sources(self) -> list[Tensor]:
         return _tensors_of(self.norm2)
@@ -81,12 +81,12 @@ def _affine(norm: nn.BatchNorm2d, x: Tensor) -> Tensor | None:
     return torch.stack([t.detach() for t in norm_affine(copy.deepcopy(norm).float())])
 
 
-def _add_as_stored(
+def _add_reinterpreted(
     layer: nn.Module, x: Tensor, norm: nn.BatchNorm2d, affine: Tensor | None
 ) -> Tensor:
-    """``x`` plus a layer applied to its norm, see :func:`medvitv2_blocks.map_as_stored`."""
+    """``x`` plus a layer applied to its norm, see :func:`medvitv2_blocks.apply_reinterpreted`."""
     if affine is None:
-        return x + medvitv2_blocks.map_as_stored(layer, norm(x))
+        return x + medvitv2_blocks.apply_reinterpreted(layer, norm(x))
     batch, dim, height, width = x.shape
     mixed = layer(nchw_from_nhwc(x, affine).view(batch, height, width, dim))
     return nhwc_from_nchw(mixed.reshape(x.shape), x)

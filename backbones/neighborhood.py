@@ -55,12 +55,7 @@ class NeighborhoodPyramid(StagedBackbone):
         dense = self.num_classes == 0 and bool(out_norms)
         self.norm = nn.Identity() if dense else layer_norm(dims[-1])
         self.head = ClassifierHead(dims[-1], self.num_classes, global_pool, drop_rate)
-        self.describe_features(
-            dims,
-            [4 * 2**i for i in range(len(dims))],
-            out_norms=out_norms,
-            out_norm_layer=layer_norm,
-        )
+        self.describe_features(dims, out_norms=out_norms, out_norm_layer=layer_norm)
         self.apply(init_linear)
 
     def resize_tensor(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:

@@ -195,7 +195,6 @@ class ProxylessNAS(StagedBackbone):
         widths = [stage[-1] for stage in dims]
         self.describe_features(
             widths[1:],
-            [4 * 2**i for i in range(len(widths) - 1)],
             head_hidden_size=head_hidden_dim,
             stem_features=((1, widths[0], 2),) if stem_features else (),
         )

@@ -237,7 +237,6 @@ class RAVLT(StagedBackbone):
         self.head = ConvHead(dims[-1], head_hidden_dim, num_classes, global_pool, drop_rate)
         self.describe_features(
             dims,
-            [4 * 2**i for i in range(len(dims))],
             head_hidden_size=head_hidden_dim,
             out_norms=out_norms,
             out_norm_layer=LayerNorm2d,

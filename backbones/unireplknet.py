@@ -201,12 +201,7 @@ class UniRepLKNet(StagedBackbone):
         )
         if num_classes == 0 and out_norms:
             self.head.norm = nn.Identity()
-        self.describe_features(
-            dims,
-            [4 * 2**i for i in range(len(dims))],
-            out_norms=out_norms,
-            out_norm_layer=LayerNorm2d,
-        )
+        self.describe_features(dims, out_norms=out_norms, out_norm_layer=LayerNorm2d)
         self.apply(init_trunc_normal)
         if num_classes:
             with torch.no_grad():

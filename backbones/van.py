@@ -9,7 +9,6 @@ segmenters of the paper use ``norm_eps=1e-5``.
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from typing import Any
 
@@ -25,7 +24,7 @@ from torch import Tensor, nn
 
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import checked
-from backbones.core.published import renamed
+from backbones.core.published import imagenet_cfg, renamed, renamed_stage
 from backbones.core.registry import build_model, register
 from backbones.core.stage import Stage
 from ops.attention.large_kernel import LargeKernelAttention
@@ -172,12 +171,15 @@ class VAN(StagedBackbone):
         )
         self.norm = nn.Identity()
         self.head = ClassifierHead(dims[-1], num_classes, global_pool, drop_rate)
-        self.describe_features(dims, [4 * 2**i for i in range(len(dims))])
+        self.describe_features(dims)
         self.apply(init_fan_out)
 
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Converts the names of the original (which counts from 1) and of mmpretrain."""
-        return {_convert_key(key): tensor for key, tensor in state_dict.items()}
+        return {
+            renamed_stage(renamed(key, _RENAMES), _STAGE_PREFIXES): tensor
+            for key, tensor in state_dict.items()
+        }
 
 
 _RENAMES = (
@@ -195,7 +197,7 @@ _RENAMES = (
     (r"\.layer_scale_([12])$", r".ls\1.gamma"),
     (r"^head\.(weight|bias)$", r"head.fc.\1"),
 )
-_STAGE_RENAMES = (
+_STAGE_PREFIXES = (
     (r"^patch_embed(\d)\.proj\.", "stages.{}.downsample.conv."),
     (r"^patch_embed(\d)\.norm\.", "stages.{}.downsample.norm."),
     (r"^blocks?(\d)\.", "stages.{}.blocks."),
@@ -203,25 +205,13 @@ _STAGE_RENAMES = (
 )
 
 
-def _convert_key(key: str) -> str:
-    key = renamed(key, _RENAMES)
-    for pattern, name in _STAGE_RENAMES:
-        if match := re.match(pattern, key):
-            return name.format(int(match[1]) - 1) + key[match.end() :]
-    return key
-
-
 def _cfg(url: str = "", **kwargs: Any) -> dict[str, Any]:
     return {
         "url": url,
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
+        **imagenet_cfg(VAN),
         "crop_pct": 0.9,
-        "interpolation": "bicubic",
         "mean": (0.5, 0.5, 0.5),
         "std": (0.5, 0.5, 0.5),
-        "first_conv": VAN.first_conv,
-        "classifier": VAN.classifier,
         "license": "apache-2.0",
         "origin_url": "https://github.com/Visual-Attention-Network/VAN-Classification",
         "paper_name": "Visual Attention Network",

@@ -211,7 +211,6 @@ class HierarchicalViG(StagedBackbone):
         self.head = ClassifierHead(dims[-1], num_classes, global_pool, drop_rate)
         self.describe_features(
             dims,
-            [4 * 2**i for i in range(len(dims))],
             out_norms=out_norms,
             out_norm_layer=partial(LayerNorm2d, eps=1e-5),
         )

@@ -46,7 +46,7 @@ def shift(x: Tensor, groups: int = 1) -> Tensor:
     return torch.stack(shifted, -2).flatten(-3)
 
 
-def _share(dim: int) -> nn.Parameter:
+def _mix_weight(dim: int) -> nn.Parameter:
     """The weight of a pixel's own value in a mixture, by channel."""
     return nn.Parameter(torch.full((1, 1, dim), 0.5))
 
@@ -68,7 +68,7 @@ class WKVAttention(nn.Module):
         self.segments = segments
         self.decay = nn.Parameter(torch.zeros(dim))
         self.first = nn.Parameter(torch.zeros(dim))
-        self.mix_k, self.mix_v, self.mix_r = _share(dim), _share(dim), _share(dim)
+        self.mix_k, self.mix_v, self.mix_r = _mix_weight(dim), _mix_weight(dim), _mix_weight(dim)
         self.key = nn.Linear(dim, dim, bias=False)
         self.value = nn.Linear(dim, dim, bias=False)
         self.receptance = nn.Linear(dim, dim, bias=False)
@@ -106,8 +106,8 @@ class WKVAttention(nn.Module):
         dim = len(self.decay)
         channel = torch.arange(dim)
         begun, left = layer / max(1, depth - 1), 1 - layer / depth
-        place = channel / max(1, dim - 1)
-        self.decay.copy_(-5 + 8 * place ** (0.7 + 1.3 * begun))
+        position = channel / max(1, dim - 1)
+        self.decay.copy_(-5 + 8 * position ** (0.7 + 1.3 * begun))
         self.first.copy_(0.3 + 0.5 * ((channel + 1) % 3 - 1))
         self.mix_k.copy_((channel / dim) ** left)
         self.mix_v.copy_((channel / dim) ** left + 0.3 * begun)
@@ -128,9 +128,9 @@ class GatedScan(nn.Module):
         if dim % HEAD_DIM:
             raise ValueError(f"dim must be a multiple of {HEAD_DIM}, got {dim}")
         self.num_heads = dim // HEAD_DIM
-        self.mix_x = _share(dim)
-        self.mix_w, self.mix_k, self.mix_v = _share(dim), _share(dim), _share(dim)
-        self.mix_r, self.mix_g = _share(dim), _share(dim)
+        self.mix_x = _mix_weight(dim)
+        self.mix_w, self.mix_k, self.mix_v = _mix_weight(dim), _mix_weight(dim), _mix_weight(dim)
+        self.mix_r, self.mix_g = _mix_weight(dim), _mix_weight(dim)
         self.mix_down = nn.Parameter(torch.zeros(dim, 5 * _MIX_RANK))
         self.mix_up = nn.Parameter(torch.zeros(5, _MIX_RANK, dim))
         self.decay = nn.Parameter(torch.zeros(1, 1, dim))
@@ -190,7 +190,7 @@ class GatedScan(nn.Module):
         dim = self.decay.shape[-1]
         channel = torch.arange(dim)
         begun, left = layer / max(1, depth - 1), 1 - layer / depth
-        place = channel / max(1, dim - 1)
+        position = channel / max(1, dim - 1)
         own = 1 - (channel / dim) ** left
         for mix in (self.mix_x, self.mix_w, self.mix_k):
             mix.copy_(own)
@@ -199,8 +199,8 @@ class GatedScan(nn.Module):
             mix.copy_(1 - (channel / dim) ** (0.5 * left))
         for matrix in (self.mix_down, self.mix_up, self.decay_down, self.decay_up):
             matrix.uniform_(-1e-4, 1e-4)
-        self.decay.copy_(-6 + 5 * place ** (0.7 + 1.3 * begun))
-        first = begun * (1 - place) + 0.1 * ((channel + 1) % 3 - 1)
+        self.decay.copy_(-6 + 5 * position ** (0.7 + 1.3 * begun))
+        first = begun * (1 - position) + 0.1 * ((channel + 1) % 3 - 1)
         self.first.copy_(first.view_as(self.first))
 
 
@@ -220,7 +220,7 @@ class GatedSquaredMlp(nn.Module):
     ) -> None:
         super().__init__()
         self.groups = groups
-        self.mix_k, self.mix_r = _share(dim), _share(dim)
+        self.mix_k, self.mix_r = _mix_weight(dim), _mix_weight(dim)
         self.key = nn.Linear(dim, hidden_dim, bias=False)
         self.norm = nn.LayerNorm(hidden_dim, eps=1e-5) if norm else nn.Identity()
         self.drop = nn.Dropout(drop)

@@ -30,19 +30,19 @@ _KINDS: dict[Any, tuple[type, ...]] = {
     float: (float, int, Real, torch.SymFloat, torch.SymInt, Proxy),
     Tensor: (Tensor, Proxy),
 }
-_WORDS = {int: "a whole number", float: "a number", Tensor: "a tensor", type(None): "None"}
+_DESCRIPTIONS = {int: "a whole number", float: "a number", Tensor: "a tensor", type(None): "None"}
 
 
 class _Argument(NamedTuple):
     name: str
-    fits: Callable[[Any], bool]
-    wanted: str
+    matches: Callable[[Any], bool]
+    expected: str
     rank: int | None
     least: int | None
 
     def check(self, value: Any) -> None:
-        if not self.fits(value):
-            raise TypeError(f"{self.name} must be {self.wanted}, got {reprlib.repr(value)}")
+        if not self.matches(value):
+            raise TypeError(f"{self.name} must be {self.expected}, got {reprlib.repr(value)}")
         if self.rank is not None and isinstance(value, Tensor) and len(value.shape) != self.rank:
             raise ValueError(
                 f"{self.name} must have {self.rank} dimensions, got {tuple(value.shape)}"
@@ -69,7 +69,7 @@ def checked(
             name: _Argument(
                 name,
                 _test(hints[name]),
-                _words(hints[name]),
+                _describe(hints[name]),
                 (ranks or {}).get(name),
                 (least or {}).get(name, 1) if hints[name] is int else None,
             )
@@ -123,14 +123,14 @@ def _test(hint: Any) -> Callable[[Any], bool]:
     return lambda value: isinstance(value, kinds)
 
 
-def _words(hint: Any) -> str:
+def _describe(hint: Any) -> str:
     origin, parts = typing.get_origin(hint), typing.get_args(hint)
     if isinstance(hint, TypeVar):
         origin, parts = Union, hint.__constraints__
     if origin in (Union, types.UnionType):
-        return " or ".join(map(_words, parts))
+        return " or ".join(map(_describe, parts))
     if origin in (tuple, Sequence):
-        return f"a sequence, each {_words(parts[0])}"
+        return f"a sequence, each {_describe(parts[0])}"
     if origin is Callable:
         return "a function"
-    return _WORDS.get(hint) or f"a {hint.__name__}"
+    return _DESCRIPTIONS.get(hint) or f"a {hint.__name__}"

@@ -152,10 +152,10 @@ def _weights(
     begin, end = max(tile.start - blend, 0), min(tile.stop + blend, size)
     weights = torch.ones((end - begin) * scale, dtype=like.dtype, device=like.device)
     if blend:
-        places = torch.arange(begin * scale, end * scale, device=like.device)
-        places = (places.to(like.dtype) + 0.5) / scale
+        positions = torch.arange(begin * scale, end * scale, device=like.device)
+        positions = (positions.to(like.dtype) + 0.5) / scale
         if tile.start > 0:
-            weights = weights * ((places - tile.start) / (2 * blend) + 0.5).clamp(0, 1)
+            weights = weights * ((positions - tile.start) / (2 * blend) + 0.5).clamp(0, 1)
         if tile.stop < size:
-            weights = weights * ((tile.stop - places) / (2 * blend) + 0.5).clamp(0, 1)
+            weights = weights * ((tile.stop - positions) / (2 * blend) + 0.5).clamp(0, 1)
     return begin * scale, end * scale, weights

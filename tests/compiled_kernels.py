@@ -85,7 +85,7 @@ def _compile_anew(instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VISION_BACKBONES_NATIVE_ISA", instructions)
     monkeypatch.setenv("CXX", "c++ -O1")
     monkeypatch.setattr(instruction_sets, "COMMON_FLAGS", ["-std=c++17", "-O1", "-fPIC", "-shared"])
-    monkeypatch.setattr(build, "_together", lambda name: [])
+    monkeypatch.setattr(build, "_compiled_with", lambda name: [])
     monkeypatch.setattr(policy, "_PRODUCTS", frozenset())  # keep portable ones from torch
     forget_kernels(monkeypatch)
 

@@ -162,7 +162,7 @@ def become(instructions: str, scratch: Path) -> Emulator:
     Raises:
         RuntimeError: the cross-compiler or the emulator is missing.
     """
-    build._together = lambda name: []  # compile no other kernels along with one
+    build._compiled_with = lambda name: []  # compile no other kernels along with one
     native, emulator = cpu.load("replay"), Emulator(instructions, scratch)
     assert native is not None
 
@@ -178,7 +178,7 @@ def become(instructions: str, scratch: Path) -> Emulator:
     for name, function in replaced.items():
         setattr(instruction_sets, name, function)
     build._open = open_library
-    build._give_gemm = lambda library, gemm: None  # emulated_arm.cpp does
+    build._link_gemm = lambda library, gemm: None  # emulated_arm.cpp does
     build._kernels.clear()
     return emulator
 

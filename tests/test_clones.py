@@ -11,7 +11,7 @@ from clones import ROOT, Workshop, fresh_clone
 
 
 @pytest.mark.parametrize("has_git", [True, False])
-def test_a_clone_is_as_fresh(
+def test_a_clone_starts_fresh(
     has_git: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clones._tracked.cache_clear()

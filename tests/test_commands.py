@@ -38,7 +38,7 @@ def _alive(pid: int) -> bool:
     ],
     ids=["hangs", "fails"],
 )
-def test_nothing_is_left_and_all_is_shown(tmp_path: Path, end: str, expected: str) -> None:
+def test_processes_are_ended_and_output_is_shown(tmp_path: Path, end: str, expected: str) -> None:
     started = time.monotonic()
     code = _WITH_A_CHILD.format(end=end)
     with pytest.raises(AssertionError, match=expected):

@@ -67,7 +67,7 @@ CLOSED_DOORS = {
 
 
 @pytest.mark.parametrize("room", CLOSED_DOORS)
-def test_arrows_run_one_way(room: str) -> None:
+def test_layers_import_downwards_only(room: str) -> None:
     for name, path in MODULES.items():
         if _within(name, room):
             for imported in _imports(path):
@@ -96,7 +96,7 @@ def test_families_do_not_know_each_other() -> None:
             assert {_family(imported) for imported in _imports(path)} <= {family, None}, name
 
 
-def test_there_is_no_import_circle() -> None:
+def test_no_import_cycles() -> None:
     """Repeatedly remove modules whose imports have all been removed; none may remain."""
     pending = {name: _own_imports(path) - {name} for name, path in MODULES.items()}
     while ready := {name for name, imported in pending.items() if not imported & pending.keys()}:

@@ -40,7 +40,7 @@ sys.path.insert(0, str(ROOT))
 import train_cls  # noqa: E402
 from backbones.core.arguments import nonempty_path  # noqa: E402
 from backbones.training import build, optimization  # noqa: E402
-from backbones.training.checkpoint import write_atomically  # noqa: E402
+from backbones.training.checkpoint import write_text_atomically  # noqa: E402
 from backbones.training.corrupt import CorruptImages  # noqa: E402
 from backbones.training.data import open_splits  # noqa: E402
 from backbones.training.distributed import World  # noqa: E402
@@ -243,8 +243,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         figures = {k: round(v, 3) if isinstance(v, float) else v for k, v in row}
         sys.stdout.write(f"{part}: {figures}\n")
     if options.output is not None:
-        text = json.dumps(report, indent=1) + "\n"
-        write_atomically(options.output, lambda file: file.write(text.encode()))
+        write_text_atomically(options.output, json.dumps(report, indent=1) + "\n")
     return 0 if report["loader"]["met"] and report["step"]["met"] else 1
 
 

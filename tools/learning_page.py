@@ -29,7 +29,7 @@ from robust_digits import section as of_robustness
 
 import backbones
 from backbones.core.arguments import nonempty_path
-from backbones.training.checkpoint import write_atomically
+from backbones.training.checkpoint import write_text_atomically
 from backbones.training.pictures import GRID, INK, new_figure, save_figure, style_axis
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -173,13 +173,9 @@ def write(report: dict[str, Any], folder: Path) -> None:
     """Write ``learning.json``, ``learning.md`` and ``learning.png``."""
     paths = (folder / "performance" / "training.json", folder / "robustness.json")
     others = [json.loads(path.read_text()) if path.exists() else None for path in paths]
-    _write(folder / "learning.json", json.dumps(report, indent=1) + "\n")
-    _write(folder / "learning.md", page(report, *others))
+    write_text_atomically(folder / "learning.json", json.dumps(report, indent=1) + "\n")
+    write_text_atomically(folder / "learning.md", page(report, *others))
     draw(report, folder / "learning.png")
-
-
-def _write(path: Path, text: str) -> None:
-    write_atomically(path, lambda file: file.write(text.encode()))
 
 
 def main(argv: Sequence[str] | None = None) -> None:

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import re
 import sys
-import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 from backbones.cli import parity  # noqa: E402
+from backbones.training.checkpoint import write_text_atomically  # noqa: E402
 
 RESULTS = ROOT / "docs" / "parity.json"
 PAGE = ROOT / "docs" / "parity.md"
@@ -100,14 +99,6 @@ def page(results: dict[str, dict[str, float]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write(path: Path, text: str) -> None:
-    """Replace a file atomically."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
-        file.write(text)
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -122,8 +113,8 @@ def main() -> None:
         if not families or family in families:
             results[variant] = measure(family, variant)
             print(f"{variant}: output {results[variant]['output']:.1e}", flush=True)
-    write(RESULTS, json.dumps(results, indent=1, sort_keys=True) + "\n")
-    write(PAGE, page(results))
+    write_text_atomically(RESULTS, json.dumps(results, indent=1, sort_keys=True) + "\n")
+    write_text_atomically(PAGE, page(results))
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from measuring import processor_name
 
-from backbones.training.checkpoint import write_atomically
+from backbones.training.checkpoint import write_text_atomically
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIG = ROOT / "configs" / "cls" / "bench_digits.yaml"
@@ -121,8 +121,7 @@ def main() -> None:
             if str(seed) not in results:
                 with tempfile.TemporaryDirectory() as folder:
                     results[str(seed)] = measure(kind, seed, Path(folder))
-                text = json.dumps(report, indent=1) + "\n"
-                write_atomically(RESULTS, lambda file, text=text: file.write(text.encode()))
+                write_text_atomically(RESULTS, json.dumps(report, indent=1) + "\n")
 
 
 if __name__ == "__main__":

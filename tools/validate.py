@@ -33,8 +33,8 @@ from torch import nn
 
 import backbones
 from backbones.core.arguments import (
+    CREATION_ERRORS,
     THREADS,
-    UNMAKEABLE,
     nonempty,
     nonempty_path,
     real,
@@ -46,8 +46,7 @@ from backbones.core.arguments import (
 from backbones.core.console import Parser, guard
 from backbones.core.messages import first_line
 from backbones.training import build
-from backbones.training.answers import Answers, answer_all, read_real_labels, real_accuracy
-from backbones.training.checkpoint import write_atomically
+from backbones.training.checkpoint import write_text_atomically
 from backbones.training.corrupt import CorruptImages
 from backbones.training.corruptions import (
     ALEXNET_ERROR,
@@ -59,13 +58,14 @@ from backbones.training.data import Splits, open_splits
 from backbones.training.distributed import World
 from backbones.training.errors import DataError, RecipeError, TrainingError
 from backbones.training.loader import ValidationLoader
+from backbones.training.predictions import Predictions, predict_all, read_real_labels, real_accuracy
 from backbones.training.progress import Progress, duration
 from backbones.training.recipe import Recipe, load_recipe
 from backbones.training.report import class_report, confusion_matrix, draw_confusion
 from backbones.training.sources import ImageSource
 from backbones.training.trained import load_trained
 
-FAILURES = (TrainingError, backbones.CheckpointError, OSError, MemoryError, *UNMAKEABLE)
+FAILURES = (TrainingError, backbones.CheckpointError, OSError, MemoryError, *CREATION_ERRORS)
 """Exceptions that count as a failure of one model; the others continue."""
 
 
@@ -114,7 +114,7 @@ class Validator:
         for name in self.corruptions:
             for severity in self.severities:
                 Corruption(name, severity)  # report an unknown name before anything runs
-        self.spoilt_rows: list[dict[str, Any]] = []
+        self.corruption_rows: list[dict[str, Any]] = []
 
     def measure(self, candidate: Candidate) -> dict[str, Any]:
         """One row of the results.
@@ -135,42 +135,42 @@ class Validator:
         if options.fuse:
             backbones.fuse(model.eval())
         model = model.eval().to(self.world.device)
-        answers = self.answers(model, recipe, config, candidate.name, None)
-        if not math.isfinite(answers.loss):
+        predictions = self.predict(model, recipe, config, candidate.name, None)
+        if not math.isfinite(predictions.loss):
             raise DataError("the model's output is not finite")
         row = {
             "model": candidate.name,
             "checkpoint": candidate.checkpoint or "published",
-            "images": len(answers.labels),
-            "top1": round(answers.accuracy(1), 3),
-            "top5": round(answers.accuracy(5), 3),
-            "loss": round(answers.loss, 4),
+            "images": len(predictions.labels),
+            "top1": round(predictions.accuracy(1), 3),
+            "top5": round(predictions.accuracy(5), 3),
+            "loss": round(predictions.loss, 4),
         }
         if self.real is not None:
             assert isinstance(self.splits.validation, ImageSource)
-            accuracy = real_accuracy(answers, self.splits.validation, self.real)
+            accuracy = real_accuracy(predictions, self.splits.validation, self.real)
             row["real_top1"] = round(accuracy, 3)
         if self.corruptions:
-            row |= self.spoil(model, recipe, config, candidate.name)
+            row |= self.measure_corruptions(model, recipe, config, candidate.name)
         row |= {
             "parameters_m": round(parameters / 1e6, 3),
             "img_size": config["input_size"][-1],
             "crop_pct": round(config["crop_pct"], 4),
             "interpolation": config["interpolation"],
-            "images_per_second": round(len(answers.labels) / max(answers.seconds, 1e-9), 1),
+            "images_per_second": round(len(predictions.labels) / max(predictions.seconds, 1e-9), 1),
         }
         if options.report is not None:
-            self.report(candidate, answers)
+            self.report(candidate, predictions)
         return row
 
-    def answers(
+    def predict(
         self,
         model: nn.Module,
         recipe: Recipe,
         config: dict[str, Any],
         title: str,
-        spoil: Callable[[Any], Any] | None,
-    ) -> Answers:
+        corruption: Callable[[Any], Any] | None,
+    ) -> Predictions:
         """The predictions of ``model`` for the images, corrupted or clean."""
         with tempfile.TemporaryDirectory() as folder:
             corrupt = CorruptImages(Path(folder) / "corrupt.txt", self.options.max_corrupt)
@@ -183,7 +183,7 @@ class Validator:
                 recipe,
                 self.world,
                 corrupt,
-                spoil,
+                corruption,
             )
             self.progress.begin(title, len(loader))
 
@@ -192,15 +192,15 @@ class Validator:
                     self.progress.show(done, "")
 
             try:
-                answers = answer_all(model, loader, self.options.amp, show)
+                predictions = predict_all(model, loader, self.options.amp, show)
             finally:
                 loader.close()
                 self.progress.end()
             if corrupt.count():
                 self.progress.say(f"{title}: {corrupt.count()} unreadable images skipped")
-        return answers
+        return predictions
 
-    def spoil(
+    def measure_corruptions(
         self, model: nn.Module, recipe: Recipe, config: dict[str, Any], title: str
     ) -> dict[str, float]:
         """Accuracy under each corruption and severity, and the means of the errors."""
@@ -208,14 +208,14 @@ class Validator:
         for name in self.corruptions:
             for severity in self.severities:
                 where = f"{title}, {name} {severity}"
-                spoil = Corruption(name, severity)
-                answers = self.answers(model, recipe, config, where, spoil)
-                errors.setdefault(name, []).append(100 - answers.accuracy(1))
+                corruption = Corruption(name, severity)
+                predictions = self.predict(model, recipe, config, where, corruption)
+                errors.setdefault(name, []).append(100 - predictions.accuracy(1))
                 entry: dict[str, Any] = {"model": title, "corruption": name, "severity": severity}
-                entry |= {"top1": round(answers.accuracy(1), 3)}
-                self.spoilt_rows.append(entry | {"error": round(errors[name][-1], 3)})
+                entry |= {"top1": round(predictions.accuracy(1), 3)}
+                self.corruption_rows.append(entry | {"error": round(errors[name][-1], 3)})
             self.progress.say(f"{title}  {name:<18} error {np.mean(errors[name]):6.2f} %")
-            write_table(corruption_path(self.options.output), self.spoilt_rows)
+            write_table(corruption_path(self.options.output), self.corruption_rows)
         row = {"corruption_error": round(mean_corruption_error(errors), 3)}
         whole = set(CORRUPTIONS) <= set(errors) and self.severities == [1, 2, 3, 4, 5]
         if whole and len(self.splits.classes) == 1000:
@@ -223,16 +223,15 @@ class Validator:
             row["mce"] = round(mean_corruption_error(own, ALEXNET_ERROR), 3)
         return row
 
-    def report(self, candidate: Candidate, answers: Answers) -> None:
+    def report(self, candidate: Candidate, predictions: Predictions) -> None:
         """Write ``NAME.classes.csv`` and ``NAME.confusion.png``."""
         folder = self.options.report
         folder.mkdir(parents=True, exist_ok=True)
         classes, name = self.splits.classes, candidate.name.replace("/", "_")
-        matrix = confusion_matrix(answers.labels, answers.top5[:, 0], len(classes))
+        matrix = confusion_matrix(predictions.labels, predictions.top5[:, 0], len(classes))
         write_table(folder / f"{name}.classes.csv", class_report(matrix, classes))
-        title = (
-            f"{candidate.name}: {answers.accuracy(1):.2f} % of {len(answers.labels)} images right"
-        )
+        top1, images = predictions.accuracy(1), len(predictions.labels)
+        title = f"{candidate.name}: {top1:.2f} % of {images} images right"
         draw_confusion(folder / f"{name}.confusion.png", matrix, classes, title)
         self.progress.say(f"{name}.classes.csv and {name}.confusion.png are in {folder}")
 
@@ -248,9 +247,8 @@ def write_table(path: Path, rows: Sequence[dict[str, Any]]) -> None:
     writer = csv.DictWriter(text, list(dict.fromkeys(k for row in rows for k in row)), restval="")
     writer.writeheader()
     writer.writerows(rows)
-    data = text.getvalue().encode(errors="backslashreplace")  # names may not be valid text
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, lambda file: file.write(data))
+    write_text_atomically(path, text.getvalue())
 
 
 def find_candidates(options: argparse.Namespace) -> list[Candidate]:
@@ -259,10 +257,10 @@ def find_candidates(options: argparse.Namespace) -> list[Candidate]:
     Raises:
         RecipeError: no models, or an unreadable list or run.
     """
-    wishes = {"img_size": options.img_size, "crop_pct": options.crop_pct}
-    wishes |= {"interpolation": options.interpolation, "in_chans": options.in_chans}
-    wishes |= {"model_args": options.model_args}
-    given = {key: value for key, value in wishes.items() if value is not None}
+    settings = {"img_size": options.img_size, "crop_pct": options.crop_pct}
+    settings |= {"interpolation": options.interpolation, "in_chans": options.in_chans}
+    settings |= {"model_args": options.model_args}
+    given = {key: value for key, value in settings.items() if value is not None}
     found = []
     for word in options.model:
         names = backbones.list_models(word, pretrained=True) if set("*?[") & set(word) else [word]
@@ -331,8 +329,8 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     labels = "ImageNet's ReaL labels; FILE defaults to timm's copy"
     add("--real-labels", nargs="?", const="", metavar="FILE", help=labels)
-    spoil = "corruptions to apply (no NAME: ImageNet-C's 15)"
-    add("--corrupt", nargs="*", metavar="NAME", help=spoil)
+    corruption = "corruptions to apply (no NAME: ImageNet-C's 15)"
+    add("--corrupt", nargs="*", metavar="NAME", help=corruption)
     add("--severity", nargs="+", type=int, default=[1, 2, 3, 4, 5])
     output = Path("validation.csv")
     add("--output", type=nonempty_path, default=output, help="a row for each model")

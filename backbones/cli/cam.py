@@ -14,7 +14,7 @@ from torch import Tensor
 from backbones.cli.receptive_field import ReceptiveField, follow
 from backbones.core.base import StagedBackbone
 
-__all__ = ["grad_cam", "spread"]
+__all__ = ["grad_cam", "upsample_heat"]
 
 # Coarser maps don't localise anything.
 _LEAST_SIDE = 4
@@ -56,12 +56,12 @@ def grad_cam(
         (gradient,) = torch.autograd.grad(score, features)
     weights = gradient.mean(dim=(2, 3), keepdim=True)  # (B, C, 1, 1)
     heat = (weights * features.detach()).sum(1).relu()  # (B, h, w)
-    heat = spread(heat, images.shape[2:], *grids[taken])  # (B, H, W)
+    heat = upsample_heat(heat, images.shape[2:], *grids[taken])  # (B, H, W)
     peak = heat.amax(dim=(1, 2), keepdim=True)
     return logits.detach(), heat / peak.clamp(min=torch.finfo(heat.dtype).tiny)
 
 
-def spread(heat: Tensor, size: Sequence[int], start: float, stride: int) -> Tensor:
+def upsample_heat(heat: Tensor, size: Sequence[int], start: float, stride: int) -> Tensor:
     """Interpolate heat from the cells of a map to pixels: (B, h, w) → (B, H, W).
 
     Linear between the centres of the cells, which are ``start + i * stride`` pixels from the edge

@@ -18,8 +18,8 @@ from safetensors import SafetensorError, safe_open
 from timm.data import ImageNetInfo
 
 import backbones
-from backbones.core.arguments import UNMAKEABLE
-from backbones.core.checkpoint import _strip_prefixes, read_checkpoint
+from backbones.core.arguments import CREATION_ERRORS
+from backbones.core.checkpoint import read_checkpoint, strip_prefixes
 from backbones.core.console import CommandError, memory_shortage
 from backbones.core.messages import one_line, shown
 from backbones.restoration.memory import available_memory, peak_bytes
@@ -112,7 +112,7 @@ def create(name: str, **kwargs: Any) -> Any:
         raise
     except ValueError as error:
         raise CommandError(str(error)) from error
-    except UNMAKEABLE as error:
+    except CREATION_ERRORS as error:
         # Without arguments, it is a bug.
         if not kwargs or memory_shortage(error) is not None:
             raise
@@ -169,7 +169,7 @@ def class_count(model: Any, tensors: dict[str, Any]) -> int | None:
     if isinstance(model.classifier, tuple) and not model.classifier:
         return None
     path = model.classifier if isinstance(model.classifier, str) else model.classifier[0]
-    converted = model.convert_state_dict(_strip_prefixes(tensors)[0])
+    converted = model.convert_state_dict(strip_prefixes(tensors)[0])
     for name in (f"{path}.weight", f"{path}.linear.weight"):
         if name in converted:
             return len(converted[name])

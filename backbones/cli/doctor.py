@@ -19,9 +19,14 @@ from pathlib import Path
 import torch
 import torchvision
 
-from backbones.cli.places import elsewhere, free_bytes, kernel_flaw, mend_kernel_cache
+from backbones.cli.cache_folders import (
+    free_bytes,
+    kernel_cache_fix,
+    kernel_cache_problem,
+    suggest_folder,
+)
 from backbones.core.messages import first_line
-from backbones.core.requirements import unmet
+from backbones.core.requirements import installed_version, unmet
 from ops import cpu
 from ops.batch_norm import has_wrong_gradients
 from ops.cpu import build, cache, compiler, libraries, openmp
@@ -106,7 +111,7 @@ def examine_packages(versions: Mapping[str, str]) -> list[Finding]:
         Finding(
             "packages",
             "error",
-            f"{package.wanted} is needed, found: {package.found or 'nothing'}",
+            f"{package.requirement} is needed, found: {package.found or 'nothing'}",
             package.fix,
         )
         for package in unmet()
@@ -229,8 +234,8 @@ def examine_compiler() -> list[Finding]:
         without = ", ".join(name for name in names if reasons[name] == reason)
         if not cpu.is_switched_on():
             fix = "unset VISION_BACKBONES_NATIVE"
-        elif found is not None and all(kernel_flaw(folder) for folder in cache.folders()):
-            fix = mend_kernel_cache()
+        elif found is not None and all(kernel_cache_problem(folder) for folder in cache.folders()):
+            fix = kernel_cache_fix()
         elif found is not None and command:
             fix = "unset CXX"
         elif sys.platform == "linux":
@@ -250,13 +255,13 @@ def examine_compiler() -> list[Finding]:
 
 def _kernels(names: Sequence[str]) -> str:
     """The available kernels with their instruction sets, locations and OpenMP runtime."""
-    there: dict[str, list[str]] = {}
+    locations: dict[str, list[str]] = {}
     for name in names:
         kernel = cpu.status(name)
         folder = kernel.path.parent if kernel.path is not None else Path()
         place = "the package" if folder == libraries.SHIPPED else shell_word(folder)
-        there.setdefault(f"for {kernel.instruction_set} from {place}", []).append(name)
-    kinds = (f"{len(those)} of {len(names)} kernels {kind}" for kind, those in there.items())
+        locations.setdefault(f"for {kernel.instruction_set} from {place}", []).append(name)
+    kinds = (f"{len(those)} of {len(names)} kernels {kind}" for kind, those in locations.items())
     runtime = openmp.runtime()
     threads = f", on the threads of torch's {runtime.name}" if runtime is not None else ""
     return ", ".join(kinds) + threads
@@ -294,8 +299,7 @@ def examine_mm(versions: Mapping[str, str], has_pkg_resources: bool = True) -> l
         if kept in versions and other in versions:
             # Both own the same folder: removing one takes files of the other away.
             text = f"{kept} and {other} install into the same folder and break each other"
-            wanted = f"{kept}=={versions[kept]}"
-            fix = f"pip uninstall -y {kept} {other} && pip install {wanted}"
+            fix = f"pip uninstall -y {kept} {other} && pip install {kept}=={versions[kept]}"
             findings.append(Finding("openmmlab", "error", text, fix))
     mmcv = versions.get("mmcv") or versions.get("mmcv-lite")
     if "mmdet" in versions and mmcv is not None and _above(mmcv, (2, 2)):
@@ -312,7 +316,7 @@ def examine_mm(versions: Mapping[str, str], has_pkg_resources: bool = True) -> l
     elif "mmcv-lite" in versions:
         text = "mmcv-lite has no operators; torchvision's are used where available"
         findings.append(Finding("openmmlab", "note", text))
-    if findings and any(finding.severity == "error" for finding in findings):
+    if any(finding.severity == "error" for finding in findings):
         return findings
     mm = [name for name in _PACKAGES if name.startswith(("mm", "onedl")) and name in versions]
     if mm:
@@ -324,48 +328,43 @@ def examine_mm(versions: Mapping[str, str], has_pkg_resources: bool = True) -> l
 
 def examine_export(versions: Mapping[str, str]) -> list[Finding]:
     """Whether ``export`` can write and check ONNX files."""
-    wanted = ("onnx", "onnxscript", "onnxruntime")
-    missing = [name for name in wanted if name not in versions]
+    required = ("onnx", "onnxscript", "onnxruntime")
+    missing = [name for name in required if name not in versions]
     if missing:
         text = f"{', '.join(missing)} missing: ONNX files cannot be written"
         return [Finding("export", "note", text, "pip install 'vision-backbones[export]'")]
-    shown = ", ".join(f"{name} {versions[name]}" for name in wanted)
+    shown = ", ".join(f"{name} {versions[name]}" for name in required)
     return [Finding("export", "ok", shown)]
 
 
 def examine_caches() -> list[Finding]:
     """The cache folders, and whether they are usable."""
     folder = cpu.cache_dir()
-    if (flaw := kernel_flaw(folder)) is not None:
-        instead = next((place for place in cache.folders() if kernel_flaw(place) is None), None)
+    if (problem := kernel_cache_problem(folder)) is not None:
+        instead = next(
+            (place for place in cache.folders() if kernel_cache_problem(place) is None), None
+        )
         then = f"they are cached in {shell_word(instead)}" if instead else "slower paths are used"
-        text = f"compiled kernels: {flaw.reason}; {then}"
-        kernels = Finding("cache", "warning", text, mend_kernel_cache())
+        text = f"compiled kernels: {problem.reason}; {then}"
+        kernels = Finding("cache", "warning", text, kernel_cache_fix())
     else:
-        kernels = _room("compiled kernels", folder, "VISION_BACKBONES_CACHE_DIR")
-    return [kernels, _room("downloaded weights", Path(torch.hub.get_dir()), "TORCH_HOME")]
+        kernels = _examine_folder("compiled kernels", folder, "VISION_BACKBONES_CACHE_DIR")
+    return [kernels, _examine_folder("downloaded weights", Path(torch.hub.get_dir()), "TORCH_HOME")]
 
 
-def _room(what: str, folder: Path, variable: str) -> Finding:
+def _examine_folder(what: str, folder: Path, variable: str) -> Finding:
     free = free_bytes(folder)
     if free is None:
         text, severity = f"{what}: {shell_word(folder)} cannot be written", "error"
     else:
         text = f"{what}: {shell_word(folder)}, {free / 1e9:.1f} GB free"
         severity = "warning" if free < _SCARCE_BYTES else "ok"
-    fix = "" if severity == "ok" else elsewhere(variable, free or 0)
+    fix = "" if severity == "ok" else suggest_folder(variable, free or 0)
     return Finding("cache", severity, text, fix)
 
 
 def _installed() -> dict[str, str]:
-    return {name: found for name in _PACKAGES if (found := _version(name)) is not None}
-
-
-def _version(name: str) -> str | None:
-    try:
-        return importlib.metadata.version(name)
-    except importlib.metadata.PackageNotFoundError:
-        return None
+    return {name: found for name in _PACKAGES if (found := installed_version(name)) is not None}
 
 
 def _above(version: str, least: tuple[int, int]) -> bool:
@@ -391,5 +390,5 @@ def _report(findings: list[Finding]) -> str:
         if finding.fix:
             lines.append(f"  {'':<{width}}  → {finding.fix}")
     counts = {kind: sum(f.severity == kind for f in findings) for kind in ("error", "warning")}
-    told = " and ".join(f"{n} {kind}{'s' if n > 1 else ''}" for kind, n in counts.items() if n)
-    return "\n".join([*lines, "", told or "no problems found", ""])
+    summary = " and ".join(f"{n} {kind}{'s' if n > 1 else ''}" for kind, n in counts.items() if n)
+    return "\n".join([*lines, "", summary or "no problems found", ""])

@@ -54,8 +54,8 @@ def run(options: Namespace) -> int:
     ]
     sys.stdout.write(_as_table(groups))
     extra = sum(map(len, groups)) - len(groups)
-    said = f"{len(groups)} groups; {extra} of {count_rows(folder)} images are redundant"
-    sys.stdout.write(f"{said}\n")
+    summary = f"{len(groups)} groups; {extra} of {count_rows(folder)} images are redundant"
+    sys.stdout.write(f"{summary}\n")
     write_text(options.csv, as_csv(("group", "key", "height", "width", "similarity"), rows))
     write_text(options.json, as_json(_entries(groups)))
     if groups:
@@ -63,8 +63,8 @@ def run(options: Namespace) -> int:
         title = f"Near-duplicates in {folder}"
         draw_sheet(path, title, shown[:_DRAWN])
         if options.html is not None:
-            told = {"threshold": f"cosine of at least {options.threshold:g}", "found": said}
-            write_page(options.html, title, facts(folder, **told), shown)
+            details = {"threshold": f"cosine of at least {options.threshold:g}", "found": summary}
+            write_page(options.html, title, facts(folder, **details), shown)
     return 0
 
 

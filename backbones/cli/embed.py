@@ -8,7 +8,7 @@ from __future__ import annotations
 import sys
 from argparse import ArgumentParser, Namespace
 
-from backbones.cli.whole_files import tidy_on_signals
+from backbones.cli.atomic_files import exit_on_signals
 from backbones.core.arguments import nonempty, nonempty_path, whole
 from backbones.core.messages import one_line
 from backbones.embedding.network import COMPUTED, FEATURES
@@ -63,7 +63,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> int:
     """Run ``embed``; 1 if an image could not be decoded."""
-    with tidy_on_signals():
+    with exit_on_signals():
         done = embed(
             options.source,
             options.out,

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from backbones.cli import exporting, quantizing, whole_files
+from backbones.cli import atomic_files, exporting, quantizing
 from backbones.cli.common import CommandError, Loaded, add_size_argument, load, two_sides
-from backbones.cli.feasible import need_memory, need_space
+from backbones.cli.elapsed import show_elapsed
 from backbones.cli.predict import preprocessing
-from backbones.cli.ticking import ticking
+from backbones.cli.resources import require_disk_space, require_memory
 from backbones.core.arguments import nonempty_path
 
 __all__ = ["EXAMPLE", "add_arguments", "export", "run"]
@@ -56,7 +56,7 @@ def add_arguments(parser: ArgumentParser) -> None:
 
 def run(options: Namespace) -> int:
     """Run ``export``; 0 if the file is written and right."""
-    with whole_files.tidy_on_signals():
+    with atomic_files.exit_on_signals():
         return _run(options)
 
 
@@ -67,17 +67,17 @@ def _run(options: Namespace) -> int:
     quantizing.check_options(options.int8, options.calibration, options.calibration_images)
     if options.batch < 1:
         raise CommandError(f"--batch must be 1 or more, got {options.batch}")
-    whole_files.check_place(options.out)
+    atomic_files.check_target(options.out)
     if format == "onnx":
-        exporting.need_onnx()
+        exporting.require_onnx()
     loaded = load(options.model, options.checkpoint)
     if options.fused:
         loaded.model.fuse(channels_last=False)  # only fold; the other runtime has its own kernels
     size = two_sides(options.size, loaded.model)
     shape = (options.batch, loaded.model.in_chans, *size)
-    need_memory(loaded.model, exporting.check_shapes(shape, options.dynamic))
+    require_memory(loaded.model, exporting.check_shapes(shape, options.dynamic))
     weights = sum(t.nbytes for t in loaded.model.state_dict().values())
-    need_space(options.out.parent, weights)
+    require_disk_space(options.out.parent, weights)
     images = None
     if options.int8:
         images = quantizing.calibration_images(
@@ -113,7 +113,7 @@ def export(
     shape = (batch, model.in_chans, *size)
     shapes = exporting.check_shapes(shape, dynamic)
     try:
-        with whole_files.replace_whole(path) as scratch:
+        with atomic_files.replace_atomically(path) as scratch:
             run = _write(loaded, scratch, format, shape, dynamic)
             worst = 0.0
             for found in exporting.check(model, run, shapes):
@@ -143,13 +143,13 @@ def _write(
     model, name = loaded.model, loaded.name
     _say(f"{name}: tracing at {_sizes(shape)}")
     if format == "pt2":
-        with ticking(f"{name}: tracing"):
+        with show_elapsed(f"{name}: tracing"):
             exporting.save_program(exporting.trace(model, shape, dynamic), path)
         return exporting.program_runner(path)
-    with ticking(f"{name}: tracing"):
+    with show_elapsed(f"{name}: tracing"):
         program, group = exporting.trace_for_onnx(model, shape, dynamic)
     _say(f"{name}: writing ONNX")
-    with ticking(f"{name}: writing ONNX"):
+    with show_elapsed(f"{name}: writing ONNX"):
         exporting.save_onnx(program, path, _metadata(loaded), group)
     _say(f"{name}: comparing with the model")
     return exporting.onnx_runner(path)
@@ -159,7 +159,7 @@ def _quantize(
     model: Any, path: Path, shapes: Sequence[tuple[int, ...]], images: Sequence[Tensor]
 ) -> None:
     """Quantise the file and compare it with the model, on the images and at each size."""
-    with ticking("quantising"):
+    with show_elapsed("quantising"):
         quantizing.quantize(path, images)
     runner = exporting.onnx_runner(path)
     agreement = quantizing.agreement(model, runner, images)

@@ -20,20 +20,20 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from backbones.cli.alike import Group, fill_in, take_out
 from backbones.cli.common import CommandError
 from backbones.cli.deform import without_deform_conv
+from backbones.cli.hat_export import SharedGroup, extract_group, inline_groups
 
 __all__ = [
     "TOLERANCE",
     "Check",
     "check",
     "check_shapes",
-    "need_onnx",
     "noise",
     "onnx_runner",
     "outputs",
     "program_runner",
+    "require_onnx",
     "save_onnx",
     "save_program",
     "trace",
@@ -84,7 +84,7 @@ def trace_for_onnx(
 ) -> tuple[torch.export.ExportedProgram, TracedGroup | None]:
     """Like :func:`trace`, for :func:`save_onnx`: identical groups are traced once."""
     frozen = _frozen(model)
-    group = take_out(frozen)
+    group = extract_group(frozen)
     program = _trace(frozen, shape, dynamic)
     return program, None if group is None else _trace_group(group, shape, dynamic)
 
@@ -104,7 +104,7 @@ def _trace(frozen: nn.Module, shape: Sequence[int], dynamic: bool) -> torch.expo
     return _export(frozen, (images,), ({0: axes, 2: axes, 3: axes},) if dynamic else None)
 
 
-def _trace_group(group: Group, shape: Sequence[int], dynamic: bool) -> TracedGroup:
+def _trace_group(group: SharedGroup, shape: Sequence[int], dynamic: bool) -> TracedGroup:
     """``shape`` is of the images."""
     weights, window = group.weights[0], group.window_size
     batch, sides = (_TRACED_BATCH, _TRACED_SIZE) if dynamic else (shape[0], shape[2:])
@@ -181,11 +181,11 @@ def save_onnx(
     Raises:
         CommandError: ONNX does not support an operation, or onnx is not installed.
     """
-    _need("onnx", "onnxscript")
+    _require_packages("onnx", "onnxscript")
     made = _onnx(program, input_names=["image"], output_names=["output"])
     tensors = list(program.state_dict.values())
     if group is not None:
-        fill_in(made.model, _onnx(group.program).model, group.weights)
+        inline_groups(made.model, _onnx(group.program).model, group.weights)
         tensors += [tensor for weights in group.weights for tensor in weights.values()]
     _name_axes(made.model)
     made.model.metadata_props.update(metadata or {})
@@ -227,17 +227,17 @@ def program_runner(path: Path) -> Run:
     return module
 
 
-def onnx_runner(path: Path, threads: int = 1) -> Run:
-    """A function that runs an ONNX file in onnxruntime on the CPU: images (B, C, H, W) → output.
+def onnx_runner(path: Path) -> Run:
+    """A function that runs an ONNX file in onnxruntime on one thread: images (B, C, H, W) → output.
 
     Raises:
         CommandError: onnxruntime is missing or rejects the file.
     """
-    _need("onnxruntime")
+    _require_packages("onnxruntime")
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = 1
     options.log_severity_level = 4
     try:
         session = onnxruntime.InferenceSession(
@@ -369,12 +369,12 @@ def _name_axes(model: Any) -> None:
         )
 
 
-def need_onnx() -> None:
+def require_onnx() -> None:
     """Raise a CommandError if the packages for ONNX are not installed."""
-    _need("onnx", "onnxscript", "onnxruntime")
+    _require_packages("onnx", "onnxscript", "onnxruntime")
 
 
-def _need(*packages: str) -> None:
+def _require_packages(*packages: str) -> None:
     missing = [package for package in packages if importlib.util.find_spec(package) is None]
     if missing:
         raise CommandError(

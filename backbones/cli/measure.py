@@ -59,14 +59,14 @@ def measure(model: StagedBackbone, height: int, width: int, runs: int = 0) -> li
     parts: list[Part] = []
     field = ReceptiveField()
     counter = _counter()
-    seen = 0
+    counted = 0
 
     def record(name: str, module: nn.Module, value: Tensor) -> None:
-        nonlocal seen
+        nonlocal counted
         total = _macs(counter)
         params = sum(p.numel() for p in module.parameters())
-        parts.append(Part(name, tuple(value.shape[1:]), params, total - seen, field.side))
-        seen = total
+        parts.append(Part(name, tuple(value.shape[1:]), params, total - counted, field.side))
+        counted = total
 
     with (
         counter,
@@ -76,7 +76,7 @@ def measure(model: StagedBackbone, height: int, width: int, runs: int = 0) -> li
     ):
         output = shadow(images)
     rest = sum(p.numel() for p in model.parameters()) - sum(part.params for part in parts)
-    last = Part("head", tuple(output.shape[1:]), rest, _macs(counter) - seen)
+    last = Part("head", tuple(output.shape[1:]), rest, _macs(counter) - counted)
     parts.append(last)
     if runs:
         shares = time_shares(model, height, width, runs)

@@ -34,7 +34,7 @@ from backbones.core.arguments import (
 from backbones.core.console import memory_shortage
 from backbones.core.messages import first_line, one_line
 from backbones.training import build
-from backbones.training.checkpoint import write_atomically
+from backbones.training.checkpoint import write_text_atomically
 
 __all__ = [
     "EXAMPLE",
@@ -103,11 +103,11 @@ def run(options: Namespace) -> int:
     names = loaded.classes or [str(number) for number in range(loaded.model.num_classes)]
     sys.stdout.write(as_table(predictions, names))
     if options.csv is not None:
-        _write(options.csv, as_csv(predictions, names))
+        write_text_atomically(options.csv, as_csv(predictions, names))
     if options.json is not None:
         entries = as_entries(predictions, names)
         text = json.dumps(entries, indent=1, ensure_ascii=False, allow_nan=False)
-        _write(options.json, text)
+        write_text_atomically(options.json, text)
     if options.cam is not None:
         from backbones.cli.pictures import draw_predictions
 
@@ -215,7 +215,7 @@ def open_image(path: Path, grey: bool = False) -> Image.Image:
 
 def _classify(
     model: Any,
-    seen: Tensor,
+    batch: Tensor,
     predictions: Sequence[Prediction],
     topk: int,
     config: dict[str, Any],
@@ -225,14 +225,14 @@ def _classify(
     drawn = min(pictures, len(predictions))
     device = next(model.parameters()).device
     if drawn:
-        logits, heat = grad_cam(model, seen.to(device))
+        logits, heat = grad_cam(model, batch.to(device))
         mean, std = (torch.tensor(config[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
-        pixels = (seen * std + mean).clamp(0, 1).expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
+        pixels = (batch * std + mean).clamp(0, 1).expand(-1, 3, -1, -1).permute(0, 2, 3, 1)
         for i in range(drawn):
             predictions[i].image, predictions[i].heat = pixels[i].numpy(), heat[i].cpu().numpy()
     else:
         with torch.inference_mode():
-            logits = model(seen.to(device))
+            logits = model(batch.to(device))
     finite = logits.isfinite().all(1).tolist()
     if not all(finite):
         raise CommandError(
@@ -252,9 +252,3 @@ def _bar(steps: range, shown: bool) -> Any:
     from tqdm import tqdm
 
     return tqdm(steps, unit="batch", leave=False)
-
-
-def _write(path: Path, text: str) -> None:
-    # File names that aren't valid text are escaped; JSON readers restore them.
-    data = text.encode(errors="backslashreplace")
-    write_atomically(path, lambda file: file.write(data))

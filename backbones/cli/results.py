@@ -15,7 +15,7 @@ from backbones.core.arguments import nonempty_path, require_writable
 from backbones.core.console import CommandError
 from backbones.embedding.rows import count_rows
 from backbones.embedding.table import METADATA, metadata, shard_paths
-from backbones.training.checkpoint import write_atomically
+from backbones.training.checkpoint import write_text_atomically
 
 __all__ = ["add_outputs", "as_csv", "as_json", "check_outputs", "facts", "write_text"]
 
@@ -82,5 +82,4 @@ def as_csv(head: Sequence[str], rows: Iterable[Sequence[Any]]) -> str:
 def write_text(path: Path | None, text: str) -> None:
     """Write a file if one is asked for."""
     if path is not None:
-        data = text.encode(errors="backslashreplace")
-        write_atomically(path, lambda file: file.write(data))
+        write_text_atomically(path, text)

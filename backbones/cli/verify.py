@@ -31,13 +31,13 @@ from backbones.cli.common import (
 )
 from backbones.cli.identify import closest, released_file
 from backbones.core.arguments import nonempty_path, require_writable
-from backbones.core.checkpoint import _strip_prefixes, read_checkpoint
+from backbones.core.checkpoint import read_checkpoint, strip_prefixes
 from backbones.core.checkpoint_files import sha256_of
 from backbones.core.console import memory_shortage
 from backbones.core.messages import one_line, shown
 from backbones.core.registry import published_weights
 from backbones.core.tables import count_text, table
-from backbones.training.checkpoint import write_atomically
+from backbones.training.checkpoint import write_text_atomically
 
 __all__ = ["EXAMPLE", "add_arguments", "compare", "make_figures", "run"]
 
@@ -90,7 +90,8 @@ def run(options: Namespace) -> int:
     if options.save_figures is not None:
         size = two_sides(options.size, loads.model)
         figures = {"model": loads.name, **make_figures(loads.model, size)}
-        _write(options.save_figures, figures)
+        text = json.dumps(figures, indent=1, allow_nan=False)
+        write_text_atomically(options.save_figures, text)
         sys.stdout.write(f"figures of these weights: saved as {options.save_figures}\n")
     if known is not None:
         right &= _verify_figures(loads, known, options.figures)
@@ -108,7 +109,7 @@ def _is_file(word: str | None) -> bool:
     return word is not None and word not in backbones.list_models() and os.path.isfile(word)
 
 
-def make_figures(model: Any, size: tuple[int, int], seed: int = 0) -> dict[str, Any]:
+def make_figures(model: Any, size: tuple[int, int]) -> dict[str, Any]:
     """Shape, mean, deviation, norm and first values of every stage's map and of the output.
 
     The image is deterministic, see :func:`backbones.cli.parity.image`.
@@ -116,7 +117,7 @@ def make_figures(model: Any, size: tuple[int, int], seed: int = 0) -> dict[str, 
     Raises:
         CommandError: the outputs are not finite.
     """
-    shape = (1, model.in_chans, *size)
+    shape, seed = (1, model.in_chans, *size), 0
     maps, output = _outputs(model, parity.image(shape, seed))
     if not all(value.isfinite().all() for value in (*maps, output)):
         raise CommandError("the outputs of these weights are not finite")
@@ -159,7 +160,7 @@ def _outputs(model: Any, images: Tensor) -> tuple[list[Tensor], Tensor]:
 
 def _identify(path: Path) -> str | None:
     """Print what the file is; returns the model that it looks like, if any."""
-    tensors, around = _strip_prefixes(read_checkpoint(path))
+    tensors, around = strip_prefixes(read_checkpoint(path))
     digest = sha256_of(path)
     numbers = sum(tensor.numel() for tensor in tensors.values())
     sys.stdout.write(
@@ -294,8 +295,3 @@ def _show(rows: list[tuple[str, float]], allowed: float) -> bool:
     cells = [[name, f"{error:.1e}", "✓" if error <= allowed else "✗"] for name, error in rows]
     sys.stdout.write(table(("", "error", f"≤ {allowed:.0e}"), cells))
     return right
-
-
-def _write(path: Path, figures: dict[str, Any]) -> None:
-    text = json.dumps(figures, indent=1, allow_nan=False)
-    write_atomically(path, lambda file: file.write(text.encode()))

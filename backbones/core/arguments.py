@@ -21,8 +21,8 @@ from backbones.core.console import CommandError
 from backbones.core.messages import first_line, shown
 
 __all__ = [
+    "CREATION_ERRORS",
     "THREADS",
-    "UNMAKEABLE",
     "file_problem",
     "nonempty",
     "nonempty_path",
@@ -94,7 +94,7 @@ THREADS = whole(1, 1024)
 """The type of ``--threads``; PyTorch itself has no upper limit."""
 
 
-UNMAKEABLE = (
+CREATION_ERRORS = (
     *(TypeError, ValueError, ArithmeticError, AssertionError),
     *(AttributeError, LookupError, RuntimeError),
 )
@@ -173,7 +173,7 @@ def require_folder(option: str, folder: Path) -> None:
         raise CommandError(f"{option}: the folder {there} cannot be written to")
 
 
-def usable_device(name: str, option: str = "--device") -> torch.device:
+def usable_device(name: str) -> torch.device:
     """The device of that name, after creating and reading a tensor on it.
 
     Raises:
@@ -186,5 +186,5 @@ def usable_device(name: str, option: str = "--device") -> torch.device:
             torch.zeros(1, device=device).tolist()
     except (RuntimeError, AssertionError, ImportError, ValueError, TypeError) as error:
         reason = first_line(error).partition(". ")[0]
-        raise CommandError(f"{option} {name} cannot be used here: {reason}") from error
+        raise CommandError(f"--device {name} cannot be used here: {reason}") from error
     return device

@@ -18,7 +18,7 @@ from backbones.core.fused import FusedBackbone
 from backbones.core.keywords import KEYWORDS, POOLINGS, check, checked, one_of
 from backbones.core.stage import Stage
 from ops.arguments import require_tensor
-from ops.inference.conversion import leave_inference_mode, put_channels_last, take_plain_forms
+from ops.inference import conversion
 from ops.inference.layers import convert
 from ops.reparam import fuse_children
 from ops.replay.module import recorded_form
@@ -73,7 +73,7 @@ class StagedBackbone(nn.Module):
     def describe_features(
         self,
         dims: Sequence[int],
-        reductions: Sequence[int],
+        reductions: Sequence[int] | None = None,
         *,
         head_hidden_size: int | None = None,
         stem_features: Sequence[tuple[int, int, int]] = (),
@@ -84,7 +84,7 @@ class StagedBackbone(nn.Module):
 
         Args:
             dims: channels of each stage.
-            reductions: stride of each stage relative to the image.
+            reductions: stride of each stage relative to the image; default: 4, 8, 16, ….
             head_hidden_size: width before the classifier; default: that of the last stage.
             stem_features: ``(child of stem, channels, reduction)`` of maps inside the stem that
                 precede the stages' features, so that a stride-16 network has a full pyramid.
@@ -95,6 +95,7 @@ class StagedBackbone(nn.Module):
         Raises:
             ValueError: ``out_norms`` names an unknown stage, or there is no ``out_norm_layer``.
         """
+        strides = [4 * 2**i for i in range(len(dims))] if reductions is None else reductions
         self.stem_taps = tuple(child for child, _, _ in stem_features)
         self.feature_info: list[dict[str, Any]] = [
             {"num_chs": chs, "reduction": stride, "module": f"stem.{child}"}
@@ -102,7 +103,7 @@ class StagedBackbone(nn.Module):
         ]
         self.feature_info += [
             {"num_chs": chs, "reduction": stride, "module": f"stages.{i}"}
-            for i, (chs, stride) in enumerate(zip(dims, reductions, strict=True))
+            for i, (chs, stride) in enumerate(zip(dims, strides, strict=True))
         ]
         self.num_features = dims[-1]
         self.head_hidden_size = head_hidden_size or dims[-1]
@@ -364,14 +365,16 @@ class StagedBackbone(nn.Module):
             raise ValueError(f"channels_last must be True, False or 'auto', got {channels_last!r}")
         with torch.inference_mode(False):
             self.eval()
-            leave_inference_mode(self)
-            take_plain_forms(self)
+            conversion.leave_inference_mode(self)
+            conversion.restore_plain_forms(self)
             fuse_children(self)
             if dtype is not None:
                 self.to(dtype)
-            if channels_last is not False and put_channels_last(self, always=channels_last is True):
+            if channels_last is not False and conversion.to_channels_last(
+                self, always=channels_last is True
+            ):
                 whole: Any = convert(self, recorded_form(type(self), FusedBackbone))
-                whole.note_parts()
+                whole.remember_parts()
         return self
 
     def load_state_dict(

@@ -121,7 +121,7 @@ def load_checkpoint(
     if not isinstance(backbone, StagedBackbone):
         raise TypeError(f"expected a backbone of this library, got {type(model).__name__}")
     name = "state dict" if isinstance(source, Mapping) else str(source)
-    tensors, ignored = _strip_prefixes(read_checkpoint(source))
+    tensors, ignored = strip_prefixes(read_checkpoint(source))
     try:
         tensors = backbone.convert_state_dict(tensors)
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -138,7 +138,7 @@ def load_checkpoint(
     fitted: dict[str, Tensor] = {}
     for key, tensor in tensors.items():
         is_classifier = any(key.startswith(f"{head}.") for head in heads)
-        if key in own and (reason := _misfit(tensor, own[key])):
+        if key in own and (reason := _mismatch(tensor, own[key])):
             raise CheckpointError(f"{name}: {key} {reason}, but the model's is {own[key].dtype}")
         if key not in own:
             (report.ignored if key.startswith(absent) else report.unexpected).append(key)
@@ -215,8 +215,8 @@ def require_finite(model: nn.Module, source: str) -> None:
     Raises:
         CheckpointError: it names the first such parameters or buffers of the state dict.
     """
-    if spoilt := not_finite(model.state_dict()):
-        raise CheckpointError(_not_finite_text(source, spoilt))
+    if bad := not_finite(model.state_dict()):
+        raise CheckpointError(_not_finite_text(source, bad))
 
 
 def not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
@@ -300,7 +300,7 @@ def _unwrap(content: Any, name: str) -> dict[str, Tensor]:
     raise CheckpointError(f"{name} has no state dict: its {wrapper!r} contains itself")
 
 
-def _strip_prefixes(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+def strip_prefixes(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
     """Remove the prefixes of wrappers, and the tensors of a detector outside its backbone."""
     ignored: list[str] = []
     while prefix := next((p for p in _PREFIXES if any(k.startswith(p) for k in tensors)), None):
@@ -349,7 +349,7 @@ def _fused_like(
     return None if fits_less else fused
 
 
-def _misfit(tensor: Tensor, own: Tensor) -> str:
+def _mismatch(tensor: Tensor, own: Tensor) -> str:
     """Why ``tensor`` can't be copied into ``own``, of the same shape, without loss; else ""."""
     if tensor.is_meta:
         return "has no data (it is on the meta device)"

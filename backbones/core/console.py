@@ -22,14 +22,14 @@ __all__ = [
     "CommandError",
     "MendableError",
     "Parser",
-    "any_text",
     "guard",
     "memory_shortage",
+    "tolerate_any_text",
 ]
 
 _HANDLER = "backbones.spelled_out"
 # Replacements for symbols that an encoding lacks; other characters are escaped.
-_SPELLED = {
+_REPLACEMENTS = {
     **{"─": "-", "✓": "v", "✗": "x", "×": "x", "·": ".", "…": "...", "→": "->"},
     **{"≤": "<=", "≥": ">=", "∞": "inf", "²": "^2", "µ": "u"},
 }
@@ -69,12 +69,12 @@ def guard(command: Callable[[], int | None]) -> int:
     in one line on standard error; 130 after Ctrl-C; and 0 if the reader of the output has exited
     (``… | head``). Any other exception is a bug and propagates.
     """
-    with any_text():
+    with tolerate_any_text():
         status = _status(command)
         broken = _flush()
         if broken is None or isinstance(broken, BrokenPipeError):
             return status
-        return _fail(_unwritten(broken))
+        return _fail(_write_failure(broken))
 
 
 def _status(command: Callable[[], int | None]) -> int:
@@ -91,7 +91,7 @@ def _status(command: Callable[[], int | None]) -> int:
     except OSError as error:
         # Errors of files have a filename; without one, it was standard output.
         full = error.errno in (errno.ENOSPC, errno.EDQUOT) and error.filename is None
-        return _fail(_unwritten(error) if full else str(error))
+        return _fail(_write_failure(error) if full else str(error))
     except (MemoryError, RuntimeError) as error:
         shortage = memory_shortage(error)
         if shortage is None:
@@ -108,7 +108,7 @@ def memory_shortage(error: BaseException) -> str | None:
 
 
 @contextmanager
-def any_text() -> Iterator[None]:
+def tolerate_any_text() -> Iterator[None]:
     """Let standard output and error accept characters that their encoding lacks (cp1252, ASCII,
     undecodable file names): symbols are replaced, other characters are escaped as in Python.
     """
@@ -129,15 +129,17 @@ def _reconfigure(stream: TextIO, errors: str) -> None:
         stream.reconfigure(errors=errors)  # type: ignore[attr-defined]
 
 
-def _spell_out(error: UnicodeError) -> tuple[str, int]:
+def _replace_unencodable(error: UnicodeError) -> tuple[str, int]:
     if not isinstance(error, UnicodeEncodeError):
         raise error
     lacking = error.object[error.start : error.end]
-    escapes = (_SPELLED.get(c) or c.encode("ascii", "backslashreplace").decode() for c in lacking)
+    escapes = (
+        _REPLACEMENTS.get(c) or c.encode("ascii", "backslashreplace").decode() for c in lacking
+    )
     return "".join(escapes), error.end
 
 
-codecs.register_error(_HANDLER, _spell_out)
+codecs.register_error(_HANDLER, _replace_unencodable)
 
 
 def _fail(reason: str) -> int:
@@ -146,7 +148,7 @@ def _fail(reason: str) -> int:
     return 2
 
 
-def _unwritten(broken: OSError) -> str:
+def _write_failure(broken: OSError) -> str:
     return f"cannot write the output: {broken.strerror}"
 
 

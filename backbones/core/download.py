@@ -117,13 +117,13 @@ def _receive(url: str, path: Path) -> Generator[bytes]:
     """The bytes at ``url``, with a progress bar on a terminal."""
     try:
         request = Request(url, headers={"User-Agent": "vision-backbones"})
-        with urlopen(request, timeout=TIMEOUT) as answer:
-            expected = getattr(answer, "length", None)
+        with urlopen(request, timeout=TIMEOUT) as response:
+            expected = getattr(response, "length", None)
             with tqdm(
                 total=expected, desc=path.name, unit="B", unit_scale=True, disable=None
             ) as bar:
                 received = 0
-                while chunk := answer.read(_CHUNK):
+                while chunk := response.read(_CHUNK):
                     received += len(chunk)
                     bar.update(len(chunk))
                     yield chunk

@@ -31,7 +31,7 @@ class FusedBackbone(Recorded):
         self._check(x)
         return super().forward_intermediates(x, *args, **kwargs)  # type: ignore[misc]
 
-    def note_parts(self) -> None:
+    def remember_parts(self) -> None:
         """Remember the layers that were fused: those of the stages, and others with a form."""
         stages: Any = self.stages
         within = {m for stage in stages for m in stage.modules()}
@@ -68,15 +68,15 @@ def _is_fused(module: nn.Module) -> bool:
 
 def _require_images(x: Any, model: Any) -> None:
     weight, chans = next(model.parameters()), model.in_chans
-    wanted = (
+    expected = (
         f"{type(model).__name__} takes images (B, {chans}, H, W) of {weight.dtype} "
         f"on {weight.device}"
     )
     if not isinstance(x, Tensor):
-        raise TypeError(f"{wanted}, got a {type(x).__name__}")
+        raise TypeError(f"{expected}, got a {type(x).__name__}")
     if x.is_nested or x.layout != torch.strided:
         kind = "nested tensor" if x.is_nested else f"tensor of layout {x.layout}"
-        raise ValueError(f"{wanted}, got a {kind}")
+        raise ValueError(f"{expected}, got a {kind}")
     if weight.is_meta:
         return
     dtype, channels = x.dtype, (chans, chans)
@@ -85,4 +85,4 @@ def _require_images(x: Any, model: Any) -> None:
     fits = x.ndim == 4 and x.shape[1] in channels and 0 not in x.shape[2:]
     fits &= dtype == weight.dtype or torch.is_autocast_enabled(weight.device.type)
     if not fits or x.device != weight.device:
-        raise ValueError(f"{wanted}, got {tuple(x.shape)} of {x.dtype} on {x.device}")
+        raise ValueError(f"{expected}, got {tuple(x.shape)} of {x.dtype} on {x.device}")

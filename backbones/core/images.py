@@ -42,10 +42,10 @@ _TURNS = {
 
 
 def images_below(folder: str | Path) -> list[str]:
-    """What is named like an image in a folder and below, by its path from there, sorted.
+    """Sorted relative paths of all entries with an image's suffix in a folder and its subfolders.
 
-    Folders that are links are not entered. What is no file (a named pipe, a link to nothing) is
-    listed too, and reading it will say so.
+    Linked folders are not followed. Entries that aren't files (named pipes, broken links) are
+    listed too; reading them fails with the reason.
 
     Raises:
         OSError: a folder cannot be listed.
@@ -74,14 +74,14 @@ def opened(source: str | Path | IO[bytes]) -> Image.Image:
     try:
         return Image.open(source, formats=[f for f in _FORMATS if f in Image.OPEN])
     except UnidentifiedImageError as error:
-        if not _begins(source).startswith(_POSTSCRIPT):
+        if not _first_bytes(source).startswith(_POSTSCRIPT):
             raise
         raise UnidentifiedImageError(
             "PostScript (EPS) is a program and is not executed: convert the picture to PNG"
         ) from error
 
 
-def _begins(source: str | Path | IO[bytes]) -> bytes:
+def _first_bytes(source: str | Path | IO[bytes]) -> bytes:
     if isinstance(source, (str, Path)):
         with open(source, "rb") as file:
             return file.read(4)

@@ -159,12 +159,12 @@ class IsotropicBackbone(StagedBackbone):
             if before >= end:
                 break
             count = len(stage.blocks)  # type: ignore[arg-type]
-            wanted = {i - before + 1 for i in taken if before <= i < before + count}
+            selected = {i - before + 1 for i in taken if before <= i < before + count}
             first = 0
-            for stop in sorted(wanted | {min(count, end - before)}):
+            for stop in sorted(selected | {min(count, end - before)}):
                 x = stage(x, first, stop)
                 first = stop
-                if stop in wanted:
+                if stop in selected:
                     maps.append(x)
             before += count
         return x, maps

@@ -8,7 +8,7 @@ from typing import Any
 
 from backbones.core.base import StagedBackbone
 
-__all__ = ["imagenet_cfg", "renamed"]
+__all__ = ["imagenet_cfg", "renamed", "renamed_stage"]
 
 
 def imagenet_cfg(model_class: type[StagedBackbone]) -> dict[str, Any]:
@@ -29,4 +29,17 @@ def renamed(key: str, renames: Sequence[tuple[str, str]]) -> str:
     """``key`` after all replacements ``(regular expression, replacement)``, in order."""
     for pattern, name in renames:
         key = re.sub(pattern, name, key)
+    return key
+
+
+def renamed_stage(key: str, prefixes: Sequence[tuple[str, str]]) -> str:
+    """``key`` with the first matching prefix replaced, for stages that are counted from 1.
+
+    Args:
+        prefixes: ``(regular expression, replacement)``; the expression's group is the number of a
+            stage, which fills the replacement's ``{}`` counted from 0.
+    """
+    for pattern, prefix in prefixes:
+        if match := re.match(pattern, key):
+            return prefix.format(int(match[1]) - 1) + key[match.end() :]
     return key

@@ -322,11 +322,11 @@ def _check_name(kind: str, name: str, valid: Collection[str]) -> None:
 
 def _unknown(kind: str, value: str, valid: Sequence[str]) -> str:
     """An error message with the closest valid names, or all of them if none is close."""
-    said = f"unknown {kind} {value!r}"
+    message = f"unknown {kind} {value!r}"
     near = difflib.get_close_matches(value, valid, n=4, cutoff=0.5)
     if near:
-        return f"{said}; did you mean {', '.join(map(repr, near))}?"
+        return f"{message}; did you mean {', '.join(map(repr, near))}?"
     if kind == "model":
         families = ", ".join(list_families())
-        return f"{said}; backbones.list_models() lists all names; the families are {families}"
-    return f"{said}; valid: {', '.join(map(repr, sorted(valid)))}"
+        return f"{message}; backbones.list_models() lists all names; the families are {families}"
+    return f"{message}; valid: {', '.join(map(repr, sorted(valid)))}"

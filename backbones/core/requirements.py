@@ -6,7 +6,7 @@ import importlib.metadata
 import shlex
 from dataclasses import dataclass
 
-__all__ = ["Unmet", "explanation", "unmet"]
+__all__ = ["Unmet", "explanation", "installed_version", "unmet"]
 
 
 @dataclass(frozen=True)
@@ -14,17 +14,17 @@ class Unmet:
     """A package that is missing or has an incompatible version.
 
     Attributes:
-        wanted: name and version specifier, for pip.
+        requirement: name and version specifier, for pip.
         found: the installed version; None if there is none.
     """
 
-    wanted: str
+    requirement: str
     found: str | None
 
     @property
     def fix(self) -> str:
         """The command that installs it."""
-        return f"pip install {shlex.quote(self.wanted)}"
+        return f"pip install {shlex.quote(self.requirement)}"
 
 
 def unmet() -> list[Unmet]:
@@ -36,7 +36,7 @@ def unmet() -> list[Unmet]:
         requirement = Requirement(line)
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": ""}):
             continue
-        version = _version(requirement.name)
+        version = installed_version(requirement.name)
         if version is None or not requirement.specifier.contains(version, prereleases=True):
             found.append(Unmet(f"{requirement.name}{requirement.specifier}", version))
     return found
@@ -50,12 +50,12 @@ def explanation(error: BaseException) -> str | None:
         return None
     if not packages:
         return None
-    told = ", ".join(f"{p.wanted} (found: {p.found or 'nothing'})" for p in packages)
-    wanted = " ".join(shlex.quote(p.wanted) for p in packages)
-    return f"vision-backbones needs {told}: {error}. Run `pip install {wanted}`."
+    needed = ", ".join(f"{p.requirement} (found: {p.found or 'nothing'})" for p in packages)
+    arguments = " ".join(shlex.quote(p.requirement) for p in packages)
+    return f"vision-backbones needs {needed}: {error}. Run `pip install {arguments}`."
 
 
-def _version(name: str) -> str | None:
+def installed_version(name: str) -> str | None:
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:

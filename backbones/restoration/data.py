@@ -21,11 +21,10 @@ from backbones.restoration.resize import resize_bicubic
 from backbones.training.corrupt import CorruptImages
 from backbones.training.distributed import World
 from backbones.training.errors import DataError
-from backbones.training.loader import _loader_options as loader_options
-from backbones.training.loader import _Sized as SizedBatches
+from backbones.training.loader import SizedBatches, loader_options
 from backbones.training.sampler import Key, TrainSampler, mix_seed
 
-__all__ = ["PatchLoader", "Patches", "find_pictures", "load_truth", "spoil_whole", "to_tensor"]
+__all__ = ["PatchLoader", "Patches", "degrade_picture", "find_pictures", "load_truth", "to_tensor"]
 
 Pair = tuple[Tensor, Tensor]
 
@@ -77,7 +76,7 @@ def load_truth(path: Path, channels: int, scale: int) -> Tensor:
     return truth[:, :height, :width]
 
 
-def spoil_whole(recipe: RestorationRecipe, truth: Tensor, scale: int, number: int) -> Pair:
+def degrade_picture(recipe: RestorationRecipe, truth: Tensor, scale: int, number: int) -> Pair:
     """The model's input and the target for a validation picture, deterministically.
 
     If there are several noise levels or qualities, pictures cycle through them.
@@ -92,10 +91,10 @@ def spoil_whole(recipe: RestorationRecipe, truth: Tensor, scale: int, number: in
     if recipe.task == "jpeg":
         low, high = recipe.quality
         return compress(truth, low + (high - low) * (number % 4) // 3), truth
-    return _spoil(recipe, truth, scale, generator)
+    return _degrade(recipe, truth, scale, generator)
 
 
-def _spoil(
+def _degrade(
     recipe: RestorationRecipe, truth: Tensor, scale: int, generator: np.random.Generator
 ) -> Pair:
     if recipe.task == "sr":
@@ -105,8 +104,8 @@ def _spoil(
     if recipe.task == "jpeg":
         low, high = recipe.quality
         return compress(truth, int(generator.integers(low, high + 1))), truth
-    spoilt = real_world(truth, scale, generator)
-    return spoilt, sharpen(truth) if recipe.usm else truth
+    degraded = real_world(truth, scale, generator)
+    return degraded, sharpen(truth) if recipe.usm else truth
 
 
 class Patches(Dataset[Pair]):
@@ -156,7 +155,7 @@ class Patches(Dataset[Pair]):
             flips = self._flips(generator)
             return _flip(pair[0], flips), _flip(pair[1], flips)
         patch = _flip(patch, self._flips(generator))
-        return _spoil(self.recipe, patch, scale, generator)
+        return _degrade(self.recipe, patch, scale, generator)
 
     def _flips(self, generator: np.random.Generator) -> int:
         return int(generator.integers(8)) if self.recipe.symmetries else 0
@@ -220,8 +219,8 @@ class PatchLoader:
         self._sampler.epoch, self._sampler.start = epoch, start
         device = self.world.device
         self._current = SizedBatches(self._loader, self.batches - start)
-        for spoilt, truth in self._current:
-            yield spoilt.to(device, non_blocking=True), truth.to(device, non_blocking=True)
+        for degraded, truth in self._current:
+            yield degraded.to(device, non_blocking=True), truth.to(device, non_blocking=True)
 
     def close(self) -> None:
         """End the loader processes."""

@@ -79,8 +79,8 @@ def gaussian_kernel(
         shape: β; with r² the squared distance in sigmas the density is exp(-r²^β / 2), or with
             ``plateau`` 1 / (1 + r²^β).
     """
-    places = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
-    y, x = torch.meshgrid(places, places, indexing="ij")
+    positions = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
+    y, x = torch.meshgrid(positions, positions, indexing="ij")
     along = (x * math.cos(angle) + y * math.sin(angle)) / sigmas[0]
     across = (y * math.cos(angle) - x * math.sin(angle)) / sigmas[1]
     distance = (along**2 + across**2) ** shape
@@ -90,8 +90,8 @@ def gaussian_kernel(
 
 def sinc_kernel(size: int, cutoff: float) -> Tensor:
     """A circular sinc (low-pass) filter of (size, size); ``cutoff`` in radians per pixel."""
-    places = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
-    radius = (places[:, None] ** 2 + places**2).sqrt()
+    positions = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
+    radius = (positions[:, None] ** 2 + positions**2).sqrt()
     centre = radius == 0
     safe = radius.masked_fill(centre, 1.0)
     values = cutoff * torch.special.bessel_j1(cutoff * safe) / (2 * math.pi * safe)
@@ -99,15 +99,15 @@ def sinc_kernel(size: int, cutoff: float) -> Tensor:
     return (values / values.sum()).float()
 
 
-def sharpen(image: Tensor, weight: float = 0.5, radius: int = 50, threshold: float = 10) -> Tensor:
-    """Unsharp masking where edges are stronger than ``threshold`` of 255, softly blended."""
-    radius += 1 - radius % 2
+def sharpen(image: Tensor) -> Tensor:
+    """Half-strength unsharp masking where edges are stronger than 10 of 255, softly blended."""
+    size = 51
     # OpenCV's rule for the sigma of a Gaussian that is given by its size.
-    sigma = 0.3 * ((radius - 1) * 0.5 - 1) + 0.8
-    taps = gaussian_kernel(radius, (sigma, sigma)).sum(0)
+    sigma = 0.3 * ((size - 1) * 0.5 - 1) + 0.8
+    taps = gaussian_kernel(size, (sigma, sigma)).sum(0)
     residual = image - _blur_separably(image, taps)
-    mask = (residual.abs() * 255 > threshold).to(image)
-    sharp = (image + weight * residual).clamp(0, 1)
+    mask = (residual.abs() * 255 > 10).to(image)
+    sharp = (image + 0.5 * residual).clamp(0, 1)
     soft = _blur_separably(mask, taps)
     return soft * sharp + (1 - soft) * image
 
@@ -117,9 +117,9 @@ def _blur_separably(image: Tensor, taps: Tensor) -> Tensor:
     margin = len(taps) // 2
     for axis in (1, 2):
         size = image.shape[axis]
-        places = torch.arange(-margin, size + margin).remainder(max(2 * size - 2, 1))
-        places = torch.minimum(places, (2 * size - 2 - places).abs()).clamp(max=size - 1)
-        padded = image.index_select(axis, places).unfold(axis, len(taps), 1)
+        positions = torch.arange(-margin, size + margin).remainder(max(2 * size - 2, 1))
+        positions = torch.minimum(positions, (2 * size - 2 - positions).abs()).clamp(max=size - 1)
+        padded = image.index_select(axis, positions).unfold(axis, len(taps), 1)
         image = padded @ taps.to(image)
     return image
 
@@ -164,9 +164,9 @@ def real_world(image: Tensor, scale: int, generator: np.random.Generator) -> Ten
         (3, H / scale, W / scale) in 0 … 1, rounded to 8 bits.
     """
     height, width = image.shape[1:]
-    x = _half(image, FIRST_PASS, (height, width), generator)
+    x = _degrade_once(image, FIRST_PASS, (height, width), generator)
     x = compress(x, int(generator.integers(_QUALITY[0], _QUALITY[1] + 1)))
-    x = _half(x, SECOND_PASS, (height // scale, width // scale), generator)
+    x = _degrade_once(x, SECOND_PASS, (height // scale, width // scale), generator)
     last = None
     if generator.random() < _FINAL_SINC:
         last = sinc_kernel(_odd(generator), float(generator.uniform(math.pi / 3, math.pi)))
@@ -176,18 +176,18 @@ def real_world(image: Tensor, scale: int, generator: np.random.Generator) -> Ten
         x = compress(x, jpeg)
     x = _resize(x, (height // scale, width // scale), generator)
     if last is not None:
-        x = _fitting_blur(x, last)
+        x = _cropped_blur(x, last)
     if not compress_first:
         x = compress(x, jpeg)
     return (x.clamp(0, 1) * 255).round() / 255
 
 
-def _half(
+def _degrade_once(
     x: Tensor, ranges: Pass, reference: tuple[int, int], generator: np.random.Generator
 ) -> Tensor:
     """Blur, resize to a random fraction of ``reference``, noise."""
     if generator.random() < ranges.blur:
-        x = _fitting_blur(x, _random_kernel(ranges.sigma, generator))
+        x = _cropped_blur(x, _random_kernel(ranges.sigma, generator))
     kind = generator.choice(3, p=ranges.resize)
     low, high = ranges.factor
     factor = (generator.uniform(1, high), generator.uniform(low, 1), 1.0)[kind]
@@ -242,7 +242,7 @@ def _odd(generator: np.random.Generator) -> int:
     return 2 * int(generator.integers(3, 11)) + 1
 
 
-def _fitting_blur(x: Tensor, kernel: Tensor) -> Tensor:
+def _cropped_blur(x: Tensor, kernel: Tensor) -> Tensor:
     """:func:`blur`; a kernel larger than the image loses its rim."""
     most = 2 * min(x.shape[1:]) - 1
     if (extra := kernel.shape[0] - most) > 0:

@@ -25,8 +25,8 @@ __all__ = ["SUFFIXES", "Picture", "PictureError", "read_picture", "read_size", "
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".tif", ".tiff", ".bmp")
 """Suffixes of the files that folders are searched for."""
-_DEEP = (".png", ".tif", ".tiff")
-# A TIFF's own notes are EXIF too, and most of them say how the old file is built.
+_16_BIT_SUFFIXES = (".png", ".tif", ".tiff")
+# A TIFF also stores its structure as EXIF tags, which would be wrong for a new file.
 _KEPT_TAGS = {
     *(ExifTags.Base.ImageDescription, ExifTags.Base.Make, ExifTags.Base.Model),
     *(ExifTags.Base.Software, ExifTags.Base.DateTime, ExifTags.Base.Artist),
@@ -74,7 +74,7 @@ class Picture:
 
     def show(self) -> Image.Image:
         """As a Pillow image of 8 bits, alpha included."""
-        return _to_pillow(self, 8)
+        return _to_pillow(self)
 
 
 def read_size(path: Path) -> tuple[int, int]:
@@ -85,7 +85,7 @@ def read_size(path: Path) -> tuple[int, int]:
     """
     with _opened(path) as image:
         width, height = image.size
-        turned = _orientation(image) in _ON_THEIR_SIDE
+        turned = _orientation(image) in _SWAPPED_AXES
     return (width, height) if turned else (height, width)
 
 
@@ -104,13 +104,13 @@ def read_picture(path: Path) -> Picture:
         frames = getattr(image, "n_frames", 1)
         icc, turn = image.info.get("icc_profile"), _orientation(image)
         pixels, alpha = _arrays(image, path)
-        notes = _notes(image)
+        exif = _kept_exif(image)
     note = f"only the first of its {frames} frames" if frames > 1 else ""
     return Picture(
         np.ascontiguousarray(_upright(pixels, turn)),
         None if alpha is None else np.ascontiguousarray(_upright(alpha, turn)),
-        icc if _profile_fits(icc, pixels.shape[2]) else None,
-        notes,
+        icc if _profile_matches(icc, pixels.shape[2]) else None,
+        exif,
         note,
     )
 
@@ -124,7 +124,7 @@ def _opened(path: Path) -> Iterator[Image.Image]:
         raise PictureError(f"{path} {problem}")
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of damage that spoils no pixel
+            warnings.simplefilter("ignore")  # about damage that doesn't affect pixels
             with opened(path) as image:
                 yield image
     except PictureError:
@@ -151,10 +151,10 @@ def write_picture(path: Path, picture: Picture, quality: int = 95) -> None:
         raise PictureError(f"{path}: pictures are written as {', '.join(SUFFIXES)}")
     data = io.BytesIO()
     try:
-        if picture.bits == 16 and suffix in _DEEP:
-            data.write((_deep_png if suffix == ".png" else _deep_tiff)(picture))
+        if picture.bits == 16 and suffix in _16_BIT_SUFFIXES:
+            data.write((_png_16 if suffix == ".png" else _tiff_16)(picture))
         else:
-            image = _to_pillow(picture, 8)
+            image = _to_pillow(picture)
             if suffix in (".jpg", ".jpeg", ".bmp") and picture.alpha is not None:
                 image = image.convert("L" if picture.is_grey else "RGB")
             options: dict[str, Any] = {"icc_profile": picture.icc, "exif": picture.exif}
@@ -174,9 +174,9 @@ def write_picture(path: Path, picture: Picture, quality: int = 95) -> None:
         raise PictureError(f"cannot write {path}: {error}") from error
 
 
-def _notes(image: Image.Image) -> bytes | None:
+def _kept_exif(image: Image.Image) -> bytes | None:
     """EXIF tags that remain valid for a picture made from this one."""
-    with suppress(*DECODE_ERRORS):  # damaged notes spoil no pixel
+    with suppress(*DECODE_ERRORS):  # damaged tags don't affect pixels
         exif = image.getexif()
         for tag in set(exif) - _KEPT_TAGS:
             del exif[tag]
@@ -187,14 +187,14 @@ def _notes(image: Image.Image) -> bytes | None:
     return None
 
 
-def _has_directories(notes: bytes | None) -> bool:
+def _has_directories(data: bytes | None) -> bool:
     """Whether there are camera or GPS tags, with which Pillow can't compress a TIFF."""
     exif = Image.Exif()
-    exif.load(notes or b"")
+    exif.load(data or b"")
     return not {ExifTags.IFD.Exif, ExifTags.IFD.GPSInfo}.isdisjoint(exif)
 
 
-def _profile_fits(icc: bytes | None, channels: int) -> bool:
+def _profile_matches(icc: bytes | None, channels: int) -> bool:
     """Whether a colour profile matches the pixels, greyscale or RGB (CMYK became RGB)."""
     return icc is not None and icc[16:20] == (b"GRAY" if channels == 1 else b"RGB ")
 
@@ -207,19 +207,19 @@ def _explain(path: Path, error: BaseException) -> str:
 
 def _arrays(image: Image.Image, path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     """Pixels (H, W, C) and alpha (H, W) as they lie in the file."""
-    if _is_deep_colour(image):
-        array = _deep_array(path, str(image.format))
+    if _has_16_bit_colour(image):
+        array = _read_16_bits(path, str(image.format))
         if array.ndim == 2:
             array = array[:, :, None]
         if array.shape[2] in (2, 4):
             return array[:, :, :-1], array[:, :, -1]
-        return array, _opacity_but(image.info.get("transparency"), array)
+        return array, _alpha_of_key_colour(image.info.get("transparency"), array)
     if image.mode in ("I", "I;16", "I;16B", "I;16L"):
         array = np.asarray(image)
         if array.min() < 0 or array.max() > 65535:
             raise PictureError(f"{path} has values outside 16 bits")
         array = array.astype(np.uint16)[:, :, None]
-        return array, _opacity_but(image.info.get("transparency"), array)
+        return array, _alpha_of_key_colour(image.info.get("transparency"), array)
     if image.mode == "F":
         raise PictureError(f"{path} has floating-point values; save it with 8 or 16 bits")
     if image.mode in ("P", "PA", "1", "L", "LA") or "transparency" in image.info:
@@ -237,14 +237,16 @@ def _arrays(image: Image.Image, path: Path) -> tuple[np.ndarray, np.ndarray | No
     return np.asarray(image.convert("RGB")), None
 
 
-def _opacity_but(clear: int | tuple[int, ...] | None, pixels: np.ndarray) -> np.ndarray | None:
+def _alpha_of_key_colour(
+    clear: int | tuple[int, ...] | None, pixels: np.ndarray
+) -> np.ndarray | None:
     """Alpha of 16-bit pixels (H, W, C) with one transparent colour; None without one."""
     if clear is None:
         return None
     return np.where((pixels == np.array(clear)).all(2), 0, 65535).astype(np.uint16)
 
 
-def _is_deep_colour(image: Image.Image) -> bool:
+def _has_16_bit_colour(image: Image.Image) -> bool:
     """Whether the file has several 16-bit channels, which Pillow would reduce to 8 bits."""
     if image.format == "PNG":
         with open(image.filename, "rb") as file:  # type: ignore[attr-defined]
@@ -257,7 +259,7 @@ def _is_deep_colour(image: Image.Image) -> bool:
     return False
 
 
-def _deep_array(path: Path, kind: str) -> np.ndarray:
+def _read_16_bits(path: Path, kind: str) -> np.ndarray:
     """uint16 (H, W, C) of a PNG or TIFF."""
     if kind == "PNG":
         from torchvision.io import ImageReadMode, decode_image, read_file
@@ -277,12 +279,12 @@ def _deep_array(path: Path, kind: str) -> np.ndarray:
     return array.astype(np.uint16)
 
 
-_ON_THEIR_SIDE = (5, 6, 7, 8)
+_SWAPPED_AXES = (5, 6, 7, 8)
 
 
 def _upright(array: np.ndarray, orientation: object) -> np.ndarray:
     """Apply the EXIF orientation 1 … 8; other values are ignored."""
-    if orientation in _ON_THEIR_SIDE:
+    if orientation in _SWAPPED_AXES:
         array = array.swapaxes(0, 1)
     if orientation in (3, 4, 7, 8):
         array = array[::-1]
@@ -291,23 +293,23 @@ def _upright(array: np.ndarray, orientation: object) -> np.ndarray:
     return array
 
 
-def _to_pillow(picture: Picture, bits: int) -> Image.Image:
-    planes = [picture.pixels] + ([] if picture.alpha is None else [picture.alpha[:, :, None]])
-    array = np.concatenate(planes, 2) if len(planes) > 1 else planes[0]
-    if picture.bits > bits:
+def _to_pillow(picture: Picture) -> Image.Image:
+    array = _planes(picture)
+    if picture.bits > 8:
         array = ((array.astype(np.uint32) * 255 + 32767) // 65535).astype(np.uint8)
     return Image.fromarray(array[:, :, 0] if array.shape[2] == 1 else array)
 
 
-def _planes(picture: Picture, order: str) -> np.ndarray:
-    """(H, W, C) of 16 bits in the byte order ``<`` or ``>``, alpha last."""
-    planes = [picture.pixels] + ([] if picture.alpha is None else [picture.alpha[:, :, None]])
-    return np.concatenate(planes, 2).astype(f"{order}u2")
+def _planes(picture: Picture) -> np.ndarray:
+    """(H, W, C), alpha last."""
+    if picture.alpha is None:
+        return picture.pixels
+    return np.concatenate([picture.pixels, picture.alpha[:, :, None]], 2)
 
 
-def _deep_png(picture: Picture) -> bytes:
+def _png_16(picture: Picture) -> bytes:
     """A PNG of 16 bits, which Pillow cannot write in colour (RFC 2083)."""
-    array = _planes(picture, ">")
+    array = _planes(picture).astype(">u2")
     height, width, channels = array.shape
     colour_type = {1: 0, 2: 4, 3: 2, 4: 6}[channels]
     rows = array.reshape(height, -1).view(np.uint8)
@@ -330,11 +332,11 @@ def _crc(name: bytes, data: bytes) -> int:
     return zlib.crc32(data, zlib.crc32(name))
 
 
-def _deep_tiff(picture: Picture) -> bytes:
+def _tiff_16(picture: Picture) -> bytes:
     """A little-endian TIFF of 16 bits in one deflated strip (TIFF 6.0)."""
     if picture.is_grey and picture.alpha is not None:  # hardly any reader knows this kind
         picture = replace(picture, pixels=np.repeat(picture.pixels, 3, 2), icc=None)
-    array = _planes(picture, "<")
+    array = _planes(picture).astype("<u2")
     height, width, channels = array.shape
     strip = zlib.compress(array.tobytes(), 6)
     # Tag, type (3: 16 bits, 4: 32 bits, 7: bytes) and values, in the order of the tags.

@@ -14,10 +14,11 @@ from torch import Tensor
 
 from backbones.training.checkpoint import write_atomically
 
-__all__ = ["Panel", "draw_panels", "most_detailed"]
+__all__ = ["Panel", "draw_panels", "most_detailed_window"]
 
 _INK, _FAINT, _PAPER = "#222b38", "#5c6675", "#ffffff"
 _MARGIN, _TITLE = 14, 40
+_LEAST_WIDTH = 320  # of a panel; smaller details are enlarged by an integer factor
 
 Window = tuple[int, int, int, int]
 
@@ -37,7 +38,7 @@ class Panel:
     text: str = ""
 
 
-def most_detailed(image: Tensor, side: int, step: int) -> Window:
+def most_detailed_window(image: Tensor, side: int, step: int) -> Window:
     """Top, left, bottom, right of the square with the most contrast between neighbours.
 
     Args:
@@ -63,9 +64,7 @@ def most_detailed(image: Tensor, side: int, step: int) -> Window:
     return top, left, top + tall, left + wide
 
 
-def draw_panels(
-    path: Path, panels: Sequence[Panel], window: Window, title: str, least: int = 320
-) -> None:
+def draw_panels(path: Path, panels: Sequence[Panel], window: Window, title: str) -> None:
     """Write a PNG with the panels in a row.
 
     Args:
@@ -73,11 +72,10 @@ def draw_panels(
         panels: sizes of the images are integer fractions of the largest.
         window: top, left, bottom, right in pixels of the largest.
         title: of the figure.
-        least: minimum width of a panel; smaller details are enlarged by an integer factor.
     """
     largest = max(panel.image.shape[2] for panel in panels)
     top, left, bottom, right = window
-    zoom = max(1, -(-least // (right - left)))
+    zoom = max(1, -(-_LEAST_WIDTH // (right - left)))
     wide, tall = (right - left) * zoom, (bottom - top) * zoom
     big, small = ImageFont.load_default(19), ImageFont.load_default(15)
     head = _TITLE + 52

@@ -13,7 +13,7 @@ import yaml
 from torch import nn
 
 import backbones
-from backbones.core.arguments import THREADS, UNMAKEABLE, nonempty_path, usable_device
+from backbones.core.arguments import CREATION_ERRORS, THREADS, nonempty_path, usable_device
 from backbones.core.messages import shown
 from backbones.training.errors import DataError
 
@@ -78,7 +78,7 @@ def load_restorer(name: str, checkpoint: str | Path | None, arguments: str = "{}
             kind = backbones.create_model(name, **keywords)
     except ValueError as error:
         raise DataError(str(error)) from error
-    except UNMAKEABLE as error:
+    except CREATION_ERRORS as error:
         if not keywords:  # a bug
             raise
         raise DataError(f"cannot create {name} with {shown(keywords)}: {error}") from error

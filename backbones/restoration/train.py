@@ -17,13 +17,13 @@ import backbones
 from backbones.restoration.data import (
     Pair,
     PatchLoader,
+    degrade_picture,
     find_pictures,
     load_truth,
-    spoil_whole,
 )
 from backbones.restoration.images import PictureError, read_size
 from backbones.restoration.metrics import quality, quantize
-from backbones.restoration.panels import Panel, draw_panels, most_detailed
+from backbones.restoration.panels import Panel, draw_panels, most_detailed_window
 from backbones.restoration.recipe import RestorationRecipe
 from backbones.restoration.resize import resize_bicubic
 from backbones.training.build import model_error
@@ -32,7 +32,7 @@ from backbones.training.distributed import World
 from backbones.training.errors import BUILDING_ERRORS, DataError, RecipeError
 from backbones.training.interrupt import StopRequest
 from backbones.training.loop import TrainingLoop
-from backbones.training.progress import RESULTS, Progress, duration
+from backbones.training.progress import RESULTS, Progress, duration, epoch_line
 from backbones.training.run import run_from_command_line
 from ops.tiling import run_tiled
 
@@ -126,9 +126,9 @@ class RestorationTrainer(TrainingLoop):
         if recipe.patch_size < _SMALL:
             small = torch.zeros(recipe.batch_size, recipe.in_chans, *2 * (recipe.patch_size,))
             large = torch.zeros(*small.shape[:2], *2 * (recipe.patch_size * self.scale,))
-            self.try_out((small.to(self.device), large.to(self.device)))
+            self.dry_run((small.to(self.device), large.to(self.device)))
 
-    # --- what the loop asks for
+    # --- called by the loop
 
     def new_meter(self) -> Sums:
         return Sums(self.device)
@@ -140,8 +140,8 @@ class RestorationTrainer(TrainingLoop):
         return self.loader.names(epoch, step)
 
     def compute(self, batch: Pair) -> tuple[Tensor, int]:
-        spoilt, truth = batch
-        return F.l1_loss(self.net(spoilt).float(), truth), len(truth)
+        degraded, truth = batch
+        return F.l1_loss(self.net(degraded).float(), truth), len(truth)
 
     def note(self, loss: Tensor, seen: int) -> None:
         self.meter.sums += torch.stack([loss.double() * seen, loss.new_tensor(seen).double()])
@@ -161,11 +161,11 @@ class RestorationTrainer(TrainingLoop):
         rounds = math.ceil(len(self.val_paths) / self.world.size)
         for number in range(self.world.rank, rounds * self.world.size, self.world.size):
             if number < len(self.val_paths):
-                spoilt, truth = self.pair(number)
-                after = quality(self.restore(model, spoilt), truth, self.scale)
+                degraded, truth = self.pair(number)
+                after = quality(self.restore(model, degraded), truth, self.scale)
                 values = [1.0, *after.values(), 0.0, 0.0]
                 if first:
-                    before = resize_bicubic(spoilt, size=(truth.shape[1], truth.shape[2]))
+                    before = resize_bicubic(degraded, size=(truth.shape[1], truth.shape[2]))
                     values[3:] = quality(before, truth, self.scale).values()
                 sums += torch.tensor(values, dtype=torch.float64, device=self.device)
             signal = int(self.world.max(torch.tensor(self.stop.signal, device=self.device)))
@@ -190,11 +190,11 @@ class RestorationTrainer(TrainingLoop):
             truth = load_truth(self.val_paths[number], self.recipe.in_chans, self.scale)
         except PictureError as error:
             raise DataError(f"val_pictures: {error}") from error
-        return spoil_whole(self.recipe, truth, self.scale, number)
+        return degrade_picture(self.recipe, truth, self.scale, number)
 
-    def restore(self, model: nn.Module, spoilt: Tensor) -> Tensor:
+    def restore(self, model: nn.Module, degraded: Tensor) -> Tensor:
         """The model's output for (C, H, W), on the CPU."""
-        x = spoilt.unsqueeze(0).to(self.device)
+        x = degraded.unsqueeze(0).to(self.device)
         tile = self.recipe.val_tile or max(x.shape[2:])
         overlap = _VAL_OVERLAP if self.recipe.val_tile else 0
         with self.autocast():
@@ -205,7 +205,7 @@ class RestorationTrainer(TrainingLoop):
         self.loader.close()
         super().close()
 
-    # --- for people
+    # --- reporting
 
     def describe(self) -> str:
         now = self.figures()
@@ -215,17 +215,12 @@ class RestorationTrainer(TrainingLoop):
         )
 
     def describe_epoch(self, row: dict[str, Any]) -> str:
-        parts = [f"epoch {row['epoch'] + 1:{len(str(self.epochs))}}/{self.epochs}"]
-        parts.append(f"L1 {row['train_loss']:.4f}")
+        parts = [f"L1 {row['train_loss']:.4f}"]
         for prefix, name in (("val", "validation"), ("ema", "averaged")):
             if f"{prefix}_psnr_y" in row:
                 parts.append(f"{name} {row[f'{prefix}_psnr_y']:.2f} dB")
         parts.append(f"{row['images_per_second']:.0f} patches/s")
-        if row["data_wait"] > 0.1:
-            parts.append(f"{100 * row['data_wait']:.0f} % waiting for data")
-        if row["skipped"]:
-            parts.append(f"{row['skipped']} updates skipped")
-        return "  ".join([*parts, f"{duration(self.seconds_left())} left"])
+        return epoch_line(row, self.epochs, parts, self.seconds_left())
 
     def show_results(self) -> None:
         """Draw a validation picture with the best weights and list the files."""
@@ -251,21 +246,21 @@ class RestorationTrainer(TrainingLoop):
         return f": {self.best - before:+.2f} dB over {what} ({before:.2f} dB)"
 
     @torch.inference_mode()
-    def draw_comparison(self, model: nn.Module, path: Path, side: int = 128) -> None:
+    def draw_comparison(self, model: nn.Module, path: Path) -> None:
         """A detail of input, bicubic (if sizes differ), result and ground truth, with metrics.
 
         The metrics are for the whole picture.
         """
-        spoilt, truth = self.pair(0)
-        ours = self.restore(model, spoilt)
-        before = quantize(resize_bicubic(spoilt, size=(truth.shape[1], truth.shape[2])))
-        panels = [Panel("low resolution", spoilt)] if self.scale > 1 else []
+        degraded, truth = self.pair(0)
+        ours = self.restore(model, degraded)
+        before = quantize(resize_bicubic(degraded, size=(truth.shape[1], truth.shape[2])))
+        panels = [Panel("low resolution", degraded)] if self.scale > 1 else []
         for name, image in (("bicubic" if panels else "input", before), ("ours", ours)):
             figures = quality(image, truth, self.scale)
             text = f"{figures['psnr_y']:.2f} dB, SSIM {figures['ssim_y']:.4f}"
             panels.append(Panel(name, image, text))
         panels.append(Panel("truth", truth))
-        window = most_detailed(truth, side, self.scale)
+        window = most_detailed_window(truth, 128, self.scale)
         draw_panels(path, panels, window, f"{self.val_paths[0].name}, {self.recipe.model}")
 
 

@@ -133,7 +133,7 @@ class Upscaler:
         if self.max_memory is None and whole <= self._probe_side():
             return whole  # no more than measuring would take
         per_pixel, for_all = self._measure()
-        budget = for_all - self._held(height, width, depth)
+        budget = for_all - self._picture_bytes(height, width, depth)
         if self._fits(max(self._padded(height), self._padded(width)), height, width, budget):
             return whole
         side = min(math.isqrt(max(int(budget / per_pixel), 0)), whole)
@@ -141,7 +141,7 @@ class Upscaler:
         while side >= self.window and not self._fits(side, height, width, budget):
             side -= self.window
         if side < self.window:
-            least = self._needs(self.window, height, width) - budget
+            least = self._tile_bytes(self.window, height, width) - budget
             limit = "the free memory" if self.max_memory is None else "max_memory"
             raise DataError(
                 f"{limit} is not enough for {height}×{width} pixels in tiles of {self.window} "
@@ -171,7 +171,7 @@ class Upscaler:
                 self._budget = per_pixel, self.max_memory - used_memory(self.device)
         return self._budget
 
-    def _needs(self, side: int, height: int, width: int) -> float:
+    def _tile_bytes(self, side: int, height: int, width: int) -> float:
         """Bytes for a tile of ``side`` with its margin, and for a row of tiles."""
         per_pixel, _ = self._measure()
         rows, columns = (min(side + 2 * self.overlap, self._padded(n)) for n in (height, width))
@@ -180,9 +180,9 @@ class Upscaler:
         return per_pixel * rows * columns + strip
 
     def _fits(self, side: int, height: int, width: int, budget: float) -> bool:
-        return self._needs(side, height, width) <= budget
+        return self._tile_bytes(side, height, width) <= budget
 
-    def _held(self, height: int, width: int, depth: int) -> float:
+    def _picture_bytes(self, height: int, width: int, depth: int) -> float:
         """Bytes of the picture, its result, and the files made of it."""
         if self.device.type != "cpu":
             return 0.0  # strips leave the GPU as they are finished
@@ -206,7 +206,7 @@ class Upscaler:
         cut = side < max(height, width)
         overlap = self.overlap if cut else 0
         strips = tiled_strips(
-            _Counted(self._network, on_tile),
+            _WithCallback(self._network, on_tile),
             x,
             tile_size=side,
             overlap=overlap,
@@ -255,7 +255,7 @@ class Upscaler:
 _INTEGERS = ("uint8", "uint16")
 
 
-class _Counted:
+class _WithCallback:
     """A network with a callback after each call."""
 
     def __init__(

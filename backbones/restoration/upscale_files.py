@@ -23,7 +23,7 @@ from backbones.restoration.images import (
     read_size,
     write_picture,
 )
-from backbones.restoration.panels import Panel, draw_panels, most_detailed
+from backbones.restoration.panels import Panel, draw_panels, most_detailed_window
 from backbones.restoration.resize import resize_bicubic
 from backbones.restoration.restorer import add_model_arguments, restorer_of
 from backbones.restoration.upscale import Upscaler
@@ -173,7 +173,7 @@ def upscale_files(
             planned.append((job, upscaler.tiles(*read_size(job.source))))
         except DataError as error:
             fail(job.source, error)
-    clock = _Clock(progress, sum(tiles for _, tiles in planned), len(planned))
+    clock = _TileProgress(progress, sum(tiles for _, tiles in planned), len(planned))
     for job, tiles in planned:
         clock.next(job.source.name, tiles)
         try:
@@ -187,7 +187,7 @@ def upscale_files(
             shortage = memory_shortage(error)
             if shortage is None and not isinstance(error, (TrainingError, OSError)):
                 raise
-            clock.give_up()
+            clock.skip_rest()
             fail(job.source, MemoryError(shortage) if shortage else error)
             continue
         report.written.append(job.target)
@@ -200,7 +200,7 @@ def upscale_files(
     return report
 
 
-class _Clock:
+class _TileProgress:
     """Progress in tiles, and the time left."""
 
     def __init__(self, progress: Progress | None, total: int, pictures: int) -> None:
@@ -222,7 +222,7 @@ class _Clock:
             text = f"{self.name} ({self.number}/{self.pictures})  {duration(left)} left"
             self.progress.show(self.done, text)
 
-    def give_up(self) -> None:
+    def skip_rest(self) -> None:
         """Remove the remaining tiles of a failed picture."""
         self.done = self.until
 
@@ -243,7 +243,7 @@ def _draw(path: Path, job: Job, before: Picture, after: Picture) -> None:
         Panel("before" if step == 1 else "before (bicubic)", enlarged),
         Panel("after", result),
     ]
-    draw_panels(path, panels, most_detailed(result, 480, step), job.source.name)
+    draw_panels(path, panels, most_detailed_window(result, 480, step), job.source.name)
 
 
 def _below(path: Path, folder: Path) -> bool:
@@ -314,7 +314,7 @@ def run(options: argparse.Namespace) -> int:
             compare=options.compare,
             skip_existing=options.skip_existing,
             progress=progress,
-            on_error=_tell,
+            on_error=_print_error,
         )
     except ValueError as error:
         raise DataError(str(error)) from error
@@ -337,5 +337,5 @@ def _parse_tile(text: str) -> int | str | None:
     return int(text)
 
 
-def _tell(message: str) -> None:
+def _print_error(message: str) -> None:
     sys.stderr.write(f"error: {one_line(message)}\n")

@@ -20,7 +20,7 @@ from backbones.restoration.metrics import quality, quantize
 from backbones.restoration.resize import resize_bicubic
 from backbones.restoration.restorer import add_model_arguments, restorer_of
 from backbones.restoration.upscale import Upscaler
-from backbones.training.checkpoint import write_atomically
+from backbones.training.checkpoint import write_text_atomically
 from backbones.training.distributed import World
 from backbones.training.errors import DataError
 from backbones.training.progress import Progress
@@ -145,8 +145,7 @@ def write_csv(path: Path, scores: Sequence[Score]) -> None:
             if isinstance(value, float):
                 row[key] = f"{value:.4f}"
         writer.writerow(row)
-    data = text.getvalue().encode(errors="backslashreplace")  # of names that are no text
-    write_atomically(path, lambda file: file.write(data))
+    write_text_atomically(path, text.getvalue())
 
 
 def _pictures(folder: Path) -> list[Path]:

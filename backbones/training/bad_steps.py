@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from backbones.training.checkpoint import write_atomically
+from backbones.training.checkpoint import write_text_atomically
 from backbones.training.errors import DivergedError
 
 __all__ = ["BadSteps"]
@@ -41,8 +41,7 @@ class BadSteps:
         """
         path = folder / "bad_batches.txt"
         if write:
-            listing = "".join(f"{name}\n" for name in images).encode(errors="backslashreplace")
-            write_atomically(path, lambda file: file.write(listing))
+            write_text_atomically(path, "".join(f"{name}\n" for name in images))
         first = ", ".join(images[:3])
         return DivergedError(
             f"the loss was not finite in {len(self.in_a_row)} updates in a row; their "

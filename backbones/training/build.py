@@ -28,8 +28,8 @@ __all__ = [
     "build_objective",
     "model_error",
     "preprocessing",
+    "resolve_memory_format",
     "resolved_recipe",
-    "settle_memory_format",
 ]
 
 Loss = Callable[[torch.Tensor, torch.Tensor], torch.Tensor]
@@ -74,7 +74,7 @@ def model_error(recipe: Recipe, error: Exception) -> Exception:
     return RecipeError(joined_lines(error)) if isinstance(error, TypeError) else error
 
 
-def settle_memory_format(recipe: Recipe, device: torch.device) -> Recipe:
+def resolve_memory_format(recipe: Recipe, device: torch.device) -> Recipe:
     """The recipe with ``channels_last`` resolved; if unset, to what trains faster on the device.
 
     Not used in bfloat16, because oneDNN leaves parts of the weight gradient uninitialised for
@@ -97,7 +97,7 @@ def preprocessing(recipe: Recipe, model: nn.Module) -> dict[str, Any]:
     size: Any = recipe.img_size
     if size is None:
         size = model.pretrained_cfg["input_size"][-1]  # type: ignore[index]
-    wishes = {
+    settings = {
         "input_size": (recipe.in_chans, size, size),
         "mean": recipe.mean,
         "std": recipe.std,
@@ -105,7 +105,7 @@ def preprocessing(recipe: Recipe, model: nn.Module) -> dict[str, Any]:
         "crop_pct": recipe.crop_pct,
         "crop_mode": recipe.crop_mode,
     }
-    config = resolve_data_config(wishes, model=model)
+    config = resolve_data_config(settings, model=model)
     for key in ("mean", "std"):
         if len(config[key]) != recipe.in_chans:
             average = sum(config[key]) / len(config[key])
@@ -131,7 +131,7 @@ class BatchAugmentation:
             self.erase = RandomErasing(
                 recipe.reprob, mode=recipe.remode, max_count=recipe.recount, device=device
             )
-        if _mixes(recipe):
+        if recipe.mixes_images:
             self.mix = Mixup(
                 mixup_alpha=recipe.mixup,
                 cutmix_alpha=recipe.cutmix,
@@ -179,11 +179,11 @@ def build_loss(recipe: Recipe) -> Loss:
     if recipe.bce_loss:
         return BinaryCrossEntropy(
             # Mixed labels are already smoothed.
-            smoothing=0.0 if _mixes(recipe) else recipe.smoothing,
+            smoothing=0.0 if recipe.mixes_images else recipe.smoothing,
             target_threshold=recipe.bce_target_thresh,
             sum_classes=recipe.bce_sum,
         )
-    if _mixes(recipe):
+    if recipe.mixes_images:
         return SoftTargetCrossEntropy()
     if recipe.smoothing:
         return LabelSmoothingCrossEntropy(smoothing=recipe.smoothing)
@@ -227,7 +227,7 @@ def build_objective(
         RecipeError: options that multi-label data does not support, or an unknown teacher.
     """
     if multi_label:
-        if _mixes(recipe) or recipe.distill is not None:
+        if recipe.mixes_images or recipe.distill is not None:
             raise RecipeError("multi-label data does not support mixup, cutmix or distill")
         objective: LabelLoss | Distillation = LabelLoss(_MultiLabelLoss())
     elif recipe.distill is None:
@@ -264,7 +264,3 @@ class RunningStatsGuard:
         """Restore the buffers."""
         if self.buffers:
             torch._foreach_copy_(self.buffers, self.copies)
-
-
-def _mixes(recipe: Recipe) -> bool:
-    return recipe.mixup > 0 or recipe.cutmix > 0 or recipe.cutmix_minmax is not None

@@ -35,6 +35,7 @@ __all__ = [
     "validated_path",
     "write_atomically",
     "write_problem",
+    "write_text_atomically",
 ]
 
 
@@ -84,6 +85,12 @@ def write_atomically(path: Path, write: Callable[[IO[bytes]], object]) -> None:
         kept = "; the existing file is unchanged" if path.exists() else ""
         problem = write_problem(error, path.parent)
         raise CheckpointFileError(f"cannot write {path}: {problem}{kept}") from error
+
+
+def write_text_atomically(path: Path, text: str) -> None:
+    """:func:`write_atomically` for UTF-8; file names that aren't valid text are escaped."""
+    data = text.encode(errors="backslashreplace")
+    write_atomically(path, lambda file: file.write(data))
 
 
 def validated_path(path: Path) -> Path:

@@ -149,11 +149,11 @@ class StudentWithExits(nn.Module):
         super().__init__()
         ends = student.stage_features()
         count = len(ends)
-        wanted = range(count) if stages is None else stages
-        chosen = sorted({i + count if i < 0 else i for i in wanted})
+        selected = range(count) if stages is None else stages
+        chosen = sorted({i + count if i < 0 else i for i in selected})
         if not chosen or chosen[0] < 0 or chosen[-1] >= count:
             raise RecipeError(
-                f"ofa_stages must name some of the stages 0 … {count - 1}, not {tuple(wanted)}"
+                f"ofa_stages must name some of the stages 0 … {count - 1}, not {tuple(selected)}"
             )
         self.student = student
         self.indices = [ends[i] for i in chosen]
@@ -179,15 +179,15 @@ class Teacher(nn.Module):
 
     Args:
         network: images → logits.
-        seen, wanted: mean and std of the student's images and of the teacher's, per channel.
+        student, teacher: mean and std of the student's images and of the teacher's, per channel.
         img_size: side of the teacher's images; None for the student's.
     """
 
     def __init__(
         self,
         network: nn.Module,
-        seen: tuple[Sequence[float], Sequence[float]],
-        wanted: tuple[Sequence[float], Sequence[float]],
+        student: tuple[Sequence[float], Sequence[float]],
+        teacher: tuple[Sequence[float], Sequence[float]],
         img_size: int | None,
     ) -> None:
         super().__init__()
@@ -195,7 +195,7 @@ class Teacher(nn.Module):
         self.img_size = img_size
         means, stds = (
             [torch.tensor(v).view(1, -1, 1, 1) for v in pair]
-            for pair in zip(seen, wanted, strict=True)
+            for pair in zip(student, teacher, strict=True)
         )
         self.scale: Tensor
         self.shift: Tensor
@@ -234,22 +234,22 @@ class Distillation:
 
     def __call__(self, net: nn.Module, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Loss and logits (B, classes) of the student ``net``."""
-        answer, wisdom = net(images), self.teacher(images)
+        output, teacher_logits = net(images), self.teacher(images)
         if self.kind == "ofa":
-            logits, branches = answer[0].float(), [branch.float() for branch in answer[1]]
-            learnt = torch.stack(
+            logits, branches = output[0].float(), [branch.float() for branch in output[1]]
+            distilled = torch.stack(
                 [
-                    ofa_loss(branch, wisdom, targets, self.gamma, self.temperature)
+                    ofa_loss(branch, teacher_logits, targets, self.gamma, self.temperature)
                     for branch in [logits, *branches]
                 ]
             ).sum()
         else:
-            logits = answer.float()
+            logits = output.float()
             if self.kind == "hard":
-                learnt = hard_label_loss(logits, wisdom)
+                distilled = hard_label_loss(logits, teacher_logits)
             else:
-                learnt = soft_label_loss(logits, wisdom, self.temperature)
-        loss = (1 - self.alpha) * self.labels_loss(logits, targets) + self.alpha * learnt
+                distilled = soft_label_loss(logits, teacher_logits, self.temperature)
+        loss = (1 - self.alpha) * self.labels_loss(logits, targets) + self.alpha * distilled
         return loss, logits
 
 
@@ -280,10 +280,10 @@ def build_teacher(recipe: Recipe, num_classes: int, config: dict[str, Any]) -> T
         recipe.teacher_args,
     )
     own = dict(getattr(network, "pretrained_cfg", None) or {})
-    wanted = own.get("mean", config["mean"]), own.get("std", config["std"])
-    if len(wanted[0]) != recipe.in_chans:
-        wanted = config["mean"], config["std"]
+    stats = own.get("mean", config["mean"]), own.get("std", config["std"])
+    if len(stats[0]) != recipe.in_chans:
+        stats = config["mean"], config["std"]
     size = recipe.teacher_img_size
     if size is None and own.get("fixed_input_size"):
         size = own["input_size"][-1]
-    return Teacher(network, (config["mean"], config["std"]), wanted, size)
+    return Teacher(network, (config["mean"], config["std"]), stats, size)

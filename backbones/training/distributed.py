@@ -14,7 +14,7 @@ import torch.distributed as dist
 from backbones.core.messages import first_line, shown
 from backbones.training.errors import RecipeError
 
-__all__ = ["Verdict", "World", "leave_processes", "world_of_processes"]
+__all__ = ["Consensus", "World", "leave_processes", "world_of_processes"]
 
 _kept_groups: list[Any] = []
 
@@ -58,7 +58,7 @@ class World:
             dist.barrier()
 
 
-class Verdict:
+class Consensus:
     """Per-step consensus of the processes: whether a loss was bad, to stop, or to save.
 
     Sent before the backward pass and read after that was queued, so that GPUs are never idle.
@@ -67,16 +67,16 @@ class Verdict:
     def __init__(self, world: World) -> None:
         self.world = world
         self._on_gpu = world.device.type == "cuda"
-        self._answer = torch.zeros(3, pin_memory=self._on_gpu)
+        self._result = torch.zeros(3, pin_memory=self._on_gpu)
         self._arrived = torch.cuda.Event() if self._on_gpu else None
 
-    def ask(self, loss: torch.Tensor, signal: int, save: bool) -> None:
+    def send(self, loss: torch.Tensor, signal: int, save: bool) -> None:
         """Send this process's state to the others."""
         others = torch.tensor([float(signal), float(save)])
         if self._on_gpu:
             others = others.pin_memory().to(loss.device, non_blocking=True)
         view = torch.cat([(~torch.isfinite(loss.detach())).float().view(1), others])
-        self._answer.copy_(self.world.max(view), non_blocking=self._on_gpu)
+        self._result.copy_(self.world.max(view), non_blocking=self._on_gpu)
         if self._arrived is not None:
             self._arrived.record()
 
@@ -84,7 +84,7 @@ class Verdict:
         """Whether any loss was not finite, the signal that came (0: none), whether to save."""
         if self._arrived is not None:
             self._arrived.synchronize()
-        bad, signal, save = self._answer.tolist()
+        bad, signal, save = self._result.tolist()
         return bool(bad), int(signal), bool(save)
 
 

@@ -18,12 +18,12 @@ from torch.overrides import TorchFunctionMode
 
 from backbones.training.errors import RecipeError
 
-__all__ = ["DiverseAttention", "attention_likeness"]
+__all__ = ["DiverseAttention", "attention_similarity"]
 
 _SOFTMAX = (Tensor.softmax, torch.softmax, F.softmax)
 
 
-def attention_likeness(weights: Tensor, threshold: float = 2.0) -> Tensor:
+def attention_similarity(weights: Tensor, threshold: float = 2.0) -> Tensor:
     """Similarity of the tokens' attention in a layer: the mean cosine, in 0 … 1.
 
     Between each token's attention, averaged over the heads, and the average over the tokens; in
@@ -37,8 +37,8 @@ def attention_likeness(weights: Tensor, threshold: float = 2.0) -> Tensor:
         weights = weights.mean(dim=-3)
     least = threshold / weights.shape[-1]
     mean = weights.mean(dim=-2, keepdim=True)
-    alike = F.cosine_similarity(_above(mean, least), _above(weights, least), dim=-1)
-    return alike.mean()
+    similarity = F.cosine_similarity(_above(mean, least), _above(weights, least), dim=-1)
+    return similarity.mean()
 
 
 def _above(weights: Tensor, least: float) -> Tensor:
@@ -66,11 +66,11 @@ class DiverseAttention:
         """Loss and logits (B, classes) of ``net``."""
         with _Watcher() as watcher:
             loss, logits = self.objective(net, images, targets)
-        if not watcher.likeness:
+        if not watcher.similarities:
             raise RecipeError(
                 "attn_diversity needs a network with softmax attention between tokens"
             )
-        return loss + self.share * torch.stack(watcher.likeness).mean(), logits
+        return loss + self.share * torch.stack(watcher.similarities).mean(), logits
 
 
 class _Watcher(TorchFunctionMode):
@@ -78,7 +78,7 @@ class _Watcher(TorchFunctionMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.likeness: list[Tensor] = []
+        self.similarities: list[Tensor] = []
 
     def __torch_function__(
         self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
@@ -95,7 +95,7 @@ class _Watcher(TorchFunctionMode):
     def _note(self, weights: Tensor) -> None:
         # Not defined for a single token or key.
         if weights.ndim >= 3 and min(weights.shape[-2:]) > 1 and weights.requires_grad:
-            self.likeness.append(attention_likeness(weights.float()))
+            self.similarities.append(attention_similarity(weights.float()))
 
 
 def _over_last(args: Any, kwargs: dict[str, Any]) -> bool:

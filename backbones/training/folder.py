@@ -36,7 +36,7 @@ class RunFolder:
 
     Attributes:
         path: the folder.
-        unlocked: why it could not be locked; "" if it is.
+        lock_problem: why it could not be locked; "" if it is.
 
     Raises:
         RecipeError: another process uses it; the named run already exists; another program's files
@@ -48,7 +48,7 @@ class RunFolder:
         self._replaces = recipe.overwrite and not self._resumes
         self._lock: FolderLock | None = None
         self._is_new = False
-        self.path, self.unlocked = Path(recipe.output), ""
+        self.path, self.lock_problem = Path(recipe.output), ""
         try:
             self._choose(recipe, options)
             self._check()
@@ -67,7 +67,7 @@ class RunFolder:
     def _choose(self, recipe: Recipe, options: Namespace) -> None:
         output = self.path
         if recipe.name is not None:
-            self._take(output / recipe.name)
+            self._lock_folder(output / recipe.name)
             return
         parts = [Path(options.config).stem] if options.config else []
         base = "-".join(parts + [recipe.model] * (not parts or "model" in options))
@@ -79,7 +79,7 @@ class RunFolder:
                 break
             self.path = following
         try:
-            self._take(self.path)
+            self._lock_folder(self.path)
         except LockedError:
             if self._resumes or self._replaces:
                 raise
@@ -88,13 +88,13 @@ class RunFolder:
                 number += 1
                 if not _used(following := output / f"{base}-{number}"):
                     with contextlib.suppress(LockedError):
-                        self._take(following)
+                        self._lock_folder(following)
 
-    def _take(self, path: Path) -> None:
+    def _lock_folder(self, path: Path) -> None:
         self.path, self._is_new = path, not path.exists()
         path.mkdir(parents=True, exist_ok=True)
         self._lock = FolderLock(path)
-        self.unlocked = self._lock.problem
+        self.lock_problem = self._lock.problem
 
     def _check(self) -> None:
         used, recipe = _used(self.path), self.path / _RECIPE

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-__all__ = ["StopRequest", "stop_on_signals"]
+__all__ = ["StopRequest", "handle_signals", "stop_on_signals"]
 
 
 class StopRequest:
@@ -32,14 +32,22 @@ class StopRequest:
 def stop_on_signals() -> Iterator[StopRequest]:
     """Record SIGINT, SIGTERM and SIGUSR1 (Slurm's warning) inside the block."""
     request = StopRequest()
-    if threading.current_thread() is not threading.main_thread():
-        yield request  # Python lets only the main thread handle signals
-        return
-    names = ("SIGINT", "SIGTERM", "SIGUSR1")
-    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    before = {number: signal.signal(number, request.note) for number in numbers}
-    try:
+    with handle_signals(("SIGINT", "SIGTERM", "SIGUSR1"), request.note):
         yield request
+
+
+@contextmanager
+def handle_signals(
+    names: Iterable[str], handler: Callable[[int, FrameType | None], object]
+) -> Iterator[None]:
+    """Let ``handler`` handle the signals that exist on this system inside the block."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # Python lets only the main thread handle signals
+        return
+    numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+    before = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
     finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for number, previous in before.items():
+            signal.signal(number, previous)

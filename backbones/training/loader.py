@@ -20,7 +20,7 @@ from backbones.core.images import DECODE_ERRORS, as_8_bits
 from backbones.training.corrupt import CorruptImages
 from backbones.training.distributed import World
 from backbones.training.errors import DataError
-from backbones.training.posterize import allow_no_bits
+from backbones.training.posterize import allow_zero_bits
 from backbones.training.recipe import Recipe
 from backbones.training.sampler import (
     NO_LABEL,
@@ -75,7 +75,7 @@ class TrainLoader:
             )
         self._sampler = TrainSampler(size, recipe, world)
         self._loaders: dict[int, DataLoader[Any]] = {}
-        self._current: _Sized | None = None
+        self._current: SizedBatches | None = None
 
     def epoch(self, epoch: int, start: int = 0) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Normalised images (B, C, H, W) and labels (B,) of one epoch, on the device.
@@ -87,10 +87,10 @@ class TrainLoader:
         if isinstance(self.source, ImageSource):
             self._sampler.epoch, self._sampler.start = epoch, start
             loader = self._map_loader(self._image_size(epoch))
-            self._current = _Sized(loader, self.batches - start)
+            self._current = SizedBatches(loader, self.batches - start)
         else:
             loader = self._stream_loader(epoch)
-            self._current = _Sized(loader, self.batches, skip=start)
+            self._current = SizedBatches(loader, self.batches, skip=start)
         return iter(_on_device(self._current, self.config, self.world.device))
 
     def blank(
@@ -133,7 +133,7 @@ class TrainLoader:
                 images,
                 batch_sampler=self._sampler,
                 generator=torch.Generator(),
-                **_loader_options(self.recipe, self.world, persistent=True),
+                **loader_options(self.recipe, self.world, persistent=True),
             )
         return self._loaders[image_size]
 
@@ -152,7 +152,7 @@ class TrainLoader:
             batch_size=self.recipe.batch_size,
             drop_last=True,
             generator=torch.Generator().manual_seed(seed),
-            **_loader_options(self.recipe, self.world, persistent=False),
+            **loader_options(self.recipe, self.world, persistent=False),
         )
 
 
@@ -163,7 +163,7 @@ class ValidationLoader:
     :data:`NO_LABEL`. (For streams, the number may differ by one, see ``equal_batches``.)
 
     Args: as in :class:`TrainLoader`, and
-        spoil: applied to every image at its final size, for example a corruption.
+        corruption: applied to every image at its final size.
     """
 
     def __init__(
@@ -174,7 +174,7 @@ class ValidationLoader:
         recipe: Recipe,
         world: World,
         corrupt: CorruptImages,
-        spoil: Callable[[Image.Image], Image.Image] | None = None,
+        corruption: Callable[[Image.Image], Image.Image] | None = None,
     ) -> None:
         self.source, self.config, self.recipe, self.world = source, config, recipe, world
         self.corrupt = corrupt
@@ -182,7 +182,7 @@ class ValidationLoader:
         if recipe.val_batch_size is not None:
             self.batch_size = recipe.val_batch_size
         self.batches = -(-size // (self.batch_size * world.size))
-        self._current: _Sized | None = None
+        self._current: SizedBatches | None = None
         self.equal_batches = isinstance(source, ImageSource) or world.size == 1
         self._transform = create_transform(
             config["input_size"],
@@ -192,15 +192,15 @@ class ValidationLoader:
             crop_mode=config["crop_mode"],
             use_prefetcher=True,
         )
-        if spoil is not None:
-            self._transform.transforms.insert(-1, spoil)  # before the image becomes an array
+        if corruption is not None:
+            self._transform.transforms.insert(-1, corruption)  # before the image becomes an array
         if isinstance(source, ImageSource):
             images = _Images(source, self._transform, recipe.in_chans, corrupt, False)
             self._loader: DataLoader[Any] = DataLoader(
                 images,
                 batch_sampler=ValidationSampler(size, self.batch_size, self.batches, world),
                 generator=torch.Generator(),
-                **_loader_options(recipe, world, persistent=True),
+                **loader_options(recipe, world, persistent=True),
             )
 
     def __len__(self) -> int:
@@ -213,7 +213,7 @@ class ValidationLoader:
 
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         if isinstance(self.source, ImageSource):
-            self._current = _Sized(self._loader, self.batches)
+            self._current = SizedBatches(self._loader, self.batches)
             return iter(_on_device(self._current, self.config, self.world.device))
         stream = self.source.open()
         # Every process reads all and keeps its share: shards do not split into equal parts.
@@ -224,7 +224,7 @@ class ValidationLoader:
             StreamImages(self.source, stream, self._transform, mode, corrupt, share=self.world),
             batch_size=self.batch_size,
             generator=torch.Generator(),
-            **{**_loader_options(self.recipe, self.world, persistent=False), "num_workers": 0},
+            **{**loader_options(self.recipe, self.world, persistent=False), "num_workers": 0},
         )
         return iter(_on_device(loader, self.config, self.world.device))
 
@@ -279,7 +279,7 @@ def _mode(in_chans: int) -> str:
     return "L" if in_chans == 1 else "RGB"
 
 
-class _Sized:
+class SizedBatches:
     """The first ``length`` batches of a loader, without the first ``skip``."""
 
     def __init__(self, loader: DataLoader[Any], length: int, skip: int = 0) -> None:
@@ -341,7 +341,7 @@ def _train_transform(
         std=config["std"],
         use_prefetcher=True,
     )
-    allow_no_bits(transform)
+    allow_zero_bits(transform)
     return transform
 
 
@@ -355,17 +355,17 @@ def _on_device(batches: Any, config: dict[str, Any], device: torch.device) -> Pr
     )
 
 
-def _loader_options(recipe: Recipe, world: World, persistent: bool) -> dict[str, Any]:
+def loader_options(recipe: Recipe, world: World, persistent: bool) -> dict[str, Any]:
     return {
         "num_workers": recipe.workers,
         "collate_fn": fast_collate,
         "pin_memory": recipe.pin_memory and world.device.type == "cuda",
-        "worker_init_fn": _quiet_worker,
+        "worker_init_fn": _ignore_signals,
         "persistent_workers": persistent and recipe.workers > 0,
     }
 
 
-def _quiet_worker(worker_id: int) -> None:
+def _ignore_signals(worker_id: int) -> None:
     """Ignore termination signals in workers, which must finish the step.
 
     The main process ends them; if it dies, they end themselves.
@@ -373,10 +373,10 @@ def _quiet_worker(worker_id: int) -> None:
     for name in ("SIGINT", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, _end_soon)
+    signal.signal(signal.SIGTERM, _exit_soon)
 
 
-def _end_soon(number: int, frame: FrameType | None) -> None:
+def _exit_soon(number: int, frame: FrameType | None) -> None:
     if hasattr(signal, "alarm"):
         signal.alarm(_GRACE_SECONDS)
     else:

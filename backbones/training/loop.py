@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from backbones.core.messages import first_line
 from backbones.training import build, checkpoint, optimization, parallel
 from backbones.training.bad_steps import BadSteps
-from backbones.training.distributed import Verdict, World
+from backbones.training.distributed import Consensus, World
 from backbones.training.errors import BUILDING_ERRORS, DivergedError, RecipeError
 from backbones.training.interrupt import StopRequest
 from backbones.training.progress import Progress, RunLog, peak_memory
@@ -91,7 +91,7 @@ class TrainingLoop(Resumable):
             recipe, self.optimizer, updates_per_epoch
         )
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.amp == "fp16")
-        self.verdict = Verdict(world)
+        self.consensus = Consensus(world)
 
         self.epoch = self.step = self.updates = self.skipped = 0
         self.bad_steps = BadSteps(recipe.max_bad_steps)
@@ -104,7 +104,7 @@ class TrainingLoop(Resumable):
         self.done_before = 0  # updates of earlier processes of this run
         random_seed(recipe.seed, world.rank)
 
-    def try_out(self, batch: Any) -> None:
+    def dry_run(self, batch: Any) -> None:
         """Compute the loss of a batch, to detect networks that don't support the image size.
 
         Raises:
@@ -124,7 +124,7 @@ class TrainingLoop(Resumable):
             self.guard.restore()
             random_seed(self.recipe.seed, self.world.rank)
 
-    # --- what a task fills in
+    # --- implemented by subclasses
 
     def facts(self) -> dict[str, str]:
         """Metadata of the best weights, in addition to the model and the epoch."""
@@ -216,7 +216,7 @@ class TrainingLoop(Resumable):
                 self.scheduler.step_update(self.updates)
             self.skipped += bad
             if self.bad_steps.note(bad, self.epoch, self.step - 1):
-                self.give_up()
+                self.stop_diverged()
             if self.updates % self.recipe.log_every == 0:
                 self.log.add({"epoch": self.epoch, "update": self.updates, **self.figures()})
             if self.progress.due():
@@ -238,9 +238,9 @@ class TrainingLoop(Resumable):
             with parallel.synchronized_gradients(self.net, last=micro == accum - 1):
                 with self.autocast():
                     loss, seen = self.compute(batch)
-                self.verdict.ask(loss, self.stop.signal, self.due_to_save())
+                self.consensus.send(loss, self.stop.signal, self.is_save_due())
                 self.scaler.scale(loss / accum).backward()
-            bad_now, signal_now, save_now = self.verdict.read()
+            bad_now, signal_now, save_now = self.consensus.read()
             bad, signal, save = bad or bad_now, max(signal, signal_now), save or save_now
             if not bad_now:
                 self.note(loss.detach(), seen)
@@ -285,7 +285,7 @@ class TrainingLoop(Resumable):
         if score is not None and score > self.best:
             self.best = score
             metadata = {"model": self.recipe.model, "epoch": str(self.epoch), **self.facts()}
-            weights = parallel.whole(dict(list(self.models().values())[-1].state_dict()))
+            weights = parallel.full_state(dict(list(self.models().values())[-1].state_dict()))
             if self.world.is_main:
                 checkpoint.save_weights(self.folder / "best.safetensors", weights, metadata)
         self.meter, self.seconds, self.waited = self.new_meter(), 0.0, 0.0
@@ -306,11 +306,11 @@ class TrainingLoop(Resumable):
         """Autocast, if the recipe uses mixed precision."""
         return torch.autocast(self.device.type, self.amp, enabled=self.amp is not None)
 
-    def give_up(self) -> NoReturn:
+    def stop_diverged(self) -> NoReturn:
         """Stop after too many bad updates in a row; ``last.pt`` has weights from before them."""
         names = [name for place in self.bad_steps.in_a_row for name in self.names(*place)]
         everyone: list[str] = sum(self.world.gather(names), [])
-        left = self.abandon(since=self.updates - len(self.bad_steps.in_a_row))
+        left = self.roll_back(since=self.updates - len(self.bad_steps.in_a_row))
         raise self.bad_steps.error(everyone, self.folder, self.world.is_main, left)
 
     def check_figures(self, figures: dict[str, float], model: nn.Module) -> None:
@@ -324,22 +324,22 @@ class TrainingLoop(Resumable):
             for key, value in figures.items()
             if math.isnan(value) or (key == "loss" and math.isinf(value))
         ]
-        if not parallel.is_sound(model, self.world):
+        if not parallel.is_bounded(model, self.world):
             wrong.append("weights that are not finite or beyond 1e12")
         if wrong:
-            left = self.abandon(since=self.updates)
+            left = self.roll_back(since=self.updates)
             raise DivergedError(
                 f"the validation after {self.updates} updates found {', '.join(wrong)}; {left}. A "
                 "lower lr or clip_grad may help"
             )
 
-    def due_to_save(self) -> bool:
+    def is_save_due(self) -> bool:
         """Whether the checkpoint within the epoch is due after this update."""
         steps, minutes = self.recipe.save_every_steps, self.recipe.save_every_minutes
         by_clock = minutes > 0 and time.monotonic() - self.saved > 60 * minutes
         return (steps > 0 and (self.updates + 1) % steps == 0) or by_clock
 
-    # --- what goes on, for people
+    # --- reporting
 
     def figures(self) -> dict[str, float]:
         """This process's figures of the epoch so far."""

@@ -59,7 +59,7 @@ def build_optimizer(recipe: Recipe, model: nn.Module, lr: float) -> torch.optim.
 def _create_optimizer(
     recipe: Recipe, model: nn.Module, lr: float, layer_decay: float | None
 ) -> torch.optim.Optimizer:
-    wishes = {"eps": recipe.opt_eps, "betas": recipe.opt_betas, **recipe.opt_args}
+    settings = {"eps": recipe.opt_eps, "betas": recipe.opt_betas, **recipe.opt_args}
     optimizer: torch.optim.Optimizer = timm.optim.create_optimizer_v2(
         model,
         opt=recipe.opt,
@@ -67,7 +67,7 @@ def _create_optimizer(
         weight_decay=recipe.weight_decay,
         momentum=recipe.momentum,
         layer_decay=layer_decay,
-        **{key: value for key, value in wishes.items() if value is not None},
+        **{key: value for key, value in settings.items() if value is not None},
     )
     return optimizer
 

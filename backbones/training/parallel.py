@@ -23,7 +23,7 @@ from backbones.core.base import StagedBackbone
 from backbones.training.distributed import World
 from backbones.training.errors import RecipeError
 
-__all__ = ["is_sound", "load_whole", "replicate", "shard", "synchronized_gradients", "whole"]
+__all__ = ["full_state", "is_bounded", "load_state", "replicate", "shard", "synchronized_gradients"]
 
 
 _LARGEST = 1e12
@@ -68,7 +68,7 @@ def synchronized_gradients(net: nn.Module, last: bool) -> AbstractContextManager
     return nullcontext()
 
 
-def is_sound(network: nn.Module, world: World) -> bool:
+def is_bounded(network: nn.Module, world: World) -> bool:
     """Whether all weights and running statistics are within ±10¹²; a collective call.
 
     A norm can hide that the preceding weights grow without bound while the loss stays finite.
@@ -77,40 +77,40 @@ def is_sound(network: nn.Module, world: World) -> bool:
     tensors += [
         b for n, b in network.named_buffers() if n.endswith(("running_mean", "running_var"))
     ]
-    shares = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
-    sound = [(share.detach().abs() <= _LARGEST).all() for share in shares]  # NaN is not
-    return not bool(world.max((~torch.stack(sound).all()).float()))
+    shards = [t.to_local() if isinstance(t, DTensor) else t for t in tensors]
+    bounded = [(shard.detach().abs() <= _LARGEST).all() for shard in shards]  # NaN is not
+    return not bool(world.max((~torch.stack(bounded).all()).float()))
 
 
-def whole(state: Any) -> Any:
+def full_state(state: Any) -> Any:
     """A nested state with sharded tensors gathered to full ones; a collective call."""
     if isinstance(state, DTensor):
         return state.full_tensor().cpu()
     if isinstance(state, dict):
-        return {key: whole(value) for key, value in state.items()}
+        return {key: full_state(value) for key, value in state.items()}
     if isinstance(state, (list, tuple)):
-        return type(state)(whole(value) for value in state)
+        return type(state)(full_state(value) for value in state)
     return state
 
 
-def load_whole(part: Any, state: dict[str, Any]) -> None:
+def load_state(part: Any, state: dict[str, Any]) -> None:
     """Load a state of full tensors into a possibly sharded module, optimizer or scheduler."""
     if isinstance(part, nn.Module):
         own = part.state_dict()
-        state = {name: _share(value, own.get(name)) for name, value in state.items()}
+        state = {name: _local_shard(value, own.get(name)) for name, value in state.items()}
     elif isinstance(part, torch.optim.Optimizer):
         numbers = [n for group in state["param_groups"] for n in group["params"]]
         parameters = [p for group in part.param_groups for p in group["params"]]
         owners = dict(zip(numbers, parameters, strict=False))
-        shares = {
-            number: {key: _share(value, owners.get(number)) for key, value in values.items()}
+        shards = {
+            number: {key: _local_shard(value, owners.get(number)) for key, value in values.items()}
             for number, values in state["state"].items()
         }
-        state = {**state, "state": shares}
+        state = {**state, "state": shards}
     part.load_state_dict(state)
 
 
-def _share(value: Any, owner: Any) -> Any:
+def _local_shard(value: Any, owner: Any) -> Any:
     """This process's shard of ``value``, if ``owner`` is sharded."""
     if not (isinstance(owner, DTensor) and isinstance(value, Tensor)):
         return value

@@ -61,17 +61,14 @@ def pick_predictions(
     batches: Iterable[tuple[torch.Tensor, torch.Tensor]],
     config: dict[str, Any],
     autocast: Callable[[], Any],
-    count: int = 32,
-    looked_at: int = 2000,
 ) -> list[Prediction]:
-    """Choose ``count`` images to show: at most a quarter mistakes, the most confident first.
+    """Choose 32 of about 2000 images to show: at most 8 mistakes, the most confident first.
 
     Args:
         model: in evaluation mode.
         batches: normalised images (B, C, H, W) and labels (B,).
         config: ``mean`` and ``std`` of the normalisation.
         autocast: creates the context to call the model in.
-        count, looked_at: number of images to choose, and to choose from.
     """
     right: list[Prediction] = []
     wrong: list[Prediction] = []
@@ -85,12 +82,12 @@ def pick_predictions(
                 continue
             item = Prediction(pixels[i], truth, int(answers[i]), float(confidence[i]))
             (right if item.answer == truth else wrong).append(item)
-        if len(right) + len(wrong) >= looked_at:
+        if len(right) + len(wrong) >= 2000:
             break
     wrong.sort(key=lambda item: -item.confidence)
-    chosen = wrong[: count // 4]
-    places = np.linspace(0, max(len(right) - 1, 0), min(count - len(chosen), len(right)))
-    return chosen + [right[int(place)] for place in places]
+    chosen = wrong[:8]
+    positions = np.linspace(0, max(len(right) - 1, 0), min(32 - len(chosen), len(right)))
+    return chosen + [right[int(position)] for position in positions]
 
 
 def draw_curves(path: Path, history: Sequence[dict[str, Any]], title: str) -> None:

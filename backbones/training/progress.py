@@ -16,13 +16,22 @@ import torch
 from tqdm import tqdm
 
 from backbones.core.messages import first_line
-from backbones.training.checkpoint import write_atomically, write_problem
+from backbones.training.checkpoint import write_problem, write_text_atomically
 from backbones.training.distributed import World
 from backbones.training.errors import CheckpointFileError, RecipeError
 from backbones.training.multilabel import mean_auc
 from backbones.training.recipe import Recipe
 
-__all__ = ["RESULTS", "Meter", "Progress", "RunLog", "describe_epoch", "duration", "peak_memory"]
+__all__ = [
+    "RESULTS",
+    "Meter",
+    "Progress",
+    "RunLog",
+    "describe_epoch",
+    "duration",
+    "epoch_line",
+    "peak_memory",
+]
 
 RESULTS = {
     "best.safetensors": "the weights of the best epoch",
@@ -218,8 +227,7 @@ class RunLog:
                 entries.append(entry)
         entries += [{k: _rounded(v) for k, v in row.items()} for row in history]
         entries.sort(key=lambda entry: entry["update"])  # stable: an epoch's row is the last
-        text = "".join(json.dumps(entry) + "\n" for entry in entries)
-        write_atomically(path, lambda file: file.write(text.encode()))
+        write_text_atomically(path, "".join(json.dumps(entry) + "\n" for entry in entries))
         self.summarize(history)
 
     def add(self, entry: dict[str, Any]) -> None:
@@ -255,8 +263,7 @@ class RunLog:
         writer = csv.DictWriter(text, columns, lineterminator="\n")
         writer.writeheader()
         writer.writerows({k: _rounded(v) for k, v in row.items()} for row in history)
-        data = text.getvalue().encode()
-        write_atomically(self.folder / "summary.csv", lambda file: file.write(data))
+        write_text_atomically(self.folder / "summary.csv", text.getvalue())
 
     def close(self) -> None:
         """Flush the loggers."""
@@ -274,10 +281,8 @@ def duration(seconds: float) -> str:
 
 
 def describe_epoch(row: dict[str, Any], epochs: int, seconds_left: float) -> str:
-    """A finished epoch as a line."""
-    width = len(str(epochs))
+    """A finished epoch of a classifier as a line."""
     parts = [
-        f"epoch {row['epoch'] + 1:{width}}/{epochs}",
         f"loss {row['train_loss']:.3f}",
         f"accuracy {row['train_top1']:5.1f} %",
     ]
@@ -288,6 +293,14 @@ def describe_epoch(row: dict[str, Any], epochs: int, seconds_left: float) -> str
             parts.append(f"AUC {row[f'{prefix}_auc']:6.2f} %")
     parts.append(f"{row['images_per_second']:.0f} images/s")
     parts.append(f"{row['memory_mb'] / 1024:.1f} GiB")
+    return epoch_line(row, epochs, parts, seconds_left)
+
+
+def epoch_line(
+    row: dict[str, Any], epochs: int, figures: Sequence[str], seconds_left: float
+) -> str:
+    """A finished epoch's number, ``figures``, problems and the time left."""
+    parts = [f"epoch {row['epoch'] + 1:{len(str(epochs))}}/{epochs}", *figures]
     if row["data_wait"] > 0.1:
         parts.append(f"{100 * row['data_wait']:.0f} % waiting for data")
     if row["skipped"]:

@@ -260,6 +260,11 @@ class Recipe:
     tensorboard: bool = key("run", False, "also write TensorBoard events")
     wandb: str | None = key("run", None, "Weights & Biases project to report to")
 
+    @property
+    def mixes_images(self) -> bool:
+        """Whether batches are mixed by mixup or cutmix."""
+        return self.mixup > 0 or self.cutmix > 0 or self.cutmix_minmax is not None
+
 
 AnyRecipe = TypeVar("AnyRecipe", bound=Recipe)
 

@@ -41,8 +41,7 @@ def check(recipe: Recipe) -> None:
         raise RecipeError("attn_diversity does not support compile or grad_checkpointing")
     _check_teacher(recipe)
     _check_fsdp(recipe)
-    mixes = recipe.mixup > 0 or recipe.cutmix > 0 or recipe.cutmix_minmax is not None
-    if mixes and recipe.batch_size % 2:
+    if recipe.mixes_images and recipe.batch_size % 2:
         raise RecipeError(f"mixup and cutmix need an even batch_size, not {recipe.batch_size}")
 
 

@@ -41,7 +41,7 @@ def class_report(matrix: np.ndarray, classes: Sequence[str]) -> list[dict[str, A
     rows = []
     for number, name in enumerate(classes):
         right, images = int(matrix[number, number]), int(matrix[number].sum())
-        said = int(matrix[:, number].sum())
+        predicted = int(matrix[:, number].sum())
         mistakes = matrix[number].copy()
         mistakes[number] = 0
         worst = int(mistakes.argmax())
@@ -50,8 +50,8 @@ def class_report(matrix: np.ndarray, classes: Sequence[str]) -> list[dict[str, A
                 "class": name,
                 "images": images,
                 "recall": _percent(right, images),
-                "precision": _percent(right, said),
-                "f1": _percent(2 * right, images + said),
+                "precision": _percent(right, predicted),
+                "f1": _percent(2 * right, images + predicted),
                 "taken_for": classes[worst] if mistakes[worst] else "",
                 "taken_for_images": int(mistakes[worst]),
             }

@@ -96,7 +96,7 @@ class Resumable(ABC):
             parts["exits"] = self.network.exits
         return parts
 
-    # --- written
+    # --- saving
 
     def save(self, validated: bool = False) -> None:
         """Write ``last.pt``, unless the weights have diverged.
@@ -109,18 +109,20 @@ class Resumable(ABC):
         self.saved = time.monotonic()
         if self.bad_steps.in_a_row and not validated:
             return
-        if not parallel.is_sound(self.network, self.world):
+        if not parallel.is_bounded(self.network, self.world):
             return
         self.saved_at, self._validated = self.updates, validated
         if not (self.world.is_main or self.recipe.fsdp):  # shares are collected from everyone
             return
         state = {name: getattr(self, name) for name in _COUNTERS}
-        state |= {name: parallel.whole(part.state_dict()) for name, part in self.parts().items()}
+        state |= {
+            name: parallel.full_state(part.state_dict()) for name, part in self.parts().items()
+        }
         state |= {"ranks": ranks, "recipe": dataclasses.asdict(self.recipe)}
         if self.world.is_main:
             checkpoint.save_state(self.folder / "last.pt", state, validated)
 
-    def abandon(self, since: int) -> str:
+    def roll_back(self, since: int) -> str:
         """Restore ``last.pt`` to a state before divergence; the current one is ``diverged.pt``.
 
         This is the last validated state, if any, since a training loss may stay finite while
@@ -149,9 +151,9 @@ class Resumable(ABC):
         self.world.wait()
         return f"{last} has weights from before" if last.exists() else "none were saved before"
 
-    # --- taken up
+    # --- resuming
 
-    def take_up(self) -> None:
+    def restore_latest(self) -> None:
         """Resume from the latest intact checkpoint or the one given by ``recipe.resume``.
 
         Raises:
@@ -196,9 +198,9 @@ class Resumable(ABC):
             before = images_per_update(earlier, len(ranks))
         except checkpoint.READING_ERRORS as error:
             raise CheckpointFileError(
-                f"{path} does not fit this recipe: {self._misfit(state['recipe'], error)}"
+                f"{path} does not fit this recipe: {self._mismatch(state['recipe'], error)}"
             ) from error
-        if not parallel.is_sound(self.network, self.world):
+        if not parallel.is_bounded(self.network, self.world):
             raise CheckpointFileError(
                 f"{path} has weights that are not finite or beyond 1e12: it diverged"
             )
@@ -221,7 +223,7 @@ class Resumable(ABC):
                 values = {key: values[key] for key in _PLATEAU}
             if name == "scaler" and not values:
                 continue  # it was without fp16
-            parallel.load_whole(part, values)
+            parallel.load_state(part, values)
         for name in _COUNTERS:
             setattr(self, name, state[name])
         changed = [
@@ -237,7 +239,7 @@ class Resumable(ABC):
         for group, new in zip(self.optimizer.param_groups, fresh, strict=True):
             group |= {k: v for k, v in new.items() if k in changed or k not in group}
 
-    def _misfit(self, earlier: Any, error: BaseException) -> str:
+    def _mismatch(self, earlier: Any, error: BaseException) -> str:
         """The keys that explain a mismatch, or else the error itself."""
         if isinstance(earlier, dict):
             lines = [

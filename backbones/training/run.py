@@ -13,7 +13,7 @@ import torch
 
 from backbones.core.checkpoint import CheckpointError
 from backbones.core.messages import first_line, joined_lines
-from backbones.training.checkpoint import write_atomically, write_problem
+from backbones.training.checkpoint import write_problem, write_text_atomically
 from backbones.training.command_line import parse_command_line
 from backbones.training.distributed import World, world_of_processes
 from backbones.training.errors import DataError, RecipeError, TrainingError
@@ -82,18 +82,17 @@ def _train(
 ) -> int:
     progress = Progress(world)
     with _folder_of(recipe, options, world) as (path, folder):
-        if folder is not None and folder.unlocked:
+        if folder is not None and folder.lock_problem:
             progress.say(
-                f"{path} is not locked: {folder.unlocked}. Two runs in it would overwrite each "
+                f"{path} is not locked: {folder.lock_problem}. Two runs in it would overwrite each "
                 "other's files"
             )
         trainer = build_trainer(recipe, path, world, stop, progress)
         try:
-            trainer.take_up()
+            trainer.restore_latest()
             if folder is not None:  # nothing is written before all is known to be well
                 folder.clear()
-                text = dump_recipe(trainer.resolved_recipe()).encode()
-                write_atomically(path / "config.yaml", lambda file: file.write(text))
+                write_text_atomically(path / "config.yaml", dump_recipe(trainer.resolved_recipe()))
             trainer.begin()
             return trainer.run()
         except OSError as error:

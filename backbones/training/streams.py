@@ -80,7 +80,7 @@ class StreamImages(IterableDataset[tuple[torch.Tensor, int]]):
             if hasattr(reader, "split_info"):
                 _watch_shards(reader, self._note)
             else:
-                _leave_undecoded(reader)
+                _disable_decoding(reader)
         except RuntimeError as error:  # fewer shards than loader processes
             raise DataError(str(error)) from error
         worker = get_worker_info()
@@ -174,7 +174,7 @@ def _watch_shards(reader: Any, note: Callable[[str, Exception], bool]) -> None:
     reader.ds.pipeline = [*before, remember, decoding, renaming]
 
 
-def _leave_undecoded(reader: Any) -> None:
+def _disable_decoding(reader: Any) -> None:
     """Let timm's hub reader return undecoded files, since decoding errors would end the stream."""
     feature = importlib.import_module("datasets").Image(decode=False)  # an extra
 

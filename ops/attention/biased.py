@@ -56,11 +56,11 @@ def attend_in_turn(
     Returns:
         (windows, heads, N, head_dim).
     """
-    out: Tensor = _InTurn.apply(q, k, v, bias, masks)
+    out: Tensor = _BiasedAttention.apply(q, k, v, bias, masks)
     return out
 
 
-class _InTurn(torch.autograd.Function):
+class _BiasedAttention(torch.autograd.Function):
     @staticmethod
     def forward(
         ctx: Any, q: Tensor, k: Tensor, v: Tensor, bias: Tensor, masks: Sequence[Tensor | None]

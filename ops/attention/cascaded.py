@@ -88,35 +88,35 @@ def distance_bias(table: Tensor) -> Tensor:
     Returns:
         (heads, HW, HW): entry (i, j) belongs to query i and key j, in row-major order.
     """
-    return table.flatten(1)[:, _places(table.shape[1], table.shape[2], table.device)]
+    return table.flatten(1)[:, _distance_index(table.shape[1], table.shape[2], table.device)]
 
 
-_known_places: dict[tuple[int, int, torch.device], Tensor] = {}
+_known_indices: dict[tuple[int, int, torch.device], Tensor] = {}
 
 
-def _places(height: int, width: int, device: torch.device) -> Tensor:
+def _distance_index(height: int, width: int, device: torch.device) -> Tensor:
     """(HW, HW): index into the flattened bias table for each pair of positions.
 
     Cached for the blocks of a network, except while compiling or tracing, where sizes and tensors
     are symbolic.
     """
     if torch.compiler.is_compiling() or not isinstance(height * width, int):
-        return _find_places(height, width, device)
-    places = _known_places.get((height, width, device))
-    if places is None:
+        return _compute_distance_index(height, width, device)
+    index = _known_indices.get((height, width, device))
+    if index is None:
         with torch.inference_mode(False):  # so that a gradient may be saved with it
-            places = _find_places(height, width, device)
-        if type(places) is Tensor and len(_known_places) < _MOST_KNOWN:
-            _known_places[height, width, device] = places
-    return places
+            index = _compute_distance_index(height, width, device)
+        if type(index) is Tensor and len(_known_indices) < _MOST_KNOWN:
+            _known_indices[height, width, device] = index
+    return index
 
 
-def _find_places(height: int, width: int, device: torch.device) -> Tensor:
+def _compute_distance_index(height: int, width: int, device: torch.device) -> Tensor:
     rows, columns = (torch.arange(n, device=device) for n in (height, width))
     row_distance = (rows[:, None] - rows).abs() * width
     column_distance = (columns[:, None] - columns).abs()
-    places = row_distance[:, None, :, None] + column_distance[None, :, None, :]
-    return places.flatten(2).flatten(0, 1)  # (H, W, H, W) → (HW, HW)
+    index = row_distance[:, None, :, None] + column_distance[None, :, None, :]
+    return index.flatten(2).flatten(0, 1)  # (H, W, H, W) → (HW, HW)
 
 
 class _HeadProjection(nn.Module):

@@ -223,10 +223,10 @@ def _attend_shifted(qkv: Tensor, bias: Tensor, masks: Tensor) -> Tensor:
         return out.unflatten(0, (batch, rows, columns))
     bands = []
     for band, in_column, in_corner in zip(
-        _rest_and_last(qkv, 1), (None, masks[1]), (masks[0], masks[2]), strict=True
+        _split_last(qkv, 1), (None, masks[1]), (masks[0], masks[2]), strict=True
     ):
         parts = []
-        for part, mask in zip(_rest_and_last(band, 2), (in_column, in_corner), strict=True):
+        for part, mask in zip(_split_last(band, 2), (in_column, in_corner), strict=True):
             if part.numel():
                 q, k, v = part.contiguous().flatten(0, 2).unbind(1)
                 out = _attend(q, k, v, bias if mask is None else bias + mask)
@@ -236,7 +236,7 @@ def _attend_shifted(qkv: Tensor, bias: Tensor, masks: Tensor) -> Tensor:
     return torch.cat(bands, dim=1)
 
 
-def _rest_and_last(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+def _split_last(x: Tensor, dim: int) -> tuple[Tensor, Tensor]:
     """All entries along ``dim`` except the last (possibly none), and the last."""
     rest = x.shape[dim] - 1
     return x.narrow(dim, 0, rest), x.narrow(dim, rest, 1)

@@ -21,7 +21,7 @@ _SHOW_S = 0.2
 # The size of a source with its headers that compiles almost instantly.
 _QUICK_BYTES = 22_000
 
-_given_up: str | None = None  # why compilers are no longer tried
+_compiler_failure: str | None = None  # why compilers are no longer tried
 _refused: dict[str, str] = {}  # libraries that no compiler could build, and why
 
 
@@ -64,10 +64,10 @@ def compile_all(
             running.remove(name)
 
     with (
-        compiler.cleaning_up(),
+        compiler.unwinding_on_signals(),
         Progress(weights, isa, folder) as progress,
         ThreadPoolExecutor(_cpus(), "compiling") as pool,
-        compiler.ending_all(),
+        compiler.killing_on_error(),
     ):
         futures = {name: pool.submit(compile_one, name) for name in order}
         pending: set[Future[None]] = set(futures.values())
@@ -97,7 +97,7 @@ def _compile(
     foreign: Collection[Path],
 ) -> None:
     """Compile into a scratch folder and move the library into place atomically."""
-    global _given_up
+    global _compiler_failure
     with (
         cache.scratch(folder) as scratch,
         cache.locked(folder / f"{stem}.lock", compiler.stopped),
@@ -105,16 +105,16 @@ def _compile(
         # Another process may have built it in the meantime.
         if set(cache.find(folder, stem)).difference(foreign):
             return
-        if _given_up is not None:
-            raise compiler.CompilerError(_given_up)
+        if _compiler_failure is not None:
+            raise compiler.CompilerError(_compiler_failure)
         start, built = time.perf_counter(), scratch / name
         try:
             used = libraries.compile_into(built, name, isa, compilers)
         except compiler.CompilerError as error:
             if not compiler.stopped.is_set():
-                _given_up = str(error)
+                _compiler_failure = str(error)
             raise
-        path = cache.keep(built, folder, stem)
+        path = cache.store(built, folder, stem)
     _log.info(
         "Compiled the %s kernel for %s in %.1f s with %s, kept in %r",
         *(name, isa, time.perf_counter() - start, used, str(path)),

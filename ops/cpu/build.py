@@ -54,7 +54,7 @@ class Kernel:
 
 _kernels: dict[str, Kernel] = {}
 _kernels_lock = threading.RLock()  # loading one kernel may load another
-_told: set[str] = set()  # messages that are logged once rather than per kernel
+_logged: set[str] = set()  # messages that are logged once rather than per kernel
 
 
 def load(name: str) -> ctypes.CDLL | None:
@@ -77,7 +77,7 @@ def unavailable_reason(name: str) -> str | None:
 def status(name: str) -> Kernel:
     """Build and load the kernel ``name`` on the first call; later calls return the same state."""
     kernel = _kernels.get(name)
-    return _remembered(name, _together(name)) if kernel is None else kernel
+    return _cached(name, _compiled_with(name)) if kernel is None else kernel
 
 
 def prepare(isa: str) -> Path | None:
@@ -92,37 +92,37 @@ def prepare(isa: str) -> Path | None:
     if not is_switched_on():
         raise RuntimeError(f"switched off by {SWITCH}={os.environ[SWITCH]}")
     stems = {name: libraries.stem(name, isa) for name in sources()}
-    wanted = [name for name in stems if libraries.shipped(stems[name]) is None]
-    if not wanted:
+    needed = [name for name in stems if libraries.shipped(stems[name]) is None]
+    if not needed:
         return None
-    flaws = []
+    problems = []
     for folder in cache.folders():
-        if (flaw := cache.flaw(folder)) is None:
+        if (problem := cache.problem(folder)) is None:
             try:
-                missing = [name for name in wanted if not cache.find(folder, stems[name])]
+                missing = [name for name in needed if not cache.find(folder, stems[name])]
                 if missing:
                     batch.compile_all(missing, isa, folder, _compilers())
                 missing = [name for name in missing if not cache.find(folder, stems[name])]
             except (compiler.RefusedError, compiler.CompilerError) as error:
                 raise RuntimeError(str(error)) from error
             except OSError as error:
-                flaw = cache.refuse(folder, error)
+                problem = cache.mark_unusable(folder, error)
             else:
                 if missing:
-                    raise RuntimeError(f"no {isa} kernel was made of {', '.join(missing)}")
+                    raise RuntimeError(f"no {isa} kernel was built from {', '.join(missing)}")
                 return folder
-        flaws.append(flaw.reason)
-    raise RuntimeError(f"they can be kept nowhere: {'; '.join(flaws)}")
+        problems.append(problem.reason)
+    raise RuntimeError(f"no folder can hold them: {'; '.join(problems)}")
 
 
-def _start_anew() -> None:
+def _reset_after_fork() -> None:
     """After a fork: a lock held by a thread of the parent would never be released."""
     global _kernels_lock
     _kernels_lock = threading.RLock()
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_start_anew)
+    os.register_at_fork(after_in_child=_reset_after_fork)
 
 
 class _UnavailableError(Exception):
@@ -133,7 +133,7 @@ class _ForeignError(Exception):
     """The library cannot be loaded on this system; the message says why."""
 
 
-def _remembered(name: str, beside: Sequence[str]) -> Kernel:
+def _cached(name: str, beside: Sequence[str]) -> Kernel:
     """The kernel; if it has to be compiled, so are those in ``beside``, likely needed soon."""
     with _kernels_lock:
         kernel = _kernels.get(name)
@@ -148,17 +148,17 @@ def _find_or_build(name: str, beside: Sequence[str]) -> Kernel:
         raise ValueError(f"no kernel {name!r}; the kernels are {sorted(known)}")
     if not (known and libraries.calls_gemm(name)):
         return _find_or_build_alone(name, beside, instruction_sets.candidates())
-    gemm = _remembered(libraries.GEMM, beside)
+    gemm = _cached(libraries.GEMM, beside)
     if gemm.library is None:
         return gemm
     # Weights are packed for gemm's vectors, so the instruction sets must match.
     kernel = _find_or_build_alone(name, beside, [gemm.instruction_set])
     if kernel.library is not None:
-        _give_gemm(kernel.library, gemm.library)
+        _link_gemm(kernel.library, gemm.library)
     return kernel
 
 
-def _give_gemm(library: ctypes.CDLL, gemm: ctypes.CDLL) -> None:
+def _link_gemm(library: ctypes.CDLL, gemm: ctypes.CDLL) -> None:
     library.linear_use(ctypes.cast(gemm.linear_forward, ctypes.c_void_p))
 
 
@@ -183,7 +183,7 @@ def _find_or_build_alone(name: str, beside: Sequence[str], sets: list[str]) -> K
                 return kernel
     _log.log(
         # A missing compiler or disabled kernels are no reason for a warning.
-        logging.INFO if expected or not _is_news("failure") else logging.WARNING,
+        logging.INFO if expected or not _is_first("failure") else logging.WARNING,
         "No compiled %s kernel, the pure torch path is used: %s",
         name,
         reason,
@@ -196,7 +196,7 @@ def _find_or_build_for(name: str, isa: str, beside: Sequence[str] | None) -> Ker
     first usable folder.
 
     Args:
-        beside: see :func:`_remembered`; None disables compilation.
+        beside: see :func:`_cached`; None disables compilation.
 
     Raises:
         RefusedError: no compiler accepts the source for this instruction set.
@@ -207,29 +207,29 @@ def _find_or_build_for(name: str, isa: str, beside: Sequence[str] | None) -> Ker
         with contextlib.suppress(_ForeignError):
             return Kernel(_open(path), path, isa, None)
     foreign: set[Path] = set()
-    flaws: list[str] = []
+    problems: list[str] = []
     for folder in cache.folders(temporary=may_build):
-        found, flaw = None, cache.flaw(folder)
-        if flaw is None:
+        found, problem = None, cache.problem(folder)
+        if problem is None:
             try:
-                found = _load_kept(folder, stem, foreign)
-                if found is None and beside is not None and not (flaw := cache.refused(folder)):
+                found = _load_cached(folder, stem, foreign)
+                if found is None and beside is not None and not (problem := cache.failure(folder)):
                     found = _build(name, isa, folder, foreign, beside)
             except OSError as error:
-                flaw = cache.refuse(folder, error)
+                problem = cache.mark_unusable(folder, error)
         if found is not None:
-            if flaws and _is_news("flaws"):
+            if problems and _is_first("cache"):
                 text = "Compiled kernels are kept in %r, not in the cache: %s"
-                _log.warning(text, str(folder), "; ".join(flaws))
+                _log.warning(text, str(folder), "; ".join(problems))
             return Kernel(*found, isa, None)
-        if flaw is not None and flaw.reason not in flaws:
-            flaws.append(flaw.reason)
+        if problem is not None and problem.reason not in problems:
+            problems.append(problem.reason)
     if not may_build:
         return None
-    raise _UnavailableError(f"it can be kept nowhere: {'; '.join(flaws)}")
+    raise _UnavailableError(f"no folder can hold it: {'; '.join(problems)}")
 
 
-def _load_kept(folder: Path, stem: str, foreign: set[Path]) -> tuple[ctypes.CDLL, Path] | None:
+def _load_cached(folder: Path, stem: str, foreign: set[Path]) -> tuple[ctypes.CDLL, Path] | None:
     """An existing library; those that cannot be loaded here are added to ``foreign``."""
     for path in cache.find(folder, stem):
         if path not in foreign:
@@ -244,11 +244,11 @@ def _open(path: Path) -> ctypes.CDLL:
     try:
         library = ctypes.CDLL(str(path))
     except OSError as error:
-        if cache.may_run(path):
+        if cache.allows_execution(path):
             raise _ForeignError(str(error)) from None
         text = "The system lets no code run there"
         raise PermissionError(errno.EACCES, text, str(path.parent)) from None
-    openmp.give_threads(library)
+    openmp.use_torch_threads(library)
     return library
 
 
@@ -258,14 +258,14 @@ def _build(
     """Compile the kernel and the missing ones of ``beside``."""
     compilers = _compilers()
     others = [other for other in beside if other != name and _is_missing(other, isa, folder)]
-    wanted = [name, *others]
-    batch.compile_all(wanted, isa, folder, compilers, foreign)
-    if (found := _load_kept(folder, libraries.stem(name, isa), foreign)) is None:
-        raise _UnavailableError(f"what {compilers[0][0]} made of it cannot be loaded")
+    needed = [name, *others]
+    batch.compile_all(needed, isa, folder, compilers, foreign)
+    if (found := _load_cached(folder, libraries.stem(name, isa), foreign)) is None:
+        raise _UnavailableError(f"the library that {compilers[0][0]} built cannot be loaded")
     return found
 
 
-def _together(name: str) -> list[str]:
+def _compiled_with(name: str) -> list[str]:
     """The kernels compiled along with ``name``: those of fused models, or those of plain layers."""
     is_plain = name in _OF_PLAIN_LAYERS
     return [n for n in sources() if n == libraries.GEMM or (n in _OF_PLAIN_LAYERS) == is_plain]
@@ -282,14 +282,14 @@ def _compilers() -> list[list[str]]:
         chosen = compiler.command()
     except ValueError as error:
         chosen = []
-        if _is_news("CXX"):
+        if _is_first("CXX"):
             _log.warning("%s; other compilers are tried", error)
     return compiler.find_compilers(chosen)
 
 
-def _is_news(what: str) -> bool:
+def _is_first(what: str) -> bool:
     """Whether this is the first call for ``what`` in this process."""
-    if what in _told:
+    if what in _logged:
         return False
-    _told.add(what)
+    _logged.add(what)
     return True

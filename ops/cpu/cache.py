@@ -23,26 +23,26 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from ops.cpu.trust import Flaw, flaw_of, is_own_file
+from ops.cpu.trust import Problem, is_own_file, permission_problem
 
 __all__ = [
+    "allows_execution",
     "cache_dir",
+    "failure",
     "find",
-    "flaw",
     "folders",
-    "keep",
     "locked",
-    "may_run",
-    "refuse",
-    "refused",
+    "mark_unusable",
+    "problem",
     "scratch",
+    "store",
 ]
 
 _log = logging.getLogger(__name__)
 
 _SUFFIX = ".dll" if sys.platform == "win32" else ".so"
 # Survives reboots and is writable by everyone.
-_LASTING = Path("/var/tmp")
+_PERSISTENT = Path("/var/tmp")
 _SCRATCH_PREFIX = "building-"
 # Longer than any compilation is allowed to take.
 _STALE_S = 3600.0
@@ -50,7 +50,7 @@ _LEAST_BYTES = 8 << 20  # mostly for the assembler's files
 # Some kernels take a quarter of this to compile on a busy machine.
 _LOCK_PATIENCE_S = 120.0
 
-_refused: dict[Path, Flaw] = {}  # folders where writing has failed
+_refused: dict[Path, Problem] = {}  # folders where writing has failed
 _temporary: list[Path] = []  # at most one: this process's own folder
 
 
@@ -74,8 +74,8 @@ def folders(temporary: bool = False) -> Iterator[Path]:
     """
     yield _user_cache()
     user = "" if sys.platform == "win32" else f"-{os.geteuid()}"
-    if os.path.isdir(_LASTING):
-        yield _LASTING / f"vision-backbones{user}" / "native"
+    if os.path.isdir(_PERSISTENT):
+        yield _PERSISTENT / f"vision-backbones{user}" / "native"
     runtime = os.environ.get("XDG_RUNTIME_DIR")
     if runtime and os.path.isdir(runtime):
         yield Path(runtime) / "vision-backbones" / "native"
@@ -107,37 +107,37 @@ def _remove_temporary(pid: int) -> None:
             shutil.rmtree(folder, ignore_errors=True)
 
 
-def flaw(folder: Path) -> Flaw | None:
+def problem(folder: Path) -> Problem | None:
     """Why no library may be loaded from ``folder``, which need not exist; None if it is usable."""
     if folder.parts[0].startswith("~"):
-        return Flaw(f"there is no home for {str(folder)!r}")
+        return Problem(f"there is no home for {str(folder)!r}")
     try:
-        if (found := flaw_of(folder)) is not None:
+        if (found := permission_problem(folder)) is not None:
             return found
-        there = folder
-        while not there.exists():
-            there = there.parent
-        if not there.is_dir():
-            return Flaw(f"{str(there)!r} is not a folder")
-        if sys.platform == "linux" and os.statvfs(there).f_flag & os.ST_NOEXEC:
-            return Flaw(f"the mount of {str(there)!r} allows no code to run (noexec)")
+        existing = folder
+        while not existing.exists():
+            existing = existing.parent
+        if not existing.is_dir():
+            return Problem(f"{str(existing)!r} is not a folder")
+        if sys.platform == "linux" and os.statvfs(existing).f_flag & os.ST_NOEXEC:
+            return Problem(f"the mount of {str(existing)!r} allows no code to run (noexec)")
     except (OSError, ValueError) as error:
-        return Flaw(_words(error))
+        return Problem(_message(error))
     return None
 
 
-def refuse(folder: Path, error: OSError) -> Flaw:
+def mark_unusable(folder: Path, error: OSError) -> Problem:
     """Stop compiling into ``folder`` in this process because of ``error``."""
-    _refused[folder] = Flaw(_words(error))
+    _refused[folder] = Problem(_message(error))
     return _refused[folder]
 
 
-def refused(folder: Path) -> Flaw | None:
+def failure(folder: Path) -> Problem | None:
     """Why nothing more is compiled into ``folder``; None if no attempt has failed."""
     return _refused.get(folder)
 
 
-def _words(error: OSError | ValueError) -> str:
+def _message(error: OSError | ValueError) -> str:
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {os.fsdecode(error.filename or '')!r}"
     return str(error)
@@ -177,7 +177,7 @@ def _digest(path: Path) -> str:
     return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
 
 
-def keep(built: Path, folder: Path, stem: str) -> Path:
+def store(built: Path, folder: Path, stem: str) -> Path:
     """Move the library ``built`` from a scratch folder in ``folder`` to its final place."""
     path = folder / f"{stem}-{_digest(built)}{_SUFFIX}"
     built.chmod(stat.S_IMODE(built.stat().st_mode) & ~0o022)  # whatever the umask is
@@ -185,7 +185,7 @@ def keep(built: Path, folder: Path, stem: str) -> Path:
     return path
 
 
-def may_run(path: Path) -> bool:
+def allows_execution(path: Path) -> bool:
     """Whether the system allows code to be loaded from ``path`` (not mounted noexec)."""
     if sys.platform != "linux":
         return True
@@ -209,7 +209,7 @@ def scratch(folder: Path) -> Iterator[Path]:
     """
     # A link may point to a folder that doesn't exist yet.
     _make(Path(os.path.realpath(folder)), 0o755 if folder == _user_cache() else 0o700)
-    if (found := flaw_of(folder)) is not None:  # another user was faster
+    if (found := permission_problem(folder)) is not None:  # another user was faster
         raise OSError(found.reason)
     for left in folder.glob(f"{_SCRATCH_PREFIX}*"):
         if _is_stale(left):
@@ -218,14 +218,14 @@ def scratch(folder: Path) -> Iterator[Path]:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
     made = Path(tempfile.mkdtemp(prefix=_SCRATCH_PREFIX, dir=folder))
     try:
-        with _held(made):
+        with _locked_folder(made):
             yield made
     finally:
         shutil.rmtree(made, ignore_errors=True)
 
 
 @contextlib.contextmanager
-def _held(folder: Path) -> Iterator[None]:
+def _locked_folder(folder: Path) -> Iterator[None]:
     """Lock ``folder``, where locks exist, so that other processes don't consider it a leftover."""
     if sys.platform == "win32":
         yield
@@ -307,7 +307,7 @@ def _wait_for(file: int, path: Path, stopped: threading.Event) -> bool:
     """Whether the lock was acquired within the time allowed for compiling one kernel."""
     import fcntl
 
-    start, told = time.monotonic(), False
+    start, logged = time.monotonic(), False
     while True:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -325,8 +325,8 @@ def _wait_for(file: int, path: Path, stopped: threading.Event) -> bool:
                 waited,
             )
             return False
-        if not told:
+        if not logged:
             _log.info("Waiting for process %s, which holds %r", holder, str(path))
-            told = True
+            logged = True
         if stopped.wait(0.05):
             return False

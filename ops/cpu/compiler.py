@@ -22,12 +22,12 @@ __all__ = [
     "CompilerError",
     "NoCompilerError",
     "RefusedError",
-    "cleaning_up",
     "command",
-    "ending_all",
     "find_compilers",
+    "killing_on_error",
     "run",
     "stopped",
+    "unwinding_on_signals",
 ]
 
 _log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ _log = logging.getLogger(__name__)
 _TIMEOUT_S = 300
 # Messages of compilers, assemblers and linkers for failures not caused by the source or options.
 _FULL = re.compile("No space left on device|Disk quota exceeded")
-_ENDED = re.compile("signal terminated|terminated with signal|[Oo]ut of memory|allocate memory")
+_KILLED = re.compile("signal terminated|terminated with signal|[Oo]ut of memory|allocate memory")
 _LEAST_BYTES = (
     1 << 20
 )  # a linker that maps its output is killed without a message if the disk is full
@@ -66,7 +66,7 @@ def command() -> list[str]:
     try:
         return shlex.split(chosen)
     except ValueError as error:
-        raise ValueError(f"CXX={chosen!r} is no command: {error}") from None
+        raise ValueError(f"CXX={chosen!r} is not a command: {error}") from None
 
 
 def find_compilers(chosen: Sequence[str]) -> list[list[str]]:
@@ -95,31 +95,33 @@ def run(words: Sequence[str], scratch: Path) -> None:
     """
     with contextlib.ExitStack() as stack:
         try:
-            with _undisturbed():
+            with _signals_delayed():
                 process = stack.enter_context(_start(words, scratch))
-                stack.callback(_end, process)
-                stack.enter_context(_listed(process))
+                stack.callback(_kill, process)
+                stack.enter_context(_registered(process))
         except OSError as error:
             kind = CompilerError if error.errno in (errno.ENOMEM, errno.EAGAIN) else RefusedError
             raise kind(f"{words[0]}: {error.strerror}") from None
         try:
-            said = process.communicate(timeout=_TIMEOUT_S)[1]
+            stderr = process.communicate(timeout=_TIMEOUT_S)[1]
         except subprocess.TimeoutExpired:
             raise CompilerError(f"{words[0]} did not end within {_TIMEOUT_S} s") from None
     if process.returncode == 0:
         return
-    _log.debug("%s\n%s", shlex.join(words), said)
+    _log.debug("%s\n%s", shlex.join(words), stderr)
     folder = scratch.parent
-    if full := _FULL.search(said):
+    if full := _FULL.search(stderr):
         raise OSError(errno.ENOSPC, full.group(), str(folder))
     if shutil.disk_usage(folder).free < _LEAST_BYTES:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(folder))
-    (scratch / "probe").write_bytes(b"may anything be written there?")
-    lines = [line for line in said.splitlines() if "error" in line.lower()]
-    first = lines[0] if lines else said.strip()[:200]
+    (scratch / "probe").write_bytes(b"test")
+    lines = [line for line in stderr.splitlines() if "error" in line.lower()]
+    first = lines[0] if lines else stderr.strip()[:200]
     text = f"{words[0]} failed with status {process.returncode}: {first}"
     raise (
-        CompilerError(text) if process.returncode < 0 or _ENDED.search(said) else RefusedError(text)
+        CompilerError(text)
+        if process.returncode < 0 or _KILLED.search(stderr)
+        else RefusedError(text)
     )
 
 
@@ -138,7 +140,7 @@ def _start(words: Sequence[str], scratch: Path) -> subprocess.Popen[str]:
     )
 
 
-def _end(process: subprocess.Popen[str]) -> None:
+def _kill(process: subprocess.Popen[str]) -> None:
     if process.returncode is not None:
         return
     if sys.platform == "win32":
@@ -154,12 +156,12 @@ _running_lock = threading.Lock()
 
 
 @contextlib.contextmanager
-def _listed(process: subprocess.Popen[str]) -> Iterator[None]:
+def _registered(process: subprocess.Popen[str]) -> Iterator[None]:
     """Context in which other threads can end ``process``."""
     with _running_lock:
         _running.add(process)
         if stopped.is_set():
-            _end(process)
+            _kill(process)
     try:
         yield
     finally:
@@ -168,7 +170,7 @@ def _listed(process: subprocess.Popen[str]) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def ending_all() -> Iterator[None]:
+def killing_on_error() -> Iterator[None]:
     """Context in which an error, such as a signal, ends the compilers of other threads."""
     stopped.clear()
     try:
@@ -177,11 +179,11 @@ def ending_all() -> Iterator[None]:
         with _running_lock:
             stopped.set()
             for process in _running:
-                _end(process)
+                _kill(process)
         raise
 
 
-def _start_anew() -> None:
+def _reset_after_fork() -> None:
     """After a fork: the compilers, and any thread that holds the lock, belong to the parent."""
     global _running_lock
     _running_lock = threading.Lock()
@@ -189,7 +191,7 @@ def _start_anew() -> None:
 
 
 if hasattr(os, "register_at_fork"):
-    os.register_at_fork(after_in_child=_start_anew)
+    os.register_at_fork(after_in_child=_reset_after_fork)
 
 
 # ---- signals -----------------------------------------------------------------------------------
@@ -197,11 +199,11 @@ class _Signal(BaseException):
     """A signal that would have ended this process."""
 
 
-_waiting: list[BaseException] | None = None  # raised when the undisturbed section ends
+_waiting: list[BaseException] | None = None  # raised when the section that delays signals ends
 
 
 @contextlib.contextmanager
-def cleaning_up() -> Iterator[None]:
+def unwinding_on_signals() -> Iterator[None]:
     """Context in which a signal that ends this process unwinds the stack first.
 
     This works only in the main thread, a limitation of Python, and for signals that the program
@@ -234,7 +236,7 @@ def cleaning_up() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _undisturbed() -> Iterator[None]:
+def _signals_delayed() -> Iterator[None]:
     """Context that delays such signals, so that no started process goes unrecorded."""
     global _waiting
     if threading.current_thread() is not threading.main_thread():  # signals are handled elsewhere

@@ -16,13 +16,13 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["give_threads", "runtime"]
+__all__ = ["runtime", "use_torch_threads"]
 
 # In the order of `parallel_use` in common/parallel.h.
 _FUNCTIONS = "GOMP_parallel", "omp_get_thread_num", "omp_get_num_threads"
 
 
-def give_threads(library: ctypes.CDLL) -> None:
+def use_torch_threads(library: ctypes.CDLL) -> None:
     """Let the kernels of ``library`` use torch's threads; without a runtime they use one thread."""
     try:
         use = library.parallel_use

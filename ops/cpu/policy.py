@@ -7,26 +7,21 @@ in alternation::
 
     python tools/benchmark.py --models shvit_s4 --batches 1 8 --modes fused
 
-:func:`explaining` reports the consulted rules and their reasons; they are the last column of
-``vision-backbones summary MODEL --kernels``.
+:func:`ops.cpu.decisions.observe_decisions` reports the consulted rules and their reasons; they are
+the last column of ``vision-backbones summary MODEL --kernels``.
 """
 
 from __future__ import annotations
 
 import functools
-import inspect
 import sys
-import threading
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
-from typing import Any, NamedTuple, ParamSpec
 
 import torch
 
+from ops.cpu.decisions import Verdict, rule
 from ops.cpu.instruction_sets import instruction_set, is_emulated
 
 __all__ = [
-    "Asked",
     "averages_in_linear",
     "by_tiles",
     "channels_enough_for_windows",
@@ -34,7 +29,6 @@ __all__ = [
     "conv_by_kernel",
     "convolves_windows",
     "depthwise_by_kernel",
-    "explaining",
     "feed_forward_by_kernel",
     "few_rows",
     "left_to_torch",
@@ -46,88 +40,6 @@ __all__ = [
     "stem_by_kernel",
     "window_attention_by_kernel",
 ]
-
-
-class Asked(NamedTuple):
-    """A consulted rule and its answer.
-
-    Attributes:
-        arguments: its arguments by name.
-        reason: the reason, with the values compared.
-        outcome: what computes the layer.
-        instruction_set: the instruction set that the rule was applied to.
-    """
-
-    rule: str
-    arguments: Mapping[str, Any]
-    answer: bool
-    reason: str
-    outcome: str
-    instruction_set: str
-
-    def __str__(self) -> str:
-        words = [self.reason, self.instruction_set]
-        dtype = self.arguments.get("dtype")
-        if dtype is not None:
-            words.insert(1, _in_words(dtype))
-        return f"{self.rule}: {', '.join(words)} → {self.outcome}"
-
-
-class _Verdict(NamedTuple):
-    """The answer of a rule, and why.
-
-    The reason contains the rule's arguments and ``limit`` in braces. It is formatted only on
-    demand, since rules are consulted in every call of a layer.
-    """
-
-    answer: bool
-    reason: str
-    limit: Any = None
-
-
-class _Thread(threading.local):
-    note: Callable[[Asked], object] | None = None
-
-
-_thread = _Thread()
-P = ParamSpec("P")
-
-
-@contextmanager
-def explaining(note: Callable[[Asked], object]) -> Iterator[None]:
-    """Context in which ``note`` is called with each rule that this thread consults."""
-    before, _thread.note = _thread.note, note
-    try:
-        yield
-    finally:
-        _thread.note = before
-
-
-def _rule(yes: str, no: str) -> Callable[[Callable[P, _Verdict]], Callable[P, bool]]:
-    """Decorator for rules: ``yes`` or ``no`` names what computes the layer."""
-
-    def made_of(function: Callable[P, _Verdict]) -> Callable[P, bool]:
-        @functools.wraps(function)
-        def asked(*args: P.args, **kwargs: P.kwargs) -> bool:
-            verdict = function(*args, **kwargs)
-            if _thread.note is not None:
-                bound = inspect.signature(function).bind(*args, **kwargs).arguments
-                words = {name: _in_words(value) for name, value in bound.items()}
-                reason = verdict.reason.format(limit=_in_words(verdict.limit), **words)
-                outcome = yes if verdict.answer else no
-                said = (verdict.answer, reason, outcome, instruction_set())
-                _thread.note(Asked(function.__name__, bound, *said))
-            return verdict.answer
-
-        return asked
-
-    return made_of
-
-
-def _in_words(value: Any) -> str:
-    if isinstance(value, tuple):
-        return "×".join(map(str, value))
-    return "∞" if value == sys.maxsize else str(value).removeprefix("torch.")
 
 
 # -- CPUs without known vector instructions -------------------------------------------------------
@@ -214,30 +126,30 @@ def few_rows(dtype: torch.dtype) -> int:
     return _FEW_ROWS.get(instruction_set(), sys.maxsize)
 
 
-@_rule(yes="packed GEMM", no="oneDNN")
+@rule(yes="packed GEMM", no="oneDNN")
 def linear_by_kernel(
     rows: int, in_features: int, out_features: int, dtype: torch.dtype, activation: str
-) -> _Verdict:
+) -> Verdict:
     """Our linear kernel: for few rows, few features, or a GELU that oneDNN computes in bfloat16.
 
     Also if torch has no fast products of ``dtype``.
     """
     if not multiplies(dtype):
-        return _Verdict(True, "torch has no products of it")
+        return Verdict(True, "torch has no products of it")
     most = few_rows(dtype)
     if rows <= most:
-        return _Verdict(True, "rows {rows} ≤ {limit}", most)
+        return Verdict(True, "rows {rows} ≤ {limit}", most)
     if min(in_features, out_features) <= _NARROW:
-        return _Verdict(True, "features {in_features} → {out_features}, one ≤ {limit}", _NARROW)
+        return Verdict(True, "features {in_features} → {out_features}, one ≤ {limit}", _NARROW)
     if activation == "gelu" and dtype == torch.bfloat16:
-        return _Verdict(True, "a GELU of few bits")
-    return _Verdict(False, "rows {rows} > {limit}", most)
+        return Verdict(True, "a GELU of few bits")
+    return Verdict(False, "rows {rows} > {limit}", most)
 
 
-@_rule(yes="both layers in one pass", no="layer by layer")
-def feed_forward_by_kernel(dtype: torch.dtype) -> _Verdict:
+@rule(yes="both layers in one pass", no="layer by layer")
+def feed_forward_by_kernel(dtype: torch.dtype) -> Verdict:
     """Two linear layers in one pass, except bfloat16 with AMX: only measured layer by layer."""
-    return _Verdict(False, "in tiles") if by_tiles(dtype) else _Verdict(True, "not in tiles")
+    return Verdict(False, "in tiles") if by_tiles(dtype) else Verdict(True, "not in tiles")
 
 
 # -- convolutions --------------------------------------------------------------------------------
@@ -256,52 +168,52 @@ def channels_enough_for_windows(in_channels: int) -> bool:
     return in_channels >= _FEWEST_CHANNELS
 
 
-@_rule(yes="our convolution", no="oneDNN")
+@rule(yes="our convolution", no="oneDNN")
 def convolves_windows(
     stride: tuple[int, ...], dilation: tuple[int, ...], groups: int, dtype: torch.dtype
-) -> _Verdict:
+) -> Verdict:
     """Dense convolutions for which one of our kernels can be faster.
 
     These are strided, where oneDNN stalls on loads of weights and maps; :func:`conv_by_kernel`
     decides case by case.
     """
     if groups != 1:
-        return _Verdict(False, "{groups} groups")
+        return Verdict(False, "{groups} groups")
     if tuple(dilation) != (1, 1):
-        return _Verdict(False, "dilation {dilation}")
+        return Verdict(False, "dilation {dilation}")
     if tuple(stride) == (1, 1):
-        return _Verdict(False, "stride {stride}")
+        return Verdict(False, "stride {stride}")
     if not multiplies(dtype):
-        return _Verdict(False, "products of float32")
-    return _Verdict(True, "stride {stride}")
+        return Verdict(False, "products of float32")
+    return Verdict(True, "stride {stride}")
 
 
-@_rule(yes="our convolution", no="oneDNN")
-def conv_by_kernel(in_channels: int, pixels: int, is_nchw: bool, dtype: torch.dtype) -> _Verdict:
+@rule(yes="our convolution", no="oneDNN")
+def conv_by_kernel(in_channels: int, pixels: int, is_nchw: bool, dtype: torch.dtype) -> Verdict:
     """Our strided convolution: for images in NCHW and few enough pixels (see few_rows).
 
     1.3 to 2 times as fast as oneDNN's in the first layers of all families.
     """
     if not channels_enough_for_windows(in_channels):
         reason = "{in_channels} channels in NCHW" if is_nchw else "{in_channels} channels in NHWC"
-        return _Verdict(is_nchw, reason)
+        return Verdict(is_nchw, reason)
     most = few_rows(dtype)
     if pixels <= most:
-        return _Verdict(True, "pixels {pixels} ≤ {limit}", most)
-    return _Verdict(False, "pixels {pixels} > {limit}", most)
+        return Verdict(True, "pixels {pixels} ≤ {limit}", most)
+    return Verdict(False, "pixels {pixels} > {limit}", most)
 
 
-@_rule(yes="the first layers in one pass", no="layer by layer")
-def stem_by_kernel(has_odd_channels: bool, dtype: torch.dtype) -> _Verdict:
+@rule(yes="the first layers in one pass", no="layer by layer")
+def stem_by_kernel(has_odd_channels: bool, dtype: torch.dtype) -> Verdict:
     """A chain of 3×3 convolutions in one pass, except with AMX; bfloat16 needs even channels."""
     if by_tiles(dtype):
-        return _Verdict(False, "in tiles")
+        return Verdict(False, "in tiles")
     if has_odd_channels and dtype == torch.bfloat16:
-        return _Verdict(False, "odd channels")
-    return _Verdict(True, "not in tiles")
+        return Verdict(False, "odd channels")
+    return Verdict(True, "not in tiles")
 
 
-@_rule(yes="direct depthwise", no="oneDNN")
+@rule(yes="direct depthwise", no="oneDNN")
 def depthwise_by_kernel(
     values: int,
     channels: int,
@@ -310,7 +222,7 @@ def depthwise_by_kernel(
     dilation: tuple[int, ...],
     is_nhwc: bool,
     dtype: torch.dtype,
-) -> _Verdict:
+) -> Verdict:
     """Our depthwise convolution: for large, oblong or dilated windows, 3×3, and small maps.
 
     oneDNN would copy a slice of the channels, which our kernel reads in place; in bfloat16, oneDNN
@@ -318,20 +230,20 @@ def depthwise_by_kernel(
     """
     rows, columns = kernel_size
     if values <= _SMALL_MAP:
-        return _Verdict(True, "values {values} ≤ {limit}", _SMALL_MAP)
+        return Verdict(True, "values {values} ≤ {limit}", _SMALL_MAP)
     if not multiplies(dtype):
-        return _Verdict(True, "torch has no products of it")
+        return Verdict(True, "torch has no products of it")
     if not is_nhwc:
-        return _Verdict(True, "a part of the channels")
+        return Verdict(True, "a part of the channels")
     if tuple(dilation) != (1, 1):
-        return _Verdict(True, "dilation {dilation}")
+        return Verdict(True, "dilation {dilation}")
     if rows != columns or rows * columns >= _LARGE_WINDOW:
-        return _Verdict(True, "window {kernel_size}, oblong or of ≥ {limit} taps", _LARGE_WINDOW)
+        return Verdict(True, "window {kernel_size}, oblong or of ≥ {limit} taps", _LARGE_WINDOW)
     # A specialized code path of our kernel, but slow for partial vectors of bfloat16.
     own = (rows, columns) == (3, 3) and tuple(padding) == (1, 1)
     if own and (dtype == torch.float32 or channels % _VECTOR == 0):
-        return _Verdict(True, "window {kernel_size}, padding {padding}")
-    return _Verdict(False, "window {kernel_size}, values {values} > {limit}", _SMALL_MAP)
+        return Verdict(True, "window {kernel_size}, padding {padding}")
+    return Verdict(False, "window {kernel_size}, values {values} > {limit}", _SMALL_MAP)
 
 
 # -- attention -----------------------------------------------------------------------------------
@@ -344,58 +256,58 @@ _LARGEST_WINDOW = 48
 _LARGEST_SEQUENCE = 1024
 
 
-@_rule(yes="softmax attention in one pass", no="torch")
-def softmax_attention_by_kernel(keys: int, dtype: torch.dtype) -> _Verdict:
+@rule(yes="softmax attention in one pass", no="torch")
+def softmax_attention_by_kernel(keys: int, dtype: torch.dtype) -> Verdict:
     """Our softmax attention, except for many keys in bfloat16 with AMX, where torch is used."""
     return _softmax_attention(keys, dtype, "keys {keys}")
 
 
-def _softmax_attention(keys: int, dtype: torch.dtype, named: str) -> _Verdict:
+def _softmax_attention(keys: int, dtype: torch.dtype, named: str) -> Verdict:
     if not by_tiles(dtype):
-        return _Verdict(True, named + ", not in tiles")
+        return Verdict(True, named + ", not in tiles")
     if keys <= _MOST_KEYS_OF_TILES:
-        return _Verdict(True, named + " ≤ {limit}", _MOST_KEYS_OF_TILES)
-    return _Verdict(False, named + " > {limit}", _MOST_KEYS_OF_TILES)
+        return Verdict(True, named + " ≤ {limit}", _MOST_KEYS_OF_TILES)
+    return Verdict(False, named + " > {limit}", _MOST_KEYS_OF_TILES)
 
 
-@_rule(yes="windows where they lie", no="copies of windows")
-def window_attention_by_kernel(window_size: int, dtype: torch.dtype) -> _Verdict:
+@rule(yes="windows where they lie", no="copies of windows")
+def window_attention_by_kernel(window_size: int, dtype: torch.dtype) -> Verdict:
     """Window attention in place in the map, up to a side of 48 keys."""
     if window_size > _LARGEST_WINDOW:
-        return _Verdict(False, "side {window_size} > {limit}", _LARGEST_WINDOW)
+        return Verdict(False, "side {window_size} > {limit}", _LARGEST_WINDOW)
     return _softmax_attention(window_size**2, dtype, "keys {window_size}²")
 
 
-@_rule(yes="rotated attention in one pass", no="torch")
-def rotated_attention_by_kernel(tokens: int, dtype: torch.dtype) -> _Verdict:
+@rule(yes="rotated attention in one pass", no="torch")
+def rotated_attention_by_kernel(tokens: int, dtype: torch.dtype) -> Verdict:
     """RAVLT's softmax attention in one pass, except for large maps in bfloat16, left to torch.
 
     RAVLT-T is 1.08 times as fast at one image and at eight in float32, 1.02 and 1.06 in bfloat16.
     """
     if tokens <= _MOST_TOKENS:
-        return _Verdict(True, "tokens {tokens} ≤ {limit}", _MOST_TOKENS)
+        return Verdict(True, "tokens {tokens} ≤ {limit}", _MOST_TOKENS)
     if dtype != torch.bfloat16 or not multiplies(dtype):
-        return _Verdict(True, "tokens {tokens}, not in products of bfloat16")
-    return _Verdict(False, "tokens {tokens} > {limit}", _MOST_TOKENS)
+        return Verdict(True, "tokens {tokens}, not in products of bfloat16")
+    return Verdict(False, "tokens {tokens} > {limit}", _MOST_TOKENS)
 
 
-@_rule(yes="attention in one pass", no="torch")
-def single_head_by_kernel(tokens: int) -> _Verdict:
+@rule(yes="attention in one pass", no="torch")
+def single_head_by_kernel(tokens: int) -> Verdict:
     """SHViT's attention in one pass for small maps; torch's products are faster for larger ones.
 
     SHViT-S4: from 17.2 to 14.9 ms at one image, from 79.1 to 76.9 at eight.
     """
     if tokens <= _MOST_TOKENS:
-        return _Verdict(True, "tokens {tokens} ≤ {limit}", _MOST_TOKENS)
-    return _Verdict(False, "tokens {tokens} > {limit}", _MOST_TOKENS)
+        return Verdict(True, "tokens {tokens} ≤ {limit}", _MOST_TOKENS)
+    return Verdict(False, "tokens {tokens} > {limit}", _MOST_TOKENS)
 
 
-@_rule(yes="means by the linear layer", no="means, then the linear layer")
-def averages_in_linear(features: int) -> _Verdict:
+@rule(yes="means by the linear layer", no="means, then the linear layer")
+def averages_in_linear(features: int) -> Verdict:
     """FaViT's means of runs of a sequence, folded into the next linear layer up to 1024 inputs.
 
     FaViT-B0: from 23.1 to 21.8 ms at one image, from 113.2 to 110.9 at eight.
     """
     if features <= _LARGEST_SEQUENCE:
-        return _Verdict(True, "features {features} ≤ {limit}", _LARGEST_SEQUENCE)
-    return _Verdict(False, "features {features} > {limit}", _LARGEST_SEQUENCE)
+        return Verdict(True, "features {features} ≤ {limit}", _LARGEST_SEQUENCE)
+    return Verdict(False, "features {features} > {limit}", _LARGEST_SEQUENCE)

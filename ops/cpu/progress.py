@@ -39,7 +39,7 @@ class Progress:
         self._is_drawn = sys.stderr is not None and sys.stderr.isatty()
 
     def __enter__(self) -> Progress:
-        self._start, self._told = time.monotonic(), False
+        self._start, self._logged = time.monotonic(), False
         if self._is_drawn:
             sys.stderr.write(f"{self._text}\n")
         return self
@@ -65,8 +65,8 @@ class Progress:
         if self._is_drawn:
             sys.stderr.write(_CLEAR_LINE + self._bar(done, running, seconds))
             sys.stderr.flush()
-        elif seconds >= _LONG_S and not self._told:
-            self._told = True
+        elif seconds >= _LONG_S and not self._logged:
+            self._logged = True
             _log.warning("%s", self._text)
 
     def _bar(self, done: Collection[str], running: Collection[str], seconds: float) -> str:

@@ -15,20 +15,20 @@ import sys
 from pathlib import Path
 from typing import NamedTuple
 
-__all__ = ["Flaw", "flaw_of", "is_own_file", "shell_word"]
+__all__ = ["Problem", "is_own_file", "permission_problem", "shell_word"]
 
 _MOST_LINKS = 40  # in the resolution of one path, as on Linux
 _ACCESS_LIST = "system.posix_acl_access"
 
 
-class Flaw(NamedTuple):
+class Problem(NamedTuple):
     """What is wrong with a folder, and a shell command that fixes it ("" if there is none)."""
 
     reason: str
-    mend: str = ""
+    fix: str = ""
 
 
-def flaw_of(path: Path) -> Flaw | None:
+def permission_problem(path: Path) -> Problem | None:
     """Why others can change the contents of ``path``; None if only the user and root can.
 
     Missing folders are not checked: they will belong to whoever creates them.
@@ -47,7 +47,7 @@ def flaw_of(path: Path) -> Flaw | None:
             return None
         is_last = not rest
         if not _is_trusted(found.st_uid, is_last):
-            return Flaw(f"{str(place)!r} belongs to another user ({found.st_uid})")
+            return Problem(f"{str(place)!r} belongs to another user ({found.st_uid})")
         if stat.S_ISLNK(found.st_mode):
             links += 1
             if links > _MOST_LINKS:
@@ -57,7 +57,7 @@ def flaw_of(path: Path) -> Flaw | None:
             place = Path(rest.pop()) if target.is_absolute() else place.parent
         elif _others_may_write(place, found) and (is_last or not found.st_mode & stat.S_ISVTX):
             own = found.st_uid == os.geteuid()
-            return Flaw(
+            return Problem(
                 f"others may write to {str(place)!r} (mode {stat.S_IMODE(found.st_mode):o})",
                 f"chmod go-w {shell_word(place)}" if own else "",
             )

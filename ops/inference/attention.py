@@ -36,7 +36,7 @@ __all__ = [
     "FastPooledAttention",
     "FastRankAugmentedAttention",
     "attend_tokens",
-    "axis_turns",
+    "axis_rotations",
 ]
 
 # Bytes of queries, keys, values and gates; larger batches are processed a few images at a time, so
@@ -175,14 +175,14 @@ class FastHiLoAttention(FastLayer, HiLoAttention):
 
 
 @functools.lru_cache(maxsize=8)
-def _turns(height: int, width: int, head_dim: int) -> Tensor:
+def _rotations(height: int, width: int, head_dim: int) -> Tensor:
     """The rotations as complex numbers: (height · width, head_dim / 2)."""
     sin, cos = rotary_table(height, width, head_dim, device=torch.device("cpu"))
     return torch.complex(cos[:, ::2].contiguous(), sin[:, ::2].contiguous())
 
 
 @functools.lru_cache(maxsize=32)
-def axis_turns(size: int, head_dim: int, axis: int) -> Tensor:
+def axis_rotations(size: int, head_dim: int, axis: int) -> Tensor:
     """(size, head_dim): cosines, then sines, negated for even channels, of rows or columns."""
     shape = (size, 1) if axis == 0 else (1, size)
     cpu = torch.device("cpu")  # whatever the default device is
@@ -244,22 +244,24 @@ class FastRankAugmentedAttention(RankAugmentedAttention):
         kernel = linear_attention if self.linear else gated_attention
         fast = self.linear or policy.rotated_attention_by_kernel(height * width, x.dtype)
         if fast and kernel.unsupported(x.device, x.dtype, head_dim) is None:
-            return self._some_images_at_a_time(x, residual)
+            return self._attend_in_chunks(x, residual)
         *qkv, gate = self.qkvo(x).chunk(4, dim=-1)
-        turns = _turns(height, width, head_dim)
+        rotations = _rotations(height, width, head_dim)
         query, key, value = (
             t.flatten(1, 2).unflatten(-1, (self.num_heads, -1)).transpose(1, 2) for t in qkv
         )  # (B, heads, HW, head_dim)
         if self.linear:
-            out = _linear_attention(query.float(), key.float(), value.float(), turns).to(x.dtype)
+            out = _linear_attention(query.float(), key.float(), value.float(), rotations).to(
+                x.dtype
+            )
         else:
-            query, key = (_rotate(t.float(), turns).to(x.dtype) for t in (query, key))
+            query, key = (_rotate(t.float(), rotations).to(x.dtype) for t in (query, key))
             out = softmax_attention(query, key, value)
         out = out.transpose(1, 2).reshape(x.shape)
         out = self.lepe(qkv[2].permute(0, 3, 1, 2)).permute(0, 2, 3, 1).add_(out).mul_(gate)
         return self.proj(out, residual)
 
-    def _some_images_at_a_time(self, x: Tensor, residual: Tensor | None) -> Tensor:
+    def _attend_in_chunks(self, x: Tensor, residual: Tensor | None) -> Tensor:
         projected_bytes = 4 * x.numel() * x.element_size()
         images = max(1, len(x) * _PROJECTED_BYTES // max(1, projected_bytes))
         if images >= len(x):
@@ -278,20 +280,20 @@ class FastRankAugmentedAttention(RankAugmentedAttention):
             else gated_attention.gated_attention
         )
         head_dim = x.shape[3] // self.num_heads
-        tables = (axis_turns(size, head_dim, axis) for axis, size in enumerate(x.shape[1:3]))
+        tables = (axis_rotations(size, head_dim, axis) for axis, size in enumerate(x.shape[1:3]))
         return self.proj(attend(qkvo, bias, *tables, self.num_heads), residual)
 
 
-def _rotate(x: Tensor, turns: Tensor) -> Tensor:
+def _rotate(x: Tensor, rotations: Tensor) -> Tensor:
     pairs = torch.view_as_complex(x.unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turns).flatten(-2)
+    return torch.view_as_real(pairs * rotations).flatten(-2)
 
 
-def _linear_attention(query: Tensor, key: Tensor, value: Tensor, turns: Tensor) -> Tensor:
+def _linear_attention(query: Tensor, key: Tensor, value: Tensor, rotations: Tensor) -> Tensor:
     """Like :func:`ops.attention.rank_augmented.rank_augmented_linear_attention`, in float32."""
     q, k = (F.elu(t).add_(1) for t in (query, key))
     logits = (q.shape[-1] ** -0.5 * q.mean(dim=2, keepdim=True)) @ k.transpose(2, 3)
     k.mul_(logits.softmax(dim=-1).transpose(2, 3))
     total = (q @ k.sum(dim=2).unsqueeze(-1)).add_(1e-6)  # (B, heads, N, 1)
-    state = _rotate(k, turns).transpose(2, 3) @ value  # (B, heads, head_dim, head_dim)
-    return (_rotate(q, turns) @ state).div_(total)
+    state = _rotate(k, rotations).transpose(2, 3) @ value  # (B, heads, head_dim, head_dim)
+    return (_rotate(q, rotations) @ state).div_(total)

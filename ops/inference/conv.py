@@ -27,7 +27,7 @@ from ops.inference.layers import (
     conv_kind,
     tensors_of,
 )
-from ops.inference.pooling import takes
+from ops.inference.pooling import supported
 
 __all__ = [
     "FastDepthwiseConv2d",
@@ -108,7 +108,7 @@ class FastSqueezeExcite(SqueezeExcite):
     def gates(self, x: Tensor) -> Tensor:
         """The channels' gates: (B, dim, H, W) → (B, dim)."""
         pixels = x.permute(0, 2, 3, 1)
-        if takes(x):
+        if supported(x):
             squeezed = window_means(pixels, (x.shape[2], x.shape[3])).flatten(1)
         else:
             squeezed = pixels.flatten(1, 2).mean(1)

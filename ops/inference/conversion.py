@@ -34,7 +34,7 @@ from ops.inference import (  # noqa: F401  (they register their forms)
 )
 from ops.inference.forms import fast_form, plain_form
 
-__all__ = ["leave_inference_mode", "put_channels_last", "slow_in_nhwc", "take_plain_forms"]
+__all__ = ["leave_inference_mode", "restore_plain_forms", "slow_in_nhwc", "to_channels_last"]
 
 _log = logging.getLogger(__name__)
 
@@ -42,7 +42,7 @@ _log = logging.getLogger(__name__)
 _LARGEST_KEPT_BYTES = 31 << 20
 
 
-def put_channels_last(model: nn.Module, *, always: bool) -> bool:
+def to_channels_last(model: nn.Module, *, always: bool) -> bool:
     """Convert a folded model to channels last: where that is faster, or ``always``.
 
     On a CPU with oneDNN, all layers with an inference form are converted; elsewhere, only the
@@ -59,7 +59,7 @@ def put_channels_last(model: nn.Module, *, always: bool) -> bool:
             model.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
         return False
     if not policy.multiplies(weight.dtype):
-        _say_that_it_is_no_faster(weight.dtype)
+        _warn_not_faster(weight.dtype)
     if not always and slow_in_nhwc(model) is not None:
         return False
     # Collect all modules before converting the first one; convert inner ones first, since others
@@ -70,7 +70,7 @@ def put_channels_last(model: nn.Module, *, always: bool) -> bool:
         # map.
         if hasattr(module, "token_pooling"):
             continue
-        if fast is not None and _has_needs(module, fast):
+        if fast is not None and _meets_needs(module, fast):
             layers.convert(module, fast)
     for module in list(model.modules()):
         _absorb_activations(module)
@@ -79,7 +79,7 @@ def put_channels_last(model: nn.Module, *, always: bool) -> bool:
 
 
 @functools.cache  # once is enough
-def _say_that_it_is_no_faster(dtype: torch.dtype) -> None:
+def _warn_not_faster(dtype: torch.dtype) -> None:
     _log.warning(
         "this CPU has no instructions for %s: it halves the memory of weights and maps, but is not "
         "faster than float32, and often slower",
@@ -99,7 +99,7 @@ def slow_in_nhwc(model: nn.Module) -> str | None:
     return depthwise_conv2d.unsupported(weight.device, weight.dtype)
 
 
-def _has_needs(module: nn.Module, fast: type[nn.Module]) -> bool:
+def _meets_needs(module: nn.Module, fast: type[nn.Module]) -> bool:
     """Whether the layers inside have the forms that this one requires."""
     for name, kinds in getattr(fast, "needs", {}).items():
         part = getattr(module, name)
@@ -109,8 +109,8 @@ def _has_needs(module: nn.Module, fast: type[nn.Module]) -> bool:
     return True
 
 
-def take_plain_forms(model: nn.Module) -> None:
-    """Undo :func:`put_channels_last`, except for memory formats."""
+def restore_plain_forms(model: nn.Module) -> None:
+    """Undo :func:`to_channels_last`, except for memory formats."""
     for module in model.modules():
         for name, child in module._modules.items():
             if type(child) is layers.AbsorbedActivation:

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ops.cpu import policy
+from ops.cpu.decisions import Decision, observe_decisions
 from ops.cpu.dispatch import takes_kernels
 from ops.cpu.gemm.convolution import PackedConv2d
 from ops.cpu.gemm.linear import unsupported
@@ -26,7 +27,7 @@ from ops.inference.packed_linear import (
     scaled,
     scaled_residual,
 )
-from ops.replay.changes import Seen
+from ops.replay.changes import TensorSnapshot
 
 __all__ = [
     "AbsorbedActivation",
@@ -119,15 +120,15 @@ class FastLayer(nn.Module):
     """Base class of inference layers: data derived from tensors, created on demand.
 
     Derived data are not part of state dicts, copies or pickles, and are created again if the
-    tensors have changed (:class:`ops.replay.changes.Seen`) and after :meth:`forget`.
+    tensors have changed (:class:`ops.replay.changes.TensorSnapshot`) and after :meth:`forget`.
 
     Attributes:
         decisions: the rules of :mod:`ops.cpu.policy` consulted in creating them.
     """
 
     _derived: Any = None
-    _made_from: Seen | None = None
-    decisions: Sequence[policy.Asked] = ()
+    _made_from: TensorSnapshot | None = None
+    decisions: Sequence[Decision] = ()
 
     def derived(self, x: Tensor) -> Any:
         """The result of :meth:`derive`, or None if ``x`` requires the plain form."""
@@ -136,13 +137,13 @@ class FastLayer(nn.Module):
         sources = self.sources()
         if not runs_fast(x, sources[0]):
             return None
-        if self._made_from is None or not self._made_from.are(sources):
+        if self._made_from is None or not self._made_from.matches(sources):
             if not has_onednn(x.dtype) or not takes_kernels(sources):
                 return None
-            made_from = Seen(sources)
-            decisions: list[policy.Asked] = []
+            made_from = TensorSnapshot(sources)
+            decisions: list[Decision] = []
             # On the input's device, whatever the default device is.
-            with torch.no_grad(), x.device, policy.explaining(decisions.append):
+            with torch.no_grad(), x.device, observe_decisions(decisions.append):
                 self._derived = self.derive(x)
             self._made_from, self.decisions = made_from, decisions
         return self._derived

@@ -9,10 +9,10 @@ from ops.cpu.dispatch import takes_kernels
 from ops.cpu.pooling.window_means import window_means
 from ops.inference.forms import stands_for
 
-__all__ = ["FastAdaptiveAvgPool2d", "takes"]
+__all__ = ["FastAdaptiveAvgPool2d", "supported"]
 
 
-def takes(x: Tensor) -> bool:
+def supported(x: Tensor) -> bool:
     """Whether :func:`window_means` can replace torch's functions on ``x``, in any layout."""
     return (
         takes_kernels((x,))
@@ -26,7 +26,7 @@ class FastAdaptiveAvgPool2d(nn.AdaptiveAvgPool2d):
     """Global pooling with our kernel: (B, C, H, W) → (B, C, 1, 1)."""
 
     def forward(self, x: Tensor) -> Tensor:
-        if not takes(x) or self.output_size not in (1, (1, 1)) or x.ndim != 4 or not x.numel():
+        if not supported(x) or self.output_size not in (1, (1, 1)) or x.ndim != 4 or not x.numel():
             return super().forward(x)
         pixels = x.permute(0, 2, 3, 1)
         return window_means(pixels, (x.shape[2], x.shape[3])).permute(0, 3, 1, 2)

@@ -30,7 +30,7 @@ __all__ = ["FastOverlappingWindowAttention", "FastWindowAttention"]
 _CPU = torch.device("cpu")  # of what is kept, whatever the default device is
 
 
-class _InPlace(FastLayer):
+class _InPlaceAttention(FastLayer):
     """Without rolling, partitioning or merging; the projection adds the shortcut."""
 
     needs: ClassVar = {"qkv": FastLinear, "proj": FastLinear}
@@ -72,14 +72,14 @@ class _InPlace(FastLayer):
             return None
         if grouped_attention.grouped_attention.unsupported(x.device, x.dtype) is not None:
             return None
-        places, _ = self._lines()
+        entries, _ = self._lines()
         bias = self.relative_position_bias_table.float().t()
         either = torch.stack((bias, bias + MASK_VALUE), dim=2).flatten(1)
-        return (self.qkv.in_features // self.num_heads) ** 0.5 * either[:, places]
+        return (self.qkv.in_features // self.num_heads) ** 0.5 * either[:, entries]
 
 
 @stands_for(WindowAttention)
-class FastWindowAttention(_InPlace, WindowAttention):
+class FastWindowAttention(_InPlaceAttention, WindowAttention):
     """(B, H, W, dim) → (B, H, W, dim), plus ``residual``."""
 
     def forward(
@@ -107,7 +107,7 @@ class FastWindowAttention(_InPlace, WindowAttention):
 
 
 @stands_for(OverlappingWindowAttention)
-class FastOverlappingWindowAttention(_InPlace, OverlappingWindowAttention):
+class FastOverlappingWindowAttention(_InPlaceAttention, OverlappingWindowAttention):
     """(B, H, W, dim) → (B, H, W, dim), plus ``residual``."""
 
     def forward(
@@ -184,9 +184,9 @@ def _distinct_lines(index: Tensor, masked: Tensor) -> tuple[Tensor, Tensor]:
         int64 (number of lines, LINE), twice the table index, plus one if masked; int32 (kinds,
         ⌈N / LINE⌉, M), indices of lines.
     """
-    places = 2 * index + masked
-    rest = -places.shape[1] % LINE
-    places = torch.cat((places, places[:, -1:].expand(-1, rest, -1)), dim=1)
-    blocks = places.unflatten(1, (-1, LINE)).transpose(2, 3)  # (kinds, blocks, M, LINE)
+    entries = 2 * index + masked
+    rest = -entries.shape[1] % LINE
+    entries = torch.cat((entries, entries[:, -1:].expand(-1, rest, -1)), dim=1)
+    blocks = entries.unflatten(1, (-1, LINE)).transpose(2, 3)  # (kinds, blocks, M, LINE)
     lines, which = blocks.flatten(0, 2).unique(dim=0, return_inverse=True)
     return lines, which.view(blocks.shape[:3]).int()

@@ -90,7 +90,7 @@ def _tiles_of_axis(
     device: torch.device,
 ) -> list[Tiles]:
     """The tiles of one axis; no tile spans several dilation groups."""
-    alike: dict[tuple, list[tuple[int, int]]] = {}
+    congruent: dict[tuple, list[tuple[int, int]]] = {}
     for group in range(dilation):
         group_size = (n - group + dilation - 1) // dilation
         step = _even_tile_size(group_size, tile_size, stride)
@@ -100,32 +100,32 @@ def _tiles_of_axis(
                 for place in range(first, min(first + step, group_size))
             ]
             first_key = windows[0][0]
-            looks = tuple((start - first_key, length) for start, length in windows)
+            layout = tuple((start - first_key, length) for start, length in windows)
             position = (first * dilation + group, first_key * dilation + group)
-            alike.setdefault((first_key - first, looks), []).append(position)
+            congruent.setdefault((first_key - first, layout), []).append(position)
     return [
-        _axis_tiles(positions, shift, looks, kernel_size, dilation, device)
-        for (shift, looks), positions in alike.items()
+        _axis_tiles(positions, shift, layout, kernel_size, dilation, device)
+        for (shift, layout), positions in congruent.items()
     ]
 
 
 def _axis_tiles(
     positions: list[tuple[int, int]],
     shift: int,
-    looks: tuple[tuple[int, int], ...],
+    layout: tuple[tuple[int, int], ...],
     kernel_size: int,
     dilation: int,
     device: torch.device,
 ) -> Tiles:
     """Tiles from the positions of their first query and key, and their internal layout.
 
-    ``shift`` is the place of the first key minus that of the first query, ``looks`` the window of
+    ``shift`` is the place of the first key minus that of the first query, ``layout`` the window of
     every query relative to the first key.
     """
     first_query, first_key = torch.tensor(positions, device=device).T.unsqueeze(-1)
-    start, length = torch.tensor(looks, device=device).T.unsqueeze(-1)
-    query = torch.arange(len(looks), device=device)
-    key = torch.arange(sum(looks[-1]), device=device)
+    start, length = torch.tensor(layout, device=device).T.unsqueeze(-1)
+    query = torch.arange(len(layout), device=device)
+    key = torch.arange(sum(layout[-1]), device=device)
     return Tiles(
         first_query + query * dilation,
         first_key + key * dilation,

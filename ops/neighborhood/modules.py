@@ -130,14 +130,12 @@ class _NeighborhoodAttention(nn.Module):
             return self.kernel_size, self.stride, self.dilation, self.rpb
         kernel_size, dilation = [], []
         rpb: Tensor | None = self.rpb
-        for axis, (n, whole, wide) in enumerate(
-            zip(size, self.kernel_size, self.dilation, strict=True)
-        ):
-            fitted = smaller(whole, n)
+        for axis, (n, k, d) in enumerate(zip(size, self.kernel_size, self.dilation, strict=True)):
+            fitted = smaller(k, n)
             kernel_size.append(fitted)
-            dilation.append(1 if wide == 1 else smaller(wide, n // fitted))
+            dilation.append(1 if d == 1 else smaller(d, n // fitted))
             if rpb is not None:  # a table of offsets around its centre
-                rpb = rpb.narrow(axis + 1, whole - fitted, 2 * fitted - 1)
+                rpb = rpb.narrow(axis + 1, k - fitted, 2 * fitted - 1)
         stride = tuple(
             1 if s == 1 else smaller(s, k) for s, k in zip(self.stride, kernel_size, strict=True)
         )

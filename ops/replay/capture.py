@@ -32,12 +32,12 @@ from ops.replay.graph import (
     tensors_in,
 )
 
-__all__ = ["NEW", "Capture"]
+__all__ = ["ALLOCATIONS", "Capture"]
 
-NEW = {"torch.empty", "torch.empty_like", "torch.Tensor.new_empty"}
+ALLOCATIONS = {"torch.empty", "torch.empty_like", "torch.Tensor.new_empty"}
 # Queries of a tensor's metadata. Queries of its values, which could change the sequence of calls,
 # must not be listed.
-_QUESTIONS = {
+_QUERIES = {
     *("torch.Tensor." + name for name in ("__len__", "dim", "element_size", "is_contiguous")),
     *("torch.Tensor." + name for name in ("is_floating_point", "is_inference", "numel", "size")),
     *("torch.Tensor." + name for name in ("storage_offset", "stride")),
@@ -145,7 +145,7 @@ class Capture(TorchFunctionMode):
             self._note(name, func, args, kwargs, (result,))
         elif _is_tensors(result):
             self._note(name, func, args, kwargs, tuple(result))
-        elif name not in _QUESTIONS:
+        elif name not in _QUERIES:
             raise NotCapturableError(f"{name} gives a {type(result).__name__}")
 
     def _note(
@@ -161,10 +161,10 @@ class Capture(TorchFunctionMode):
             raise NotCapturableError(f"{name} gives an empty tensor")
         inputs = {_memory(t) for t in tensors_in((args, kwargs))}
         fresh = {s: i for i, s in enumerate(storages) if s not in inputs}
-        if name in NEW:
+        if name in ALLOCATIONS:
             self._add_buffer(results[0])
             return
-        if not fresh and (name in _VIEWS or _drops_nothing(name, args, kwargs)):
+        if not fresh and (name in _VIEWS or _is_inactive_dropout(name, args, kwargs)):
             return
         call = TorchCall(str(name), func, self._arguments(args), self._arguments(kwargs))
         if name not in (_PURE if fresh else _PURE | _IN_PLACE) or 0 < len(fresh) < len(results):
@@ -220,9 +220,11 @@ class Capture(TorchFunctionMode):
     def _note_kernel_call(self, kernel: Kernel, function: Any, arguments: Sequence[Any]) -> None:
         address = ctypes.cast(function, ctypes.c_void_p).value
         assert address is not None
-        self.calls.append(KernelCall(address, [*map(self._pointed, arguments)], kernel.name))
+        self.calls.append(
+            KernelCall(address, [*map(self._kernel_argument, arguments)], kernel.name)
+        )
 
-    def _pointed(self, argument: Any) -> int | Place | Block:
+    def _kernel_argument(self, argument: Any) -> int | Place | Block:
         if isinstance(argument, int):
             return argument
         if isinstance(argument, Tensor):
@@ -254,7 +256,7 @@ def _buffer(t: Tensor) -> Buffer:
     return Buffer(tuple(t.shape), t.stride(), t.dtype, t.data_ptr(), end)
 
 
-def _drops_nothing(name: str | None, args: Any, kwargs: dict[str, Any]) -> bool:
+def _is_inactive_dropout(name: str | None, args: Any, kwargs: dict[str, Any]) -> bool:
     """Whether this is dropout outside training, which returns its input."""
     training = args[2] if len(args) > 2 else kwargs.get("training", True)
     return name == "torch.nn.functional.dropout" and not training

@@ -8,10 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["Seen"]
+__all__ = ["TensorSnapshot"]
 
 
-class Seen:
+class TensorSnapshot:
     """A snapshot of tensors that detects later changes to them.
 
     Detects replaced tensors, replaced memory (as by ``vector_to_parameters``) and in-place changes
@@ -30,7 +30,7 @@ class Seen:
             t.detach() for t in self._tensors
         ]  # so that no other tensor reuses the memory
 
-    def are(self, tensors: Sequence[Tensor]) -> bool:
+    def matches(self, tensors: Sequence[Tensor]) -> bool:
         """Whether these are the same tensors, unchanged."""
         with torch._C.DisableTorchFunction():  # hide this from captures
             return list(map(id, tensors)) == self._ids and self.unchanged()

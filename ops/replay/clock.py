@@ -9,7 +9,7 @@ import torch
 
 __all__ = ["clock"]
 
-_FINE = 1e-6  # required resolution of the clock, in seconds
+_RESOLUTION = 1e-6  # required resolution of the clock, in seconds
 
 
 def clock() -> Callable[[], float]:
@@ -18,5 +18,5 @@ def clock() -> Callable[[], float]:
     With a single thread, which never waits for others, this is the thread's CPU time, so other
     processes on a busy machine do not affect it. Otherwise it is wall-clock time.
     """
-    fine = time.get_clock_info("thread_time").resolution <= _FINE
+    fine = time.get_clock_info("thread_time").resolution <= _RESOLUTION
     return time.thread_time if fine and torch.get_num_threads() == 1 else time.perf_counter

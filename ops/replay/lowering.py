@@ -95,7 +95,7 @@ def _combine(
     return _kernel_call(operation, out, first, second, axes)
 
 
-def _pick(call: TorchCall, out: _Operand, operands: Sequence[_Operand]) -> KernelCall | None:
+def _select(call: TorchCall, out: _Operand, operands: Sequence[_Operand]) -> KernelCall | None:
     source, index = operands
     if not isinstance(index.begin, int) or index.stride != (1,) or index.dtype != torch.int64:
         return None
@@ -109,7 +109,7 @@ _LOWER: dict[str, _Lower] = {
     **{f"torch.Tensor.{n}": _copy for n in ("clone", "contiguous", "flatten", "reshape")},
     **{f"torch.Tensor.{n}": _add for n in ("add", "add_")},
     **{f"torch.Tensor.{n}": _multiply for n in ("mul", "mul_")},
-    "torch.Tensor.index_select": _pick,
+    "torch.Tensor.index_select": _select,
 }
 
 _Axis = tuple[int, int, int, int]  # size; strides of the result and of both operands

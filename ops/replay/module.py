@@ -20,7 +20,7 @@ from torch.nn.modules import module as torch_module
 from ops.cpu.build import status
 from ops.cpu.dispatch import is_plain_call, takes_kernels
 from ops.replay.capture import Capture
-from ops.replay.changes import Seen
+from ops.replay.changes import TensorSnapshot
 from ops.replay.graph import NotCapturableError
 from ops.replay.replay import Replay, unsupported
 
@@ -34,7 +34,7 @@ _KNOWN_PACKAGES = ("backbones.", "ops.", "timm.layers.", "torch.nn.modules.")
 _MOST_INPUTS = 16  # remembered combinations of shape, strides, dtype and threads
 _LONGEST_WAIT = 64  # calls before a module that keeps changing is captured again
 _GLOBAL_HOOKS = torch_module._global_forward_hooks, torch_module._global_forward_pre_hooks
-_LOOKS = ctypes.pythonapi.PyDict_Size, ctypes.pythonapi.PyDict_Next
+_DICT_FUNCTIONS = ctypes.pythonapi.PyDict_Size, ctypes.pythonapi.PyDict_Next
 
 
 class Recorded(nn.Module):
@@ -122,10 +122,10 @@ class _Records:
         if program is None:
             return module.compute(x)
         snapshot = self._snapshot
-        if snapshot is not None and not snapshot.holds():
-            self._begin_anew()
+        if snapshot is not None and not snapshot.is_valid():
+            self._restart()
             snapshot, program = None, 0
-        if snapshot is not None and snapshot.wants_gradients(x):
+        if snapshot is not None and snapshot.needs_gradients(x):
             return module.compute(x)
         if isinstance(program, Replay):
             return program(x)
@@ -143,12 +143,12 @@ class _Records:
             _log.debug("%s is not recorded: %s", type(module).__name__, error)
             self._programs[key] = -_LONGEST_WAIT  # try again later: hooks may be removed
             return module.compute(x)
-        if snapshot.wants_gradients(x):
+        if snapshot.needs_gradients(x):
             return module.compute(x)
         with Capture(x) as capture:
             result = module.compute(x)
-        if not snapshot.holds():  # for example, weights were packed again
-            self._begin_anew()
+        if not snapshot.is_valid():  # for example, weights were packed again
+            self._restart()
             return result
         try:
             self._programs[key] = Replay(capture.finish(result))
@@ -158,7 +158,7 @@ class _Records:
             self._programs[key] = None
         return result
 
-    def _begin_anew(self) -> None:
+    def _restart(self) -> None:
         self._programs.clear()
         self._snapshot = None
         self._wait = min(2 * self._wait, _LONGEST_WAIT)
@@ -176,7 +176,9 @@ class _Snapshot:
         if reason is not None:
             raise NotCapturableError(reason)
         if not getattr(sys, "_is_gil_enabled", lambda: True)():
-            raise NotCapturableError("a Python without its lock may change what is looked at")
+            raise NotCapturableError(
+                "a free-threaded Python could change the module during the check"
+            )
         # Through PyDLL, which holds the GIL.
         self._same_values = ctypes.PyDLL(str(status("replay").path)).replay_same_values
         modules = list(module.modules())
@@ -196,7 +198,7 @@ class _Snapshot:
         ]
         counts = (*map(len, compared), *(-1 - len(d) for d in counted))
         self._arguments = (
-            *(ctypes.cast(f, ctypes.c_void_p) for f in _LOOKS),
+            *(ctypes.cast(f, ctypes.c_void_p) for f in _DICT_FUNCTIONS),
             ctypes.c_int64(len(counts)),
             _words(map(id, (*compared, *counted))),
             _words(counts),
@@ -204,14 +206,14 @@ class _Snapshot:
         )
         self._tensors = list(itertools.chain(module.parameters(), module.buffers()))
         if not takes_kernels(self._tensors):
-            raise NotCapturableError("its parameters and buffers are no plain tensors of the CPU")
-        self._seen = Seen(self._tensors)
+            raise NotCapturableError("its parameters and buffers are not plain CPU tensors")
+        self._tensor_snapshot = TensorSnapshot(self._tensors)
 
-    def holds(self) -> bool:
+    def is_valid(self) -> bool:
         """Whether nothing has changed."""
-        return bool(self._same_values(*self._arguments)) and self._seen.unchanged()
+        return bool(self._same_values(*self._arguments)) and self._tensor_snapshot.unchanged()
 
-    def wants_gradients(self, x: Tensor) -> bool:
+    def needs_gradients(self, x: Tensor) -> bool:
         """Whether autograd must see a call with ``x``."""
         if not torch.is_grad_enabled():
             return False
@@ -221,7 +223,9 @@ class _Snapshot:
 def _require_known(module: nn.Module, *, is_root: bool) -> None:
     kind = type(module)
     if not f"{kind.__module__}.".startswith(_KNOWN_PACKAGES) or "forward" in vars(module):
-        raise NotCapturableError(f"nothing is known of {kind.__module__}.{kind.__qualname__}")
+        raise NotCapturableError(
+            f"{kind.__module__}.{kind.__qualname__} is not known to be replayable"
+        )
     if not is_root and (module._forward_hooks or module._forward_pre_hooks):
         raise NotCapturableError(f"a {kind.__name__} has hooks")
 

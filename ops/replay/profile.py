@@ -45,7 +45,7 @@ def profile(network: nn.Module, x: Tensor, repeats: int) -> Profile:
 
     The state of its modules (packed weights, graphs) is restored afterwards.
     """
-    with _left_as_it_was(network):
+    with _state_restored(network):
         for module in network.modules():
             if isinstance(module, Recorded):
                 module.forget()
@@ -57,7 +57,7 @@ def profile(network: nn.Module, x: Tensor, repeats: int) -> Profile:
 
 
 @contextmanager
-def _left_as_it_was(network: nn.Module) -> Iterator[None]:
+def _state_restored(network: nn.Module) -> Iterator[None]:
     before = [(vars(module), dict(vars(module))) for module in network.modules()]
     try:
         yield
@@ -80,7 +80,7 @@ def _of_replays(network: Recorded, x: Tensor, repeats: int) -> Profile:
         call.library, call.lowered_from = "ours", call.kernel
         call.kernel, call.instruction_set = "pointwise", status("replay").instruction_set
     replay.seconds(x)
-    total = _fill_in(trace.traced, lambda: network(x), lambda: replay.seconds(x), repeats)
+    total = _measure(trace.traced, lambda: network(x), lambda: replay.seconds(x), repeats)
     return Profile(trace.traced, total, graph, replay.plan)
 
 
@@ -94,14 +94,14 @@ def _of_layers(network: nn.Module, x: Tensor, repeats: int) -> Profile:
         return (call.seconds for call in traced().traced)
 
     first = traced()
-    total = _fill_in(first.traced, lambda: network(x), seconds, repeats)
+    total = _measure(first.traced, lambda: network(x), seconds, repeats)
     obstacle = None
     if isinstance(network, Recorded):
         obstacle = network.obstacle() or (str(first.failure) if first.failure else None)
     return Profile(first.traced, total, obstacle=obstacle)
 
 
-def _fill_in(
+def _measure(
     calls: list[TracedCall],
     whole: Callable[[], object],
     by_call: Callable[[], Iterable[float]],

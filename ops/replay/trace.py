@@ -20,9 +20,9 @@ from torch.overrides import resolve_name
 
 from ops.cpu.binding import Kernel
 from ops.cpu.build import status
+from ops.cpu.decisions import Decision, observe_decisions
 from ops.cpu.flops import function_flops, kernel_flops
-from ops.cpu.policy import Asked, explaining
-from ops.replay.capture import NEW, Capture
+from ops.replay.capture import ALLOCATIONS, Capture
 from ops.replay.clock import clock
 from ops.replay.graph import tensors_in
 
@@ -56,7 +56,7 @@ class TracedCall:
     outputs: list[Shape]
     dtype: str
     instruction_set: str | None
-    rules: list[Asked]
+    rules: list[Decision]
     flops: int | None
     seconds: float
     lowered_from: str | None = None
@@ -84,19 +84,21 @@ class Trace(Capture):
         super().__init__(x)
         self.traced: list[TracedCall] = []
         self._modules = {id(module): (path, module) for path, module in network.named_modules()}
-        self._asked: dict[str, list[Asked]] = defaultdict(list)  # by layer, since its last call
-        self._refused: dict[str, list[Asked]] = {}  # by layer: why its next calls go to torch
+        self._pending: dict[str, list[Decision]] = defaultdict(
+            list
+        )  # by layer, since its last call
+        self._rejected: dict[str, list[Decision]] = {}  # by layer: why its next calls go to torch
         self._clock, self._begin = clock(), 0.0
 
     def __enter__(self) -> Trace:
-        self._explained = explaining(self._note_rule)
-        self._explained.__enter__()
+        self._observation = observe_decisions(self._note_rule)
+        self._observation.__enter__()
         super().__enter__()
         return self
 
     def __exit__(self, *error: Any) -> None:
         super().__exit__(*error)
-        self._explained.__exit__(*error)
+        self._observation.__exit__(*error)
 
     # -- torch functions -------------------------------------------------------------------------
 
@@ -152,26 +154,26 @@ class Trace(Capture):
             TracedCall(layer, library, kernel, *shapes, dtype, isa, rules, flops, seconds)
         )
 
-    def _rules_of(self, layer: str, module: nn.Module | None, is_ours: bool) -> list[Asked]:
+    def _rules_of(self, layer: str, module: nn.Module | None, is_ours: bool) -> list[Decision]:
         """The rules behind a call: evaluated just before it, or when weights were packed.
 
         A rule that refused a kernel explains all torch calls of the layer that follow. A rule that
         chose one does not: torch may still be called, say to copy the kernel's input.
         """
-        asked = self._asked[layer]
-        if asked and (is_ours or not asked[-1].answer):
-            del self._asked[layer]
-            self._refused[layer] = [] if asked[-1].answer else asked
-            return asked
-        if not is_ours and self._refused.get(layer):
-            return self._refused[layer]
+        pending = self._pending[layer]
+        if pending and (is_ours or not pending[-1].answer):
+            del self._pending[layer]
+            self._rejected[layer] = [] if pending[-1].answer else pending
+            return pending
+        if not is_ours and self._rejected.get(layer):
+            return self._rejected[layer]
         decisions = list(getattr(module, "decisions", ()))
         return decisions if is_ours or not all(d.answer for d in decisions) else []
 
-    def _note_rule(self, asked: Asked) -> None:
+    def _note_rule(self, decision: Decision) -> None:
         layer, _ = self._caller()
-        if asked not in self._asked[layer]:
-            self._asked[layer].append(asked)
+        if decision not in self._pending[layer]:
+            self._pending[layer].append(decision)
 
     def _caller(self) -> tuple[str, nn.Module | None]:
         frame = sys._getframe(1)
@@ -196,7 +198,7 @@ def _name_of(func: Any) -> str:
 
 def _computes(name: str, args: Any, kwargs: dict[str, Any], outputs: Sequence[Tensor]) -> bool:
     """Whether a function does more than query tensors, make views or allocate memory."""
-    if not outputs or name in NEW:
+    if not outputs or name in ALLOCATIONS:
         return False
     # Tensors packed by oneDNN do not expose their memory; they are never views.
     given = {t.untyped_storage().data_ptr() for t in tensors_in((args, kwargs)) if not t.is_mkldnn}

@@ -19,66 +19,66 @@ from ops.cpu.huge_pages import ask_for_huge_pages
 
 __all__ = ["Workspace", "workspace"]
 
-# A piece is freed after this many consecutive calls that needed at most half of it.
+# A block is freed after this many consecutive calls that needed at most half of it.
 _PATIENCE = 16
 
 
 @dataclass(eq=False)  # compared by identity
-class _Piece:
+class _Block:
     memory: Tensor
     idle: int = 0  # calls since one needed more than half of it
 
 
 class Workspace:
-    """A thread-safe pool of memory, with one piece per concurrent call."""
+    """A thread-safe pool of memory, with one block per concurrent call."""
 
     def __init__(self) -> None:
-        self._pieces: list[_Piece] = []
+        self._blocks: list[_Block] = []
         # Never waited for: in a process forked while it is held, it stays locked forever.
         self._lock = threading.Lock()
 
     @contextmanager
     def borrow(self, nbytes: int) -> Iterator[Tensor]:
         """At least ``nbytes`` uninitialised bytes: (N,) uint8, not an inference tensor."""
-        piece = self._taken(nbytes)
-        yield piece.memory
-        if 2 * nbytes > piece.memory.nbytes:
-            piece.idle = 0
+        block = self._acquire(nbytes)
+        yield block.memory
+        if 2 * nbytes > block.memory.nbytes:
+            block.idle = 0
         if self._lock.acquire(blocking=False):
-            self._pieces.append(piece)
+            self._blocks.append(block)
             self._lock.release()
 
     def clear(self) -> None:
         """Free all memory that no call is using."""
-        self._pieces = []
+        self._blocks = []
 
     @property
     def nbytes(self) -> int:
         """Total size of the memory that no call is using."""
-        return sum(piece.memory.nbytes for piece in self._pieces)
+        return sum(block.memory.nbytes for block in self._blocks)
 
-    def _taken(self, nbytes: int) -> _Piece:
-        kept = None
+    def _acquire(self, nbytes: int) -> _Block:
+        block = None
         if self._lock.acquire(blocking=False):
             try:
-                kept = self._kept(nbytes)
+                block = self._reuse(nbytes)
             finally:
                 self._lock.release()
-        if kept is not None:
-            return kept
+        if block is not None:
+            return block
         with torch.inference_mode(False):
             memory = torch.empty(nbytes, dtype=torch.uint8)
         ask_for_huge_pages(memory)
-        return _Piece(memory)
+        return _Block(memory)
 
-    def _kept(self, nbytes: int) -> _Piece | None:
-        """Take the smallest sufficient piece; without one, free the largest and return None."""
-        for piece in self._pieces:
-            piece.idle += 1
-        pieces = [p for p in self._pieces if p.idle <= _PATIENCE]
-        pieces.sort(key=lambda p: (p.memory.nbytes, p.idle))
-        fitting = [p for p in pieces if p.memory.nbytes >= nbytes][:1]
-        self._pieces = [p for p in pieces if p not in (fitting or pieces[-1:])]
+    def _reuse(self, nbytes: int) -> _Block | None:
+        """Take the smallest sufficient block; without one, free the largest and return None."""
+        for block in self._blocks:
+            block.idle += 1
+        blocks = [b for b in self._blocks if b.idle <= _PATIENCE]
+        blocks.sort(key=lambda b: (b.memory.nbytes, b.idle))
+        fitting = [b for b in blocks if b.memory.nbytes >= nbytes][:1]
+        self._blocks = [b for b in blocks if b not in (fitting or blocks[-1:])]
         return fitting[0] if fitting else None
 
 

@@ -53,7 +53,7 @@ def _relative(value: Tensor, expected: Tensor) -> float:
 
 def _uncalled(model: nn.Module, name: str) -> bool:
     """Whether the original carries this parameter without ever using it."""
-    return any(re.search(pattern, name) for pattern in getattr(model, "uncalled", ()))
+    return any(re.search(pattern, name) for pattern in getattr(model, "unused_parameters", ()))
 
 
 # -- every variant, without its weights --------------------------------------------------------

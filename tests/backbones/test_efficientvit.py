@@ -188,7 +188,7 @@ def test_initial_values() -> None:
     assert not model.head.fc.linear.bias.any()
 
 
-def test_biases_are_spared_from_weight_decay() -> None:
+def test_biases_have_no_weight_decay() -> None:
     spared = backbones.create_model(SMALL).no_weight_decay()
     assert len(spared) == 6 and all(name.endswith("attention_biases") for name in spared)
 

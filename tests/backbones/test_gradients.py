@@ -1,4 +1,4 @@
-"""An image's gradient alone is that within a batch, and that of central differences."""
+"""Gradients of an image do not depend on its batch, and agree with central differences."""
 
 from __future__ import annotations
 

@@ -123,7 +123,7 @@ def test_published_files(tmp_path: Path) -> None:
     assert torch.equal(features(x)[0], model.forward_intermediates(x)[1][0])
 
 
-def test_nothing_can_be_downloaded_and_it_says_what_to_fetch() -> None:
+def test_downloads_fail_with_instructions() -> None:
     with pytest.raises(backbones.CheckpointError, match=r"HAT_SRx4_ImageNet-pretrain\.pth in http"):
         backbones.create_model("hat_x4", pretrained=True)
 
@@ -177,7 +177,7 @@ def test_features_have_the_size_of_the_image() -> None:
     assert [tuple(m.shape) for m in nhwc] == [(1, 10, 7, 24)] * 2
 
 
-def test_tables_are_computed_once_a_group(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tables_are_computed_once_per_group(monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     for name in ("relative_position_index", "overlap_position_index", "shift_masks"):
         original = getattr(hat_blocks, name)

@@ -68,7 +68,7 @@ def test_detectors_leave_the_first_map_alone() -> None:
         assert summary_error(value, figure) <= TOLERANCE
 
 
-def test_classifiers_want_their_norm() -> None:
+def test_classifiers_need_their_norm() -> None:
     model = backbones.create_model("litv2_s", **SMALL)
     trunk = {k: v for k, v in model.state_dict().items() if not k.startswith(("norm.", "head."))}
     with pytest.raises(backbones.CheckpointError, match=r"4 tensors missing \(norm\.weight"):
@@ -150,7 +150,7 @@ def test_sides_are_halved_downwards(size: tuple[int, int]) -> None:
     torch.testing.assert_close(model(x)[1:], model(x[1:]), rtol=1e-4, atol=1e-4)
 
 
-def test_too_small_an_image_is_named() -> None:
+def test_too_small_images_are_rejected() -> None:
     model = backbones.create_model("litv2_s", **SMALL).eval()
     with pytest.raises(ValueError, match="1×16 cannot be halved.*29×29"):
         model(images(1, 3, 28, 256))
@@ -166,7 +166,7 @@ def test_fuse_leaves_no_norm_behind_merging() -> None:
     torch.testing.assert_close(model(x), expected, rtol=1e-4, atol=1e-5)
 
 
-def test_an_image_of_nan_ends_no_process() -> None:
+def test_nan_images_do_not_crash() -> None:
     """torchvision would read the pixels at positions that are NaN."""
     model = small("litv2").eval()
     with torch.no_grad():

@@ -1,4 +1,4 @@
-"""MedViTV2 beyond the contract: double precision, dilation, small maps, what is never called."""
+"""MedViTV2 beyond the contract: double precision, dilation, small maps, unused parameters."""
 
 from __future__ import annotations
 
@@ -61,13 +61,15 @@ def test_another_number_of_classes() -> None:
     assert report.reinitialised == ["head.fc.weight", "head.fc.bias"]
 
 
-def test_what_is_never_called() -> None:
+def test_unused_parameters() -> None:
     model = randomise(backbones.create_model("medvitv2_tiny", **SHALLOW)).train()
     unused = [n for n, _ in model.named_parameters() if ".unused." in n]
     assert unused
     frozen = [n for n, p in model.named_parameters() if not p.requires_grad]
     assert frozen == [
-        n for n, _ in model.named_parameters() if any(re.search(p, n) for p in model.uncalled)
+        n
+        for n, _ in model.named_parameters()
+        if any(re.search(p, n) for p in model.unused_parameters)
     ]
     before = {n: b.clone() for n, b in model.named_buffers() if ".unused." in n}
     model(images(2, 3, 64, 64)).sum().backward()
@@ -133,7 +135,7 @@ def test_initial_weights() -> None:
 
 
 @torch.no_grad()
-def test_fuse_leaves_the_norms_that_shortcuts_carry() -> None:
+def test_fuse_keeps_norms_on_shortcuts() -> None:
     model = randomise(backbones.create_model("medvitv2_tiny", **SHALLOW)).eval()
     whole = copy.deepcopy(model)
     model.fuse()
@@ -160,7 +162,7 @@ def test_errors() -> None:
 
 
 @torch.no_grad()
-def test_a_fused_model_loses_no_digits() -> None:
+def test_fused_models_keep_precision() -> None:
     """An untrained model leaves single precision few digits: both forms are held to the truth.
 
     Its logits are differences of almost equal numbers, so that plain and fused results differ by

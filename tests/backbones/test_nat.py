@@ -294,7 +294,7 @@ def test_backbones_of_hugging_face(prefix: str) -> None:
         assert torch.equal(other.state_dict()[name], tensor), name
 
 
-def test_a_third_of_a_projection_is_not_taken() -> None:
+def test_incomplete_projections_are_rejected() -> None:
     model = NAT(**SHALLOW)
     tensors = hugging_face(original(model), "nat.")
     tensors.pop("nat.encoder.levels.0.layers.0.attention.self.key.weight")

@@ -61,7 +61,7 @@ def test_dilations_in_turn() -> None:
             NATIsotropic(kernel_size=4, **SHALLOW)
 
 
-def test_an_index_in_a_checkpoint_is_no_weight() -> None:
+def test_index_buffers_are_ignored() -> None:
     figures = reference("nat_isotropic", "vitrpb_small")
     tensors = checkpoint(figures)
     indices = [name for name, _, dtype in figures["state_dict"] if "int64" in dtype]

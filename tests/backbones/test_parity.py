@@ -1,4 +1,4 @@
-"""Every variant computes what the published model computes, from the published names."""
+"""Every variant reproduces the published model's outputs from the published weights' names."""
 
 from __future__ import annotations
 

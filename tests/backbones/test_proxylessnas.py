@@ -1,4 +1,4 @@
-"""ProxylessNAS beyond the contract: blocks that were left out, norms, the head, faults."""
+"""ProxylessNAS beyond the contract: omitted blocks, norms, the head, errors."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ def test_dense_networks(variant: str) -> None:
 
 
 @torch.no_grad()
-def test_stored_angles_are_accepted_and_not_needed() -> None:
+def test_stored_angles_are_optional() -> None:
     figures = reference("ravlt", "ravlt_t")
     without = checkpoint(figures)
     stored = {name: torch.full((32,), torch.nan) for name in figures["derived"]}

@@ -30,7 +30,7 @@ def test_distilled(variant: str) -> None:
     assert model.fuse()(x).isfinite().all()
 
 
-def test_residual_branches_start_silent() -> None:
+def test_residual_branches_start_at_zero() -> None:
     model = backbones.create_model("shvit_s1")
     block = model.stages[1].blocks[0]
     for norm in (block.conv.fn.norm, block.mixer.fn.proj.norm, block.ffn.fn.fc2.norm):

@@ -226,7 +226,7 @@ def test_changed_weights_show_in_the_fused_model() -> None:
     assert torch.equal(after[0], after[2])
 
 
-def test_what_is_refused() -> None:
+def test_rejects_bad_arguments() -> None:
     for kwargs, words in (
         ({"dim": 66}, "multiple of 4, got 66"),
         ({"dim": 96, "gated": True}, "multiple of 64, got 96"),

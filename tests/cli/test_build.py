@@ -1,4 +1,4 @@
-"""What ``vision-backbones build`` compiles, and says."""
+"""``vision-backbones build``."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_this_cpu_by_default(prepared: list[str], capsys: pytest.CaptureFixture[
     ("words", "expected"),
     [(["portable", "portable"], ["portable"]), (["all"], cpu.levels())],
 )
-def test_those_that_are_named(
+def test_selected_instruction_sets(
     words: list[str],
     expected: list[str],
     prepared: list[str],
@@ -46,7 +46,9 @@ def test_those_that_are_named(
     assert "kernels for portable: shipped with the package\n" in capsys.readouterr().out
 
 
-def test_why_not(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_kernels_switched_off(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("VISION_BACKBONES_NATIVE", "0")
     assert main(["build", "--isa", "portable"]) == 2
     said = capsys.readouterr().err
@@ -60,7 +62,7 @@ def test_why_not(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[
 @pytest.mark.parametrize(
     "words", [["build"], ["summary", "medvitv2_tiny", "--size", "32", "--runs", "1"]], ids=" ".join
 )
-def test_a_variable_that_means_nothing_is_one_line(
+def test_invalid_variables_are_one_line(
     words: list[str],
     variable: str,
     value: str,

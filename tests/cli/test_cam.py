@@ -1,4 +1,4 @@
-"""Heat lies over what caused it, in every family and at any size."""
+"""Grad-CAM highlights the cause, in every family and at any size."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from gradient_law import FORMATS
 from torch import Tensor, autograd, nn
 from zoo import CLASSIFIERS, images, randomise, small
 
-from backbones.cli.cam import grad_cam, spread
+from backbones.cli.cam import grad_cam, upsample_heat
 from backbones.cli.receptive_field import ReceptiveField, follow
 
 NORMS = ("LayerNorm", "LayerNorm2d", "SEModule")
@@ -90,7 +90,7 @@ def test_the_grid_of_every_map(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", CLASSIFIERS)
-def test_a_bright_square_is_where_the_heat_is(family: str) -> None:
+def test_heat_is_at_a_bright_square(family: str) -> None:
     model, field = simple(family), ReceptiveField()
     size = size_of(model)
     with torch.no_grad(), follow(model, field):
@@ -113,13 +113,13 @@ def test_heat_of_one_cell() -> None:
     for start, size in ((0.5, (110, 139)), (16.0, (131, 170))):
         cells = torch.zeros(1, 4, 5)
         cells[0, 1, 2] = 1
-        heat = spread(cells, size, start, 32)
+        heat = upsample_heat(cells, size, start, 32)
         assert heat.shape == (1, *size)
         assert middle(heat[0]) == pytest.approx([start + 32, start + 64], abs=1e-4)
         assert (heat.sum(0) > 0).sum(0).max() == 63 + (start == 16.0)
     # Beyond the outermost cells nothing changes.
     even = torch.full((2, 3, 3), 0.7)
-    torch.testing.assert_close(spread(even, (99, 70), 0.5, 32), torch.full((2, 99, 70), 0.7))
+    torch.testing.assert_close(upsample_heat(even, (99, 70), 0.5, 32), torch.full((2, 99, 70), 0.7))
 
 
 @pytest.mark.parametrize("family", CLASSIFIERS)
@@ -135,9 +135,7 @@ def test_every_family(family: str) -> None:
 
 @pytest.mark.parametrize("family", CLASSIFIERS)
 @pytest.mark.parametrize("memory_format", FORMATS)
-def test_an_image_alone_has_the_heat_that_it_has_in_a_batch(
-    family: str, memory_format: str
-) -> None:
+def test_heat_does_not_depend_on_the_batch(family: str, memory_format: str) -> None:
     model = randomise(small(family, num_classes=4)).double().eval()
     model.to(memory_format=FORMATS[memory_format])
     # The last maps are too coarse to show: gradients come through the stages behind.
@@ -186,5 +184,5 @@ def test_it_finds_what_matters() -> None:
         model.head.fc.weight[0, 0] = 1
     picture = images(1, 3, 160, 160)
     _, heat = grad_cam(model, picture, torch.tensor([0]))
-    channel = spread(model.forward_features(picture)[:, 0].relu(), (160, 160), 0.5, 32)
+    channel = upsample_heat(model.forward_features(picture)[:, 0].relu(), (160, 160), 0.5, 32)
     torch.testing.assert_close(heat, channel / channel.max())

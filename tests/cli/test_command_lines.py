@@ -253,7 +253,7 @@ def _leave_out_what_takes_long(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(summary, "describe", lambda *args: "a table\n")
     patch.setattr(verify, "_verify_code", lambda name: True)
     patch.setattr(export, "export", lambda *args: None)
-    patch.setattr(exporting, "need_onnx", lambda: None)
+    patch.setattr(exporting, "require_onnx", lambda: None)
     patch.setattr("ops.cpu.prepare", lambda isa: Path("\udcff"))
     patch.setattr("backbones.cli.doctor.examine", lambda: [Finding("x", "ok", "─ ✓ \udcff")])
 
@@ -368,7 +368,7 @@ def test_no_path_may_be_empty(place: str) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("command", sorted(COMMANDS))
-def test_any_words(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_random_command_lines(command: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import runpy
 
     loaded = runpy.run_path

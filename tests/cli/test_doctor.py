@@ -1,4 +1,4 @@
-"""What the doctor finds, and what it says mends it."""
+"""What ``doctor`` finds, and the fixes that it names."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def test_this_machine(capsys: pytest.CaptureFixture[str]) -> None:
     assert backends == ["reference", "tiled", "cpu", "triton", "natten"]
 
 
-def test_the_report_says_what_mends() -> None:
+def test_the_report_names_fixes() -> None:
     text = doctor._report(
         [
             doctor.Finding("one", "ok", "good"),
@@ -71,7 +71,7 @@ def test_the_report_says_what_mends() -> None:
         ),
     ],
 )
-def test_mm_packages_that_clash(versions: dict[str, str], fix: str) -> None:
+def test_conflicting_mm_packages(versions: dict[str, str], fix: str) -> None:
     errors = [f for f in doctor.examine_mm(versions) if f.severity == "error"]
     assert fix in [error.fix for error in errors]
 
@@ -89,7 +89,7 @@ def test_mm_without_pkg_resources_and_without_operators(monkeypatch: pytest.Monk
     assert severities(doctor.examine_mm({})) == ["note"]
 
 
-def test_a_gpu_that_torch_cannot_use(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unusable_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "hip", None)
     monkeypatch.setattr(doctor.shutil, "which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(torch.version, "cuda", None)
@@ -146,7 +146,7 @@ def test_kernels_by_where_they_came_from(monkeypatch: pytest.MonkeyPatch, tmp_pa
     )
 
 
-def test_quotes_that_do_not_end(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unbalanced_quotes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "unavailable_reason", lambda name: None)
     monkeypatch.setenv("CXX", "g++ 'x")
     finding, _ = doctor.examine_compiler()
@@ -164,7 +164,7 @@ def test_a_compiler_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor.examine_compiler()[0].fix == "unset CXX"
 
 
-def test_sources_that_are_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_missing_sources(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(libraries, "SOURCES", tmp_path)
     (finding,) = doctor.examine_compiler()
     assert finding.severity == "warning"
@@ -175,12 +175,12 @@ def test_sources_that_are_missing(monkeypatch: pytest.MonkeyPatch, tmp_path: Pat
 def private(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """Where kernels are kept if the cache will not do."""
     (tmp_path / "lasting").mkdir()
-    monkeypatch.setattr(cache, "_LASTING", tmp_path / "lasting")
+    monkeypatch.setattr(cache, "_PERSISTENT", tmp_path / "lasting")
     return tmp_path / "lasting" / f"vision-backbones-{os.geteuid()}" / "native"
 
 
-def test_kernels_that_can_be_kept_nowhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(cpu, "unavailable_reason", lambda name: "it can be kept nowhere: …")
+def test_kernels_without_a_usable_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(cpu, "unavailable_reason", lambda name: "no folder can hold it: …")
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("VISION_BACKBONES_CACHE_DIR", str(tmp_path / "file"))
     monkeypatch.setattr(cache, "folders", lambda: iter([tmp_path / "file" / "native"]))
@@ -189,7 +189,7 @@ def test_kernels_that_can_be_kept_nowhere(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert finding.fix.startswith("export VISION_BACKBONES_CACHE_DIR=")
 
 
-def test_a_cache_that_others_may_write_to(
+def test_world_writable_cache(
     private: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     folder = tmp_path / "two words" / "native"
@@ -204,7 +204,7 @@ def test_a_cache_that_others_may_write_to(
     assert doctor.examine_caches()[0].severity == "ok"
 
 
-def test_nobody_knows_the_home(private: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_home(private: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def unknown(uid: int) -> None:
         raise KeyError(uid)
 
@@ -276,10 +276,12 @@ def test_a_full_disk(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
 
 
 def test_packages_that_are_missing_or_old(monkeypatch: pytest.MonkeyPatch) -> None:
-    real = requirements._version
+    real = requirements.installed_version
     versions = {"pyyaml": None, "timm": "0.9.0"}
     monkeypatch.setattr(
-        requirements, "_version", lambda name: versions[name] if name in versions else real(name)
+        requirements,
+        "installed_version",
+        lambda name: versions[name] if name in versions else real(name),
     )
     errors = [f for f in doctor.examine_packages(doctor._installed()) if f.severity == "error"]
     assert {error.text: error.fix for error in errors} == {
@@ -323,7 +325,7 @@ def test_a_torchvision_of_another_torch(required: str, monkeypatch: pytest.Monke
     assert finding.fix.startswith("pip install --force-reinstall torch==2.9.0 torchvision==")
 
 
-def test_what_keeps_the_doctor_from_running_is_said_in_its_place(tmp_path: Path) -> None:
+def test_failures_of_doctor_itself_are_reported(tmp_path: Path) -> None:
     # As torchvision of another torch does, which timm imports.
     (tmp_path / "timm.py").write_text(
         "raise RuntimeError('operator torchvision::nms is not there')"
@@ -337,7 +339,7 @@ def test_what_keeps_the_doctor_from_running_is_said_in_its_place(tmp_path: Path)
     assert "`pip install --force-reinstall torch torchvision timm`" in last
 
 
-def test_a_switch_that_says_neither_yes_nor_no(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_invalid_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("VISION_BACKBONES_NATIVE", "maybe")
     (finding,) = doctor.examine_cpu()
     assert (finding.severity, finding.fix) == ("error", "unset VISION_BACKBONES_NATIVE")

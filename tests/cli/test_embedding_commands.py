@@ -77,7 +77,7 @@ def test_a_query_that_cannot_be_read(
     assert has_colour(tmp_path / "a.png")
 
 
-def test_images_that_are_gone(embedded: Embedded, tmp_path: Path) -> None:
+def test_missing_images(embedded: Embedded, tmp_path: Path) -> None:
     """What was found is told all the same."""
     moved = shutil.move(embedded.images, tmp_path / "moved")
     try:
@@ -166,7 +166,7 @@ def test_probe(embedded: Embedded, tmp_path: Path, capsys: pytest.CaptureFixture
         (["probe", "{table}", "--labels", "folder", "--test-labels", "folder"], "--test FOLDER"),
     ],
 )
-def test_what_a_user_can_mend_is_one_line(
+def test_user_errors_are_one_line(
     words: list[str], said: str, embedded: Embedded, capsys: pytest.CaptureFixture[str]
 ) -> None:
     image = embedded.images / "val/class0/000.png"
@@ -188,7 +188,7 @@ def test_what_a_user_can_mend_is_one_line(
         ("pyarrow", ["duplicates"], "pip install pyarrow"),
     ],
 )
-def test_packages_that_are_missing(
+def test_missing_packages(
     package: str,
     words: list[str],
     said: str,

@@ -1,4 +1,4 @@
-"""Files for other runtimes give what the model gives, at sizes that they were not traced with."""
+"""Exported files reproduce the model, also at sizes that they were not traced with."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_the_command_writes_what_it_says(
     assert [p.name for p in tmp_path.iterdir()] == ["shvit.pt2"]
 
 
-def test_what_is_missing_is_said_first(
+def test_missing_packages_are_reported_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(exporting.importlib.util, "find_spec", lambda name: None)
@@ -117,7 +117,7 @@ class Wrong(torch.nn.Module):
         return x[:, :, :bound].mean((2, 3)) * self.scale
 
 
-def test_a_graph_of_one_size_is_refused_and_writes_nothing(tmp_path: Path) -> None:
+def test_a_static_graph_is_rejected_and_not_written(tmp_path: Path) -> None:
     path = tmp_path / "wrong.pt2"
     path.write_text("as it was")
     with pytest.raises(CommandError, match=r"^wrong: .*"):
@@ -133,14 +133,14 @@ class Branching(Wrong):
         return x if x.sum() > 0 else -x
 
 
-def test_what_cannot_be_traced_is_named(tmp_path: Path) -> None:
+def test_untraceable_operations_are_named(tmp_path: Path) -> None:
     loaded = Loaded(Branching().eval(), "branching")
     with pytest.raises(CommandError, match="^branching: cannot be exported: ") as raised:
         export(loaded, tmp_path / "x.pt2", "pt2", (64, 64))
     assert "\n" not in str(raised.value)
 
 
-def test_a_file_that_differs_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_differing_files_are_rejected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = small("shvit").eval()
     monkeypatch.setattr(exporting, "program_runner", lambda path: lambda x: model(x) * 1.001)
     with pytest.raises(CommandError, match="differs from the model by .* it was not written"):
@@ -163,7 +163,7 @@ class Magnifying(torch.nn.Module):
         return (x.cumsum(3)[..., -1] - x.sum(3)).mean((1, 2), dtype=x.dtype)[:, None] + 1e-6
 
 
-def test_what_float32_does_not_say_is_no_error_of_the_file() -> None:
+def test_float32_rounding_is_tolerated() -> None:
     model = Magnifying()
     shape = (1, 3, 64, 640)
     (found,) = exporting.check(model, lambda x: model(x.flip(3)), [shape])
@@ -181,7 +181,7 @@ def test_three_shapes_to_check() -> None:
     assert shapes == [(1, 3, 224, 224), (3, 3, 68, 101), (2, 3, 315, 269)]
 
 
-def test_agreement_counts_answers_and_noise() -> None:
+def test_agreement_of_predictions_and_noise() -> None:
     model = torch.nn.Flatten()
     pictures = [torch.tensor([[1.0, 0.0]]), torch.tensor([[0.0, 1.0]])]
     same = quantizing.agreement(model, lambda x: x, pictures)
@@ -222,7 +222,7 @@ def test_options_have_defaults() -> None:
     assert options.batch == 1
 
 
-def test_deformable_convolutions_become_what_more_runtimes_know(tmp_path: Path) -> None:
+def test_deformable_convolutions_are_decomposed(tmp_path: Path) -> None:
     """OpenVINO has no DeformConv."""
     model = randomise(small("litv2")).eval()
     images = torch.randn(2, 3, 64, 96)

@@ -1,4 +1,4 @@
-"""What goes wrong in an export is one line, and leaves nothing behind."""
+"""Failed exports print one line and leave no files."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from backbones.cli import exporting, quantizing, whole_files
+from backbones.cli import atomic_files, exporting, quantizing
 from backbones.cli.common import CommandError, Loaded
+from backbones.cli.elapsed import show_elapsed
 from backbones.cli.export import export
 from backbones.cli.main import main
-from backbones.cli.ticking import ticking
 
 
 class Plain(nn.Module):
@@ -83,22 +83,20 @@ def test_one_line(
     assert os.listdir() == ["file"]
 
 
-def test_a_size_that_would_fit_but_for_what_the_network_makes_of_it(
+def test_a_size_whose_feature_maps_do_not_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("backbones.cli.feasible.available_memory", lambda device: 4_000_000)
+    monkeypatch.setattr("backbones.cli.resources.available_memory", lambda device: 4_000_000)
     words = ["export", "shvit_s1", "--size", "512", "--out", str(tmp_path / "x.pt2")]
     assert main(words) == 2  # an image has 3 MB
     assert "images of 1×3×512×512 need more than 0.0" in capsys.readouterr().err
 
 
-def test_a_folder_that_cannot_be_written_to(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unwritable_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def refuse(path: Path) -> None:
         raise PermissionError(errno.EACCES, "Permission denied", str(path))
 
-    monkeypatch.setattr(whole_files.Path, "mkdir", refuse)
+    monkeypatch.setattr(atomic_files.Path, "mkdir", refuse)
     with pytest.raises(CommandError, match=r"^plain: cannot write .*x\.pt2: Permission denied$"):
         export(Loaded(Plain().eval(), "plain"), tmp_path / "x.pt2", "pt2", (16, 16))
 
@@ -113,7 +111,7 @@ def small_files() -> Iterator[None]:
 
 
 @pytest.mark.parametrize("ending", ["onnx", "pt2"])
-def test_what_the_disk_refuses(ending: str, tmp_path: Path, small_files: None) -> None:
+def test_files_larger_than_the_limit(ending: str, tmp_path: Path, small_files: None) -> None:
     path = tmp_path / f"x.{ending}"
     path.write_text("as it was")
     with pytest.raises(CommandError, match=f"cannot write {path}: the file is larger than"):
@@ -122,11 +120,11 @@ def test_what_the_disk_refuses(ending: str, tmp_path: Path, small_files: None) -
     assert path.read_text() == "as it was"
 
 
-def test_a_full_disk_however_it_is_wrapped(tmp_path: Path) -> None:
+def test_wrapped_disk_full_errors(tmp_path: Path) -> None:
     path = tmp_path / "x.onnx"
     with (
         pytest.raises(CommandError, match=f"cannot write {path}: no space left on the disk"),
-        whole_files.replace_whole(path) as scratch,
+        atomic_files.replace_atomically(path) as scratch,
     ):
         scratch.write_text("half")
         try:
@@ -134,7 +132,7 @@ def test_a_full_disk_however_it_is_wrapped(tmp_path: Path) -> None:
         except OSError as error:
             raise RuntimeError("the writer failed") from error
     assert list(tmp_path.iterdir()) == []
-    with pytest.raises(KeyError), whole_files.replace_whole(path):
+    with pytest.raises(KeyError), atomic_files.replace_atomically(path):
         raise KeyError("no matter of the disk")
 
 
@@ -146,13 +144,13 @@ def test_a_full_disk_while_quantising(tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.setattr("onnxruntime.quantization.shape_inference.quant_pre_process", full)
     with (
         pytest.raises(CommandError, match="no space left on the disk"),
-        whole_files.replace_whole(path) as scratch,
+        atomic_files.replace_atomically(path) as scratch,
     ):
         quantizing.quantize(scratch, [torch.zeros(1, 3, 16, 16)])
     assert list(tmp_path.iterdir()) == []
 
 
-def test_too_little_space_is_found_out_first(
+def test_disk_space_is_checked_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda folder: SimpleNamespace(free=1_000_000))
@@ -185,7 +183,7 @@ def test_signals_leave_nothing_behind(
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGHUP)] == before
 
 
-def test_a_signal_while_scratch_files_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_signal_during_cleanup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     original, calls = shutil.rmtree, []
 
     def interrupted(folder: Path, ignore_errors: bool) -> None:
@@ -197,7 +195,7 @@ def test_a_signal_while_scratch_files_go(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(shutil, "rmtree", interrupted)
     with (
         pytest.raises(KeyboardInterrupt),
-        whole_files.replace_whole(tmp_path / "x") as scratch,
+        atomic_files.replace_atomically(tmp_path / "x") as scratch,
     ):
         scratch.write_text("whole")
     assert [p.name for p in tmp_path.iterdir()] == ["x"]
@@ -208,13 +206,13 @@ class Terminal(io.StringIO):
         return True
 
 
-def test_long_steps_tick_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_elapsed_time_is_shown_on_a_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stderr", Terminal())
-    with ticking("writing", interval=0.01):
+    with show_elapsed("writing", interval=0.01):
         time.sleep(0.1)
     shown = sys.stderr.getvalue()
     assert "\r\x1b[Kwriting, 0 s" in shown and shown.endswith("\r\x1b[K")
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    with ticking("writing", interval=0.01):
+    with show_elapsed("writing", interval=0.01):
         time.sleep(0.02)
     assert not sys.stderr.getvalue()

@@ -1,4 +1,4 @@
-"""Image files with any damage: an image or a reason, within seconds, from both readers."""
+"""Damaged image files give an image or a reason within seconds, with both readers."""
 
 from __future__ import annotations
 

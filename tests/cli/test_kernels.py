@@ -1,4 +1,4 @@
-"""``summary --kernels``: the table, JSON and the picture of memory."""
+"""``summary --kernels``: the table, JSON and the memory plot."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_picture(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert len(np.unique(pixels.reshape(-1, 3), axis=0)) > 50
 
 
-def test_what_the_picture_shows(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_contents_of_the_picture(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     figures: list[Any] = []
     monkeypatch.setattr(
         "backbones.cli.memory_picture.save_figure", lambda figure, path: figures.append(figure)
@@ -106,9 +106,7 @@ def test_without_kernels_there_is_no_plan(
         (["--kernels", "--size", "0"], "--size takes one side"),
     ],
 )
-def test_what_a_user_can_mend(
-    words: list[str], said: str, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_user_errors(words: list[str], said: str, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["summary", "van_b0", *words]) == 2
     error = capsys.readouterr().err
     assert error.startswith("error: ") and said in error and error.count("\n") == 1

@@ -1,4 +1,4 @@
-"""The command as a whole: short help, one clear line for what a user can mend."""
+"""The command as a whole: short help, one-line errors."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ def test_the_package_is_a_command() -> None:
         (["export", "van_b0", "--out", "x.pt2", "--int8"], "--int8 requires ONNX"),
     ],
 )
-def test_what_a_user_can_mend_is_one_line(
+def test_user_errors_are_one_line(
     words: list[str], said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(words) == 2
@@ -144,7 +144,7 @@ def test_interrupting_is_quiet(
 @pytest.mark.parametrize(
     "words", [["--help"], ["summary", "shvit_s1", "--runs", "0"], ["doctor"]], ids=" ".join
 )
-def test_other_encodings_take_all_that_is_said(
+def test_output_in_other_encodings(
     words: list[str], encoding: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As on Windows, where output that goes to a file is in cp1252."""
@@ -156,7 +156,7 @@ def test_other_encodings_take_all_that_is_said(
     assert "\\u" not in said
 
 
-def test_a_full_disk_behind_the_output(
+def test_output_to_a_full_disk(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with open("/dev/full", "w") as full:
@@ -166,7 +166,7 @@ def test_a_full_disk_behind_the_output(
     assert capsys.readouterr().err == "error: cannot write the output: No space left on device\n"
 
 
-def test_a_package_that_is_missing_is_named(
+def test_missing_packages_are_named(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "backbones.cli.summary", None)
@@ -176,7 +176,7 @@ def test_a_package_that_is_missing_is_named(
     assert line.startswith("error: it needs x: ")
 
 
-def test_a_bug_keeps_its_trace(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bugs_print_a_traceback(monkeypatch: pytest.MonkeyPatch) -> None:
     from backbones.cli import doctor
 
     def wrong(options: object) -> int:

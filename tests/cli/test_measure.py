@@ -1,4 +1,4 @@
-"""Parts of a model: costs are those of the originals, receptive fields what positions see."""
+"""Costs and receptive fields of a model's parts."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_attention_sees_everything() -> None:
     assert fields[5] is None
 
 
-def test_the_table_reads_well() -> None:
+def test_layout_of_the_table() -> None:
     lines = describe("van_b0", small("van"), 64, 64, runs=0).splitlines()
     assert lines[0].split() == ["part", "output", "params", "MACs", "time", "field"]
     assert lines[2].startswith("stem     32×16×16")

@@ -1,4 +1,4 @@
-"""Answers for files of all kinds, with names, pictures and errors."""
+"""``predict``: files of all kinds, class names, pictures, errors."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ def predicted(run_folder: Path, *words: str | Path) -> int:
     return main(["predict", *map(str, words), "--checkpoint", checkpoint])
 
 
-def test_what_is_no_file_is_named_and_the_rest_go_on(
+def test_unreadable_files_are_named_and_skipped(
     run_folder: Path, photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A named pipe would be read for ever, for nobody writes to it."""
@@ -113,7 +113,7 @@ def test_sixteen_bits_are_the_same_image_as_eight(run_folder: Path, tmp_path: Pa
 
 
 @pytest.mark.parametrize("orientation", [1, 3, 6, 8, 0, 9, 99, 65535])
-def test_both_readers_turn_alike(orientation: int, tmp_path: Path) -> None:
+def test_both_readers_apply_orientation(orientation: int, tmp_path: Path) -> None:
     image = Image.fromarray(np.random.RandomState(0).randint(0, 255, (4, 6, 3)).astype(np.uint8))
     exif = image.getexif()
     exif[0x0112] = orientation
@@ -132,9 +132,7 @@ def test_too_narrow_to_be_resized(
     assert "60000×1 pixels is too narrow to be resized" in capsys.readouterr().err
 
 
-def test_names_that_are_no_text(
-    run_folder: Path, photos: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_undecodable_names(run_folder: Path, photos: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """On a system whose names of files are bytes; the output in cp1252 as on Windows."""
     for number, name in enumerate([b"\xff.png", "日.png".encode(), b"a\nb.png", b"$\\frac$.png"]):
         os.rename(photos / f"{number}.png", os.path.join(os.fsencode(photos), name))
@@ -176,7 +174,7 @@ def test_names_that_are_no_text(
         (["--labels", "{0}/deep.json"], "deep.json is not a JSON list of names"),
     ],
 )
-def test_what_cannot_be_done_is_told_before_any_work(
+def test_impossible_requests_fail_early(
     words: list[str],
     said: str,
     run_folder: Path,
@@ -232,7 +230,7 @@ def test_devices_and_pipes_are_written_to(run_folder: Path, photos: Path, tmp_pa
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 @pytest.mark.parametrize("place", [0, -1])
-def test_weights_that_are_not_finite(
+def test_non_finite_weights(
     value: float, place: int, run_folder: Path, photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tensors = load_file(run_folder / "best.safetensors")
@@ -250,7 +248,7 @@ def test_weights_that_are_not_finite(
     assert not (run_folder / "a.json").exists()
 
 
-def test_answers_that_are_not_finite(
+def test_non_finite_predictions(
     run_folder: Path, photos: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of finite weights: products of large ones overflow."""
@@ -288,7 +286,7 @@ def test_metadata_without_a_list_of_classes(
         ({"nonsense": 1}, "unknown keyword 'nonsense'"),
     ],
 )
-def test_recipes_that_make_no_model(
+def test_recipes_with_invalid_model_arguments(
     arguments: dict[str, object],
     said: str,
     run_folder: Path,
@@ -302,7 +300,7 @@ def test_recipes_that_make_no_model(
     assert said in line
 
 
-def test_answers_are_the_models(run_folder: Path, photos: Path) -> None:
+def test_predictions_are_the_models(run_folder: Path, photos: Path) -> None:
     from timm.data import create_transform
 
     from backbones.cli.predict import preprocessing

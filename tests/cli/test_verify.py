@@ -1,4 +1,4 @@
-"""What a checkpoint is said to be, and comparisons stage by stage."""
+"""``verify``: identification of checkpoints, and comparison stage by stage."""
 
 from __future__ import annotations
 
@@ -35,9 +35,7 @@ def test_a_release(published: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert sha256_of(published) in out
 
 
-def test_figures_from_elsewhere(
-    published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_saved_figures(published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     words = ["verify", "shvit_s1", "--checkpoint", str(published)]
     figures = tmp_path / "figures.json"
     assert main([*words, "--save-figures", str(figures), "--size", "64"]) == 0
@@ -70,14 +68,12 @@ def test_figures_of_another_shape() -> None:
         compare(model, figures)
 
 
-def test_a_file_in_the_place_of_the_model(
-    published: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_file_instead_of_a_model(published: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", str(published)]) == 0
     assert "into shvit_s1, 1000 classes, strictly" in capsys.readouterr().out
 
 
-def test_weights_that_are_not_finite(
+def test_non_finite_weights(
     published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     tensors = torch.load(published, weights_only=True)["model"]
@@ -93,7 +89,7 @@ def test_weights_that_are_not_finite(
     assert not figures.exists()
 
 
-def test_outputs_that_are_not_finite(
+def test_non_finite_outputs(
     published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Of finite weights: products of large ones overflow."""
@@ -149,13 +145,13 @@ def test_files_without_figures(
         {"seed": 0, "input": [1, 3, 32, 32], "stages": 3, "output": []},
     ],
 )
-def test_figures_that_are_none(figures: dict[str, object]) -> None:
+def test_invalid_figures(figures: dict[str, object]) -> None:
     model = backbones.create_model("shvit_s1", num_classes=3).eval()
     with pytest.raises(CommandError, match="not of this model"):
         compare(model, figures)
 
 
-def test_figures_do_not_replace_what_is_read(
+def test_figures_do_not_overwrite_inputs(
     published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     words = ["verify", "--checkpoint", str(published), "--save-figures"]
@@ -167,7 +163,7 @@ def test_figures_do_not_replace_what_is_read(
     assert "is a folder" in capsys.readouterr().err
 
 
-def test_what_does_not_load(
+def test_checkpoints_that_do_not_load(
     published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["verify", "van_b0", "--checkpoint", str(published)]) == 1
@@ -193,12 +189,12 @@ def test_own_weights_are_known(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert "into efficientvit_m0, 5 classes, strictly" in out
 
 
-def test_the_code_alone(capsys: pytest.CaptureFixture[str]) -> None:
+def test_without_a_checkpoint(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["verify", "shvit_s1"]) == 0
     assert capsys.readouterr().out.count("✓") == 4
 
 
-def test_all_variants_are_told_apart() -> None:
+def test_all_variants_are_distinguished() -> None:
     # Those that share all names and shapes are the same network, for another size or twice, or with
     # and without dilations, which are no weights.
     families: dict[tuple, list[str]] = {}

@@ -1,4 +1,4 @@
-"""The example of videos runs, and its videos are what they say."""
+"""The video example runs, and its videos are as described."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pages of search, duplicates and probe, opened from a disk: complete, and asking nobody."""
+"""HTML pages of search, duplicates and probe: complete and self-contained."""
 
 from __future__ import annotations
 
@@ -80,7 +80,7 @@ def shown(browser):
 @pytest.mark.parametrize(
     "opened", [(1400, "light"), (390, "dark")], indirect=True, ids=["desk", "telephone"]
 )
-def test_it_is_complete_and_fits(opened):
+def test_the_page_is_complete_and_fits(opened):
     assert opened.title == HOSTILE == opened.find_element(By.TAG_NAME, "h1").text
     images = "return [...document.images].map((i) => [i.complete, i.naturalWidth])"
     seen = opened.execute_script(images)
@@ -124,7 +124,7 @@ def test_names_filter(opened):
     assert shown(opened) == []
 
 
-def test_a_kind_of_mistake_is_shown_alone(opened):
+def test_errors_filter_by_kind(opened):
     first, second = opened.find_elements(By.CSS_SELECTOR, "button[data-group]")
     first.click()
     assert shown(opened) == [HOSTILE, "@title@.png"]

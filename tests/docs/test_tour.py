@@ -1,4 +1,4 @@
-"""The notebook runs from top to bottom, without a network, and makes its pictures."""
+"""The notebook runs from top to bottom without a network."""
 
 from __future__ import annotations
 

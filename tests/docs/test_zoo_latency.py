@@ -50,7 +50,7 @@ def test_from_measurement_to_row(tools, tmp_path, monkeypatch):
     assert report["machine"]["name"] in zoo_page.machine_line(report)
 
 
-def test_another_machine_begins_anew(tools, tmp_path):
+def test_results_of_another_machine_are_replaced(tools, tmp_path):
     output = tmp_path / "zoo.json"
     output.write_text(json.dumps({"machine": {"name": "another"}, "results": [1]}))
     report_so_far = tools("zoo_latency").report_so_far

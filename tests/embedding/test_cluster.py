@@ -35,7 +35,7 @@ def cluster(monkeypatch: pytest.MonkeyPatch) -> Iterator[Any]:
         started.shutdown()
 
 
-def test_a_machine_that_is_lost(cluster: Any, tmp_path: Path) -> None:
+def test_a_lost_machine(cluster: Any, tmp_path: Path) -> None:
     checkpoint = tiny_checkpoint(tmp_path / "model")
     photos = make_photos(tmp_path / "photos", 400)
     (photos / "none.jpg").write_text("no image")
@@ -69,7 +69,7 @@ def test_a_machine_that_is_lost(cluster: Any, tmp_path: Path) -> None:
     assert same(out, undisturbed)
 
 
-def test_what_a_worker_cannot_do_is_one_line(
+def test_worker_errors_are_one_line(
     cluster: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """A machine with different weights reports that; the command line shows a single line."""

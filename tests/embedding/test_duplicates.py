@@ -51,7 +51,7 @@ def reference(vectors: np.ndarray, threshold: float) -> set[tuple[int, ...]]:
 @pytest.mark.parametrize("held", [1, 1 << 28], ids=["several passes", "one pass"])
 @pytest.mark.parametrize("tile", [7, 1024])
 @pytest.mark.parametrize("threshold", [0.5, 0.9])
-def test_as_by_hand(
+def test_by_hand(
     threshold: float, tile: int, held: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     vectors = np.random.default_rng(0).normal(size=(200, 5)).astype(np.float32)
@@ -80,7 +80,7 @@ def test_none(tmp_path: Path) -> None:
     assert find_duplicates(make_table(tmp_path / "c", np.zeros((4, 4), np.float32))) == []
 
 
-def test_where_all_are_alike(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_all_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     table = make_table(tmp_path / "table", np.ones((60, 4), np.float32))
     (group,) = find_duplicates(table)
     assert [member.row for member in group] == list(range(60))

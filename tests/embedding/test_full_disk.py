@@ -26,7 +26,7 @@ def files_that_may_not_grow(beyond: int) -> Iterator[None]:
 
 @pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("size", [100, 1500])
-def test_what_is_done_stays(
+def test_finished_shards_remain(
     size: int, workers: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """100 bytes are too few for the metadata, 1500 for a shard."""

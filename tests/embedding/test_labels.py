@@ -54,7 +54,7 @@ def test_files_of_labels(name: str, text: str, tmp_path: Path) -> None:
         ("a.json", "[" * 100_000, "is no JSON of labels by key"),
     ],
 )
-def test_files_of_something_else(name: str, text: str, said: str, tmp_path: Path) -> None:
+def test_invalid_label_files(name: str, text: str, said: str, tmp_path: Path) -> None:
     (tmp_path / name).write_text(text)
     with pytest.raises(LabelError, match=said):
         read_assignments(tmp_path / name)

@@ -37,7 +37,7 @@ def hard(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_table(tmp_path_factory.mktemp("probe") / "hard", *clouds([90, 60, 30], 1.5))
 
 
-def test_what_is_easy_is_found(easy: Path) -> None:
+def test_separable_classes(easy: Path) -> None:
     report = probe(easy, "folder")
     assert (report.rows, report.labelled, report.train, report.test) == (100, 100, 80, 20)
     assert report.classes == ["class0", "class1", "class2"]
@@ -50,7 +50,7 @@ def test_what_is_easy_is_found(easy: Path) -> None:
         assert not method.mistakes and not method.note
 
 
-def test_what_is_hard_is_accounted_for(hard: Path) -> None:
+def test_confusable_classes(hard: Path) -> None:
     report = probe(hard, "folder")
     for method in report.methods:
         wrong = sum(count for _, _, count in confusions(method, report.classes))
@@ -140,7 +140,7 @@ def test_classes_in_numbers_are_in_their_order(tmp_path: Path) -> None:
     assert report.classes == [str(number) for number in range(12)]
 
 
-def test_no_convergence_is_told(easy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_convergence_is_reported(easy: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from sklearn.linear_model import LogisticRegression
 
     made = LogisticRegression.__init__

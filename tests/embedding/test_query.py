@@ -19,7 +19,7 @@ def embedded(tmp_path_factory: pytest.TempPathFactory) -> Embedded:
     return embed_images(tmp_path_factory.mktemp("query"))
 
 
-def test_as_they_are_in_the_table(embedded: Embedded) -> None:
+def test_queries_equal_the_table(embedded: Embedded) -> None:
     keys, vectors = table.load(embedded.table)
     assert len(keys) == 19
     found = embed_queries(embedded.table, [embedded.images / key for key in keys])
@@ -27,9 +27,7 @@ def test_as_they_are_in_the_table(embedded: Embedded) -> None:
     np.testing.assert_allclose(found.vectors, vectors, rtol=1e-5, atol=1e-6)
 
 
-def test_what_cannot_be_read_is_named_and_the_rest_go_on(
-    embedded: Embedded, tmp_path: Path
-) -> None:
+def test_unreadable_images_are_named_and_skipped(embedded: Embedded, tmp_path: Path) -> None:
     (tmp_path / "no.png").write_text("no image")
     good = embedded.images / "val/class0/000.png"
     paths = [tmp_path / "no.png", good, tmp_path / "none.png"]

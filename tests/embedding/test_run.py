@@ -106,7 +106,7 @@ def test_half_of_the_bytes(photos: Path, checkpoint: Path, tmp_path: Path) -> No
     assert np.array_equal(half, exact.astype(np.float16).astype(np.float32))
 
 
-def test_what_is_not_finite_is_corrupt(
+def test_non_finite_features_are_corrupt(
     photos: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = Network.__call__
@@ -123,7 +123,7 @@ def test_what_is_not_finite_is_corrupt(
     assert reason.endswith(", which float16 does not hold")
 
 
-def test_images_that_cannot_be_read(
+def test_unreadable_images(
     photos: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     """Opening a named pipe would block; an image of a huge declared size would exhaust memory."""
@@ -178,7 +178,7 @@ def test_normalising_is_to_the_last_bit_what_timm_does(photos: Path, checkpoint:
         assert torch.equal(images.normalise([pixels])[0], plain(open_image(path)))
 
 
-def test_the_same_call_goes_on(
+def test_the_same_call_resumes(
     photos: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Existing shards are kept; a damaged one is computed again."""
@@ -213,7 +213,7 @@ def test_the_same_call_goes_on(
         ("source", "source: path '.*photos' there, '.*other' now"),
     ],
 )
-def test_a_folder_of_something_else(
+def test_a_folder_of_other_settings(
     photos: Path,
     checkpoint: Path,
     capsys: pytest.CaptureFixture[str],
@@ -306,7 +306,7 @@ def test_processes_that_keep_dying(
         (["--engine=ray", "--address=127.0.0.1:1"], "there is no Ray cluster to join"),
     ],
 )
-def test_bad_words_are_one_line(
+def test_bad_arguments_are_one_line(
     photos: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str], more: list[str], told: str
 ) -> None:
     out = photos.parent / "out"
@@ -326,7 +326,7 @@ def test_bfloat16_is_for_cpus_that_multiply_it(
 
 
 @pytest.mark.parametrize("package", ["pyarrow", "ray"])
-def test_packages_that_are_missing(
+def test_missing_packages(
     photos: Path,
     checkpoint: Path,
     package: str,
@@ -353,7 +353,7 @@ def test_out_is_beside_the_source(
     assert "notes.md is a file, or lies in one" in capsys.readouterr().err
 
 
-def test_a_source_that_goes_away_is_no_corrupt_image(
+def test_a_vanished_source_is_not_a_corrupt_image(
     photos: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = worker.Worker.__call__

@@ -68,14 +68,14 @@ def test_more_than_there_are(index: str, tmp_path: Path) -> None:
     assert search(table, np.empty((0, 3), np.float32)) == []
 
 
-def test_of_equal_ones_the_earlier(tmp_path: Path) -> None:
+def test_ties_prefer_earlier_rows(tmp_path: Path) -> None:
     table = make_table(tmp_path / "table", np.ones((120, 4), np.float32))
     (matches,) = search(table, np.ones((1, 4), np.float32), top=3)
     assert [match.row for match in matches] == [0, 1, 2]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
-def test_rows_that_are_no_direction_are_found_last(dtype: str, tmp_path: Path) -> None:
+def test_zero_vectors_come_last(dtype: str, tmp_path: Path) -> None:
     """In float16, a sum may overflow."""
     vectors = np.array([[np.inf, 1], [np.nan, 1], [0, 0], [6e4, 6e4], [1e-7, 0]], np.float32)
     table = make_table(tmp_path / "table", vectors, dtype=dtype)
@@ -118,7 +118,7 @@ def test_index_by_the_number_of_rows() -> None:
         choose_index("flat", 5)
 
 
-def test_what_is_missing_is_named(
+def test_missing_inputs_are_named(
     table: Path, vectors: np.ndarray, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "faiss", None)

@@ -117,7 +117,7 @@ def test_parquet(photos: Path, tmp_path: Path, wrapped: bool) -> None:
         ({"a": pa.array([], pa.binary())}, None, "have no rows"),
     ],
 )
-def test_columns_that_are_no_images(
+def test_columns_without_images(
     tmp_path: Path, columns: dict[str, list[object]], column: str | None, told: str
 ) -> None:
     pa.parquet.write_table(pa.table(columns), tmp_path / "a.parquet")
@@ -179,7 +179,7 @@ def _write(name: str, text: str) -> Callable[[Path], Path]:
         (_write("a.zip", ""), "a.zip is no source of images: give a folder"),
     ],
 )
-def test_sources_that_are_none(
+def test_invalid_sources(
     tmp_path: Path, make: Callable[[Path], Path], told: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)

@@ -42,7 +42,7 @@ def written(folder: Path, shards: int = 2, **changes: Any) -> Path:
 
 @pytest.mark.parametrize("dtype", ["float32", "float16"])
 @pytest.mark.parametrize("classes", [0, 2])
-def test_what_is_written_is_read(tmp_path: Path, dtype: str, classes: int) -> None:
+def test_round_trip(tmp_path: Path, dtype: str, classes: int) -> None:
     folder = written(tmp_path, dtype=dtype, classes=classes)
     keys, vectors = table.load(folder)
     assert keys == [f"{shard}/{i}.png" for shard in (0, 1) for i in range(3)]
@@ -67,7 +67,7 @@ def test_columns_can_be_chosen(tmp_path: Path) -> None:
         next(table.batches(folder, ["classes"]))
 
 
-def test_a_table_that_is_not_whole(tmp_path: Path) -> None:
+def test_incomplete_table(tmp_path: Path) -> None:
     with pytest.raises(table.TableError, match="1 of 2 shards are not there yet .part-00001"):
         table.load(written(tmp_path, shards=1))
 
@@ -96,7 +96,7 @@ def test_metadata_of_something_else(tmp_path: Path, text: str) -> None:
         table.metadata(tmp_path)
 
 
-def test_no_table_at_all(tmp_path: Path) -> None:
+def test_missing_table(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match="holds no embeddings: there is no metadata.json"):
         table.load(tmp_path)
     (tmp_path / "file").touch()
@@ -104,7 +104,7 @@ def test_no_table_at_all(tmp_path: Path) -> None:
         table.load(tmp_path / "file")
 
 
-def test_differences_are_told() -> None:
+def test_differences_are_listed() -> None:
     now = json.loads(json.dumps(CONTENT))
     assert table.differences(CONTENT, now) == []
     now |= {"model": "van_b1", "preprocessing": {"crop_pct": 0.9}, "shards": 3}
@@ -117,7 +117,7 @@ def test_differences_are_told() -> None:
     assert told == "the images listed in /x have changed (6 there, 7 now)"
 
 
-def test_an_error_leaves_nothing(tmp_path: Path) -> None:
+def test_errors_leave_no_files(tmp_path: Path) -> None:
     (tmp_path / "shards").mkdir()
     schema, path = table.schema(4), table.shard_path(tmp_path, 0)
     with pytest.raises(ZeroDivisionError), table.ShardWriter(path, schema, "x") as shard:
@@ -127,7 +127,7 @@ def test_an_error_leaves_nothing(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(("dim", "dtype"), [(0, "float32"), (4, "float64")])
-def test_schemas_that_there_are_not(dim: int, dtype: str) -> None:
+def test_unknown_schemas(dim: int, dtype: str) -> None:
     with pytest.raises(ValueError, match="must be"):
         table.schema(dim, dtype)
 

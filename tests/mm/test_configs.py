@@ -84,7 +84,7 @@ def _backbone(**arguments: Any) -> SimpleNamespace:
 
 
 @pytest.mark.parametrize("path", LEAVES, ids=_ids)
-def test_file_says_what_it_is(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_headers_of_configs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapter, "VisionBackbone", _backbone)
     text = path.read_text()
     assert len(text.splitlines()) <= 15
@@ -192,7 +192,7 @@ def test_forward_and_backward(path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("path", [p for p in LEAVES if _key(p) not in TRAINED], ids=_ids)
-def test_forward_and_backward_of_the_others(path: Path) -> None:
+def test_forward_and_backward_of_other_configs(path: Path) -> None:
     _train_once(path)
 
 

@@ -122,6 +122,6 @@ def test_compiled_operators_are_left_alone(tmp_path: Path) -> None:
     run([sys.executable, "-c", _COMPILED, str(tmp_path)], timeout=120, cwd=ROOT)
 
 
-def test_install_says_whether_it_stands_in() -> None:
+def test_install_reports_whether_it_replaces_mmcv() -> None:
     assert mmcv_ops.install()
     assert isinstance(sys.modules["mmcv._ext"], mmcv_ops._StandIn)

@@ -152,7 +152,7 @@ def test_init_cfg_names_published_weights() -> None:
         model.init_weights()
 
 
-def test_mmengine_checkpoints_and_nothing_more_are_read(tmp_path: Path) -> None:
+def test_only_mmengine_checkpoints_are_read(tmp_path: Path) -> None:
     buffer = HistoryBuffer([np.float64(1.0), 3.0], [1, 1])
     torch.save({"log": buffer, "best": np.float64(0.5)}, tmp_path / "a.pth")
     assert torch.load(tmp_path / "a.pth", weights_only=True)["log"].mean() == 2.0
@@ -189,7 +189,7 @@ def test_mmengine_checkpoints_are_read_without_mmengine(tmp_path: Path) -> None:
     run([sys.executable, "-c", _WITHOUT_MMENGINE, path], timeout=120, cwd=ROOT)
 
 
-def test_reading_weights_forbids_nothing_that_was_allowed(tmp_path: Path) -> None:
+def test_reading_weights_keeps_the_allow_list(tmp_path: Path) -> None:
     """mmengine resumes after the backbone's weights were loaded."""
     path = tmp_path / "a.pth"
     torch.save({"state_dict": backbones.create_model("van_b0").state_dict()}, path)
@@ -267,7 +267,7 @@ def test_layers_of_unireplknet_are_the_published_ones() -> None:
         assert rates[f"backbone.{name}"][0] == pytest.approx(0.9 ** (13 - layer)), name
 
 
-def test_layer_decay_spares_what_the_backbone_names() -> None:
+def test_layer_decay_skips_no_weight_decay_names() -> None:
     model = MODELS.build(
         dict(type="VisionBackbone", name="efficientvit_m0", depths=(1, 1, 1), img_size=448)
     )

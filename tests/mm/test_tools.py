@@ -95,7 +95,9 @@ def test_a_quickstart_makes_its_set_once(
     assert (data / "train.json").is_file()
 
 
-def test_of_two_at_once_one_makes_the_set(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concurrent_quickstarts_create_one_set(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     made = []
 
     def write_set(folder: Path, train: int, val: int) -> None:
@@ -111,7 +113,7 @@ def test_of_two_at_once_one_makes_the_set(tmp_path: Path, monkeypatch: pytest.Mo
     assert made == [(4, 2)]
 
 
-def test_a_set_is_whole_or_not_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_set_is_created_atomically(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ValueError, match="val must be 1 image or more, got 0"):
         quickstart.write_set(tmp_path / "set", 1, 0)
     write = quickstart.write_split

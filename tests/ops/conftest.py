@@ -1,4 +1,4 @@
-"""A kernel that compiles in no time, in a folder of its own, and caches of one test alone."""
+"""A kernel that compiles instantly, and caches and folders of each test's own."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     for name in ("lasting", "temporary"):
         (tmp_path / name).mkdir()
     monkeypatch.setattr(libraries, "SOURCES", folder)
-    monkeypatch.setattr(cache, "_LASTING", tmp_path / "lasting")
+    monkeypatch.setattr(cache, "_PERSISTENT", tmp_path / "lasting")
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
     monkeypatch.setattr(cache, "_temporary", [])
     monkeypatch.setenv("VISION_BACKBONES_CACHE_DIR", str(tmp_path / "cache"))
@@ -37,9 +37,9 @@ def sources(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def start_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     """As in a new process: nothing is known."""
     monkeypatch.setattr(build, "_kernels", {})
-    monkeypatch.setattr(batch, "_given_up", None)
+    monkeypatch.setattr(batch, "_compiler_failure", None)
     monkeypatch.setattr(batch, "_refused", {})
-    monkeypatch.setattr(build, "_told", set())
+    monkeypatch.setattr(build, "_logged", set())
     monkeypatch.setattr(cache, "_refused", {})
 
 

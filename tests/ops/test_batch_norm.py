@@ -91,7 +91,7 @@ def test_any_strides(shape: tuple[int, ...], training: bool, dtype: torch.dtype)
                 )
 
 
-def test_what_the_doctor_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_has_wrong_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     x = torch.randn(1, 3, 4, 5)
     plain, wanted = both(norm(nn.BatchNorm2d), x), by_batch(norm(nn.BatchNorm2d), x)
     wrong = any(not torch.allclose(a, b, atol=1e-4) for a, b in zip(plain, wanted, strict=True))
@@ -113,7 +113,7 @@ def test_nothing_is_copied() -> None:
         assert with_canonical_strides(given) is given
 
 
-def test_free_where_nothing_is_wrong() -> None:
+def test_no_overhead_where_torch_is_correct() -> None:
     """No hook without gradients, with two images, or with channels last."""
     layer, x = norm(), torch.randn(1, 3, 4, 5)
     assert layer(x)._backward_hooks
@@ -200,7 +200,7 @@ def test_in_place_activations_may_follow() -> None:
     torch.testing.assert_close(both(behind, x), by_batch(behind, x))
 
 
-def test_it_is_torchs_norm_otherwise() -> None:
+def test_otherwise_equals_torchs_norm() -> None:
     layer, x = norm(), torch.randn(2, 3, 4, 5)
     for copied in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
         plain = norm(nn.BatchNorm2d)

@@ -1,4 +1,4 @@
-"""Junk in place of any argument of any op: a TypeError or ValueError, nothing from its midst."""
+"""Invalid values for any argument of any op raise a TypeError or ValueError that names it."""
 
 from __future__ import annotations
 

@@ -94,7 +94,7 @@ def test_float32_gradients_are_those_of_float64() -> None:
         (7, [(3, 0)], "dilation 0"),
     ],
 )
-def test_what_does_not_fit_is_refused(
+def test_rejects_bad_arguments(
     kernel_size: int, branches: list[tuple[int, int]] | None, message: str
 ) -> None:
     with pytest.raises(ValueError, match=message):

@@ -1,4 +1,4 @@
-"""Reflection back and forth."""
+"""Reflection padding."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_multiples(height: int, width: int, multiple: int) -> None:
         assert torch.equal(padded, F.pad(x, (0, right, 0, below), mode="reflect"))
 
 
-def test_back_and_forth() -> None:
+def test_repeated_reflection() -> None:
     places = reflected_positions(torch.arange(-3, 9), 4)
     assert places.tolist() == [3, 2, 1, 0, 1, 2, 3, 2, 1, 0, 1, 2]
     assert reflected_positions(torch.arange(4), 1).tolist() == [0, 0, 0, 0]
@@ -30,6 +30,6 @@ def test_back_and_forth() -> None:
     assert reflect_pad_to_multiple(row, 8)[0, 0, 0].tolist() == [1, 2, 3, 2, 1, 2, 3, 2]
 
 
-def test_what_fits_is_left_alone() -> None:
+def test_multiples_are_unchanged() -> None:
     x = torch.rand(1, 3, 16, 32)
     assert reflect_pad_to_multiple(x, 16) is x

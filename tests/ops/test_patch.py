@@ -43,7 +43,7 @@ def test_patches_are_completed_with_zeros(patch_size: int) -> None:
     torch.testing.assert_close(layer(whole), layer.norm(layer.conv(whole)))
 
 
-def test_merging_of_open_sizes() -> None:
+def test_merging_of_dynamic_sizes() -> None:
     torch._dynamo.reset()
     layer = PatchMerging(4, 8).eval()
     compiled = torch.compile(layer, fullgraph=True, backend="aot_eager", dynamic=True)

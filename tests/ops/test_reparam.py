@@ -1,4 +1,4 @@
-"""Folding is exact, makes new layers and leaves the old ones alone."""
+"""Folding is exact and leaves the original layers unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Tiled inference, against networks whose reach is known."""
+"""Tiled inference, with networks of known receptive field."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Pairs of patches: where they come from, and that a seed says everything."""
+"""Pairs of patches: their source, and that the seed determines everything."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from restoration_runs import make_pictures
 from backbones.restoration.data import (
     Patches,
     PatchLoader,
+    degrade_picture,
     find_pictures,
     load_truth,
-    spoil_whole,
     to_tensor,
 )
 from backbones.restoration.metrics import quantize
@@ -42,11 +42,11 @@ def test_a_patch_is_a_part_of_the_whole(scale: int, tmp_path: Path) -> None:
     patches = Patches([], recipe, scale, corrupt(tmp_path))
     places = set()
     for seed in range(60):
-        spoilt, truth = patches.cut(pixels, np.random.default_rng(seed))
+        degraded, truth = patches.cut(pixels, np.random.default_rng(seed))
         generator = np.random.default_rng(seed)
         top = int(generator.integers(small.shape[1] - 5))
         left = int(generator.integers(small.shape[2] - 5))
-        assert torch.equal(spoilt, small[:, top : top + 6, left : left + 6])
+        assert torch.equal(degraded, small[:, top : top + 6, left : left + 6])
         rows, columns = (slice(scale * n, scale * (n + 6)) for n in (top, left))
         assert torch.equal(truth, whole[:, rows, columns])
         places.add((top, left))
@@ -60,8 +60,10 @@ def test_flips_and_turns_are_the_same_for_both(tmp_path: Path) -> None:
     patches = Patches([], RestorationRecipe(patch_size=12), 2, corrupt(tmp_path))
     seen = set()
     for seed in range(60):
-        spoilt, truth = patches.cut(pixels, np.random.default_rng(seed))
-        torch.testing.assert_close(spoilt, quantize(resize_bicubic(truth, 0.5)), atol=5e-3, rtol=0)
+        degraded, truth = patches.cut(pixels, np.random.default_rng(seed))
+        torch.testing.assert_close(
+            degraded, quantize(resize_bicubic(truth, 0.5)), atol=5e-3, rtol=0
+        )
         seen.add(truth.numpy().tobytes())
     assert len(seen) == 8
 
@@ -83,13 +85,13 @@ def test_batches_follow_from_seed_epoch_and_place(tmp_path: Path) -> None:
     assert len(used) == 6
 
 
-def test_an_unreadable_picture_gives_way(tmp_path: Path) -> None:
+def test_unreadable_pictures_are_replaced(tmp_path: Path) -> None:
     folder = make_pictures(tmp_path / "p", 3)
     (folder / "1.png").write_bytes(b"no picture")
     paths = find_pictures(str(folder), True)
     recipe = RestorationRecipe(patch_size=8)
-    spoilt, truth = Patches(paths, recipe, 2, corrupt(tmp_path, 0.5))[(1, 0)]
-    assert spoilt.shape == (3, 8, 8) and truth.shape == (3, 16, 16)
+    degraded, truth = Patches(paths, recipe, 2, corrupt(tmp_path, 0.5))[(1, 0)]
+    assert degraded.shape == (3, 8, 8) and truth.shape == (3, 16, 16)
     assert "1.png" in (tmp_path / "corrupt.txt").read_text()
     with pytest.raises(DataError, match="1 of 3 images cannot be read"):
         Patches(paths, recipe, 2, corrupt(tmp_path))[(1, 0)]
@@ -99,13 +101,13 @@ def test_validation_is_the_same_every_time() -> None:
     truth = torch.rand((3, 24, 24), generator=torch.Generator().manual_seed(0))
     recipe = RestorationRecipe(task="denoise", sigma=(15.0, 50.0))
     for number, sigma in enumerate((15, 50)):
-        spoilt, same = spoil_whole(recipe, truth, 1, number)
-        assert same is truth and torch.equal(spoilt, spoil_whole(recipe, truth, 1, number)[0])
-        assert (spoilt - truth).std().item() * 255 == pytest.approx(sigma, rel=0.1)
+        degraded, same = degrade_picture(recipe, truth, 1, number)
+        assert same is truth and torch.equal(degraded, degrade_picture(recipe, truth, 1, number)[0])
+        assert (degraded - truth).std().item() * 255 == pytest.approx(sigma, rel=0.1)
     jpeg = RestorationRecipe(task="jpeg")
-    errors = [(spoil_whole(jpeg, truth, 1, n)[0] - truth).abs().mean() for n in range(4)]
+    errors = [(degrade_picture(jpeg, truth, 1, n)[0] - truth).abs().mean() for n in range(4)]
     assert errors == sorted(errors, reverse=True)  # qualities 10, 20, 30, 40
-    real = spoil_whole(RestorationRecipe(task="real"), truth, 2, 0)
+    real = degrade_picture(RestorationRecipe(task="real"), truth, 2, 0)
     assert real[0].shape == (3, 12, 12) and not torch.equal(real[1], truth)  # sharpened
 
 
@@ -118,7 +120,7 @@ def test_photographs_are_inside_the_packages() -> None:
     assert load_truth(training[2], 1, 4).shape == (1, 512, 512)
 
 
-def test_nothing_there_is_named(tmp_path: Path) -> None:
+def test_missing_pictures_are_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="give --val-pictures a folder"):
         find_pictures("", False)
     with pytest.raises(DataError, match="train_pictures: no picture at"):

@@ -1,4 +1,4 @@
-"""Picture files of every kind come in right and go out whole."""
+"""Reading and writing picture files of every kind."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_orientation(orientation: int, tmp_path: Path) -> None:
         assert ORIENTATION not in written.getexif() and written.getexif()[0x010F] == "a maker"
 
 
-def test_damaged_notes_spoil_no_pixel(tmp_path: Path) -> None:
+def test_damaged_metadata_is_ignored(tmp_path: Path) -> None:
     array = pixels(5, 8, 3)
     Image.fromarray(array).save(tmp_path / "a.png", exif=b"Exif\0\0II*\0\xff\xff\xff\x7f")
     picture = read_picture(tmp_path / "a.png")
@@ -151,7 +151,7 @@ def test_damaged_notes_spoil_no_pixel(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("source", ["tif", "jpg"])
-def test_notes_that_are_still_true_are_kept(source: str, tmp_path: Path) -> None:
+def test_valid_metadata_is_kept(source: str, tmp_path: Path) -> None:
     """Who took it and how long, but neither how the old file is built nor how large it was."""
     image = Image.fromarray(pixels(5, 8, 3))
     exif = image.getexif()
@@ -232,7 +232,7 @@ def test_damage_is_reported(tmp_path: Path) -> None:
         read_picture(tmp_path / "f.tif")
 
 
-def test_nothing_is_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_failed_writes_leave_no_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "a.png"
     path.write_bytes(b"what was there")
 

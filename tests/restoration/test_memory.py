@@ -16,7 +16,7 @@ from backbones.restoration.memory import _LiveTensors, available_memory, peak_by
 
 
 @pytest.mark.parametrize("family", ["van", "litv2", "medvitv2"])
-def test_the_peak_is_what_a_run_takes(family: str) -> None:
+def test_the_peak_equals_the_measured_peak(family: str) -> None:
     model = small(family).eval()
     live = _LiveTensors()
     images = torch.zeros(2, 3, 96, 64)
@@ -26,18 +26,18 @@ def test_the_peak_is_what_a_run_takes(family: str) -> None:
     assert peak_bytes(model, (2, 3, 96, 64)) == pytest.approx(live.peak, abs=2 * images.nbytes)
 
 
-def test_what_no_address_space_holds() -> None:
+def test_sizes_beyond_the_address_space() -> None:
     assert peak_bytes(small("shvit").eval(), (1, 3, 10**9, 10**9)) == math.inf
 
 
-def test_where_the_system_does_not_say(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unknown_free_memory(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pathlib.Path.read_text", lambda *args: (_ for _ in ()).throw(OSError))
     assert available_memory(torch.device("cpu")) == 4 * 2**30
     assert available_memory(torch.device("cpu"), unknown=sys.maxsize) == sys.maxsize
 
 
 @pytest.mark.parametrize("family", backbones.list_families())
-def test_sizes_that_no_memory_holds(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sizes_beyond_memory(family: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A system that grants more than it has would end the process later, without a word."""
     monkeypatch.setattr("backbones.cli.common.available_memory", lambda *a, **k: 2**30)
     model = small(family).eval()

@@ -1,4 +1,4 @@
-"""The model that the commands take."""
+"""The model behind the commands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``tools/train_sr.py``: it learns, goes on bit for bit, alone and in two processes."""
+"""``tools/train_sr.py`` learns, and resumes bit for bit, also with two processes."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def undisturbed(pictures, tmp_path_factory):
     return final_state(output / "run")
 
 
-def test_it_leaves_its_files(pictures, tmp_path, capsys):
+def test_output_files(pictures, tmp_path, capsys):
     arguments = (*pictures, f"--output={tmp_path}", "--name=run", "--epochs=2", "--ema-decay=0.5")
     assert train(*arguments, "--updates-per-epoch=15", "--lr=5e-3", pictures=True) == 0
     folder, printed = tmp_path / "run", capsys.readouterr().out
@@ -77,7 +77,7 @@ def test_it_leaves_its_files(pictures, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("name", "number"), [("link", 4), pytest.param("fsync", 7, marks=pytest.mark.slow)]
 )
-def test_a_killed_run_goes_on_bit_for_bit(name, number, pictures, undisturbed, tmp_path):
+def test_a_killed_run_resumes_bit_for_bit(name, number, pictures, undisturbed, tmp_path):
     arguments = (*pictures, f"--output={tmp_path}", "--name=run", *RECIPE)
     process = start(*arguments, before=partial(kill_at_call, name, number))
     process.join()
@@ -129,7 +129,7 @@ def test_the_gradient_of_a_patch_alone_is_that_within_a_batch(memory_format):
     assert_same(alone(objective, spoilt, model), whole, case, model)
 
 
-def test_two_processes_go_on_bit_for_bit(pictures, tmp_path):
+def test_two_processes_resume_bit_for_bit(pictures, tmp_path):
     arguments = (*pictures, f"--output={tmp_path}", *RECIPE)
     for process in start_two(*arguments, "--name=undisturbed"):
         process.join()
@@ -153,7 +153,7 @@ def test_other_tasks(task, pictures, tmp_path):
     assert 5 < row["val_psnr_y"] < 60
 
 
-def test_mistakes_are_named(pictures, tmp_path, capsys):
+def test_errors_are_reported(pictures, tmp_path, capsys):
     def error(*arguments: str) -> str:
         assert train(*pictures, f"--output={tmp_path}", *arguments) == 1
         return capsys.readouterr().err
@@ -184,7 +184,7 @@ def test_mistakes_are_named(pictures, tmp_path, capsys):
     assert "does not fit this recipe" in error(*again)
 
 
-def test_weights_that_are_nan_are_saved_nowhere(pictures, tmp_path, monkeypatch, capsys):
+def test_nan_weights_are_never_saved(pictures, tmp_path, monkeypatch, capsys):
     original = RestorationTrainer.apply_gradients
 
     def apply_gradients(self):

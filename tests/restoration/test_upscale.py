@@ -1,4 +1,4 @@
-"""Pictures through a model: tiles, memory, self-ensemble, grey, alpha, 16 bits."""
+"""Upscaling pictures: tiles, memory, self-ensemble, greyscale, alpha, 16 bits."""
 
 from __future__ import annotations
 
@@ -172,10 +172,10 @@ def test_auto_tiles_follow_the_limit() -> None:
     for mebibytes in (100, 300, 1000):
         upscaler = Upscaler(model, max_memory=2**40)
         per_pixel, _ = upscaler._measure()
-        upscaler._budget = (per_pixel, mebibytes * 2**20 + upscaler._held(2000, 3000, 1))
+        upscaler._budget = (per_pixel, mebibytes * 2**20 + upscaler._picture_bytes(2000, 3000, 1))
         side = upscaler.tile_side(2000, 3000)
-        assert side % 8 == 0 and upscaler._needs(side, 2000, 3000) <= mebibytes * 2**20
-        assert upscaler._needs(side + 8, 2000, 3000) > mebibytes * 2**20
+        assert side % 8 == 0 and upscaler._tile_bytes(side, 2000, 3000) <= mebibytes * 2**20
+        assert upscaler._tile_bytes(side + 8, 2000, 3000) > mebibytes * 2**20
         sides.append(side)
     assert sides == sorted(sides) and sides[0] < sides[-1]
     with pytest.raises(ValueError, match=r"max_memory is not enough .* MiB are missing"):

@@ -1,4 +1,4 @@
-"""The mean of checkpoints, and files that have none."""
+"""The mean of checkpoints, and files that cannot be averaged."""
 
 import importlib.util
 import subprocess
@@ -66,7 +66,7 @@ def test_another_architecture(other, tool, files, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite(value, tool, files, tmp_path, capsys):
+def test_non_finite_weights(value, tool, files, tmp_path, capsys):
     torch.save({"a.weight": torch.full((2, 3), value), "count": torch.tensor(1)}, files[1])
     words = [*map(str, files), "--output", str(tmp_path / "x.safetensors")]
     assert tool.main(words) == 1
@@ -74,7 +74,7 @@ def test_weights_that_are_not_finite(value, tool, files, tmp_path, capsys):
     assert not (tmp_path / "x.safetensors").exists()
 
 
-def test_an_output_that_would_not_be_read_as_what_it_is(tool, files, tmp_path, capsys):
+def test_output_with_a_misleading_suffix(tool, files, tmp_path, capsys):
     assert tool.main([str(files[0]), "--output", str(tmp_path / "soup.pth")]) == 1
     assert "--output must end in .safetensors" in capsys.readouterr().err
 

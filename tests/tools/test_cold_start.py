@@ -1,4 +1,4 @@
-"""How long the first image takes is measured in processes of their own, and shown on a page."""
+"""The time to the first image is measured in separate processes and shown on a page."""
 
 from __future__ import annotations
 

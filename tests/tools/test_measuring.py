@@ -1,4 +1,4 @@
-"""What benchmarks share measures what it says."""
+"""The shared code of the benchmarks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def measuring(monkeypatch: pytest.MonkeyPatch) -> ModuleType:
     return importlib.import_module("measuring")
 
 
-def test_sees_memory_that_is_held_for_a_moment(measuring: ModuleType) -> None:
+def test_short_memory_peaks_are_measured(measuring: ModuleType) -> None:
     with measuring.PeakMemory(torch.device("cpu")) as memory:
         torch.ones(1 << 24)
     if sys.platform == "linux":

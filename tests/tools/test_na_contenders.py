@@ -1,4 +1,4 @@
-"""What the benchmark of neighborhood attention compares."""
+"""The contenders of the neighborhood attention benchmark."""
 
 from __future__ import annotations
 

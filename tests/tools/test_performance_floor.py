@@ -1,4 +1,4 @@
-"""The page of floors holds fused models against the faster plain form."""
+"""The page of floors compares fused models with the faster plain form."""
 
 from __future__ import annotations
 

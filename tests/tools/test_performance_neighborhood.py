@@ -1,4 +1,4 @@
-"""The page says of every aim of neighborhood attention whether the measured rows reach it."""
+"""The page of neighborhood attention states for every target whether it is met."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The picture that README opens with, from the reports beside the performance pages."""
+"""The speed plot of README, from the committed reports."""
 
 from __future__ import annotations
 

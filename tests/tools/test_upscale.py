@@ -1,4 +1,4 @@
-"""``vision-backbones upscale`` and ``tools/validate_sr.py``, as they are called."""
+"""``vision-backbones upscale`` and ``tools/validate_sr.py``."""
 
 from __future__ import annotations
 
@@ -101,7 +101,7 @@ def test_a_full_disk_leaves_nothing_half_written(weights, tmp_path, monkeypatch,
     assert "full" in capsys.readouterr().err
 
 
-def test_mistakes_are_named(weights, tmp_path, capsys, monkeypatch):
+def test_errors_are_reported(weights, tmp_path, capsys, monkeypatch):
     source = make(tmp_path / "a.png")
     make(tmp_path / "b/a.png")
 
@@ -135,7 +135,7 @@ def test_mistakes_are_named(weights, tmp_path, capsys, monkeypatch):
     assert "there is no file" in capsys.readouterr().err
 
 
-def test_what_is_no_file_is_named_and_the_rest_go_on(weights, tmp_path, capsys):
+def test_unreadable_files_are_named_and_skipped(weights, tmp_path, capsys):
     """A named pipe would be read for ever, for nobody writes to it."""
     folder, out = tmp_path / "in", tmp_path / "out"
     make(folder / "a.png")
@@ -154,7 +154,7 @@ def test_what_is_no_file_is_named_and_the_rest_go_on(weights, tmp_path, capsys):
         assert "pipe.png is a named pipe" in capsys.readouterr().err
 
 
-def test_names_that_are_no_text(weights, tmp_path, monkeypatch):
+def test_undecodable_names(weights, tmp_path, monkeypatch):
     """On a system whose names of files are bytes; the output in cp1252 as on Windows."""
     folder = os.fsencode(tmp_path)
     for name in (b"\xff.png", "日.png".encode(), b"a\nb.png"):
@@ -169,7 +169,7 @@ def test_names_that_are_no_text(weights, tmp_path, monkeypatch):
     assert len(list((tmp_path / "out").iterdir())) == 6
 
 
-def test_what_cannot_be_done_is_told_before_any_work(weights, tmp_path, monkeypatch, capsys):
+def test_impossible_requests_fail_early(weights, tmp_path, monkeypatch, capsys):
     source = make(tmp_path / "a.png")
     make(tmp_path / "a_x2.png")
     monkeypatch.setattr(upscale_files, "upscale_files", lambda *a, **k: pytest.fail("it ran"))
@@ -215,7 +215,7 @@ def test_what_cannot_be_done_is_told_before_any_work(weights, tmp_path, monkeypa
         ("{in_chans: 2}", "of 1 or 3 channels"),
     ],
 )
-def test_keywords_that_make_no_model(arguments, said, tmp_path, capsys):
+def test_invalid_model_keywords(arguments, said, tmp_path, capsys):
     weights = tmp_path / "two.pt"
     torch.save(backbones.create_model("hat_nano_x2", in_chans=2).state_dict(), weights)
     words = ["upscale", str(make(tmp_path / "a.png")), f"--out={tmp_path / 'out'}"]
@@ -226,7 +226,7 @@ def test_keywords_that_make_no_model(arguments, said, tmp_path, capsys):
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_weights_that_are_not_finite(value, weights, tmp_path, capsys):
+def test_non_finite_weights(value, weights, tmp_path, capsys):
     tensors = torch.load(weights, weights_only=True)["model"]
     name = next(name for name, tensor in tensors.items() if tensor.is_floating_point())
     tensors[name].view(-1)[0] = value
@@ -238,7 +238,7 @@ def test_weights_that_are_not_finite(value, weights, tmp_path, capsys):
     assert not out.exists()
 
 
-def test_results_that_are_not_finite(weights, tmp_path, capsys):
+def test_non_finite_results(weights, tmp_path, capsys):
     """Of finite weights: products of large ones overflow."""
     tensors = torch.load(weights, weights_only=True)["model"]
     for tensor in tensors.values():
@@ -259,7 +259,7 @@ def test_results_that_are_not_finite(weights, tmp_path, capsys):
     assert not (tmp_path / "a.csv").exists()
 
 
-def test_memory_that_ends_half_way_is_one_picture(weights, tmp_path, monkeypatch, capsys):
+def test_running_out_of_memory_fails_one_picture(weights, tmp_path, monkeypatch, capsys):
     first, second = make(tmp_path / "a.png"), make(tmp_path / "b.png")
     read = upscale_files.read_picture
 
@@ -294,7 +294,7 @@ def test_sizes_of_memory():
     assert parse_size("64") == 64 * 2**20
 
 
-def test_a_picture_too_large_for_the_memory_is_one_picture(weights, tmp_path, monkeypatch, capsys):
+def test_a_too_large_picture_fails_alone(weights, tmp_path, monkeypatch, capsys):
     large, small = make(tmp_path / "large.png", size=(300, 200)), make(tmp_path / "small.png")
     monkeypatch.setattr("backbones.restoration.upscale.available_memory", lambda device: 2**20)
     out = tmp_path / "out"
@@ -305,7 +305,7 @@ def test_a_picture_too_large_for_the_memory_is_one_picture(weights, tmp_path, mo
     assert [path.name for path in out.iterdir()] == ["small_x2.png"]
 
 
-def test_what_lies_in_out_is_no_input(tmp_path):
+def test_outputs_are_not_inputs(tmp_path):
     make(tmp_path / "a.png")
     make(tmp_path / "out/a_x2.png")
     jobs = upscale_files.plan_jobs([tmp_path], tmp_path / "out", "_x2")
@@ -348,7 +348,7 @@ def scores(path: Path) -> list[dict[str, str]]:
     return list(csv.DictReader(path.read_text().splitlines()))
 
 
-def test_validation_makes_what_is_absent(weights, tmp_path, capsys):
+def test_validation_creates_missing_low_resolution_pictures(weights, tmp_path, capsys):
     """A folder of true pictures alone, and one with both halves made the same way."""
     for number, size in enumerate([(40, 32), (37, 51)]):
         make(tmp_path / f"Set5/img_{number}.png", size=size)
@@ -376,7 +376,7 @@ def test_validation_makes_what_is_absent(weights, tmp_path, capsys):
     assert 20 < float(rows[2]["bicubic_psnr_y"]) < 60
 
 
-def test_scores_are_not_written_over_what_is_read(weights, tmp_path, capsys):
+def test_scores_do_not_overwrite_inputs(weights, tmp_path, capsys):
     make(tmp_path / "Set/a.png", size=(40, 32))
     options = ["--model=hat_nano_x2", f"--model-args={ARGS}", f"--checkpoint={weights}"]
     for table, said in ((weights, "would overwrite"), (tmp_path, "is a folder")):
@@ -400,7 +400,7 @@ def test_pairs_by_name(truth, small, tmp_path):
     assert validate.find_pairs(tmp_path, 2) == [(tmp_path / truth, tmp_path / small)]
 
 
-def test_validation_names_what_does_not_fit(weights, tmp_path, capsys):
+def test_validation_names_mismatched_pairs(weights, tmp_path, capsys):
     options = ["--model=hat_nano_x2", f"--model-args={ARGS}", f"--checkpoint={weights}"]
 
     def error(folder: str) -> str:

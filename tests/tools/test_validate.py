@@ -1,4 +1,4 @@
-"""Accuracy of trained models, real labels, corruptions, and lists that go on after an error."""
+"""Accuracy of trained models, real labels, corruptions, and lists that continue after errors."""
 
 import csv
 import importlib.util
@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 from training_runs import TINY, make_images, train
 
 import backbones
-from backbones.training.answers import Answers, read_real_labels, real_accuracy
 from backbones.training.corruptions import (
     ALEXNET_ERROR,
     CORRUPTIONS,
@@ -24,6 +23,7 @@ from backbones.training.corruptions import (
     mean_corruption_error,
 )
 from backbones.training.errors import DataError, RecipeError
+from backbones.training.predictions import Predictions, read_real_labels, real_accuracy
 from backbones.training.report import class_report, confusion_matrix
 from backbones.training.sources import FileSource
 
@@ -86,7 +86,7 @@ def test_options_win_over_what_the_model_states(validate, folder):
     ]
 
 
-def test_a_list_goes_on_after_an_error(validate, folder, tmp_path):
+def test_a_list_continues_after_an_error(validate, folder, tmp_path):
     arguments = {"dims": [16, 24, 32], "depths": [1, 1, 1], "attn_dims": [0, 8, 8]}
     torch.save(
         backbones.create_model("shvit_s1", num_classes=3, **arguments).state_dict(),
@@ -146,7 +146,7 @@ def test_weights_for_other_classes(validate, folder, tmp_path):
         (["--model", "van_b0", "--severity=x"], "invalid int value: 'x'"),
     ],
 )
-def test_what_cannot_be_measured(words, message, validate):
+def test_unmeasurable_models(words, message, validate):
     status, rows, printed = validate(*words)
     assert (status, rows) == (2, [])
     (line,) = printed.err.splitlines()
@@ -162,7 +162,7 @@ def test_what_cannot_be_measured(words, message, validate):
         (lambda tensor: tensor.copy_(torch.full(tensor.shape, 3e38)), "is not finite"),
     ],
 )
-def test_weights_and_outputs_that_are_not_finite(spoil, said, validate, folder, tmp_path):
+def test_non_finite_weights_and_outputs(spoil, said, validate, folder, tmp_path):
     tensors = load_file(folder / "run" / "best.safetensors")
     names = [n for n, t in tensors.items() if n.startswith("head.") and t.is_floating_point()]
     for name in names:
@@ -199,7 +199,7 @@ def test_a_full_disk_is_named(validate, folder, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("arguments", ["{dims: 5}", "{dims: [-8, 8, 8]}", "{depths: [1]}"])
-def test_keywords_that_make_no_model(arguments, validate, folder):
+def test_invalid_model_keywords(arguments, validate, folder):
     checkpoint = folder / "run" / "best.safetensors"
     words = ["--model=shvit_s1", f"--checkpoint={checkpoint}", f"--model-args={arguments}"]
     status, rows, printed = validate(*words)
@@ -207,7 +207,7 @@ def test_keywords_that_make_no_model(arguments, validate, folder):
     assert rows[0]["error"]
 
 
-def test_names_that_are_no_text(validate, folder, tmp_path, monkeypatch):
+def test_undecodable_names(validate, folder, tmp_path, monkeypatch):
     """Classes and images named on a system whose names are bytes; the output in cp1252."""
     names = ["\udcff", "日", "$\\frac$"]
     for number, name in enumerate(names):
@@ -252,7 +252,7 @@ def imagenet_answers(first):
     names = [(f"val/n01/ILSVRC2012_val_{number:08d}.JPEG", 0, 0) for number in (3, 1, 2, 4)]
     source = FileSource(Path("val"), names, np.zeros(4, dtype=np.int64))
     place = np.arange(4)
-    return Answers(np.array(first)[:, None], np.zeros(4), place, 0.0, 1.0), source
+    return Predictions(np.array(first)[:, None], np.zeros(4), place, 0.0, 1.0), source
 
 
 def test_real_labels_by_hand(tmp_path):
@@ -290,7 +290,7 @@ def test_real_labels_of_a_whole_set(validate, folder, tmp_path):
 
 
 @pytest.mark.parametrize("name", CORRUPTIONS)
-def test_corruptions_spoil_more_and_more(name):
+def test_corruptions_increase_with_severity(name):
     generator = np.random.default_rng(0)
     smooth = generator.integers(60, 190, (8, 8, 3), dtype=np.uint8)
     image = Image.fromarray(smooth).resize((64, 64), Image.Resampling.BICUBIC)
@@ -328,6 +328,6 @@ def test_a_table_of_corruptions(validate, folder, tmp_path):
     assert "mce" not in rows[0]  # AlexNet's errors are of ImageNet
 
 
-def test_images_too_small_to_spoil():
+def test_images_too_small_to_corrupt():
     with pytest.raises(RecipeError, match="of at least 32×32 pixels"):
         Corruption("fog", 1)(Image.new("RGB", (16, 40)))

@@ -1,4 +1,4 @@
-"""The wheel: kernels for every instruction set, and no wait where there is no compiler."""
+"""The wheel contains kernels for every instruction set and needs no compiler."""
 
 from __future__ import annotations
 
@@ -173,7 +173,7 @@ def without_compiler(tmp_path: Path) -> Iterator[dict[str, str]]:
 
 
 @pytest.mark.parametrize("name", ["shvit_s4", "van_b0", "medvitv2_tiny"])
-def test_the_first_fused_image_waits_for_nothing(
+def test_the_first_fused_image_compiles_nothing(
     name: str, python: Path, without_compiler: dict[str, str], tmp_path: Path
 ) -> None:
     plain, fused = (
@@ -203,7 +203,7 @@ def test_each_instruction_set_that_this_cpu_runs_is_chosen(
 
 
 @pytest.mark.parametrize("kind", ["editable", "from a source distribution", "switched off"])
-def test_what_compiles_on_first_use_brings_nothing(
+def test_the_source_distribution_ships_no_kernels(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     clone = fresh_clone(tmp_path / "clone")

@@ -1,4 +1,4 @@
-"""A loss that is not finite: skipped without a trace, counted, and in the end explained."""
+"""Non-finite losses: skipped without effect, counted, and finally reported."""
 
 import csv
 import json
@@ -37,7 +37,7 @@ def arguments(tmp_path):
 
 
 @pytest.mark.parametrize("accum", [1, 2])
-def test_a_bad_batch_leaves_no_trace(accum, poison, arguments, tmp_path):
+def test_a_bad_batch_changes_nothing(accum, poison, arguments, tmp_path):
     poison({1, 4})
     assert train(*arguments, "--epochs=2", f"--accum-steps={accum}", "--ema") == 0
     state = final_state(tmp_path / "run")
@@ -64,7 +64,7 @@ def test_too_many_in_a_row_stop_the_run(poison, arguments, tmp_path, capsys):
     assert last["skipped"] == 0
 
 
-def test_weights_that_a_validation_found_good_stay(poison, arguments, tmp_path, capsys):
+def test_validated_weights_are_kept(poison, arguments, tmp_path, capsys):
     poison(range(6, 100))
     assert train(*arguments, "--epochs=3", "--max-bad-steps=3") == 1
     assert "last.pt has weights from before" in capsys.readouterr().err
@@ -73,7 +73,7 @@ def test_weights_that_a_validation_found_good_stay(poison, arguments, tmp_path, 
 
 
 @pytest.mark.parametrize("opt", ["sgd", "adamw"])
-def test_a_run_that_diverges_can_be_taken_up_with_a_lower_rate(opt, arguments, tmp_path, capsys):
+def test_a_diverged_run_resumes_with_a_lower_rate(opt, arguments, tmp_path, capsys):
     """Norms keep the training loss finite for a while, whatever size the weights have."""
     folder, run = tmp_path / "run", (*arguments, "--save-every-steps=1", "--max-bad-steps=3")
     run += (f"--opt={opt}", "--ema", "--log-every=1", "--sched=none", "--resume=auto")
@@ -129,7 +129,7 @@ def spoil(monkeypatch):
 
 
 @pytest.mark.parametrize("words", [(), ("--ema",), ("--save-every-steps=1",)])
-def test_a_validation_that_is_not_finite_ends_the_run(words, spoil, arguments, tmp_path, capsys):
+def test_non_finite_validation_ends_the_run(words, spoil, arguments, tmp_path, capsys):
     spoil(train_cls.Trainer, 12)
     assert train(*arguments, "--epochs=2", *words) == 1
     message = capsys.readouterr().err
@@ -141,14 +141,14 @@ def test_a_validation_that_is_not_finite_ends_the_run(words, spoil, arguments, t
         assert all(file.get_tensor(name).isfinite().all() for name in file.keys())  # noqa: SIM118
 
 
-def test_weights_that_are_not_finite_are_not_saved(spoil, arguments, tmp_path):
+def test_non_finite_weights_are_not_saved(spoil, arguments, tmp_path):
     """With ``eval_every`` an epoch ends without a validation."""
     spoil(train_cls.Trainer, 6)
     assert train(*arguments, "--epochs=3", "--eval-every=3", "--max-bad-steps=2") == 1
     assert not (tmp_path / "run" / "last.pt").exists()
 
 
-def test_a_checkpoint_that_diverged_is_refused(arguments, tmp_path, capsys):
+def test_a_diverged_checkpoint_is_rejected(arguments, tmp_path, capsys):
     assert train(*arguments, "--epochs=1") == 0
     state = load_state(tmp_path / "run" / "last.pt")
     next(iter(state["model"].values())).fill_(float("inf"))

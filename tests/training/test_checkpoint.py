@@ -1,4 +1,4 @@
-"""Checkpoint files: whole or untouched, checked, and free of code."""
+"""Checkpoint files: atomic, verified, and free of code."""
 
 import io
 import pickle
@@ -49,7 +49,7 @@ def damage_flip(data):
 
 
 @pytest.mark.parametrize("damage", [damage_truncate, damage_flip, lambda data: b""])
-def test_a_damaged_file_gives_way_to_the_one_before(damage, path):
+def test_a_damaged_file_falls_back_to_the_previous_one(damage, path):
     save_state(path, STATE)
     save_state(path, {**STATE, "epoch": 4})
     path.write_bytes(damage(path.read_bytes()))
@@ -82,7 +82,7 @@ class Malicious:
         return eval, ("1/0",)
 
 
-def test_a_pickle_that_runs_code_is_refused(path):
+def test_a_pickle_with_code_is_rejected(path):
     torch.save({"model": Malicious()}, path)
     with pytest.raises(
         CheckpointFileError, match="more than tensors .*: eval; it was not executed"
@@ -112,7 +112,7 @@ def test_a_full_disk_leaves_the_old_file(path):
     assert [p.name for p in path.parent.iterdir()] == ["last.pt"]
 
 
-def test_a_folder_that_is_missing(tmp_path):
+def test_missing_folder(tmp_path):
     with pytest.raises(CheckpointFileError, match="cannot write"):
         write_atomically(tmp_path / "no" / "file", lambda file: file.write(b""))
 
@@ -128,7 +128,7 @@ def test_a_file_system_without_links(path, monkeypatch):
     assert load_state(previous_path(path))["epoch"] == 3
 
 
-def test_random_generators_go_on_where_they_were():
+def test_random_generators_resume():
     stored = io.BytesIO()
     torch.save(get_rng_state(), stored)
     first = random.random(), np.random.rand(3), np.random.normal(), torch.rand(3)

@@ -1,4 +1,4 @@
-"""Every kind of ``--data``, and the mistakes in them that are found before training starts."""
+"""Every kind of ``--data``, and errors that are found before training starts."""
 
 import tarfile
 
@@ -87,7 +87,7 @@ def test_medmnist(tmp_path):
         open_splits(recipe)
 
 
-def test_medmnist_sets_that_do_not_suit(tmp_path):
+def test_unsupported_medmnist_sets(tmp_path):
     recipe = Recipe(data="medmnist/chestmnist", data_dir=str(tmp_path))
     with pytest.raises(DataError, match=r"chestmnist\.npz is missing: download it from https://"):
         open_splits(recipe)
@@ -111,14 +111,14 @@ def test_medmnist_sets_that_do_not_suit(tmp_path):
         (lambda d: None, "has 3 classes, the model's head only 2"),
     ],
 )
-def test_folders_that_do_not_suit(change, message, tmp_path):
+def test_unsupported_folders(change, message, tmp_path):
     make_images(tmp_path, {"train": 9, "val": 6})
     change(tmp_path)
     with pytest.raises(DataError, match=message):
         open_splits(Recipe(data=str(tmp_path), num_classes=2 if "head" in message else None))
 
 
-def test_data_that_is_not_there(tmp_path):
+def test_missing_data(tmp_path):
     with pytest.raises(DataError, match="no data at .*nowhere"):
         open_splits(Recipe(data=str(tmp_path / "nowhere")))
     with pytest.raises(DataError, match="no data: give --data"):
@@ -154,7 +154,7 @@ def test_a_class_map(folder, tmp_path):
     ],
 )
 @pytest.mark.parametrize("kind", ["{}", "hfds/{}", "wds/{}"])
-def test_class_maps_that_are_none(kind, content, message, folder, tmp_path):
+def test_invalid_class_maps(kind, content, message, folder, tmp_path):
     path = tmp_path / "classes.pkl"  # timm would read it as a pickle
     if content is not None:
         path.write_bytes(content)
@@ -169,7 +169,7 @@ def test_validation_labels_without_an_auc(tmp_path):
         open_splits(Recipe(data="medmnist/chestmnist", data_dir=str(tmp_path)))
 
 
-def test_medmnist_files_that_are_damaged(tmp_path):
+def test_damaged_medmnist_files(tmp_path):
     write_medmnist(tmp_path / "set.npz")
     recipe = Recipe(data="medmnist/set", data_dir=str(tmp_path))
     data = (tmp_path / "set.npz").read_bytes()

@@ -1,4 +1,4 @@
-"""Learning from a teacher: the losses against their formulas, exits, and runs that go on."""
+"""Distillation: losses against their formulas, exits, resumed runs."""
 
 import json
 import math
@@ -87,7 +87,7 @@ def test_one_for_all_of_mixed_labels_is_the_mean_of_both(logits):
     torch.testing.assert_close(ofa_loss(student, teacher, mixed, 1.5), wanted, check_dtype=False)
 
 
-def test_a_surer_teacher_enhances_the_truth():
+def test_a_confident_teacher_enhances_the_truth():
     student, label = torch.zeros(1, 3, requires_grad=True), torch.tensor([0])
     pulls = []
     for sure in (0.0, 2.0, 4.0):
@@ -149,7 +149,7 @@ def test_every_family_can_have_exits(family):
     torch.testing.assert_close(network(images)[0], student(images))
 
 
-def test_stages_that_are_not_there():
+def test_missing_stages():
     with pytest.raises(RecipeError, match="ofa_stages must name some of the stages 0 … 3, not"):
         StudentWithExits(small("van"), (4,))
 
@@ -171,7 +171,7 @@ class Mean(torch.nn.Module):
         return x.mean((2, 3))
 
 
-def test_the_teacher_sees_what_it_is_used_to():
+def test_the_teacher_gets_its_own_normalisation():
     """Its own normalisation and size, whatever the student's are."""
     pixels = torch.rand(2, 3, 8, 8)
     mean, std = (torch.tensor(CONFIG[key]).view(1, 3, 1, 1) for key in ("mean", "std"))
@@ -235,7 +235,7 @@ def test_teachers_of_timm_and_their_size(teachers):
         (["--distill=ofa", "--ofa-stages", "7", *OWN, "--teacher-checkpoint={own}"], "ofa_stages"),
     ],
 )
-def test_teachers_that_cannot_teach(words, message, images, teachers, tmp_path, capsys):
+def test_unusable_teachers(words, message, images, teachers, tmp_path, capsys):
     words = [word.replace("{own}", str(teachers / "own.pth")) for word in words]
     assert train(f"--data={images}", f"--output={tmp_path}", *words) == 1
     assert message in capsys.readouterr().err
@@ -277,7 +277,7 @@ def test_learning_from_labels_of_timm(kind, images, teachers, tmp_path):
     assert all(torch.isfinite(value).all() for value in state["model"].values())
 
 
-def test_one_for_all_goes_on_bit_for_bit(images, teachers, tmp_path):
+def test_one_for_all_resumes_bit_for_bit(images, teachers, tmp_path):
     """An InceptionNeXt student of a BiFormer teacher, with everything random switched on."""
     words = [
         *(f"--data={images}", f"--output={tmp_path}", "--epochs=2", "--save-every-steps=1"),

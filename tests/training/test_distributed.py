@@ -1,4 +1,4 @@
-"""Two gloo processes train as one does: same gradients, same validation, same way back."""
+"""Two gloo processes train like one: gradients, validation, resuming."""
 
 import os
 import signal
@@ -41,7 +41,7 @@ def images(tmp_path_factory):
     return make_images(tmp_path_factory.mktemp("images"), {"train": 50, "val": 11})
 
 
-def test_both_hear_that_the_folder_is_taken(images, tmp_path):
+def test_all_processes_learn_that_the_folder_is_locked(images, tmp_path):
     (tmp_path / "run").mkdir()
     lock = FolderLock(tmp_path / "run")
     assert join(start_two(f"--data={images}", f"--output={tmp_path}", "--name=run")) == [1, 1]
@@ -80,7 +80,7 @@ def test_batch_norm_over_processes_without_a_gpu(images, tmp_path):
     assert join(processes) == [1, 1]
 
 
-def test_two_processes_go_on_bit_for_bit(images, tmp_path):
+def test_two_processes_resume_bit_for_bit(images, tmp_path):
     arguments = (f"--data={images}", f"--output={tmp_path}", "--save-every-steps=1", *RANDOM)
     assert join(start_two(*arguments, "--name=undisturbed")) == [0, 0]
     processes = start_two(
@@ -95,7 +95,7 @@ def test_two_processes_go_on_bit_for_bit(images, tmp_path):
     assert same(*states)
 
 
-def test_leaving_does_not_wait_for_threads_that_wait_for_python():
+def test_leaving_does_not_deadlock_with_the_gil():
     """Gloo's threads let go of tensors under Python's lock, which DDP keeps at its end."""
     process = start_leaving(free_port())
     process.join(60)
@@ -104,7 +104,7 @@ def test_leaving_does_not_wait_for_threads_that_wait_for_python():
     assert not stuck
 
 
-def test_a_signal_to_one_stops_both_and_one_can_go_on_alone(images, tmp_path):
+def test_a_signal_to_one_stops_both_and_one_can_resume_alone(images, tmp_path):
     arguments = (f"--data={images}", f"--output={tmp_path}", "--save-every-steps=1", *RANDOM)
     processes = start_two(*arguments, "--name=run")
     while not (tmp_path / "run" / "last.pt").exists():
@@ -129,7 +129,7 @@ def test_a_signal_to_one_stops_both_and_one_can_go_on_alone(images, tmp_path):
         ),
     ],
 )
-def test_shared_out_weights_equal_whole_ones(words, images, tmp_path):
+def test_sharded_weights_equal_replicated_ones(words, images, tmp_path):
     arguments = (f"--data={images}", f"--output={tmp_path}", *words, "--epochs=2")
     arguments += ("--ema", "--ema-decay=0.9", "--save-every-steps=2")
     size = "8" if "--batch-size=4" in words else "16"

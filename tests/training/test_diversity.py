@@ -1,4 +1,4 @@
-"""Attention diversification: the likeness, and which attention it sees."""
+"""Attention diversification: the similarity, and which attention is included."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from zoo import images, small
 
 from backbones.training.build import build_objective
-from backbones.training.diversity import DiverseAttention, attention_likeness
+from backbones.training.diversity import DiverseAttention, attention_similarity
 from backbones.training.errors import RecipeError
 from backbones.training.recipe import load_recipe
 
@@ -23,25 +23,25 @@ def _cross_entropy(net: nn.Module, x: Tensor, targets: Tensor) -> tuple[Tensor, 
     return F.cross_entropy(logits, targets), logits
 
 
-def test_likeness() -> None:
+def test_similarity() -> None:
     one = torch.zeros(1, 2, 4, 16)
     one[..., 0] = 1  # all tokens look at the first
-    assert attention_likeness(one).item() == pytest.approx(1)
+    assert attention_similarity(one).item() == pytest.approx(1)
     even = torch.full((1, 2, 4, 16), 1 / 16)
-    assert attention_likeness(even).item() == 0  # nothing reaches twice an even share
+    assert attention_similarity(even).item() == 0  # nothing reaches twice an even share
     own = torch.eye(16).expand(1, 2, 16, 16)
-    assert attention_likeness(own).item() == 0  # the mean token is even
-    assert attention_likeness(own, 0.5).item() == pytest.approx(16**-0.5)
+    assert attention_similarity(own).item() == 0  # the mean token is even
+    assert attention_similarity(own, 0.5).item() == pytest.approx(16**-0.5)
 
 
-def test_likeness_is_the_formula() -> None:
+def test_similarity_is_the_formula() -> None:
     torch.manual_seed(0)
     weights = (3 * torch.randn(3, 2, 5, 7)).softmax(-1)
     heads = weights.mean(1)
     mean = heads.mean(1, keepdim=True)
     kept, mean = (t * (t > 2 / 7) for t in (heads, mean))
     cosines = (kept * mean).sum(-1) / (kept.norm(dim=-1) * mean.norm(dim=-1)).clamp(min=1e-8)
-    torch.testing.assert_close(attention_likeness(weights), cosines.mean())
+    torch.testing.assert_close(attention_similarity(weights), cosines.mean())
 
 
 class _Attention(nn.Module):
@@ -64,7 +64,7 @@ class _Attention(nn.Module):
         return self.classify(out.transpose(1, 2).flatten(2).mean(1))
 
 
-def test_both_ways_of_attention_are_seen() -> None:
+def test_fused_and_plain_attention_are_seen() -> None:
     torch.manual_seed(0)
     fused, by_hand = _Attention(False), _Attention(True)
     by_hand.load_state_dict(fused.state_dict())
@@ -98,7 +98,7 @@ def test_faults() -> None:
 
 
 @pytest.mark.parametrize("other", ["compile", "grad_checkpointing"])
-def test_what_it_does_not_go_with(other: str) -> None:
+def test_unsupported_combinations(other: str) -> None:
     given: dict[str, Any] = {"model": "favit_b0", "attn_diversity": 1.0}
     objective = build_objective(load_recipe(None, given), 2, {}, False, torch.device("cpu"))
     assert isinstance(objective, DiverseAttention)

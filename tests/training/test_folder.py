@@ -1,4 +1,4 @@
-"""The folder of a run: never over anything else, and one run at a time."""
+"""The folder of a run: nothing is overwritten, and it is locked."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def test_overwriting_removes_only_what_a_run_left(arguments, tmp_path):
     ],
     ids=str,
 )
-def test_a_mistake_is_found_before_anything_is_removed(words, arguments, tmp_path, monkeypatch):
+def test_errors_are_found_before_anything_is_removed(words, arguments, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torch.utils.tensorboard", None)
     folder = tmp_path / "run"
     folder.mkdir()
@@ -95,19 +95,19 @@ def test_other_files_are_no_obstacle(arguments, tmp_path):
     assert (tmp_path / "run" / "slurm.log").read_text() == "begun"
 
 
-def test_the_checkpoint_that_is_gone_on_from_may_lie_in_the_folder(arguments, tmp_path):
+def test_the_resumed_checkpoint_may_lie_in_the_folder(arguments, tmp_path):
     assert train(*arguments) == 0
     last = f"--resume={tmp_path / 'run' / 'last.pt'}"
     assert train(*arguments, "--overwrite", last, "--epochs=2") == 0
     assert (tmp_path / "run" / "summary.csv").read_text().splitlines()[-1].startswith("1,")
 
 
-def test_a_mistake_leaves_no_folder(arguments, tmp_path):
+def test_errors_leave_no_folder(arguments, tmp_path):
     assert train(*arguments, "--data=nowhere") == 1
     assert not (tmp_path / "run").exists()
 
 
-def test_folders_that_cannot_be_had(images, tmp_path, capsys):
+def test_unusable_folders(images, tmp_path, capsys):
     (tmp_path / "file").write_text("")
     for output, name in ((tmp_path / "file", "run"), (tmp_path, "file"), (tmp_path, "x" * 300)):
         assert train(f"--data={images}", f"--output={output}", f"--name={name}") == 1
@@ -118,7 +118,7 @@ def test_folders_that_cannot_be_had(images, tmp_path, capsys):
 # --- the lock
 
 
-def test_a_second_run_hears_who_has_the_folder(arguments, tmp_path, capsys):
+def test_a_second_run_is_told_who_locked_the_folder(arguments, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     lock = FolderLock(tmp_path / "run")
     assert train(*arguments, "--resume=auto") == 1
@@ -139,7 +139,7 @@ def test_a_run_without_a_name_takes_another_folder(images, tmp_path):
     assert (tmp_path / "shvit_s1-2" / "last.pt").exists()
 
 
-def test_a_killed_run_lets_go_of_its_folder(arguments, tmp_path):
+def test_a_killed_run_releases_its_folder(arguments, tmp_path):
     many = (*arguments, "--epochs=1000", "--save-every-steps=1", "--workers=1", "--resume=auto")
     process = start(*many)
     while not (tmp_path / "run" / "last.pt").exists():
@@ -150,7 +150,7 @@ def test_a_killed_run_lets_go_of_its_folder(arguments, tmp_path):
     FolderLock(tmp_path / "run").release()
 
 
-def test_a_child_does_not_keep_the_lock(tmp_path):
+def test_a_child_process_does_not_hold_the_lock(tmp_path):
     lock = FolderLock(tmp_path)
     reading, writing = os.pipe()
     child = os.fork()
@@ -167,7 +167,7 @@ def test_a_child_does_not_keep_the_lock(tmp_path):
 
 
 @pytest.mark.parametrize("text", ["", "no", "[]", '{"pid": "x"}', '{"pid": 1, "since": 1e300}'])
-def test_a_holder_that_says_nothing(text, tmp_path):
+def test_an_unknown_lock_holder(text, tmp_path):
     lock = FolderLock(tmp_path)
     (tmp_path / LOCK_NAME).write_text(text)
     with pytest.raises(LockedError, match="another process"):
@@ -188,13 +188,13 @@ def test_a_full_disk_leaves_a_lock_without_a_name(tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_file_that_a_dead_run_left_is_no_lock(tmp_path):
+def test_a_leftover_lock_file_is_ignored(tmp_path):
     facts = {"pid": 1, "host": "elsewhere", "since": 0.0}
     (tmp_path / LOCK_NAME).write_text(json.dumps(facts))
     FolderLock(tmp_path).release()
 
 
-def test_a_file_system_that_does_not_lock(arguments, tmp_path, monkeypatch, capsys):
+def test_a_file_system_without_locks(arguments, tmp_path, monkeypatch, capsys):
     def flock(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 

@@ -1,4 +1,4 @@
-"""A full disk ends a run with one line that names its folder; what was saved stays."""
+"""A full disk ends a run with a one-line error; earlier files remain."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def files_that_may_not_grow(beyond):
 
 
 @pytest.mark.parametrize("size", [200, 20_000])
-def test_what_was_saved_stays(size, images, tmp_path, capsys):
+def test_earlier_files_remain(size, images, tmp_path, capsys):
     """The recipe does not fit into 200 bytes, the weights not into 20 000."""
     arguments = (f"--data={images}", f"--output={tmp_path}", "--name=run", "--save-every-steps=1")
     assert train(*arguments, "--epochs=1") == 0

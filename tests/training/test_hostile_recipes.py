@@ -1,4 +1,4 @@
-"""Whatever a recipe or a command line says: a run, or one line that says what is wrong with it."""
+"""Any recipe or command line gives a run or a one-line error."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_recipes(examples, folder):
 
 
 @many(20, 500)
-def test_files_that_are_no_recipe(examples, folder):
+def test_not_a_recipe(examples, folder):
     @fuzz(examples)
     @given(st.one_of(st.binary(), WORDS.map(lambda t: t.encode(errors="surrogatepass"))))
     def check(data: bytes) -> None:

@@ -1,4 +1,4 @@
-"""Batches: repeatable, shared out evenly, counted once, and undisturbed by broken files."""
+"""Batches: repeatable, divided evenly, complete, robust against broken files."""
 
 import struct
 
@@ -175,7 +175,7 @@ def test_broken_training_images_are_replaced_and_named(workers, make, broken, tm
     assert "000.png" in names and "001.png" in names
 
 
-def test_an_image_that_claims_to_be_huge_is_a_broken_one(make, broken, tmp_path):
+def test_an_oversized_image_counts_as_broken(make, broken, tmp_path):
     """Pillow's error for it is of no kind that its other errors are."""
     small = tmp_path / "small.bmp"
     Image.new("RGB", (8, 8)).save(small)

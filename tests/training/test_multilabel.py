@@ -1,4 +1,4 @@
-"""Several labels an image: loss, accuracy, AUC and a MedMNIST run."""
+"""Multi-label training: loss, accuracy, AUC and a MedMNIST run."""
 
 import numpy as np
 import pytest
@@ -32,7 +32,7 @@ def test_auc_equals_that_of_scikit_learn(decimals):
     assert mean_auc(scores, labels) == pytest.approx(wanted, rel=1e-12)
 
 
-def test_auc_leaves_out_what_is_all_one_kind():
+def test_auc_skips_constant_labels():
     scores = torch.tensor([[0.1, 0.3], [0.2, 0.1]])
     assert mean_auc(scores, torch.tensor([[0, 1], [1, 1]])) == 1.0
     assert np.isnan(mean_auc(scores, torch.ones(2, 2)))
@@ -102,7 +102,7 @@ def test_loader_processes_change_nothing(chest, tmp_path):
 @pytest.mark.parametrize(
     "words", [["--mixup=0.2"], ["--distill=soft", "--teacher=van_b0", "--teacher-pretrained"]]
 )
-def test_what_several_labels_do_not_allow(words, chest, tmp_path, capsys):
+def test_unsupported_with_multiple_labels(words, chest, tmp_path, capsys):
     arguments = ("--data=medmnist/chestmnist", f"--data-dir={chest}", f"--output={tmp_path}")
     assert train(*arguments, *words) == 1
     assert "multi-label data does not support" in capsys.readouterr().err

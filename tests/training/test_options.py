@@ -1,4 +1,4 @@
-"""Every option of a recipe runs, and those whose effect can be seen have it."""
+"""Every option of a recipe runs and has its effect."""
 
 import dataclasses
 import json
@@ -83,8 +83,8 @@ def test_an_option_runs_and_resumes(words, images, tmp_path):
         ({"fsdp": True}, "cpu", False),
     ],
 )
-def test_the_memory_format_that_is_left_open(wishes, device, expected):
-    settled = build.settle_memory_format(Recipe(**wishes), torch.device(device))
+def test_the_default_memory_format(wishes, device, expected):
+    settled = build.resolve_memory_format(Recipe(**wishes), torch.device(device))
     assert settled.channels_last is expected
 
 
@@ -99,7 +99,7 @@ def test_a_run_says_which_memory_format_it_took(images, tmp_path):
 
 
 @every_family
-def test_gradients_of_tiny_maps_with_channels_last_are_whole(family):
+def test_gradients_of_tiny_maps_in_channels_last(family):
     """oneDNN leaves some unwritten in bfloat16; freed memory is full of NaN here."""
     model = small(family).train().to(memory_format=torch.channels_last)
     out = model(torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(0)))
@@ -140,7 +140,7 @@ def test_compile(images, tmp_path):
         (["--num-classes=2"], "3 classes, the model's head only 2"),
     ],
 )
-def test_options_that_cannot_work(words, message, images, tmp_path, capsys):
+def test_impossible_options(words, message, images, tmp_path, capsys):
     assert train(f"--data={images}", f"--output={tmp_path}", "--epochs=1", *words) == 1
     said = capsys.readouterr().err
     assert message in said and said.count("\n") == 1
@@ -220,7 +220,7 @@ def test_some_parameters_learn_slower(sched, opt, layer_decay):
 
 
 @pytest.mark.parametrize("factors", [{"nothing": 0.1}, {"(": 0.1}, {"0": 0.0}, {"0": "much"}])
-def test_factors_that_fit_nothing_are_refused(factors):
+def test_factors_without_a_match_are_rejected(factors):
     with pytest.raises(RecipeError, match="lr_factors"):
         optimization.build_optimizer(Recipe(lr_factors=factors), nn.Linear(4, 4), 1e-3)
 

@@ -1,4 +1,4 @@
-"""Weights shared out to processes: every family runs so, and its state is whole again."""
+"""Sharded training: every family runs, and its full state is restored."""
 
 import pytest
 import torch
@@ -23,7 +23,7 @@ def group():
 
 
 @pytest.mark.parametrize("family", CLASSIFIERS)
-def test_every_family_can_be_shared_out(family, group):
+def test_every_family_can_be_sharded(family, group):
     model, images = small(family, num_classes=3).eval(), torch.randn(2, 3, 64, 64)
     logits = model(images)
     logits.square().sum().backward()
@@ -35,12 +35,12 @@ def test_every_family_can_be_shared_out(family, group):
     answer.square().sum().backward()
     for name, parameter in shared.named_parameters():
         if grads[name] is not None:
-            torch.testing.assert_close(parallel.whole(parameter.grad), grads[name])
-    assert same(parallel.whole(dict(shared.state_dict())), dict(model.state_dict()))
+            torch.testing.assert_close(parallel.full_state(parameter.grad), grads[name])
+    assert same(parallel.full_state(dict(shared.state_dict())), dict(model.state_dict()))
 
 
 @pytest.mark.parametrize("name", ["adamw", "sgd", "lion"])
-def test_states_go_from_whole_to_shared_and_back(name, group):
+def test_states_are_sharded_and_gathered(name, group):
     import timm.optim
 
     states = []
@@ -50,21 +50,21 @@ def test_states_go_from_whole_to_shared_and_back(name, group):
             parallel.shard(model, ALONE)
         optimizer = timm.optim.create_optimizer_v2(model, name, lr=1e-3, momentum=0.9)
         if states:
-            parallel.load_whole(model, states[0][0])
-            parallel.load_whole(optimizer, states[0][1])
+            parallel.load_state(model, states[0][0])
+            parallel.load_state(optimizer, states[0][1])
             moments = [v for s in optimizer.state.values() for v in s.values() if v is not None]
             assert any(isinstance(value, DTensor) for value in moments)
         else:
             model(torch.randn(2, 3, 32, 32)).sum().backward()
             optimizer.step()
-        states.append([parallel.whole(part.state_dict()) for part in (model, optimizer)])
+        states.append([parallel.full_state(part.state_dict()) for part in (model, optimizer)])
     assert same([dict(states[0][0]), states[0][1]], [dict(states[1][0]), states[1][1]])
 
 
 def test_weights_of_another_model_are_refused(group):
     shared = parallel.shard(small("van", num_classes=3), ALONE)
     with pytest.raises(RuntimeError, match="size mismatch"):
-        parallel.load_whole(shared, small("van", num_classes=4).state_dict())
+        parallel.load_state(shared, small("van", num_classes=4).state_dict())
 
 
 @pytest.mark.parametrize(
@@ -81,12 +81,12 @@ def test_weights_of_another_model_are_refused(group):
         ),
     ],
 )
-def test_what_does_not_go_with_shared_weights(words, message):
+def test_unsupported_with_sharding(words, message):
     with pytest.raises(RecipeError, match=message):
         parse_command_line(["--fsdp", *words.split()])
 
 
-def test_alone_there_is_nobody_to_share_with(tmp_path, capsys):
+def test_sharding_needs_several_processes(tmp_path, capsys):
     images = make_images(tmp_path / "images", {"train": 9, "val": 3})
     assert train(f"--data={images}", f"--output={tmp_path}", "--fsdp", "--epochs=1") == 1
     assert "fsdp needs torchrun" in capsys.readouterr().err

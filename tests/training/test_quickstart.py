@@ -1,4 +1,4 @@
-"""What `make train` does, and what it leaves behind."""
+"""``make train``."""
 
 import csv
 import io

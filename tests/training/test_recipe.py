@@ -1,4 +1,4 @@
-"""Recipes: YAML, the table of variants, the command line, and what they refuse."""
+"""Recipes: YAML, the table of variants, the command line, and invalid values."""
 
 from pathlib import Path
 
@@ -57,7 +57,7 @@ def test_a_file_its_variants_and_overrides(family):
     assert (recipe.drop_path, recipe.batch_size) == (0.3, 64)
 
 
-def test_a_model_that_the_variants_lack(family):
+def test_a_model_missing_from_the_variants(family):
     with pytest.raises(RecipeError, match=r"unknown model 'van_b5'; did you mean van_b[02], van_b"):
         load_recipe(family, {"model": "van_b5"})
 
@@ -134,7 +134,7 @@ def test_flags():
         ("--lr 1" + "0" * 400, "lr must be within 0 … 1000, not inf"),
     ],
 )
-def test_what_a_command_line_cannot_say(words, message):
+def test_invalid_command_lines(words, message):
     with pytest.raises(RecipeError, match=message):
         parse_command_line(words.split(" "))
 
@@ -189,7 +189,7 @@ def test_the_help_shows_the_ranges(capsys):
         (BOMB.replace("mean", "model_args"), "model_args must be"),
     ],
 )
-def test_what_a_file_cannot_say(text, message, tmp_path):
+def test_invalid_files(text, message, tmp_path):
     path = tmp_path / "bad.yaml"
     path.write_text(text)
     with pytest.raises(RecipeError, match=message) as caught:
@@ -197,7 +197,7 @@ def test_what_a_file_cannot_say(text, message, tmp_path):
     assert "\n" not in str(caught.value) and len(str(caught.value)) < 1000
 
 
-def test_what_yaml_allows_beside_a_key_is_not_twice(tmp_path):
+def test_yaml_merge_keys_are_not_duplicates(tmp_path):
     path = tmp_path / "variants.yaml"
     path.write_text(
         "variants:\n  van_b0: &first {lr: 1, drop: 0.1}\n  van_b1: &second {<<: *first, lr: 2}\n"
@@ -207,7 +207,7 @@ def test_what_yaml_allows_beside_a_key_is_not_twice(tmp_path):
     assert (recipe.lr, recipe.drop) == (2.0, 0.3)
 
 
-def test_truth_may_be_a_number(tmp_path):
+def test_booleans_may_be_numbers(tmp_path):
     path = tmp_path / "truth.yaml"
     path.write_text("ema: 1\npin_memory: 0\nmomentum: true\n")
     with pytest.raises(RecipeError, match="momentum must be float, not True"):
@@ -216,7 +216,7 @@ def test_truth_may_be_a_number(tmp_path):
     assert (load_recipe(path).ema, load_recipe(path).pin_memory) == (True, False)
 
 
-def test_files_that_are_no_text(tmp_path, capsys):
+def test_undecodable_files(tmp_path, capsys):
     Image.new("RGB", (40, 40), (1, 2, 3)).save(tmp_path / "image.png")
     (tmp_path / "large").write_bytes(b" " * (2**20 + 1))
     for path, message in (

@@ -1,4 +1,4 @@
-"""A run that was killed and resumed ends as one that was not, bit for bit."""
+"""A killed and resumed run ends bit for bit like an uninterrupted one."""
 
 import json
 import os
@@ -74,7 +74,7 @@ KILLS = [
 
 
 @pytest.mark.parametrize(("name", "number"), KILLS)
-def test_killed_during_a_save(name, number, images, undisturbed, tmp_path):
+def test_killed_while_saving(name, number, images, undisturbed, tmp_path):
     arguments = (f"--data={images}", f"--output={tmp_path}", "--name=run", *RECIPE)
     process = start(*arguments, before=partial(kill_at_call, name, number))
     process.join()
@@ -85,7 +85,7 @@ def test_killed_during_a_save(name, number, images, undisturbed, tmp_path):
 @pytest.mark.parametrize(
     "name", ["SIGTERM"] + [pytest.param(n, marks=pytest.mark.slow) for n in ("SIGINT", "SIGUSR1")]
 )
-def test_signals_save_and_leave(name, images, undisturbed, tmp_path):
+def test_signals_save_and_exit(name, images, undisturbed, tmp_path):
     arguments = (f"--data={images}", f"--output={tmp_path}", "--name=run", *RECIPE)
     process = start(*arguments)
     while not (tmp_path / "run" / "last.pt").exists():
@@ -98,7 +98,7 @@ def test_signals_save_and_leave(name, images, undisturbed, tmp_path):
     assert len(entries) == len(undisturbed[1].splitlines())
 
 
-def test_a_signal_to_the_whole_group_spares_the_loaders(images, undisturbed, tmp_path):
+def test_a_signal_to_the_process_group_spares_the_loaders(images, undisturbed, tmp_path):
     arguments = (f"--data={images}", f"--output={tmp_path}", "--name=run", *RECIPE)
     process = start(*arguments, "--workers=2", before=os.setsid)
     while not (tmp_path / "run" / "last.pt").exists():
@@ -178,7 +178,7 @@ def test_another_model_is_refused(images, tmp_path, capsys):
     ],
 )
 @pytest.mark.filterwarnings("ignore:PlateauLRScheduler is deprecated")
-def test_what_cannot_be_gone_on_with_is_named(words, message, one_epoch, images, tmp_path, capsys):
+def test_checkpoints_that_cannot_be_resumed(words, message, one_epoch, images, tmp_path, capsys):
     shutil.copytree(one_epoch, tmp_path / "run")
     arguments = (f"--data={images}", f"--output={tmp_path}", "--name=run", "--epochs=2")
     assert train(*arguments, "--resume=auto", *words) == 1
@@ -206,7 +206,7 @@ def one_epoch(images, tmp_path_factory):
         (("--amp=fp16", "--clip-grad=1"), "lr", None),
     ],
 )
-def test_what_else_is_changed_counts(words, setting, value, one_epoch, images, tmp_path):
+def test_other_changes_apply(words, setting, value, one_epoch, images, tmp_path):
     shutil.copytree(one_epoch, tmp_path / "run")
     arguments = (f"--data={images}", f"--output={tmp_path}", "--name=run", "--epochs=2")
     assert train(*arguments, "--resume=auto", *words) == 0
@@ -214,7 +214,7 @@ def test_what_else_is_changed_counts(words, setting, value, one_epoch, images, t
     assert any(group[setting] == value for group in groups) or value is None
 
 
-def test_a_longer_schedule_is_the_longer_one(one_epoch, images, tmp_path):
+def test_a_longer_schedule_applies(one_epoch, images, tmp_path):
     """With ``epochs`` changed the rate follows the new schedule, not the end of the old one."""
     shutil.copytree(one_epoch, tmp_path / "run")
     arguments = (f"--data={images}", f"--output={tmp_path}", "--epochs=4", "--warmup-epochs=0")
@@ -229,7 +229,7 @@ def test_a_longer_schedule_is_the_longer_one(one_epoch, images, tmp_path):
 
 
 @pytest.mark.parametrize("missing", ["optimizer", "ranks", "recipe", "history"])
-def test_a_state_that_lacks_something(missing, one_epoch, images, tmp_path, capsys):
+def test_incomplete_state(missing, one_epoch, images, tmp_path, capsys):
     state = load_state(one_epoch / "last.pt")
     del state[missing]
     save_state(tmp_path / "last.pt", state)
@@ -240,7 +240,7 @@ def test_a_state_that_lacks_something(missing, one_epoch, images, tmp_path, caps
 
 @pytest.mark.parametrize("key", ["ranks", "recipe", "optimizer", "model"])
 @pytest.mark.parametrize("value", [3, [], {}, None, "text"], ids=str)
-def test_a_state_of_something_else(key, value, one_epoch, images, tmp_path, capsys):
+def test_invalid_state(key, value, one_epoch, images, tmp_path, capsys):
     save_state(tmp_path / "last.pt", {**load_state(one_epoch / "last.pt"), key: value})
     arguments = (f"--data={images}", f"--output={tmp_path}", "--name=run", "--epochs=2")
     assert train(*arguments, f"--resume={tmp_path / 'last.pt'}") == 1

@@ -1,4 +1,4 @@
-"""Images that come in order: shards and streamed hub sets, whole, broken, and on two processes."""
+"""Streamed images: shards and hub data sets, broken data, two processes."""
 
 import csv
 import io
@@ -82,7 +82,7 @@ def run_and_resume(arguments, folder):
 
 
 @pytest.mark.parametrize("workers", [0, pytest.param(2, marks=pytest.mark.slow)])
-def test_webdataset_shards_go_on_within_an_epoch(workers, tmp_path):
+def test_webdataset_shards_resume_within_an_epoch(workers, tmp_path):
     shards = write_shards(tmp_path / "shards", "train", 40, 4)
     write_shards(shards, "val", 10, 2)
     arguments = [
@@ -94,7 +94,7 @@ def test_webdataset_shards_go_on_within_an_epoch(workers, tmp_path):
 
 
 @pytest.mark.slow
-def test_hugging_face_streams_go_on_within_an_epoch(tmp_path):
+def test_hugging_face_streams_resume_within_an_epoch(tmp_path):
     folder = make_images(tmp_path / "images", {"train": 24, "val": 6})
     arguments = [
         *(f"--data=hfids/{folder}", f"--data-dir={tmp_path / 'cache'}", f"--output={tmp_path}"),
@@ -233,7 +233,7 @@ def test_a_truncated_shard_is_named(tmp_path):
         (3, ["--train-split=train-{0000..0009}.tar|32"], "there is no shard "),
     ],
 )
-def test_shards_that_do_not_suit(labels, words, message, tmp_path, capsys):
+def test_unsupported_shards(labels, words, message, tmp_path, capsys):
     shards = write_shards(tmp_path / "shards", "train", 32, 4, labels=labels)
     write_shards(shards, "val", 10, 2)
     assert train(*arguments_for(shards, *words)) == 1

@@ -1,4 +1,4 @@
-"""Networks with all of their weights: what is wrong with a file is said in one line."""
+"""Networks with trained weights: errors in files are reported in one line."""
 
 import pickle
 
@@ -12,7 +12,7 @@ from backbones.training.trained import load_trained
 
 
 @pytest.mark.parametrize("name", ["van_b0", "timm/resnet10t"])
-def test_files_that_are_no_weights(name, tmp_path):
+def test_not_a_weights_file(name, tmp_path):
     path = tmp_path / "a.pth"
     for content, said in (
         (b"<html><title>404</title></html>", "a web page"),
@@ -30,7 +30,7 @@ def test_files_that_are_no_weights(name, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["van_b0", "resnet10t"])
-def test_weights_that_are_not_finite(name, tmp_path):
+def test_non_finite_weights(name, tmp_path):
     path = str(tmp_path / "a.pth")
     create = backbones.create_model if name == "van_b0" else timm.create_model
     model = create(name, num_classes=10)

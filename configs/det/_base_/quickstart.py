@@ -1,4 +1,4 @@
-"""Coins and galaxies in COCO's format, made if they are not there."""
+"""Coins and galaxies in COCO's format, created if missing."""
 
 _base_ = ["./runtime.py"]
 

@@ -1,4 +1,4 @@
-"""What two-stage detectors share: pyramid, region proposals, mask branch, AdamW.
+"""Shared by two-stage detectors: pyramid, region proposals, mask branch, AdamW.
 
 Ren et al., "Faster R-CNN", https://arxiv.org/abs/1506.01497; He et al., "Mask R-CNN",
 https://arxiv.org/abs/1703.06870.

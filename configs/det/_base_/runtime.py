@@ -1,4 +1,4 @@
-"""What every detector's run shares: where things are registered, hooks, logging."""
+"""Shared by all detectors: registry scope, hooks, logging."""
 
 custom_imports = dict(imports=["backbones.openmmlab"])
 default_scope = "mmdet"

@@ -1,4 +1,4 @@
-"""Coins and galaxies in mmseg's layout, made if they are not there."""
+"""Coins and galaxies in mmseg's layout, created if missing."""
 
 _base_ = ["./runtime.py"]
 

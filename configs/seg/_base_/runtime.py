@@ -1,4 +1,4 @@
-"""What every segmenter's run shares: where things are registered, hooks, logging."""
+"""Shared by all segmenters: registry scope, hooks, logging."""
 
 custom_imports = dict(imports=["backbones.openmmlab"])
 default_scope = "mmseg"

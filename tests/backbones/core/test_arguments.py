@@ -1,4 +1,4 @@
-"""Words of a command line: what they may be, and a sentence for those that they may not."""
+"""Argument types of the command line, and their error messages."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_numbers(word: str, said: str) -> None:
     assert arguments.real(0)("0") == 0
 
 
-def test_what_is_no_file(tmp_path: Path) -> None:
+def test_not_a_file(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "link").symlink_to("nowhere")
@@ -82,7 +82,7 @@ def test_what_is_no_file(tmp_path: Path) -> None:
     assert arguments.file_problem("/dev/null/x") is not None
 
 
-def test_outputs_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unwritable_outputs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "in").write_text("")
     (tmp_path / "link").symlink_to("in")
     csv, json = tmp_path / "a.csv", tmp_path / "b.json"
@@ -106,7 +106,7 @@ def test_outputs_that_cannot_be(tmp_path: Path, monkeypatch: pytest.MonkeyPatch)
 
 
 @pytest.mark.parametrize("name", ["", "meta", "cuda:99", "mkldnn", "xla", "cpu:-1", "pine\napple"])
-def test_devices_that_cannot_be_used(name: str) -> None:
+def test_unusable_devices(name: str) -> None:
     with pytest.raises(CommandError, match="cannot be used here: ") as raised:
         arguments.usable_device(name)
     assert len(str(raised.value)) < 300

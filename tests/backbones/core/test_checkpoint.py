@@ -1,4 +1,4 @@
-"""Checkpoints as users meet them: wrapped, prefixed, foreign, of another form."""
+"""Loading checkpoints: wrappers, prefixes, other releases' names, mismatches."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ def test_output_norms_start_new_on_a_classification_checkpoint() -> None:
         load_checkpoint(model, halves)
 
 
-def test_not_strict_reports(official: dict[str, Tensor]) -> None:
+def test_non_strict_loading_reports(official: dict[str, Tensor]) -> None:
     partial = {k: v for k, v in official.items() if not k.startswith("block4")}
     partial["block1.0.surplus.weight"] = torch.zeros(1)
     report = load_checkpoint(_van(), partial, strict=False)
@@ -201,7 +201,7 @@ def test_another_variant(official: dict[str, Tensor]) -> None:
 
 
 @pytest.mark.parametrize("value", ["nan", "inf", "-inf"])
-def test_weights_that_are_not_finite(official: dict[str, Tensor], value: str) -> None:
+def test_non_finite_weights(official: dict[str, Tensor], value: str) -> None:
     spoilt = {**official, "patch_embed1.proj.weight": official["patch_embed1.proj.weight"].clone()}
     spoilt["patch_embed1.proj.weight"][3, 1, 2, 2] = float(value)
     model = _van()
@@ -216,14 +216,14 @@ def test_weights_that_are_not_finite(official: dict[str, Tensor], value: str) ->
         require_finite(model, "a.pth")
 
 
-def test_numbers_that_only_the_checkpoint_can_hold(official: dict[str, Tensor]) -> None:
+def test_values_that_overflow_the_models_dtype(official: dict[str, Tensor]) -> None:
     wide = {k: v.double() if v.is_floating_point() else v for k, v in official.items()}
     wide["head.bias"][1] = 1e300
     with pytest.raises(CheckpointError, match="infinite weights: head.fc.bias"):
         load_checkpoint(_van(), wide)
 
 
-def test_narrow_weights_are_looked_at() -> None:
+def test_narrow_dtypes_are_checked() -> None:
     require_finite(_van().to(torch.bfloat16), "a.pth")
     layer = torch.nn.Linear(2, 2)
     layer.weight = torch.nn.Parameter(layer.weight.to(torch.float8_e4m3fn), requires_grad=False)
@@ -244,7 +244,7 @@ def test_another_kind_of_source(source: Any) -> None:
         load_checkpoint(small("van"), source)
 
 
-def test_content_that_is_no_state_dict(tmp_path: Path) -> None:
+def test_not_a_state_dict(tmp_path: Path) -> None:
     for content, said in (
         (None, "is not a state dict, but None"),
         ([1, 2], r"is not a state dict, but list \[1, 2\]"),
@@ -279,7 +279,7 @@ def test_a_checkpoint_that_contains_itself(tmp_path: Path) -> None:
     ],
     ids=["meta", "sparse", "complex", "integers"],
 )
-def test_tensors_that_would_not_arrive_as_they_are(change: Any, said: str) -> None:
+def test_tensors_that_do_not_copy_exactly(change: Any, said: str) -> None:
     model = small("van")
     state = model.state_dict()
     before = {k: v.clone() for k, v in state.items()}
@@ -289,7 +289,7 @@ def test_tensors_that_would_not_arrive_as_they_are(change: Any, said: str) -> No
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 
 
-def test_two_tensors_for_one_place() -> None:
+def test_two_tensors_for_one_parameter() -> None:
     state = small("van").state_dict()
     twice = {**state, **{f"module.{k}": v * 0 for k, v in state.items()}}
     with pytest.raises(CheckpointError, match="both 'module.stem.conv.weight' and 'stem.conv"):
@@ -304,7 +304,7 @@ def test_tensors_of_another_rank() -> None:
 
 @torch.no_grad()
 @pytest.mark.parametrize("family", FAMILIES)
-def test_weights_of_the_other_form(family: str) -> None:
+def test_fused_and_plain_weights(family: str) -> None:
     """Fused weights fuse a plain model; plain ones are refused by a fused model, which says so."""
     plain = randomise(small(family)).eval()
     plain_state = {k: v.clone() for k, v in plain.state_dict().items()}
@@ -327,7 +327,7 @@ def test_weights_of_the_other_form(family: str) -> None:
         load_checkpoint(small(family), surplus)
 
 
-def test_names_are_told_on_one_line() -> None:
+def test_names_are_printed_on_one_line() -> None:
     state = {**small("van").state_dict(), "a\nb" * 99: torch.zeros(1)}
     with pytest.raises(CheckpointError, match=r"1 unexpected \(a ba b") as raised:
         load_checkpoint(small("van"), state)

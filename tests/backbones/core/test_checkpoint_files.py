@@ -1,4 +1,4 @@
-"""Files as they arrive: whole, cut off, with flipped bits, hostile, or something else."""
+"""Checkpoint files: intact, truncated, corrupted, malicious, or of another format."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def _save(weights: dict[str, Tensor], path: Path, form: str) -> bytes:
 
 @pytest.mark.parametrize("name", ["a.pth", "a.safetensors", "a"])
 @pytest.mark.parametrize("form", ["zip", "legacy", "safetensors"])
-def test_the_content_says_what_a_file_is(form: str, name: str, tmp_path: Path) -> None:
+def test_format_is_detected_by_content(form: str, name: str, tmp_path: Path) -> None:
     _save(WEIGHTS, tmp_path / name, form)
     read = read_file(tmp_path / name)
     assert read.keys() == WEIGHTS.keys()
@@ -54,7 +54,7 @@ def test_truncated_files(form: str, share: float, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("bit", [0, 30])
-def test_a_flipped_bit_among_the_weights(bit: int, tmp_path: Path) -> None:
+def test_bit_flip_in_the_weights(bit: int, tmp_path: Path) -> None:
     data = bytearray(_save(WEIGHTS, tmp_path / "a.pth", "zip"))
     place = data.index(WEIGHTS["a.weight"].numpy().tobytes()) + 400
     data[place + bit // 8] ^= 1 << bit % 8
@@ -66,7 +66,7 @@ def test_a_flipped_bit_among_the_weights(bit: int, tmp_path: Path) -> None:
         read_file(tmp_path / "a.pth")
 
 
-def test_a_flipped_bit_that_hides_a_member(tmp_path: Path) -> None:
+def test_bit_flip_that_hides_a_member(tmp_path: Path) -> None:
     """Marked as a folder, it would be left unread by torch: whatever was in memory would be it."""
     data = bytearray(_save(WEIGHTS, tmp_path / "a.pth", "zip"))
     entry = data.rindex(b"PK\x01\x02", 0, data.rindex(b"/data/0"))
@@ -76,7 +76,7 @@ def test_a_flipped_bit_that_hides_a_member(tmp_path: Path) -> None:
         read_file(tmp_path / "a.pth")
 
 
-def test_two_members_of_one_name(tmp_path: Path) -> None:
+def test_duplicate_members(tmp_path: Path) -> None:
     _save(WEIGHTS, tmp_path / "a.pth", "zip")
     with (
         zipfile.ZipFile(tmp_path / "a.pth", "a") as archive,
@@ -102,14 +102,14 @@ def test_two_members_of_one_name(tmp_path: Path) -> None:
     ],
 )
 @pytest.mark.parametrize("name", ["a.pth", "a.safetensors"])
-def test_something_else(content: bytes, said: str, name: str, tmp_path: Path) -> None:
+def test_unknown_formats(content: bytes, said: str, name: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(DamagedFileError, match=f"{name} is ({said})") as raised:
         read_file(tmp_path / name)
     assert "\n" not in str(raised.value)
 
 
-def test_a_zip_of_something_else(tmp_path: Path) -> None:
+def test_zip_of_other_files(tmp_path: Path) -> None:
     with zipfile.ZipFile(tmp_path / "a.pth", "w") as archive:
         archive.writestr("a/readme.txt", "no weights")
     with pytest.raises(
@@ -138,7 +138,7 @@ class _Evaluated:
     ids=["system", "eval", "module"],
 )
 @pytest.mark.parametrize("form", ["zip", "legacy", "bare"])
-def test_pickles_that_are_not_run(
+def test_pickles_are_not_executed(
     content: Any, blocked: str, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
@@ -166,7 +166,7 @@ def test_torchscript(tmp_path: Path) -> None:
         read_file(tmp_path / "a.pt")
 
 
-def test_a_file_that_is_missing(tmp_path: Path) -> None:
+def test_missing_file(tmp_path: Path) -> None:
     with pytest.raises(FileNotFoundError, match=r"nowhere\.pth"):
         load_checkpoint(small("van"), tmp_path / "nowhere.pth")
     with pytest.raises(FileNotFoundError, match=str(tmp_path)):
@@ -197,6 +197,6 @@ def test_headers_of_safetensors(tmp_path: Path) -> None:
             read_file(path)
 
 
-def test_buffers_are_no_files() -> None:
+def test_buffers_are_rejected() -> None:
     with pytest.raises(TypeError, match="got BytesIO"):
         load_checkpoint(small("van"), io.BytesIO())  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""Spoilt checkpoints by the thousand: refused with a documented error, or loaded as they were."""
+"""Fuzzing: corrupted checkpoints raise a documented error or load unchanged."""
 
 from __future__ import annotations
 
@@ -198,7 +198,7 @@ PICKLE = zipfile.ZipFile(io.BytesIO(ZIP)).read("archive/data.pkl")
 
 @cases(150)
 @given(edit=edits(0, len(PICKLE)))
-def test_pickles_with_right_checksums(target: Target, edit: Edit) -> None:
+def test_pickles_with_valid_checksums(target: Target, edit: Edit) -> None:
     """Somebody meant it: it may load, as another checkpoint, but do nothing else."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(io.BytesIO(ZIP)) as source, zipfile.ZipFile(buffer, "w") as archive:
@@ -254,7 +254,7 @@ def spoilt_states(draw: st.DrawFn, state: dict[str, Tensor]) -> dict[Any, Any]:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_spoilt_states_of_every_family(family: str) -> None:
+def test_corrupted_states_of_every_family(family: str) -> None:
     """Whatever fails, the model is as before."""
     model = randomise(small(family))
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}

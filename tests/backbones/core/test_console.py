@@ -1,4 +1,4 @@
-"""What every command line shares: any text can be written, any end has its status and one line."""
+"""Shared behaviour of all commands: output in any encoding, exit statuses, one-line errors."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import torch
 from other_encodings import Stream
 
 from backbones import CheckpointError
-from backbones.core.console import CommandError, Parser, any_text, guard
+from backbones.core.console import CommandError, Parser, guard, tolerate_any_text
 from backbones.training.errors import DataError
 from ops.cpu import build
 
@@ -35,7 +35,7 @@ def test_any_text_can_be_written(
 ) -> None:
     stream = Stream(encoding)
     monkeypatch.setattr(sys, name, stream)
-    with any_text():
+    with tolerate_any_text():
         getattr(sys, name).write(TEXT)
     assert stream.said() == expected
     assert stream.errors == "strict"
@@ -49,7 +49,7 @@ def test_any_text_can_be_written(
     ],
 )
 @pytest.mark.parametrize("value", ["nonsense", "a\nb", "10"])
-def test_nonsense_in_the_environment(
+def test_invalid_environment_variables(
     variable: str,
     said: str,
     value: str,
@@ -96,7 +96,7 @@ def raising(error: BaseException) -> Callable[[], int]:
     ],
     ids=lambda value: type(value).__name__ if isinstance(value, BaseException) else None,
 )
-def test_every_end_has_its_status(
+def test_exit_statuses(
     error: BaseException, status: int, said: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert guard(raising(error)) == status
@@ -105,7 +105,7 @@ def test_every_end_has_its_status(
     assert printed.err.startswith(said)
 
 
-def test_a_bug_keeps_its_trace() -> None:
+def test_bugs_print_a_traceback() -> None:
     with pytest.raises(RuntimeError, match="a bug"):
         guard(raising(RuntimeError("a bug")))
     with pytest.raises(ValueError, match="a bug"):
@@ -113,7 +113,7 @@ def test_a_bug_keeps_its_trace() -> None:
 
 
 @pytest.mark.parametrize("size", [10, 100_000])
-def test_a_full_disk_behind_the_output_is_named(
+def test_output_to_a_full_disk_is_reported(
     size: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with open("/dev/full", "w") as full:
@@ -124,7 +124,7 @@ def test_a_full_disk_behind_the_output_is_named(
     assert said == "error: cannot write the output: No space left on device\n"
 
 
-def test_whoever_reads_the_output_may_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_closed_pipe_is_quiet(monkeypatch: pytest.MonkeyPatch) -> None:
     reading, writing = os.pipe()
     os.close(reading)
     with open(writing, "w") as stream:
@@ -133,13 +133,13 @@ def test_whoever_reads_the_output_may_leave(monkeypatch: pytest.MonkeyPatch) -> 
         monkeypatch.undo()
 
 
-def test_an_output_that_is_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_closed_output(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "stdout", None)
     assert guard(lambda: sys.stdout.write("x") * 0) == 0
     assert sys.stdout is None
 
 
-def test_mistakes_on_a_command_line_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_command_line_errors_are_one_line(capsys: pytest.CaptureFixture[str]) -> None:
     parser = Parser(prog="x")
     parser.add_argument("--many", type=int, nargs=2)
     assert guard(lambda: parser.parse_args(["--many", "1", "a\nb"])) == 2
@@ -147,7 +147,7 @@ def test_mistakes_on_a_command_line_are_one_line(capsys: pytest.CaptureFixture[s
 
 
 @pytest.mark.slow
-def test_no_word_is_left_for_the_interpreter_to_say(tmp_path: Path) -> None:
+def test_the_interpreter_prints_nothing_at_exit(tmp_path: Path) -> None:
     """As a process: nothing is said of streams that break when they are closed at the end."""
     code = (
         "import sys; from backbones.core.console import guard; sys.exit(guard(lambda: print('x')))"

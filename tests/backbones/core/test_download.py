@@ -1,4 +1,4 @@
-"""Published weights over the network: servers that are silent, stop half-way, or send a page."""
+"""Downloads of published weights: silent servers, interrupted transfers, error pages."""
 
 from __future__ import annotations
 
@@ -152,7 +152,7 @@ def test_a_silent_server(
 
 
 @pytest.mark.timeout(20)
-def test_a_port_where_nobody_accepts(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_never_accepts(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(download, "TIMEOUT", 0.2)
     with socket.socket() as listening:
         listening.bind(("127.0.0.1", 0))
@@ -183,7 +183,7 @@ def test_downloads_that_are_cut_off(
     assert _holds(model, weights)
 
 
-def test_a_page_instead_of_weights(server: Server, cache: Path, body: bytes) -> None:
+def test_html_instead_of_weights(server: Server, cache: Path, body: bytes) -> None:
     server.send("/van.pth", b"<!DOCTYPE html><title>Log in</title>")
     overlay = {"pretrained_cfg_overlay": {"url": f"{server.url}/van.pth"}}
     with pytest.raises(CheckpointError, match="a web page.*was deleted"):
@@ -193,7 +193,7 @@ def test_a_page_instead_of_weights(server: Server, cache: Path, body: bytes) -> 
     small("van", pretrained=True, **overlay)
 
 
-def test_a_refused_file_is_kept(server: Server, cache: Path, body: bytes) -> None:
+def test_a_rejected_file_is_kept(server: Server, cache: Path, body: bytes) -> None:
     """It would be the same again; and a file of another model is no damage."""
     server.send("/model.pth", _saved({"a": torch.nn.Linear(1, 1)}))  # type: ignore[dict-item]
     server.send("/van.pth", body)
@@ -217,7 +217,7 @@ def test_checksums_in_names(server: Server, cache: Path, body: bytes) -> None:
 
 
 @pytest.mark.parametrize("url", ["http://127.0.0.1:1/v.pth", "http://[/v.pth", "http://a b/v.pth"])
-def test_addresses_where_nothing_is(url: str, cache: Path) -> None:
+def test_unreachable_addresses(url: str, cache: Path) -> None:
     with pytest.raises(ConnectionError, match=r"could not download http.*save it as .*-v\.pth"):
         load_checkpoint(small("van"), url)
     assert not list(cache.iterdir())
@@ -254,7 +254,7 @@ def test_no_published_weights_says_what_exists() -> None:
         load_pretrained(small("van"), "van_b5", cfg, {})
 
 
-def test_published_weights_are_asked_for_where_the_cfg_says(
+def test_published_weights_are_requested_from_the_cfgs_url(
     cache: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(request: Any, timeout: float) -> None:

@@ -1,4 +1,4 @@
-"""``explain()``: calls with their layers, rules and figures; the model stays as it was."""
+"""``explain()``: calls with layers, rules and figures; the model is unchanged."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_bfloat16(family: str) -> None:
     assert {call.dtype for call in found.calls} >= {"bfloat16"}
 
 
-def test_calls_are_those_of_the_layers() -> None:
+def test_calls_match_the_layers() -> None:
     model = small("van").eval().fuse()
     found = backbones.explain(model, 64, repeats=2)
     first, last = found.calls[0], found.calls[-1]
@@ -70,7 +70,7 @@ def test_calls_are_those_of_the_layers() -> None:
     assert all("depthwise_by_kernel" in call.rule for call in depthwise)
 
 
-def test_functions_of_torch_are_rows_too(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_torch_functions_have_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a rule leaves to oneDNN and torch, and what follows from it."""
     monkeypatch.setattr("ops.cpu.policy.few_rows", lambda dtype: 8)
     monkeypatch.setattr("ops.cpu.policy._NARROW", 8)
@@ -87,7 +87,7 @@ def test_functions_of_torch_are_rows_too(monkeypatch: pytest.MonkeyPatch) -> Non
     assert linear.flops and "linear_by_kernel: rows" in linear.rule and "→ oneDNN" in linear.rule
 
 
-def test_rows_add_up_to_the_models_time() -> None:
+def test_rows_add_up_to_the_total() -> None:
     with using_threads(1):  # whose time on the CPU is taken, whatever else the machine does
         found = backbones.explain(small("ravlt").eval().fuse(), 64, repeats=5)
     shares = [found.share(call.seconds) for call in found.calls]
@@ -135,7 +135,7 @@ def test_a_folded_model_is_not_replayed() -> None:
     assert found.not_replayed == "its layers are those of torch, not in channels last"
 
 
-def test_what_is_not_replayed_has_no_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_no_plan_without_replay(monkeypatch: pytest.MonkeyPatch) -> None:
     """A hook inside wants its module to be called: by the layers, which are timed as they are."""
     model = small("shvit").eval().fuse()
     seen: list[Any] = []
@@ -155,7 +155,7 @@ def _program(model: Any) -> Any:
 
 @pytest.mark.parametrize(("size", "threads"), [((64, 64), 1), ((48, 33), 2)])
 @torch.no_grad()
-def test_the_model_is_left_as_it_was(size: tuple[int, int], threads: int) -> None:
+def test_the_model_is_unchanged(size: tuple[int, int], threads: int) -> None:
     """Graphs stay valid, also where layers pack weights that they had no need of before."""
     model, x = small("van").eval().fuse(), images(1, 3, 64, 64)
     outs = [model(x) for _ in range(4)]
@@ -169,7 +169,7 @@ def test_the_model_is_left_as_it_was(size: tuple[int, int], threads: int) -> Non
         assert [*vars(module)] == [*values]
         assert all(vars(module)[name] is value for name, value in values.items())
     assert model._records is records and _program(model) is program
-    assert records._snapshot is not None and records._snapshot.holds()
+    assert records._snapshot is not None and records._snapshot.is_valid()
     assert torch.equal(model(x), outs[0])
 
 
@@ -204,15 +204,13 @@ def test_a_model_in_training_mode_is_not_trained() -> None:
         (lambda m: backbones.explain(nn.Linear(3, 3)), TypeError, "create_model.., got a Linear"),
     ],
 )
-def test_what_cannot_be_explained(
-    call: Callable[[Any], Any], error: type[Exception], said: str
-) -> None:
+def test_unsupported_models(call: Callable[[Any], Any], error: type[Exception], said: str) -> None:
     with pytest.raises(error, match=said):
         call(small("shvit").eval())
 
 
 @pytest.mark.parametrize(("fused", "said"), [(False, "1×1 are too small"), (True, "is smaller")])
-def test_images_that_no_window_fits_in(fused: bool, said: str) -> None:
+def test_images_smaller_than_a_window(fused: bool, said: str) -> None:
     model = small("inception_next").eval()
     with pytest.raises(ValueError, match=said):
         backbones.explain(model.fuse() if fused else model, 1)

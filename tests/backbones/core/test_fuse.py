@@ -1,4 +1,4 @@
-"""The fast forms that fuse() gives: equal outputs, the same names, and the plain form where due."""
+"""``fuse()``: equal outputs, equal names, and the plain form where required."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ class _Products(TorchDispatchMode):
 @pytest.mark.parametrize("has_kernels", [True, False])
 @every_family
 @torch.no_grad()
-def test_bfloat16_where_the_cpu_does_not_multiply_it(
+def test_bfloat16_without_cpu_support(
     family: str, has_kernels: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Products are of float32; all is closer to it than where the CPU multiplies bfloat16."""
@@ -270,7 +270,7 @@ def test_feed_forward_in_pieces() -> None:
     torch.testing.assert_close(whole, mlp.fc2(mlp.fc1(x)))
 
 
-def test_memory_is_found_again() -> None:
+def test_memory_is_reused() -> None:
     """In a process of its own: what was freed before decides what glibc keeps."""
     code = """
 import resource, torch, backbones
@@ -289,5 +289,5 @@ print(faults[-1] - faults[-2])
     assert int(done.stdout) < 100  # else more than a thousand
 
 
-def test_every_family_is_seen() -> None:
+def test_every_family_is_tested() -> None:
     assert set(FAMILIES) >= RESTORATION and len(FAMILIES) == len(backbones.list_families())

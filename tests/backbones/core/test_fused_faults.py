@@ -1,4 +1,4 @@
-"""A fused model answers as the plain one does: hostile images, changed weights, tracing."""
+"""Fused models behave like plain ones: bad images, changed weights, tracing."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_hostile_images(kind: str, family: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES)
 @torch.no_grad()
-def test_weights_of_nan_are_not_lost(family: str) -> None:
+def test_nan_weights_are_not_hidden(family: str) -> None:
     """One weight of each kind of layer, in each place that a layer of its kind has."""
     plain = randomise(small(family)).eval()
     folded = copy.deepcopy(plain).fuse(channels_last=False)
@@ -181,7 +181,7 @@ def test_changed_weights_are_noticed(change: Callable[[nn.Module], None], family
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_writes_that_leave_no_trace_are_noticed_by_fusing_again(family: str) -> None:
+def test_fusing_again_picks_up_untracked_writes(family: str) -> None:
     fused: Any = copy.deepcopy(pair(family)[1])
     with torch.no_grad():
         for _ in range(CALLS):
@@ -228,7 +228,9 @@ def test_tracing_takes_the_plain_layers(family: str) -> None:
         ({"channels_last": 1}, ValueError, "got 1"),
     ],
 )
-def test_what_fuse_refuses(arguments: dict[str, Any], error: type[Exception], message: str) -> None:
+def test_bad_arguments_of_fuse(
+    arguments: dict[str, Any], error: type[Exception], message: str
+) -> None:
     with pytest.raises(error, match=message):
         small("shvit").fuse(**arguments)
     with pytest.raises(ValueError, match="contains no backbone"):

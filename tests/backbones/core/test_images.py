@@ -1,4 +1,4 @@
-"""Image files of every mode come out with 8 bits a channel, as bright as they were."""
+"""Image files of every mode become 8 bits per channel without a change of brightness."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def saved(image: Image.Image, kind: str = "png", **options: object) -> io.BytesI
 
 
 @pytest.mark.parametrize("orientation", range(10))
-def test_the_orientation_of_the_camera(orientation: int, tmp_path) -> None:
+def test_exif_orientation(orientation: int, tmp_path) -> None:
     exif = Image.Exif()
     exif[ExifTags.Base.Orientation] = orientation
     (tmp_path / "a.png").write_bytes(saved(NOISE, exif=exif).getvalue())
@@ -91,12 +91,12 @@ def test_the_orientation_of_the_camera(orientation: int, tmp_path) -> None:
 
 @pytest.mark.filterwarnings("ignore:Corrupt EXIF data")
 @pytest.mark.parametrize("notes", [b"Exif\0\0II*\0\xff\xff\xff\xff", b"Exif\0\0no", b"Exif\0\0"])
-def test_damaged_notes_spoil_no_pixel(notes: bytes) -> None:
+def test_damaged_metadata_is_ignored(notes: bytes) -> None:
     image = Image.new("RGB", (5, 4), (10, 20, 30))
     assert open_image(saved(image, exif=notes)).getpixel((0, 0)) == (10, 20, 30)
 
 
-def test_what_is_no_image() -> None:
+def test_not_an_image() -> None:
     for data in (b"", b"no image", saved(NOISE).getvalue()[:90]):
         with pytest.raises(DECODE_ERRORS):
             open_image(io.BytesIO(data))
@@ -121,7 +121,7 @@ def postscript(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return path
 
 
-def test_no_program_is_started_for_a_picture(postscript: Path) -> None:
+def test_no_program_is_started_for_an_image(postscript: Path) -> None:
     data = postscript.read_bytes()
     with_preview = b"\xc5\xd0\xd3\xc6" + bytes(28) + data
     for source in (postscript, str(postscript), io.BytesIO(data), io.BytesIO(with_preview)):

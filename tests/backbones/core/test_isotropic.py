@@ -1,4 +1,4 @@
-"""Networks of one resolution: what their features are, tables of positions, and pyramids."""
+"""Single-resolution networks: feature maps, position tables, pyramids."""
 
 from __future__ import annotations
 

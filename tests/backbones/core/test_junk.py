@@ -1,4 +1,4 @@
-"""Junk in place of any argument of what `backbones` offers: refused by its name."""
+"""Invalid values for any argument of `backbones` raise errors that name it."""
 
 from __future__ import annotations
 
@@ -99,13 +99,13 @@ def test_a_function(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
 
 
 @pytest.mark.parametrize("value", [None, 3, "x", [], _van])
-def test_fuse_says_what_is_no_model(value: object) -> None:
+def test_fuse_rejects_other_objects(value: object) -> None:
     with pytest.raises(TypeError, match=r"model must be a torch\.nn\.Module, got "):
         backbones.fuse(value)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("family", [*FAMILIES, "fused"])
-def test_what_is_no_image(family: str) -> None:
+def test_not_an_image(family: str) -> None:
     if family == "fused":
         model = _van().fuse()
     else:

@@ -1,4 +1,4 @@
-"""What messages quote fits on one line, however long or strange it is."""
+"""Quoted values in messages fit on one line."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attention that trains its bias, a window at a time, is the attention that it says."""
+"""Window-by-window training of attention with a bias equals plain attention."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_windows_find_their_masks(
     torch.testing.assert_close(*results)
 
 
-def test_only_where_it_is_the_quicker_way() -> None:
+def test_used_only_where_faster() -> None:
     q, k, v, bias = tensors(*[(2, 2, 256, 4)] * 3, (2, 256, 256), dtype=torch.float32)
     assert worth_a_turn(q, k, v, bias)
     assert not worth_a_turn(q, k, v, bias.detach())

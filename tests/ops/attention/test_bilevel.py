@@ -84,7 +84,7 @@ CASES = [
 
 
 @pytest.mark.parametrize(("height", "width", "region_size", "topk", "num_heads"), CASES)
-def test_is_what_it_is_defined_to_be(
+def test_equals_the_definition(
     height: int, width: int, region_size: tuple[int, int], topk: int, num_heads: int
 ) -> None:
     maps = [t.requires_grad_() for t in inputs(height, width)]
@@ -118,7 +118,7 @@ def test_scale() -> None:
     height=st.integers(1, 9),
     width=st.integers(1, 9),
 )
-def test_enough_regions_make_it_plain_attention(
+def test_all_regions_equal_plain_attention(
     rows: int, columns: int, height: int, width: int
 ) -> None:
     """Laws: seeing all regions is attention of the padded map, and so is one region of it all."""
@@ -138,7 +138,7 @@ def test_enough_regions_make_it_plain_attention(
 
 @settings(deadline=None, max_examples=20)
 @given(st.permutations(range(6)), st.integers(1, 6))
-def test_regions_have_no_place(order: list[int], topk: int) -> None:
+def test_regions_are_permutation_equivariant(order: list[int], topk: int) -> None:
     """Law: moving whole regions about moves the output along."""
     maps = inputs(4, 9, batch=1)
 
@@ -164,7 +164,7 @@ class Largest(TorchDispatchMode):
         return out
 
 
-def test_no_tensor_of_all_pairs() -> None:
+def test_no_quadratic_tensor() -> None:
     """Memory is that of the gathered keys, for the backward pass too."""
     side, dim, topk = 42, 8, 2
     maps = [t.float().requires_grad_() for t in inputs(side, side, dim, dim, batch=1)]

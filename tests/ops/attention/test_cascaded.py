@@ -84,7 +84,7 @@ def test_bias_belongs_to_the_distance(height: int, width: int) -> None:
                     assert torch.equal(bias[:, i, j, k, m], table[:, abs(i - k), abs(j - m)])
 
 
-def test_table_is_resized_only_where_it_must() -> None:
+def test_table_is_resized_only_if_needed() -> None:
     table = torch.arange(16.0).view(1, 4, 4)
     assert resize_distance_table(table, 4, 4) is table
     resized = resize_distance_table(table, 7, 5)
@@ -142,11 +142,11 @@ def test_float32_gradients_are_those_of_float64() -> None:
         ({"dim": 8, "num_heads": 2, "kernel_sizes": (3, 4)}, "odd"),
     ],
 )
-def test_what_does_not_fit_is_refused(arguments: dict[str, object], message: str) -> None:
+def test_rejects_bad_arguments(arguments: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         CascadedGroupAttention(**arguments)
 
 
-def test_channels_that_cannot_be_shared_out_are_refused() -> None:
+def test_indivisible_channels_are_rejected() -> None:
     with pytest.raises(ValueError, match="7 channels"):
         cascaded_group_attention(torch.zeros(1, 7, 2, 2), [Share(3, 2), Share(3, 2)])

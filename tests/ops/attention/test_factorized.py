@@ -74,7 +74,7 @@ def test_average_mixes_channels() -> None:
     torch.testing.assert_close(tokens.flatten(), torch.tensor([11 / 3, 52 / 3]))
 
 
-def test_reflection_is_that_of_torch_where_it_can_reflect() -> None:
+def test_reflection_equals_torchs_where_supported() -> None:
     x = torch.randn(2, 9, 8, 6)
     padded = F.pad(x.permute(0, 3, 1, 2), (0, 6, 0, 5), mode="reflect").permute(0, 2, 3, 1)
     expected = cross_window_fusion(padded, 2, 4, 2)

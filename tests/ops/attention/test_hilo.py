@@ -112,7 +112,7 @@ def test_module(alpha: float, size: int, height: int, width: int) -> None:
     ("alpha", "size", "low", "high"),
     [(0.0, 2, 0, 12), (0.2, 2, 2, 10), (0.9, 2, 10, 2), (1.0, 2, 12, 0), (0.0, 1, 12, 0)],
 )
-def test_heads_are_shared_out(alpha: float, size: int, low: int, high: int) -> None:
+def test_heads_are_divided(alpha: float, size: int, low: int, high: int) -> None:
     module = HiLoAttention(48, 12, size, alpha)
     assert (module.low.num_heads if module.low else 0) == low
     assert (module.high.num_heads if module.high else 0) == high

@@ -1,4 +1,4 @@
-"""Large kernel attention: what it sees and what it gates."""
+"""Large kernel attention: its receptive field and its gate."""
 
 from __future__ import annotations
 

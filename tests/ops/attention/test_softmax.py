@@ -1,4 +1,4 @@
-"""Softmax attention: torch's, but for NaN, which stays; gradients are those of the formula."""
+"""Softmax attention equals torch's, except that NaN propagates."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def tensors(keys: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
 @pytest.mark.parametrize("keys", KEYS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("which", ["query", "key", "value"])
-def test_nan_stays(which: str, dtype: torch.dtype, keys: int) -> None:
+def test_nan_propagates(which: str, dtype: torch.dtype, keys: int) -> None:
     """Where the formula has it; torch loses it if there are few keys."""
     query, key, value = tensors(keys, dtype)
     {"query": query, "key": key, "value": value}[which][0, 0, 0, 0] = float("nan")
@@ -43,7 +43,7 @@ def test_otherwise_as_in_torch(keys: int, scale: float | None) -> None:
     torch.testing.assert_close(found, wanted)
 
 
-def test_compilers_need_not_know_how_many_keys_there_are() -> None:
+def test_compiles_with_a_symbolic_number_of_keys() -> None:
     class Attention(torch.nn.Module):
         def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
             return softmax_attention(query, key, value)

@@ -1,4 +1,4 @@
-"""Token-aware average pooling: its formula, and networks that take it."""
+"""Token-aware average pooling: its formula, and networks that support it."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ WITH_ATTENTION = ["biformer", "efficientvit", "favit", "hat", "litv2", "ravlt", 
 
 
 @torch.no_grad()
-def test_shares_of_means() -> None:
+def test_weights_of_means() -> None:
     torch.manual_seed(0)
     pool = TokenPooling(5, scales=3).eval()
     x = torch.randn(2, 5, 6, 7)

@@ -205,7 +205,7 @@ class Largest(TorchDispatchMode):
 
 
 @torch.no_grad()
-def test_scores_are_never_laid_out() -> None:
+def test_scores_are_never_materialised() -> None:
     """Only the one term per kind of window is as large as a window's scores."""
     size, heads, windows = 8, 4, 64
     x = random(1, 64, 64, 8).float()

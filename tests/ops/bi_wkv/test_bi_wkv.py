@@ -208,7 +208,7 @@ def test_empty_batches() -> None:
         assert bi_wkv(*tokens, 32).shape == tokens[0].shape
 
 
-def test_what_does_not_fit() -> None:
+def test_rejects_bad_arguments() -> None:
     key, value, decay, first = (t.detach() for t in inputs(7))
     for arguments, words in (
         ((key[0], value[0], decay, first), r"\(7, 11\)"),

@@ -69,7 +69,7 @@ def test_compiles_ahead_of_time() -> None:
     run("-c", _COMPILE, interpret=False)
 
 
-def test_says_why_it_cannot(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_unsupported_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     tokens = [torch.zeros(1, 3, 2), torch.zeros(1, 3, 2), torch.zeros(2), torch.zeros(2)]
     with pytest.raises(NotImplementedError, match="need a CUDA device, got cpu"):

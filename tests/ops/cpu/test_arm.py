@@ -1,4 +1,4 @@
-"""Kernels as 64-bit ARM runs them: their own tests, with a cross-compiler's libraries in qemu."""
+"""Kernels for 64-bit ARM: their own tests, cross-compiled and run in qemu."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ _KERNELS = {
     "cpu/pooling/test_window_means.py": "pooling",
     "cpu/stem/test_packed_stem.py": "stem",
     "neighborhood/test_cpu.py": "neighborhood",
-    "replay/test_replay.py::test_pointwise_calls_are_torchs_to_the_last_bit": "replay",
+    "replay/test_replay.py::test_pointwise_calls_equal_torchs_bitwise": "replay",
 }
 # What compiles for other CPUs, or takes minutes in an emulator.
 _LEFT_OUT = [
@@ -74,7 +74,7 @@ def test_kernels(tests: str, instructions: str, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("instructions", list(CPUS))
-def test_what_the_system_says_of_the_cpu(instructions: str, tmp_path: Path) -> None:
+def test_cpu_detection(instructions: str, tmp_path: Path) -> None:
     emulator = Emulator(instructions, tmp_path)
     says = emulator.capabilities() & instruction_sets.HWCAP2_BF16
     emulator.close()

@@ -1,4 +1,4 @@
-"""Kernels that are missing are compiled together, and the wait is announced."""
+"""Missing kernels are compiled together, and the wait is announced."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def _kept() -> list[str]:
     return sorted(path.name.partition("-")[0] for path in cpu.cache_dir().glob("*.so"))
 
 
-def test_the_first_one_brings_the_others(four, compilations) -> None:
+def test_the_first_kernel_compiles_the_others(four, compilations) -> None:
     assert cpu.load("b").answer() == 42
     assert _kept() == _NAMES
     assert len(compilations) == 4
@@ -45,7 +45,7 @@ def test_the_first_one_brings_the_others(four, compilations) -> None:
     assert len(compilations) == 4
 
 
-def test_what_plain_layers_use_does_not_wait_for_the_rest(four, compilations, monkeypatch) -> None:
+def test_plain_layers_kernels_compile_alone(four, compilations, monkeypatch) -> None:
     monkeypatch.setattr(build, "_OF_PLAIN_LAYERS", {"a", "b"})
     assert cpu.load("a").answer() == 42
     assert _kept() == ["a", "b"]
@@ -58,7 +58,7 @@ def test_those_of_plain_layers_exist() -> None:
     assert not build._OF_PLAIN_LAYERS.difference(build.sources())
 
 
-def test_as_many_at_a_time_as_there_are_cpus(four, compilations, monkeypatch) -> None:
+def test_one_compilation_per_cpu(four, compilations, monkeypatch) -> None:
     monkeypatch.setattr(batch, "_cpus", lambda: 2)
     at_work, most, lock, compile_ = 0, 0, threading.Lock(), compiler.run
 
@@ -77,7 +77,7 @@ def test_as_many_at_a_time_as_there_are_cpus(four, compilations, monkeypatch) ->
     assert most == 2
 
 
-def test_one_that_fails_does_not_keep_the_others_from_being_had(four, caplog) -> None:
+def test_a_failed_kernel_does_not_stop_the_others(four, caplog) -> None:
     (four / "any" / "b.cpp").write_text("this is not C++\n")
     assert cpu.load("a").answer() == 42
     assert _kept() == ["a", "c", "small"]
@@ -86,7 +86,7 @@ def test_one_that_fails_does_not_keep_the_others_from_being_had(four, caplog) ->
     assert "error" in cpu.unavailable_reason("b")
 
 
-def test_a_refusal_is_not_tried_twice(four, monkeypatch) -> None:
+def test_rejected_sources_are_not_retried(four, monkeypatch) -> None:
     attempts = []
 
     def refuse(words: list[str], scratch: Path) -> None:
@@ -100,7 +100,7 @@ def test_a_refusal_is_not_tried_twice(four, monkeypatch) -> None:
     assert len(attempts) == 4
 
 
-def test_a_signal_ends_all_compilers_and_is_no_failure(four, compilations, monkeypatch) -> None:
+def test_a_signal_stops_all_compilers(four, compilations, monkeypatch) -> None:
     running = threading.Barrier(3)
 
     def run(words: list[str], scratch: Path) -> None:
@@ -142,25 +142,23 @@ def test_prepare_says_why_not(four, monkeypatch) -> None:
         cpu.prepare("portable")
     monkeypatch.delenv("VISION_BACKBONES_NATIVE")
     (four / "any" / "b.cpp").write_text("this is not C++\n")
-    with pytest.raises(RuntimeError, match="no portable kernel was made of b|'this' does not name"):
+    with pytest.raises(
+        RuntimeError, match="no portable kernel was built from b|'this' does not name"
+    ):
         cpu.prepare("portable")
     monkeypatch.setattr(compiler.shutil, "which", lambda name: None)
     with pytest.raises(RuntimeError, match="no C\\+\\+ compiler"):
         cpu.prepare("portable")
 
 
-def test_prepare_has_nothing_to_do_where_the_package_has_all(
-    sources, compiled, tmp_path, monkeypatch
-) -> None:
+def test_prepare_does_nothing_if_all_are_shipped(sources, compiled, tmp_path, monkeypatch) -> None:
     monkeypatch.setattr(libraries, "SHIPPED", tmp_path)
     (tmp_path / f"{libraries.stem('small', 'portable')}.so").write_bytes(b"")
     assert cpu.prepare("portable") is None
 
 
 # ---- what is shown -----------------------------------------------------------------------------
-def test_a_terminal_shows_what_why_how_long_and_how_to_avoid_it(
-    four, compilations, monkeypatch
-) -> None:
+def test_progress_on_a_terminal(four, compilations, monkeypatch) -> None:
     terminal = _Terminal()
     monkeypatch.setattr("sys.stderr", terminal)
     cpu.load("a")
@@ -176,7 +174,7 @@ def test_a_terminal_shows_what_why_how_long_and_how_to_avoid_it(
     assert not terminal.getvalue().strip("\0")
 
 
-def test_the_bar_counts_by_weight_and_says_what_is_left(monkeypatch) -> None:
+def test_the_bar_is_weighted_and_shows_the_time_left(monkeypatch) -> None:
     terminal, clock = _Terminal(), iter([0.0, 30.0, 40.0])
     monkeypatch.setattr("sys.stderr", terminal)
     monkeypatch.setattr(progress.time, "monotonic", lambda: next(clock))
@@ -187,7 +185,7 @@ def test_the_bar_counts_by_weight_and_says_what_is_left(monkeypatch) -> None:
 
 
 @pytest.mark.parametrize(("seconds", "lines"), [(4.9, 0), (5.1, 1)])
-def test_without_a_terminal_a_long_wait_gets_one_line(seconds, lines, monkeypatch, caplog) -> None:
+def test_without_a_terminal_slow_builds_log_one_line(seconds, lines, monkeypatch, caplog) -> None:
     times = [0.0, seconds, seconds + 1 if lines else seconds]
     monkeypatch.setattr(progress.time, "monotonic", lambda: times.pop(0))
     with Progress({"small": 1.0}, "avx2", Path("/cache")) as shown:

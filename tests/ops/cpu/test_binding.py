@@ -1,4 +1,4 @@
-"""The binding: arguments, errors, what is remembered of calls, and who is told of them."""
+"""The binding: arguments, errors, cached plans, observers."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def test_arguments_by_name_and_by_default() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_planned_calls_are_the_others(dtype: torch.dtype, monkeypatch) -> None:
+def test_planned_calls_equal_unplanned_ones(dtype: torch.dtype, monkeypatch) -> None:
     """What is remembered of a layout gives what a description gives, for tensors of any memory."""
     _, _, packed = linear_layer(24, 40, torch.float32)
     maps = [
@@ -95,7 +95,7 @@ def test_a_layout_is_described_once(monkeypatch) -> None:
     assert len(described) == 6
 
 
-def test_only_so_many_layouts_are_remembered(monkeypatch) -> None:
+def test_the_layout_cache_is_bounded(monkeypatch) -> None:
     monkeypatch.setattr(binding, "_MOST_PLANS", 4)
     for rows in range(1, 12):
         layer_norm(*_norm(rows, 8))
@@ -109,7 +109,7 @@ def test_dtypes_that_the_kernel_would_misread_are_refused() -> None:
             layer_norm(x.to(dtype), weight, bias, eps)
 
 
-def test_observers_are_told_of_every_call_in_their_thread() -> None:
+def test_observers_see_every_call_of_their_thread() -> None:
     x, weight, bias, eps = _norm(2, 8)
     layer_norm(x, weight, bias, eps)
     with observed_by(_Watch()) as outer, observed_by(_Watch()) as inner:

@@ -1,4 +1,4 @@
-"""Building kernels: once, atomically, beside other processes, and quietly not at all."""
+"""Building kernels: once, atomically, with concurrent processes, and without a compiler."""
 
 import errno
 import logging
@@ -34,7 +34,7 @@ def _that_refuses(option: str, path: Path) -> Path:
     )
 
 
-def test_builds_once_and_says_so(sources, monkeypatch, caplog, new_process):
+def test_builds_once_and_logs_it(sources, monkeypatch, caplog, new_process):
     with caplog.at_level(logging.INFO, logger="ops.cpu"):
         assert cpu.load("small").answer() == 42
     assert len(caplog.records) == 1
@@ -52,7 +52,7 @@ def test_builds_once_and_says_so(sources, monkeypatch, caplog, new_process):
     assert not caplog.records
 
 
-def test_a_changed_source_or_header_is_built_anew(sources, new_process):
+def test_changed_sources_are_rebuilt(sources, new_process):
     assert cpu.load("small").answer() == 42
     new_process()
     (sources / "value.h").write_text("#define VALUE 43\n")
@@ -87,24 +87,24 @@ def test_no_compiler_but_libraries_for_fewer_instructions(compilations, monkeypa
     assert cpu.status("small").instruction_set == "portable"
 
 
-def test_source_that_does_not_compile(sources):
+def test_invalid_source(sources):
     (sources / "any" / "small.cpp").write_text("this is not C++\n")
     assert cpu.load("small") is None
     assert "error" in cpu.unavailable_reason("small")
     assert not list(cpu.cache_dir().glob("*.so"))
 
 
-def test_compiler_of_the_environment_that_does_not_exist(compilations, monkeypatch):
+def test_cxx_does_not_exist(compilations, monkeypatch):
     monkeypatch.setenv("CXX", "no-such-compiler -O1")
     assert cpu.load("small").answer() == 42
 
 
-def test_compiler_of_the_environment_with_quotes_that_do_not_end(compilations, monkeypatch, caplog):
+def test_cxx_with_unbalanced_quotes(compilations, monkeypatch, caplog):
     monkeypatch.setenv("CXX", "g++ 'x")
     with caplog.at_level(logging.WARNING, logger="ops.cpu"):
         assert cpu.load("small").answer() == 42
     assert [r.getMessage() for r in caplog.records] == [
-        'CXX="g++ \'x" is no command: No closing quotation; other compilers are tried'
+        'CXX="g++ \'x" is not a command: No closing quotation; other compilers are tried'
     ]
 
 
@@ -122,13 +122,13 @@ def test_switched_on(word, compilations, monkeypatch):
     assert cpu.load("small").answer() == 42
 
 
-def test_a_switch_that_says_neither_yes_nor_no(sources, monkeypatch):
+def test_invalid_switch(sources, monkeypatch):
     monkeypatch.setenv("VISION_BACKBONES_NATIVE", "maybe")
     with pytest.raises(ValueError, match=r"VISION_BACKBONES_NATIVE must be .*'false'.*'maybe'"):
         cpu.load("small")
 
 
-def test_sources_that_are_missing(sources, caplog):
+def test_missing_sources(sources, caplog):
     (sources / "any" / "small.cpp").unlink()
     with caplog.at_level(logging.WARNING, logger="ops.cpu"):
         assert cpu.load("small") is None
@@ -166,7 +166,7 @@ def test_instruction_set_of_other_cpus(capability, bfloat16, tiles, expected, so
     assert cpu.instruction_set() == expected
 
 
-def test_compiler_that_does_not_know_the_instructions(sources, monkeypatch, tmp_path):
+def test_compiler_without_the_instruction_set(sources, monkeypatch, tmp_path):
     """What it knows is taken instead."""
     chosen = _that_refuses("-mavx2", tmp_path / "old c++")
     monkeypatch.setattr(build, "_compilers", lambda: [[str(chosen)]])
@@ -191,14 +191,14 @@ def caller(sources):
 
 
 @pytest.mark.parametrize("plain", [set(), {"caller"}])
-def test_a_kernel_is_given_the_one_of_linear_layers(plain, caller, monkeypatch):
+def test_kernels_are_linked_with_gemm(plain, caller, monkeypatch):
     monkeypatch.setattr(build, "_OF_PLAIN_LAYERS", plain)
     (caller / "any" / "small.cpp").unlink()
     assert cpu.load("caller").answer() == 42
     assert len(list(cpu.cache_dir().glob("*.so"))) == 2  # which were compiled at once
 
 
-def test_a_kernel_has_the_instructions_of_the_one_that_it_calls(caller, monkeypatch):
+def test_instruction_set_matches_the_called_kernel(caller, monkeypatch):
     """As weights are packed for these."""
     monkeypatch.setitem(instruction_sets.FLAGS, cpu.instruction_set(), ["-DVB_OLD"])
     assert cpu.load("caller").answer() == 42
@@ -207,14 +207,14 @@ def test_a_kernel_has_the_instructions_of_the_one_that_it_calls(caller, monkeypa
     assert cpu.status("small").instruction_set == cpu.instruction_set()
 
 
-def test_a_kernel_is_missing_with_the_one_that_it_calls(caller):
+def test_kernels_are_missing_without_the_one_they_call(caller):
     (caller / "gemm" / "gemm.cpp").write_text("this is not C++\n")
     assert cpu.load("caller") is None
     assert "gemm.cpp" in cpu.unavailable_reason("caller")
     assert cpu.load("small").answer() == 42
 
 
-def test_only_a_compiler_that_refuses_them_leads_to_fewer_instructions(
+def test_only_a_rejection_selects_a_plainer_instruction_set(
     compilations, monkeypatch, new_process, caplog
 ):
     """A compiler that is killed does not, nor is it tried for kernels that come later."""
@@ -255,7 +255,7 @@ def test_cache_dir(monkeypatch, tmp_path):
     assert cpu.cache_dir() == tmp_path / "mine" / "native"
 
 
-def test_processes_that_build_at_once(sources, tmp_path):
+def test_concurrent_processes_build_once(sources, tmp_path):
     """All of them get the library, one of them compiles it."""
     code = (
         "import logging, sys; logging.basicConfig(level=logging.INFO)\n"
@@ -276,7 +276,7 @@ def test_processes_that_build_at_once(sources, tmp_path):
     assert len(list(cpu.cache_dir().glob("*.so"))) == 1
 
 
-def test_threads_that_load_at_once(compilations):
+def test_concurrent_threads_load_once(compilations):
     threads = [threading.Thread(target=cpu.load, args=("small",)) for _ in range(8)]
     for thread in threads:
         thread.start()
@@ -289,7 +289,7 @@ def test_threads_that_load_at_once(compilations):
 def test_a_fork_does_not_wait_for_a_thread_of_its_parent(compilations, monkeypatch):
     monkeypatch.setattr(build, "_kernels_lock", threading.Lock())
     with build._kernels_lock:
-        build._start_anew()
+        build._reset_after_fork()
         assert cpu.load("small").answer() == 42
 
 

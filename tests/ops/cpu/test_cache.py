@@ -1,4 +1,4 @@
-"""Where compiled libraries lie, what is loaded from there, and what happens where they cannot."""
+"""The cache of compiled libraries: location, safety, and fallbacks."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def _with_another_bit(path: Path) -> bytes:
 
 
 @pytest.mark.parametrize("damage", [_cut_off, _with_another_bit, lambda path: b""])
-def test_a_damaged_library_is_built_anew(damage, compilations, new_process) -> None:
+def test_a_damaged_library_is_rebuilt(damage, compilations, new_process) -> None:
     assert cpu.load("small").answer() == 42
     path = cpu.status("small").path
     # In its place, not over it: this process runs what it loaded.
@@ -56,7 +56,7 @@ def test_a_damaged_library_is_built_anew(damage, compilations, new_process) -> N
     assert cache.find(path.parent, path.stem.rpartition("-")[0]) == [path]
 
 
-def test_a_replaced_library_is_built_anew(compilations, compiled, new_process) -> None:
+def test_a_replaced_library_is_rebuilt(compilations, compiled, new_process) -> None:
     assert cpu.load("small").answer() == 42
     path = cpu.status("small").path
     path.unlink()
@@ -73,7 +73,7 @@ def test_a_library_of_another_system_stays(compilations, tmp_path, new_process) 
     folder = cpu.cache_dir()
     folder.mkdir(parents=True)
     (folder / "built").write_bytes(b"the code of another system")
-    foreign = cache.keep(folder / "built", folder, stem)
+    foreign = cache.store(folder / "built", folder, stem)
     for _ in range(2):
         new_process()
         assert cpu.load("small").answer() == 42
@@ -81,26 +81,26 @@ def test_a_library_of_another_system_stays(compilations, tmp_path, new_process) 
     assert foreign.exists()
 
 
-def test_to_look_at_a_library_takes_less_than_5_ms(tmp_path) -> None:
+def test_checking_a_library_takes_less_than_5_ms(tmp_path) -> None:
     (tmp_path / "built").write_bytes(os.urandom(400_000))  # the largest kernels are as large
-    path = cache.keep(tmp_path / "built", tmp_path, "small")
+    path = cache.store(tmp_path / "built", tmp_path, "small")
     times = []
     for _ in range(10):
         start = time.perf_counter()
-        assert cache.flaw(tmp_path) is None and cache.find(tmp_path, "small") == [path]
+        assert cache.problem(tmp_path) is None and cache.find(tmp_path, "small") == [path]
         times.append(time.perf_counter() - start)
     assert min(times) < 5e-3
 
 
 # ---- folders that will not do ------------------------------------------------------------------
-def test_a_library_that_others_planted_is_not_loaded(
+def test_a_planted_library_is_not_loaded(
     compilations, compiled, private, caplog, new_process
 ) -> None:
     folder = cpu.cache_dir()
     folder.mkdir(parents=True)
     isa = cpu.instruction_set()
     shutil.copyfile(compiled[13], folder / "built")
-    planted = cache.keep(folder / "built", folder, libraries.stem("small", isa))
+    planted = cache.store(folder / "built", folder, libraries.stem("small", isa))
     assert cpu.load("small").answer() == 13  # as the user's own
     folder.chmod(0o777)
     for _ in range(2):
@@ -117,7 +117,7 @@ def test_a_library_that_others_planted_is_not_loaded(
         assert stat.S_IMODE(made.stat().st_mode) == 0o700
 
 
-def test_a_library_that_others_may_write_to_is_built_anew(compilations, new_process) -> None:
+def test_a_world_writable_library_is_rebuilt(compilations, new_process) -> None:
     assert cpu.load("small").answer() == 42
     path = cpu.status("small").path
     path.chmod(0o666)
@@ -127,7 +127,7 @@ def test_a_library_that_others_may_write_to_is_built_anew(compilations, new_proc
     assert not path.stat().st_mode & 0o022
 
 
-def test_whatever_the_umask_is_the_cache_will_do(sources, new_process, caplog) -> None:
+def test_the_cache_works_with_any_umask(sources, new_process, caplog) -> None:
     before = os.umask(0)
     try:
         assert cpu.load("small").answer() == 42
@@ -154,7 +154,7 @@ def _loop_of_links(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("make", [_file, _below_a_file, _loop_of_links])
-def test_a_cache_that_is_no_folder(make, compilations, private, caplog) -> None:
+def test_a_cache_that_is_a_file(make, compilations, private, caplog) -> None:
     make(cpu.cache_dir())
     assert cpu.load("small").answer() == 42
     assert cpu.status("small").path.parent == private
@@ -162,7 +162,7 @@ def test_a_cache_that_is_no_folder(make, compilations, private, caplog) -> None:
     assert str(cpu.cache_dir().parent) in line
 
 
-def test_a_cache_that_a_link_leads_to_is_made(compilations, tmp_path, caplog) -> None:
+def test_a_linked_cache_is_created(compilations, tmp_path, caplog) -> None:
     """As where ``~/.cache`` leads to a disk whose folders were cleared."""
     (tmp_path / "cache").symlink_to(tmp_path / "disk" / "cache")
     assert cpu.load("small").answer() == 42
@@ -192,12 +192,10 @@ def test_a_cache_that_cannot_be_written(
     assert len(compilations) == 1
 
 
-def test_what_a_cache_that_cannot_be_written_has_is_loaded(
-    compilations, monkeypatch, new_process, caplog
-) -> None:
+def test_a_read_only_cache_is_used(compilations, monkeypatch, new_process, caplog) -> None:
     assert cpu.load("small").answer() == 42
     new_process()
-    cache.refuse(cpu.cache_dir(), PermissionError(errno.EACCES, "Permission denied"))
+    cache.mark_unusable(cpu.cache_dir(), PermissionError(errno.EACCES, "Permission denied"))
     assert cpu.load("small").answer() == 42
     assert cpu.status("small").path.parent == cpu.cache_dir()
     assert not _warnings(caplog)
@@ -248,9 +246,7 @@ def test_a_full_disk(compilations, private, monkeypatch, caplog, new_process) ->
     assert not list(cpu.cache_dir().iterdir())
 
 
-def test_a_mount_that_lets_no_code_run(
-    compilations, private, monkeypatch, caplog, new_process
-) -> None:
+def test_a_noexec_mount(compilations, private, monkeypatch, caplog, new_process) -> None:
     real = os.statvfs
 
     def statvfs(folder: Path):
@@ -271,7 +267,7 @@ def test_a_mount_that_lets_no_code_run(
     assert len(compilations) == 1
 
 
-def test_a_folder_whose_code_turns_out_not_to_run(
+def test_a_folder_that_disallows_execution(
     compilations, private, monkeypatch, caplog, new_process
 ) -> None:
     """As a policy of the system may have it; the mount's options do not tell."""
@@ -283,7 +279,7 @@ def test_a_folder_whose_code_turns_out_not_to_run(
         return real(path)
 
     monkeypatch.setattr(build.ctypes, "CDLL", load)
-    monkeypatch.setattr(cache, "may_run", lambda path: path.parent != cpu.cache_dir())
+    monkeypatch.setattr(cache, "allows_execution", lambda path: path.parent != cpu.cache_dir())
     for _ in range(2):
         new_process()
         caplog.clear()
@@ -293,11 +289,11 @@ def test_a_folder_whose_code_turns_out_not_to_run(
     assert len(compilations) == 2  # once in each folder
 
 
-def test_code_may_run_here(compiled) -> None:
-    assert cache.may_run(compiled[42])
+def test_execution_is_allowed_here(compiled) -> None:
+    assert cache.allows_execution(compiled[42])
 
 
-def test_private_folders_that_others_took_first(compilations, private, tmp_path, caplog) -> None:
+def test_squatted_private_folders(compilations, private, tmp_path, caplog) -> None:
     """A folder of this process alone is left, and removed in the end."""
     cpu.cache_dir().mkdir(parents=True, mode=0o700)
     for folder in (cpu.cache_dir(), private, tmp_path / "temporary" / private.parent.name):
@@ -314,7 +310,7 @@ def test_private_folders_that_others_took_first(compilations, private, tmp_path,
     assert not folder.exists()
 
 
-def test_a_private_folder_that_another_user_makes_meanwhile(
+def test_a_private_folder_created_concurrently_by_another_user(
     compilations, private, monkeypatch
 ) -> None:
     """Between the look at the place and the making of a folder."""
@@ -366,7 +362,7 @@ def _lock_of_small() -> Path:
     return cpu.cache_dir() / f"{libraries.stem('small', isa)}.lock"
 
 
-def test_a_lock_that_is_never_given_back(compilations, monkeypatch, caplog) -> None:
+def test_a_lock_that_is_never_released(compilations, monkeypatch, caplog) -> None:
     """As by a process that was stopped."""
     monkeypatch.setattr(cache, "_LOCK_PATIENCE_S", 0.2)
     cpu.cache_dir().mkdir(parents=True)
@@ -382,7 +378,7 @@ def test_a_lock_that_is_never_given_back(compilations, monkeypatch, caplog) -> N
     assert line.endswith("going on without it")
 
 
-def test_a_lock_is_given_back_to_others_though_a_fork_has_it_open(compilations) -> None:
+def test_a_lock_is_released_despite_a_fork(compilations) -> None:
     folder = cpu.cache_dir()
     folder.mkdir(parents=True)
     with cache.locked(folder / "x.lock"):
@@ -400,7 +396,7 @@ def test_a_lock_is_given_back_to_others_though_a_fork_has_it_open(compilations) 
 
 
 @pytest.mark.parametrize("where", ["open", "flock"])
-def test_a_lock_that_cannot_be_had(where, compilations, monkeypatch, caplog) -> None:
+def test_an_unavailable_lock(where, compilations, monkeypatch, caplog) -> None:
     """One of another user, or a network's disk without locks: the instructions stay."""
     if where == "open":
         cpu.cache_dir().mkdir(parents=True)
@@ -417,7 +413,7 @@ def test_a_lock_that_cannot_be_had(where, compilations, monkeypatch, caplog) -> 
 
 
 @pytest.mark.parametrize("state", ["left", "young", "held"])
-def test_scratch_folders_that_killed_processes_left(state, compilations) -> None:
+def test_leftover_scratch_folders(state, compilations) -> None:
     left = cpu.cache_dir() / f"{cache._SCRATCH_PREFIX}abc"
     left.mkdir(parents=True)
     (left / "half.s").write_text("")
@@ -426,6 +422,6 @@ def test_scratch_folders_that_killed_processes_left(state, compilations) -> None
         os.utime(left, (old, old))
     with contextlib.ExitStack() as stack:
         if state == "held":
-            stack.enter_context(cache._held(left))
+            stack.enter_context(cache._locked_folder(left))
         assert cpu.load("small").answer() == 42
     assert left.exists() == (state != "left")

@@ -1,4 +1,4 @@
-"""The compiler: why it failed, and that nothing of it is left."""
+"""Running the compiler: failure messages and cleanup."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def is_alive(pid: int) -> bool:
         ("final link failed: Disk quota exceeded", OSError),
     ],
 )
-def test_why_it_failed(said: str, kind: type[Exception], tmp_path: Path) -> None:
+def test_failure_messages(said: str, kind: type[Exception], tmp_path: Path) -> None:
     words = script(tmp_path, f'echo "{said}" >&2; exit 1')
     with pytest.raises(kind) as caught:
         compiler.run(words, scratch(tmp_path))
@@ -60,20 +60,20 @@ def test_why_it_failed(said: str, kind: type[Exception], tmp_path: Path) -> None
         assert said in str(caught.value)
 
 
-def test_a_linker_that_a_full_disk_ends_without_a_word(tmp_path: Path, monkeypatch) -> None:
+def test_a_linker_killed_by_a_full_disk(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(compiler, "_LEAST_BYTES", 1 << 62)
     with pytest.raises(OSError, match="No space left"):
         compiler.run(script(tmp_path, "exit 1"), scratch(tmp_path))
 
 
-def test_an_output_that_cannot_be_written_is_no_refusal(tmp_path: Path) -> None:
+def test_unwritable_output_is_not_a_rejection(tmp_path: Path) -> None:
     folder = scratch(tmp_path)
     words = script(tmp_path, f"rmdir '{folder}'; echo 'error: cannot open output file' >&2; exit 1")
     with pytest.raises(FileNotFoundError):
         compiler.run(words, folder)
 
 
-def test_what_is_no_compiler(tmp_path: Path) -> None:
+def test_not_a_compiler(tmp_path: Path) -> None:
     words = script(tmp_path, "")
     Path(words[0]).write_bytes(b"\0\0")
     with pytest.raises(compiler.RefusedError, match="Exec format error"):
@@ -83,7 +83,7 @@ def test_what_is_no_compiler(tmp_path: Path) -> None:
         compiler.run(words, tmp_path)
 
 
-def test_one_that_is_killed(tmp_path: Path) -> None:
+def test_a_killed_compiler(tmp_path: Path) -> None:
     with pytest.raises(compiler.CompilerError, match="status -9"):
         compiler.run(script(tmp_path, "kill -9 $$"), scratch(tmp_path))
 
@@ -93,13 +93,13 @@ def test_messages_of_any_encoding(tmp_path: Path) -> None:
         compiler.run(script(tmp_path, r"printf 'error: \377' >&2; exit 1"), scratch(tmp_path))
 
 
-def test_its_own_files_lie_in_the_scratch_folder(tmp_path: Path) -> None:
+def test_temporary_files_go_to_the_scratch_folder(tmp_path: Path) -> None:
     folder = scratch(tmp_path)
     compiler.run(script(tmp_path, 'echo x > "$TMPDIR/left.s"'), folder)
     assert [path.name for path in folder.iterdir()] == ["left.s"]
 
 
-def test_one_that_does_not_end_is_ended_with_what_it_started(tmp_path: Path, monkeypatch) -> None:
+def test_a_hung_compiler_is_killed_with_its_children(tmp_path: Path, monkeypatch) -> None:
     monkeypatch.setattr(compiler, "_TIMEOUT_S", 0.3)
     words = script(tmp_path, f"sleep 60 & echo $! > '{tmp_path}/pid'; wait")
     with pytest.raises(compiler.CompilerError, match="did not end within"):
@@ -122,13 +122,13 @@ from pathlib import Path
 spec = importlib.util.spec_from_file_location("compiler", sys.argv[1])
 compiler = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(compiler)
-with compiler.cleaning_up(), tempfile.TemporaryDirectory(dir=sys.argv[2]) as scratch:
+with compiler.unwinding_on_signals(), tempfile.TemporaryDirectory(dir=sys.argv[2]) as scratch:
     compiler.run(sys.argv[3:], Path(scratch))
 """
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGINT])
-def test_a_signal_ends_the_compiler_and_leaves_nothing(number: int, tmp_path: Path) -> None:
+def test_a_signal_stops_the_compiler_and_cleans_up(number: int, tmp_path: Path) -> None:
     pid = tmp_path / "pid"
     words = script(tmp_path, f"sleep 60 & echo $! > '{pid}.new'; mv '{pid}.new' '{pid}'; wait")
     made = tmp_path / "made"
@@ -160,21 +160,21 @@ def test_a_signal_that_comes_while_the_compiler_starts(tmp_path: Path, monkeypat
         return started[0]
 
     monkeypatch.setattr(compiler, "_start", start)
-    with pytest.raises(KeyboardInterrupt), compiler.cleaning_up():
+    with pytest.raises(KeyboardInterrupt), compiler.unwinding_on_signals():
         compiler.run(script(tmp_path, "exec sleep 60"), scratch(tmp_path))
     assert started[0].returncode == -signal.SIGKILL
     assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
 
 
-def test_a_program_that_handles_the_signal_goes_on_doing_so(monkeypatch) -> None:
+def test_the_programs_signal_handlers_are_kept(monkeypatch) -> None:
     seen = []
     before = signal.signal(signal.SIGTERM, lambda number, frame: seen.append(number))
     try:
-        with compiler.cleaning_up():
+        with compiler.unwinding_on_signals():
             os.kill(os.getpid(), signal.SIGTERM)
         assert seen == [signal.SIGTERM]
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        with compiler.cleaning_up():
+        with compiler.unwinding_on_signals():
             assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
     finally:

@@ -1,4 +1,4 @@
-"""Which calls may go past torch's dispatcher."""
+"""Which calls may bypass torch's dispatcher."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ class _Mode(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def test_other_than_plain_calls_are_left_to_torch() -> None:
+def test_only_plain_calls_use_kernels() -> None:
     x = torch.zeros(2, 3)
     assert is_plain_call((x, None, torch.nn.Parameter(x)))
     assert not is_plain_call((x, x.to("meta")))

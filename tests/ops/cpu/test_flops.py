@@ -74,7 +74,7 @@ def test_functions_of_torch_are_counted_as_torch_counts_them(
     assert sum(call.flops or 0 for call in _traced(function)) == counter.get_total_flops() > 0
 
 
-def test_what_has_no_count_has_none() -> None:
+def test_uncounted_operations() -> None:
     calls = _traced(lambda: _A.softmax(-1).add_(1))
     assert [call.flops for call in calls] == [None, None]
 

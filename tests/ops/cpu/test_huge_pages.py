@@ -1,4 +1,4 @@
-"""Huge pages: asked for inside large tensors, never elsewhere, and the system hears it."""
+"""Huge pages are requested inside large tensors only."""
 
 import mmap
 import sys

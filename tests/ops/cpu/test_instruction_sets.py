@@ -49,7 +49,7 @@ def test_of_apple(arm: pytest.MonkeyPatch) -> None:
     assert instruction_sets.instruction_set() == "neonbf16"
 
 
-def test_of_a_system_that_does_not_say(arm: pytest.MonkeyPatch) -> None:
+def test_of_unknown_systems(arm: pytest.MonkeyPatch) -> None:
     arm.setattr("sys.platform", "linux")
     arm.setattr(ctypes, "CDLL", lambda _: object())
     assert instruction_sets.instruction_set() == "neon"

@@ -1,4 +1,4 @@
-"""Libraries that came with the package: taken before any other, and never stale."""
+"""Shipped libraries: preferred, and never stale."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_switched_off_means_those_of_the_package_too(
 
 
 @pytest.mark.parametrize("name", sorted(libraries.sources()))
-def test_nothing_is_asked_of_a_newer_libc_than_wheels_promise(name: str) -> None:
+def test_glibc_symbols_match_the_wheel_tag(name: str) -> None:
     """manylinux_2_28; what a newer one has in place of it is named by its version."""
     path = cpu.status(name).path
     assert path is not None

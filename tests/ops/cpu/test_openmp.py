@@ -1,4 +1,4 @@
-"""Kernels run on the threads of torch's OpenMP runtime, whichever that is, and bring none."""
+"""Kernels use the threads of torch's OpenMP runtime and load no other."""
 
 from __future__ import annotations
 
@@ -69,4 +69,4 @@ def test_torch_without_a_runtime(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(openmp, "_functions", openmp._functions.__wrapped__)
     assert openmp.runtime() is None
     library = cpu.load("neighborhood")
-    openmp.give_threads(library)  # which has those that it was given when it was loaded
+    openmp.use_torch_threads(library)  # which has those that it was given when it was loaded

@@ -1,4 +1,4 @@
-"""Decisions: those of a plainer CPU where one is emulated, and each with its reason in words."""
+"""Decisions: those of an emulated plainer CPU, and their reasons."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ import pytest
 import torch
 
 from ops.cpu import instruction_sets, policy
+from ops.cpu.decisions import Decision, observe_decisions
 from ops.cpu.depthwise.conv import depthwise_conv2d
 from ops.cpu.gemm.linear import packed_linear
 from ops.cpu.libraries import sources
-from ops.cpu.policy import Asked
 
 ROOT = Path(__file__).parents[3]
 SETS = {machine: instruction_sets.levels(machine) for machine in ("x86_64", "aarch64")}
@@ -107,9 +107,9 @@ def test_bfloat16_without_any_of_our_instruction_sets(monkeypatch: pytest.Monkey
     assert policy.multiplies(HALF)
 
 
-def _asked(rule: Any, *given: Any, **named: Any) -> Asked:
-    found: list[Asked] = []
-    with policy.explaining(found.append):
+def _decision(rule: Any, *given: Any, **named: Any) -> Decision:
+    found: list[Decision] = []
+    with observe_decisions(found.append):
         answer = rule(*given, **named)
     assert len(found) == 1 and found[0].answer is answer
     return found[0]
@@ -169,31 +169,31 @@ def _asked(rule: Any, *given: Any, **named: Any) -> Asked:
         ),
     ],
 )
-def test_rules_say_why(
+def test_rules_give_reasons(
     cpu: str, rule: Any, given: tuple[Any, ...], said: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _use(monkeypatch, cpu, "")
-    assert str(_asked(rule, *given)) == said
+    assert str(_decision(rule, *given)) == said
 
 
-def test_every_reason_can_be_put_into_words(monkeypatch: pytest.MonkeyPatch) -> None:
-    found: list[Asked] = []
+def test_every_reason_formats(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Decision] = []
     for isa in SETS["x86_64"]:
         _use(monkeypatch, isa, "")
-        with policy.explaining(found.append):
+        with observe_decisions(found.append):
             list(_decisions())
     assert len(found) > 1000
     assert not [str(asked) for asked in found if re.search(r"[{}]|torch\.", str(asked))]
     named = {a.rule for a in found}
     rules = {name for name in policy.__all__ if hasattr(getattr(policy, name), "__wrapped__")}
-    assert named == rules - {"explaining"}
+    assert named == rules
 
 
-def test_those_who_listen_are_nested() -> None:
-    outer: list[Asked] = []
-    inner: list[Asked] = []
-    with policy.explaining(outer.append):
-        with policy.explaining(inner.append):
+def test_observers_nest() -> None:
+    outer: list[Decision] = []
+    inner: list[Decision] = []
+    with observe_decisions(outer.append):
+        with observe_decisions(inner.append):
             policy.single_head_by_kernel(1)
         policy.single_head_by_kernel(tokens=2)
     policy.single_head_by_kernel(3)
@@ -201,7 +201,7 @@ def test_those_who_listen_are_nested() -> None:
     assert [a.arguments["tokens"] for a in outer] == [2]
 
 
-def test_nothing_else_asks_the_hardware() -> None:
+def test_only_policy_checks_the_hardware() -> None:
     """But for ``instruction_sets``, which finds the richest, and ``policy``."""
     asks = re.compile(r"get_cpu_capability|_is_(amx|avx|mkldnn|vnni|arm)|cpuinfo|get_capabilities")
     asking = {
@@ -212,7 +212,7 @@ def test_nothing_else_asks_the_hardware() -> None:
     assert asking == {"ops/cpu/instruction_sets.py", "ops/cpu/policy.py"}
 
 
-def test_without_known_vectors_products_are_torch_s(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_without_vector_instructions_torch_multiplies(monkeypatch: pytest.MonkeyPatch) -> None:
     """But for dtypes that torch would not multiply, and the kernels can still be called."""
     monkeypatch.setenv("VISION_BACKBONES_NATIVE_ISA", "portable")
     cpu = torch.device("cpu")

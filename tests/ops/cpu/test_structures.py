@@ -39,7 +39,7 @@ def test_fields_are_read_in_their_order() -> None:
     assert inner.key.offset == 48  # behind a structure of another header
 
 
-def test_what_cannot_be_read_is_named() -> None:
+def test_unreadable_fields_are_named() -> None:
     with pytest.raises(ValueError, match=r"norm.h declares no structure norm::Missing"):
         structure("norm/norm.h", "norm::Missing")
     with pytest.raises(ValueError, match=r"declares no structure other::Problem"):

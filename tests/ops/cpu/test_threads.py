@@ -15,7 +15,7 @@ from ops.cpu.threads import MACS, VALUES, threads_for
     of_a_thread=st.sampled_from([MACS, VALUES, 1, 512]),
     threads=st.integers(1, 256),
 )
-def test_each_has_enough_and_none_is_left_out(work, of_a_thread, threads: int) -> None:
+def test_thread_counts(work, of_a_thread, threads: int) -> None:
     with using_threads(threads):
         count = threads_for(work, of_a_thread)
     assert 1 <= count <= threads
@@ -24,7 +24,7 @@ def test_each_has_enough_and_none_is_left_out(work, of_a_thread, threads: int) -
 
 
 @pytest.mark.parametrize("threads", [1, 2, 64])
-def test_nothing_to_do_and_plenty(threads: int) -> None:
+def test_no_work_and_plenty(threads: int) -> None:
     with using_threads(threads):
         assert threads_for(0, MACS) == 1
         assert threads_for(1e12, MACS) == threads

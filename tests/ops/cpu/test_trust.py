@@ -1,4 +1,4 @@
-"""Who else may decide what lies at a path."""
+"""Who else may change the contents of a path."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from ops.cpu import trust
-from ops.cpu.trust import flaw_of, is_own_file, shell_word
+from ops.cpu.trust import is_own_file, permission_problem, shell_word
 
 
 @pytest.fixture
@@ -37,31 +37,29 @@ def no_private_groups(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_own_folders(folder: Path) -> None:
-    assert flaw_of(folder) is None
-    assert flaw_of(folder / "not" / "there") is None
+    assert permission_problem(folder) is None
+    assert permission_problem(folder / "not" / "there") is None
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o757, 0o775, 0o1777])
-def test_a_folder_that_others_may_write_to(folder: Path, mode: int, no_private_groups) -> None:
+def test_a_writable_folder(folder: Path, mode: int, no_private_groups) -> None:
     folder.chmod(mode)
-    flaw = flaw_of(folder)
-    assert flaw is not None
-    assert flaw.reason == f"others may write to {str(folder)!r} (mode {mode:o})"
-    subprocess.run(["sh", "-c", flaw.mend], check=True)
-    assert flaw_of(folder) is None
+    problem = permission_problem(folder)
+    assert problem is not None
+    assert problem.reason == f"others may write to {str(folder)!r} (mode {mode:o})"
+    subprocess.run(["sh", "-c", problem.fix], check=True)
+    assert permission_problem(folder) is None
 
 
 @pytest.mark.parametrize("mode", [0o777, 0o775])
-def test_a_folder_above_that_others_may_write_to(
-    folder: Path, mode: int, no_private_groups
-) -> None:
+def test_a_writable_parent(folder: Path, mode: int, no_private_groups) -> None:
     folder.parent.chmod(mode)
-    flaw = flaw_of(folder)
-    assert flaw is not None and repr(str(folder.parent)) in flaw.reason
+    problem = permission_problem(folder)
+    assert problem is not None and repr(str(folder.parent)) in problem.reason
     # In a sticky one nobody can move what is another's.
     folder.parent.chmod(mode | 0o1000)
-    assert flaw_of(folder) is None
-    assert flaw_of(folder.parent / "not there") is None
+    assert permission_problem(folder) is None
+    assert permission_problem(folder.parent / "not there") is None
 
 
 def test_a_group_of_the_user_alone(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -72,16 +70,16 @@ def test_a_group_of_the_user_alone(folder: Path, monkeypatch: pytest.MonkeyPatch
     group = types.SimpleNamespace(gr_name="someone", gr_mem=[])
     monkeypatch.setattr(pwd, "getpwuid", lambda uid: user)
     monkeypatch.setattr(grp, "getgrgid", lambda gid: group)
-    assert flaw_of(folder) is None
+    assert permission_problem(folder) is None
     group.gr_mem = ["someone", "another"]
-    assert flaw_of(folder) is not None
+    assert permission_problem(folder) is not None
     group.gr_mem, group.gr_name = [], "users"
-    assert flaw_of(folder) is not None
+    assert permission_problem(folder) is not None
     group.gr_name, user.pw_gid = "someone", gid + 1
-    assert flaw_of(folder) is not None
+    assert permission_problem(folder) is not None
     user.pw_gid = gid
     monkeypatch.setattr(trust.os, "listxattr", lambda path: ["system.posix_acl_access"])
-    assert flaw_of(folder) is not None
+    assert permission_problem(folder) is not None
 
 
 def test_a_group_that_the_system_does_not_know(folder: Path, monkeypatch) -> None:
@@ -90,14 +88,14 @@ def test_a_group_that_the_system_does_not_know(folder: Path, monkeypatch) -> Non
 
     monkeypatch.setattr(pwd, "getpwuid", unknown)
     folder.chmod(0o775)
-    assert flaw_of(folder) is not None
+    assert permission_problem(folder) is not None
 
 
 @pytest.mark.parametrize("which", ["folder", "above"])
 def test_a_folder_of_another_user(folder: Path, which: str, monkeypatch) -> None:
     give_away(folder if which == "folder" else folder.parent, monkeypatch)
-    flaw = flaw_of(folder)
-    assert flaw is not None and "belongs to another user" in flaw.reason and not flaw.mend
+    problem = permission_problem(folder)
+    assert problem is not None and "belongs to another user" in problem.reason and not problem.fix
 
 
 def test_links(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -108,29 +106,29 @@ def test_links(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (folder / "link").symlink_to("good")
     (folder / "around").symlink_to(Path("..") / folder.name / "good")
     (folder / "whole").symlink_to(good)
-    assert all(flaw_of(folder / name) is None for name in ("link", "around", "whole"))
+    assert all(permission_problem(folder / name) is None for name in ("link", "around", "whole"))
     (folder / "wrong").symlink_to(bad)
-    assert flaw_of(folder / "wrong" / "below") is not None
+    assert permission_problem(folder / "wrong" / "below") is not None
     # The folder that holds a link decides as much as the one it leads to.
     (bad / "link").symlink_to(good)
-    assert flaw_of(bad / "link") is not None
+    assert permission_problem(bad / "link") is not None
     (folder / "loop").symlink_to("loop")
     with pytest.raises(OSError, match="loop of symbolic links"):
-        flaw_of(folder / "loop")
+        permission_problem(folder / "loop")
 
 
 def test_a_link_of_another_user(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """In ``/tmp``, say, where anyone may make one."""
     (folder.parent / "link").symlink_to(folder)
-    assert flaw_of(folder.parent / "link") is None
+    assert permission_problem(folder.parent / "link") is None
     if os.geteuid() == 0:
         os.lchown(folder.parent / "link", 12345, -1)
     else:
         give_away(folder.parent / "link", monkeypatch)
-    assert flaw_of(folder.parent / "link") is not None
+    assert permission_problem(folder.parent / "link") is not None
 
 
-def test_a_container_that_maps_the_user_alone(folder: Path, monkeypatch) -> None:
+def test_a_container_that_maps_only_the_user(folder: Path, monkeypatch) -> None:
     """Root's folders seem to be nobody's there; what is nobody's itself is not the user's."""
     (folder / "own").mkdir()
     monkeypatch.setattr(trust.os, "geteuid", lambda: 12345)
@@ -143,10 +141,10 @@ def test_a_container_that_maps_the_user_alone(folder: Path, monkeypatch) -> None
         return os.stat_result(found)
 
     monkeypatch.setattr(Path, "lstat", lstat)
-    assert flaw_of(folder / "own") is not None
+    assert permission_problem(folder / "own") is not None
     monkeypatch.setattr(trust, "_unmapped_root", lambda: nobody)
-    assert flaw_of(folder / "own") is None
-    assert flaw_of(folder) is not None
+    assert permission_problem(folder / "own") is None
+    assert permission_problem(folder) is not None
 
 
 def test_the_map_of_users(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,7 +175,7 @@ def test_files(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("name", [b"plain", b"two words", b"a\nb", b"it's \xff\\", "ä".encode()])
-def test_words_for_a_shell(name: bytes) -> None:
+def test_shell_quoting(name: bytes) -> None:
     word = shell_word(Path(os.fsdecode(name)))
     assert word.isprintable()
     done = subprocess.run(["bash", "-c", f"printf %s {word}"], capture_output=True, check=True)

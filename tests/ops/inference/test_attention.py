@@ -1,4 +1,4 @@
-"""Inference forms of attention layers against the layers that they stand for."""
+"""Inference forms of attention layers against the plain layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Conversion leaves alone, or names, what would gain nothing."""
+"""Conversion skips, or names, what would not become faster."""
 
 from __future__ import annotations
 
@@ -24,10 +24,10 @@ def test_a_dtype_without_instructions_is_named_once(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     monkeypatch.setattr(policy, "multiplies", lambda _: multiplied)
-    conversion._say_that_it_is_no_faster.cache_clear()
+    conversion._warn_not_faster.cache_clear()
     for _ in range(2):
         model = nn.Sequential(nn.Linear(4, 4)).eval().to(dtype)
-        assert conversion.put_channels_last(model, always=False)
+        assert conversion.to_channels_last(model, always=False)
     said = [record.getMessage() for record in caplog.records]
     assert len(said) == warnings
     assert all("no instructions for bfloat16" in line for line in said)
@@ -40,4 +40,4 @@ def test_dilated_depthwise_convolutions_stay_in_nchw_without_kernels(
     if not has_kernels:
         without_kernels(monkeypatch)
     model = nn.Sequential(DilatedDepthwiseConv2d(4, 7, 3)).eval()
-    assert conversion.put_channels_last(model, always=always) == (always or has_kernels)
+    assert conversion.to_channels_last(model, always=always) == (always or has_kernels)

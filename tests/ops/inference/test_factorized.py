@@ -1,4 +1,4 @@
-"""FaViT's attention for inference against the layer that it stands for."""
+"""The inference form of FaViT's attention against the plain layer."""
 
 from __future__ import annotations
 

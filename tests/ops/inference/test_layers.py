@@ -1,4 +1,4 @@
-"""Layers with packed weights: what repeated calls are remembered as changes nothing."""
+"""Layers with packed weights: repeated calls of different kinds stay correct."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def _check(layer: FastLinear, x: Tensor, residual: Tensor | None = None) -> None
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("by", ["our kernel", "oneDNN for many rows", "oneDNN"])
-def test_calls_of_many_kinds_one_after_the_other(bias: bool, by: str, monkeypatch) -> None:
+def test_alternating_calls(bias: bool, by: str, monkeypatch) -> None:
     if by == "oneDNN":
         without_kernels(monkeypatch)
     elif by == "oneDNN for many rows":
@@ -88,7 +88,7 @@ def test_new_weights_and_copies() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.no_grad()
-def test_depthwise_convolutions_of_many_kinds_one_after_the_other(dtype: torch.dtype) -> None:
+def test_alternating_depthwise_convolutions(dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     plain = nn.Conv2d(32, 32, 3, padding=1, groups=32).to(dtype)
     layer = convert(copy.deepcopy(plain), FastDepthwiseConv2d)

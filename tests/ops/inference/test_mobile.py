@@ -9,7 +9,7 @@ import torch
 from compiled_kernels import LINEAR_DTYPES, using_threads, without_kernels
 from torch import Tensor, nn
 
-from ops.inference.conversion import put_channels_last
+from ops.inference.conversion import to_channels_last
 from ops.inference.mobile import FastConvFFN, FastResidual
 from ops.mobile import ConvFFN, Residual
 from ops.reparam import fuse_children
@@ -25,7 +25,7 @@ def _both(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, nn.Module]:
     fuse_children(plain)
     plain = plain.to(dtype).requires_grad_(False)
     fast = copy.deepcopy(plain)
-    put_channels_last(fast, always=False)
+    to_channels_last(fast, always=False)
     assert type(fast[0]) is FastResidual and type(fast[0].fn) is FastConvFFN
     return plain, fast
 
@@ -35,7 +35,7 @@ def _image(batch: int, size: tuple[int, int], dtype: torch.dtype) -> Tensor:
 
 
 @pytest.mark.parametrize("dtype", list(LINEAR_DTYPES))
-def test_small_and_large_maps_one_after_the_other(dtype: torch.dtype) -> None:
+def test_alternating_map_sizes(dtype: torch.dtype) -> None:
     plain, fast = _both(dtype)
     bound = 4 * LINEAR_DTYPES[dtype]
     for _ in range(2):

@@ -1,4 +1,4 @@
-"""The inference forms of neighborhood attention and of its block are the layers, up to rounding."""
+"""Inference forms of neighborhood attention and its block against the plain layers."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 from zoo import randomise
 
-from ops.inference.conversion import put_channels_last
+from ops.inference.conversion import to_channels_last
 from ops.inference.neighborhood import (
     FastMapAttention,
     FastNeighborhoodAttention2D,
@@ -36,7 +36,7 @@ def tokens(*size: int) -> Tensor:
 def test_attention_with_a_shortcut(small_maps: str) -> None:
     plain = randomise(attention(small_maps))
     fast = nn.Sequential(copy.deepcopy(plain))
-    put_channels_last(fast, always=False)
+    to_channels_last(fast, always=False)
     assert type(fast[0]) is FastNeighborhoodAttention2D
     for size in SIZES:
         x = tokens(*size)
@@ -50,7 +50,7 @@ def test_block(of_all: bool) -> None:
     attn = MapAttention(32, 2, 9) if of_all else attention("pad")
     plain = randomise(NeighborhoodBlock(attn, 2, 0.0, 0.0)).eval()
     fast = nn.Sequential(copy.deepcopy(plain))
-    put_channels_last(fast, always=False)
+    to_channels_last(fast, always=False)
     block = fast[0]
     assert type(block) is FastNeighborhoodBlock
     assert isinstance(block.attn, FastNeighborhoodAttention2D)

@@ -1,4 +1,4 @@
-"""What is a stem, and its fast form."""
+"""Detection of stems, and their inference form."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import nn
 
 from ops import cpu
 from ops.cpu import policy
-from ops.inference.conversion import put_channels_last
+from ops.inference.conversion import to_channels_last
 from ops.inference.stem import FastStem, is_stem
 from ops.mobile import conv_stem
 from ops.reparam import fuse_children
@@ -25,7 +25,7 @@ def test_odd_channels_of_bfloat16_are_left_to_torch() -> None:
     for channels, made in (((3, 16, 33), even), ((3, 15, 32), floats)):
         fast = nn.Sequential(*conv_row(*channels)).eval().bfloat16()
         expected = copy.deepcopy(fast)
-        put_channels_last(fast, always=False)
+        to_channels_last(fast, always=False)
         x = random(1, 3, 20, 20).bfloat16()
         with torch.no_grad():
             torch.testing.assert_close(fast(x), expected(x), rtol=0.05, atol=0.02)
@@ -68,7 +68,7 @@ def test_norms_between_the_layers(size, channels, act_layer) -> None:
     ):
         plain = nn.Sequential(*layers).eval()
         fast = copy.deepcopy(plain)
-        put_channels_last(fast, always=False)
+        to_channels_last(fast, always=False)
         assert type(fast) is FastStem and list(fast.state_dict()) == list(plain.state_dict())
         expected = plain.double()(x.double())
         assert (fast(x) - expected).abs().max() < 1e-4 * (1 + expected.abs().max())
@@ -81,7 +81,7 @@ def _fused(dtype: torch.dtype = torch.float32) -> tuple[nn.Module, nn.Module]:
     plain = conv_stem(3, 64).eval().to(dtype)
     fuse_children(plain)
     fast = copy.deepcopy(plain)
-    put_channels_last(fast, always=False)
+    to_channels_last(fast, always=False)
     return plain.requires_grad_(False), fast
 
 
@@ -95,7 +95,7 @@ def test_the_fast_form_follows_its_parameters_and_keeps_their_names() -> None:
             for p, q in zip(plain.parameters(), fast.parameters(), strict=True):
                 p.mul_(1.5)
                 q.mul_(1.5)
-    put_channels_last(fast, always=False)
+    to_channels_last(fast, always=False)
     assert type(fast) is FastStem
     torch.testing.assert_close(copy.deepcopy(fast)(x), plain(x), rtol=1e-4, atol=1e-5)
 

@@ -1,4 +1,4 @@
-"""Windows attended to where they lie against the layers that cut them out."""
+"""Window attention in place against the plain layers, which copy windows."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def test_is_the_layer(heads, head_dim, window_size, shift, size, overlaps, dtype
 
 
 @pytest.mark.parametrize("layer", [_windows(2, 6, 4, 2), _overlapping(2, 6, 4)])
-def test_weights_that_are_loaded_later_count(layer: nn.Module) -> None:
+def test_later_loaded_weights_are_used(layer: nn.Module) -> None:
     other = copy.deepcopy(layer)
     for parameter in other.parameters():
         parameter.normal_()
@@ -137,7 +137,7 @@ def test_without_the_kernel_it_is_the_plain_layer(monkeypatch: pytest.MonkeyPatc
         assert _error(fast(x, residual=residual), layer(x) + residual) <= 1e-6
 
 
-def test_what_is_refused() -> None:
+def test_rejects_bad_arguments() -> None:
     x = torch.zeros(1, 8, 2, 4)
     rows = torch.arange(8, dtype=torch.int32).view(2, 4)
     values, lines = torch.zeros(2, 3, 16), torch.zeros(1, 1, 4, dtype=torch.int32)

@@ -1,4 +1,4 @@
-"""Every backend of gated linear attention gives what the scan in float64 gives."""
+"""Every backend of gated linear attention against the scan in float64."""
 
 from __future__ import annotations
 
@@ -187,7 +187,7 @@ def test_other_instruction_sets(instructions, monkeypatch):
 
 
 @pytest.mark.parametrize("axis", range(4))
-def test_nothing_at_all(axis):
+def test_empty_inputs(axis):
     shape = [2, 3, 4, 5]
     shape[axis] = 0
     query = torch.zeros(shape, requires_grad=True)
@@ -197,7 +197,7 @@ def test_nothing_at_all(axis):
     out.sum().backward()
 
 
-def test_refusals():
+def test_rejects_bad_arguments():
     given = inputs(9, dtype=torch.float32, bonus=True)
 
     def message(**changes: Any) -> str:

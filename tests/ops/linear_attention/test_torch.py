@@ -1,4 +1,4 @@
-"""Gated linear attention at home in torch: operators, compilation, autocast, ONNX."""
+"""Gated linear attention in torch: operators, compilation, autocast, ONNX."""
 
 from __future__ import annotations
 

@@ -85,7 +85,7 @@ def test_compiles_ahead_of_time(tmp_path):
     assert done.stdout == "compiled\n", done.stderr[-4000:]
 
 
-def test_says_why_it_cannot(monkeypatch):
+def test_unsupported_says_why(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     query = torch.zeros(1, 8, 1, 8)
     assert "need a CUDA device, got cpu" in triton.supports(query, query, query)

@@ -1,4 +1,4 @@
-"""The public functions: what they refuse, which backend they pick, and how they meet torch."""
+"""The public functions: bad arguments, backend selection, autocast and compilation."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_takes_sequences_of_any_kind() -> None:
     assert na1d(*tensors, 3).equal(na1d(*tensors, 3, is_causal=None))
 
 
-def test_the_ladder_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backend_order_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     params = NAParams((3,), (1,), (1,), (False,), 0.5)
     call = (*_tensors(1, 8, 2, 4), None, None, None)
     monkeypatch.setattr(cpu, "supports", lambda *_: None)
@@ -125,7 +125,7 @@ def test_the_ladder_on_the_cpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _best_backend(call, params) is tiled
 
 
-def test_the_ladder_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_backend_order_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     params = NAParams((3,), (1,), (1,), (False,), 0.5)
     call = (SimpleNamespace(device=torch.device("cuda")), None, None, None, None, None)
     monkeypatch.setattr(natten, "is_fused", lambda *_: True)
@@ -141,12 +141,12 @@ def test_the_ladder_on_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     assert _best_backend(call, params) is tiled
 
 
-def test_what_the_kernel_cannot_do_goes_to_tiled() -> None:
+def test_unsupported_calls_fall_back_to_tiled() -> None:
     tensors = _tensors(1, 8, 6, 2, 4, dtype=torch.float64)
     assert na2d(*tensors, 3).equal(na2d(*tensors, 3, backend="tiled"))
 
 
-def test_the_whole_map_goes_to_torch(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_windows_of_the_whole_map_use_torch(monkeypatch: pytest.MonkeyPatch) -> None:
     tensors = _tensors(2, 8, 6, 2, 4)
     extra = torch.randn(2, 5, 2, 4), torch.randn(2, 5, 2, 4)
     whole = {"kernel_size": (8, 6), "stride": (2, 3), "scale": 0.3}

@@ -1,4 +1,4 @@
-"""The compiled CPU kernel at home in torch and on other CPUs."""
+"""The compiled CPU kernel as a torch operator, and on other CPUs."""
 
 import itertools
 

@@ -32,7 +32,7 @@ def test_windows_of_every_small_axis() -> None:
 
 
 @pytest.mark.parametrize("is_causal", [False, True])
-def test_windows_move_on_and_leave_no_key_out(is_causal: bool) -> None:
+def test_windows_are_monotonic_and_cover_all_keys(is_causal: bool) -> None:
     for n, k, s, d, causal in _parameters(range(1, 25)):
         if d > 1 or causal != is_causal:
             continue

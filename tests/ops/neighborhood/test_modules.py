@@ -49,7 +49,7 @@ def test_trains_all_parameters(rank: int) -> None:
     assert x.grad.abs().sum() > 0
 
 
-def test_is_what_it_says() -> None:
+def test_equals_the_definition() -> None:
     layer = NeighborhoodAttention2D(
         12, 3, (3, 5), dilation=(2, 1), qk_scale=0.2, rel_pos_bias=True
     ).double()
@@ -219,7 +219,7 @@ def test_small_maps_of_any_rank_train(rank: int, small_maps: str) -> None:
 
 @pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("small_maps", ["shrink", "pad"])
-def test_small_maps_of_open_sizes(small_maps: str, backend: str) -> None:
+def test_small_maps_of_dynamic_sizes(small_maps: str, backend: str) -> None:
     torch._dynamo.reset()
     layer = NeighborhoodAttention2D(8, 2, 5, rel_pos_bias=True, small_maps=small_maps).eval()
     compiled = torch.compile(layer, fullgraph=True, backend=backend, dynamic=True)
@@ -228,6 +228,6 @@ def test_small_maps_of_open_sizes(small_maps: str, backend: str) -> None:
         torch.testing.assert_close(compiled(x), layer(x))
 
 
-def test_refuses_other_ways_of_small_maps() -> None:
+def test_rejects_unknown_small_maps() -> None:
     with pytest.raises(ValueError, match="small_maps must be one of refuse, .*, got 'crop'"):
         NeighborhoodAttention2D(8, 2, 3, small_maps="crop")

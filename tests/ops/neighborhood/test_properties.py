@@ -1,4 +1,4 @@
-"""Laws of neighborhood attention that hold for every backend, and the edges of its domain."""
+"""Invariants of neighborhood attention that hold for every backend, and edge cases."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def attend(case: Case, tensors: dict[str, Tensor], backend: str | None, **more: 
 @every_backend
 @some_examples
 @given(case=cases())
-def test_constant_values_stay(backend: str | None, case: Case) -> None:
+def test_constant_values_are_preserved(backend: str | None, case: Case) -> None:
     tensors = make_inputs(case, DTYPE[backend]).present()
     row = torch.arange(case.value_dim, dtype=DTYPE[backend]) - 3
     tensors["value"] = row.expand_as(tensors["value"])

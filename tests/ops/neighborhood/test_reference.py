@@ -1,4 +1,4 @@
-"""The reference backend against brute force, and what only it must do: symbolic sizes."""
+"""The reference backend against brute force, and with symbolic sizes."""
 
 from __future__ import annotations
 

@@ -67,7 +67,7 @@ def call(**changes) -> str | None:
     return triton.supports(query, query, query, None, None, None, params)
 
 
-def test_says_why_it_cannot(monkeypatch):
+def test_unsupported_says_why(monkeypatch):
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     assert "need a CUDA device, got cpu" in call()
     assert "need a CUDA device, got meta" in call(device="meta")

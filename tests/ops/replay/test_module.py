@@ -77,7 +77,7 @@ def _settle(block: Recorded, x: Tensor) -> Replay:
     return program
 
 
-def test_the_third_call_follows_the_record(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_third_call_is_replayed(monkeypatch: pytest.MonkeyPatch) -> None:
     block = _recorded()
     _settle(block, _input())
     monkeypatch.setattr(RecordedBlock, "compute", lambda self, x: pytest.fail("not repeated"))
@@ -88,7 +88,7 @@ def test_the_third_call_follows_the_record(monkeypatch: pytest.MonkeyPatch) -> N
         assert torch.equal(out, expected) and out.stride() == expected.stride()
 
 
-def test_results_are_no_memory_of_the_record() -> None:
+def test_results_do_not_alias_the_replays_memory() -> None:
     block = _recorded()
     _settle(block, _input())
     first, kept = block(_input(1)), block(_input(1)).clone()
@@ -96,7 +96,7 @@ def test_results_are_no_memory_of_the_record() -> None:
     assert torch.equal(first, kept)
 
 
-def test_each_kind_of_input_has_a_record() -> None:
+def test_each_kind_of_input_has_a_replay() -> None:
     block = _recorded()
     for x in (_input(), _input(rows=6), _input().transpose(0, 1).contiguous().transpose(0, 1)):
         for _ in range(4):
@@ -109,7 +109,7 @@ def test_each_kind_of_input_has_a_record() -> None:
     assert torch.equal(block(part), block.compute(part)) and len(_programs(block)) == 4
 
 
-def test_only_so_many_are_kept() -> None:
+def test_the_number_of_replays_is_bounded() -> None:
     block = _recorded()
     for rows in range(2, 30):
         for _ in range(3):
@@ -165,7 +165,7 @@ def _pre_hook_inside(block: nn.Module) -> None:
     ],
     ids=lambda change: change.__name__,
 )
-def test_changes_are_seen(change: Callable[[nn.Module], None]) -> None:
+def test_changes_are_detected(change: Callable[[nn.Module], None]) -> None:
     block, x = _recorded(), _input()
     before = _settle(block, x)(x)
     change(block)
@@ -174,7 +174,7 @@ def test_changes_are_seen(change: Callable[[nn.Module], None]) -> None:
         assert torch.equal(out, block.compute(x)) and not torch.equal(out, before)
 
 
-def test_after_a_change_it_is_recorded_again() -> None:
+def test_after_a_change_it_is_captured_again() -> None:
     block, x = _recorded(), _input()
     block(x)
     block.fc1.weight.zero_()  # a change before it is captured, then one after
@@ -193,7 +193,7 @@ def test_after_a_change_it_is_recorded_again() -> None:
     assert _programs(block)
 
 
-def test_hooks_of_all_modules_are_seen() -> None:
+def test_hooks_of_all_modules_are_detected() -> None:
     block, x = _recorded(), _input()
     _settle(block, x)
     seen: list[str] = []
@@ -207,7 +207,7 @@ def test_hooks_of_all_modules_are_seen() -> None:
     assert "LayerNorm" in seen
 
 
-def test_own_hooks_run_as_ever() -> None:
+def test_own_hooks_still_run() -> None:
     block, x, seen = _recorded(), _input(), []
     block.register_forward_hook(lambda module, args, out: seen.append(out))
     for _ in range(4):
@@ -215,7 +215,7 @@ def test_own_hooks_run_as_ever() -> None:
     assert len(seen) == 4 and len(_programs(block)) == 1
 
 
-def test_what_keeps_changing_is_recorded_less_and_less(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_captures_back_off_after_repeated_changes(monkeypatch: pytest.MonkeyPatch) -> None:
     block, x, records = _recorded(), _input(), []
     block(x)
     records_class = type(block._records)
@@ -239,7 +239,7 @@ class _Watch(TorchFunctionMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_the_layers_run_where_they_are_wanted() -> None:
+def test_eager_layers_run_where_needed() -> None:
     block, x = _recorded(), _input()
     _settle(block, x)
     with _Watch() as watch:
@@ -292,7 +292,7 @@ for _kind in (_Random, _Decides, _Counts):
 
 
 @pytest.mark.parametrize("act", [_Random, _Decides, _Counts, _Foreign])
-def test_what_might_differ_next_time_is_not_recorded(act: type[nn.Module]) -> None:
+def test_nondeterministic_modules_are_not_captured(act: type[nn.Module]) -> None:
     block = _recorded(act=act())
     for seed in range(5):
         for x in (_input(seed), -_input(seed)):
@@ -334,7 +334,7 @@ def test_constants_may_not_change() -> None:
     assert not _programs(block) and torch.equal(block.act.total, torch.full((8,), 5.0))
 
 
-def test_copies_and_pickles_start_anew() -> None:
+def test_copies_and_pickles_start_without_replays() -> None:
     layer = layers.convert(nn.Linear(8, 8), layers.FastLinear).requires_grad_(False)
     block, x = layers.convert(nn.Sequential(layer), recorded_form(nn.Sequential)), _input()
     _settle(block, x)
@@ -346,7 +346,7 @@ def test_copies_and_pickles_start_anew() -> None:
         assert torch.equal(other(x), other.compute(x)) and other._records is not block._records
 
 
-def test_nothing_is_kept_of_the_inputs() -> None:
+def test_inputs_are_not_kept_alive() -> None:
     block, x = _recorded(), _input()
     block(x)
     memory = weakref.ref(x.untyped_storage())
@@ -373,7 +373,7 @@ def test_a_model_is_freed_at_once() -> None:
         gc.enable()
 
 
-def test_threads_may_share_a_record() -> None:
+def test_threads_can_share_a_replay() -> None:
     block = _recorded()
     _settle(block, _input(rows=50))
     inputs = [_input(seed, rows=50) for seed in range(4)]

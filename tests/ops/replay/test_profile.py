@@ -11,7 +11,7 @@ from compiled_kernels import using_threads
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ops.cpu import binding, policy
+from ops.cpu import binding, decisions
 from ops.inference import layers
 from ops.replay.clock import clock
 from ops.replay.module import recorded_form
@@ -123,7 +123,7 @@ def test_times_of_layers() -> None:
 
 
 @pytest.mark.parametrize("fails", [False, True])
-def test_nothing_is_left_behind(fails: bool) -> None:
+def test_state_is_restored(fails: bool) -> None:
     class Failing(_Network):
         def forward(self, x: Tensor) -> Tensor:
             raise RuntimeError("it fails")
@@ -136,7 +136,7 @@ def test_nothing_is_left_behind(fails: bool) -> None:
     else:
         profile(network, x, repeats=1)
     assert not torch._C._len_torch_function_stack()
-    assert binding._thread.observer is None and policy._thread.note is None
+    assert binding._thread.observer is None and decisions._thread.observer is None
 
 
 def test_the_clock_of_one_thread_stands_still_while_it_waits() -> None:

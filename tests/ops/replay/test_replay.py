@@ -90,7 +90,7 @@ def _functions(draw: st.DrawFn) -> tuple[tuple[int, ...], torch.dtype, Callable[
 
 @settings(max_examples=300, deadline=None)
 @given(case=_functions(), threads=st.integers(1, 2))
-def test_pointwise_calls_are_torchs_to_the_last_bit(case, threads: int) -> None:
+def test_pointwise_calls_equal_torchs_bitwise(case, threads: int) -> None:
     shape, dtype, function = case
     with using_threads(threads), mock.patch.object(pointwise, "VALUES", 1):
         replay = _replay(function, torch.zeros(shape, dtype=dtype))
@@ -100,7 +100,7 @@ def test_pointwise_calls_are_torchs_to_the_last_bit(case, threads: int) -> None:
             assert torch.equal(out, expected) and out.stride() == expected.stride()
 
 
-def test_small_ones_need_no_torch() -> None:
+def test_small_calls_need_no_torch() -> None:
     bias = torch.randn(4, 1, 8)
     order = torch.tensor([3, 0, 0])
 
@@ -138,7 +138,7 @@ def _buffer(size: int) -> Buffer:
 
 
 @given(lives=st.lists(_lives, min_size=1, max_size=30))
-def test_no_two_buffers_share_memory_at_a_time(lives: list[tuple[int, int, int, bool]]) -> None:
+def test_live_buffers_do_not_overlap(lives: list[tuple[int, int, int, bool]]) -> None:
     calls = 40
     buffers = [_buffer(1)]
     uses = [Use(-1, calls)]
@@ -176,7 +176,7 @@ def test_maps_share_memory_with_those_before_them() -> None:
         assert torch.equal(result, function(x))
 
 
-def test_large_results_of_torch_live_by_themselves() -> None:
+def test_large_torch_results_have_their_own_memory() -> None:
     size = _LARGE // 4
     with using_threads(1):
         replay = _replay(lambda x: (x + x).mul(x).reshape(-1, 64) + 1.0, torch.zeros(size))
@@ -186,7 +186,7 @@ def test_large_results_of_torch_live_by_themselves() -> None:
     assert torch.equal(replay(x), (x + x).mul(x).reshape(-1, 64) + 1.0)
 
 
-def test_replays_that_run_at_a_time() -> None:
+def test_concurrent_replays() -> None:
     inputs = [torch.rand(1 << 16) for _ in range(8)]
     replay = _replay(lambda x: (x + 1.0).mul(x).add(x).mul(x) + x, inputs[0])
     expected = [replay(x) for x in inputs]
@@ -195,7 +195,7 @@ def test_replays_that_run_at_a_time() -> None:
             assert all(map(torch.equal, pool.map(replay, inputs), expected))
 
 
-def test_what_torch_made_is_freed_when_nobody_needs_it() -> None:
+def test_torch_results_are_freed_after_last_use() -> None:
     def function(x: Tensor) -> Tensor:
         for _ in range(10):
             x = x.sqrt().sigmoid()
@@ -257,7 +257,7 @@ def _kernel(arguments: int, run: Callable[..., int]) -> tuple[int, object]:
 
 
 @pytest.mark.parametrize("more", [0, 1, 2])
-def test_kernels_are_given_places(more: int) -> None:
+def test_kernels_receive_addresses(more: int) -> None:
     seen: list[tuple[int, ...]] = []
 
     def run(block: int, place: int, *values: int) -> int:
@@ -284,7 +284,7 @@ def test_a_kernel_without_memory() -> None:
         replay(torch.zeros(2))
 
 
-def test_calls_that_do_not_fit_are_refused() -> None:
+def test_mismatched_calls_are_rejected() -> None:
     x = torch.zeros(2)
     with pytest.raises(NotCapturableError, match="takes 5 arguments"):
         _by_hand([KernelCall(0, [0] * 5)], x, torch.zeros(2))
@@ -310,7 +310,7 @@ def test_kernels_hand_over_their_tensors() -> None:
     assert torch.equal(replay(other), layer_norm(other * 1.0, weight, bias, 1e-6))
 
 
-def test_an_address_that_python_asks_for_is_refused() -> None:
+def test_data_ptr_is_rejected() -> None:
     x = torch.zeros(4)
     with Capture(x) as capture:
         x.data_ptr()
@@ -319,7 +319,7 @@ def test_an_address_that_python_asks_for_is_refused() -> None:
         capture.finish(out)
 
 
-def test_only_memory_that_came_into_being_is_a_result() -> None:
+def test_only_new_memory_can_be_a_result() -> None:
     x, constant = torch.zeros(4), torch.zeros(4)
     with Capture(x) as capture:
         pass
@@ -341,7 +341,9 @@ def test_only_memory_that_came_into_being_is_a_result() -> None:
         (lambda x: torch.dropout(x, 0.5, True), "dropout is not known"),
     ],
 )
-def test_what_cannot_be_repeated(function: Callable[[Tensor], Tensor], message: str) -> None:
+def test_operations_that_cannot_be_replayed(
+    function: Callable[[Tensor], Tensor], message: str
+) -> None:
     x = torch.ones(4)
     with Capture(x) as capture:
         out = function(x)

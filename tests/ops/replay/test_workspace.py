@@ -28,20 +28,20 @@ def test_the_next_call_gets_the_same_memory(own: Workspace) -> None:
     assert own.nbytes == 1000
 
 
-def test_calls_at_a_time_have_memory_of_their_own(own: Workspace) -> None:
+def test_concurrent_calls_have_separate_memory(own: Workspace) -> None:
     with own.borrow(100) as one, own.borrow(100) as other:
         assert one.data_ptr() != other.data_ptr() and own.nbytes == 0
     assert own.nbytes == 200
 
 
-def test_a_larger_piece_takes_the_place_of_a_smaller_one(own: Workspace) -> None:
+def test_a_larger_block_replaces_a_smaller_one(own: Workspace) -> None:
     for nbytes in (100, 300, 200, 500, 400):
         _address(own, nbytes)
     assert own.nbytes == 500
 
 
 @pytest.mark.parametrize("needed", [1, 499])
-def test_what_is_too_large_for_long_is_given_back(own: Workspace, needed: int) -> None:
+def test_oversized_blocks_are_eventually_freed(own: Workspace, needed: int) -> None:
     _address(own, 1000)
     for _ in range(16):
         _address(own, needed)
@@ -51,14 +51,14 @@ def test_what_is_too_large_for_long_is_given_back(own: Workspace, needed: int) -
     assert own.nbytes == needed
 
 
-def test_what_is_needed_now_and_then_stays(own: Workspace) -> None:
+def test_occasionally_needed_blocks_stay(own: Workspace) -> None:
     for _ in range(3):
         for nbytes in (1000, *[10] * 15):
             _address(own, nbytes)
     assert own.nbytes == 1000
 
 
-def test_pieces_of_calls_that_are_no_longer_at_a_time_are_given_back(own: Workspace) -> None:
+def test_blocks_of_past_concurrent_calls_are_freed(own: Workspace) -> None:
     with own.borrow(100), own.borrow(100), own.borrow(100):
         pass
     for _ in range(20):
@@ -66,13 +66,13 @@ def test_pieces_of_calls_that_are_no_longer_at_a_time_are_given_back(own: Worksp
     assert own.nbytes == 100
 
 
-def test_the_smallest_that_fits_is_taken(own: Workspace) -> None:
+def test_the_smallest_sufficient_block_is_used(own: Workspace) -> None:
     with own.borrow(1000) as large, own.borrow(100) as small:
         addresses = large.data_ptr(), small.data_ptr()
     assert (_address(own, 101), _address(own, 100)) == addresses
 
 
-def test_a_lock_that_nobody_gives_back_stops_nobody(own: Workspace) -> None:
+def test_a_stuck_lock_blocks_nobody(own: Workspace) -> None:
     """This occurs in a process that was forked while another thread held the lock."""
     _address(own, 100)
     with own._lock:
@@ -84,13 +84,13 @@ def test_a_lock_that_nobody_gives_back_stops_nobody(own: Workspace) -> None:
     assert own.nbytes == 0
 
 
-def test_a_call_that_fails_keeps_nothing(own: Workspace) -> None:
+def test_a_failed_call_keeps_no_memory(own: Workspace) -> None:
     with pytest.raises(MemoryError), own.borrow(100):
         raise MemoryError
     assert own.nbytes == 0
 
 
-def test_memory_of_inference_mode_serves_outside_of_it(own: Workspace) -> None:
+def test_memory_from_inference_mode_is_usable_outside(own: Workspace) -> None:
     with torch.inference_mode():
         _address(own, 8)
     with own.borrow(8) as piece:
@@ -98,7 +98,7 @@ def test_memory_of_inference_mode_serves_outside_of_it(own: Workspace) -> None:
         piece.view(torch.float32).mul_(0.0)
 
 
-def test_fused_models_keep_memory_until_they_are_told_not_to() -> None:
+def test_fused_models_keep_memory_until_cleared() -> None:
     backbones.empty_cache()
     model = backbones.create_model("shvit_s1", num_classes=3).eval().fuse()
     x = torch.rand(1, 3, 64, 64)

@@ -98,7 +98,7 @@ def _assert_near(out: Tensor, expected: Tensor) -> None:
     has_table=st.booleans(),
     dtype=st.sampled_from(list(_BOUNDS)),
 )
-def test_is_the_layers_one_by_one(
+def test_equals_the_layers_one_by_one(
     images, size, heads, dims, sides, has_norm, has_table, dtype
 ) -> None:
     head_dim, qk_dim, rest = dims
@@ -149,7 +149,7 @@ def test_large_logits() -> None:
     torch.testing.assert_close(parts.packed()(x, table), expected, rtol=1e-4, atol=1e-2)
 
 
-def test_what_is_refused() -> None:
+def test_rejects_bad_arguments() -> None:
     packed = _Heads(2, 8, 4, (), False).packed()
     x = torch.zeros(1, 3, 3, 16)
     for wrong in (x[..., :15], x[0], x.bfloat16()):
@@ -202,7 +202,7 @@ def test_layers_of_the_networks(
 
 
 @torch.no_grad()
-def test_changed_weights_are_packed_anew() -> None:
+def test_changed_weights_are_repacked() -> None:
     layer = _fast(SingleHeadAttention(32, 16), mobile.FastSingleHeadAttention)
     x = torch.randn(1, 32, 5, 5).to(memory_format=torch.channels_last)
     before = layer(x)

@@ -14,12 +14,12 @@ from torch import Tensor
 from ops import cpu
 from ops.attention.rank_augmented import rotary_table
 from ops.cpu.attention.gated import gated_attention, unsupported
-from ops.inference.attention import axis_turns
+from ops.inference.attention import axis_rotations
 
 
 def _attend(qkvo: Tensor, bias: Tensor, num_heads: int) -> Tensor:
     head_dim = bias.shape[3] // num_heads
-    tables = (axis_turns(size, head_dim, axis) for axis, size in enumerate(bias.shape[1:3]))
+    tables = (axis_rotations(size, head_dim, axis) for axis, size in enumerate(bias.shape[1:3]))
     out: Tensor = gated_attention(qkvo, bias, *tables, num_heads)
     return out
 
@@ -45,7 +45,7 @@ def _by_steps(qkvo: Tensor, bias: Tensor, num_heads: int) -> Tensor:
     num_heads=st.integers(1, 3),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
-def test_is_the_steps_one_by_one(batch, size, head_dim, num_heads, dtype) -> None:
+def test_equals_the_steps_one_by_one(batch, size, head_dim, num_heads, dtype) -> None:
     qkvo, bias = (t.to(dtype) for t in _inputs(batch, size, head_dim * num_heads))
     expected = _by_steps(qkvo, bias, num_heads)
     out = _attend(qkvo, bias, num_heads)
@@ -73,7 +73,7 @@ def test_other_instruction_sets(instructions: str, monkeypatch: pytest.MonkeyPat
     assert cpu.status("attention").instruction_set == instructions
 
 
-def test_what_is_refused() -> None:
+def test_rejects_bad_arguments() -> None:
     qkvo, bias = _inputs(1, (3, 3), 48)
     assert "32 divides, not 48" in (unsupported(qkvo.device, qkvo.dtype, 48) or "")
     with pytest.raises(RuntimeError, match="32 divides, not 48"):

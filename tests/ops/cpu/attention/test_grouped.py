@@ -1,4 +1,4 @@
-"""Attention of tokens where they lie against torch's in float64."""
+"""Attention on tokens in place against torch's in float64."""
 
 from __future__ import annotations
 
@@ -76,9 +76,7 @@ def test_nan_of_a_key_is_seen() -> None:
 @pytest.mark.parametrize(
     ("regions", "tokens", "topk"), [(9, 4, 3), (9, 4, 6), (6, 37, 2), (5, 1, 5), (25, 1, 20)]
 )
-def test_regions_that_regions_chose(
-    regions: int, tokens: int, topk: int, dtype: torch.dtype
-) -> None:
+def test_routed_regions(regions: int, tokens: int, topk: int, dtype: torch.dtype) -> None:
     batch, heads, count = 2, 3, regions * tokens
     query, key = (_random(batch, count, heads, 16, seed=s, dtype=dtype) for s in (1, 2))
     value = _random(batch, count, heads, 24, seed=3, dtype=dtype)
@@ -129,7 +127,7 @@ def test_large_logits() -> None:
     torch.testing.assert_close(out, _exact(query, key, value).float(), rtol=1e-4, atol=1e-2)
 
 
-def test_what_is_refused() -> None:
+def test_rejects_bad_arguments() -> None:
     x = torch.zeros(1, 6, 2, 8)
     with pytest.raises(ValueError, match=r"key \(B, M, heads, head_dim\).*got"):
         attend(x, x[..., :7], x, torch.empty_like(x))

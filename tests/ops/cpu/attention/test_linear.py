@@ -12,7 +12,7 @@ from torch import Tensor
 from ops import cpu
 from ops.attention.rank_augmented import rank_augmented_linear_attention, rotary_table
 from ops.cpu.attention.linear import rank_augmented_attention, unsupported
-from ops.inference.attention import axis_turns
+from ops.inference.attention import axis_rotations
 
 
 def _exact(qkvo: Tensor, bias: Tensor, num_heads: int) -> Tensor:
@@ -28,7 +28,7 @@ def _exact(qkvo: Tensor, bias: Tensor, num_heads: int) -> Tensor:
 
 def _attend(qkvo: Tensor, bias: Tensor, num_heads: int) -> Tensor:
     head_dim = bias.shape[3] // num_heads
-    tables = (axis_turns(size, head_dim, axis) for axis, size in enumerate(bias.shape[1:3]))
+    tables = (axis_rotations(size, head_dim, axis) for axis, size in enumerate(bias.shape[1:3]))
     out: Tensor = rank_augmented_attention(qkvo, bias, *tables, num_heads)
     return out
 
@@ -85,7 +85,7 @@ def test_large_numbers() -> None:
     assert (out - expected).abs().max() <= 1e-5 * expected.abs().max()
 
 
-def test_what_is_refused() -> None:
+def test_rejects_bad_arguments() -> None:
     qkvo, bias = _random(1, (3, 3), 48)
     reason = unsupported(qkvo.device, qkvo.dtype, 48)
     assert reason == "the kernel takes head dims that 32 divides, not 48"
@@ -96,8 +96,8 @@ def test_what_is_refused() -> None:
     with pytest.raises(ValueError, match="bias must be torch.float32 .* got torch.bfloat16"):
         _attend(qkvo, bias.bfloat16(), 1)
     with pytest.raises(ValueError, match="5 heads divide its 48 channels"):
-        rank_augmented_attention(qkvo, bias, *[axis_turns(3, 8, 0)] * 2, 5)
+        rank_augmented_attention(qkvo, bias, *[axis_rotations(3, 8, 0)] * 2, 5)
     with pytest.raises(ValueError, match=r"column_table must be \(3, 32\).* got \(4, 32\)"):
         qkvo, bias = _random(1, (3, 3), 32)
-        rank_augmented_attention(qkvo, bias, axis_turns(3, 32, 0), axis_turns(4, 32, 1), 1)
+        rank_augmented_attention(qkvo, bias, axis_rotations(3, 32, 0), axis_rotations(4, 32, 1), 1)
     assert "float64" in (unsupported(qkvo.device, torch.float64, 32) or "")

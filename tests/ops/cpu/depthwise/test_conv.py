@@ -1,4 +1,4 @@
-"""The depthwise kernel against torch's convolution in float64, and what it refuses."""
+"""The depthwise kernel against torch's convolution in float64; bad arguments."""
 
 from __future__ import annotations
 
@@ -116,7 +116,7 @@ def test_bfloat16_rounds_only_at_the_end() -> None:
     assert _relative(out.double(), expected) < 4e-3
 
 
-def test_a_slice_of_channels_is_read_where_it_lies() -> None:
+def test_channel_slices_are_read_in_place() -> None:
     wide = random(2, 40, 9, 9).float().contiguous(memory_format=torch.channels_last)
     x, weight = wide[:, 8:24], random(16, 1, 5, 5)
     expected = F.conv2d(x.double(), weight, None, 1, 2, 1, 16)
@@ -166,7 +166,7 @@ def test_branches(passed: int, batch: int, threads: int) -> None:
         assert out.dtype == dtype and _relative(out, torch.cat(parts, 1)) < tolerance
 
 
-def test_branches_that_do_not_fit_are_refused() -> None:
+def test_mismatched_branches_are_rejected() -> None:
     x, taps, bias = torch.zeros(1, 7, 5, 5), torch.ones(3, 3, 4), torch.zeros(4)
     assert depthwise_branches(x[:0], [taps], [bias]).shape == (0, 7, 5, 5)
     for kernels, biases, message in (
@@ -180,7 +180,7 @@ def test_branches_that_do_not_fit_are_refused() -> None:
             depthwise_branches(x, kernels, biases)
 
 
-def test_no_images_give_no_maps() -> None:
+def test_empty_batches() -> None:
     assert depthwise_conv2d(torch.empty(0, 4, 8, 8), torch.ones(3, 3, 4)).shape == (0, 4, 6, 6)
 
 
@@ -192,7 +192,7 @@ def test_no_images_give_no_maps() -> None:
         ((1, 4, 8, 8), (3, 3, 4), "tanh", "activation must be one of"),
     ],
 )
-def test_what_does_not_fit_is_refused(shape, taps, activation, message) -> None:
+def test_rejects_bad_arguments(shape, taps, activation, message) -> None:
     with pytest.raises(ValueError, match=message):
         depthwise_conv2d(torch.zeros(shape), torch.zeros(taps), activation=activation)
 

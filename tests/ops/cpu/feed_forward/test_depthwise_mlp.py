@@ -1,4 +1,4 @@
-"""Feed-forwards in one pass against float64, and where their layers run one by one."""
+"""Feed-forwards in one pass against float64, and the fallback to their layers."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ops import cpu
 from ops.cpu import policy
 from ops.cpu.feed_forward.depthwise_mlp import PackedDepthwiseMlp, depthwise_mlp
 from ops.inference import mlp as fast_mlp
-from ops.inference.conversion import put_channels_last
+from ops.inference.conversion import to_channels_last
 from ops.inference.mlp import FastConvMlp, FastDWMlp, FastMlp
 from ops.mlp import DWMlp
 
@@ -65,7 +65,7 @@ def _exact(
     has_residual=st.booleans(),
     bias=st.booleans(),
 )
-def test_is_the_layers_one_by_one(
+def test_equals_the_layers_one_by_one(
     dtype, batch, size, dims, activations, has_norm, has_conv, has_residual, bias
 ) -> None:
     parts = _parts(*dims, bias=bias).to(dtype)
@@ -136,7 +136,7 @@ def test_other_instruction_sets(instructions: str, monkeypatch: pytest.MonkeyPat
     assert cpu.status("depthwise_mlp").instruction_set == instructions
 
 
-def test_infinity_stays_where_the_window_sees_it() -> None:
+def test_infinity_stays_within_the_window() -> None:
     parts = _parts(8, 16, 8)
     packed = PackedDepthwiseMlp(parts["fc1"], parts["conv"], parts["fc2"], "none", "relu")
     x = torch.zeros(1, 7, 7, 8)
@@ -175,13 +175,13 @@ def test_bad_residuals_are_refused() -> None:
 
 def _fast(mlp: nn.Module) -> nn.Module:
     """As fuse() makes it."""
-    assert put_channels_last(mlp, always=True)
+    assert to_channels_last(mlp, always=True)
     return mlp
 
 
 @pytest.mark.parametrize("kind", [FastMlp, FastDWMlp])
 @torch.no_grad()
-def test_layers_run_one_by_one_where_the_kernel_does_not_serve(
+def test_fallback_to_layers_one_by_one(
     kind: type[nn.Module], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plain = DWMlp(24, 80) if kind is FastDWMlp else Mlp(24, 80)
@@ -222,7 +222,7 @@ def test_bfloat16_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @torch.no_grad()
-def test_pointwise_layers_run_one_by_one_where_the_kernel_does_not_serve(
+def test_pointwise_fallback_to_layers_one_by_one(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     plain = ConvMlp(24, 80, act_layer=nn.GELU)
@@ -249,7 +249,7 @@ def test_pointwise_layers_run_one_by_one_where_the_kernel_does_not_serve(
     assert grown.grad is not None and len(calls) == 1
 
 
-def test_threads_without_rows_of_their_own() -> None:
+def test_more_threads_than_rows() -> None:
     parts = _parts(8, 16, 8)
     packed = PackedDepthwiseMlp(parts["fc1"], parts["conv"], parts["fc2"])
     with using_threads(2):

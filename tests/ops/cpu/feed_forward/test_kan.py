@@ -51,7 +51,7 @@ def test_is_the_plain_layer(shape, in_features, out_features, grids, dtype) -> N
     assert (out - exact(x.double())).abs().max() <= tolerance * (1 + bound)
 
 
-def test_far_from_the_grid_is_nothing_and_nan_passes() -> None:
+def test_zero_far_from_the_grid_and_nan_propagates() -> None:
     layer, exact = _layer(4, 3, 8)
     x = torch.tensor([[1e15, -1e15, 0, 0], [300, -300, 1, 0], [float("nan"), 0, 1, 2]])
     torch.nn.init.constant_(layer.norm.weight, 50)
@@ -95,13 +95,13 @@ def test_layers_follow_their_parameters() -> None:
     torch.testing.assert_close(layer(x), KANLayer.forward(layer, x), rtol=1e-5, atol=1e-5)
 
 
-def test_a_grid_finer_than_the_kernel_resolves_takes_the_plain_way() -> None:
+def test_fine_grids_fall_back_to_the_plain_layer() -> None:
     layer, x, expected = _fast(width=0.01)
     assert pack_kan(layer) is None
     torch.testing.assert_close(layer(x), expected)
 
 
-def test_compiles_and_refuses() -> None:
+def test_compiles_and_rejects_bad_arguments() -> None:
     layer, _ = _layer(6, 4, 3)
     packed, x = pack_kan(layer), torch.randn(2, 6)
     torch.library.opcheck(torch.ops.vision_backbones.kan_layer.default, (x, *packed))

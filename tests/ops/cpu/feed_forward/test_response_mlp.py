@@ -1,4 +1,4 @@
-"""Feed-forwards with gates and a response norm in one pass against float64, and their refusals."""
+"""Feed-forwards with gates and a response norm against float64; bad arguments."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def _check(parts: nn.ModuleDict, x: Tensor) -> None:
     dims=st.tuples(st.integers(1, 90), st.integers(1, 21), st.integers(1, 200)),
     bias=st.booleans(),
 )
-def test_is_the_layers_one_by_one(dtype, batch, size, dims, bias) -> None:
+def test_equals_the_layers_one_by_one(dtype, batch, size, dims, bias) -> None:
     """Small maps are scaled themselves, of large ones the weights."""
     _check(_parts(*dims, dtype, bias), random(batch, *size, dims[0]).to(dtype))
 
@@ -94,7 +94,7 @@ def test_other_instruction_sets(instructions: str, monkeypatch: pytest.MonkeyPat
     assert cpu.status("response_mlp").instruction_set == instructions
 
 
-def test_maps_of_any_memory_format_and_none_at_all() -> None:
+def test_any_memory_format_and_empty_maps() -> None:
     parts = _parts(6, 2, 9)
     x, shortcut = random(2, 6, 5, 7).float(), random(2, 6, 5, 7, seed=1).float()
     apart = _packed(parts)(x.permute(0, 2, 3, 1), shortcut.permute(0, 2, 3, 1))

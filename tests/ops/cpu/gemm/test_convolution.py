@@ -1,4 +1,4 @@
-"""Convolutions as linear layers against float64, which kernel runs, and what is refused."""
+"""Convolutions as matrix products against float64; kernel selection; bad arguments."""
 
 from __future__ import annotations
 
@@ -113,7 +113,7 @@ def test_strided_windows_go_through_our_kernel(tiles: bool, monkeypatch) -> None
     assert calls == [(1, 16, 80, 80), (1, 16, 200, 200)][: 1 if tiles else 2]
 
 
-def test_refusals(monkeypatch) -> None:
+def test_rejects_bad_arguments(monkeypatch) -> None:
     packed = PackedConv2d(_conv(16, 8, kernel_size=3))
     with pytest.raises(ValueError, match=r"\(B, 16, H, W\) of torch.float32, got \(1, 8, 5, 5\)"):
         packed(torch.zeros(1, 8, 5, 5))

@@ -1,4 +1,4 @@
-"""The kernel of linear layers against float64, and what it refuses."""
+"""The linear kernel against float64; bad arguments."""
 
 from __future__ import annotations
 
@@ -130,7 +130,7 @@ def test_bfloat16(has_tiles: bool, monkeypatch, tmp_path) -> None:
 
 
 @pytest.mark.parametrize("activation", ACTIVATIONS)
-def test_activations_far_out_and_near(activation: str) -> None:
+def test_activations_of_extreme_values(activation: str) -> None:
     x = torch.cat((torch.linspace(-9, 9, 20001), torch.tensor([-1e30, -1e4, 1e4, 1e30])))
     identity = pack_weight(torch.ones(1, 1)), torch.zeros(1)
     out = packed_linear(x.view(1, -1, 1), *identity, activation).flatten()
@@ -160,7 +160,7 @@ def test_nan_and_infinity_pass() -> None:
     assert packed_linear(x, *packed, "relu6")[0, 2].eq(6).all()
 
 
-def test_no_rows_give_no_rows() -> None:
+def test_empty_inputs() -> None:
     assert packed_linear(
         torch.empty(0, 4), pack_weight(torch.ones(3, 4)), torch.zeros(3)
     ).shape == (
@@ -193,7 +193,7 @@ def test_no_rows_give_no_rows() -> None:
         ({"x": torch.zeros(2, 5).bfloat16()}, "x is torch.bfloat16 and its weight torch.float32"),
     ],
 )
-def test_what_does_not_fit_is_refused(arguments, message) -> None:
+def test_rejects_bad_arguments(arguments, message) -> None:
     packed = pack_weight(torch.zeros(3, 5)), torch.zeros(3)
     with pytest.raises(ValueError, match=message):
         packed_linear(arguments.pop("x", torch.zeros(2, 5)), *packed, **arguments)

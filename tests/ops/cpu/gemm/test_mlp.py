@@ -1,4 +1,4 @@
-"""Two layers in one pass against float64, and what they refuse."""
+"""Two linear layers in one pass against float64; bad arguments."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_is_both_layers(dtype, threads, size, dims) -> None:
     assert (added - expected - residual).abs().max() < tolerance
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_rejects_bad_arguments() -> None:
     packed = pack_weight(torch.ones(5, 8)), torch.zeros(5)
     back = pack_weight(torch.ones(8, 5)), torch.zeros(8)
     x = torch.zeros(2, 3, 8)

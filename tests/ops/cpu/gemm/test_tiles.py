@@ -1,4 +1,4 @@
-"""Kernels as a CPU with AMX compiles them, on one without: their own tests, AMX emulated."""
+"""Kernels compiled for AMX, which is emulated: their own tests."""
 
 from __future__ import annotations
 

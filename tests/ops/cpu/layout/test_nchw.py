@@ -1,4 +1,4 @@
-"""NHWC to NCHW and back, against torch's passes; what is refused."""
+"""NHWC to NCHW and back, against torch; bad arguments."""
 
 from __future__ import annotations
 
@@ -53,12 +53,12 @@ def test_other_instruction_sets(instructions: str, monkeypatch) -> None:
         assert torch.equal(nhwc_from_nchw(planes, x), planes + x)
 
 
-def test_nothing_comes_of_nothing() -> None:
+def test_empty_tensors() -> None:
     x = torch.zeros(0, 5, 3, 4)
     assert nchw_from_nhwc(x, torch.ones(2, 5)).shape == nhwc_from_nchw(x, x).shape == x.shape
 
 
-def test_refusals(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_rejects_bad_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
     x = random(1, 8, 3, 4).float()
     with pytest.raises(ValueError, match=r"affine must be \(2, 8\), got \(2, 7\)"):
         nchw_from_nhwc(x, torch.ones(2, 7))

@@ -1,4 +1,4 @@
-"""The kernel of layer norm against float64, what it refuses, and the layer that calls it."""
+"""The layer norm kernel against float64, bad arguments, and the layer that calls it."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_is_the_norm(dtype, size, dim, activation, shift) -> None:
 
 
 @pytest.mark.parametrize("size", [(2, 30, 37, 24), (1, 1, 3, 40_003)])
-def test_threads_change_nothing_of_what_lies_apart(size: tuple[int, ...]) -> None:
+def test_threads_and_strides_change_nothing(size: tuple[int, ...]) -> None:
     x = random(*size).float()[..., 3:]
     dim = x.shape[3]
     weight, bias = random(dim, seed=1).float(), random(dim, seed=2).float()
@@ -64,14 +64,14 @@ def test_other_instruction_sets(instructions: str, monkeypatch) -> None:
     assert cpu.status("norm").instruction_set == instructions
 
 
-def test_nan_stays_in_its_pixel() -> None:
+def test_nan_stays_within_its_pixel() -> None:
     x = random(4, 20).float()
     x[1, 3], x[2, 3] = float("nan"), float("inf")
     lost = layer_norm(x, torch.ones(20), torch.zeros(20), 1e-6, "gelu").isnan()
     assert lost[1:3].all() and not lost[[0, 3]].any()
 
 
-def test_what_does_not_fit_is_refused() -> None:
+def test_rejects_bad_arguments() -> None:
     x, ones = torch.zeros(2, 3), torch.ones(3)
     assert layer_norm(x[:0], ones, ones, 1e-6).shape == (0, 3)
     with pytest.raises(ValueError, match="activation must be one of.*got 'tanh'"):

@@ -1,4 +1,4 @@
-"""The kernel of root-mean-square norm against float64, and the layers that call it."""
+"""The RMS norm kernel against float64, and the layers that call it."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def test_other_instruction_sets(instructions, monkeypatch):
     assert (out - expected).abs().max() < 1e-6 * expected.abs().max()
 
 
-def test_threads_change_nothing_of_what_lies_apart():
+def test_threads_and_strides_change_nothing():
     x, weight = random(2, 30, 37, 27).float()[..., 3:], random(24, seed=1).float()
     outs = []
     for threads in (1, 3, 7):
@@ -58,7 +58,7 @@ def test_layers():
     torch.testing.assert_close(convert(plain, FastRMSNorm)(x), F.rms_norm(x, (5, 7)))
 
 
-def test_what_does_not_fit_is_refused():
+def test_rejects_bad_arguments():
     x, ones = torch.zeros(2, 3), torch.ones(3)
     assert rms_norm(x[:0], ones, 1e-6).shape == (0, 3)
     with pytest.raises(ValueError, match=r"got \(2, 3\) and \(2,\)"):

@@ -1,4 +1,4 @@
-"""Means of windows against torch's, where they stand for them, and what is refused."""
+"""Means of windows against torch's; fallbacks; bad arguments."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ops.cpu.pooling.window_means import window_means
 from ops.inference.layers import convert
-from ops.inference.pooling import FastAdaptiveAvgPool2d, takes
+from ops.inference.pooling import FastAdaptiveAvgPool2d, supported
 
 
 def _plain(x: Tensor, window_size: tuple[int, int]) -> Tensor:
@@ -73,7 +73,7 @@ def test_pooling_to_one_pixel(size) -> None:
             torch.testing.assert_close(out, F.adaptive_avg_pool2d(x, 1), rtol=1e-5, atol=1e-6)
 
 
-def test_where_torch_does_it() -> None:
+def test_fallback_to_torch() -> None:
     """Gradients, other sizes, dtypes and ranks, and functorch's transforms."""
     pool = convert(nn.AdaptiveAvgPool2d(1), FastAdaptiveAvgPool2d)
     x = random(2, 8, 5, 6)
@@ -94,7 +94,7 @@ def test_through_the_dispatcher() -> None:
     torch.library.opcheck(torch.ops.vision_backbones.window_means.default, (x, [3, 8]))
 
 
-def test_refusals(monkeypatch) -> None:
+def test_rejects_bad_arguments(monkeypatch) -> None:
     with pytest.raises(ValueError, match=r"\(B, H, W, C\) of float32 or bfloat16, got \(2, 3\)"):
         window_means(torch.zeros(2, 3), (1, 1))
     with pytest.raises(ValueError, match="of torch.float64"):
@@ -108,6 +108,6 @@ def test_refusals(monkeypatch) -> None:
     assert "VISION_BACKBONES_NATIVE" in str(
         window_means.unsupported(torch.device("cpu"), torch.float32)
     )
-    assert not takes(torch.zeros(1, 2, 2, 3))
+    assert not supported(torch.zeros(1, 2, 2, 3))
     with pytest.raises(RuntimeError, match="kernel"):
         window_means(torch.zeros(1, 2, 2, 3), (1, 1))

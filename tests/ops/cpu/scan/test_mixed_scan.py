@@ -1,4 +1,4 @@
-"""The kernel of ViG's attention against its parts in float64, and what it refuses."""
+"""The kernel of ViG's attention against its parts in float64; bad arguments."""
 
 from __future__ import annotations
 

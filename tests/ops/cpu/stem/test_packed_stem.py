@@ -1,4 +1,4 @@
-"""Stems in one pass against their layers in float64, and what is refused."""
+"""Stems in one pass against their layers in float64; bad arguments."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def _agrees(
     activation=st.sampled_from(ACTIVATIONS),
     bias=st.booleans(),
 )
-def test_is_the_layers_in_a_row(batch, size, channels, activation, bias) -> None:
+def test_equals_the_layers(batch, size, channels, activation, bias) -> None:
     convs = conv_row(*channels, bias=bias)
     _agrees(random(batch, channels[0], *size).float(), convs, [activation] * len(convs))
 
@@ -67,7 +67,7 @@ def test_is_the_layers_in_a_row(batch, size, channels, activation, bias) -> None
     channels=st.lists(st.sampled_from([2, 10, 16, 34]), min_size=1, max_size=4),
     activation=st.sampled_from(ACTIVATIONS),
 )
-def test_bfloat16_is_the_layers_in_a_row(batch, size, image_channels, channels, activation) -> None:
+def test_bfloat16_equals_the_layers(batch, size, image_channels, channels, activation) -> None:
     """Only maps between the layers, weights and results are rounded."""
     convs = [conv.bfloat16() for conv in conv_row(image_channels, *channels)]
     x = random(batch, image_channels, *size).bfloat16()
@@ -103,14 +103,14 @@ def test_any_window_of_the_image(dtype, side, stride, padding, more, channels, l
 
 @pytest.mark.parametrize("height", [1, 67, 70])
 @pytest.mark.parametrize("threads", [1, 3])
-def test_large_images_go_some_rows_at_a_time(height: int, threads: int) -> None:
+def test_large_images_are_processed_in_strips(height: int, threads: int) -> None:
     """So wide that a row of the last map is as much as is kept of the first one at a time."""
     convs = conv_row(3, 128, 16, 8)
     with using_threads(threads):
         _agrees(random(2, 3, height, 2051).float(), convs, ["relu"] * 3)
 
 
-def test_images_are_read_as_they_lie(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_images_are_read_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
     """By the first layer of a network, where its windows lie 2 or 4 apart."""
     calls = []
     call = NCHWConv2d.__call__
@@ -155,7 +155,7 @@ def test_other_instruction_sets(instructions: str, monkeypatch) -> None:
     _agrees(random(2, 3, 37, 50).float(), conv_row(3, 20, 40), ["relu", "none"])
 
 
-def test_sizes_change_from_call_to_call_and_threads_agree() -> None:
+def test_changing_sizes_and_threads() -> None:
     convs = conv_row(3, 24, 48, 96)
     for size in ((64, 64), (33, 129), (128, 64)):
         _agrees(random(2, 3, *size).float(), convs, ["relu", "relu", "none"])
@@ -178,7 +178,7 @@ def test_without_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
         packed_stem(x, [torch.zeros(16 * 27)], [torch.zeros(16)], ["none"])
 
 
-def test_refusals() -> None:
+def test_rejects_bad_arguments() -> None:
     assert packed_stem.unsupported(torch.device("cpu"), torch.float16) is not None
     convs = conv_row(3, 8, 16)
     weights, biases = pack_layers(convs)

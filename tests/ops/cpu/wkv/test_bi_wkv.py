@@ -1,4 +1,4 @@
-"""The kernel of bi-WKV at home in torch: gates, bfloat16, threads, what does not fit."""
+"""The bi-WKV kernel in torch: gates, bfloat16, threads, bad arguments."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_results_do_not_depend_on_threads_or_strides() -> None:
         assert all(torch.equal(a, b) for a, b in zip(others, grads, strict=True))
 
 
-def test_a_channel_of_wild_decay_leaves_its_neighbours_alone() -> None:
+def test_extreme_decays_stay_within_their_channel() -> None:
     """Blocks of channels are computed in one of two ways, as their decays want."""
     key, value, decay, first = inputs(40, 8)
     mild = bi_wkv_forward(key, value, decay, first, 0)
@@ -76,7 +76,7 @@ def test_a_channel_of_wild_decay_leaves_its_neighbours_alone() -> None:
     torch.testing.assert_close(wild[..., others], mild[..., others], rtol=2e-6, atol=2e-6)
 
 
-def test_not_a_number_stays() -> None:
+def test_nan_propagates() -> None:
     key, value, decay, first = inputs()
     key[0, 3, 5] = torch.nan
     out = bi_wkv_forward(key, value, decay, first, 0)
@@ -100,7 +100,7 @@ def test_no_second_derivative() -> None:
         grad.sum().backward()
 
 
-def test_what_does_not_fit() -> None:
+def test_rejects_bad_arguments() -> None:
     key, value, decay, first = inputs()
     for arguments, words in (
         ((key, value[:1], decay, first, 0), r"\(1, 30, 21\)"),

@@ -46,7 +46,7 @@ def test_opcheck() -> None:
     torch.library.opcheck(torch.ops.vision_backbones.shifted_mixtures, (x, shares, 1))
 
 
-def test_what_does_not_fit() -> None:
+def test_rejects_bad_arguments() -> None:
     x, shares = random(1, 3, 3, 12).float(), random(2, 12, seed=1).float()
     for arguments, words in (
         ((x[0], shares), r"\(3, 3, 12\)"),

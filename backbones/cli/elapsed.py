@@ -8,13 +8,13 @@ import threading
 import time
 from collections.abc import Iterator
 
-__all__ = ["ticking"]
+__all__ = ["show_elapsed"]
 
 _CLEAR_LINE = "\r\x1b[K"
 
 
 @contextlib.contextmanager
-def ticking(step: str, interval: float = 1.0) -> Iterator[None]:
+def show_elapsed(step: str, interval: float = 1.0) -> Iterator[None]:
     """Show a step's elapsed seconds if standard error is a terminal, and clear the line at the end.
 
     Args:

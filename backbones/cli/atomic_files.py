@@ -7,15 +7,14 @@ import errno
 import os
 import secrets
 import shutil
-import signal
-import threading
 from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
 from backbones.cli.common import CommandError
+from backbones.training.interrupt import handle_signals
 
-__all__ = ["check_place", "replace_whole", "tidy_on_signals"]
+__all__ = ["check_target", "exit_on_signals", "replace_atomically"]
 
 # Termination signals that Python doesn't turn into exceptions by default.
 _SIGNALS = ("SIGTERM", "SIGHUP")
@@ -26,7 +25,7 @@ _FULL = {
 }
 
 
-def check_place(path: Path) -> None:
+def check_target(path: Path) -> None:
     """Check early that a file can be written.
 
     Raises:
@@ -41,7 +40,7 @@ def check_place(path: Path) -> None:
 
 
 @contextlib.contextmanager
-def replace_whole(path: Path) -> Iterator[Path]:
+def replace_atomically(path: Path) -> Iterator[Path]:
     """Yields a temporary path of the same name, which is moved to ``path`` if the block succeeds.
 
     Files whose names extend the temporary file's are moved along; any others are deleted.
@@ -49,7 +48,7 @@ def replace_whole(path: Path) -> Iterator[Path]:
     Raises:
         CommandError: ``path`` could not be written completely and is unchanged.
     """
-    check_place(path)
+    check_target(path)
     scratch = path.parent / f".export-{secrets.token_hex(4)}"
     try:
         scratch.mkdir()
@@ -58,7 +57,7 @@ def replace_whole(path: Path) -> Iterator[Path]:
             os.replace(written, path.with_name(written.name))
         os.replace(scratch / path.name, path)
     except Exception as error:
-        if reason := _why_unwritten(error):
+        if reason := _io_problem(error):
             raise CommandError(f"cannot write {path}: {reason}") from error
         raise
     finally:
@@ -69,7 +68,7 @@ def replace_whole(path: Path) -> Iterator[Path]:
             raise
 
 
-def _why_unwritten(error: BaseException) -> str | None:
+def _io_problem(error: BaseException) -> str | None:
     """The I/O problem behind ``error``, or None if it has another cause.
 
     Libraries wrap the error of a full disk in their own.
@@ -85,23 +84,15 @@ def _why_unwritten(error: BaseException) -> str | None:
 
 
 @contextlib.contextmanager
-def tidy_on_signals() -> Iterator[None]:
+def exit_on_signals() -> Iterator[None]:
     """Make SIGTERM and SIGHUP raise an exception, so that every ``finally`` runs.
 
     Raises:
         SystemExit: status 128 + signal, as in a shell.
     """
-    if threading.current_thread() is not threading.main_thread():
-        yield  # Python lets only the main thread handle signals
-        return
 
     def leave(number: int, frame: FrameType | None) -> None:
         raise SystemExit(128 + number)
 
-    numbers = [getattr(signal, name) for name in _SIGNALS if hasattr(signal, name)]
-    before = {number: signal.signal(number, leave) for number in numbers}
-    try:
+    with handle_signals(_SIGNALS, leave):
         yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)

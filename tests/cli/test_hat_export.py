@@ -1,4 +1,4 @@
-"""HAT's ONNX export takes no more time for more groups, and its file holds their tables once."""
+"""HAT's ONNX export: its time does not grow with the groups, and tables are stored once."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from zoo import small
 
 import backbones
 from backbones.cli import exporting
-from backbones.cli.alike import take_out
+from backbones.cli.hat_export import extract_group
 from backbones.cli.main import main
 
 TINY: dict[str, Any] = {"dim": 24, "window_size": 4, "compress_ratio": 3, "squeeze_factor": 8}
@@ -52,7 +52,7 @@ def test_groups_share_their_graph_and_tables(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_open_sizes_down_to_one_pixel(tmp_path: Path) -> None:
+def test_dynamic_sizes_down_to_one_pixel(tmp_path: Path) -> None:
     model, path = tiny(2), tmp_path / "m.onnx"
     program, group = exporting.trace_for_onnx(model, (1, 3, 16, 16), dynamic=True)
     exporting.save_onnx(program, path, group=group)
@@ -61,14 +61,14 @@ def test_open_sizes_down_to_one_pixel(tmp_path: Path) -> None:
         assert found.error < 1e-5, found.shape
 
 
-def test_only_groups_that_are_alike_are_taken_out() -> None:
+def test_only_identical_groups_are_extracted() -> None:
     drop_path = tiny(3, drop_path_rate=0.5)
-    assert take_out(drop_path) is not None
-    assert take_out(tiny(2, depths=(2, 1))) is None
-    assert take_out(tiny(2, num_heads=(2, 4))) is None
-    assert take_out(tiny(1)) is None
-    assert take_out(small("shvit")) is None
-    assert take_out(nn.Linear(1, 1)) is None
+    assert extract_group(drop_path) is not None
+    assert extract_group(tiny(2, depths=(2, 1))) is None
+    assert extract_group(tiny(2, num_heads=(2, 4))) is None
+    assert extract_group(tiny(1)) is None
+    assert extract_group(small("shvit")) is None
+    assert extract_group(nn.Linear(1, 1)) is None
 
 
 class Halves(nn.Module):
@@ -78,7 +78,7 @@ class Halves(nn.Module):
         return x[..., :4] + 2 * x[..., 4:]
 
 
-def test_no_rule_looks_at_pairs_of_nodes(tmp_path: Path) -> None:
+def test_the_quadratic_rule_is_disabled(tmp_path: Path) -> None:
     from onnxscript.rewriter.rules.common import slice_split_rule
 
     program = torch.export.export(Halves(), (torch.zeros(1, 3, 8, 8),))
@@ -89,7 +89,7 @@ def test_no_rule_looks_at_pairs_of_nodes(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-def test_hat_s_with_open_sizes_takes_a_minute_of_the_cpu(tmp_path: Path) -> None:
+def test_hat_s_exports_dynamically_within_a_minute(tmp_path: Path) -> None:
     start = time.process_time()
     assert main(["export", "hat_s_x2", "--dynamic", "--out", str(tmp_path / "hat.onnx")]) == 0
     assert time.process_time() - start < 60

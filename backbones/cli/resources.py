@@ -14,11 +14,11 @@ import torch
 from backbones.cli.common import CommandError
 from backbones.restoration.memory import available_memory, live_bytes
 
-__all__ = ["need_memory", "need_space"]
+__all__ = ["require_disk_space", "require_memory"]
 
 
 @torch.inference_mode()
-def need_memory(model: Any, shapes: Sequence[Sequence[int]]) -> None:
+def require_memory(model: Any, shapes: Sequence[Sequence[int]]) -> None:
     """Check on the meta device that memory suffices for images of these shapes.
 
     Raises:
@@ -38,7 +38,7 @@ def need_memory(model: Any, shapes: Sequence[Sequence[int]]) -> None:
             )
 
 
-def need_space(folder: Path, size: int) -> None:
+def require_disk_space(folder: Path, size: int) -> None:
     """Check that a disk has ``size`` bytes left.
 
     Raises:

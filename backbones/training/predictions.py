@@ -19,26 +19,26 @@ from backbones.training.loader import ValidationLoader
 from backbones.training.multilabel import validation_loss
 from backbones.training.sources import ImageSource
 
-__all__ = ["Answers", "answer_all", "read_real_labels", "real_accuracy"]
+__all__ = ["Predictions", "predict_all", "read_real_labels", "real_accuracy"]
 
 _IMAGENET_NAME = re.compile(r"ILSVRC2012_val_(\d{8})\.JPEG")
 
 
 @dataclass
-class Answers:
+class Predictions:
     """Predictions for all readable images, in the order of the data.
 
     Attributes:
         top5: (N, ≤ 5) classes, the most likely first.
         labels: (N,) ground truth.
-        place: (N,) index of each image in the data.
+        indices: (N,) index of each image in the data.
         loss: mean cross-entropy.
         seconds: of the whole pass.
     """
 
     top5: np.ndarray
     labels: np.ndarray
-    place: np.ndarray
+    indices: np.ndarray
     loss: float
     seconds: float
 
@@ -48,9 +48,9 @@ class Answers:
 
 
 @torch.inference_mode()
-def answer_all(
+def predict_all(
     model: nn.Module, loader: ValidationLoader, amp: str | None, show: Callable[[int], object]
-) -> Answers:
+) -> Predictions:
     """Run ``model`` over every image.
 
     Args:
@@ -61,7 +61,7 @@ def answer_all(
     """
     device = loader.world.device
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp or "")
-    tops, labels_seen, losses, begun = [], [], [], time.monotonic()
+    tops, targets, losses, begun = [], [], [], time.monotonic()
     for number, (images, labels) in enumerate(loader):
         if labels.ndim == 2:
             raise DataError("the images have several labels each; accuracy is not defined there")
@@ -69,12 +69,12 @@ def answer_all(
             logits = model(images).float()  # (B, classes)
         tops.append(logits.topk(min(5, logits.shape[1]), dim=1).indices.cpu())
         losses.append(validation_loss(logits, labels).cpu())
-        labels_seen.append(labels.cpu())
+        targets.append(labels.cpu())
         show(number + 1)
-    top5, truth = torch.cat(tops).numpy(), torch.cat(labels_seen).numpy()
-    place = np.flatnonzero(truth >= 0)
-    loss = float(torch.stack(losses).sum()) / max(len(place), 1)
-    return Answers(top5[place], truth[place], place, loss, time.monotonic() - begun)
+    top5, truth = torch.cat(tops).numpy(), torch.cat(targets).numpy()
+    indices = np.flatnonzero(truth >= 0)
+    loss = float(torch.stack(losses).sum()) / max(len(indices), 1)
+    return Predictions(top5[indices], truth[indices], indices, loss, time.monotonic() - begun)
 
 
 def read_real_labels(path: str) -> list[list[int]]:
@@ -97,21 +97,23 @@ def read_real_labels(path: str) -> list[list[int]]:
     return labels
 
 
-def real_accuracy(answers: Answers, source: ImageSource, real: list[list[int]]) -> float:
+def real_accuracy(predictions: Predictions, source: ImageSource, real: list[list[int]]) -> float:
     """Top-1 accuracy in percent on the images that have reassessed labels.
 
     Raises:
         DataError: the images are not named as ImageNet's validation images are.
     """
     right = []
-    for place, answer in zip(answers.place.tolist(), answers.top5[:, 0].tolist(), strict=True):
-        found = _IMAGENET_NAME.search(source.name(place))
+    for index, predicted in zip(
+        predictions.indices.tolist(), predictions.top5[:, 0].tolist(), strict=True
+    ):
+        found = _IMAGENET_NAME.search(source.name(index))
         number = int(found[1]) if found else 0
         if not 1 <= number <= len(real):
             raise DataError(
                 f"real labels need images ILSVRC2012_val_00000001.JPEG … {len(real):08d}.JPEG, "
-                f"got {source.name(place)}"
+                f"got {source.name(index)}"
             )
         if real[number - 1]:
-            right.append(answer in real[number - 1])
+            right.append(predicted in real[number - 1])
     return 100 * sum(right) / max(len(right), 1)

@@ -15,12 +15,12 @@ from torch import Tensor, nn
 
 from backbones.hat_blocks import ResidualGroup
 
-__all__ = ["Group", "StandIn", "fill_in", "take_out"]
+__all__ = ["Placeholder", "SharedGroup", "extract_group", "inline_groups"]
 
 _DOMAIN, _OPERATOR = "backbones", "Group"
 
 
-class StandIn(nn.Module):
+class Placeholder(nn.Module):
     """Placeholder for a group; a custom node in ONNX."""
 
     def __init__(self, number: int) -> None:
@@ -38,7 +38,7 @@ class StandIn(nn.Module):
         )
 
 
-class Group(nn.Module):
+class SharedGroup(nn.Module):
     """The function that a model's groups share: (x, weights by name) → output.
 
     Attributes:
@@ -59,7 +59,7 @@ class Group(nn.Module):
         return out
 
 
-def take_out(model: nn.Module) -> Group | None:
+def extract_group(model: nn.Module) -> SharedGroup | None:
     """Replace identical groups by placeholders; None if there are none.
 
     Args:
@@ -70,9 +70,9 @@ def take_out(model: nn.Module) -> Group | None:
         return None
     if any(_structure(stage) != _structure(stages[0]) for stage in stages):
         return None
-    group = Group(list(stages))
+    group = SharedGroup(list(stages))
     for number in range(len(stages)):
-        stages[number] = StandIn(number)
+        stages[number] = Placeholder(number)
     return group
 
 
@@ -94,12 +94,12 @@ def _structure(module: nn.Module) -> Any:
     return layers, tensors
 
 
-def fill_in(model: Any, group: Any, weights: Sequence[dict[str, Tensor]]) -> None:
+def inline_groups(model: Any, group: Any, weights: Sequence[dict[str, Tensor]]) -> None:
     """Replace the placeholders by copies of a group's nodes.
 
     Args:
         model: ``onnx_ir.Model`` with placeholders; changed in place.
-        group: ``onnx_ir.Model`` of a :class:`Group`, whose inputs are the map and the weights.
+        group: ``onnx_ir.Model`` of a :class:`SharedGroup`, its inputs are the map and the weights.
         weights: of each placeholder, in the order of the inputs.
     """
     import onnx_ir
@@ -109,19 +109,19 @@ def fill_in(model: Any, group: Any, weights: Sequence[dict[str, Tensor]]) -> Non
     tables = {}  # the same for all
     for value in group.graph.initializers.values():
         tables[value] = _initializer(graph, f"group.{value.name}", value.const_value)
-    for place in [node for node in graph if node.domain == _DOMAIN]:
-        number = place.attributes["number"].as_int()
-        known = dict(tables)
+    for placeholder in [node for node in graph if node.domain == _DOMAIN]:
+        number = placeholder.attributes["number"].as_int()
+        values = dict(tables)
         image, *inputs = group.graph.inputs
-        known[image] = place.inputs[0]
+        values[image] = placeholder.inputs[0]
         for value, (name, tensor) in zip(inputs, weights[number].items(), strict=True):
             name = f"stages.{number}.{name}"
-            known[value] = _initializer(graph, name, onnx_ir.tensor(tensor, name=name))
+            values[value] = _initializer(graph, name, onnx_ir.tensor(tensor, name=name))
         for node in group.graph:
             copy = onnx_ir.Node(
                 node.domain,
                 node.op_type,
-                [None if value is None else known[value] for value in node.inputs],
+                [None if value is None else values[value] for value in node.inputs],
                 node.attributes,
                 num_outputs=len(node.outputs),
                 version=node.version,
@@ -130,11 +130,11 @@ def fill_in(model: Any, group: Any, weights: Sequence[dict[str, Tensor]]) -> Non
             for value, copied in zip(node.outputs, copy.outputs, strict=True):
                 copied.name = f"stages.{number}.{value.name}"
                 copied.type = value.type
-                known[value] = copied
-            graph.insert_before(place, copy)
+                values[value] = copied
+            graph.insert_before(placeholder, copy)
         (output,) = group.graph.outputs
-        onnx_ir.convenience.replace_all_uses_with(place.outputs[0], known[output])
-        graph.remove(place, safe=True)
+        onnx_ir.convenience.replace_all_uses_with(placeholder.outputs[0], values[output])
+        graph.remove(placeholder, safe=True)
     RemoveUnusedOpsetsPass()(model)
 
 
