@@ -99,6 +99,9 @@ class Images:
         config: preprocessing, as resolved by timm.
         decoder: one of :data:`backbones.core.images.DECODERS`; None for the fastest.
 
+    Attributes:
+        resize: from 8 bits of any size to the network's size.
+
     Raises:
         MendableError: the decoder is not installed.
     """
@@ -112,7 +115,7 @@ class Images:
                 "the table was begun with simplejpeg, which is not usable here: pip install "
                 "simplejpeg, and Pillow's own wheel"
             )
-        self._resize = Resizing(config)
+        self.resize = Resizing(config)
 
     def decode(self, item: Item) -> tuple[np.ndarray, tuple[int, int]]:
         """Open and decode an image: (C, H, W) uint8, and its original height and width.
@@ -128,11 +131,11 @@ class Images:
                 pixels = open_pixels(source, self.mode, self.decoder)
         height, width = pixels.shape[:2]
         require_wide((width, height), self.config)
-        return self._resize(pixels), (height, width)
+        return self.resize(pixels), (height, width)
 
     def normalise(self, images: Sequence[np.ndarray]) -> Tensor:
         """Make a batch (B, C, H, W) for the network, bit-identical to timm's transform."""
-        return self._resize.normalise(np.stack(images))
+        return self.resize.normalise(np.stack(images))
 
 
 class Worker:
