@@ -303,6 +303,8 @@ def _decoders() -> dict[str, Callable[[bytes], Any]]:
     return found
 
 
+# Parts whose results for other models are kept.
+_BY_MODEL = ("speed", "pipelines")
 PARTS = {
     "speed": measure_speed,
     "ray": measure_ray,
@@ -342,6 +344,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     here = {**machine(torch.device("cpu")), "threads": cores()}
     report = load_report(args.output, here) if args.parts else read_report(args.output)
     for part in args.parts:
+        if part not in _BY_MODEL:
+            report["results"] = [r for r in report["results"] if r["part"] != part]
         with _place() as folder:
             for result in measure[part](folder, args.rounds, args.models):
                 replace_results(args.output, report, [result], ("part", "model"))

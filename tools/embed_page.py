@@ -81,7 +81,7 @@ def page(report: dict[str, Any]) -> str:
         lines += [
             "## Searching\n",
             f"{row['rows']:,} synthetic rows of {row['dim']} numbers, spread around centres in 24 "
-            f"dimensions; the 10 nearest of each query. {row['note']}\n",
+            f"dimensions; the 10 nearest of each query.\n",
             f"| `search --index` | one query, s | {count} queries, s | recall@10 |",
             "| --- | ---: | ---: | ---: |",
             f"| `exact` | {exact_one:.2f} | {exact_all:.2f} | 1 |",
