@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import functools
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -150,12 +151,12 @@ def _axis(
     return (low, high - low), starts.astype(np.int32), fixed.astype(np.int32)
 
 
-def _call(function: str, *arguments: object) -> None:
+def _call(function: str, *arguments: Any) -> None:
     """Call the C function; arrays are passed by address."""
     library = load("resize")
     if library is None:
         raise RuntimeError(f"the kernel resize is not available: {unsupported()}")
-    packed = []
+    packed: list[Any] = []
     for argument in arguments:
         if isinstance(argument, np.ndarray):
             packed.append(ctypes.c_void_p(argument.ctypes.data))
