@@ -3,14 +3,13 @@
 #include "common/interface.h"
 
 VB_EXPORT_BYTES(resize, Problem)
+VB_EXPORT_BYTES(resize, Tensors)
 
-extern "C" int resize_forward(const resize::Problem* problem, const uint8_t* in,
-                              const int32_t* first_x, const int32_t* weights_x,
-                              const int32_t* first_y, const int32_t* weights_y, uint8_t* out) {
+extern "C" int resize_forward(const resize::Problem* problem, const resize::Tensors* t) {
   return status_of([&] {
-    const resize::Axis x{first_x, weights_x, problem->row_taps};
-    const resize::Axis y{first_y, weights_y, problem->column_taps};
-    resize::run(*problem, in, x, y, out);
+    const resize::Axis x{t->first_x, t->weights_x, problem->row_taps};
+    const resize::Axis y{t->first_y, t->weights_y, problem->column_taps};
+    resize::run(*problem, t->in, x, y, t->out);
   });
 }
 

@@ -17,6 +17,13 @@ struct Problem {
   int64_t first_row, rows;                 // those that the part depends on
 };
 
+struct Tensors {
+  const uint8_t* in;
+  const int32_t *first_x, *weights_x;
+  const int32_t *first_y, *weights_y;
+  uint8_t* out;
+};
+
 constexpr int PRECISION = 22;  // fractional bits of a weight
 constexpr int32_t HALF = 1 << (PRECISION - 1);
 

@@ -21,7 +21,7 @@ from ops.cpu.structures import structure
 
 __all__ = ["FILTERS", "MOST_SCALE", "look_up", "resize_part", "unsupported"]
 
-_PROBLEM = structure("resize/resize.h", "resize::Problem")
+_PROBLEM, _TENSORS = (structure("resize/resize.h", f"resize::{n}") for n in ("Problem", "Tensors"))
 _PRECISION = 22
 
 
@@ -87,7 +87,7 @@ def resize_part(
     problem = _PROBLEM(*pixels.shape, height, width, weights_x.shape[1], weights_y.shape[1], *rows)
     out = np.empty((pixels.shape[2], height, width), np.uint8)
     arrays = (pixels, first_x, weights_x, first_y, weights_y, out)
-    _call("resize_forward", problem, *arrays)
+    _call("resize_forward", problem, _TENSORS(*(array.ctypes.data for array in arrays)))
     return out
 
 
