@@ -1,12 +1,14 @@
 """Compare `vision-backbones embed` with the usual hand-written script, and write its page.
 
     python tools/benchmark_embed.py speed ray memory decoding
+    python tools/benchmark_embed.py index        # minutes
+    python tools/benchmark_embed.py pipelines    # see embed_pipelines.py
     python tools/benchmark_embed.py              # only the page, from existing measurements
 
 The script runs timm's model in float32 behind a ``DataLoader`` with one process per core. Both
-embed the same 512 JPEGs of 500×375 pixels, several times each, alternately, on the same cores. The
-time is counted from the first results on, so startup is excluded. Writes
-``docs/performance/embed.json`` and ``docs/performance-embed.md``.
+embed the same 512 JPEGs of 500×375 pixels, alternately, on the same cores: the script once, and
+``embed``, which is faster, several times over. Startup is excluded. Writes
+``docs/performance/embed.json`` and ``docs/performance-embed.md``, after each model of each part.
 """
 
 from __future__ import annotations
@@ -15,7 +17,6 @@ import argparse
 import io
 import json
 import os
-import pickle
 import statistics
 import subprocess
 import sys
@@ -24,20 +25,26 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import yaml
+from embed_index import measure_index
+from embed_page import page
+from embed_pipelines import PIPELINES, rate_of_pipeline
 from measuring import load_report, machine, read_report, replace_results, write
 from PIL import Image
+from timm.data import create_transform
 
 import backbones
 from backbones.core.arguments import nonempty_path
-from backbones.core.images import open_image
+from backbones.core.images import installed_decoder, open_image, open_pixels
 from backbones.embedding import embed
 from backbones.embedding.local import cores
+from backbones.embedding.network import Network
 from backbones.embedding.worker import Images
 from backbones.restoration.photographs import TRAINING, VALIDATION, find_photographs
 from backbones.training.checkpoint import save_weights
@@ -47,7 +54,6 @@ OUTPUT = ROOT / "docs" / "performance" / "embed.json"
 PAGE = ROOT / "docs" / "performance-embed.md"
 MODELS = ("shvit_s1", "van_b0", "unireplknet_a")
 IMAGES, SIZE = 512, (500, 375)
-_BILLION, _IN_SHARD = 10**9, 10_000
 _SCRIPT = """
 import json, sys, time
 import timm, torch
@@ -119,13 +125,13 @@ def make_checkpoint(folder: Path, name: str, **arguments: Any) -> Path:
 # -- measuring -------------------------------------------------------------------------------------
 
 
-def rate_of_embed(photos: Path, checkpoint: Path, **options: Any) -> float:
-    """Images per second, from the time when each process has written its first shard."""
+def rate_of_embed(photos: Path, checkpoint: Path, rows: int = 32, **options: Any) -> float:
+    """Images per second, from the time when a quarter of the shards is written."""
     with tempfile.TemporaryDirectory() as place:
-        embed(photos, Path(place) / "out", checkpoint=checkpoint, rows=32, **options)
+        embed(photos, Path(place) / "out", checkpoint=checkpoint, rows=rows, **options)
         times = sorted(p.stat().st_mtime_ns for p in Path(place).glob("out/shards/*.parquet"))
-    begun = cores()
-    return 32 * (len(times) - begun) / ((times[-1] - times[begun - 1]) * 1e-9)
+    begun = max(cores(), len(times) // 4)
+    return rows * (len(times) - begun) / ((times[-1] - times[begun - 1]) * 1e-9)
 
 
 def rate_of_script(photos: Path, name: str) -> float:
@@ -142,13 +148,13 @@ def in_turns(rounds: int, *ways: Callable[[], float]) -> list[list[float]]:
 
 
 def measure_speed(folder: Path, rounds: int, models: Sequence[str]) -> Iterator[dict[str, Any]]:
-    photos = make_photos(folder / "photos", copies=2)
+    once, photos = (make_photos(folder / str(copies), copies=copies) for copies in (1, 4))
     for name in models:
         checkpoint = make_checkpoint(folder / name, name)
         ours, script = in_turns(
             rounds,
             lambda checkpoint=checkpoint: rate_of_embed(photos, checkpoint),
-            lambda name=name: rate_of_script(photos, name),
+            lambda name=name: rate_of_script(once, name),
         )
         ratio = statistics.median(a / b for a, b in zip(ours, script, strict=True))
         dim = backbones.create_model(name).head_hidden_size
@@ -157,16 +163,37 @@ def measure_speed(folder: Path, rounds: int, models: Sequence[str]) -> Iterator[
 
 
 def measure_ray(folder: Path, rounds: int, models: Sequence[str]) -> Iterator[dict[str, Any]]:
-    photos = make_photos(folder / "photos", copies=2)
-    for name in models:
+    """With the first, fastest model, and shards of 128 images: a task of Ray is a shard."""
+    photos = make_photos(folder / "photos", copies=8)
+    name = models[0]
+    checkpoint = make_checkpoint(folder / name, name)
+    local, ray = in_turns(
+        rounds,
+        lambda: rate_of_embed(photos, checkpoint, rows=128),
+        lambda: rate_of_embed(photos, checkpoint, rows=128, engine="ray"),
+    )
+    overhead = statistics.median(a / b for a, b in zip(local, ray, strict=True)) - 1
+    yield {"part": "ray", "model": name, "local": local, "ray": ray, "overhead": overhead}
+
+
+def measure_pipelines(
+    folder: Path, rounds: int, models: Sequence[str], pythons: dict[str, str]
+) -> Iterator[dict[str, Any]]:
+    photos = {copies: make_photos(folder / str(copies), copies=copies) for copies in (1, 2, 4)}
+    few, many = ((photos[copies], copies * IMAGES) for copies in (1, 2))
+    wanted = [(package, name) for package in pythons if pythons[package] for name in models]
+    for package, name in wanted:
         checkpoint = make_checkpoint(folder / name, name)
-        local, ray = in_turns(
+        ours, theirs = in_turns(
             rounds,
-            lambda checkpoint=checkpoint: rate_of_embed(photos, checkpoint),
-            lambda checkpoint=checkpoint: rate_of_embed(photos, checkpoint, engine="ray"),
+            lambda checkpoint=checkpoint: rate_of_embed(photos[4], checkpoint),
+            lambda package=package, name=name: rate_of_pipeline(
+                package, pythons[package], name, few, many, cores()
+            ),
         )
-        overhead = statistics.median(a / b for a, b in zip(local, ray, strict=True)) - 1
-        yield {"part": "ray", "model": name, "local": local, "ray": ray, "overhead": overhead}
+        ratio = statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+        result = {"part": "pipelines", "model": f"{package}, {name}", "embed": ours}
+        yield {**result, "theirs": theirs, "ratio": ratio}
 
 
 def measure_memory(folder: Path, rounds: int, models: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -205,12 +232,24 @@ def measure_decoding(folder: Path, rounds: int, models: Sequence[str]) -> Iterat
     files = [p.read_bytes() for p in sorted(make_photos(folder / "d", 1, count=64).rglob("*.jpg"))]
     config = {"input_size": (3, 224, 224), "interpolation": "bicubic", "crop_pct": 0.9}
     config |= {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "crop_mode": "center"}
-    transform = Images(config)._transform
+    images = Images(config)
+    transforms = [
+        create_transform(**config, is_training=False, use_prefetcher=fast) for fast in (True, False)
+    ]
     decoded = [open_image(io.BytesIO(data)) for data in files]
+    pixels = [np.asarray(image) for image in decoded]
+    cropped = [images.resize(array) for array in pixels]
+    (network, batch), size = _network(folder, images.normalise(cropped[:16])), 16
+    decoder = installed_decoder()
     ways: dict[str, Callable[[int], Any]] = {
-        "Pillow, as embed opens it": lambda i: open_image(io.BytesIO(files[i])),
+        "embed's decoding": lambda i: open_pixels(io.BytesIO(files[i]), "RGB", decoder),
+        "Pillow": lambda i: open_image(io.BytesIO(files[i])),
         **{name: lambda i, f=f: f(files[i]) for name, f in _decoders().items()},
-        "timm's resizing and cropping": lambda i: transform(decoded[i]),
+        "embed's resizing and cropping": lambda i: images.resize(pixels[i]),
+        "timm's resizing and cropping": lambda i: transforms[0](decoded[i]),
+        "timm's resizing, cropping, normalising": lambda i: transforms[1](decoded[i]),
+        "embed's normalising": lambda i: i % size or images.normalise(cropped[i : i + size]),
+        f"{MODELS[0]}'s network": lambda i: i % size or network(batch),
     }
     taken: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds):
@@ -219,17 +258,25 @@ def measure_decoding(folder: Path, rounds: int, models: Sequence[str]) -> Iterat
             for number in range(len(files)):
                 way(number)
             taken[name].append(1000 * (time.process_time() - begun) / len(files))
+    # What each is compared with; the others have nothing to equal.
+    wanted = dict.fromkeys(("embed's decoding", "Pillow", *_decoders()), pixels)
+    wanted["embed's resizing and cropping"] = [np.asarray(transforms[0](d)) for d in decoded]
     for name, way in ways.items():
-        found = np.asarray(way(0))
-        same = found.shape == (SIZE[1], SIZE[0], 3) and all(
-            np.array_equal(np.asarray(way(i)), np.asarray(decoded[i])) for i in range(len(files))
-        )
-        yield {
-            "part": "decoding",
-            "model": name,
-            "ms": statistics.median(taken[name]),
-            "same": same,
-        }
+        same = None
+        if name in wanted:
+            same = all(np.array_equal(way(i), wanted[name][i]) for i in range(len(files)))
+        result = {"part": "decoding", "model": name, "ms": statistics.median(taken[name])}
+        yield {**result, "same": same}
+
+
+def _network(folder: Path, batch: Any) -> tuple[Callable[[Any], Any], Any]:
+    """The fastest model as embed runs it, warmed up."""
+    checkpoint = make_checkpoint(folder / "network", MODELS[0])
+    network = Network(MODELS[0], checkpoint, "head", 0)
+    network.prepare("float32", torch.device("cpu"))
+    for _ in range(3):
+        network(batch)
+    return network, batch
 
 
 def _decoders() -> dict[str, Callable[[bytes], Any]]:
@@ -256,99 +303,18 @@ def _decoders() -> dict[str, Callable[[bytes], Any]]:
     return found
 
 
+# Parts whose results for other models are kept.
+_BY_MODEL = ("speed", "pipelines")
 PARTS = {
     "speed": measure_speed,
     "ray": measure_ray,
     "memory": measure_memory,
     "decoding": measure_decoding,
+    "index": measure_index,
 }
 
 
-# -- the page --------------------------------------------------------------------------------------
-
-
-def page(report: dict[str, Any]) -> str:
-    """The page of a report."""
-    results: dict[str, list[dict[str, Any]]] = {}
-    for result in report["results"]:
-        results.setdefault(result["part"], []).append(result)
-    lines = [
-        "# Embedding many images\n",
-        "What `embed` does in a second; [the guide](guides/embed.md) says how it is used.\n",
-        "Generated by `python tools/benchmark_embed.py` from `docs/performance/embed.json`. "
-        f"Measured on {report['machine']['name']} ({report['machine']['cpu_capability']}), torch "
-        f"{report['machine']['torch']}, all cores. All contenders of a row took turns; figures "
-        "are medians, and the ratios are medians of the ratios of each round.\n",
-    ]
-    if rows := results.get("speed"):
-        lines += [
-            "## Beside the usual script\n",
-            "The script is timm's model in float32 behind a `DataLoader` with a process for each "
-            f"core. Both read the same JPEGs of {SIZE[0]}×{SIZE[1]} pixels; what starts before the "
-            "first results is not counted.\n",
-            "| model | embed, images/s | script, images/s | ratio |",
-            "| --- | ---: | ---: | ---: |",
-        ]
-        for row in rows:
-            ours, script = (statistics.median(row[key]) for key in ("embed", "script"))
-            lines.append(f"| `{row['model']}` | {ours:.1f} | {script:.1f} | {row['ratio']:.2f} |")
-        lines += ["", *_plan(rows)]
-    if rows := results.get("decoding"):
-        lines += [
-            "## Decoding\n",
-            "CPU time for one of these JPEGs, and whether its pixels are those that Pillow "
-            "gives.\n",
-            "| step | ms an image | same pixels |",
-            "| --- | ---: | --- |",
-        ]
-        for row in rows:
-            same = "–" if row["model"].startswith("timm") else "yes" if row["same"] else "no"
-            lines.append(f"| {row['model']} | {row['ms']:.2f} | {same} |")
-        lines.append("")
-    if rows := results.get("ray"):
-        lines += [
-            "## Ray on one machine\n",
-            "| model | local, images/s | Ray, images/s | overhead |",
-            "| --- | ---: | ---: | ---: |",
-        ]
-        for row in rows:
-            local, ray = (statistics.median(row[key]) for key in ("local", "ray"))
-            percent = f"{100 * row['overhead']:.1f} %"
-            lines.append(f"| `{row['model']}` | {local:.1f} | {ray:.1f} | {percent} |")
-        lines.append("")
-    for row in results.get("memory", ()):
-        peaks = ", ".join(f"{mib} MiB at {share}" for share, mib in row["mib"].items())
-        lines += [
-            "## Memory\n",
-            f"Of one process over {row['rows']} rows ({row['model']}, JPEGs of 64×48 pixels, "
-            f"{row['seconds']:.0f} s), at most so far: {peaks} of them.\n",
-        ]
-    return "\n".join(lines).rstrip() + "\n"
-
-
-def _plan(rows: list[dict[str, Any]]) -> list[str]:
-    """The section on the resources for a billion images."""
-    shards = _BILLION // _IN_SHARD
-    task = len(pickle.dumps({"order": pickle.dumps((99_999, "shards/099999.tar"))}))
-    lines = [
-        "## A billion images, on paper\n",
-        f"{shards:,} tar shards of {_IN_SHARD:,} images make as many Parquet shards. "
-        "Hours follow from the rates above, as if cores of other machines were like these and "
-        "disks kept up; a row has an embedding in float16 and 60 bytes of key, sizes and what "
-        "Parquet adds. With Ray a task is the name of a shard, "
-        f"{task} bytes, and brings back a count: {task * shards / 1e6:.0f} MB for "
-        "all of them in its store of objects, where no image and no embedding ever is.\n",
-        "| model | core hours | hours on 1000 cores | table, TB | a shard, MB |",
-        "| --- | ---: | ---: | ---: | ---: |",
-    ]
-    for row in rows:
-        hours = _BILLION / (statistics.median(row["embed"]) / row["cores"]) / 3600
-        size = 2 * row["dim"] + 60
-        lines.append(
-            f"| `{row['model']}` | {hours:,.0f} | {hours / 1000:.1f} "
-            f"| {size * _BILLION / 1e12:.2f} | {size * _IN_SHARD / 1e6:.1f} |"
-        )
-    return [*lines, ""]
+# -- the command line -----------------------------------------------------------------------------
 
 
 @contextmanager
@@ -361,18 +327,28 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("parts", nargs="*", choices=[[], *PARTS], help="what to measure anew")
+    parts = [[], *PARTS, "pipelines"]
+    parser.add_argument("parts", nargs="*", choices=parts, help="what to measure anew")
     parser.add_argument("--models", nargs="+", default=MODELS, metavar="NAME")
     parser.add_argument("--rounds", type=int, default=3, help="of which the medians count")
     parser.add_argument("--output", type=nonempty_path, default=OUTPUT)
     parser.add_argument("--page", type=nonempty_path, default=PAGE)
+    for package in PIPELINES:
+        text = f"Python of an environment that has {package}, for `pipelines`"
+        parser.add_argument(f"--{package}", metavar="PYTHON", help=text)
     args = parser.parse_args(arguments)
+    pythons = {name: getattr(args, name.replace("-", "_")) for name in PIPELINES}
+    measure = {**PARTS, "pipelines": partial(measure_pipelines, pythons=pythons)}
+    if "pipelines" in args.parts and not any(pythons.values()):
+        parser.error("pipelines needs --birder PYTHON or --clip-retrieval PYTHON")
     here = {**machine(torch.device("cpu")), "threads": cores()}
     report = load_report(args.output, here) if args.parts else read_report(args.output)
     for part in args.parts:
+        if part not in _BY_MODEL:
+            report["results"] = [r for r in report["results"] if r["part"] != part]
         with _place() as folder:
-            anew = list(PARTS[part](folder, args.rounds, args.models))
-        replace_results(args.output, report, anew, ("part", "model"))
+            for result in measure[part](folder, args.rounds, args.models):
+                replace_results(args.output, report, [result], ("part", "model"))
     write(args.page, lambda path: path.write_text(page(report), encoding="utf-8"))
 
 

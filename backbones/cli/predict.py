@@ -150,7 +150,7 @@ def predict(
             prediction = Prediction(path, [], [])
             try:
                 image = open_image(path, grey)
-                images.require_wide(image, config)
+                images.require_wide(image.size, config)
                 tensors.append(transform(image))
             except images.DECODE_ERRORS as error:
                 prediction.error = first_line(error)

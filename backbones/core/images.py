@@ -3,23 +3,38 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 import os
 import struct
 import zlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
 import numpy as np
-from PIL import ExifTags, Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError, features
 from timm.data.readers.img_extensions import get_img_extensions
 
-__all__ = ["DECODE_ERRORS", "as_8_bits", "images_below", "open_image", "opened", "require_wide"]
+__all__ = [
+    "DECODERS",
+    "DECODE_ERRORS",
+    "as_8_bits",
+    "images_below",
+    "installed_decoder",
+    "open_image",
+    "open_pixels",
+    "opened",
+    "require_wide",
+]
 
 DECODE_ERRORS = (
     *(OSError, SyntaxError, ValueError, TypeError, LookupError, EOFError, OverflowError),
     *(Image.DecompressionBombError, struct.error, zlib.error),
 )
 """Exceptions that Pillow raises for damaged files."""
+
+DECODERS = ("simplejpeg", "pillow")
+"""What :func:`open_pixels` decodes ordinary JPEGs with; Pillow decodes everything else."""
 
 # Formats that Pillow decodes in this process, by itself or with a plug-in. It passes PostScript to
 # Ghostscript, an interpreter of programs, and only identifies the others.
@@ -39,6 +54,18 @@ _TURNS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
+# The same, of arrays.
+_ARRAY_TURNS: dict[int, Callable[[np.ndarray], np.ndarray]] = {
+    2: lambda a: a[:, ::-1],
+    3: lambda a: a[::-1, ::-1],
+    4: lambda a: a[::-1],
+    5: lambda a: a.swapaxes(0, 1),
+    6: lambda a: a[::-1].swapaxes(0, 1),
+    7: lambda a: a[::-1, ::-1].swapaxes(0, 1),
+    8: lambda a: a[:, ::-1].swapaxes(0, 1),
+}
+# Larger files are left to Pillow, which need not read what follows the image.
+_MOST_BYTES = 1 << 28
 
 
 def images_below(folder: str | Path) -> list[str]:
@@ -109,6 +136,62 @@ def open_image(
         return as_8_bits(image if turn is None else image.transpose(turn), mode)
 
 
+def installed_decoder() -> str:
+    """The fastest of :data:`DECODERS` whose pixels are those of :func:`open_image`.
+
+    simplejpeg contains libjpeg-turbo, as Pillow's own wheels do. Other builds of Pillow may use a
+    library that rounds differently.
+    """
+    usable = importlib.util.find_spec("simplejpeg") and features.check_feature("libjpeg_turbo")
+    return "simplejpeg" if usable else "pillow"
+
+
+def open_pixels(source: IO[bytes], mode: str = "RGB", decoder: str = "pillow") -> np.ndarray:
+    """Decode an image file as :func:`open_image` does, upright, to an array.
+
+    Args:
+        source: an open file, which stays open.
+        mode: ``RGB``, or ``L`` for greyscale.
+        decoder: one of :data:`DECODERS`, see :func:`installed_decoder`.
+
+    Returns:
+        (H, W, 3), or (H, W, 1) for greyscale, uint8.
+
+    Raises:
+        one of :data:`DECODE_ERRORS`: see :func:`open_image`.
+    """
+    if decoder == "simplejpeg":
+        with opened(source) as image:
+            pixels = _by_simplejpeg(image, source, mode)
+            if pixels is not None:
+                turn = _ARRAY_TURNS.get(_orientation(image))
+                return pixels if turn is None else turn(pixels)
+        source.seek(0)
+    pixels = np.asarray(open_image(source, mode))
+    return pixels[:, :, None] if pixels.ndim == 2 else pixels
+
+
+def _by_simplejpeg(image: Image.Image, source: IO[bytes], mode: str) -> np.ndarray | None:
+    """The pixels of an intact RGB or greyscale JPEG, as Pillow would decode it; None for others."""
+    if image.format != "JPEG" or image.mode not in ("L", mode):
+        return None
+    import simplejpeg
+
+    source.seek(0)
+    data = source.read(_MOST_BYTES + 1)
+    if len(data) > _MOST_BYTES:
+        return None
+    try:
+        # Strict: warnings are errors. What Pillow makes of such files, it says itself.
+        grey = image.mode == "L"
+        pixels: np.ndarray = simplejpeg.decode_jpeg(data, "GRAY" if grey else "RGB", strict=True)
+    except (ValueError, MemoryError):
+        return None
+    if pixels.shape[:2] != (image.height, image.width):
+        return None
+    return pixels if mode == image.mode else pixels.repeat(3, axis=2)
+
+
 def as_8_bits(image: Image.Image, mode: str = "RGB") -> Image.Image:
     """Convert a decoded image to ``mode``, without a copy if it has that mode.
 
@@ -144,22 +227,21 @@ def as_8_bits(image: Image.Image, mode: str = "RGB") -> Image.Image:
     return image if image.mode == mode else image.convert(mode)
 
 
-def require_wide(image: Image.Image, config: dict[str, Any]) -> None:
+def require_wide(size: tuple[int, int], config: dict[str, Any]) -> None:
     """Refuse what would become huge once its shorter side has the size of a model's input.
 
     Args:
+        size: width and height of the image.
         config: preprocessing, as timm resolves it.
 
     Raises:
         ValueError: it would.
     """
-    shorter, longer = sorted(image.size)
+    shorter, longer = sorted(size)
     side = max(config["input_size"][1:]) / config["crop_pct"]
     limit = Image.MAX_IMAGE_PIXELS
     if limit is not None and side * side * longer > 2 * limit * shorter:
-        raise ValueError(
-            f"an image of {image.width}×{image.height} pixels is too narrow to be resized"
-        )
+        raise ValueError(f"an image of {size[0]}×{size[1]} pixels is too narrow to be resized")
 
 
 def _orientation(image: Image.Image) -> Any:

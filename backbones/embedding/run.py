@@ -18,6 +18,7 @@ import torch
 from backbones.core.arguments import usable_device
 from backbones.core.checkpoint_files import sha256_of
 from backbones.core.console import CommandError
+from backbones.core.images import installed_decoder
 from backbones.core.messages import one_line, shown
 from backbones.embedding import table
 from backbones.embedding.cluster import require_ray, run_on_cluster
@@ -239,6 +240,7 @@ def _content(
         "images": images.images,
         "shards": len(images.parts),
         "rows": rows,
+        "decoder": installed_decoder(),
         "versions": {name: importlib.metadata.version(name) for name in _PACKAGES},
     }
 

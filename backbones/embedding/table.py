@@ -126,7 +126,7 @@ def metadata(folder: str | Path) -> dict[str, Any]:
     numbers and ``computed``, the dtype of the computation; ``classes``, the number stored per
     image, and their ``names``; ``source`` (``kind``, ``path``, …); the number of ``images`` in it
     (None if unknown before reading), the number of ``shards`` and the ``rows`` per shard;
-    ``versions``.
+    ``decoder``, one of :data:`backbones.core.images.DECODERS` ("pillow" if missing); ``versions``.
 
     Raises:
         FileNotFoundError: the folder does not exist or has no ``metadata.json``.

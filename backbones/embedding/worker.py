@@ -25,13 +25,19 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from PIL import Image
-from timm.data import create_transform
 from torch import Tensor
 
 from backbones.core.checkpoint_files import sha256_of
 from backbones.core.console import MendableError, memory_shortage
-from backbones.core.images import DECODE_ERRORS, as_8_bits, open_image, require_wide
+from backbones.core.images import (
+    DECODE_ERRORS,
+    as_8_bits,
+    installed_decoder,
+    open_pixels,
+    require_wide,
+)
 from backbones.core.messages import first_line
+from backbones.core.resizing import Resizing
 from backbones.embedding import table
 from backbones.embedding.network import Network
 from backbones.embedding.sources import Item, reader
@@ -91,14 +97,25 @@ class Images:
 
     Args:
         config: preprocessing, as resolved by timm.
+        decoder: one of :data:`backbones.core.images.DECODERS`; None for the fastest.
+
+    Attributes:
+        resize: from 8 bits of any size to the network's size.
+
+    Raises:
+        MendableError: the decoder is not installed.
     """
 
-    def __init__(self, config: dict[str, Any]) -> None:
+    def __init__(self, config: dict[str, Any], decoder: str | None = None) -> None:
         self.config = config
         self.mode = "L" if config["input_size"][0] == 1 else "RGB"
-        self._transform = create_transform(**config, is_training=False, use_prefetcher=True)
-        shape = (1, -1, 1, 1)
-        self._mean, self._std = (torch.tensor(config[key]).view(shape) for key in ("mean", "std"))
+        self.decoder = decoder or installed_decoder()
+        if self.decoder == "simplejpeg" and installed_decoder() != "simplejpeg":
+            raise MendableError(
+                "the table was begun with simplejpeg, which is not usable here: pip install "
+                "simplejpeg, and Pillow's own wheel"
+            )
+        self.resize = Resizing(config)
 
     def decode(self, item: Item) -> tuple[np.ndarray, tuple[int, int]]:
         """Open and decode an image: (C, H, W) uint8, and its original height and width.
@@ -108,17 +125,17 @@ class Images:
         """
         source = item.open()
         if isinstance(source, Image.Image):
-            image = as_8_bits(source, self.mode)
+            pixels = np.asarray(as_8_bits(source, self.mode))
         else:
             with source:
-                image = open_image(source, self.mode)
-        require_wide(image, self.config)
-        return np.asarray(self._transform(image)), (image.height, image.width)
+                pixels = open_pixels(source, self.mode, self.decoder)
+        height, width = pixels.shape[:2]
+        require_wide((width, height), self.config)
+        return self.resize(pixels), (height, width)
 
     def normalise(self, images: Sequence[np.ndarray]) -> Tensor:
         """Make a batch (B, C, H, W) for the network, bit-identical to timm's transform."""
-        batch = torch.from_numpy(np.stack(images)).float()
-        return batch.div_(255).sub_(self._mean).div_(self._std)
+        return self.resize.normalise(np.stack(images))
 
 
 class Worker:
@@ -141,7 +158,7 @@ class Worker:
         self.job, self.network = job, network
         network.prepare(said["computed"], torch.device(job.device))
         self._reader = reader(said["source"])
-        self._images = Images(said["preprocessing"])
+        self._images = Images(said["preprocessing"], said.get("decoder", "pillow"))
         self._identity = table.identity(said)
         self._schema = table.schema(said["dim"], said["dtype"], bool(said["classes"]))
         self._pool = ThreadPoolExecutor(job.decoders) if job.decoders else None

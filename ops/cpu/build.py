@@ -33,6 +33,8 @@ _log = logging.getLogger(__name__)
 
 # Used by plain layers but few models, so these are not compiled along with all the others.
 _OF_PLAIN_LAYERS = {"deformable", "neighborhood"}
+# Used by readers of images, which need no other kernel.
+_ALONE = {"resize"}
 
 
 @dataclass(frozen=True)
@@ -267,8 +269,11 @@ def _build(
 
 def _compiled_with(name: str) -> list[str]:
     """The kernels compiled along with ``name``: those of fused models, or those of plain layers."""
+    if name in _ALONE:
+        return [name]
     is_plain = name in _OF_PLAIN_LAYERS
-    return [n for n in sources() if n == libraries.GEMM or (n in _OF_PLAIN_LAYERS) == is_plain]
+    others = [n for n in sources() if n not in _ALONE]
+    return [n for n in others if n == libraries.GEMM or (n in _OF_PLAIN_LAYERS) == is_plain]
 
 
 def _is_missing(name: str, isa: str, folder: Path) -> bool:

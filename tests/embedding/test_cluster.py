@@ -79,7 +79,7 @@ def test_worker_errors_are_one_line(
     out = tmp_path / "out"
     argv = words(photos, out, checkpoint, "--engine=ray", f"--address={cluster.address}")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("backbones.embedding.run.digest", lambda path: "0")
+        patch.setattr("backbones.embedding.run.sha256_of", lambda path: "0")
         assert main(argv) == 2
     said = capsys.readouterr().err
     assert "is not the file that" in said

@@ -26,6 +26,7 @@ import backbones
 from backbones.cli.common import load as load_model
 from backbones.cli.main import main
 from backbones.cli.predict import open_image, preprocessing
+from backbones.core import images
 from backbones.core.checkpoint_files import sha256_of
 from backbones.core.console import CommandError
 from backbones.embedding import embed, local, network, table, worker
@@ -338,6 +339,37 @@ def test_missing_packages(
     assert f"pip install {'pyarrow' if package == 'pyarrow' else 'ray[data]'}" in (
         capsys.readouterr().err.replace("'", "")
     )
+
+
+def test_the_decoder_stays_the_same(
+    photos: Path,
+    checkpoint: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """A table is finished with the decoder it was begun with, or not at all."""
+    out, words_of = photos.parent / "out", functools.partial(words, photos)
+    monkeypatch.setattr(images.features, "check_feature", lambda name: False)
+    assert run(*words_of(out, checkpoint)) == 0
+    assert table.metadata(out)["decoder"] == "pillow"
+    table.shard_path(out, 1).unlink()
+    monkeypatch.undo()
+    used: list[str] = []
+    plain = worker.Images.__init__
+
+    def noting(self: worker.Images, *given: Any) -> None:
+        plain(self, *given)
+        used.append(self.decoder)
+
+    monkeypatch.setattr(worker.Images, "__init__", noting)
+    assert run(*words_of(out, checkpoint)) == 0
+    assert run(*words_of(photos.parent / "other", checkpoint)) == 0
+    assert used == ["pillow", "simplejpeg"]
+    table.shard_path(photos.parent / "other", 1).unlink()
+    monkeypatch.setattr(images.features, "check_feature", lambda name: False)
+    capsys.readouterr()
+    assert run(*words_of(photos.parent / "other", checkpoint)) == 2
+    assert "begun with simplejpeg, which is not usable here" in capsys.readouterr().err
 
 
 def test_out_is_beside_the_source(

@@ -30,6 +30,7 @@ _KERNELS = {
     "cpu/layout/test_nchw.py": "nchw",
     "cpu/norm/test_layer_norm.py": "norm",
     "cpu/pooling/test_window_means.py": "pooling",
+    "cpu/resize/test_resize.py": "resize",
     "cpu/stem/test_packed_stem.py": "stem",
     "neighborhood/test_cpu.py": "neighborhood",
     "replay/test_replay.py::test_pointwise_calls_equal_torchs_bitwise": "replay",

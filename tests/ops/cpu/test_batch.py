@@ -55,7 +55,7 @@ def test_plain_layers_kernels_compile_alone(four, compilations, monkeypatch) -> 
 
 
 def test_those_of_plain_layers_exist() -> None:
-    assert not build._OF_PLAIN_LAYERS.difference(build.sources())
+    assert not (build._OF_PLAIN_LAYERS | build._ALONE).difference(build.sources())
 
 
 def test_one_compilation_per_cpu(four, compilations, monkeypatch) -> None:
@@ -194,3 +194,12 @@ def test_without_a_terminal_slow_builds_log_one_line(seconds, lines, monkeypatch
     said = [r.getMessage() for r in caplog.records if r.levelno == logging.WARNING]
     assert len(said) == lines
     assert all("Compiling 1 C++ kernel for avx2" in line for line in said)
+
+
+def test_what_readers_of_images_use_waits_for_nothing(four, compilations, monkeypatch) -> None:
+    monkeypatch.setattr(build, "_ALONE", {"a"})
+    assert cpu.load("a").answer() == 42
+    assert _kept() == ["a"]
+    assert cpu.load("c").answer() == 42
+    assert _kept() == _NAMES
+    assert len(compilations) == 4
