@@ -1,0 +1,413 @@
+"""ViT-Adapter: a pyramid from a single-resolution network and a convolutional branch beside it.
+
+Zhe Chen et al., "Vision Transformer Adapter for Dense Predictions", ICLR 2023,
+https://arxiv.org/abs/2205.08534. Convolutions make maps at strides 4 to 32 of the image. Around
+each stage of the network, deformable attention passes features from the branch to the network's
+tokens (injector) and back (extractor).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from timm.layers import DropPath
+from timm.models import FeatureInfo
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.checkpoint import checkpoint
+
+from backbones.core.isotropic import IsotropicBackbone
+from backbones.core.keywords import KEYWORDS, checked, one_of, whole
+from backbones.core.published import renamed
+from ops.arguments import require_tensor
+from ops.attention.deformable import DeformableAttention, pixel_centres
+from ops.batch_norm import BatchNorm2d
+from ops.init import init_fan_out
+
+__all__ = ["ViTAdapter"]
+
+_STRIDES = (4, 8, 16, 32)
+Sizes = Sequence[tuple[int, int]]
+
+
+class SpatialPrior(nn.Module):
+    """Convolutions of the image, and projections of their maps at strides 4, 8, 16 and 32.
+
+    (B, in_chans, H, W) → four maps (B, dim, ⌈H / stride⌉, ⌈W / stride⌉).
+
+    Args:
+        in_chans: image channels.
+        hidden_dim: channels at stride 4; twice and four times as many at coarser strides.
+        dim: channels of the returned maps.
+    """
+
+    def __init__(self, in_chans: int, hidden_dim: int, dim: int) -> None:
+        super().__init__()
+        widths = (hidden_dim, 2 * hidden_dim, 4 * hidden_dim, 4 * hidden_dim)
+        self.stem = nn.Sequential(
+            *_conv_norm_act(in_chans, hidden_dim, stride=2),
+            *_conv_norm_act(hidden_dim, hidden_dim),
+            *_conv_norm_act(hidden_dim, hidden_dim),
+            nn.MaxPool2d(3, stride=2, padding=1),
+        )
+        self.convs = nn.ModuleList(
+            nn.Sequential(*_conv_norm_act(widths[i], widths[i + 1], stride=2)) for i in range(3)
+        )
+        self.projections = nn.ModuleList(nn.Conv2d(width, dim, 1) for width in widths)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        maps = [self.stem(x)]
+        for conv in self.convs:
+            maps.append(conv(maps[-1]))
+        return [project(m) for project, m in zip(self.projections, maps, strict=True)]
+
+
+def _conv_norm_act(in_chs: int, out_chs: int, stride: int = 1) -> list[nn.Module]:
+    conv = nn.Conv2d(in_chs, out_chs, 3, stride, padding=1, bias=False)
+    return [conv, BatchNorm2d(out_chs), nn.ReLU(inplace=True)]
+
+
+class ConvMlp(nn.Module):
+    """A feed-forward with a depthwise 3×3 convolution, shared by several maps.
+
+    (B, S, dim), the maps' flattened and concatenated pixels → the same.
+    """
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden_dim)
+        self.dwconv = nn.Conv2d(hidden_dim, hidden_dim, 3, padding=1, groups=hidden_dim)
+        self.act = nn.GELU()
+        self.fc2 = nn.Linear(hidden_dim, dim)
+
+    def forward(self, x: Tensor, sizes: Sizes) -> Tensor:
+        x = _to_tokens([self.dwconv(m) for m in _to_maps(self.fc1(x), sizes)])
+        return self.fc2(self.act(x))
+
+
+class Injector(nn.Module):
+    """Adds features of the branch to the network's tokens, scaled by ``gamma``, initially zero.
+
+    Args:
+        dim: channels.
+        make_attention: creates a deformable attention from a number of maps.
+    """
+
+    def __init__(self, dim: int, make_attention: Callable[[int], DeformableAttention]) -> None:
+        super().__init__()
+        self.query_norm = nn.LayerNorm(dim, eps=1e-6)
+        self.feat_norm = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = make_attention(3)
+        self.gamma = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, tokens: Tensor, branch: Tensor, sizes: Sizes) -> Tensor:
+        """(B, N, dim) tokens and (B, S, dim) of the branch's ``sizes`` → (B, N, dim)."""
+        references = _references(tokens, sizes[1:2])
+        attended = self.attn(self.query_norm(tokens), references, self.feat_norm(branch), sizes)
+        return tokens + self.gamma * attended
+
+
+class Extractor(nn.Module):
+    """Adds features of the network's tokens to the branch, followed by a feed-forward.
+
+    Args:
+        dim: channels.
+        make_attention: creates a deformable attention from a number of maps.
+        hidden_dim: of the feed-forward.
+        drop_path: stochastic depth of the feed-forward.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        make_attention: Callable[[int], DeformableAttention],
+        hidden_dim: int,
+        drop_path: float,
+    ) -> None:
+        super().__init__()
+        self.query_norm = nn.LayerNorm(dim, eps=1e-6)
+        self.feat_norm = nn.LayerNorm(dim, eps=1e-6)
+        self.attn = make_attention(1)
+        self.ffn_norm = nn.LayerNorm(dim, eps=1e-6)
+        self.ffn = ConvMlp(dim, hidden_dim)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, branch: Tensor, tokens: Tensor, sizes: Sizes) -> Tensor:
+        """(B, S, dim) of the branch's ``sizes`` and (B, N, dim) tokens → (B, S, dim)."""
+        references = _references(branch, sizes)
+        branch = branch + self.attn(
+            self.query_norm(branch), references, self.feat_norm(tokens), sizes[1:2]
+        )
+        return branch + self.drop_path(self.ffn(self.ffn_norm(branch), sizes))
+
+
+class Interaction(nn.Module):
+    """What surrounds a stage of the network: an injector before it, extractors after it.
+
+    Args:
+        injector: see :class:`Injector`.
+        extractors: the first one, and those that the last stage has in addition.
+    """
+
+    def __init__(self, injector: Injector, extractors: Sequence[Extractor]) -> None:
+        super().__init__()
+        self.injector = injector
+        self.extractor = extractors[0]
+        self.extra_extractors = nn.ModuleList(extractors[1:])
+
+
+class AdapterLayers(nn.Module):
+    """All layers besides the network's; :class:`ViTAdapter` runs them.
+
+    Args:
+        prior: the convolutions.
+        interactions: one for each stage of the network.
+        dim: channels of the maps.
+    """
+
+    def __init__(self, prior: SpatialPrior, interactions: Sequence[Interaction], dim: int) -> None:
+        super().__init__()
+        self.prior = prior
+        self.level_embed = nn.Parameter(torch.empty(3, dim))
+        self.interactions = nn.ModuleList(interactions)
+        self.up = nn.ConvTranspose2d(dim, dim, 2, 2)
+        self.norms = nn.ModuleList(BatchNorm2d(dim) for _ in _STRIDES)
+        self.init_weights()
+
+    @torch.no_grad()
+    def init_weights(self) -> None:
+        """The published initialisation."""
+        self.apply(init_fan_out)
+        for module in self.modules():
+            if isinstance(module, DeformableAttention):
+                module.init_weights()
+        nn.init.normal_(self.level_embed)
+        nn.init.normal_(self.up.weight, std=(2 / (4 * self.up.out_channels)) ** 0.5)
+        nn.init.zeros_(self.up.bias)  # type: ignore[arg-type]
+
+
+class ViTAdapter(nn.Module):
+    """A backbone of four maps around any single-resolution network.
+
+    (B, in_chans, H, W) → four maps (B, dim, ⌈H / stride⌉, ⌈W / stride⌉) of strides 4, 8, 16 and 32,
+    for any size from 32×32. Images are zero-padded to a multiple of 32, as detectors do anyway.
+
+    The network's final norm and classifier are removed, so that every parameter is trained. Load
+    the network's weights before or after wrapping it: :func:`backbones.load_checkpoint` accepts
+    classification checkpoints for an adapter, which leave its own layers untrained, and those of
+    detectors and segmenters with one. At initialisation, ``gamma`` is zero and the network computes
+    the same as without the adapter.
+
+    Vision-RWKV's published detectors and segmenters use this form of the adapter: stochastic depth
+    applies to all extractors, not to those of the stages only.
+
+    Args:
+        network: a single-resolution backbone of stride 16, such as ``create_model("vrwkv_t")``.
+        num_heads: of the deformable attention; published: 6, 6, 12 and 16 for T, S, B and L.
+        points: samples of each head on each map.
+        value_ratio: channels of the deformable attention's values relative to the network's;
+            published: 1 for T and S, 0.5 for B and L.
+        mlp_ratio: width of the extractors' feed-forwards relative to the network's.
+        stem_dim: channels of the first convolutions.
+        drop_path_rate: stochastic depth of the extractors' feed-forwards; published: the network's.
+        add_tokens: add the network's tokens, resized, to the returned maps: ``"last"`` adds the
+            last stage's to all of them, as in the published detectors; ``"each"`` adds each
+            stage's to one map, the first to the finest, as in the published segmenters (of four
+            stages); ``"none"`` adds none.
+
+    Attributes:
+        feature_info: channels and strides of the maps, as of ``features_only`` models.
+
+    Raises:
+        TypeError: not a single-resolution backbone of this library.
+        ValueError: a fused one, one with ``pyramid=True``, a stride other than 16, another number
+            of stages than four with ``add_tokens="each"``, or heads that don't divide the channels.
+    """
+
+    @checked(
+        num_heads=whole(1, 1024),
+        points=whole(1, 64),
+        value_ratio=KEYWORDS["mlp_ratio"],
+        add_tokens=one_of("last", "each", "none"),
+    )
+    def __init__(
+        self,
+        network: IsotropicBackbone,
+        *,
+        num_heads: int = 6,
+        points: int = 4,
+        value_ratio: float = 1.0,
+        mlp_ratio: float = 0.25,
+        stem_dim: int = 64,
+        drop_path_rate: float = 0.0,
+        add_tokens: str = "last",
+    ) -> None:
+        super().__init__()
+        _check_network(network)
+        if add_tokens == "each" and len(network.stages) != len(_STRIDES):
+            raise ValueError(
+                f"add_tokens='each' needs a network of four stages, got {len(network.stages)}"
+            )
+        network.norm = nn.Identity()
+        network.reset_classifier(0, "")
+        network.head = nn.Identity()
+        dim, stages = network.num_features, len(network.stages)
+
+        def attention(levels: int) -> DeformableAttention:
+            return DeformableAttention(dim, num_heads, levels, points, value_ratio)
+
+        def extractor() -> Extractor:
+            return Extractor(dim, attention, max(1, int(dim * mlp_ratio)), drop_path_rate)
+
+        self.network = network
+        self.adapter = AdapterLayers(
+            SpatialPrior(network.in_chans, stem_dim, dim),
+            [
+                Interaction(
+                    Injector(dim, attention),
+                    [extractor() for _ in range(3 if stage == stages - 1 else 1)],
+                )
+                for stage in range(stages)
+            ],
+            dim,
+        )
+        self.add_tokens = add_tokens
+        self.grad_checkpointing = False
+        self.feature_info = FeatureInfo(
+            [
+                {"num_chs": dim, "reduction": stride, "module": f"adapter.norms.{i}"}
+                for i, stride in enumerate(_STRIDES)
+            ],
+            out_indices=tuple(range(len(_STRIDES))),
+        )
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        """The four maps, fine to coarse.
+
+        Raises:
+            TypeError: ``x`` is not a tensor.
+        """
+        require_tensor("x", x)
+        height, width = x.shape[2:]
+        x = F.pad(x, (0, -width % 32, 0, -height % 32))
+        sizes = [(x.shape[2] // stride, x.shape[3] // stride) for stride in _STRIDES]
+        layers = self.adapter
+        finest, *coarser = layers.prior(x)
+        branch = _to_tokens(coarser, layers.level_embed)
+
+        x = self.network.embed(x)
+        outputs = []  # of each stage
+        for i, (stage, around) in enumerate(
+            zip(self.network.stages, layers.interactions, strict=True)
+        ):
+            tokens = self._run(around.injector, _to_tokens([x]), branch, sizes[1:])
+            (x,) = _to_maps(tokens, [x.shape[2:]])
+            x = stage(self.network.after_embed(x) if i == 0 else x)
+            outputs.append(x)
+            tokens = _to_tokens([x])
+            for extractor in (around.extractor, *around.extra_extractors):
+                branch = self._run(extractor, branch, tokens, sizes[1:])
+
+        coarser = _to_maps(branch, sizes[1:])
+        maps = [finest + layers.up(coarser[0]), *coarser]
+        if self.add_tokens != "none":
+            added = outputs if self.add_tokens == "each" else [x] * len(maps)
+            maps = [m + _resized(t, m.shape[2:]) for m, t in zip(maps, added, strict=True)]
+        cropped = [
+            m[:, :, : -(-height // stride), : -(-width // stride)].contiguous()
+            for m, stride in zip(maps, _STRIDES, strict=True)
+        ]
+        return [norm(m) for norm, m in zip(layers.norms, cropped, strict=True)]
+
+    def _run(self, layer: nn.Module, *arguments: Any) -> Tensor:
+        if self.grad_checkpointing and torch.is_grad_enabled():
+            return checkpoint(layer, *arguments, use_reentrant=False)
+        return layer(*arguments)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recompute blocks, injectors and extractors in the backward pass."""
+        self.network.set_grad_checkpointing(enable)
+        self.grad_checkpointing = enable
+
+    # -- checkpoints -----------------------------------------------------------------------------
+
+    @property
+    def fused(self) -> bool:
+        """Whether the network was fused."""
+        return self.network.fused
+
+    @property
+    def classifier(self) -> tuple[str, ...]:
+        """No classifier; for :func:`backbones.load_checkpoint`."""
+        return ()
+
+    def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Converts the names of published detectors, and of classification checkpoints."""
+        adapter, network = {}, {}
+        for key, tensor in state_dict.items():
+            name = renamed(key, _RENAMES)
+            if name.startswith("adapter."):
+                adapter[name] = tensor
+            else:
+                network[name.removeprefix("network.")] = tensor
+        converted = self.network.convert_state_dict(network)
+        return adapter | {f"network.{name}": tensor for name, tensor in converted.items()}
+
+    def resize_tensor(self, name: str, tensor: Tensor, shape: torch.Size) -> Tensor | None:
+        """Adapts the network's tables, and its first convolution."""
+        return self.network.resize_tensor(name.removeprefix("network."), tensor, shape)
+
+
+_RENAMES = (
+    (r"^(level_embed$|interactions\.|up\.)", r"adapter.\1"),
+    (r"\.dwconv\.dwconv\.", ".dwconv."),
+    (r"^spm\.stem\.", "adapter.prior.stem."),
+    *((rf"^spm\.conv{i + 2}\.", f"adapter.prior.convs.{i}.") for i in range(3)),
+    *((rf"^spm\.fc{i + 1}\.", f"adapter.prior.projections.{i}.") for i in range(4)),
+    *((rf"^norm{i + 1}\.", f"adapter.norms.{i}.") for i in range(4)),
+)
+
+
+def _check_network(network: Any) -> None:
+    if not isinstance(network, IsotropicBackbone):
+        raise TypeError(
+            "ViTAdapter needs a single-resolution backbone of this library, not wrapped by "
+            f"features_only, got {type(network).__name__}"
+        )
+    if network.pyramid is not None:
+        raise ValueError("ViTAdapter makes its own pyramid; create the network with pyramid=False")
+    if network.fused:
+        raise ValueError("wrap the network before fuse(), got a fused one")
+    if (stride := network.feature_info[0]["reduction"]) != 16:
+        raise ValueError(f"ViTAdapter needs a network of stride 16, got {stride}")
+
+
+def _to_tokens(maps: Sequence[Tensor], offsets: Tensor | None = None) -> Tensor:
+    """Flattened, concatenated pixels (B, S, dim) of the maps, with a vector added to each map."""
+    tokens = [m.flatten(2).transpose(1, 2) for m in maps]
+    if offsets is not None:
+        tokens = [t + offset for t, offset in zip(tokens, offsets, strict=True)]
+    return torch.cat(tokens, dim=1)
+
+
+def _to_maps(tokens: Tensor, sizes: Sequence[Sequence[int]]) -> list[Tensor]:
+    """The contiguous maps (B, dim, h, w) that :func:`_to_tokens` flattened."""
+    parts = tokens.split([height * width for height, width in sizes], dim=1)
+    return [
+        part.transpose(1, 2).contiguous().unflatten(2, tuple(size))
+        for part, size in zip(parts, sizes, strict=True)
+    ]
+
+
+def _references(queries: Tensor, sizes: Sizes) -> Tensor:
+    """Where the queries are, in float32 or higher."""
+    dtype = torch.promote_types(queries.dtype, torch.float32)
+    return pixel_centres(sizes, queries.device, dtype)
+
+
+def _resized(tokens: Tensor, size: Sequence[int]) -> Tensor:
+    if tokens.shape[2:] == tuple(size):
+        return tokens
+    return F.interpolate(tokens, size=tuple(size), mode="bilinear", align_corners=False)
