@@ -209,7 +209,7 @@ class ViTAdapter(nn.Module):
         points: samples of each head on each map.
         value_ratio: channels of the deformable attention's values relative to the network's;
             published: 1 for T and S, 0.5 for B and L.
-        mlp_ratio: width of the extractors' feed-forwards relative to the network's.
+        ffn_ratio: width of the extractors' feed-forwards relative to the network's.
         stem_dim: channels of the first convolutions.
         drop_path_rate: stochastic depth of the extractors' feed-forwards; published: the network's.
         add_tokens: add the network's tokens, resized, to the returned maps: ``"last"`` adds the
@@ -230,6 +230,7 @@ class ViTAdapter(nn.Module):
         num_heads=whole(1, 1024),
         points=whole(1, 64),
         value_ratio=KEYWORDS["mlp_ratio"],
+        ffn_ratio=KEYWORDS["mlp_ratio"],
         add_tokens=one_of("last", "each", "none"),
     )
     def __init__(
@@ -239,7 +240,7 @@ class ViTAdapter(nn.Module):
         num_heads: int = 6,
         points: int = 4,
         value_ratio: float = 1.0,
-        mlp_ratio: float = 0.25,
+        ffn_ratio: float = 0.25,
         stem_dim: int = 64,
         drop_path_rate: float = 0.0,
         add_tokens: str = "last",
@@ -259,7 +260,7 @@ class ViTAdapter(nn.Module):
             return DeformableAttention(dim, num_heads, levels, points, value_ratio)
 
         def extractor() -> Extractor:
-            return Extractor(dim, attention, max(1, int(dim * mlp_ratio)), drop_path_rate)
+            return Extractor(dim, attention, max(1, int(dim * ffn_ratio)), drop_path_rate)
 
         self.network = network
         self.adapter = AdapterLayers(
