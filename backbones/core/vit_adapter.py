@@ -194,14 +194,14 @@ class ViTAdapter(nn.Module):
     (B, in_chans, H, W) → four maps (B, dim, ⌈H / stride⌉, ⌈W / stride⌉) of strides 4, 8, 16 and 32,
     for any size from 32×32. Images are zero-padded to a multiple of 32, as detectors do anyway.
 
-    The network's final norm and classifier are removed, so that every parameter is trained. Load
-    the network's weights before or after wrapping it: :func:`backbones.load_checkpoint` accepts
-    classification checkpoints for an adapter, which leave its own layers untrained, and those of
-    detectors and segmenters with one. At initialisation, ``gamma`` is zero and the network computes
-    the same as without the adapter.
+    The network is modified: its final norm and classifier are removed, so that every parameter is
+    trained. Its weights can be loaded before or after: :func:`backbones.load_checkpoint` takes an
+    adapter, too, and files of classifiers (the adapter's own layers then stay untrained) as well as
+    files of detectors and segmenters with an adapter. At initialisation, ``gamma`` is zero, and the
+    network computes the same as without the adapter.
 
-    Vision-RWKV's published detectors and segmenters use this form of the adapter: stochastic depth
-    applies to all extractors, not to those of the stages only.
+    This is the form of Vision-RWKV's published detectors and segmenters, where stochastic depth
+    applies to every extractor, including the two additional ones after the last stage.
 
     Args:
         network: a single-resolution backbone of stride 16, such as ``create_model("vrwkv_t")``.
@@ -251,9 +251,6 @@ class ViTAdapter(nn.Module):
             raise ValueError(
                 f"add_tokens='each' needs a network of four stages, got {len(network.stages)}"
             )
-        network.norm = nn.Identity()
-        network.reset_classifier(0, "")
-        network.head = nn.Identity()
         dim, stages = network.num_features, len(network.stages)
 
         def attention(levels: int) -> DeformableAttention:
@@ -262,7 +259,6 @@ class ViTAdapter(nn.Module):
         def extractor() -> Extractor:
             return Extractor(dim, attention, max(1, int(dim * ffn_ratio)), drop_path_rate)
 
-        self.network = network
         self.adapter = AdapterLayers(
             SpatialPrior(network.in_chans, stem_dim, dim),
             [
@@ -274,6 +270,10 @@ class ViTAdapter(nn.Module):
             ],
             dim,
         )
+        network.norm = nn.Identity()
+        network.reset_classifier(0, "")
+        network.head = nn.Identity()
+        self.network = network
         self.add_tokens = add_tokens
         self.grad_checkpointing = False
         self.feature_info = FeatureInfo(

@@ -193,8 +193,12 @@ class DeformableAttention(nn.Module):
         value = self.value_proj(features).unflatten(2, (self.num_heads, -1))
         weights = self.attention_weights(query).unflatten(2, (self.num_heads, -1)).softmax(-1)
         offsets = self.sampling_offsets(query).unflatten(2, (*shape, 2)).to(references.dtype)
-        extents = references.new_tensor([(width, height) for height, width in sizes])[:, None]
-        locations = references[:, None, None, None] + offsets / extents
+        # One map at a time, since a tensor of the sizes would be copied to the device.
+        relative = [
+            torch.stack([offset[..., 0] / width, offset[..., 1] / height], dim=-1)
+            for offset, (height, width) in zip(offsets.unbind(3), sizes, strict=True)
+        ]
+        locations = references[:, None, None, None] + torch.stack(relative, dim=3)
         out = deformable_attention(value, sizes, locations, weights.unflatten(3, shape[1:]))
         return self.output_proj(out)
 

@@ -197,6 +197,16 @@ def test_forward_and_backward_of_the_others(path: Path) -> None:
     _train_once(path)
 
 
+@pytest.mark.parametrize(("size", "name"), [("t", "vig_t"), ("s", "vig_s"), ("s", "vitrpb_small")])
+def test_configs_of_vision_rwkv_fit_other_networks(size: str, name: str) -> None:
+    """Which have the same width and depth, as the guide shows."""
+    cfg = Config.fromfile(ROOT / f"det/vrwkv/mask-rcnn_vrwkv-{size}_fpn_1x_coco.py")
+    other = dict(_delete_=True, type="VisionBackbone", name=name, adapter=dict(num_heads=6))
+    cfg.merge_from_dict(dict(model=dict(backbone=other)))
+    assert cfg.model.backbone.name == name
+    check_channels(cfg.model)
+
+
 def test_averaged_weights_can_be_made() -> None:
     """The hook of UniRepLKNet's larger detectors, on a small model."""
     init_default_scope("mmdet")

@@ -238,6 +238,25 @@ def test_is_the_published_one_and_loads_its_detectors(add_tokens: str) -> None:
         torch.testing.assert_close(ours, theirs)
 
 
+@pytest.mark.parametrize(
+    ("size", "num_heads", "value_ratio", "millions"),
+    [
+        ("t", 6, 1, 8.4),
+        pytest.param("s", 6, 1, 29.3, marks=pytest.mark.slow),
+        ("b", 12, 0.5, 106.6),
+        pytest.param("l", 16, 0.5, 351.9, marks=pytest.mark.slow),
+    ],
+)
+def test_has_as_many_parameters_as_published(
+    size: str, num_heads: int, value_ratio: float, millions: float
+) -> None:
+    """Of Vision-RWKV's backbones for dense tasks, by its README."""
+    with torch.device("meta"):
+        network = backbones.create_model(f"vrwkv_{size}")
+        adapter = ViTAdapter(network, num_heads=num_heads, value_ratio=value_ratio)
+    assert round(sum(p.numel() for p in adapter.parameters()) / 1e6, 1) == millions
+
+
 @torch.no_grad()
 def test_without_tokens_only_the_branch_is_returned() -> None:
     adapter = _adapter(add_tokens="none").eval()
