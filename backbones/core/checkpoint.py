@@ -179,6 +179,7 @@ def load_checkpoint(
     if strict and report.nonfinite:
         raise CheckpointError(_not_finite_text(name, report.nonfinite))
     if target is not backbone:
+        assert isinstance(backbone, StagedBackbone)
         backbone.fuse()
     backbone.load_state_dict(fitted, strict=False)
     if any(names for kind, names in vars(report).items() if kind not in ("source", "ignored")):

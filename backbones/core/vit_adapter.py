@@ -148,6 +148,7 @@ class ViTAdapter(nn.Module):
 
         x = self.network.embed(x)
         outputs = []  # of each stage
+        around: Any
         for i, (stage, around) in enumerate(
             zip(self.network.stages, layers.interactions, strict=True)
         ):
