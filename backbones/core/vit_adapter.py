@@ -107,6 +107,7 @@ class ViTAdapter(nn.Module):
         def extractor() -> Extractor:
             return Extractor(dim, attention, max(1, int(dim * ffn_ratio)), drop_path_rate)
 
+        self.network = network
         self.adapter = AdapterLayers(
             SpatialPrior(network.in_chans, stem_dim, dim),
             [
@@ -121,7 +122,6 @@ class ViTAdapter(nn.Module):
         network.norm = nn.Identity()
         network.reset_classifier(0, "")
         network.head = nn.Identity()
-        self.network = network
         self.add_tokens = add_tokens
         self.grad_checkpointing = False
         self.feature_info = FeatureInfo(
