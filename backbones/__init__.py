@@ -28,6 +28,7 @@ try:
     from backbones.core.isotropic import IsotropicBackbone
     from backbones.core.registry import create_model, empty_cache, fuse, list_families, list_models
     from backbones.core.stage import IsotropicStage, Stage
+    from backbones.core.vit_adapter import ViTAdapter
 
     # Importing a family registers its models here and with timm, and then its inference forms.
     from backbones import (  # isort: skip
@@ -78,6 +79,7 @@ __all__ = [
     "LoadReport",
     "Stage",
     "StagedBackbone",
+    "ViTAdapter",
     "biformer",
     "create_model",
     "dinat_s",

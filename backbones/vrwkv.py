@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from itertools import islice
 from typing import Any
 
+import torch
 import torch.nn.functional as F
 from timm.layers import (
     ClassifierHead,
@@ -57,8 +58,12 @@ class PatchEmbed(nn.Module):
         self.norm = LayerNorm2d(dim, eps=1e-5)
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.embed(x))
+
+    def embed(self, x: Tensor) -> Tensor:
+        """Without the norm."""
         x = self.conv(F.pad(x, (0, -x.shape[3] % _PATCH, 0, -x.shape[2] % _PATCH)))
-        return self.norm(self.position(x))
+        return self.position(x)
 
 
 class VRWKV(IsotropicBackbone):
@@ -150,8 +155,21 @@ class VRWKV(IsotropicBackbone):
             for part in (block.attn, block.mlp):
                 part.init_weights(layer, len(blocks))
 
+    def embed(self, x: Tensor) -> Tensor:
+        """Without the stem's norm, with which the original's first block begins."""
+        stem: Any = self.stem
+        return stem.embed(x)
+
+    def after_embed(self, x: Tensor) -> Tensor:
+        """The stem's norm."""
+        stem: Any = self.stem
+        return stem.norm(x)
+
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
-        """Converts the names of the original, which numbers blocks consecutively."""
+        """Converts the names of the original, which numbers blocks consecutively.
+
+        A network without layer scales is one with scales of 1.
+        """
 
         def place(match: re.Match[str]) -> str:
             try:
@@ -162,6 +180,10 @@ class VRWKV(IsotropicBackbone):
         converted = {}
         for key, tensor in state_dict.items():
             converted[re.sub(r"^layers\.(\d+)\.", place, renamed(key, _RENAMES))] = tensor
+        own = self.state_dict()
+        scales = [name for name in own if name.endswith((".ls1.gamma", ".ls2.gamma"))]
+        if own.keys() & converted.keys() and not any(name in converted for name in scales):
+            converted |= {name: torch.ones(own[name].shape) for name in scales}
         return converted
 
 

@@ -19,6 +19,7 @@ from backbones.core.checkpoint_files import HARMLESS, LOG_BUFFER, CheckpointErro
 from backbones.core.download import downloaded, is_url
 from backbones.core.keywords import flag
 from backbones.core.messages import joined_lines, shown
+from backbones.core.vit_adapter import ViTAdapter
 
 __all__ = [
     "HARMLESS",
@@ -99,7 +100,8 @@ def load_checkpoint(
     the model is fused first. The model is modified only if everything fits.
 
     Args:
-        model: a backbone, or a ``features_only=True`` wrapper of one.
+        model: a backbone, a ``features_only=True`` wrapper of one, or a
+            :class:`backbones.ViTAdapter`.
         source: a ``.pth``, ``.pt``, ``.bin`` or ``.safetensors`` file, an http(s) URL of one, or
             a loaded state dict.
         strict: whether missing and unexpected tensors, and NaN or infinite weights, are errors.
@@ -118,7 +120,7 @@ def load_checkpoint(
     flag("strict", strict)
     pruned = isinstance(model, FeatureGetterNet)
     backbone = model.model if pruned else model
-    if not isinstance(backbone, StagedBackbone):
+    if not isinstance(backbone, StagedBackbone | ViTAdapter):
         raise TypeError(f"expected a backbone of this library, got {type(model).__name__}")
     name = "state dict" if isinstance(source, Mapping) else str(source)
     tensors, ignored = strip_prefixes(read_checkpoint(source))
@@ -154,7 +156,12 @@ def load_checkpoint(
                 f"{name}: {key} has shape {tuple(tensor.shape)}, but the model's is "
                 f"{tuple(own[key].shape)}; is it a checkpoint of another variant?"
             )
-    for part in ("out_norms.", "pyramid.", "token_pooling."):  # not in published weights
+    for part in (
+        "out_norms.",
+        "pyramid.",
+        "token_pooling.",
+        "adapter.",
+    ):  # not in published weights
         if not any(part in key for key in tensors):
             report.reinitialised.extend(key for key in own if part in key)
     spared = {*fitted, *report.reinitialised}
@@ -172,6 +179,7 @@ def load_checkpoint(
     if strict and report.nonfinite:
         raise CheckpointError(_not_finite_text(name, report.nonfinite))
     if target is not backbone:
+        assert isinstance(backbone, StagedBackbone)
         backbone.fuse()
     backbone.load_state_dict(fitted, strict=False)
     if any(names for kind, names in vars(report).items() if kind not in ("source", "ignored")):
@@ -317,7 +325,7 @@ def strip_prefixes(tensors: dict[str, Tensor]) -> tuple[dict[str, Tensor], list[
     return tensors, ignored
 
 
-def _absent_parts(model: StagedBackbone, pruned: bool) -> tuple[str, ...]:
+def _absent_parts(model: StagedBackbone | ViTAdapter, pruned: bool) -> tuple[str, ...]:
     """Name prefixes of parts that a full checkpoint has and this model lacks.
 
     These are identities after the stages (dense networks have no final norm, networks without
@@ -326,23 +334,24 @@ def _absent_parts(model: StagedBackbone, pruned: bool) -> tuple[str, ...]:
     absent = [
         f"{name}."
         for name, module in model.named_modules()
-        if isinstance(module, nn.Identity) and name.split(".")[0] in ("norm", "head")
+        if isinstance(module, nn.Identity)
+        and name.removeprefix("network.").split(".")[0] in ("norm", "head")
     ]
-    if pruned:
+    if pruned and isinstance(model, StagedBackbone):
         absent += ["head.", "norm.", "out_norms.", *model.pruned_parts]
     return tuple(absent)
 
 
 def _fused_like(
-    model: StagedBackbone, tensors: dict[str, Tensor], absent: tuple[str, ...]
-) -> StagedBackbone | None:
+    model: StagedBackbone | ViTAdapter, tensors: dict[str, Tensor], absent: tuple[str, ...]
+) -> StagedBackbone | ViTAdapter | None:
     """A fused copy of ``model`` if all or most of the tensors belong to that form, else None.
 
     ``absent`` are name prefixes that the model may lack.
     """
     names = {key for key in tensors if not key.startswith(absent)}
     foreign = len(names - model.state_dict().keys())
-    if model.fused or not foreign:
+    if isinstance(model, ViTAdapter) or model.fused or not foreign:
         return None
     fused = copy.deepcopy(model).fuse()
     fits_less = len(names - fused.state_dict().keys()) >= min(foreign, len(names) / 2)

@@ -81,6 +81,16 @@ class IsotropicBackbone(StagedBackbone):
                 return resize_position_table(tensor, (sides[1], sides[1]))
         return super().resize_tensor(name, tensor, shape)
 
+    # -- running ---------------------------------------------------------------------------------
+
+    def embed(self, x: Tensor) -> Tensor:
+        """The tokens before the first block, to which an adapter adds; default: the stem's."""
+        return self.stem(x)
+
+    def after_embed(self, x: Tensor) -> Tensor:
+        """What remains of the stem after :meth:`embed`; default: nothing."""
+        return x
+
     # -- features --------------------------------------------------------------------------------
 
     def count_features(self) -> int:

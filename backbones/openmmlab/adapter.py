@@ -23,6 +23,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from backbones.core.checkpoint import HARMLESS, LOG_BUFFER, load_checkpoint, load_pretrained
 from backbones.core.registry import create_model, list_models, published_weights
+from backbones.core.vit_adapter import ViTAdapter
 from backbones.openmmlab import mmcv_ops
 
 __all__ = [
@@ -51,6 +52,9 @@ class VisionBackbone(BaseModule):
             whose published detectors do so.
         with_cp: recompute each block in the backward pass to save memory.
         in_channels: image channels.
+        adapter: arguments of a :class:`backbones.ViTAdapter` around a single-resolution network,
+            which then returns maps of strides 4 to 32; ``{}`` for its defaults. Its stochastic
+            depth is ``drop_path_rate``.
         init_cfg: ``dict(type="Pretrained", checkpoint=...)``: a file or URL of a classification
             or dense checkpoint, the original's or ours, or the name of published weights, such as
             ``"van_b2.in1k"``. Used by :meth:`init_weights`.
@@ -79,6 +83,7 @@ class VisionBackbone(BaseModule):
         out_norms: bool | Sequence[int] | None = None,
         with_cp: bool = False,
         in_channels: int = 3,
+        adapter: Mapping[str, Any] | None = None,
         init_cfg: Mapping[str, Any] | None = None,
         **arguments: Any,
     ) -> None:
@@ -90,19 +95,29 @@ class VisionBackbone(BaseModule):
                 f"backbone inside a detector by itself, got {init_cfg}"
             )
         super().__init__(dict(init_cfg) if init_cfg is not None else None)
-        self.model = create_model(
-            name,
-            features_only=True,
-            out_indices=None if out_indices is None else tuple(out_indices),
+        common = dict(
             num_classes=0,
             in_chans=in_channels,
             drop_path_rate=drop_path_rate,
             out_norms=out_norms,
             **arguments,
         )
-        # Remove layers after the maps: distributed training fails for parameters without gradients.
-        self.model.model.head = nn.Identity()
-        stages = len(self.model.model.stages)
+        self.model: Any
+        if adapter is None:
+            indices = None if out_indices is None else tuple(out_indices)
+            self.model = create_model(name, features_only=True, out_indices=indices, **common)
+            # Without the layers after the maps: distributed training fails for parameters that
+            # get no gradients.
+            self.network.head = nn.Identity()
+        else:
+            if out_indices is not None:
+                raise ValueError(
+                    "an adapter returns four maps, of strides 4 to 32; leave out_indices unset, "
+                    f"got {out_indices}"
+                )
+            rate = {} if drop_path_rate is None else {"drop_path_rate": drop_path_rate}
+            self.model = ViTAdapter(create_model(name, **common), **{**rate, **adapter})
+        stages = len(self.network.stages)
         if not -1 <= frozen_stages <= stages:
             raise ValueError(
                 f"frozen_stages must be −1 (none), 0 (the stem) … {stages}, got {frozen_stages}"
@@ -112,9 +127,14 @@ class VisionBackbone(BaseModule):
         self.norm_eval = norm_eval
         self.channels: list[int] = self.model.feature_info.channels()
         self.reductions: list[int] = self.model.feature_info.reduction()
-        self.model.model.set_grad_checkpointing(with_cp)
+        (self.network if adapter is None else self.model).set_grad_checkpointing(with_cp)
         for part in self._frozen_parts():
             part.requires_grad_(False)
+
+    @property
+    def network(self) -> Any:
+        """The backbone itself, inside the wrapper that returns its maps."""
+        return self.model.network if isinstance(self.model, ViTAdapter) else self.model.model
 
     def init_weights(self) -> None:
         """Load the checkpoint of ``init_cfg``, if any."""
@@ -140,7 +160,7 @@ class VisionBackbone(BaseModule):
     def _frozen_parts(self) -> list[nn.Module]:
         if self.frozen_stages < 0:
             return []
-        return [self.model.model.stem, *list(self.model.model.stages)[: self.frozen_stages]]
+        return [self.network.stem, *list(self.network.stages)[: self.frozen_stages]]
 
 
 @OPTIM_WRAPPERS.register_module()
@@ -163,9 +183,10 @@ class CPUAmpOptimWrapper(OptimWrapper):
 class LayerDecayConstructor(DefaultOptimWrapperConstructor):
     """Layer-wise learning rate decay from the backbone's last layer to its stem.
 
-    Layers are defined by the backbone's ``group_matcher``. Parameters outside the backbone have
-    the full rate, its last layer ``decay_rate`` times that, the previous one ``decay_rate``² times.
-    Vectors, biases and parameters in the backbone's ``no_weight_decay`` have no weight decay.
+    Layers are defined by the backbone's ``group_matcher``. Parameters outside the backbone, such
+    as an adapter's, have the full rate, its last layer ``decay_rate`` times that, the previous one
+    ``decay_rate``² times. Vectors, biases and parameters in the backbone's ``no_weight_decay`` have
+    no weight decay.
 
     ``paramwise_cfg`` has the single key ``decay_rate``, in (0, 1]; 1 for equal rates.
 
@@ -211,8 +232,9 @@ def _layer_scales(module: nn.Module, rate: float) -> tuple[dict[str, float], set
     spared: set[str] = set()
     for prefix, child in module.named_modules():
         if isinstance(child, VisionBackbone):
-            inner = f"{prefix}.model.model." if prefix else "model.model."
-            network = child.model.model
+            network = child.network
+            path = next(n for n, m in child.named_modules() if m is network)
+            inner = f"{prefix}.{path}." if prefix else f"{path}."
             layers = group_parameters(network, network.group_matcher(), reverse=True)
             outside = max(layers.values()) + 1
             scales |= {inner + name: rate ** (outside - layer) for name, layer in layers.items()}

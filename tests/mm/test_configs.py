@@ -57,6 +57,7 @@ QUICK = {
     "fpn_inception-next-tiny",
     "mask-rcnn_nat-mini",
     "upernet_dinat-s-tiny",
+    "upernet_vrwkv-t",
 }
 # Of these, head and family are each trained in another one.
 TWICE = {"upernet_van-b0", "retinanet_van-b0", "mask-rcnn_van-b0", "upernet_unireplknet-t"}
@@ -87,7 +88,7 @@ def _backbone(**arguments: Any) -> SimpleNamespace:
 def test_headers_of_configs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapter, "VisionBackbone", _backbone)
     text = path.read_text()
-    assert len(text.splitlines()) <= 15
+    assert len(text.splitlines()) <= 16
     docstring = ast.get_docstring(ast.parse(text))
     assert docstring is not None and "https://arxiv.org/abs/" in docstring
     assert re.search(r"(AP|mIoU) \d\d\.\d\b|no published", docstring)
@@ -96,7 +97,7 @@ def test_headers_of_configs(path: Path, monkeypatch: pytest.MonkeyPatch) -> None
     assert name in backbones.list_models(family=path.parent.name)
     assert _key(path).split("_")[1].removesuffix("-22k") == name.replace("_", "-")
     checkpoint = cfg.model.backbone.get("init_cfg", {}).get("checkpoint", f"{name}.")
-    assert checkpoint.startswith(f"{name}.")
+    assert checkpoint.startswith((f"{name}.", "https://"))
     check_channels(cfg.model)
     head = cfg.model.get("decode_head", cfg.model).type
     assert head == HEADS[path.stem.split("_")[0]]
@@ -125,7 +126,9 @@ def test_data_steps_and_hooks_exist(path: Path) -> None:
     assert known(METRICS, cfg.val_evaluator.type)
     constructor = cfg.optim_wrapper.get("constructor", "DefaultOptimWrapperConstructor")
     assert OPTIM_WRAPPER_CONSTRUCTORS.get(constructor) is not None
-    assert (constructor == "LayerDecayConstructor") == (path.parent.name == "unireplknet")
+    assert (constructor == "LayerDecayConstructor") == (
+        path.parent.name in ("unireplknet", "vrwkv")
+    )
     ends = {"1x": 12, "3x": 36, "40k": 40_000, "80k": 80_000, "160k": 160_000}
     length = cfg.train_cfg.get("max_epochs", cfg.train_cfg.get("max_iters"))
     assert length in [n for word, n in ends.items() if f"_{word}_" in path.stem.replace("-", "_")]
@@ -194,6 +197,16 @@ def test_forward_and_backward(path: Path) -> None:
 @pytest.mark.parametrize("path", [p for p in LEAVES if _key(p) not in TRAINED], ids=_ids)
 def test_forward_and_backward_of_other_configs(path: Path) -> None:
     _train_once(path)
+
+
+@pytest.mark.parametrize(("size", "name"), [("t", "vig_t"), ("s", "vig_s"), ("s", "vitrpb_small")])
+def test_configs_of_vision_rwkv_fit_other_networks(size: str, name: str) -> None:
+    """Which have the same width and depth, as the guide shows."""
+    cfg = Config.fromfile(ROOT / f"det/vrwkv/mask-rcnn_vrwkv-{size}_fpn_1x_coco.py")
+    other = dict(_delete_=True, type="VisionBackbone", name=name, adapter=dict(num_heads=6))
+    cfg.merge_from_dict(dict(model=dict(backbone=other)))
+    assert cfg.model.backbone.name == name
+    check_channels(cfg.model)
 
 
 def test_averaged_weights_can_be_made() -> None:

@@ -18,6 +18,7 @@ from mmengine.logging import HistoryBuffer
 from mmengine.model import convert_sync_batchnorm
 from mmengine.optim import build_optim_wrapper
 from mmengine.registry import MODELS
+from timm.layers import DropPath
 from torch import nn
 from zoo import CLASSIFIERS, SMALL, outlines
 
@@ -65,6 +66,61 @@ def test_out_norms_normalise_the_maps() -> None:
     )
     for m in model(torch.randn(1, 3, 64, 64)):
         torch.testing.assert_close(m.mean(1), torch.zeros_like(m[:, 0]), atol=1e-5, rtol=0)
+
+
+def _adapted(**kwargs: Any) -> VisionBackbone:
+    """A single-resolution network of one block a stage with a ViT-Adapter."""
+    torch.manual_seed(0)
+    arguments = {"name": "vrwkv_t", "dim": 32, "depths": (1, 1, 1, 1)}
+    adapter = {"num_heads": 2, "stem_dim": 8, **kwargs.pop("adapter", {})}
+    return MODELS.build({"type": "VisionBackbone", **arguments, "adapter": adapter, **kwargs})
+
+
+def test_adapter_makes_a_pyramid_of_one_resolution() -> None:
+    model = _adapted(drop_path_rate=0.2, with_cp=True).train()
+    assert model.channels == [32] * 4 and model.reductions == [4, 8, 16, 32]
+    rates = [m.drop_prob for m in model.modules() if isinstance(m, DropPath)]
+    assert rates == pytest.approx([0.0, 0.2 / 3, 0.4 / 3, 0.2] + [0.2] * 6)
+    assert model.model.grad_checkpointing and model.network.stages[0].grad_checkpointing
+    maps = model(torch.randn(2, 3, 64, 96))
+    assert isinstance(maps, tuple)
+    assert [m.shape[2:] for m in maps] == [(16, 24), (8, 12), (4, 6), (2, 3)]
+    sum(m.square().mean() for m in maps).backward()
+    assert [n for n, p in model.named_parameters() if p.grad is None] == []
+    with pytest.raises(ValueError, match=r"leave out_indices unset, got \(0, 1\)"):
+        _adapted(out_indices=(0, 1))
+    with pytest.raises(TypeError, match="single-resolution"):
+        MODELS.build(dict(type="VisionBackbone", name="van_b0", adapter={}))
+
+
+def test_adapter_around_frozen_stages() -> None:
+    model = _adapted(frozen_stages=1, adapter={"drop_path_rate": 0.0}).train()
+    sum(m.square().mean() for m in model(torch.randn(2, 3, 64, 64))).backward()
+    for name, parameter in model.named_parameters():
+        frozen = name.startswith(("model.network.stem.", "model.network.stages.0."))
+        assert parameter.requires_grad == (not frozen) == (parameter.grad is not None)
+
+
+def test_adapter_loads_classifiers_and_detectors(tmp_path: Path) -> None:
+    path = tmp_path / "a.pth"
+    arguments = {"dim": 32, "depths": (1, 1, 1, 1)}
+    classifier = backbones.create_model("vrwkv_t", **arguments).state_dict()
+    torch.save({"state_dict": classifier}, path)
+    init = dict(type="Pretrained", checkpoint=str(path))
+    # Published detectors with VRWKV-T have layer scales, the classifier has none.
+    model = _adapted(layer_scale=1.0, init_cfg=init)
+    model.init_weights()
+    for name, tensor in model.network.state_dict().items():
+        if name in classifier:
+            assert torch.equal(tensor, classifier[name])
+        else:
+            assert name.endswith("gamma") and (tensor == 1).all()
+    detector = nn.ModuleDict({"backbone": model, "neck": nn.Conv2d(3, 3, 1)})
+    torch.save({"state_dict": detector.state_dict()}, path)
+    again = _adapted(layer_scale=1.0, init_cfg=init)
+    again.init_weights()
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name])
 
 
 def test_unknown_names_and_arguments() -> None:
@@ -241,6 +297,18 @@ def test_layer_decay() -> None:
     assert rates[f"{inside}stages.2.blocks.0.mlp.fc1.weight"] == (0.125, 0.05)
     assert rates[f"{inside}stages.0.blocks.0.mlp.fc1.weight"] == (0.5**5, 0.05)
     assert rates[f"{inside}stem.conv.weight"] == (0.5**6, 0.05)
+
+
+def test_layer_decay_leaves_the_adapter_its_full_rate() -> None:
+    """As in the published detectors: the stem is layer 0, the blocks follow, the rest is last."""
+    rates = _rates(0.5, _adapted())
+    inside = "backbone.model.network."
+    assert rates["backbone.model.adapter.up.weight"] == (1.0, 0.05)
+    assert rates["backbone.model.adapter.level_embed"] == (1.0, 0.05)
+    assert rates["backbone.model.adapter.norms.0.weight"] == (1.0, 0.0)
+    assert rates[f"{inside}stages.3.blocks.0.mlp.key.weight"] == (0.5, 0.05)
+    assert rates[f"{inside}stages.0.blocks.0.mlp.mix_k"] == (0.5**4, 0.05)
+    assert rates[f"{inside}stem.position.pos_embed"] == (0.5**5, 0.05)
 
 
 def test_unireplknet_counts_three_blocks_as_a_layer() -> None:

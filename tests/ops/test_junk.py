@@ -56,6 +56,13 @@ GOOD: dict[str, dict[str, Any]] = {
     "ops.attention.cascaded.resize_distance_table": {
         **{"table": _map(2, 3, 3), "height": 4, "width": 4}
     },
+    "ops.attention.deformable.deformable_attention": {
+        **{"value": _map(1, 5, 2, 4), "sizes": [(2, 2), (1, 1)]},
+        **{"locations": _map(1, 3, 2, 2, 1, 2), "weights": _map(1, 3, 2, 2, 1)},
+    },
+    "ops.attention.deformable.pixel_centres": {
+        **{"sizes": [(2, 2), (1, 1)], "device": None, "dtype": torch.float32}
+    },
     "ops.attention.factorized.cross_window_fusion": {
         **{"x": _map(1, 8, 8, 4), "num_heads": 2, "window_size": 3, "dilation": 2}
     },

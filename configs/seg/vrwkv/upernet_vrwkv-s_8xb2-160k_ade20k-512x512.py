@@ -1,0 +1,15 @@
+"""UPerNet 160k on ADE20K with VRWKV-S: mIoU 47.2 (its code's README).
+Duan et al., "Vision-RWKV", https://arxiv.org/abs/2403.02308."""
+
+_base_ = ["../_base_/upernet_vrwkv.py", "../_base_/ade20k_x32.py", "../_base_/schedule_160k.py"]
+model = dict(
+    backbone=dict(
+        name="vrwkv_s",
+        drop_path_rate=0.2,
+        layer_scale=1e-5,
+        init_cfg=dict(type="Pretrained", checkpoint="vrwkv_s.in1k"),
+    ),
+    decode_head=dict(in_channels=[384, 384, 384, 384]),
+    auxiliary_head=dict(in_channels=384),
+)
+optim_wrapper = dict(paramwise_cfg=dict(decay_rate=0.85))

@@ -1,0 +1,400 @@
+"""ViT-Adapter around each family of single-resolution networks."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from plain_tokens import PlainTokens
+from torch import Tensor, nn
+from torch.nn import functional as F
+from zoo import images, randomise, small
+
+import backbones
+from backbones import ViTAdapter
+from ops.attention.deformable import DeformableAttention, deformable_attention, pixel_centres
+
+NETWORKS: dict[str, Any] = {
+    "nat_isotropic": lambda: small("nat_isotropic"),
+    "plain_tokens": PlainTokens,
+    "vig": lambda: backbones.create_model("vig_t", dim=64, num_heads=1, depths=(1, 1, 1, 1)),
+    "vrwkv": lambda: small("vrwkv"),
+    "vrwkv6": lambda: backbones.create_model("vrwkv6_t", dim=64, depths=(1, 1, 1, 1)),
+}
+
+
+def _adapter(network: str = "plain_tokens", **kwargs: Any) -> ViTAdapter:
+    torch.manual_seed(0)
+    return ViTAdapter(NETWORKS[network](), **{"num_heads": 2, "stem_dim": 8, **kwargs})
+
+
+def _last_tokens(adapter: ViTAdapter, x: Tensor) -> Tensor:
+    """What the network's last stage makes inside the adapter."""
+    seen: list[Tensor] = []
+    handle = adapter.network.stages[-1].register_forward_hook(lambda *a: seen.append(a[2]))
+    adapter(x)
+    handle.remove()
+    return seen[0]
+
+
+# -- what it computes ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@torch.no_grad()
+def test_maps_of_any_size(network: str) -> None:
+    adapter = _adapter(network).eval()
+    dim = adapter.network.num_features
+    assert adapter.feature_info.channels() == [dim] * 4
+    assert adapter.feature_info.reduction() == [4, 8, 16, 32]
+    for height, width in ((32, 32), (33, 64), (50, 95)):
+        maps = adapter(images(2, 3, height, width))
+        expected = [(2, dim, -(-height // s), -(-width // s)) for s in (4, 8, 16, 32)]
+        assert [tuple(m.shape) for m in maps] == expected
+        assert all(m.is_contiguous() and m.isfinite().all() for m in maps)
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@torch.no_grad()
+def test_at_first_the_network_computes_the_same_as_without(network: str) -> None:
+    plain = randomise(NETWORKS[network]()).eval()
+    adapter = ViTAdapter(copy.deepcopy(plain), num_heads=2, stem_dim=8).eval()
+    for size in ((64, 96), (37, 50)):
+        x = images(1, 3, *size)
+        padded = F.pad(x, (0, -size[1] % 32, 0, -size[0] % 32))
+        expected = plain.stages(plain.stem(padded))
+        torch.testing.assert_close(_last_tokens(adapter, x), expected)
+    for around in adapter.adapter.interactions:
+        around.injector.gamma.fill_(0.5)
+    assert not torch.allclose(_last_tokens(adapter, x), expected, atol=1e-2)
+
+
+@torch.no_grad()
+def test_padding_is_cropped() -> None:
+    adapter = _adapter().eval()
+    x = images(1, 3, 40, 70)
+    whole = adapter(F.pad(x, (0, 26, 0, 24)))
+    for m, full in zip(adapter(x), whole, strict=True):
+        torch.testing.assert_close(m, full[:, :, : m.shape[2], : m.shape[3]])
+
+
+def _published_names(adapter: ViTAdapter, network: dict[str, Tensor]) -> dict[str, Tensor]:
+    """A state dict as in Vision-RWKV's detectors, of random values."""
+    generator = torch.Generator().manual_seed(2)
+
+    def random(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, dtype=torch.float64) * 0.2
+
+    def layer(name: str, *shape: int) -> None:
+        tensors[f"{name}.weight"], tensors[f"{name}.bias"] = random(*shape), random(shape[0])
+
+    def norm(name: str, channels: int, batch: bool = True) -> None:
+        layer(name, channels)
+        if batch:
+            tensors[f"{name}.running_mean"] = random(channels)
+            tensors[f"{name}.running_var"] = 1 + random(channels).abs()
+            tensors[f"{name}.num_batches_tracked"] = torch.tensor(3)
+
+    tensors: dict[str, Tensor] = dict(network)
+    dim = adapter.network.num_features
+    tensors["level_embed"] = random(3, dim)
+    for i, chans in ((0, 3), (3, 8), (6, 8)):
+        tensors[f"spm.stem.{i}.weight"] = random(8, chans, 3, 3)
+        norm(f"spm.stem.{i + 1}", 8)
+    for i, chans, out in ((2, 8, 16), (3, 16, 32), (4, 32, 32)):
+        tensors[f"spm.conv{i}.0.weight"] = random(out, chans, 3, 3)
+        norm(f"spm.conv{i}.1", out)
+    for i, chans in enumerate((8, 16, 32, 32), 1):
+        layer(f"spm.fc{i}", dim, chans, 1, 1)
+        norm(f"norm{i}", dim)
+    layer("up", dim, dim, 2, 2)
+    parts = [(f"interactions.{i}.injector", 3) for i in range(4)]
+    parts += [(f"interactions.{i}.extractor", 1) for i in range(4)]
+    parts += [(f"interactions.3.extra_extractors.{i}", 1) for i in range(2)]
+    for part, levels in parts:
+        norm(f"{part}.query_norm", dim, batch=False)
+        norm(f"{part}.feat_norm", dim, batch=False)
+        layer(f"{part}.attn.sampling_offsets", 2 * levels * 4 * 2, dim)
+        layer(f"{part}.attn.attention_weights", 2 * levels * 4, dim)
+        layer(f"{part}.attn.value_proj", dim // 2, dim)
+        layer(f"{part}.attn.output_proj", dim, dim // 2)
+        if part.endswith("injector"):
+            tensors[f"{part}.gamma"] = random(dim)
+        else:
+            norm(f"{part}.ffn_norm", dim, batch=False)
+            layer(f"{part}.ffn.fc1", dim // 4, dim)
+            layer(f"{part}.ffn.dwconv.dwconv", dim // 4, 1, 3, 3)
+            layer(f"{part}.ffn.fc2", dim, dim // 4)
+    return tensors
+
+
+def _by_hand(weights: dict[str, Tensor], network: Any, x: Tensor, each: bool) -> list[Tensor]:
+    """The published computation in eval mode, from a state dict of the published names."""
+
+    def linear(name: str, x: Tensor) -> Tensor:
+        return F.linear(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+    def layer_norm(name: str, x: Tensor) -> Tensor:
+        scale, shift = weights[f"{name}.weight"], weights[f"{name}.bias"]
+        return F.layer_norm(x, x.shape[-1:], scale, shift, 1e-6)
+
+    def batch_norm(name: str, x: Tensor) -> Tensor:
+        kinds = ("running_mean", "running_var", "weight", "bias")
+        return F.batch_norm(x, *(weights[f"{name}.{kind}"] for kind in kinds), eps=1e-5)
+
+    def conv(name: str, norm: str, x: Tensor, stride: int) -> Tensor:
+        x = F.conv2d(x, weights[f"{name}.weight"], stride=stride, padding=1)
+        return batch_norm(norm, x).relu()
+
+    def project(name: str, x: Tensor) -> Tensor:
+        return F.conv2d(x, weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+    def attend(name: str, query: Tensor, feat: Tensor, own: Any, other: Any) -> Tensor:
+        query, feat = layer_norm(f"{name}.query_norm", query), layer_norm(f"{name}.feat_norm", feat)
+        shape = (*query.shape[:2], 2, len(other))
+        offsets = linear(f"{name}.attn.sampling_offsets", query).view(*shape, 4, 2)
+        scores = linear(f"{name}.attn.attention_weights", query).view(*shape[:3], -1)
+        wide = torch.tensor([(w, h) for h, w in other], dtype=x.dtype)[:, None]
+        centres = pixel_centres(own, dtype=x.dtype)[:, None, None, None]
+        value = linear(f"{name}.attn.value_proj", feat).view(*feat.shape[:2], 2, -1)
+        out = deformable_attention(
+            value, other, centres + offsets / wide, scores.softmax(-1).view(*shape, 4)
+        )
+        return linear(f"{name}.attn.output_proj", out)
+
+    def extract(name: str, c: Tensor, tokens: Tensor) -> Tensor:
+        c = c + attend(name, c, tokens, levels, levels[1:2])
+        hidden = linear(f"{name}.ffn.fc1", layer_norm(f"{name}.ffn_norm", c))
+        mixed = []
+        for (h, w), part in zip(levels, hidden.split([h * w for h, w in levels], 1), strict=True):
+            part = part.transpose(1, 2).reshape(len(x), -1, h, w)
+            kernel = weights[f"{name}.ffn.dwconv.dwconv.weight"]
+            bias = weights[f"{name}.ffn.dwconv.dwconv.bias"]
+            part = F.conv2d(part, kernel, bias, padding=1, groups=len(kernel))
+            mixed.append(part.flatten(2).transpose(1, 2))
+        return c + linear(f"{name}.ffn.fc2", F.gelu(torch.cat(mixed, 1)))
+
+    height, width = x.shape[2] // 16, x.shape[3] // 16
+    levels = [(2 * height, 2 * width), (height, width), (height // 2, width // 2)]
+    c1 = x
+    for i, stride in ((0, 2), (3, 1), (6, 1)):
+        c1 = conv(f"spm.stem.{i}", f"spm.stem.{i + 1}", c1, stride)
+    maps = [F.max_pool2d(c1, 3, 2, 1)]
+    for i in (2, 3, 4):
+        maps.append(conv(f"spm.conv{i}.0", f"spm.conv{i}.1", maps[-1], 2))
+    maps = [project(f"spm.fc{i}", m) for i, m in enumerate(maps, 1)]
+    c = torch.cat(
+        [m.flatten(2).mT + weights["level_embed"][i] for i, m in enumerate(maps[1:])], dim=1
+    )
+
+    tokens = network.embed(x)
+    outputs = []
+    for i, stage in enumerate(network.stages):
+        flat = tokens.flatten(2).mT
+        flat = flat + weights[f"interactions.{i}.injector.gamma"] * attend(
+            f"interactions.{i}.injector", flat, c, levels[1:2], levels
+        )
+        tokens = flat.mT.unflatten(2, (height, width))
+        # The first block's own norm comes after the injector.
+        tokens = stage(network.stem.norm(tokens) if i == 0 else tokens)
+        outputs.append(tokens)
+        c = extract(f"interactions.{i}.extractor", c, tokens.flatten(2).mT)
+    for i in range(2):
+        c = extract(f"interactions.3.extra_extractors.{i}", c, tokens.flatten(2).mT)
+
+    parts = c.split([h * w for h, w in levels], 1)
+    maps[1:] = [p.mT.reshape(len(x), -1, *size) for p, size in zip(parts, levels, strict=True)]
+    maps[0] = maps[0] + F.conv_transpose2d(maps[1], weights["up.weight"], weights["up.bias"], 2)
+    added = outputs if each else [tokens] * 4
+    scaled = [
+        t if scale == 1 else F.interpolate(t, scale_factor=scale, mode="bilinear")
+        for t, scale in zip(added, (4, 2, 1, 0.5), strict=True)
+    ]
+    return [
+        batch_norm(f"norm{i}", m + t) for i, (m, t) in enumerate(zip(maps, scaled, strict=True), 1)
+    ]
+
+
+@pytest.mark.parametrize("add_tokens", ["last", "each"])
+@torch.no_grad()
+def test_is_the_published_one_and_loads_its_detectors(add_tokens: str) -> None:
+    network = randomise(small("vrwkv")).double()
+    adapter = ViTAdapter(
+        copy.deepcopy(network), num_heads=2, stem_dim=8, value_ratio=0.5, add_tokens=add_tokens
+    )
+    adapter.double().eval()
+    inner = {k: v for k, v in network.state_dict().items() if not k.startswith(("norm.", "head."))}
+    weights = _published_names(adapter, inner)
+    detector = {f"backbone.{name}": tensor for name, tensor in weights.items()}
+    detector["neck.weight"] = torch.zeros(1)
+    report = backbones.load_checkpoint(adapter, {"state_dict": detector})
+    assert report.ignored == ["neck.weight"] and not report.reinitialised
+    x = images(2, 3, 64, 96).double()
+    for ours, theirs in zip(
+        adapter(x), _by_hand(weights, network, x, add_tokens == "each"), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+@pytest.mark.parametrize(
+    ("size", "num_heads", "value_ratio", "millions"),
+    [
+        ("t", 6, 1, 8.4),
+        pytest.param("s", 6, 1, 29.3, marks=pytest.mark.slow),
+        ("b", 12, 0.5, 106.6),
+        pytest.param("l", 16, 0.5, 351.9, marks=pytest.mark.slow),
+    ],
+)
+def test_has_as_many_parameters_as_published(
+    size: str, num_heads: int, value_ratio: float, millions: float
+) -> None:
+    """Of Vision-RWKV's backbones for dense tasks, by its README."""
+    with torch.device("meta"):
+        network = backbones.create_model(f"vrwkv_{size}")
+        adapter = ViTAdapter(network, num_heads=num_heads, value_ratio=value_ratio)
+    assert round(sum(p.numel() for p in adapter.parameters()) / 1e6, 1) == millions
+
+
+@torch.no_grad()
+def test_without_tokens_only_the_branch_is_returned() -> None:
+    adapter = _adapter(add_tokens="none").eval()
+    x = images(1, 3, 64, 64)
+    branch = adapter.adapter
+    finest, *_ = branch.prior(x)
+    seen: list[Tensor] = []
+    branch.up.register_forward_hook(lambda *a: seen.append(a[2]))
+    torch.testing.assert_close(adapter(x)[0], branch.norms[0](finest + seen[0]))
+
+
+# -- training --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize("add_tokens", ["last", "none"])
+def test_every_parameter_gets_a_gradient(network: str, add_tokens: str) -> None:
+    adapter = _adapter(network, add_tokens=add_tokens, drop_path_rate=0.1).train()
+    x = images(2, 3, 64, 64).requires_grad_()
+    sum(m.square().mean() for m in adapter(x)).backward()
+    assert [n for n, p in adapter.named_parameters() if p.grad is None] == []
+    assert all(p.grad.isfinite().all() for p in adapter.parameters())
+    assert x.grad.any()
+    assert all(block.grad.any() for block in adapter.network.stem.parameters())
+
+
+def test_gradients_do_not_depend_on_checkpointing_or_the_batch() -> None:
+    adapter = _adapter("vrwkv").double().eval()
+    with torch.no_grad():
+        for around in adapter.adapter.interactions:
+            around.injector.gamma.fill_(0.5)
+    x = images(2, 3, 64, 32).double()
+
+    def gradients(x: Tensor) -> list[Tensor]:
+        loss = sum(m.flatten(2).mT.contiguous().pow(3).sum() for m in adapter(x))
+        return list(torch.autograd.grad(loss, list(adapter.parameters())))
+
+    together = gradients(x)
+    alone = [gradients(x[i : i + 1]) for i in range(2)]
+    torch.testing.assert_close(together, [a + b for a, b in zip(*alone, strict=True)])
+    adapter.set_grad_checkpointing()
+    assert adapter.network.stages[0].grad_checkpointing
+    torch.testing.assert_close(gradients(x), together)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+@torch.no_grad()
+def test_dtypes(dtype: torch.dtype) -> None:
+    adapter = _adapter().eval()
+    x = images(1, 3, 64, 64)
+    expected = adapter(x)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = adapter(x)
+    found = adapter.to(dtype)(x.to(dtype))
+    assert all(m.dtype == dtype for m in found)
+    for half, other, full in zip(mixed, found, expected, strict=True):
+        torch.testing.assert_close(half.float(), full, rtol=0.1, atol=0.1)
+        torch.testing.assert_close(other.float(), full, rtol=0.1, atol=0.1)
+
+
+# -- weights and inference -------------------------------------------------------------------------
+
+
+def test_classification_checkpoints_load_into_the_network() -> None:
+    classifier = randomise(small("vrwkv"))
+    adapter = _adapter("vrwkv")
+    before = copy.deepcopy(adapter.adapter.state_dict())
+    report = backbones.load_checkpoint(adapter, {"state_dict": classifier.state_dict()})
+    assert sorted({name.split(".")[0] for name in report.reinitialised}) == ["adapter"]
+    assert not report.missing and not report.unexpected
+    own = classifier.state_dict()
+    for name, tensor in adapter.network.state_dict().items():
+        assert torch.equal(tensor, own[name])
+    for name, tensor in adapter.adapter.state_dict().items():
+        assert torch.equal(tensor, before[name])
+    again = _adapter("vrwkv")
+    report = backbones.load_checkpoint(again, adapter.state_dict())
+    assert not report.reinitialised and not report.ignored
+    for name, tensor in again.state_dict().items():
+        assert torch.equal(tensor, adapter.state_dict()[name])
+    with pytest.raises(backbones.CheckpointError, match="another variant"):
+        backbones.load_checkpoint(adapter, _adapter("vrwkv", stem_dim=16).state_dict())
+    missing = adapter.state_dict()
+    del missing["adapter.level_embed"]
+    with pytest.raises(backbones.CheckpointError, match="1 tensors missing"):
+        backbones.load_checkpoint(adapter, missing)
+
+
+@torch.no_grad()
+def test_the_network_can_be_fused_inside() -> None:
+    adapter = _adapter("vrwkv").eval()
+    randomise(adapter.network)
+    x = images(1, 3, 64, 64)
+    expected = adapter(x)
+    backbones.fuse(adapter)
+    for _ in range(3):  # the second call is captured
+        torch.testing.assert_close(adapter(x), expected, rtol=1e-4, atol=1e-4)
+
+
+# -- errors ----------------------------------------------------------------------------------------
+
+
+def test_other_networks_are_refused() -> None:
+    with pytest.raises(TypeError, match="single-resolution backbone .* got VAN"):
+        ViTAdapter(small("van"))
+    with pytest.raises(TypeError, match="not wrapped by features_only"):
+        ViTAdapter(small("vrwkv", features_only=True))
+    with pytest.raises(ValueError, match="pyramid=False"):
+        ViTAdapter(PlainTokens(pyramid=True))
+    with pytest.raises(ValueError, match=r"before fuse\(\)"):
+        ViTAdapter(small("vrwkv").eval().fuse())
+    with pytest.raises(ValueError, match="four stages, got 2"):
+        ViTAdapter(PlainTokens(depths=(1, 1)), num_heads=2, add_tokens="each")
+    network = PlainTokens()
+    network.feature_info[0]["reduction"] = 8
+    with pytest.raises(ValueError, match="stride 16, got 8"):
+        ViTAdapter(network)
+
+
+def test_arguments_are_checked() -> None:
+    for wrong, message in (
+        ({"num_heads": 0}, "num_heads must be in 1"),
+        ({"num_heads": 6}, "got 6 heads for 16 channels"),
+        ({"points": 0}, "points must be in 1"),
+        ({"value_ratio": 0}, "value_ratio must be above 0"),
+        ({"add_tokens": "first"}, "add_tokens must be one of 'last', 'each', 'none'"),
+        ({"drop_path_rate": 2}, "drop_path_rate must be in 0"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            _adapter(**wrong)
+    with pytest.raises(TypeError, match="x must be a tensor"):
+        _adapter()([1])
+
+
+def test_two_stages_have_two_interactions() -> None:
+    adapter = ViTAdapter(PlainTokens(depths=(1, 2)), num_heads=2, stem_dim=8)
+    attentions = [m for m in adapter.modules() if isinstance(m, DeformableAttention)]
+    assert [len(i.extra_extractors) for i in adapter.adapter.interactions] == [0, 2]
+    assert len(attentions) == 6
+    assert isinstance(adapter.network.norm, nn.Identity)
+    assert isinstance(adapter.network.head, nn.Identity)

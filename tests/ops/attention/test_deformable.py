@@ -1,0 +1,169 @@
+"""Multi-scale deformable attention against a loop over queries, heads, maps and points."""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ops.attention.deformable import DeformableAttention, deformable_attention, pixel_centres
+
+SIZES = ((3, 5), (2, 2), (1, 4))
+
+
+def loop(value: Tensor, sizes: Any, locations: Tensor, weights: Tensor) -> Tensor:
+    """The definition: weighted sums over the four pixels around each sample that exist."""
+    batch, count, heads, levels, points, _ = locations.shape
+    out = value.new_zeros(batch, count, heads, value.shape[3])
+    starts = [sum(h * w for h, w in sizes[:level]) for level in range(levels)]
+    for index in product(range(batch), range(count), range(heads), range(levels), range(points)):
+        b, n, h, level, _ = index
+        height, width = sizes[level]
+        x, y = (locations[index] * locations.new_tensor([width, height]) - 0.5).unbind()
+        for i, j in product((0, 1), (0, 1)):
+            column, row = math.floor(x.item()) + i, math.floor(y.item()) + j
+            if 0 <= column < width and 0 <= row < height:
+                share = (1 - (x - column).abs()) * (1 - (y - row).abs()) * weights[index]
+                out[b, n, h] = (
+                    out[b, n, h] + share * value[b, starts[level] + row * width + column, h]
+                )
+    return out.flatten(2)
+
+
+def _inputs(sizes: Any = SIZES, dtype: torch.dtype = torch.float64) -> tuple[Any, ...]:
+    """Two images, two heads of three channels, three queries of two points a map."""
+    torch.manual_seed(0)
+    pixels = sum(h * w for h, w in sizes)
+    value = torch.randn(2, pixels, 2, 3)
+    locations = torch.rand(2, 3, 2, len(sizes), 2, 2) * 1.4 - 0.2  # some of them outside
+    weights = torch.rand(2, 3, 2, len(sizes), 2)
+    return value.to(dtype), sizes, locations.to(dtype), weights.to(dtype)
+
+
+@pytest.mark.parametrize("sizes", [SIZES, ((4, 3),), ((1, 1), (1, 1))])
+def test_is_the_loop_with_its_gradients(sizes: Any) -> None:
+    value, _, locations, weights = _inputs(sizes)
+    tensors = [t.requires_grad_() for t in (value, locations, weights)]
+    ours, theirs = (f(value, sizes, locations, weights) for f in (deformable_attention, loop))
+    torch.testing.assert_close(ours, theirs)
+    scale = torch.randn_like(ours)
+    torch.testing.assert_close(
+        torch.autograd.grad((ours * scale).sum(), tensors),
+        torch.autograd.grad((theirs * scale).sum(), tensors),
+    )
+
+
+def test_gradients() -> None:
+    value, sizes, locations, weights = _inputs()
+    tensors = [t.requires_grad_() for t in (value, locations, weights)]
+    assert torch.autograd.gradcheck(
+        lambda v, x, w: deformable_attention(v, sizes, x, w), tensors, fast_mode=True
+    )
+
+
+def test_a_sample_at_a_centre_is_the_pixel() -> None:
+    value = torch.randn(1, 23, 1, 4)
+    for start, (height, width) in zip((0, 15, 19), SIZES, strict=True):
+        centres = pixel_centres([(height, width)])
+        out = deformable_attention(
+            value[:, start : start + height * width],
+            [(height, width)],
+            centres[None, :, None, None, None],
+            torch.ones(1, height * width, 1, 1, 1),
+        )
+        torch.testing.assert_close(out, value[:, start : start + height * width, 0])
+    assert torch.equal(pixel_centres(SIZES)[15:19], pixel_centres([(2, 2)]))
+    assert pixel_centres([(2, 4)])[1].tolist() == [0.375, 0.25]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_half_precision_only_rounds_the_values(dtype: torch.dtype, autocast: bool) -> None:
+    """Positions stay in float32: on 1 × 1000 pixels, bfloat16 would be off by two."""
+    centres = pixel_centres([(1, 1000)])
+    value = torch.arange(1000.0).view(1, 1000, 1, 1) / 1000
+    arguments = ([(1, 1000)], centres[None, :, None, None, None], torch.ones(1, 1000, 1, 1, 1))
+    with torch.autocast("cpu", dtype, enabled=autocast):
+        out = deformable_attention(value.to(dtype), *arguments)
+    assert out.dtype == dtype
+    torch.testing.assert_close(out[..., 0], value[..., 0, 0].to(dtype), rtol=0, atol=1e-2)
+    assert len(out.unique()) == len(value.to(dtype).unique())
+
+
+def _layer(**arguments: Any) -> DeformableAttention:
+    torch.manual_seed(0)
+    return DeformableAttention(8, 2, 3, 2, **arguments)
+
+
+@pytest.mark.parametrize("value_ratio", [1.0, 0.5])
+def test_layer_samples_around_its_references(value_ratio: float) -> None:
+    layer = _layer(value_ratio=value_ratio).double()
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.3)
+    query, features = torch.randn(2, 4, 8).double(), torch.randn(2, 23, 8).double()
+    references = torch.rand(4, 2).double()
+    offsets = layer.sampling_offsets(query).view(2, 4, 2, 3, 2, 2)
+    locations = torch.stack(
+        [
+            references[:, None, None] + offsets[:, :, :, level] / torch.tensor([width, height])
+            for level, (height, width) in enumerate(SIZES)
+        ],
+        dim=3,
+    )
+    weights = layer.attention_weights(query).view(2, 4, 2, 6).softmax(-1).view(2, 4, 2, 3, 2)
+    value = layer.value_proj(features).view(2, 23, 2, -1)
+    expected = layer.output_proj(loop(value, SIZES, locations, weights))
+    torch.testing.assert_close(layer(query, references, features, SIZES), expected)
+
+
+def test_layer_starts_with_equal_weights_on_rays() -> None:
+    layer = DeformableAttention(8, 4, 2, 3)
+    offsets = layer.sampling_offsets(torch.randn(1, 1, 8)).view(4, 2, 3, 2)
+    rays = torch.tensor([(1.0, 0.0), (0.0, 1.0), (-1.0, 0.0), (0.0, -1.0)])
+    expected = rays[:, None, None] * torch.tensor([1.0, 2.0, 3.0])[:, None]
+    torch.testing.assert_close(offsets, expected.expand(-1, 2, -1, -1))
+    assert not layer.attention_weights(torch.randn(1, 1, 8)).any()
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_layer_in_half_precision(dtype: torch.dtype) -> None:
+    layer = _layer()
+    query, features = torch.randn(1, 4, 8), torch.randn(1, 23, 8)
+    references = torch.rand(4, 2)
+    expected = layer(query, references, features, SIZES)
+    with torch.autocast("cpu", dtype):
+        mixed = layer(query, references, features, SIZES)
+    half = layer.to(dtype)(query.to(dtype), references, features.to(dtype), SIZES)
+    for out in (mixed, half):
+        assert out.dtype == dtype
+        torch.testing.assert_close(out.float(), expected, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("sizes", [(), ((3, 5), (0, 2)), ((3, 5, 1),), ((-3, -5), (2, 4))])
+def test_empty_maps_are_refused(sizes: Any) -> None:
+    value, _, locations, weights = _inputs()
+    with pytest.raises(ValueError, match="sizes must be the height and width"):
+        deformable_attention(value, sizes, locations, weights)
+
+
+def test_other_errors() -> None:
+    value, sizes, locations, weights = _inputs()
+    with pytest.raises(ValueError, match=r"value has 23 pixels, but maps of .* have 19"):
+        deformable_attention(value, sizes[:2], locations, weights)
+    with pytest.raises(ValueError, match=r"weights the same without the last axis, got .*3, 1\)"):
+        deformable_attention(value, sizes, locations, weights[..., :1])
+    with pytest.raises(ValueError, match=r"locations must be .* = \(2, 3, 2, 3, 'points', 2\)"):
+        deformable_attention(value, sizes, locations[:, :, :1], weights[:, :, :1])
+    with pytest.raises(ValueError, match="got 3 heads for 8 channels"):
+        DeformableAttention(8, 3)
+    with pytest.raises(ValueError, match=r"got 4 heads for 2 channels \(dim 8"):
+        DeformableAttention(8, 4, value_ratio=0.25)
+    with pytest.raises(ValueError, match="levels and points must be 1 or more, got 1 and 0"):
+        DeformableAttention(8, 2, points=0)
+    with pytest.raises(ValueError, match="sizes must be of 3 maps, got 1"):
+        _layer()(torch.randn(1, 1, 8), torch.rand(1, 2), torch.randn(1, 4, 8), [(2, 2)])
