@@ -144,7 +144,7 @@ def _export_with_assertions(
     arguments: dict[str, Any] = {"dynamic_shapes": axes, "strict": False}
     option = "prefer_deferred_runtime_asserts_over_guards"
     if option in inspect.signature(torch.export.export).parameters:
-        return torch.export.export(module, inputs, **arguments, **{option: axes is not None})
+        return torch.export.export(module, inputs, **arguments | {option: axes is not None})
     # torch 2.8 has the option only in the function behind torch.export.export.
     private: Any = importlib.import_module("torch.export._trace")
     program: torch.export.ExportedProgram = private._export(
