@@ -17,16 +17,15 @@ __all__ = ["ProxylessNASBlock"]
 
 @stands_for(proxylessnas.MBConv)
 class ProxylessNASBlock(FastLayer, proxylessnas.MBConv):
-    """The last layer adds the shortcut; 3×3 blocks of stride 1 run in one pass."""
+    """The last layer adds the shortcut; all run in one pass where it pays."""
 
     needs: ClassVar = {"project": FastPointwiseConv2d}
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.has_shortcut else None
-        packed = self.derived(x)
-        if packed is None:
+        packed, tokens = self.derived(x), x.permute(0, 2, 3, 1)
+        if packed is None or not packed.shares_out(tokens):
             return self.project(self.dwconv(self.expand(x)), shortcut)
-        tokens = x.permute(0, 2, 3, 1)
         return packed(tokens, None if shortcut is None else tokens).permute(0, 3, 1, 2)
 
     def sources(self) -> list[Tensor]:
@@ -40,10 +39,10 @@ class ProxylessNASBlock(FastLayer, proxylessnas.MBConv):
     def derive(self, x: Tensor) -> PackedDepthwiseMlp | None:
         if depthwise_mlp.unsupported(x.device, x.dtype) is not None:
             return None
-        layers = self._layers()
-        if len(layers) < 3 or not policy.feed_forward_by_kernel(x.dtype):
+        *expand, dwconv, project = self._layers()
+        if not policy.feed_forward_by_kernel(x.dtype):
             return None
-        expand, dwconv, project = layers
-        if (dwconv.kernel_size, dwconv.stride) != ((3, 3), (1, 1)):
+        if not PackedDepthwiseMlp.takes(dwconv, is_first=not expand):
             return None
-        return PackedDepthwiseMlp(expand, dwconv, project, expand.activation, dwconv.activation)
+        first, activation = (expand[0], expand[0].activation) if expand else (None, "none")
+        return PackedDepthwiseMlp(first, dwconv, project, activation, dwconv.activation)

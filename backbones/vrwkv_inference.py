@@ -66,7 +66,7 @@ class VRWKVAttention(FastLayer, vrwkv_blocks.WKVAttention):
 
 
 class _GatedScan(NamedTuple):
-    """Weights of the first and of the other mixtures, vectors in float32, the packed gate."""
+    """Weights of the first and of the other mixtures, vectors in float32, packed products."""
 
     shares: Tensor
     own: Tensor
@@ -74,6 +74,9 @@ class _GatedScan(NamedTuple):
     norm: tuple[Tensor, Tensor]
     affine: tuple[Tensor, Tensor]
     gate: PackedLinear
+    mix_down: PackedLinear
+    decay_down: PackedLinear
+    decay_up: PackedLinear
 
 
 def _product(x: Tensor, weight: Tensor) -> Tensor:
@@ -100,7 +103,7 @@ class VRWKVGatedScan(FastLayer, vrwkv_blocks.GatedScan):
         for_low, shifted = shifted_mixtures(x, derived.shares, self.num_heads).unbind()
         x = x.reshape(-1, shape[-1])
         change = shifted.view(x.shape).sub(x)
-        low = _product(for_low.view(x.shape), self.mix_down).tanh()
+        low = derived.mix_down(for_low.view(x.shape), "none", None).tanh()
         low = low.unflatten(-1, (5, -1)).permute(1, 0, 2)  # (5, pixels, rank)
         shares = _product(low, self.mix_up).add(derived.own)
         mixed = torch.addcmul(x, change, shares).view(5, shape[0], -1, shape[-1])
@@ -113,8 +116,8 @@ class VRWKVGatedScan(FastLayer, vrwkv_blocks.GatedScan):
                 (self.value, of_value),
             )
         )
-        decay = _product(of_decay, self.decay_down).tanh()
-        decay = _product(decay, self.decay_up).float()
+        decay = derived.decay_down(of_decay, "none", None).tanh()
+        decay = derived.decay_up(decay, "none", None).float()
         log_gate = self._heads(decay.add(self.decay.float()).exp().mul(-1))
         out = gated_scan(query, key, value, log_gate, log_gate, derived.bonus, 1.0)
         normed = layer_norm(out, *derived.norm, self.norm.eps).flatten(2)
@@ -123,7 +126,8 @@ class VRWKVGatedScan(FastLayer, vrwkv_blocks.GatedScan):
 
     def sources(self) -> list[Tensor]:
         mixes = [self.mix_x, self.mix_w, self.mix_k, self.mix_v, self.mix_r, self.mix_g]
-        return [*mixes, self.first, self.norm.weight, self.norm.bias, self.gate.weight]
+        low = [self.mix_down, self.decay_down, self.decay_up]
+        return [*mixes, *low, self.first, self.norm.weight, self.norm.bias, self.gate.weight]
 
     def derive(self, x: Tensor) -> _GatedScan | None:
         for needed in (gated_scan, shifted_mixtures, layer_norm):
@@ -138,6 +142,10 @@ class VRWKVGatedScan(FastLayer, vrwkv_blocks.GatedScan):
             (mix_x.new_ones(vrwkv_blocks.HEAD_DIM), mix_x.new_zeros(vrwkv_blocks.HEAD_DIM)),
             (self.norm.weight.detach(), self.norm.bias.detach()),
             PackedLinear(self.gate.weight, None),
+            *(
+                PackedLinear(weight.detach().t(), None)
+                for weight in (self.mix_down, self.decay_down, self.decay_up)
+            ),
         )
 
 

@@ -43,11 +43,14 @@ def _linear(given: _Given, result: Any) -> int:
 
 
 def _mlp(given: _Given, result: Any) -> int:
-    x, hidden, out_features = given["x"], len(given["bias1"]), result.shape[-1]
-    taps = given.get("taps")  # of the convolution between the layers, (9, hidden)
-    between = 0 if taps is None else len(taps)
-    rows = x.numel() // x.shape[-1]
-    return int(rows * hidden * (x.shape[-1] + between + out_features))
+    x, bias1 = given["x"], given["bias1"]  # without bias1, x is the hidden map
+    in_features, out_features = x.shape[-1], result.shape[-1]
+    hidden = in_features if bias1 is None else len(bias1)
+    taps = given.get("taps")  # of the convolution between the layers, (k, k, channels)
+    window = 0 if taps is None else taps.shape[0] * taps.shape[1]
+    expanded = 0 if bias1 is None else x.numel() * hidden
+    pixels = result.numel() // out_features
+    return int(expanded + pixels * hidden * (window + out_features))
 
 
 def _convolution(given: _Given, result: Any) -> int:

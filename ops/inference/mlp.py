@@ -117,14 +117,9 @@ class NormedMlp(FastLayer):
             return None
         if conv is None:
             return PackedDepthwiseMlp(fc1, None, fc2, fc1.activation)
-        if not isinstance(conv, FastDepthwiseConv2d) or not _is_square_of_three(conv):
+        if not isinstance(conv, FastDepthwiseConv2d) or not PackedDepthwiseMlp.takes(conv):
             return None
         return PackedDepthwiseMlp(fc1, conv, fc2, fc1.activation, conv.activation)
-
-
-def _is_square_of_three(conv: nn.Conv2d) -> bool:
-    geometry = (conv.kernel_size, conv.stride, conv.padding, conv.dilation)
-    return geometry == ((3, 3), (1, 1), (1, 1), (1, 1))
 
 
 @stands_for(Mlp)

@@ -11,7 +11,7 @@
 #include <vector>
 #include "common/activation.h"
 #include "attention/attention.h"
-#include "depthwise/square.h"
+#include "depthwise/direct.h"
 #include "common/lanes.h"
 #include "gemm/call.h"
 #include "common/parallel.h"

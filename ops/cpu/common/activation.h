@@ -2,6 +2,7 @@
 #pragma once
 #include <algorithm>
 #include <cmath>
+#include <limits>
 #include <type_traits>
 #include "common/simd.h"
 
@@ -103,13 +104,18 @@ static VB_INLINE F silu(F x) {
   return simd::fma(down, power, up) / (simd::set1(1.f) + power);
 }
 
-static VB_INLINE F relu6(F x) {  // NaN stays NaN
-  return simd::zero() - simd::max(simd::set1(-6.f), simd::zero() - positive(x));
-}
+static VB_INLINE F relu6(F x) { return simd::min(simd::set1(6.f), positive(x)); }  // NaN stays NaN
 
 static VB_INLINE F hardswish(F x) {
   return x * relu6(x + simd::set1(3.f)) * simd::set1(1.f / 6.f);
 }
+
+// RELU and RELU6 take two instructions, so that micro-kernels inline them.
+static VB_INLINE bool is_clip(int64_t kind) { return kind == RELU || kind == RELU6; }
+static VB_INLINE F clip_limit(int64_t kind) {
+  return simd::set1(kind == RELU6 ? 6.f : std::numeric_limits<float>::infinity());
+}
+static VB_INLINE F clip(F x, F limit) { return simd::min(limit, positive(x)); }  // NaN stays NaN
 
 // In place, for results of type T. Not inlined, to keep kernels with many variants fast to compile.
 template <class T>

@@ -69,7 +69,7 @@ static VB_INLINE void assign(BFloat16* p, float x) {
 //
 // - W, REGISTERS, and HAS_PERMUTE: whether lookups in registers cost less than a gather
 // - set1, load, store, fma
-// - max(a, b): NaN where `b` is NaN
+// - max(a, b), min(a, b): NaN where `b` is NaN
 // - round: to integers, for |x| < 2^22; times_power_of_two(x, n): x 2^n, for an integer n
 // - load_bf16, store_from_float: to bfloat16, to nearest even; NaN stays NaN
 // - load_of_pairs(p, part): one element of each of W pairs

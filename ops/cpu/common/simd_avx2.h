@@ -13,6 +13,7 @@ static VB_INLINE F load(const float* p) { return _mm256_loadu_ps(p); }
 static VB_INLINE void store(float* p, F v) { _mm256_storeu_ps(p, v); }
 static VB_INLINE F fma(F a, F b, F c) { return _mm256_fmadd_ps(a, b, c); }
 static VB_INLINE F max(F a, F b) { return _mm256_max_ps(a, b); }
+static VB_INLINE F min(F a, F b) { return _mm256_min_ps(a, b); }
 static VB_INLINE F round(F x) {
   return _mm256_round_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }

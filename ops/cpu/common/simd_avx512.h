@@ -13,6 +13,7 @@ static VB_INLINE F load(const float* p) { return _mm512_loadu_ps(p); }
 static VB_INLINE void store(float* p, F v) { _mm512_storeu_ps(p, v); }
 static VB_INLINE F fma(F a, F b, F c) { return _mm512_fmadd_ps(a, b, c); }
 static VB_INLINE F max(F a, F b) { return _mm512_max_ps(a, b); }
+static VB_INLINE F min(F a, F b) { return _mm512_min_ps(a, b); }
 static VB_INLINE F round(F x) { return _mm512_roundscale_ps(x, 0); }
 static VB_INLINE F times_power_of_two(F x, F n) { return _mm512_scalef_ps(x, n); }
 static VB_INLINE F widened(__m256i bf16) {

@@ -22,6 +22,7 @@ static VB_INLINE F load(const float* p) { return read<F>(p); }
 static VB_INLINE void store(float* p, F v) { std::memcpy(p, &v, sizeof v); }
 static VB_INLINE F fma(F a, F b, F c) { return vfmaq_f32(c, a, b); }
 static VB_INLINE F max(F a, F b) { return vmaxq_f32(a, b); }
+static VB_INLINE F min(F a, F b) { return vminq_f32(a, b); }
 static VB_INLINE F round(F x) { return vrndnq_f32(x); }
 static VB_INLINE F times_power_of_two(F x, F n) {
   const int32x4_t exponent = vaddq_s32(vcvtq_s32_f32(n), vdupq_n_s32(127));

@@ -9,6 +9,7 @@ constexpr int W = 4;
 constexpr bool HAS_PERMUTE = false;
 constexpr int REGISTERS = 16;
 typedef float F __attribute__((vector_size(4 * sizeof(float))));
+typedef int32_t I __attribute__((vector_size(4 * sizeof(int32_t))));
 static VB_INLINE F set1(float x) { return F{x, x, x, x}; }
 static VB_INLINE F load(const float* p) {
   F v;
@@ -17,35 +18,26 @@ static VB_INLINE F load(const float* p) {
 }
 static VB_INLINE void store(float* p, F v) { std::memcpy(p, &v, sizeof v); }
 static VB_INLINE F fma(F a, F b, F c) { return a * b + c; }
-static VB_INLINE F max(F a, F b) {
-  F r;
-  for (int l = 0; l < W; l++) r[l] = a[l] > b[l] ? a[l] : b[l];
-  return r;
-}
+// Whole vectors rather than loops over lanes, which compilers leave as they are in long functions.
+static VB_INLINE F max(F a, F b) { return a > b ? a : b; }
+static VB_INLINE F min(F a, F b) { return a < b ? a : b; }
 static VB_INLINE F round(F x) {
   const F magic =
       set1(12582912.f);  // 1.5 * 2^23: adding it leaves no fractional bits, for |x| < 2^22
   return (x + magic) - magic;
 }
+static VB_INLINE F of_bits(I bits) {
+  F x;
+  std::memcpy(&x, &bits, sizeof x);
+  return x;
+}
 static VB_INLINE F times_power_of_two(F x, F n) {
-  F r;
-  for (int l = 0; l < W; l++) {
-    const uint32_t bits = static_cast<uint32_t>(static_cast<int32_t>(n[l]) + 127) << 23;
-    float power;
-    std::memcpy(&power, &bits, sizeof power);
-    r[l] = x[l] * power;
-  }
-  return r;
+  return x * of_bits((__builtin_convertvector(n, I) + 127) << 23);
 }
 static VB_INLINE F load_bf16(const BFloat16* p) {
-  F r;
-  for (int l = 0; l < W; l++) {
-    const uint32_t bits = static_cast<uint32_t>(p[l].bits) << 16;
-    float x;
-    std::memcpy(&x, &bits, sizeof x);
-    r[l] = x;
-  }
-  return r;
+  uint16_t half __attribute__((vector_size(4 * sizeof(uint16_t))));
+  std::memcpy(&half, p, sizeof half);
+  return of_bits(__builtin_convertvector(half, I) << 16);
 }
 static VB_INLINE F load_of_pairs(const BFloat16* p, int part) {
   F r;

@@ -2,7 +2,7 @@
 // branches proceed down the map together, so that rows are read and written while they are in the
 // cache.
 #pragma once
-#include "depthwise/square.h"
+#include "depthwise/direct.h"
 
 namespace depthwise {
 
@@ -55,10 +55,8 @@ static void branches(const Problem* problems, const Tensors* tensors, int64_t co
       }
       const float* weights = packed;
       for (int64_t i = 0; i < count; weights += packed_size(problems[i++])) {
-        if (is_square(problems[i])) {
-          for (int64_t y = first; y < below; y++) {
-            convolve_row<T>(problems[i], tensors[i], image, y);
-          }
+        if (is_direct(problems[i])) {
+          convolve_rows<T>(problems[i], tensors[i], image, {first, below});
           continue;
         }
         for (int64_t block = 0; block * W < problems[i].channels; block++) {

@@ -1,7 +1,8 @@
-// A feed-forward with an optional depthwise 3×3 convolution between its two linear layers, fused
-// with the norm before and the shortcut after. The hidden map is many times larger than input and
-// output. It is computed in strips of rows, split into blocks of columns if wide. If the whole map
-// is a single strip, it is computed in chunks of channels. So it never leaves the L2 cache.
+// A feed-forward with an optional depthwise convolution between its two linear layers, fused with
+// the norm before and the shortcut after; also an inverted bottleneck, with windows of 3×3 to 7×7
+// and strides of 1 or 2. The hidden map is many times larger than input and output. It is computed
+// in strips of rows, split into blocks of columns if wide. If the whole map is a single strip, it is
+// computed in chunks of channels. So it never leaves the L2 cache.
 #pragma once
 #include <algorithm>
 #include <cstddef>
@@ -9,7 +10,7 @@
 #include <cstring>
 #include <utility>
 #include "common/activation.h"
-#include "depthwise/square.h"
+#include "depthwise/direct.h"
 #include "common/lanes.h"
 #include "gemm/call.h"
 #include "norm/norm.h"
@@ -20,12 +21,12 @@
 namespace depthwise_mlp {
 
 using linear::Range;
-using simd::F;
-using simd::W;
 
 // depthwise_mlp.py parses these fields.
 struct Problem {
   int64_t batch, height, width, in_features, hidden, out_features;
+  int64_t kernel, stride;                 // of the convolution, padded with kernel / 2 zeros
+  int64_t taps_stride;                    // between the taps of a channel
   int64_t chunk;                          // hidden channels per step, whole panels
   int64_t span;                           // inputs of the second layer per step, whole chunks
   int64_t activation, conv_activation;    // after the first layer, after the convolution
@@ -34,9 +35,10 @@ struct Problem {
 };
 
 // Maps are [batch][height][width][features]. Null if unused: `norm_weight` and `norm_bias`
-// [in_features], `taps` [9][hidden] with `conv_bias` [hidden], and `other`, which is added to the
-// result. In `weight2`, each span of inputs is packed separately. Void pointers are to float or
-// BFloat16.
+// [in_features], `weight1` and `bias1` (then the input is the hidden map), `taps`
+// [kernel²][taps_stride] with `conv_bias`, both for whole vectors of channels, and `other`, which is
+// added to the result. In `weight2`, each span of inputs is packed separately. Void pointers are to
+// float or BFloat16.
 struct Tensors {
   const void *in, *norm_weight, *norm_bias, *weight1;
   const float *bias1, *taps, *conv_bias;
@@ -63,9 +65,7 @@ struct Scratch {
 };
 
 // ---- strips ------------------------------------------------------------------------------------
-static int64_t length(Range range) { return range.end - range.begin; }
-
-// The rows of a block of columns of one image, for one thread.
+// Output rows of a block of columns of one image, for one thread.
 template <class T>
 struct Task {
   const Problem& p;
@@ -74,7 +74,9 @@ struct Task {
   Range rows, columns;
   Scratch<T>& s;
 
-  int64_t margin() const { return t.taps ? 1 : 0; }
+  int64_t margin() const { return p.kernel / 2; }
+  int64_t out_width() const { return (p.width - 1) / p.stride + 1; }
+  int64_t out_height() const { return (p.height - 1) / p.stride + 1; }
   // The pixel stride of a map with `channels` channels: an odd number of cache lines, so that
   // pixels do not map to the same sets of the L1 cache.
   int64_t pitch(int64_t channels) const {
@@ -83,11 +85,12 @@ struct Task {
   }
 
   int64_t chunks() const { return (p.hidden + p.chunk - 1) / p.chunk; }
-  Range seen_columns() const {
-    return {std::max<int64_t>(0, columns.begin - margin()),
-            std::min(p.width, columns.end + margin())};
+  // The inputs of some output rows or columns of a map with `size` of them.
+  Range seen(Range range, int64_t size) const {
+    return {std::max<int64_t>(0, range.begin * p.stride - margin()),
+            std::min(size, (range.end - 1) * p.stride + margin() + 1)};
   }
-  int64_t width() const { return length(seen_columns()); }
+  int64_t width() const { return length(seen(columns, p.width)); }
 
   // The number of blocks of columns.
   int64_t blocks() const {
@@ -99,26 +102,31 @@ struct Task {
 
   void run() const {
     const int64_t count = length(rows), row = width() * pitch(p.chunk), chunks = this->chunks();
-    const bool whole = (count + 2 * margin()) * row <= STRIP<T>;
-    const int64_t fitting =
-        std::max<int64_t>(1, 2 * STRIP<T> / (row * chunks) - 2 * margin());
+    const int64_t shared = p.kernel - p.stride;  // rows that a strip shares with the one before
+    const bool whole = (count * p.stride + shared) * row <= STRIP<T>;
+    // Without a first layer, nothing is kept.
+    const int64_t values = t.weight1 ? 2 * STRIP<T> : STRIP<T> / 2;
+    const int64_t fitting = std::max<int64_t>(1, (values / (row * chunks) - shared) / p.stride);
     const int64_t strips = whole ? 1 : (count + fitting - 1) / fitting;
     // All chunks of a strip are kept for the next strip, which starts with their last rows.
-    const int64_t height = (count + strips - 1) / strips + 2 * margin();
-    T* hidden = s.hidden.of(height * row * (strips > 1 ? chunks : 1));
+    const int64_t height = (count + strips - 1) / strips * p.stride + shared;
+    T* hidden = t.weight1 ? s.hidden.of(height * row * (strips > 1 ? chunks : 1)) : nullptr;
     Range had{0, 0};
     for (int64_t i = 0; i < strips; i++) {
-      const Range strip{rows.begin + count * i / strips, rows.begin + count * (i + 1) / strips};
-      const Range seen{std::max<int64_t>(0, strip.begin - margin()),
-                       std::min(p.height, strip.end + margin())};
+      const Range share = linear::share(count, i, strips);
+      const Range strip{rows.begin + share.begin, rows.begin + share.end};
+      const Range seen = this->seen(strip, p.height);
       const Range fresh{std::max(seen.begin, had.end), seen.end};
-      const T* in = input(fresh);
+      const T* in = t.weight1 ? input(fresh) : nullptr;
       T* mixed = t.taps ? s.mixed.of(length(strip) * length(columns) * pitch(p.span)) : nullptr;
       for (int64_t c = 0; c < chunks; c++) {
-        T* map = hidden + (strips > 1 ? c * height * row : 0);
-        const int64_t kept = fresh.begin - seen.begin;
-        if (kept) std::memmove(map, map + (seen.begin - had.begin) * row, kept * row * sizeof(T));
-        expand(c, in, length(fresh), map + kept * row);
+        T* map = nullptr;
+        if (t.weight1) {
+          map = hidden + (strips > 1 ? c * height * row : 0);
+          const int64_t kept = fresh.begin - seen.begin;
+          if (kept) std::memmove(map, map + (seen.begin - had.begin) * row, kept * row * sizeof(T));
+          expand(c, in, length(fresh), map + kept * row);
+        }
         const int64_t begin = c * p.chunk / p.span * p.span, end = c * p.chunk + channels(c);
         if (t.taps) mix(c, map, seen, strip, mixed + c * p.chunk - begin);
         if (end % p.span == 0 || end == p.hidden) {
@@ -129,16 +137,18 @@ struct Task {
     }
   }
 
-  int64_t place(int64_t y, int64_t x) const { return (image * p.height + y) * p.width + x; }
-  // Whether rows of `width` pixels are contiguous in input and output.
-  bool in_a_row(int64_t width) const { return width == p.width; }
+  // The input at a pixel.
+  const T* in_at(int64_t y, int64_t x) const {
+    return static_cast<const T*>(t.in) + ((image * p.height + y) * p.width + x) * p.in_features;
+  }
+  // Whether input rows of the block are contiguous.
+  bool in_a_row() const { return width() == p.width; }
 
   // Input rows of the block; contiguous if there is a norm.
   const T* input(Range range) const {
-    const T* in = static_cast<const T*>(t.in) +
-                  place(range.begin, seen_columns().begin) * p.in_features;
+    const T* in = in_at(range.begin, seen(columns, p.width).begin);
     if (!t.norm_weight) return in;
-    const int64_t count = in_a_row(width()) ? 1 : length(range);
+    const int64_t count = in_a_row() ? 1 : length(range);
     const int64_t pixels = length(range) * width() / count;
     T* out = s.normed.of(count * pixels * p.in_features);
     const norm::Norm<T> norm{p.in_features, static_cast<const T*>(t.norm_weight),
@@ -153,7 +163,7 @@ struct Task {
   int64_t channels(int64_t c) const { return std::min(p.chunk, p.hidden - c * p.chunk); }
 
   void expand(int64_t c, const T* in, int64_t height, T* map) const {
-    const bool whole = t.norm_weight || in_a_row(width());
+    const bool whole = t.norm_weight || in_a_row();
     const int64_t calls = whole ? 1 : height, pixels = height * width() / calls;
     linear::Problem problem = linear::layer_of<T>(pixels, p.in_features, channels(c));
     problem.out_stride = pitch(p.chunk);
@@ -169,40 +179,34 @@ struct Task {
     }
   }
 
-  // Convolves into a map of a span of channels, one vector of channels at a time, so that its rows
-  // stay in the L1 cache.
+  // Convolves into a map of a span of channels. The hidden map and the taps are padded to whole
+  // vectors; of the input, which may be the hidden map, the last vectors may overlap.
   void mix(int64_t c, const T* map, Range seen, Range strip, T* out) const {
-    const int64_t step = pitch(p.chunk), out_step = pitch(p.span), own = length(columns);
-    const int64_t runs = (own + depthwise::RUN_PIXELS - 1) / depthwise::RUN_PIXELS;
-    const Range seen_columns = this->seen_columns();
-    for (int64_t v = 0; v < channels(c); v += W) {
-      const int64_t channel = c * p.chunk + v;
-      const int lanes = static_cast<int>(std::min<int64_t>(W, channels(c) - v));
-      depthwise::Square<T> s{{},      step,  false, false, t.taps + channel, p.hidden,
-                             t.conv_bias + channel, nullptr, out_step, lanes, p.conv_activation};
-      for (int64_t y = strip.begin; y < strip.end; y++) {
-        for (int64_t i = 0; i < runs; i++) {
-          const Range run = linear::share(own, i, runs);
-          const int64_t first = columns.begin + run.begin - seen_columns.begin;
-          s.has_first = columns.begin + run.begin > 0;
-          s.has_last = columns.begin + run.end < p.width;
-          for (int r = 0; r < 3; r++) {
-            const int64_t above = y - 1 + r;
-            const bool inside = above >= seen.begin && above < seen.end;
-            const int64_t pixel = (above - seen.begin) * length(seen_columns) + first - 1;
-            s.rows[r] = inside ? map + pixel * step + v : nullptr;
-          }
-          s.out = out + ((y - strip.begin) * own + run.begin) * out_step + v;
-          constexpr std::make_index_sequence<depthwise::RUN_PIXELS> variants;
-          depthwise::square_of<T, 1>(run.end - run.begin, lanes == W, variants)(s);
-        }
-      }
-    }
+    const Range seen_columns = this->seen(columns, p.width);
+    const int64_t channel = c * p.chunk, step = map ? pitch(p.chunk) : p.in_features;
+    depthwise::Part<T> part{map,
+                            seen,
+                            seen_columns,
+                            (map ? width() : p.width) * step,
+                            step,
+                            t.taps + channel,
+                            p.taps_stride,
+                            t.conv_bias + channel,
+                            out,
+                            length(columns) * pitch(p.span),
+                            pitch(p.span),
+                            map ? simd::round_up(channels(c), simd::W) : channels(c),
+                            p.kernel,
+                            {p.stride, p.stride},
+                            p.conv_activation,
+                            map ? depthwise::LINE_VALUES<T> : channels(c)};
+    if (!map) part.in = in_at(seen.begin, seen_columns.begin) + channel;
+    depthwise::convolve_part<true>(part, strip, columns);
   }
 
   // Adds the products of some inputs of the second layer.
   void project(Range inputs, const T* mixed, Range strip) const {
-    const int64_t calls = in_a_row(length(columns)) ? 1 : length(strip);
+    const int64_t calls = length(columns) == out_width() ? 1 : length(strip);
     const int64_t pixels = length(strip) * length(columns) / calls;
     linear::Problem problem = linear::layer_of<T>(pixels, length(inputs), p.out_features);
     problem.in_stride = pitch(p.span);
@@ -215,7 +219,8 @@ struct Task {
     // The first inputs initialize the sums, the others accumulate.
     tensors.bias = t.bias2 + (inputs.begin ? p.out_features : 0);
     for (int64_t i = 0; i < calls; i++) {
-      const int64_t from = place(strip.begin + i, columns.begin) * p.out_features;
+      const int64_t row = image * out_height() + strip.begin + i;
+      const int64_t from = (row * out_width() + columns.begin) * p.out_features;
       tensors.in = mixed + i * pixels * problem.in_stride;
       tensors.out = static_cast<T*>(t.out) + from;
       tensors.other = other ? static_cast<const T*>(other) + from : nullptr;
@@ -226,21 +231,19 @@ struct Task {
 
 template <class T>
 static void forward_of(const Problem& p, const Tensors& t) {
+  const int64_t height = (p.height - 1) / p.stride + 1, width = (p.width - 1) / p.stride + 1;
   const int64_t shares =
-      std::max<int64_t>(1, std::min(p.height, (p.threads + p.batch - 1) / p.batch));
-  const int64_t tasks = p.batch * shares;
+      std::max<int64_t>(1, std::min(height, (p.threads + p.batch - 1) / p.batch));
   const auto work = [&](int64_t index) {
     static thread_local Scratch<T> s;
-    const int64_t image = index / shares, share = index % shares;
-    Task<T> task{p, t, image, {p.height * share / shares, p.height * (share + 1) / shares},
-                 {0, p.width}, s};
+    Task<T> task{p, t, index / shares, linear::share(height, index % shares, shares), {0, width}, s};
     const int64_t blocks = task.blocks();
     for (int64_t i = 0; i < blocks; i++) {
-      task.columns = linear::share(p.width, i, blocks);
+      task.columns = linear::share(width, i, blocks);
       task.run();
     }
   };
-  parallel::for_each(tasks, p.threads, work);
+  parallel::for_each(p.batch * shares, p.threads, work);
 }
 
 static void forward(const Problem& p, const Tensors& t) {

@@ -1,7 +1,7 @@
 """Feed-forwards on the CPU in one pass: norm, linear, depthwise convolution, linear, shortcut.
 
 The kernel (``depthwise_mlp.h``) computes the hidden map, the widest of a network, in pieces that
-stay in the cache.
+stay in the cache. It also computes inverted bottlenecks.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ops.cpu.binding import kernel
@@ -26,7 +27,11 @@ __all__ = ["PackedDepthwiseMlp", "depthwise_mlp"]
 # are multiples of the packed panels' width, and the span is a multiple of the chunk.
 _CHUNK = 192
 _SPAN = 384
-_FEWEST_ROWS = 4  # per thread, which also computes the hidden rows above and below
+# Per thread and row of the convolution's padding: each thread also computes the hidden rows above
+# and below its own.
+_FEWEST_ROWS = 4
+_KERNELS, _STRIDES = (3, 5, 7), (1, 2)
+_LINE = 16  # float32 in a cache line, and the largest vector
 
 _PROBLEM = structure("feed_forward/depthwise_mlp.h", "depthwise_mlp::Problem")
 _TENSORS = structure("feed_forward/depthwise_mlp.h", "depthwise_mlp::Tensors")
@@ -36,8 +41,9 @@ class PackedDepthwiseMlp:
     """``fc2(conv_activation(conv(activation(fc1(norm(x)))))) + residual``.
 
     Args:
-        fc1: from ``in_features`` to ``hidden``; it and ``fc2`` may be 1×1 convolutions.
-        conv: depthwise 3×3 with padding 1, of ``hidden`` channels; None for none.
+        fc1: from ``in_features`` to ``hidden``; it and ``fc2`` may be 1×1 convolutions. None if
+            ``conv`` comes first, with at least 16 channels and no norm before it.
+        conv: depthwise, of ``hidden`` channels, see :meth:`takes`; None for none.
         fc2: from ``hidden`` to ``out_features``. All layers are in float32 or bfloat16.
         activation, conv_activation: from :data:`ops.cpu.activations.ACTIVATIONS`.
 
@@ -47,39 +53,63 @@ class PackedDepthwiseMlp:
 
     def __init__(
         self,
-        fc1: nn.Linear | nn.Conv2d,
+        fc1: nn.Linear | nn.Conv2d | None,
         conv: nn.Conv2d | None,
         fc2: nn.Linear | nn.Conv2d,
         activation: str = "none",
         conv_activation: str = "none",
     ) -> None:
-        weight1, weight2 = (layer.weight.detach().flatten(1) for layer in (fc1, fc2))
-        hidden = len(weight1)
+        weight2 = fc2.weight.detach().flatten(1)
+        hidden = weight2.shape[1]
         spans = [pack_weight(part) for part in weight2.split(_span(hidden, weight2.dtype), dim=1)]
         # The bias for the first span, zeros for those that accumulate.
         bias2 = torch.cat((bias_of(fc2), torch.zeros_like(bias_of(fc2))))
-        self._in_features, self._dtype = weight1.shape[1], weight2.dtype
-        self._weights = (pack_weight(weight1), bias_of(fc1))
+        self._in_features, self._dtype = hidden, weight2.dtype
+        self._weights: tuple[Tensor | None, Tensor | None] = (None, None)
+        if fc1 is not None:
+            weight1 = fc1.weight.detach().flatten(1)
+            self._in_features = weight1.shape[1]
+            self._weights = (pack_weight(weight1), bias_of(fc1))
         self._conv: tuple[Tensor | None, Tensor | None] = (None, None)
+        self._margin, self._stride = 0, 1
         if conv is not None:
-            self._conv = taps_first(conv.weight).view(9, hidden), bias_of(conv)
+            padding = (0, _padded(hidden) - hidden)
+            self._conv = F.pad(taps_first(conv.weight), padding), F.pad(bias_of(conv), padding)
+            self._margin, self._stride = conv.kernel_size[0] // 2, conv.stride[0]
         self._weights2 = (torch.cat(spans), bias2)
         self._activations = (activation, conv_activation)
 
+    @staticmethod
+    def takes(conv: nn.Conv2d, is_first: bool = False) -> bool:
+        """Whether ``conv`` is depthwise with a window of 3×3, 5×5 or 7×7 and strides of 1 or 2.
+
+        The padding must be half of the window, with zeros. As the first layer, it needs at least
+        16 channels.
+        """
+        side, stride = conv.kernel_size[0], conv.stride[0]
+        square = (conv.kernel_size, conv.stride) == ((side, side), (stride, stride))
+        padded = conv.padding == (side // 2, side // 2) and conv.padding_mode == "zeros"
+        depthwise = conv.groups == conv.in_channels == conv.out_channels
+        window = side in _KERNELS and stride in _STRIDES and conv.dilation == (1, 1)
+        enough = not is_first or conv.in_channels >= _LINE
+        return square and padded and depthwise and window and enough
+
     def shares_out(self, x: Tensor) -> bool:
         """Whether there is enough work for all threads; each needs several rows of the map."""
-        rows = x.shape[0] * -(-x.shape[1] // _FEWEST_ROWS) if x.ndim == 4 else x.shape[0]
-        return torch.get_num_threads() <= rows
+        if x.ndim != 4:
+            return torch.get_num_threads() <= x.shape[0]
+        fewest = _FEWEST_ROWS * max(1, self._margin)
+        return torch.get_num_threads() <= x.shape[0] * -(-x.shape[1] // fewest)
 
     def __call__(
         self, x: Tensor, residual: Tensor | None = None, norm: nn.LayerNorm | None = None
     ) -> Tensor:
-        """(B, H, W, in_features) → (B, H, W, out_features).
+        """(B, H, W, in_features) → (B, ⌈H / stride⌉, ⌈W / stride⌉, out_features).
 
         Args:
             x: in the dtype of the weights; copied unless contiguous. Without a convolution, it may
                 have any rank: (..., in_features).
-            residual: (B, H, W, out_features), added to the result.
+            residual: added to the result.
             norm: over the input's last axis, with weight and bias.
 
             Raises:
@@ -96,8 +126,13 @@ class PackedDepthwiseMlp:
         affine = (None, None) if norm is None else (norm.weight, norm.bias)
         eps = 0.0 if norm is None else norm.eps
         layers = (*affine, *self._weights, *self._conv, *self._weights2)
-        out: Tensor = depthwise_mlp(x, *layers, residual, eps, *self._activations)
+        out: Tensor = depthwise_mlp(x, *layers, residual, self._stride, eps, *self._activations)
         return out
+
+
+def _padded(hidden: int) -> int:
+    """Channels between taps: an odd number of cache lines, so that they use all sets of a cache."""
+    return (-(-hidden // _LINE) | 1) * _LINE
 
 
 def _span(hidden: int, dtype: torch.dtype) -> int:
@@ -110,27 +145,35 @@ def depthwise_mlp(
     x: Tensor,
     norm_weight: Tensor | None,
     norm_bias: Tensor | None,
-    weight1: Tensor,
-    bias1: Tensor,
+    weight1: Tensor | None,
+    bias1: Tensor | None,
     taps: Tensor | None,
     conv_bias: Tensor | None,
     weight2: Tensor,
     bias2: Tensor,
     residual: Tensor | None,
+    stride: int,
     eps: float,
     activation: str,
     conv_activation: str,
 ) -> Call:
     """See :class:`PackedDepthwiseMlp`, which packs the weights."""
-    out = x.new_empty(*x.shape[:-1], len(bias2) // 2)
+    size = x.shape[:-1] if taps is None else (len(x), *(-(-n // stride) for n in x.shape[1:3]))
+    out = x.new_empty(*size, len(bias2) // 2)
     if residual is not None and residual.shape != out.shape:
         raise ValueError(f"residual must be {tuple(out.shape)}, got {tuple(residual.shape)}")
+    if bias1 is None and (taps is None or x.shape[-1] < _LINE or norm_weight is not None):
+        raise ValueError(
+            f"without a first layer, x must have {_LINE} features or more, got {x.shape[-1]}, a "
+            "convolution must follow, and no norm precede it"
+        )
     affine = {"the norm's weight": norm_weight, "the norm's bias": norm_bias}
     require_dtype(x.dtype, residual=residual, **affine)
 
     def arguments() -> Any:
         # Without a convolution, tokens form a single column.
-        in_features, hidden, out_features = x.shape[-1], len(bias1), out.shape[-1]
+        in_features, out_features = x.shape[-1], out.shape[-1]
+        hidden = in_features if bias1 is None else len(bias1)
         pixels, span = x.numel() // in_features, _span(hidden, x.dtype)
         batch, height, width = x.shape[:3] if taps is not None else (1, pixels, 1)
         problem = problem_of(
@@ -142,6 +185,9 @@ def depthwise_mlp(
             in_features=in_features,
             hidden=hidden,
             out_features=out_features,
+            kernel=1 if taps is None else len(taps),
+            stride=stride,
+            taps_stride=0 if taps is None else taps.shape[2],
             chunk=_CHUNK if taps is not None and x.dtype == torch.float32 else span,
             span=span,
             activation=activation,

@@ -66,11 +66,12 @@ static VB_INLINE F combine(const Problem& p, const float* scale, int lanes, F x,
 // The epilogue: activation, combination, energies, and the stores of R rows of V vectors.
 template <class T, int R, int V>
 static VB_INLINE void finish(const Problem& p, const Block<T>& block, F (&sum)[R][V]) {
-  if (p.activation == activation::RELU) {
+  if (activation::is_clip(p.activation)) {
+    const F limit = activation::clip_limit(p.activation);
     VB_UNROLL
     for (int r = 0; r < R; r++) {
       VB_UNROLL
-      for (int v = 0; v < V; v++) sum[r][v] = activation::positive(sum[r][v]);
+      for (int v = 0; v < V; v++) sum[r][v] = activation::clip(sum[r][v], limit);
     }
   } else if (p.activation != activation::NONE) {
     F copy[R * V];  // so that the sums can stay in registers

@@ -6,10 +6,13 @@
 #include <type_traits>
 #include "common/activation.h"
 #include "common/prefetch.h"
+#include "common/range.h"
 #include "common/simd.h"
 
 namespace linear {
 
+using ::Range;
+using ::share;
 using memory::LINE;
 using simd::F;
 using simd::round_up;
@@ -57,14 +60,5 @@ constexpr int64_t MIN_CHUNK = 112;
 
 // The outputs, rounded up to whole vectors.
 static int64_t padded(int64_t out_features) { return round_up(out_features, W); }
-
-// A range of rows or panels.
-struct Range {
-  int64_t begin, end;
-};
-
-static Range share(int64_t count, int64_t index, int64_t shares) {
-  return {count * index / shares, count * (index + 1) / shares};
-}
 
 }  // namespace linear

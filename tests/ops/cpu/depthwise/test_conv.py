@@ -69,35 +69,48 @@ def test_is_the_convolution(
 @given(
     channels=st.sampled_from([1, 5, 16, 21, 64, 70]),
     size=st.tuples(st.integers(1, 19), st.integers(1, 19)),
+    side=st.sampled_from([3, 5, 7]),
     stride=st.tuples(st.integers(1, 3), st.integers(1, 2)),
     activation=st.sampled_from(ACTIVATIONS),
     has_bias=st.booleans(),
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
 )
-def test_padded_squares_of_three(channels, size, stride, activation, has_bias, dtype) -> None:
+def test_padded_squares(channels, size, side, stride, activation, has_bias, dtype) -> None:
+    """Read in place, without a look at the channels beside them."""
     wide = torch.full((2, channels + 4, *size), torch.nan, dtype=dtype)
     wide = wide.contiguous(memory_format=torch.channels_last)
     x = wide[:, 2:-2].copy_(random(2, channels, *size))
-    weight, bias = random(channels, 1, 3, 3, seed=1), random(channels, seed=2)
+    weight, bias = random(channels, 1, side, side, seed=1), random(channels, seed=2)
     bias = bias if has_bias else None
     out = depthwise_conv2d(
         x,
         taps_first(weight),
         None if bias is None else bias.float(),
         stride,
-        (1, 1),
+        (side // 2, side // 2),
         activation=activation,
     )
-    expected = F.conv2d(x.double(), weight, bias, stride, 1, 1, channels)
+    expected = F.conv2d(x.double(), weight, bias, stride, side // 2, 1, channels)
     expected = PLAIN_ACTIVATIONS[activation](expected)
-    bound = 1e-6 * 20 if dtype == torch.float32 else 2**-8 * (1 + expected.abs())
+    bound = 1e-6 * (2 * side**2 + 2) if dtype == torch.float32 else 2**-8 * (1 + expected.abs())
     assert ((out - expected).abs() <= bound).all()
+
+
+@pytest.mark.parametrize("channels", [48, 256])  # pixels of 256 channels share sets of the cache
+def test_squares_of_large_maps(channels: int) -> None:
+    for side, stride, height, width in ((7, 1, 30, 37), (5, 2, 27, 150), (7, 2, 40, 64)):
+        x, weight = random(1, channels, height, width), random(channels, 1, side, side, seed=1)
+        expected = F.conv2d(x, weight, None, stride, side // 2, 1, channels)
+        strides, padding = (stride, stride), (side // 2, side // 2)
+        out = depthwise_conv2d(x.float(), taps_first(weight), None, strides, padding)
+        assert _relative(out, expected) < 2e-6
 
 
 @pytest.mark.parametrize("instructions", ["avx2", "portable"])
 def test_other_instruction_sets(instructions: str, monkeypatch, tmp_path) -> None:
     compiled_for(instructions, monkeypatch)
-    for size, kernel, stride, dilation in (((17, 14), 7, 1, 3), ((9, 15), 3, 2, 1)):
+    cases = (((17, 14), 7, 1, 3), ((9, 15), 3, 2, 1), ((11, 9), 5, 2, 1), ((7, 13), 7, 1, 1))
+    for size, kernel, stride, dilation in cases:
         x, weight, bias = random(2, 20, *size), random(20, 1, kernel, kernel), random(20)
         padding = dilation * (kernel // 2)
         expected = F.gelu(F.conv2d(x, weight, bias, stride, padding, dilation, 20))

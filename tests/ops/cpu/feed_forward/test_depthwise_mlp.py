@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -21,13 +22,15 @@ from ops.inference.mlp import FastConvMlp, FastDWMlp, FastMlp
 from ops.mlp import DWMlp
 
 
-def _parts(dim: int, hidden: int, out_dim: int, bias: bool = True) -> nn.ModuleDict:
+def _parts(
+    dim: int, hidden: int, out_dim: int, bias: bool = True, side: int = 3, stride: int = 1
+) -> nn.ModuleDict:
     torch.manual_seed(0)
     parts = nn.ModuleDict(
         {
             "norm": nn.LayerNorm(dim),
             "fc1": nn.Linear(dim, hidden, bias=bias),
-            "conv": nn.Conv2d(hidden, hidden, 3, padding=1, groups=hidden, bias=bias),
+            "conv": nn.Conv2d(hidden, hidden, side, stride, side // 2, groups=hidden, bias=bias),
             "fc2": nn.Linear(hidden, out_dim, bias=bias),
         }
     )
@@ -37,7 +40,12 @@ def _parts(dim: int, hidden: int, out_dim: int, bias: bool = True) -> nn.ModuleD
 
 
 def _exact(
-    parts: nn.ModuleDict, x: Tensor, activations: tuple[str, str], has_norm: bool, has_conv: bool
+    parts: nn.ModuleDict,
+    x: Tensor,
+    activations: tuple[str, str],
+    has_norm: bool,
+    has_conv: bool,
+    has_first: bool = True,
 ) -> Tensor:
     """In float64; what goes into a layer of bfloat16 is rounded."""
 
@@ -45,8 +53,9 @@ def _exact(
         return x.to(dtype).double() if dtype == torch.bfloat16 else x
 
     dtype, parts, x = x.dtype, copy.deepcopy(parts).double(), x.double()
-    x = parts["fc1"](rounded(parts["norm"](x)) if has_norm else x)
-    x = rounded(PLAIN_ACTIVATIONS[activations[0]](x))
+    if has_first:
+        x = parts["fc1"](rounded(parts["norm"](x)) if has_norm else x)
+        x = rounded(PLAIN_ACTIVATIONS[activations[0]](x))
     if has_conv:
         x = parts["conv"](x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
         x = rounded(PLAIN_ACTIVATIONS[activations[1]](x))
@@ -125,6 +134,92 @@ def test_blocks_of_wide_maps(dtype, height, width, has_norm, has_residual, threa
     assert (out - expected).abs().max() <= 2 * LINEAR_DTYPES[dtype] * expected.abs().max()
 
 
+def _bottleneck(parts: nn.ModuleDict, has_first: bool = True) -> PackedDepthwiseMlp:
+    return PackedDepthwiseMlp(
+        parts["fc1"] if has_first else None, parts["conv"], parts["fc2"], "relu6", "relu6"
+    )
+
+
+@settings(max_examples=80, deadline=None)
+@given(
+    dtype=st.sampled_from(list(LINEAR_DTYPES)),
+    batch=st.integers(1, 2),
+    size=st.tuples(st.integers(1, 24), st.integers(1, 24)),
+    side=st.sampled_from([3, 5, 7]),
+    stride=st.sampled_from([1, 2]),
+    hidden=st.integers(16, 300),
+    has_first=st.booleans(),
+    has_residual=st.booleans(),
+    threads=st.integers(1, 2),
+)
+def test_inverted_bottlenecks(
+    dtype, batch, size, side, stride, hidden, has_first, has_residual, threads
+) -> None:
+    parts = _parts(12 if has_first else hidden, hidden, 20, True, side, stride).to(dtype)
+    x = 3 * torch.randn(batch, *size, parts["fc1"].in_features).to(dtype)
+    expected = _exact(parts, x, ("relu6", "relu6"), False, True, has_first)
+    residual = torch.randn(expected.shape).to(dtype) if has_residual else None
+    expected = expected if residual is None else expected + residual
+    with using_threads(threads):
+        out = _bottleneck(parts, has_first)(x, residual)
+    bound = {torch.float32: 2e-6, torch.bfloat16: 2**-7}[dtype]
+    assert out.dtype == dtype and out.shape == expected.shape
+    assert (out - expected).abs().max() <= bound * (1 + expected.abs().max())
+
+
+@pytest.mark.parametrize("dtype", list(LINEAR_DTYPES))
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("side", [5, 7])
+def test_strips_of_inverted_bottlenecks(side: int, stride: int, dtype: torch.dtype) -> None:
+    """Maps of many strips, with chunks of channels, and of blocks of columns."""
+    for hidden, height, width in ((500, 50, 23), (330, 21, 203)):
+        for has_first in (False, True):
+            parts = _parts(16 if has_first else hidden, hidden, 20, True, side, stride).to(dtype)
+            packed = _bottleneck(parts, has_first)
+            x = torch.randn(1, height, width, parts["fc1"].in_features).to(dtype)
+            expected = _exact(parts, x, ("relu6", "relu6"), False, True, has_first)
+            for threads in (1, 3):
+                with using_threads(threads):
+                    out = packed(x)
+                error = (out - expected).abs().max()
+                assert error <= 2 * LINEAR_DTYPES[dtype] * (1 + expected.abs().max())
+
+
+@pytest.mark.parametrize("stride", [1, 2])
+@pytest.mark.parametrize("side", [3, 5, 7])
+def test_nan_reaches_the_windows_that_see_it(side: int, stride: int) -> None:
+    parts = _parts(16, 16, 8, True, side, stride)
+    for has_first in (False, True):
+        packed = _bottleneck(parts, has_first)
+        for row, column in ((0, 0), (5, 12), (8, 3)):
+            x = torch.zeros(1, 9, 13, 16)
+            x[0, row, column, 2] = float("nan")
+            lost = packed(x).isnan().any(-1)[0]
+            rows, columns = (torch.arange(0, n, stride) for n in (9, 13))
+            near = (rows - row).abs()[:, None] <= side // 2, (columns - column).abs() <= side // 2
+            assert torch.equal(lost, near[0] & near[1])
+
+
+def test_convolutions_that_the_kernel_takes() -> None:
+    def conv(side: Any = 5, stride: Any = 1, padding: Any = 2, **others: Any) -> nn.Conv2d:
+        return nn.Conv2d(8, 8, side, stride, padding, **{"groups": 8, **others})
+
+    assert PackedDepthwiseMlp.takes(conv()) and PackedDepthwiseMlp.takes(conv(7, 2, 3))
+    assert not PackedDepthwiseMlp.takes(conv(), is_first=True)  # too few channels
+    for other in (
+        conv(9, padding=4),
+        conv((3, 5), padding=(1, 2)),
+        conv(stride=3),
+        conv(stride=(1, 2)),
+        conv(padding=1),
+        conv(padding="same"),
+        conv(padding=4, dilation=2),
+        conv(groups=4),
+        conv(padding_mode="reflect"),
+    ):
+        assert not PackedDepthwiseMlp.takes(other)
+
+
 @pytest.mark.parametrize("instructions", ["avx2", "portable"])
 def test_other_instruction_sets(instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
     compiled_for(instructions, monkeypatch)
@@ -133,6 +228,11 @@ def test_other_instruction_sets(instructions: str, monkeypatch: pytest.MonkeyPat
     x = torch.randn(2, 9, 12, 21)
     expected = _exact(parts, x, ("silu", "gelu"), True, True)
     assert (packed(x, None, parts["norm"]) - expected).abs().max() <= 2e-6 * expected.abs().max()
+    for side, stride, has_first in ((5, 2, True), (7, 1, True), (5, 1, False)):
+        parts = _parts(21, 21 if not has_first else 140, 19, True, side, stride)
+        expected = _exact(parts, x, ("relu6", "relu6"), False, True, has_first)
+        error = (_bottleneck(parts, has_first)(x) - expected).abs().max()
+        assert error <= 2e-6 * (1 + expected.abs().max())
     assert cpu.status("depthwise_mlp").instruction_set == instructions
 
 
@@ -171,6 +271,15 @@ def test_bad_residuals_are_refused() -> None:
         with pytest.raises(ValueError, match=message):
             packed(torch.zeros(1, 3, 8), residual)
     assert packed(torch.zeros(0, 3, 8)).shape == (0, 3, 8)
+
+
+def test_a_first_convolution_needs_channels_and_no_norm() -> None:
+    parts = _parts(16, 16, 8)
+    packed = _bottleneck(parts, has_first=False)
+    with pytest.raises(ValueError, match="no norm precede it"):
+        packed(torch.zeros(1, 4, 4, 16), None, parts["norm"])
+    with pytest.raises(ValueError, match="16 features or more, got 8"):
+        _bottleneck(_parts(8, 8, 8), has_first=False)(torch.zeros(1, 4, 4, 8))
 
 
 def _fast(mlp: nn.Module) -> nn.Module:
@@ -256,3 +365,7 @@ def test_more_threads_than_rows() -> None:
         assert packed.shares_out(torch.zeros(1, 7, 7, 8))
         assert not packed.shares_out(torch.zeros(1, 4, 4, 8))
         assert packed.shares_out(torch.zeros(2, 4, 4, 8))
+        # Larger windows share more rows of the hidden map.
+        larger = _bottleneck(_parts(8, 16, 8, side=7))
+        assert larger.shares_out(torch.zeros(1, 14, 14, 8))
+        assert not larger.shares_out(torch.zeros(1, 7, 7, 8))

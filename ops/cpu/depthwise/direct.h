@@ -1,0 +1,204 @@
+// Depthwise 3×3, 5×5 and 7×7 convolutions that read the map in place. Each pixel of a row is loaded
+// once for all outputs of a run that use it.
+#pragma once
+#include "common/range.h"
+#include "depthwise/depthwise.h"
+
+namespace depthwise {
+
+constexpr int RUN_PIXELS = 8;
+// Output rows per task, which find most of their inputs in the L2 cache.
+constexpr int64_t BAND_ROWS = 8, BAND_BYTES = 640 * 1024;
+// Pixels that are multiples of this far apart share few sets of the L1 cache.
+constexpr int64_t CONFLICT_BYTES = 1024;
+
+// A run of output pixels of one vector of channels in an output row.
+template <class T>
+struct DirectRun {
+  const T* in;             // at the run's first row and column, which may be outside the map
+  ptrdiff_t row, pixel;    // strides of the input
+  Range rows, columns;     // of the window's rows and the run's columns, those inside the map
+  const float* weight;     // [taps][weight_stride]
+  ptrdiff_t weight_stride;
+  const float* bias;       // or null
+  T* out;
+  ptrdiff_t out_pixel;
+  int lanes;
+  int64_t activation;
+};
+
+// R outputs of a K×K window with column stride SX.
+template <class T, int K, int R, int SX, bool WHOLE>
+static void convolve_run(const DirectRun<T>& s) {
+  constexpr int COLUMNS = (R - 1) * SX + K, MARGIN = K / 2;
+  const int lanes = WHOLE ? W : s.lanes;
+  const auto get = [&](const auto* place) VB_INLINE_LAMBDA {
+    return WHOLE ? simd::load_as_float(place) : simd::get(place, lanes);
+  };
+  const F bias = s.bias ? get(s.bias) : simd::zero();
+  F sum[R];
+  VB_UNROLL
+  for (int r = 0; r < R; r++) sum[r] = bias;
+  for (int64_t y = s.rows.begin; y < s.rows.end; y++) {
+    const T* in = s.in + y * s.row;
+    const float* weight = s.weight + y * K * s.weight_stride;
+    F taps[K];
+    VB_UNROLL
+    for (int k = 0; k < K; k++) taps[k] = simd::in_register(get(weight + k * s.weight_stride));
+    VB_UNROLL
+    for (int column = 0; column < COLUMNS; column++) {
+      if (column < MARGIN && column < s.columns.begin) continue;
+      if (column >= COLUMNS - MARGIN && column >= s.columns.end) continue;
+      const F x = simd::in_register(get(in + column * s.pixel));
+      VB_UNROLL
+      for (int k = 0; k < K; k++) {
+        const int r = (column - k) / SX;
+        if (column >= k && (column - k) % SX == 0 && r < R) sum[r] = simd::fma(taps[k], x, sum[r]);
+      }
+    }
+  }
+  if (activation::is_clip(s.activation)) {
+    const F limit = activation::clip_limit(s.activation);
+    VB_UNROLL
+    for (int r = 0; r < R; r++) sum[r] = activation::clip(sum[r], limit);
+  } else if (s.activation != activation::NONE) {
+    activation::apply<T>(sum, R, s.activation);
+  }
+  VB_UNROLL
+  for (int r = 0; r < R; r++) {
+    T* const place = s.out + r * s.out_pixel;
+    WHOLE ? simd::store_from_float(place, sum[r]) : simd::put(place, sum[r], lanes);
+  }
+}
+
+template <class T>
+using ConvolveRun = void (*)(const DirectRun<T>&);
+
+template <class T, int K, int SX, bool WHOLE, size_t... I>
+static ConvolveRun<T> direct_of(int64_t pixels, std::index_sequence<I...>) {
+  static constexpr ConvolveRun<T> runs[] = {convolve_run<T, K, I + 1, SX, WHOLE>...};
+  return runs[pixels - 1];
+}
+
+template <class T, int K, bool WHOLE>
+static ConvolveRun<T> direct_of(int64_t pixels, int64_t stride) {
+  constexpr std::make_index_sequence<RUN_PIXELS> variants;
+  return stride == 1 ? direct_of<T, K, 1, WHOLE>(pixels, variants)
+                     : direct_of<T, K, 2, WHOLE>(pixels, variants);
+}
+
+// With fewer channels than a vector, WHOLE is false and the window 3×3.
+template <class T, bool WHOLE>
+static ConvolveRun<T> direct_of(int64_t kernel, int64_t stride, int64_t pixels) {
+  if constexpr (!WHOLE) return direct_of<T, 3, false>(pixels, stride);
+  return kernel == 3   ? direct_of<T, 3, true>(pixels, stride)
+         : kernel == 5 ? direct_of<T, 5, true>(pixels, stride)
+                       : direct_of<T, 7, true>(pixels, stride);
+}
+
+// Part of a map whose borders are padded with `kernel / 2` zeros.
+template <class T>
+struct Part {
+  const T* in;             // at the first of `rows` and `columns`, those of the input that are there
+  Range rows, columns;
+  ptrdiff_t in_row, in_pixel;
+  const float* weight;     // [taps][weight_stride]
+  ptrdiff_t weight_stride;
+  const float* bias;       // or null
+  T* out;                  // at the first output row and column
+  ptrdiff_t out_row, out_pixel;
+  int64_t channels, kernel, stride[2], activation;
+  // Channels per pass over the rows. With a cache line of them, the next output row finds its
+  // inputs in the L1 cache; with all of them, rows are read in memory order.
+  int64_t pass;
+};
+
+// The values in a cache line.
+template <class T>
+constexpr int64_t LINE_VALUES = memory::LINE / int64_t{sizeof(T)};
+
+// Some rows and columns of the output. With an incomplete last vector of channels, the one before
+// is computed twice in part.
+template <bool WHOLE, class T>
+static void convolve_part(const Part<T>& p, Range rows, Range columns) {
+  const int64_t margin = p.kernel / 2, width = length(columns);
+  const int64_t runs = (width + RUN_PIXELS - 1) / RUN_PIXELS;
+  DirectRun<T> s{nullptr, p.in_row, p.in_pixel, {}, {}, nullptr, p.weight_stride, nullptr,
+           nullptr, p.out_pixel, static_cast<int>(std::min<int64_t>(W, p.channels)), p.activation};
+  for (int64_t c = 0; c < p.channels; c += p.pass) {
+    for (int64_t y = rows.begin; y < rows.end; y++) {
+      const int64_t top = y * p.stride[0] - margin;
+      s.rows = {std::max<int64_t>(0, p.rows.begin - top), std::min(p.kernel, p.rows.end - top)};
+      for (int64_t i = 0; i < runs; i++) {
+        const Range run = share(width, i, runs);
+        const int64_t left = (columns.begin + run.begin) * p.stride[1] - margin;
+        const ConvolveRun<T> convolve_run =
+            direct_of<T, WHOLE>(p.kernel, p.stride[1], length(run));
+        s.columns = {p.columns.begin - left, p.columns.end - left};
+        const T* const in = p.in + (top - p.rows.begin) * p.in_row +
+                            (left - p.columns.begin) * p.in_pixel;
+        T* const out = p.out + (y - rows.begin) * p.out_row + run.begin * p.out_pixel;
+        for (int64_t v = c; v < std::min(c + p.pass, p.channels); v += W) {
+          const int64_t channel = WHOLE ? std::min(v, p.channels - W) : 0;
+          s.in = in + channel;
+          s.weight = p.weight + channel;
+          s.bias = p.bias ? p.bias + channel : nullptr;
+          s.out = out + channel;
+          convolve_run(s);
+        }
+      }
+    }
+  }
+}
+
+static bool is_direct(const Problem& p) {
+  const auto both = [](const int64_t (&n)[2], int64_t value) {
+    return n[0] == value && n[1] == value;
+  };
+  const int64_t side = p.kernel[0];
+  if (!both(p.kernel, side) || !both(p.padding, side / 2) || !both(p.dilation, 1)) return false;
+  if (p.stride[1] > 2) return false;
+  if (side == 3) return true;
+  const int64_t bytes = p.bfloat16 ? sizeof(BFloat16) : sizeof(float);
+  const int64_t band_rows = (BAND_ROWS - 1) * p.stride[0] + side;
+  return (side == 5 || side == 7) && p.channels >= W &&
+         p.in_stride[2] * bytes % CONFLICT_BYTES != 0 &&
+         std::min(band_rows, p.size[0]) * p.in_stride[1] * bytes <= BAND_BYTES;
+}
+
+// Output rows `rows` of one image.
+template <class T>
+static void convolve_rows(const Problem& p, const Tensors& t, int64_t image, Range rows) {
+  const Part<T> part{static_cast<const T*>(t.in) + image * p.in_stride[0],
+                     {0, p.size[0]},
+                     {0, p.size[1]},
+                     p.in_stride[1],
+                     p.in_stride[2],
+                     t.weight,
+                     p.channels,
+                     t.bias,
+                     static_cast<T*>(t.out) + image * p.out_stride[0] + rows.begin * p.out_stride[1],
+                     p.out_stride[1],
+                     p.out_stride[2],
+                     p.channels,
+                     p.kernel[0],
+                     {p.stride[0], p.stride[1]},
+                     p.activation,
+                     p.kernel[0] == 3 ? p.channels : LINE_VALUES<T>};
+  const Range columns{0, p.out_size[1]};
+  p.channels >= W ? convolve_part<true>(part, rows, columns)
+                  : convolve_part<false>(part, rows, columns);
+}
+
+// Any window, with the faster of the two methods.
+template <class T>
+static void forward_any(const Problem& p, const Tensors& t) {
+  if (!is_direct(p)) return forward<T>(p, t);
+  const int64_t rows = p.kernel[0] == 3 ? 1 : BAND_ROWS;
+  const int64_t bands = (p.out_size[0] + rows - 1) / rows;
+  parallel::for_each(p.batch * bands, p.threads, [&](int64_t index) {
+    convolve_rows<T>(p, t, index / bands, share(p.out_size[0], index % bands, bands));
+  });
+}
+
+}  // namespace depthwise
