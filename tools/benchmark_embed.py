@@ -333,12 +333,12 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3, help="of which the medians count")
     parser.add_argument("--output", type=nonempty_path, default=OUTPUT)
     parser.add_argument("--page", type=nonempty_path, default=PAGE)
-    for package in PIPELINES:
-        text = f"Python of an environment that has {package}, for `pipelines`"
-        parser.add_argument(f"--{package}", metavar="PYTHON", help=text)
+    text = "Python of an environment that has it, for `pipelines`"
+    parser.add_argument("--birder", metavar="PYTHON", help=text)
+    parser.add_argument("--clip-retrieval", metavar="PYTHON", help=text)
     args = parser.parse_args(arguments)
     pythons = {name: getattr(args, name.replace("-", "_")) for name in PIPELINES}
-    measure = {**PARTS, "pipelines": partial(measure_pipelines, pythons=pythons)}
+    measure: dict[str, Any] = {**PARTS, "pipelines": partial(measure_pipelines, pythons=pythons)}
     if "pipelines" in args.parts and not any(pythons.values()):
         parser.error("pipelines needs --birder PYTHON or --clip-retrieval PYTHON")
     here = {**machine(torch.device("cpu")), "threads": cores()}

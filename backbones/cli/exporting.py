@@ -227,8 +227,8 @@ def program_runner(path: Path) -> Run:
     return module
 
 
-def onnx_runner(path: Path) -> Run:
-    """A function that runs an ONNX file in onnxruntime on one thread: images (B, C, H, W) → output.
+def onnx_runner(path: Path, threads: int = 1) -> Run:
+    """A function that runs an ONNX file in onnxruntime on the CPU: images (B, C, H, W) → output.
 
     Raises:
         CommandError: onnxruntime is missing or rejects the file.
@@ -237,7 +237,7 @@ def onnx_runner(path: Path) -> Run:
     import onnxruntime
 
     options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = 1
+    options.intra_op_num_threads = threads
     options.log_severity_level = 4
     try:
         session = onnxruntime.InferenceSession(
