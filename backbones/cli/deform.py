@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -12,12 +13,25 @@ __all__ = ["sampled_deform_conv2d", "without_deform_conv"]
 
 
 def without_deform_conv(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """The same program without deformable convolutions."""
-    targets = {node.target for node in program.graph.nodes if node.op == "call_function"}
-    found: Any = {t for t in targets if str(t) == "torchvision.deform_conv2d.default"}
-    if not found:
-        return program
-    return program.run_decompositions(dict.fromkeys(found, sampled_deform_conv2d))
+    """The same program without deformable convolutions.
+
+    On torch 2.8 also without average pooling to one pixel: for maps in NHWC, its translation keeps
+    the strides by operators on sequences, which OpenVINO does not support.
+    """
+    table: dict[str, Callable[..., Tensor]] = {
+        "torchvision.deform_conv2d.default": sampled_deform_conv2d
+    }
+    if torch.__version__ < "2.9":  # as versions, not as text
+        table["aten.adaptive_avg_pool2d.default"] = _mean_pool
+    targets: Any = {node.target for node in program.graph.nodes if node.op == "call_function"}
+    replaced = {target: table[str(target)] for target in targets if str(target) in table}
+    return program.run_decompositions(replaced) if replaced else program
+
+
+def _mean_pool(x: Tensor, size: Sequence[int]) -> Tensor:
+    if tuple(size) == (1, 1):
+        return x.mean((2, 3), keepdim=True)
+    return torch.ops.aten._adaptive_avg_pool2d(x, size)
 
 
 def sampled_deform_conv2d(

@@ -250,3 +250,10 @@ def test_sampled_deformable_convolution(stride, pad, dilation) -> None:
         x, weight, offset, x, bias, *stride, *pad, *dilation, 1, 1, False
     )
     torch.testing.assert_close(sampled, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (2, 3)])
+def test_pooling_for_older_translations(size: tuple[int, int]) -> None:
+    x = torch.randn(2, 3, 5, 7).contiguous(memory_format=torch.channels_last)
+    expected = torch.nn.functional.adaptive_avg_pool2d(x, size)
+    torch.testing.assert_close(deform._mean_pool(x, size), expected)
