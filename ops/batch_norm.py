@@ -77,7 +77,7 @@ class BatchNorm2d(nn.BatchNorm2d):
             return self._symbolically(input)
         if (
             not (torch.is_grad_enabled() and input.is_cpu)
-            or torch.compiler.is_exporting()
+            or torch.compiler._is_exporting_flag  # torch 2.8 compiles is_exporting() to True
             or torch.jit.is_tracing()
             or 1 not in input.shape
         ):

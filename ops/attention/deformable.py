@@ -45,7 +45,13 @@ def deformable_attention(
         ValueError: no maps, an empty map, or tensors whose shapes don't fit each other.
         TypeError: an argument of another type.
     """
-    _check_sizes(value, sizes)
+    _check_sizes(sizes)
+    pixels = sum(height * width for height, width in sizes)
+    if pixels != value.shape[1]:
+        raise ValueError(
+            f"value has {value.shape[1]} pixels, but maps of {[tuple(size) for size in sizes]} "
+            f"have {pixels}"
+        )
     batch, _, heads, head_dim = value.shape
     expected = (batch, locations.shape[1], heads, len(sizes))
     if (
@@ -67,24 +73,18 @@ def deformable_attention(
         out = maps.new_zeros(())
         start = 0
         for level, (height, width) in enumerate(sizes):
-            pixels = maps[:, :, start : start + height * width].unflatten(2, (height, width))
-            samples = F.grid_sample(pixels, grid[:, :, level], align_corners=False)
+            level_map = maps[:, :, start : start + height * width].unflatten(2, (height, width))
+            samples = F.grid_sample(level_map, grid[:, :, level], align_corners=False)
             out = out + (samples * shares[:, :, :, level]).sum(3)  # (B · heads, head_dim, N)
             start += height * width
         return out.unflatten(0, (batch, heads)).flatten(1, 2).transpose(1, 2).to(value.dtype)
 
 
-def _check_sizes(value: Tensor, sizes: Sequence[Sequence[int]]) -> None:
+def _check_sizes(sizes: Sequence[Sequence[int]]) -> None:
     if not sizes or any(len(size) != 2 or min(size) < 1 for size in sizes):
         raise ValueError(
             "sizes must be the height and width of one or more maps, each 1 or more, got "
             f"{[tuple(size) for size in sizes]}"
-        )
-    pixels = sum(height * width for height, width in sizes)
-    if pixels != value.shape[1]:
-        raise ValueError(
-            f"value has {value.shape[1]} pixels, but maps of {[tuple(size) for size in sizes]} "
-            f"have {pixels}"
         )
 
 
@@ -102,7 +102,11 @@ def pixel_centres(
 
     Returns:
         (S, 2), x and y in (0, 1), in the order of ``value`` in :func:`deformable_attention`.
+
+    Raises:
+        ValueError: no maps, or an empty one.
     """
+    _check_sizes(sizes)
     points = []
     for height, width in sizes:
         y, x = ((torch.arange(n, device=device, dtype=dtype) + 0.5) / n for n in (height, width))

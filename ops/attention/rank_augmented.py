@@ -89,7 +89,7 @@ def _feature_map(x: Tensor) -> Tensor:
     return x.clamp(max=0).exp() + x.relu()
 
 
-@checked(least={"height": 0, "width": 0})
+@checked(least={"height": 1, "width": 1})
 def rotary_table(
     height: int,
     width: int,
