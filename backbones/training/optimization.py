@@ -137,14 +137,12 @@ def build_scheduler(
     Raises:
         RecipeError: an invalid schedule, or one with a negative or non-finite learning rate.
     """
-    # timm before 1.0.31 does not take None for its default.
-    decay = {} if recipe.decay_epochs is None else {"decay_epochs": recipe.decay_epochs}
     try:
         scheduler, epochs = create_scheduler_v2(
             optimizer,
             sched=recipe.sched,
             num_epochs=recipe.epochs,
-            **decay,
+            decay_epochs=recipe.decay_epochs,
             decay_milestones=list(recipe.decay_milestones),
             cooldown_epochs=recipe.cooldown_epochs,
             patience_epochs=recipe.patience_epochs,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import abc
 import io
-from collections.abc import Iterable
 from pathlib import Path
 from typing import IO, Any
 
@@ -95,7 +94,7 @@ class ReaderSource(ImageSource):
 
     def __init__(self, reader: Any) -> None:
         self.reader = reader
-        self.labels = np.fromiter(_labels_of(reader), np.int64, len(reader))
+        self.labels = np.fromiter(reader.iter_targets(), np.int64, len(reader))
 
     def __len__(self) -> int:
         return len(self.reader)
@@ -106,15 +105,6 @@ class ReaderSource(ImageSource):
 
     def name(self, index: int) -> str:
         return f"{self.reader.filename(index) or self.reader.split}[{index}]"
-
-
-def _labels_of(reader: Any) -> Iterable[int]:
-    """The labels of timm's reader of Hugging Face sets, without decoding images."""
-    if hasattr(reader, "iter_targets"):  # since timm 1.0.31
-        labels: Iterable[int] = reader.iter_targets()
-        return labels
-    stored = reader.dataset[reader.label_key]
-    return map(reader.class_to_idx.__getitem__, stored) if reader.remap_class else stored
 
 
 class TorchvisionSource(ImageSource):

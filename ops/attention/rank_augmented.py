@@ -161,8 +161,7 @@ class RankAugmentedAttention(nn.Module):
         if self.linear:
             out = rank_augmented_linear_attention(query, key, value, rotary)
         else:
-            # In timm 1.0.22 the results have the dtype of the tables.
-            query, key = (apply_rot_embed(t, *rotary).to(t.dtype) for t in (query, key))
+            query, key = (apply_rot_embed(t, *rotary) for t in (query, key))
             out = softmax_attention(query, key, value)
         out = out.transpose(1, 2).reshape(x.shape)
         out = out + self.lepe(qkv[2].permute(0, 3, 1, 2)).permute(0, 2, 3, 1)

@@ -285,7 +285,7 @@ def test_packages_that_are_missing_or_old(monkeypatch: pytest.MonkeyPatch) -> No
     )
     errors = [f for f in doctor.examine_packages(doctor._installed()) if f.severity == "error"]
     assert {error.text: error.fix for error in errors} == {
-        "timm>=1.0.22 is needed, found: 0.9.0": "pip install 'timm>=1.0.22'",
+        "timm>=1.0.31 is needed, found: 0.9.0": "pip install 'timm>=1.0.31'",
         "pyyaml>=6 is needed, found: nothing": "pip install 'pyyaml>=6'",
     }
 
