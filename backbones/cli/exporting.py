@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from backbones.cli.common import CommandError
-from backbones.cli.deform import without_deform_conv
+from backbones.cli.common_operators import with_common_operators
 from backbones.cli.hat_export import SharedGroup, extract_group, inline_groups
 
 __all__ = [
@@ -197,7 +197,7 @@ def _onnx(program: torch.export.ExportedProgram, **names: Any) -> Any:
     try:
         with _silence(), _linear_time(), torch.no_grad():
             return torch.onnx.export(
-                without_deform_conv(program), (), dynamo=True, verbose=False, **names
+                with_common_operators(program), (), dynamo=True, verbose=False, **names
             )
     except Exception as error:  # torch.onnx raises many kinds, some of them private
         raise CommandError(f"cannot be written as ONNX: {_reason(error)}") from error

@@ -177,10 +177,10 @@ def _by_simplejpeg(image: Image.Image, source: IO[bytes], mode: str) -> np.ndarr
         return None
     import simplejpeg
 
-    source.seek(0)
-    data = source.read(_MOST_BYTES + 1)
-    if len(data) > _MOST_BYTES:
+    if source.seek(0, os.SEEK_END) > _MOST_BYTES:
         return None
+    source.seek(0)
+    data = source.read()
     try:
         # Strict: warnings are errors. What Pillow makes of such files, it says itself.
         grey = image.mode == "L"

@@ -37,7 +37,7 @@ class Resizing:
         # In timm's order, so that the values are its own to the last bit.
         self._tables = torch.arange(256.0).div_(255).sub(mean).div_(std).numpy()
         self._is_fast = unsupported() is None
-        self._steps = _steps(self._transform) if self._is_fast and _is_pillows() else None
+        self._steps = _steps(self._transform) if self._is_fast and _matches_pillow() else None
 
     def __call__(self, image: Image.Image | np.ndarray) -> np.ndarray:
         """Resize and crop an image of 8 bits: (H, W), or (H, W, C), to (C, height, width)."""
@@ -107,7 +107,7 @@ def _steps(transform: Any) -> _Steps | None:
 
 
 @functools.cache
-def _is_pillows() -> bool:
+def _matches_pillow() -> bool:
     """Whether the kernel's pixels are those of the installed Pillow, tried on noise.
 
     In black and white, which shows the order of the passes.

@@ -137,8 +137,13 @@ class ViTAdapter(nn.Module):
 
         Raises:
             TypeError: ``x`` is not a tensor.
+            ValueError: not (B, in_chans, H, W).
         """
         require_tensor("x", x)
+        if x.ndim != 4 or x.shape[1] != self.network.in_chans:
+            raise ValueError(
+                f"images must be (B, {self.network.in_chans}, H, W), got {tuple(x.shape)}"
+            )
         height, width = x.shape[2:]
         x = F.pad(x, (0, -width % 32, 0, -height % 32))
         sizes = [(x.shape[2] // stride, x.shape[3] // stride) for stride in STRIDES]

@@ -112,9 +112,8 @@ class PackedDepthwiseMlp:
             residual: added to the result.
             norm: over the input's last axis, with weight and bias.
 
-            Raises:
-                ValueError: wrong dtype or shape, or a norm of another width or without weight and
-                    bias.
+        Raises:
+            ValueError: wrong dtype or shape, or a norm of another width or without weight and bias.
         """
         features, dtype = self._in_features, self._dtype
         if x.shape[-1] != features or x.dtype != dtype:

@@ -78,11 +78,11 @@ def test_a_pillow_that_rounds_differently(monkeypatch: pytest.MonkeyPatch) -> No
     """The installed Pillow decides: where the kernel differs from it, the transform runs."""
     plain = resizing.resize_part
     monkeypatch.setattr(resizing, "resize_part", lambda *given: plain(*given) ^ 1)
-    resizing._is_pillows.cache_clear()
+    resizing._matches_pillow.cache_clear()
     try:
         pixels = photo(75, 100)
         wanted = create_transform(**CONFIG, is_training=False, use_prefetcher=True)
         found = Resizing(CONFIG)(pixels)
     finally:
-        resizing._is_pillows.cache_clear()
+        resizing._matches_pillow.cache_clear()
     assert np.array_equal(found, np.asarray(wanted(Image.fromarray(pixels))))

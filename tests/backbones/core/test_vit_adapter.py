@@ -389,6 +389,9 @@ def test_arguments_are_checked() -> None:
             _adapter(**wrong)
     with pytest.raises(TypeError, match="x must be a tensor"):
         _adapter()([1])
+    for shape in ((3, 64, 64), (1, 4, 64, 64)):
+        with pytest.raises(ValueError, match=r"images must be \(B, 3, H, W\), got"):
+            _adapter()(torch.zeros(shape))
 
 
 def test_two_stages_have_two_interactions() -> None:

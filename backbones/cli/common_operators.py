@@ -1,4 +1,4 @@
-"""Deformable convolution by grid sampling, which more runtimes support than DeformConv."""
+"""Operators of exported programs replaced by ones that more runtimes support."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-__all__ = ["sampled_deform_conv2d", "without_deform_conv"]
+__all__ = ["sampled_deform_conv2d", "with_common_operators"]
 
 
-def without_deform_conv(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
-    """The same program without deformable convolutions.
+def with_common_operators(program: torch.export.ExportedProgram) -> torch.export.ExportedProgram:
+    """The same program in operators that more runtimes support than DeformConv.
 
-    On torch 2.8 also without average pooling to one pixel: for maps in NHWC, its translation keeps
-    the strides by operators on sequences, which OpenVINO does not support.
+    On torch 2.8 this includes average pooling to one pixel: for maps in NHWC, its translation keeps
+    the strides by operators on sequences, which OpenVINO lacks.
     """
     table: dict[str, Callable[..., Tensor]] = {
         "torchvision.deform_conv2d.default": sampled_deform_conv2d
