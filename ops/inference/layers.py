@@ -23,6 +23,7 @@ from ops.cpu.stem.packed_stem import NCHWConv2d, packed_stem
 from ops.inference.forms import stands_for
 from ops.inference.packed_linear import (
     PackedLinear,
+    Quantization,
     by_onednn,
     scaled,
     scaled_residual,
@@ -42,6 +43,7 @@ __all__ = [
     "conv_kind",
     "convert",
     "has_onednn",
+    "is_quantized",
     "revert",
     "runs_fast",
     "tensors_of",
@@ -97,7 +99,7 @@ def revert(layer: nn.Module, plain: type[nn.Module]) -> None:
     if not isinstance(layer, plain):
         raise TypeError(f"a {type(layer).__name__} does not stand for a {plain.__name__}")
     layer.__class__ = plain
-    for name in ("_derived", "_made_from", "decisions", "_records", "_parts", "activation"):
+    for name in ("_derived", "_made_from", "decisions", "_records", "_parts", "activation", "quantization"):
         vars(layer).pop(name, None)
 
 
@@ -181,6 +183,7 @@ class ActivatedLayer(FastLayer):
     """A layer that applies an activation to its output."""
 
     activation: str = "none"
+    quantization: Quantization | None = None  # of linear layers
     forward: Callable[..., Tensor]
 
     def _finish(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
@@ -221,6 +224,11 @@ def conv_kind(conv: nn.Conv2d) -> str | None:
     return "pointwise" if simple and conv.kernel_size == (1, 1) else "other"
 
 
+def is_quantized(*layers: Any) -> bool:
+    """Whether any of the layers computes in 8 bits."""
+    return any(getattr(layer, "quantization", None) is not None for layer in layers)
+
+
 class AbsorbedActivation(nn.Identity):
     """Replaces an activation that preceding layers apply; keeps it, but not as a submodule."""
 
@@ -255,7 +263,7 @@ class FastLinear(ActivatedLayer, nn.Linear):
         return out, (out * out).flatten(1, -2).sum(1)
 
     def derive(self, x: Tensor) -> PackedLinear:
-        return PackedLinear(self.weight, self.bias)
+        return PackedLinear(self.weight, self.bias, self.quantization)
 
 
 @stands_for(nn.Conv2d, where=lambda conv: conv_kind(conv) == "pointwise")
@@ -291,7 +299,7 @@ class FastPointwiseConv2d(ActivatedLayer, nn.Conv2d):
         return packed(x, self.activation, residual)
 
     def derive(self, x: Tensor) -> PackedLinear:
-        return PackedLinear(self.weight.flatten(1), self.bias)
+        return PackedLinear(self.weight.flatten(1), self.bias, self.quantization)
 
 
 @stands_for(nn.Conv2d, where=lambda conv: conv_kind(conv) == "other")

@@ -15,8 +15,14 @@ from ops.cpu.gemm.linear import pack_weight, unsupported
 from ops.cpu.gemm.mlp import packed_mlp
 from ops.inference.conv import FastDepthwiseConv2d
 from ops.inference.forms import stands_for
-from ops.inference.layers import FastLayer, FastLinear, FastPointwiseConv2d, tensors_of
-from ops.inference.packed_linear import PackedLinear
+from ops.inference.layers import (
+    FastLayer,
+    FastLinear,
+    FastPointwiseConv2d,
+    is_quantized,
+    tensors_of,
+)
+from ops.inference.packed_linear import PackedLinear, packed_pair
 from ops.mlp import DWMlp
 
 __all__ = [
@@ -109,6 +115,8 @@ class NormedMlp(FastLayer):
         fc1, conv, fc2 = self.fc1, self.conv(), self.fc2
         if depthwise_mlp.unsupported(x.device, x.dtype) is not None:
             return None
+        if is_quantized(fc1, fc2):
+            return None
         if not policy.feed_forward_by_kernel(x.dtype):
             return None
         linear = (FastLinear, FastPointwiseConv2d)
@@ -131,6 +139,12 @@ class FastMlp(NormedMlp, Mlp):
     norm: Any
 
     def in_layers(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        plain = isinstance(self.norm, nn.Identity) and isinstance(self.act, nn.Identity)
+        if plain and is_quantized(self.fc1, self.fc2):
+            layers = self.fc1.derived(x), self.fc2.derived(x)
+            out = packed_pair(*layers, x, self.fc1.activation, residual)
+            if out is not None:
+                return out
         return feed_forward(x, self._expand, self.fc2, self.fc1.out_features, residual)
 
     def _expand(self, x: Tensor) -> Tensor:
@@ -154,14 +168,18 @@ class FastConvMlp(FastLayer, ConvMlp):
         tokens = x.permute(0, 2, 3, 1)
         shortcut = None if residual is None else residual.permute(0, 2, 3, 1)
         packed = self.derived(x)
-        if packed is None:
-            width = self.fc1.out_channels
-            out = feed_forward(tokens, self._expand, self.fc2.on_last, width, shortcut)
-        else:
+        out: Tensor | None = None
+        if packed is not None:
             weight1, bias1, weight2, bias2 = packed
             out = packed_mlp(
                 tokens, weight1, bias1, weight2, bias2, self.fc1.activation, residual=shortcut
             )
+        elif isinstance(self.act, nn.Identity) and is_quantized(self.fc1, self.fc2):
+            layers = self.fc1.derived(x), self.fc2.derived(x)
+            out = packed_pair(*layers, tokens, self.fc1.activation, shortcut)
+        if out is None:
+            width = self.fc1.out_channels
+            out = feed_forward(tokens, self._expand, self.fc2.on_last, width, shortcut)
         return out.permute(0, 3, 1, 2)
 
     def _expand(self, x: Tensor) -> Tensor:
@@ -175,6 +193,8 @@ class FastConvMlp(FastLayer, ConvMlp):
         layers = (self.fc1, self.fc2)
         plain = all(isinstance(layer, FastPointwiseConv2d) for layer in layers)
         if reason is not None or not plain or not isinstance(self.act, nn.Identity):
+            return None
+        if is_quantized(*layers):
             return None
         packed: list[Tensor] = []
         for layer in layers:

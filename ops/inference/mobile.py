@@ -12,10 +12,10 @@ from ops.attention.cascaded import CascadedGroupAttention, distance_bias, resize
 from ops.attention.single_head import SingleHeadAttention
 from ops.cpu import policy
 from ops.cpu.attention.cascaded import PackedCascadedAttention, cascaded_attention
-from ops.cpu.gemm.mlp import packed_mlp
 from ops.inference.conv import FastSqueezeExcite
 from ops.inference.forms import stands_for
 from ops.inference.layers import FastLayer, FastPointwiseConv2d, runs_fast, tensors_of
+from ops.inference.packed_linear import packed_pair
 from ops.mobile import ConvFFN, ExpandMerging, Residual
 
 __all__ = [
@@ -46,25 +46,20 @@ class FastConvFFN(ConvFFN):
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         tokens = x.permute(0, 2, 3, 1)
         shortcut = None if residual is None else residual.permute(0, 2, 3, 1)
-        pair = self._packed_pair(x, tokens)
-        if pair is not None:
-            out: Tensor = packed_mlp(tokens, *pair, self.fc1.activation, shortcut)
-        else:
+        out = self._in_one_pass(x, tokens, shortcut)
+        if out is None:
             out = self.fc2.on_last(self.act(self.fc1.on_last(tokens)), shortcut)
         return out.permute(0, 3, 1, 2)
 
-    def _packed_pair(self, x: Tensor, tokens: Tensor) -> list[Tensor] | None:
-        """Weights and biases of both layers, if our kernel is faster for both."""
+    def _in_one_pass(self, x: Tensor, tokens: Tensor, shortcut: Tensor | None) -> Tensor | None:
+        """None if the layers have to run one after the other."""
+        layers = self.fc1, self.fc2
+        if not all(isinstance(layer, FastPointwiseConv2d) for layer in layers):
+            return None
         if not isinstance(self.act, nn.Identity):
             return None
-        found: list[Tensor] = []
-        for layer, activation in ((self.fc1, self.fc1.activation), (self.fc2, "none")):
-            linear = layer.derived(x) if isinstance(layer, FastPointwiseConv2d) else None
-            packed = None if linear is None else linear.packed_for(tokens, activation)
-            if packed is None:
-                return None
-            found += packed
-        return found
+        first, second = (layer.derived(x) for layer in layers)
+        return packed_pair(first, second, tokens, self.fc1.activation, shortcut)
 
 
 @stands_for(ExpandMerging)

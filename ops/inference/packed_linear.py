@@ -7,22 +7,31 @@ oneDNN is called through the private functions that torch's compiler uses, see
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ops.cpu import policy
+from ops.cpu.gemm.int8 import (
+    pack_int8_weight,
+    packed_linear_int8,
+    packed_mlp_int8,
+    unsupported_int8,
+)
 from ops.cpu.gemm.linear import (
     pack_weight,
     packed_linear,
     packed_linear_energy,
     unsupported,
 )
+from ops.cpu.gemm.mlp import packed_mlp
 
 __all__ = [
     "PackedLinear",
+    "Quantization",
     "by_onednn",
+    "packed_pair",
     "scaled",
     "scaled_residual",
 ]
@@ -48,6 +57,17 @@ def by_onednn(function: Callable[..., Tensor], activation: str, *arguments: Any)
     return function(*arguments, *_ONEDNN[activation])
 
 
+class Quantization(NamedTuple):
+    """How a layer computes in 8 bits.
+
+    Attributes:
+        in_range: the scale and the zero of its inputs, of a calibration; None if each row of inputs
+            has its own, see :func:`ops.cpu.gemm.int8.quantize_rows`.
+    """
+
+    in_range: tuple[float, float] | None = None
+
+
 class PackedLinear:
     """A linear layer whose weight is packed for our kernel, for oneDNN, or for both.
 
@@ -56,14 +76,20 @@ class PackedLinear:
     Args:
         weight: (out_features, in_features).
         bias: (out_features,) or None.
+        quantization: compute in 8 bits, where the CPU can; by default, in the weight's dtype.
     """
 
-    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+    def __init__(
+        self, weight: Tensor, bias: Tensor | None, quantization: Quantization | None = None
+    ) -> None:
         self._weight = weight.detach().contiguous()
         self._bias = None if bias is None else bias.detach()
         self._has_kernel = unsupported(weight.device, weight.dtype, with_bfloat16=True) is None
         self._for_kernel: tuple[Tensor, Tensor] | None = None
         self._for_onednn: Tensor | None = None
+        self._in_bytes: _Bytes | None = None
+        if quantization is not None and unsupported_int8(weight.device, weight.dtype) is None:
+            self._in_bytes = _Bytes.of(self._weight, self._bias, quantization)
 
     def __call__(
         self,
@@ -78,6 +104,8 @@ class PackedLinear:
         (B, ..., in_features) → (B, ..., out_features); ``scale`` is (B, in_features), and
         ``residual_scale``, if there is a residual, (out_features,) in float32.
         """
+        if self._in_bytes is not None and x.ndim > 1:
+            return self._by_bytes(self._in_bytes, x, activation, residual, scale, residual_scale)
         if scale is not None or residual_scale is not None:
             return self._with_scales(x, activation, residual, scale, residual_scale)
         packed = self.packed_for(x, activation)
@@ -89,6 +117,11 @@ class PackedLinear:
 
     def times(self, x: Tensor, activation: str, factor: Tensor) -> Tensor:
         """``activation(linear(x)) * factor``, (B, ..., in_features) → (B, ..., out_features)."""
+        if self._in_bytes is not None and x.ndim > 1:
+            product: Tensor = packed_linear_int8(
+                x, *self._in_bytes, activation, factor, "multiply"
+            )
+            return product
         packed = self.packed_for(x, activation)
         if packed is None:
             return self._by_onednn(x, activation, None).mul_(factor)
@@ -103,6 +136,29 @@ class PackedLinear:
         out_features, in_features = self._weight.shape
         own = policy.linear_by_kernel(rows, in_features, out_features, x.dtype, activation)
         return self._packed() if own else None
+
+    @property
+    def in_bytes(self) -> _Bytes | None:
+        """What the layer computes with in 8 bits; None if it computes in floats."""
+        return self._in_bytes
+
+    def _by_bytes(
+        self,
+        packed: _Bytes,
+        x: Tensor,
+        activation: str,
+        residual: Tensor | None,
+        scale: Tensor | None,
+        residual_scale: Tensor | None,
+    ) -> Tensor:
+        if residual is None:
+            residual_scale = None
+        added = "add" if residual_scale is None else "add_scaled"
+        combination = "none" if residual is None else added
+        out: Tensor = packed_linear_int8(
+            x, *packed, activation, residual, combination, scale, residual_scale
+        )
+        return out
 
     def _by_onednn(self, x: Tensor, activation: str, residual: Tensor | None) -> Tensor:
         if self._for_onednn is None:
@@ -148,6 +204,52 @@ class PackedLinear:
                 bias = self._weight.new_zeros(len(self._weight))
             self._for_kernel = pack_weight(self._weight), bias.float()
         return self._for_kernel
+
+
+class _Bytes(NamedTuple):
+    """The arguments of the kernel of 8 bits, in their order."""
+
+    weight: Tensor
+    weight_scale: Tensor
+    bias: Tensor
+    in_range: Tensor | None
+
+    @classmethod
+    def of(cls, weight: Tensor, bias: Tensor | None, quantization: Quantization) -> _Bytes:
+        wide = weight.new_zeros(len(weight), dtype=torch.float32) if bias is None else bias.float()
+        known = quantization.in_range
+        in_range = None if known is None else wide.new_tensor(known)
+        return cls(*pack_int8_weight(weight), wide, in_range)
+
+
+def packed_pair(
+    first: Any,
+    second: Any,
+    x: Tensor,
+    activation: str,
+    residual: Tensor | None,
+) -> Tensor | None:
+    """``second(activation(first(x))) + residual`` in one pass; None if it takes one for each layer.
+
+    Args:
+        first, second: :class:`PackedLinear`; others have no such pass.
+        x: (B, ..., in_features).
+        residual: (B, ..., out_features).
+    """
+    if not isinstance(first, PackedLinear) or not isinstance(second, PackedLinear) or x.ndim < 2:
+        return None
+    out: Tensor
+    if first.in_bytes is not None and second.in_bytes is not None:
+        (*of_first, range1), (*of_second, range2) = first.in_bytes, second.in_bytes
+        out = packed_mlp_int8(x, *of_first, *of_second, range1, range2, activation, residual)
+        return out
+    if first.in_bytes is not None or second.in_bytes is not None:
+        return None
+    packed = first.packed_for(x, activation), second.packed_for(x, "none")
+    if packed[0] is None or packed[1] is None:
+        return None
+    out = packed_mlp(x, *packed[0], *packed[1], activation, residual)
+    return out
 
 
 def scaled(x: Tensor, scale: Tensor | None) -> Tensor:

@@ -28,6 +28,18 @@ extern "C" void linear_pack(const void* weight, int64_t out_features, int64_t in
   }
 }
 
+// Whether this CPU multiplies bytes.
+extern "C" int linear_multiplies_bytes() { return linear::has_products_of_bytes(); }
+
+extern "C" int64_t linear_packed_bytes(int64_t out_features, int64_t in_features) {
+  return linear::packed_bytes(out_features, in_features);
+}
+
+extern "C" void linear_pack_bytes(const int8_t* weight, int64_t out_features, int64_t in_features,
+                                  int8_t* out) {
+  linear::pack(weight, out_features, in_features, out);
+}
+
 extern "C" int linear_forward(const linear::Problem* problem, const linear::Tensors* tensors) {
   return status_of([&] { linear::forward(*problem, *tensors); });
 }

@@ -3,6 +3,7 @@
 #pragma once
 #include <vector>
 #include "gemm/pack.h"
+#include "gemm/int8.h"
 #include "gemm/registers.h"
 #include "gemm/tiles.h"
 #include "common/parallel.h"
@@ -56,14 +57,18 @@ static void run_rows(const Problem& p, const Tensors& t, Range range, Range pane
                  static_cast<T*>(t.out) + first * p.out_stride, nullptr, chunk.end - chunk.begin};
     if (t.other) rows.other = static_cast<const T*>(t.other) + first * p.other_stride;
     if (t.energy) rows.energy = t.energy + image * p.out_features;
+    const float* const scale = t.scale ? t.scale + image * p.in_features : nullptr;
+    if (t.weight_scale) {
+      run_quantised(p, t, begin, scale, rows, panels);
+      continue;
+    }
     if constexpr (std::is_same_v<Input<T>, T>) {
       if (!t.scale && takes_rows_in_place(in, p.in_features, rows.count)) rows.in = begin;
     }
     if (!rows.in) {
       copied.resize(static_cast<size_t>(round_up(rows.count, TILE_ROWS) * pitch));
       for (int64_t r = 0; r < rows.count; r++) {
-        copy_row(begin + r * p.in_stride, t.scale ? t.scale + image * p.in_features : nullptr,
-                 p.in_features, pitch, copied.data() + r * pitch);
+        copy_row(begin + r * p.in_stride, scale, p.in_features, pitch, copied.data() + r * pitch);
       }
       rows.in = copied.data();
       rows.in_stride = pitch;

@@ -32,6 +32,10 @@ enum Combination : int64_t { NONE, ADD, MULTIPLY, ADD_SCALED };
 // [rows][out_features]; `scale` [images][in_features], multiplied with the inputs; `energy`
 // [images][out_features], which receives the sums of squared outputs; `other_scale` [out_features],
 // multiplied with `other` before it is added. T is float or BFloat16.
+//
+// With `weight_scale` [2][out_features], the weight is one of 8 bits (int8.h): the scales of outputs,
+// and the negative sums of the scaled weights of each. Rows are quantised with the scale and zero of
+// `in_range` [2], or each with its own if that is null.
 struct Tensors {
   const void* in;
   const void* weight;
@@ -41,6 +45,7 @@ struct Tensors {
   void* out;
   float* energy;
   const float* other_scale;
+  const float *weight_scale, *in_range;
 };
 
 // The operand type of a layer of T: float if the CPU has no products of bfloat16.

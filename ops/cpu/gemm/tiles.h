@@ -69,18 +69,16 @@ VB_APART static void multiply(const BFloat16* in, ptrdiff_t second, int64_t in_s
 }
 
 // Stores the sums of `count` rows in the layout of `multiply`, modifying them.
-template <int V>
-static void finish_rows(const Problem& p, const Block<BFloat16>& block, float* sums,
-                        int64_t count) {
+template <int V, class T>
+static void finish_rows(const Problem& p, const Block<T>& block, float* sums, int64_t count) {
   if (p.activation != activation::NONE) {
-    activation::apply<BFloat16>(reinterpret_cast<F*>(sums), static_cast<int>(count * V),
-                                p.activation);
+    activation::apply<T>(reinterpret_cast<F*>(sums), static_cast<int>(count * V), p.activation);
   }
   F energy[V];
   for (int v = 0; v < V; v++) energy[v] = simd::zero();
   for (int64_t r = 0; r < count; r++) {
-    BFloat16* const out = block.out + r * p.out_stride;
-    const BFloat16* const other = block.other + (p.combination ? r * p.other_stride : 0);
+    T* const out = block.out + r * p.out_stride;
+    const T* const other = block.other + (p.combination ? r * p.other_stride : 0);
     VB_UNROLL
     for (int v = 0; v < V; v++) {
       const int lanes = v == V - 1 ? block.lanes : W;

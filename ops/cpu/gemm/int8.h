@@ -1,0 +1,495 @@
+// Linear layers in 8 bits: rows are quantised to unsigned bytes as they are copied, weights are
+// signed bytes with one scale per output. Products are summed exactly, in 32 bits.
+//
+// Four inputs of a lane are multiplied at once (AVX512-VNNI, AVX-VNNI), or tiles of 64 inputs (AMX).
+#pragma once
+#include <limits>
+#include <tuple>
+#include <utility>
+#include "gemm/block.h"
+#include "gemm/pack.h"
+#include "gemm/registers.h"
+#include "gemm/tiles.h"
+#include "common/scratch.h"
+
+#if VB_AVX512 || VB_AVX2
+#include <cpuid.h>
+#endif
+
+namespace linear {
+
+constexpr int64_t GROUP = 4;         // inputs of a lane per product
+constexpr int64_t BYTE_INPUTS = 64;  // of a tile of weights
+
+static int64_t padded_bytes(int64_t in_features) { return round_up(in_features, BYTE_INPUTS); }
+
+// Elements of a packed weight.
+[[maybe_unused]] static int64_t packed_bytes(int64_t out_features, int64_t in_features) {
+  return padded(out_features) * padded_bytes(in_features);
+}
+
+// [out_features][in_features] → [panels][in_features / 64][tiles of the panel][16][W][4]: the axes
+// of a tile are groups of inputs, outputs, and the inputs of a group. Padded with zeros.
+[[maybe_unused]] static void pack(const int8_t* weight, int64_t out_features, int64_t in_features,
+                                  int8_t* out) {
+  for (int64_t n = 0; n < out_features; n += PANEL) {
+    const int64_t tiles = std::min<int64_t>(PANEL, padded(out_features) - n) / W;
+    for (int64_t k = 0; k < in_features; k += BYTE_INPUTS) {
+      for (int64_t i = 0; i < tiles * W * BYTE_INPUTS; i++, out++) {
+        const int64_t tile = i / (W * BYTE_INPUTS), group = i / (W * GROUP) % (BYTE_INPUTS / GROUP);
+        const int64_t row = n + tile * W + i / GROUP % W, column = k + GROUP * group + i % GROUP;
+        const bool inside = row < out_features && column < in_features;
+        *out = inside ? weight[row * in_features + column] : int8_t{0};
+      }
+    }
+  }
+}
+
+#if VB_AVX512 || VB_AVX2
+#define VB_BYTES 1
+
+// Whether this CPU, which has the vectors of this library, has AVX512-VNNI or AVX-VNNI.
+static bool has_products_of_bytes() {
+  static const bool has = [] {
+    unsigned a, b, c, d;
+#if VB_AVX512
+    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (c >> 11 & 1);
+#else
+    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
+#endif
+  }();
+  return has;
+}
+
+// Rows of unsigned bytes: x = scale · (byte - zero).
+struct Bytes {
+  const uint8_t* in;
+  int64_t stride, in_features;  // whole groups
+  const float *scale, *shift;   // per row; shift is scale · zero
+};
+
+// ---- quantisation ------------------------------------------------------------------------------
+#if VB_AVX512
+using I = __m512i;
+static VB_INLINE I to_int(F x) { return _mm512_cvtps_epi32(x); }  // to nearest even
+static VB_INLINE F to_floats(I x) { return _mm512_cvtepi32_ps(x); }
+static VB_INLINE float least(F v) { return _mm512_reduce_min_ps(v); }
+static VB_INLINE float most(F v) { return _mm512_reduce_max_ps(v); }
+// Four vectors of integers, plus `zero`, to bytes, clipped to 0 … 255.
+static VB_INLINE void put_bytes(uint8_t* out, I a, I b, I c, I d, int zero) {
+  const I places = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  const I shift = _mm512_set1_epi16(static_cast<int16_t>(zero));
+  const I packed = _mm512_packus_epi16(_mm512_adds_epi16(_mm512_packs_epi32(a, b), shift),
+                                       _mm512_adds_epi16(_mm512_packs_epi32(c, d), shift));
+  _mm512_storeu_si512(out, _mm512_permutexvar_epi32(places, packed));
+}
+static VB_INLINE I zeros() { return _mm512_setzero_si512(); }
+static VB_INLINE I load_four(const uint8_t* p) {
+  int32_t four;
+  std::memcpy(&four, p, sizeof four);
+  return _mm512_set1_epi32(four);
+}
+static VB_INLINE I load_bytes(const int8_t* p) { return _mm512_loadu_si512(p); }
+#define VB_DOT __attribute__((target("avx512vnni")))
+#define VB_DOT_PRODUCT "vpdpbusd %2, %1, %0"
+#else
+using I = __m256i;
+static VB_INLINE I to_int(F x) { return _mm256_cvtps_epi32(x); }
+static VB_INLINE F to_floats(I x) { return _mm256_cvtepi32_ps(x); }
+static VB_INLINE float least(F v) {
+  float lanes[W], x;
+  simd::store(lanes, v);
+  x = lanes[0];
+  for (int l = 1; l < W; l++) x = std::min(x, lanes[l]);
+  return x;
+}
+static VB_INLINE float most(F v) { return -least(simd::zero() - v); }
+static VB_INLINE void put_bytes(uint8_t* out, I a, I b, I c, I d, int zero) {
+  const I places = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+  const I shift = _mm256_set1_epi16(static_cast<int16_t>(zero));
+  const I packed = _mm256_packus_epi16(_mm256_adds_epi16(_mm256_packs_epi32(a, b), shift),
+                                       _mm256_adds_epi16(_mm256_packs_epi32(c, d), shift));
+  _mm256_storeu_si256(reinterpret_cast<I*>(out), _mm256_permutevar8x32_epi32(packed, places));
+}
+static VB_INLINE I zeros() { return _mm256_setzero_si256(); }
+static VB_INLINE I load_four(const uint8_t* p) {
+  int32_t four;
+  std::memcpy(&four, p, sizeof four);
+  return _mm256_set1_epi32(four);
+}
+static VB_INLINE I load_bytes(const int8_t* p) {
+  return _mm256_loadu_si256(reinterpret_cast<const I*>(p));
+}
+#define VB_DOT __attribute__((target("avxvnni")))
+#define VB_DOT_PRODUCT "{vex} vpdpbusd %2, %1, %0"
+#endif
+
+constexpr float LEAST_STEP = std::numeric_limits<float>::min();  // whose inverse is finite
+constexpr int64_t AT_ONCE = 4 * W;  // values quantised at a time
+
+template <class T>
+static VB_INLINE F scaled_input(const T* in, const float* scale, int lanes) {
+  const F x = simd::get(in, lanes);
+  return scale ? x * simd::get(scale, lanes) : x;
+}
+
+// The scale and zero of a row whose values, and zero, take up all bytes. A row with infinities or
+// NaN has a scale of NaN, so that all its outputs are NaN.
+template <class T>
+static VB_INLINE std::pair<float, float> range_of(const T* in, const float* scale, int64_t count) {
+  F low[2] = {simd::zero(), simd::zero()}, high[2] = {simd::zero(), simd::zero()};
+  F odd[2] = {simd::zero(), simd::zero()};
+  int64_t k = 0;
+  for (; k + 2 * W <= count; k += 2 * W) {
+    VB_UNROLL
+    for (int i = 0; i < 2; i++) {
+      const F x = scaled_input(in + k + i * W, scale ? scale + k + i * W : nullptr, W);
+      low[i] = simd::min(x, low[i]);
+      high[i] = simd::max(x, high[i]);
+      odd[i] = simd::fma(x, simd::zero(), odd[i]);
+    }
+  }
+  for (; k < count; k += W) {
+    const int lanes = static_cast<int>(std::min<int64_t>(W, count - k));
+    const F x = scaled_input(in + k, scale ? scale + k : nullptr, lanes);
+    low[0] = simd::min(x, low[0]);
+    high[0] = simd::max(x, high[0]);
+    odd[0] = simd::fma(x, simd::zero(), odd[0]);
+  }
+  const float bottom = least(simd::min(low[0], low[1])), top = most(simd::max(high[0], high[1]));
+  // The difference of the largest numbers would be infinite.
+  const float difference = top / 255 - bottom / 255;
+  const float step = difference < LEAST_STEP ? 0 : difference;
+  const float zero = step > 0 ? std::nearbyint(-bottom / step) : 0;
+  return {step + simd::reduce_add(odd[0] + odd[1]), zero};
+}
+
+// Quantises a row; bytes of the padding are those of zero. With `CHECKED`, for a step that was not
+// found by range_of: values may lie outside of the range, and the result is NaN if one is not finite,
+// else 0.
+template <bool CHECKED, class T>
+static VB_INLINE float quantise(const T* in, const float* scale, int64_t count, int64_t padded,
+                                float step, float zero, uint8_t* out) {
+  const F factor = simd::set1(step > 0 ? 1 / step : 0), limit = simd::set1(0x1p14f);
+  const int shift = static_cast<int>(zero);
+  F odd = simd::zero();
+  const auto integers = [&](int64_t place, int lanes) VB_INLINE_LAMBDA {
+    const F x = scaled_input(in + place, scale ? scale + place : nullptr, lanes);
+    if (!CHECKED) return to_int(x * factor);
+    odd = simd::fma(x, simd::zero(), odd);
+    return to_int(simd::min(limit, x * factor));
+  };
+  int64_t k = 0;
+  for (; k + AT_ONCE <= count; k += AT_ONCE) {
+    put_bytes(out + k, integers(k, W), integers(k + W, W), integers(k + 2 * W, W),
+              integers(k + 3 * W, W), shift);
+  }
+  for (; k < padded; k += AT_ONCE) {
+    I part[4];
+    for (int i = 0; i < 4; i++) {
+      const int64_t left = std::clamp<int64_t>(count - k - i * W, 0, W);
+      part[i] = left ? integers(k + i * W, static_cast<int>(left)) : zeros();
+    }
+    put_bytes(out + k, part[0], part[1], part[2], part[3], shift);
+  }
+  return CHECKED ? simd::reduce_add(odd) : 0;
+}
+
+// ---- micro-kernels in registers ----------------------------------------------------------------
+static VB_INLINE VB_DOT void add_bytes(I& sum, I x, I w) {
+  __asm__(VB_DOT_PRODUCT : "+v"(sum) : "v"(x), "v"(w));
+}
+static VB_INLINE I in_register(I v) {
+  __asm__("" : "+v"(v));
+  return v;
+}
+
+// Scales of outputs, and minus the sums of their weights times these, for one panel.
+struct Outputs {
+  const float *scale, *sum;
+};
+
+template <class T, int R, int V>
+VB_DOT static void run_bytes(const Problem& p, const Bytes& rows, const Outputs& outputs,
+                             const int8_t* weight, const Block<T>& block, Prefetch& prefetch) {
+  Prefetch fetched = prefetch;
+  constexpr int POINTERS = (R + 2) / 3;
+  constexpr int64_t VECTOR = W * GROUP, TILE = W * BYTE_INPUTS;
+  ptrdiff_t stride = rows.stride;
+  const uint8_t* in[POINTERS];
+  VB_UNROLL
+  for (int r = 0; r < POINTERS; r++) in[r] = rows.in + 3 * r * stride;
+  I sum[R][V];
+  VB_UNROLL
+  for (int r = 0; r < R; r++) {
+    VB_UNROLL
+    for (int v = 0; v < V; v++) sum[r][v] = zeros();
+  }
+  for (int64_t left = rows.in_features / GROUP; left > 0; left -= BYTE_INPUTS / GROUP) {
+    const int8_t* w_place = weight;
+    weight += V * TILE;
+    int64_t groups = std::min<int64_t>(left, BYTE_INPUTS / GROUP);
+    for (; groups >= STEP; groups -= STEP) {
+      fetched.fetch();
+      VB_UNROLL
+      for (int i = 0; i < STEP; i++, w_place += VECTOR) {
+        I w[V];
+        VB_UNROLL
+        for (int v = 0; v < V; v++) w[v] = in_register(load_bytes(w_place + v * TILE));
+        VB_UNROLL
+        for (int r = 0; r < R; r++) {
+          const I x = in_register(load_four(in[r / 3] + r % 3 * stride + i * GROUP));
+          VB_UNROLL
+          for (int v = 0; v < V; v++) add_bytes(sum[r][v], x, w[v]);
+        }
+      }
+      VB_UNROLL
+      for (int r = 0; r < POINTERS; r++) {
+        in[r] += STEP * GROUP;
+        __asm__("" : "+r"(in[r]));
+      }
+      __asm__("" : "+r"(stride));
+    }
+    for (; groups > 0; groups--, w_place += VECTOR) {
+      VB_UNROLL
+      for (int r = 0; r < R; r++) {
+        const I x = load_four(in[r / 3] + r % 3 * stride);
+        VB_UNROLL
+        for (int v = 0; v < V; v++) add_bytes(sum[r][v], x, load_bytes(w_place + v * TILE));
+      }
+      VB_UNROLL
+      for (int r = 0; r < POINTERS; r++) in[r] += GROUP;
+    }
+  }
+  prefetch = fetched;
+  F result[R][V];
+  VB_UNROLL
+  for (int v = 0; v < V; v++) {
+    const int n = v == V - 1 ? block.lanes : W;
+    const F scale = simd::get(outputs.scale + v * W, n), zero = simd::get(outputs.sum + v * W, n);
+    const F bias = simd::get(block.bias + v * W, n);
+    VB_UNROLL
+    for (int r = 0; r < R; r++) {
+      const F start = simd::fma(simd::set1(rows.shift[r]), zero, bias);
+      result[r][v] = simd::fma(to_floats(sum[r][v]), simd::set1(rows.scale[r]) * scale, start);
+    }
+  }
+  finish<T, R, V>(p, block, result);
+}
+
+template <class T>
+using RunBytes = void (*)(const Problem&, const Bytes&, const Outputs&, const int8_t*,
+                          const Block<T>&, Prefetch&);
+
+template <class T, int V, size_t... N>
+static RunBytes<T> run_bytes_of(int64_t rows, std::index_sequence<N...>) {
+  static constexpr RunBytes<T> runs[] = {run_bytes<T, N + 1, V>...};
+  return runs[rows - 1];
+}
+
+template <class T>
+static void run_bytes_in_registers(const Problem& p, const Tensors& t, const Rows<T>& rows,
+                                   const Bytes& bytes, Range panels) {
+  const int64_t blocks = (rows.count + MAX_ROWS - 1) / MAX_ROWS;
+  const int8_t* const weights = static_cast<const int8_t*>(t.weight);
+  const int64_t k = padded_bytes(p.in_features);
+  const auto begin_of = [&](int64_t panel) {
+    return weights + std::min(panel * PANEL, padded(p.out_features)) * k;
+  };
+  const int64_t fitting = std::max<int64_t>(1, GROUP_BYTES / (PANEL * k));
+  Range group{panels.begin, panels.begin + 1};
+  while (group.begin < panels.end) {
+    const int64_t count = group.end - group.begin;
+    const int64_t next =
+        std::min({blocks < MIN_BLOCKS ? 1 : 2 * count, fitting, panels.end - group.end});
+    Prefetch prefetch(begin_of(group.end), begin_of(group.end + next) - begin_of(group.end),
+                      std::max<int64_t>(1, count * blocks * (k / GROUP / STEP)));
+    for (int64_t i = 0; i < blocks; i++) {
+      const Range range = share(rows.count, i, blocks);
+      Bytes own = bytes;
+      own.in += range.begin * bytes.stride;
+      own.scale += range.begin;
+      own.shift += range.begin;
+      for (int64_t panel = group.begin; panel < group.end; panel++) {
+        const int64_t n = panel * PANEL, left = p.out_features - n, height = length(range);
+        const bool wide = left > W;
+        Block<T> block{nullptr, nullptr, t.bias + n, nullptr,
+                       rows.out + range.begin * p.out_stride + n,
+                       rows.energy ? rows.energy + n : nullptr,
+                       static_cast<int>(std::min<int64_t>(W, wide ? left - W : left)),
+                       t.other_scale ? t.other_scale + n : nullptr};
+        if (rows.other) block.other = rows.other + range.begin * p.other_stride + n;
+        fetch_outputs(p, block, height, wide ? PANEL : W);
+        constexpr std::make_index_sequence<MAX_ROWS> variants;
+        const auto run = wide ? run_bytes_of<T, 2>(height, variants)
+                              : run_bytes_of<T, 1>(height, variants);
+        run(p, own, {t.weight_scale + n, t.weight_scale + p.out_features + n}, begin_of(panel),
+            block, prefetch);
+      }
+    }
+    group = {group.end, group.end + next};
+  }
+}
+
+// ---- micro-kernels in tiles --------------------------------------------------------------------
+#if VB_AMX
+#define VB_APART_BYTES __attribute__((noinline, target("amx-int8")))
+
+template <int R, int V>
+VB_APART_BYTES static void multiply_bytes(const uint8_t* in, ptrdiff_t second, int64_t pitch,
+                                          const int8_t* weight, int64_t steps, Prefetch& prefetch,
+                                          int32_t* sums) {
+  constexpr int64_t tile = TILE_ROWS * BYTE_INPUTS;
+  __asm__ volatile("" : : : "memory");  // the loads below do not declare that they read memory
+  _tile_zero(0);
+  if (V == 2) _tile_zero(1);
+  if (R == 2) _tile_zero(2);
+  if (R == 2 && V == 2) _tile_zero(3);
+  for (int64_t k = 0; k < steps; k++, in += BYTE_INPUTS, weight += V * tile) {
+    prefetch.fetch();
+    _tile_loadd(6, weight, 64);
+    _tile_loadd(4, in, pitch);
+    _tile_dpbusd(0, 4, 6);
+    if (V == 2) {
+      _tile_loadd(7, weight + tile, 64);
+      _tile_dpbusd(1, 4, 7);
+    }
+    if (R == 2) {
+      _tile_loadd(5, in + second, pitch);
+      _tile_dpbusd(2, 5, 6);
+      if (V == 2) _tile_dpbusd(3, 5, 7);
+    }
+  }
+  constexpr int64_t sums_pitch = V * W * sizeof(int32_t);
+  _tile_stored(0, sums, sums_pitch);
+  if (V == 2) _tile_stored(1, sums + W, sums_pitch);
+  if (R == 2) _tile_stored(2, sums + TILE_ROWS * V * W, sums_pitch);
+  if (R == 2 && V == 2) _tile_stored(3, sums + TILE_ROWS * V * W + W, sums_pitch);
+}
+
+// The outputs of `count` rows in floats, in place of their sums.
+template <int V>
+static VB_INLINE void to_outputs(const Bytes& rows, int64_t row, const float* bias,
+                                 const float* scale, const float* zero, int64_t count,
+                                 int32_t* sums) {
+  F scales[V], zeros[V], biases[V];
+  VB_UNROLL
+  for (int v = 0; v < V; v++) {
+    scales[v] = simd::load(scale + v * W);
+    zeros[v] = simd::load(zero + v * W);
+    biases[v] = simd::load(bias + v * W);
+  }
+  for (int64_t r = 0; r < count; r++) {
+    const F row_scale = simd::set1(rows.scale[row + r]), shift = simd::set1(rows.shift[row + r]);
+    VB_UNROLL
+    for (int v = 0; v < V; v++) {
+      int32_t* const place = sums + (r * V + v) * W;
+      const F start = simd::fma(shift, zeros[v], biases[v]);
+      const F x = to_floats(_mm512_load_si512(place));
+      simd::store(reinterpret_cast<float*>(place), simd::fma(x, row_scale * scales[v], start));
+    }
+  }
+}
+
+template <class T, int V>
+static void run_panel_of_bytes(const Problem& p, const Rows<T>& rows, const Bytes& bytes,
+                               const int8_t* weight, const float* scale, const float* zero,
+                               const Block<T>& panel, Prefetch& prefetch) {
+  alignas(64) int32_t sums[2 * TILE_ROWS * V * W];
+  const int64_t steps = padded_bytes(bytes.in_features) / BYTE_INPUTS;
+  for (int64_t row = 0; row < rows.count; row += 2 * TILE_ROWS) {
+    const int64_t last = std::max<int64_t>(0, rows.count - TILE_ROWS);
+    const int64_t first = std::min(row, last), second = std::min(row + TILE_ROWS, last);
+    const uint8_t* in = bytes.in + first * bytes.stride;
+    const bool two = row + TILE_ROWS < rows.count;
+    if (two) {
+      multiply_bytes<2, V>(in, (second - first) * bytes.stride, bytes.stride, weight, steps,
+                           prefetch, sums);
+    } else {
+      multiply_bytes<1, V>(in, 0, bytes.stride, weight, steps, prefetch, sums);
+    }
+    const auto store = [&](int64_t begin, int64_t tile, int32_t* tile_sums) {
+      const int64_t end = std::min(begin + TILE_ROWS, rows.count);
+      Block<T> block = panel;
+      block.out += begin * p.out_stride;
+      if (block.other) block.other += begin * p.other_stride;
+      int32_t* const place = tile_sums + (begin - tile) * V * W;
+      to_outputs<V>(bytes, begin, panel.bias, scale, zero, end - begin, place);
+      finish_rows<V>(p, block, reinterpret_cast<float*>(place), end - begin);
+    };
+    store(row, first, sums);
+    if (two) store(row + TILE_ROWS, second, sums + TILE_ROWS * V * W);
+  }
+}
+
+template <class T>
+static void run_tiles_of_bytes(const Problem& p, const Tensors& t, const Rows<T>& rows,
+                               const Bytes& bytes, Range panels) {
+  const Tiles tiles;
+  const int64_t k = padded_bytes(p.in_features);
+  const int64_t blocks = (rows.count + 2 * TILE_ROWS - 1) / (2 * TILE_ROWS);
+  for (int64_t panel = panels.begin; panel < panels.end; panel++) {
+    const int64_t n = panel * PANEL, left = p.out_features - n;
+    const bool wide = left > W, last = panel + 1 == panels.end;
+    const int8_t* weight = static_cast<const int8_t*>(t.weight) + n * k;
+    const int64_t next = std::min<int64_t>(PANEL, padded(p.out_features) - n - PANEL);
+    Prefetch prefetch(weight + PANEL * k, last ? 0 : next * k, blocks * (k / BYTE_INPUTS));
+    alignas(64) float bias[PANEL] = {}, scale[PANEL] = {}, zero[PANEL] = {};
+    const int64_t width = std::min<int64_t>(PANEL, left);
+    std::copy_n(t.bias + n, width, bias);
+    std::copy_n(t.weight_scale + n, width, scale);
+    std::copy_n(t.weight_scale + p.out_features + n, width, zero);
+    const Block<T> block{nullptr, nullptr, bias,
+                         rows.other ? rows.other + n : nullptr, rows.out + n,
+                         rows.energy ? rows.energy + n : nullptr,
+                         static_cast<int>(std::min<int64_t>(W, wide ? left - W : left)),
+                         t.other_scale ? t.other_scale + n : nullptr};
+    wide ? run_panel_of_bytes<T, 2>(p, rows, bytes, weight, scale, zero, block, prefetch)
+         : run_panel_of_bytes<T, 1>(p, rows, bytes, weight, scale, zero, block, prefetch);
+  }
+}
+#else
+template <class T>
+static void run_tiles_of_bytes(const Problem&, const Tensors&, const Rows<T>&, const Bytes&, Range) {
+}
+#endif
+
+// Quantises rows and multiplies them with some panels.
+template <class T>
+static void run_quantised(const Problem& p, const Tensors& t, const T* in, const float* scale,
+                          const Rows<T>& rows, Range panels) {
+  static thread_local ScratchBuffer<uint8_t> buffer;
+  static thread_local ScratchBuffer<float> numbers;
+  const int64_t padded = padded_bytes(p.in_features);
+  // An odd number of cache lines, so that rows do not map to the same sets of the L1 cache.
+  const int64_t pitch = (padded / LINE | 1) * LINE;
+  uint8_t* const copied = buffer.of(round_up(rows.count, TILE_ROWS) * pitch);
+  float* const steps = numbers.of(2 * rows.count);
+  for (int64_t r = 0; r < rows.count; r++) {
+    const T* const row = in + r * p.in_stride;
+    uint8_t* const out = copied + r * pitch;
+    float step, zero;
+    if (t.in_range) {
+      step = t.in_range[0], zero = t.in_range[1];
+      step += quantise<true>(row, scale, p.in_features, padded, step, zero, out);
+    } else {
+      std::tie(step, zero) = range_of(row, scale, p.in_features);
+      quantise<false>(row, scale, p.in_features, padded, step, zero, out);
+    }
+    steps[r] = step;
+    steps[rows.count + r] = step * zero;
+  }
+  const Bytes bytes{copied, pitch, round_up(p.in_features, GROUP), steps, steps + rows.count};
+  has_tiles() ? run_tiles_of_bytes<T>(p, t, rows, bytes, panels)
+              : run_bytes_in_registers<T>(p, t, rows, bytes, panels);
+}
+
+#else
+#define VB_BYTES 0
+static bool has_products_of_bytes() { return false; }
+template <class T>
+static void run_quantised(const Problem&, const Tensors&, const T*, const float*, const Rows<T>&,
+                          Range) {}
+#endif
+
+}  // namespace linear

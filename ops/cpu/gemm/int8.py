@@ -1,0 +1,290 @@
+"""Linear layers in 8 bits on the CPU for inference, with fused epilogues.
+
+The kernel (``int8.h``) multiplies unsigned bytes of inputs by signed bytes of weights, with exact
+sums in 32 bits. Weights have a scale for each output. Rows of inputs have scale and zero of their
+own, found as they are quantised, or those of a calibration, which takes one pass less.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ops.cpu.activations import require_activation
+from ops.cpu.binding import kernel
+from ops.cpu.build import load, status
+from ops.cpu.call import Addresses, Call
+from ops.cpu.dispatch import require_dtype
+from ops.cpu.gemm.plan import COMBINATIONS, TENSORS, linear_problem, with_rows
+from ops.cpu.tensors import dense
+
+__all__ = [
+    "LARGEST_INPUT",
+    "pack_int8_weight",
+    "packed_linear_int8",
+    "packed_mlp_int8",
+    "quantize_rows",
+    "quantize_weight",
+    "reference",
+    "unsupported_int8",
+]
+
+LARGEST_INPUT = 1 << 16  # features, whose sums fit into 32 bits
+_LARGEST_BYTE, _LARGEST_WEIGHT = 255, 127
+_LEAST_STEP = torch.finfo(torch.float32).tiny
+
+
+def no_bytes(device: torch.device, dtype: torch.dtype) -> str | None:
+    library = load("gemm")
+    if library is not None and not library.linear_multiplies_bytes():
+        return "this CPU has no instructions for products of bytes (VNNI)"
+    return None
+
+
+def unsupported_int8(device: torch.device, dtype: torch.dtype) -> str | None:
+    """``None`` if the kernel takes maps of this dtype on this CPU, else the reason."""
+    return packed_linear_int8.unsupported(device, dtype)
+
+
+def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantise a weight symmetrically, with a scale for each output.
+
+    Args:
+        weight: (out_features, in_features).
+
+    Returns:
+        (out_features, in_features) int8 from -127 to 127, and the scales, (out_features,) float32.
+        A row with NaN or infinities has a scale of NaN.
+    """
+    wide = weight.detach().float()
+    scale = wide.abs().amax(1) / _LARGEST_WEIGHT
+    scale = torch.where(wide.isfinite().all(1), scale, torch.nan)
+    step = torch.where(scale >= _LEAST_STEP, scale, torch.inf)
+    return (wide / step[:, None]).round().to(torch.int8), scale
+
+
+def quantize_rows(x: Tensor, in_range: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+    """Quantise rows as the kernel does, up to rounding.
+
+    Args:
+        x: (..., in_features).
+        in_range: the scale and the zero of all rows, (2,); default: for each row, those whose bytes
+            reach from the smallest to the largest of its values and zero.
+
+    Returns:
+        Bytes as float32, (..., in_features), and scales and zeros, (..., 1). A row with NaN or
+        infinities has a scale of NaN.
+    """
+    wide = x.float()
+    if in_range is None:
+        low, high = wide.amin(-1, True).clamp(max=0), wide.amax(-1, True).clamp(min=0)
+        scale = high / _LARGEST_BYTE - low / _LARGEST_BYTE
+        scale = torch.where(scale < _LEAST_STEP, 0.0, scale)
+        zero = torch.where(scale > 0, (-low / scale).round(), 0.0)
+    else:
+        scale, zero = (t.expand(*wide.shape[:-1], 1) for t in in_range)
+    inverse = torch.where(scale > 0, 1 / scale, 0.0)
+    quantized = ((wide * inverse).round() + zero).clamp(0, _LARGEST_BYTE)
+    finite = wide.isfinite().all(-1, True)
+    return quantized.nan_to_num(), torch.where(finite, scale, torch.nan), zero
+
+
+def reference(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor,
+    in_range: Tensor | None = None,
+) -> Tensor:
+    """The quantised linear layer in plain torch: the meaning of the kernel, without epilogue.
+
+    Args:
+        x: (..., in_features).
+        weight, weight_scale: of :func:`quantize_weight`.
+        bias: (out_features,).
+        in_range: see :func:`quantize_rows`.
+
+    Returns:
+        (..., out_features) float64.
+    """
+    quantized, scale, zero = quantize_rows(x, in_range)
+    sums = F.linear(quantized.double() - zero.double(), weight.double())  # exact
+    return sums * scale.double() * weight_scale.double() + bias.double()
+
+
+def pack_int8_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
+    """Quantise and pack the weight of a linear layer for the kernel.
+
+    Args:
+        weight: (out_features, in_features) with at most ``LARGEST_INPUT`` inputs, on the CPU.
+
+    Returns:
+        A flat int8 tensor, valid only on this process's CPU, and (2, out_features) float32: the
+        outputs' scales, and minus the sums of their dequantised weights.
+
+    Raises:
+        ValueError: not a matrix, or too many inputs.
+        RuntimeError: the kernel is not available here.
+    """
+    if weight.ndim != 2 or weight.shape[1] > LARGEST_INPUT:
+        raise ValueError(
+            f"weight must be (out_features, in_features ≤ {LARGEST_INPUT}), "
+            f"got {tuple(weight.shape)}"
+        )
+    library, reason = load("gemm"), packed_linear_int8.refusal(weight.device, torch.float32)
+    if library is None or reason is not None:
+        raise RuntimeError(f"the kernel of linear layers is not available: {reason}")
+    quantized, scale = quantize_weight(weight)
+    sums = quantized.sum(1, dtype=torch.int64).float()
+    packed = quantized.new_empty(_packed_bytes(*weight.shape))
+    source = quantized.contiguous()
+    shape = [ctypes.c_int64(n) for n in weight.shape]
+    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (source, packed)]
+    library.linear_pack_bytes(pointers[0], *shape, pointers[1])
+    return packed, torch.stack((scale, -sums * scale))
+
+
+def _packed_bytes(out_features: int, in_features: int) -> int:
+    gemm = status("gemm")
+    if gemm.library is None:
+        raise RuntimeError(f"the kernel of linear layers is not available: {gemm.reason}")
+    count = gemm.library.linear_packed_bytes
+    count.restype = ctypes.c_int64
+    return int(count(ctypes.c_int64(out_features), ctypes.c_int64(in_features)))
+
+
+@kernel("gemm", "linear_forward", refuses=no_bytes)
+def packed_linear_int8(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor,
+    in_range: Tensor | None = None,
+    activation: str = "none",
+    other: Tensor | None = None,
+    combination: str = "none",
+    scale: Tensor | None = None,
+    other_scale: Tensor | None = None,
+) -> Call:
+    """:func:`ops.cpu.gemm.linear.packed_linear` in 8 bits. No gradients.
+
+    Args:
+        x: (B, ..., in_features), float32 or bfloat16.
+        weight, weight_scale: see :func:`pack_int8_weight`.
+        in_range: scale and zero of the inputs of all rows, (2,) float32; default: each row's own.
+
+    Returns:
+        (B, ..., out_features) in the dtype of ``x``, contiguous.
+
+    Raises:
+        ValueError: mismatched shapes or dtypes, an unknown activation or combination.
+        RuntimeError: the kernel is not available here (check :func:`unsupported_int8` first).
+    """
+    shape = _output_shape(x, weight, weight_scale, bias, in_range, activation, other, combination)
+    out = x.new_empty(shape)
+
+    def arguments() -> Any:
+        rows, in_stride = with_rows(x)
+        added, other_stride = with_rows(other)
+        problem = linear_problem(
+            x,
+            len(bias),
+            activation,
+            combination,
+            in_stride=in_stride,
+            other_stride=other_stride,
+            by_image=scale is not None,
+        )
+        tensors = {
+            **{"in": rows, "weight": weight, "weight_scale": dense(weight_scale), "bias": bias},
+            **{"in_range": in_range, "other": added, "other_scale": dense(other_scale)},
+            **{"scale": None if scale is None else scale.float().contiguous(), "out": out},
+        }
+        return problem, Addresses(TENSORS, tensors)
+
+    return Call(out, arguments)
+
+
+@kernel("gemm", "linear_forward_pair", refuses=no_bytes)
+def packed_mlp_int8(
+    x: Tensor,
+    weight1: Tensor,
+    weight_scale1: Tensor,
+    bias1: Tensor,
+    weight2: Tensor,
+    weight_scale2: Tensor,
+    bias2: Tensor,
+    in_range1: Tensor | None = None,
+    in_range2: Tensor | None = None,
+    activation: str = "none",
+    residual: Tensor | None = None,
+) -> Call:
+    """:func:`ops.cpu.gemm.mlp.packed_mlp` in 8 bits. No gradients.
+
+    Hidden rows are stored in the dtype of ``x`` and quantised while they are in the cache.
+
+    Raises:
+        ValueError, RuntimeError: see :func:`packed_linear_int8`.
+    """
+    added = "none" if residual is None else "add"
+    hidden = _output_shape(x, weight1, weight_scale1, bias1, in_range1, activation)
+    shape = _output_shape(
+        x, weight2, weight_scale2, bias2, in_range2, "none", residual, added, hidden
+    )
+    out = x.new_empty(shape)
+
+    def arguments() -> Any:
+        rows, in_stride = with_rows(x)
+        other, other_stride = with_rows(residual)
+        first = {"weight": weight1, "weight_scale": dense(weight_scale1), "bias": bias1}
+        second = {"weight": weight2, "weight_scale": dense(weight_scale2), "bias": bias2}
+        return (
+            linear_problem(x, len(bias1), activation, in_stride=in_stride),
+            Addresses(TENSORS, {**first, "in": rows, "in_range": in_range1}),
+            linear_problem(
+                x, len(bias2), "none", added, in_features=len(bias1), other_stride=other_stride
+            ),
+            Addresses(TENSORS, {**second, "in_range": in_range2, "other": other, "out": out}),
+        )
+
+    return Call(out, arguments)
+
+
+def _output_shape(
+    x: Tensor,
+    weight: Tensor,
+    weight_scale: Tensor,
+    bias: Tensor,
+    in_range: Tensor | None,
+    activation: str,
+    other: Tensor | None = None,
+    combination: str = "none",
+    shape: Any = None,
+) -> tuple[int, ...]:
+    """Check the arguments of a layer; return the output shape."""
+    require_activation(activation)
+    if combination not in COMBINATIONS or (combination == "none") != (other is None):
+        raise ValueError(
+            f"combination must be one of {COMBINATIONS}, other than 'none' if and only if there "
+            f"is something to combine with; got {combination!r}"
+        )
+    require_dtype(torch.int8, weight=weight)
+    require_dtype(torch.float32, bias=bias, weight_scale=weight_scale, in_range=in_range)
+    require_dtype(x.dtype, other=other)
+    shape = x.shape if shape is None else shape
+    fits = len(shape) > 1 and bias.ndim == 1 and weight_scale.shape == (2, len(bias))
+    if not fits or weight.numel() != _packed_bytes(len(bias), shape[-1]):
+        raise ValueError(
+            f"x must be (B, ..., in_features) and weight the packed one of in_features and "
+            f"{len(bias)}, got {tuple(shape)} and {weight.numel()} packed numbers"
+        )
+    if in_range is not None and in_range.shape != (2,):
+        raise ValueError(f"in_range must be (2,), got {tuple(in_range.shape)}")
+    out_shape = (*shape[:-1], len(bias))
+    if other is not None and tuple(other.shape) != out_shape:
+        raise ValueError(f"other must be {out_shape}, got {tuple(other.shape)}")
+    return out_shape
