@@ -7,7 +7,8 @@ optimizers and our checkpoint loader need is derived from those.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from backbones.core.fused import FusedBackbone
 from backbones.core.keywords import KEYWORDS, POOLINGS, check, checked, one_of
+from backbones.core.quantization import Precision, quantize, unquantize
 from backbones.core.stage import Stage
 from ops.arguments import require_tensor
 from ops.inference import conversion
@@ -52,6 +54,8 @@ class StagedBackbone(nn.Module):
     centres_images: bool = False
     classifies_maps: bool = False
     poolings: tuple[str, ...] = POOLINGS
+
+    _precision: Precision | None = None
 
     stem: nn.Module
     stages: nn.Sequential
@@ -325,7 +329,12 @@ class StagedBackbone(nn.Module):
     # -- inference -------------------------------------------------------------------------------
 
     def fuse(
-        self, dtype: torch.dtype | None = None, channels_last: bool | Literal["auto"] = "auto"
+        self,
+        dtype: torch.dtype | None = None,
+        channels_last: bool | Literal["auto"] = "auto",
+        *,
+        calibrate: Iterable[Any] | Tensor | None = None,
+        max_drop: float | None = None,
     ) -> StagedBackbone:
         """Optimise the model for inference: fold layers, then choose memory format and kernels.
 
@@ -345,22 +354,40 @@ class StagedBackbone(nn.Module):
         Modifies the model in place, puts it in eval mode and returns it; a second call has no
         effect. Afterwards ``train()`` raises.
 
+        With ``torch.int8``, linear layers and pointwise convolutions multiply bytes: weights with a
+        scale for each output, inputs with one for each row, or with fixed ones of a calibration.
+        Everything else, and layers whose blocks have a kernel of their own, computes as before.
+        Parameters, maps and images are in bfloat16 where the CPU multiplies it, else in float32;
+        :attr:`precision` says which, and lists the layers. Where 8 bits are not faster (no
+        AVX512-VNNI, AVX-VNNI or AMX), the model stays in float32 and a warning says so, once.
+
         Args:
             dtype: convert the parameters after folding, for example to ``torch.bfloat16``; images
                 must then have that dtype. On CPUs with bfloat16 arithmetic (AMX, AVX512-BF16) this
-                takes about half the time of float32, on others the same. Default: unchanged.
+                takes about half the time of float32, on others the same. ``torch.int8``: see above.
+                Default: unchanged.
             channels_last: False: only fold. True: use the channels-last format on any device.
                 ``"auto"``: use it where it was measured to be faster, which is on the CPU.
+            calibrate: for ``torch.int8``: batches of preprocessed images (or tuples that begin with
+                one), from which inputs get fixed ranges; each is run a few times. Default: ranges
+                of each row.
+            max_drop: for ``torch.int8``: the largest relative error of the output,
+                ‖int8 − float‖ / ‖float‖, on the images of ``calibrate`` or on random ones. The most
+                sensitive layers stay in floats, which takes a run for each layer to find out.
+                Default: all layers in 8 bits.
 
         Raises:
-            ValueError: ``dtype`` is not floating-point, or ``channels_last`` is invalid.
+            ValueError: ``dtype`` is not floating-point or int8, another argument is invalid, or
+                ``calibrate`` or ``max_drop`` are given for another dtype.
             TypeError: ``dtype`` is not a torch.dtype, for example a string.
         """
-        if dtype is not None and dtype not in _DTYPES:
+        if dtype is not None and dtype not in (*_DTYPES, torch.int8):
             kind = TypeError if not isinstance(dtype, torch.dtype) else ValueError
             raise kind(
-                f"dtype must be a floating-point one, {', '.join(map(str, _DTYPES))}; got {dtype!r}"
+                f"dtype must be a floating-point one, {', '.join(map(str, _DTYPES))}, or "
+                f"torch.int8; got {dtype!r}"
             )
+        _check_quantization(dtype, channels_last, calibrate, max_drop)
         if not isinstance(channels_last, bool) and channels_last != "auto":
             raise ValueError(f"channels_last must be True, False or 'auto', got {channels_last!r}")
         with torch.inference_mode(False):
@@ -368,6 +395,12 @@ class StagedBackbone(nn.Module):
             conversion.leave_inference_mode(self)
             conversion.restore_plain_forms(self)
             fuse_children(self)
+            if dtype == torch.int8:
+                self._precision = quantize(self, calibrate, max_drop)
+                dtype = getattr(torch, self._precision.dtype)
+            elif dtype is not None:
+                unquantize(self)
+                self._precision = None
             if dtype is not None:
                 self.to(dtype)
             if channels_last is not False and conversion.to_channels_last(
@@ -390,6 +423,11 @@ class StagedBackbone(nn.Module):
         return super().load_state_dict(state_dict, strict, assign)
 
     @property
+    def precision(self) -> Precision | None:
+        """The layers that compute in 8 bits, after ``fuse(torch.int8)``; else None."""
+        return self._precision
+
+    @property
     def fused(self) -> bool:
         """Whether :meth:`fuse` (or timm's ``reparameterize_model``) has been called."""
         return any(stage.fused for stage in self.stages)
@@ -402,6 +440,25 @@ class StagedBackbone(nn.Module):
                 "create the model again, or keep a copy.deepcopy from before fuse()"
             )
         return super().train(mode)
+
+
+def _check_quantization(
+    dtype: torch.dtype | None, channels_last: bool | str, calibrate: Any, max_drop: Any
+) -> None:
+    if dtype != torch.int8:
+        for name, value in (("calibrate", calibrate), ("max_drop", max_drop)):
+            if value is not None:
+                raise ValueError(f"{name} is for dtype=torch.int8, but dtype is {dtype}")
+        return
+    if channels_last is False:
+        raise ValueError("dtype=torch.int8 needs channels_last, got False")
+    number = isinstance(max_drop, int | float) and not isinstance(max_drop, bool)
+    if max_drop is not None and not (number and 0 < max_drop < math.inf):
+        raise ValueError(f"max_drop must be a positive number or None, got {max_drop!r}")
+    if isinstance(calibrate, str | bytes | Mapping) or not (
+        calibrate is None or isinstance(calibrate, Iterable)
+    ):
+        raise ValueError(f"calibrate must give batches of images, got a {type(calibrate).__name__}")
 
 
 def check_format(output_fmt: str) -> None:

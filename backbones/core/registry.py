@@ -7,7 +7,7 @@ import fnmatch
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import ModuleType
@@ -17,7 +17,7 @@ import timm.models
 import torch
 from timm.models import DefaultCfg, PretrainedCfg
 from timm.models._features import FeatureGetterNet
-from torch import nn
+from torch import Tensor, nn
 
 from backbones.core.base import StagedBackbone
 from backbones.core.checkpoint import load_checkpoint, load_pretrained
@@ -251,6 +251,9 @@ def fuse(
     model: nn.Module,
     dtype: torch.dtype | None = None,
     channels_last: bool | Literal["auto"] = "auto",
+    *,
+    calibrate: Iterable[Any] | Tensor | None = None,
+    max_drop: float | None = None,
 ) -> nn.Module:
     """Optimise every backbone inside ``model`` for inference.
 
@@ -267,7 +270,7 @@ def fuse(
     if not backbones:
         raise ValueError(f"{type(model).__name__} contains no backbone of this library to fuse")
     for backbone in backbones:
-        backbone.fuse(dtype, channels_last)
+        backbone.fuse(dtype, channels_last, calibrate=calibrate, max_drop=max_drop)
     return model
 
 

@@ -99,7 +99,7 @@ def revert(layer: nn.Module, plain: type[nn.Module]) -> None:
     if not isinstance(layer, plain):
         raise TypeError(f"a {type(layer).__name__} does not stand for a {plain.__name__}")
     layer.__class__ = plain
-    for name in ("_derived", "_made_from", "decisions", "_records", "_parts", "activation", "quantization"):
+    for name in ("_derived", "_made_from", "decisions", "_records", "_parts", "activation"):
         vars(layer).pop(name, None)
 
 

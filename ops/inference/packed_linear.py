@@ -118,9 +118,7 @@ class PackedLinear:
     def times(self, x: Tensor, activation: str, factor: Tensor) -> Tensor:
         """``activation(linear(x)) * factor``, (B, ..., in_features) → (B, ..., out_features)."""
         if self._in_bytes is not None and x.ndim > 1:
-            product: Tensor = packed_linear_int8(
-                x, *self._in_bytes, activation, factor, "multiply"
-            )
+            product: Tensor = packed_linear_int8(x, *self._in_bytes, activation, factor, "multiply")
             return product
         packed = self.packed_for(x, activation)
         if packed is None:

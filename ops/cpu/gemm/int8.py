@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ops.cpu import policy
 from ops.cpu.activations import require_activation
 from ops.cpu.binding import kernel
 from ops.cpu.build import load, status
@@ -24,6 +25,7 @@ from ops.cpu.tensors import dense
 
 __all__ = [
     "LARGEST_INPUT",
+    "not_faster_in_int8",
     "pack_int8_weight",
     "packed_linear_int8",
     "packed_mlp_int8",
@@ -38,16 +40,21 @@ _LARGEST_BYTE, _LARGEST_WEIGHT = 255, 127
 _LEAST_STEP = torch.finfo(torch.float32).tiny
 
 
-def no_bytes(device: torch.device, dtype: torch.dtype) -> str | None:
+def _no_products(device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why the kernel does not multiply bytes on this CPU, or None."""
     library = load("gemm")
-    if library is not None and not library.linear_multiplies_bytes():
-        return "this CPU has no instructions for products of bytes (VNNI)"
-    return None
+    has_products = library is not None and bool(library.linear_multiplies_bytes())
+    return policy.no_products_of_bytes(has_products)
 
 
 def unsupported_int8(device: torch.device, dtype: torch.dtype) -> str | None:
     """``None`` if the kernel takes maps of this dtype on this CPU, else the reason."""
     return packed_linear_int8.unsupported(device, dtype)
+
+
+def not_faster_in_int8(device: torch.device) -> str | None:
+    """Why 8 bits do not pay on a device, or None if they do."""
+    return unsupported_int8(device, policy.maps_of_int8())
 
 
 def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
@@ -157,7 +164,7 @@ def _packed_bytes(out_features: int, in_features: int) -> int:
     return int(count(ctypes.c_int64(out_features), ctypes.c_int64(in_features)))
 
 
-@kernel("gemm", "linear_forward", refuses=no_bytes)
+@kernel("gemm", "linear_forward", refuses=_no_products)
 def packed_linear_int8(
     x: Tensor,
     weight: Tensor,
@@ -209,7 +216,7 @@ def packed_linear_int8(
     return Call(out, arguments)
 
 
-@kernel("gemm", "linear_forward_pair", refuses=no_bytes)
+@kernel("gemm", "linear_forward_pair", refuses=_no_products)
 def packed_mlp_int8(
     x: Tensor,
     weight1: Tensor,

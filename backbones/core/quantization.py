@@ -1,0 +1,352 @@
+"""Fusing in 8 bits: which layers, the ranges of their inputs, and what each costs in accuracy.
+
+Everything is measured on the folded model before its layers get their inference forms, so the
+result does not depend on the CPU. Calibration with clipped ranges follows Hao Wu et al., "Integer
+Quantization for Deep Learning Inference", https://arxiv.org/abs/2004.09602.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import logging
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from backbones.core.tables import table
+from ops.cpu import policy
+from ops.cpu.gemm.int8 import (
+    LARGEST_INPUT,
+    not_faster_in_int8,
+    quantize_rows,
+    quantize_weight,
+)
+from ops.inference.forms import fast_form
+from ops.inference.layers import FastLinear, FastPointwiseConv2d
+from ops.inference.packed_linear import Quantization
+
+__all__ = ["LayerPrecision", "Precision", "quantize", "unquantize"]
+
+_log = logging.getLogger(__name__)
+
+_RANDOM_IMAGES = 2
+_SAMPLED = 1 << 14  # values per layer and batch that ranges are chosen for
+_SHARES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)  # of the range seen
+_LARGEST_BYTE = 255
+
+
+@dataclass
+class LayerPrecision:
+    """A linear layer of a model that was fused in 8 bits.
+
+    Attributes:
+        layer: its name.
+        in_features, out_features: its size.
+        dtype: ``"int8"``, or the dtype of the maps.
+        reason: why it is not in 8 bits; empty if it is.
+        drop: relative error of the model's output with only this layer in 8 bits; None if it was
+            not measured.
+    """
+
+    layer: str
+    in_features: int
+    out_features: int
+    dtype: str
+    reason: str = ""
+    drop: float | None = None
+
+
+@dataclass
+class Precision:
+    """What :func:`backbones.fuse` did for ``dtype=torch.int8``; ``print`` shows it as a table.
+
+    Attributes:
+        dtype: of maps and images.
+        layers: the linear layers and pointwise convolutions in order.
+        calibrated: whether inputs have fixed ranges; otherwise each row of inputs has its own.
+        drop: relative error of the output with all chosen layers in 8 bits; None if it was not
+            measured.
+        reason: why no layer is in 8 bits; empty if there are some.
+    """
+
+    dtype: str
+    layers: list[LayerPrecision] = field(repr=False)
+    calibrated: bool = False
+    drop: float | None = None
+    reason: str = ""
+
+    @property
+    def quantized(self) -> list[str]:
+        """The names of the layers in 8 bits."""
+        return [layer.layer for layer in self.layers if layer.dtype == "int8"]
+
+    def __str__(self) -> str:
+        """A table with a row for each layer, most sensitive first if that was measured."""
+        ranked = sorted(self.layers, key=lambda layer: -(layer.drop or 0))
+        rows = [
+            [
+                layer.layer,
+                f"{layer.in_features} → {layer.out_features}",
+                layer.dtype,
+                "" if layer.drop is None else f"{layer.drop:.2e}",
+                layer.reason,
+            ]
+            for layer in ranked
+        ]
+        ranges = "calibrated ranges" if self.calibrated else "a range for each row of inputs"
+        parts = [
+            f"{len(self.quantized)} of {len(self.layers)} linear layers in int8 ({ranges}), "
+            f"maps in {self.dtype}"
+        ]
+        if self.drop is not None:
+            parts.append(f"relative error of the output {self.drop:.2e}")
+        if self.reason:
+            parts.append(self.reason)
+        head = ("layer", "features", "dtype", "drop", "reason")
+        return f"{'; '.join(parts)}\n\n{table(head, rows, left=3, last_left=True)}"
+
+
+def quantize(
+    model: Any,
+    images: Iterable[Any] | Tensor | None,
+    max_drop: float | None,
+) -> Precision:
+    """Choose the layers of a folded model that compute in 8 bits, before they are converted.
+
+    Args:
+        model: its layers have no inference forms yet.
+        images: batches of images, or tuples that begin with one; None: ranges of each row, and
+            random images if errors are to be measured.
+        max_drop: the largest relative error of the output; None: unlimited.
+
+    Raises:
+        ValueError: no batches, or a batch that the model does not take.
+    """
+    unquantize(model)
+    weight = next(model.parameters())
+    layers = _linear_layers(model)
+    reason = not_faster_in_int8(weight.device)
+    if reason is not None:
+        _warn_not_faster(reason)
+        entries = [_entry(name, layer, False, {}) for name, layer in layers]
+        for entry in entries:
+            entry.dtype, entry.reason = _name(torch.float32), reason
+        return Precision(_name(torch.float32), entries, reason=reason)
+    dtype = policy.maps_of_int8()
+    batches = None if images is None else _batches(images, model)
+    ranges: dict[str, tuple[float, float]] = {}
+    with torch.inference_mode():
+        if batches is not None:
+            ranges = _calibrate(model, layers, batches)
+        entries = [_entry(name, layer, batches is not None, ranges) for name, layer in layers]
+        chosen = {entry.layer: entry for entry in entries if not entry.reason}
+        result = Precision("", entries, batches is not None)
+        if max_drop is not None:
+            probes = batches or [_random_images(model)]
+            _keep_within(model, dict(layers), ranges, chosen, probes, max_drop, result)
+    for entry in entries:
+        entry.dtype = _name(torch.int8 if entry.layer in chosen else dtype)
+        if entry.layer in chosen:
+            dict(layers)[entry.layer].quantization = Quantization(ranges.get(entry.layer))
+    result.dtype = _name(dtype)
+    return result
+
+
+@functools.cache  # once is enough
+def _warn_not_faster(reason: str) -> None:
+    _log.warning("fuse(torch.int8) stays in float32: %s", reason)
+
+
+def unquantize(model: nn.Module) -> None:
+    """Let all layers compute in the dtype of their maps again."""
+    for module in model.modules():
+        vars(module).pop("quantization", None)
+
+
+def _linear_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    forms = (FastLinear, FastPointwiseConv2d)
+    return [(name, m) for name, m in model.named_modules() if fast_form(m) in forms]
+
+
+def _entry(
+    name: str, layer: Any, calibrated: bool, ranges: dict[str, tuple[float, float]]
+) -> LayerPrecision:
+    out_features, in_features = layer.weight.shape[:2]
+    reason = ""
+    if in_features > LARGEST_INPUT:
+        reason = f"more than {LARGEST_INPUT} inputs"
+    elif not layer.weight.isfinite().all():
+        reason = "NaN or infinities in its weight"
+    elif calibrated and name not in ranges:
+        reason = "not called with finite inputs by the calibration"
+    return LayerPrecision(name, in_features, out_features, "", reason)
+
+
+# -- images --------------------------------------------------------------------------------------
+
+
+def _batches(images: Iterable[Any] | Tensor, model: Any) -> list[Tensor]:
+    weight = next(model.parameters())
+    found = []
+    for batch in [images] if isinstance(images, Tensor) else images:
+        batch = batch[0] if isinstance(batch, list | tuple) and batch else batch
+        if not isinstance(batch, Tensor) or batch.ndim != 4 or not batch.is_floating_point():
+            got = tuple(batch.shape) if isinstance(batch, Tensor) else type(batch).__name__
+            raise ValueError(
+                f"calibrate must give batches of images (B, {model.in_chans}, H, W), got {got}"
+            )
+        if batch.shape[1] != model.in_chans or 0 in batch.shape:
+            raise ValueError(
+                f"calibrate must give batches of images (B, {model.in_chans}, H, W), "
+                f"got {tuple(batch.shape)}"
+            )
+        found.append(batch.to(weight.device, weight.dtype))
+    if not found:
+        raise ValueError("calibrate must give at least one batch of images, got none")
+    return found
+
+
+def _random_images(model: Any) -> Tensor:
+    weight = next(model.parameters())
+    size = model.pretrained_cfg["input_size"][1:]
+    generator = torch.Generator().manual_seed(0)
+    images = torch.randn(_RANDOM_IMAGES, model.in_chans, *size, generator=generator)
+    return images.to(weight.device, weight.dtype)
+
+
+# -- ranges --------------------------------------------------------------------------------------
+
+
+def _calibrate(
+    model: nn.Module, layers: Sequence[tuple[str, Any]], batches: Sequence[Tensor]
+) -> dict[str, tuple[float, float]]:
+    """Scale and zero of each layer's inputs; those never seen, or not finite, are left out."""
+    samples: dict[str, list[Tensor]] = {}
+
+    def watch(name: str) -> Callable[[nn.Module, Any], None]:
+        def observe(_: nn.Module, args: Any) -> None:
+            flat = args[0].detach().float().flatten()
+            step = max(1, flat.numel() // _SAMPLED)
+            extremes = torch.stack((flat.amin(), flat.amax()))
+            samples.setdefault(name, []).append(torch.cat((flat[::step], extremes)))
+
+        return observe
+
+    hooks = [layer.register_forward_pre_hook(watch(name)) for name, layer in layers]
+    try:
+        for batch in batches:
+            model(batch)
+    finally:
+        for hook in hooks:
+            hook.remove()
+    joined = {name: torch.cat(parts) for name, parts in samples.items()}
+    return {name: _range_of(x) for name, x in joined.items() if x.isfinite().all()}
+
+
+def _range_of(x: Tensor) -> tuple[float, float]:
+    """The scale and zero with the smallest squared error, among shares of the range of ``x``."""
+    best, least = (0.0, 0.0), math.inf
+    low, high = min(0.0, x.min().item()), max(0.0, x.max().item())
+    for share in _SHARES:
+        scale = share * high / _LARGEST_BYTE - share * low / _LARGEST_BYTE
+        if scale < torch.finfo(torch.float32).tiny:
+            continue
+        zero = float(round(-share * low / scale))
+        quantized, _, _ = quantize_rows(x, x.new_tensor((scale, zero)))
+        error = ((quantized - zero) * scale - x).square().mean().item()
+        if error < least:
+            best, least = (scale, zero), error
+    return best
+
+
+# -- errors --------------------------------------------------------------------------------------
+
+
+@contextmanager
+def _simulated(
+    layers: dict[str, Any], ranges: dict[str, tuple[float, float]], names: Iterable[str]
+) -> Iterator[None]:
+    """Compute some layers as in 8 bits, by rounding their inputs and weights."""
+    kept, hooks = [], []
+    try:
+        for name in names:
+            layer = layers[name]
+            weight = layer.weight
+            quantized, scale = quantize_weight(weight.flatten(1))
+            kept.append((layer, weight.data))
+            rounded = quantized.float() * scale[:, None]
+            weight.data = rounded.view(weight.shape).to(weight.dtype)
+            hooks.append(layer.register_forward_pre_hook(_rounding(layer, ranges.get(name))))
+        yield
+    finally:
+        for layer, data in kept:
+            layer.weight.data = data
+        for hook in hooks:
+            hook.remove()
+
+
+def _rounding(
+    layer: nn.Module, in_range: tuple[float, float] | None
+) -> Callable[[nn.Module, Any], Any]:
+    channels = 1 if isinstance(layer, nn.Conv2d) else -1
+
+    def round_inputs(_: nn.Module, args: Any) -> Any:
+        rows = args[0].movedim(channels, -1)
+        known = None if in_range is None else rows.new_tensor(in_range, dtype=torch.float32)
+        quantized, scale, zero = quantize_rows(rows, known)
+        rounded = ((quantized - zero) * scale).to(rows.dtype)
+        return (rounded.movedim(-1, channels), *args[1:])
+
+    return round_inputs
+
+
+def _keep_within(
+    model: nn.Module,
+    layers: dict[str, Any],
+    ranges: dict[str, tuple[float, float]],
+    chosen: dict[str, LayerPrecision],
+    batches: Sequence[Tensor],
+    max_drop: float,
+    result: Precision,
+) -> None:
+    """Remove the most sensitive layers from ``chosen`` until the error is small enough."""
+    exact = [_output(model, batch) for batch in batches]
+
+    def drop_of(names: Iterable[str]) -> float:
+        with _simulated(layers, ranges, names):
+            outputs = [_output(model, batch) for batch in batches]
+        off = sum((a - b).square().sum().item() for a, b in zip(outputs, exact, strict=True))
+        size = sum(b.square().sum().item() for b in exact)
+        return math.sqrt(off / size) if size else math.sqrt(off)
+
+    for name, entry in chosen.items():
+        entry.drop = drop_of([name])
+    ranked = sorted(chosen, key=lambda name: chosen[name].drop or 0)  # least sensitive first
+    # The largest number of layers whose error is small enough, assuming that it grows with them.
+    most, drop = 0, 0.0
+    first, last = 1, len(ranked)
+    while first <= last:
+        middle = last if most == 0 and last == len(ranked) else (first + last) // 2
+        error = drop_of(ranked[:middle])
+        if error <= max_drop:
+            most, drop, first = middle, error, middle + 1
+        else:
+            last = middle - 1
+    for name in itertools.islice(ranked, most, None):
+        chosen.pop(name).reason = f"sensitive: with it, the drop exceeds {max_drop:g}"
+    result.drop = drop
+
+
+def _output(model: nn.Module, batch: Tensor) -> Tensor:
+    out: Tensor = model(batch)
+    return out.double()
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
