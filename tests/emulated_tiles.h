@@ -15,11 +15,15 @@
 #undef _tile_loadd
 #undef _tile_stored
 #undef _tile_dpbf16ps
+#undef _tile_dpbusd
+#undef _tile_zero
 #define _tile_loadconfig emulated_tiles::load_config
 #define _tile_storeconfig emulated_tiles::store_config
 #define _tile_loadd emulated_tiles::load
 #define _tile_stored emulated_tiles::store
 #define _tile_dpbf16ps emulated_tiles::multiply
+#define _tile_dpbusd emulated_tiles::multiply_bytes
+#define _tile_zero emulated_tiles::clear
 #define __AMX_TILE__ 1
 #define __AMX_BF16__ 1
 
@@ -97,6 +101,29 @@ static void multiply(int sums, int rows, int columns) {
       for (int k = 0; k < config.row_bytes[rows] / 4; k++) {
         for (int half = 0; half < 4; half += 2) {
           sum += number(&tiles[rows][m][4 * k + half]) * number(&tiles[columns][k][4 * n + half]);
+        }
+      }
+      std::memcpy(&tiles[sums][m][4 * n], &sum, sizeof sum);
+    }
+  }
+}
+
+static void clear(int tile) {
+  require_tile(tile);
+  std::memset(tiles[tile], 0, sizeof tiles[tile]);
+}
+
+// sums[m][n] += the products of rows[m][4k … 4k + 3], unsigned, and columns[k][4n … 4n + 3], signed
+static void multiply_bytes(int sums, int rows, int columns) {
+  for (int tile : {sums, rows, columns}) require_tile(tile);
+  require(sums != rows && sums != columns && rows != columns);
+  for (int m = 0; m < config.rows[sums]; m++) {
+    for (int n = 0; n < config.row_bytes[sums] / 4; n++) {
+      int32_t sum;
+      std::memcpy(&sum, &tiles[sums][m][4 * n], sizeof sum);
+      for (int k = 0; k < config.row_bytes[rows] / 4; k++) {
+        for (int i = 0; i < 4; i++) {
+          sum += tiles[rows][m][4 * k + i] * static_cast<int8_t>(tiles[columns][k][4 * n + i]);
         }
       }
       std::memcpy(&tiles[sums][m][4 * n], &sum, sizeof sum);

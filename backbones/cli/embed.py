@@ -10,8 +10,9 @@ from argparse import ArgumentParser, Namespace
 
 from backbones.cli.atomic_files import exit_on_signals
 from backbones.core.arguments import nonempty, nonempty_path, whole
+from backbones.core.dtypes import COMPUTED
 from backbones.core.messages import one_line
-from backbones.embedding.network import COMPUTED, FEATURES
+from backbones.embedding.network import FEATURES
 from backbones.embedding.run import ENGINES, embed
 from backbones.embedding.table import CORRUPT
 

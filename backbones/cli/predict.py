@@ -32,6 +32,7 @@ from backbones.core.arguments import (
     whole,
 )
 from backbones.core.console import memory_shortage
+from backbones.core.dtypes import COMPUTED, check_dtype
 from backbones.core.messages import first_line, one_line
 from backbones.training import build
 from backbones.training.checkpoint import write_text_atomically
@@ -68,6 +69,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         help=f"draw the first {_PICTURES} images with their Grad-CAM",
     )
     add("--batch-size", type=whole(1), default=16, metavar="N", help="images per batch (16)")
+    add("--dtype", choices=COMPUTED, help="of the computation, after fuse() (default: unfused)")
     add("--device", default="cpu", help="cpu, cuda, cuda:1, … (cpu)")
 
 
@@ -76,6 +78,10 @@ def run(options: Namespace) -> int:
     if options.cam is not None and importlib.util.find_spec("matplotlib") is None:
         raise CommandError("--cam draws with matplotlib: pip install matplotlib")
     device = usable_device(options.device)
+    if options.dtype is not None:
+        if options.cam is not None:
+            raise CommandError("--cam needs the layers before fuse(): leave out --dtype")
+        check_dtype(options.dtype, device)
     paths = find_images(options.images)
     require_writable(
         {"--csv": options.csv, "--json": options.json, "--cam": options.cam},
@@ -95,6 +101,8 @@ def run(options: Namespace) -> int:
             f"{loaded.name} takes {loaded.model.in_chans} channels; images are read as RGB or grey"
         )
     loaded.model.to(device)
+    if options.dtype is not None:
+        loaded.model.fuse(COMPUTED[options.dtype])
 
     pictures = _PICTURES if options.cam is not None else 0
     predictions = list(
@@ -223,7 +231,8 @@ def _classify(
 ) -> int:
     """Fill in ``predictions``; returns how many of them got pixels and Grad-CAM."""
     drawn = min(pictures, len(predictions))
-    device = next(model.parameters()).device
+    parameter = next(model.parameters())
+    device = parameter.device
     if drawn:
         logits, heat = grad_cam(model, batch.to(device))
         mean, std = (torch.tensor(config[key]).view(1, -1, 1, 1) for key in ("mean", "std"))
@@ -232,7 +241,7 @@ def _classify(
             predictions[i].image, predictions[i].heat = pixels[i].numpy(), heat[i].cpu().numpy()
     else:
         with torch.inference_mode():
-            logits = model(batch.to(device))
+            logits = model(batch.to(device, parameter.dtype))
     finite = logits.isfinite().all(1).tolist()
     if not all(finite):
         raise CommandError(

@@ -16,13 +16,14 @@ import backbones
 from backbones.cli.common import CommandError, add_size_argument, create, two_sides
 from backbones.cli.measure import measure
 from backbones.core.arguments import nonempty_path, require_writable, whole
+from backbones.core.dtypes import check_dtype
 from backbones.core.tables import count_text, table
 
 __all__ = ["EXAMPLE", "add_arguments", "describe", "run"]
 
 EXAMPLE = "van_b0 --size 224\n  vision-backbones summary van_b0 --kernels --plot memory.png"
 
-_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "int8": torch.int8}
 
 
 def add_arguments(parser: ArgumentParser) -> None:
@@ -78,6 +79,10 @@ def _run_kernels(options: Namespace) -> int:
     batch = options.batch or 1
     size = two_sides(options.size, model, batch)
     dtype = _DTYPES[options.dtype or "float32"]
+    if options.plain and dtype == torch.int8:
+        raise CommandError("--dtype int8 is for fused models: leave out --plain")
+    if dtype == torch.int8:
+        check_dtype(options.dtype, torch.device("cpu"))
     model = model.to(dtype) if options.plain else model.fuse(dtype=dtype)
     try:
         explained = backbones.explain(model, size, batch_size=batch, repeats=runs)

@@ -14,13 +14,12 @@ from torch import Tensor
 from backbones.cli.common import Loaded, load
 from backbones.cli.predict import preprocessing
 from backbones.core.console import CommandError
+from backbones.core.dtypes import COMPUTED
 from backbones.core.messages import shown
-from ops.cpu import policy
 
-__all__ = ["COMPUTED", "FEATURES", "Features", "Network", "features_of"]
+__all__ = ["FEATURES", "Features", "Network", "features_of"]
 
 FEATURES = "head, stage:N or stage:N:map"
-COMPUTED = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _WORDS = re.compile(r"head|stage:(-?\d+)(:map)?")
 
 _log = logging.getLogger(__name__)
@@ -107,11 +106,12 @@ class Network:
         """Prepare for inference: fuse on a CPU, autocast on a GPU.
 
         Args:
-            computed: float32, bfloat16, or float16 on a GPU.
+            computed: float32, bfloat16, int8 on a CPU, or float16 on a GPU.
         """
         self.dtype, self.device = COMPUTED[computed], device
         if device.type == "cpu":
             self.model.fuse(self.dtype if self.dtype != torch.float32 else None)
+            self.dtype = next(self.model.parameters()).dtype  # of the maps
         else:
             self.model.fuse(channels_last=False).to(device)
 
@@ -147,20 +147,3 @@ class Network:
             logits = model.forward_head(last)
             scores, classes = logits.float().softmax(1).topk(self.classes, dim=1)
         return found.float(), classes, scores
-
-
-def check_dtype(computed: str, device: torch.device) -> None:
-    """Reject a dtype that the device does not support.
-
-    Raises:
-        CommandError: unsupported or unknown dtype.
-    """
-    if computed not in COMPUTED:
-        raise CommandError(f"--dtype must be {', '.join(COMPUTED)}, not {shown(computed)}")
-    if device.type == "cpu" and computed == "float16":
-        raise CommandError("--dtype float16 is for GPUs; CPUs take bfloat16 or float32")
-    if device.type == "cpu" and computed == "bfloat16" and not policy.multiplies(torch.bfloat16):
-        raise CommandError(
-            "--dtype bfloat16: this CPU does not multiply it (no AMX, no AVX512-BF16), and would "
-            "take longer than for float32: leave it out"
-        )

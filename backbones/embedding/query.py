@@ -14,14 +14,14 @@ import torch
 
 from backbones.core.arguments import file_problem
 from backbones.core.checkpoint_files import sha256_of
-from backbones.core.console import MendableError
+from backbones.core.console import CommandError, MendableError
+from backbones.core.dtypes import check_dtype
 from backbones.core.images import DECODE_ERRORS
 from backbones.core.messages import first_line
 from backbones.embedding.network import Network
 from backbones.embedding.sources import Item
 from backbones.embedding.table import metadata
 from backbones.embedding.worker import Images
-from ops.cpu import policy
 
 __all__ = ["Queries", "embed_queries"]
 
@@ -63,8 +63,13 @@ def embed_queries(
     network = Network(said["model"], _weights(folder, said, checkpoint), said["features"], 0)
     _require_same(folder, said["preprocessing"], network.preprocessing)
     # If the table was computed on a GPU or in a dtype that this CPU cannot multiply, use float32.
-    same = said["computed"] == "bfloat16" and policy.multiplies(torch.bfloat16)
-    network.prepare("bfloat16" if same else "float32", torch.device("cpu"))
+    device = torch.device("cpu")
+    computed = said["computed"]
+    try:
+        check_dtype(computed, device)
+    except CommandError:
+        computed = "float32"
+    network.prepare(computed, device)
     images = Images(said["preprocessing"])
     queries = Queries([], np.empty((0, said["dim"]), np.float32))
     vectors = [queries.vectors]

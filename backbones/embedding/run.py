@@ -18,12 +18,13 @@ import torch
 from backbones.core.arguments import usable_device
 from backbones.core.checkpoint_files import sha256_of
 from backbones.core.console import CommandError
+from backbones.core.dtypes import check_dtype
 from backbones.core.images import installed_decoder
 from backbones.core.messages import one_line, shown
 from backbones.embedding import table
 from backbones.embedding.cluster import require_ray, run_on_cluster
 from backbones.embedding.local import cores, run_here, run_in_processes
-from backbones.embedding.network import Network, check_dtype
+from backbones.embedding.network import Network
 from backbones.embedding.sources import Source, open_source
 from backbones.embedding.worker import Event, Job
 from backbones.training.checkpoint import write_problem
@@ -92,7 +93,8 @@ def embed(
         features: ``"head"``, the input of the classifier; ``"stage:N"``, the mean of that stage's
             map; ``"stage:N:map"``, the map.
         classes: how many of the most likely classes to store as well.
-        dtype: of the computation: ``"float32"``, ``"bfloat16"``, on a GPU ``"float16"``.
+        dtype: of the computation: ``"float32"``, ``"bfloat16"``, on a CPU ``"int8"``, on a
+            GPU ``"float16"``.
         store: dtype of the stored embeddings: ``"float32"`` or ``"float16"``.
         rows: images per shard; see :func:`backbones.embedding.sources.open_source`.
         batch_size: images per batch; None: 16, on a GPU 256.

@@ -14,10 +14,14 @@ from torch import nn
 
 import backbones
 from backbones.core.arguments import CREATION_ERRORS, THREADS, nonempty_path, usable_device
+from backbones.core.console import CommandError
+from backbones.core.dtypes import COMPUTED, check_dtype
 from backbones.core.messages import shown
 from backbones.training.errors import DataError
 
 __all__ = ["add_model_arguments", "load_restorer", "parse_size", "restorer_of"]
+
+_DTYPES = ("float32", "bfloat16", "int8")
 
 
 def add_model_arguments(parser: argparse.ArgumentParser) -> None:
@@ -35,6 +39,9 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tta", action="store_true", help="average over 8 flips and rotations")
     parser.add_argument("--amp", action="store_true", help="autocast to bfloat16")
+    parser.add_argument(
+        "--dtype", choices=_DTYPES, help="of the computation on a CPU, instead of --amp (float32)"
+    )
     parser.add_argument("--device", help="cpu, cuda, … (default: a GPU if there is one)")
     parser.add_argument("--threads", type=THREADS, help="CPU threads")
 
@@ -47,16 +54,20 @@ def restorer_of(options: argparse.Namespace) -> tuple[nn.Module, int | None]:
 
     Raises:
         DataError, CheckpointError: see :func:`load_restorer`.
-        CommandError: an unusable device.
+        CommandError: an unusable device or dtype.
     """
     if options.threads is not None:
         torch.set_num_threads(options.threads)
     memory = None if options.max_memory is None else parse_size(options.max_memory)
     default = "cuda" if torch.cuda.is_available() else "cpu"
     device = usable_device(default if options.device is None else options.device)
+    if options.dtype is not None:
+        if options.amp or device.type != "cpu":
+            raise CommandError("--dtype is for CPUs, without --amp; on GPUs use --amp")
+        check_dtype(options.dtype, device)
     model = load_restorer(options.model, options.checkpoint, options.model_args).to(device)
     if device.type == "cpu" and not options.amp:
-        backbones.fuse(model)
+        backbones.fuse(model, None if options.dtype is None else COMPUTED[options.dtype])
     return model, memory
 
 

@@ -69,7 +69,7 @@ def test_a_number_format_that_this_processor_lacks(
 ) -> None:
     copy = shutil.copytree(embedded.table, tmp_path / "table")
     table.write_metadata(copy, {**table.metadata(copy), "computed": "bfloat16"})
-    monkeypatch.setattr(query.policy, "multiplies", lambda dtype: multiplies)
+    monkeypatch.setattr("backbones.core.dtypes.policy.multiplies", lambda dtype: multiplies)
     seen = []
     prepare = query.Network.prepare
     monkeypatch.setattr(

@@ -29,7 +29,7 @@ from backbones.cli.predict import open_image, preprocessing
 from backbones.core import images
 from backbones.core.checkpoint_files import sha256_of
 from backbones.core.console import CommandError
-from backbones.embedding import embed, local, network, table, worker
+from backbones.embedding import embed, local, table, worker
 from backbones.embedding.network import Network
 from backbones.training.checkpoint import save_weights
 from backbones.training.lock import FolderLock
@@ -321,7 +321,7 @@ def test_bad_arguments_are_one_line(
 def test_bfloat16_is_for_cpus_that_multiply_it(
     photos: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(network.policy, "multiplies", lambda dtype: False)
+    monkeypatch.setattr("backbones.core.dtypes.policy.multiplies", lambda dtype: False)
     with pytest.raises(CommandError, match="this CPU does not multiply it"):
         embed(photos, photos.parent / "out", checkpoint=checkpoint, dtype="bfloat16")
 

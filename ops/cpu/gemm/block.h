@@ -120,4 +120,34 @@ static VB_INLINE void finish(const Problem& p, const Block<T>& block, F (&sum)[R
   }
 }
 
+// The epilogue of `count` rows in memory, [count][V][W], which it modifies.
+template <int V, class T>
+static void finish_rows(const Problem& p, const Block<T>& block, float* sums, int64_t count) {
+  if (p.activation != activation::NONE) {
+    activation::apply<T>(reinterpret_cast<F*>(sums), static_cast<int>(count * V), p.activation);
+  }
+  F energy[V];
+  for (int v = 0; v < V; v++) energy[v] = simd::zero();
+  for (int64_t r = 0; r < count; r++) {
+    T* const out = block.out + r * p.out_stride;
+    const T* const other = block.other + (p.combination ? r * p.other_stride : 0);
+    VB_UNROLL
+    for (int v = 0; v < V; v++) {
+      const int lanes = v == V - 1 ? block.lanes : W;
+      F x = simd::load(sums + (r * V + v) * W);
+      if (p.combination != NONE) {
+        x = combine(p, block.other_scale + v * W, lanes, x, simd::get(other + v * W, lanes));
+      }
+      if (block.energy) energy[v] = simd::fma(x, x, energy[v]);
+      simd::put(out + v * W, x, lanes);
+    }
+  }
+  if (!block.energy) return;
+  for (int v = 0; v < V; v++) {
+    const int lanes = v == V - 1 ? block.lanes : W;
+    float* const place = block.energy + v * W;
+    simd::put(place, simd::get(place, lanes) + energy[v], lanes);
+  }
+}
+
 }  // namespace linear

@@ -71,6 +71,8 @@ struct Bytes {
 // ---- quantisation ------------------------------------------------------------------------------
 #if VB_AVX512
 using I = __m512i;
+static VB_INLINE I load_vector(const void* p) { return _mm512_loadu_si512(p); }
+static VB_INLINE void store_vector(void* p, I x) { _mm512_storeu_si512(p, x); }
 static VB_INLINE I to_int(F x) { return _mm512_cvtps_epi32(x); }  // to nearest even
 static VB_INLINE F to_floats(I x) { return _mm512_cvtepi32_ps(x); }
 static VB_INLINE float least(F v) { return _mm512_reduce_min_ps(v); }
@@ -81,7 +83,7 @@ static VB_INLINE void put_bytes(uint8_t* out, I a, I b, I c, I d, int zero) {
   const I shift = _mm512_set1_epi16(static_cast<int16_t>(zero));
   const I packed = _mm512_packus_epi16(_mm512_adds_epi16(_mm512_packs_epi32(a, b), shift),
                                        _mm512_adds_epi16(_mm512_packs_epi32(c, d), shift));
-  _mm512_storeu_si512(out, _mm512_permutexvar_epi32(places, packed));
+  store_vector(out, _mm512_permutexvar_epi32(places, packed));
 }
 static VB_INLINE I zeros() { return _mm512_setzero_si512(); }
 static VB_INLINE I load_four(const uint8_t* p) {
@@ -89,11 +91,14 @@ static VB_INLINE I load_four(const uint8_t* p) {
   std::memcpy(&four, p, sizeof four);
   return _mm512_set1_epi32(four);
 }
-static VB_INLINE I load_bytes(const int8_t* p) { return _mm512_loadu_si512(p); }
 #define VB_DOT __attribute__((target("avx512vnni")))
 #define VB_DOT_PRODUCT "vpdpbusd %2, %1, %0"
 #else
 using I = __m256i;
+static VB_INLINE I load_vector(const void* p) {
+  return _mm256_loadu_si256(static_cast<const I*>(p));
+}
+static VB_INLINE void store_vector(void* p, I x) { _mm256_storeu_si256(static_cast<I*>(p), x); }
 static VB_INLINE I to_int(F x) { return _mm256_cvtps_epi32(x); }
 static VB_INLINE F to_floats(I x) { return _mm256_cvtepi32_ps(x); }
 static VB_INLINE float least(F v) {
@@ -109,16 +114,13 @@ static VB_INLINE void put_bytes(uint8_t* out, I a, I b, I c, I d, int zero) {
   const I shift = _mm256_set1_epi16(static_cast<int16_t>(zero));
   const I packed = _mm256_packus_epi16(_mm256_adds_epi16(_mm256_packs_epi32(a, b), shift),
                                        _mm256_adds_epi16(_mm256_packs_epi32(c, d), shift));
-  _mm256_storeu_si256(reinterpret_cast<I*>(out), _mm256_permutevar8x32_epi32(packed, places));
+  store_vector(out, _mm256_permutevar8x32_epi32(packed, places));
 }
 static VB_INLINE I zeros() { return _mm256_setzero_si256(); }
 static VB_INLINE I load_four(const uint8_t* p) {
   int32_t four;
   std::memcpy(&four, p, sizeof four);
   return _mm256_set1_epi32(four);
-}
-static VB_INLINE I load_bytes(const int8_t* p) {
-  return _mm256_loadu_si256(reinterpret_cast<const I*>(p));
 }
 #define VB_DOT __attribute__((target("avxvnni")))
 #define VB_DOT_PRODUCT "{vex} vpdpbusd %2, %1, %0"
@@ -204,16 +206,12 @@ static VB_INLINE I in_register(I v) {
   return v;
 }
 
-// Scales of outputs, and minus the sums of their weights times these, for one panel.
-struct Outputs {
-  const float *scale, *sum;
-};
-
-template <class T, int R, int V>
-VB_DOT static void run_bytes(const Problem& p, const Bytes& rows, const Outputs& outputs,
-                             const int8_t* weight, const Block<T>& block, Prefetch& prefetch) {
+// The sums of R rows and V vectors of outputs, to `sums` [R][V][W].
+template <int R, int V>
+VB_DOT static void multiply_bytes_in_registers(const Bytes& rows, const int8_t* weight,
+                                               Prefetch& prefetch, int32_t* sums) {
   Prefetch fetched = prefetch;
-  constexpr int POINTERS = (R + 2) / 3;
+  constexpr int POINTERS = (R + 2) / 3;  // as in registers.h
   constexpr int64_t VECTOR = W * GROUP, TILE = W * BYTE_INPUTS;
   ptrdiff_t stride = rows.stride;
   const uint8_t* in[POINTERS];
@@ -225,17 +223,17 @@ VB_DOT static void run_bytes(const Problem& p, const Bytes& rows, const Outputs&
     VB_UNROLL
     for (int v = 0; v < V; v++) sum[r][v] = zeros();
   }
-  for (int64_t left = rows.in_features / GROUP; left > 0; left -= BYTE_INPUTS / GROUP) {
-    const int8_t* w_place = weight;
-    weight += V * TILE;
-    int64_t groups = std::min<int64_t>(left, BYTE_INPUTS / GROUP);
-    for (; groups >= STEP; groups -= STEP) {
+  for (int64_t left = rows.in_features; left > 0; left -= BYTE_INPUTS, weight += V * TILE) {
+    const int8_t* place = weight;
+    // Inputs beyond the last group are zeros, as are their weights.
+    const int64_t steps = (std::min(left, BYTE_INPUTS) + STEP * GROUP - 1) / (STEP * GROUP);
+    for (int64_t step = 0; step < steps; step++) {
       fetched.fetch();
       VB_UNROLL
-      for (int i = 0; i < STEP; i++, w_place += VECTOR) {
+      for (int i = 0; i < STEP; i++, place += VECTOR) {
         I w[V];
         VB_UNROLL
-        for (int v = 0; v < V; v++) w[v] = in_register(load_bytes(w_place + v * TILE));
+        for (int v = 0; v < V; v++) w[v] = in_register(load_vector(place + v * TILE));
         VB_UNROLL
         for (int r = 0; r < R; r++) {
           const I x = in_register(load_four(in[r / 3] + r % 3 * stride + i * GROUP));
@@ -250,81 +248,105 @@ VB_DOT static void run_bytes(const Problem& p, const Bytes& rows, const Outputs&
       }
       __asm__("" : "+r"(stride));
     }
-    for (; groups > 0; groups--, w_place += VECTOR) {
-      VB_UNROLL
-      for (int r = 0; r < R; r++) {
-        const I x = load_four(in[r / 3] + r % 3 * stride);
-        VB_UNROLL
-        for (int v = 0; v < V; v++) add_bytes(sum[r][v], x, load_bytes(w_place + v * TILE));
-      }
-      VB_UNROLL
-      for (int r = 0; r < POINTERS; r++) in[r] += GROUP;
-    }
   }
   prefetch = fetched;
-  F result[R][V];
   VB_UNROLL
-  for (int v = 0; v < V; v++) {
-    const int n = v == V - 1 ? block.lanes : W;
-    const F scale = simd::get(outputs.scale + v * W, n), zero = simd::get(outputs.sum + v * W, n);
-    const F bias = simd::get(block.bias + v * W, n);
+  for (int r = 0; r < R; r++) {
     VB_UNROLL
-    for (int r = 0; r < R; r++) {
-      const F start = simd::fma(simd::set1(rows.shift[r]), zero, bias);
-      result[r][v] = simd::fma(to_floats(sum[r][v]), simd::set1(rows.scale[r]) * scale, start);
-    }
+    for (int v = 0; v < V; v++) store_vector(sums + (r * V + v) * W, sum[r][v]);
   }
-  finish<T, R, V>(p, block, result);
 }
 
-template <class T>
-using RunBytes = void (*)(const Problem&, const Bytes&, const Outputs&, const int8_t*,
-                          const Block<T>&, Prefetch&);
+using Multiply = void (*)(const Bytes&, const int8_t*, Prefetch&, int32_t*);
 
-template <class T, int V, size_t... N>
-static RunBytes<T> run_bytes_of(int64_t rows, std::index_sequence<N...>) {
-  static constexpr RunBytes<T> runs[] = {run_bytes<T, N + 1, V>...};
-  return runs[rows - 1];
+template <int V, size_t... N>
+static Multiply multiply_of(int64_t rows, std::index_sequence<N...>) {
+  static constexpr Multiply variants[] = {multiply_bytes_in_registers<N + 1, V>...};
+  return variants[rows - 1];
+}
+
+// The weights, scales and biases of a panel. With `sums`, the negative sums of scaled weights.
+struct BytePanel {
+  const int8_t* weight;
+  const float *bias, *scale, *sum;
+};
+
+// Turns the sums of some rows, beginning at `first`, into outputs, and stores them.
+template <int V, class T>
+static void finish_bytes(const Problem& p, const Bytes& rows, int64_t first, int64_t count,
+                         const BytePanel& panel, const Block<T>& block, int32_t* sums) {
+  F scales[V], zeros[V], biases[V];
+  VB_UNROLL
+  for (int v = 0; v < V; v++) {
+    const int lanes = v == V - 1 ? block.lanes : W;
+    scales[v] = simd::get(panel.scale + v * W, lanes);
+    zeros[v] = simd::get(panel.sum + v * W, lanes);
+    biases[v] = simd::get(panel.bias + v * W, lanes);
+  }
+  for (int64_t r = 0; r < count; r++) {
+    const F scale = simd::set1(rows.scale[first + r]), shift = simd::set1(rows.shift[first + r]);
+    VB_UNROLL
+    for (int v = 0; v < V; v++) {
+      int32_t* const place = sums + (r * V + v) * W;
+      const F start = simd::fma(shift, zeros[v], biases[v]);
+      const F x = simd::fma(to_floats(load_vector(place)),
+                            scale * scales[v], start);
+      simd::store(reinterpret_cast<float*>(place), x);
+    }
+  }
+  finish_rows<V>(p, block, reinterpret_cast<float*>(sums), count);
+}
+
+// The panel of the outputs from `n` on.
+static BytePanel panel_at(const Problem& p, const Tensors& t, int64_t n) {
+  const int8_t* const weight = static_cast<const int8_t*>(t.weight);
+  const float* const scale = t.weight_scale + n;
+  return {weight + std::min(n, padded(p.out_features)) * padded_bytes(p.in_features), t.bias + n,
+          scale, scale + p.out_features};
+}
+template <class T>
+static Block<T> block_at(const Problem& p, const Tensors& t, const Rows<T>& rows, int64_t row,
+                         int64_t n) {
+  const int64_t left = p.out_features - n;
+  return {nullptr, nullptr, nullptr,
+          rows.other ? rows.other + row * p.other_stride + n : nullptr,
+          rows.out + row * p.out_stride + n, rows.energy ? rows.energy + n : nullptr,
+          static_cast<int>(std::min<int64_t>(W, left > W ? left - W : left)),
+          t.other_scale ? t.other_scale + n : nullptr};
 }
 
 template <class T>
 static void run_bytes_in_registers(const Problem& p, const Tensors& t, const Rows<T>& rows,
                                    const Bytes& bytes, Range panels) {
+  alignas(64) int32_t sums[MAX_ROWS * PANEL];
   const int64_t blocks = (rows.count + MAX_ROWS - 1) / MAX_ROWS;
-  const int8_t* const weights = static_cast<const int8_t*>(t.weight);
   const int64_t k = padded_bytes(p.in_features);
-  const auto begin_of = [&](int64_t panel) {
-    return weights + std::min(panel * PANEL, padded(p.out_features)) * k;
-  };
   const int64_t fitting = std::max<int64_t>(1, GROUP_BYTES / (PANEL * k));
-  Range group{panels.begin, panels.begin + 1};
+  const auto weight_of = [&](int64_t panel) { return panel_at(p, t, panel * PANEL).weight; };
+  Range group{panels.begin, panels.begin + 1};  // as in registers.h
   while (group.begin < panels.end) {
-    const int64_t count = group.end - group.begin;
+    const int64_t count = length(group);
     const int64_t next =
         std::min({blocks < MIN_BLOCKS ? 1 : 2 * count, fitting, panels.end - group.end});
-    Prefetch prefetch(begin_of(group.end), begin_of(group.end + next) - begin_of(group.end),
+    Prefetch prefetch(weight_of(group.end), weight_of(group.end + next) - weight_of(group.end),
                       std::max<int64_t>(1, count * blocks * (k / GROUP / STEP)));
     for (int64_t i = 0; i < blocks; i++) {
       const Range range = share(rows.count, i, blocks);
+      const int64_t height = length(range);
       Bytes own = bytes;
       own.in += range.begin * bytes.stride;
-      own.scale += range.begin;
-      own.shift += range.begin;
-      for (int64_t panel = group.begin; panel < group.end; panel++) {
-        const int64_t n = panel * PANEL, left = p.out_features - n, height = length(range);
-        const bool wide = left > W;
-        Block<T> block{nullptr, nullptr, t.bias + n, nullptr,
-                       rows.out + range.begin * p.out_stride + n,
-                       rows.energy ? rows.energy + n : nullptr,
-                       static_cast<int>(std::min<int64_t>(W, wide ? left - W : left)),
-                       t.other_scale ? t.other_scale + n : nullptr};
-        if (rows.other) block.other = rows.other + range.begin * p.other_stride + n;
+      for (int64_t n = group.begin * PANEL; n < std::min(group.end * PANEL, p.out_features);
+           n += PANEL) {
+        const BytePanel panel = panel_at(p, t, n);
+        const Block<T> block = block_at(p, t, rows, range.begin, n);
+        const bool wide = p.out_features - n > W;
         fetch_outputs(p, block, height, wide ? PANEL : W);
         constexpr std::make_index_sequence<MAX_ROWS> variants;
-        const auto run = wide ? run_bytes_of<T, 2>(height, variants)
-                              : run_bytes_of<T, 1>(height, variants);
-        run(p, own, {t.weight_scale + n, t.weight_scale + p.out_features + n}, begin_of(panel),
-            block, prefetch);
+        const Multiply multiply = wide ? multiply_of<2>(height, variants)
+                                       : multiply_of<1>(height, variants);
+        multiply(own, panel.weight, prefetch, sums);
+        wide ? finish_bytes<2>(p, bytes, range.begin, height, panel, block, sums)
+             : finish_bytes<1>(p, bytes, range.begin, height, panel, block, sums);
       }
     }
     group = {group.end, group.end + next};
@@ -367,58 +389,31 @@ VB_APART_BYTES static void multiply_bytes(const uint8_t* in, ptrdiff_t second, i
   if (R == 2 && V == 2) _tile_stored(3, sums + TILE_ROWS * V * W + W, sums_pitch);
 }
 
-// The outputs of `count` rows in floats, in place of their sums.
-template <int V>
-static VB_INLINE void to_outputs(const Bytes& rows, int64_t row, const float* bias,
-                                 const float* scale, const float* zero, int64_t count,
-                                 int32_t* sums) {
-  F scales[V], zeros[V], biases[V];
-  VB_UNROLL
-  for (int v = 0; v < V; v++) {
-    scales[v] = simd::load(scale + v * W);
-    zeros[v] = simd::load(zero + v * W);
-    biases[v] = simd::load(bias + v * W);
-  }
-  for (int64_t r = 0; r < count; r++) {
-    const F row_scale = simd::set1(rows.scale[row + r]), shift = simd::set1(rows.shift[row + r]);
-    VB_UNROLL
-    for (int v = 0; v < V; v++) {
-      int32_t* const place = sums + (r * V + v) * W;
-      const F start = simd::fma(shift, zeros[v], biases[v]);
-      const F x = to_floats(_mm512_load_si512(place));
-      simd::store(reinterpret_cast<float*>(place), simd::fma(x, row_scale * scales[v], start));
-    }
-  }
-}
-
-template <class T, int V>
+template <int V, class T>
 static void run_panel_of_bytes(const Problem& p, const Rows<T>& rows, const Bytes& bytes,
-                               const int8_t* weight, const float* scale, const float* zero,
-                               const Block<T>& panel, Prefetch& prefetch) {
+                               const BytePanel& panel, const Block<T>& first_block,
+                               Prefetch& prefetch) {
   alignas(64) int32_t sums[2 * TILE_ROWS * V * W];
   const int64_t steps = padded_bytes(bytes.in_features) / BYTE_INPUTS;
   for (int64_t row = 0; row < rows.count; row += 2 * TILE_ROWS) {
-    const int64_t last = std::max<int64_t>(0, rows.count - TILE_ROWS);
-    const int64_t first = std::min(row, last), second = std::min(row + TILE_ROWS, last);
-    const uint8_t* in = bytes.in + first * bytes.stride;
-    const bool two = row + TILE_ROWS < rows.count;
-    if (two) {
-      multiply_bytes<2, V>(in, (second - first) * bytes.stride, bytes.stride, weight, steps,
-                           prefetch, sums);
+    const TileRows tiles(row, rows.count);
+    const uint8_t* in = bytes.in + tiles.first * bytes.stride;
+    if (tiles.two) {
+      multiply_bytes<2, V>(in, (tiles.second - tiles.first) * bytes.stride, bytes.stride,
+                           panel.weight, steps, prefetch, sums);
     } else {
-      multiply_bytes<1, V>(in, 0, bytes.stride, weight, steps, prefetch, sums);
+      multiply_bytes<1, V>(in, 0, bytes.stride, panel.weight, steps, prefetch, sums);
     }
     const auto store = [&](int64_t begin, int64_t tile, int32_t* tile_sums) {
       const int64_t end = std::min(begin + TILE_ROWS, rows.count);
-      Block<T> block = panel;
+      Block<T> block = first_block;
       block.out += begin * p.out_stride;
       if (block.other) block.other += begin * p.other_stride;
-      int32_t* const place = tile_sums + (begin - tile) * V * W;
-      to_outputs<V>(bytes, begin, panel.bias, scale, zero, end - begin, place);
-      finish_rows<V>(p, block, reinterpret_cast<float*>(place), end - begin);
+      finish_bytes<V>(p, bytes, begin, end - begin, panel, block,
+                      tile_sums + (begin - tile) * V * W);
     };
-    store(row, first, sums);
-    if (two) store(row + TILE_ROWS, second, sums + TILE_ROWS * V * W);
+    store(row, tiles.first, sums);
+    if (tiles.two) store(row + TILE_ROWS, tiles.second, sums + TILE_ROWS * V * W);
   }
 }
 
@@ -428,24 +423,15 @@ static void run_tiles_of_bytes(const Problem& p, const Tensors& t, const Rows<T>
   const Tiles tiles;
   const int64_t k = padded_bytes(p.in_features);
   const int64_t blocks = (rows.count + 2 * TILE_ROWS - 1) / (2 * TILE_ROWS);
-  for (int64_t panel = panels.begin; panel < panels.end; panel++) {
-    const int64_t n = panel * PANEL, left = p.out_features - n;
-    const bool wide = left > W, last = panel + 1 == panels.end;
-    const int8_t* weight = static_cast<const int8_t*>(t.weight) + n * k;
+  for (int64_t n = panels.begin * PANEL; n < std::min(panels.end * PANEL, p.out_features);
+       n += PANEL) {
+    const BytePanel panel = panel_at(p, t, n);
     const int64_t next = std::min<int64_t>(PANEL, padded(p.out_features) - n - PANEL);
-    Prefetch prefetch(weight + PANEL * k, last ? 0 : next * k, blocks * (k / BYTE_INPUTS));
-    alignas(64) float bias[PANEL] = {}, scale[PANEL] = {}, zero[PANEL] = {};
-    const int64_t width = std::min<int64_t>(PANEL, left);
-    std::copy_n(t.bias + n, width, bias);
-    std::copy_n(t.weight_scale + n, width, scale);
-    std::copy_n(t.weight_scale + p.out_features + n, width, zero);
-    const Block<T> block{nullptr, nullptr, bias,
-                         rows.other ? rows.other + n : nullptr, rows.out + n,
-                         rows.energy ? rows.energy + n : nullptr,
-                         static_cast<int>(std::min<int64_t>(W, wide ? left - W : left)),
-                         t.other_scale ? t.other_scale + n : nullptr};
-    wide ? run_panel_of_bytes<T, 2>(p, rows, bytes, weight, scale, zero, block, prefetch)
-         : run_panel_of_bytes<T, 1>(p, rows, bytes, weight, scale, zero, block, prefetch);
+    Prefetch prefetch(panel.weight + PANEL * k, n / PANEL + 1 == panels.end ? 0 : next * k,
+                      blocks * (k / BYTE_INPUTS));
+    const Block<T> block = block_at(p, t, rows, 0, n);
+    p.out_features - n > W ? run_panel_of_bytes<2>(p, rows, bytes, panel, block, prefetch)
+                           : run_panel_of_bytes<1>(p, rows, bytes, panel, block, prefetch);
   }
 }
 #else

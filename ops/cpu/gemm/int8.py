@@ -8,6 +8,7 @@ own, found as they are quantised, or those of a calibration, which takes one pas
 from __future__ import annotations
 
 import ctypes
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -15,12 +16,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ops.cpu import policy
-from ops.cpu.activations import require_activation
 from ops.cpu.binding import kernel
-from ops.cpu.build import load, status
+from ops.cpu.build import load, unavailable_reason
 from ops.cpu.call import Addresses, Call
 from ops.cpu.dispatch import require_dtype
-from ops.cpu.gemm.plan import COMBINATIONS, TENSORS, linear_problem, with_rows
+from ops.cpu.gemm.plan import (
+    TENSORS,
+    check_scales,
+    linear_problem,
+    output_shape,
+    packed_size,
+    with_rows,
+)
 from ops.cpu.tensors import dense
 
 __all__ = [
@@ -43,13 +50,15 @@ _LEAST_STEP = torch.finfo(torch.float32).tiny
 def _no_products(device: torch.device, dtype: torch.dtype) -> str | None:
     """Why the kernel does not multiply bytes on this CPU, or None."""
     library = load("gemm")
-    has_products = library is not None and bool(library.linear_multiplies_bytes())
-    return policy.no_products_of_bytes(has_products)
+    if library is None:
+        return unavailable_reason("gemm")
+    return policy.no_products_of_bytes(bool(library.linear_multiplies_bytes()))
 
 
 def unsupported_int8(device: torch.device, dtype: torch.dtype) -> str | None:
     """``None`` if the kernel takes maps of this dtype on this CPU, else the reason."""
-    return packed_linear_int8.unsupported(device, dtype)
+    reason = packed_linear_int8.refusal(device, dtype)
+    return reason or packed_linear_int8.unsupported(device, dtype)
 
 
 def not_faster_in_int8(device: torch.device) -> str | None:
@@ -71,7 +80,7 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     scale = wide.abs().amax(1) / _LARGEST_WEIGHT
     scale = torch.where(wide.isfinite().all(1), scale, torch.nan)
     step = torch.where(scale >= _LEAST_STEP, scale, torch.inf)
-    return (wide / step[:, None]).round().to(torch.int8), scale
+    return (wide / step[:, None]).round().nan_to_num().to(torch.int8), scale
 
 
 def quantize_rows(x: Tensor, in_range: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
@@ -147,21 +156,12 @@ def pack_int8_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
         raise RuntimeError(f"the kernel of linear layers is not available: {reason}")
     quantized, scale = quantize_weight(weight)
     sums = quantized.sum(1, dtype=torch.int64).float()
-    packed = quantized.new_empty(_packed_bytes(*weight.shape))
+    packed = quantized.new_empty(packed_size(*weight.shape, torch.int8))
     source = quantized.contiguous()
     shape = [ctypes.c_int64(n) for n in weight.shape]
     pointers = [ctypes.c_void_p(t.data_ptr()) for t in (source, packed)]
     library.linear_pack_bytes(pointers[0], *shape, pointers[1])
     return packed, torch.stack((scale, -sums * scale))
-
-
-def _packed_bytes(out_features: int, in_features: int) -> int:
-    gemm = status("gemm")
-    if gemm.library is None:
-        raise RuntimeError(f"the kernel of linear layers is not available: {gemm.reason}")
-    count = gemm.library.linear_packed_bytes
-    count.restype = ctypes.c_int64
-    return int(count(ctypes.c_int64(out_features), ctypes.c_int64(in_features)))
 
 
 @kernel("gemm", "linear_forward", refuses=_no_products)
@@ -192,6 +192,7 @@ def packed_linear_int8(
         RuntimeError: the kernel is not available here (check :func:`unsupported_int8` first).
     """
     shape = _output_shape(x, weight, weight_scale, bias, in_range, activation, other, combination)
+    check_scales(x, bias, combination, scale, other_scale)
     out = x.new_empty(shape)
 
     def arguments() -> Any:
@@ -270,28 +271,13 @@ def _output_shape(
     activation: str,
     other: Tensor | None = None,
     combination: str = "none",
-    shape: Any = None,
+    shape: Sequence[int] | None = None,
 ) -> tuple[int, ...]:
     """Check the arguments of a layer; return the output shape."""
-    require_activation(activation)
-    if combination not in COMBINATIONS or (combination == "none") != (other is None):
-        raise ValueError(
-            f"combination must be one of {COMBINATIONS}, other than 'none' if and only if there "
-            f"is something to combine with; got {combination!r}"
-        )
-    require_dtype(torch.int8, weight=weight)
-    require_dtype(torch.float32, bias=bias, weight_scale=weight_scale, in_range=in_range)
-    require_dtype(x.dtype, other=other)
-    shape = x.shape if shape is None else shape
-    fits = len(shape) > 1 and bias.ndim == 1 and weight_scale.shape == (2, len(bias))
-    if not fits or weight.numel() != _packed_bytes(len(bias), shape[-1]):
-        raise ValueError(
-            f"x must be (B, ..., in_features) and weight the packed one of in_features and "
-            f"{len(bias)}, got {tuple(shape)} and {weight.numel()} packed numbers"
-        )
+    require_dtype(torch.float32, weight_scale=weight_scale, in_range=in_range)
+    out_shape = output_shape(x, weight, bias, activation, other, combination, shape, torch.int8)
+    if weight_scale.shape != (2, len(bias)):
+        raise ValueError(f"weight_scale must be {(2, len(bias))}, got {tuple(weight_scale.shape)}")
     if in_range is not None and in_range.shape != (2,):
         raise ValueError(f"in_range must be (2,), got {tuple(in_range.shape)}")
-    out_shape = (*shape[:-1], len(bias))
-    if other is not None and tuple(other.shape) != out_shape:
-        raise ValueError(f"other must be {out_shape}, got {tuple(other.shape)}")
     return out_shape

@@ -17,8 +17,13 @@ from torch import Tensor
 from ops.cpu.binding import kernel
 from ops.cpu.build import load, unavailable_reason
 from ops.cpu.call import Addresses, Call
-from ops.cpu.dispatch import require_dtype
-from ops.cpu.gemm.plan import TENSORS, linear_problem, output_shape, with_rows
+from ops.cpu.gemm.plan import (
+    TENSORS,
+    check_scales,
+    linear_problem,
+    output_shape,
+    with_rows,
+)
 from ops.cpu.policy import multiplies
 from ops.cpu.tensors import dense
 
@@ -111,7 +116,7 @@ def packed_linear(
         RuntimeError: the kernel is not available here (check :func:`unsupported` first).
     """
     shape = output_shape(x, weight, bias, activation, other, combination)
-    _check_scales(x, bias, combination, scale, other_scale)
+    check_scales(x, bias, combination, scale, other_scale)
     out = x.new_empty(shape)
     tensors = {"weight": weight, "bias": bias, "scale": scale, "out": out}
 
@@ -136,7 +141,7 @@ def packed_linear_energy(
         ValueError, RuntimeError: see :func:`packed_linear`.
     """
     shape = output_shape(x, weight, bias, activation)
-    _check_scales(x, bias, "none", scale, None)
+    check_scales(x, bias, "none", scale, None)
     out = x.new_empty(shape)
     energy = (
         bias.new_zeros(shape[0], len(bias)) if 0 in shape else bias.new_empty(shape[0], len(bias))
@@ -165,15 +170,3 @@ def _arguments(
     )
     scale = None if scale is None else scale.float().contiguous()
     return problem, Addresses(TENSORS, {**tensors, "in": rows, "scale": scale})
-
-
-def _check_scales(
-    x: Tensor, bias: Tensor, combination: str, scale: Tensor | None, other_scale: Tensor | None
-) -> None:
-    if scale is not None and scale.shape != (x.shape[0], x.shape[-1]):
-        raise ValueError(f"scale must be {(x.shape[0], x.shape[-1])}, got {tuple(scale.shape)}")
-    require_dtype(torch.float32, other_scale=other_scale)
-    shape = None if other_scale is None else tuple(other_scale.shape)
-    wanted = tuple(bias.shape) if combination == "add_scaled" else None
-    if shape != wanted:
-        raise ValueError(f"other_scale must be {wanted} with {combination!r}, got {shape}")

@@ -20,6 +20,7 @@ from ops.cpu.threads import MACS, threads_for
 __all__ = [
     "COMBINATIONS",
     "TENSORS",
+    "check_scales",
     "linear_problem",
     "output_shape",
     "packed_size",
@@ -42,10 +43,12 @@ def packed_size(out_features: int, in_features: int, dtype: torch.dtype) -> int:
     gemm = status("gemm")
     if gemm.library is None:
         raise RuntimeError(f"the kernel of linear layers is not available: {gemm.reason}")
-    count = gemm.library.linear_packed_size
-    count.restype = ctypes.c_int64
-    sizes = (ctypes.c_int64(int(n)) for n in (out_features, in_features))
-    return int(count(*sizes, dtype == torch.bfloat16))
+    sizes = [ctypes.c_int64(int(n)) for n in (out_features, in_features)]
+    if dtype == torch.int8:
+        gemm.library.linear_packed_bytes.restype = ctypes.c_int64
+        return int(gemm.library.linear_packed_bytes(*sizes))
+    gemm.library.linear_packed_size.restype = ctypes.c_int64
+    return int(gemm.library.linear_packed_size(*sizes, dtype == torch.bfloat16))
 
 
 def output_shape(
@@ -56,11 +59,13 @@ def output_shape(
     other: Tensor | None = None,
     combination: str = "none",
     shape: Sequence[int] | None = None,
+    weight_dtype: torch.dtype | None = None,
 ) -> tuple[int, ...]:
     """Check the arguments of :func:`ops.cpu.gemm.linear.packed_linear`; return the output shape.
 
     Args:
         shape: the shape of the input, if it differs from that of ``x``.
+        weight_dtype: of the packed weight, if it differs from that of ``x``.
 
     Raises:
         ValueError: mismatched shapes or dtypes, an unknown activation or combination.
@@ -71,13 +76,14 @@ def output_shape(
             f"combination must be one of {COMBINATIONS}, other than 'none' if and only if there "
             f"is something to combine with; got {combination!r}"
         )
-    if x.dtype != weight.dtype:
+    if weight_dtype is None and x.dtype != weight.dtype:
         raise ValueError(f"x is {x.dtype} and its weight {weight.dtype}; they must be the same")
+    require_dtype(weight_dtype or x.dtype, weight=weight)
     require_dtype(torch.float32, bias=bias)
     require_dtype(x.dtype, other=other)
     shape = x.shape if shape is None else shape
     fits = len(shape) > 1 and bias.ndim == 1
-    if not fits or weight.numel() != packed_size(len(bias), shape[-1], x.dtype):
+    if not fits or weight.numel() != packed_size(len(bias), shape[-1], weight.dtype):
         raise ValueError(
             f"x must be (B, ..., in_features) and weight the packed one of in_features and "
             f"{len(bias)}, got {tuple(shape)} and {weight.numel()} packed numbers"
@@ -86,6 +92,23 @@ def output_shape(
     if other is not None and tuple(other.shape) != out_shape:
         raise ValueError(f"other must be {out_shape}, got {tuple(other.shape)}")
     return out_shape
+
+
+def check_scales(
+    x: Tensor, bias: Tensor, combination: str, scale: Tensor | None, other_scale: Tensor | None
+) -> None:
+    """Check the scales of :func:`ops.cpu.gemm.linear.packed_linear`.
+
+    Raises:
+        ValueError: mismatched shapes or dtypes.
+    """
+    if scale is not None and scale.shape != (x.shape[0], x.shape[-1]):
+        raise ValueError(f"scale must be {(x.shape[0], x.shape[-1])}, got {tuple(scale.shape)}")
+    require_dtype(torch.float32, other_scale=other_scale)
+    shape = None if other_scale is None else tuple(other_scale.shape)
+    wanted = tuple(bias.shape) if combination == "add_scaled" else None
+    if shape != wanted:
+        raise ValueError(f"other_scale must be {wanted} with {combination!r}, got {shape}")
 
 
 def with_rows(t: Tensor | None) -> tuple[Tensor | None, int]:

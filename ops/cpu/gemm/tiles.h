@@ -68,35 +68,17 @@ VB_APART static void multiply(const BFloat16* in, ptrdiff_t second, int64_t in_s
   if (R == 2 && V == 2) _tile_stored(3, sums + TILE_ROWS * V * W + W, sums_pitch);
 }
 
-// Stores the sums of `count` rows in the layout of `multiply`, modifying them.
-template <int V, class T>
-static void finish_rows(const Problem& p, const Block<T>& block, float* sums, int64_t count) {
-  if (p.activation != activation::NONE) {
-    activation::apply<T>(reinterpret_cast<F*>(sums), static_cast<int>(count * V), p.activation);
+// Up to two tiles of rows from `row` on. Tiles that would reach past the last row begin earlier;
+// repeated rows are not stored.
+struct TileRows {
+  int64_t first, second;
+  bool two;
+
+  TileRows(int64_t row, int64_t count) : two(row + TILE_ROWS < count) {
+    const int64_t last = std::max<int64_t>(0, count - TILE_ROWS);
+    first = std::min(row, last), second = std::min(row + TILE_ROWS, last);
   }
-  F energy[V];
-  for (int v = 0; v < V; v++) energy[v] = simd::zero();
-  for (int64_t r = 0; r < count; r++) {
-    T* const out = block.out + r * p.out_stride;
-    const T* const other = block.other + (p.combination ? r * p.other_stride : 0);
-    VB_UNROLL
-    for (int v = 0; v < V; v++) {
-      const int lanes = v == V - 1 ? block.lanes : W;
-      F x = simd::load(sums + (r * V + v) * W);
-      if (p.combination != NONE) {
-        x = combine(p, block.other_scale + v * W, lanes, x, simd::get(other + v * W, lanes));
-      }
-      if (block.energy) energy[v] = simd::fma(x, x, energy[v]);
-      simd::put(out + v * W, x, lanes);
-    }
-  }
-  if (!block.energy) return;
-  for (int v = 0; v < V; v++) {
-    const int lanes = v == V - 1 ? block.lanes : W;
-    float* const place = block.energy + v * W;
-    simd::put(place, simd::get(place, lanes) + energy[v], lanes);
-  }
-}
+};
 
 template <int V>
 static void run_panel(const Problem& p, const Rows<BFloat16>& rows, const Block<BFloat16>& panel,
@@ -104,13 +86,10 @@ static void run_panel(const Problem& p, const Rows<BFloat16>& rows, const Block<
   alignas(64) float sums[2 * TILE_ROWS * V * W];
   const int64_t steps = rows.in_features / TILE_INPUTS;
   for (int64_t row = 0; row < rows.count; row += 2 * TILE_ROWS) {
-    // Tiles that would reach past the last row begin earlier; repeated rows are not stored.
-    const int64_t last = std::max<int64_t>(0, rows.count - TILE_ROWS);
-    const int64_t first = std::min(row, last), second = std::min(row + TILE_ROWS, last);
-    const BFloat16* in = panel.in + first * rows.in_stride;
-    const bool two = row + TILE_ROWS < rows.count;
-    if (two) {
-      multiply<2, V>(in, (second - first) * rows.in_stride, rows.in_stride, panel.weight, steps,
+    const TileRows tiles(row, rows.count);
+    const BFloat16* in = panel.in + tiles.first * rows.in_stride;
+    if (tiles.two) {
+      multiply<2, V>(in, (tiles.second - tiles.first) * rows.in_stride, rows.in_stride, panel.weight, steps,
                      panel.bias, prefetch, sums);
     } else {
       multiply<1, V>(in, 0, rows.in_stride, panel.weight, steps, panel.bias, prefetch, sums);
@@ -122,8 +101,8 @@ static void run_panel(const Problem& p, const Rows<BFloat16>& rows, const Block<
       if (block.other) block.other += begin * p.other_stride;
       finish_rows<V>(p, block, tile_sums + (begin - tile) * V * W, end - begin);
     };
-    store(row, first, sums);
-    if (two) store(row + TILE_ROWS, second, sums + TILE_ROWS * V * W);
+    store(row, tiles.first, sums);
+    if (tiles.two) store(row + TILE_ROWS, tiles.second, sums + TILE_ROWS * V * W);
   }
 }
 

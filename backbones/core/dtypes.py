@@ -1,0 +1,40 @@
+"""The dtypes that commands compute in (``--dtype``), and which of them a device supports."""
+
+from __future__ import annotations
+
+import torch
+
+from backbones.core.console import CommandError
+from backbones.core.messages import shown
+from ops.cpu import policy
+from ops.cpu.gemm.int8 import not_faster_in_int8
+
+__all__ = ["COMPUTED", "check_dtype"]
+
+COMPUTED = {
+    **{"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16},
+    "int8": torch.int8,
+}
+
+
+def check_dtype(computed: str, device: torch.device) -> None:
+    """Reject a dtype that the device does not support, or that is not faster than float32.
+
+    Raises:
+        CommandError: unsupported or unknown dtype.
+    """
+    if computed not in COMPUTED:
+        raise CommandError(f"--dtype must be {', '.join(COMPUTED)}, not {shown(computed)}")
+    if device.type != "cpu":
+        if computed == "int8":
+            raise CommandError("--dtype int8 is for CPUs; GPUs take float16, bfloat16 or float32")
+        return
+    if computed == "float16":
+        raise CommandError("--dtype float16 is for GPUs; CPUs take int8, bfloat16 or float32")
+    if computed == "bfloat16" and not policy.multiplies(torch.bfloat16):
+        raise CommandError(
+            "--dtype bfloat16: this CPU does not multiply it (no AMX, no AVX512-BF16), and would "
+            "take longer than for float32: leave it out"
+        )
+    if computed == "int8" and (reason := not_faster_in_int8(device)) is not None:
+        raise CommandError(f"--dtype int8: {reason}: leave it out")

@@ -1,0 +1,307 @@
+"""The linear kernel in 8 bits against its reference in plain torch; bad arguments."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+import torch.nn.functional as F
+from compiled_kernels import (
+    PLAIN_ACTIVATIONS,
+    can_run,
+    compiled_for,
+    emulate_tiles,
+    random,
+    using_threads,
+    without_kernels,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from ops import cpu
+from ops.cpu import policy
+from ops.cpu.activations import ACTIVATIONS
+from ops.cpu.gemm.int8 import (
+    LARGEST_INPUT,
+    pack_int8_weight,
+    packed_linear_int8,
+    packed_mlp_int8,
+    quantize_rows,
+    quantize_weight,
+    reference,
+    unsupported_int8,
+)
+from ops.cpu.gemm.linear import packed_linear
+from ops.cpu.gemm.plan import COMBINATIONS
+
+_CPU = torch.device("cpu")
+_HAS_BYTES = unsupported_int8(_CPU, torch.float32) is None
+_needs_bytes = pytest.mark.skipif(not _HAS_BYTES, reason="this CPU does not multiply bytes")
+# Sums are exact; they and the output are rounded.
+_ROUNDED = {torch.float32: 1e-6, torch.bfloat16: 2**-8}
+_DTYPES = list(_ROUNDED)
+_IN_RANGE = torch.tensor((0.02, 120.0))
+
+
+class _Layer:
+    """A layer for the reference and for the kernel."""
+
+    def __init__(self, in_features: int, out_features: int, seed: int = 1) -> None:
+        weight = random(out_features, in_features, seed=seed).float()
+        self.quantized = quantize_weight(weight)
+        self.bias = random(out_features, seed=seed + 1).float()
+        self.packed = (*pack_int8_weight(weight), self.bias)
+
+    def expected(self, x: Tensor, in_range: Tensor | None = None) -> Tensor:
+        return reference(x, *self.quantized, self.bias, in_range)
+
+    def bound(self, x: Tensor, in_range: Tensor | None = None) -> Tensor:
+        """The sums without cancellation."""
+        quantized, scale, zero = quantize_rows(x, in_range)
+        weight, weight_scale = self.quantized
+        sums = F.linear(quantized.double() + zero.double(), weight.double().abs())
+        return (sums * scale * weight_scale).max() + self.bias.abs().max() + 1
+
+
+@_needs_bytes
+@settings(max_examples=200, deadline=None)
+@given(
+    dtype=st.sampled_from(_DTYPES),
+    batch=st.integers(1, 3),
+    size=st.tuples(st.integers(1, 9), st.integers(1, 17)),
+    in_features=st.sampled_from([1, 3, 4, 8, 37, 63, 64, 65, 130]),
+    out_features=st.sampled_from([1, 7, 16, 17, 32, 40, 100]),
+    cut=st.booleans(),
+    activation=st.sampled_from(ACTIVATIONS),
+    combination=st.sampled_from(COMBINATIONS),
+    has_scale=st.booleans(),
+    in_range=st.sampled_from([None, _IN_RANGE]),
+    magnitude=st.sampled_from([1.0, 1e-6, 1e6]),
+)
+def test_is_the_reference(
+    dtype, batch, size, in_features, out_features, cut, activation, combination, has_scale,
+    in_range, magnitude,
+) -> None:  # fmt: skip
+    x = (magnitude * random(batch, *size, in_features + 5)).to(dtype)
+    x = x[..., 2 : 2 + in_features] if cut else x[..., :in_features].contiguous()
+    layer = _Layer(in_features, out_features)
+    other = None
+    if combination != "none":
+        other = random(batch, *size, out_features, seed=3).to(dtype)
+    scale = random(batch, in_features, seed=4).float() if has_scale else None
+    other_scale = random(out_features, seed=5).float() if combination == "add_scaled" else None
+    scaled = x.float() if scale is None else x.float() * scale[:, None, None]
+    expected = PLAIN_ACTIVATIONS[activation](layer.expected(scaled, in_range))
+    if other is not None:
+        times = 1 if other_scale is None else other_scale
+        expected = expected * other if combination == "multiply" else expected + other * times
+    out = packed_linear_int8(
+        x, *layer.packed, in_range, activation, other, combination, scale, other_scale
+    )
+    bound = layer.bound(scaled, in_range) * (1 if other is None else 1 + other.abs().max())
+    bound = bound * (1 if other_scale is None else 1 + other_scale.abs().max())
+    assert out.dtype == dtype and out.is_contiguous()
+    assert (out - expected).abs().max() <= _ROUNDED[dtype] * bound
+
+
+@_needs_bytes
+@pytest.mark.parametrize("dtype", _DTYPES, ids=str)
+@pytest.mark.parametrize("rows", [13, 600, 5000])
+def test_many_rows_and_few(rows: int, dtype: torch.dtype) -> None:
+    layer, x = _Layer(300, 70), random(1, rows, 300).to(dtype)
+    error = (packed_linear_int8(x, *layer.packed) - layer.expected(x)).abs().max()
+    assert error < _ROUNDED[dtype] * layer.bound(x)
+
+
+@_needs_bytes
+@pytest.mark.parametrize("dtype", _DTYPES, ids=str)
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("dims", [(24, 70, 24), (64, 1500, 40)])
+@pytest.mark.parametrize("ranges", [(None, None), (_IN_RANGE, None), (_IN_RANGE, _IN_RANGE)])
+def test_both_layers_in_one_pass(dtype, threads, dims, ranges) -> None:
+    """As one after the other, with hidden rows in the dtype of the map."""
+    dim, hidden, out_dim = dims
+    x = random(2, 31, 43, dim + 3).to(dtype)[..., :dim]
+    residual = random(2, 31, 43, out_dim + 1, seed=3).to(dtype)[..., 1:]
+    first, second = _Layer(dim, hidden), _Layer(hidden, out_dim, seed=7)
+    between = packed_linear_int8(x, *first.packed, ranges[0], "gelu")
+    expected = packed_linear_int8(between, *second.packed, ranges[1], "none", residual, "add")
+    with using_threads(threads):
+        out = packed_mlp_int8(x, *first.packed, *second.packed, *ranges, "gelu", residual)
+    torch.testing.assert_close(out, expected, rtol=0, atol=0)
+
+
+@_needs_bytes
+def test_layers_may_be_of_floats_within_the_error_of_bytes() -> None:
+    x, weight = random(1, 50, 192).float(), random(64, 192, seed=1).float()
+    out = packed_linear_int8(x, *pack_int8_weight(weight), torch.zeros(64))
+    exact = F.linear(x, weight)
+    assert (out - exact).norm() < 0.015 * exact.norm()
+
+
+@pytest.mark.parametrize("in_range", [None, _IN_RANGE], ids=["own", "given"])
+def test_rounding_of_rows(in_range: Tensor | None) -> None:
+    """To the nearest byte, the even one of two, with zero being a byte."""
+    x = torch.cat((random(4, 30).float(), torch.zeros(1, 30), torch.full((1, 30), 3.0)))
+    quantized, scale, zero = quantize_rows(x, in_range)
+    assert quantized.min() >= 0 and quantized.max() <= 255
+    assert (zero == zero.round()).all()
+    if in_range is None:
+        assert ((quantized - zero) * scale - x).abs().max() <= 0.5001 * scale.max()
+        assert scale[4] == 0 and quantized[5].eq(255).all()
+
+
+@_needs_bytes
+@pytest.mark.parametrize("dtype", _DTYPES, ids=str)
+def test_rows_of_zeros_constants_and_large_values(dtype: torch.dtype) -> None:
+    layer = _Layer(70, 40)
+    largest = torch.finfo(dtype).max
+    rows = torch.zeros(1, 6, 70, dtype=dtype)
+    rows[0, 1], rows[0, 2], rows[0, 3] = 2.5, -1e-3, 1e-42
+    rows[0, 4, 0], rows[0, 4, 1] = 1e30, -1e30
+    rows[0, 5, :2] = torch.tensor((largest, -largest))
+    out = packed_linear_int8(rows, *layer.packed)
+    torch.testing.assert_close(out[0, 0].float(), layer.bias, rtol=2**-8, atol=0)
+    expected = layer.expected(rows)
+    assert ((out - expected).abs() <= _ROUNDED[dtype] * (4 * expected.abs() + 1))[:, :5].all()
+    assert not out.isnan().any()
+
+
+@_needs_bytes
+@pytest.mark.parametrize("in_range", [None, _IN_RANGE], ids=["own", "given"])
+@pytest.mark.parametrize("dtype", _DTYPES, ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("place", [0, 63, 64, 69])
+def test_rows_with_nan_or_infinity_are_nan(dtype, value, place, in_range) -> None:
+    layer, x = _Layer(70, 40), random(1, 20, 70).to(dtype)
+    clean = packed_linear_int8(x, *layer.packed, in_range)
+    x[0, 7, place] = value
+    out = packed_linear_int8(x, *layer.packed, in_range)
+    others = [row for row in range(20) if row != 7]
+    assert out[0, 7].isnan().all() and torch.equal(out[0, others], clean[0, others])
+
+
+@_needs_bytes
+def test_values_outside_of_the_range_are_clipped() -> None:
+    packed = (*pack_int8_weight(torch.ones(3, 1)), torch.zeros(3))
+    x = torch.tensor((-1e30, -50.0, 50.0, 1e30)).view(1, 4, 1)
+    out = packed_linear_int8(x, *packed, torch.tensor((0.1, 100.0)))
+    torch.testing.assert_close(out[0, :, 0], torch.tensor((-10.0, -10.0, 15.5, 15.5)))
+
+
+@_needs_bytes
+def test_threads_change_nothing() -> None:
+    layer = _Layer(128, 300)
+    for rows in (60, 900):  # shared out by panels, and by rows
+        x, outs = random(2, rows, 128).float(), []
+        for threads in (1, 2):
+            with using_threads(threads):
+                outs.append(packed_linear_int8(x, *layer.packed))
+        assert torch.equal(*outs)
+
+
+@pytest.mark.parametrize("instructions", ["avx512", "avx2", "portable"])
+def test_other_instruction_sets(instructions: str, monkeypatch) -> None:
+    """They compute the same, or say that they do not multiply bytes."""
+    if not can_run(instructions):
+        pytest.skip(f"this CPU has no {instructions}")
+    compiled_for(instructions, monkeypatch)
+    reason = unsupported_int8(_CPU, torch.float32)
+    if reason is not None:
+        assert "8 bits do not pay here" in reason and instructions in reason
+        with pytest.raises(RuntimeError, match="8 bits do not pay here"):
+            pack_int8_weight(torch.ones(3, 5))
+        return
+    assert instructions != "portable"
+    _assert_is_reference()
+    assert cpu.status("gemm").instruction_set == instructions
+
+
+@pytest.mark.skipif(not can_run("avx512bf16"), reason="this CPU does not multiply bfloat16")
+@pytest.mark.parametrize("has_tiles", [False, True])
+def test_bfloat16(has_tiles: bool, monkeypatch, tmp_path) -> None:
+    """As on CPUs with AVX512-BF16, without and with AMX."""
+    if has_tiles:
+        emulate_tiles(monkeypatch, tmp_path)
+    else:
+        compiled_for("avx512bf16", monkeypatch)
+    _assert_is_reference()
+    assert hasattr(cpu.load("gemm"), "has_emulated_tiles") == has_tiles
+
+
+def _assert_is_reference() -> None:
+    sizes = [(1, 1, 1), (9, 21, 27), (40, 34, 48), (33, 130, 70), (40, 64, 48)]
+    for rows, in_features, out_features in sizes:
+        for dtype in _DTYPES:
+            x = random(2, rows, in_features + 3).to(dtype)[..., 1 : 1 + in_features]
+            layer = _Layer(in_features, out_features)
+            for in_range in (None, _IN_RANGE):
+                out = packed_linear_int8(x, *layer.packed, in_range, "relu")
+                error = (out - layer.expected(x, in_range).relu()).abs().max()
+                assert error <= _ROUNDED[dtype] * layer.bound(x, in_range)
+
+
+def test_where_bytes_do_not_pay(monkeypatch) -> None:
+    assert policy.no_products_of_bytes(True) is None
+    monkeypatch.setenv("VISION_BACKBONES_NATIVE_ISA", "portable")
+    assert "portable" in (policy.no_products_of_bytes(False) or "")
+    assert policy.maps_of_int8() == torch.float32
+
+
+@_needs_bytes
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"activation": "tanh"}, "activation must be one of"),
+        ({"combination": "add"}, "combination must be one of"),
+        ({"x": torch.zeros(2, 99)}, "got .2, 99."),
+        ({"weight": torch.zeros(1024)}, "weight must be torch.int8, got torch.float32"),
+        ({"weight_scale": torch.zeros(3)}, r"weight_scale must be .2, 3., got .3,."),
+        ({"in_range": torch.zeros(3)}, r"in_range must be .2,., got .3,."),
+        ({"in_range": torch.zeros(2).double()}, "in_range must be torch.float32"),
+        ({"other": torch.zeros(2, 4), "combination": "add"}, r"other must be .2, 3., got .2, 4."),
+        ({"scale": torch.zeros(1, 5)}, r"scale must be .2, 5., got .1, 5."),
+    ],
+)
+def test_rejects_bad_arguments(arguments, message) -> None:
+    weight, weight_scale = pack_int8_weight(torch.zeros(3, 5))
+    given_ = {"x": torch.zeros(2, 5), "weight": weight, "weight_scale": weight_scale}
+    with pytest.raises(ValueError, match=message):
+        packed_linear_int8(**{**given_, "bias": torch.zeros(3), **arguments})
+
+
+@_needs_bytes
+def test_kernels_of_floats_refuse_bytes() -> None:
+    weight, _ = pack_int8_weight(torch.zeros(3, 5))
+    with pytest.raises(ValueError, match="x is torch.float32 and its weight torch.int8"):
+        packed_linear(torch.zeros(2, 5), weight, torch.zeros(3))
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 5, 1, 1), (1, LARGEST_INPUT + 1)])
+def test_only_matrices_are_packed(shape) -> None:
+    with pytest.raises(ValueError, match="weight must be .out_features, in_features ≤ 65536., got"):
+        pack_int8_weight(torch.zeros(shape))
+
+
+def test_weights_with_nan_give_nan() -> None:
+    weight = torch.ones(2, 3)
+    weight[1, 2] = float("inf")
+    quantized, scale = quantize_weight(weight)
+    assert quantized[0].eq(127).all() and scale[1].isnan() and not scale[0].isnan()
+
+
+def test_without_the_kernel(monkeypatch) -> None:
+    without_kernels(monkeypatch)
+    assert "VISION_BACKBONES_NATIVE=0" in unsupported_int8(_CPU, torch.float32)
+
+
+@_needs_bytes
+def test_compiles_and_has_a_fake() -> None:
+    packed = (*pack_int8_weight(torch.ones(20, 16)), torch.zeros(20))
+    back = (*pack_int8_weight(torch.ones(16, 20)), torch.zeros(16))
+    x, other, scale = torch.zeros(2, 3, 16), torch.zeros(2, 3, 20), torch.ones(2, 16)
+    ops = torch.ops.vision_backbones
+    arguments = (None, "relu", other, "add", scale, None)
+    torch.library.opcheck(ops.packed_linear_int8.default, (x, *packed, *arguments))
+    pair = (x, *packed, *back, None, None, "relu", x)
+    torch.library.opcheck(ops.packed_mlp_int8.default, pair)
