@@ -128,7 +128,7 @@ def no_products_of_bytes(has_instructions: bool) -> str | None:
 def linear_by_bytes(has_products: bool, dtype: torch.dtype) -> Verdict:
     """Layers that ``fuse(torch.int8)`` chose, unless they are on another CPU now."""
     if has_products:
-        return Verdict(True, "chosen by fuse(torch.int8)")
+        return Verdict(True, "chosen by fuse(int8)")
     return Verdict(False, "this CPU does not multiply bytes")
 
 

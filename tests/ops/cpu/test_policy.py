@@ -36,7 +36,7 @@ def _decisions() -> Iterator[tuple[Any, ...]]:
         for library in ("gemm", "depthwise"):
             yield "left_to_torch", library, dtype, policy.left_to_torch(library, dtype)
         cases: dict[Any, Any] = {
-            policy.linear_by_bytes: itertools.product((False, True), (FLOAT, HALF)),
+            policy.linear_by_bytes: itertools.product((False, True), (dtype,)),
             policy.linear_by_kernel: itertools.product(
                 _ROWS, (32, 33), (64,), (dtype,), ("none", "gelu")
             ),
