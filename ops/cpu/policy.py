@@ -111,9 +111,9 @@ def by_tiles(dtype: torch.dtype) -> bool:
 def no_products_of_bytes(has_instructions: bool) -> str | None:
     """Why linear layers in 8 bits do not pay on this CPU, or None if they do.
 
-    At one image, SHViT-S4 and InceptionNeXt-T are 1.4 times as fast as in bfloat16 with AMX, and 3
-    times as fast as in float32. AVX2's older instructions for bytes saturate; with 7 bits of
-    weights they would do no more than twice the products of float32.
+    At one image, SHViT-S4 and InceptionNeXt-T are 1.4 times as fast as in bfloat16 with AMX, and
+    2.2 and 2.5 times as fast as in float32 with AVX512-VNNI. AVX2's older instructions for bytes
+    saturate unless weights have 7 bits, and three of them do the products of four of float32.
 
     Args:
         has_instructions: whether the CPU has AVX512-VNNI, or with AVX2 AVX-VNNI.
