@@ -7,7 +7,6 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from backbones import proxylessnas
-from ops.cpu import policy
 from ops.cpu.feed_forward.depthwise_mlp import PackedDepthwiseMlp, depthwise_mlp
 from ops.inference.forms import stands_for
 from ops.inference.layers import FastLayer, FastPointwiseConv2d, tensors_of
@@ -40,8 +39,6 @@ class ProxylessNASBlock(FastLayer, proxylessnas.MBConv):
         if depthwise_mlp.unsupported(x.device, x.dtype) is not None:
             return None
         *expand, dwconv, project = self._layers()
-        if not policy.feed_forward_by_kernel(x.dtype):
-            return None
         if not PackedDepthwiseMlp.takes(dwconv, is_first=not expand):
             return None
         first, activation = (expand[0], expand[0].activation) if expand else (None, "none")

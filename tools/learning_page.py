@@ -122,7 +122,12 @@ def page(
         cells += [f"{accuracies[0]:.1f} %", f"{max(accuracies):.2f}"]
         cells += [f"{result['history'][-1]['train_loss']:.3f}", f"{result['cpu_seconds']:.0f}"]
         lines.append("| " + " | ".join(cells) + " |")
-    lines += ["", f"Trained with {report['machine']}."]
+    others = [
+        f"; `{model}` with {result['machine']}"
+        for model, result in results.items()
+        if "machine" in result
+    ]
+    lines += ["", f"Trained with {report['machine']}{''.join(others)}."]
     text = "\n".join(lines) + "\n"
     if robustness is not None:
         text += of_robustness(robustness)
@@ -195,10 +200,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     if report["results"] and report["recipe"] != recipe and options.train is not None:
         report = {"results": {}}  # the recipe changed: discard all results
     if options.train is not None:
-        report["machine"] = f"torch {torch.__version__} on {processor_name()}, one thread"
+        machine = f"torch {torch.__version__} on {processor_name()}, one thread"
+        report.setdefault("machine", machine)
         report["recipe"] = recipe
         for model in options.train or [m for m in models if m not in report["results"]]:
-            report["results"][model] = train(model)
+            result = train(model)
+            if machine != report["machine"]:
+                result["machine"] = machine
+            report["results"][model] = result
             ordered = [m for m in models if m in report["results"]]
             report["results"] = {m: report["results"][m] for m in ordered}
             write(report, options.folder)

@@ -22,9 +22,12 @@ AIMS = {
     "ravlt_t": {FUSED: (1.6, 1.6), LOW: (2.0, 2.0)},
     "medvitv2_tiny": {FUSED: (2.0, 2.0), LOW: (2.0, 2.0)},
     "hat_s_x2": {FUSED: (1.6, 1.6), LOW: (2.0, 2.0)},
-    **{f"{nat}nat_mini": {FUSED: (2.5, 2.5), LOW: (4.0, 4.0)} for nat in ("", "di")},
+    **{
+        name: {FUSED: (2.5, 2.5), LOW: (4.0, 4.0)}
+        for name in ("nat_mini", "dinat_mini", "dinat_s_tiny", "nat_isotropic_small")
+    },
     **{f"vig_{size}": {FUSED: (2.0, 2.0)} for size in ("t", "h_t")},
-    **{f"proxyless_{kind}": {FUSED: (2.5, 2.5)} for kind in ("cpu", "gpu", "mobile")},
+    **{f"proxyless_{kind}": {FUSED: (2.5, 2.5)} for kind in ("cpu", "gpu", "mobile", "mobile_14")},
     **{f"vrwkv{version}_t": {FUSED: (2.0, 2.0)} for version in ("", "6")},
 }
 AIM_BATCHES = (1, 8)

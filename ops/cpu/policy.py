@@ -29,7 +29,6 @@ __all__ = [
     "conv_by_kernel",
     "convolves_windows",
     "depthwise_by_kernel",
-    "feed_forward_by_kernel",
     "few_rows",
     "left_to_torch",
     "linear_by_bytes",
@@ -142,10 +141,9 @@ def maps_of_int8() -> torch.dtype:
 
 # -- linear layers -------------------------------------------------------------------------------
 
-# oneDNN catches up with AMX tiles and on CPUs without the instructions that the kernel was written
-# for; the same is assumed on ARM, where nothing was measured.
+# oneDNN catches up on CPUs with AMX, in float32 too, and on those without the instructions that the
+# kernel was written for; the same is assumed on ARM, where nothing was measured.
 _FEW_ROWS = {"amx": 2048, "neonbf16": 2048, "neon": 2048, "portable": 2048}
-_FEW_ROWS_OF_TILES = 512
 _NARROW = 32
 
 
@@ -154,10 +152,9 @@ def few_rows(dtype: torch.dtype) -> int:
 
     There is no limit with AVX2 and AVX-512, since the kernel prefetches output cache lines: 0.99 to
     1.02 of oneDNN's time in ten models at eight images, 1.15 times as fast in MedViTV2 at
-    1024×1024.
+    1024×1024. In AMX tiles, up to 2048 rather than 512: VRWKV-T is 1.11 times as fast at eight
+    images, and ViG-T 1.09.
     """
-    if by_tiles(dtype):
-        return _FEW_ROWS_OF_TILES
     return _FEW_ROWS.get(instruction_set(), sys.maxsize)
 
 
@@ -181,22 +178,14 @@ def linear_by_kernel(
     return Verdict(False, "rows {rows} > {limit}", most)
 
 
-@rule(yes="both layers in one pass", no="layer by layer")
-def feed_forward_by_kernel(dtype: torch.dtype) -> Verdict:
-    """Two linear layers in one pass, except bfloat16 with AMX: only measured layer by layer.
-
-    Also with a depthwise convolution between them: on AVX2 the 20 blocks of ProxylessNAS-mobile are
-    1.04 to 1.35 times as fast as layer by layer, most where the map exceeds the L2 cache.
-    """
-    return Verdict(False, "in tiles") if by_tiles(dtype) else Verdict(True, "not in tiles")
-
-
 # -- convolutions --------------------------------------------------------------------------------
 
 # With fewer channels, copying windows is slow. Maps with so few are images in NCHW.
 _FEWEST_CHANNELS = 16
 # From this many taps on, and for oblong or dilated windows, our kernel is faster.
 _LARGE_WINDOW = 49
+# Pixels up to which our strided convolution is faster than oneDNN's in AMX tiles.
+_FEW_PIXELS_OF_TILES = 512
 # Also for maps of up to this many values, as oneDNN has a larger call overhead.
 _SMALL_MAP = 1 << 17
 _VECTOR = 16  # floats, at most
@@ -231,12 +220,13 @@ def convolves_windows(
 def conv_by_kernel(in_channels: int, pixels: int, is_nchw: bool, dtype: torch.dtype) -> Verdict:
     """Our strided convolution: for images in NCHW and few enough pixels (see few_rows).
 
-    1.3 to 2 times as fast as oneDNN's in the first layers of all families.
+    1.3 to 2 times as fast as oneDNN's in the first layers of all families. In AMX tiles, oneDNN
+    catches up earlier.
     """
     if not channels_enough_for_windows(in_channels):
         reason = "{in_channels} channels in NCHW" if is_nchw else "{in_channels} channels in NHWC"
         return Verdict(is_nchw, reason)
-    most = few_rows(dtype)
+    most = _FEW_PIXELS_OF_TILES if by_tiles(dtype) else few_rows(dtype)
     if pixels <= most:
         return Verdict(True, "pixels {pixels} ≤ {limit}", most)
     return Verdict(False, "pixels {pixels} > {limit}", most)

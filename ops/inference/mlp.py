@@ -8,7 +8,6 @@ from typing import Any, ClassVar
 from timm.layers import ConvMlp, GluMlp, Mlp
 from torch import Tensor, nn
 
-from ops.cpu import policy
 from ops.cpu.dispatch import takes_kernels
 from ops.cpu.feed_forward.depthwise_mlp import PackedDepthwiseMlp, depthwise_mlp
 from ops.cpu.gemm.linear import pack_weight, unsupported
@@ -116,8 +115,6 @@ class NormedMlp(FastLayer):
         if depthwise_mlp.unsupported(x.device, x.dtype) is not None:
             return None
         if is_quantized(fc1, fc2):
-            return None
-        if not policy.feed_forward_by_kernel(x.dtype):
             return None
         linear = (FastLinear, FastPointwiseConv2d)
         plain = isinstance(fc1, linear) and isinstance(fc2, linear)

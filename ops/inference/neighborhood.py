@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from typing import ClassVar
+from collections.abc import Sequence
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from ops.inference.forms import stands_for
-from ops.inference.layers import FastLinear
+from ops.inference.layers import FastLayer, FastLinear
 from ops.inference.mlp import FastMlp
 from ops.neighborhood import NeighborhoodAttention2D
 from ops.neighborhood.block import MapAttention, NeighborhoodBlock
@@ -16,18 +17,35 @@ __all__ = ["FastMapAttention", "FastNeighborhoodAttention2D", "FastNeighborhoodB
 
 
 @stands_for(NeighborhoodAttention2D)
-class FastNeighborhoodAttention2D(NeighborhoodAttention2D):
-    """The projection adds the shortcut: (B, H, W, embed_dim) → the same, plus ``residual``."""
+class FastNeighborhoodAttention2D(FastLayer, NeighborhoodAttention2D):
+    """The projection adds the shortcut: (B, H, W, embed_dim) → the same, plus ``residual``.
+
+    The position bias is kept in float32, which the kernel reads.
+    """
 
     needs: ClassVar = {"proj": FastLinear}
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         height, width = x.shape[1:3]
-        padded = self.pad(x)
-        out = self.attend(self.qkv(padded))
-        if padded is not x:
+        qkv = self.qkv(x)
+        padded = self.pad(qkv)
+        out = self.attend(padded)
+        if padded is not qkv:
             out = out[:, :height, :width]
         return self.proj(out, residual)
+
+    def window(self, size: Sequence[int]) -> tuple[Any, Any, Any, Tensor | None]:
+        *window, rpb = super().window(size)
+        if rpb is not None and rpb is self.rpb:
+            wide = self.derived(rpb)
+            rpb = rpb if wide is None else wide
+        return *window, rpb
+
+    def sources(self) -> list[Tensor]:
+        return [] if self.rpb is None else [self.rpb]
+
+    def derive(self, x: Tensor) -> Tensor:
+        return x.detach().float()
 
 
 @stands_for(MapAttention)

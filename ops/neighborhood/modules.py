@@ -9,7 +9,6 @@ from collections.abc import Sequence
 from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ops.init import trunc_normal
@@ -79,27 +78,29 @@ class _NeighborhoodAttention(nn.Module):
                 f"{tuple(x.shape)}"
             )
         size = x.shape[1:-1]
-        padded = self.pad(x)
-        out = self.attend(self.qkv(padded))
-        if padded is not x:
+        qkv = self.qkv(x)
+        padded = self.pad(qkv)
+        out = self.attend(padded)
+        if padded is not qkv:
             for axis, length in enumerate(size, 1):
                 out = out.narrow(axis, 0, length)
         return self.proj_drop(self.proj(out))
 
-    def pad(self, x: Tensor) -> Tensor:
-        """``x`` (B, *S, embed_dim), zero-padded at the end of the axes that need it."""
+    def pad(self, qkv: Tensor) -> Tensor:
+        """``qkv`` (B, *S, 3 · embed_dim), continued at the end of the axes that need it.
+
+        The rest is what the projection makes of zeros: its bias.
+        """
         if self.small_maps != "pad":
-            return x
-        missing = [
-            larger(k * d - n, 0)
-            for n, k, d in zip(x.shape[1:-1], self.kernel_size, self.dilation, strict=True)
-        ]
-        if all(isinstance(m, int) and m == 0 for m in missing):
-            return x
-        amounts = [0, 0]
-        for amount in reversed(missing):
-            amounts += [0, amount]
-        return F.pad(x, amounts)
+            return qkv
+        fill = qkv.new_zeros(1) if self.qkv.bias is None else self.qkv.bias.to(qkv.dtype)
+        axes = zip(qkv.shape[1:-1], self.kernel_size, self.dilation, strict=True)
+        for axis, (n, k, d) in enumerate(axes, 1):
+            missing = larger(k * d - n, 0)
+            if not (isinstance(missing, int) and missing == 0):
+                shape = (*qkv.shape[:axis], missing, *qkv.shape[axis + 1 :])
+                qkv = torch.cat((qkv, fill.expand(shape)), axis)
+        return qkv
 
     def attend(self, qkv: Tensor) -> Tensor:
         """The attention without projections: (B, *S, 3 · embed_dim) → (B, *S, embed_dim)."""
@@ -167,8 +168,8 @@ class NeighborhoodAttention1D(_NeighborhoodAttention):
         small_maps: behaviour on an axis shorter than kernel_size · dilation.
             ``"refuse"`` raises an error. ``"shrink"`` reduces the dilation, then the window, until
             it covers the whole axis, and uses the central part of the position bias. ``"pad"``
-            zero-pads the end before the first projection, and crops before the last one; padded
-            tokens are not masked, as in NATTEN up to 0.14.
+            acts like zeros at the end before the first projection, and crops before the last one;
+            padded tokens are not masked, as in NATTEN up to 0.14.
 
     Raises:
         ValueError: invalid arguments of :func:`ops.neighborhood.na1d`, ``num_heads`` that does not

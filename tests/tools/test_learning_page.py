@@ -52,12 +52,13 @@ def test_page_and_picture(tool, tmp_path):
         "recipe": {"img_size": 64},
         "results": {
             "van_b0": result("van", [80.0, 97.25]),
-            "shvit_s1": result("shvit", [50.0, 90.0]),
+            "shvit_s1": {**result("shvit", [50.0, 90.0]), "machine": "another"},
         },
     }
     (tmp_path / "learning.json").write_text(json.dumps(report))
     tool.main(["--folder", str(tmp_path)])
     text = (tmp_path / "learning.md").read_text()
+    assert "Trained with a machine; `shvit_s1` with another.\n" in text
     assert "| van | `van_b0` | 4.2 | 80.0 % | 97.25 | 0.500 | 62 |" in text
     assert "2 epochs of 45 updates" in text.replace("\n", " ")
     with Image.open(tmp_path / "learning.png") as picture:

@@ -50,10 +50,16 @@ struct Tensors {
 
 // Values of the hidden map per step. The L2 cache of a core holds the map before and after the
 // convolution, inputs, outputs and weights. In bfloat16 the map after the convolution is as large.
+// Tiles multiply so fast that reading the weights again for every strip takes as long: such CPUs
+// have L2 caches of 2 MiB for larger strips.
 template <class T>
 constexpr int64_t STRIP = 96 * 1024;
 template <>
+#if VB_AMX
+constexpr int64_t STRIP<BFloat16> = 192 * 1024;
+#else
 constexpr int64_t STRIP<BFloat16> = 48 * 1024;
+#endif
 
 // Wanted rows of a strip, including those shared with neighbours, and least columns of a block.
 // Shared rows and columns are computed or copied twice.

@@ -40,7 +40,6 @@ def _decisions() -> Iterator[tuple[Any, ...]]:
             policy.linear_by_kernel: itertools.product(
                 _ROWS, (32, 33), (64,), (dtype,), ("none", "gelu")
             ),
-            policy.feed_forward_by_kernel: [(dtype,)],
             policy.stem_by_kernel: [(True, dtype), (False, dtype)],
             policy.convolves_windows: itertools.product(
                 ((1, 1), (2, 2)), ((1, 1), (2, 2)), (1, 4), (dtype,)
@@ -135,7 +134,7 @@ def _decision(rule: Any, *given: Any, **named: Any) -> Decision:
             "amx",
             policy.linear_by_kernel,
             (3136, 64, 256, HALF, "none"),
-            "linear_by_kernel: rows 3136 > 512, bfloat16, amx → oneDNN",
+            "linear_by_kernel: rows 3136 > 2048, bfloat16, amx → oneDNN",
         ),
         (
             "amx",

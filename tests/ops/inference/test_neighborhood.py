@@ -44,6 +44,23 @@ def test_attention_with_a_shortcut(small_maps: str) -> None:
         torch.testing.assert_close(fast[0](x, x), x + plain(x), rtol=1e-4, atol=1e-5)
 
 
+@torch.no_grad()
+def test_bias_is_converted_once_and_follows_changes() -> None:
+    fast = nn.Sequential(randomise(attention("pad")).bfloat16())
+    to_channels_last(fast, always=False)
+    layer, x = fast[0], tokens(9, 12).bfloat16()
+    before, bias = layer(x), layer.window((9, 12))[3]
+    assert bias.dtype == torch.float32
+    assert layer.window((9, 12))[3] is bias
+    layer.rpb[:, 2, 2] += 8  # every query looks at itself
+    after = layer(x)
+    assert torch.equal(layer.window((9, 12))[3], layer.rpb.float())
+    assert (after - before).abs().max() > 0.1
+    layer.float()
+    assert layer.window((9, 12))[3].dtype == torch.float32
+    torch.testing.assert_close(layer(x.float()), after.float(), rtol=0.1, atol=0.1)
+
+
 @pytest.mark.parametrize("of_all", [False, True])
 @torch.no_grad()
 def test_block(of_all: bool) -> None:

@@ -14,7 +14,6 @@ from timm.layers import ConvMlp, Mlp
 from torch import Tensor, nn
 
 from ops import cpu
-from ops.cpu import policy
 from ops.cpu.feed_forward.depthwise_mlp import PackedDepthwiseMlp, depthwise_mlp
 from ops.inference import mlp as fast_mlp
 from ops.inference.conversion import to_channels_last
@@ -318,16 +317,14 @@ def test_fallback_to_layers_one_by_one(
 
 
 @torch.no_grad()
-def test_bfloat16_in_one_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_bfloat16_in_one_pass() -> None:
     mlp, x = _fast(DWMlp(24, 80)), torch.randn(2, 9, 11, 24)
     expected = mlp(x)
-    for has_tiles in (False, True):
-        monkeypatch.setattr(policy, "by_tiles", lambda dtype, on=has_tiles: on)
-        half = copy.deepcopy(mlp).bfloat16()
-        out = half(x.bfloat16())
-        assert (out - expected).abs().max() <= 2**-7 * (1 + expected.abs().max())
-        one_pass = isinstance(half.derived(x.bfloat16()), PackedDepthwiseMlp)
-        assert one_pass == (torch.bfloat16 in LINEAR_DTYPES and not has_tiles)
+    half = copy.deepcopy(mlp).bfloat16()
+    out = half(x.bfloat16())
+    assert (out - expected).abs().max() <= 2**-7 * (1 + expected.abs().max())
+    one_pass = isinstance(half.derived(x.bfloat16()), PackedDepthwiseMlp)
+    assert one_pass == (torch.bfloat16 in LINEAR_DTYPES)
 
 
 @torch.no_grad()

@@ -100,6 +100,7 @@ def test_strided_windows_go_through_our_kernel(tiles: bool, monkeypatch) -> None
     """Where there are channels enough; with tiles oneDNN is faster with many windows."""
     monkeypatch.setattr("ops.cpu.policy.by_tiles", lambda dtype: tiles)
     monkeypatch.setattr("ops.cpu.policy.few_rows", lambda dtype: 2048)
+    monkeypatch.setattr("ops.cpu.policy._FEW_PIXELS_OF_TILES", 2048)
     calls = []
     call = PackedConv2d.__call__
     monkeypatch.setattr(PackedConv2d, "__call__", lambda *a: calls.append(a[1].shape) or call(*a))
