@@ -25,10 +25,11 @@ from zoo import SMALL
 import backbones
 from backbones.cli.common import load as load_model
 from backbones.cli.main import main
-from backbones.cli.predict import open_image, preprocessing
+from backbones.cli.predict import preprocessing
 from backbones.core import images
 from backbones.core.checkpoint_files import sha256_of
 from backbones.core.console import CommandError
+from backbones.core.images import open_image
 from backbones.embedding import embed, local, network, table, worker
 from backbones.embedding.network import Network
 from backbones.training.checkpoint import save_weights
