@@ -48,6 +48,7 @@ from backbones.embedding.network import Network
 from backbones.embedding.worker import Images
 from backbones.restoration.photographs import TRAINING, VALIDATION, find_photographs
 from backbones.training.checkpoint import save_weights
+from ops.cpu import policy
 
 ROOT = Path(__file__).resolve().parent.parent
 OUTPUT = ROOT / "docs" / "performance" / "embed.json"
@@ -151,15 +152,17 @@ def measure_speed(folder: Path, rounds: int, models: Sequence[str]) -> Iterator[
     once, photos = (make_photos(folder / str(copies), copies=copies) for copies in (1, 4))
     for name in models:
         checkpoint = make_checkpoint(folder / name, name)
-        ours, script = in_turns(
+        dtypes = ["float32", *(["bfloat16"] if policy.multiplies(torch.bfloat16) else [])]
+        *ours, script = in_turns(
             rounds,
-            lambda checkpoint=checkpoint: rate_of_embed(photos, checkpoint),
-            lambda name=name: rate_of_script(once, name),
+            *(partial(rate_of_embed, photos, checkpoint, dtype=dtype) for dtype in dtypes),
+            partial(rate_of_script, once, name),
         )
-        ratio = statistics.median(a / b for a, b in zip(ours, script, strict=True))
         dim = backbones.create_model(name).head_hidden_size
         result = {"part": "speed", "model": name, "dim": dim, "cores": cores()}
-        yield {**result, "embed": ours, "script": script, "ratio": ratio}
+        for dtype, rates in zip(dtypes, ours, strict=True):
+            ratio = statistics.median(a / b for a, b in zip(rates, script, strict=True))
+            yield {**result, "dtype": dtype, "embed": rates, "script": script, "ratio": ratio}
 
 
 def measure_ray(folder: Path, rounds: int, models: Sequence[str]) -> Iterator[dict[str, Any]]:
@@ -352,7 +355,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
             report["results"] = [r for r in report["results"] if r["part"] != part]
         with _place() as folder:
             for result in measure[part](folder, args.rounds, args.models):
-                replace_results(args.output, report, [result], ("part", "model"))
+                result.setdefault("dtype", "float32")
+                replace_results(args.output, report, [result], ("part", "model", "dtype"))
     write(args.page, lambda path: path.write_text(page(report), encoding="utf-8"))
 
 

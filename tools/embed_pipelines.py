@@ -3,10 +3,12 @@
 Each runs in an environment of its own, since their requirements conflict with ours:
 
     python -m venv b && b/bin/pip install birder
-    python -m venv c && c/bin/pip install clip-retrieval
-    python tools/benchmark_embed.py pipelines --birder b/bin/python --clip-retrieval c/bin/python
+    python -m venv c && c/bin/pip install clip-retrieval 'setuptools<81'
+    python tools/benchmark_embed.py pipelines --birder b/bin/python
+    python tools/benchmark_embed.py pipelines --clip-retrieval c/bin/python --models shvit_s1
 
-Both run an untrained model of their own or of timm, as downloads have no part in the comparison.
+birder has its own implementations. clip-retrieval runs timm's models, of which only SHViT is one of
+ours. Both run untrained ones, as downloads have no part in the comparison.
 """
 
 from __future__ import annotations

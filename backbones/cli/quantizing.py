@@ -14,13 +14,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from timm.data import create_transform
 from torch import Tensor, nn
 
 from backbones.cli.common import CommandError, Loaded
 from backbones.cli.exporting import Run, outputs
-from backbones.cli.predict import find_images, open_image, preprocessing
+from backbones.cli.predict import find_images, preprocessing, read_pixels
 from backbones.core.messages import first_line
+from backbones.core.resizing import Resizing
 
 __all__ = ["Agreement", "agreement", "calibration_images", "check_options", "quantize"]
 
@@ -68,7 +68,7 @@ def calibration_images(
     """
     channels = loaded.model.in_chans
     config = {**preprocessing(loaded), "input_size": (channels, *size)}
-    transform = create_transform(**config, is_training=False)
+    resize = Resizing(config)
     try:
         paths = find_images([folder])
     except (CommandError, OSError) as error:
@@ -76,7 +76,7 @@ def calibration_images(
     images: list[Tensor] = []
     for path in paths[:: max(1, len(paths) // count)][:count]:
         try:
-            images.append(transform(open_image(path, channels == 1))[None])
+            images.append(resize.normalise(resize(read_pixels(path, channels == 1))[None]))
         except (OSError, ValueError, SyntaxError):
             continue
     if not images:

@@ -146,11 +146,13 @@ def installed_decoder() -> str:
     return "simplejpeg" if usable else "pillow"
 
 
-def open_pixels(source: IO[bytes], mode: str = "RGB", decoder: str = "pillow") -> np.ndarray:
+def open_pixels(
+    source: str | Path | IO[bytes], mode: str = "RGB", decoder: str = "pillow"
+) -> np.ndarray:
     """Decode an image file as :func:`open_image` does, upright, to an array.
 
     Args:
-        source: an open file, which stays open.
+        source: a path, or an open file, which stays open.
         mode: ``RGB``, or ``L`` for greyscale.
         decoder: one of :data:`DECODERS`, see :func:`installed_decoder`.
 
@@ -162,25 +164,27 @@ def open_pixels(source: IO[bytes], mode: str = "RGB", decoder: str = "pillow") -
     """
     if decoder == "simplejpeg":
         with opened(source) as image:
-            pixels = _by_simplejpeg(image, source, mode)
+            pixels = _by_simplejpeg(image, mode)
             if pixels is not None:
                 turn = _ARRAY_TURNS.get(_orientation(image))
                 return pixels if turn is None else turn(pixels)
-        source.seek(0)
+        if not isinstance(source, (str, Path)):
+            source.seek(0)
     pixels = np.asarray(open_image(source, mode))
     return pixels[:, :, None] if pixels.ndim == 2 else pixels
 
 
-def _by_simplejpeg(image: Image.Image, source: IO[bytes], mode: str) -> np.ndarray | None:
+def _by_simplejpeg(image: Image.Image, mode: str) -> np.ndarray | None:
     """The pixels of an intact RGB or greyscale JPEG, as Pillow would decode it; None for others."""
     if image.format != "JPEG" or image.mode not in ("L", mode):
         return None
     import simplejpeg
 
-    if source.seek(0, os.SEEK_END) > _MOST_BYTES:
+    file: IO[bytes] = image.fp  # type: ignore[attr-defined]
+    if file.seek(0, os.SEEK_END) > _MOST_BYTES:
         return None
-    source.seek(0)
-    data = source.read()
+    file.seek(0)
+    data = file.read()
     try:
         # Strict: warnings are errors. What Pillow makes of such files, it says itself.
         grey = image.mode == "L"

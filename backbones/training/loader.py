@@ -17,6 +17,7 @@ from timm.data.loader import PrefetchLoader, fast_collate
 from torch.utils.data import DataLoader, Dataset
 
 from backbones.core.images import DECODE_ERRORS, as_8_bits
+from backbones.core.resizing import Resizing
 from backbones.training.corrupt import CorruptImages
 from backbones.training.distributed import World
 from backbones.training.errors import DataError
@@ -184,15 +185,11 @@ class ValidationLoader:
         self.batches = -(-size // (self.batch_size * world.size))
         self._current: SizedBatches | None = None
         self.equal_batches = isinstance(source, ImageSource) or world.size == 1
-        self._transform = create_transform(
-            config["input_size"],
-            is_training=False,
-            interpolation=config["interpolation"],
-            crop_pct=config["crop_pct"],
-            crop_mode=config["crop_mode"],
-            use_prefetcher=True,
-        )
-        if corruption is not None:
+        self._transform: Callable[[Any], Any]
+        if corruption is None:
+            self._transform = Resizing(config)
+        else:
+            self._transform = create_transform(**config, is_training=False, use_prefetcher=True)
             self._transform.transforms.insert(-1, corruption)  # before the image becomes an array
         if isinstance(source, ImageSource):
             images = _Images(source, self._transform, recipe.in_chans, corrupt, False)

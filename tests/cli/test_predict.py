@@ -17,11 +17,12 @@ import yaml
 from other_encodings import Stream
 from PIL import Image
 from safetensors.torch import load_file
+from timm.data import create_transform
 
 import backbones
 from backbones.cli.common import CommandError, load, read_labels
 from backbones.cli.main import main
-from backbones.cli.predict import open_image, predict
+from backbones.cli.predict import predict, preprocessing, read_pixels
 from backbones.restoration.images import read_picture, read_size
 from backbones.training.checkpoint import save_weights
 from ops.cpu.gemm.int8 import not_faster_in_int8
@@ -161,7 +162,7 @@ def test_both_readers_apply_orientation(orientation: int, tmp_path: Path) -> Non
     exif = image.getexif()
     exif[0x0112] = orientation
     image.save(tmp_path / "a.png", exif=exif)
-    seen = np.asarray(open_image(tmp_path / "a.png"))
+    seen = read_pixels(tmp_path / "a.png")
     assert seen.shape[:2] == ((6, 4) if orientation in (6, 8) else (4, 6))
     np.testing.assert_array_equal(read_picture(tmp_path / "a.png").pixels, seen)
     assert read_size(tmp_path / "a.png") == seen.shape[:2]
@@ -343,20 +344,24 @@ def test_recipes_with_invalid_model_arguments(
     assert said in line
 
 
-def test_predictions_are_the_models(run_folder: Path, photos: Path) -> None:
-    from timm.data import create_transform
-
-    from backbones.cli.predict import preprocessing
-
+@pytest.mark.parametrize("ending", ["png", "jpg"])
+def test_predictions_are_the_models(
+    ending: str, run_folder: Path, photos: Path, tmp_path: Path
+) -> None:
+    """Of the pixels that Pillow and timm make of a file."""
+    with Image.open(photos / "1.png") as image:
+        image.save(tmp_path / f"1.{ending}")
     loaded = load(None, run_folder / "best.safetensors")
     assert loaded.name == "shvit_s1"
     assert loaded.model.num_classes == 3
     config = preprocessing(loaded)
     assert config["input_size"] == (3, 64, 64)
-    (answer,) = predict(loaded, [photos / "1.png"])
-    image = create_transform(**config)(open_image(photos / "1.png"))
-    expected = loaded.model(image[None]).softmax(1)[0]
-    assert answer.confidences == pytest.approx(sorted(expected.tolist(), reverse=True), abs=1e-6)
+    (answer,) = predict(loaded, [tmp_path / f"1.{ending}"])
+    with Image.open(tmp_path / f"1.{ending}") as image:
+        pixels = create_transform(**config)(image)
+    with torch.inference_mode():
+        expected = loaded.model(pixels[None]).softmax(1)[0]
+    assert answer.confidences == sorted(expected.tolist(), reverse=True)
 
 
 def test_the_count_of_classes_comes_from_any_checkpoint(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Ray Data as the engine: the table is the same, even if a machine is lost."""
+"""Ray as the engine: the table is the same, even if a machine is lost."""
 
 from __future__ import annotations
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from timm.data import create_transform
 from training_runs import make_images, train
 
 from backbones.training.corrupt import CorruptImages
@@ -100,6 +101,16 @@ def test_validation_sees_every_image_once(size, make):
         labels += torch.cat(batches).tolist()
     counted = [label for label in labels if label >= 0]
     assert sorted(counted) == sorted(i % 3 for i in range(11))
+
+
+@pytest.mark.parametrize("crop_mode", ["center", "squash", "border"])
+def test_validation_images_are_timms(crop_mode, make, folder, monkeypatch):
+    monkeypatch.setitem(CONFIG, "crop_mode", crop_mode)
+    batches = [images for images, _ in make(kind=ValidationLoader)]
+    transform = create_transform(**CONFIG, is_training=False)
+    paths = sorted((folder / "val").rglob("*.png"))
+    wanted = [transform(Image.open(path)) for path in paths]
+    assert torch.allclose(torch.cat(batches)[: len(paths)], torch.stack(wanted), atol=1e-6)
 
 
 @pytest.mark.parametrize("aa", ["rand-m10-inc1", "rand-m10", "original", "augmix-m10", "3a"])

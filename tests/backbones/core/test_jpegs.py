@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -119,6 +120,16 @@ def test_other_files_are_pillows(decoded: list[bool]) -> None:
     for data in (cmyk, file.getvalue(), png.getvalue()):
         both(data)
     assert not any(decoded)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG"])
+def test_paths(kind: str, decoded: list[bool], tmp_path: Path) -> None:
+    path = tmp_path / "a"
+    photo(20, 30).save(path, kind)
+    wanted = np.asarray(open_image(path))
+    for source in (path, str(path)):
+        assert np.array_equal(open_pixels(source, "RGB", "simplejpeg"), wanted)
+    assert decoded == [kind == "JPEG"] * 2
 
 
 def test_a_file_that_goes_on_after_the_image(decoded: list[bool], monkeypatch: Any) -> None:
