@@ -40,7 +40,7 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
         "litv2_s_alpha_0_5",
         {"dims": (32, 48, 64, 96), "num_heads": (0, 0, 4, 6), "depths": (1, 1, 2, 1)},
     ),
-    "medvitv2": ("medvitv2_tiny", {"dims": (64, 96, 128, 192), "depths": (1, 2, 3, 1)}),
+    "medvitv2": ("medvitv2_tiny", {"dims": (64, 128, 128, 256), "depths": (1, 2, 3, 1)}),
     "nat": (
         "nat_mini",
         {
