@@ -46,7 +46,7 @@ test-lowest test-newest: VENV_OF = build/$@
 test-lowest:
 	uv venv --clear --python 3.10 $(VENV_OF)
 	uv pip install --python $(VENV_OF) --resolution lowest-direct 'torch>=2.8' 'numpy>=1.26' \
-		'setuptools>=70,<81' wheel cmake ninja
+		'setuptools>=70,<81' 'wheel>=0.45' 'cmake>=3.31' 'ninja>=1.11'
 	uv pip install --python $(VENV_OF) --resolution lowest-direct \
 		--no-build-isolation-package natten -e '.[test]'
 	$(TEST_ENV) $(VENV_OF)/bin/python -m pytest -q -n $(TEST_WORKERS) $(TEST_ARGS)

@@ -34,6 +34,7 @@ from backbones.core.registry import build_model, register
 from backbones.core.stage import IsotropicStage, TokenStage
 from backbones.vig_blocks import Block, GatedLinearAttention
 from ops.init import init_trunc_normal
+from ops.norm import RMSNorm
 from ops.position import PositionTable
 
 __all__ = ["HierarchicalViG", "ViG"]
@@ -122,7 +123,7 @@ class ViG(IsotropicBackbone):
                         dim,
                         num_heads,
                         _hidden_dim(dim, 256),
-                        partial(nn.RMSNorm, eps=1e-6),
+                        partial(RMSNorm, eps=1e-6),
                         proj_drop_rate,
                         next(rates),
                         act,

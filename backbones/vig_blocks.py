@@ -15,6 +15,7 @@ from timm.layers import DropPath, GluMlp
 from torch import Tensor, nn
 
 from ops.linear_attention import gated_linear_attention
+from ops.norm import RMSNorm
 
 __all__ = ["GATE_DIVISOR", "HEAD_NORM_EPS", "Block", "GatedLinearAttention", "JoinedAttention"]
 
@@ -68,8 +69,8 @@ class GatedLinearAttention(Mixing):
         self.decay_down = nn.Linear(dim, _GATE_RANK, bias=False)
         self.decay_up = nn.Linear(_GATE_RANK, dim)
         self.gate = nn.Linear(dim, dim)
-        self.norm = nn.RMSNorm(dim // num_heads, eps=HEAD_NORM_EPS)
-        self.local_norm = nn.RMSNorm(dim // num_heads, eps=HEAD_NORM_EPS)
+        self.norm = RMSNorm(dim // num_heads, eps=HEAD_NORM_EPS)
+        self.local_norm = RMSNorm(dim // num_heads, eps=HEAD_NORM_EPS)
         self.proj = nn.Linear(dim, dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ import sys
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any
 from unittest import mock
@@ -26,10 +27,12 @@ import torch
 import triton
 from torch import Tensor
 from triton.backends.compiler import GPUTarget
+from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from ops.neighborhood._geometry import NAParams
 from ops.neighborhood.triton import launch, tiles
+from ops.triton_devices import LAUNCH_OPTIONS
 
 __all__ = ["Need", "Start", "compile_start", "report", "starts"]
 
@@ -126,8 +129,9 @@ def compile_start(start: Start, arch: int) -> Need:
         )
     source = ASTSource(function, signature, constexprs, attributes)
     options = {"num_warps": start.config.num_warps, "num_stages": start.config.num_stages}
+    options |= LAUNCH_OPTIONS
     compiled = triton.compile(source, target=GPUTarget("cuda", arch, 32), options=options)
-    registers, spilled = _assemble(compiled.asm["ptx"])
+    registers, spilled = _assemble(compiled.asm["ptx"], arch)
     # The kernel for delta takes no query, but its output has the same rank and dtype.
     query = start.arguments["q_ptr" if "q_ptr" in start.arguments else "out_ptr"]
     tile = "x".join(map(str, start.config.kwargs.values())).replace(" ", "")
@@ -173,7 +177,7 @@ def _specialize(
     return "i32" if abs(value) < 2**31 else "i64"
 
 
-def _assemble(ptx: str) -> tuple[int, int]:
+def _assemble(ptx: str, arch: int) -> tuple[int, int]:
     """Registers per thread and spilled bytes, as reported by ptxas."""
     target = re.search(r"\.target (\w+)", ptx)
     if target is None:
@@ -181,7 +185,8 @@ def _assemble(ptx: str) -> tuple[int, int]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
         path.write_text(ptx)
-        ptxas = triton.knobs.nvidia.ptxas.path
+        # Since Triton 3.6 there is one for newer GPUs.
+        ptxas = (get_ptxas(arch) if signature(get_ptxas).parameters else get_ptxas()).path
         command = [ptxas, "-v", f"--gpu-name={target[1]}", str(path), "-o", f"{folder}/kernel.o"]
         said = subprocess.run(command, capture_output=True, text=True, check=True).stderr
     registers = re.search(r"Used (\d+) registers", said)

@@ -11,6 +11,7 @@ from ops.cpu.norm.layer_norm import layer_norm
 from ops.cpu.norm.rms_norm import rms_norm
 from ops.inference.forms import stands_for
 from ops.inference.layers import ActivatedLayer, FastLayer
+from ops.norm import RMSNorm
 
 __all__ = ["FastLayerNorm", "FastLayerNorm2d", "FastRMSNorm", "FastRmsNorm2d"]
 
@@ -69,13 +70,13 @@ class _RMSNorm(FastLayer):
         return None if unsupported is not None else (self.weight.detach().float(), self.eps)
 
 
-@stands_for(nn.RMSNorm)
-class FastRMSNorm(_RMSNorm, nn.RMSNorm):
+@stands_for(RMSNorm)
+class FastRMSNorm(_RMSNorm, RMSNorm):
     """(..., dim) → (..., dim)."""
 
     def forward(self, x: Tensor) -> Tensor:
         packed = self.derived(x)
-        return nn.RMSNorm.forward(self, x) if packed is None else rms_norm(x, *packed)
+        return RMSNorm.forward(self, x) if packed is None else rms_norm(x, *packed)
 
 
 @stands_for(RmsNorm2d)

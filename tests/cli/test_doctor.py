@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from compiled_kernels import forget_kernels
 
 from backbones.cli import doctor
 from backbones.cli.main import main
@@ -350,16 +351,16 @@ def test_invalid_switch(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor.examine_compiler()[-1].fix == "unset VISION_BACKBONES_NATIVE"
 
 
-def test_wrong_instruction_set(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_instruction_set(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setenv("VISION_BACKBONES_NATIVE_ISA", "mmx")
     (finding,) = doctor.examine_cpu()
     assert finding.fix == "unset VISION_BACKBONES_NATIVE_ISA"
-    # A process of its own: here the kernels are there already.
-    command = [sys.executable, "-m", "backbones.cli", "doctor", "--json"]
-    root = Path(doctor.__file__).parents[2]
-    run = subprocess.run(command, cwd=root, capture_output=True, text=True, timeout=300)
-    assert run.returncode == 1, run.stderr
-    assert finding.fix in [f["fix"] for f in json.loads(run.stdout) if f["severity"] == "error"]
+    forget_kernels(monkeypatch)
+    assert main(["doctor", "--json"]) == 1
+    found = json.loads(capsys.readouterr().out)
+    assert finding.fix in [f["fix"] for f in found if f["severity"] == "error"]
 
 
 def test_export_without_onnx() -> None:

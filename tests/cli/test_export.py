@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 from pathlib import Path
 
@@ -16,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from zoo import FAMILIES, randomise, small
 
+import backbones
 from backbones.cli import common_operators, exporting, quantizing
 from backbones.cli.common import CommandError, Loaded
 from backbones.cli.export import export
@@ -55,8 +57,10 @@ def test_every_family_with_dynamic_sizes(family: str, fused: bool, tmp_path: Pat
 
 
 def test_the_command_writes_what_it_says(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
+    shallow = functools.partial(backbones.create_model, depths=(1, 1, 1))
+    monkeypatch.setattr(backbones, "create_model", shallow)
     path = tmp_path / "shvit.pt2"
     words = ["export", "shvit_s1", "--size", "64", "--dynamic", "--fused", "--out", str(path)]
     assert main(words) == 0

@@ -93,6 +93,7 @@ def browser() -> Iterator[webdriver.Chrome]:
     ):
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    options.add_experimental_option("perfLoggingPrefs", {"enablePage": False})  # only requests
     driver = webdriver.Chrome(options=options, service=Service(_program("chromedriver")))
     driver.set_page_load_timeout(100)
     driver.set_script_timeout(100)

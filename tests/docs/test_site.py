@@ -258,15 +258,18 @@ def test_all_pages(browser, address, site, watch, scheme, step):
         if page == "404.html":
             continue
         browser.get(f"{address}/{page}")
-        background = browser.execute_script("return document.body.dataset.mdColorScheme")
-        assert background == {"light": "default", "dark": "slate"}[scheme], page
-        too_wide = "return document.documentElement.scrollWidth > innerWidth"
-        assert not browser.execute_script(too_wide), page
-        missing = """
-            return [...document.images].filter((i) => i.complete && !i.naturalWidth)
-                .map((i) => i.src)
+        seen = """
+            return [
+                document.body.dataset.mdColorScheme,
+                document.documentElement.scrollWidth <= innerWidth,
+                [...document.images].filter((i) => i.complete && !i.naturalWidth)
+                    .map((i) => i.src),
+            ]
         """
-        assert not browser.execute_script(missing), page
+        background, fits, missing = browser.execute_script(seen)
+        assert background == {"light": "default", "dark": "slate"}[scheme], page
+        assert fits, page
+        assert not missing, page
     watch.check()
 
 

@@ -154,7 +154,7 @@ def test_exported_as_one_op(strict: bool) -> None:
     assert node.target is torch.ops.aten.batch_norm.default
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit")
 def test_traced() -> None:
     layer, x = norm(), torch.randn(1, 3, 4, 5)
     torch.testing.assert_close(torch.jit.trace(layer, x)(x), layer(x))

@@ -1,7 +1,7 @@
 """The mean of checkpoints, and files that cannot be averaged."""
 
 import importlib.util
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -79,15 +79,10 @@ def test_output_with_a_misleading_suffix(tool, files, tmp_path, capsys):
     assert "--output must end in .safetensors" in capsys.readouterr().err
 
 
-def test_a_missing_file_from_the_shell(tmp_path):
+def test_a_missing_file_from_the_shell(tmp_path, monkeypatch, capsys):
     words = [str(tmp_path / "no.pt"), "--output", str(tmp_path / "x.safetensors")]
-    result = subprocess.run(
-        [sys.executable, str(PATH), *words],
-        capture_output=True,
-        text=True,
-        check=False,
-        timeout=120,
-        env={"PYTHONPATH": str(PATH.parents[1])},
-    )
-    assert result.returncode == 1
-    assert result.stderr.startswith("error: no checkpoint at")
+    monkeypatch.setattr(sys, "argv", [str(PATH), *words])
+    with pytest.raises(SystemExit) as leaving:
+        runpy.run_path(str(PATH), run_name="__main__")
+    assert leaving.value.code == 1
+    assert capsys.readouterr().err.startswith("error: no checkpoint at")

@@ -37,7 +37,7 @@ def test_counts_operations(contenders: ModuleType) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
 def test_flex_attention_is_compiled_for_every_setting(contenders: ModuleType) -> None:
     device = torch.device("cpu")
     with torch._dynamo.config.patch(recompile_limit=1, fail_on_recompile_limit_hit=True):

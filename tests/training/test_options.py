@@ -110,7 +110,7 @@ def test_gradients_of_tiny_maps_in_channels_last(family):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method.*:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.*torch.jit.script_method")
 def test_compile(images, tmp_path):
     arguments = (f"--data={images}", f"--output={tmp_path}", "--name=run", "--epochs=1")
     assert train(*arguments, "--compile", "--ema") == 0

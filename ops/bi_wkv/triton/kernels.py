@@ -14,6 +14,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from ops.triton_devices import LAUNCH_OPTIONS
+
 __all__ = ["backward", "forward"]
 
 _BLOCK = 32  # channels of a program
@@ -304,7 +306,8 @@ def forward(key: Tensor, value: Tensor, decay: Tensor, first: Tensor, segments: 
     noted = key.new_empty(3 * key.numel())
     grid, sizes, cut = _launch(key, segments)
     _forward_kernel[grid](
-        key, value, decay, first, out, noted, *sizes, SEGMENTS=cut, BLOCK=_BLOCK, num_warps=1
+        *(key, value, decay, first, out, noted, *sizes),
+        **{"SEGMENTS": cut, "BLOCK": _BLOCK, "num_warps": 1, **LAUNCH_OPTIONS},
     )
     return out
 
@@ -319,5 +322,8 @@ def backward(
     grads = grad_key, grad_value, key.new_empty(image), key.new_empty(image)
     noted = key.new_empty(_SLOTS * key.numel())
     grid, sizes, cut = _launch(key, segments)
-    _backward_kernel[grid](*tensors, *grads, noted, *sizes, SEGMENTS=cut, BLOCK=_BLOCK, num_warps=1)
+    _backward_kernel[grid](
+        *(*tensors, *grads, noted, *sizes),
+        **{"SEGMENTS": cut, "BLOCK": _BLOCK, "num_warps": 1, **LAUNCH_OPTIONS},
+    )
     return grads

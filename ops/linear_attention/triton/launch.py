@@ -9,6 +9,7 @@ import triton
 from torch import Tensor
 
 from ops.linear_attention.triton.kernels import backward_kernel, forward_kernel
+from ops.triton_devices import LAUNCH_OPTIONS
 
 __all__ = ["backward", "forward"]
 
@@ -53,6 +54,7 @@ def forward(
             **common,
             **{"out_ptr": out, "grad_ptr": None, "grad_q_ptr": None, "states_ptr": None},
             **{"grad_strides": (0,) * 4, "APART": apart, "FOR_BACKWARD": False},
+            **LAUNCH_OPTIONS,
         )
     return out.sum(0)
 
@@ -88,12 +90,14 @@ def backward(
             **common,
             **gradient,
             **{"out_ptr": None, "grad_q_ptr": grad_query, "APART": apart, "FOR_BACKWARD": True},
+            **LAUNCH_OPTIONS,
         )
         backward_kernel[grid](
             **common,
             **gradient,
             **{"scratch_ptr": scratch, "grad_k_ptr": grad_key, "grad_v_ptr": grad_value},
             **{"grad_gate_ptr": grad_gate, "APART": apart},
+            **LAUNCH_OPTIONS,
         )
     of_query, of_key = (g[:, :directions].sum((0, 1)) for g in (grad_query, grad_key))
     of_gate = grad_gate[:, 0].sum(0)

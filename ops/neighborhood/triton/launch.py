@@ -26,6 +26,7 @@ from ops.neighborhood.triton.tiles import (
     may_fill_queries,
     padded,
 )
+from ops.triton_devices import LAUNCH_OPTIONS
 
 __all__ = ["backward", "forward", "run"]
 
@@ -67,9 +68,9 @@ def _tuned(kernel: Any, rank: int) -> Any:
 def run(kernel: Any, grid: Any, arguments: dict[str, Any], config: triton.Config | None) -> None:
     """Launch a kernel; if ``config`` is None, autotune its tiles."""
     if config is None:
-        _tuned(kernel, arguments["RANK"])[grid](**arguments)
+        _tuned(kernel, arguments["RANK"])[grid](**arguments, **LAUNCH_OPTIONS)
     else:
-        kernel[grid](**arguments, **config.all_kwargs())
+        kernel[grid](**arguments, **config.all_kwargs(), **LAUNCH_OPTIONS)
 
 
 def _run_tiles(kernel: Any, batch_heads: int, arguments: dict[str, Any]) -> None:

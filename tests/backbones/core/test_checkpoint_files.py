@@ -160,7 +160,7 @@ def test_pickles_are_not_executed(
 
 def test_torchscript(tmp_path: Path) -> None:
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # of torch.jit
+        warnings.simplefilter("ignore")  # of torch.jit
         torch.jit.save(torch.jit.script(torch.nn.Linear(1, 1)), tmp_path / "a.pt")
     with pytest.raises(CheckpointError, match=r"a\.pt is a TorchScript archive.*state_dict\(\)"):
         read_file(tmp_path / "a.pt")

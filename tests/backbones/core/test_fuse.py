@@ -199,7 +199,7 @@ def test_torch_export_takes_the_plain_form(family: str) -> None:
 
 
 # Of torch's own compiler, where it is imported first.
-@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script_method` is deprecated")
 @pytest.mark.slow
 @every_family
 @torch.no_grad()

@@ -207,9 +207,7 @@ def test_a_replaced_layer_is_noticed_or_refused(family: str) -> None:
                 fused(X)
 
 
-@pytest.mark.filterwarnings(
-    "ignore::torch.jit.TracerWarning", "ignore:.*torch.jit:DeprecationWarning"
-)
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit")
 @pytest.mark.parametrize("family", ["shvit", "van", "inception_next"])
 def test_tracing_takes_the_plain_layers(family: str) -> None:
     _, fused = pair(family)

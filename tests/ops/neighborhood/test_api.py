@@ -205,7 +205,7 @@ def test_compile_the_reference() -> None:
 @pytest.mark.parametrize("backend", PORTABLE)
 @pytest.mark.parametrize("rank", [1, 2, 3])
 # What inductor itself uses of torch.
-@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated")
 def test_compile_with_inductor(backend: str | None, rank: int) -> None:
     torch._dynamo.reset()
     attention = (na1d, na2d, na3d)[rank - 1]

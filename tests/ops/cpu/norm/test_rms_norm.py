@@ -12,6 +12,7 @@ from torch import nn
 from ops.cpu.norm.rms_norm import rms_norm
 from ops.inference.layers import convert
 from ops.inference.norm import FastRMSNorm, FastRmsNorm2d
+from ops.norm import RMSNorm
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -47,14 +48,14 @@ def test_threads_and_strides_change_nothing():
 @torch.inference_mode()
 def test_layers():
     x = random(2, 12, 5, 7).float()
-    norm, norm2d = nn.RMSNorm(7, eps=1e-6), RmsNorm2d(12, eps=1e-6)
+    norm, norm2d = RMSNorm(7, eps=1e-6), RmsNorm2d(12, eps=1e-6)
     nn.init.uniform_(norm.weight)
     nn.init.uniform_(norm2d.weight)
     expected = norm(x), norm2d(x)
     fast, fast2d = convert(norm, FastRMSNorm), convert(norm2d, FastRmsNorm2d)
     torch.testing.assert_close(fast(x), expected[0])
     torch.testing.assert_close(fast2d(x), expected[1])
-    plain = nn.RMSNorm((5, 7))  # of two axes: as torch does it
+    plain = RMSNorm((5, 7))  # of two axes: as torch does it
     torch.testing.assert_close(convert(plain, FastRMSNorm)(x), F.rms_norm(x, (5, 7)))
 
 
