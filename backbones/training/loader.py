@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import multiprocessing.connection
+import os
 import random
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import Any
@@ -357,20 +360,30 @@ def loader_options(recipe: Recipe, world: World, persistent: bool) -> dict[str, 
         "num_workers": recipe.workers,
         "collate_fn": fast_collate,
         "pin_memory": recipe.pin_memory and world.device.type == "cuda",
-        "worker_init_fn": _ignore_signals,
+        "worker_init_fn": _start_worker,
         "persistent_workers": persistent and recipe.workers > 0,
     }
 
 
-def _ignore_signals(worker_id: int) -> None:
-    """Ignore termination signals in workers, which must finish the step.
+def _start_worker(worker_id: int) -> None:
+    """Let a worker end with the main process only.
 
-    The main process ends them; if it dies, they end themselves.
+    It ignores termination signals, since it must finish the step. If the main process is killed,
+    the worker ends, too: torch only notices that with the start methods ``fork`` and ``spawn``,
+    since a fork server remains the worker's parent.
     """
+    main = multiprocessing.parent_process()
+    if main is not None:
+        threading.Thread(target=_exit_after, args=(main.sentinel,), daemon=True).start()
     for name in ("SIGINT", "SIGUSR1"):
         if hasattr(signal, name):
             signal.signal(getattr(signal, name), signal.SIG_IGN)
     signal.signal(signal.SIGTERM, _exit_soon)
+
+
+def _exit_after(sentinel: int) -> None:
+    multiprocessing.connection.wait([sentinel])
+    os._exit(1)
 
 
 def _exit_soon(number: int, frame: FrameType | None) -> None:

@@ -5,8 +5,10 @@ import os
 import random
 import shutil
 import signal
+import sys
 import time
 from functools import partial
+from pathlib import Path
 
 import pytest
 from training_runs import final_state, kill, kill_at_call, make_images, same, start, train
@@ -107,6 +109,30 @@ def test_a_signal_to_the_process_group_spares_the_loaders(images, undisturbed, t
     process.join()
     assert process.exitcode == 128 + signal.SIGTERM
     assert same(finish(tmp_path, images), undisturbed[0])
+
+
+def descendants(pid):
+    tasks = Path(f"/proc/{pid}/task").glob("*/children")
+    children = [int(child) for task in tasks for child in task.read_text().split()]
+    return children + [pid for child in children for pid in descendants(child)]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
+def test_no_loader_outlives_a_killed_run(images, tmp_path):
+    """The loaders' parent is a fork server, which ends after its last child only."""
+    process = start(
+        f"--data={images}", f"--output={tmp_path}", "--name=run", "--workers=2", *RECIPE
+    )
+    while not (tmp_path / "run" / "last.pt").exists():
+        time.sleep(0.01)
+    loaders = descendants(process.pid)
+    process.kill()
+    process.join()
+    assert len(loaders) > 2
+    give_up = time.monotonic() + 20
+    while any(Path(f"/proc/{pid}").exists() for pid in loaders):
+        assert time.monotonic() < give_up, "loaders still run"
+        time.sleep(0.01)
 
 
 def without_clocks(text):
