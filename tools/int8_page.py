@@ -89,9 +89,9 @@ python tools/int8_peers.py speed --resume
 python tools/performance_page.py
 ```
 
-The first trains for one to three minutes a model on one core. The other two add a row to the JSON
-as soon as it is measured, so they can be stopped at any time, and measured in parts: `--models
-shvit_s4 --batches 1 --threads 1`.
+The first trains for one to three minutes a model on one core. Each row is written as soon as it is
+measured, so all of them can be stopped at any time, and measured in parts, for example with
+`--models shvit_s4 --batches 1 --threads 1`.
 """
 
 
