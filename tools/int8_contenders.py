@@ -150,21 +150,32 @@ def _onnx(model: nn.Module, images: Sequence[Tensor], folder: Path) -> Path:
 
 
 def pt2e(model: nn.Module, images: Sequence[Tensor], folder: Path) -> Contender:
-    """torch's PT2E with the x86 quantiser's default scheme, run by inductor."""
+    """torch's PT2E with the x86 quantiser's default scheme, run by inductor.
+
+    The quantiser rejects a module that is called twice, such as an activation, unless the model is
+    exported by dynamo (strict), which in turn cannot trace all models.
+    """
+    file = io.BytesIO()
+    with _quiet(), torch.no_grad():
+        try:
+            graph = _pt2e_graph(model, images, strict=True)
+        except Exception:  # of many kinds
+            graph = _pt2e_graph(model, images, strict=False)
+        torch.export.save(torch.export.export(graph, (images[0],)), file)
+    return Contender(functools.partial(_compiled, graph), file.getbuffer().nbytes)
+
+
+def _pt2e_graph(model: nn.Module, images: Sequence[Tensor], strict: bool) -> nn.Module:
     from torchao.quantization.pt2e.quantize_pt2e import convert_pt2e, prepare_pt2e
     from torchao.quantization.pt2e.quantizer import x86_inductor_quantizer as x86
 
     quantizer = x86.X86InductorQuantizer()
     quantizer.set_global(x86.get_default_x86_inductor_quantization_config())
-    with _quiet(), torch.no_grad():
-        graph = torch.export.export(model, (images[0],)).module()
-        graph = prepare_pt2e(graph, quantizer)
-        for image in images:
-            graph(image)
-        graph = convert_pt2e(graph)
-        file = io.BytesIO()
-        torch.export.save(torch.export.export(graph, (images[0],)), file)
-    return Contender(functools.partial(_compiled, graph), file.getbuffer().nbytes)
+    graph = torch.export.export(model, (images[0],), strict=strict).module()
+    graph = prepare_pt2e(graph, quantizer)
+    for image in images:
+        graph(image)
+    return convert_pt2e(graph)
 
 
 def torchao(model: nn.Module, images: Sequence[Tensor], folder: Path) -> Contender:
@@ -186,7 +197,6 @@ def _compiled(model: nn.Module, threads: int) -> Run:
     """Compiled at the first call, for torch's current number of threads."""
     import torch._inductor.config as config
 
-    torch._dynamo.reset()
     compiled = torch.compile(model, dynamic=False)
 
     @torch.no_grad()  # freezing requires it
