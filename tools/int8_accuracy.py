@@ -34,7 +34,7 @@ from backbones.restoration.metrics import quality
 from backbones.training.errors import TrainingError
 from ops.cpu.instruction_sets import instruction_set
 
-__all__ = ["FORMS", "here", "main", "of_digits", "of_pictures", "predict"]
+__all__ = ["FORMS", "compare", "here", "main", "of_digits", "of_pictures", "predict"]
 
 logger = logging.getLogger("int8_accuracy")
 

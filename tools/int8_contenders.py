@@ -63,8 +63,9 @@ def fused(
 
 def nncf(model: nn.Module, images: Sequence[Tensor], folder: Path) -> Contender:
     """OpenVINO with NNCF's post-training quantisation; transformers' scheme if there is softmax."""
-    import nncf as toolkit
-    import openvino
+    with _quiet():
+        import nncf as toolkit
+        import openvino
 
     core = openvino_core()
     source = _onnx(model, images, folder)
@@ -180,7 +181,8 @@ def _pt2e_graph(model: nn.Module, images: Sequence[Tensor], strict: bool) -> nn.
 
 def torchao(model: nn.Module, images: Sequence[Tensor], folder: Path) -> Contender:
     """torchao's linear layers with dynamic activations, run by inductor. It takes no images."""
-    from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
+    with _quiet():
+        from torchao.quantization import Int8DynamicActivationInt8WeightConfig, quantize_
 
     model = copy.deepcopy(model)
     if not any(isinstance(layer, nn.Linear) for layer in model.modules()):
@@ -209,11 +211,11 @@ def _compiled(model: nn.Module, threads: int) -> Run:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Silence the toolkits; what fails raises."""
+    """Silence the toolkits' warnings and progress bars; what fails raises."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
-        with warnings.catch_warnings():
+        with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:

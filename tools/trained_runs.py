@@ -49,6 +49,7 @@ CLASSIFIERS: tuple[str, ...] = tuple(yaml.safe_load(DIGITS.read_text(encoding="u
 RESTORER = "hat_nano_x2"
 CALIBRATION = 64  # digits
 _BATCH = 32
+_CPU = torch.device("cpu")
 _PATCH = 64  # side of the input in a picture's middle that HAT is calibrated with
 
 
@@ -120,9 +121,6 @@ def _preprocessed(
         finally:
             loader.close()
     return torch.cat(images)[:count], torch.cat(labels)[:count]
-
-
-_CPU = torch.device("cpu")
 
 
 def pictures_run(folder: Path, model: str = RESTORER) -> Pictures:
