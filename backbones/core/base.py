@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from backbones.core.fused import FusedBackbone
 from backbones.core.keywords import KEYWORDS, POOLINGS, check, checked, one_of
-from backbones.core.quantization import Precision, quantize, unquantize
+from backbones.core.quantization import Precision, confirm, quantize, unquantize
 from backbones.core.stage import Stage
 from ops.arguments import require_tensor
 from ops.inference import conversion
@@ -395,9 +395,10 @@ class StagedBackbone(nn.Module):
             conversion.leave_inference_mode(self)
             conversion.restore_plain_forms(self)
             fuse_children(self)
+            quantized: Precision | None = None
             if dtype == torch.int8:
-                self._precision = quantize(self, calibrate, max_drop)
-                dtype = getattr(torch, self._precision.dtype)
+                self._precision = quantized = quantize(self, calibrate, max_drop)
+                dtype = getattr(torch, quantized.dtype)
             elif dtype is not None:
                 unquantize(self)
                 self._precision = None
@@ -408,6 +409,8 @@ class StagedBackbone(nn.Module):
             ):
                 whole: Any = convert(self, recorded_form(type(self), FusedBackbone))
                 whole.remember_parts()
+                if quantized is not None:
+                    confirm(whole, quantized)
         return self
 
     def load_state_dict(

@@ -13,6 +13,7 @@ from torch import nn
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import several, whole
 from backbones.core.messages import shown
+from backbones.core.quantization import Precision
 from backbones.core.tables import table
 from ops.cpu.build import instruction_set
 from ops.inference.conversion import slow_in_nhwc
@@ -96,6 +97,7 @@ class Explanation:
             :class:`ops.replay.trace.TracedCall`.
         memory: the memory plan if the model is replayed, else None.
         not_replayed: why a fused model is not replayed; None if it is.
+        precision: after ``fuse(torch.int8)``, its layers and their precision, else None.
     """
 
     model: str
@@ -108,6 +110,7 @@ class Explanation:
     calls: list[TracedCall] = field(repr=False)
     memory: MemoryUse | None = None
     not_replayed: str | None = None
+    precision: Precision | None = None
 
     @property
     def between(self) -> float:
@@ -126,6 +129,7 @@ class Explanation:
             "input_shape": list(self.input_shape),
             "between": self.between,
             "calls": [self._call_as_dict(call) for call in self.calls],
+            "precision": self.precision and asdict(self.precision),
             "memory": memory
             and {
                 **{name: getattr(memory, name) for name in ("nbytes", "peak", "reuse")},
@@ -178,7 +182,14 @@ class Explanation:
             "Rows without a rule have no alternative. GFLOP/s: convolutions and matrix products, "
             "where counted."
         ]
-        memory = self.memory
+        memory, precision = self.memory, self.precision
+        if precision is not None:
+            lines.append(f"{precision.summary()}.")
+            lines += [
+                f"  {layer.layer} is in {layer.dtype}: {layer.reason}"
+                for layer in precision.layers
+                if layer.reason and layer.reason != precision.reason
+            ]
         if self.not_replayed is not None:
             lines.append(f"Not replayed, runs layer by layer: {self.not_replayed}.")
         if memory is not None:
@@ -255,6 +266,7 @@ def explain(
         found.calls,
         _memory_of(found),
         _obstacle(model, found),
+        model.precision,
     )
 
 

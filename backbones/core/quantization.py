@@ -29,9 +29,9 @@ from ops.cpu.gemm.int8 import (
 )
 from ops.inference.forms import fast_form
 from ops.inference.layers import FastLinear, FastPointwiseConv2d
-from ops.inference.packed_linear import Quantization
+from ops.inference.packed_linear import PackedLinear, Quantization
 
-__all__ = ["LayerPrecision", "Precision", "quantize", "unquantize"]
+__all__ = ["LayerPrecision", "Precision", "confirm", "quantize", "unquantize"]
 
 _log = logging.getLogger(__name__)
 
@@ -86,6 +86,19 @@ class Precision:
         """The names of the layers in 8 bits."""
         return [layer.layer for layer in self.layers if layer.dtype == "int8"]
 
+    def summary(self) -> str:
+        """One line without a full stop."""
+        ranges = "calibrated ranges" if self.calibrated else "a range for each row of inputs"
+        parts = [
+            f"{len(self.quantized)} of {len(self.layers)} linear layers in int8 ({ranges}), "
+            f"maps in {self.dtype}"
+        ]
+        if self.drop is not None:
+            parts.append(f"relative error of the output {self.drop:.2e}")
+        if self.reason:
+            parts.append(self.reason)
+        return "; ".join(parts)
+
     def __str__(self) -> str:
         """A table with a row for each layer, most sensitive first if that was measured."""
         ranked = sorted(self.layers, key=lambda layer: -(layer.drop or 0))
@@ -99,17 +112,8 @@ class Precision:
             ]
             for layer in ranked
         ]
-        ranges = "calibrated ranges" if self.calibrated else "a range for each row of inputs"
-        parts = [
-            f"{len(self.quantized)} of {len(self.layers)} linear layers in int8 ({ranges}), "
-            f"maps in {self.dtype}"
-        ]
-        if self.drop is not None:
-            parts.append(f"relative error of the output {self.drop:.2e}")
-        if self.reason:
-            parts.append(self.reason)
         head = ("layer", "features", "dtype", "drop", "reason")
-        return f"{'; '.join(parts)}\n\n{table(head, rows, left=3, last_left=True)}"
+        return f"{self.summary()}\n\n{table(head, rows, left=3, last_left=True)}"
 
 
 def quantize(
@@ -158,6 +162,24 @@ def quantize(
     return result
 
 
+def confirm(model: Any, precision: Precision) -> None:
+    """Run a converted model once, and leave out the layers whose blocks do not multiply bytes."""
+    if not precision.quantized:
+        return
+    layers = dict(model.named_modules())
+    with torch.inference_mode():
+        model.compute(_random_images(model)[:1])
+    for entry in precision.layers:
+        if entry.dtype != "int8":
+            continue
+        layer = layers[entry.layer]
+        packed = getattr(layer, "_derived", None)
+        if not (isinstance(packed, PackedLinear) and packed.has_multiplied_bytes):
+            entry.dtype, entry.reason = precision.dtype, "in a block with a kernel of its own"
+            vars(layer).pop("quantization")
+            layer.forget()
+
+
 @functools.cache  # once is enough
 def _warn_not_faster(reason: str) -> None:
     _log.warning("fuse(torch.int8) stays in float32: %s", reason)
@@ -184,7 +206,7 @@ def _entry(
     elif not layer.weight.isfinite().all():
         reason = "NaN or infinities in its weight"
     elif calibrated and name not in ranges:
-        reason = "not called with finite inputs by the calibration"
+        reason = "not called, or with zeros or values that are not finite, by the calibration"
     return LayerPrecision(name, in_features, out_features, "", reason)
 
 
@@ -226,7 +248,7 @@ def _random_images(model: Any) -> Tensor:
 def _calibrate(
     model: nn.Module, layers: Sequence[tuple[str, Any]], batches: Sequence[Tensor]
 ) -> dict[str, tuple[float, float]]:
-    """Scale and zero of each layer's inputs; those never seen, or not finite, are left out."""
+    """Scale and zero of each layer's inputs; without those that are never seen or of no use."""
     samples: dict[str, list[Tensor]] = {}
 
     def watch(name: str) -> Callable[[nn.Module, Any], None]:
@@ -246,7 +268,7 @@ def _calibrate(
         for hook in hooks:
             hook.remove()
     joined = {name: torch.cat(parts) for name, parts in samples.items()}
-    return {name: _range_of(x) for name, x in joined.items() if x.isfinite().all()}
+    return {name: _range_of(x) for name, x in joined.items() if x.isfinite().all() and x.any()}
 
 
 def _range_of(x: Tensor) -> tuple[float, float]:

@@ -32,6 +32,7 @@ __all__ = [
     "feed_forward_by_kernel",
     "few_rows",
     "left_to_torch",
+    "linear_by_bytes",
     "linear_by_kernel",
     "maps_of_int8",
     "multiplies",
@@ -121,6 +122,14 @@ def no_products_of_bytes(has_instructions: bool) -> str | None:
         return None
     isa = instruction_set()
     return f"{isa} without instructions for products of bytes (VNNI), so 8 bits do not pay here"
+
+
+@rule(yes="products of bytes", no="products of floats")
+def linear_by_bytes(has_products: bool, dtype: torch.dtype) -> Verdict:
+    """Layers that ``fuse(torch.int8)`` chose, unless they are on another CPU now."""
+    if has_products:
+        return Verdict(True, "chosen by fuse(torch.int8)")
+    return Verdict(False, "this CPU does not multiply bytes")
 
 
 def maps_of_int8() -> torch.dtype:

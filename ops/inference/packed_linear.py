@@ -77,6 +77,9 @@ class PackedLinear:
         weight: (out_features, in_features).
         bias: (out_features,) or None.
         quantization: compute in 8 bits, where the CPU can; by default, in the weight's dtype.
+
+    Attributes:
+        has_multiplied_bytes: whether it has been used in 8 bits.
     """
 
     def __init__(
@@ -88,8 +91,11 @@ class PackedLinear:
         self._for_kernel: tuple[Tensor, Tensor] | None = None
         self._for_onednn: Tensor | None = None
         self._in_bytes: _Bytes | None = None
-        if quantization is not None and unsupported_int8(weight.device, weight.dtype) is None:
-            self._in_bytes = _Bytes.of(self._weight, self._bias, quantization)
+        self.has_multiplied_bytes = False
+        if quantization is not None:
+            has_products = unsupported_int8(weight.device, weight.dtype) is None
+            if policy.linear_by_bytes(has_products, weight.dtype):
+                self._in_bytes = _Bytes.of(self._weight, self._bias, quantization)
 
     def __call__(
         self,
@@ -118,6 +124,7 @@ class PackedLinear:
     def times(self, x: Tensor, activation: str, factor: Tensor) -> Tensor:
         """``activation(linear(x)) * factor``, (B, ..., in_features) → (B, ..., out_features)."""
         if self._in_bytes is not None and x.ndim > 1:
+            self.has_multiplied_bytes = True
             product: Tensor = packed_linear_int8(x, *self._in_bytes, activation, factor, "multiply")
             return product
         packed = self.packed_for(x, activation)
@@ -153,6 +160,7 @@ class PackedLinear:
             residual_scale = None
         added = "add" if residual_scale is None else "add_scaled"
         combination = "none" if residual is None else added
+        self.has_multiplied_bytes = True
         out: Tensor = packed_linear_int8(
             x, *packed, activation, residual, combination, scale, residual_scale
         )
@@ -239,6 +247,7 @@ def packed_pair(
     out: Tensor
     if first.in_bytes is not None and second.in_bytes is not None:
         (*of_first, range1), (*of_second, range2) = first.in_bytes, second.in_bytes
+        first.has_multiplied_bytes = second.has_multiplied_bytes = True
         out = packed_mlp_int8(x, *of_first, *of_second, range1, range2, activation, residual)
         return out
     if first.in_bytes is not None or second.in_bytes is not None:

@@ -41,7 +41,7 @@ class TracedCall:
         kernel: name of the operator or function in that library.
         inputs: shapes of the tensor arguments, including weights.
         outputs: shapes of the tensors that were returned or written to.
-        dtype: of the first output.
+        dtype: of the first output; int8 if bytes are multiplied.
         instruction_set: the one the kernel was compiled for; None for other libraries.
         rules: of :mod:`ops.cpu.policy`, as evaluated for this call; empty if there was no choice.
         flops: see :mod:`ops.cpu.flops`; None if not counted.
@@ -148,7 +148,8 @@ class Trace(Capture):
     ) -> None:
         layer, module = self._caller()
         rules = self._rules_of(layer, module, library == "ours")
-        dtype = str(outputs[0].dtype).removeprefix("torch.")
+        in_bytes = any(t.dtype == torch.int8 for t in inputs)  # weights of linear layers
+        dtype = str(torch.int8 if in_bytes else outputs[0].dtype).removeprefix("torch.")
         shapes = _shapes(inputs), _shapes(outputs)
         self.traced.append(
             TracedCall(layer, library, kernel, *shapes, dtype, isa, rules, flops, seconds)

@@ -10,6 +10,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 import pytest
+import torch
 from compiled_kernels import without_kernels
 from PIL import Image
 from zoo import small
@@ -17,6 +18,7 @@ from zoo import small
 import backbones
 from backbones.cli.main import main
 from backbones.cli.memory_picture import draw_memory
+from ops.cpu.gemm.int8 import not_faster_in_int8
 
 
 @pytest.fixture(autouse=True)
@@ -40,6 +42,17 @@ def test_plain(capsys: pytest.CaptureFixture[str]) -> None:
     said = _said(["--size", "64", "--plain"], capsys)
     assert said.startswith("van_b0, not fused: 1×3×64×64 float32, ")
     assert "torch conv2d" in said and "packed_linear" not in said
+
+
+def test_eight_bits(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    words = ["--size", "64", "--dtype", "int8"]
+    if not_faster_in_int8(torch.device("cpu")) is None:
+        said = _said(words, capsys)
+        assert "packed_linear_int8" in said and " linear layers in int8 (a range for each" in said
+        assert "chosen by fuse(torch.int8), " in said and "in a block with a kernel of its" in said
+    without_kernels(monkeypatch)
+    assert main(["summary", "van_b0", "--kernels", *words]) == 2
+    assert "--dtype int8: switched off" in capsys.readouterr().err
 
 
 def test_json(capsys: pytest.CaptureFixture[str]) -> None:

@@ -24,6 +24,7 @@ from backbones.cli.main import main
 from backbones.cli.predict import open_image, predict
 from backbones.restoration.images import read_picture, read_size
 from backbones.training.checkpoint import save_weights
+from ops.cpu.gemm.int8 import not_faster_in_int8
 
 
 @pytest.fixture
@@ -79,6 +80,48 @@ def test_a_folder_with_a_corrupt_file(
 def predicted(run_folder: Path, *words: str | Path) -> int:
     checkpoint = str(run_folder / "best.safetensors")
     return main(["predict", *map(str, words), "--checkpoint", checkpoint])
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_the_dtype_of_the_computation(
+    dtype: str,
+    run_folder: Path,
+    photos: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Close to the unfused model; where the CPU does not multiply bytes, an error says so."""
+    words = ["predict", str(photos / "0.png"), "--checkpoint", f"{run_folder}/best.safetensors"]
+    found = []
+    for more in ([], ["--dtype", dtype]):
+        out = run_folder / "predicted.json"
+        status = main([*words, "--json", str(out), *more])
+        reason = not_faster_in_int8(torch.device("cpu")) if "int8" in more else None
+        if reason is not None:
+            assert status == 2 and reason in capsys.readouterr().err
+            return
+        assert status == 0
+        (entry,) = json.loads(out.read_text())
+        found.append({c["class"]: c["confidence"] for c in entry["predictions"]})
+    assert found[0] == pytest.approx(found[1], abs=0.05)
+
+
+@pytest.mark.parametrize(
+    ("more", "said"),
+    [
+        (["--dtype", "int8", "--cam", "a.png"], "--cam needs the layers before fuse()"),
+        (["--dtype", "float16"], "--dtype float16 is for GPUs"),
+    ],
+)
+def test_impossible_dtypes(
+    more: list[str],
+    said: str,
+    run_folder: Path,
+    photos: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    checkpoint = f"{run_folder}/best.safetensors"
+    assert main(["predict", str(photos), "--checkpoint", checkpoint, *more]) == 2
+    assert said in capsys.readouterr().err
 
 
 def test_unreadable_files_are_named_and_skipped(

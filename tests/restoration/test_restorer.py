@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,9 @@ import torch
 from safetensors.torch import save_file
 
 import backbones
+from backbones.core.console import CommandError
 from backbones.restoration.restorer import add_model_arguments, restorer_of
+from ops.cpu.gemm.int8 import not_faster_in_int8
 
 
 @pytest.mark.parametrize("amp", [False, True])
@@ -26,3 +29,26 @@ def test_it_is_fused_on_a_cpu_unless_it_runs_in_two_dtypes(tmp_path: Path, amp: 
     x = torch.rand(1, 3, 20, 27)
     with torch.inference_mode():
         torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-4)
+
+
+def test_dtypes(tmp_path: Path) -> None:
+    """Of a CPU that has instructions for them, without autocast."""
+    plain = backbones.create_model("hat_nano_x2").eval()
+    save_file(plain.state_dict(), tmp_path / "nano.safetensors")
+    parser = argparse.ArgumentParser()
+    add_model_arguments(parser)
+    arguments = ["--model", "hat_nano_x2", "--checkpoint", str(tmp_path / "nano.safetensors")]
+    arguments += ["--device", "cpu", "--dtype", "int8"]
+    with pytest.raises(CommandError, match="--dtype is for CPUs, without --amp"):
+        restorer_of(parser.parse_args([*arguments, "--amp"]))
+    reason = not_faster_in_int8(torch.device("cpu"))
+    if reason is not None:
+        with pytest.raises(CommandError, match=f"--dtype int8: {re.escape(reason)}"):
+            restorer_of(parser.parse_args(arguments))
+        return
+    model, _ = restorer_of(parser.parse_args(arguments))
+    assert model.precision.quantized
+    x = torch.rand(1, 3, 20, 27)
+    with torch.inference_mode():
+        error = (model(x.to(next(model.parameters()).dtype)) - plain(x)).abs().mean()
+    assert error < 0.01

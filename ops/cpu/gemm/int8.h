@@ -12,8 +12,12 @@
 #include "gemm/tiles.h"
 #include "common/scratch.h"
 
-#if VB_AVX512 || VB_AVX2
+// Older compilers and assemblers do not know AVX-VNNI.
+#if VB_AVX512 || (VB_AVX2 && (defined(__clang__) ? __clang_major__ >= 14 : __GNUC__ >= 12))
+#define VB_BYTES 1
 #include <cpuid.h>
+#else
+#define VB_BYTES 0
 #endif
 
 namespace linear {
@@ -29,14 +33,16 @@ static int64_t padded_bytes(int64_t in_features) { return round_up(in_features, 
 }
 
 // [out_features][in_features] → [panels][in_features / 64][tiles of the panel][16][W][4]: the axes
-// of a tile are groups of inputs, outputs, and the inputs of a group. Padded with zeros.
+// of a tile are groups of inputs, outputs, and the inputs of a group. Without tiles, vectors of a
+// panel follow each other: [panels][in_features / 4][vectors of the panel][W][4]. Padded with zeros.
 [[maybe_unused]] static void pack(const int8_t* weight, int64_t out_features, int64_t in_features,
                                   int8_t* out) {
+  const int64_t inputs = has_tiles() ? BYTE_INPUTS : GROUP;
   for (int64_t n = 0; n < out_features; n += PANEL) {
     const int64_t tiles = std::min<int64_t>(PANEL, padded(out_features) - n) / W;
-    for (int64_t k = 0; k < in_features; k += BYTE_INPUTS) {
-      for (int64_t i = 0; i < tiles * W * BYTE_INPUTS; i++, out++) {
-        const int64_t tile = i / (W * BYTE_INPUTS), group = i / (W * GROUP) % (BYTE_INPUTS / GROUP);
+    for (int64_t k = 0; k < padded_bytes(in_features); k += inputs) {
+      for (int64_t i = 0; i < tiles * W * inputs; i++, out++) {
+        const int64_t tile = i / (W * inputs), group = i / (W * GROUP) % (inputs / GROUP);
         const int64_t row = n + tile * W + i / GROUP % W, column = k + GROUP * group + i % GROUP;
         const bool inside = row < out_features && column < in_features;
         *out = inside ? weight[row * in_features + column] : int8_t{0};
@@ -45,9 +51,7 @@ static int64_t padded_bytes(int64_t in_features) { return round_up(in_features, 
   }
 }
 
-#if VB_AVX512 || VB_AVX2
-#define VB_BYTES 1
-
+#if VB_BYTES
 // Whether this CPU, which has the vectors of this library, has AVX512-VNNI or AVX-VNNI.
 static bool has_products_of_bytes() {
   static const bool has = [] {
@@ -212,7 +216,7 @@ VB_DOT static void multiply_bytes_in_registers(const Bytes& rows, const int8_t* 
                                                Prefetch& prefetch, int32_t* sums) {
   Prefetch fetched = prefetch;
   constexpr int POINTERS = (R + 2) / 3;  // as in registers.h
-  constexpr int64_t VECTOR = W * GROUP, TILE = W * BYTE_INPUTS;
+  constexpr int64_t VECTOR = W * GROUP;
   ptrdiff_t stride = rows.stride;
   const uint8_t* in[POINTERS];
   VB_UNROLL
@@ -223,31 +227,27 @@ VB_DOT static void multiply_bytes_in_registers(const Bytes& rows, const int8_t* 
     VB_UNROLL
     for (int v = 0; v < V; v++) sum[r][v] = zeros();
   }
-  for (int64_t left = rows.in_features; left > 0; left -= BYTE_INPUTS, weight += V * TILE) {
-    const int8_t* place = weight;
-    // Inputs beyond the last group are zeros, as are their weights.
-    const int64_t steps = (std::min(left, BYTE_INPUTS) + STEP * GROUP - 1) / (STEP * GROUP);
-    for (int64_t step = 0; step < steps; step++) {
-      fetched.fetch();
+  // Inputs beyond the last group are zeros, as are their weights.
+  for (int64_t k = 0; k < rows.in_features; k += STEP * GROUP) {
+    fetched.fetch();
+    VB_UNROLL
+    for (int i = 0; i < STEP; i++, weight += V * VECTOR) {
+      I w[V];
       VB_UNROLL
-      for (int i = 0; i < STEP; i++, place += VECTOR) {
-        I w[V];
-        VB_UNROLL
-        for (int v = 0; v < V; v++) w[v] = in_register(load_vector(place + v * TILE));
-        VB_UNROLL
-        for (int r = 0; r < R; r++) {
-          const I x = in_register(load_four(in[r / 3] + r % 3 * stride + i * GROUP));
-          VB_UNROLL
-          for (int v = 0; v < V; v++) add_bytes(sum[r][v], x, w[v]);
-        }
-      }
+      for (int v = 0; v < V; v++) w[v] = in_register(load_vector(weight + v * VECTOR));
       VB_UNROLL
-      for (int r = 0; r < POINTERS; r++) {
-        in[r] += STEP * GROUP;
-        __asm__("" : "+r"(in[r]));
+      for (int r = 0; r < R; r++) {
+        const I x = in_register(load_four(in[r / 3] + r % 3 * stride + i * GROUP));
+        VB_UNROLL
+        for (int v = 0; v < V; v++) add_bytes(sum[r][v], x, w[v]);
       }
-      __asm__("" : "+r"(stride));
     }
+    VB_UNROLL
+    for (int r = 0; r < POINTERS; r++) {
+      in[r] += STEP * GROUP;
+      __asm__("" : "+r"(in[r]));
+    }
+    __asm__("" : "+r"(stride));
   }
   prefetch = fetched;
   VB_UNROLL
@@ -471,7 +471,6 @@ static void run_quantised(const Problem& p, const Tensors& t, const T* in, const
 }
 
 #else
-#define VB_BYTES 0
 static bool has_products_of_bytes() { return false; }
 template <class T>
 static void run_quantised(const Problem&, const Tensors&, const T*, const float*, const Rows<T>&,

@@ -1,0 +1,188 @@
+"""``fuse(torch.int8)``: accuracy, calibration, choice of layers, copies, changes, other CPUs."""
+
+from __future__ import annotations
+
+import copy
+import logging
+import pickle
+
+import pytest
+import torch
+from compiled_kernels import without_kernels
+from torch import Tensor, nn
+from zoo import FAMILIES, RESTORATION, images, randomise, small
+
+import backbones
+from backbones.core import quantization
+from ops.cpu import policy
+from ops.cpu.gemm.int8 import not_faster_in_int8
+
+_REASON = not_faster_in_int8(torch.device("cpu"))
+_needs_bytes = pytest.mark.skipif(_REASON is not None, reason=f"{_REASON}")
+_MAPS = policy.maps_of_int8()
+
+
+def _error(value: Tensor, expected: Tensor) -> float:
+    return ((value.double() - expected.double()).norm() / expected.norm()).item()
+
+
+def _images(*shape: int) -> Tensor:
+    return images(*shape).to(_MAPS)
+
+
+@pytest.fixture(scope="module")
+def shvit() -> nn.Module:
+    return randomise(small("shvit")).eval()
+
+
+@_needs_bytes
+@pytest.mark.parametrize("family", FAMILIES)
+@torch.inference_mode()
+def test_every_family(family: str) -> None:
+    """Close to the float32 model, replayed, and the same in copies."""
+    model = randomise(small(family)).eval()
+    size = (2, 3, 64, 64)
+    expected = model(images(*size))
+    limit = 0.02 if family in RESTORATION else 0.1
+    for calibrate in (None, [images(*size)]):
+        fused = backbones.fuse(copy.deepcopy(model), torch.int8, calibrate=calibrate)
+        assert next(fused.parameters()).dtype == _MAPS
+        outputs = [fused(_images(*size)) for _ in range(3)]
+        assert fused.is_replayed and torch.equal(outputs[0], outputs[2])
+        assert _error(outputs[0], expected) < limit
+        for copied in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+            assert torch.equal(copied(_images(*size)), outputs[0])
+            assert str(copied.precision) == str(fused.precision)
+
+
+@_needs_bytes
+@torch.inference_mode()
+def test_the_kernels_run(shvit: nn.Module) -> None:
+    fused = copy.deepcopy(shvit).fuse(torch.int8)
+    kernels = {call.kernel for call in backbones.explain(fused, 64, repeats=1).calls}
+    assert {"packed_mlp_int8", "packed_linear_int8"} <= kernels
+    assert "packed_linear" not in kernels and "packed_mlp" not in kernels
+
+
+@_needs_bytes
+@torch.inference_mode()
+def test_state_and_changed_weights(shvit: nn.Module) -> None:
+    """State dicts are those of the fused model; a new weight is quantised again."""
+    fused, plain = copy.deepcopy(shvit).fuse(torch.int8), copy.deepcopy(shvit).fuse(_MAPS)
+    assert fused.state_dict().keys() == plain.state_dict().keys()
+    x = _images(1, 3, 64, 64)
+    before = [fused(x) for _ in range(3)][-1]
+    fused.head.fc.weight.mul_(2)
+    fused.head.fc.bias.mul_(2)
+    torch.testing.assert_close(fused(x), 2 * before, rtol=2**-7, atol=0)
+    fused.load_state_dict(plain.state_dict())
+    assert torch.equal(fused(x), before)
+
+
+@_needs_bytes
+@torch.inference_mode()
+def test_fusing_again(shvit: nn.Module) -> None:
+    """Without a dtype, the model stays as it is; with another one, it computes in that."""
+    x = _images(1, 3, 64, 64)
+    fused = copy.deepcopy(shvit).fuse(torch.int8)
+    before, told = fused(x), str(fused.precision)
+    assert torch.equal(fused.fuse()(x), before) and str(fused.precision) == told
+    expected = copy.deepcopy(shvit).fuse(_MAPS)(x)
+    assert torch.equal(fused.fuse(_MAPS)(x), expected) and fused.precision is None
+
+
+@_needs_bytes
+def test_a_budget_keeps_sensitive_layers_in_floats(shvit: nn.Module) -> None:
+    batches = [(images(2, 3, 64, 64), torch.zeros(2)), (images(1, 3, 64, 64), torch.zeros(1))]
+    whole = copy.deepcopy(shvit).fuse(torch.int8, calibrate=batches, max_drop=1e6).precision
+    assert len(whole.quantized) == len(whole.layers) and whole.calibrated and whole.drop > 0
+    budget = whole.drop / 3
+    some = copy.deepcopy(shvit).fuse(torch.int8, calibrate=batches, max_drop=budget).precision
+    kept = [layer for layer in some.layers if layer.dtype != "int8"]
+    assert 0 < len(kept) < len(some.layers) and some.drop <= budget
+    assert min(layer.drop for layer in kept) >= max(
+        layer.drop for layer in some.layers if layer.dtype == "int8"
+    )
+    table = str(some)
+    assert f"{len(some.quantized)} of {len(some.layers)} linear layers in int8" in table
+    assert f"the drop exceeds {budget:g}" in table
+    none = copy.deepcopy(shvit).fuse(torch.int8, max_drop=1e-9).precision
+    assert not none.quantized and not none.calibrated and none.drop == 0
+
+
+@_needs_bytes
+@torch.inference_mode()
+def test_measuring_leaves_the_model_alone(shvit: nn.Module) -> None:
+    x = images(1, 3, 64, 64)
+    folded = copy.deepcopy(shvit).fuse(channels_last=False)
+    before, state = folded(x), copy.deepcopy(folded.state_dict())
+    quantization.quantize(folded, [x], 1e-6)
+    quantization.unquantize(folded)
+    assert torch.equal(folded(x), before)
+    assert all(torch.equal(t, state[name]) for name, t in folded.state_dict().items())
+
+
+def test_ranges_leave_out_rare_values() -> None:
+    x = torch.randn(10**5, generator=torch.Generator().manual_seed(0))
+    x[0] = 40.0
+    scale, zero = quantization._range_of(x)
+    assert scale * 255 < 0.5 * (x.max() - x.min()) and zero == round(zero)
+    assert quantization._range_of(torch.zeros(5)) == (0.0, 0.0)
+
+
+@_needs_bytes
+def test_layers_that_cannot_be_quantised_are_named(shvit: nn.Module) -> None:
+    broken = copy.deepcopy(shvit)
+    with torch.no_grad():
+        broken.head.fc.weight[0, 0] = float("nan")
+    entry = broken.fuse(torch.int8).precision.layers[-1]
+    assert entry.layer.startswith("head") and entry.dtype != "int8"
+    assert entry.reason == "NaN or infinities in its weight"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"calibrate": [torch.zeros(1, 3, 8, 8)]}, "calibrate is for dtype=torch.int8, but dtype"),
+        ({"max_drop": 0.1}, "max_drop is for dtype=torch.int8, but dtype is None"),
+        ({"dtype": torch.int8, "max_drop": 0}, "max_drop must be a positive number or None, got 0"),
+        ({"dtype": torch.int8, "max_drop": "a"}, "max_drop must be a positive number or None"),
+        ({"dtype": torch.int8, "channels_last": False}, "torch.int8 needs channels_last"),
+        ({"dtype": torch.int8, "calibrate": "a"}, "calibrate must give batches of images, got a s"),
+        ({"dtype": torch.int16}, "or torch.int8; got torch.int16"),
+    ],
+)
+def test_bad_arguments(arguments, message, shvit: nn.Module) -> None:
+    with pytest.raises(ValueError, match=message):
+        backbones.fuse(copy.deepcopy(shvit), **arguments)
+
+
+@_needs_bytes
+@pytest.mark.parametrize(
+    ("batches", "message"),
+    [
+        ([], "at least one batch of images, got none"),
+        ([torch.zeros(3, 8, 8)], r"\(B, 3, H, W\), got \(3, 8, 8\)"),
+        ([torch.zeros(1, 1, 8, 8)], r"\(B, 3, H, W\), got \(1, 1, 8, 8\)"),
+        ([torch.zeros(1, 3, 8, 8, dtype=torch.uint8)], "batches of images"),
+        ([{"image": 1}], "got dict"),
+    ],
+)
+def test_bad_batches(batches, message, shvit: nn.Module) -> None:
+    with pytest.raises(ValueError, match=message):
+        copy.deepcopy(shvit).fuse(torch.int8, calibrate=batches)
+
+
+@torch.inference_mode()
+def test_where_it_does_not_pay(shvit: nn.Module, monkeypatch, caplog) -> None:
+    """The model stays in float32, and one warning says why."""
+    without_kernels(monkeypatch)
+    quantization._warn_not_faster.cache_clear()
+    with caplog.at_level(logging.WARNING):
+        fused = [copy.deepcopy(shvit).fuse(torch.int8) for _ in range(2)][0]
+    (record,) = [r for r in caplog.records if "stays in float32" in r.message]
+    assert "VISION_BACKBONES_NATIVE=0" in record.message
+    assert next(fused.parameters()).dtype == torch.float32
+    assert fused.precision.reason and not fused.precision.quantized
+    x = images(1, 3, 64, 64)
+    assert torch.equal(fused(x), copy.deepcopy(shvit).fuse()(x))
