@@ -27,8 +27,8 @@ LABELS = {
 }
 HEADER = """# Eight bits on the CPU
 
-Models fused by `backbones.fuse(model, dtype=torch.int8)`: `int8` quantises each row of a layer's
-inputs to its own range, `int8, calibrated` to one range per layer from training images
+Models fused by [`fuse(dtype=torch.int8)`](guides/eight_bits.md): `int8` quantises each row of a
+layer's inputs to its own range, `int8, calibrated` to one range per layer from training images
 (`calibrate=`). Linear layers and pointwise convolutions are quantised, except where a block has a
 kernel of its own; everything else is in bfloat16 where the CPU multiplies it, else in float32.
 
@@ -104,6 +104,7 @@ def of_int8(accuracy: dict[str, Any] | None, peers: dict[str, Any] | None) -> st
         if digits := [row for row in rows if row["kind"] == "digits"]:
             parts += _accuracy(sorted(digits, key=lambda row: row["family"]), machine)
         parts += [_restoration(row) for row in rows if row["kind"] == "pictures"]
+        parts += _failures(rows, "forms")
     if peers is not None and peers["results"]:
         versions = {k: v for row in peers["results"] for k, v in row["versions"].items()}
         parts.append(PEERS.format(machine=_machine(peers), **versions))
@@ -113,7 +114,7 @@ def of_int8(accuracy: dict[str, Any] | None, peers: dict[str, Any] | None) -> st
         parts += _speed(by_part["speed"]) if by_part["speed"] else []
         parts += _predictions(by_part["agreement"]) if by_part["agreement"] else []
         parts += _sizes(by_part["speed"]) if by_part["speed"] else []
-        parts += _failures(peers["results"])
+        parts += _failures(peers["results"], "contenders")
     return "\n".join([*parts, REPEAT])
 
 
@@ -279,11 +280,13 @@ def _sizes(rows: Sequence[dict[str, Any]]) -> list[str]:
     return [SIZES, table(["MB", *(LABELS[name] for name in names)], cells) + "\n"]
 
 
-def _failures(rows: Sequence[dict[str, Any]]) -> list[str]:
+def _failures(rows: Sequence[dict[str, Any]], key: str) -> list[str]:
+    """What could not be measured, and our reasons for not computing in 8 bits."""
     lines: dict[str, None] = {}
     for row in rows:
-        for label, figures in row["contenders"].items():
-            if "skipped" in figures:
-                reason = " ".join(figures["skipped"].split())[:200]
-                lines[f"- `{row['model']}`, {LABELS.get(label, label)}: `{reason}`"] = None
-    return ["### Failures\n", "\n".join(lines) + "\n"] if lines else []
+        for label, figures in row[key].items():
+            reason = next((figures[k] for k in ("skipped", "failed", "reason") if k in figures), "")
+            if reason:
+                text = " ".join(reason.split())[:200]
+                lines[f"- `{row['model']}`, {LABELS.get(label, label)}: `{text}`"] = None
+    return ["What failed:\n", "\n".join(lines) + "\n"] if lines else []

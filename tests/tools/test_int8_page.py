@@ -139,6 +139,7 @@ def test_accuracy_and_what_misses_its_target(tool: ModuleType) -> None:
         *("35.30", "35.30 (+0.000)", "35.28 (−0.020)"),
         *("35.25 (−0.050)", "**35.00 (−0.300)**"),
     ]
+    assert "- `biformer_tiny`, int8: `ValueError: no`\n" in text
     assert "Layers in int8: 12 of 20." in text and "other toolkits" not in text
 
 
