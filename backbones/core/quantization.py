@@ -272,19 +272,22 @@ def _calibrate(
 
 
 def _range_of(x: Tensor) -> tuple[float, float]:
-    """The scale and zero with the smallest squared error, among shares of the range of ``x``."""
-    best, least = (0.0, 0.0), math.inf
+    """The scale and zero with the smallest squared error: first the upper end, then the lower."""
     low, high = min(0.0, x.min().item()), max(0.0, x.max().item())
-    for share in _SHARES:
-        scale = share * high / _LARGEST_BYTE - share * low / _LARGEST_BYTE
-        if scale < torch.finfo(torch.float32).tiny:
-            continue
-        zero = float(round(-share * low / scale))
-        quantized, _, _ = quantize_rows(x, x.new_tensor((scale, zero)))
-        error = ((quantized - zero) * scale - x).square().mean().item()
-        if error < least:
-            best, least = (scale, zero), error
-    return best
+    _, high = min((_error(x, low, share * high), share * high) for share in _SHARES)
+    _, low = min((_error(x, share * low, high), share * low) for share in _SHARES)
+    return _scale_and_zero(low, high)
+
+
+def _scale_and_zero(low: float, high: float) -> tuple[float, float]:
+    scale = high / _LARGEST_BYTE - low / _LARGEST_BYTE
+    return scale, float(round(-low / scale)) if scale else 0.0
+
+
+def _error(x: Tensor, low: float, high: float) -> float:
+    scale, zero = _scale_and_zero(low, high)
+    quantized, _, _ = quantize_rows(x, x.new_tensor((scale, zero)))
+    return ((quantized - zero) * scale - x).square().mean().item()
 
 
 # -- errors --------------------------------------------------------------------------------------

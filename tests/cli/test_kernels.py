@@ -49,7 +49,7 @@ def test_eight_bits(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.Monk
     if not_faster_in_int8(torch.device("cpu")) is None:
         said = _said(words, capsys)
         assert "packed_linear_int8" in said and " linear layers in int8 (a range for each" in said
-        assert "chosen by fuse(torch.int8), " in said and "in a block with a kernel of its" in said
+        assert "linear_by_bytes: chosen by fuse(torch.int8), " in said
     without_kernels(monkeypatch)
     assert main(["summary", "van_b0", "--kernels", *words]) == 2
     assert "--dtype int8: switched off" in capsys.readouterr().err

@@ -95,10 +95,12 @@ def test_fusing_again(shvit: nn.Module) -> None:
 def test_a_budget_keeps_sensitive_layers_in_floats(shvit: nn.Module) -> None:
     batches = [(images(2, 3, 64, 64), torch.zeros(2)), (images(1, 3, 64, 64), torch.zeros(1))]
     whole = copy.deepcopy(shvit).fuse(torch.int8, calibrate=batches, max_drop=1e6).precision
-    assert len(whole.quantized) == len(whole.layers) and whole.calibrated and whole.drop > 0
+    others = {layer.reason for layer in whole.layers if layer.dtype != "int8"}
+    assert whole.quantized and others <= {"in a block with a kernel of its own"}
+    assert whole.calibrated and whole.drop > 0
     budget = whole.drop / 3
     some = copy.deepcopy(shvit).fuse(torch.int8, calibrate=batches, max_drop=budget).precision
-    kept = [layer for layer in some.layers if layer.dtype != "int8"]
+    kept = [layer for layer in some.layers if layer.reason.startswith("sensitive")]
     assert 0 < len(kept) < len(some.layers) and some.drop <= budget
     assert min(layer.drop for layer in kept) >= max(
         layer.drop for layer in some.layers if layer.dtype == "int8"
@@ -123,10 +125,10 @@ def test_measuring_leaves_the_model_alone(shvit: nn.Module) -> None:
 
 
 def test_ranges_leave_out_rare_values() -> None:
-    x = torch.randn(10**5, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(10**6, generator=torch.Generator().manual_seed(0))
     x[0] = 40.0
     scale, zero = quantization._range_of(x)
-    assert scale * 255 < 0.5 * (x.max() - x.min()) and zero == round(zero)
+    assert scale * 255 < 0.6 * (x.max() - x.min()) and zero == round(zero)
     assert quantization._range_of(torch.zeros(5)) == (0.0, 0.0)
 
 
@@ -134,7 +136,7 @@ def test_ranges_leave_out_rare_values() -> None:
 def test_layers_that_cannot_be_quantised_are_named(shvit: nn.Module) -> None:
     broken = copy.deepcopy(shvit)
     with torch.no_grad():
-        broken.head.fc.weight[0, 0] = float("nan")
+        broken.head.fc.linear.weight[0, 0] = float("nan")
     entry = broken.fuse(torch.int8).precision.layers[-1]
     assert entry.layer.startswith("head") and entry.dtype != "int8"
     assert entry.reason == "NaN or infinities in its weight"
