@@ -14,8 +14,6 @@ import argparse
 import csv
 import json
 import os
-import subprocess
-import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
@@ -26,14 +24,15 @@ import torch
 import yaml
 from measuring import processor_name
 from robust_digits import section as of_robustness
+from trained_runs import DIGITS as CONFIG
+from trained_runs import ROOT
+from trained_runs import train as train_run
 
 import backbones
 from backbones.core.arguments import nonempty_path
 from backbones.training.checkpoint import write_text_atomically
 from backbones.training.pictures import GRID, INK, new_figure, save_figure, style_axis
 
-ROOT = Path(__file__).resolve().parent.parent
-CONFIG = ROOT / "configs" / "cls" / "bench_digits.yaml"
 DOCS = ROOT / "docs"
 HEADER = """# Learning
 
@@ -77,14 +76,10 @@ def train(model: str) -> dict[str, Any]:
         SystemExit: the training failed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        command = [sys.executable, str(ROOT / "train_cls.py"), "--config", str(CONFIG)]
-        command += ["--model", model, "--output", folder, "--name", "run"]
         before = os.times()
-        status = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}).returncode
+        run = train_run(model, Path(folder))
         after = os.times()
-        if status:
-            raise SystemExit(f"{model}: the training ended with status {status}")
-        rows = list(csv.DictReader((Path(folder) / "run" / "summary.csv").read_text().splitlines()))
+        rows = list(csv.DictReader((run / "summary.csv").read_text().splitlines()))
     with torch.device("meta"):
         network = backbones.create_model(model, num_classes=10)
     families = {m: f for f in backbones.list_families() for m in backbones.list_models(family=f)}

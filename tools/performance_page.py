@@ -17,6 +17,9 @@ r"""Write the performance pages from the measurements in ``docs/performance/``.
         proxyless_gpu proxyless_mobile vrwkv_t vrwkv6_t --against openvino --output \
         docs/performance/avx2/models
     python tools/benchmark_scan.py --output docs/performance/avx2/scans.json
+    python tools/int8_accuracy.py --checkpoints runs/digits --train
+    python tools/int8_peers.py agreement --checkpoints runs/digits
+    python tools/int8_peers.py speed
     python tools/performance_page.py
 
 Nothing is measured here: every number comes from the JSON files. Each machine has its own folder
@@ -30,6 +33,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from int8_page import of_int8
 from performance_floor import of_floor
 from performance_models import LESSER, of_compiled, of_lesser, of_models, of_runtimes
 from performance_neighborhood import of_neighborhood
@@ -41,6 +45,8 @@ MODELS = "models"
 COMPILED = "compiled"
 RUNTIMES = "runtimes"
 FLOOR_PAGE, FLOOR = "performance-floor.md", "performance/floor"
+INT8_PAGE = "performance-int8.md"
+INT8 = ("int8_accuracy", "int8_peers")  # reports in the first machine's folder
 NATTEN = "natten"
 SCANS = "scans"
 GENERATED = (
@@ -159,9 +165,15 @@ def floor() -> str:
     return of_floor({file.stem: json.loads(file.read_text()) for file in files})
 
 
+def int8() -> str:
+    """The page on models in 8 bits."""
+    files = [DOCS / "performance" / f"{name}.json" for name in INT8]
+    return of_int8(*(json.loads(file.read_text()) if file.exists() else None for file in files))
+
+
 def main() -> None:
     pages = {about.name: generate(about) for about in PAGES if _is_measured(about)}
-    for name, text in (pages | {FLOOR_PAGE: floor()}).items():
+    for name, text in (pages | {FLOOR_PAGE: floor(), INT8_PAGE: int8()}).items():
         unfinished = DOCS / f".{os.getpid()}-{name}"
         unfinished.write_text(text)
         unfinished.replace(DOCS / name)

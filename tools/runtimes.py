@@ -20,7 +20,7 @@ from torch import Tensor, nn
 import backbones
 from backbones.cli import exporting
 
-__all__ = ["RUNTIMES", "Exported"]
+__all__ = ["RUNTIMES", "Exported", "openvino_core"]
 
 Run = Callable[[Tensor], Tensor]
 
@@ -67,7 +67,7 @@ def _exported(name: str, shape: tuple[int, ...]) -> Path:
 
 
 @functools.cache
-def _openvino_core() -> Any:
+def openvino_core() -> Any:
     """OpenVINO's core, kept until the process ends, even if this module is unloaded earlier.
 
     OpenVINO gives the thread that first queries the CPU an alternate signal stack. When the last
@@ -88,7 +88,7 @@ def _openvino(precision: str, path: Path, threads: int) -> Run:
         "NUM_STREAMS": 1,
         "INFERENCE_PRECISION_HINT": precision,
     }
-    request = _openvino_core().compile_model(str(path), "CPU", options).create_infer_request()
+    request = openvino_core().compile_model(str(path), "CPU", options).create_infer_request()
 
     def run(images: Tensor) -> Tensor:
         return torch.from_numpy(request.infer({0: images.numpy()}, share_inputs=True)[0].copy())

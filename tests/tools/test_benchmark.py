@@ -350,7 +350,7 @@ def test_runtimes_that_are_forgotten() -> None:
     script = (
         "import gc, runtimes, signal, sys, threading\n"
         "signal.signal(signal.SIGUSR1, lambda *_: print('handled'))\n"
-        "runtimes._openvino_core()\n"
+        "runtimes.openvino_core()\n"
         "folder = runtimes._folder()\n"
         "del runtimes, sys.modules['runtimes']\n"
         "thread = threading.Thread(target=gc.collect)\n"
