@@ -181,8 +181,9 @@ def _correct_attention(model: nn.Module, counter: FlopCounterMode) -> Iterator[N
             for n, k, d in zip(size, module.kernel_size, module.dilation, strict=True)
         ]
         window = [min(k, n) for k, n in zip(module.kernel_size, padded, strict=True)]
-        inside = batch * math.prod(padded) * (3 * dim * dim + 2 * math.prod(window) * dim)
-        exact = 2 * (inside + batch * math.prod(size) * dim * dim)
+        projections = math.prod(size) * 4 * dim * dim
+        attention = math.prod(padded) * 2 * math.prod(window) * dim
+        exact = 2 * batch * (projections + attention)
         total[_NEIGHBORHOOD] += exact - (sum(total.values()) - before.pop())
 
     for module in model.modules():

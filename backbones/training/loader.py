@@ -192,8 +192,9 @@ class ValidationLoader:
         if corruption is None:
             self._transform = Resizing(config)
         else:
-            self._transform = create_transform(**config, is_training=False, use_prefetcher=True)
-            self._transform.transforms.insert(-1, corruption)  # before the image becomes an array
+            steps: Any = create_transform(**config, is_training=False, use_prefetcher=True)
+            steps.transforms.insert(-1, corruption)  # before the image becomes an array
+            self._transform = steps
         if isinstance(source, ImageSource):
             images = _Images(source, self._transform, recipe.in_chans, corrupt, False)
             self._loader: DataLoader[Any] = DataLoader(

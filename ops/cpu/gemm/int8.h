@@ -19,7 +19,7 @@ namespace linear {
 #define VB_DOT_PRODUCT "vpdpbusd %2, %1, %0"
 #else
 #define VB_DOT __attribute__((target("avxvnni")))
-#define VB_DOT_PRODUCT "{vex} vpdpbusd %2, %1, %0"
+#define VB_DOT_PRODUCT "%{vex%} vpdpbusd %2, %1, %0"
 #endif
 
 // ---- micro-kernels in registers ----------------------------------------------------------------

@@ -228,7 +228,7 @@ def test_meta_models_fold() -> None:
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        ({"dtype": torch.int8}, "floating-point.*torch.int8"),
+        ({"dtype": torch.int32}, "floating-point.*got torch.int32"),
         ({"channels_last": "always"}, "'auto', got 'always'"),
     ],
 )
