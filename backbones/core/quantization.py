@@ -172,7 +172,7 @@ def confirm(model: Any, precision: Precision) -> None:
     for entry in precision.layers:
         if entry.dtype != "int8":
             continue
-        layer = layers[entry.layer]
+        layer: Any = layers[entry.layer]
         packed = getattr(layer, "_derived", None)
         if not (isinstance(packed, PackedLinear) and packed.has_multiplied_bytes):
             entry.dtype, entry.reason = precision.dtype, "in a block with a kernel of its own"

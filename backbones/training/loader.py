@@ -236,7 +236,7 @@ class _Images(Dataset[tuple[torch.Tensor, int]]):
     def __init__(
         self,
         source: ImageSource,
-        transform: Callable[[Any], torch.Tensor],
+        transform: Callable[[Any], Any],
         in_chans: int,
         corrupt: CorruptImages,
         training: bool,

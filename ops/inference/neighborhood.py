@@ -35,11 +35,11 @@ class FastNeighborhoodAttention2D(FastLayer, NeighborhoodAttention2D):
         return self.proj(out, residual)
 
     def window(self, size: Sequence[int]) -> tuple[Any, Any, Any, Tensor | None]:
-        *window, rpb = super().window(size)
-        if rpb is not None and rpb is self.rpb:
-            wide = self.derived(rpb)
+        kernel_size, stride, dilation, rpb = super().window(size)
+        if self.rpb is not None and rpb is self.rpb:
+            wide = self.derived(self.rpb)
             rpb = rpb if wide is None else wide
-        return *window, rpb
+        return kernel_size, stride, dilation, rpb
 
     def sources(self) -> list[Tensor]:
         return [] if self.rpb is None else [self.rpb]

@@ -156,7 +156,8 @@ def pack_int8_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
         raise RuntimeError(f"the kernel of linear layers is not available: {reason}")
     quantized, scale = quantize_weight(weight)
     sums = quantized.sum(1, dtype=torch.int64).float()
-    packed = quantized.new_empty(packed_size(*weight.shape, torch.int8))
+    out_features, in_features = weight.shape
+    packed = quantized.new_empty(packed_size(out_features, in_features, torch.int8))
     source = quantized.contiguous()
     shape = [ctypes.c_int64(n) for n in weight.shape]
     pointers = [ctypes.c_void_p(t.data_ptr()) for t in (source, packed)]
