@@ -7,7 +7,6 @@ optimizers and our checkpoint loader need is derived from those.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -17,7 +16,13 @@ from torch import Tensor, nn
 
 from backbones.core.fused import FusedBackbone
 from backbones.core.keywords import KEYWORDS, POOLINGS, check, checked, one_of
-from backbones.core.quantization import Precision, confirm, quantize, unquantize
+from backbones.core.quantization import (
+    Precision,
+    check_quantization,
+    confirm,
+    quantize,
+    unquantize,
+)
 from backbones.core.stage import Stage
 from ops.arguments import require_tensor
 from ops.inference import conversion
@@ -387,7 +392,7 @@ class StagedBackbone(nn.Module):
                 f"dtype must be a floating-point one, {', '.join(map(str, _DTYPES))}, or "
                 f"torch.int8; got {dtype!r}"
             )
-        _check_quantization(dtype, channels_last, calibrate, max_drop)
+        check_quantization(dtype, channels_last, calibrate, max_drop)
         if not isinstance(channels_last, bool) and channels_last != "auto":
             raise ValueError(f"channels_last must be True, False or 'auto', got {channels_last!r}")
         with torch.inference_mode(False):
@@ -443,25 +448,6 @@ class StagedBackbone(nn.Module):
                 "create the model again, or keep a copy.deepcopy from before fuse()"
             )
         return super().train(mode)
-
-
-def _check_quantization(
-    dtype: torch.dtype | None, channels_last: bool | str, calibrate: Any, max_drop: Any
-) -> None:
-    if dtype != torch.int8:
-        for name, value in (("calibrate", calibrate), ("max_drop", max_drop)):
-            if value is not None:
-                raise ValueError(f"{name} is for dtype=torch.int8, but dtype is {dtype}")
-        return
-    if channels_last is False:
-        raise ValueError("dtype=torch.int8 needs channels_last, got False")
-    number = isinstance(max_drop, int | float) and not isinstance(max_drop, bool)
-    if max_drop is not None and not (number and 0 < max_drop < math.inf):
-        raise ValueError(f"max_drop must be a positive number or None, got {max_drop!r}")
-    if isinstance(calibrate, str | bytes | Mapping) or not (
-        calibrate is None or isinstance(calibrate, Iterable)
-    ):
-        raise ValueError(f"calibrate must give batches of images, got a {type(calibrate).__name__}")
 
 
 def check_format(output_fmt: str) -> None:

@@ -11,7 +11,7 @@ import functools
 import itertools
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -31,7 +31,14 @@ from ops.inference.forms import fast_form
 from ops.inference.layers import FastLinear, FastPointwiseConv2d
 from ops.inference.packed_linear import PackedLinear, Quantization
 
-__all__ = ["LayerPrecision", "Precision", "confirm", "quantize", "unquantize"]
+__all__ = [
+    "LayerPrecision",
+    "Precision",
+    "check_quantization",
+    "confirm",
+    "quantize",
+    "unquantize",
+]
 
 _log = logging.getLogger(__name__)
 
@@ -114,6 +121,26 @@ class Precision:
         ]
         head = ("layer", "features", "dtype", "drop", "reason")
         return f"{self.summary()}\n\n{table(head, rows, left=3, last_left=True)}"
+
+
+def check_quantization(
+    dtype: torch.dtype | None, channels_last: bool | str, calibrate: Any, max_drop: Any
+) -> None:
+    """Check arguments of ``fuse()``; raises a ValueError that names the wrong one."""
+    if dtype != torch.int8:
+        for name, value in (("calibrate", calibrate), ("max_drop", max_drop)):
+            if value is not None:
+                raise ValueError(f"{name} is for dtype=torch.int8, but dtype is {dtype}")
+        return
+    if channels_last is False:
+        raise ValueError("dtype=torch.int8 needs channels_last, got False")
+    number = isinstance(max_drop, int | float) and not isinstance(max_drop, bool)
+    if max_drop is not None and not (number and 0 < max_drop < math.inf):
+        raise ValueError(f"max_drop must be a positive number or None, got {max_drop!r}")
+    if isinstance(calibrate, str | bytes | Mapping) or not (
+        calibrate is None or isinstance(calibrate, Iterable)
+    ):
+        raise ValueError(f"calibrate must give batches of images, got a {type(calibrate).__name__}")
 
 
 def quantize(

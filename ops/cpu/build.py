@@ -148,14 +148,14 @@ def _find_or_build(name: str, beside: Sequence[str]) -> Kernel:
     known = sources()
     if known and name not in known:  # else the sources are missing
         raise ValueError(f"no kernel {name!r}; the kernels are {sorted(known)}")
-    if not (known and libraries.calls_gemm(name)):
+    if not (known and libraries.reads_packed_weights(name)):
         return _find_or_build_alone(name, beside, instruction_sets.candidates())
     gemm = _cached(libraries.GEMM, beside)
     if gemm.library is None:
         return gemm
     # Weights are packed for gemm's vectors, so the instruction sets must match.
     kernel = _find_or_build_alone(name, beside, [gemm.instruction_set])
-    if kernel.library is not None:
+    if kernel.library is not None and libraries.calls_gemm(name):
         _link_gemm(kernel.library, gemm.library)
     return kernel
 

@@ -14,7 +14,16 @@ from pathlib import Path
 from ops.cpu import compiler, instruction_sets
 from ops.cpu.structures import included
 
-__all__ = ["GEMM", "SHIPPED", "calls_gemm", "compile_into", "shipped", "sources", "stem"]
+__all__ = [
+    "GEMM",
+    "SHIPPED",
+    "calls_gemm",
+    "compile_into",
+    "reads_packed_weights",
+    "shipped",
+    "sources",
+    "stem",
+]
 
 SOURCES = Path(__file__).parent
 GEMM = "gemm"  # the kernel of linear layers, called by others
@@ -30,6 +39,12 @@ def sources() -> dict[str, Path]:
 def calls_gemm(name: str) -> bool:
     """Whether a kernel calls the function of :data:`GEMM` for the same instruction set."""
     return SOURCES / "gemm" / "call.h" in included(sources()[name], SOURCES)
+
+
+def reads_packed_weights(name: str) -> bool:
+    """Whether a kernel reads weights that :data:`GEMM` packed for its vectors."""
+    folder = SOURCES / GEMM
+    return name != GEMM and any(p.parent == folder for p in included(sources()[name], SOURCES))
 
 
 def stem(name: str, isa: str, machine: str | None = None) -> str:

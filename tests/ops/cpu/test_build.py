@@ -207,6 +207,17 @@ def test_instruction_set_matches_the_called_kernel(caller, monkeypatch):
     assert cpu.status("small").instruction_set == cpu.instruction_set()
 
 
+def test_instruction_set_matches_that_of_packed_weights(caller, monkeypatch):
+    (caller / "gemm" / "pack.h").write_text("")
+    (caller / "any" / "reader.cpp").write_text(
+        '#include "gemm/pack.h"\nextern "C" int answer() { return 42; }\n'
+    )
+    monkeypatch.setitem(instruction_sets.FLAGS, cpu.instruction_set(), ["-DVB_OLD"])
+    assert cpu.load("reader").answer() == 42
+    assert cpu.status("reader").instruction_set == cpu.status("gemm").instruction_set
+    assert cpu.status("reader").instruction_set != cpu.instruction_set()
+
+
 def test_kernels_are_missing_without_the_one_they_call(caller):
     (caller / "gemm" / "gemm.cpp").write_text("this is not C++\n")
     assert cpu.load("caller") is None
