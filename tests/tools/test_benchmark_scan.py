@@ -64,7 +64,8 @@ def test_bounds_and_natten() -> None:
         },
         "natten_0_17": {"milliseconds": 57.5},
     }
-    row = {"model": "nat_mini", "batch": 8, "dtype": "float32", "contenders": contenders}
+    row = {"model": "nat_mini", "batch": 8, "threads": 1, "dtype": "float32"}
+    row["contenders"] = contenders
     row["matmul_gflops"] = {"float32": 90.0}
     assert "| `nat_mini` | 8 | 50 | 80 | 90 | 1.80× | 1.60× |" in page.of_bounds({"results": [row]})
     text = page.of_natten({"machine": {"torch": "2.8.0"}, "results": [row]})
