@@ -156,13 +156,10 @@ class PackedLinear:
         scale: Tensor | None,
         residual_scale: Tensor | None,
     ) -> Tensor:
-        if residual is None:
-            residual_scale = None
-        added = "add" if residual_scale is None else "add_scaled"
-        combination = "none" if residual is None else added
         self.has_multiplied_bytes = True
+        added = _combined(residual, residual_scale)
         out: Tensor = packed_linear_int8(
-            x, *packed, activation, residual, combination, scale, residual_scale
+            x, *packed, activation, residual, added[0], scale, added[1]
         )
         return out
 
@@ -191,15 +188,12 @@ class PackedLinear:
         scale: Tensor | None,
         residual_scale: Tensor | None,
     ) -> Tensor:
-        if residual is None:
-            residual_scale = None
         if not self._has_kernel:  # otherwise each takes a separate pass
             x, residual = scaled(x, scale), scaled_residual(residual, residual_scale)
             return self(x, activation, residual)
-        added = "add" if residual_scale is None else "add_scaled"
-        combination = "none" if residual is None else added
+        added = _combined(residual, residual_scale)
         out: Tensor = packed_linear(
-            x, *self._packed(), activation, residual, combination, scale, residual_scale
+            x, *self._packed(), activation, residual, added[0], scale, added[1]
         )
         return out
 
@@ -210,6 +204,13 @@ class PackedLinear:
                 bias = self._weight.new_zeros(len(self._weight))
             self._for_kernel = pack_weight(self._weight), bias.float()
         return self._for_kernel
+
+
+def _combined(residual: Tensor | None, scale: Tensor | None) -> tuple[str, Tensor | None]:
+    """The combination of a layer with ``residual * scale``, and the scale that the kernel takes."""
+    if residual is None:
+        return "none", None
+    return ("add", None) if scale is None else ("add_scaled", scale)
 
 
 class _Bytes(NamedTuple):
