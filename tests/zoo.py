@@ -22,7 +22,10 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
         "dinat_s_tiny",
         {"dims": (32, 64, 96, 128), "num_heads": (1, 2, 3, 4), "depths": (1, 2, 2, 1)},
     ),
-    "efficientvit": ("efficientvit_m0", {"depths": (1, 1, 1)}),
+    "efficientvit": (
+        "efficientvit_m0",
+        {"dims": (32, 64, 96), "num_heads": (2, 2, 3), "depths": (1, 1, 1)},
+    ),
     "favit": ("favit_b0", {"depths": (1, 1, 2, 1)}),
     "hat": (
         "hat_s_x2",
@@ -99,13 +102,13 @@ def small(family: str, **kwargs: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=2 * len(FAMILIES), typed=True)
-def _prototype(family: str, **kwargs: float) -> tuple[_Mould, torch.Tensor]:
+def _prototype(family: str, **kwargs: float) -> tuple[Mould, torch.Tensor]:
     """The model, and the state of the random numbers after its initialisation."""
     with torch.inference_mode(False):  # whatever the first test that wants it
-        return _Mould(_initialised(family, **kwargs)), torch.get_rng_state()
+        return Mould(_initialised(family, **kwargs)), torch.get_rng_state()
 
 
-class _Mould:
+class Mould:
     """Copies a model several times as fast as deepcopy: pickled, with its tensors kept apart."""
 
     def __init__(self, model: nn.Module) -> None:
@@ -156,7 +159,10 @@ def outlines() -> Iterator[None]:
 class _Uninitialised(TorchFunctionMode):
     """Skips what initialises values: without any, it would still take most of the time."""
 
-    SKIPPED = ("uniform_", "normal_", "erfinv_", "mul_", "add_", "clamp_", "fill_", "zero_")
+    SKIPPED = (
+        *("kaiming_uniform_", "kaiming_normal_", "trunc_normal_", "constant_", "ones_", "zeros_"),
+        *("uniform_", "normal_", "erfinv_", "mul_", "add_", "clamp_", "fill_", "zero_"),
+    )
 
     def __torch_function__(
         self,
