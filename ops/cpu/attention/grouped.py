@@ -13,15 +13,12 @@ import torch
 from torch import Tensor
 
 from ops.cpu.binding import kernel
-from ops.cpu.call import Addresses, Call, problem_of
+from ops.cpu.call import Call, sizes_of
 from ops.cpu.dispatch import require_dtype
-from ops.cpu.structures import structure
-from ops.cpu.tensors import dense
+from ops.cpu.tensors import dense_channels
 
 __all__ = [
     "LINE",
-    "PROBLEM",
-    "TENSORS",
     "ScoreTerms",
     "attend",
     "attend_regions",
@@ -33,9 +30,6 @@ __all__ = [
 
 _SMALL_MACS = 2e6
 LINE = 16  # queries per line, see ScoreTerms
-
-PROBLEM = structure("attention/group.h", "attention::Problem")
-TENSORS = structure("attention/group.h", "attention::Tensors")
 
 
 class ScoreTerms(NamedTuple):
@@ -194,36 +188,25 @@ def grouped_attention(
         _check_terms(query.shape[2], rows, key_rows, terms, lines, kinds)
 
     def arguments() -> Any:
-        q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (query, key, value))
+        q, k, v = map(dense_channels, (query, key, value))
         batch, queries, heads, dim = query.shape
         groups, tokens = (1, queries) if rows is None else rows.shape
         seen = rows if key_rows is None else key_rows
         region_keys = key.shape[1] if seen is None else seen.shape[1]
         chosen = 1 if routes is None else routes.shape[2]
         scores = batch * groups * heads * tokens * region_keys * chosen
-        problem = problem_of(
-            PROBLEM,
-            query,
-            "batch _ heads dim",
-            groups=groups,
-            queries=tokens,
-            region_keys=region_keys,
-            routes=chosen,
-            value_dim=value.shape[3],
-            query_stride=q.stride()[:3],
-            key_stride=k.stride()[:3],
-            value_stride=v.stride()[:3],
-            out_stride=out.stride()[:3],
-            term_lines=0 if terms is None else terms.shape[1],
-            scale=dim**-0.5 if scale is None else scale,
-            threads=attention_threads(scores * (dim + value.shape[3])),
-        )
-        tables = {"regions": routes, "terms": terms, "lines": lines, "kinds": kinds}
-        tensors = {
-            **{"query": q, "key": k, "value": v, "rows": rows, "key_rows": key_rows, "out": out},
-            **{n: dense(t) for n, t in tables.items()},
+        strided = {"query": q, "key": k, "value": v, "out": out}
+        return {
+            **sizes_of(query, "batch _ heads dim"),
+            **{"groups": groups, "queries": tokens, "region_keys": region_keys, "routes": chosen},
+            "value_dim": value.shape[3],
+            **{f"{name}_stride": t.stride()[:3] for name, t in strided.items()},
+            "term_lines": 0 if terms is None else terms.shape[1],
+            "scale": dim**-0.5 if scale is None else scale,
+            "threads": attention_threads(scores * (dim + value.shape[3])),
+            **strided,
+            "regions": None if routes is None else routes.contiguous(),
         }
-        return problem, Addresses(TENSORS, tensors)
 
     return Call(None, arguments if out.numel() else tuple)
 
