@@ -118,7 +118,7 @@ def arguments_by_name(parameters: Mapping[str, Any], given: Mapping[str, Any]) -
 
 
 def _argument(kind: Any, value: Any) -> Any:
-    if kind is None:
+    if kind is None or isinstance(value, ctypes.Structure):
         return value
     has_addresses = any(
         of is ctypes.c_void_p or issubclass(of, ctypes.Structure) for _, of in kind._fields_

@@ -46,7 +46,10 @@ def gated_out(
     qkvo: Tensor, bias: Tensor, row_table: Tensor, column_table: Tensor, num_heads: int
 ) -> Tensor:
     """Check the arguments of :func:`rank_augmented_attention` and allocate its result.
-    RuntimeError: a head_dim that :func:`unsupported_heads` rejects.
+
+    Raises:
+        ValueError: mismatched shapes or dtypes.
+        RuntimeError: a head_dim that :func:`unsupported_heads` rejects.
     """
     dim = bias.shape[-1]
     expected = (*bias.shape[:-1], 4 * dim)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -152,11 +153,7 @@ def _branch_starts(
         )
     if any(rows % 2 == 0 or columns % 2 == 0 for rows, columns, _ in kernels):
         raise ValueError(f"kernels of branches must be odd, got {kernels}")
-    starts = []
-    for _, _, width in kernels:
-        starts.append(start)
-        start += width
-    return starts
+    return list(accumulate((width for _, _, width in kernels[:-1]), initial=start))
 
 
 def _sizes(x: Tensor, out: Tensor, taps: Tensor) -> dict[str, Any]:

@@ -7,6 +7,7 @@ States, gates and sums are in float32.
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -181,9 +182,7 @@ def _heads(t: Tensor, first: int, width: int) -> dict[str, Any]:
     return {"data": begin, "batch": batch, "token": token, "head": width}
 
 
-def _sizes(batch: int, tokens: int, heads: int, dim: int, value_dim: int) -> dict[str, int]:
-    work = batch * tokens * heads * dim * value_dim
-    return {
-        **{"batch": batch, "tokens": tokens, "heads": heads, "dim": dim, "value_dim": value_dim},
-        "threads": threads_for(work, MACS),
-    }
+def _sizes(*sizes: int) -> dict[str, int]:
+    names = ("batch", "tokens", "heads", "dim", "value_dim")
+    named = dict(zip(names, sizes, strict=True))
+    return {**named, "threads": threads_for(math.prod(sizes), MACS)}

@@ -31,9 +31,6 @@ def shifted_mixtures(x: Tensor, shares: Tensor, groups: int = 1) -> Call:
 
     Returns:
         (rows, B, H, W, C), contiguous.
-
-    Raises:
-        ValueError: mismatched shapes or dtypes.
     """
     if x.ndim != 4 or shares.ndim != 2 or shares.shape[1] != x.shape[3]:
         raise ValueError(
