@@ -149,6 +149,7 @@ class Kernel:
             return self._dispatched(*args)
         return self._run_plain(args, tensors)
 
+    @torch.compiler.assume_constant_result
     def unsupported(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """``None`` if the kernel computes such tensors, else the reason.
 
