@@ -70,34 +70,9 @@ _MOST_PLANS = 256  # layouts remembered per kernel
 _UNKNOWN: Any = object()
 
 
-def kernel(
-    library: str,
-    function: str,
-    *,
-    returns: str = "Tensor",
-    mutates: Sequence[str] = (),
-    large_results: bool = False,
-    refuses: Callable[[torch.device, torch.dtype], str | None] | None = None,
-) -> Callable[[Callable[..., Call]], Kernel]:
-    """Decorator that makes a :class:`Kernel` from the function that describes its calls.
-
-    The description raises ValueErrors. It need not check whether the kernel is available.
-
-    Args:
-        library: the name of its source, ``ops/cpu/<folder>/<library>.cpp``.
-        function: the C function; it returns 0, or 1 if it ran out of memory.
-        returns: the return type in the schema.
-        mutates: parameters that are written to.
-        large_results: whether results may be large enough to benefit from huge pages.
-        refuses: returns why the kernel refuses a device and dtype that other kernels accept, or
-            None.
-    """
-
-    def made_of(describe: Callable[..., Call]) -> Kernel:
-        options = returns, mutates, large_results, refuses
-        return Kernel(describe, library, function, *options)
-
-    return made_of
+def kernel(library: str, function: str, **options: Any) -> Callable[[Callable[..., Call]], Kernel]:
+    """Decorator that makes a :class:`Kernel` from the function that describes its calls."""
+    return lambda describe: Kernel(describe, library, function, **options)
 
 
 class Kernel:
@@ -105,6 +80,16 @@ class Kernel:
 
     There are no gradients. Plans are cached by the layout of the arguments, since describing a call
     takes longer than computing a small map.
+
+    Args:
+        describe: checks the arguments, see :class:`ops.cpu.call.Call`.
+        library: the name of its source, ``ops/cpu/<folder>/<library>.cpp``.
+        function: the C function; it returns 0, or 1 if it ran out of memory.
+        returns: the return type in the schema.
+        mutates: parameters that are written to.
+        large_results: whether results may be large enough to benefit from huge pages.
+        refuses: returns why the kernel refuses a device and dtype that other kernels accept, or
+            None.
 
     Raises:
         ValueError: the description rejects the arguments.
@@ -117,10 +102,11 @@ class Kernel:
         describe: Callable[..., Call],
         library: str,
         function: str,
-        returns: str,
-        mutates: Sequence[str],
-        large_results: bool,
-        refuses: Callable[[torch.device, torch.dtype], str | None] | None,
+        *,
+        returns: str = "Tensor",
+        mutates: Sequence[str] = (),
+        large_results: bool = False,
+        refuses: Callable[[torch.device, torch.dtype], str | None] | None = None,
     ) -> None:
         functools.update_wrapper(self, describe)
         self.name, self.library, self.function = describe.__name__, library, function

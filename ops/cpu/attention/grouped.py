@@ -49,6 +49,9 @@ class ScoreTerms(NamedTuple):
     kinds: Tensor | None
 
 
+_NO_TERMS = (None, None, None)
+
+
 def attention_threads(macs: int) -> int:
     """The thread count: one for little work, where waking others takes longer."""
     return torch.get_num_threads() if macs >= _SMALL_MACS else 1
@@ -75,7 +78,7 @@ def attend(
         ValueError: mismatched shapes or dtypes.
         RuntimeError: the kernel is not available here.
     """
-    _attend(query, key, value, out, scale=scale)
+    grouped_attention(query, key, value, out, None, None, None, *_NO_TERMS, scale)
 
 
 def attend_regions(
@@ -107,7 +110,7 @@ def attend_regions(
     _require_all_tokens(query, rows)
     if out is None:
         out = value.new_empty(*query.shape[:3], value.shape[3])
-    _attend(query, key, value, out, rows, routes=routes, scale=scale)
+    grouped_attention(query, key, value, out, rows, None, routes, *_NO_TERMS, scale)
     return out
 
 
@@ -139,7 +142,7 @@ def attend_windows(
         RuntimeError: the kernel is not available here.
     """
     _require_all_tokens(query, rows)
-    _attend(query, key, value, out, rows, key_rows, terms=terms)
+    grouped_attention(query, key, value, out, rows, key_rows, None, *terms, None)
 
 
 def _require_all_tokens(query: Tensor, rows: Tensor) -> None:
@@ -147,22 +150,6 @@ def _require_all_tokens(query: Tensor, rows: Tensor) -> None:
         raise ValueError(
             f"rows must share out {query.shape[1]} tokens to regions, got {tuple(rows.shape)}"
         )
-
-
-def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    rows: Tensor | None = None,
-    key_rows: Tensor | None = None,
-    *,
-    routes: Tensor | None = None,
-    terms: ScoreTerms | None = None,
-    scale: float | None = None,
-) -> None:
-    of_terms: tuple[Tensor | None, ...] = (None, None, None) if terms is None else terms
-    grouped_attention(query, key, value, out, rows, key_rows, routes, *of_terms, scale)
 
 
 @kernel("attention", "attention_forward", returns="()", mutates=("out",))

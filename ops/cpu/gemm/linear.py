@@ -108,8 +108,8 @@ def packed_linear(
 
     def arguments() -> dict[str, Any]:
         added, other_stride = with_rows(other)
-        strides = {"combination": combination, "other_stride": other_stride}
-        return {**_inputs(x, bias, activation, scale, **strides), "other": added}
+        inputs = _inputs(x, bias, activation, scale, combination, other_stride)
+        return {**inputs, "other": added}
 
     return Call(x.new_empty(shape), arguments)
 
@@ -144,14 +144,20 @@ def _inputs(
     bias: Tensor,
     activation: str,
     scale: Tensor | None,
-    *,
+    combination: str = "none",
+    other_stride: int = 0,
     by_image: bool = False,
-    **options: Any,
 ) -> dict[str, Any]:
-    """Sizes and inputs of both kernels; ``options`` are those of :func:`linear_problem`."""
+    """Sizes and inputs of both kernels."""
     rows, in_stride = with_rows(x)
-    by_image = by_image or scale is not None
-    of_rows = {"in_stride": in_stride, "by_image": by_image}
-    problem = linear_problem(x, len(bias), activation, **of_rows, **options)
+    problem = linear_problem(
+        x,
+        len(bias),
+        activation,
+        combination,
+        in_stride=in_stride,
+        other_stride=other_stride,
+        by_image=by_image or scale is not None,
+    )
     dense_scale = None if scale is None else scale.float().contiguous()
     return {"problem": problem, "in": rows, "scale": dense_scale}

@@ -52,11 +52,13 @@ def packed_mlp(
     def arguments() -> dict[str, Any]:
         rows, in_stride = with_rows(x)
         other, other_stride = with_rows(residual)
-        second = {"in_features": len(bias1), "other_stride": other_stride}
+        second = linear_problem(
+            x, len(bias2), "none", added, in_features=len(bias1), other_stride=other_stride
+        )
         return {
             "first": linear_problem(x, len(bias1), activation, in_stride=in_stride),
             "before": {"in": rows, "weight": weight1, "bias": bias1},
-            "second": linear_problem(x, len(bias2), "none", added, **second),
+            "second": second,
             "after": {"weight": weight2, "bias": bias2, "other": other, "out": out},
         }
 

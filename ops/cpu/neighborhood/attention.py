@@ -94,7 +94,7 @@ def na_cpu_backward(
     inputs = (query, key, value, additional_keys, additional_values, rpb)
     empty = out.numel() == 0
     grads = [
-        query.new_empty(0) if t is None else torch.zeros_like(t) if empty else _dense_like(t)
+        query.new_empty(0) if t is None else torch.zeros_like(t) if empty else t.new_empty(t.shape)
         for t in inputs
     ]
     if rpb is not None:
@@ -114,10 +114,6 @@ def na_cpu_backward(
         }
 
     return Call(tuple(grads), tuple if empty else arguments)
-
-
-def _dense_like(t: Tensor) -> Tensor:
-    return t.new_empty(t.shape)
 
 
 def _empty_out(query: Tensor, value: Tensor) -> Tensor:

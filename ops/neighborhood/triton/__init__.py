@@ -70,8 +70,8 @@ def attend(*call: Any) -> tuple[Tensor, Tensor]:
 def _split(arguments: Sequence[Any]) -> tuple[tuple[Any, ...], NAParams]:
     """An operator's arguments as tensors and parameters."""
     *tensors, rpb, kernel_size, stride, dilation, is_causal, scale = arguments
-    windows = (tuple(axes) for axes in (kernel_size, stride, dilation, is_causal))
-    return (*tensors, None if rpb is None else rpb.contiguous()), NAParams(*windows, scale)
+    params = NAParams(tuple(kernel_size), tuple(stride), tuple(dilation), tuple(is_causal), scale)
+    return (*tensors, None if rpb is None else rpb.contiguous()), params
 
 
 @torch.library.custom_op(
@@ -84,7 +84,7 @@ def _attend_op(*arguments: Any) -> tuple[Tensor, Tensor]:
     from ops.neighborhood.triton import launch
 
     tensors, params = _split(arguments)
-    return launch.forward(*tensors, params)
+    return launch.forward(*tensors, params=params)
 
 
 @_attend_op.register_fake
@@ -112,7 +112,9 @@ def _backward_op(
     from ops.neighborhood.triton import launch
 
     tensors, params = _split(arguments)
-    grads = launch.backward(grad_out, grad_lse, *tensors, out, lse, params, needed)
+    grads = launch.backward(
+        grad_out, grad_lse, *tensors, out=out, lse=lse, params=params, needed=needed
+    )
     # Operators can't return None; an empty tensor replaces a gradient that is not needed.
     return tuple(out.new_empty(0) if grad is None else grad for grad in grads)
 
