@@ -219,22 +219,24 @@ class Kernel:
         contiguous (``x`` is the C function's ``in``), the result ``out``, and the dtype.
         """
         given = call.arguments()
-        if not isinstance(given, Mapping):
+        if not isinstance(given, dict):
             return given
-        of_function = parameters(self.library, self.function)
-        known = names_of(of_function)
+        of_function, known, shared = self._interface
         if not given.keys() <= known:
             raise TypeError(f"{self.function} takes no {sorted(given.keys() - known)}")
-        names = ["in" if p.name == "x" else p.name for p in self._parameters]
-        own = {
-            name: _contiguous(value)
-            for name, value in zip(names, args, strict=True)
-            if name in known and name not in given
-        }
+        own = {name: _contiguous(args[i]) for i, name in shared if name not in given}
         own["bfloat16"] = dtype == torch.bfloat16
         if isinstance(call.result, Tensor):
             own["out"] = call.result
         return arguments_by_name(of_function, {**own, **given})
+
+    @functools.cached_property
+    def _interface(self) -> tuple[Mapping[str, Any], set[str], list[tuple[int, str]]]:
+        """The C function's parameters, all names in them, and those of the operator's arguments."""
+        of_function = parameters(self.library, self.function)
+        known = names_of(of_function)
+        names = ("in" if p.name == "x" else p.name for p in self._parameters)
+        return of_function, known, [(i, n) for i, n in enumerate(names) if n in known]
 
     def _run_planned(self, tensors: Sequence[Tensor | None], plan: Plan) -> Any:
         results = [torch.empty_strided(n, step, dtype=kind) for n, step, kind in plan.results]

@@ -37,7 +37,7 @@ class Call(NamedTuple):
     """
 
     result: Any
-    arguments: Callable[[], Sequence[Any] | Mapping[str, Any]]
+    arguments: Callable[[], Sequence[Any] | dict[str, Any]]
 
     def results(self) -> list[Tensor]:
         """The allocated tensors."""
@@ -57,23 +57,23 @@ class Addresses(NamedTuple):
     """
 
     structure: Any
-    fields: Mapping[str, Any]
+    fields: dict[str, Any]
 
     def words(self) -> list[int | tuple[Tensor, int]]:
         """The 8-byte words in order: numbers, and tensors with offsets in bytes."""
         found: list[Any] = []
         for name, kind in self.structure._fields_:
-            value = _number(self.fields.get(name))
-            if isinstance(value, Mapping):
-                found += Addresses(kind, value).words()
+            value = self.fields.get(name)
+            if isinstance(value, Tensor):
+                found.append((value, 0))
             elif value is None:
                 found += [0] * (ctypes.sizeof(kind) // 8)
-            elif isinstance(value, Tensor):
-                found.append((value, 0))
+            elif isinstance(value, dict):
+                found += Addresses(kind, value).words()
             elif isinstance(value, float):
                 found += struct.unpack("=q", struct.pack("=d", value))
             else:
-                found.append(value)
+                found.append(_number(value))
         return found
 
 
@@ -84,7 +84,7 @@ def sizes_of(x: Tensor, axes: str) -> dict[str, int]:
     return named
 
 
-def numbers(structure: Any, fields: Mapping[str, Any]) -> Any:
+def numbers(structure: Any, fields: dict[str, Any]) -> Any:
     """A structure of numbers and arrays of numbers; activations are given by name."""
     known = {name: _number(fields[name]) for name, _ in structure._fields_ if name in fields}
     return structure(**known)
@@ -103,7 +103,7 @@ def names_of(parameters: Mapping[str, Any]) -> set[str]:
     return {*parameters, *(name for kind in kinds for name, _ in kind._fields_)}
 
 
-def arguments_by_name(parameters: Mapping[str, Any], given: Mapping[str, Any]) -> list[Any]:
+def arguments_by_name(parameters: Mapping[str, Any], given: dict[str, Any]) -> list[Any]:
     """The arguments of a C function in order.
 
     Args:
@@ -120,13 +120,16 @@ def arguments_by_name(parameters: Mapping[str, Any], given: Mapping[str, Any]) -
 def _argument(kind: Any, value: Any) -> Any:
     if kind is None or isinstance(value, ctypes.Structure):
         return value
-    has_addresses = any(
-        of is ctypes.c_void_p or issubclass(of, ctypes.Structure) for _, of in kind._fields_
-    )
+    has_addresses = _has_addresses(kind)
     if isinstance(value, list):
         made = [_argument(kind, fields) for fields in value]
         return made if has_addresses else (kind * len(made))(*made)
     return Addresses(kind, value) if has_addresses else numbers(kind, value)
+
+
+@functools.cache
+def _has_addresses(kind: Any) -> bool:
+    return any(of is ctypes.c_void_p or issubclass(of, ctypes.Structure) for _, of in kind._fields_)
 
 
 def words_of(argument: Any) -> list[int | tuple[Tensor, int]] | None:

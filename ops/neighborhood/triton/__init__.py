@@ -84,7 +84,7 @@ def _attend_op(*arguments: Any) -> tuple[Tensor, Tensor]:
     from ops.neighborhood.triton import launch
 
     tensors, params = _split(arguments)
-    return launch.forward(*tensors, params=params)
+    return launch.forward(*(*tensors, params))
 
 
 @_attend_op.register_fake
@@ -112,9 +112,7 @@ def _backward_op(
     from ops.neighborhood.triton import launch
 
     tensors, params = _split(arguments)
-    grads = launch.backward(
-        grad_out, grad_lse, *tensors, out=out, lse=lse, params=params, needed=needed
-    )
+    grads = launch.backward(grad_out, grad_lse, *(*tensors, out, lse, params, needed))
     # Operators can't return None; an empty tensor replaces a gradient that is not needed.
     return tuple(out.new_empty(0) if grad is None else grad for grad in grads)
 
