@@ -18,7 +18,8 @@ import torch
 from torch import Tensor
 
 __all__ = [
-    "SCHEMA",
+    "INPUTS",
+    "PARAMS",
     "NAParams",
     "axis_windows",
     "cross_index",
@@ -27,11 +28,13 @@ __all__ = [
     "window_of",
 ]
 
-SCHEMA = (
+INPUTS = (
     "Tensor query, Tensor key, Tensor value, Tensor? additional_keys, Tensor? additional_values, "
-    "Tensor? rpb, int[] kernel_size, int[] stride, int[] dilation, bool[] is_causal, float scale"
+    "Tensor? rpb"
 )
-"""The arguments of operators: the tensors of a call, then :attr:`NAParams.of_operators`."""
+"""The tensors of a call in the schemas of operators."""
+PARAMS = "int[] kernel_size, int[] stride, int[] dilation, bool[] is_causal, float scale"
+""":attr:`NAParams.of_operators` in the schemas of operators."""
 
 IntOrTensor = TypeVar("IntOrTensor", int, Tensor)
 
@@ -58,7 +61,7 @@ class NAParams:
 
     @property
     def of_operators(self) -> tuple[Any, ...]:
-        """As operators take them, see :data:`SCHEMA`; without ``return_lse``."""
+        """As operators take them, see :data:`PARAMS`; without ``return_lse``."""
         return (self.kernel_size, self.stride, self.dilation, self.is_causal, self.scale)
 
 

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ops.neighborhood._geometry import SCHEMA, NAParams
+from ops.neighborhood._geometry import INPUTS, PARAMS, NAParams
 from ops.neighborhood._tiles import Tiles, tiles_of_map
 
 __all__ = ["attend", "supports"]
@@ -45,7 +45,7 @@ def attend(*call: Any) -> tuple[Tensor, Tensor | None]:
 @torch.library.custom_op(
     "vision_backbones::na_tiled",
     mutates_args=(),
-    schema=f"({SCHEMA}, bool return_lse) -> (Tensor, Tensor)",
+    schema=f"({INPUTS}, {PARAMS}, bool return_lse) -> (Tensor, Tensor)",
 )
 def _forward(
     query: Tensor,
@@ -94,7 +94,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, 
 @torch.library.custom_op(
     "vision_backbones::na_tiled_backward",
     mutates_args=(),
-    schema=f"({SCHEMA}, Tensor grad_out, Tensor? grad_lse) -> Tensor[]",
+    schema=f"({INPUTS}, {PARAMS}, Tensor grad_out, Tensor? grad_lse) -> Tensor[]",
 )
 def _backward(
     query: Tensor,

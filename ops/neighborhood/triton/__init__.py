@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ops.neighborhood._geometry import SCHEMA, NAParams
+from ops.neighborhood._geometry import INPUTS, PARAMS, NAParams
 from ops.triton_devices import device_problem
 
 __all__ = ["attend", "supports"]
@@ -77,7 +77,7 @@ def _split(arguments: Sequence[Any]) -> tuple[tuple[Any, ...], NAParams]:
 @torch.library.custom_op(
     "vision_backbones::triton_neighborhood",
     mutates_args=(),
-    schema=f"({SCHEMA}) -> (Tensor, Tensor)",
+    schema=f"({INPUTS}, {PARAMS}) -> (Tensor, Tensor)",
 )
 def _attend_op(*arguments: Any) -> tuple[Tensor, Tensor]:
     # Imported on first use, since triton is optional.
@@ -97,38 +97,26 @@ def _(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, 
     "vision_backbones::triton_neighborhood_backward",
     mutates_args=(),
     schema=(
-        f"(Tensor grad_out, Tensor? grad_lse, Tensor out, Tensor lse, bool[] needed, {SCHEMA})"
-        " -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
+        f"(Tensor grad_out, Tensor? grad_lse, {INPUTS}, Tensor out, Tensor lse, {PARAMS}, "
+        "bool[] needed) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
 )
-def _backward_op(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    needed: list[bool],
-    *arguments: Any,
-) -> tuple[Tensor, ...]:
+def _backward_op(grad_out: Tensor, grad_lse: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
     from ops.neighborhood.triton import launch
 
-    tensors, params = _split(arguments)
+    inputs, (out, lse), (*parameters, needed) = arguments[:6], arguments[6:8], arguments[8:]
+    tensors, params = _split((*inputs, *parameters))
     grads = launch.backward(grad_out, grad_lse, *(*tensors, out, lse, params, needed))
     # Operators can't return None; an empty tensor replaces a gradient that is not needed.
     return tuple(out.new_empty(0) if grad is None else grad for grad in grads)
 
 
 @_backward_op.register_fake
-def _(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    needed: list[bool],
-    *arguments: Any,
-) -> tuple[Tensor, ...]:
+def _(grad_out: Tensor, grad_lse: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+    needed = arguments[-1]
     wanted = (needed[0], needed[1], needed[1], needed[2], needed[2], needed[3])
     return tuple(
-        tensor.new_empty(tensor.shape) if tensor is not None and want else out.new_empty(0)
+        tensor.new_empty(tensor.shape) if tensor is not None and want else grad_out.new_empty(0)
         for tensor, want in zip(arguments[:6], wanted, strict=True)
     )
 
@@ -141,8 +129,7 @@ def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tens
 def _backward(ctx: Any, grad_out: Tensor, grad_lse: Tensor | None) -> tuple[Any, ...]:
     needs = ctx.needs_input_grad
     needed = [needs[0], needs[1] or needs[2], needs[3] or needs[4], needs[5]]
-    *inputs, out, lse = ctx.saved_tensors
-    grads = _backward_op(grad_out, grad_lse, out, lse, needed, *inputs, *ctx.params)
+    grads = _backward_op(grad_out, grad_lse, *ctx.saved_tensors, *ctx.params, needed)
     used = (grad if need else None for grad, need in zip(grads, needs, strict=False))
     return (*used, None, None, None, None, None)
 
