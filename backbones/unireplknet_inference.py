@@ -21,6 +21,7 @@ class UniRepLKNetBlock(FastLayer, unireplknet.Block):
 
     followed: ClassVar = {"act": ("fc1",)}
     needs: ClassVar = {"se": FastSqueezeExcite, "fc1": FastLinear, "fc2": FastLinear}
+    kernels: ClassVar = (response_mlp,)
 
     def forward(self, x: Tensor) -> Tensor:
         if not runs_fast(x, self.fc1.weight):
@@ -45,7 +46,5 @@ class UniRepLKNetBlock(FastLayer, unireplknet.Block):
         return [*tensors_of(*layers), self.grn.weight]
 
     def derive(self, x: Tensor) -> PackedResponseMlp | None:
-        if response_mlp.unsupported(x.device, x.dtype) is not None:
-            return None
         se = self.se
         return PackedResponseMlp(se.fc1, se.fc2, self.fc1, self.fc2, self.grn.weight, self.grn.eps)

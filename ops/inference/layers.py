@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ops.cpu import policy
+from ops.cpu.binding import Kernel
 from ops.cpu.decisions import Decision, observe_decisions
 from ops.cpu.dispatch import takes_kernels
 from ops.cpu.gemm.convolution import PackedConv2d
@@ -125,9 +126,11 @@ class FastLayer(nn.Module):
     tensors have changed (:class:`ops.replay.changes.TensorSnapshot`) and after :meth:`forget`.
 
     Attributes:
+        kernels: what the fast path needs: without one of them, there are no derived data.
         decisions: the rules of :mod:`ops.cpu.policy` consulted in creating them.
     """
 
+    kernels: ClassVar[Sequence[Kernel]] = ()
     _derived: Any = None
     _made_from: TensorSnapshot | None = None
     decisions: Sequence[Decision] = ()
@@ -146,7 +149,8 @@ class FastLayer(nn.Module):
             decisions: list[Decision] = []
             # On the input's device, whatever the default device is.
             with torch.no_grad(), x.device, observe_decisions(decisions.append):
-                self._derived = self.derive(x)
+                missing = any(k.unsupported(x.device, x.dtype) is not None for k in self.kernels)
+                self._derived = None if missing else self.derive(x)
             self._made_from, self.decisions = made_from, decisions
         return self._derived
 

@@ -12,16 +12,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from ops.cpu.binding import kernel
-from ops.cpu.call import Addresses, Call, problem_of
+from ops.cpu.call import Call
 from ops.cpu.gemm.linear import no_products, pack_weight
-from ops.cpu.structures import structure
 from ops.cpu.tensors import bias_of
 from ops.cpu.threads import MACS, threads_for
 
 __all__ = ["PackedResponseMlp", "response_mlp"]
 
-_PROBLEM = structure("feed_forward/response_mlp.h", "response_mlp::Problem")
-_TENSORS = structure("feed_forward/response_mlp.h", "response_mlp::Tensors")
 # The order of the operator's weights.
 _WEIGHTS = (
     *("squeeze", "squeeze_bias", "excite", "excite_bias"),
@@ -92,23 +89,15 @@ def response_mlp(x: Tensor, shortcut: Tensor, weights: Sequence[Tensor], eps: fl
             f"shortcut must be {tuple(x.shape)}, {dtype}, got {tuple(shortcut.shape)}, "
             f"{shortcut.dtype}"
         )
-    out = x.new_empty(x.shape)
 
-    def arguments() -> Any:
+    def arguments() -> dict[str, Any]:
         squeezed, hidden = len(weights[1]), len(weights[6])
-        problem = problem_of(
-            _PROBLEM,
-            x,
-            images=len(x),
-            pixels=x.shape[1] * x.shape[2],
-            dim=dim,
-            squeezed=squeezed,
-            hidden=hidden,
-            eps=eps,
-            threads=threads_for(2 * x.numel() * hidden, MACS),
-        )
-        named = dict(zip(_WEIGHTS, weights, strict=True))
-        maps = {"in": x.contiguous(), "other": shortcut.contiguous(), "out": out}
-        return problem, Addresses(_TENSORS, {**maps, **named})
+        return {
+            **{"images": len(x), "pixels": x.shape[1] * x.shape[2]},
+            **{"dim": dim, "squeezed": squeezed, "hidden": hidden},
+            "threads": threads_for(2 * x.numel() * hidden, MACS),
+            "other": shortcut.contiguous(),
+            **dict(zip(_WEIGHTS, weights, strict=True)),
+        }
 
-    return Call(out, arguments)
+    return Call(x.new_empty(x.shape), arguments)
