@@ -264,6 +264,14 @@ class FastLinear(ActivatedLayer, nn.Linear):
         out = self(x, scale=scale)
         return out, (out * out).flatten(1, -2).sum(1)
 
+    def in_bytes(self, x: Tensor) -> Any:
+        """For a kernel of a whole block: what it computes this layer with in 8 bits, else None."""
+        packed = self.derived(x) if self.quantization is not None else None
+        if packed is None or packed.in_bytes is None:
+            return None
+        packed.has_multiplied_bytes = True
+        return packed.in_bytes
+
     def derive(self, x: Tensor) -> PackedLinear:
         return PackedLinear(self.weight, self.bias, self.quantization)
 
