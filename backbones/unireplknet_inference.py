@@ -48,7 +48,8 @@ class UniRepLKNetBlock(FastLayer, unireplknet.Block):
     def derive(self, x: Tensor) -> PackedResponseMlp | None:
         if response_mlp.unsupported(x.device, x.dtype) is not None:
             return None
-        se, layers = self.se, (self.fc1, self.fc2)
+        se = self.se
+        layers: tuple[Any, Any] = (self.fc1, self.fc2)
         in_bytes: list[Any] = [None, None]
         if is_quantized(*layers) and policy.response_mlp_by_bytes(self.fc1.in_features):
             in_bytes = [layer.in_bytes(x) for layer in layers]
