@@ -20,6 +20,7 @@ from ops.inference import conversion
 from ops.inference.layers import convert
 from ops.reparam import fuse_children
 from ops.replay.module import recorded_form
+from ops.rounding import round_filters
 
 __all__ = ["FusableBackbone"]
 
@@ -71,8 +72,8 @@ class FusableBackbone(nn.Module):
         Args:
             dtype: convert the parameters after folding, for example to ``torch.bfloat16``; images
                 must then have that dtype. On CPUs with bfloat16 arithmetic (AMX, AVX512-BF16) this
-                takes about half the time of float32, on others the same. ``torch.int8``: see above.
-                Default: unchanged.
+                takes about half the time of float32, on others the same. Filters keep their
+                sums (:mod:`ops.rounding`). ``torch.int8``: see above. Default: unchanged.
             channels_last: False: only fold. True: use the channels-last format on any device.
                 ``"auto"``: use it where it was measured to be faster, which is on the CPU.
             calibrate: for ``torch.int8``: batches of preprocessed images (or tuples that begin with
@@ -110,6 +111,7 @@ class FusableBackbone(nn.Module):
                 unquantize(self)
                 self._precision = None
             if dtype is not None:
+                round_filters(self, dtype)
                 self.to(dtype)
             if channels_last is not False and conversion.to_channels_last(
                 self, always=channels_last is True
