@@ -67,7 +67,7 @@ def test_is_the_linear_layer(
     expected = _COMBINED[combination](activated, other, other_scale)
     out = packed_linear(x, *packed, activation, other, combination, scale, other_scale)
     # Relative to the sums without cancellation.
-    bound = F.linear(scaled.abs(), weight.abs()).max() + 1
+    bound = F.linear(scaled.abs(), weight.abs(), bias.abs()).max()
     bound = bound * (1 if other is None else 1 + other.abs().max())
     bound = bound * (1 if other_scale is None else 1 + other_scale.abs().max())
     tolerance = LINEAR_DTYPES[dtype] * bound
