@@ -32,6 +32,8 @@ class LITv2Block(litv2.Block):
 class LITv2DeformableConv2d(FastConv2d, litv2.DeformableConv2d):
     """Sampling, linear map and activation in one kernel."""
 
+    kernels: ClassVar = (deformable_conv2d,)
+
     def forward(self, x: Tensor) -> Tensor:
         derived = self.derived(x)
         if derived is None:
@@ -41,7 +43,5 @@ class LITv2DeformableConv2d(FastConv2d, litv2.DeformableConv2d):
         return out
 
     def derive(self, x: Tensor) -> Any:
-        if deformable_conv2d.unsupported(x.device, x.dtype) is not None:
-            return None
         assert self.bias is not None
         return pack_taps(self.weight), self.bias.detach().float()

@@ -19,6 +19,7 @@ class ProxylessNASBlock(FastLayer, proxylessnas.MBConv):
     """The last layer adds the shortcut; all run in one pass where it pays."""
 
     needs: ClassVar = {"project": FastPointwiseConv2d}
+    kernels: ClassVar = (depthwise_mlp,)
 
     def forward(self, x: Tensor) -> Tensor:
         shortcut = x if self.has_shortcut else None
@@ -36,8 +37,6 @@ class ProxylessNASBlock(FastLayer, proxylessnas.MBConv):
         return [m for part in parts for m in part.modules() if isinstance(m, nn.Conv2d)]
 
     def derive(self, x: Tensor) -> PackedDepthwiseMlp | None:
-        if depthwise_mlp.unsupported(x.device, x.dtype) is not None:
-            return None
         *expand, dwconv, project = self._layers()
         if not PackedDepthwiseMlp.takes(dwconv, is_first=not expand):
             return None

@@ -7,10 +7,11 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from backbones import unireplknet
+from ops.cpu import policy
 from ops.cpu.feed_forward.response_mlp import PackedResponseMlp, response_mlp
 from ops.inference.conv import FastSqueezeExcite
 from ops.inference.forms import stands_for
-from ops.inference.layers import FastLayer, FastLinear, runs_fast, tensors_of
+from ops.inference.layers import FastLayer, FastLinear, is_quantized, runs_fast, tensors_of
 
 __all__ = ["UniRepLKNetBlock"]
 
@@ -21,6 +22,7 @@ class UniRepLKNetBlock(FastLayer, unireplknet.Block):
 
     followed: ClassVar = {"act": ("fc1",)}
     needs: ClassVar = {"se": FastSqueezeExcite, "fc1": FastLinear, "fc2": FastLinear}
+    kernels: ClassVar = (response_mlp,)
 
     def forward(self, x: Tensor) -> Tensor:
         if not runs_fast(x, self.fc1.weight):
@@ -45,7 +47,9 @@ class UniRepLKNetBlock(FastLayer, unireplknet.Block):
         return [*tensors_of(*layers), self.grn.weight]
 
     def derive(self, x: Tensor) -> PackedResponseMlp | None:
-        if response_mlp.unsupported(x.device, x.dtype) is not None:
-            return None
         se = self.se
-        return PackedResponseMlp(se.fc1, se.fc2, self.fc1, self.fc2, self.grn.weight, self.grn.eps)
+        layers: tuple[Any, Any] = (self.fc1, self.fc2)
+        in_bytes: list[Any] = [None, None]
+        if is_quantized(*layers) and policy.response_mlp_by_bytes(self.fc1.in_features):
+            in_bytes = [layer.in_bytes(x) for layer in layers]
+        return PackedResponseMlp(se.fc1, se.fc2, *layers, self.grn.weight, self.grn.eps, in_bytes)

@@ -28,6 +28,7 @@ class ViGAttention(FastLayer, vig_blocks.JoinedAttention):
 
     followed: ClassVar = {"act": ("dwconv",)}
     needs: ClassVar = {"joined": FastLinear, "decay_up": FastLinear, "proj": FastLinear}
+    kernels: ClassVar = (mixed_scan,)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         norms = self.derived(x)
@@ -45,8 +46,6 @@ class ViGAttention(FastLayer, vig_blocks.JoinedAttention):
         return [self.norm.weight, self.local_norm.weight]
 
     def derive(self, x: Tensor) -> tuple[Any, ...] | None:
-        if mixed_scan.unsupported(x.device, x.dtype) is not None:
-            return None
         weights = (norm.weight.detach().float() for norm in (self.norm, self.local_norm))
         act = "silu" if isinstance(self.out_act, nn.SiLU) else "none"
         return (*weights, self.num_heads, vig_blocks.HEAD_NORM_EPS, act)

@@ -36,6 +36,7 @@ class VRWKVAttention(FastLayer, vrwkv_blocks.WKVAttention):
     """One kernel for mixing, one for scan and gate; the last layer adds the shortcut."""
 
     needs: ClassVar = dict.fromkeys(("key", "value", "receptance", "proj"), FastLinear)
+    kernels: ClassVar = (bi_wkv_forward,)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         derived = self.derived(x)
@@ -59,8 +60,6 @@ class VRWKVAttention(FastLayer, vrwkv_blocks.WKVAttention):
         return [self.mix_k, self.mix_v, self.mix_r, self.decay, self.first]
 
     def derive(self, x: Tensor) -> _Scan | None:
-        if bi_wkv_forward.unsupported(x.device, x.dtype) is not None:
-            return None
         mixes = (self.mix_k, self.mix_v, self.mix_r)
         return _Scan(torch.cat([mix.detach().float().flatten(1) for mix in mixes]), {})
 
@@ -94,6 +93,7 @@ class VRWKVGatedScan(FastLayer, vrwkv_blocks.GatedScan):
     """Computes the five mixtures at once; a linear layer applies the gate."""
 
     needs: ClassVar = dict.fromkeys(("key", "value", "receptance", "proj"), FastLinear)
+    kernels: ClassVar = (gated_scan, shifted_mixtures, layer_norm)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         derived = self.derived(x)
@@ -130,9 +130,6 @@ class VRWKVGatedScan(FastLayer, vrwkv_blocks.GatedScan):
         return [*mixes, *low, self.first, self.norm.weight, self.norm.bias, self.gate.weight]
 
     def derive(self, x: Tensor) -> _GatedScan | None:
-        for needed in (gated_scan, shifted_mixtures, layer_norm):
-            if needed.unsupported(x.device, x.dtype) is not None:
-                return None
         mixes = (self.mix_w, self.mix_k, self.mix_v, self.mix_r, self.mix_g)
         mix_x = self.mix_x.detach().float().flatten()
         return _GatedScan(
@@ -161,6 +158,7 @@ class VRWKVMlp(FastLayer, vrwkv_blocks.GatedSquaredMlp):
     """One kernel mixes, the first layer applies its ReLU; the rest takes few passes."""
 
     needs: ClassVar = dict.fromkeys(("key", "value", "receptance"), FastLinear)
+    kernels: ClassVar = (shifted_mixtures,)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         derived = self.derived(x)
@@ -176,8 +174,6 @@ class VRWKVMlp(FastLayer, vrwkv_blocks.GatedSquaredMlp):
         return [self.mix_k, self.mix_r, self.key.weight]
 
     def derive(self, x: Tensor) -> _Mlp | None:
-        if shifted_mixtures.unsupported(x.device, x.dtype) is not None:
-            return None
         mixes = (self.mix_k, self.mix_r)
         shares = torch.cat([mix.detach().float().flatten(1) for mix in mixes])
         return _Mlp(shares, PackedLinear(self.key.weight, None))

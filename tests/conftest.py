@@ -35,12 +35,16 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 @pytest.hookimpl(wrapper=True)
-def pytest_collection() -> Generator[None, object, object]:
+def pytest_collection(session: pytest.Session) -> Generator[None, object, object]:
     """Exempt what is imported and collected, millions of objects, from garbage collections.
 
     Those of the tests, which took 6 % of their time, become rarer.
     """
     gc.disable()
+    if hasattr(session.config, "workerinput"):
+        # A worker of pytest-xdist needs it, and it collects garbage when it is imported, which
+        # takes long once torch is there.
+        import hypothesis  # noqa: F401
     gc.set_threshold(20_000, 10, 10)
     try:
         return (yield)

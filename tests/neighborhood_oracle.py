@@ -6,7 +6,6 @@ and the attention is a dense masked softmax over all pairs.
 
 from __future__ import annotations
 
-import itertools
 import math
 import random
 from collections.abc import Callable
@@ -186,23 +185,24 @@ def window(
 
 def brute_force(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor]:
     """Out (B, *S, H, D_v) and lse (B, *S, H), from all pairs of positions, in the inputs' dtype."""
-    n = math.prod(case.size)
     device = inputs.query.device
-    mask = torch.zeros(n, n, dtype=torch.bool)
-    # Index of each pair's entry in the flattened rpb; 0 for masked pairs.
-    offset = torch.zeros(n, n, dtype=torch.long)
-    axes = list(
-        zip(case.size, case.kernel_size, case.stride, case.dilation, case.is_causal, strict=True)
-    )
-    for row, query in enumerate(itertools.product(*(range(size) for size in case.size))):
-        windows = [window(i, *axis) for i, axis in zip(query, axes, strict=True)]
-        for key in itertools.product(*windows):
-            column = entry = 0
-            for i, j, (size, kernel_size, _, dilation, _) in zip(query, key, axes, strict=True):
-                column = column * size + j
-                entry = entry * (2 * kernel_size - 1) + (j - i) // dilation + kernel_size - 1
-            mask[row, column] = True
-            offset[row, column] = entry
+    # Whether the first position of a pair sees the second, and the entry of the flattened rpb.
+    mask = torch.ones(1, 1, dtype=torch.bool)
+    entry = torch.zeros(1, 1, dtype=torch.long)
+    for axis in zip(
+        case.size, case.kernel_size, case.stride, case.dilation, case.is_causal, strict=True
+    ):
+        size, kernel_size, _, dilation, _ = axis
+        seen = torch.zeros(size, size, dtype=torch.bool)
+        for i in range(size):
+            seen[i, window(i, *axis)] = True
+        apart = torch.arange(size) - torch.arange(size)[:, None]
+        along = torch.where(seen, apart // dilation + kernel_size - 1, 0)
+        whole = len(mask) * size  # positions on this axis and those before it
+        mask = (mask[:, None, :, None] & seen[:, None]).reshape(whole, whole)
+        entry = entry[:, None, :, None] * (2 * kernel_size - 1) + along[:, None]
+        entry = entry.reshape(whole, whole)
+    entry *= mask
 
     # (B, *S, H, D) → (B, H, n, D); a key head serves heads // kv_heads query heads.
     def dense(tensor: Tensor, repeats: int) -> Tensor:
@@ -217,7 +217,7 @@ def brute_force(case: Case, inputs: Inputs) -> tuple[Tensor, Tensor]:
     scale = case.dim**-0.5 if case.scale is None else case.scale
     scores = query @ key.transpose(-2, -1) * scale
     if inputs.rpb is not None:
-        scores = scores + inputs.rpb.flatten(1)[:, offset.to(device)]
+        scores = scores + inputs.rpb.flatten(1)[:, entry.to(device)]
     scores = scores.masked_fill(~mask.to(device), -math.inf)
     if inputs.additional_keys is not None and inputs.additional_values is not None:
         extra = dense(inputs.additional_keys, repeats)

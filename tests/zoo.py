@@ -20,7 +20,10 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
         "dinat_s_tiny",
         {"dims": (32, 64, 96, 128), "num_heads": (1, 2, 3, 4), "depths": (1, 2, 2, 1)},
     ),
-    "efficientvit": ("efficientvit_m0", {"depths": (1, 1, 1)}),
+    "efficientvit": (
+        "efficientvit_m0",
+        {"dims": (32, 64, 96), "num_heads": (2, 2, 3), "depths": (1, 1, 1)},
+    ),
     "favit": ("favit_b0", {"depths": (1, 1, 2, 1)}),
     "hat": (
         "hat_s_x2",
@@ -97,13 +100,13 @@ def small(family: str, **kwargs: Any) -> Any:
 
 
 @functools.lru_cache(maxsize=2 * len(FAMILIES), typed=True)
-def _prototype(family: str, **kwargs: float) -> tuple[_Mould, torch.Tensor]:
+def _prototype(family: str, **kwargs: float) -> tuple[Mould, torch.Tensor]:
     """The model, and the state of the random numbers after its initialisation."""
     with torch.inference_mode(False):  # whatever the first test that wants it
-        return _Mould(_initialised(family, **kwargs)), torch.get_rng_state()
+        return Mould(_initialised(family, **kwargs)), torch.get_rng_state()
 
 
-class _Mould:
+class Mould:
     """Copies a model several times as fast as deepcopy: pickled, with its tensors kept apart."""
 
     def __init__(self, model: nn.Module) -> None:

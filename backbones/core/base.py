@@ -7,35 +7,22 @@ optimizers and our checkpoint loader need is derived from those.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from timm.models import adapt_input_conv
 from torch import Tensor, nn
 
-from backbones.core.fused import FusedBackbone
+from backbones.core.fusable import FusableBackbone
 from backbones.core.keywords import KEYWORDS, POOLINGS, check, checked, one_of
-from backbones.core.quantization import (
-    Precision,
-    check_quantization,
-    confirm,
-    quantize,
-    unquantize,
-)
 from backbones.core.stage import Stage
 from ops.arguments import require_tensor
-from ops.inference import conversion
-from ops.inference.layers import convert
-from ops.reparam import fuse_children
-from ops.replay.module import recorded_form
 
 __all__ = ["StagedBackbone", "check_format"]
 
-_DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # that models run in
 
-
-class StagedBackbone(nn.Module):
+class StagedBackbone(FusableBackbone):
     """Stem → stages → norm → head.
 
     Subclasses set ``stem``, ``stages``, ``norm`` and ``head`` (with ``reset(num_classes,
@@ -60,10 +47,7 @@ class StagedBackbone(nn.Module):
     classifies_maps: bool = False
     poolings: tuple[str, ...] = POOLINGS
 
-    _precision: Precision | None = None
-
     stem: nn.Module
-    stages: nn.Sequential
     norm: nn.Module
     head: Any
 
@@ -330,124 +314,6 @@ class StagedBackbone(nn.Module):
     def no_weight_decay(self) -> set[str]:
         """Names of the parameters without weight decay."""
         return {n for n, _ in self.named_parameters() if n.rsplit(".", 1)[-1] in self.undecayed}
-
-    # -- inference -------------------------------------------------------------------------------
-
-    def fuse(
-        self,
-        dtype: torch.dtype | None = None,
-        channels_last: bool | Literal["auto"] = "auto",
-        *,
-        calibrate: Iterable[Any] | Tensor | None = None,
-        max_drop: float | None = None,
-    ) -> StagedBackbone:
-        """Optimise the model for inference: fold layers, then choose memory format and kernels.
-
-        Norms, branches and scales are folded into adjacent layers. Then, on a CPU with oneDNN, the
-        layers get their inference forms (:mod:`ops.inference`), which use the channels-last format.
-        Names and state dict are those of the folded model; outputs are equal up to rounding. The
-        model supports gradients with respect to images, but not to parameters. ``torch.compile``
-        and ``torch.export`` see the plain form of the folded model. For each input layout, the
-        second call is captured, and later calls are replayed without Python between the kernels
-        until the model changes (:mod:`ops.replay.module`).
-
-        Changes are detected if weights and buffers are modified by torch functions, get other
-        memory (``p.data = …``, ``vector_to_parameters``) or are replaced, and if hooks change;
-        replacing a layer raises an error. Writes that torch cannot see, such as through NumPy or in
-        place through ``.data``, take effect after the next call of ``fuse()``.
-
-        Modifies the model in place, puts it in eval mode and returns it; a second call has no
-        effect. Afterwards ``train()`` raises.
-
-        With ``torch.int8``, linear layers and pointwise convolutions multiply bytes: weights with a
-        scale for each output, inputs with one for each row, or with fixed ones of a calibration.
-        Everything else, and layers whose blocks have a kernel of their own, computes as before.
-        Parameters, maps and images are in bfloat16 where the CPU multiplies it, else in float32;
-        :attr:`precision` says which, and lists the layers. Where 8 bits are not faster (no
-        AVX512-VNNI, AVX-VNNI or AMX), the model stays in float32 and a warning says so, once.
-
-        Args:
-            dtype: convert the parameters after folding, for example to ``torch.bfloat16``; images
-                must then have that dtype. On CPUs with bfloat16 arithmetic (AMX, AVX512-BF16) this
-                takes about half the time of float32, on others the same. ``torch.int8``: see above.
-                Default: unchanged.
-            channels_last: False: only fold. True: use the channels-last format on any device.
-                ``"auto"``: use it where it was measured to be faster, which is on the CPU.
-            calibrate: for ``torch.int8``: batches of preprocessed images (or tuples that begin with
-                one), from which inputs get fixed ranges; each is run a few times. Default: ranges
-                of each row.
-            max_drop: for ``torch.int8``: the largest relative error of the output,
-                ‖int8 − float‖ / ‖float‖, on the images of ``calibrate`` or on random ones. The most
-                sensitive layers stay in floats, which takes a run for each layer to find out.
-                Default: all layers in 8 bits.
-
-        Raises:
-            ValueError: ``dtype`` is not floating-point or int8, another argument is invalid, or
-                ``calibrate`` or ``max_drop`` are given for another dtype.
-            TypeError: ``dtype`` is not a torch.dtype, for example a string.
-        """
-        if dtype is not None and dtype not in (*_DTYPES, torch.int8):
-            kind = TypeError if not isinstance(dtype, torch.dtype) else ValueError
-            raise kind(
-                f"dtype must be a floating-point one, {', '.join(map(str, _DTYPES))}, or "
-                f"torch.int8; got {dtype!r}"
-            )
-        check_quantization(dtype, channels_last, calibrate, max_drop)
-        if not isinstance(channels_last, bool) and channels_last != "auto":
-            raise ValueError(f"channels_last must be True, False or 'auto', got {channels_last!r}")
-        with torch.inference_mode(False):
-            self.eval()
-            conversion.leave_inference_mode(self)
-            conversion.restore_plain_forms(self)
-            fuse_children(self)
-            quantized: Precision | None = None
-            if dtype == torch.int8:
-                self._precision = quantized = quantize(self, calibrate, max_drop)
-                dtype = getattr(torch, quantized.dtype)
-            elif dtype is not None:
-                unquantize(self)
-                self._precision = None
-            if dtype is not None:
-                self.to(dtype)
-            if channels_last is not False and conversion.to_channels_last(
-                self, always=channels_last is True
-            ):
-                whole: Any = convert(self, recorded_form(type(self), FusedBackbone))
-                whole.remember_parts()
-                if quantized is not None:
-                    confirm(whole, quantized)
-        return self
-
-    def load_state_dict(
-        self, state_dict: Mapping[str, Any], strict: bool = True, assign: bool = False
-    ) -> Any:
-        """Like ``nn.Module.load_state_dict``, but rejects weights from before :meth:`fuse`."""
-        if self.fused and strict and (foreign := state_dict.keys() - self.state_dict().keys()):
-            raise RuntimeError(
-                f"{type(self).__name__} has been fused and needs weights that were saved after "
-                f"fuse(), not {min(foreign)} and {len(foreign) - 1} other tensors: load weights "
-                "from before fuse() into a new model, then fuse it"
-            )
-        return super().load_state_dict(state_dict, strict, assign)
-
-    @property
-    def precision(self) -> Precision | None:
-        """The layers that compute in 8 bits, after ``fuse(torch.int8)``; else None."""
-        return self._precision
-
-    @property
-    def fused(self) -> bool:
-        """Whether :meth:`fuse` (or timm's ``reparameterize_model``) has been called."""
-        return any(stage.fused for stage in self.stages)
-
-    def train(self, mode: bool = True) -> StagedBackbone:
-        """Like ``nn.Module.train``; raises for a fused model, whose norms are folded."""
-        if mode and self.fused:
-            raise RuntimeError(
-                f"{type(self).__name__} has been fused for inference and cannot be trained; "
-                "create the model again, or keep a copy.deepcopy from before fuse()"
-            )
-        return super().train(mode)
 
 
 def check_format(output_fmt: str) -> None:

@@ -11,7 +11,12 @@ from torch.overrides import TorchFunctionMode
 
 __all__ = ["outlines"]
 
-_SKIPPED = frozenset(("uniform_", "normal_", "erfinv_", "mul_", "add_", "clamp_", "fill_", "zero_"))
+_SKIPPED = frozenset(
+    (
+        *("kaiming_uniform_", "kaiming_normal_", "trunc_normal_", "constant_", "ones_", "zeros_"),
+        *("uniform_", "normal_", "erfinv_", "mul_", "add_", "clamp_", "fill_", "zero_"),
+    )
+)
 
 
 @contextmanager

@@ -258,7 +258,7 @@ def fuse(
     """Optimise every backbone inside ``model`` for inference.
 
     Modifies ``model`` in place and returns it. For the arguments and their errors see
-    :meth:`StagedBackbone.fuse`; ``dtype`` converts only the backbones.
+    :meth:`backbones.core.fusable.FusableBackbone.fuse`; ``dtype`` converts only the backbones.
 
     Raises:
         TypeError: ``model`` is not a module.

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from ops.autocast import without_autocast
+from ops.backends import backend_named
 from ops.bi_wkv import chunked, cpu, reference, triton
 
 __all__ = ["BACKENDS", "bi_wkv"]
@@ -68,7 +69,7 @@ def bi_wkv(
     with without_autocast(key.device):
         exact = torch.promote_types(key.dtype, torch.float32)
         inputs = (key.to(exact), value.to(exact), decay.to(exact), first.to(exact), segments)
-        chosen = _best(inputs) if backend is None else _forced(backend, inputs)
+        chosen = _best(inputs) if backend is None else backend_named(backend, BACKENDS, *inputs)
         if key.numel() == 0:
             chosen = reference
         out: Tensor = chosen.attend(*inputs)
@@ -111,13 +112,3 @@ def _best(inputs: Inputs) -> ModuleType:
         if cpu.supports(*inputs) is None:
             return cpu
     return chunked
-
-
-def _forced(backend: str, inputs: Inputs) -> ModuleType:
-    """The backend of this name, if it supports the call."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
-    reason = BACKENDS[backend].supports(*inputs)
-    if reason is not None:
-        raise NotImplementedError(f"backend {backend!r} cannot do this call: {reason}")
-    return BACKENDS[backend]

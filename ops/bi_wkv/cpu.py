@@ -24,12 +24,7 @@ def supports(
 
     The first call may compile the kernel, which takes a few seconds.
     """
-    return _unsupported(key.device, key.dtype)
-
-
-@torch.compiler.assume_constant_result
-def _unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
-    return bi_wkv_forward.unsupported(device, dtype)
+    return bi_wkv_forward.unsupported(key.device, key.dtype)
 
 
 def attend(

@@ -1,9 +1,10 @@
 """The binding of kernels to torch: schema, dispatch, arguments, errors, capture.
 
 A kernel is described by a Python function of the same name that checks its arguments, allocates the
-results and returns the arguments of the C function. :func:`kernel` registers it as a torch operator
-(with a meta implementation for ``torch.compile`` and ``torch.export``) and bypasses torch's
-dispatcher where that would only call the kernel: dispatch takes longer than computing a small map.
+results and names the arguments of the C function that differ from its own. :func:`kernel` registers
+it as a torch operator (with a meta implementation for ``torch.compile`` and ``torch.export``) and
+bypasses torch's dispatcher where that would only call the kernel: dispatch takes longer than
+computing a small map.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from __future__ import annotations
 import functools
 import inspect
 import threading
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -19,10 +20,11 @@ from torch import Tensor
 
 from ops.cpu import policy
 from ops.cpu.build import status, unavailable_reason
-from ops.cpu.call import Call, pack, require_same_bytes
+from ops.cpu.call import Call, arguments_by_name, names_of, pack, require_same_bytes
 from ops.cpu.dispatch import is_plain_call
 from ops.cpu.huge_pages import ask_for_huge_pages
 from ops.cpu.plan import Plan, Signature
+from ops.cpu.structures import parameters
 
 __all__ = ["Kernel", "Observer", "kernel", "observed_by", "registered"]
 
@@ -68,32 +70,9 @@ _MOST_PLANS = 256  # layouts remembered per kernel
 _UNKNOWN: Any = object()
 
 
-def kernel(
-    library: str,
-    function: str,
-    *,
-    returns: str = "Tensor",
-    mutates: Sequence[str] = (),
-    large_results: bool = False,
-    refuses: Callable[[torch.device, torch.dtype], str | None] | None = None,
-) -> Callable[[Callable[..., Call]], Kernel]:
-    """Decorator that makes a :class:`Kernel` from the function that describes its calls.
-
-    Args:
-        library: the name of its source, ``ops/cpu/<folder>/<library>.cpp``.
-        function: the C function; it returns 0, or 1 if it ran out of memory.
-        returns: the return type in the schema.
-        mutates: parameters that are written to.
-        large_results: whether results may be large enough to benefit from huge pages.
-        refuses: returns why the kernel refuses a device and dtype that other kernels accept, or
-            None.
-    """
-
-    def made_of(describe: Callable[..., Call]) -> Kernel:
-        options = returns, mutates, large_results, refuses
-        return Kernel(describe, library, function, *options)
-
-    return made_of
+def kernel(library: str, function: str, **options: Any) -> Callable[[Callable[..., Call]], Kernel]:
+    """Decorator that makes a :class:`Kernel` from the function that describes its calls."""
+    return lambda describe: Kernel(describe, library, function, **options)
 
 
 class Kernel:
@@ -101,6 +80,16 @@ class Kernel:
 
     There are no gradients. Plans are cached by the layout of the arguments, since describing a call
     takes longer than computing a small map.
+
+    Args:
+        describe: checks the arguments, see :class:`ops.cpu.call.Call`.
+        library: the name of its source, ``ops/cpu/<folder>/<library>.cpp``.
+        function: the C function; it returns 0, or 1 if it ran out of memory.
+        returns: the return type in the schema.
+        mutates: parameters that are written to.
+        large_results: whether results may be large enough to benefit from huge pages.
+        refuses: returns why the kernel refuses a device and dtype that other kernels accept, or
+            None.
 
     Raises:
         ValueError: the description rejects the arguments.
@@ -113,10 +102,11 @@ class Kernel:
         describe: Callable[..., Call],
         library: str,
         function: str,
-        returns: str,
-        mutates: Sequence[str],
-        large_results: bool,
-        refuses: Callable[[torch.device, torch.dtype], str | None] | None,
+        *,
+        returns: str = "Tensor",
+        mutates: Sequence[str] = (),
+        large_results: bool = False,
+        refuses: Callable[[torch.device, torch.dtype], str | None] | None = None,
     ) -> None:
         functools.update_wrapper(self, describe)
         self.name, self.library, self.function = describe.__name__, library, function
@@ -145,6 +135,7 @@ class Kernel:
             return self._dispatched(*args)
         return self._run_plain(args, tensors)
 
+    @torch.compiler.assume_constant_result
     def unsupported(self, device: torch.device, dtype: torch.dtype) -> str | None:
         """``None`` if the kernel computes such tensors, else the reason.
 
@@ -206,7 +197,7 @@ class Kernel:
             return call, ()
         if self._large_results:
             ask_for_huge_pages(*results)
-        arguments = call.arguments()
+        arguments = self._arguments(args, call, first.dtype)
         if not arguments:
             return call, ()
         library = status(self.library).library
@@ -221,6 +212,32 @@ class Kernel:
             observer.kernel_returned(self, given, call.result)
         return call, arguments
 
+    def _arguments(self, args: tuple[Any, ...], call: Call, dtype: torch.dtype) -> Sequence[Any]:
+        """The arguments of the C function.
+
+        What the description doesn't name are the operator's arguments of that name, made
+        contiguous (``x`` is the C function's ``in``), the result ``out``, and the dtype.
+        """
+        given = call.arguments()
+        if not isinstance(given, dict):
+            return given
+        of_function, known, shared = self._interface
+        if not given.keys() <= known:
+            raise TypeError(f"{self.function} takes no {sorted(given.keys() - known)}")
+        own = {name: _contiguous(args[i]) for i, name in shared if name not in given}
+        own["bfloat16"] = dtype == torch.bfloat16
+        if isinstance(call.result, Tensor):
+            own["out"] = call.result
+        return arguments_by_name(of_function, {**own, **given})
+
+    @functools.cached_property
+    def _interface(self) -> tuple[Mapping[str, Any], set[str], list[tuple[int, str]]]:
+        """The C function's parameters, all names in them, and those of the operator's arguments."""
+        of_function = parameters(self.library, self.function)
+        known = names_of(of_function)
+        names = ("in" if p.name == "x" else p.name for p in self._parameters)
+        return of_function, known, [(i, n) for i, n in enumerate(names) if n in known]
+
     def _run_planned(self, tensors: Sequence[Tensor | None], plan: Plan) -> Any:
         results = [torch.empty_strided(n, step, dtype=kind) for n, step, kind in plan.results]
         if self._large_results:
@@ -234,3 +251,8 @@ class Kernel:
 
     def _function(self) -> Any:
         return getattr(status(self.library).library, self.function)
+
+
+def _contiguous(value: Any) -> Any:
+    copied = isinstance(value, Tensor) and not value.is_contiguous()
+    return value.contiguous() if copied else value

@@ -5,15 +5,44 @@ from __future__ import annotations
 import ctypes
 import functools
 import struct
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
-import torch
 from torch import Tensor
 
 from ops.cpu.activations import ACTIVATIONS
 
-__all__ = ["Addresses", "Call", "pack", "problem_of", "require_same_bytes", "words_of"]
+__all__ = [
+    "Addresses",
+    "Call",
+    "arguments_by_name",
+    "names_of",
+    "numbers",
+    "pack",
+    "require_same_bytes",
+    "sizes_of",
+    "words_of",
+]
+
+
+class Call(NamedTuple):
+    """The result and the C arguments of a call.
+
+    Attributes:
+        result: what the operator returns, allocated; the kernel fills it in.
+        arguments: makes the arguments of the C function; not called if only shapes are needed or
+            the first result is empty. Either all of them in order: numbers, tensors, structures of
+            numbers or :class:`Addresses`, and lists of the latter; or, by name, those parameters
+            and fields of structures that differ from the operator's arguments.
+    """
+
+    result: Any
+    arguments: Callable[[], Sequence[Any] | dict[str, Any]]
+
+    def results(self) -> list[Tensor]:
+        """The allocated tensors."""
+        result = self.result
+        return [] if result is None else [result] if isinstance(result, Tensor) else list(result)
 
 
 class Addresses(NamedTuple):
@@ -22,9 +51,9 @@ class Addresses(NamedTuple):
     Attributes:
         structure: see :func:`ops.cpu.structures.structure`; each field has 8 bytes or is itself
             such a structure.
-        fields: the values: a tensor (its address), a tensor with an offset in bytes, a number, or
-            the ``Addresses`` of a nested structure. Fields that are missing or None are zeros and
-            null pointers.
+        fields: the values: a tensor (its address), a tensor with an offset in bytes, a number, the
+            name of an activation, or the fields of a nested structure. Fields that are missing or
+            None are zeros and null pointers.
     """
 
     structure: Any
@@ -35,52 +64,72 @@ class Addresses(NamedTuple):
         found: list[Any] = []
         for name, kind in self.structure._fields_:
             value = self.fields.get(name)
-            if isinstance(value, Addresses):
-                found += value.words()
+            if isinstance(value, Tensor):
+                found.append((value, 0))
             elif value is None:
                 found += [0] * (ctypes.sizeof(kind) // 8)
-            elif isinstance(value, Tensor):
-                found.append((value, 0))
+            elif isinstance(value, dict):
+                found += Addresses(kind, value).words()
             elif isinstance(value, float):
                 found += struct.unpack("=q", struct.pack("=d", value))
             else:
-                found.append(value)
+                found.append(_number(value))
         return found
 
 
-def problem_of(structure: Any, x: Tensor, axes: str = "", **fields: Any) -> Any:
-    """A structure of numbers: the sizes that a kernel is called with.
+def sizes_of(x: Tensor, axes: str) -> dict[str, int]:
+    """The sizes of the axes of ``x`` by names such as ``"batch height width _"``, but for ``_``."""
+    named = dict(zip(axes.split(), x.shape, strict=True))
+    named.pop("_", None)
+    return named
+
+
+def numbers(structure: Any, fields: dict[str, Any]) -> Any:
+    """A structure of numbers and arrays of numbers; activations are given by name."""
+    known = {name: _number(fields[name]) for name, _ in structure._fields_ if name in fields}
+    return structure(**known)
+
+
+def _number(value: Any) -> Any:
+    """The value as it stands in a structure: activations by index, sequences as tuples."""
+    if isinstance(value, str):
+        return ACTIVATIONS.index(value)
+    return tuple(value) if isinstance(value, list) else value
+
+
+def names_of(parameters: Mapping[str, Any]) -> set[str]:
+    """The names of parameters, see :func:`ops.cpu.structures.parameters`, and of their fields."""
+    kinds = [kind for kind in parameters.values() if kind is not None]
+    return {*parameters, *(name for kind in kinds for name, _ in kind._fields_)}
+
+
+def arguments_by_name(parameters: Mapping[str, Any], given: dict[str, Any]) -> list[Any]:
+    """The arguments of a C function in order.
 
     Args:
-        structure: see :func:`ops.cpu.structures.structure`; its field ``bfloat16`` is set if ``x``
-            has that dtype.
-        axes: the fields for the sizes of the axes of ``x``, such as ``"batch height width dim"``;
-            ``_`` skips an axis.
-        fields: all other fields; activations are given by name.
+        parameters: see :func:`ops.cpu.structures.parameters`.
+        given: values of parameters and of their structures' fields. A structure that is a
+            parameter of its own name, or a list of structures, has fields of its own.
     """
-    sizes = dict(zip(axes.split(), x.shape, strict=False))
-    sizes.pop("_", None)
-    numbers = {n: ACTIVATIONS.index(v) if isinstance(v, str) else v for n, v in fields.items()}
-    return structure(bfloat16=x.dtype == torch.bfloat16, **sizes, **numbers)
+    return [
+        _argument(kind, given[name] if kind is None or name in given else given)
+        for name, kind in parameters.items()
+    ]
 
 
-class Call(NamedTuple):
-    """The result and the C arguments of a call.
+def _argument(kind: Any, value: Any) -> Any:
+    if kind is None or isinstance(value, ctypes.Structure):
+        return value
+    has_addresses = _has_addresses(kind)
+    if isinstance(value, list):
+        made = [_argument(kind, fields) for fields in value]
+        return made if has_addresses else (kind * len(made))(*made)
+    return Addresses(kind, value) if has_addresses else numbers(kind, value)
 
-    Attributes:
-        result: what the operator returns, allocated; the kernel fills it in.
-        arguments: makes the arguments of the C function: numbers, tensors, structures of numbers or
-            :class:`Addresses`, and lists of the latter; not called if only shapes are needed or the
-            first result is empty.
-    """
 
-    result: Any
-    arguments: Callable[[], Sequence[Any]]
-
-    def results(self) -> list[Tensor]:
-        """The allocated tensors."""
-        result = self.result
-        return [] if result is None else [result] if isinstance(result, Tensor) else list(result)
+@functools.cache
+def _has_addresses(kind: Any) -> bool:
+    return any(of is ctypes.c_void_p or issubclass(of, ctypes.Structure) for _, of in kind._fields_)
 
 
 def words_of(argument: Any) -> list[int | tuple[Tensor, int]] | None:

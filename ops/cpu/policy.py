@@ -36,6 +36,7 @@ __all__ = [
     "maps_of_int8",
     "multiplies",
     "no_products_of_bytes",
+    "response_mlp_by_bytes",
     "rotated_attention_by_kernel",
     "single_head_by_kernel",
     "softmax_attention_by_kernel",
@@ -129,6 +130,22 @@ def linear_by_bytes(has_products: bool, dtype: torch.dtype) -> Verdict:
     if has_products:
         return Verdict(True, "chosen by fuse(int8)")
     return Verdict(False, "this CPU does not multiply bytes")
+
+
+# Channels from which on feed-forwards with a response norm multiply bytes.
+_FEWEST_OF_RESPONSE = 64
+
+
+@rule(yes="products of bytes", no="products of floats")
+def response_mlp_by_bytes(dim: int) -> Verdict:
+    """UniRepLKNet's feed-forwards, in which rows are scaled and quantised before each layer.
+
+    For eight images, with AMX, those of UniRepLKNet-A take 8.9 ms with 40 channels, 4.3 with 80 and
+    7.2 with 160; in bfloat16 6.8, 4.5 and 10.1.
+    """
+    if dim < _FEWEST_OF_RESPONSE:
+        return Verdict(False, "{dim} channels < {limit}", _FEWEST_OF_RESPONSE)
+    return Verdict(True, "{dim} channels ≥ {limit}", _FEWEST_OF_RESPONSE)
 
 
 def maps_of_int8() -> torch.dtype:

@@ -1,4 +1,4 @@
-"""Structures of the kernels' C interface, parsed from the headers that declare them."""
+"""The kernels' C interface: structures and parameters, parsed from their declarations."""
 
 from __future__ import annotations
 
@@ -9,13 +9,15 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-__all__ = ["included", "structure"]
+__all__ = ["included", "parameters", "structure"]
 
 SOURCES = Path(__file__).parent  # the include path
 
+_OVER_LINES = re.DOTALL | re.MULTILINE
 _INCLUDE = re.compile(r'^#include "([^"]+)"', re.MULTILINE)
 _SCALARS: dict[str, Any] = {"int64_t": ctypes.c_int64, "double": ctypes.c_double}
 _DECLARATION = re.compile(r"^(?:const )?(\w+)\s*(.*)$")
+_PARAMETER = re.compile(r"(?:const )?([\w:]+)\*? (\w+)")
 _FIELD = re.compile(r"^(\*?)\s*(\w+)(?:\[(\w+)\])?$")
 
 
@@ -37,8 +39,8 @@ def structure(header: str, name: str) -> Any:
     """The ctypes structure with the fields of ``name`` in order.
 
     Args:
-        header: a file below ``ops/cpu``, such as ``"norm/norm.h"``; its includes are searched, too,
-            nearest first.
+        header: a file below ``ops/cpu``, such as ``"norm/norm.cpp"``; its includes are searched,
+            too, nearest first.
         name: with its namespace, such as ``"norm::Problem"``. Fields may be ``int64_t``,
             ``double``, pointers, arrays of numbers, and structures of the same namespace.
 
@@ -46,7 +48,7 @@ def structure(header: str, name: str) -> Any:
         ValueError: no such structure, or a field of another type.
     """
     space, _, plain = name.rpartition("::")
-    pattern = re.compile(rf"^struct {plain} {{(.*?)^}};", re.DOTALL | re.MULTILINE)
+    pattern = re.compile(rf"^struct {plain} {{(.*?)^}};", _OVER_LINES)
     for path in included(SOURCES / header, read=_text):
         text = re.sub(r"//[^\n]*", "", _text(path))
         found = pattern.search(text) if f"namespace {space} {{" in text else None
@@ -58,6 +60,26 @@ def structure(header: str, name: str) -> Any:
     for declaration in found[1].partition("(")[0].split(";")[:-1]:
         fields += _fields_of(" ".join(declaration.split()), header, name, text)
     return type(name, (ctypes.Structure,), {"_fields_": fields})
+
+
+@functools.cache
+def parameters(library: str, function: str) -> dict[str, Any]:
+    """The parameters of a C function by name: structures; None for numbers and other pointers.
+
+    Args:
+        library: the name of its source, ``ops/cpu/<folder>/<library>.cpp``.
+        function: declared there as ``extern "C" int``.
+
+    Raises:
+        ValueError: no such function, or a structure that :func:`structure` cannot read.
+    """
+    (source,) = SOURCES.glob(f"*/{library}.cpp")
+    found = re.search(rf'^extern "C" int {function}\((.*?)\)', _text(source), _OVER_LINES)
+    if found is None:
+        raise ValueError(f"{library}.cpp declares no function {function}")
+    header = str(source.relative_to(SOURCES))
+    declared = _PARAMETER.findall(" ".join(found[1].split()))
+    return {name: structure(header, kind) if "::" in kind else None for kind, name in declared}
 
 
 @functools.cache

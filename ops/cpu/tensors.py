@@ -8,7 +8,7 @@ from typing import overload
 import torch
 from torch import Tensor, nn
 
-__all__ = ["as_nhwc", "bias_of", "dense", "empty_nhwc"]
+__all__ = ["as_nhwc", "bias_of", "dense", "dense_channels", "empty_nhwc"]
 
 
 @overload
@@ -18,6 +18,11 @@ def dense(t: Tensor | None) -> Tensor | None: ...
 def dense(t: Tensor | None) -> Tensor | None:
     """A contiguous tensor; None stays None."""
     return None if t is None else t.contiguous()
+
+
+def dense_channels(t: Tensor) -> Tensor:
+    """A tensor with dense last axis; copied if it isn't."""
+    return t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
 
 
 def as_nhwc(x: Tensor) -> Tensor:

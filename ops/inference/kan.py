@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ __all__ = ["FastKANLayer", "pack_kan"]
 class FastKANLayer(FastLayer, KANLayer):
     """Runs in one pass if the kernel is available."""
 
+    kernels: ClassVar = (kan_layer,)
+
     def forward(self, x: Tensor) -> Tensor:
         packed = self.derived(x)
         return super().forward(x) if packed is None else kan_layer(x, *packed)
@@ -28,7 +31,7 @@ class FastKANLayer(FastLayer, KANLayer):
         return [self.linear.weight, self.grid, *tensors_of(self.norm)]
 
     def derive(self, x: Tensor) -> PackedKAN | None:
-        return None if kan_layer.unsupported(x.device, x.dtype) is not None else pack_kan(self)
+        return pack_kan(self)
 
 
 def pack_kan(layer: KANLayer) -> PackedKAN | None:

@@ -80,6 +80,8 @@ def feed_forward(
 class NormedMlp(FastLayer):
     """``mlp(norm(x)) + residual``: in one pass by our kernel, or layer by layer."""
 
+    kernels: ClassVar = (depthwise_mlp,)
+
     fc1: Any
     act: Any
     fc2: Any
@@ -112,8 +114,6 @@ class NormedMlp(FastLayer):
 
     def derive(self, x: Tensor) -> PackedDepthwiseMlp | None:
         fc1, conv, fc2 = self.fc1, self.conv(), self.fc2
-        if depthwise_mlp.unsupported(x.device, x.dtype) is not None:
-            return None
         if is_quantized(fc1, fc2):
             return None
         linear = (FastLinear, FastPointwiseConv2d)

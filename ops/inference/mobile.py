@@ -145,13 +145,12 @@ class FastSingleHeadAttention(FastLayer, SingleHeadAttention):
     """Uses NHWC; small maps in one pass."""
 
     needs: ClassVar = {"proj": FastPointwiseConv2d}
+    kernels: ClassVar = (cascaded_attention,)
 
     def sources(self) -> list[Tensor]:
         return tensors_of(self.qkv, self.norm)
 
     def derive(self, x: Tensor) -> PackedCascadedAttention | None:
-        if cascaded_attention.unsupported(x.device, x.dtype) is not None:
-            return None
         qkv: Any = self.qkv
         return PackedCascadedAttention([qkv], self.qkv_splits[0], norm=self.norm)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, ClassVar
 
 from timm.layers import LayerNorm2d, RmsNorm2d
 from torch import Tensor, nn
@@ -33,6 +33,8 @@ class _PackedNorm:
 class FastLayerNorm(ActivatedLayer, nn.LayerNorm):
     """``activation(norm(x))``, (..., dim) → (..., dim)."""
 
+    kernels: ClassVar = (layer_norm,)
+
     def forward(self, x: Tensor) -> Tensor:
         packed = self._packed(x)
         return self._finish(super().forward(x)) if packed is None else packed(x, self.activation)
@@ -41,8 +43,8 @@ class FastLayerNorm(ActivatedLayer, nn.LayerNorm):
         simple = self.bias is not None and len(self.normalized_shape) == 1
         return self.derived(x) if simple else None
 
-    def derive(self, x: Tensor) -> _PackedNorm | None:
-        return None if layer_norm.unsupported(x.device, x.dtype) is not None else _PackedNorm(self)
+    def derive(self, x: Tensor) -> _PackedNorm:
+        return _PackedNorm(self)
 
 
 @stands_for(LayerNorm2d)
@@ -66,13 +68,14 @@ class _RMSNorm(FastLayer):
     def derive(self, x: Tensor) -> tuple[Tensor, float] | None:
         if self.weight is None or self.weight.ndim != 1 or self.eps is None:
             return None
-        unsupported = rms_norm.unsupported(x.device, x.dtype)
-        return None if unsupported is not None else (self.weight.detach().float(), self.eps)
+        return self.weight.detach().float(), self.eps
 
 
 @stands_for(RMSNorm)
 class FastRMSNorm(_RMSNorm, RMSNorm):
     """(..., dim) → (..., dim)."""
+
+    kernels: ClassVar = (rms_norm,)
 
     def forward(self, x: Tensor) -> Tensor:
         packed = self.derived(x)

@@ -110,15 +110,24 @@ class PackedLinear:
         (B, ..., in_features) → (B, ..., out_features); ``scale`` is (B, in_features), and
         ``residual_scale``, if there is a residual, (out_features,) in float32.
         """
+        added, other_scale = _combined(residual, residual_scale)
+        out: Tensor
         if self._in_bytes is not None and x.ndim > 1:
-            return self._by_bytes(self._in_bytes, x, activation, residual, scale, residual_scale)
-        if scale is not None or residual_scale is not None:
-            return self._with_scales(x, activation, residual, scale, residual_scale)
-        packed = self.packed_for(x, activation)
+            self.has_multiplied_bytes = True
+            out = packed_linear_int8(
+                x, *self._in_bytes, activation, residual, added, scale, other_scale
+            )
+            return out
+        if scale is None and residual_scale is None:
+            packed = self.packed_for(x, activation)
+        elif self._has_kernel:  # otherwise each scale takes a separate pass
+            packed = self._packed()
+        else:
+            packed = None
+            x, residual = scaled(x, scale), scaled_residual(residual, residual_scale)
         if packed is None:
             return self._by_onednn(x, activation, residual)
-        combination = "none" if residual is None else "add"
-        out: Tensor = packed_linear(x, *packed, activation, residual, combination)
+        out = packed_linear(x, *packed, activation, residual, added, scale, other_scale)
         return out
 
     def times(self, x: Tensor, activation: str, factor: Tensor) -> Tensor:
@@ -147,22 +156,6 @@ class PackedLinear:
         """What the layer computes with in 8 bits; None if it computes in floats."""
         return self._in_bytes
 
-    def _by_bytes(
-        self,
-        packed: _Bytes,
-        x: Tensor,
-        activation: str,
-        residual: Tensor | None,
-        scale: Tensor | None,
-        residual_scale: Tensor | None,
-    ) -> Tensor:
-        self.has_multiplied_bytes = True
-        added = _combined(residual, residual_scale)
-        out: Tensor = packed_linear_int8(
-            x, *packed, activation, residual, added[0], scale, added[1]
-        )
-        return out
-
     def _by_onednn(self, x: Tensor, activation: str, residual: Tensor | None) -> Tensor:
         if self._for_onednn is None:
             rows = max(1, x.numel() // max(1, x.shape[-1]))
@@ -179,23 +172,6 @@ class PackedLinear:
             return None
         out, energy = packed_linear_energy(x, *self._packed(), activation, scale)
         return out, energy
-
-    def _with_scales(
-        self,
-        x: Tensor,
-        activation: str,
-        residual: Tensor | None,
-        scale: Tensor | None,
-        residual_scale: Tensor | None,
-    ) -> Tensor:
-        if not self._has_kernel:  # otherwise each takes a separate pass
-            x, residual = scaled(x, scale), scaled_residual(residual, residual_scale)
-            return self(x, activation, residual)
-        added = _combined(residual, residual_scale)
-        out: Tensor = packed_linear(
-            x, *self._packed(), activation, residual, added[0], scale, added[1]
-        )
-        return out
 
     def _packed(self) -> tuple[Tensor, Tensor]:
         if self._for_kernel is None:

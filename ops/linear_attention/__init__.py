@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from ops.autocast import without_autocast
+from ops.backends import backend_named
 from ops.linear_attention import chunked, cpu, reference, triton
 
 __all__ = ["BACKENDS", "gated_linear_attention"]
@@ -80,7 +81,10 @@ def gated_linear_attention(
     """
     tensors = (query, key, value, log_gate, log_gate_back, bonus)
     _check(*tensors)
-    chosen = _best_backend(tensors) if backend is None else _forced_backend(backend, tensors)
+    if backend is None:
+        chosen = _best_backend(tensors)
+    else:
+        chosen = backend_named(backend, BACKENDS, *tensors)
     if query.numel() == 0 or value.numel() == 0:
         chosen = reference
     scale = max(1, query.shape[-1]) ** -0.5 if scale is None else scale
@@ -145,14 +149,3 @@ def _best_backend(tensors: Tensors) -> ModuleType:
     if device == "meta" and kept:
         return cpu  # only its operator is traceable by shape and counted by FLOP counters
     return chunked
-
-
-def _forced_backend(backend: str, tensors: Tensors) -> ModuleType:
-    """The backend of this name, if it supports the call."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
-    module = BACKENDS[backend]
-    reason = module.supports(*tensors)
-    if reason is not None:
-        raise NotImplementedError(f"backend {backend!r} cannot do this call: {reason}")
-    return module

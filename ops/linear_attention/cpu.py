@@ -23,12 +23,7 @@ def supports(query: Tensor, *tensors: Tensor | None) -> str | None:
 
     The first call may compile the kernel, which takes a few seconds.
     """
-    return _unsupported(query.device, query.dtype)
-
-
-@torch.compiler.assume_constant_result
-def _unsupported(device: torch.device, dtype: torch.dtype) -> str | None:
-    return gated_scan.unsupported(device, dtype)
+    return gated_scan.unsupported(query.device, query.dtype)
 
 
 def attend(

@@ -12,12 +12,29 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
-__all__ = ["NAParams", "axis_windows", "cross_index", "cross_mask", "group_of", "window_of"]
+__all__ = [
+    "INPUTS",
+    "PARAMS",
+    "NAParams",
+    "axis_windows",
+    "cross_index",
+    "cross_mask",
+    "group_of",
+    "window_of",
+]
+
+INPUTS = (
+    "Tensor query, Tensor key, Tensor value, Tensor? additional_keys, Tensor? additional_values, "
+    "Tensor? rpb"
+)
+"""The tensors of a call in the schemas of operators."""
+PARAMS = "int[] kernel_size, int[] stride, int[] dilation, bool[] is_causal, float scale"
+""":attr:`NAParams.of_operators` in the schemas of operators."""
 
 IntOrTensor = TypeVar("IntOrTensor", int, Tensor)
 
@@ -41,6 +58,11 @@ class NAParams:
     def rank(self) -> int:
         """The number of map axes: 1, 2 or 3."""
         return len(self.kernel_size)
+
+    @property
+    def of_operators(self) -> tuple[Any, ...]:
+        """As operators take them, see :data:`PARAMS`; without ``return_lse``."""
+        return (self.kernel_size, self.stride, self.dilation, self.is_causal, self.scale)
 
 
 def window_of(

@@ -22,15 +22,7 @@ __all__ = ["attend", "supports"]
 _MAX_DIM = 512
 
 
-def supports(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    rpb: Tensor | None,
-    params: NAParams,
-) -> str | None:
+def supports(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> str | None:
     """``None`` if this kernel supports the call, else the reason.
 
     The first call may compile the kernel, which takes a few seconds.
@@ -50,15 +42,7 @@ def _unavailable_reason() -> str | None:
     return unavailable_reason("neighborhood")
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    rpb: Tensor | None,
-    params: NAParams,
-) -> tuple[Tensor, Tensor | None]:
+def attend(*call: Any) -> tuple[Tensor, Tensor | None]:
     """Neighborhood attention, differentiable in all tensors; shapes as in ``ops.neighborhood``.
 
     Results do not depend on the number of threads, ``torch.get_num_threads()``; small calls (below
@@ -67,13 +51,12 @@ def attend(
     Raises:
         RuntimeError: the kernel is unavailable (check with :func:`supports`).
     """
-    inputs: tuple[Any, ...] = (
-        *(query, key, value, additional_keys, additional_values, rpb),
-        *(params.kernel_size, params.stride, params.dilation, params.is_causal, params.scale),
-    )
-    if not is_plain_call(inputs[:6]):
+    params: NAParams
+    *tensors, params = call
+    inputs = (*tensors, *params.of_operators)
+    if not is_plain_call(tensors):
         return na_cpu_forward(*inputs)
-    if params.return_lse or needs_grad(inputs[:6]):
+    if params.return_lse or needs_grad(tensors):
         return _forward_autograd(*inputs)
     return na_cpu_output(*inputs), None
 

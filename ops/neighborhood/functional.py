@@ -44,6 +44,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true
 
 from ops.arguments import require_tensor
 from ops.autocast import autocasts, without_autocast
+from ops.backends import backend_named
 from ops.neighborhood import cpu, natten, reference, tiled, triton
 from ops.neighborhood._checks import check_rpb, check_tensors, resolve_params
 from ops.neighborhood._geometry import NAParams
@@ -238,7 +239,7 @@ def _resolve(
     query, value, rpb = tensors[0], tensors[2], tensors[5]
     chosen: Backend
     if backend is not None:
-        chosen = _forced_backend(backend, tensors, params)
+        chosen = backend_named(backend, BACKENDS, *tensors, params)
     elif _is_full_attention(query, rpb, params):
         return _Call(params, _WHOLE_MAP)
     else:
@@ -297,17 +298,6 @@ def _best_backend(tensors: Tensors, params: NAParams) -> ModuleType:
     if device == "cpu" and cpu.supports(*tensors, params) is None:
         return cpu
     return tiled
-
-
-def _forced_backend(backend: str, tensors: Tensors, params: NAParams) -> ModuleType:
-    """The backend of this name, if it supports the call."""
-    if backend not in BACKENDS:
-        raise ValueError(f"backend must be one of {', '.join(BACKENDS)} or None, got {backend!r}")
-    module = BACKENDS[backend]
-    reason = module.supports(*tensors, params)
-    if reason is not None:
-        raise NotImplementedError(f"backend {backend!r} cannot do this call: {reason}")
-    return module
 
 
 def _is_full_attention(query: Tensor, rpb: Tensor | None, params: NAParams) -> bool:

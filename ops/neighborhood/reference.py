@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,15 +24,7 @@ from ops.neighborhood._geometry import (
 __all__ = ["attend", "supports"]
 
 
-def supports(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    rpb: Tensor | None,
-    params: NAParams,
-) -> str | None:
+def supports(*call: Any) -> str | None:
     """``None``: this backend supports every call."""
     return None
 

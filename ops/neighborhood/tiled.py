@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ops.neighborhood._geometry import NAParams
+from ops.neighborhood._geometry import INPUTS, PARAMS, NAParams
 from ops.neighborhood._tiles import Tiles, tiles_of_map
 
 __all__ = ["attend", "supports"]
@@ -25,59 +25,27 @@ __all__ = ["attend", "supports"]
 # Maximum number of elements of a step's temporary tensors, to fit into the caches.
 _STEP = 1 << 20
 
-_ARGUMENTS = (
-    "Tensor query, Tensor key, Tensor value, Tensor? additional_keys, Tensor? additional_values, "
-    "Tensor? rpb, int[] kernel_size, int[] stride, int[] dilation, bool[] is_causal, float scale"
-)
 
-
-def supports(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    rpb: Tensor | None,
-    params: NAParams,
-) -> str | None:
+def supports(*call: Any) -> str | None:
     """``None``: this backend supports every call."""
     return None
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    rpb: Tensor | None,
-    params: NAParams,
-) -> tuple[Tensor, Tensor | None]:
+def attend(*call: Any) -> tuple[Tensor, Tensor | None]:
     """Neighborhood attention and its lse; shapes as in :mod:`ops.neighborhood`.
 
     Second derivatives are not supported.
     """
-    out, lse = _forward(
-        query,
-        key,
-        value,
-        additional_keys,
-        additional_values,
-        rpb,
-        params.kernel_size,
-        params.stride,
-        params.dilation,
-        params.is_causal,
-        params.scale,
-        params.return_lse,
-    )
+    params: NAParams
+    *tensors, params = call
+    out, lse = _forward(*tensors, *params.of_operators, params.return_lse)
     return out, lse if params.return_lse else None
 
 
 @torch.library.custom_op(
     "vision_backbones::na_tiled",
     mutates_args=(),
-    schema=f"({_ARGUMENTS}, bool return_lse) -> (Tensor, Tensor)",
+    schema=f"({INPUTS}, {PARAMS}, bool return_lse) -> (Tensor, Tensor)",
 )
 def _forward(
     query: Tensor,
@@ -126,7 +94,7 @@ def _(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, 
 @torch.library.custom_op(
     "vision_backbones::na_tiled_backward",
     mutates_args=(),
-    schema=f"({_ARGUMENTS}, Tensor grad_out, Tensor? grad_lse) -> Tensor[]",
+    schema=f"({INPUTS}, {PARAMS}, Tensor grad_out, Tensor? grad_lse) -> Tensor[]",
 )
 def _backward(
     query: Tensor,

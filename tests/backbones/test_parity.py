@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from zoo import SMALL, outlines
+from zoo import SMALL
 
 import backbones
 from backbones.cli.parity import case_errors, reference, tolerance, variants
@@ -32,13 +32,6 @@ def test_every_variant_is_registered_and_measured() -> None:
     assert measured <= set(backbones.list_models())
     assert {family for family, _ in variants()} == set(backbones.list_families())
     assert set(SMALL) == set(backbones.list_families())
-
-
-@pytest.mark.parametrize(("family", "variant"), variants())
-def test_parameter_count(family: str, variant: str) -> None:
-    with outlines():
-        model = backbones.create_model(variant)
-    assert sum(p.numel() for p in model.parameters()) == reference(family, variant)["params"]
 
 
 @pytest.mark.parametrize(("family", "variant", "number"), _cases())

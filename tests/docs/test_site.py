@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # Their modules are described as wholes; what is in them is called by the package around them.
 _OPS_WITH_BACKENDS = ("ops/bi_wkv/", "ops/linear_attention/", "ops/neighborhood/")
 _SHARED = (
-    *("ops/arguments.py", "ops/attention/softmax.py", "ops/autocast.py", "ops/cpu/"),
-    *("ops/sizes.py", "ops/triton_devices.py"),
+    *("ops/arguments.py", "ops/attention/softmax.py", "ops/autocast.py", "ops/backends.py"),
+    *("ops/cpu/", "ops/sizes.py", "ops/triton_devices.py"),
 )
 INTERNAL = (*_SHARED, *_OPS_WITH_BACKENDS)
 PACKAGES = ("ops/cpu/__init__.py", *(f"{folder}__init__.py" for folder in _OPS_WITH_BACKENDS))

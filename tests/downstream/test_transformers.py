@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
+import importlib
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
-from transformers import (
-    AutoModelForImageClassification,
-    TimmBackbone,
-    TimmBackboneConfig,
-    TimmWrapperConfig,
-    TimmWrapperForImageClassification,
-    UperNetConfig,
-    UperNetForSemanticSegmentation,
-)
-from transformers.utils import hub
 from zoo import CLASSIFIERS, SMALL, STRIDE_16
 
 import backbones
@@ -30,9 +21,17 @@ Page = Callable[[str], dict[str, Any]]
 Pictures = tuple[Tensor, Tensor, Tensor]
 
 
-def test_segmenter_of_the_page_learns(run_page: Page, rectangles: Pictures, train: Train) -> None:
+@pytest.fixture(scope="module")
+def transformers() -> ModuleType:
+    """The library, imported only by a worker that runs these tests: it takes seconds."""
+    return importlib.import_module("transformers")
+
+
+def test_segmenter_of_the_page_learns(
+    transformers: ModuleType, run_page: Page, rectangles: Pictures, train: Train
+) -> None:
     model = run_page("transformers")["segmenter"]
-    assert type(model.backbone) is TimmBackbone
+    assert type(model.backbone) is transformers.TimmBackbone
     assert type(model.backbone._backbone.model).__module__ == "backbones.van"
     images, masks = (values[:2] for values in rectangles[:2])
     losses = train(model, lambda: model(pixel_values=images, labels=masks).loss, 8, lr=3e-4)
@@ -49,7 +48,7 @@ def test_classifier_of_the_page_learns(run_page: Page, rectangles: Pictures, tra
 
 
 @pytest.mark.parametrize("family", CLASSIFIERS)
-def test_round_trip_of_every_family(family: str, tmp_path: Path) -> None:
+def test_round_trip_of_every_family(transformers: ModuleType, family: str, tmp_path: Path) -> None:
     name, arguments = SMALL[family]
     if family in STRIDE_16:
         name += "_pyramid"
@@ -58,29 +57,37 @@ def test_round_trip_of_every_family(family: str, tmp_path: Path) -> None:
         arguments = {}
     torch.manual_seed(0)
     x = torch.randn(2, 3, 64, 64)
-    config = TimmWrapperConfig(architecture=name, num_labels=3, model_args=arguments)
-    classifier = TimmWrapperForImageClassification(config).eval()
+    config = transformers.TimmWrapperConfig(architecture=name, num_labels=3, model_args=arguments)
+    classifier = transformers.TimmWrapperForImageClassification(config).eval()
     classifier.save_pretrained(tmp_path)
-    again = AutoModelForImageClassification.from_pretrained(tmp_path).eval()
+    again = transformers.AutoModelForImageClassification.from_pretrained(tmp_path).eval()
     saved = classifier.state_dict()
     assert saved.keys() == again.state_dict().keys()
     assert all(torch.equal(tensor, saved[n]) for n, tensor in again.state_dict().items())
     # The file's tensors lie otherwise in memory, and convolutions then round otherwise.
     torch.testing.assert_close(again(x).logits, classifier(x).logits)
 
-    maps = TimmBackbone(TimmBackboneConfig(backbone=name, out_indices=[1, 2])).eval()
+    maps = transformers.TimmBackbone(
+        transformers.TimmBackboneConfig(backbone=name, out_indices=[1, 2])
+    ).eval()
     assert [m.shape[1] for m in maps(x).feature_maps] == maps.channels
 
 
-def test_push_to_hub_into_a_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_push_to_hub_into_a_folder(
+    transformers: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """The hub's end of the line is a folder here: what would be uploaded is what can be loaded."""
-    monkeypatch.setattr(hub, "hf_api", lambda: _Folder(tmp_path))
-    monkeypatch.setattr(hub, "create_and_tag_model_card", lambda *_, **__: _Card())
-    backbone = TimmBackboneConfig(backbone="van_b0", out_indices=[0, 1, 2, 3])
-    config = UperNetConfig(backbone_config=backbone, num_labels=2, hidden_size=32)
-    model = UperNetForSemanticSegmentation(config).eval()
+    monkeypatch.setattr(transformers.utils.hub, "hf_api", lambda: _Folder(tmp_path))
+    monkeypatch.setattr(
+        transformers.utils.hub, "create_and_tag_model_card", lambda *_, **__: _Card()
+    )
+    backbone = transformers.TimmBackboneConfig(backbone="van_b0", out_indices=[0, 1, 2, 3])
+    config = transformers.UperNetConfig(backbone_config=backbone, num_labels=2, hidden_size=32)
+    model = transformers.UperNetForSemanticSegmentation(config).eval()
     model.push_to_hub("you/segmenter")
-    again = UperNetForSemanticSegmentation.from_pretrained(tmp_path / "you/segmenter").eval()
+    again = transformers.UperNetForSemanticSegmentation.from_pretrained(
+        tmp_path / "you/segmenter"
+    ).eval()
     x = torch.randn(1, 3, 64, 64)
     torch.testing.assert_close(again(x).logits, model(x).logits)
 
@@ -108,21 +115,25 @@ class _Card:
         Path(path).write_text("")
 
 
-def test_weights_reach_the_models_inside(tmp_path: Path) -> None:
+def test_weights_reach_the_models_inside(transformers: ModuleType, tmp_path: Path) -> None:
     """As the page says: official weights go into the model that is inside."""
     weights = backbones.create_model("van_b0", num_classes=2).state_dict()
-    config = TimmWrapperConfig(architecture="van_b0", num_labels=2)
-    classifier = TimmWrapperForImageClassification(config)
+    config = transformers.TimmWrapperConfig(architecture="van_b0", num_labels=2)
+    classifier = transformers.TimmWrapperForImageClassification(config)
     backbones.load_checkpoint(classifier.timm_model, weights)
     assert torch.equal(
         classifier.timm_model.state_dict()["stem.conv.weight"], weights["stem.conv.weight"]
     )
-    maps = TimmBackbone(TimmBackboneConfig(backbone="van_b0", out_indices=[0, 1, 2, 3]))
+    maps = transformers.TimmBackbone(
+        transformers.TimmBackboneConfig(backbone="van_b0", out_indices=[0, 1, 2, 3])
+    )
     backbones.load_checkpoint(maps._backbone, weights)
     loaded = maps._backbone.model.state_dict()
     assert torch.equal(loaded["stem.conv.weight"], weights["stem.conv.weight"])
 
 
-def test_restoration_is_refused() -> None:
+def test_restoration_is_refused(transformers: ModuleType) -> None:
     with pytest.raises(ValueError, match="HAT has no classifier"):
-        TimmWrapperForImageClassification(TimmWrapperConfig(architecture="hat_s_x2", num_labels=2))
+        transformers.TimmWrapperForImageClassification(
+            transformers.TimmWrapperConfig(architecture="hat_s_x2", num_labels=2)
+        )

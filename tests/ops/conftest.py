@@ -1,4 +1,4 @@
-"""A kernel that compiles instantly, and caches and folders of each test's own."""
+"""A kernel that compiles instantly, and folders of kernels, each test's own or shared."""
 
 from __future__ import annotations
 
@@ -61,6 +61,12 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
         words = ["c++", "-shared", "-fPIC", str(source), "-o", str(made[answer])]
         compiler.run(words, folder)
     return made
+
+
+@pytest.fixture(scope="session")
+def with_tiles(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of kernels with emulated tiles, each of which is compiled once."""
+    return tmp_path_factory.mktemp("with_tiles")
 
 
 @pytest.fixture

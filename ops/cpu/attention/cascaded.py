@@ -14,20 +14,16 @@ import torch
 from torch import Tensor, nn
 
 from ops.cpu.binding import kernel
-from ops.cpu.call import Addresses, Call, problem_of
+from ops.cpu.call import Call, sizes_of
 from ops.cpu.depthwise.conv import taps_first
 from ops.cpu.dispatch import require_dtype
 from ops.cpu.gemm.linear import no_products, pack_weight
-from ops.cpu.structures import structure
-from ops.cpu.tensors import bias_of, dense
+from ops.cpu.tensors import bias_of
 from ops.cpu.threads import threads_for
 
 __all__ = ["PackedCascadedAttention", "cascaded_attention"]
 
 _TOKENS = 32  # per thread
-
-_PROBLEM = structure("attention/cascaded_attention.h", "cascaded_attention::Problem")
-_TENSORS = structure("attention/cascaded_attention.h", "cascaded_attention::Tensors")
 
 
 class PackedCascadedAttention:
@@ -110,22 +106,8 @@ def cascaded_attention(
     out = torch.empty_like(x, memory_format=torch.contiguous_format)
 
     def arguments() -> Any:
-        problem = problem_of(
-            _PROBLEM,
-            x,
-            "images height width dim",
-            heads=heads,
-            head_dim=head_dim,
-            qk_dim=qk_dim,
-            eps=eps,
-            threads=threads_for(len(x) * tokens, _TOKENS),
-        )
-        tensors = {
-            **{"in": x.contiguous(), "norm_weight": norm_weight, "norm_bias": norm_bias},
-            **{"weight": weight, "bias": bias, "kernels": kernels, "taps": taps},
-            **{"taps_bias": taps_bias, "out": out},
-            "table": dense(table),
-        }
-        return problem, Addresses(_TENSORS, tensors)
+        threads = threads_for(len(x) * tokens, _TOKENS)
+        own = sizes_of(x, "images height width dim")
+        return {**own, "heads": heads, "head_dim": head_dim, "threads": threads}
 
     return Call(out, arguments)

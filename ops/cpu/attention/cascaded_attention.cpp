@@ -8,10 +8,7 @@ VB_EXPORT_BYTES(cascaded_attention, Tensors)
 extern "C" int cascaded_attention_forward(const cascaded_attention::Problem* problem,
                                           const cascaded_attention::Tensors* tensors) {
   return status_of([&] {
-    if (problem->bfloat16) {
-      cascaded_attention::forward<BFloat16>(*problem, *tensors);
-    } else {
-      cascaded_attention::forward<float>(*problem, *tensors);
-    }
+    problem->bfloat16 ? cascaded_attention::forward<BFloat16>(*problem, *tensors)
+                      : cascaded_attention::forward<float>(*problem, *tensors);
   });
 }

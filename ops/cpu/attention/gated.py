@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ops.cpu.attention.grouped import PROBLEM, TENSORS, attention_threads
-from ops.cpu.attention.linear import gated_out, gated_tensors, unsupported_heads
+from ops.cpu.attention.grouped import attention_threads
+from ops.cpu.attention.linear import gated_out, gated_parts, unsupported_heads
 from ops.cpu.binding import kernel
-from ops.cpu.call import Addresses, Call, problem_of
+from ops.cpu.call import Call
 
 __all__ = ["gated_attention", "unsupported"]
 
@@ -39,29 +39,15 @@ def gated_attention(
 
     def arguments() -> Any:
         tokens, head_dim = height * width, dim // num_heads
+        parts = gated_parts(qkvo)
         whole, projected = (tokens * dim, dim, head_dim), (4 * tokens * dim, 4 * dim, head_dim)
-        problem = problem_of(
-            PROBLEM,
-            qkvo,
-            batch=batch,
-            groups=1,
-            heads=num_heads,
-            queries=tokens,
-            region_keys=tokens,
-            routes=1,
-            dim=head_dim,
-            value_dim=head_dim,
-            query_stride=projected,
-            key_stride=projected,
-            value_stride=projected,
-            out_stride=whole,
-            bias_stride=whole,
-            gate_stride=projected,
-            width=width,
-            scale=head_dim**-0.5,
-            threads=attention_threads(2 * bias.numel() * tokens),
-        )
-        tensors = gated_tensors(qkvo, bias, row_table, column_table, out)
-        return problem, Addresses(TENSORS, tensors)
+        return {
+            **{"batch": batch, "groups": 1, "heads": num_heads, "routes": 1, "width": width},
+            **{"queries": tokens, "region_keys": tokens, "dim": head_dim, "value_dim": head_dim},
+            **{f"{name}_stride": projected for name in parts},
+            **{"out_stride": whole, "bias_stride": whole, "scale": head_dim**-0.5},
+            "threads": attention_threads(2 * bias.numel() * tokens),
+            **parts,
+        }
 
     return Call(out, arguments)

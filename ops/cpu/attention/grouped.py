@@ -13,15 +13,12 @@ import torch
 from torch import Tensor
 
 from ops.cpu.binding import kernel
-from ops.cpu.call import Addresses, Call, problem_of
+from ops.cpu.call import Call, sizes_of
 from ops.cpu.dispatch import require_dtype
-from ops.cpu.structures import structure
-from ops.cpu.tensors import dense
+from ops.cpu.tensors import dense_channels
 
 __all__ = [
     "LINE",
-    "PROBLEM",
-    "TENSORS",
     "ScoreTerms",
     "attend",
     "attend_regions",
@@ -33,9 +30,6 @@ __all__ = [
 
 _SMALL_MACS = 2e6
 LINE = 16  # queries per line, see ScoreTerms
-
-PROBLEM = structure("attention/group.h", "attention::Problem")
-TENSORS = structure("attention/group.h", "attention::Tensors")
 
 
 class ScoreTerms(NamedTuple):
@@ -53,6 +47,9 @@ class ScoreTerms(NamedTuple):
     values: Tensor
     lines: Tensor
     kinds: Tensor | None
+
+
+_NO_TERMS = (None, None, None)
 
 
 def attention_threads(macs: int) -> int:
@@ -81,7 +78,7 @@ def attend(
         ValueError: mismatched shapes or dtypes.
         RuntimeError: the kernel is not available here.
     """
-    _attend(query, key, value, out, scale=scale)
+    grouped_attention(query, key, value, out, None, None, None, *_NO_TERMS, scale)
 
 
 def attend_regions(
@@ -113,7 +110,7 @@ def attend_regions(
     _require_all_tokens(query, rows)
     if out is None:
         out = value.new_empty(*query.shape[:3], value.shape[3])
-    _attend(query, key, value, out, rows, routes=routes, scale=scale)
+    grouped_attention(query, key, value, out, rows, None, routes, *_NO_TERMS, scale)
     return out
 
 
@@ -145,7 +142,7 @@ def attend_windows(
         RuntimeError: the kernel is not available here.
     """
     _require_all_tokens(query, rows)
-    _attend(query, key, value, out, rows, key_rows, terms=terms)
+    grouped_attention(query, key, value, out, rows, key_rows, None, *terms, None)
 
 
 def _require_all_tokens(query: Tensor, rows: Tensor) -> None:
@@ -153,22 +150,6 @@ def _require_all_tokens(query: Tensor, rows: Tensor) -> None:
         raise ValueError(
             f"rows must share out {query.shape[1]} tokens to regions, got {tuple(rows.shape)}"
         )
-
-
-def _attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    out: Tensor,
-    rows: Tensor | None = None,
-    key_rows: Tensor | None = None,
-    *,
-    routes: Tensor | None = None,
-    terms: ScoreTerms | None = None,
-    scale: float | None = None,
-) -> None:
-    of_terms: tuple[Tensor | None, ...] = (None, None, None) if terms is None else terms
-    grouped_attention(query, key, value, out, rows, key_rows, routes, *of_terms, scale)
 
 
 @kernel("attention", "attention_forward", returns="()", mutates=("out",))
@@ -194,36 +175,25 @@ def grouped_attention(
         _check_terms(query.shape[2], rows, key_rows, terms, lines, kinds)
 
     def arguments() -> Any:
-        q, k, v = (t if t.stride(3) == 1 else t.contiguous() for t in (query, key, value))
+        q, k, v = map(dense_channels, (query, key, value))
         batch, queries, heads, dim = query.shape
         groups, tokens = (1, queries) if rows is None else rows.shape
         seen = rows if key_rows is None else key_rows
         region_keys = key.shape[1] if seen is None else seen.shape[1]
         chosen = 1 if routes is None else routes.shape[2]
         scores = batch * groups * heads * tokens * region_keys * chosen
-        problem = problem_of(
-            PROBLEM,
-            query,
-            "batch _ heads dim",
-            groups=groups,
-            queries=tokens,
-            region_keys=region_keys,
-            routes=chosen,
-            value_dim=value.shape[3],
-            query_stride=q.stride()[:3],
-            key_stride=k.stride()[:3],
-            value_stride=v.stride()[:3],
-            out_stride=out.stride()[:3],
-            term_lines=0 if terms is None else terms.shape[1],
-            scale=dim**-0.5 if scale is None else scale,
-            threads=attention_threads(scores * (dim + value.shape[3])),
-        )
-        tables = {"regions": routes, "terms": terms, "lines": lines, "kinds": kinds}
-        tensors = {
-            **{"query": q, "key": k, "value": v, "rows": rows, "key_rows": key_rows, "out": out},
-            **{n: dense(t) for n, t in tables.items()},
+        strided = {"query": q, "key": k, "value": v, "out": out}
+        return {
+            **sizes_of(query, "batch _ heads dim"),
+            **{"groups": groups, "queries": tokens, "region_keys": region_keys, "routes": chosen},
+            "value_dim": value.shape[3],
+            **{f"{name}_stride": t.stride()[:3] for name, t in strided.items()},
+            "term_lines": 0 if terms is None else terms.shape[1],
+            "scale": dim**-0.5 if scale is None else scale,
+            "threads": attention_threads(scores * (dim + value.shape[3])),
+            **strided,
+            "regions": None if routes is None else routes.contiguous(),
         }
-        return problem, Addresses(TENSORS, tensors)
 
     return Call(None, arguments if out.numel() else tuple)
 

@@ -12,13 +12,12 @@ import torch
 from torch import Tensor
 
 from ops.cpu.binding import kernel
-from ops.cpu.call import Addresses, Call, problem_of
-from ops.cpu.structures import structure
+from ops.cpu.call import Call, sizes_of
 from ops.cpu.threads import VALUES, threads_for
 
 __all__ = [
     "gated_out",
-    "gated_tensors",
+    "gated_parts",
     "rank_augmented_attention",
     "unsupported",
     "unsupported_heads",
@@ -26,9 +25,6 @@ __all__ = [
 
 _EPS = 1e-6
 _WHOLE = 32  # divides head_dim: two vectors of the widest instruction set
-
-_PROBLEM = structure("attention/linear_attention.h", "linear_attention::Problem")
-_TENSORS = structure("attention/linear_attention.h", "linear_attention::Tensors")
 
 
 def unsupported(device: torch.device, dtype: torch.dtype, head_dim: int) -> str | None:
@@ -78,14 +74,10 @@ def gated_out(
     return torch.empty_like(bias, memory_format=torch.contiguous_format)
 
 
-def gated_tensors(
-    qkvo: Tensor, bias: Tensor, row_table: Tensor, column_table: Tensor, out: Tensor
-) -> dict[str, Any]:
-    """The tensors that both kernels take, by the names of their structures' fields."""
-    step = bias.shape[-1] * qkvo.element_size()
-    parts = {name: (qkvo, i * step) for i, name in enumerate(("query", "key", "value", "gate"))}
-    tables = {"row_table": row_table, "column_table": column_table}
-    return {**parts, **tables, "bias": bias.contiguous(), "out": out}
+def gated_parts(qkvo: Tensor) -> dict[str, tuple[Tensor, int]]:
+    """Queries, keys, values and gates of both kernels, by the names of their structures' fields."""
+    step = qkvo.shape[-1] // 4 * qkvo.element_size()
+    return {name: (qkvo, i * step) for i, name in enumerate(("query", "key", "value", "gate"))}
 
 
 @kernel("linear_attention", "linear_attention_forward")
@@ -104,30 +96,20 @@ def rank_augmented_attention(
 
     Returns:
         (B, H, W, dim), contiguous.
-
-    Raises:
-        ValueError: mismatched shapes or dtypes.
-        RuntimeError: the kernel is not available here.
     """
     out = gated_out(qkvo, bias, row_table, column_table, num_heads)
-    batch, height, width, dim = bias.shape
 
-    def arguments() -> Any:
-        tokens, head_dim = height * width, dim // num_heads
-        problem = problem_of(
-            _PROBLEM,
-            qkvo,
-            "batch height width",
-            heads=num_heads,
-            dim=head_dim,
-            stride=(4 * tokens * dim, 4 * dim, head_dim),
-            bias_stride=(tokens * dim, dim, head_dim),
-            out_stride=(tokens * dim, dim, head_dim),
-            scale=head_dim**-0.5,
-            eps=_EPS,
-            threads=threads_for(bias.numel(), VALUES),
-        )
-        tensors = gated_tensors(qkvo, bias, row_table, column_table, out)
-        return problem, Addresses(_TENSORS, tensors)
+    def arguments() -> dict[str, Any]:
+        tokens, dim = bias.shape[1] * bias.shape[2], bias.shape[3]
+        head_dim = dim // num_heads
+        whole = (tokens * dim, dim, head_dim)
+        return {
+            **sizes_of(qkvo, "batch height width _"),
+            **{"heads": num_heads, "dim": head_dim, "scale": head_dim**-0.5, "eps": _EPS},
+            "stride": (4 * tokens * dim, 4 * dim, head_dim),
+            **{"bias_stride": whole, "out_stride": whole},
+            "threads": threads_for(bias.numel(), VALUES),
+            **gated_parts(qkvo),
+        }
 
     return Call(out, arguments)

@@ -8,10 +8,7 @@ VB_EXPORT_BYTES(linear_attention, Tensors)
 extern "C" int linear_attention_forward(const linear_attention::Problem* problem,
                                         const linear_attention::Tensors* tensors) {
   return status_of([&] {
-    if (problem->bfloat16) {
-      linear_attention::forward<BFloat16>(*problem, *tensors);
-    } else {
-      linear_attention::forward<float>(*problem, *tensors);
-    }
+    problem->bfloat16 ? linear_attention::forward<BFloat16>(*problem, *tensors)
+                      : linear_attention::forward<float>(*problem, *tensors);
   });
 }

@@ -12,17 +12,13 @@ import torch
 from torch import Tensor
 
 from ops.cpu.binding import kernel
-from ops.cpu.call import Addresses, Call, problem_of
+from ops.cpu.call import Call, sizes_of
 from ops.cpu.gemm.linear import no_products, pack_weight
 from ops.cpu.gemm.plan import packed_size
-from ops.cpu.structures import structure
 from ops.cpu.tensors import as_nhwc
 from ops.cpu.threads import MACS, threads_for
 
 __all__ = ["deformable_conv2d", "pack_taps"]
-
-_PROBLEM = structure("deformable/deformable.h", "deformable::Problem")
-_TENSORS = structure("deformable/deformable.h", "deformable::Tensors")
 
 
 def pack_taps(weight: Tensor) -> Tensor:
@@ -60,7 +56,6 @@ def deformable_conv2d(
 
     Raises:
         ValueError: offsets, a weight or dtypes that do not match the map.
-        RuntimeError: the kernel is not available here (check its ``unsupported`` first).
     """
     height, width = ((n - kernel_size) // stride + 1 for n in x.shape[2:])
     expected = (x.shape[0], 2 * kernel_size**2, height, width)
@@ -79,21 +74,14 @@ def deformable_conv2d(
 
     def arguments() -> Any:
         nhwc = as_nhwc(x)
-        problem = problem_of(
-            _PROBLEM,
-            x,
-            "batch channels height width",
-            out_height=height,
-            out_width=width,
-            out_features=len(bias),
-            kernel=kernel_size,
-            stride=stride,
-            in_stride=(nhwc.stride(0), nhwc.stride(2), nhwc.stride(3)),
-            activation=activation,
-            threads=threads_for(out.numel() * inputs, MACS),
-        )
-        offsets = offset.permute(0, 2, 3, 1).float().contiguous()
-        tensors = {"in": nhwc, "offset": offsets, "weight": weight, "bias": bias, "out": out}
-        return problem, Addresses(_TENSORS, tensors)
+        return {
+            **sizes_of(x, "batch channels height width"),
+            **{"out_height": height, "out_width": width, "out_features": len(bias)},
+            "kernel": kernel_size,
+            "in_stride": (nhwc.stride(0), nhwc.stride(2), nhwc.stride(3)),
+            "threads": threads_for(out.numel() * inputs, MACS),
+            "in": nhwc,
+            "offset": offset.permute(0, 2, 3, 1).float().contiguous(),
+        }
 
     return Call(out, arguments)

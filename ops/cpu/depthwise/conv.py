@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 from typing import Any
 
 import torch
@@ -15,16 +16,12 @@ from torch import Tensor
 
 from ops.cpu.activations import require_activation
 from ops.cpu.binding import kernel
-from ops.cpu.call import Addresses, Call, problem_of
+from ops.cpu.call import Call
 from ops.cpu.dispatch import require_dtype
-from ops.cpu.structures import structure
 from ops.cpu.tensors import as_nhwc, empty_nhwc
 from ops.cpu.threads import MACS, threads_for
 
 __all__ = ["depthwise_branches", "depthwise_conv2d", "taps_first", "unsupported"]
-
-_PROBLEM = structure("depthwise/depthwise.h", "depthwise::Problem")
-_TENSORS = structure("depthwise/depthwise.h", "depthwise::Tensors")
 
 
 def taps_first(weight: Tensor) -> Tensor:
@@ -75,7 +72,6 @@ def depthwise_conv2d(
 
     Raises:
         ValueError: mismatched shapes or dtypes, or an unknown activation.
-        RuntimeError: the kernel is not available here (check :func:`unsupported` first).
     """
     if x.ndim != 4 or taps.ndim != 3 or taps.shape[2] != x.shape[1]:
         raise ValueError(
@@ -100,11 +96,9 @@ def depthwise_conv2d(
         size.append(free // stride[axis] + 1)
     out = empty_nhwc(x, (x.shape[0], x.shape[1], *size))
 
-    def arguments() -> Any:
+    def arguments() -> dict[str, Any]:
         pixels = as_nhwc(x)
-        problem = _problem(pixels, out, taps, stride, padding, dilation, activation)
-        tensors = {"in": pixels, "weight": taps, "bias": bias, "out": out}
-        return problem, Addresses(_TENSORS, tensors)
+        return {**_sizes(pixels, out, taps), "in": pixels, "weight": taps.contiguous()}
 
     return Call(out, arguments)
 
@@ -132,23 +126,17 @@ def depthwise_branches(x: Tensor, taps: Sequence[Tensor], biases: Sequence[Tenso
         require_dtype(torch.float32, taps=t, biases=bias)
     out = empty_nhwc(x, x.shape)
 
-    def arguments() -> Any:
-        pixels, size = as_nhwc(x), x.element_size()
-        problems = [
-            _problem(pixels, out, t, (1, 1), [side // 2 for side in t.shape[:2]], (1, 1))
-            for t in taps
-        ]
-        branches = [
-            Addresses(
-                _TENSORS,
-                {
-                    **{"in": (pixels, start * size), "out": (out, start * size)},
-                    **{"weight": t, "bias": bias},
-                },
-            )
-            for start, t, bias in zip(starts, taps, biases, strict=True)
-        ]
-        return (_PROBLEM * len(taps))(*problems), branches, len(taps), starts[0]
+    def arguments() -> dict[str, Any]:
+        pixels, step = as_nhwc(x), x.element_size()
+        of_all = {"bfloat16": x.dtype == torch.bfloat16, "stride": (1, 1), "dilation": (1, 1)}
+        problems, tensors = [], []
+        for start, t, bias in zip(starts, taps, biases, strict=True):
+            padding = [side // 2 for side in t.shape[:2]]
+            problems.append({**_sizes(pixels, out, t), **of_all, "padding": padding})
+            place = {"in": (pixels, start * step), "out": (out, start * step)}
+            tensors.append({**place, "weight": t, "bias": bias})
+        branches = {"problems": problems, "tensors": tensors}
+        return {**branches, "count": len(taps), "passed": starts[0]}
 
     return Call(out, arguments)
 
@@ -165,40 +153,18 @@ def _branch_starts(
         )
     if any(rows % 2 == 0 or columns % 2 == 0 for rows, columns, _ in kernels):
         raise ValueError(f"kernels of branches must be odd, got {kernels}")
-    starts = []
-    for _, _, width in kernels:
-        starts.append(start)
-        start += width
-    return starts
+    return list(accumulate((width for _, _, width in kernels[:-1]), initial=start))
 
 
-def _problem(
-    x: Tensor,
-    out: Tensor,
-    taps: Tensor,
-    stride: Sequence[int],
-    padding: Sequence[int],
-    dilation: Sequence[int],
-    activation: str = "none",
-) -> Any:
+def _sizes(x: Tensor, out: Tensor, taps: Tensor) -> dict[str, Any]:
     """The sizes of a call for the channels in ``taps``."""
-    size, out_size, channels = tuple(x.shape[2:]), tuple(out.shape[2:]), taps.shape[2]
-    return problem_of(
-        _PROBLEM,
-        x,
-        batch=len(x),
-        channels=channels,
-        size=size,
-        out_size=out_size,
-        kernel=tuple(taps.shape[:2]),
-        stride=tuple(stride),
-        padding=tuple(padding),
-        dilation=tuple(dilation),
-        in_stride=_strides(x),
-        out_stride=_strides(out),
-        activation=activation,
-        threads=threads_for(len(x) * math.prod(out_size) * taps.numel(), MACS),
-    )
+    size, out_size = tuple(x.shape[2:]), tuple(out.shape[2:])
+    work = len(x) * math.prod(out_size) * taps.numel()
+    return {
+        **{"batch": len(x), "channels": taps.shape[2], "size": size, "out_size": out_size},
+        **{"kernel": tuple(taps.shape[:2]), "threads": threads_for(work, MACS)},
+        **{"in_stride": _strides(x), "out_stride": _strides(out)},
+    }
 
 
 def _strides(x: Tensor) -> tuple[int, int, int]:

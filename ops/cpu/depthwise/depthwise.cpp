@@ -7,11 +7,8 @@ VB_EXPORT_BYTES(depthwise, Tensors)
 
 extern "C" int depthwise_forward(const depthwise::Problem* problem, const depthwise::Tensors* tensors) {
   return status_of([&] {
-    if (problem->bfloat16) {
-      depthwise::forward_any<BFloat16>(*problem, *tensors);
-    } else {
-      depthwise::forward_any<float>(*problem, *tensors);
-    }
+    problem->bfloat16 ? depthwise::forward_any<BFloat16>(*problem, *tensors)
+                      : depthwise::forward_any<float>(*problem, *tensors);
   });
 }
 
@@ -19,10 +16,7 @@ extern "C" int depthwise_branches(const depthwise::Problem* problems,
                                   const depthwise::Tensors* tensors, int64_t count,
                                   int64_t passed) {
   return status_of([&] {
-    if (problems->bfloat16) {
-      depthwise::branches<BFloat16>(problems, tensors, count, passed);
-    } else {
-      depthwise::branches<float>(problems, tensors, count, passed);
-    }
+    problems->bfloat16 ? depthwise::branches<BFloat16>(problems, tensors, count, passed)
+                       : depthwise::branches<float>(problems, tensors, count, passed);
   });
 }

@@ -13,11 +13,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ops.cpu.binding import kernel
-from ops.cpu.call import Addresses, Call, problem_of
+from ops.cpu.call import Call
 from ops.cpu.depthwise.conv import taps_first
 from ops.cpu.dispatch import require_dtype
 from ops.cpu.gemm.linear import no_products, pack_weight
-from ops.cpu.structures import structure
 from ops.cpu.tensors import bias_of, dense
 from ops.cpu.threads import MACS, threads_for
 
@@ -32,9 +31,6 @@ _SPAN = 384
 _FEWEST_ROWS = 4
 _KERNELS, _STRIDES = (3, 5, 7), (1, 2)
 _LINE = 16  # float32 in a cache line, and the largest vector
-
-_PROBLEM = structure("feed_forward/depthwise_mlp.h", "depthwise_mlp::Problem")
-_TENSORS = structure("feed_forward/depthwise_mlp.h", "depthwise_mlp::Tensors")
 
 
 class PackedDepthwiseMlp:
@@ -175,31 +171,14 @@ def depthwise_mlp(
         hidden = in_features if bias1 is None else len(bias1)
         pixels, span = x.numel() // in_features, _span(hidden, x.dtype)
         batch, height, width = x.shape[:3] if taps is not None else (1, pixels, 1)
-        problem = problem_of(
-            _PROBLEM,
-            x,
-            batch=batch,
-            height=height,
-            width=width,
-            in_features=in_features,
-            hidden=hidden,
-            out_features=out_features,
-            kernel=1 if taps is None else len(taps),
-            stride=stride,
-            taps_stride=0 if taps is None else taps.shape[2],
-            chunk=_CHUNK if taps is not None and x.dtype == torch.float32 else span,
-            span=span,
-            activation=activation,
-            conv_activation=conv_activation,
-            eps=eps,
-            threads=threads_for(pixels * hidden * (in_features + out_features), MACS),
-        )
-        tensors = {
-            **{"in": x.contiguous(), "norm_weight": norm_weight, "norm_bias": norm_bias},
-            **{"weight1": weight1, "bias1": bias1, "taps": taps, "conv_bias": conv_bias},
-            **{"weight2": weight2, "bias2": bias2, "out": out},
+        return {
+            **{"batch": batch, "height": height, "width": width, "hidden": hidden, "span": span},
+            **{"in_features": in_features, "out_features": out_features},
+            "kernel": 1 if taps is None else len(taps),
+            "taps_stride": 0 if taps is None else taps.shape[2],
+            "chunk": _CHUNK if taps is not None and x.dtype == torch.float32 else span,
+            "threads": threads_for(pixels * hidden * (in_features + out_features), MACS),
             "other": dense(residual),
         }
-        return problem, Addresses(_TENSORS, tensors)
 
     return Call(out, arguments)

@@ -6,23 +6,19 @@ layer while they are in the cache.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Tensor
 
 from ops.cpu.binding import kernel
-from ops.cpu.call import Addresses, Call, problem_of
+from ops.cpu.call import Call
 from ops.cpu.gemm.linear import no_products
 from ops.cpu.gemm.plan import packed_size
-from ops.cpu.structures import structure
 from ops.cpu.threads import MACS, threads_for
 
 __all__ = ["LARGEST_POWER", "PackedKAN", "kan_layer"]
 
 LARGEST_POWER = 30.0  # the largest exponent of two in a grid; half of FAR in kan.h
-
-_PROBLEM = structure("feed_forward/kan.h", "kan::Problem")
-_TENSORS = structure("feed_forward/kan.h", "kan::Tensors")
 
 
 class PackedKAN(NamedTuple):
@@ -64,7 +60,6 @@ def kan_layer(
 
     Raises:
         ValueError: inputs of the wrong width or dtype.
-        RuntimeError: the kernel is not available here (check its ``unsupported`` first).
     """
     if x.shape[-1:] != norm_weight.shape or x.dtype != weight.dtype:
         raise ValueError(
@@ -76,24 +71,12 @@ def kan_layer(
             f"weight is not that of {len(bias)} outputs of {len(norm_weight)} inputs at "
             f"{len(powers)} points"
         )
-    out = x.new_empty(*x.shape[:-1], len(bias))
 
-    def arguments() -> Any:
-        problem = problem_of(
-            _PROBLEM,
-            x,
-            rows=x.numel() // len(norm_weight),
-            in_features=len(norm_weight),
-            grids=len(powers),
-            out_features=len(bias),
-            eps=eps,
-            scale=scale,
-            threads=threads_for(x.numel() * len(powers) * len(bias), MACS),
-        )
-        tensors = {
-            **{"in": x.contiguous(), "norm_weight": norm_weight, "norm_bias": norm_bias},
-            **{"powers": powers, "weight": weight, "bias": bias, "out": out},
+    def arguments() -> dict[str, int]:
+        return {
+            **{"rows": x.shape[:-1].numel(), "in_features": len(norm_weight)},
+            **{"grids": len(powers), "out_features": len(bias)},
+            "threads": threads_for(x.numel() * len(powers) * len(bias), MACS),
         }
-        return problem, Addresses(_TENSORS, tensors)
 
-    return Call(out, arguments)
+    return Call(x.new_empty(*x.shape[:-1], len(bias)), arguments)

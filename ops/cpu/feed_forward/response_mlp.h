@@ -4,7 +4,7 @@
 // cache.
 //
 // Gates and scales are per image and input of a layer. If an image has more pixels than the layer
-// has outputs, they are multiplied into the weights rather than the map.
+// has outputs, they are multiplied into the weights rather than the map, unless those are in 8 bits.
 #pragma once
 #include <algorithm>
 #include <cmath>
@@ -31,7 +31,7 @@ struct Problem {
 
 // Maps are [images][pixels][dim], float or BFloat16 like the packed weights of the two layers
 // (gemm/pack.h). All others are float: `squeeze` [dim][squeezed], `excite` [squeezed][dim],
-// `response` [hidden] and biases.
+// `response` [hidden] and biases. A layer with a `weight_scale` is one of 8 bits, see problem.h there.
 struct Tensors {
   const void* in;
   const float *squeeze, *squeeze_bias, *excite, *excite_bias;
@@ -42,6 +42,7 @@ struct Tensors {
   const float* bias2;
   const void* other;
   void* out;
+  const float *weight_scale1, *in_range1, *weight_scale2, *in_range2;
 };
 
 // Bytes of the hidden maps of the images processed at once. In bfloat16, reading weights takes
@@ -171,7 +172,7 @@ static void run_layer(const Problem& p, linear::Problem layer, linear::Tensors t
   const int64_t features = layer.in_features;
   const bool copied = !linear::takes_rows_in_place(in, features, p.pixels);
   layer.image_rows = p.pixels;
-  if (copied || p.pixels <= layer.out_features) {
+  if (copied || tensors.weight_scale || p.pixels <= layer.out_features) {
     layer.rows = images * p.pixels;
     tensors.scale = scale;
     linear::forward(layer, tensors);
@@ -220,8 +221,8 @@ static void forward_of(const Problem& p, const Tensors& t) {
     for (int64_t i = 0; i < images; i++) {
       find_gates(p, t, in + i * p.pixels * p.dim, scratch, gates + i * p.dim);
     }
-    const linear::Tensors before{in,      t.weight1, t.bias1, nullptr,
-                                 nullptr, hidden,    energy,  nullptr};
+    const linear::Tensors before{in,     t.weight1, t.bias1,         nullptr,    nullptr, hidden,
+                                 energy, nullptr,   t.weight_scale1, t.in_range1};
     run_layer(p, expand, before, images, gates, scaled);
     for (int64_t i = 0; i < images; i++) find_scales(p, t.response, energy + i * p.hidden);
     const linear::Tensors after{hidden,
@@ -231,7 +232,9 @@ static void forward_of(const Problem& p, const Tensors& t) {
                                 nullptr,
                                 static_cast<T*>(t.out) + offset,
                                 nullptr,
-                                nullptr};
+                                nullptr,
+                                t.weight_scale2,
+                                t.in_range2};
     run_layer(p, project, after, images, energy, scaled);
   }
 }

@@ -9,19 +9,19 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ops.cpu.binding import kernel
-from ops.cpu.call import Addresses, Call, problem_of
+from ops.cpu.call import Call
 from ops.cpu.gemm.linear import no_products, pack_weight
-from ops.cpu.structures import structure
 from ops.cpu.tensors import bias_of
 from ops.cpu.threads import MACS, threads_for
 
 __all__ = ["PackedResponseMlp", "response_mlp"]
 
-_PROBLEM = structure("feed_forward/response_mlp.h", "response_mlp::Problem")
-_TENSORS = structure("feed_forward/response_mlp.h", "response_mlp::Tensors")
+_Bytes = tuple[Tensor, Tensor, Tensor, Tensor | None]
+
 # The order of the operator's weights.
 _WEIGHTS = (
     *("squeeze", "squeeze_bias", "excite", "excite_bias"),
@@ -41,6 +41,8 @@ class PackedResponseMlp:
         fc1, fc2: from ``dim`` to ``hidden`` and back; in float32 or bfloat16.
         response: ``hidden`` numbers, of any shape.
         eps: of the norm.
+        in_bytes: for ``fc1`` and ``fc2``, what :func:`ops.cpu.gemm.int8.packed_linear_int8` takes
+            of a layer in 8 bits: packed weight, its scales, bias and, or None, the range of inputs.
 
     Raises:
         RuntimeError: the kernel is not available here.
@@ -54,26 +56,41 @@ class PackedResponseMlp:
         fc2: nn.Linear,
         response: Tensor,
         eps: float,
+        in_bytes: Sequence[_Bytes | None] = (None, None),
     ) -> None:
         self._eps = eps
+        (weight1, bias1, *scales1), (weight2, bias2, *scales2) = (
+            _packed(layer, packed) for layer, packed in zip((fc1, fc2), in_bytes, strict=True)
+        )
         self._weights = [
             *(t for layer in (squeeze, excite) for t in (_inputs_first(layer), bias_of(layer))),
-            *(pack_weight(fc1.weight), bias_of(fc1), response.detach().float().flatten()),
-            *(pack_weight(fc2.weight), bias_of(fc2)),
+            *(weight1, bias1, response.detach().float().flatten(), weight2, bias2),
         ]
+        self._scales: list[Tensor | None] = [*scales1, *scales2]
 
     def __call__(self, x: Tensor, shortcut: Tensor) -> Tensor:
         """(B, H, W, dim) → (B, H, W, dim).
 
         Args:
-            x: in the dtype of the weights; copied unless contiguous.
+            x: in the dtype of the weights, or, if both are in 8 bits, float32 or bfloat16; copied
+                unless contiguous.
             shortcut: (B, H, W, dim).
 
         Raises:
             ValueError: wrong dtype or shape.
         """
-        out: Tensor = response_mlp(x, shortcut, self._weights, self._eps)
+        out: Tensor = response_mlp(x, shortcut, self._weights, self._eps, *self._scales)
         return out
+
+
+def _packed(
+    layer: nn.Linear, in_bytes: _Bytes | None
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """Packed weight, bias, and in 8 bits the scales of weights and the range of inputs."""
+    if in_bytes is None:
+        return pack_weight(layer.weight), bias_of(layer), None, None
+    weight, weight_scale, bias, in_range = in_bytes
+    return weight, bias, weight_scale, in_range
 
 
 def _inputs_first(layer: nn.Linear | nn.Conv2d) -> Tensor:
@@ -82,9 +99,20 @@ def _inputs_first(layer: nn.Linear | nn.Conv2d) -> Tensor:
 
 
 @kernel("response_mlp", "response_mlp_forward", refuses=no_products)
-def response_mlp(x: Tensor, shortcut: Tensor, weights: Sequence[Tensor], eps: float) -> Call:
+def response_mlp(
+    x: Tensor,
+    shortcut: Tensor,
+    weights: Sequence[Tensor],
+    eps: float,
+    weight_scale1: Tensor | None = None,
+    in_range1: Tensor | None = None,
+    weight_scale2: Tensor | None = None,
+    in_range2: Tensor | None = None,
+) -> Call:
     """See :class:`PackedResponseMlp`, which packs the weights."""
-    dim, dtype = len(weights[3]), weights[4].dtype
+    dim = len(weights[3])
+    floats = [w.dtype for w in (weights[4], weights[7]) if w.dtype != torch.int8]
+    dtype = floats[0] if floats else x.dtype
     if x.ndim != 4 or x.shape[3] != dim or x.dtype != dtype:
         raise ValueError(f"x must be (B, H, W, {dim}), {dtype}, got {tuple(x.shape)}, {x.dtype}")
     if shortcut.shape != x.shape or shortcut.dtype != dtype:
@@ -92,23 +120,15 @@ def response_mlp(x: Tensor, shortcut: Tensor, weights: Sequence[Tensor], eps: fl
             f"shortcut must be {tuple(x.shape)}, {dtype}, got {tuple(shortcut.shape)}, "
             f"{shortcut.dtype}"
         )
-    out = x.new_empty(x.shape)
 
-    def arguments() -> Any:
+    def arguments() -> dict[str, Any]:
         squeezed, hidden = len(weights[1]), len(weights[6])
-        problem = problem_of(
-            _PROBLEM,
-            x,
-            images=len(x),
-            pixels=x.shape[1] * x.shape[2],
-            dim=dim,
-            squeezed=squeezed,
-            hidden=hidden,
-            eps=eps,
-            threads=threads_for(2 * x.numel() * hidden, MACS),
-        )
-        named = dict(zip(_WEIGHTS, weights, strict=True))
-        maps = {"in": x.contiguous(), "other": shortcut.contiguous(), "out": out}
-        return problem, Addresses(_TENSORS, {**maps, **named})
+        return {
+            **{"images": len(x), "pixels": x.shape[1] * x.shape[2]},
+            **{"dim": dim, "squeezed": squeezed, "hidden": hidden},
+            "threads": threads_for(2 * x.numel() * hidden, MACS),
+            "other": shortcut.contiguous(),
+            **dict(zip(_WEIGHTS, weights, strict=True)),
+        }
 
-    return Call(out, arguments)
+    return Call(x.new_empty(x.shape), arguments)

@@ -14,16 +14,12 @@ from torch import Tensor, nn
 
 from ops.cpu.activations import require_activation
 from ops.cpu.binding import kernel
-from ops.cpu.call import Addresses, Call, problem_of
+from ops.cpu.call import Call, sizes_of
 from ops.cpu.gemm.linear import no_products, pack_weight
-from ops.cpu.structures import structure
 from ops.cpu.tensors import bias_of, empty_nhwc
 from ops.cpu.threads import MACS, threads_for
 
 __all__ = ["PackedConv2d", "packed_conv2d"]
-
-_PROBLEM = structure("gemm/convolution.h", "convolution::Problem")
-_TENSORS = structure("gemm/convolution.h", "convolution::Tensors")
 
 
 class PackedConv2d:
@@ -93,21 +89,12 @@ def packed_conv2d(
     out = empty_nhwc(x, (len(x), len(bias), *size))
 
     def arguments() -> Any:
-        pixels = x.contiguous(memory_format=torch.channels_last)
-        problem = problem_of(
-            _PROBLEM,
-            x,
-            "batch channels height width",
-            out_height=size[0],
-            out_width=size[1],
-            out_channels=len(bias),
-            kernel=tuple(kernel_size),
-            stride=tuple(stride),
-            padding=tuple(padding),
-            activation=activation,
-            threads=threads_for(out.numel() * channels * math.prod(kernel_size), MACS),
-        )
-        tensors = {"in": pixels, "weight": weight, "bias": bias, "out": out}
-        return problem, Addresses(_TENSORS, tensors)
+        return {
+            **sizes_of(x, "batch channels height width"),
+            **{"out_height": size[0], "out_width": size[1], "out_channels": len(bias)},
+            **{"kernel": kernel_size, "stride": stride, "padding": padding},
+            "threads": threads_for(out.numel() * channels * math.prod(kernel_size), MACS),
+            "in": x.contiguous(memory_format=torch.channels_last),
+        }
 
     return Call(out, arguments)

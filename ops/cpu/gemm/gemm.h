@@ -1,12 +1,12 @@
 // A linear layer with a fused prologue and epilogue: scales of inputs, activation, shortcut or
 // gate, energies of outputs. Blocks of rows are multiplied with all the weights.
 #pragma once
-#include <vector>
 #include "gemm/pack.h"
 #include "gemm/int8.h"
 #include "gemm/registers.h"
 #include "gemm/tiles.h"
 #include "common/parallel.h"
+#include "common/scratch.h"
 
 namespace linear {
 
@@ -43,7 +43,7 @@ static void copy_row(const T* in, const float* scale, int64_t count, int64_t pad
 // Rows `range` of one image, or of all images if there are no scales or energies.
 template <class T>
 static void run_rows(const Problem& p, const Tensors& t, Range range, Range panels) {
-  static thread_local std::vector<Input<T>> copied;
+  static thread_local ScratchBuffer<Input<T>> buffer;
   const int64_t image = p.image_rows ? range.begin / p.image_rows : 0;
   const T* const in = static_cast<const T*>(t.in);
   const int64_t pitch = padded_inputs(in, p.in_features);
@@ -66,11 +66,11 @@ static void run_rows(const Problem& p, const Tensors& t, Range range, Range pane
       if (!t.scale && takes_rows_in_place(in, p.in_features, rows.count)) rows.in = begin;
     }
     if (!rows.in) {
-      copied.resize(static_cast<size_t>(round_up(rows.count, TILE_ROWS) * pitch));
+      Input<T>* const copied = buffer.of(round_up(rows.count, TILE_ROWS) * pitch);
       for (int64_t r = 0; r < rows.count; r++) {
-        copy_row(begin + r * p.in_stride, scale, p.in_features, pitch, copied.data() + r * pitch);
+        copy_row(begin + r * p.in_stride, scale, p.in_features, pitch, copied + r * pitch);
       }
-      rows.in = copied.data();
+      rows.in = copied;
       rows.in_stride = pitch;
       // Only whole tiles are read.
       rows.in_features = has_tiles() ? pitch : round_up(p.in_features, INPUTS<T>);
@@ -110,21 +110,21 @@ static void forward_of(const Problem& p, const Tensors& t) {
 // Two layers, a block of rows at a time; the hidden rows between them stay in the cache.
 template <class T>
 static void forward_pair_of(Problem first, Tensors before, Problem second, Tensors after) {
-  static thread_local std::vector<T> hidden;
+  static thread_local ScratchBuffer<T> buffer;
   constexpr int64_t line = LINE / int64_t{sizeof(T)};
   // An odd number of cache lines, so that rows do not map to the same sets of the L1 cache.
   const int64_t pitch = (round_up(first.out_features, line) / line | 1) * line;
   const int64_t fitting = std::max(MIN_PAIR_ROWS, PAIR_BYTES / (pitch * int64_t{sizeof(T)}));
   const int64_t count = first.rows, chunks = (count + fitting - 1) / fitting;
-  hidden.resize(static_cast<size_t>(std::min(count, fitting) * pitch));
+  T* const hidden = buffer.of(std::min(count, fitting) * pitch);
   first.out_stride = second.in_stride = pitch;
-  before.out = hidden.data();
+  before.out = hidden;
   for (int64_t i = 0; i < chunks; i++) {
     const Range rows = share(count, i, chunks);
     Tensors expand = before, project = after;
     first.rows = second.rows = rows.end - rows.begin;
     expand.in = static_cast<const T*>(before.in) + rows.begin * first.in_stride;
-    project.in = hidden.data();
+    project.in = hidden;
     project.out = static_cast<T*>(after.out) + rows.begin * second.out_stride;
     if (after.other) {
       project.other = static_cast<const T*>(after.other) + rows.begin * second.other_stride;

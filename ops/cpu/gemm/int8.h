@@ -178,16 +178,49 @@ static void run_bytes_in_registers(const Problem& p, const Tensors& t, const Row
 #if VB_AMX
 #define VB_APART_BYTES __attribute__((noinline, target("amx-int8")))
 
-template <int R, int V>
+// Of rows in bytes.
+template <class T>
+struct ByteEpilogue {
+  const Problem* p;
+  const Bytes* bytes;
+  BytePanel panel;
+  Block<T> block;  // of the first row
+  bool wide;
+
+  void finish(int64_t row, int64_t count, float* sums) const {
+    Block<T> own = block;
+    own.out += row * p->out_stride;
+    if (own.other) own.other += row * p->other_stride;
+    int32_t* const whole = reinterpret_cast<int32_t*>(sums);
+    wide ? finish_bytes<2>(*p, *bytes, row, count, panel, own, whole)
+         : finish_bytes<1>(*p, *bytes, row, count, panel, own, whole);
+  }
+};
+
+// Steps of 64 inputs whose rows and weights share the L1 cache.
+constexpr int64_t MOST_STEPS = 12;
+
+// Sums of R tiles of rows, `second` bytes apart, times V tiles of weights, beginning with those of
+// the preceding inputs unless `start` is null. Finishes rows of another block meanwhile.
+template <int R, int V, class T>
 VB_APART_BYTES static void multiply_bytes(const uint8_t* in, ptrdiff_t second, int64_t pitch,
-                                          const int8_t* weight, int64_t steps, Prefetch& prefetch,
-                                          int32_t* sums) {
-  constexpr int64_t tile = TILE_ROWS * BYTE_INPUTS;
+                                          const int8_t* weight, int64_t steps, const float* start,
+                                          Prefetch& prefetch, Unfinished<ByteEpilogue<T>>& before,
+                                          float* sums) {
+  constexpr int64_t tile = TILE_ROWS * BYTE_INPUTS, sums_pitch = V * W * sizeof(int32_t);
+  const int64_t share = before.share(steps);
   __asm__ volatile("" : : : "memory");  // the loads below do not declare that they read memory
-  _tile_zero(0);
-  if (V == 2) _tile_zero(1);
-  if (R == 2) _tile_zero(2);
-  if (R == 2 && V == 2) _tile_zero(3);
+  if (start) {
+    _tile_loadd(0, start, sums_pitch);
+    if (V == 2) _tile_loadd(1, start + W, sums_pitch);
+    if (R == 2) _tile_loadd(2, start + TILE_ROWS * V * W, sums_pitch);
+    if (R == 2 && V == 2) _tile_loadd(3, start + TILE_ROWS * V * W + W, sums_pitch);
+  } else {
+    _tile_zero(0);
+    if (V == 2) _tile_zero(1);
+    if (R == 2) _tile_zero(2);
+    if (R == 2 && V == 2) _tile_zero(3);
+  }
   for (int64_t k = 0; k < steps; k++, in += BYTE_INPUTS, weight += V * tile) {
     prefetch.fetch();
     _tile_loadd(6, weight, 64);
@@ -202,39 +235,44 @@ VB_APART_BYTES static void multiply_bytes(const uint8_t* in, ptrdiff_t second, i
       _tile_dpbusd(2, 5, 6);
       if (V == 2) _tile_dpbusd(3, 5, 7);
     }
+    before.finish(share);
   }
-  constexpr int64_t sums_pitch = V * W * sizeof(int32_t);
   _tile_stored(0, sums, sums_pitch);
   if (V == 2) _tile_stored(1, sums + W, sums_pitch);
   if (R == 2) _tile_stored(2, sums + TILE_ROWS * V * W, sums_pitch);
   if (R == 2 && V == 2) _tile_stored(3, sums + TILE_ROWS * V * W + W, sums_pitch);
 }
 
+// With many inputs, a part of them at a time, so that their weights stay in the L1 cache.
 template <int V, class T>
 static void run_panel_of_bytes(const Problem& p, const Rows<T>& rows, const Bytes& bytes,
-                               const BytePanel& panel, const Block<T>& first_block,
-                               Prefetch& prefetch) {
-  alignas(64) int32_t sums[2 * TILE_ROWS * V * W];
+                               const BytePanel& panel, const Block<T>& block, Prefetch& prefetch,
+                               Unfinished<ByteEpilogue<T>>& unfinished) {
+  static thread_local ScratchBuffer<float> buffer;
+  constexpr int64_t height = 2 * TILE_ROWS;
   const int64_t steps = padded_bytes(bytes.in_features) / BYTE_INPUTS;
-  for (int64_t row = 0; row < rows.count; row += 2 * TILE_ROWS) {
-    const TileRows tiles(row, rows.count);
-    const uint8_t* in = bytes.in + tiles.first * bytes.stride;
-    if (tiles.two) {
-      multiply_bytes<2, V>(in, (tiles.second - tiles.first) * bytes.stride, bytes.stride,
-                           panel.weight, steps, prefetch, sums);
-    } else {
-      multiply_bytes<1, V>(in, 0, bytes.stride, panel.weight, steps, prefetch, sums);
+  const int64_t parts = rows.count > height ? (steps + MOST_STEPS - 1) / MOST_STEPS : 1;
+  float* const between = parts > 1 ? buffer.of(round_up(rows.count, height) * V * W) : nullptr;
+  for (int64_t part = 0; part < parts; part++) {
+    const Range own = ::share(steps, part, parts);
+    const int8_t* const weight = panel.weight + own.begin * V * TILE_ROWS * BYTE_INPUTS;
+    for (int64_t row = 0; row < rows.count; row += height) {
+      const TileRows tiles(row, rows.count);
+      const uint8_t* in = bytes.in + tiles.first * bytes.stride + own.begin * BYTE_INPUTS;
+      float* const kept = between ? between + row * V * W : nullptr;
+      const float* const start = part ? kept : nullptr;
+      float* const sums = part + 1 < parts ? kept : unfinished.next();
+      if (tiles.two) {
+        multiply_bytes<2, V>(in, (tiles.second - tiles.first) * bytes.stride, bytes.stride, weight,
+                             length(own), start, prefetch, unfinished, sums);
+      } else {
+        multiply_bytes<1, V>(in, 0, bytes.stride, weight, length(own), start, prefetch, unfinished,
+                             sums);
+      }
+      if (part + 1 < parts) continue;
+      unfinished.start({&p, &bytes, panel, block, V == 2}, tiles, row,
+                       std::min(row + height, rows.count));
     }
-    const auto store = [&](int64_t begin, int64_t tile, int32_t* tile_sums) {
-      const int64_t end = std::min(begin + TILE_ROWS, rows.count);
-      Block<T> block = first_block;
-      block.out += begin * p.out_stride;
-      if (block.other) block.other += begin * p.other_stride;
-      finish_bytes<V>(p, bytes, begin, end - begin, panel, block,
-                      tile_sums + (begin - tile) * V * W);
-    };
-    store(row, tiles.first, sums);
-    if (tiles.two) store(row + TILE_ROWS, tiles.second, sums + TILE_ROWS * V * W);
   }
 }
 
@@ -242,6 +280,7 @@ template <class T>
 static void run_tiles_of_bytes(const Problem& p, const Tensors& t, const Rows<T>& rows,
                                const Bytes& bytes, Range panels) {
   const Tiles tiles;
+  Unfinished<ByteEpilogue<T>> unfinished;
   const int64_t k = padded_bytes(p.in_features);
   const int64_t blocks = (rows.count + 2 * TILE_ROWS - 1) / (2 * TILE_ROWS);
   for (int64_t n = panels.begin * PANEL; n < std::min(panels.end * PANEL, p.out_features);
@@ -251,9 +290,11 @@ static void run_tiles_of_bytes(const Problem& p, const Tensors& t, const Rows<T>
     Prefetch prefetch(panel.weight + PANEL * k, n / PANEL + 1 == panels.end ? 0 : next * k,
                       blocks * (k / BYTE_INPUTS));
     const Block<T> block = block_at(p, t, rows, 0, n);
-    p.out_features - n > W ? run_panel_of_bytes<2>(p, rows, bytes, panel, block, prefetch)
-                           : run_panel_of_bytes<1>(p, rows, bytes, panel, block, prefetch);
+    p.out_features - n > W
+        ? run_panel_of_bytes<2>(p, rows, bytes, panel, block, prefetch, unfinished)
+        : run_panel_of_bytes<1>(p, rows, bytes, panel, block, prefetch, unfinished);
   }
+  unfinished.finish();
 }
 #else
 template <class T>

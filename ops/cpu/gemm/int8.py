@@ -104,7 +104,7 @@ def quantize_rows(x: Tensor, in_range: Tensor | None = None) -> tuple[Tensor, Te
     else:
         scale, zero = (t.expand(*wide.shape[:-1], 1) for t in in_range)
     inverse = torch.where(scale > 0, 1 / scale, 0.0)
-    quantized = ((wide * inverse).round() + zero).clamp(0, _LARGEST_BYTE)
+    quantized = (wide.double() * inverse + zero).round().clamp(0, _LARGEST_BYTE).float()
     finite = wide.isfinite().all(-1, True)
     return quantized.nan_to_num(), torch.where(finite, scale, torch.nan), zero
 

@@ -7,8 +7,6 @@ products, bfloat16 operands are converted to float32 as they are loaded.
 
 from __future__ import annotations
 
-import ctypes
-from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -16,16 +14,9 @@ from torch import Tensor
 
 from ops.cpu.binding import kernel
 from ops.cpu.build import load, unavailable_reason
-from ops.cpu.call import Addresses, Call
-from ops.cpu.gemm.plan import (
-    TENSORS,
-    check_scales,
-    linear_problem,
-    output_shape,
-    with_rows,
-)
+from ops.cpu.call import Call, pack
+from ops.cpu.gemm.plan import check_scales, linear_problem, output_shape, packed_size, with_rows
 from ops.cpu.policy import multiplies
-from ops.cpu.tensors import dense
 
 __all__ = ["no_products", "pack_weight", "packed_linear", "packed_linear_energy", "unsupported"]
 
@@ -73,13 +64,11 @@ def pack_weight(weight: Tensor) -> Tensor:
     library, reason = load("gemm"), packed_linear.refusal(weight.device, weight.dtype)
     if library is None or reason is not None:
         raise RuntimeError(f"the kernel of linear layers is not available: {reason}")
-    library.linear_packed_size.restype = ctypes.c_int64
-    half = weight.dtype == torch.bfloat16
-    shape = [ctypes.c_int64(n) for n in weight.shape]
+    out_features, in_features = weight.shape
     source = weight.detach().contiguous()
-    packed = source.new_empty(library.linear_packed_size(*shape, half))
-    pointers = [ctypes.c_void_p(t.data_ptr()) for t in (source, packed)]
-    library.linear_pack(pointers[0], *shape, half, pointers[1])
+    packed = source.new_empty(packed_size(out_features, in_features, weight.dtype))
+    half = weight.dtype == torch.bfloat16
+    library.linear_pack(*map(pack, (source, out_features, in_features)), half, pack(packed))
     return packed
 
 
@@ -113,19 +102,16 @@ def packed_linear(
 
     Raises:
         ValueError: mismatched shapes or dtypes, an unknown activation or combination.
-        RuntimeError: the kernel is not available here (check :func:`unsupported` first).
     """
     shape = output_shape(x, weight, bias, activation, other, combination)
     check_scales(x, bias, combination, scale, other_scale)
-    out = x.new_empty(shape)
-    tensors = {"weight": weight, "bias": bias, "scale": scale, "out": out}
 
-    def arguments() -> Any:
+    def arguments() -> dict[str, Any]:
         added, other_stride = with_rows(other)
-        tensors.update(other=added, other_scale=dense(other_scale))
-        return _arguments(x, tensors, activation, combination, other_stride=other_stride)
+        inputs = _inputs(x, bias, activation, scale, combination, other_stride)
+        return {**inputs, "other": added}
 
-    return Call(out, arguments)
+    return Call(x.new_empty(shape), arguments)
 
 
 @kernel("gemm", "linear_forward", returns="(Tensor, Tensor)", refuses=no_products)
@@ -143,30 +129,35 @@ def packed_linear_energy(
     shape = output_shape(x, weight, bias, activation)
     check_scales(x, bias, "none", scale, None)
     out = x.new_empty(shape)
-    energy = (
-        bias.new_zeros(shape[0], len(bias)) if 0 in shape else bias.new_empty(shape[0], len(bias))
-    )
-    tensors = {"weight": weight, "bias": bias, "scale": scale, "out": out, "energy": energy}
-    return Call((out, energy), lambda: _arguments(x, tensors, activation))
+    new = bias.new_zeros if 0 in shape else bias.new_empty
+    energy = new(shape[0], len(bias))
+
+    def arguments() -> dict[str, Any]:
+        results = {"out": out, "energy": energy}
+        return {**_inputs(x, bias, activation, scale, by_image=True), **results}
+
+    return Call((out, energy), arguments)
 
 
-def _arguments(
+def _inputs(
     x: Tensor,
-    tensors: dict[str, Any],
+    bias: Tensor,
     activation: str,
+    scale: Tensor | None,
     combination: str = "none",
     other_stride: int = 0,
-) -> Sequence[Any]:
+    by_image: bool = False,
+) -> dict[str, Any]:
+    """Sizes and inputs of both kernels."""
     rows, in_stride = with_rows(x)
-    scale, energy = tensors["scale"], tensors.get("energy")
     problem = linear_problem(
         x,
-        len(tensors["bias"]),
+        len(bias),
         activation,
         combination,
         in_stride=in_stride,
         other_stride=other_stride,
-        by_image=scale is not None or energy is not None,
+        by_image=by_image or scale is not None,
     )
-    scale = None if scale is None else scale.float().contiguous()
-    return problem, Addresses(TENSORS, {**tensors, "in": rows, "scale": scale})
+    dense_scale = None if scale is None else scale.float().contiguous()
+    return {"problem": problem, "in": rows, "scale": dense_scale}

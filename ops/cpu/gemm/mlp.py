@@ -11,9 +11,9 @@ from typing import Any
 from torch import Tensor
 
 from ops.cpu.binding import kernel
-from ops.cpu.call import Addresses, Call
+from ops.cpu.call import Call
 from ops.cpu.gemm.linear import no_products
-from ops.cpu.gemm.plan import TENSORS, linear_problem, output_shape, with_rows
+from ops.cpu.gemm.plan import linear_problem, output_shape, with_rows
 
 __all__ = ["packed_mlp"]
 
@@ -49,16 +49,17 @@ def packed_mlp(
     shape = output_shape(x, weight2, bias2, "none", residual, added, shape=hidden)
     out = x.new_empty(shape)
 
-    def arguments() -> Any:
+    def arguments() -> dict[str, Any]:
         rows, in_stride = with_rows(x)
         other, other_stride = with_rows(residual)
-        return (
-            linear_problem(x, len(bias1), activation, in_stride=in_stride),
-            Addresses(TENSORS, {"in": rows, "weight": weight1, "bias": bias1}),
-            linear_problem(
-                x, len(bias2), "none", added, in_features=len(bias1), other_stride=other_stride
-            ),
-            Addresses(TENSORS, {"weight": weight2, "bias": bias2, "other": other, "out": out}),
+        second = linear_problem(
+            x, len(bias2), "none", added, in_features=len(bias1), other_stride=other_stride
         )
+        return {
+            "first": linear_problem(x, len(bias1), activation, in_stride=in_stride),
+            "before": {"in": rows, "weight": weight1, "bias": bias1},
+            "second": second,
+            "after": {"weight": weight2, "bias": bias2, "other": other, "out": out},
+        }
 
     return Call(out, arguments)

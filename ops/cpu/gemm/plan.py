@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ops.cpu.activations import require_activation
 from ops.cpu.build import status
-from ops.cpu.call import problem_of
+from ops.cpu.call import numbers
 from ops.cpu.dispatch import require_dtype
 from ops.cpu.structures import structure
 from ops.cpu.threads import MACS, threads_for
@@ -154,17 +154,13 @@ def linear_problem(
         by_image: whether scales or sums of squares are per image.
     """
     rows, in_features = math.prod(x.shape[:-1]), in_features or x.shape[-1]
-    return problem_of(
-        _PROBLEM,
-        x,
-        rows=rows,
-        in_features=in_features,
-        out_features=out_features,
-        in_stride=in_stride or in_features,
-        out_stride=out_features,
-        other_stride=other_stride or out_features,
-        image_rows=rows // max(1, len(x)) if by_image else 0,
-        activation=activation,
-        combination=COMBINATIONS.index(combination),
-        threads=threads_for(rows * in_features * out_features, MACS),
-    )
+    sizes = {
+        **{"rows": rows, "in_features": in_features, "out_features": out_features},
+        **{"in_stride": in_stride or in_features, "out_stride": out_features},
+        "other_stride": other_stride or out_features,
+        "image_rows": rows // max(1, len(x)) if by_image else 0,
+        **{"activation": activation, "combination": COMBINATIONS.index(combination)},
+        "bfloat16": x.dtype == torch.bfloat16,
+        "threads": threads_for(rows * in_features * out_features, MACS),
+    }
+    return numbers(_PROBLEM, sizes)

@@ -34,12 +34,90 @@ class Tiles {
   alignas(64) char before_[64];
 };
 
-// R tiles of rows, `second` elements apart, times V tiles of weights: R × V tiles of sums.
+// Up to two tiles of rows from `row` on. Tiles that would reach past the last row begin earlier;
+// repeated rows are not stored.
+struct TileRows {
+  int64_t first, second;
+  bool two;
+
+  TileRows(int64_t row, int64_t count) : two(row + TILE_ROWS < count) {
+    const int64_t last = std::max<int64_t>(0, count - TILE_ROWS);
+    first = std::min(row, last), second = std::min(row + TILE_ROWS, last);
+  }
+};
+
+// The sums of a block whose epilogue is still to be computed. It is computed a few rows at a time
+// between the products of the next block, since tiles and vectors are multiplied by different units
+// of a core, which run ahead of each other by a few hundred instructions only.
+//
+// Epilogue: epilogue.finish(row, count, sums) for rows of one tile; `wide` if sums have two vectors.
+template <class Epilogue>
+class Unfinished {
+ public:
+  // The sums of the next block.
+  float* next() { return sums_[current_ ^ 1]; }
+
+  // `next` has the sums of the rows from `row` to `end`. Finishes those before.
+  void start(const Epilogue& epilogue, const TileRows& tiles, int64_t row, int64_t end) {
+    finish();
+    epilogue_ = epilogue, tiles_ = tiles;
+    row_ = row, middle_ = std::min(row + TILE_ROWS, end), end_ = end;
+    current_ ^= 1;
+  }
+
+  // The rows to finish with each of `steps` products, enough to hide the latency of instructions.
+  int64_t share(int64_t steps) const {
+    constexpr int64_t fewest = 8;
+    return std::max(fewest, (end_ - row_ + steps - 1) / steps);
+  }
+
+  // Finishes up to `count` rows.
+  VB_INLINE void finish(int64_t count) {
+    if (row_ < end_) finish_some(count);
+  }
+
+  void finish() {
+    while (row_ < end_) finish_some(TILE_ROWS);
+  }
+
+ private:
+  VB_APART void finish_some(int64_t count) {
+    const bool is_first = row_ < middle_;
+    const int64_t end = std::min(row_ + count, is_first ? middle_ : end_);
+    const int64_t place = is_first ? row_ - tiles_.first : TILE_ROWS + row_ - tiles_.second;
+    epilogue_.finish(row_, end - row_, sums_[current_] + place * (epilogue_.wide ? 2 : 1) * W);
+    row_ = end;
+  }
+
+  Epilogue epilogue_{};
+  TileRows tiles_{0, 0};
+  int64_t row_ = 0, middle_ = 0, end_ = 0;
+  int current_ = 0;
+  alignas(64) float sums_[2][2 * TILE_ROWS * PANEL];
+};
+
+// Of rows in bfloat16.
+struct FloatEpilogue {
+  const Problem* p;
+  Block<BFloat16> block;  // of the first row
+  bool wide;
+
+  void finish(int64_t row, int64_t count, float* sums) const {
+    Block<BFloat16> own = block;
+    own.out += row * p->out_stride;
+    if (own.other) own.other += row * p->other_stride;
+    wide ? finish_rows<2>(*p, own, sums, count) : finish_rows<1>(*p, own, sums, count);
+  }
+};
+
+// R tiles of rows, `second` elements apart, times V tiles of weights: R × V tiles of sums. Finishes
+// rows of the block before.
 template <int R, int V>
 VB_APART static void multiply(const BFloat16* in, ptrdiff_t second, int64_t in_stride,
                               const BFloat16* weight, int64_t steps, const float* bias,
-                              Prefetch& prefetch, float* sums) {
+                              Prefetch& prefetch, Unfinished<FloatEpilogue>& before) {
   constexpr int64_t tile = TILE_ROWS * TILE_INPUTS;
+  const int64_t share = before.share(steps);
   const int64_t pitch = in_stride * int64_t{sizeof(BFloat16)};
   __asm__ volatile("" : : : "memory");  // the loads below do not declare that they read memory
   _tile_loadd(0, bias, 0);
@@ -60,7 +138,9 @@ VB_APART static void multiply(const BFloat16* in, ptrdiff_t second, int64_t in_s
       _tile_dpbf16ps(2, 5, 6);
       if (V == 2) _tile_dpbf16ps(3, 5, 7);
     }
+    before.finish(share);
   }
+  float* const sums = before.next();
   constexpr int64_t sums_pitch = V * W * sizeof(float);
   _tile_stored(0, sums, sums_pitch);
   if (V == 2) _tile_stored(1, sums + W, sums_pitch);
@@ -68,47 +148,28 @@ VB_APART static void multiply(const BFloat16* in, ptrdiff_t second, int64_t in_s
   if (R == 2 && V == 2) _tile_stored(3, sums + TILE_ROWS * V * W + W, sums_pitch);
 }
 
-// Up to two tiles of rows from `row` on. Tiles that would reach past the last row begin earlier;
-// repeated rows are not stored.
-struct TileRows {
-  int64_t first, second;
-  bool two;
-
-  TileRows(int64_t row, int64_t count) : two(row + TILE_ROWS < count) {
-    const int64_t last = std::max<int64_t>(0, count - TILE_ROWS);
-    first = std::min(row, last), second = std::min(row + TILE_ROWS, last);
-  }
-};
-
 template <int V>
 static void run_panel(const Problem& p, const Rows<BFloat16>& rows, const Block<BFloat16>& panel,
-                      Prefetch& prefetch) {
-  alignas(64) float sums[2 * TILE_ROWS * V * W];
+                      Prefetch& prefetch, Unfinished<FloatEpilogue>& unfinished) {
   const int64_t steps = rows.in_features / TILE_INPUTS;
   for (int64_t row = 0; row < rows.count; row += 2 * TILE_ROWS) {
     const TileRows tiles(row, rows.count);
     const BFloat16* in = panel.in + tiles.first * rows.in_stride;
     if (tiles.two) {
       multiply<2, V>(in, (tiles.second - tiles.first) * rows.in_stride, rows.in_stride, panel.weight, steps,
-                     panel.bias, prefetch, sums);
+                     panel.bias, prefetch, unfinished);
     } else {
-      multiply<1, V>(in, 0, rows.in_stride, panel.weight, steps, panel.bias, prefetch, sums);
+      multiply<1, V>(in, 0, rows.in_stride, panel.weight, steps, panel.bias, prefetch, unfinished);
     }
-    const auto store = [&](int64_t begin, int64_t tile, float* tile_sums) {
-      const int64_t end = std::min(begin + TILE_ROWS, rows.count);
-      Block<BFloat16> block = panel;
-      block.out += begin * p.out_stride;
-      if (block.other) block.other += begin * p.other_stride;
-      finish_rows<V>(p, block, tile_sums + (begin - tile) * V * W, end - begin);
-    };
-    store(row, tiles.first, sums);
-    if (tiles.two) store(row + TILE_ROWS, tiles.second, sums + TILE_ROWS * V * W);
+    unfinished.start({&p, panel, V == 2}, tiles, row,
+                     std::min(row + 2 * TILE_ROWS, rows.count));
   }
 }
 
 static void run_tiles(const Problem& p, const Tensors& t, const Rows<BFloat16>& rows,
                       Range panels) {
   const Tiles tiles;
+  Unfinished<FloatEpilogue> unfinished;
   const int64_t blocks = (rows.count + 2 * TILE_ROWS - 1) / (2 * TILE_ROWS);
   for (int64_t panel = panels.begin; panel < panels.end; panel++) {
     const int64_t n = panel * PANEL, left = p.out_features - n;
@@ -125,8 +186,10 @@ static void run_tiles(const Problem& p, const Tensors& t, const Rows<BFloat16>& 
                                 rows.energy ? rows.energy + n : nullptr,
                                 static_cast<int>(std::min<int64_t>(W, wide ? left - W : left)),
                                 t.other_scale ? t.other_scale + n : nullptr};
-    wide ? run_panel<2>(p, rows, block, prefetch) : run_panel<1>(p, rows, block, prefetch);
+    wide ? run_panel<2>(p, rows, block, prefetch, unfinished)
+         : run_panel<1>(p, rows, block, prefetch, unfinished);
   }
+  unfinished.finish();
 }
 
 #else

@@ -12,15 +12,12 @@ import torch
 from torch import Tensor
 
 from ops.cpu.binding import kernel
-from ops.cpu.call import Call, problem_of
+from ops.cpu.call import Call
 from ops.cpu.dispatch import require_dtype
-from ops.cpu.structures import structure
 from ops.cpu.tensors import empty_nhwc
 from ops.cpu.threads import VALUES, threads_for
 
 __all__ = ["nchw_from_nhwc", "nhwc_from_nchw"]
-
-_PROBLEM = structure("layout/nchw.h", "nchw::Problem")
 
 
 @kernel("nchw", "nchw_from_nhwc")
@@ -33,22 +30,12 @@ def nchw_from_nhwc(x: Tensor, affine: Tensor) -> Call:
 
     Returns:
         (B, C, H, W), contiguous, in the dtype of ``x``.
-
-    Raises:
-        ValueError: mismatched shapes or dtypes.
-        RuntimeError: the kernel is not available here (check its ``unsupported`` first).
     """
     _check_map(x)
     require_dtype(torch.float32, affine=affine)
     if affine.shape != (2, x.shape[1]):
         raise ValueError(f"affine must be (2, {x.shape[1]}), got {tuple(affine.shape)}")
-    out = x.new_empty(x.shape)
-
-    def arguments() -> Any:
-        nhwc = x.contiguous(memory_format=torch.channels_last)
-        return _problem_of(x), nhwc, affine.contiguous(), out
-
-    return Call(out, arguments)
+    return Call(x.new_empty(x.shape), lambda: {**_sizes(x), "in": _nhwc(x)})
 
 
 @kernel("nchw", "nchw_to_nhwc")
@@ -61,22 +48,14 @@ def nhwc_from_nchw(nchw: Tensor, x: Tensor) -> Call:
 
     Returns:
         (B, C, H, W), channels-last, in the dtype of ``x``.
-
-    Raises:
-        ValueError: mismatched shapes or dtypes.
-        RuntimeError: the kernel is not available here (check its ``unsupported`` first).
     """
     _check_map(x)
     require_dtype(x.dtype, nchw=nchw)
     if nchw.shape != x.shape:
         raise ValueError(f"nchw must be {tuple(x.shape)}, got {tuple(nchw.shape)}")
-    out = empty_nhwc(x, x.shape)
-
-    def arguments() -> Any:
-        nhwc = x.contiguous(memory_format=torch.channels_last)
-        return _problem_of(x), nchw.contiguous(), nhwc, out
-
-    return Call(out, arguments)
+    return Call(
+        empty_nhwc(x, x.shape), lambda: {**_sizes(x), "in": nchw.contiguous(), "other": _nhwc(x)}
+    )
 
 
 def _check_map(x: Tensor) -> None:
@@ -86,11 +65,11 @@ def _check_map(x: Tensor) -> None:
         )
 
 
-def _problem_of(x: Tensor) -> Any:
-    return problem_of(
-        _PROBLEM,
-        x,
-        "batch channels",
-        pixels=x.shape[2] * x.shape[3],
-        threads=threads_for(x.numel(), VALUES),
-    )
+def _nhwc(x: Tensor) -> Tensor:
+    return x.contiguous(memory_format=torch.channels_last)
+
+
+def _sizes(x: Tensor) -> dict[str, Any]:
+    batch, channels, height, width = x.shape
+    threads = threads_for(x.numel(), VALUES)
+    return {"batch": batch, "channels": channels, "pixels": height * width, "threads": threads}

@@ -13,16 +13,11 @@ import torch
 from torch import Tensor
 
 from ops.cpu.binding import kernel
-from ops.cpu.call import Addresses, Call, problem_of
-from ops.cpu.structures import structure
-from ops.cpu.tensors import dense
+from ops.cpu.call import Call
+from ops.cpu.tensors import dense, dense_channels
 
 __all__ = ["na_cpu_backward", "na_cpu_forward", "na_cpu_output"]
 
-_PROBLEM = structure("neighborhood/problem.h", "na::Problem")
-_TENSOR = structure("neighborhood/pack.h", "na::Tensor")
-_FORWARD = structure("neighborhood/forward.h", "na::ForwardTensors")
-_BACKWARD = structure("neighborhood/backward.h", "na::BackwardTensors")
 _AXES = ("z", "y", "x")
 
 
@@ -44,7 +39,7 @@ def na_cpu_output(
     inputs = (query, key, value, additional_keys, additional_values, rpb)
     window = (kernel_size, stride, dilation, is_causal)
     out = _empty_out(query, value)
-    return Call(out, lambda: _forward_arguments(inputs, window, scale, out))
+    return Call(out, lambda: _forward(inputs, window, out))
 
 
 @kernel("neighborhood", "na_forward", returns="(Tensor, Tensor)", large_results=True)
@@ -66,7 +61,7 @@ def na_cpu_forward(
     window = (kernel_size, stride, dilation, is_causal)
     out = _empty_out(query, value)
     lse = query.new_empty(query.shape[:-1], dtype=torch.float32)
-    return Call((out, lse), lambda: _forward_arguments(inputs, window, scale, out, lse))
+    return Call((out, lse), lambda: _forward(inputs, window, out, lse))
 
 
 @kernel(
@@ -99,7 +94,7 @@ def na_cpu_backward(
     inputs = (query, key, value, additional_keys, additional_values, rpb)
     empty = out.numel() == 0
     grads = [
-        query.new_empty(0) if t is None else torch.zeros_like(t) if empty else _dense_like(t)
+        query.new_empty(0) if t is None else torch.zeros_like(t) if empty else t.new_empty(t.shape)
         for t in inputs
     ]
     if rpb is not None:
@@ -107,101 +102,69 @@ def na_cpu_backward(
 
     def arguments() -> Any:
         names = ("query", "key", "value", "additional_key", "additional_value")
-        of_inputs = {
-            f"grad_{name}": _with_channels(None if t is None else grad)
-            for name, t, grad in zip(names, inputs, grads, strict=False)
-        }
-        fields = {
-            **_inputs(*inputs),
-            **of_inputs,
+        return {
+            **_inputs(inputs, (kernel_size, stride, dilation, is_causal)),
+            **{
+                f"grad_{name}": _with_channels(None if t is None else grad)
+                for name, t, grad in zip(names, inputs, grads, strict=False)
+            },
             **{"out": _with_channels(out), "lse": _per_query(lse.contiguous())},
-            "grad_out": _with_channels(grad_out),
-            "grad_lse": _per_query(dense(grad_lse)),
+            **{"grad_out": _with_channels(grad_out), "grad_lse": _per_query(dense(grad_lse))},
             "grad_rpb": None if rpb is None else grads[5],
         }
-        problem = _problem_of(inputs, (kernel_size, stride, dilation, is_causal), scale)
-        return problem, Addresses(_BACKWARD, fields)
 
     return Call(tuple(grads), tuple if empty else arguments)
-
-
-def _dense_like(t: Tensor) -> Tensor:
-    return t.new_empty(t.shape)
 
 
 def _empty_out(query: Tensor, value: Tensor) -> Tensor:
     return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
 
-def _inputs(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    rpb: Tensor | None,
+def _forward(
+    inputs: Sequence[Any],
+    window: Sequence[Sequence[int]],
+    out: Tensor,
+    lse: Tensor | None = None,
 ) -> dict[str, Any]:
+    return {**_inputs(inputs, window), "out": _with_channels(out), "lse": _per_query(lse)}
+
+
+def _inputs(inputs: Sequence[Any], window: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """``window`` holds kernel sizes, strides, dilations, and whether axes are causal."""
+    query, key, value, more_keys, more_values, rpb = inputs
+    batch, *size, heads, dim = query.shape
+    missing = 3 - len(size)
+    axes = dict(zip(("size", "kernel", "stride", "dilation"), (size, *window[:3]), strict=True))
     return {
-        "query": _with_channels(query),
-        "key": _with_channels(key),
+        **{"batch": batch, "heads": heads, "kv_heads": key.shape[-2]},
+        **{"dim": dim, "value_dim": value.shape[-1]},
+        "additional": 0 if more_keys is None else more_keys.shape[1],
+        **{name: (*missing * (1,), *values) for name, values in axes.items()},
+        "causal": (*missing * (0,), *window[3]),
+        **{"threads": torch.get_num_threads(), "bfloat16": query.dtype == torch.bfloat16},
+        **{"query": _with_channels(query), "key": _with_channels(key)},
         "value": _with_channels(value),
-        "additional_key": _with_channels(additional_keys),
-        "additional_value": _with_channels(additional_values),
+        "additional_key": _with_channels(more_keys),
+        "additional_value": _with_channels(more_values),
         "rpb": None if rpb is None else rpb.float().contiguous(),
     }
 
 
-def _with_channels(t: Tensor | None) -> Addresses | None:
+def _with_channels(t: Tensor | None) -> dict[str, Any] | None:
     """[B, *S, H, C] or [B, N, H, C]; copied unless the channels are dense."""
     if t is None:
         return None
-    t = t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
+    t = dense_channels(t)
     return _strided(t, t.stride()[:-1])
 
 
-def _per_query(t: Tensor | None) -> Addresses | None:
+def _per_query(t: Tensor | None) -> dict[str, Any] | None:
     """[B, *S, H]."""
     return None if t is None else _strided(t, t.stride())
 
 
-def _strided(t: Tensor, strides: Sequence[int]) -> Addresses:
-    """Addresses with strides of z, y and x; missing axes are the first ones."""
+def _strided(t: Tensor, strides: Sequence[int]) -> dict[str, Any]:
+    """An address with strides of z, y and x; missing axes are the first ones."""
     batch, *spatial, head = strides
     fields = dict(zip(_AXES[3 - len(spatial) :], spatial, strict=True))
-    return Addresses(_TENSOR, {"data": t, "batch": batch, **fields, "head": head})
-
-
-def _forward_arguments(
-    inputs: Sequence[Any],
-    window: Sequence[Sequence[int]],
-    scale: float,
-    out: Tensor,
-    lse: Tensor | None = None,
-) -> Sequence[Any]:
-    fields = {**_inputs(*inputs), "out": _with_channels(out), "lse": _per_query(lse)}
-    return _problem_of(inputs, window, scale), Addresses(_FORWARD, fields)
-
-
-def _problem_of(inputs: Sequence[Any], window: Sequence[Sequence[int]], scale: float) -> Any:
-    """``window`` holds kernel sizes, strides, dilations, and whether axes are causal."""
-    query, key, value, additional_keys, *_ = inputs
-    kernel_size, stride, dilation, is_causal = window
-    batch, *size, heads, dim = query.shape
-    missing = 3 - len(size)
-    return problem_of(
-        _PROBLEM,
-        query,
-        batch=batch,
-        heads=heads,
-        kv_heads=key.shape[-2],
-        dim=dim,
-        value_dim=value.shape[-1],
-        additional=0 if additional_keys is None else additional_keys.shape[1],
-        size=(*missing * (1,), *size),
-        kernel=(*missing * (1,), *kernel_size),
-        stride=(*missing * (1,), *stride),
-        dilation=(*missing * (1,), *dilation),
-        causal=(*missing * (0,), *is_causal),
-        threads=torch.get_num_threads(),
-        scale=scale,
-    )
+    return {"data": t, "batch": batch, **fields, "head": head}

@@ -9,20 +9,14 @@ VB_EXPORT_BYTES(na, BackwardTensors)
 
 extern "C" int na_forward(const na::Problem* problem, const na::ForwardTensors* tensors) {
   return status_of([&] {
-    if (problem->bfloat16) {
-      na::forward<BFloat16>(*problem, *tensors);
-    } else {
-      na::forward<float>(*problem, *tensors);
-    }
+    problem->bfloat16 ? na::forward<BFloat16>(*problem, *tensors)
+                      : na::forward<float>(*problem, *tensors);
   });
 }
 
 extern "C" int na_backward(const na::Problem* problem, const na::BackwardTensors* tensors) {
   return status_of([&] {
-    if (problem->bfloat16) {
-      na::backward<BFloat16>(*problem, *tensors);
-    } else {
-      na::backward<float>(*problem, *tensors);
-    }
+    problem->bfloat16 ? na::backward<BFloat16>(*problem, *tensors)
+                      : na::backward<float>(*problem, *tensors);
   });
 }

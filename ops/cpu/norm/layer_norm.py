@@ -5,22 +5,16 @@ The kernel interleaves several pixels; torch's stalls on the sums of each one.
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
 from ops.cpu.activations import require_activation
 from ops.cpu.binding import kernel
-from ops.cpu.call import Addresses, Call, problem_of
+from ops.cpu.call import Call
 from ops.cpu.dispatch import require_dtype
-from ops.cpu.structures import structure
 from ops.cpu.threads import VALUES, threads_for
 
 __all__ = ["layer_norm"]
-
-_PROBLEM = structure("norm/norm.h", "norm::Problem")
-_TENSORS = structure("norm/norm.h", "norm::Tensors")
 
 
 @kernel("norm", "norm_forward")
@@ -40,7 +34,6 @@ def layer_norm(
 
     Raises:
         ValueError: mismatched shapes or dtypes, or an unknown activation.
-        RuntimeError: the kernel is not available here (check its ``unsupported`` first).
     """
     require_activation(activation)
     if not weight.shape == bias.shape == x.shape[-1:]:
@@ -49,19 +42,9 @@ def layer_norm(
             f"{tuple(x.shape)}, {tuple(weight.shape)} and {tuple(bias.shape)}"
         )
     require_dtype(torch.float32, weight=weight, bias=bias)
-    out = x.new_empty(x.shape)
 
-    def arguments() -> Any:
-        problem = problem_of(
-            _PROBLEM,
-            x,
-            pixels=x.numel() // x.shape[-1],
-            dim=x.shape[-1],
-            activation=activation,
-            eps=eps,
-            threads=threads_for(x.numel(), VALUES),
-        )
-        tensors = {"in": x.contiguous(), "weight": weight, "bias": bias, "out": out}
-        return problem, Addresses(_TENSORS, tensors)
+    def arguments() -> dict[str, int]:
+        pixels, dim = x.shape[:-1].numel(), x.shape[-1]
+        return {"pixels": pixels, "dim": dim, "threads": threads_for(x.numel(), VALUES)}
 
-    return Call(out, arguments)
+    return Call(x.new_empty(x.shape), arguments)

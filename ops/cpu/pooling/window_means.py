@@ -12,13 +12,11 @@ import torch
 from torch import Tensor
 
 from ops.cpu.binding import kernel
-from ops.cpu.call import Call, problem_of
-from ops.cpu.structures import structure
+from ops.cpu.call import Call, sizes_of
+from ops.cpu.tensors import dense_channels
 from ops.cpu.threads import VALUES, threads_for
 
 __all__ = ["window_means"]
-
-_PROBLEM = structure("pooling/pooling.h", "pooling::Problem")
 
 
 @kernel("pooling", "pooling_forward")
@@ -34,7 +32,6 @@ def window_means(x: Tensor, window_size: Sequence[int]) -> Call:
 
     Raises:
         ValueError: not four axes, an empty map, a wrong dtype, or an empty window.
-        RuntimeError: the kernel is not available here (check its ``unsupported`` first).
     """
     if x.ndim != 4 or x.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(
@@ -48,15 +45,13 @@ def window_means(x: Tensor, window_size: Sequence[int]) -> Call:
     out = x.new_empty(x.shape[0], rows, columns, x.shape[3])
 
     def arguments() -> Any:
-        nhwc = x if x.stride(3) == 1 or x.shape[3] == 1 else x.contiguous()
-        problem = problem_of(
-            _PROBLEM,
-            x,
-            "batch height width channels",
-            stride=nhwc.stride()[:3],
-            window=tuple(window_size),
-            threads=threads_for(x.numel(), VALUES),
-        )
-        return problem, nhwc, out
+        nhwc = dense_channels(x)
+        return {
+            **sizes_of(x, "batch height width channels"),
+            "stride": nhwc.stride()[:3],
+            "window": tuple(window_size),
+            "threads": threads_for(x.numel(), VALUES),
+            "in": nhwc,
+        }
 
     return Call(out, arguments)

@@ -13,11 +13,8 @@ VB_EXPORT_BYTES(gated_scan, Mixture)
 extern "C" int gated_scan_forward(const gated_scan::Problem* problem,
                                   const gated_scan::ForwardTensors* tensors) {
   return status_of([&] {
-    if (problem->bfloat16) {
-      gated_scan::forward<BFloat16>(*problem, *tensors);
-    } else {
-      gated_scan::forward<float>(*problem, *tensors);
-    }
+    problem->bfloat16 ? gated_scan::forward<BFloat16>(*problem, *tensors)
+                      : gated_scan::forward<float>(*problem, *tensors);
   });
 }
 
@@ -25,21 +22,15 @@ extern "C" int gated_scan_mixed(const gated_scan::Problem* problem,
                                 const gated_scan::MixedTensors* tensors,
                                 const gated_scan::Mixture* mixture) {
   return status_of([&] {
-    if (problem->bfloat16) {
-      gated_scan::forward<BFloat16>(*problem, *tensors, *mixture);
-    } else {
-      gated_scan::forward<float>(*problem, *tensors, *mixture);
-    }
+    problem->bfloat16 ? gated_scan::forward<BFloat16>(*problem, *tensors, *mixture)
+                      : gated_scan::forward<float>(*problem, *tensors, *mixture);
   });
 }
 
 extern "C" int gated_scan_backward(const gated_scan::Problem* problem,
                                    const gated_scan::BackwardTensors* tensors) {
   return status_of([&] {
-    if (problem->bfloat16) {
-      gated_scan::differentiate<BFloat16>(*problem, *tensors);
-    } else {
-      gated_scan::differentiate<float>(*problem, *tensors);
-    }
+    problem->bfloat16 ? gated_scan::differentiate<BFloat16>(*problem, *tensors)
+                      : gated_scan::differentiate<float>(*problem, *tensors);
   });
 }

@@ -13,22 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ops.cpu.activations import ACTIVATIONS
 from ops.cpu.binding import kernel
-from ops.cpu.call import Addresses, Call, problem_of
+from ops.cpu.call import Call
 from ops.cpu.dispatch import require_dtype
-from ops.cpu.structures import structure
-from ops.cpu.tensors import dense
+from ops.cpu.tensors import dense_channels
 from ops.cpu.threads import MACS, threads_for
 
 __all__ = ["gated_scan", "gated_scan_backward", "mixed_scan"]
-
-_PROBLEM = structure("scan/problem.h", "gated_scan::Problem")
-_SEQUENCE = structure("scan/problem.h", "gated_scan::Sequence")
-_BACKWARD = structure("scan/backward.h", "gated_scan::BackwardTensors")
-_FORWARD = structure("scan/forward.h", "gated_scan::ForwardTensors")
-_MIXED = structure("scan/mixed.h", "gated_scan::MixedTensors")
-_MIXTURE = structure("scan/mixed.h", "gated_scan::Mixture")
 
 
 @kernel("gated_scan", "gated_scan_forward", large_results=True)
@@ -45,19 +36,15 @@ def gated_scan(
 
     Raises:
         ValueError: gates or a bonus not in float32.
-        RuntimeError: the kernel is not available here (check its ``unsupported`` first).
     """
     require_dtype(torch.float32, log_gate=log_gate, log_gate_back=log_gate_back, bonus=bonus)
-    out = query.new_empty(value.shape)
 
-    def arguments() -> Any:
-        fields = {
-            **_inputs(query, key, value, log_gate, log_gate_back),
-            **{"bonus": dense(bonus), "out": out},
-        }
-        return _problem_of(query, value, bonus is not None, scale), Addresses(_FORWARD, fields)
+    def arguments() -> dict[str, Any]:
+        of_call = _sizes(*query.shape, value.shape[-1])
+        inputs = _inputs(query, key, value, log_gate, log_gate_back)
+        return {**of_call, **inputs, "apart": bonus is not None}
 
-    return Call(out, arguments)
+    return Call(query.new_empty(value.shape), arguments)
 
 
 @kernel(
@@ -83,21 +70,21 @@ def gated_scan_backward(
 
     Raises:
         ValueError: gates not in float32, or a gradient with a dtype other than the value's.
-        RuntimeError: the kernel is not available here.
     """
     require_dtype(torch.float32, log_gate=log_gate, log_gate_back=log_gate_back)
     require_dtype(value.dtype, grad_out=grad_out)
     inputs = (query, key, value, log_gate, log_gate_back)
     grads = tuple(query.new_empty(0 if t is None else t.shape, dtype=torch.float32) for t in inputs)
 
-    def arguments() -> Any:
+    def arguments() -> dict[str, Any]:
         names = ("grad_query", "grad_key", "grad_value", "grad_gate", "grad_gate_back")
-        fields = {
+        return {
+            **_sizes(*query.shape, value.shape[-1]),
             **_inputs(*inputs),
-            **{"grad_out": _sequence(grad_out)},
+            "grad_out": _sequence(grad_out),
             **dict(zip(names, grads, strict=True)),
+            "bfloat16": query.dtype == torch.bfloat16,
         }
-        return _problem_of(query, value, apart, scale), Addresses(_BACKWARD, fields)
 
     return Call(grads, arguments)
 
@@ -133,7 +120,6 @@ def mixed_scan(
 
     Raises:
         ValueError: mismatched shapes or dtypes, or another activation.
-        RuntimeError: the kernel is not available here.
     """
     batch, tokens, dim = local.shape
     if decay.shape != local.shape or projected.shape[:2] != (batch, tokens):
@@ -152,13 +138,13 @@ def mixed_scan(
         raise ValueError(f"activation must be 'none' or 'silu', got {activation!r}")
     require_dtype(torch.float32, norm=norm, local_norm=local_norm)
     require_dtype(local.dtype, projected=projected, decay=decay)
-    out = local.new_empty(local.shape)
 
-    def arguments() -> Any:
+    def arguments() -> dict[str, Any]:
         half = dim // 2
         keys, values = half // num_heads, dim // num_heads
-        problem = _problem((batch, tokens, num_heads, keys, values), local, False, 1.0)
-        fields = {
+        return {
+            **_sizes(batch, tokens, num_heads, keys, values),
+            "scale": 1.0,
             "query": _heads(projected, 0, keys),
             "key": _heads(projected, half, keys),
             "value": _heads(projected, dim, values),
@@ -166,12 +152,9 @@ def mixed_scan(
             "decay": _heads(decay, 0, keys),
             "decay_back": _heads(decay, half, keys),
             "local": _heads(local, 0, values),
-            **{"norm": norm, "local_norm": local_norm, "out": out},
         }
-        mixture = _MIXTURE(eps=eps, activation=ACTIVATIONS.index(activation))
-        return problem, Addresses(_MIXED, fields), mixture
 
-    return Call(out, arguments)
+    return Call(local.new_empty(local.shape), arguments)
 
 
 def _inputs(
@@ -183,38 +166,23 @@ def _inputs(
     }
 
 
-def _sequence(t: Tensor | None) -> Addresses | None:
+def _sequence(t: Tensor | None) -> dict[str, Any] | None:
     """(B, L, H, C); copied unless the channels are dense."""
     if t is None:
         return None
-    t = t if t.stride(-1) == 1 or t.shape[-1] == 1 else t.contiguous()
-    names = ("data", "batch", "token", "head")
-    return Addresses(_SEQUENCE, dict(zip(names, (t, *t.stride()[:-1]), strict=True)))
+    t = dense_channels(t)
+    return dict(zip(("data", "batch", "token", "head"), (t, *t.stride()[:-1]), strict=True))
 
 
-def _heads(t: Tensor, first: int, width: int) -> Addresses:
+def _heads(t: Tensor, first: int, width: int) -> dict[str, Any]:
     """Heads of ``width`` channels each of (B, L, C), from channel ``first`` on."""
-    t = t if t.stride(-1) == 1 else t.contiguous()
+    t = dense_channels(t)
     batch, token, _ = t.stride()
     begin = (t, first * t.element_size())
-    return Addresses(_SEQUENCE, {"data": begin, "batch": batch, "token": token, "head": width})
+    return {"data": begin, "batch": batch, "token": token, "head": width}
 
 
-def _problem_of(query: Tensor, value: Tensor, apart: bool, scale: float) -> Any:
-    return _problem((*query.shape, value.shape[-1]), query, apart, scale)
-
-
-def _problem(sizes: tuple[int, ...], like: Tensor, apart: bool, scale: float) -> Any:
-    batch, tokens, heads, dim, value_dim = sizes
-    return problem_of(
-        _PROBLEM,
-        like,
-        batch=batch,
-        tokens=tokens,
-        heads=heads,
-        dim=dim,
-        value_dim=value_dim,
-        apart=apart,
-        threads=threads_for(math.prod(sizes), MACS),
-        scale=scale,
-    )
+def _sizes(*sizes: int) -> dict[str, int]:
+    names = ("batch", "tokens", "heads", "dim", "value_dim")
+    named = dict(zip(names, sizes, strict=True))
+    return {**named, "threads": threads_for(math.prod(sizes), MACS)}

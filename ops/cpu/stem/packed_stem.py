@@ -15,12 +15,11 @@ from torch import Tensor, nn
 
 from ops.cpu.activations import ACTIVATIONS
 from ops.cpu.binding import kernel
-from ops.cpu.call import Addresses, Call, problem_of
+from ops.cpu.call import Call, sizes_of
 from ops.cpu.dispatch import require_dtype
 from ops.cpu.gemm.linear import no_products, pack_weight
 from ops.cpu.gemm.plan import packed_size
 from ops.cpu.policy import multiplies
-from ops.cpu.structures import structure
 from ops.cpu.tensors import bias_of, empty_nhwc
 from ops.cpu.threads import threads_for
 
@@ -29,9 +28,6 @@ __all__ = ["NCHWConv2d", "pack_layers", "packed_stem"]
 _PIXELS = 512  # of an image, per thread
 _STRIDES = (2, 4)  # of windows in NCHW
 _USUAL = (3, 2, 1)  # side, stride and padding of the window
-
-_PROBLEM = structure("stem/stem.h", "stem::Problem")
-_LAYER = structure("stem/stem.h", "stem::Layer")
 
 
 def _no_vectors(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -54,7 +50,6 @@ def pack_layers(
         Float32 tensors; for bfloat16, each element of the weights holds a bfloat16 pair.
 
     Raises:
-        RuntimeError: the kernel is not available here.
     """
     weights, biases = [], []
     for i, conv in enumerate(convs):
@@ -97,7 +92,6 @@ def packed_stem(
     Raises:
         ValueError: mismatched shapes or dtypes, an unknown activation, no layers, another stride,
             or an image smaller than the window.
-        RuntimeError: the kernel is not available here.
     """
     if x.ndim != 4 or x.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(
@@ -127,24 +121,19 @@ def packed_stem(
 
     def arguments() -> Any:
         layers = [
-            {"weight": w, "bias": b, "channels": len(b), "activation": ACTIVATIONS.index(act)}
+            {"weight": w, "bias": b, "channels": len(b), "activation": act}
             for w, b, act in zip(weights, biases, activations, strict=True)
         ]
         for layer, norm, term in zip(layers, norms, eps, strict=False):
             if norm.numel():
                 behind = (norm, norm.shape[1] * norm.element_size())
                 layer.update(norm_weight=norm, norm_bias=behind, eps=term)
-        problem = problem_of(
-            _PROBLEM,
-            x,
-            "batch channels height width",
-            side=side,
-            stride=stride,
-            padding=padding,
-            layers=len(weights),
-            threads=threads_for(x.shape[2] * x.shape[3], _PIXELS),
-        )
-        return problem, [Addresses(_LAYER, layer) for layer in layers], x.contiguous(), out
+        return {
+            **sizes_of(x, "batch channels height width"),
+            **{"side": side, "stride": stride, "padding": padding, "layers": len(weights)},
+            "threads": threads_for(x.shape[2] * x.shape[3], _PIXELS),
+            "chain": layers,
+        }
 
     return Call(out, arguments)
 

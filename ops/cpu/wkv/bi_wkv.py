@@ -8,17 +8,11 @@ import torch
 from torch import Tensor
 
 from ops.cpu.binding import kernel
-from ops.cpu.call import Addresses, Call, problem_of
+from ops.cpu.call import Call, sizes_of
 from ops.cpu.dispatch import require_dtype
-from ops.cpu.structures import structure
-from ops.cpu.tensors import dense
 from ops.cpu.threads import VALUES, threads_for
 
 __all__ = ["bi_wkv_backward", "bi_wkv_forward"]
-
-_PROBLEM = structure("wkv/problem.h", "wkv::Problem")
-_TENSORS = structure("wkv/forward.h", "wkv::Tensors")
-_GRAD_TENSORS = structure("wkv/backward.h", "wkv::GradTensors")
 
 
 @kernel("wkv", "wkv_forward")
@@ -40,24 +34,10 @@ def bi_wkv_forward(
 
     Returns:
         (B, T, C), contiguous; sums are in float32.
-
-    Raises:
-        ValueError: mismatched shapes or dtypes.
-        RuntimeError: the kernel is not available here (check its ``unsupported`` first).
     """
     _check(key, value, decay, first, segments, gate)
     require_dtype(key.dtype, value=value, gate=gate)
-    out = key.new_empty(key.shape)
-
-    def arguments() -> Any:
-        tensors = {
-            **{"key": key.contiguous(), "value": value.contiguous()},
-            **{"gate": dense(gate), "out": out},
-            **{"decay": decay.contiguous(), "first": first.contiguous()},
-        }
-        return _problem_of(key, segments), Addresses(_TENSORS, tensors)
-
-    return Call(out, arguments)
+    return Call(key.new_empty(key.shape), lambda: _sizes(key, segments))
 
 
 @kernel("wkv", "wkv_backward", returns="(Tensor, Tensor, Tensor, Tensor)")
@@ -81,12 +61,9 @@ def bi_wkv_backward(
         *(key.new_empty(of_image), key.new_empty(of_image)),
     )
 
-    def arguments() -> Any:
-        inputs = {"key": key, "value": value, "decay": decay, "first": first, "grad_out": grad_out}
+    def arguments() -> dict[str, Any]:
         names = ("grad_key", "grad_value", "grad_decay", "grad_first")
-        tensors = {name: t.contiguous() for name, t in inputs.items()}
-        outputs = dict(zip(names, grads, strict=True))
-        return _problem_of(key, segments), Addresses(_GRAD_TENSORS, {**tensors, **outputs})
+        return {**_sizes(key, segments), **dict(zip(names, grads, strict=True))}
 
     return Call(grads, arguments)
 
@@ -109,13 +86,10 @@ def _check(
     require_dtype(torch.float32, decay=decay, first=first)
 
 
-def _problem_of(key: Tensor, segments: int) -> Any:
-    tokens = key.shape[1]
-    return problem_of(
-        _PROBLEM,
-        key,
-        "batch tokens dim",
-        length=-(-tokens // segments) if segments else 0,
+def _sizes(key: Tensor, segments: int) -> dict[str, int]:
+    return {
+        **sizes_of(key, "batch tokens dim"),
+        "length": -(-key.shape[1] // segments) if segments else 0,
         # An exponential and some thirty multiply-adds per value.
-        threads=threads_for(8 * key.numel(), VALUES),
-    )
+        "threads": threads_for(8 * key.numel(), VALUES),
+    }

@@ -8,15 +8,12 @@ import torch
 from torch import Tensor
 
 from ops.cpu.binding import kernel
-from ops.cpu.call import Addresses, Call, problem_of
+from ops.cpu.call import Call, sizes_of
 from ops.cpu.dispatch import require_dtype
-from ops.cpu.structures import structure
 from ops.cpu.threads import VALUES, threads_for
 
 __all__ = ["shifted_mixtures"]
 
-_PROBLEM = structure("wkv/shift.h", "shift::Problem")
-_TENSORS = structure("wkv/shift.h", "shift::Tensors")
 _MOST = 3
 
 
@@ -34,10 +31,6 @@ def shifted_mixtures(x: Tensor, shares: Tensor, groups: int = 1) -> Call:
 
     Returns:
         (rows, B, H, W, C), contiguous.
-
-    Raises:
-        ValueError: mismatched shapes or dtypes.
-        RuntimeError: the kernel is not available here (check its ``unsupported`` first).
     """
     if x.ndim != 4 or shares.ndim != 2 or shares.shape[1] != x.shape[3]:
         raise ValueError(
@@ -49,18 +42,13 @@ def shifted_mixtures(x: Tensor, shares: Tensor, groups: int = 1) -> Call:
     if groups < 1 or x.shape[3] % (4 * groups):
         raise ValueError(f"4 · groups must divide {x.shape[3]} channels, got groups {groups}")
     require_dtype(torch.float32, shares=shares)
-    mixtures = x.new_empty(len(shares), *x.shape)
 
     def arguments() -> Any:
-        problem = problem_of(
-            _PROBLEM,
-            x,
-            "batch height width dim",
-            groups=groups,
-            mixtures=len(shares),
-            threads=threads_for(x.numel(), VALUES),
-        )
-        tensors = {"in": x.contiguous(), "shares": shares.contiguous(), "out": mixtures}
-        return problem, Addresses(_TENSORS, tensors)
+        threads = threads_for(x.numel(), VALUES)
+        return {
+            **sizes_of(x, "batch height width dim"),
+            "mixtures": len(shares),
+            "threads": threads,
+        }
 
-    return Call(mixtures, arguments)
+    return Call(x.new_empty(len(shares), *x.shape), arguments)

@@ -19,16 +19,8 @@ _INPUTS = (
 @torch.library.custom_op(
     "vision_backbones::triton_gated_scan", mutates_args=(), schema=f"({_INPUTS}) -> Tensor"
 )
-def gated_scan(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    gate: Tensor,
-    back: Tensor | None,
-    apart: bool,
-    scale: float,
-) -> Tensor:
-    return launch.forward(query, key, value, gate, back, apart, scale)
+def gated_scan(*inputs: Any) -> Tensor:
+    return launch.forward(*inputs)
 
 
 @gated_scan.register_fake
@@ -41,35 +33,16 @@ def _(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> Tensor:
     mutates_args=(),
     schema=f"(Tensor grad_out, {_INPUTS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
 )
-def _backward_op(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    gate: Tensor,
-    back: Tensor | None,
-    apart: bool,
-    scale: float,
-) -> tuple[Tensor, ...]:
-    *grads, of_back = launch.backward(grad_out, query, key, value, gate, back, apart, scale)
+def _backward_op(grad_out: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    *grads, of_back = launch.backward(grad_out, *inputs)
     # Operators can't return None.
-    return (*grads, query.new_empty(0, dtype=torch.float32) if of_back is None else of_back)
+    return (*grads, grads[0].new_empty(0) if of_back is None else of_back)
 
 
 @_backward_op.register_fake
-def _(
-    grad_out: Tensor,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    gate: Tensor,
-    back: Tensor | None,
-    apart: bool,
-    scale: float,
-) -> tuple[Tensor, ...]:
-    shapes = [t.shape for t in (query, key, value, gate)]
-    shapes.append(torch.Size([0]) if back is None else back.shape)
-    return tuple(query.new_empty(shape, dtype=torch.float32) for shape in shapes)
+def _(grad_out: Tensor, *inputs: Any) -> tuple[Tensor, ...]:
+    shapes = [torch.Size([0]) if t is None else t.shape for t in inputs[:5]]
+    return tuple(grad_out.new_empty(shape, dtype=torch.float32) for shape in shapes)
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:

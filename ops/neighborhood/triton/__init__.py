@@ -15,12 +15,13 @@ it allows TF32, otherwise three, which are as accurate as float32.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ops.neighborhood._geometry import NAParams
+from ops.neighborhood._geometry import INPUTS, PARAMS, NAParams
 from ops.triton_devices import device_problem
 
 __all__ = ["attend", "supports"]
@@ -28,15 +29,7 @@ __all__ = ["attend", "supports"]
 _MAX_HEAD_DIM = 256
 
 
-def supports(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    rpb: Tensor | None,
-    params: NAParams,
-) -> str | None:
+def supports(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> str | None:
     """None if the kernels support this call, else the reason."""
     if query.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"the kernels compute in float32, float16 or bfloat16, got {query.dtype}"
@@ -61,100 +54,41 @@ def _span(tensor: Tensor) -> int:
     )
 
 
-def attend(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    rpb: Tensor | None,
-    params: NAParams,
-) -> tuple[Tensor, Tensor]:
+def attend(*call: Any) -> tuple[Tensor, Tensor]:
     """Neighborhood attention and its log-sum-exp, differentiable in all tensors.
 
     Shapes as in :mod:`ops.neighborhood`. Second derivatives are not supported.
     """
+    params: NAParams
+    *tensors, params = call
     out: Tensor
     lse: Tensor
-    out, lse = _attend_op(
-        query,
-        key,
-        value,
-        additional_keys,
-        additional_values,
-        rpb,
-        params.kernel_size,
-        params.stride,
-        params.dilation,
-        params.is_causal,
-        params.scale,
-    )
+    out, lse = _attend_op(*tensors, *params.of_operators)
     return out, lse
 
 
-_PARAMS = "int[] kernel_size, int[] stride, int[] dilation, bool[] is_causal, float scale"
-_INPUTS = (
-    "Tensor query, Tensor key, Tensor value, Tensor? additional_keys, Tensor? additional_values, "
-    "Tensor? rpb"
-)
-
-
-def _params(
-    kernel_size: list[int],
-    stride: list[int],
-    dilation: list[int],
-    is_causal: list[bool],
-    scale: float,
-) -> NAParams:
-    return NAParams(tuple(kernel_size), tuple(stride), tuple(dilation), tuple(is_causal), scale)
+def _split(arguments: Sequence[Any]) -> tuple[tuple[Any, ...], NAParams]:
+    """An operator's arguments as tensors and parameters."""
+    *tensors, rpb, kernel_size, stride, dilation, is_causal, scale = arguments
+    params = NAParams(tuple(kernel_size), tuple(stride), tuple(dilation), tuple(is_causal), scale)
+    return (*tensors, None if rpb is None else rpb.contiguous()), params
 
 
 @torch.library.custom_op(
     "vision_backbones::triton_neighborhood",
     mutates_args=(),
-    schema=f"({_INPUTS}, {_PARAMS}) -> (Tensor, Tensor)",
+    schema=f"({INPUTS}, {PARAMS}) -> (Tensor, Tensor)",
 )
-def _attend_op(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    rpb: Tensor | None,
-    kernel_size: list[int],
-    stride: list[int],
-    dilation: list[int],
-    is_causal: list[bool],
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def _attend_op(*arguments: Any) -> tuple[Tensor, Tensor]:
     # Imported on first use, since triton is optional.
     from ops.neighborhood.triton import launch
 
-    return launch.forward(
-        query,
-        key,
-        value,
-        additional_keys,
-        additional_values,
-        None if rpb is None else rpb.contiguous(),
-        _params(kernel_size, stride, dilation, is_causal, scale),
-    )
+    tensors, params = _split(arguments)
+    return launch.forward(*(*tensors, params))
 
 
 @_attend_op.register_fake
-def _(
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    rpb: Tensor | None,
-    kernel_size: list[int],
-    stride: list[int],
-    dilation: list[int],
-    is_causal: list[bool],
-    scale: float,
-) -> tuple[Tensor, Tensor]:
+def _(query: Tensor, key: Tensor, value: Tensor, *others: Any) -> tuple[Tensor, Tensor]:
     out = query.new_empty(*query.shape[:-1], value.shape[-1])
     return out, query.new_empty(query.shape[:-1], dtype=torch.float32)
 
@@ -163,72 +97,27 @@ def _(
     "vision_backbones::triton_neighborhood_backward",
     mutates_args=(),
     schema=(
-        f"(Tensor grad_out, Tensor? grad_lse, {_INPUTS}, Tensor out, Tensor lse, {_PARAMS}, "
+        f"(Tensor grad_out, Tensor? grad_lse, {INPUTS}, Tensor out, Tensor lse, {PARAMS}, "
         "bool[] needed) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)"
     ),
 )
-def _backward_op(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    rpb: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    kernel_size: list[int],
-    stride: list[int],
-    dilation: list[int],
-    is_causal: list[bool],
-    scale: float,
-    needed: list[bool],
-) -> tuple[Tensor, ...]:
+def _backward_op(grad_out: Tensor, grad_lse: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
     from ops.neighborhood.triton import launch
 
-    grads = launch.backward(
-        grad_out,
-        grad_lse,
-        query,
-        key,
-        value,
-        additional_keys,
-        additional_values,
-        None if rpb is None else rpb.contiguous(),
-        out,
-        lse,
-        _params(kernel_size, stride, dilation, is_causal, scale),
-        needed,
-    )
+    inputs, (out, lse), (*parameters, needed) = arguments[:6], arguments[6:8], arguments[8:]
+    tensors, params = _split((*inputs, *parameters))
+    grads = launch.backward(grad_out, grad_lse, *(*tensors, out, lse, params, needed))
     # Operators can't return None; an empty tensor replaces a gradient that is not needed.
-    return tuple(query.new_empty(0) if grad is None else grad for grad in grads)
+    return tuple(out.new_empty(0) if grad is None else grad for grad in grads)
 
 
 @_backward_op.register_fake
-def _(
-    grad_out: Tensor,
-    grad_lse: Tensor | None,
-    query: Tensor,
-    key: Tensor,
-    value: Tensor,
-    additional_keys: Tensor | None,
-    additional_values: Tensor | None,
-    rpb: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    kernel_size: list[int],
-    stride: list[int],
-    dilation: list[int],
-    is_causal: list[bool],
-    scale: float,
-    needed: list[bool],
-) -> tuple[Tensor, ...]:
-    inputs = (query, key, value, additional_keys, additional_values, rpb)
+def _(grad_out: Tensor, grad_lse: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
+    needed = arguments[-1]
     wanted = (needed[0], needed[1], needed[1], needed[2], needed[2], needed[3])
     return tuple(
-        tensor.new_empty(tensor.shape) if tensor is not None and want else query.new_empty(0)
-        for tensor, want in zip(inputs, wanted, strict=True)
+        tensor.new_empty(tensor.shape) if tensor is not None and want else grad_out.new_empty(0)
+        for tensor, want in zip(arguments[:6], wanted, strict=True)
     )
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import re
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
-from zoo import FAMILIES, images, randomise, small
+from zoo import FAMILIES, Mould, images, randomise, small
 
 import backbones
 from backbones import CheckpointError, load_checkpoint
@@ -27,7 +28,15 @@ def official() -> dict[str, Tensor]:
 
 
 def _van(**kwargs: Any) -> Any:
+    if not kwargs:
+        return _mould().copy()
     return backbones.create_model("van_b0", **kwargs).eval()
+
+
+@functools.cache
+def _mould() -> Mould:
+    with torch.inference_mode(False):
+        return Mould(backbones.create_model("van_b0").eval())
 
 
 @torch.no_grad()

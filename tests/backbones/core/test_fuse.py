@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import pickle
 import subprocess
 import sys
@@ -124,6 +125,16 @@ class _Products(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@functools.cache
+@torch.no_grad()
+def _fused_output(family: str) -> tuple[Tensor, float]:
+    """Of two images in float32, and the error of bfloat16 as this CPU computes it."""
+    model, x = randomise(small(family)).eval(), images(2, 3, 70, 45)
+    half = copy.deepcopy(model).fuse(dtype=torch.bfloat16)
+    expected = model.fuse()(x)
+    return expected, _relative(half(x.bfloat16()), expected)
+
+
 @pytest.mark.parametrize("has_kernels", [True, False])
 @every_family
 @torch.no_grad()
@@ -131,9 +142,8 @@ def test_bfloat16_without_cpu_support(
     family: str, has_kernels: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Products are of float32; all is closer to it than where the CPU multiplies bfloat16."""
+    expected, usual = _fused_output(family)
     model, x = randomise(small(family)).eval(), images(2, 3, 70, 45)
-    expected = copy.deepcopy(model).fuse()(x)
-    usual = _relative(copy.deepcopy(model).fuse(dtype=torch.bfloat16)(x.bfloat16()), expected)
     compiled_for("avx2", monkeypatch)
     if not has_kernels:
         without_kernels(monkeypatch)

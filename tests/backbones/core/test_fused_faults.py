@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
-from zoo import FAMILIES, images, randomise, small
+from zoo import FAMILIES, Mould, images, randomise, small
 
 import backbones
 
@@ -27,6 +27,12 @@ def pair(family: str) -> tuple[nn.Module, nn.Module]:
         for _ in range(CALLS):
             fused(X)
     return plain, fused
+
+
+@functools.cache
+def mould(family: str) -> Mould:
+    """To copy the fused model of :func:`pair` from."""
+    return Mould(pair(family)[1])
 
 
 HOSTILE: dict[str, Callable[[], Any]] = {
@@ -170,7 +176,7 @@ def _stepped(model: nn.Module) -> None:
     "change", [_copied, _data_assigned, _from_a_vector, _new_parameters, _loaded, _stepped]
 )
 def test_changed_weights_are_noticed(change: Callable[[nn.Module], None], family: str) -> None:
-    fused = copy.deepcopy(pair(family)[1])
+    fused = mould(family).copy()
     with torch.no_grad():
         before = [fused(X) for _ in range(CALLS)][-1]
         change(fused)
@@ -182,7 +188,7 @@ def test_changed_weights_are_noticed(change: Callable[[nn.Module], None], family
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_fusing_again_picks_up_untracked_writes(family: str) -> None:
-    fused: Any = copy.deepcopy(pair(family)[1])
+    fused: Any = mould(family).copy()
     with torch.no_grad():
         for _ in range(CALLS):
             fused(X)
@@ -196,7 +202,7 @@ def test_fusing_again_picks_up_untracked_writes(family: str) -> None:
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_replaced_layer_is_noticed_or_refused(family: str) -> None:
-    fused: Any = copy.deepcopy(pair(family)[1])
+    fused: Any = mould(family).copy()
     stage = fused.stages[-1]
     with torch.no_grad():
         for _ in range(CALLS):

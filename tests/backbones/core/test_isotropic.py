@@ -14,7 +14,6 @@ from plain_tokens import PlainTokens, register_plain_tokens
 from timm.models import group_parameters
 from torch import Tensor
 from torchvision.ops.feature_pyramid_network import FeaturePyramidNetwork, LastLevelMaxPool
-from transformers import TimmBackbone, TimmBackboneConfig
 from zoo import images
 
 import backbones
@@ -237,6 +236,9 @@ def test_torchvision_takes_the_pyramid() -> None:
 
 @torch.no_grad()
 def test_transformers_takes_blocks_and_pyramid() -> None:
+    # Only by the worker that runs this test: it takes seconds.
+    from transformers import TimmBackbone, TimmBackboneConfig
+
     x = images(1, 3, 64, 64)
     for name, indices, sides in (
         ("plain_tokens", [2, 5, 8, 11], [4] * 4),

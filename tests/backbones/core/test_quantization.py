@@ -66,6 +66,24 @@ def test_the_kernels_run(shvit: nn.Module) -> None:
 
 @_needs_bytes
 @torch.inference_mode()
+def test_feed_forwards_with_a_response_norm() -> None:
+    """In bytes from 64 channels on; a new weight is quantised again."""
+    fused = randomise(small("unireplknet")).eval().fuse(torch.int8)
+    by_stage = {i: [x for x in fused.precision.layers if f"stages.{i}." in x.layer] for i in (0, 1)}
+    fcs = [[x for x in layers if x.layer[-3:] in ("fc1", "fc2")] for layers in by_stage.values()]
+    assert {x.dtype for x in fcs[0]} == {str(_MAPS).removeprefix("torch.")}
+    assert {x.reason for x in fcs[0]} == {"in a block with a kernel of its own"}
+    assert any(x.dtype == "int8" and x.out_features == 320 for x in fcs[1])
+    x, fc2 = _images(1, 3, 64, 64), dict(fused.named_modules())[fcs[1][-1].layer]
+    before = fused(x)
+    fc2.weight.mul_(-1)
+    assert _error(fused(x), before) > 0.01
+    fc2.weight.mul_(-1)
+    assert torch.equal(fused(x), before)
+
+
+@_needs_bytes
+@torch.inference_mode()
 def test_state_and_changed_weights(shvit: nn.Module) -> None:
     """State dicts are those of the fused model; a new weight is quantised again."""
     fused, plain = copy.deepcopy(shvit).fuse(torch.int8), copy.deepcopy(shvit).fuse(_MAPS)

@@ -137,6 +137,24 @@ def test_words_are_those_of_the_structure() -> None:
     assert words_of(7) is None and words_of(x) is None
 
 
+def test_names_that_the_function_does_not_take_are_refused(monkeypatch) -> None:
+    describe = layer_norm._describe
+    monkeypatch.setattr(
+        layer_norm, "_describe", lambda *a: Call(describe(*a).result, lambda: {"pixel": 2})
+    )
+    layer_norm._plans.clear()
+    with pytest.raises(TypeError, match=r"norm_forward takes no \['pixel'\]"):
+        layer_norm(*_norm(2, 8))
+
+
+def test_parameters_with_strides_are_copied() -> None:
+    x, weight, bias, eps = _norm(5, 8)
+    weight, bias = random(16).float(), random(16, seed=1).float()
+    expected = layer_norm(x, weight[::2].contiguous(), bias[1::2].contiguous(), eps)
+    for _ in range(2):
+        assert torch.equal(layer_norm(x, weight[::2], bias[1::2], eps), expected)
+
+
 def test_another_library_is_refused(monkeypatch) -> None:
     class Problem(ctypes.Structure):
         _fields_ = [("pixels", ctypes.c_int64)]
@@ -145,8 +163,7 @@ def test_another_library_is_refused(monkeypatch) -> None:
     describe = layer_norm._describe
 
     def described(*args: Any) -> Call:
-        call = describe(*args)
-        return Call(call.result, lambda: (Problem(1), *call.arguments()[1:]))
+        return Call(describe(*args).result, lambda: (Problem(1),))
 
     monkeypatch.setattr(layer_norm, "_describe", described)
     layer_norm._plans.clear()

@@ -8,7 +8,7 @@ import re
 import pytest
 
 from ops import cpu
-from ops.cpu.structures import SOURCES, included, structure
+from ops.cpu.structures import SOURCES, included, parameters, structure
 
 _EXPORTS = [
     (source.stem, *names)
@@ -37,6 +37,16 @@ def test_fields_are_read_in_their_order() -> None:
     assert list(steps(stride=(2, 1)).stride) == [2, 1]
     inner = structure("neighborhood/forward.h", "na::ForwardTensors")
     assert inner.key.offset == 48  # behind a structure of another header
+
+
+def test_parameters_of_functions() -> None:
+    mixed = parameters("gated_scan", "gated_scan_mixed")
+    assert list(mixed) == ["problem", "tensors", "mixture"]
+    assert [name for name, _ in mixed["mixture"]._fields_] == ["eps", "activation"]
+    assert parameters("nchw", "nchw_from_nhwc").keys() == {"problem", "in", "affine", "out"}
+    assert list(parameters("depthwise", "depthwise_branches").values())[2:] == [None, None]
+    with pytest.raises(ValueError, match=r"norm.cpp declares no function norm_backward"):
+        parameters("norm", "norm_backward")
 
 
 def test_unreadable_fields_are_named() -> None:

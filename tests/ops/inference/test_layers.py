@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ops.cpu import policy
 from ops.inference import conv
 from ops.inference.conv import FastDepthwiseConv2d
-from ops.inference.layers import FastLinear, FastPointwiseConv2d, activate, convert
+from ops.inference.layers import FastConv2d, FastLinear, FastPointwiseConv2d, activate, convert
 
 
 def _linear(bias: bool = True) -> FastLinear:
@@ -48,6 +48,33 @@ def test_alternating_calls(bias: bool, by: str, monkeypatch) -> None:
             _check(layer, torch.randn(2, 5, 24))
     activate(layer, "relu")
     _check(layer, torch.randn(3, 24))
+
+
+@torch.inference_mode()
+def test_no_call_changes_the_layout_of_a_weight(capfd) -> None:
+    """OneDNN has one for each number of images; to change it took ten times as long as the call."""
+    layer = nn.Conv2d(192, 384, 2, 2).requires_grad_(False).bfloat16()
+    layer = convert(layer.to(memory_format=torch.channels_last), FastConv2d)
+    for batch in (1, 8, 1, 8):
+        x = torch.randn(batch, 28, 28, 192).bfloat16().permute(0, 3, 1, 2)
+        layer._by_onednn(x, layer.derived(x)[1])
+        capfd.readouterr()
+        with torch.backends.mkldnn.verbose(torch.backends.mkldnn.VERBOSE_ON):
+            out = layer._by_onednn(x, layer.derived(x)[1])
+        text = capfd.readouterr().out
+        assert "exec,cpu,convolution" in text and "exec,cpu,reorder" not in text
+        exact = F.conv2d(x.float(), layer.weight.float(), layer.bias.float(), 2)
+        assert (out - exact).norm() < 0.01 * exact.norm()
+
+
+@torch.inference_mode()
+def test_layouts_of_many_shapes_are_forgotten(monkeypatch) -> None:
+    monkeypatch.setattr("ops.inference.layers._MOST_SHAPES", 2)
+    layer = convert(nn.Conv2d(8, 16, 3).requires_grad_(False), FastConv2d)
+    for batch in (3, 1, 2, 0, 3, 1):
+        x = torch.randn(batch, 8, 9, 9)
+        torch.testing.assert_close(layer(x), F.conv2d(x, layer.weight, layer.bias))
+        assert len(layer._derived[1]._packed) <= 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -56,7 +56,8 @@ def _exact(
         x = parts["fc1"](rounded(parts["norm"](x)) if has_norm else x)
         x = rounded(PLAIN_ACTIVATIONS[activations[0]](x))
     if has_conv:
-        x = parts["conv"](x.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        # Contiguous: in float64, torch is several times as fast.
+        x = parts["conv"](x.permute(0, 3, 1, 2).contiguous()).permute(0, 2, 3, 1)
         x = rounded(PLAIN_ACTIVATIONS[activations[1]](x))
     return parts["fc2"](x)
 

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ops import cpu
 from ops.cpu.feed_forward.response_mlp import PackedResponseMlp, response_mlp
+from ops.cpu.gemm.int8 import pack_int8_weight, unsupported_int8
 
 EPS = 1e-6
 
@@ -81,6 +82,28 @@ def test_groups_of_images_and_threads(dtype: torch.dtype, threads: int) -> None:
         torch.set_num_threads(before)
 
 
+@pytest.mark.skipif(
+    unsupported_int8(torch.device("cpu"), torch.float32) is not None,
+    reason="this CPU does not multiply bytes",
+)
+@pytest.mark.parametrize("in_bytes", [(True, True), (True, False), (False, True)], ids=str)
+@pytest.mark.parametrize("dtype", list(LINEAR_DTYPES), ids=str)
+def test_layers_in_bytes(dtype: torch.dtype, in_bytes: tuple[bool, bool]) -> None:
+    """Within the error of bytes, for small maps and large ones."""
+    for size in ((4, 5), (30, 31)):
+        parts = _parts(70, 18, 280, dtype)
+        x, shortcut = random(2, *size, 70).to(dtype), random(2, *size, 70, seed=1).to(dtype)
+        layers = [parts[name] for name in ("squeeze", "excite", "fc1", "fc2")]
+        packed = [
+            (*pack_int8_weight(layer.weight), layer.bias.float(), None) if quantized else None
+            for layer, quantized in zip(layers[2:], in_bytes, strict=True)
+        ]
+        out = PackedResponseMlp(*layers, parts.response, EPS, packed)(x, shortcut)
+        expected = _exact(parts, x, shortcut) - shortcut
+        assert out.dtype == dtype
+        assert (out.double() - shortcut - expected).norm() < 0.03 * expected.norm()
+
+
 def test_means_of_large_maps_are_exact() -> None:
     x = random(1, 500, 400, 5).float() + 100
     _check(_parts(5, 3, 7), x / 100)
@@ -111,7 +134,7 @@ def test_runs_as_an_operator() -> None:
     assert "vision_backbones::response_mlp" in [event.name for event in profiler.events()]
     assert torch.equal(out, packed(x, x))
     operator = torch.ops.vision_backbones.response_mlp.default
-    arguments = (x, x, packed._weights, EPS)
+    arguments = (x, x, packed._weights, EPS, *packed._scales)
     torch.library.opcheck(operator, arguments, test_utils=("test_schema", "test_faketensor"))
 
 

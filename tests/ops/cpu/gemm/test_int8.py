@@ -182,6 +182,29 @@ def test_rows_with_nan_or_infinity_are_nan(dtype, value, place, in_range) -> Non
 
 
 @_needs_bytes
+@pytest.mark.parametrize("in_range", [None, _IN_RANGE], ids=["own", "given"])
+@pytest.mark.parametrize("bits", [0x7F81, 0x7FFF, -0x7F, -1], ids=hex)
+def test_every_nan_of_bfloat16_gives_nan(bits: int, in_range: Tensor | None) -> None:
+    """Also those with a sign."""
+    layer, x = _Layer(70, 40), random(1, 20, 70).bfloat16()
+    x.view(torch.int16)[0, 7, 33] = bits
+    out = packed_linear_int8(x, *layer.packed, in_range)
+    assert out[0, 7].isnan().all() and not out[0, 8].isnan().any()
+
+
+@_needs_bytes
+@pytest.mark.parametrize("value", [-3.0, 0.0, -0.0, 3.0])
+def test_ranges_of_bfloat16_are_those_of_float32(value: float) -> None:
+    """Rows with one sign, with zeros of both signs, and with each number of values."""
+    for in_features in (1, 31, 32, 33, 63, 65, 100):
+        layer, x = _Layer(in_features, 20), random(1, 40, in_features).bfloat16()
+        x[0, :20] = x[0, :20].abs() if value >= 0 else -x[0, :20].abs()
+        x[0, 10:30, in_features // 2] = value
+        out = packed_linear_int8(x.float(), *layer.packed)
+        assert torch.equal(packed_linear_int8(x, *layer.packed), out.bfloat16())
+
+
+@_needs_bytes
 def test_values_outside_of_the_range_are_clipped() -> None:
     packed = (*pack_int8_weight(torch.ones(3, 1)), torch.zeros(3))
     x = torch.tensor((-1e30, -50.0, 50.0, 1e30)).view(1, 4, 1)
@@ -219,10 +242,10 @@ def test_other_instruction_sets(instructions: str, monkeypatch) -> None:
 
 @pytest.mark.skipif(not can_run("avx512bf16"), reason="this CPU does not multiply bfloat16")
 @pytest.mark.parametrize("has_tiles", [False, True])
-def test_bfloat16(has_tiles: bool, monkeypatch, tmp_path) -> None:
+def test_bfloat16(has_tiles: bool, monkeypatch, with_tiles) -> None:
     """As on CPUs with AVX512-BF16, without and with AMX."""
     if has_tiles:
-        emulate_tiles(monkeypatch, tmp_path)
+        emulate_tiles(monkeypatch, with_tiles)
     else:
         compiled_for("avx512bf16", monkeypatch)
     _assert_is_reference()

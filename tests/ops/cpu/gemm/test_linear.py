@@ -110,10 +110,10 @@ def test_other_instruction_sets(instructions: str, dtype: torch.dtype, monkeypat
 
 @pytest.mark.skipif(not can_run("avx512bf16"), reason="this CPU does not multiply bfloat16")
 @pytest.mark.parametrize("has_tiles", [False, True])
-def test_bfloat16(has_tiles: bool, monkeypatch, tmp_path) -> None:
+def test_bfloat16(has_tiles: bool, monkeypatch, with_tiles) -> None:
     """As on CPUs with AVX512-BF16, without and with AMX; rows of every length, at odd places."""
     if has_tiles:
-        emulate_tiles(monkeypatch, tmp_path)
+        emulate_tiles(monkeypatch, with_tiles)
     else:
         compiled_for("avx512bf16", monkeypatch)
     sizes = [(1, 1, 1), (9, 21, 27), (40, 34, 48), (33, 130, 70), (40, 64, 48)]
