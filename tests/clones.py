@@ -49,12 +49,13 @@ class Workshop:
     Args:
         clone: from :func:`fresh_clone`; programs import from there.
         modules: modules to import beforehand.
+        log: the file for what is printed meanwhile; default: next to the clone.
     """
 
-    def __init__(self, clone: Path, modules: Sequence[str]) -> None:
+    def __init__(self, clone: Path, modules: Sequence[str], log: Path | None = None) -> None:
         server = [sys.executable, str(Path(__file__).with_name("fork_server.py")), *modules]
         env = {"PYTHONPATH": str(clone), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-        self.log = clone.with_name(f"{clone.name}.log")
+        self.log = log or clone.with_name(f"{clone.name}.log")
         with self.log.open("w") as errors:
             self._server = subprocess.Popen(
                 server,

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import yaml
 from PIL import Image
-from training_runs import Run
+from training_runs import Run, unflushed
 
 import backbones
 from backbones.cli.main import main
@@ -64,10 +64,11 @@ def start(argv: list[str], before: Callable[[], None] | None = None) -> Run:
 
 def _run(argv: list[str], before: Callable[[], None] | None) -> None:
     os.setpgid(0, 0)  # so that its child processes can be found
-    if before is not None:
-        before()
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - open until the process ends
-    os._exit(main(argv))
+    with unflushed():
+        if before is not None:
+            before()
+        os._exit(main(argv))
 
 
 def decode_slowly() -> None:

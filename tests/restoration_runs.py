@@ -40,8 +40,11 @@ def make_pictures(folder: Path, count: int, side: int = 40) -> Path:
 
 def train(*arguments: str, pictures: bool = False) -> int:
     """Run ``tools/train_sr.py`` in this process; draw the picture only if ``pictures`` is set."""
-    if pictures:
-        return restoration.main([*QUICK, *arguments])
+    with training_runs.unflushed():
+        return restoration.main([*QUICK, *arguments]) if pictures else _train(*arguments)
+
+
+def _train(*arguments: str) -> int:
     with patch.object(restoration.RestorationTrainer, "draw_comparison"):
         return restoration.main([*QUICK, *arguments])
 
@@ -65,6 +68,7 @@ def start_two(
 def _run(argv: tuple[str, ...], before: Callable[[], None] | None, env: dict[str, str]) -> None:
     os.environ.update(env)
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - open until the process ends
-    if before is not None:
-        before()
-    os._exit(train(*argv))
+    with training_runs.unflushed():
+        if before is not None:
+            before()
+        os._exit(_train(*argv))

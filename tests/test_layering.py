@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from fresh_python import run_code
 
 import backbones
 
@@ -153,9 +154,8 @@ def test_a_foreign_ops_is_named(tmp_path: Path) -> None:
     (tmp_path / "ops").mkdir()
     (tmp_path / "ops" / "__init__.py").write_text("")
     code = f"import sys; sys.path[:0] = [{str(tmp_path)!r}, {str(ROOT)!r}]; import backbones"
-    run = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120
-    )
-    assert run.returncode == 1
-    assert "ImportError: `backbones` needs its own package `ops`" in run.stderr
-    assert str(tmp_path) in run.stderr
+    with pytest.raises(AssertionError, match="ended with 1\n") as raised:
+        run_code(code, tmp_path)
+    said = str(raised.value)
+    assert "ImportError: `backbones` needs its own package `ops`" in said
+    assert str(tmp_path / "ops") in said.splitlines()[-1]

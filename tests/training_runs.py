@@ -10,8 +10,8 @@ import signal
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -43,9 +43,10 @@ PATIENCE = 140
 # The server is a separate Python process that takes its sys.path from here.
 _folders = [str(Path(__file__).parent), str(Path(train_cls.__file__).parent)]
 os.environ["PYTHONPATH"] = os.pathsep.join([*_folders, os.environ.get("PYTHONPATH", "")])
-# A server imports torch and the library once; each run is forked from it within milliseconds.
+# A server imports torch and the library once, and trains a little, since a process's first steps
+# take longer than all the rest of a run; each run is forked from it within milliseconds.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["training_runs"])
+_context.set_forkserver_preload(["training_warm_up"])
 
 
 class Run(_context.Process):  # type: ignore[name-defined]
@@ -96,13 +97,31 @@ def make_images(folder: Path, counts: dict[str, int], classes: int = 3) -> Path:
 
 def train(*arguments: str, pictures: bool = False) -> int:
     """Run ``train_cls.py`` in this process, by default without plots, which would dominate."""
-    if pictures:
-        return train_cls.main([*QUICK, *arguments])
+    with unflushed():
+        return train_cls.main([*QUICK, *arguments]) if pictures else _train(*arguments)
+
+
+def _train(*arguments: str) -> int:
     with (
         patch.object(train_cls.pictures, "draw_curves"),
         patch.object(train_cls.pictures, "draw_predictions"),
     ):
         return train_cls.main([*QUICK, *arguments])
+
+
+@contextmanager
+def unflushed() -> Iterator[None]:
+    """Within the block, ``os.fsync`` only checks the descriptor.
+
+    The files of a killed process are safe with the kernel; only a power failure would show whether
+    they had reached the disk, and waiting for it takes as long as the training itself.
+    """
+    with patch.object(os, "fsync", _check_descriptor):
+        yield
+
+
+def _check_descriptor(descriptor: int) -> None:
+    os.fstat(descriptor)
 
 
 def start(
@@ -150,9 +169,18 @@ def join(processes: Sequence[Run]) -> list[int | None]:
 def _run(argv: tuple[str, ...], before: Callable[[], None] | None, env: dict[str, str]) -> None:
     os.environ.update(env)
     sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 - open until the process ends
-    if before is not None:
-        before()
-    os._exit(train(*argv))
+    # As without a fork server around: another one, of the loaders, would take seconds to start.
+    multiprocessing.set_start_method("fork", force=True)
+    with unflushed():
+        if before is not None:
+            before()
+        os._exit(_train(*argv))
+
+
+def fork_loaders_from_a_server() -> None:
+    """Start loader processes like Python 3.14 does by default."""
+    multiprocessing.set_start_method("forkserver", force=True)
+    multiprocessing.set_forkserver_preload(["training_runs"])
 
 
 def kill_at_call(name: str, number: int, sent: int = signal.SIGKILL) -> None:

@@ -2,18 +2,16 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import io
 import pickle
-from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
 from torch import nn
-from torch.overrides import TorchFunctionMode
 
 import backbones
+from backbones.core.outlines import outlines as outlines
 
 # The smallest variant of each family, and arguments that make it shallow and narrow.
 SMALL: dict[str, tuple[str, dict[str, Any]]] = {
@@ -147,34 +145,6 @@ def _initialised(family: str, **kwargs: Any) -> Any:
     name, arguments = SMALL[family]
     torch.manual_seed(0)
     return backbones.create_model(name, **{**arguments, **kwargs})
-
-
-@contextlib.contextmanager
-def outlines() -> Iterator[None]:
-    """Models made inside are on the meta device, to be looked at only."""
-    with torch.device("meta"), _Uninitialised():
-        yield
-
-
-class _Uninitialised(TorchFunctionMode):
-    """Skips what initialises values: without any, it would still take most of the time."""
-
-    SKIPPED = (
-        *("kaiming_uniform_", "kaiming_normal_", "trunc_normal_", "constant_", "ones_", "zeros_"),
-        *("uniform_", "normal_", "erfinv_", "mul_", "add_", "clamp_", "fill_", "zero_"),
-    )
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if func.__name__ in self.SKIPPED:
-            return args[0] if args else kwargs["tensor"]
-        return func(*args, **kwargs)
 
 
 @torch.no_grad()

@@ -35,6 +35,7 @@ from backbones.core.checkpoint import read_checkpoint, strip_prefixes
 from backbones.core.checkpoint_files import sha256_of
 from backbones.core.console import memory_shortage
 from backbones.core.messages import one_line, shown
+from backbones.core.outlines import outlines
 from backbones.core.registry import published_weights
 from backbones.core.tables import count_text, table
 from backbones.training.checkpoint import write_text_atomically
@@ -226,7 +227,7 @@ def _own_form(tensors: dict[str, Tensor]) -> str | None:
     if not any(name.startswith("stages.0.") for name in own):
         return None
     for name in backbones.list_models():
-        with torch.device("meta"):
+        with outlines():
             state = backbones.create_model(name).state_dict()
         theirs = {k: tuple(t.shape) for k, t in state.items() if not k.startswith("head.")}
         if theirs == own:

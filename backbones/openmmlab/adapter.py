@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from backbones.core.checkpoint import HARMLESS, LOG_BUFFER, load_checkpoint, load_pretrained
+from backbones.core.outlines import outlines
 from backbones.core.registry import create_model, list_models, published_weights
 from backbones.core.vit_adapter import ViTAdapter
 from backbones.openmmlab import mmcv_ops
@@ -261,7 +262,7 @@ def check_channels(model: Mapping[str, Any]) -> None:
     if backbone.get("type") != "VisionBackbone":
         return
     arguments = {key: value for key, value in backbone.items() if key not in ("type", "init_cfg")}
-    with torch.device("meta"):
+    with outlines():
         channels = VisionBackbone(**arguments).channels
     if model.get("neck"):
         parts = _parts(model, "neck")[:1]  # of several, the next ones take what it makes

@@ -17,6 +17,7 @@ from backbones.core.arguments import CREATION_ERRORS, THREADS, nonempty_path, us
 from backbones.core.console import CommandError
 from backbones.core.dtypes import COMPUTED, check_dtype
 from backbones.core.messages import shown
+from backbones.core.outlines import outlines
 from backbones.training.errors import DataError
 
 __all__ = ["add_model_arguments", "load_restorer", "parse_size", "restorer_of"]
@@ -85,7 +86,7 @@ def load_restorer(name: str, checkpoint: str | Path | None, arguments: str = "{}
     if checkpoint is not None and not Path(checkpoint).is_file():
         raise DataError(f"there is no checkpoint {checkpoint}")
     try:
-        with torch.device("meta"):
+        with outlines():
             kind = backbones.create_model(name, **keywords)
     except ValueError as error:
         raise DataError(str(error)) from error

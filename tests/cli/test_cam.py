@@ -54,10 +54,10 @@ def simple(family: str) -> Any:
     return model
 
 
-def size_of(model: Any) -> tuple[int, int]:
-    """A dozen cells of the last map, and a part of one: so many that borders are far away."""
+def size_of(model: Any, cells: int) -> tuple[int, int]:
+    """So many cells of the last map that borders are far away, and a part of one."""
     stride = model.feature_info[-1]["reduction"]
-    return 12 * stride + 5, 13 * stride + 11
+    return cells * stride + 5, (cells + 1) * stride + 11
 
 
 def middle(heat: Tensor) -> tuple[float, float]:
@@ -70,7 +70,7 @@ def middle(heat: Tensor) -> tuple[float, float]:
 def test_the_grid_of_every_map(family: str) -> None:
     # Of the whole model, blocks included, against where gradients of the simple one come from.
     whole, model = small(family).eval(), simple(family)
-    size = size_of(whole)
+    size = size_of(whole, 8)
     picture = torch.ones(1, 3, *size, dtype=torch.float64, requires_grad=True)
     field, x, y = ReceptiveField(), picture.detach().float(), picture
     with torch.no_grad(), follow(whole, field):
@@ -92,7 +92,7 @@ def test_the_grid_of_every_map(family: str) -> None:
 @pytest.mark.parametrize("family", CLASSIFIERS)
 def test_heat_is_at_a_bright_square(family: str) -> None:
     model, field = simple(family), ReceptiveField()
-    size = size_of(model)
+    size = size_of(model, 12)
     with torch.no_grad(), follow(model, field):
         shape = model.forward_features(torch.zeros(1, 3, *size, dtype=torch.float64)).shape[2:]
     centre = [field.start + (side // 2) * field.stride for side in shape]

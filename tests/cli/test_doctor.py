@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from compiled_kernels import forget_kernels
+from fresh_python import run_code
 
 from backbones.cli import doctor
 from backbones.cli.main import main
@@ -292,19 +293,20 @@ def test_packages_that_are_missing_or_old(monkeypatch: pytest.MonkeyPatch) -> No
 
 
 @pytest.mark.parametrize("package", ["timm", "safetensors"])
-def test_an_import_that_fails_says_what_to_install(package: str) -> None:
+def test_an_import_that_fails_says_what_to_install(package: str, tmp_path: Path) -> None:
     code = f"""
 import importlib.metadata, sys
 real = importlib.metadata.version
 old = {{"timm", "safetensors", "pyyaml"}} & {{"{package}", "py{package}"}}
 importlib.metadata.version = lambda name: "0.0.1" if name in old else real(name)
+for name in [name for name in sys.modules if name.partition(".")[0] == "{package}"]:
+    del sys.modules[name]
 sys.modules["{package}"] = None
-sys.path.insert(0, {str(Path(doctor.__file__).parents[2])!r})
 import backbones.cli.main
 """
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=300)
-    assert run.returncode == 1
-    last = run.stderr.splitlines()[-1]
+    with pytest.raises(AssertionError, match="ended with 1\n") as raised:
+        run_code(code, tmp_path)
+    last = str(raised.value).splitlines()[-1]
     assert last.startswith("ImportError: vision-backbones needs ")
     name = {"yaml": "pyyaml"}.get(package, package)
     assert f"{name}>=" in last

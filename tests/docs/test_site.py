@@ -54,8 +54,31 @@ def watch(browser, address):
     return Watch(browser, address)
 
 
+# Stands for the worker that builds the index of the search, half of the work of opening a page.
+_IDLE_WORKER = """
+    window.workers = [];
+    window.Worker = class extends EventTarget {
+        constructor(address) {
+            super();
+            window.workers.push(new URL(address, location).href);
+        }
+        postMessage() {}
+        terminate() {}
+    };
+"""
+
+
 @pytest.fixture
-def zoo(browser, address, watch):
+def idle_search(browser):
+    """Pages load the index of their search and do not build it."""
+    command = "Page.addScriptToEvaluateOnNewDocument"
+    added = browser.execute_cdp_cmd(command, {"source": _IDLE_WORKER})
+    yield
+    browser.execute_cdp_cmd("Page.removeScriptToEvaluateOnNewDocument", added)
+
+
+@pytest.fixture
+def zoo(browser, address, watch, idle_search):
     """The zoo page, freshly loaded and drawn; in the end nothing may have gone wrong."""
     size(browser, 1400)
     browser.get(f"{address}/zoo.html")
@@ -152,7 +175,7 @@ def test_axes_have_whole_numbers_and_one_family_a_legend(zoo, plot):
     assert len(numbers) >= 3 and min(gaps) > 4
 
 
-def test_axes_on_a_telephone(browser, address, watch):
+def test_axes_on_a_telephone(browser, address, watch, idle_search):
     size(browser, 390)
     browser.get(f"{address}/zoo.html")
     WebDriverWait(browser, 30).until(lambda b: len(axis(b, "zoo-latency")[0]) > 3)
@@ -244,7 +267,7 @@ def test_a_click_on_a_point_shows_its_row(zoo):
     ("scheme", "step"),
     [("light", 1), ("dark", 4), pytest.param("dark", 1, marks=pytest.mark.slow)],
 )
-def test_all_pages(browser, address, site, watch, scheme, step):
+def test_all_pages(browser, address, site, watch, idle_search, scheme, step):
     """Pages open quietly and fit a telephone; every fourth of them does so in the dark, too."""
     size(browser, 390)
     colours(browser, scheme)
@@ -254,6 +277,7 @@ def test_all_pages(browser, address, site, watch, scheme, step):
     browser.execute_cdp_cmd("Storage.clearDataForOrigin", storage)
     pages = sorted(page.relative_to(site).as_posix() for page in site.rglob("*.html"))
     assert len(pages) > 25
+    (search,) = (path.relative_to(site).as_posix() for path in site.glob("**/workers/search.*.js"))
     for page in pages[::step]:
         if page == "404.html":
             continue
@@ -264,12 +288,15 @@ def test_all_pages(browser, address, site, watch, scheme, step):
                 document.documentElement.scrollWidth <= innerWidth,
                 [...document.images].filter((i) => i.complete && !i.naturalWidth)
                     .map((i) => i.src),
+                window.workers,
             ]
         """
-        background, fits, missing = browser.execute_script(seen)
+        background, fits, missing, workers = browser.execute_script(seen)
         assert background == {"light": "default", "dark": "slate"}[scheme], page
         assert fits, page
         assert not missing, page
+        (worker,) = workers  # which the test of the search runs
+        assert worker == f"{address}/{search}", page
     watch.check()
 
 

@@ -33,7 +33,8 @@ def test_from_measurement_to_row(tools, tmp_path, monkeypatch):
     output = tmp_path / "zoo.json"
     zoo_latency, zoo_page = tools("zoo_latency"), tools("zoo_page")
     monkeypatch.setattr(zoo_latency, "measure", partial(zoo_latency.measure, turn_seconds=0))
-    options = ["--rounds", "3", "--seconds", "0", "--output", str(output), "--models"]
+    monkeypatch.setattr(tools("benchmark"), "MATMUL_SIZE", 64)
+    options = ["--rounds", "1", "--seconds", "0", "--output", str(output), "--models"]
     zoo_latency.main([*options, "shvit_s4"])
     first = json.loads(output.read_text())["results"]
     zoo_latency.main([*options, "efficientvit_m0"])

@@ -7,13 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from commands import run
+from fresh_python import run_code
 from mmcv.ops import RoIAlign, nms, sigmoid_focal_loss, soft_nms
 from torch.nn import functional as F
 
 from backbones.openmmlab import mmcv_ops
-
-ROOT = Path(__file__).parents[2]
 
 
 def test_nms_by_hand() -> None:
@@ -92,7 +90,7 @@ def test_other_operators_explain_themselves() -> None:
 
 _COMPILED = """
 import importlib, os, sys, types
-import mmcv
+import backbones, mmcv
 
 def left_alone():
     from backbones.openmmlab import mmcv_ops
@@ -119,7 +117,7 @@ left_alone()
 def test_compiled_operators_are_left_alone(tmp_path: Path) -> None:
     """Imported already, or merely found on mmcv's path."""
     (tmp_path / "_ext.py").write_text("")
-    run([sys.executable, "-c", _COMPILED, str(tmp_path)], timeout=120, cwd=ROOT)
+    run_code(_COMPILED, tmp_path, tmp_path)
 
 
 def test_install_reports_whether_it_replaces_mmcv() -> None:

@@ -5,14 +5,13 @@ from __future__ import annotations
 import copy
 import pickle
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from commands import run
+from fresh_python import run_code
 from mmengine.config import ConfigDict
 from mmengine.logging import HistoryBuffer
 from mmengine.model import convert_sync_batchnorm
@@ -242,7 +241,7 @@ def test_mmengine_checkpoints_are_read_without_mmengine(tmp_path: Path) -> None:
     weights = {**model.state_dict(), "neck.weight": torch.zeros(1)}
     path = tmp_path / "epoch_1.pth"
     torch.save({"state_dict": weights, "message_hub": {"log_scalars": log}}, path)
-    run([sys.executable, "-c", _WITHOUT_MMENGINE, path], timeout=120, cwd=ROOT)
+    run_code(_WITHOUT_MMENGINE, tmp_path, path)
 
 
 def test_reading_weights_keeps_the_allow_list(tmp_path: Path) -> None:

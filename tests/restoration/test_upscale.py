@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from fresh_python import run_code
 from PIL import Image
 from torch import Tensor, nn
 
@@ -20,8 +20,6 @@ from backbones.restoration.memory import bytes_per_pixel
 from backbones.restoration.resize import resize_bicubic
 from backbones.restoration.upscale import Upscaler, upscale
 from ops.tiling import run_tiled
-
-ROOT = Path(__file__).parents[2]
 
 
 class Bicubic(nn.Module):
@@ -226,16 +224,15 @@ print(tiles, limit, peak)
         pytest.param("hat_nano_x2 fused", 384, (80, 1000), marks=pytest.mark.slow),
     ],
 )
-def test_peak_memory_stays_below_the_limit(model: str, side: int, spares: tuple[int, int]) -> None:
+def test_peak_memory_stays_below_the_limit(
+    model: str, side: int, spares: tuple[int, int], tmp_path: Path
+) -> None:
     """Measured in processes of their own: less memory, more tiles, and never above it."""
     found = []
     for spare in spares:
         name, *fused = model.split()
-        words = [sys.executable, "-c", _PEAK, name, str(side), str(spare), *fused]
-        run = subprocess.run(
-            words, cwd=ROOT, check=True, capture_output=True, text=True, timeout=250
-        )
-        tiles, limit, peak = map(int, run.stdout.split())
+        said = run_code(_PEAK, tmp_path, name, str(side), str(spare), *fused)
+        tiles, limit, peak = map(int, said.split())
         assert peak <= limit
         found.append((tiles, peak))
     assert found[0][0] > 1 == found[1][0]

@@ -15,9 +15,17 @@ import pytest
 import torch
 from commands import run
 
+import backbones
+
 TOOLS = Path(__file__).parents[2] / "tools"
+_create_model = backbones.create_model
 # A turn is two calls then.
 QUICK = ["--turn-ms", "0"]
+
+
+def _shallow(name: str, **arguments: Any) -> Any:
+    """What is measured and exported here is a model of few blocks."""
+    return _create_model(name, **{"depths": (1, 1, 1), **arguments})
 
 
 @pytest.fixture(scope="module")
@@ -28,7 +36,9 @@ def tool() -> Iterator[ModuleType]:
         module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
         module.MATMUL_SIZE = 64  # where the CPU has no products of bfloat16, 1024 takes seconds
-        yield module
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(module.backbones, "create_model", _shallow)
+            yield module
     finally:
         sys.path.remove(str(TOOLS))
         for name in (

@@ -11,7 +11,16 @@ from functools import partial
 from pathlib import Path
 
 import pytest
-from training_runs import final_state, kill, kill_at_call, make_images, same, start, train
+from training_runs import (
+    final_state,
+    fork_loaders_from_a_server,
+    kill,
+    kill_at_call,
+    make_images,
+    same,
+    start,
+    train,
+)
 
 from backbones.training.checkpoint import load_state, save_state
 
@@ -120,9 +129,8 @@ def descendants(pid):
 @pytest.mark.skipif(sys.platform != "linux", reason="finds processes in /proc")
 def test_no_loader_outlives_a_killed_run(images, tmp_path):
     """The loaders' parent is a fork server, which ends after its last child only."""
-    process = start(
-        f"--data={images}", f"--output={tmp_path}", "--name=run", "--workers=2", *RECIPE
-    )
+    arguments = (f"--data={images}", f"--output={tmp_path}", "--name=run", *RECIPE)
+    process = start(*arguments, "--workers=2", before=fork_loaders_from_a_server)
     while not (tmp_path / "run" / "last.pt").exists():
         time.sleep(0.01)
     loaders = descendants(process.pid)
