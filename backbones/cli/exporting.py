@@ -162,7 +162,8 @@ def save_program(program: torch.export.ExportedProgram, path: Path) -> None:
     file = io.BytesIO()  # torch's own writer hides I/O errors
     with _silence():
         torch.export.save(program, file)
-    path.write_bytes(file.getbuffer())
+    with file.getbuffer() as view:
+        path.write_bytes(view)
 
 
 def save_onnx(

@@ -168,8 +168,8 @@ def write_picture(path: Path, picture: Picture, quality: int = 95) -> None:
             elif suffix == ".bmp":
                 options = {}
             image.save(data, format=Image.registered_extensions()[suffix], **options)
-        view = data.getbuffer()
-        write_atomically(path, lambda file: file.write(view))
+        with data.getbuffer() as view:
+            write_atomically(path, lambda file: file.write(view))
     except _ERRORS as error:
         raise PictureError(f"cannot write {path}: {error}") from error
 

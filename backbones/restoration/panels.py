@@ -97,4 +97,5 @@ def draw_panels(path: Path, panels: Sequence[Panel], window: Window, title: str)
         sheet.paste(picture.resize((wide, tall), Image.Resampling.NEAREST), (x, head))
     data = io.BytesIO()
     sheet.save(data, format="PNG")
-    write_atomically(path, lambda file: file.write(data.getbuffer()))
+    with data.getbuffer() as view:
+        write_atomically(path, lambda file: file.write(view))
