@@ -10,9 +10,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from ops.arguments import checked
+
 __all__ = ["round_filters", "round_keeping_sums"]
 
 
+@checked()
 def round_keeping_sums(taps: Tensor, dtype: torch.dtype) -> Tensor:
     """Round numbers so that the sum of each row stays the same up to the last number's rounding.
 
@@ -21,11 +24,18 @@ def round_keeping_sums(taps: Tensor, dtype: torch.dtype) -> Tensor:
 
     Args:
         taps: (..., n) float32.
-        dtype: with fewer bits.
+        dtype: floating-point, with fewer bits.
 
     Returns:
         (..., n), in ``dtype``.
+
+    Raises:
+        ValueError: ``taps`` has no dimension or another dtype, or ``dtype`` is not floating-point.
     """
+    if taps.dtype != torch.float32 or taps.ndim == 0:
+        raise ValueError(f"taps must be (..., n) float32, got {tuple(taps.shape)}, {taps.dtype}")
+    if not dtype.is_floating_point:
+        raise ValueError(f"dtype must be a floating-point one, got {dtype}")
     order = taps.abs().argsort(dim=-1, descending=True, stable=True)
     sorted_taps = taps.gather(-1, order)
     rounded, error = torch.empty_like(sorted_taps), torch.zeros_like(sorted_taps[..., 0])
@@ -36,6 +46,7 @@ def round_keeping_sums(taps: Tensor, dtype: torch.dtype) -> Tensor:
     return torch.empty_like(taps).scatter(-1, order, rounded).to(dtype)
 
 
+@checked()
 @torch.no_grad()
 def round_filters(model: nn.Module, dtype: torch.dtype) -> None:
     """Round the weights of a model's convolutions with windows to the numbers of ``dtype``.

@@ -138,6 +138,8 @@ GOOD: dict[str, dict[str, Any]] = {
     },
     "ops.reparam.fuse_children": {"module": nn.Sequential()},
     "ops.reparam.norm_affine": {"norm": nn.BatchNorm2d(2)},
+    "ops.rounding.round_filters": {"model": nn.Conv2d(2, 2, 3), "dtype": torch.bfloat16},
+    "ops.rounding.round_keeping_sums": {"taps": _map(2, 9), "dtype": torch.bfloat16},
     "ops.tiling.run_tiled": {**_TILES, "scale": 1, "blend": 1},
     "ops.tiling.tile_spans": {"size": 8, "tile_size": 4, "overlap": 2},
     "ops.tiling.tiled_strips": {**_TILES, "scale": 1, "blend": 1},
