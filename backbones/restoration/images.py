@@ -264,6 +264,8 @@ def _read_16_bits(path: Path, kind: str) -> np.ndarray:
     if kind == "PNG":
         from torchvision.io import ImageReadMode, decode_image, read_file
 
+        with Image.open(path) as whole:
+            whole.verify()  # wrong checksums crash the decoder of torchvision 0.29
         tensor = decode_image(read_file(str(path)), ImageReadMode.UNCHANGED)
         return tensor.permute(1, 2, 0).numpy()
     try:
