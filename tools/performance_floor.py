@@ -14,7 +14,12 @@ FLOOR = 0.97
 SETTINGS = {
     "off": ("no kernels of ours", "VISION_BACKBONES_NATIVE=0"),
     "portable": ("kernels without vector instructions", "VISION_BACKBONES_NATIVE_ISA=portable"),
-    "avx2": ("AVX2", "VISION_BACKBONES_NATIVE_ISA=avx2"),
+    # torch's libraries, too, as on a CPU that has no more.
+    "avx2": (
+        "AVX2",
+        "VISION_BACKBONES_NATIVE_ISA=avx2 ATEN_CPU_CAPABILITY=avx2 ONEDNN_MAX_CPU_ISA=AVX2 "
+        "MKL_ENABLE_INSTRUCTIONS=AVX2",
+    ),
 }
 INTRODUCTION = (
     "# Never slower than plain\n\n`fuse()` leaves a layer to torch where our kernels would not be "

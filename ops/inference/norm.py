@@ -59,6 +59,7 @@ class FastLayerNorm2d(FastLayerNorm, LayerNorm2d):
 
 
 class _RMSNorm(FastLayer):
+    kernels: ClassVar = (rms_norm,)
     weight: Any
     eps: Any
 
@@ -74,8 +75,6 @@ class _RMSNorm(FastLayer):
 @stands_for(RMSNorm)
 class FastRMSNorm(_RMSNorm, RMSNorm):
     """(..., dim) → (..., dim)."""
-
-    kernels: ClassVar = (rms_norm,)
 
     def forward(self, x: Tensor) -> Tensor:
         packed = self.derived(x)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from compiled_kernels import compiled_for, random, using_threads
+from compiled_kernels import compiled_for, random, using_threads, without_kernels
 from timm.layers import RmsNorm2d
 from torch import nn
 
@@ -57,6 +57,16 @@ def test_layers():
     torch.testing.assert_close(fast2d(x), expected[1])
     plain = RMSNorm((5, 7))  # of two axes: as torch does it
     torch.testing.assert_close(convert(plain, FastRMSNorm)(x), F.rms_norm(x, (5, 7)))
+
+
+@torch.inference_mode()
+def test_forms_without_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
+    without_kernels(monkeypatch)
+    norm, norm2d = RMSNorm(7, eps=1e-6), RmsNorm2d(12, eps=1e-6)
+    x, x2d = torch.randn(2, 5, 7), torch.randn(2, 12, 3, 4)
+    expected, expected2d = norm(x), norm2d(x2d)
+    assert torch.equal(convert(norm, FastRMSNorm)(x), expected)
+    assert torch.equal(convert(norm2d, FastRmsNorm2d)(x2d), expected2d)
 
 
 def test_rejects_bad_arguments():
