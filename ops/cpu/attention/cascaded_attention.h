@@ -24,7 +24,7 @@ using attention::TILE;
 using simd::F;
 using simd::W;
 
-// cascaded.py parses these fields.
+// cascaded.py fills in these fields.
 struct Problem {
   int64_t images, height, width, dim;
   int64_t heads, head_dim, qk_dim;  // the first heads * head_dim ≤ dim channels attend

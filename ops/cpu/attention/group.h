@@ -16,7 +16,7 @@ using simd::Floats;
 using simd::round_up;
 using simd::W;
 
-// grouped.py parses these fields.
+// grouped.py fills in these fields.
 struct Problem {
   int64_t batch, groups, heads, queries, region_keys, routes, dim, value_dim;
   int64_t query_stride[3], key_stride[3], value_stride[3], out_stride[3];  // image, token, head

@@ -18,7 +18,7 @@ namespace linear_attention {
 using simd::F;
 using simd::W;
 
-// linear.py parses these fields.
+// linear.py fills in these fields.
 struct Problem {
   int64_t batch, heads, height, width, dim;      // dim: of a head, a multiple of 2 W
   int64_t stride[3], bias_stride[3], out_stride[3];  // of image, token and head

@@ -18,7 +18,7 @@ namespace deformable {
 using simd::F;
 using simd::W;
 
-// deformable_conv.py parses these fields.
+// deformable_conv.py fills in these fields.
 struct Problem {
   int64_t batch, height, width, channels;          // of the input
   int64_t out_height, out_width, out_features;

@@ -20,7 +20,7 @@ namespace depthwise {
 using simd::F;
 using simd::W;
 
-// conv.py parses these fields. Axes are (rows, columns).
+// conv.py fills in these fields. Axes are (rows, columns).
 struct Problem {
   int64_t batch, channels;
   int64_t size[2], out_size[2], kernel[2], stride[2], padding[2], dilation[2];

@@ -22,7 +22,7 @@ namespace depthwise_mlp {
 
 using linear::Range;
 
-// depthwise_mlp.py parses these fields.
+// depthwise_mlp.py fills in these fields.
 struct Problem {
   int64_t batch, height, width, in_features, hidden, out_features;
   int64_t kernel, stride;                 // of the convolution, padded with kernel / 2 zeros

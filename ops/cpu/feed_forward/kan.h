@@ -16,7 +16,7 @@ namespace kan {
 using simd::F;
 using simd::W;
 
-// kan.py parses these fields.
+// kan.py fills in these fields.
 struct Problem {
   int64_t rows, in_features, grids, out_features;
   double eps;    // of the norm

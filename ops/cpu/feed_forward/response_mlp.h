@@ -20,7 +20,7 @@ namespace response_mlp {
 using simd::F;
 using simd::W;
 
-// response_mlp.py parses these fields.
+// response_mlp.py fills in these fields.
 struct Problem {
   int64_t images, pixels;  // pixels per image
   int64_t dim, squeezed, hidden;

@@ -9,7 +9,7 @@
 
 namespace convolution {
 
-// convolution.py parses these fields.
+// convolution.py fills in these fields.
 struct Problem {
   int64_t batch, height, width, channels;
   int64_t out_height, out_width, out_channels;

@@ -18,7 +18,7 @@ using simd::F;
 using simd::round_up;
 using simd::W;
 
-// plan.py parses these fields. Strides are between rows, in elements.
+// plan.py fills in these fields. Strides are between rows, in elements.
 struct Problem {
   int64_t rows, in_features, out_features, in_stride, out_stride, other_stride;
   int64_t image_rows;  // rows that share scales and energies

@@ -11,7 +11,7 @@ namespace nchw {
 using simd::F;
 using simd::W;
 
-// nchw.py parses these fields.
+// nchw.py fills in these fields.
 struct Problem {
   int64_t batch, channels, pixels;
   int64_t bfloat16, threads;

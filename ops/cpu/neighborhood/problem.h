@@ -7,7 +7,7 @@
 
 namespace na {
 
-// attention.py parses these fields. Lower ranks are padded with leading axes of length 1.
+// attention.py fills in these fields. Lower ranks are padded with leading axes of length 1.
 struct Problem {
   int64_t batch, heads, kv_heads, dim, value_dim, additional;
   int64_t size[3], kernel[3], stride[3], dilation[3], causal[3];

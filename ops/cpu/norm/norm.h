@@ -16,7 +16,7 @@ using simd::W;
 
 constexpr int64_t VALUES = 64 * W;  // per call of an activation
 
-// layer_norm.py parses these fields.
+// layer_norm.py fills in these fields.
 struct Problem {
   int64_t pixels, dim;
   int64_t activation, bfloat16;

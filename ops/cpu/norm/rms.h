@@ -12,7 +12,7 @@ namespace rms {
 using simd::F;
 using simd::W;
 
-// rms_norm.py parses these fields.
+// rms_norm.py fills in these fields.
 struct Problem {
   int64_t pixels, dim, bfloat16;
   double eps;

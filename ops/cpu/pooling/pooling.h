@@ -12,7 +12,7 @@ namespace pooling {
 using simd::F;
 using simd::W;
 
-// window_means.py parses these fields. Strides are in elements, for image, row and pixel; the
+// window_means.py fills in these fields. Strides are in elements, for image, row and pixel; the
 // result is contiguous.
 struct Problem {
   int64_t batch, height, width, channels;

@@ -14,7 +14,7 @@ enum Operation : int64_t { COPY, ADD, MULTIPLY };
 
 constexpr int MOST_AXES = 6;
 
-// lowering.py parses these fields. Strides are in elements; those of the last axis are 1 for the
+// lowering.py fills in these fields. Strides are in elements; those of the last axis are 1 for the
 // result, and 0 or 1 for the operands. Along `table_axis`, if it is an axis, the first operand is
 // indexed by the table.
 struct Problem {

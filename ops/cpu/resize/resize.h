@@ -9,7 +9,7 @@
 
 namespace resize {
 
-// resize.py parses these fields.
+// resize.py fills in these fields.
 struct Problem {
   int64_t height, width, channels;         // of the image
   int64_t out_height, out_width;           // of the part

@@ -11,7 +11,7 @@ namespace gated_scan {
 using simd::F;
 using simd::W;
 
-// gated_scan.py parses the fields of these structures.
+// gated_scan.py fills in the fields of these structures.
 struct Problem {
   int64_t batch, tokens, heads, dim, value_dim;
   int64_t apart;  // whether a token sees only earlier tokens, and itself by the bonus

@@ -25,7 +25,7 @@ using linear::Range;
 using simd::F;
 using simd::W;
 
-// packed_stem.py parses these fields.
+// packed_stem.py fills in these fields.
 struct Problem {
   int64_t batch, channels, height, width;  // of the images
   int64_t side, stride, padding;           // of the first layer's window; the stride is 2 or 4

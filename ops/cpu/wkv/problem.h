@@ -9,7 +9,7 @@
 
 namespace wkv {
 
-// bi_wkv.py parses these fields.
+// bi_wkv.py fills in these fields.
 struct Problem {
   int64_t batch, tokens, dim;
   int64_t length;  // tokens per segment; 0 for the formula

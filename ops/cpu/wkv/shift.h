@@ -11,7 +11,7 @@ namespace shift {
 using simd::F;
 using simd::W;
 
-// shift.py parses these fields. In each of `groups` runs of channels, the four quarters take the
+// shift.py fills in these fields. In each of `groups` runs of channels, the four quarters take the
 // left, right, upper and lower neighbour; there are zeros beyond the border.
 struct Problem {
   int64_t batch, height, width, dim;
