@@ -336,12 +336,15 @@ class OneDNNWeight:
 
     def for_shape(self, shape: torch.Size) -> Tensor:
         """The weight for inputs of this shape, packed on first use."""
-        if shape not in self._packed:
-            if len(self._packed) >= _MOST_SHAPES:
-                self._packed.pop(next(iter(self._packed)))
+        packed = self._packed.get(shape)
+        if packed is None:
             pack = torch.ops.mkldnn._reorder_convolution_weight
-            self._packed[shape] = pack(self._weight, *self._geometry, shape)
-        return self._packed[shape]
+            packed = pack(self._weight, *self._geometry, shape)
+            # Other threads may add and forget shapes meanwhile.
+            for oldest in list(self._packed)[: 1 - _MOST_SHAPES]:
+                self._packed.pop(oldest, None)
+            self._packed[shape] = packed
+        return packed
 
 
 @stands_for(nn.Conv2d, where=lambda conv: conv_kind(conv) == "other")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import copy
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -13,7 +15,14 @@ from torch import Tensor, nn
 from ops.cpu import policy
 from ops.inference import conv
 from ops.inference.conv import FastDepthwiseConv2d
-from ops.inference.layers import FastConv2d, FastLinear, FastPointwiseConv2d, activate, convert
+from ops.inference.layers import (
+    FastConv2d,
+    FastLinear,
+    FastPointwiseConv2d,
+    OneDNNWeight,
+    activate,
+    convert,
+)
 
 
 def _linear(bias: bool = True) -> FastLinear:
@@ -75,6 +84,24 @@ def test_layouts_of_many_shapes_are_forgotten(monkeypatch) -> None:
         x = torch.randn(batch, 8, 9, 9)
         torch.testing.assert_close(layer(x), F.conv2d(x, layer.weight, layer.bias))
         assert len(layer._derived[1]._packed) <= 2
+
+
+def test_threads_may_forget_each_others_layouts(monkeypatch) -> None:
+    monkeypatch.setattr("ops.inference.layers._MOST_SHAPES", 2)
+    conv = nn.Conv2d(8, 16, 3).requires_grad_(False)
+    weight = OneDNNWeight(conv, torch.float32)
+
+    def pack(thread: int) -> None:
+        for i in range(400):
+            assert weight.for_shape(torch.Size((1 + (i * (thread + 1)) % 7, 8, 5, 5))).numel()
+
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+    try:
+        with ThreadPoolExecutor(4) as pool:
+            list(pool.map(pack, range(4)))
+    finally:
+        sys.setswitchinterval(before)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
