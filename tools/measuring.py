@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import json
 import os
 import platform
@@ -14,6 +13,7 @@ from typing import Any
 
 import torch
 
+from ops.inference.heap import return_freed_memory
 from ops.replay.workspace import workspace
 
 
@@ -36,7 +36,7 @@ class PeakMemory:
         elif sys.platform == "linux":
             # Release cached memory, which would hide new allocations.
             workspace.clear()
-            ctypes.CDLL(None).malloc_trim(0)
+            return_freed_memory()
             Path("/proc/self/clear_refs").write_text("5")
             self.before = self._status("VmRSS")
         return self

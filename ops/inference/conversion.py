@@ -33,13 +33,11 @@ from ops.inference import (  # noqa: F401  (they register their forms)
     window,
 )
 from ops.inference.forms import fast_form, plain_form
+from ops.inference.heap import keep_freed_memory
 
 __all__ = ["leave_inference_mode", "restore_plain_forms", "slow_in_nhwc", "to_channels_last"]
 
 _log = logging.getLogger(__name__)
-
-# glibc's mmap threshold adapts to the size of freed blocks up to this limit.
-_LARGEST_KEPT_BYTES = 31 << 20
 
 
 def to_channels_last(model: nn.Module, *, always: bool) -> bool:
@@ -60,6 +58,7 @@ def to_channels_last(model: nn.Module, *, always: bool) -> bool:
         return False
     if not policy.multiplies(weight.dtype):
         _warn_not_faster(weight.dtype)
+    keep_freed_memory()
     if not always and slow_in_nhwc(model) is not None:
         return False
     # Collect all modules before converting the first one; convert inner ones first, since others
@@ -70,11 +69,10 @@ def to_channels_last(model: nn.Module, *, always: bool) -> bool:
         # map.
         if hasattr(module, "token_pooling"):
             continue
-        if fast is not None and _meets_needs(module, fast):
+        if fast is not None and _has_kernels(fast, weight) and _meets_needs(module, fast):
             layers.convert(module, fast)
     for module in list(model.modules()):
         _absorb_activations(module)
-    _keep_freed_memory()
     return True
 
 
@@ -97,6 +95,12 @@ def slow_in_nhwc(model: nn.Module) -> str | None:
         return None
     weight = next(model.parameters())
     return depthwise_conv2d.unsupported(weight.device, weight.dtype)
+
+
+def _has_kernels(fast: type[nn.Module], weight: Tensor) -> bool:
+    """Whether this form can do more than check its input and run the plain form."""
+    kernels = getattr(fast, "kernels", ())
+    return not any(kernel.unsupported(weight.device, weight.dtype) for kernel in kernels)
 
 
 def _meets_needs(module: nn.Module, fast: type[nn.Module]) -> bool:
@@ -135,17 +139,6 @@ def leave_inference_mode(model: nn.Module) -> None:
                         nn.Parameter(other, t.requires_grad) if is_parameter else other
                     )
                 tensors[name] = ordinary[id(t)]  # type: ignore[assignment]
-
-
-def _keep_freed_memory() -> None:
-    """Make malloc reuse the memory of large maps.
-
-    glibc returns large freed blocks to the system, and writing the next map then causes a page
-    fault per page: a tenth to a fifth of the time of small networks. It keeps blocks as large as
-    the largest block that the process has freed (``man mallopt``, M_MMAP_THRESHOLD). The block
-    freed here is never written to, so it uses no memory.
-    """
-    torch.empty(_LARGEST_KEPT_BYTES, dtype=torch.uint8, device="cpu")
 
 
 def _absorb_activations(module: nn.Module) -> None:

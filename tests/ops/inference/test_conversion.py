@@ -10,6 +10,7 @@ from torch import nn
 from ops.attention.large_kernel import DilatedDepthwiseConv2d
 from ops.cpu import policy
 from ops.inference import conversion
+from ops.inference.forms import plain_form
 
 
 @pytest.mark.parametrize(
@@ -41,3 +42,15 @@ def test_dilated_depthwise_convolutions_stay_in_nchw_without_kernels(
         without_kernels(monkeypatch)
     model = nn.Sequential(DilatedDepthwiseConv2d(4, 7, 3)).eval()
     assert conversion.to_channels_last(model, always=always) == (always or has_kernels)
+
+
+@pytest.mark.parametrize("has_kernels", [True, False])
+def test_layers_without_their_kernel_stay_plain(
+    has_kernels: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not has_kernels:
+        without_kernels(monkeypatch)
+    model = nn.Sequential(nn.LayerNorm(4), nn.Linear(4, 4)).eval()
+    assert conversion.to_channels_last(model, always=False)
+    assert (type(model[0]) is nn.LayerNorm) is not has_kernels
+    assert plain_form(model[1]) is nn.Linear  # which oneDNN computes otherwise
