@@ -141,6 +141,8 @@ class FastLayer(nn.Module):
         """The result of :meth:`derive`, or None if ``x`` requires the plain form."""
         if torch.compiler.is_compiling():
             return None
+        if self._derived is None and self._made_from is not None:
+            return None  # the plain form is always right
         sources = self.sources()
         if not runs_fast(x, sources[0]):
             return None
@@ -276,8 +278,16 @@ class FastLinear(ActivatedLayer, nn.Linear):
         packed.has_multiplied_bytes = True
         return packed.in_bytes
 
-    def derive(self, x: Tensor) -> PackedLinear:
-        return PackedLinear(self.weight, self.bias, self.quantization)
+    def derive(self, x: Tensor) -> PackedLinear | None:
+        has_kernel = unsupported(x.device, x.dtype, with_bfloat16=True) is None
+        shape = self.in_features, self.out_features, self.bias is not None
+        if (
+            has_kernel
+            or self.quantization is not None
+            or policy.packs_linear(*shape, self.activation, x.dtype)
+        ):
+            return PackedLinear(self.weight, self.bias, self.quantization)
+        return None
 
 
 @stands_for(nn.Conv2d, where=lambda conv: conv_kind(conv) == "pointwise")

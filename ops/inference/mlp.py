@@ -240,6 +240,8 @@ class FastGluMlp(FastLayer, GluMlp):
         return tensors_of(self.fc1)
 
     def derive(self, x: Tensor) -> tuple[PackedLinear, PackedLinear] | None:
+        if unsupported(x.device, x.dtype, with_bfloat16=True) is not None:
+            return None  # without an epilogue, one product is faster than two
         halves = self.fc1.weight.chunk(2)
         biases = (None, None) if self.fc1.bias is None else self.fc1.bias.chunk(2)
         gate, up = map(PackedLinear, halves, biases)

@@ -41,6 +41,9 @@ def _decisions() -> Iterator[tuple[Any, ...]]:
             policy.linear_by_kernel: itertools.product(
                 _ROWS, (32, 33), (64,), (dtype,), ("none", "gelu")
             ),
+            policy.packs_linear: itertools.product(
+                (191, 192, 1366), (192,), (True, False), ("none", "gelu"), (dtype,)
+            ),
             policy.stem_by_kernel: [(True, dtype), (False, dtype)],
             policy.convolves_windows: itertools.product(
                 ((1, 1), (2, 2)), ((1, 1), (2, 2)), (1, 4), (dtype,)
@@ -142,6 +145,12 @@ def _decision(rule: Any, *given: Any, **named: Any) -> Decision:
             policy.linear_by_kernel,
             (3136, 64, 32, HALF, "none"),
             "linear_by_kernel: features 64 → 32, one ≤ 32, bfloat16, amx → packed GEMM",
+        ),
+        (
+            "portable",
+            policy.depthwise_by_kernel,
+            (1 << 20, 64, (3, 3), (1, 1), (1, 1), True, FLOAT),
+            "depthwise_by_kernel: window 3×3, values 1048576 > 131072, float32, portable → oneDNN",
         ),
         (
             "avx512",

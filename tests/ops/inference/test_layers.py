@@ -175,3 +175,26 @@ def test_transforms_go_through_torch() -> None:
     layer, x = _linear(), torch.randn(6, 3, 24)
     plain = F.linear(x, layer.weight, layer.bias)
     torch.testing.assert_close(torch.vmap(layer)(x), plain, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="its products are by MKL")
+@pytest.mark.parametrize(
+    ("features", "bias", "activation", "packed"),
+    [((24, 40), False, "none", False), ((24, 40), True, "none", True)]
+    + [((24, 40), False, "gelu", True), ((512, 513), False, "none", True)],
+)
+def test_small_layers_without_a_kernel_are_left_to_torch(
+    features: tuple[int, int], bias: bool, activation: str, packed: bool, monkeypatch
+) -> None:
+    without_kernels(monkeypatch)
+    layer = convert(nn.Linear(*features, bias=bias).requires_grad_(False), FastLinear)
+    activate(layer, activation)
+    x = torch.randn(2, 5, features[0])
+    layer(x)
+    assert (layer.derived(x) is not None) == packed
+    assert layer.decisions[-1].outcome == ("packed weights" if packed else "torch")
+    with torch.no_grad():
+        layer.weight.mul_(2)
+    expected = F.linear(x, layer.weight, layer.bias)
+    expected = F.gelu(expected) if activation == "gelu" else expected
+    torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
