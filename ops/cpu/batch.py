@@ -69,7 +69,8 @@ def compile_all(
         ThreadPoolExecutor(_cpus(), "compiling") as pool,
         compiler.killing_on_error(),
     ):
-        futures = {name: pool.submit(compile_one, name) for name in order}
+        with compiler.signals_delayed():  # so that no started thread goes unrecorded
+            futures = {name: pool.submit(compile_one, name) for name in order}
         pending: set[Future[None]] = set(futures.values())
         while pending:
             _, pending = wait(pending, _SHOW_S, FIRST_COMPLETED)

@@ -26,6 +26,7 @@ __all__ = [
     "find_compilers",
     "killing_on_error",
     "run",
+    "signals_delayed",
     "stopped",
     "unwinding_on_signals",
 ]
@@ -95,7 +96,7 @@ def run(words: Sequence[str], scratch: Path) -> None:
     """
     with contextlib.ExitStack() as stack:
         try:
-            with _signals_delayed():
+            with signals_delayed():  # so that no started process goes unrecorded
                 process = stack.enter_context(_start(words, scratch))
                 stack.callback(_kill, process)
                 stack.enter_context(_registered(process))
@@ -236,8 +237,8 @@ def unwinding_on_signals() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _signals_delayed() -> Iterator[None]:
-    """Context that delays such signals, so that no started process goes unrecorded."""
+def signals_delayed() -> Iterator[None]:
+    """Context that delays such signals until its end."""
     global _waiting
     if threading.current_thread() is not threading.main_thread():  # signals are handled elsewhere
         yield

@@ -126,6 +126,32 @@ def test_a_signal_stops_all_compilers(four, compilations, monkeypatch) -> None:
     assert cpu.load("a").answer() == 42
 
 
+def test_a_signal_while_threads_start(four, monkeypatch) -> None:
+    """All of them end before ``load`` does."""
+    running, ended, start = threading.Barrier(3), [], threading.Thread.start
+
+    def run(words: list[str], scratch: Path) -> None:
+        running.wait(10)
+        assert compiler.stopped.wait(10)
+        time.sleep(0.2)
+        ended.append(scratch)
+        raise compiler.CompilerError("c++ failed with status -9: ")
+
+    def start_and_interrupt(thread: threading.Thread) -> None:
+        start(thread)
+        if thread.name.endswith("_1"):
+            running.wait(10)
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(batch, "_cpus", lambda: 2)
+    monkeypatch.setattr(compiler, "run", run)
+    monkeypatch.setattr(threading.Thread, "start", start_and_interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        cpu.load("a")
+    assert len(ended) == 2
+    assert {path.suffix for path in cpu.cache_dir().iterdir()} == {".lock"}
+
+
 # ---- ahead of time -----------------------------------------------------------------------------
 def test_prepare_compiles_all_and_loads_none(four, compilations, monkeypatch) -> None:
     richest = cpu.levels()[0]  # which this CPU need not run
