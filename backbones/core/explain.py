@@ -13,7 +13,7 @@ from torch import nn
 from backbones.core.base import StagedBackbone
 from backbones.core.keywords import several, whole
 from backbones.core.messages import shown
-from backbones.core.quantization import Precision
+from backbones.core.precision import Precision
 from backbones.core.tables import table
 from ops.cpu.build import instruction_set
 from ops.inference.conversion import slow_in_nhwc

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from backbones.core.fused import FusedBackbone
+from backbones.core.precision import Precision
 from backbones.core.quantization import (
-    Precision,
     check_quantization,
     confirm,
     quantize,

@@ -13,13 +13,12 @@ import logging
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from backbones.core.tables import table
+from backbones.core.precision import LayerPrecision, Precision
 from ops.cpu import policy
 from ops.cpu.gemm.int8 import (
     LARGEST_INPUT,
@@ -32,8 +31,6 @@ from ops.inference.layers import FastLinear, FastPointwiseConv2d
 from ops.inference.packed_linear import PackedLinear, Quantization
 
 __all__ = [
-    "LayerPrecision",
-    "Precision",
     "check_quantization",
     "confirm",
     "quantize",
@@ -46,81 +43,6 @@ _RANDOM_IMAGES = 2
 _SAMPLED = 1 << 14  # values per layer and batch that ranges are chosen for
 _SHARES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)  # of the range seen
 _LARGEST_BYTE = 255
-
-
-@dataclass
-class LayerPrecision:
-    """A linear layer of a model that was fused in 8 bits.
-
-    Attributes:
-        layer: its name.
-        in_features, out_features: its size.
-        dtype: ``"int8"``, or the dtype of the maps.
-        reason: why it is not in 8 bits; empty if it is.
-        drop: relative error of the model's output with only this layer in 8 bits; None if it was
-            not measured.
-    """
-
-    layer: str
-    in_features: int
-    out_features: int
-    dtype: str
-    reason: str = ""
-    drop: float | None = None
-
-
-@dataclass
-class Precision:
-    """What :func:`backbones.fuse` did for ``dtype=torch.int8``; ``print`` shows it as a table.
-
-    Attributes:
-        dtype: of maps and images.
-        layers: the linear layers and pointwise convolutions in order.
-        calibrated: whether inputs have fixed ranges; otherwise each row of inputs has its own.
-        drop: relative error of the output with all chosen layers in 8 bits; None if it was not
-            measured.
-        reason: why no layer is in 8 bits; empty if there are some.
-    """
-
-    dtype: str
-    layers: list[LayerPrecision] = field(repr=False)
-    calibrated: bool = False
-    drop: float | None = None
-    reason: str = ""
-
-    @property
-    def quantized(self) -> list[str]:
-        """The names of the layers in 8 bits."""
-        return [layer.layer for layer in self.layers if layer.dtype == "int8"]
-
-    def summary(self) -> str:
-        """One line without a full stop."""
-        ranges = "calibrated ranges" if self.calibrated else "a range for each row of inputs"
-        parts = [
-            f"{len(self.quantized)} of {len(self.layers)} linear layers in int8 ({ranges}), "
-            f"maps in {self.dtype}"
-        ]
-        if self.drop is not None:
-            parts.append(f"relative error of the output {self.drop:.2e}")
-        if self.reason:
-            parts.append(self.reason)
-        return "; ".join(parts)
-
-    def __str__(self) -> str:
-        """A table with a row for each layer, most sensitive first if that was measured."""
-        ranked = sorted(self.layers, key=lambda layer: -(layer.drop or 0))
-        rows = [
-            [
-                layer.layer,
-                f"{layer.in_features} → {layer.out_features}",
-                layer.dtype,
-                "" if layer.drop is None else f"{layer.drop:.2e}",
-                layer.reason,
-            ]
-            for layer in ranked
-        ]
-        head = ("layer", "features", "dtype", "drop", "reason")
-        return f"{self.summary()}\n\n{table(head, rows, left=3, last_left=True)}"
 
 
 def check_quantization(
