@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from backbones.embedding.table import ShardWriter, identity, schema, shard_path, write_metadata
+from backbones.embedding.shard_writer import ShardWriter
+from backbones.embedding.table import identity, schema, shard_path, write_metadata
 
 
 def make_table(

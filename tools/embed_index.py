@@ -12,7 +12,8 @@ import numpy as np
 from backbones.embedding.hnsw import open_graph
 from backbones.embedding.rows import unit
 from backbones.embedding.search import search
-from backbones.embedding.table import ShardWriter, identity, schema, shard_path, write_metadata
+from backbones.embedding.shard_writer import ShardWriter
+from backbones.embedding.table import identity, schema, shard_path, write_metadata
 
 __all__ = ["make_table", "measure_index"]
 

@@ -8,7 +8,8 @@ Columns: ``key`` (the path relative to the source, or shard and member), ``heigh
 the image after its orientation is applied, ``embedding`` (a list of ``dim`` numbers; for a map, the
 C·H·W values of its ``shape``) and, if requested, ``classes`` and their ``scores``, most likely
 first.
-Shards are written atomically, and each names the metadata that it belongs to.
+Shards are written atomically (:mod:`backbones.embedding.shard_writer`), and each names the metadata
+that it belongs to.
 """
 
 from __future__ import annotations
@@ -16,28 +17,26 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from types import TracebackType
-from typing import IO, TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from backbones.core.console import MendableError
 from backbones.core.messages import first_line, shown
-from backbones.training.checkpoint import sync_folder, write_atomically, write_problem
-from backbones.training.errors import CheckpointFileError
+from backbones.training.checkpoint import write_atomically
 
 if TYPE_CHECKING:
     import pyarrow
 
 __all__ = [
     "CORRUPT",
+    "CORRUPT_KEY",
+    "IDENTITY_KEY",
     "METADATA",
     "SHARDS",
     "DamagedShardError",
-    "ShardWriter",
     "TableError",
     "batches",
     "corrupt_in",
@@ -57,15 +56,13 @@ METADATA, SHARDS, CORRUPT = "metadata.json", "shards", "corrupt.txt"
 _FORMAT = 1
 # Keys in a shard's metadata: the metadata.json it belongs to, and the images that could not be
 # decoded.
-_IDENTITY, _CORRUPT = b"backbones.embedding", b"backbones.corrupt"
+IDENTITY_KEY, CORRUPT_KEY = b"backbones.embedding", b"backbones.corrupt"
 # Fields that must be equal for two shards to belong to one table; versions and names may differ.
 _DECISIVE = (
     *("format", "model", "weights", "preprocessing", "features", "shape", "dim", "dtype"),
     *("computed", "classes", "rows", "source", "images", "shards"),
 )
 _DTYPES = ("float32", "float16")
-# Bytes of embeddings per row group.
-_GROUP = 1 << 25
 
 
 class TableError(MendableError, ValueError):
@@ -283,7 +280,7 @@ def corrupt_in(path: Path, expected: str) -> tuple[int, list[tuple[str, str]]]:
     try:
         with pa.parquet.ParquetFile(path) as file:
             _check(path, file.schema_arrow, None, expected)
-            noted = json.loads(file.metadata.metadata[_CORRUPT])
+            noted = json.loads(file.metadata.metadata[CORRUPT_KEY])
             return file.metadata.num_rows, [(key, reason) for key, reason in noted]
     except (pa.ArrowException, OSError, LookupError, json.JSONDecodeError) as error:
         raise DamagedShardError(f"{path} is damaged: {first_line(error)}") from error
@@ -300,142 +297,10 @@ def write_corrupt(folder: Path, corrupt: Sequence[tuple[str, str]]) -> None:
 
 
 def _check(path: Path, found: Any, expected: Any, of: str) -> None:
-    if (found.metadata or {}).get(_IDENTITY) != of.encode():
+    if (found.metadata or {}).get(IDENTITY_KEY) != of.encode():
         raise TableError(
             f"{path} belongs to other embeddings (another model, weights, preprocessing or "
             f"source) than the {METADATA} beside it"
         )
     if expected is not None and not found.equals(expected):
         raise TableError(f"{path} has other columns than {METADATA} says: {found.names}")
-
-
-class ShardWriter:
-    """Writes one shard atomically.
-
-    If the ``with`` block raises, the partial file is removed. Two writers of the same shard, such
-    as a process presumed dead and its replacement, do not interfere.
-
-    Args:
-        path: of the shard; its folder must exist.
-        schema: from :func:`schema`.
-        identity: from :func:`identity`.
-
-    Raises:
-        CheckpointFileError: the file cannot be written, here or in a later call.
-    """
-
-    def __init__(self, path: Path, schema: pyarrow.Schema, identity: str) -> None:
-        self._pa = require_pyarrow()
-        self.path, self.schema = path, schema.with_metadata({_IDENTITY: identity.encode()})
-        self._temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-        self._rows: list[dict[str, Any]] = []
-        self._corrupt: list[tuple[str, str]] = []
-        self._bytes = 0
-        self._file: IO[bytes] | None = None
-        self._writer: Any = None
-        try:
-            self._file = open(self._temporary, "wb")  # noqa: SIM115 - closed when the block ends
-            # Embeddings do not compress, so they are stored uncompressed for fast reading.
-            self._writer = self._pa.parquet.ParquetWriter(
-                self._file, self.schema, compression="none", use_dictionary=False
-            )
-        except OSError as error:
-            self._leave()
-            raise self._unwritten(error) from error
-
-    def add(
-        self,
-        keys: Sequence[str],
-        sizes: Sequence[tuple[int, int]],
-        embeddings: np.ndarray,
-        classes: np.ndarray | None = None,
-        scores: np.ndarray | None = None,
-    ) -> None:
-        """Add rows.
-
-        Args:
-            keys: of n images.
-            sizes: height and width of each.
-            embeddings: (n, dim).
-            classes, scores: (n, k), if the schema has them.
-        """
-        columns: dict[str, Any] = {
-            "key": keys,
-            "height": [height for height, _ in sizes],
-            "width": [width for _, width in sizes],
-            "embedding": embeddings,
-        }
-        if classes is not None:
-            columns |= {"classes": classes, "scores": scores}
-        self._rows.append(columns)
-        self._bytes += embeddings.nbytes
-        if self._bytes >= _GROUP:
-            self._flush()
-
-    def add_corrupt(self, key: str, reason: str) -> None:
-        """Record an image that could not be decoded."""
-        self._corrupt.append((key, reason))
-
-    def _flush(self) -> None:
-        if not self._rows:
-            return
-        pa, rows = self._pa, self._rows
-        self._rows, self._bytes = [], 0
-        arrays = [self._array(field, [part[field.name] for part in rows]) for field in self.schema]
-        try:
-            self._writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=self.schema))
-        except OSError as error:
-            raise self._unwritten(error) from error
-
-    def _array(self, field: Any, parts: list[Any]) -> Any:
-        pa = self._pa
-        if pa.types.is_fixed_size_list(field.type):
-            dtype = field.type.value_type.to_pandas_dtype()
-            flat = np.concatenate([part.astype(dtype, copy=False).reshape(-1) for part in parts])
-            return pa.FixedSizeListArray.from_arrays(pa.array(flat), type=field.type)
-        if pa.types.is_list(field.type):
-            return pa.array([row for part in parts for row in part.tolist()], field.type)
-        return pa.array([value for part in parts for value in part], field.type)
-
-    def __enter__(self) -> ShardWriter:
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        try:
-            if kind is None:
-                self._flush()
-                self._finish()
-        finally:
-            self._leave()
-
-    def _finish(self) -> None:
-        assert self._file is not None
-        try:
-            self._writer.add_key_value_metadata({_CORRUPT: json.dumps(self._corrupt)})
-            self._writer.close()
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            os.replace(self._temporary, self.path)
-            sync_folder(self.path.parent)
-        except OSError as error:
-            raise self._unwritten(error) from error
-
-    def _leave(self) -> None:
-        """Close the files and remove the temporary file, if it is still there."""
-        for file in (self._writer, self._file):
-            try:
-                if file is not None:
-                    file.close()
-            except OSError:  # buffered data that cannot be written is discarded anyway
-                pass
-        self._temporary.unlink(missing_ok=True)
-
-    def _unwritten(self, error: OSError) -> CheckpointFileError:
-        problem = write_problem(error, self.path.parent)
-        return CheckpointFileError(f"cannot write {self.path}: {problem}")

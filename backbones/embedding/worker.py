@@ -40,6 +40,7 @@ from backbones.core.messages import first_line
 from backbones.core.resizing import Resizing
 from backbones.embedding import table
 from backbones.embedding.network import Network
+from backbones.embedding.shard_writer import ShardWriter
 from backbones.embedding.sources import Item, reader
 from backbones.training.errors import DataError
 
@@ -176,7 +177,7 @@ class Worker:
         """
         path = table.shard_path(self.job.folder, number)
         corrupt: list[tuple[str, str]] = []
-        with table.ShardWriter(path, self._schema, self._identity) as shard:
+        with ShardWriter(path, self._schema, self._identity) as shard:
             decoded = self._decoded(part, corrupt)
             while batch := list(itertools.islice(decoded, self.job.batch_size)):
                 rows = self._embed(batch, shard, corrupt)
@@ -185,7 +186,7 @@ class Worker:
         yield Event(number, 0, last, done=True)
 
     def _embed(
-        self, batch: list[_Decoded], shard: table.ShardWriter, corrupt: list[tuple[str, str]]
+        self, batch: list[_Decoded], shard: ShardWriter, corrupt: list[tuple[str, str]]
     ) -> int:
         # Pad the last batch: the fused form of a network depends on the batch size.
         padded = [image for _, image, _ in batch]
@@ -281,7 +282,7 @@ class _Decoded(NamedTuple):
     size: tuple[int, int]
 
 
-def _take(corrupt: list[tuple[str, str]], shard: table.ShardWriter) -> tuple[tuple[str, str], ...]:
+def _take(corrupt: list[tuple[str, str]], shard: ShardWriter) -> tuple[tuple[str, str], ...]:
     taken = tuple(corrupt)
     corrupt.clear()
     for key, reason in taken:

@@ -266,7 +266,7 @@ def test_processes_that_die_are_replaced(
     monkeypatch.setattr(
         local,
         "_PROGRAM",
-        "import os, pathlib, backbones.embedding.table as t\n"
+        "import os, pathlib, backbones.embedding.shard_writer as t\n"
         "from backbones.embedding.worker import main\n"
         "plain, mark = t.ShardWriter._finish, pathlib.Path('died')\n"
         "def die_once(self):\n"

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,7 @@ import pyarrow.parquet
 import pytest
 
 from backbones.embedding import table
+from backbones.embedding.shard_writer import ShardWriter
 
 CONTENT: dict[str, Any] = {
     **{"model": "van_b0", "weights": {"file": "a.pth", "sha256": "12"}, "preprocessing": {}},
@@ -32,7 +32,7 @@ def written(folder: Path, shards: int = 2, **changes: Any) -> Path:
         vectors = np.arange(12, dtype=np.float32).reshape(3, 4) + 12 * number
         answers = (np.array([[1, 0]] * 3), np.full((3, 2), 0.5, np.float32))
         path = table.shard_path(folder, number)
-        with table.ShardWriter(path, schema, table.identity(content)) as shard:
+        with ShardWriter(path, schema, table.identity(content)) as shard:
             for i in range(3):
                 more = [answer[i : i + 1] for answer in answers] if content["classes"] else []
                 shard.add([f"{number}/{i}.png"], [(5, 6)], vectors[i : i + 1], *more)
@@ -117,26 +117,7 @@ def test_differences_are_listed() -> None:
     assert told == "the images listed in /x have changed (6 there, 7 now)"
 
 
-def test_errors_leave_no_files(tmp_path: Path) -> None:
-    (tmp_path / "shards").mkdir()
-    schema, path = table.schema(4), table.shard_path(tmp_path, 0)
-    with pytest.raises(ZeroDivisionError), table.ShardWriter(path, schema, "x") as shard:
-        shard.add(["a"], [(1, 1)], np.zeros((1, 4), np.float32))
-        raise ZeroDivisionError
-    assert not os.listdir(tmp_path / "shards")
-
-
 @pytest.mark.parametrize(("dim", "dtype"), [(0, "float32"), (4, "float64")])
 def test_unknown_schemas(dim: int, dtype: str) -> None:
     with pytest.raises(ValueError, match="must be"):
         table.schema(dim, dtype)
-
-
-def test_large_groups_are_written_as_they_come(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Maps of many images are not accumulated in memory."""
-    monkeypatch.setattr(table, "_GROUP", 16)
-    folder = written(tmp_path)
-    assert pa.parquet.ParquetFile(table.shard_path(folder, 0)).num_row_groups == 3
-    assert len(table.load(folder)[0]) == 6

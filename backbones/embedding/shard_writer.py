@@ -1,0 +1,156 @@
+"""Shards of a table of embeddings, written atomically."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+from collections.abc import Sequence
+from pathlib import Path
+from types import TracebackType
+from typing import IO, TYPE_CHECKING, Any
+
+import numpy as np
+
+from backbones.embedding.table import CORRUPT_KEY, IDENTITY_KEY, require_pyarrow
+from backbones.training.checkpoint import sync_folder, write_problem
+from backbones.training.errors import CheckpointFileError
+
+if TYPE_CHECKING:
+    import pyarrow
+
+__all__ = ["ShardWriter"]
+
+_GROUP = 1 << 25  # bytes of embeddings per row group
+
+
+class ShardWriter:
+    """Writes one shard atomically.
+
+    If the ``with`` block raises, the partial file is removed. Two writers of the same shard, such
+    as a process presumed dead and its replacement, do not interfere.
+
+    Args:
+        path: of the shard; its folder must exist.
+        schema: from :func:`schema`.
+        identity: from :func:`identity`.
+
+    Raises:
+        CheckpointFileError: the file cannot be written, here or in a later call.
+    """
+
+    def __init__(self, path: Path, schema: pyarrow.Schema, identity: str) -> None:
+        self._pa = require_pyarrow()
+        self.path, self.schema = path, schema.with_metadata({IDENTITY_KEY: identity.encode()})
+        self._temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+        self._rows: list[dict[str, Any]] = []
+        self._corrupt: list[tuple[str, str]] = []
+        self._bytes = 0
+        self._file: IO[bytes] | None = None
+        self._writer: Any = None
+        try:
+            self._file = open(self._temporary, "wb")  # noqa: SIM115 - closed when the block ends
+            # Embeddings do not compress, so they are stored uncompressed for fast reading.
+            self._writer = self._pa.parquet.ParquetWriter(
+                self._file, self.schema, compression="none", use_dictionary=False
+            )
+        except OSError as error:
+            self._leave()
+            raise self._unwritten(error) from error
+
+    def add(
+        self,
+        keys: Sequence[str],
+        sizes: Sequence[tuple[int, int]],
+        embeddings: np.ndarray,
+        classes: np.ndarray | None = None,
+        scores: np.ndarray | None = None,
+    ) -> None:
+        """Add rows.
+
+        Args:
+            keys: of n images.
+            sizes: height and width of each.
+            embeddings: (n, dim).
+            classes, scores: (n, k), if the schema has them.
+        """
+        columns: dict[str, Any] = {
+            "key": keys,
+            "height": [height for height, _ in sizes],
+            "width": [width for _, width in sizes],
+            "embedding": embeddings,
+        }
+        if classes is not None:
+            columns |= {"classes": classes, "scores": scores}
+        self._rows.append(columns)
+        self._bytes += embeddings.nbytes
+        if self._bytes >= _GROUP:
+            self._flush()
+
+    def add_corrupt(self, key: str, reason: str) -> None:
+        """Record an image that could not be decoded."""
+        self._corrupt.append((key, reason))
+
+    def _flush(self) -> None:
+        if not self._rows:
+            return
+        pa, rows = self._pa, self._rows
+        self._rows, self._bytes = [], 0
+        arrays = [self._array(field, [part[field.name] for part in rows]) for field in self.schema]
+        try:
+            self._writer.write_batch(pa.RecordBatch.from_arrays(arrays, schema=self.schema))
+        except OSError as error:
+            raise self._unwritten(error) from error
+
+    def _array(self, field: Any, parts: list[Any]) -> Any:
+        pa = self._pa
+        if pa.types.is_fixed_size_list(field.type):
+            dtype = field.type.value_type.to_pandas_dtype()
+            flat = np.concatenate([part.astype(dtype, copy=False).reshape(-1) for part in parts])
+            return pa.FixedSizeListArray.from_arrays(pa.array(flat), type=field.type)
+        if pa.types.is_list(field.type):
+            return pa.array([row for part in parts for row in part.tolist()], field.type)
+        return pa.array([value for part in parts for value in part], field.type)
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        try:
+            if kind is None:
+                self._flush()
+                self._finish()
+        finally:
+            self._leave()
+
+    def _finish(self) -> None:
+        assert self._file is not None
+        try:
+            self._writer.add_key_value_metadata({CORRUPT_KEY: json.dumps(self._corrupt)})
+            self._writer.close()
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            os.replace(self._temporary, self.path)
+            sync_folder(self.path.parent)
+        except OSError as error:
+            raise self._unwritten(error) from error
+
+    def _leave(self) -> None:
+        """Close the files and remove the temporary file, if it is still there."""
+        for file in (self._writer, self._file):
+            try:
+                if file is not None:
+                    file.close()
+            except OSError:  # buffered data that cannot be written is discarded anyway
+                pass
+        self._temporary.unlink(missing_ok=True)
+
+    def _unwritten(self, error: OSError) -> CheckpointFileError:
+        problem = write_problem(error, self.path.parent)
+        return CheckpointFileError(f"cannot write {self.path}: {problem}")
