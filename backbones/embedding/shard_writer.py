@@ -32,8 +32,8 @@ class ShardWriter:
 
     Args:
         path: of the shard; its folder must exist.
-        schema: from :func:`schema`.
-        identity: from :func:`identity`.
+        schema: from :func:`backbones.embedding.table.schema`.
+        identity: from :func:`backbones.embedding.table.identity`.
 
     Raises:
         CheckpointFileError: the file cannot be written, here or in a later call.
