@@ -4,7 +4,7 @@
     python tools/learning_page.py --train van_b0    # only this model (again), then the page
     python tools/learning_page.py                   # only the page and its picture, from the JSON
 
-Runs the trainings of ``configs/cls/bench_digits.yaml`` one after another, one to three minutes each
+Runs the trainings of ``configs/cls/bench_digits.yaml`` one after another, one to ten minutes each
 on an idle core. Each result is written as soon as it is measured.
 """
 

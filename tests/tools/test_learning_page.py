@@ -12,8 +12,6 @@ from zoo import CLASSIFIERS
 
 import backbones
 
-# At 64×64 the dilated windows of DiNAT_s pad every map to that of 224×224: an hour of training.
-LEARNERS = [family for family in CLASSIFIERS if family != "dinat_s"]
 # Validation accuracy in %, where it is not 90; chance is 10. The 4×4 tokens of this one are padded
 # to its windows of 7×7, so that two thirds of what a token sees are zeros: four epochs are few.
 LEAST = {"nat_isotropic_small": 50}
@@ -43,7 +41,7 @@ def result(family, accuracies):
 def test_the_smallest_variant_of_every_family_takes_part(tool):
     variants = list(yaml.safe_load(tool.CONFIG.read_text())["variants"])
     families = {m: f for f in backbones.list_families() for m in backbones.list_models(family=f)}
-    assert sorted(families[variant] for variant in variants) == LEARNERS
+    assert sorted(families[variant] for variant in variants) == CLASSIFIERS
 
 
 def test_page_and_picture(tool, tmp_path):
@@ -138,7 +136,7 @@ def test_results_of_another_recipe_do_not_stay(tool, tmp_path, monkeypatch):
     report = json.loads((tmp_path / "learning.json").read_text())
     assert trained == list(report["results"]) == ["shvit_s1", "van_b0"]
     tool.main(["--folder", str(tmp_path), "--train"])
-    assert len(trained) == len(set(trained)) == len(LEARNERS)
+    assert len(trained) == len(set(trained)) == len(CLASSIFIERS)
 
 
 def test_without_results_there_is_no_page(tool, tmp_path):
