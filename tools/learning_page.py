@@ -158,6 +158,8 @@ def draw(report: dict[str, Any], path: Path) -> None:
         style_axis(axis, "validation accuracy, %" if number % columns == 0 else "")
         if number < len(curves) - columns:
             axis.set_xlabel("")
+        else:  # the lowest of its column, which may not be in the last row
+            axis.tick_params(labelbottom=True)
         axis.set_ylim(0, 104)
         axis.set_title(model, fontsize=11, color=INK, loc="left", fontweight="bold")
         place = (len(values), values[-1])
