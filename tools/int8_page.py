@@ -89,7 +89,7 @@ python tools/int8_peers.py speed --resume
 python tools/performance_page.py
 ```
 
-The first trains for one to three minutes a model on one core. Each row is written as soon as it is
+The first trains for one to ten minutes a model on one core. Each row is written as soon as it is
 measured, so all of them can be stopped at any time, and measured in parts, for example with
 `--models shvit_s4 --batches 1 --threads 1`.
 """
