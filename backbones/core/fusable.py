@@ -52,8 +52,8 @@ class FusableBackbone(nn.Module):
         model supports gradients with respect to images, but not to parameters. ``torch.compile``
         and ``torch.export`` see the plain form of the folded model. For each input layout, the
         second call is captured, and later calls are replayed without Python between the kernels
-        until the model changes (:mod:`ops.replay.module`). For maps outside of replays, the process's
-        malloc keeps up to 256 MiB of freed memory (:mod:`ops.inference.heap`).
+        until the model changes (:mod:`ops.replay.module`). Outside of replays, malloc keeps up to
+        256 MiB of freed memory for the next maps (:mod:`ops.inference.heap`).
 
         Changes are detected if weights and buffers are modified by torch functions, get other
         memory (``p.data = …``, ``vector_to_parameters``) or are replaced, and if hooks change;
