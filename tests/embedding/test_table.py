@@ -11,7 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet
 import pytest
 
-from backbones.embedding import table
+from backbones.embedding import shard_writer, table
 from backbones.embedding.shard_writer import ShardWriter
 
 CONTENT: dict[str, Any] = {
@@ -121,3 +121,12 @@ def test_differences_are_listed() -> None:
 def test_unknown_schemas(dim: int, dtype: str) -> None:
     with pytest.raises(ValueError, match="must be"):
         table.schema(dim, dtype)
+
+
+def test_shards_of_several_groups_are_read_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shard_writer, "_GROUP", 16)
+    folder = written(tmp_path)
+    assert pa.parquet.ParquetFile(table.shard_path(folder, 0)).num_row_groups == 3
+    assert len(table.load(folder)[0]) == 6
