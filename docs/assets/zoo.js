@@ -7,7 +7,8 @@
   const data = JSON.parse(document.getElementById("zoo-data").textContent);
   const body = table.tBodies[0];
   const headings = [...table.tHead.rows[0].cells];
-  // Tableau's ten colours, and a shape each, so that colour is not all that tells them apart.
+  // Tableau's ten colours, and a shape each, so that colour is not all that tells them apart; open
+  // shapes in a second round.
   const colours = ["#4e79a7", "#f28e2b", "#e15759", "#76b7b2", "#59a14f",
     "#d4a72c", "#b07aa1", "#ff7f97", "#9c755f", "#8a8a8a", "#2f9e8f"];
   const symbols = ["circle", "square", "diamond", "triangle-up", "cross", "star", "x",
@@ -21,8 +22,12 @@
     const decades = Math.log10(Math.max(...figures) / Math.min(...figures)) || 2;
     const room = width / decades;
     const digits = room < 110 ? [1, 3] : room < 500 ? [1, 2, 5] : [1, 1.5, 2, 2.5, 3, 4, 5, 6, 8];
-    return [-3, -2, -1, 0, 1, 2, 3, 4].flatMap((power) =>
-      digits.map((digit) => Number(`${digit}e${power}`)));
+    // Plotly leaves a fifth of the width empty. A digit is 7 pixels wide.
+    const fits = (mark, before) =>
+      0.8 * room * Math.log10(mark / before) > 7 * String(mark).length + 6;
+    return [-3, -2, -1, 0, 1, 2, 3, 4]
+      .flatMap((power) => digits.map((digit) => Number(`${digit}e${power}`)))
+      .filter((mark, i, all) => i % digits.length === 0 || fits(mark, all[i - 1]));
   }
 
   function sortBy(column) {
@@ -73,7 +78,12 @@
         text: points.map((row) => `<b>${row.name}</b><br>${row.top1} % at ${row.top1_size}²`
           + `${row.claim ? `, ${row.claim}` : ""}<br>${describe(row)}`),
         hovertemplate: "%{text}<extra></extra>",
-        marker: { color: colours[i], symbol: symbols[i], size: 10 },
+        marker: {
+          color: colours[i % colours.length],
+          symbol: symbols[i % symbols.length] + (i < symbols.length ? "" : "-open"),
+          size: 10,
+          line: { width: i < symbols.length ? 0 : 2 },
+        },
       }];
     });
   }
