@@ -25,6 +25,7 @@ COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 _SYSROOT = "/usr/aarch64-linux-gnu"  # Debian's folder of the cross-compiler's libraries
 # CPUs with exactly these of the instruction sets that kernels use: from 2015 and 2021.
 CPUS = {"neon": "cortex-a72", "neonbf16": "neoverse-v1"}
+WITH_BYTES = "neoverse-n1"  # a CPU for "neon" with products of bytes, from 2019
 
 _SOURCE = Path(__file__).with_suffix(".cpp")
 _PAGE = 4096
@@ -37,13 +38,13 @@ _ARGUMENTS = 6
 class Emulator:
     """A process on an emulated ARM CPU that runs functions on this process's memory."""
 
-    def __init__(self, instructions: str, scratch: Path) -> None:
+    def __init__(self, cpu: str, scratch: Path) -> None:
         _require_tools()
         program = scratch / "emulated_arm"
         flags = ["-std=c++17", "-O1", "-fopenmp", "-Wall", "-Wextra", "-Werror"]
         subprocess.run([COMPILER, *flags, str(_SOURCE), "-o", str(program)], check=True)
         self._process = subprocess.Popen(
-            [EMULATOR, "-L", _SYSROOT, "-cpu", CPUS[instructions], str(program)],
+            [EMULATOR, "-L", _SYSROOT, "-cpu", cpu, str(program)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "OMP_WAIT_POLICY": "passive"},
@@ -152,18 +153,19 @@ class _Replay(Emulated):
         self.replay_pointwise = emulated.replay_pointwise
 
 
-def become(instructions: str, scratch: Path) -> Emulator:
+def become(instructions: str, model: str, scratch: Path) -> Emulator:
     """Make this process compile kernels for such a CPU and run them in the emulator.
 
     Args:
         instructions: one of :data:`CPUS`.
+        model: qemu's name of the CPU.
         scratch: folder for the emulator's program.
 
     Raises:
         RuntimeError: the cross-compiler or the emulator is missing.
     """
     build._compiled_with = lambda name: []  # compile no other kernels along with one
-    native, emulator = cpu.load("replay"), Emulator(instructions, scratch)
+    native, emulator = cpu.load("replay"), Emulator(model, scratch)
     assert native is not None
 
     def open_library(path: Path) -> Any:

@@ -68,7 +68,7 @@ class FusableBackbone(nn.Module):
         Everything else, and layers whose blocks have a kernel of their own, computes as before.
         Parameters, maps and images are in bfloat16 where the CPU multiplies it, else in float32;
         :attr:`precision` says which, and lists the layers. Where 8 bits are not faster (no
-        AVX512-VNNI, AVX-VNNI or AMX), the model stays in float32 and a warning says so, once.
+        AVX512-VNNI, AVX-VNNI, AMX or SDOT), the model stays in float32 and a warning says so, once.
 
         Args:
             dtype: convert the parameters after folding, for example to ``torch.bfloat16``; images

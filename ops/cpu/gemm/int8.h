@@ -1,9 +1,9 @@
-// Linear layers in 8 bits: rows are quantised to unsigned bytes as they are copied, weights are
-// signed bytes with one scale per output. Products are summed exactly, in 32 bits.
+// Linear layers in 8 bits: rows are quantised to bytes as they are copied, weights are signed bytes
+// with one scale per output. Products are summed exactly, in 32 bits.
 //
-// Four inputs of a lane are multiplied at once (AVX512-VNNI, AVX-VNNI), or tiles of 64 inputs (AMX).
+// Four inputs of a lane are multiplied at once (AVX512-VNNI, AVX-VNNI, SDOT), or tiles of 64 inputs
+// (AMX).
 #pragma once
-#include <tuple>
 #include <utility>
 #include "gemm/block.h"
 #include "gemm/quantize.h"
@@ -14,6 +14,42 @@
 namespace linear {
 
 #if VB_BYTES
+// ---- micro-kernels in registers ----------------------------------------------------------------
+#if VB_NEON
+#define VB_DOT
+
+// Adds the products of group LANE of x.
+template <int LANE>
+static VB_INLINE void add_bytes(I& sum, I x, I w) {
+  __asm__(".arch_extension dotprod\n\tsdot %0.4s, %2.16b, %1.4b[%c3]"
+          : "+w"(sum) : "w"(x), "w"(w), "i"(LANE));
+}
+
+template <int LANE, int R, int V>
+static VB_INLINE void add_group(const I (&x)[R], const int8_t* weight, I (&sum)[R][V]) {
+  VB_UNROLL
+  for (int v = 0; v < V; v++) {
+    const I w = load_vector(weight + (LANE * V + v) * W * GROUP);
+    VB_UNROLL
+    for (int r = 0; r < R; r++) add_bytes<LANE>(sum[r][v], x[r], w);
+  }
+}
+
+// Adds the products of STEP groups.
+template <int R, int V, int POINTERS>
+static VB_INLINE void add_groups(const uint8_t* const (&in)[POINTERS], ptrdiff_t stride,
+                                 const int8_t* weight, I (&sum)[R][V]) {
+  static_assert(STEP == 4, "a vector has four groups");
+  I x[R];
+  VB_UNROLL
+  for (int r = 0; r < R; r++) x[r] = load_vector(in[r / 3] + r % 3 * stride);
+  add_group<0>(x, weight, sum);
+  add_group<1>(x, weight, sum);
+  add_group<2>(x, weight, sum);
+  add_group<3>(x, weight, sum);
+}
+
+#else
 #if VB_AVX512
 #define VB_DOT __attribute__((target("avx512vnni")))
 #define VB_DOT_PRODUCT "vpdpbusd %2, %1, %0"
@@ -22,7 +58,6 @@ namespace linear {
 #define VB_DOT_PRODUCT "%{vex%} vpdpbusd %2, %1, %0"
 #endif
 
-// ---- micro-kernels in registers ----------------------------------------------------------------
 static VB_INLINE VB_DOT void add_bytes(I& sum, I x, I w) {
   __asm__(VB_DOT_PRODUCT : "+v"(sum) : "v"(x), "v"(w));
 }
@@ -31,13 +66,30 @@ static VB_INLINE I in_register(I v) {
   return v;
 }
 
+template <int R, int V, int POINTERS>
+static VB_INLINE VB_DOT void add_groups(const uint8_t* const (&in)[POINTERS], ptrdiff_t stride,
+                                        const int8_t* weight, I (&sum)[R][V]) {
+  VB_UNROLL
+  for (int i = 0; i < STEP; i++, weight += V * W * GROUP) {
+    I w[V];
+    VB_UNROLL
+    for (int v = 0; v < V; v++) w[v] = in_register(load_vector(weight + v * W * GROUP));
+    VB_UNROLL
+    for (int r = 0; r < R; r++) {
+      const I x = in_register(load_four(in[r / 3] + r % 3 * stride + i * GROUP));
+      VB_UNROLL
+      for (int v = 0; v < V; v++) add_bytes(sum[r][v], x, w[v]);
+    }
+  }
+}
+#endif
+
 // The sums of R rows and V vectors of outputs, to `sums` [R][V][W].
 template <int R, int V>
 VB_DOT static void multiply_bytes_in_registers(const Bytes& rows, const int8_t* weight,
                                                Prefetch& prefetch, int32_t* sums) {
   Prefetch fetched = prefetch;
   constexpr int POINTERS = (R + 2) / 3;  // as in registers.h
-  constexpr int64_t VECTOR = W * GROUP;
   ptrdiff_t stride = rows.stride;
   const uint8_t* in[POINTERS];
   VB_UNROLL
@@ -51,18 +103,8 @@ VB_DOT static void multiply_bytes_in_registers(const Bytes& rows, const int8_t* 
   // Inputs beyond the last group are zeros, as are their weights.
   for (int64_t k = 0; k < rows.in_features; k += STEP * GROUP) {
     fetched.fetch();
-    VB_UNROLL
-    for (int i = 0; i < STEP; i++, weight += V * VECTOR) {
-      I w[V];
-      VB_UNROLL
-      for (int v = 0; v < V; v++) w[v] = in_register(load_vector(weight + v * VECTOR));
-      VB_UNROLL
-      for (int r = 0; r < R; r++) {
-        const I x = in_register(load_four(in[r / 3] + r % 3 * stride + i * GROUP));
-        VB_UNROLL
-        for (int v = 0; v < V; v++) add_bytes(sum[r][v], x, w[v]);
-      }
-    }
+    add_groups(in, stride, weight, sum);
+    weight += STEP * V * W * GROUP;
     VB_UNROLL
     for (int r = 0; r < POINTERS; r++) {
       in[r] += STEP * GROUP;
@@ -316,16 +358,16 @@ static void run_quantised(const Problem& p, const Tensors& t, const T* in, const
   for (int64_t r = 0; r < rows.count; r++) {
     const T* const row = in + r * p.in_stride;
     uint8_t* const out = copied + r * pitch;
-    float step, zero;
+    ByteRange range;
     if (t.in_range) {
-      step = t.in_range[0], zero = t.in_range[1];
-      step += quantise<true>(row, scale, p.in_features, padded, step, zero, out);
+      range = {t.in_range[0], t.in_range[1]};
+      range.step += quantise<true>(row, scale, p.in_features, padded, range, out);
     } else {
-      std::tie(step, zero) = range_of(row, scale, p.in_features);
-      quantise<false>(row, scale, p.in_features, padded, step, zero, out);
+      range = range_of(row, scale, p.in_features);
+      quantise<false>(row, scale, p.in_features, padded, range, out);
     }
-    steps[r] = step;
-    steps[rows.count + r] = step * zero;
+    steps[r] = range.step;
+    steps[rows.count + r] = range.step * (range.zero - OFFSET);
   }
   const Bytes bytes{copied, pitch, round_up(p.in_features, GROUP), steps, steps + rows.count};
   has_tiles() ? run_tiles_of_bytes<T>(p, t, rows, bytes, panels)

@@ -1,17 +1,8 @@
 // The operands of linear layers in 8 bits: the packed layout of weights, and quantised rows.
 #pragma once
 #include <limits>
-#include <tuple>
-#include <utility>
+#include "gemm/bytes.h"
 #include "gemm/pack.h"
-
-// Older compilers and assemblers do not know AVX-VNNI.
-#if VB_AVX512 || (VB_AVX2 && (defined(__clang__) ? __clang_major__ >= 14 : __GNUC__ >= 12))
-#define VB_BYTES 1
-#include <cpuid.h>
-#else
-#define VB_BYTES 0
-#endif
 
 namespace linear {
 
@@ -45,122 +36,12 @@ static int64_t padded_bytes(int64_t in_features) { return round_up(in_features, 
 }
 
 #if VB_BYTES
-// Whether this CPU, which has the vectors of this library, has AVX512-VNNI or AVX-VNNI.
-static bool has_products_of_bytes() {
-  static const bool has = [] {
-    unsigned a, b, c, d;
-#if VB_AVX512
-    return __get_cpuid_count(7, 0, &a, &b, &c, &d) && (c >> 11 & 1);
-#else
-    return __get_cpuid_count(7, 1, &a, &b, &c, &d) && (a >> 4 & 1);
-#endif
-  }();
-  return has;
-}
-
-// Rows of unsigned bytes: x = scale · (byte - zero).
+// Rows of bytes: x = scale · (byte - zero).
 struct Bytes {
   const uint8_t* in;
   int64_t stride, in_features;  // whole groups
   const float *scale, *shift;   // per row; shift is scale · zero
 };
-
-// ---- quantisation ------------------------------------------------------------------------------
-#if VB_AVX512
-using I = __m512i;
-static VB_INLINE I load_vector(const void* p) { return _mm512_loadu_si512(p); }
-static VB_INLINE void store_vector(void* p, I x) { _mm512_storeu_si512(p, x); }
-static VB_INLINE I bits_of(F x) { return _mm512_castps_si512(x); }
-static VB_INLINE F to_floats(I x) { return _mm512_cvtepi32_ps(x); }
-static VB_INLINE float least(F v) { return _mm512_reduce_min_ps(v); }
-static VB_INLINE float most(F v) { return _mm512_reduce_max_ps(v); }
-static VB_INLINE I minus(I x, int y) { return _mm512_sub_epi32(x, _mm512_set1_epi32(y)); }
-// Four vectors of integers to bytes, clipped to 0 … 255.
-static VB_INLINE void put_bytes(uint8_t* out, I a, I b, I c, I d) {
-  const I places = _mm512_setr_epi32(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  const I packed = _mm512_packus_epi16(_mm512_packs_epi32(a, b), _mm512_packs_epi32(c, d));
-  store_vector(out, _mm512_permutexvar_epi32(places, packed));
-}
-// Two vectors of 16 bits to bytes, clipped to 0 … 255.
-static VB_INLINE void put_bytes(uint8_t* out, I a, I b) {
-  const I places = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
-  store_vector(out, _mm512_permutexvar_epi64(places, _mm512_packus_epi16(a, b)));
-}
-// The lower halves of 32 bits, alternately of two vectors.
-static VB_INLINE I alternate(I even, I odd) {
-  return _mm512_mask_blend_epi16(0xaaaaaaaa, even, _mm512_slli_epi32(odd, 16));
-}
-static VB_INLINE F even_floats(I pairs) { return _mm512_castsi512_ps(_mm512_slli_epi32(pairs, 16)); }
-static VB_INLINE F odd_floats(I pairs) {
-  return _mm512_castsi512_ps(_mm512_and_si512(pairs, _mm512_set1_epi32(0xffff0000)));
-}
-static VB_INLINE I max_signed(I a, I b) { return _mm512_max_epi16(a, b); }
-static VB_INLINE I max_unsigned(I a, I b) { return _mm512_max_epu16(a, b); }
-static VB_INLINE I zeros() { return _mm512_setzero_si512(); }
-// The largest of each eighth lane of 16 bits.
-static VB_INLINE __m128i most_in_lanes(I v) {
-  const __m256i half =
-      _mm256_max_epu16(_mm512_castsi512_si256(v), _mm512_extracti64x4_epi64(v, 1));
-  return _mm_max_epu16(_mm256_castsi256_si128(half), _mm256_extracti128_si256(half, 1));
-}
-// 1 to 2 · W values, then zeros.
-static VB_INLINE I load_part(const BFloat16* p, int64_t count) {
-  return _mm512_maskz_loadu_epi16(~__mmask32{0} >> (2 * W - count), p);
-}
-static VB_INLINE I load_four(const uint8_t* p) {
-  int32_t four;
-  std::memcpy(&four, p, sizeof four);
-  return _mm512_set1_epi32(four);
-}
-#else
-using I = __m256i;
-static VB_INLINE I load_vector(const void* p) {
-  return _mm256_loadu_si256(static_cast<const I*>(p));
-}
-static VB_INLINE void store_vector(void* p, I x) { _mm256_storeu_si256(static_cast<I*>(p), x); }
-static VB_INLINE I bits_of(F x) { return _mm256_castps_si256(x); }
-static VB_INLINE F to_floats(I x) { return _mm256_cvtepi32_ps(x); }
-static VB_INLINE float least(F v) {
-  float lanes[W], x;
-  simd::store(lanes, v);
-  x = lanes[0];
-  for (int l = 1; l < W; l++) x = std::min(x, lanes[l]);
-  return x;
-}
-static VB_INLINE float most(F v) { return -least(simd::zero() - v); }
-static VB_INLINE I minus(I x, int y) { return _mm256_sub_epi32(x, _mm256_set1_epi32(y)); }
-static VB_INLINE void put_bytes(uint8_t* out, I a, I b, I c, I d) {
-  const I places = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
-  const I packed = _mm256_packus_epi16(_mm256_packs_epi32(a, b), _mm256_packs_epi32(c, d));
-  store_vector(out, _mm256_permutevar8x32_epi32(packed, places));
-}
-static VB_INLINE void put_bytes(uint8_t* out, I a, I b) {
-  store_vector(out, _mm256_permute4x64_epi64(_mm256_packus_epi16(a, b), 0b11011000));
-}
-static VB_INLINE I alternate(I even, I odd) {
-  return _mm256_blend_epi16(even, _mm256_slli_epi32(odd, 16), 0b10101010);
-}
-static VB_INLINE F even_floats(I pairs) { return _mm256_castsi256_ps(_mm256_slli_epi32(pairs, 16)); }
-static VB_INLINE F odd_floats(I pairs) {
-  return _mm256_castsi256_ps(_mm256_and_si256(pairs, _mm256_set1_epi32(0xffff0000)));
-}
-static VB_INLINE I max_signed(I a, I b) { return _mm256_max_epi16(a, b); }
-static VB_INLINE I max_unsigned(I a, I b) { return _mm256_max_epu16(a, b); }
-static VB_INLINE I zeros() { return _mm256_setzero_si256(); }
-static VB_INLINE __m128i most_in_lanes(I v) {
-  return _mm_max_epu16(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
-}
-static VB_INLINE I load_part(const BFloat16* p, int64_t count) {
-  BFloat16 part[2 * W] = {};
-  std::copy_n(p, count, part);
-  return load_vector(part);
-}
-static VB_INLINE I load_four(const uint8_t* p) {
-  int32_t four;
-  std::memcpy(&four, p, sizeof four);
-  return _mm256_set1_epi32(four);
-}
-#endif
 
 constexpr float LEAST_STEP = std::numeric_limits<float>::min();  // whose inverse is finite
 constexpr int64_t AT_ONCE = 4 * W;  // values quantised at a time
@@ -171,8 +52,13 @@ static VB_INLINE F scaled_input(const T* in, const float* scale, int lanes) {
   return scale ? x * simd::get(scale, lanes) : x;
 }
 
+// x = step · (byte - zero).
+struct ByteRange {
+  float step, zero;
+};
+
 // The scale and zero with which numbers from `bottom` ≤ 0 to `top` ≥ 0 take up all bytes.
-static VB_INLINE std::pair<float, float> step_and_zero(float bottom, float top) {
+static VB_INLINE ByteRange step_and_zero(float bottom, float top) {
   // The difference of the largest numbers would be infinite.
   const float difference = top / 255 - bottom / 255;
   const float step = difference < LEAST_STEP ? 0 : difference;
@@ -182,8 +68,7 @@ static VB_INLINE std::pair<float, float> step_and_zero(float bottom, float top) 
 // The scale and zero of a row whose values, and zero, take up all bytes. A row with infinities or
 // NaN has a scale of NaN, so that all its outputs are NaN.
 template <class T>
-static VB_INLINE std::pair<float, float> range_of_floats(const T* in, const float* scale,
-                                                         int64_t count) {
+static VB_INLINE ByteRange range_of_floats(const T* in, const float* scale, int64_t count) {
   F low[2] = {simd::zero(), simd::zero()}, high[2] = {simd::zero(), simd::zero()};
   F odd[2] = {simd::zero(), simd::zero()};
   int64_t k = 0;
@@ -210,7 +95,7 @@ static VB_INLINE std::pair<float, float> range_of_floats(const T* in, const floa
 
 // Bfloat16 as integers: positive numbers are in order as signed ones, negative ones in reverse as
 // unsigned ones. Takes a fifth of the instructions.
-static VB_INLINE std::pair<float, float> range_of_bits(const BFloat16* in, int64_t count) {
+static VB_INLINE ByteRange range_of_bits(const BFloat16* in, int64_t count) {
   constexpr uint16_t negative = 0x8000, infinity = 0x7f80;
   I low = zeros(), high = zeros();
   int64_t k = 0;
@@ -220,12 +105,7 @@ static VB_INLINE std::pair<float, float> range_of_bits(const BFloat16* in, int64
   };
   for (; k + 2 * W <= count; k += 2 * W) add(load_vector(in + k));
   if (k < count) add(load_part(in + k, count - k));
-  const auto most_of = [](I v) {
-    const __m128i ones = _mm_set1_epi16(-1);
-    const __m128i inverse = _mm_minpos_epu16(_mm_xor_si128(most_in_lanes(v), ones));
-    return BFloat16{static_cast<uint16_t>(~_mm_extract_epi16(inverse, 0))};
-  };
-  const BFloat16 top = most_of(high), bottom = most_of(low);
+  const BFloat16 top{most_of(high)}, bottom{most_of(low)};
   if (top.bits >= infinity || bottom.bits >= (negative | infinity)) {
     return {std::numeric_limits<float>::quiet_NaN(), 0.f};
   }
@@ -233,7 +113,7 @@ static VB_INLINE std::pair<float, float> range_of_bits(const BFloat16* in, int64
 }
 
 template <class T>
-static VB_INLINE std::pair<float, float> range_of(const T* in, const float* scale, int64_t count) {
+static VB_INLINE ByteRange range_of(const T* in, const float* scale, int64_t count) {
   if constexpr (std::is_same_v<T, BFloat16>) {
     if (!scale) return range_of_bits(in, count);
   }
@@ -245,11 +125,12 @@ static VB_INLINE std::pair<float, float> range_of(const T* in, const float* scal
 // else 0.
 template <bool CHECKED, class T>
 static VB_INLINE float quantise(const T* in, const float* scale, int64_t count, int64_t padded,
-                                float step, float zero, uint8_t* out) {
+                                ByteRange range, uint8_t* out) {
   // Adding it leaves integers, rounded to nearest even, in the low bits.
   constexpr float rounding = 0x1.8p23f;
   constexpr int rounding_bits = 0x4b400000;
-  const F factor = simd::set1(step > 0 ? 1 / step : 0), shift = simd::set1(rounding + zero);
+  const F factor = simd::set1(range.step > 0 ? 1 / range.step : 0);
+  const F shift = simd::set1(rounding + range.zero);
   const F first = simd::set1(rounding), last = simd::set1(rounding + 255);
   F odd = simd::zero();
   const auto integers = [&](F x) VB_INLINE_LAMBDA {
@@ -296,8 +177,6 @@ static VB_INLINE float quantise(const T* in, const float* scale, int64_t count, 
   return CHECKED ? simd::reduce_add(odd) : 0;
 }
 
-#else
-static bool has_products_of_bytes() { return false; }
 #endif
 
 }  // namespace linear

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from emulated_arm import CPUS, Emulator
+from emulated_arm import CPUS, WITH_BYTES, Emulator
 
 from ops.cpu import instruction_sets, libraries
 
@@ -25,6 +25,7 @@ _KERNELS = {
     "cpu/feed_forward/test_kan.py": "kan",
     "cpu/feed_forward/test_response_mlp.py": "response_mlp",
     "cpu/gemm/test_convolution.py": "gemm",
+    "cpu/gemm/test_int8.py": "gemm",
     "cpu/gemm/test_linear.py": "gemm",
     "cpu/gemm/test_mlp.py": "gemm",
     "cpu/layout/test_nchw.py": "nchw",
@@ -46,8 +47,8 @@ _RUN = """
 import sys, pytest, emulated_arm
 from pathlib import Path
 from ops import cpu
-instructions, scratch, kernel, *arguments = sys.argv[1:]
-emulator = emulated_arm.become(instructions, Path(scratch))
+instructions, model, scratch, kernel, *arguments = sys.argv[1:]
+emulator = emulated_arm.become(instructions, model, Path(scratch))
 assert isinstance(cpu.load(kernel), emulated_arm.Emulated), cpu.unavailable_reason(kernel)
 assert not emulated_arm.too_new(cpu.status(kernel).path)
 failed = pytest.main(arguments)
@@ -60,10 +61,20 @@ sys.exit(failed)
 @pytest.mark.parametrize("instructions", list(CPUS))
 @pytest.mark.parametrize("tests", list(_KERNELS))
 def test_kernels(tests: str, instructions: str, tmp_path: Path) -> None:
+    _run(tests, instructions, CPUS[instructions], tmp_path)
+
+
+@pytest.mark.slow
+def test_bytes_without_products_of_bfloat16(tmp_path: Path) -> None:
+    said = _run("cpu/gemm/test_int8.py", "neon", WITH_BYTES, tmp_path)
+    assert "skipped" not in said
+
+
+def _run(tests: str, instructions: str, model: str, scratch: Path) -> str:
     chosen = " and ".join(f"not {name}" for name in _LEFT_OUT)
     options = ["-q", "-p", "no:cacheprovider", "-o", "timeout=800", "-k", chosen, str(_OPS / tests)]
     done = subprocess.run(
-        [sys.executable, "-c", _RUN, instructions, str(tmp_path), _KERNELS[tests], *options],
+        [sys.executable, "-c", _RUN, instructions, model, str(scratch), _KERNELS[tests], *options],
         cwd=_OPS.parents[1],
         env={**os.environ, "PYTHONPATH": os.pathsep.join(map(str, [_OPS.parents[1], _OPS.parent]))},
         capture_output=True,
@@ -71,12 +82,13 @@ def test_kernels(tests: str, instructions: str, tmp_path: Path) -> None:
         timeout=840,
     )
     assert done.returncode == 0, done.stdout[-4000:] + done.stderr[-2000:]
+    return done.stdout
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("instructions", list(CPUS))
 def test_cpu_detection(instructions: str, tmp_path: Path) -> None:
-    emulator = Emulator(instructions, tmp_path)
+    emulator = Emulator(CPUS[instructions], tmp_path)
     says = emulator.capabilities() & instruction_sets.HWCAP2_BF16
     emulator.close()
     assert bool(says) == (instructions == "neonbf16")

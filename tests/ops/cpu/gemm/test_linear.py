@@ -110,7 +110,7 @@ def test_other_instruction_sets(instructions: str, dtype: torch.dtype, monkeypat
 
 @pytest.mark.skipif(not can_run("avx512bf16"), reason="this CPU does not multiply bfloat16")
 @pytest.mark.parametrize("has_tiles", [False, True])
-def test_bfloat16(has_tiles: bool, monkeypatch, with_tiles) -> None:
+def test_instruction_sets_with_bfloat16(has_tiles: bool, monkeypatch, with_tiles) -> None:
     """As on CPUs with AVX512-BF16, without and with AMX; rows of every length, at odd places."""
     if has_tiles:
         emulate_tiles(monkeypatch, with_tiles)
