@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <type_traits>
 #include <utility>
 
 #if defined(VB_PORTABLE)
@@ -192,6 +193,18 @@ static VB_INLINE F load_as_float(const float* p) { return load(p); }
 static VB_INLINE F load_as_float(const BFloat16* p) { return load_bf16(p); }
 
 static VB_INLINE void store_from_float(float* p, F v) { store(p, v); }
+
+// Two vectors, one after the other.
+template <class T>
+static VB_INLINE void store_two(T* p, F a, F b) {
+#if VB_AVX512 && VB_BFLOAT16
+  if constexpr (std::is_same_v<T, BFloat16>) {
+    return _mm512_storeu_si512(p, (__m512i)_mm512_cvtne2ps_pbh(b, a));
+  }
+#endif
+  store_from_float(p, a);
+  store_from_float(p + W, b);
+}
 
 // ---- transposition -----------------------------------------------------------------------------
 // out[i * out_pitch + l] = rows[l][i] * scale for l in 0..W-1 and i in 0..count-1, count <= W.

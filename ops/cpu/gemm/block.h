@@ -47,11 +47,12 @@ struct Prefetch {
   }
 };
 
-// Prefetches the memory of `width` outputs of some rows, and of the terms to be added to them.
+// Prefetches the memory of `width` outputs of `count` rows from `first` on, and of the terms to be
+// added to them.
 template <class T>
-static VB_INLINE void fetch_outputs(const Problem& p, const Block<T>& block, int64_t rows,
-                                    int64_t width) {
-  for (int64_t r = 0; r < rows; r++) {
+static VB_INLINE void fetch_outputs(const Problem& p, const Block<T>& block, int64_t first,
+                                    int64_t count, int64_t width) {
+  for (int64_t r = first; r < first + count; r++) {
     memory::fetch<memory::WRITE>(block.out + r * p.out_stride, width);
     if (block.other) memory::fetch<memory::READ>(block.other + r * p.other_stride, width);
   }
@@ -120,27 +121,49 @@ static VB_INLINE void finish(const Problem& p, const Block<T>& block, F (&sum)[R
   }
 }
 
-// The epilogue of `count` rows in memory, [count][V][W], which it modifies.
+// Stores V vectors of a row, of which the last has `lanes` outputs.
 template <int V, class T>
-static void finish_rows(const Problem& p, const Block<T>& block, float* sums, int64_t count) {
+static VB_INLINE void put_row(T* out, const F (&x)[V], int lanes) {
+  if constexpr (V == 2) {
+    if (lanes == W) return simd::store_two(out, x[0], x[1]);
+  }
+  VB_UNROLL
+  for (int v = 0; v < V; v++) simd::put(out + v * W, x[v], v == V - 1 ? lanes : W);
+}
+
+// The epilogue of `count` rows from `first` on, whose sums in memory, [count][V][W], it modifies.
+template <int V, class T>
+static void finish_rows(const Problem& p, const Block<T>& block, int64_t first, int64_t count,
+                        float* sums) {
   if (p.activation != activation::NONE) {
     activation::apply<T>(reinterpret_cast<F*>(sums), static_cast<int>(count * V), p.activation);
   }
+  T* out = block.out + first * p.out_stride;
+  if (p.combination == NONE && !block.energy) {
+    for (int64_t r = 0; r < count; r++, out += p.out_stride, sums += V * W) {
+      F x[V];
+      VB_UNROLL
+      for (int v = 0; v < V; v++) x[v] = simd::load(sums + v * W);
+      put_row<V>(out, x, block.lanes);
+    }
+    return;
+  }
+  const T* other = block.other + (p.combination ? first * p.other_stride : 0);
   F energy[V];
   for (int v = 0; v < V; v++) energy[v] = simd::zero();
-  for (int64_t r = 0; r < count; r++) {
-    T* const out = block.out + r * p.out_stride;
-    const T* const other = block.other + (p.combination ? r * p.other_stride : 0);
+  for (int64_t r = 0; r < count; r++, out += p.out_stride, sums += V * W) {
+    F x[V];
     VB_UNROLL
     for (int v = 0; v < V; v++) {
       const int lanes = v == V - 1 ? block.lanes : W;
-      F x = simd::load(sums + (r * V + v) * W);
+      x[v] = simd::load(sums + v * W);
       if (p.combination != NONE) {
-        x = combine(p, block.other_scale + v * W, lanes, x, simd::get(other + v * W, lanes));
+        x[v] = combine(p, block.other_scale + v * W, lanes, x[v], simd::get(other + v * W, lanes));
       }
-      if (block.energy) energy[v] = simd::fma(x, x, energy[v]);
-      simd::put(out + v * W, x, lanes);
+      energy[v] = simd::fma(x[v], x[v], energy[v]);
     }
+    put_row<V>(out, x, block.lanes);
+    if (p.combination) other += p.other_stride;
   }
   if (!block.energy) return;
   for (int v = 0; v < V; v++) {

@@ -134,9 +134,10 @@ struct BytePanel {
   const float *bias, *scale, *sum;
 };
 
-// Turns the sums of some rows, beginning at `first`, into outputs, and stores them.
+// Turns the sums of some rows, beginning at `first`, into outputs, and stores them. `bytes` and
+// `block` begin at row 0.
 template <int V, class T>
-static void finish_bytes(const Problem& p, const Bytes& rows, int64_t first, int64_t count,
+static void finish_bytes(const Problem& p, const Bytes& bytes, int64_t first, int64_t count,
                          const BytePanel& panel, const Block<T>& block, int32_t* sums) {
   F scales[V], zeros[V], biases[V];
   VB_UNROLL
@@ -146,18 +147,21 @@ static void finish_bytes(const Problem& p, const Bytes& rows, int64_t first, int
     zeros[v] = simd::get(panel.sum + v * W, lanes);
     biases[v] = simd::get(panel.bias + v * W, lanes);
   }
+  const bool is_last = p.activation == activation::NONE && p.combination == NONE && !block.energy;
   for (int64_t r = 0; r < count; r++) {
-    const F scale = simd::set1(rows.scale[first + r]), shift = simd::set1(rows.shift[first + r]);
+    int32_t* const row = sums + r * V * W;
+    const F scale = simd::set1(bytes.scale[first + r]), shift = simd::set1(bytes.shift[first + r]);
+    F x[V];
     VB_UNROLL
     for (int v = 0; v < V; v++) {
-      int32_t* const place = sums + (r * V + v) * W;
       const F start = simd::fma(shift, zeros[v], biases[v]);
-      const F x = simd::fma(to_floats(load_vector(place)),
-                            scale * scales[v], start);
-      simd::store(reinterpret_cast<float*>(place), x);
+      x[v] = simd::fma(to_floats(load_vector(row + v * W)), scale * scales[v], start);
+      if (!is_last) simd::store(reinterpret_cast<float*>(row + v * W), x[v]);
     }
+    if (is_last) put_row<V>(block.out + (first + r) * p.out_stride, x, block.lanes);
   }
-  finish_rows<V>(p, block, reinterpret_cast<float*>(sums), count);
+  if (is_last) return;
+  finish_rows<V>(p, block, first, count, reinterpret_cast<float*>(sums));
 }
 
 // The panel of the outputs from `n` on.
@@ -168,12 +172,10 @@ static BytePanel panel_at(const Problem& p, const Tensors& t, int64_t n) {
           scale, scale + p.out_features};
 }
 template <class T>
-static Block<T> block_at(const Problem& p, const Tensors& t, const Rows<T>& rows, int64_t row,
-                         int64_t n) {
+static Block<T> block_at(const Problem& p, const Tensors& t, const Rows<T>& rows, int64_t n) {
   const int64_t left = p.out_features - n;
   return {nullptr, nullptr, nullptr,
-          rows.other ? rows.other + row * p.other_stride + n : nullptr,
-          rows.out + row * p.out_stride + n, rows.energy ? rows.energy + n : nullptr,
+          rows.other ? rows.other + n : nullptr, rows.out + n, rows.energy ? rows.energy + n : nullptr,
           static_cast<int>(std::min<int64_t>(W, left > W ? left - W : left)),
           t.other_scale ? t.other_scale + n : nullptr};
 }
@@ -201,9 +203,9 @@ static void run_bytes_in_registers(const Problem& p, const Tensors& t, const Row
       for (int64_t n = group.begin * PANEL; n < std::min(group.end * PANEL, p.out_features);
            n += PANEL) {
         const BytePanel panel = panel_at(p, t, n);
-        const Block<T> block = block_at(p, t, rows, range.begin, n);
+        const Block<T> block = block_at(p, t, rows, n);
         const bool wide = p.out_features - n > W;
-        fetch_outputs(p, block, height, wide ? PANEL : W);
+        fetch_outputs(p, block, range.begin, height, wide ? PANEL : W);
         constexpr std::make_index_sequence<MAX_ROWS> variants;
         const Multiply multiply = wide ? multiply_of<2>(height, variants)
                                        : multiply_of<1>(height, variants);
@@ -230,12 +232,9 @@ struct ByteEpilogue {
   bool wide;
 
   void finish(int64_t row, int64_t count, float* sums) const {
-    Block<T> own = block;
-    own.out += row * p->out_stride;
-    if (own.other) own.other += row * p->other_stride;
     int32_t* const whole = reinterpret_cast<int32_t*>(sums);
-    wide ? finish_bytes<2>(*p, *bytes, row, count, panel, own, whole)
-         : finish_bytes<1>(*p, *bytes, row, count, panel, own, whole);
+    wide ? finish_bytes<2>(*p, *bytes, row, count, panel, block, whole)
+         : finish_bytes<1>(*p, *bytes, row, count, panel, block, whole);
   }
 };
 
@@ -331,7 +330,7 @@ static void run_tiles_of_bytes(const Problem& p, const Tensors& t, const Rows<T>
     const int64_t next = std::min<int64_t>(PANEL, padded(p.out_features) - n - PANEL);
     Prefetch prefetch(panel.weight + PANEL * k, n / PANEL + 1 == panels.end ? 0 : next * k,
                       blocks * (k / BYTE_INPUTS));
-    const Block<T> block = block_at(p, t, rows, 0, n);
+    const Block<T> block = block_at(p, t, rows, n);
     p.out_features - n > W
         ? run_panel_of_bytes<2>(p, rows, bytes, panel, block, prefetch, unfinished)
         : run_panel_of_bytes<1>(p, rows, bytes, panel, block, prefetch, unfinished);

@@ -270,7 +270,7 @@ template <class T>
 static void run_block(const Problem& p, Rows<T> rows, Block<T> block, int64_t count, bool wide,
                       Prefetch& prefetch) {
   const Runs<T> runs = runs_of<T>(count, wide);
-  fetch_outputs(p, block, count, wide ? PANEL : W);
+  fetch_outputs(p, block, 0, count, wide ? PANEL : W);
   if (rows.in_features <= SUMMED) return runs.last(p, rows, block, prefetch, nullptr);
   alignas(64) float sums[MAX_ROWS * PANEL] = {};
   int64_t left = rows.in_features;

@@ -103,10 +103,7 @@ struct FloatEpilogue {
   bool wide;
 
   void finish(int64_t row, int64_t count, float* sums) const {
-    Block<BFloat16> own = block;
-    own.out += row * p->out_stride;
-    if (own.other) own.other += row * p->other_stride;
-    wide ? finish_rows<2>(*p, own, sums, count) : finish_rows<1>(*p, own, sums, count);
+    wide ? finish_rows<2>(*p, block, row, count, sums) : finish_rows<1>(*p, block, row, count, sums);
   }
 };
 

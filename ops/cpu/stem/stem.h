@@ -158,7 +158,7 @@ static void run_pixels(const linear::Problem& p, const Layer& layer, const Segme
                            out + range.begin * p.out_stride + n, nullptr,
                            static_cast<int>(std::min<int64_t>(W, wide ? left - W : left)),
                            nullptr};
-      linear::fetch_outputs(p, block, count, wide ? PANEL : W);
+      linear::fetch_outputs(p, block, 0, count, wide ? PANEL : W);
       run_of<APART, I, T>(count, wide)(p, segments, range.begin * p.in_stride,
                                        weight + n * p.in_features, block);
     }
