@@ -354,19 +354,25 @@ static void run_quantised(const Problem& p, const Tensors& t, const T* in, const
   const int64_t pitch = (padded / LINE | 1) * LINE;
   uint8_t* const copied = buffer.of(round_up(rows.count, TILE_ROWS) * pitch);
   float* const steps = numbers.of(2 * rows.count);
-  for (int64_t r = 0; r < rows.count; r++) {
-    const T* const row = in + r * p.in_stride;
-    uint8_t* const out = copied + r * pitch;
-    ByteRange range;
-    if (t.in_range) {
-      range = {t.in_range[0], t.in_range[1]};
-      range.step += quantise<true>(row, scale, p.in_features, padded, range, out);
-    } else {
-      range = range_of(row, scale, p.in_features);
-      quantise<false>(row, scale, p.in_features, padded, range, out);
+  for (int64_t first = 0; first < rows.count; first += ROWS_AT_ONCE) {
+    const int64_t count = std::min(ROWS_AT_ONCE, rows.count - first);
+    const T* const begin = in + first * p.in_stride;
+    Limits limits[ROWS_AT_ONCE] = {};
+    if (!t.in_range) {
+      for (int64_t r = 0; r < count; r++) {
+        limits[r] = limits_of(begin + r * p.in_stride, scale, p.in_features);
+      }
     }
-    steps[r] = range.step;
-    steps[rows.count + r] = range.step * (range.zero - OFFSET);
+    const ByteRanges ranges =
+        t.in_range ? ByteRanges(t.in_range[0], t.in_range[1]) : ByteRanges(limits);
+    for (int64_t r = 0; r < count; r++) {
+      const auto quantised = t.in_range ? quantise<true, T> : quantise<false, T>;
+      const float step =
+          ranges.step[r] + quantised(begin + r * p.in_stride, scale, p.in_features, padded,
+                                     ranges.inverse[r], ranges.zero[r], copied + (first + r) * pitch);
+      steps[first + r] = step;
+      steps[rows.count + first + r] = step * (ranges.zero[r] - OFFSET);
+    }
   }
   const Bytes bytes{copied, pitch, round_up(p.in_features, GROUP), steps, steps + rows.count};
   has_tiles() ? run_tiles_of_bytes<T>(p, t, rows, bytes, panels)

@@ -52,23 +52,40 @@ static VB_INLINE F scaled_input(const T* in, const float* scale, int lanes) {
   return scale ? x * simd::get(scale, lanes) : x;
 }
 
-// x = step · (byte - zero).
-struct ByteRange {
-  float step, zero;
+// The smallest and the largest value of a row, and of zero. One is NaN if the row has infinities or
+// NaN.
+struct Limits {
+  float low, high;
 };
 
-// The scale and zero with which numbers from `bottom` ≤ 0 to `top` ≥ 0 take up all bytes.
-static VB_INLINE ByteRange step_and_zero(float bottom, float top) {
-  // The difference of the largest numbers would be infinite.
-  const float difference = top / 255 - bottom / 255;
-  const float step = difference < LEAST_STEP ? 0 : difference;
-  return {step, step > 0 ? std::nearbyint(-bottom / step) : 0};
-}
+// Rows whose scales are found together, as vectors.
+constexpr int64_t ROWS_AT_ONCE = 16;
 
-// The scale and zero of a row whose values, and zero, take up all bytes. A row with infinities or
-// NaN has a scale of NaN, so that all its outputs are NaN.
+// x = step · (byte - zero), for each row.
+struct ByteRanges {
+  float step[ROWS_AT_ONCE], zero[ROWS_AT_ONCE], inverse[ROWS_AT_ONCE];  // of the step; or 0
+
+  ByteRanges(float own_step, float own_zero) {
+    std::fill_n(step, ROWS_AT_ONCE, own_step);
+    std::fill_n(zero, ROWS_AT_ONCE, own_zero);
+    std::fill_n(inverse, ROWS_AT_ONCE, own_step > 0 ? 1 / own_step : 0);
+  }
+
+  // The limits take up all bytes. A row with infinities or NaN has a step of NaN, so that all its
+  // outputs are NaN.
+  explicit ByteRanges(const Limits (&limits)[ROWS_AT_ONCE]) {
+    for (int64_t r = 0; r < ROWS_AT_ONCE; r++) {
+      // The difference of the largest numbers would be infinite.
+      const float difference = limits[r].high / 255 - limits[r].low / 255;
+      step[r] = difference < LEAST_STEP ? 0 : difference;
+      zero[r] = step[r] > 0 ? std::nearbyint(-limits[r].low / step[r]) : 0;
+      inverse[r] = step[r] > 0 ? 1 / step[r] : 0;
+    }
+  }
+};
+
 template <class T>
-static VB_INLINE ByteRange range_of_floats(const T* in, const float* scale, int64_t count) {
+static VB_INLINE Limits limits_of_floats(const T* in, const float* scale, int64_t count) {
   F low[2] = {simd::zero(), simd::zero()}, high[2] = {simd::zero(), simd::zero()};
   F odd[2] = {simd::zero(), simd::zero()};
   int64_t k = 0;
@@ -88,14 +105,13 @@ static VB_INLINE ByteRange range_of_floats(const T* in, const float* scale, int6
     high[0] = simd::max(x, high[0]);
     odd[0] = simd::fma(x, simd::zero(), odd[0]);
   }
-  const auto [step, zero] = step_and_zero(least(simd::min(low[0], low[1])),
-                                          most(simd::max(high[0], high[1])));
-  return {step + simd::reduce_add(odd[0] + odd[1]), zero};
+  return {least(simd::min(low[0], low[1])),
+          most(simd::max(high[0], high[1])) + simd::reduce_add(odd[0] + odd[1])};
 }
 
 // Bfloat16 as integers: positive numbers are in order as signed ones, negative ones in reverse as
 // unsigned ones. Takes a fifth of the instructions.
-static VB_INLINE ByteRange range_of_bits(const BFloat16* in, int64_t count) {
+static VB_INLINE Limits limits_of_bits(const BFloat16* in, int64_t count) {
   constexpr uint16_t negative = 0x8000, infinity = 0x7f80;
   I low = zeros(), high = zeros();
   int64_t k = 0;
@@ -107,30 +123,29 @@ static VB_INLINE ByteRange range_of_bits(const BFloat16* in, int64_t count) {
   if (k < count) add(load_part(in + k, count - k));
   const BFloat16 top{most_of(high)}, bottom{most_of(low)};
   if (top.bits >= infinity || bottom.bits >= (negative | infinity)) {
-    return {std::numeric_limits<float>::quiet_NaN(), 0.f};
+    return {0, std::numeric_limits<float>::quiet_NaN()};
   }
-  return step_and_zero(bottom.bits < negative ? 0 : simd::to_float(bottom), simd::to_float(top));
+  return {bottom.bits < negative ? 0 : simd::to_float(bottom), simd::to_float(top)};
 }
 
 template <class T>
-static VB_INLINE ByteRange range_of(const T* in, const float* scale, int64_t count) {
+static VB_INLINE Limits limits_of(const T* in, const float* scale, int64_t count) {
   if constexpr (std::is_same_v<T, BFloat16>) {
-    if (!scale) return range_of_bits(in, count);
+    if (!scale) return limits_of_bits(in, count);
   }
-  return range_of_floats(in, scale, count);
+  return limits_of_floats(in, scale, count);
 }
 
-// Quantises a row; bytes of the padding are those of zero. With `CHECKED`, for a step that was not
-// found by range_of: values may lie outside of the range, and the result is NaN if one is not finite,
+// Quantises a row; bytes of the padding are those of zero. With `CHECKED`, for a step that is not of
+// the row's limits: values may lie outside of the range, and the result is NaN if one is not finite,
 // else 0.
 template <bool CHECKED, class T>
-static VB_INLINE float quantise(const T* in, const float* scale, int64_t count, int64_t padded,
-                                ByteRange range, uint8_t* out) {
+static float quantise(const T* in, const float* scale, int64_t count, int64_t padded,
+                                float inverse, float zero, uint8_t* out) {
   // Adding it leaves integers, rounded to nearest even, in the low bits.
   constexpr float rounding = 0x1.8p23f;
   constexpr int rounding_bits = 0x4b400000;
-  const F factor = simd::set1(range.step > 0 ? 1 / range.step : 0);
-  const F shift = simd::set1(rounding + range.zero);
+  const F factor = simd::set1(inverse), shift = simd::set1(rounding + zero);
   const F first = simd::set1(rounding), last = simd::set1(rounding + 255);
   F odd = simd::zero();
   const auto integers = [&](F x) VB_INLINE_LAMBDA {
