@@ -224,7 +224,7 @@ class Kernel:
         of_function, known, shared = self._interface
         if not given.keys() <= known:
             raise TypeError(f"{self.function} takes no {sorted(given.keys() - known)}")
-        # Structures that the description gives whole need nothing else: a copy would be for nothing.
+        # Structures that the description gives whole need nothing else; a copy would be wasted.
         wanted = names_of({p: kind for p, kind in of_function.items() if p not in given})
         own = {n: _contiguous(args[i]) for i, n in shared if n in wanted and n not in given}
         own["bfloat16"] = dtype == torch.bfloat16
