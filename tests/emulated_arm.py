@@ -38,13 +38,13 @@ _ARGUMENTS = 6
 class Emulator:
     """A process on an emulated ARM CPU that runs functions on this process's memory."""
 
-    def __init__(self, cpu: str, scratch: Path) -> None:
+    def __init__(self, model: str, scratch: Path) -> None:
         _require_tools()
         program = scratch / "emulated_arm"
         flags = ["-std=c++17", "-O1", "-fopenmp", "-Wall", "-Wextra", "-Werror"]
         subprocess.run([COMPILER, *flags, str(_SOURCE), "-o", str(program)], check=True)
         self._process = subprocess.Popen(
-            [EMULATOR, "-L", _SYSROOT, "-cpu", cpu, str(program)],
+            [EMULATOR, "-L", _SYSROOT, "-cpu", model, str(program)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             env={**os.environ, "OMP_WAIT_POLICY": "passive"},

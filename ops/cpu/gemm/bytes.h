@@ -94,11 +94,7 @@ static VB_INLINE uint16_t most_of(I v) {
 static VB_INLINE I load_part(const BFloat16* p, int64_t count) {
   return _mm512_maskz_loadu_epi16(~__mmask32{0} >> (2 * W - count), p);
 }
-static VB_INLINE I load_four(const uint8_t* p) {
-  int32_t four;
-  std::memcpy(&four, p, sizeof four);
-  return _mm512_set1_epi32(four);
-}
+static VB_INLINE I in_all_lanes(int32_t x) { return _mm512_set1_epi32(x); }
 #elif VB_AVX2
 using I = __m256i;
 static VB_INLINE I load_vector(const void* p) {
@@ -137,11 +133,7 @@ static VB_INLINE I zeros() { return _mm256_setzero_si256(); }
 static VB_INLINE uint16_t most_of(I v) {
   return most_of(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
 }
-static VB_INLINE I load_four(const uint8_t* p) {
-  int32_t four;
-  std::memcpy(&four, p, sizeof four);
-  return _mm256_set1_epi32(four);
-}
+static VB_INLINE I in_all_lanes(int32_t x) { return _mm256_set1_epi32(x); }
 #elif VB_NEON
 // SDOT multiplies signed bytes, so 0 … 255 are stored as -128 … 127.
 constexpr int OFFSET = 128;

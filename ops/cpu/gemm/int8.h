@@ -61,6 +61,11 @@ static VB_INLINE void add_groups(const uint8_t* const (&in)[POINTERS], ptrdiff_t
 static VB_INLINE VB_DOT void add_bytes(I& sum, I x, I w) {
   __asm__(VB_DOT_PRODUCT : "+v"(sum) : "v"(x), "v"(w));
 }
+static VB_INLINE I load_four(const uint8_t* p) {
+  int32_t four;
+  std::memcpy(&four, p, sizeof four);
+  return in_all_lanes(four);
+}
 static VB_INLINE I in_register(I v) {
   __asm__("" : "+v"(v));
   return v;

@@ -140,8 +140,8 @@ static VB_INLINE Limits limits_of(const T* in, const float* scale, int64_t count
 // the row's limits: values may lie outside of the range, and the result is NaN if one is not finite,
 // else 0.
 template <bool CHECKED, class T>
-static float quantise(const T* in, const float* scale, int64_t count, int64_t padded,
-                                float inverse, float zero, uint8_t* out) {
+static float quantise(const T* in, const float* scale, int64_t count, int64_t padded, float inverse,
+                      float zero, uint8_t* out) {
   // Adding it leaves integers, rounded to nearest even, in the low bits.
   constexpr float rounding = 0x1.8p23f;
   constexpr int rounding_bits = 0x4b400000;
