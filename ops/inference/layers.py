@@ -361,7 +361,7 @@ class OneDNNWeight:
 class FastConv2d(ActivatedLayer, nn.Conv2d):
     """``activation(conv(x))`` in channels-last, (B, C, H, W) → (B, C', H', W').
 
-    Between stages, oneDNN's convolutions are limited by memory; there, windows are copied and
+    Where convolutions are strided, oneDNN's are limited by memory; there, windows are copied and
     passed to our linear kernel. Images are read in their own layout.
     """
 
@@ -373,9 +373,7 @@ class FastConv2d(ActivatedLayer, nn.Conv2d):
 
     def suits_kernel(self, x: Tensor) -> bool:
         """Whether our kernel is faster than oneDNN's, where :meth:`derive` gives both."""
-        strides: Any = self.stride
-        pixels = len(x) * (x.shape[2] // strides[0]) * (x.shape[3] // strides[1])
-        return policy.conv_by_kernel(self.in_channels, pixels, x.is_contiguous(), x.dtype)
+        return policy.conv_by_kernel(self.in_channels, x.is_contiguous(), x.dtype)
 
     def _by_onednn(self, x: Tensor, packed: OneDNNWeight | None) -> Tensor:
         if packed is None:
@@ -396,8 +394,7 @@ class FastConv2d(ActivatedLayer, nn.Conv2d):
     def derive(self, x: Tensor) -> tuple[Any, Any]:
         """Derived data for our kernel and for oneDNN; None for one that is never used."""
         own = self.for_kernel(x)
-        always = isinstance(own, PackedConv2d) and not policy.by_tiles(x.dtype)
-        return own, None if always else self.for_onednn(x)
+        return own, None if isinstance(own, PackedConv2d) else self.for_onednn(x)
 
     def for_kernel(self, x: Tensor) -> PackedConv2d | NCHWConv2d | None:
         """The convolution by one of our kernels, if one is ever faster."""
@@ -405,11 +402,11 @@ class FastConv2d(ActivatedLayer, nn.Conv2d):
         dilation: Any = self.dilation
         if not policy.convolves_windows(stride, dilation, self.groups, x.dtype):
             return None
-        if policy.channels_enough_for_windows(self.in_channels):
+        if policy.copies_windows(self.in_channels, x.dtype):
             reason = unsupported(x.device, x.dtype, with_bfloat16=True)
             return PackedConv2d(self) if reason is None else None
         own = NCHWConv2d.takes(self) and packed_stem.unsupported(x.device, x.dtype) is None
-        return NCHWConv2d(self) if own and not policy.by_tiles(x.dtype) else None
+        return NCHWConv2d(self) if own else None
 
     def for_onednn(self, x: Tensor) -> OneDNNWeight:
         """Packed weight and bias."""

@@ -14,21 +14,20 @@ struct Problem {
   int64_t batch, height, width, channels;
   int64_t out_height, out_width, out_channels;
   int64_t kernel[2], stride[2], padding[2];
-  int64_t activation, bfloat16, threads;
+  int64_t is_nchw, activation, bfloat16, threads;
 };
 
-// Maps are [batch][height][width][channels]; `weight` is [out_channels][inputs of a window], packed
-// by pack.h, with inputs in the order of the map. Void pointers are to float or BFloat16.
+// The input is [batch][channels][height][width] if `is_nchw`. Other maps are
+// [batch][height][width][channels]; `weight` is [out_channels][inputs of a window], packed by
+// pack.h, with inputs in the order of such maps. Void pointers are to float or BFloat16.
 struct Tensors {
   const void *in, *weight;
   const float* bias;
   void* out;
 };
 
-constexpr int64_t STRIP_BYTES = 384 * 1024;
+constexpr int64_t STRIP_BYTES = 128 * 1024;  // per thread
 constexpr int64_t MIN_ROWS = 8 * linear::MAX_ROWS;  // multiplied each time the weights are read
-
-constexpr int64_t AHEAD = 4;  // windows between the prefetch of inputs and their copy
 
 // The window of an output pixel, with zeros beyond the map.
 template <class T>
@@ -43,39 +42,89 @@ static void copy_window(const Problem& p, const T* image, int64_t y, int64_t x, 
       continue;
     }
     const T* const in = image + (row * p.width + left) * p.channels;
-    memory::fetch<memory::READ>(in + AHEAD * p.stride[1] * p.channels, length);
     std::fill_n(out, begin, T{});
-    std::copy_n(in + begin, end - begin, out + begin);
+    simd::copy(in + begin, end - begin, out + begin);
     std::fill_n(out + end, length - end, T{});
   }
 }
 
+// The windows of output pixels `range` of a row `y`, where these do not reach beyond the map.
 template <class T>
-static void forward_of(const Problem& p, const Tensors& t) {
+static void copy_inner_windows(const Problem& p, const T* image, int64_t y, linear::Range range,
+                               int64_t pitch, T* out) {
+  const int64_t left = range.begin * p.stride[1] - p.padding[1];
+  const int64_t top = y * p.stride[0] - p.padding[0];
+  const int64_t length = p.kernel[1] * p.channels, step = p.stride[1] * p.channels;
+  for (int64_t row = top; row < top + p.kernel[0]; row++, out += length) {
+    const T* const in = image + (row * p.width + left) * p.channels;
+    for (int64_t i = 0; i < range.end - range.begin; i++) {
+      simd::copy(in + i * step, length, out + i * pitch);
+    }
+  }
+}
+
+// The output pixels along an axis whose windows do not reach beyond the map.
+static linear::Range inner_pixels(int64_t in, int64_t out, int64_t kernel, int64_t stride,
+                                  int64_t padding) {
+  const int64_t begin = std::min(out, (padding + stride - 1) / stride);
+  const int64_t room = in + padding - kernel;
+  return {begin, std::max(begin, room < 0 ? 0 : std::min(out, room / stride + 1))};
+}
+
+// The windows of output pixels `range`, counted over all images.
+template <class T>
+static void copy_windows(const Problem& p, const T* in, linear::Range range, int64_t pitch,
+                         T* out) {
+  const linear::Range rows = inner_pixels(p.height, p.out_height, p.kernel[0], p.stride[0],
+                                          p.padding[0]);
+  const linear::Range columns = inner_pixels(p.width, p.out_width, p.kernel[1], p.stride[1],
+                                             p.padding[1]);
+  for (int64_t pixel = range.begin; pixel < range.end;) {
+    const int64_t line = pixel / p.out_width, y = line % p.out_height;
+    const int64_t first = pixel % p.out_width;
+    const int64_t last = std::min(p.out_width, first + range.end - pixel);
+    const T* const image = in + line / p.out_height * p.height * p.width * p.channels;
+    const bool inside = y >= rows.begin && y < rows.end;
+    const int64_t begin = inside ? std::clamp(columns.begin, first, last) : last;
+    const int64_t end = std::clamp(columns.end, begin, last);
+    for (int64_t x = first; x < begin; x++) copy_window(p, image, y, x, out + (x - first) * pitch);
+    if (begin < end) {
+      copy_inner_windows(p, image, y, {begin, end}, pitch, out + (begin - first) * pitch);
+    }
+    for (int64_t x = end; x < last; x++) copy_window(p, image, y, x, out + (x - first) * pitch);
+    out += (last - first) * pitch;
+    pixel += last - first;
+  }
+}
+
+template <class T>
+static void forward_nhwc(const Problem& p, const Tensors& t) {
   static thread_local ScratchBuffer<T> buffer;
   constexpr int64_t line = linear::LINE / int64_t{sizeof(T)};
+  const T* const in = static_cast<const T*>(t.in);
   const int64_t window = p.kernel[0] * p.kernel[1] * p.channels;
+  const int64_t padded = linear::has_tiles() ? linear::padded_inputs(in, window) : window;
   // An odd number of cache lines, so that rows do not map to the same sets of the L1 cache.
-  const int64_t pitch = (linear::round_up(window, line) / line | 1) * line;
+  const int64_t pitch = (linear::round_up(padded, line) / line | 1) * line;
   const int64_t fitting = std::max(MIN_ROWS, STRIP_BYTES / (pitch * int64_t{sizeof(T)}));
-  const int64_t image_pixels = p.out_height * p.out_width, pixels = p.batch * image_pixels;
+  const int64_t pixels = p.batch * p.out_height * p.out_width;
   const int64_t strips = (pixels + fitting * p.threads - 1) / (fitting * p.threads);
-  T* const rows = buffer.of((pixels + strips - 1) / strips * pitch);
+  const int64_t longest = (pixels + strips - 1) / strips;
+  T* const rows = buffer.of(longest * pitch);
+  for (int64_t row = 0; row < longest; row++) {
+    std::fill(rows + row * pitch + window, rows + row * pitch + padded, T{});
+  }
   for (int64_t i = 0; i < strips; i++) {
     const linear::Range strip = linear::share(pixels, i, strips);
     const int64_t count = strip.end - strip.begin;
     parallel::for_each(p.threads, p.threads, [&](int64_t index) {
       const linear::Range own = linear::share(count, index, p.threads);
-      for (int64_t row = own.begin; row < own.end; row++) {
-        const int64_t image = (strip.begin + row) / image_pixels;
-        const int64_t pixel = (strip.begin + row) % image_pixels;
-        const T* in = static_cast<const T*>(t.in) + image * p.height * p.width * p.channels;
-        copy_window(p, in, pixel / p.out_width, pixel % p.out_width, rows + row * pitch);
-      }
+      copy_windows(p, in, {strip.begin + own.begin, strip.begin + own.end}, pitch,
+                   rows + own.begin * pitch);
     });
     linear::Problem layer{};
     layer.rows = count;
-    layer.in_features = window;
+    layer.in_features = padded;
     layer.in_stride = pitch;
     layer.out_features = layer.out_stride = p.out_channels;
     layer.activation = p.activation;
@@ -86,6 +135,38 @@ static void forward_of(const Problem& p, const Tensors& t) {
     tensors.bias = t.bias;
     tensors.out = static_cast<T*>(t.out) + strip.begin * p.out_channels;
     linear::forward_of<T>(layer, tensors);
+  }
+}
+
+// A row of a map in NCHW, pixel by pixel. C is the number of channels, or 0 for any.
+template <int C, class T>
+static void interleave(const T* in, int64_t channels, int64_t plane, int64_t width,
+                       T* __restrict out) {
+  if (C) channels = C;
+  for (int64_t x = 0; x < width; x++) {
+    for (int64_t c = 0; c < channels; c++) out[x * channels + c] = in[c * plane + x];
+  }
+}
+
+template <class T>
+static void forward_of(const Problem& p, const Tensors& t) {
+  if (!p.is_nchw) return forward_nhwc<T>(p, t);
+  static thread_local ScratchBuffer<T> buffer;
+  const int64_t plane = p.height * p.width, row = p.width * p.channels;
+  T* const map = buffer.of(plane * p.channels);
+  Problem of_image = p;
+  of_image.batch = 1;
+  Tensors tensors = t;
+  tensors.in = map;
+  for (int64_t image = 0; image < p.batch; image++) {
+    const T* const in = static_cast<const T*>(t.in) + image * plane * p.channels;
+    parallel::for_each(p.height, p.threads, [&](int64_t y) {
+      const auto copy = p.channels == 3 ? interleave<3, T> : interleave<0, T>;
+      copy(in + y * p.width, p.channels, plane, p.width, map + y * row);
+    });
+    const int64_t done = image * p.out_height * p.out_width * p.out_channels;
+    tensors.out = static_cast<T*>(t.out) + done;
+    forward_nhwc<T>(of_image, tensors);
   }
 }
 

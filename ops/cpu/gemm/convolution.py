@@ -21,6 +21,8 @@ from ops.cpu.threads import MACS, threads_for
 
 __all__ = ["PackedConv2d", "packed_conv2d"]
 
+_FEW_CHANNELS = 4  # of images
+
 
 class PackedConv2d:
     """``activation(conv(x))``.
@@ -57,7 +59,8 @@ def packed_conv2d(
     """A convolution and an activation. No gradients.
 
     Args:
-        x: (B, C, H, W), in the dtype of the weight; copied unless channels-last.
+        x: (B, C, H, W), in the dtype of the weight; copied unless channels-last, or contiguous with
+            few channels.
         weight: the packed weight of shape (C', kh · kw · C).
         bias: (C',) float32.
         geometry: C, then rows and columns of the kernel, the stride and the padding.
@@ -89,12 +92,15 @@ def packed_conv2d(
     out = empty_nhwc(x, (len(x), len(bias), *size))
 
     def arguments() -> Any:
+        is_nchw = channels <= _FEW_CHANNELS and x.is_contiguous()
+        is_nchw &= not x.is_contiguous(memory_format=torch.channels_last)
         return {
             **sizes_of(x, "batch channels height width"),
             **{"out_height": size[0], "out_width": size[1], "out_channels": len(bias)},
             **{"kernel": kernel_size, "stride": stride, "padding": padding},
             "threads": threads_for(out.numel() * channels * math.prod(kernel_size), MACS),
-            "in": x.contiguous(memory_format=torch.channels_last),
+            "is_nchw": is_nchw,
+            "in": x if is_nchw else x.contiguous(memory_format=torch.channels_last),
         }
 
     return Call(out, arguments)

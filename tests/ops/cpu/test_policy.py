@@ -48,7 +48,7 @@ def _decisions() -> Iterator[tuple[Any, ...]]:
             policy.convolves_windows: itertools.product(
                 ((1, 1), (2, 2)), ((1, 1), (2, 2)), (1, 4), (dtype,)
             ),
-            policy.conv_by_kernel: itertools.product((3, 16), _ROWS, (True, False), (dtype,)),
+            policy.conv_by_kernel: itertools.product((3, 16), (True, False), (dtype,)),
             policy.depthwise_by_kernel: itertools.product(
                 (1 << 17, (1 << 17) + 1, sys.maxsize),
                 (16, 17),

@@ -97,10 +97,8 @@ def test_through_the_dispatcher() -> None:
 
 @pytest.mark.parametrize("tiles", [False, True])
 def test_strided_windows_go_through_our_kernel(tiles: bool, monkeypatch) -> None:
-    """Where there are channels enough; with tiles oneDNN is faster with many windows."""
+    """Where there are channels enough; with tiles, those of images, too."""
     monkeypatch.setattr("ops.cpu.policy.by_tiles", lambda dtype: tiles)
-    monkeypatch.setattr("ops.cpu.policy.few_rows", lambda dtype: 2048)
-    monkeypatch.setattr("ops.cpu.policy._FEW_PIXELS_OF_TILES", 2048)
     calls = []
     call = PackedConv2d.__call__
     monkeypatch.setattr(PackedConv2d, "__call__", lambda *a: calls.append(a[1].shape) or call(*a))
@@ -111,7 +109,8 @@ def test_strided_windows_go_through_our_kernel(tiles: bool, monkeypatch) -> None
         x = random(1, layer.in_channels, side, side).float()
         expected = F.conv2d(x, layer.weight, layer.bias, layer.stride, layer.padding)
         torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
-    assert calls == [(1, 16, 80, 80), (1, 16, 200, 200)][: 1 if tiles else 2]
+    own = [(1, 16, 80, 80), (1, 16, 200, 200), (1, 3, 40, 40)]
+    assert calls == own[: 3 if tiles else 2]
 
 
 def test_rejects_bad_arguments(monkeypatch) -> None:

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from ops.cpu import policy
 from ops.cpu.activations import ACTIVATIONS
+from ops.cpu.gemm.convolution import PackedConv2d
 from ops.cpu.stem.packed_stem import NCHWConv2d, pack_layers, packed_stem
 from ops.inference.layers import FastConv2d, convert
 
@@ -136,11 +137,11 @@ def test_images_are_read_in_place(monkeypatch: pytest.MonkeyPatch) -> None:
         NCHWConv2d(others[1])
 
 
-def test_tiles_are_left_to_onednn(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tiles_multiply_copied_windows(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(policy, "instruction_set", lambda: "amx")
     fast, x = convert(nn.Conv2d(3, 32, 4, 4), FastConv2d), random(1, 3, 16, 16)
-    assert fast.for_kernel(x.float()) is not None
-    assert fast.bfloat16().for_kernel(x.bfloat16()) is None
+    assert isinstance(fast.for_kernel(x.float()), NCHWConv2d)
+    assert isinstance(fast.bfloat16().for_kernel(x.bfloat16()), PackedConv2d)
 
 
 def test_pairs_of_channels() -> None:
