@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from typing import ClassVar, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from backbones import vrwkv_blocks
-from ops.cpu import policy
 from ops.cpu.norm.layer_norm import layer_norm
 from ops.cpu.scan.gated_scan import gated_scan
 from ops.cpu.wkv.bi_wkv import bi_wkv_forward
@@ -48,13 +47,14 @@ class VRWKVAttention(FastLayer, vrwkv_blocks.WKVAttention):
         decay, first = derived.per_token[tokens]
         for_key, for_value, for_gate = shifted_mixtures(x, derived.shares).unbind()
         key, value = self.key(for_key).flatten(1, 2), self.value(for_value).flatten(1, 2)
-        gate = self.receptance(for_gate).flatten(1, 2)
         if isinstance(self.norm, nn.Identity):
-            out = bi_wkv_forward(key, value, decay, first, self.segments, gate)
+            gate = self.receptance(for_gate).flatten(1, 2)
+            out = bi_wkv_forward(key, value, decay, first, self.segments, gate).view(x.shape)
         else:
-            out = self.norm(bi_wkv_forward(key, value, decay, first, self.segments))
-            out = gate.sigmoid().mul_(out)
-        return self.proj(out.view(x.shape), residual)
+            out = self.norm(bi_wkv_forward(key, value, decay, first, self.segments)).view(x.shape)
+            receptance: Any = self.receptance
+            out = receptance.activated(for_gate, "sigmoid", out)
+        return self.proj(out, residual)
 
     def sources(self) -> list[Tensor]:
         return [self.mix_k, self.mix_v, self.mix_r, self.decay, self.first]
@@ -65,32 +65,23 @@ class VRWKVAttention(FastLayer, vrwkv_blocks.WKVAttention):
 
 
 class _GatedScan(NamedTuple):
-    """Weights of the first and of the other mixtures, vectors in float32, packed products."""
+    """Weights of the first mixture, vectors in float32, packed layers."""
 
     shares: Tensor
-    own: Tensor
+    decay: Tensor
     bonus: Tensor
     norm: tuple[Tensor, Tensor]
     affine: tuple[Tensor, Tensor]
     gate: PackedLinear
     mix_down: PackedLinear
+    mix_up: list[PackedLinear]  # of the other five mixtures
     decay_down: PackedLinear
     decay_up: PackedLinear
 
 
-def _product(x: Tensor, weight: Tensor) -> Tensor:
-    """x · weight; in float32 if the CPU lacks instructions for their dtype.
-
-    VRWKV6-T on AVX2 in bfloat16: 203 ms with torch's products, 56 ms with these.
-    """
-    if policy.multiplies(x.dtype):
-        return x.matmul(weight)
-    return x.float().matmul(weight.float()).to(x.dtype)
-
-
 @stands_for(vrwkv_blocks.GatedScan)
 class VRWKVGatedScan(FastLayer, vrwkv_blocks.GatedScan):
-    """Computes the five mixtures at once; a linear layer applies the gate."""
+    """Linear layers apply activations, and the shares of five mixtures, and the gate."""
 
     needs: ClassVar = dict.fromkeys(("key", "value", "receptance", "proj"), FastLinear)
     kernels: ClassVar = (gated_scan, shifted_mixtures, layer_norm)
@@ -103,11 +94,11 @@ class VRWKVGatedScan(FastLayer, vrwkv_blocks.GatedScan):
         for_low, shifted = shifted_mixtures(x, derived.shares, self.num_heads).unbind()
         x = x.reshape(-1, shape[-1])
         change = shifted.view(x.shape).sub(x)
-        low = derived.mix_down(for_low.view(x.shape), "none", None).tanh()
-        low = low.unflatten(-1, (5, -1)).permute(1, 0, 2)  # (5, pixels, rank)
-        shares = _product(low, self.mix_up).add(derived.own)
-        mixed = torch.addcmul(x, change, shares).view(5, shape[0], -1, shape[-1])
-        of_decay, of_key, of_value, of_receptance, of_gate = mixed.unbind()
+        low = derived.mix_down(for_low.view(x.shape), "tanh", None).chunk(5, dim=-1)
+        of_decay, of_key, of_value, of_receptance, of_gate = (
+            (x + layer.times(part, "none", change)).view(shape[0], -1, shape[-1])
+            for layer, part in zip(derived.mix_up, low, strict=True)
+        )
         query, key, value = (
             self._heads(layer(y))
             for layer, y in (
@@ -116,9 +107,9 @@ class VRWKVGatedScan(FastLayer, vrwkv_blocks.GatedScan):
                 (self.value, of_value),
             )
         )
-        decay = derived.decay_down(of_decay, "none", None).tanh()
+        decay = derived.decay_down(of_decay, "tanh", None)
         decay = derived.decay_up(decay, "none", None).float()
-        log_gate = self._heads(decay.add(self.decay.float()).exp().mul(-1))
+        log_gate = self._heads(decay.add(derived.decay).exp().mul(-1))
         out = gated_scan(query, key, value, log_gate, log_gate, derived.bonus, 1.0)
         normed = layer_norm(out, *derived.norm, self.norm.eps).flatten(2)
         normed = torch.addcmul(derived.affine[1], normed, derived.affine[0])
@@ -126,36 +117,33 @@ class VRWKVGatedScan(FastLayer, vrwkv_blocks.GatedScan):
 
     def sources(self) -> list[Tensor]:
         mixes = [self.mix_x, self.mix_w, self.mix_k, self.mix_v, self.mix_r, self.mix_g]
-        low = [self.mix_down, self.decay_down, self.decay_up]
-        return [*mixes, *low, self.first, self.norm.weight, self.norm.bias, self.gate.weight]
+        low = [self.mix_down, self.mix_up, self.decay_down, self.decay_up]
+        vectors = [self.decay, self.first, self.norm.weight, self.norm.bias]
+        return [*mixes, *low, *vectors, self.gate.weight]
 
     def derive(self, x: Tensor) -> _GatedScan | None:
         mixes = (self.mix_w, self.mix_k, self.mix_v, self.mix_r, self.mix_g)
         mix_x = self.mix_x.detach().float().flatten()
         return _GatedScan(
             torch.stack([1 - mix_x, torch.zeros_like(mix_x)]),
-            torch.cat([mix.detach() for mix in mixes]),
+            self.decay.detach().float(),
             self.first.detach().float(),
             (mix_x.new_ones(vrwkv_blocks.HEAD_DIM), mix_x.new_zeros(vrwkv_blocks.HEAD_DIM)),
             (self.norm.weight.detach(), self.norm.bias.detach()),
             PackedLinear(self.gate.weight, None),
-            *(
-                PackedLinear(weight.detach().t(), None)
-                for weight in (self.mix_down, self.decay_down, self.decay_up)
-            ),
+            PackedLinear(self.mix_down.t(), None),
+            [
+                PackedLinear(weight.t(), mix.flatten())
+                for weight, mix in zip(self.mix_up, mixes, strict=True)
+            ],
+            PackedLinear(self.decay_down.t(), None),
+            PackedLinear(self.decay_up.t(), None),
         )
-
-
-class _Mlp(NamedTuple):
-    """Shares of the mixtures, and the packed first layer."""
-
-    shares: Tensor
-    key: PackedLinear
 
 
 @stands_for(vrwkv_blocks.GatedSquaredMlp)
 class VRWKVMlp(FastLayer, vrwkv_blocks.GatedSquaredMlp):
-    """One kernel mixes, the first layer applies its ReLU; the rest takes few passes."""
+    """One kernel for mixing; the layers apply the activations and the gate."""
 
     needs: ClassVar = dict.fromkeys(("key", "value", "receptance"), FastLinear)
     kernels: ClassVar = (shifted_mixtures,)
@@ -164,19 +152,18 @@ class VRWKVMlp(FastLayer, vrwkv_blocks.GatedSquaredMlp):
         derived = self.derived(x)
         if derived is None:
             return _added(vrwkv_blocks.GatedSquaredMlp.forward(self, x), residual)
-        for_key, for_gate = shifted_mixtures(x, derived.shares, self.groups).unbind()
-        hidden = derived.key(for_key, "relu", None)
-        out = self.value(self.norm(hidden.mul_(hidden)))
-        gate = self.receptance(for_gate).sigmoid()
-        return gate.mul_(out) if residual is None else torch.addcmul(residual, gate, out)
+        for_key, for_gate = shifted_mixtures(x, derived, self.groups).unbind()
+        key: Any = self.key
+        receptance: Any = self.receptance
+        out = self.value(self.norm(key.activated(for_key, "squared_relu")))
+        return _added(receptance.activated(for_gate, "sigmoid", out), residual)
 
     def sources(self) -> list[Tensor]:
-        return [self.mix_k, self.mix_r, self.key.weight]
+        return [self.mix_k, self.mix_r]
 
-    def derive(self, x: Tensor) -> _Mlp | None:
-        mixes = (self.mix_k, self.mix_r)
-        shares = torch.cat([mix.detach().float().flatten(1) for mix in mixes])
-        return _Mlp(shares, PackedLinear(self.key.weight, None))
+    def derive(self, x: Tensor) -> Tensor:
+        """Shares of the mixtures."""
+        return torch.cat([mix.detach().float().flatten(1) for mix in (self.mix_k, self.mix_r)])
 
 
 @stands_for(vrwkv_blocks.Block, where=lambda block: _has_no_scales(block))

@@ -23,7 +23,15 @@ PLAIN_ACTIVATIONS = {
     "silu": F.silu,
     "hardswish": F.hardswish,
     "relu6": F.relu6,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "squared_relu": lambda x: F.relu(x).square(),
 }
+
+
+def steepness(activation: str, largest: Tensor) -> Tensor:
+    """How many times an activation may multiply errors of inputs up to ``largest``."""
+    return 1 + 2 * largest if activation == "squared_relu" else torch.ones_like(largest)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:

@@ -5,7 +5,9 @@ from __future__ import annotations
 __all__ = ["ACTIVATIONS", "require_activation"]
 
 # In the order of `activation::Kind` in common/activation.h. GELU is the exact one.
-ACTIVATIONS = ("none", "relu", "gelu", "silu", "hardswish", "relu6")
+ACTIVATIONS = (
+    *("none", "relu", "gelu", "silu", "hardswish", "relu6", "sigmoid", "tanh", "squared_relu"),
+)
 
 
 def require_activation(name: str) -> None:

@@ -58,6 +58,9 @@ _PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
     "silu": F.silu,
     "hardswish": F.hardswish,
     "relu6": F.relu6,
+    "sigmoid": torch.sigmoid,
+    "tanh": torch.tanh,
+    "squared_relu": lambda x: F.relu(x).square(),
 }
 _CALLS = (
     "_linear_pointwise",
@@ -259,6 +262,16 @@ class FastLinear(ActivatedLayer, nn.Linear):
         if packed is None:
             return self._finish(super().forward(scaled(x, scale)), residual)
         return packed(x, self.activation, residual, scale)
+
+    def activated(self, x: Tensor, activation: str, factor: Tensor | None = None) -> Tensor:
+        """``activation(linear(x)) * factor``, with an activation that the layer does not own."""
+        packed = self.derived(x)
+        if packed is None:
+            out = _PLAIN[activation](F.linear(x, self.weight, self.bias))
+            return out if factor is None else out.mul_(factor)
+        if factor is None:
+            return packed(x, activation, None)
+        return packed.times(x, activation, factor)
 
     def energy(self, x: Tensor, scale: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """``self(x, scale=scale)`` and the sums of its squares: (B, out_features)."""

@@ -44,6 +44,13 @@ _ONEDNN: dict[str, tuple[str, list[float | None], str]] = {
     "hardswish": ("hardswish", [], ""),
     "relu6": ("hardtanh", [0.0, 6.0], ""),
 }
+# In place, those that oneDNN does not apply.
+_BY_TORCH: dict[str, Callable[[Tensor], Tensor]] = {
+    "relu": Tensor.relu_,
+    "sigmoid": Tensor.sigmoid_,
+    "tanh": Tensor.tanh_,
+    "squared_relu": lambda x: x.relu_().square_(),
+}
 
 
 def by_onednn(function: Callable[..., Tensor], activation: str, *arguments: Any) -> Tensor:
@@ -52,8 +59,8 @@ def by_onednn(function: Callable[..., Tensor], activation: str, *arguments: Any)
     ReLU is applied by torch instead, since oneDNN's converts NaN to 0; the additional pass takes
     1 % of the time of a 3×3 convolution with 64 channels.
     """
-    if activation == "relu":
-        return function(*arguments, *_ONEDNN["none"]).relu_()
+    if activation in _BY_TORCH:
+        return _BY_TORCH[activation](function(*arguments, *_ONEDNN["none"]))
     return function(*arguments, *_ONEDNN[activation])
 
 

@@ -62,7 +62,9 @@ _PURE = {
     "mkldnn._linear_pointwise.default",
 }
 # Functions that modify and return an argument.
-_IN_PLACE = {"torch.Tensor.add_", "torch.Tensor.mul_", "torch.Tensor.relu_"}
+_IN_PLACE = {
+    *("torch.Tensor." + name for name in ("add_", "mul_", "relu_", "sigmoid_", "square_", "tanh_")),
+}
 # Functions whose results may share memory with an argument.
 _VIEWS = {
     *("torch.Tensor." + name for name in ("__getitem__", "chunk", "contiguous", "detach")),

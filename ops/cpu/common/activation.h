@@ -12,7 +12,7 @@ using simd::F;
 using simd::W;
 
 // In the order of ACTIVATIONS in ops/cpu/activations.py.
-enum Kind : int64_t { NONE, RELU, GELU, SILU, HARDSWISH, RELU6 };
+enum Kind : int64_t { NONE, RELU, GELU, SILU, HARDSWISH, RELU6, SIGMOID, TANH, SQUARED_RELU };
 
 static VB_INLINE F positive(F x) { return simd::max(simd::zero(), x); }  // NaN stays NaN
 static VB_INLINE F negative(F x) { return simd::zero() - positive(simd::zero() - x); }
@@ -104,6 +104,27 @@ static VB_INLINE F silu(F x) {
   return simd::fma(down, power, up) / (simd::set1(1.f) + power);
 }
 
+// a and b with a / b = exp(scale * x), the larger of which is 1.
+struct Powers {
+  F a, b;
+
+  VB_INLINE Powers(F x, float scale) {
+    const F factor = simd::set1(1.44269504f * scale);
+    a = simd::exp2(negative(x) * factor), b = simd::exp2((simd::zero() - positive(x)) * factor);
+  }
+};
+
+static VB_INLINE F sigmoid(F x) {
+  const Powers power(x, 1);
+  return power.a / (power.a + power.b);
+}
+
+// Within 1e-7 of the value, not of its size.
+static VB_INLINE F tanh(F x) {
+  const Powers power(x, 2);
+  return (power.a - power.b) / (power.a + power.b);
+}
+
 static VB_INLINE F relu6(F x) { return simd::min(simd::set1(6.f), positive(x)); }  // NaN stays NaN
 
 static VB_INLINE F hardswish(F x) {
@@ -135,6 +156,15 @@ static __attribute__((noinline)) void apply(F* x, int count, int64_t kind) {
       break;
     case RELU6:
       for (int i = 0; i < count; i++) x[i] = relu6(x[i]);
+      break;
+    case SIGMOID:
+      for (int i = 0; i < count; i++) x[i] = sigmoid(x[i]);
+      break;
+    case TANH:
+      for (int i = 0; i < count; i++) x[i] = tanh(x[i]);
+      break;
+    case SQUARED_RELU:
+      for (int i = 0; i < count; i++) x[i] = positive(x[i]) * positive(x[i]);
       break;
     default:
       break;

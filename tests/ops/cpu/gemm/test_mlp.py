@@ -40,7 +40,7 @@ def test_rejects_bad_arguments() -> None:
     for message, *arguments in (
         (r"got .2, 3, 7. and", x[..., :7], *packed, *back),
         (r"got .2, 3, 5. and", x, *packed, *packed),
-        (r"must be one of .*got 'tanh'", x, *packed, *back, "tanh"),
+        (r"must be one of .*got 'softplus'", x, *packed, *back, "softplus"),
         (r"other must be .2, 3, 8., got .2, 3, 5.", x, *packed, *back, "relu", x[..., :5]),
         (r"x is torch.bfloat16 and its weight torch.float32", x.bfloat16(), *packed, *back),
         (

@@ -74,8 +74,8 @@ def test_nan_stays_within_its_pixel() -> None:
 def test_rejects_bad_arguments() -> None:
     x, ones = torch.zeros(2, 3), torch.ones(3)
     assert layer_norm(x[:0], ones, ones, 1e-6).shape == (0, 3)
-    with pytest.raises(ValueError, match="activation must be one of.*got 'tanh'"):
-        layer_norm(x, ones, ones, 1e-6, "tanh")
+    with pytest.raises(ValueError, match="activation must be one of.*got 'softplus'"):
+        layer_norm(x, ones, ones, 1e-6, "softplus")
     with pytest.raises(ValueError, match=r"got \(2, 3\), \(3,\) and \(2,\)"):
         layer_norm(x, ones, ones[:2], 1e-6)
     with pytest.raises(ValueError, match=r"bias must be torch.float32, got torch.bfloat16"):

@@ -188,8 +188,8 @@ def test_rejects_bad_arguments() -> None:
         packed_stem(x.double(), weights, biases, ["none", "none"])
     with pytest.raises(ValueError, match="an activation for each"):
         packed_stem(x, weights, biases, ["none"])
-    with pytest.raises(ValueError, match="'tanh'"):
-        packed_stem(x, weights, biases, ["none", "tanh"])
+    with pytest.raises(ValueError, match="'softplus'"):
+        packed_stem(x, weights, biases, ["none", "softplus"])
     with pytest.raises(ValueError, match="7 to 8 channels"):
         packed_stem(random(1, 7, 8, 8).float(), weights, biases, ["none", "none"])
     with pytest.raises(ValueError, match="an eps for each of 2 layers, or none, got 1 and 0"):
