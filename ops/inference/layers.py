@@ -53,14 +53,15 @@ __all__ = [
 Module = TypeVar("Module", bound=nn.Module)
 
 _PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
+    "none": lambda x: x,
     "relu": F.relu,
     "gelu": F.gelu,
     "silu": F.silu,
     "hardswish": F.hardswish,
     "relu6": F.relu6,
-    "sigmoid": torch.sigmoid,
-    "tanh": torch.tanh,
-    "squared_relu": lambda x: F.relu(x).square(),
+    "sigmoid": Tensor.sigmoid,
+    "tanh": Tensor.tanh,
+    "squared_relu": lambda x: F.relu(x).square_(),
 }
 _CALLS = (
     "_linear_pointwise",
@@ -198,8 +199,7 @@ class ActivatedLayer(FastLayer):
     forward: Callable[..., Tensor]
 
     def _finish(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        if self.activation != "none":
-            x = _PLAIN[self.activation](x)
+        x = _PLAIN[self.activation](x)
         return x if residual is None else x + residual
 
     def extra_repr(self) -> str:

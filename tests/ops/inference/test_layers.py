@@ -9,10 +9,11 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 import torch.nn.functional as F
-from compiled_kernels import using_threads, without_kernels
+from compiled_kernels import PLAIN_ACTIVATIONS, using_threads, without_kernels
 from torch import Tensor, nn
 
 from ops.cpu import policy
+from ops.cpu.activations import ACTIVATIONS
 from ops.inference import conv
 from ops.inference.conv import FastDepthwiseConv2d
 from ops.inference.layers import (
@@ -23,6 +24,8 @@ from ops.inference.layers import (
     activate,
     convert,
 )
+from ops.replay.capture import Capture
+from ops.replay.replay import Replay
 
 
 def _linear(bias: bool = True) -> FastLinear:
@@ -57,6 +60,26 @@ def test_alternating_calls(bias: bool, by: str, monkeypatch) -> None:
             _check(layer, torch.randn(2, 5, 24))
     activate(layer, "relu")
     _check(layer, torch.randn(3, 24))
+
+
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@pytest.mark.parametrize("by", ["our kernel", "oneDNN", "torch"])
+@torch.no_grad()
+def test_activations_and_factors(by: str, activation: str, monkeypatch) -> None:
+    """Each is right, and can be captured."""
+    if by != "our kernel":
+        for module in ("layers", "packed_linear"):
+            monkeypatch.setattr(f"ops.inference.{module}.unsupported", lambda *_, **__: "no")
+        monkeypatch.setattr("ops.cpu.policy.packs_linear", lambda *_: by == "oneDNN")
+    layer, x, factor = _linear(), torch.randn(2, 5, 24), torch.randn(2, 5, 40)
+    expected = PLAIN_ACTIVATIONS[activation](F.linear(x, layer.weight, layer.bias))
+    layer(x)  # packs the weight
+    with Capture(x) as capture:
+        out = layer.activated(x, activation)
+    torch.testing.assert_close(out, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(Replay(capture.finish(out))(x), out)
+    out = layer.activated(x, activation, factor)
+    torch.testing.assert_close(out, expected * factor, rtol=1e-5, atol=1e-5)
 
 
 @torch.inference_mode()
