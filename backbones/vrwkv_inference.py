@@ -81,7 +81,7 @@ class _GatedScan(NamedTuple):
 
 @stands_for(vrwkv_blocks.GatedScan)
 class VRWKVGatedScan(FastLayer, vrwkv_blocks.GatedScan):
-    """Linear layers apply activations, and the shares of five mixtures, and the gate."""
+    """Linear layers apply the activations, the shares of five mixtures, and the gate."""
 
     needs: ClassVar = dict.fromkeys(("key", "value", "receptance", "proj"), FastLinear)
     kernels: ClassVar = (gated_scan, shifted_mixtures, layer_norm)

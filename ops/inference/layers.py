@@ -264,7 +264,16 @@ class FastLinear(ActivatedLayer, nn.Linear):
         return packed(x, self.activation, residual, scale)
 
     def activated(self, x: Tensor, activation: str, factor: Tensor | None = None) -> Tensor:
-        """``activation(linear(x)) * factor``, with an activation that the layer does not own."""
+        """``activation(linear(x)) * factor``, whatever activation the layer itself has.
+
+        Args:
+            x: (B, …, in_features).
+            activation: one of :data:`ops.cpu.activations.ACTIVATIONS`.
+            factor: (B, …, out_features), or None for 1.
+
+        Returns:
+            (B, …, out_features).
+        """
         packed = self.derived(x)
         if packed is None:
             out = _PLAIN[activation](F.linear(x, self.weight, self.bias))
