@@ -23,6 +23,7 @@ import backbones
 import train_cls
 from backbones.cli import parity
 from backbones.core.download import file_name
+from backbones.training.checkpoint import save_weights
 
 ROOT = Path(__file__).resolve().parents[1]
 CLASSES = 3
@@ -68,6 +69,12 @@ def _picture(
 def _weights(name: str, path: Path, **arguments: Any) -> None:
     """Write a state dict with our parameter names."""
     torch.save(backbones.create_model(name, **arguments).state_dict(), path)
+
+
+def _in_bytes(name: str, path: Path) -> None:
+    """Write the output of ``vision-backbones export --int8``."""
+    state = backbones.create_model(name).eval().fuse(torch.int8).int8_state_dict()
+    save_weights(path, state, {"model": name})
 
 
 def _published(family: str, name: str, path: Path) -> None:
@@ -168,6 +175,7 @@ MAKERS: dict[str, Callable[[Path], object]] = {
     _VAN_B0: partial(_published, "van", "van_b0"),
     _VAN_B2: partial(_published, "van", "van_b2"),
     "biformer_base.pth": partial(_weights, "biformer_base", num_classes=CLASSES),
+    "shvit_s1-int8.safetensors": partial(_in_bytes, "shvit_s1"),
     "HAT_SRx2.pth": partial(_weights, "hat_x2"),
     "HAT_SRx4.pth": partial(_weights, "hat_x4"),
     "runs/quickstart": _quickstart,

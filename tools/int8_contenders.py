@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import safetensors.torch
 import torch
 from runtimes import openvino_core
 from torch import Tensor, nn
@@ -47,18 +48,20 @@ def fused(
 ) -> Contender:
     """Ours: float32, ``torch.bfloat16``, or ``torch.int8``, calibrated if there are images.
 
-    Its size is that of the parameters and buffers; weights are packed into bytes when it runs.
+    Its size is that of its weights as safetensors.
     """
     model = copy.deepcopy(model)
     given = {"calibrate": images} if dtype == torch.int8 and images is not None else {}
     backbones.fuse(model, dtype=dtype, **given)
     kept = next(model.parameters()).dtype
-    tensors = [*model.parameters(), *model.buffers()]
+    in_bytes = model.precision is not None and model.precision.quantized
+    state = model.int8_state_dict() if in_bytes else model.state_dict()
+    size = len(safetensors.torch.save({name: t.contiguous() for name, t in state.items()}))
 
     def start(threads: int) -> Run:
         return lambda images: model(images.to(kept)).float()
 
-    return Contender(start, sum(t.nbytes for t in tensors))
+    return Contender(start, size)
 
 
 def nncf(model: nn.Module, images: Sequence[Tensor], folder: Path) -> Contender:

@@ -76,8 +76,8 @@ are the same as in float32, in %.
 """
 SIZES = """### Size
 
-MB on disk of the models above with 1000 classes. Ours is that of the parameters, which stay in
-bfloat16 or float32: weights are quantised when the model is fused.
+MB on disk of the models above with 1000 classes. Ours are safetensors, in 8 bits those of
+[`int8_state_dict()`](guides/eight_bits.md#files).
 """
 REPEAT = """## Repeat
 

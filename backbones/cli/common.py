@@ -21,9 +21,10 @@ import backbones
 from backbones.core.arguments import CREATION_ERRORS
 from backbones.core.checkpoint import read_checkpoint, strip_prefixes
 from backbones.core.console import CommandError, memory_shortage
-from backbones.core.messages import one_line, shown
+from backbones.core.messages import first_line, one_line, shown
 from backbones.restoration.memory import available_memory, peak_bytes
 from backbones.training.recipe import Recipe, load_recipe
+from backbones.training.recipe_yaml import parse_yaml
 
 __all__ = [
     "CommandError",
@@ -123,7 +124,8 @@ def load(name: str | None, checkpoint: Path | None) -> Loaded:
     """The model ``name``, or the one that the checkpoint names, with the weights of ``checkpoint``.
 
     A checkpoint of ``train_cls.py`` comes with a recipe (``config.yaml`` next to it) and class
-    names; for any other, only the number of classes is known.
+    names, and so does a file of ``export --int8`` made from one; for any other, only the number of
+    classes is known.
 
     Raises:
         CommandError: no model name, or an unknown one.
@@ -137,7 +139,7 @@ def load(name: str | None, checkpoint: Path | None) -> Loaded:
     if not checkpoint.is_file():
         raise FileNotFoundError(f"no checkpoint at {checkpoint}")
     metadata = _metadata(checkpoint)
-    recipe = _recipe_beside(checkpoint)
+    recipe = _recipe_in(metadata, checkpoint) or _recipe_beside(checkpoint)
     if name is None:
         name = metadata.get("model") or (recipe.model if recipe else None)
     if name is None:
@@ -253,6 +255,18 @@ def _classes_in(metadata: dict[str, str], checkpoint: Path) -> list[str]:
             f"{checkpoint}: its metadata has no list of names under 'classes'"
         ) from error
     return [one_line(str(name)) for name in names]
+
+
+def _recipe_in(metadata: dict[str, str], checkpoint: Path) -> Recipe | None:
+    """The recipe stored in the file, if any."""
+    if "recipe" not in metadata:
+        return None
+    try:
+        return load_recipe(overrides=parse_yaml(metadata["recipe"]))
+    except (ValueError, TypeError) as error:
+        raise backbones.CheckpointError(
+            f"{checkpoint}: its metadata has no recipe under 'recipe': {first_line(error)}"
+        ) from error
 
 
 def _recipe_beside(checkpoint: Path) -> Recipe | None:

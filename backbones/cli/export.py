@@ -1,6 +1,7 @@
 """``vision-backbones export``: write a model as an ONNX or torch.export file and check it.
 
-The file is compared with the model, at three sizes if sizes are dynamic.
+The file is compared with the model, at three sizes if sizes are dynamic. A model in 8 bits can also
+be written as safetensors, for the library itself (``int8_export.py``).
 """
 
 from __future__ import annotations
@@ -18,11 +19,14 @@ from torch import Tensor
 from backbones.cli import atomic_files, exporting, quantizing
 from backbones.cli.common import CommandError, Loaded, add_size_argument, load, two_sides
 from backbones.cli.elapsed import show_elapsed
+from backbones.cli.int8_export import export_int8
 from backbones.cli.predict import preprocessing
 from backbones.cli.resources import require_disk_space, require_memory
-from backbones.core.arguments import nonempty_path
+from backbones.core.arguments import nonempty_path, real
 
 __all__ = ["EXAMPLE", "add_arguments", "export", "run"]
+
+_FORMATS = ("onnx", "pt2", "safetensors")
 
 EXAMPLE = "van_b0 --checkpoint van_b0.pth --dynamic --out van.onnx"
 
@@ -34,7 +38,7 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--out", type=nonempty_path, required=True, metavar="FILE", help="file to write"
     )
     parser.add_argument(
-        "--format", choices=("onnx", "pt2"), help="default: by the suffix of --out, else onnx"
+        "--format", choices=_FORMATS, help="default: by the suffix of --out, else onnx"
     )
     parser.add_argument(
         "--checkpoint", type=nonempty_path, metavar="FILE", help="default: untrained"
@@ -45,12 +49,20 @@ def add_arguments(parser: ArgumentParser) -> None:
         "--batch", type=int, default=1, metavar="N", help="batch size if not dynamic (1)"
     )
     parser.add_argument("--fused", action="store_true", help="fold norms and branches first")
-    parser.add_argument("--int8", action="store_true", help="quantise the ONNX file (QDQ)")
+    parser.add_argument(
+        "--int8", action="store_true", help="quantise: ONNX (QDQ), or safetensors for ourselves"
+    )
     parser.add_argument(
         "--calibration", type=nonempty_path, metavar="FOLDER", help="images for --int8"
     )
     parser.add_argument(
         "--calibration-images", type=int, default=64, metavar="N", help="their number (64)"
+    )
+    parser.add_argument(
+        "--max-drop",
+        type=real(0, above=True),
+        metavar="X",
+        help="safetensors: largest relative error of the output; sensitive layers stay in floats",
     )
 
 
@@ -61,10 +73,18 @@ def run(options: Namespace) -> int:
 
 
 def _run(options: Namespace) -> int:
-    format = options.format or ("pt2" if options.out.suffix == ".pt2" else "onnx")
-    if options.int8 and format != "onnx":
-        raise CommandError("--int8 requires ONNX; omit --format pt2")
-    quantizing.check_options(options.int8, options.calibration, options.calibration_images)
+    suffix = options.out.suffix.removeprefix(".")
+    format = options.format or (suffix if suffix in _FORMATS else "onnx")
+    ours = format == "safetensors"
+    if options.int8 and format == "pt2":
+        raise CommandError("--int8 requires ONNX or safetensors; omit --format pt2")
+    if ours and not options.int8:
+        raise CommandError("safetensors are for --int8; a checkpoint in floats needs no export")
+    if options.max_drop is not None and not ours:
+        raise CommandError("--max-drop is for safetensors: write --out FILE.safetensors --int8")
+    quantizing.check_options(
+        options.int8, options.calibration, options.calibration_images, fixed_ranges=not ours
+    )
     if options.batch < 1:
         raise CommandError(f"--batch must be 1 or more, got {options.batch}")
     atomic_files.check_target(options.out)
@@ -79,13 +99,16 @@ def _run(options: Namespace) -> int:
     weights = sum(t.nbytes for t in loaded.model.state_dict().values())
     require_disk_space(options.out.parent, weights)
     images = None
-    if options.int8:
+    if options.calibration is not None:
         images = quantizing.calibration_images(
             loaded, options.calibration, options.calibration_images, size
         )
     if options.checkpoint is None:
         sys.stderr.write(f"note: without --checkpoint, {loaded.name} is exported untrained\n")
-    export(loaded, options.out, format, size, options.batch, options.dynamic, images)
+    if ours:
+        export_int8(loaded, options.out, size, images, options.max_drop)
+    else:
+        export(loaded, options.out, format, size, options.batch, options.dynamic, images)
     return 0
 
 
@@ -163,13 +186,7 @@ def _quantize(
         quantizing.quantize(path, images)
     runner = exporting.onnx_runner(path)
     agreement = quantizing.agreement(model, runner, images)
-    if agreement.top1 is not None:
-        _say(
-            f"  int8 agrees with float in {100 * agreement.top1:.1f} % of {len(images)} "
-            f"predictions, signal to noise {agreement.decibels:.1f} dB"
-        )
-    else:
-        _say(f"  int8 vs. float: signal to noise {agreement.decibels:.1f} dB")
+    _say(f"  {agreement.text(len(images))}")
     for number, shape in enumerate(shapes[1:], start=1):
         found = quantizing.agreement(model, runner, [exporting.noise(shape, number)])
         _say(f"  {_sizes(shape):<16} int8, noise: {found.decibels:.1f} dB")

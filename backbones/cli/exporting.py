@@ -29,6 +29,7 @@ __all__ = [
     "Check",
     "check",
     "check_shapes",
+    "difference",
     "noise",
     "onnx_runner",
     "outputs",
@@ -298,10 +299,10 @@ def check(model: nn.Module, run: Run, shapes: Sequence[Sequence[int]]) -> Iterat
     for number, shape in enumerate(shapes):
         images = noise(shape, number)
         expected, got = outputs(model, run, images)
-        error, allowed = _difference(got, expected), TOLERANCE
+        error, allowed = difference(got, expected), TOLERANCE
         if TOLERANCE < error < math.inf:
             exact = copy.deepcopy(model).double()(images.double())
-            allowed = max(TOLERANCE, _TIMES_ROUNDING * _difference(expected, exact))
+            allowed = max(TOLERANCE, _TIMES_ROUNDING * difference(expected, exact))
         yield Check(tuple(shape), error, allowed)
 
 
@@ -326,7 +327,7 @@ def outputs(model: nn.Module, run: Run, images: Tensor) -> tuple[Tensor, Tensor]
     return expected, got
 
 
-def _difference(value: Tensor, expected: Tensor) -> float:
+def difference(value: Tensor, expected: Tensor) -> float:
     """Maximum difference relative to the maximum of ``expected``; infinite for NaN."""
     error = ((value - expected).abs().max() / expected.abs().max()).item()
     return error if math.isfinite(error) else math.inf

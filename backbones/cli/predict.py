@@ -101,6 +101,8 @@ def run(options: Namespace) -> int:
         raise CommandError(
             f"{loaded.name} takes {loaded.model.in_chans} channels; images are read as RGB or grey"
         )
+    if options.cam is not None and loaded.model.fused:
+        raise CommandError(f"--cam needs weights from before fuse(), not {options.checkpoint}")
     loaded.model.to(device)
     if options.dtype is not None:
         loaded.model.fuse(COMPUTED[options.dtype])

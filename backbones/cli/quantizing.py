@@ -41,14 +41,24 @@ class Agreement:
     top1: float | None
     decibels: float
 
+    def text(self, images: int) -> str:
+        """A line without a full stop about that many images."""
+        noise = f"signal to noise {self.decibels:.1f} dB"
+        if self.top1 is None:
+            return f"int8 vs. float: {noise}"
+        return f"int8 agrees with float in {100 * self.top1:.1f} % of {images} predictions, {noise}"
 
-def check_options(int8: bool, folder: Path | None, count: int) -> None:
+
+def check_options(int8: bool, folder: Path | None, count: int, fixed_ranges: bool = True) -> None:
     """Check ``--int8``, ``--calibration`` and ``--calibration-images`` for consistency.
+
+    Args:
+        fixed_ranges: whether the format needs them, and so images.
 
     Raises:
         CommandError: int8 without images, images without int8, or a number below 1.
     """
-    if int8 and folder is None:
+    if int8 and folder is None and fixed_ranges:
         raise CommandError(f"--int8 needs --calibration FOLDER; {_WANTED}")
     if folder is not None and not int8:
         raise CommandError("--calibration requires --int8; add it, or omit --calibration")

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from backbones.core.base import StagedBackbone
 from backbones.core.checkpoint_files import HARMLESS, LOG_BUFFER, CheckpointError, read_file
 from backbones.core.download import downloaded, is_url
+from backbones.core.int8_state import dequantized, set_quantization
 from backbones.core.keywords import flag
 from backbones.core.messages import joined_lines, shown
 from backbones.core.vit_adapter import ViTAdapter
@@ -97,7 +98,8 @@ def load_checkpoint(
 
     The original's names are converted, ``in_chans`` and tables are adapted, and a classifier with
     another number of classes keeps its initial weights. If the weights were saved after ``fuse()``,
-    the model is fused first. The model is modified only if everything fits.
+    the model is fused first; those of ``int8_state_dict()`` make it one in 8 bits, where the CPU
+    multiplies them. The model is modified only if everything fits.
 
     Args:
         model: a backbone, a ``features_only=True`` wrapper of one, or a
@@ -124,6 +126,7 @@ def load_checkpoint(
         raise TypeError(f"expected a backbone of this library, got {type(model).__name__}")
     name = "state dict" if isinstance(source, Mapping) else str(source)
     tensors, ignored = strip_prefixes(read_checkpoint(source))
+    tensors, in_bytes = dequantized(tensors, name)
     try:
         tensors = backbone.convert_state_dict(tensors)
     except (ArithmeticError, LookupError, RuntimeError, TypeError, ValueError) as error:
@@ -180,8 +183,11 @@ def load_checkpoint(
         raise CheckpointError(_not_finite_text(name, report.nonfinite))
     if target is not backbone:
         assert isinstance(backbone, StagedBackbone)
-        backbone.fuse()
+        backbone.fuse(channels_last=False if in_bytes else "auto")
     backbone.load_state_dict(fitted, strict=False)
+    if in_bytes and isinstance(backbone, StagedBackbone):
+        set_quantization(backbone, in_bytes)
+        backbone.fuse(torch.int8)
     if any(names for kind, names in vars(report).items() if kind not in ("source", "ignored")):
         _logger.warning("%s", report)
     return report

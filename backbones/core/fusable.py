@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from backbones.core.fused import FusedBackbone
+from backbones.core.int8_state import int8_state
 from backbones.core.precision import Precision
 from backbones.core.quantization import (
     check_quantization,
@@ -60,8 +61,8 @@ class FusableBackbone(nn.Module):
         replacing a layer raises an error. Writes that torch cannot see, such as through NumPy or in
         place through ``.data``, take effect after the next call of ``fuse()``.
 
-        Modifies the model in place, puts it in eval mode and returns it; a second call has no
-        effect. Afterwards ``train()`` raises.
+        Modifies the model in place, puts it in eval mode and returns it; a second call with the
+        same ``dtype`` has no effect. Afterwards ``train()`` raises.
 
         With ``torch.int8``, linear layers and pointwise convolutions multiply bytes: weights with a
         scale for each output, inputs with one for each row, or with fixed ones of a calibration.
@@ -139,6 +140,24 @@ class FusableBackbone(nn.Module):
     def precision(self) -> Precision | None:
         """The layers that compute in 8 bits, after ``fuse(torch.int8)``; else None."""
         return self._precision
+
+    def int8_state_dict(self) -> dict[str, Tensor]:
+        """The state dict with bytes for the weights in 8 bits, about a quarter as large.
+
+        :func:`backbones.load_checkpoint` and ``create_model(checkpoint_path=…)`` read it: the
+        model then has the same layers in 8 bits, with the same bytes and ranges, without being
+        calibrated again. See :mod:`backbones.core.int8_state` for the tensors.
+
+        Where the CPU does not multiply bytes, there are no such layers, and all weights are floats.
+
+        Raises:
+            RuntimeError: without ``fuse(torch.int8)``.
+        """
+        if self.precision is None:
+            raise RuntimeError(
+                f"{type(self).__name__} has no layers in 8 bits: call fuse(dtype=torch.int8) first"
+            )
+        return int8_state(self)
 
     @property
     def fused(self) -> bool:

@@ -11,7 +11,7 @@ import functools
 import itertools
 import logging
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -72,6 +72,9 @@ def quantize(
 ) -> Precision:
     """Choose the layers of a folded model that compute in 8 bits, before they are converted.
 
+    With neither images nor a largest error, a model that is in 8 bits already keeps its layers and
+    their ranges.
+
     Args:
         model: its layers have no inference forms yet.
         images: batches of images, or tuples that begin with one; None: ranges of each row, and
@@ -81,9 +84,13 @@ def quantize(
     Raises:
         ValueError: no batches, or a batch that the model does not take.
     """
-    unquantize(model)
     weight = next(model.parameters())
     layers = _linear_layers(model)
+    known: dict[str, Quantization] = {}
+    if images is None and max_drop is None:
+        named = ((name, getattr(layer, "quantization", None)) for name, layer in layers)
+        known = {name: quantization for name, quantization in named if quantization is not None}
+    unquantize(model)
     reason = not_faster_in_int8(weight.device)
     if reason is not None:
         _warn_not_faster(reason)
@@ -93,13 +100,15 @@ def quantize(
         return Precision(_name(torch.float32), entries, reason=reason)
     dtype = policy.maps_of_int8()
     batches = None if images is None else _batches(images, model)
-    ranges: dict[str, tuple[float, float]] = {}
+    ranges = {name: q.in_range for name, q in known.items() if q.in_range is not None}
     with torch.inference_mode():
         if batches is not None:
             ranges = _calibrate(model, layers, batches)
         entries = [_entry(name, layer, batches is not None, ranges) for name, layer in layers]
+        if known:
+            _keep(entries, known)
         chosen = {entry.layer: entry for entry in entries if not entry.reason}
-        result = Precision("", entries, batches is not None)
+        result = Precision("", entries, bool(ranges))
         if max_drop is not None:
             probes = batches or [_random_images(model)]
             _keep_within(model, dict(layers), ranges, chosen, probes, max_drop, result)
@@ -157,6 +166,12 @@ def _entry(
     elif calibrated and name not in ranges:
         reason = "not called, or with zeros or values that are not finite, by the calibration"
     return LayerPrecision(name, in_features, out_features, "", reason)
+
+
+def _keep(entries: Iterable[LayerPrecision], known: Container[str]) -> None:
+    for entry in entries:
+        if not entry.reason and entry.layer not in known:
+            entry.reason = "in floats when the model was quantised"
 
 
 # -- images --------------------------------------------------------------------------------------

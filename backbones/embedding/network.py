@@ -96,7 +96,8 @@ class Network:
                 f"{self.name} takes {self.model.in_chans} channels; images are read as RGB or grey"
             )
         self.preprocessing: dict[str, Any] = preprocessing(loaded)
-        self.dtype, self.device = torch.float32, torch.device("cpu")
+        self.dtype = next(self.model.parameters()).dtype
+        self.device = torch.device("cpu")
         if self.features.stage is None and not classes:
             self.model.reset_classifier(0)  # so that forward, which is replayed, returns them
         blank = torch.zeros(1, *self.preprocessing["input_size"])

@@ -1,0 +1,85 @@
+"""Export of a model in 8 bits as a safetensors file that the library itself loads."""
+
+from __future__ import annotations
+
+import copy
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+import backbones
+from backbones.cli import atomic_files, quantizing
+from backbones.cli.common import CommandError, Loaded
+from backbones.cli.exporting import TOLERANCE, difference, noise
+from backbones.core.precision import Precision
+from backbones.training.checkpoint import save_weights
+from backbones.training.recipe import dump_recipe
+
+__all__ = ["export_int8"]
+
+_BATCH = 16  # images to calibrate with at a time
+
+
+def export_int8(
+    loaded: Loaded,
+    path: Path,
+    size: tuple[int, int],
+    images: Sequence[Tensor] | None = None,
+    max_drop: float | None = None,
+) -> None:
+    """Write ``path`` if the model loaded from it computes the same, and print a report.
+
+    Args:
+        loaded: its model is fused in 8 bits.
+        size: of the image to compare the file with the model on.
+        images: (1, C, H, W) each, to calibrate with; None for ranges of each row.
+        max_drop: see ``fuse()``.
+
+    Raises:
+        CommandError: no layer is in 8 bits, or the file differs from the model; ``path`` is
+            unchanged.
+    """
+    exact, model = copy.deepcopy(loaded.model), loaded.model
+    batches = None if images is None else torch.cat(list(images)).split(_BATCH)
+    backbones.fuse(model, torch.int8, calibrate=batches, max_drop=max_drop)
+    precision: Precision = model.precision
+    if not precision.quantized:
+        raise CommandError(f"{loaded.name}: {precision.reason or precision.summary()}")
+    probe = noise((1, model.in_chans, *size), 0)
+    with atomic_files.replace_atomically(path) as scratch:
+        save_weights(scratch, model.int8_state_dict(), _metadata(loaded))
+        again = copy.deepcopy(exact)
+        backbones.load_checkpoint(again, scratch)
+        error = difference(_run(again, probe), _run(model, probe))
+        if error > TOLERANCE:
+            raise CommandError(
+                f"{loaded.name}: the file differs from the model by {error:.1e} of the maximum "
+                "output; it was not written"
+            )
+    sys.stdout.write(f"  {precision.summary()}\n")
+    if images is not None:
+        found = quantizing.agreement(exact, lambda image: _run(model, image), images)
+        sys.stdout.write(f"  {found.text(len(images))}\n")
+    megabytes = path.stat().st_size / 1e6
+    sys.stdout.write(f"{path}: {loaded.name} in int8 for any batch and size, {megabytes:.1f} MB\n")
+
+
+@torch.inference_mode()
+def _run(model: Any, image: Tensor) -> Tensor:
+    out: Tensor = model(image.to(next(model.parameters()).dtype))
+    return out.float()
+
+
+def _metadata(loaded: Loaded) -> dict[str, str]:
+    """What :func:`backbones.cli.common.load` reads."""
+    facts = {"model": loaded.name}
+    if loaded.classes:
+        facts["classes"] = json.dumps(loaded.classes)
+    if loaded.recipe is not None:
+        facts["recipe"] = dump_recipe(loaded.recipe)
+    return facts

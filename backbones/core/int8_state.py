@@ -1,0 +1,83 @@
+"""State dicts with weights in 8 bits: models of ``fuse(torch.int8)`` in files.
+
+A layer in 8 bits has its weight as int8, ``<layer>.weight_scale`` (out_features,) in float32 and,
+if it was calibrated, ``<layer>.input_range`` (2,) in float32, scale and zero.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from backbones.core.checkpoint_files import CheckpointError
+from ops.cpu.gemm.int8 import quantize_weight
+from ops.inference.packed_linear import Quantization
+
+__all__ = ["dequantized", "int8_state", "set_quantization"]
+
+_SCALE, _RANGE = "weight_scale", "input_range"
+
+
+def int8_state(model: Any) -> dict[str, Tensor]:
+    """The state dict of a model after ``fuse(torch.int8)``, with bytes for the layers in 8 bits."""
+    state: dict[str, Tensor] = dict(model.state_dict())
+    layers = dict(model.named_modules())
+    for name in model.precision.quantized:
+        layer: Any = layers[name]
+        weight, state[f"{name}.{_SCALE}"] = quantize_weight(layer.weight.flatten(1))
+        state[f"{name}.weight"] = weight.view(layer.weight.shape)
+        if layer.quantization.in_range is not None:
+            state[f"{name}.{_RANGE}"] = torch.tensor(layer.quantization.in_range)
+    return state
+
+
+def dequantized(
+    tensors: Mapping[str, Tensor], source: str
+) -> tuple[dict[str, Tensor], dict[str, Quantization]]:
+    """The weights of :func:`int8_state` in float32, and how its layers in 8 bits compute.
+
+    Args:
+        source: where they came from, for messages.
+
+    Raises:
+        CheckpointError: a scale or a range of another shape or dtype, or not positive and finite.
+    """
+    floats = dict(tensors)
+    found: dict[str, Quantization] = {}
+    for key, weight in tensors.items():
+        layer, _, last = key.rpartition(".")
+        if last != "weight" or f"{layer}.{_SCALE}" not in tensors or not _has_bytes(weight):
+            continue
+        scale, in_range = floats.pop(f"{layer}.{_SCALE}"), floats.pop(f"{layer}.{_RANGE}", None)
+        _require(scale, weight.shape[:1], f"{source}: {layer}.{_SCALE}")
+        if in_range is not None:
+            _require(in_range, (2,), f"{source}: {layer}.{_RANGE}")
+        floats[key] = weight.float() * scale.view(-1, *[1] * (weight.ndim - 1))
+        found[layer] = Quantization(None if in_range is None else tuple(in_range.tolist()))
+    return floats, found
+
+
+def _has_bytes(weight: Tensor) -> bool:
+    plain = weight.layout == torch.strided and not weight.is_meta
+    return plain and weight.dtype == torch.int8 and weight.ndim > 1
+
+
+def _require(numbers: Tensor, shape: tuple[int, ...], name: str) -> None:
+    plain = numbers.layout == torch.strided and not numbers.is_meta
+    if numbers.shape != shape or numbers.dtype != torch.float32 or not plain:
+        raise CheckpointError(
+            f"{name} must be {tuple(shape)} of float32, got {tuple(numbers.shape)} of "
+            f"{numbers.dtype}"
+        )
+    if not (numbers.isfinite().all() and (numbers >= 0).all()):
+        raise CheckpointError(f"{name} must be finite and not negative")
+
+
+def set_quantization(model: nn.Module, known: Mapping[str, Quantization]) -> None:
+    """Tell the layers of a model which of them compute in 8 bits, before ``fuse(torch.int8)``."""
+    for name, module in model.named_modules():
+        if name in known:
+            module.quantization = known[name]

@@ -1,0 +1,108 @@
+"""``export --int8`` to safetensors: what other commands make of the file, errors."""
+
+from __future__ import annotations
+
+import functools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from PIL import Image
+from safetensors.torch import load_file
+
+import backbones
+from backbones.cli.common import load
+from backbones.cli.main import main
+from backbones.training.checkpoint import save_weights
+from ops.cpu.gemm.int8 import not_faster_in_int8
+
+_REASON = not_faster_in_int8(torch.device("cpu"))
+_needs_bytes = pytest.mark.skipif(_REASON is not None, reason=f"{_REASON}")
+
+
+@pytest.fixture
+def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The checkpoint of a run with three classes, of a shallow model."""
+    shallow = functools.partial(backbones.create_model, depths=(1, 1, 1))
+    monkeypatch.setattr(backbones, "create_model", shallow)
+    run = tmp_path / "run"
+    run.mkdir()
+    torch.manual_seed(0)
+    model = backbones.create_model("shvit_s1", num_classes=3)
+    facts = {"model": "shvit_s1", "classes": '["cat", "dog", "owl"]'}
+    save_weights(run / "best.safetensors", model.state_dict(), facts)
+    recipe = {"model": "shvit_s1", "num_classes": 3, "img_size": 64, "data": "x", "crop_pct": 1.0}
+    (run / "config.yaml").write_text(yaml.safe_dump(recipe))
+    return run / "best.safetensors"
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    folder = tmp_path / "photos"
+    folder.mkdir()
+    for number, pixels in enumerate(np.random.RandomState(0).randint(0, 255, (3, 70, 80, 3))):
+        Image.fromarray(pixels.astype(np.uint8)).save(folder / f"{number}.png")
+    return folder
+
+
+@_needs_bytes
+def test_the_file_stands_alone(
+    trained: Path, photos: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It has the recipe, and predicts as the checkpoint does in 8 bits with these ranges."""
+    path = tmp_path / "elsewhere" / "model.safetensors"
+    path.parent.mkdir()
+    words = ["export", "shvit_s1", "--checkpoint", str(trained), "--size", "64", "--int8"]
+    options = ["--calibration", str(photos), "--max-drop", "0.5", "--out", str(path)]
+    assert main([*words, *options]) == 0
+    said = capsys.readouterr().out.splitlines()
+    assert "linear layers in int8 (calibrated ranges)" in said[0]
+    assert said[1].startswith("  int8 agrees with float in ")
+    assert said[2].startswith(f"{path}: shvit_s1 in int8 for any batch and size, ")
+    assert [p.name for p in path.parent.iterdir()] == ["model.safetensors"]
+    assert torch.int8 in {tensor.dtype for tensor in load_file(path).values()}
+
+    loaded = load(None, path)
+    assert loaded.recipe is not None and loaded.recipe.img_size == 64
+    assert loaded.classes == ["cat", "dog", "owl"] and loaded.model.precision.calibrated
+    outputs = []
+    for dtype in ([], ["--dtype", "int8"]):
+        assert main(["predict", str(photos), "--checkpoint", str(path), *dtype]) == 0
+        outputs.append(capsys.readouterr().out)
+    assert outputs[0] == outputs[1] and "owl" in outputs[0]
+    assert main(["predict", str(photos), "--checkpoint", str(path), "--cam", "x.png"]) == 2
+    assert "--cam needs weights from before fuse()" in capsys.readouterr().err
+    words = ["embed", str(photos), "--checkpoint", str(path), "--out", str(tmp_path / "embedded")]
+    assert main(words) == 0
+
+
+@_needs_bytes
+def test_without_images(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    path = str(tmp_path / "model.safetensors")
+    words = ["export", "shvit_s1", "--checkpoint", str(trained), "--int8", "--out", path]
+    assert main(words) == 0
+    assert "(a range for each row of inputs)" in capsys.readouterr().out
+
+
+def test_a_spoilt_recipe(trained: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    weights = load_file(trained)
+    for recipe in ("[1]", "{", "modle: van_b0"):
+        save_weights(trained, weights, {"model": "shvit_s1", "recipe": recipe})
+        assert main(["predict", str(photos), "--checkpoint", str(trained)]) == 2
+        assert "its metadata has no recipe under 'recipe'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--out", "x.safetensors"], "safetensors are for --int8"),
+        (["--out", "x.onnx", "--max-drop", "0.1"], "--max-drop is for safetensors"),
+        (["--out", "x.safetensors", "--int8", "--max-drop", "0"], "must be above 0"),
+        (["--out", "x.pt2", "--int8"], "--int8 requires ONNX or safetensors"),
+    ],
+)
+def test_wrong_options(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["export", "shvit_s1", *words]) == 2
+    assert message in capsys.readouterr().err
