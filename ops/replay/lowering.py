@@ -1,7 +1,7 @@
 """Lowering: replaces torch calls in a replay by a kernel that needs neither Python nor torch.
 
-The kernel (``ops/cpu/replay/pointwise.h``) copies, adds, multiplies and selects rows, bit-identical
-to torch. It is for tensors so small that the overhead of calling torch dominates.
+The kernel (``ops/cpu/replay/pointwise.h``) copies, adds, subtracts, multiplies and selects rows,
+bit-identical to torch. It is for tensors so small that the overhead of calling torch dominates.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import ctypes
 import math
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -21,7 +22,7 @@ from ops.replay.graph import Block, Buffer, KernelCall, Place, TorchCall, View
 
 __all__ = ["lowered"]
 
-_COPY, _ADD, _MULTIPLY = range(3)  # as in ops/cpu/replay/pointwise.h
+_COPY, _ADD, _MULTIPLY, _SUBTRACT = range(4)  # as in ops/cpu/replay/pointwise.h
 _MOST_AXES = 6
 _MOST_ELEMENTS = 1 << 19
 _COMBINED = ({torch.float32}, {torch.bfloat16})
@@ -75,14 +76,6 @@ def _copy(call: TorchCall, out: _Operand, operands: Sequence[_Operand]) -> Kerne
     return _kernel_call(_COPY, out, source, None, list(axes))
 
 
-def _add(call: TorchCall, out: _Operand, operands: Sequence[_Operand]) -> KernelCall | None:
-    return _combine(_ADD, call, out, operands)
-
-
-def _multiply(call: TorchCall, out: _Operand, operands: Sequence[_Operand]) -> KernelCall | None:
-    return _combine(_MULTIPLY, call, out, operands)
-
-
 def _combine(
     operation: int, call: TorchCall, out: _Operand, operands: Sequence[_Operand]
 ) -> KernelCall | None:
@@ -107,8 +100,9 @@ def _select(call: TorchCall, out: _Operand, operands: Sequence[_Operand]) -> Ker
 _Lower = Callable[[TorchCall, _Operand, Sequence[_Operand]], KernelCall | None]
 _LOWER: dict[str, _Lower] = {
     **{f"torch.Tensor.{n}": _copy for n in ("clone", "contiguous", "flatten", "reshape")},
-    **{f"torch.Tensor.{n}": _add for n in ("add", "add_")},
-    **{f"torch.Tensor.{n}": _multiply for n in ("mul", "mul_")},
+    **{f"torch.Tensor.{n}": partial(_combine, _ADD) for n in ("add", "add_")},
+    **{f"torch.Tensor.{n}": partial(_combine, _MULTIPLY) for n in ("mul", "mul_")},
+    "torch.Tensor.sub": partial(_combine, _SUBTRACT),
     "torch.Tensor.index_select": _select,
 }
 

@@ -1,4 +1,4 @@
-// Copies, sums, products and row lookups of small tensors, for calls between kernels where torch's
+// Copies, sums, differences, products and row lookups of small tensors, for calls between kernels where torch's
 // call overhead exceeds the compute time.
 #pragma once
 #include <cstdint>
@@ -10,7 +10,7 @@
 namespace pointwise {
 
 // With the values of ops/replay/lowering.py.
-enum Operation : int64_t { COPY, ADD, MULTIPLY };
+enum Operation : int64_t { COPY, ADD, MULTIPLY, SUBTRACT };
 
 constexpr int MOST_AXES = 6;
 
@@ -30,32 +30,32 @@ struct Tensors {
   const int64_t* table;
 };
 
-template <bool ADDS, int64_t A_STEP, int64_t B_STEP, class T>
+template <Operation OPERATION, int64_t A_STEP, int64_t B_STEP, class T>
 static void combine(T* out, const T* a, const T* b, int64_t count) {
   for (int64_t i = 0; i < count; ++i) {
     const float x = simd::to_float(a[i * A_STEP]), y = simd::to_float(b[i * B_STEP]);
-    simd::assign(out + i, ADDS ? x + y : x * y);
+    simd::assign(out + i, OPERATION == ADD ? x + y : OPERATION == SUBTRACT ? x - y : x * y);
   }
 }
 
-template <bool ADDS, class T>
+template <Operation OPERATION, class T>
 static void combine_row(T* out, const void* first, const void* second, int64_t a_step,
                         int64_t b_step, int64_t count) {
   const T *const a = static_cast<const T*>(first), *const b = static_cast<const T*>(second);
-  if (a_step && b_step) return combine<ADDS, 1, 1>(out, a, b, count);
-  if (a_step) return combine<ADDS, 1, 0>(out, a, b, count);
-  if (b_step) return combine<ADDS, 0, 1>(out, a, b, count);
-  combine<ADDS, 0, 0>(out, a, b, count);
+  if (a_step && b_step) return combine<OPERATION, 1, 1>(out, a, b, count);
+  if (a_step) return combine<OPERATION, 1, 0>(out, a, b, count);
+  if (b_step) return combine<OPERATION, 0, 1>(out, a, b, count);
+  combine<OPERATION, 0, 0>(out, a, b, count);
 }
 
-template <bool ADDS>
+template <Operation OPERATION>
 static void combine_row(const Problem& p, char* out, const char* a, const char* b) {
   const int64_t last = p.axes - 1, count = p.sizes[last];
   const int64_t a_step = p.first_strides[last], b_step = p.second_strides[last];
   if (p.element_bytes == sizeof(float)) {
-    combine_row<ADDS>(reinterpret_cast<float*>(out), a, b, a_step, b_step, count);
+    combine_row<OPERATION>(reinterpret_cast<float*>(out), a, b, a_step, b_step, count);
   } else {
-    combine_row<ADDS>(reinterpret_cast<BFloat16*>(out), a, b, a_step, b_step, count);
+    combine_row<OPERATION>(reinterpret_cast<BFloat16*>(out), a, b, a_step, b_step, count);
   }
 }
 
@@ -72,8 +72,16 @@ static inline void copy_row(const Problem& p, char* out, const char* a) {
 static void run_axis(const Problem& p, const Tensors& t, int64_t axis, char* out, const char* a,
                      const char* b) {
   if (axis == p.axes - 1) {
-    if (p.operation == COPY) return copy_row(p, out, a);
-    return p.operation == ADD ? combine_row<true>(p, out, a, b) : combine_row<false>(p, out, a, b);
+    switch (p.operation) {
+      case COPY:
+        return copy_row(p, out, a);
+      case ADD:
+        return combine_row<ADD>(p, out, a, b);
+      case SUBTRACT:
+        return combine_row<SUBTRACT>(p, out, a, b);
+      default:
+        return combine_row<MULTIPLY>(p, out, a, b);
+    }
   }
   for (int64_t i = 0; i < p.sizes[axis]; ++i) {
     const int64_t at = axis == p.table_axis ? t.table[i] : i;

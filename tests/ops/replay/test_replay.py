@@ -80,6 +80,8 @@ def _functions(draw: st.DrawFn) -> tuple[tuple[int, ...], torch.dtype, Callable[
         lambda x: view(x).reshape(-1, 1).clone(),
         lambda x: view(x) + other,
         lambda x: other * view(x),
+        lambda x: view(x).sub(other),
+        lambda x: other - view(x),
         lambda x: view(x) * view(x).contiguous(),
         lambda x: view(x).clone().add_(other),
         lambda x: view(x).clone().mul_(view(x)),
@@ -121,7 +123,7 @@ def test_special_numbers_in_bfloat16() -> None:
     special = torch.tensor([float("nan"), float("inf"), -float("inf"), 3e38, 1e-40, -0.0])
     x = special.bfloat16().repeat(6, 8)
     other = special.bfloat16().repeat_interleave(8)
-    for function in (lambda x: x + other, lambda x: x * other):
+    for function in (lambda x: x + other, lambda x: x * other, lambda x: x.sub(other)):
         torch.testing.assert_close(
             _replay(function, x)(x), function(x), rtol=0, atol=0, equal_nan=True
         )
