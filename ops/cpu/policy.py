@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import sys
+from collections.abc import Sequence
 
 import torch
 
@@ -179,11 +180,17 @@ def few_rows(dtype: torch.dtype) -> int:
 
 @rule(yes="packed GEMM", no="oneDNN")
 def linear_by_kernel(
-    rows: int, in_features: int, out_features: int, dtype: torch.dtype, activation: str
+    rows: int,
+    in_features: int,
+    out_features: int,
+    dtype: torch.dtype,
+    activation: str,
+    has_factor: bool = False,
 ) -> Verdict:
     """Our linear kernel: for few rows, few features, or a GELU that oneDNN computes in bfloat16.
 
-    Also if torch has no fast products of ``dtype``.
+    Also if torch has no fast products of ``dtype``, and for outputs times another map, which take a
+    pass of their own after oneDNN's.
     """
     if not multiplies(dtype):
         return Verdict(True, "torch has no products of it")
@@ -194,6 +201,8 @@ def linear_by_kernel(
         return Verdict(True, "features {in_features} → {out_features}, one ≤ {limit}", _NARROW)
     if activation == "gelu" and dtype == torch.bfloat16:
         return Verdict(True, "a GELU of few bits")
+    if has_factor and not by_tiles(dtype):
+        return Verdict(True, "times another map")
     return Verdict(False, "rows {rows} > {limit}", most)
 
 
@@ -227,6 +236,8 @@ def packs_linear(
 
 # With fewer channels, copying windows is slow. Maps with so few are images in NCHW.
 _FEWEST_CHANNELS = 16
+# Windows further apart are read once or twice, so that copying them is cheap.
+_MOST_OVERLAPPING = 4
 # From this many taps on, and for oblong or dilated windows, our kernel is faster.
 _LARGE_WINDOW = 49
 # Also for maps of up to this many values, as oneDNN has a larger call overhead.
@@ -234,13 +245,15 @@ _SMALL_MAP = 1 << 17
 _VECTOR = 16  # floats, at most
 
 
-def copies_windows(in_channels: int, dtype: torch.dtype) -> bool:
+def copies_windows(in_channels: int, stride: Sequence[int], dtype: torch.dtype) -> bool:
     """Whether windows are copied and multiplied, rather than read from an image in NCHW.
 
     With AMX, which multiplies them in tiles, so are those of an image: SHViT's first convolution
     takes 0.16 ms, and 0.58 if it is read from NCHW.
     """
-    return in_channels >= _FEWEST_CHANNELS or by_tiles(dtype)
+    if in_channels >= _FEWEST_CHANNELS or by_tiles(dtype):
+        return True
+    return min(stride) > _MOST_OVERLAPPING and instruction_set() != "portable"
 
 
 @rule(yes="our convolution", no="oneDNN")

@@ -424,7 +424,7 @@ class FastConv2d(ActivatedLayer, nn.Conv2d):
         dilation: Any = self.dilation
         if not policy.convolves_windows(stride, dilation, self.groups, x.dtype):
             return None
-        if policy.copies_windows(self.in_channels, x.dtype):
+        if policy.copies_windows(self.in_channels, stride, x.dtype):
             reason = unsupported(x.device, x.dtype, with_bfloat16=True)
             return PackedConv2d(self) if reason is None else None
         own = NCHWConv2d.takes(self) and packed_stem.unsupported(x.device, x.dtype) is None

@@ -14,12 +14,13 @@ struct Problem {
   int64_t batch, height, width, channels;
   int64_t out_height, out_width, out_channels;
   int64_t kernel[2], stride[2], padding[2];
-  int64_t is_nchw, activation, bfloat16, threads;
+  int64_t is_nchw, by_channel, activation, bfloat16, threads;
 };
 
 // The input is [batch][channels][height][width] if `is_nchw`. Other maps are
 // [batch][height][width][channels]; `weight` is [out_channels][inputs of a window], packed by
-// pack.h, with inputs in the order of such maps. Void pointers are to float or BFloat16.
+// pack.h, with inputs in the order of such maps, or channel by channel if `by_channel`, which needs
+// `is_nchw`. Void pointers are to float or BFloat16.
 struct Tensors {
   const void *in, *weight;
   const float* bias;
@@ -97,8 +98,21 @@ static void copy_windows(const Problem& p, const T* in, linear::Range range, int
   }
 }
 
+// The same for an image in NCHW, channel by channel.
 template <class T>
-static void forward_nhwc(const Problem& p, const Tensors& t) {
+static void copy_windows_by_channel(const Problem& p, const T* in, linear::Range range,
+                                    int64_t pitch, T* out) {
+  Problem plane = p;
+  plane.channels = 1;
+  for (int64_t c = 0; c < p.channels; c++) {
+    copy_windows(plane, in + c * p.height * p.width, range, pitch,
+                 out + c * p.kernel[0] * p.kernel[1]);
+  }
+}
+
+// Maps in NHWC, or with `by_channel` one image in NCHW.
+template <class T>
+static void multiply_windows(const Problem& p, const Tensors& t) {
   static thread_local ScratchBuffer<T> buffer;
   constexpr int64_t line = linear::LINE / int64_t{sizeof(T)};
   const T* const in = static_cast<const T*>(t.in);
@@ -119,8 +133,9 @@ static void forward_nhwc(const Problem& p, const Tensors& t) {
     const int64_t count = strip.end - strip.begin;
     parallel::for_each(p.threads, p.threads, [&](int64_t index) {
       const linear::Range own = linear::share(count, index, p.threads);
-      copy_windows(p, in, {strip.begin + own.begin, strip.begin + own.end}, pitch,
-                   rows + own.begin * pitch);
+      const auto copy = p.by_channel ? copy_windows_by_channel<T> : copy_windows<T>;
+      copy(p, in, {strip.begin + own.begin, strip.begin + own.end}, pitch,
+           rows + own.begin * pitch);
     });
     linear::Problem layer{};
     layer.rows = count;
@@ -150,23 +165,25 @@ static void interleave(const T* in, int64_t channels, int64_t plane, int64_t wid
 
 template <class T>
 static void forward_of(const Problem& p, const Tensors& t) {
-  if (!p.is_nchw) return forward_nhwc<T>(p, t);
+  if (!p.is_nchw) return multiply_windows<T>(p, t);
   static thread_local ScratchBuffer<T> buffer;
   const int64_t plane = p.height * p.width, row = p.width * p.channels;
-  T* const map = buffer.of(plane * p.channels);
+  T* const map = p.by_channel ? nullptr : buffer.of(plane * p.channels);
   Problem of_image = p;
   of_image.batch = 1;
   Tensors tensors = t;
-  tensors.in = map;
   for (int64_t image = 0; image < p.batch; image++) {
     const T* const in = static_cast<const T*>(t.in) + image * plane * p.channels;
-    parallel::for_each(p.height, p.threads, [&](int64_t y) {
-      const auto copy = p.channels == 3 ? interleave<3, T> : interleave<0, T>;
-      copy(in + y * p.width, p.channels, plane, p.width, map + y * row);
-    });
+    tensors.in = p.by_channel ? in : map;
+    if (!p.by_channel) {
+      parallel::for_each(p.height, p.threads, [&](int64_t y) {
+        const auto copy = p.channels == 3 ? interleave<3, T> : interleave<0, T>;
+        copy(in + y * p.width, p.channels, plane, p.width, map + y * row);
+      });
+    }
     const int64_t done = image * p.out_height * p.out_width * p.out_channels;
     tensors.out = static_cast<T*>(t.out) + done;
-    forward_nhwc<T>(of_image, tensors);
+    multiply_windows<T>(of_image, tensors);
   }
 }
 

@@ -22,6 +22,7 @@ from ops.cpu.threads import MACS, threads_for
 __all__ = ["PackedConv2d", "packed_conv2d"]
 
 _FEW_CHANNELS = 4  # of images
+_SHORTEST_RUN = 32  # bytes, of a window's row that is worth copying by itself
 
 
 class PackedConv2d:
@@ -42,29 +43,41 @@ class PackedConv2d:
         if isinstance(padding, str) or conv.padding_mode != "zeros":
             raise ValueError(f"a convolution must be padded with a number of zeros, got {conv}")
         weight = conv.weight.detach()
-        self._weight = pack_weight(weight.permute(0, 2, 3, 1).flatten(1))
+        self._by_channel = (
+            conv.in_channels <= _FEW_CHANNELS
+            and conv.kernel_size[1] * weight.itemsize >= _SHORTEST_RUN
+        )
+        inputs = weight if self._by_channel else weight.permute(0, 2, 3, 1)
+        self._weight = pack_weight(inputs.flatten(1))
         self._bias = bias_of(conv)
         self._geometry = [conv.in_channels, *conv.kernel_size, *conv.stride, *padding]
 
     def __call__(self, x: Tensor, activation: str = "none") -> Tensor:
         """(B, C, H, W) → (B, C', H', W'), channels-last; see :func:`packed_conv2d`."""
-        out: Tensor = packed_conv2d(x, self._weight, self._bias, self._geometry, activation)
+        packed = self._weight, self._bias, self._geometry
+        out: Tensor = packed_conv2d(x, *packed, activation, self._by_channel)
         return out
 
 
 @kernel("gemm", "convolution_forward", refuses=no_products)
 def packed_conv2d(
-    x: Tensor, weight: Tensor, bias: Tensor, geometry: Sequence[int], activation: str = "none"
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    geometry: Sequence[int],
+    activation: str = "none",
+    by_channel: bool = False,
 ) -> Call:
     """A convolution and an activation. No gradients.
 
     Args:
         x: (B, C, H, W), in the dtype of the weight; copied unless channels-last, or contiguous with
             few channels.
-        weight: the packed weight of shape (C', kh · kw · C).
+        weight: the packed weight of shape (C', kh · kw · C); (C', C · kh · kw) if ``by_channel``.
         bias: (C',) float32.
         geometry: C, then rows and columns of the kernel, the stride and the padding.
         activation: one of :data:`ops.cpu.activations.ACTIVATIONS`.
+        by_channel: read windows from NCHW, row by row; ``x`` is copied unless contiguous.
 
     Returns:
         (B, C', H', W'), channels-last.
@@ -94,13 +107,15 @@ def packed_conv2d(
     def arguments() -> Any:
         is_nchw = channels <= _FEW_CHANNELS and x.is_contiguous()
         is_nchw &= not x.is_contiguous(memory_format=torch.channels_last)
+        is_nchw |= by_channel
+        order = torch.contiguous_format if is_nchw else torch.channels_last
         return {
             **sizes_of(x, "batch channels height width"),
             **{"out_height": size[0], "out_width": size[1], "out_channels": len(bias)},
             **{"kernel": kernel_size, "stride": stride, "padding": padding},
             "threads": threads_for(out.numel() * channels * math.prod(kernel_size), MACS),
             "is_nchw": is_nchw,
-            "in": x if is_nchw else x.contiguous(memory_format=torch.channels_last),
+            "in": x.contiguous(memory_format=order),
         }
 
     return Call(out, arguments)

@@ -39,7 +39,7 @@ def _decisions() -> Iterator[tuple[Any, ...]]:
             policy.linear_by_bytes: itertools.product((False, True), (dtype,)),
             policy.response_mlp_by_bytes: [(63,), (64,)],
             policy.linear_by_kernel: itertools.product(
-                _ROWS, (32, 33), (64,), (dtype,), ("none", "gelu")
+                _ROWS, (32, 33), (64,), (dtype,), ("none", "gelu"), (False, True)
             ),
             policy.packs_linear: itertools.product(
                 (191, 192, 1366), (192,), (True, False), ("none", "gelu"), (dtype,)
@@ -48,6 +48,7 @@ def _decisions() -> Iterator[tuple[Any, ...]]:
             policy.convolves_windows: itertools.product(
                 ((1, 1), (2, 2)), ((1, 1), (2, 2)), (1, 4), (dtype,)
             ),
+            policy.copies_windows: itertools.product((3, 16), ((4, 4), (8, 8)), (dtype,)),
             policy.conv_by_kernel: itertools.product((3, 16), (True, False), (dtype,)),
             policy.depthwise_by_kernel: itertools.product(
                 (1 << 17, (1 << 17) + 1, sys.maxsize),
@@ -139,6 +140,12 @@ def _decision(rule: Any, *given: Any, **named: Any) -> Decision:
             policy.linear_by_kernel,
             (3136, 64, 256, HALF, "none"),
             "linear_by_kernel: rows 3136 > 2048, bfloat16, amx → oneDNN",
+        ),
+        (
+            "amx",
+            policy.linear_by_kernel,
+            (3136, 64, 256, FLOAT, "silu", True),
+            "linear_by_kernel: times another map, float32, amx → packed GEMM",
         ),
         (
             "amx",

@@ -66,23 +66,49 @@ def test_is_the_convolution(
     _agrees(x, _conv(*channels, dtype, **geometry), activation, LINEAR_DTYPES[dtype])
 
 
+@settings(max_examples=60, deadline=None)
+@given(
+    dtype=st.sampled_from(list(LINEAR_DTYPES)),
+    batch=st.integers(1, 3),
+    size=st.tuples(st.integers(17, 40), st.integers(17, 70)),
+    channels=st.tuples(st.integers(1, 4), st.sampled_from([1, 17, 40])),
+    kernel_size=st.tuples(st.integers(1, 17), st.integers(8, 17)),
+    stride=st.tuples(st.integers(1, 20), st.integers(1, 20)),
+    padding=st.tuples(st.integers(0, 5), st.integers(0, 5)),
+    channels_last=st.booleans(),
+)
+def test_wide_windows_of_images(
+    dtype, batch, size, channels, kernel_size, stride, padding, channels_last
+) -> None:
+    """Their rows are copied as they are."""
+    x = random(batch, channels[0], *size).to(dtype)
+    if channels_last:
+        x = x.to(memory_format=torch.channels_last)
+    conv = _conv(*channels, dtype, kernel_size=kernel_size, stride=stride, padding=padding)
+    assert PackedConv2d(conv)._by_channel == (kernel_size[1] * dtype.itemsize >= 32)
+    _agrees(x, conv, "relu", LINEAR_DTYPES[dtype])
+
+
 @pytest.mark.parametrize("instructions", ["avx2", "portable"])
 def test_other_instruction_sets(instructions: str, monkeypatch) -> None:
     compiled_for(instructions, monkeypatch)
     conv = _conv(20, 40, kernel_size=3, stride=2, padding=1)
     _agrees(random(2, 20, 37, 50).float(), conv, "relu", 1e-6)
+    patches = _conv(3, 40, kernel_size=16, stride=16, padding=5)
+    _agrees(random(2, 3, 37, 50).float(), patches, "relu", 1e-6)
 
 
 def test_many_strips_and_threads() -> None:
     conv = _conv(64, 40, kernel_size=3, stride=2, padding=1)
-    x = random(3, 64, 61, 90).float()
-    outs = []
-    for threads in (1, 2):
-        with using_threads(threads):
-            outs.append(PackedConv2d(conv)(x))
-    torch.testing.assert_close(outs[0], conv(x), rtol=1e-5, atol=1e-5)
-    assert torch.equal(*outs)
-    assert PackedConv2d(conv)(x[:0]).shape == (0, 40, 31, 45)
+    patches = _conv(3, 40, kernel_size=9, stride=8, padding=1)
+    for layer, x in ((conv, random(3, 64, 61, 90)), (patches, random(2, 3, 250, 251))):
+        x, outs = x.float(), []
+        for threads in (1, 2):
+            with using_threads(threads):
+                outs.append(PackedConv2d(layer)(x))
+        torch.testing.assert_close(outs[0], layer(x), rtol=1e-5, atol=1e-5)
+        assert torch.equal(*outs)
+    assert PackedConv2d(conv)(random(0, 64, 61, 90).float()).shape == (0, 40, 31, 45)
 
 
 def test_through_the_dispatcher() -> None:
@@ -91,13 +117,13 @@ def test_through_the_dispatcher() -> None:
     with torch.profiler.profile():
         profiled = packed(x, "relu")
     assert torch.equal(profiled, packed(x, "relu"))
-    arguments = (x, packed._weight, packed._bias, packed._geometry, "relu")
+    arguments = (x, packed._weight, packed._bias, packed._geometry, "relu", False)
     torch.library.opcheck(torch.ops.vision_backbones.packed_conv2d.default, arguments)
 
 
 @pytest.mark.parametrize("tiles", [False, True])
 def test_strided_windows_go_through_our_kernel(tiles: bool, monkeypatch) -> None:
-    """Where there are channels enough; with tiles, those of images, too."""
+    """Where there are channels enough or windows far apart; with tiles, those of images, too."""
     monkeypatch.setattr("ops.cpu.policy.by_tiles", lambda dtype: tiles)
     calls = []
     call = PackedConv2d.__call__
@@ -105,12 +131,13 @@ def test_strided_windows_go_through_our_kernel(tiles: bool, monkeypatch) -> None
     strided = convert(_conv(16, 32, kernel_size=3, stride=2, padding=1), FastConv2d)
     dense = convert(_conv(16, 32, kernel_size=3, padding=1), FastConv2d)
     thin = convert(_conv(3, 32, kernel_size=3, stride=2, padding=1), FastConv2d)
-    for layer, side in ((strided, 80), (strided, 200), (dense, 40), (thin, 40)):
+    far = convert(_conv(3, 32, kernel_size=8, stride=8), FastConv2d)
+    for layer, side in ((strided, 80), (strided, 200), (dense, 40), (far, 40), (thin, 40)):
         x = random(1, layer.in_channels, side, side).float()
         expected = F.conv2d(x, layer.weight, layer.bias, layer.stride, layer.padding)
         torch.testing.assert_close(layer(x), expected, rtol=1e-5, atol=1e-5)
-    own = [(1, 16, 80, 80), (1, 16, 200, 200), (1, 3, 40, 40)]
-    assert calls == own[: 3 if tiles else 2]
+    own = [(1, 16, 80, 80), (1, 16, 200, 200), (1, 3, 40, 40), (1, 3, 40, 40)]
+    assert calls == own[: 4 if tiles else 3]
 
 
 def test_rejects_bad_arguments(monkeypatch) -> None:
