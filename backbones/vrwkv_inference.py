@@ -7,16 +7,16 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from backbones import vrwkv_blocks
-from ops.cpu.norm.layer_norm import layer_norm
-from ops.cpu.scan.gated_scan import gated_scan
+from backbones import vrwkv, vrwkv_blocks
+from ops.cpu.dispatch import takes_kernels
+from ops.cpu.scan.gated_scan import normed_scan
 from ops.cpu.wkv.bi_wkv import bi_wkv_forward
 from ops.cpu.wkv.shift import shifted_mixtures
 from ops.inference.forms import stands_for
 from ops.inference.layers import FastLayer, FastLinear
 from ops.inference.packed_linear import PackedLinear
 
-__all__ = ["VRWKVAttention", "VRWKVBlock", "VRWKVGatedScan", "VRWKVMlp"]
+__all__ = ["VRWKVAttention", "VRWKVBlock", "VRWKVGatedScan", "VRWKVMlp", "VRWKVPatchEmbed"]
 
 
 def _added(out: Tensor, residual: Tensor | None) -> Tensor:
@@ -68,10 +68,7 @@ class _GatedScan(NamedTuple):
     """Weights of the first mixture, vectors in float32, packed layers."""
 
     shares: Tensor
-    decay: Tensor
-    bonus: Tensor
-    norm: tuple[Tensor, Tensor]
-    affine: tuple[Tensor, Tensor]
+    of_heads: list[Tensor]  # decay, bonus, the norm's weight and bias
     gate: PackedLinear
     mix_down: PackedLinear
     mix_up: list[PackedLinear]  # of the other five mixtures
@@ -81,10 +78,10 @@ class _GatedScan(NamedTuple):
 
 @stands_for(vrwkv_blocks.GatedScan)
 class VRWKVGatedScan(FastLayer, vrwkv_blocks.GatedScan):
-    """Linear layers apply the activations, the shares of five mixtures, and the gate."""
+    """One kernel for scan and norm; layers apply activations, shares of mixtures, and the gate."""
 
     needs: ClassVar = dict.fromkeys(("key", "value", "receptance", "proj"), FastLinear)
-    kernels: ClassVar = (gated_scan, shifted_mixtures, layer_norm)
+    kernels: ClassVar = (normed_scan, shifted_mixtures)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         derived = self.derived(x)
@@ -108,12 +105,9 @@ class VRWKVGatedScan(FastLayer, vrwkv_blocks.GatedScan):
             )
         )
         decay = derived.decay_down(of_decay, "tanh", None)
-        decay = derived.decay_up(decay, "none", None).float()
-        log_gate = self._heads(decay.add(derived.decay).exp().mul(-1))
-        out = gated_scan(query, key, value, log_gate, log_gate, derived.bonus, 1.0)
-        normed = layer_norm(out, *derived.norm, self.norm.eps).flatten(2)
-        normed = torch.addcmul(derived.affine[1], normed, derived.affine[0])
-        return self.proj(derived.gate.times(of_gate, "silu", normed).view(shape), residual)
+        decay = self._heads(derived.decay_up(decay, "none", None))
+        out = normed_scan(query, key, value, decay, *derived.of_heads, self.norm.eps).flatten(2)
+        return self.proj(derived.gate.times(of_gate, "silu", out).view(shape), residual)
 
     def sources(self) -> list[Tensor]:
         mixes = [self.mix_x, self.mix_w, self.mix_k, self.mix_v, self.mix_r, self.mix_g]
@@ -124,12 +118,10 @@ class VRWKVGatedScan(FastLayer, vrwkv_blocks.GatedScan):
     def derive(self, x: Tensor) -> _GatedScan | None:
         mixes = (self.mix_w, self.mix_k, self.mix_v, self.mix_r, self.mix_g)
         mix_x = self.mix_x.detach().float().flatten()
+        vectors = (self.decay, self.first, self.norm.weight, self.norm.bias)
         return _GatedScan(
             torch.stack([1 - mix_x, torch.zeros_like(mix_x)]),
-            self.decay.detach().float(),
-            self.first.detach().float(),
-            (mix_x.new_ones(vrwkv_blocks.HEAD_DIM), mix_x.new_zeros(vrwkv_blocks.HEAD_DIM)),
-            (self.norm.weight.detach(), self.norm.bias.detach()),
+            [t.detach().float().view(self.num_heads, -1) for t in vectors],
             PackedLinear(self.gate.weight, None),
             PackedLinear(self.mix_down.t(), None),
             [
@@ -164,6 +156,17 @@ class VRWKVMlp(FastLayer, vrwkv_blocks.GatedSquaredMlp):
     def derive(self, x: Tensor) -> Tensor:
         """Shares of the mixtures."""
         return torch.cat([mix.detach().float().flatten(1) for mix in (self.mix_k, self.mix_r)])
+
+
+@stands_for(vrwkv.PatchEmbed)
+class VRWKVPatchEmbed(vrwkv.PatchEmbed):
+    """Skips the copy if there is nothing to pad."""
+
+    def embed(self, x: Tensor) -> Tensor:
+        side = self.conv.kernel_size[0]
+        if takes_kernels((x,)) and not (x.shape[2] % side or x.shape[3] % side):
+            return self.position(self.conv(x))
+        return super().embed(x)
 
 
 @stands_for(vrwkv_blocks.Block, where=lambda block: _has_no_scales(block))

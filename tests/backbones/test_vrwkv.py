@@ -196,6 +196,14 @@ def test_fused_forms(kwargs: dict) -> None:
     assert relative_error(half(x.bfloat16()).float(), expected) <= 5e-2
 
 
+@pytest.mark.parametrize("kwargs", [{}, {"gated": True}], ids=["plain", "gated"])
+def test_all_calls_of_a_fused_model_are_ours(kwargs: dict) -> None:
+    """Nothing is padded, and the image not copied, at multiples of the patch size."""
+    fused = randomise(small("vrwkv", **kwargs)).eval().fuse()
+    calls = backbones.explain(fused, 224, repeats=1).calls
+    assert {call.library for call in calls} == {"ours"}
+
+
 def test_fused_forms_have_gradients_of_images() -> None:
     for kwargs in ({}, {"gated": True}):
         model = randomise(small("vrwkv", **kwargs)).eval()

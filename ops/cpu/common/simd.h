@@ -133,8 +133,8 @@ static VB_INLINE F in_register(F v) {
 }
 
 // ---- functions ---------------------------------------------------------------------------------
-// 2^x for x <= 0 with a relative error below 2.2e-7 (minimax polynomial on [-0.5, 0.5]). Below -126
-// it returns 2^-126, negligible next to the largest term of a softmax; NaN stays NaN.
+// 2^x for x <= 126 with a relative error below 2.2e-7 (minimax polynomial on [-0.5, 0.5]). Below
+// -126 it returns 2^-126, negligible next to the largest term of a softmax; NaN stays NaN.
 static VB_INLINE F exp2(F x) {
   x = max(set1(-126.f), x);
   const F n = round(x), f = x - n;

@@ -165,6 +165,23 @@ static void scan(const Problem& p, const Ends& ends, const Part& part) {
   }
 }
 
+// The weight of a token's own value, added to the state's contribution.
+static float own_weight(const Problem& p, const float* bonus, const float* query,
+                        const float* key) {
+  float sum = 0.f;
+  for (int64_t c = 0; c < p.dim; c++) sum += query[c] * bonus[c] * key[c];
+  return sum;
+}
+
+// Scans whose `ends` need all values of a head together.
+template <class T, class Ends>
+static void scan_heads(const Problem& p, const Ends& ends) {
+  const auto work = [&](int64_t head) {
+    scan<T>(p, ends, {{head / p.heads, head % p.heads}, 0, p.value_dim});
+  };
+  parallel::for_each(p.batch * p.heads, p.threads, work);
+}
+
 // The plain attention.
 template <class T>
 struct Plain {
@@ -188,12 +205,8 @@ struct Plain {
     gated_scan::fetch_outputs<T>(p, t.out, part.head, span, part.begin, part.end);
   }
 
-  // The weight of a token's own value, added to the state's contribution.
   float own(const Problem& p, const Head& at, const float* query, const float* key) const {
-    const float* const bonus = t.bonus + at.head * p.dim;
-    float sum = 0.f;
-    for (int64_t c = 0; c < p.dim; c++) sum += query[c] * bonus[c] * key[c];
-    return sum;
+    return own_weight(p, t.bonus + at.head * p.dim, query, key);
   }
 
   void finish(const Problem& p, const Part& part, int64_t token, const float* sum) const {

@@ -1,6 +1,7 @@
 """Gated linear attention on the CPU, see :mod:`ops.linear_attention`.
 
-Forward (``forward.h``), backward (``backward.h``), and inside ViG's attention (``mixed.h``).
+Forward (``forward.h``), backward (``backward.h``), and inside the attention of ViG (``mixed.h``)
+and of VRWKV6 (``normed.h``).
 
 States, gates and sums are in float32.
 """
@@ -19,7 +20,7 @@ from ops.cpu.dispatch import require_dtype
 from ops.cpu.tensors import dense_channels
 from ops.cpu.threads import MACS, threads_for
 
-__all__ = ["gated_scan", "gated_scan_backward", "mixed_scan"]
+__all__ = ["gated_scan", "gated_scan_backward", "mixed_scan", "normed_scan"]
 
 
 @kernel("gated_scan", "gated_scan_forward", large_results=True)
@@ -155,6 +156,63 @@ def mixed_scan(
         }
 
     return Call(local.new_empty(local.shape), arguments)
+
+
+@kernel("gated_scan", "gated_scan_normed", large_results=True)
+def normed_scan(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    decay: Tensor,
+    decay_bias: Tensor,
+    bonus: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    eps: float,
+) -> Call:
+    """The scan of VRWKV6's attention in both directions, and the norm of each head after it.
+
+    The gates of both are ``exp(-exp(decay + decay_bias))``. No gradients.
+
+    Args:
+        query, key: (B, L, heads, K).
+        value: (B, L, heads, V).
+        decay: (B, L, heads, K).
+        decay_bias, bonus: (heads, K) float32.
+        weight, bias: (heads, V) float32, of the norm.
+        eps: of the norm.
+
+    Returns:
+        (B, L, heads, V), contiguous.
+
+    Raises:
+        ValueError: mismatched shapes or dtypes.
+    """
+    if not query.shape == key.shape == decay.shape or query.shape[:3] != value.shape[:3]:
+        shapes = [tuple(t.shape) for t in (query, key, value, decay)]
+        raise ValueError(
+            "query, key and decay must be (B, L, heads, K) and value (B, L, heads, V), got "
+            + ", ".join(map(str, shapes))
+        )
+    of_keys, of_values = query.shape[2:], value.shape[2:]
+    if not (decay_bias.shape == bonus.shape == of_keys and weight.shape == bias.shape == of_values):
+        shapes = [tuple(t.shape) for t in (decay_bias, bonus, weight, bias)]
+        raise ValueError(
+            f"decay_bias and bonus must be {tuple(of_keys)}, weight and bias {tuple(of_values)}, "
+            "got " + ", ".join(map(str, shapes))
+        )
+    require_dtype(torch.float32, decay_bias=decay_bias, bonus=bonus, weight=weight, bias=bias)
+    require_dtype(query.dtype, key=key, value=value, decay=decay)
+
+    def arguments() -> dict[str, Any]:
+        sequences = {"query": query, "key": key, "value": value, "decay": decay}
+        return {
+            **_sizes(*query.shape, value.shape[-1]),
+            **{name: _sequence(t) for name, t in sequences.items()},
+            **{"apart": True, "scale": 1.0},
+        }
+
+    return Call(query.new_empty(value.shape), arguments)
 
 
 def _inputs(

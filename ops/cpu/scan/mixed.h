@@ -110,12 +110,7 @@ struct Mixed {
 
 template <class T>
 static void forward(const Problem& p, const MixedTensors& t, const Mixture& m) {
-  const Mixed<T> mixed{t, m};
-  const int64_t heads = p.batch * p.heads;
-  const auto work = [&](int64_t head) {
-    scan<T>(p, mixed, {{head / p.heads, head % p.heads}, 0, p.value_dim});
-  };
-  parallel::for_each(heads, p.threads, work);
+  scan_heads<T>(p, Mixed<T>{t, m});
 }
 
 }  // namespace gated_scan
