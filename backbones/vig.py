@@ -15,7 +15,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import Any
+from typing import Any, ClassVar
 
 from timm.layers import (
     ClassifierHead,
@@ -67,6 +67,8 @@ class Stem(nn.Module):
 
 class ConvNorm(nn.Module):
     """A 3×3 convolution of stride 2 and a norm: (B, in_chs, H, W) → (B, dim, ⌈H/2⌉, ⌈W/2⌉)."""
+
+    last_layer: ClassVar = "norm"  # for inference forms, which may let it apply an activation
 
     def __init__(self, in_chs: int, dim: int) -> None:
         super().__init__()

@@ -146,9 +146,16 @@ def _absorb_activations(module: nn.Module) -> None:
     if type(module) in (nn.Sequential, stem.FastStem):
         names = list(module._modules)
         for name, following in itertools.pairwise(names):
-            _absorb(module, following, (name,))
+            _absorb(module, following, (_last_layer(module, name),))
     for act, names in getattr(module, "followed", {}).items():
         _absorb(module, act, names)
+
+
+def _last_layer(module: nn.Module, name: str) -> str:
+    """The layer whose output is that of the submodule ``name``, which may declare it."""
+    while last := getattr(module.get_submodule(name), "last_layer", ""):
+        name = f"{name}.{last}"
+    return name
 
 
 def _absorb(module: nn.Module, act: str, names: Sequence[str]) -> None:

@@ -143,19 +143,21 @@ class PackedLinear:
             self.has_multiplied_bytes = True
             product: Tensor = packed_linear_int8(x, *self._in_bytes, activation, factor, "multiply")
             return product
-        packed = self.packed_for(x, activation)
+        packed = self.packed_for(x, activation, has_factor=True)
         if packed is None:
             return self._by_onednn(x, activation, None).mul_(factor)
         out: Tensor = packed_linear(x, *packed, activation, factor, "multiply")
         return out
 
-    def packed_for(self, x: Tensor, activation: str) -> tuple[Tensor, Tensor] | None:
+    def packed_for(
+        self, x: Tensor, activation: str, has_factor: bool = False
+    ) -> tuple[Tensor, Tensor] | None:
         """Packed weight and bias for our kernel, if it is faster for inputs like ``x``."""
         rows = x.numel() // max(1, x.shape[-1])
         if not self._has_kernel or x.ndim < 2:
             return None
-        out_features, in_features = self._weight.shape
-        own = policy.linear_by_kernel(rows, in_features, out_features, x.dtype, activation)
+        features = self._weight.shape[1], self._weight.shape[0]
+        own = policy.linear_by_kernel(rows, *features, x.dtype, activation, has_factor)
         return self._packed() if own else None
 
     @property

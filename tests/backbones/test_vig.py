@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from torch import nn
 from zoo import images, randomise
 
 import backbones
@@ -95,6 +96,13 @@ def test_fused(name: str, size: tuple[int, int]) -> None:
     assert relative_error(out, expected) < 1e-5
     out.sum().backward()
     assert x.grad is not None and x.grad.isfinite().all()
+
+
+def test_the_norm_of_the_hierarchical_stem_applies_the_activation() -> None:
+    fused = backbones.fuse(shallow("vig_h_t").eval())
+    assert isinstance(fused.stem[1], nn.Identity) and fused.stem[0].norm.activation == "gelu"
+    copied = copy.deepcopy(fused).fuse(channels_last=False)
+    assert isinstance(copied.stem[1], nn.GELU)
 
 
 @torch.inference_mode()
