@@ -104,25 +104,20 @@ static VB_INLINE F silu(F x) {
   return simd::fma(down, power, up) / (simd::set1(1.f) + power);
 }
 
-// a and b with a / b = exp(scale * x), the larger of which is 1.
-struct Powers {
-  F a, b;
-
-  VB_INLINE Powers(F x, float scale) {
-    const F factor = simd::set1(1.44269504f * scale);
-    a = simd::exp2(negative(x) * factor), b = simd::exp2((simd::zero() - positive(x)) * factor);
-  }
-};
+// exp(scale * x), at most 2^126; NaN stays NaN.
+static VB_INLINE F limited_exp(F x, float scale) {
+  return simd::exp2(simd::min(simd::set1(126.f), x * simd::set1(1.44269504f * scale)));
+}
 
 static VB_INLINE F sigmoid(F x) {
-  const Powers power(x, 1);
-  return power.a / (power.a + power.b);
+  const F one = simd::set1(1.f);
+  return one / (one + limited_exp(x, -1));
 }
 
 // Within 1e-7 of the value, not of its size.
 static VB_INLINE F tanh(F x) {
-  const Powers power(x, 2);
-  return (power.a - power.b) / (power.a + power.b);
+  const F one = simd::set1(1.f), power = limited_exp(x, -2);
+  return (one - power) / (one + power);
 }
 
 static VB_INLINE F relu6(F x) { return simd::min(simd::set1(6.f), positive(x)); }  // NaN stays NaN

@@ -31,11 +31,6 @@ static VB_INLINE F at_most_one(F x, F power) {
 
 static VB_INLINE F minus_magnitude(F x) { return activation::negative(x) - activation::positive(x); }
 
-static VB_INLINE F sigmoid(F x) {
-  const F power = simd::exp2(minus_magnitude(x) * simd::set1(LOG2E));
-  return at_most_one(x, power) / (simd::set1(1.f) + power);
-}
-
 constexpr int GATE_ROOT = 16;
 
 // The 16th root of the sigmoid: that of exp(min(x, 0)), times (1 + u)^(-1/16) for u = exp(-|x|) in
@@ -100,7 +95,7 @@ struct Mixed {
       const int lanes = static_cast<int>(std::min<int64_t>(W, p.value_dim - c));
       const F x = simd::load(sum + c) * scanned * simd::get(t.norm + c, lanes);
       const F y = simd::get(local + c, lanes) * nearby * simd::get(t.local_norm + c, lanes);
-      const F share = sigmoid(simd::get(gate + c, lanes));
+      const F share = activation::sigmoid(simd::get(gate + c, lanes));
       F mixed = simd::fma(share, x - y, y);
       if (m.activation == activation::SILU) mixed = activation::silu(mixed);
       simd::put(out + c, mixed, lanes);

@@ -3,6 +3,7 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
+#include "common/activation.h"
 #include "norm/norm.h"
 #include "scan/forward.h"
 
@@ -31,8 +32,8 @@ struct Normed {
     for (int i = 0; i < span.count; i++, out += pitch) {
       for (int64_t c = 0; c < p.dim; c += W) {
         const int lanes = static_cast<int>(std::min<int64_t>(W, p.dim - c));
-        const F gate = negative_exp(simd::load(out + c) + simd::get(bias + c, lanes));
-        simd::store(out + c, simd::exp2(gate * simd::set1(LOG2E)));
+        const F decay = simd::load(out + c) + simd::get(bias + c, lanes);
+        simd::store(out + c, simd::exp2(activation::limited_exp(decay, 1) * simd::set1(-LOG2E)));
       }
     }
   }
@@ -53,12 +54,6 @@ struct Normed {
     const norm::Norm<float> layer{p.value_dim, t.weight + first, t.bias + first,
                                   static_cast<float>(t.eps)};
     norm::normalise(layer, sum, 1, output_row<T>(p, t.out, part.head, token));
-  }
-
- private:
-  // -exp(x), at most 2^126 in magnitude; NaN stays NaN.
-  static VB_INLINE F negative_exp(F x) {
-    return simd::zero() - simd::exp2(simd::min(simd::set1(126.f), x * simd::set1(LOG2E)));
   }
 };
 

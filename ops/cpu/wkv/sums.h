@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include "common/activation.h"
 #include "common/lanes.h"
 #include "common/libm.h"
 #include "common/simd.h"
@@ -56,11 +57,7 @@ struct Factors {
   // The weight of a key relative to the greatest key.
   static VB_INLINE F weight_of(F key, F greatest) { return exponential(key - greatest); }
   static VB_INLINE F times(F a, F b) { return a * b; }
-  static VB_INLINE F sigmoid(F x) {
-    const F most = simd::set1(87.f);
-    const F down = simd::zero() - simd::max(simd::zero() - most, x);
-    return simd::set1(1.f) / (simd::set1(1.f) + exponential(down));
-  }
+  static VB_INLINE F sigmoid(F x) { return activation::sigmoid(x); }
 
   template <int N>
   struct Sums {
