@@ -23,8 +23,9 @@ from backbones.core.checkpoint import read_checkpoint, strip_prefixes
 from backbones.core.console import CommandError, memory_shortage
 from backbones.core.messages import first_line, one_line, shown
 from backbones.restoration.memory import available_memory, peak_bytes
+from backbones.restoration.recipe import RestorationRecipe
 from backbones.training.recipe import Recipe, load_recipe
-from backbones.training.recipe_yaml import parse_yaml
+from backbones.training.recipe_yaml import parse_yaml, read_mapping
 
 __all__ = [
     "CommandError",
@@ -148,11 +149,11 @@ def load(name: str | None, checkpoint: Path | None) -> Loaded:
         recipe = None
     arguments: dict[str, Any] = {}
     if recipe is not None:
-        arguments = {
-            "in_chans": recipe.in_chans,
-            "global_pool": recipe.global_pool,
-            **recipe.model_args,
-        }
+        arguments = {"in_chans": recipe.in_chans, **recipe.model_args}
+        if isinstance(recipe, RestorationRecipe):
+            recipe = None  # of no use for preprocessing
+        else:
+            arguments["global_pool"] = recipe.global_pool
     model = create(name, **arguments)
     tensors = read_checkpoint(checkpoint)
     with quiet():
@@ -271,7 +272,10 @@ def _recipe_in(metadata: dict[str, str], checkpoint: Path) -> Recipe | None:
 
 def _recipe_beside(checkpoint: Path) -> Recipe | None:
     path = checkpoint.with_name("config.yaml")
-    return load_recipe(str(path), {}) if path.is_file() else None
+    if not path.is_file():
+        return None
+    restores = "task" in read_mapping(path)
+    return load_recipe(path, {}, RestorationRecipe if restores else Recipe)
 
 
 def _imagenet_names(model: Any) -> list[str]:

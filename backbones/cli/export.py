@@ -91,6 +91,8 @@ def _run(options: Namespace) -> int:
     if format == "onnx":
         exporting.require_onnx()
     loaded = load(options.model, options.checkpoint)
+    if loaded.model.precision is not None:
+        raise CommandError(f"{options.checkpoint} has weights in 8 bits; export needs floats")
     if options.fused:
         loaded.model.fuse(channels_last=False)  # only fold; the other runtime has its own kernels
     size = two_sides(options.size, loaded.model)

@@ -155,8 +155,10 @@ def compare(model: Any, figures: dict[str, Any]) -> list[tuple[str, float]]:
 
 
 def _outputs(model: Any, images: Tensor) -> tuple[list[Tensor], Tensor]:
+    images = images.to(next(model.parameters()).dtype)
     with torch.inference_mode():
-        return model.forward_intermediates(images, intermediates_only=True), model(images)
+        maps = model.forward_intermediates(images, intermediates_only=True)
+        return [m.float() for m in maps], model(images).float()
 
 
 def _identify(path: Path) -> str | None:

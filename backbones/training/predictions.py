@@ -61,12 +61,13 @@ def predict_all(
     """
     device = loader.world.device
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(amp or "")
+    own = next((p.dtype for p in model.parameters()), torch.float32)
     tops, targets, losses, begun = [], [], [], time.monotonic()
     for number, (images, labels) in enumerate(loader):
         if labels.ndim == 2:
             raise DataError("the images have several labels each; accuracy is not defined there")
         with torch.autocast(device.type, dtype, enabled=dtype is not None):
-            logits = model(images).float()  # (B, classes)
+            logits = model(images.to(own)).float()  # (B, classes)
         tops.append(logits.topk(min(5, logits.shape[1]), dim=1).indices.cpu())
         losses.append(validation_loss(logits, labels).cpu())
         targets.append(labels.cpu())

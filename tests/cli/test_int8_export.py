@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import functools
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 import backbones
+from backbones.cli import verify
 from backbones.cli.common import load
 from backbones.cli.main import main
 from backbones.training.checkpoint import save_weights
@@ -23,17 +23,16 @@ _needs_bytes = pytest.mark.skipif(_REASON is not None, reason=f"{_REASON}")
 
 
 @pytest.fixture
-def trained(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def trained(tmp_path: Path) -> Path:
     """The checkpoint of a run with three classes, of a shallow model."""
-    shallow = functools.partial(backbones.create_model, depths=(1, 1, 1))
-    monkeypatch.setattr(backbones, "create_model", shallow)
     run = tmp_path / "run"
     run.mkdir()
     torch.manual_seed(0)
-    model = backbones.create_model("shvit_s1", num_classes=3)
+    model = backbones.create_model("shvit_s1", num_classes=3, depths=(1, 1, 1))
     facts = {"model": "shvit_s1", "classes": '["cat", "dog", "owl"]'}
     save_weights(run / "best.safetensors", model.state_dict(), facts)
     recipe = {"model": "shvit_s1", "num_classes": 3, "img_size": 64, "data": "x", "crop_pct": 1.0}
+    recipe["model_args"] = {"depths": [1, 1, 1]}
     (run / "config.yaml").write_text(yaml.safe_dump(recipe))
     return run / "best.safetensors"
 
@@ -76,6 +75,12 @@ def test_the_file_stands_alone(
     assert "--cam needs weights from before fuse()" in capsys.readouterr().err
     words = ["embed", str(photos), "--checkpoint", str(path), "--out", str(tmp_path / "embedded")]
     assert main(words) == 0
+    errors = verify.compare(loaded.model, verify.make_figures(loaded.model, (64, 64)))
+    assert max(error for _, error in errors) < 1e-5
+    capsys.readouterr()
+    words = ["export", "shvit_s1", "--checkpoint", str(path), "--out", str(tmp_path / "x.onnx")]
+    assert main(words) == 2
+    assert "has weights in 8 bits; export needs floats" in capsys.readouterr().err
 
 
 @_needs_bytes
@@ -92,6 +97,18 @@ def test_a_spoilt_recipe(trained: Path, photos: Path, capsys: pytest.CaptureFixt
         save_weights(trained, weights, {"model": "shvit_s1", "recipe": recipe})
         assert main(["predict", str(photos), "--checkpoint", str(trained)]) == 2
         assert "its metadata has no recipe under 'recipe'" in capsys.readouterr().err
+
+
+def test_runs_of_restoration(tmp_path: Path) -> None:
+    """Their recipe has the model's arguments; preprocessing is the model's own."""
+    arguments = {"dim": 24, "depths": [2], "num_heads": [2], "window_size": 8}
+    model = backbones.create_model("hat_nano_x2", in_chans=1, **arguments)
+    save_weights(tmp_path / "best.safetensors", model.state_dict(), {})
+    recipe = {"model": "hat_nano_x2", "task": "sr", "in_chans": 1, "model_args": arguments}
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump(recipe))
+    loaded = load(None, tmp_path / "best.safetensors")
+    assert loaded.name == "hat_nano_x2" and loaded.recipe is None
+    assert loaded.model.in_chans == 1 and len(loaded.model.stages) == 1
 
 
 @pytest.mark.parametrize(
