@@ -11,6 +11,7 @@ import itertools
 import pytest
 import torch
 from scan_inputs import difference, inputs
+from triton_interpreter import quick_interpreter
 
 from ops.linear_attention import gated_linear_attention
 from ops.linear_attention.triton.operators import gated_scan
@@ -19,6 +20,12 @@ DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 # Triton 3.7 imports a module that Python 3.12 and later warn about.
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning:triton")
+
+
+@pytest.fixture(scope="session", autouse=True)
+def quickly():
+    with quick_interpreter():
+        yield
 
 
 def both(given, dtype):
