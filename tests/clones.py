@@ -50,9 +50,16 @@ class Workshop:
         clone: from :func:`fresh_clone`; programs import from there.
         modules: modules to import beforehand.
         log: the file for what is printed meanwhile; default: next to the clone.
+        environment: environment variables; default: those of this process.
     """
 
-    def __init__(self, clone: Path, modules: Sequence[str], log: Path | None = None) -> None:
+    def __init__(
+        self,
+        clone: Path,
+        modules: Sequence[str],
+        log: Path | None = None,
+        environment: Mapping[str, str] = os.environ,
+    ) -> None:
         server = [sys.executable, str(Path(__file__).with_name("fork_server.py")), *modules]
         env = {"PYTHONPATH": str(clone), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
         self.log = log or clone.with_name(f"{clone.name}.log")
@@ -60,7 +67,7 @@ class Workshop:
             self._server = subprocess.Popen(
                 server,
                 cwd=clone,
-                env={**os.environ, **env},
+                env={**environment, **env},
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=errors,

@@ -25,7 +25,12 @@ def run_code(code: str, folder: Path, *arguments: str | Path) -> str:
     """
     path = folder / "code.py"
     path.write_text(code)
-    return _workshop().run(list(map(str, (path, *arguments))), folder, seconds=120)
+    return run_program(*map(str, (path, *arguments)), folder=folder)
+
+
+def run_program(*words: str, folder: Path) -> str:
+    """Like :func:`run_code`, for a command line after ``python``."""
+    return _workshop().run(words, folder, seconds=120)
 
 
 @functools.cache

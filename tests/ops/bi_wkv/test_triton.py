@@ -1,47 +1,24 @@
-"""The Triton backend of bi-WKV, interpreted or on a GPU.
-
-Triton decides on its first import whether it interprets, so its tests run in a process of their
-own.
-"""
+"""The Triton backend of bi-WKV, interpreted or on a GPU, and compiled for GPUs."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from fresh_python import run_code
+from triton_runs import run_cases
 
 from ops.bi_wkv import bi_wkv
 
-ROOT = Path(__file__).parents[3]
 CASES = Path(__file__).with_name("triton_cases.py")
-
-
-def run(*command: str, interpret: bool) -> None:
-    outer = ("PYTEST", "TRITON_INTERPRET")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(outer)}
-    if interpret:
-        environment["TRITON_INTERPRET"] = "1"
-    done = subprocess.run(
-        [sys.executable, *command],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
 
 
 @pytest.mark.parametrize(
     "marks", ["not slow", pytest.param("slow", marks=pytest.mark.slow)], ids=["quick", "slow"]
 )
-def test_kernels(marks: str) -> None:
-    options = ("-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-x", "-m", marks)
-    run("-m", "pytest", str(CASES), *options, interpret=not torch.cuda.is_available())
+def test_kernels(marks: str, tmp_path: Path) -> None:
+    run_cases(CASES, tmp_path, "-m", marks)
 
 
 _COMPILE = """
@@ -65,8 +42,8 @@ for kernel, pointers in ((kernels._forward_kernel, 6), (kernels._backward_kernel
 
 
 @pytest.mark.slow
-def test_compiles_ahead_of_time() -> None:
-    run("-c", _COMPILE, interpret=False)
+def test_compiles_ahead_of_time(tmp_path: Path) -> None:
+    run_code(_COMPILE, tmp_path)
 
 
 def test_unsupported_says_why(monkeypatch: pytest.MonkeyPatch) -> None:

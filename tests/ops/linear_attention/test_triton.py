@@ -1,21 +1,16 @@
-"""The Triton backend of gated linear attention, interpreted or on a GPU, and compiled for GPUs.
-
-Triton decides on its first import whether it interprets, so its tests run in their own processes.
-"""
+"""The Triton backend of gated linear attention, interpreted or on a GPU, compiled for GPUs."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from fresh_python import run_code
+from triton_runs import run_cases
 
 from ops.linear_attention import gated_linear_attention, triton
 
-ROOT = Path(__file__).parents[3]
 CASES = Path(__file__).with_name("triton_cases.py")
 
 COMPILE = """
@@ -45,44 +40,18 @@ print("compiled")
 """
 
 
-def run(*command: str, interpret: bool) -> subprocess.CompletedProcess[str]:
-    # What an outer pytest leaves in the environment is not meant for an inner one.
-    outer = ("PYTEST", "TRITON_INTERPRET")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(outer)}
-    if interpret:
-        environment["TRITON_INTERPRET"] = "1"
-    return subprocess.run(
-        [sys.executable, *command],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def run_cases(*chosen: str) -> None:
-    options = ("-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-x", *chosen)
-    done = run("-m", "pytest", str(CASES), *options, interpret=not torch.cuda.is_available())
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
-
-
-def test_kernels():
-    run_cases("-k", "gradients and False-False")
+def test_kernels(tmp_path):
+    run_cases(CASES, tmp_path, "-k", "gradients and False-False")
 
 
 @pytest.mark.slow
-def test_kernels_in_all_cases():
-    run_cases()
+def test_kernels_in_all_cases(tmp_path):
+    run_cases(CASES, tmp_path)
 
 
 @pytest.mark.slow
 def test_compiles_ahead_of_time(tmp_path):
-    script = tmp_path / "compile_kernels.py"
-    script.write_text(f"import sys\nsys.path.insert(0, {str(ROOT)!r})\n{COMPILE}")
-    done = run(str(script), interpret=False)
-    assert done.stdout == "compiled\n", done.stderr[-4000:]
+    assert run_code(COMPILE, tmp_path) == "compiled\n"
 
 
 def test_unsupported_says_why(monkeypatch):

@@ -1,63 +1,31 @@
-"""The Triton backend of neighborhood attention, interpreted or on a GPU, and compiled for GPUs.
-
-Triton decides on its first import whether it interprets, so its tests run in their own processes.
-"""
+"""The Triton backend of neighborhood attention, interpreted or on a GPU, and compiled for GPUs."""
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from fresh_python import run_program
+from triton_runs import run_cases
 
 from ops import triton_devices
 from ops.neighborhood import na1d, triton
 from ops.neighborhood._geometry import NAParams
 
-ROOT = Path(__file__).parents[3]
 CASES = Path(__file__).with_name("triton_cases.py")
 # The slow cases are shared by as many processes, so that they can run beside each other.
 PARTS = 12
 
 
-def run(
-    *command: str, interpret: bool, part: str | None = None
-) -> subprocess.CompletedProcess[str]:
-    # What an outer pytest leaves in the environment is not meant for an inner one.
-    outer = ("PYTEST", "TRITON_INTERPRET")
-    environment = {k: v for k, v in os.environ.items() if not k.startswith(outer)}
-    if part is not None:
-        environment["TRITON_CASES_PART"] = part
-    if interpret:
-        environment["TRITON_INTERPRET"] = "1"
-    return subprocess.run(
-        [sys.executable, "-m", *command],
-        cwd=ROOT,
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
-    )
-
-
-def run_cases(marks: str, part: str | None = None) -> None:
-    options = ("-q", "-p", "no:cacheprovider", "-p", "no:xdist", "-x", "-m", marks)
-    done = run("pytest", str(CASES), *options, interpret=not torch.cuda.is_available(), part=part)
-    assert done.returncode == 0, done.stdout[-8000:] + done.stderr[-2000:]
-    assert " passed" in done.stdout
-
-
-def test_kernels():
-    run_cases("not slow")
+def test_kernels(tmp_path):
+    run_cases(CASES, tmp_path, "-m", "not slow")
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("part", [f"{i}/{PARTS}" for i in range(PARTS)])
-def test_kernels_in_many_cases(part):
-    run_cases("slow", part)
+def test_kernels_in_many_cases(part, tmp_path):
+    run_cases(CASES, tmp_path, "-m", "slow", TRITON_CASES_PART=part)
 
 
 def call(**changes) -> str | None:
@@ -96,16 +64,16 @@ def test_forced_backend_names_the_reason(monkeypatch):
         na1d(query, query, query, 3, backend="triton")
 
 
-def report(*options: str) -> list[dict[str, str]]:
+def report(folder: Path, *options: str) -> list[dict[str, str]]:
     """Rows of the table that the report writes."""
-    done = run("tools.triton_report", *options, interpret=False)
-    assert done.returncode == 0, done.stdout + done.stderr
-    lines = [[c.strip() for c in line.strip("|").split("|")] for line in done.stdout.splitlines()]
-    return [dict(zip(lines[0], line, strict=True)) for line in lines[2:]]
+    said = run_program("-m", "tools.triton_report", *options, folder=folder)
+    rows = [line.strip("|").split("|") for line in said.splitlines() if line.startswith("|")]
+    names, _, *cells = [[cell.strip() for cell in row] for row in rows]
+    return [dict(zip(names, row, strict=True)) for row in cells]
 
 
-def test_compiles_ahead_of_time():
-    rows = report("--arch", "90", "--dtype", "bfloat16", "--head-dim", "64", "--first")
+def test_compiles_ahead_of_time(tmp_path):
+    rows = report(tmp_path, "--arch", "90", "--dtype", "bfloat16", "--head-dim", "64", "--first")
     assert {row["kernel"] for row in rows} == {
         "forward_kernel",
         "delta_kernel",
@@ -121,9 +89,9 @@ def test_compiles_ahead_of_time():
 @pytest.mark.slow
 @pytest.mark.parametrize("arch", ["80", "90"])
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
-def test_every_kernel_compiles_for(arch, dtype):
+def test_every_kernel_compiles_for(arch, dtype, tmp_path):
     options = ("--head-dim", "32", "64", "128", "--rank", "1", "2", "3", "--extra", "--rpb")
-    rows = report("--arch", arch, "--dtype", dtype, *options, "--first")
+    rows = report(tmp_path, "--arch", arch, "--dtype", dtype, *options, "--first")
     assert len(rows) == 3 * 3 * 6
     for row in rows:
         assert int(row["registers"]) <= 255, row
