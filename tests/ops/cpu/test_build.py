@@ -4,7 +4,6 @@ import errno
 import logging
 import os
 import signal
-import subprocess
 import sys
 import threading
 from pathlib import Path
@@ -12,12 +11,11 @@ from pathlib import Path
 import pytest
 import torch
 from compiled_kernels import random
+from fresh_python import run_code
 
 from ops import cpu
 from ops.cpu import batch, build, cache, compiler, instruction_sets, libraries
 from ops.neighborhood import na2d
-
-ROOT = Path(__file__).parents[2]
 
 
 def _compiler(path: Path, script: str) -> Path:
@@ -271,6 +269,7 @@ def test_concurrent_processes_build_once(sources, tmp_path):
     # What they import is imported once, before they fork.
     code = (
         "import logging, os; logging.basicConfig(level=logging.INFO)\n"
+        f"os.environ.clear(); os.environ.update({dict(os.environ)!r})\n"
         "from pathlib import Path; from ops.cpu import build, libraries\n"
         f"libraries.SOURCES = Path({str(sources)!r})\n"
         "for _ in range(3):\n"
@@ -279,15 +278,9 @@ def test_concurrent_processes_build_once(sources, tmp_path):
         "        os._exit(0)\n"
         "print([os.wait()[1] for _ in range(3)])\n"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", code],
-        env={**os.environ, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert done.stdout == "[0, 0, 0]\n", done.stderr
-    assert done.stderr.count("Compiled the small kernel") == 1
+    said = run_code(code, tmp_path)
+    assert said.endswith("[0, 0, 0]\n"), said
+    assert said.count("Compiled the small kernel") == 1
     assert len(list(cpu.cache_dir().glob("*.so"))) == 1
 
 

@@ -9,6 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from fresh_python import run_code
 
 from ops import cpu
 from ops.cpu import openmp
@@ -30,19 +31,13 @@ print(before, tasks(), openmp.runtime(), *sorted(libraries), sep="\\n")
 """
 
 
-def _run(**variables: str) -> tuple[int, int, Path, list[str]]:
-    environment = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS",)}
-    environment |= {"PYTHONPATH": os.pathsep.join(sys.path), **variables}
-    done = subprocess.run(
-        [sys.executable, "-c", _CODE], env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    before, after, runtime, *mapped = done.stdout.splitlines()
+def _reported(said: str) -> tuple[int, int, Path, list[str]]:
+    before, after, runtime, *mapped = said.splitlines()
     return int(before), int(after), Path(runtime), [m for m in mapped if _RUNTIME.search(m)]
 
 
-def test_a_process_has_one_runtime_and_one_pool_of_threads() -> None:
-    before, after, runtime, mapped = _run()
+def test_a_process_has_one_runtime_and_one_pool_of_threads(tmp_path: Path) -> None:
+    before, after, runtime, mapped = _reported(run_code(_CODE, tmp_path))
     assert mapped == [str(runtime)]
     assert after == before
 
@@ -53,7 +48,13 @@ def test_a_runtime_that_was_preloaded_is_shared_too() -> None:
     preloaded = next(Path("/usr/lib").glob("llvm-*/lib/libomp.so.5"), None)
     if preloaded is None:
         pytest.fail("the test needs Debian's libomp5")
-    before, after, runtime, _ = _run(LD_PRELOAD=str(preloaded))
+    environment = {k: v for k, v in os.environ.items() if k not in ("OMP_NUM_THREADS",)}
+    environment |= {"PYTHONPATH": os.pathsep.join(sys.path), "LD_PRELOAD": str(preloaded)}
+    done = subprocess.run(
+        [sys.executable, "-c", _CODE], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    before, after, runtime, _ = _reported(done.stdout)
     assert runtime.resolve() == preloaded.resolve()
     assert after == before
 

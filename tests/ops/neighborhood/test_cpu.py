@@ -1,13 +1,12 @@
 """The compiled CPU kernel: exact against brute force and deterministic."""
 
 import copy
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
 from compiled_kernels import using_threads
+from fresh_python import run_code
 from neighborhood_oracle import (
     NA,
     Case,
@@ -23,7 +22,6 @@ from ops.cpu import build
 from ops.neighborhood import cpu, na1d, na2d, na3d
 from ops.neighborhood._geometry import NAParams
 
-ROOT = Path(__file__).parents[3]
 LIMITS = Limits(dims=(1, 2, 3, 5, 8, 13, 16, 17, 24, 31, 32, 33, 48, 64, 80, 127, 128))
 # Maps wide enough for every way of fetching keys: whole vectors, permuted ones, gathered ones.
 WIDE = Limits(max_size={1: 200, 2: 26, 3: 9}, dims=(1, 7, 16, 20, 32))
@@ -236,32 +234,34 @@ def test_gradients_of_neighbouring_windows(size, window, dim):
         torch.testing.assert_close(a.double(), b, rtol=1e-5, atol=2e-5)
 
 
+_MEMORY = """
+import torch
+from ops.neighborhood import na2d
+from tools.measuring import PeakMemory
+
+def step(tensors, kernel_size, grad):
+    out = na2d(*tensors, kernel_size, backend="cpu")
+    return out, *torch.autograd.grad(out, tensors, grad)
+
+torch.set_num_threads(1)
+tiny, large = (torch.randn(3, 1, n, n, 4, 32).unbind() for n in (8, 128))
+for t in (*tiny, *large):
+    t.requires_grad_()
+grad = torch.randn_like(large[0])
+step(tiny, 3, torch.randn_like(tiny[0]))
+inputs = sum(t.nbytes for t in large)
+for kernel_size in (7, 25):
+    with PeakMemory(torch.device("cpu")) as memory:
+        results = step(large, kernel_size, grad)
+    print((memory.bytes - sum(t.nbytes for t in results)) / inputs)
+    del results
+"""
+
+
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak from /proc")
-def test_memory_does_not_grow_with_the_window():
+def test_memory_does_not_grow_with_the_window(tmp_path):
     """What is held beyond the results; gathered windows would be 625 times the keys at 25 x 25."""
-    code = (
-        "import torch; from ops.neighborhood import na2d\n"
-        "from tools.measuring import PeakMemory\n"
-        "torch.set_num_threads(1)\n"
-        "def step(tensors, kernel_size, grad):\n"
-        "    out = na2d(*tensors, kernel_size, backend='cpu')\n"
-        "    return out, *torch.autograd.grad(out, tensors, grad)\n"
-        "tiny, large = (torch.randn(3, 1, n, n, 4, 32).unbind() for n in (8, 128))\n"
-        "for t in (*tiny, *large): t.requires_grad_()\n"
-        "grad = torch.randn_like(large[0])\n"
-        "step(tiny, 3, torch.randn_like(tiny[0]))\n"
-        "inputs = sum(t.nbytes for t in large)\n"
-        "for kernel_size in (7, 25):\n"
-        "    with PeakMemory(torch.device('cpu')) as memory:\n"
-        "        results = step(large, kernel_size, grad)\n"
-        "    print((memory.bytes - sum(t.nbytes for t in results)) / inputs)\n"
-        "    del results\n"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
-    assert done.returncode == 0, done.stderr
-    narrow, wide = map(float, done.stdout.split())
+    narrow, wide = map(float, run_code(_MEMORY, tmp_path).split())
     # The lse, the scratch and the sums of the key gradients.
     assert 0 < narrow < 1 and 0 < wide < 1
     assert wide < narrow + 0.1
