@@ -9,6 +9,7 @@ that existed before, such as weights.
 from __future__ import annotations
 
 import ctypes
+import functools
 import struct
 import weakref
 from collections.abc import Callable, Sequence
@@ -32,7 +33,7 @@ from ops.replay.graph import (
     tensors_in,
 )
 
-__all__ = ["ALLOCATIONS", "Capture"]
+__all__ = ["ALLOCATIONS", "Capture", "name_of"]
 
 ALLOCATIONS = {"torch.empty", "torch.empty_like", "torch.Tensor.new_empty"}
 # Queries of a tensor's metadata. Queries of its values, which could change the sequence of calls,
@@ -142,7 +143,7 @@ class Capture(TorchFunctionMode):
                 self.failure = error
 
     def _note_function(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:
-        name = str(func) if isinstance(func, torch._ops.OpOverload) else resolve_name(func)
+        name = name_of(func)
         if isinstance(result, Tensor):
             self._note(name, func, args, kwargs, (result,))
         elif _is_tensors(result):
@@ -246,6 +247,12 @@ class Capture(TorchFunctionMode):
             self.constants.append(t.untyped_storage())
             return t.data_ptr() + offset
         return Place(index, t.data_ptr() + offset - self.buffers[index].start)
+
+
+@functools.lru_cache(maxsize=1024)
+def name_of(func: Any) -> str | None:
+    """The name of a torch function; cached, since ``resolve_name`` sets up warning filters."""
+    return str(func) if isinstance(func, torch._ops.OpOverload) else resolve_name(func)
 
 
 def _is_tensors(result: Any) -> bool:

@@ -16,13 +16,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.overrides import resolve_name
 
 from ops.cpu.binding import Kernel
 from ops.cpu.build import status
 from ops.cpu.decisions import Decision, observe_decisions
 from ops.cpu.flops import function_flops, kernel_flops
-from ops.replay.capture import ALLOCATIONS, Capture
+from ops.replay.capture import ALLOCATIONS, Capture, name_of
 from ops.replay.clock import clock
 from ops.replay.graph import tensors_in
 
@@ -192,9 +191,7 @@ def _shapes(tensors: Sequence[Tensor]) -> list[Shape]:
 
 
 def _name_of(func: Any) -> str:
-    if isinstance(func, torch._ops.OpOverload):
-        return str(func)
-    return resolve_name(func) or getattr(func, "__name__", str(func))
+    return name_of(func) or str(getattr(func, "__name__", func))
 
 
 def _computes(name: str, args: Any, kwargs: dict[str, Any], outputs: Sequence[Tensor]) -> bool:
