@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from zoo import (
     CLASSIFIERS,
     FAMILIES,
+    ISOTROPIC,
     RESTORATION,
     SMALL,
     STRIDE_16,
@@ -48,6 +49,11 @@ every_classifier = pytest.mark.parametrize("family", CLASSIFIERS)
 def _quick_few(*quick: str) -> list[Any]:
     """All families, of which so many are quick."""
     return [pytest.param(f, marks=() if f in quick else pytest.mark.slow) for f in FAMILIES]
+
+
+def _side(family: str) -> int:
+    """Of images with several windows; a restoration model's first map has the size of the image."""
+    return 24 if family in RESTORATION else 64
 
 
 def _relative(value: Tensor, expected: Tensor) -> float:
@@ -364,10 +370,45 @@ def test_half_precision(family: str) -> None:
     assert _relative(model.bfloat16()(x.bfloat16()).float(), exact) < 0.3
 
 
+# Arguments for tracing, which takes long for each block: every kind of block and stage, once or so.
+TRACED: dict[str, dict[str, Any]] = {
+    "biformer": {"dims": (64, 96), "depths": (1, 1), "mlp_ratios": (3, 3), "topks": (4, None)},
+    "dinat_s": {"dims": (32, 64), "num_heads": (1, 2), "depths": (1, 2), "dilations": (1, (1, 2))},
+    "efficientvit": {"dims": (32, 64), "num_heads": (2, 2), "depths": (1, 1)},
+    "favit": {
+        **{"dims": (32, 64), "depths": (1, 1), "num_heads": (1, 2), "mlp_ratios": (8, 6)},
+        "sr_ratios": (4, 1),
+    },
+    "hat": {"depths": (2,), "num_heads": (2,)},
+    "inception_next": {"dims": (40, 80), "depths": (1, 1), "mlp_ratios": (4, 3)},
+    "litv2": {
+        **{"dims": (32, 48, 64), "num_heads": (0, 4, 4), "depths": (1, 1, 1)},
+        "window_sizes": (1, 2, 1),
+    },
+    "medvitv2": {"depths": (1, 2, 1, 1)},
+    "nat": {"dims": (64, 96), "num_heads": (2, 3), "depths": (2, 1), "dilations": ((1, 2), 1)},
+    "proxylessnas": {
+        "dims": ((24,), (32, 32, 32), (48,)),
+        "kernel_sizes": ((3,), (5, 0, 3), (7,)),
+        "expansions": ((1,), (3, 0, 3), (6,)),
+    },
+    "ravlt": {
+        **{"dims": (64, 128), "num_heads": (1, 2), "depths": (1, 1), "linear": (True, False)},
+        "layer_scales": (1, 1),
+    },
+    "shvit": {"dims": (128, 224), "depths": (1, 1), "attn_dims": (0, 48)},
+    "unireplknet": {"dims": (40, 80), "depths": (1, 1), "kernel_sizes": (3, 13)},
+    "van": {"dims": (32, 64), "depths": (1, 1), "mlp_ratios": (8, 4)},
+    "vig": {"dims": (64, 96), "num_heads": (2, 3), "depths": (1, 1)},
+}
+
+
 def _traceable(family: str) -> nn.Module:
-    """With one block a stage where a stage's blocks are alike: tracing takes so long for each."""
-    alike = ("biformer", "favit", "inception_next", "litv2", "ravlt", "unireplknet", "van", "vig")
-    return small(family, **({"depths": (1, 1, 1, 1)} if family in alike else {})).eval()
+    model = small(family, **TRACED.get(family, {})).eval()
+    if family in ISOTROPIC:
+        del model.stages[2:]  # of four that are alike
+    assert set(map(type, model.modules())) == set(map(type, small(family).modules()))
+    return model
 
 
 @pytest.mark.parametrize(
@@ -375,20 +416,20 @@ def _traceable(family: str) -> nn.Module:
 )
 def test_export(family: str) -> None:
     """The quick ones are small; traced are attention, our operators and convolutions."""
-    model = _traceable(family)
+    model, side = _traceable(family), _side(family)
     batch = torch.export.Dim("batch", min=1, max=16)
     program = torch.export.export(
-        model, (images(2, 3, 64, 64),), dynamic_shapes=({0: batch},), strict=False
+        model, (images(2, 3, side, side),), dynamic_shapes=({0: batch},), strict=False
     )
-    x = images(3, 3, 64, 64)
+    x = images(3, 3, side, side)
     torch.testing.assert_close(program.module()(x), model(x), rtol=1e-4, atol=1e-4)
 
 
 def _compiled_agrees(family: str, backend: str) -> None:
     torch.compiler.reset()
-    model = _traceable(family)
+    model, side = _traceable(family), _side(family)
     compiled = torch.compile(model, backend=backend, fullgraph=True)
-    x = images(1, 3, 64, 64).requires_grad_()
+    x = images(1, 3, side, side).requires_grad_()
     out = compiled(x)
     torch.testing.assert_close(out, model(x), rtol=1e-4, atol=1e-4)
     out.sum().backward()
