@@ -27,6 +27,15 @@ def official() -> dict[str, Tensor]:
     return checkpoint(VAN)
 
 
+@pytest.fixture(scope="module")
+def wanted(official: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Our state dict with the official weights, whose logits are the published ones."""
+    model = _van()
+    load_checkpoint(model, official)
+    assert _is_official(model)
+    return dict(model.state_dict())
+
+
 def _van(**kwargs: Any) -> Any:
     if not kwargs:
         return _mould().copy()
@@ -62,12 +71,16 @@ def _is_official(model: Any) -> bool:
     ids=["bare", "state_dict", "model", "model_ema", "params_ema", "module.", "compiled"],
 )
 @pytest.mark.parametrize("suffix", [".pth", ".bin", ".pth.tar"])
-def test_wrappers(official: dict[str, Tensor], wrap: Any, suffix: str, tmp_path: Path) -> None:
+def test_wrappers(
+    official: dict[str, Tensor], wanted: dict[str, Tensor], wrap: Any, suffix: str, tmp_path: Path
+) -> None:
     torch.save(wrap(official), tmp_path / f"van{suffix}")
     model = _van()
     report = load_checkpoint(model, tmp_path / f"van{suffix}")
     assert not (report.missing or report.unexpected or report.resized or report.ignored)
-    assert _is_official(model)
+    state = model.state_dict()
+    assert state.keys() == wanted.keys()
+    assert all(torch.equal(state[name], tensor) for name, tensor in wanted.items())
 
 
 def test_safetensors_and_the_factory(official: dict[str, Tensor], tmp_path: Path) -> None:
