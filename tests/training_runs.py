@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import faulthandler
+import json
 import multiprocessing
 import os
 import random
@@ -26,10 +27,9 @@ import train_cls
 from backbones.training.checkpoint import load_state
 from backbones.training.distributed import leave_processes
 
-TINY = [
-    "--model=shvit_s1",
-    "--model-args={dims: [16, 24, 32], depths: [1, 1, 1], attn_dims: [0, 8, 8]}",
-]
+# A block without attention, a downsampling, and a block with attention.
+MODEL_ARGS = {"dims": [16, 24], "depths": [1, 1], "attn_dims": [0, 8]}
+TINY = ["--model=shvit_s1", f"--model-args={json.dumps(MODEL_ARGS)}"]
 QUICK = [
     *TINY,
     *("--img-size=32", "--batch-size=8", "--workers=0", "--threads=1", "--device=cpu"),

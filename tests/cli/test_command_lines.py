@@ -32,7 +32,7 @@ from backbones.cli.main import COMMANDS, main
 from backbones.training.checkpoint import save_weights
 
 EXAMPLES = 130
-TINY = {"dims": [16, 24, 32], "depths": [1, 1, 1], "attn_dims": [0, 8, 8]}
+TINY = {"dims": [16, 24], "depths": [1, 1], "attn_dims": [0, 8]}
 TINY_HAT = {"dim": 8, "depths": [1], "num_heads": [2], "compress_ratio": 2, "squeeze_factor": 4}
 TINY_HAT["head_width"] = 8
 

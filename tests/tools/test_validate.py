@@ -13,7 +13,7 @@ import torch
 from other_encodings import Stream
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from training_runs import TINY, make_images, train
+from training_runs import MODEL_ARGS, TINY, make_images, train
 
 import backbones
 from backbones.training.corruptions import (
@@ -87,9 +87,8 @@ def test_options_win_over_what_the_model_states(validate, folder):
 
 
 def test_a_list_continues_after_an_error(validate, folder, tmp_path):
-    arguments = {"dims": [16, 24, 32], "depths": [1, 1, 1], "attn_dims": [0, 8, 8]}
     torch.save(
-        backbones.create_model("shvit_s1", num_classes=3, **arguments).state_dict(),
+        backbones.create_model("shvit_s1", num_classes=3, **MODEL_ARGS).state_dict(),
         tmp_path / "s.pth",
     )
     torch.save({"head.fc.weight": torch.zeros(3, 3)}, tmp_path / "bad.pth")
@@ -97,9 +96,7 @@ def test_a_list_continues_after_an_error(validate, folder, tmp_path):
     listing.write_text(
         f"# some\nshvit_s1 {tmp_path}/bad.pth\nshvit_s9 x.pth\n\nshvit_s1 {tmp_path}/s.pth\n"
     )
-    status, rows, printed = validate(
-        "--list", str(listing), f"--model-args={arguments}", "--img-size=32"
-    )
+    status, rows, printed = validate("--list", str(listing), *TINY[1:], "--img-size=32")
     assert status == 1
     assert [bool(row["error"]) for row in rows] == [True, True, False]
     assert "there is no checkpoint x.pth" in rows[1]["error"] and rows[2]["top1"]

@@ -64,7 +64,7 @@ def chest(tmp_path_factory):
     folder = tmp_path_factory.mktemp("medmnist")
     generator = np.random.default_rng(0)
     arrays = {}
-    for split, count in (("train", 240), ("val", 65), ("test", 9)):
+    for split, count in (("train", 128), ("val", 65), ("test", 9)):
         labels = generator.integers(0, 2, (count, 3))
         images = generator.integers(0, 100, (count, 28, 28, 3)) + 120 * labels[:, None, None]
         arrays |= {f"{split}_images": images.astype(np.uint8)}
@@ -82,14 +82,14 @@ def test_the_labels_of_a_set(chest):
 
 def test_a_run_learns_them(chest, tmp_path, capsys):
     arguments = ("--data=medmnist/chestmnist", f"--data-dir={chest}", f"--output={tmp_path}")
-    words = ("--name=run", "--no-aug", "--lr=3e-3", "--batch-size=16")
-    assert train(*arguments, *words, "--epochs=8", "--ema", "--ema-decay=0.5") == 0
+    words = ("--name=run", "--no-aug", "--lr=1e-2", "--batch-size=16")
+    assert train(*arguments, *words, "--epochs=6", "--ema", "--ema-decay=0.5") == 0
     row = final_state(tmp_path / "run")["history"][-1]
-    # Chance is 50 in both; the least of eight seeds was 93.7 and 90.8.
+    # Chance is 50 in both; the least of eight seeds was 90.9 and 88.2.
     assert row["ema_auc"] > 75 and row["val_top1"] > 70
     printed = capsys.readouterr().out
     assert "AUC" in printed and "best AUC" in printed
-    assert train(*arguments, *words, "--epochs=9", "--resume=auto", "--ema") == 0
+    assert train(*arguments, *words, "--epochs=7", "--resume=auto", "--ema") == 0
 
 
 def test_loader_processes_change_nothing(chest, tmp_path):

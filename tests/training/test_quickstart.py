@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import yaml
 from PIL import Image
-from training_runs import QUICK, make_images, train
+from training_runs import MODEL_ARGS, TINY, make_images, train
 
 import backbones
 import train_cls
@@ -20,7 +20,6 @@ from backbones.training.progress import RESULTS, Progress, duration
 from backbones.training.recipe import Recipe
 
 QUICKSTART = Path(train_cls.__file__).parent / "configs" / "cls" / "quickstart.yaml"
-MODEL_ARGS = {"dims": [16, 24, 32], "depths": [1, 1, 1], "attn_dims": [0, 8, 8]}
 
 
 def read_summary(folder):
@@ -37,8 +36,7 @@ def test_the_digits_are_split_evenly():
 
 def test_it_learns_and_leaves_its_files(tmp_path, capsys):
     arguments = ["--config", str(QUICKSTART), f"--output={tmp_path}", "--epochs=2", "--img-size=32"]
-    model = [word for word in QUICK if word.startswith("--model-args")]
-    assert train_cls.main([*arguments, *model, "--log-every=2"]) == 0
+    assert train_cls.main([*arguments, *TINY[1:], "--log-every=2"]) == 0
     folder = tmp_path / "quickstart"
     wanted = {name for name in RESULTS if not name.startswith(("corrupt", "bad"))}
     assert wanted <= {path.name for path in folder.iterdir()}
