@@ -26,6 +26,9 @@ from backbones.cli.main import main
 
 # From a single window, or less, to several at every stage; none divides by much.
 SHAPES = [(1, 3, 64, 64), (3, 3, 97, 131), (2, 3, 226, 158), (1, 3, 33, 41)]
+# What is exported in every run: SHViT with a stage without attention and one with it.
+QUICK = ("shvit", True)
+TWO_STAGES = {"dims": (32, 48), "depths": (1, 1), "attn_dims": (0, 16)}
 
 
 def errors(model: torch.nn.Module, run: exporting.Run, shapes: list) -> list[float]:
@@ -35,7 +38,7 @@ def errors(model: torch.nn.Module, run: exporting.Run, shapes: list) -> list[flo
 @functools.lru_cache(maxsize=1)
 def traced(family: str, fused: bool) -> tuple[Any, Any]:
     """A shallow model, and its program for dynamic sizes, which takes seconds."""
-    model = randomise(small(family)).eval()
+    model = randomise(small(family, **TWO_STAGES if (family, fused) == QUICK else {})).eval()
     if fused:
         model.fuse(channels_last=False)
     return model, exporting.trace(model, (1, 3, 96, 160), dynamic=True)
@@ -48,8 +51,7 @@ def traced(family: str, fused: bool) -> tuple[Any, Any]:
             family,
             fused,
             id=f"{family}-fused" if fused else family,
-            # The fused form of one stands for all among the quick tests.
-            marks=() if (family, fused) == ("shvit", True) else pytest.mark.slow,
+            marks=() if (family, fused) == QUICK else pytest.mark.slow,
         )
         for family in FAMILIES
         for fused in (False, True)
@@ -66,7 +68,7 @@ def test_every_family_with_dynamic_sizes(family: str, fused: bool, tmp_path: Pat
 def test_the_command_writes_what_it_says(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    shallow = functools.partial(backbones.create_model, depths=(1, 1, 1))
+    shallow = functools.partial(backbones.create_model, **TWO_STAGES)
     monkeypatch.setattr(backbones, "create_model", shallow)
     path = tmp_path / "shvit.pt2"
     words = ["export", "shvit_s1", "--size", "64", "--dynamic", "--fused", "--out", str(path)]
@@ -235,7 +237,8 @@ def test_options_have_defaults() -> None:
 
 def test_deformable_convolutions_are_decomposed(tmp_path: Path) -> None:
     """OpenVINO has no DeformConv."""
-    model = randomise(small("litv2", depths=(1, 1, 1, 1))).eval()
+    sizes = {"dims": (32, 48), "num_heads": (0, 4), "window_sizes": (1, 2), "depths": (1, 1)}
+    model = randomise(small("litv2", **sizes)).eval()
     images = torch.randn(2, 3, 64, 96)
     exporting.save_onnx(exporting.trace(model, images.shape, dynamic=False), tmp_path / "m.onnx")
     operators = {node.op_type for node in onnx.load(tmp_path / "m.onnx").graph.node}
