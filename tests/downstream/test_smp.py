@@ -20,9 +20,11 @@ Page = Callable[[str], dict[str, Any]]
 Pictures = tuple[Tensor, Tensor, Tensor]
 
 
-def _learn(model: nn.Module, pictures: Pictures, train: Train) -> None:
+def _learn(
+    model: nn.Module, pictures: Pictures, train: Train, steps: int = 5, lr: float = 2e-3
+) -> None:
     images, masks = (values[:2] for values in pictures[:2])
-    losses = train(model, lambda: F.cross_entropy(model(images), masks), 8, lr=1e-3)
+    losses = train(model, lambda: F.cross_entropy(model(images), masks), steps, lr)
     assert sum(losses[-2:]) < 0.7 * sum(losses[:2])
 
 
@@ -68,7 +70,7 @@ def test_models_of_the_page_learn(
     model = run_page("segmentation-models-pytorch")[name]
     inside = model.encoder.model.model
     assert type(inside).__module__.startswith("backbones.")
-    _learn(model, rectangles, train)
+    _learn(model, rectangles, train, steps=8, lr=1e-3)
 
 
 @pytest.mark.parametrize("family", STRIDE_16)

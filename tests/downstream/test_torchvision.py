@@ -33,15 +33,15 @@ def test_detectors_of_the_page_learn(
 ) -> None:
     model = run_page("torchvision")[name]
     model.transform.min_size = (64,)
-    steps = 8
+    steps, lr = 5, 2e-4
     if name == "mask_rcnn":
         # Fewer regions, as befits one object an image.
         model.rpn._pre_nms_top_n = {"training": 100, "testing": 50}
         model.roi_heads.fg_bg_sampler.batch_size_per_image = 8
         model.roi_heads.detections_per_img = 10
-        steps = 5
+        steps, lr = 4, 1e-4
     two = tuple(values[:2] for values in rectangles)
-    losses = train(model, _loss(model, two), steps, lr=1e-4)
+    losses = train(model, _loss(model, two), steps, lr)
     assert sum(losses[-2:]) < 0.8 * sum(losses[:2])
     found = model.eval()(list(rectangles[0]))
     assert len(found) == 4 and all(f["boxes"].shape[1:] == (4,) for f in found)
