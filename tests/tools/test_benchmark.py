@@ -24,8 +24,9 @@ QUICK = ["--turn-ms", "0"]
 
 
 def _shallow(name: str, **arguments: Any) -> Any:
-    """What is measured and exported here is a model of few blocks."""
-    return _create_model(name, **{"depths": (1, 1, 1), **arguments})
+    """What is measured and exported here has a block without attention and one with it."""
+    sizes = {"dims": (64, 96), "depths": (1, 1), "attn_dims": (0, 24)}
+    return _create_model(name, **{**sizes, **arguments})
 
 
 @pytest.fixture(scope="module")
