@@ -161,10 +161,12 @@ def test_train_resume_evaluate_draw(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(quickstart, "SIDE", 64)
     detects = name.startswith("det")
     # Two steps each time.
     length, last = ("max_epochs", "epoch_{}.pth") if detects else ("max_iters", "iter_{}.pth")
     ends = (1, 2) if detects else (2, 4)
+    smaller = [] if detects else ["model.data_preprocessor.size=(64,64)"]
 
     def options(end: int, run: str) -> list[str]:
         return [
@@ -175,6 +177,7 @@ def test_train_resume_evaluate_draw(
             "train_cfg.val_interval=100",
             f"default_hooks.checkpoint.interval={ends[0]}",
             f"experiment_name={tmp_path.name}-{run}",
+            *smaller,
         ]
 
     train = _tool("train_mm")
@@ -192,7 +195,7 @@ def test_train_resume_evaluate_draw(
     rmtree(tmp_path / "runs/mm/data")
     checkpoint = str(folder / last.format(ends[1]))
     last_options = [f"experiment_name={tmp_path.name}-test"]
-    last_options += ["quickstart_data.train=8", "quickstart_data.val=2"]
+    last_options += ["quickstart_data.train=8", "quickstart_data.val=2", *smaller]
     if name.endswith("retinanet"):
         # After four steps no score is above the usual threshold.
         last_options.append("model.test_cfg.score_thr=0.0")
