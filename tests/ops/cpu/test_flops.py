@@ -24,6 +24,7 @@ from ops.replay.trace import Trace, TracedCall
 # They have no products, or are no part of a forward pass.
 UNCOUNTED = {
     *("bi_wkv_backward", "bi_wkv_forward", "gated_scan", "gated_scan_backward", "mixed_scan"),
+    "normed_scan",
     *("nhwc_from_nchw", "layer_norm", "na_cpu_backward", "rms_norm", "shifted_mixtures"),
     *("nchw_from_nhwc", "window_means"),
 }
