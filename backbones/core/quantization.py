@@ -159,8 +159,11 @@ def _entry(
 ) -> LayerPrecision:
     out_features, in_features = layer.weight.shape[:2]
     reason = ""
+    dtype = policy.maps_of_int8()
     if in_features > LARGEST_INPUT:
         reason = f"more than {LARGEST_INPUT} inputs"
+    elif not policy.pays_in_bytes(in_features, out_features, dtype):
+        reason = f"so small that it is faster in {_name(dtype)}"
     elif not layer.weight.isfinite().all():
         reason = "NaN or infinities in its weight"
     elif calibrated and name not in ranges:

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 import backbones
 from backbones.core.console import CommandError
 from backbones.restoration.restorer import add_model_arguments, restorer_of
+from ops.cpu import policy
 from ops.cpu.gemm.int8 import not_faster_in_int8
 
 
@@ -31,8 +32,9 @@ def test_it_is_fused_on_a_cpu_unless_it_runs_in_two_dtypes(tmp_path: Path, amp: 
         torch.testing.assert_close(model(x), plain(x), rtol=1e-4, atol=1e-4)
 
 
-def test_dtypes(tmp_path: Path) -> None:
+def test_dtypes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a CPU that has instructions for them, without autocast."""
+    monkeypatch.setattr(policy, "_FEWEST_IN_BYTES_OF_TILES", 1)  # all layers are small
     plain = backbones.create_model("hat_nano_x2").eval()
     save_file(plain.state_dict(), tmp_path / "nano.safetensors")
     parser = argparse.ArgumentParser()

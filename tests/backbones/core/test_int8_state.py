@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,15 @@ def _other_weights(family: str) -> Any:
     for parameter in model.parameters():
         parameter.data.mul_(0.5)
     return model
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_layers_too() -> Iterator[None]:
+    """Those of small models, some of which stay in floats otherwise."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_FEWEST_IN_BYTES", "_FEWEST_IN_BYTES_OF_TILES"):
+            patch.setattr(policy, name, 1)
+        yield
 
 
 @pytest.fixture(scope="module")

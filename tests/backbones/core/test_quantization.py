@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
+from collections.abc import Iterator
 
 import pytest
 import torch
@@ -28,6 +29,15 @@ def _error(value: Tensor, expected: Tensor) -> float:
 
 def _images(*shape: int) -> Tensor:
     return images(*shape).to(_MAPS)
+
+
+@pytest.fixture(scope="module", autouse=True)
+def small_layers_too() -> Iterator[None]:
+    """Those of small models, some of which stay in floats otherwise."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("_FEWEST_IN_BYTES", "_FEWEST_IN_BYTES_OF_TILES"):
+            patch.setattr(policy, name, 1)
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -56,6 +66,21 @@ def test_every_family(family: str) -> None:
         for copied in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
             assert torch.equal(copied(_images(*size)), outputs[0])
             assert str(copied.precision) == str(fused.precision)
+
+
+@_needs_bytes
+@pytest.mark.parametrize(("tiles", "fewest"), [(True, 1 << 15), (False, 1 << 13)])
+def test_small_layers_stay_in_floats(
+    tiles: bool, fewest: int, shvit: nn.Module, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = "_FEWEST_IN_BYTES_OF_TILES" if tiles else "_FEWEST_IN_BYTES"
+    monkeypatch.setattr(policy, name, fewest)
+    monkeypatch.setattr(policy, "by_tiles", lambda dtype: tiles)
+    layers = copy.deepcopy(shvit).fuse(torch.int8).precision.layers
+    small = [x for x in layers if x.in_features * x.out_features < fewest]
+    dtype = str(_MAPS).removeprefix("torch.")
+    assert small and {x.reason for x in small} == {f"so small that it is faster in {dtype}"}
+    assert "int8" in {x.dtype for x in layers if x not in small}
 
 
 @_needs_bytes
