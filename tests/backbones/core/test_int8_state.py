@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,10 @@ from ops.cpu import policy
 from ops.cpu.gemm.int8 import not_faster_in_int8
 
 _REASON = not_faster_in_int8(torch.device("cpu"))
-pytestmark = pytest.mark.skipif(_REASON is not None, reason=f"{_REASON}")
+pytestmark = [
+    pytest.mark.skipif(_REASON is not None, reason=f"{_REASON}"),
+    pytest.mark.usefixtures("small_layers_too"),
+]
 _MAPS = policy.maps_of_int8()
 _SIZE = (1, 3, 64, 64)
 
@@ -31,17 +33,8 @@ def _other_weights(family: str) -> Any:
     return model
 
 
-@pytest.fixture(scope="module", autouse=True)
-def small_layers_too() -> Iterator[None]:
-    """Those of small models, some of which stay in floats otherwise."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("_FEWEST_IN_BYTES", "_FEWEST_IN_BYTES_OF_TILES"):
-            patch.setattr(policy, name, 1)
-        yield
-
-
 @pytest.fixture(scope="module")
-def shvit() -> Any:
+def shvit(small_layers_too: None) -> Any:
     return randomise(small("shvit")).eval().fuse(torch.int8, calibrate=images(*_SIZE))
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import logging
 import pickle
-from collections.abc import Iterator
 
 import pytest
 import torch
@@ -21,6 +20,7 @@ from ops.cpu.gemm.int8 import not_faster_in_int8
 _REASON = not_faster_in_int8(torch.device("cpu"))
 _needs_bytes = pytest.mark.skipif(_REASON is not None, reason=f"{_REASON}")
 _MAPS = policy.maps_of_int8()
+pytestmark = pytest.mark.usefixtures("small_layers_too")
 
 
 def _error(value: Tensor, expected: Tensor) -> float:
@@ -31,17 +31,8 @@ def _images(*shape: int) -> Tensor:
     return images(*shape).to(_MAPS)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def small_layers_too() -> Iterator[None]:
-    """Those of small models, some of which stay in floats otherwise."""
-    with pytest.MonkeyPatch.context() as patch:
-        for name in ("_FEWEST_IN_BYTES", "_FEWEST_IN_BYTES_OF_TILES"):
-            patch.setattr(policy, name, 1)
-        yield
-
-
 @pytest.fixture(scope="module")
-def shvit() -> nn.Module:
+def shvit(small_layers_too: None) -> nn.Module:
     """For small images, also where there are none and some are drawn."""
     overlay = {"input_size": (3, 64, 64)}
     return randomise(small("shvit", pretrained_cfg_overlay=overlay)).eval()
