@@ -175,7 +175,7 @@ MAKERS: dict[str, Callable[[Path], object]] = {
     _VAN_B0: partial(_published, "van", "van_b0"),
     _VAN_B2: partial(_published, "van", "van_b2"),
     "biformer_base.pth": partial(_weights, "biformer_base", num_classes=CLASSES),
-    "shvit_s1-int8.safetensors": partial(_in_bytes, "shvit_s1"),
+    "van_b0-int8.safetensors": partial(_in_bytes, "van_b0"),
     "HAT_SRx2.pth": partial(_weights, "hat_x2"),
     "HAT_SRx4.pth": partial(_weights, "hat_x4"),
     "runs/quickstart": _quickstart,

@@ -49,7 +49,8 @@ def export_int8(
     backbones.fuse(model, torch.int8, calibrate=batches, max_drop=max_drop)
     precision: Precision = model.precision
     if not precision.quantized:
-        raise CommandError(f"{loaded.name}: {precision.reason or precision.summary()}")
+        reason = precision.reason or f"no layer would gain from 8 bits here; {precision.summary()}"
+        raise CommandError(f"{loaded.name}: {reason}")
     probe = noise((1, model.in_chans, *size), 0)
     with atomic_files.replace_atomically(path) as scratch:
         save_weights(scratch, model.int8_state_dict(), _metadata(loaded))

@@ -16,6 +16,7 @@ from backbones.cli import verify
 from backbones.cli.common import load
 from backbones.cli.main import main
 from backbones.training.checkpoint import save_weights
+from ops.cpu import policy
 from ops.cpu.gemm.int8 import not_faster_in_int8
 
 _REASON = not_faster_in_int8(torch.device("cpu"))
@@ -89,6 +90,21 @@ def test_without_images(trained: Path, tmp_path: Path, capsys: pytest.CaptureFix
     words = ["export", "shvit_s1", "--checkpoint", str(trained), "--int8", "--out", path]
     assert main(words) == 0
     assert "(a range for each row of inputs)" in capsys.readouterr().out
+
+
+@_needs_bytes
+def test_nothing_to_gain(
+    trained: Path,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for name in ("_FEWEST_IN_BYTES", "_FEWEST_IN_BYTES_OF_TILES"):
+        monkeypatch.setattr(policy, name, 1 << 40)
+    words = ["export", "shvit_s1", "--checkpoint", str(trained), "--int8", "--out"]
+    assert main([*words, str(tmp_path / "model.safetensors")]) == 2
+    assert "shvit_s1: no layer would gain from 8 bits here; 0 of " in capsys.readouterr().err
+    assert not (tmp_path / "model.safetensors").exists()
 
 
 def test_a_spoilt_recipe(trained: Path, photos: Path, capsys: pytest.CaptureFixture[str]) -> None:
