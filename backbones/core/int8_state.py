@@ -77,7 +77,8 @@ def _require(numbers: Tensor, shape: tuple[int, ...], name: str) -> None:
 
 
 def set_quantization(model: nn.Module, known: Mapping[str, Quantization]) -> None:
-    """Tell the layers of a model which of them compute in 8 bits, before ``fuse(torch.int8)``."""
+    """Let these layers of a model compute in 8 bits, and no others, before ``fuse(torch.int8)``."""
     for name, module in model.named_modules():
+        vars(module).pop("quantization", None)
         if name in known:
             module.quantization = known[name]

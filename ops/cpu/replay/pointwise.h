@@ -1,5 +1,5 @@
-// Copies, sums, differences, products and row lookups of small tensors, for calls between kernels where torch's
-// call overhead exceeds the compute time.
+// Copies, sums, differences, products and row lookups of small tensors, for calls between kernels
+// where torch's call overhead exceeds the compute time.
 #pragma once
 #include <cstdint>
 #include <cstring>

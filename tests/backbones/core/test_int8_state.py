@@ -85,6 +85,17 @@ def test_layers_left_in_floats_stay_there() -> None:
 
 
 @torch.inference_mode()
+def test_a_model_in_8_bits_takes_the_layers_of_the_file() -> None:
+    """Also where more of its own were in 8 bits."""
+    model = randomise(small("shvit")).eval().fuse(torch.int8, max_drop=0.005)
+    target = _other_weights("shvit").fuse(torch.int8)
+    assert len(target.precision.quantized) > len(model.precision.quantized)
+    backbones.load_checkpoint(target, model.int8_state_dict())
+    assert target.precision.quantized == model.precision.quantized
+    assert torch.equal(target(images(*_SIZE).to(_MAPS)), model(images(*_SIZE).to(_MAPS)))
+
+
+@torch.inference_mode()
 def test_a_second_call_keeps_the_ranges(shvit: Any) -> None:
     model = copy.deepcopy(shvit)
     before = model(images(*_SIZE).to(_MAPS))
