@@ -24,7 +24,10 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
         "efficientvit_m0",
         {"dims": (32, 64, 96), "num_heads": (2, 2, 3), "depths": (1, 1, 1)},
     ),
-    "favit": ("favit_b0", {"depths": (1, 1, 2, 1)}),
+    "favit": (
+        "favit_b0",
+        {"dims": (32, 64, 96, 128), "num_heads": (1, 2, 3, 4), "depths": (1, 1, 2, 1)},
+    ),
     "hat": (
         "hat_s_x2",
         {
@@ -36,12 +39,15 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
             "squeeze_factor": 8,
         },
     ),
-    "inception_next": ("inception_next_atto", {"depths": (1, 1, 2, 1)}),
+    "inception_next": (
+        "inception_next_atto",
+        {"dims": (40, 56, 64, 96), "depths": (1, 1, 2, 1)},
+    ),
     "litv2": (
         "litv2_s_alpha_0_5",
         {"dims": (32, 48, 64, 96), "num_heads": (0, 0, 4, 6), "depths": (1, 1, 2, 1)},
     ),
-    "medvitv2": ("medvitv2_tiny", {"dims": (64, 128, 128, 256), "depths": (1, 2, 3, 1)}),
+    "medvitv2": ("medvitv2_tiny", {"dims": (64, 128, 128, 160), "depths": (1, 2, 3, 1)}),
     "nat": (
         "nat_mini",
         {
@@ -66,11 +72,14 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "ravlt": (
         "ravlt_t",
-        {"dims": (64, 64, 128, 192), "num_heads": (1, 1, 2, 3), "depths": (1, 1, 2, 1)},
+        {"dims": (32, 64, 96, 128), "num_heads": (1, 2, 3, 4), "depths": (1, 1, 2, 1)},
     ),
-    "shvit": ("shvit_s1", {"depths": (1, 1, 1)}),
-    "unireplknet": ("unireplknet_a", {"depths": (1, 1, 2, 1)}),
-    "van": ("van_b0", {"depths": (1, 1, 2, 1)}),
+    "shvit": (
+        "shvit_s1",
+        {"dims": (64, 96, 128), "attn_dims": (0, 24, 36), "depths": (1, 1, 1)},
+    ),
+    "unireplknet": ("unireplknet_a", {"dims": (40, 80, 112, 160), "depths": (1, 1, 2, 1)}),
+    "van": ("van_b0", {"dims": (32, 48, 64, 96), "depths": (1, 1, 2, 1)}),
     "vig": (
         "vig_h_t",
         {"dims": (64, 96, 128, 192), "num_heads": (2, 3, 4, 6), "depths": (1, 1, 2, 1)},

@@ -63,8 +63,8 @@ def test_calls_match_the_layers() -> None:
     assert (first.layer, first.kernel) == ("stem", "packed_stem")
     assert first.inputs[0] == (1, 3, 64, 64)
     assert last.layer == "head.fc" and last.kernel == "packed_linear"
-    assert last.inputs[0] == (1, 256) and last.outputs == [(1, 1000)]
-    assert last.flops == 2 * 256 * 1000
+    assert last.inputs[0] == (1, model.num_features) and last.outputs == [(1, 1000)]
+    assert last.flops == 2 * model.num_features * 1000
     assert [asked.rule for asked in last.rules] == ["linear_by_kernel"]
     assert last.rule.startswith("linear_by_kernel: rows 1 ≤ ")
     depthwise = [call for call in found.calls if call.kernel == "depthwise_conv2d"]
