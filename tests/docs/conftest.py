@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -13,12 +14,10 @@ from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
-from filelock import FileLock
+import site_building
 from selenium import webdriver
 from selenium.webdriver.chrome.service import Service
 from stand_ins import Shelf
-
-ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.fixture(scope="session")
@@ -27,28 +26,43 @@ def shelf(tmp_path_factory: pytest.TempPathFactory) -> Shelf:
     return Shelf(tmp_path_factory.mktemp("shelf"))
 
 
+def _shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The session's folder of temporary files, which the workers of pytest-xdist share."""
+    folder = tmp_path_factory.getbasetemp()
+    return folder.parent if os.environ.get("PYTEST_XDIST_WORKER") else folder
+
+
+_BUILDER = pytest.StashKey[subprocess.Popen[bytes]]()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """Start building the site if a test will look at it, so that no worker has to wait for it."""
+    if session.config.option.collectonly or os.environ.get("PYTEST_XDIST_WORKER", "gw0") != "gw0":
+        return
+    if any("site" in getattr(item, "fixturenames", ()) for item in session.items):
+        factory = session.config._tmp_path_factory  # type: ignore[attr-defined]
+        command = [sys.executable, site_building.__file__, str(_shared(factory))]
+        # The fixture reports a failure.
+        session.config.stash[_BUILDER] = subprocess.Popen(
+            command,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    """End a builder that nobody has waited for, with its child process."""
+    if builder := config.stash.get(_BUILDER, None):
+        if builder.poll() is None:
+            os.killpg(builder.pid, signal.SIGKILL)
+        builder.wait()
+
+
 @pytest.fixture(scope="session")
 def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of the site, built strictly, once for all workers of pytest-xdist."""
-    shared = tmp_path_factory.getbasetemp()
-    if os.environ.get("PYTEST_XDIST_WORKER"):
-        shared = shared.parent
-    folder = shared / "site"
-    with FileLock(shared / "site.lock", timeout=600):
-        if not folder.exists():
-            command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir"]
-            built = shared / "unfinished-site"
-            run = subprocess.run(
-                [*command, str(built)],
-                cwd=ROOT,
-                env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
-                capture_output=True,
-                text=True,
-                timeout=500,
-            )
-            assert run.returncode == 0, f"mkdocs build --strict:\n{run.stdout}{run.stderr}"
-            built.rename(folder)
-    return folder
+    """The folder of the site."""
+    return site_building.build_site(_shared(tmp_path_factory))
 
 
 class _Quiet(SimpleHTTPRequestHandler):

@@ -1,0 +1,43 @@
+"""Build the site once for all workers of pytest-xdist; as a script, while other tests run.
+
+Its argument is the folder that the workers share.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from filelock import FileLock
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def build_site(shared: Path) -> Path:
+    """Return the folder of the site, built strictly, if need be after waiting for another process.
+
+    Raises:
+        AssertionError: mkdocs complains; with what it printed.
+    """
+    folder = shared / "site"
+    with FileLock(shared / "site.lock", timeout=600):
+        if not folder.exists():
+            command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir"]
+            built = shared / "unfinished-site"
+            run = subprocess.run(
+                [*command, str(built)],
+                cwd=ROOT,
+                env={**os.environ, "NO_MKDOCS_2_WARNING": "1"},
+                capture_output=True,
+                text=True,
+                timeout=500,
+            )
+            assert run.returncode == 0, f"mkdocs build --strict:\n{run.stdout}{run.stderr}"
+            built.rename(folder)
+    return folder
+
+
+if __name__ == "__main__":
+    build_site(Path(sys.argv[1]))
