@@ -134,6 +134,9 @@ def test_runs_of_restoration(tmp_path: Path) -> None:
         (["--out", "x.onnx", "--max-drop", "0.1"], "--max-drop is for safetensors"),
         (["--out", "x.safetensors", "--int8", "--max-drop", "0"], "must be above 0"),
         (["--out", "x.pt2", "--int8"], "--int8 requires ONNX or safetensors"),
+        (["--out", "x.safetensors", "--int8", "--dynamic"], "omit --dynamic"),
+        (["--out", "x.safetensors", "--int8", "--batch", "1"], "omit --batch"),
+        (["--out", "x.safetensors", "--int8", "--fused"], "omit --fused"),
     ],
 )
 def test_wrong_options(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
