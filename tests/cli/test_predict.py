@@ -28,14 +28,18 @@ from backbones.training.checkpoint import save_weights
 from ops.cpu.gemm.int8 import not_faster_in_int8
 
 
+# Three stages, one without attention and two with it.
+NARROW = {"dims": [64, 96, 128], "attn_dims": [0, 24, 36], "depths": [1, 1, 1]}
+
+
 @pytest.fixture
 def run_folder(tmp_path: Path) -> Path:
     """As ``train_cls.py`` leaves it: weights and recipe of a model for three classes."""
     torch.manual_seed(0)
-    model = backbones.create_model("shvit_s1", num_classes=3)
+    model = backbones.create_model("shvit_s1", num_classes=3, **NARROW)
     save_weights(tmp_path / "best.safetensors", model.state_dict(), {"model": "shvit_s1"})
     recipe = {"model": "shvit_s1", "num_classes": 3, "img_size": 64, "data": "x", "crop_pct": 1.0}
-    (tmp_path / "config.yaml").write_text(yaml.safe_dump(recipe))
+    (tmp_path / "config.yaml").write_text(yaml.safe_dump({**recipe, "model_args": NARROW}))
     return tmp_path
 
 
