@@ -14,11 +14,11 @@ def test_copies(family: str) -> None:
     second = small(family)
     assert torch.equal(torch.rand(3), next_numbers)
     assert repr(second) == repr(anew)
-    wanted = anew.state_dict()
+    wanted, of_first = anew.state_dict(), first.state_dict()
     assert list(second.state_dict()) == list(wanted)
     for name, value in second.state_dict().items():
         assert torch.equal(value, wanted[name]) and value.stride() == wanted[name].stride(), name
-        assert value.data_ptr() != first.state_dict()[name].data_ptr(), name
+        assert value.data_ptr() != of_first[name].data_ptr(), name
     for (name, mine), (other, theirs) in zip(
         second.named_parameters(), anew.named_parameters(), strict=True
     ):
