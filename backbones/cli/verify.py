@@ -228,7 +228,13 @@ def _own_form(tensors: dict[str, Tensor]) -> str | None:
     own = {name: tuple(t.shape) for name, t in tensors.items() if not name.startswith("head.")}
     if not any(name.startswith("stages.0.") for name in own):
         return None
-    for name in backbones.list_models():
+    published = {
+        name: parity.reference(family, name)["params"] for family, name in parity.variants()
+    }
+    count = sum(tensor.numel() for tensor in tensors.values())
+    # Models of about that size first: each takes tens of milliseconds.
+    by_size = sorted(backbones.list_models(), key=lambda n: abs(published.get(n, 0) - count))
+    for name in by_size:
         with outlines():
             state = backbones.create_model(name).state_dict()
         theirs = {k: tuple(t.shape) for k, t in state.items() if not k.startswith("head.")}
