@@ -27,7 +27,6 @@ from backbones.restoration.images import read_picture, read_size
 from backbones.training.checkpoint import save_weights
 from ops.cpu.gemm.int8 import not_faster_in_int8
 
-
 # Three stages, one without attention and two with it.
 NARROW = {"dims": [64, 96, 128], "attn_dims": [0, 24, 36], "depths": [1, 1, 1]}
 
