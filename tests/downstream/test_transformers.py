@@ -68,7 +68,7 @@ def test_round_trip_of_every_family(transformers: ModuleType, family: str, tmp_p
     torch.testing.assert_close(again(x).logits, classifier(x).logits)
 
     maps = transformers.TimmBackbone(
-        transformers.TimmBackboneConfig(backbone=name, out_indices=[1, 2])
+        transformers.TimmBackboneConfig(backbone=name, out_indices=[1, 2]), **arguments
     ).eval()
     assert [m.shape[1] for m in maps(x).feature_maps] == maps.channels
 
