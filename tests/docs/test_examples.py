@@ -148,11 +148,17 @@ def with_imports(script: Path) -> set[Path]:
 @functools.cache
 def imports(path: Path, folder: Path) -> set[Path]:
     """The files of ours that a file imports, or of ``folder``."""
-    names: list[str] = []
+    files = (f"{name.replace('.', '/')}.py" for name in imported_names(path))
+    return {base / file for file in files for base in (ROOT, folder) if (base / file).is_file()}
+
+
+@functools.cache
+def imported_names(path: Path) -> set[str]:
+    """The modules that a file may import, some of which are names within a module."""
+    names: set[str] = set()
     for node in ast.walk(ast.parse(path.read_text())):
         if isinstance(node, ast.Import):
-            names += [alias.name for alias in node.names]
+            names.update(alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            names += [f"{node.module}.{alias.name}" for alias in node.names] + [str(node.module)]
-    places = {base / f"{n.replace('.', '/')}.py" for n in names for base in (ROOT, folder)}
-    return {place for place in places if place.is_file()}
+            names.update((str(node.module), *(f"{node.module}.{a.name}" for a in node.names)))
+    return names
