@@ -5,13 +5,12 @@ from __future__ import annotations
 import copy
 import functools
 import pickle
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 from compiled_kernels import compiled_for, without_kernels
+from fresh_python import run_code
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from zoo import FAMILIES, RESTORATION, Mould, images, randomise, small
@@ -291,7 +290,7 @@ def test_feed_forward_in_pieces() -> None:
     torch.testing.assert_close(whole, mlp.fc2(mlp.fc1(x)))
 
 
-def test_memory_is_reused() -> None:
+def test_memory_is_reused(tmp_path: Path) -> None:
     """In a process of its own: what was freed before decides what glibc keeps."""
     code = """
 import resource, torch, backbones
@@ -304,10 +303,7 @@ with torch.inference_mode():
         faults.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt)
 print(faults[-1] - faults[-2])
 """
-    done = subprocess.run(
-        [sys.executable, "-c", code], capture_output=True, text=True, check=True, timeout=120
-    )
-    assert int(done.stdout) < 100  # else more than a thousand
+    assert int(run_code(code, tmp_path)) < 100  # else more than a thousand
 
 
 def test_every_family_is_tested() -> None:
