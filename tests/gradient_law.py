@@ -16,7 +16,7 @@ import training_runs
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
-from zoo import FAMILIES, RESTORATION, images, randomise, small
+from zoo import FAMILIES, ISOTROPIC, RESTORATION, STRIDE_16, images, randomise, small
 
 from backbones.training.distributed import leave_processes
 
@@ -25,6 +25,8 @@ Gradients = dict[str, Tensor]
 FORMATS = {"contiguous": torch.contiguous_format, "channels_last": torch.channels_last}
 # Families whose output for an image is independent of the rest of the batch even in train mode.
 NO_BATCH_STATISTICS = ("dinat_s", "favit", "hat", "nat", "nat_isotropic", "vig", "vrwkv")
+# Families with larger images, for stride 64, many tokens or dilated neighbourhoods.
+_WIDE = {*STRIDE_16, *ISOTROPIC, "dinat_s", "medvitv2", "nat"}
 PRECISIONS = ("float32", "bfloat16", "autocast")
 
 
@@ -100,8 +102,9 @@ def freeze_norms(model: nn.Module) -> None:
 
 
 def pictures(case: Case, count: int = 2) -> Tensor:
-    """Images so small that some maps have a single row."""
-    size = (16, 24) if case.family in RESTORATION else (64, 96)
+    """Images so small that pyramids end in maps with a single row, but for :data:`_WIDE`."""
+    size = (64, 96) if case.family in _WIDE else (32, 64)
+    size = (16, 24) if case.family in RESTORATION else size
     x = images(count, 3, *size).to(case.dtype)
     return x.contiguous(memory_format=FORMATS[case.memory_format])
 
