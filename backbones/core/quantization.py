@@ -253,8 +253,10 @@ def _scale_and_zero(low: float, high: float) -> tuple[float, float]:
 
 def _error(x: Tensor, low: float, high: float) -> float:
     scale, zero = _scale_and_zero(low, high)
-    quantized, _, _ = quantize_rows(x, x.new_tensor((scale, zero)))
-    return ((quantized - zero) * scale - x).square().mean().item()
+    if not scale:
+        return x.square().mean().item()
+    rounded = torch.fake_quantize_per_tensor_affine(x, scale, int(zero), 0, _LARGEST_BYTE)
+    return (rounded - x).square().mean().item()
 
 
 # -- errors --------------------------------------------------------------------------------------
