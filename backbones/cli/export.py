@@ -45,7 +45,9 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--dynamic", action="store_true", help="dynamic batch and image size")
     add_size_argument(parser, "size to trace at (default: the model's)")
-    parser.add_argument("--batch", type=int, metavar="N", help="batch size if not dynamic (1)")
+    parser.add_argument(
+        "--batch", type=int, default=1, metavar="N", help="batch size if not dynamic (1)"
+    )
     parser.add_argument("--fused", action="store_true", help="fold norms and branches first")
     parser.add_argument(
         "--int8", action="store_true", help="quantise: ONNX (QDQ), or safetensors for ourselves"
@@ -80,7 +82,7 @@ def _run(options: Namespace) -> int:
         raise CommandError("safetensors are for --int8; a checkpoint in floats needs no export")
     for_others = {
         "--dynamic": options.dynamic,
-        "--batch": options.batch is not None,
+        "--batch": options.batch != 1,
         "--fused": options.fused,
     }
     if ours and any(for_others.values()):
@@ -93,9 +95,8 @@ def _run(options: Namespace) -> int:
     quantizing.check_options(
         options.int8, options.calibration, options.calibration_images, fixed_ranges=not ours
     )
-    batch = 1 if options.batch is None else options.batch
-    if batch < 1:
-        raise CommandError(f"--batch must be 1 or more, got {batch}")
+    if options.batch < 1:
+        raise CommandError(f"--batch must be 1 or more, got {options.batch}")
     atomic_files.check_target(options.out)
     if format == "onnx":
         exporting.require_onnx()
@@ -105,7 +106,7 @@ def _run(options: Namespace) -> int:
     if options.fused:
         loaded.model.fuse(channels_last=False)  # only fold; the other runtime has its own kernels
     size = two_sides(options.size, loaded.model)
-    shape = (batch, loaded.model.in_chans, *size)
+    shape = (options.batch, loaded.model.in_chans, *size)
     require_memory(loaded.model, exporting.check_shapes(shape, options.dynamic))
     weights = sum(t.nbytes for t in loaded.model.state_dict().values())
     require_disk_space(options.out.parent, weights)
@@ -119,7 +120,7 @@ def _run(options: Namespace) -> int:
     if ours:
         export_int8(loaded, options.out, size, images, options.max_drop)
     else:
-        export(loaded, options.out, format, size, batch, options.dynamic, images)
+        export(loaded, options.out, format, size, options.batch, options.dynamic, images)
     return 0
 
 

@@ -135,7 +135,7 @@ def test_runs_of_restoration(tmp_path: Path) -> None:
         (["--out", "x.safetensors", "--int8", "--max-drop", "0"], "must be above 0"),
         (["--out", "x.pt2", "--int8"], "--int8 requires ONNX or safetensors"),
         (["--out", "x.safetensors", "--int8", "--dynamic"], "omit --dynamic"),
-        (["--out", "x.safetensors", "--int8", "--batch", "1"], "omit --batch"),
+        (["--out", "x.safetensors", "--int8", "--batch", "2"], "omit --batch"),
         (["--out", "x.safetensors", "--int8", "--fused"], "omit --fused"),
     ],
 )
