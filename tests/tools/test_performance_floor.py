@@ -26,6 +26,7 @@ def report(*rows: tuple[str, int, int, dict[str, float]]) -> dict[str, Any]:
                 "model": model,
                 "batch": batch,
                 "threads": threads,
+                "size": 64 if model.startswith("hat") else 224,
                 "contenders": {"fused": {"speedup_over": over} if over else {"skipped": "no"}},
             }
             for model, batch, threads, over in rows
@@ -39,12 +40,14 @@ def test_the_faster_plain_form_counts(floor: ModuleType) -> None:
         ("van_b0", 8, 1, {"eager": 1.2, "channels_last": 1.4}),
         ("shvit_s1", 1, 1, {"eager": 0.97, "channels_last": 1.0, "timm": 0.5}),
         ("shvit_s1", 8, 1, {}),
+        ("hat_s_x2", 1, 1, {"eager": 1.0, "channels_last": 1.0}),
     )
     assert floor.slower(measured) == [("van_b0", 1, 1, 0.96)]
     text = floor.of_floor({"avx2": measured})
     assert "| model | batch 1, 1 thread | batch 8, 1 thread |" in text
     assert "| `van_b0` | **0.96×** | 1.20× |" in text
     assert "| `shvit_s1` | 0.97× | – |" in text
+    assert "images of 224×224 (`hat_s_x2` at batch 1: 64×64)." in text
     assert "Below 0.97: `van_b0` at batch 1 with 1 thread (0.960)." in text
     assert "VISION_BACKBONES_NATIVE_ISA=avx2" in text and "VISION_BACKBONES_NATIVE=0" not in text
 
