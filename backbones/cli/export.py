@@ -80,13 +80,9 @@ def _run(options: Namespace) -> int:
         raise CommandError("--int8 requires ONNX or safetensors; omit --format pt2")
     if ours and not options.int8:
         raise CommandError("safetensors are for --int8; a checkpoint in floats needs no export")
-    for_others = {
-        "--dynamic": options.dynamic,
-        "--batch": options.batch != 1,
-        "--fused": options.fused,
-    }
-    if ours and any(for_others.values()):
-        given = next(name for name, is_given in for_others.items() if is_given)
+    others = {"dynamic": options.dynamic, "batch": options.batch != 1, "fused": options.fused}
+    if ours and any(others.values()):
+        given = ", ".join(f"--{name}" for name, is_given in others.items() if is_given)
         raise CommandError(
             f"safetensors hold a fused model for any batch and image size; omit {given}"
         )

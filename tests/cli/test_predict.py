@@ -18,6 +18,7 @@ from other_encodings import Stream
 from PIL import Image
 from safetensors.torch import load_file
 from timm.data import create_transform
+from zoo import SMALL
 
 import backbones
 from backbones.cli.common import CommandError, load, read_labels
@@ -27,8 +28,8 @@ from backbones.restoration.images import read_picture, read_size
 from backbones.training.checkpoint import save_weights
 from ops.cpu.gemm.int8 import not_faster_in_int8
 
-# Three stages, one without attention and two with it.
-NARROW = {"dims": [64, 96, 128], "attn_dims": [0, 24, 36], "depths": [1, 1, 1]}
+# Three narrow stages of a block each, as a recipe has them.
+NARROW = {key: list(value) for key, value in SMALL["shvit"][1].items()}
 
 
 @pytest.fixture
