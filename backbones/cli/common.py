@@ -19,7 +19,7 @@ from timm.data import ImageNetInfo
 
 import backbones
 from backbones.core.arguments import CREATION_ERRORS
-from backbones.core.checkpoint import read_checkpoint, strip_prefixes
+from backbones.core.checkpoint import load_tensors, read_checkpoint, strip_prefixes
 from backbones.core.console import CommandError, memory_shortage
 from backbones.core.messages import first_line, one_line, shown
 from backbones.restoration.memory import available_memory, peak_bytes
@@ -160,7 +160,7 @@ def load(name: str | None, checkpoint: Path | None) -> Loaded:
         count = class_count(model, tensors)
         if count is not None and count != model.num_classes:
             model.reset_classifier(count)
-        report = backbones.load_checkpoint(model.eval(), checkpoint)
+        report = load_tensors(model.eval(), tensors, str(checkpoint))
     classes = _classes_in(metadata, checkpoint)
     if len(classes) != model.num_classes:
         classes = [] if recipe is not None else _imagenet_names(model)

@@ -29,6 +29,7 @@ __all__ = [
     "LoadReport",
     "load_checkpoint",
     "load_pretrained",
+    "load_tensors",
     "not_finite",
     "read_checkpoint",
     "require_finite",
@@ -119,13 +120,19 @@ def load_checkpoint(
         ConnectionError: a URL could not be fetched completely, or the server timed out.
         TypeError: another model, or another kind of source.
     """
-    flag("strict", strict)
-    pruned = isinstance(model, FeatureGetterNet)
-    backbone = model.model if pruned else model
-    if not isinstance(backbone, StagedBackbone | ViTAdapter):
-        raise TypeError(f"expected a backbone of this library, got {type(model).__name__}")
     name = "state dict" if isinstance(source, Mapping) else str(source)
-    tensors, ignored = strip_prefixes(read_checkpoint(source))
+    flag("strict", strict)
+    _backbone_of(model)
+    return load_tensors(model, read_checkpoint(source), name, strict)
+
+
+def load_tensors(
+    model: nn.Module, tensors: dict[str, Tensor], name: str, strict: bool = True
+) -> LoadReport:
+    """:func:`load_checkpoint` of what :func:`read_checkpoint` has read from ``name``."""
+    pruned = isinstance(model, FeatureGetterNet)
+    backbone = _backbone_of(model)
+    tensors, ignored = strip_prefixes(tensors)
     tensors, in_bytes = dequantized(tensors, name)
     try:
         tensors = backbone.convert_state_dict(tensors)
@@ -159,12 +166,8 @@ def load_checkpoint(
                 f"{name}: {key} has shape {tuple(tensor.shape)}, but the model's is "
                 f"{tuple(own[key].shape)}; is it a checkpoint of another variant?"
             )
-    for part in (
-        "out_norms.",
-        "pyramid.",
-        "token_pooling.",
-        "adapter.",
-    ):  # not in published weights
+    # Not in published weights.
+    for part in ("out_norms.", "pyramid.", "token_pooling.", "adapter."):
         if not any(part in key for key in tensors):
             report.reinitialised.extend(key for key in own if part in key)
     spared = {*fitted, *report.reinitialised}
@@ -191,6 +194,13 @@ def load_checkpoint(
     if any(names for kind, names in vars(report).items() if kind not in ("source", "ignored")):
         _logger.warning("%s", report)
     return report
+
+
+def _backbone_of(model: nn.Module) -> StagedBackbone | ViTAdapter:
+    backbone = model.model if isinstance(model, FeatureGetterNet) else model
+    if not isinstance(backbone, StagedBackbone | ViTAdapter):
+        raise TypeError(f"expected a backbone of this library, got {type(model).__name__}")
+    return backbone
 
 
 def read_checkpoint(source: str | Path | Mapping[str, Any]) -> dict[str, Tensor]:

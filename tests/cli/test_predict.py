@@ -24,6 +24,7 @@ import backbones
 from backbones.cli.common import CommandError, load, read_labels
 from backbones.cli.main import main
 from backbones.cli.predict import predict, preprocessing, read_pixels
+from backbones.core import checkpoint
 from backbones.restoration.images import read_picture, read_size
 from backbones.training.checkpoint import save_weights
 from ops.cpu.gemm.int8 import not_faster_in_int8
@@ -375,6 +376,14 @@ def test_the_count_of_classes_comes_from_any_checkpoint(tmp_path: Path) -> None:
     assert loaded.model.num_classes == 7
     assert not loaded.report.reinitialised
     torch.testing.assert_close(loaded.model.head.fc.weight, model.head.fc.weight)
+
+
+def test_a_checkpoint_is_read_once(run_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Large files take long, and could change in between."""
+    read_file, read = checkpoint.read_file, []
+    monkeypatch.setattr(checkpoint, "read_file", lambda path: read.append(path) or read_file(path))
+    load(None, run_folder / "best.safetensors")
+    assert read == [run_folder / "best.safetensors"]
 
 
 def test_names_of_classes_in_the_checkpoint(tmp_path: Path) -> None:
