@@ -1,9 +1,11 @@
 """NAT and DiNAT with the kernels they were published with: a contender for ``benchmark.py``.
 
 The networks are ours, with neighborhood attention layers from NATTEN 0.17.3, the last release but
-one whose layers support the relative position bias. It needs an older torch and a compiler:
+one whose layers support the relative position bias. It needs an older torch and a compiler.
+Without options, its kernels are compiled without optimisation:
 
-    pip install cmake ninja && pip install --no-build-isolation natten==0.17.3
+    pip install cmake ninja
+    CXXFLAGS="-O3 -march=native" pip install --no-build-isolation natten==0.17.3
     python tools/benchmark.py --models nat_mini dinat_mini --modes eager fused \
         --against tools/natten_0_17.py --output runs/natten
 """

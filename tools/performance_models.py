@@ -121,7 +121,10 @@ LESSER_INTRODUCTION = (
     "not. Without bfloat16 arithmetic, torch is slower in bfloat16 than in float32, on AVX2 many "
     "times slower; fused layers convert to float32 on the fly and read half as many bytes."
 )
-ON_NATTEN = "`original on NATTEN 0.17.3` is its code with NATTEN's CPU kernels. "
+ON_NATTEN = (
+    "`original on NATTEN 0.17.3` is its code with NATTEN's CPU kernels, which `pip` compiles "
+    "without optimisation. "
+)
 
 
 def of_models(report: dict[str, Any], picture: str, has_aims: bool = True) -> str:
