@@ -47,7 +47,7 @@ RUNTIMES = "runtimes"
 FLOOR_PAGE, FLOOR = "performance-floor.md", "performance/floor"
 INT8_PAGE = "performance-int8.md"
 INT8 = ("int8_accuracy", "int8_peers")  # reports in the first machine's folder
-# Reports by the compiler's options for NATTEN.
+# By the compiler's options for NATTEN.
 NATTEN = {"–": "natten", "`-O3 -march=native`": "natten_optimised"}
 SCANS = "scans"
 GENERATED = (

@@ -129,7 +129,11 @@ def load_checkpoint(
 def load_tensors(
     model: nn.Module, tensors: dict[str, Tensor], name: str, strict: bool = True
 ) -> LoadReport:
-    """:func:`load_checkpoint` of what :func:`read_checkpoint` has read from ``name``."""
+    """:func:`load_checkpoint` of what :func:`read_checkpoint` has read from ``name``.
+
+    Raises:
+        CheckpointError, TypeError: see :func:`load_checkpoint`.
+    """
     pruned = isinstance(model, FeatureGetterNet)
     backbone = _backbone_of(model)
     tensors, ignored = strip_prefixes(tensors)
