@@ -11,7 +11,14 @@ from torch import nn
 from zoo import images, randomise
 
 import backbones
-from backbones.cli.parity import checkpoint, image, reference, relative_error, summary_error
+from backbones.cli.parity import (
+    checkpoint,
+    image,
+    reference,
+    relative_error,
+    summary_error,
+    tolerance,
+)
 from backbones.vig_blocks import GatedLinearAttention, JoinedAttention
 from backbones.vig_inference import ViGAttention, ViGBlock
 
@@ -75,7 +82,7 @@ def test_maps_of_the_dense_copy() -> None:
     case = figures["cases"][1]
     maps = model.forward_intermediates(image(case["input"], case["seed"]), intermediates_only=True)
     for value, expected in zip(maps, case["features"], strict=True):
-        assert summary_error(value, expected) <= 1e-5
+        assert summary_error(value, expected) <= tolerance("vig")
 
 
 @each_kind

@@ -133,15 +133,16 @@ static VB_INLINE F in_register(F v) {
 }
 
 // ---- functions ---------------------------------------------------------------------------------
-// 2^x for x <= 126 with a relative error below 2.2e-7 (minimax polynomial on [-0.5, 0.5]). Below
+// 2^x for x <= 126 with a relative error below 1e-7 (minimax polynomial on [-0.5, 0.5]). Below
 // -126 it returns 2^-126, negligible next to the largest term of a softmax; NaN stays NaN.
 static VB_INLINE F exp2(F x) {
   x = max(set1(-126.f), x);
   const F n = round(x), f = x - n;
-  F p = fma(set1(1.3276471993e-3f), f, set1(9.6755413345e-3f));
-  p = fma(p, f, set1(5.5507132735e-2f));
-  p = fma(p, f, set1(2.4022119724e-1f));
-  p = fma(p, f, set1(6.9314696706e-1f));
+  F p = fma(set1(1.5370704817e-4f), f, set1(1.3399848291e-3f));
+  p = fma(p, f, set1(9.6183732514e-3f));
+  p = fma(p, f, set1(5.5503290352e-2f));
+  p = fma(p, f, set1(2.4022648462e-1f));
+  p = fma(p, f, set1(6.9314720558e-1f));
   p = fma(p, f, set1(1.f));
   return times_power_of_two(p, n);
 }
