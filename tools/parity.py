@@ -18,6 +18,8 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from measuring import processor_name  # noqa: E402
+
 from backbones.cli import parity  # noqa: E402
 from backbones.training.checkpoint import write_text_atomically  # noqa: E402
 
@@ -30,23 +32,25 @@ tests every variant against them. Parameters and multiply-accumulates (of convol
 products, for the first recorded input) are those of the original. The errors are the maximum
 differences from the original's output and from its stages' maps, relative to their maximum
 magnitudes, over all recorded inputs, in float32, with a deterministic checkpoint that uses the
-original's key names. Accuracies are the authors' claims and were not measured here: ImageNet top-1
+original's key names; the order of sums, and so the last digits, depends on the CPU (here:
+{cpus}). Accuracies are the authors' claims and were not measured here: ImageNet top-1
 in percent unless noted. A dash means that none was published, or none in a readable source (for
 example, HAT's PSNR table).
 """
 
 
-def measure(family: str, variant: str) -> dict[str, float]:
-    """Maximum errors of one variant over its cases."""
+def measure(family: str, variant: str) -> dict[str, Any]:
+    """Maximum errors of one variant over its cases, and the CPU that made them."""
     count = len(parity.reference(family, variant)["cases"])
     errors = [parity.case_errors(family, variant, number) for number in range(count)]
     return {
         "output": max(output for output, _ in errors),
         "stages": max(max(stages) for _, stages in errors),
+        "cpu": processor_name(),
     }
 
 
-def row(family: str, variant: str, errors: dict[str, float]) -> str:
+def row(family: str, variant: str, errors: dict[str, Any]) -> str:
     """One line of the table."""
     figures = parity.reference(family, variant)
     cells = [
@@ -83,10 +87,10 @@ def _weights(weights: list[dict[str, Any]]) -> str:
     return f"[{len(links)}]({links[0]})" if links else "none published"
 
 
-def page(results: dict[str, dict[str, float]]) -> str:
+def page(results: dict[str, dict[str, Any]]) -> str:
     """The contents of ``docs/parity.md``."""
     head = ("Variant", "M params", "G MACs", "Error, output", "Error, stages", "Reported")
-    lines = [HEADER]
+    lines = [HEADER.format(cpus="; ".join(sorted({errors["cpu"] for errors in results.values()})))]
     family_before = None
     for family, variant in parity.variants():
         if variant not in results:
