@@ -184,17 +184,18 @@ def maps_of_int8() -> torch.dtype:
 
 # oneDNN catches up on CPUs with AMX, in float32 too, and on those without the instructions that the
 # kernel was written for; the same is assumed on ARM, where nothing was measured.
-_FEW_ROWS = {"amx": 2048, "neonbf16": 2048, "neon": 2048, "portable": 2048}
+_FEW_ROWS = {"amx": 4096, "neonbf16": 2048, "neon": 2048, "portable": 2048}
 _NARROW = 32
 
 
-def few_rows(dtype: torch.dtype) -> int:
+def few_rows() -> int:
     """The row count up to which our linear kernel, which prefetches weights, beats oneDNN's.
 
     There is no limit with AVX2 and AVX-512, since the kernel prefetches output cache lines: 0.99 to
     1.02 of oneDNN's time in ten models at eight images, 1.15 times as fast in MedViTV2 at
-    1024×1024. In AMX tiles, up to 2048 rather than 512: VRWKV-T is 1.11 times as fast at eight
-    images, and ViG-T 1.09.
+    1024×1024. With AMX, up to 4096 rather than 2048: in bfloat16 NAT, BiFormer, and ViG-H are 1.06
+    times as fast, and VRWKV-T at 16 images 1.19; in float32 1.02 to 1.03, and 1.10. Without limit,
+    VRWKV-T at 32 images takes 1.15 times as long in bfloat16.
     """
     return _FEW_ROWS.get(instruction_set(), sys.maxsize)
 
@@ -215,7 +216,7 @@ def linear_by_kernel(
     """
     if not multiplies(dtype):
         return Verdict(True, "torch has no products of it")
-    most = few_rows(dtype)
+    most = few_rows()
     if rows <= most:
         return Verdict(True, "rows {rows} ≤ {limit}", most)
     if min(in_features, out_features) <= _NARROW:

@@ -73,7 +73,7 @@ def test_calls_match_the_layers() -> None:
 
 def test_torch_functions_have_rows(monkeypatch: pytest.MonkeyPatch) -> None:
     """What a rule leaves to oneDNN and torch, and what follows from it."""
-    monkeypatch.setattr("ops.cpu.policy.few_rows", lambda dtype: 8)
+    monkeypatch.setattr("ops.cpu.policy.few_rows", lambda: 8)
     monkeypatch.setattr("ops.cpu.policy._NARROW", 8)
     monkeypatch.setattr("ops.cpu.policy._MOST_TOKENS", 4)
     found = backbones.explain(small("shvit").eval().fuse(), 192, repeats=1)

@@ -22,17 +22,17 @@ ROOT = Path(__file__).parents[3]
 SETS = {machine: instruction_sets.levels(machine) for machine in ("x86_64", "aarch64")}
 HALF, FLOAT = torch.bfloat16, torch.float32
 # Around the numbers that rules compare with.
-_ROWS = (1, 512, 513, 2048, 2049, 10**6)
+_ROWS = (1, 2048, 2049, 4096, 4097, 10**6)
 _TOKENS = (1, 7, 16, 17, 48, 49, 256, 257, 1024, 1025)
 
 
 def _decisions() -> Iterator[tuple[Any, ...]]:
     """Every rule, with arguments on both sides of its limits, and what it says."""
+    yield "few_rows", policy.few_rows()
     for dtype in (FLOAT, HALF):
         yield "multiplies", dtype, policy.multiplies(dtype)
         yield "computed_in", dtype, policy.computed_in(dtype)
         yield "by_tiles", dtype, policy.by_tiles(dtype)
-        yield "few_rows", dtype, policy.few_rows(dtype)
         for library in ("gemm", "depthwise"):
             yield "left_to_torch", library, dtype, policy.left_to_torch(library, dtype)
         cases: dict[Any, Any] = {
@@ -139,19 +139,19 @@ def _decision(rule: Any, *given: Any, **named: Any) -> Decision:
         (
             "amx",
             policy.linear_by_kernel,
-            (3136, 64, 256, HALF, "none"),
-            "linear_by_kernel: rows 3136 > 2048, bfloat16, amx → oneDNN",
+            (6272, 64, 256, HALF, "none"),
+            "linear_by_kernel: rows 6272 > 4096, bfloat16, amx → oneDNN",
         ),
         (
             "amx",
             policy.linear_by_kernel,
-            (3136, 64, 256, FLOAT, "silu", True),
+            (6272, 64, 256, FLOAT, "silu", True),
             "linear_by_kernel: times another map, float32, amx → packed GEMM",
         ),
         (
             "amx",
             policy.linear_by_kernel,
-            (3136, 64, 32, HALF, "none"),
+            (6272, 64, 32, HALF, "none"),
             "linear_by_kernel: features 64 → 32, one ≤ 32, bfloat16, amx → packed GEMM",
         ),
         (

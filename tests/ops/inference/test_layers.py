@@ -46,7 +46,7 @@ def test_alternating_calls(bias: bool, by: str, monkeypatch) -> None:
     if by == "oneDNN":
         without_kernels(monkeypatch)
     elif by == "oneDNN for many rows":
-        monkeypatch.setattr("ops.cpu.policy.few_rows", lambda dtype: 8)
+        monkeypatch.setattr("ops.cpu.policy.few_rows", lambda: 8)
         monkeypatch.setattr("ops.cpu.policy._NARROW", 8)
     layer = _linear(bias)
     for _ in range(2):
