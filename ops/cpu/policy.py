@@ -30,6 +30,7 @@ __all__ = [
     "convolves_windows",
     "copies_windows",
     "depthwise_by_kernel",
+    "depthwise_mlp_by_bytes",
     "few_rows",
     "left_to_torch",
     "linear_by_bytes",
@@ -170,6 +171,25 @@ def response_mlp_by_bytes(dim: int) -> Verdict:
     if dim < _FEWEST_OF_RESPONSE:
         return Verdict(False, "{dim} channels < {limit}", _FEWEST_OF_RESPONSE)
     return Verdict(True, "{dim} channels ≥ {limit}", _FEWEST_OF_RESPONSE)
+
+
+# Channels from which on feed-forwards with a depthwise convolution multiply bytes.
+_FEWEST_OF_DEPTHWISE = 64
+_FEWEST_OF_DEPTHWISE_IN_TILES = 192
+
+
+@rule(yes="products of bytes", no="products of floats")
+def depthwise_mlp_by_bytes(dim: int, dtype: torch.dtype) -> Verdict:
+    """Feed-forwards with a depthwise convolution, whose kernel in floats never writes hidden rows.
+
+    At eight images with AMX, VAN-B1 is 1.14 times as fast as in bfloat16 with this limit, 0.99 with
+    128 and 0.73 without one; LITv2-S 1.17, 1.15 and 0.94; RAVLT-T 1.07, 1.10 and 1.11. With VNNI,
+    VAN-B0 is 1.30 times as fast as in float32 with this limit, 1.28 with 128 and 1.10 without one.
+    """
+    limit = _FEWEST_OF_DEPTHWISE_IN_TILES if by_tiles(dtype) else _FEWEST_OF_DEPTHWISE
+    if dim < limit:
+        return Verdict(False, "{dim} channels < {limit}", limit)
+    return Verdict(True, "{dim} channels ≥ {limit}", limit)
 
 
 def maps_of_int8() -> torch.dtype:

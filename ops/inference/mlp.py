@@ -8,6 +8,7 @@ from typing import Any, ClassVar
 from timm.layers import ConvMlp, GluMlp, Mlp
 from torch import Tensor, nn
 
+from ops.cpu import policy
 from ops.cpu.dispatch import takes_kernels
 from ops.cpu.feed_forward.depthwise_mlp import PackedDepthwiseMlp, depthwise_mlp
 from ops.cpu.gemm.linear import pack_weight, unsupported
@@ -114,7 +115,9 @@ class NormedMlp(FastLayer):
 
     def derive(self, x: Tensor) -> PackedDepthwiseMlp | None:
         fc1, conv, fc2 = self.fc1, self.conv(), self.fc2
-        if is_quantized(fc1, fc2):
+        if is_quantized(fc1, fc2) and (
+            conv is None or policy.depthwise_mlp_by_bytes(fc1.weight.shape[1], x.dtype)
+        ):
             return None
         linear = (FastLinear, FastPointwiseConv2d)
         plain = isinstance(fc1, linear) and isinstance(fc2, linear)

@@ -102,6 +102,24 @@ def test_feed_forwards_with_a_response_norm() -> None:
 
 
 @_needs_bytes
+def test_feed_forwards_with_a_depthwise_convolution(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In bytes from a number of channels on, in the kernel in floats below it."""
+    for name in ("_FEWEST_IN_BYTES", "_FEWEST_IN_BYTES_OF_TILES"):
+        monkeypatch.setattr(policy, name, 1)
+    for name in ("_FEWEST_OF_DEPTHWISE", "_FEWEST_OF_DEPTHWISE_IN_TILES"):
+        monkeypatch.setattr(policy, name, 64)
+    model = backbones.create_model("van_b0", dims=(32, 32, 64, 64), depths=(1, 1, 1, 1)).eval()
+    fused = model.fuse(torch.int8)
+    fcs = [x for x in fused.precision.layers if x.layer[-3:] in ("fc1", "fc2")]
+    narrow = [x for x in fcs if "stages.0" in x.layer or "stages.1" in x.layer]
+    assert len(narrow) == len(fcs) / 2 == 4
+    assert {x.reason for x in narrow} == {"in a block with a kernel of its own"}
+    assert {x.dtype for x in fcs if x not in narrow} == {"int8"}
+    calls = backbones.explain(fused, 64, repeats=1).calls
+    assert [c.kernel for c in calls].count("depthwise_mlp") == 2
+
+
+@_needs_bytes
 @torch.inference_mode()
 def test_state_and_changed_weights(shvit: nn.Module) -> None:
     """State dicts are those of the fused model; a new weight is quantised again."""
