@@ -32,10 +32,12 @@ tests every variant against them. Parameters and multiply-accumulates (of convol
 products, for the first recorded input) are those of the original. The errors are the maximum
 differences from the original's output and from its stages' maps, relative to their maximum
 magnitudes, over all recorded inputs, in float32, with a deterministic checkpoint that uses the
-original's key names; the order of sums, and so the last digits, depends on the CPU (here:
-{cpus}). Accuracies are the authors' claims and were not measured here: ImageNet top-1
-in percent unless noted. A dash means that none was published, or none in a readable source (for
-example, HAT's PSNR table).
+original's key names. They depend on the order of sums, and so on the CPU; these are from
+{cpus}.
+
+Accuracies are the authors' claims and were not measured here: ImageNet top-1 in percent unless
+noted. A dash means that none was published, or none in a readable source (for example, HAT's PSNR
+table).
 """
 
 

@@ -213,9 +213,9 @@ def few_rows() -> int:
 
     There is no limit with AVX2 and AVX-512, since the kernel prefetches output cache lines: 0.99 to
     1.02 of oneDNN's time in ten models at eight images, 1.15 times as fast in MedViTV2 at
-    1024×1024. With AMX, up to 4096 rather than 2048: in bfloat16 NAT, BiFormer, and ViG-H are 1.06
-    times as fast, and VRWKV-T at 16 images 1.19; in float32 1.02 to 1.03, and 1.10. Without limit,
-    VRWKV-T at 32 images takes 1.15 times as long in bfloat16.
+    1024×1024. With AMX, up to 4096 rather than 2048: in bfloat16 NAT, BiFormer and ViG-H are 1.06
+    times as fast, and VRWKV-T at 16 images 1.19; in float32 1.02 to 1.03, and 1.10. Without a
+    limit, VRWKV-T at 32 images takes 1.15 times as long in bfloat16.
     """
     return _FEW_ROWS.get(instruction_set(), sys.maxsize)
 
