@@ -24,6 +24,7 @@ import itertools
 import logging
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -115,20 +116,35 @@ class Contenders:
 
 
 class _Peer(nn.Module):
-    """A contender of ``benchmark.py``, made at the first call; it keeps its own dtype."""
+    """A contender of ``benchmark.py``, made at the first call; it keeps its own dtype.
 
-    def __init__(self, contenders: Contenders, label: str) -> None:
+    Raises:
+        RuntimeError: it cannot be made or run, or a later call takes more than ``most_seconds``.
+    """
+
+    def __init__(self, contenders: Contenders, label: str, most_seconds: float) -> None:
         super().__init__()
         self._run: Run | None = None
         self._start = functools.partial(contenders.start, label)
+        self._most_seconds = most_seconds
 
     def forward(self, images: Tensor) -> Tensor:
         try:
             if self._run is None:
                 self._run = self._start(torch.get_num_threads())
-            return self._run(images)
+                return self._run(images)
+            start = time.perf_counter()
+            output = self._run(images)
         except Exception as error:  # as above
             raise RuntimeError(_reason(error)) from error
+        seconds = time.perf_counter() - start
+        if seconds > self._most_seconds:
+            raise RuntimeError(f"a call takes {seconds:.3g} s")
+        return output
+
+
+def _peer(contenders: Contenders, label: str, most_seconds: float, _: str) -> nn.Module:
+    return _Peer(contenders, label, most_seconds)
 
 
 def _reason(error: BaseException) -> str:
@@ -145,6 +161,7 @@ def of_speed(
     rounds: int,
     seconds: float,
     turn_seconds: float,
+    most_seconds: float,
     size: int = SIZE,
 ) -> Iterator[dict[str, Any]]:
     """A row for each number of threads: what ``benchmark.py`` measures, and bytes on disk."""
@@ -156,7 +173,7 @@ def of_speed(
     with tempfile.TemporaryDirectory() as folder:
         contenders = Contenders(model, images, toolkits, Path(folder))
         peers: dict[str, Callable[[str], nn.Module | None]] = {
-            label: (lambda _, label=label: _Peer(contenders, label))  # type: ignore[misc]
+            label: functools.partial(_peer, contenders, label, most_seconds)
             for label in contenders.labels
             if label not in MODES
         }
@@ -229,6 +246,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=whole(1), default=5, help="turns per contender")
     parser.add_argument("--seconds", type=real(0), default=40, help="stop a row's turns after")
     parser.add_argument("--turn-ms", type=real(0), default=300.0, help="duration of a turn")
+    parser.add_argument(
+        "--most-seconds", type=real(0), default=5.0, help="skip toolkits with slower calls"
+    )
     parser.add_argument("--resume", action="store_true", help="skip rows of the output")
     parser.add_argument("--output", type=nonempty_path, default=OUTPUT)
     args = parser.parse_args(arguments)
@@ -266,7 +286,7 @@ def _rows(args: Any, names: Sequence[str], done: set[Any]) -> Iterator[dict[str,
     for name, batch in itertools.product(names, args.batches):
         threads = [count for count in args.threads if ("speed", name, batch, count) not in done]
         if threads:
-            turns = (args.rounds, args.seconds, args.turn_ms / 1e3)
+            turns = (args.rounds, args.seconds, args.turn_ms / 1e3, args.most_seconds)
             yield from of_speed(name, batch, threads, args.toolkits, *turns)
 
 

@@ -6,6 +6,7 @@ import functools
 import importlib
 import json
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from types import ModuleType
@@ -160,7 +161,14 @@ def test_contenders_that_fail_are_recorded(
         calls.append("fails")
         raise KeyError("no such operator")
 
-    monkeypatch.setattr(tool, "TOOLKITS", {"works": works, "fails": fails})
+    def crawls(model: Any, images: Any, folder: Path) -> Any:
+        def run(images: torch.Tensor) -> torch.Tensor:
+            time.sleep(0.5)
+            return images
+
+        return tools["int8_contenders"].Contender(lambda threads: run, 123)
+
+    monkeypatch.setattr(tool, "TOOLKITS", {"works": works, "fails": fails, "crawls": crawls})
     monkeypatch.setattr(tool, "digits_run", lambda folder, name: digits(tools))
     monkeypatch.setattr(tools["benchmark"], "MATMUL_SIZE", 64)
     row = tool.of_agreement("shvit_s1", tmp_path, ["works", "fails"])
@@ -173,11 +181,13 @@ def test_contenders_that_fail_are_recorded(
     calls.clear()
     shallow = functools.partial(backbones.create_model, depths=(1, 1, 1))
     monkeypatch.setattr(backbones, "create_model", shallow)
-    rows = list(tool.of_speed("shvit_s1", 2, [1], ["works", "fails"], 2, 0, 0, size=32))
+    toolkits = ["works", "fails", "crawls"]
+    rows = list(tool.of_speed("shvit_s1", 2, [1], toolkits, 2, 0, 0, 0.4, size=32))
     assert calls == [(2, 3, 32, 32), "fails"]  # quantised once, for both orders
     (speed,) = rows
     assert [speed[key] for key in tool.KEYS] == ["speed", "shvit_s1", 2, 1]
     assert "no such operator" in speed["contenders"]["fails"]["skipped"]
+    assert speed["contenders"]["crawls"]["skipped"].startswith("a call takes 0.5")
     assert speed["contenders"]["int8"]["speedup_over"].keys() >= {"works", "int8_calibrated"}
     sizes = [speed["contenders"][label]["bytes"] for label in ("fused", "works")]
     assert sizes[0] > contenders["fused"]["bytes"] and sizes[1] == 123
