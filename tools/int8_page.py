@@ -67,7 +67,7 @@ the rest of the network where the CPU multiplies it. Measured on {machine}.
 SPEED = """Untrained models on random images of {size}×{size}, all contenders alternately in one
 process; ratios are medians over turns. `int8 faster than` compares the faster of our two with our
 other forms and with the fastest toolkit; the target there is to be no slower. A dash means that
-the toolkit failed, as listed below.
+the toolkit failed or takes seconds for a call, as listed below.
 """
 PREDICTIONS = """### Predictions
 
