@@ -187,7 +187,7 @@ def test_contenders_that_fail_are_recorded(
     (speed,) = rows
     assert [speed[key] for key in tool.KEYS] == ["speed", "shvit_s1", 2, 1]
     assert "no such operator" in speed["contenders"]["fails"]["skipped"]
-    assert speed["contenders"]["crawls"]["skipped"].startswith("a call takes 0.5")
+    assert speed["contenders"]["crawls"]["skipped"].startswith("a call takes ")
     assert speed["contenders"]["int8"]["speedup_over"].keys() >= {"works", "int8_calibrated"}
     sizes = [speed["contenders"][label]["bytes"] for label in ("fused", "works")]
     assert sizes[0] > contenders["fused"]["bytes"] and sizes[1] == 123
