@@ -73,9 +73,10 @@ PAGES = (
         "# Performance\n\nMeasurements on an Intel Xeon with AMX. There are also pages for AMD "
         "[Zen 5](performance-zen5.md), [Zen 4](performance-zen4.md) and "
         "[AVX2](performance-avx2.md). The rows of MedViTV2, of training steps and of HAT's eight "
-        "images are of older kernels. "
-        "The machine is a virtual one whose speed varies, and is now slower than it was for those "
-        "rows: the matrix product runs at 119 to 165 GFLOP/s on one thread instead of 193 to 215. "
+        "images are of older kernels, and so are those of neighborhood attention, which has "
+        "become faster since, mainly in bfloat16. The machine is a virtual one whose speed "
+        "varies, and is now slower than it was for those rows of models: the matrix product runs "
+        "at 119 to 165 GFLOP/s on one thread instead of 193 to 215. "
         "Compare ratios, which are from alternating runs, rather than times.",
         "performance",
         has_bounds=True,
