@@ -46,7 +46,6 @@ COMPILED = "compiled"
 RUNTIMES = "runtimes"
 FLOOR_PAGE, FLOOR = "performance-floor.md", "performance/floor"
 INT8_PAGE = "performance-int8.md"
-INT8 = ("int8_accuracy", "int8_peers")  # reports in the first machine's folder
 # By the compiler's options for NATTEN.
 NATTEN = {"–": "natten", "`-O3 -march=native`": "natten_optimised"}
 SCANS = "scans"
@@ -165,8 +164,10 @@ def floor() -> str:
 
 def int8() -> str:
     """The page on models in 8 bits."""
-    files = [DOCS / "performance" / f"{name}.json" for name in INT8]
-    return of_int8(*(json.loads(file.read_text()) if file.exists() else None for file in files))
+    folder = DOCS / "performance"
+    accuracy = [json.loads(file.read_text()) for file in sorted(folder.glob("int8_accuracy*.json"))]
+    peers = folder / "int8_peers.json"
+    return of_int8(accuracy, json.loads(peers.read_text()) if peers.exists() else None)
 
 
 def main() -> None:

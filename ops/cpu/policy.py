@@ -115,10 +115,11 @@ def by_tiles(dtype: torch.dtype) -> bool:
 def no_products_of_bytes(has_instructions: bool) -> str | None:
     """Why linear layers in 8 bits do not pay on this CPU, or None if they do.
 
-    At one image, SHViT-S4 and InceptionNeXt-T are 1.4 times as fast as in bfloat16 with AMX, and
-    2.2 and 2.5 times as fast as in float32 with AVX512-VNNI. AVX2's older instructions for bytes
-    saturate unless weights have 7 bits, and three of them do the products of four of float32. On
-    ARM, where nothing was measured, SDOT multiplies four times as many bytes as FMLA floats.
+    At one image, SHViT-S4 and InceptionNeXt-T are 1.4 times as fast as in bfloat16 with AMX, 2.2
+    and 2.5 times as fast as in float32 with AVX512-VNNI, and 2.2 and 2.7 times with AVX-VNNI. The
+    older instructions of AVX2 for bytes saturate unless weights have 7 bits, and three of them do
+    the products of four of float32. On ARM, where nothing was measured, SDOT multiplies four times
+    as many bytes as FMLA floats.
 
     Args:
         has_instructions: whether the CPU has AVX512-VNNI, with AVX2 AVX-VNNI, or FEAT_DotProd.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import importlib
 import json
 from pathlib import Path
@@ -124,7 +125,7 @@ def rows(text: str, start: str) -> list[list[str]]:
 
 
 def test_accuracy_and_what_misses_its_target(tool: ModuleType) -> None:
-    text = tool.of_int8(ACCURACY, None)
+    text = tool.of_int8([ACCURACY], None)
     (van,) = rows(text, "| van |")
     assert van[:5] == ["van", "`van_b0`", "7/8 of 9", "98.00", "+0.00 (100.0)"]
     assert van[5:] == ["−1.00 (98.0)", "−0.30 (99.0)", "**−0.50 (99.5)**"]
@@ -134,17 +135,28 @@ def test_accuracy_and_what_misses_its_target(tool: ModuleType) -> None:
     assert "`int8` meets both in 1 of 1 models; `int8, calibrated` meets both in 0 of 1" in flat
     assert "400 validation images, of which one is worth 0.25 points" in flat
     assert text.index("| biformer |") < text.index("| van |")
-    (psnr,) = rows(text, "| PSNR |")
+    (psnr,) = rows(text, "| amx |")
     assert psnr[1:] == [
-        *("35.30", "35.30 (+0.000)", "35.28 (−0.020)"),
+        *("12 of 20", "35.30", "35.30 (+0.000)", "35.28 (−0.020)"),
         *("35.25 (−0.050)", "**35.00 (−0.300)**"),
     ]
     assert "- `biformer_tiny`, int8: `ValueError: no`\n" in text
-    assert "Layers in int8: 12 of 20." in text and "other toolkits" not in text
+    assert "other toolkits" not in text
+
+
+def test_a_table_for_each_instruction_set(tool: ModuleType) -> None:
+    other = copy.deepcopy(ACCURACY)
+    other["machine"]["instruction_set"] = "avx512"
+    other["results"][0]["forms"]["int8"]["top1"] = 90.0
+    text = tool.of_int8([ACCURACY, other], None)
+    assert [row[6] for row in rows(text, "| van |")] == ["−0.30 (99.0)", "**−8.00 (99.0)**"]
+    assert text.index("### With amx") < text.index("### With avx512")
+    assert [row[1] for row in rows(text, "| avx512 |")] == ["12 of 20"]
+    assert text.count("## Restoration") == 1
 
 
 def test_other_toolkits(tool: ModuleType) -> None:
-    text = tool.of_int8(None, PEERS)
+    text = tool.of_int8([], PEERS)
     (head,), (speed, sizes) = rows(text, "| ms |"), rows(text, "| `shvit_s4` |")
     assert len(head) == len(speed)
     assert speed[1:8] == ["16.00", "6.00", "4.00", "4.50", "3.60", "12.00", "–"]
