@@ -29,7 +29,7 @@ NOT_RUN = {
     r"kubectl .*": "asks a cluster of Kubernetes",
     r"vision-backbones embed .* --engine ray --address auto": "needs that cluster",
     r"python tools/benchmark_training\.py": "measures for minutes; its status is the measurement's",
-    r"python tools/int8_(accuracy|peers)\.py .*": "trains or measures every model for minutes",
+    r"(\w+=\S+ )?python tools/int8_(accuracy|peers)\.py .*": "trains or measures for minutes",
 }
 # What stands in a page for something of the reader's.
 REPLACED = {
