@@ -85,7 +85,7 @@ def quantize(
         ValueError: no batches, or a batch that the model does not take.
     """
     weight = next(model.parameters())
-    layers = _linear_layers(model)
+    layers, classifiers = _linear_layers(model), _classifiers(model)
     known: dict[str, Quantization] = {}
     if images is None and max_drop is None:
         named = ((name, getattr(layer, "quantization", None)) for name, layer in layers)
@@ -105,6 +105,9 @@ def quantize(
         if batches is not None:
             ranges = _calibrate(model, layers, batches)
         entries = [_entry(name, layer, batches is not None, ranges) for name, layer in layers]
+        for entry in entries:
+            if entry.layer in classifiers and not entry.reason:
+                entry.reason = "the classifier, whose errors no later layer evens out"
         if known:
             _keep(entries, known)
         chosen = {entry.layer: entry for entry in entries if not entry.reason}
@@ -152,6 +155,17 @@ def unquantize(model: nn.Module) -> None:
 def _linear_layers(model: nn.Module) -> list[tuple[str, Any]]:
     forms = (FastLinear, FastPointwiseConv2d)
     return [(name, m) for name, m in model.named_modules() if fast_form(m) in forms]
+
+
+def _classifiers(model: nn.Module) -> tuple[str, ...]:
+    """Names of the last linear layers, which stay in floats.
+
+    No later layer evens out their errors, and 8 bits save 1 % of the time (in SHViT-S4 6 %).
+    SHViT's suffers most, because a batch norm is folded into it: with it in 8 bits, SHViT-S1
+    trained on digits has a relative error of 0.051, otherwise of 0.009.
+    """
+    names = getattr(model, "classifier", ())
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def _entry(

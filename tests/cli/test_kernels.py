@@ -18,6 +18,7 @@ from zoo import small
 import backbones
 from backbones.cli.main import main
 from backbones.cli.memory_picture import draw_memory
+from ops.cpu import policy
 from ops.cpu.gemm.int8 import not_faster_in_int8
 
 
@@ -45,6 +46,8 @@ def test_plain(capsys: pytest.CaptureFixture[str]) -> None:
 
 
 def test_eight_bits(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("_FEWEST_IN_BYTES", "_FEWEST_IN_BYTES_OF_TILES"):
+        monkeypatch.setattr(policy, name, 1)
     words = ["--size", "64", "--dtype", "int8"]
     if not_faster_in_int8(torch.device("cpu")) is None:
         said = _said(words, capsys)
