@@ -75,6 +75,8 @@ other forms and with the fastest toolkit; the target there is to be no slower. A
 the toolkit failed or takes seconds for a call, as listed below, or that it was left out. Left out
 with eight images of `vrwkv_t` and `vig_h_t` are ONNX Runtime's static form and OpenVINO, which
 fails for the first with one image, and whose NNCF ran out of the machine's 24 GiB for the second.
+All rows but those of `shvit_s4` at batch 1 were measured when `int8` still included classifiers,
+which saves about 1 % of the time (6 % of `shvit_s4`'s); sizes are those without them.
 """
 PREDICTIONS = """### Predictions
 
