@@ -177,7 +177,9 @@ class Kernel:
             call, arguments = self._run_described(args)
             if len(self._plans) >= _MOST_PLANS:
                 self._plans.clear()
-            self._plans[layout] = Plan.of(tensors, call, arguments)
+            given = [id(t) for t in tensors if t is not None]
+            if len({*given}) == len(given):  # else it is not known which argument a pointer is of
+                self._plans[layout] = Plan.of(tensors, call, arguments)
             return call.result
         if plan is None:
             return self._run_described(args)[0].result

@@ -15,7 +15,8 @@ from ops.cpu import binding
 from ops.cpu.binding import Kernel, observed_by
 from ops.cpu.call import Addresses, Call, words_of
 from ops.cpu.depthwise.conv import depthwise_branches, depthwise_conv2d, taps_first
-from ops.cpu.gemm.linear import packed_linear, packed_linear_energy
+from ops.cpu.gemm.linear import pack_weight, packed_linear, packed_linear_energy
+from ops.cpu.gemm.mlp import packed_mlp
 from ops.cpu.norm.layer_norm import layer_norm
 from ops.cpu.structures import structure
 
@@ -93,6 +94,16 @@ def test_a_layout_is_described_once(monkeypatch) -> None:
     with using_threads(torch.get_num_threads() + 1):
         layer_norm(x, weight, bias, eps)
     assert len(described) == 6
+
+
+def test_a_tensor_given_twice_says_nothing_about_the_next_call() -> None:
+    weight, bias = pack_weight(random(24, 24).float()), random(24).float()
+    x, other = random(1, 29, 24).float(), random(1, 29, 24, seed=1).float()
+    packed_mlp(x, weight, bias, weight, bias, residual=x)
+    expected = packed_mlp(x, weight, bias, weight, bias) + other
+    for _ in range(2):
+        out = packed_mlp(x, weight, bias, weight, bias, residual=other)
+        torch.testing.assert_close(out, expected)
 
 
 def test_the_layout_cache_is_bounded(monkeypatch) -> None:
