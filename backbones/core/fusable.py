@@ -23,11 +23,30 @@ from ops.reparam import fuse_children
 from ops.replay.module import recorded_form
 from ops.rounding import round_filters
 
-__all__ = ["FusableBackbone"]
+__all__ = ["FusableBackbone", "check_fusing"]
 
 Model = TypeVar("Model", bound="FusableBackbone")
 
 _DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)  # that models run in
+
+
+def check_fusing(
+    dtype: Any, channels_last: Any, calibrate: Any = None, max_drop: float | None = None
+) -> None:
+    """Check the arguments of :meth:`FusableBackbone.fuse`.
+
+    Raises:
+        TypeError, ValueError: see there.
+    """
+    if dtype is not None and dtype not in (*_DTYPES, torch.int8):
+        kind = TypeError if not isinstance(dtype, torch.dtype) else ValueError
+        raise kind(
+            f"dtype must be a floating-point one, {', '.join(map(str, _DTYPES))}, or "
+            f"torch.int8; got {dtype!r}"
+        )
+    check_quantization(dtype, channels_last, calibrate, max_drop)
+    if not isinstance(channels_last, bool) and channels_last != "auto":
+        raise ValueError(f"channels_last must be True, False or 'auto', got {channels_last!r}")
 
 
 class FusableBackbone(nn.Module):
@@ -91,15 +110,7 @@ class FusableBackbone(nn.Module):
                 ``calibrate`` or ``max_drop`` are given for another dtype.
             TypeError: ``dtype`` is not a torch.dtype, for example a string.
         """
-        if dtype is not None and dtype not in (*_DTYPES, torch.int8):
-            kind = TypeError if not isinstance(dtype, torch.dtype) else ValueError
-            raise kind(
-                f"dtype must be a floating-point one, {', '.join(map(str, _DTYPES))}, or "
-                f"torch.int8; got {dtype!r}"
-            )
-        check_quantization(dtype, channels_last, calibrate, max_drop)
-        if not isinstance(channels_last, bool) and channels_last != "auto":
-            raise ValueError(f"channels_last must be True, False or 'auto', got {channels_last!r}")
+        check_fusing(dtype, channels_last, calibrate, max_drop)
         with torch.inference_mode(False):
             self.eval()
             conversion.leave_inference_mode(self)

@@ -21,8 +21,10 @@ from torch import Tensor, nn
 
 from backbones.core.base import StagedBackbone
 from backbones.core.checkpoint import load_checkpoint, load_pretrained
+from backbones.core.fusable import check_fusing
 from backbones.core.keywords import check, flag, several, text, whole
 from backbones.core.messages import shown
+from backbones.fusing.any_model import fuse_any
 from ops.attention.token_pooling import pool_tokens_before, token_attentions
 from ops.inference.heap import return_freed_memory
 from ops.replay.workspace import workspace
@@ -256,20 +258,36 @@ def fuse(
     calibrate: Iterable[Any] | Tensor | None = None,
     max_drop: float | None = None,
 ) -> nn.Module:
-    """Optimise every backbone inside ``model`` for inference.
+    """Optimise a model for inference: one of this library, or any other in eval mode.
 
-    Modifies ``model`` in place and returns it. For the arguments and their errors see
-    :meth:`backbones.core.fusable.FusableBackbone.fuse`; ``dtype`` converts only the backbones.
+    Modifies ``model`` in place and returns it. If backbones of this library are inside, they are
+    fused, see :meth:`backbones.core.fusable.FusableBackbone.fuse`; ``dtype`` converts only them.
+    Other networks, such as those of timm, torchvision and transformers, keep their layers and
+    weights: on a CPU, their calls with one tensor are recorded as operators, rewritten to kernels
+    of this library, and replayed (:mod:`ops.rewriting`). Outputs are equal up to rounding. Calls
+    that need gradients, hooks inside, tracing or autocast, or whose course depends on values, run
+    as before.
+
+    Args:
+        dtype, channels_last, calibrate, max_drop: see
+            :meth:`backbones.core.fusable.FusableBackbone.fuse`. ``torch.int8`` requires a backbone
+            of this library.
 
     Raises:
-        TypeError: ``model`` is not a module.
-        ValueError: it contains no backbone of this library.
+        TypeError: ``model`` is not a module, or ``dtype`` no torch.dtype.
+        ValueError: an argument is invalid.
     """
     if not isinstance(model, nn.Module):
         raise TypeError(f"model must be a torch.nn.Module, got {shown(model)}")
     backbones = [m for m in model.modules() if isinstance(m, StagedBackbone)]
     if not backbones:
-        raise ValueError(f"{type(model).__name__} contains no backbone of this library to fuse")
+        check_fusing(dtype, channels_last, calibrate, max_drop)
+        if dtype == torch.int8:
+            raise ValueError(
+                f"{type(model).__name__} is no backbone of this library, which dtype=torch.int8 "
+                "requires; use torch.bfloat16 or torch.float32"
+            )
+        return fuse_any(model, dtype, channels_last)
     for backbone in backbones:
         backbone.fuse(dtype, channels_last, calibrate=calibrate, max_drop=max_drop)
     return model

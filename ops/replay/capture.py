@@ -17,7 +17,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._ops import OpOverload
 from torch.overrides import TorchFunctionMode, resolve_name
+from torch.utils import _pytree as pytree
 
 from ops.cpu.binding import Kernel, observed_by
 from ops.cpu.call import words_of
@@ -110,20 +112,24 @@ class Capture(TorchFunctionMode):
         super().__exit__(*error)
 
     def finish(self, result: Any) -> Graph:
-        """The graph that returns ``result``.
+        """The graph that returns ``result``, a tensor or several of them in a structure.
 
         Raises:
-            NotCapturableError: a call cannot be replayed, or the result is not a tensor allocated
-                during the capture.
+            NotCapturableError: a call cannot be replayed, or no tensor was computed from the input.
         """
         if self.failure is not None:
             raise self.failure
-        if not isinstance(result, Tensor):
-            raise NotCapturableError(f"the result is a {type(result).__name__}")
-        view = self._argument(result)
-        if not isinstance(view, View):
-            raise NotCapturableError("the result does not follow from the input")
-        return Graph(self.calls, self.buffers, self.constants, view)
+        graph = Graph(
+            self.calls,
+            self.buffers,
+            self.constants,
+            pytree.tree_map_only(Tensor, self._argument, result),
+        )
+        if not graph.results:
+            raise NotCapturableError(
+                f"the result, a {type(result).__name__}, does not follow from the input"
+            )
+        return graph
 
     # -- torch functions -------------------------------------------------------------------------
 
@@ -167,10 +173,11 @@ class Capture(TorchFunctionMode):
         if name in ALLOCATIONS:
             self._add_buffer(results[0])
             return
-        if not fresh and (name in _VIEWS or _is_inactive_dropout(name, args, kwargs)):
+        is_view = isinstance(func, OpOverload) and not func._schema.is_mutable
+        if not fresh and (is_view or name in _VIEWS or _is_inactive_dropout(name, args, kwargs)):
             return
         call = TorchCall(str(name), func, self._arguments(args), self._arguments(kwargs))
-        if name not in (_PURE if fresh else _PURE | _IN_PLACE) or 0 < len(fresh) < len(results):
+        if not _is_known(func, name, fresh) or 0 < len(fresh) < len(results):
             raise NotCapturableError(f"{name} is not known to replay")
         if not fresh and self._index(results[0]) is None:
             raise NotCapturableError(f"{name} changes what was there before")
@@ -253,6 +260,13 @@ class Capture(TorchFunctionMode):
 def name_of(func: Any) -> str | None:
     """The name of a torch function; cached, since ``resolve_name`` sets up warning filters."""
     return str(func) if isinstance(func, torch._ops.OpOverload) else resolve_name(func)
+
+
+def _is_known(func: Any, name: str | None, fresh: dict[int, int]) -> bool:
+    """Whether a function's results depend only on its arguments, of which it changes no others."""
+    if isinstance(func, OpOverload) and func.namespace == "aten":
+        return not func._schema.is_mutable
+    return name in (_PURE if fresh else _PURE | _IN_PLACE)
 
 
 def _is_tensors(result: Any) -> bool:

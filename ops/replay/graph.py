@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 __all__ = [
     "Block",
@@ -111,13 +112,20 @@ class Graph:
         calls: in execution order.
         buffers: the memory that the calls use; the first holds the input.
         constants: other memory that the calls read, which must be kept alive.
-        result: the returned tensor.
+        result: what is returned, with views in place of tensors that are not constants.
     """
 
     calls: list[KernelCall | TorchCall]
     buffers: list[Buffer]
     constants: list[Any]
-    result: View
+    result: Any
+
+    @property
+    def results(self) -> list[View]:
+        """The views among what is returned."""
+        return [
+            leaf for leaf in pytree.tree_leaves(self.result, is_leaf=_is_view) if _is_view(leaf)
+        ]
 
     def __str__(self) -> str:
         """One line per call, with its buffers, followed by one line per buffer."""
@@ -131,12 +139,17 @@ class Graph:
                 made = ", ".join(f"%{index}" for index in call.results.values())
                 text = f"{call.name}({', '.join(used)})"
                 lines.append(f"torch   {made} = {text}" if made else f"torch   {text}")
-        lines.append(f"return  {_named(self.result.buffer, self.result.offset)}")
+        returned = ", ".join(_named(view.buffer, view.offset) for view in self.results)
+        lines.append(f"return  {returned}")
         for index, buffer in enumerate(self.buffers):
             dtype = str(buffer.dtype).removeprefix("torch.")
             size = "×".join(map(str, buffer.size))
             lines.append(f"%{index}: {size} {dtype}, {buffer.nbytes} bytes")
         return "\n".join(lines)
+
+
+def _is_view(value: Any) -> bool:
+    return isinstance(value, View)
 
 
 def _named(buffer: int, offset: int) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from ops.replay.graph import Buffer, KernelCall, TorchCall
@@ -29,10 +29,10 @@ class MemoryPlan:
 
 
 def plan_memory(
-    calls: Sequence[KernelCall | TorchCall], buffers: Sequence[Buffer], result: int
+    calls: Sequence[KernelCall | TorchCall], buffers: Sequence[Buffer], results: Collection[int]
 ) -> MemoryPlan:
-    """Plan the memory of calls in this order; ``result`` is the index of the returned buffer."""
-    uses = uses_of(calls, len(buffers), result)
+    """Plan the memory of calls in this order; ``results`` are the indices of returned buffers."""
+    uses = uses_of(calls, len(buffers), results)
     return MemoryPlan(uses, *lay_out(buffers, uses))
 
 
@@ -40,7 +40,7 @@ def plan_memory(
 class Use:
     """The lifetime of a buffer: first and last call, and whether torch allocates or reads it.
 
-    The input is live before the first call, and the result after the last.
+    The input is live before the first call, and results after the last.
     """
 
     first: int
@@ -49,8 +49,10 @@ class Use:
     by_torch: bool = False
 
 
-def uses_of(calls: Sequence[KernelCall | TorchCall], buffers: int, result: int) -> list[Use]:
-    """The lifetime of each buffer; buffer 0 is the input, and ``result`` is returned."""
+def uses_of(
+    calls: Sequence[KernelCall | TorchCall], buffers: int, results: Collection[int]
+) -> list[Use]:
+    """The lifetime of each buffer; buffer 0 is the input, and ``results`` are returned."""
     uses = [Use(len(calls), -1) for _ in range(buffers)]
     for now, call in enumerate(calls):
         by_torch = isinstance(call, TorchCall)
@@ -63,7 +65,8 @@ def uses_of(calls: Sequence[KernelCall | TorchCall], buffers: int, result: int) 
         for index in made:
             uses[index].made = True
     uses[0].first = -1
-    uses[0].last = uses[result].last = len(calls)
+    for index in (0, *results):
+        uses[index].last = len(calls)
     return uses
 
 

@@ -10,7 +10,7 @@ import ctypes
 import itertools
 import logging
 import sys
-from collections.abc import Hashable, Iterable
+from collections.abc import Callable, Hashable, Iterable
 from typing import Any
 
 import torch
@@ -46,19 +46,51 @@ class Recorded(nn.Module):
     profiling or autocast require it, the layers run eagerly. Results are bit-identical.
     """
 
+    known_packages = _KNOWN_PACKAGES
     _records: _Records | None = None
 
     def forward(self, x: Tensor) -> Tensor:
         if x is None or not is_plain_call((x,)) or torch._C._len_torch_function_stack():
             return self.compute(x)
-        if self._records is None:
-            self._records = _Records()
-        return self._records(self, x)
+        result: Tensor = self.recorded(x, self.compute)
+        return result
 
     def compute(self, x: Tensor) -> Tensor:
         """Run the layers eagerly, as the class's own ``forward`` does."""
         result: Tensor = super().forward(x)
         return result
+
+    def recorded(
+        self,
+        x: Tensor,
+        call: Callable[[Tensor], Any],
+        key: Hashable = None,
+        otherwise: Callable[[Tensor], Any] | None = None,
+    ) -> Any:
+        """``call(x)``, by a replay where there is one.
+
+        Args:
+            x: a plain tensor.
+            call: runs the layers eagerly.
+            key: tells calls from others with the same ``x``.
+            otherwise: runs calls that cannot be replayed; default ``call``.
+        """
+        if self._records is None:
+            self._records = _Records()
+        return self._records(self, x, call, key, otherwise or call)
+
+    @classmethod
+    def methods_of(cls, kind: type[nn.Module]) -> dict[str, Any]:
+        """Methods that :func:`recorded_form` gives to the form of ``kind``."""
+        return {}
+
+    def program(self, x: Tensor, call: Callable[[Tensor], Any]) -> Callable[[Tensor], Any]:
+        """What is captured for ``call``: itself, or something else with the same results.
+
+        Raises:
+            NotCapturableError: it cannot be replayed.
+        """
+        return call
 
     def forget(self) -> None:
         """Drop all graphs, so that calls are captured again."""
@@ -95,6 +127,7 @@ def recorded_form(kind: type[nn.Module], recorded: type[Recorded] = Recorded) ->
     if form is None:
         members = {
             **{name: getattr(kind, name) for name in ("__module__", "__qualname__", "__doc__")},
+            **recorded.methods_of(kind),
             "stands_for": kind,  # see ops.inference.forms
             "__reduce_ex__": lambda self, _: (_restore, (kind, recorded), self.__getstate__()),
         }
@@ -116,37 +149,52 @@ class _Records:
         self._snapshot: _Snapshot | None = None
         self._wait = 1  # eager calls before one is captured
 
-    def __call__(self, module: Recorded, x: Tensor) -> Tensor:
-        key = (x.shape, x.stride(), x.dtype, torch.get_num_threads())
+    def __call__(
+        self,
+        module: Recorded,
+        x: Tensor,
+        call: Callable[[Tensor], Any],
+        which: Hashable,
+        otherwise: Callable[[Tensor], Any],
+    ) -> Any:
+        key = (x.shape, x.stride(), x.dtype, torch.get_num_threads(), which)
         program = self._programs.get(key, 0)
         if program is None:
-            return module.compute(x)
+            return otherwise(x)
         snapshot = self._snapshot
         if snapshot is not None and not snapshot.is_valid():
             self._restart()
             snapshot, program = None, 0
         if snapshot is not None and snapshot.needs_gradients(x):
-            return module.compute(x)
+            return call(x)
         if isinstance(program, Replay):
             return program(x)
         if program >= self._wait:
-            return self._record(module, key, x)
+            return self._record(module, key, x, call)
         if len(self._programs) >= _MOST_INPUTS:
             self._programs.clear()
         self._programs[key] = program + 1
-        return module.compute(x)
+        return call(x)
 
-    def _record(self, module: Recorded, key: Hashable, x: Tensor) -> Tensor:
+    def _record(
+        self, module: Recorded, key: Hashable, x: Tensor, call: Callable[[Tensor], Any]
+    ) -> Any:
         try:
             snapshot = self._snapshot or _Snapshot(module)
         except NotCapturableError as error:
             _log.debug("%s is not recorded: %s", type(module).__name__, error)
             self._programs[key] = -_LONGEST_WAIT  # try again later: hooks may be removed
-            return module.compute(x)
+            return call(x)
         if snapshot.needs_gradients(x):
-            return module.compute(x)
+            return call(x)
+        try:
+            program = module.program(x, call)
+        except NotCapturableError as error:
+            _log.debug("%s is not recorded: %s", type(module).__name__, error)
+            self._programs[key] = None
+            return call(x)
         with Capture(x) as capture:
-            result = module.compute(x)
+            result = program(x)
         if not snapshot.is_valid():  # for example, weights were packed again
             self._restart()
             return result
@@ -183,7 +231,7 @@ class _Snapshot:
         self._same_values = ctypes.PyDLL(str(status("replay").path)).replay_same_values
         modules = list(module.modules())
         for inner in modules:
-            _require_known(inner, is_root=inner is module)
+            _require_known(inner, is_root=inner is module, known=module.known_packages)
         held = [d for m in modules for d in _dicts_of(m)]
         # An identity, as left behind by a folded layer, has no attribute that affects the result.
         counted = [vars(m) for m in modules if isinstance(m, nn.Identity)]
@@ -220,9 +268,9 @@ class _Snapshot:
         return x.requires_grad or any(t.requires_grad for t in self._tensors)
 
 
-def _require_known(module: nn.Module, *, is_root: bool) -> None:
+def _require_known(module: nn.Module, *, is_root: bool, known: tuple[str, ...]) -> None:
     kind = type(module)
-    if not f"{kind.__module__}.".startswith(_KNOWN_PACKAGES) or "forward" in vars(module):
+    if not f"{kind.__module__}.".startswith(known) or "forward" in vars(module):
         raise NotCapturableError(
             f"{kind.__module__}.{kind.__qualname__} is not known to be replayable"
         )

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from ops.cpu.build import load, unavailable_reason
 from ops.replay.clock import clock
@@ -79,21 +80,20 @@ class Replay:
                 self._constants += (t.untyped_storage() for t in call.constants())
                 self.lowered.append(index)
             calls.append(other or call)
-        result = graph.result
-        self.plan = plan_memory(calls, self._buffers, result.buffer)
+        self.plan = plan_memory(calls, self._buffers, {view.buffer for view in graph.results})
         self._blocks: list[Any] = []  # kept alive: the list holds their addresses
         self._words: list[int] = []
         self._begun = 0  # start of the words that are not part of a step yet
         self._steps: list[_Step] = []
         self._write(calls)
-        self._result = _reader(result, self._buffers[result.buffer])
+        self._result = self._result_of(graph.result)
         self._code = (ctypes.c_int64 * len(self._words))(*self._words)
         self._code_address = ctypes.addressof(self._code)
         self._count = len(self._buffers)
         self._bases = ctypes.c_void_p * (self._count + 1)  # the last is the workspace
         del self._buffers
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor) -> Any:
         """Run the graph on ``x`` and return its result.
 
         Raises:
@@ -107,6 +107,14 @@ class Replay:
             for step in self._steps:
                 step(tensors, bases)
         return self._result(tensors)
+
+    def _result_of(self, result: Any) -> Callable[[_Tensors], Any]:
+        """A function that returns the result."""
+        if isinstance(result, View):
+            return _reader(result, self._buffers[result.buffer])
+        leaves, structure = pytree.tree_flatten(result, is_leaf=lambda v: isinstance(v, View))
+        read = [self._filler(leaf) for leaf in leaves]
+        return lambda tensors: pytree.tree_unflatten([r(tensors) for r in read], structure)
 
     # -- writing the steps -----------------------------------------------------------------------
 

@@ -1,0 +1,176 @@
+"""Epilogues: what follows a product is applied while its results are in registers.
+
+Batch norms and constant scales are folded into the weights; activations, shortcuts and the gates of
+squeeze-and-excitation are applied by the kernel.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ops.inference.layers import ActivatedLayer, FastLinear, activate, can_activate
+from ops.reparam import fold_norm_after, fold_scale_after
+from ops.rewriting.graph import Operator, OperatorGraph, Value
+
+__all__ = [
+    "ACTIVATIONS",
+    "add_shortcut",
+    "apply_activation",
+    "apply_gates",
+    "fold_norm",
+    "fold_scale",
+]
+
+_aten = torch.ops.aten
+ACTIVATIONS = {
+    _aten.relu.default: "relu",
+    _aten.gelu.default: "gelu",
+    _aten.silu.default: "silu",
+    _aten.hardswish.default: "hardswish",
+    _aten.relu6.default: "relu6",
+    _aten.hardtanh.default: "relu6",
+    _aten.sigmoid.default: "sigmoid",
+    _aten.tanh.default: "tanh",
+}
+
+
+def _kind(operator: Operator) -> str | None:
+    """The activation that an operator applies, as kernels name it."""
+    kind = ACTIVATIONS.get(operator.function)
+    if kind == "gelu" and operator.kwargs.get("approximate", "none") != "none":
+        return None
+    if operator.function is _aten.hardtanh.default and operator.args[1:] != [0.0, 6.0]:
+        return None
+    return kind
+
+
+def _product(graph: OperatorGraph, value: Any, *, plain: bool) -> Operator | None:
+    """The linear layer or convolution that gives a value to one operator only.
+
+    Args:
+        plain: whether it must not have an epilogue yet.
+    """
+    made = graph.made_by(value, FastLinear, nn.Conv2d)
+    if made is None or graph.only_user(value) is None:
+        return None
+    layer: Any = made.function
+    if not isinstance(layer, ActivatedLayer):
+        return None
+    has_epilogue = layer.activation != "none" or made.kwargs.get("residual") is not None
+    return None if plain and has_epilogue else made
+
+
+def fold_norm(graph: OperatorGraph, operator: Operator) -> bool:
+    """``batch_norm(conv(x))`` → ``conv'(x)``."""
+    if type(operator.function) is not nn.BatchNorm2d:
+        return False
+    x = operator.args[0]
+    permuted = graph.made_by(x, _aten.permute.default)
+    made = _product(graph, x if permuted is None else permuted.args[0], plain=True)
+    if made is None or graph.only_user(x) is not operator:
+        return False
+    if permuted is not None and list(permuted.args[1]) != [0, 3, 1, 2]:
+        return False
+    made.function = fold_norm_after(made.function, operator.function)  # type: ignore[arg-type]
+    graph.substitute(operator.result, x)
+    graph.remove(operator)
+    return True
+
+
+def fold_scale(graph: OperatorGraph, operator: Operator) -> bool:
+    """``layer(x) * scale`` → ``layer'(x)``, with a number or one for each channel."""
+    if operator.function not in (_aten.mul.Tensor, _aten.add.Tensor) or operator.kwargs:
+        return False
+    for value, other in (operator.args[:2], operator.args[1::-1]):
+        made = _product(graph, value, plain=True)
+        if made is None or operator.result.shape != value.shape:
+            continue
+        vector = _per_channel(other, value.shape, -1 if isinstance(made.function, nn.Linear) else 1)
+        if vector is None:
+            continue
+        layer: Any = made.function
+        if operator.function is _aten.mul.Tensor:
+            made.function = fold_scale_after(layer, vector)
+        else:
+            made.function = fold_scale_after(layer, torch.ones_like(vector), vector)
+        graph.substitute(operator.result, value)
+        graph.remove(operator)
+        return True
+    return False
+
+
+def _per_channel(other: Any, shape: torch.Size, axis: int) -> Tensor | None:
+    """The numbers of the channels, if ``other`` is constant along all other axes."""
+    channels = shape[axis]
+    if isinstance(other, int | float):
+        return torch.full((channels,), float(other))
+    constant = other.constant
+    if constant is None or constant.numel() not in (1, channels):
+        return None
+    if constant.numel() == 1:
+        return constant.reshape(1).expand(channels).clone()
+    aligned = [1] * (len(shape) - constant.ndim) + list(constant.shape)
+    return constant.flatten() if aligned[axis] == channels else None
+
+
+def apply_activation(graph: OperatorGraph, operator: Operator) -> bool:
+    """``activation(layer(x))``, also after a layer norm."""
+    kind = _kind(operator)
+    if kind is None:
+        return False
+    made = operator.args[0].producer
+    if made is None or graph.only_user(operator.args[0]) is not operator:
+        return False
+    layer = made.function
+    if not isinstance(layer, nn.Module) or not can_activate(layer) or "residual" in made.kwargs:
+        return False
+    activate(layer, kind)
+    graph.substitute(operator.result, operator.args[0])
+    graph.remove(operator)
+    return True
+
+
+def add_shortcut(graph: OperatorGraph, operator: Operator) -> bool:
+    """``linear(x) + shortcut``."""
+    if operator.function is not _aten.add.Tensor or operator.kwargs:
+        return False
+    for value, other in (operator.args[:2], operator.args[1::-1]):
+        made = _product(graph, value, plain=False)
+        if made is None or not isinstance(other, Value) or other.shape != value.shape:
+            continue
+        if not isinstance(made.function, FastLinear) or "residual" in made.kwargs:
+            continue
+        graph.replace(operator, made.function, *made.args, **made.kwargs, residual=other)
+        graph.remove(made)
+        return True
+    return False
+
+
+def apply_gates(graph: OperatorGraph, operator: Operator) -> bool:
+    """``linear(permute(x * gates))`` → ``linear(permute(x), scale=gates)``."""
+    if not isinstance(operator.function, FastLinear) or "scale" in operator.kwargs:
+        return False
+    permuted = graph.made_by(operator.args[0], _aten.permute.default)
+    product = None if permuted is None else graph.made_by(permuted.args[0], _aten.mul.Tensor)
+    if permuted is None or product is None or list(permuted.args[1]) != [0, 2, 3, 1]:
+        return False
+    if graph.only_user(product.result) is not permuted:
+        return False
+    for x, gates in (product.args[:2], product.args[1::-1]):
+        if not isinstance(x, Value) or not isinstance(gates, Value):
+            continue
+        if x.shape != product.result.shape or gates.shape != (*x.shape[:2], 1, 1):
+            continue
+        if graph.only_user(permuted.result) is not operator:
+            return False
+        pixels = graph.insert_before(operator, _aten.permute.default, x, [0, 2, 3, 1])
+        scale = graph.insert_before(operator, _aten.flatten.using_ints, gates, 1)
+        kwargs = {**operator.kwargs, "scale": scale}
+        graph.replace(operator, operator.function, pixels, **kwargs)
+        graph.remove(permuted)
+        graph.remove(product)
+        return True
+    return False

@@ -1,0 +1,206 @@
+"""The operators of a call as a graph that rewrites change: values, and what computes them.
+
+A rewrite is a function of a graph and one of its operators that replaces operators by others with
+the same results; see :mod:`ops.rewriting.rewrite` for their order.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from ops.replay.capture import name_of
+
+__all__ = ["Operator", "OperatorGraph", "Value"]
+
+
+@dataclass(eq=False)
+class Value:
+    """A tensor of the call: the input, the result of an operator, or a constant.
+
+    Attributes:
+        shape, dtype: of the tensor.
+        constant: the tensor, if it is the same in every call.
+        producer: the operator that returns it, if any.
+        users: the operators that read it, once for each argument.
+    """
+
+    shape: torch.Size
+    dtype: torch.dtype
+    constant: Tensor | None = None
+    producer: Operator | None = None
+    users: list[Operator] = field(default_factory=list)
+
+    @classmethod
+    def like(cls, t: Tensor) -> Value:
+        return cls(t.shape, t.dtype)
+
+    @classmethod
+    def of_constant(cls, t: Tensor) -> Value:
+        return cls(t.shape, t.dtype, t)
+
+
+@dataclass(eq=False)
+class Operator:
+    """A function with its arguments: an operator of ATen, or a layer made of such.
+
+    Attributes:
+        function: an ``OpOverload`` or an ``nn.Module``.
+        args, kwargs: with values in place of tensors, also within lists.
+        results: the values that it returns.
+        returns_list: whether it returns several tensors.
+        path: of the module that called it; empty for the network itself.
+    """
+
+    function: Callable[..., Any]
+    args: list[Any]
+    kwargs: dict[str, Any]
+    results: list[Value]
+    returns_list: bool = False
+    path: str = ""
+
+    @property
+    def name(self) -> str:
+        """Such as ``aten.add.Tensor``, or the class of a layer."""
+        if isinstance(self.function, nn.Module):
+            return type(self.function).__name__
+        return name_of(self.function) or str(self.function)
+
+    @property
+    def result(self) -> Value:
+        """The only result."""
+        (result,) = self.results
+        return result
+
+    def values(self) -> Iterator[Value]:
+        """The values among its arguments."""
+        leaves = pytree.tree_leaves((self.args, self.kwargs))
+        return (leaf for leaf in leaves if isinstance(leaf, Value))
+
+
+class OperatorGraph:
+    """The operators of a call in execution order.
+
+    Args:
+        inputs: the value of the input tensor.
+        operators: in execution order; their values refer to them afterwards.
+        outputs: what the call returns, with values in place of tensors.
+    """
+
+    def __init__(self, source: Value, operators: list[Operator], outputs: Any) -> None:
+        self.source, self.operators, self.outputs = source, operators, outputs
+        for operator in operators:
+            self._connect(operator)
+
+    def _connect(self, operator: Operator) -> None:
+        for value in operator.values():
+            value.users.append(operator)
+        for value in operator.results:
+            value.producer = operator
+
+    def _disconnect(self, operator: Operator) -> None:
+        for value in operator.values():
+            value.users.remove(operator)
+
+    def is_output(self, value: Value) -> bool:
+        """Whether the call returns the value."""
+        return any(leaf is value for leaf in pytree.tree_leaves(self.outputs))
+
+    def only_user(self, value: Value) -> Operator | None:
+        """The operator that alone reads the value, which the call does not return."""
+        if len(value.users) != 1 or self.is_output(value):
+            return None
+        return value.users[0]
+
+    def made_by(self, value: Any, *kinds: Any) -> Operator | None:
+        """The producer of a value if its function is of these: operators of ATen, or classes."""
+        producer = value.producer if isinstance(value, Value) else None
+        if producer is None:
+            return None
+        function = producer.function
+        is_one = any(
+            isinstance(function, kind) if isinstance(kind, type) else function is kind
+            for kind in kinds
+        )
+        return producer if is_one else None
+
+    def replace(self, operator: Operator, function: Any, *args: Any, **kwargs: Any) -> Operator:
+        """Compute the results of ``operator`` by another function, in its place."""
+        made = Operator(
+            function, list(args), kwargs, operator.results, operator.returns_list, operator.path
+        )
+        self.operators[self.operators.index(operator)] = made
+        self._disconnect(operator)
+        self._connect(made)
+        return made
+
+    def insert_before(
+        self, operator: Operator, function: Any, *args: Any, shape: Sequence[int] | None = None
+    ) -> Value:
+        """Compute something before ``operator``: of a constant at once. Returns its value.
+
+        Args:
+            shape: of the result; by default as ATen's function of the arguments gives it.
+        """
+        values = [a for a in args if isinstance(a, Value)]
+        if all(v.constant is not None for v in values):
+            return Value.of_constant(function(*(_tensor(a) for a in args)))
+        if shape is None:
+            shape = function(*(_meta(a) for a in args)).shape
+        result = Value(torch.Size(shape), values[0].dtype)
+        made = Operator(function, list(args), {}, [result], path=operator.path)
+        self.operators.insert(self.operators.index(operator), made)
+        self._connect(made)
+        return result
+
+    def substitute(self, value: Value, by: Value) -> None:
+        """Let everything that reads ``value`` read another one, which is computed before it."""
+        for user in list(value.users):
+            self._disconnect(user)
+            user.args, user.kwargs = pytree.tree_map_only(
+                Value, lambda v: by if v is value else v, (user.args, user.kwargs)
+            )
+            self._connect(user)
+        self.outputs = pytree.tree_map_only(Value, lambda v: by if v is value else v, self.outputs)
+
+    def remove(self, operator: Operator) -> None:
+        """Remove an operator whose results nothing reads."""
+        self.operators.remove(operator)
+        self._disconnect(operator)
+
+    def remove_unused(self) -> None:
+        """Remove all operators whose results nothing reads."""
+        for operator in reversed(list(self.operators)):
+            if not any(v.users or self.is_output(v) for v in operator.results):
+                self.remove(operator)
+
+    def __str__(self) -> str:
+        """One line per operator."""
+        names: dict[int, str] = {id(self.source): "input"}
+        lines = []
+        for operator in self.operators:
+            given = pytree.tree_map_only(
+                Value, lambda v: names.get(id(v), "constant"), (operator.args, operator.kwargs)
+            )
+            for value in operator.results:
+                names[id(value)] = f"%{len(names) - 1}"
+            args = [str(a) for a in given[0]] + [f"{k}={v}" for k, v in given[1].items()]
+            made = ", ".join(names[id(v)] for v in operator.results)
+            lines.append(f"{made} = {operator.name}({', '.join(args)})")
+        result = pytree.tree_map_only(Value, lambda v: names.get(id(v), "constant"), self.outputs)
+        return "\n".join([*lines, f"return {result}"])
+
+
+def _tensor(argument: Any) -> Any:
+    return argument.constant if isinstance(argument, Value) else argument
+
+
+def _meta(argument: Any) -> Any:
+    if not isinstance(argument, Value):
+        return argument
+    return torch.empty(argument.shape, dtype=argument.dtype, device="meta")

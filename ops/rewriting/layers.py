@@ -1,0 +1,100 @@
+"""Layers made from operators: a product or a norm with the weights that an operator was given."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ops.cpu import policy
+from ops.cpu.attention.grouped import attend, grouped_attention
+from ops.inference.forms import fast_form
+from ops.inference.layers import FastLinear, convert
+from ops.inference.mlp import NormedMlp, feed_forward
+
+__all__ = [
+    "Attention",
+    "FeedForward",
+    "convolution",
+    "layer_norm",
+    "linear",
+]
+
+
+def linear(weight: Tensor, bias: Tensor | None) -> FastLinear:
+    """A linear layer with this weight, (out_features, in_features), in its inference form."""
+    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, device="meta")
+    return _with(layer, weight, bias)
+
+
+def convolution(weight: Tensor, bias: Tensor | None, geometry: dict[str, Any]) -> Any:
+    """A convolution with this weight, (out, in / groups, kh, kw), in its inference form.
+
+    Args:
+        geometry: ``stride``, ``padding``, ``dilation`` and ``groups``.
+    """
+    in_channels = weight.shape[1] * geometry["groups"]
+    sizes = (in_channels, weight.shape[0], tuple(weight.shape[2:]))
+    return _with(nn.Conv2d(*sizes, bias=bias is not None, device="meta", **geometry), weight, bias)
+
+
+def layer_norm(weight: Tensor, bias: Tensor, eps: float) -> Any:
+    """A layer norm over the last axis, in its inference form."""
+    return _with(nn.LayerNorm(len(weight), eps, device="meta"), weight, bias)
+
+
+def _with(layer: Any, weight: Tensor, bias: Tensor | None) -> Any:
+    for name, value in (("weight", weight), ("bias", bias)):
+        kept = None if value is None else nn.Parameter(value.detach(), requires_grad=False)
+        layer.register_parameter(name, kept)
+    form = fast_form(layer)
+    return layer.eval() if form is None else convert(layer.eval(), form)
+
+
+class FeedForward(NormedMlp):
+    """``fc2(conv(fc1(norm(x)))) + residual``, each layer with its activation.
+
+    (B, ..., dim) → (B, ..., out_dim); (B, H, W, dim) with a depthwise ``conv`` of NCHW maps.
+    """
+
+    def __init__(
+        self,
+        fc1: FastLinear,
+        fc2: FastLinear,
+        conv: nn.Conv2d | None = None,
+        norm: nn.LayerNorm | None = None,
+    ) -> None:
+        super().__init__()
+        self.fc1, self.fc2, self.dwconv, self.norm = fc1, fc2, conv, norm
+        self.act = nn.Identity()
+
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:  # type: ignore[override]
+        return super().forward(x, residual, self.norm)
+
+    def in_layers(self, x: Tensor, residual: Tensor | None) -> Tensor:
+        if self.dwconv is None:
+            return feed_forward(x, self.fc1, self.fc2, self.fc1.out_features, residual)
+        hidden = self.dwconv(self.fc1(x).permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
+        return self.fc2(hidden, residual)
+
+    def conv(self) -> nn.Module | None:
+        return self.dwconv
+
+
+class Attention(nn.Module):
+    """softmax(scale · query · keyᵀ) · value, (B, heads, N, head_dim) each, without copies."""
+
+    def __init__(self, scale: float | None) -> None:
+        super().__init__()
+        self.scale = scale
+
+    def forward(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        own = grouped_attention.unsupported(query.device, query.dtype) is None
+        if not own or not policy.softmax_attention_by_kernel(key.shape[2], query.dtype):
+            sdpa = torch.ops.aten.scaled_dot_product_attention.default
+            return sdpa(query, key, value, scale=self.scale)  # type: ignore[no-any-return]
+        query, key, value = (t.transpose(1, 2) for t in (query, key, value))
+        out = query.new_empty(*query.shape[:3], value.shape[3])
+        attend(query, key, value, out, self.scale)
+        return out.transpose(1, 2)

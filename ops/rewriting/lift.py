@@ -1,0 +1,140 @@
+"""Lifting: operators of ATen with constant weights become layers.
+
+A pointwise convolution becomes a linear layer between two permutations, which are views of a
+channels-last map, so that all that follows knows one kind of product.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ops.inference.layers import convert
+from ops.inference.pooling import FastAdaptiveAvgPool2d
+from ops.rewriting.graph import Operator, OperatorGraph, Value
+from ops.rewriting.layers import Attention, convolution, layer_norm, linear
+
+__all__ = ["NCHW", "NHWC", "lift"]
+
+NHWC, NCHW = [0, 2, 3, 1], [0, 3, 1, 2]
+_aten = torch.ops.aten
+
+
+def lift(graph: OperatorGraph, operator: Operator) -> bool:
+    """Replace an operator by a layer that computes the same."""
+    rule = _RULES.get(operator.function)
+    if rule is None:
+        return False
+    names = [argument.name for argument in operator.function._schema.arguments]  # type: ignore[attr-defined]
+    defaults = {a.name: a.default_value for a in operator.function._schema.arguments}  # type: ignore[attr-defined]
+    given = {**defaults, **dict(zip(names, operator.args, strict=False)), **operator.kwargs}
+    return rule(graph, operator, given)
+
+
+def _constant(value: Any) -> Tensor | None:
+    return value.constant if isinstance(value, Value) else None
+
+
+def _linear(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> bool:
+    weight, bias = _constant(given["weight"]), _constant(given["bias"])
+    if weight is None or weight.ndim != 2 or (given["bias"] is not None and bias is None):
+        return False
+    graph.replace(operator, linear(weight, bias), given["input"])
+    return True
+
+
+def _conv2d(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> bool:
+    weight, bias = _constant(given["weight"]), _constant(given["bias"])
+    x = given["input"]
+    if weight is None or (given["bias"] is not None and bias is None) or len(x.shape) != 4:
+        return False
+    geometry = {name: _pair(given[name]) for name in ("stride", "padding", "dilation")}
+    geometry["groups"] = given["groups"]
+    once = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
+    if weight.shape[2:] != (1, 1) or geometry != once:
+        graph.replace(operator, convolution(weight, bias, geometry), x)
+        return True
+    pixels = graph.insert_before(operator, _aten.permute.default, x, NHWC)
+    made = graph.insert_before(
+        operator, linear(weight.flatten(1), bias), pixels, shape=(*pixels.shape[:3], len(weight))
+    )
+    graph.replace(operator, _aten.permute.default, made, NCHW)
+    return True
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return tuple(value) if len(value) == 2 else (value[0], value[0])
+
+
+def _layer_norm(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> bool:
+    x, shape = given["input"], given["normalized_shape"]
+    affine = [given["weight"], given["bias"]]
+    if len(shape) != 1 or any(isinstance(a, Value) and a.constant is None for a in affine):
+        return False
+    neutral = torch.ones, torch.zeros
+    weight, bias = (
+        make(shape[0], dtype=x.dtype) if a is None else a.constant
+        for a, make in zip(affine, neutral, strict=True)
+    )
+    graph.replace(operator, layer_norm(weight, bias, given["eps"]), x)
+    return True
+
+
+def _batch_norm(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> bool:
+    x, mean, var = given["input"], _constant(given["running_mean"]), _constant(given["running_var"])
+    affine = [given["weight"], given["bias"]]
+    varies = any(isinstance(a, Value) and a.constant is None for a in affine)
+    if given["training"] or mean is None or var is None or varies or len(x.shape) != 4:
+        return False
+    norm = nn.BatchNorm2d(len(mean), given["eps"], device="meta")
+    norm.running_mean, norm.running_var = mean, var
+    for name, value in zip(("weight", "bias"), affine, strict=True):
+        kept = _constant(value)
+        parameter = None if kept is None else nn.Parameter(kept.detach(), requires_grad=False)
+        norm.register_parameter(name, parameter)
+    graph.replace(operator, norm.eval(), x)
+    return True
+
+
+def _pool(graph: OperatorGraph, operator: Operator, x: Value, keepdim: bool) -> bool:
+    layer = convert(nn.AdaptiveAvgPool2d(1), FastAdaptiveAvgPool2d)
+    if keepdim:
+        graph.replace(operator, layer, x)
+    else:
+        pooled = graph.insert_before(operator, layer, x, shape=(*x.shape[:2], 1, 1))
+        graph.replace(operator, _aten.flatten.using_ints, pooled, 1)
+    return True
+
+
+def _adaptive_pool(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> bool:
+    x, size = given["self"], given["output_size"]
+    return list(size) == [1, 1] and len(x.shape) == 4 and _pool(graph, operator, x, True)
+
+
+def _mean(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> bool:
+    x, axes = given["self"], given["dim"]
+    if len(x.shape) != 4 or given["dtype"] is not None or axes is None:
+        return False
+    return {a % 4 for a in axes} == {2, 3} and _pool(graph, operator, x, given["keepdim"])
+
+
+def _attention(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> bool:
+    q, k, v = (given[name] for name in ("query", "key", "value"))
+    plain = given["attn_mask"] is None and not given["is_causal"] and not given["dropout_p"]
+    if not plain or len(q.shape) != 4 or q.shape[:2] != k.shape[:2]:
+        return False
+    graph.replace(operator, Attention(given["scale"]), q, k, v)
+    return True
+
+
+_RULES: dict[Any, Any] = {
+    _aten.linear.default: _linear,
+    _aten.conv2d.default: _conv2d,
+    _aten.layer_norm.default: _layer_norm,
+    _aten.batch_norm.default: _batch_norm,
+    _aten.adaptive_avg_pool2d.default: _adaptive_pool,
+    _aten.mean.dim: _mean,
+    _aten.scaled_dot_product_attention.default: _attention,
+}

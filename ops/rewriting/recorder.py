@@ -1,0 +1,169 @@
+"""Recording: the operators of one call of a module, as ATen names them.
+
+ATen's schemas say of each operator what it modifies and its tags whether its result depends on
+values, so no operator has to be known beforehand. What depends only on weights is computed here,
+once; in-place operators are recorded as those that return a new tensor.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
+
+from ops.replay.graph import NotCapturableError
+from ops.rewriting.graph import Operator, OperatorGraph, Value
+
+__all__ = ["record"]
+
+_aten = torch.ops.aten
+# Operators whose result is their first argument, or has its values.
+_SAME = {_aten.alias.default, _aten.detach.default, _aten.contiguous.default, _aten.clone.default}
+_DEPENDS_ON_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
+
+
+def record(module: nn.Module, call: Callable[[Tensor], Any], x: Tensor) -> OperatorGraph:
+    """The operators of ``call(x)``.
+
+    Args:
+        module: the module that is called, in eval mode, for the paths of operators.
+        call: runs it on one tensor; nothing else may change from call to call.
+        x: the input; it is not modified.
+
+    Raises:
+        NotCapturableError: the calls depend on values of tensors, or modify what was there before.
+    """
+    recorder = _Recorder(module, x)
+    # Below autograd, composite operators such as a linear layer are seen whole.
+    with torch.no_grad(), torch._C._AutoDispatchBelowAutograd(), recorder:
+        result = call(x)
+    if recorder.failure is not None:
+        raise recorder.failure
+    outputs = pytree.tree_map_only(Tensor, recorder.value_of, result)
+    if not any(isinstance(leaf, Value) for leaf in pytree.tree_leaves(outputs)):
+        raise NotCapturableError(f"the result is a {type(result).__name__} without tensors")
+    graph = OperatorGraph(recorder.source, recorder.operators, outputs)
+    graph.remove_unused()
+    return graph
+
+
+class _Recorder(TorchDispatchMode):
+    def __init__(self, module: nn.Module, x: Tensor) -> None:
+        super().__init__()
+        self.failure: NotCapturableError | None = None
+        self.operators: list[Operator] = []
+        self.source = Value.like(x)
+        self._paths = {id(m): path for path, m in module.named_modules()}
+        self._input_storage = _storage(x)
+        # Storages of constants that this call made, and of those that its operators read.
+        self._fresh: set[int] = set()
+        self._read: set[int] = set()
+        # How often each storage was modified: now, and when each tensor was returned.
+        self._changes: dict[int, int] = {}
+        self._values: Any = WeakIdKeyDictionary()  # of tensors: their value, and these changes
+        self._remember(x, self.source)
+
+    def value_of(self, t: Tensor) -> Value:
+        """The value of a tensor; one that no recorded operator returned is a constant."""
+        known = self._values.get(t)
+        if known is None:
+            value = Value.of_constant(t.detach())
+            self._values[t] = value, None
+            return value
+        value, changes = known
+        if changes is not None and changes != self._changes.get(_storage(t), 0):
+            raise NotCapturableError("a view of what was modified in place is read")
+        return value
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = func(*args, **(kwargs or {}))
+        if self.failure is None:
+            try:
+                self._note(func, args, kwargs or {}, result)
+            except NotCapturableError as error:
+                self.failure = error
+        return result
+
+    def _note(self, func: Any, args: Any, kwargs: dict[str, Any], result: Any) -> None:
+        given = pytree.tree_map_only(Tensor, self.value_of, (list(args), kwargs))
+        read = [leaf for leaf in pytree.tree_leaves(given) if isinstance(leaf, Value)]
+        varies = any(v.constant is None for v in read)
+        if func._schema.is_mutable and not varies:
+            self._note_constant(func, args[0])
+            return
+        if func._schema.is_mutable:
+            self._note_modification(func, args, given, result)
+            return
+        if varies and _DEPENDS_ON_VALUES & {*func.tags}:
+            raise NotCapturableError(f"what {func} gives depends on values")
+        results = [result] if isinstance(result, Tensor) else result
+        if not isinstance(results, tuple | list) or not all(isinstance(t, Tensor) for t in results):
+            if varies:
+                raise NotCapturableError(f"{func} gives a {type(result).__name__}")
+            return
+        if not varies and torch.Tag.nondeterministic_seeded not in func.tags:
+            before = {*map(_storage, pytree.tree_leaves(args))} if read else {0}
+            self._fresh |= {*map(_storage, results)} - before
+            return  # its results are constants
+        self._add(func, given, results, isinstance(result, tuple | list))
+
+    def _add(self, func: Any, given: Any, results: Any, returns_list: bool) -> None:
+        values = [Value.like(t) for t in results]
+        if func in _SAME or _is_inactive_dropout(func, given[0]):
+            values = [given[0][0]]
+        else:
+            self.operators.append(Operator(func, *given, values, returns_list, self._caller()))
+            leaves = (v for v in pytree.tree_leaves(given) if isinstance(v, Value))
+            self._read |= {_storage(v.constant) for v in leaves if v.constant is not None}
+        for t, value in zip(results, values, strict=True):
+            self._remember(t, value)
+
+    def _note_constant(self, func: Any, target: Any) -> None:
+        """Allow changes to a constant that was made in this call and not read by an operator."""
+        known = isinstance(target, Tensor) and _storage(target) in self._fresh - self._read
+        if not known or torch.Tag.nondeterministic_seeded in func.tags:
+            raise NotCapturableError(f"{func} modifies what was there before")
+
+    def _note_modification(self, func: Any, args: Any, given: Any, result: Any) -> None:
+        """Record an in-place operator as one that returns a new tensor."""
+        name, overload = func._schema.name.removeprefix("aten::"), func._overloadname
+        packet = getattr(_aten, name.removesuffix("_"), None) if name.endswith("_") else None
+        functional = getattr(packet, overload, None)
+        target = args[0]
+        if functional is None or result is not target or given[0][0].constant is not None:
+            raise NotCapturableError(f"{func} modifies what was there before")
+        storage = _storage(target)
+        if storage == self._input_storage:
+            raise NotCapturableError(f"{func} modifies the input")
+        self._changes[storage] = self._changes.get(storage, 0) + 1
+        self._add(functional, given, [target], returns_list=False)
+
+    def _remember(self, t: Tensor, value: Value) -> None:
+        self._values[t] = value, self._changes.get(_storage(t), 0)
+
+    def _caller(self) -> str:
+        """The path of the module whose method made the call."""
+        frame = sys._getframe(1)
+        while frame is not None:
+            if frame.f_code.co_varnames[:1] == ("self",):
+                path = self._paths.get(id(frame.f_locals.get("self")))
+                if path is not None:
+                    return path
+            frame = frame.f_back  # type: ignore[assignment]
+        return ""
+
+
+def _storage(t: Any) -> int:
+    return t.untyped_storage().data_ptr() if isinstance(t, Tensor) else 0
+
+
+def _is_inactive_dropout(func: Any, args: Any) -> bool:
+    return func is _aten.dropout.default and not args[2]

@@ -1,0 +1,47 @@
+"""The rewrites of a graph, in their order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+from ops.rewriting.branches import merge_branches
+from ops.rewriting.epilogues import (
+    add_shortcut,
+    apply_activation,
+    apply_gates,
+    fold_norm,
+    fold_scale,
+)
+from ops.rewriting.feed_forward import join_feed_forward
+from ops.rewriting.graph import Operator, OperatorGraph
+from ops.rewriting.lift import lift
+from ops.rewriting.views import join_permutations, sink_permutation
+
+__all__ = ["rewrite"]
+
+Rewrite = Callable[[OperatorGraph, Operator], bool]
+
+# Each group is applied until nothing changes. Folding comes before epilogues, since a layer with an
+# activation cannot be folded any more.
+_GROUPS: tuple[tuple[Rewrite, ...], ...] = (
+    (lift,),
+    (join_permutations, sink_permutation, fold_norm, merge_branches, fold_scale),
+    (join_permutations, sink_permutation, apply_activation, add_shortcut, apply_gates),
+    (join_feed_forward,),
+)
+
+
+def rewrite(graph: OperatorGraph) -> None:
+    """Rewrite a graph in place so that it takes fewer and faster operators."""
+    for group in _GROUPS:
+        while _pass(graph, group):
+            pass
+    graph.remove_unused()
+
+
+def _pass(graph: OperatorGraph, group: tuple[Rewrite, ...]) -> bool:
+    changed = False
+    for operator in list(graph.operators):
+        if operator in graph.operators:
+            changed |= any(apply(graph, operator) for apply in group)
+    return changed
