@@ -25,6 +25,8 @@ PLAIN_ACTIVATIONS = {
     "relu6": F.relu6,
     "sigmoid": torch.sigmoid,
     "tanh": torch.tanh,
+    "hardsigmoid": F.hardsigmoid,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
     "squared_relu": lambda x: F.relu(x).square(),
 }
 

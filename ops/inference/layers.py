@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ops.cpu import policy
+from ops.cpu.activations import activation_of
 from ops.cpu.binding import Kernel
 from ops.cpu.decisions import Decision, observe_decisions
 from ops.cpu.dispatch import takes_kernels
@@ -52,17 +53,6 @@ __all__ = [
 
 Module = TypeVar("Module", bound=nn.Module)
 
-_PLAIN: dict[str, Callable[[Tensor], Tensor]] = {
-    "none": lambda x: x,
-    "relu": F.relu,
-    "gelu": F.gelu,
-    "silu": F.silu,
-    "hardswish": F.hardswish,
-    "relu6": F.relu6,
-    "sigmoid": Tensor.sigmoid,
-    "tanh": Tensor.tanh,
-    "squared_relu": lambda x: F.relu(x).square_(),
-}
 _CALLS = (
     "_linear_pointwise",
     "_reorder_linear_weight",
@@ -199,7 +189,7 @@ class ActivatedLayer(FastLayer):
     forward: Callable[..., Tensor]
 
     def _finish(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        x = _PLAIN[self.activation](x)
+        x = activation_of(self.activation).plain(x)
         return x if residual is None else x + residual
 
     def extra_repr(self) -> str:
@@ -252,16 +242,21 @@ class AbsorbedActivation(nn.Identity):
 class FastLinear(ActivatedLayer, nn.Linear):
     """``activation(linear(x * scale)) + residual``, (B, …, in_features) → (B, …, out_features).
 
-    ``scale`` is (B, in_features).
+    ``scale`` is (B, in_features). With :attr:`clips_sum`, ReLU or ReLU6 is applied to the sum.
     """
+
+    clips_sum: bool = False
 
     def forward(
         self, x: Tensor, residual: Tensor | None = None, scale: Tensor | None = None
     ) -> Tensor:
         packed = self.derived(x)
-        if packed is None:
-            return self._finish(super().forward(scaled(x, scale)), residual)
-        return packed(x, self.activation, residual, scale)
+        if packed is not None:
+            return packed(x, self.activation, residual, scale, clips_sum=self.clips_sum)
+        out = super().forward(scaled(x, scale))
+        if self.clips_sum and residual is not None:
+            return self._finish(out + residual)
+        return self._finish(out, residual)
 
     def activated(self, x: Tensor, activation: str, factor: Tensor | None = None) -> Tensor:
         """``activation(linear(x)) * factor``, whatever activation the layer itself has.
@@ -276,7 +271,7 @@ class FastLinear(ActivatedLayer, nn.Linear):
         """
         packed = self.derived(x)
         if packed is None:
-            out = _PLAIN[activation](F.linear(x, self.weight, self.bias))
+            out = activation_of(activation).plain(F.linear(x, self.weight, self.bias))
             return out if factor is None else out.mul_(factor)
         if factor is None:
             return packed(x, activation, None)

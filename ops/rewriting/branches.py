@@ -1,8 +1,11 @@
-"""Branches: parallel convolutions of one map are one convolution, as RepVGG's are."""
+"""Branches: parallel linear maps of one map are one convolution, as RepVGG's are.
+
+https://arxiv.org/abs/2101.03697
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -11,91 +14,98 @@ from torch import Tensor, nn
 from ops.inference.layers import FastLinear
 from ops.reparam import norm_affine
 from ops.rewriting.graph import Operator, OperatorGraph, Value
-from ops.rewriting.layers import convolution
+from ops.rewriting.lift import put_convolution
 
 __all__ = ["merge_branches"]
 
 _aten = torch.ops.aten
+_SIGNS = {_aten.add.Tensor: 1, _aten.sub.Tensor: -1}
+
+
+class _Branch(NamedTuple):
+    """A convolution of ``x``, (B, C, H, W), padded to the size that its stride gives.
+
+    ``groups`` is None for maps of single channels, which any number of groups can compute.
+    """
+
+    x: Value
+    weight: Tensor  # (out, in / groups, k, k), or (out, 1, 1, 1)
+    bias: Tensor | None
+    stride: tuple[int, int]
+    groups: int | None
 
 
 def merge_branches(graph: OperatorGraph, operator: Operator) -> bool:
-    """``conv(x) ± branch(x)``, a convolution, a batch norm or, if depthwise, the map itself."""
-    if operator.function not in (_aten.add.Tensor, _aten.sub.Tensor) or operator.kwargs:
+    """``conv(x) ± branch(x)``; a branch is a convolution, a batch norm, or the map itself."""
+    sign = _SIGNS.get(operator.function)
+    if sign is None or operator.kwargs or not all(isinstance(a, Value) for a in operator.args):
         return False
-    left, right = operator.args[:2]
-    if not isinstance(left, Value) or not isinstance(right, Value) or left.shape != right.shape:
+    left, right = operator.args
+    first, second = _branch(graph, left), _branch(graph, right)
+    for one, value in ((first, right), (second, left)):
+        if one is not None and one.groups is not None and value is one.x:
+            ones = one.weight.new_ones(len(one.weight), 1, 1, 1)
+            itself = _Branch(value, ones, None, (1, 1), None)
+            first, second = (first, itself) if value is right else (itself, second)
+    if first is None or second is None:
         return False
-    signs = (1, 1 if operator.function is _aten.add.Tensor else -1)
-    for base, other, sign in ((left, right, signs), (right, left, signs[::-1])):
-        conv = graph.made_by(base, nn.Conv2d)
-        if conv is None or not _is_plain(graph, conv):
-            continue
-        layer: Any = conv.function
-        branch = _taps(graph, other, conv.args[0], layer)
-        if branch is None:
-            continue
-        weight, bias = branch
-        side = max(weight.shape[2], layer.kernel_size[0])
-        both = sign[0] * _grown(layer.weight, side) + sign[1] * _grown(weight, side)
-        terms = [s * b for s, b in zip(sign, (layer.bias, bias), strict=True) if b is not None]
-        geometry = {
-            "stride": layer.stride,
-            "padding": (side // 2, side // 2),
-            "dilation": (1, 1),
-            "groups": layer.groups,
-        }
-        made = convolution(both.detach(), sum(terms) if terms else None, geometry)  # type: ignore[arg-type]
-        graph.replace(operator, made, conv.args[0])
-        graph.remove_unused()
-        return True
-    return False
+    groups = first.groups if first.groups is not None else second.groups
+    if groups is None or first.x is not second.x or first.stride != second.stride:
+        return False
+    if {first.groups, second.groups} - {groups, None} or left.shape != right.shape:
+        return False
+    if len(first.weight) != len(second.weight):
+        return False
+    side = max(first.weight.shape[2], second.weight.shape[2])
+    inner = first.x.shape[1] // groups
+    weight = _taps(first, inner, side) + sign * _taps(second, inner, side)
+    terms = [s * b.bias for s, b in ((1, first), (sign, second)) if b.bias is not None]
+    bias = sum(terms[1:], terms[0]) if terms else None
+    put_convolution(graph, operator, first.x, weight, bias, _geometry(side, first.stride, groups))
+    graph.remove_unused()
+    return True
 
 
-def _is_plain(graph: OperatorGraph, operator: Operator) -> bool:
-    """Whether this is a convolution of odd windows, padded to the map's size, used once."""
-    layer: Any = operator.function
-    side = layer.kernel_size[0]
-    square = layer.kernel_size == (side, side) and layer.padding == (side // 2, side // 2)
-    same = square and side % 2 == 1 and layer.dilation == (1, 1)
-    return same and layer.activation == "none" and graph.only_user(operator.result) is not None
-
-
-def _taps(
-    graph: OperatorGraph, value: Value, x: Value, layer: Any
-) -> tuple[Tensor, Tensor | None] | None:
-    """A branch of ``x`` as weight and bias of a convolution like ``layer``; None if it is none."""
-    inner = layer.in_channels // layer.groups
-    if value is x:
-        if inner != 1 or layer.stride != (1, 1):
+def _branch(graph: OperatorGraph, value: Value) -> _Branch | None:
+    """The convolution that gives a value to one operator only."""
+    made = graph.made_by(value, nn.BatchNorm2d, nn.Conv2d, _aten.permute.default)
+    if made is None or graph.only_user(value) is None:
+        return None
+    layer: Any = made.function
+    if isinstance(layer, nn.BatchNorm2d):
+        scale, shift = norm_affine(layer)
+        return _Branch(made.args[0], scale.view(-1, 1, 1, 1), shift, (1, 1), None)
+    if isinstance(layer, nn.Conv2d):
+        side = layer.kernel_size[0]
+        same = layer.kernel_size == (side, side) and layer.padding == (side // 2, side // 2)
+        if not same or side % 2 == 0 or layer.dilation != (1, 1) or layer.activation != "none":
             return None
-        return layer.weight.new_ones(layer.out_channels, 1, 1, 1), None
-    if graph.only_user(value) is None:
+        stride: Any = layer.stride
+        return _Branch(made.args[0], layer.weight, layer.bias, stride, layer.groups)
+    product = graph.made_by(made.args[0], FastLinear)
+    pixels = None if product is None else graph.made_by(product.args[0], _aten.permute.default)
+    if product is None or pixels is None or graph.only_user(product.result) is None:
         return None
-    norm = graph.made_by(value, nn.BatchNorm2d)
-    if norm is not None and norm.args[0] is x and layer.stride == (1, 1):
-        scale, shift = norm_affine(norm.function)  # type: ignore[arg-type]
-        weight = layer.weight.new_zeros(layer.out_channels, inner, 1, 1)
-        channels = torch.arange(layer.out_channels)
-        weight[channels, channels % inner] = scale.view(-1, 1, 1)
-        return weight, shift
-    other = graph.made_by(value, nn.Conv2d)
-    if other is not None and other.args[0] is x and _is_plain(graph, other):
-        conv: Any = other.function
-        if (conv.stride, conv.groups) == (layer.stride, layer.groups):
-            return conv.weight, conv.bias
-    permuted = graph.made_by(value, _aten.permute.default)
-    linear = None if permuted is None else graph.made_by(permuted.args[0], FastLinear)
-    if linear is None or layer.groups != 1 or layer.stride != (1, 1):
+    if list(pixels.args[1]) != [0, 2, 3, 1] or list(made.args[1]) != [0, 3, 1, 2]:
         return None
-    pixels = graph.made_by(linear.args[0], _aten.permute.default)
-    if pixels is None or pixels.args[0] is not x or list(pixels.args[1]) != [0, 2, 3, 1]:
+    layer = product.function
+    if product.kwargs or layer.activation != "none":
         return None
-    product: Any = linear.function
-    if linear.kwargs or product.activation != "none":
-        return None
-    return product.weight[:, :, None, None], product.bias
+    return _Branch(pixels.args[0], layer.weight[:, :, None, None], layer.bias, (1, 1), 1)
 
 
-def _grown(weight: Tensor, side: int) -> Tensor:
+def _taps(branch: _Branch, inner: int, side: int) -> Tensor:
+    """The weight with a window of ``side`` and ``inner`` inputs for each output."""
+    weight = branch.weight.detach()
+    if branch.groups is None and inner > 1:
+        channels = torch.arange(len(weight))
+        whole = weight.new_zeros(len(weight), inner, 1, 1)
+        whole[channels, channels % inner] = weight[:, 0]
+        weight = whole
     margin = (side - weight.shape[2]) // 2
     return F.pad(weight, (margin, margin, margin, margin))
+
+
+def _geometry(side: int, stride: tuple[int, int], groups: int) -> dict[str, Any]:
+    padding = (side // 2, side // 2)
+    return {"stride": stride, "padding": padding, "dilation": (1, 1), "groups": groups}

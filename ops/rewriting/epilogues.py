@@ -11,12 +11,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ops.cpu.activations import ACTIVATIONS, activation_of
 from ops.inference.layers import ActivatedLayer, FastLinear, activate, can_activate
 from ops.reparam import fold_norm_after, fold_scale_after
 from ops.rewriting.graph import Operator, OperatorGraph, Value
 
 __all__ = [
-    "ACTIVATIONS",
+    "activation_kind",
     "add_shortcut",
     "apply_activation",
     "apply_gates",
@@ -25,26 +26,19 @@ __all__ = [
 ]
 
 _aten = torch.ops.aten
-ACTIVATIONS = {
-    _aten.relu.default: "relu",
-    _aten.gelu.default: "gelu",
-    _aten.silu.default: "silu",
-    _aten.hardswish.default: "hardswish",
-    _aten.relu6.default: "relu6",
-    _aten.hardtanh.default: "relu6",
-    _aten.sigmoid.default: "sigmoid",
-    _aten.tanh.default: "tanh",
-}
+_OPERATORS = {call: name for name in ACTIVATIONS for call in activation_of(name).operators}
+
+_FUNCTIONS = {function for function, *_ in _OPERATORS}
 
 
-def _kind(operator: Operator) -> str | None:
+def activation_kind(operator: Operator) -> str | None:
     """The activation that an operator applies, as kernels name it."""
-    kind = ACTIVATIONS.get(operator.function)
-    if kind == "gelu" and operator.kwargs.get("approximate", "none") != "none":
+    if operator.function not in _FUNCTIONS:
         return None
-    if operator.function is _aten.hardtanh.default and operator.args[1:] != [0.0, 6.0]:
-        return None
-    return kind
+    given = operator.args[1:] + list(operator.kwargs.values())
+    if operator.function is _aten.gelu.default and not given:
+        given = ["none"]
+    return _OPERATORS.get((operator.function, *given))
 
 
 def _product(graph: OperatorGraph, value: Any, *, plain: bool) -> Operator | None:
@@ -118,15 +112,19 @@ def _per_channel(other: Any, shape: torch.Size, axis: int) -> Tensor | None:
 
 def apply_activation(graph: OperatorGraph, operator: Operator) -> bool:
     """``activation(layer(x))``, also after a layer norm."""
-    kind = _kind(operator)
+    kind = activation_kind(operator)
     if kind is None:
         return False
     made = operator.args[0].producer
     if made is None or graph.only_user(operator.args[0]) is not operator:
         return False
     layer = made.function
-    if not isinstance(layer, nn.Module) or not can_activate(layer) or "residual" in made.kwargs:
+    if not isinstance(layer, nn.Module) or not can_activate(layer):
         return False
+    if "residual" in made.kwargs:
+        if not isinstance(layer, FastLinear) or kind not in ("relu", "relu6"):
+            return False
+        layer.clips_sum = True
     activate(layer, kind)
     graph.substitute(operator.result, operator.args[0])
     graph.remove(operator)

@@ -16,7 +16,7 @@ from ops.inference.pooling import FastAdaptiveAvgPool2d
 from ops.rewriting.graph import Operator, OperatorGraph, Value
 from ops.rewriting.layers import Attention, convolution, layer_norm, linear
 
-__all__ = ["NCHW", "NHWC", "lift"]
+__all__ = ["NCHW", "NHWC", "lift", "put_convolution"]
 
 NHWC, NCHW = [0, 2, 3, 1], [0, 3, 1, 2]
 _aten = torch.ops.aten
@@ -52,16 +52,28 @@ def _conv2d(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> 
         return False
     geometry = {name: _pair(given[name]) for name in ("stride", "padding", "dilation")}
     geometry["groups"] = given["groups"]
+    put_convolution(graph, operator, x, weight, bias, geometry)
+    return True
+
+
+def put_convolution(
+    graph: OperatorGraph,
+    operator: Operator,
+    x: Value,
+    weight: Tensor,
+    bias: Tensor | None,
+    geometry: dict[str, Any],
+) -> None:
+    """Compute the result of ``operator`` by a convolution of ``x``, (B, C, H, W)."""
     once = {"stride": (1, 1), "padding": (0, 0), "dilation": (1, 1), "groups": 1}
     if weight.shape[2:] != (1, 1) or geometry != once:
         graph.replace(operator, convolution(weight, bias, geometry), x)
-        return True
+        return
     pixels = graph.insert_before(operator, _aten.permute.default, x, NHWC)
     made = graph.insert_before(
         operator, linear(weight.flatten(1), bias), pixels, shape=(*pixels.shape[:3], len(weight))
     )
     graph.replace(operator, _aten.permute.default, made, NCHW)
-    return True
 
 
 def _pair(value: Any) -> tuple[int, int]:
@@ -129,7 +141,20 @@ def _attention(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) 
     return True
 
 
+def _neutral(graph: OperatorGraph, operator: Operator, given: dict[str, Any]) -> bool:
+    """``x + 0`` and ``x * 1``."""
+    neutral = 1 if operator.function is _aten.mul.Tensor else 0
+    other = given["other"]
+    if isinstance(other, Value) or other != neutral or operator.result.shape != given["self"].shape:
+        return False
+    graph.substitute(operator.result, given["self"])
+    graph.remove(operator)
+    return True
+
+
 _RULES: dict[Any, Any] = {
+    _aten.add.Tensor: _neutral,
+    _aten.mul.Tensor: _neutral,
     _aten.linear.default: _linear,
     _aten.conv2d.default: _conv2d,
     _aten.layer_norm.default: _layer_norm,

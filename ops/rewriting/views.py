@@ -11,7 +11,7 @@ import torch
 
 from ops.inference.layers import FastLinear
 from ops.inference.norm import FastLayerNorm
-from ops.rewriting.epilogues import ACTIVATIONS
+from ops.rewriting.epilogues import activation_kind
 from ops.rewriting.graph import Operator, OperatorGraph, Value
 
 __all__ = ["join_permutations", "sink_permutation"]
@@ -57,8 +57,8 @@ def join_permutations(graph: OperatorGraph, operator: Operator) -> bool:
 
 
 def sink_permutation(graph: OperatorGraph, operator: Operator) -> bool:
-    """``f(permute(x), y)`` → ``permute(f(x, permute⁻¹(y)))`` where ``x`` comes from a layer on the last axis."""
-    unary = operator.function in ACTIVATIONS
+    """``f(permute(x), y)`` → ``permute(f(x, permute⁻¹(y)))`` after layers on the last axis."""
+    unary = activation_kind(operator) is not None
     if not unary and operator.function not in _BINARY:
         return False
     for at in range(1 if unary else min(2, len(operator.args))):

@@ -12,7 +12,9 @@ using simd::F;
 using simd::W;
 
 // In the order of ACTIVATIONS in ops/cpu/activations.py.
-enum Kind : int64_t { NONE, RELU, GELU, SILU, HARDSWISH, RELU6, SIGMOID, TANH, SQUARED_RELU };
+enum Kind : int64_t {
+  NONE, RELU, GELU, SILU, HARDSWISH, RELU6, SIGMOID, TANH, SQUARED_RELU, HARDSIGMOID, GELU_TANH
+};
 
 static VB_INLINE F positive(F x) { return simd::max(simd::zero(), x); }  // NaN stays NaN
 static VB_INLINE F negative(F x) { return simd::zero() - positive(simd::zero() - x); }
@@ -126,6 +128,16 @@ static VB_INLINE F hardswish(F x) {
   return x * relu6(x + simd::set1(3.f)) * simd::set1(1.f / 6.f);
 }
 
+static VB_INLINE F hardsigmoid(F x) {
+  return relu6(x + simd::set1(3.f)) * simd::set1(1.f / 6.f);
+}
+
+// x sigmoid(2 sqrt(2 / pi) (x + 0.044715 x^3)), the approximation of GELU by tanh.
+static VB_INLINE F gelu_tanh(F x) {
+  const F cubic = simd::fma(x * x, simd::set1(0.044715f * 1.59576912f), simd::set1(1.59576912f));
+  return x * sigmoid(x * cubic);
+}
+
 // RELU and RELU6 take two instructions, so that micro-kernels inline them.
 static VB_INLINE bool is_clip(int64_t kind) { return kind == RELU || kind == RELU6; }
 static VB_INLINE F clip_limit(int64_t kind) {
@@ -160,6 +172,12 @@ static __attribute__((noinline)) void apply(F* x, int count, int64_t kind) {
       break;
     case SQUARED_RELU:
       for (int i = 0; i < count; i++) x[i] = positive(x[i]) * positive(x[i]);
+      break;
+    case HARDSIGMOID:
+      for (int i = 0; i < count; i++) x[i] = hardsigmoid(x[i]);
+      break;
+    case GELU_TANH:
+      for (int i = 0; i < count; i++) x[i] = gelu_tanh(x[i]);
       break;
     default:
       break;

@@ -61,13 +61,18 @@ static VB_INLINE void fetch_outputs(const Problem& p, const Block<T>& block, int
 // `scale` multiplies `other`; it may be null.
 static VB_INLINE F combine(const Problem& p, const float* scale, int lanes, F x, F other) {
   if (p.combination == ADD_SCALED) return simd::fma(other, simd::get(scale, lanes), x);
+  if (p.combination == ADD_CLIPPED) {
+    return activation::clip(x + other, activation::clip_limit(p.activation));
+  }
   return p.combination == ADD ? x + other : x * other;
 }
 
 // The epilogue: activation, combination, energies, and the stores of R rows of V vectors.
 template <class T, int R, int V>
 static VB_INLINE void finish(const Problem& p, const Block<T>& block, F (&sum)[R][V]) {
-  if (activation::is_clip(p.activation)) {
+  if (p.combination == ADD_CLIPPED) {
+    // `combine` does it
+  } else if (activation::is_clip(p.activation)) {
     const F limit = activation::clip_limit(p.activation);
     VB_UNROLL
     for (int r = 0; r < R; r++) {
@@ -135,7 +140,7 @@ static VB_INLINE void put_row(T* out, const F (&x)[V], int lanes) {
 template <int V, class T>
 static void finish_rows(const Problem& p, const Block<T>& block, int64_t first, int64_t count,
                         float* sums) {
-  if (p.activation != activation::NONE) {
+  if (p.activation != activation::NONE && p.combination != ADD_CLIPPED) {
     activation::apply<T>(reinterpret_cast<F*>(sums), static_cast<int>(count * V), p.activation);
   }
   T* out = block.out + first * p.out_stride;

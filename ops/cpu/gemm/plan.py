@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 # In the order of `linear::Combination` in problem.h.
-COMBINATIONS = ("none", "add", "multiply", "add_scaled")
+COMBINATIONS = ("none", "add", "multiply", "add_scaled", "add_clipped")
 TENSORS = structure("gemm/problem.h", "linear::Tensors")
 
 _PROBLEM = structure("gemm/problem.h", "linear::Problem")
@@ -76,6 +76,8 @@ def output_shape(
             f"combination must be one of {COMBINATIONS}, other than 'none' if and only if there "
             f"is something to combine with; got {combination!r}"
         )
+    if combination == "add_clipped" and activation not in ("relu", "relu6"):
+        raise ValueError(f"'add_clipped' takes the activations relu and relu6, got {activation!r}")
     if weight_dtype is None and x.dtype != weight.dtype:
         raise ValueError(f"x is {x.dtype} and its weight {weight.dtype}; they must be the same")
     require_dtype(weight_dtype or x.dtype, weight=weight)

@@ -26,7 +26,8 @@ struct Problem {
 };
 
 // How the activated output is combined with `other`, in the order of COMBINATIONS in plan.py.
-enum Combination : int64_t { NONE, ADD, MULTIPLY, ADD_SCALED };
+// ADD_CLIPPED applies the activation, RELU or RELU6, to the sum instead.
+enum Combination : int64_t { NONE, ADD, MULTIPLY, ADD_SCALED, ADD_CLIPPED };
 
 // `weight` is packed by `pack`, `bias` is [out_features]. Null if unused: `other`
 // [rows][out_features]; `scale` [images][in_features], multiplied with the inputs; `energy`
