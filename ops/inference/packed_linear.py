@@ -37,6 +37,7 @@ __all__ = [
     "scaled_residual",
 ]
 
+
 def by_onednn(function: Callable[..., Tensor], activation: str, *arguments: Any) -> Tensor:
     """Call a function of oneDNN with an activation, which torch applies if oneDNN doesn't."""
     plain, _, onednn = activation_of(activation)

@@ -270,7 +270,8 @@ class _Snapshot:
 
 def _require_known(module: nn.Module, *, is_root: bool, known: tuple[str, ...]) -> None:
     kind = type(module)
-    if not f"{kind.__module__}.".startswith(known) or "forward" in vars(module):
+    is_known = f"{kind.__module__}.".startswith(known) and "forward" not in vars(module)
+    if not is_known and known != ("",):
         raise NotCapturableError(
             f"{kind.__module__}.{kind.__qualname__} is not known to be replayable"
         )

@@ -33,8 +33,8 @@ class Value:
     shape: torch.Size
     dtype: torch.dtype
     constant: Tensor | None = None
-    producer: Operator | None = None
-    users: list[Operator] = field(default_factory=list)
+    producer: Operator | None = field(default=None, repr=False)
+    users: list[Operator] = field(default_factory=list, repr=False)
 
     @classmethod
     def like(cls, t: Tensor) -> Value:

@@ -102,7 +102,7 @@ class _Recorder(TorchDispatchMode):
         if func._schema.is_mutable:
             self._note_modification(func, args, given, result)
             return
-        if varies and _DEPENDS_ON_VALUES & {*func.tags}:
+        if varies and _depends_on_values(func, read):
             raise NotCapturableError(f"what {func} gives depends on values")
         results = [result] if isinstance(result, Tensor) else result
         if not isinstance(results, tuple | list) or not all(isinstance(t, Tensor) for t in results):
@@ -163,6 +163,13 @@ class _Recorder(TorchDispatchMode):
 
 def _storage(t: Any) -> int:
     return t.untyped_storage().data_ptr() if isinstance(t, Tensor) else 0
+
+
+def _depends_on_values(func: Any, read: list[Value]) -> bool:
+    """Whether the shape of a result, or a number, depends on values; masks do as indices."""
+    if func is _aten.index.Tensor:
+        return any(v.dtype in (torch.bool, torch.uint8) for v in read[1:])
+    return bool(_DEPENDS_ON_VALUES & {*func.tags})
 
 
 def _is_inactive_dropout(func: Any, args: Any) -> bool:

@@ -15,19 +15,21 @@ from ops.rewriting.epilogues import (
 from ops.rewriting.feed_forward import join_feed_forward
 from ops.rewriting.graph import Operator, OperatorGraph
 from ops.rewriting.lift import lift
+from ops.rewriting.response_norm import join_response_norm
 from ops.rewriting.views import join_permutations, sink_permutation
 
 __all__ = ["rewrite"]
 
 Rewrite = Callable[[OperatorGraph, Operator], bool]
 
-# Each group is applied until nothing changes. Folding comes before epilogues, since a layer with an
-# activation cannot be folded any more.
+# Each group is applied until nothing changes. Branches are merged before permutations hide them, and
+# folding comes before epilogues, since a layer with an activation cannot be folded any more.
 _GROUPS: tuple[tuple[Rewrite, ...], ...] = (
     (lift,),
-    (join_permutations, sink_permutation, fold_norm, merge_branches, fold_scale),
+    (join_permutations, fold_norm, merge_branches, fold_scale),
+    (join_permutations, sink_permutation, fold_norm, fold_scale),
     (join_permutations, sink_permutation, apply_activation, add_shortcut, apply_gates),
-    (join_feed_forward,),
+    (join_response_norm, join_feed_forward),
 )
 
 

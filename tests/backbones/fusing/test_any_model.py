@@ -1,0 +1,226 @@
+"""``fuse()`` on networks of timm, torchvision and transformers."""
+
+from __future__ import annotations
+
+import copy
+import pickle
+import warnings
+from typing import Any
+
+import pytest
+import timm
+import torch
+import torchvision
+import transformers
+from timm_models import SMALLEST
+from torch import Tensor, nn
+
+import backbones
+
+# Of the modules with the smallest models, those whose blocks differ most.
+QUICK = (
+    *("byobnet", "convnext", "edgenext", "efficientnet", "fasternet", "fastvit", "ghostnet"),
+    *("hgnet", "levit", "maxxvit", "metaformer", "mobilenetv3", "mobilevit", "nfnet", "pvt_v2"),
+    *("regnet", "repvit", "resnet", "vision_transformer", "xcit"),
+)
+
+
+def _network(module: str, **kwargs: Any) -> tuple[nn.Module, Tensor]:
+    """A model with norms that change their input, and an image for it."""
+    name, side = SMALLEST[module]
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of timm: names that it has deprecated
+        model = timm.create_model(name, **kwargs).eval()
+    for m in model.modules():
+        if isinstance(m, nn.BatchNorm1d | nn.BatchNorm2d):
+            assert m.running_mean is not None and m.running_var is not None
+            m.running_mean.normal_(0, 0.1)
+            m.running_var.uniform_(0.5, 1.5)
+            if m.weight is not None:
+                nn.init.uniform_(m.weight, 0.5, 1.5)
+                nn.init.normal_(m.bias, 0, 0.1)
+    return model, torch.randn(1, 3, side, side)
+
+
+def _leaves(result: Any) -> list[Tensor]:
+    return [t for t in torch.utils._pytree.tree_leaves(result) if isinstance(t, Tensor)]
+
+
+def _error(result: Any, expected: Any) -> float:
+    """The largest error relative to the largest output, over all tensors."""
+    pairs = list(zip(_leaves(result), _leaves(expected), strict=True))
+    assert pairs and all(a.shape == b.shape for a, b in pairs)
+    return max(
+        ((a.double() - b.double()).abs().max() / b.abs().max().clamp(min=1e-12)).item()
+        for a, b in pairs
+    )
+
+
+@torch.no_grad()
+def _check(model: nn.Module, x: Tensor) -> None:
+    """Assert that replays differ from float64 by no more than float32 does, or 1e-5."""
+    expected = copy.deepcopy(model).double()(x.double())
+    bound = max(1e-5, 4 * _error(model(x), expected))
+    fused = backbones.fuse(copy.deepcopy(model))
+    for _ in range(3):
+        assert _error(fused(x), expected) <= bound
+    assert fused.is_replayed  # type: ignore[operator]
+
+
+@pytest.mark.parametrize("module", QUICK)
+def test_outputs_are_equal(module: str) -> None:
+    _check(*_network(module))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", sorted(set(SMALLEST) - {"deepseek_vit", "gemma4_vit"}))
+def test_outputs_are_equal_for_every_module_of_timm(module: str) -> None:
+    model, x = _network(module)
+    _check(model, x)
+    half = backbones.fuse(copy.deepcopy(model), torch.bfloat16)
+    with torch.no_grad():
+        expected, plain = model(x), copy.deepcopy(model).bfloat16()(x.bfloat16())
+        for _ in range(3):
+            error = _error(half(x.bfloat16()), expected)
+    assert error <= max(0.02, 2 * _error(plain, expected))
+
+
+@pytest.mark.parametrize("module", ["resnet", "vision_transformer", "convnext"])
+@torch.no_grad()
+def test_methods_and_lists_of_maps_are_replayed(module: str) -> None:
+    model, x = _network(module)
+    fused: Any = backbones.fuse(copy.deepcopy(model))
+    for call in (
+        lambda m: m(x),
+        lambda m: m.forward_features(x),
+        lambda m: m.forward_intermediates(x, indices=[0, 1]),
+        lambda m: m.forward_intermediates(x, indices=[1], intermediates_only=True),
+    ):
+        for _ in range(3):
+            assert _error(call(fused), call(model)) <= 1e-5
+    assert sum(type(p).__name__ == "Replay" for p in fused._records._programs.values()) == 4
+    maps, image = _network(module, features_only=True)
+    _check(maps, image)
+    _check(*_network(module, num_classes=0))
+
+
+@torch.no_grad()
+def test_two_sizes_and_two_batches() -> None:
+    model, _ = _network("convnext")
+    fused = backbones.fuse(copy.deepcopy(model))
+    for shape in ((1, 3, 96, 128), (3, 3, 64, 33)):
+        x = torch.randn(shape)
+        for _ in range(3):
+            assert _error(fused(x), model(x)) <= 1e-5
+
+
+@torch.no_grad()
+def test_changed_weights_and_hooks_are_respected() -> None:
+    model, x = _network("resnet")
+    fused: Any = backbones.fuse(copy.deepcopy(model))
+    for _ in range(3):
+        fused(x)
+    for m in (model, fused):
+        m.layer1[0].conv1.weight.mul_(1.5)
+        m.bn1.running_mean.add_(0.1)
+    for _ in range(4):
+        assert _error(fused(x), model(x)) <= 1e-5
+    seen: list[Tensor] = []
+    handle = fused.layer2[0].conv1.register_forward_hook(lambda *_: seen.append(x))
+    fused(x)
+    assert seen
+    handle.remove()
+    for _ in range(70):
+        fused(x)
+    assert fused.is_replayed and len(seen) == 1
+
+
+def test_gradients_of_images() -> None:
+    model, x = _network("resnet")
+    fused = backbones.fuse(copy.deepcopy(model))
+    gradients = []
+    for m in (model, fused):
+        for _ in range(3):
+            image = x.clone().requires_grad_()
+            m(image).square().sum().backward()
+        assert image.grad is not None
+        gradients.append(image.grad)
+    torch.testing.assert_close(*gradients)
+
+
+@torch.no_grad()
+def test_copies_pickles_and_names() -> None:
+    model, x = _network("resnet")
+    fused: Any = backbones.fuse(copy.deepcopy(model))
+    for _ in range(3):
+        fused(x)
+    for other in (copy.deepcopy(fused), pickle.loads(pickle.dumps(fused))):
+        for _ in range(3):
+            assert _error(other(x), model(x)) <= 1e-5
+        assert other.is_replayed and type(other).__name__ == type(model).__name__
+        assert other.state_dict().keys() == model.state_dict().keys()
+    assert backbones.fuse(fused) is fused and isinstance(fused, type(model))
+    with pytest.raises(RuntimeError, match="ResNet has been fused for inference"):
+        fused.train()
+    fused.eval()
+
+
+@torch.no_grad()
+def test_a_course_that_depends_on_values_is_left_as_it_is() -> None:
+    class Branching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body = _network("resnet")[0]
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.body(x) if x.mean() > 0 else -self.body(x)
+
+    model = Branching().eval()
+    fused: Any = backbones.fuse(copy.deepcopy(model))
+    for sign in (1, -1, 1, -1, 1, -1):
+        x = torch.full((1, 3, 64, 64), 0.5 * sign)
+        assert _error(fused(x), model(x)) <= 1e-5
+    assert not fused.is_replayed and fused.body.is_replayed
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("name", ["mobilenet_v2", "shufflenet_v2_x0_5", "squeezenet1_1"])
+def test_classifiers_of_torchvision(name: str) -> None:
+    torch.manual_seed(0)
+    model = torchvision.models.get_model(name, weights=None).eval()
+    _check(model, torch.randn(1, 3, 96, 96))
+
+
+@torch.no_grad()
+def test_a_backbone_of_transformers() -> None:
+    config = transformers.ViTConfig(
+        hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64,
+        image_size=32, patch_size=8,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    model = transformers.ViTModel(config).eval()
+    fused: Any = backbones.fuse(copy.deepcopy(model))
+    x = torch.randn(2, 3, 32, 32)
+    for _ in range(3):
+        out = fused(pixel_values=x)
+        assert _error(out.last_hidden_state, model(x).last_hidden_state) <= 1e-5
+    assert fused.is_replayed
+
+
+def test_autocast_tracing_and_export_see_the_plain_network() -> None:
+    model, x = _network("resnet")
+    fused = backbones.fuse(copy.deepcopy(model))
+    with torch.no_grad():
+        for _ in range(3):
+            fused(x)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert _error(fused(x), model(x)) == 0
+        program = torch.export.export(fused, (x,))
+        assert _error(program.module()(x), model(x)) <= 1e-6
+
+
+def test_int8_needs_a_backbone_of_this_library() -> None:
+    model, _ = _network("resnet")
+    with pytest.raises(ValueError, match="ResNet is no backbone of this library"):
+        backbones.fuse(model, torch.int8)

@@ -1,0 +1,302 @@
+"""Recorded and rewritten operators: the same results, and the operators that should be left."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+from ops.replay.graph import NotCapturableError
+from ops.rewriting.graph import OperatorGraph
+from ops.rewriting.program import Program
+from ops.rewriting.recorder import record
+from ops.rewriting.rewrite import rewrite
+
+
+class _Call(nn.Module):
+    """A module of layers whose forward is a function of them and of the input."""
+
+    def __init__(self, function: Callable[..., Any], **layers: nn.Module) -> None:
+        super().__init__()
+        self.function = function
+        for name, layer in layers.items():
+            self.add_module(name, layer)
+        for m in self.modules():
+            if isinstance(m, nn.BatchNorm2d):
+                nn.init.uniform_(m.weight, 0.5, 1.5)
+                nn.init.normal_(m.bias)
+                assert m.running_mean is not None and m.running_var is not None
+                m.running_mean.normal_()
+                m.running_var.uniform_(0.5, 1.5)
+
+    def forward(self, x: Tensor) -> Any:
+        return self.function(self, x)
+
+
+def _graph(model: nn.Module, x: Tensor) -> OperatorGraph:
+    torch.manual_seed(0)
+    graph = record(model.eval(), model, x)
+    rewrite(graph)
+    return graph
+
+
+def _names(graph: OperatorGraph) -> list[str]:
+    """The operators that compute something."""
+    views = ("permute", "reshape", "transpose", "flatten", "view", "unbind", "select")
+    names = [operator.name.removeprefix("aten.").partition(".")[0] for operator in graph.operators]
+    return [name for name in names if name not in views]
+
+
+def _check(model: nn.Module, x: Tensor, *expected: str) -> OperatorGraph:
+    """Assert which operators are left, and that they compute what the model does."""
+    graph = _graph(model, x)
+    assert _names(graph) == list(expected), str(graph)
+    program = Program(graph)
+    for image in (x, torch.randn_like(x)):
+        with torch.no_grad():
+            torch.testing.assert_close(program(image), model(image), rtol=1e-5, atol=1e-5)
+    return graph
+
+
+IMAGE = torch.randn(2, 16, 9, 7, generator=torch.Generator().manual_seed(0))
+TOKENS = IMAGE.flatten(2).transpose(1, 2).contiguous()
+
+
+def test_a_norm_and_an_activation_become_part_of_the_convolution() -> None:
+    conv = nn.Conv2d(16, 24, 3, 2, 1, bias=False)
+    model = _Call(lambda m, x: F.relu(m.norm(m.conv(x)), inplace=True), conv=conv)
+    model.norm = nn.BatchNorm2d(24)
+    _check(model, IMAGE, "FastConv2d")
+
+
+def test_a_norm_whose_convolution_is_read_elsewhere_stays() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.conv(x)
+        return m.norm(y) * y
+
+    model = _Call(forward, conv=nn.Conv2d(16, 16, 3, padding=1), norm=nn.BatchNorm2d(16))
+    _check(model, IMAGE, "FastConv2d", "BatchNorm2d", "mul")
+
+
+@pytest.mark.parametrize("groups", [1, 16])
+def test_parallel_branches_become_one_convolution(groups: int) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return F.gelu(m.norm3(m.three(x)) + m.norm1(m.one(x)) + m.norm0(x))
+
+    norms = {f"norm{i}": nn.BatchNorm2d(16) for i in (0, 1, 3)}
+    three = nn.Conv2d(16, 16, 3, padding=1, groups=groups, bias=False)
+    one = nn.Conv2d(16, 16, 1, groups=groups, bias=False)
+    kind = "FastConv2d" if groups == 1 else "FastDepthwiseConv2d"
+    _check(_Call(forward, three=three, one=one, **norms), IMAGE, kind)
+
+
+def test_branches_of_another_sign_and_the_map_itself() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return x + m.scale * (m.conv(x) - (m.norm(x) + 0))
+
+    conv = nn.Conv2d(16, 16, 3, padding=1, groups=16)
+    model = _Call(forward, conv=conv, norm=nn.BatchNorm2d(16))
+    model.scale = nn.Parameter(torch.randn(16, 1, 1))
+    _check(model, IMAGE, "FastDepthwiseConv2d")
+
+
+def test_a_shortcut_of_another_map_is_no_branch() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return m.one(x) + m.two(x * 2)
+
+    layers = {name: nn.Conv2d(16, 16, 3, padding=1) for name in ("one", "two")}
+    _check(_Call(forward, **layers), IMAGE, "FastConv2d", "mul", "FastConv2d", "add")
+
+
+@pytest.mark.parametrize(
+    "act", [nn.GELU(), nn.GELU("tanh"), nn.SiLU(), nn.Hardsigmoid(), nn.Tanh()]
+)
+def test_a_feed_forward_with_norm_and_shortcut_is_one_layer(act: nn.Module) -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        return x + m.scale * m.fc2(m.act(m.fc1(m.norm(x))))
+
+    layers = {"fc1": nn.Linear(16, 40), "fc2": nn.Linear(40, 16), "norm": nn.LayerNorm(16)}
+    model = _Call(forward, act=act, **layers)
+    nn.init.normal_(model.norm.weight)  # type: ignore[union-attr, arg-type]
+    model.scale = nn.Parameter(torch.randn(16))
+    _check(model, TOKENS, "FeedForward")
+
+
+def test_the_block_of_convnext_is_two_layers() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.norm(m.conv(x).permute(0, 2, 3, 1))
+        y = m.fc2(F.gelu(m.fc1(y))).permute(0, 3, 1, 2)
+        return x + y.mul(m.scale.reshape(1, -1, 1, 1))
+
+    conv = nn.Conv2d(16, 16, 7, padding=3, groups=16)
+    layers = {"fc1": nn.Linear(16, 40), "fc2": nn.Linear(40, 16), "norm": nn.LayerNorm(16)}
+    model = _Call(forward, conv=conv, **layers)
+    model.scale = nn.Parameter(torch.randn(16))
+    _check(model, IMAGE, "FastDepthwiseConv2d", "FeedForward")
+
+
+def test_an_inverted_bottleneck_is_one_layer() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = F.relu6(m.norm1(m.expand(x)))
+        return x + m.norm3(m.project(F.relu6(m.norm2(m.conv(y)))))
+
+    layers = {"expand": nn.Conv2d(16, 48, 1), "project": nn.Conv2d(48, 16, 1)}
+    conv = nn.Conv2d(48, 48, 5, padding=2, groups=48)
+    norms = {f"norm{i}": nn.BatchNorm2d(48 if i < 3 else 16) for i in (1, 2, 3)}
+    _check(_Call(forward, conv=conv, **layers, **norms), IMAGE, "FeedForward")
+
+
+def test_gates_scale_the_inputs_of_the_next_layer() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        gates = m.rise(F.silu(m.sink(x.mean((2, 3), keepdim=True)))).sigmoid()
+        return m.project(x * gates)
+
+    sizes = {"sink": (16, 8), "rise": (8, 16), "project": (16, 20)}
+    model = _Call(forward, **{name: nn.Conv2d(*size, 1) for name, size in sizes.items()})
+    _check(model, IMAGE, "FastAdaptiveAvgPool2d", *["FastLinear"] * 3)
+
+
+def test_relu_of_a_sum_is_applied_by_the_linear_layer() -> None:
+    model = _Call(lambda m, x: F.relu(m.fc(x) + x), fc=nn.Linear(16, 16))
+    graph = _check(model, TOKENS, "FastLinear")
+    assert graph.operators[-1].function.clips_sum  # type: ignore[attr-defined]
+    gelu = _Call(lambda m, x: F.gelu(m.fc(x) + x), fc=nn.Linear(16, 16))
+    _check(gelu, TOKENS, "FastLinear", "gelu")
+
+
+def test_attention_is_one_operator_without_copies() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        q, k, v = m.qkv(x).reshape(*x.shape[:2], 3, 2, 8).permute(2, 0, 3, 1, 4).unbind(0)
+        y = F.scaled_dot_product_attention(q, k, v, scale=0.3)
+        return m.proj(y.transpose(1, 2).reshape(x.shape)) + x
+
+    model = _Call(forward, qkv=nn.Linear(16, 48), proj=nn.Linear(16, 16))
+    _check(model, TOKENS, "FastLinear", "Attention", "FastLinear")
+
+
+def test_a_response_norm_takes_no_pass_of_its_own() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = F.gelu(m.fc1(x.permute(0, 2, 3, 1)))
+        norm = y.norm(p=2, dim=(1, 2), keepdim=True)
+        share = norm / (norm.mean(-1, keepdim=True) + 1e-6)
+        y = y + torch.addcmul(m.bias, m.weight, y * share)
+        return x + m.fc2(y).permute(0, 3, 1, 2)
+
+    model = _Call(forward, fc1=nn.Linear(16, 40), fc2=nn.Linear(40, 16))
+    model.weight, model.bias = (nn.Parameter(torch.randn(40)) for _ in range(2))
+    _check(model, IMAGE, "ResponseFeedForward")
+
+
+def test_several_results_and_other_values_are_returned() -> None:
+    model = _Call(lambda m, x: {"maps": [m.conv(x), x * 2], "size": 3}, conv=nn.Conv2d(16, 8, 1))
+    result = Program(_graph(model, IMAGE))(IMAGE)
+    assert result["size"] == 3 and torch.equal(result["maps"][1], IMAGE * 2)
+    with torch.no_grad():
+        torch.testing.assert_close(result["maps"][0], model(IMAGE)["maps"][0])
+
+
+def test_what_depends_on_weights_only_is_computed_once() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        weight = m.conv.weight
+        mask = torch.zeros(9, 7)
+        mask[2:, 3:] = 1
+        return F.conv2d(x * mask, weight / weight.std((1, 2, 3), keepdim=True))
+
+    _check(_Call(forward, conv=nn.Conv2d(16, 8, 3)), IMAGE, "mul", "FastConv2d")
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda m, x: x if x.sum() > 0 else -x,
+        lambda m, x: x[x > 0],
+        lambda m, x: x.mul_(2),
+        lambda m, x: m.fc.weight.mul_(1).sum() + x,
+        lambda m, x: (y := x * 2, y.view(-1).add_(1), y)[2],
+        lambda m, x: 3,
+    ],
+    ids=["branch", "mask", "input", "weight", "view", "number"],
+)
+def test_calls_that_cannot_be_replayed_are_recognised(function: Any) -> None:
+    with pytest.raises(NotCapturableError):
+        record(model := _Call(function, fc=nn.Linear(16, 16)), model, TOKENS.clone())
+
+
+def test_an_operator_in_place_changes_no_other_value() -> None:
+    def forward(m: Any, x: Tensor) -> Tensor:
+        y = m.fc(x)
+        z = y.clone()
+        z += 1
+        y.relu_()
+        return y * z
+
+    _check(_Call(forward, fc=nn.Linear(16, 16)), TOKENS, "FastLinear", "add", "relu", "mul")
+
+
+_UNARY = {
+    "relu": F.relu,
+    "gelu": F.gelu,
+    "sigmoid": torch.sigmoid,
+    "half": lambda x: x * 0.5,
+    "shift": lambda x: x + 0.25,
+    "clone": lambda x: x.clone(),
+    "relu_": lambda x: F.relu(x * 1.5, inplace=True),
+}
+_LAYERS: dict[str, Callable[[], nn.Module]] = {
+    "pointwise": lambda: nn.Conv2d(16, 16, 1),
+    "dense": lambda: nn.Conv2d(16, 16, 3, padding=1, bias=False),
+    "depthwise": lambda: nn.Conv2d(16, 16, 3, padding=1, groups=16),
+    "grouped": lambda: nn.Conv2d(16, 16, 3, padding=1, groups=4),
+    "norm": lambda: nn.BatchNorm2d(16),
+}
+_BINARY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "add": torch.add,
+    "sub": torch.sub,
+    "mul": torch.mul,
+    "gate": lambda x, y: x * y.mean((2, 3), keepdim=True),
+}
+
+
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from([*_UNARY, *_LAYERS, *_BINARY]), st.integers(0, 9), st.integers(0, 9)
+        ),
+        min_size=1,
+        max_size=14,
+    ),
+    st.integers(0, 3),
+)
+@settings(max_examples=40, deadline=None)
+def test_random_graphs_compute_the_same(steps: list[tuple[str, int, int]], seed: int) -> None:
+    torch.manual_seed(seed)
+    layers = {f"layer{i}": _LAYERS[s]() for i, (s, _, _) in enumerate(steps) if s in _LAYERS}
+
+    def forward(m: Any, x: Tensor) -> Tensor:
+        values = [x]
+        for i, (step, a, b) in enumerate(steps):
+            first, second = values[a % len(values)], values[b % len(values)]
+            if step in _LAYERS:
+                values.append(getattr(m, f"layer{i}")(first))
+            else:
+                values.append(
+                    _UNARY[step](first) if step in _UNARY else _BINARY[step](first, second)
+                )
+            values[-1] = values[-1] / values[-1].detach().abs().amax().clamp(min=1)
+        return values[-1] + values[len(values) // 2]
+
+    model = _Call(forward, **layers).eval()
+    program = Program(_graph(model, IMAGE))
+    double = copy.deepcopy(model).double()
+    with torch.no_grad():
+        exact, plain = double(IMAGE.double()), model(IMAGE)
+        error = (program(IMAGE) - exact).abs().max()
+        bound = max(1e-5, 4 * (plain - exact).abs().max().item()) * exact.abs().max().clamp(min=1)
+    assert error <= bound, f"{steps}: {error} > {bound}"
