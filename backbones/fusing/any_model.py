@@ -6,7 +6,7 @@ are rewritten, see :mod:`ops.rewriting`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, Literal
 
 import torch

@@ -11,7 +11,7 @@ import itertools
 import logging
 import sys
 from collections.abc import Callable, Hashable, Iterable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -46,7 +46,7 @@ class Recorded(nn.Module):
     profiling or autocast require it, the layers run eagerly. Results are bit-identical.
     """
 
-    known_packages = _KNOWN_PACKAGES
+    known_packages: ClassVar[tuple[str, ...]] = _KNOWN_PACKAGES
     _records: _Records | None = None
 
     def forward(self, x: Tensor) -> Tensor:

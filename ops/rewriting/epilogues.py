@@ -68,7 +68,7 @@ def fold_norm(graph: OperatorGraph, operator: Operator) -> bool:
         return False
     if permuted is not None and list(permuted.args[1]) != [0, 3, 1, 2]:
         return False
-    made.function = fold_norm_after(made.function, operator.function)  # type: ignore[arg-type]
+    made.function = fold_norm_after(made.function, operator.function)
     graph.substitute(operator.result, x)
     graph.remove(operator)
     return True

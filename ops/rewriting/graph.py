@@ -6,7 +6,7 @@ the same results; see :mod:`ops.rewriting.rewrite` for their order.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,7 +57,7 @@ class Operator:
         path: of the module that called it; empty for the network itself.
     """
 
-    function: Callable[..., Any]
+    function: Any
     args: list[Any]
     kwargs: dict[str, Any]
     results: list[Value]

@@ -35,8 +35,11 @@ def convolution(weight: Tensor, bias: Tensor | None, geometry: dict[str, Any]) -
         geometry: ``stride``, ``padding``, ``dilation`` and ``groups``.
     """
     in_channels = weight.shape[1] * geometry["groups"]
-    sizes = (in_channels, weight.shape[0], tuple(weight.shape[2:]))
-    return _with(nn.Conv2d(*sizes, bias=bias is not None, device="meta", **geometry), weight, bias)
+    size: Any = tuple(weight.shape[2:])
+    layer = nn.Conv2d(
+        in_channels, len(weight), size, bias=bias is not None, device="meta", **geometry
+    )
+    return _with(layer, weight, bias)
 
 
 def layer_norm(weight: Tensor, bias: Tensor, eps: float) -> Any:
@@ -69,7 +72,7 @@ class FeedForward(NormedMlp):
         self.fc1, self.fc2, self.dwconv, self.norm = fc1, fc2, conv, norm
         self.act = nn.Identity()
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:  # type: ignore[override]
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         return super().forward(x, residual, self.norm)
 
     def in_layers(self, x: Tensor, residual: Tensor | None) -> Tensor:
@@ -93,7 +96,7 @@ class Attention(nn.Module):
         own = grouped_attention.unsupported(query.device, query.dtype) is None
         if not own or not policy.softmax_attention_by_kernel(key.shape[2], query.dtype):
             sdpa = torch.ops.aten.scaled_dot_product_attention.default
-            return sdpa(query, key, value, scale=self.scale)  # type: ignore[no-any-return]
+            return sdpa(query, key, value, scale=self.scale)
         query, key, value = (t.transpose(1, 2) for t in (query, key, value))
         out = query.new_empty(*query.shape[:3], value.shape[3])
         attend(query, key, value, out, self.scale)

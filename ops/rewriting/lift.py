@@ -27,8 +27,8 @@ def lift(graph: OperatorGraph, operator: Operator) -> bool:
     rule = _RULES.get(operator.function)
     if rule is None:
         return False
-    names = [argument.name for argument in operator.function._schema.arguments]  # type: ignore[attr-defined]
-    defaults = {a.name: a.default_value for a in operator.function._schema.arguments}  # type: ignore[attr-defined]
+    names = [argument.name for argument in operator.function._schema.arguments]
+    defaults = {a.name: a.default_value for a in operator.function._schema.arguments}
     given = {**defaults, **dict(zip(names, operator.args, strict=False)), **operator.kwargs}
     return rule(graph, operator, given)
 

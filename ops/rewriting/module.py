@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import threading
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -38,7 +38,7 @@ class Rewritten(Recorded):
     All other calls run the network as it was.
     """
 
-    known_packages = ("",)  # all
+    known_packages: ClassVar = ("",)  # all
 
     @classmethod
     def methods_of(cls, kind: type[nn.Module]) -> dict[str, Any]:

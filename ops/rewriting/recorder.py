@@ -120,7 +120,10 @@ class _Recorder(TorchDispatchMode):
         if func in _SAME or _is_inactive_dropout(func, given[0]):
             values = [given[0][0]]
         else:
-            self.operators.append(Operator(func, *given, values, returns_list, self._caller()))
+            read_args, named = given
+            self.operators.append(
+                Operator(func, read_args, named, values, returns_list, self._caller())
+            )
             leaves = (v for v in pytree.tree_leaves(given) if isinstance(v, Value))
             self._read |= {_storage(v.constant) for v in leaves if v.constant is not None}
         for t, value in zip(results, values, strict=True):

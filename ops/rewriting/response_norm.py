@@ -1,6 +1,6 @@
 """Global response norms between two linear layers, as in ConvNeXt V2.
 
-The first layer returns the sums of squares as well, and the second one scales its inputs, so that no
+The first layer also returns the sums of squares, and the second one scales its inputs, so that no
 pass over the hidden map is left. https://arxiv.org/abs/2301.00808
 """
 
@@ -26,6 +26,8 @@ class ResponseFeedForward(nn.Module):
     The norm's bias is part of ``fc2``.
     """
 
+    weight: Tensor
+
     def __init__(self, fc1: FastLinear, fc2: FastLinear, weight: Tensor, eps: float) -> None:
         super().__init__()
         self.fc1, self.fc2, self.eps = fc1, fc2, eps
@@ -35,11 +37,11 @@ class ResponseFeedForward(nn.Module):
         hidden, energy = self.fc1.energy(x)
         norm = energy.sqrt()
         share = norm / (norm.mean(dim=-1, keepdim=True) + self.eps)
-        return self.fc2(hidden, residual, 1 + self.weight * share)  # type: ignore[no-any-return]
+        return self.fc2(hidden, residual, 1 + self.weight * share)
 
 
 def join_response_norm(graph: OperatorGraph, operator: Operator) -> bool:
-    """``linear(x + weight * x * n / (mean(n) + eps) + bias)``, where ``n`` are norms of channels."""
+    """``linear(x + weight * x * n / (mean(n) + eps) + bias)``; ``n`` are norms of channels."""
     fc2 = operator.function
     if not isinstance(fc2, FastLinear) or "scale" in operator.kwargs:
         return False
@@ -83,7 +85,7 @@ def join_response_norm(graph: OperatorGraph, operator: Operator) -> bool:
         shift = layer.weight @ bias.flatten()
         merged = linear(layer.weight, shift if layer.bias is None else layer.bias + shift)
     merged.activation, merged.clips_sum = layer.activation, layer.clips_sum
-    made = ResponseFeedForward(first.function, merged, weight, eps)  # type: ignore[arg-type]
+    made = ResponseFeedForward(first.function, merged, weight, eps)
     graph.replace(operator, made, *first.args, **operator.kwargs)
     graph.remove_unused()
     return True

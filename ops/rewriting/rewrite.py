@@ -22,8 +22,8 @@ __all__ = ["rewrite"]
 
 Rewrite = Callable[[OperatorGraph, Operator], bool]
 
-# Each group is applied until nothing changes. Branches are merged before permutations hide them, and
-# folding comes before epilogues, since a layer with an activation cannot be folded any more.
+# Each group is applied until nothing changes. Branches are merged before permutations hide them.
+# Folding comes before epilogues, since a layer with an activation cannot be folded any more.
 _GROUPS: tuple[tuple[Rewrite, ...], ...] = (
     (lift,),
     (join_permutations, fold_norm, merge_branches, fold_scale),

@@ -93,8 +93,8 @@ def packed_linear(
         activation: one of :data:`ops.cpu.activations.ACTIVATIONS`.
         other: (B, ..., out_features), in the dtype of ``x``.
         combination: one of :data:`ops.cpu.gemm.plan.COMBINATIONS`: the output ``+ other``,
-            ``* other`` or ``+ other * other_scale``; with ``add_clipped``, ``activation(… + other)``
-            for ReLU and ReLU6.
+            ``* other`` or ``+ other * other_scale``. With ``add_clipped``, ReLU or ReLU6 is applied
+            to the sum.
         scale: (B, in_features) float32, multiplied with the inputs.
         other_scale: (out_features,) float32, only for ``add_scaled``.
 
