@@ -72,8 +72,10 @@ class FeedForward(NormedMlp):
         self.fc1, self.fc2, self.dwconv, self.norm = fc1, fc2, conv, norm
         self.act = nn.Identity()
 
-    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
-        return super().forward(x, residual, self.norm)
+    def forward(
+        self, x: Tensor, residual: Tensor | None = None, norm: nn.LayerNorm | None = None
+    ) -> Tensor:
+        return super().forward(x, residual, norm or self.norm)
 
     def in_layers(self, x: Tensor, residual: Tensor | None) -> Tensor:
         if self.dwconv is None:
