@@ -1,6 +1,7 @@
 """A killed and resumed run ends bit for bit like an uninterrupted one."""
 
 import json
+import math
 import os
 import random
 import shutil
@@ -281,3 +282,31 @@ def test_invalid_state(key, value, one_epoch, images, tmp_path, capsys):
     said = capsys.readouterr().err
     assert "does not fit this recipe" in said or "has no training state" in said
     assert said.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("key", "value"),
+    [
+        *(("epoch", "1"), ("epoch", -1), ("step", None), ("step", 1.5), ("updates", 10**30)),
+        *(("skipped", True), ("best", "99"), ("best", math.nan), ("seconds", -1.0)),
+        *(("waited", math.inf), ("history", None), ("history", [3]), ("history", [{"epoch": 0}])),
+        ("history", [{"epoch": 0, "update": 4, "train_loss": "low"}]),
+    ],
+    ids=str,
+)
+def test_impossible_counters(key, value, one_epoch, images, tmp_path, capsys):
+    save_state(tmp_path / "last.pt", {**load_state(one_epoch / "last.pt"), key: value})
+    arguments = (f"--data={images}", f"--output={tmp_path}", "--name=run", "--epochs=2")
+    assert train(*arguments, f"--resume={tmp_path / 'last.pt'}") == 1
+    said = capsys.readouterr().err
+    assert f"has no usable training state: {key} must be" in said
+    assert said.count("\n") == 1
+
+
+def test_sums_that_are_not_finite(one_epoch, images, tmp_path, capsys):
+    state = load_state(one_epoch / "last.pt")
+    state["ranks"][0]["meter"][0] = math.nan
+    save_state(tmp_path / "last.pt", state)
+    arguments = (f"--data={images}", f"--output={tmp_path}", "--name=run", "--epochs=2")
+    assert train(*arguments, f"--resume={tmp_path / 'last.pt'}") == 1
+    assert "does not fit this recipe: its sums are [nan" in capsys.readouterr().err
