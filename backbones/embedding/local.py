@@ -91,7 +91,7 @@ def run_in_processes(job: Job, devices: list[str], parts: Iterable[Part]) -> Ite
                         f"{_MOST_DEATHS} processes died of part {lost[0]}, the last with status "
                         f"{event} (-9: memory, perhaps; then fewer --workers help)"
                     )
-                yield Event(lost[0], -process.rows)
+                yield Event(lost[0], -process.rows, again=True)
                 pending.appendleft(lost)
                 running.add(_Process(process.job, len(devices), events))
                 continue

@@ -336,7 +336,7 @@ class _Work:
         try:
             for event in events:
                 self.done += event.rows
-                if event.rows < 0:  # a process died, and its part starts over
+                if event.again:
                     self._new_corrupt -= len(corrupt.pop(event.part, ()))
                 self._new_corrupt += len(event.corrupt)
                 corrupt.setdefault(event.part, []).extend(event.corrupt)

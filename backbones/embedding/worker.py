@@ -80,10 +80,12 @@ class Event(NamedTuple):
 
     Attributes:
         part: number of the part.
-        rows: rows written since the part's last event.
+        rows: rows written since the part's last event; those that were lost, negative, if the part
+            begins again.
         corrupt: keys and reasons of images that could not be decoded since then.
         done: whether the shard is on disk.
         error: why the part failed; "" if it did not.
+        again: whether the part begins again, because its process died.
     """
 
     part: int
@@ -91,6 +93,7 @@ class Event(NamedTuple):
     corrupt: tuple[tuple[str, str], ...] = ()
     done: bool = False
     error: str = ""
+    again: bool = False
 
 
 class Images:

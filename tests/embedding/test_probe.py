@@ -133,6 +133,21 @@ def test_rows_are_bounded(hard: Path) -> None:
     ]
 
 
+def test_rare_classes_stay_when_rows_are_sampled(tmp_path: Path) -> None:
+    table = make_table(tmp_path / "table", *clouds([100, 2], 0.1))
+    report = probe(table, "folder", most_rows=20)
+    assert (report.train, report.test, report.classes) == (20, 20, ["class0", "class1"])
+    for method in report.methods:
+        np.testing.assert_array_equal(method.confusion, np.diag([19, 1]))
+
+
+def test_chance_is_that_of_the_class_most_frequent_in_training(tmp_path: Path) -> None:
+    vectors, keys = clouds([7, 6], 0.1)
+    split = dict(zip(keys, ["train"] * 6 + ["test"] + ["train"] * 2 + ["test"] * 4, strict=True))
+    report = probe(make_table(tmp_path / "table", vectors, keys), "folder", split=split)
+    assert (report.train, report.test, report.chance) == (8, 5, 1 / 5)
+
+
 def test_classes_in_numbers_are_in_their_order(tmp_path: Path) -> None:
     vectors, keys = clouds([4] * 12, 0.1)
     labels = {key: str(i // 4) for i, key in enumerate(keys)}

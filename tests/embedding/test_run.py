@@ -31,6 +31,7 @@ from backbones.core.checkpoint_files import sha256_of
 from backbones.core.console import CommandError
 from backbones.core.images import open_image
 from backbones.embedding import embed, local, table, worker
+from backbones.embedding import run as run_module
 from backbones.embedding.network import Network
 from backbones.training.checkpoint import save_weights
 from backbones.training.lock import FolderLock
@@ -243,6 +244,19 @@ def test_a_folder_of_other_settings(
     assert {p: p.read_bytes() for p in out.rglob("*.*")} == before
 
 
+@pytest.mark.parametrize("dtype", ["int8", "bfloat16"])
+def test_dtypes_of_the_computation_do_not_mix(
+    photos: Path, checkpoint: Path, dtype: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = photos.parent / "out"
+    assert run(*words(photos, out, checkpoint)) == 0
+    table.shard_path(out, 1).unlink()
+    monkeypatch.setattr(run_module, "check_dtype", lambda dtype, device: None)
+    with pytest.raises(table.TableError, match=f"computed: 'float32' there, '{dtype}' now"):
+        embed(photos, out, checkpoint=checkpoint, rows=4, dtype=dtype)
+    assert not table.shard_path(out, 1).exists()
+
+
 def test_a_folder_is_of_one_process(
     photos: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -262,7 +276,8 @@ def test_processes_that_die_are_replaced(
     photos: Path, checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The system kills a process that uses too much memory; the next attempt may succeed."""
-    assert run(*words(photos, tmp_path / "here", checkpoint)) == 0
+    (photos / "sub" / "000.jpg").write_text("no image")  # in the part whose process dies
+    assert run(*words(photos, tmp_path / "here", checkpoint)) == 1
     monkeypatch.setattr(
         local,
         "_PROGRAM",
@@ -279,8 +294,35 @@ def test_processes_that_die_are_replaced(
     monkeypatch.chdir(tmp_path)
     done = embed(photos, tmp_path / "out", checkpoint=checkpoint, rows=4, batch_size=3, workers=2)
     assert (done.rows, done.done) == (10, 10)
+    assert [key for key, _ in done.corrupt] == ["sub/000.jpg"]
     assert (tmp_path / "died").exists()
     assert same(tmp_path / "out", tmp_path / "here")
+
+
+@pytest.mark.parametrize("rows", [2, 0])
+def test_a_part_that_begins_again_counts_its_corrupt_images_once(
+    rows: int, photos: Path, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Even if the process died before it had a row to lose."""
+    (photos / "000.png").write_text("no image")
+    at: list[int] = []
+
+    def dying(job: Any, network: Network, parts: Any, *_: Any) -> Iterator[worker.Event]:
+        for number, part in parts:
+            first, *others = worker.Worker(job, network)(number, part)
+            if number == 0:
+                yield first._replace(rows=rows)
+                yield worker.Event(0, -rows, again=True)
+            yield from (first, *others)
+
+    monkeypatch.setattr(run_module, "_events", dying)
+    monkeypatch.setattr(run_module.Progress, "due", lambda self: True)
+    monkeypatch.setattr(run_module.Progress, "show", lambda self, done, text: at.append(done))
+    done = embed(photos, photos.parent / "out", checkpoint=checkpoint, rows=4, batch_size=3)
+    assert (done.rows, done.done) == (9, 9)
+    assert [key for key, _ in done.corrupt] == ["000.png"]
+    assert (photos.parent / "out" / "corrupt.txt").read_text().count("\n") == 1
+    assert at[-1] == 10
 
 
 @pytest.mark.slow

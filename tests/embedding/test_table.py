@@ -112,6 +112,9 @@ def test_differences_are_listed() -> None:
         "model: 'van_b0' there, 'van_b1' now",
         "preprocessing: crop_pct 1.0 there, 0.9 now",
     ]
+    now = {**CONTENT, "computed": "int8"}
+    assert table.differences(CONTENT, now) == ["computed: 'float32' there, 'int8' now"]
+    assert table.identity(now) != table.identity(CONTENT)
     now = {**CONTENT, "source": {**CONTENT["source"], "digest": "4"}, "images": 7}
     (told,) = table.differences(CONTENT, now)
     assert told == "the images listed in /x have changed (6 there, 7 now)"
