@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import secrets
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,8 @@ import numpy as np
 import torch
 
 from backbones.core.console import MendableError
-from backbones.core.messages import first_line
+from backbones.core.messages import first_line, one_line
+from backbones.embedding.checksum import append_checksum, verify
 from backbones.embedding.rows import blocks, count_rows, unit
 from backbones.embedding.table import identity, metadata, shard_paths
 from backbones.restoration.memory import available_memory
@@ -46,12 +48,13 @@ class Graph:
 
 
 def open_graph(folder: str | Path, progress: bool = False) -> Graph:
-    """Open the graph stored beside a table, building it if it is missing or outdated.
+    """Open the graph stored beside a table, building it if it is missing, outdated or damaged.
 
     It takes 4 · dim + 276 bytes per row, both in memory and on disk.
 
     Args:
-        progress: show a bar on standard error while it is built, if that is a terminal.
+        progress: say on standard error that a damaged graph is replaced, and show a bar while it
+            is built, if that is a terminal.
 
     Raises:
         GraphError: faiss is not installed, or there is not enough memory or disk space.
@@ -75,12 +78,13 @@ def open_graph(folder: str | Path, progress: bool = False) -> Graph:
             f"{free / 2**30:.1f} GiB are free; --index exact needs hardly any"
         )
     if path.is_file() and path.stat().st_mtime >= _newest(folder):
-        try:
-            index = faiss.read_index(str(path))
-            if index.ntotal == rows and index.d == dim:
-                return Graph(index)
-        except RuntimeError:  # damaged: rebuild it
-            pass
+        if (kept := _read(path, rows, dim)) is not None:
+            return Graph(kept)
+        if progress:
+            sys.stderr.write(
+                f"the index {one_line(str(path))} is damaged, or of an earlier version: building "
+                "it again\n"
+            )
     index = faiss.IndexHNSWFlat(dim, _LINKS, faiss.METRIC_INNER_PRODUCT)
     index.hnsw.efConstruction = _BUILD_WIDTH
     bar = None
@@ -98,6 +102,21 @@ def open_graph(folder: str | Path, progress: bool = False) -> Graph:
     return Graph(index)
 
 
+def _read(path: Path, rows: int, dim: int) -> Any:
+    """The stored graph; None if it is damaged, or an earlier version wrote it without a checksum.
+
+    faiss itself believes what a file says: a flipped bit may make it hang or take all memory.
+    """
+    import faiss
+
+    try:
+        index = faiss.read_index(str(path)) if verify(path) else None
+    except (OSError, RuntimeError):
+        return None
+    fits = isinstance(index, faiss.IndexHNSWFlat) and (index.ntotal, index.d) == (rows, dim)
+    return index if fits else None
+
+
 def _newest(folder: str | Path) -> float:
     """Modification time of the newest shard."""
     return max((shard.stat().st_mtime for shard in shard_paths(folder)), default=0.0)
@@ -110,6 +129,7 @@ def _keep(index: Any, path: Path) -> None:
     temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
         faiss.write_index(index, str(temporary))
+        append_checksum(temporary)
         for earlier in path.parent.glob(_NAME.format("*")):
             earlier.unlink()
         os.replace(temporary, path)

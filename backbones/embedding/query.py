@@ -61,6 +61,11 @@ def embed_queries(
     """
     said = metadata(folder)
     network = Network(said["model"], _weights(folder, said, checkpoint), said["features"], 0)
+    if list(network.shape) != said["shape"]:
+        raise MendableError(
+            f"{folder} holds embeddings of the shape {said['shape']}, and its model makes "
+            f"{list(network.shape)}"
+        )
     _require_same(folder, said["preprocessing"], network.preprocessing)
     # If the table was computed on a GPU or in a dtype that this CPU cannot multiply, use float32.
     device = torch.device("cpu")
@@ -106,7 +111,7 @@ def _open(path: Path) -> IO[bytes]:
 def _weights(folder: str | Path, said: dict[str, Any], checkpoint: str | Path | None) -> Path:
     """The file of the weights; it must be byte-identical to the table's."""
     weights = said["weights"]
-    path = Path(checkpoint or weights["path"])
+    path = Path(checkpoint or weights.get("path") or weights["file"])
     if (problem := file_problem(path)) is not None:
         raise MendableError(
             f"the weights that {folder} was made with, {path}, cannot be read: it {problem}; give "

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from backbones.core.messages import shown
-from backbones.embedding.table import TableError, batches, metadata, require_pyarrow, shard_paths
+from backbones.embedding.table import batches, count_rows, metadata, require_pyarrow
 
 if TYPE_CHECKING:
     import pyarrow
@@ -54,23 +54,6 @@ def unit(vectors: np.ndarray) -> np.ndarray:
     return vectors / np.where(length > 0, length, 1)
 
 
-def count_rows(folder: str | Path) -> int:
-    """Count the rows of a table from its files' footers.
-
-    Raises:
-        FileNotFoundError, TableError: see :func:`backbones.embedding.table.shard_paths`; or a shard
-            is damaged.
-    """
-    pa = require_pyarrow()
-    total = 0
-    for path in shard_paths(folder):
-        try:
-            total += pa.parquet.read_metadata(path).num_rows
-        except (pa.ArrowException, OSError) as error:
-            raise TableError(f"{path} is damaged") from error
-    return total
-
-
 def blocks(folder: str | Path, rows: int = 8192) -> Iterator[Block]:
     """All rows of a table, in order and in blocks, with the embeddings as stored.
 
@@ -111,7 +94,7 @@ def vectors_of(folder: str | Path, keys: Sequence[str]) -> tuple[list[int], np.n
     """Row numbers and embeddings (n, dim) of n keys of the table.
 
     Raises:
-        ValueError: a key that is not in the table.
+        ValueError: a key that is not in the table, or an embedding that is NaN or infinite.
         FileNotFoundError, TableError: see :func:`backbones.embedding.table.batches`.
     """
     import pyarrow.compute
@@ -127,7 +110,13 @@ def vectors_of(folder: str | Path, keys: Sequence[str]) -> tuple[list[int], np.n
     if missing:
         others = f"; its keys are like {shown(example)}" if example else ""
         raise ValueError(f"{folder} has no image of the key {shown(missing[0])}{others}")
-    return [found[key][0] for key in keys], np.stack([found[key][1] for key in keys])
+    vectors = np.stack([found[key][1] for key in keys])
+    if len(unusable := np.flatnonzero(~np.isfinite(vectors).all(axis=1))):
+        key = shown(keys[unusable[0]])
+        raise ValueError(
+            f"the embedding of {key} in {folder} is not finite: nothing is similar to it"
+        )
+    return [found[key][0] for key in keys], vectors
 
 
 def _array(batch: pyarrow.RecordBatch, dim: int) -> np.ndarray:

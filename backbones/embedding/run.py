@@ -253,6 +253,7 @@ def _begin(out: Path, content: dict[str, Any]) -> dict[str, Any]:
     Raises:
         TableError: they differ, or the folder holds other files.
     """
+    content = json.loads(json.dumps(content))
     if not (out / table.METADATA).exists():
         foreign = [p.name for p in out.iterdir() if p.name[0] != "." and p.name != table.SHARDS]
         foreign += [f"{table.SHARDS}/{p.name}" for p in (out / table.SHARDS).glob("[!.]*")]
@@ -263,7 +264,7 @@ def _begin(out: Path, content: dict[str, Any]) -> dict[str, Any]:
         table.write_metadata(out, content)
         return table.metadata(out)
     there = table.metadata(out)
-    if different := table.differences(there, json.loads(json.dumps(content))):
+    if different := table.differences(there, content):
         raise table.TableError(
             f"{out} was started differently: {'; '.join(different)}; choose another --out"
         )
@@ -283,30 +284,36 @@ class _Work:
     ) -> None:
         self.out, self.content, self.images = out, content, images
         self.identity, self.done = table.identity(content), 0
+        self.columns = table.schema(content["dim"], content["dtype"], bool(content["classes"]))
         self.corrupt: dict[int, list[tuple[str, str]]] = {}
         self.rows = 0
         self.pending: list[tuple[int, Any]] = []
+        main = World(0 if stream is not None else 1, 1, torch.device("cpu"))
+        self._progress = Progress(main, stream or sys.stderr)
+        self._progress.begin("check", len(images.parts))
         for number, part in enumerate(images.parts):
             if not self._take(number):
                 self.pending.append((number, part))
+            if self._progress.due():
+                self._progress.show(number + 1, "shards")
+        self._progress.end()
         self._before = self.rows + self._corrupt_count()
         self._new_corrupt = 0
         self._parts_before = len(images.parts) - len(self.pending)
         self._parts = self._parts_before
         self._begun = time.monotonic()
-        main = World(0 if stream is not None else 1, 1, torch.device("cpu"))
-        self._progress = Progress(main, stream or sys.stderr)
         self._write_corrupt()
 
     def _take(self, number: int) -> bool:
-        """Count the rows of a shard; False if it is missing or damaged."""
+        """Verify a shard and count its rows; False if it is missing or damaged."""
         path = table.shard_path(self.out, number)
         if not path.exists():
             return False
         try:
-            rows, corrupt = table.corrupt_in(path, self.identity)
-        except table.DamagedShardError:
-            path.unlink()  # the disk lost data that had been synced
+            rows, corrupt = table.corrupt_in(path, self.identity, self.columns)
+        except table.DamagedShardError as error:
+            self._progress.say(f"{path} is damaged ({error.reason}) and is embedded again")
+            path.unlink()
             return False
         self.rows += rows
         if corrupt:

@@ -12,6 +12,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
+from backbones.embedding.checksum import CHECKSUM_KEY, PLACEHOLDER, sign
 from backbones.embedding.table import CORRUPT_KEY, IDENTITY_KEY, require_pyarrow
 from backbones.training.checkpoint import sync_folder, write_problem
 from backbones.training.errors import CheckpointFileError
@@ -49,7 +50,7 @@ class ShardWriter:
         self._file: IO[bytes] | None = None
         self._writer: Any = None
         try:
-            self._file = open(self._temporary, "wb")  # noqa: SIM115 - closed when the block ends
+            self._file = open(self._temporary, "w+b")  # noqa: SIM115 - closed when the block ends
             # Embeddings do not compress, so they are stored uncompressed for fast reading.
             self._writer = self._pa.parquet.ParquetWriter(
                 self._file, self.schema, compression="none", use_dictionary=False
@@ -131,8 +132,11 @@ class ShardWriter:
     def _finish(self) -> None:
         assert self._file is not None
         try:
-            self._writer.add_key_value_metadata({CORRUPT_KEY: json.dumps(self._corrupt)})
+            self._writer.add_key_value_metadata(
+                {CORRUPT_KEY: json.dumps(self._corrupt), CHECKSUM_KEY: PLACEHOLDER}
+            )
             self._writer.close()
+            sign(self._file)
             self._file.flush()
             os.fsync(self._file.fileno())
             self._file.close()

@@ -9,7 +9,8 @@ the image after its orientation is applied, ``embedding`` (a list of ``dim`` num
 C·H·W values of its ``shape``) and, if requested, ``classes`` and their ``scores``, most likely
 first.
 Shards are written atomically (:mod:`backbones.embedding.shard_writer`), and each names the metadata
-that it belongs to.
+that it belongs to. Their checksums are verified as they are read
+(:mod:`backbones.embedding.checksum`).
 """
 
 from __future__ import annotations
@@ -17,14 +18,19 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from backbones.core.arguments import file_problem
 from backbones.core.console import MendableError
 from backbones.core.messages import first_line, shown
+from backbones.embedding import checksum
+from backbones.embedding.fields import STORED, problem
 from backbones.training.checkpoint import write_atomically
 
 if TYPE_CHECKING:
@@ -40,6 +46,7 @@ __all__ = [
     "TableError",
     "batches",
     "corrupt_in",
+    "count_rows",
     "differences",
     "identity",
     "load",
@@ -53,16 +60,18 @@ __all__ = [
 ]
 
 METADATA, SHARDS, CORRUPT = "metadata.json", "shards", "corrupt.txt"
+_SHARD_NAME = re.compile(r"part-(\d{5,18})\.parquet")
 _FORMAT = 1
 # Keys in a shard's metadata: the metadata.json it belongs to, and the images that could not be
 # decoded.
 IDENTITY_KEY, CORRUPT_KEY = b"backbones.embedding", b"backbones.corrupt"
+# The smallest numbers of columns.
+_LEAST = {"height": 1, "width": 1, "classes": 0}
 # Fields that must be equal for two shards to belong to one table; versions and names may differ.
 _DECISIVE = (
     *("format", "model", "weights", "preprocessing", "features", "shape", "dim", "dtype"),
     *("computed", "classes", "rows", "source", "images", "shards"),
 )
-_DTYPES = ("float32", "float16")
 
 
 class TableError(MendableError, ValueError):
@@ -70,7 +79,18 @@ class TableError(MendableError, ValueError):
 
 
 class DamagedShardError(TableError):
-    """A shard is not a complete Parquet file."""
+    """A shard is not a complete Parquet file with the rows that its writer put there.
+
+    Attributes:
+        reason: what is wrong with it.
+    """
+
+    def __init__(self, path: Path, reason: str) -> None:
+        self.reason = reason
+        super().__init__(
+            f"{path} is damaged: {reason}; the `vision-backbones embed` command that made the "
+            "table, given again, embeds this shard again"
+        )
 
 
 def require_pyarrow() -> Any:
@@ -99,8 +119,8 @@ def schema(dim: int, dtype: str = "float32", classes: bool = False) -> pyarrow.S
         ValueError: another ``dtype``, or ``dim`` below 1.
     """
     pa = require_pyarrow()
-    if dtype not in _DTYPES:
-        raise ValueError(f"dtype must be {' or '.join(_DTYPES)}, got {dtype!r}")
+    if dtype not in STORED:
+        raise ValueError(f"dtype must be {' or '.join(STORED)}, got {dtype!r}")
     if dim < 1:
         raise ValueError(f"dim must be at least 1, got {dim}")
     value = pa.float32() if dtype == "float32" else pa.float16()
@@ -116,20 +136,23 @@ def schema(dim: int, dtype: str = "float32", classes: bool = False) -> pyarrow.S
 
 
 def metadata(folder: str | Path) -> dict[str, Any]:
-    """Read ``metadata.json``.
+    """Read ``metadata.json``, and check the type and range of its fields.
 
     Its fields are ``model``; ``weights`` (``file``, its name, ``path``, ``sha256``);
     ``preprocessing``; ``features``; ``shape`` and ``dim`` of an embedding; ``dtype`` of the stored
     numbers and ``computed``, the dtype of the computation; ``classes``, the number stored per
     image, and their ``names``; ``source`` (``kind``, ``path``, …); the number of ``images`` in it
     (None if unknown before reading), the number of ``shards`` and the ``rows`` per shard;
-    ``decoder``, one of :data:`backbones.core.images.DECODERS` ("pillow" if missing); ``versions``.
+    ``decoder``, one of :data:`backbones.core.images.DECODERS` ("pillow" if missing); ``versions``;
+    and ``seal``, by which :mod:`backbones.embedding.ownership` knows the user's own tables.
 
     Raises:
         FileNotFoundError: the folder does not exist or has no ``metadata.json``.
-        TableError: the file is damaged or has another format.
+        TableError: the file is damaged, has another format, or a field cannot be as it says.
     """
     path = Path(folder) / METADATA
+    if path.exists() and (reason := file_problem(path)) is not None:
+        raise TableError(f"{path} {reason}")
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
@@ -146,6 +169,8 @@ def metadata(folder: str | Path) -> dict[str, Any]:
     lacking = [key for key in _DECISIVE if key not in content]
     if lacking:
         raise TableError(f"{path} lacks {', '.join(lacking)}")
+    if (wrong := problem(content)) is not None:
+        raise TableError(f"{path} is damaged: {wrong}")
     return content
 
 
@@ -192,8 +217,12 @@ def differences(there: dict[str, Any], wanted: dict[str, Any]) -> list[str]:
 
 
 def _essence(key: str, value: Any) -> Any:
-    """A field's value without the name of the weights' file, which may be a copy."""
-    return {"sha256": value["sha256"]} if key == "weights" else value
+    """A field's value without the names of the files of weights and lists, which may be copies."""
+    if key == "weights":
+        return {"sha256": value["sha256"]}
+    if key == "source":
+        return {name: fact for name, fact in value.items() if name != "list"}
+    return value
 
 
 def shard_path(folder: str | Path, number: int) -> Path:
@@ -207,15 +236,18 @@ def shard_paths(folder: str | Path) -> list[Path]:
     Raises:
         FileNotFoundError, TableError: see :func:`metadata`; or shards are missing.
     """
-    content = metadata(folder)
-    paths = [shard_path(folder, number) for number in range(content["shards"])]
-    there = set(os.listdir(Path(folder) / SHARDS)) if (Path(folder) / SHARDS).is_dir() else set()
-    missing = [path.name for path in paths if path.name not in there]
-    if missing:
+    shards = metadata(folder)["shards"]
+    held = Path(folder) / SHARDS
+    there = set(os.listdir(held)) if held.is_dir() else set()
+    # Among as many names as there are files and one more, one is missing if any is.
+    paths = [shard_path(folder, number) for number in range(min(shards, len(there) + 1))]
+    missing = next((path.name for path in paths if path.name not in there), None)
+    if missing is not None:
+        numbers = {int(found[1]) for name in there if (found := _SHARD_NAME.fullmatch(name))}
+        count = shards - sum(number < shards for number in numbers)
         raise TableError(
-            f"{folder} is incomplete: {len(missing)} of {len(paths)} shards are not there yet "
-            f"({missing[0]}); `vision-backbones embed` is still running, or the same command "
-            "again goes on"
+            f"{folder} is incomplete: {count} of {shards} shards are not there yet ({missing}); "
+            "`vision-backbones embed` is still running, or the same command again goes on"
         )
     return paths
 
@@ -234,20 +266,31 @@ def batches(
             another table.
         ValueError: the table lacks a column.
     """
-    pa = require_pyarrow()
     content = metadata(folder)
     paths = shard_paths(folder)
     expected = schema(content["dim"], content["dtype"], bool(content["classes"]))
     lacking = [name for name in columns or () if name not in expected.names]
     if lacking:
         raise ValueError(f"{folder} has no column {lacking[0]}, but {', '.join(expected.names)}")
+    of = identity(content)
     for path in paths:
-        try:
-            with pa.parquet.ParquetFile(path) as file:
-                _check(path, file.schema_arrow, expected, identity(content))
-                yield from file.iter_batches(batch_size=rows, columns=columns)
-        except (pa.ArrowException, OSError) as error:
-            raise DamagedShardError(f"{path} is damaged: {first_line(error)}") from error
+        yield from _rows(path, of, expected, columns, rows)
+
+
+def count_rows(folder: str | Path) -> int:
+    """Count the rows of a complete table from its files' footers.
+
+    Raises:
+        FileNotFoundError, TableError: see :func:`batches`.
+    """
+    content = metadata(folder)
+    paths = shard_paths(folder)
+    expected = schema(content["dim"], content["dtype"], bool(content["classes"]))
+    of, total = identity(content), 0
+    for path in paths:
+        with _opened(path, of, expected, checksum.footer_flaw) as file:
+            total += file.metadata.num_rows
+    return total
 
 
 def load(folder: str | Path) -> tuple[list[str], np.ndarray]:
@@ -266,24 +309,33 @@ def load(folder: str | Path) -> tuple[list[str], np.ndarray]:
     return keys, vectors
 
 
-def corrupt_in(path: Path, expected: str) -> tuple[int, list[tuple[str, str]]]:
+def corrupt_in(
+    path: Path, expected: str, columns: pyarrow.Schema | None = None
+) -> tuple[int, list[tuple[str, str]]]:
     """A shard's number of rows, and keys and reasons of its images that could not be decoded.
+
+    The whole shard is read, and so verified.
 
     Args:
         expected: the :func:`identity` that the shard must have.
+        columns: the :func:`schema` that it must have; None for any.
 
     Raises:
         DamagedShardError: the shard is damaged.
         TableError: the shard belongs to another table.
     """
-    pa = require_pyarrow()
-    try:
-        with pa.parquet.ParquetFile(path) as file:
-            _check(path, file.schema_arrow, None, expected)
+    with _opened(path, expected, columns, checksum.flaw) as file:
+        try:
             noted = json.loads(file.metadata.metadata[CORRUPT_KEY])
-            return file.metadata.num_rows, [(key, reason) for key, reason in noted]
-    except (pa.ArrowException, OSError, LookupError, json.JSONDecodeError) as error:
-        raise DamagedShardError(f"{path} is damaged: {first_line(error)}") from error
+            corrupt = [(key, reason) for key, reason in noted]
+            if not all(isinstance(text, str) for entry in corrupt for text in entry):
+                raise TypeError(shown(noted))
+        except (LookupError, TypeError, ValueError, RecursionError) as error:
+            raise DamagedShardError(path, "it has no list of corrupt images") from error
+        count = file.metadata.num_rows
+    if sum(map(len, _rows(path, expected, columns, rows=256))) != count:
+        raise DamagedShardError(path, f"it does not have {count} rows, as it says")
+    return count, corrupt
 
 
 def write_corrupt(folder: Path, corrupt: Sequence[tuple[str, str]]) -> None:
@@ -296,11 +348,62 @@ def write_corrupt(folder: Path, corrupt: Sequence[tuple[str, str]]) -> None:
     write_atomically(folder / CORRUPT, lambda file: file.write(text.encode()))
 
 
-def _check(path: Path, found: Any, expected: Any, of: str) -> None:
-    if (found.metadata or {}).get(IDENTITY_KEY) != of.encode():
-        raise TableError(
-            f"{path} belongs to other embeddings (another model, weights, preprocessing or "
-            f"source) than the {METADATA} beside it"
-        )
-    if expected is not None and not found.equals(expected):
-        raise TableError(f"{path} has other columns than {METADATA} says: {found.names}")
+def _rows(
+    path: Path,
+    of: str,
+    expected: pyarrow.Schema | None,
+    columns: Sequence[str] | None = None,
+    rows: int = 8192,
+) -> Iterator[pyarrow.RecordBatch]:
+    """The verified rows of a shard."""
+    with _opened(path, of, expected, checksum.flaw) as file:
+        for batch in file.iter_batches(batch_size=rows, columns=columns):
+            batch.validate(full=True)
+            if (wrong := _wrong(batch)) is not None:
+                raise DamagedShardError(path, wrong)
+            yield batch
+
+
+@contextmanager
+def _opened(
+    path: Path,
+    of: str,
+    expected: pyarrow.Schema | None,
+    flaw: Callable[[Path], str | None],
+) -> Iterator[Any]:
+    """Open a shard after verifying its checksum, its table and its columns."""
+    pa = require_pyarrow()
+    try:
+        if (reason := flaw(path)) is not None:
+            raise DamagedShardError(path, reason)
+        with pa.parquet.ParquetFile(path) as file:
+            found = file.schema_arrow
+            if (found.metadata or {}).get(IDENTITY_KEY) != of.encode():
+                raise TableError(
+                    f"{path} belongs to other embeddings (another model, weights, preprocessing or "
+                    f"source) than the {METADATA} beside it"
+                )
+            if expected is not None and not found.equals(expected):
+                raise DamagedShardError(path, f"it has other columns than {METADATA} says")
+            # Keys differ, so each takes some bits.
+            if not 0 <= file.metadata.num_rows <= 8 * os.path.getsize(path):
+                raise DamagedShardError(path, f"it claims to have {file.metadata.num_rows} rows")
+            yield file
+    except pa.ArrowMemoryError:
+        raise  # which says nothing about the file
+    except (pa.ArrowException, OSError) as error:
+        raise DamagedShardError(path, first_line(error)) from error
+
+
+def _wrong(batch: pyarrow.RecordBatch) -> str | None:
+    """What rows of a shard cannot be; None if they can."""
+    import pyarrow.compute
+
+    for name, column in zip(batch.schema.names, batch.columns, strict=True):
+        values = column.flatten() if hasattr(column, "flatten") else column
+        if column.null_count or values.null_count:
+            return f"it has rows without {name}"
+        least = _LEAST.get(name)
+        if least is not None and len(values) and pyarrow.compute.min(values).as_py() < least:
+            return f"{name} must be at least {least}"
+    return None

@@ -84,6 +84,15 @@ def test_zero_vectors_come_last(dtype: str, tmp_path: Path) -> None:
     assert [match.score for match in matches[2:]] == [0, 0, 0]
 
 
+def test_a_key_whose_embedding_is_not_finite(tmp_path: Path) -> None:
+    vectors = np.array([[1, 2], [np.nan, 1], [np.inf, 0]], np.float32)
+    table = make_table(tmp_path / "table", vectors)
+    assert vectors_of(table, ["00000.png"])[0] == [0]
+    for key in ("00001.png", "00002.png"):
+        with pytest.raises(ValueError, match=f"the embedding of '{key}' in .* is not finite"):
+            vectors_of(table, ["00000.png", key])
+
+
 def test_vectors_of_any_size_have_length_one() -> None:
     lengths = np.linalg.norm(unit(np.array([[3e38, 3e38], [1e-38, 0], [4, 3]])), axis=1)
     np.testing.assert_allclose(lengths, 1, rtol=1e-6)

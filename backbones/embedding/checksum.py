@@ -1,0 +1,163 @@
+"""Checksums of a table's files, so that a flipped bit never changes a result.
+
+A shard keeps two CRC-32s in the metadata of its Parquet footer: of all bytes before the footer, and
+of the rest with that second number as zeros. So a footer, which a command reads first, can be
+trusted without reading the file, and every byte is covered. Shards of earlier versions have none.
+Other files of a table end in the CRC-32 of what precedes it.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import struct
+import zlib
+from pathlib import Path
+from typing import IO
+
+from backbones.core.arguments import file_problem
+
+__all__ = [
+    "CHECKSUM_KEY",
+    "PLACEHOLDER",
+    "append_checksum",
+    "flaw",
+    "footer_flaw",
+    "sign",
+    "verify",
+]
+
+CHECKSUM_KEY, PLACEHOLDER = b"backbones.checksum", b"00000000 00000000"
+"""What a shard's writer adds to the footer's metadata, for :func:`sign` to fill in."""
+
+_MAGIC = b"PAR1"
+_END = struct.Struct("<I4s")  # length of the footer, and the magic
+# Thrift's compact encoding of the key and the value: a string's field and its length come first.
+# No other text of a footer holds such a control character.
+_MARK = CHECKSUM_KEY + b"\x18" + bytes([len(PLACEHOLDER)])
+_CHUNK = 1 << 22
+_TRAILER = b"crc32 %08x"
+_TRAILER_BYTES = len(_TRAILER % 0)
+
+
+def sign(file: IO[bytes]) -> None:
+    """Fill the checksums into a complete Parquet file.
+
+    Args:
+        file: open for reading and writing; its metadata has :data:`PLACEHOLDER`.
+    """
+    size = file.seek(0, os.SEEK_END)
+    length = _footer_length(file, size)
+    start = size - _END.size - length
+    footer = bytearray(_read(file, start, length + _END.size))
+    place = footer.index(_MARK) + len(_MARK)
+    footer[place : place + 8] = b"%08x" % _crc(file, start)
+    footer[place + 9 : place + 17] = b"%08x" % zlib.crc32(footer)
+    file.seek(start + place)
+    file.write(footer[place : place + 17])
+
+
+def footer_flaw(path: Path) -> str | None:
+    """Why the footer of a shard cannot be trusted; None if it can, or has no checksum.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    return _examine(path, whole=False)
+
+
+def flaw(path: Path) -> str | None:
+    """Why a shard cannot be trusted; None if it can, or has no checksum.
+
+    A file that was found intact is not read again by this process until it changes.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    found = os.stat(path)
+    try:
+        _require_intact(path, found.st_ino, found.st_size, found.st_mtime_ns)
+    except _FlawError as error:
+        return str(error)
+    return None
+
+
+class _FlawError(Exception):
+    """Carries a flaw past the cache, which keeps only what was found intact."""
+
+
+@functools.lru_cache(maxsize=1 << 17)
+def _require_intact(path: Path, *_: int) -> None:
+    if (found := _examine(path, whole=True)) is not None:
+        raise _FlawError(found)
+
+
+def _examine(path: Path, whole: bool) -> str | None:
+    if (problem := file_problem(path)) is not None:
+        return f"it {problem}"
+    with open(path, "rb") as file:
+        size = file.seek(0, os.SEEK_END)
+        length = _footer_length(file, size)
+        start = size - _END.size - length
+        if length <= 0 or start < len(_MAGIC):
+            return "it is no whole Parquet file"
+        footer = bytearray(_read(file, start, length + _END.size))
+        place = footer.find(_MARK) + len(_MARK)
+        if place < len(_MARK):
+            return None  # of an earlier version
+        body, end = bytes(footer[place : place + 8]), bytes(footer[place + 9 : place + 17])
+        footer[place + 9 : place + 17] = b"00000000"
+        if end != b"%08x" % zlib.crc32(footer):
+            return "the checksum of its footer is wrong"
+        if whole and body != b"%08x" % _crc(file, start):
+            return "its checksum is wrong"
+    return None
+
+
+def _footer_length(file: IO[bytes], size: int) -> int:
+    """0 if there is no footer."""
+    if size < _END.size:
+        return 0
+    length, magic = _END.unpack(_read(file, size - _END.size, _END.size))
+    return int(length) if magic == _MAGIC else 0
+
+
+def append_checksum(path: Path) -> None:
+    """Append the checksum of a file to it.
+
+    Raises:
+        OSError: it cannot be written.
+    """
+    with open(path, "r+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        trailer = _TRAILER % _crc(file, end)
+        file.seek(end)
+        file.write(trailer)
+
+
+def verify(path: Path) -> bool:
+    """Whether a file ends in the checksum of what precedes it, see :func:`append_checksum`.
+
+    Raises:
+        OSError: it cannot be read.
+    """
+    with open(path, "rb") as file:
+        end = file.seek(0, os.SEEK_END) - _TRAILER_BYTES
+        return end >= 0 and _read(file, end, _TRAILER_BYTES) == _TRAILER % _crc(file, end)
+
+
+def _read(file: IO[bytes], start: int, size: int) -> bytes:
+    file.seek(start)
+    return file.read(size)
+
+
+def _crc(file: IO[bytes], size: int) -> int:
+    """Of the first ``size`` bytes."""
+    file.seek(0)
+    crc = 0
+    while size:
+        chunk = file.read(min(size, _CHUNK))
+        if not chunk:
+            break
+        crc, size = zlib.crc32(chunk, crc), size - len(chunk)
+    return crc

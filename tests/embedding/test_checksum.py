@@ -1,0 +1,235 @@
+"""A flipped bit in a table's files is noticed, wherever it is, and mended by the same command."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow.parquet
+import pytest
+from embedding_runs import make_photos, same, tiny_checkpoint, words
+from embedding_tables import make_table
+
+from backbones.cli.main import main
+from backbones.embedding import checksum, table
+from backbones.embedding.checksum import CHECKSUM_KEY
+from backbones.embedding.search import search
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    vectors = np.random.default_rng(0).normal(size=(40, 6)).astype(np.float32)
+    keys = [f"{'ab'[row % 2]}/{row:02}.png" for row in range(40)]
+    return make_table(tmp_path / "table", vectors, keys, rows=20)
+
+
+def flip(path: Path, place: int, bit: int = 3) -> None:
+    data = bytearray(path.read_bytes())
+    data[place] ^= 1 << bit
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("step", [17, pytest.param(1, marks=pytest.mark.slow)])
+def test_every_byte_of_a_shard_counts(step: int, tmp_path: Path) -> None:
+    """Only the checksum's own name may change: then there is none, and everything else is as is."""
+    folder = make_table(tmp_path / "table", np.arange(12, dtype=np.float32).reshape(3, 4))
+    path = table.shard_path(folder, 0)
+    data = path.read_bytes()
+    keys, vectors = table.load(folder)
+    name = range(data.index(CHECKSUM_KEY), data.index(CHECKSUM_KEY) + len(CHECKSUM_KEY) + 2)
+    columns = table.schema(4)
+    identity = table.identity(table.metadata(folder))
+    for place in range(0, len(data), step):
+        flip(path, place, place % 8)
+        if place in name:
+            with contextlib.suppress(table.DamagedShardError):  # its length is part of the name
+                found = table.load(folder)
+                assert found[0] == keys and np.array_equal(found[1], vectors)
+        else:
+            with pytest.raises(table.DamagedShardError, match=r"part-00000.parquet is damaged: "):
+                table.load(folder)
+            with pytest.raises(table.DamagedShardError):
+                table.corrupt_in(path, identity, columns)
+        path.write_bytes(data)
+
+
+def test_the_footer_alone_is_verified_to_count_rows(folder: Path) -> None:
+    path = table.shard_path(folder, 0)
+    flip(path, 100)
+    assert table.count_rows(folder) == 40
+    flip(path, -20)
+    with pytest.raises(table.DamagedShardError, match="the checksum of its footer is wrong"):
+        table.count_rows(folder)
+
+
+def test_an_intact_shard_is_verified_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table.load(folder)
+    monkeypatch.setattr(checksum, "_crc", lambda file, size: pytest.fail("it is read again"))
+    table.load(folder)
+
+
+def rewrite(path: Path, column: Any = None, **facts: str) -> None:
+    """Write a shard as an earlier version did, without a checksum.
+
+    Args:
+        column: embeddings to put in.
+        facts: of the file's metadata, to put in.
+    """
+    with pyarrow.parquet.ParquetFile(path) as file:
+        whole, kept = file.read(), file.metadata.metadata
+    if column is not None:
+        whole = whole.set_column(whole.schema.get_field_index("embedding"), "embedding", column)
+    schema = whole.schema
+    if column is not None and not column.null_count:
+        place = schema.get_field_index("embedding")
+        schema = schema.set(place, schema.field(place).with_nullable(False))
+    kept = {key: kept[key] for key in (table.IDENTITY_KEY, table.CORRUPT_KEY)}
+    kept |= {f"backbones.{key}".encode(): value.encode() for key, value in facts.items()}
+    columns = pyarrow.Table.from_arrays(whole.columns, schema=schema.with_metadata(kept))
+    pyarrow.parquet.write_table(columns, path, compression="none")
+
+
+def test_shards_without_checksums_are_read(folder: Path) -> None:
+    before = table.load(folder)
+    rewrite(table.shard_path(folder, 1))
+    after = table.load(folder)
+    assert after[0] == before[0] and np.array_equal(after[1], before[1])
+    said = table.metadata(folder)
+    path = table.shard_path(folder, 1)
+    assert table.corrupt_in(path, table.identity(said), table.schema(6)) == (20, [])
+    assert table.count_rows(folder) == 40
+
+
+COMMANDS = {
+    "search": ["--key", "a/00.png"],
+    "duplicates": ["--threshold", "0.99"],
+    "probe": ["--labels", "folder"],
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_commands_say_what_to_do(
+    command: str, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = table.shard_path(folder, 1)
+    flip(path, path.read_bytes().index(np.float32(table.load(folder)[1][25, 0]).tobytes()) + 3)
+    assert main([command, str(folder), *COMMANDS[command]]) == 2
+    said = capsys.readouterr()
+    assert said.out == ""
+    assert said.err == (
+        f"error: {path} is damaged: its checksum is wrong; the `vision-backbones embed` command "
+        "that made the table, given again, embeds this shard again\n"
+    )
+
+
+def _flip_an_embedding(path: Path) -> None:
+    vector = pyarrow.parquet.read_table(path).column("embedding")[0].values.to_numpy()
+    flip(path, path.read_bytes().index(vector.tobytes()) + 2)
+
+
+def _without_embeddings(path: Path) -> None:
+    column = pyarrow.parquet.read_table(path).column("embedding")
+    rewrite(path, pyarrow.array([None] * len(column), column.type))
+
+
+def _with_null_numbers(path: Path) -> None:
+    column = pyarrow.parquet.read_table(path).column("embedding")
+    numbers = pyarrow.array([None] * (column.type.list_size * len(column)), pyarrow.float32())
+    rewrite(path, pyarrow.FixedSizeListArray.from_arrays(numbers, type=column.type))
+
+
+def _cut(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-9])
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (_flip_an_embedding, "its checksum is wrong"),
+        (_without_embeddings, "it has other columns than metadata.json says"),
+        (_with_null_numbers, "it has rows without embedding"),
+        (_cut, "it is no whole Parquet file"),
+    ],
+)
+def test_embed_mends_a_damaged_shard(
+    damage: Callable[[Path], None], told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoint = tiny_checkpoint(tmp_path / "model")
+    photos = make_photos(tmp_path / "photos", 10)
+    for name in ("out", "whole"):
+        assert main(words(photos, tmp_path / name, checkpoint)) == 0
+    path = table.shard_path(tmp_path / "out", 1)
+    damage(path)
+    with pytest.raises(table.DamagedShardError, match=told):
+        table.load(tmp_path / "out")
+    capsys.readouterr()
+    assert main(words(photos, tmp_path / "out", checkpoint)) == 0
+    said = capsys.readouterr().err
+    assert f"{path} is damaged ({told}) and is embedded again" in said
+    assert "6 images done before" in said
+    assert same(tmp_path / "out", tmp_path / "whole")
+
+
+@pytest.mark.parametrize("place", [3, 200, -400, -10])
+def test_a_damaged_graph_is_built_again(
+    place: int, folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    _, vectors = table.load(folder)
+    found = search(folder, vectors[:3], index="hnsw", progress=True)
+    assert capsys.readouterr().err == ""
+    (path,) = folder.glob("hnsw-*.faiss")
+    whole = path.read_bytes()
+    flip(path, place)
+    assert search(folder, vectors[:3], index="hnsw", progress=True) == found
+    told = f"the index {path} is damaged, or of an earlier version: building it again\n"
+    assert capsys.readouterr().err == told
+    assert len(path.read_bytes()) == len(whole)
+    assert search(folder, vectors[:3], index="hnsw", progress=True) == found
+    assert capsys.readouterr().err == ""
+
+
+def test_a_graph_without_a_checksum_is_not_believed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Such a file of an earlier version may have any flipped bit."""
+    import faiss
+
+    _, vectors = table.load(folder)
+    search(folder, vectors[:1], index="hnsw")
+    (path,) = folder.glob("hnsw-*.faiss")
+    path.write_bytes(path.read_bytes()[: -len(b"crc32 00000000")])
+    read: list[str] = []
+    plain = faiss.read_index
+    monkeypatch.setattr(faiss, "read_index", lambda name: read.append(name) or plain(name))
+    search(folder, vectors[:1], index="hnsw")
+    assert read == []
+    search(folder, vectors[:1], index="hnsw")
+    assert read == [str(path)]
+
+
+def test_files_that_would_block(folder: Path) -> None:
+    for path in (table.shard_path(folder, 0), folder / "metadata.json"):
+        path.unlink()
+        os.mkfifo(path)
+        with pytest.raises(table.TableError, match="is a named pipe"):
+            table.load(folder)
+
+
+@pytest.mark.parametrize("noted", ["3", '["a"]', '[["a"]]', '[["a", 5]]', "{", "null"])
+def test_impossible_lists_of_corrupt_images(noted: str, folder: Path) -> None:
+    path = table.shard_path(folder, 0)
+    rewrite(path, corrupt=noted)
+    with pytest.raises(table.DamagedShardError, match="it has no list of corrupt images"):
+        table.corrupt_in(path, table.identity(table.metadata(folder)))
+
+
+@pytest.mark.parametrize(("column", "value"), [("height", 0), ("width", -5)])
+def test_impossible_sizes(column: str, value: int, tmp_path: Path) -> None:
+    sizes = [(value, 5) if column == "height" else (5, value)]
+    folder = make_table(tmp_path / "table", np.eye(1, dtype=np.float32), sizes=sizes)
+    with pytest.raises(table.DamagedShardError, match=f"{column} must be at least 1"):
+        list(table.batches(folder))
