@@ -7,14 +7,27 @@ here.
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import gc
+import os
+import shutil
+import tempfile
 from collections.abc import Generator
 
 import pytest
 
 with contextlib.suppress(ImportError):
     import yapf  # noqa: F401
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Tables of embeddings are sealed with a key of the tests, not with the user's."""
+    if not hasattr(config, "workerinput"):  # pytest-xdist's workers inherit it
+        state = tempfile.mkdtemp(prefix="vision-backbones-tests-")
+        os.environ["XDG_STATE_HOME"] = state
+        owner = os.getpid()
+        atexit.register(lambda: os.getpid() == owner and shutil.rmtree(state, True))
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:

@@ -7,7 +7,16 @@ from argparse import ArgumentParser, Namespace
 from collections.abc import Sequence
 from pathlib import Path
 
-from backbones.cli.results import add_outputs, as_csv, as_json, check_outputs, facts, write_text
+from backbones.cli.results import (
+    add_outputs,
+    add_source,
+    as_csv,
+    as_json,
+    check_outputs,
+    facts,
+    say_refused,
+    write_text,
+)
 from backbones.core.arguments import nonempty_path, real
 from backbones.core.messages import one_line
 from backbones.core.tables import table
@@ -16,7 +25,7 @@ from backbones.embedding.page import write_page
 from backbones.embedding.rows import count_rows
 from backbones.embedding.search import INDEXES
 from backbones.embedding.sheet import Row, Tile, draw_sheet
-from backbones.embedding.thumbnails import thumbnails
+from backbones.embedding.thumbnails import Thumbnails
 
 __all__ = ["EXAMPLE", "add_arguments", "run"]
 
@@ -40,6 +49,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     add("--index", choices=INDEXES, default="auto", help="exact, or hnsw beyond 200,000 rows")
     add_outputs(parser, _PICTURE, "contact sheet of the groups", "image in a group")
+    add_source(parser)
 
 
 def run(options: Namespace) -> int:
@@ -59,12 +69,14 @@ def run(options: Namespace) -> int:
     write_text(options.csv, as_csv(("group", "key", "height", "width", "similarity"), rows))
     write_text(options.json, as_json(_entries(groups)))
     if groups:
-        shown = _rows(folder, groups[: _DRAWN if options.html is None else _SHOWN])
+        images = Thumbnails(folder, options.source)
+        shown = _rows(images, groups[: _DRAWN if options.html is None else _SHOWN])
         title = f"Near-duplicates in {folder}"
         draw_sheet(path, title, shown[:_DRAWN])
         if options.html is not None:
             details = {"threshold": f"cosine of at least {options.threshold:g}", "found": summary}
             write_page(options.html, title, facts(folder, **details), shown)
+        say_refused(images)
     return 0
 
 
@@ -97,8 +109,7 @@ def _entries(groups: Sequence[Sequence[Member]]) -> list[list[dict[str, object]]
     ]
 
 
-def _rows(folder: Path, groups: Sequence[Sequence[Member]]) -> list[Row]:
-    find = thumbnails(folder)
+def _rows(find: Thumbnails, groups: Sequence[Sequence[Member]]) -> list[Row]:
     rows = []
     for number, group in enumerate(groups, start=1):
         left_out = f", {_TILES} of them shown" if len(group) > _TILES else ""

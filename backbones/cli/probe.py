@@ -8,7 +8,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from backbones.cli.results import add_outputs, as_json, check_outputs, facts, write_text
+from backbones.cli.results import (
+    add_outputs,
+    add_source,
+    as_json,
+    check_outputs,
+    facts,
+    say_refused,
+    write_text,
+)
 from backbones.core.arguments import nonempty, nonempty_path, real, whole
 from backbones.core.console import CommandError
 from backbones.core.messages import one_line
@@ -17,7 +25,7 @@ from backbones.embedding.confusion import confusions, draw_confusion
 from backbones.embedding.page import Table, write_page
 from backbones.embedding.probe import MOST_ROWS, Method, Report, probe
 from backbones.embedding.sheet import Row, Tile
-from backbones.embedding.thumbnails import thumbnails
+from backbones.embedding.thumbnails import Thumbnails
 
 __all__ = ["EXAMPLE", "add_arguments", "run"]
 
@@ -73,6 +81,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     )
     add("--seed", type=whole(0, 2**32 - 1), default=0, metavar="N", help="random seed (0)")
     add_outputs(parser, _PICTURE, "confusion matrix")
+    add_source(parser)
 
 
 def run(options: Namespace) -> int:
@@ -96,6 +105,7 @@ def run(options: Namespace) -> int:
         options.c,
         options.most_rows,
         options.seed,
+        options.source,
     )
     data = _data(report)
     sys.stdout.write(f"{data}\n{table(_HEAD, _figures(report))}")
@@ -105,15 +115,17 @@ def run(options: Namespace) -> int:
     title = f"Probe of {folder}, {len(report.classes)} classes"
     draw_confusion(path, report, title)
     if options.html is not None:
+        images = Thumbnails(options.test or folder, options.source)
         write_page(
             options.html,
             title,
             facts(folder, data=data),
-            _rows(report),
+            _rows(images, report),
             [Table(_HEAD, _figures(report)), *map(_kinds, report.methods, [report] * 2)],
             path.read_bytes() if path.is_file() else None,
             f"{report.methods[0].name} and {report.methods[1].name}: confusion matrices",
         )
+        say_refused(images)
     return 0
 
 
@@ -175,13 +187,12 @@ def _kinds(method: Method, report: Report) -> Table:
     )
 
 
-def _rows(report: Report) -> list[Row]:
+def _rows(find: Thumbnails, report: Report) -> list[Row]:
     rows = []
     for method in report.methods:
         shown: Sequence[Any] = method.mistakes[:_MISTAKES]
         if not shown:
             continue
-        find = thumbnails(shown[0].folder)
         tiles = [
             Tile(
                 find(m.key),

@@ -6,18 +6,30 @@ import csv
 import importlib.util
 import io
 import json
+import sys
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from backbones.core.arguments import nonempty_path, require_writable
+from backbones.core.arguments import nonempty, nonempty_path, require_writable
 from backbones.core.console import CommandError
+from backbones.core.messages import one_line
 from backbones.embedding.rows import count_rows
 from backbones.embedding.table import METADATA, metadata, shard_paths
+from backbones.embedding.thumbnails import Thumbnails
 from backbones.training.checkpoint import write_text_atomically
 
-__all__ = ["add_outputs", "as_csv", "as_json", "check_outputs", "facts", "write_text"]
+__all__ = [
+    "add_outputs",
+    "add_source",
+    "as_csv",
+    "as_json",
+    "check_outputs",
+    "facts",
+    "say_refused",
+    "write_text",
+]
 
 
 def add_outputs(parser: ArgumentParser, picture: str, what: str, rows: str = "") -> None:
@@ -83,3 +95,22 @@ def write_text(path: Path | None, text: str) -> None:
     """Write a file if one is asked for."""
     if path is not None:
         write_text_atomically(path, text)
+
+
+def add_source(parser: ArgumentParser) -> None:
+    """``--source``, see :func:`backbones.embedding.sources.reader_of`."""
+    parser.add_argument(
+        "--source",
+        type=nonempty,
+        nargs="+",
+        default=[],
+        metavar="SOURCE",
+        help="where the images are, if they have moved or FOLDER was not made here; then folders "
+        "that its links may lead to",
+    )
+
+
+def say_refused(images: Thumbnails) -> None:
+    """Say on standard error why images are not shown, if they were not to be read."""
+    if images.refused:
+        sys.stderr.write(f"note: images are not shown: {one_line(images.refused)}\n")

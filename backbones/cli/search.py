@@ -10,7 +10,16 @@ from pathlib import Path
 import numpy as np
 
 from backbones.cli.predict import find_images
-from backbones.cli.results import add_outputs, as_csv, as_json, check_outputs, facts, write_text
+from backbones.cli.results import (
+    add_outputs,
+    add_source,
+    as_csv,
+    as_json,
+    check_outputs,
+    facts,
+    say_refused,
+    write_text,
+)
 from backbones.core.arguments import nonempty_path, whole
 from backbones.core.console import CommandError
 from backbones.core.images import DECODE_ERRORS
@@ -21,7 +30,7 @@ from backbones.embedding.query import embed_queries
 from backbones.embedding.rows import vectors_of
 from backbones.embedding.search import INDEXES, Match, search
 from backbones.embedding.sheet import Row, Tile, draw_sheet
-from backbones.embedding.thumbnails import small, thumbnails
+from backbones.embedding.thumbnails import Thumbnails, small
 
 __all__ = ["EXAMPLE", "add_arguments", "run"]
 
@@ -49,6 +58,7 @@ def add_arguments(parser: ArgumentParser) -> None:
     add("--index", choices=INDEXES, default="auto", help="exact, or hnsw beyond 1,000,000 rows")
     add("--checkpoint", type=nonempty_path, metavar="FILE", help="the weights, if they have moved")
     add_outputs(parser, _PICTURE, "contact sheet", "result")
+    add_source(parser)
 
 
 def run(options: Namespace) -> int:
@@ -86,11 +96,13 @@ def run(options: Namespace) -> int:
     write_text(options.csv, as_csv(("query", "place", "key", "score"), rows))
     write_text(options.json, as_json(_entries(names, results)))
     if names:
-        drawn = _rows(folder, names, numbers, results)
+        images = Thumbnails(folder, options.source)
+        drawn = _rows(images, names, numbers, results)
         title = f"Most similar images in {folder}"
         draw_sheet(path, title, drawn)
         if options.html is not None:
             write_page(options.html, title, facts(folder, score="cosine, at most 1"), drawn)
+        say_refused(images)
     for query, reason in unreadable:
         sys.stderr.write(f"cannot read {one_line(str(query))}: {reason}\n")
     return 1 if unreadable else 0
@@ -116,13 +128,12 @@ def _entries(names: Sequence[str], results: Sequence[Sequence[Match]]) -> list[d
 
 
 def _rows(
-    folder: Path,
+    find: Thumbnails,
     names: Sequence[str],
     numbers: Sequence[int | None],
     results: Sequence[Sequence[Match]],
 ) -> list[Row]:
     """The rows to draw: each query followed by its matches."""
-    find = thumbnails(folder)
     rows = []
     for name, number, matches in list(zip(names, numbers, results, strict=True))[:_QUERIES]:
         try:

@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from backbones.core.console import MendableError
 from backbones.core.messages import first_line, one_line, shown
-from backbones.embedding.sources import reader
+from backbones.embedding.sources import reader_of
 from backbones.embedding.table import batches, metadata
 
 __all__ = ["LabelError", "labels_of", "read_assignments", "split_of"]
@@ -28,7 +28,9 @@ class LabelError(MendableError, ValueError):
     """The labels cannot be read or match no image; the message says why."""
 
 
-def labels_of(folder: str | Path, labels: Mapping[str, str] | str | Path) -> list[str | None]:
+def labels_of(
+    folder: str | Path, labels: Mapping[str, str] | str | Path, source: Sequence[str | Path] = ()
+) -> list[str | None]:
     """The class of each row of a table, in order; None if unlabelled.
 
     Args:
@@ -36,12 +38,13 @@ def labels_of(folder: str | Path, labels: Mapping[str, str] | str | Path) -> lis
         labels: classes by key; a file of them, see :func:`read_assignments`; ``"folder"`` for the
             name of the folder that contains the image; ``"source"`` for the labels of the dataset
             that was embedded (``digits``, ``medmnist/…``, ``torch/…``, ``hfds/…``).
+        source: see :func:`backbones.embedding.sources.reader_of`; for ``"source"``.
 
     Raises:
         LabelError: the file cannot be read, or no image has a class.
         FileNotFoundError, TableError: see :func:`backbones.embedding.table.batches`.
     """
-    find = _finder(folder, labels)
+    find = _finder(folder, labels, source)
     found: list[str | None] = []
     example = ""
     for key in _keys(folder):
@@ -112,29 +115,29 @@ def read_assignments(path: Path) -> dict[str, str]:
 
 
 def _finder(
-    folder: str | Path, labels: Mapping[str, str] | str | Path
+    folder: str | Path, labels: Mapping[str, str] | str | Path, source: Sequence[str | Path]
 ) -> Callable[[str], str | None]:
     if isinstance(labels, Mapping):
         return labels.get
     if labels == "folder":
         return lambda key: key.split("/")[-2] if "/" in key else None
     if labels == "source":
-        return _of_source(folder).get
+        return _of_source(folder, source).get
     return read_assignments(Path(labels)).get
 
 
-def _of_source(folder: str | Path) -> dict[str, str]:
+def _of_source(folder: str | Path, source: Sequence[str | Path]) -> dict[str, str]:
     """Labels by key, for images of a dataset that training supports."""
-    source = metadata(folder)["source"]
-    if source["kind"] != "training":
+    said = metadata(folder)["source"]
+    if said["kind"] != "training":
         raise LabelError(
-            f"the images of {folder} come from a {source['kind']}, which says no classes: give a "
+            f"the images of {folder} come from a {said['kind']}, which says no classes: give a "
             "file of labels, or folder"
         )
-    images: Any = reader(source)
+    images: Any = reader_of(folder, source)
     numbers = images.images.labels
     if numbers is None or numbers.ndim != 1:
-        raise LabelError(f"{source['data']} does not say one class for each image")
+        raise LabelError(f"{said['data']} does not say one class for each image")
     items = images.items((0, len(numbers)))
     return {item.key: str(int(n)) for item, n in zip(items, numbers, strict=True)}
 

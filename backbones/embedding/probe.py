@@ -99,6 +99,7 @@ def probe(
     c: float = 1.0,
     most_rows: int = MOST_ROWS,
     seed: int = 0,
+    source: Sequence[str | Path] = (),
 ) -> Report:
     """Measure the accuracy of kNN and of a linear classifier on held-out images.
 
@@ -119,6 +120,7 @@ def probe(
         most_rows: limit of the rows to train on and of those to measure on. Beyond it, a share of
             every class is sampled at random, which bounds time and memory.
         seed: of the random choices.
+        source: see :func:`backbones.embedding.labels.labels_of`.
 
     Raises:
         ValueError: a number out of range.
@@ -135,7 +137,8 @@ def probe(
             "probe needs scikit-learn: pip install scikit-learn (or '.[search]')"
         ) from None
     generator = np.random.default_rng(seed)
-    train, held, seen = _sides(folder, labels, test, test_labels, split, held_out, generator)
+    sides = _sides(folder, labels, test, test_labels, split, held_out, generator, source)
+    train, held, seen = sides
     classes = _order({str(train.labels[i]) for i in train.rows})
     if len(classes) < 2:
         raise LabelError(f"to tell classes apart there must be two, and {folder} has {classes}")
@@ -187,14 +190,15 @@ def _sides(
     split: Labels | None,
     held_out: float,
     generator: np.random.Generator,
+    source: Sequence[str | Path],
 ) -> tuple[_Side, _Side, list[str | None]]:
     """The images to train on, those to measure on, and the classes of all rows."""
-    known = labels_of(folder, labels)
+    known = labels_of(folder, labels, source)
     if test is not None:
         if split is not None:
             raise ValueError("give either test or split")
         _require_alike(folder, test)
-        others = labels_of(test, labels if test_labels is None else test_labels)
+        others = labels_of(test, labels if test_labels is None else test_labels, source)
         train, held = _Side(folder, known, _labelled(known)), _Side(test, others, _labelled(others))
         return train, held, known + others
     if split is None:

@@ -25,6 +25,7 @@ from backbones.embedding import table
 from backbones.embedding.cluster import require_ray, run_on_cluster
 from backbones.embedding.local import cores, run_here, run_in_processes
 from backbones.embedding.network import Network
+from backbones.embedding.ownership import is_own, seal
 from backbones.embedding.sources import Source, open_source
 from backbones.embedding.worker import Event, Job
 from backbones.training.checkpoint import write_problem
@@ -261,13 +262,17 @@ def _begin(out: Path, content: dict[str, Any]) -> dict[str, Any]:
             raise table.TableError(
                 f"{out} holds files of something else ({one_line(foreign[0])}): choose a new folder"
             )
-        table.write_metadata(out, content)
+        table.write_metadata(out, {**content, "seal": seal(content)})
         return table.metadata(out)
     there = table.metadata(out)
     if different := table.differences(there, content):
         raise table.TableError(
             f"{out} was started differently: {'; '.join(different)}; choose another --out"
         )
+    if not is_own(there):  # the source is the one that the user has just named
+        there |= {"source": content["source"]}
+        there |= {"seal": seal(there)}
+        table.write_metadata(out, there)
     return there
 
 

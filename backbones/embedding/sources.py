@@ -13,7 +13,7 @@ import glob
 import hashlib
 import io
 import os
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple
@@ -21,15 +21,27 @@ from typing import IO, Any, NamedTuple
 from PIL import Image
 
 from backbones.core.arguments import file_problem
+from backbones.core.console import MendableError
 from backbones.core.images import images_below
-from backbones.core.messages import first_line, one_line
-from backbones.embedding.table import metadata, require_pyarrow
+from backbones.core.messages import first_line, one_line, shown
+from backbones.embedding.ownership import is_own
+from backbones.embedding.table import TableError, metadata, require_pyarrow
 from backbones.training.data import list_tar, open_splits
 from backbones.training.errors import DataError
 from backbones.training.recipe import Recipe
 from backbones.training.sources import ImageSource
 
-__all__ = ["Item", "Reader", "Source", "image_bytes", "open_source", "reader"]
+__all__ = [
+    "ForeignError",
+    "Item",
+    "OutsideError",
+    "Reader",
+    "Source",
+    "image_bytes",
+    "open_source",
+    "reader",
+    "reader_of",
+]
 
 _IN_FOLDER = ("medmnist", "torch", "torchvision")
 _TRAINING = (*_IN_FOLDER, "digits", "hfds")
@@ -52,11 +64,41 @@ class Reader(abc.ABC):
 
     Args:
         description: of the source, from ``metadata.json``: ``kind``, ``path`` and more.
+        places: folders that files are read from, after resolving links; the first one is the
+            source's. None for any, wherever names and links lead.
+        listed: files outside of these that may be read, too.
     """
 
-    def __init__(self, description: dict[str, Any]) -> None:
+    def __init__(
+        self,
+        description: dict[str, Any],
+        places: Sequence[Path] | None = None,
+        listed: Collection[Path] = (),
+    ) -> None:
         self.description = description
-        self.root = Path(description["path"])
+        self.root = Path(description["path"]) if places is None else places[0]
+        self._places = None if places is None else [Path(os.path.realpath(p)) for p in places]
+        self._listed = listed
+
+    def path(self, name: str) -> Path:
+        """The path of one of the source's files.
+
+        Args:
+            name: as it is on disk, or as in a key, see :func:`_text`.
+
+        Raises:
+            OutsideError: it may not be read.
+        """
+        path = _on_disk(self.root, name)
+        if self._places is None or path in self._listed:
+            return path
+        real = Path(os.path.realpath(path))
+        if any(real.is_relative_to(place) for place in self._places):
+            return real
+        raise OutsideError(
+            f"{one_line(name)} leads out of the source {self.root}, to {one_line(str(real))}, and "
+            "is not read; if it should be, name both folders by --source"
+        )
 
     @abc.abstractmethod
     def items(self, part: Any) -> Iterator[Item]:
@@ -72,6 +114,14 @@ class Reader(abc.ABC):
     @abc.abstractmethod
     def find(self, key: str) -> IO[bytes] | Image.Image:
         """The image with that key, as from :attr:`Item.open`; OSError or KeyError if none."""
+
+
+class OutsideError(OSError):
+    """A key leads to a file that is not the source's; the message says where."""
+
+
+class ForeignError(MendableError, OSError):
+    """It has to be said where the images of a table are; the message says how."""
 
 
 @dataclass
@@ -125,27 +175,88 @@ def open_source(
     return _containers(path.parent, [path.name], rows, column)
 
 
-def reader(description: dict[str, Any]) -> Reader:
-    """Create the reader for a source's description."""
-    return _READERS[description["kind"]](description)
+def reader(
+    description: dict[str, Any],
+    places: Sequence[Path] | None = None,
+    listed: Collection[Path] = (),
+) -> Reader:
+    """Create the reader for a source's description.
+
+    Args:
+        places, listed: see :class:`Reader`.
+
+    Raises:
+        TableError: it is of an unknown kind.
+    """
+    kind = description["kind"]
+    if kind not in _READERS:
+        raise TableError(f"the kind of source {shown(kind)} is none of {', '.join(_READERS)}")
+    return _READERS[kind](description, places, listed)
 
 
-def image_bytes(folder: str | Path, key: str) -> bytes:
+def reader_of(folder: str | Path, source: Sequence[str | Path] = ()) -> Reader:
+    """Create the reader for the images of a table, which reads nothing but its source.
+
+    The source that ``metadata.json`` names is only believed in the user's own tables, see
+    :mod:`backbones.embedding.ownership`.
+
+    Args:
+        folder: of the table.
+        source: where the source is, as for :func:`open_source`, and further folders that its keys
+            and links may lead to; empty to believe the table.
+
+    Raises:
+        ForeignError: the table is not the user's own, and ``source`` is empty, or it is another
+            dataset than the table's.
+        FileNotFoundError, TableError: see :func:`backbones.embedding.table.metadata`.
+    """
+    content = metadata(folder)
+    said = content["source"]
+    is_dataset = said["kind"] == "training"
+    place = said["data"] if is_dataset else said["path"]
+    # The digits come with scikit-learn. Other datasets are files, or are downloaded.
+    if not source and not (is_dataset and place == "digits") and not is_own(content):
+        raise ForeignError(
+            f"{folder} comes from somebody else, another machine or an earlier version, so its "
+            f"images are not looked for where it says, {one_line(place)}: give their place by "
+            "--source"
+        )
+    if is_dataset:
+        if source and str(source[0]) != place:
+            raise ForeignError(
+                f"the images of {folder} are those of {one_line(place)}: give this name by "
+                f"--source, not {source[0]}"
+            )
+        return reader({**said, "folder": _dataset_folder(place)} if source else said)
+    if not source:
+        root = Path(place)
+        return reader(said, [root], _entries(root, said) if said["kind"] == "list" else ())
+    places = [Path(os.path.abspath(named)) for named in source]
+    for named in places:
+        if not named.exists():
+            raise ForeignError(f"--source {one_line(str(named))} does not exist")
+    first = places[0]
+    return reader(said, [first if first.is_dir() else first.parent, *places[1:]])
+
+
+def image_bytes(folder: str | Path, key: str, source: Sequence[str | Path] = ()) -> bytes:
     """Read an image's file from the source of a table of embeddings.
 
     Args:
         folder: of the table.
         key: of the image, as in the table. Images that are not files in the source become PNGs.
+        source: see :func:`reader_of`.
 
     Raises:
         FileNotFoundError, TableError: see :func:`backbones.embedding.table.metadata`.
-        OSError: the source or the image no longer exists or cannot be read.
+        OSError: the source or the image no longer exists or cannot be read, or the table may not
+            say where it is, see :func:`reader_of`.
     """
-    source = reader(metadata(folder)["source"])
+    images = reader_of(folder, source)
     try:
-        found = source.find(key)
+        found = images.find(key)
     except (LookupError, ValueError) as error:
-        raise FileNotFoundError(f"no image {one_line(key)} in {source.root}") from error
+        raise FileNotFoundError(f"no image {one_line(key)} in {images.root}") from error
     if isinstance(found, Image.Image):
         file = io.BytesIO()
         found.save(file, "PNG")
@@ -172,17 +283,31 @@ def _folder(root: Path, rows: int, column: str | None) -> Source:
 
 def _list(path: Path, rows: int) -> Source:
     try:
-        lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
+        names = _names_in(path)
     except OSError as error:
         raise DataError(f"cannot read the list {path}: {error.strerror}") from error
-    names = [name for line in lines if (name := line.strip())]
     if not names:
         raise DataError(f"the list {path} is empty")
     if len(set(names)) < len(names):
         seen: set[str] = set()
         twice = next(name for name in names if name in seen or seen.add(name))  # type: ignore[func-returns-value]
         raise DataError(f"the list {path} has {one_line(twice)} twice")
-    return _source("list", path.parent, names, _slices(names, rows), len(names))
+    parts = _slices(names, rows)
+    return _source("list", path.parent, names, parts, len(names), list=path.name)
+
+
+def _names_in(path: Path) -> list[str]:
+    lines = path.read_text(encoding="utf-8-sig", errors="surrogateescape").splitlines()
+    return [name for line in lines if (name := line.strip())]
+
+
+def _entries(root: Path, description: dict[str, Any]) -> Collection[Path]:
+    """The files that a list names, unless it has changed since it was embedded."""
+    try:
+        names = _names_in(root / (description.get("list") or ""))
+    except OSError:
+        return ()
+    return {root / name for name in names} if _digest(names) == description.get("digest") else ()
 
 
 class _Files(Reader):
@@ -193,10 +318,14 @@ class _Files(Reader):
             yield Item(_text(name), functools.partial(self.find, name))
 
     def find(self, key: str) -> IO[bytes]:
-        path = self.root / key
-        if (problem := file_problem(path)) is not None:
-            raise OSError(f"it {problem}")
-        return open(path, "rb")
+        return open(_regular(self.path(key)), "rb")
+
+
+def _regular(path: Path) -> Path:
+    """``path``, if opening it does not block."""
+    if (problem := file_problem(path)) is not None:
+        raise OSError(f"it {problem}")
+    return path
 
 
 # -- archives and tables ---------------------------------------------------------------------------
@@ -219,7 +348,8 @@ class _Archives(Reader):
 
     def items(self, part: str) -> Iterator[Item]:
         damage: list[str] = []
-        members = {name: (start, size) for _, (name, start, size) in self._members(part, damage)}
+        found = list_tar(self.path(part), damage)
+        members = {name: (start, size) for _, (name, start, size) in found}
         for name, place in members.items():
             yield Item(_text(f"{part}/{name}"), functools.partial(self._open, part, *place))
         if damage:
@@ -227,15 +357,13 @@ class _Archives(Reader):
 
     def find(self, key: str) -> IO[bytes]:
         archive, _, member = key.partition(".tar/")
-        files = {name: place for _, (name, *place) in self._members(f"{archive}.tar", [])}
+        path = _regular(self.path(f"{archive}.tar"))
+        files = {_text(name): place for _, (name, *place) in list_tar(path, [])}
         start, size = files[member]
         return self._open(f"{archive}.tar", start, size)
 
-    def _members(self, archive: str, damage: list[str]) -> Iterable[Any]:
-        return list_tar(self.root / archive, damage)
-
     def _open(self, archive: str, start: int, size: int) -> IO[bytes]:
-        with open(self.root / archive, "rb") as file:
+        with open(self.path(archive), "rb") as file:
             file.seek(start)
             return io.BytesIO(file.read(size))
 
@@ -293,7 +421,7 @@ class _Tables(Reader):
         name, row, begin, end = part
         pa = require_pyarrow()
         try:
-            with pa.parquet.ParquetFile(self.root / name) as file:
+            with pa.parquet.ParquetFile(self.path(name)) as file:
                 for data in self._rows(file, range(begin, end)):
                     yield Item(_text(f"{name}/{row}"), functools.partial(_as_file, data))
                     row += 1
@@ -310,7 +438,7 @@ class _Tables(Reader):
     def find(self, key: str) -> IO[bytes]:
         name, _, number = key.rpartition("/")
         pa = require_pyarrow()
-        with pa.parquet.ParquetFile(self.root / name) as file:
+        with pa.parquet.ParquetFile(_regular(self.path(name))) as file:
             counts = [file.metadata.row_group(i).num_rows for i in range(file.num_row_groups)]
             ends = [sum(counts[: i + 1]) for i in range(len(counts))]
             group = bisect.bisect_right(ends, int(number))
@@ -331,14 +459,18 @@ def _as_file(data: bytes | None) -> IO[bytes]:
 
 
 def _training_images(place: str, rows: int, split: str, column: str | None) -> Source:
-    # Training's default folder for datasets. Hugging Face uses its own cache.
-    folder = os.path.abspath("data") if place.partition("/")[0] in _IN_FOLDER else None
-    described: dict[str, Any] = {"data": place, "split": split, "column": column, "folder": folder}
+    described: dict[str, Any] = {"data": place, "split": split, "column": column}
+    described["folder"] = _dataset_folder(place)
     images = _open_split(**described)
     bounds = range(0, len(images), rows)
     parts = [(start, min(start + rows, len(images))) for start in bounds]
     listed = [place, split, str(column), str(len(images))]
     return _source("training", Path(os.path.abspath(".")), listed, parts, len(images), **described)
+
+
+def _dataset_folder(place: str) -> str | None:
+    """Training's default folder for datasets; None for Hugging Face's, which has its own cache."""
+    return os.path.abspath("data") if place.partition("/")[0] in _IN_FOLDER else None
 
 
 def _open_split(data: str, split: str, column: str | None, folder: str | None) -> ImageSource:
@@ -358,8 +490,9 @@ class _Training(Reader):
 
     @functools.cached_property
     def images(self) -> ImageSource:
-        said = self.description
-        return _open_split(**{key: said[key] for key in ("data", "split", "column", "folder")})
+        facts = ("data", "split", "column", "folder")
+        said: dict[str, Any] = {key: self.description.get(key) for key in facts}
+        return _open_split(**said)
 
     def items(self, part: tuple[int, int]) -> Iterator[Item]:
         for index in range(*part):
@@ -395,9 +528,12 @@ def _source(
     images: int | None,
     **more: Any,
 ) -> Source:
-    digest = hashlib.sha256("\n".join(listed).encode(errors="surrogateescape")).hexdigest()
-    description = {"kind": kind, "path": str(root), **more, "digest": digest}
+    description = {"kind": kind, "path": str(root), **more, "digest": _digest(listed)}
     return Source(description, parts, images)
+
+
+def _digest(listed: Iterable[str]) -> str:
+    return hashlib.sha256("\n".join(listed).encode(errors="surrogateescape")).hexdigest()
 
 
 def _slices(names: list[str], rows: int) -> list[tuple[str, ...]]:
@@ -407,3 +543,17 @@ def _slices(names: list[str], rows: int) -> list[tuple[str, ...]]:
 def _text(name: str) -> str:
     """A name as valid text for Parquet: undecodable bytes and line breaks are escaped."""
     return one_line(name.encode(errors="backslashreplace").decode(), len(name) * 8)
+
+
+def _on_disk(root: Path, name: str) -> Path:
+    """The path of a file below ``root`` whose name may be escaped, see :func:`_text`."""
+    path = root / name
+    if "\\" not in name or os.path.lexists(path):
+        return path
+    path = root
+    for part in Path(name).parts:
+        inner = path / part
+        if not os.path.lexists(inner) and path.is_dir():
+            inner = path / next((n for n in os.listdir(path) if _text(n) == part), part)
+        path = inner
+    return path

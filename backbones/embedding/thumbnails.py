@@ -3,40 +3,55 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 from typing import IO
 
 from PIL import Image
 
 from backbones.core.images import DECODE_ERRORS, as_8_bits, open_image
-from backbones.embedding.sources import reader
-from backbones.embedding.table import metadata
+from backbones.embedding.sources import ForeignError, OutsideError, Reader, reader_of
+from backbones.training.errors import DataError
 
-__all__ = ["SIDE", "small", "thumbnails"]
+__all__ = ["SIDE", "Thumbnails", "small"]
 
 SIDE = 200
 """The longer side of a thumbnail in pixels; smaller images keep their size."""
 
 
-def thumbnails(folder: str | Path) -> Callable[[str], Image.Image | None]:
-    """Make a function from keys to thumbnails, or None if an image is missing or unreadable.
+class Thumbnails:
+    """Makes thumbnails of a table's images by their keys.
 
     Args:
         folder: of the table.
+        source: see :func:`backbones.embedding.sources.reader_of`.
+
+    Attributes:
+        refused: why images were not even looked for, a sentence for the first one; "" if all were.
 
     Raises:
         FileNotFoundError, TableError: see :func:`backbones.embedding.table.metadata`.
     """
-    source = reader(metadata(folder)["source"])
 
-    def find(key: str) -> Image.Image | None:
+    def __init__(self, folder: str | Path, source: Sequence[str | Path] = ()) -> None:
+        self.refused = ""
+        self._reader: Reader | None = None
         try:
-            return small(source.find(key))
-        except DECODE_ERRORS:  # these include a reader's error for a missing key
-            return None
+            self._reader = reader_of(folder, source)
+        except ForeignError as error:
+            self.refused = str(error)
 
-    return find
+    def __call__(self, key: str) -> Image.Image | None:
+        """The thumbnail of an image; None if it is missing or unreadable, or may not be read."""
+        if self._reader is None:
+            return None
+        try:
+            return small(self._reader.find(key))
+        except (OutsideError, DataError) as error:
+            self.refused = self.refused or str(error)
+        except DECODE_ERRORS:  # these include a reader's error for a missing key
+            pass
+        return None
 
 
 def small(source: Path | IO[bytes] | Image.Image) -> Image.Image:

@@ -71,6 +71,7 @@ RESULTS = [
     Option("--out", ["{0}/a.png", "/dev/null"], NO_TARGET, required=True),
     Option("--html", ["{0}/a.html", "/dev/null"], NO_TARGET),
     Option("--json", ["{0}/a.json", "/dev/null"], NO_TARGET),
+    Option("--source", ["{0}/photos", "{0}/none"], [""]),
 ]
 RESTORER = [
     Option("--model", ["hat_nano_x2"], ["", "van_b0", "x", "hat_nano_x9"], required=True),

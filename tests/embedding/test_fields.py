@@ -16,6 +16,7 @@ from backbones.cli.main import main
 from backbones.core.console import MendableError
 from backbones.embedding import table
 from backbones.embedding.query import embed_queries
+from backbones.embedding.sources import image_bytes
 
 
 @pytest.fixture
@@ -132,6 +133,12 @@ def test_fields_of_earlier_versions_suffice(folder: Path) -> None:
     del content["weights"]["path"], content["names"], content["versions"]
     path.write_text(json.dumps(content))
     assert len(table.load(folder)[0]) == 4
+
+
+def test_a_kind_of_source_that_is_unknown(folder: Path) -> None:
+    edit(folder, "source.kind", "zip")
+    with pytest.raises(table.TableError, match="the kind of source 'zip' is none of folder, list"):
+        image_bytes(folder, "00001.png", [folder])
 
 
 def test_a_shape_that_the_model_does_not_make(tmp_path: Path) -> None:

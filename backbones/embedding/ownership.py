@@ -1,0 +1,96 @@
+"""Tells the user's own tables from others', whose word on where their images are is not taken.
+
+A table that comes from elsewhere could name any folder as its source, and put what lies there into
+a report. So ``embed`` seals a table's description with a key that only the user can read
+(HMAC-SHA-256), and the source of a table without that seal is asked for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import hmac
+import json
+import os
+import secrets
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from backbones.embedding.table import identity
+from ops.cpu.trust import is_own_file
+
+__all__ = ["is_own", "key_path", "seal"]
+
+_BYTES = 32
+
+
+def key_path() -> Path:
+    """The file of the user's key: by default ``~/.local/state/vision-backbones/tables.key``.
+
+    ``XDG_STATE_HOME`` moves it.
+    """
+    if sys.platform == "darwin":
+        base = "~/Library/Application Support"
+    elif sys.platform == "win32":
+        base = os.environ.get("LOCALAPPDATA") or "~/AppData/Local"
+    else:
+        base = os.environ.get("XDG_STATE_HOME") or "~/.local/state"
+    return Path(os.path.expanduser(base)) / "vision-backbones" / "tables.key"
+
+
+def seal(content: Mapping[str, Any]) -> str | None:
+    """The seal of a table's description; None if no key can be stored.
+
+    Args:
+        content: of :func:`backbones.embedding.table.metadata`.
+    """
+    with contextlib.suppress(OSError):
+        _make_key()
+    key = _key()
+    return None if key is None else _sealed(key, content)
+
+
+def is_own(content: Mapping[str, Any]) -> bool:
+    """Whether this user sealed the description, on this machine or with the same home folder."""
+    key, there = _key(), content.get("seal")
+    if key is None or there is None:
+        return False
+    return hmac.compare_digest(os.fsencode(there), os.fsencode(_sealed(key, content)))
+
+
+def _sealed(key: bytes, content: Mapping[str, Any]) -> str:
+    told = json.dumps([identity(dict(content)), content["source"]], sort_keys=True)
+    return hmac.new(key, told.encode(), hashlib.sha256).hexdigest()
+
+
+def _key() -> bytes | None:
+    """The stored key; None if there is none, or others could have written it."""
+    path = key_path()
+    try:
+        key = path.read_bytes() if is_own_file(path) else b""
+    except OSError:
+        return None
+    return key if len(key) == _BYTES else None
+
+
+def _make_key() -> None:
+    """Store a new key, unless there is one."""
+    path = key_path()
+    if _key() is not None or path.parts[0].startswith("~"):
+        return
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(os.open(temporary, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "wb") as file:
+            file.write(secrets.token_bytes(_BYTES))
+            file.flush()
+            os.fsync(file.fileno())
+        try:
+            os.link(temporary, path)  # of two processes, the first one's key is kept
+        except OSError:  # there is one, or the file system has no hard links
+            if _key() is None:
+                os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
