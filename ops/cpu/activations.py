@@ -29,8 +29,8 @@ class Activation(NamedTuple):
     onednn: tuple[str, list[float | None], str] | None = None
 
 
-# In the order of `activation::Kind` in common/activation.h. oneDNN's ReLU converts NaN to 0. Torch's
-# takes another pass, 1 % of the time of a 3×3 convolution with 64 channels.
+# In the order of `activation::Kind` in common/activation.h. oneDNN's ReLU converts NaN to 0;
+# torch's takes another pass, 1 % of the time of a 3×3 convolution with 64 channels.
 _TABLE = {
     "none": Activation(lambda x: x, onednn=("none", [], "")),
     "relu": Activation(F.relu, ((_aten.relu.default,),)),
