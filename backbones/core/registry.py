@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from backbones.core.base import StagedBackbone
 from backbones.core.checkpoint import load_checkpoint, load_pretrained
+from backbones.core.from_timm import PREFIX, create_timm_model
 from backbones.core.fusable import check_fusing
 from backbones.core.keywords import check, flag, several, text, whole
 from backbones.core.messages import shown
@@ -155,7 +156,8 @@ def create_model(
     """Create a model by name.
 
     Args:
-        name: a name of :func:`list_models`, or ``name.tag`` to select weights.
+        name: a name of :func:`list_models`, or ``name.tag`` to select weights; ``timm/NAME`` or
+            ``timm/NAME.TAG`` for any model of timm, whose keywords these are then.
         pretrained: download (and cache) the published weights and load them.
         checkpoint_path: load this file instead, see :func:`backbones.load_checkpoint`.
         features_only: return a model that maps an image to a list of feature maps.
@@ -173,8 +175,10 @@ def create_model(
         CheckpointError: weights that don't fit, see :func:`backbones.load_checkpoint`.
     """
     architecture, _, tag = text("name", name).partition(".")
-    _check_name("model", architecture, _entries)
     flag("pretrained", pretrained)
+    if architecture.startswith(PREFIX):
+        return create_timm_model(name, pretrained, checkpoint_path, **kwargs)
+    _check_name("model", architecture, _entries)
     if tag:
         kwargs["pretrained_cfg"] = kwargs.get("pretrained_cfg") or tag
     kwargs = {key: value for key, value in kwargs.items() if value is not None}

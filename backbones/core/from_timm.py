@@ -1,0 +1,77 @@
+"""Models of timm by name, ``timm/NAME``, for what takes ours."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import timm
+from torch import Tensor, nn
+
+from backbones.core.checkpoint import read_checkpoint, strip_prefixes
+from backbones.core.checkpoint_files import CheckpointError
+
+__all__ = ["PREFIX", "create_timm_model", "load_plainly"]
+
+PREFIX = "timm/"
+
+
+def create_timm_model(
+    name: str, pretrained: bool, checkpoint_path: str | Path | None, **kwargs: Any
+) -> nn.Module:
+    """A model of timm.
+
+    Args:
+        name: ``timm/NAME`` or ``timm/NAME.TAG``, of ``timm.list_models()``.
+        pretrained: load the weights that timm's hub has for it.
+        checkpoint_path: load this file instead, saved from the same architecture.
+        **kwargs: of ``timm.create_model``.
+
+    Raises:
+        ValueError: an unknown name or tag.
+        CheckpointError: weights that do not fit.
+    """
+    plain = name.removeprefix(PREFIX)
+    architecture, _, tag = plain.partition(".")
+    if not timm.is_model(architecture):
+        near = difflib.get_close_matches(architecture, timm.list_models(), n=4, cutoff=0.5)
+        hint = f"; did you mean {', '.join(repr(PREFIX + n) for n in near)}?" if near else ""
+        raise ValueError(f"timm has no model {architecture!r}{hint}")
+    if tag and not timm.models.get_pretrained_cfg(plain, allow_unregistered=False):
+        tagged = timm.list_models(f"{architecture}.*", pretrained=True)
+        tags = sorted(n.partition(".")[2] for n in tagged)
+        raise ValueError(f"timm has no weights {tag!r} of {architecture}; it has {', '.join(tags)}")
+    model = timm.create_model(plain, pretrained=pretrained, **kwargs)
+    if checkpoint_path not in (None, ""):
+        assert checkpoint_path is not None
+        tensors, _ = strip_prefixes(read_checkpoint(checkpoint_path))
+        load_plainly(model, tensors, str(checkpoint_path))
+    return model
+
+
+def load_plainly(model: nn.Module, tensors: Mapping[str, Tensor], name: str) -> None:
+    """Load weights under the model's own names, all or nothing.
+
+    Raises:
+        CheckpointError: names or shapes differ; it names the first ones.
+    """
+    own = model.state_dict()
+    missing, unexpected = sorted(own.keys() - tensors.keys()), sorted(tensors.keys() - own.keys())
+    if missing or unexpected:
+        raise CheckpointError(
+            f"{name} does not fit {type(model).__name__}: {len(missing)} tensors are missing"
+            f"{_first(missing)} and {len(unexpected)} unexpected{_first(unexpected)}"
+        )
+    for key, tensor in tensors.items():
+        if tensor.shape != own[key].shape:
+            raise CheckpointError(
+                f"{name} does not fit {type(model).__name__}: {key} is {tuple(tensor.shape)}, not "
+                f"{tuple(own[key].shape)}"
+            )
+    model.load_state_dict(dict(tensors))
+
+
+def _first(names: list[str]) -> str:
+    return f", such as {names[0]}," if names else ""
