@@ -39,10 +39,10 @@ def create_timm_model(
         near = difflib.get_close_matches(architecture, timm.list_models(), n=4, cutoff=0.5)
         hint = f"; did you mean {', '.join(repr(PREFIX + n) for n in near)}?" if near else ""
         raise ValueError(f"timm has no model {architecture!r}{hint}")
-    if tag and not timm.models.get_pretrained_cfg(plain, allow_unregistered=False):
-        tagged = timm.list_models(f"{architecture}.*", pretrained=True)
-        tags = sorted(n.partition(".")[2] for n in tagged)
-        raise ValueError(f"timm has no weights {tag!r} of {architecture}; it has {', '.join(tags)}")
+    tagged = timm.list_models(f"{architecture}.*", pretrained=True)
+    tags = sorted(n.partition(".")[2] for n in tagged)
+    if tag and tag not in tags:
+        raise ValueError(f"timm has no weights {tag!r} of {architecture}; it has {', '.join(tags) or 'none'}")
     model = timm.create_model(plain, pretrained=pretrained, **kwargs)
     if checkpoint_path not in (None, ""):
         assert checkpoint_path is not None
