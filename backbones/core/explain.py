@@ -222,7 +222,7 @@ def explain(
     affect the result.
 
     Args:
-        model: of :func:`backbones.create_model`, on the CPU.
+        model: of :func:`backbones.create_model` or of timm, on the CPU.
         input_size: image size: a side, (H, W) or (C, H, W); default: the model's.
         batch_size: number of images.
         repeats: number of calls to take median times over.
@@ -231,20 +231,20 @@ def explain(
         :class:`backbones.Explanation`: ``print`` it, or use its ``calls`` and ``memory``.
 
     Raises:
-        TypeError: ``model`` is not one of this library's, or a number is of another type.
+        TypeError: ``model`` is of neither, or a number is of another type.
         ValueError: the model is not on the CPU, or size, batch or repeats are out of range.
     """
-    if not isinstance(model, StagedBackbone):
+    config: Any = getattr(model, "pretrained_cfg", None)
+    if not isinstance(model, nn.Module) or config is None:
         raise TypeError(
-            f"model must be one of create_model(), got a {type(model).__name__} "
+            f"model must be one of create_model() or of timm, got a {type(model).__name__} "
             "(for features_only, explain the model inside)"
         )
-    config: Any = model.pretrained_cfg
     weight = next(model.parameters())
     if weight.device.type != "cpu":
         raise ValueError(f"model must be on the CPU to be explained, but is on {weight.device}")
     batch = whole(1, _MOST_IMAGES)("batch_size", batch_size)
-    shape = (batch, *_image_shape(model.in_chans, input_size, config["input_size"]))
+    shape = (batch, *_image_shape(config, model, input_size))
     repeats = whole(1, _MOST_REPEATS)("repeats", repeats)
     generator = torch.Generator().manual_seed(0)
     images = torch.randn(shape, generator=generator, device="cpu").to(weight.dtype)
@@ -261,18 +261,24 @@ def explain(
         str(weight.dtype).removeprefix("torch."),
         torch.get_num_threads(),
         instruction_set(),
-        model.fused,
+        _is_fused(model),
         found.seconds,
         found.calls,
         _memory_of(found),
         _obstacle(model, found),
-        model.precision,
+        model.precision if isinstance(model, StagedBackbone) else None,
     )
 
 
+def _is_fused(model: nn.Module) -> bool:
+    return model.fused if isinstance(model, StagedBackbone) else isinstance(model, Recorded)
+
+
 def _image_shape(
-    channels: int, size: int | Sequence[int] | None, default: Sequence[int]
+    config: Any, model: nn.Module, size: int | Sequence[int] | None
 ) -> tuple[int, ...]:
+    default = config["input_size"]
+    channels = int(getattr(model, "in_chans", default[0]))
     if size is None:
         return channels, *default[1:]
     side = whole(1, _LARGEST_SIDE)
@@ -301,9 +307,9 @@ def _in_evaluation(model: nn.Module) -> Iterator[None]:
             module.training = True
 
 
-def _obstacle(model: StagedBackbone, found: Profile) -> str | None:
+def _obstacle(model: nn.Module, found: Profile) -> str | None:
     """Why a fused model is not replayed; None if it is, or is not fused."""
-    if not model.fused or isinstance(model, Recorded):
+    if not _is_fused(model) or isinstance(model, Recorded):
         return found.obstacle
     return slow_in_nhwc(model) or "its layers are those of torch, not in channels last"
 

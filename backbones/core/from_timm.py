@@ -42,7 +42,8 @@ def create_timm_model(
     tagged = timm.list_models(f"{architecture}.*", pretrained=True)
     tags = sorted(n.partition(".")[2] for n in tagged)
     if tag and tag not in tags:
-        raise ValueError(f"timm has no weights {tag!r} of {architecture}; it has {', '.join(tags) or 'none'}")
+        known = ", ".join(tags) or "none"
+        raise ValueError(f"timm has no weights {tag!r} of {architecture}; it has {known}")
     model = timm.create_model(plain, pretrained=pretrained, **kwargs)
     if checkpoint_path not in (None, ""):
         assert checkpoint_path is not None

@@ -70,8 +70,9 @@ def _state_restored(network: nn.Module) -> Iterator[None]:
 
 
 def _of_replays(network: Recorded, x: Tensor, repeats: int) -> Profile:
+    program = network.program(x, network.compute)
     with Trace(x, network) as trace:
-        result = network.compute(x)
+        result = program(x)
     graph = trace.finish(result)
     assert len(graph.calls) == len(trace.traced)
     replay = TimedReplay(graph)

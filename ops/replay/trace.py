@@ -25,9 +25,26 @@ from ops.replay.capture import ALLOCATIONS, Capture, name_of
 from ops.replay.clock import clock
 from ops.replay.graph import tensors_in
 
-__all__ = ["Trace", "TracedCall"]
+__all__ = ["Step", "Trace", "TracedCall"]
 
 Shape = tuple[int, ...]
+
+
+class Step:
+    """A part of a program that computes what a module did.
+
+    Attributes:
+        path: of the module in its network.
+        rewrites: that made it.
+    """
+
+    path: str
+    rewrites: tuple[str, ...]
+
+    @property
+    def module(self) -> nn.Module | None:
+        """The layer that it calls, if it is one."""
+        raise NotImplementedError
 
 
 @dataclass
@@ -46,6 +63,7 @@ class TracedCall:
         flops: see :mod:`ops.cpu.flops`; None if not counted.
         seconds: time of the call, without Python around it; see :mod:`ops.replay.clock`.
         lowered_from: the torch function that the kernel replaces in replays, if any.
+        rewrites: of :mod:`ops.rewriting`, which made the operator.
     """
 
     layer: str
@@ -59,10 +77,13 @@ class TracedCall:
     flops: int | None
     seconds: float
     lowered_from: str | None = None
+    rewrites: tuple[str, ...] = ()
 
     @property
     def rule(self) -> str:
         """Why this kernel was chosen, in words; empty if there was no choice."""
+        if self.rewrites and self.lowered_from is None:
+            return "; ".join((*map(str, self.rules), f"rewritten: {', '.join(self.rewrites)}"))
         if self.lowered_from is not None:
             return f"a small {self.lowered_from}, without torch in replays"
         return "; ".join(map(str, self.rules))
@@ -145,7 +166,7 @@ class Trace(Capture):
         flops: int | None,
         seconds: float,
     ) -> None:
-        layer, module = self._caller()
+        layer, module, rewrites = self._caller()
         rules = self._rules_of(layer, module, library == "ours")
         in_bytes = any(t.dtype == torch.int8 for t in inputs)  # weights of linear layers
         dtype = str(torch.int8 if in_bytes else outputs[0].dtype).removeprefix("torch.")
@@ -153,6 +174,7 @@ class Trace(Capture):
         self.traced.append(
             TracedCall(layer, library, kernel, *shapes, dtype, isa, rules, flops, seconds)
         )
+        self.traced[-1].rewrites = rewrites
 
     def _rules_of(self, layer: str, module: nn.Module | None, is_ours: bool) -> list[Decision]:
         """The rules behind a call: evaluated just before it, or when weights were packed.
@@ -171,19 +193,23 @@ class Trace(Capture):
         return decisions if is_ours or not all(d.answer for d in decisions) else []
 
     def _note_rule(self, decision: Decision) -> None:
-        layer, _ = self._caller()
+        layer, *_ = self._caller()
         if decision not in self._pending[layer]:
             self._pending[layer].append(decision)
 
-    def _caller(self) -> tuple[str, nn.Module | None]:
+    def _caller(self) -> tuple[str, nn.Module | None, tuple[str, ...]]:
+        """The path of the calling layer, itself, and the rewrites that made the step it is of."""
         frame = sys._getframe(1)
         while frame is not None:
             if frame.f_code.co_varnames[:1] == ("self",):
-                found = self._modules.get(id(frame.f_locals.get("self")))
+                caller = frame.f_locals.get("self")
+                if isinstance(caller, Step):
+                    return caller.path, caller.module, caller.rewrites
+                found = self._modules.get(id(caller))
                 if found is not None:
-                    return found
+                    return *found, ()
             frame = frame.f_back  # type: ignore[assignment]
-        return "", None
+        return "", None, ()
 
 
 def _shapes(tensors: Sequence[Tensor]) -> list[Shape]:
@@ -213,6 +239,8 @@ def _is_in_place(name: str) -> bool:
 
 
 def _short(name: str) -> str:
+    if name.startswith("aten."):
+        return name.split(".")[1]
     if name.startswith("mkldnn."):
         return name.split(".")[1].strip("_").removesuffix("_pointwise")
     return name.rpartition(".")[2] or name

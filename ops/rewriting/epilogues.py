@@ -68,7 +68,7 @@ def fold_norm(graph: OperatorGraph, operator: Operator) -> bool:
         return False
     if permuted is not None and list(permuted.args[1]) != [0, 3, 1, 2]:
         return False
-    made.function = fold_norm_after(made.function, operator.function)
+    graph.change(made, fold_norm_after(made.function, operator.function))
     graph.substitute(operator.result, x)
     graph.remove(operator)
     return True
@@ -87,9 +87,9 @@ def fold_scale(graph: OperatorGraph, operator: Operator) -> bool:
             continue
         layer: Any = made.function
         if operator.function is _aten.mul.Tensor:
-            made.function = fold_scale_after(layer, vector)
+            graph.change(made, fold_scale_after(layer, vector))
         else:
-            made.function = fold_scale_after(layer, torch.ones_like(vector), vector)
+            graph.change(made, fold_scale_after(layer, torch.ones_like(vector), vector))
         graph.substitute(operator.result, value)
         graph.remove(operator)
         return True
@@ -126,6 +126,7 @@ def apply_activation(graph: OperatorGraph, operator: Operator) -> bool:
             return False
         layer.clips_sum = True
     activate(layer, kind)
+    graph.change(made)
     graph.substitute(operator.result, operator.args[0])
     graph.remove(operator)
     return True
@@ -141,8 +142,8 @@ def add_shortcut(graph: OperatorGraph, operator: Operator) -> bool:
             continue
         if not isinstance(made.function, FastLinear) or "residual" in made.kwargs:
             continue
-        graph.replace(operator, made.function, *made.args, **made.kwargs, residual=other)
-        graph.remove(made)
+        kwargs = {**made.kwargs, "residual": other}
+        graph.replace(operator, made.function, *made.args, absorbed=[made], **kwargs)
         return True
     return False
 
@@ -167,8 +168,6 @@ def apply_gates(graph: OperatorGraph, operator: Operator) -> bool:
         pixels = graph.insert_before(operator, _aten.permute.default, x, [0, 2, 3, 1])
         scale = graph.insert_before(operator, _aten.flatten.using_ints, gates, 1)
         kwargs = {**operator.kwargs, "scale": scale}
-        graph.replace(operator, operator.function, pixels, **kwargs)
-        graph.remove(permuted)
-        graph.remove(product)
+        graph.replace(operator, operator.function, pixels, absorbed=[permuted, product], **kwargs)
         return True
     return False

@@ -40,9 +40,8 @@ def join_feed_forward(graph: OperatorGraph, operator: Operator) -> bool:
         return False
     norm = _norm(graph, first.args[0])
     made = FeedForward(fc1, fc2, conv.layer, norm.layer)
-    graph.replace(operator, made, norm.source, **operator.kwargs)
-    for other in (*conv.operators, first, *norm.operators):
-        graph.remove(other)
+    absorbed = [*conv.operators, first, *norm.operators]
+    graph.replace(operator, made, norm.source, absorbed=absorbed, **operator.kwargs)
     return True
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from ops.replay.capture import name_of
+from ops.replay.trace import Step
 
 __all__ = ["Operator", "OperatorGraph", "Value"]
 
@@ -46,7 +47,7 @@ class Value:
 
 
 @dataclass(eq=False)
-class Operator:
+class Operator(Step):
     """A function with its arguments: an operator of ATen, or a layer made of such.
 
     Attributes:
@@ -55,6 +56,7 @@ class Operator:
         results: the values that it returns.
         returns_list: whether it returns several tensors.
         path: of the module that called it; empty for the network itself.
+        rewrites: the names of those that made it, in their order.
     """
 
     function: Any
@@ -63,6 +65,16 @@ class Operator:
     results: list[Value]
     returns_list: bool = False
     path: str = ""
+    rewrites: tuple[str, ...] = ()
+
+    def __call__(self, args: Any, kwargs: Any) -> tuple[Any, ...]:
+        """The results for tensors in place of the values."""
+        made = self.function(*args, **kwargs)
+        return tuple(made) if self.returns_list else (made,)
+
+    @property
+    def module(self) -> nn.Module | None:
+        return self.function if isinstance(self.function, nn.Module) else None
 
     @property
     def name(self) -> str:
@@ -87,13 +99,14 @@ class OperatorGraph:
     """The operators of a call in execution order.
 
     Args:
-        inputs: the value of the input tensor.
+        source: the value of the input tensor.
         operators: in execution order; their values refer to them afterwards.
         outputs: what the call returns, with values in place of tensors.
     """
 
     def __init__(self, source: Value, operators: list[Operator], outputs: Any) -> None:
         self.source, self.operators, self.outputs = source, operators, outputs
+        self.rewrite = ""  # the name of the present one
         for operator in operators:
             self._connect(operator)
 
@@ -129,15 +142,39 @@ class OperatorGraph:
         )
         return producer if is_one else None
 
-    def replace(self, operator: Operator, function: Any, *args: Any, **kwargs: Any) -> Operator:
-        """Compute the results of ``operator`` by another function, in its place."""
-        made = Operator(
-            function, list(args), kwargs, operator.results, operator.returns_list, operator.path
-        )
+    def replace(
+        self,
+        operator: Operator,
+        function: Any,
+        *args: Any,
+        absorbed: Sequence[Operator] = (),
+        **kwargs: Any,
+    ) -> Operator:
+        """Compute the results of ``operator`` by another function, in its place.
+
+        Args:
+            absorbed: operators that the function contains; they are removed. The first one's path
+                becomes that of the new operator.
+        """
+        path = absorbed[0].path if absorbed else operator.path
+        made = Operator(function, list(args), kwargs, operator.results, operator.returns_list, path)
+        made.rewrites = self._noted(*absorbed, operator)
         self.operators[self.operators.index(operator)] = made
         self._disconnect(operator)
         self._connect(made)
+        for other in absorbed:
+            self.remove(other)
         return made
+
+    def change(self, operator: Operator, function: Any = None) -> None:
+        """Note that the present rewrite changed an operator, or gave it another function."""
+        operator.function = function or operator.function
+        operator.rewrites = self._noted(operator)
+
+    def _noted(self, *operators: Operator) -> tuple[str, ...]:
+        """The rewrites that made operators, and the present one."""
+        before = (name for operator in operators for name in operator.rewrites)
+        return tuple(dict.fromkeys((*before, self.rewrite)))
 
     def insert_before(
         self, operator: Operator, function: Any, *args: Any, shape: Sequence[int] | None = None
@@ -154,6 +191,7 @@ class OperatorGraph:
             shape = function(*(_meta(a) for a in args)).shape
         result = Value(torch.Size(shape), values[0].dtype)
         made = Operator(function, list(args), {}, [result], path=operator.path)
+        made.rewrites = self._noted(operator)
         self.operators.insert(self.operators.index(operator), made)
         self._connect(made)
         return result

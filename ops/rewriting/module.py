@@ -44,6 +44,10 @@ class Rewritten(Recorded):
     def methods_of(cls, kind: type[nn.Module]) -> dict[str, Any]:
         return {name: _dispatched(getattr(kind, name)) for name in _METHODS if hasattr(kind, name)}
 
+    def compute(self, x: Tensor) -> Any:
+        """The network's own ``forward``."""
+        return type(self).stands_for.forward(self, x)  # type: ignore[attr-defined]
+
     def program(self, x: Tensor, call: Callable[[Tensor], Any]) -> Program:
         graph = record(self, call, x)
         rewrite(graph)

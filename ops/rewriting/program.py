@@ -5,19 +5,12 @@ from __future__ import annotations
 from collections import defaultdict
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from ops.rewriting.graph import OperatorGraph, Value
 
 __all__ = ["Program"]
-
-# Operators that need strides which a value may have lost, and those that copy where they must.
-_COPYING = {
-    torch.ops.aten.view.default: torch.ops.aten.reshape.default,
-    torch.ops.aten._unsafe_view.default: torch.ops.aten.reshape.default,
-}
 
 
 class Program:
@@ -47,11 +40,7 @@ class Program:
 
         for now, operator in enumerate(self.graph.operators):
             args, kwargs = pytree.tree_map_only(Value, tensor, (operator.args, operator.kwargs))
-            function = _COPYING.get(operator.function, operator.function)
-            made = function(*args, **kwargs)
-            tensors.update(
-                zip(operator.results, made if operator.returns_list else (made,), strict=True)
-            )
+            tensors.update(zip(operator.results, operator(args, kwargs), strict=True))
             for value in self._freed[now]:
                 tensors.pop(value, None)
         return pytree.tree_map_only(Value, tensor, self.graph.outputs)

@@ -25,6 +25,8 @@ __all__ = ["record"]
 _aten = torch.ops.aten
 # Operators whose result is their first argument, or has its values.
 _SAME = {_aten.alias.default, _aten.detach.default, _aten.contiguous.default, _aten.clone.default}
+# Operators that need strides which the results of rewritten ones may not have.
+_COPYING = dict.fromkeys((_aten.view.default, _aten._unsafe_view.default), _aten.reshape.default)
 _DEPENDS_ON_VALUES = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape}
 
 
@@ -116,6 +118,7 @@ class _Recorder(TorchDispatchMode):
         self._add(func, given, results, isinstance(result, tuple | list))
 
     def _add(self, func: Any, given: Any, results: Any, returns_list: bool) -> None:
+        func = _COPYING.get(func, func)
         values = [Value.like(t) for t in results]
         if func in _SAME or _is_inactive_dropout(func, given[0]):
             values = [given[0][0]]

@@ -44,6 +44,9 @@ def rewrite(graph: OperatorGraph) -> None:
 def _pass(graph: OperatorGraph, group: tuple[Rewrite, ...]) -> bool:
     changed = False
     for operator in list(graph.operators):
-        if operator in graph.operators:
-            changed |= any(apply(graph, operator) for apply in group)
+        for apply in group:
+            if operator not in graph.operators:
+                break
+            graph.rewrite = apply.__name__.replace("_", " ")
+            changed |= apply(graph, operator)
     return changed

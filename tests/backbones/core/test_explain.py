@@ -202,7 +202,7 @@ def test_a_model_in_training_mode_is_not_trained() -> None:
         (lambda m: backbones.explain(m, 64, batch_size=0), ValueError, "batch_size must be in"),
         (lambda m: backbones.explain(m, 64, repeats=0), ValueError, "repeats must be in"),
         (lambda m: backbones.explain(m.to("meta"), 64), ValueError, "on the CPU .* on meta"),
-        (lambda m: backbones.explain(nn.Linear(3, 3)), TypeError, "create_model.., got a Linear"),
+        (lambda m: backbones.explain(nn.Linear(3, 3)), TypeError, "of timm, got a Linear"),
     ],
 )
 def test_unsupported_models(call: Callable[[Any], Any], error: type[Exception], said: str) -> None:

@@ -325,7 +325,7 @@ def test_only_new_memory_can_be_a_result() -> None:
     x, constant = torch.zeros(4), torch.zeros(4)
     with Capture(x) as capture:
         pass
-    for result, message in ((constant, "does not follow"), ((x, x), "is a tuple")):
+    for result, message in ((constant, "a Tensor, does not"), ((1, "a"), "a tuple, does not")):
         with pytest.raises(NotCapturableError, match=message):
             capture.finish(result)
     assert capture.finish(x[1:]).result == View(0, (3,), (1,), 1)
