@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import ops.neighborhood
-from ops.cpu import build, instruction_sets, policy
+from ops.cpu import build, compiler, instruction_sets, policy
 from ops.cpu.gemm.linear import pack_weight, unsupported
 
 # By the names of ops.cpu.activations.ACTIVATIONS.
@@ -93,18 +94,23 @@ def compiled_for(instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def _compile_anew(instructions: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Compile kernels again, with few optimisations, which takes a third of the time."""
     monkeypatch.setenv("VISION_BACKBONES_NATIVE_ISA", instructions)
-    monkeypatch.setenv("CXX", "c++ -Og")
+    monkeypatch.setenv("CXX", _compiler("-Og"))
     monkeypatch.setattr(instruction_sets, "COMMON_FLAGS", ["-std=c++17", "-Og", "-fPIC", "-shared"])
     monkeypatch.setattr(build, "_compiled_with", lambda name: [])
     monkeypatch.setattr(policy, "_PRODUCTS", frozenset())  # keep portable ones from torch
     forget_kernels(monkeypatch)
 
 
+def _compiler(*options: str) -> str:
+    """A value of ``CXX``."""
+    return shlex.join([*compiler.find_compilers([])[0], *options])
+
+
 def emulate_tiles(monkeypatch: pytest.MonkeyPatch, cache: Path) -> None:
     """Simulate a machine with AMX, whose instructions are emulated on AVX512-BF16."""
     _compile_anew("avx512bf16", monkeypatch)
     header = Path(__file__).with_name("emulated_tiles.h")
-    monkeypatch.setenv("CXX", f"c++ -Og -include {header}")
+    monkeypatch.setenv("CXX", _compiler("-Og", "-include", str(header)))
     monkeypatch.setenv("VISION_BACKBONES_CACHE_DIR", str(cache))
     monkeypatch.setattr(instruction_sets, "_richest", lambda: "amx")
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-import shutil
 import struct
 import subprocess
 import threading
@@ -18,10 +17,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from needed import ARM_COMPILER, EMULATOR
+
 from ops import cpu
 from ops.cpu import build, instruction_sets
 
-COMPILER, EMULATOR = "aarch64-linux-gnu-g++", "qemu-aarch64"
 _SYSROOT = "/usr/aarch64-linux-gnu"  # Debian's folder of the cross-compiler's libraries
 # CPUs with exactly these of the instruction sets that kernels use: from 2015 and 2021.
 CPUS = {"neon": "cortex-a72", "neonbf16": "neoverse-v1"}
@@ -39,10 +39,9 @@ class Emulator:
     """A process on an emulated ARM CPU that runs functions on this process's memory."""
 
     def __init__(self, model: str, scratch: Path) -> None:
-        _require_tools()
         program = scratch / "emulated_arm"
         flags = ["-std=c++17", "-O1", "-fopenmp", "-Wall", "-Wextra", "-Werror"]
-        subprocess.run([COMPILER, *flags, str(_SOURCE), "-o", str(program)], check=True)
+        subprocess.run([ARM_COMPILER, *flags, str(_SOURCE), "-o", str(program)], check=True)
         self._process = subprocess.Popen(
             [EMULATOR, "-L", _SYSROOT, "-cpu", model, str(program)],
             stdin=subprocess.PIPE,
@@ -160,9 +159,6 @@ def become(instructions: str, model: str, scratch: Path) -> Emulator:
         instructions: one of :data:`CPUS`.
         model: qemu's name of the CPU.
         scratch: folder for the emulator's program.
-
-    Raises:
-        RuntimeError: the cross-compiler or the emulator is missing.
     """
     build._compiled_with = lambda name: []  # compile no other kernels along with one
     native, emulator = cpu.load("replay"), Emulator(model, scratch)
@@ -172,7 +168,7 @@ def become(instructions: str, model: str, scratch: Path) -> Emulator:
         library = Library(emulator, path)
         return _Replay(native, library) if path.name.startswith("replay-") else library
 
-    os.environ["CXX"] = COMPILER
+    os.environ["CXX"] = ARM_COMPILER
     replaced: dict[str, Callable[..., Any]] = {
         "machine": lambda: "aarch64",
         "_richest": lambda: instructions,
@@ -191,22 +187,13 @@ _VERSIONS = {"GLIBC": (2, 28), "GLIBCXX": (3, 4, 25), "CXXABI": (1, 3, 11), "GCC
 
 def too_new(path: Path) -> list[str]:
     """Symbol versions that a library needs and manylinux_2_28 lacks."""
-    command = [COMPILER.replace("g++", "objdump"), "-T", str(path)]
+    command = [ARM_COMPILER.replace("g++", "objdump"), "-T", str(path)]
     table = subprocess.run(command, check=True, capture_output=True, text=True).stdout
     return [
         f"{name}_{version}"
         for name, version in set(re.findall(r"\b([A-Z]+)_([\d.]+)", table))
         if tuple(map(int, version.split("."))) > _VERSIONS.get(name, ())
     ]
-
-
-def _require_tools() -> None:
-    missing = [tool for tool in (COMPILER, EMULATOR) if shutil.which(tool) is None]
-    if missing:
-        raise RuntimeError(
-            f"no {' and no '.join(missing)}: tests of ARM kernels need Debian's packages "
-            "g++-aarch64-linux-gnu and qemu-user"
-        )
 
 
 def _text(text: str) -> bytes:

@@ -11,6 +11,7 @@ import signal
 import socket
 import sys
 import tempfile
+import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -49,12 +50,35 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["training_warm_up"])
 
 
+_started: list[Run] = []
+
+
+def end_all() -> None:
+    """Kill what still runs."""
+    while _started:
+        process = _started.pop()
+        if process.is_alive():
+            kill(process)
+
+
 class Run(_context.Process):  # type: ignore[name-defined]
     """A training in a process of its own; waiting for it has a time limit."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)
         self._patience = PATIENCE
+
+    def start(self) -> None:
+        super().start()
+        _started.append(self)
+
+    def wait_for(self, path: Path) -> None:
+        """Wait until the run has written ``path``; fail if it ends before, or takes too long."""
+        until = time.monotonic() + self._patience
+        while not path.exists():
+            assert self.is_alive(), f"{self.name} ended with {self.exitcode} without {path}"
+            assert time.monotonic() < until, f"{self.name} has not written {path}"
+            time.sleep(0.01)
 
     def join(self, timeout: float | None = None) -> None:
         """Wait for ``timeout`` seconds; without one, fail if it exceeds the time limit."""
@@ -175,6 +199,12 @@ def _run(argv: tuple[str, ...], before: Callable[[], None] | None, env: dict[str
         if before is not None:
             before()
         os._exit(_train(*argv))
+
+
+def ignore_signals() -> None:
+    """As ``nohup`` and the shell's background do."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
 
 
 def fork_loaders_from_a_server() -> None:

@@ -2,7 +2,8 @@
 
 Wheels built from a checkout (``pip wheel .``, ``make wheel``) include them. Editable installs and
 wheels built from a source distribution don't: there, kernels are compiled on first use for the
-CPU. The same applies without a compiler, and with ``VISION_BACKBONES_NATIVE=0``.
+CPU. The same applies with ``VISION_BACKBONES_NATIVE=0``. Without a compiler, the build requires the
+package ``ziglang``, which has one.
 
 ``VISION_BACKBONES_WHEEL_MACHINE=aarch64`` builds the wheel for that architecture, with the
 cross-compiler ``CXX``, by default ``aarch64-linux-gnu-g++``.
@@ -35,21 +36,42 @@ _OPTIONS = ["-s"]
 class CompiledKernels(BuildHookInterface):
     """See the top of this file."""
 
+    _scratch: tempfile.TemporaryDirectory[str] | None = None
+
+    def dependencies(self) -> list[str]:
+        """``ziglang`` if there is no compiler; for editable installs as well, which look alike."""
+        with _engine(Path(self.root)) as engine:
+            machine = self._machine(engine)
+            if machine is None or not engine.settings.is_switched_on():
+                return []
+            try:
+                _find_compilers(engine, machine)
+            except engine.compiler.NoCompilerError:
+                return ["ziglang>=0.13"]
+            except FileNotFoundError:
+                pass  # initialize tells
+        return []
+
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         """Compile, and mark the wheel as platform-specific."""
-        if version == "editable" or Path(self.root, "PKG-INFO").exists():
+        if version == "editable":
             return
         with _engine(Path(self.root)) as engine:
-            machine = os.environ.get(_CHOSEN) or engine.instruction_sets.machine()
-            if _CHOSEN in os.environ and machine not in _MACHINES:
-                raise ValueError(f"{_CHOSEN} must be one of {_MACHINES}, got {machine!r}")
-            if sys.platform != "linux" or machine not in _MACHINES:
-                return
-            made = self._compile(engine, machine)
+            machine = self._machine(engine)
+            made = self._compile(engine, machine) if machine is not None else []
         if made:
             build_data["pure_python"] = False
             build_data["tag"] = f"py3-none-linux_{machine}"
             build_data["force_include"] |= {str(p): f"{_PLACE}/{p.name}" for p in made}
+
+    def _machine(self, engine: types.SimpleNamespace) -> str | None:
+        """The architecture to compile for; None if nothing is compiled."""
+        if Path(self.root, "PKG-INFO").exists():
+            return None
+        machine: str = os.environ.get(_CHOSEN) or engine.instruction_sets.machine()
+        if _CHOSEN in os.environ and machine not in _MACHINES:
+            raise ValueError(f"{_CHOSEN} must be one of {_MACHINES}, got {machine!r}")
+        return machine if sys.platform == "linux" and machine in _MACHINES else None
 
     def _compile(self, engine: types.SimpleNamespace, machine: str) -> list[Path]:
         """Compile the libraries, or reuse those cached in ``build`` for the same sources."""
@@ -60,8 +82,7 @@ class CompiledKernels(BuildHookInterface):
         except engine.compiler.NoCompilerError as error:
             self.app.display_warning(f"A wheel without compiled kernels: {error}")
             return []
-        folder = Path(self.root, "build", "kernels")
-        folder.mkdir(parents=True, exist_ok=True)
+        folder = self._folder()
 
         def library(isa: str, name: str) -> Path | str:
             path = folder / f"{engine.libraries.stem(name, isa, machine)}.so"
@@ -89,6 +110,23 @@ class CompiledKernels(BuildHookInterface):
         took = time.monotonic() - start
         self.app.display_info(f"{len(made)} libraries in {took:.0f} s, kept in {str(folder)!r}")
         return made
+
+    def _folder(self) -> Path:
+        """Where libraries are kept; one that this build removes if the checkout is read-only."""
+        folder = Path(self.root, "build", "kernels")
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            self._scratch = tempfile.TemporaryDirectory()
+            self.app.display_warning(f"The kernels are not kept for the next build: {error}")
+            return Path(self._scratch.name)
+        return folder
+
+    def finalize(self, version: str, build_data: dict[str, Any], artifact_path: str) -> None:
+        """Remove the folder of a read-only checkout."""
+        if self._scratch is not None:
+            self._scratch.cleanup()
 
 
 def _find_compilers(engine: types.SimpleNamespace, machine: str) -> list[list[str]]:

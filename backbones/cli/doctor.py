@@ -221,9 +221,10 @@ def examine_compiler() -> list[Finding]:
         command = compiler.command()
     except ValueError as error:
         findings.append(Finding("compiler", "warning", str(error), "unset CXX"))
-    found = next(
-        (p for c in (*command[:1], "c++", "g++", "clang++") if (p := shutil.which(c))), None
-    )
+    try:
+        found = compiler.label(compiler.find_compilers(command)[0])
+    except compiler.NoCompilerError:
+        found = None
     if command and shutil.which(command[0]) is None:
         text = f"CXX names {command[0]!r}, which does not exist"
         findings.append(Finding("compiler", "warning", text, "unset CXX"))
@@ -239,7 +240,7 @@ def examine_compiler() -> list[Finding]:
         elif found is not None and command:
             fix = "unset CXX"
         elif sys.platform == "linux":
-            fix = f"sudo apt-get install {'--reinstall ' if found else ''}g++"
+            fix = "sudo apt-get install --reinstall g++" if found else "pip install ziglang"
         else:
             fix = "xcode-select --install"
         text = f"not compiled: {without}; slower paths are used: {reason}"

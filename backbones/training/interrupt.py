@@ -40,12 +40,16 @@ def stop_on_signals() -> Iterator[StopRequest]:
 def handle_signals(
     names: Iterable[str], handler: Callable[[int, FrameType | None], object]
 ) -> Iterator[None]:
-    """Let ``handler`` handle the signals that exist on this system inside the block."""
+    """Let ``handler`` handle the signals that exist on this system inside the block.
+
+    Those that this process was started to ignore, as ``nohup`` does, are still ignored.
+    """
     if threading.current_thread() is not threading.main_thread():
         yield  # Python lets only the main thread handle signals
         return
     numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-    before = {number: signal.signal(number, handler) for number in numbers}
+    heeded = [number for number in numbers if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, handler) for number in heeded}
     try:
         yield
     finally:

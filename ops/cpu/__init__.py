@@ -24,7 +24,8 @@ Environment variables:
     inference layers don't use torch's bfloat16 matrix products either.
 - ``VISION_BACKBONES_CACHE_DIR``: the cache folder; compiled kernels are kept in its ``native``
   folder.
-- ``CXX``: the compiler, tried before ``c++``, ``g++`` and ``clang++``.
+- ``CXX``: the compiler, tried before ``c++``, ``g++`` and ``clang++``. Without any of these, the
+  package ``ziglang`` compiles if it is installed (``ops/cpu/zig.py``).
 """
 
 from __future__ import annotations

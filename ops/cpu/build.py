@@ -263,7 +263,9 @@ def _build(
     needed = [name, *others]
     batch.compile_all(needed, isa, folder, compilers, foreign)
     if (found := _load_cached(folder, libraries.stem(name, isa), foreign)) is None:
-        raise _UnavailableError(f"the library that {compilers[0][0]} built cannot be loaded")
+        raise _UnavailableError(
+            f"the library that {compiler.label(compilers[0])} built cannot be loaded"
+        )
     return found
 
 

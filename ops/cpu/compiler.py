@@ -1,9 +1,10 @@
-"""Run the system's C++ compiler, report why it failed, and clean up after it."""
+"""Run the system's C++ compiler, or ziglang's; report why it failed, and clean up after it."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
+import importlib.util
 import logging
 import os
 import re
@@ -25,6 +26,7 @@ __all__ = [
     "command",
     "find_compilers",
     "killing_on_error",
+    "label",
     "run",
     "signals_delayed",
     "stopped",
@@ -34,6 +36,7 @@ __all__ = [
 _log = logging.getLogger(__name__)
 
 _TIMEOUT_S = 300
+_ZIG_DRIVER = Path(__file__).with_name("zig.py")
 # Messages of compilers, assemblers and linkers for failures not caused by the source or options.
 _FULL = re.compile("No space left on device|Disk quota exceeded")
 _KILLED = re.compile("signal terminated|terminated with signal|[Oo]ut of memory|allocate memory")
@@ -73,6 +76,8 @@ def command() -> list[str]:
 def find_compilers(chosen: Sequence[str]) -> list[list[str]]:
     """The commands to try, as argument lists; ``chosen`` comes first if it exists.
 
+    Where there is no other, it is the clang in the package ``ziglang``, if that is installed.
+
     Raises:
         NoCompilerError: there is none.
     """
@@ -81,9 +86,24 @@ def find_compilers(chosen: Sequence[str]) -> list[list[str]]:
         executable = shutil.which(words[0]) if words else None
         if executable and [executable, *words[1:]] not in found:
             found.append([executable, *words[1:]])
+    found = found or _zig()
     if not found:
-        raise NoCompilerError("no C++ compiler found ($CXX, c++, g++ or clang++)")
+        text = "no C++ compiler found ($CXX, c++, g++, clang++ or the Python package ziglang)"
+        raise NoCompilerError(text)
     return found
+
+
+def _zig() -> list[list[str]]:
+    package = importlib.util.find_spec("ziglang")
+    if sys.platform != "linux" or not sys.executable or package is None or not package.origin:
+        return []
+    zig = shutil.which(Path(package.origin).with_name("zig"))
+    return [[sys.executable, "-I", str(_ZIG_DRIVER), zig]] if zig else []
+
+
+def label(words: Sequence[str]) -> str:
+    """What to call the compiler that a command of :func:`find_compilers` runs."""
+    return words[3] if str(_ZIG_DRIVER) in words else words[0]
 
 
 def run(words: Sequence[str], scratch: Path) -> None:
@@ -102,11 +122,11 @@ def run(words: Sequence[str], scratch: Path) -> None:
                 stack.enter_context(_registered(process))
         except OSError as error:
             kind = CompilerError if error.errno in (errno.ENOMEM, errno.EAGAIN) else RefusedError
-            raise kind(f"{words[0]}: {error.strerror}") from None
+            raise kind(f"{label(words)}: {error.strerror}") from None
         try:
             stderr = process.communicate(timeout=_TIMEOUT_S)[1]
         except subprocess.TimeoutExpired:
-            raise CompilerError(f"{words[0]} did not end within {_TIMEOUT_S} s") from None
+            raise CompilerError(f"{label(words)} did not end within {_TIMEOUT_S} s") from None
     if process.returncode == 0:
         return
     _log.debug("%s\n%s", shlex.join(words), stderr)
@@ -118,7 +138,7 @@ def run(words: Sequence[str], scratch: Path) -> None:
     (scratch / "probe").write_bytes(b"test")
     lines = [line for line in stderr.splitlines() if "error" in line.lower()]
     first = lines[0] if lines else stderr.strip()[:200]
-    text = f"{words[0]} failed with status {process.returncode}: {first}"
+    text = f"{label(words)} failed with status {process.returncode}: {first}"
     raise (
         CompilerError(text)
         if process.returncode < 0 or _KILLED.search(stderr)

@@ -96,6 +96,6 @@ def compile_into(
         except compiler.RefusedError as error:
             refused = error
         else:
-            return words[0]
+            return compiler.label(words)
     assert refused is not None
     raise refused

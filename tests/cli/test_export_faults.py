@@ -11,6 +11,7 @@ import signal
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -101,20 +102,23 @@ def test_unwritable_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
         export(Loaded(Plain().eval(), "plain"), tmp_path / "x.pt2", "pt2", (16, 16))
 
 
-@pytest.fixture
+@contextmanager
 def small_files() -> Iterator[None]:
-    """Files of more than 2000 bytes cannot be written."""
+    """Within the block, as pytest writes outside it, files cannot exceed 2000 bytes."""
     limits = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (2000, limits[1]))
-    yield
-    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.mark.parametrize("ending", ["onnx", "pt2"])
-def test_files_larger_than_the_limit(ending: str, tmp_path: Path, small_files: None) -> None:
+def test_files_larger_than_the_limit(ending: str, tmp_path: Path) -> None:
     path = tmp_path / f"x.{ending}"
     path.write_text("as it was")
-    with pytest.raises(CommandError, match=f"cannot write {path}: the file is larger than"):
+    said = f"cannot write {path}: the file is larger than"
+    with small_files(), pytest.raises(CommandError, match=said):
         export(Loaded(Plain().eval(), "plain"), path, ending, (16, 16))
     assert [p.name for p in tmp_path.iterdir()] == [path.name]
     assert path.read_text() == "as it was"
@@ -167,7 +171,11 @@ def test_disk_space_is_checked_first(
     ("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)]
 )
 def test_signals_leave_nothing_behind(
-    number: signal.Signals, status: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    number: signal.Signals,
+    status: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    default_signals: None,
 ) -> None:
     def half(program: Any, path: Path) -> None:
         path.write_text("half")
@@ -181,6 +189,16 @@ def test_signals_leave_nothing_behind(
     assert main(["export", "shvit_s1", "--size", "64", "--out", str(tmp_path / "x.pt2")]) == status
     assert list(tmp_path.iterdir()) == []
     assert [signal.getsignal(n) for n in (signal.SIGTERM, signal.SIGHUP)] == before
+
+
+def test_an_inherited_ignore_is_kept(default_signals: None) -> None:
+    signal.signal(signal.SIGHUP, signal.SIG_IGN)  # as by nohup
+    with atomic_files.exit_on_signals():
+        os.kill(os.getpid(), signal.SIGHUP)
+        with pytest.raises(SystemExit):
+            os.kill(os.getpid(), signal.SIGTERM)
+            time.sleep(10)
+    assert signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
 
 
 def test_a_signal_during_cleanup(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

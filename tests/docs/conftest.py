@@ -13,6 +13,7 @@ from functools import partial
 from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
+import needed
 import pytest
 import site_building
 from selenium import webdriver
@@ -82,21 +83,11 @@ def address(site: Path) -> Iterator[str]:
         thread.join(timeout=60)
 
 
-def _program(*names: str) -> str:
-    for name in names:
-        if path := shutil.which(name):
-            return path
-    pytest.fail(
-        f"the site is looked at in a browser, and there is no {' or '.join(names)} on PATH: "
-        "apt-get install --no-install-recommends chromium chromium-driver"
-    )
-
-
 @pytest.fixture(scope="session")
 def browser() -> Iterator[webdriver.Chrome]:
     """Headless Chromium, which keeps a log of its console and of its requests."""
     options = webdriver.ChromeOptions()
-    options.binary_location = _program("chromium", "chromium-browser", "google-chrome")
+    options.binary_location = needed.browser()
     for argument in (
         "--headless=new",
         "--no-sandbox",  # root, as in a container, has no user namespace for it
@@ -108,7 +99,7 @@ def browser() -> Iterator[webdriver.Chrome]:
         options.add_argument(argument)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     options.add_experimental_option("perfLoggingPrefs", {"enablePage": False})  # only requests
-    driver = webdriver.Chrome(options=options, service=Service(_program("chromedriver")))
+    driver = webdriver.Chrome(options=options, service=Service(shutil.which(needed.DRIVER)))
     driver.set_page_load_timeout(100)
     driver.set_script_timeout(100)
     yield driver

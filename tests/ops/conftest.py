@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import tempfile
 from pathlib import Path
@@ -9,6 +10,9 @@ from pathlib import Path
 import pytest
 
 from ops.cpu import batch, build, cache, compiler, libraries
+
+# Without a compiler, zig's: what it keeps is built once rather than for each test's folder.
+os.environ.setdefault("ZIG_GLOBAL_CACHE_DIR", str(cache.cache_dir() / "zig"))
 
 SOURCE = 'extern "C" int answer() { return 42; }\n'
 
@@ -58,8 +62,8 @@ def compiled(tmp_path_factory: pytest.TempPathFactory) -> dict[int, Path]:
         source = folder / f"{answer}.cpp"
         source.write_text(SOURCE.replace("42", str(answer)))
         made[answer] = folder / f"{answer}.so"
-        words = ["c++", "-shared", "-fPIC", str(source), "-o", str(made[answer])]
-        compiler.run(words, folder)
+        words = ["-shared", "-fPIC", str(source), "-o", str(made[answer])]
+        compiler.run([*compiler.find_compilers([])[0], *words], folder)
     return made
 
 

@@ -3,7 +3,6 @@
 import os
 import signal
 import sys
-import time
 from functools import partial
 
 import pytest
@@ -107,8 +106,7 @@ def test_leaving_does_not_deadlock_with_the_gil():
 def test_a_signal_to_one_stops_both_and_one_can_resume_alone(images, tmp_path):
     arguments = (f"--data={images}", f"--output={tmp_path}", "--save-every-steps=1", *RANDOM)
     processes = start_two(*arguments, "--name=run")
-    while not (tmp_path / "run" / "last.pt").exists():
-        time.sleep(0.01)
+    processes[0].wait_for(tmp_path / "run" / "last.pt")
     os.kill(processes[1].pid, signal.SIGTERM)
     assert join(processes) == [128 + signal.SIGTERM] * 2
     alone = start(*arguments, "--name=run", "--resume=auto", "--batch-size=16")

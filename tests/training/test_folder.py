@@ -8,7 +8,6 @@ import json
 import os
 import signal
 import socket
-import time
 from argparse import Namespace
 
 import pytest
@@ -142,8 +141,7 @@ def test_a_run_without_a_name_takes_another_folder(images, tmp_path):
 def test_a_killed_run_releases_its_folder(arguments, tmp_path):
     many = (*arguments, "--epochs=1000", "--save-every-steps=1", "--workers=1", "--resume=auto")
     process = start(*many)
-    while not (tmp_path / "run" / "last.pt").exists():
-        time.sleep(0.01)
+    process.wait_for(tmp_path / "run" / "last.pt")
     with pytest.raises(LockedError, match=f"process {process.pid} on "):
         FolderLock(tmp_path / "run")
     kill(process)  # the loader process lives on for a while

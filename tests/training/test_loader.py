@@ -1,5 +1,6 @@
 """Batches: repeatable, divided evenly, complete, robust against broken files."""
 
+import signal
 import struct
 
 import numpy as np
@@ -13,7 +14,12 @@ from backbones.training.corrupt import CorruptImages
 from backbones.training.data import open_splits
 from backbones.training.distributed import World
 from backbones.training.errors import DataError
-from backbones.training.loader import TrainLoader, ValidationLoader, _train_transform
+from backbones.training.loader import (
+    TrainLoader,
+    ValidationLoader,
+    _start_worker,
+    _train_transform,
+)
 from backbones.training.recipe import Recipe
 from backbones.training.sampler import TrainSampler, ValidationSampler
 
@@ -71,6 +77,18 @@ def test_an_epoch_is_repeatable_and_differs_from_the_next(make):
 def test_loader_processes_make_the_same_batches(make):
     options = {"aa": "rand-m9-mstd0.5-inc1"}
     assert equal(make(**options).epoch(0), make(workers=2, **options).epoch(0))
+
+
+def test_a_loader_process_keeps_an_inherited_ignore():
+    numbers = (signal.SIGINT, signal.SIGUSR1, signal.SIGTERM)
+    before = {number: signal.getsignal(number) for number in numbers}
+    try:
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        _start_worker(0)
+        assert {signal.getsignal(number) for number in numbers} == {signal.SIG_IGN}
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 @pytest.mark.parametrize("size", [1, 2, 3])

@@ -15,6 +15,7 @@ import pytest
 from training_runs import (
     final_state,
     fork_loaders_from_a_server,
+    ignore_signals,
     kill,
     kill_at_call,
     make_images,
@@ -100,8 +101,7 @@ def test_killed_while_saving(name, number, images, undisturbed, tmp_path):
 def test_signals_save_and_exit(name, images, undisturbed, tmp_path):
     arguments = (f"--data={images}", f"--output={tmp_path}", "--name=run", *RECIPE)
     process = start(*arguments)
-    while not (tmp_path / "run" / "last.pt").exists():
-        time.sleep(0.01)
+    process.wait_for(tmp_path / "run" / "last.pt")
     os.kill(process.pid, getattr(signal, name))
     process.join()
     assert process.exitcode == 128 + getattr(signal, name)
@@ -110,11 +110,22 @@ def test_signals_save_and_exit(name, images, undisturbed, tmp_path):
     assert len(entries) == len(undisturbed[1].splitlines())
 
 
+def test_inherited_ignores_are_kept(images, undisturbed, tmp_path):
+    """As under ``nohup``: the run goes on, and ends as it would have."""
+    arguments = (f"--data={images}", f"--output={tmp_path}", "--name=run", *RECIPE)
+    process = start(*arguments, before=ignore_signals)
+    process.wait_for(tmp_path / "run" / "last.pt")
+    for number in (signal.SIGHUP, signal.SIGINT, signal.SIGINT):
+        os.kill(process.pid, number)
+    process.join()
+    assert process.exitcode == 0
+    assert same(final_state(tmp_path / "run"), undisturbed[0])
+
+
 def test_a_signal_to_the_process_group_spares_the_loaders(images, undisturbed, tmp_path):
     arguments = (f"--data={images}", f"--output={tmp_path}", "--name=run", *RECIPE)
     process = start(*arguments, "--workers=2", before=os.setsid)
-    while not (tmp_path / "run" / "last.pt").exists():
-        time.sleep(0.01)
+    process.wait_for(tmp_path / "run" / "last.pt")
     os.killpg(process.pid, signal.SIGTERM)
     process.join()
     assert process.exitcode == 128 + signal.SIGTERM
@@ -132,8 +143,7 @@ def test_no_loader_outlives_a_killed_run(images, tmp_path):
     """The loaders' parent is a fork server, which ends after its last child only."""
     arguments = (f"--data={images}", f"--output={tmp_path}", "--name=run", *RECIPE)
     process = start(*arguments, "--workers=2", before=fork_loaders_from_a_server)
-    while not (tmp_path / "run" / "last.pt").exists():
-        time.sleep(0.01)
+    process.wait_for(tmp_path / "run" / "last.pt")
     loaders = descendants(process.pid)
     process.kill()
     process.join()

@@ -12,6 +12,7 @@ from emulated_arm import CPUS, WITH_BYTES, Emulator
 
 from ops.cpu import instruction_sets, libraries
 
+_emulated = pytest.mark.needs("arm_compiler", "emulator")
 _OPS = Path(__file__).parents[1]
 # By the files of their tests.
 _KERNELS = {
@@ -62,6 +63,7 @@ sys.exit(failed)
 """
 
 
+@_emulated
 @pytest.mark.slow
 @pytest.mark.parametrize("instructions", list(CPUS))
 @pytest.mark.parametrize("tests", list(_KERNELS))
@@ -69,6 +71,7 @@ def test_kernels(tests: str, instructions: str, tmp_path: Path) -> None:
     _run(tests, instructions, CPUS[instructions], tmp_path)
 
 
+@_emulated
 @pytest.mark.slow
 def test_bytes_without_products_of_bfloat16(tmp_path: Path) -> None:
     said = _run("cpu/gemm/test_int8.py", "neon", WITH_BYTES, tmp_path)
@@ -90,6 +93,7 @@ def _run(tests: str, instructions: str, model: str, scratch: Path) -> str:
     return done.stdout
 
 
+@_emulated
 @pytest.mark.slow
 @pytest.mark.parametrize("instructions", list(CPUS))
 def test_cpu_detection(instructions: str, tmp_path: Path) -> None:

@@ -100,7 +100,7 @@ def test_rejected_sources_are_not_retried(four, monkeypatch) -> None:
     assert len(attempts) == 4
 
 
-def test_a_signal_stops_all_compilers(four, compilations, monkeypatch) -> None:
+def test_a_signal_stops_all_compilers(four, compilations, monkeypatch, default_signals) -> None:
     running = threading.Barrier(3)
 
     def run(words: list[str], scratch: Path) -> None:
@@ -126,7 +126,7 @@ def test_a_signal_stops_all_compilers(four, compilations, monkeypatch) -> None:
     assert cpu.load("a").answer() == 42
 
 
-def test_a_signal_while_threads_start(four, monkeypatch) -> None:
+def test_a_signal_while_threads_start(four, monkeypatch, default_signals) -> None:
     """All of them end before ``load`` does."""
     running, ended, start = threading.Barrier(3), [], threading.Thread.start
 

@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import shlex
 import signal
 import sys
 import threading
@@ -28,7 +29,7 @@ def _that_refuses(option: str, path: Path) -> Path:
     return _compiler(
         path,
         f'for a in "$@"; do [ "$a" = {option} ] && {{ echo "error: no" >&2; exit 1; }}; done\n'
-        'exec c++ "$@"',
+        f'exec {shlex.join(compiler.find_compilers([])[0])} "$@"',
     )
 
 

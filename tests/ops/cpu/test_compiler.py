@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import os
 import signal
@@ -134,14 +135,20 @@ def test_a_signal_stops_the_compiler_and_cleans_up(number: int, tmp_path: Path) 
     made = tmp_path / "made"
     made.mkdir()
     command = [sys.executable, "-c", _RUN, compiler.__file__, str(made), *words]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
-    deadline = time.monotonic() + 60
-    while not pid.exists():
-        assert time.monotonic() < deadline and process.poll() is None
-        time.sleep(0.01)
-    assert list(made.iterdir())
-    process.send_signal(number)
-    _, said = process.communicate(timeout=60)
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            deadline = time.monotonic() + 60
+            while not pid.exists():
+                assert time.monotonic() < deadline and process.poll() is None
+                time.sleep(0.01)
+            assert list(made.iterdir())
+            process.send_signal(number)
+            _, said = process.communicate(timeout=60)
+        finally:
+            process.kill()
+            if pid.exists():
+                with contextlib.suppress(ProcessLookupError):
+                    os.killpg(os.getpgid(int(pid.read_text())), signal.SIGKILL)
     # Whoever waits sees that it was the signal.
     assert process.returncode == -number
     assert number == signal.SIGINT or not said
@@ -149,7 +156,9 @@ def test_a_signal_stops_the_compiler_and_cleans_up(number: int, tmp_path: Path) 
     _gone(pid)
 
 
-def test_a_signal_that_comes_while_the_compiler_starts(tmp_path: Path, monkeypatch) -> None:
+def test_a_signal_that_comes_while_the_compiler_starts(
+    tmp_path: Path, monkeypatch, default_signals: None
+) -> None:
     """It is known already, and is ended."""
     started = []
     real = compiler._start
@@ -177,5 +186,8 @@ def test_the_programs_signal_handlers_are_kept(monkeypatch) -> None:
         with compiler.unwinding_on_signals():
             assert signal.getsignal(signal.SIGTERM) is not signal.SIG_DFL
         assert signal.getsignal(signal.SIGTERM) is signal.SIG_DFL
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # as inherited
+        with compiler.unwinding_on_signals():
+            os.kill(os.getpid(), signal.SIGTERM)
     finally:
         signal.signal(signal.SIGTERM, before)

@@ -1,0 +1,81 @@
+"""tools/install_for_tests.sh installs where it need not ask, and never fails."""
+
+from __future__ import annotations
+
+import shutil
+import subprocess
+from pathlib import Path
+
+import pytest
+from clones import ROOT
+
+_BROWSER = ["update", "install chromium", "install chromium-driver"]
+
+
+class Machine:
+    """A machine whose programs are few, and whose apt-get only writes what it is asked."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.log = folder / "bin", folder / "log"
+        self.folder.mkdir()
+        self.log.touch()
+        for name in ("sh", "env", "ls"):
+            (self.folder / name).symlink_to(str(shutil.which(name)))
+        self.has("id", "echo 0")
+        self.has("apt-get", f'echo "$*" >>{self.log}')
+
+    def has(self, name: str, text: str = "") -> None:
+        (self.folder / name).write_text(f"#!/bin/sh\n{text}\n")
+        (self.folder / name).chmod(0o755)
+
+    def run(self, *needs: str) -> list[str]:
+        """What was asked of apt-get."""
+        words = [ROOT / "tools" / "install_for_tests.sh", *needs]
+        subprocess.run(words, env={"PATH": str(self.folder)}, check=True, timeout=60)
+        asked = [line.split() for line in self.log.read_text().splitlines()]
+        return [
+            f"install {words[-1]}" if "install" in words else words[-1]
+            for words in asked
+            if "-y" in words or "install" not in words
+        ]
+
+
+@pytest.fixture
+def machine(tmp_path: Path) -> Machine:
+    return Machine(tmp_path)
+
+
+def test_as_root(machine: Machine) -> None:
+    assert machine.run("browser") == _BROWSER
+
+
+def test_with_a_sudo_that_needs_no_password(machine: Machine) -> None:
+    machine.has("id", "echo 1000")
+    machine.has("sudo", '[ "$1" = -n ] && shift && exec "$@"')
+    machine.has("true")
+    assert machine.run("browser") == _BROWSER
+
+
+@pytest.mark.parametrize("sudo", ["", "exit 1"])
+def test_nothing_where_a_password_is_asked(sudo: str, machine: Machine) -> None:
+    machine.has("id", "echo 1000")
+    if sudo:
+        machine.has("sudo", sudo)
+    assert machine.run("browser", "emulator") == []
+
+
+def test_nothing_without_apt(machine: Machine) -> None:
+    (machine.folder / "apt-get").unlink()
+    assert machine.run("browser") == []
+
+
+def test_only_what_is_missing(machine: Machine) -> None:
+    machine.has("chromium")
+    assert machine.run("browser") == ["update", "install chromium-driver"]
+    machine.has("chromedriver")
+    assert machine.run("browser") == ["update", "install chromium-driver"]  # as before
+
+
+def test_packages_that_cannot_be_installed(machine: Machine) -> None:
+    machine.has("apt-get", f'echo "$*" >>{machine.log}; exit 100')
+    assert machine.run("browser") == _BROWSER
