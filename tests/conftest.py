@@ -43,7 +43,7 @@ def pytest_configure(config: pytest.Config) -> None:
         os.environ["XDG_STATE_HOME"] = state
         owner = os.getpid()
         atexit.register(lambda: os.getpid() == owner and shutil.rmtree(state, True))
-    ignored = [number for number in _SIGNALS if signal.getsignal(number) is signal.SIG_IGN]
+    ignored = [int(number) for number in _SIGNALS if signal.getsignal(number) is signal.SIG_IGN]
     config.stash[_IGNORED] = getattr(config, "workerinput", {}).get("ignored", ignored)
     for number in config.stash[_IGNORED]:
         signal.signal(number, lambda number, frame: None)

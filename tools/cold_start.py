@@ -69,7 +69,8 @@ def first_image(
             environment["PYTHONPATH"] = str(tree)
         if not compiler:
             environment["PATH"] = empty
-        words = [python, "-c", _FIRST_IMAGE, model, form]
+        hidden = "" if compiler else "import sys; sys.modules['ziglang'] = None\n"
+        words = [python, "-c", hidden + _FIRST_IMAGE, model, form]
         done = subprocess.run(
             words, cwd=empty, env=environment, stdout=subprocess.PIPE, text=True, check=True
         )

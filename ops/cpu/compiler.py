@@ -97,7 +97,7 @@ def _zig() -> list[list[str]]:
     package = importlib.util.find_spec("ziglang")
     if sys.platform != "linux" or not sys.executable or package is None or not package.origin:
         return []
-    zig = shutil.which(Path(package.origin).with_name("zig"))
+    zig = shutil.which(str(Path(package.origin).with_name("zig")))
     return [[sys.executable, "-I", str(_ZIG_DRIVER), zig]] if zig else []
 
 

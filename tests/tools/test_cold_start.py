@@ -33,9 +33,11 @@ def test_a_way_is_measured_anew_and_the_others_stay(
     cold_start: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     environments: list[dict[str, str]] = []
+    programs: list[str] = []
 
     def run(words: list[str], env: dict[str, str], **_: Any) -> Any:
         environments.append(env)
+        programs.append(words[2])
         seconds = 3.0 if words[-1] == "fused" else 0.25
         return subprocess.CompletedProcess(words, 0, f"said\n[{seconds}, {2 * seconds}]\n")
 
@@ -48,6 +50,7 @@ def test_a_way_is_measured_anew_and_the_others_stay(
     for found, of_wheel in zip(environments[1::2], (False, True), strict=True):
         assert ("PYTHONPATH" not in found) == of_wheel
         assert (found["PATH"] == found["VISION_BACKBONES_CACHE_DIR"]) == of_wheel
+    assert ["'ziglang'] = None" in program for program in programs[::2]] == [False, True]
     rows = [line for line in (tmp_path / "a.md").read_text().splitlines() if "`van_b0`" in line]
     assert rows == [
         "| a wheel | `van_b0` | 0.25 | 3.00 | 6.00 |",
