@@ -47,7 +47,7 @@ class CompiledKernels(BuildHookInterface):
             try:
                 _find_compilers(engine, machine)
             except engine.compiler.NoCompilerError:
-                return ["ziglang>=0.13"]
+                return ["ziglang>=0.17"]
             except FileNotFoundError:
                 pass  # initialize tells
         return []

@@ -25,7 +25,7 @@ print(get_requires_for_build_wheel())
 @pytest.mark.parametrize(
     ("ziglang", "programs", "switch", "required"),
     [
-        ("without", [], "1", "['ziglang>=0.13']"),
+        ("without", [], "1", "['ziglang>=0.17']"),
         ("with", [], "1", "[]"),
         ("without", ["g++"], "1", "[]"),
         ("without", [], "0", "[]"),
