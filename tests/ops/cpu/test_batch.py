@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
+import errno
 import io
 import logging
 import os
 import signal
 import threading
 import time
+from contextlib import AbstractContextManager
 from pathlib import Path
 
 import pytest
 
 from ops import cpu
-from ops.cpu import batch, build, compiler, libraries, progress
+from ops.cpu import batch, build, cache, compiler, libraries, progress
 from ops.cpu.progress import Progress
 
 _NAMES = ["a", "b", "c", "small"]
@@ -175,6 +177,24 @@ def test_prepare_says_why_not(four, monkeypatch) -> None:
     monkeypatch.setattr(compiler.shutil, "which", lambda name: None)
     with pytest.raises(RuntimeError, match="no C\\+\\+ compiler"):
         cpu.prepare("portable")
+
+
+def test_prepare_takes_the_next_folder_if_the_cache_is_read_only(
+    four, compilations, monkeypatch
+) -> None:
+    scratch = cache.scratch
+
+    def refuse(folder: Path) -> AbstractContextManager[Path]:
+        if folder == cpu.cache_dir():
+            raise OSError(errno.EROFS, "Read-only file system", str(folder))
+        return scratch(folder)
+
+    monkeypatch.setattr(cache, "scratch", refuse)
+    folder = cpu.prepare("portable")
+    assert folder is not None and folder.is_relative_to(cache._PERSISTENT)
+    assert len(list(folder.glob("*.so"))) == 4
+    assert cpu.prepare("portable") == folder
+    assert len(compilations) == 4
 
 
 def test_prepare_does_nothing_if_all_are_shipped(sources, compiled, tmp_path, monkeypatch) -> None:

@@ -3,6 +3,7 @@
 import errno
 import logging
 import os
+import re
 import shlex
 import signal
 import sys
@@ -142,9 +143,15 @@ def test_instruction_set(compilations, monkeypatch):
     assert cpu.status("small").path.name.startswith("small-portable-")
     monkeypatch.setenv("VISION_BACKBONES_NATIVE_ISA", instruction_sets.levels()[0])
     assert cpu.instruction_set() == best  # never more than the CPU has
-    monkeypatch.setenv("VISION_BACKBONES_NATIVE_ISA", "sse2")
-    with pytest.raises(ValueError, match="sse2"):
-        cpu.instruction_set()
+
+
+@pytest.mark.parametrize("word", ["sse2", "native", "0", "avx2,avx512", "-1", "\udcff", "x" * 9999])
+def test_invalid_instruction_set(word, sources, monkeypatch):
+    monkeypatch.setenv("VISION_BACKBONES_NATIVE_ISA", word)
+    said = re.escape(f"must be one of {cpu.levels()}, got {word!r}")
+    for use in (cpu.instruction_set, lambda: cpu.load("small")):
+        with pytest.raises(ValueError, match=f"VISION_BACKBONES_NATIVE_ISA {said}"):
+            use()
 
 
 @pytest.mark.parametrize(
