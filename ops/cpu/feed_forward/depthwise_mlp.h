@@ -123,7 +123,8 @@ struct Task {
       const Range strip{rows.begin + share.begin, rows.begin + share.end};
       const Range seen = this->seen(strip, p.height);
       const Range fresh{std::max(seen.begin, had.end), seen.end};
-      const T* in = t.weight1 ? input(fresh) : nullptr;
+      const bool expands = t.weight1 && length(fresh) > 0;  // one before may have seen all rows
+      const T* in = expands ? input(fresh) : nullptr;
       T* mixed = t.taps ? s.mixed.of(length(strip) * length(columns) * pitch(p.span)) : nullptr;
       for (int64_t c = 0; c < chunks; c++) {
         T* map = nullptr;
@@ -131,7 +132,7 @@ struct Task {
           map = hidden + (strips > 1 ? c * height * row : 0);
           const int64_t kept = fresh.begin - seen.begin;
           if (kept) std::memmove(map, map + (seen.begin - had.begin) * row, kept * row * sizeof(T));
-          expand(c, in, length(fresh), map + kept * row);
+          if (expands) expand(c, in, length(fresh), map + kept * row);
         }
         const int64_t begin = c * p.chunk / p.span * p.span, end = c * p.chunk + channels(c);
         if (t.taps) mix(c, map, seen, strip, mixed + c * p.chunk - begin);
