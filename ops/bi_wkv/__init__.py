@@ -12,6 +12,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ops.arguments import require_tensor
 from ops.autocast import without_autocast
 from ops.backends import backend_named
 from ops.bi_wkv import chunked, cpu, reference, triton
@@ -48,7 +49,7 @@ def bi_wkv(
     of the computed function.
 
     Args:
-        key: (B, T, C).
+        key: (B, T, C); −inf masks a token. Without any other key, outputs are NaN.
         value: (B, T, C).
         decay: (C,), per step; Vision-RWKV divides its parameter by T first.
         first: (C,), added to the token's own key; Vision-RWKV divides it by T, too.
@@ -60,6 +61,7 @@ def bi_wkv(
         (B, T, C) in the dtype of ``key``; sums are computed in float32 or higher.
 
     Raises:
+        TypeError: an argument is not a tensor.
         ValueError: incompatible shapes, dtypes or devices, ``segments`` below 1, or an unknown
             ``backend``.
         NotImplementedError: the given ``backend`` does not support this call; it says why.
@@ -71,7 +73,7 @@ def bi_wkv(
         inputs = (key.to(exact), value.to(exact), decay.to(exact), first.to(exact), segments)
         chosen = _best(inputs) if backend is None else backend_named(backend, BACKENDS, *inputs)
         if key.numel() == 0:
-            chosen = reference
+            return ((key + decay + first) * value).to(key.dtype)  # its gradients are zeros
         out: Tensor = chosen.attend(*inputs)
         return out.to(key.dtype)
 
@@ -80,6 +82,9 @@ Inputs = tuple[Tensor, Tensor, Tensor, Tensor, int | None]
 
 
 def _check(key: Tensor, value: Tensor, decay: Tensor, first: Tensor, segments: int | None) -> None:
+    tensors = {"key": key, "value": value, "decay": decay, "first": first}
+    for name, tensor in tensors.items():
+        require_tensor(name, tensor)
     if key.ndim != 3 or value.shape != key.shape:
         raise ValueError(
             f"key and value must both be (B, T, C), got {tuple(key.shape)} and {tuple(value.shape)}"
@@ -89,7 +94,6 @@ def _check(key: Tensor, value: Tensor, decay: Tensor, first: Tensor, segments: i
             f"decay and first must be (C,) = ({key.shape[-1]},), got {tuple(decay.shape)} and "
             f"{tuple(first.shape)}"
         )
-    tensors = {"key": key, "value": value, "decay": decay, "first": first}
     for name, tensor in tensors.items():
         if not tensor.is_floating_point():
             raise ValueError(f"{name} must be floating-point, got {tensor.dtype}")

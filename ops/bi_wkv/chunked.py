@@ -31,7 +31,7 @@ def attend(
     key: Tensor, value: Tensor, decay: Tensor, first: Tensor, segments: int | None
 ) -> Tensor:
     """See :func:`ops.bi_wkv.bi_wkv`; all tensors have the same dtype."""
-    scale = key.detach()
+    scale = key.detach().clamp(min=_nothing(key))
     weight = (key - scale).exp()  # 1, with the gradient of the exponential
     own = scale, torch.stack([weight * value, weight])
     both_ways = _each(own, lambda x: torch.stack([x, x.flip(-2)], dim=-4))
@@ -106,9 +106,13 @@ def _shifted(sums: Sums, steps: int) -> Sums:
 def _padded(sums: Sums, before: int, behind: int) -> Sums:
     """Pad both ends of the tokens with empty sums."""
     scale, parts = sums
-    nothing = torch.finfo(scale.dtype).min / 4
     room = (0, 0, before, behind)
-    return F.pad(scale, room, value=nothing), F.pad(parts, room)
+    return F.pad(scale, room, value=_nothing(scale)), F.pad(parts, room)
+
+
+def _nothing(scale: Tensor) -> float:
+    """The scale of an empty sum, and of a masked token: finite, so that differences are, too."""
+    return torch.finfo(scale.dtype).min / 4
 
 
 def _each(sums: Sums, function: Callable[[Tensor], Tensor]) -> Sums:

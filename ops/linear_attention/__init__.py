@@ -21,6 +21,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from ops.arguments import require_tensor
 from ops.autocast import without_autocast
 from ops.backends import backend_named
 from ops.linear_attention import chunked, cpu, reference, triton
@@ -76,6 +77,7 @@ def gated_linear_attention(
         (B, L, H, V) in the dtype of query, differentiable with respect to all tensors.
 
     Raises:
+        TypeError: an argument is not a tensor.
         ValueError: incompatible shapes, dtypes or devices, or an unknown ``backend``.
         NotImplementedError: the given ``backend`` does not support this call; it says why.
     """
@@ -105,6 +107,8 @@ def _check(
     log_gate_back: Tensor | None,
     bonus: Tensor | None,
 ) -> None:
+    for name, t in (("query", query), ("key", key), ("value", value), ("log_gate", log_gate)):
+        require_tensor(name, t)
     if query.ndim != 4 or value.ndim != 4:
         raise ValueError(
             "query must be (B, L, H, K) and value (B, L, H, V), got "
@@ -122,6 +126,7 @@ def _check(
     ):
         if t is None:
             continue
+        require_tensor(name, t)
         if t.shape != shape:
             raise ValueError(
                 f"{name} must be {tuple(shape)} beside a query of {tuple(query.shape)}, "

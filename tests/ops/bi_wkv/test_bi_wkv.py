@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import onnxruntime
@@ -203,9 +204,54 @@ def test_export_for_any_number_of_tokens(segments: int | None) -> None:
         torch.testing.assert_close(program.module()(*others), Layer(segments)(*others))
 
 
-def test_empty_batches() -> None:
-    for tokens in (inputs(7, batch=0), inputs(7, dim=0)):
-        assert bi_wkv(*tokens, 32).shape == tokens[0].shape
+@pytest.mark.parametrize("masked", ["head", "tail", "most", "all but one"])
+@BOTH_FORMS
+@pytest.mark.parametrize("backend", FAST)
+def test_masked_tokens(backend: str, segments: int | None, masked: str) -> None:
+    """They have no weight and no gradient, wherever they are."""
+    key, value, decay, first = (t.detach() for t in inputs(45))
+    position = torch.arange(45)[:, None]
+    mask = {
+        "head": position < 20,
+        "tail": position >= 40,
+        "most": torch.rand(45, 1, generator=torch.Generator().manual_seed(0)) < 0.6,
+        "all but one": position != 7,
+    }[masked]
+    key[0].masked_fill_(mask, -torch.inf)  # in one image
+    exact = [t.requires_grad_() for t in (key, value, decay, first)]
+    expected = bi_wkv(*exact, segments, backend="reference")
+    single = [t.detach().float().requires_grad_() for t in exact]
+    out = bi_wkv(*single, segments, backend=backend)
+    torch.testing.assert_close(out.double(), expected, rtol=3e-6, atol=3e-6)
+    got, wanted = gradients(out, single), gradients(expected, exact)
+    for grad, want in zip(got, wanted, strict=True):
+        assert (grad - want).abs().max() <= 2e-5 * max(1, want.abs().max())
+    for grad in got[:2]:  # the kernel's exponentials end at the smallest normal number
+        assert grad[0].masked_select(mask).abs().max() < 1e-30
+
+
+@pytest.mark.parametrize("backend", ["reference", *FAST])
+def test_an_image_without_tokens_that_count(backend: str) -> None:
+    """It is NaN, as a softmax over nothing is; the other images are as they would be alone."""
+    tokens = [t.detach().float() for t in inputs(20)]
+    tokens[0][1] = -torch.inf
+    out = bi_wkv(*tokens, backend=backend)
+    assert out[1].isnan().all()
+    alone = bi_wkv(tokens[0][:1], tokens[1][:1], *tokens[2:], backend=backend)
+    torch.testing.assert_close(out[:1], alone)
+
+
+@BOTH_FORMS
+@pytest.mark.parametrize("backend", [None, "reference", *FAST])
+def test_nothing_to_scan(segments: int | None, backend: str | None) -> None:
+    empty = inputs(0), inputs(7, batch=0), inputs(7, dim=0)
+    for dtype, tensors in itertools.product((torch.float32, torch.bfloat16), empty):
+        key, value, *rest = (t.detach().to(dtype).requires_grad_() for t in tensors)
+        tokens = [key, value, *(t.detach().float().requires_grad_() for t in rest)]
+        out = bi_wkv(*tokens, segments, backend)
+        assert out.shape == key.shape and out.dtype == dtype
+        for grad, token in zip(torch.autograd.grad(out.sum(), tokens), tokens, strict=True):
+            assert torch.equal(grad, torch.zeros_like(token))
 
 
 def test_rejects_bad_arguments() -> None:
@@ -224,4 +270,10 @@ def test_rejects_bad_arguments() -> None:
         ((key, value, decay, first, 32, "cuda"), "'cuda'"),
     ):
         with pytest.raises(ValueError, match=words):
+            bi_wkv(*arguments)
+    for name, arguments in (
+        ("key", (None, value, decay, first)),
+        ("first", (key, value, decay, [0.0] * 11)),
+    ):
+        with pytest.raises(TypeError, match=f"{name} must be a tensor"):
             bi_wkv(*arguments)

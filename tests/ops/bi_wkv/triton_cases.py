@@ -68,3 +68,10 @@ def test_extreme_keys_and_decays(step: float) -> None:
 def test_a_decay_of_zero() -> None:
     key, value, decay, first = tensors(9, 7)
     check([key, value, decay * 0, first], 4, 3e-6)
+
+
+@pytest.mark.parametrize("segments", [None, 3])
+def test_masked_tokens(segments: int | None) -> None:
+    key, value, decay, first = tensors(9, 3)
+    key[0, [0, 1, 4, 8]] = -torch.inf
+    check([key, value, decay, first], segments, 3e-6)

@@ -213,5 +213,10 @@ def test_rejects_bad_arguments():
     assert "log_gate_back is on meta" in message(log_gate_back=given["log_gate"].to("meta"))
     assert "floating-point" in message(query=given["query"].int())
     assert "one of reference, chunked, cpu, triton" in message(backend="gpu")
+    for name in ("query", "key", "value", "log_gate"):
+        with pytest.raises(TypeError, match=f"{name} must be a tensor, got None"):
+            gated_linear_attention(**{**given, name: None})
+    with pytest.raises(TypeError, match="bonus must be a tensor, got 1"):
+        gated_linear_attention(**{**given, "bonus": 1})
     with pytest.raises(NotImplementedError, match="'cpu' cannot do this call.*float64"):
         gated_linear_attention(**cast(given, torch.float64), backend="cpu")
