@@ -6,6 +6,7 @@ if it was calibrated, ``<layer>.input_range`` (2,) in float32, scale and zero.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from backbones.core.checkpoint_files import CheckpointError
-from ops.cpu.gemm.int8 import quantize_weight
+from ops.cpu.gemm.int8 import LARGEST_BYTE, LEAST_STEP, quantize_weight
 from ops.inference.packed_linear import Quantization
 
 __all__ = ["dequantized", "int8_state", "set_quantization"]
@@ -43,7 +44,8 @@ def dequantized(
         source: where they came from, for messages.
 
     Raises:
-        CheckpointError: a scale or a range of another shape or dtype, or not positive and finite.
+        CheckpointError: a scale or a range of another shape or dtype, or with a value that no
+            layer can have; it names the tensor and the value.
     """
     floats = dict(tensors)
     found: dict[str, Quantization] = {}
@@ -52,9 +54,12 @@ def dequantized(
         if last != "weight" or f"{layer}.{_SCALE}" not in tensors or not _has_bytes(weight):
             continue
         scale, in_range = floats.pop(f"{layer}.{_SCALE}"), floats.pop(f"{layer}.{_RANGE}", None)
-        _require(scale, weight.shape[:1], f"{source}: {layer}.{_SCALE}")
+        name = f"{source}: {layer}"
+        _require_plain(scale, weight.shape[:1], f"{name}.{_SCALE}")
+        _require_scales(scale, weight.flatten(1), f"{name}.{_SCALE}")
         if in_range is not None:
-            _require(in_range, (2,), f"{source}: {layer}.{_RANGE}")
+            _require_plain(in_range, (2,), f"{name}.{_RANGE}")
+            _require_range(in_range, f"{name}.{_RANGE}")
         floats[key] = weight.float() * scale.view(-1, *[1] * (weight.ndim - 1))
         found[layer] = Quantization(None if in_range is None else tuple(in_range.tolist()))
     return floats, found
@@ -65,15 +70,36 @@ def _has_bytes(weight: Tensor) -> bool:
     return plain and weight.dtype == torch.int8 and weight.ndim > 1
 
 
-def _require(numbers: Tensor, shape: tuple[int, ...], name: str) -> None:
+def _require_plain(numbers: Tensor, shape: tuple[int, ...], name: str) -> None:
     plain = numbers.layout == torch.strided and not numbers.is_meta
     if numbers.shape != shape or numbers.dtype != torch.float32 or not plain:
         raise CheckpointError(
             f"{name} must be {tuple(shape)} of float32, got {tuple(numbers.shape)} of "
             f"{numbers.dtype}"
         )
-    if not (numbers.isfinite().all() and (numbers >= 0).all()):
-        raise CheckpointError(f"{name} must be finite and not negative")
+
+
+def _require_scales(scale: Tensor, weight: Tensor, name: str) -> None:
+    """Outputs whose weights are all zero may have any small scale, others a positive one."""
+    possible = scale.isfinite() & (scale >= torch.where(weight.any(1), LEAST_STEP, 0.0))
+    if not possible.all():
+        output = int(possible.logical_not().nonzero()[0])
+        raise CheckpointError(
+            f"{name} must be finite and {LEAST_STEP:.3g} or more (0 for weights of zero), but is "
+            f"{scale[output].item():g} for output {output}"
+        )
+
+
+def _require_range(in_range: Tensor, name: str) -> None:
+    scale, zero = in_range.tolist()
+    if not LEAST_STEP <= scale < math.inf:
+        raise CheckpointError(
+            f"{name}: its scale must be finite and {LEAST_STEP:.3g} or more, got {scale:g}"
+        )
+    if not (0 <= zero <= LARGEST_BYTE and zero == int(zero)):
+        raise CheckpointError(
+            f"{name}: its zero must be a whole number from 0 to {LARGEST_BYTE}, got {zero:g}"
+        )
 
 
 def set_quantization(model: nn.Module, known: Mapping[str, Quantization]) -> None:

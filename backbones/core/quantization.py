@@ -21,7 +21,9 @@ from torch import Tensor, nn
 from backbones.core.precision import LayerPrecision, Precision
 from ops.cpu import policy
 from ops.cpu.gemm.int8 import (
+    LARGEST_BYTE,
     LARGEST_INPUT,
+    LEAST_STEP,
     not_faster_in_int8,
     quantize_rows,
     quantize_weight,
@@ -42,7 +44,6 @@ _log = logging.getLogger(__name__)
 _RANDOM_IMAGES = 2
 _SAMPLED = 1 << 14  # values per layer and batch that ranges are chosen for
 _SHARES = (1.0, 0.95, 0.9, 0.8, 0.7, 0.6, 0.5, 0.4, 0.3)  # of the range seen
-_LARGEST_BYTE = 255
 
 
 def check_quantization(
@@ -82,7 +83,8 @@ def quantize(
         max_drop: the largest relative error of the output; None: unlimited.
 
     Raises:
-        ValueError: no batches, or a batch that the model does not take.
+        ValueError: no batches, a batch that the model does not take or with values that are not
+            finite, or batches from which no layer gets a range.
     """
     weight = next(model.parameters())
     layers, classifiers = _linear_layers(model), _classifiers(model)
@@ -196,20 +198,24 @@ def _keep(entries: Iterable[LayerPrecision], known: Container[str]) -> None:
 
 def _batches(images: Iterable[Any] | Tensor, model: Any) -> list[Tensor]:
     weight = next(model.parameters())
+    expected = f"calibrate must give batches of images (B, {model.in_chans}, H, W)"
     found = []
-    for batch in [images] if isinstance(images, Tensor) else images:
+    for number, batch in enumerate([images] if isinstance(images, Tensor) else images):
         batch = batch[0] if isinstance(batch, list | tuple) and batch else batch
-        if not isinstance(batch, Tensor) or batch.ndim != 4 or not batch.is_floating_point():
-            got = tuple(batch.shape) if isinstance(batch, Tensor) else type(batch).__name__
+        if not isinstance(batch, Tensor):
+            raise ValueError(f"{expected}, got {type(batch).__name__}")
+        if batch.is_nested or batch.layout != torch.strided or batch.is_meta:
+            kind = "nested" if batch.is_nested else f"{batch.layout} on {batch.device}"
+            raise ValueError(f"{expected}, got a tensor without plain values ({kind})")
+        fits = batch.ndim == 4 and batch.shape[1] == model.in_chans and batch.numel() > 0
+        if not fits or not batch.is_floating_point():
+            raise ValueError(f"{expected}, got {tuple(batch.shape)} of {batch.dtype}")
+        batch = batch.to(weight.device, weight.dtype)
+        if not batch.isfinite().all():
             raise ValueError(
-                f"calibrate must give batches of images (B, {model.in_chans}, H, W), got {got}"
+                f"calibrate: batch {number} has NaN or values infinite in {batch.dtype}"
             )
-        if batch.shape[1] != model.in_chans or 0 in batch.shape:
-            raise ValueError(
-                f"calibrate must give batches of images (B, {model.in_chans}, H, W), "
-                f"got {tuple(batch.shape)}"
-            )
-        found.append(batch.to(weight.device, weight.dtype))
+        found.append(batch)
     if not found:
         raise ValueError("calibrate must give at least one batch of images, got none")
     return found
@@ -249,7 +255,14 @@ def _calibrate(
         for hook in hooks:
             hook.remove()
     joined = {name: torch.cat(parts) for name, parts in samples.items()}
-    return {name: _range_of(x) for name, x in joined.items() if x.isfinite().all() and x.any()}
+    ranges = {name: _range_of(x) for name, x in joined.items() if x.isfinite().all()}
+    found = {name: (scale, zero) for name, (scale, zero) in ranges.items() if scale >= LEAST_STEP}
+    if layers and not found:
+        raise ValueError(
+            "calibrate gives no layer inputs that are finite and not all zeros; are the images "
+            "normalised, and the weights finite?"
+        )
+    return found
 
 
 def _range_of(x: Tensor) -> tuple[float, float]:
@@ -261,7 +274,7 @@ def _range_of(x: Tensor) -> tuple[float, float]:
 
 
 def _scale_and_zero(low: float, high: float) -> tuple[float, float]:
-    scale = high / _LARGEST_BYTE - low / _LARGEST_BYTE
+    scale = high / LARGEST_BYTE - low / LARGEST_BYTE
     return scale, float(round(-low / scale)) if scale else 0.0
 
 
@@ -269,7 +282,7 @@ def _error(x: Tensor, low: float, high: float) -> float:
     scale, zero = _scale_and_zero(low, high)
     if not scale:
         return x.square().mean().item()
-    rounded = torch.fake_quantize_per_tensor_affine(x, scale, int(zero), 0, _LARGEST_BYTE)
+    rounded = torch.fake_quantize_per_tensor_affine(x, scale, int(zero), 0, LARGEST_BYTE)
     return (rounded - x).square().mean().item()
 
 

@@ -107,8 +107,9 @@ def _check(
     log_gate_back: Tensor | None,
     bonus: Tensor | None,
 ) -> None:
-    for name, t in (("query", query), ("key", key), ("value", value), ("log_gate", log_gate)):
-        require_tensor(name, t)
+    given = {"query": query, "key": key, "value": value, "log_gate": log_gate}
+    for name, tensor in given.items():
+        require_tensor(name, tensor)
     if query.ndim != 4 or value.ndim != 4:
         raise ValueError(
             "query must be (B, L, H, K) and value (B, L, H, V), got "

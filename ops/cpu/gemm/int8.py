@@ -31,7 +31,9 @@ from ops.cpu.gemm.plan import (
 from ops.cpu.tensors import dense
 
 __all__ = [
+    "LARGEST_BYTE",
     "LARGEST_INPUT",
+    "LEAST_STEP",
     "not_faster_in_int8",
     "pack_int8_weight",
     "packed_linear_int8",
@@ -43,8 +45,9 @@ __all__ = [
 ]
 
 LARGEST_INPUT = 1 << 16  # features, whose sums fit into 32 bits
-_LARGEST_BYTE, _LARGEST_WEIGHT = 255, 127
-_LEAST_STEP = torch.finfo(torch.float32).tiny
+LARGEST_BYTE = 255  # of inputs
+LEAST_STEP = torch.finfo(torch.float32).tiny  # a smaller scale counts as 0
+_LARGEST_WEIGHT = 127
 
 
 def _no_products(device: torch.device, dtype: torch.dtype) -> str | None:
@@ -79,7 +82,7 @@ def quantize_weight(weight: Tensor) -> tuple[Tensor, Tensor]:
     wide = weight.detach().float()
     scale = wide.abs().amax(1) / _LARGEST_WEIGHT
     scale = torch.where(wide.isfinite().all(1), scale, torch.nan)
-    step = torch.where(scale >= _LEAST_STEP, scale, torch.inf)
+    step = torch.where(scale >= LEAST_STEP, scale, torch.inf)
     return (wide / step[:, None]).round().nan_to_num().to(torch.int8), scale
 
 
@@ -98,13 +101,13 @@ def quantize_rows(x: Tensor, in_range: Tensor | None = None) -> tuple[Tensor, Te
     wide = x.float()
     if in_range is None:
         low, high = wide.amin(-1, True).clamp(max=0), wide.amax(-1, True).clamp(min=0)
-        scale = high / _LARGEST_BYTE - low / _LARGEST_BYTE
-        scale = torch.where(scale < _LEAST_STEP, 0.0, scale)
+        scale = high / LARGEST_BYTE - low / LARGEST_BYTE
+        scale = torch.where(scale < LEAST_STEP, 0.0, scale)
         zero = torch.where(scale > 0, (-low / scale).round(), 0.0)
     else:
         scale, zero = (t.expand(*wide.shape[:-1], 1) for t in in_range)
     inverse = torch.where(scale > 0, 1 / scale, 0.0)
-    quantized = (wide.double() * inverse + zero).round().clamp(0, _LARGEST_BYTE).float()
+    quantized = (wide.double() * inverse + zero).round().clamp(0, LARGEST_BYTE).float()
     finite = wide.isfinite().all(-1, True)
     return quantized.nan_to_num(), torch.where(finite, scale, torch.nan), zero
 

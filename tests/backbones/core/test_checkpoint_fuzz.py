@@ -15,10 +15,11 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save
 from torch import Tensor
-from zoo import FAMILIES, randomise, small
+from zoo import FAMILIES, images, randomise, small
 
 from backbones import CheckpointError, load_checkpoint
 from backbones.van import VAN
+from ops.cpu.gemm.int8 import not_faster_in_int8
 
 pytestmark = pytest.mark.slow
 
@@ -279,3 +280,81 @@ def test_corrupted_states_of_every_family(family: str) -> None:
             model.load_state_dict(state)
 
     check()
+
+
+# -- in 8 bits -----------------------------------------------------------------------------------
+
+IMAGES = images(2, 3, 64, 64)
+_REASON = not_faster_in_int8(torch.device("cpu"))
+_needs_bytes = pytest.mark.skipif(_REASON is not None, reason=f"{_REASON}")
+
+
+@pytest.fixture(scope="module")
+def in_bytes(small_layers_too: None) -> dict[str, Tensor]:
+    """The state of a model of which layers compute in 8 bits, with their ranges."""
+    model = randomise(small("shvit")).eval().fuse(torch.int8, calibrate=IMAGES)
+    return dict(model.int8_state_dict())
+
+
+def load_in_bytes(source: Any, strict: bool = True) -> bool:
+    """Whether a new model took ``source``; else an error says why in one line.
+
+    Where it did, the numbers of its layers are possible ones, and it runs.
+    """
+    model = small("shvit").eval()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    try:
+        load_checkpoint(model, source, strict)
+    except CheckpointError as error:
+        assert "\n" not in str(error)
+        now = model.state_dict()
+        assert all(torch.equal(now[name], tensor) for name, tensor in before.items())
+        return False
+    for module in model.modules():
+        quantization = getattr(module, "quantization", None)
+        if quantization is not None and quantization.in_range is not None:
+            scale, zero = quantization.in_range
+            assert scale >= torch.finfo(torch.float32).tiny and zero in range(256)
+    with torch.inference_mode():
+        assert model(IMAGES.to(next(model.parameters()).dtype)).shape == (2, 1000)
+    return True
+
+
+@_needs_bytes
+@cases(400)
+@given(data=st.data())
+def test_files_in_8_bits(in_bytes: dict[str, Tensor], tmp_path_factory: Any, data: Any) -> None:
+    content = save(in_bytes)
+    header = 8 + int.from_bytes(content[:8], "little")
+    edit = data.draw(st.one_of(edits(0, header), edits(header, len(content))))
+    path = tmp_path_factory.getbasetemp() / "spoilt-int8.safetensors"
+    path.write_bytes(spoil(content, edit))
+    load_in_bytes(path)
+
+
+@_needs_bytes
+@cases(300)
+@given(data=st.data())
+def test_states_in_8_bits(in_bytes: dict[str, Tensor], data: Any) -> None:
+    load_in_bytes(spoil_state(in_bytes, data.draw(state_edits(in_bytes))), data.draw(st.booleans()))
+
+
+@_needs_bytes
+@cases(300)
+@given(data=st.data())
+def test_numbers_in_8_bits(in_bytes: dict[str, Tensor], data: Any) -> None:
+    """One number of a scale or a range becomes any other: taken where it is possible."""
+    names = sorted(k for k in in_bytes if k.endswith(("weight_scale", "input_range")))
+    name = data.draw(st.sampled_from(names))
+    numbers = in_bytes[name].clone()
+    place = data.draw(st.integers(0, len(numbers) - 1))
+    value = data.draw(
+        st.one_of(st.floats(width=32), st.floats(-0.5, 0.5, width=32), st.integers(-3, 300))
+    )
+    numbers[place] = value
+    possible = torch.finfo(torch.float32).tiny <= numbers[place].item() < float("inf")
+    if name.endswith("input_range") and place == 1:
+        possible = numbers[1].item() in range(256)
+    elif name.endswith("weight_scale") and possible:
+        possible = numbers[place].item() <= torch.finfo(torch.float32).max / 127
+    assert load_in_bytes({**in_bytes, name: numbers}) == possible

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import re
 from pathlib import Path
 from typing import Any
 
@@ -145,8 +146,6 @@ def test_a_cpu_without_products_of_bytes(
             lambda state, layer: state[f"{layer}.weight_scale"].resize_(2),
             r"weight_scale must be \(\d+,\) of float32",
         ),
-        (lambda state, layer: state[f"{layer}.weight_scale"].fill_(-1), "not negative"),
-        (lambda state, layer: state[f"{layer}.input_range"].fill_(torch.inf), "finite"),
         (
             lambda state, layer: state.update({f"{layer}.input_range": torch.ones(3)}),
             r"input_range must be \(2,\) of float32",
@@ -161,6 +160,57 @@ def test_wrong_numbers(state: dict[str, Tensor], shvit: Any, change: Any, messag
     with pytest.raises(backbones.CheckpointError, match=message):
         backbones.load_checkpoint(model, state)
     assert not model.fused
+
+
+_NAN, _INF, _DENORMAL = float("nan"), float("inf"), 2**-149
+
+
+@pytest.mark.parametrize(
+    ("place", "value", "message"),
+    [
+        *(
+            ("weight_scale", x, f"weight_scale must be finite .*, but is {x:g} for output 3")
+            for x in (0.0, _DENORMAL, -1.0, _INF, _NAN)
+        ),
+        *(
+            ("scale", x, f"input_range: its scale must be finite .*, got {x:g}")
+            for x in (0.0, _DENORMAL, -0.5, _INF, _NAN)
+        ),
+        *(
+            ("zero", x, f"input_range: its zero must be a whole number from 0 to 255, got {x:g}")
+            for x in (-1.0, 0.5, 256.0, _INF, _NAN)
+        ),
+    ],
+)
+def test_numbers_that_no_layer_has(
+    state: dict[str, Tensor], shvit: Any, place: str, value: float, message: str
+) -> None:
+    """They would give every image the same answer, or NaN."""
+    layer = shvit.precision.quantized[1]
+    name, index = {
+        "weight_scale": ("weight_scale", 3),
+        "scale": ("input_range", 0),
+        "zero": ("input_range", 1),
+    }[place]
+    state[f"{layer}.{name}"] = state[f"{layer}.{name}"].clone()
+    state[f"{layer}.{name}"][index] = value
+    model = small("shvit").eval()
+    with pytest.raises(backbones.CheckpointError, match=re.escape(layer) + rf"\.{message}"):
+        backbones.load_checkpoint(model, state)
+    assert not model.fused
+
+
+@torch.inference_mode()
+def test_outputs_without_weights() -> None:
+    """Their scale is 0, which isn't wrong for them."""
+    model = randomise(small("shvit")).eval().fuse(channels_last=False)
+    name = "stages.1.downsample.2.expand"
+    model.get_submodule(name).weight[5] = 0
+    state = model.fuse(torch.int8, calibrate=images(*_SIZE)).int8_state_dict()
+    assert state[f"{name}.weight_scale"][5] == 0
+    loaded = _other_weights("shvit")
+    backbones.load_checkpoint(loaded, state)
+    assert torch.equal(loaded(images(*_SIZE).to(_MAPS)), model(images(*_SIZE).to(_MAPS)))
 
 
 def test_models_in_floats_have_none() -> None:

@@ -223,7 +223,14 @@ def test_bad_arguments(arguments, message, shvit: nn.Module) -> None:
         backbones.fuse(copy.deepcopy(shvit), **arguments)
 
 
+def _with_a_pixel(value: float) -> Tensor:
+    x = torch.zeros(2, 3, 8, 8, dtype=torch.float64)
+    x[1, 2, 3, 4] = value
+    return x
+
+
 @_needs_bytes
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested")
 @pytest.mark.parametrize(
     ("batches", "message"),
     [
@@ -232,11 +239,33 @@ def test_bad_arguments(arguments, message, shvit: nn.Module) -> None:
         ([torch.zeros(1, 1, 8, 8)], r"\(B, 3, H, W\), got \(1, 1, 8, 8\)"),
         ([torch.zeros(1, 3, 8, 8, dtype=torch.uint8)], "batches of images"),
         ([{"image": 1}], "got dict"),
+        (torch.zeros(1, 3, 8, 8, device="meta"), r"without plain values \(torch.strided on meta\)"),
+        (
+            [torch.zeros(1, 3, 8, 8).to_sparse()],
+            r"without plain values \(torch.sparse_coo on cpu\)",
+        ),
+        (
+            [torch.nested.nested_tensor([torch.zeros(3, 8, 8)], layout=torch.jagged)],
+            r"without plain values \(nested\)",
+        ),
+        ([torch.zeros(1, 3, 8, 8), _with_a_pixel(float("nan"))], "batch 1 has NaN or values inf"),
+        ([_with_a_pixel(float("-inf"))], "batch 0 has NaN or values infinite in torch.float32"),
+        ([_with_a_pixel(1e300)], "batch 0 has NaN or values infinite in torch.float32"),
     ],
 )
 def test_bad_batches(batches, message, shvit: nn.Module) -> None:
     with pytest.raises(ValueError, match=message):
         copy.deepcopy(shvit).fuse(torch.int8, calibrate=batches)
+
+
+@_needs_bytes
+def test_a_calibration_without_ranges(shvit: nn.Module) -> None:
+    """No layer would be in 8 bits, without a word."""
+    broken = copy.deepcopy(shvit)
+    with torch.no_grad():
+        next(broken.parameters()).fill_(torch.nan)
+    with pytest.raises(ValueError, match="gives no layer inputs that are finite"):
+        broken.fuse(torch.int8, calibrate=images(1, 3, 64, 64))
 
 
 @torch.inference_mode()
