@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from backbones.core.fused import FusedBackbone
+from backbones.core.fused import FusedBackbone, has_hooks, named_briefly
 from backbones.core.int8_state import int8_state
 from backbones.core.precision import Precision
 from backbones.core.quantization import (
@@ -24,6 +25,8 @@ from ops.replay.module import recorded_form
 from ops.rounding import round_filters
 
 __all__ = ["FusableBackbone", "check_fusing"]
+
+_log = logging.getLogger(__name__)
 
 Model = TypeVar("Model", bound="FusableBackbone")
 
@@ -77,8 +80,9 @@ class FusableBackbone(nn.Module):
 
         Changes are detected if weights and buffers are modified by torch functions, get other
         memory (``p.data = …``, ``vector_to_parameters``) or are replaced, and if hooks change;
-        replacing a layer raises an error. Writes that torch cannot see, such as through NumPy or in
-        place through ``.data``, take effect after the next call of ``fuse()``.
+        replacing a layer raises an error, and so does a call that leaves out a hook, because a
+        fused layer does not call the module as a module. Writes that torch cannot see, such as
+        through NumPy or in place through ``.data``, take effect after the next call of ``fuse()``.
 
         Modifies the model in place, puts it in eval mode and returns it; a second call with the
         same ``dtype`` has no effect. Afterwards ``train()`` raises.
@@ -113,6 +117,7 @@ class FusableBackbone(nn.Module):
         check_fusing(dtype, channels_last, calibrate, max_drop)
         with torch.inference_mode(False):
             self.eval()
+            hooked = {name: m for name, m in self.named_modules() if has_hooks(m)}
             conversion.leave_inference_mode(self)
             conversion.restore_plain_forms(self)
             fuse_children(self)
@@ -133,6 +138,7 @@ class FusableBackbone(nn.Module):
                 whole.remember_parts()
                 if quantized is not None:
                     confirm(whole, quantized)
+            _warn_of_lost_hooks(hooked, set(self.modules()))
         return self
 
     def load_state_dict(
@@ -183,3 +189,11 @@ class FusableBackbone(nn.Module):
                 "create the model again, or keep a copy.deepcopy from before fuse()"
             )
         return super().train(mode)
+
+
+def _warn_of_lost_hooks(hooked: Mapping[str, nn.Module], kept: set[nn.Module]) -> None:
+    if lost := [name for name, module in hooked.items() if module not in kept]:
+        _log.warning(
+            "the hooks of %s are gone: fuse() has folded it into its neighbours",
+            named_briefly(lost),
+        )

@@ -1,7 +1,9 @@
-"""Checks of fused models: unsupported images and replaced layers."""
+"""Checks of fused models: unsupported images, replaced layers, and hooks that are not called."""
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
@@ -11,54 +13,110 @@ from ops.inference.forms import plain_form
 from ops.inference.layers import AbsorbedActivation
 from ops.replay.module import Recorded
 
-__all__ = ["FusedBackbone"]
+__all__ = ["FusedBackbone", "has_hooks", "named_briefly"]
 
 
 class FusedBackbone(Recorded):
     """Rejects inputs and modifications that a fused model's layers would silently get wrong."""
 
-    _parts: tuple[list[nn.Module], list[nn.Module | None]] | None = None
+    # Layers that were fused, their children, and all submodules.
+    _parts: tuple[list[nn.Module], list[nn.Module | None], list[nn.Module]] | None = None
 
     def compute(self, x: Tensor) -> Tensor:
-        self._check(x)
-        return super().compute(x)
+        result: Tensor = self._call(super().compute, x)
+        return result
 
     def forward_features(self, x: Tensor) -> Any:
-        self._check(x)
-        return super().forward_features(x)  # type: ignore[misc]
+        return self._call(super().forward_features, x)  # type: ignore[misc]
 
     def forward_intermediates(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        self._check(x)
-        return super().forward_intermediates(x, *args, **kwargs)  # type: ignore[misc]
+        return self._call(super().forward_intermediates, x, *args, **kwargs)  # type: ignore[misc]
 
     def remember_parts(self) -> None:
         """Remember the layers that were fused: those of the stages, and others with a form."""
         stages: Any = self.stages
         within = {m for stage in stages for m in stage.modules()}
-        parents = [m for m in self.modules() if m is not self and (m in within or _is_fused(m))]
-        self._parts = parents, _children_of(parents)
+        inner = [m for m in self.modules() if m is not self]
+        parents = [m for m in inner if m in within or _is_fused(m)]
+        self._parts = parents, _children_of(parents), inner
 
-    def _check(self, x: Any) -> None:
-        """Reject unsupported images and replaced layers.
+    def _call(self, function: Callable[..., Any], x: Any, *args: Any, **kwargs: Any) -> Any:
+        """Check the images and the model, then call ``function``.
 
         Raises:
             TypeError: not a tensor.
             ValueError: an image of another shape, dtype or device than the layers take.
-            RuntimeError: a layer has been replaced.
+            RuntimeError: a layer has been replaced, or has hooks that this call did not call.
         """
         if torch.compiler.is_compiling() or torch.jit.is_tracing() or isinstance(x, torch.fx.Proxy):
-            return  # symbolic values
+            return function(x, *args, **kwargs)  # symbolic values
         with torch._C.DisableTorchFunction():  # hide this from a capture
             _require_images(x, self)
-        if self._parts is not None and _children_of(self._parts[0]) != self._parts[1]:
+            gradients = torch.is_grad_enabled() and x.requires_grad
+            is_meta = x.is_meta
+        if self._parts is None:
+            return function(x, *args, **kwargs)
+        parents, children, inner = self._parts
+        if _children_of(parents) != children:
             raise RuntimeError(
                 f"a layer inside the {type(self).__name__} was replaced after fuse() had combined "
                 "it with its neighbours; call fuse() again"
+            )
+        if is_meta or not any(has_hooks(module, gradients) for module in inner):
+            return function(x, *args, **kwargs)
+        with self._calling_hooks(gradients):
+            return function(x, *args, **kwargs)
+
+    @contextmanager
+    def _calling_hooks(self, gradients: bool) -> Iterator[None]:
+        """Raise a RuntimeError if a fused layer has run without calling the hooks inside it."""
+        modules = dict(self.named_modules())
+        around: dict[str, str] = {}  # the fused layer that each module with hooks is in
+        for name, module in modules.items():
+            if not has_hooks(module, gradients):
+                continue
+            outer = [o for o in _outer_names(name) if plain_form(modules[o]) is not None]
+            if outer:
+                around[name] = outer[0]
+        called: set[str] = set()
+        with ExitStack() as hooks:
+            for name in {*around, *around.values()}:
+
+                def enter(*_: Any, name: str = name) -> None:
+                    called.add(name)
+
+                hooks.callback(modules[name].register_forward_pre_hook(enter).remove)
+            yield
+        silent = [name for name, form in around.items() if form in called and name not in called]
+        if silent:
+            form = around[silent[0]]
+            raise RuntimeError(
+                f"hooks of {named_briefly(silent)} are not called, since the fused {form} does not "
+                f"call it as a module; register them on {form}, or on a model without fuse()"
             )
 
 
 def _children_of(modules: list[nn.Module]) -> list[nn.Module | None]:
     return [child for m in modules for child in m._modules.values()]
+
+
+def named_briefly(names: list[str]) -> str:
+    """The first name, and how many others there are."""
+    others = {0: "", 1: " and another module"}
+    return names[0] + others.get(len(names) - 1, f" and {len(names) - 1} other modules")
+
+
+def _outer_names(name: str) -> list[str]:
+    """The names of the modules that a module is in, from the outermost one."""
+    parts = name.split(".")
+    return [".".join(parts[:i]) for i in range(1, len(parts))]
+
+
+def has_hooks(module: nn.Module, gradients: bool = True) -> bool:
+    """Whether a module has hooks of its forward or, with ``gradients``, its backward pass."""
+    if module._forward_hooks or module._forward_pre_hooks:
+        return True
+    return gradients and bool(module._backward_hooks or module._backward_pre_hooks)
 
 
 def _is_fused(module: nn.Module) -> bool:

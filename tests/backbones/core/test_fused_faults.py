@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import logging
 from collections.abc import Callable
 from typing import Any
 
@@ -219,6 +220,92 @@ def test_a_replaced_layer_is_noticed_or_refused(family: str) -> None:
         for _ in range(CALLS):
             with pytest.raises(RuntimeError, match="was replaced after fuse"):
                 fused(x)
+
+
+def _places(model: nn.Module) -> dict[str, nn.Module]:
+    """A submodule for each place that a kind of module has inside another kind."""
+    modules = dict(model.named_modules())
+    found = {}
+    for name, module in modules.items():
+        parent, _, last = name.rpartition(".")
+        found.setdefault((type(modules[parent]), type(module), last), (name, module))
+    return dict(found.values())
+
+
+def _calls(model: nn.Module, module: nn.Module, x: Tensor) -> bool:
+    seen: list[int] = []
+    with module.register_forward_hook(lambda *_: seen.append(1)):
+        model(x)
+    return bool(seen)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("kind", ["forward", pytest.param("backward", marks=pytest.mark.slow)])
+def test_hooks_are_called_or_refused(kind: str, family: str) -> None:
+    """Wherever they are, after calls were replayed; without them, all is as before."""
+    fused: Any = mould(family).copy()
+    x = images(1, 3, 24, 20) if family in RESTORATION else images(1, 3, 32, 32)
+    x.requires_grad_(kind == "backward")
+    with torch.set_grad_enabled(x.requires_grad):
+        for _ in range(CALLS):
+            before = fused(x)
+        refused = []
+        for name, module in _places(fused).items():
+            seen: list[int] = []
+            if kind == "forward":
+                handles = [
+                    module.register_forward_pre_hook(lambda *_, seen=seen: seen.append(0)),
+                    module.register_forward_hook(lambda *_, seen=seen: seen.append(1)),
+                ]
+            else:
+                handles = [module.register_full_backward_hook(lambda *_, s=seen: s.append(1))]
+            try:
+                out = fused(x)
+                if kind == "backward":
+                    out.sum().backward()
+            except RuntimeError as error:
+                assert f"hooks of {name} are not called" in str(error)
+                refused.append(name)
+            else:
+                assert seen == [0, 1][kind == "backward" :] * (len(seen) // len(handles)), name
+                if not seen:  # no fused layer is around it, and the plain model ignores it, too
+                    plain = pair(family)[0]
+                    assert "." not in name and not _calls(plain, plain.get_submodule(name), x), name
+                torch.testing.assert_close(out, before, rtol=1e-3, atol=1e-3)
+            for handle in handles:
+                handle.remove()
+        assert "stages.0" not in refused and "head" not in refused
+        if kind == "forward":
+            assert refused, "no layer is inside a fused one?"
+        torch.testing.assert_close(fused(x), before, rtol=0, atol=0)
+
+
+def test_hooks_of_layers_that_did_not_run() -> None:
+    """A hook of a later stage does not keep the maps before it from being computed."""
+    fused: Any = mould("shvit").copy()
+    handle = fused.stages[2].blocks[0].ffn.fn.fc1.register_forward_hook(lambda *_: None)
+    with torch.no_grad():
+        fused.forward_intermediates(X, indices=[0], stop_early=True, intermediates_only=True)
+        for call in (fused.forward_intermediates, fused.forward_features, fused):
+            with pytest.raises(RuntimeError, match=r"hooks of stages\.2\..* are not called"):
+                call(X)
+        handle.remove()
+        fused(X)
+
+
+def test_hooks_of_folded_layers(caplog: pytest.LogCaptureFixture) -> None:
+    model = small("shvit").eval()
+    model.stages[0].register_forward_hook(lambda *_: None)
+    with caplog.at_level(logging.WARNING):
+        model.fuse()
+    assert not caplog.records
+    model = small("shvit").eval()
+    model.stem[0].norm.register_forward_hook(lambda *_: None)
+    model.stem[0].act.register_forward_hook(lambda *_: None)
+    with caplog.at_level(logging.WARNING):
+        model.fuse()
+    (record,) = caplog.records
+    assert "the hooks of stem.0.norm and another module are gone" in record.getMessage()
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning", "ignore:.*torch.jit")
