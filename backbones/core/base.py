@@ -267,6 +267,8 @@ class StagedBackbone(FusableBackbone):
     def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
         """Replace the classifier by an untrained one; with 0 classes, pooled features are returned.
 
+        The new one has the model's dtype, device and mode.
+
         Args:
             num_classes: ≥ 0.
             global_pool: new pooling (``"avg"``, ``"max"``, …, ``""`` for none); default: unchanged.
@@ -274,6 +276,8 @@ class StagedBackbone(FusableBackbone):
         num_classes = check("num_classes", num_classes)
         self._check_pooling(num_classes, global_pool)
         self.head.reset(num_classes, global_pool)
+        weight = next(self.parameters())
+        self.head.to(weight.device, weight.dtype).train(self.training)
         self.num_classes = num_classes
 
     def _check_pooling(self, num_classes: int, global_pool: str | None = None) -> None:

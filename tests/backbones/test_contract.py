@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import inspect
 import math
 import pickle
 import re
@@ -244,6 +245,8 @@ def test_intermediates_are_those_of_forward(family: str) -> None:
     torch.testing.assert_close(nhwc[0], maps[-1].permute(0, 2, 3, 1))
     early, _ = model.forward_intermediates(x, indices=[0], stop_early=True)
     torch.testing.assert_close(early, maps[0])
+    whole, _ = model.forward_intermediates(x, indices=[-1], stop_early=True)
+    torch.testing.assert_close(whole, last)  # the last map, normalised
     normed = model.forward_intermediates(x, indices=1, norm=True, intermediates_only=True)
     torch.testing.assert_close(normed[0], last)
     for wrong in ([len(maps)], [-len(maps) - 1], len(maps) + 1, 0, []):
@@ -267,6 +270,7 @@ def test_features_only_as_timm_makes_it(family: str) -> None:
     first = backbones.create_model(name, features_only=True, out_indices=(0,), **arguments)
     assert len(first.model.stages) == 1
     assert first.feature_info.channels() == model.feature_info.channels()[:1]
+    assert first.model.num_features == first.model.head_hidden_size == maps[0].shape[1]
     assert len(first.eval()(x)) == 1
 
 
@@ -316,6 +320,40 @@ def test_classifier_can_be_changed(family: str) -> None:
     assert small(family, num_classes=0).eval()(x).ndim == 2
     with pytest.raises(ValueError, match="-1"):
         model.reset_classifier(-1)
+
+
+@every_classifier
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, "meta", "fused"], ids=str)
+@torch.no_grad()
+def test_new_classifiers_are_like_the_model(family: str, dtype: Any) -> None:
+    """In its dtype, on its device, in its mode, and after fuse()."""
+    model = small(family).eval()
+    model = model.fuse(torch.bfloat16) if dtype == "fused" else model.to(dtype)
+    weight = next(model.parameters())
+    x = _picture(family).to(weight)
+    for num_classes in (5, 0, 3):
+        model.reset_classifier(num_classes)
+        for _ in range(3 if dtype == "fused" else 1):
+            out = model(x)
+        assert out.shape == (1, num_classes or model.head_hidden_size)
+        assert (out.dtype, out.device) == (weight.dtype, weight.device)
+
+
+@every_family
+@torch.no_grad()
+def test_dropout_in_mlps(family: str) -> None:
+    """Where there is an option, it has its effect in training, and in training only."""
+    if "proj_drop_rate" not in inspect.signature(type(small(family))).parameters:
+        with pytest.raises(TypeError, match="proj_drop_rate"):
+            small(family, proj_drop_rate=0.5)
+        return
+    model, x = small(family, proj_drop_rate=0.5, drop_path_rate=0.0), _picture(family)
+    model = randomise(model).train()
+    x = torch.cat([x, x.flip(2)])  # batch norms need more than one value
+    assert not torch.allclose(model(x), model(x), rtol=1e-2)
+    plain = randomise(small(family, drop_path_rate=0.0)).train()
+    torch.testing.assert_close(plain(x), plain(x))
+    assert torch.equal(model.eval()(x), model(x))
 
 
 @every_family

@@ -70,6 +70,16 @@ def test_body(number: int) -> None:
     assert summary_error(model.body_conv(last), case["body"]) <= TOLERANCE
 
 
+@torch.no_grad()
+def test_maps_have_the_size_of_the_image() -> None:
+    """Which is no multiple of the window."""
+    model, x = tiny(), images(1, 3, 25, 23)
+    last, maps = model.forward_intermediates(x)
+    out = model.forward_features(x)
+    assert out.shape == (1, 24, 25, 23) and {m.shape for m in maps} == {out.shape}
+    torch.testing.assert_close(out, last)
+
+
 def published(model: nn.Module) -> dict[str, Tensor]:
     """The original's names for the tensors of a :func:`tiny` model, written out here."""
     tensors: dict[str, Tensor] = {"relative_position_index_SA": relative_position_index(4)}

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 import backbones
+from backbones import van
 from backbones.cli.parity import checkpoint, image, reference, summary_error
 from ops.cpu.feed_forward.depthwise_mlp import PackedDepthwiseMlp
 
@@ -58,3 +59,13 @@ def test_fused_feed_forwards_take_one_pass(monkeypatch) -> None:
     monkeypatch.setattr(PackedDepthwiseMlp, "shares_out", lambda self, x: False)
     torch.testing.assert_close(fused(x), plain(x), rtol=1e-4, atol=1e-5)
     assert len(calls) == sum(len(stage.blocks) for stage in plain.stages)
+
+
+def test_dropout_twice_in_the_mlp() -> None:
+    """Before and after the last convolution, whose input and output otherwise have no zeros."""
+    mlp, seen = van.ConvMlp(16, 64, drop=0.5).train(), []
+    mlp.fc2.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    torch.manual_seed(0)
+    seen.append(mlp(torch.randn(1, 16, 16, 16)))
+    for value in seen:
+        assert 0.45 < (value == 0).float().mean() < 0.55

@@ -73,6 +73,20 @@ def test_a_file_instead_of_a_model(published: Path, capsys: pytest.CaptureFixtur
     assert "into shvit_s1, 1000 classes, strictly" in capsys.readouterr().out
 
 
+def test_tables_that_follow_from_the_sizes_are_no_difference() -> None:
+    """RAVLT's files have its angles, whether or not a file of the same weights has them, too."""
+    figures = parity.reference("ravlt", "ravlt_t")
+    tensors = {
+        name: torch.empty(n, dtype=getattr(torch, t)) for name, n, t in figures["state_dict"]
+    }
+    angles = [name for name in tensors if name.endswith("RoPE.angle")]
+    assert angles
+    for left_out in ([], angles):
+        kept = {name: tensor for name, tensor in tensors.items() if name not in left_out}
+        (match,) = identify.closest(kept)
+        assert (match.variant, match.differences) == ("ravlt_t", 0)
+
+
 def test_non_finite_weights(
     published: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

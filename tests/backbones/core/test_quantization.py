@@ -193,7 +193,18 @@ def test_ranges_leave_out_rare_values() -> None:
     x[0] = 40.0
     scale, zero = quantization._range_of(x)
     assert scale * 255 < 0.6 * (x.max() - x.min()) and zero == round(zero)
+    # The same at the other end, where the zero is.
+    mirrored, other = quantization._range_of(-x)
+    assert mirrored == pytest.approx(scale, rel=0.1) and other == pytest.approx(255 - zero, rel=0.1)
     assert quantization._range_of(torch.zeros(5)) == (0.0, 0.0)
+
+
+def test_samples_include_the_extremes() -> None:
+    """Of inputs so many that only every fourth is looked at; here, the others are zeros."""
+    layer, x = nn.Linear(64, 2), torch.zeros(1024, 64)
+    x[0, 1], x[0, 2] = 5.0, -3.0
+    (found,) = quantization._calibrate(layer, [("", layer)], [x]).values()
+    assert found == (pytest.approx(8 / 255), pytest.approx(3 / 8 * 255, abs=0.5))
 
 
 @_needs_bytes

@@ -76,6 +76,8 @@ def test_tags_and_overlays() -> None:
         assert (backbone.num_classes, backbone.default_cfg["tag"]) == (0, "in22k")
         assert backbones.create_model("van_b4").default_cfg["tag"] == "in22k_ft_in1k"
         assert backbones.create_model("van_b5").num_classes == 1000
+        both = backbones.create_model("van_b4.in22k", pretrained_cfg="in22k_ft_in1k")
+        assert (both.num_classes, both.default_cfg["tag"]) == (1000, "in22k_ft_in1k")
         overlay = {"crop_pct": 1.0, "num_classes": 3}
         model = backbones.create_model("van_b0", pretrained_cfg_overlay=overlay)
         assert (model.pretrained_cfg["crop_pct"], model.num_classes) == (1.0, 3)

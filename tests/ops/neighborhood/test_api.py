@@ -71,6 +71,7 @@ BAD_TENSORS = {
     "batch of value": ({"value": _shape(2, 6, 6, 2, 4)}, r"agree in batch and map"),
     "dim of key": ({"key": _shape(1, 6, 6, 2, 3)}, "same dim, got 4 and 3"),
     "heads of key and value": ({"key": _shape(1, 6, 6, 1, 4)}, "same heads, got 1 and 2"),
+    "fewer heads of value": ({"value": _shape(1, 6, 6, 1, 4)}, "same heads, got 2 and 1"),
     "heads that do not divide": ({"query": _shape(1, 6, 6, 3, 4)}, "divide .* got 2 and 3"),
     "keys alone": ({"additional_keys": _shape(1, 5, 2, 4)}, "both or neither"),
     "rank of additional keys": (

@@ -176,6 +176,15 @@ def test_dilation_shrinks_before_the_window() -> None:
     torch.testing.assert_close(layer(x), layer.proj(out.flatten(3)))
 
 
+def test_stride_shrinks_with_the_window() -> None:
+    torch.manual_seed(0)
+    layer = NeighborhoodAttention2D(8, 2, 5, stride=(3, 2), small_maps="shrink").double()
+    x = torch.randn(1, 2, 9, 8, dtype=torch.float64)
+    query, key, value = layer.qkv(x).view(1, 2, 9, 3, 2, 4).unbind(3)
+    out = na2d(query, key, value, (2, 5), stride=2)
+    torch.testing.assert_close(layer(x), layer.proj(out.flatten(3)))
+
+
 @pytest.mark.parametrize("number", range(len(PAD_CASES)))
 @torch.no_grad()
 def test_pads_as_published(number: int) -> None:

@@ -119,6 +119,26 @@ def test_small_calls_need_no_torch() -> None:
         _replay(function, x)
 
 
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x, y: x.add(y, alpha=2),
+        lambda x, y: x.clone().add_(y, alpha=-0.5),
+        lambda x, y: x.sub(y, alpha=3),
+        lambda x, y: x.clone(memory_format=torch.channels_last),
+    ],
+)
+def test_keywords_of_calls_have_their_effect(
+    function: Callable[[Tensor, Tensor], Tensor],
+) -> None:
+    other = torch.randn(2, 3, 4, 8)
+    with using_threads(1):
+        replay = _replay(lambda x: function(x, other), torch.zeros(2, 3, 4, 8))
+        x = torch.randn(2, 3, 4, 8)
+        expected, out = function(x, other), replay(x)
+        assert torch.equal(out, expected) and out.stride() == expected.stride()
+
+
 def test_special_numbers_in_bfloat16() -> None:
     special = torch.tensor([float("nan"), float("inf"), -float("inf"), 3e38, 1e-40, -0.0])
     x = special.bfloat16().repeat(6, 8)
