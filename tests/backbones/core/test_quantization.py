@@ -208,6 +208,16 @@ def test_samples_include_the_extremes() -> None:
 
 
 @_needs_bytes
+@torch.inference_mode()
+def test_a_new_classifier(shvit: nn.Module) -> None:
+    fused = copy.deepcopy(shvit).fuse(torch.int8)
+    fused.reset_classifier(3)
+    for _ in range(3):
+        out = fused(_images(2, 3, 64, 64))
+        assert out.shape == (2, 3) and out.dtype == _MAPS
+
+
+@_needs_bytes
 def test_layers_that_cannot_be_quantised_are_named(shvit: nn.Module) -> None:
     broken = copy.deepcopy(shvit)
     with torch.no_grad():
