@@ -114,7 +114,8 @@ class LocalBranch(nn.Module):
     def forward(self, query: Tensor, x: Tensor) -> Tensor:
         tokens = cross_window_fusion(x, self.num_heads, self.window_size, self.dilation)
         key, value = self.kv(self.fc(tokens)).chunk(2, dim=-1)  # (B, heads, k², head_dim)
-        taps = value.transpose(2, 3).reshape(x.shape[0], -1, self.window_size, self.window_size)
+        window = self.window_size, self.window_size
+        taps = value.transpose(2, 3).reshape(x.shape[0], x.shape[3], *window)
         value = self.local_conv(taps).reshape(value.transpose(2, 3).shape).transpose(2, 3)
         out = softmax_attention(query, key, value)
         return out.transpose(1, 2).flatten(2)

@@ -97,7 +97,7 @@ class FastFactorizedAttention(FactorizedAttention):
         fast = (
             runs_fast(x, self.q.weight) and grouped_attention.unsupported(x.device, x.dtype) is None
         )
-        if not fast or min(x.shape[1:3]) < self.global_branch.sr_ratio:
+        if not fast or min(x.shape[1:3]) < self.global_branch.sr_ratio or x.shape[0] == 0:
             out = super().forward(x)
             return out if residual is None else out + residual
         splits = (self.global_dim, self.local_dim)

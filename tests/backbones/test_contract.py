@@ -322,6 +322,24 @@ def test_classifier_can_be_changed(family: str) -> None:
         model.reset_classifier(-1)
 
 
+@every_family
+@torch.no_grad()
+def test_strides_and_batches(family: str) -> None:
+    """An image's result depends neither on its strides nor on the others in the batch."""
+    model, x = randomise(small(family)).eval(), images(2, 3, 33, 41)
+    expected = model(x)
+    for same in (
+        x.contiguous(memory_format=torch.channels_last),
+        x.mT.contiguous().mT,
+        torch.stack((x, x), -1)[..., 0],
+        torch.cat((x, x), 3)[..., :41],
+    ):
+        torch.testing.assert_close(model(same), expected, rtol=1e-4, atol=1e-4)
+    for i in range(2):
+        torch.testing.assert_close(model(x[i : i + 1])[0], expected[i], rtol=1e-4, atol=1e-4)
+    assert model(x[:0]).shape == (0, *expected.shape[1:])
+
+
 @every_classifier
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16, "meta", "fused"], ids=str)
 @torch.no_grad()
