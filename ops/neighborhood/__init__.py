@@ -13,6 +13,20 @@ from ops.neighborhood.modules import (
     NeighborhoodAttention2D,
     NeighborhoodAttention3D,
 )
+from ops.neighborhood.split import (
+    na1d_av,
+    na1d_qk,
+    na2d_av,
+    na2d_qk,
+    na3d_av,
+    na3d_qk,
+    natten1dav,
+    natten1dqk,
+    natten1dqkrpb,
+    natten2dav,
+    natten2dqk,
+    natten2dqkrpb,
+)
 
 __all__ = [
     "BACKENDS",
@@ -21,6 +35,18 @@ __all__ = [
     "NeighborhoodAttention2D",
     "NeighborhoodAttention3D",
     "na1d",
+    "na1d_av",
+    "na1d_qk",
     "na2d",
+    "na2d_av",
+    "na2d_qk",
     "na3d",
+    "na3d_av",
+    "na3d_qk",
+    "natten1dav",
+    "natten1dqk",
+    "natten1dqkrpb",
+    "natten2dav",
+    "natten2dqk",
+    "natten2dqkrpb",
 ]

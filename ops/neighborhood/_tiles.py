@@ -31,6 +31,9 @@ class Tiles:
         keys: (tiles, U) tokens of the map, the union of the queries' windows.
         visible: (T, U) bool, whether a query attends to a key.
         offsets: (T, U) indices into the flattened relative position bias; arbitrary if not visible.
+        columns: (T, K) indices into the tile's keys of those in a query's window, in order;
+            arbitrary if not seen.
+        seen: (T, K) bool, whether that key exists; false only in causal windows that are not full.
         all_visible: whether every query attends to every key of its tile, so no mask is needed.
     """
 
@@ -38,6 +41,8 @@ class Tiles:
     keys: Tensor
     visible: Tensor
     offsets: Tensor
+    columns: Tensor
+    seen: Tensor
     all_visible: bool = False
 
     def split(self, tiles: int) -> Iterator[Tiles]:
@@ -72,12 +77,15 @@ def _cross(
     """The map's tiles with the given layout along each axis."""
     first, *others = along_axes
     queries, keys, visible, offsets = first.queries, first.keys, first.visible, first.offsets
+    columns, seen = first.columns, first.seen
     for tiles, n, k in zip(others, size[1:], kernel_size[1:], strict=True):
         queries = cross_index(queries, tiles.queries, n)
         keys = cross_index(keys, tiles.keys, n)
+        columns = cross_index(columns, tiles.columns, tiles.keys.shape[1])
+        seen = cross_mask(seen, tiles.seen)
         visible = cross_mask(visible, tiles.visible)
         offsets = cross_index(offsets, tiles.offsets, 2 * k - 1)
-    return Tiles(queries, keys, visible, offsets, all_visible=bool(visible.all()))
+    return Tiles(queries, keys, visible, offsets, columns, seen, all_visible=bool(visible.all()))
 
 
 def _tiles_of_axis(
@@ -126,11 +134,15 @@ def _axis_tiles(
     start, length = torch.tensor(layout, device=device).T.unsqueeze(-1)
     query = torch.arange(len(layout), device=device)
     key = torch.arange(sum(layout[-1]), device=device)
+    step = torch.arange(kernel_size, device=device)
+    seen = step < length
     return Tiles(
         first_query + query * dilation,
         first_key + key * dilation,
         (key >= start) & (key < start + length),
         (shift + key - query[:, None] + kernel_size - 1).clamp(0, 2 * kernel_size - 2),
+        torch.where(seen, start + step, 0),
+        seen,
     )
 
 

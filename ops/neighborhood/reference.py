@@ -21,7 +21,7 @@ from ops.neighborhood._geometry import (
     group_of,
 )
 
-__all__ = ["attend", "supports"]
+__all__ = ["attend", "mix", "scores", "supports", "windows"]
 
 
 def supports(*call: Any) -> str | None:
@@ -42,7 +42,7 @@ def attend(
     size, dtype = query.shape[1:-2], query.dtype
     precise = torch.promote_types(dtype, torch.float32)
     repeats = query.shape[-2] // key.shape[-2]
-    keys, offsets, visible = _windows(size, params, query.device)
+    keys, offsets, visible = windows(size, params, query.device)
 
     def tokens(tensor: Tensor, repeats: int) -> Tensor:  # (B, N, H, D)
         return tensor.to(precise).flatten(1, -3).repeat_interleave(repeats, dim=-2)
@@ -65,7 +65,27 @@ def attend(
     return out.to(dtype).unflatten(1, size), lse.unflatten(1, size)
 
 
-def _windows(
+def scores(query: Tensor, key: Tensor, rpb: Tensor | None, params: NAParams) -> Tensor:
+    """The scores of :mod:`ops.neighborhood.split`, −inf where a causal window has no key."""
+    size, precise = query.shape[2:-1], torch.promote_types(query.dtype, torch.float32)
+    keys, offsets, visible = windows(size, params, query.device)
+    query, key = query.to(precise).flatten(2, -2), key.to(precise).flatten(2, -2)
+    out = torch.einsum("bhnd,bhnkd->bhnk", query, key[:, :, keys])
+    if rpb is not None:
+        out = out + rpb.flatten(1)[:, offsets]
+    return out.masked_fill(~visible, -math.inf).unflatten(2, size)
+
+
+def mix(weights: Tensor, value: Tensor, params: NAParams) -> Tensor:
+    """The sums of values of :mod:`ops.neighborhood.split`."""
+    size, precise = value.shape[2:-1], torch.promote_types(value.dtype, torch.float32)
+    keys, _, visible = windows(size, params, value.device)
+    weights = weights.to(precise).flatten(2, -2).masked_fill(~visible, 0)
+    gathered = value.to(precise).flatten(2, -2)[:, :, keys]
+    return torch.einsum("bhnk,bhnkd->bhnd", weights, gathered).unflatten(2, size)
+
+
+def windows(
     size: Sequence[int], params: NAParams, device: torch.device
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Indices for every query (N) and key of its window (K), flattened over the axes; each (N, K).
