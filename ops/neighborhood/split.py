@@ -22,14 +22,16 @@ over the queries that see a key).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ops.arguments import require_tensor
-from ops.neighborhood import reference, split_tiled
+from ops.cpu.dispatch import is_plain_call, needs_grad
+from ops.neighborhood import reference, split_cpu, split_tiled
 from ops.neighborhood._checks import check_rpb, resolve_params
 from ops.neighborhood._geometry import NAParams
 from ops.neighborhood.split_tiled import Window
@@ -252,8 +254,8 @@ def _av(
     expected = (*value.shape[:-1], keys + extra)
     if attn.shape != expected:
         raise ValueError(
-            f"attn must be {tuple(expected)}, with a weight for each of {keys} keys of a window and "
-            f"{extra} additional ones, got {tuple(attn.shape)}"
+            f"attn must be {tuple(expected)}, weights for the {keys} keys of a window and {extra} "
+            f"additional ones, got {tuple(attn.shape)}"
         )
     if attn.device != value.device:
         raise ValueError(f"attn must be on {value.device} like value, got {attn.device}")
@@ -268,55 +270,21 @@ def _av(
     return out + (attn[..., keys:].flatten(2, -2) @ additional_values).unflatten(2, size)
 
 
-_WINDOW = "int[] kernel_size, int[] dilation, bool[] is_causal"
+def _run_scores(
+    query: Tensor, key: Tensor, rpb: Tensor | None, fill: float, *window: Any
+) -> Tensor:
+    out: Tensor = _backend(query).scores(query, key, rpb, fill, window)
+    return out
 
 
-@torch.library.custom_op(
-    "vision_backbones::na_scores",
-    mutates_args=(),
-    schema=f"(Tensor query, Tensor key, Tensor? rpb, float fill, {_WINDOW}) -> Tensor",
-)
-def _scores(query: Tensor, key: Tensor, rpb: Tensor | None, fill: float, *window: Any) -> Tensor:
-    return split_tiled.scores(query, key, rpb, fill, window)
+def _run_mix(weights: Tensor, value: Tensor, *window: Any) -> Tensor:
+    out: Tensor = _backend(value).mix(weights, value, window)
+    return out
 
 
-@_scores.register_fake
-def _(query: Tensor, key: Tensor, rpb: Tensor | None, fill: float, *window: Any) -> Tensor:
-    return query.new_empty(*query.shape[:-1], math.prod(window[0]))
-
-
-@torch.library.custom_op(
-    "vision_backbones::na_mix",
-    mutates_args=(),
-    schema=f"(Tensor weights, Tensor value, {_WINDOW}) -> Tensor",
-)
-def _mix(weights: Tensor, value: Tensor, *window: Any) -> Tensor:
-    return split_tiled.mix(weights, value, window)
-
-
-@_mix.register_fake
-def _(weights: Tensor, value: Tensor, *window: Any) -> Tensor:
-    return value.new_empty(value.shape)
-
-
-@torch.library.custom_op(
-    "vision_backbones::na_scatter",
-    mutates_args=(),
-    schema=f"(Tensor weights, Tensor query, {_WINDOW}) -> Tensor",
-)
-def _scatter(weights: Tensor, query: Tensor, *window: Any) -> Tensor:
-    return split_tiled.scatter(weights, query, window)
-
-
-@_scatter.register_fake
-def _(weights: Tensor, query: Tensor, *window: Any) -> Tensor:
-    return query.new_empty(query.shape)
-
-
-def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:2])
-    ctx.window = inputs[-3:]
-    ctx.rpb = inputs[2] if len(inputs) == 7 and inputs[2] is not None else None
+def _run_scatter(weights: Tensor, query: Tensor, *window: Any) -> Tensor:
+    out: Tensor = _backend(query).scatter(weights, query, window)
+    return out
 
 
 def _backward_of_scores(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
@@ -350,9 +318,67 @@ def _backward_of_scatter(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     )
 
 
-_scores.register_autograd(_backward_of_scores, setup_context=_setup_context)
-_mix.register_autograd(_backward_of_mix, setup_context=_setup_context)
-_scatter.register_autograd(_backward_of_scatter, setup_context=_setup_context)
+def _setup_context(ctx: Any, inputs: tuple, output: Tensor) -> None:
+    ctx.save_for_backward(*inputs[:2])
+    ctx.window = inputs[-3:]
+    ctx.rpb = inputs[2] if isinstance(inputs[2], Tensor) else None
+
+
+class _Operator:
+    """A function of two tensors as an operator with gradients.
+
+    Plain calls bypass torch's dispatcher: its round trip takes longer than computing a small map.
+    """
+
+    def __init__(self, name: str, tensors: str, run: Callable, like: Callable, backward: Callable):
+        window = "int[] kernel_size, int[] dilation, bool[] is_causal"
+        self._run = run
+        self._dispatched = torch.library.custom_op(
+            f"vision_backbones::{name}",
+            run,
+            mutates_args=(),
+            schema=f"({tensors}, {window}) -> Tensor",
+        )
+        self._dispatched.register_fake(like)
+        self._dispatched.register_autograd(backward, setup_context=_setup_context)
+        methods = {"forward": run, "setup_context": _setup_context, "backward": backward}
+        members = {key: staticmethod(method) for key, method in methods.items()}
+        self._differentiable: Any = type(name, (torch.autograd.Function,), members)
+
+    def __call__(self, *args: Any) -> Tensor:
+        tensors = [arg for arg in args[:3] if isinstance(arg, Tensor)]
+        if not is_plain_call(tensors):
+            out: Tensor = self._dispatched(*args)
+        elif needs_grad(tensors):
+            out = self._differentiable.apply(*args)
+        else:
+            out = self._run(*args)
+        return out
+
+
+_scores = _Operator(
+    "na_scores",
+    "Tensor query, Tensor key, Tensor? rpb, float fill",
+    _run_scores,
+    lambda query, key, rpb, fill, *window: query.new_empty(
+        (*query.shape[:-1], math.prod(window[0]))
+    ),
+    _backward_of_scores,
+)
+_mix = _Operator(
+    "na_mix",
+    "Tensor weights, Tensor value",
+    _run_mix,
+    lambda weights, value, *window: value.new_empty(value.shape),
+    _backward_of_mix,
+)
+_scatter = _Operator(
+    "na_scatter",
+    "Tensor weights, Tensor query",
+    _run_scatter,
+    lambda weights, query, *window: query.new_empty(query.shape),
+    _backward_of_scatter,
+)
 
 
 def _bias_gradient(grad: Tensor, rpb: Tensor, window: Window) -> Tensor:
@@ -365,6 +391,11 @@ def _bias_gradient(grad: Tensor, rpb: Tensor, window: Window) -> Tensor:
     index = offsets.flatten().expand(len(summed), -1)
     flat = torch.zeros_like(rpb).flatten(1).scatter_add(1, index, summed)
     return flat.reshape(rpb.shape)
+
+
+def _backend(tensor: Tensor) -> ModuleType:
+    """The module with the operators for queries or values like ``tensor``."""
+    return split_cpu if split_cpu.supports(tensor) is None else split_tiled
 
 
 def _of_operators(params: NAParams) -> Window:

@@ -6,6 +6,7 @@ are multiplied directly, and weights are rounded to bfloat16 before they multipl
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,7 +17,14 @@ from ops.cpu.binding import kernel
 from ops.cpu.call import Call
 from ops.cpu.tensors import dense, dense_channels
 
-__all__ = ["na_cpu_backward", "na_cpu_forward", "na_cpu_output"]
+__all__ = [
+    "na_cpu_backward",
+    "na_cpu_forward",
+    "na_cpu_mix",
+    "na_cpu_output",
+    "na_cpu_scatter",
+    "na_cpu_scores",
+]
 
 _AXES = ("z", "y", "x")
 
@@ -116,6 +124,67 @@ def na_cpu_backward(
     return Call(tuple(grads), tuple if empty else arguments)
 
 
+@kernel("neighborhood", "na_scores", large_results=True)
+def na_cpu_scores(
+    query: Tensor,
+    key: Tensor,
+    rpb: Tensor | None,
+    fill: float,
+    kernel_size: Sequence[int],
+    dilation: Sequence[int],
+    is_causal: Sequence[bool],
+) -> Call:
+    """The scores of :mod:`ops.neighborhood.split`; ``fill`` where a causal window has no key."""
+    out = query.new_empty((*query.shape[:-1], math.prod(kernel_size)))
+    window = (kernel_size, dilation, is_causal)
+    return Call(out, lambda: {**_split(query, key, out, window), "rpb": _table(rpb), "fill": fill})
+
+
+@kernel("neighborhood", "na_mix", large_results=True)
+def na_cpu_mix(
+    weights: Tensor,
+    value: Tensor,
+    kernel_size: Sequence[int],
+    dilation: Sequence[int],
+    is_causal: Sequence[bool],
+) -> Call:
+    """Each query's sum of the values in its window, times ``weights``."""
+    out = value.new_empty(value.shape)
+    return Call(out, lambda: _split(out, value, weights, (kernel_size, dilation, is_causal)))
+
+
+@kernel("neighborhood", "na_scatter", large_results=True)
+def na_cpu_scatter(
+    weights: Tensor,
+    query: Tensor,
+    kernel_size: Sequence[int],
+    dilation: Sequence[int],
+    is_causal: Sequence[bool],
+) -> Call:
+    """Each key's sum of the queries that see it, times ``weights``."""
+    out = query.new_empty(query.shape)
+    return Call(out, lambda: _split(query, out, weights, (kernel_size, dilation, is_causal)))
+
+
+def _split(
+    query: Tensor, key: Tensor, weights: Tensor, window: Sequence[Sequence[int]]
+) -> dict[str, Any]:
+    """Tensors are (B, H, *S, C)."""
+    batch, heads, *size, dim = query.shape
+    return {
+        **{"batch": batch, "heads": heads, "kv_heads": heads},
+        **{"dim": dim, "value_dim": 0, "additional": 0, "scale": 1.0},
+        **_axes(size, (window[0], (1,) * len(size), *window[1:])),
+        **{"threads": torch.get_num_threads(), "bfloat16": query.dtype == torch.bfloat16},
+        **{"query": _heads_first(query), "key": _heads_first(key)},
+        "weights": _heads_first(weights),
+    }
+
+
+def _heads_first(t: Tensor) -> dict[str, Any] | None:
+    return _with_channels(t.movedim(1, -2))
+
+
 def _empty_out(query: Tensor, value: Tensor) -> Tensor:
     return query.new_empty((*query.shape[:-1], value.shape[-1]))
 
@@ -133,21 +202,32 @@ def _inputs(inputs: Sequence[Any], window: Sequence[Sequence[int]]) -> dict[str,
     """``window`` holds kernel sizes, strides, dilations, and whether axes are causal."""
     query, key, value, more_keys, more_values, rpb = inputs
     batch, *size, heads, dim = query.shape
-    missing = 3 - len(size)
-    axes = dict(zip(("size", "kernel", "stride", "dilation"), (size, *window[:3]), strict=True))
     return {
         **{"batch": batch, "heads": heads, "kv_heads": key.shape[-2]},
         **{"dim": dim, "value_dim": value.shape[-1]},
         "additional": 0 if more_keys is None else more_keys.shape[1],
-        **{name: (*missing * (1,), *values) for name, values in axes.items()},
-        "causal": (*missing * (0,), *window[3]),
+        **_axes(size, window),
         **{"threads": torch.get_num_threads(), "bfloat16": query.dtype == torch.bfloat16},
         **{"query": _with_channels(query), "key": _with_channels(key)},
         "value": _with_channels(value),
         "additional_key": _with_channels(more_keys),
         "additional_value": _with_channels(more_values),
-        "rpb": None if rpb is None else rpb.float().contiguous(),
+        "rpb": _table(rpb),
     }
+
+
+def _axes(size: Sequence[int], window: Sequence[Sequence[int]]) -> dict[str, Any]:
+    """The fields of three axes; missing axes are the first ones."""
+    missing = 3 - len(size)
+    axes = dict(zip(("size", "kernel", "stride", "dilation"), (size, *window[:3]), strict=True))
+    return {
+        **{name: (*missing * (1,), *values) for name, values in axes.items()},
+        "causal": (*missing * (0,), *window[3]),
+    }
+
+
+def _table(rpb: Tensor | None) -> Tensor | None:
+    return None if rpb is None else rpb.float().contiguous()
 
 
 def _with_channels(t: Tensor | None) -> dict[str, Any] | None:

@@ -229,16 +229,7 @@ static void backward(const Problem& p, const BackwardTensors& t) {
   const bool large = static_cast<int64_t>(sizeof(T)) * p.batch * p.size[0] * p.size[1] * p.size[2] *
                          (p.heads * p.dim + p.kv_heads * (p.dim + p.value_dim)) >
                      STREAMED_BYTES;
-  const int per_head = layout.items_per_head, block = layout.head_block;
-  const int64_t blocks = p.batch * layout.head_blocks, threads = layout.threads(p);
-  // Blocks of heads are processed in waves just large enough to keep the threads busy, so that few
-  // shares are stored.
-  const int64_t wave = std::min(blocks, threads > 1 ? (4 * threads + per_head - 1) / per_head : 1);
-  // shares[(block of the wave * heads + head) * items per head + item]
-  static thread_local std::vector<KeyGradients> kept;
-  const size_t kept_count = static_cast<size_t>(wave) * block * per_head;
-  if (kept.size() < kept_count) kept = std::vector<KeyGradients>(kept_count);
-  KeyGradients* shares = kept.data();
+  const int per_head = layout.items_per_head;
   const size_t bias_size = t.grad_rpb ? groups * bias.per_head() : 0;
   std::fill(t.grad_rpb, t.grad_rpb + p.kv_heads * bias_size, 0.f);
 
@@ -248,7 +239,7 @@ static void backward(const Problem& p, const BackwardTensors& t) {
     scratch.keys.set(t.key, dim, true, true);
     scratch.values.set(t.value, value_dim, false, true);
     BackwardKeys<T> ring(layout, item.segment, item.batch, item.first_head, item.heads,
-                         scratch.keys, scratch.values);
+                         {&scratch.keys, &scratch.values});
     scratch.pack_additional(p, item, t.additional_key, t.additional_value);
     const auto share = [&](int h) -> KeyGradients& {
       return block_shares[h * per_head + item.index];
@@ -301,27 +292,13 @@ static void backward(const Problem& p, const BackwardTensors& t) {
                                  1.f, [&](int u) { return g[u].additional_values.data(); });
   };
 
-  for (int64_t first = 0; first < blocks; first += wave) {
-    const int64_t count = std::min(wave, blocks - first);
-    parallel::for_each_in_turn(count * per_head, threads, [&](int64_t i) {
-      run_unit(first * per_head + i, shares + i / per_head * block * per_head);
-    });
-    parallel::for_each_in_turn(count * block, threads, [&](int64_t i) {
-      const int64_t head = (first + i / block) % layout.head_blocks * block + i % block;
-      if (head >= p.kv_heads) return;
-      store_head(static_cast<int>((first + i / block) / layout.head_blocks), static_cast<int>(head),
-                 shares + i * per_head);
-    });
-    for (int64_t i = 0; bias_size && i < count * block; i++) {
-      const int64_t head = (first + i / block) % layout.head_blocks * block + i % block;
-      if (head >= p.kv_heads) continue;
-      float* out = t.grad_rpb + head * bias_size;
-      for (int u = 0; u < per_head; u++) {
-        const float* share = shares[i * per_head + u].bias.data();
-        for (size_t k = 0; k < bias_size; k++) out[k] += share[k];
-      }
+  const auto sum_bias = [&](int h, const KeyGradients* g) {
+    float* out = t.grad_rpb + h * bias_size;
+    for (int u = 0; bias_size && u < per_head; u++) {
+      for (size_t k = 0; k < bias_size; k++) out[k] += g[u].bias.data()[k];
     }
-  }
+  };
+  accumulate(p, layout, run_unit, store_head, sum_bias);
 }
 
 }  // namespace na

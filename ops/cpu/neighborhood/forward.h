@@ -225,8 +225,8 @@ static void forward(const Problem& p, const ForwardTensors& t) {
     const WorkItem item(p, layout, index);
     scratch.keys.set(t.key, p.dim, false, true);
     scratch.values.set(t.value, p.value_dim, true, false);
-    ForwardKeys<T> ring(layout, item.segment, item.batch, item.first_head, item.heads, scratch.keys,
-                        scratch.values);
+    ForwardKeys<T> ring(layout, item.segment, item.batch, item.first_head, item.heads,
+                        {&scratch.keys, &scratch.values});
     scratch.pack_additional(p, item, t.additional_key, t.additional_value);
     const auto next = [&](const TilePlace& place, Prefetch& prefetch) {
       add_rows<T>(prefetch, place, t.query, p.dim);

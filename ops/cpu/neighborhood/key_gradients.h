@@ -22,6 +22,41 @@ struct KeyGradients {
   Buffer bias;  // [head of the group][rpb]
 };
 
+// Calls run_item(index, shares of its block of heads) for all items, and for each head, when all of
+// its items are done, store_head(batch, head, shares) and, in order, add_head(head, shares).
+// shares[head of the block * items per head + item]
+template <class RunItem, class StoreHead, class AddHead>
+static void accumulate(const Problem& p, const Layout& layout, const RunItem& run_item,
+                       const StoreHead& store_head, const AddHead& add_head) {
+  const int per_head = layout.items_per_head, block = layout.head_block;
+  const int64_t blocks = p.batch * layout.head_blocks, threads = layout.threads(p);
+  // Blocks of heads are processed in waves just large enough to keep the threads busy, so that few
+  // shares are stored.
+  const int64_t wave = std::min(blocks, threads > 1 ? (4 * threads + per_head - 1) / per_head : 1);
+  static thread_local std::vector<KeyGradients> kept;
+  const size_t kept_count = static_cast<size_t>(wave) * block * per_head;
+  if (kept.size() < kept_count) kept = std::vector<KeyGradients>(kept_count);
+  KeyGradients* shares = kept.data();
+  for (int64_t first = 0; first < blocks; first += wave) {
+    const int64_t count = std::min(wave, blocks - first);
+    parallel::for_each_in_turn(count * per_head, threads, [&](int64_t i) {
+      run_item(first * per_head + i, shares + i / per_head * block * per_head);
+    });
+    // The heads of the wave; the last block may have fewer.
+    const auto head_of = [&](int64_t i) {
+      return static_cast<int>((first + i / block) % layout.head_blocks * block + i % block);
+    };
+    parallel::for_each_in_turn(count * block, threads, [&](int64_t i) {
+      if (head_of(i) >= p.kv_heads) return;
+      store_head(static_cast<int>((first + i / block) / layout.head_blocks), head_of(i),
+                 shares + i * per_head);
+    });
+    for (int64_t i = 0; i < count * block; i++) {
+      if (head_of(i) < p.kv_heads) add_head(head_of(i), shares + i * per_head);
+    }
+  }
+}
+
 template <class T>
 class GradientRing {
  public:

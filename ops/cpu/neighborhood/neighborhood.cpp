@@ -2,10 +2,12 @@
 #include "common/interface.h"
 #include "neighborhood/backward.h"
 #include "neighborhood/forward.h"
+#include "neighborhood/split.h"
 
 VB_EXPORT_BYTES(na, Problem)
 VB_EXPORT_BYTES(na, ForwardTensors)
 VB_EXPORT_BYTES(na, BackwardTensors)
+VB_EXPORT_BYTES(na, SplitTensors)
 
 extern "C" int na_forward(const na::Problem* problem, const na::ForwardTensors* tensors) {
   return status_of([&] {
@@ -18,5 +20,26 @@ extern "C" int na_backward(const na::Problem* problem, const na::BackwardTensors
   return status_of([&] {
     problem->bfloat16 ? na::backward<BFloat16>(*problem, *tensors)
                       : na::backward<float>(*problem, *tensors);
+  });
+}
+
+extern "C" int na_scores(const na::Problem* problem, const na::SplitTensors* tensors) {
+  return status_of([&] {
+    problem->bfloat16 ? na::scores<BFloat16>(*problem, *tensors)
+                      : na::scores<float>(*problem, *tensors);
+  });
+}
+
+extern "C" int na_mix(const na::Problem* problem, const na::SplitTensors* tensors) {
+  return status_of([&] {
+    problem->bfloat16 ? na::mix<BFloat16>(*problem, *tensors)
+                      : na::mix<float>(*problem, *tensors);
+  });
+}
+
+extern "C" int na_scatter(const na::Problem* problem, const na::SplitTensors* tensors) {
+  return status_of([&] {
+    problem->bfloat16 ? na::scatter<BFloat16>(*problem, *tensors)
+                      : na::scatter<float>(*problem, *tensors);
   });
 }

@@ -214,8 +214,8 @@ struct Bias {
   size_t per_head() const { return static_cast<size_t>(rows[0]) * rows[1] * columns; }
 };
 
-// The packed keys and values of a block of heads around the current query rows, in a ring buffer of
-// rows per plane. Rows enter as the queries advance, so each row is packed once per item.
+// The packed keys and values (`fields`) of a block of heads around the current query rows, in a ring
+// buffer of rows per plane. Rows enter as the queries advance, so each row is packed once per item.
 template <class T, class RowProducts, class ColumnProducts>
 class KeyRing {
  public:
@@ -240,13 +240,13 @@ class KeyRing {
   };
 
   KeyRing(const Layout& layout, const Segment& segment, int batch, int first_head, int heads,
-          Field& keys, Field& values)
+          std::initializer_list<Field*> fields)
       : layout_(layout),
         segment_(segment),
         batch_(batch),
         first_head_(first_head),
         heads_(heads),
-        fields_{&keys, &values} {
+        fields_(fields) {
     const Lanes& inner = layout.lanes[(segment.first + segment.end) / 2];
     before_ = (segment.low - inner.base) & (simd::W - 1);
     column_pitch_ = round_up(before_ + segment.columns + 3 * simd::W + MAX_KEYS, 16);
@@ -320,7 +320,7 @@ class KeyRing {
   const Layout& layout_;
   const Segment& segment_;
   int batch_, first_head_, heads_;
-  Field* fields_[2];
+  std::vector<Field*> fields_;
   int before_;  // leading columns, which align most lane groups to whole vectors
   size_t column_pitch_;
   int next_ = 0;
