@@ -7,6 +7,7 @@ backend; ``modules.py`` has the layers; the other files are backends and code th
 from __future__ import annotations
 
 from ops.neighborhood._geometry import NAParams
+from ops.neighborhood.as_natten import correct_dinat, install_as_natten
 from ops.neighborhood.functional import BACKENDS, na1d, na2d, na3d
 from ops.neighborhood.modules import (
     NeighborhoodAttention1D,
@@ -34,6 +35,8 @@ __all__ = [
     "NeighborhoodAttention1D",
     "NeighborhoodAttention2D",
     "NeighborhoodAttention3D",
+    "correct_dinat",
+    "install_as_natten",
     "na1d",
     "na1d_av",
     "na1d_qk",

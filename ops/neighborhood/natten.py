@@ -137,7 +137,8 @@ def _import_natten() -> ModuleType | None:
         import natten
     except ImportError:
         return None
-    return natten
+    # Ours under its name (`install_as_natten`) would only lead back here.
+    return None if hasattr(natten, "__stands_in__") else natten
 
 
 def _kernel(chooser: str, *tensors: Tensor, **options: bool) -> str | None:

@@ -213,6 +213,8 @@ def _qk(
     rpb: Tensor | None,
     window: tuple[Any, Any, Any],
 ) -> Tensor:
+    if additional_keys is not None:
+        require_tensor("additional_keys", additional_keys)
     _check_map(rank, "query", query)
     _check_map(rank, "key", key)
     if key.shape != query.shape:
@@ -244,6 +246,8 @@ def _av(
     additional_values: Tensor | None,
     window: tuple[Any, Any, Any],
 ) -> Tensor:
+    if additional_values is not None:
+        require_tensor("additional_values", additional_values)
     _check_map(rank, "attn", attn)
     _check_map(rank, "value", value)
     params = _resolved(value, window)
@@ -383,9 +387,9 @@ _scatter = _Operator(
 
 def _bias_gradient(grad: Tensor, rpb: Tensor, window: Window) -> Tensor:
     """(B, H, *S, K) → the shape of ``rpb``: the sum over all queries."""
-    kernel_size, dilation, is_causal = map(tuple, window)
+    kernel_size, dilation, is_causal = window
     ones = (1,) * len(kernel_size)
-    params = NAParams(kernel_size, ones, dilation, is_causal, 1.0)
+    params = NAParams(tuple(kernel_size), ones, tuple(dilation), tuple(is_causal), 1.0)
     _, offsets, visible = reference.windows(grad.shape[2:-1], params, grad.device)
     summed = grad.to(rpb.dtype).sum(0).flatten(1, -2).masked_fill(~visible, 0).flatten(1)
     index = offsets.flatten().expand(len(summed), -1)
@@ -412,6 +416,8 @@ def _resolved(tensor: Tensor, window: tuple[Any, Any, Any]) -> NAParams:
 
 def _check_map(rank: int, name: str, tensor: Tensor) -> None:
     require_tensor(name, tensor)
+    if tensor.is_nested:
+        raise ValueError(f"{name} must not be a nested tensor: call once for each of its tensors")
     if tensor.dim() != rank + 3 or not tensor.is_floating_point():
         axes = ("length", "height, width", "depth, height, width")[rank - 1]
         raise ValueError(
@@ -429,7 +435,6 @@ def _check_kind(name: str, tensor: Tensor, beside: Tensor) -> None:
 
 
 def _check_additional(name: str, tensor: Tensor, beside: Tensor) -> None:
-    require_tensor(name, tensor)
     batch, heads, dim = beside.shape[0], beside.shape[1], beside.shape[-1]
     if tensor.dim() != 4 or (*tensor.shape[:2], tensor.shape[-1]) != (batch, heads, dim):
         raise ValueError(

@@ -1,0 +1,337 @@
+"""Our functions under NATTEN's names, for programs that import an old ``natten``.
+
+Releases from 0.20 on dropped the split functions, the relative position bias and the kernels for
+CPUs and ROCm (https://github.com/SHI-Labs/NATTEN). The names here are those of 0.17, with the
+functions of 0.14.
+"""
+
+from __future__ import annotations
+
+import functools
+import importlib.metadata
+import importlib.util
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from importlib.abc import Loader, MetaPathFinder
+from importlib.machinery import ModuleSpec
+from types import ModuleType, SimpleNamespace, TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ops.neighborhood import functional, split
+from ops.neighborhood.natten_layers import layers_of
+
+__all__ = ["correct_dinat", "install_as_natten"]
+
+VERSIONS = {"0.14": "0.14.6", "0.17": "0.17.5"}
+
+# Settings of NATTEN's kernels, which ours don't have: accepted and ignored.
+IGNORED = (
+    "disable_autotuner",
+    "disable_gemm_na",
+    "disable_tf32",
+    "disable_tiled_na",
+    "enable_gemm_na",
+    "enable_tf32",
+    "enable_tiled_na",
+    "force_flex_attention",
+    "set_memory_usage_preference",
+    "use_autotuner",
+    "use_deterministic_algorithms",
+    "use_flex_attention",
+    "use_fna",
+    "use_fused_na",
+    "use_gemm_na",
+    "use_kv_parallelism_in_fused_na",
+    "use_tf32_in_gemm_na",
+    "use_tiled_na",
+)
+# What asks for such a setting, or for a kernel that uses it: False.
+ASKED = (
+    "are_deterministic_algorithms_enabled",
+    "has_fna",
+    "has_fp32_gemm",
+    "has_fp64_gemm",
+    "has_fused_na",
+    "has_gemm",
+    "has_tf32_gemm",
+    "is_autotuner_enabled",
+    "is_autotuner_enabled_for_backward",
+    "is_autotuner_enabled_for_forward",
+    "is_fna_enabled",
+    "is_fused_na_enabled",
+    "is_gemm_na_enabled",
+    "is_kv_parallelism_in_fused_na_enabled",
+    "is_tf32_in_gemm_na_enabled",
+    "is_tiled_na_enabled",
+)
+
+
+class install_as_natten:  # noqa: N801 (a function that is a context manager, too)
+    """Let ``import natten`` find the functions and layers of :mod:`ops.neighborhood`.
+
+    Without NATTEN, the whole package is ours. With an installed NATTEN of another version, only the
+    names that it lacks are. Call it before the first import of a program that uses NATTEN::
+
+        from ops.neighborhood import install_as_natten
+
+        install_as_natten()
+        from transformers import DinatModel
+
+    ``install_as_natten().uninstall()`` undoes it, as does the end of ``with install_as_natten():``.
+    What has been imported from ``natten`` until then remains with its importer.
+
+    Settings of NATTEN's kernels (:data:`ops.neighborhood.as_natten.IGNORED`, ``xformers_kwargs`` of
+    the fused functions, ``use_experimental_ops`` of the layers) are accepted and ignored.
+    Nested tensors and forward-mode gradients are refused, and there is no ``natten.flops``.
+
+    Args:
+        version: whose layers ``natten`` has if it is ours: "0.17" (also those of 0.18 and 0.19), or
+            "0.14", which have a position bias by default and pad small maps.
+
+    Raises:
+        ValueError: an unknown ``version``.
+    """
+
+    def __init__(self, version: str = "0.17") -> None:
+        if version not in VERSIONS:
+            raise ValueError(f"version must be one of {', '.join(VERSIONS)}, got {version!r}")
+        self._undo: list[Callable[[], object]] = []
+        if hasattr(sys.modules.get("natten"), _MARK):
+            return  # installed already
+        if _is_installed():
+            self._complete(version)
+        else:
+            finder = _Finder(version)
+            sys.meta_path.insert(0, finder)
+            self._undo.append(lambda: sys.meta_path.remove(finder))
+            self._undo.append(_forget)
+            importlib.import_module("natten")
+        _ask_transformers_again()
+
+    def uninstall(self) -> None:
+        """Undo the installation; does nothing the second time."""
+        while self._undo:
+            self._undo.pop()()
+        _ask_transformers_again()
+
+    def __enter__(self) -> install_as_natten:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.uninstall()
+
+    def _complete(self, version: str) -> None:
+        """Add the names that the installed NATTEN lacks."""
+        for name, contents in _contents(version).items():
+            module = importlib.import_module(name)
+            for key, value in contents.items():
+                if not hasattr(module, key):
+                    setattr(module, key, value)
+                    self._undo.append(functools.partial(delattr, module, key))
+
+
+def correct_dinat() -> None:
+    """Let transformers' DiNAT move its heads to the front; call it before its first forward pass.
+
+    Releases 4.57 to 5.24 swap height and width instead, and fail with any NATTEN. Does nothing
+    where the class is right.
+
+    Raises:
+        ImportError: transformers is not installed or has no DiNAT.
+    """
+    from transformers.models.dinat import modeling_dinat
+
+    attention: Any = modeling_dinat.NeighborhoodAttention
+    config = SimpleNamespace(qkv_bias=True, attention_probs_dropout_prob=0.0)
+    layer = attention(config, 4, 2, 3, 1).eval()
+    x = torch.randn(1, 3, 5, 4)
+    with torch.no_grad():
+        try:
+            right = torch.allclose(layer(x)[0], _dinat_forward(layer, x)[0], atol=1e-5)
+        except (RuntimeError, ValueError):
+            right = False
+    if not right:
+        attention.forward = _dinat_forward
+
+
+def _dinat_forward(
+    self: Any, hidden_states: Tensor, output_attentions: bool | None = False
+) -> tuple[Tensor, ...]:
+    """(B, H, W, C) → (B, H, W, C) and, if wanted, the weights (B, heads, H, W, K)."""
+
+    def heads_first(projection: Callable[[Tensor], Tensor]) -> Tensor:
+        by_head = projection(hidden_states).unflatten(-1, (self.num_attention_heads, -1))
+        return by_head.movedim(-2, 1)
+
+    query = heads_first(self.query) / self.attention_head_size**0.5
+    window = (self.kernel_size, self.dilation)
+    scores = split.natten2dqkrpb(query, heads_first(self.key), self.rpb, *window)
+    weights = self.dropout(scores.softmax(-1))
+    out = split.natten2dav(weights, heads_first(self.value), *window).movedim(1, -2).flatten(-2)
+    return (out, weights) if output_attentions else (out,)
+
+
+# Marks modules that stand in for NATTEN's.
+_MARK = "__stands_in__"
+
+
+def _is_installed() -> bool:
+    """Whether another NATTEN is."""
+    return importlib.util.find_spec("natten") is not None
+
+
+class _Finder(MetaPathFinder, Loader):
+    """Finds and loads our ``natten``, and shows it among the installed distributions."""
+
+    def __init__(self, version: str) -> None:
+        self._version = version
+        self._contents = _contents(version)
+
+    def find_spec(self, fullname: str, path: Any = None, target: Any = None) -> ModuleSpec | None:
+        if fullname not in self._contents:
+            return None
+        return ModuleSpec(fullname, self, origin=__name__, is_package=fullname == "natten")
+
+    def create_module(self, spec: ModuleSpec) -> ModuleType | None:
+        return None
+
+    def exec_module(self, module: ModuleType) -> None:
+        vars(module).update(self._contents[module.__name__])
+        setattr(module, _MARK, True)
+        if module.__name__ == "natten":
+            module.__version__ = VERSIONS[self._version]  # type: ignore[attr-defined]
+            for name in self._contents:
+                if name != "natten":
+                    importlib.import_module(name)
+
+    def find_distributions(self, context: Any = None) -> Iterator[importlib.metadata.Distribution]:
+        if context is None or context.name in (None, "natten"):
+            yield _Distribution(VERSIONS[self._version])
+
+
+class _Distribution(importlib.metadata.Distribution):
+    """Metadata of our ``natten``: transformers asks for its version."""
+
+    def __init__(self, version: str) -> None:
+        self._text = f"Metadata-Version: 2.1\nName: natten\nVersion: {version}\n"
+
+    def read_text(self, filename: str) -> str | None:
+        return self._text if filename == "METADATA" else None
+
+    def locate_file(self, path: Any) -> Any:
+        raise FileNotFoundError(f"{path}: natten is {__name__}, without files of its own")
+
+
+def _forget() -> None:
+    for name in [n for n in sys.modules if n == "natten" or n.startswith("natten.")]:
+        del sys.modules[name]
+
+
+def _ask_transformers_again() -> None:
+    """Forget whether transformers has found NATTEN, if it is imported."""
+    utils: Any = sys.modules.get("transformers.utils.import_utils")
+    if utils is None:
+        return
+    if hasattr(utils.is_natten_available, "cache_clear"):
+        utils.is_natten_available.cache_clear()
+    if hasattr(utils, "_natten_available"):  # a constant in releases before 5
+        utils._natten_available = importlib.util.find_spec("natten") is not None
+
+
+def _contents(version: str) -> dict[str, dict[str, Any]]:
+    """What each module of ``natten`` has."""
+    settings: dict[str, Any] = dict.fromkeys(IGNORED, _ignored) | dict.fromkeys(ASKED, _no)
+    settings |= {
+        "get_memory_usage_preference": _default,
+        "has_bfloat": _yes,
+        "has_cuda": torch.cuda.is_available,
+        "has_half": _yes,
+    }
+    functions = {name: getattr(split, name) for name in split.__all__}
+    functions |= {
+        "na1d": _fused(functional.na1d),
+        "na1d_qk_with_bias": _with_bias(split.na1d_qk),
+        "na2d": _fused(functional.na2d),
+        "na2d_qk_with_bias": _with_bias(split.na2d_qk),
+        "na3d": _fused(functional.na3d),
+    }
+    return {
+        "natten": {**layers_of(version), **settings},
+        "natten.context": settings,
+        "natten.functional": {**functions, **settings},
+    }
+
+
+def _ignored(*args: Any, **kwargs: Any) -> None:
+    """Accepted: a setting of NATTEN's kernels."""
+
+
+def _no(*args: Any, **kwargs: Any) -> bool:
+    """Whether a kernel of NATTEN's is used: no."""
+    return False
+
+
+def _yes(*args: Any, **kwargs: Any) -> bool:
+    """Whether a dtype is supported: on every device."""
+    return True
+
+
+def _default() -> str:
+    return "default"
+
+
+def _with_bias(qk: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """As NATTEN 0.15 has it."""
+
+    def qk_with_bias(
+        query: Tensor,
+        key: Tensor,
+        bias: Tensor | None,
+        kernel_size: int,
+        dilation: int,
+        additional_keys: Tensor | None = None,
+    ) -> Tensor:
+        return qk(query, key, kernel_size, dilation, additional_keys, rpb=bias)
+
+    return qk_with_bias
+
+
+def _fused(attention: Callable[..., Any]) -> Callable[..., Tensor]:
+    """As NATTEN 0.17 has it: without strides, and a scale of 0 is the default."""
+
+    def fused(
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        kernel_size: int | Sequence[int],
+        dilation: int | Sequence[int] = 1,
+        is_causal: bool | Sequence[bool] | None = False,
+        rpb: Tensor | None = None,
+        scale: float | None = None,
+        additional_keys: Tensor | None = None,
+        additional_values: Tensor | None = None,
+        xformers_kwargs: dict[str, Any] | None = None,
+    ) -> Tensor:
+        out: Tensor = attention(
+            query,
+            key,
+            value,
+            kernel_size,
+            dilation=dilation,
+            is_causal=is_causal,
+            rpb=rpb,
+            scale=scale or None,
+            additional_keys=additional_keys,
+            additional_values=additional_values,
+        )
+        return out
+
+    return fused
