@@ -1,0 +1,302 @@
+"""Programs that import an old NATTEN, with ours in its place."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import sys
+from collections.abc import Iterator
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from backbones.nat import NAT
+from ops.neighborhood import (
+    NeighborhoodAttention1D,
+    NeighborhoodAttention2D,
+    NeighborhoodAttention3D,
+    as_natten,
+    correct_dinat,
+    install_as_natten,
+    na2d,
+    na2d_qk,
+    natten,
+)
+
+OURS = (NeighborhoodAttention1D, NeighborhoodAttention2D, NeighborhoodAttention3D)
+
+
+@pytest.fixture
+def absent(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As if no NATTEN were installed."""
+    for name in [n for n in sys.modules if n == "natten" or n.startswith("natten.")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setattr(as_natten, "_is_installed", lambda: False)
+
+
+def test_completes_an_installed_natten() -> None:
+    theirs = importlib.import_module("natten")
+    attention = theirs.functional.na2d
+    with install_as_natten():
+        from natten.functional import na2d_av, natten2dqkrpb
+
+        assert na2d_av.__module__ == natten2dqkrpb.__module__ == "ops.neighborhood.split"
+        assert theirs.functional.na2d is attention, "what it has stays"
+        assert natten._import_natten() is theirs, "it is still a backend"
+        theirs.use_fused_na(True)
+    assert not hasattr(theirs.functional, "na2d_av")
+    assert not hasattr(theirs, "use_fused_na")
+
+
+@pytest.mark.usefixtures("absent")
+def test_stands_in_for_an_absent_natten() -> None:
+    from transformers.utils import is_natten_available
+
+    finders = list(sys.meta_path)
+    with install_as_natten():
+        import natten as stand_in
+        from natten.context import is_fna_enabled
+        from natten.functional import na2d_qk as theirs
+
+        assert theirs is na2d_qk
+        assert not is_fna_enabled()
+        assert stand_in.__version__ == importlib.metadata.version("natten") == "0.17.5"
+        assert is_natten_available()
+        assert importlib.util.find_spec("natten").origin == "ops.neighborhood.as_natten"
+        natten._import_natten.cache_clear()
+        assert natten._import_natten() is None, "it is no backend of itself"
+        with pytest.raises(ModuleNotFoundError):
+            importlib.import_module("natten.flops")
+    natten._import_natten.cache_clear()
+    assert sys.meta_path == finders
+    assert "natten" not in sys.modules
+    assert importlib.metadata.version("natten") != "0.17.5"
+
+
+@pytest.mark.usefixtures("absent")
+def test_installs_once_and_uninstalls_twice() -> None:
+    installed = install_as_natten()
+    again = install_as_natten()
+    again.uninstall()
+    assert "natten" in sys.modules
+    installed.uninstall()
+    installed.uninstall()
+    assert "natten" not in sys.modules
+
+
+def test_refuses_an_unknown_version() -> None:
+    with pytest.raises(ValueError, match=r"0\.14, 0\.17, got '0\.15'"):
+        install_as_natten("0.15")
+
+
+@pytest.fixture(params=["0.14", "0.17"])
+def stand_in(request: pytest.FixtureRequest, absent: None) -> Iterator[ModuleType]:
+    with install_as_natten(request.param):
+        yield importlib.import_module("natten")
+
+
+def test_settings_are_accepted(stand_in: ModuleType) -> None:
+    for name in as_natten.IGNORED:
+        assert getattr(stand_in, name)(True) is None
+    for name in as_natten.ASKED:
+        assert getattr(stand_in, name)() is False
+    assert stand_in.has_half()
+    assert stand_in.has_cuda() == torch.cuda.is_available()
+    assert stand_in.get_memory_usage_preference() == "default"
+
+
+def test_fused_function_has_no_stride(stand_in: ModuleType) -> None:
+    query = torch.randn(1, 9, 9, 2, 8)
+    out = stand_in.functional.na2d(query, query, query, 3, 2, xformers_kwargs={})
+    assert torch.equal(out, na2d(query, query, query, 3, dilation=2))
+
+
+def test_functions_of_0_15(stand_in: ModuleType) -> None:
+    query, bias, more = torch.randn(1, 2, 9, 9, 8), torch.randn(2, 5, 5), torch.randn(1, 2, 3, 8)
+    got = stand_in.functional.na2d_qk_with_bias(query, query, bias, 3, 2, more)
+    assert torch.equal(got, na2d_qk(query, query, 3, 2, more, rpb=bias))
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_layers_of_0_17(stand_in: ModuleType, rank: int) -> None:
+    if stand_in.__version__ == "0.14.6":
+        layer = getattr(stand_in, f"NeighborhoodAttention{rank}D")(8, 2, 3, 2, True)
+        assert layer.small_maps == "pad"
+    else:
+        layer = getattr(stand_in, f"NeighborhoodAttention{rank}D")(8, 2, 3, 2, False, True)
+        assert layer.small_maps == "refuse"
+    ours = OURS[rank - 1](8, 2, 3, dilation=2, rel_pos_bias=True)
+    ours.load_state_dict(layer.state_dict())
+    x = torch.randn(2, *(7, 8, 6)[:rank], 8)
+    assert isinstance(layer, OURS[rank - 1])
+    assert torch.equal(layer(x), ours(x))
+
+
+@pytest.mark.parametrize("rank", [1, 2, 3])
+def test_dropout_of_weights(stand_in: ModuleType, rank: int) -> None:
+    layer = getattr(stand_in, f"NeighborhoodAttention{rank}D")(8, 2, 3, attn_drop=0.5)
+    x = torch.randn(2, *(5, 6, 4)[:rank], 8)
+    without = layer.eval()(x)
+    torch.manual_seed(0)
+    dropped = layer.train()(x)
+    assert not torch.allclose(dropped, without)
+    # Dropped weights are zero, the others doubled: the mean over many calls is the whole.
+    mean = torch.stack([layer(x) for _ in range(200)]).mean(0)
+    assert (mean - without).abs().max() < 0.2 * (dropped - without).abs().max()
+    layer.attn_drop = 1.0
+    torch.testing.assert_close(layer(x), layer.proj.bias.expand_as(without))
+
+
+# ---- transformers ------------------------------------------------------------------------------
+CONFIG: dict[str, Any] = {
+    "embed_dim": 16,
+    "depths": [1, 2, 2, 1],
+    "num_heads": [1, 2, 4, 8],
+    "kernel_size": 3,
+    "mlp_ratio": 3.0,
+    "layer_scale_init_value": 0.5,
+}
+DILATIONS = {"nat": [[1], [1, 1], [1, 1], [1]], "dinat": [[2], [1, 2], [1, 2], [1]]}
+
+
+@pytest.fixture(scope="module")
+def transformers() -> Iterator[ModuleType]:
+    with install_as_natten():
+        library = importlib.import_module("transformers")
+        correct_dinat()
+        yield library
+
+
+def ours_of(theirs: nn.Module, dilations: list[list[int]], **options: Any) -> NAT:
+    """Our network with the weights of a transformers backbone, which are all moved from zero."""
+    generator = torch.Generator().manual_seed(0)
+    for tensor in theirs.parameters():
+        with torch.no_grad():
+            tensor += 0.1 * torch.randn(tensor.shape, generator=generator)
+    ours = NAT(
+        dims=(16, 32, 64, 128),
+        depths=CONFIG["depths"],
+        num_heads=CONFIG["num_heads"],
+        kernel_size=3,
+        dilations=dilations,
+        layer_scale=0.5,
+        num_classes=0,
+        **options,
+    )
+    missing, unexpected = ours.load_state_dict(
+        ours.convert_state_dict(dict(theirs.state_dict())), strict=False
+    )
+    assert not missing
+    assert not unexpected
+    return ours.eval()
+
+
+def assert_same(ours: list[Tensor], theirs: list[Tensor], x: Tensor) -> None:
+    """The same maps and gradients of the image, within 1e-5 of the largest."""
+    assert len(ours) == len(theirs)
+    for a, b in zip(ours, theirs, strict=True):
+        assert a.shape == b.shape
+        assert (a - b).abs().max() <= 1e-5 * b.abs().max().clamp(min=1)
+    generator = torch.Generator().manual_seed(1)
+    weights = [torch.randn(b.shape, generator=generator) for b in theirs]
+    (mine,) = torch.autograd.grad(ours, x, weights)
+    (other,) = torch.autograd.grad(theirs, x, weights)
+    assert (mine - other).abs().max() <= 1e-5 * other.abs().max()
+
+
+# The last map of the second is smaller than a window: both pad.
+@pytest.mark.parametrize("size", [(96, 128), (64, 52)])
+@pytest.mark.parametrize("kind", DILATIONS)
+def test_dinat_of_transformers(transformers: ModuleType, kind: str, size: tuple[int, int]) -> None:
+    config = transformers.DinatConfig(**CONFIG, dilations=DILATIONS[kind])
+    model = transformers.DinatModel(config).eval()
+    ours = ours_of(model, DILATIONS[kind])
+    x = torch.randn(2, 3, *size, requires_grad=True)
+    theirs = model(x).last_hidden_state.movedim(-1, 1)
+    assert_same([ours.forward_features(x)], [theirs], x)
+
+
+def test_attentions_of_transformers(transformers: ModuleType) -> None:
+    """Each query's weights, which only the split form has."""
+    config = transformers.DinatConfig(**CONFIG, dilations=DILATIONS["nat"])
+    model = transformers.DinatModel(config).eval()
+    attentions = model(torch.randn(1, 3, 64, 96), output_attentions=True).attentions
+    assert attentions[0].shape == (1, 1, 16, 24, 9)
+    torch.testing.assert_close(attentions[0].sum(-1), torch.ones(1, 1, 16, 24))
+
+
+def test_backbone_of_oneformer(transformers: ModuleType) -> None:
+    from transformers.models.oneformer.modeling_oneformer import OneFormerPixelLevelModule
+
+    stages = ["stage1", "stage2", "stage3", "stage4"]
+    config = transformers.DinatConfig(**CONFIG, dilations=DILATIONS["dinat"], out_features=stages)
+    whole = transformers.OneFormerConfig(backbone_config=config)
+    encoder = OneFormerPixelLevelModule(whole).encoder.eval()
+    assert type(encoder) is transformers.DinatBackbone
+    ours = ours_of(encoder, DILATIONS["dinat"], out_norms=True)
+    x = torch.randn(1, 3, 96, 64, requires_grad=True)
+    mine = ours.forward_intermediates(x, intermediates_only=True)
+    assert_same(mine, list(encoder(x).feature_maps), x)
+
+
+def test_correct_dinat_leaves_a_right_class_alone(transformers: ModuleType) -> None:
+    from transformers.models.dinat import modeling_dinat
+
+    forward = modeling_dinat.NeighborhoodAttention.forward
+    correct_dinat()
+    assert modeling_dinat.NeighborhoodAttention.forward is forward
+
+
+# ---- allin1 ------------------------------------------------------------------------------------
+class Structure(nn.Module):
+    """A small network that calls NATTEN as allin1's does (https://github.com/mir-aidj/all-in-one).
+
+    Blocks over time with two windows side by side, one of twice the dilation; then one over the
+    instruments and time. Queries are scaled, axes shorter than a window padded with zeros.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.ModuleList([nn.Linear(12, 36) for _ in range(3)])
+        self.over_time = nn.ParameterList([nn.Parameter(torch.randn(2, 9)) for _ in range(2)])
+        self.over_both = nn.Parameter(torch.randn(2, 9, 9))
+        self.out = nn.Linear(36, 5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        from natten.functional import natten1dav, natten1dqkrpb, natten2dav, natten2dqkrpb
+
+        instruments, time = x.shape[1:3]
+
+        def attend(x: Tensor, to_qkv: nn.Module, rpb: Tensor, dilation: int) -> Tensor:
+            query, key, value = to_qkv(x).unflatten(-1, (3, 2, 6)).movedim(-2, 1).unbind(-2)
+            qk, av = (natten1dqkrpb, natten1dav) if x.dim() == 3 else (natten2dqkrpb, natten2dav)
+            attn = qk(query / 6**0.5, key, rpb, 5, dilation).softmax(-1)
+            return av(attn, value, 5, dilation).movedim(1, -2).flatten(-2)
+
+        flat = x.flatten(0, 1)
+        maps = [
+            attend(F.pad(flat, (0, 0, 0, max(0, 5 * d - time))), layer, rpb, d)[:, :time]
+            for layer, rpb, d in zip(self.inner, self.over_time, (4, 8), strict=False)
+        ]
+        padded = F.pad(x, (0, 0, 0, 0, 0, max(0, 5 - instruments)))
+        both = attend(padded, self.inner[2], self.over_both, 1)[:, :instruments]
+        return self.out(torch.cat([m.unflatten(0, x.shape[:2]) for m in maps] + [both], -1))
+
+
+@pytest.mark.parametrize("time", [90, 33])
+def test_network_that_calls_as_allin1_does(time: int) -> None:
+    torch.manual_seed(0)
+    network, x = Structure(), torch.randn(1, 4, time, 12)
+    with install_as_natten("0.14"):
+        out = network(x)
+        grads = torch.autograd.grad(out.sin().sum(), list(network.parameters()))
+        true = network.double()(x.double())
+        true_grads = torch.autograd.grad(true.sin().sum(), list(network.parameters()))
+    torch.testing.assert_close(out.double(), true, rtol=1e-5, atol=1e-5)
+    largest = max(grad.abs().max() for grad in true_grads)
+    for a, b in zip(grads, true_grads, strict=True):
+        assert (a - b).abs().max() <= 1e-5 * largest
