@@ -116,13 +116,17 @@ FUNCTIONS: dict[str, tuple[Callable, Callable, tuple[str, ...]]] = {
 }
 
 
-def assert_exact(case: Case, which: str, dtype: torch.dtype) -> None:
+def assert_exact(
+    case: Case, which: str, dtype: torch.dtype, device: str | torch.device = "cpu"
+) -> None:
     """Compare "qk" or "av" and its gradients with brute force, from the same rounded numbers."""
     ours, brute, names = FUNCTIONS[which]
-    tensors = {n: t.detach().requires_grad_() for n, t in make_inputs(case, dtype).items()}
-    true_tensors = {n: t.detach().double().requires_grad_() for n, t in tensors.items()}
+    made = make_inputs(case, dtype)
+    tensors = {n: t.detach().to(device).requires_grad_() for n, t in made.items()}
+    true_tensors = {n: t.detach().double().requires_grad_() for n, t in made.items()}
     got, true = ours(case, tensors), brute(case, true_tensors)
     assert got.dtype == dtype
+    result, got = got, got.cpu()
     assert torch.equal(got == -math.inf, true == -math.inf), "the keys that a window lacks"
     finite = true.detach().isfinite()
     tolerance, of_gradients = TOLERANCE[dtype]
@@ -130,8 +134,8 @@ def assert_exact(case: Case, which: str, dtype: torch.dtype) -> None:
     generator = torch.Generator().manual_seed(case.seed + 1)
     grad = torch.randn(true.shape, generator=generator, dtype=torch.float64).to(dtype)
     present = [name for name in names if name in tensors]
-    found = torch.autograd.grad(got, [tensors[n] for n in present], grad)
+    found = torch.autograd.grad(result, [tensors[n] for n in present], grad.to(device))
     expected = torch.autograd.grad(true, [true_tensors[n] for n in present], grad.double())
     for name, a, b in zip(present, found, expected, strict=True):
         assert a.dtype == tensors[name].dtype
-        assert error(a, b) <= of_gradients, (name, case)
+        assert error(a.cpu(), b) <= of_gradients, (name, case)

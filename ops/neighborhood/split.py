@@ -31,7 +31,7 @@ from torch import Tensor
 
 from ops.arguments import require_tensor
 from ops.cpu.dispatch import is_plain_call, needs_grad
-from ops.neighborhood import reference, split_cpu, split_tiled
+from ops.neighborhood import reference, split_cpu, split_tiled, split_triton
 from ops.neighborhood._checks import check_rpb, resolve_params
 from ops.neighborhood._geometry import NAParams
 from ops.neighborhood.split_tiled import Window
@@ -399,7 +399,8 @@ def _bias_gradient(grad: Tensor, rpb: Tensor, window: Window) -> Tensor:
 
 def _backend(tensor: Tensor) -> ModuleType:
     """The module with the operators for queries or values like ``tensor``."""
-    return split_cpu if split_cpu.supports(tensor) is None else split_tiled
+    backend = split_cpu if tensor.device.type == "cpu" else split_triton
+    return backend if tensor.numel() and backend.supports(tensor) is None else split_tiled
 
 
 def _of_operators(params: NAParams) -> Window:

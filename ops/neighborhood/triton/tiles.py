@@ -99,7 +99,7 @@ def fitting(rank: int, arguments: dict[str, Any]) -> list[triton.Config]:
     is returned.
     """
     item_size = arguments["q_ptr"].element_size()
-    dims = arguments["PADDED_DIM"] + arguments["PADDED_VALUE_DIM"]
+    dims = arguments["PADDED_DIM"] + arguments.get("PADDED_VALUE_DIM", 0)
     candidates = configs(rank)
     chosen: list[tuple[bool, triton.Config]] = []
     for config in candidates:
