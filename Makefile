@@ -12,7 +12,7 @@ TEST_ENV := OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE=
 # Workers run whole files, so that fixtures are created once, and steal work only at the end.
 PYTEST := $(BIN)/python -m pytest -q -n $(TEST_WORKERS) --dist worksteal
 
-.PHONY: venv train test test-slow test-lowest test-newest wheel wheel-aarch64 docs check format
+.PHONY: venv train test test-slow test-gpu test-lowest test-newest wheel wheel-aarch64 docs check format
 
 venv: $(VENV)/train.stamp
 
@@ -45,6 +45,10 @@ test: $(VENV)/test.stamp
 test-slow: $(VENV)/test.stamp
 	sh tools/install_for_tests.sh browser emulator
 	$(TEST_ENV) $(PYTEST) -m slow -o timeout=900 -o faulthandler_timeout=840 $(TEST_ARGS)
+
+# The Triton kernels on this machine's GPU: their cases, and a comparison with other attentions.
+test-gpu: $(VENV)/test.stamp
+	@$(BIN)/python tools/test_gpu.py $(TEST_ARGS)
 
 # The quick tests with the lowest versions in pyproject.toml on the oldest Python, and with the newest
 # on the newest, each in its own environment. Needs uv, and these Pythons where uv finds them. NATTEN's

@@ -5,15 +5,18 @@ Neighborhood attention: https://arxiv.org/abs/2204.07143.
 
 from __future__ import annotations
 
+import importlib
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
+from types import ModuleType
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ops import neighborhood
 from ops.neighborhood import na1d, na2d, na3d
 
 Attention = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -90,6 +93,35 @@ def backend(name: str, setting: Setting) -> Attention:
     return run
 
 
+def split_pair(setting: Setting, library: ModuleType | None) -> Attention:
+    """The scores, a softmax, and the sums of values: ours, or those of a NATTEN that has them."""
+    rank = len(setting.size)
+    qk = getattr(library, f"na{rank}d_qk", None)
+    av = getattr(library, f"na{rank}d_av", None)
+    window = {"kernel_size": setting.kernel_size, "dilation": setting.dilation}
+
+    def run(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        if qk is None or av is None:
+            raise CannotRunError("the installed NATTEN, if any, is not one of 0.15 to 0.19")
+        query, key, value = (t.movedim(-2, 1) for t in (query, key, value))
+        attn = qk(query * setting.dim**-0.5, key, **window).softmax(-1)
+        out: Tensor = av(attn, value, **window)
+        return out.movedim(1, -2)
+
+    return run
+
+
+def old_natten() -> ModuleType | None:
+    """NATTEN's functions, if it is installed."""
+    # Releases before 0.20 import this name, which newer versions of torch have moved.
+    if not hasattr(torch.cuda, "_device_t"):
+        torch.cuda._device_t = torch.types.Device  # type: ignore[attr-defined]
+    try:
+        return importlib.import_module("natten.functional")
+    except ImportError:
+        return None
+
+
 def masked_sdpa(setting: Setting, device: torch.device) -> Attention:
     """torch's attention over all pairs with a mask."""
     index = torch.arange(setting.tokens, device=device)
@@ -132,11 +164,25 @@ def contender(name: str, setting: Setting, device: torch.device) -> Attention:
         return masked_sdpa(setting, device)
     if name == "flex":
         return compiled_flex(setting, device)
+    if name == "split":
+        return split_pair(setting, neighborhood)
+    if name == "natten-split":
+        return split_pair(setting, old_natten())
     # The reference gathers the window of every query.
     return backend("reference" if name == "gather" else name, setting)
 
 
-CONTENDERS = ("cpu", "triton", "tiled", "gather", "sdpa-mask", "flex", "natten")
+CONTENDERS = (
+    "cpu",
+    "triton",
+    "split",
+    "tiled",
+    "gather",
+    "sdpa-mask",
+    "flex",
+    "natten",
+    "natten-split",
+)
 
 
 def needed_gib(name: str, setting: Setting, batch: int, device: torch.device) -> float:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["of_neighborhood"]
+__all__ = ["of_neighborhood", "of_split"]
 
 OURS = "cpu"
 INTRODUCTION = (
@@ -105,6 +105,43 @@ def of_neighborhood(report: dict[str, Any], picture: str) -> str:
         direction = "Forward and backward" if backward else "Forward"
         parts += [f"### {direction}, {dtype}, batch {batch}", table(rows)]
     return "\n\n".join(parts) + "\n"
+
+
+# Its functions with the softmax between them are to be slower than ours at least this many times.
+SPLIT_AIM = 5.0
+
+
+def of_split(report: dict[str, Any]) -> str:
+    """The section on the split functions, from a run beside a NATTEN that has them."""
+    machine = report["machine"]
+    lines = [
+        "| Setting | | NATTEN 0.17.5, ms | split, ms | times faster (aim 5×) | fused, ms |",
+        "| --- | --- | ---: | ---: | ---: | ---: |",
+    ]
+    for row in report["results"]:
+        theirs, ours, fused = (row["contenders"][n] for n in ("natten-split", "split", OURS))
+        ratio = theirs["milliseconds"] / ours["milliseconds"]
+        cells = [
+            f"`{row['setting']}`",
+            "forward and backward" if row["backward"] else "forward",
+            *(f"{of['milliseconds']:.2f}" for of in (theirs, ours)),
+            f"{ratio:.1f}×" if ratio >= SPLIT_AIM else f"**{ratio:.1f}×**",
+            f"{fused['milliseconds']:.2f}",
+        ]
+        lines.append("| " + " | ".join(cells) + " |")
+    return (
+        "\n\n".join(
+            [
+                "## The split functions of neighborhood attention",
+                f"Measured on {machine['name']}, {machine['threads']} thread(s), torch "
+                f"{machine['torch']}, float32, one image of 4 heads. `na2d_qk`, a softmax and "
+                "`na2d_av`, in NATTEN compiled with `-O3 -march=native` and in ours; beside them, "
+                "the fused function.",
+                "\n".join(lines),
+            ]
+        )
+        + "\n"
+    )
 
 
 def aims(rows: list[dict[str, Any]]) -> list[str]:

@@ -36,11 +36,12 @@ from typing import Any, NamedTuple
 from int8_page import of_int8
 from performance_floor import of_floor
 from performance_models import LESSER, of_compiled, of_lesser, of_models, of_runtimes
-from performance_neighborhood import of_neighborhood
+from performance_neighborhood import of_neighborhood, of_split
 from performance_scans import of_bounds, of_natten, of_scans
 
 DOCS = Path(__file__).resolve().parent.parent / "docs"
 NEIGHBORHOOD = "neighborhood_attention"
+SPLIT = "split_attention"
 MODELS = "models"
 COMPILED = "compiled"
 RUNTIMES = "runtimes"
@@ -122,6 +123,7 @@ def page(
     lesser: dict[str, dict[str, Any]] | None = None,
     natten: dict[str, dict[str, Any]] | None = None,
     scans: dict[str, Any] | None = None,
+    split: dict[str, Any] | None = None,
 ) -> str:
     """The page from the reports of ``tools/benchmark*.py``."""
     parts = [f"{about.introduction}\n", GENERATED.format(folder=about.folder)]
@@ -141,6 +143,8 @@ def page(
         parts.append(of_bounds(models))
     if neighborhood is not None:
         parts.append(of_neighborhood(neighborhood, f"{about.folder}/{NEIGHBORHOOD}.png"))
+    if split is not None:
+        parts.append(of_split(split))
     return "\n".join(parts)
 
 
@@ -152,8 +156,8 @@ def generate(about: Page) -> str:
     neighborhood, models, compiled, runtimes = map(reports.get, names)
     lesser = {name: reports[name] for name in LESSER if name in reports}
     natten = {options: reports[name] for options, name in NATTEN.items() if name in reports}
-    scans = reports.get(SCANS)
-    return page(about, neighborhood, models, compiled, runtimes, lesser, natten, scans)
+    scans, split = reports.get(SCANS), reports.get(SPLIT)
+    return page(about, neighborhood, models, compiled, runtimes, lesser, natten, scans, split)
 
 
 def floor() -> str:

@@ -31,7 +31,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 
 from ops.neighborhood._geometry import NAParams
-from ops.neighborhood.triton import launch, tiles
+from ops.neighborhood.triton import launch, split_launch, tiles
 from ops.triton_devices import LAUNCH_OPTIONS
 
 __all__ = ["Need", "Start", "compile_start", "report", "starts"]
@@ -102,6 +102,11 @@ def starts(
     with mock.patch.object(launch, "run", record):
         out, lse = launch.forward(*inputs, params)
         launch.backward(out, lse, *inputs, out, lse, params, (True, True, True, True))
+        heads_first = query.movedim(-2, 1)
+        window = (params.kernel_size, params.dilation, params.is_causal)
+        weights = split_launch.scores(heads_first, heads_first, table, 0.0, window)
+        split_launch.mix(weights, heads_first, window)
+        split_launch.scatter(weights, heads_first, window)
     for kernel, arguments, config in recorded:
         tried = tiles.fitting(rank, arguments) if config is None else [config]
         for chosen in tried[:1] if first else tried:

@@ -9,6 +9,8 @@ from types import ModuleType
 import pytest
 import torch
 
+from ops.neighborhood import install_as_natten
+
 TOOLS = Path(__file__).parents[2] / "tools"
 
 
@@ -27,8 +29,18 @@ def test_contenders_compute_the_same(contenders: ModuleType, size, kernel_size, 
     tensors = torch.randn(3, 2, *size, contenders.NUM_HEADS, 8)
     device = torch.device("cpu")
     true = contenders.contender("gather", setting, device)(*tensors)
-    for name in ("tiled", "sdpa-mask"):
+    for name in ("tiled", "sdpa-mask", "split"):
         torch.testing.assert_close(contenders.contender(name, setting, device)(*tensors), true)
+
+
+def test_old_natten_is_measured_or_the_reason_given(contenders: ModuleType) -> None:
+    setting, device = contenders.Setting((9,), (3,), 8), torch.device("cpu")
+    tensors = torch.randn(3, 1, 9, contenders.NUM_HEADS, 8)
+    with pytest.raises(contenders.CannotRunError, match=r"0\.15 to 0\.19"):
+        contenders.contender("natten-split", setting, device)(*tensors)
+    with install_as_natten():
+        out = contenders.contender("natten-split", setting, device)(*tensors)
+    assert torch.equal(out, contenders.contender("split", setting, device)(*tensors))
 
 
 def test_counts_operations(contenders: ModuleType) -> None:

@@ -86,3 +86,15 @@ def test_table(page: ModuleType) -> None:
     assert "| Setting | ours, ms | of matmul | memory | tiled | natten |" in text
     assert "| `56x56` | 2.00 | 30 % | 1.5× | 4.0× | 8 GiB |" in text
     assert "| `28x28` | 2.00 | 30 % | 1.5× | 21 s | 8 GiB |" in text
+
+
+def test_split_functions_that_miss_their_aim_are_marked(page: ModuleType) -> None:
+    rows = [row((28, 28)), row((56, 56), backward=True)]
+    for found, theirs in zip(rows, (24.0, 9.0), strict=True):
+        found["contenders"] |= {
+            "natten-split": {"milliseconds": theirs},
+            "split": {"milliseconds": 3.0},
+        }
+    lines = page.of_split(report(*rows)).splitlines()
+    assert "| `28x28` | forward | 24.00 | 3.00 | 8.0× | 2.00 |" in lines
+    assert "| `56x56` | forward and backward | 9.00 | 3.00 | **3.0×** | 2.00 |" in lines

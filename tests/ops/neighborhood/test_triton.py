@@ -89,6 +89,9 @@ def test_compiles_ahead_of_time(tmp_path):
         "delta_kernel",
         "grad_query_kernel",
         "grad_key_value_kernel",
+        "scores_kernel",
+        "mix_kernel",
+        "scatter_kernel",
     }
     for row in rows:
         assert int(row["registers"]) <= 255, row
@@ -102,7 +105,7 @@ def test_compiles_ahead_of_time(tmp_path):
 def test_every_kernel_compiles_for(arch, dtype, tmp_path):
     options = ("--head-dim", "32", "64", "128", "--rank", "1", "2", "3", "--extra", "--rpb")
     rows = report(tmp_path, "--arch", arch, "--dtype", dtype, *options, "--first")
-    assert len(rows) == 3 * 3 * 6
+    assert len(rows) == 3 * 3 * 9
     for row in rows:
         assert int(row["registers"]) <= 255, row
         assert int(row["shared"]) <= 100 * 1024, row

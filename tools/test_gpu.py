@@ -1,0 +1,171 @@
+"""Test and benchmark every Triton kernel on this machine's GPU, in under ten minutes.
+
+    make test-gpu
+
+Runs the cases of all Triton kernels (``tests/ops/**/*triton_cases.py``: outputs and gradients
+against float64), the quick ones first, with fixed tiles; then compares neighborhood attention,
+autotuned, with NATTEN if it is installed, flex attention and SDPA. Writes a JSON file. What there
+is no time for is counted or listed there as not run. The exit status is 1 if a case fails.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from benchmark_na import Effort, describe, measure
+from measuring import machine, write
+from na_contenders import SETTINGS
+
+from backbones.core.arguments import nonempty_path
+
+__all__ = ["main"]
+
+ROOT = Path(__file__).parents[1]
+CONTENDERS = ("triton", "split", "tiled", "sdpa-mask", "flex", "natten", "natten-split")
+# The most telling rows first: the last may find no time.
+ROWS = (
+    ("56x56-k7-d32", "bfloat16", True),
+    ("56x56-k7-d32", "bfloat16", False),
+    ("128x128-k13-d32", "bfloat16", True),
+    ("56x56-k7-d64", "float32", True),
+    ("4096-k63-d32", "bfloat16", True),
+    ("8x28x28-k3x7x7-d32", "bfloat16", True),
+)
+BATCH = 8
+# A row may have to compile for some contenders before its time is measured.
+SECONDS_OF_A_ROW = 60
+
+
+class Watch:
+    """A pytest plugin that counts results, runs quick cases first, and stops at ``deadline``."""
+
+    def __init__(self, deadline: float) -> None:
+        self._deadline = deadline
+        self.collected = 0
+        self.passed = 0
+        self.failed: list[str] = []
+
+    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
+        items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
+        self.collected = len(items)
+
+    @pytest.hookimpl(tryfirst=True)
+    def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
+        if time.monotonic() < self._deadline:
+            return None
+        item.session.shouldstop = "the time is over"
+        return True  # instead of running it
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        if report.failed:
+            self.failed.append(report.nodeid)
+        elif report.when == "call":
+            self.passed += 1
+
+    def result(self) -> dict[str, Any]:
+        """The counts; a case that fails may have passed before its teardown failed."""
+        run = self.passed + len(self.failed)
+        return {
+            "passed": self.passed,
+            "failed": self.failed,
+            "not_run": max(0, self.collected - run),
+        }
+
+
+def run_cases(file: Path, deadline: float) -> dict[str, Any]:
+    """Run the cases of a file until ``deadline`` (of ``time.monotonic``)."""
+    watch = Watch(deadline)
+    started = time.monotonic()
+    options = ["-q", "-c", str(ROOT / "pyproject.toml"), "-p", "no:cacheprovider"]
+    options += ["-m", "slow or not slow"]
+    # Tiles are fixed where algorithms must be deterministic; autotuning would take hours.
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        status = pytest.main(
+            [str(file), *options, "-W", "ignore:.*deterministic:UserWarning"], plugins=[watch]
+        )
+    finally:
+        torch.use_deterministic_algorithms(False)
+    found = watch.result() | {"seconds": time.monotonic() - started}
+    if status not in (0, 1, 2) or not watch.collected:
+        found["failed"] = [*found["failed"], f"pytest's exit status is {int(status)}"]
+    return found
+
+
+def benchmark(deadline: float, device: torch.device) -> Iterator[dict[str, Any]]:
+    """The rows that there is time for, those of ``benchmark_na.py``."""
+    settings = {setting.name: setting for setting in SETTINGS}
+    for name, dtype, backward in ROWS:
+        if time.monotonic() + SECONDS_OF_A_ROW > deadline:
+            return
+        kind = getattr(torch, dtype)
+        effort = Effort(rounds=5)
+        yield measure(settings[name], BATCH, kind, backward, CONTENDERS, device, effort, {})
+
+
+def verdict(report: dict[str, Any]) -> str:
+    """The last line."""
+    if report["machine"] is None:
+        return "No GPU that torch can use: nothing was tested."
+    cases = report["cases"].values()
+    passed = sum(of["passed"] for of in cases)
+    failed = sum(len(of["failed"]) for of in cases)
+    left = sum(of["not_run"] for of in cases)
+    rows = f"{len(report['benchmark'])} of {len(ROWS)} benchmark rows"
+    name = report["machine"]["name"]
+    return f"{name}: {passed} cases passed, {failed} failed, {left} not run; {rows}."
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run everything; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--minutes", type=float, default=9.5, help="in all, default 9.5")
+    parser.add_argument("--output", type=nonempty_path, default=Path("runs/test_gpu.json"))
+    args = parser.parse_args(arguments)
+    report: dict[str, Any] = {"machine": None, "cases": {}, "benchmark": []}
+
+    def save() -> None:
+        text = json.dumps(report, indent=1)
+        write(args.output, lambda path: path.write_text(text))
+
+    if torch.cuda.is_available():
+        test(report, 60 * args.minutes, save)
+    save()
+    sys.stdout.write(f"wrote {args.output}\n{verdict(report)}\n")
+    return int(any(of["failed"] for of in report["cases"].values()))
+
+
+def test(report: dict[str, Any], seconds: float, save: Any) -> None:
+    """Fill in the report; calls ``save`` after each part."""
+    start = time.monotonic()
+    device = torch.device("cuda")
+    report["machine"] = machine(device)
+    # What cuBLAS wants before it computes deterministically.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    files = sorted((ROOT / "tests" / "ops").rglob("*triton_cases.py"))
+    for i, file in enumerate(files):
+        # Two thirds of the time, divided among the files that are left.
+        left = start + seconds * 2 / 3 - time.monotonic()
+        found = run_cases(file, time.monotonic() + left / (len(files) - i))
+        report["cases"][str(file.relative_to(ROOT))] = found
+        save()
+    for row in benchmark(start + seconds, device):
+        report["benchmark"].append(row)
+        save()
+        for name, result in row["contenders"].items():
+            sys.stdout.write(f"{row['setting']} {name:12s} {describe(result)}\n")
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
