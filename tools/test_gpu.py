@@ -13,13 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import pytest
 import torch
 from benchmark_na import Effort, describe, measure
 from measuring import machine, write
@@ -41,64 +42,44 @@ ROWS = (
     ("8x28x28-k3x7x7-d32", "bfloat16", True),
 )
 BATCH = 8
+# What a case may take, compilation included.
+SECONDS_OF_A_CASE = 60
 # A row may have to compile for some contenders before its time is measured.
 SECONDS_OF_A_ROW = 60
 
 
-class Watch:
-    """A pytest plugin that counts results, runs quick cases first, and stops at ``deadline``."""
+def run_cases(file: Path, seconds: float) -> dict[str, Any]:
+    """Run the cases of a file for ``seconds``, in a process of its own.
 
-    def __init__(self, deadline: float) -> None:
-        self._deadline = deadline
-        self.collected = 0
-        self.passed = 0
-        self.failed: list[str] = []
-
-    def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
-        items.sort(key=lambda item: item.get_closest_marker("slow") is not None)
-        self.collected = len(items)
-
-    @pytest.hookimpl(tryfirst=True)
-    def pytest_runtest_protocol(self, item: pytest.Item) -> bool | None:
-        if time.monotonic() < self._deadline:
-            return None
-        item.session.shouldstop = "the time is over"
-        return True  # instead of running it
-
-    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
-        if report.failed:
-            self.failed.append(report.nodeid)
-        elif report.when == "call":
-            self.passed += 1
-
-    def result(self) -> dict[str, Any]:
-        """The counts; a case that fails may have passed before its teardown failed."""
-        run = self.passed + len(self.failed)
-        return {
-            "passed": self.passed,
-            "failed": self.failed,
-            "not_run": max(0, self.collected - run),
-        }
-
-
-def run_cases(file: Path, deadline: float) -> dict[str, Any]:
-    """Run the cases of a file until ``deadline`` (of ``time.monotonic``)."""
-    watch = Watch(deadline)
+    A case that is running then is finished, unless it takes ``SECONDS_OF_A_CASE`` longer.
+    """
+    options = ["-q", "-c", "pyproject.toml", "-p", "no:cacheprovider", "-p", "pytest_timeout"]
+    options += ["-m", "slow or not slow", "-W", "ignore:.*deterministic:UserWarning"]
     started = time.monotonic()
-    options = ["-q", "-c", str(ROOT / "pyproject.toml"), "-p", "no:cacheprovider"]
-    options += ["-m", "slow or not slow"]
-    # Tiles are fixed where algorithms must be deterministic; autotuning would take hours.
-    torch.use_deterministic_algorithms(True, warn_only=True)
-    try:
-        status = pytest.main(
-            [str(file), *options, "-W", "ignore:.*deterministic:UserWarning"], plugins=[watch]
-        )
-    finally:
-        torch.use_deterministic_algorithms(False)
-    found = watch.result() | {"seconds": time.monotonic() - started}
-    if status not in (0, 1, 2) or not watch.collected:
-        found["failed"] = [*found["failed"], f"pytest's exit status is {int(status)}"]
-    return found
+    with tempfile.TemporaryDirectory() as folder:
+        output = Path(folder) / "cases.json"
+        environment = {
+            **{name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"},
+            "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tools")]),
+            "PYTEST_DISABLE_PLUGIN_AUTOLOAD": "1",
+            # What cuBLAS wants before it computes deterministically.
+            "CUBLAS_WORKSPACE_CONFIG": ":4096:8",
+            "GPU_WATCH_SECONDS": str(seconds),
+            "GPU_WATCH_OUTPUT": str(output),
+        }
+        try:
+            subprocess.run(
+                [sys.executable, "-m", "pytest", str(file), "-p", "gpu_watch", *options],
+                cwd=ROOT,
+                env=environment,
+                check=False,
+                timeout=max(seconds, 0) + SECONDS_OF_A_CASE,
+            )
+        except subprocess.TimeoutExpired:
+            found = {"passed": 0, "failed": ["a case that did not end"], "not_run": 0}
+        else:
+            found = json.loads(output.read_text())
+    return found | {"seconds": time.monotonic() - started}
 
 
 def benchmark(deadline: float, device: torch.device) -> Iterator[dict[str, Any]]:
@@ -151,13 +132,11 @@ def test(report: dict[str, Any], seconds: float, save: Any) -> None:
     start = time.monotonic()
     device = torch.device("cuda")
     report["machine"] = machine(device)
-    # What cuBLAS wants before it computes deterministically.
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     files = sorted((ROOT / "tests" / "ops").rglob("*triton_cases.py"))
     for i, file in enumerate(files):
         # Two thirds of the time, divided among the files that are left.
         left = start + seconds * 2 / 3 - time.monotonic()
-        found = run_cases(file, time.monotonic() + left / (len(files) - i))
+        found = run_cases(file, left / (len(files) - i))
         report["cases"][str(file.relative_to(ROOT))] = found
         save()
     for row in benchmark(start + seconds, device):

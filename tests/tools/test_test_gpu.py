@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import importlib
 import json
-import time
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
-from fresh_python import run_code
 
 TOOLS = Path(__file__).parents[2] / "tools"
 
@@ -50,34 +48,35 @@ def test_wrong(i):
 """
 
 
-RUN = """
-import json, sys, time
-from pathlib import Path
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("text", "seconds", "counts"),
+    [
+        (CASES, 60, (4, 1, 0)),
+        (CASES, 0, (0, 0, 5)),
+        ("import nothing_of_that_name", 60, (0, 1, 0)),
+    ],
+    ids=["all", "late", "broken"],
+)
+def test_counts_cases(
+    tool: ModuleType, tmp_path: Path, text: str, seconds: float, counts: tuple[int, int, int]
+) -> None:
+    """All of them with the quick ones first; none when the time is over."""
+    file = tmp_path / "some_triton_cases.py"
+    file.write_text(text)
+    found = tool.run_cases(file, seconds)
+    assert (found["passed"], len(found["failed"]), found["not_run"]) == counts
+    if counts[0]:
+        assert found["failed"][0].endswith("test_wrong[1]")
 
-sys.path.insert(0, {tools!r})
-import test_gpu, torch
 
-found = [
-    test_gpu.run_cases(Path(file), time.monotonic() + float(seconds))
-    for file, seconds in zip(sys.argv[1::2], sys.argv[2::2])
-]
-assert not torch.are_deterministic_algorithms_enabled()
-print(json.dumps(found))
-"""
-
-
-def test_counts_cases(tmp_path: Path) -> None:
-    """All of them with the quick ones first; none when the time is over; a file without cases."""
-    files = [tmp_path / f"{name}_triton_cases.py" for name in ("some", "late", "empty")]
-    for file, text in zip(files, (CASES, CASES, "import nothing_of_that_name"), strict=True):
-        file.write_text(text)
-    words = [str(files[0]), "60", str(files[1]), "-1", str(files[2]), "60"]
-    said = run_code(RUN.format(tools=str(TOOLS)), tmp_path, *words)
-    some, late, empty = json.loads(said.splitlines()[-1])
-    assert (some["passed"], some["not_run"]) == (4, 0)
-    assert [name.rpartition("::")[2] for name in some["failed"]] == ["test_wrong[1]"]
-    assert (late["passed"], late["failed"], late["not_run"]) == (0, [], 5)
-    assert empty["failed"]
+def test_a_case_that_hangs_is_a_failure(
+    tool: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tool, "SECONDS_OF_A_CASE", 0.5)
+    file = tmp_path / "some_triton_cases.py"
+    file.write_text("import time\ntime.sleep(30)\n")
+    assert tool.run_cases(file, 0)["failed"] == ["a case that did not end"]
 
 
 def test_tests_and_measures_within_the_time(
@@ -86,11 +85,11 @@ def test_tests_and_measures_within_the_time(
     """As on a GPU, but for the machine, the cases and the measurements."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(tool, "machine", lambda device: {"name": "a GPU"})
-    deadlines = []
+    given: list[float] = []
 
-    def run_cases(file: Path, deadline: float) -> dict:
+    def run_cases(file: Path, seconds: float) -> dict:
         assert file.exists()
-        deadlines.append(deadline - time.monotonic())
+        given.append(seconds)
         return {"passed": 2, "failed": ["x"] if "bi_wkv" in str(file) else [], "not_run": 1}
 
     def measure(setting, batch, dtype, backward, names, device, effort, expected) -> dict:
@@ -107,8 +106,8 @@ def test_tests_and_measures_within_the_time(
         "linear_attention",
         "neighborhood",
     }
-    assert len(deadlines) == 4
-    assert all(0 < seconds <= 240 for seconds in deadlines)
+    assert len(given) == 4
+    assert all(0 < seconds <= 240 for seconds in given)
     assert [row["setting"] for row in report["benchmark"]] == [row[0] for row in tool.ROWS]
     last = capsys.readouterr().out.splitlines()[-1]
     assert last == "a GPU: 8 cases passed, 1 failed, 4 not run; 6 of 6 benchmark rows."
