@@ -127,6 +127,13 @@ def _neighborhood(given: _Given, result: Any) -> int | None:
     return int(query.numel() // query.shape[-1] * keys * (query.shape[-1] + value.shape[-1]))
 
 
+def _split_neighborhood(given: _Given, result: Any) -> int | None:
+    if any(given["is_causal"]):
+        return None
+    channels = given["query"] if "query" in given else given["value"]
+    return int(channels.numel() * math.prod(given["kernel_size"]))
+
+
 _KERNELS: dict[str, Callable[[_Given, Any], int | None]] = {
     **dict.fromkeys(("packed_linear", "packed_linear_energy", "packed_linear_int8"), _linear),
     **dict.fromkeys(("packed_mlp", "packed_mlp_int8", "depthwise_mlp"), _mlp),
@@ -142,6 +149,7 @@ _KERNELS: dict[str, Callable[[_Given, Any], int | None]] = {
     "kan_layer": _kan,
     "response_mlp": _response_mlp,
     **dict.fromkeys(("na_cpu_output", "na_cpu_forward"), _neighborhood),
+    **dict.fromkeys(("na_cpu_mix", "na_cpu_scores"), _split_neighborhood),
 }
 
 # -- multiply-accumulates of torch functions ------------------------------------------------------

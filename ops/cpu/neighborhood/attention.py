@@ -181,8 +181,11 @@ def _split(
     }
 
 
-def _heads_first(t: Tensor) -> dict[str, Any] | None:
-    return _with_channels(t.movedim(1, -2))
+def _heads_first(t: Tensor) -> dict[str, Any]:
+    """[B, H, *S, C]; copied unless the channels are dense."""
+    t = dense_channels(t)
+    batch, head, *spatial, _ = t.stride()
+    return _strided(t, (batch, *spatial, head))
 
 
 def _empty_out(query: Tensor, value: Tensor) -> Tensor:

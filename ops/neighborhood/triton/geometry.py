@@ -224,6 +224,18 @@ def covers(low, end, origin, BLOCK: tl.constexpr):
 
 
 @triton.jit
+def pairs(query, key, ROWS_ARE_QUERIES: tl.constexpr):
+    """Both positions, to be broadcast to the score matrix."""
+    if ROWS_ARE_QUERIES:
+        q = (query[0][:, None], query[1][:, None], query[2][:, None])
+        k = (key[0][None, :], key[1][None, :], key[2][None, :])
+    else:
+        q = (query[0][None, :], query[1][None, :], query[2][None, :])
+        k = (key[0][:, None], key[1][:, None], key[2][:, None])
+    return q, k
+
+
+@triton.jit
 def visible(
     query,
     key,
@@ -235,12 +247,7 @@ def visible(
     ROWS_ARE_QUERIES: tl.constexpr,
 ):
     """Mask of the score matrix; padded axes are skipped."""
-    if ROWS_ARE_QUERIES:
-        q = (query[0][:, None], query[1][:, None], query[2][:, None])
-        k = (key[0][None, :], key[1][None, :], key[2][None, :])
-    else:
-        q = (query[0][None, :], query[1][None, :], query[2][None, :])
-        k = (key[0][:, None], key[1][:, None], key[2][:, None])
+    q, k = pairs(query, key, ROWS_ARE_QUERIES)
     seen = in_window(q[2], k[2], length[2], KERNEL[2], STRIDE[2], CAUSAL[2])
     if RANK >= 2:
         seen &= in_window(q[1], k[1], length[1], KERNEL[1], STRIDE[1], CAUSAL[1])

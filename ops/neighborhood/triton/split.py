@@ -24,6 +24,7 @@ from ops.neighborhood.triton.geometry import (
     head_start,
     last_of,
     load_rows,
+    pairs,
     positions,
     program,
     store_rows,
@@ -48,12 +49,7 @@ def window_places(
     ROWS_ARE_QUERIES: tl.constexpr,
 ):
     """Place of each pair's key among those of the query's window, row-major over the axes."""
-    if ROWS_ARE_QUERIES:
-        q = (query[0][:, None], query[1][:, None], query[2][:, None])
-        k = (key[0][None, :], key[1][None, :], key[2][None, :])
-    else:
-        q = (query[0][None, :], query[1][None, :], query[2][None, :])
-        k = (key[0][:, None], key[1][:, None], key[2][:, None])
+    q, k = pairs(query, key, ROWS_ARE_QUERIES)
     z = _along(q[0], k[0], length[0], KERNEL[0], CAUSAL[0])
     y = _along(q[1], k[1], length[1], KERNEL[1], CAUSAL[1])
     x = _along(q[2], k[2], length[2], KERNEL[2], CAUSAL[2])

@@ -18,14 +18,15 @@ from torch.utils.flop_counter import FlopCounterMode
 import ops.cpu
 from ops.cpu import flops
 from ops.cpu.binding import Kernel
-from ops.neighborhood import na2d
+from ops.neighborhood import na2d, na2d_av, na2d_qk
 from ops.replay.trace import Trace, TracedCall
 
 # They have no products, or are no part of a forward pass.
 UNCOUNTED = {
     *("bi_wkv_backward", "bi_wkv_forward", "gated_scan", "gated_scan_backward", "mixed_scan"),
     "normed_scan",
-    *("nhwc_from_nchw", "layer_norm", "na_cpu_backward", "rms_norm", "shifted_mixtures"),
+    *("nhwc_from_nchw", "layer_norm", "na_cpu_backward", "na_cpu_scatter", "rms_norm"),
+    "shifted_mixtures",
     *("nchw_from_nhwc", "window_means"),
 }
 
@@ -89,4 +90,16 @@ def test_neighborhood_attention() -> None:
     ]
     assert call.flops == 2 * 9 * 7 * 2 * 15 * (8 + 8)
     causal = _traced(lambda: na2d(query, query, query, (3, 5), is_causal=True))
+    assert [c.flops for c in causal if c.kernel.startswith("na_cpu")] == [None]
+
+
+def test_split_neighborhood_attention() -> None:
+    value, weights = torch.randn(1, 2, 9, 7, 8), torch.randn(1, 2, 9, 7, 15)
+    calls = [
+        *_traced(lambda: na2d_qk(value, value, (3, 5))),
+        *_traced(lambda: na2d_av(weights, value, (3, 5))),
+    ]
+    counts = {c.kernel: c.flops for c in calls if c.kernel.startswith("na_cpu")}
+    assert counts == dict.fromkeys(("na_cpu_scores", "na_cpu_mix"), 2 * 9 * 7 * 2 * 15 * 8)
+    causal = _traced(lambda: na2d_av(weights, value, (3, 5), is_causal=True))
     assert [c.flops for c in causal if c.kernel.startswith("na_cpu")] == [None]
