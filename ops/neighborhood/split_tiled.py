@@ -77,7 +77,8 @@ def _steps(weights: Tensor, dim: int, window: Window) -> Iterator[Tiles]:
         tuple(size), kernel_size, stride, dilation, is_causal, weights.device
     ):
         queries, keys = tiles.visible.shape
-        yield from tiles.split(max(1, _STEP // (batch * heads * keys * (dim + 2 * queries))))
+        elements = batch * heads * keys * (dim + 2 * queries)  # 0 in an empty tensor
+        yield from tiles.split(max(1, _STEP // max(1, elements)))
 
 
 def _of_keys(weights: Tensor, tiles: Tiles) -> Tensor:
