@@ -1,0 +1,41 @@
+"""Reference implementation of the selective scan: token by token.
+
+https://arxiv.org/abs/2312.00752. Any device and dtype.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+__all__ = ["scan", "supports"]
+
+
+def supports(u: Tensor, A: Tensor) -> str | None:
+    """``None``: this backend supports every call."""
+    return None
+
+
+def scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> Tensor:
+    """See :func:`ops.selective_scan.selective_scan`."""
+    channels, exact = u.shape[1], torch.promote_types(u.dtype, torch.float32)
+    step = delta.to(exact) if delta_bias is None else delta.to(exact) + delta_bias[:, None]
+    step = F.softplus(step) if delta_softplus else step
+    B, C = (t.to(exact).repeat_interleave(channels // t.shape[1], 1) for t in (B, C))
+    state, outs = u.new_zeros(*u.shape[:2], A.shape[1], dtype=exact), []
+    for t in range(u.shape[2]):
+        decay, now = (step[..., t, None] * A).exp(), (step * u)[..., t, None] * B[..., t]
+        state = decay * state + now
+        outs.append((C[..., t] * state).sum(-1))
+    out = torch.stack(outs, -1) if outs else torch.zeros_like(step)
+    return (out if D is None else out + D[:, None] * u).to(u.dtype)
