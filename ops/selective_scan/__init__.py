@@ -33,7 +33,7 @@ from torch import Tensor
 from ops.arguments import checked
 from ops.autocast import without_autocast
 from ops.backends import backend_named
-from ops.selective_scan import chunked, reference
+from ops.selective_scan import chunked, cpu, reference
 from ops.selective_scan.orders import cross_merge, cross_scan, scan_in_four_orders
 
 __all__ = ["BACKENDS", "cross_merge", "cross_scan", "cross_selective_scan", "selective_scan"]
@@ -41,6 +41,7 @@ __all__ = ["BACKENDS", "cross_merge", "cross_scan", "cross_selective_scan", "sel
 BACKENDS: dict[str, ModuleType] = {
     "reference": reference,
     "chunked": chunked,
+    "cpu": cpu,
 }
 
 

@@ -1,0 +1,108 @@
+// Selective scan: the parameters of a call, its chunks, and the steps of tokens.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include "common/activation.h"
+#include "common/lanes.h"
+#include "common/prefetch.h"
+#include "common/simd.h"
+
+namespace selective {
+
+using simd::F;
+using simd::W;
+
+// selective_scan.py fills in the fields of these structures. A map has four groups, one per order.
+struct Problem {
+  int64_t batch, tokens, groups;
+  int64_t dim;  // channels of a group
+  int64_t states;
+  int64_t height, width, rank;  // of a map
+  int64_t softplus, bfloat16, threads;
+};
+
+// Parameters of all groups' channels; the last two may be null.
+struct Channels {
+  const float* decay;  // A: [groups * dim][states]
+  const float* own;    // D
+  const float* bias;   // of the steps
+};
+
+constexpr int CHUNK = 16;                                 // tokens at a time, a multiple of W
+constexpr int STATES = simd::REGISTERS == 32 ? 8 : 4;  // of W channels in registers at a time
+constexpr float LOG2E = 1.44269504f;
+
+// W neighbouring channels of a group, or fewer at its end: the lanes of all vectors.
+struct Block {
+  int64_t group, first;  // channel in the group
+  int lanes;
+};
+
+static VB_INLINE int64_t blocks_of(const Problem& p) { return (p.dim + W - 1) / W; }
+
+static VB_INLINE Block block_of(const Problem& p, int64_t group, int64_t index) {
+  return {group, index * W, static_cast<int>(std::min<int64_t>(W, p.dim - index * W))};
+}
+
+static VB_INLINE F of_block(const Problem& p, const Block& b, const float* in) {
+  return in ? simd::get(in + b.group * p.dim + b.first, b.lanes) : simd::zero();
+}
+
+// A of a block, times log2(e): [states][W].
+static void load_decays(const Problem& p, const Channels& c, const Block& b, float* out) {
+  std::fill_n(out, p.states * W, 0.f);
+  const float* const in = c.decay + (b.group * p.dim + b.first) * p.states;
+  for (int l = 0; l < b.lanes; l++) {
+    for (int64_t n = 0; n < p.states; n++) out[n * W + l] = in[l * p.states + n] * LOG2E;
+  }
+}
+
+// Consecutive tokens of a sequence.
+struct Span {
+  int64_t first;
+  int count;
+};
+
+static VB_INLINE Span chunk_of(const Problem& p, int64_t index) {
+  const int64_t first = index * CHUNK;
+  return {first, static_cast<int>(std::clamp<int64_t>(p.tokens - first, 0, CHUNK))};
+}
+
+// log(1 + exp(z)) with a relative error of a few ulp: a minimax polynomial of log(1 + e) / e for e
+// in 0 … 1.
+static VB_INLINE F softplus(F z) {
+  constexpr float TERMS[] = {5.2326941098e-3f,  -2.9505237276e-2f, 7.8225947817e-2f,
+                             -1.3663245296e-1f, 1.9106006444e-1f,  -2.4842982110e-1f,
+                             3.3319096792e-1f,  -4.9999493140e-1f, 1.f};
+  const F e = simd::exp2(simd::min(z, simd::zero() - z) * simd::set1(LOG2E));
+  F sum = simd::set1(TERMS[0]);
+  VB_UNROLL
+  for (int i = 1; i < 9; i++) sum = simd::fma(sum, e, simd::set1(TERMS[i]));
+  return simd::fma(e, sum, activation::positive(z));
+}
+
+// Makes steps of the chunk's delta in place.
+static VB_INLINE void make_steps(const Problem& p, F bias, int count, float* delta) {
+  for (int i = 0; i < count; i++) {
+    const F z = simd::load(delta + i * W) + bias;
+    simd::store(delta + i * W, p.softplus ? softplus(z) : z);
+  }
+}
+
+// Numbers of B and C, which all lanes share: that of the i-th token and state n is at
+// i * token + n * PITCH.
+struct Shared {
+  const float *before, *after;
+  int64_t token;
+};
+
+// Calls work(std::integral_constant<int, S>, n) for every S states from n on.
+template <int S = STATES, class Work>
+static VB_INLINE void each_tile(int64_t states, const Work& work, int64_t n = 0) {
+  for (; n + S <= states; n += S) work(std::integral_constant<int, S>(), n);
+  if constexpr (S > 1) {
+    if (n < states) each_tile<S / 2>(states, work, n);
+  }
+}
+
+}  // namespace selective

@@ -1,0 +1,26 @@
+// Selective scan: the C interface, called from selective_scan.py.
+#include "common/interface.h"
+#include "selective/forward.h"
+
+VB_EXPORT_BYTES(selective, Problem)
+VB_EXPORT_BYTES(selective, Channels)
+VB_EXPORT_BYTES(selective, SequenceTensors)
+VB_EXPORT_BYTES(selective, MapTensors)
+
+extern "C" int selective_scan_sequences(const selective::Problem* problem,
+                                        const selective::Channels* channels,
+                                        const selective::SequenceTensors* tensors) {
+  return status_of([&] {
+    problem->bfloat16 ? selective::forward<BFloat16>(*problem, *channels, *tensors)
+                      : selective::forward<float>(*problem, *channels, *tensors);
+  });
+}
+
+extern "C" int selective_scan_map(const selective::Problem* problem,
+                                  const selective::Channels* channels,
+                                  const selective::MapTensors* tensors) {
+  return status_of([&] {
+    problem->bfloat16 ? selective::forward<BFloat16>(*problem, *channels, *tensors)
+                      : selective::forward<float>(*problem, *channels, *tensors);
+  });
+}

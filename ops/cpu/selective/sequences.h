@@ -1,0 +1,115 @@
+// Sequences of a selective scan: (B, groups, channels or states, L), tokens next to each other.
+#pragma once
+#include <algorithm>
+#include <cstdint>
+#include "selective/problem.h"
+
+namespace selective {
+
+// Strides in elements; those of rows are between channels, or between states.
+struct Rows {
+  const void* data;
+  int64_t batch, group, row;
+};
+
+template <class T>
+static VB_INLINE const T* row_of(const Rows& rows, int64_t image, int64_t group, int64_t row) {
+  return static_cast<const T*>(rows.data) + image * rows.batch + group * rows.group +
+         row * rows.row;
+}
+
+// A chunk of W rows, or of fewer and zeros, transposed: [CHUNK][W].
+template <class T>
+static VB_INLINE void gather(const T* in, int64_t pitch, int lanes, int count, float* out) {
+  for (int i = 0; i < count; i += W) {
+    const int tokens = std::min(W, count - i);
+    float copied[W][W];
+    const float* rows[W];
+    bool direct = false;
+    if constexpr (std::is_same_v<T, float>) {
+      direct = lanes == W && tokens == W;
+      VB_UNROLL
+      for (int l = 0; l < W; l++) rows[l] = direct ? in + l * pitch + i : copied[l];
+    } else {
+      VB_UNROLL
+      for (int l = 0; l < W; l++) rows[l] = copied[l];
+    }
+    for (int l = 0; l < W && !direct; l++) {
+      simd::store(copied[l], l < lanes ? simd::get(in + l * pitch + i, tokens) : simd::zero());
+    }
+    F columns[W];
+    simd::transpose(rows, columns);
+    VB_UNROLL
+    for (int j = 0; j < W; j++) simd::store(out + (i + j) * W, columns[j]);
+  }
+}
+
+// The reverse.
+template <class T>
+static VB_INLINE void scatter(const float* in, int lanes, int count, T* out, int64_t pitch) {
+  for (int i = 0; i < count; i += W) {
+    const int tokens = std::min(W, count - i);
+    const float* rows[W];
+    F columns[W];
+    VB_UNROLL
+    for (int j = 0; j < W; j++) rows[j] = in + (i + j) * W;
+    simd::transpose(rows, columns);
+    if (lanes == W && tokens == W) {
+      VB_UNROLL
+      for (int l = 0; l < W; l++) simd::store_from_float(out + l * pitch + i, columns[l]);
+    } else {
+      float copied[W][W];
+      for (int l = 0; l < W; l++) simd::store(copied[l], columns[l]);
+      for (int l = 0; l < lanes; l++) simd::put(out + l * pitch + i, simd::load(copied[l]), tokens);
+    }
+  }
+}
+
+// A chunk of rows of B or C as floats: [states][CHUNK].
+template <class T>
+static VB_INLINE void load_shared(const T* in, int64_t pitch, int64_t states, int count,
+                                  float* out) {
+  for (int64_t n = 0; n < states; n++) {
+    for (int i = 0; i < count; i += W) {
+      simd::store(out + n * CHUNK + i, simd::get(in + n * pitch + i, std::min(W, count - i)));
+    }
+  }
+}
+
+struct SequenceTensors {
+  Rows u, delta, before, after;  // the last two are B and C
+  void* out;                     // [batch][groups * dim][tokens]
+};
+
+// One block of one image.
+template <class T>
+struct Sequences {
+  static constexpr int PITCH = CHUNK;
+  const Problem& p;
+  const SequenceTensors& t;
+  int64_t image, group, index;
+  float* shared = nullptr;  // [2][states][CHUNK]
+
+  static int64_t scratch(const Problem& p) { return 2 * p.states * CHUNK; }
+  void keep(float* scratch) { shared = scratch; }
+  int64_t orders() const { return 1; }
+  Block begin(int64_t) { return block_of(p, group, index); }
+  const T* row(const Rows& rows, int64_t at) const { return row_of<T>(rows, image, group, at); }
+
+  VB_INLINE Shared load(const Block& b, const Span& span, float* u, float* delta) {
+    gather(row(t.u, b.first) + span.first, t.u.row, b.lanes, span.count, u);
+    gather(row(t.delta, b.first) + span.first, t.delta.row, b.lanes, span.count, delta);
+    float* const after = shared + p.states * CHUNK;
+    load_shared(row(t.before, 0) + span.first, t.before.row, p.states, span.count, shared);
+    load_shared(row(t.after, 0) + span.first, t.after.row, p.states, span.count, after);
+    return {shared, after, 1};
+  }
+  VB_INLINE void give(const Block& b, const Span& span, const float* sums) {
+    T* const out = static_cast<T*>(t.out) +
+                   ((image * p.groups + group) * p.dim + b.first) * p.tokens + span.first;
+    scatter(sums, b.lanes, span.count, out, p.tokens);
+  }
+  void end() {}
+};
+
+}  // namespace selective

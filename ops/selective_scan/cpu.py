@@ -1,0 +1,72 @@
+"""The selective scan on the CPU by compiled kernels (:mod:`ops.cpu.selective.selective_scan`).
+
+https://arxiv.org/abs/2312.00752. Differentiable and deterministic. Maps of float32 and bfloat16 are
+read as they are, those of float16 converted. To save memory, the backward pass recomputes the
+states within a chunk from the one before it.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ops.cpu.selective.selective_scan import map_scan, sequence_scan
+
+__all__ = ["cross", "scan", "supports"]
+
+
+def supports(u: Tensor, A: Tensor) -> str | None:
+    """``None`` if the kernels support the call, else the reason.
+
+    The first call may compile the kernels, which takes a few seconds.
+    """
+    dtype = torch.float32 if u.dtype == torch.float16 else u.dtype
+    return sequence_scan.unsupported(u.device, dtype)
+
+
+def scan(
+    u: Tensor,
+    delta: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> Tensor:
+    """See :func:`ops.selective_scan.selective_scan`.
+
+    Results do not depend on the number of threads, ``torch.get_num_threads()``.
+
+    Raises:
+        RuntimeError: the kernel is unavailable (check with :func:`supports`).
+    """
+    dtype, (u, delta, B, C) = u.dtype, _of_one_dtype(u, delta, B, C)
+    parameters = (t if t is None else t.float() for t in (D, delta_bias))
+    out: Tensor = sequence_scan(u, delta, A.float(), B, C, *parameters, delta_softplus)
+    return out.to(dtype)
+
+
+def cross(
+    x: Tensor,
+    projected: Tensor,
+    delta_weight: Tensor,
+    A: Tensor,
+    D: Tensor | None,
+    delta_bias: Tensor | None,
+    delta_softplus: bool,
+) -> Tensor:
+    """See :func:`ops.selective_scan.cross_selective_scan`; copies ``delta_weight`` unless its
+    transpose is dense."""
+    dtype, (x, projected) = x.dtype, _of_one_dtype(x, projected)
+    parameters = (t if t is None else t.float() for t in (D, delta_bias))
+    weight = delta_weight.float().mT
+    out: Tensor = map_scan(x, projected, weight, A.float(), *parameters, delta_softplus)
+    return out.to(dtype)
+
+
+def _of_one_dtype(*tensors: Tensor) -> list[Tensor]:
+    """Maps in the one dtype that they have, or in float32."""
+    dtypes = {t.dtype for t in tensors}
+    one = len(dtypes) == 1 and torch.float16 not in dtypes
+    return list(tensors) if one else [t.float() for t in tensors]
