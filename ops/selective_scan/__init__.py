@@ -199,5 +199,18 @@ def _check(of: str, x: Tensor, **others: tuple[Tensor | None, tuple[int, ...]]) 
 
 def _choose(x: Tensor, A: Tensor, backend: str | None) -> ModuleType:
     """The named backend, or the first in order of preference that supports the call."""
-    chosen = chunked if backend is None else backend_named(backend, BACKENDS, x, A)
+    chosen = _best(x, A) if backend is None else backend_named(backend, BACKENDS, x, A)
     return reference if x.numel() == 0 or A.numel() == 0 else chosen
+
+
+def _best(x: Tensor, A: Tensor) -> ModuleType:
+    """``chunked`` supports every call."""
+    if torch.compiler.is_exporting():
+        return chunked
+    device = x.device.type
+    if device == "cpu" and cpu.supports(x, A) is None:
+        return cpu
+    kept = x.dtype in (torch.float32, torch.bfloat16) and not torch.is_grad_enabled()
+    if device == "meta" and kept:
+        return cpu  # only its operators are traceable by shape and counted by FLOP counters
+    return chunked

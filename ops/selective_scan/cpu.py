@@ -7,10 +7,19 @@ states within a chunk from the one before it.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import torch
 from torch import Tensor
 
-from ops.cpu.selective.selective_scan import map_scan, sequence_scan
+from ops.cpu.differentiable import differentiable
+from ops.cpu.selective.selective_scan import (
+    map_scan,
+    map_scan_backward,
+    sequence_scan,
+    sequence_scan_backward,
+)
 
 __all__ = ["cross", "scan", "supports"]
 
@@ -43,7 +52,7 @@ def scan(
     """
     dtype, (u, delta, B, C) = u.dtype, _of_one_dtype(u, delta, B, C)
     parameters = (t if t is None else t.float() for t in (D, delta_bias))
-    out: Tensor = sequence_scan(u, delta, A.float(), B, C, *parameters, delta_softplus)
+    out: Tensor = _sequence_scan(u, delta, A.float(), B, C, *parameters, delta_softplus)
     return out.to(dtype)
 
 
@@ -61,7 +70,7 @@ def cross(
     dtype, (x, projected) = x.dtype, _of_one_dtype(x, projected)
     parameters = (t if t is None else t.float() for t in (D, delta_bias))
     weight = delta_weight.float().mT
-    out: Tensor = map_scan(x, projected, weight, A.float(), *parameters, delta_softplus)
+    out: Tensor = _map_scan(x, projected, weight, A.float(), *parameters, delta_softplus)
     return out.to(dtype)
 
 
@@ -70,3 +79,20 @@ def _of_one_dtype(*tensors: Tensor) -> list[Tensor]:
     dtypes = {t.dtype for t in tensors}
     one = len(dtypes) == 1 and torch.float16 not in dtypes
     return list(tensors) if one else [t.float() for t in tensors]
+
+
+def _sequence_gradients(*call: Any) -> Sequence[Tensor]:
+    return _summed(sequence_scan_backward(*call), (2, 3, 4, 5, 6))
+
+
+def _map_gradients(*call: Any) -> Sequence[Tensor]:
+    return _summed(map_scan_backward(*call), (1, 2, 3, 4, 5))
+
+
+def _summed(grads: Sequence[Tensor], apart: Sequence[int]) -> list[Tensor]:
+    """Gradients, of which those at ``apart`` come in parts."""
+    return [g.sum(0) if i in apart else g for i, g in enumerate(grads)]
+
+
+_sequence_scan = differentiable(sequence_scan, _sequence_gradients)
+_map_scan = differentiable(map_scan, _map_gradients)

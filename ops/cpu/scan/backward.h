@@ -4,6 +4,7 @@
 #pragma once
 #include <algorithm>
 #include <cstdint>
+#include "common/lane_sums.h"
 #include "common/parallel.h"
 #include "common/scratch.h"
 #include "scan/problem.h"
@@ -172,21 +173,6 @@ static void give(const Problem& p, const Head& at, const Span& span, const float
   }
 }
 
-// Sums W lanes each: [rows][W] → [rows], a multiple of W.
-static void sum_lanes(const float* in, int64_t rows, float* out) {
-  for (int64_t r = 0; r < rows; r += W) {
-    const float* lines[W];
-    VB_UNROLL
-    for (int l = 0; l < W; l++) lines[l] = in + (r + l) * W;
-    F columns[W];
-    simd::transpose(lines, columns);
-    F sum = columns[0];
-    VB_UNROLL
-    for (int l = 1; l < W; l++) sum = sum + columns[l];
-    simd::store(out + r, sum);
-  }
-}
-
 template <class T>
 static void differentiate(const Problem& p, const BackwardTensors& t, const Head& at) {
   static thread_local ScratchBuffer<float> buffers[2];
@@ -247,7 +233,7 @@ static void differentiate(const Problem& p, const BackwardTensors& t, const Head
       for (int64_t c = 0; c < span.count * s.keys; c += W) {
         simd::store(s.grad_gate + c, simd::load(s.grad_gate + c) * simd::load(s.gate + c));
       }
-      sum_lanes(s.products, span.count * s.values, s.value);
+      simd::sum_lanes(s.products, span.count * s.values, s.value);
       give(p, at, span, s.grad_query, s.keys, p.dim, direction, t.grad_query);
       give(p, at, span, s.grad_key, s.keys, p.dim, direction, t.grad_key);
       give(p, at, span, s.value, s.values, p.value_dim, direction, t.grad_value);

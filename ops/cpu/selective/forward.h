@@ -11,7 +11,7 @@ namespace selective {
 
 // Advances S states by a chunk and adds what is seen of them to `out`.
 template <int S, int PITCH>
-static void advance(const float* decay, const float* step, const float* moved, const Shared& shared,
+static void advance_tile(const float* decay, const float* step, const float* moved, const Shared& shared,
                     int count, float* state, float* out) {
   F rate[S], h[S];
   VB_UNROLL
@@ -36,9 +36,19 @@ static void advance(const float* decay, const float* step, const float* moved, c
   for (int s = 0; s < S; s++) simd::store(state + s * W, h[s]);
 }
 
-// The scans of a source, one order after the other.
+// The same for all states.
+template <int PITCH>
+static void advance(const Problem& p, const float* decay, const float* step, const float* moved,
+                    const Shared& shared, int count, float* state, float* out) {
+  each_tile(p.states, [&](auto size, int64_t n) {
+    advance_tile<size.value, PITCH>(decay + n * W, step, moved, shared.from(n * PITCH), count,
+                                    state + n * W, out);
+  });
+}
+
+// A block of channels in the orders of a source, one after the other.
 template <class Source>
-static void scan(const Problem& p, const Channels& c, Source source) {
+static void scan(const Problem& p, const Channels& c, Source source, int64_t index) {
   static thread_local ScratchBuffer<float> buffer;
   const int64_t of_states = p.states * W, of_chunk = CHUNK * W;
   float* const state = buffer.of(2 * of_states + 4 * of_chunk + Source::scratch(p));
@@ -46,35 +56,29 @@ static void scan(const Problem& p, const Channels& c, Source source) {
   float *const step = u + of_chunk, *const moved = step + of_chunk, *const out = moved + of_chunk;
   source.keep(out + of_chunk);
   for (int64_t order = 0; order < source.orders(); order++) {
-    const Block b = source.begin(order);
+    source.begin(order);
+    const Block b = block_of(p, source.group, index);
     load_decays(p, c, b, decay);
     const F bias = of_block(p, b, c.bias), own = of_block(p, b, c.own);
     std::fill_n(state, of_states, 0.f);
     for (int64_t n = 0; n * CHUNK < p.tokens; n++) {
       const Span span = chunk_of(p, n);
       const Shared shared = source.load(b, span, u, step);
-      make_steps(p, bias, span.count, step);
-      for (int i = 0; i < span.count; i++) {
-        const F x = simd::load(u + i * W);
-        simd::store(moved + i * W, x * simd::load(step + i * W));
-        simd::store(out + i * W, x * own);
-      }
-      each_tile(p.states, [&](auto size, int64_t s) {
-        constexpr int PITCH = Source::PITCH;
-        const Shared from{shared.before + s * PITCH, shared.after + s * PITCH, shared.token};
-        advance<size.value, PITCH>(decay + s * W, step, moved, from, span.count, state + s * W, out);
-      });
+      make_steps(p, bias, span.count, u, step, moved);
+      for (int i = 0; i < span.count; i++) simd::store(out + i * W, simd::load(u + i * W) * own);
+      advance<Source::PITCH>(p, decay, step, moved, shared, span.count, state, out);
       source.give(b, span, out);
     }
   }
-  source.end();
+  source.end(index);
 }
 
 template <class T>
 static void forward(const Problem& p, const Channels& c, const SequenceTensors& t) {
   const int64_t blocks = blocks_of(p);
   parallel::for_each(p.batch * p.groups * blocks, p.threads, [&](int64_t item) {
-    scan(p, c, Sequences<T>{p, t, item / blocks / p.groups, item / blocks % p.groups, item % blocks});
+    const int64_t group = item / blocks;
+    scan(p, c, Sequences<T>{p, t, group / p.groups, group % p.groups}, item % blocks);
   });
 }
 
@@ -82,7 +86,7 @@ template <class T>
 static void forward(const Problem& p, const Channels& c, const MapTensors& t) {
   const int64_t blocks = blocks_of(p);
   parallel::for_each(p.batch * blocks, p.threads, [&](int64_t item) {
-    scan(p, c, Map<T>{p, t, item / blocks, 0, item % blocks});
+    scan(p, c, Map<T>{p, t, item / blocks}, item % blocks);
   });
 }
 

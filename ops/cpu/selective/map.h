@@ -16,8 +16,6 @@ struct MapTensors {
   void* out;
 };
 
-static VB_INLINE int64_t numbers_of(const Problem& p) { return p.rank + 2 * p.states; }
-
 // The pixels of consecutive tokens of an order: row by row, column by column, both in reverse.
 static VB_INLINE void find_pixels(const Problem& p, int64_t order, const Span& span,
                                   int64_t (&pixels)[CHUNK]) {
@@ -56,24 +54,21 @@ static VB_INLINE void multiply(const float* numbers, int64_t pitch, int count, c
   }
 }
 
-// One block of one image in all orders.
+// One image in all orders.
 template <class T>
 struct Map {
   static constexpr int PITCH = 1;
   const Problem& p;
   const MapTensors& t;
-  int64_t image, group, index;  // `group` is the order
-  float* numbers = nullptr;     // of a chunk
+  int64_t image, group = 0;  // the order
+  float* numbers = nullptr;  // of a chunk
   int64_t pixels[CHUNK] = {};
 
   static int64_t pitch(const Problem& p) { return simd::round_up(numbers_of(p), W); }
   static int64_t scratch(const Problem& p) { return CHUNK * pitch(p); }
   void keep(float* scratch) { numbers = scratch; }
   int64_t orders() const { return ORDERS; }
-  Block begin(int64_t order) {
-    group = order;
-    return block_of(p, order, index);
-  }
+  void begin(int64_t order) { group = order; }
 
   VB_INLINE Shared load(const Block& b, const Span& span, float* u, float* delta) {
     find_pixels(p, group, span, pixels);
@@ -98,12 +93,14 @@ struct Map {
 
   // Sums of all orders are in float32: in the result, or else in a buffer until the end.
   static constexpr bool DIRECT = std::is_same_v<T, float>;
-  T* out() const { return static_cast<T*>(t.out) + image * p.tokens * p.dim + index * W; }
+  T* out(int64_t channel) const {
+    return static_cast<T*>(t.out) + image * p.tokens * p.dim + channel;
+  }
   VB_INLINE void give(const Block& b, const Span& span, const float* sums) {
     float* to;
     int64_t step = p.dim;
     if constexpr (DIRECT) {
-      to = out();
+      to = out(b.first);
     } else {
       to = buffer().of(p.tokens * W);
       step = W;
@@ -114,12 +111,12 @@ struct Map {
       simd::put(at, group ? sum + simd::get(at, b.lanes) : sum, b.lanes);
     }
   }
-  void end() {
+  void end(int64_t index) {
     if constexpr (!DIRECT) {
       const float* const from = buffer().of(p.tokens * W);
-      const int lanes = block_of(p, 0, index).lanes;
+      const Block b = block_of(p, group, index);
       for (int64_t i = 0; i < p.tokens; i++) {
-        simd::put(out() + i * p.dim, simd::load(from + i * W), lanes);
+        simd::put(out(b.first) + i * p.dim, simd::load(from + i * W), b.lanes);
       }
     }
   }

@@ -30,13 +30,16 @@ struct Channels {
 
 constexpr int CHUNK = 16;                                 // tokens at a time, a multiple of W
 constexpr int STATES = simd::REGISTERS == 32 ? 8 : 4;  // of W channels in registers at a time
-constexpr float LOG2E = 1.44269504f;
+constexpr float LOG2E = 1.44269504f, LN2 = 0.693147181f;
 
 // W neighbouring channels of a group, or fewer at its end: the lanes of all vectors.
 struct Block {
   int64_t group, first;  // channel in the group
   int lanes;
 };
+
+// Numbers of a token that all channels share: of its step, B and C.
+static VB_INLINE int64_t numbers_of(const Problem& p) { return p.rank + 2 * p.states; }
 
 static VB_INLINE int64_t blocks_of(const Problem& p) { return (p.dim + W - 1) / W; }
 
@@ -81,11 +84,13 @@ static VB_INLINE F softplus(F z) {
   return simd::fma(e, sum, activation::positive(z));
 }
 
-// Makes steps of the chunk's delta in place.
-static VB_INLINE void make_steps(const Problem& p, F bias, int count, float* delta) {
+// Makes steps of a chunk's delta, in place, and their products with u.
+static VB_INLINE void make_steps(const Problem& p, F bias, int count, const float* u, float* delta,
+                                 float* moved) {
   for (int i = 0; i < count; i++) {
-    const F z = simd::load(delta + i * W) + bias;
-    simd::store(delta + i * W, p.softplus ? softplus(z) : z);
+    const F z = simd::load(delta + i * W) + bias, step = p.softplus ? softplus(z) : z;
+    simd::store(delta + i * W, step);
+    simd::store(moved + i * W, simd::load(u + i * W) * step);
   }
 }
 
@@ -94,6 +99,8 @@ static VB_INLINE void make_steps(const Problem& p, F bias, int count, float* del
 struct Shared {
   const float *before, *after;
   int64_t token;
+
+  Shared from(int64_t place) const { return {before + place, after + place, token}; }
 };
 
 // Calls work(std::integral_constant<int, S>, n) for every S states from n on.

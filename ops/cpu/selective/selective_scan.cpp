@@ -1,11 +1,15 @@
 // Selective scan: the C interface, called from selective_scan.py.
 #include "common/interface.h"
+#include "selective/backward.h"
 #include "selective/forward.h"
 
 VB_EXPORT_BYTES(selective, Problem)
 VB_EXPORT_BYTES(selective, Channels)
+VB_EXPORT_BYTES(selective, ChannelGrads)
 VB_EXPORT_BYTES(selective, SequenceTensors)
+VB_EXPORT_BYTES(selective, SequenceGrads)
 VB_EXPORT_BYTES(selective, MapTensors)
+VB_EXPORT_BYTES(selective, MapGrads)
 
 extern "C" int selective_scan_sequences(const selective::Problem* problem,
                                         const selective::Channels* channels,
@@ -22,5 +26,29 @@ extern "C" int selective_scan_map(const selective::Problem* problem,
   return status_of([&] {
     problem->bfloat16 ? selective::forward<BFloat16>(*problem, *channels, *tensors)
                       : selective::forward<float>(*problem, *channels, *tensors);
+  });
+}
+
+extern "C" int selective_scan_sequences_backward(const selective::Problem* problem,
+                                             const selective::Channels* channels,
+                                             const selective::ChannelGrads* channel_grads,
+                                             const selective::SequenceTensors* tensors,
+                                             const selective::SequenceGrads* grads) {
+  return status_of([&] {
+    problem->bfloat16
+        ? selective::differentiate<BFloat16>(*problem, *channels, *channel_grads, *tensors, *grads)
+        : selective::differentiate<float>(*problem, *channels, *channel_grads, *tensors, *grads);
+  });
+}
+
+extern "C" int selective_scan_map_backward(const selective::Problem* problem,
+                                             const selective::Channels* channels,
+                                             const selective::ChannelGrads* channel_grads,
+                                             const selective::MapTensors* tensors,
+                                             const selective::MapGrads* grads) {
+  return status_of([&] {
+    problem->bfloat16
+        ? selective::differentiate<BFloat16>(*problem, *channels, *channel_grads, *tensors, *grads)
+        : selective::differentiate<float>(*problem, *channels, *channel_grads, *tensors, *grads);
   });
 }

@@ -81,19 +81,19 @@ struct SequenceTensors {
   void* out;                     // [batch][groups * dim][tokens]
 };
 
-// One block of one image.
+// One group of one image.
 template <class T>
 struct Sequences {
   static constexpr int PITCH = CHUNK;
   const Problem& p;
   const SequenceTensors& t;
-  int64_t image, group, index;
+  int64_t image, group;
   float* shared = nullptr;  // [2][states][CHUNK]
 
   static int64_t scratch(const Problem& p) { return 2 * p.states * CHUNK; }
   void keep(float* scratch) { shared = scratch; }
   int64_t orders() const { return 1; }
-  Block begin(int64_t) { return block_of(p, group, index); }
+  void begin(int64_t) {}
   const T* row(const Rows& rows, int64_t at) const { return row_of<T>(rows, image, group, at); }
 
   VB_INLINE Shared load(const Block& b, const Span& span, float* u, float* delta) {
@@ -109,7 +109,7 @@ struct Sequences {
                    ((image * p.groups + group) * p.dim + b.first) * p.tokens + span.first;
     scatter(sums, b.lanes, span.count, out, p.tokens);
   }
-  void end() {}
+  void end(int64_t) {}
 };
 
 }  // namespace selective

@@ -1,0 +1,66 @@
+"""Gradients of kernels, by other kernels."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ops.cpu.binding import Kernel, registered
+from ops.cpu.dispatch import is_plain_call, needs_grad
+
+__all__ = ["differentiable"]
+
+
+def differentiable(
+    kernel: Kernel, gradients: Callable[..., Sequence[Tensor | None]]
+) -> Callable[..., Any]:
+    """A function that calls ``kernel`` and, where autograd records, also has gradients.
+
+    So has the kernel's operator, for ``torch.compile`` and calls of the operator itself.
+
+    Args:
+        kernel: gives one tensor. Its tensor arguments come first.
+        gradients: maps the gradient of the result and the kernel's arguments to the gradients of
+            its tensors in order, in any dtype. It must not change the arguments.
+    """
+
+    class Differentiable(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx: Any, *inputs: Any) -> Tensor:
+            with torch._C._AutoDispatchBelowAutograd():
+                out: Tensor = kernel(*inputs)
+            ctx.save_for_backward(*_tensors(inputs))
+            ctx.others = inputs[len(_tensors(inputs)) :]
+            return out
+
+        @staticmethod
+        @torch.autograd.function.once_differentiable
+        def backward(ctx: Any, grad_out: Tensor) -> tuple[Any, ...]:
+            tensors = ctx.saved_tensors
+            grads = gradients(grad_out, *tensors, *ctx.others)
+            wanted = (
+                grad.to(tensor.dtype) if need and grad is not None else None
+                for grad, tensor, need in zip(grads, tensors, ctx.needs_input_grad, strict=False)
+            )
+            return (*wanted, *(None for _ in ctx.others))
+
+    @torch.library.impl(registered, kernel.name, "AutogradCPU")
+    def with_gradients(*inputs: Any) -> Any:
+        if needs_grad(_tensors(inputs)):
+            return Differentiable.apply(*inputs)
+        with torch._C._AutoDispatchBelowAutograd():
+            return kernel(*inputs)
+
+    def call(*inputs: Any) -> Any:
+        tensors = _tensors(inputs)
+        plain = is_plain_call(tensors) and needs_grad(tensors)
+        return (with_gradients if plain else kernel)(*inputs)
+
+    return call
+
+
+def _tensors(inputs: Sequence[Any]) -> list[Tensor | None]:
+    return [t for t in inputs if t is None or isinstance(t, Tensor)]
