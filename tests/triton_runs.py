@@ -18,7 +18,9 @@ import torch
 from clones import ROOT, Workshop
 
 _OPTIONS = ("-q", "-x", "-p", "no:cacheprovider", "-p", "pytest_timeout")
-_LIBRARY = ("ops.bi_wkv", "ops.linear_attention", "ops.neighborhood", "triton")
+_LIBRARY = (
+    *("ops.bi_wkv", "ops.linear_attention", "ops.neighborhood", "ops.selective_scan", "triton"),
+)
 
 
 def run_cases(cases: Path, folder: Path, *options: str, **variables: str) -> None:

@@ -33,7 +33,7 @@ from torch import Tensor
 from ops.arguments import checked
 from ops.autocast import without_autocast
 from ops.backends import backend_named
-from ops.selective_scan import chunked, cpu, reference
+from ops.selective_scan import chunked, cpu, reference, triton
 from ops.selective_scan.orders import cross_merge, cross_scan, scan_in_four_orders
 
 __all__ = ["BACKENDS", "cross_merge", "cross_scan", "cross_selective_scan", "selective_scan"]
@@ -42,6 +42,7 @@ BACKENDS: dict[str, ModuleType] = {
     "reference": reference,
     "chunked": chunked,
     "cpu": cpu,
+    "triton": triton,
 }
 
 
@@ -208,6 +209,8 @@ def _best(x: Tensor, A: Tensor) -> ModuleType:
     if torch.compiler.is_exporting():
         return chunked
     device = x.device.type
+    if device == "cuda" and triton.supports(x, A) is None:
+        return triton
     if device == "cpu" and cpu.supports(x, A) is None:
         return cpu
     kept = x.dtype in (torch.float32, torch.bfloat16) and not torch.is_grad_enabled()

@@ -37,5 +37,5 @@ def scan(
         decay, now = (step[..., t, None] * A).exp(), (step * u)[..., t, None] * B[..., t]
         state = decay * state + now
         outs.append((C[..., t] * state).sum(-1))
-    out = torch.stack(outs, -1) if outs else torch.zeros_like(step)
+    out = torch.stack(outs, -1) if outs else step * u
     return (out if D is None else out + D[:, None] * u).to(u.dtype)
