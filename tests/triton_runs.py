@@ -19,7 +19,11 @@ from clones import ROOT, Workshop
 
 _OPTIONS = ("-q", "-x", "-p", "no:cacheprovider", "-p", "pytest_timeout")
 _LIBRARY = (
-    *("ops.bi_wkv", "ops.linear_attention", "ops.neighborhood", "ops.selective_scan", "triton"),
+    "ops.bi_wkv",
+    "ops.linear_attention",
+    "ops.neighborhood",
+    "ops.selective_scan",
+    "triton",
 )
 
 

@@ -1,4 +1,4 @@
-"""Further sections on the newest families: bounds, NATTEN, and gated linear attention."""
+"""Further sections on the newest families: bounds, NATTEN, and scans."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ from typing import Any
 
 from performance_models import FUSED, LABELS, NATTEN, NATTEN_AIM, OURS, judged, table
 
-__all__ = ["of_bounds", "of_natten", "of_scans"]
+__all__ = ["of_bounds", "of_natten", "of_scans", "of_selective"]
 
 SCAN, SCAN_AIM = "reference", 20.0
 FORM, FORM_AIM = "fla", 1.5
 NETWORK_AIM = 3.0
+BOUND_AIM = 0.7
 
 
 def of_bounds(report: dict[str, Any]) -> str:
@@ -104,6 +105,54 @@ def of_scans(report: dict[str, Any]) -> str:
                 table(head, rows),
                 f"An image of {side}×{side} takes {ours:.1f} s with fused `vig_t` and "
                 f"{theirs:.1f} s with timm's `deit_tiny_patch16_224`: a speedup of {longer}.",
+            ]
+        )
+        + "\n"
+    )
+
+
+def of_selective(report: dict[str, Any]) -> str:
+    """The selective scan by states and length, from benchmark_scan.py."""
+    others = {
+        "reference": ("scan in Python", SCAN_AIM),
+        "chunked": ("chunks in torch", None),
+        "transformers": ("`transformers`' scan", FORM_AIM),
+        "mambapy": ("`mambapy`'s", FORM_AIM),
+    }
+    rows = []
+    for row in report["scans"]:
+        found, tokens = row["contenders"], row["tokens"]
+        own, of_map = (found[name]["milliseconds"] for name in ("cpu", "map"))
+        bound = max(row["bounds"], key=row["bounds"].__getitem__)
+        share = row["bounds"][bound] / own
+        rows.append(
+            [
+                *(str(row["states"]), str(tokens), f"{own:.3f}", f"{1e6 * own / tokens:.0f}"),
+                f"{100 * share:.0f} % of {bound}",
+                *(
+                    judged(found[name]["times_longer"], aim) if name in found else "–"
+                    for name, (_, aim) in others.items()
+                ),
+                *(f"{of_map:.3f}", f"{1e6 * of_map / tokens:.0f}"),
+            ]
+        )
+    head = ["states", "tokens", "kernel, ms", "ns per token", f"reached (aim {BOUND_AIM:.0%})"]
+    head += [f"{label}, times slower" for label, _ in others.values()]
+    head += ["map in four orders, ms", "ns per pixel"]
+    rates = report["nanoseconds"]
+    return (
+        "\n\n".join(
+            [
+                "## Selective scan",
+                "Four groups with the channels of VMamba-T's first stage, 96 each with one state "
+                "and 192 with 16, one thread, float32, by "
+                "`python tools/benchmark_scan.py --selective`. At most, the memory reads and "
+                f"writes {1 / rates['byte']:.1f} GB/s, and numpy takes "
+                f"{rates['exponential']:.2f} ns for an exponential in float32 and "
+                f"{rates['logarithm']:.2f} for a logarithm; `reached` is the time that the scan "
+                "needs by the scarcer of both, over what it takes. `map` makes its steps, too, and "
+                "sums the orders.",
+                table(head, rows),
             ]
         )
         + "\n"

@@ -15,7 +15,12 @@ from backbones.cli import parity
 
 ROOT = Path(__file__).resolve().parents[2]
 # Their modules are described as wholes; what is in them is called by the package around them.
-_OPS_WITH_BACKENDS = ("ops/bi_wkv/", "ops/linear_attention/", "ops/neighborhood/")
+_OPS_WITH_BACKENDS = (
+    "ops/bi_wkv/",
+    "ops/linear_attention/",
+    "ops/neighborhood/",
+    "ops/selective_scan/",
+)
 _SHARED = (
     *("ops/arguments.py", "ops/attention/softmax.py", "ops/autocast.py", "ops/backends.py"),
     *("ops/cpu/", "ops/sizes.py", "ops/triton_devices.py"),

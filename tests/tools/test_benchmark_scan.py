@@ -16,6 +16,7 @@ from zoo import small
 
 import backbones
 from ops.neighborhood import NeighborhoodAttention2D
+from ops.selective_scan import selective_scan
 
 TOOLS = Path(__file__).parents[2] / "tools"
 LOADED = ("measuring", "performance_models")
@@ -52,6 +53,38 @@ def test_scans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     text = page.of_scans(report)
     assert "| 5 | 0.960 | 192000 | **1.00× (missed 20)** | 1.00× |" in text
     assert "An image of 1024×1024 takes 0.0 s with fused `vig_t`" in text and "missed 3" in text
+
+
+def test_selective_scans(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    tool, page = load("benchmark_scan"), load("performance_scans")
+
+    def theirs(u, delta, A, B, C, D, **options):
+        return selective_scan(u, delta, A, B[:, None], C[:, None], D, **options)
+
+    stand_in = SimpleNamespace(mamba_selective_scan=theirs)
+    monkeypatch.setitem(sys.modules, "transformers.models.mamba.modeling_mamba", stand_in)
+    monkeypatch.setattr(tool, "SELECTIVE_TOKENS", (4, 9))
+    monkeypatch.setattr(tool, "CHANNELS", {1: 3, 2: 5})
+    monkeypatch.setattr(tool, "steady", lambda run, *_: [1e-3 * len(run().shape)])
+    byte, each = {"byte": 1.0, "exponential": 1e3}, {"logarithm": 2e3}
+    monkeypatch.setattr(tool, "rates", lambda rounds: {**byte, **each})
+    output = tmp_path / "selective_scans.json"
+    tool.main(["--selective", "--output", str(output), "--rounds", "1"])
+    report = json.loads(output.read_text())
+    assert [(row["states"], row["tokens"]) for row in report["scans"]] == [
+        *((1, 4), (1, 9), (2, 4), (2, 9))
+    ]
+    for row in report["scans"]:
+        found = row["contenders"]
+        assert {*tool.BACKENDS, "transformers", "map"} <= found.keys()
+        assert all(found[name]["difference"] < 1e-5 for name in found.keys() - {"map"})
+    # 4 tokens of 4 · 3 channels: an exponential each for the step and its state, and a logarithm.
+    assert report["scans"][0]["bounds"] == {
+        "memory": 4 * (3 * 48 + 2 * 16) * 1e-6,
+        **{"exponentials": 48 * 4e3 * 1e-6},
+    }
+    text = page.of_selective(report)
+    assert "| 1 | 4 | 3.000 | 750000 | 6 % of exponentials | **1.00× (missed 20)** |" in text
 
 
 def test_bounds_and_natten() -> None:

@@ -77,21 +77,12 @@ static VB_INLINE F softplus(F z) {
   constexpr float TERMS[] = {5.2326941098e-3f,  -2.9505237276e-2f, 7.8225947817e-2f,
                              -1.3663245296e-1f, 1.9106006444e-1f,  -2.4842982110e-1f,
                              3.3319096792e-1f,  -4.9999493140e-1f, 1.f};
-  const F e = simd::exp2(simd::min(z, simd::zero() - z) * simd::set1(LOG2E));
+  const F above = activation::positive(z);
+  const F e = simd::exp2(simd::fma(above, simd::set1(-2 * LOG2E), z * simd::set1(LOG2E)));  // of -|z|
   F sum = simd::set1(TERMS[0]);
   VB_UNROLL
   for (int i = 1; i < 9; i++) sum = simd::fma(sum, e, simd::set1(TERMS[i]));
-  return simd::fma(e, sum, activation::positive(z));
-}
-
-// Makes steps of a chunk's delta, in place, and their products with u.
-static VB_INLINE void make_steps(const Problem& p, F bias, int count, const float* u, float* delta,
-                                 float* moved) {
-  for (int i = 0; i < count; i++) {
-    const F z = simd::load(delta + i * W) + bias, step = p.softplus ? softplus(z) : z;
-    simd::store(delta + i * W, step);
-    simd::store(moved + i * W, simd::load(u + i * W) * step);
-  }
+  return simd::fma(e, sum, above);
 }
 
 // Numbers of B and C, which all lanes share: that of the i-th token and state n is at

@@ -104,10 +104,25 @@ struct Sequences {
     load_shared(row(t.after, 0) + span.first, t.after.row, p.states, span.count, after);
     return {shared, after, 1};
   }
+  T* out(const Block& b) const {
+    return static_cast<T*>(t.out) + ((image * p.groups + group) * p.dim + b.first) * p.tokens;
+  }
   VB_INLINE void give(const Block& b, const Span& span, const float* sums) {
-    T* const out = static_cast<T*>(t.out) +
-                   ((image * p.groups + group) * p.dim + b.first) * p.tokens + span.first;
-    scatter(sums, b.lanes, span.count, out, p.tokens);
+    scatter(sums, b.lanes, span.count, out(b) + span.first, p.tokens);
+  }
+  // Prefetches a chunk: its many rows defeat the hardware prefetcher.
+  VB_INLINE void fetch(const Block& b, const Span& span) {
+    if (!span.count) return;
+    const int64_t last = span.first + span.count - 1;  // begins a cache line, if any of them does
+    for (int l = 0; l < b.lanes; l++) {
+      memory::fetch<memory::READ>(row(t.u, b.first + l) + last, 1);
+      memory::fetch<memory::READ>(row(t.delta, b.first + l) + last, 1);
+      memory::fetch<memory::WRITE>(out(b) + l * p.tokens + last, 1);
+    }
+    for (int64_t n = 0; n < p.states; n++) {
+      memory::fetch<memory::READ>(row(t.before, n) + last, 1);
+      memory::fetch<memory::READ>(row(t.after, n) + last, 1);
+    }
   }
   void end(int64_t) {}
 };

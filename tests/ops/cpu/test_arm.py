@@ -41,6 +41,7 @@ _KERNELS = {
     "cpu/wkv/test_shift.py": "wkv",
     "neighborhood/test_cpu.py": "neighborhood",
     "neighborhood/test_split_cpu.py": "neighborhood",
+    "selective_scan/test_backends.py": "selective_scan",
     "replay/test_replay.py::test_pointwise_calls_equal_torchs_bitwise": "replay",
 }
 # What compiles for other CPUs, or takes minutes in an emulator.
