@@ -156,9 +156,10 @@ static void differentiate(const Problem& p, const Channels& c, const ChannelGrad
         const Span span = chunk_of(p, n);
         float* const state = states + (n * blocks + index) * of_states;
         const Shared shared = source.load(b, span, s.u, s.step);
+        make_steps(p, of_block(p, b, c.bias), span.count, s.u, s.step, s.moved);
         std::copy_n(state, of_states, state + blocks * of_states);
-        advance<Source::PITCH>(p, {s.u, s.step, s.moved, s.out}, kept.decay, shared, span.count,
-                               of_block(p, b, c.bias), simd::zero(), state + blocks * of_states);
+        advance<Source::PITCH>(p, kept.decay, s.step, s.moved, shared, span.count,
+                               state + blocks * of_states, s.out);
       }
     }
     for (int64_t n = chunks - 1; n >= 0; n--) {
@@ -170,12 +171,11 @@ static void differentiate(const Problem& p, const Channels& c, const ChannelGrad
         const F bias = of_block(p, b, c.bias), own = of_block(p, b, c.own);
         const Shared shared = source.load(b, span, s.u, s.step);
         source.load_grad(b, span, s.grad);
-        for (int64_t i = 0; i < span.count * W; i += W) {
-          const F z = simd::load(s.step + i) + bias, step = p.softplus ? softplus(z) : z;
-          simd::store(s.slope + i, p.softplus ? activation::sigmoid(z) : simd::set1(1.f));
-          simd::store(s.step + i, step);
-          simd::store(s.moved + i, simd::load(s.u + i) * step);
+        for (int i = 0; i < span.count; i++) {
+          const F z = simd::load(s.step + i * W) + bias;
+          simd::store(s.slope + i * W, p.softplus ? activation::sigmoid(z) : simd::set1(1.f));
         }
+        make_steps(p, bias, span.count, s.u, s.step, s.moved);
         std::fill_n(s.entered, 2 * of_chunk, 0.f);
         const float* const state = states + (n * blocks + index) * of_states;
         each_tile(p.states, [&](auto size, int64_t at) {

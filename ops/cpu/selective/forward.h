@@ -9,20 +9,10 @@
 
 namespace selective {
 
-// A chunk of a block, [CHUNK][W] each: from u and delta to the output.
-struct Chunk {
-  float *u, *delta;  // steps take the place of delta
-  float *moved;      // steps times u
-  float *out;
-};
-
-// Advances S states by a chunk and adds what is seen of them to the output. The FIRST ones make the
-// steps, which are stored unless they are the ONLY ones.
-template <int S, int PITCH, bool FIRST, bool ONLY>
-static void advance_tile(const Problem& p, const Chunk& chunk, const float* decay,
-                         const Shared& shared, int count, F bias, F own, float* state) {
-  const Chunk c = chunk;  // a copy, as stores through float pointers might alias it
-  const bool softened = p.softplus;
+// Advances S states by a chunk and adds what is seen of them to `out`.
+template <int S, int PITCH>
+static void advance_tile(const float* decay, const float* step, const float* moved, const Shared& shared,
+                    int count, float* state, float* out) {
   F rate[S], h[S];
   VB_UNROLL
   for (int s = 0; s < S; s++) {
@@ -30,28 +20,15 @@ static void advance_tile(const Problem& p, const Chunk& chunk, const float* deca
     h[s] = simd::load(state + s * W);
   }
   const float *before = shared.before, *after = shared.after;
-  for (int i = 0; i < count * W; i += W) {
-    F step = simd::load(c.delta + i), moved, sum;
-    if (FIRST) {
-      const F u = simd::load(c.u + i);
-      step = step + bias;
-      if (softened) step = softplus(step);
-      moved = u * step;
-      sum = u * own;
-      if (!ONLY) {
-        simd::store(c.delta + i, step);
-        simd::store(c.moved + i, moved);
-      }
-    } else {
-      moved = simd::load(c.moved + i);
-      sum = simd::load(c.out + i);
-    }
+  for (int i = 0; i < count; i++) {
+    const F d = simd::load(step + i * W), x = simd::load(moved + i * W);
+    F sum = simd::load(out + i * W);
     VB_UNROLL
     for (int s = 0; s < S; s++) {
-      h[s] = simd::fma(simd::exp2(step * rate[s]), h[s], moved * simd::set1(before[s * PITCH]));
+      h[s] = simd::fma(simd::exp2(d * rate[s]), h[s], x * simd::set1(before[s * PITCH]));
       sum = simd::fma(h[s], simd::set1(after[s * PITCH]), sum);
     }
-    simd::store(c.out + i, sum);
+    simd::store(out + i * W, sum);
     before += shared.token;
     after += shared.token;
   }
@@ -61,14 +38,11 @@ static void advance_tile(const Problem& p, const Chunk& chunk, const float* deca
 
 // The same for all states.
 template <int PITCH>
-static void advance(const Problem& p, const Chunk& c, const float* decay, const Shared& shared,
-                    int count, F bias, F own, float* state) {
+static void advance(const Problem& p, const float* decay, const float* step, const float* moved,
+                    const Shared& shared, int count, float* state, float* out) {
   each_tile(p.states, [&](auto size, int64_t n) {
-    constexpr int S = size.value;
-    const auto pass = n ? advance_tile<S, PITCH, false, false>
-                        : n + S == p.states ? advance_tile<S, PITCH, true, true>
-                                            : advance_tile<S, PITCH, true, false>;
-    pass(p, c, decay + n * W, shared.from(n * PITCH), count, bias, own, state + n * W);
+    advance_tile<size.value, PITCH>(decay + n * W, step, moved, shared.from(n * PITCH), count,
+                                    state + n * W, out);
   });
 }
 
@@ -79,8 +53,8 @@ static void scan(const Problem& p, const Channels& c, Source source, int64_t ind
   const int64_t of_states = p.states * W, of_chunk = CHUNK * W;
   float* const state = buffer.of(2 * of_states + 4 * of_chunk + Source::scratch(p));
   float *const decay = state + of_states, *const u = decay + of_states;
-  const Chunk chunk{u, u + of_chunk, u + 2 * of_chunk, u + 3 * of_chunk};
-  source.keep(u + 4 * of_chunk);
+  float *const step = u + of_chunk, *const moved = step + of_chunk, *const out = moved + of_chunk;
+  source.keep(out + of_chunk);
   for (int64_t order = 0; order < source.orders(); order++) {
     source.begin(order);
     const Block b = block_of(p, source.group, index);
@@ -89,10 +63,11 @@ static void scan(const Problem& p, const Channels& c, Source source, int64_t ind
     std::fill_n(state, of_states, 0.f);
     for (int64_t n = 0; n * CHUNK < p.tokens; n++) {
       const Span span = chunk_of(p, n);
-      const Shared shared = source.load(b, span, chunk.u, chunk.delta);
-      source.fetch(b, chunk_of(p, n + 1));
-      advance<Source::PITCH>(p, chunk, decay, shared, span.count, bias, own, state);
-      source.give(b, span, chunk.out);
+      const Shared shared = source.load(b, span, u, step);
+      make_steps(p, bias, span.count, u, step, moved);
+      for (int i = 0; i < span.count; i++) simd::store(out + i * W, simd::load(u + i * W) * own);
+      advance<Source::PITCH>(p, decay, step, moved, shared, span.count, state, out);
+      source.give(b, span, out);
     }
   }
   source.end(index);

@@ -92,20 +92,6 @@ struct Map {
     return {numbers + p.rank, numbers + p.rank + p.states, step};
   }
 
-  // Prefetches a chunk, as its pixels may be far apart.
-  VB_INLINE void fetch(const Block& b, const Span& span) {
-    int64_t ahead[CHUNK];
-    find_pixels(p, group, span, ahead);
-    const int64_t count = numbers_of(p);
-    for (int i = 0; i < span.count; i++) {
-      const int64_t pixel = image * p.tokens + ahead[i];
-      memory::fetch<memory::READ>(static_cast<const T*>(t.in) + pixel * p.dim + b.first, 1);
-      memory::fetch<memory::READ>(
-          static_cast<const T*>(t.projected) + (pixel * ORDERS + group) * count, count);
-      if constexpr (DIRECT) memory::fetch<memory::WRITE>(out(b.first) + ahead[i] * p.dim, 1);
-    }
-  }
-
   // Sums of all orders are in float32: DIRECTly in the result, or in a buffer until the end.
   T* out(int64_t channel) const {
     return static_cast<T*>(t.out) + image * p.tokens * p.dim + channel;

@@ -85,6 +85,16 @@ static VB_INLINE F softplus(F z) {
   return simd::fma(e, sum, above);
 }
 
+// Makes steps of a chunk's delta, in place, and their products with u.
+static VB_INLINE void make_steps(const Problem& p, F bias, int count, const float* u, float* delta,
+                                 float* moved) {
+  for (int i = 0; i < count; i++) {
+    const F z = simd::load(delta + i * W) + bias, step = p.softplus ? softplus(z) : z;
+    simd::store(delta + i * W, step);
+    simd::store(moved + i * W, simd::load(u + i * W) * step);
+  }
+}
+
 // Numbers of B and C, which all lanes share: that of the i-th token and state n is at
 // i * token + n * PITCH.
 struct Shared {

@@ -27,7 +27,9 @@ static VB_INLINE void gather(const T* in, int64_t pitch, int lanes, int count, f
     const float* rows[W];
     bool direct = false;
     if constexpr (std::is_same_v<T, float>) {
-      direct = lanes == W && tokens == W;
+      // Rows in the same set of the L1 cache would evict each other between their four loads.
+      const bool apart = pitch * sizeof(T) % 4096 != 0;
+      direct = lanes == W && tokens == W && apart;
       VB_UNROLL
       for (int l = 0; l < W; l++) rows[l] = direct ? in + l * pitch + i : copied[l];
     } else {
@@ -102,29 +104,34 @@ struct Sequences {
     float* const after = shared + p.states * CHUNK;
     load_shared(row(t.before, 0) + span.first, t.before.row, p.states, span.count, shared);
     load_shared(row(t.after, 0) + span.first, t.after.row, p.states, span.count, after);
+    fetch(b, span.first + CHUNK);
     return {shared, after, 1};
-  }
-  T* out(const Block& b) const {
-    return static_cast<T*>(t.out) + ((image * p.groups + group) * p.dim + b.first) * p.tokens;
   }
   VB_INLINE void give(const Block& b, const Span& span, const float* sums) {
     scatter(sums, b.lanes, span.count, out(b) + span.first, p.tokens);
   }
-  // Prefetches a chunk: its many rows defeat the hardware prefetcher.
-  VB_INLINE void fetch(const Block& b, const Span& span) {
-    if (!span.count) return;
-    const int64_t last = span.first + span.count - 1;  // begins a cache line, if any of them does
+  void end(int64_t) {}
+
+ private:
+  T* out(const Block& b) const {
+    return static_cast<T*>(t.out) + ((image * p.groups + group) * p.dim + b.first) * p.tokens;
+  }
+  // Prefetches the chunk from a token on: so many rows defeat the hardware prefetcher.
+  VB_INLINE void fetch(const Block& b, int64_t first) {
+    if (first >= p.tokens) return;
+    const int64_t last = std::min(first + CHUNK, p.tokens) - 1;  // in the line that it enters
+    const T *u = row(t.u, b.first) + last, *delta = row(t.delta, b.first) + last;
+    T* to = out(b) + last;
     for (int l = 0; l < b.lanes; l++) {
-      memory::fetch<memory::READ>(row(t.u, b.first + l) + last, 1);
-      memory::fetch<memory::READ>(row(t.delta, b.first + l) + last, 1);
-      memory::fetch<memory::WRITE>(out(b) + l * p.tokens + last, 1);
+      __builtin_prefetch(u + l * t.u.row);
+      __builtin_prefetch(delta + l * t.delta.row);
+      __builtin_prefetch(to + l * p.tokens, memory::WRITE);
     }
     for (int64_t n = 0; n < p.states; n++) {
-      memory::fetch<memory::READ>(row(t.before, n) + last, 1);
-      memory::fetch<memory::READ>(row(t.after, n) + last, 1);
+      __builtin_prefetch(row(t.before, n) + last);
+      __builtin_prefetch(row(t.after, n) + last);
     }
   }
-  void end(int64_t) {}
 };
 
 }  // namespace selective
