@@ -27,9 +27,7 @@ static VB_INLINE void gather(const T* in, int64_t pitch, int lanes, int count, f
     const float* rows[W];
     bool direct = false;
     if constexpr (std::is_same_v<T, float>) {
-      // Rows in the same set of the L1 cache would evict each other between their four loads.
-      const bool apart = pitch * sizeof(T) % 4096 != 0;
-      direct = lanes == W && tokens == W && apart;
+      direct = lanes == W && tokens == W;
       VB_UNROLL
       for (int l = 0; l < W; l++) rows[l] = direct ? in + l * pitch + i : copied[l];
     } else {
