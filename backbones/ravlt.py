@@ -15,7 +15,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
-from timm.layers import DropPath, LayerNorm2d, SelectAdaptivePool2d, calculate_drop_path_rates
+from timm.layers import DropPath, LayerNorm2d, calculate_drop_path_rates
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
@@ -25,7 +25,7 @@ from backbones.core.published import imagenet_cfg, renamed
 from backbones.core.registry import build_model, register
 from backbones.core.stage import Stage
 from ops.attention.rank_augmented import RankAugmentedAttention, rotary_table
-from ops.conv import ConvNorm
+from ops.conv import ConvHead, ConvNorm
 from ops.init import init_trunc_normal
 from ops.position import ConvPosition
 from ops.reparam import fold_scale_after
@@ -111,58 +111,6 @@ class RAVLTStage(Stage):
         height, width = x.shape[1:3]
         table = rotary_table(height, width, self.head_dim, device=x.device, dtype=x.dtype)
         return self.run_blocks(x, *table).permute(0, 3, 1, 2)
-
-
-class ConvHead(nn.Module):
-    """Pointwise convolution, norm, swish, pool, linear: (B, dim, H, W) → (B, num_classes).
-
-    Args:
-        hidden_dim: width after the convolution.
-        num_classes: 0 returns the pooled hidden features.
-    """
-
-    proj: nn.Module
-    global_pool: nn.Module
-    fc: nn.Module
-
-    def __init__(
-        self, dim: int, hidden_dim: int, num_classes: int, pool_type: str, drop_rate: float
-    ) -> None:
-        super().__init__()
-        self.dim = dim
-        self.hidden_dim = hidden_dim
-        self.proj = self.global_pool = nn.Identity()
-        self.drop = nn.Dropout(drop_rate)
-        self.reset(num_classes, pool_type)
-
-    def reset(self, num_classes: int, pool_type: str | None = None) -> None:
-        """Replace the classifier; ``pool_type=""`` removes the whole head to return the map.
-
-        Any other pooling restores it, untrained.
-
-        Raises:
-            ValueError: classes without pooling.
-        """
-        if pool_type == "":
-            self.proj = self.global_pool = nn.Identity()
-        elif pool_type is not None:
-            self.global_pool = SelectAdaptivePool2d(pool_type=pool_type, flatten=True)
-            if isinstance(self.proj, nn.Identity):
-                self.proj = ConvNorm(self.dim, self.hidden_dim, bias=True, act_layer=nn.SiLU)
-                self.proj.apply(init_trunc_normal)
-        self.fc = nn.Identity()
-        if num_classes:
-            if not isinstance(self.global_pool, SelectAdaptivePool2d):
-                raise ValueError(
-                    f"this head classifies vectors; {num_classes} classes need a pooling, such as "
-                    "global_pool='avg'"
-                )
-            self.fc = nn.Linear(self.hidden_dim * self.global_pool.feat_mult(), num_classes)
-            init_trunc_normal(self.fc)
-
-    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        x = self.drop(self.global_pool(self.proj(x)))
-        return x if pre_logits else self.fc(x)
 
 
 class RAVLT(StagedBackbone):

@@ -1,17 +1,18 @@
-"""Shared convolution layers: with a norm, as a residual, and Inception-style."""
+"""Shared convolution layers: with a norm, as a residual, Inception-style, and before a classifier."""
 
 from __future__ import annotations
 
 from collections import OrderedDict
 
 import torch
-from timm.layers import DropPath
+from timm.layers import DropPath, SelectAdaptivePool2d
 from torch import Tensor, nn
 
 from ops.batch_norm import BatchNorm2d
+from ops.init import init_trunc_normal
 from ops.reparam import fold_norm_after, fold_norm_before
 
-__all__ = ["ConvNorm", "ConvResidual", "InceptionDWConv2d", "NormConv", "NormLinear"]
+__all__ = ["ConvHead", "ConvNorm", "ConvResidual", "InceptionDWConv2d", "NormConv", "NormLinear"]
 
 
 class ConvNorm(nn.Module):
@@ -165,3 +166,64 @@ class InceptionDWConv2d(nn.Module):
         identity, square, row, column = x.split(self.splits, dim=1)
         branches = (identity, self.dwconv_hw(square), self.dwconv_w(row), self.dwconv_h(column))
         return torch.cat(branches, dim=1)
+
+
+class ConvHead(nn.Module):
+    """Pointwise convolution, norm, swish, pool, linear: (B, dim, H, W) → (B, num_classes).
+
+    Args:
+        hidden_dim: width after the convolution.
+        num_classes: 0 returns the pooled hidden features.
+        bias: of the convolution.
+    """
+
+    proj: nn.Module
+    global_pool: nn.Module
+    fc: nn.Module
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        num_classes: int,
+        pool_type: str,
+        drop_rate: float,
+        *,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        self.dim = dim
+        self.hidden_dim = hidden_dim
+        self.bias = bias
+        self.proj = self.global_pool = nn.Identity()
+        self.drop = nn.Dropout(drop_rate)
+        self.reset(num_classes, pool_type)
+
+    def reset(self, num_classes: int, pool_type: str | None = None) -> None:
+        """Replace the classifier; ``pool_type=""`` removes the whole head to return the map.
+
+        Any other pooling restores it, untrained.
+
+        Raises:
+            ValueError: classes without pooling.
+        """
+        if pool_type == "":
+            self.proj = self.global_pool = nn.Identity()
+        elif pool_type is not None:
+            self.global_pool = SelectAdaptivePool2d(pool_type=pool_type, flatten=True)
+            if isinstance(self.proj, nn.Identity):
+                self.proj = ConvNorm(self.dim, self.hidden_dim, bias=self.bias, act_layer=nn.SiLU)
+                self.proj.apply(init_trunc_normal)
+        self.fc = nn.Identity()
+        if num_classes:
+            if not isinstance(self.global_pool, SelectAdaptivePool2d):
+                raise ValueError(
+                    f"this head classifies vectors; {num_classes} classes need a pooling, such as "
+                    "global_pool='avg'"
+                )
+            self.fc = nn.Linear(self.hidden_dim * self.global_pool.feat_mult(), num_classes)
+            init_trunc_normal(self.fc)
+
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        x = self.drop(self.global_pool(self.proj(x)))
+        return x if pre_logits else self.fc(x)

@@ -111,6 +111,33 @@ class DilatedReparamConv2d(nn.Module):
         return out
 
     @torch.no_grad()
+    def unmerged(self, weight: Tensor, bias: Tensor) -> dict[str, Tensor]:
+        """The state dict with which this layer computes a convolution that was merged.
+
+        The large kernel gets the weight and its norm the bias; the small ones are zero and remain
+        so if they are trained, since the scales of their norms are zero, too.
+
+        Args:
+            weight: (dim, 1, kernel_size, kernel_size).
+            bias: (dim,).
+        """
+        state = {
+            name: torch.zeros(tensor.shape, dtype=weight.dtype)
+            for name, tensor in self.state_dict().items()
+            if tensor.is_floating_point()
+        }
+        for name in state:
+            if name.endswith("running_var"):
+                state[name] += 1
+        eps = self.large.norm.eps
+        return state | {
+            "large.conv.weight": weight,
+            "large.norm.weight": torch.ones_like(bias),
+            "large.norm.bias": bias,
+            "large.norm.running_var": torch.full_like(bias, 1 - eps),
+        }
+
+    @torch.no_grad()
     def fuse(self) -> nn.Module:
         """One depthwise convolution with a bias."""
         merged = fold_norm_after(self.large.conv, self.large.norm)

@@ -62,6 +62,13 @@ SMALL: dict[str, tuple[str, dict[str, Any]]] = {
         "dinat_isotropic_small",
         {"dim": 64, "num_heads": 2, "depths": (1, 1, 1, 1), "kernel_size": 3},
     ),
+    "overlock": (
+        "overlock_xt",
+        {
+            **{"dims": (32, 48, 64, 96), "depths": (1, 1, 1, 1), "focus_depths": (2, 1)},
+            "num_heads": (2, 3),
+        },
+    ),
     "proxylessnas": (
         "proxyless_cpu",
         {

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from backbones.core.fusable import FusableBackbone
 from backbones.core.keywords import KEYWORDS, POOLINGS, check, checked, one_of
-from backbones.core.stage import Stage
+from backbones.core.stage import Stage, map_of
 from ops.arguments import require_tensor
 
 __all__ = ["StagedBackbone", "check_format"]
@@ -38,6 +38,8 @@ class StagedBackbone(FusableBackbone):
             and broadcasts a single channel.
         classifies_maps: whether the head returns a map of logits if it does not pool.
         poolings: allowed values of ``global_pool``.
+        optional_parts: name prefixes of parts that checkpoints may lack, or have for other classes;
+            these keep their initial values.
     """
 
     classifier: str | tuple[str, ...] = "head.fc"
@@ -46,6 +48,7 @@ class StagedBackbone(FusableBackbone):
     centres_images: bool = False
     classifies_maps: bool = False
     poolings: tuple[str, ...] = POOLINGS
+    optional_parts: tuple[str, ...] = ()
 
     stem: nn.Module
     norm: nn.Module
@@ -145,7 +148,7 @@ class StagedBackbone(FusableBackbone):
     def forward_features(self, x: Tensor) -> Tensor:
         """The last stage's map, normalised: (B, in_chans, H, W) → (B, num_features, h, w)."""
         require_tensor("x", x)
-        return self.norm(self.stages(self.stem(x)))
+        return self.norm(map_of(self.stages(self.stem(x))))
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
         """Logits (B, num_classes) of the last map; with ``pre_logits``, the classifier's input."""
@@ -202,17 +205,30 @@ class StagedBackbone(FusableBackbone):
                 break
             x = stage(x)
             if first_stage + i in taken:
-                if str(i) in self.out_norms:
-                    maps.append(self.out_norms[str(i)](x))
-                else:
-                    maps.append(self.norm(x) if norm and i == last else x)
+                maps.append(self.stage_feature(i, x, norm and i == last))
         else:
             ran_all = True
         if output_fmt == "NHWC":
             maps = [m.permute(0, 2, 3, 1) for m in maps]
         if intermediates_only:
             return maps
-        return (self.norm(x) if ran_all else x), maps
+        last_map = map_of(x)
+        return (self.norm(last_map) if ran_all else last_map), maps
+
+    def stage_feature(self, stage: int, output: Any, norm: bool = False) -> Tensor:
+        """The map that is returned for a stage.
+
+        Args:
+            stage: its index.
+            output: what it returned.
+            norm: apply the final norm if the stage has no output norm.
+        """
+        x = map_of(output)
+        if str(stage) in self.out_norms:
+            x = self.out_norms[str(stage)](x)
+        elif norm:
+            x = self.norm(x)
+        return x
 
     def _take_indices(self, indices: int | Sequence[int] | None) -> list[int]:
         """Absolute indices into ``feature_info``, ascending."""

@@ -152,8 +152,9 @@ def load_tensors(
     report = LoadReport(name, ignored=ignored)
 
     fitted: dict[str, Tensor] = {}
+    optional = getattr(backbone, "optional_parts", ())
     for key, tensor in tensors.items():
-        is_classifier = any(key.startswith(f"{head}.") for head in heads)
+        is_classifier = key.startswith((*(f"{head}." for head in heads), *optional))
         if key in own and (reason := _mismatch(tensor, own[key])):
             raise CheckpointError(f"{name}: {key} {reason}, but the model's is {own[key].dtype}")
         if key not in own:
@@ -171,7 +172,7 @@ def load_tensors(
                 f"{tuple(own[key].shape)}; is it a checkpoint of another variant?"
             )
     # Not in published weights.
-    for part in ("out_norms.", "pyramid.", "token_pooling.", "adapter."):
+    for part in ("out_norms.", "pyramid.", "token_pooling.", "adapter.", *optional):
         if not any(part in key for key in tensors):
             report.reinitialised.extend(key for key in own if part in key)
     spared = {*fitted, *report.reinitialised}
@@ -351,11 +352,12 @@ def _absent_parts(model: StagedBackbone | ViTAdapter, pruned: bool) -> tuple[str
     These are identities after the stages (dense networks have no final norm, networks without
     classes no classifier) and the layers that ``features_only`` removed.
     """
+    optional = tuple(part.removesuffix(".") for part in getattr(model, "optional_parts", ()))
     absent = [
         f"{name}."
         for name, module in model.named_modules()
         if isinstance(module, nn.Identity)
-        and name.removeprefix("network.").split(".")[0] in ("norm", "head")
+        and name.removeprefix("network.").split(".")[0] in ("norm", "head", *optional)
     ]
     if pruned and isinstance(model, StagedBackbone):
         absent += ["head.", "norm.", "out_norms.", *model.pruned_parts]

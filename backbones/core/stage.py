@@ -17,14 +17,15 @@ from ops.inference.forms import stands_for
 from ops.reparam import fuse_children
 from ops.replay.module import Recorded, recorded_form
 
-__all__ = ["IsotropicStage", "Stage", "TokenStage"]
+__all__ = ["IsotropicStage", "Stage", "TokenStage", "map_of"]
 
 
 class Stage(nn.Module):
     """One resolution of a backbone: downsample, blocks, norm. Input and output are NCHW.
 
     A family whose blocks need another layout or shared tables overrides :meth:`forward` and passes
-    them to :meth:`run_blocks`.
+    them to :meth:`run_blocks`. If the next stage needs more than the map, :meth:`forward` returns a
+    tuple that begins with the map; the next stage receives all of it.
     """
 
     def __init__(
@@ -63,6 +64,12 @@ class Stage(nn.Module):
             fuse_children(self)
             self.fused = True
         return self
+
+
+def map_of(output: Any) -> Tensor:
+    """The map (B, C, H, W) in the output of a stage."""
+    features: Tensor = output[0] if isinstance(output, tuple) else output
+    return features
 
 
 class TokenStage(Stage):

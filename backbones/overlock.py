@@ -1,0 +1,482 @@
+"""OverLoCK: an overview of the whole image guides dynamic convolutions that look closely.
+
+Meng Lou and Yizhou Yu, "OverLoCK: An Overview-first-Look-Closely-next ConvNet with
+Context-Mixing Dynamic Kernels", https://arxiv.org/abs/2502.20087.
+
+Accepts any input size from 32×32; the stage at stride s has ⌈H/s⌉ rows. Below 200 pixels, maps are
+smaller than the dynamic kernels and enlarged for them, as in the original. In train mode, a
+classifier returns a tuple: its logits and those of an auxiliary head on the overview, whose loss
+the paper weights by 0.4.
+
+Checkpoints of the original's training form and of its merged form load into a new model; ``fuse()``
+merges, and folds more than the original does. The paper's segmenters use ``num_classes=0,
+out_norms=True``, its detectors also ``overview_feature=True``. There, the second map goes on
+normalised, so that stages 3 and 4 see another input than in the classifier.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Sequence
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from timm.layers import LayerNorm2d, calculate_drop_path_rates
+from timm.models import generate_default_cfgs
+from torch import Tensor, nn
+
+from backbones.core.base import StagedBackbone
+from backbones.core.keywords import KERNEL, checked, several, whole
+from backbones.core.published import imagenet_cfg, renamed
+from backbones.core.registry import build_model, register
+from backbones.core.stage import Stage
+from backbones.overlock_blocks import Block, ChannelAffine, DynamicBlock
+from ops.arguments import require_tensor
+from ops.batch_norm import BatchNorm2d
+from ops.conv import ConvHead, ConvNorm
+from ops.init import init_trunc_normal
+from ops.large_kernel import DilatedReparamConv2d
+
+__all__ = ["OverLoCK"]
+
+_HIDDEN = 1024  # channels before the classifier
+
+
+class Overview(nn.Module):
+    """The Overview-Net, at half the resolution of its input.
+
+    (B, in_chs, H, W) → its last map (B, dim, ⌈H/2⌉, ⌈W/2⌉), and the context (B, context_dim, …).
+    """
+
+    def __init__(
+        self, blocks: Sequence[nn.Module], in_chs: int, dim: int, context_dim: int
+    ) -> None:
+        super().__init__()
+        self.downsample = ConvNorm(in_chs, dim, 3, 2)
+        self.blocks = nn.Sequential(*blocks)
+        self.proj = nn.Conv2d(dim, context_dim, 1)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = self.blocks(self.downsample(x))
+        return x, self.proj(x)
+
+
+class OverviewStage(Stage):
+    """The last stage of the Base-Net, the overview, and the first stage of the Focus-Net.
+
+    (B, in_chs, H, W) → map and its context (B, dim + context_dim, ⌈H/2⌉, ⌈W/2⌉), the overview's
+    context and map.
+    """
+
+    def __init__(
+        self,
+        base: Sequence[nn.Module],
+        overview: Overview,
+        focus: Sequence[nn.Module],
+        downsample: nn.Module,
+    ) -> None:
+        super().__init__([*base, overview, *focus], downsample)
+        self.base_depth = len(base)
+
+    def forward(self, x: Tensor) -> Any:
+        x = self.run_blocks(self.downsample(x), stop=self.base_depth)
+        overview: Any = self.run_blocks(x, first=self.base_depth, stop=self.base_depth + 1)
+        features, context = overview
+        guide = F.interpolate(context, size=x.shape[2:], mode="bilinear")
+        x = self.run_blocks(torch.cat((x, guide), dim=1), guide, first=self.base_depth + 1)
+        return x, context, features
+
+
+class Halving(nn.Module):
+    """Convolutions of stride 2 on a map and on its context, which are one map.
+
+    (B, in_chs + context_dim, H, W) → (B, out_chs + context_dim, ⌈H/2⌉, ⌈W/2⌉).
+    """
+
+    def __init__(self, in_chs: int, out_chs: int, context_dim: int) -> None:
+        super().__init__()
+        self.x_proj = ConvNorm(in_chs, out_chs, 3, 2)
+        self.h_proj = ConvNorm(context_dim, context_dim, 3, 2)
+        self.dims = (in_chs, context_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x, context = x.split(self.dims, dim=1)
+        return torch.cat((self.x_proj(x), self.h_proj(context)), dim=1)
+
+
+class FocusStage(Stage):
+    """The last stage of the Focus-Net, from the output of :class:`OverviewStage` to one alike."""
+
+    def forward(self, x: Any) -> Any:
+        x, context, overview = x
+        return self.run_blocks(self.downsample(x), context), context, overview
+
+
+class AuxHead(nn.Module):
+    """Norm, mean, linear: (B, dim, H, W) → (B, num_classes). Only used in training."""
+
+    def __init__(self, dim: int, num_classes: int) -> None:
+        super().__init__()
+        self.norm = BatchNorm2d(dim)
+        self.fc = nn.Linear(dim, num_classes)
+        init_trunc_normal(self.fc)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc(self.norm(x).mean(dim=(2, 3)))
+
+    def fuse(self) -> nn.Module:
+        """Nothing."""
+        return nn.Identity()
+
+
+class OverviewFeature(nn.Module):
+    """What detectors add to the last map: norm, projection, small scale.
+
+    (B, dim, H, W) → (B, out_dim, H, W).
+    """
+
+    def __init__(self, dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.norm = LayerNorm2d(dim, eps=1e-6)
+        self.proj = nn.Conv2d(dim, out_dim, 1)
+        self.scale = ChannelAffine(out_dim, 1e-5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.scale(self.proj(self.norm(x)))
+
+
+class OverLoCK(StagedBackbone):
+    """OverLoCK.
+
+    Args:
+        dims, depths, kernel_sizes: of the Base-Net's three stages and of the Overview-Net. The
+            Focus-Net's two stages have the widths and kernels of the last two; the context has a
+            quarter of the last width. Kernels are among 7, 13, 15 and 17.
+        focus_depths, num_heads: of the Focus-Net's two stages.
+        num_classes, in_chans, global_pool: classes, image channels and pooling, as in timm.
+        drop_rate: dropout before the classifier.
+        drop_path_rate: stochastic depth of the last block, increasing linearly from 0 in the order
+            Base-Net, Overview-Net, Focus-Net.
+        layer_scale: initial scale of the shortcuts at strides 16 and 32.
+        aux_head: classify the overview, too, in train mode.
+        out_norms: normalise the returned maps: all, none, or the listed stages. The map of stage 1
+            also goes on normalised, as in the paper's dense networks.
+        overview_feature: add the overview to the last map returned, as the paper's detectors do.
+
+    Raises:
+        ValueError: other kernel sizes, or heads that don't divide half of the width.
+    """
+
+    first_conv = "stem.0.conv"
+    optional_parts = ("aux_head.", "overview_feature.", "stages.1.norm.")
+
+    @checked(
+        dims=several(whole(4, 1 << 16), count=4),
+        depths=several(whole(1, 1024), count=4),
+        kernel_sizes=several(KERNEL, count=4),
+        num_heads=several(whole(1, 1 << 16), count=2),
+    )
+    def __init__(
+        self,
+        dims: Sequence[int] = (64, 128, 256, 512),
+        depths: Sequence[int] = (4, 4, 6, 2),
+        focus_depths: Sequence[int] = (12, 2),
+        num_heads: Sequence[int] = (8, 16),
+        kernel_sizes: Sequence[int] = (17, 15, 13, 7),
+        *,
+        num_classes: int = 1000,
+        in_chans: int = 3,
+        global_pool: str = "avg",
+        drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        layer_scale: float = 1.0,
+        aux_head: bool = True,
+        out_norms: bool | Sequence[int] = False,
+        overview_feature: bool = False,
+    ) -> None:
+        super().__init__(num_classes=num_classes, in_chans=in_chans)
+        blocks = sum(depths) + sum(focus_depths)
+        rates: Iterator[Any] = iter(calculate_drop_path_rates(drop_path_rate, blocks))
+        half, context_dim = dims[0] // 2, dims[3] // 4
+        static = [
+            [
+                Block(dims[i], kernel_sizes[i], next(rates), layer_scale if i >= 2 else None)
+                for _ in range(depths[i])
+            ]
+            for i in range(4)
+        ]
+        dynamic = [
+            [
+                DynamicBlock(
+                    dims[i],
+                    context_dim,
+                    num_heads[i - 2],
+                    kernel_sizes[i],
+                    next(rates),
+                    layer_scale,
+                    # To the very first block, the map's own context is the overview's.
+                    mixes_context=i > 2 or j > 0,
+                )
+                for j in range(focus_depths[i - 2])
+            ]
+            for i in (2, 3)
+        ]
+        widths = ((in_chans, half), (half, half), (half, dims[0]), (dims[0], dims[0]))
+        self.stem = nn.Sequential(
+            *(
+                ConvNorm(*width, 3, 2 - i % 2, act_layer=nn.GELU if i < 3 else None)
+                for i, width in enumerate(widths)
+            )
+        )
+        self.stages = nn.Sequential(
+            Stage(static[0]),
+            Stage(static[1], ConvNorm(dims[0], dims[1], 3, 2)),
+            OverviewStage(
+                static[2],
+                Overview(static[3], dims[2], dims[3], context_dim),
+                dynamic[0],
+                ConvNorm(dims[1], dims[2], 3, 2),
+            ),
+            FocusStage(dynamic[1], Halving(dims[2], dims[3], context_dim)),
+        )
+        self.norm = nn.Identity()
+        out_dim = dims[3] + context_dim
+        self.head = ConvHead(out_dim, _HIDDEN, num_classes, global_pool, drop_rate, bias=False)
+        self.aux_head: nn.Module = nn.Identity()
+        if aux_head and num_classes:
+            self.aux_head = AuxHead(dims[3], num_classes)
+        self.describe_features(
+            (dims[0], dims[1], dims[2] + context_dim, out_dim),
+            head_hidden_size=_HIDDEN,
+            out_norms=out_norms,
+            out_norm_layer=partial(LayerNorm2d, eps=1e-6),
+        )
+        if "1" in self.out_norms:
+            self.stages[1].norm = self.out_norms.pop("1")
+        self.overview_feature: nn.Module | None = None
+        if overview_feature:
+            self.overview_feature = OverviewFeature(dims[3], out_dim)
+        if num_classes == 0 and out_norms:
+            self.head.reset(0, "")
+        self.apply(init_trunc_normal)
+
+    def forward(self, x: Tensor) -> Any:
+        """Logits (B, num_classes); in train mode those of the auxiliary head, too."""
+        if not self.training or isinstance(self.aux_head, nn.Identity):
+            return super().forward(x)
+        require_tensor("x", x)
+        x, _, overview = self.stages(self.stem(x))
+        return self.forward_head(x), self.aux_head(overview)
+
+    def stage_feature(self, stage: int, output: Any, norm: bool = False) -> Tensor:
+        """The map that is returned for a stage; detectors add the overview to the last."""
+        x = super().stage_feature(stage, output, norm)
+        if stage == 3 and self.overview_feature is not None:
+            x = x + self.overview_feature(output[2])
+        return x
+
+    def prune_intermediate_layers(
+        self,
+        indices: int | Sequence[int] = 1,
+        prune_norm: bool = False,
+        prune_head: bool = True,
+    ) -> list[int]:
+        """Like the base's, and without the addition to a map that is not selected."""
+        taken = super().prune_intermediate_layers(indices, prune_norm, prune_head)
+        if taken[-1] < 3 and self.overview_feature is not None:
+            self.overview_feature = nn.Identity()
+        return taken
+
+    def reset_classifier(self, num_classes: int, global_pool: str | None = None) -> None:
+        """Like the base's, for both classifiers."""
+        super().reset_classifier(num_classes, global_pool)
+        if isinstance(self.aux_head, AuxHead):
+            width = self.aux_head.fc.in_features
+            self.aux_head = AuxHead(width, num_classes) if num_classes else nn.Identity()
+
+    def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
+        """Converts the names of the original's classifiers and dense networks, merged or not."""
+        # After pruning, the names of later stages do not matter.
+        depth = getattr(self.stages[-2:][0], "base_depth", 0)
+        converted = {}
+        for key, tensor in state_dict.items():
+            key = _convert_key(key, depth)
+            if key.endswith((".mix.weights.weight", "head.fc.weight")):
+                tensor = tensor.flatten(1)
+            converted[key] = tensor
+        for name, layer in self.named_modules():
+            if isinstance(layer, DilatedReparamConv2d):
+                bias = converted.pop(f"{name}.large.conv.bias", None)
+                if bias is not None:
+                    state = layer.unmerged(converted[f"{name}.large.conv.weight"], bias)
+                    converted |= {f"{name}.{part}": tensor for part, tensor in state.items()}
+        return converted
+
+
+def _convert_key(key: str, base_depth: int) -> str:
+    """Our name of a tensor; our own names are unchanged."""
+    if match := re.match(r"patch_embed1\.(\d+)\.", key):
+        # Repetitions of convolution, norm, activation.
+        layer, part = divmod(int(match[1]), 3)
+        return f"stem.{layer}.{('conv', 'norm')[part]}.{key[match.end() :]}"
+    overview, focus = f"stages.2.blocks.{base_depth}.", base_depth + 1
+    if match := re.match(r"(sub_)?blocks(\d)\.(\d+)\.", key):
+        stage, block, name = int(match[2]) - 1, int(match[3]), key[match.end() :]
+        name = renamed(name, _DYNAMIC if match[1] else _STATIC)
+        if match[1] and stage == 2:
+            block += focus
+        place = overview if stage == 3 and not match[1] else f"stages.{stage}."
+        return f"{place}blocks.{block}.{renamed(name, _LARGE_KERNEL)}"
+    key = re.sub(r"^(?:patch_embed4|high_level_proj)\.", lambda m: overview + m[0], key)
+    return renamed(key, _RENAMES)
+
+
+_LARGE_KERNEL = (
+    (r"\.lk_origin\.", ".large.conv."),
+    (r"\.origin_bn\.", ".large.norm."),
+    (r"\.dil_conv_k(\d+)_(\d+)\.", r".branches.k\1_d\2.conv."),
+    (r"\.dil_bn_k(\d+)_(\d+)\.", r".branches.k\1_d\2.norm."),
+)
+_SQUEEZE = ((r"^se\.proj\.1\.", "se.fc1."), (r"^se\.proj\.3\.", "se.fc2."))
+_STATIC = (
+    (r"^dwconv\.", "dwconv.conv."),
+    (r"^proj\.0\.", "norm."),
+    (r"^proj\.1\.", "lk.conv."),
+    (r"^proj\.2\.", "lk.norm."),
+    (r"^proj\.3\.", "se."),
+    (r"^proj\.4\.", "mlp.fc1."),
+    (r"^proj\.6\.", "mlp.dwconv.conv."),
+    (r"^proj\.7\.", "mlp.grn."),
+    (r"^proj\.8\.", "mlp.fc2."),
+    *_SQUEEZE,
+)
+_DYNAMIC = (
+    (r"^dwconv([12])\.", r"dwconv\1.conv."),
+    (r"^fusion\.0\.", "fusion.dwconv.conv."),
+    (r"^fusion\.1\.", "fusion.dwconv.norm."),
+    (r"^fusion\.3\.", "fusion.fc."),
+    (r"^fusion\.4\.", "fusion.grn."),
+    (r"^weight_query\.0\.", "mix.query.conv."),
+    (r"^weight_query\.1\.", "mix.query.norm."),
+    (r"^weight_key\.1\.", "mix.key.conv."),
+    (r"^weight_key\.2\.", "mix.key.norm."),
+    (r"^weight_proj\.", "mix.weights."),
+    (r"^rpb([12])$", r"mix.rpb\1"),
+    (r"^dyconv_proj\.0\.", "mix.proj.conv."),
+    (r"^dyconv_proj\.1\.", "mix.proj.norm."),
+    (r"^lepe\.0\.", "lepe.conv."),
+    (r"^lepe\.1\.", "lepe.norm."),
+    (r"^se_layer\.", "se."),
+    (r"^gate\.0\.", "gate.conv."),
+    (r"^gate\.1\.", "gate.norm."),
+    (r"^proj\.0\.", "norm."),
+    (r"^proj\.1\.", "proj."),
+    (r"^mlp\.0\.", "mlp.fc1."),
+    (r"^mlp\.2\.", "mlp.dwconv.conv."),
+    (r"^mlp\.3\.", "mlp.grn."),
+    (r"^mlp\.4\.", "mlp.fc2."),
+    *_SQUEEZE,
+)
+_RENAMES = (
+    (r"^patch_embed2\.", "stages.1.downsample."),
+    (r"^patch_embed3\.", "stages.2.downsample."),
+    (r"\.patch_embed4\.", ".downsample."),
+    (r"\.high_level_proj\.", ".proj."),
+    (r"^patch_embedx\.", "stages.3.downsample."),
+    (r"(\.downsample(?:\.[xh]_proj)?)\.0\.", r"\1.conv."),
+    (r"(\.downsample(?:\.[xh]_proj)?)\.1\.", r"\1.norm."),
+    (r"^extra_norm\.1\.", "stages.1.norm."),
+    (r"^extra_norm\.4\.", "overview_feature.norm."),
+    (r"^extra_norm\.", "out_norms."),
+    (r"^h_proj\.0\.", "overview_feature.proj."),
+    (r"^h_proj\.1\.", "overview_feature.scale."),
+    (r"^head\.0\.", "head.proj.conv."),
+    (r"^head\.1\.", "head.proj.norm."),
+    (r"^head\.4\.", "head.fc."),
+    (r"^aux_head\.0\.", "aux_head.norm."),
+    (r"^aux_head\.2\.", "aux_head.fc."),
+)
+
+
+def _cfgs(name: str, crop_pct: float) -> dict[str, dict[str, Any]]:
+    """The weights of the training form, and the same merged."""
+    cfg = {
+        **imagenet_cfg(OverLoCK),
+        "crop_pct": crop_pct,
+        "license": "apache-2.0",
+        "origin_url": "https://github.com/LMMMEng/OverLoCK",
+        "paper_name": (
+            "OverLoCK: An Overview-first-Look-Closely-next ConvNet with Context-Mixing Dynamic "
+            "Kernels"
+        ),
+        "paper_ids": "arXiv:2502.20087",
+    }
+    url = f"https://github.com/LMMMEng/OverLoCK/releases/download/v1/{name}_in1k_224"
+    return {
+        f"{name}.in1k": {"url": f"{url}.pth", **cfg},
+        f"{name}.in1k_merged": {"url": f"{url}_reparam.pth", **cfg},
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        **_cfgs("overlock_xt", 0.925),
+        **_cfgs("overlock_t", 0.95),
+        **_cfgs("overlock_s", 0.95),
+        **_cfgs("overlock_b", 0.975),
+    }
+)
+
+
+@register
+def overlock_xt(pretrained: bool = False, **kwargs: Any) -> OverLoCK:
+    """OverLoCK-XT, 17.0 M parameters (16.4 M merged), and 0.3 M of the auxiliary head."""
+    variant = dict(
+        dims=(56, 112, 256, 336),
+        depths=(2, 2, 3, 2),
+        focus_depths=(6, 2),
+        num_heads=(8, 12),
+        drop_path_rate=0.1,
+    )
+    return build_model(OverLoCK, "overlock_xt", pretrained, variant, kwargs)
+
+
+@register
+def overlock_t(pretrained: bool = False, **kwargs: Any) -> OverLoCK:
+    """OverLoCK-T, 34.5 M parameters (33.4 M merged), and 0.5 M of the auxiliary head."""
+    variant = dict(
+        dims=(64, 128, 256, 512),
+        depths=(4, 4, 6, 2),
+        focus_depths=(12, 2),
+        num_heads=(8, 16),
+        drop_path_rate=0.15,
+    )
+    return build_model(OverLoCK, "overlock_t", pretrained, variant, kwargs)
+
+
+@register
+def overlock_s(pretrained: bool = False, **kwargs: Any) -> OverLoCK:
+    """OverLoCK-S, 57.8 M parameters (56.2 M merged), and 0.5 M of the auxiliary head."""
+    variant = dict(
+        dims=(64, 128, 320, 512),
+        depths=(6, 6, 8, 3),
+        focus_depths=(16, 3),
+        num_heads=(16, 32),
+        drop_path_rate=0.4,
+    )
+    return build_model(OverLoCK, "overlock_s", pretrained, variant, kwargs)
+
+
+@register
+def overlock_b(pretrained: bool = False, **kwargs: Any) -> OverLoCK:
+    """OverLoCK-B, 97.4 M parameters (94.9 M merged), and 0.6 M of the auxiliary head."""
+    variant = dict(
+        dims=(80, 160, 384, 576),
+        depths=(8, 8, 10, 4),
+        focus_depths=(20, 4),
+        num_heads=(12, 18),
+        drop_path_rate=0.5,
+    )
+    return build_model(OverLoCK, "overlock_b", pretrained, variant, kwargs)

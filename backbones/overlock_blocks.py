@@ -1,0 +1,322 @@
+"""Blocks of OverLoCK: static ones, and dynamic ones whose kernels a context computes.
+
+Meng Lou and Yizhou Yu, "OverLoCK: An Overview-first-Look-Closely-next ConvNet with
+Context-Mixing Dynamic Kernels", https://arxiv.org/abs/2502.20087.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from timm.layers import DropPath, LayerNorm2d, SqueezeExcite
+from torch import Tensor, nn
+
+from ops.batch_norm import BatchNorm2d
+from ops.conv import ConvNorm
+from ops.large_kernel import DilatedReparamConv2d
+from ops.neighborhood import na2d_av
+from ops.position import ConvPosition
+from ops.reparam import fold_norm_after, fold_norm_before, fold_scale_after
+
+__all__ = ["KERNELS", "Block", "ChannelAffine", "DynamicBlock"]
+
+# (kernel size, dilation) of the parallel branches, by size of the large kernel. Not UniRepLKNet's.
+_BRANCHES: dict[int, tuple[tuple[int, int], ...]] = {
+    7: ((5, 1), (3, 1), (3, 2), (3, 3)),
+    13: ((5, 1), (7, 1), (7, 2), (3, 3), (3, 4), (3, 5)),
+    15: ((5, 1), (7, 1), (7, 2), (3, 3), (3, 5), (3, 7)),
+    17: ((5, 1), (7, 1), (9, 2), (3, 4), (3, 5), (3, 7)),
+}
+KERNELS = tuple(_BRANCHES)
+_SMALL_KERNEL = 5  # of the first half of a dynamic block's channels
+_POOLED = 7  # the context's rows and columns, of which each is a key
+
+
+class ChannelAffine(nn.Module):
+    """A scale and a shift for each channel, as on the shortcuts: (B, dim, H, W) → (B, dim, H, W).
+
+    The scales are 4-D, so that weight decay applies to them as in the original.
+    """
+
+    def __init__(self, dim: int, value: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(value * torch.ones(dim, 1, 1, 1))
+        self.bias = nn.Parameter(torch.zeros(dim))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.addcmul(self.bias.view(-1, 1, 1), x, self.weight.view(-1, 1, 1))
+
+
+class GlobalResponseNorm(nn.Module):
+    """Global response norm: (B, dim, H, W) → (B, dim, H, W).
+
+    Of ConvNeXt V2, https://arxiv.org/abs/2301.00808. Weight decay applies to both parameters.
+    """
+
+    def __init__(self, dim: int, eps: float = 1e-6) -> None:
+        super().__init__()
+        self.eps = eps
+        self.gamma = nn.Parameter(torch.zeros(1, dim, 1, 1))
+        self.beta: nn.Parameter | None = nn.Parameter(torch.zeros(1, dim, 1, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        energy = x.norm(p=2, dim=(2, 3), keepdim=True)
+        x = x * (1 + self.gamma * (energy / (energy.mean(dim=1, keepdim=True) + self.eps)))
+        return x if self.beta is None else x + self.beta
+
+
+class LargeKernel(nn.Module):
+    """A re-parameterised large depthwise convolution and a norm.
+
+    (B, dim, H, W) → (B, dim, H, W).
+    """
+
+    def __init__(self, dim: int, kernel_size: int) -> None:
+        super().__init__()
+        if kernel_size not in _BRANCHES:
+            raise ValueError(f"kernel_sizes must be among {KERNELS}, got {kernel_size}")
+        self.conv = DilatedReparamConv2d(dim, kernel_size, _BRANCHES[kernel_size])
+        self.norm = BatchNorm2d(dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.conv(x))
+
+    def fuse(self) -> nn.Module:
+        """One depthwise convolution."""
+        conv = self.conv.fuse()
+        assert isinstance(conv, nn.Conv2d)
+        return fold_norm_after(conv, self.norm)
+
+
+class Mlp(nn.Module):
+    """Pointwise, GELU, 3×3 depthwise, response norm, pointwise.
+
+    (B, dim, H, W) → (B, dim, H, W).
+    """
+
+    def __init__(self, dim: int, hidden_dim: int) -> None:
+        super().__init__()
+        self.fc1 = nn.Conv2d(dim, hidden_dim, 1)
+        self.act = nn.GELU()
+        self.dwconv = ConvPosition(hidden_dim)
+        self.grn = GlobalResponseNorm(hidden_dim)
+        self.fc2 = nn.Conv2d(hidden_dim, dim, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(self.grn(self.dwconv(self.act(self.fc1(x)))))
+
+    def fuse(self) -> nn.Module:
+        """Fold the response norm's shift into the layer after it."""
+        if self.grn.beta is not None:
+            shift = self.fc2.weight.flatten(1) @ self.grn.beta.flatten()
+            self.fc2 = fold_scale_after(self.fc2, torch.ones_like(shift), shift)
+            self.grn.beta = None
+        return self
+
+
+def squeeze_excite(dim: int) -> nn.Module:
+    """Squeeze-and-excitation: (B, dim, H, W) → (B, dim, H, W)."""
+    return SqueezeExcite(dim, rd_channels=max(16, dim // 8), act_layer=nn.GELU)
+
+
+class Block(nn.Module):
+    """Depthwise convolutions, small and large, and an MLP, with a scaled shortcut.
+
+    (B, dim, H, W) → (B, dim, H, W).
+
+    Args:
+        layer_scale: initial scale of the shortcut (not of the branch); None for none.
+    """
+
+    def __init__(
+        self, dim: int, kernel_size: int, drop_path: float, layer_scale: float | None
+    ) -> None:
+        super().__init__()
+        self.dwconv = ConvPosition(dim)
+        self.norm = LayerNorm2d(dim, eps=1e-6)
+        self.lk = LargeKernel(dim, kernel_size)
+        self.se = squeeze_excite(dim)
+        self.mlp = Mlp(dim, 4 * dim)
+        self.drop_path = DropPath(drop_path)
+        self.ls = nn.Identity() if layer_scale is None else ChannelAffine(dim, layer_scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.dwconv(x)
+        return self.ls(x) + self.drop_path(self.mlp(self.se(self.lk(self.norm(x)))))
+
+
+class Fusion(nn.Module):
+    """Values of a dynamic block: (B, dim, H, W), with the context, → (B, out_dim, H, W)."""
+
+    def __init__(self, dim: int, out_dim: int) -> None:
+        super().__init__()
+        self.dwconv = ConvNorm(dim, dim, 3, groups=dim, bias=True, act_layer=nn.GELU)
+        self.fc = nn.Conv2d(dim, out_dim, 1)
+        self.grn = GlobalResponseNorm(out_dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.grn(self.fc(self.dwconv(x)))
+
+
+class ContextMixing(nn.Module):
+    """Dynamic depthwise convolution: each position and head has a kernel, computed from a context.
+
+    The affinities of a query to 7×7 means of the context are mapped to the taps of a 5×5 kernel for
+    the first half of the channels, and of a k×k kernel for the second. A softmax over the taps
+    follows. At borders, windows are shifted inwards; a map that is smaller than the kernel is
+    enlarged, and its result averaged.
+
+    Args:
+        dim, context_dim: channels of the map and of the context.
+        num_heads: of the query and of either half of the channels.
+        kernel_size: k.
+
+    Raises:
+        ValueError: ``num_heads`` does not divide half of ``dim``.
+    """
+
+    def __init__(self, dim: int, context_dim: int, num_heads: int, kernel_size: int) -> None:
+        super().__init__()
+        if dim % (2 * num_heads):
+            raise ValueError(
+                f"num_heads must divide half of the stage's channels, got {num_heads} for {dim}"
+            )
+        self.num_heads = num_heads
+        self.kernel_sizes = (_SMALL_KERNEL, kernel_size)
+        self.scale = (dim // num_heads) ** -0.5
+        self.query = ConvNorm(dim, dim // 2)
+        self.key = ConvNorm(context_dim, dim // 2)
+        self.weights = nn.Linear(_POOLED**2, sum(k * k for k in self.kernel_sizes))
+        self.rpb1, self.rpb2 = (
+            nn.Parameter(torch.zeros(num_heads, 2 * k - 1, 2 * k - 1)) for k in self.kernel_sizes
+        )
+        self.proj = ConvNorm(dim, dim)
+
+    def forward(self, value: Tensor, x: Tensor, context: Tensor) -> Tensor:
+        """Values and map (B, dim, H, W), context (B, context_dim, H, W) → (B, dim, H, W)."""
+        size = value.shape[2:]
+        shorter, least = min(size), max(self.kernel_sizes)
+        if shorter < least:
+            # In this order, in floating point, the sides are the original's.
+            larger = [max(least, int(least / shorter * side)) for side in size]
+            value, x, context = (
+                F.interpolate(t, size=larger, mode="bilinear") for t in (value, x, context)
+            )
+        out = torch.cat(
+            [
+                self._to_map(na2d_av(weights, self._to_heads(part), kernel_size))
+                for weights, part, kernel_size in zip(
+                    self._kernels(x, context), value.chunk(2, dim=1), self.kernel_sizes, strict=True
+                )
+            ],
+            dim=1,
+        )
+        return self.proj(F.adaptive_avg_pool2d(out, size) if shorter < least else out)
+
+    def _kernels(self, x: Tensor, context: Tensor) -> list[Tensor]:
+        """Of either half of the channels: (B, num_heads, H, W, k²) each."""
+        query = self.query(x).flatten(2).unflatten(1, (self.num_heads, -1))  # (B, heads, d, HW)
+        key = self.key(F.adaptive_avg_pool2d(context, _POOLED)) * self.scale
+        key = key.flatten(2).unflatten(1, (self.num_heads, -1))  # (B, heads, d, 49)
+        taps = self.weights(query.transpose(-2, -1) @ key)  # (B, heads, HW, 25 + k²)
+        size = x.shape[2:]
+        return [
+            (part.unflatten(2, size) + position_bias(table, size)).softmax(dim=-1)
+            for part, table in zip(
+                taps.split([k * k for k in self.kernel_sizes], dim=-1),
+                (self.rpb1, self.rpb2),
+                strict=True,
+            )
+        ]
+
+    def _to_heads(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) → (B, num_heads, H, W, C / num_heads)."""
+        return x.unflatten(1, (self.num_heads, -1)).permute(0, 1, 3, 4, 2)
+
+    def _to_map(self, x: Tensor) -> Tensor:
+        """(B, num_heads, H, W, d) → (B, num_heads · d, H, W)."""
+        return x.permute(0, 1, 4, 2, 3).flatten(1, 2)
+
+
+def position_bias(table: Tensor, size: Sequence[int]) -> Tensor:
+    """The bias of each tap at each position: (heads, 2k − 1, 2k − 1) → (heads, H, W, k²).
+
+    The table is indexed by key − query + k − 1, rows first.
+    """
+    kernel_size = (table.shape[-1] + 1) // 2
+    for axis, side in enumerate(size, start=1):
+        place = torch.arange(side, device=table.device)
+        start = (place - kernel_size // 2).clamp(0, side - kernel_size)
+        tap = torch.arange(kernel_size, device=table.device)
+        offset = (start - place)[:, None] + tap + (kernel_size - 1)  # (side, k)
+        table = table.index_select(axis, offset.flatten())
+    height, width = size
+    table = table.unflatten(2, (width, kernel_size)).unflatten(1, (height, kernel_size))
+    return table.transpose(2, 3).flatten(3)
+
+
+class DynamicBlock(nn.Module):
+    """A dynamic convolution under the guidance of a context, a gate and an MLP.
+
+    Map (B, dim + context_dim, H, W), context (B, context_dim, H, W) → the map. Its last channels are
+    its own context, which the blocks refine.
+
+    Args:
+        dim, context_dim: channels of the map proper, and of the context.
+        layer_scale: initial scale of the shortcuts (not of the branches).
+        mixes_context: whether the given context is added to the map's own.
+        num_heads, kernel_size: see :class:`ContextMixing`.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        context_dim: int,
+        num_heads: int,
+        kernel_size: int,
+        drop_path: float,
+        layer_scale: float,
+        *,
+        mixes_context: bool = True,
+    ) -> None:
+        super().__init__()
+        both = dim + context_dim
+        self.dims = (dim, context_dim)
+        self.x_scale = ChannelAffine(context_dim, 1.0) if mixes_context else None
+        self.h_scale = ChannelAffine(context_dim, 1.0) if mixes_context else None
+        self.dwconv1 = ConvPosition(both)
+        self.norm1 = LayerNorm2d(both, eps=1e-6)
+        self.fusion = Fusion(both, dim)
+        self.gate = ConvNorm(dim, dim, act_layer=nn.SiLU)
+        self.lepe = LargeKernel(dim, kernel_size)
+        self.mix = ContextMixing(dim, context_dim, num_heads, kernel_size)
+        self.se = squeeze_excite(dim)
+        self.norm: nn.Module = BatchNorm2d(dim)
+        self.proj = nn.Conv2d(dim, both, 1)
+        self.ls1 = ChannelAffine(both, layer_scale)
+        self.dwconv2 = ConvPosition(both)
+        self.norm2 = LayerNorm2d(both, eps=1e-6)
+        self.mlp = Mlp(both, 3 * dim)
+        self.ls2 = ChannelAffine(both, layer_scale)
+        self.drop_path = DropPath(drop_path)
+
+    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+        if self.x_scale is not None and self.h_scale is not None:
+            x, own = x.split(self.dims, dim=1)
+            x = torch.cat((x, self.x_scale(own) + self.h_scale(context)), dim=1)
+        x = self.dwconv1(x)
+        normed = self.norm1(x)
+        value = self.fusion(normed)
+        y = self.mix(value, *normed.split(self.dims, dim=1)) + self.lepe(value)
+        y = self.proj(self.norm(self.se(y) * self.gate(value)))
+        x = self.dwconv2(self.ls1(x) + self.drop_path(y))
+        return self.ls2(x) + self.drop_path(self.mlp(self.norm2(x)))
+
+    def fuse(self) -> nn.Module:
+        """Fold the norm before the last pointwise convolution into it."""
+        if isinstance(self.norm, nn.BatchNorm2d):
+            self.proj = fold_norm_before(self.norm, self.proj)
+            self.norm = nn.Identity()
+        return self
