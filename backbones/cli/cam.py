@@ -13,6 +13,7 @@ from torch import Tensor
 
 from backbones.cli.receptive_field import ReceptiveField, follow
 from backbones.core.base import StagedBackbone
+from backbones.core.stage import map_of
 
 __all__ = ["grad_cam", "upsample_heat"]
 
@@ -37,20 +38,21 @@ def grad_cam(
     """
     field = ReceptiveField()
     with torch.no_grad(), follow(model, field):
-        maps = [model.stem(images)]
+        outputs = [model.stem(images)]
         grids = [(field.start, field.stride)]
         for stage in model.stages:
-            maps.append(stage(maps[-1]))
+            outputs.append(stage(outputs[-1]))
             grids.append((field.start, field.stride))
-    sides = [min(features.shape[2:]) for features in maps]
-    # The stem's map is not a candidate; maps[i + 1] is the output of stage i.
-    taken = max((i for i in range(1, len(maps)) if sides[i] >= _LEAST_SIDE), default=1)
+    sides = [min(map_of(output).shape[2:]) for output in outputs]
+    # The stem's map is not a candidate; outputs[i + 1] is that of stage i.
+    taken = max((i for i in range(1, len(outputs)) if sides[i] >= _LEAST_SIDE), default=1)
     with torch.enable_grad():
-        features = maps[taken].detach().requires_grad_()
-        last = features
+        features = map_of(outputs[taken]).detach().requires_grad_()
+        last = outputs[taken]
+        last = (features, *last[1:]) if isinstance(last, tuple) else features
         for stage in list(model.stages)[taken:]:
             last = stage(last)
-        logits = model.forward_head(model.norm(last))
+        logits = model.forward_head(model.norm(map_of(last)))
         chosen = logits.argmax(1) if classes is None else classes
         score = logits.gather(1, chosen[:, None]).sum()
         (gradient,) = torch.autograd.grad(score, features)

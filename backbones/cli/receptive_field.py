@@ -49,9 +49,14 @@ class Step(NamedTuple):
 
 
 _EVERYWHERE = float("inf")
-# Defined in the families: BiFormer's global attention, and MedViTV2's neighborhood attention on a
-# map whose memory is reinterpreted in another order, so that neighbours may come from anywhere.
-_EVERYWHERE_IN_FAMILIES = ("GlobalAttention", "LocalBlock", "FoldedLocalBlock")
+# Defined in the families, by name: BiFormer's global attention; MedViTV2's neighborhood attention on
+# a map whose memory is reinterpreted in another order, so that neighbours may come from anywhere; and
+# OverLoCK's dynamic blocks, whose kernels depend on the whole context. Its overview is beside the
+# map, and two convolutions in parallel halve map and context.
+_IN_FAMILIES = {
+    **dict.fromkeys(("GlobalAttention", "LocalBlock", "FoldedLocalBlock"), Step(_EVERYWHERE)),
+    **{"DynamicBlock": Step(_EVERYWHERE), "Overview": Step(1), "Halving": Step(3, 2)},
+}
 
 
 class ReceptiveField:
@@ -111,8 +116,8 @@ def step_of(module: nn.Module, height: int, width: int) -> Step | None:
 
     For parallel branches, the widest one.
     """
-    if type(module).__name__ in _EVERYWHERE_IN_FAMILIES:
-        return Step(_EVERYWHERE)
+    if (found := _IN_FAMILIES.get(type(module).__name__)) is not None:
+        return found
     for kind, rule in _RULES.items():
         if isinstance(module, kind):
             return rule(module, height, width)

@@ -14,7 +14,7 @@ from torch import nn
 
 import backbones
 from backbones.core.messages import first_line, joined_lines, shown
-from backbones.training.distillation import Distillation, build_teacher
+from backbones.training.distillation import Distillation, build_teacher, labels_loss_of
 from backbones.training.diversity import DiverseAttention
 from backbones.training.errors import BUILDING_ERRORS, RecipeError, reading_error
 from backbones.training.recipe import Recipe
@@ -195,17 +195,17 @@ class LabelLoss:
 
     Args:
         loss: logits (B, classes) and targets → scalar.
+        aux_weight: of the loss of an auxiliary head, if the network has one.
     """
 
-    def __init__(self, loss: Loss) -> None:
-        self.loss = loss
+    def __init__(self, loss: Loss, aux_weight: float = 0.0) -> None:
+        self.loss, self.aux_weight = loss, aux_weight
 
     def __call__(
         self, net: nn.Module, images: torch.Tensor, targets: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """Loss and logits (B, classes) of ``net``."""
-        logits = net(images).float()
-        return self.loss(logits, targets), logits
+        return labels_loss_of(net(images), targets, self.loss, self.aux_weight)
 
 
 def build_objective(
@@ -229,9 +229,9 @@ def build_objective(
     if multi_label:
         if recipe.mixes_images or recipe.distill is not None:
             raise RecipeError("multi-label data does not support mixup, cutmix or distill")
-        objective: LabelLoss | Distillation = LabelLoss(_MultiLabelLoss())
+        objective: LabelLoss | Distillation = LabelLoss(_MultiLabelLoss(), recipe.aux_weight)
     elif recipe.distill is None:
-        objective = LabelLoss(build_loss(recipe))
+        objective = LabelLoss(build_loss(recipe), recipe.aux_weight)
     else:
         teacher = build_teacher(recipe, num_classes, config).to(device)
         objective = Distillation(teacher, build_loss(recipe), recipe)

@@ -29,11 +29,31 @@ __all__ = [
     "add_exits",
     "build_teacher",
     "hard_label_loss",
+    "labels_loss_of",
     "ofa_loss",
     "soft_label_loss",
 ]
 
 Loss = Callable[[Tensor, Tensor], Tensor]
+
+
+def labels_loss_of(
+    output: Tensor | tuple[Tensor, ...], targets: Tensor, loss: Loss, aux_weight: float
+) -> tuple[Tensor, Tensor]:
+    """The loss of the labels, and the logits, of a network.
+
+    Args:
+        output: logits (B, classes), or a tuple of them and those of auxiliary heads.
+        targets: of the loss.
+        loss: logits and targets → scalar.
+        aux_weight: of the loss of each auxiliary head.
+    """
+    heads = output if isinstance(output, tuple) else (output,)
+    logits, *auxiliary = (head.float() for head in heads)
+    total = loss(logits, targets)
+    for head in auxiliary:
+        total = total + aux_weight * loss(head, targets)
+    return total, logits
 
 
 def soft_label_loss(student: Tensor, teacher: Tensor, temperature: float = 1.0) -> Tensor:
@@ -222,8 +242,8 @@ class Distillation:
     Args:
         teacher: images → logits.
         labels_loss: logits and targets → scalar.
-        recipe: ``distill`` (the method), ``distill_alpha``, ``distill_temperature``, ``ofa_gamma``.
-            For ``ofa``, the student returns its logits and a list of the exits' logits, and the
+        recipe: ``distill`` (the method), ``distill_alpha``, ``distill_temperature``, ``ofa_gamma``,
+            ``aux_weight``. For ``ofa``, the student returns its logits and a list of the exits' logits, and the
             losses of all of them are added.
     """
 
@@ -231,26 +251,27 @@ class Distillation:
         self.teacher, self.labels_loss = teacher, labels_loss
         self.kind, self.alpha = recipe.distill, recipe.distill_alpha
         self.temperature, self.gamma = recipe.distill_temperature, recipe.ofa_gamma
+        self.aux_weight = recipe.aux_weight
 
     def __call__(self, net: nn.Module, images: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         """Loss and logits (B, classes) of the student ``net``."""
         output, teacher_logits = net(images), self.teacher(images)
+        branches: Sequence[Tensor] = ()
         if self.kind == "ofa":
-            logits, branches = output[0].float(), [branch.float() for branch in output[1]]
+            output, branches = output
+        labels_loss, logits = labels_loss_of(output, targets, self.labels_loss, self.aux_weight)
+        if self.kind == "ofa":
             distilled = torch.stack(
                 [
-                    ofa_loss(branch, teacher_logits, targets, self.gamma, self.temperature)
-                    for branch in [logits, *branches]
+                    ofa_loss(branch.float(), teacher_logits, targets, self.gamma, self.temperature)
+                    for branch in (logits, *branches)
                 ]
             ).sum()
+        elif self.kind == "hard":
+            distilled = hard_label_loss(logits, teacher_logits)
         else:
-            logits = output.float()
-            if self.kind == "hard":
-                distilled = hard_label_loss(logits, teacher_logits)
-            else:
-                distilled = soft_label_loss(logits, teacher_logits, self.temperature)
-        loss = (1 - self.alpha) * self.labels_loss(logits, targets) + self.alpha * distilled
-        return loss, logits
+            distilled = soft_label_loss(logits, teacher_logits, self.temperature)
+        return (1 - self.alpha) * labels_loss + self.alpha * distilled, logits
 
 
 def add_exits(recipe: Recipe, student: Any) -> nn.Module:

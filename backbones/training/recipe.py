@@ -150,6 +150,7 @@ class Recipe:
     bce_loss: bool = key("loss", False, "binary cross-entropy over the classes")
     bce_target_thresh: float | None = key("loss", None, "soft targets above it become 1")
     bce_sum: bool = key("loss", False, "sum over the classes instead of the mean")
+    aux_weight: float = key("loss", 0.4, "weight of an auxiliary head's loss, where there is one")
     attn_diversity: float = key(
         "loss", 0.0, "weight of the attention diversification loss (published: 1); 0: none"
     )

@@ -112,6 +112,7 @@ RANGES: dict[str, Range] = {
     # --- the loss
     "smoothing": _SHARE_BELOW_1,
     "bce_target_thresh": _SHARE,
+    "aux_weight": Range(low=0, high=1000),
     "attn_diversity": Range(low=0, high=1000),
     # --- a teacher
     "teacher_img_size": _PIXELS,

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from timm.optim import param_groups_layer_decay, param_groups_weight_decay
 from torch import Tensor, nn
 from zoo import SMALL, images, outlines, randomise, small
 
@@ -22,7 +23,7 @@ from backbones.cli.parity import (
     tolerance,
 )
 from backbones.core.registry import published_weights
-from backbones.overlock_blocks import ContextMixing, position_bias
+from backbones.overlock_blocks import ContextMixing
 
 TOLERANCE = tolerance("overlock")
 VARIANTS = ("overlock_xt", "overlock_t", "overlock_s", "overlock_b")
@@ -223,3 +224,191 @@ def test_the_second_map_goes_on_normalised() -> None:
         ).eval()
         backbones.load_checkpoint(wrapper, dense.state_dict())
         torch.testing.assert_close(wrapper(x)[-1], maps[3])
+
+
+def naive_mixing(layer: Any, value: Tensor, x: Tensor, context: Tensor) -> Tensor:
+    """A position at a time, before the projection."""
+    heads, (height, width) = layer.num_heads, value.shape[2:]
+    query = layer.query(x)[0].unflatten(0, (heads, -1))
+    key = layer.key(F.adaptive_avg_pool2d(context, 7))[0].flatten(1).unflatten(0, (heads, -1))
+    out = torch.zeros_like(value[0]).unflatten(0, (2, heads, -1))
+    values = value[0].unflatten(0, (2, heads, -1))
+    for half, (k, table) in enumerate(
+        zip(layer.kernel_sizes, (layer.rpb1, layer.rpb2), strict=True)
+    ):
+        for head in range(heads):
+            for i in range(height):
+                for j in range(width):
+                    affinity = query[head, :, i, j] @ key[head] * layer.scale
+                    taps = layer.weights(affinity)[25 * half :][: k * k].view(k, k).clone()
+                    top = min(max(i - k // 2, 0), height - k)
+                    left = min(max(j - k // 2, 0), width - k)
+                    for p in range(k):
+                        for q in range(k):
+                            taps[p, q] += table[head, top + p - i + k - 1, left + q - j + k - 1]
+                    window = values[half, head, :, top : top + k, left : left + k]
+                    share = taps.flatten().softmax(0).view(k, k)
+                    out[half, head, :, i, j] = (window * share).sum((1, 2))
+    return out.flatten(0, 2)[None]
+
+
+def mixing(kernel_size: int = 7) -> ContextMixing:
+    torch.manual_seed(0)
+    layer = randomise(ContextMixing(16, 6, 2, kernel_size)).double().eval()
+    assert isinstance(layer, ContextMixing)
+    return layer
+
+
+@pytest.mark.parametrize("size", [(7, 7), (8, 11)])
+@torch.no_grad()
+def test_context_mixing(size: tuple[int, int]) -> None:
+    layer = mixing()
+    value, x, context = (images(1, c, *size, seed=c).double() for c in (16, 16, 6))
+    expected = layer.proj(naive_mixing(layer, value, x, context))
+    torch.testing.assert_close(layer(value, x, context), expected)
+
+
+@pytest.mark.parametrize(
+    ("size", "larger"),
+    [((3, 27), (13, 116)), ((27, 3), (116, 13)), ((7, 7), (13, 13)), ((1, 1), (13, 13))],
+)
+@torch.no_grad()
+def test_maps_below_the_kernel_are_enlarged(size: tuple[int, int], larger: tuple[int, int]) -> None:
+    """To sides that the original computes in floating point: 116, not 117."""
+    layer = mixing(13)
+    given = [images(1, c, *size, seed=c).double() for c in (16, 16, 6)]
+    value, x, context = (F.interpolate(t, size=larger, mode="bilinear") for t in given)
+    seen: list[Tensor] = []
+    layer.proj.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    layer(value, x, context)
+    layer(*given)
+    torch.testing.assert_close(seen[1], F.adaptive_avg_pool2d(seen[0], size))
+
+
+def test_published_arguments() -> None:
+    for variant in VARIANTS:
+        figures = reference("overlock", variant)
+        with outlines():
+            model = backbones.create_model(variant)
+        config, stages = figures["config"], model.stages
+        base = stages[2].base_depth
+        overview = stages[2].blocks[base].blocks
+        depths = [len(stages[0].blocks), len(stages[1].blocks), base, len(overview)]
+        assert depths == config["depth"]
+        focus = [stages[2].blocks[base + 1 :], stages[3].blocks]
+        assert [len(blocks) for blocks in focus] == config["sub_depth"]
+        assert [b[0].mix.num_heads for b in focus] == config["heads_used"]
+        order = [stages[0].blocks, stages[1].blocks, stages[2].blocks[:base], overview, *focus]
+        rates = [getattr(b.drop_path, "drop_prob", 0.0) for blocks in order for b in blocks]
+        expected = torch.linspace(0, figures["drop_path_train"], len(rates)).tolist()
+        assert rates == pytest.approx(expected)
+        assert {w["url"] for w in figures["weights"]} <= {
+            cfg.url for cfg in published_weights(variant).values()
+        }
+        assert model.default_cfg["crop_pct"] == figures["preprocess"]["crop_pct"]
+        counts = [sum(p.numel() for p in part.parameters()) for part in (model, model.aux_head)]
+        assert counts[0] == figures["params"]
+        unmerged = figures["deploy"]["params"] - figures["deploy"]["params_without_aux"]
+        assert counts[1] == unmerged
+
+
+def test_initial_values() -> None:
+    model = backbones.create_model("overlock_xt", aux_head=True)
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Conv2d | nn.Linear):
+            bound = 4 * 0.02 / module.weight.numel() ** 0.5 + 1e-4
+            assert abs(module.weight.std().item() - 0.02) <= bound, name
+            assert module.bias is None or not module.bias.any(), name
+    for name, parameter in model.named_parameters():
+        if re.search(r"\.(rpb[12]|gamma|beta)$", name):
+            assert not parameter.any(), name
+        elif re.search(r"(\.ls[12]?|[xh]_scale)\.weight$", name):
+            assert (parameter == 1).all(), name
+    dense = small("overlock", overview_feature=True, layer_scale=0.5)
+    assert (dense.overview_feature.scale.weight == 1e-5).all()
+    assert (dense.stages[3].blocks[0].ls1.weight == 0.5).all()
+    assert isinstance(dense.stages[1].blocks[0].ls, nn.Identity)
+
+
+def test_weight_decay_is_the_published_one() -> None:
+    """Of everything but vectors and biases: also of scales, response norms and position biases."""
+    model = small("overlock")
+    decayed, kept = (
+        {id(p) for p in group["params"]}
+        for group in sorted(
+            param_groups_weight_decay(model, 0.05), key=lambda g: -g["weight_decay"]
+        )
+    )
+    for name, parameter in model.named_parameters():
+        exempt = parameter.ndim <= 1 or name.endswith(".bias")
+        assert id(parameter) in (kept if exempt else decayed), name
+
+
+def test_layers_of_the_learning_rate_decay_are_in_order() -> None:
+    model = small("overlock")
+    groups = param_groups_layer_decay(model, layer_decay=0.5)
+    scale = {id(p): g["lr_scale"] for g in groups for p in g["params"]}
+    order = ["stem.0", "stages.0.blocks.0", "stages.1.blocks.0", "stages.2.blocks.0"]
+    overview = model.stages[2].base_depth
+    order += [f"stages.2.blocks.{i}" for i in range(overview, overview + 3)]
+    order += ["stages.3.blocks.0", "head"]
+    rates = [{scale[id(p)] for p in model.get_submodule(part).parameters()} for part in order]
+    assert all(len(each) == 1 for each in rates)
+    assert sorted(rates, key=min) == rates and len({min(each) for each in rates}) == len(rates)
+
+
+def test_the_auxiliary_head_is_optional() -> None:
+    x = images(2, 3, 64, 64)
+    model = small("overlock", num_classes=3)
+    logits, auxiliary = model(x)
+    assert logits.shape == auxiliary.shape == (2, 3)
+    assert isinstance(model.eval()(x), Tensor)
+    model.reset_classifier(5)
+    assert [out.shape for out in model.train()(x)] == [(2, 5)] * 2
+    assert small("overlock", num_classes=3, aux_head=False)(x).shape == (2, 3)
+    assert small("overlock", num_classes=0)(x).ndim == 2
+    model.reset_classifier(0)
+    assert isinstance(model(x), Tensor)
+
+
+def test_checkpoints_with_and_without_the_auxiliary_head() -> None:
+    state = small("overlock").state_dict()
+    without = {name: t for name, t in state.items() if not name.startswith("aux_head.")}
+    report = backbones.load_checkpoint(small("overlock"), without)
+    assert {name.split(".")[0] for name in report.reinitialised} == {"aux_head"}
+    report = backbones.load_checkpoint(small("overlock", aux_head=False), state)
+    assert not report.unexpected and {n.split(".")[0] for n in report.ignored} == {"aux_head"}
+    other = small("overlock", num_classes=7)
+    report = backbones.load_checkpoint(other, state)
+    heads = {f"{head}.fc.{part}" for head in ("head", "aux_head") for part in ("weight", "bias")}
+    assert set(report.reinitialised) == heads
+    assert not any(n.startswith("aux_head") for n in small("overlock").eval().fuse().state_dict())
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"kernel_sizes": (17, 15, 11, 7)}, r"kernel_sizes must be among .*, got 11"),
+        ({"num_heads": (3, 3)}, "num_heads must divide half of the stage's channels, got 3 for 64"),
+        ({"depths": (1, 1, 1)}, "depths must have 4 values"),
+        ({"focus_depths": (1,)}, "focus_depths must have 2 values"),
+        ({"out_norms": (4,)}, "out_norms must name stages 0 … 3"),
+    ],
+)
+def test_bad_arguments_are_refused(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        small("overlock", **arguments)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.int8])
+@torch.no_grad()
+def test_lower_precision(dtype: torch.dtype) -> None:
+    figures = reference("overlock", QUICK)
+    case = figures["cases"][0]
+    x = image(case["input"], case["seed"])
+    model = backbones.create_model(QUICK).eval()
+    backbones.load_checkpoint(model, checkpoint(figures))
+    model.fuse(dtype)
+    logits = model(x.to(next(model.parameters()).dtype)).float()
+    exact = torch.tensor(case["logits"]).view_as(logits)
+    print(dtype, ((logits - exact).norm() / exact.norm()).item())

@@ -57,6 +57,8 @@ QUICK = {
     "fpn_ravlt-t",
     "fpn_inception-next-tiny",
     "mask-rcnn_nat-mini",
+    "mask-rcnn_overlock-t",
+    "upernet_overlock-t",
     "upernet_dinat-s-tiny",
     "upernet_vrwkv-t",
 }

@@ -133,6 +133,24 @@ def test_the_whole_loss(kind):
     torch.testing.assert_close(label_loss, F.cross_entropy(same_logits, labels))
 
 
+@pytest.mark.parametrize("kind", [None, "soft", "hard"])
+def test_an_auxiliary_head(kind):
+    """Learns the labels with a weight of its own, and nothing from a teacher."""
+    student = small("overlock", num_classes=3)
+    images, labels = torch.randn(2, 3, 64, 64), torch.tensor([0, 2])
+    answers = student(images)
+    if kind is None:
+        objective = LabelLoss(F.cross_entropy, 0.3)
+    else:
+        teacher = Teacher(small("shvit", num_classes=3), AS_IS, AS_IS, None)
+        recipe = Recipe(distill=kind, distill_alpha=0.0, aux_weight=0.3)
+        objective = Distillation(teacher, F.cross_entropy, recipe)
+    loss, logits = objective(lambda images: answers, images, labels)
+    torch.testing.assert_close(logits, answers[0])
+    own, auxiliary = (F.cross_entropy(answer, labels) for answer in answers)
+    torch.testing.assert_close(loss, own + 0.3 * auxiliary)
+
+
 @pytest.mark.parametrize("family", CLASSIFIERS)
 def test_every_family_can_have_exits(family):
     student = small(family, num_classes=4)

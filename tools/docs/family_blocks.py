@@ -39,6 +39,7 @@ def _transformer_block(attention: Box, feed_forward: Box) -> list[Step]:
 
 
 POSITION = Residual([conv("3×3 depthwise", "position")])
+LOCAL = Residual([conv("3×3 depthwise")])
 MOBILE_CONV = Residual([conv("3×3 depthwise", "batch norm")])
 MOBILE_FFN = Residual([mlp("1×1, ReLU, 1×1", "twice as wide inside")])
 DW_MLP = mlp("MLP", "3×3 depthwise inside")
@@ -281,6 +282,70 @@ BLOCKS: dict[str, Sequence[tuple[str, Sequence[Step]]]] = {
             ),
         ),
         ("Neighborhood attention", NEIGHBORHOOD_STEPS),
+    ),
+    "overlock": (
+        (
+            "Block of the Base-Net and the Overview-Net",
+            [
+                LOCAL,
+                Residual(
+                    [
+                        norm(),
+                        conv("Depthwise", "large and re-parameterised"),
+                        norm("BatchNorm"),
+                        attn("Squeeze-and-excitation"),
+                        mlp("MLP", "3×3 depthwise, response norm inside"),
+                    ]
+                ),
+                note("the shortcut has a layer scale at strides 16 and 32"),
+            ],
+        ),
+        (
+            "Dynamic block of the Focus-Net",
+            [
+                note("map, and its context + the overview's"),
+                LOCAL,
+                Residual(
+                    [
+                        norm(),
+                        conv("3×3 depthwise, 1×1", "map and context: the values"),
+                        Branches(
+                            [
+                                [attn("Dynamic convolution")],
+                                [conv("Depthwise", "large and re-parameterised")],
+                            ],
+                            "+",
+                        ),
+                        attn("Squeeze-and-excitation"),
+                        attn("× gate", "of the values"),
+                        conv("1×1"),
+                    ]
+                ),
+                LOCAL,
+                Residual([norm(), mlp("MLP", "3×3 depthwise, response norm inside")]),
+            ],
+        ),
+        (
+            "Dynamic convolution",
+            [
+                attn("Affinities", "queries of the map × keys of 7×7 regions of the context"),
+                conv("Linear", "49 affinities to the taps of two kernels"),
+                Branches(
+                    [
+                        [
+                            attn("Bias by offset, softmax", "over 5×5 taps"),
+                            conv("Weigh the window", "first half of the values"),
+                        ],
+                        [
+                            attn("Bias by offset, softmax", "over 13×13 or 7×7 taps"),
+                            conv("Weigh the window", "second half of the values"),
+                        ],
+                    ],
+                    "concat",
+                ),
+                conv("1×1"),
+            ],
+        ),
     ),
     "proxylessnas": (
         (
