@@ -260,8 +260,8 @@ def position_bias(table: Tensor, size: Sequence[int]) -> Tensor:
 class DynamicBlock(nn.Module):
     """A dynamic convolution under the guidance of a context, a gate and an MLP.
 
-    Map (B, dim + context_dim, H, W), context (B, context_dim, H, W) → the map. Its last channels are
-    its own context, which the blocks refine.
+    Map (B, dim + context_dim, H, W) and context (B, context_dim, H, W) → a map like the first. The
+    last channels of both are a context of their own, which the blocks refine.
 
     Args:
         dim, context_dim: channels of the map proper, and of the context.

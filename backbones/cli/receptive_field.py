@@ -49,10 +49,10 @@ class Step(NamedTuple):
 
 
 _EVERYWHERE = float("inf")
-# Defined in the families, by name: BiFormer's global attention; MedViTV2's neighborhood attention on
-# a map whose memory is reinterpreted in another order, so that neighbours may come from anywhere; and
-# OverLoCK's dynamic blocks, whose kernels depend on the whole context. Its overview is beside the
-# map, and two convolutions in parallel halve map and context.
+# Defined in the families: BiFormer's global attention; MedViTV2's neighborhood attention on a map
+# whose memory is reinterpreted in another order, so that neighbours may come from anywhere; and
+# OverLoCK's dynamic blocks, whose kernels depend on the whole context. Its overview runs beside the
+# map, and its two convolutions of stride 2 are parallel.
 _IN_FAMILIES = {
     **dict.fromkeys(("GlobalAttention", "LocalBlock", "FoldedLocalBlock"), Step(_EVERYWHERE)),
     **{"DynamicBlock": Step(_EVERYWHERE), "Overview": Step(1), "Halving": Step(3, 2)},

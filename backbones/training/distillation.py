@@ -243,8 +243,8 @@ class Distillation:
         teacher: images → logits.
         labels_loss: logits and targets → scalar.
         recipe: ``distill`` (the method), ``distill_alpha``, ``distill_temperature``, ``ofa_gamma``,
-            ``aux_weight``. For ``ofa``, the student returns its logits and a list of the exits' logits, and the
-            losses of all of them are added.
+            ``aux_weight``. For ``ofa``, the student returns its logits and a list of the exits'
+            logits, and the losses of all of them are added.
     """
 
     def __init__(self, teacher: Teacher, labels_loss: Loss, recipe: Recipe) -> None:

@@ -20,6 +20,7 @@ from safetensors.torch import load_file, save_file
 from timm.models import group_parameters
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_map
 from zoo import (
     CLASSIFIERS,
     FAMILIES,
@@ -97,7 +98,7 @@ def _equal_blocks_once(model: nn.Module) -> Iterator[None]:
             call = (_kind, x.shape, x.stride())
             if call not in known:
                 known[call] = _run(x, *shared)
-            return torch.empty_like(known[call])
+            return tree_map(torch.empty_like, known[call])
 
         block.forward = forward
     yield
