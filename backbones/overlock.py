@@ -299,11 +299,11 @@ class OverLoCK(StagedBackbone):
     def convert_state_dict(self, state_dict: dict[str, Tensor]) -> dict[str, Tensor]:
         """Converts the names of the original's classifiers and dense networks, merged or not."""
         # After pruning, the names of later stages do not matter.
-        depth = getattr(self.stages[-2:][0], "base_depth", 0)
+        depth = next((s.base_depth for s in self.stages if isinstance(s, OverviewStage)), 0)
         converted = {}
         for key, tensor in state_dict.items():
             key = _convert_key(key, depth)
-            if key.endswith((".mix.weights.weight", "head.fc.weight")):
+            if key.endswith((".mix.tap_weight", "head.fc.weight")):
                 tensor = tensor.flatten(1)
             converted[key] = tensor
         for name, layer in self.named_modules():
@@ -362,7 +362,7 @@ _DYNAMIC = (
     (r"^weight_query\.1\.", "mix.query.norm."),
     (r"^weight_key\.1\.", "mix.key.conv."),
     (r"^weight_key\.2\.", "mix.key.norm."),
-    (r"^weight_proj\.", "mix.weights."),
+    (r"^weight_proj\.", "mix.tap_"),
     (r"^rpb([12])$", r"mix.rpb\1"),
     (r"^dyconv_proj\.0\.", "mix.proj.conv."),
     (r"^dyconv_proj\.1\.", "mix.proj.norm."),

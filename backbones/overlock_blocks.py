@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ops.batch_norm import BatchNorm2d
 from ops.conv import ConvNorm
+from ops.init import trunc_normal
 from ops.large_kernel import DilatedReparamConv2d
 from ops.neighborhood import na2d_av
 from ops.position import ConvPosition
@@ -188,7 +189,10 @@ class ContextMixing(nn.Module):
         self.scale = (dim // num_heads) ** -0.5
         self.query = ConvNorm(dim, dim // 2)
         self.key = ConvNorm(context_dim, dim // 2)
-        self.weights = nn.Linear(_POOLED**2, sum(k * k for k in self.kernel_sizes))
+        taps = sum(k * k for k in self.kernel_sizes)
+        self.tap_weight = nn.Parameter(torch.empty(taps, _POOLED**2))
+        self.tap_bias = nn.Parameter(torch.zeros(taps))
+        trunc_normal(self.tap_weight)
         self.rpb1, self.rpb2 = (
             nn.Parameter(torch.zeros(num_heads, 2 * k - 1, 2 * k - 1)) for k in self.kernel_sizes
         )
@@ -213,19 +217,27 @@ class ContextMixing(nn.Module):
             ],
             dim=1,
         )
-        return self.proj(F.adaptive_avg_pool2d(out, size) if shorter < least else out)
+        return self.proj(F.adaptive_avg_pool2d(out, tuple(size)) if shorter < least else out)
 
     def _kernels(self, x: Tensor, context: Tensor) -> list[Tensor]:
         """Of either half of the channels: (B, num_heads, H, W, k²) each."""
         query = self.query(x).flatten(2).unflatten(1, (self.num_heads, -1))  # (B, heads, d, HW)
         key = self.key(F.adaptive_avg_pool2d(context, _POOLED)) * self.scale
         key = key.flatten(2).unflatten(1, (self.num_heads, -1))  # (B, heads, d, 49)
-        taps = self.weights(query.transpose(-2, -1) @ key)  # (B, heads, HW, 25 + k²)
+        if query.is_cpu:
+            # These small products would take longer in a dtype that the CPU does not multiply.
+            precise = torch.promote_types(query.dtype, torch.float32)
+            query, key = query.to(precise), key.to(precise)
+        # Affinities are only used through a linear map, which is applied to the keys instead.
+        key = key @ self.tap_weight.to(key.dtype).transpose(0, 1)  # (B, heads, d, 25 + k²)
+        taps = query.transpose(-2, -1) @ key  # (B, heads, HW, 25 + k²)
         size = x.shape[2:]
+        areas = [k * k for k in self.kernel_sizes]
         return [
-            (part.unflatten(2, size) + position_bias(table, size)).softmax(dim=-1)
-            for part, table in zip(
-                taps.split([k * k for k in self.kernel_sizes], dim=-1),
+            (part.unflatten(2, size) + (position_bias(table, size) + bias)).softmax(dim=-1)
+            for part, bias, table in zip(
+                taps.split(areas, dim=-1),
+                self.tap_bias.split(areas),
                 (self.rpb1, self.rpb2),
                 strict=True,
             )

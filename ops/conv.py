@@ -1,4 +1,4 @@
-"""Shared convolution layers: with a norm, as a residual, Inception-style, and before a classifier."""
+"""Shared convolution layers: with a norm, residual, Inception-style, before a classifier."""
 
 from __future__ import annotations
 

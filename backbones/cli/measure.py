@@ -18,6 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from backbones.cli.receptive_field import ReceptiveField, follow
 from backbones.core.base import StagedBackbone
+from backbones.core.stage import map_of
 from ops.neighborhood import NeighborhoodAttention2D
 
 __all__ = ["Part", "count_macs", "measure", "time_shares"]
@@ -138,7 +139,7 @@ def _at_ends(
         call("stem", model.stem, inputs[0])
 
     def stage_ended(number: int) -> Callable[..., None]:
-        return lambda module, inputs, output: call(f"stage {number}", module, output)
+        return lambda module, inputs, output: call(f"stage {number}", module, map_of(output))
 
     handles: list[Any] = [model.stages[0].register_forward_pre_hook(stem_ended)]
     for number, stage in enumerate(model.stages, start=1):
@@ -149,7 +150,10 @@ def _at_ends(
 
 def _counter() -> FlopCounterMode:
     assert torchvision.ops is not None  # it registers the operator
-    formulas = {torch.ops.torchvision.deform_conv2d: _deform_conv_flops}
+    formulas = {
+        torch.ops.torchvision.deform_conv2d: _deform_conv_flops,
+        torch.ops.vision_backbones.na_mix: _mix_flops,
+    }
     return FlopCounterMode(display=False, custom_mapping=formulas)
 
 
@@ -162,6 +166,10 @@ def _deform_conv_flops(
 ) -> int:
     """Counted as a dense convolution of the same size, without sampling."""
     return 2 * math.prod(weight[1:]) * math.prod(out_shape)
+
+
+def _mix_flops(weights: Any, value: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+    return 2 * math.prod(weights) * value[-1]
 
 
 @contextmanager

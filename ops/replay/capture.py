@@ -53,7 +53,8 @@ _PURE = {
     *("torch.Tensor." + name for name in ("add", "clone", "contiguous", "div", "flatten", "float")),
     *("torch.Tensor." + name for name in ("index_select", "matmul", "mean", "mul", "remainder")),
     *("torch.Tensor." + name for name in ("sigmoid", "softmax", "sqrt", "sub", "sum", "to")),
-    *("torch.Tensor." + name for name in ("exp", "new_zeros", "reshape", "tanh", "topk")),
+    *("torch.Tensor." + name for name in ("clamp", "exp", "new_zeros", "norm", "reshape")),
+    *("torch.Tensor." + name for name in ("tanh", "topk")),
     *("torch." + name for name in ("addcmul", "arange", "cat", "full_like", "minimum", "stack")),
     *("torch.nn.functional." + name for name in ("adaptive_avg_pool2d", "avg_pool2d", "relu6")),
     *("torch.nn.functional." + name for name in ("batch_norm", "conv2d", "gelu", "hardsigmoid")),
@@ -71,7 +72,10 @@ _IN_PLACE = {
 # Functions whose results may share memory with an argument.
 _VIEWS = {
     *("torch.Tensor." + name for name in ("__getitem__", "chunk", "contiguous", "detach")),
-    *("torch.Tensor." + name for name in ("expand", "flatten", "float", "narrow", "permute")),
+    *(
+        "torch.Tensor." + name
+        for name in ("expand", "flatten", "float", "movedim", "narrow", "permute")
+    ),
     *("torch.Tensor." + name for name in ("reshape", "split", "squeeze", "tensor_split", "to")),
     *("torch.Tensor." + name for name in ("transpose", "unbind", "unflatten", "unsqueeze", "view")),
 }

@@ -240,7 +240,8 @@ def naive_mixing(layer: Any, value: Tensor, x: Tensor, context: Tensor) -> Tenso
             for i in range(height):
                 for j in range(width):
                     affinity = query[head, :, i, j] @ key[head] * layer.scale
-                    taps = layer.weights(affinity)[25 * half :][: k * k].view(k, k).clone()
+                    every = layer.tap_weight @ affinity + layer.tap_bias
+                    taps = every[25 * half :][: k * k].view(k, k).clone()
                     top = min(max(i - k // 2, 0), height - k)
                     left = min(max(j - k // 2, 0), width - k)
                     for p in range(k):

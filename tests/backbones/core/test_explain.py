@@ -18,8 +18,8 @@ from backbones.cli.measure import count_macs
 from ops.replay.trace import TracedCall
 
 # Fused models that compute a little less, or more, than the plain ones: branches that become one
-# convolution (UniRepLKNet), a mean that a linear layer takes over (FaViT), padded maps (LITv2).
-MERGED = {"favit": 0.04, "litv2": 0.01, "unireplknet": 0.05}
+# convolution (OverLoCK, UniRepLKNet), a mean that a linear layer takes over (FaViT), padded maps (LITv2).
+MERGED = {"favit": 0.04, "litv2": 0.01, "overlock": 0.07, "unireplknet": 0.05}
 
 
 def _macs(calls: list[TracedCall]) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import pickle
+import re
 from pathlib import Path
 
 import pytest
@@ -106,7 +107,9 @@ def test_calls_repeat_to_the_last_bit(
     if unsupported(torch.device("cpu"), dtype, with_bfloat16=True) is None:
         assert [type(p) for p in programs] == [Replay, Replay]
         for stage in model.stages:
-            assert Replay in map(type, stage._records._programs.values())
+            # Not those that take or give more than a map.
+            if isinstance(stage, Recorded):
+                assert Replay in map(type, stage._records._programs.values())
 
     monkeypatch.setattr(Recorded, "forward", Recorded.compute)
     for same, outs in zip(inputs, repeated, strict=True):
@@ -128,7 +131,7 @@ class _Products(TorchDispatchMode):
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         name = str(func)
-        if any(word in name for word in ("conv", "mm", "linear", "attention")):
+        if re.search(r"conv|mm|(?<!bi)linear|attention", name):
             tensors = [a for a in args if isinstance(a, Tensor)]
             if "vision_backbones" not in name and tensors[0].dtype == torch.bfloat16:
                 self.of_bfloat16.append(name)
