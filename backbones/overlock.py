@@ -3,9 +3,9 @@
 Meng Lou and Yizhou Yu, "OverLoCK: An Overview-first-Look-Closely-next ConvNet with
 Context-Mixing Dynamic Kernels", https://arxiv.org/abs/2502.20087.
 
-Accepts any input size from 32×32; the stage at stride s has ⌈H/s⌉ rows. Below 200 pixels, maps are
-smaller than the dynamic kernels and enlarged for them, as in the original. In train mode, a
-classifier returns a tuple: its logits and those of an auxiliary head on the overview, whose loss
+Accepts any input size from 32×32; the stage at stride s has ⌈H/s⌉ rows. Up to 192 pixels a side,
+maps are smaller than the dynamic kernels and enlarged for them, as in the original. In train mode,
+a classifier returns a tuple: its logits and those of an auxiliary head on the overview, whose loss
 the paper weights by 0.4.
 
 Checkpoints of the original's training form and of its merged form load into a new model; ``fuse()``

@@ -200,7 +200,7 @@ class ContextMixing(nn.Module):
 
     def forward(self, value: Tensor, x: Tensor, context: Tensor) -> Tensor:
         """Values and map (B, dim, H, W), context (B, context_dim, H, W) → (B, dim, H, W)."""
-        size = value.shape[2:]
+        size = value.shape[2], value.shape[3]
         shorter, least = min(size), max(self.kernel_sizes)
         if shorter < least:
             # In this order, in floating point, the sides are the original's.
@@ -208,16 +208,14 @@ class ContextMixing(nn.Module):
             value, x, context = (
                 F.interpolate(t, size=larger, mode="bilinear") for t in (value, x, context)
             )
-        out = torch.cat(
-            [
-                self._to_map(na2d_av(weights, self._to_heads(part), kernel_size))
-                for weights, part, kernel_size in zip(
-                    self._kernels(x, context), value.chunk(2, dim=1), self.kernel_sizes, strict=True
-                )
-            ],
-            dim=1,
-        )
-        return self.proj(F.adaptive_avg_pool2d(out, tuple(size)) if shorter < least else out)
+        parts = [
+            na2d_av(weights, self._to_heads(part), kernel_size).permute(0, 2, 3, 1, 4)
+            for weights, part, kernel_size in zip(
+                self._kernels(x, context), value.chunk(2, dim=1), self.kernel_sizes, strict=True
+            )
+        ]  # (B, H, W, heads, d) of either half
+        out = torch.cat(parts, dim=3).flatten(3).permute(0, 3, 1, 2)
+        return self.proj(F.adaptive_avg_pool2d(out, size) if shorter < least else out)
 
     def _kernels(self, x: Tensor, context: Tensor) -> list[Tensor]:
         """Of either half of the channels: (B, num_heads, H, W, k²) each."""
@@ -246,10 +244,6 @@ class ContextMixing(nn.Module):
     def _to_heads(self, x: Tensor) -> Tensor:
         """(B, C, H, W) → (B, num_heads, H, W, C / num_heads)."""
         return x.unflatten(1, (self.num_heads, -1)).permute(0, 1, 3, 4, 2)
-
-    def _to_map(self, x: Tensor) -> Tensor:
-        """(B, num_heads, H, W, d) → (B, num_heads · d, H, W)."""
-        return x.permute(0, 1, 4, 2, 3).flatten(1, 2)
 
 
 def position_bias(table: Tensor, size: Sequence[int]) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from backbones.cli.receptive_field import ReceptiveField, follow
 from backbones.core.base import StagedBackbone
-from backbones.core.stage import map_of
+from backbones.core.stage import map_of, with_map
 
 __all__ = ["grad_cam", "upsample_heat"]
 
@@ -48,8 +48,7 @@ def grad_cam(
     taken = max((i for i in range(1, len(outputs)) if sides[i] >= _LEAST_SIDE), default=1)
     with torch.enable_grad():
         features = map_of(outputs[taken]).detach().requires_grad_()
-        last = outputs[taken]
-        last = (features, *last[1:]) if isinstance(last, tuple) else features
+        last = with_map(outputs[taken], features)
         for stage in list(model.stages)[taken:]:
             last = stage(last)
         logits = model.forward_head(model.norm(map_of(last)))

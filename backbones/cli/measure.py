@@ -150,7 +150,7 @@ def _at_ends(
 
 def _counter() -> FlopCounterMode:
     assert torchvision.ops is not None  # it registers the operator
-    formulas = {
+    formulas: dict[Any, Callable[..., int]] = {
         torch.ops.torchvision.deform_conv2d: _deform_conv_flops,
         torch.ops.vision_backbones.na_mix: _mix_flops,
     }

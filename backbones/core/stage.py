@@ -17,7 +17,7 @@ from ops.inference.forms import stands_for
 from ops.reparam import fuse_children
 from ops.replay.module import Recorded, recorded_form
 
-__all__ = ["IsotropicStage", "Stage", "TokenStage", "map_of"]
+__all__ = ["IsotropicStage", "Stage", "TokenStage", "map_of", "with_map"]
 
 
 class Stage(nn.Module):
@@ -70,6 +70,11 @@ def map_of(output: Any) -> Tensor:
     """The map (B, C, H, W) in the output of a stage."""
     features: Tensor = output[0] if isinstance(output, tuple) else output
     return features
+
+
+def with_map(output: Any, features: Tensor) -> Any:
+    """The output of a stage with another map."""
+    return (features, *output[1:]) if isinstance(output, tuple) else features
 
 
 class TokenStage(Stage):

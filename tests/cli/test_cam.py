@@ -12,6 +12,8 @@ from zoo import CLASSIFIERS, images, randomise, small
 
 from backbones.cli.cam import grad_cam, upsample_heat
 from backbones.cli.receptive_field import ReceptiveField, follow
+from backbones.core.stage import map_of, with_map
+from backbones.overlock import OverviewStage
 
 NORMS = ("LayerNorm", "LayerNorm2d", "SEModule")
 
@@ -36,9 +38,13 @@ def simple(family: str) -> Any:
     before = model.stem(torch.zeros(1, 3, 64, 64, dtype=torch.float64)).shape[1]
     for stage, number in zip(model.stages, model.stage_features(), strict=True):
         dim = model.feature_info[number]["num_chs"]
-        stage.blocks = nn.Sequential()
+        blocks, stage.blocks = stage.blocks, nn.Sequential()
         if family == "medvitv2":  # whose blocks change the number of channels
             stage.blocks.append(Widen(dim))
+        elif isinstance(stage, OverviewStage):  # which still needs an overview
+            overview = blocks[stage.base_depth]
+            overview.blocks, stage.base_depth = nn.Sequential(), 0
+            stage.blocks.append(overview)
         elif family == "proxylessnas":  # whose first blocks downsample
             stage.blocks.append(nn.Conv2d(before, dim, 3, 2, 1, bias=False).double())
         before = dim
@@ -49,7 +55,8 @@ def simple(family: str) -> Any:
             ):  # cuts off what is bright
                 setattr(module, name, nn.Identity())
     for name, parameter in model.named_parameters():
-        zero = name.endswith(("bias", "pos_embed")) or "offset" in name
+        # What a context adds is spread over the map.
+        zero = name.endswith(("bias", "pos_embed", "blocks.0.proj.weight")) or "offset" in name
         nn.init.constant_(parameter, 0.0 if zero else 0.1)
     return model
 
@@ -80,9 +87,9 @@ def test_the_grid_of_every_map(family: str) -> None:
         with torch.no_grad(), follow(whole, field):
             x = stage(x)
         y = model.stages[number](y)
-        assert x.shape[2:] == y.shape[2:]
-        row, column = (side // 2 for side in y.shape[2:])
-        (gradient,) = torch.autograd.grad(y[0, 0, row, column], picture, retain_graph=True)
+        assert map_of(x).shape[2:] == map_of(y).shape[2:]
+        row, column = (side // 2 for side in map_of(y).shape[2:])
+        (gradient,) = torch.autograd.grad(map_of(y)[0, 0, row, column], picture, retain_graph=True)
         expected = [field.start + i * field.stride for i in (row, column)]
         assert middle(gradient[0].sum(0)) == pytest.approx(expected, abs=1e-6)
         info = whole.feature_info[whole.stage_features()[number]]
@@ -157,6 +164,9 @@ def test_heat_comes_from_central_differences(family: str, monkeypatch: pytest.Mo
         seen.append((features.detach(), *real(score, features)))
         return seen[-1][1:]
 
+    outputs: list[Any] = []
+    for stage in model.stages:
+        stage.register_forward_hook(lambda module, inputs, output: outputs.append(output))
     monkeypatch.setattr(autograd, "grad", watched)
     grad_cam(model, images(1, 3, 96, 120).double(), torch.tensor([2]))
     ((features, gradient),) = seen
@@ -166,10 +176,11 @@ def test_heat_comes_from_central_differences(family: str, monkeypatch: pytest.Mo
     assert behind or len(set(channels)) == 1  # of one resolution, the last map is taken
 
     @torch.no_grad()
-    def score(x: Tensor) -> Tensor:
+    def score(features: Tensor) -> Tensor:
+        x = with_map(outputs[len(stages) - len(behind) - 1], features)
         for stage in behind:
             x = stage(x)
-        return model.forward_head(model.norm(x))[0, 2]
+        return model.forward_head(model.norm(map_of(x)))[0, 2]
 
     move, step = images(*features.shape, seed=3).double(), 1e-6
     slope = (score(features + step * move) - score(features - step * move)) / (2 * step)

@@ -18,8 +18,11 @@ from backbones.cli.measure import count_macs
 from ops.replay.trace import TracedCall
 
 # Fused models that compute a little less, or more, than the plain ones: branches that become one
-# convolution (OverLoCK, UniRepLKNet), a mean that a linear layer takes over (FaViT), padded maps (LITv2).
+# convolution (OverLoCK, UniRepLKNet), a mean that a linear layer takes over (FaViT), padded maps
+# (LITv2).
 MERGED = {"favit": 0.04, "litv2": 0.01, "overlock": 0.07, "unireplknet": 0.05}
+# Layers that take a part of a map's channels, which has to be copied first.
+PARTS = ("stages.3.downsample.x_proj", "stages.3.downsample.h_proj")
 
 
 def _macs(calls: list[TracedCall]) -> float:
@@ -42,7 +45,8 @@ def test_every_family(family: str) -> None:
         assert call.layer in paths
         assert call.seconds > 0 and call.dtype and call.outputs
         assert (call.instruction_set is None) == (call.library != "ours")
-        assert call.kernel not in ("clone", "contiguous"), f"{call.layer} copies its map"
+        copies = call.kernel in ("clone", "contiguous")
+        assert not copies or (family == "overlock" and call.layer in PARTS), call.layer
     ours = sum(call.library == "ours" for call in fused.calls)
     assert 2 * ours >= len(fused.calls)
     assert sum(fused.share(call.seconds) for call in fused.calls) <= 1 + 1e-9
