@@ -127,7 +127,7 @@ class AuxHead(nn.Module):
         return self.fc(self.norm(x).mean(dim=(2, 3)))
 
     def fuse(self) -> nn.Module:
-        """Nothing."""
+        """Nothing, since a fused model is not trained."""
         return nn.Identity()
 
 

@@ -218,7 +218,7 @@ class ContextMixing(nn.Module):
         return self.proj(F.adaptive_avg_pool2d(out, size) if shorter < least else out)
 
     def _kernels(self, x: Tensor, context: Tensor) -> list[Tensor]:
-        """Of either half of the channels: (B, num_heads, H, W, k²) each."""
+        """The kernels of either half of the channels: (B, num_heads, H, W, k²) each."""
         query = self.query(x).flatten(2).unflatten(1, (self.num_heads, -1))  # (B, heads, d, HW)
         key = self.key(F.adaptive_avg_pool2d(context, _POOLED)) * self.scale
         key = key.flatten(2).unflatten(1, (self.num_heads, -1))  # (B, heads, d, 49)
@@ -266,8 +266,8 @@ def position_bias(table: Tensor, size: Sequence[int]) -> Tensor:
 class DynamicBlock(nn.Module):
     """A dynamic convolution under the guidance of a context, a gate and an MLP.
 
-    Map (B, dim + context_dim, H, W) and context (B, context_dim, H, W) → a map like the first. The
-    last channels of both are a context of their own, which the blocks refine.
+    Map (B, dim + context_dim, H, W), context (B, context_dim, H, W) → a map of the first's shape.
+    The last channels of a map are its own context, which the blocks refine.
 
     Args:
         dim, context_dim: channels of the map proper, and of the context.
