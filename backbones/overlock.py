@@ -32,7 +32,7 @@ from backbones.core.keywords import KERNEL, checked, several, whole
 from backbones.core.published import imagenet_cfg, renamed
 from backbones.core.registry import build_model, register
 from backbones.core.stage import Stage
-from backbones.overlock_blocks import Block, ChannelAffine, DynamicBlock
+from backbones.overlock_blocks import Block, ChannelAffine, DynamicBlock, window_offsets
 from ops.arguments import require_tensor
 from ops.batch_norm import BatchNorm2d
 from ops.conv import ConvHead, ConvNorm
@@ -76,8 +76,10 @@ class OverviewStage(Stage):
         overview: Overview,
         focus: Sequence[nn.Module],
         downsample: nn.Module,
+        kernel_size: int,
     ) -> None:
         super().__init__([*base, overview, *focus], downsample)
+        self.kernel_size = kernel_size
         self.base_depth = len(base)
 
     def forward(self, x: Tensor) -> Any:
@@ -85,7 +87,9 @@ class OverviewStage(Stage):
         overview: Any = self.run_blocks(x, first=self.base_depth, stop=self.base_depth + 1)
         features, context = overview
         guide = F.interpolate(context, size=x.shape[2:], mode="bilinear")
-        x = self.run_blocks(torch.cat((x, guide), dim=1), guide, first=self.base_depth + 1)
+        offsets = window_offsets(x.shape[2:], self.kernel_size, x.device)
+        x = torch.cat((x, guide), dim=1)
+        x = self.run_blocks(x, guide, offsets, first=self.base_depth + 1)
         return x, context, features
 
 
@@ -109,9 +113,15 @@ class Halving(nn.Module):
 class FocusStage(Stage):
     """The last stage of the Focus-Net, from the output of :class:`OverviewStage` to one alike."""
 
+    def __init__(self, focus: Sequence[nn.Module], downsample: nn.Module, kernel_size: int) -> None:
+        super().__init__(focus, downsample)
+        self.kernel_size = kernel_size
+
     def forward(self, x: Any) -> Any:
         x, context, overview = x
-        return self.run_blocks(self.downsample(x), context), context, overview
+        x = self.downsample(x)
+        offsets = window_offsets(x.shape[2:], self.kernel_size, x.device)
+        return self.run_blocks(x, context, offsets), context, overview
 
 
 class AuxHead(nn.Module):
@@ -238,8 +248,9 @@ class OverLoCK(StagedBackbone):
                 Overview(static[3], dims[2], dims[3], context_dim),
                 dynamic[0],
                 ConvNorm(dims[1], dims[2], 3, 2),
+                kernel_sizes[2],
             ),
-            FocusStage(dynamic[1], Halving(dims[2], dims[3], context_dim)),
+            FocusStage(dynamic[1], Halving(dims[2], dims[3], context_dim), kernel_sizes[3]),
         )
         self.norm = nn.Identity()
         out_dim = dims[3] + context_dim

@@ -21,7 +21,7 @@ from ops.neighborhood import na2d_av
 from ops.position import ConvPosition
 from ops.reparam import fold_norm_after, fold_norm_before, fold_scale_after
 
-__all__ = ["KERNELS", "Block", "ChannelAffine", "DynamicBlock"]
+__all__ = ["Block", "ChannelAffine", "DynamicBlock", "window_offsets"]
 
 # (kernel size, dilation) of the parallel branches, by size of the large kernel. Not UniRepLKNet's.
 _BRANCHES: dict[int, tuple[tuple[int, int], ...]] = {
@@ -30,7 +30,6 @@ _BRANCHES: dict[int, tuple[tuple[int, int], ...]] = {
     15: ((5, 1), (7, 1), (7, 2), (3, 3), (3, 5), (3, 7)),
     17: ((5, 1), (7, 1), (9, 2), (3, 4), (3, 5), (3, 7)),
 }
-KERNELS = tuple(_BRANCHES)
 _SMALL_KERNEL = 5  # of the first half of a dynamic block's channels
 _POOLED = 7  # the context's rows and columns, of which each is a key
 
@@ -77,7 +76,7 @@ class LargeKernel(nn.Module):
     def __init__(self, dim: int, kernel_size: int) -> None:
         super().__init__()
         if kernel_size not in _BRANCHES:
-            raise ValueError(f"kernel_sizes must be among {KERNELS}, got {kernel_size}")
+            raise ValueError(f"kernel_sizes must be among {tuple(_BRANCHES)}, got {kernel_size}")
         self.conv = DilatedReparamConv2d(dim, kernel_size, _BRANCHES[kernel_size])
         self.norm = BatchNorm2d(dim)
 
@@ -198,45 +197,51 @@ class ContextMixing(nn.Module):
         )
         self.proj = ConvNorm(dim, dim)
 
-    def forward(self, value: Tensor, x: Tensor, context: Tensor) -> Tensor:
-        """Values and map (B, dim, H, W), context (B, context_dim, H, W) → (B, dim, H, W)."""
+    def forward(self, value: Tensor, x: Tensor, context: Tensor, offsets: Offsets) -> Tensor:
+        """Values and map (B, dim, H, W), context (B, context_dim, H, W) → (B, dim, H, W).
+
+        ``offsets`` are those of :func:`window_offsets`.
+        """
         size = value.shape[2], value.shape[3]
-        shorter, least = min(size), max(self.kernel_sizes)
-        if shorter < least:
-            # In this order, in floating point, the sides are the original's.
-            larger = [max(least, int(least / shorter * side)) for side in size]
+        larger = enlarged(size, self.kernel_sizes[1])
+        if larger != size:
             value, x, context = (
                 F.interpolate(t, size=larger, mode="bilinear") for t in (value, x, context)
             )
         parts = [
             na2d_av(weights, self._to_heads(part), kernel_size).permute(0, 2, 3, 1, 4)
             for weights, part, kernel_size in zip(
-                self._kernels(x, context), value.chunk(2, dim=1), self.kernel_sizes, strict=True
+                self._kernels(x, context, offsets),
+                value.chunk(2, dim=1),
+                self.kernel_sizes,
+                strict=True,
             )
         ]  # (B, H, W, heads, d) of either half
         out = torch.cat(parts, dim=3).flatten(3).permute(0, 3, 1, 2)
-        return self.proj(F.adaptive_avg_pool2d(out, size) if shorter < least else out)
+        return self.proj(F.adaptive_avg_pool2d(out, size) if larger != size else out)
 
-    def _kernels(self, x: Tensor, context: Tensor) -> list[Tensor]:
+    def _kernels(self, x: Tensor, context: Tensor, offsets: Offsets) -> list[Tensor]:
         """The kernels of either half of the channels: (B, num_heads, H, W, k²) each."""
         query = self.query(x).flatten(2).unflatten(1, (self.num_heads, -1))  # (B, heads, d, HW)
-        key = self.key(F.adaptive_avg_pool2d(context, _POOLED)) * self.scale
+        key = self.key(F.adaptive_avg_pool2d(context, _POOLED))
         key = key.flatten(2).unflatten(1, (self.num_heads, -1))  # (B, heads, d, 49)
         if query.is_cpu:
             # These small products would take longer in a dtype that the CPU does not multiply.
             precise = torch.promote_types(query.dtype, torch.float32)
             query, key = query.to(precise), key.to(precise)
         # Affinities are only used through a linear map, which is applied to the keys instead.
-        key = key @ self.tap_weight.to(key.dtype).transpose(0, 1)  # (B, heads, d, 25 + k²)
+        weight = self.scale * self.tap_weight.to(key.dtype).transpose(0, 1)
+        key = key @ weight  # (B, heads, d, 25 + k²)
         taps = query.transpose(-2, -1) @ key  # (B, heads, HW, 25 + k²)
         size = x.shape[2:]
         areas = [k * k for k in self.kernel_sizes]
         return [
-            (part.unflatten(2, size) + (position_bias(table, size) + bias)).softmax(dim=-1)
-            for part, bias, table in zip(
+            (part.unflatten(2, size) + (position_bias(table, *places) + bias)).softmax(dim=-1)
+            for part, bias, table, places in zip(
                 taps.split(areas, dim=-1),
                 self.tap_bias.split(areas),
                 (self.rpb1, self.rpb2),
+                offsets,
                 strict=True,
             )
         ]
@@ -246,20 +251,50 @@ class ContextMixing(nn.Module):
         return x.unflatten(1, (self.num_heads, -1)).permute(0, 1, 3, 4, 2)
 
 
-def position_bias(table: Tensor, size: Sequence[int]) -> Tensor:
+def enlarged(size: Sequence[int], kernel_size: int) -> tuple[int, int]:
+    """The size of a map to which a kernel is applied: larger if a side is below the kernel's."""
+    height, width = size
+    shorter = min(size)
+    if shorter >= kernel_size:
+        return height, width
+    # In this order, in floating point, the sides are the original's.
+    height, width = (max(kernel_size, int(kernel_size / shorter * side)) for side in size)
+    return height, width
+
+
+Offsets = list[tuple[Tensor, Tensor]]
+
+
+def window_offsets(size: Sequence[int], kernel_size: int, device: torch.device) -> Offsets:
+    """Places in the bias tables of the 5×5 and the k×k kernel, by row and by column.
+
+    Key − query + k − 1 of each position and tap: (H · k,) and (W · k,).
+
+    Args:
+        size: of the map, before it is enlarged.
+        kernel_size: k.
+    """
+    offsets = []
+    for k in (_SMALL_KERNEL, kernel_size):
+        of_axes = []
+        for side in enlarged(size, kernel_size):
+            behind = torch.arange(side - 1, -1, -1, device=device)
+            first = (behind + (k - side)).clamp(min=k // 2).minimum(behind)  # of the window's taps
+            tap = torch.arange(k, device=device)
+            of_axes.append((first[:, None] + tap).flatten())
+        offsets.append((of_axes[0], of_axes[1]))
+    return offsets
+
+
+def position_bias(table: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
     """The bias of each tap at each position: (heads, 2k − 1, 2k − 1) → (heads, H, W, k²).
 
-    The table is indexed by key − query + k − 1, rows first.
+    Args:
+        rows, columns: see :func:`window_offsets`.
     """
     kernel_size = (table.shape[-1] + 1) // 2
-    for axis, side in enumerate(size, start=1):
-        place = torch.arange(side, device=table.device)
-        start = (place - kernel_size // 2).clamp(0, side - kernel_size)
-        tap = torch.arange(kernel_size, device=table.device)
-        offset = (start - place)[:, None] + tap + (kernel_size - 1)  # (side, k)
-        table = table.index_select(axis, offset.flatten())
-    height, width = size
-    table = table.unflatten(2, (width, kernel_size)).unflatten(1, (height, kernel_size))
+    table = table.index_select(1, rows).index_select(2, columns)
+    table = table.unflatten(2, (-1, kernel_size)).unflatten(1, (-1, kernel_size))
     return table.transpose(2, 3).flatten(3)
 
 
@@ -273,7 +308,7 @@ class DynamicBlock(nn.Module):
         dim, context_dim: channels of the map proper, and of the context.
         layer_scale: initial scale of the shortcuts (not of the branches).
         mixes_context: whether the given context is added to the map's own.
-        num_heads, kernel_size: see :class:`ContextMixing`.
+        num_heads, kernel_size: see :class:`ContextMixing`, also for ``offsets``.
     """
 
     def __init__(
@@ -308,14 +343,14 @@ class DynamicBlock(nn.Module):
         self.ls2 = ChannelAffine(both, layer_scale)
         self.drop_path = DropPath(drop_path)
 
-    def forward(self, x: Tensor, context: Tensor) -> Tensor:
+    def forward(self, x: Tensor, context: Tensor, offsets: Offsets) -> Tensor:
         if self.x_scale is not None and self.h_scale is not None:
             x, own = x.split(self.dims, dim=1)
             x = torch.cat((x, self.x_scale(own) + self.h_scale(context)), dim=1)
         x = self.dwconv1(x)
         normed = self.norm1(x)
         value = self.fusion(normed)
-        y = self.mix(value, *normed.split(self.dims, dim=1)) + self.lepe(value)
+        y = self.mix(value, *normed.split(self.dims, dim=1), offsets) + self.lepe(value)
         y = self.proj(self.norm(self.se(y) * self.gate(value)))
         x = self.dwconv2(self.ls1(x) + self.drop_path(y))
         return self.ls2(x) + self.drop_path(self.mlp(self.norm2(x)))

@@ -46,6 +46,7 @@ _QUERIES = {
     *("torch.Tensor." + name for name in ("storage_offset", "stride")),
     *(f"torch.Tensor.{name}.__get__" for name in ("_version", "device", "dtype", "is_cpu")),
     *(f"torch.Tensor.{name}.__get__" for name in ("nbytes", "ndim", "requires_grad", "shape")),
+    *(f"torch.Tensor.{name}.__get__" for name in ("is_nested", "layout")),
     "torch.promote_types",
 }
 # Functions whose results depend only on their arguments, and which modify no argument.

@@ -23,7 +23,7 @@ from backbones.cli.parity import (
     tolerance,
 )
 from backbones.core.registry import published_weights
-from backbones.overlock_blocks import ContextMixing
+from backbones.overlock_blocks import ContextMixing, window_offsets
 
 TOLERANCE = tolerance("overlock")
 VARIANTS = ("overlock_xt", "overlock_t", "overlock_s", "overlock_b")
@@ -72,6 +72,21 @@ def merged_by_the_original(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         merged |= {name: kernel, block + "lk_origin.bias": bias}
     gone = re.compile(r"\.(origin_bn|dil_conv_k\d+_\d+|dil_bn_k\d+_\d+)\.")
     return {name: tensor for name, tensor in merged.items() if not gone.search(name)}
+
+
+@every_variant
+@torch.no_grad()
+def test_outputs_in_float64(variant: str) -> None:
+    """Of float32, most of the error is the rounding of small maps, which are enlarged."""
+    figures = reference("overlock", variant)
+    model = backbones.create_model(variant).eval()
+    backbones.load_checkpoint(model, checkpoint(figures))
+    model.double()
+    for case in figures["cases"][-1:] if variant == QUICK else figures["cases"]:
+        last, maps = model.forward_intermediates(image(case["input"], case["seed"]).double())
+        assert relative_error(model.forward_head(last), case["logits"]) <= 5e-6
+        for value, expected in zip(maps, case["stage_outputs"], strict=True):
+            assert summary_error(value, expected) <= 5e-6
 
 
 @every_variant
@@ -266,7 +281,8 @@ def test_context_mixing(size: tuple[int, int]) -> None:
     layer = mixing()
     value, x, context = (images(1, c, *size, seed=c).double() for c in (16, 16, 6))
     expected = layer.proj(naive_mixing(layer, value, x, context))
-    torch.testing.assert_close(layer(value, x, context), expected)
+    offsets = window_offsets(size, 7, x.device)
+    torch.testing.assert_close(layer(value, x, context, offsets), expected)
 
 
 @pytest.mark.parametrize(
@@ -281,8 +297,9 @@ def test_maps_below_the_kernel_are_enlarged(size: tuple[int, int], larger: tuple
     value, x, context = (F.interpolate(t, size=larger, mode="bilinear") for t in given)
     seen: list[Tensor] = []
     layer.proj.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    layer(value, x, context)
-    layer(*given)
+    offsets = window_offsets(size, 13, x.device)
+    layer(value, x, context, offsets)
+    layer(*given, offsets)
     torch.testing.assert_close(seen[1], F.adaptive_avg_pool2d(seen[0], size))
 
 
