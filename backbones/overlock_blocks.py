@@ -185,7 +185,7 @@ class ContextMixing(nn.Module):
             )
         self.num_heads = num_heads
         self.kernel_sizes = (_SMALL_KERNEL, kernel_size)
-        self.scale = (dim // num_heads) ** -0.5
+        self.scale: float | None = (dim // num_heads) ** -0.5
         self.query = ConvNorm(dim, dim // 2)
         self.key = ConvNorm(context_dim, dim // 2)
         taps = sum(k * k for k in self.kernel_sizes)
@@ -230,7 +230,9 @@ class ContextMixing(nn.Module):
             precise = torch.promote_types(query.dtype, torch.float32)
             query, key = query.to(precise), key.to(precise)
         # Affinities are only used through a linear map, which is applied to the keys instead.
-        weight = self.scale * self.tap_weight.to(key.dtype).transpose(0, 1)
+        weight = self.tap_weight.to(key.dtype).transpose(0, 1)
+        if self.scale is not None:
+            weight = self.scale * weight
         key = key @ weight  # (B, heads, d, 25 + k²)
         taps = query.transpose(-2, -1) @ key  # (B, heads, HW, 25 + k²)
         size = x.shape[2:]
@@ -245,6 +247,14 @@ class ContextMixing(nn.Module):
                 strict=True,
             )
         ]
+
+    @torch.no_grad()
+    def fuse(self) -> nn.Module:
+        """Scale the weights instead of the affinities."""
+        if self.scale is not None:
+            self.tap_weight *= self.scale
+            self.scale = None
+        return self
 
     def _to_heads(self, x: Tensor) -> Tensor:
         """(B, C, H, W) → (B, num_heads, H, W, C / num_heads)."""
@@ -276,11 +286,10 @@ def window_offsets(size: Sequence[int], kernel_size: int, device: torch.device) 
     """
     offsets = []
     for k in (_SMALL_KERNEL, kernel_size):
-        of_axes = []
+        tap, of_axes = torch.arange(k, device=device), []
         for side in enlarged(size, kernel_size):
             behind = torch.arange(side - 1, -1, -1, device=device)
-            first = (behind + (k - side)).clamp(min=k // 2).minimum(behind)  # of the window's taps
-            tap = torch.arange(k, device=device)
+            first = torch.minimum((behind + (k - side)).clamp(min=k // 2), behind)
             of_axes.append((first[:, None] + tap).flatten())
         offsets.append((of_axes[0], of_axes[1]))
     return offsets
