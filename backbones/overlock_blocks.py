@@ -252,7 +252,8 @@ class ContextMixing(nn.Module):
     def fuse(self) -> nn.Module:
         """Scale the weights instead of the affinities."""
         if self.scale is not None:
-            self.tap_weight *= self.scale
+            trains = self.tap_weight.requires_grad
+            self.tap_weight = nn.Parameter(self.scale * self.tap_weight, requires_grad=trains)
             self.scale = None
         return self
 
