@@ -14,7 +14,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from timm.layers import ClassifierHead, DropPath, calculate_drop_path_rates
+from timm.layers import calculate_drop_path_rates
 from timm.models import generate_default_cfgs
 from torch import Tensor, nn
 
@@ -24,86 +24,9 @@ from backbones.core.published import imagenet_cfg, renamed
 from backbones.core.registry import build_model, register
 from backbones.core.stage import Stage
 from ops.conv import ConvNorm
+from ops.mobile import MBConv, MixHead
 
 __all__ = ["ProxylessNAS"]
-
-
-class MBConv(nn.Module):
-    """Pointwise, depthwise, pointwise, each with a batch norm, and a shortcut if shapes match.
-
-    ReLU6 follows the first two. (B, dim, H, W) → (B, out_dim, ⌈H / stride⌉, ⌈W / stride⌉), with
-    ``dim * expansion`` hidden channels; with an expansion of 1, there is no first layer.
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        out_dim: int,
-        kernel_size: int,
-        expansion: int,
-        stride: int = 1,
-        *,
-        norm_eps: float = 1e-3,
-        drop_path: float = 0.0,
-    ) -> None:
-        super().__init__()
-        hidden_dim = dim * expansion
-        self.expand: nn.Module = nn.Identity()
-        if expansion != 1:
-            self.expand = ConvNorm(dim, hidden_dim, norm_eps=norm_eps, act_layer=nn.ReLU6)
-        self.dwconv = ConvNorm(
-            hidden_dim,
-            hidden_dim,
-            kernel_size,
-            stride,
-            groups=hidden_dim,
-            norm_eps=norm_eps,
-            act_layer=nn.ReLU6,
-        )
-        self.project = ConvNorm(hidden_dim, out_dim, norm_eps=norm_eps)
-        self.drop_path = DropPath(drop_path)
-        self.has_shortcut = stride == 1 and dim == out_dim
-
-    def forward(self, x: Tensor) -> Tensor:
-        out = self.project(self.dwconv(self.expand(x)))
-        return x + self.drop_path(out) if self.has_shortcut else out
-
-
-class MixHead(ClassifierHead):
-    """A pointwise convolution with batch norm and ReLU6, then pooling and a linear layer.
-
-    Without pooling, it returns its input. (B, dim, H, W) → (B, num_classes).
-    """
-
-    def __init__(
-        self,
-        dim: int,
-        hidden_dim: int,
-        num_classes: int,
-        pool_type: str,
-        drop_rate: float,
-        norm_eps: float,
-    ) -> None:
-        super().__init__(hidden_dim, num_classes, pool_type, drop_rate)
-        self._mix = dim, hidden_dim, norm_eps
-        self.mix = self._new_mix(pool_type)
-
-    def _new_mix(self, pool_type: str) -> nn.Module:
-        if not pool_type:
-            return nn.Identity()
-        dim, hidden_dim, norm_eps = self._mix
-        return ConvNorm(dim, hidden_dim, norm_eps=norm_eps, act_layer=nn.ReLU6)
-
-    def reset(self, num_classes: int, pool_type: str | None = None) -> None:
-        """Replace the classifier and, if given, the pooling."""
-        before = self.global_pool.pool_type
-        super().reset(num_classes, pool_type)
-        if pool_type is not None and bool(pool_type) != bool(before):
-            self.mix = self._new_mix(pool_type)
-
-    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        out: Tensor = super().forward(self.mix(x), pre_logits)
-        return out
 
 
 _BLOCK_DIMS = several(several(whole(1, 1 << 16)))

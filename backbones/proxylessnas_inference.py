@@ -6,16 +6,16 @@ from typing import Any, ClassVar
 
 from torch import Tensor, nn
 
-from backbones import proxylessnas
 from ops.cpu.feed_forward.depthwise_mlp import PackedDepthwiseMlp, depthwise_mlp
 from ops.inference.forms import stands_for
 from ops.inference.layers import FastLayer, FastPointwiseConv2d, tensors_of
+from ops.mobile import MBConv
 
 __all__ = ["ProxylessNASBlock"]
 
 
-@stands_for(proxylessnas.MBConv)
-class ProxylessNASBlock(FastLayer, proxylessnas.MBConv):
+@stands_for(MBConv)
+class ProxylessNASBlock(FastLayer, MBConv):
     """The last layer adds the shortcut; all run in one pass where it pays."""
 
     needs: ClassVar = {"project": FastPointwiseConv2d}

@@ -1,13 +1,14 @@
-"""Parts of EfficientViT and SHViT, low-latency networks that start at stride 16.
+"""Parts of networks for low latency. All convolutions have batch norms that can be folded.
 
-https://arxiv.org/abs/2305.07027 and https://arxiv.org/abs/2401.16456. All convolutions have batch
-norms that can be folded; residual branches are initialised to zero.
+Of EfficientViT and SHViT, which start at stride 16 and whose residual branches are initialised to
+zero, https://arxiv.org/abs/2305.07027 and https://arxiv.org/abs/2401.16456, and of the mobile
+networks after MobileNetV2, https://arxiv.org/abs/1801.04381.
 """
 
 from __future__ import annotations
 
 import torch
-from timm.layers import DropPath, SelectAdaptivePool2d, SqueezeExcite
+from timm.layers import ClassifierHead, DropPath, SelectAdaptivePool2d, SqueezeExcite
 from torch import Tensor, nn
 
 from ops.arguments import checked
@@ -17,6 +18,8 @@ from ops.init import trunc_normal
 __all__ = [
     "ConvFFN",
     "ExpandMerging",
+    "MBConv",
+    "MixHead",
     "NormLinearHead",
     "Residual",
     "conv_stem",
@@ -97,6 +100,84 @@ def residual_merging(dim: int, out_dim: int) -> nn.Sequential:
         ConvResidual(out_dim, norm_scale=1.0),
         Residual(ConvFFN(out_dim, 2 * out_dim)),
     )
+
+
+class MBConv(nn.Module):
+    """Pointwise, depthwise, pointwise, each with a batch norm, and a shortcut if shapes match.
+
+    ReLU6 follows the first two. (B, dim, H, W) → (B, out_dim, ⌈H / stride⌉, ⌈W / stride⌉), with
+    ``dim * expansion`` hidden channels; with an expansion of 1, there is no first layer.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        out_dim: int,
+        kernel_size: int,
+        expansion: int,
+        stride: int = 1,
+        *,
+        norm_eps: float = 1e-5,
+        drop_path: float = 0.0,
+    ) -> None:
+        super().__init__()
+        hidden_dim = dim * expansion
+        self.expand: nn.Module = nn.Identity()
+        if expansion != 1:
+            self.expand = ConvNorm(dim, hidden_dim, norm_eps=norm_eps, act_layer=nn.ReLU6)
+        self.dwconv = ConvNorm(
+            hidden_dim,
+            hidden_dim,
+            kernel_size,
+            stride,
+            groups=hidden_dim,
+            norm_eps=norm_eps,
+            act_layer=nn.ReLU6,
+        )
+        self.project = ConvNorm(hidden_dim, out_dim, norm_eps=norm_eps)
+        self.drop_path = DropPath(drop_path)
+        self.has_shortcut = stride == 1 and dim == out_dim
+
+    def forward(self, x: Tensor) -> Tensor:
+        out = self.project(self.dwconv(self.expand(x)))
+        return x + self.drop_path(out) if self.has_shortcut else out
+
+
+class MixHead(ClassifierHead):
+    """A pointwise convolution with batch norm and ReLU6, then pooling and a linear layer.
+
+    Without pooling, it returns its input. (B, dim, H, W) → (B, num_classes).
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        hidden_dim: int,
+        num_classes: int,
+        pool_type: str,
+        drop_rate: float,
+        norm_eps: float = 1e-5,
+    ) -> None:
+        super().__init__(hidden_dim, num_classes, pool_type, drop_rate)
+        self._mix = dim, hidden_dim, norm_eps
+        self.mix = self._new_mix(pool_type)
+
+    def _new_mix(self, pool_type: str) -> nn.Module:
+        if not pool_type:
+            return nn.Identity()
+        dim, hidden_dim, norm_eps = self._mix
+        return ConvNorm(dim, hidden_dim, norm_eps=norm_eps, act_layer=nn.ReLU6)
+
+    def reset(self, num_classes: int, pool_type: str | None = None) -> None:
+        """Replace the classifier and, if given, the pooling."""
+        before = self.global_pool.pool_type
+        super().reset(num_classes, pool_type)
+        if pool_type is not None and bool(pool_type) != bool(before):
+            self.mix = self._new_mix(pool_type)
+
+    def forward(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        out: Tensor = super().forward(self.mix(x), pre_logits)
+        return out
 
 
 class NormLinearHead(nn.Module):
